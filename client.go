@@ -1,0 +1,503 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Limits of one connection.
+const (
+	maxBufferSize = 500       // messages in a client's buffer: what Project 0 keeps for a slow reader
+	maxMessage    = 128 << 10 // bytes in one of them, so that all of them stay under 64 MiB
+	maxWrite      = 64 << 10  // bytes in one Write, so that a client that reads slowly is seen to read
+
+	// Bytes of the socket's send buffer. Linux wakes a blocked writer when a
+	// third of it is free, and left alone it grows to 4 MiB: a steady reader of
+	// 1 MB/s would look stalled for longer than slowAfter.
+	sendBuffer = 128 << 10
+
+	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
+	quietSize = 512      // bytes of a quiet client's read buffer
+	burstSize = 16 << 10 // bytes of a busy one's; a single long line may take more
+	chunkSize = 16 << 10 // bytes of a recycled message
+
+	slowAfter  = time.Second           // no Write completed for so long, with the buffer full: a slow reader
+	quietAfter = time.Second           // no request for so long: give the scratch memory back
+	drainTime  = time.Second           // for the client to take our last words and close
+	busyTime   = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
+)
+
+// Client is one connection and what its two goroutines share: readFromClient
+// takes requests from the connection to workLoop and their replies to buffer,
+// writeToClient takes them from there to the connection.
+type Client struct {
+	// Set before the goroutines start, then left alone.
+	id         int // counted from 1, for the log
+	connection net.Conn
+	server     *keyValueServer
+
+	// Owned by workLoop.
+	alive int // the client's goroutines that run; at 0 it leaves clients
+	index int // its place in clients
+
+	// Channels.
+	closed  chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
+	done    chan *Query   // workLoop to readFromClient: the chain has run, or nil: it has not and will not; one chain is under way at a time, so with one slot workLoop never waits
+	flushed chan struct{} // writeToClient to readFromClient: a Write is complete; one slot, for only the latest counts
+	buffer  chan []byte   // readFromClient, which closes it, to writeToClient; workLoop makes it, and starts writeToClient, at the client's first request: 10,000 idle clients need none
+
+	// Owned by readFromClient, until its departure leaves them to whoever is left.
+	in           input
+	acked        bool   // every request is answered
+	slow         bool   // no Write was completed for slowAfter while buffer was full
+	dropped      int    // replies since the last PONG
+	droppedTotal int    // replies in all
+	reported     int    // of these, known to workLoop
+	reason       string // why the connection ends, for the log; "" while it does not
+	drain        bool   // it ends by our will: let the client take our last words
+}
+
+func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
+	return &Client{
+		id: id, connection: conn, server: s, alive: 1,
+		closed:  make(chan struct{}),
+		done:    make(chan *Query, 1),
+		flushed: make(chan struct{}, 1),
+	}
+}
+
+// readFromClient reads requests, has workLoop run them and queues the replies.
+// One goroutine a client, from the connection's arrival until the client has
+// closed its side or said Quit, the server closes, or the connection breaks. It
+// reads on when the replies to what it has read are queued.
+func (c *Client) readFromClient() {
+	for c.reason == "" {
+		burst, err := c.read()
+		for burst != "" && c.reason == "" {
+			var chain *Query
+			if chain, burst = c.parse(burst); chain != nil {
+				c.serve(chain)
+			}
+		}
+		if c.in.pending > c.server.maxLine+len("\r\x00") {
+			c.in.pending, c.in.skipping = 0, true
+			c.in.line++
+			c.serveFault(tooLong(c.server.maxLine))
+		}
+		if err != nil && c.reason == "" {
+			c.hearLast(err)
+		}
+	}
+	if c.buffer == nil {
+		c.connection.Close()
+	} else {
+		close(c.buffer) // the connection is writeToClient's alone now
+	}
+	c.depart()
+}
+
+// serve sends chain to workLoop, waits until it has run and queues the replies.
+func (c *Client) serve(chain *Query) {
+	chain.dropped, c.reported = c.droppedTotal-c.reported, c.droppedTotal
+	c.server.queries <- chain
+	if <-c.done == nil {
+		c.reason = "the store failed"
+		return
+	}
+	c.reply(chain)
+	clear(c.in.queries) // a quiet client pins neither its last requests nor what they found
+}
+
+// serveFault answers the line that was last read with an error.
+func (c *Client) serveFault(why string) {
+	q := &Query{client: c, line: c.in.line}
+	q.refuse(why)
+	c.serve(q)
+}
+
+func tooLong(maxLine int) string {
+	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
+}
+
+// hearLast ends the connection because Read ended in err.
+func (c *Client) hearLast(err error) {
+	switch {
+	case errors.Is(err, io.EOF):
+		if c.in.pending > 0 {
+			c.in.line++
+			c.serveFault("the last line has no newline at its end, so it was not run")
+		}
+		c.reason = "it closed"
+	case c.server.isClosing():
+		c.reason, c.drain = "the server closes", true
+	default:
+		c.reason = err.Error()
+	}
+}
+
+// depart tells workLoop that one of the client's goroutines has ended.
+func (c *Client) depart() {
+	c.server.queries <- &Query{queryType: depart, client: c}
+}
+
+// input is what a client has sent and no query has taken yet.
+type input struct {
+	buf      []byte
+	pending  int     // bytes at the start of buf: a line whose end has not come
+	skipping bool    // a line was too long and its end has not come; pending is 0
+	line     int     // lines so far
+	spoke    bool    // one of them was not blank, so HTTP cannot begin any more
+	queries  []Query // the memory of the chain, used again for the next
+	ticking  bool    // a read deadline is set
+	busy     bool    // something came since the last tick
+}
+
+// read waits for input and returns its complete lines as one string, of which
+// keys and values will be substrings, and the error that ends the input.
+func (c *Client) read() (burst string, err error) {
+	in := &c.in
+	in.grow(c.server.maxLine)
+	c.tick()
+	n, err := c.connection.Read(in.buf[in.pending:])
+	if n > 0 {
+		in.busy = true
+		burst = in.take(n)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
+		if in.ticking = false; !in.busy {
+			in.rest()
+		}
+		in.busy = false
+		err = nil
+	}
+	return burst, err
+}
+
+// tick sees to it that a Read which waits while the client holds memory ends
+// within quietAfter, so that it can be given back. One deadline serves many
+// Reads: setting one for each would cost every burst.
+func (c *Client) tick() {
+	if c.in.ticking || len(c.in.buf) == quietSize {
+		return
+	}
+	c.in.ticking = true
+	c.connection.SetReadDeadline(time.Now().Add(quietAfter))
+	if c.server.isClosing() { // workLoop's deadline may have come before ours
+		c.connection.SetReadDeadline(time.Now())
+	}
+}
+
+// grow makes room in a full buffer: for a busy client's bursts, or for the rest
+// of a line of up to maxLine bytes with its line end and one byte more.
+func (in *input) grow(maxLine int) {
+	size := len(in.buf)
+	switch {
+	case size == 0:
+		size = quietSize
+	case in.pending < size:
+		return
+	case size < burstSize:
+		size = burstSize
+	default:
+		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
+	}
+	in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
+}
+
+// rest gives back what a quiet client does not need.
+func (in *input) rest() {
+	if in.pending == 0 {
+		in.buf, in.queries = make([]byte, quietSize), nil
+	}
+}
+
+// take returns the lines that the n bytes behind pending complete.
+func (in *input) take(n int) (burst string) {
+	end := in.pending + n
+	last := in.pending + bytes.LastIndexByte(in.buf[in.pending:end], '\n') + 1
+	if last == in.pending {
+		if !in.skipping {
+			in.pending = end
+		}
+		return ""
+	}
+	first := 0
+	if in.skipping {
+		first = bytes.IndexByte(in.buf[:end], '\n') + 1
+		in.skipping = false
+	}
+	burst = string(in.buf[first:last])
+	in.pending = copy(in.buf, in.buf[last:end])
+	if end == len(in.buf) && len(in.buf) < burstSize {
+		in.buf = append(make([]byte, 0, burstSize), in.buf[:in.pending]...)[:burstSize]
+	}
+	return burst
+}
+
+// parse makes a chain of the first lines of burst, nil if they are blank, and
+// returns the lines left over. A Quit is the last of its chain, and the
+// client's last.
+func (c *Client) parse(burst string) (chain *Query, rest string) {
+	in := &c.in
+	in.queries = in.queries[:0]
+	for burst != "" && len(in.queries) < maxChain && c.reason == "" {
+		end := strings.IndexByte(burst, '\n')
+		line := trimCR(burst[:end])
+		burst = burst[end+1:]
+		in.line++
+		if line == "" {
+			continue
+		}
+		in.queries = append(in.queries, Query{client: c, line: in.line})
+		q := &in.queries[len(in.queries)-1]
+		if len(line) > c.server.maxLine {
+			q.refuse(tooLong(c.server.maxLine))
+		} else {
+			q.parse(line)
+		}
+		switch {
+		case q.queryType == quit:
+			c.reason, c.drain = "it quit", true
+		case q.queryType == malformed && !in.spoke && isHTTP(line):
+			q.queryType = http
+			c.reason, c.drain = "it speaks HTTP", true
+		}
+		in.spoke = true
+	}
+	if len(in.queries) == 0 {
+		return nil, burst
+	}
+	for i := range in.queries[1:] {
+		in.queries[i].next = &in.queries[i+1]
+	}
+	return &in.queries[0], burst
+}
+
+// trimCR removes one CR, or CR NUL as telnet sends it (RFC 854), from the end
+// of line.
+func trimCR(line string) string {
+	n := len(line)
+	switch {
+	case n > 0 && line[n-1] == '\r':
+		return line[:n-1]
+	case n > 1 && line[n-1] == 0 && line[n-2] == '\r':
+		return line[:n-2]
+	}
+	return line
+}
+
+// reply queues the replies that chain's requests are owed. Replies travel
+// together, in messages of up to maxMessage bytes, and none is formatted before
+// there is room for it.
+func (c *Client) reply(chain *Query) {
+	left, acked := 0, c.acked // bytes not queued yet
+	for q := chain; q != nil; q = q.next {
+		acked = acked || q.queryType == ack
+		q.size = q.replySize(acked)
+		left += q.size
+	}
+	var msg []byte // nil, or begun with room for it in buffer
+	for q := chain; q != nil; q = q.next {
+		c.acked = c.acked || q.queryType == ack
+		if q.size == 0 {
+			continue
+		}
+		if msg != nil && len(msg)+q.size > maxMessage {
+			left -= len(msg)
+			c.buffer <- msg
+			msg = nil
+		}
+		if msg == nil {
+			if c.isClosed() {
+				return
+			}
+			if !c.awaitRoom((q.size+maxMessage-1)/maxMessage, q.mayDrop(c.acked)) {
+				c.dropped++
+				c.droppedTotal++
+				left -= q.size
+				continue
+			}
+			msg = c.newMessage(left)
+		}
+		for _, v := range q.values {
+			msg = q.appendLine(msg, v)
+			if len(msg) >= maxMessage {
+				if c.isClosed() {
+					return
+				}
+				msg, left = c.queueFull(msg, left)
+			}
+		}
+		msg = q.appendEnd(msg, c.acked, c.dropped)
+		if len(msg) >= maxMessage {
+			msg, left = c.queueFull(msg, left)
+		}
+		if q.queryType == ping {
+			c.dropped = 0
+		}
+	}
+	if len(msg) > 0 {
+		c.buffer <- msg
+	}
+}
+
+// queueFull queues the full messages at the start of msg, of which left bytes
+// are not queued yet, and returns the begun one that follows them.
+func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
+	for len(msg) >= maxMessage {
+		c.buffer <- msg[:maxMessage:maxMessage]
+		msg = msg[maxMessage:]
+		left -= maxMessage
+	}
+	return append(c.newMessage(left), msg...), left
+}
+
+// awaitRoom waits until buffer has room for n messages or is empty, and tells
+// whether it has: not if a slow reader's reply may be dropped. Only this
+// goroutine adds to buffer, so room that is there stays.
+func (c *Client) awaitRoom(n int, mayDrop bool) bool {
+	for len(c.buffer) > 0 && maxBufferSize-len(c.buffer) < n {
+		if !mayDrop {
+			<-c.flushed
+			c.slow = false
+			continue
+		}
+		if !c.slow {
+			select {
+			case <-c.flushed:
+				continue
+			case <-time.After(slowAfter):
+				c.slow = true
+			}
+		}
+		select {
+		case <-c.flushed:
+			c.slow = false
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// chunks are messages of chunkSize that have been written, for use again.
+var chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
+
+// newMessage returns an empty message with room for size bytes, or for as many
+// as a message holds. A client that keeps up borrows a chunk; what has to wait
+// in the queue takes no more memory than it needs.
+func (c *Client) newMessage(size int) []byte {
+	if size <= chunkSize && len(c.buffer) == 0 {
+		return chunks.Get().(*[chunkSize]byte)[:0]
+	}
+	const lastLine = 1 << 10 // room for most lines that begin in one message and end in the next
+	return make([]byte, 0, min(size, maxMessage+lastLine))
+}
+
+// recycle takes back what newMessage lent.
+func recycle(msg []byte) {
+	if cap(msg) == chunkSize {
+		chunks.Put((*[chunkSize]byte)(msg[:chunkSize]))
+	}
+}
+
+// writeToClient writes what readFromClient queues until that closes buffer,
+// then closes the connection. One goroutine a client, from its first request. A
+// Write that fails may have ended inside a line, so it is the last; buffer is
+// still drained, so that readFromClient never waits for a connection that is
+// gone.
+func (c *Client) writeToClient() {
+	broken := false
+	for msg := range c.buffer {
+		if !broken {
+			if err := c.write(c.gather(msg)); err != nil {
+				broken = true
+				close(c.closed)
+				c.connection.Close()
+			}
+		}
+		recycle(msg)
+		c.signalFlushed()
+	}
+	if c.drain && !broken {
+		c.drainInput()
+	}
+	c.connection.Close()
+	c.depart()
+}
+
+// gather returns msg with what is queued behind it, up to a good Write's worth.
+func (c *Client) gather(msg []byte) []byte {
+	for len(msg) < maxWrite {
+		select {
+		case more := <-c.buffer: // nil once closed
+			if more == nil {
+				return msg
+			}
+			msg = append(msg, more...)
+			recycle(more)
+		default:
+			return msg
+		}
+	}
+	return msg
+}
+
+// write writes b in pieces that show readFromClient whether the client reads.
+func (c *Client) write(b []byte) error {
+	for len(b) > 0 {
+		n, err := c.connection.Write(b[:min(len(b), maxWrite)])
+		if err != nil {
+			return err
+		}
+		b = b[n:]
+		c.signalFlushed()
+	}
+	return nil
+}
+
+func (c *Client) signalFlushed() {
+	select {
+	case c.flushed <- struct{}{}:
+	default:
+	}
+}
+
+func (c *Client) isClosed() bool {
+	select {
+	case <-c.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+// drainInput ends our side of the connection and reads on until the client ends
+// its own, for at most drainTime: closing a socket with unread input resets the
+// connection, and the client loses replies that it has not read yet (RFC 1122,
+// 4.2.2.13). When the server closes, only clients that are sending get the time.
+func (c *Client) drainInput() {
+	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+	end := time.Now().Add(drainTime)
+	first := end
+	if c.server.isClosing() {
+		first = time.Now().Add(busyTime)
+	}
+	c.connection.SetReadDeadline(first)
+	var scratch [4 << 10]byte
+	for {
+		if _, err := c.connection.Read(scratch[:]); err != nil {
+			return
+		}
+		c.connection.SetReadDeadline(end)
+	}
+}

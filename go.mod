@@ -1,0 +1,3 @@
+module kvserver
+
+go 1.25

@@ -1,0 +1,49 @@
+// Package kvstore keeps lists of values under keys.
+//
+// KVStore is what the server asks of a store; Memory is the store that lives
+// and dies with the process. kvstore.go says what a store promises and
+// memory.go keeps it.
+package kvstore
+
+import "iter"
+
+// KVStore holds, under each key, a list of values in the order in which they
+// were put. One goroutine at a time may call it: the server's workLoop owns
+// its store, so a store needs no lock.
+//
+// Keys and values are any bytes. They may be substrings of something much
+// larger, so a store that keeps one clones it.
+type KVStore interface {
+	// Put appends value to key's list.
+	Put(key, value string)
+
+	// Get returns key's list, oldest first, or nothing. The caller may keep
+	// the list and hand it to other goroutines: nobody changes it any more.
+	Get(key string) []string
+
+	// Delete removes key and returns how many values it had.
+	Delete(key string) (removed int)
+
+	// Update removes the first value equal to oldValue, if there is one, and
+	// appends newValue. It returns whether it removed one.
+	Update(key, oldValue, newValue string) (replaced bool)
+
+	// Commit returns once everything above is as durable as this store makes
+	// it. After an error nothing can be promised any more: the caller answers
+	// none of the calls since the last Commit, and stops.
+	Commit() error
+}
+
+// Sizer is a KVStore that knows how much it holds.
+type Sizer interface {
+	// Size returns the number of keys, of values, and the bytes of both: each
+	// key counts once and each value once.
+	Size() (keys, values int, bytes int64)
+}
+
+// Lister is a KVStore that can walk through what it holds.
+type Lister interface {
+	// All yields every key with its list, in no particular order. The store
+	// must not be changed meanwhile. The lists may be kept, as those of Get.
+	All() iter.Seq2[string, []string]
+}

@@ -1,0 +1,245 @@
+// Kvserver is a key-value server on TCP: one request a line, netcat for a
+// client.
+//
+// The map of the code:
+//
+//	main.go    flags, log, signals, exit codes
+//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything
+//	client.go  Client: one connection, its reading and its writing goroutine
+//	query.go   Query: parse a line, run it, format the reply
+//	kvstore/   the store behind the KVStore interface
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"kvserver/kvstore"
+)
+
+// Exit codes.
+const (
+	exitFailure = 1 // it could not do what it was asked to
+	exitMisuse  = 2 // it was not asked properly
+)
+
+// stopTime is how long a stop may take before the process ends regardless.
+const stopTime = 5 * time.Second
+
+const usage = `Usage: kvserver [flags]
+
+A key-value server on TCP: one request a line, netcat for a client.
+
+  -addr ADDR      listen on ADDR: a port of localhost, :port for every address
+                  of this machine, or host:port; port 0 takes a free one
+                  (default localhost:9999)
+  -max-line N     longest request line in bytes (default 1048576)
+  -v              log every connection as well
+  -version        print the version and exit
+  -h              print this and exit
+
+Try it:   kvserver &   then   nc localhost 9999   and type
+
+  Put:fruit:apple
+  Get:fruit
+  Help
+`
+
+// config is what the command line asks for.
+type config struct {
+	addr    string
+	maxLine int
+	verbose bool
+}
+
+func main() {
+	c, err := parseFlags(os.Args[1:], os.Stdout)
+	switch {
+	case errors.Is(err, flag.ErrHelp): // which includes -version: it is printed
+		return
+	case err != nil:
+		complain(os.Stderr, err)
+		os.Exit(exitMisuse)
+	}
+	if err := run(c, os.Stderr); err != nil {
+		complain(os.Stderr, err)
+		os.Exit(exitFailure)
+	}
+}
+
+// problem is an error with what to do about it.
+type problem struct{ what, todo string }
+
+func (p problem) Error() string { return p.what }
+
+// complain prints err in two lines: what is wrong and what to do.
+func complain(w io.Writer, err error) {
+	fmt.Fprintf(w, "kvserver: %v\n", err)
+	if p := (problem{}); errors.As(err, &p) {
+		fmt.Fprintln(w, p.todo)
+	}
+}
+
+// parseFlags reads the command line. It prints what -h and -version ask for and
+// then returns flag.ErrHelp.
+func parseFlags(args []string, out io.Writer) (c config, err error) {
+	const seeHelp = "kvserver -h lists the flags."
+	flags := flag.NewFlagSet("kvserver", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.Usage = func() {}
+	flags.StringVar(&c.addr, "addr", "localhost:9999", "")
+	flags.IntVar(&c.maxLine, "max-line", defaultMaxLine, "")
+	flags.BoolVar(&c.verbose, "v", false, "")
+	showVersion := flags.Bool("version", false, "")
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(out, usage)
+		return c, err
+	case err != nil:
+		what := strings.Replace(err.Error(), "flag provided but not defined:", "unknown flag", 1)
+		return c, problem{what, seeHelp}
+	case flags.NArg() > 0:
+		return c, problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", flags.Arg(0)), seeHelp}
+	case *showVersion:
+		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
+		return c, flag.ErrHelp
+	case c.maxLine < 1 || c.maxLine > 1<<30:
+		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), "Give 1 to 1073741824 bytes, as in -max-line 1048576."}
+	}
+	c.addr, err = fullAddr(c.addr)
+	return c, err
+}
+
+// fullAddr completes an address: a port alone is one of localhost.
+func fullAddr(addr string) (string, error) {
+	full := addr
+	if !strings.Contains(addr, ":") {
+		full = "localhost:" + addr
+	}
+	_, port, err := net.SplitHostPort(full)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return "", problem{fmt.Sprintf("-addr %q is no address", addr), "Give a port, :port or host:port, as in -addr 9999; ports go up to 65535."}
+	}
+	return full, nil
+}
+
+// version is the module version that the binary was built as, or its commit.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := strings.Trim(info.Main.Version, "()")
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && (v == "" || v == "devel") {
+			v = s.Value[:min(12, len(s.Value))]
+		}
+	}
+	return v
+}
+
+// run opens, listens, serves and stops.
+func run(c config, logTo io.Writer) error {
+	level := slog.LevelInfo
+	if c.verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(logTo, &slog.HandlerOptions{Level: level}))
+	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
+
+	// Signals are asked for before anything can be lost to one.
+	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
+	defer restore()
+
+	listener, err := listen(c.addr)
+	if err != nil {
+		return listenProblem(c.addr, err)
+	}
+	s := New(kvstore.NewMemory())
+	s.log, s.maxLine, s.version = log, c.maxLine, version()
+	if err := s.serve(listener); err != nil {
+		return err
+	}
+	log.Info("data is in memory only and lost on exit")
+	addr := listener.Addr().(*net.TCPAddr)
+	if !addr.IP.IsLoopback() {
+		log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
+	}
+	log.Info("listening", "addr", addr, "try", tryCommand(addr))
+
+	var failure error
+	select {
+	case <-ctx.Done():
+		restore() // a second signal ends the process at once
+	case failure = <-s.Failed():
+		failure = problem{failure.Error(), "What was not answered may not be kept; everything answered is. Mend the cause, then start again."}
+	}
+	late := time.AfterFunc(stopTime, func() {
+		log.Error("stopping takes too long, giving up", "limit", stopTime)
+		os.Exit(exitFailure)
+	})
+	s.Close()
+	late.Stop()
+	return failure
+}
+
+// stopSignals are the signals that stop the server: SIGHUP not where nohup has
+// it ignored.
+func stopSignals() []os.Signal {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signals
+}
+
+// tryCommand is what to type to reach addr.
+func tryCommand(addr *net.TCPAddr) string {
+	host := addr.IP.String()
+	if addr.IP.IsUnspecified() {
+		host = "localhost"
+	}
+	return fmt.Sprintf("nc %s %d", host, addr.Port)
+}
+
+// listenProblem says what to do about a listener's error.
+func listenProblem(addr string, err error) error {
+	host, port, _ := net.SplitHostPort(addr)
+	other := 10000
+	if n, _ := strconv.Atoi(port); n >= 1024 && n < 65535 {
+		other = n + 1
+	}
+	var dns *net.DNSError
+	todo := "Choose another address: kvserver -addr localhost:9999"
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		todo = fmt.Sprint("Stop it, or choose another port: kvserver -addr ", strings.TrimPrefix(net.JoinHostPort(host, strconv.Itoa(other)), "localhost:"))
+	case errors.Is(err, syscall.EACCES):
+		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -addr 9999"
+	case errors.As(err, &dns):
+		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -addr :%s", host, port)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		todo = "This machine does not have that address. Choose localhost, or leave the host out to listen everywhere: kvserver -addr :" + port
+	}
+	var op *net.OpError
+	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
+}

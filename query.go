@@ -1,0 +1,335 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"kvserver/kvstore"
+)
+
+// Query is one request on its way: parsed by a client's readFromClient, run by
+// workLoop, formatted by that reader again. One goroutine at a time has it; the
+// queries and done channels pass it on.
+type Query struct {
+	key       string
+	value     string // also: a Ping's token, a malformed line's fault
+	queryType queryType
+	client    *Client
+	newValue  string
+
+	line   int      // of the client's input, counted from 1
+	values []string // what the run found: a key's list, or the lines of a Help or Stats
+	n      int      // what the run did: the n of ":OK n"
+
+	// A burst of requests travels as one chain, for the price of one send: the
+	// channel carries the head and next leads through the rest.
+	next    *Query
+	dropped int // on the head: replies dropped since the chain before
+	size    int // of the reply, in bytes: an upper bound, or 0 if none is owed
+}
+
+// queryType says what a Query asks for.
+type queryType uint8
+
+const (
+	malformed queryType = iota // a line that is no request; it keeps its place in the chain
+	http                       // a browser
+	put
+	get
+	del
+	update
+	ack
+	ping
+	stats
+	help
+	quit
+
+	countActive  // CountActive asks
+	countDropped // CountDropped asks
+	depart       // a goroutine of the client's has ended
+
+	queryTypes = iota
+)
+
+// verb is how a client asks for a queryType.
+type verb struct {
+	name, form, needs string // needs completes "Put needs ..."
+	does              string // its line in Help
+}
+
+// verbs are the requests that a client can send.
+var verbs = [...]verb{
+	get:    {"Get", "Get:key", "a key, without a colon in it", "the key's values, oldest first, as key:value lines"},
+	put:    {"Put", "Put:key:value", "a key and a value", "add value to the key's list; it may hold colons"},
+	update: {"Update", "Update:key:old:new", "a key, an old and a new value, none with a colon in it", "take the first old out, add new at the end"},
+	del:    {"Delete", "Delete:key", "a key, without a colon in it", "remove the key and all its values"},
+	ack:    {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
+	ping:   {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
+	stats:  {"Stats", "Stats", "nothing behind it", "the server's counters"},
+	help:   {"Help", "Help", "nothing behind it", "this list; also: ?"},
+	quit:   {"Quit", "Quit", "nothing behind it", "close the connection; also: exit"},
+}
+
+// helpLines is the answer to Help.
+var helpLines = func() (lines []string) {
+	for _, t := range [...]queryType{put, get, del, update, ack, ping, stats, help, quit} {
+		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
+	}
+	return append(lines,
+		"Verbs in any letter case, one request a line. Writes are silent until Ack.",
+		"A line that starts with a colon is from the server: never data.")
+}()
+
+// maxQuoted is how many bytes of a client's line an error quotes.
+const maxQuoted = 40
+
+// parse makes q the request that line is: without its line end, and not empty.
+// A line that is none makes q malformed, its value saying why. The fields are
+// substrings of line.
+func (q *Query) parse(line string) {
+	word, rest, colon := strings.Cut(line, ":")
+	q.queryType = lookUp(word)
+	ok := !colon
+	switch q.queryType {
+	case malformed:
+		q.value = "unknown request " + quote(line) + didYouMean(line)
+		return
+	case put:
+		q.key, q.value, ok = strings.Cut(rest, ":")
+		ok = ok && q.key != ""
+	case get, del:
+		q.key = rest
+		ok = isKey(rest)
+	case update:
+		var middle, last bool
+		q.key, rest, middle = strings.Cut(rest, ":")
+		q.value, q.newValue, last = strings.Cut(rest, ":")
+		ok = middle && last && q.key != "" && strings.IndexByte(q.newValue, ':') < 0
+	case ping:
+		q.value, ok = rest, true
+	}
+	if !ok {
+		v := verbs[q.queryType]
+		q.refuse(v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line))
+	}
+}
+
+// refuse makes q malformed, for the reason why.
+func (q *Query) refuse(why string) {
+	q.queryType, q.key, q.value, q.newValue = malformed, "", why, ""
+}
+
+// isKey tells whether s can be a key.
+func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
+
+// lookUp returns the queryType of a verb in any letter case, malformed if word
+// is none.
+func lookUp(word string) queryType {
+	switch {
+	case word == "?":
+		return help
+	case equalFold(word, "exit"):
+		return quit
+	}
+	for t := put; t <= quit; t++ {
+		if equalFold(word, verbs[t].name) {
+			return t
+		}
+	}
+	return malformed
+}
+
+// equalFold tells whether a and b are equal but for the case of ASCII letters.
+// (To strings.EqualFold the Kelvin sign is a K.)
+func equalFold(a, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range len(a) {
+		if a[i] != b[i] && (a[i]^b[i] != 0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
+			return false
+		}
+	}
+	return true
+}
+
+// isHTTP tells whether line is the first of an HTTP/1 request (RFC 9112).
+func isHTTP(line string) bool {
+	return strings.HasSuffix(line, " HTTP/1.1") || strings.HasSuffix(line, " HTTP/1.0")
+}
+
+// badRequest is what a browser is told.
+const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n" +
+	"This is a key-value server and speaks no HTTP: connect with nc and type Help.\n"
+
+// quote is %q of s, cut to maxQuoted bytes.
+func quote(s string) string {
+	if len(s) > maxQuoted {
+		return strconv.Quote(s[:maxQuoted]) + "..."
+	}
+	return strconv.Quote(s)
+}
+
+// dialects are words that other programs and habits have for our verbs.
+var dialects = map[string]queryType{
+	"set": put, "add": put, "append": put, "insert": put, "store": put, "push": put, "rpush": put,
+	"read": get, "fetch": get, "mget": get, "lrange": get,
+	"del": del, "remove": del, "rm": del, "unset": del, "unlink": del,
+	"replace": update, "change": update,
+	"info": stats, "status": stats, "commands": help, "man": help,
+	"bye": quit, "close": quit, "logout": quit, "q": quit,
+}
+
+// didYouMean completes "unknown request ..." with the request that line may
+// have been meant to be.
+func didYouMean(line string) string {
+	const gap = ": \t"
+	line = strings.Trim(line, gap)
+	word, rest := line, ""
+	if i := strings.IndexAny(line, gap); i >= 0 {
+		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
+	}
+	t := lookUp(word)
+	if t == malformed {
+		t = dialects[strings.ToLower(word)]
+	}
+	for u := put; u <= quit && t == malformed; u++ {
+		if oneSlip(strings.ToLower(word), strings.ToLower(verbs[u].name)) {
+			t = u
+		}
+	}
+	if t == malformed {
+		return "; Help lists the requests"
+	}
+	// Offer the client's own request where its arguments fit and can be shown.
+	if n := strings.Count(verbs[t].form, ":"); n > 0 && t != ping {
+		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
+		if t == put && len(args) > n {
+			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
+		}
+		try := verbs[t].name + ":" + strings.Join(args, ":")
+		if len(args) == n && len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` {
+			return "; did you mean " + try + " ?"
+		}
+	}
+	return "; did you mean " + verbs[t].form + " ?"
+}
+
+// oneSlip tells whether a becomes b by one letter more, less or other, or by
+// two neighbours changing places: distance 1 as in Damerau, "A technique for
+// computer detection and correction of spelling errors", 1964.
+func oneSlip(a, b string) bool {
+	i := 0
+	for i < len(a) && i < len(b) && a[i] == b[i] {
+		i++
+	}
+	a, b = a[i:], b[i:]
+	switch len(a) - len(b) {
+	case 1:
+		return a[1:] == b
+	case -1:
+		return a == b[1:]
+	case 0:
+		return a != "" && (a[1:] == b[1:] || len(a) > 1 && a[0] == b[1] && a[1] == b[0] && a[2:] == b[2:])
+	}
+	return false
+}
+
+// run does a Put, Get, Delete or Update to db, and keeps what came of it.
+func (q *Query) run(db kvstore.KVStore) {
+	switch q.queryType {
+	case put:
+		db.Put(q.key, q.value)
+		q.n = 1
+	case get:
+		q.values = db.Get(q.key)
+		q.n = len(q.values)
+	case del:
+		q.n = db.Delete(q.key)
+	case update:
+		if db.Update(q.key, q.value, q.newValue) {
+			q.n = 1
+		}
+	case help:
+		q.values = helpLines
+		q.n = len(q.values)
+	}
+}
+
+// separator stands between q's key and each of its values. The server's own
+// lines have no key.
+func (q *Query) separator() string {
+	if q.queryType == get {
+		return ":"
+	}
+	return ": "
+}
+
+// lineSize is how many bytes appendLine appends.
+func (q *Query) lineSize(value string) int {
+	return len(q.key) + len(q.separator()) + len(value) + 1
+}
+
+// appendLine appends the line for one of q.values.
+func (q *Query) appendLine(b []byte, value string) []byte {
+	b = append(b, q.key...)
+	b = append(b, q.separator()...)
+	b = append(b, value...)
+	return append(b, '\n')
+}
+
+// maxNumbers is more bytes than the words and numbers of a reply's last line
+// take, beside the text that it may carry.
+const maxNumbers = 64
+
+// replySize is how many bytes q's reply takes at most: 0 if it is owed none.
+func (q *Query) replySize(acked bool) (size int) {
+	for _, v := range q.values {
+		size += q.lineSize(v)
+	}
+	switch {
+	case q.queryType == http:
+		size += len(badRequest)
+	case q.queryType == malformed || q.queryType == ping:
+		size += maxNumbers + len(q.value)
+	case acked:
+		size += maxNumbers
+	}
+	return size
+}
+
+// appendEnd appends the last line of q's reply, if it has one: dropped replies
+// are a Ping's to tell.
+func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
+	switch {
+	case q.queryType == http:
+		return append(b, badRequest...)
+	case q.queryType == malformed:
+		b = append(b, ":ERROR line "...)
+		b = strconv.AppendInt(b, int64(q.line), 10)
+		b = append(b, ": "...)
+		b = append(b, q.value...)
+	case q.queryType == ping:
+		b = append(b, ":PONG"...)
+		if q.value != "" {
+			b = append(b, ' ')
+			b = append(b, q.value...)
+		}
+		if dropped > 0 {
+			b = append(b, " dropped "...)
+			b = strconv.AppendInt(b, int64(dropped), 10)
+		}
+	case acked:
+		b = append(b, ":OK "...)
+		b = strconv.AppendInt(b, int64(q.n), 10)
+	default:
+		return b
+	}
+	return append(b, '\n')
+}
+
+// mayDrop tells whether a slow reader may lose q's reply.
+func (q *Query) mayDrop(acked bool) bool {
+	return !acked && (q.queryType == get || q.queryType == malformed)
+}
