@@ -171,10 +171,11 @@ func (c *Client) read() (burst string, err error) {
 		burst = in.take(n)
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
-		if in.ticking = false; !in.busy {
+		if !in.busy {
 			in.rest()
 		}
-		in.busy = false
+		in.ticking, in.busy = false, false
+		c.limitRead(time.Time{})
 		err = nil
 	}
 	return burst, err
@@ -188,8 +189,14 @@ func (c *Client) tick() {
 		return
 	}
 	c.in.ticking = true
-	c.connection.SetReadDeadline(time.Now().Add(quietAfter))
-	if c.server.isClosing() { // workLoop's deadline may have come before ours
+	c.limitRead(time.Now().Add(quietAfter))
+}
+
+// limitRead sets the read deadline, unless the server closes: then it has
+// passed, and workLoop may have set it before us.
+func (c *Client) limitRead(end time.Time) {
+	c.connection.SetReadDeadline(end)
+	if c.server.isClosing() {
 		c.connection.SetReadDeadline(time.Now())
 	}
 }
@@ -487,17 +494,20 @@ func (c *Client) drainInput() {
 	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
-	end := time.Now().Add(drainTime)
-	first := end
+	silence := drainTime
 	if c.server.isClosing() {
-		first = time.Now().Add(busyTime)
+		silence = busyTime
 	}
-	c.connection.SetReadDeadline(first)
+	end := time.Now().Add(drainTime)
 	var scratch [4 << 10]byte
 	for {
+		until := time.Now().Add(silence)
+		if until.After(end) {
+			until = end
+		}
+		c.connection.SetReadDeadline(until)
 		if _, err := c.connection.Read(scratch[:]); err != nil {
 			return
 		}
-		c.connection.SetReadDeadline(end)
 	}
 }

@@ -161,8 +161,6 @@ func run(c config, logTo io.Writer) error {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(logTo, &slog.HandlerOptions{Level: level}))
-	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
-
 	// Signals are asked for before anything can be lost to one.
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
@@ -173,6 +171,7 @@ func run(c config, logTo io.Writer) error {
 	}
 	s := New(kvstore.NewMemory())
 	s.log, s.maxLine, s.version = log, c.maxLine, version()
+	log.Info("starting", "version", s.version, "go", runtime.Version(), "pid", os.Getpid())
 	if err := s.serve(listener); err != nil {
 		return err
 	}

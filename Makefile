@@ -1,0 +1,43 @@
+# Needs Go and nothing else. `make` builds ./kvserver.
+
+.DEFAULT_GOAL := build
+.PHONY: build run test check fuzz bench cover clean help
+
+build: ## build ./kvserver
+	go build -trimpath -ldflags="-s -w" -o kvserver .
+
+run: ## start the server
+	go run .
+
+test: ## run the tests
+	go test ./...
+
+check: ## everything that must pass: format, vet, tidy, tests with the race detector
+	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
+	go vet ./...
+	GOOS=darwin go vet ./...
+	GOOS=windows go vet ./...
+	go mod tidy -diff
+	go test -race ./...
+
+FUZZTIME ?= 10s
+fuzz: ## run every fuzz target for FUZZTIME (10s)
+	@for package in $$(go list ./...); do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz'); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package || exit 1; \
+		done; \
+	done
+
+bench: ## run the benchmarks
+	go test -run '^$$' -bench . -benchmem ./...
+
+cover: ## show what the tests reach
+	go test -coverprofile=cover.out ./...
+	go tool cover -func=cover.out
+
+clean: ## remove what the others made
+	rm -f kvserver cover.out
+
+help: ## list these
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

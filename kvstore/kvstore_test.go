@@ -1,0 +1,163 @@
+package kvstore
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"unsafe"
+)
+
+// model is what every store must do, in as few words as possible.
+type model map[string][]string
+
+func (m model) Put(key, value string)   { m[key] = append(m[key], value) }
+func (m model) Get(key string) []string { return m[key] }
+func (m model) Delete(key string) int {
+	n := len(m[key])
+	delete(m, key)
+	return n
+}
+func (m model) Update(key, oldValue, newValue string) bool {
+	i := slices.Index(m[key], oldValue)
+	if i >= 0 {
+		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
+	}
+	m.Put(key, newValue)
+	return i >= 0
+}
+
+// size is what Size must return.
+func (m model) size() (keys, values int, bytes int64) {
+	for key, list := range m {
+		keys++
+		values += len(list)
+		bytes += int64(len(key) + len(strings.Join(list, "")))
+	}
+	return keys, values, bytes
+}
+
+// randomStep does one random thing to store and to m, and reports where they
+// differ.
+func randomStep(t *testing.T, random *rand.Rand, store KVStore, m model) {
+	t.Helper()
+	key := fmt.Sprint("key", random.IntN(20))
+	value := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
+	switch random.IntN(10) {
+	case 0, 1, 2:
+		store.Put(key, value)
+		m.Put(key, value)
+	case 3:
+		if got, want := store.Delete(key), m.Delete(key); got != want {
+			t.Fatalf("Delete(%q) = %d, want %d", key, got, want)
+		}
+	case 4, 5, 6, 7:
+		other := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
+		if got, want := store.Update(key, value, other), m.Update(key, value, other); got != want {
+			t.Fatalf("Update(%q, %q, %q) = %v, want %v", key, value, other, got, want)
+		}
+	default:
+		if got, want := store.Get(key), m.Get(key); !slices.Equal(got, want) {
+			t.Fatalf("Get(%q) = %q, want %q", key, got, want)
+		}
+	}
+}
+
+// checkSame reports where all of store differs from m.
+func checkSame(t *testing.T, store interface {
+	Sizer
+	Lister
+}, m model) {
+	t.Helper()
+	if got := maps.Collect(store.All()); !maps.EqualFunc(got, m, slices.Equal[[]string]) {
+		t.Fatalf("All yields %q, want %q", got, m)
+	}
+	keys, values, bytes := store.Size()
+	if k, v, b := m.size(); keys != k || values != v || bytes != b {
+		t.Fatalf("Size() = %d, %d, %d, want %d, %d, %d", keys, values, bytes, k, v, b)
+	}
+}
+
+// Ensure that the store does what the model does, and that no list it has handed
+// out ever changes.
+func TestMemoryIsLikeTheModel(t *testing.T) {
+	for seed := range uint64(50) {
+		random := rand.New(rand.NewPCG(seed, 0))
+		store, m := NewMemory(), model{}
+		type kept struct{ list, copy []string }
+		var all []kept
+		for range 2000 {
+			randomStep(t, random, store, m)
+			list := store.Get(fmt.Sprint("key", random.IntN(20)))
+			all = append(all, kept{list, slices.Clone(list)})
+		}
+		if err := store.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		checkSame(t, store, m)
+		for _, k := range all {
+			if !slices.Equal(k.list, k.copy) {
+				t.Fatalf("a list that was %q became %q", k.copy, k.list)
+			}
+			if cap(k.list) > len(k.list) {
+				t.Fatalf("a list of %d leaves room to append to", len(k.list))
+			}
+		}
+	}
+}
+
+// Ensure that All stops when it is told to.
+func TestAllStops(t *testing.T) {
+	store := NewMemory()
+	for i := range 10 {
+		store.Put(fmt.Sprint(i), "v")
+		store.Put(fmt.Sprint(i%5), "w")
+	}
+	for most := range 10 {
+		n := 0
+		for range store.All() {
+			if n++; n > most {
+				break
+			}
+		}
+		if n != most+1 {
+			t.Errorf("All yielded %d after a break at %d", n, most+1)
+		}
+	}
+}
+
+// Ensure that nothing kept is a substring of what the caller passed: that would
+// pin a whole read buffer.
+func TestMemoryClones(t *testing.T) {
+	burst := strings.Repeat("key:value:other:", 10)
+	key, value, other := burst[:3], burst[4:9], burst[10:15]
+	inside := func(s string) bool {
+		at := uintptr(unsafe.Pointer(unsafe.StringData(s)))
+		start := uintptr(unsafe.Pointer(unsafe.StringData(burst)))
+		return at >= start && at < start+uintptr(len(burst))
+	}
+	steps := []struct {
+		name string
+		do   func(m *Memory)
+	}{
+		{"Put", func(m *Memory) { m.Put(key, value) }},
+		{"Update of one", func(m *Memory) { m.Update(key, value, other) }},
+		{"second Put", func(m *Memory) { m.Put(key, value) }},
+		{"third Put", func(m *Memory) { m.Put(key, value) }},
+		{"Update of the first", func(m *Memory) { m.Update(key, other, value) }},
+		{"Update of a later one", func(m *Memory) { m.Update(key, value, other); m.Update(key, other, value) }},
+		{"Update without old", func(m *Memory) { m.Update(key, "none", other) }},
+		{"Delete and Update", func(m *Memory) { m.Delete(key); m.Update(key, value, other) }},
+	}
+	m := NewMemory()
+	for _, s := range steps {
+		s.do(m)
+		for k, list := range m.All() {
+			if inside(k) || slices.ContainsFunc(list, inside) {
+				t.Errorf("after %s the caller's memory is kept", s.name)
+			}
+		}
+	}
+}

@@ -1,0 +1,1607 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore"
+)
+
+// TestMain lets the test binary be the server: a test that needs a process of
+// its own starts this one again.
+func TestMain(m *testing.M) {
+	if os.Getenv("KVSERVER_TEST_MAIN") != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// ---- the protocol
+
+// conversations are what clients send and what they must read, to the last
+// byte, before the server closes. Every client ends its own side first.
+var conversations = []struct{ name, send, want string }{
+	{"nothing", "", ""},
+	{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
+	{"put appends", "Put:k:a\nPut:k:b\nPut:k:a\nGet:k\n", "k:a\nk:b\nk:a\n"},
+	{"miss", "Get:k\nDelete:k\n", ""},
+	{"value with colons", "Put:k:a:b::\nGet:k\n", "k:a:b::\n"},
+	{"empty value", "Put:k:\nGet:k\n", "k:\n"},
+	{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
+	{"update replaces the first and appends", "Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
+	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
+	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
+	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
+	{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
+	{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
+	{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n", "k:a\nk:b\nk:a\nk:b\nk:y\n"},
+	{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
+	{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
+	{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
+	{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
+	{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
+	{"blank lines count", "\n\r\n\r\x00\nfoo\n", ":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
+
+	{"ack", "Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\nfoo\nAck\nQuit\n",
+		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line 10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
+	{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
+	{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
+	{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
+	{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
+	{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
+	{"help", "?\n", ": " + strings.Join(helpLines, "\n: ") + "\n"},
+	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines, "\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+
+	{"put without value", "Put:k\nPut\nPut:\nPut::v\nGet:k\n",
+		":ERROR line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n" +
+			":ERROR line 2: Put needs a key and a value, as in Put:key:value; got \"Put\"\n" +
+			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
+			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
+	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
+		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"\n" +
+			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:\"\n" +
+			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
+			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
+	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
+		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:a:1\"\n" +
+			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:\"\na:1\n"},
+	{"update with more or less", "Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
+		strings.Join([]string{
+			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k:a"`,
+			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k"`,
+			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k:a:b:c"`,
+			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update::a:b"`,
+			"k:a\n"}, "\n")},
+	{"arguments that nobody takes", "Quit:\nAck:on\nStats:\nHelp:me\nPut:k:a\nGet:k\n",
+		strings.Join([]string{
+			`:ERROR line 1: Quit needs nothing behind it, as in Quit; got "Quit:"`,
+			`:ERROR line 2: Ack needs nothing behind it, as in Ack; got "Ack:on"`,
+			`:ERROR line 3: Stats needs nothing behind it, as in Stats; got "Stats:"`,
+			`:ERROR line 4: Help needs nothing behind it, as in Help; got "Help:me"`,
+			"k:a\n"}, "\n")},
+	{"hints", "get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\nget\ta\nset a\nget a\x1b\n",
+		strings.Join([]string{
+			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
+			`:ERROR line 2: unknown request "set a b"; did you mean Put:a:b ?`,
+			`:ERROR line 3: unknown request "SET a b c"; did you mean Put:a:b c ?`,
+			`:ERROR line 4: unknown request "del a"; did you mean Delete:a ?`,
+			`:ERROR line 5: unknown request "Gett:a"; did you mean Get:a ?`,
+			`:ERROR line 6: unknown request "Ptu:a:b:c"; did you mean Put:a:b:c ?`,
+			`:ERROR line 7: unknown request "update a b c"; did you mean Update:a:b:c ?`,
+			`:ERROR line 8: unknown request " Get:a"; did you mean Get:a ?`,
+			`:ERROR line 9: unknown request "Get :a"; did you mean Get:a ?`,
+			`:ERROR line 10: unknown request "get\ta"; did you mean Get:a ?`,
+			`:ERROR line 11: unknown request "set a"; did you mean Put:key:value ?`,
+			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
+			""}, "\n")},
+	{"long nonsense is cut", strings.Repeat("x", 41) + "\n", ":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
+	{"nonsense", "\x00\n:\n::\nk:v\n\xff\xfe\n", strings.Join([]string{
+		`:ERROR line 1: unknown request "\x00"; Help lists the requests`,
+		`:ERROR line 2: unknown request ":"; Help lists the requests`,
+		`:ERROR line 3: unknown request "::"; Help lists the requests`,
+		`:ERROR line 4: unknown request "k:v"; Help lists the requests`,
+		`:ERROR line 5: unknown request "\xff\xfe"; Help lists the requests`,
+		""}, "\n")},
+	{"kelvin is no k", "Ac\u212a\n", ":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
+
+	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k", ":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
+	{"torn write is not run", "Ack\nPut:k:a", ":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
+
+	{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
+	{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
+	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
+	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n", ":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n:PONG\n"},
+
+	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"over the limit", "Put:k:" + strings.Repeat("v", testMaxLine-5) + "\nGet:k\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n", ":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
+	{"two over the limit", strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y", 30_000) + "\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000), ":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+}
+
+// testMaxLine is small enough to try, and larger than every buffer a client
+// starts with.
+const testMaxLine = 20_000
+
+// Ensure that every request is answered as the protocol says.
+func TestConversations(t *testing.T) {
+	for _, c := range conversations {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				a := n.dial(t)
+				go a.sendAll(c.send)
+				if got := a.readAll(); got != c.want {
+					t.Errorf("sent %.300q\n got %.600q\nwant %.600q", c.send, got, c.want)
+				}
+			})
+		})
+	}
+}
+
+// Ensure that it does not matter where the network cuts what a client sends.
+func TestEverySplitPoint(t *testing.T) {
+	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" + "Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
+	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the requests\n" +
+		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at its end, so it was not run\n"
+	play := func(t *testing.T, pieces ...string) {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			go func() {
+				for _, p := range pieces {
+					a.send(p)
+					synctest.Wait() // until the server has read it and waits for more
+				}
+				a.conn.CloseWrite()
+			}()
+			if got := a.readAll(); got != want {
+				t.Errorf("in pieces %q\n got %q\nwant %q", pieces, got, want)
+			}
+		})
+	}
+	for i := range script {
+		play(t, script[:i], script[i:])
+	}
+	play(t, strings.Split(script, "")...)
+}
+
+// Ensure that a burst of many chains is answered in order.
+func TestTenThousandRequestsInOneWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var send, want strings.Builder
+		for i := range 10_000 {
+			fmt.Fprintf(&send, "Put:k%d:v%d\nGet:k%d\nPing:%d\n", i, i, i, i)
+			fmt.Fprintf(&want, "k%d:v%d\n:PONG %d\n", i, i, i)
+		}
+		a := n.dial(t)
+		go a.sendAll(send.String())
+		if got := a.readAll(); got != want.String() {
+			t.Errorf("got %d bytes that begin %.100q, want %d", len(got), got, want.Len())
+		}
+	})
+}
+
+// Ensure that a line that is far too long costs no more memory than the limit.
+func TestEndlessLineTakesNoMemory(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b := n.dial(t), n.dial(t)
+		big := bytes.Repeat([]byte("x"), 1<<20)
+		for range 64 {
+			a.conn.Write(big)
+		}
+		b.ask("Ping", ":PONG")
+		a.send("\n")
+		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
+		for _, c := range []*testClient{a, b} {
+			c.hangUp()
+		}
+	})
+}
+
+// Ensure that Stats counts what was done, in the order in which it was done.
+func TestStats(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.dial(t).hangUp()
+		synctest.Wait()
+		pass(3 * time.Second)
+		a := n.dial(t)
+		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\nPing\nStats\nAck\nStats\n")
+		a.want("key:value", "key:v2", `:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		lines := []string{
+			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
+			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1",
+			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": help_requests_total 0", ": quit_requests_total 0",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": keys 1", ": values 2", ": data_bytes 10",
+		}
+		a.want(lines...)
+		a.want(":OK 0")
+		lines[8], lines[10] = ": ack_requests_total 1", ": stats_requests_total 2"
+		a.want(lines...)
+		a.want(":OK " + strconv.Itoa(len(lines)))
+		a.hangUp()
+	})
+}
+
+// ---- many clients
+
+// Ensure that clients on real connections see their own writes at once.
+func TestEveryClientReadsItsOwnWrites(t *testing.T) {
+	addr := serveTCP(t)
+	var wg sync.WaitGroup
+	for id := range 20 {
+		wg.Go(func() {
+			c := dialTCP(t, addr)
+			for i := range 100 {
+				c.send(fmt.Sprintf("Put:own%d:%d\nGet:own%d\nDelete:own%d\n", id, i, id, id))
+				c.want(fmt.Sprintf("own%d:%d", id, i))
+			}
+			c.hangUp()
+		})
+	}
+	wg.Wait()
+}
+
+// Ensure that there is one order of writes: whatever list a client reads is the
+// beginning of what everybody reads in the end.
+func TestAllClientsSeeOneOrder(t *testing.T) {
+	addr := serveTCP(t)
+	const writers, puts = 8, 50
+	var wg sync.WaitGroup
+	seen := make([][]string, writers)
+	for id := range writers {
+		wg.Go(func() {
+			c := dialTCP(t, addr)
+			c.ask("Ack", ":OK 0")
+			for i := range puts {
+				c.ask(fmt.Sprintf("Put:list:%d-%d", id, i), ":OK 1")
+				c.send("Get:list\n")
+				seen[id] = c.readList()
+				if last := fmt.Sprintf("list:%d-%d", id, i); !slices.Contains(seen[id], last) {
+					t.Errorf("client %d does not see its own %q", id, last)
+				}
+			}
+			c.hangUp()
+		})
+	}
+	wg.Wait()
+	c := dialTCP(t, addr)
+	c.ask("Ack", ":OK 0")
+	c.send("Get:list\n")
+	final := c.readList()
+	if len(final) != writers*puts {
+		t.Fatalf("the list has %d values, want %d", len(final), writers*puts)
+	}
+	for id := range seen {
+		if !slices.Equal(seen[id], final[:len(seen[id])]) {
+			t.Errorf("client %d saw a list that is no beginning of the final one", id)
+		}
+	}
+	next := make([]int, writers)
+	for _, line := range final {
+		var id, i int
+		fmt.Sscanf(line, "list:%d-%d", &id, &i)
+		if i != next[id] {
+			t.Fatalf("client %d's write %d stands where its %d was due", id, i, next[id])
+		}
+		next[id]++
+	}
+	c.hangUp()
+}
+
+// Ensure that the counts are right while clients come and go, whoever asks.
+func TestCounts(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		check := func(active, dropped int) {
+			t.Helper()
+			synctest.Wait()
+			var wg sync.WaitGroup
+			for range 10 { // at once, and never one the other's number
+				wg.Go(func() {
+					if got := n.server.CountActive(); got != active {
+						t.Errorf("CountActive() = %d, want %d", got, active)
+					}
+				})
+				wg.Go(func() {
+					if got := n.server.CountDropped(); got != dropped {
+						t.Errorf("CountDropped() = %d, want %d", got, dropped)
+					}
+				})
+			}
+			wg.Wait()
+		}
+		n.start(t)
+		check(0, 0)
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		check(3, 0)
+		a.ask("Ping", ":PONG")
+		check(3, 0)
+		a.hangUp()
+		check(2, 1)
+		b.conn.Close()
+		check(1, 2)
+		c.send("Quit\n")
+		c.wantClosed()
+		c.conn.Close()
+		check(0, 3)
+		n.dial(t).hangUp()
+		check(0, 4)
+	})
+}
+
+// ---- slow readers, in fake time
+
+const kilo = 1000
+
+// Ensure that a client that reads nothing keeps at least the queue that it was
+// promised, loses the rest, is told how much, and delays nobody.
+func TestSlowReaderDelaysOnlyItself(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 10*kilo)
+		n.fill("k", value, 1)
+		other, slow := n.dial(t), n.dial(t)
+		const owed = 10 * kilo // of 10 kB: more than 500 messages of 128 KiB
+		start := time.Now()
+		go slow.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
+		for i := range 100 {
+			other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("others waited %v", took)
+		}
+		synctest.Wait()
+		other.ask("Get:after") // not run yet: the slow one waits for itself
+		other.ask("Ping", ":PONG")
+		pass(slowAfter)
+		other.ask("Get:after", "after:1") // its writes take effect
+		if took := time.Since(start); took != slowAfter {
+			t.Errorf("a slow reader was waited for %v, want %v", took, slowAfter)
+		}
+		delivered := 0
+		for {
+			line := slow.read()
+			if line != "k:"+value {
+				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
+					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
+				}
+				break
+			}
+			delivered++
+		}
+		if delivered < maxBufferSize || delivered == owed {
+			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered, owed, maxBufferSize)
+		}
+		if most := maxBufferSize*maxMessage/len(value) + 50; delivered > most {
+			t.Errorf("%d replies were kept, want at most %d", delivered, most)
+		}
+		slow.ask("Ping", ":PONG") // counted once
+		if dropped := other.stat("replies_dropped_total"); dropped != owed-delivered {
+			t.Errorf("Stats counted %d dropped replies, want %d", dropped, owed-delivered)
+		}
+		slow.ask("Get:after", "after:1")
+		slow.hangUp()
+		other.hangUp()
+	})
+}
+
+// Ensure that a slow reader that begins to read again loses nothing more.
+func TestSlowReaderRecovers(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", maxMessage) // two messages a reply
+		n.fill("k", value[:20*kilo-10], 1)
+		n.fill("list", value[:10*kilo], 30)
+		a := n.dial(t)
+		ask := func() { a.send(strings.Repeat("Get:list\n", 400) + "Ping\n") }
+		go ask()
+		pass(2 * slowAfter)
+		delivered := a.count("list:")
+		if delivered == 0 || delivered%30 != 0 || delivered == 400*30 {
+			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
+		}
+		go ask()
+		if delivered := a.count("list:"); delivered != 400*30 {
+			t.Errorf("reading at once, %d lines were delivered, want all %d", delivered, 400*30)
+		}
+		a.hangUp()
+	})
+}
+
+// Ensure that a slow but steady reader is not taken for one that stopped,
+// whatever it pipelines.
+func TestSteadyReaderLosesNothing(t *testing.T) {
+	for _, rate := range []int{256 << 10, 1000 * kilo} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			value := strings.Repeat("v", 19*kilo)
+			n.fill("k", value, 10)
+			a := n.dial(t)
+			const gets = 400 // 76 MB
+			go a.send(strings.Repeat("Get:k\n", gets))
+			want := gets * 10 * len("k:"+value+"\n")
+			for got := 0; got < want; got += rate / 10 {
+				pass(100 * time.Millisecond)
+				if _, err := io.CopyN(io.Discard, a.r, int64(min(rate/10, want-got))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a.ask("Ping", ":PONG")
+			a.hangUp()
+		})
+	}
+}
+
+// Ensure that a client that pipelines without limit, but reads, loses nothing.
+func TestPipeliningLosesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		a := n.dial(t)
+		const gets = 200 * kilo
+		go a.send(strings.Repeat("Get:k\n", gets))
+		for i := range gets {
+			if line := a.read(); line != "k:v" {
+				t.Fatalf("reply %d is %q", i, line)
+			}
+		}
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// Ensure that after Ack nothing is dropped, however long a client does not read,
+// and that its later requests wait.
+func TestAckedSlowReaderLosesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 19*kilo)
+		n.fill("k", value, 1)
+		a, other := n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		const owed = 5000
+		go a.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
+		pass(time.Minute)
+		other.ask("Get:after")
+		other.ask("Ping", ":PONG")
+		for i := range owed {
+			a.want("k:"+value, ":OK 1")
+			if t.Failed() {
+				t.Fatalf("at reply %d", i)
+			}
+		}
+		a.want(":OK 1")
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+		other.hangUp()
+	})
+}
+
+// Ensure that a reply larger than the whole queue arrives whole: it begins when
+// nothing else is queued, and once begun it ends, if the reader stops or not.
+func TestReplyLargerThanTheQueueArrivesWhole(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 19*kilo)
+		n.fill("k", value, 4000) // 76 MB
+		a := n.dial(t)
+		go a.send("Ping:before\nGet:k\n")
+		pass(time.Minute)
+		a.want(":PONG before")
+		for range 4000 {
+			a.want("k:" + value)
+		}
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// Ensure that a reply that needs more room than there is waits or is dropped
+// whole, and that smaller ones still find room.
+func TestRoomIsForWholeReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 19*kilo)
+		n.fill("big", value, 2000) // 38 MB: 290 messages
+		a := n.dial(t)
+		a.send("Put:small:s\nGet:big\nGet:big\nGet:small\n")
+		pass(2 * slowAfter)
+		a.send("Ping\n")
+		for range 2000 {
+			a.want("big:" + value)
+		}
+		a.want("small:s", ":PONG dropped 1")
+		a.hangUp()
+	})
+}
+
+// Ensure that errors may be dropped like data, and are counted.
+func TestDroppedErrorsAreCounted(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 18*kilo), 7) // a message
+		a := n.dial(t)
+		const owed = 700
+		go a.send(strings.Repeat("Get:k\n", owed) + strings.Repeat("nonsense\n", 10) + "Ping\n")
+		pass(time.Minute)
+		lines := 0
+		for strings.HasPrefix(a.peek(), "k:") {
+			a.read()
+			lines++
+		}
+		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
+		a.hangUp()
+	})
+}
+
+// ---- the ends of a connection
+
+// Ensure that a client that vanishes leaves nothing behind, in whatever state.
+func TestClientVanishes(t *testing.T) {
+	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n", "Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fill("big", strings.Repeat("v", 19*kilo), 1000)
+			a, b := n.dial(t), n.dial(t)
+			go b.sendSome(send)
+			synctest.Wait()
+			b.conn.Close()
+			synctest.Wait()
+			if send == "Quit\n" {
+				pass(drainTime)
+			}
+			if got := n.server.CountActive(); got != 1 {
+				t.Errorf("after %.20q and Close: %d clients, want 1", send, got)
+			}
+			a.ask("Ping", ":PONG")
+			a.hangUp()
+		})
+	}
+}
+
+// Ensure that after Quit the server ends its side, and waits for the client to
+// end its own, but not for long.
+func TestQuitDrains(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		start := time.Now()
+		a.send("Ping\nQuit\nPut:k:v\n")
+		a.want(":PONG")
+		a.wantClosed()
+		if took := time.Since(start); took != 0 {
+			t.Errorf("our side ended after %v", took)
+		}
+		a.send("Put:k:v\nGet:k\n") // taken in, not run
+		pass(drainTime)
+		if _, err := a.conn.Write([]byte("x")); err == nil {
+			t.Errorf("the connection is open %v after Quit", drainTime)
+		}
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients, want 0", got)
+		}
+	})
+}
+
+// Ensure that what was read is run and answered when the client half-closes on a
+// real connection.
+func TestHalfClose(t *testing.T) {
+	addr := serveTCP(t)
+	a := dialTCP(t, addr)
+	var send, want strings.Builder
+	for i := range 20_000 {
+		fmt.Fprintf(&send, "Put:h:%d\n", i)
+		fmt.Fprintf(&want, "h:%d\n", i)
+	}
+	go a.sendAll(send.String() + "Get:h\n")
+	if got := a.readAll(); got != want.String() {
+		t.Errorf("got %d bytes, want %d", len(got), want.Len())
+	}
+}
+
+// ---- the life of the server
+
+// Ensure that Close is bounded in time in every state of the clients, and that
+// it ends every goroutine (a bubble does not end while one is left).
+func TestCloseInEveryState(t *testing.T) {
+	states := []struct {
+		name  string
+		begin func(a *testClient)
+		most  time.Duration
+	}{
+		{"idle", func(a *testClient) {}, 0},
+		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
+		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
+		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
+		{"gone", func(a *testClient) { a.conn.Close() }, 0},
+		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
+		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
+		{"not reading, ack", func(a *testClient) { a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300)) }, closeTime + busyTime},
+		{"sending on and on", func(a *testClient) {
+			go func() {
+				for {
+					if _, err := a.conn.Write([]byte("Put:on:on\n")); err != nil {
+						return
+					}
+					<-time.After(time.Millisecond)
+				}
+			}()
+		}, busyTime + drainTime},
+	}
+	for _, s := range states {
+		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
+			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, n *fakeNet) {
+					n.fill("big", strings.Repeat("v", 19*kilo), 1000)
+					b, a := n.dial(t), n.dial(t)
+					s.begin(a)
+					if after > 0 {
+						pass(after)
+					}
+					start := time.Now()
+					n.server.Close()
+					if took := time.Since(start); took > s.most+busyTime {
+						t.Errorf("Close took %v, want at most %v", took, s.most+busyTime)
+					}
+					b.wantClosed()
+					a.conn.Close()
+					pass(time.Millisecond) // for whoever still sends to notice
+				})
+			})
+		}
+	}
+}
+
+// Ensure that requests that were read before Close are run and answered.
+func TestCloseAnswersWhatWasRead(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.send(strings.Repeat("Put:k:v\n", 100) + "Get:k\nPing:last\n")
+		synctest.Wait()
+		go n.server.Close()
+		for range 100 {
+			a.want("k:v")
+		}
+		a.want(":PONG last")
+		a.wantClosed()
+	})
+}
+
+// Ensure that every call can come twice, early, late and at once.
+func TestCallsInAnyOrder(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		s := New(kvstore.NewMemory())
+		if s.CountActive() != 0 || s.CountDropped() != 0 {
+			t.Error("before Start the counts are not 0")
+		}
+		s.Close()
+		s.Close()
+		if err := s.Start(0); !errors.Is(err, errClosed) {
+			t.Errorf("Start after Close: %v, want %v", err, errClosed)
+		}
+		if s.CountActive() != 0 || s.CountDropped() != 0 {
+			t.Error("after Close the counts are not 0")
+		}
+
+		a := n.dial(t)
+		if err := n.server.serve(newFakeNet()); !errors.Is(err, errStarted) {
+			t.Errorf("second start: %v, want %v", err, errStarted)
+		}
+		a.send("Get:k\n")
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(n.server.Close)
+			wg.Go(func() { n.server.CountActive() })
+			wg.Go(func() { n.server.CountDropped() })
+		}
+		wg.Wait()
+		if n.server.CountActive() != 0 {
+			t.Error("after Close CountActive is not 0")
+		}
+		if err := n.server.serve(newFakeNet()); !errors.Is(err, errClosed) {
+			t.Errorf("start after Close: %v, want %v", err, errClosed)
+		}
+	})
+}
+
+// Ensure that Start serves its port, and says so when it cannot.
+func TestStart(t *testing.T) {
+	first := New(kvstore.NewMemory())
+	if err := first.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	port := first.listener.Addr().(*net.TCPAddr).Port
+	a := dialTCP(t, first.listener.Addr().String())
+	a.ask("Ping", ":PONG")
+	a.hangUp()
+	second := New(kvstore.NewMemory())
+	if err := second.Start(port); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a taken port: %v, want %v", err, syscall.EADDRINUSE)
+	}
+	if err := second.Start(0); err != nil {
+		t.Errorf("a free port after a taken one: %v", err)
+	}
+	second.Close()
+	if err := first.Start(0); !errors.Is(err, errStarted) {
+		t.Errorf("second Start: %v, want %v", err, errStarted)
+	}
+}
+
+// Ensure that failing Accepts are tried again, less and less often, with one
+// line in the log for each change.
+func TestAcceptBacksOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		n := newFakeNet()
+		n.failures = 12
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		start := time.Now()
+		if err := n.server.serve(n); err != nil {
+			t.Fatal(err)
+		}
+		a := n.dial(t)
+		a.ask("Ping", ":PONG")
+		// 5, 10, 20 ... 640 ms, then 1 s four times
+		if took, want := time.Since(start), 1275*time.Millisecond+4*time.Second; took != want {
+			t.Errorf("served after %v, want %v", took, want)
+		}
+		a.hangUp()
+		n.server.Close()
+		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
+			if got := strings.Count(log.String(), line); got != 1 {
+				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log.String())
+			}
+		}
+	})
+	synctest.Test(t, func(t *testing.T) { // and Close does not wait for it
+		n := newFakeNet()
+		n.failures = 1 << 30
+		n.server.serve(n)
+		pass(time.Minute)
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took != 0 {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+// Ensure that a goodbye has its reason in the log, that dropped replies are
+// worth a warning, and that comings and goings alone are not.
+func TestLogSaysWhyAClientLeft(t *testing.T) {
+	var log bytes.Buffer
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNet()
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		n.fill("big", strings.Repeat("v", 19*kilo), 2000)
+		n.dial(t).hangUp()
+		n.dial(t).conn.Close()
+		a := n.dial(t)
+		a.send("Get:big\nGet:big\n")
+		pass(2 * slowAfter)
+		a.conn.Close()
+		synctest.Wait()
+		n.server.Close()
+	})
+	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
+	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
+	if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
+		t.Errorf("the log is\n%s\nwant first %s", text, want)
+	}
+}
+
+// ---- the store behind the server
+
+// plainStore is a KVStore of the test's own that can do nothing else, does not
+// clone, and whose Commit fails when told to.
+type plainStore struct {
+	lists   map[string][]string
+	commits int
+	fail    error
+}
+
+func (p *plainStore) Get(key string) []string { return slices.Clone(p.lists[key]) }
+func (p *plainStore) Put(key, value string)   { p.lists[key] = append(p.lists[key], value) }
+func (p *plainStore) Delete(key string) int {
+	n := len(p.lists[key])
+	delete(p.lists, key)
+	return n
+}
+func (p *plainStore) Update(key, oldValue, newValue string) bool {
+	i := slices.Index(p.lists[key], oldValue)
+	if i >= 0 {
+		p.lists[key] = slices.Delete(p.lists[key], i, i+1)
+	}
+	p.Put(key, newValue)
+	return i >= 0
+}
+func (p *plainStore) Commit() error {
+	p.commits++
+	return p.fail
+}
+
+// Ensure that the server needs nothing of a store but the KVStore interface.
+func TestAnyStoreWillDo(t *testing.T) {
+	for _, c := range conversations {
+		synctest.Test(t, func(t *testing.T) {
+			n := newFakeNet()
+			n.server.db = &plainStore{lists: map[string][]string{}}
+			n.server.serve(n)
+			defer n.server.Close()
+			a := n.dial(t)
+			go a.sendAll(c.send)
+			if got := a.readAll(); got != c.want {
+				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
+			}
+			b := n.dial(t)
+			b.send("Ack\nStats\n")
+			for line := b.read(); !strings.HasPrefix(line, ":OK 1"); line = b.read() {
+				if strings.HasPrefix(line, ": keys") {
+					t.Errorf("Stats says %q of a store that cannot know", line)
+				}
+			}
+			b.hangUp()
+		})
+	}
+}
+
+// Ensure that no reply leaves when Commit fails: not of a write, not of a read;
+// everybody is disconnected, and the owner is told.
+func TestNoReplyWithoutCommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &plainStore{lists: map[string][]string{}}
+		n := newFakeNet()
+		n.server.db = store
+		n.server.serve(n)
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.ask("Put:k:v", ":OK 1")
+		b.ask("Get:k", "k:v")
+		synctest.Wait()
+		store.fail = errors.New("disk on fire")
+		a.send("Put:k:w\n")
+		synctest.Wait()
+		for _, x := range []*testClient{a, b, c} {
+			x.wantClosed()
+		}
+		if err := <-n.server.Failed(); err != store.fail {
+			t.Errorf("Failed says %v, want %v", err, store.fail)
+		}
+		commits := store.commits
+		n.dial(t).wantClosed()
+		n.server.Close()
+		if store.commits != commits {
+			t.Error("after a failed Commit there was another")
+		}
+	})
+}
+
+// ---- the binary
+
+// Ensure that the session in the README is what happens.
+func TestReadmeSession(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sessions := regexp.MustCompile("(?s)```text\n\\$ nc localhost 9999\n(.*?)```").FindAllSubmatch(readme, -1)
+	if len(sessions) == 0 {
+		t.Fatal("the README shows no session")
+	}
+	for _, session := range sessions {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			for line := range strings.Lines(string(session[1])) {
+				line = strings.TrimSuffix(line, "\n")
+				if request, _, typed := strings.Cut(line, "  <-"); typed {
+					a.send(strings.TrimRight(request, " ") + "\n")
+				} else {
+					a.want(line)
+				}
+			}
+			a.conn.CloseWrite()
+			a.wantClosed()
+		})
+	}
+}
+
+// Ensure that the README and the help text name every flag, and no other.
+func TestFlagsAreDocumented(t *testing.T) {
+	var out bytes.Buffer
+	if _, err := parseFlags([]string{"-h"}, &out); err == nil {
+		t.Fatal("-h returns no error")
+	}
+	lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	if len(lines) > 24 {
+		t.Errorf("the help text has %d lines, want at most 24", len(lines))
+	}
+	for _, line := range lines {
+		if len(line) > 80 {
+			t.Errorf("%d columns: %s", len(line), line)
+		}
+	}
+}
+
+// Ensure that misuse and failure say what and what to do, in two lines, with
+// the right exit code.
+func TestMistakes(t *testing.T) {
+	taken, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	port := taken.Addr().(*net.TCPAddr).Port
+	for _, m := range []struct {
+		args       []string
+		code       int
+		what, todo string // how they begin
+	}{
+		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo", "kvserver -h lists the flags."},
+		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "kvserver -h"},
+		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "kvserver -h"},
+		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 1 to"},
+		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
+		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`, "Give a port,"},
+		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), fmt.Sprint("Stop it, or choose another port: kvserver -addr ")},
+		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure, "kvserver: cannot listen on 192.0.2.1:9999: ", "This machine does not have that address."},
+		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
+	} {
+		cmd := binary(m.args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		lines := strings.Split(stderr.String(), "\n")
+		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
+			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
+			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args, cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
+		}
+	}
+	for _, arg := range []string{"-h", "-help", "-version"} {
+		cmd := binary(arg)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		if out, err := cmd.Output(); err != nil || stderr.Len() > 0 || !bytes.Contains(out, []byte("kvserver")) {
+			t.Errorf("%s: %v, prints %q and %q", arg, err, out, stderr.String())
+		}
+	}
+}
+
+// Ensure that each signal stops the server cleanly, with a client's last reply
+// delivered, and that the log tells the story.
+func TestSignalsStopCleanly(t *testing.T) {
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
+		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+		a, idle := dialTCP(t, addr), dialTCP(t, addr)
+		a.send("Put:k:v\nGet:k\n")
+		a.want("k:v")
+		cmd.Process.Signal(sig)
+		a.wantClosed()
+		idle.wantClosed()
+		rest, _ := io.ReadAll(log)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("%v: %v", sig, err)
+		}
+		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest, []byte("msg=stopped clients_served=2 requests=2 replies_dropped=0")) {
+			t.Errorf("%v: the log ends with %s", sig, rest)
+		}
+	}
+}
+
+// ---- fuzzing
+
+// model is the parser's and the store's model: as short as it can be.
+type model struct{ lists map[string][]string }
+
+// answer returns what the server must reply to one line that is not blank.
+func (m *model) answer(number int, line string, acked *bool) string {
+	f := strings.Split(line, ":")
+	verb, n, out := strings.ToLower(f[0]), 0, ""
+	refused := ":ERROR line " + strconv.Itoa(number) + ": "
+	switch {
+	case len(line) > testMaxLine:
+		return refused
+	case verb == "put" && len(f) >= 3 && f[1] != "":
+		m.lists[f[1]] = append(m.lists[f[1]], strings.Join(f[2:], ":"))
+		n = 1
+	case verb == "get" && len(f) == 2 && f[1] != "":
+		for _, v := range m.lists[f[1]] {
+			out += f[1] + ":" + v + "\n"
+			n++
+		}
+	case verb == "delete" && len(f) == 2 && f[1] != "":
+		n = len(m.lists[f[1]])
+		delete(m.lists, f[1])
+	case verb == "update" && len(f) == 4 && f[1] != "":
+		if i := slices.Index(m.lists[f[1]], f[2]); i >= 0 {
+			m.lists[f[1]] = slices.Delete(m.lists[f[1]], i, i+1)
+			n = 1
+		}
+		m.lists[f[1]] = append(m.lists[f[1]], f[3])
+	case line == "?" || verb == "help" && len(f) == 1:
+		n = len(helpLines)
+		out = ": " + strings.Join(helpLines, "\n: ") + "\n"
+	case verb == "ack" && len(f) == 1:
+		*acked = true
+	case verb == "ping":
+		return strings.TrimRight(":PONG "+strings.Join(f[1:], ":"), " ") + "\n"
+	case (verb == "quit" || verb == "exit") && len(f) == 1:
+	default:
+		return refused
+	}
+	if *acked {
+		out += ":OK " + strconv.Itoa(n) + "\n"
+	}
+	return out
+}
+
+// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly
+// the replies that the model gives.
+func FuzzConversation(f *testing.F) {
+	for i, c := range conversations {
+		if len(c.send) < 10_000 {
+			f.Add([]byte(c.send), uint16(i))
+		}
+	}
+	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
+		lines := strings.SplitAfter(string(script), "\n")
+		m, acked, want, spoke, quit := model{map[string][]string{}}, false, "", false, false
+		for i, line := range lines {
+			if line == "" || quit {
+				continue
+			}
+			if !strings.HasSuffix(line, "\n") {
+				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
+				continue
+			}
+			line = strings.TrimSuffix(line, "\n")
+			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
+				line = short
+			} else {
+				line = strings.TrimSuffix(line, "\r")
+			}
+			if line == "" {
+				continue
+			}
+			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" || strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
+				return // Stats tells the time; and the model folds letters as Unicode does
+			}
+			answer := m.answer(i+1, line, &acked)
+			if strings.HasPrefix(answer, ":ERROR") {
+				answer += "\n"
+				if !spoke && isHTTP(line) {
+					answer, quit = badRequest, true
+				}
+			}
+			spoke = true
+			want += answer
+			verb := strings.ToLower(line)
+			quit = quit || verb == "quit" || verb == "exit"
+		}
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			go func() {
+				at := min(int(cut), len(script))
+				a.conn.Write(script[:at])
+				synctest.Wait()
+				a.conn.Write(script[at:])
+				a.conn.CloseWrite()
+			}()
+			// The reason in an error is for people: here only its place counts.
+			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: ).*$`).ReplaceAllString(a.readAll(), "$1")
+			if got != want {
+				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
+			}
+		})
+	})
+}
+
+// Ensure that parse never panics, never reads a line as a larger request than
+// it is, and loses no byte of what it takes.
+func FuzzParse(f *testing.F) {
+	for _, c := range conversations {
+		for line := range strings.Lines(c.send) {
+			f.Add(strings.TrimRight(line, "\r\n\x00"))
+		}
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		if line == "" || strings.Contains(line, "\n") {
+			return
+		}
+		var q Query
+		q.parse(line)
+		var again string
+		switch q.queryType {
+		case malformed:
+			if q.value == "" || strings.ContainsAny(q.value, "\r\n\x00\x1b") {
+				t.Fatalf("%q: the error %q is no good line", line, q.value)
+			}
+			return
+		case put:
+			again = "Put:" + q.key + ":" + q.value
+		case get:
+			again = "Get:" + q.key
+		case del:
+			again = "Delete:" + q.key
+		case update:
+			again = "Update:" + q.key + ":" + q.value + ":" + q.newValue
+		case ping:
+			again = "Ping:" + q.value
+			line = strings.TrimSuffix(line, ":")
+			again = strings.TrimSuffix(again, ":")
+		case ack, stats, help, quit:
+			again = verbs[q.queryType].name
+			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
+		}
+		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping {
+			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
+		}
+		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) || len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] && q.key != "" {
+			t.Fatalf("%q was read as %q", line, again)
+		}
+	})
+}
+
+// ---- helpers
+
+// pass lets d of fake time pass, and everybody do what they do until then.
+func pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
+}
+
+// binary is a command that runs the server as a process of its own.
+func binary(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1")
+	return cmd
+}
+
+// startBinary starts the server and returns its address, when it listens, and
+// the rest of its log.
+func startBinary(t *testing.T, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
+	t.Helper()
+	cmd = binary(args...)
+	pipe, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	log = bufio.NewReader(pipe)
+	for addr == "" {
+		line, err := log.ReadString('\n')
+		if err != nil {
+			t.Fatalf("the server ended: %q, %v", line, err)
+		}
+		if m := regexp.MustCompile(`msg=listening addr=(\S+)`).FindStringSubmatch(line); m != nil {
+			addr = m[1]
+		}
+	}
+	return cmd, addr, log
+}
+
+// serveTCP serves an empty store on a real port until the test ends.
+func serveTCP(t testing.TB) (addr string) {
+	t.Helper()
+	listener, err := listen("localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(kvstore.NewMemory())
+	if err := s.serve(listener); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return listener.Addr().String()
+}
+
+// halfConn is a connection whose sending side can be closed alone.
+type halfConn interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// testClient is a client that knows what to expect.
+type testClient struct {
+	t    testing.TB
+	conn halfConn
+	r    *bufio.Reader
+}
+
+// dialTCP connects to a real port. Its deadline only ends a test that has
+// failed already.
+func dialTCP(t testing.TB, addr string) *testClient {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	return &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
+}
+
+// send sends text.
+func (c *testClient) send(text string) {
+	c.t.Helper()
+	if _, err := io.WriteString(c.conn, text); err != nil {
+		c.t.Errorf("sending %.40q: %v", text, err)
+	}
+}
+
+// sendSome sends text as far as it goes.
+func (c *testClient) sendSome(text string) { io.WriteString(c.conn, text) }
+
+// sendAll sends text as far as it goes, and nothing more.
+func (c *testClient) sendAll(text string) {
+	c.sendSome(text)
+	c.conn.CloseWrite()
+}
+
+// ask sends one request and wants these lines.
+func (c *testClient) ask(request string, lines ...string) {
+	c.t.Helper()
+	c.send(request + "\n")
+	c.want(lines...)
+}
+
+// read returns the next line.
+func (c *testClient) read() string {
+	c.t.Helper()
+	line, err := c.r.ReadString('\n')
+	if err != nil {
+		c.t.Fatalf("reading: %q, %v", line, err)
+	}
+	return strings.TrimSuffix(line, "\n")
+}
+
+// peek returns the beginning of what comes next.
+func (c *testClient) peek() string {
+	b, _ := c.r.Peek(2)
+	return string(b)
+}
+
+// readList returns the lines up to an OK.
+func (c *testClient) readList() (lines []string) {
+	for line := c.read(); !strings.HasPrefix(line, ":OK"); line = c.read() {
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+// readAll returns everything up to the end.
+func (c *testClient) readAll() string {
+	c.t.Helper()
+	all, err := io.ReadAll(c.r)
+	if err != nil {
+		c.t.Errorf("reading: %v", err)
+	}
+	return string(all)
+}
+
+// want reads the next lines.
+func (c *testClient) want(lines ...string) {
+	c.t.Helper()
+	for _, want := range lines {
+		if got := c.read(); got != want {
+			c.t.Fatalf("got %.300q, want %.300q", got, want)
+		}
+	}
+}
+
+// stat returns one of the numbers in Stats.
+func (c *testClient) stat(name string) int {
+	c.t.Helper()
+	c.send("Stats\nPing:stats\n")
+	value := -1
+	for line := c.read(); line != ":PONG stats"; line = c.read() {
+		if text, ok := strings.CutPrefix(line, ": "+name+" "); ok {
+			value, _ = strconv.Atoi(text)
+		}
+	}
+	if value < 0 {
+		c.t.Errorf("Stats does not say %q", name)
+	}
+	return value
+}
+
+// count returns how many lines with prefix come before a PONG.
+func (c *testClient) count(prefix string) (n int) {
+	c.t.Helper()
+	for line := c.read(); !strings.HasPrefix(line, ":PONG"); line = c.read() {
+		if !strings.HasPrefix(line, prefix) {
+			c.t.Fatalf("got %.60q, want a line that starts with %q", line, prefix)
+		}
+		n++
+	}
+	return n
+}
+
+// wantClosed wants the end.
+func (c *testClient) wantClosed() {
+	c.t.Helper()
+	if b, err := c.r.ReadByte(); err == nil {
+		c.t.Errorf("got %q, want the end", b)
+	} else if err != io.EOF && !errors.Is(err, io.ErrClosedPipe) {
+		c.t.Errorf("got %v, want the end", err)
+	}
+}
+
+// hangUp ends our side and wants the server to end its own.
+func (c *testClient) hangUp() {
+	c.t.Helper()
+	c.conn.CloseWrite()
+	c.wantClosed()
+	c.conn.Close()
+}
+
+// inBubble runs test in fake time against an empty server on a fake network.
+func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNet()
+		defer n.server.Close()
+		test(t, n)
+	})
+}
+
+// fakeNet is a network of one server: a listener, and dial to reach it.
+type fakeNet struct {
+	server   *keyValueServer
+	conns    chan net.Conn
+	closed   chan struct{}
+	failures int // that Accept returns first
+}
+
+func newFakeNet() *fakeNet {
+	n := &fakeNet{server: New(kvstore.NewMemory()), conns: make(chan net.Conn), closed: make(chan struct{})}
+	n.server.maxLine, n.server.version = testMaxLine, "test"
+	return n
+}
+
+func (n *fakeNet) Accept() (net.Conn, error) {
+	if n.failures > 0 {
+		n.failures--
+		return nil, syscall.EMFILE
+	}
+	select {
+	case conn := <-n.conns:
+		return conn, nil
+	case <-n.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (n *fakeNet) Close() error {
+	close(n.closed)
+	return nil
+}
+
+func (n *fakeNet) Addr() net.Addr { return fakeAddr{} }
+
+// fill puts value under key so many times, before the server has started.
+func (n *fakeNet) fill(key, value string, times int) {
+	for range times {
+		n.server.db.Put(key, value)
+	}
+}
+
+// start starts the server unless it has been started.
+func (n *fakeNet) start(t *testing.T) {
+	if err := n.server.serve(n); err != nil && err != errStarted {
+		t.Fatal(err)
+	}
+}
+
+// dial connects to the server, which it starts.
+func (n *fakeNet) dial(t *testing.T) *testClient {
+	n.start(t)
+	up, down := newStream(), newStream()
+	ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+	n.conns <- theirs
+	return &testClient{t, ours, bufio.NewReader(ours)}
+}
+
+type fakeAddr struct{}
+
+func (fakeAddr) Network() string { return "fake" }
+func (fakeAddr) String() string  { return "fake" }
+
+// streamSize is what one direction of a fake connection holds: a little, so
+// that a reader who stops is felt.
+const streamSize = 64 << 10
+
+// stream is one direction of a fake connection.
+type stream struct {
+	mu      sync.Mutex
+	buf     []byte
+	ended   bool          // the writer closed
+	broken  bool          // the reader is gone
+	changed chan struct{} // closed, and made anew, when any of this changes
+}
+
+func newStream() *stream { return &stream{changed: make(chan struct{})} }
+
+// change runs f on s, with nobody else there, and wakes who waits. It returns
+// the channel that tells of the next change.
+func (s *stream) change(f func() bool) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f() {
+		close(s.changed)
+		s.changed = make(chan struct{})
+	}
+	return s.changed
+}
+
+// fakeConn is a net.Conn between goroutines. Unlike net.Pipe it has room for
+// some bytes, and its halves close one by one.
+type fakeConn struct {
+	in, out           *stream
+	reading, writing  deadline
+	closed            chan struct{}
+	closeOnce, endOut sync.Once
+}
+
+func newFakeConn(in, out *stream) *fakeConn {
+	return &fakeConn{in: in, out: out, reading: newDeadline(), writing: newDeadline(), closed: make(chan struct{})}
+}
+
+func (c *fakeConn) Read(p []byte) (n int, err error) {
+	for {
+		select {
+		case <-c.closed:
+			return 0, io.ErrClosedPipe
+		case <-c.reading.passed():
+			return 0, os.ErrDeadlineExceeded
+		default:
+		}
+		changed := c.in.change(func() bool {
+			n = copy(p, c.in.buf)
+			c.in.buf = c.in.buf[n:]
+			if n == 0 && c.in.ended {
+				err = io.EOF
+			}
+			return n > 0
+		})
+		if n > 0 || err != nil {
+			return n, err
+		}
+		select {
+		case <-changed:
+		case <-c.closed:
+		case <-c.reading.passed():
+		}
+	}
+}
+
+func (c *fakeConn) Write(p []byte) (n int, err error) {
+	for {
+		select {
+		case <-c.closed:
+			return n, io.ErrClosedPipe
+		case <-c.writing.passed():
+			return n, os.ErrDeadlineExceeded
+		default:
+		}
+		changed := c.out.change(func() bool {
+			if c.out.broken || c.out.ended {
+				err = io.ErrClosedPipe
+				return false
+			}
+			m := min(len(p)-n, streamSize-len(c.out.buf))
+			c.out.buf = append(c.out.buf, p[n:n+m]...)
+			n += m
+			return m > 0
+		})
+		if n == len(p) || err != nil {
+			return n, err
+		}
+		select {
+		case <-changed:
+		case <-c.closed:
+		case <-c.writing.passed():
+		}
+	}
+}
+
+func (c *fakeConn) CloseWrite() error {
+	c.out.change(func() bool {
+		c.out.ended = true
+		return true
+	})
+	return nil
+}
+
+func (c *fakeConn) Close() error {
+	c.closeOnce.Do(func() {
+		close(c.closed)
+		c.CloseWrite()
+		c.in.change(func() bool {
+			c.in.broken = true
+			return true
+		})
+		c.SetDeadline(time.Time{})
+	})
+	return nil
+}
+
+func (c *fakeConn) LocalAddr() net.Addr  { return fakeAddr{} }
+func (c *fakeConn) RemoteAddr() net.Addr { return fakeAddr{} }
+func (c *fakeConn) SetDeadline(t time.Time) error {
+	c.SetReadDeadline(t)
+	return c.SetWriteDeadline(t)
+}
+func (c *fakeConn) SetReadDeadline(t time.Time) error  { c.reading.set(t); return nil }
+func (c *fakeConn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
+
+// deadline closes its channel when a time has passed.
+type deadline struct {
+	mu    *sync.Mutex
+	state *struct {
+		timer *time.Timer
+		ch    chan struct{}
+	}
+}
+
+func newDeadline() deadline {
+	d := deadline{mu: new(sync.Mutex), state: new(struct {
+		timer *time.Timer
+		ch    chan struct{}
+	})}
+	d.state.ch = make(chan struct{})
+	return d
+}
+
+func (d deadline) passed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.state.ch
+}
+
+func (d deadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	old := d.state.ch
+	if d.state.timer != nil {
+		d.state.timer.Stop()
+	}
+	d.state.timer = nil
+	select {
+	case <-old:
+		d.state.ch = make(chan struct{})
+	default:
+	}
+	ch := d.state.ch
+	if t.IsZero() {
+		return
+	}
+	if wait := time.Until(t); wait <= 0 {
+		close(ch)
+	} else {
+		d.state.timer = time.AfterFunc(wait, func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if d.state.ch == ch {
+				select {
+				case <-ch:
+				default:
+					close(ch)
+				}
+			}
+		})
+	}
+}
