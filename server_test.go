@@ -1034,7 +1034,10 @@ func (m *model) answer(number int, line string, acked *bool) string {
 	case verb == "ack" && len(f) == 1:
 		*acked = true
 	case verb == "ping":
-		return strings.TrimRight(":PONG "+strings.Join(f[1:], ":"), " ") + "\n"
+		if token := strings.Join(f[1:], ":"); token != "" {
+			return ":PONG " + token + "\n"
+		}
+		return ":PONG\n"
 	case (verb == "quit" || verb == "exit") && len(f) == 1:
 	default:
 		return refused
