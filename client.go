@@ -62,6 +62,8 @@ type Client struct {
 	reported     int    // of these, known to workLoop
 	reason       string // why the connection ends, for the log; "" while it does not
 	drain        bool   // it ends by our will: let the client take our last words
+
+	broken error // of the Write that failed; owned by writeToClient, until its departure
 }
 
 func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
@@ -359,7 +361,7 @@ func (c *Client) reply(chain *Query) {
 // are not queued yet, and returns the begun one that follows them.
 func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
 	for len(msg) >= maxMessage {
-		c.buffer <- msg[:maxMessage:maxMessage]
+		c.buffer <- msg[:maxMessage]
 		msg = msg[maxMessage:]
 		left -= maxMessage
 	}
@@ -421,11 +423,9 @@ func recycle(msg []byte) {
 // still drained, so that readFromClient never waits for a connection that is
 // gone.
 func (c *Client) writeToClient() {
-	broken := false
 	for msg := range c.buffer {
-		if !broken {
-			if err := c.write(c.gather(msg)); err != nil {
-				broken = true
+		if c.broken == nil {
+			if c.broken = c.write(c.gather(msg)); c.broken != nil {
 				close(c.closed)
 				c.connection.Close()
 			}
@@ -433,7 +433,7 @@ func (c *Client) writeToClient() {
 		recycle(msg)
 		c.signalFlushed()
 	}
-	if c.drain && !broken {
+	if c.drain && c.broken == nil {
 		c.drainInput()
 	}
 	c.connection.Close()

@@ -341,6 +341,9 @@ func (s *keyValueServer) leave(c *Client) {
 	s.left++
 	s.dropped += c.droppedTotal - c.reported
 	level, reason := slog.LevelDebug, c.reason
+	if c.broken != nil { // then that is why reading ended
+		reason = c.broken.Error()
+	}
 	if c.droppedTotal > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s", c.droppedTotal, reason)
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"kvserver/kvstore"
 )
@@ -215,6 +217,28 @@ func TestEndlessLineTakesNoMemory(t *testing.T) {
 			c.hangUp()
 		}
 	})
+}
+
+// Ensure that a line of just the limit is taken wherever its end is cut.
+func TestLimitAndSplitPoint(t *testing.T) {
+	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
+		for over := range 2 {
+			line := "Put:k:" + strings.Repeat("v", testMaxLine-6+over) + end
+			for cut := len(line) - 4; cut < len(line); cut++ {
+				inBubble(t, func(t *testing.T, n *fakeNet) {
+					a := n.dial(t)
+					a.send(line[:cut])
+					synctest.Wait()
+					a.send(line[cut:])
+					if over > 0 {
+						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
+					}
+					a.ask("Ping", ":PONG")
+					a.hangUp()
+				})
+			}
+		}
+	}
 }
 
 // Ensure that Stats counts what was done, in the order in which it was done.
@@ -427,7 +451,7 @@ func TestSlowReaderRecovers(t *testing.T) {
 // Ensure that a slow but steady reader is not taken for one that stopped,
 // whatever it pipelines.
 func TestSteadyReaderLosesNothing(t *testing.T) {
-	for _, rate := range []int{256 << 10, 1000 * kilo} {
+	for _, rate := range []int{80 * kilo, 1000 * kilo} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			value := strings.Repeat("v", 19*kilo)
 			n.fill("k", value, 10)
@@ -568,6 +592,17 @@ func TestClientVanishes(t *testing.T) {
 	}
 }
 
+// Ensure that no reply is formatted for a connection that is gone.
+func TestNothingIsFormattedForTheGone(t *testing.T) {
+	c := newClient(1, newFakeConn(newStream(), newStream()), New(kvstore.NewMemory()))
+	c.buffer = make(chan []byte, maxBufferSize)
+	close(c.closed)
+	c.reply(&Query{queryType: get, key: "k", values: []string{"v"}})
+	if len(c.buffer) > 0 {
+		t.Errorf("%q is queued", <-c.buffer)
+	}
+}
+
 // Ensure that after Quit the server ends its side, and waits for the client to
 // end its own, but not for long.
 func TestQuitDrains(t *testing.T) {
@@ -674,6 +709,26 @@ func TestCloseAnswersWhatWasRead(t *testing.T) {
 		}
 		a.want(":PONG last")
 		a.wantClosed()
+	})
+}
+
+// Ensure that Close ends a reader that is just setting a deadline of its own.
+func TestCloseMeetsADeadline(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var once sync.Once
+		n.beforeDeadline = func() {
+			once.Do(func() {
+				go n.server.Close()
+				synctest.Wait() // until workLoop has set its own
+			})
+		}
+		a := n.dial(t)
+		start := time.Now()
+		a.send(strings.Repeat("Put:k:v\n", 1000))
+		a.wantClosed()
+		if took := time.Since(start); took > 2*busyTime {
+			t.Errorf("Close took %v", took)
+		}
 	})
 }
 
@@ -809,10 +864,14 @@ type plainStore struct {
 	lists   map[string][]string
 	commits int
 	fail    error
+	last    []string // that Get returned
 }
 
-func (p *plainStore) Get(key string) []string { return slices.Clone(p.lists[key]) }
-func (p *plainStore) Put(key, value string)   { p.lists[key] = append(p.lists[key], value) }
+func (p *plainStore) Get(key string) []string {
+	p.last = slices.Clone(p.lists[key])
+	return p.last
+}
+func (p *plainStore) Put(key, value string) { p.lists[key] = append(p.lists[key], value) }
 func (p *plainStore) Delete(key string) int {
 	n := len(p.lists[key])
 	delete(p.lists, key)
@@ -854,6 +913,24 @@ func TestAnyStoreWillDo(t *testing.T) {
 			b.hangUp()
 		})
 	}
+}
+
+// Ensure that a client that waits for its next request pins nothing of the last.
+func TestQuietClientPinsNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := &plainStore{lists: map[string][]string{"k": {"v"}}}
+		n.server.db = store
+		a := n.dial(t)
+		a.ask("Get:k", "k:v")
+		synctest.Wait()
+		list := weak.Make(&store.last[0])
+		store.last = nil
+		runtime.GC()
+		if list.Value() != nil {
+			t.Error("the list of the last Get is still in memory")
+		}
+		a.hangUp()
+	})
 }
 
 // Ensure that no reply leaves when Commit fails: not of a write, not of a read;
@@ -1367,6 +1444,8 @@ type fakeNet struct {
 	conns    chan net.Conn
 	closed   chan struct{}
 	failures int // that Accept returns first
+
+	beforeDeadline func() // called by the server's connections when a read deadline in the future is set
 }
 
 func newFakeNet() *fakeNet {
@@ -1414,6 +1493,7 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	n.start(t)
 	up, down := newStream(), newStream()
 	ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+	theirs.beforeDeadline = n.beforeDeadline
 	n.conns <- theirs
 	return &testClient{t, ours, bufio.NewReader(ours)}
 }
@@ -1453,10 +1533,11 @@ func (s *stream) change(f func() bool) <-chan struct{} {
 // fakeConn is a net.Conn between goroutines. Unlike net.Pipe it has room for
 // some bytes, and its halves close one by one.
 type fakeConn struct {
-	in, out           *stream
-	reading, writing  deadline
-	closed            chan struct{}
-	closeOnce, endOut sync.Once
+	in, out          *stream
+	reading, writing deadline
+	closed           chan struct{}
+	closeOnce        sync.Once
+	beforeDeadline   func()
 }
 
 func newFakeConn(in, out *stream) *fakeConn {
@@ -1548,7 +1629,13 @@ func (c *fakeConn) SetDeadline(t time.Time) error {
 	c.SetReadDeadline(t)
 	return c.SetWriteDeadline(t)
 }
-func (c *fakeConn) SetReadDeadline(t time.Time) error  { c.reading.set(t); return nil }
+func (c *fakeConn) SetReadDeadline(t time.Time) error {
+	if c.beforeDeadline != nil && time.Until(t) > 0 {
+		c.beforeDeadline()
+	}
+	c.reading.set(t)
+	return nil
+}
 func (c *fakeConn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
 
 // deadline closes its channel when a time has passed.
