@@ -592,15 +592,22 @@ func TestClientVanishes(t *testing.T) {
 	}
 }
 
-// Ensure that no reply is formatted for a connection that is gone.
+// Ensure that once a Write has failed no further reply is formatted.
 func TestNothingIsFormattedForTheGone(t *testing.T) {
-	c := newClient(1, newFakeConn(newStream(), newStream()), New(kvstore.NewMemory()))
-	c.buffer = make(chan []byte, maxBufferSize)
-	close(c.closed)
-	c.reply(&Query{queryType: get, key: "k", values: []string{"v"}})
-	if len(c.buffer) > 0 {
-		t.Errorf("%q is queued", <-c.buffer)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		conn := newFakeConn(newStream(), newStream())
+		c := newClient(1, conn, New(kvstore.NewMemory()))
+		c.buffer = make(chan []byte, maxBufferSize)
+		conn.Close()
+		c.buffer <- []byte("too late")
+		go c.writeToClient()
+		synctest.Wait()
+		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 1000*maxMessage)}}
+		if allocs := testing.AllocsPerRun(1, func() { c.reply(long) }); allocs > 0 {
+			t.Errorf("a reply to nobody made %v allocations", allocs)
+		}
+		close(c.buffer)
+	})
 }
 
 // Ensure that after Quit the server ends its side, and waits for the client to
@@ -847,6 +854,11 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		pass(2 * slowAfter)
 		a.conn.Close()
 		synctest.Wait()
+		b := n.dial(t)
+		if got := b.stat("replies_dropped_total"); got != 1 {
+			t.Errorf("Stats counts %d dropped replies, want 1", got)
+		}
+		b.hangUp()
 		n.server.Close()
 	})
 	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
