@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -1031,6 +1032,14 @@ func TestMistakes(t *testing.T) {
 	}
 	defer taken.Close()
 	port := taken.Addr().(*net.TCPAddr).Port
+	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
+	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
+	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+	store, err := kvstore.Open(inUse, kvstore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
 	for _, m := range []struct {
 		args       []string
 		code       int
@@ -1040,6 +1049,13 @@ func TestMistakes(t *testing.T) {
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "kvserver -h"},
 		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 1 to"},
+		{[]string{"-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
+		{[]string{"-data", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist: /no/such/dir", "Create it: mkdir -m 700 /no/such/dir"},
+		{[]string{"-data", os.Args[0]}, exitFailure, "kvserver: not a data directory: " + os.Args[0] + " is a file", "Nothing was changed. Give an empty directory"},
+		{[]string{"-data", foreign}, exitFailure, "kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"), "Nothing was changed. Give an empty directory"},
+		{[]string{"-data", damaged}, exitFailure, "kvserver: " + filepath.Join(damaged, "STORE") + " is damaged", "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " + damaged},
+		{[]string{"-data", inUse}, exitFailure, fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse, os.Getpid()), "Nothing was changed. Stop that process first"},
+		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Create it"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
 		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`, "Give a port,"},
 		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), fmt.Sprint("Stop it, or choose another port: kvserver -addr ")},
@@ -1084,6 +1100,299 @@ func TestSignalsStopCleanly(t *testing.T) {
 		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest, []byte("msg=stopped clients_served=2 requests=2 replies_dropped=0")) {
 			t.Errorf("%v: the log ends with %s", sig, rest)
 		}
+	}
+}
+
+// ---- the data on disk
+
+// Ensure that what was answered survives kill -9, round after round, in one
+// directory, and that a clean stop needs no repair.
+func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
+	dir := t.TempDir()
+	answered := 0 // Puts of the list 0, 1, 2 ... that were answered
+	for round := range 8 {
+		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
+		go io.Copy(io.Discard, log)
+		a := dialTCP(t, addr)
+		a.ask("Ack", ":OK 0")
+		a.send("Get:list\n")
+		list := a.readList()
+		if len(list) < answered {
+			t.Fatalf("round %d: %d values are there of %d answered", round, len(list), answered)
+		}
+		for i, line := range list {
+			if line != fmt.Sprintf("list:%d", i) {
+				t.Fatalf("round %d: value %d is %q", round, i, line)
+			}
+		}
+		answered = len(list) // one that was not answered may be there
+		go func() {
+			for i := answered; i < answered+100_000; i += 100 {
+				var burst strings.Builder
+				for j := range 100 {
+					fmt.Fprintf(&burst, "Put:list:%d\n", i+j)
+				}
+				if _, err := io.WriteString(a.conn, burst.String()); err != nil {
+					return
+				}
+			}
+		}()
+		start := answered
+		for {
+			line, err := a.r.ReadString('\n')
+			if err != nil {
+				break
+			}
+			if line != ":OK 1\n" {
+				t.Fatalf("round %d: got %q", round, line)
+			}
+			if answered++; answered == start+500+round*300 {
+				cmd.Process.Kill()
+			}
+		}
+		cmd.Wait()
+	}
+	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
+	a := dialTCP(t, addr)
+	a.send("Get:list\nPing\n")
+	if got := a.count("list:"); got < answered {
+		t.Errorf("in the end %d values are there of %d answered", got, answered)
+	}
+	cmd.Process.Signal(os.Interrupt)
+	io.Copy(io.Discard, log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("stopping: %v", err)
+	}
+	if out, err := binary("check", dir).CombinedOutput(); err != nil || bytes.Contains(out, []byte("torn")) {
+		t.Errorf("check after a clean stop: %v, %s", err, out)
+	}
+}
+
+// ---- speed
+
+// Ensure that a chain costs one allocation, whatever it holds, and an Update the
+// two that it keeps.
+func TestAllocations(t *testing.T) {
+	for _, c := range []struct {
+		name, burst string
+		most        float64
+	}{
+		{"one Get", "Get:k1\n", 1},
+		{"a chain of Gets", strings.Repeat("Get:k1\nget:k2\nGet:none\n", 60), 1},
+		{"one Update", "Update:k1:v:v\n", 1 + 2},
+		{"a chain of Updates", strings.Repeat("Update:k1:v:v\n", 100), 1 + 200},
+		{"Gets with Ack and Pings", "Ack\nGet:k1\nPing:1\nGet:k2\n", 1},
+	} {
+		db := kvstore.NewMemory()
+		db.Put("k1", "v")
+		db.Put("k2", "v")
+		db.Put("k2", "w")
+		client := newClient(1, nil, New(db))
+		client.buffer = make(chan []byte, maxBufferSize)
+		client.in.buf = make([]byte, burstSize)
+		once := func() {
+			burst := client.in.take(copy(client.in.buf, c.burst))
+			chain, _ := client.parse(burst)
+			for q := chain; q != nil; q = q.next {
+				q.run(db)
+			}
+			client.reply(chain)
+			for len(client.buffer) > 0 {
+				recycle(<-client.buffer)
+			}
+			clear(client.in.queries)
+		}
+		fewest := testing.AllocsPerRun(1, once)
+		for range 30 { // the race detector makes sync.Pool forgetful, now and then
+			fewest = min(fewest, testing.AllocsPerRun(1, once))
+		}
+		if fewest > c.most {
+			t.Errorf("%s: %v allocations, want at most %v", c.name, fewest, c.most)
+		}
+	}
+}
+
+// dialects that the load of the benchmarks can speak: a read or a write of key,
+// and the answer to it.
+var dialectsOf = map[string]struct {
+	get, got, set, done func(key, old, value string) string
+}{
+	"kvserver": {
+		func(key, _, _ string) string { return "Get:" + key + "\n" },
+		func(key, _, value string) string { return key + ":" + value + "\n:OK 1\n" },
+		func(key, old, value string) string { return "Update:" + key + ":" + old + ":" + value + "\n" },
+		func(_, _, _ string) string { return ":OK 1\n" },
+	},
+	"redis-server": {
+		func(key, _, _ string) string { return fmt.Sprintf("*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n", len(key), key) },
+		func(_, _, value string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(value), value) },
+		func(key, _, value string) string {
+			return fmt.Sprintf("*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n", len(key), key, len(value), value)
+		},
+		func(_, _, _ string) string { return "+OK\r\n" },
+	},
+	"memcached": {
+		func(key, _, _ string) string { return "get " + key + "\r\n" },
+		func(key, _, value string) string {
+			return fmt.Sprintf("VALUE %s 0 %d\r\n%s\r\nEND\r\n", key, len(value), value)
+		},
+		func(key, _, value string) string {
+			return fmt.Sprintf("set %s 0 0 %d\r\n%s\r\n", key, len(value), value)
+		},
+		func(_, _, _ string) string { return "STORED\r\n" },
+	},
+}
+
+// load sends b.N requests in batches over conns connections, and wants the
+// answers to the last byte. The values of a key go from a to b and back.
+func load(b *testing.B, addr, server, op string, conns, batch int) {
+	d := dialectsOf[server]
+	const valueA, valueB = "aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"
+	clients := make([]*testClient, conns)
+	send, want := make([][2]string, conns), make([][2]string, conns)
+	for i := range conns {
+		c := dialTCP(b, addr)
+		clients[i] = c
+		if server == "kvserver" {
+			c.ask("Ack", ":OK 0")
+		}
+		for j := range batch {
+			key := fmt.Sprintf("key%04d%05d", i, j)
+			if server == "kvserver" {
+				c.send("Delete:" + key + "\n")
+				c.read()
+			}
+			c.send(d.set(key, "", valueA))
+			c.r.Discard(len(strings.ReplaceAll(d.done(key, "", valueA), "1", "0")))
+			for k, values := range [2][2]string{{valueA, valueB}, {valueB, valueA}} {
+				if op == "get" {
+					send[i][k] += d.get(key, valueA, valueA)
+					want[i][k] += d.got(key, valueA, valueA)
+				} else {
+					send[i][k] += d.set(key, values[0], values[1])
+					want[i][k] += d.done(key, values[0], values[1])
+				}
+			}
+		}
+	}
+	rounds := max(1, b.N/(conns*batch))
+	b.ResetTimer()
+	var wg sync.WaitGroup
+	for i, c := range clients {
+		wg.Go(func() {
+			got := make([]byte, len(want[i][0]))
+			for r := range rounds {
+				c.send(send[i][r%2])
+				if _, err := io.ReadFull(c.r, got); err != nil || string(got) != want[i][r%2] {
+					b.Errorf("got %.100q, want %.100q (%v)", got, want[i][r%2], err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	b.ReportMetric(float64(rounds*conns*batch)/b.Elapsed().Seconds(), "req/s")
+	b.ReportMetric(0, "ns/op")
+}
+
+func BenchmarkServer(b *testing.B) {
+	addr := serveTCP(b)
+	for _, op := range []string{"get", "set"} {
+		for _, batch := range []int{1, 16, 64, 256} {
+			b.Run(fmt.Sprintf("%s/batch=%d", op, batch), func(b *testing.B) {
+				b.ReportAllocs()
+				load(b, addr, "kvserver", op, 50, batch)
+			})
+		}
+	}
+	for _, conns := range []int{1, 10, 100, 1000} {
+		b.Run(fmt.Sprintf("get/conns=%d", conns), func(b *testing.B) {
+			b.ReportAllocs()
+			load(b, addr, "kvserver", "get", conns, 16)
+		})
+	}
+}
+
+// BenchmarkBeside measures the built server beside redis-server and memcached,
+// one after the other, each as a process of its own.
+func BenchmarkBeside(b *testing.B) {
+	for _, op := range []string{"get", "set"} {
+		for _, batch := range []int{1, 16, 64, 256} {
+			for _, server := range []string{"kvserver", "redis-server", "memcached"} {
+				b.Run(fmt.Sprintf("%s/batch=%d/%s", op, batch, server), func(b *testing.B) {
+					load(b, startPeer(b, server), server, op, 50, batch)
+				})
+			}
+		}
+	}
+}
+
+// startPeer starts a server for one benchmark and returns its address.
+func startPeer(b *testing.B, server string) string {
+	if server == "kvserver" {
+		_, addr, log := startBinary(b, "-addr", "127.0.0.1:0")
+		go io.Copy(io.Discard, log)
+		return addr
+	}
+	path, err := exec.LookPath(server)
+	if err != nil {
+		b.Skip(server, "is not on PATH")
+	}
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	addr := free.Addr().String()
+	free.Close()
+	_, port, _ := net.SplitHostPort(addr)
+	args := []string{"--port", port, "--save", "", "--appendonly", "no"}
+	if server == "memcached" {
+		args = []string{"-u", "nobody", "-l", "127.0.0.1", "-p", port, "-t", "2"}
+	}
+	cmd := exec.Command(path, args...)
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for {
+		if conn, err := net.Dial("tcp", addr); err == nil {
+			conn.Close()
+			return addr
+		}
+		runtime.Gosched()
+	}
+}
+
+// BenchmarkParse and BenchmarkFormat are the two ends of a Get's way.
+func BenchmarkParse(b *testing.B) {
+	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv", "Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
+		b.Run(line[:strings.IndexByte(line, ':')], func(b *testing.B) {
+			b.ReportAllocs()
+			var q Query
+			for b.Loop() {
+				q.parse(line)
+			}
+		})
+	}
+}
+
+func BenchmarkFormat(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
+			b.ReportAllocs()
+			c := newClient(1, nil, New(kvstore.NewMemory()))
+			c.buffer = make(chan []byte, maxBufferSize)
+			q := Query{queryType: get, key: "key000000001", values: slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)}
+			for b.Loop() {
+				c.reply(&q)
+				for len(c.buffer) > 0 {
+					recycle(<-c.buffer)
+				}
+			}
+		})
 	}
 }
 
@@ -1261,7 +1570,7 @@ func binary(args ...string) *exec.Cmd {
 
 // startBinary starts the server and returns its address, when it listens, and
 // the rest of its log.
-func startBinary(t *testing.T, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
+func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
 	t.Helper()
 	cmd = binary(args...)
 	pipe, err := cmd.StderrPipe()
@@ -1271,7 +1580,10 @@ func startBinary(t *testing.T, args ...string) (cmd *exec.Cmd, addr string, log 
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill() })
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
 	log = bufio.NewReader(pipe)
 	for addr == "" {
 		line, err := log.ReadString('\n')

@@ -161,3 +161,62 @@ func TestMemoryClones(t *testing.T) {
 		}
 	}
 }
+
+// sizes are the numbers of keys that benchmarks try: in the caches, and not.
+var sizes = []int{10_000, 1_000_000}
+
+func benchmarkKeys(b *testing.B, do func(store *Memory, key string, i int)) {
+	for _, size := range sizes {
+		b.Run(fmt.Sprint("keys=", size), func(b *testing.B) {
+			store := NewMemory()
+			keys := make([]string, size)
+			for i := range keys {
+				keys[i] = fmt.Sprintf("key%09d", i)
+				store.Put(keys[i], "vvvvvvvvvvvvvvvv")
+			}
+			rand.New(rand.NewPCG(1, 2)).Shuffle(size, func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+			b.ReportAllocs()
+			i := 0
+			for b.Loop() {
+				do(store, keys[i%size], i/size)
+				i++
+			}
+		})
+	}
+}
+
+func BenchmarkGet(b *testing.B) {
+	benchmarkKeys(b, func(store *Memory, key string, _ int) { store.Get(key) })
+}
+
+func BenchmarkUpdate(b *testing.B) {
+	values := [2]string{"vvvvvvvvvvvvvvvv", "wwwwwwwwwwwwwwww"}
+	benchmarkKeys(b, func(store *Memory, key string, round int) {
+		store.Update(key, values[round%2], values[(round+1)%2])
+	})
+}
+
+// BenchmarkLong is what a list of so many values costs.
+func BenchmarkLong(b *testing.B) {
+	for _, size := range []int{1, 100, 10_000, 1_000_000} {
+		store := NewMemory()
+		for i := range size {
+			store.Put("key", fmt.Sprint(i))
+		}
+		b.Run(fmt.Sprint("Get/values=", size), func(b *testing.B) {
+			for b.Loop() {
+				store.Get("key")
+			}
+		})
+		b.Run(fmt.Sprint("UpdateFirst/values=", size), func(b *testing.B) {
+			for b.Loop() {
+				store.Update("key", store.Get("key")[0], "new")
+			}
+		})
+		b.Run(fmt.Sprint("UpdateMiddle/values=", size), func(b *testing.B) {
+			for b.Loop() {
+				store.Update("key", store.Get("key")[size/2], "new")
+			}
+		})
+	}
+}

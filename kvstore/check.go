@@ -1,0 +1,277 @@
+package kvstore
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+)
+
+// damagedPrefix begins the name of the directory in which Repair keeps what it
+// found.
+const damagedPrefix = "damaged-"
+
+// Report is what Check or Repair has to say, a line for each thing.
+type Report struct {
+	Lines   []string
+	Damaged bool // something that was on disk is not there any more
+}
+
+func (r *Report) say(format string, args ...any) {
+	r.Lines = append(r.Lines, fmt.Sprintf(format, args...))
+}
+
+func (r *Report) damage(err error) {
+	r.Damaged = true
+	r.say("DAMAGED %v", err)
+}
+
+// Check reads the whole store in the directory at path, which no other process
+// has open, and says what is there and what is wrong. It changes nothing.
+func Check(path string) (Report, error) {
+	dir, err := openDirectory(path)
+	if err != nil {
+		return Report{}, err
+	}
+	return check(dir)
+}
+
+func check(dir directory) (r Report, err error) {
+	names, err := dir.List()
+	if err != nil {
+		return r, err
+	}
+	if err := checkNames(dir, names); err != nil {
+		return r, err
+	}
+	if slices.Contains(names, lockName) {
+		lock, err := dir.Lock()
+		if errors.Is(err, ErrLocked) {
+			return r, err
+		} else if err == nil { // a copy on a read-only disk cannot be locked, and need not be
+			defer lock.Close()
+		}
+	}
+	id, found, err := readID(dir)
+	if errors.Is(err, ErrNewer) {
+		return r, err
+	}
+	l, layoutErr := readLayout(dir)
+	switch {
+	case !found && err == nil && layoutErr == nil && unfinished(dir, l):
+		r.say("no store yet: an empty directory")
+		return r, nil
+	case err != nil:
+		r.damage(err)
+	case !found:
+		r.damage(&DamageError{File: dir.Path(storeName), What: "the file is missing"})
+	case layoutErr != nil:
+		r.damage(layoutErr)
+	}
+	if r.Damaged {
+		return r, nil
+	}
+	m, next := NewMemory(), uint64(1)
+	if l.snapshot > 0 {
+		var size int64
+		if next, size, err = loadSnapshot(dir, id, l.snapshot, m, nil); err != nil {
+			r.damage(err)
+		} else {
+			r.say("ok      %s, %d bytes", dir.Path(logName(kindSnapshot, l.snapshot)), size)
+		}
+	}
+	for i, number := range l.segments {
+		name := dir.Path(logName(kindSegment, number))
+		end, err := loadSegment(dir, id, number, next, i == len(l.segments)-1, m, nil)
+		switch next = end.next; {
+		case err != nil:
+			r.damage(err) // and what follows is read for what it is
+		case end.torn > 0:
+			r.say("torn    %s, %d bytes, then %d of a commit that was never complete on disk: nobody was told of it, the next start cuts it", name, end.offset, end.torn)
+		default:
+			r.say("ok      %s, %d bytes", name, end.offset)
+		}
+	}
+	for _, name := range l.obsolete {
+		r.say("unused  %s, the next start removes it", dir.Path(name))
+	}
+	if !r.Damaged {
+		keys, values, bytes := m.Size()
+		r.say("holds %d keys, %d values, %d bytes of data", keys, values, bytes)
+	}
+	return r, nil
+}
+
+// Repair makes a store that opens of what can still be read in the directory at
+// path, and says what could not. The files that it found are kept in a
+// subdirectory. A store without damage is left as it is.
+func Repair(path string) (Report, error) {
+	dir, err := openDirectory(path)
+	if err != nil {
+		return Report{}, err
+	}
+	return repair(dir, time.Now())
+}
+
+func repair(dir directory, now time.Time) (r Report, err error) {
+	if r, err = check(dir); err != nil || !r.Damaged {
+		if err == nil {
+			r.say("nothing to repair")
+		}
+		return r, err
+	}
+	lock, err := dir.Lock()
+	if err != nil {
+		return r, err
+	}
+	defer lock.Close()
+	names, err := dir.List()
+	if err != nil {
+		return r, err
+	}
+	id, err := findID(dir, names)
+	if err != nil {
+		return r, err
+	}
+	s := salvage{dir: dir, id: id, m: NewMemory(), report: &r}
+	var files []string
+	var snapshot, highest uint64
+	for _, name := range names {
+		if kind, number, ok := parseName(name); ok {
+			files = append(files, name)
+			if highest = max(highest, number); kind == kindSnapshot {
+				snapshot = max(snapshot, number)
+			}
+		}
+	}
+	for number := snapshot; number <= highest; number++ {
+		kind := uint32(kindSegment)
+		if number == snapshot {
+			if kind = kindSnapshot; snapshot == 0 {
+				continue
+			}
+		}
+		if name := logName(kind, number); !slices.Contains(files, name) {
+			r.say("LOST    all of %s: the file is missing", dir.Path(name))
+		} else if err := s.read(name, kind, number); err != nil {
+			return r, err
+		}
+	}
+
+	// Everything found gets a second name before anything loses its first; the
+	// new snapshot's name makes it the store, at once.
+	kept := damagedPrefix + now.UTC().Format("20060102-150405")
+	for _, name := range names {
+		if name != lockName && !strings.HasPrefix(name, damagedPrefix) {
+			if err := dir.Keep(name, kept); err != nil {
+				return r, err
+			}
+		}
+	}
+	next := s.last + 1
+	w, err := createLog(dir, logName(kindSegment, highest+2), fileHeader{kind: kindSegment, id: id, number: highest + 2, first: next}, func(*logWriter) error { return nil })
+	if err != nil {
+		return r, err
+	}
+	if err := w.f.Close(); err != nil {
+		return r, err
+	}
+	w, err = createLog(dir, logName(kindSnapshot, highest+1), fileHeader{kind: kindSnapshot, id: id, number: highest + 1, first: next}, func(w *logWriter) error {
+		return writeAll(w, s.m, nil)
+	})
+	if err != nil {
+		return r, err
+	}
+	if err := w.f.Close(); err != nil {
+		return r, err
+	}
+	if err := writeID(dir, id); err != nil {
+		return r, err
+	}
+	for _, name := range files {
+		if err := dir.Remove(name); err != nil {
+			return r, err
+		}
+	}
+	keys, values, bytes := s.m.Size()
+	r.say("repaired: %d keys, %d values, %d bytes of data; what was found is in %s", keys, values, bytes, dir.Path(kept))
+	return r, nil
+}
+
+// findID returns the store's id, from STORE or from any log file's header.
+func findID(dir directory, names []string) (id storeID, err error) {
+	id, found, err := readID(dir)
+	if found && err == nil {
+		return id, nil
+	}
+	for _, name := range names {
+		if _, _, ok := parseName(name); ok {
+			if l, openErr := openLog(dir, name); openErr == nil {
+				l.f.Close()
+				return l.header.id, nil
+			}
+		}
+	}
+	return id, errors.Join(err, errors.New("no file says which store this is: nothing can be read"))
+}
+
+// salvage reads what is whole in damaged files.
+type salvage struct {
+	dir    directory
+	id     storeID
+	m      *Memory
+	last   uint64 // highest sequence seen in a segment
+	report *Report
+}
+
+// read adds the good frames of a file to s.m. It goes on behind bad ones at the
+// next that is whole.
+func (s *salvage) read(name string, kind uint32, number uint64) error {
+	f, size, err := s.dir.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, size)
+	if _, err := io.ReadFull(f, b); err != nil {
+		return readError(s.dir.Path(name), err)
+	}
+	seed := fileHeader{kind: kind, id: s.id, number: number}.seed()
+	frames, lost := 0, 0
+	bad := func(from, to int) {
+		if from < to {
+			lost++
+			s.report.say("LOST    bytes %d to %d of %s", from, to, s.dir.Path(name))
+		}
+	}
+	good := min(headerSize, len(b)) // the header has told all it can
+	for at := good; at+frameSize <= len(b); at += 8 {
+		head, ok := decodeFrame(b[at:], seed)
+		if !ok || head.padded() > int64(len(b)-at) {
+			continue
+		}
+		payload := b[at+frameSize : at+frameSize+int(head.length)]
+		if crc(seed, payload) != head.crc || apply(s.m, string(payload), head.count) != nil {
+			continue
+		}
+		bad(good, at)
+		frames++
+		if kind == kindSegment {
+			s.last = max(s.last, head.sequence)
+		}
+		good = at + int(head.padded())
+		at = good - 8
+	}
+	bad(good, len(b))
+	if lost == 0 {
+		s.report.say("read    all %d frames of %s", frames, s.dir.Path(name))
+	} else {
+		s.report.say("read    %d frames of %s", frames, s.dir.Path(name))
+	}
+	if h, err := decodeHeader(b); err == nil && kind == kindSnapshot && h.first > 0 {
+		s.last = max(s.last, h.first-1)
+	}
+	return nil
+}

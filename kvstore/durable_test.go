@@ -1,0 +1,973 @@
+package kvstore
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestMain lets the test binary be a second process on a store.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("KVSTORE_TEST_OPEN"); dir != "" {
+		_, err := Open(dir, Options{})
+		fmt.Print(err)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// ---- a disk that fails and forgets
+
+var errDisk = errors.New("input/output error")
+
+// memDir is a directory in memory that knows what a power failure would leave.
+type memDir struct {
+	mu      sync.Mutex
+	names   map[string]*memFile // as the process sees them
+	durable map[string]*memFile // as they were at the last Sync
+	journal []func(map[string]*memFile)
+	locked  bool
+
+	calls   int // I/O calls so far
+	failAt  int // the call that fails, counted from 1; 0: none
+	forever bool
+	dead    bool // the power is off: nothing has an effect any more
+}
+
+// memFile is a file: what was written, and how much of it is on disk.
+type memFile struct {
+	data   []byte
+	synced int
+	lying  bool // a Sync failed: what was dirty is not written, and later Syncs will not say so
+}
+
+func newMemDir() *memDir {
+	return &memDir{names: map[string]*memFile{}, durable: map[string]*memFile{}}
+}
+
+// call counts an I/O call and tells whether it fails.
+func (d *memDir) call() error {
+	d.calls++
+	if d.failAt > 0 && (d.calls == d.failAt || d.forever && d.calls > d.failAt) {
+		return errDisk
+	}
+	return nil
+}
+
+// change makes a change to the names, which a power failure may undo until Sync.
+func (d *memDir) change(f func(map[string]*memFile)) {
+	f(d.names)
+	d.journal = append(d.journal, f)
+}
+
+// crash returns what a power failure now would leave: of what was not synced,
+// any first part of the changes of names, and any sectors of the data.
+func (d *memDir) crash(random *rand.Rand) *memDir {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	after := newMemDir()
+	names := maps.Clone(d.durable)
+	for _, f := range d.journal[:random.IntN(len(d.journal)+1)] {
+		f(names)
+	}
+	for name, f := range names {
+		length := f.synced + random.IntN(len(f.data)-f.synced+1)
+		data := slices.Clone(f.data[:length])
+		for at := f.synced; at < length; at = (at/512 + 1) * 512 {
+			if random.IntN(2) == 0 {
+				clear(data[at:min(length, (at/512+1)*512)])
+			}
+		}
+		after.names[name] = &memFile{data: data, synced: length}
+	}
+	after.durable = maps.Clone(after.names)
+	return after
+}
+
+func (d *memDir) Path(name string) string { return "dir/" + name }
+
+func (d *memDir) List() ([]string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return nil, err
+	}
+	return slices.Sorted(maps.Keys(d.names)), nil
+}
+
+func (d *memDir) Create(name string) (file, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return nil, err
+	}
+	f := &memFile{}
+	d.change(func(names map[string]*memFile) { names[name] = f })
+	return &memHandle{d: d, f: f}, nil
+}
+
+func (d *memDir) Open(name string) (file, int64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return nil, 0, err
+	}
+	f := d.names[name]
+	if f == nil {
+		return nil, 0, os.ErrNotExist
+	}
+	return &memHandle{d: d, f: f}, int64(len(f.data)), nil
+}
+
+func (d *memDir) Append(name string) (file, error) {
+	f, _, err := d.Open(name)
+	return f, err
+}
+
+func (d *memDir) Rename(from, to string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return err
+	}
+	d.change(func(names map[string]*memFile) {
+		if f := names[from]; f != nil {
+			names[to] = f
+			delete(names, from)
+		}
+	})
+	return nil
+}
+
+func (d *memDir) Remove(name string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return err
+	}
+	d.change(func(names map[string]*memFile) { delete(names, name) })
+	return nil
+}
+
+func (d *memDir) Keep(name, in string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return err
+	}
+	return nil
+}
+
+func (d *memDir) Sync() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return err
+	}
+	d.durable, d.journal = maps.Clone(d.names), nil
+	return nil
+}
+
+func (d *memDir) Lock() (io.Closer, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.call(); err != nil {
+		return nil, err
+	}
+	if d.locked {
+		return nil, ErrLocked
+	}
+	d.locked = true
+	return unlocker{d}, nil
+}
+
+type unlocker struct{ d *memDir }
+
+func (u unlocker) Close() error {
+	u.d.mu.Lock()
+	defer u.d.mu.Unlock()
+	u.d.locked = false
+	return nil
+}
+
+// memHandle is an open memFile.
+type memHandle struct {
+	d      *memDir
+	f      *memFile
+	at     int
+	closed bool
+}
+
+func (h *memHandle) Read(p []byte) (int, error) {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	if err := h.d.call(); err != nil {
+		return 0, err
+	}
+	if h.at >= len(h.f.data) {
+		return 0, io.EOF
+	}
+	n := copy(p, h.f.data[h.at:])
+	h.at += n
+	return n, nil
+}
+
+func (h *memHandle) Write(p []byte) (int, error) {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	n, err := len(p), h.d.call()
+	if err != nil {
+		n /= 2 // the disk was full in the middle of it
+	}
+	h.f.data = append(h.f.data, p[:n]...)
+	return n, err
+}
+
+func (h *memHandle) Sync() error {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	if h.closed {
+		return os.ErrClosed
+	}
+	if err := h.d.call(); err != nil {
+		h.f.lying = true
+		return err
+	}
+	if !h.f.lying {
+		h.f.synced = len(h.f.data)
+	}
+	return nil
+}
+
+func (h *memHandle) Close() error {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	h.closed = true
+	return nil
+}
+
+// ---- what is kept
+
+// openSmall opens a store whose files are full soon.
+func openSmall(dir directory, opts Options) (*Durable, error) {
+	d, err := open(dir, opts)
+	if err == nil {
+		d.segmentSize, d.minCompact = 1500, 2000
+	}
+	return d, err
+}
+
+// settle waits for the compaction that runs.
+func (d *Durable) settle() {
+	if d.compacted != nil {
+		d.noteCompaction(<-d.compacted)
+	}
+}
+
+// history is what a script has done to a store: what the last Commit that
+// returned nil covers, and what the next would have.
+type history struct{ told, done model }
+
+func (m model) clone() model {
+	c := model{}
+	for key, list := range m {
+		c[key] = slices.Clone(list)
+	}
+	return c
+}
+
+// script does the same things to a store each time, until one fails.
+func script(t *testing.T, d *Durable, h *history) error {
+	random := rand.New(rand.NewPCG(7, 7))
+	for range 60 {
+		for range random.IntN(8) {
+			randomStep(t, random, d, h.done)
+		}
+		if err := d.Commit(); err != nil {
+			return err
+		}
+		h.told = h.done.clone()
+		d.settle()
+	}
+	return nil
+}
+
+func (m model) equal(d *Durable) bool {
+	return maps.EqualFunc(maps.Collect(d.All()), m, slices.Equal[[]string])
+}
+
+// checkKept opens what a crash left and wants all that was told, and nothing
+// that was not done.
+func (h *history) checkKept(t *testing.T, dir directory, what string) {
+	t.Helper()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	if !h.told.equal(d) && !h.done.equal(d) {
+		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.told, h.done)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatalf("%s: Close: %v", what, err)
+	}
+}
+
+// Ensure that after a power failure behind any I/O call, and another one during
+// the recovery, everything told is there and nothing deleted is back.
+func TestCrashAfterEveryCall(t *testing.T) {
+	total := newMemDir()
+	d, err := openSmall(total, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script(t, d, &history{model{}, model{}})
+	if l, _ := readLayout(total); l.snapshot < 2 {
+		t.Fatalf("the script compacts too little: %+v", l)
+	}
+	for n := range total.calls {
+		random := rand.New(rand.NewPCG(uint64(n), 1))
+		dir := newMemDir()
+		dir.failAt, dir.forever = n+1, true
+		h := history{model{}, model{}}
+		if d, err := openSmall(dir, Options{}); err == nil {
+			script(t, d, &h)
+		}
+		image := dir.crash(random)
+		h.checkKept(t, image.crash(random), fmt.Sprint("crash after call ", n))
+		for m := 1; m < 40; m += 1 + random.IntN(4) {
+			again := image.crash(random)
+			again.failAt, again.forever = m, true
+			if d, err := openSmall(again, Options{}); err == nil {
+				d.Close()
+			}
+			h.checkKept(t, again.crash(random), fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
+		}
+	}
+}
+
+// Ensure that when any one call fails, once or from then on, no Commit returns
+// nil for what is not on disk, and what was told is there at the next start.
+func TestEveryCallFails(t *testing.T) {
+	for _, forever := range []bool{false, true} {
+		for n, failed := 1, true; failed; n++ {
+			dir := newMemDir()
+			dir.failAt, dir.forever = n, forever
+			h := history{model{}, model{}}
+			d, err := openSmall(dir, Options{})
+			if err == nil {
+				if err = script(t, d, &h); err != nil {
+					if again := d.Commit(); again == nil {
+						t.Fatalf("call %d: Commit fails with %v, then returns nil", n, err)
+					}
+				}
+				closeErr := d.Close()
+				if err != nil && closeErr == nil {
+					t.Fatalf("call %d: Close after %v returns nil", n, err)
+				}
+			} else if !errors.Is(err, errDisk) {
+				t.Fatalf("call %d: Open: %v", n, err)
+			}
+			failed = dir.calls >= n
+			dir.failAt = 0
+			h.checkKept(t, dir.crash(rand.New(rand.NewPCG(uint64(n), 2))), fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
+			if err == nil {
+				continue
+			}
+			dir.locked = false
+			h.checkKept(t, dir, fmt.Sprintf("call %d failed (for ever: %v)", n, forever))
+		}
+	}
+}
+
+// segment returns a store's only log file with so many commits, not closed, and
+// the offsets at which its frames begin.
+func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int) {
+	dir, name = newMemDir(), "seg-1.log"
+	d, err := open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range commits {
+		starts = append(starts, len(dir.names[name].data))
+		d.Put("key", fmt.Sprint("value", i))
+		d.Put(strings.Repeat("k", i%9), "")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir.locked = false
+	return dir, name, append(starts, len(dir.names[name].data))
+}
+
+// with returns dir with data in the place of one file's.
+func (d *memDir) with(name string, data []byte) *memDir {
+	c := newMemDir()
+	for n, f := range d.names {
+		c.names[n] = &memFile{data: slices.Clone(f.data), synced: len(f.data)}
+	}
+	c.names[name] = &memFile{data: slices.Clone(data), synced: len(data)}
+	c.durable = maps.Clone(c.names)
+	return c
+}
+
+// Ensure that a log that ends anywhere opens with all its whole frames, whatever
+// garbage follows, and that what was cut off is reported.
+func TestTornEnd(t *testing.T) {
+	dir, name, starts := segment(t, 12)
+	whole := dir.names[name].data
+	stale := newMemDir() // another store's frames
+	if d, err := open(stale, Options{}); err == nil {
+		d.Put("stale", "stale")
+		d.Commit()
+	}
+	var ends []int // of the frames, without padding
+	for _, start := range starts[:len(starts)-1] {
+		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
+	}
+	for cut := headerSize; cut <= len(whole); cut++ {
+		for _, garbage := range [][]byte{nil, make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.names[name].data[headerSize:]} {
+			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
+			for frames < len(starts)-1 && len(data) >= starts[frames+1] && bytes.HasPrefix(data, whole[:ends[frames]]) {
+				frames++ // whatever stands in the place of the padding
+			}
+			var log bytes.Buffer
+			torn := dir.with(name, data)
+			d, err := open(torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			if err != nil {
+				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
+			}
+			if got := len(d.Get("key")); got != frames {
+				t.Fatalf("cut at %d: %d frames are there, want %d", cut, got, frames)
+			}
+			if lost := len(data) - starts[frames]; strings.Contains(log.String(), "torn end") != (lost > 0) ||
+				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
+				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
+			}
+			d.Put("key", "more")
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if d, err = open(torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
+				t.Fatalf("cut at %d: written on, then %v", cut, err)
+			}
+		}
+	}
+}
+
+// Ensure that every flipped bit before the last frame is refused with its place,
+// and that nothing is touched; in the last frame it is a torn end.
+func TestFlippedBits(t *testing.T) {
+	dir, name, starts := segment(t, 8)
+	whole := dir.names[name].data
+	last := starts[len(starts)-2]
+	for bit := range 8 * len(whole) {
+		data := slices.Clone(whole)
+		data[bit/8] ^= 1 << (bit % 8)
+		bad := dir.with(name, data)
+		d, err := open(bad, Options{})
+		if bit/8 >= last {
+			if padding := err == nil && len(d.Get("key")) == 8; err != nil || len(d.Get("key")) != 7 && !padding {
+				t.Fatalf("bit %d, in the last frame: %v", bit, err)
+			}
+			continue
+		}
+		if err == nil && len(d.Get("key")) == 8 {
+			continue // a padding byte, or one of the header's that says nothing
+		}
+		var damage *DamageError
+		if !errors.As(err, &damage) && !errors.Is(err, ErrNewer) {
+			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
+		}
+		if damage != nil && bit/8 >= headerSize && (damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
+			t.Fatalf("bit %d of byte %d: the error names another place: %v", bit%8, bit/8, err)
+		}
+		if !bytes.Equal(bad.names[name].data, data) || len(bad.names) != len(dir.names) {
+			t.Fatalf("bit %d of byte %d: refused, but something was changed", bit%8, bit/8)
+		}
+	}
+}
+
+// Ensure that after a clean stop even the last frame's damage is seen, that the
+// start is silent, and that missing, foreign and misplaced files are refused.
+func TestRefusals(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script(t, d, &history{model{}, model{}})
+	d.minCompact = 1 << 30 // from here on keep several full files
+	for i := range 300 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	d.Close()
+	var log bytes.Buffer
+	if d, err = openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))}); err != nil || log.Len() > 0 {
+		t.Fatalf("after a clean stop: %v, %s", err, log.String())
+	}
+	d.Put("one", "more")
+	d.Close()
+	l, _ := readLayout(dir)
+	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment, l.segments[len(l.segments)-1])
+	snapshot := logName(kindSnapshot, l.snapshot)
+	change := func(name string, f func(b []byte) []byte) *memDir {
+		return dir.with(name, f(slices.Clone(dir.names[name].data)))
+	}
+	without := func(name string) *memDir {
+		c := dir.with(name, nil)
+		delete(c.names, name)
+		return c
+	}
+	cut := func(n int) func(b []byte) []byte { return func(b []byte) []byte { return b[:len(b)-n] } }
+	other := newMemDir()
+	open(other, Options{})
+	for what, c := range map[string]struct {
+		dir  *memDir
+		want string
+	}{
+		"last data frame":      {change(last, func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at offset"},
+		"closed segment cut":   {change(first, cut(8)), first + " is damaged at offset"},
+		"snapshot cut":         {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
+		"snapshot with more":   {change(snapshot, func(b []byte) []byte { return append(b, b[headerSize:]...) }), snapshot + " is damaged"},
+		"snapshot missing":     {without(snapshot), "seg-1.log is damaged: the file is missing"},
+		"segment missing":      {without(first), first + " is damaged: the file is missing"},
+		"STORE missing":        {without(storeName), "STORE is damaged: the file is missing"},
+		"STORE cut":            {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
+		"STORE with more":      {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
+		"newer STORE":          {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 1"), []byte("version 9"), 1) }), ErrNewer.Error()},
+		"empty segment":        {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
+		"another store's file": {dir.with(last, other.names["seg-1.log"].data), "the file belongs to another store"},
+		"renamed file":         {dir.with(last, dir.names[snapshot].data), "the file is another one, renamed"},
+		"all logs gone": {func() *memDir {
+			c := without(last)
+			for n := range c.names {
+				if n != storeName {
+					delete(c.names, n)
+				}
+			}
+			return c
+		}(), "the file is missing"},
+		"somebody else's folder": {dir.with("photo.jpg", nil), ErrNotOurs.Error()},
+		"segment of zeros":       {change(first, func(b []byte) []byte { clear(b); return b }), first + " is damaged: not a log file"},
+	} {
+		before := maps.Clone(c.dir.names)
+		_, err := open(c.dir, Options{})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", what, err, c.want)
+		}
+		if c.dir.locked || !maps.Equal(before, c.dir.names) {
+			t.Errorf("%s: something was changed or is still locked", what)
+		}
+		if errors.Is(err, ErrNotOurs) || errors.Is(err, ErrNewer) {
+			continue
+		}
+		report, checkErr := check(c.dir)
+		if checkErr != nil || !report.Damaged {
+			t.Errorf("%s: check says %v, %v", what, report, checkErr)
+		}
+		if report, err := repair(c.dir, time.Time{}); err != nil || !report.Damaged {
+			t.Errorf("%s: repair says %v, %v", what, report, err)
+		}
+		if d, err := open(c.dir, Options{}); err != nil {
+			t.Errorf("%s: after repair: %v", what, err)
+		} else {
+			d.Put("after", "repair")
+			d.Close()
+			if report, err := check(c.dir); err != nil || report.Damaged {
+				t.Errorf("%s: check after repair: %v, %v", what, report, err)
+			}
+		}
+	}
+}
+
+// Ensure that repair saves all but what is damaged, and says what that is.
+func TestRepair(t *testing.T) {
+	dir, name, starts := segment(t, 8)
+	data := slices.Clone(dir.names[name].data)
+	data[starts[3]+frameSize+2] ^= 1 // the fourth frame's records
+	bad := dir.with(name, data)
+	report, err := repair(bad, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(report.Lines, "\n")
+	for _, want := range []string{
+		fmt.Sprintf("DAMAGED dir/seg-1.log is damaged at offset %d, frame 4", starts[3]),
+		fmt.Sprintf("LOST    bytes %d to %d of dir/seg-1.log", starts[3], starts[4]),
+		"repaired: 8 keys, 14 values",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("repair does not say %q:\n%s", want, text)
+		}
+	}
+	d, err := open(bad, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"value0", "value1", "value2", "value4", "value5", "value6", "value7"}
+	if got := d.Get("key"); !slices.Equal(got, want) {
+		t.Errorf("after repair %q, want %q", got, want)
+	}
+	d.Close()
+	if report, err := repair(bad, time.Time{}); err != nil || report.Damaged {
+		t.Errorf("repair of a good store: %v, %v", report, err)
+	}
+}
+
+// Ensure that a store in a log is like one in memory, through any number of
+// restarts, and that its files stay within bounds.
+func TestDurableIsLikeTheModel(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Hour} {
+		dir, m, h := newMemDir(), model{}, rand.New(rand.NewPCG(3, 3))
+		for range 30 {
+			d, err := openSmall(dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkSame(t, d, m)
+			for range 50 {
+				for range h.IntN(10) {
+					randomStep(t, h, d, m)
+				}
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				d.settle()
+				var disk, live int64
+				for _, f := range dir.names {
+					disk += int64(len(f.data))
+				}
+				_, values, bytes := d.Size()
+				live = bytes + int64(values)*recordExtra
+				if most := 2*live + d.minCompact + 3*d.segmentSize; disk > most {
+					t.Fatalf("%d bytes on disk for %d live ones, want at most %d", disk, live, most)
+				}
+			}
+			checkSame(t, d, m)
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// Ensure that reads alone cost no I/O, and that a Commit costs one write and one
+// fsync whatever it holds.
+func TestCommitCosts(t *testing.T) {
+	dir := newMemDir()
+	d, err := open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		do   func()
+		want int
+	}{
+		{func() {}, 0},
+		{func() { d.Get("k"); d.Delete("k") }, 0},
+		{func() { d.Put("k", "v") }, 2},
+		{func() { d.Get("k") }, 0},
+		{func() {
+			for range 1000 {
+				d.Put("k", "v")
+				d.Update("k", "v", "w")
+			}
+			d.Delete("k")
+		}, 2},
+	} {
+		before := dir.calls
+		c.do()
+		if err := d.Commit(); err != nil || dir.calls-before != c.want {
+			t.Errorf("%d I/O calls, want %d (%v)", dir.calls-before, c.want, err)
+		}
+	}
+}
+
+// Ensure that with a time between fsyncs the first one comes in time, without
+// another Commit, and that a failing one is not forgotten.
+func TestFsyncInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newMemDir()
+		d, err := open(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := dir.names["seg-1.log"]
+		unsynced := func() int {
+			dir.mu.Lock()
+			defer dir.mu.Unlock()
+			return len(f.data) - f.synced
+		}
+		d.Put("k", "v")
+		d.Commit()
+		<-time.After(time.Second - 1)
+		synctest.Wait()
+		if unsynced() == 0 {
+			t.Error("synced too early")
+		}
+		<-time.After(1)
+		synctest.Wait()
+		if unsynced() > 0 {
+			t.Error("not synced in time")
+		}
+		d.Put("k", "w")
+		d.Commit()
+		dir.mu.Lock()
+		dir.failAt = dir.calls + 1
+		dir.mu.Unlock()
+		<-time.After(time.Second)
+		synctest.Wait()
+		if err := d.Commit(); !errors.Is(err, errDisk) {
+			t.Errorf("Commit after a failed fsync: %v", err)
+		}
+		if err := d.Close(); !errors.Is(err, errDisk) {
+			t.Errorf("Close after a failed fsync: %v", err)
+		}
+	})
+}
+
+// Ensure that unsynced frames that reached the disk out of order are a torn end,
+// not damage, when nobody was promised them.
+func TestUnsyncedFramesMayBeLost(t *testing.T) {
+	dir := newMemDir()
+	d, _ := open(dir, Options{Fsync: FsyncNever})
+	var starts []int
+	f := dir.names["seg-1.log"]
+	for i := range 5 {
+		starts = append(starts, len(f.data))
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	dir.locked = false
+	data := slices.Clone(f.data)
+	clear(data[starts[2]:starts[3]])
+	d, err := open(dir.with("seg-1.log", data), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Get("key"); !slices.Equal(got, []string{"0", "1"}) {
+		t.Errorf("got %q, want the two before the gap", got)
+	}
+}
+
+// Ensure that a compaction that fails anywhere, or is stopped, costs nothing but
+// room, and is said.
+func TestCompactionMayFail(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	h := history{model{}, model{}}
+	script(t, d, &h)
+	dir.locked = false
+	through := d.number - 1
+	stop := make(chan struct{})
+	close(stop)
+	if _, err := writeSnapshot(dir.with("x.tmp", nil), d.id, through, stop); err != errStopped {
+		t.Errorf("stopped, a compaction returns %v", err)
+	}
+	for n, failed := 1, true; failed; n++ {
+		c := dir.with("x.tmp", nil)
+		c.failAt = n
+		_, err := writeSnapshot(c, d.id, through, nil)
+		failed = c.calls >= n
+		c.failAt = 0
+		if failed && !errors.Is(err, errDisk) && err != nil {
+			t.Fatalf("call %d: %v", n, err)
+		}
+		h.checkKept(t, c, fmt.Sprint("compaction whose call failed: ", n))
+	}
+	var log bytes.Buffer
+	d.log = slog.New(slog.NewTextHandler(&log, nil))
+	d.noteCompaction(compaction{err: errDisk})
+	if !strings.Contains(log.String(), "cannot compact the log") {
+		t.Errorf("the log says %q", log.String())
+	}
+}
+
+// ---- real files
+
+// Ensure that a real directory is kept as a fake one, private, and for one
+// process at a time.
+func TestRealDirectory(t *testing.T) {
+	path := t.TempDir()
+	d, err := Open(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 1500, 2000
+	h := history{model{}, model{}}
+	if err := script(t, d, &h); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path, Options{}); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
+		t.Errorf("opened twice: %v", err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path)
+	if out, err := cmd.Output(); err != nil || !strings.Contains(string(out), ErrLocked.Error()) {
+		t.Errorf("a second process opens it: %s, %v", out, err)
+	}
+	if _, err := Check(path); !errors.Is(err, ErrLocked) {
+		t.Errorf("checked while open: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	entries, _ := os.ReadDir(path)
+	for _, e := range entries {
+		if info, _ := e.Info(); info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v", e.Name(), info.Mode())
+		}
+	}
+	report, err := Check(path)
+	if err != nil || report.Damaged {
+		t.Errorf("Check: %v, %v", report, err)
+	}
+	if report, err := Repair(path); err != nil || report.Damaged {
+		t.Errorf("Repair: %v, %v", report, err)
+	}
+	l, _ := readLayout(osDirectory(path))
+	name := filepath.Join(path, logName(kindSnapshot, l.snapshot))
+	b, _ := os.ReadFile(name)
+	b[len(b)/2] ^= 1
+	os.WriteFile(name, b, 0o600)
+	if report, err := Repair(path); err != nil || !report.Damaged {
+		t.Errorf("Repair of damage: %v, %v", report, err)
+	}
+	kept, _ := filepath.Glob(filepath.Join(path, damagedPrefix+"*", "snap-*.log"))
+	if len(kept) != 1 {
+		t.Errorf("the damaged file is not kept: %q", kept)
+	}
+	if d, err = Open(path, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+}
+
+// Ensure that a directory that cannot be a store is refused by name.
+func TestWrongPaths(t *testing.T) {
+	path := t.TempDir()
+	aFile := filepath.Join(path, "file")
+	os.WriteFile(aFile, nil, 0o600)
+	for where, want := range map[string]error{
+		filepath.Join(path, "none"): ErrMissing,
+		aFile:                       ErrNotOurs,
+		path:                        ErrNotOurs, // it holds a file
+	} {
+		for what, f := range map[string]func() error{
+			"Open":   func() error { _, err := Open(where, Options{}); return err },
+			"Check":  func() error { _, err := Check(where); return err },
+			"Repair": func() error { _, err := Repair(where); return err },
+		} {
+			if err := f(); !errors.Is(err, want) || !strings.Contains(err.Error(), where) {
+				t.Errorf("%s(%s): %v, want %v", what, where, err, want)
+			}
+		}
+	}
+	if names, _ := os.ReadDir(path); len(names) != 1 {
+		t.Errorf("something was made: %v", names)
+	}
+}
+
+// Ensure that a long load says how far it is.
+func TestLoadTellsProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		p := &progress{log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(), total: 1000}
+		for range 5 {
+			<-time.After(400 * time.Millisecond)
+			p.step(frame{count: 10, length: 56})
+		}
+		if got := log.String(); strings.Count(got, "msg=loading") != 1 || !strings.Contains(got, "records=30 bytes=288 percent=28") {
+			t.Errorf("after two seconds the log is\n%s", got)
+		}
+	})
+}
+
+// fixedDir is a store with an id that does not change from run to run.
+func fixedDir(t testing.TB, commits int) *memDir {
+	dir, id := newMemDir(), storeID{1, 2, 3}
+	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, func(w *logWriter) error {
+		for i := range commits {
+			payload := appendRecord(nil, opPut, "key", fmt.Sprint(i))
+			payload = appendRecord(payload, opUpdate, "key", fmt.Sprint(i), "new")
+			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, "none")[:len(payload)]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = writeID(dir, id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Ensure that any bytes in the place of a log are refused or read, without a
+// panic, and that what opens goes on to open.
+func FuzzRecovery(f *testing.F) {
+	const name = "seg-1.log"
+	base := fixedDir(f, 5)
+	good := base.names[name].data
+	f.Add(good)
+	f.Add(good[:len(good)-3])
+	f.Add(good[:headerSize])
+	f.Add(append(slices.Clone(good), good[headerSize:]...))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c := base.with(name, data)
+		d, err := open(c, Options{})
+		if err == nil {
+			d.Put("k", "v")
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := open(c, Options{}); err != nil {
+				t.Fatalf("opened, closed, then: %v", err)
+			}
+			return
+		}
+		if r, err := check(c); err == nil && !r.Damaged {
+			t.Fatal("refused by Open, good to Check")
+		}
+		if _, err := repair(c, time.Time{}); err == nil {
+			if _, err := open(c, Options{}); err != nil {
+				t.Fatalf("after repair: %v", err)
+			}
+		}
+	})
+}
+
+// Ensure that any records in a frame are applied or refused, without a panic.
+func FuzzRecords(f *testing.F) {
+	f.Add(string(appendRecord(appendRecord(nil, opPut, "k", "v"), opUpdate, "k", "v", "w")), uint32(2))
+	f.Add(string(appendRecord(nil, opDelete, strings.Repeat("k", 200))), uint32(1))
+	f.Add("\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", uint32(1))
+	f.Fuzz(func(t *testing.T, payload string, count uint32) {
+		m := NewMemory()
+		if err := apply(m, payload, count); err == nil && int(count) > len(payload) {
+			t.Fatalf("%d records in %d bytes", count, len(payload))
+		}
+	})
+}

@@ -1,0 +1,385 @@
+package kvstore
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+)
+
+// The log's files. Numbers are little-endian, offsets multiples of 8.
+//
+//	file    = header frame*
+//	header  = "kvserver" version:4 kind:4 store:16 number:8 first:8 zero:12 crc:4
+//	frame   = "kvfr" length:4 sequence:8 synced:8 count:4 kind:4 crcPayload:4 crcFrame:4 payload padding
+//	payload = record*
+//	record  = op:1 (length:uvarint bytes)*    Put: key value; Delete: key; Update: key old new
+//
+// A frame holds what one Commit made durable, or a part of it. Frames are
+// numbered by sequence without a gap, from file to file; first is the number of
+// a file's first. synced is the last frame that was known to be on disk when
+// this one was written: a frame that later ones call synced cannot be missing
+// but by damage.
+//
+// Every CRC (CRC-32C) begins with the store's random id and the file's kind
+// and number, so neither stale bytes of other files nor log bytes inside values
+// can pass for a frame. A length is believed once its frame's CRC holds and it
+// fits the file.
+const (
+	fileMagic   = "kvserver"
+	fileVersion = 1
+	headerSize  = 64
+
+	frameMagic     = "kvfr"
+	frameSize      = 40      // bytes, without payload
+	maxFramePut    = 1 << 20 // payload bytes after which a frame is closed: what recovery holds at a time, but for one large record
+	kindSegment    = 1       // of a file: what was done
+	kindSnapshot   = 2       // of a file: what was there
+	frameRecords   = 0       // of a frame
+	frameEnd       = 1       // of a frame: the last of a complete snapshot
+	frameCleanStop = 2       // of a frame: all before it is on disk
+)
+
+// Operations of a record.
+const (
+	opPut    = 1
+	opDelete = 2
+	opUpdate = 3
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// crc is the checksum of b, begun with seed.
+func crc(seed uint32, b []byte) uint32 { return crc32.Update(seed, castagnoli, b) }
+
+// storeID is drawn when a store is made.
+type storeID [16]byte
+
+// fileHeader is the beginning of a log file.
+type fileHeader struct {
+	kind   uint32
+	id     storeID
+	number uint64
+	first  uint64 // sequence of its first frame; of a snapshot: of the first frame after what it stands for
+}
+
+func (h fileHeader) encode() []byte {
+	b := make([]byte, headerSize)
+	copy(b, fileMagic)
+	binary.LittleEndian.PutUint32(b[8:], fileVersion)
+	binary.LittleEndian.PutUint32(b[12:], h.kind)
+	copy(b[16:], h.id[:])
+	binary.LittleEndian.PutUint64(b[32:], h.number)
+	binary.LittleEndian.PutUint64(b[40:], h.first)
+	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
+	return b
+}
+
+// decodeHeader reads a file's header.
+func decodeHeader(b []byte) (h fileHeader, err error) {
+	switch {
+	case len(b) < headerSize:
+		return h, errors.New("shorter than a header")
+	case string(b[:8]) != fileMagic:
+		return h, errors.New("not a log file")
+	case crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]):
+		return h, errors.New("the header's checksum is wrong")
+	case binary.LittleEndian.Uint32(b[8:]) != fileVersion:
+		return h, fmt.Errorf("%w: version %d", ErrNewer, binary.LittleEndian.Uint32(b[8:]))
+	}
+	h.kind = binary.LittleEndian.Uint32(b[12:])
+	copy(h.id[:], b[16:])
+	h.number = binary.LittleEndian.Uint64(b[32:])
+	h.first = binary.LittleEndian.Uint64(b[40:])
+	return h, nil
+}
+
+// seed is where the CRCs of the file's frames begin.
+func (h fileHeader) seed() uint32 {
+	b := append(h.id[:len(h.id):len(h.id)], byte(h.kind))
+	b = binary.LittleEndian.AppendUint64(b, h.number)
+	return crc32.Checksum(b, castagnoli)
+}
+
+// frame is a frame's head.
+type frame struct {
+	length   uint32 // bytes of payload
+	sequence uint64
+	synced   uint64
+	count    uint32 // records; in a frameEnd: keys of the snapshot
+	kind     uint32
+	crc      uint32 // of the payload
+}
+
+// padded is how many bytes the frame takes in all.
+func (f frame) padded() int64 { return frameSize + (int64(f.length)+7)&^7 }
+
+// appendFrame appends the frame of payload.
+func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
+	start := len(b)
+	b = append(b, frameMagic...)
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
+	b = binary.LittleEndian.AppendUint64(b, f.sequence)
+	b = binary.LittleEndian.AppendUint64(b, f.synced)
+	b = binary.LittleEndian.AppendUint32(b, f.count)
+	b = binary.LittleEndian.AppendUint32(b, f.kind)
+	b = binary.LittleEndian.AppendUint32(b, crc(seed, payload))
+	b = binary.LittleEndian.AppendUint32(b, crc(seed, b[start:]))
+	b = append(b, payload...)
+	for len(b)%8 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+// decodeFrame reads a frame's head and tells whether its CRC holds.
+func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
+	if len(b) < frameSize || string(b[:4]) != frameMagic ||
+		crc(seed, b[:36]) != binary.LittleEndian.Uint32(b[36:]) {
+		return f, false
+	}
+	return frame{
+		length:   binary.LittleEndian.Uint32(b[4:]),
+		sequence: binary.LittleEndian.Uint64(b[8:]),
+		synced:   binary.LittleEndian.Uint64(b[16:]),
+		count:    binary.LittleEndian.Uint32(b[24:]),
+		kind:     binary.LittleEndian.Uint32(b[28:]),
+		crc:      binary.LittleEndian.Uint32(b[32:]),
+	}, true
+}
+
+// appendRecord appends one operation on fields, the key first.
+func appendRecord(b []byte, op byte, fields ...string) []byte {
+	b = append(b, op)
+	for _, f := range fields {
+		b = binary.AppendUvarint(b, uint64(len(f)))
+		b = append(b, f...)
+	}
+	return b
+}
+
+// apply does count records of payload to m.
+func apply(m *Memory, payload string, count uint32) error {
+	field := func() (s string, ok bool) {
+		length, n := uint64(0), 0
+		for shift := 0; n < len(payload) && n < binary.MaxVarintLen64; shift += 7 {
+			b := payload[n]
+			n++
+			length |= uint64(b&0x7f) << shift
+			if b < 0x80 {
+				if uint64(len(payload)-n) < length {
+					return "", false
+				}
+				s, payload = payload[n:n+int(length)], payload[n+int(length):]
+				return s, true
+			}
+		}
+		return "", false
+	}
+	for range count {
+		if payload == "" {
+			return errors.New("fewer records than counted")
+		}
+		op := payload[0]
+		payload = payload[1:]
+		key, ok := field()
+		var value, newValue string
+		if ok && op != opDelete {
+			value, ok = field()
+		}
+		if ok && op == opUpdate {
+			newValue, ok = field()
+		}
+		switch {
+		case !ok:
+			return errors.New("a record does not fit its frame")
+		case op == opPut:
+			m.Put(key, value)
+		case op == opDelete:
+			m.Delete(key)
+		case op == opUpdate:
+			m.Update(key, value, newValue)
+		default:
+			return fmt.Errorf("a record of the unknown kind %d", op)
+		}
+	}
+	if payload != "" {
+		return errors.New("more records than counted")
+	}
+	return nil
+}
+
+// logReader reads a log file frame by frame.
+type logReader struct {
+	header fileHeader
+	seed   uint32
+	path   string
+	r      *bufio.Reader
+	f      file
+	size   int64
+	offset int64 // of the next frame
+	next   uint64
+	buf    []byte
+}
+
+// openLog opens the file called name and reads its header.
+func openLog(d directory, name string) (*logReader, error) {
+	f, size, err := d.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(f, 1<<18), offset: headerSize}
+	b := make([]byte, headerSize)
+	if n, err := io.ReadFull(l.r, b); err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		f.Close()
+		return nil, err
+	} else if l.header, err = decodeHeader(b[:n]); err != nil {
+		f.Close()
+		if errors.Is(err, ErrNewer) {
+			return nil, fmt.Errorf("%s: %w", l.path, err)
+		}
+		return nil, &DamageError{File: l.path, What: err.Error()}
+	}
+	l.seed, l.next = l.header.seed(), l.header.first
+	if l.header.kind == kindSnapshot {
+		l.next = 1
+	}
+	return l, nil
+}
+
+// errEnd is the end of a log file, after its last frame.
+var errEnd = errors.New("end of the log")
+
+// read returns the next frame and its payload, which is good until the next
+// read, errEnd, a *DamageError, or what reading the file failed with.
+func (l *logReader) read() (f frame, payload []byte, err error) {
+	if l.offset == l.size {
+		return f, nil, errEnd
+	}
+	damaged := func(what string) (frame, []byte, error) {
+		return f, nil, &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
+	}
+	if l.size-l.offset < frameSize {
+		return damaged("the file ends inside a frame's head")
+	}
+	var head [frameSize]byte
+	if _, err := io.ReadFull(l.r, head[:]); err != nil {
+		return f, nil, readError(l.path, err)
+	}
+	f, ok := decodeFrame(head[:], l.seed)
+	switch {
+	case !ok:
+		return damaged("the frame's checksum is wrong")
+	case f.sequence != l.next:
+		return damaged(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
+	case l.size-l.offset < f.padded():
+		return damaged("the file ends inside a frame")
+	}
+	rest := int(f.padded() - frameSize)
+	if cap(l.buf) < rest {
+		l.buf = make([]byte, rest)
+	}
+	l.buf = l.buf[:rest]
+	if _, err := io.ReadFull(l.r, l.buf); err != nil {
+		return f, nil, readError(l.path, err)
+	}
+	payload = l.buf[:f.length]
+	if crc(l.seed, payload) != f.crc {
+		return damaged("the records' checksum is wrong")
+	}
+	l.offset += f.padded()
+	l.next++
+	return f, payload, nil
+}
+
+// readError names the file that was being read.
+func readError(path string, err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("read %s: it became shorter meanwhile", path)
+	}
+	return err
+}
+
+// wasSynced tells whether the frame at l.offset, which is bad, had once been on
+// disk: then a later frame of the file says so. It looks at every offset where
+// one could begin.
+func (l *logReader) wasSynced(d directory, name string) (bool, error) {
+	f, size, err := d.Open(name)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	if _, err := io.CopyN(io.Discard, f, l.offset); err != nil {
+		return false, readError(l.path, err)
+	}
+	rest := make([]byte, max(0, min(size, l.size)-l.offset))
+	if _, err := io.ReadFull(f, rest); err != nil {
+		return false, readError(l.path, err)
+	}
+	for ; len(rest) >= frameSize; rest = rest[8:] {
+		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next && later.synced >= l.next {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// logWriter writes a log file.
+type logWriter struct {
+	f    file
+	path string
+	seed uint32
+	size int64
+	buf  []byte
+}
+
+// createLog makes a log file under a temporary name, with fill's frames, and
+// then, once all of it is on disk, under its own.
+func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) error) (*logWriter, error) {
+	f, err := d.Create(name + tmpSuffix)
+	if err != nil {
+		return nil, err
+	}
+	w := &logWriter{f: f, path: d.Path(name), seed: h.seed()}
+	write := func() error {
+		if err := w.write(h.encode()); err != nil {
+			return err
+		}
+		if err := fill(w); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return err
+		}
+		if err := d.Rename(name+tmpSuffix, name); err != nil {
+			return err
+		}
+		return d.Sync()
+	}
+	if err := write(); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return w, nil
+}
+
+// append writes one frame.
+func (w *logWriter) append(f frame, payload []byte) error {
+	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
+	err := w.write(w.buf)
+	if cap(w.buf) > 4*maxFramePut {
+		w.buf = nil
+	}
+	return err
+}
+
+func (w *logWriter) write(b []byte) error {
+	n, err := w.f.Write(b)
+	w.size += int64(n)
+	if err == nil && n < len(b) {
+		err = fmt.Errorf("write %s: %w", w.path, io.ErrShortWrite)
+	}
+	return err
+}
