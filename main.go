@@ -50,8 +50,8 @@ A key-value server on TCP: one request a line, netcat for a client.
                   (default localhost:9999)
   -data DIR       keep the data in DIR, which must exist; without it the data
                   is lost when the server stops
-  -fsync WHEN     with -data: always, a time such as 1s, or never: what a power
-                  failure may take of what was answered (default always: nothing)
+  -fsync WHEN     with -data: always, a time such as 1s, or never (default
+                  always: a power failure takes nothing that was answered)
   -max-line N     longest request line in bytes (default 1048576)
   -v              log every connection as well
   -version        print the version and exit

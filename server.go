@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -25,6 +26,8 @@ const (
 	// for a second turn: a quarter off the slowest percent's time in memory,
 	// a tenth more writes a second on disk.
 	maxYields = 4
+
+	crowd = 1000 // clients whose going makes it worth while to give memory back
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
@@ -74,6 +77,7 @@ type keyValueServer struct {
 	closing  bool     // closeSignal was seen
 	welcomed int      // clients so far
 	left     int      // of these, gone
+	most     int      // clients at once, since there was none
 	dropped  int      // replies that slow readers lost
 	requests [queryTypes]int
 }
@@ -357,6 +361,11 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.left++
+	s.most = max(s.most, len(s.clients)+1)
+	if len(s.clients) == 0 && s.most >= crowd {
+		s.most = 0
+		go debug.FreeOSMemory() // the collector alone would take minutes to give back what a crowd took
+	}
 	s.dropped += c.droppedTotal - c.reported
 	level, reason := slog.LevelDebug, c.reason
 	if c.broken != nil { // then that is why reading ended

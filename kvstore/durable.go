@@ -554,7 +554,7 @@ func (d *Durable) sync() error {
 	w, sequence := d.current, d.sequence
 	d.mu.Unlock()
 	d.syncing.Store(&w.path)
-	err := w.f.Sync()
+	err := w.sync()
 	d.syncing.Store(nil)
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 )
 
 // The log's files. Numbers are little-endian, offsets multiples of 8.
@@ -350,7 +351,7 @@ func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) e
 		if err := fill(w); err != nil {
 			return err
 		}
-		if err := f.Sync(); err != nil {
+		if err := w.sync(); err != nil {
 			return err
 		}
 		if err := d.Rename(name+tmpSuffix, name); err != nil {
@@ -379,7 +380,21 @@ func (w *logWriter) write(b []byte) error {
 	n, err := w.f.Write(b)
 	w.size += int64(n)
 	if err == nil && n < len(b) {
-		err = fmt.Errorf("write %s: %w", w.path, io.ErrShortWrite)
+		err = io.ErrShortWrite
 	}
-	return err
+	return w.named("write", err)
+}
+
+// sync makes what was written durable.
+func (w *logWriter) sync() error { return w.named("fsync", w.f.Sync()) }
+
+// named is err with the file's name, not the temporary one that it began with.
+func (w *logWriter) named(op string, err error) error {
+	if path := (*fs.PathError)(nil); errors.As(err, &path) {
+		err = path.Err
+	}
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: op, Path: w.path, Err: err}
 }
