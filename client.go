@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -114,7 +118,69 @@ func (c *Client) serve(chain *Query) {
 		return
 	}
 	c.reply(chain)
+	for ; chain.next != nil; chain = chain.next {
+	}
+	last := *chain
 	clear(c.in.queries) // a quiet client pins neither its last requests nor what they found
+	if last.queryType == keys || last.queryType == dump {
+		c.list(last.queryType, last.value)
+	}
+}
+
+// list answers a Keys or Dump: it collects the keys, then, for a Dump, gets
+// their lists, in parts between which workLoop serves others. Keys come sorted:
+// that also finds those that changed their place during the walk, and were
+// passed twice. Keys are shared with the store, so they take no second room.
+func (c *Client) list(what queryType, prefix string) {
+	walk := &Query{client: c, queryType: collect, value: prefix, line: c.in.line}
+	var found []string
+	for first := true; first || walk.more != nil; first = false {
+		c.server.queries <- walk
+		if <-c.done == nil {
+			c.reason = "the store failed"
+		}
+		if c.reason != "" || c.isClosed() {
+			if walk.stop != nil {
+				walk.stop()
+			}
+			return
+		}
+		found = append(found, walk.values...)
+	}
+	if walk.queryType == malformed {
+		c.reply(walk)
+		return
+	}
+	slices.Sort(found)
+	found = slices.Compact(found)
+	n := 0
+	for part := range slices.Chunk(found, maxChain) {
+		if what == keys {
+			n += len(part)
+			c.reply(&Query{queryType: keys, values: part})
+			continue
+		}
+		chain := make([]Query, len(part))
+		for i, key := range part {
+			chain[i] = Query{client: c, queryType: pair, key: key}
+			if i > 0 {
+				chain[i-1].next = &chain[i]
+			}
+			part[i] = "" // what is deleted meanwhile need not stay
+		}
+		c.server.queries <- &chain[0]
+		if <-c.done == nil {
+			c.reason = "the store failed"
+		}
+		if c.reason != "" || c.isClosed() {
+			return
+		}
+		for i := range chain {
+			n += chain[i].n
+		}
+		c.reply(&chain[0])
+	}
+	c.reply(&Query{queryType: done, n: n})
 }
 
 // serveFault answers the line that was last read with an error.
@@ -251,12 +317,12 @@ func (in *input) take(n int) (burst string) {
 }
 
 // parse makes a chain of the first lines of burst, nil if they are blank, and
-// returns the lines left over. A Quit is the last of its chain, and the
-// client's last.
+// returns the lines left over. A Keys or Dump is the last of its chain; a Quit
+// is also the client's last.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	in.queries = in.queries[:0]
-	for burst != "" && len(in.queries) < maxChain && c.reason == "" {
+	for walks := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !walks; {
 		end := strings.IndexByte(burst, '\n')
 		line := trimCR(burst[:end])
 		burst = burst[end+1:]
@@ -274,8 +340,10 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		switch {
 		case q.queryType == quit:
 			c.reason, c.drain = "it quit", true
+		case q.queryType == keys || q.queryType == dump:
+			walks = true
 		case q.queryType == malformed && !in.spoke && isHTTP(line):
-			q.queryType = http
+			q.queryType = webRequest
 			c.reason, c.drain = "it speaks HTTP", true
 		}
 		in.spoke = true
@@ -508,6 +576,107 @@ func (c *Client) drainInput() {
 		c.connection.SetReadDeadline(until)
 		if _, err := c.connection.Read(scratch[:]); err != nil {
 			return
+		}
+	}
+}
+
+// ---- the other end: kvserver -c
+
+// converse sends requests, or else the lines of in, to the server behind conn,
+// and writes data to out and errors to errs. It sends and reads at once, so
+// neither side waits for the other to finish. It returns whether all requests
+// were answered, none with an error. progress, if not nil, is told now and then
+// how many were answered so far.
+func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Writer, progress func(n int)) (good bool, err error) {
+	if len(requests) > 0 {
+		in = strings.NewReader(strings.Join(requests, "\n") + "\n")
+	}
+	// A Ping that nobody else would send ends the input: its answer is the
+	// proof that everything before it was answered too.
+	end := "end-" + rand.Text()
+	whole := make(chan bool, 1)
+	go func() {
+		w := bufio.NewWriterSize(conn, maxWrite)
+		w.WriteString("Ack\n")
+		if sendLines(w, in) {
+			w.WriteString("Ping:" + end + "\n")
+			whole <- true
+		} else {
+			whole <- false
+		}
+		w.Flush()
+		if half, ok := conn.(interface{ CloseWrite() error }); ok {
+			half.CloseWrite()
+		}
+	}()
+
+	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
+	defer w.Flush()
+	good = true
+	for answered, start := -1, true; ; { // -1: Ack is answered as well
+		if r.Buffered() == 0 {
+			w.Flush()
+		}
+		// A line longer than the buffer comes in parts; its first says what it is.
+		part, err := r.ReadSlice('\n')
+		switch {
+		case err == io.EOF && len(part) == 0:
+			if <-whole {
+				return false, errors.New("the server closed the connection before everything was answered")
+			}
+			return good, nil
+		case err != nil && err != bufio.ErrBufferFull:
+			return false, err
+		}
+		switch {
+		case !start || part[0] != ':':
+			w.Write(part)
+		case bytes.HasPrefix(part, []byte(": ")):
+			w.Write(part[2:])
+		case bytes.HasPrefix(part, []byte(":PONG "+end)):
+			return good, nil
+		case bytes.HasPrefix(part, []byte(":PONG")):
+			w.Write(part)
+			answered++
+		case bytes.HasPrefix(part, []byte(":ERROR line ")):
+			good = false
+			answered++
+			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
+			n, _ := strconv.Atoi(number)
+			w.Flush()
+			fmt.Fprintf(errs, "line %d:%s", max(n-1, 0), why) // our Ack was line 1
+		default: // :OK
+			answered++
+		}
+		start = err == nil
+		if progress != nil && answered%100_000 == 0 && answered > 0 {
+			progress(answered)
+		}
+	}
+}
+
+// sendLines sends in to w until its end or a Quit, and flushes whenever in has
+// nothing more to say for now. It returns whether the connection is still in
+// step: the last line was whole, and no Quit.
+func sendLines(w *bufio.Writer, in io.Reader) bool {
+	r := bufio.NewReaderSize(in, maxWrite)
+	whole := true
+	for {
+		if r.Buffered() == 0 && w.Flush() != nil {
+			return false
+		}
+		part, err := r.ReadSlice('\n')
+		start := whole
+		if len(part) > 0 {
+			w.Write(part)
+			whole = part[len(part)-1] == '\n'
+		}
+		line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
+		if start && whole && lookUp(line) == quit {
+			return false
+		}
+		if err != nil && err != bufio.ErrBufferFull {
+			return whole
 		}
 	}
 }

@@ -40,25 +40,24 @@ const (
 // stopTime is how long a stop may take before the process ends regardless.
 const stopTime = 5 * time.Second
 
-const usage = `Usage: kvserver [flags]
-       kvserver check DIR | repair DIR     what is in DIR; what can be saved
+const usage = `Usage: kvserver [flags]                          serve
+       kvserver [-addr ADDR] -c [REQUEST ...]   send requests, or standard input
+       kvserver check DIR | repair DIR          look at the data; save it
 
-A key-value server on TCP: one request a line, netcat for a client.
-
-  -addr ADDR      listen on ADDR: a port of localhost, :port for every address
-                  of this machine, or host:port; port 0 takes a free one
-                  (default localhost:9999)
-  -data DIR       keep the data in DIR, which must exist; without it the data
-                  is lost when the server stops
+  -addr ADDR      port, :port (every address of this machine) or host:port;
+                  port 0 takes a free one (default localhost:9999)
+  -data DIR       keep the data in DIR; without it, it is lost at the end
   -fsync WHEN     with -data: always, a time such as 1s, or never (default
                   always: a power failure takes nothing that was answered)
+  -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
+  -log FORMAT     text or json (default text); -v logs every connection as well
   -max-line N     longest request line in bytes (default 1048576)
-  -v              log every connection as well
-  -version        print the version and exit
-  -h              print this and exit
+  -ping           ask a server whether it is there: exit code 0 or 1
+  -version, -h    print the version, or this, and exit
+
+Every flag can be in the environment: KVSERVER_ADDR=:9999 is -addr :9999.
 
 Try it:   kvserver &   then   nc localhost 9999   and type
-
   Put:fruit:apple
   Get:fruit
   Help
@@ -69,8 +68,14 @@ type config struct {
 	addr    string
 	data    string        // directory; "": memory only
 	fsync   time.Duration // as in kvstore.Options
+	http    string        // address of metrics; "": none
+	json    bool
 	maxLine int
 	verbose bool
+
+	client   bool // send requests instead of serving
+	ping     bool
+	requests []string
 }
 
 func main() {
@@ -91,7 +96,11 @@ func main() {
 		complain(os.Stderr, err)
 		os.Exit(exitMisuse)
 	}
-	if err := run(c, os.Stderr); err != nil {
+	do := run
+	if c.client || c.ping {
+		do = talk
+	}
+	if err := do(c, os.Stderr); err != nil {
 		complain(os.Stderr, err)
 		os.Exit(exitFailure)
 	}
@@ -121,28 +130,65 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.StringVar(&c.data, "data", "", "")
 	fsync := flags.String("fsync", "always", "")
 	flags.IntVar(&c.maxLine, "max-line", defaultMaxLine, "")
+	flags.StringVar(&c.http, "http", "", "")
+	format := flags.String("log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
+	flags.BoolVar(&c.client, "c", false, "")
+	flags.BoolVar(&c.ping, "ping", false, "")
 	showVersion := flags.Bool("version", false, "")
+	flags.VisitAll(func(f *flag.Flag) {
+		name := "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if value, ok := os.LookupEnv(name); ok && err == nil {
+			if flags.Set(f.Name, value) != nil {
+				err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), seeHelp}
+			}
+		}
+	})
+	if err != nil {
+		return c, err
+	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(out, usage)
 		return c, err
 	case err != nil:
-		what := strings.Replace(err.Error(), "flag provided but not defined:", "unknown flag", 1)
-		return c, problem{what, seeHelp}
-	case flags.NArg() > 0:
-		return c, problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", flags.Arg(0)), seeHelp}
+		name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
+		if unknown {
+			return c, problem{"unknown flag " + name, similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
+		}
+		return c, problem{err.Error(), seeHelp}
+	case flags.NArg() > 0 && !c.client:
+		return c, problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", flags.Arg(0)), "To send a request: kvserver -c " + flags.Arg(0) + "   " + seeHelp}
 	case *showVersion:
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
 	case c.maxLine < 1 || c.maxLine > 1<<30:
 		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), "Give 1 to 1073741824 bytes, as in -max-line 1048576."}
+	case *format != "text" && *format != "json":
+		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
+	}
+	c.requests, c.json = flags.Args(), *format == "json"
+	if c.http != "" {
+		if c.http, err = fullAddr("http", c.http); err != nil {
+			return c, err
+		}
 	}
 	if c.fsync, err = parseFsync(*fsync); err != nil {
 		return c, err
 	}
-	c.addr, err = fullAddr(c.addr)
+	c.addr, err = fullAddr("addr", c.addr)
 	return c, err
+}
+
+// similarFlag suggests the flag that an unknown one may have been meant to be.
+func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
+	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr", "bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v", "client": "c", "metrics": "http"}[name]
+	flags.VisitAll(func(f *flag.Flag) {
+		if f.Name == other || oneSlip(name, f.Name) && len(f.Name) > 2 {
+			suggestion = "Did you mean -" + f.Name + " ? "
+		}
+	})
+	return suggestion
 }
 
 // parseFsync reads the value of -fsync.
@@ -160,8 +206,9 @@ func parseFsync(s string) (time.Duration, error) {
 	return d, nil
 }
 
-// fullAddr completes an address: a port alone is one of localhost.
-func fullAddr(addr string) (string, error) {
+// fullAddr completes the address that a flag gives: a port alone is one of
+// localhost.
+func fullAddr(name, addr string) (string, error) {
 	full := addr
 	if !strings.Contains(addr, ":") {
 		full = "localhost:" + addr
@@ -171,7 +218,7 @@ func fullAddr(addr string) (string, error) {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return "", problem{fmt.Sprintf("-addr %q is no address", addr), "Give a port, :port or host:port, as in -addr 9999; ports go up to 65535."}
+		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr), "Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
 	}
 	return full, nil
 }
@@ -197,7 +244,11 @@ func run(c config, logTo io.Writer) error {
 	if c.verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(logTo, &slog.HandlerOptions{Level: level}))
+	var handler slog.Handler = slog.NewTextHandler(logTo, &slog.HandlerOptions{Level: level})
+	if c.json {
+		handler = slog.NewJSONHandler(logTo, &slog.HandlerOptions{Level: level})
+	}
+	log := slog.New(handler)
 	// Signals are asked for before anything can be lost to one.
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
@@ -209,7 +260,7 @@ func run(c config, logTo io.Writer) error {
 	listener, err := listen(c.addr)
 	if err != nil {
 		closeStore()
-		return listenProblem(c.addr, err)
+		return listenProblem("addr", c.addr, err)
 	}
 	s := New(db)
 	s.log, s.maxLine, s.version = log, c.maxLine, version()
@@ -223,6 +274,16 @@ func run(c config, logTo io.Writer) error {
 	addr := listener.Addr().(*net.TCPAddr)
 	if !addr.IP.IsLoopback() {
 		log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
+	}
+	if c.http != "" {
+		web, err := listen(c.http)
+		if err != nil {
+			s.Close()
+			closeStore()
+			return listenProblem("http", c.http, err)
+		}
+		defer s.watch(web).Close()
+		log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
 	}
 	log.Info("listening", "addr", addr, "try", tryCommand(addr))
 
@@ -319,28 +380,63 @@ func tryCommand(addr *net.TCPAddr) string {
 	return fmt.Sprintf("nc %s %d", host, addr.Port)
 }
 
-// listenProblem says what to do about a listener's error.
-func listenProblem(addr string, err error) error {
+// listenProblem says what to do about the error of listening where a flag says.
+func listenProblem(name, addr string, err error) error {
 	host, port, _ := net.SplitHostPort(addr)
 	other := 10000
 	if n, _ := strconv.Atoi(port); n >= 1024 && n < 65535 {
 		other = n + 1
 	}
 	var dns *net.DNSError
-	todo := "Choose another address: kvserver -addr localhost:9999"
+	todo := "Choose another address: kvserver -" + name + " localhost:9999"
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		todo = fmt.Sprint("Stop it, or choose another port: kvserver -addr ", strings.TrimPrefix(net.JoinHostPort(host, strconv.Itoa(other)), "localhost:"))
+		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ", strings.TrimPrefix(net.JoinHostPort(host, strconv.Itoa(other)), "localhost:"))
 	case errors.Is(err, syscall.EACCES):
-		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -addr 9999"
+		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name + " 9999"
 	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -addr :%s", host, port)
+		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -%s :%s", host, name, port)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		todo = "This machine does not have that address. Choose localhost, or leave the host out to listen everywhere: kvserver -addr :" + port
+		todo = "This machine does not have that address. Choose localhost, or leave the host out to listen everywhere: kvserver -" + name + " :" + port
 	}
 	var op *net.OpError
 	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
 		err = op.Err
 	}
 	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
+}
+
+// talk is kvserver -c and -ping. Where the server refused something it has said
+// so already, and only the exit code tells.
+func talk(c config, errs io.Writer) error {
+	conn, err := net.DialTimeout("tcp", c.addr, 5*time.Second)
+	if err != nil {
+		if op := (*net.OpError)(nil); errors.As(err, &op) {
+			err = op.Err
+		}
+		return problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"}
+	}
+	defer conn.Close()
+	if c.ping {
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		c.requests = []string{"Ping"}
+	}
+	var progress func(int)
+	if isTerminal(os.Stderr) && !isTerminal(os.Stdin) {
+		progress = func(n int) { fmt.Fprintf(errs, "\r%d requests answered", n) }
+	}
+	good, err := converse(conn, c.requests, os.Stdin, os.Stdout, errs, progress)
+	if err != nil {
+		return problem{fmt.Sprintf("%s: %v", c.addr, err), "What was answered is done. Of the rest nothing is known: look, then send it again."}
+	}
+	if !good {
+		os.Exit(exitFailure)
+	}
+	return nil
+}
+
+// isTerminal tells whether somebody looks at f.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"iter"
 	"strconv"
 	"strings"
 
@@ -19,22 +20,24 @@ type Query struct {
 	newValue  string
 
 	line   int      // of the client's input, counted from 1
-	values []string // what the run found: a key's list, or the lines of a Help or Stats
+	values []string // what the run found: a key's list, or the lines of a Help, Stats or Keys
 	n      int      // what the run did: the n of ":OK n"
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
 	next    *Query
-	dropped int // on the head: replies dropped since the chain before
-	size    int // of the reply, in bytes: an upper bound, or 0 if none is owed
+	dropped int                          // on the head: replies dropped since the chain before
+	stop    func()                       // of a collect: give the walk up
+	more    func() (key string, ok bool) // of a collect: the rest of the walk through the store
+	size    int                          // of the reply, in bytes: an upper bound, or 0 if none is owed
 }
 
 // queryType says what a Query asks for.
 type queryType uint8
 
 const (
-	malformed queryType = iota // a line that is no request; it keeps its place in the chain
-	http                       // a browser
+	malformed  queryType = iota // a line that is no request; it keeps its place in the chain
+	webRequest                  // the first line of an HTTP request
 	put
 	get
 	del
@@ -42,9 +45,14 @@ const (
 	ack
 	ping
 	stats
+	keys
+	dump
 	help
 	quit
 
+	collect      // a part of what Keys and Dump need first: the keys
+	pair         // a Get, to be formatted for Dump
+	done         // the end of a Keys or Dump
 	countActive  // CountActive asks
 	countDropped // CountDropped asks
 	depart       // a goroutine of the client's has ended
@@ -67,13 +75,15 @@ var verbs = [...]verb{
 	ack:    {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
 	ping:   {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
 	stats:  {"Stats", "Stats", "nothing behind it", "the server's counters"},
+	keys:   {"Keys", "Keys:prefix", "nothing behind it or a prefix, without a colon in it", "the keys (that begin with prefix), as : key lines"},
+	dump:   {"Dump", "Dump", "nothing behind it", "everything, as : Put:key:value lines"},
 	help:   {"Help", "Help", "nothing behind it", "this list; also: ?"},
 	quit:   {"Quit", "Quit", "nothing behind it", "close the connection; also: exit"},
 }
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
-	for _, t := range [...]queryType{put, get, del, update, ack, ping, stats, help, quit} {
+	for _, t := range [...]queryType{put, get, del, update, ack, ping, stats, keys, dump, help, quit} {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
 	}
 	return append(lines,
@@ -106,6 +116,8 @@ func (q *Query) parse(line string) {
 		q.key, rest, middle = strings.Cut(rest, ":")
 		q.value, q.newValue, last = strings.Cut(rest, ":")
 		ok = middle && last && q.key != "" && strings.IndexByte(q.newValue, ':') < 0
+	case keys:
+		q.value, ok = rest, strings.IndexByte(rest, ':') < 0
 	case ping:
 		q.value, ok = rest, true
 	}
@@ -177,6 +189,7 @@ var dialects = map[string]queryType{
 	"read": get, "fetch": get, "mget": get, "lrange": get,
 	"del": del, "remove": del, "rm": del, "unset": del, "unlink": del,
 	"replace": update, "change": update,
+	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
 	"info": stats, "status": stats, "commands": help, "man": help,
 	"bye": quit, "close": quit, "logout": quit, "q": quit,
 }
@@ -203,7 +216,7 @@ func didYouMean(line string) string {
 		return "; Help lists the requests"
 	}
 	// Offer the client's own request where its arguments fit and can be shown.
-	if n := strings.Count(verbs[t].form, ":"); n > 0 && t != ping {
+	if n := strings.Count(verbs[t].form, ":"); n > 0 && t != ping && t != keys {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
 		if t == put && len(args) > n {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
@@ -242,9 +255,11 @@ func (q *Query) run(db kvstore.KVStore) {
 	case put:
 		db.Put(q.key, q.value)
 		q.n = 1
-	case get:
+	case get, pair:
 		q.values = db.Get(q.key)
 		q.n = len(q.values)
+	case collect:
+		q.collect(db)
 	case del:
 		q.n = db.Delete(q.key)
 	case update:
@@ -257,25 +272,78 @@ func (q *Query) run(db kvstore.KVStore) {
 	}
 }
 
-// separator stands between q's key and each of its values. The server's own
-// lines have no key.
+// maxCollect is how many keys one visit to workLoop walks past: others wait for
+// no more than that.
+const maxCollect = 1000
+
+// collect continues the walk through db's keys: values are those of this visit
+// that begin with q.value, more is nil at the end.
+func (q *Query) collect(db kvstore.KVStore) {
+	q.values = nil
+	if q.more == nil {
+		lister, ok := db.(kvstore.Lister)
+		if !ok {
+			q.refuse("this store cannot list its keys")
+			return
+		}
+		next, stop := iter.Pull(func(yield func(string) bool) {
+			for key := range lister.All() {
+				if !yield(key) {
+					return
+				}
+			}
+		})
+		q.more = func() (string, bool) {
+			key, ok := next()
+			if !ok {
+				stop()
+			}
+			return key, ok
+		}
+		q.stop = stop
+	}
+	for range maxCollect {
+		key, ok := q.more()
+		if !ok {
+			q.more = nil
+			return
+		}
+		if strings.HasPrefix(key, q.value) {
+			q.values = append(q.values, key)
+		}
+	}
+}
+
+// head and separator stand before q's key, and between it and each of its
+// values. The server's own lines have no key.
+func (q *Query) head() string {
+	if q.queryType == pair {
+		return ": Put:"
+	}
+	return ""
+}
+
 func (q *Query) separator() string {
-	if q.queryType == get {
+	if q.queryType == get || q.queryType == pair {
 		return ":"
 	}
 	return ": "
 }
 
-// lineSize is how many bytes appendLine appends.
+// lineSize is how many bytes appendLine appends, at most.
 func (q *Query) lineSize(value string) int {
-	return len(q.key) + len(q.separator()) + len(value) + 1
+	return len(q.head()) + len(q.key) + len(q.separator()) + len(value) + len("\r\n")
 }
 
 // appendLine appends the line for one of q.values.
 func (q *Query) appendLine(b []byte, value string) []byte {
+	b = append(b, q.head()...)
 	b = append(b, q.key...)
 	b = append(b, q.separator()...)
 	b = append(b, value...)
+	if q.queryType == pair && trimCR(value) != value {
+		b = append(b, '\r') // to be taken off when the line comes back as a request
+	}
 	return append(b, '\n')
 }
 
@@ -289,21 +357,26 @@ func (q *Query) replySize(acked bool) (size int) {
 		size += q.lineSize(v)
 	}
 	switch {
-	case q.queryType == http:
+	case q.queryType == webRequest:
 		size += len(badRequest)
 	case q.queryType == malformed || q.queryType == ping:
 		size += maxNumbers + len(q.value)
-	case acked:
+	case acked && !q.isPart():
 		size += maxNumbers
 	}
 	return size
+}
+
+// isPart tells whether q's reply goes on behind it, to end with a done.
+func (q *Query) isPart() bool {
+	return q.queryType == keys || q.queryType == dump || q.queryType == pair
 }
 
 // appendEnd appends the last line of q's reply, if it has one: dropped replies
 // are a Ping's to tell.
 func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	switch {
-	case q.queryType == http:
+	case q.queryType == webRequest:
 		return append(b, badRequest...)
 	case q.queryType == malformed:
 		b = append(b, ":ERROR line "...)
@@ -320,7 +393,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 			b = append(b, " dropped "...)
 			b = strconv.AppendInt(b, int64(dropped), 10)
 		}
-	case acked:
+	case acked && !q.isPart():
 		b = append(b, ":OK "...)
 		b = strconv.AppendInt(b, int64(q.n), 10)
 	default:

@@ -4,10 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/pprof"
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 	"time"
@@ -405,7 +409,7 @@ func (s *keyValueServer) stats() []string {
 		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ", s.requests[t]))
 	}
 	lines = append(lines,
-		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[http]),
+		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
 		fmt.Sprint("replies_dropped_total ", s.dropped))
 	if db, ok := s.db.(kvstore.Sizer); ok {
 		keys, values, bytes := db.Size()
@@ -419,10 +423,83 @@ func (s *keyValueServer) stats() []string {
 
 // total returns how many requests were run or refused.
 func (s *keyValueServer) total() (n int) {
-	for _, m := range s.requests {
-		n += m
+	for t := malformed; t <= quit; t++ {
+		n += s.requests[t]
 	}
 	return n
+}
+
+// statsNow returns the lines of Stats for somebody without a connection, or nil
+// when the server does not run.
+func (s *keyValueServer) statsNow() []string {
+	asker := &Client{done: make(chan *Query, 1), buffer: make(chan []byte)}
+	select {
+	case s.queries <- &Query{queryType: stats, client: asker}:
+	case <-s.ended:
+		return nil
+	}
+	select {
+	case q := <-asker.done:
+		if q == nil {
+			return nil
+		}
+		return q.values
+	case <-s.ended:
+		return nil
+	}
+}
+
+// metrics writes Stats and some of the Go runtime's numbers in the text format
+// of Prometheus.
+func (s *keyValueServer) metrics(w http.ResponseWriter, _ *http.Request) {
+	lines := s.statsNow()
+	if lines == nil {
+		http.Error(w, "the server does not answer any more", http.StatusServiceUnavailable)
+		return
+	}
+	samples := []metrics.Sample{
+		{Name: "/sched/goroutines:goroutines"},
+		{Name: "/memory/classes/heap/objects:bytes"},
+		{Name: "/memory/classes/total:bytes"},
+		{Name: "/gc/cycles/total:gc-cycles"},
+	}
+	metrics.Read(samples)
+	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes", "go_gc_cycles_total"} {
+		lines = append(lines, fmt.Sprint(name, " ", samples[i].Value.Uint64()))
+	}
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+	for _, line := range lines {
+		name, value, _ := strings.Cut(line, " ")
+		kind := "gauge"
+		switch {
+		case name == "version":
+			name, value = "info{version="+strconv.Quote(value)+"}", "1"
+		case strings.HasSuffix(name, "_total"):
+			kind = "counter"
+		}
+		bare, _, _ := strings.Cut(name, "{")
+		fmt.Fprintf(w, "# TYPE kvserver_%s %s\nkvserver_%s %s\n", bare, kind, name, value)
+	}
+}
+
+// watch serves numbers, health and profiles over HTTP.
+func (s *keyValueServer) watch(listener net.Listener) *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", s.metrics)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if s.statsNow() == nil {
+			http.Error(w, "the server does not answer any more", http.StatusServiceUnavailable)
+			return
+		}
+		io.WriteString(w, "ok\n")
+	})
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
+	go server.Serve(listener)
+	return server
 }
 
 // listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive

@@ -6,8 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -124,6 +128,13 @@ var conversations = []struct{ name, send, want string }{
 		""}, "\n")},
 	{"kelvin is no k", "Ac\u212a\n", ":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
 
+	{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
+		": a\n: ab\n: b\n: a\n: ab\n: a\n: ab\n: b\n:OK 0\n:OK 0\n: a\n: ab\n:OK 2\nb:1\n:OK 1\n"},
+	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n", ": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
+	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n", ": Put:a:1\r\r\n: Put:b:2\r\x00\r\n"},
+	{"keys and dump with more", "Keys:a:b\nDump:\n",
+		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in Keys:prefix; got \"Keys:a:b\"\n" +
+			":ERROR line 2: Dump needs nothing behind it, as in Dump; got \"Dump:\"\n"},
 	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k", ":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
 	{"torn write is not run", "Ack\nPut:k:a", ":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
 
@@ -254,7 +265,7 @@ func TestStats(t *testing.T) {
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1",
-			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": help_requests_total 0", ": quit_requests_total 0",
+			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
 			": refused_requests_total 1", ": replies_dropped_total 0", ": keys 1", ": values 2", ": data_bytes 10",
 		}
 		a.want(lines...)
@@ -566,6 +577,197 @@ func TestDroppedErrorsAreCounted(t *testing.T) {
 		}
 		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
 		a.hangUp()
+	})
+}
+
+// ---- everything at once
+
+// Ensure that Keys and Dump let others work between their parts, pass every key
+// that is there all the time just once, and show each list as it was at one
+// moment.
+func TestDumpWhileOthersWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const stay, change = 5000, 5000
+		for i := range stay {
+			n.fill(fmt.Sprint("stay", i), "v", 1+i%3)
+		}
+		for i := range change {
+			n.fill(fmt.Sprint("change", i), "a", 1)
+		}
+		a, b := n.dial(t), n.dial(t)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			b.send("Ack\n")
+			b.want(":OK 0")
+			for i := 0; ; i = (i + 1) % change {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				// two values, or none: both in one chain, so never one
+				b.send(fmt.Sprintf("Update:change%d:a:b\nPut:change%d:c\nDelete:change%d\nPut:change%d:a\n", i, i, i, i))
+				for range 4 {
+					b.read()
+				}
+			}
+		}()
+		for range 3 {
+			a.send("Ack\nDump\n")
+			lists, last := map[string]int{}, ""
+			a.want(":OK 0")
+			count := 0
+			for line := a.read(); !strings.HasPrefix(line, ":OK "); line = a.read() {
+				count++
+				key := strings.Split(line, ":")[2]
+				if key < last {
+					t.Fatalf("%q comes after %q", key, last)
+				}
+				last = key
+				lists[key]++
+			}
+			for i := range stay {
+				if key := fmt.Sprint("stay", i); lists[key] != 1+i%3 {
+					t.Fatalf("%s has %d values, want %d", key, lists[key], 1+i%3)
+				}
+			}
+			if count < stay+stay/3 {
+				t.Errorf("only %d lines", count)
+			}
+		}
+		close(stop)
+		<-stopped
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that a client that vanishes in the middle of a Dump leaves nothing.
+func TestDumpToNobody(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 20_000 {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		for _, request := range []string{"Dump\n", "Keys\n"} {
+			a := n.dial(t)
+			a.send(request)
+			a.conn.Close()
+			b := n.dial(t)
+			b.send(request)
+			b.read()
+			b.conn.Close()
+		}
+		synctest.Wait()
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients are left", got)
+		}
+	})
+}
+
+// Ensure that a store that cannot list says so.
+func TestStoreThatCannotList(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = struct{ kvstore.KVStore }{kvstore.NewMemory()}
+		a := n.dial(t)
+		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
+		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// ---- the client in the binary
+
+// converseWith plays kvserver -c against the server.
+func converseWith(t *testing.T, n *fakeNet, in string, requests ...string) (out, errs string, good bool, err error) {
+	t.Helper()
+	var o, e strings.Builder
+	c := n.dial(t)
+	good, err = converse(c.conn, requests, strings.NewReader(in), &o, &e, nil)
+	c.conn.Close()
+	return o.String(), e.String(), good, err
+}
+
+// Ensure that kvserver -c prints data and errors where they belong, counts lines
+// as its user does, and knows whether all was answered.
+func TestClientCommand(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for _, c := range []struct {
+			requests  []string
+			in        string
+			out, errs string
+			good      bool
+		}{
+			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
+			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n", errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
+			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n", errs: "line 2: the last line has no newline at its end, so it was not run\n"},
+			{in: "Get:k\nquit\nDelete:k\n", out: "k:v\nk:w\n", good: true},
+			{requests: []string{"Keys"}, out: "k\n", good: true},
+			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
+			{good: true},
+		} {
+			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
+			if out != c.out || errs != c.errs || good != c.good || err != nil {
+				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in, out, errs, good, err, c.out, c.errs, c.good)
+			}
+		}
+		a := n.dial(t)
+		go func() {
+			<-time.After(time.Second)
+			n.server.Close()
+		}()
+		r, _ := io.Pipe() // an input that never ends
+		if _, err := converse(a.conn, nil, struct{ io.Reader }{io.LimitReader(r, 0)}, io.Discard, io.Discard, nil); err != nil {
+			t.Errorf("with no input: %v", err)
+		}
+		<-time.After(2 * time.Second)
+	})
+}
+
+// Ensure that an answer that never came is an error.
+func TestClientCommandLosesItsServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, down := newStream(), newStream()
+		ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+		go func() {
+			io.WriteString(theirs, ":OK 0\n:OK 1\n")
+			theirs.CloseWrite()
+			io.Copy(io.Discard, theirs)
+		}()
+		good, err := converse(ours, []string{"Put:a:b", "Put:a:c"}, nil, io.Discard, io.Discard, nil)
+		if good || err == nil || !strings.Contains(err.Error(), "before everything was answered") {
+			t.Errorf("got %v, %v", good, err)
+		}
+		ours.Close()
+	})
+}
+
+// Ensure that a Dump, sent back line by line, restores every value, whatever
+// bytes it holds.
+func TestDumpRestores(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		want := map[string][]string{}
+		random := rand.New(rand.NewPCG(1, 2))
+		for range 3000 {
+			b := make([]byte, random.IntN(6))
+			for i := range b {
+				b[i] = "\r\x00a:\xff "[random.IntN(6)]
+			}
+			key := strings.ReplaceAll("k"+string(b), ":", ";")
+			want[key] = append(want[key], string(b))
+			n.server.db.Put(key, string(b))
+		}
+		dump, _, _, _ := converseWith(t, n, "", "Dump")
+		other := newFakeNet()
+		defer other.server.Close()
+		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good || err != nil {
+			t.Errorf("restoring prints %q and %q: %v", out, errs, err)
+		}
+		other.server.Close()
+		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+			t.Errorf("%d keys are restored of %d, or with other values", len(got), len(want))
+		}
 	})
 }
 
@@ -898,6 +1100,8 @@ func (p *plainStore) Update(key, oldValue, newValue string) bool {
 	p.Put(key, newValue)
 	return i >= 0
 }
+func (p *plainStore) All() iter.Seq2[string, []string] { return maps.All(p.lists) }
+
 func (p *plainStore) Commit() error {
 	p.commits++
 	return p.fail
@@ -919,7 +1123,7 @@ func TestAnyStoreWillDo(t *testing.T) {
 			b := n.dial(t)
 			b.send("Ack\nStats\n")
 			for line := b.read(); !strings.HasPrefix(line, ":OK 1"); line = b.read() {
-				if strings.HasPrefix(line, ": keys") {
+				if strings.HasPrefix(line, ": keys ") {
 					t.Errorf("Stats says %q of a store that cannot know", line)
 				}
 			}
@@ -1006,19 +1210,73 @@ func TestReadmeSession(t *testing.T) {
 	}
 }
 
-// Ensure that the README and the help text name every flag, and no other.
-func TestFlagsAreDocumented(t *testing.T) {
-	var out bytes.Buffer
-	if _, err := parseFlags([]string{"-h"}, &out); err == nil {
-		t.Fatal("-h returns no error")
+// Ensure that the README's clients for programs work as they stand there.
+func TestReadmePrograms(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
 	}
-	lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	for _, p := range []struct {
+		language, file string
+		command        []string
+	}{
+		{"python", "client.py", []string{"python3"}},
+		{"go", "client.go", []string{"go", "run"}},
+	} {
+		m := regexp.MustCompile("(?s)```" + p.language + "\n(.*?)```").FindSubmatch(readme)
+		if m == nil {
+			t.Fatalf("the README has no client in %s", p.language)
+		}
+		if lines := bytes.Count(m[1], []byte("\n")); lines > 30 {
+			t.Errorf("the client in %s has %d lines", p.language, lines)
+		}
+		if _, err := exec.LookPath(p.command[0]); err != nil {
+			t.Logf("%s is not on PATH: its client was not tried", p.command[0])
+			continue
+		}
+		file := filepath.Join(t.TempDir(), p.file)
+		os.WriteFile(file, bytes.ReplaceAll(m[1], []byte("localhost:9999"), []byte(serveTCP(t))), 0o600)
+		out, err := exec.Command(p.command[0], append(p.command[1:], file)...).CombinedOutput()
+		if want := "fruit:apple\nfruit:pear\n"; err != nil || string(out) != want {
+			t.Errorf("the client in %s prints %q, %v, want %q", p.language, out, err, want)
+		}
+	}
+}
+
+// Ensure that the help text fits a screen, and that it and the README name every
+// flag, and no other.
+func TestFlagsAreDocumented(t *testing.T) {
+	lines := strings.Split(strings.TrimSuffix(usage, "\n"), "\n")
 	if len(lines) > 24 {
 		t.Errorf("the help text has %d lines, want at most 24", len(lines))
 	}
 	for _, line := range lines {
 		if len(line) > 80 {
 			t.Errorf("%d columns: %s", len(line), line)
+		}
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := []string{"h"}
+	for _, m := range regexp.MustCompile(`flags\.(?:String|Bool|Int|Int64|Duration)(?:Var)?\((?:&c\.\w+, )?"([a-z-]+)"`).FindAllSubmatch(source, -1) {
+		names = append(names, string(m[1]))
+	}
+	for where, text := range map[string]string{"the help text": usage, "the README": string(readme)} {
+		for _, name := range names {
+			if !regexp.MustCompile(`(?m)(^|[\s` + "`" + `\[])-` + name + `($|[\s` + "`" + `,;\]])`).MatchString(text) {
+				t.Errorf("%s does not name -%s", where, name)
+			}
+		}
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `-([a-z-]+)`").FindAllSubmatch(readme, -1) {
+		if !slices.Contains(names, string(m[1])) {
+			t.Errorf("the README has a flag -%s that is none", m[1])
 		}
 	}
 }
@@ -1046,7 +1304,14 @@ func TestMistakes(t *testing.T) {
 		what, todo string // how they begin
 	}{
 		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo", "kvserver -h lists the flags."},
-		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "kvserver -h"},
+		{[]string{"-port", "1"}, exitMisuse, "kvserver: unknown flag -port", "Did you mean -addr ? kvserver -h"},
+		{[]string{"-dta", "x"}, exitMisuse, "kvserver: unknown flag -dta", "Did you mean -data ?"},
+		{[]string{"-log", "xml"}, exitMisuse, `kvserver: -log "xml" is none of its values`, "Give text or json."},
+		{[]string{"-http", "x"}, exitMisuse, `kvserver: -http "x" is no address`, "Give a port,"},
+		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), "Stop it, or choose another port: kvserver -http "},
+		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server: kvserver -addr localhost:1"},
+		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server:"},
+		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: kvserver -c foo"},
 		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 1 to"},
 		{[]string{"-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
@@ -1066,7 +1331,7 @@ func TestMistakes(t *testing.T) {
 		var stdout, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		cmd.Run()
-		lines := strings.Split(stderr.String(), "\n")
+		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(stderr.String(), ""), "\n")
 		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
 			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
 			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args, cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
@@ -1100,6 +1365,73 @@ func TestSignalsStopCleanly(t *testing.T) {
 		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest, []byte("msg=stopped clients_served=2 requests=2 replies_dropped=0")) {
 			t.Errorf("%v: the log ends with %s", sig, rest)
 		}
+	}
+}
+
+// Ensure that the numbers, health and profiles are served over HTTP, and that
+// they end with the server.
+func TestWatch(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := listen("localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := s.watch(listener)
+	defer web.Close()
+	get := func(path string) (int, string) {
+		answer, err := http.Get("http://" + listener.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		body, _ := io.ReadAll(answer.Body)
+		return answer.StatusCode, string(body)
+	}
+	a := dialTCP(t, s.listener.Addr().String())
+	a.ask("Put:k:v\nPing", ":PONG")
+	code, body := get("/metrics")
+	for _, want := range []string{"# TYPE kvserver_clients gauge\nkvserver_clients 1\n", "# TYPE kvserver_put_requests_total counter\nkvserver_put_requests_total 1\n", "kvserver_info{version=\"unknown\"} 1\n", "kvserver_data_bytes 2\n", "kvserver_go_goroutines "} {
+		if code != 200 || !strings.Contains(body, want) {
+			t.Errorf("/metrics: %d, without %q:\n%s", code, want, body)
+		}
+	}
+	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
+		if !regexp.MustCompile(`^(# TYPE kvserver_[a-z_]+ (gauge|counter)|kvserver_[a-z_]+(\{version="[^"]*"\})? [0-9]+)$`).MatchString(line) {
+			t.Errorf("/metrics: %q is not of its format", line)
+		}
+	}
+	if code, body := get("/healthz"); code != 200 || body != "ok\n" {
+		t.Errorf("/healthz: %d, %q", code, body)
+	}
+	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 || !strings.Contains(body, "workLoop") {
+		t.Errorf("pprof: %d, %.100q", code, body)
+	}
+	s.Close()
+	if code, _ := get("/healthz"); code != 503 {
+		t.Errorf("/healthz after Close: %d", code)
+	}
+	if code, _ := get("/metrics"); code != 503 {
+		t.Errorf("/metrics after Close: %d", code)
+	}
+}
+
+// Ensure that flags can come from the environment, and the command line wins.
+func TestEnvironment(t *testing.T) {
+	t.Setenv("KVSERVER_ADDR", ":1234")
+	t.Setenv("KVSERVER_MAX_LINE", "77")
+	c, err := parseFlags(nil, io.Discard)
+	if err != nil || c.addr != ":1234" || c.maxLine != 77 {
+		t.Errorf("from the environment: %+v, %v", c, err)
+	}
+	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil || c.addr != "localhost:5" || c.maxLine != 77 {
+		t.Errorf("with a flag: %+v, %v", c, err)
+	}
+	t.Setenv("KVSERVER_MAX_LINE", "many")
+	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(), `KVSERVER_MAX_LINE="many"`) {
+		t.Errorf("a bad value: %v", err)
 	}
 }
 
@@ -1429,6 +1761,23 @@ func (m *model) answer(number int, line string, acked *bool) string {
 	case line == "?" || verb == "help" && len(f) == 1:
 		n = len(helpLines)
 		out = ": " + strings.Join(helpLines, "\n: ") + "\n"
+	case verb == "keys" && (len(f) == 1 || len(f) == 2):
+		for _, key := range slices.Sorted(maps.Keys(m.lists)) {
+			if strings.HasPrefix(key, strings.Join(f[1:], "")) {
+				out += ": " + key + "\n"
+				n++
+			}
+		}
+	case verb == "dump" && len(f) == 1:
+		for _, key := range slices.Sorted(maps.Keys(m.lists)) {
+			for _, v := range m.lists[key] {
+				if strings.HasSuffix(v, "\r") || strings.HasSuffix(v, "\r\x00") {
+					v += "\r"
+				}
+				out += ": Put:" + key + ":" + v + "\n"
+				n++
+			}
+		}
 	case verb == "ack" && len(f) == 1:
 		*acked = true
 	case verb == "ping":
@@ -1540,11 +1889,15 @@ func FuzzParse(f *testing.F) {
 			again = "Ping:" + q.value
 			line = strings.TrimSuffix(line, ":")
 			again = strings.TrimSuffix(again, ":")
-		case ack, stats, help, quit:
+		case keys:
+			again = "Keys:" + q.value
+			line = strings.TrimSuffix(line, ":")
+			again = strings.TrimSuffix(again, ":")
+		case ack, stats, dump, help, quit:
 			again = verbs[q.queryType].name
 			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
 		}
-		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping {
+		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping && q.queryType != keys {
 			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
 		}
 		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) || len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] && q.key != "" {

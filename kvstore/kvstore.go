@@ -43,7 +43,9 @@ type Sizer interface {
 
 // Lister is a KVStore that can walk through what it holds.
 type Lister interface {
-	// All yields every key with its list, in no particular order. The store
-	// must not be changed meanwhile. The lists may be kept, as those of Get.
+	// All yields every key with its list, in no particular order. The lists may
+	// be kept, as those of Get. The store may be changed between two of them: a
+	// key that is there all the time is yielded, once or more; one that comes or
+	// goes may be.
 	All() iter.Seq2[string, []string]
 }
