@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -32,10 +33,13 @@ const (
 	burstSize = 16 << 10 // bytes of a busy one's; a single long line may take more
 	chunkSize = 16 << 10 // bytes of a recycled message
 
-	slowAfter  = time.Second           // no Write completed for so long, with the buffer full: a slow reader
-	quietAfter = time.Second           // no request for so long: give the scratch memory back
-	drainTime  = time.Second           // for the client to take our last words and close
-	busyTime   = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
+	slowAfter     = time.Second      // no Write completed for so long, with the buffer full: a slow reader
+	quietAfter    = time.Second      // no request for so long: give the scratch memory back
+	lineTime      = 30 * time.Second // for a line that was begun to end, counted in ticks of quietAfter, while we read
+	handshakeTime = 5 * time.Second  // for TLS to begin
+
+	drainTime = time.Second           // for the client to take our last words and close
+	busyTime  = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
 )
 
 // Client is one connection and what its two goroutines share: readFromClient
@@ -84,6 +88,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 // closed its side or said Quit, the server closes, or the connection breaks. It
 // reads on when the replies to what it has read are queued.
 func (c *Client) readFromClient() {
+	c.handshake()
 	for c.reason == "" {
 		burst, err := c.read()
 		for burst != "" && c.reason == "" {
@@ -107,6 +112,24 @@ func (c *Client) readFromClient() {
 		close(c.buffer) // the connection is writeToClient's alone now
 	}
 	c.depart()
+}
+
+// handshake begins TLS, where there is any: here, so that a client that does not
+// go on delays nobody.
+func (c *Client) handshake() {
+	conn, ok := c.connection.(interface {
+		HandshakeContext(context.Context) error
+	})
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), handshakeTime)
+	defer cancel()
+	if err := conn.HandshakeContext(ctx); err != nil {
+		c.reason = "no TLS: " + err.Error()
+		c.server.log.Info("client refused", "client", c.id, "addr", c.connection.RemoteAddr(), "reason", c.reason)
+		underTLS(c.connection).Close()
+	}
 }
 
 // serve sends chain to workLoop, waits until it has run and queues the replies.
@@ -205,6 +228,12 @@ func (c *Client) hearLast(err error) {
 		c.reason = "it closed"
 	case c.server.isClosing():
 		c.reason, c.drain = "the server closes", true
+	case err == errSlowLine:
+		if !c.in.skipping {
+			c.in.line++
+		}
+		c.serveFault(err.Error())
+		c.reason, c.drain = err.Error(), true
 	default:
 		c.reason = err.Error()
 	}
@@ -218,13 +247,14 @@ func (c *Client) depart() {
 // input is what a client has sent and no query has taken yet.
 type input struct {
 	buf      []byte
-	pending  int     // bytes at the start of buf: a line whose end has not come
-	skipping bool    // a line was too long and its end has not come; pending is 0
-	line     int     // lines so far
-	spoke    bool    // one of them was not blank, so HTTP cannot begin any more
-	queries  []Query // the memory of the chain, used again for the next
-	ticking  bool    // a read deadline is set
-	busy     bool    // something came since the last tick
+	pending  int           // bytes at the start of buf: a line whose end has not come
+	skipping bool          // a line was too long and its end has not come; pending is 0
+	line     int           // lines so far
+	spoke    bool          // one of them was not blank, so HTTP cannot begin any more
+	queries  []Query       // the memory of the chain, used again for the next
+	ticking  bool          // a read deadline is set
+	busy     bool          // something came since the last tick
+	waited   time.Duration // for the end of the line in pending, or of the one that is skipped
 }
 
 // read waits for input and returns its complete lines as one string, of which
@@ -238,6 +268,9 @@ func (c *Client) read() (burst string, err error) {
 		in.busy = true
 		burst = in.take(n)
 	}
+	if burst != "" || in.pending == 0 && !in.skipping {
+		in.waited = 0
+	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
 		if !in.busy {
 			in.rest()
@@ -245,15 +278,24 @@ func (c *Client) read() (burst string, err error) {
 		in.ticking, in.busy = false, false
 		c.limitRead(time.Time{})
 		err = nil
+		if in.pending > 0 || in.skipping {
+			if in.waited += quietAfter; in.waited > lineTime {
+				err = errSlowLine
+			}
+		}
 	}
 	return burst, err
 }
 
-// tick sees to it that a Read which waits while the client holds memory ends
-// within quietAfter, so that it can be given back. One deadline serves many
+// errSlowLine ends a client whose line does not end: otherwise a few bytes
+// would hold a connection for ever (the Slowloris attack, 2009).
+var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineTime)
+
+// tick sees to it that a Read which waits while the client holds memory, or has
+// begun a line, ends within quietAfter, so that we can look at that. One deadline serves many
 // Reads: setting one for each would cost every burst.
 func (c *Client) tick() {
-	if c.in.ticking || len(c.in.buf) == quietSize {
+	if c.in.ticking || len(c.in.buf) == quietSize && c.in.pending == 0 && !c.in.skipping {
 		return
 	}
 	c.in.ticking = true
@@ -528,6 +570,7 @@ func (c *Client) gather(msg []byte) []byte {
 // write writes b in pieces that show readFromClient whether the client reads.
 func (c *Client) write(b []byte) error {
 	for len(b) > 0 {
+		c.limitWrite()
 		n, err := c.connection.Write(b[:min(len(b), maxWrite)])
 		if err != nil {
 			return err
@@ -536,6 +579,18 @@ func (c *Client) write(b []byte) error {
 		c.signalFlushed()
 	}
 	return nil
+}
+
+// limitWrite sets the write deadline. While the server closes that is workLoop's,
+// for all that is left, and turnAway sets its own.
+func (c *Client) limitWrite() {
+	if c.server.writeTimeout == 0 || c.id == 0 || c.server.isClosing() {
+		return
+	}
+	c.connection.SetWriteDeadline(time.Now().Add(c.server.writeTimeout))
+	if c.server.isClosing() { // workLoop's may have come before ours
+		c.connection.SetWriteDeadline(time.Now().Add(closeTime))
+	}
 }
 
 func (c *Client) signalFlushed() {

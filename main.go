@@ -12,6 +12,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -51,7 +53,10 @@ const usage = `Usage: kvserver [flags]                          serve
                   always: a power failure takes nothing that was answered)
   -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
   -log FORMAT     text or json (default text); -v logs every connection as well
-  -max-line N     longest request line in bytes (default 1048576)
+  -max-clients N, -max-line BYTES, -max-memory BYTES, -write-timeout TIME
+                  limits: 10000, 1048576, 0 (none) and 5m unless given
+  -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
+                  encrypt; let in, and trust, who has a certificate of that CA
   -ping           ask a server whether it is there: exit code 0 or 1
   -version, -h    print the version, or this, and exit
 
@@ -72,6 +77,14 @@ type config struct {
 	json    bool
 	maxLine int
 	verbose bool
+
+	maxClients   int
+	maxMemory    int64
+	writeTimeout time.Duration
+
+	cert, key string // files in PEM; "": no TLS
+	clientCA  string // whose certificates a client must show
+	ca        string // whose certificate -c wants to see; "": no TLS
 
 	client   bool // send requests instead of serving
 	ping     bool
@@ -131,6 +144,13 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	fsync := flags.String("fsync", "always", "")
 	flags.IntVar(&c.maxLine, "max-line", defaultMaxLine, "")
 	flags.StringVar(&c.http, "http", "", "")
+	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
+	flags.Int64Var(&c.maxMemory, "max-memory", 0, "")
+	flags.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout, "")
+	flags.StringVar(&c.cert, "tls-cert", "", "")
+	flags.StringVar(&c.key, "tls-key", "", "")
+	flags.StringVar(&c.clientCA, "tls-client-ca", "", "")
+	flags.StringVar(&c.ca, "tls-ca", "", "")
 	format := flags.String("log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	flags.BoolVar(&c.client, "c", false, "")
@@ -164,6 +184,14 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, flag.ErrHelp
 	case c.maxLine < 1 || c.maxLine > 1<<30:
 		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), "Give 1 to 1073741824 bytes, as in -max-line 1048576."}
+	case c.maxClients < 1:
+		return c, problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
+	case c.maxMemory < 0:
+		return c, problem{fmt.Sprintf("-max-memory %d is out of range", c.maxMemory), "Give a number of bytes, or 0 for no limit."}
+	case c.writeTimeout < 0:
+		return c, problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
+	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
+		return c, problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both", "Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
 	case *format != "text" && *format != "json":
 		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
 	}
@@ -262,8 +290,22 @@ func run(c config, logTo io.Writer) error {
 		closeStore()
 		return listenProblem("addr", c.addr, err)
 	}
+	if c.cert != "" {
+		config, err := serverTLS(c)
+		if err != nil {
+			listener.Close()
+			closeStore()
+			return err
+		}
+		listener = tls.NewListener(listener, config)
+	}
 	s := New(db)
 	s.log, s.maxLine, s.version = log, c.maxLine, version()
+	s.maxMemory, s.writeTimeout = c.maxMemory, c.writeTimeout
+	if s.maxClients = min(c.maxClients, kvstore.OpenFiles()-spareFiles); s.maxClients < c.maxClients {
+		s.maxClients = max(1, s.maxClients)
+		log.Warn("fewer clients than asked for: the process may not open more files; raise the limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
+	}
 	log.Info("starting", "version", s.version, "go", runtime.Version(), "pid", os.Getpid())
 	if err := s.serve(listener); err != nil {
 		return err
@@ -272,7 +314,7 @@ func run(c config, logTo io.Writer) error {
 		log.Info("data is in memory only and lost on exit")
 	}
 	addr := listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() {
+	if !addr.IP.IsLoopback() && c.clientCA == "" {
 		log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
 	}
 	if c.http != "" {
@@ -409,7 +451,17 @@ func listenProblem(name, addr string, err error) error {
 // talk is kvserver -c and -ping. Where the server refused something it has said
 // so already, and only the exit code tells.
 func talk(c config, errs io.Writer) error {
-	conn, err := net.DialTimeout("tcp", c.addr, 5*time.Second)
+	var conn net.Conn
+	dialer := &net.Dialer{Timeout: 5 * time.Second}
+	config, err := clientTLS(c)
+	if err != nil {
+		return err
+	}
+	if config == nil {
+		conn, err = dialer.Dial("tcp", c.addr)
+	} else {
+		conn, err = tls.DialWithDialer(dialer, "tcp", c.addr, config)
+	}
 	if err != nil {
 		if op := (*net.OpError)(nil); errors.As(err, &op) {
 			err = op.Err
@@ -433,6 +485,59 @@ func talk(c config, errs io.Writer) error {
 		os.Exit(exitFailure)
 	}
 	return nil
+}
+
+// serverTLS reads the server's certificate and, if clients must show one, whose.
+func serverTLS(c config) (*tls.Config, error) {
+	config, err := ownTLS(c)
+	if err == nil && c.clientCA != "" {
+		config.ClientAuth = tls.RequireAndVerifyClientCert
+		config.ClientCAs, err = readCA(c.clientCA)
+	}
+	return config, err
+}
+
+// clientTLS is the same for -c: nil without -tls-ca.
+func clientTLS(c config) (*tls.Config, error) {
+	if c.ca == "" {
+		return nil, nil
+	}
+	pool, err := readCA(c.ca)
+	if err != nil {
+		return nil, err
+	}
+	config, err := ownTLS(c)
+	if err == nil {
+		config.RootCAs = pool
+	}
+	return config, err
+}
+
+// ownTLS shows our own certificate, if there is one.
+func ownTLS(c config) (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.cert == "" {
+		return config, nil
+	}
+	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
+	if err != nil {
+		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v", c.cert, c.key, err), "Give two files in PEM format that belong together; the README shows how to make them."}
+	}
+	config.Certificates = []tls.Certificate{pair}
+	return config, nil
+}
+
+// readCA reads certificates to be trusted.
+func readCA(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	pool := x509.NewCertPool()
+	if err == nil && !pool.AppendCertsFromPEM(pem) {
+		err = errors.New(file + " holds no certificate")
+	}
+	if err != nil {
+		return nil, problem{fmt.Sprintf("cannot read the CA: %v", err), "Give a file in PEM format; the README shows how to make one."}
+	}
+	return pool, nil
 }
 
 // isTerminal tells whether somebody looks at f.

@@ -272,6 +272,11 @@ func (q *Query) run(db kvstore.KVStore) {
 	}
 }
 
+// memory is about how many bytes more a Put or Update may take.
+func (q *Query) memory() int64 {
+	return int64(len(q.key)+max(len(q.value), len(q.newValue))) + memoryPerKey + memoryPerValue
+}
+
 // maxCollect is how many keys one visit to workLoop walks past: others wait for
 // no more than that.
 const maxCollect = 1000

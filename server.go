@@ -35,6 +35,15 @@ const (
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
+	defaultMaxClients   = 10_000 // with 24 KB for each that is quiet, 240 MB
+	defaultWriteTimeout = 5 * time.Minute
+	spareFiles          = 32  // of the process's limit, for everything but clients
+	maxTurnedAway       = 100 // connections over maxClients that are told so at a time; further ones are just closed
+
+	// What the store takes beside the bytes of keys and values: map, string
+	// headers and spare room, measured with a million keys of one value.
+	memoryPerKey, memoryPerValue = 64, 32
+
 	closeTime = time.Second // for a client to take its last replies once Close was called
 
 	// How long acceptClient waits after Accept failed: doubled each time.
@@ -54,11 +63,14 @@ var errStarted = errors.New("the server was started before")
 // workLoop receives from both and owns everything that they change.
 type keyValueServer struct {
 	// Read-only once started.
-	listener net.Listener
-	maxLine  int // bytes of a request line, its end not counted
-	version  string
-	log      *slog.Logger
-	started  time.Time
+	listener     net.Listener
+	maxLine      int // bytes of a request line, its end not counted
+	maxClients   int
+	maxMemory    int64         // bytes as memoryUsed counts them; 0: no limit
+	writeTimeout time.Duration // for a client to accept what is written; 0: for ever
+	version      string
+	log          *slog.Logger
+	started      time.Time
 
 	// Channels.
 	queries     chan *Query   // readers, departing goroutines and API calls to workLoop; never closed; room for some, so that a sender seldom waits for workLoop to be scheduled
@@ -77,6 +89,7 @@ type keyValueServer struct {
 	clients  []*Client
 	db       kvstore.KVStore
 	batch    []*Query // chains that have run and wait for Commit
+	turned   int      // connections that are being turned away
 	broken   bool     // Commit failed: nothing runs any more
 	closing  bool     // closeSignal was seen
 	welcomed int      // clients so far
@@ -90,17 +103,19 @@ type keyValueServer struct {
 // nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
-		db:          db,
-		maxLine:     defaultMaxLine,
-		version:     "unknown",
-		log:         slog.New(slog.DiscardHandler),
-		queries:     make(chan *Query, maxBatch),
-		connections: make(chan net.Conn),
-		countActive: make(chan int, 1),
-		closeSignal: make(chan struct{}),
-		ended:       make(chan struct{}),
-		failed:      make(chan error, 1),
-		turn:        make(chan struct{}, 1),
+		db:           db,
+		maxLine:      defaultMaxLine,
+		maxClients:   defaultMaxClients,
+		writeTimeout: defaultWriteTimeout,
+		version:      "unknown",
+		log:          slog.New(slog.DiscardHandler),
+		queries:      make(chan *Query, maxBatch),
+		connections:  make(chan net.Conn),
+		countActive:  make(chan int, 1),
+		closeSignal:  make(chan struct{}),
+		ended:        make(chan struct{}),
+		failed:       make(chan error, 1),
+		turn:         make(chan struct{}, 1),
 	}
 	s.turn <- struct{}{}
 	return s
@@ -236,7 +251,7 @@ func (s *keyValueServer) acceptClient() {
 func (s *keyValueServer) workLoop() {
 	defer close(s.ended)
 	connections, closeSignal := s.connections, s.closeSignal
-	for connections != nil || len(s.clients) > 0 {
+	for connections != nil || len(s.clients) > 0 || s.turned > 0 {
 		select {
 		case conn, open := <-connections:
 			if !open {
@@ -261,7 +276,11 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 		conn.Close()
 		return
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
+	if len(s.clients) >= s.maxClients {
+		s.turnAway(conn)
+		return
+	}
+	if tcp, ok := underTLS(conn).(*net.TCPConn); ok {
 		tcp.SetWriteBuffer(sendBuffer)
 	}
 	s.welcomed++
@@ -270,6 +289,35 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 	s.clients = append(s.clients, c)
 	s.log.Debug("client came", "client", c.id, "addr", conn.RemoteAddr())
 	go c.readFromClient()
+}
+
+// turnAway tells conn that there are enough clients. writeToClient does that,
+// alone: such a client is in nobody's list.
+func (s *keyValueServer) turnAway(conn net.Conn) {
+	if s.turned == 0 {
+		s.log.Warn("turning clients away", "limit", s.maxClients)
+	}
+	if s.turned == maxTurnedAway {
+		underTLS(conn).Close()
+		return
+	}
+	s.turned++
+	conn.SetDeadline(time.Now().Add(handshakeTime))
+	c := newClient(0, conn, s)
+	c.drain = true
+	c.buffer = make(chan []byte, 1)
+	full := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
+	c.buffer <- full.appendEnd(nil, false, 0)
+	close(c.buffer)
+	go c.writeToClient()
+}
+
+// underTLS is the connection that conn encrypts, or conn.
+func underTLS(conn net.Conn) net.Conn {
+	if outer, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		return outer.NetConn()
+	}
+	return conn
 }
 
 // work runs q and what else is waiting, commits it all at once, then lets the
@@ -321,6 +369,9 @@ func (s *keyValueServer) run(chain *Query) {
 		return
 	}
 	for q := chain; q != nil; q = q.next {
+		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
+			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		}
 		s.requests[q.queryType]++
 		if q.queryType == stats {
 			q.values = s.stats()
@@ -331,6 +382,16 @@ func (s *keyValueServer) run(chain *Query) {
 	}
 }
 
+// memoryUsed is about how many bytes the store takes: 0 if it cannot say.
+func (s *keyValueServer) memoryUsed() int64 {
+	db, ok := s.db.(kvstore.Sizer)
+	if !ok {
+		return 0
+	}
+	keys, values, bytes := db.Size()
+	return bytes + int64(keys)*memoryPerKey + int64(values)*memoryPerValue
+}
+
 // commit makes what batch did durable, then hands the chains back. After a
 // failure nobody may learn what they did: every connection ends.
 func (s *keyValueServer) commit() {
@@ -339,7 +400,7 @@ func (s *keyValueServer) commit() {
 			s.broken = true
 			s.failed <- err
 			for _, c := range s.clients {
-				c.connection.Close()
+				underTLS(c.connection).Close() // without a word: it might not be taken
 			}
 		}
 	}
@@ -357,6 +418,10 @@ func (s *keyValueServer) commit() {
 // leave takes note that one of c's goroutines has ended, and with the last of
 // them that c has gone.
 func (s *keyValueServer) leave(c *Client) {
+	if c.id == 0 {
+		s.turned--
+		return
+	}
 	if c.alive--; c.alive > 0 {
 		return
 	}
@@ -416,7 +481,8 @@ func (s *keyValueServer) stats() []string {
 		lines = append(lines,
 			fmt.Sprint("keys ", keys),
 			fmt.Sprint("values ", values),
-			fmt.Sprint("data_bytes ", bytes))
+			fmt.Sprint("data_bytes ", bytes),
+			fmt.Sprint("memory_bytes ", s.memoryUsed()))
 	}
 	return lines
 }

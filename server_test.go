@@ -3,12 +3,21 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"iter"
 	"log/slog"
 	"maps"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -21,6 +30,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -266,7 +276,7 @@ func TestStats(t *testing.T) {
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": keys 1", ": values 2", ": data_bytes 10",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes 138",
 		}
 		a.want(lines...)
 		a.want(":OK 0")
@@ -852,6 +862,212 @@ func TestHalfClose(t *testing.T) {
 	}
 }
 
+// ---- limits
+
+// Ensure that one client too many is told so, that the others do not notice,
+// and that there is room when one leaves.
+func TestMaxClients(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxClients = 2
+		a, b := n.dial(t), n.dial(t)
+		for range 3 {
+			c := n.dial(t)
+			c.want(":ERROR line 0: server is full (2 clients)")
+			c.wantClosed()
+			c.conn.Close()
+		}
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients, want 2", got)
+		}
+		a.ask("Ping", ":PONG")
+		b.hangUp()
+		synctest.Wait()
+		c := n.dial(t)
+		c.ask("Ping", ":PONG")
+		for range maxTurnedAway + 10 { // and none of them goes on
+			n.dial(t)
+		}
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took > drainTime {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+// Ensure that writes are refused just beyond the limit, in both modes, that all
+// else goes on, and that Delete makes room.
+func TestMaxMemory(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const pair = 2 + memoryPerKey + memoryPerValue // of a key and a value of one byte
+		n.server.maxMemory = 3*pair + memoryPerValue
+		a := n.dial(t)
+		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", n.server.maxMemory)
+		a.send("Put:a:1\nPut:b:1\nPut:c:1\nPut:d:1\nPut:d:22\nGet:c\nGet:d\n")
+		a.want(":ERROR line 4: "+full, ":ERROR line 5: "+full, "c:1")
+		a.ask("Update:d:1:2", ":ERROR line 8: "+full)
+		a.ask("Ack", ":OK 0")
+		a.ask("Put:d:1", ":ERROR line 10: "+full)
+		a.ask("Delete:a", ":OK 1")
+		a.ask("Put:d:1", ":OK 1")
+		a.ask("Get:d", "d:1", ":OK 1")
+		a.hangUp()
+	})
+}
+
+// Ensure that a line that was begun must end in time, however it trickles in,
+// and that waiting between lines takes as long as it likes.
+func TestSlowLine(t *testing.T) {
+	for what, trickle := range map[string]string{"silence": "", "a byte a second": "x"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			a.ask("Ping", ":PONG")
+			<-time.After(time.Hour)
+			a.ask("Ping", ":PONG")
+			for range 3 { // lines that take their time, but end
+				a.send("Pi")
+				pass(lineTime - time.Second)
+				a.send("ng\n")
+				a.want(":PONG")
+			}
+			start := time.Now()
+			a.send("Put:k:")
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for range 100 {
+					<-time.After(time.Second)
+					a.sendSome(trickle)
+				}
+			}()
+			a.want(":ERROR line 6: the line was begun but not ended within 30s")
+			if took := time.Since(start); took < lineTime || took > lineTime+2*quietAfter {
+				t.Errorf("%s: cut after %v, want %v", what, took, lineTime)
+			}
+			a.wantClosed()
+			a.conn.Close()
+			<-done
+		})
+	}
+}
+
+// Ensure that a client that accepts nothing is cut, just in time, and that one
+// that accepts a little is not.
+func TestWriteTimeout(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("big", strings.Repeat("v", 19*kilo), 1000)
+		n.server.writeTimeout = time.Minute
+		a, b := n.dial(t), n.dial(t)
+		b.ask("Ack", ":OK 0")
+		a.send("Get:big\n")
+		b.send("Get:big\n")
+		pass(time.Minute - 1)
+		io.CopyN(io.Discard, b.r, 4*maxWrite)
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients just before the timeout, want 2", got)
+		}
+		pass(1)
+		if got := n.server.CountActive(); got != 1 {
+			t.Errorf("%d clients after the timeout, want 1", got)
+		}
+		a.conn.Close()
+		b.conn.Close()
+	})
+}
+
+// ---- TLS
+
+// certificates makes a CA in a directory, and a pair of files for each name.
+func certificates(t *testing.T, names ...string) (dir string) {
+	dir = t.TempDir()
+	write := func(name, kind string, der []byte) {
+		os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+	}
+	var ca *x509.Certificate
+	var caKey *ecdsa.PrivateKey
+	for i, name := range append([]string{"ca"}, names...) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &x509.Certificate{
+			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
+			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+			DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		}
+		if strings.HasPrefix(name, "expired") {
+			c.NotAfter = time.Now().Add(-time.Minute)
+		}
+		if ca == nil {
+			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
+			ca, caKey = c, key
+		}
+		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(name+".pem", "CERTIFICATE", der)
+		keyDER, _ := x509.MarshalECPrivateKey(key)
+		write(name+".key", "EC PRIVATE KEY", keyDER)
+	}
+	return dir
+}
+
+// Ensure that with a client CA only its clients get in, that half-close works
+// as without TLS, and that who does not get on with the handshake is cut.
+func TestTLS(t *testing.T) {
+	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
+	in := func(name string) string { return filepath.Join(dir, name) }
+	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"), "-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
+	go io.Copy(io.Discard, log)
+	for what, c := range map[string]struct {
+		args   []string
+		stdout string
+	}{
+		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key")}, "k:v\n"},
+		"no certificate":         {[]string{"-tls-ca", in("ca.pem")}, ""},
+		"another CA's":           {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", filepath.Join(other, "client.pem"), "-tls-key", filepath.Join(other, "client.key")}, ""},
+		"an expired one":         {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"), "-tls-key", in("expired.key")}, ""},
+		"another server":         {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key")}, ""},
+		"plain text":             {nil, ""},
+	} {
+		cmd := binary(append(append([]string{"-addr", addr}, c.args...), "-c", "Delete:k", "Put:k:v", "Get:k")...)
+		out, err := cmd.Output()
+		if string(out) != c.stdout || (err == nil) != (c.stdout != "") {
+			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.stdout)
+		}
+	}
+}
+
+// Ensure that a handshake that does not go on ends in time, and that Close does
+// not wait for it.
+func TestHandshakeIsLimited(t *testing.T) {
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, closing := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.wrap = func(conn net.Conn) net.Conn {
+				return tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{pair}})
+			}
+			start, want := time.Now(), handshakeTime
+			a := n.dial(t)
+			synctest.Wait()
+			if closing {
+				want = 0
+				n.server.Close()
+			}
+			a.wantClosed()
+			if took := time.Since(start); took != want {
+				t.Errorf("a silent client was cut after %v, want %v", took, want)
+			}
+			a.conn.Close()
+		})
+	}
+}
+
 // ---- the life of the server
 
 // Ensure that Close is bounded in time in every state of the clients, and that
@@ -1432,6 +1648,180 @@ func TestEnvironment(t *testing.T) {
 	t.Setenv("KVSERVER_MAX_LINE", "many")
 	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(), `KVSERVER_MAX_LINE="many"`) {
 		t.Errorf("a bad value: %v", err)
+	}
+}
+
+// ---- one order
+
+// operation is one of a history: invoked and answered are times of a clock that
+// all clients share; a Put that was never answered has none.
+type operation struct {
+	put               string   // the value, unique in the history; "": a Get
+	got               []string // the Get's
+	invoked, answered int64
+}
+
+// checkLinearizable tells what in a history of one list no order of its
+// operations explains; final is what the list holds in the end. A list to which
+// unique values are appended names the order of its Puts itself, and a Get's
+// length its place among them, so the check is exact and needs no search (the
+// idea of Elle's list-append: Kingsbury and Alvaro, VLDB 2020).
+func checkLinearizable(history []operation, final []string) error {
+	place := map[string]int{}
+	for i, v := range final {
+		if _, twice := place[v]; twice {
+			return fmt.Errorf("%q is there twice", v)
+		}
+		place[v] = i + 1
+	}
+	for i, a := range history {
+		if a.put != "" && a.answered > 0 && place[a.put] == 0 {
+			return fmt.Errorf("the answered Put of %q is lost", a.put)
+		}
+		if a.put == "" && (len(a.got) > len(final) || !slices.Equal(a.got, final[:len(a.got)])) {
+			return fmt.Errorf("Get %d is no beginning of the final list", i)
+		}
+	}
+	// In the order of invocation, an operation's place must not be below that of
+	// any operation answered before.
+	type event struct {
+		time  int64
+		place int
+		put   bool
+		begin bool
+	}
+	var events []event
+	for _, a := range history {
+		p := len(a.got)
+		if a.put != "" {
+			if p = place[a.put]; p == 0 {
+				continue // never answered, never there
+			}
+		}
+		events = append(events, event{a.invoked, p, a.put != "", true})
+		if a.answered > 0 {
+			events = append(events, event{a.answered, p, a.put != "", false})
+		}
+	}
+	slices.SortFunc(events, func(a, b event) int { return cmp.Compare(a.time, b.time) })
+	most := 0 // Puts that everybody invoked from now on must see
+	begun := map[int]bool{}
+	for _, e := range events {
+		switch {
+		case e.begin && e.put:
+			begun[e.place] = true
+			if e.place <= most {
+				return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, was answered", e.place)
+			}
+		case e.begin && e.place < most:
+			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place, most)
+		case !e.begin:
+			for p := e.place; p > most; p-- {
+				if !begun[p] {
+					return fmt.Errorf("Put %d was seen before it was invoked", p)
+				}
+			}
+			most = max(most, e.place)
+		}
+	}
+	return nil
+}
+
+// Ensure that the checker finds what it is for.
+func TestLinearizableChecker(t *testing.T) {
+	ab := []string{"a", "b"}
+	for what, c := range map[string]struct {
+		history []operation
+		good    bool
+	}{
+		"in turn":                  {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", ab, 5, 6}}, true},
+		"at once":                  {[]operation{{"b", nil, 1, 6}, {"a", nil, 2, 5}, {"", nil, 3, 4}}, true},
+		"unanswered, but seen":     {[]operation{{"a", nil, 1, 0}, {"b", nil, 2, 3}, {"", ab, 4, 5}}, true},
+		"unanswered and not there": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"c", nil, 5, 0}}, true},
+		"lost":                     {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"c", nil, 5, 6}}, false},
+		"wrong order":              {[]operation{{"b", nil, 1, 2}, {"a", nil, 3, 4}}, false},
+		"stale Get":                {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
+		"Gets go back":             {[]operation{{"a", nil, 1, 10}, {"b", nil, 2, 11}, {"", ab, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
+		"from the future":          {[]operation{{"a", nil, 1, 2}, {"", ab, 3, 4}, {"b", nil, 5, 6}}, false},
+		"another list":             {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", []string{"b"}, 5, 6}}, false},
+	} {
+		if err := checkLinearizable(c.history, ab); (err == nil) != c.good {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// Ensure that what clients see at once is explained by one order that agrees
+// with their common clock, also when the server is killed and started again.
+func TestLinearizable(t *testing.T) {
+	for _, durable := range []bool{false, true} {
+		args, rounds := []string{"-addr", "127.0.0.1:0"}, 1
+		if durable {
+			args, rounds = append(args, "-data", t.TempDir()), 4
+		}
+		var clock atomic.Int64
+		var mu sync.Mutex
+		histories := map[string][]operation{}
+		record := func(key string, o operation) {
+			mu.Lock()
+			defer mu.Unlock()
+			histories[key] = append(histories[key], o)
+		}
+		var addr string
+		for round := range rounds {
+			cmd, at, log := startBinary(t, args...)
+			go io.Copy(io.Discard, log)
+			addr = at
+			var wg sync.WaitGroup
+			for id := range 8 {
+				a := dialTCP(t, addr)
+				a.ask("Ack", ":OK 0")
+				wg.Go(func() {
+					random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
+					for i := range 300 {
+						key := fmt.Sprint("key", random.IntN(3))
+						o := operation{}
+						request := "Get:" + key
+						if random.IntN(2) == 0 {
+							o.put = fmt.Sprintf("%d-%d-%d", round, id, i)
+							request = "Put:" + key + ":" + o.put
+						}
+						o.invoked = clock.Add(1)
+						io.WriteString(a.conn, request+"\n")
+						for {
+							line, err := a.r.ReadString('\n')
+							if err != nil { // killed
+								if o.put != "" {
+									record(key, o)
+								}
+								return
+							}
+							if strings.HasPrefix(line, ":OK") {
+								break
+							}
+							o.got = append(o.got, strings.TrimSuffix(line[len(key)+1:], "\n"))
+						}
+						o.answered = clock.Add(1)
+						record(key, o)
+						if durable && round < rounds-1 && id == 0 && i == 100+round*40 {
+							cmd.Process.Kill()
+						}
+					}
+				})
+			}
+			wg.Wait()
+		}
+		a := dialTCP(t, addr)
+		for key, history := range histories {
+			a.send("Get:" + key + "\nPing\n")
+			var final []string
+			for line := a.read(); line != ":PONG"; line = a.read() {
+				final = append(final, line[len(key)+1:])
+			}
+			if err := checkLinearizable(history, final); err != nil {
+				t.Errorf("durable %v, %s, %d operations: %v", durable, key, len(history), err)
+			}
+		}
 	}
 }
 
@@ -2122,7 +2512,8 @@ type fakeNet struct {
 	closed   chan struct{}
 	failures int // that Accept returns first
 
-	beforeDeadline func() // called by the server's connections when a read deadline in the future is set
+	wrap           func(net.Conn) net.Conn // makes the server's side of a connection
+	beforeDeadline func()                  // called by the server's connections when a read deadline in the future is set
 }
 
 func newFakeNet() *fakeNet {
@@ -2171,7 +2562,11 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	up, down := newStream(), newStream()
 	ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
 	theirs.beforeDeadline = n.beforeDeadline
-	n.conns <- theirs
+	if n.wrap != nil {
+		n.conns <- n.wrap(theirs)
+	} else {
+		n.conns <- theirs
+	}
 	return &testClient{t, ours, bufio.NewReader(ours)}
 }
 
