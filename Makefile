@@ -1,7 +1,7 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz bench cover clean help
+.PHONY: build run test check fuzz soak bench cover clean help
 
 build: ## build ./kvserver
 	go build -trimpath -ldflags="-s -w" -o kvserver .
@@ -28,6 +28,10 @@ fuzz: ## run every fuzz target for FUZZTIME (10s)
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$package || exit 1; \
 		done; \
 	done
+
+SOAK ?= 2m
+soak: ## mixed traffic, clients and servers killed, for SOAK (2m)
+	KVSERVER_SOAK=$(SOAK) go test -run '^TestSoak$$' -v -timeout 0 .
 
 bench: ## run the benchmarks
 	go test -run '^$$' -bench . -benchmem ./...

@@ -1890,6 +1890,150 @@ func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
 	}
 }
 
+// Ensure that a durable server under mixed traffic keeps every client's own keys
+// right while clients vanish in mid-request and the server is killed or stopped,
+// again and again. `make soak` runs it for longer than two seconds.
+func TestSoak(t *testing.T) {
+	length := 2 * time.Second
+	if s := os.Getenv("KVSERVER_SOAK"); s != "" {
+		var err error
+		if length, err = time.ParseDuration(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const clients = 20
+	dir, stop := t.TempDir(), make(chan struct{})
+	var addr atomic.Value
+	var requests, cuts atomic.Int64
+	cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-http", "localhost:0")
+	addr.Store(at)
+	go io.Copy(io.Discard, log)
+	var wg sync.WaitGroup
+	for id := range clients {
+		wg.Go(func() {
+			random, key := rand.New(rand.NewPCG(uint64(id), 9)), fmt.Sprint("key", id)
+			var before, after []string // the list; what it is if the request under way has been run
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				conn, err := net.Dial("tcp", addr.Load().(string))
+				if err != nil {
+					runtime.Gosched()
+					continue // it is being started again
+				}
+				conn.SetDeadline(time.Now().Add(time.Minute))
+				a := &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
+				a.sendSome("Ack\n")
+				a.r.ReadString('\n')
+				for more := true; more; {
+					request := "Get:" + key
+					after = slices.Clone(before)
+					value := fmt.Sprint(random.IntN(5), strings.Repeat("v", random.IntN(1000)))
+					switch random.IntN(8) {
+					case 0, 1, 2:
+						request, after = "Put:"+key+":"+value, append(after, value)
+					case 3, 4:
+						if len(before) > 0 {
+							old := before[random.IntN(len(before))]
+							i := slices.Index(after, old)
+							request, after = "Update:"+key+":"+old+":"+value, append(slices.Delete(after, i, i+1), value)
+						}
+					case 5:
+						if len(before) > 30 {
+							request, after = "Delete:"+key, nil
+						}
+					}
+					if random.IntN(2000) == 0 {
+						// Vanish in the middle of things, none of which may
+						// change our key later on, when we have looked again.
+						a.sendSome(strings.Repeat("Get:"+key+"\nPut:other:v\nDelete:other\n", 50) + "Put:" + key)
+						conn.Close()
+						after = before
+						cuts.Add(1)
+						break
+					}
+					a.sendSome(request + "\n")
+					var got []string
+					for {
+						line, err := a.r.ReadString('\n')
+						if err != nil {
+							more = false
+							break
+						}
+						if strings.HasPrefix(line, ":") {
+							requests.Add(1)
+							break
+						}
+						got = append(got, strings.TrimSuffix(line[len(key)+1:], "\n"))
+					}
+					if more && request == "Get:"+key && !slices.Equal(got, before) {
+						t.Errorf("%s holds %.100q, want %.100q", key, got, before)
+						return
+					}
+					if more {
+						before = after
+					}
+				}
+				conn.Close()
+				// Was the last request run? Ask, as often as it takes.
+				for known := false; !known; {
+					conn, err := net.Dial("tcp", addr.Load().(string))
+					if err != nil {
+						runtime.Gosched()
+						continue
+					}
+					conn.SetDeadline(time.Now().Add(time.Minute))
+					io.WriteString(conn, "Get:"+key+"\nPing\n")
+					var got []string
+					for r := bufio.NewReader(conn); ; {
+						line, err := r.ReadString('\n')
+						if known = line == ":PONG\n"; known || err != nil {
+							break
+						}
+						got = append(got, strings.TrimSuffix(line[len(key)+1:], "\n"))
+					}
+					conn.Close()
+					switch {
+					case !known:
+					case slices.Equal(got, before):
+					case slices.Equal(got, after):
+						before = after
+					default:
+						t.Errorf("after a break %s holds %.100q, want %.100q or %.100q", key, got, before, after)
+						return
+					}
+				}
+			}
+		})
+	}
+	restarts, began := 0, time.Now()
+	for time.Since(began) < length && !t.Failed() {
+		select {
+		case <-time.After(min(length/4, 5*time.Second)):
+		case <-t.Context().Done():
+		}
+		if restarts++; restarts%2 == 0 {
+			cmd.Process.Signal(os.Interrupt)
+		} else {
+			cmd.Process.Kill()
+		}
+		err := cmd.Wait()
+		if restarts%2 == 0 && err != nil {
+			t.Errorf("a clean stop: %v", err)
+		}
+		cmd, at, log = startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-http", "localhost:0")
+		addr.Store(at)
+		go io.Copy(io.Discard, log)
+	}
+	close(stop)
+	wg.Wait()
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	t.Logf("%v: %d requests answered, %d clients cut, %d restarts; %s", length, requests.Load(), cuts.Load(), restarts, regexp.MustCompile(`VmRSS:.*`).Find(status))
+}
+
 // ---- speed
 
 // Ensure that a chain costs one allocation, whatever it holds, and an Update the
