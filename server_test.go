@@ -1848,8 +1848,9 @@ func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
 			}
 		}
 		answered = len(list) // one that was not answered may be there
+		start := answered
 		go func() {
-			for i := answered; i < answered+100_000; i += 100 {
+			for i := start; i < start+100_000; i += 100 {
 				var burst strings.Builder
 				for j := range 100 {
 					fmt.Fprintf(&burst, "Put:list:%d\n", i+j)
@@ -1859,7 +1860,6 @@ func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
 				}
 			}
 		}()
-		start := answered
 		for {
 			line, err := a.r.ReadString('\n')
 			if err != nil {
