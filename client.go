@@ -417,6 +417,7 @@ func trimCR(line string) string {
 // there is room for it.
 func (c *Client) reply(chain *Query) {
 	left, acked := 0, c.acked // bytes not queued yet
+	maxMessage := c.server.maxMessage
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
 		q.size = q.replySize(acked)
@@ -470,6 +471,7 @@ func (c *Client) reply(chain *Query) {
 // queueFull queues the full messages at the start of msg, of which left bytes
 // are not queued yet, and returns the begun one that follows them.
 func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
+	maxMessage := c.server.maxMessage
 	for len(msg) >= maxMessage {
 		c.buffer <- msg[:maxMessage]
 		msg = msg[maxMessage:]
@@ -517,7 +519,7 @@ func (c *Client) newMessage(size int) []byte {
 		return chunks.Get().(*[chunkSize]byte)[:0]
 	}
 	const lastLine = 1 << 10 // room for most lines that begin in one message and end in the next
-	return make([]byte, 0, min(size, maxMessage+lastLine))
+	return make([]byte, 0, min(size, c.server.maxMessage+lastLine))
 }
 
 // recycle takes back what newMessage lent.

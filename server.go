@@ -65,6 +65,7 @@ type keyValueServer struct {
 	// Read-only once started.
 	listener     net.Listener
 	maxLine      int // bytes of a request line, its end not counted
+	maxMessage   int // the constant, but for tests
 	maxClients   int
 	maxMemory    int64         // bytes as memoryUsed counts them; 0: no limit
 	writeTimeout time.Duration // for a client to accept what is written; 0: for ever
@@ -105,6 +106,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:           db,
 		maxLine:      defaultMaxLine,
+		maxMessage:   maxMessage,
 		maxClients:   defaultMaxClients,
 		writeTimeout: defaultWriteTimeout,
 		version:      "unknown",

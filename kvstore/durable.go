@@ -449,8 +449,8 @@ func (d *Durable) reopen(number uint64, end segmentEnd) (err error) {
 	}
 	defer l.f.Close()
 	d.current, err = createLog(d.dir, name, l.header, func(w *logWriter) error {
-		buf := make([]byte, 1<<18)
-		for left := end.offset - headerSize; left > 0; {
+		left := end.offset - headerSize
+		for buf := make([]byte, readSize(left)); left > 0; {
 			n, err := io.ReadFull(l.r, buf[:min(left, int64(len(buf)))])
 			if err != nil {
 				return readError(l.path, err)

@@ -348,7 +348,7 @@ func TestCrashAfterEveryCall(t *testing.T) {
 		}
 		image := dir.crash(random)
 		h.checkKept(t, image.crash(random), fmt.Sprint("crash after call ", n))
-		for m := 1; m < 40; m += 1 + random.IntN(4) {
+		for m := 1; m < 40; m += 1 + random.IntN(8) {
 			again := image.crash(random)
 			again.failAt, again.forever = m, true
 			if d, err := openSmall(again, Options{}); err == nil {
@@ -439,7 +439,8 @@ func TestTornEnd(t *testing.T) {
 		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
 	}
 	for cut := headerSize; cut <= len(whole); cut++ {
-		for _, garbage := range [][]byte{nil, make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.names[name].data[headerSize:]} {
+		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.names[name].data[headerSize:]}
+		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
 			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
 			for frames < len(starts)-1 && len(data) >= starts[frames+1] && bytes.HasPrefix(data, whole[:ends[frames]]) {
 				frames++ // whatever stands in the place of the padding
@@ -821,7 +822,7 @@ func TestRealDirectory(t *testing.T) {
 		t.Errorf("opened twice: %v", err)
 	}
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path)
+	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path, "GORACE=atexit_sleep_ms=0")
 	if out, err := cmd.Output(); err != nil || !strings.Contains(string(out), ErrLocked.Error()) {
 		t.Errorf("a second process opens it: %s, %v", out, err)
 	}

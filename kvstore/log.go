@@ -225,13 +225,16 @@ type logReader struct {
 	buf    []byte
 }
 
+// readSize is a good size for reading a file of so many bytes, or a part of it.
+func readSize(size int64) int { return int(min(size, 1<<18)) }
+
 // openLog opens the file called name and reads its header.
 func openLog(d directory, name string) (*logReader, error) {
 	f, size, err := d.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(f, 1<<18), offset: headerSize}
+	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(f, readSize(size)), offset: headerSize}
 	b := make([]byte, headerSize)
 	if n, err := io.ReadFull(l.r, b); err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		f.Close()
