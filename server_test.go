@@ -235,14 +235,14 @@ func TestEndlessLineTakesNoMemory(t *testing.T) {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		for range 16 {
+		for range 4 {
 			a.conn.Write(big)
 		}
 		b.ask("Ping", ":PONG")
 		runtime.GC()
 		runtime.ReadMemStats(&after)
 		if took := int(after.HeapAlloc - before.HeapAlloc); took > streamSize+4*testMaxLine {
-			t.Errorf("16 MiB of a line take %d bytes", took)
+			t.Errorf("4 MiB of a line take %d bytes", took)
 		}
 		a.send("\n")
 		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
@@ -507,7 +507,7 @@ func TestPipeliningLosesNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
 		a := n.dial(t)
-		const gets = 200 * kilo
+		const gets = 100 * kilo
 		go a.send(strings.Repeat("Get:k\n", gets))
 		for i := range gets {
 			if line := a.read(); line != "k:v" {
@@ -606,7 +606,7 @@ func TestDroppedErrorsAreCounted(t *testing.T) {
 // moment.
 func TestDumpWhileOthersWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const stay, change = 5000, 5000
+		const stay, change = 2000, 2000
 		for i := range stay {
 			n.fill(fmt.Sprint("stay", i), "v", 1+i%3)
 		}
@@ -665,7 +665,7 @@ func TestDumpWhileOthersWrite(t *testing.T) {
 // Ensure that a client that vanishes in the middle of a Dump leaves nothing.
 func TestDumpToNobody(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 20_000 {
+		for i := range 5000 {
 			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
 		}
 		for _, request := range []string{"Dump\n", "Keys\n"} {
@@ -824,7 +824,7 @@ func TestNothingIsFormattedForTheGone(t *testing.T) {
 		c.buffer <- []byte("too late")
 		go c.writeToClient()
 		synctest.Wait()
-		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 1000*maxMessage)}}
+		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
 		if allocs := testing.AllocsPerRun(1, func() { c.reply(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
 		}
@@ -1767,7 +1767,7 @@ func TestLinearizable(t *testing.T) {
 	for _, durable := range []bool{false, true} {
 		args, rounds := []string{"-addr", "127.0.0.1:0"}, 1
 		if durable {
-			args, rounds = append(args, "-data", t.TempDir()), 4
+			args, rounds = append(args, "-data", t.TempDir()), 3
 		}
 		var clock atomic.Int64
 		var mu sync.Mutex
@@ -1788,7 +1788,7 @@ func TestLinearizable(t *testing.T) {
 				a.ask("Ack", ":OK 0")
 				wg.Go(func() {
 					random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
-					for i := range 120 {
+					for i := range 100 {
 						key := fmt.Sprint("key", random.IntN(3))
 						o := operation{}
 						request := "Get:" + key
