@@ -132,12 +132,21 @@ func (c *Client) handshake() {
 	}
 }
 
-// serve sends chain to workLoop, waits until it has run and queues the replies.
-func (c *Client) serve(chain *Query) {
-	chain.dropped, c.reported = c.droppedTotal-c.reported, c.droppedTotal
+// run sends chain to workLoop and waits until it has run. It returns false, and
+// ends the connection, if that is not known to have happened.
+func (c *Client) run(chain *Query) bool {
 	c.server.queries <- chain
 	if <-c.done == nil {
 		c.reason = "the store failed"
+		return false
+	}
+	return true
+}
+
+// serve has workLoop run chain and queues the replies.
+func (c *Client) serve(chain *Query) {
+	chain.dropped, c.reported = c.droppedTotal-c.reported, c.droppedTotal
+	if !c.run(chain) {
 		return
 	}
 	c.reply(chain)
@@ -158,11 +167,7 @@ func (c *Client) list(what queryType, prefix string) {
 	walk := &Query{client: c, queryType: collect, value: prefix, line: c.in.line}
 	var found []string
 	for first := true; first || walk.more != nil; first = false {
-		c.server.queries <- walk
-		if <-c.done == nil {
-			c.reason = "the store failed"
-		}
-		if c.reason != "" || c.isClosed() {
+		if !c.run(walk) || c.isClosed() {
 			if walk.stop != nil {
 				walk.stop()
 			}
@@ -191,11 +196,7 @@ func (c *Client) list(what queryType, prefix string) {
 			}
 			part[i] = "" // what is deleted meanwhile need not stay
 		}
-		c.server.queries <- &chain[0]
-		if <-c.done == nil {
-			c.reason = "the store failed"
-		}
-		if c.reason != "" || c.isClosed() {
+		if !c.run(&chain[0]) || c.isClosed() {
 			return
 		}
 		for i := range chain {
