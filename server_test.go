@@ -446,7 +446,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		if delivered < maxBufferSize || delivered == owed {
 			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered, owed, maxBufferSize)
 		}
-		if most := (maxBufferSize*testMaxMessage+maxWrite+2*streamSize)/len(value); delivered > most {
+		if most := (maxBufferSize*testMaxMessage + maxWrite + 2*streamSize) / len(value); delivered > most {
 			t.Errorf("%d replies were kept, want at most %d", delivered, most)
 		}
 		slow.ask("Ping", ":PONG") // counted once

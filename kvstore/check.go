@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -146,6 +147,7 @@ func repair(dir directory, now time.Time) (r Report, err error) {
 			}
 		}
 	}
+	s.newest = highest
 	for number := snapshot; number <= highest; number++ {
 		kind := uint32(kindSegment)
 		if number == snapshot {
@@ -222,6 +224,7 @@ type salvage struct {
 	dir    directory
 	id     storeID
 	m      *Memory
+	newest uint64 // number of the newest segment
 	last   uint64 // highest sequence seen in a segment
 	report *Report
 }
@@ -264,7 +267,11 @@ func (s *salvage) read(name string, kind uint32, number uint64) error {
 		good = at + int(head.padded())
 		at = good - 8
 	}
-	bad(good, len(b))
+	end := len(b)
+	if kind == kindSegment && number == s.newest { // what is left of its room is no loss
+		end = good + len(bytes.TrimRight(b[good:], "\x00"))
+	}
+	bad(good, end)
 	if lost == 0 {
 		s.report.say("read    all %d frames of %s", frames, s.dir.Path(name))
 	} else {

@@ -111,7 +111,7 @@ func writeAll(w *logWriter, m *Memory, stop <-chan struct{}) error {
 			return errStopped
 		default:
 		}
-		err := w.append(f, payload)
+		err := w.append(f, payload, 0)
 		f.sequence++
 		f.count, payload = 0, payload[:0]
 		return err

@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -59,6 +60,7 @@ type Options struct {
 const (
 	segmentSize  = 64 << 20 // bytes after which the log goes on in a new file
 	minCompact   = 64 << 20 // bytes of full files below which they are left alone
+	reserveSize  = 1 << 20  // bytes by which a file that is synced at every Commit grows at a time
 	recordExtra  = 8        // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
@@ -86,6 +88,7 @@ type Durable struct {
 	count   uint32 // of them
 
 	segmentSize, minCompact int64           // the constants, but for tests
+	reserve                 int             // that one too; 0 where nobody waits for fsync
 	stop                    chan struct{}   // closed by Close: the compaction gives up
 	compacted               chan compaction // the running compaction's end, one slot; nil: none runs
 
@@ -112,6 +115,9 @@ func Open(path string, opts Options) (*Durable, error) {
 
 func open(dir directory, opts Options) (*Durable, error) {
 	d := &Durable{Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log, segmentSize: segmentSize, minCompact: minCompact, stop: make(chan struct{})}
+	if opts.Fsync == FsyncAlways {
+		d.reserve = reserveSize
+	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -295,7 +301,7 @@ func writeID(dir directory, id storeID) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.WriteString(f, fmt.Sprintf(storeFormat, fileVersion, hex.EncodeToString(id[:])))
+	_, err = f.WriteAt(fmt.Appendf(nil, storeFormat, fileVersion, hex.EncodeToString(id[:])), 0)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -383,6 +389,7 @@ type segmentEnd struct {
 	next   uint64 // sequence of the frame that would follow
 	offset int64
 	torn   int64 // bytes after it, of frames that were never complete on disk
+	size   int64 // of the file: what follows is zeros
 	clean  bool  // all of it was on disk when its writer stopped
 }
 
@@ -403,16 +410,17 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 		var damage *DamageError
 		switch {
 		case err == errEnd:
-			return segmentEnd{next: l.next, offset: l.offset, clean: end.clean}, nil
+			return segmentEnd{next: l.next, offset: l.offset, size: l.size, clean: end.clean}, nil
 		case errors.As(err, &damage) && last:
-			synced, err := l.wasSynced(dir, name)
-			if err != nil {
+			rest, err := l.rest(dir, name)
+			switch {
+			case err != nil:
 				return end, err
-			}
-			if synced {
+			case l.wasSynced(rest):
 				return end, damage
 			}
-			return segmentEnd{next: l.next, offset: l.offset, torn: l.size - l.offset}, nil
+			torn := int64(len(bytes.TrimRight(rest, "\x00")))
+			return segmentEnd{next: l.next, offset: l.offset, torn: torn, size: l.size, clean: end.clean && torn == 0}, nil
 		case err != nil:
 			return end, err
 		}
@@ -432,12 +440,12 @@ func (d *Durable) reopen(number uint64, end segmentEnd) (err error) {
 	name := logName(kindSegment, number)
 	d.number, d.sequence, d.synced = number, end.next-1, end.next-1
 	if end.clean {
-		f, err := d.dir.Append(name)
+		f, err := d.dir.Extend(name)
 		if err != nil {
 			return err
 		}
 		h := fileHeader{kind: kindSegment, id: d.id, number: number}
-		d.current = &logWriter{f: f, path: d.dir.Path(name), seed: h.seed(), size: end.offset}
+		d.current = &logWriter{f: f, path: d.dir.Path(name), seed: h.seed(), size: end.offset, end: end.size}
 		return nil
 	}
 	if end.torn > 0 {
@@ -538,7 +546,7 @@ func (d *Durable) writeFrame(kind uint32) {
 		d.sequence++
 		f := frame{sequence: d.sequence, synced: d.synced, count: d.count, kind: kind}
 		d.mu.Unlock()
-		if err := d.current.append(f, d.pending); err != nil {
+		if err := d.current.append(f, d.pending, d.reserve); err != nil {
 			d.fail(err)
 		}
 	}
@@ -600,6 +608,9 @@ func (d *Durable) Commit() error {
 	if !full {
 		return nil
 	}
+	if err := d.current.trim(); err != nil {
+		return d.fail(err)
+	}
 	if err := d.rotate(); err != nil {
 		return d.fail(err)
 	}
@@ -653,6 +664,9 @@ func (d *Durable) Close() error {
 	if err == nil {
 		d.writeFrame(frameCleanStop)
 		err = d.syncRest()
+	}
+	if err == nil {
+		err = d.current.trim()
 	}
 	return errors.Join(err, d.current.f.Close(), d.lock.Close())
 }

@@ -48,11 +48,15 @@ type memDir struct {
 	dead    bool // the power is off: nothing has an effect any more
 }
 
-// memFile is a file: what was written, and how much of it is on disk.
+// memFile is a file: what was written, and what of it is on disk.
 type memFile struct {
-	data   []byte
-	synced int
-	lying  bool // a Sync failed: what was dirty is not written, and later Syncs will not say so
+	data, disk []byte
+	lying      bool // a Sync failed: what was dirty is not written, and later Syncs will not say so
+}
+
+// resize makes f so many bytes long.
+func (f *memFile) resize(size int) {
+	f.data = append(f.data, make([]byte, max(0, size-len(f.data)))...)[:size]
 }
 
 func newMemDir() *memDir {
@@ -85,14 +89,15 @@ func (d *memDir) crash(random *rand.Rand) *memDir {
 		f(names)
 	}
 	for name, f := range names {
-		length := f.synced + random.IntN(len(f.data)-f.synced+1)
-		data := slices.Clone(f.data[:length])
-		for at := f.synced; at < length; at = (at/512 + 1) * 512 {
+		least, most := min(len(f.disk), len(f.data)), max(len(f.disk), len(f.data))
+		data := make([]byte, least+random.IntN(most-least+1))
+		copy(data, f.disk)
+		for at := 0; at < min(len(data), len(f.data)); at += 512 {
 			if random.IntN(2) == 0 {
-				clear(data[at:min(length, (at/512+1)*512)])
+				copy(data[at:min(len(data), at+512)], f.data[at:])
 			}
 		}
-		after.names[name] = &memFile{data: data, synced: length}
+		after.names[name] = &memFile{data: data, disk: slices.Clone(data)}
 	}
 	after.durable = maps.Clone(after.names)
 	return after
@@ -133,7 +138,7 @@ func (d *memDir) Open(name string) (file, int64, error) {
 	return &memHandle{d: d, f: f}, int64(len(f.data)), nil
 }
 
-func (d *memDir) Append(name string) (file, error) {
+func (d *memDir) Extend(name string) (file, error) {
 	f, _, err := d.Open(name)
 	return f, err
 }
@@ -226,15 +231,26 @@ func (h *memHandle) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (h *memHandle) Write(p []byte) (int, error) {
+func (h *memHandle) WriteAt(p []byte, off int64) (int, error) {
 	h.d.mu.Lock()
 	defer h.d.mu.Unlock()
 	n, err := len(p), h.d.call()
 	if err != nil {
 		n /= 2 // the disk was full in the middle of it
 	}
-	h.f.data = append(h.f.data, p[:n]...)
+	h.f.resize(max(len(h.f.data), int(off)+n))
+	copy(h.f.data[off:], p[:n])
 	return n, err
+}
+
+func (h *memHandle) Truncate(size int64) error {
+	h.d.mu.Lock()
+	defer h.d.mu.Unlock()
+	if err := h.d.call(); err != nil {
+		return err
+	}
+	h.f.resize(int(size))
+	return nil
 }
 
 func (h *memHandle) Sync() error {
@@ -248,7 +264,7 @@ func (h *memHandle) Sync() error {
 		return err
 	}
 	if !h.f.lying {
-		h.f.synced = len(h.f.data)
+		h.f.disk = slices.Clone(h.f.data)
 	}
 	return nil
 }
@@ -267,6 +283,7 @@ func openSmall(dir directory, opts Options) (*Durable, error) {
 	d, err := open(dir, opts)
 	if err == nil {
 		d.segmentSize, d.minCompact = 1500, 2000
+		d.reserve = min(d.reserve, 700)
 	}
 	return d, err
 }
@@ -401,6 +418,7 @@ func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int)
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.reserve = 0
 	for i := range commits {
 		starts = append(starts, len(dir.names[name].data))
 		d.Put("key", fmt.Sprint("value", i))
@@ -417,11 +435,51 @@ func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int)
 func (d *memDir) with(name string, data []byte) *memDir {
 	c := newMemDir()
 	for n, f := range d.names {
-		c.names[n] = &memFile{data: slices.Clone(f.data), synced: len(f.data)}
+		c.names[n] = &memFile{data: slices.Clone(f.data), disk: slices.Clone(f.data)}
 	}
-	c.names[name] = &memFile{data: slices.Clone(data), synced: len(data)}
+	c.names[name] = &memFile{data: slices.Clone(data), disk: slices.Clone(data)}
 	c.durable = maps.Clone(c.names)
 	return c
+}
+
+// Ensure that the room behind the last frame is used, is not taken for a torn
+// end, and goes when the file is full or the store closes.
+func TestRoomForFrames(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sizes []int
+	for i := range 5 {
+		d.Put("key", fmt.Sprint("value", i))
+		d.Commit()
+		sizes = append(sizes, len(dir.names["seg-1.log"].data))
+	}
+	if sizes[0] < d.reserve || sizes[4] != sizes[0] {
+		t.Errorf("five commits made files of %d bytes, want one size", sizes)
+	}
+	killed := dir.with("none", nil)
+	delete(killed.names, "none")
+	var log bytes.Buffer
+	d2, err := open(killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "torn") {
+		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err, log.String())
+	}
+	for d.number == 1 {
+		d.Put("key", "more")
+		d.Commit()
+	}
+	d.Put("key", "last")
+	d.Close()
+	for name, f := range dir.names {
+		if kind, _, _ := parseName(name); kind == kindSegment && len(bytes.TrimRight(f.data, "\x00"))+8 <= len(f.data) {
+			t.Errorf("%s of %d bytes ends in zeros", name, len(f.data))
+		}
+		if len(f.data) != len(f.disk) {
+			t.Errorf("%s has %d bytes, and on disk %d", name, len(f.data), len(f.disk))
+		}
+	}
 }
 
 // Ensure that a log that ends anywhere opens with all its whole frames, whatever
@@ -454,10 +512,11 @@ func TestTornEnd(t *testing.T) {
 			if got := len(d.Get("key")); got != frames {
 				t.Fatalf("cut at %d: %d frames are there, want %d", cut, got, frames)
 			}
-			if lost := len(data) - starts[frames]; strings.Contains(log.String(), "torn end") != (lost > 0) ||
+			if lost := len(bytes.TrimRight(data[starts[frames]:], "\x00")); strings.Contains(log.String(), "torn end") != (lost > 0) ||
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
 			}
+			d.reserve = 500
 			d.Put("key", "more")
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
@@ -712,7 +771,7 @@ func TestFsyncInTime(t *testing.T) {
 		unsynced := func() int {
 			dir.mu.Lock()
 			defer dir.mu.Unlock()
-			return len(f.data) - f.synced
+			return len(f.data) - len(f.disk)
 		}
 		d.Put("k", "v")
 		d.Commit()
@@ -910,7 +969,7 @@ func fixedDir(t testing.TB, commits int) *memDir {
 		for i := range commits {
 			payload := appendRecord(nil, opPut, "key", fmt.Sprint(i))
 			payload = appendRecord(payload, opUpdate, "key", fmt.Sprint(i), "new")
-			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, "none")[:len(payload)]); err != nil {
+			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, "none")[:len(payload)], 0); err != nil {
 				return err
 			}
 		}

@@ -20,8 +20,8 @@ type directory interface {
 	Create(name string) (file, error)
 	// Open opens a file to be read, and returns its size in bytes.
 	Open(name string) (file, int64, error)
-	// Append opens a file to be written at its end.
-	Append(name string) (file, error)
+	// Extend opens a file to be written further.
+	Extend(name string) (file, error)
 	Rename(from, to string) error
 	Remove(name string) error
 	// Keep gives a file a second name, in the directory's subdirectory in.
@@ -35,10 +35,11 @@ type directory interface {
 	Path(name string) string
 }
 
-// file is an open file. A Write is not durable before the next Sync.
+// file is an open file. Nothing done to it is durable before the next Sync.
 type file interface {
 	io.Reader
-	io.Writer
+	io.WriterAt
+	Truncate(size int64) error
 	Sync() error
 	Close() error
 }
@@ -90,8 +91,8 @@ func (d osDirectory) Open(name string) (file, int64, error) {
 	return f, info.Size(), nil
 }
 
-func (d osDirectory) Append(name string) (file, error) {
-	return os.OpenFile(d.Path(name), os.O_WRONLY|os.O_APPEND, 0o600)
+func (d osDirectory) Extend(name string) (file, error) {
+	return os.OpenFile(d.Path(name), os.O_WRONLY, 0o600)
 }
 
 func (d osDirectory) Rename(from, to string) error { return os.Rename(d.Path(from), d.Path(to)) }

@@ -306,36 +306,45 @@ func readError(path string, err error) error {
 	return err
 }
 
-// wasSynced tells whether the frame at l.offset, which is bad, had once been on
-// disk: then a later frame of the file says so. It looks at every offset where
-// one could begin.
-func (l *logReader) wasSynced(d directory, name string) (bool, error) {
+// rest returns what follows the good part of the file.
+func (l *logReader) rest(d directory, name string) ([]byte, error) {
 	f, size, err := d.Open(name)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer f.Close()
 	if _, err := io.CopyN(io.Discard, f, l.offset); err != nil {
-		return false, readError(l.path, err)
+		return nil, readError(l.path, err)
 	}
 	rest := make([]byte, max(0, min(size, l.size)-l.offset))
 	if _, err := io.ReadFull(f, rest); err != nil {
-		return false, readError(l.path, err)
+		return nil, readError(l.path, err)
 	}
-	for ; len(rest) >= frameSize; rest = rest[8:] {
-		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next && later.synced >= l.next {
-			return true, nil
-		}
-	}
-	return false, nil
+	return rest, nil
 }
 
-// logWriter writes a log file.
+// wasSynced tells whether the frame at the beginning of rest, which is bad, had
+// once been on disk: then a later frame says so. It looks at every offset where
+// one could begin.
+func (l *logReader) wasSynced(rest []byte) bool {
+	for ; len(rest) >= frameSize; rest = rest[8:] {
+		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next && later.synced >= l.next {
+			return true
+		}
+	}
+	return false
+}
+
+// logWriter writes a log file. Behind its frames the file may have zeros, room
+// for further ones: fsync takes half as long for bytes that only replace others,
+// for then the file system has nothing of its own to write. (etcd and SQLite
+// write their logs that way, too.)
 type logWriter struct {
 	f    file
 	path string
 	seed uint32
-	size int64
+	size int64 // bytes up to the end of the last frame
+	end  int64 // bytes of the file
 	buf  []byte
 }
 
@@ -369,23 +378,40 @@ func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) e
 	return w, nil
 }
 
-// append writes one frame.
-func (w *logWriter) append(f frame, payload []byte) error {
+// append writes one frame, with room for reserve bytes more where the file ends.
+func (w *logWriter) append(f frame, payload []byte, reserve int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
+	size := w.size + int64(len(w.buf))
+	if size > w.end {
+		w.buf = append(w.buf, make([]byte, reserve)...)
+	}
 	err := w.write(w.buf)
+	w.size = size
 	if cap(w.buf) > 4*maxFramePut {
 		w.buf = nil
 	}
 	return err
 }
 
+// write writes b at the end of what is there.
 func (w *logWriter) write(b []byte) error {
-	n, err := w.f.Write(b)
-	w.size += int64(n)
-	if err == nil && n < len(b) {
-		err = io.ErrShortWrite
-	}
+	_, err := w.f.WriteAt(b, w.size)
+	w.size += int64(len(b))
+	w.end = max(w.end, w.size)
 	return w.named("write", err)
+}
+
+// trim cuts off the room that is left, durably: only a file that is being
+// written, or whose writer was killed, ends in zeros.
+func (w *logWriter) trim() error {
+	if w.end == w.size {
+		return nil
+	}
+	w.end = w.size
+	if err := w.f.Truncate(w.size); err != nil {
+		return w.named("truncate", err)
+	}
+	return w.sync()
 }
 
 // sync makes what was written durable.
