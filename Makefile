@@ -4,7 +4,7 @@
 .PHONY: build run test check fuzz soak bench cover clean help
 
 build: ## build ./kvserver
-	go build -trimpath -ldflags="-s -w" -o kvserver .
+	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
 
 run: ## start the server
 	go run .

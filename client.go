@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -83,6 +82,9 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 }
 
+// addr is where the client is, for the log.
+func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
+
 // readFromClient reads requests, has workLoop run them and queues the replies.
 // One goroutine a client, from the connection's arrival until the client has
 // closed its side or said Quit, the server closes, or the connection breaks. It
@@ -126,8 +128,8 @@ func (c *Client) handshake() {
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeTime)
 	defer cancel()
 	if err := conn.HandshakeContext(ctx); err != nil {
-		c.reason = "no TLS: " + err.Error()
-		c.server.log.Info("client refused", "client", c.id, "addr", c.connection.RemoteAddr(), "reason", c.reason)
+		c.reason = "TLS handshake: " + err.Error()
+		c.server.log.Info("client refused", "client", c.id, "addr", c.addr(), "reason", c.reason)
 		underTLS(c.connection).Close()
 	}
 }
@@ -640,6 +642,13 @@ func (c *Client) drainInput() {
 
 // ---- the other end: kvserver -c
 
+// Errors of converse.
+var (
+	errStranger   = errors.New("no welcome")
+	errSilent     = errors.New("it closed the connection without a word")
+	errUnanswered = errors.New("it closed the connection before everything was answered")
+)
+
 // converse sends requests, or else the lines of in, to the server behind conn,
 // and writes data to out and errors to errs. It sends and reads at once, so
 // neither side waits for the other to finish. It returns whether all requests
@@ -649,50 +658,38 @@ func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Write
 	if len(requests) > 0 {
 		in = strings.NewReader(strings.Join(requests, "\n") + "\n")
 	}
-	// A Ping that nobody else would send ends the input: its answer is the
-	// proof that everything before it was answered too.
-	end := "end-" + rand.Text()
-	whole := make(chan bool, 1)
-	go func() {
-		w := bufio.NewWriterSize(conn, maxWrite)
-		w.WriteString("Ack\n")
-		if sendLines(w, in) {
-			w.WriteString("Ping:" + end + "\n")
-			whole <- true
-		} else {
-			whole <- false
-		}
-		w.Flush()
-		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			half.CloseWrite()
-		}
-	}()
+	sent := make(chan sending, 1)
+	go sendLines(conn, in, sent)
 
 	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
 	defer w.Flush()
 	good = true
-	for answered, start := -1, true; ; { // -1: Ack is answered as well
+	answered := -1 // our Ack has an answer, too
+	for start := true; ; {
 		if r.Buffered() == 0 {
 			w.Flush()
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
 		switch {
-		case err == io.EOF && len(part) == 0:
-			if <-whole {
-				return false, errors.New("the server closed the connection before everything was answered")
-			}
-			return good, nil
+		case err == io.EOF && answered < 0:
+			return false, errSilent
+		case err == io.EOF:
+			return wasAll(sent, answered, good, errs)
 		case err != nil && err != bufio.ErrBufferFull:
 			return false, err
 		}
+		before := answered
 		switch {
+		case answered < 0:
+			if err := checkWelcome(part); err != nil {
+				return false, err
+			}
+			answered++
 		case !start || part[0] != ':':
 			w.Write(part)
 		case bytes.HasPrefix(part, []byte(": ")):
 			w.Write(part[2:])
-		case bytes.HasPrefix(part, []byte(":PONG "+end)):
-			return good, nil
 		case bytes.HasPrefix(part, []byte(":PONG")):
 			w.Write(part)
 			answered++
@@ -702,39 +699,85 @@ func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Write
 			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
 			n, _ := strconv.Atoi(number)
 			w.Flush()
-			fmt.Fprintf(errs, "line %d:%s", max(n-1, 0), why) // our Ack was line 1
+			fmt.Fprintf(errs, "line %d:%s", n-1, why) // our Ack was line 1
 		default: // :OK
 			answered++
 		}
 		start = err == nil
-		if progress != nil && answered%100_000 == 0 && answered > 0 {
+		if progress != nil && answered > before && answered%100_000 == 0 {
 			progress(answered)
 		}
 	}
 }
 
-// sendLines sends in to w until its end or a Quit, and flushes whenever in has
-// nothing more to say for now. It returns whether the connection is still in
-// step: the last line was whole, and no Quit.
-func sendLines(w *bufio.Writer, in io.Reader) bool {
-	r := bufio.NewReaderSize(in, maxWrite)
-	whole := true
-	for {
+// checkWelcome tells whether the first line that comes is a kvserver's answer to
+// an Ack.
+func checkWelcome(line []byte) error {
+	if bytes.HasPrefix(line, []byte(":OK ")) {
+		return nil
+	}
+	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
+		return fmt.Errorf("%w: %s", errStranger, bytes.TrimSpace(why))
+	}
+	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+}
+
+// wasAll returns what converse does when so many requests were answered and no
+// more answers come.
+func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool, error) {
+	select {
+	case s := <-sent:
+		if s.requests > answered {
+			return false, errUnanswered
+		}
+		if s.left {
+			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
+		}
+		return good && !s.left, nil
+	default: // not even everything was sent
+		return false, errUnanswered
+	}
+}
+
+// sending is what sendLines has sent.
+type sending struct {
+	lines    int
+	requests int  // lines that are owed an answer: those that are not blank
+	left     bool // there was more behind a Quit
+}
+
+// sendLines sends in to the server until its end or a Quit, flushes whenever in
+// has nothing more to say for now, and then tells what it sent. One goroutine a
+// converse.
+func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
+	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(conn, maxWrite)
+	w.WriteString("Ack\n")
+	var s sending
+	for start, more := true, true; more; {
 		if r.Buffered() == 0 && w.Flush() != nil {
-			return false
+			break
 		}
 		part, err := r.ReadSlice('\n')
-		start := whole
-		if len(part) > 0 {
-			w.Write(part)
-			whole = part[len(part)-1] == '\n'
+		w.Write(part)
+		ends := len(part) > 0 && part[len(part)-1] == '\n'
+		if start && len(part) > 0 {
+			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
+			s.lines++
+			if line != "" || !ends {
+				s.requests++
+			}
+			if ends && lookUp(line) == quit {
+				s.left, more = r.Buffered() > 0, false
+			}
 		}
-		line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
-		if start && whole && lookUp(line) == quit {
-			return false
-		}
+		start = ends
 		if err != nil && err != bufio.ErrBufferFull {
-			return whole
+			more = false
 		}
+	}
+	sent <- s
+	w.Flush()
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
 	}
 }

@@ -39,12 +39,15 @@ const (
 	exitMisuse  = 2 // it was not asked properly
 )
 
-// stopTime is how long a stop may take before the process ends regardless.
-const stopTime = 5 * time.Second
+const (
+	stopTime    = 5 * time.Second // for a stop, before the process ends regardless
+	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
+)
 
 const usage = `Usage: kvserver [flags]                          serve
        kvserver [-addr ADDR] -c [REQUEST ...]   send requests, or standard input
-       kvserver check DIR | repair DIR          look at the data; save it
+       kvserver [-addr ADDR] -ping              exit code 0 if a server answers
+       kvserver check DIR | repair DIR          look at the data; mend it
 
   -addr ADDR      port, :port (every address of this machine) or host:port;
                   port 0 takes a free one (default localhost:9999)
@@ -57,9 +60,7 @@ const usage = `Usage: kvserver [flags]                          serve
                   limits: 10000, 1048576, 0 (none) and 5m unless given
   -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
                   encrypt; let in, and trust, who has a certificate of that CA
-  -ping           ask a server whether it is there: exit code 0 or 1
   -version, -h    print the version, or this, and exit
-
 Every flag can be in the environment: KVSERVER_ADDR=:9999 is -addr :9999.
 
 Try it:   kvserver &   then   nc localhost 9999   and type
@@ -71,9 +72,9 @@ Try it:   kvserver &   then   nc localhost 9999   and type
 // config is what the command line asks for.
 type config struct {
 	addr    string
-	data    string        // directory; "": memory only
-	fsync   time.Duration // as in kvstore.Options
-	http    string        // address of metrics; "": none
+	data    string // directory; "": memory only
+	fsync   string
+	http    string // address of metrics; "": none
 	json    bool
 	maxLine int
 	verbose bool
@@ -98,8 +99,8 @@ func main() {
 	ballast := make([]byte, 16<<20)
 	defer runtime.KeepAlive(ballast)
 
-	if len(os.Args) == 3 && (os.Args[1] == "check" || os.Args[1] == "repair") {
-		os.Exit(inspect(os.Args[1], os.Args[2]))
+	if len(os.Args) > 1 && (os.Args[1] == "check" || os.Args[1] == "repair") {
+		os.Exit(inspect(os.Args[1], os.Args[2:]))
 	}
 	c, err := parseFlags(os.Args[1:], os.Stdout)
 	switch {
@@ -141,7 +142,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.Usage = func() {}
 	flags.StringVar(&c.addr, "addr", "localhost:9999", "")
 	flags.StringVar(&c.data, "data", "", "")
-	fsync := flags.String("fsync", "always", "")
+	flags.StringVar(&c.fsync, "fsync", "always", "")
 	flags.IntVar(&c.maxLine, "max-line", defaultMaxLine, "")
 	flags.StringVar(&c.http, "http", "", "")
 	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
@@ -158,10 +159,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	showVersion := flags.Bool("version", false, "")
 	flags.VisitAll(func(f *flag.Flag) {
 		name := "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if value, ok := os.LookupEnv(name); ok && err == nil {
-			if flags.Set(f.Name, value) != nil {
-				err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), seeHelp}
-			}
+		if value := os.Getenv(name); value != "" && err == nil && flags.Set(f.Name, value) != nil {
+			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), example(f) + seeHelp}
 		}
 	})
 	if err != nil {
@@ -176,7 +175,13 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		if unknown {
 			return c, problem{"unknown flag " + name, similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
 		}
-		return c, problem{err.Error(), seeHelp}
+		todo := seeHelp
+		flags.VisitAll(func(f *flag.Flag) {
+			if strings.Contains(err.Error(), " -"+f.Name+": ") {
+				todo = example(f) + seeHelp
+			}
+		})
+		return c, problem{err.Error(), todo}
 	case flags.NArg() > 0 && !c.client:
 		return c, problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", flags.Arg(0)), "To send a request: kvserver -c " + flags.Arg(0) + "   " + seeHelp}
 	case *showVersion:
@@ -196,16 +201,44 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
 	}
 	c.requests, c.json = flags.Args(), *format == "json"
+	for _, request := range c.requests {
+		switch {
+		case strings.HasPrefix(request, "-"):
+			return c, problem{fmt.Sprintf("%q is no request", request), "Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
+		case strings.Contains(request, "\n"):
+			return c, problem{fmt.Sprintf("%q is more than one request", request), "Give each as an argument of its own; no key and no value holds a newline."}
+		}
+	}
+	flags.Visit(func(f *flag.Flag) {
+		if f.Name == "data" && c.data == "" {
+			err = problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
+		}
+	})
+	if err != nil {
+		return c, err
+	}
+	asks := c.client || c.ping
+	switch {
+	case asks && c.cert != "" && c.ca == "":
+		return c, problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
+	case !asks && c.ca != "":
+		return c, problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
+	}
 	if c.http != "" {
 		if c.http, err = fullAddr("http", c.http); err != nil {
 			return c, err
 		}
 	}
-	if c.fsync, err = parseFsync(*fsync); err != nil {
+	if _, err := parseFsync(c.fsync); err != nil {
 		return c, err
 	}
 	c.addr, err = fullAddr("addr", c.addr)
 	return c, err
+}
+
+// example shows a value of f.
+func example(f *flag.Flag) string {
+	return "Give it as in -" + f.Name + "=" + f.DefValue + ". "
 }
 
 // similarFlag suggests the flag that an unknown one may have been meant to be.
@@ -285,19 +318,10 @@ func run(c config, logTo io.Writer) error {
 	if err != nil {
 		return storeProblem(c.data, err)
 	}
-	listener, err := listen(c.addr)
+	listener, web, err := listenAll(c)
 	if err != nil {
 		closeStore()
-		return listenProblem("addr", c.addr, err)
-	}
-	if c.cert != "" {
-		config, err := serverTLS(c)
-		if err != nil {
-			listener.Close()
-			closeStore()
-			return err
-		}
-		listener = tls.NewListener(listener, config)
+		return err
 	}
 	s := New(db)
 	s.log, s.maxLine, s.version = log, c.maxLine, version()
@@ -312,22 +336,18 @@ func run(c config, logTo io.Writer) error {
 	}
 	if c.data == "" {
 		log.Info("data is in memory only and lost on exit")
+	} else {
+		log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
 	addr := listener.Addr().(*net.TCPAddr)
 	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
+		log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
 	}
-	if c.http != "" {
-		web, err := listen(c.http)
-		if err != nil {
-			s.Close()
-			closeStore()
-			return listenProblem("http", c.http, err)
-		}
+	if web != nil {
 		defer s.watch(web).Close()
 		log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
 	}
-	log.Info("listening", "addr", addr, "try", tryCommand(addr))
+	log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
 
 	var failure error
 	select {
@@ -348,13 +368,40 @@ func run(c config, logTo io.Writer) error {
 	return failure
 }
 
+// listenAll listens where c says: for clients and, unless web is nil, for whoever
+// watches.
+func listenAll(c config) (listener, web net.Listener, err error) {
+	if listener, err = listen(c.addr); err != nil {
+		return nil, nil, listenProblem("addr", c.addr, err)
+	}
+	if c.cert != "" {
+		config, err := serverTLS(c)
+		if err != nil {
+			listener.Close()
+			return nil, nil, err
+		}
+		listener = tls.NewListener(listener, config)
+	}
+	if c.http != "" {
+		if web, err = listen(c.http); err != nil {
+			listener.Close()
+			return nil, nil, listenProblem("http", c.http, err)
+		}
+	}
+	return listener, web, nil
+}
+
 // openStore opens the store that c asks for. syncing names the file that the
 // disk has not confirmed yet, close ends the store.
 func openStore(c config, log *slog.Logger) (db kvstore.KVStore, syncing func() string, close func() error, err error) {
 	if c.data == "" {
 		return kvstore.NewMemory(), func() string { return "" }, func() error { return nil }, nil
 	}
-	d, err := kvstore.Open(c.data, kvstore.Options{Fsync: c.fsync, Log: log})
+	fsync, err := parseFsync(c.fsync)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	d, err := kvstore.Open(c.data, kvstore.Options{Fsync: fsync, Log: log})
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -383,8 +430,12 @@ func storeProblem(dir string, err error) error {
 }
 
 // inspect runs the check or repair command and returns the exit code.
-func inspect(command, dir string) int {
-	do := kvstore.Check
+func inspect(command string, args []string) int {
+	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
+		complain(os.Stderr, problem{command + " needs one data directory", "Give the one that the server has, as in kvserver " + command + " data."})
+		return exitMisuse
+	}
+	dir, do := args[0], kvstore.Check
 	if command == "repair" {
 		do = kvstore.Repair
 	}
@@ -393,6 +444,9 @@ func inspect(command, dir string) int {
 		fmt.Println(line)
 	}
 	switch {
+	case errors.Is(err, kvstore.ErrMissing):
+		complain(os.Stderr, problem{err.Error(), "Give the directory that the server has as -data."})
+		return exitFailure
 	case err != nil:
 		complain(os.Stderr, storeProblem(dir, err))
 		return exitFailure
@@ -414,10 +468,13 @@ func stopSignals() []os.Signal {
 }
 
 // tryCommand is what to type to reach addr.
-func tryCommand(addr *net.TCPAddr) string {
+func tryCommand(addr *net.TCPAddr, encrypted bool) string {
 	host := addr.IP.String()
 	if addr.IP.IsUnspecified() {
 		host = "localhost"
+	}
+	if encrypted {
+		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
 	}
 	return fmt.Sprintf("nc %s %d", host, addr.Port)
 }
@@ -451,34 +508,50 @@ func listenProblem(name, addr string, err error) error {
 // talk is kvserver -c and -ping. Where the server refused something it has said
 // so already, and only the exit code tells.
 func talk(c config, errs io.Writer) error {
-	var conn net.Conn
-	dialer := &net.Dialer{Timeout: 5 * time.Second}
+	host, port, err := net.SplitHostPort(c.addr)
+	if ip := net.ParseIP(host); err == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
+		c.addr = net.JoinHostPort("localhost", port) // as a server's address it means everywhere
+	}
 	config, err := clientTLS(c)
 	if err != nil {
 		return err
 	}
+	var conn net.Conn
+	dialer := &net.Dialer{Timeout: connectTime}
 	if config == nil {
 		conn, err = dialer.Dial("tcp", c.addr)
 	} else {
 		conn, err = tls.DialWithDialer(dialer, "tcp", c.addr, config)
 	}
 	if err != nil {
-		if op := (*net.OpError)(nil); errors.As(err, &op) {
+		todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
+		op := (*net.OpError)(nil)
+		if !errors.As(err, &op) || op.Op != "dial" {
+			todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
+		} else {
 			err = op.Err
 		}
-		return problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"}
+		return problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
 	}
 	defer conn.Close()
 	if c.ping {
-		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		conn.SetDeadline(time.Now().Add(connectTime))
 		c.requests = []string{"Ping"}
 	}
 	var progress func(int)
 	if isTerminal(os.Stderr) && !isTerminal(os.Stdin) {
 		progress = func(n int) { fmt.Fprintf(errs, "\r%d requests answered", n) }
 	}
+	if len(c.requests) == 0 && isTerminal(os.Stdin) {
+		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
+	}
 	good, err := converse(conn, c.requests, os.Stdin, os.Stdout, errs, progress)
-	if err != nil {
+	switch {
+	case errors.Is(err, errSilent):
+		return problem{fmt.Sprintf("%s: %v", c.addr, err), "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
+	case errors.Is(err, errStranger):
+		return problem{fmt.Sprintf("%s: %v", c.addr, err), "Nothing was done. Look at -addr, or try again later."}
+	case err != nil:
 		return problem{fmt.Sprintf("%s: %v", c.addr, err), "What was answered is done. Of the rest nothing is known: look, then send it again."}
 	}
 	if !good {

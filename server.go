@@ -289,7 +289,7 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 	c := newClient(s.welcomed, conn, s)
 	c.index = len(s.clients)
 	s.clients = append(s.clients, c)
-	s.log.Debug("client came", "client", c.id, "addr", conn.RemoteAddr())
+	s.log.Debug("client came", "client", c.id, "addr", c.addr())
 	go c.readFromClient()
 }
 
@@ -445,7 +445,7 @@ func (s *keyValueServer) leave(c *Client) {
 	if c.droppedTotal > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s", c.droppedTotal, reason)
 	}
-	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.connection.RemoteAddr(), "reason", reason)
+	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(), "reason", reason)
 }
 
 // hangUp begins the end, once: no client is read from any more, and none is
@@ -561,6 +561,7 @@ func (s *keyValueServer) watch(listener net.Listener) *http.Server {
 		}
 		io.WriteString(w, "ok\n")
 	})
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n") })
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)

@@ -721,7 +721,8 @@ func TestClientCommand(t *testing.T) {
 			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
 			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n", errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
 			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n", errs: "line 2: the last line has no newline at its end, so it was not run\n"},
-			{in: "Get:k\nquit\nDelete:k\n", out: "k:v\nk:w\n", good: true},
+			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
+			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", errs: "line 4: not sent, for it comes after a Quit\n"},
 			{requests: []string{"Keys"}, out: "k\n", good: true},
 			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
 			{good: true},
@@ -744,22 +745,47 @@ func TestClientCommand(t *testing.T) {
 	})
 }
 
-// Ensure that an answer that never came is an error.
+// Ensure that an answer that never came is an error, wherever the server was
+// lost, and that what is no kvserver is found out.
 func TestClientCommandLosesItsServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		up, down := newStream(), newStream()
-		ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
-		go func() {
-			io.WriteString(theirs, ":OK 0\n:OK 1\n")
-			theirs.CloseWrite()
-			io.Copy(io.Discard, theirs)
-		}()
-		good, err := converse(ours, []string{"Put:a:b", "Put:a:c"}, nil, io.Discard, io.Discard, nil)
-		if good || err == nil || !strings.Contains(err.Error(), "before everything was answered") {
-			t.Errorf("got %v, %v", good, err)
-		}
-		ours.Close()
-	})
+	for _, c := range []struct {
+		in      string // "": nothing, and no end
+		answers string
+		want    error
+		text    string
+	}{
+		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
+		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
+		{"", ":OK 0\n", errUnanswered, ""},
+		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10), errUnanswered, ""},
+		{"Get:a\n", "", errSilent, ""},
+		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger, "server is full (3 clients)"},
+		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			up, down := newStream(), newStream()
+			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			go func() {
+				io.WriteString(theirs, c.answers)
+				synctest.Wait()
+				theirs.Close()
+			}()
+			in, end := io.Pipe()
+			if c.in != "" {
+				go func() {
+					io.WriteString(end, c.in)
+					end.Close()
+				}()
+			}
+			good, err := converse(ours, nil, in, io.Discard, io.Discard, nil)
+			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
+			}
+			ours.Close()
+			end.Close()
+			in.Close()
+		})
+	}
 }
 
 // Ensure that a Dump, sent back line by line, restores every value, whatever
@@ -1537,15 +1563,23 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server: kvserver -addr localhost:1"},
 		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server:"},
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: kvserver -c foo"},
-		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "kvserver -h"},
+		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1048576. kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 1 to"},
+		{[]string{"-write-timeout", "5"}, exitMisuse, `kvserver: invalid value "5" for flag -write-timeout`, "Give it as in -write-timeout=5m0s."},
+		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
+		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca ca.pem"},
+		{[]string{"-tls-cert", "c.pem", "-tls-key", "c.key", "-ping"}, exitMisuse, "kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
+		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`, "Flags go before the requests"},
+		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse, `kvserver: "Put:a:b\nDelete:c" is more than one request`, "Give each as an argument of its own"},
+		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
+		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory", "Give the one"},
 		{[]string{"-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
 		{[]string{"-data", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist: /no/such/dir", "Create it: mkdir -m 700 /no/such/dir"},
 		{[]string{"-data", os.Args[0]}, exitFailure, "kvserver: not a data directory: " + os.Args[0] + " is a file", "Nothing was changed. Give an empty directory"},
 		{[]string{"-data", foreign}, exitFailure, "kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"), "Nothing was changed. Give an empty directory"},
 		{[]string{"-data", damaged}, exitFailure, "kvserver: " + filepath.Join(damaged, "STORE") + " is damaged", "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " + damaged},
 		{[]string{"-data", inUse}, exitFailure, fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse, os.Getpid()), "Nothing was changed. Stop that process first"},
-		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Create it"},
+		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Give the directory that"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
 		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`, "Give a port,"},
 		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), fmt.Sprint("Stop it, or choose another port: kvserver -addr ")},

@@ -90,7 +90,7 @@ func check(dir directory) (r Report, err error) {
 		case err != nil:
 			r.damage(err) // and what follows is read for what it is
 		case end.torn > 0:
-			r.say("torn    %s, %d bytes, then %d of a commit that was never complete on disk: nobody was told of it, the next start cuts it", name, end.offset, end.torn)
+			r.say("torn    %s, %d bytes, then %d of an incomplete commit, as a crash leaves it: the next start cuts it", name, end.offset, end.torn)
 		default:
 			r.say("ok      %s, %d bytes", name, end.offset)
 		}

@@ -141,6 +141,9 @@ func open(dir directory, opts Options) (*Durable, error) {
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir directory, names []string) error {
 	for _, name := range names {
+		if name == "lost+found" || name[0] == '.' { // of the file system, or somebody's notes
+			continue
+		}
 		if name == lockName || name == storeName || strings.HasSuffix(name, tmpSuffix) || strings.HasPrefix(name, damagedPrefix) {
 			continue
 		}
@@ -449,7 +452,7 @@ func (d *Durable) reopen(number uint64, end segmentEnd) (err error) {
 		return nil
 	}
 	if end.torn > 0 {
-		d.log.Warn("cut the torn end of the log: it was never complete on disk, so nobody was told of it", "file", d.dir.Path(name), "offset", end.offset, "bytes", end.torn)
+		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name), "offset", end.offset, "bytes", end.torn)
 	}
 	l, err := openLog(d.dir, name)
 	if err != nil {

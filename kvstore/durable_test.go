@@ -463,7 +463,7 @@ func TestRoomForFrames(t *testing.T) {
 	delete(killed.names, "none")
 	var log bytes.Buffer
 	d2, err := open(killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
-	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "torn") {
+	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "incomplete") {
 		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err, log.String())
 	}
 	for d.number == 1 {
@@ -512,7 +512,7 @@ func TestTornEnd(t *testing.T) {
 			if got := len(d.Get("key")); got != frames {
 				t.Fatalf("cut at %d: %d frames are there, want %d", cut, got, frames)
 			}
-			if lost := len(bytes.TrimRight(data[starts[frames]:], "\x00")); strings.Contains(log.String(), "torn end") != (lost > 0) ||
+			if lost := len(bytes.TrimRight(data[starts[frames]:], "\x00")); strings.Contains(log.String(), "incomplete commit") != (lost > 0) ||
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
 			}
