@@ -99,9 +99,8 @@ func (c *Client) readFromClient() {
 				c.serve(chain)
 			}
 		}
-		if c.in.pending > c.server.maxLine+len("\r\x00") {
-			c.in.pending, c.in.skipping = 0, true
-			c.in.line++
+		if c.reason == "" && c.in.pending > c.server.maxLine+len("\r\x00") {
+			c.in.skip()
 			c.serveFault(tooLong(c.server.maxLine))
 		}
 		if err != nil && c.reason == "" {
@@ -169,7 +168,7 @@ func (c *Client) list(what queryType, prefix string) {
 	walk := &Query{client: c, queryType: collect, value: prefix, line: c.in.line}
 	var found []string
 	for first := true; first || walk.more != nil; first = false {
-		if !c.run(walk) || c.isClosed() {
+		if !c.run(walk) || c.isClosed() || c.isTooLate(len(found)) {
 			if walk.stop != nil {
 				walk.stop()
 			}
@@ -181,7 +180,15 @@ func (c *Client) list(what queryType, prefix string) {
 		c.reply(walk)
 		return
 	}
-	slices.Sort(found)
+	slices.SortFunc(found, func(a, b string) int {
+		if c.server.isClosing() {
+			return 0 // millions of keys take seconds
+		}
+		return strings.Compare(a, b)
+	})
+	if c.isTooLate(len(found)) {
+		return
+	}
 	found = slices.Compact(found)
 	n := 0
 	for part := range slices.Chunk(found, maxChain) {
@@ -198,7 +205,7 @@ func (c *Client) list(what queryType, prefix string) {
 			}
 			part[i] = "" // what is deleted meanwhile need not stay
 		}
-		if !c.run(&chain[0]) || c.isClosed() {
+		if !c.run(&chain[0]) || c.isClosed() || c.isTooLate(len(found)) {
 			return
 		}
 		for i := range chain {
@@ -207,6 +214,16 @@ func (c *Client) list(what queryType, prefix string) {
 		c.reply(&chain[0])
 	}
 	c.reply(&Query{queryType: done, n: n})
+}
+
+// isTooLate tells whether the server closes and a walk past n keys would take too
+// long: then the connection ends without a :OK behind it.
+func (c *Client) isTooLate(n int) bool {
+	if n <= maxCollect || !c.server.isClosing() {
+		return false
+	}
+	c.reason = "the server closes"
+	return true
 }
 
 // serveFault answers the line that was last read with an error.
@@ -252,6 +269,7 @@ type input struct {
 	buf      []byte
 	pending  int           // bytes at the start of buf: a line whose end has not come
 	skipping bool          // a line was too long and its end has not come; pending is 0
+	skipped  []byte        // the last bytes of that line
 	line     int           // lines so far
 	spoke    bool          // one of them was not blank, so HTTP cannot begin any more
 	queries  []Query       // the memory of the chain, used again for the next
@@ -269,9 +287,12 @@ func (c *Client) read() (burst string, err error) {
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
 		in.busy = true
-		burst = in.take(n)
+		var web bool
+		if burst, web = in.take(n); web {
+			c.reason, c.drain = speaksHTTP, true
+		}
 	}
-	if burst != "" || in.pending == 0 && !in.skipping {
+	if in.pending == 0 && !in.skipping {
 		in.waited = 0
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
@@ -338,27 +359,49 @@ func (in *input) rest() {
 	}
 }
 
-// take returns the lines that the n bytes behind pending complete.
-func (in *input) take(n int) (burst string) {
+// skip gives up the line in pending, which is too long.
+func (in *input) skip() {
+	in.skipped = in.skipped[:0]
+	in.pass(in.buf[:in.pending])
+	in.pending, in.skipping = 0, true
+	in.line++
+}
+
+// pass notes the end of what is skipped: it tells HTTP from a mere mistake.
+func (in *input) pass(b []byte) {
+	const enough = len(" HTTP/1.1\r\x00")
+	in.skipped = append(in.skipped, b[max(0, len(b)-enough):]...)
+	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
+}
+
+// take returns the lines that the n bytes behind pending complete, and whether
+// the line that ends before them, skipped, was HTTP's first.
+func (in *input) take(n int) (burst string, web bool) {
 	end := in.pending + n
 	last := in.pending + bytes.LastIndexByte(in.buf[in.pending:end], '\n') + 1
 	if last == in.pending {
-		if !in.skipping {
+		if in.skipping {
+			in.pass(in.buf[:end])
+		} else {
 			in.pending = end
 		}
-		return ""
+		return "", false
 	}
+	in.waited = 0
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
+		in.pass(in.buf[:first-1])
 		in.skipping = false
+		web = !in.spoke && isHTTP(trimCR(string(in.skipped)))
+		in.spoke = true
 	}
 	burst = string(in.buf[first:last])
 	in.pending = copy(in.buf, in.buf[last:end])
 	if end == len(in.buf) && len(in.buf) < burstSize {
 		in.buf = append(make([]byte, 0, burstSize), in.buf[:in.pending]...)[:burstSize]
 	}
-	return burst
+	return burst, web
 }
 
 // parse makes a chain of the first lines of burst, nil if they are blank, and
@@ -388,8 +431,10 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		case q.queryType == keys || q.queryType == dump:
 			walks = true
 		case q.queryType == malformed && !in.spoke && isHTTP(line):
-			q.queryType = webRequest
-			c.reason, c.drain = "it speaks HTTP", true
+			if len(line) <= c.server.maxLine {
+				q.queryType = webRequest
+			}
+			c.reason, c.drain = speaksHTTP, true
 		}
 		in.spoke = true
 	}
@@ -401,6 +446,10 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	}
 	return &in.queries[0], burst
 }
+
+// speaksHTTP is why a connection ends on which none of the lines may be run: a
+// web page could have made a browser send them.
+const speaksHTTP = "it speaks HTTP"
 
 // trimCR removes one CR, or CR NUL as telnet sends it (RFC 854), from the end
 // of line.
@@ -419,6 +468,9 @@ func trimCR(line string) string {
 // together, in messages of up to maxMessage bytes, and none is formatted before
 // there is room for it.
 func (c *Client) reply(chain *Query) {
+	if c.isClosed() {
+		return
+	}
 	left, acked := 0, c.acked // bytes not queued yet
 	maxMessage := c.server.maxMessage
 	for q := chain; q != nil; q = q.next {
@@ -542,16 +594,21 @@ func (c *Client) writeToClient() {
 		if c.broken == nil {
 			if c.broken = c.write(c.gather(msg)); c.broken != nil {
 				close(c.closed)
-				c.connection.Close()
+				underTLS(c.connection).Close()
 			}
 		}
 		recycle(msg)
 		c.signalFlushed()
 	}
-	if c.drain && c.broken == nil {
-		c.drainInput()
+	if c.broken == nil {
+		// TLS says goodbye, and waits 5 s for a client that does not read.
+		late := time.AfterFunc(drainTime+closeTime, func() { underTLS(c.connection).Close() })
+		if c.drain {
+			c.drainInput()
+		}
+		c.connection.Close()
+		late.Stop()
 	}
-	c.connection.Close()
 	c.depart()
 }
 
@@ -577,11 +634,13 @@ func (c *Client) write(b []byte) error {
 	for len(b) > 0 {
 		c.limitWrite()
 		n, err := c.connection.Write(b[:min(len(b), maxWrite)])
-		if err != nil {
-			return err
+		if err != nil && (n == 0 || !errors.Is(err, os.ErrDeadlineExceeded) || c.server.isClosing()) {
+			return err // but for a client that accepted something in time
 		}
 		b = b[n:]
-		c.signalFlushed()
+		if err == nil {
+			c.signalFlushed()
+		}
 	}
 	return nil
 }
@@ -662,12 +721,13 @@ func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Write
 	go sendLines(conn, in, sent)
 
 	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
-	defer w.Flush()
 	good = true
 	answered := -1 // our Ack has an answer, too
 	for start := true; ; {
 		if r.Buffered() == 0 {
-			w.Flush()
+			if err := w.Flush(); err != nil {
+				return false, fmt.Errorf("writing the answers: %w", err)
+			}
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
@@ -727,8 +787,11 @@ func checkWelcome(line []byte) error {
 func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool, error) {
 	select {
 	case s := <-sent:
-		if s.requests > answered {
+		switch {
+		case s.requests > answered:
 			return false, errUnanswered
+		case s.err != io.EOF:
+			return false, fmt.Errorf("reading the requests: %w", s.err)
 		}
 		if s.left {
 			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
@@ -742,8 +805,9 @@ func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool,
 // sending is what sendLines has sent.
 type sending struct {
 	lines    int
-	requests int  // lines that are owed an answer: those that are not blank
-	left     bool // there was more behind a Quit
+	requests int   // lines that are owed an answer: those that are not blank
+	left     bool  // there was more behind a Quit
+	err      error // that ended in, or io.EOF
 }
 
 // sendLines sends in to the server until its end or a Quit, flushes whenever in
@@ -752,7 +816,7 @@ type sending struct {
 func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(conn, maxWrite)
 	w.WriteString("Ack\n")
-	var s sending
+	s := sending{err: io.EOF}
 	for start, more := true, true; more; {
 		if r.Buffered() == 0 && w.Flush() != nil {
 			break
@@ -772,7 +836,7 @@ func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 		}
 		start = ends
 		if err != nil && err != bufio.ErrBufferFull {
-			more = false
+			s.err, more = err, false
 		}
 	}
 	sent <- s

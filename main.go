@@ -158,6 +158,9 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.BoolVar(&c.ping, "ping", false, "")
 	showVersion := flags.Bool("version", false, "")
 	flags.VisitAll(func(f *flag.Flag) {
+		if f.Name == "c" || f.Name == "ping" || f.Name == "version" {
+			return // what to do now, and KVSERVER_VERSION is often there
+		}
 		name := "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		if value := os.Getenv(name); value != "" && err == nil && flags.Set(f.Name, value) != nil {
 			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), example(f) + seeHelp}
@@ -310,11 +313,17 @@ func run(c config, logTo io.Writer) error {
 		handler = slog.NewJSONHandler(logTo, &slog.HandlerOptions{Level: level})
 	}
 	log := slog.New(handler)
-	// Signals are asked for before anything can be lost to one.
+	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
+	// While the data loads nobody has been told anything, so nothing can be lost.
+	loading := context.AfterFunc(ctx, func() {
+		log.Info("stopped while opening the data")
+		os.Exit(0)
+	})
 
 	db, syncing, closeStore, err := openStore(c, log)
+	loading()
 	if err != nil {
 		return storeProblem(c.data, err)
 	}
@@ -330,7 +339,6 @@ func run(c config, logTo io.Writer) error {
 		s.maxClients = max(1, s.maxClients)
 		log.Warn("fewer clients than asked for: the process may not open more files; raise the limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
 	}
-	log.Info("starting", "version", s.version, "go", runtime.Version(), "pid", os.Getpid())
 	if err := s.serve(listener); err != nil {
 		return err
 	}
@@ -344,6 +352,9 @@ func run(c config, logTo io.Writer) error {
 		log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
 	}
 	if web != nil {
+		if !web.Addr().(*net.TCPAddr).IP.IsLoopback() {
+			log.Warn("anyone who can reach this address can watch the server", "addr", web.Addr().String())
+		}
 		defer s.watch(web).Close()
 		log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
 	}

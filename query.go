@@ -274,7 +274,11 @@ func (q *Query) run(db kvstore.KVStore) {
 
 // memory is about how many bytes more a Put or Update may take.
 func (q *Query) memory() int64 {
-	return int64(len(q.key)+max(len(q.value), len(q.newValue))) + memoryPerKey + memoryPerValue
+	added := q.value
+	if q.queryType == update {
+		added = q.newValue
+	}
+	return int64(len(q.key)+len(added)) + memoryPerKey + memoryPerValue
 }
 
 // maxCollect is how many keys one visit to workLoop walks past: others wait for
@@ -291,21 +295,13 @@ func (q *Query) collect(db kvstore.KVStore) {
 			q.refuse("this store cannot list its keys")
 			return
 		}
-		next, stop := iter.Pull(func(yield func(string) bool) {
+		q.more, q.stop = iter.Pull(func(yield func(string) bool) {
 			for key := range lister.All() {
 				if !yield(key) {
 					return
 				}
 			}
 		})
-		q.more = func() (string, bool) {
-			key, ok := next()
-			if !ok {
-				stop()
-			}
-			return key, ok
-		}
-		q.stop = stop
 	}
 	for range maxCollect {
 		key, ok := q.more()
@@ -319,8 +315,7 @@ func (q *Query) collect(db kvstore.KVStore) {
 	}
 }
 
-// head and separator stand before q's key, and between it and each of its
-// values. The server's own lines have no key.
+// head stands before q's key in each line. The server's own lines have no key.
 func (q *Query) head() string {
 	if q.queryType == pair {
 		return ": Put:"
@@ -328,6 +323,7 @@ func (q *Query) head() string {
 	return ""
 }
 
+// separator stands between the key and a value.
 func (q *Query) separator() string {
 	if q.queryType == get || q.queryType == pair {
 		return ":"

@@ -37,8 +37,8 @@ const (
 
 	defaultMaxClients   = 10_000 // with 24 KB for each that is quiet, 240 MB
 	defaultWriteTimeout = 5 * time.Minute
-	spareFiles          = 32  // of the process's limit, for everything but clients
-	maxTurnedAway       = 100 // connections over maxClients that are told so at a time; further ones are just closed
+	spareFiles          = 32 // of the process's limit, for everything but clients: the log, a compaction, those who watch
+	maxTurnedAway       = 8  // of these, connections over maxClients that are told so at a time; further ones are just closed
 
 	// What the store takes beside the bytes of keys and values: map, string
 	// headers and spare room, measured with a million keys of one value.
@@ -304,7 +304,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 		return
 	}
 	s.turned++
-	conn.SetDeadline(time.Now().Add(handshakeTime))
+	conn.SetDeadline(time.Now().Add(closeTime)) // so that Close need not know of it
 	c := newClient(0, conn, s)
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
@@ -374,7 +374,9 @@ func (s *keyValueServer) run(chain *Query) {
 		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
 			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
 		}
-		s.requests[q.queryType]++
+		if c.id > 0 { // not for those who watch
+			s.requests[q.queryType]++
+		}
 		if q.queryType == stats {
 			q.values = s.stats()
 			q.n = len(q.values)

@@ -153,6 +153,10 @@ var conversations = []struct{ name, send, want string }{
 	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
 	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n", ":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n:PONG\n"},
 
+	{"HTTP over the limit", "POST /" + strings.Repeat("a", testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a", 3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
+	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a", 3*testMaxLine) + " HTTP/1.0\r\n\r\nPing\n", ":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
+
 	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
 	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
 	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
@@ -271,6 +275,25 @@ func TestLimitAndSplitPoint(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// Ensure that what follows a goodbye is not even looked at.
+func TestNothingIsAnsweredAfterGoodbye(t *testing.T) {
+	for send, want := range map[string]string{
+		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
+		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 ":ERROR line 1: longer than 20 bytes, skipped\n",
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 20
+			a := n.dial(t)
+			go a.sendAll(send)
+			if got := a.readAll(); got != want {
+				t.Errorf("sent %q, got %q, want %q", send, got, want)
+			}
+		})
 	}
 }
 
@@ -788,6 +811,31 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 	}
 }
 
+// Ensure that a disk that is full, and an input that cannot be read, are errors.
+func TestClientCommandFailsWithItsFiles(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		broken := errors.New("broken")
+		in, end := io.Pipe()
+		go func() {
+			io.WriteString(end, "Get:k\n")
+			end.CloseWithError(broken)
+		}()
+		a := n.dial(t)
+		if _, err := converse(a.conn, nil, in, io.Discard, io.Discard, nil); !errors.Is(err, broken) {
+			t.Errorf("the input fails: %v", err)
+		}
+		a.conn.Close()
+		none, out := io.Pipe()
+		none.CloseWithError(broken)
+		a = n.dial(t)
+		if _, err := converse(a.conn, []string{"Get:k"}, nil, out, io.Discard, nil); !errors.Is(err, broken) {
+			t.Errorf("the output fails: %v", err)
+		}
+		a.conn.Close()
+	})
+}
+
 // Ensure that a Dump, sent back line by line, restores every value, whatever
 // bytes it holds.
 func TestDumpRestores(t *testing.T) {
@@ -813,6 +861,29 @@ func TestDumpRestores(t *testing.T) {
 		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
 			t.Errorf("%d keys are restored of %d, or with other values", len(got), len(want))
 		}
+	})
+}
+
+// Ensure that Close does not wait for a walk through very many keys.
+func TestCloseDuringDump(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const pairs = 10_000
+		for i := range pairs {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.send("Dump\n")
+		synctest.Wait() // until its queue is full
+		closed := make(chan struct{})
+		go func() {
+			n.server.Close()
+			close(closed)
+		}()
+		if lines := strings.Count(a.readAll(), ": Put:"); lines == 0 || lines == pairs {
+			t.Errorf("%d of %d pairs came", lines, pairs)
+		}
+		<-closed
 	})
 }
 
@@ -853,6 +924,9 @@ func TestNothingIsFormattedForTheGone(t *testing.T) {
 		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
 		if allocs := testing.AllocsPerRun(1, func() { c.reply(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
+		}
+		if long.size != 0 {
+			t.Error("the values of a reply to nobody were walked through")
 		}
 		close(c.buffer)
 	})
@@ -946,6 +1020,25 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Delete:a", ":OK 1")
 		a.ask("Put:d:1", ":OK 1")
 		a.ask("Get:d", "d:1", ":OK 1")
+		a.ask("Delete:b", ":OK 1")
+		a.ask("Put:long:"+strings.Repeat("v", pair), ":ERROR line 15: "+full)
+		a.ask("Delete:c", ":OK 1")
+		a.ask("Delete:d", ":OK 1")
+		a.ask("Put:long:"+strings.Repeat("v", pair), ":OK 1")
+		a.ask("Update:long:"+strings.Repeat("v", pair)+":1", ":OK 1") // a long value may go
+		a.hangUp()
+	})
+}
+
+// Ensure that a line's time does not begin before it, with one that is skipped.
+func TestSlowLineAfterSkippedOne(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.sendSome(strings.Repeat("x", 2*testMaxLine))
+		pass(lineTime - 5*time.Second)
+		a.sendSome("\nPing:")
+		pass(lineTime - 5*time.Second)
+		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
 		a.hangUp()
 	})
 }
@@ -1005,6 +1098,13 @@ func TestWriteTimeout(t *testing.T) {
 		if got := n.server.CountActive(); got != 1 {
 			t.Errorf("%d clients after the timeout, want 1", got)
 		}
+		for range 10 { // less than one Write in a minute
+			io.CopyN(io.Discard, b.r, 10_000)
+			pass(time.Minute - 1)
+		}
+		if got := n.server.CountActive(); got != 1 {
+			t.Errorf("%d clients when one accepts 10 kB a minute, want 1", got)
+		}
 		a.conn.Close()
 		b.conn.Close()
 	})
@@ -1046,6 +1146,39 @@ func certificates(t *testing.T, names ...string) (dir string) {
 		write(name+".key", "EC PRIVATE KEY", keyDER)
 	}
 	return dir
+}
+
+// Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
+// not for a client that does not read, nor for one turned away that is silent.
+func TestCloseWithTLS(t *testing.T) {
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, request := range []string{"Get:big\n", "Get:big\nQuit\n", "Get:small\nQuit\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.wrap = func(conn net.Conn) net.Conn {
+				return tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{pair}})
+			}
+			n.fill("big", strings.Repeat("v", 1200), 1000)
+			n.fill("small", "v", streamSize/len("small:v\n")) // less than stream and Write hold
+			n.server.maxClients = 1
+			a := n.dial(t)
+			client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			io.WriteString(client, request)
+			synctest.Wait()
+			silent := n.dial(t)
+			synctest.Wait()
+			start := time.Now()
+			n.server.Close()
+			if took := time.Since(start); took > closeTime+drainTime+closeTime {
+				t.Errorf("%q: Close took %v", request, took)
+			}
+			client.Close()
+			silent.conn.Close()
+		})
+	}
 }
 
 // Ensure that with a client CA only its clients get in, that half-close works
@@ -1606,6 +1739,30 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
+// Ensure that a signal ends the process while the data loads.
+func TestSignalWhileLoading(t *testing.T) {
+	dir := t.TempDir()
+	if err := exec.Command("mkfifo", filepath.Join(dir, "STORE")).Run(); err != nil {
+		t.Logf("without mkfifo there is no load that lasts: %v", err)
+		return
+	}
+	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
+	pipe, _ := cmd.StderrPipe()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	log := bufio.NewReader(pipe)
+	if line, err := log.ReadString('\n'); err != nil || !strings.Contains(line, "msg=starting") {
+		t.Errorf("the log begins with %q, %v", line, err)
+	}
+	cmd.Process.Signal(os.Interrupt)
+	rest, _ := io.ReadAll(log)
+	if err := cmd.Wait(); err != nil || !bytes.Contains(rest, []byte("stopped while opening the data")) {
+		t.Errorf("%v, the log is %s", err, rest)
+	}
+}
+
 // Ensure that each signal stops the server cleanly, with a client's last reply
 // delivered, and that the log tells the story.
 func TestSignalsStopCleanly(t *testing.T) {
@@ -1666,6 +1823,12 @@ func TestWatch(t *testing.T) {
 	if code, body := get("/healthz"); code != 200 || body != "ok\n" {
 		t.Errorf("/healthz: %d, %q", code, body)
 	}
+	if _, body := get("/metrics"); !strings.Contains(body, "kvserver_stats_requests_total 0\n") {
+		t.Error("to watch counts as a request")
+	}
+	if code, body := get("/"); code != 200 || !strings.Contains(body, "/metrics\n") {
+		t.Errorf("/: %d, %q", code, body)
+	}
 	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 || !strings.Contains(body, "workLoop") {
 		t.Errorf("pprof: %d, %.100q", code, body)
 	}
@@ -1688,6 +1851,12 @@ func TestEnvironment(t *testing.T) {
 	}
 	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil || c.addr != "localhost:5" || c.maxLine != 77 {
 		t.Errorf("with a flag: %+v, %v", c, err)
+	}
+	t.Setenv("KVSERVER_MAX_LINE", "many")
+	t.Setenv("KVSERVER_MAX_LINE", "")
+	t.Setenv("KVSERVER_VERSION", "1.2")
+	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
+		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
 	t.Setenv("KVSERVER_MAX_LINE", "many")
 	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(), `KVSERVER_MAX_LINE="many"`) {
@@ -2101,7 +2270,7 @@ func TestAllocations(t *testing.T) {
 		client.buffer = make(chan []byte, maxBufferSize)
 		client.in.buf = make([]byte, burstSize)
 		once := func() {
-			burst := client.in.take(copy(client.in.buf, c.burst))
+			burst, _ := client.in.take(copy(client.in.buf, c.burst))
 			chain, _ := client.parse(burst)
 			for q := chain; q != nil; q = q.next {
 				q.run(db)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -24,10 +23,19 @@ func (r *Report) say(format string, args ...any) {
 	r.Lines = append(r.Lines, fmt.Sprintf(format, args...))
 }
 
-func (r *Report) damage(err error) {
+// damage takes note of err if it is damage; other errors are the caller's.
+func (r *Report) damage(err error) error {
+	var damage *DamageError
+	if !errors.As(err, &damage) {
+		return err
+	}
 	r.Damaged = true
 	r.say("DAMAGED %v", err)
+	return nil
 }
+
+// anyFrame is for whoever wants to load all of them.
+func anyFrame(frame) error { return nil }
 
 // Check reads the whole store in the directory at path, which no other process
 // has open, and says what is there and what is wrong. It changes nothing.
@@ -56,39 +64,37 @@ func check(dir directory) (r Report, err error) {
 		}
 	}
 	id, found, err := readID(dir)
-	if errors.Is(err, ErrNewer) {
-		return r, err
-	}
 	l, layoutErr := readLayout(dir)
 	switch {
 	case !found && err == nil && layoutErr == nil && unfinished(dir, l):
 		r.say("no store yet: an empty directory")
 		return r, nil
-	case err != nil:
-		r.damage(err)
-	case !found:
-		r.damage(&DamageError{File: dir.Path(storeName), What: "the file is missing"})
-	case layoutErr != nil:
-		r.damage(layoutErr)
+	case !found && err == nil:
+		err = &DamageError{File: dir.Path(storeName), What: "the file is missing"}
+	case err == nil:
+		err = layoutErr
 	}
-	if r.Damaged {
-		return r, nil
+	if err != nil {
+		return r, r.damage(err)
 	}
 	m, next := NewMemory(), uint64(1)
 	if l.snapshot > 0 {
 		var size int64
-		if next, size, err = loadSnapshot(dir, id, l.snapshot, m, nil); err != nil {
-			r.damage(err)
-		} else {
+		if next, size, err = loadSnapshot(dir, id, l.snapshot, m, anyFrame); err == nil {
 			r.say("ok      %s, %d bytes", dir.Path(logName(kindSnapshot, l.snapshot)), size)
+		} else if err := r.damage(err); err != nil {
+			return r, err
 		}
 	}
 	for i, number := range l.segments {
 		name := dir.Path(logName(kindSegment, number))
-		end, err := loadSegment(dir, id, number, next, i == len(l.segments)-1, m, nil)
-		switch next = end.next; {
+		end, err := loadSegment(dir, id, number, next, i == len(l.segments)-1, m, anyFrame)
+		next = end.next
+		switch {
 		case err != nil:
-			r.damage(err) // and what follows is read for what it is
+			if err := r.damage(err); err != nil { // what follows is read for what it is
+				return r, err
+			}
 		case end.torn > 0:
 			r.say("torn    %s, %d bytes, then %d of an incomplete commit, as a crash leaves it: the next start cuts it", name, end.offset, end.torn)
 		default:
@@ -136,65 +142,67 @@ func repair(dir directory, now time.Time) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	s := salvage{dir: dir, id: id, m: NewMemory(), report: &r}
-	var files []string
-	var snapshot, highest uint64
+	var snapshot uint64
+	var segments []uint64
 	for _, name := range names {
-		if kind, number, ok := parseName(name); ok {
-			files = append(files, name)
-			if highest = max(highest, number); kind == kindSnapshot {
-				snapshot = max(snapshot, number)
-			}
+		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
+			snapshot = max(snapshot, number)
+		} else if ok {
+			segments = append(segments, number)
 		}
 	}
-	s.newest = highest
-	for number := snapshot; number <= highest; number++ {
-		kind := uint32(kindSegment)
-		if number == snapshot {
-			if kind = kindSnapshot; snapshot == 0 {
-				continue
-			}
-		}
-		if name := logName(kind, number); !slices.Contains(files, name) {
-			r.say("LOST    all of %s: the file is missing", dir.Path(name))
-		} else if err := s.read(name, kind, number); err != nil {
+	slices.Sort(segments)
+	segments = slices.DeleteFunc(segments, func(number uint64) bool { return number <= snapshot })
+	s := salvage{dir: dir, id: id, m: NewMemory(), report: &r}
+	if snapshot > 0 {
+		if err := s.read(kindSnapshot, snapshot, false); err != nil {
 			return r, err
 		}
+	}
+	highest := snapshot
+	for i, number := range segments {
+		if number > highest+1 {
+			r.say("LOST    what was between %s and %s: files are missing", dir.Path(logName(kindSegment, highest)), dir.Path(logName(kindSegment, number)))
+		}
+		if err := s.read(kindSegment, number, i == len(segments)-1); err != nil {
+			return r, err
+		}
+		highest = number
+	}
+	if len(segments) == 0 {
+		r.say("LOST    what came after %s: files are missing", dir.Path(logName(kindSnapshot, snapshot)))
 	}
 
 	// Everything found gets a second name before anything loses its first; the
 	// new snapshot's name makes it the store, at once.
 	kept := damagedPrefix + now.UTC().Format("20060102-150405")
 	for _, name := range names {
-		if name != lockName && !strings.HasPrefix(name, damagedPrefix) {
+		if !isBeside(name) {
 			if err := dir.Keep(name, kept); err != nil {
 				return r, err
 			}
 		}
 	}
 	next := s.last + 1
-	w, err := createLog(dir, logName(kindSegment, highest+2), fileHeader{kind: kindSegment, id: id, number: highest + 2, first: next}, func(*logWriter) error { return nil })
-	if err != nil {
+	segment := fileHeader{kind: kindSegment, id: id, number: highest + 2, first: next}
+	if _, err := createLog(dir, logName(segment.kind, segment.number), segment, noFrames); err != nil {
 		return r, err
 	}
-	if err := w.f.Close(); err != nil {
-		return r, err
-	}
-	w, err = createLog(dir, logName(kindSnapshot, highest+1), fileHeader{kind: kindSnapshot, id: id, number: highest + 1, first: next}, func(w *logWriter) error {
-		return writeAll(w, s.m, nil)
+	whole := fileHeader{kind: kindSnapshot, id: id, number: highest + 1, first: next}
+	_, err = createLog(dir, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
+		return writeAll(w, s.m, anyFrame)
 	})
 	if err != nil {
-		return r, err
-	}
-	if err := w.f.Close(); err != nil {
 		return r, err
 	}
 	if err := writeID(dir, id); err != nil {
 		return r, err
 	}
-	for _, name := range files {
-		if err := dir.Remove(name); err != nil {
-			return r, err
+	for _, name := range names {
+		if _, _, ok := parseName(name); ok {
+			if err := dir.Remove(name); err != nil {
+				return r, err
+			}
 		}
 	}
 	keys, values, bytes := s.m.Size()
@@ -224,14 +232,14 @@ type salvage struct {
 	dir    directory
 	id     storeID
 	m      *Memory
-	newest uint64 // number of the newest segment
 	last   uint64 // highest sequence seen in a segment
 	report *Report
 }
 
 // read adds the good frames of a file to s.m. It goes on behind bad ones at the
-// next that is whole.
-func (s *salvage) read(name string, kind uint32, number uint64) error {
+// next that is whole. Only the newest segment may end in unused room.
+func (s *salvage) read(kind uint32, number uint64, newest bool) error {
+	name := logName(kind, number)
 	f, size, err := s.dir.Open(name)
 	if err != nil {
 		return err
@@ -268,7 +276,7 @@ func (s *salvage) read(name string, kind uint32, number uint64) error {
 		at = good - 8
 	}
 	end := len(b)
-	if kind == kindSegment && number == s.newest { // what is left of its room is no loss
+	if newest {
 		end = good + len(bytes.TrimRight(b[good:], "\x00"))
 	}
 	bad(good, end)

@@ -27,6 +27,7 @@ func (d *Durable) compact() {
 	default:
 	}
 	live := d.Memory.bytes + int64(d.Memory.values)*recordExtra
+	live = max(live, d.snapshot) // which has a long key once for each of its values
 	if d.compacted != nil || d.closed < d.minCompact || d.closed <= 2*live {
 		return
 	}
@@ -44,6 +45,7 @@ func (d *Durable) noteCompaction(c compaction) {
 	switch c.err {
 	case nil:
 		d.closed += c.bytes - c.freed
+		d.snapshot = c.bytes
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:
@@ -58,10 +60,18 @@ func writeSnapshot(dir directory, id storeID, through uint64, stop <-chan struct
 	if err != nil {
 		return 0, err
 	}
+	goOn := func(frame) error {
+		select {
+		case <-stop:
+			return errStopped
+		default:
+			return nil
+		}
+	}
 	m, next := NewMemory(), uint64(1)
 	var old []string
 	if l.snapshot > 0 {
-		if next, _, err = loadSnapshot(dir, id, l.snapshot, m, nil); err != nil {
+		if next, _, err = loadSnapshot(dir, id, l.snapshot, m, goOn); err != nil {
 			return 0, err
 		}
 		old = append(old, logName(kindSnapshot, l.snapshot))
@@ -70,27 +80,18 @@ func writeSnapshot(dir directory, id storeID, through uint64, stop <-chan struct
 		if number > through {
 			break
 		}
-		select {
-		case <-stop:
-			return 0, errStopped
-		default:
-		}
-		end, err := loadSegment(dir, id, number, next, false, m, nil)
+		end, err := loadSegment(dir, id, number, next, false, m, goOn)
 		if err != nil {
 			return 0, err
 		}
 		next = end.next
 		old = append(old, logName(kindSegment, number))
 	}
-	name := logName(kindSnapshot, through)
-	w, err := createLog(dir, name, fileHeader{kind: kindSnapshot, id: id, number: through, first: next}, func(w *logWriter) error {
-		return writeAll(w, m, stop)
+	h := fileHeader{kind: kindSnapshot, id: id, number: through, first: next}
+	size, err = createLog(dir, logName(kindSnapshot, through), h, func(w *logWriter) error {
+		return writeAll(w, m, goOn)
 	})
 	if err != nil {
-		dir.Remove(name + tmpSuffix)
-		return 0, err
-	}
-	if err := w.f.Close(); err != nil {
 		return 0, err
 	}
 	for _, name := range old {
@@ -98,18 +99,16 @@ func writeSnapshot(dir directory, id storeID, through uint64, stop <-chan struct
 			return 0, err
 		}
 	}
-	return w.size, nil
+	return size, nil
 }
 
-// writeAll writes what m holds as a snapshot's frames.
-func writeAll(w *logWriter, m *Memory, stop <-chan struct{}) error {
+// writeAll writes what m holds as a snapshot's frames, while goOn lets it.
+func writeAll(w *logWriter, m *Memory, goOn func(frame) error) error {
 	var payload []byte
 	f := frame{sequence: 1}
 	flush := func() error {
-		select {
-		case <-stop:
-			return errStopped
-		default:
+		if err := goOn(f); err != nil {
+			return err
 		}
 		err := w.append(f, payload, 0)
 		f.sequence++
@@ -163,16 +162,14 @@ func newProgress(log *slog.Logger, dir directory, l layout) *progress {
 }
 
 // step takes note of a frame that was loaded.
-func (p *progress) step(f frame) {
-	if p == nil {
-		return
-	}
+func (p *progress) step(f frame) error {
 	p.records += int(f.count)
 	p.bytes += f.padded()
 	if now := time.Now(); now.Sub(p.told) >= progressTime {
 		p.told = now
 		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", 100*p.bytes/max(p.total, 1))
 	}
+	return nil
 }
 
 func (p *progress) end(m *Memory) {

@@ -82,10 +82,11 @@ type Durable struct {
 	opts Options
 	log  *slog.Logger
 
-	number  uint64 // of the current file
-	closed  int64  // bytes in full files and the snapshot
-	pending []byte // records not written yet
-	count   uint32 // of them
+	number   uint64 // of the current file
+	closed   int64  // bytes in full files and the snapshot
+	snapshot int64  // bytes of the snapshot alone
+	pending  []byte // records not written yet
+	count    uint32 // of them
 
 	segmentSize, minCompact int64           // the constants, but for tests
 	reserve                 int             // that one too; 0 where nobody waits for fsync
@@ -104,7 +105,7 @@ type Durable struct {
 
 // Open opens the store in the directory at path, which must exist; in an empty
 // one it makes a new store. Other errors than the package's own are those of
-// the file system. When it refuses, nothing is changed.
+// the file system. When it refuses what it finds, nothing is changed.
 func Open(path string, opts Options) (*Durable, error) {
 	dir, err := openDirectory(path)
 	if err != nil {
@@ -141,17 +142,18 @@ func open(dir directory, opts Options) (*Durable, error) {
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir directory, names []string) error {
 	for _, name := range names {
-		if name == "lost+found" || name[0] == '.' { // of the file system, or somebody's notes
-			continue
-		}
-		if name == lockName || name == storeName || strings.HasSuffix(name, tmpSuffix) || strings.HasPrefix(name, damagedPrefix) {
-			continue
-		}
-		if _, _, ok := parseName(name); !ok {
+		_, _, isLog := parseName(name)
+		if !isLog && name != storeName && !strings.HasSuffix(name, tmpSuffix) && !isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", ErrNotOurs, dir.Path(name))
 		}
 	}
 	return nil
+}
+
+// isBeside tells whether a file may be in a store's directory that is no part of
+// the store: the lock, what Repair keeps, the file system's, and hidden ones.
+func isBeside(name string) bool {
+	return name == lockName || strings.HasPrefix(name, damagedPrefix) || name == "lost+found" || name[0] == '.'
 }
 
 // logName is the name of a log file.
@@ -171,7 +173,8 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 		kind, text = kindSnapshot, t
 	}
 	number, err := strconv.ParseUint(text, 10, 64)
-	return kind, number, isLog && kind != 0 && err == nil && logName(kind, number) == name
+	const most = 1 << 62 // so that there is always a next one
+	return kind, number, isLog && kind != 0 && err == nil && number < most && logName(kind, number) == name
 }
 
 // layout is which of a store's files count.
@@ -261,20 +264,21 @@ func (d *Durable) load() error {
 	p := newProgress(d.log, d.dir, l)
 	next := uint64(1)
 	if l.snapshot > 0 {
-		if next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p); err != nil {
+		if next, d.snapshot, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
 			return err
 		}
+		d.closed = d.snapshot
 	}
 	for i, number := range l.segments {
 		last := i == len(l.segments)-1
-		end, err := loadSegment(d.dir, d.id, number, next, last, d.Memory, p)
+		end, err := loadSegment(d.dir, d.id, number, next, last, d.Memory, p.step)
 		if err != nil {
 			return err
 		}
 		next = end.next
 		if !last {
 			d.closed += end.offset
-		} else if err := d.reopen(number, end); err != nil {
+		} else if err := d.reopen(end); err != nil {
 			return err
 		}
 	}
@@ -357,7 +361,7 @@ func (l *logReader) checkHeader(want fileHeader) error {
 }
 
 // loadSnapshot adds a snapshot to m and returns the sequence that comes after.
-func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, p *progress) (next uint64, size int64, err error) {
+func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
 	l, err := openLog(dir, logName(kindSnapshot, number))
 	if err != nil {
 		return 0, 0, err
@@ -380,25 +384,26 @@ func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, p *progre
 			complete = true
 		default:
 			if err := apply(m, string(payload), f.count); err != nil {
-				return 0, 0, &DamageError{File: l.path, Offset: l.offset, Frame: f.sequence, What: err.Error()}
+				return 0, 0, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
 			}
 		}
-		p.step(f)
+		if err := step(f); err != nil {
+			return 0, 0, err
+		}
 	}
 }
 
 // segmentEnd is where a segment's good part ends.
 type segmentEnd struct {
+	header fileHeader
 	next   uint64 // sequence of the frame that would follow
 	offset int64
 	torn   int64 // bytes after it, of frames that were never complete on disk
-	size   int64 // of the file: what follows is zeros
-	clean  bool  // all of it was on disk when its writer stopped
 }
 
 // loadSegment adds what a segment's frames did to m. In the last one a bad end
 // that nobody was ever told of is torn, not damage.
-func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *Memory, p *progress) (end segmentEnd, err error) {
+func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
 	name := logName(kindSegment, number)
 	l, err := openLog(dir, name)
 	if err != nil {
@@ -413,7 +418,7 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 		var damage *DamageError
 		switch {
 		case err == errEnd:
-			return segmentEnd{next: l.next, offset: l.offset, size: l.size, clean: end.clean}, nil
+			return segmentEnd{header: l.header, next: l.next, offset: l.offset}, nil
 		case errors.As(err, &damage) && last:
 			rest, err := l.rest(dir, name)
 			switch {
@@ -423,43 +428,36 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 				return end, damage
 			}
 			torn := int64(len(bytes.TrimRight(rest, "\x00")))
-			return segmentEnd{next: l.next, offset: l.offset, torn: torn, size: l.size, clean: end.clean && torn == 0}, nil
+			return segmentEnd{header: l.header, next: l.next, offset: l.offset, torn: torn}, nil
 		case err != nil:
 			return end, err
 		}
 		if err := apply(m, string(payload), f.count); err != nil {
 			return end, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
 		}
-		end.clean = f.kind == frameCleanStop
-		p.step(f)
+		if err := step(f); err != nil {
+			return end, err
+		}
 	}
 }
 
-// reopen makes the last segment the current one. Unless its writer stopped
-// cleanly its good part goes to a new file: after a failed fsync the kernel may
-// serve from memory what is not on disk, and take it for written (Rebello et
-// al., "Can Applications Recover from fsync Failures?", 2020).
-func (d *Durable) reopen(number uint64, end segmentEnd) (err error) {
-	name := logName(kindSegment, number)
-	d.number, d.sequence, d.synced = number, end.next-1, end.next-1
-	if end.clean {
-		f, err := d.dir.Extend(name)
-		if err != nil {
-			return err
-		}
-		h := fileHeader{kind: kindSegment, id: d.id, number: number}
-		d.current = &logWriter{f: f, path: d.dir.Path(name), seed: h.seed(), size: end.offset, end: end.size}
-		return nil
-	}
+// reopen makes the last segment the current one: its good part, in a new file.
+// After a failed fsync the kernel may serve from memory what is not on disk, and
+// take it for written (Rebello et al., "Can Applications Recover from fsync
+// Failures?", 2020).
+func (d *Durable) reopen(end segmentEnd) error {
+	h := end.header
+	name := logName(h.kind, h.number)
+	d.number, d.sequence, d.synced = h.number, end.next-1, end.next-1
 	if end.torn > 0 {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name), "offset", end.offset, "bytes", end.torn)
 	}
-	l, err := openLog(d.dir, name)
-	if err != nil {
-		return err
-	}
-	defer l.f.Close()
-	d.current, err = createLog(d.dir, name, l.header, func(w *logWriter) error {
+	size, err := createLog(d.dir, name, h, func(w *logWriter) error {
+		l, err := openLog(d.dir, name)
+		if err != nil {
+			return err
+		}
+		defer l.f.Close()
 		left := end.offset - headerSize
 		for buf := make([]byte, readSize(left)); left > 0; {
 			n, err := io.ReadFull(l.r, buf[:min(left, int64(len(buf)))])
@@ -473,13 +471,22 @@ func (d *Durable) reopen(number uint64, end segmentEnd) (err error) {
 		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	d.current, err = extendLog(d.dir, name, h, size)
 	return err
 }
 
 // rotate goes on in a new file.
 func (d *Durable) rotate() error {
 	h := fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 1}
-	w, err := createLog(d.dir, logName(h.kind, h.number), h, func(*logWriter) error { return nil })
+	name := logName(h.kind, h.number)
+	size, err := createLog(d.dir, name, h, noFrames)
+	if err != nil {
+		return err
+	}
+	w, err := extendLog(d.dir, name, h, size)
 	if err != nil {
 		return err
 	}
@@ -540,18 +547,24 @@ func (d *Durable) fail(err error) error {
 }
 
 // failure returns the first error.
-func (d *Durable) failure() error { return d.fail(nil) }
+func (d *Durable) failure() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err
+}
 
 // writeFrame writes a frame of what is pending.
 func (d *Durable) writeFrame(kind uint32) {
 	if d.failure() == nil {
 		d.mu.Lock()
-		d.sequence++
-		f := frame{sequence: d.sequence, synced: d.synced, count: d.count, kind: kind}
+		f := frame{sequence: d.sequence + 1, synced: d.synced, count: d.count, kind: kind}
 		d.mu.Unlock()
 		if err := d.current.append(f, d.pending, d.reserve); err != nil {
 			d.fail(err)
 		}
+		d.mu.Lock()
+		d.sequence = f.sequence // only now: a sync meanwhile has not synced it
+		d.mu.Unlock()
 	}
 	d.pending, d.count = d.pending[:0], 0
 	if cap(d.pending) > 4*maxFramePut {

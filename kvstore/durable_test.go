@@ -395,6 +395,7 @@ func TestEveryCallFails(t *testing.T) {
 				if err != nil && closeErr == nil {
 					t.Fatalf("call %d: Close after %v returns nil", n, err)
 				}
+				err = closeErr
 			} else if !errors.Is(err, errDisk) {
 				t.Fatalf("call %d: Open: %v", n, err)
 			}
@@ -405,7 +406,19 @@ func TestEveryCallFails(t *testing.T) {
 				continue
 			}
 			dir.locked = false
-			h.checkKept(t, dir, fmt.Sprintf("call %d failed (for ever: %v)", n, forever))
+			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
+			h.checkKept(t, dir, what)
+			// What a failed Sync left in the kernel's memory is not built upon.
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			d.Put("after", "all")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%s: Commit: %v", what, err)
+			}
+			if d, err = openSmall(dir.crash(rand.New(rand.NewPCG(uint64(n), 3))), Options{}); err != nil || len(d.Get("after")) != 1 {
+				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v", what, err)
+			}
 		}
 	}
 }
@@ -594,6 +607,11 @@ func TestRefusals(t *testing.T) {
 		return c
 	}
 	cut := func(n int) func(b []byte) []byte { return func(b []byte) []byte { return b[:len(b)-n] } }
+	newer := func(b []byte) []byte {
+		b[8]++
+		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+		return b
+	}
 	other := newMemDir()
 	open(other, Options{})
 	for what, c := range map[string]struct {
@@ -610,6 +628,9 @@ func TestRefusals(t *testing.T) {
 		"STORE cut":            {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
 		"STORE with more":      {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
 		"newer STORE":          {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 1"), []byte("version 9"), 1) }), ErrNewer.Error()},
+		"newer segment":        {change(last, newer), ErrNewer.Error()},
+		"newer snapshot":       {change(snapshot, newer), ErrNewer.Error()},
+		"a number too far":     {dir.with("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
 		"empty segment":        {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
 		"another store's file": {dir.with(last, other.names["seg-1.log"].data), "the file belongs to another store"},
 		"renamed file":         {dir.with(last, dir.names[snapshot].data), "the file is another one, renamed"},
@@ -634,6 +655,11 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%s: something was changed or is still locked", what)
 		}
 		if errors.Is(err, ErrNotOurs) || errors.Is(err, ErrNewer) {
+			_, checkErr := check(c.dir)
+			_, repairErr := repair(c.dir, time.Now())
+			if checkErr == nil || repairErr == nil || !maps.Equal(before, c.dir.names) {
+				t.Errorf("%s: check says %v, repair %v", what, checkErr, repairErr)
+			}
 			continue
 		}
 		report, checkErr := check(c.dir)
@@ -801,6 +827,55 @@ func TestFsyncInTime(t *testing.T) {
 	})
 }
 
+// slowDir is a memDir on which, once it is told so, writing takes a time.
+type slowDir struct {
+	*memDir
+	writing time.Duration
+}
+
+type slowFile struct {
+	file
+	d *slowDir
+}
+
+func (d *slowDir) Extend(name string) (file, error) {
+	f, err := d.memDir.Extend(name)
+	return slowFile{f, d}, err
+}
+
+func (f slowFile) WriteAt(p []byte, off int64) (int, error) {
+	<-time.After(f.d.writing)
+	return f.file.WriteAt(p, off)
+}
+
+// Ensure that a timer's fsync during a Write does not count for what that writes.
+func TestFsyncDuringWrite(t *testing.T) {
+	for _, value := range []string{"small", strings.Repeat("fills the file", 100)} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := &slowDir{memDir: newMemDir()}
+			d, err := openSmall(dir, Options{Fsync: time.Second})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("a", "1")
+			d.Commit() // begins the second
+			dir.writing = 2 * time.Second
+			d.Put("b", value)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(5 * time.Second)
+			for seed := range uint64(20) {
+				after, err := open(dir.crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				if err != nil || len(after.Get("b")) != 1 {
+					t.Fatalf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
 // Ensure that unsynced frames that reached the disk out of order are a torn end,
 // not damage, when nobody was promised them.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
@@ -864,10 +939,35 @@ func TestCompactionMayFail(t *testing.T) {
 
 // ---- real files
 
+// Ensure that a long key with many values, which a snapshot has once for each,
+// is not compacted again and again for nothing.
+func TestCompactionIsWorthIt(t *testing.T) {
+	d, err := openSmall(newMemDir(), Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 10_000, 10_000
+	key, runs := strings.Repeat("k", 100), 0
+	for i := range 5000 {
+		d.Put(key, fmt.Sprint(i))
+		d.Commit()
+		if d.compacted != nil {
+			runs++
+			d.settle()
+		}
+	}
+	if runs == 0 || runs > 8 {
+		t.Errorf("%d compactions in %d files with nothing to leave out", runs, d.number)
+	}
+	d.Close()
+}
+
 // Ensure that a real directory is kept as a fake one, private, and for one
 // process at a time.
 func TestRealDirectory(t *testing.T) {
 	path := t.TempDir()
+	os.Mkdir(filepath.Join(path, "lost+found"), 0o700) // as in the root of a disk
+	os.WriteFile(filepath.Join(path, ".notes"), nil, 0o600)
 	d, err := Open(path, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -893,7 +993,7 @@ func TestRealDirectory(t *testing.T) {
 	}
 	entries, _ := os.ReadDir(path)
 	for _, e := range entries {
-		if info, _ := e.Info(); info.Mode().Perm() != 0o600 {
+		if info, _ := e.Info(); !e.IsDir() && info.Mode().Perm() != 0o600 {
 			t.Errorf("%s has mode %v", e.Name(), info.Mode())
 		}
 	}

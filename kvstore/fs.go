@@ -102,7 +102,10 @@ func (d osDirectory) Keep(name, in string) error {
 	if err := os.MkdirAll(d.Path(in), 0o700); err != nil {
 		return err
 	}
-	return os.Link(d.Path(name), filepath.Join(d.Path(in), name))
+	if err := os.Link(d.Path(name), filepath.Join(d.Path(in), name)); err != nil {
+		return err
+	}
+	return osDirectory(d.Path(in)).Sync()
 }
 
 func (d osDirectory) Sync() error {

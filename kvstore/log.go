@@ -109,7 +109,7 @@ type frame struct {
 	length   uint32 // bytes of payload
 	sequence uint64
 	synced   uint64
-	count    uint32 // records; in a frameEnd: keys of the snapshot
+	count    uint32 // records
 	kind     uint32
 	crc      uint32 // of the payload
 }
@@ -348,35 +348,44 @@ type logWriter struct {
 	buf  []byte
 }
 
-// createLog makes a log file under a temporary name, with fill's frames, and
-// then, once all of it is on disk, under its own.
-func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) error) (*logWriter, error) {
+// createLog makes a log file of fill's frames under a temporary name, and once
+// all of it is on disk gives it its own. It returns its size.
+func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) error) (size int64, err error) {
 	f, err := d.Create(name + tmpSuffix)
+	if err != nil {
+		return 0, err
+	}
+	w := &logWriter{f: f, path: d.Path(name), seed: h.seed()}
+	if err = w.write(h.encode()); err == nil {
+		err = fill(w)
+	}
+	if err == nil {
+		err = w.sync()
+	}
+	if closeErr := f.Close(); err == nil { // before the rename: Windows wants it so
+		err = closeErr
+	}
+	if err != nil {
+		d.Remove(name + tmpSuffix) // perhaps the disk is full
+		return 0, err
+	}
+	if err := d.Rename(name+tmpSuffix, name); err != nil {
+		return 0, err
+	}
+	return w.size, d.Sync()
+}
+
+// extendLog opens a log file of size bytes to be written further.
+func extendLog(d directory, name string, h fileHeader, size int64) (*logWriter, error) {
+	f, err := d.Extend(name)
 	if err != nil {
 		return nil, err
 	}
-	w := &logWriter{f: f, path: d.Path(name), seed: h.seed()}
-	write := func() error {
-		if err := w.write(h.encode()); err != nil {
-			return err
-		}
-		if err := fill(w); err != nil {
-			return err
-		}
-		if err := w.sync(); err != nil {
-			return err
-		}
-		if err := d.Rename(name+tmpSuffix, name); err != nil {
-			return err
-		}
-		return d.Sync()
-	}
-	if err := write(); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return w, nil
+	return &logWriter{f: f, path: d.Path(name), seed: h.seed(), size: size, end: size}, nil
 }
+
+// noFrames is what a new segment is filled with.
+func noFrames(*logWriter) error { return nil }
 
 // append writes one frame, with room for reserve bytes more where the file ends.
 func (w *logWriter) append(f frame, payload []byte, reserve int) error {
