@@ -313,9 +313,9 @@ func run(c config, logTo io.Writer) error {
 		handler = slog.NewJSONHandler(logTo, &slog.HandlerOptions{Level: level})
 	}
 	log := slog.New(handler)
-	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
+	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	// While the data loads nobody has been told anything, so nothing can be lost.
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")

@@ -502,6 +502,7 @@ func TestTornEnd(t *testing.T) {
 	whole := dir.names[name].data
 	stale := newMemDir() // another store's frames
 	if d, err := open(stale, Options{}); err == nil {
+		d.reserve = 0
 		d.Put("stale", "stale")
 		d.Commit()
 	}
