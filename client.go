@@ -635,7 +635,7 @@ func (c *Client) write(b []byte) error {
 		c.limitWrite()
 		n, err := c.connection.Write(b[:min(len(b), maxWrite)])
 		if err != nil && (n == 0 || !errors.Is(err, os.ErrDeadlineExceeded) || c.server.isClosing()) {
-			return err // but for a client that accepted something in time
+			return err // but not for a client that accepted a part of it
 		}
 		b = b[n:]
 		if err == nil {

@@ -864,6 +864,31 @@ func TestDumpRestores(t *testing.T) {
 	})
 }
 
+// endless is a store whose keys never end.
+type endless struct{ kvstore.KVStore }
+
+func (endless) All() iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		for i := 0; yield(strconv.Itoa(i), nil); i++ {
+		}
+	}
+}
+
+// Ensure that Close does not wait for a walk that goes on and on.
+func TestCloseDuringKeys(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = endless{kvstore.NewMemory()}
+		a := n.dial(t)
+		a.send("Keys\n")
+		for n.server.CountActive() == 0 { // until it walks
+		}
+		go n.server.Close()
+		if got := a.readAll(); got != "" {
+			t.Errorf("got %.100q", got)
+		}
+	})
+}
+
 // Ensure that Close does not wait for a walk through very many keys.
 func TestCloseDuringDump(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1079,8 +1104,8 @@ func TestSlowLine(t *testing.T) {
 	}
 }
 
-// Ensure that a client that accepts nothing is cut, just in time, and that one
-// that accepts a little is not.
+// Ensure that a client that accepts nothing is cut, not before its time, and that
+// one that accepts a little is not.
 func TestWriteTimeout(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("big", strings.Repeat("v", 1200), 1000)
@@ -1095,6 +1120,8 @@ func TestWriteTimeout(t *testing.T) {
 			t.Errorf("%d clients just before the timeout, want 2", got)
 		}
 		pass(1)
+		io.CopyN(io.Discard, b.r, 10_000)
+		pass(time.Minute) // a may have accepted a part of the Write that did not end
 		if got := n.server.CountActive(); got != 1 {
 			t.Errorf("%d clients after the timeout, want 1", got)
 		}
@@ -1179,6 +1206,45 @@ func TestCloseWithTLS(t *testing.T) {
 			silent.conn.Close()
 		})
 	}
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		deaf := &deafConn{closed: make(chan struct{})}
+		n.wrap = func(conn net.Conn) net.Conn {
+			deaf.Conn = conn
+			return tls.Server(deaf, &tls.Config{Certificates: []tls.Certificate{pair}})
+		}
+		a := n.dial(t)
+		client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+		io.WriteString(client, "Ping\n")
+		io.ReadFull(client, make([]byte, len(":PONG\n")))
+		deaf.on.Store(true)
+		start := time.Now()
+		go io.WriteString(client, "Quit\n")
+		<-deaf.closed
+		if took := time.Since(start); took != drainTime+closeTime {
+			t.Errorf("the goodbye of TLS took %v, want %v", took, drainTime+closeTime)
+		}
+		client.Close()
+	})
+}
+
+// deafConn takes no more bytes once it is on, and has no deadline.
+type deafConn struct {
+	net.Conn
+	on     atomic.Bool
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (d *deafConn) Write(p []byte) (int, error) {
+	if d.on.Load() {
+		<-d.closed
+	}
+	return d.Conn.Write(p)
+}
+
+func (d *deafConn) Close() error {
+	d.once.Do(func() { close(d.closed) })
+	return d.Conn.Close()
 }
 
 // Ensure that with a client CA only its clients get in, that half-close works
