@@ -1631,6 +1631,61 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 	})
 }
 
+// gatedStore is a Memory whose Commit waits for what it is to return.
+type gatedStore struct {
+	*kvstore.Memory
+	gate chan error
+}
+
+func (g gatedStore) Commit() error { return <-g.gate }
+
+// Ensure that a Get that sees another client's Put is not answered before that
+// is committed.
+func TestGetWaitsForCommit(t *testing.T) {
+	for _, failure := range []error{nil, errors.New("disk on fire")} {
+		synctest.Test(t, func(t *testing.T) {
+			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
+			n := newFakeNet()
+			n.server.db = store
+			n.server.serve(n)
+			a, b, c := n.dial(t), n.dial(t), n.dial(t)
+			for _, x := range []*testClient{a, b, c} {
+				store.gate <- nil
+				x.ask("Ping", ":PONG")
+			}
+			c.send("Ping\n") // workLoop waits, and the next two are committed together
+			synctest.Wait()
+			a.send("Put:k:v\n")
+			synctest.Wait()
+			b.send("Get:k\n")
+			synctest.Wait()
+			store.gate <- nil
+			c.want(":PONG")
+			synctest.Wait()
+			got := make(chan string)
+			go func() {
+				line, _ := b.r.ReadString('\n')
+				got <- line
+			}()
+			synctest.Wait()
+			select {
+			case line := <-got:
+				t.Errorf("before Commit returned b got %q", line)
+				return
+			default:
+			}
+			store.gate <- failure
+			if line := <-got; (line == "k:v\n") != (failure == nil) {
+				t.Errorf("after Commit returned %v b got %q", failure, line)
+			}
+			for range cap(store.gate) {
+				store.gate <- nil
+			}
+			n.server.Close()
+		})
+	}
+}
+
 // ---- the binary
 
 // Ensure that the session in the README is what happens.

@@ -335,6 +335,9 @@ func (h *history) checkKept(t *testing.T, dir directory, what string) {
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
+	if l, err := readLayout(dir); err != nil || len(l.obsolete) > 0 {
+		t.Fatalf("%s: after opening there is still %q, %v", what, l.obsolete, err)
+	}
 	if !h.told.equal(d) && !h.done.equal(d) {
 		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.told, h.done)
 	}
@@ -613,6 +616,8 @@ func TestRefusals(t *testing.T) {
 		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 		return b
 	}
+	whole, _, starts := segment(t, 5)
+	gap := slices.Concat(whole.names["seg-1.log"].data[:starts[2]], whole.names["seg-1.log"].data[starts[3]:])
 	other := newMemDir()
 	open(other, Options{})
 	for what, c := range map[string]struct {
@@ -629,6 +634,7 @@ func TestRefusals(t *testing.T) {
 		"STORE cut":            {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
 		"STORE with more":      {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
 		"newer STORE":          {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 1"), []byte("version 9"), 1) }), ErrNewer.Error()},
+		"frame missing":        {whole.with("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
 		"newer segment":        {change(last, newer), ErrNewer.Error()},
 		"newer snapshot":       {change(snapshot, newer), ErrNewer.Error()},
 		"a number too far":     {dir.with("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
@@ -831,7 +837,7 @@ func TestFsyncInTime(t *testing.T) {
 // slowDir is a memDir on which, once it is told so, writing takes a time.
 type slowDir struct {
 	*memDir
-	writing time.Duration
+	writing, syncing time.Duration
 }
 
 type slowFile struct {
@@ -847,6 +853,64 @@ func (d *slowDir) Extend(name string) (file, error) {
 func (f slowFile) WriteAt(p []byte, off int64) (int, error) {
 	<-time.After(f.d.writing)
 	return f.file.WriteAt(p, off)
+}
+
+func (f slowFile) Sync() error {
+	err := f.file.Sync()
+	<-time.After(f.d.syncing)
+	return err
+}
+
+// Ensure that a timer's fsync does not count for what is written while it lasts.
+func TestWriteDuringFsync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &slowDir{memDir: newMemDir()}
+		d, err := openSmall(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir.syncing = time.Second
+		d.Put("a", "1")
+		d.Commit()
+		<-time.After(3 * time.Second / 2)
+		d.Put("b", "2")
+		d.Commit()
+		<-time.After(5 * time.Second)
+		if after, err := open(dir.crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
+			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a large Commit is written in frames of a bounded size.
+func TestLargeCommitIsSplit(t *testing.T) {
+	dir := newMemDir()
+	d, err := open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := strings.Repeat("v", 1000)
+	for i := range 5000 {
+		d.Put(fmt.Sprint(i), value)
+	}
+	if cap(d.pending) > 2*maxFramePut {
+		t.Errorf("%d bytes wait for Commit", cap(d.pending))
+	}
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	l, err := openLog(dir, "seg-1.log")
+	for err == nil {
+		var f frame
+		if f, _, err = l.read(); f.length > maxFramePut+2000 {
+			t.Errorf("a frame has %d bytes", f.length)
+		}
+	}
+	if err != errEnd || l.next < 5 {
+		t.Errorf("after %d frames: %v", l.next-1, err)
+	}
 }
 
 // Ensure that a timer's fsync during a Write does not count for what that writes.
@@ -881,13 +945,13 @@ func TestFsyncDuringWrite(t *testing.T) {
 // not damage, when nobody was promised them.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := newMemDir()
-	d, _ := open(dir, Options{Fsync: FsyncNever})
+	first, _ := open(dir, Options{Fsync: FsyncNever})
 	var starts []int
 	f := dir.names["seg-1.log"]
 	for i := range 5 {
 		starts = append(starts, len(f.data))
-		d.Put("key", fmt.Sprint(i))
-		d.Commit()
+		first.Put("key", fmt.Sprint(i))
+		first.Commit()
 	}
 	dir.locked = false
 	data := slices.Clone(f.data)
@@ -898,6 +962,13 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	}
 	if got := d.Get("key"); !slices.Equal(got, []string{"0", "1"}) {
 		t.Errorf("got %q, want the two before the gap", got)
+	}
+	first.Close()
+	data = slices.Clone(f.data)
+	clear(data[starts[2]:starts[3]])
+	var damage *DamageError
+	if _, err := open(dir.with("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+		t.Errorf("with a gap, after a stop that synced everything: %v", err)
 	}
 }
 
@@ -927,6 +998,11 @@ func TestCompactionMayFail(t *testing.T) {
 		c.failAt = 0
 		if failed && !errors.Is(err, errDisk) && err != nil {
 			t.Fatalf("call %d: %v", n, err)
+		}
+		for name := range c.names { // perhaps the disk is full
+			if strings.HasPrefix(name, "snap") && strings.HasSuffix(name, tmpSuffix) {
+				t.Fatalf("call %d failed: %s is left", n, name)
+			}
 		}
 		h.checkKept(t, c, fmt.Sprint("compaction whose call failed: ", n))
 	}

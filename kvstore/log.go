@@ -365,11 +365,11 @@ func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) e
 	if closeErr := f.Close(); err == nil { // before the rename: Windows wants it so
 		err = closeErr
 	}
+	if err == nil {
+		err = d.Rename(name+tmpSuffix, name)
+	}
 	if err != nil {
 		d.Remove(name + tmpSuffix) // perhaps the disk is full
-		return 0, err
-	}
-	if err := d.Rename(name+tmpSuffix, name); err != nil {
 		return 0, err
 	}
 	return w.size, d.Sync()
