@@ -616,6 +616,24 @@ func TestRefusals(t *testing.T) {
 		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 		return b
 	}
+	seed := func(name string) uint32 {
+		h, _ := decodeHeader(dir.names[name].data)
+		return h.seed()
+	}
+	// The closed segment without its last frame, and the snapshot with one more.
+	end, last1 := headerSize, 0
+	for b := dir.names[first].data; end < len(b); {
+		f, _ := decodeFrame(b[end:], seed(first))
+		last1, end = end, end+int(f.padded())
+	}
+	var frames uint64
+	for b, at := dir.names[snapshot].data, headerSize; at < len(b); frames++ {
+		f, _ := decodeFrame(b[at:], seed(snapshot))
+		at += int(f.padded())
+	}
+	again := func(b []byte) []byte {
+		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
+	}
 	whole, _, starts := segment(t, 5)
 	gap := slices.Concat(whole.names["seg-1.log"].data[:starts[2]], whole.names["seg-1.log"].data[starts[3]:])
 	other := newMemDir()
@@ -624,23 +642,26 @@ func TestRefusals(t *testing.T) {
 		dir  *memDir
 		want string
 	}{
-		"last data frame":      {change(last, func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at offset"},
-		"closed segment cut":   {change(first, cut(8)), first + " is damaged at offset"},
-		"snapshot cut":         {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
-		"snapshot with more":   {change(snapshot, func(b []byte) []byte { return append(b, b[headerSize:]...) }), snapshot + " is damaged"},
-		"snapshot missing":     {without(snapshot), "seg-1.log is damaged: the file is missing"},
-		"segment missing":      {without(first), first + " is damaged: the file is missing"},
-		"STORE missing":        {without(storeName), "STORE is damaged: the file is missing"},
-		"STORE cut":            {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
-		"STORE with more":      {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
-		"newer STORE":          {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 1"), []byte("version 9"), 1) }), ErrNewer.Error()},
-		"frame missing":        {whole.with("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
-		"newer segment":        {change(last, newer), ErrNewer.Error()},
-		"newer snapshot":       {change(snapshot, newer), ErrNewer.Error()},
-		"a number too far":     {dir.with("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
-		"empty segment":        {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
-		"another store's file": {dir.with(last, other.names["seg-1.log"].data), "the file belongs to another store"},
-		"renamed file":         {dir.with(last, dir.names[snapshot].data), "the file is another one, renamed"},
+		"last data frame":       {change(last, func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at offset"},
+		"closed segment cut":    {change(first, cut(8)), first + " is damaged at offset"},
+		"snapshot cut":          {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
+		"snapshot with more":    {change(snapshot, func(b []byte) []byte { return append(b, b[headerSize:]...) }), snapshot + " is damaged"},
+		"snapshot missing":      {without(snapshot), "seg-1.log is damaged: the file is missing"},
+		"segment missing":       {without(first), first + " is damaged: the file is missing"},
+		"STORE missing":         {without(storeName), "STORE is damaged: the file is missing"},
+		"STORE cut":             {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
+		"STORE with more":       {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
+		"newer STORE":           {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 1"), []byte("version 9"), 1) }), ErrNewer.Error()},
+		"frame missing":         {whole.with("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
+		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }), "the file begins with frame"},
+		"closed segment's end":  {change(first, func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
+		"snapshot ends twice":   {change(snapshot, again), "the snapshot has no proper end"},
+		"newer segment":         {change(last, newer), ErrNewer.Error()},
+		"newer snapshot":        {change(snapshot, newer), ErrNewer.Error()},
+		"a number too far":      {dir.with("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
+		"empty segment":         {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
+		"another store's file":  {dir.with(last, other.names["seg-1.log"].data), "the file belongs to another store"},
+		"renamed file":          {dir.with(last, dir.names[snapshot].data), "the file is another one, renamed"},
 		"all logs gone": {func() *memDir {
 			c := without(last)
 			for n := range c.names {
@@ -673,8 +694,12 @@ func TestRefusals(t *testing.T) {
 		if checkErr != nil || !report.Damaged {
 			t.Errorf("%s: check says %v, %v", what, report, checkErr)
 		}
-		if report, err := repair(c.dir, time.Time{}); err != nil || !report.Damaged {
+		report, err = repair(c.dir, time.Time{})
+		if err != nil || !report.Damaged {
 			t.Errorf("%s: repair says %v, %v", what, report, err)
+		}
+		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report), "LOST    bytes") {
+			t.Errorf("%s: repair says %v", what, report)
 		}
 		if d, err := open(c.dir, Options{}); err != nil {
 			t.Errorf("%s: after repair: %v", what, err)
@@ -692,8 +717,8 @@ func TestRefusals(t *testing.T) {
 func TestRepair(t *testing.T) {
 	dir, name, starts := segment(t, 8)
 	data := slices.Clone(dir.names[name].data)
-	data[starts[3]+frameSize+2] ^= 1 // the fourth frame's records
-	bad := dir.with(name, data)
+	data[starts[3]+frameSize+2] ^= 1                          // the fourth frame's records
+	bad := dir.with(name, append(data, make([]byte, 500)...)) // room is no loss
 	report, err := repair(bad, time.Time{})
 	if err != nil {
 		t.Fatal(err)
@@ -707,6 +732,9 @@ func TestRepair(t *testing.T) {
 		if !strings.Contains(text, want) {
 			t.Errorf("repair does not say %q:\n%s", want, text)
 		}
+	}
+	if strings.Count(text, "LOST") != 1 {
+		t.Errorf("repair tells of other losses:\n%s", text)
 	}
 	d, err := open(bad, Options{})
 	if err != nil {
