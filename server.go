@@ -91,6 +91,7 @@ type keyValueServer struct {
 	db       kvstore.KVStore
 	batch    []*Query // chains that have run and wait for Commit
 	turned   int      // connections that are being turned away
+	full     bool     // there were maxClients, and a tenth of them has not left since
 	broken   bool     // Commit failed: nothing runs any more
 	closing  bool     // closeSignal was seen
 	welcomed int      // clients so far
@@ -296,7 +297,8 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 // turnAway tells conn that there are enough clients. writeToClient does that,
 // alone: such a client is in nobody's list.
 func (s *keyValueServer) turnAway(conn net.Conn) {
-	if s.turned == 0 {
+	if !s.full {
+		s.full = true
 		s.log.Warn("turning clients away", "limit", s.maxClients)
 	}
 	if s.turned == maxTurnedAway {
@@ -434,6 +436,7 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.left++
+	s.full = s.full && len(s.clients) >= s.maxClients-s.maxClients/10
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0

@@ -1001,8 +1001,14 @@ func TestHalfClose(t *testing.T) {
 // Ensure that one client too many is told so, that the others do not notice,
 // and that there is room when one leaves.
 func TestMaxClients(t *testing.T) {
+	var log bytes.Buffer
+	defer func() {
+		if got := strings.Count(log.String(), "turning clients away"); got != 2 {
+			t.Errorf("full twice, the log says so %d times", got)
+		}
+	}()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxClients = 2
+		n.server.maxClients, n.server.log = 2, slog.New(slog.NewTextHandler(&log, nil))
 		a, b := n.dial(t), n.dial(t)
 		for range 3 {
 			c := n.dial(t)
