@@ -478,7 +478,7 @@ func (c *Client) reply(chain *Query) {
 		q.size = q.replySize(acked)
 		left += q.size
 	}
-	var msg []byte // nil, or begun with room for it in buffer
+	var msg []byte // nil, or begun when there was room
 	for q := chain; q != nil; q = q.next {
 		c.acked = c.acked || q.queryType == ack
 		if q.size == 0 {

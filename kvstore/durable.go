@@ -95,10 +95,10 @@ type Durable struct {
 
 	mu       sync.Mutex // guards what the timer of Options.Fsync shares with Commit
 	current  *logWriter
-	sequence uint64 // of the last frame written
-	synced   uint64 // of the last frame known to be on disk
-	err      error  // the first failure; from then on nothing is written
-	timing   bool   // the timer runs
+	sequence uint64      // of the last frame written
+	synced   uint64      // of the last frame known to be on disk
+	err      error       // the first failure; from then on nothing is written
+	timer    *time.Timer // of Options.Fsync; nil while it does not run
 
 	syncing atomic.Pointer[string] // the file whose Sync has not returned
 }
@@ -653,13 +653,12 @@ func (d *Durable) syncRest() error {
 func (d *Durable) syncLater() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.timing || d.synced == d.sequence {
+	if d.timer != nil || d.synced == d.sequence {
 		return
 	}
-	d.timing = true
-	time.AfterFunc(d.opts.Fsync, func() {
+	d.timer = time.AfterFunc(d.opts.Fsync, func() {
 		d.mu.Lock()
-		d.timing = false
+		d.timer = nil
 		d.mu.Unlock()
 		d.syncRest()
 	})
@@ -684,5 +683,10 @@ func (d *Durable) Close() error {
 	if err == nil {
 		err = d.current.trim()
 	}
+	d.mu.Lock()
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+	d.mu.Unlock()
 	return errors.Join(err, d.current.f.Close(), d.lock.Close())
 }

@@ -1,8 +1,9 @@
 // Package kvstore keeps lists of values under keys.
 //
-// KVStore is what the server asks of a store; Memory is the store that lives
-// and dies with the process. kvstore.go says what a store promises and
-// memory.go keeps it.
+// KVStore is what the server asks of a store. Memory lives and dies with the
+// process; Durable is a Memory with a log on disk, from which Open makes it
+// again. memory.go is the one; durable.go, log.go (the files' format), compact.go,
+// check.go and fs.go (the file system, and what tests have in its place) the other.
 package kvstore
 
 import "iter"
