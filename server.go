@@ -38,7 +38,7 @@ const (
 	defaultMaxClients   = 10_000 // with 24 KB for each that is quiet, 240 MB
 	defaultWriteTimeout = 5 * time.Minute
 	spareFiles          = 32 // of the process's limit, for everything but clients: the log, a compaction, those who watch
-	maxTurnedAway       = 8  // of these, connections over maxClients that are told so at a time; further ones are just closed
+	maxTurnedAway       = 8  // of these, connections over maxClients that get time to hear so
 
 	// What the store takes beside the bytes of keys and values: map, string
 	// headers and spare room, measured with a million keys of one value.
@@ -295,13 +295,19 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 }
 
 // turnAway tells conn that there are enough clients. writeToClient does that,
-// alone: such a client is in nobody's list.
+// alone: such a client is in nobody's list. When many come at once some are
+// closed without the time to take the message in.
 func (s *keyValueServer) turnAway(conn net.Conn) {
 	if !s.full {
 		s.full = true
 		s.log.Warn("turning clients away", "limit", s.maxClients)
 	}
+	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
+	full := why.appendEnd(nil, false, 0)
 	if s.turned == maxTurnedAway {
+		if underTLS(conn) == conn {
+			conn.Write(full) // into an empty send buffer, so without waiting
+		}
 		underTLS(conn).Close()
 		return
 	}
@@ -310,8 +316,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	c := newClient(0, conn, s)
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
-	full := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
-	c.buffer <- full.appendEnd(nil, false, 0)
+	c.buffer <- full
 	close(c.buffer)
 	go c.writeToClient()
 }

@@ -1024,9 +1024,12 @@ func TestMaxClients(t *testing.T) {
 		synctest.Wait()
 		c := n.dial(t)
 		c.ask("Ping", ":PONG")
-		for range maxTurnedAway + 10 { // and none of them goes on
+		for range maxTurnedAway { // and none of them goes on
 			n.dial(t)
 		}
+		d := n.dial(t)
+		d.want(":ERROR line 0: server is full (2 clients)")
+		d.wantClosed()
 		start := time.Now()
 		n.server.Close()
 		if took := time.Since(start); took > drainTime {
