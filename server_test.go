@@ -1845,7 +1845,7 @@ func TestMistakes(t *testing.T) {
 		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Give the directory that"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
 		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`, "Give a port,"},
-		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), fmt.Sprint("Stop it, or choose another port: kvserver -addr ")},
+		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), "Stop it, or choose another port: kvserver -addr "},
 		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure, "kvserver: cannot listen on 192.0.2.1:9999: ", "This machine does not have that address."},
 		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
 	} {

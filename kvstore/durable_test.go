@@ -45,7 +45,6 @@ type memDir struct {
 	calls   int // I/O calls so far
 	failAt  int // the call that fails, counted from 1; 0: none
 	forever bool
-	dead    bool // the power is off: nothing has an effect any more
 }
 
 // memFile is a file: what was written, and what of it is on disk.
