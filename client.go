@@ -30,7 +30,9 @@ const (
 	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 16 << 10 // bytes of a busy one's; a single long line may take more
-	chunkSize = 16 << 10 // bytes of a recycled message
+	lastLine  = 1 << 10  // bytes of room for most lines that begin in one message and end in the next
+	chunkSize = 16 << 10 // bytes of a recycled message, small
+	largeSize = maxMessage + lastLine
 
 	slowAfter     = time.Second      // no Write completed for so long, with the buffer full: a slow reader
 	quietAfter    = time.Second      // no request for so long: give the scratch memory back
@@ -528,7 +530,7 @@ func (c *Client) reply(chain *Query) {
 func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
 	maxMessage := c.server.maxMessage
 	for len(msg) >= maxMessage {
-		c.buffer <- msg[:maxMessage]
+		c.buffer <- msg[:maxMessage:maxMessage] // its room is the rest's
 		msg = msg[maxMessage:]
 		left -= maxMessage
 	}
@@ -563,24 +565,32 @@ func (c *Client) awaitRoom(n int, mayDrop bool) bool {
 	return true
 }
 
-// chunks are messages of chunkSize that have been written, for use again.
-var chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
+// chunks and large are messages that have been written, for use again.
+var (
+	chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
+	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
+)
 
 // newMessage returns an empty message with room for size bytes, or for as many
-// as a message holds. A client that keeps up borrows a chunk; what has to wait
+// as a message holds. A client that keeps up borrows one; what has to wait
 // in the queue takes no more memory than it needs.
 func (c *Client) newMessage(size int) []byte {
-	if size <= chunkSize && len(c.buffer) == 0 {
+	switch keepsUp := len(c.buffer) == 0; {
+	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
+	case keepsUp && size > largeSize/4: // or much of it would lie idle
+		return large.Get().(*[largeSize]byte)[:0]
 	}
-	const lastLine = 1 << 10 // room for most lines that begin in one message and end in the next
 	return make([]byte, 0, min(size, c.server.maxMessage+lastLine))
 }
 
 // recycle takes back what newMessage lent.
 func recycle(msg []byte) {
-	if cap(msg) == chunkSize {
+	switch cap(msg) {
+	case chunkSize:
 		chunks.Put((*[chunkSize]byte)(msg[:chunkSize]))
+	case largeSize:
+		large.Put((*[largeSize]byte)(msg[:largeSize]))
 	}
 }
 
