@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -488,7 +489,7 @@ func (c *Client) reply(chain *Query) {
 		}
 		if msg != nil && len(msg)+q.size > maxMessage {
 			left -= len(msg)
-			c.buffer <- msg
+			c.queue(msg)
 			msg = nil
 		}
 		if msg == nil {
@@ -525,12 +526,20 @@ func (c *Client) reply(chain *Query) {
 	}
 }
 
+// queue queues a message with more behind it, and lets others have a turn first:
+// unasked, the scheduler takes 10 ms to do so, and a hundred clients with huge
+// replies would make everybody wait for seconds.
+func (c *Client) queue(msg []byte) {
+	c.buffer <- msg
+	runtime.Gosched()
+}
+
 // queueFull queues the full messages at the start of msg, of which left bytes
 // are not queued yet, and returns the begun one that follows them.
 func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
 	maxMessage := c.server.maxMessage
 	for len(msg) >= maxMessage {
-		c.buffer <- msg[:maxMessage:maxMessage] // its room is the rest's
+		c.queue(msg[:maxMessage:maxMessage]) // its room is the rest's
 		msg = msg[maxMessage:]
 		left -= maxMessage
 	}

@@ -89,15 +89,15 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients  []*Client
 	db       kvstore.KVStore
-	batch    []*Query // chains that have run and wait for Commit
-	turned   int      // connections that are being turned away
-	full     bool     // there were maxClients, and a tenth of them has not left since
-	broken   bool     // Commit failed: nothing runs any more
-	closing  bool     // closeSignal was seen
-	welcomed int      // clients so far
-	left     int      // of these, gone
-	most     int      // clients at once, since there was none
-	dropped  int      // replies that slow readers lost
+	batch    []*Query  // chains that have run and wait for Commit
+	turned   int       // connections that are being turned away
+	fullSaid time.Time // when the log was last told that clients are turned away
+	broken   bool      // Commit failed: nothing runs any more
+	closing  bool      // closeSignal was seen
+	welcomed int       // clients so far
+	left     int       // of these, gone
+	most     int       // clients at once, since there was none
+	dropped  int       // replies that slow readers lost
 	requests [queryTypes]int
 }
 
@@ -298,8 +298,8 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 // alone: such a client is in nobody's list. When many come at once some are
 // closed without the time to take the message in.
 func (s *keyValueServer) turnAway(conn net.Conn) {
-	if !s.full {
-		s.full = true
+	if now := time.Now(); now.Sub(s.fullSaid) >= time.Minute {
+		s.fullSaid = now
 		s.log.Warn("turning clients away", "limit", s.maxClients)
 	}
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
@@ -441,7 +441,6 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.left++
-	s.full = s.full && len(s.clients) >= s.maxClients-s.maxClients/10
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0
