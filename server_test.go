@@ -1281,6 +1281,13 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.stdout)
 		}
 	}
+	_, port, _ := net.SplitHostPort(addr)
+	for _, everywhere := range []string{":" + port, "0.0.0.0:" + port} { // as the server's own -addr may say
+		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key"), "-ping")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("-ping to %s: %v, %s", everywhere, err, out)
+		}
+	}
 }
 
 // Ensure that a handshake that does not go on ends in time, and that Close does
