@@ -30,7 +30,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 16 << 10 // bytes of a busy one's; a single long line may take more
+	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; a single long line may take more
 	lastLine  = 1 << 10  // bytes of room for most lines that begin in one message and end in the next
 	chunkSize = 16 << 10 // bytes of a recycled message, small
 	largeSize = maxMessage + lastLine
@@ -270,6 +270,7 @@ func (c *Client) depart() {
 // input is what a client has sent and no query has taken yet.
 type input struct {
 	buf      []byte
+	full     bool          // the last Read filled buf
 	pending  int           // bytes at the start of buf: a line whose end has not come
 	skipping bool          // a line was too long and its end has not come; pending is 0
 	skipped  []byte        // the last bytes of that line
@@ -338,19 +339,20 @@ func (c *Client) limitRead(end time.Time) {
 	}
 }
 
-// grow makes room in a full buffer: for a busy client's bursts, or for the rest
-// of a line of up to maxLine bytes with its line end and one byte more.
+// grow makes room behind a Read that filled the buffer: for a busy client's
+// bursts, or for the rest of a line of up to maxLine bytes with its line end and
+// one byte more.
 func (in *input) grow(maxLine int) {
 	size := len(in.buf)
 	switch {
 	case size == 0:
 		size = quietSize
-	case in.pending < size:
-		return
-	case size < burstSize:
-		size = burstSize
-	default:
+	case in.full && size < burstSize:
+		size = min(4*size, burstSize)
+	case in.pending == size:
 		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
+	default:
+		return
 	}
 	in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
 }
@@ -358,7 +360,7 @@ func (in *input) grow(maxLine int) {
 // rest gives back what a quiet client does not need.
 func (in *input) rest() {
 	if in.pending == 0 {
-		in.buf, in.queries = make([]byte, quietSize), nil
+		in.buf, in.full, in.queries = make([]byte, quietSize), false, nil
 	}
 }
 
@@ -381,7 +383,8 @@ func (in *input) pass(b []byte) {
 // the line that ends before them, skipped, was HTTP's first.
 func (in *input) take(n int) (burst string, web bool) {
 	end := in.pending + n
-	last := in.pending + bytes.LastIndexByte(in.buf[in.pending:end], '\n') + 1
+	in.full = end == len(in.buf)
+	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
 	if last == in.pending {
 		if in.skipping {
 			in.pass(in.buf[:end])
@@ -401,10 +404,21 @@ func (in *input) take(n int) (burst string, web bool) {
 	}
 	burst = string(in.buf[first:last])
 	in.pending = copy(in.buf, in.buf[last:end])
-	if end == len(in.buf) && len(in.buf) < burstSize {
-		in.buf = append(make([]byte, 0, burstSize), in.buf[:in.pending]...)[:burstSize]
-	}
 	return burst, web
+}
+
+// lastNewline returns the index of the last newline in b, or -1. It looks for it
+// in blocks, for bytes.LastIndexByte looks at one byte at a time, and lines may be
+// long.
+func lastNewline(b []byte) int {
+	const block = 1 << 10
+	for end := len(b); end > 0; end -= block {
+		start := max(0, end-block)
+		if bytes.IndexByte(b[start:end], '\n') >= 0 {
+			return start + bytes.LastIndexByte(b[start:end], '\n')
+		}
+	}
+	return -1
 }
 
 // parse makes a chain of the first lines of burst, nil if they are blank, and
