@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
@@ -45,8 +46,9 @@ const (
 )
 
 // Client is one connection and what its two goroutines share: readFromClient
-// takes requests from the connection to workLoop and their replies to buffer,
-// writeToClient takes them from there to the connection.
+// takes requests from the connection to workLoop, in one chain at a time;
+// workLoop, or deliver, queues their replies in buffer; writeToClient takes them
+// from there to the connection.
 type Client struct {
 	// Set before the goroutines start, then left alone.
 	id         int // counted from 1, for the log
@@ -54,24 +56,28 @@ type Client struct {
 	server     *keyValueServer
 
 	// Owned by workLoop.
-	alive int // the client's goroutines that run; at 0 it leaves clients
-	index int // its place in clients
+	alive    int // the client's goroutines that run; at 0 it leaves clients
+	index    int // its place in clients
+	reported int // dropped replies that are in the server's count
 
 	// Channels.
 	closed  chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
-	done    chan *Query   // workLoop to readFromClient: the chain has run, or nil: it has not and will not; one chain is under way at a time, so with one slot workLoop never waits
-	flushed chan struct{} // writeToClient to readFromClient: a Write is complete; one slot, for only the latest counts
-	buffer  chan []byte   // readFromClient, which closes it, to writeToClient; workLoop makes it, and starts writeToClient, at the client's first request: 10,000 idle clients need none
+	done    chan *Query   // workLoop, or deliver, to readFromClient: the chain has run and its replies are queued, or nil: it has not and will not; one chain is under way at a time, so with one slot nobody waits
+	flushed chan struct{} // writeToClient to deliver: a Write is complete; one slot, for only the latest counts
+	buffer  chan []byte   // whoever has the client's chain to writeToClient; readFromClient closes it; workLoop makes it, and starts writeToClient, at the client's first request: 10,000 idle clients need none
+
+	// Owned by whoever has the client's chain: readFromClient while none is under
+	// way, then workLoop, and deliver where there is one.
+	acked        bool // every request is answered
+	slow         bool // no Write was completed for slowAfter while buffer was full
+	dropped      int  // replies since the last PONG
+	droppedTotal int  // replies in all
 
 	// Owned by readFromClient, until its departure leaves them to whoever is left.
-	in           input
-	acked        bool   // every request is answered
-	slow         bool   // no Write was completed for slowAfter while buffer was full
-	dropped      int    // replies since the last PONG
-	droppedTotal int    // replies in all
-	reported     int    // of these, known to workLoop
-	reason       string // why the connection ends, for the log; "" while it does not
-	drain        bool   // it ends by our will: let the client take our last words
+	in       input
+	underWay bool   // a chain is, and has not come back
+	reason   string // why the connection ends, for the log; "" while it does not
+	drain    bool   // it ends by our will: let the client take our last words
 
 	broken error // of the Write that failed; owned by writeToClient, until its departure
 }
@@ -88,15 +94,15 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 // addr is where the client is, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 
-// readFromClient reads requests, has workLoop run them and queues the replies.
-// One goroutine a client, from the connection's arrival until the client has
-// closed its side or said Quit, the server closes, or the connection breaks. It
-// reads on when the replies to what it has read are queued.
+// readFromClient reads requests and has workLoop run them. One goroutine a
+// client, from the connection's arrival until the client has closed its side or
+// said Quit, the server closes, or the connection breaks. It reads on while a
+// chain is under way, and then waits for that one before it sends the next.
 func (c *Client) readFromClient() {
 	c.handshake()
 	for c.reason == "" {
 		burst, err := c.read()
-		for burst != "" && c.reason == "" {
+		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
 				c.serve(chain)
@@ -110,6 +116,7 @@ func (c *Client) readFromClient() {
 			c.hearLast(err)
 		}
 	}
+	c.await()
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -136,30 +143,42 @@ func (c *Client) handshake() {
 	}
 }
 
-// run sends chain to workLoop and waits until it has run. It returns false, and
-// ends the connection, if that is not known to have happened.
-func (c *Client) run(chain *Query) bool {
+// send sends chain to workLoop. None may be under way.
+func (c *Client) send(chain *Query) {
+	c.underWay = true
 	c.server.queries <- chain
-	if <-c.done == nil {
-		c.reason = "the store failed"
-		return false
+}
+
+// await waits for the chain that is under way, if there is one. It returns
+// false, and ends the connection, if that is not known to have run.
+func (c *Client) await() bool {
+	if c.underWay {
+		c.underWay = false
+		if <-c.done == nil {
+			c.reason = "the store failed"
+			return false
+		}
 	}
 	return true
 }
 
-// serve has workLoop run chain and queues the replies.
+// run has workLoop run chain and waits for it: as await does, but without replies.
+func (c *Client) run(chain *Query) bool {
+	chain.bare = true
+	c.send(chain)
+	return c.await()
+}
+
+// serve has workLoop run chain and see to the replies.
 func (c *Client) serve(chain *Query) {
-	chain.dropped, c.reported = c.droppedTotal-c.reported, c.droppedTotal
-	if !c.run(chain) {
-		return
+	last := chain
+	for last.next != nil {
+		last = last.next
 	}
-	c.reply(chain)
-	for ; chain.next != nil; chain = chain.next {
-	}
-	last := *chain
-	clear(c.in.queries) // a quiet client pins neither its last requests nor what they found
-	if last.queryType == keys || last.queryType == dump {
-		c.list(last.queryType, last.value)
+	what, prefix := last.queryType, last.value // while it is ours
+	c.send(chain)
+	if (what == keys || what == dump) && c.await() {
+		c.list(what, prefix)
 	}
 }
 
@@ -180,7 +199,7 @@ func (c *Client) list(what queryType, prefix string) {
 		found = append(found, walk.values...)
 	}
 	if walk.queryType == malformed {
-		c.reply(walk)
+		c.replyAll(walk)
 		return
 	}
 	slices.SortFunc(found, func(a, b string) int {
@@ -197,7 +216,7 @@ func (c *Client) list(what queryType, prefix string) {
 	for part := range slices.Chunk(found, maxChain) {
 		if what == keys {
 			n += len(part)
-			c.reply(&Query{queryType: keys, values: part})
+			c.replyAll(&Query{queryType: keys, values: part})
 			continue
 		}
 		chain := make([]Query, len(part))
@@ -214,9 +233,9 @@ func (c *Client) list(what queryType, prefix string) {
 		for i := range chain {
 			n += chain[i].n
 		}
-		c.reply(&chain[0])
+		c.replyAll(&chain[0])
 	}
-	c.reply(&Query{queryType: done, n: n})
+	c.replyAll(&Query{queryType: done, n: n})
 }
 
 // isTooLate tells whether the server closes and a walk past n keys would take too
@@ -233,7 +252,9 @@ func (c *Client) isTooLate(n int) bool {
 func (c *Client) serveFault(why string) {
 	q := &Query{client: c, line: c.in.line}
 	q.refuse(why)
-	c.serve(q)
+	if c.await() {
+		c.serve(q)
+	}
 }
 
 func tooLong(maxLine int) string {
@@ -287,7 +308,7 @@ type input struct {
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.grow(c.server.maxLine)
-	c.tick()
+	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
 		in.busy = true
@@ -300,30 +321,42 @@ func (c *Client) read() (burst string, err error) {
 		in.waited = 0
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
-		if !in.busy {
-			in.rest()
-		}
-		in.ticking, in.busy = false, false
-		c.limitRead(time.Time{})
-		err = nil
-		if in.pending > 0 || in.skipping {
-			if in.waited += quietAfter; in.waited > lineTime {
-				err = errSlowLine
-			}
-		}
+		err = c.tick()
 	}
 	return burst, err
+}
+
+// tick gives back what a quiet client does not need, and ends one whose line does
+// not end. While the replies to what came before wait for room it does neither.
+func (c *Client) tick() error {
+	in := &c.in
+	quiet := !in.busy
+	in.ticking, in.busy = false, false
+	c.limitRead(time.Time{})
+	if c.underWay && len(c.done) == 0 {
+		return nil
+	}
+	if quiet {
+		c.await() // a chain that is back holds memory, too
+		in.rest()
+	}
+	if in.pending > 0 || in.skipping {
+		if in.waited += quietAfter; in.waited > lineTime {
+			return errSlowLine
+		}
+	}
+	return nil
 }
 
 // errSlowLine ends a client whose line does not end: otherwise a few bytes
 // would hold a connection for ever (the Slowloris attack, 2009).
 var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineTime)
 
-// tick sees to it that a Read which waits while the client holds memory, or has
-// begun a line, ends within quietAfter, so that we can look at that. One deadline serves many
-// Reads: setting one for each would cost every burst.
-func (c *Client) tick() {
-	if c.in.ticking || len(c.in.buf) == quietSize && c.in.pending == 0 && !c.in.skipping {
+// setTick sees to it that a Read which waits while the client holds memory, or has
+// begun a line, ends within quietAfter, so that tick can look at that. One deadline
+// serves many Reads: setting one for each would cost every burst.
+func (c *Client) setTick() {
+	if c.in.ticking || len(c.in.buf) == quietSize && c.in.queries == nil && c.in.pending == 0 && !c.in.skipping {
 		return
 	}
 	c.in.ticking = true
@@ -481,26 +514,58 @@ func trimCR(line string) string {
 	return line
 }
 
-// reply queues the replies that chain's requests are owed. Replies travel
-// together, in messages of up to maxMessage bytes, and none is formatted before
-// there is room for it.
-func (c *Client) reply(chain *Query) {
-	if c.isClosed() {
+// answer sees to the replies of chain, which has run, and to its way back. It
+// never waits, for workLoop calls it: what is long, or finds no room, is left to
+// a goroutine.
+func (c *Client) answer(chain *Query) {
+	most := min(chunkSize, c.server.maxMessage)
+	size := c.measure(chain, most)
+	if size > most || size > 0 && len(c.buffer) >= maxBufferSize {
+		go c.deliver(chain)
 		return
 	}
-	left, acked := 0, c.acked // bytes not queued yet
-	maxMessage := c.server.maxMessage
-	for q := chain; q != nil; q = q.next {
-		acked = acked || q.queryType == ack
-		q.size = q.replySize(acked)
-		left += q.size
+	c.reply(chain, size)
+	c.done <- chain
+}
+
+// deliver is answer where that takes time. One goroutine for a chain that needs
+// it, until the replies are queued, or dropped.
+func (c *Client) deliver(chain *Query) {
+	c.replyAll(chain)
+	c.done <- chain
+}
+
+// measure returns how many bytes the replies of chain take, and notes the size
+// of each; beyond most it stops.
+func (c *Client) measure(chain *Query, most int) (sum int) {
+	if c.isClosed() {
+		return 0
 	}
+	acked := c.acked
+	for q := chain; q != nil && sum <= most; q = q.next {
+		acked = acked || q.queryType == ack
+		q.size = q.replySize(acked, most)
+		sum += q.size
+	}
+	return sum
+}
+
+// replyAll queues the replies of chain, however large they are.
+func (c *Client) replyAll(chain *Query) { c.reply(chain, c.measure(chain, math.MaxInt)) }
+
+// reply queues the replies that chain's requests are owed, left bytes in all.
+// Replies travel together, in messages of up to maxMessage bytes, and none is
+// formatted before there is room for it.
+func (c *Client) reply(chain *Query, left int) {
+	maxMessage := c.server.maxMessage
 	var msg []byte // nil, or begun when there was room
 	for q := chain; q != nil; q = q.next {
 		c.acked = c.acked || q.queryType == ack
 		if q.size == 0 {
 			continue
 		}
+		values := q.values
+		q.values = nil // a client that sends nothing more pins no list
 		if msg != nil && len(msg)+q.size > maxMessage {
 			left -= len(msg)
 			c.queue(msg)
@@ -518,7 +583,7 @@ func (c *Client) reply(chain *Query) {
 			}
 			msg = c.newMessage(left)
 		}
-		for _, v := range q.values {
+		for _, v := range values {
 			msg = q.appendLine(msg, v)
 			if len(msg) >= maxMessage {
 				if c.isClosed() {
@@ -540,7 +605,7 @@ func (c *Client) reply(chain *Query) {
 	}
 }
 
-// queue queues a message with more behind it, and lets others have a turn first:
+// queue queues a message with more behind it, and lets others have a turn:
 // unasked, the scheduler takes 10 ms to do so, and a hundred clients with huge
 // replies would make everybody wait for seconds.
 func (c *Client) queue(msg []byte) {
@@ -561,8 +626,8 @@ func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
 }
 
 // awaitRoom waits until buffer has room for n messages or is empty, and tells
-// whether it has: not if a slow reader's reply may be dropped. Only this
-// goroutine adds to buffer, so room that is there stays.
+// whether it has: not if a slow reader's reply may be dropped. Only who has the
+// chain adds to buffer, so room that is there stays.
 func (c *Client) awaitRoom(n int, mayDrop bool) bool {
 	for len(c.buffer) > 0 && maxBufferSize-len(c.buffer) < n {
 		if !mayDrop {

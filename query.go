@@ -9,9 +9,9 @@ import (
 	"kvserver/kvstore"
 )
 
-// Query is one request on its way: parsed by a client's readFromClient, run by
-// workLoop, formatted by that reader again. One goroutine at a time has it; the
-// queries and done channels pass it on.
+// Query is one request on its way: parsed by a client's readFromClient, run and
+// answered by workLoop. One goroutine at a time has it; the queries and done
+// channels pass it on.
 type Query struct {
 	key       string
 	value     string // also: a Ping's token, a malformed line's fault
@@ -25,11 +25,11 @@ type Query struct {
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
-	next    *Query
-	dropped int                          // on the head: replies dropped since the chain before
-	stop    func()                       // of a collect: give the walk up
-	more    func() (key string, ok bool) // of a collect: the rest of the walk through the store
-	size    int                          // of the reply, in bytes: an upper bound, or 0 if none is owed
+	next *Query
+	bare bool                         // on the head: it comes back without replies, its sender sees to them
+	stop func()                       // of a collect: give the walk up
+	more func() (key string, ok bool) // of a collect: the rest of the walk through the store
+	size int                          // of the reply, in bytes: an upper bound, or 0 if none is owed
 }
 
 // queryType says what a Query asks for.
@@ -352,10 +352,13 @@ func (q *Query) appendLine(b []byte, value string) []byte {
 // take, beside the text that it may carry.
 const maxNumbers = 64
 
-// replySize is how many bytes q's reply takes at most: 0 if it is owed none.
-func (q *Query) replySize(acked bool) (size int) {
+// replySize is how many bytes q's reply takes at most: 0 if it is owed none. The
+// sum stops when it is over most.
+func (q *Query) replySize(acked bool, most int) (size int) {
 	for _, v := range q.values {
-		size += q.lineSize(v)
+		if size += q.lineSize(v); size > most {
+			return size
+		}
 	}
 	switch {
 	case q.queryType == webRequest:

@@ -329,8 +329,7 @@ func underTLS(conn net.Conn) net.Conn {
 	return conn
 }
 
-// work runs q and what else is waiting, commits it all at once, then lets the
-// readers answer.
+// work runs q and what else is waiting, commits it all at once, then answers.
 func (s *keyValueServer) work(q *Query) {
 	for yields := 0; q != nil; q = s.waiting() {
 		switch q.queryType {
@@ -368,12 +367,13 @@ func (s *keyValueServer) waiting() *Query {
 func (s *keyValueServer) run(chain *Query) {
 	s.batch = append(s.batch, chain)
 	c := chain.client
-	if c.buffer == nil {
+	if c.buffer == nil && !chain.bare {
 		c.buffer = make(chan []byte, maxBufferSize)
 		c.alive++
 		go c.writeToClient()
 	}
-	s.dropped += chain.dropped
+	s.dropped += c.droppedTotal - c.reported
+	c.reported = c.droppedTotal
 	if s.broken {
 		return
 	}
@@ -381,7 +381,7 @@ func (s *keyValueServer) run(chain *Query) {
 		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
 			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
 		}
-		if c.id > 0 { // not for those who watch
+		if !chain.bare {
 			s.requests[q.queryType]++
 		}
 		if q.queryType == stats {
@@ -403,8 +403,8 @@ func (s *keyValueServer) memoryUsed() int64 {
 	return bytes + int64(keys)*memoryPerKey + int64(values)*memoryPerValue
 }
 
-// commit makes what batch did durable, then hands the chains back. After a
-// failure nobody may learn what they did: every connection ends.
+// commit makes what batch did durable, then answers. After a failure nobody may
+// learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
 	if len(s.batch) > 0 && !s.broken {
 		if err := s.db.Commit(); err != nil {
@@ -416,11 +416,14 @@ func (s *keyValueServer) commit() {
 		}
 	}
 	for i, chain := range s.batch {
-		c := chain.client
-		if s.broken {
-			chain = nil
+		switch c := chain.client; {
+		case s.broken:
+			c.done <- nil
+		case chain.bare:
+			c.done <- chain
+		default:
+			c.answer(chain)
 		}
-		c.done <- chain
 		s.batch[i] = nil
 	}
 	s.batch = s.batch[:0]
@@ -509,9 +512,9 @@ func (s *keyValueServer) total() (n int) {
 // statsNow returns the lines of Stats for somebody without a connection, or nil
 // when the server does not run.
 func (s *keyValueServer) statsNow() []string {
-	asker := &Client{done: make(chan *Query, 1), buffer: make(chan []byte)}
+	asker := &Client{done: make(chan *Query, 1)}
 	select {
-	case s.queries <- &Query{queryType: stats, client: asker}:
+	case s.queries <- &Query{queryType: stats, client: asker, bare: true}:
 	case <-s.ended:
 		return nil
 	}

@@ -482,6 +482,38 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	})
 }
 
+// Ensure that small replies, one by one, fill a slow reader's queue without
+// delaying anybody either, and are counted when they find no room.
+func TestSlowReaderOfSmallReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1200)
+		n.fill("k", value, 1)
+		other, slow := n.dial(t), n.dial(t)
+		const owed = 700 // 500 in the queue, 55 in the network, 55 being written
+		start := time.Now()
+		for range owed {
+			slow.send("Get:k\n")
+			synctest.Wait()
+			other.ask("Ping", ":PONG")
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("others waited %v", took)
+		}
+		pass(slowAfter)
+		go slow.send("Ping\n")
+		delivered := 0
+		line := slow.read()
+		for ; line == "k:"+value; line = slow.read() {
+			delivered++
+		}
+		if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want || delivered < maxBufferSize || delivered == owed {
+			t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
+		}
+		slow.hangUp()
+		other.hangUp()
+	})
+}
+
 // Ensure that a slow reader that begins to read again loses nothing more.
 func TestSlowReaderRecovers(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -947,7 +979,7 @@ func TestNothingIsFormattedForTheGone(t *testing.T) {
 		go c.writeToClient()
 		synctest.Wait()
 		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
-		if allocs := testing.AllocsPerRun(1, func() { c.reply(long) }); allocs > 0 {
+		if allocs := testing.AllocsPerRun(1, func() { c.replyAll(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
 		}
 		if long.size != 0 {
@@ -1112,6 +1144,24 @@ func TestSlowLine(t *testing.T) {
 			<-done
 		})
 	}
+}
+
+// Ensure that a line's time does not run while the replies before it wait for
+// their client to read.
+func TestSlowLineBehindReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1200)
+		n.fill("big", value, 4000) // more than the queue holds
+		a := n.dial(t)
+		go a.send("Get:big\nPut:late:")
+		pass(2 * lineTime)
+		for range 4000 {
+			a.want("big:" + value)
+		}
+		a.send("1\n")
+		a.ask("Get:late", "late:1")
+		a.hangUp()
+	})
 }
 
 // Ensure that a client that accepts nothing is cut, not before its time, and that
@@ -1614,6 +1664,45 @@ func TestQuietClientPinsNothing(t *testing.T) {
 			t.Error("the list of the last Get is still in memory")
 		}
 		a.hangUp()
+	})
+}
+
+// Ensure that clients which were busy, and are quiet, give back what they needed.
+func TestQuietClientsAreSmall(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		heap := func() int {
+			pass(3 * quietAfter)
+			runtime.GC()
+			runtime.GC() // what the pools had
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return int(m.HeapAlloc)
+		}
+		speak := func(a *testClient, request string, times int) {
+			go a.send(strings.Repeat(request+"\n", times))
+			for range times {
+				a.want("k:v")
+			}
+		}
+		var clients []*testClient
+		for range 100 {
+			a := n.dial(t)
+			speak(a, "Get:k", 1)
+			clients = append(clients, a)
+		}
+		before := heap()
+		for _, burst := range []int{80, maxChain, 2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
+			for _, a := range clients {
+				speak(a, "Get:k", burst)
+			}
+			if more := (heap() - before) / len(clients); more > 2<<10 {
+				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before", burst, more)
+			}
+		}
+		for _, a := range clients {
+			a.hangUp()
+		}
 	})
 }
 
@@ -2387,6 +2476,16 @@ func TestSoak(t *testing.T) {
 
 // ---- speed
 
+// Ensure that workLoop does not walk through a long list to find it long.
+func TestLongRepliesAreNotMeasured(t *testing.T) {
+	c := newClient(1, nil, New(kvstore.NewMemory()))
+	long := &Query{queryType: get, key: "k", values: slices.Repeat([]string{"v"}, 1000)}
+	long.next = &Query{queryType: get, key: "k", values: long.values}
+	if size := c.measure(long, 100); size <= 100 || size > 110 || long.next.size != 0 {
+		t.Errorf("measured %d bytes, %d of them of the next reply, want to stop behind 100", size, long.next.size)
+	}
+}
+
 // Ensure that a chain costs one allocation, whatever it holds, and an Update the
 // two that it keeps.
 func TestAllocations(t *testing.T) {
@@ -2413,11 +2512,11 @@ func TestAllocations(t *testing.T) {
 			for q := chain; q != nil; q = q.next {
 				q.run(db)
 			}
-			client.reply(chain)
+			client.answer(chain)
+			<-client.done
 			for len(client.buffer) > 0 {
 				recycle(<-client.buffer)
 			}
-			clear(client.in.queries)
 		}
 		fewest := testing.AllocsPerRun(1, once)
 		for range 30 { // the race detector makes sync.Pool forgetful, now and then
@@ -2602,9 +2701,9 @@ func BenchmarkFormat(b *testing.B) {
 			b.ReportAllocs()
 			c := newClient(1, nil, New(kvstore.NewMemory()))
 			c.buffer = make(chan []byte, maxBufferSize)
-			q := Query{queryType: get, key: "key000000001", values: slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)}
+			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
-				c.reply(&q)
+				c.replyAll(&Query{queryType: get, key: "key000000001", values: values})
 				for len(c.buffer) > 0 {
 					recycle(<-c.buffer)
 				}
@@ -3122,7 +3221,9 @@ func (c *fakeConn) Read(p []byte) (n int, err error) {
 		}
 		changed := c.in.change(func() bool {
 			n = copy(p, c.in.buf)
-			c.in.buf = c.in.buf[n:]
+			if c.in.buf = c.in.buf[n:]; len(c.in.buf) == 0 {
+				c.in.buf = nil // a test measures memory
+			}
 			if n == 0 && c.in.ended {
 				err = io.EOF
 			}
