@@ -327,19 +327,16 @@ func (c *Client) read() (burst string, err error) {
 }
 
 // tick gives back what a quiet client does not need, and ends one whose line does
-// not end. While the replies to what came before wait for room it does neither.
+// not end. Its time does not run while the replies to what came before wait for
+// room: then tick waits with them.
 func (c *Client) tick() error {
 	in := &c.in
-	quiet := !in.busy
-	in.ticking, in.busy = false, false
-	c.limitRead(time.Time{})
-	if c.underWay && len(c.done) == 0 {
-		return nil
-	}
-	if quiet {
-		c.await() // a chain that is back holds memory, too
+	if !in.busy {
+		c.await() // a chain holds memory, too
 		in.rest()
 	}
+	in.ticking, in.busy = false, false
+	c.limitRead(time.Time{})
 	if in.pending > 0 || in.skipping {
 		if in.waited += quietAfter; in.waited > lineTime {
 			return errSlowLine
