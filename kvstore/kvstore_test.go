@@ -90,8 +90,15 @@ func TestMemoryIsLikeTheModel(t *testing.T) {
 		var all []kept
 		for range 2000 {
 			randomStep(t, random, store, m)
-			list := store.Get(fmt.Sprint("key", random.IntN(20)))
-			all = append(all, kept{list, slices.Clone(list)})
+			switch random.IntN(20) {
+			case 0:
+				for _, list := range store.All() {
+					all = append(all, kept{list, slices.Clone(list)})
+				}
+			case 1, 2, 3, 4, 5, 6, 7:
+				list := store.Get(fmt.Sprint("key", random.IntN(20)))
+				all = append(all, kept{list, slices.Clone(list)})
+			}
 		}
 		if err := store.Commit(); err != nil {
 			t.Fatal(err)
@@ -125,6 +132,26 @@ func TestAllStops(t *testing.T) {
 		if n != most+1 {
 			t.Errorf("All yielded %d after a break at %d", n, most+1)
 		}
+	}
+}
+
+// Ensure that an Update copies a list that was handed out, and only once.
+func TestUpdateCopiesOnlyOnce(t *testing.T) {
+	store := NewMemory()
+	for i := range 100 {
+		store.Put("k", fmt.Sprint(i))
+	}
+	update := func() { store.Update("k", "50", "50") }
+	if got := testing.AllocsPerRun(10, update); got != 1 { // the value
+		t.Errorf("Update made %v allocations, want 1", got)
+	}
+	readAndUpdate := func() {
+		store.Get("k")
+		update()
+		update()
+	}
+	if got := testing.AllocsPerRun(10, readAndUpdate); got != 3 { // the values, and the list
+		t.Errorf("two Updates of a list that was handed out made %v allocations, want 3", got)
 	}
 }
 
@@ -196,9 +223,10 @@ func BenchmarkUpdate(b *testing.B) {
 	})
 }
 
-// BenchmarkLong is what a list of so many values costs.
+// BenchmarkLong is what a list of so many values costs: an Update more where the
+// list was read since the last one.
 func BenchmarkLong(b *testing.B) {
-	for _, size := range []int{1, 100, 10_000, 1_000_000} {
+	for _, size := range []int{1, 100, 10_000, 100_000} {
 		store := NewMemory()
 		for i := range size {
 			store.Put("key", fmt.Sprint(i))
@@ -208,14 +236,20 @@ func BenchmarkLong(b *testing.B) {
 				store.Get("key")
 			}
 		})
-		b.Run(fmt.Sprint("UpdateFirst/values=", size), func(b *testing.B) {
-			for b.Loop() {
-				store.Update("key", store.Get("key")[0], "new")
-			}
-		})
+		next := size
+		update := func(place int) {
+			store.Update("key", fmt.Sprint(next-size+place), fmt.Sprint(next))
+			next++
+		}
 		b.Run(fmt.Sprint("UpdateMiddle/values=", size), func(b *testing.B) {
 			for b.Loop() {
-				store.Update("key", store.Get("key")[size/2], "new")
+				update(size / 2)
+			}
+		})
+		b.Run(fmt.Sprint("GetAndUpdateMiddle/values=", size), func(b *testing.B) {
+			for b.Loop() {
+				store.Get("key")
+				update(size / 2)
 			}
 		})
 	}

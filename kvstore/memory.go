@@ -11,7 +11,7 @@ import (
 // goroutine. Make one with NewMemory.
 //
 // A list that was handed out is never changed. A Put appends beyond the end of
-// every list handed out before; whatever would change one makes a new one.
+// every list handed out before; an Update that would change one makes a new one.
 type Memory struct {
 	one    map[string]*[1]string // the usual key has one value: a list of one needs no slice header and no spare room
 	many   map[string]*list      // keys that had two values once; no key is in both maps
@@ -23,6 +23,7 @@ type Memory struct {
 type list struct {
 	values []string
 	bytes  int64 // of the values, so that Delete need not walk through them
+	shared bool  // values were handed out, so they stay as they are
 }
 
 // NewMemory returns an empty store.
@@ -52,6 +53,7 @@ func (m *Memory) Get(key string) []string {
 		return first[:]
 	}
 	if l := m.long(key); l != nil {
+		l.shared = true
 		return slices.Clip(l.values)
 	}
 	return nil
@@ -75,8 +77,9 @@ func (m *Memory) Delete(key string) (removed int) {
 }
 
 // Update removes the first value equal to oldValue and appends newValue. On a
-// list of n values that takes time in proportion to n, save where the first of
-// them goes: then it takes no longer than a Put.
+// list of n values that takes time in proportion to n, and about ten times as
+// long where the list was handed out since the last one, for then it is copied.
+// Where the first value goes it takes no longer than a Put.
 func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 	if first := m.one[key]; first != nil {
 		if first[0] != oldValue {
@@ -96,9 +99,12 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 	switch {
 	case i == 0:
 		l.values = l.values[1:]
-	case i > 0:
+	case i > 0 && l.shared:
 		// A new list, with the room that append would leave beside the new value.
 		l.values = append(append(make([]string, 0, len(l.values)), l.values[:i]...), l.values[i+1:]...)
+		l.shared = false
+	case i > 0:
+		l.values = slices.Delete(l.values, i, i+1)
 	}
 	if i >= 0 {
 		m.values--
@@ -126,6 +132,7 @@ func (m *Memory) All() iter.Seq2[string, []string] {
 			}
 		}
 		for key, l := range m.many {
+			l.shared = true
 			if !yield(key, slices.Clip(l.values)) {
 				return
 			}
