@@ -1686,7 +1686,7 @@ func TestQuietClientsAreSmall(t *testing.T) {
 			}
 		}
 		var clients []*testClient
-		for range 100 {
+		for range 10 {
 			a := n.dial(t)
 			speak(a, "Get:k", 1)
 			clients = append(clients, a)
