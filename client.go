@@ -62,8 +62,8 @@ type Client struct {
 
 	// Channels.
 	closed  chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
-	done    chan *Query   // workLoop, or deliver, to readFromClient: the chain has run and its replies are queued, or nil: it has not and will not; one chain is under way at a time, so with one slot nobody waits
-	flushed chan struct{} // writeToClient to deliver: a Write is complete; one slot, for only the latest counts
+	done    chan *Query   // workLoop, or deliver, to readFromClient: the chain has run and been answered, or nil: it has not and will not; one chain is under way at a time, so with one slot nobody waits
+	flushed chan struct{} // writeToClient to whoever has the client's chain: a Write is complete; one slot, for only the latest counts
 	buffer  chan []byte   // whoever has the client's chain to writeToClient; readFromClient closes it; workLoop makes it, and starts writeToClient, at the client's first request: 10,000 idle clients need none
 
 	// Owned by whoever has the client's chain: readFromClient while none is under
@@ -328,11 +328,11 @@ func (c *Client) read() (burst string, err error) {
 
 // tick gives back what a quiet client does not need, and ends one whose line does
 // not end. Its time does not run while the replies to what came before wait for
-// room: then tick waits with them.
+// room, and the chain holds memory, too: so tick waits for that.
 func (c *Client) tick() error {
 	in := &c.in
+	c.await()
 	if !in.busy {
-		c.await() // a chain holds memory, too
 		in.rest()
 	}
 	in.ticking, in.busy = false, false
@@ -456,6 +456,7 @@ func lastNewline(b []byte) int {
 // is also the client's last.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
+	clear(in.queries) // or each would pin the burst that it is of
 	in.queries = in.queries[:0]
 	for walks := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !walks; {
 		end := strings.IndexByte(burst, '\n')
@@ -679,11 +680,10 @@ func recycle(msg []byte) {
 	}
 }
 
-// writeToClient writes what readFromClient queues until that closes buffer,
-// then closes the connection. One goroutine a client, from its first request. A
-// Write that fails may have ended inside a line, so it is the last; buffer is
-// still drained, so that readFromClient never waits for a connection that is
-// gone.
+// writeToClient writes what is queued until readFromClient closes buffer, then
+// closes the connection. One goroutine a client, from its first request. A Write
+// that fails may have ended inside a line, so it is the last; buffer is still
+// drained, so that nobody ever waits for a connection that is gone.
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
 		if c.broken == nil {
@@ -724,7 +724,7 @@ func (c *Client) gather(msg []byte) []byte {
 	return msg
 }
 
-// write writes b in pieces that show readFromClient whether the client reads.
+// write writes b in pieces that show awaitRoom whether the client reads.
 func (c *Client) write(b []byte) error {
 	for len(b) > 0 {
 		c.limitWrite()

@@ -35,7 +35,7 @@ const (
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
-	defaultMaxClients   = 10_000 // with 24 KB for each that is quiet, 240 MB
+	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
 	defaultWriteTimeout = 5 * time.Minute
 	spareFiles          = 32 // of the process's limit, for everything but clients: the log, a compaction, those who watch
 	maxTurnedAway       = 8  // of these, connections over maxClients that get time to hear so

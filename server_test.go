@@ -1149,19 +1149,24 @@ func TestSlowLine(t *testing.T) {
 // Ensure that a line's time does not run while the replies before it wait for
 // their client to read.
 func TestSlowLineBehindReplies(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1200)
-		n.fill("big", value, 4000) // more than the queue holds
-		a := n.dial(t)
-		go a.send("Get:big\nPut:late:")
-		pass(2 * lineTime)
-		for range 4000 {
-			a.want("big:" + value)
-		}
-		a.send("1\n")
-		a.ask("Get:late", "late:1")
-		a.hangUp()
-	})
+	for _, trickle := range []string{"", "x"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			value := strings.Repeat("v", 1200)
+			n.fill("big", value, 4000) // more than the queue holds
+			a := n.dial(t)
+			go a.send("Get:big\nPut:late:")
+			for range 2 * lineTime / quietAfter {
+				pass(quietAfter)
+				a.send(trickle)
+			}
+			for range 4000 {
+				a.want("big:" + value)
+			}
+			a.send("\n")
+			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
+			a.hangUp()
+		})
+	}
 }
 
 // Ensure that a client that accepts nothing is cut, not before its time, and that
@@ -1703,6 +1708,29 @@ func TestQuietClientsAreSmall(t *testing.T) {
 		for _, a := range clients {
 			a.hangUp()
 		}
+	})
+}
+
+// Ensure that a client that goes on pins one burst, not every one before it.
+func TestBusyClientPinsOneBurst(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		heap := func() int {
+			runtime.GC()
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return int(m.HeapAlloc)
+		}
+		a.ask("Ping", ":PONG")
+		before := heap()
+		for lines := maxChain; lines > 0; lines -= 8 {
+			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
+			a.ask("Ping", ":PONG")
+		}
+		if more := heap() - before; more > 10*testMaxLine {
+			t.Errorf("a busy client holds %d bytes", more)
+		}
+		a.hangUp()
 	})
 }
 
