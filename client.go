@@ -384,7 +384,7 @@ func (in *input) grow(maxLine int) {
 	default:
 		return
 	}
-	in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
+	in.buf, in.full = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size], false
 }
 
 // rest gives back what a quiet client does not need.
