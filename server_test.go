@@ -1711,6 +1711,33 @@ func TestQuietClientsAreSmall(t *testing.T) {
 	})
 }
 
+// Ensure that a line that was begun, and does not go on, takes no more memory the
+// longer it is waited for.
+func TestUnfinishedLineStaysSmall(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var before, after runtime.MemStats
+		n.start(t)
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		var clients []*testClient
+		for range 10 {
+			a := n.dial(t)
+			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
+			clients = append(clients, a)
+		}
+		pass(lineTime / 2)
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if each := int(after.HeapAlloc-before.HeapAlloc) / len(clients); each > burstSize/4 {
+			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
+		}
+		for _, a := range clients {
+			a.send("\n")
+			a.hangUp()
+		}
+	})
+}
+
 // Ensure that a client that goes on pins one burst, not every one before it.
 func TestBusyClientPinsOneBurst(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1741,6 +1768,8 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 		store := &plainStore{lists: map[string][]string{}}
 		n := newFakeNet()
 		n.server.db = store
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 		n.server.serve(n)
 		a, b, c := n.dial(t), n.dial(t), n.dial(t)
 		a.ask("Ack", ":OK 0")
@@ -1761,6 +1790,9 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 		n.server.Close()
 		if store.commits != commits {
 			t.Error("after a failed Commit there was another")
+		}
+		if n := strings.Count(log.String(), `reason="the store failed"`); n != 1 {
+			t.Errorf("the log says of %d clients that they left because the store failed, want 1:\n%s", n, &log)
 		}
 	})
 }

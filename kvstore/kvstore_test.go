@@ -241,6 +241,11 @@ func BenchmarkLong(b *testing.B) {
 			store.Update("key", fmt.Sprint(next-size+place), fmt.Sprint(next))
 			next++
 		}
+		b.Run(fmt.Sprint("UpdateFirst/values=", size), func(b *testing.B) {
+			for b.Loop() {
+				update(0)
+			}
+		})
 		b.Run(fmt.Sprint("UpdateMiddle/values=", size), func(b *testing.B) {
 			for b.Loop() {
 				update(size / 2)
