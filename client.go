@@ -1,13 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"math"
+	"iter"
 	"net"
 	"os"
 	"runtime"
@@ -15,63 +13,67 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"kvserver/kvstore"
 )
 
 // Limits of one connection.
 const (
 	maxBufferSize = 500       // messages in a client's buffer: what Project 0 keeps for a slow reader
-	maxMessage    = 128 << 10 // bytes in one of them, so that all of them stay under 64 MiB
-	maxWrite      = 64 << 10  // bytes in one Write, so that a client that reads slowly is seen to read
+	maxShared     = 8         // of these, the first, that may hold several replies each
+	maxMessage    = 128 << 10 // bytes in one of them
+	maxWrite      = 64 << 10  // bytes after which a Write waits for no more messages
 
-	// Bytes of the socket's send buffer. Linux wakes a blocked writer when a
-	// third of it is free, and left alone it grows to 4 MiB: a steady reader of
-	// 1 MB/s would look stalled for longer than slowAfter.
+	// Bytes of the socket's send buffer. Linux lets it grow to 4 MiB if it is left
+	// alone, and a client would be kept that much more.
 	sendBuffer = 128 << 10
 
 	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; a single long line may take more
-	lastLine  = 1 << 10  // bytes of room for most lines that begin in one message and end in the next
 	chunkSize = 16 << 10 // bytes of a recycled message, small
-	largeSize = maxMessage + lastLine
+	largeSize = maxMessage
 
-	slowAfter     = time.Second      // no Write completed for so long, with the buffer full: a slow reader
-	quietAfter    = time.Second      // no request for so long: give the scratch memory back
-	lineTime      = 30 * time.Second // for a line that was begun to end, counted in ticks of quietAfter, while we read
-	handshakeTime = 5 * time.Second  // for TLS to begin
+	// The slowest reader that is a steady one, in bytes a second, and what the two
+	// sockets hold for it at most, in bytes (Linux: tcp_rmem, 6 MiB).
+	steadyRate = 256 << 10
+	socketMost = 8 << 20
 
-	drainTime = time.Second           // for the client to take our last words and close
-	busyTime  = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
+	slowAfter     = time.Second           // the connection took no byte for so long: a slow reader, once its buffer is full
+	tickTime      = slowAfter / 10        // between two looks at how a Write gets on
+	quietAfter    = time.Second           // no request for so long: give the scratch memory back
+	lineTime      = 30 * time.Second      // for a line that was begun to end, counted in ticks of quietAfter, while we read
+	handshakeTime = 5 * time.Second       // for TLS to begin
+	drainTime     = time.Second           // for the client to take our last words and close
+	busyTime      = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
 )
 
-// Client is one connection and what its two goroutines share: readFromClient
-// takes requests from the connection to workLoop, in one chain at a time;
-// workLoop, or deliver, queues their replies in buffer; writeToClient takes them
-// from there to the connection.
+// Client is one connection and what its two goroutines share. readFromClient
+// takes requests from the connection to workLoop, one chain at a time. workLoop,
+// or deliver, queues their replies in buffer. writeToClient takes them from there
+// to the connection.
+//
+// Who holds the client's chain holds its outbox too: readFromClient while no
+// chain is under way, workLoop while it runs one, deliver where there is one.
 type Client struct {
 	// Set before the goroutines start, then left alone.
-	id         int // counted from 1, for the log
+	id         int // counted from 1, for the log; 0: turned away
 	connection net.Conn
 	server     *keyValueServer
 
 	// Owned by workLoop.
-	alive    int // the client's goroutines that run; at 0 it leaves clients
-	index    int // its place in clients
-	reported int // dropped replies that are in the server's count
+	alive int // the client's goroutines that run; at 0 it leaves clients
+	index int // its place in clients
 
-	// Channels.
-	closed  chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
-	done    chan *Query   // workLoop, or deliver, to readFromClient: the chain has run and been answered, or nil: it has not and will not; one chain is under way at a time, so with one slot nobody waits
-	flushed chan struct{} // writeToClient to whoever has the client's chain: a Write is complete; one slot, for only the latest counts
-	buffer  chan []byte   // whoever has the client's chain to writeToClient; readFromClient closes it; workLoop makes it, and starts writeToClient, at the client's first request: 10,000 idle clients need none
+	// workLoop, or deliver, to readFromClient: the chain has run and been
+	// answered. nil: the store failed, and nobody knows whether it has. One chain
+	// is under way at a time, so with one slot nobody waits.
+	done chan *Query
 
-	// Owned by whoever has the client's chain: readFromClient while none is under
-	// way, then workLoop, and deliver where there is one.
-	acked        bool // every request is answered
-	slow         bool // no Write was completed for slowAfter while buffer was full
-	dropped      int  // replies since the last PONG
-	droppedTotal int  // replies in all
+	outbox       // with buffer and closed
+	walk   *walk // the Keys or Dump that is under way; handed over with the chain
 
 	// Owned by readFromClient, until its departure leaves them to whoever is left.
 	in       input
@@ -82,13 +84,23 @@ type Client struct {
 	broken error // of the Write that failed; owned by writeToClient, until its departure
 }
 
+// newClient returns the client at the other end of conn.
 func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
-	return &Client{
+	c := &Client{
 		id: id, connection: conn, server: s, alive: 1,
-		closed:  make(chan struct{}),
-		done:    make(chan *Query, 1),
-		flushed: make(chan struct{}, 1),
+		done: make(chan *Query, 1),
+		outbox: outbox{
+			outboxes: &s.outboxes,
+			closed:   make(chan struct{}),
+			progress: make(chan bool, 1),
+			told:     true,
+			hangUp:   underTLS(conn).Close,
+		},
 	}
+	if p, ok := underTLS(conn).(*pacedConn); ok {
+		p.tell = c.tell
+	}
+	return c
 }
 
 // addr is where the client is, for the log.
@@ -99,7 +111,6 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 // said Quit, the server closes, or the connection breaks. It reads on while a
 // chain is under way, and then waits for that one before it sends the next.
 func (c *Client) readFromClient() {
-	c.handshake()
 	for c.reason == "" {
 		burst, err := c.read()
 		for burst != "" && c.reason == "" && c.await() {
@@ -109,14 +120,18 @@ func (c *Client) readFromClient() {
 			}
 		}
 		if c.reason == "" && c.in.pending > c.server.maxLine+len("\r\x00") {
-			c.in.skip()
-			c.serveFault(tooLong(c.server.maxLine))
+			if c.in.skip(); !c.in.unanswered {
+				c.serveFault(tooLong(c.server.maxLine))
+			}
 		}
 		if err != nil && c.reason == "" {
 			c.hearLast(err)
 		}
 	}
-	c.await()
+	if c.await() && (c.reason == itClosed || c.reason == itQuit) && c.dropped > 0 {
+		c.replyAll(&Query{queryType: lastWord, line: c.in.line, value: fmt.Sprintf(
+			"%d replies were dropped, for nothing was read for over a second; after Ack none is", c.dropped)})
+	}
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -125,21 +140,19 @@ func (c *Client) readFromClient() {
 	c.depart()
 }
 
-// handshake begins TLS, where there is any: here, so that a client that does not
-// go on delays nobody.
-func (c *Client) handshake() {
-	conn, ok := c.connection.(interface {
-		HandshakeContext(context.Context) error
-	})
-	if !ok {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), handshakeTime)
-	defer cancel()
-	if err := conn.HandshakeContext(ctx); err != nil {
-		c.reason = "TLS handshake: " + err.Error()
-		c.server.log.Info("client refused", "client", c.id, "addr", c.addr(), "reason", c.reason)
-		underTLS(c.connection).Close()
+// Why a connection ends, where that matters to more than the log.
+const (
+	itClosed   = "it closed"
+	itQuit     = "it quit"
+	speaksHTTP = "it speaks HTTP" // so none of the lines may be run: a web page could have made a browser send them
+	speaksTLS  = "it speaks TLS"  // so none of the lines may be run: they are pieces of binary data
+)
+
+// end has the connection end after what was read, because of why. drain: by our
+// will, so the client gets time to take our last words.
+func (c *Client) end(why string, drain bool) {
+	if c.reason == "" {
+		c.reason, c.drain = why, drain
 	}
 }
 
@@ -155,7 +168,7 @@ func (c *Client) await() bool {
 	if c.underWay {
 		c.underWay = false
 		if <-c.done == nil {
-			c.reason = "the store failed"
+			c.end("the store failed", false)
 			return false
 		}
 	}
@@ -182,72 +195,6 @@ func (c *Client) serve(chain *Query) {
 	}
 }
 
-// list answers a Keys or Dump: it collects the keys, then, for a Dump, gets
-// their lists, in parts between which workLoop serves others. Keys come sorted:
-// that also finds those that changed their place during the walk, and were
-// passed twice. Keys are shared with the store, so they take no second room.
-func (c *Client) list(what queryType, prefix string) {
-	walk := &Query{client: c, queryType: collect, value: prefix, line: c.in.line}
-	var found []string
-	for first := true; first || walk.more != nil; first = false {
-		if !c.run(walk) || c.isClosed() || c.isTooLate(len(found)) {
-			if walk.stop != nil {
-				walk.stop()
-			}
-			return
-		}
-		found = append(found, walk.values...)
-	}
-	if walk.queryType == malformed {
-		c.replyAll(walk)
-		return
-	}
-	slices.SortFunc(found, func(a, b string) int {
-		if c.server.isClosing() {
-			return 0 // millions of keys take seconds
-		}
-		return strings.Compare(a, b)
-	})
-	if c.isTooLate(len(found)) {
-		return
-	}
-	found = slices.Compact(found)
-	n := 0
-	for part := range slices.Chunk(found, maxChain) {
-		if what == keys {
-			n += len(part)
-			c.replyAll(&Query{queryType: keys, values: part})
-			continue
-		}
-		chain := make([]Query, len(part))
-		for i, key := range part {
-			chain[i] = Query{client: c, queryType: pair, key: key}
-			if i > 0 {
-				chain[i-1].next = &chain[i]
-			}
-			part[i] = "" // what is deleted meanwhile need not stay
-		}
-		if !c.run(&chain[0]) || c.isClosed() || c.isTooLate(len(found)) {
-			return
-		}
-		for i := range chain {
-			n += chain[i].n
-		}
-		c.replyAll(&chain[0])
-	}
-	c.replyAll(&Query{queryType: done, n: n})
-}
-
-// isTooLate tells whether the server closes and a walk past n keys would take too
-// long: then the connection ends without a :OK behind it.
-func (c *Client) isTooLate(n int) bool {
-	if n <= maxCollect || !c.server.isClosing() {
-		return false
-	}
-	c.reason = "the server closes"
-	return true
-}
-
 // serveFault answers the line that was last read with an error.
 func (c *Client) serveFault(why string) {
 	q := &Query{client: c, line: c.in.line}
@@ -257,29 +204,46 @@ func (c *Client) serveFault(why string) {
 	}
 }
 
+// serveWeb answers an HTTP request, and ends the connection.
+func (c *Client) serveWeb() {
+	if c.await() {
+		c.serve(&Query{client: c, line: c.in.line, queryType: webRequest})
+	}
+	c.end(speaksHTTP, true)
+}
+
 func tooLong(maxLine int) string {
 	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
 }
 
 // hearLast ends the connection because Read ended in err.
 func (c *Client) hearLast(err error) {
+	in := &c.in
 	switch {
+	case !c.await(): // that is why
 	case errors.Is(err, io.EOF):
-		if c.in.pending > 0 {
-			c.in.line++
-			c.serveFault("the last line has no newline at its end, so it was not run")
+		switch {
+		case in.skipping && in.unanswered:
+			c.serveFault(tooLong(c.server.maxLine))
+		case in.pending > 0:
+			in.line++
+			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
+				c.serveFault(tooLong(c.server.maxLine))
+			} else {
+				c.serveFault("the last line has no newline at its end, so it was not run")
+			}
 		}
-		c.reason = "it closed"
+		c.end(itClosed, false)
 	case c.server.isClosing():
-		c.reason, c.drain = "the server closes", true
+		c.end("the server closes", true)
 	case err == errSlowLine:
-		if !c.in.skipping {
-			c.in.line++
+		if !in.skipping {
+			in.line++
 		}
 		c.serveFault(err.Error())
-		c.reason, c.drain = err.Error(), true
+		c.end(err.Error(), true)
 	default:
-		c.reason = err.Error()
+		c.end(err.Error(), false)
 	}
 }
 
@@ -288,20 +252,33 @@ func (c *Client) depart() {
 	c.server.queries <- &Query{queryType: depart, client: c}
 }
 
-// input is what a client has sent and no query has taken yet.
+// ---- input: bytes to lines
+
+// input is what a client has sent and no query has taken yet. It is
+// readFromClient's alone.
 type input struct {
 	buf      []byte
-	full     bool          // the last Read filled buf
-	pending  int           // bytes at the start of buf: a line whose end has not come
-	skipping bool          // a line was too long and its end has not come; pending is 0
-	skipped  []byte        // the last bytes of that line
-	line     int           // lines so far
-	spoke    bool          // one of them was not blank, so HTTP cannot begin any more
-	queries  []Query       // the memory of the chain, used again for the next
-	ticking  bool          // a read deadline is set
-	busy     bool          // something came since the last tick
-	waited   time.Duration // for the end of the line in pending, or of the one that is skipped
+	full     bool    // the last Read filled buf
+	pending  int     // bytes at the start of buf: a line whose end has not come
+	line     int     // lines so far
+	heard    bool    // a byte has come
+	spoke    bool    // a line was not blank, so HTTP cannot begin any more
+	queries  []Query // the memory of the chain, used again for the next
+	skipping bool    // a line was too long and its end has not come; pending is 0
+	skipped  []byte  // the last bytes of that line
+
+	// The line that is skipped got no answer yet: it may turn out to be the first
+	// of an HTTP request.
+	unanswered bool
+
+	ticking bool          // a read deadline is set
+	whole   bool          // the line in hand was begun before that
+	busy    bool          // something came since the last tick
+	waited  time.Duration // for the end of the line in hand
 }
+
+// begun tells whether a line has begun and not ended.
+func (in *input) begun() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which
 // keys and values will be substrings, and the error that ends the input.
@@ -312,12 +289,25 @@ func (c *Client) read() (burst string, err error) {
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
 		in.busy = true
-		var web bool
-		if burst, web = in.take(n); web {
-			c.reason, c.drain = speaksHTTP, true
+		if !in.heard && in.buf[0] == tlsHandshake && c.server.tls == nil {
+			in.line = 1
+			c.serveFault("this port speaks no TLS")
+			c.end(speaksTLS, true)
+			return "", nil
+		}
+		in.heard = true
+		wasUnanswered := in.unanswered
+		burst = in.take(n)
+		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
+			in.unanswered = false
+			if isHTTP(trimCR(string(in.skipped))) {
+				c.serveWeb()
+			} else {
+				c.serveFault(tooLong(c.server.maxLine))
+			}
 		}
 	}
-	if in.pending == 0 && !in.skipping {
+	if !in.begun() {
 		in.waited = 0
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
@@ -325,6 +315,10 @@ func (c *Client) read() (burst string, err error) {
 	}
 	return burst, err
 }
+
+// tlsHandshake is the first byte of a TLS connection: a record of this type
+// (RFC 8446, 5.1).
+const tlsHandshake = 0x16
 
 // tick gives back what a quiet client does not need, and ends one whose line does
 // not end. Its time does not run while the replies to what came before wait for
@@ -335,13 +329,13 @@ func (c *Client) tick() error {
 	if !in.busy {
 		in.rest()
 	}
-	in.ticking, in.busy = false, false
 	c.limitRead(time.Time{})
-	if in.pending > 0 || in.skipping {
-		if in.waited += quietAfter; in.waited > lineTime {
+	if in.begun() && in.whole {
+		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
 	}
+	in.ticking, in.busy = false, false
 	return nil
 }
 
@@ -353,10 +347,11 @@ var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineT
 // begun a line, ends within quietAfter, so that tick can look at that. One deadline
 // serves many Reads: setting one for each would cost every burst.
 func (c *Client) setTick() {
-	if c.in.ticking || len(c.in.buf) == quietSize && c.in.queries == nil && c.in.pending == 0 && !c.in.skipping {
+	in := &c.in
+	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.begun() {
 		return
 	}
-	c.in.ticking = true
+	in.ticking, in.whole = true, in.begun()
 	c.limitRead(time.Now().Add(quietAfter))
 }
 
@@ -394,8 +389,11 @@ func (in *input) rest() {
 	}
 }
 
-// skip gives up the line in pending, which is too long.
+// skip gives up the line in pending, which is too long. Its answer waits for its
+// end if it is the first line and may be HTTP's.
 func (in *input) skip() {
+	in.unanswered = !in.spoke && !beginsRequest(string(in.buf[:min(in.pending, maxQuoted)]))
+	in.spoke = true
 	in.skipped = in.skipped[:0]
 	in.pass(in.buf[:in.pending])
 	in.pending, in.skipping = 0, true
@@ -409,9 +407,9 @@ func (in *input) pass(b []byte) {
 	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
 }
 
-// take returns the lines that the n bytes behind pending complete, and whether
-// the line that ends before them, skipped, was HTTP's first.
-func (in *input) take(n int) (burst string, web bool) {
+// take returns the lines that the n bytes behind pending complete. If a line was
+// being skipped and ends among them, skipping ends, and skipped is its end.
+func (in *input) take(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
@@ -421,20 +419,18 @@ func (in *input) take(n int) (burst string, web bool) {
 		} else {
 			in.pending = end
 		}
-		return "", false
+		return ""
 	}
-	in.waited = 0
+	in.waited, in.whole = 0, false
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
 		in.pass(in.buf[:first-1])
 		in.skipping = false
-		web = !in.spoke && isHTTP(trimCR(string(in.skipped)))
-		in.spoke = true
 	}
 	burst = string(in.buf[first:last])
 	in.pending = copy(in.buf, in.buf[last:end])
-	return burst, web
+	return burst
 }
 
 // lastNewline returns the index of the last newline in b, or -1. It looks for it
@@ -475,14 +471,12 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 		switch {
 		case q.queryType == quit:
-			c.reason, c.drain = "it quit", true
+			c.end(itQuit, true)
 		case q.queryType == keys || q.queryType == dump:
 			walks = true
-		case q.queryType == malformed && !in.spoke && isHTTP(line):
-			if len(line) <= c.server.maxLine {
-				q.queryType = webRequest
-			}
-			c.reason, c.drain = speaksHTTP, true
+		case q.queryType == malformed && !in.spoke && isHTTP(line) && !beginsRequest(line):
+			q.queryType = webRequest
+			c.end(speaksHTTP, true)
 		}
 		in.spoke = true
 	}
@@ -494,10 +488,6 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	}
 	return &in.queries[0], burst
 }
-
-// speaksHTTP is why a connection ends on which none of the lines may be run: a
-// web page could have made a browser send them.
-const speaksHTTP = "it speaks HTTP"
 
 // trimCR removes one CR, or CR NUL as telnet sends it (RFC 854), from the end
 // of line.
@@ -512,13 +502,216 @@ func trimCR(line string) string {
 	return line
 }
 
+// ---- walk: Keys and Dump
+
+// maxCollect is how many keys one visit to workLoop walks past: others wait for
+// no more than that.
+const maxCollect = 1000
+
+// sortSlice is how many comparisons a sort makes before it lets others work.
+const sortSlice = 2000
+
+// walk goes through the keys of the store, for a Keys or Dump. readFromClient
+// asks for it part by part; workLoop begins it, takes every step and ends it, for
+// no code of the store may run beside workLoop.
+type walk struct {
+	prefix string
+	part   []string // the keys that the last step found
+	passed int      // keys in all, with prefix or without
+	ended  bool
+	fault  string // why it could not even begin
+
+	next func() (key string, ok bool)
+	stop func()
+}
+
+// step walks past up to maxCollect keys more: part are those that begin with
+// prefix.
+func (w *walk) step(db kvstore.KVStore) {
+	w.part = w.part[:0]
+	if w.ended {
+		return
+	}
+	if w.next == nil {
+		lister, ok := db.(kvstore.Lister)
+		if !ok {
+			w.fault, w.ended = "this store cannot list its keys", true
+			return
+		}
+		w.next, w.stop = iter.Pull(func(yield func(string) bool) {
+			for key := range lister.All() {
+				if !yield(key) {
+					return
+				}
+			}
+		})
+	}
+	for range maxCollect {
+		key, ok := w.next()
+		if !ok {
+			w.end()
+			return
+		}
+		w.passed++
+		if strings.HasPrefix(key, w.prefix) {
+			w.part = append(w.part, key)
+		}
+	}
+}
+
+// end ends the walk, wherever it is.
+func (w *walk) end() {
+	if w != nil && !w.ended && w.stop != nil {
+		w.stop()
+	}
+	if w != nil {
+		w.ended = true
+	}
+}
+
+// list answers a Keys or Dump: it collects the keys, then, for a Dump, gets
+// their lists, in parts between which workLoop serves others. Keys come sorted:
+// that also finds those that changed their place during the walk, and were
+// passed twice. The keys are the store's own strings, so a key costs 16 bytes here.
+func (c *Client) list(what queryType, prefix string) {
+	w := &walk{prefix: prefix}
+	c.walk = w
+	step := &Query{client: c, queryType: collect}
+	var found []string
+	for !w.ended {
+		if !c.run(step) { // then workLoop ends the walk when the client leaves
+			return
+		}
+		found = append(found, w.part...)
+	}
+	c.walk = nil
+	if w.fault != "" {
+		c.replyAll(&Query{queryType: malformed, value: w.fault, line: c.in.line})
+		return
+	}
+	if c.isClosed() || c.isTooLate(w.passed) {
+		return
+	}
+	c.sort(found)
+	if c.isTooLate(len(found)) {
+		return
+	}
+	found = slices.Compact(found)
+	n := 0
+	for part := range slices.Chunk(found, maxChain) {
+		switch {
+		case what == keys:
+			n += len(part)
+			c.replyAll(&Query{queryType: keys, values: part, bytes: sum(part)})
+		case !c.dump(part, &n):
+			return
+		}
+		if c.isClosed() || c.isTooLate(len(found)) {
+			return
+		}
+	}
+	c.replyAll(&Query{queryType: done, n: n})
+}
+
+// sort sorts keys, and lets others work meanwhile. When the server closes it
+// stops: millions of keys take seconds.
+func (c *Client) sort(keys []string) {
+	c.work()
+	defer c.rest()
+	closing, compared := false, 0
+	slices.SortFunc(keys, func(a, b string) int {
+		if compared++; compared%sortSlice == 0 {
+			c.pause()
+			closing = c.server.isClosing()
+		}
+		if closing {
+			return 0
+		}
+		return strings.Compare(a, b)
+	})
+}
+
+// dump answers the part of a Dump that these keys are, and adds the number of
+// its lines to n. It returns false if the connection ends.
+func (c *Client) dump(part []string, n *int) bool {
+	chain := make([]Query, len(part))
+	for i, key := range part {
+		chain[i] = Query{client: c, queryType: pair, key: key}
+		if i > 0 {
+			chain[i-1].next = &chain[i]
+		}
+		part[i] = "" // what is deleted meanwhile need not stay
+	}
+	if !c.run(&chain[0]) {
+		return false
+	}
+	for i := range chain {
+		*n += chain[i].n
+	}
+	c.replyAll(&chain[0])
+	return true
+}
+
+// isTooLate tells whether the server closes and a walk past n keys would take too
+// long: then the connection ends without a :OK behind it.
+func (c *Client) isTooLate(n int) bool {
+	if n <= maxCollect || !c.server.isClosing() {
+		return false
+	}
+	c.end("the server closes", false)
+	return true
+}
+
+// ---- outbox: replies to messages
+
+// outboxes is what the outboxes of all clients have in common. They work on many
+// goroutines, so what they count together is atomic: the one thing in this program
+// that is shared without a channel.
+type outboxes struct {
+	maxMessage int           // bytes in a message: the constant, but for tests
+	limit      int64         // bytes that all clients' messages may take (-max-queues); 0: any number
+	queued     atomic.Int64  // bytes that they take
+	dropped    atomic.Int64  // replies that slow readers lost
+	cores      chan struct{} // one slot for each core but one: who formats or sorts much takes a slot, and the last core stays free for short requests
+}
+
+// outbox makes replies into messages and queues them for writeToClient. It has
+// one rule for a client that does not read: replies share messages, and while
+// maxShared of these wait the client's own requests wait; but once the connection
+// has taken no byte for slowAfter, each reply is a message of its own, up to
+// maxBufferSize of them, and what comes then is dropped.
+//
+// Whoever holds the client's chain may call its methods, but for tell, which is
+// writeToClient's, and isClosed, which is everybody's.
+type outbox struct {
+	*outboxes
+
+	// The holder to writeToClient; readFromClient closes it. workLoop makes it, and
+	// starts writeToClient, at the client's first request: 10,000 idle clients
+	// need none. Only the holder sends, so room that it sees stays.
+	buffer chan []byte
+
+	closed   chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
+	progress chan bool     // writeToClient to the holder: true, the connection takes bytes, or false, it took none for slowAfter; one slot, for only the latest counts
+	told     bool          // what writeToClient last sent there
+	hangUp   func() error  // closes the connection
+
+	// Owned by the holder.
+	acked        bool   // every request is answered
+	slow         bool   // the latest from progress was false
+	working      bool   // it has a slot of cores
+	left         int    // bytes, at most, that the message in hand and those after it will take
+	dropped      int    // replies since the last PONG
+	droppedTotal int    // replies in all
+	cut          string // why the outbox ended the connection, if it did
+}
+
 // answer sees to the replies of chain, which has run, and to its way back. It
 // never waits, for workLoop calls it: what is long, or finds no room, is left to
 // a goroutine.
 func (c *Client) answer(chain *Query) {
-	most := min(chunkSize, c.server.maxMessage)
-	size := c.measure(chain, most)
-	if size > most || size > 0 && len(c.buffer) >= maxBufferSize {
+	size := c.measure(chain)
+	if size > min(chunkSize, c.maxMessage) || size > 0 && len(c.buffer) > 0 && (len(c.buffer) >= maxShared || c.isOver()) {
 		go c.deliver(chain)
 		return
 	}
@@ -533,122 +726,215 @@ func (c *Client) deliver(chain *Query) {
 	c.done <- chain
 }
 
+// replyAll queues the replies of chain, however large they are. It waits for room.
+func (o *outbox) replyAll(chain *Query) {
+	o.work()
+	o.reply(chain, o.measure(chain))
+	o.rest()
+}
+
 // measure returns how many bytes the replies of chain take, and notes the size
-// of each; beyond most it stops.
-func (c *Client) measure(chain *Query, most int) (sum int) {
-	if c.isClosed() {
+// of each. It looks at no value.
+func (o *outbox) measure(chain *Query) (sum int) {
+	if o.isClosed() {
 		return 0
 	}
-	acked := c.acked
-	for q := chain; q != nil && sum <= most; q = q.next {
+	acked := o.acked
+	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
-		q.size = q.replySize(acked, most)
+		q.size = q.replySize(acked)
 		sum += q.size
 	}
 	return sum
 }
 
-// replyAll queues the replies of chain, however large they are.
-func (c *Client) replyAll(chain *Query) { c.reply(chain, c.measure(chain, math.MaxInt)) }
-
 // reply queues the replies that chain's requests are owed, left bytes in all.
-// Replies travel together, in messages of up to maxMessage bytes, and none is
-// formatted before there is room for it.
-func (c *Client) reply(chain *Query, left int) {
-	maxMessage := c.server.maxMessage
+// None is formatted before there is room for it.
+func (o *outbox) reply(chain *Query, left int) {
 	var msg []byte // nil, or begun when there was room
+	shared := false
 	for q := chain; q != nil; q = q.next {
-		c.acked = c.acked || q.queryType == ack
+		o.acked = o.acked || q.queryType == ack
 		if q.size == 0 {
 			continue
 		}
-		values := q.values
-		q.values = nil // a client that sends nothing more pins no list
-		if msg != nil && len(msg)+q.size > maxMessage {
-			left -= len(msg)
-			c.queue(msg)
+		if msg != nil && (!shared || len(msg)+q.size > o.maxMessage) {
+			o.queue(msg)
 			msg = nil
 		}
 		if msg == nil {
-			if c.isClosed() {
+			if o.isClosed() {
 				return
 			}
-			if !c.awaitRoom((q.size+maxMessage-1)/maxMessage, q.mayDrop(c.acked)) {
-				c.dropped++
-				c.droppedTotal++
+			if !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q.mayDrop(o.acked)) {
+				o.drop()
+				q.values = nil
 				left -= q.size
 				continue
 			}
-			msg = c.newMessage(left)
-		}
-		for _, v := range values {
-			msg = q.appendLine(msg, v)
-			if len(msg) >= maxMessage {
-				if c.isClosed() {
-					return
-				}
-				msg, left = c.queueFull(msg, left)
+			if shared = len(o.buffer) < maxShared; shared {
+				o.left = left
+			} else {
+				o.left = q.size
 			}
+			msg = o.newMessage()
 		}
-		msg = q.appendEnd(msg, c.acked, c.dropped)
-		if len(msg) >= maxMessage {
-			msg, left = c.queueFull(msg, left)
+		if msg = o.format(msg, q); msg == nil {
+			return
 		}
+		left -= q.size
 		if q.queryType == ping {
-			c.dropped = 0
+			o.dropped = 0
 		}
 	}
-	if len(msg) > 0 {
-		c.buffer <- msg
+	if msg != nil {
+		o.queue(msg)
 	}
 }
 
-// queue queues a message with more behind it, and lets others have a turn:
-// unasked, the scheduler takes 10 ms to do so, and a hundred clients with huge
-// replies would make everybody wait for seconds.
-func (c *Client) queue(msg []byte) {
-	c.buffer <- msg
-	runtime.Gosched()
-}
-
-// queueFull queues the full messages at the start of msg, of which left bytes
-// are not queued yet, and returns the begun one that follows them.
-func (c *Client) queueFull(msg []byte, left int) ([]byte, int) {
-	maxMessage := c.server.maxMessage
-	for len(msg) >= maxMessage {
-		c.queue(msg[:maxMessage:maxMessage]) // its room is the rest's
-		msg = msg[maxMessage:]
-		left -= maxMessage
-	}
-	return append(c.newMessage(left), msg...), left
-}
-
-// awaitRoom waits until buffer has room for n messages or is empty, and tells
-// whether it has: not if a slow reader's reply may be dropped. Only who has the
-// chain adds to buffer, so room that is there stays.
-func (c *Client) awaitRoom(n int, mayDrop bool) bool {
-	for len(c.buffer) > 0 && maxBufferSize-len(c.buffer) < n {
-		if !mayDrop {
-			<-c.flushed
-			c.slow = false
+// format appends q's reply to msg. It queues what is full, and returns the message
+// that the reply ends in: nil if the connection takes no more.
+func (o *outbox) format(msg []byte, q *Query) []byte {
+	values := q.values
+	q.values = nil // a client that sends nothing more pins no list
+	for _, v := range values {
+		if len(msg)+q.lineSize(v) <= o.maxMessage {
+			msg = q.appendLine(msg, v)
 			continue
 		}
-		if !c.slow {
-			select {
-			case <-c.flushed:
-				continue
-			case <-time.After(slowAfter):
-				c.slow = true
+		for _, text := range q.parts(v) {
+			if msg = o.split(msg, text); msg == nil {
+				return nil
 			}
 		}
+	}
+	if len(msg)+q.endSize() <= o.maxMessage {
+		return q.appendEnd(msg, o.acked, o.dropped)
+	}
+	return o.split(msg, string(q.appendEnd(nil, o.acked, o.dropped)))
+}
+
+// split appends text to msg where it does not fit: the message is filled and
+// queued, and the text goes on in the next. A reply that was begun always ends, so
+// it waits for room.
+func (o *outbox) split(msg []byte, text string) []byte {
+	for {
+		n := min(len(text), o.maxMessage-len(msg))
+		msg = append(msg, text[:n]...)
+		if text = text[n:]; text == "" {
+			return msg
+		}
+		o.queue(msg)
+		if o.awaitRoom(1, false); o.isClosed() {
+			return nil
+		}
+		msg = o.newMessage()
+	}
+}
+
+// drop counts a reply that is not kept.
+func (o *outbox) drop() {
+	o.dropped++
+	o.droppedTotal++
+	o.outboxes.dropped.Add(1)
+}
+
+// queue queues a message. There must be room for it.
+func (o *outbox) queue(msg []byte) {
+	o.left -= len(msg)
+	o.queued.Add(int64(cap(msg)))
+	o.buffer <- msg
+	o.pause()
+}
+
+// isOver tells whether all queues together take more than they may.
+func (o *outbox) isOver() bool { return o.limit > 0 && o.queued.Load() >= o.limit }
+
+// hasRoom tells whether n messages may be queued now. Who has nothing queued may
+// always begin.
+func (o *outbox) hasRoom(n int) bool {
+	waiting := len(o.buffer)
+	switch {
+	case waiting == 0:
+		return true
+	case o.isOver():
+		return false
+	case o.slow:
+		return waiting+n <= maxBufferSize
+	}
+	return waiting < maxShared
+}
+
+// awaitRoom waits until there is room for n messages, and tells whether there is:
+// not if the client is slow and its reply may be dropped. A client after Ack loses
+// nothing; but if it takes nothing while all queues are over their limit its
+// connection is cut.
+func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
+	for {
 		select {
-		case <-c.flushed:
-			c.slow = false
+		case taken := <-o.progress:
+			o.slow = !taken
 		default:
+		}
+		if o.hasRoom(n) {
+			return true
+		}
+		if o.slow && mayDrop {
 			return false
 		}
+		if o.slow && o.acked && o.cut == "" && o.isOver() {
+			o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes (-max-queues)", o.queued.Load())
+			o.hangUp()
+		}
+		working := o.working
+		o.rest()
+		o.slow = !<-o.progress
+		if working {
+			o.work()
+		}
 	}
-	return true
+}
+
+// tell tells the holder how writeToClient gets on.
+func (o *outbox) tell(taken bool) {
+	if taken != o.told {
+		select {
+		case <-o.progress: // what it says is not so any more
+		default:
+		}
+		o.told = taken
+	}
+	select {
+	case o.progress <- taken:
+	default: // it says so already
+	}
+}
+
+// isClosed tells whether the connection takes no more.
+func (o *outbox) isClosed() bool { return isClosed(o.closed) }
+
+// work waits for a slot of cores, for work that takes long.
+func (o *outbox) work() {
+	o.cores <- struct{}{}
+	o.working = true
+}
+
+// rest gives the slot back, if there is one.
+func (o *outbox) rest() {
+	if o.working {
+		o.working = false
+		<-o.cores
+	}
+}
+
+// pause lets others have a turn in the middle of work that takes long: unasked,
+// the scheduler takes 10 ms to do so.
+func (o *outbox) pause() {
+	if o.working {
+		o.rest()
+		runtime.Gosched()
+		o.work()
+	}
 }
 
 // chunks and large are messages that have been written, for use again.
@@ -657,17 +943,18 @@ var (
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for size bytes, or for as many
+// newMessage returns an empty message with room for left bytes, or for as many
 // as a message holds. A client that keeps up borrows one; what has to wait
 // in the queue takes no more memory than it needs.
-func (c *Client) newMessage(size int) []byte {
-	switch keepsUp := len(c.buffer) == 0; {
+func (o *outbox) newMessage() []byte {
+	size := min(o.left, o.maxMessage)
+	switch keepsUp := len(o.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
 	case keepsUp && size > largeSize/4: // or much of it would lie idle
 		return large.Get().(*[largeSize]byte)[:0]
 	}
-	return make([]byte, 0, min(size, c.server.maxMessage+lastLine))
+	return make([]byte, 0, size)
 }
 
 // recycle takes back what newMessage lent.
@@ -680,24 +967,28 @@ func recycle(msg []byte) {
 	}
 }
 
+// ---- messages to the connection
+
 // writeToClient writes what is queued until readFromClient closes buffer, then
 // closes the connection. One goroutine a client, from its first request. A Write
 // that fails may have ended inside a line, so it is the last; buffer is still
 // drained, so that nobody ever waits for a connection that is gone.
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
+		msg, size := c.gather(msg)
+		c.tell(true) // there is room now
 		if c.broken == nil {
-			if c.broken = c.write(c.gather(msg)); c.broken != nil {
+			if _, c.broken = c.connection.Write(msg); c.broken != nil {
 				close(c.closed)
-				underTLS(c.connection).Close()
+				c.hangUp()
 			}
 		}
 		recycle(msg)
-		c.signalFlushed()
+		c.queued.Add(-size)
 	}
 	if c.broken == nil {
 		// TLS says goodbye, and waits 5 s for a client that does not read.
-		late := time.AfterFunc(drainTime+closeTime, func() { underTLS(c.connection).Close() })
+		late := time.AfterFunc(drainTime+closeTime, func() { c.hangUp() })
 		if c.drain {
 			c.drainInput()
 		}
@@ -707,65 +998,29 @@ func (c *Client) writeToClient() {
 	c.depart()
 }
 
-// gather returns msg with what is queued behind it, up to a good Write's worth.
-func (c *Client) gather(msg []byte) []byte {
+// gather returns msg with what is queued behind it, up to a good Write's worth,
+// and how many queued bytes that was.
+func (c *Client) gather(msg []byte) (all []byte, size int64) {
+	size = int64(cap(msg))
 	for len(msg) < maxWrite {
 		select {
 		case more := <-c.buffer: // nil once closed
 			if more == nil {
-				return msg
+				return msg, size
+			}
+			size += int64(cap(more))
+			if n := len(msg) + len(more); n > cap(msg) && n <= largeSize {
+				together := append(large.Get().(*[largeSize]byte)[:0], msg...)
+				recycle(msg)
+				msg = together
 			}
 			msg = append(msg, more...)
 			recycle(more)
 		default:
-			return msg
+			return msg, size
 		}
 	}
-	return msg
-}
-
-// write writes b in pieces that show awaitRoom whether the client reads.
-func (c *Client) write(b []byte) error {
-	for len(b) > 0 {
-		c.limitWrite()
-		n, err := c.connection.Write(b[:min(len(b), maxWrite)])
-		if err != nil && (n == 0 || !errors.Is(err, os.ErrDeadlineExceeded) || c.server.isClosing()) {
-			return err // but not for a client that accepted a part of it
-		}
-		b = b[n:]
-		if err == nil {
-			c.signalFlushed()
-		}
-	}
-	return nil
-}
-
-// limitWrite sets the write deadline. While the server closes that is workLoop's,
-// for all that is left, and turnAway sets its own.
-func (c *Client) limitWrite() {
-	if c.server.writeTimeout == 0 || c.id == 0 || c.server.isClosing() {
-		return
-	}
-	c.connection.SetWriteDeadline(time.Now().Add(c.server.writeTimeout))
-	if c.server.isClosing() { // workLoop's may have come before ours
-		c.connection.SetWriteDeadline(time.Now().Add(closeTime))
-	}
-}
-
-func (c *Client) signalFlushed() {
-	select {
-	case c.flushed <- struct{}{}:
-	default:
-	}
-}
-
-func (c *Client) isClosed() bool {
-	select {
-	case <-c.closed:
-		return true
-	default:
-		return false
-	}
+	return msg, size
 }
 
 // drainInput ends our side of the connection and reads on until the client ends
@@ -794,149 +1049,102 @@ func (c *Client) drainInput() {
 	}
 }
 
-// ---- the other end: kvserver -c
+// pacedConn is a connection that sees how the other side reads. It lies under
+// TLS, where there is any, for a tls.Conn cannot go on after a Write that timed
+// out, and this one can.
+//
+// Its Write waits as long as the other side takes bytes. It looks at that in ticks
+// of tickTime, and counts those in which no byte was taken: bytes, not Writes, for
+// a Write of 64 KiB to a steady reader of 300 kB/s was seen to take 1.8 s; ticks,
+// not time, for if this whole process stands still for a while, that is one tick.
+type pacedConn struct {
+	net.Conn
+	server *keyValueServer
+	tell   func(taken bool) // of the client's outbox; nil before there is a client
+	limit  time.Time        // by which everything must be written; zero: no such time
+	until  time.Time        // the write deadline that is set
 
-// Errors of converse.
-var (
-	errStranger   = errors.New("no welcome")
-	errSilent     = errors.New("it closed the connection without a word")
-	errUnanswered = errors.New("it closed the connection before everything was answered")
-)
+	// Bytes that a reader of steadyRate has not read yet, as of looked.
+	unread int
+	looked time.Time
+}
 
-// converse sends requests, or else the lines of in, to the server behind conn,
-// and writes data to out and errors to errs. It sends and reads at once, so
-// neither side waits for the other to finish. It returns whether all requests
-// were answered, none with an error. progress, if not nil, is told now and then
-// how many were answered so far.
-func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Writer, progress func(n int)) (good bool, err error) {
-	if len(requests) > 0 {
-		in = strings.NewReader(strings.Join(requests, "\n") + "\n")
-	}
-	sent := make(chan sending, 1)
-	go sendLines(conn, in, sent)
-
-	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
-	good = true
-	answered := -1 // our Ack has an answer, too
-	for start := true; ; {
-		if r.Buffered() == 0 {
-			if err := w.Flush(); err != nil {
-				return false, fmt.Errorf("writing the answers: %w", err)
+// Write writes b. It fails when -write-timeout has passed without a byte, or
+// limit has, or the server has been closing for closeTime.
+func (p *pacedConn) Write(b []byte) (n int, err error) {
+	now := time.Now()
+	p.unread = max(0, p.unread-int(min(now.Sub(p.looked), time.Minute)*steadyRate/time.Second))
+	p.looked = now
+	// Time without a byte taken. The first tick may have begun before us, so it
+	// does not count.
+	stalled := -tickTime
+	slow := false
+	for {
+		tick := tickTime
+		if slow {
+			tick = slowAfter // look less often
+		}
+		end := p.setDeadline(now, tick)
+		m, err := p.Conn.Write(b[n:])
+		n += m
+		p.unread = min(p.unread+m, socketMost)
+		if m > 0 {
+			if stalled = 0; slow && p.tell != nil {
+				p.tell(true)
 			}
+			slow = false
 		}
-		// A line longer than the buffer comes in parts; its first says what it is.
-		part, err := r.ReadSlice('\n')
-		switch {
-		case err == io.EOF && answered < 0:
-			return false, errSilent
-		case err == io.EOF:
-			return wasAll(sent, answered, good, errs)
-		case err != nil && err != bufio.ErrBufferFull:
-			return false, err
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
 		}
-		before := answered
-		switch {
-		case answered < 0:
-			if err := checkWelcome(part); err != nil {
-				return false, err
-			}
-			answered++
-		case !start || part[0] != ':':
-			w.Write(part)
-		case bytes.HasPrefix(part, []byte(": ")):
-			w.Write(part[2:])
-		case bytes.HasPrefix(part, []byte(":PONG")):
-			w.Write(part)
-			answered++
-		case bytes.HasPrefix(part, []byte(":ERROR line ")):
-			good = false
-			answered++
-			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
-			n, _ := strconv.Atoi(number)
-			w.Flush()
-			fmt.Fprintf(errs, "line %d:%s", n-1, why) // our Ack was line 1
-		default: // :OK
-			answered++
+		if now = time.Now(); !end.IsZero() && !now.Before(end) {
+			return n, err
 		}
-		start = err == nil
-		if progress != nil && answered > before && answered%100_000 == 0 {
-			progress(answered)
+		if m > 0 {
+			continue
+		}
+		stalled += tick
+		if slow = stalled >= p.patience(); slow && p.tell != nil {
+			p.tell(false)
+		}
+		if most := p.server.writeTimeout; most > 0 && stalled >= most {
+			return n, fmt.Errorf("it took nothing for %v", most)
 		}
 	}
 }
 
-// checkWelcome tells whether the first line that comes is a kvserver's answer to
-// an Ack.
-func checkWelcome(line []byte) error {
-	if bytes.HasPrefix(line, []byte(":OK ")) {
-		return nil
-	}
-	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
-		return fmt.Errorf("%w: %s", errStranger, bytes.TrimSpace(why))
-	}
-	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+// patience is how long a steady reader may take no byte. That is longer than
+// slowAfter where its socket holds much that it has not read: Linux opens a receive
+// window that was closed when a sixteenth of the buffer is free, 1.5 s later at
+// steadyRate with 6 MiB (__tcp_select_window). Twice that leaves time for its pauses.
+func (p *pacedConn) patience() time.Duration {
+	return slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
 }
 
-// wasAll returns what converse does when so many requests were answered and no
-// more answers come.
-func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool, error) {
-	select {
-	case s := <-sent:
-		switch {
-		case s.requests > answered:
-			return false, errUnanswered
-		case s.err != io.EOF:
-			return false, fmt.Errorf("reading the requests: %w", s.err)
-		}
-		if s.left {
-			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
-		}
-		return good && !s.left, nil
-	default: // not even everything was sent
-		return false, errUnanswered
+// setDeadline sees to it that Write returns within a tick. A deadline that ends a
+// little earlier will do: setting one for each Write would cost every reply. It
+// returns the time by which the last Write must have ended, zero if there is none.
+func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) (end time.Time) {
+	end = p.limit
+	if p.server.isClosing() {
+		end = p.server.closeBy
 	}
+	until := now.Add(tick)
+	switch left := p.until.Sub(now); {
+	case !end.IsZero() && end.Before(until):
+		until = end
+	case left > tick/2 && left <= tick:
+		return end
+	}
+	p.until = until
+	p.SetWriteDeadline(until)
+	return end
 }
 
-// sending is what sendLines has sent.
-type sending struct {
-	lines    int
-	requests int   // lines that are owed an answer: those that are not blank
-	left     bool  // there was more behind a Quit
-	err      error // that ended in, or io.EOF
-}
-
-// sendLines sends in to the server until its end or a Quit, flushes whenever in
-// has nothing more to say for now, and then tells what it sent. One goroutine a
-// converse.
-func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
-	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(conn, maxWrite)
-	w.WriteString("Ack\n")
-	s := sending{err: io.EOF}
-	for start, more := true, true; more; {
-		if r.Buffered() == 0 && w.Flush() != nil {
-			break
-		}
-		part, err := r.ReadSlice('\n')
-		w.Write(part)
-		ends := len(part) > 0 && part[len(part)-1] == '\n'
-		if start && len(part) > 0 {
-			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
-			s.lines++
-			if line != "" || !ends {
-				s.requests++
-			}
-			if ends && lookUp(line) == quit {
-				s.left, more = r.Buffered() > 0, false
-			}
-		}
-		start = ends
-		if err != nil && err != bufio.ErrBufferFull {
-			s.err, more = err, false
-		}
+// CloseWrite ends our side of the connection.
+func (p *pacedConn) CloseWrite() error {
+	if half, ok := p.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
 	}
-	sent <- s
-	w.Flush()
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
-	}
+	return nil
 }

@@ -11,6 +11,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -27,6 +29,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,7 +51,6 @@ const usage = `Usage: kvserver [flags]                          serve
        kvserver [-addr ADDR] -c [REQUEST ...]   send requests, or standard input
        kvserver [-addr ADDR] -ping              exit code 0 if a server answers
        kvserver check DIR | repair DIR          look at the data; mend it
-
   -addr ADDR      port, :port (every address of this machine) or host:port;
                   port 0 takes a free one (default localhost:9999)
   -data DIR       keep the data in DIR; without it, it is lost at the end
@@ -56,8 +58,9 @@ const usage = `Usage: kvserver [flags]                          serve
                   always: a power failure takes nothing that was answered)
   -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
   -log FORMAT     text or json (default text); -v logs every connection as well
-  -max-clients N, -max-line BYTES, -max-memory BYTES, -write-timeout TIME
-                  limits: 10000, 1048576, 0 (none) and 5m unless given
+  -max-clients N, -max-line BYTES, -write-timeout TIME, -max-memory BYTES
+                  limits: 10000, 1048576, 5m and 0 (none) unless given
+  -max-queues BYTES  limit of all replies that wait (default 1073741824)
   -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
                   encrypt; let in, and trust, who has a certificate of that CA
   -version, -h    print the version, or this, and exit
@@ -81,6 +84,7 @@ type config struct {
 
 	maxClients   int
 	maxMemory    int64
+	maxQueues    int64
 	writeTimeout time.Duration
 
 	cert, key string // files in PEM; "": no TLS
@@ -110,15 +114,27 @@ func main() {
 		complain(os.Stderr, err)
 		os.Exit(exitMisuse)
 	}
-	do := run
 	if c.client || c.ping {
-		do = talk
+		if err := talk(c, os.Stderr); err != nil {
+			complain(os.Stderr, err)
+			os.Exit(exitFailure)
+		}
+		return
 	}
-	if err := do(c, os.Stderr); err != nil {
-		complain(os.Stderr, err)
+	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
+	log := newLog(os.Stderr, c.json, c.verbose)
+	err = run(c, log)
+	if err != nil && !errors.Is(err, errLogged) {
+		complain(log.queue, err)
+	}
+	log.flush()
+	if err != nil {
 		os.Exit(exitFailure)
 	}
 }
+
+// errLogged is run's error when the log tells of it already.
+var errLogged = errors.New("see the log")
 
 // problem is an error with what to do about it.
 type problem struct{ what, todo string }
@@ -147,6 +163,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.StringVar(&c.http, "http", "", "")
 	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
 	flags.Int64Var(&c.maxMemory, "max-memory", 0, "")
+	flags.Int64Var(&c.maxQueues, "max-queues", defaultMaxQueues, "")
 	flags.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout, "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")
 	flags.StringVar(&c.key, "tls-key", "", "")
@@ -200,6 +217,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
 	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
 		return c, problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both", "Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
+	case c.maxQueues < 0:
+		return c, problem{fmt.Sprintf("-max-queues %d is out of range", c.maxQueues), "Give a number of bytes, or 0 for no limit."}
 	case *format != "text" && *format != "json":
 		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
 	}
@@ -302,96 +321,199 @@ func version() string {
 	return v
 }
 
-// run opens, listens, serves and stops.
-func run(c config, logTo io.Writer) error {
-	level := slog.LevelInfo
-	if c.verbose {
-		level = slog.LevelDebug
-	}
-	var handler slog.Handler = slog.NewTextHandler(logTo, &slog.HandlerOptions{Level: level})
-	if c.json {
-		handler = slog.NewJSONHandler(logTo, &slog.HandlerOptions{Level: level})
-	}
-	log := slog.New(handler)
+// run opens, listens, serves and stops. Once it serves, its errors are in the log
+// and it returns errLogged.
+func run(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	// While the data loads nobody has been told anything, so nothing can be lost.
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
+		log.flush()
 		os.Exit(0)
 	})
-
-	db, syncing, closeStore, err := openStore(c, log)
+	db, syncing, closeStore, err := openStore(c, log.Logger)
 	loading()
 	if err != nil {
 		return storeProblem(c.data, err)
 	}
-	listener, web, err := listenAll(c)
+	s := New(db)
+	s.log, s.version = log.Logger, version()
+	listener, web, err := listenAll(c, s)
 	if err != nil {
 		closeStore()
 		return err
 	}
-	s := New(db)
-	s.log, s.maxLine, s.version = log, c.maxLine, version()
-	s.maxMemory, s.writeTimeout = c.maxMemory, c.writeTimeout
-	if s.maxClients = min(c.maxClients, kvstore.OpenFiles()-spareFiles); s.maxClients < c.maxClients {
-		s.maxClients = max(1, s.maxClients)
-		log.Warn("fewer clients than asked for: the process may not open more files; raise the limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
-	}
+	limit(s, c)
 	if err := s.serve(listener); err != nil {
 		return err
 	}
-	if c.data == "" {
-		log.Info("data is in memory only and lost on exit")
-	} else {
-		log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
-	}
-	addr := listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
-	}
+	tellStart(c, s, listener, web)
 	if web != nil {
-		if !web.Addr().(*net.TCPAddr).IP.IsLoopback() {
-			log.Warn("anyone who can reach this address can watch the server", "addr", web.Addr().String())
-		}
-		defer s.watch(web).Close()
-		log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
+		host, _, _ := net.SplitHostPort(c.http)
+		defer s.watch(web, host).Close()
 	}
-	log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
 
 	var failure error
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
 	case failure = <-s.Failed():
-		failure = storeProblem(c.data, failure)
+		logFailure(log.Logger, c.data, failure)
 	}
 	late := time.AfterFunc(stopTime, func() {
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept", "limit", stopTime, "fsync", syncing())
+		log.flush()
 		os.Exit(exitFailure)
 	})
 	s.Close()
 	if err := closeStore(); err != nil && failure == nil {
-		failure = storeProblem(c.data, err)
+		failure = err
+		logFailure(log.Logger, c.data, failure)
 	}
 	late.Stop()
-	return failure
+	if failure != nil {
+		return errLogged
+	}
+	return nil
 }
 
-// listenAll listens where c says: for clients and, unless web is nil, for whoever
-// watches.
-func listenAll(c config) (listener, web net.Listener, err error) {
-	if listener, err = listen(c.addr); err != nil {
-		return nil, nil, listenProblem("addr", c.addr, err)
+// logFailure logs that the store failed, and what to do about it.
+func logFailure(log *slog.Logger, dir string, err error) {
+	var p problem
+	errors.As(storeProblem(dir, err), &p)
+	log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
+}
+
+// limit gives s the limits that c asks for, as far as the process may go.
+func limit(s *keyValueServer, c config) {
+	s.maxLine, s.maxMemory, s.writeTimeout = c.maxLine, c.maxMemory, c.writeTimeout
+	s.outboxes.limit = c.maxQueues
+	files := kvstore.OpenFiles() - spareFiles
+	if c.http != "" {
+		files -= maxWatchers
 	}
+	if s.tls != nil {
+		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
+		files -= cap(s.handshakes)
+	}
+	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
+		s.maxClients = max(1, s.maxClients)
+		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
+	}
+}
+
+// tellStart logs what an operator should know of a server that begins to serve.
+func tellStart(c config, s *keyValueServer, listener, web net.Listener) {
+	if c.data == "" {
+		s.log.Info("data is in memory only and lost on exit")
+	} else {
+		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
+	}
+	addr := listener.Addr().(*net.TCPAddr)
+	if !addr.IP.IsLoopback() && c.clientCA == "" {
+		s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
+	}
+	if web != nil {
+		if !web.Addr().(*net.TCPAddr).IP.IsLoopback() {
+			s.log.Warn("anyone who can reach this address can watch the server", "addr", web.Addr().String())
+		}
+		s.log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
+	}
+	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
+}
+
+// ---- the log
+
+const (
+	logLines  = 1000                   // of the log that may wait to be written
+	flushTime = 200 * time.Millisecond // for them to be written at the end
+)
+
+// queuedLog is a log that nobody has to wait for. Whoever reads it may pause for
+// ever: what then finds no room in the queue is counted, and dropped.
+type queuedLog struct {
+	*slog.Logger
+	queue *logQueue
+}
+
+// logQueue is an io.Writer in front of another that may take long, or fail. Each
+// Write is a line.
+type logQueue struct {
+	lines   chan []byte   // Write to writeLog; nil: flush wants to know that all before it are written; never closed
+	flushed chan struct{} // writeLog to flush; one slot, for a flush that waits no more
+	lost    atomic.Int64  // lines since the last one that said so
+}
+
+// newLog returns a log that writes to w.
+func newLog(w io.Writer, json, verbose bool) *queuedLog {
+	options := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if verbose {
+		options.Level = slog.LevelDebug
+	}
+	handler := func(w io.Writer) slog.Handler {
+		if json {
+			return slog.NewJSONHandler(w, options)
+		}
+		return slog.NewTextHandler(w, options)
+	}
+	q := &logQueue{lines: make(chan []byte, logLines), flushed: make(chan struct{}, 1)}
+	go q.writeLog(w, slog.New(handler(w)))
+	return &queuedLog{slog.New(handler(q)), q}
+}
+
+// Write queues a line, or counts it as lost. It never waits.
+func (q *logQueue) Write(line []byte) (int, error) {
+	select {
+	case q.lines <- bytes.Clone(line):
+	default:
+		q.lost.Add(1)
+	}
+	return len(line), nil
+}
+
+// writeLog writes the lines to w, and says through log, which writes to w too, when
+// some were lost. One goroutine for a log, until the process ends: it may wait for
+// w for ever.
+func (q *logQueue) writeLog(w io.Writer, log *slog.Logger) {
+	for line := range q.lines {
+		if line == nil {
+			q.flushed <- struct{}{}
+			continue
+		}
+		if _, err := w.Write(line); err != nil {
+			q.lost.Add(1)
+		} else if n := q.lost.Swap(0); n > 0 {
+			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
+		}
+	}
+}
+
+// flush gives the lines that wait a little time to be written, at the end.
+func (l *queuedLog) flush() {
+	late := time.After(flushTime)
+	select {
+	case l.queue.lines <- nil:
+	case <-late:
+		return
+	}
+	select {
+	case <-l.queue.flushed:
+	case <-late:
+	}
+}
+
+// listenAll listens where c says: for clients of s and, unless web is nil, for
+// whoever watches.
+func listenAll(c config, s *keyValueServer) (listener, web net.Listener, err error) {
 	if c.cert != "" {
-		config, err := serverTLS(c)
-		if err != nil {
-			listener.Close()
+		if s.tls, err = serverTLS(c); err != nil {
 			return nil, nil, err
 		}
-		listener = tls.NewListener(listener, config)
+	}
+	if listener, err = listen(c.addr); err != nil {
+		return nil, nil, listenProblem("addr", c.addr, err)
 	}
 	if c.http != "" {
 		if web, err = listen(c.http); err != nil {
@@ -558,6 +680,8 @@ func talk(c config, errs io.Writer) error {
 	}
 	good, err := converse(conn, c.requests, os.Stdin, os.Stdout, errs, progress)
 	switch {
+	case c.ping && errors.Is(err, errFull):
+		return nil // it is healthy
 	case errors.Is(err, errSilent):
 		return problem{fmt.Sprintf("%s: %v", c.addr, err), "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
 	case errors.Is(err, errStranger):
@@ -628,4 +752,171 @@ func readCA(file string) (*x509.CertPool, error) {
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// ---- the client: kvserver -c
+
+// Errors of converse.
+var (
+	errStranger   = errors.New("no welcome")
+	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
+	errSilent     = errors.New("it closed the connection without a word")
+	errUnanswered = errors.New("it closed the connection before everything was answered")
+)
+
+// converse sends requests, or else the lines of in, to the server behind conn,
+// and writes data to out and errors to errs. It sends and reads at once, so
+// neither side waits for the other to finish. It returns whether all requests
+// were answered, none with an error. progress, if not nil, is told now and then
+// how many were answered so far.
+func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Writer, progress func(n int)) (good bool, err error) {
+	if len(requests) > 0 {
+		in = strings.NewReader(strings.Join(requests, "\n") + "\n")
+	}
+	sent := make(chan sending, 1)
+	go sendLines(conn, in, sent)
+
+	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
+	good = true
+	answered := -1 // our Ack has an answer, too
+	for start := true; ; {
+		if r.Buffered() == 0 {
+			if err := w.Flush(); err != nil {
+				return false, fmt.Errorf("writing the answers: %w", err)
+			}
+		}
+		// A line longer than the buffer comes in parts; its first says what it is.
+		part, err := r.ReadSlice('\n')
+		switch {
+		case err == io.EOF && answered < 0:
+			return false, errSilent
+		case err == io.EOF:
+			return wasAll(sent, answered, good, errs)
+		case err != nil && err != bufio.ErrBufferFull:
+			return false, err
+		}
+		before := answered
+		switch {
+		case answered < 0:
+			if err := checkWelcome(part); err != nil {
+				return false, err
+			}
+			answered++
+		case !start || part[0] != ':':
+			w.Write(part)
+		case bytes.HasPrefix(part, []byte(": ")):
+			w.Write(part[2:])
+		case bytes.HasPrefix(part, []byte(":PONG")):
+			w.Write(part)
+			answered++
+		case bytes.HasPrefix(part, []byte(":ERROR line ")):
+			good = false
+			answered++
+			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
+			n, _ := strconv.Atoi(number)
+			w.Flush()
+			fmt.Fprintf(errs, "line %d:%s", n-1, why) // our Ack was line 1
+		default: // :OK
+			answered++
+		}
+		start = err == nil
+		if progress != nil && answered > before && answered%100_000 == 0 {
+			progress(answered)
+		}
+	}
+}
+
+// checkWelcome tells whether the first line that comes is a kvserver's answer to
+// an Ack.
+func checkWelcome(line []byte) error {
+	if bytes.HasPrefix(line, []byte(":OK ")) {
+		return nil
+	}
+	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
+		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
+	}
+	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+}
+
+// wasAll returns what converse does when so many requests were answered and no
+// more answers come.
+func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool, error) {
+	select {
+	case s := <-sent:
+		switch {
+		case s.requests > answered:
+			return false, errUnanswered
+		case s.err != io.EOF:
+			return false, fmt.Errorf("reading the requests: %w", s.err)
+		}
+		if s.left {
+			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
+		}
+		return good && !s.left, nil
+	default: // not even everything was sent
+		return false, errUnanswered
+	}
+}
+
+// sending is what sendLines has sent.
+type sending struct {
+	lines    int
+	requests int   // lines that are owed an answer: those that are not blank
+	left     bool  // there was more behind a Quit
+	err      error // that ended in, or io.EOF
+}
+
+// fullReader knows whether the last Read filled all the room that it was given: then
+// more is likely to be there.
+type fullReader struct {
+	io.Reader
+	full bool
+}
+
+func (f *fullReader) Read(p []byte) (int, error) {
+	n, err := f.Reader.Read(p)
+	f.full = n == len(p)
+	return n, err
+}
+
+// sendLines sends in to the server until its end or a Quit, flushes whenever in
+// has nothing more to say for now, and then tells what it sent. One goroutine a
+// converse.
+func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
+	input := &fullReader{Reader: in}
+	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(conn, maxWrite)
+	w.WriteString("Ack\n")
+	s := sending{err: io.EOF}
+	for start, more := true, true; more; {
+		if r.Buffered() == 0 && w.Flush() != nil {
+			break
+		}
+		part, err := r.ReadSlice('\n')
+		w.Write(part)
+		ends := len(part) > 0 && part[len(part)-1] == '\n'
+		if start && len(part) > 0 {
+			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
+			s.lines++
+			if line != "" || !ends {
+				s.requests++
+			}
+			if ends && lookUp(line) == quit {
+				s.left, more = r.Buffered() > 0, false
+				if !s.left && input.full { // the buffer ends here by chance
+					w.Flush()
+					_, err := r.Peek(1)
+					s.left = err == nil
+				}
+			}
+		}
+		start = ends
+		if err != nil && err != bufio.ErrBufferFull {
+			s.err, more = err, false
+		}
+	}
+	sent <- s
+	w.Flush()
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
 }

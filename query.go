@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"iter"
 	"strconv"
 	"strings"
 
@@ -21,15 +20,14 @@ type Query struct {
 
 	line   int      // of the client's input, counted from 1
 	values []string // what the run found: a key's list, or the lines of a Help, Stats or Keys
+	bytes  int      // of values, together
 	n      int      // what the run did: the n of ":OK n"
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
 	next *Query
-	bare bool                         // on the head: it comes back without replies, its sender sees to them
-	stop func()                       // of a collect: give the walk up
-	more func() (key string, ok bool) // of a collect: the rest of the walk through the store
-	size int                          // of the reply, in bytes: an upper bound, or 0 if none is owed
+	bare bool // on the head: it comes back without replies, its sender sees to them
+	size int  // of the reply, in bytes: an upper bound, or 0 if none is owed
 }
 
 // queryType says what a Query asks for.
@@ -50,12 +48,14 @@ const (
 	help
 	quit
 
-	collect      // a part of what Keys and Dump need first: the keys
+	collect      // a step of the client's walk, which Keys and Dump begin with
 	pair         // a Get, to be formatted for Dump
 	done         // the end of a Keys or Dump
+	lastWord     // the error that is a client's last line: it is not dropped
 	countActive  // CountActive asks
 	countDropped // CountDropped asks
 	depart       // a goroutine of the client's has ended
+	unshaken     // a TLS handshake failed, for the reason that value says
 
 	queryTypes = iota
 )
@@ -166,6 +166,12 @@ func equalFold(a, b string) bool {
 	return true
 }
 
+// beginsRequest tells whether line begins as one of our requests.
+func beginsRequest(line string) bool {
+	word, _, _ := strings.Cut(line, ":")
+	return lookUp(word) != malformed
+}
+
 // isHTTP tells whether line is the first of an HTTP/1 request (RFC 9112).
 func isHTTP(line string) bool {
 	return strings.HasSuffix(line, " HTTP/1.1") || strings.HasSuffix(line, " HTTP/1.0")
@@ -195,10 +201,12 @@ var dialects = map[string]queryType{
 }
 
 // didYouMean completes "unknown request ..." with the request that line may
-// have been meant to be.
+// have been meant to be. It looks at no more of a line than a hint can show.
 func didYouMean(line string) string {
 	const gap = ": \t"
-	line = strings.Trim(line, gap)
+	const most = 2 * maxQuoted
+	whole := len(line) <= most
+	line = strings.Trim(line[:min(len(line), most)], gap)
 	word, rest := line, ""
 	if i := strings.IndexAny(line, gap); i >= 0 {
 		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
@@ -216,7 +224,7 @@ func didYouMean(line string) string {
 		return "; Help lists the requests"
 	}
 	// Offer the client's own request where its arguments fit and can be shown.
-	if n := strings.Count(verbs[t].form, ":"); n > 0 && t != ping && t != keys {
+	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && t != ping && t != keys {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
 		if t == put && len(args) > n {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
@@ -258,8 +266,7 @@ func (q *Query) run(db kvstore.KVStore) {
 	case get, pair:
 		q.values = db.Get(q.key)
 		q.n = len(q.values)
-	case collect:
-		q.collect(db)
+		q.measure(db)
 	case del:
 		q.n = db.Delete(q.key)
 	case update:
@@ -269,7 +276,32 @@ func (q *Query) run(db kvstore.KVStore) {
 	case help:
 		q.values = helpLines
 		q.n = len(q.values)
+		q.bytes = sum(q.values)
 	}
+}
+
+// fewValues is how many values are measured one by one. Of a longer list the store
+// is asked: to measure a hundred thousand values, only to drop the reply, would
+// make everybody wait.
+const fewValues = 16
+
+// measure sets bytes to what the values take.
+func (q *Query) measure(db kvstore.KVStore) {
+	if len(q.values) > fewValues {
+		if m, ok := db.(kvstore.Measurer); ok {
+			q.bytes = int(m.Measure(q.key))
+			return
+		}
+	}
+	q.bytes = sum(q.values)
+}
+
+// sum returns how many bytes values have together.
+func sum(values []string) (bytes int) {
+	for _, v := range values {
+		bytes += len(v)
+	}
+	return bytes
 }
 
 // memory is about how many bytes more a Put or Update may take.
@@ -279,40 +311,6 @@ func (q *Query) memory() int64 {
 		added = q.newValue
 	}
 	return int64(len(q.key)+len(added)) + memoryPerKey + memoryPerValue
-}
-
-// maxCollect is how many keys one visit to workLoop walks past: others wait for
-// no more than that.
-const maxCollect = 1000
-
-// collect continues the walk through db's keys: values are those of this visit
-// that begin with q.value, more is nil at the end.
-func (q *Query) collect(db kvstore.KVStore) {
-	q.values = nil
-	if q.more == nil {
-		lister, ok := db.(kvstore.Lister)
-		if !ok {
-			q.refuse("this store cannot list its keys")
-			return
-		}
-		q.more, q.stop = iter.Pull(func(yield func(string) bool) {
-			for key := range lister.All() {
-				if !yield(key) {
-					return
-				}
-			}
-		})
-	}
-	for range maxCollect {
-		key, ok := q.more()
-		if !ok {
-			q.more = nil
-			return
-		}
-		if strings.HasPrefix(key, q.value) {
-			q.values = append(q.values, key)
-		}
-	}
 }
 
 // head stands before q's key in each line. The server's own lines have no key.
@@ -332,8 +330,24 @@ func (q *Query) separator() string {
 }
 
 // lineSize is how many bytes appendLine appends, at most.
-func (q *Query) lineSize(value string) int {
-	return len(q.head()) + len(q.key) + len(q.separator()) + len(value) + len("\r\n")
+func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
+
+// lineExtra is how many bytes appendLine appends beside the value, at most.
+func (q *Query) lineExtra() int {
+	return len(q.head()) + len(q.key) + len(q.separator()) + len("\r\n")
+}
+
+// lineEnd ends the line of value.
+func (q *Query) lineEnd(value string) string {
+	if q.queryType == pair && trimCR(value) != value {
+		return "\r\n" // the CR is to be taken off when the line comes back as a request
+	}
+	return "\n"
+}
+
+// parts are what the line for one of q.values consists of.
+func (q *Query) parts(value string) [5]string {
+	return [...]string{q.head(), q.key, q.separator(), value, q.lineEnd(value)}
 }
 
 // appendLine appends the line for one of q.values.
@@ -342,38 +356,45 @@ func (q *Query) appendLine(b []byte, value string) []byte {
 	b = append(b, q.key...)
 	b = append(b, q.separator()...)
 	b = append(b, value...)
-	if q.queryType == pair && trimCR(value) != value {
-		b = append(b, '\r') // to be taken off when the line comes back as a request
-	}
-	return append(b, '\n')
+	return append(b, q.lineEnd(value)...)
 }
 
-// maxNumbers is more bytes than the words and numbers of a reply's last line
-// take, beside the text that it may carry.
-const maxNumbers = 64
+// More bytes than the last line of a reply takes: ":OK n", or the words and numbers
+// beside the text that it carries.
+const (
+	maxOK      = 32
+	maxNumbers = 64
+)
 
-// replySize is how many bytes q's reply takes at most: 0 if it is owed none. The
-// sum stops when it is over most.
-func (q *Query) replySize(acked bool, most int) (size int) {
-	for _, v := range q.values {
-		if size += q.lineSize(v); size > most {
-			return size
-		}
-	}
-	switch {
-	case q.queryType == webRequest:
-		size += len(badRequest)
-	case q.queryType == malformed || q.queryType == ping:
-		size += maxNumbers + len(q.value)
-	case acked && !q.isPart():
-		size += maxNumbers
+// replySize is how many bytes q's reply takes at most: 0 if it is owed none.
+func (q *Query) replySize(acked bool) (size int) {
+	size = q.bytes + len(q.values)*q.lineExtra()
+	if q.hasEnd(acked) {
+		size += q.endSize()
 	}
 	return size
 }
 
-// isPart tells whether q's reply goes on behind it, to end with a done.
-func (q *Query) isPart() bool {
-	return q.queryType == keys || q.queryType == dump || q.queryType == pair
+// hasEnd tells whether q's reply has a last line of its own.
+func (q *Query) hasEnd(acked bool) bool {
+	switch q.queryType {
+	case malformed, webRequest, lastWord, ping, stats, help, done:
+		return true
+	case keys, dump, pair: // it goes on behind it, to end with a done
+		return false
+	}
+	return acked
+}
+
+// endSize is how many bytes appendEnd appends, at most.
+func (q *Query) endSize() int {
+	switch q.queryType {
+	case webRequest:
+		return len(badRequest)
+	case malformed, lastWord, ping:
+		return maxNumbers + len(q.value)
+	}
+	return maxOK
 }
 
 // appendEnd appends the last line of q's reply, if it has one: dropped replies
@@ -382,7 +403,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	switch {
 	case q.queryType == webRequest:
 		return append(b, badRequest...)
-	case q.queryType == malformed:
+	case q.queryType == malformed || q.queryType == lastWord:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
 		b = append(b, ": "...)
@@ -397,7 +418,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 			b = append(b, " dropped "...)
 			b = strconv.AppendInt(b, int64(dropped), 10)
 		}
-	case acked && !q.isPart():
+	case q.hasEnd(acked):
 		b = append(b, ":OK "...)
 		b = strconv.AppendInt(b, int64(q.n), 10)
 	default:

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -12,8 +13,10 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"kvserver/kvstore"
@@ -31,14 +34,27 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
+	// How long workLoop works before it commits and answers. A chain with more to do
+	// goes on later, behind what others sent meanwhile: the short time is for
+	// requests that take long, such as Updates of huge lists.
+	maxTurn     = 5 * time.Millisecond
+	maxSlowTurn = time.Millisecond / 2
+
+	maxStride = 16 // requests between two looks at the clock, where they are short
+
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
 	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
 	defaultWriteTimeout = 5 * time.Minute
-	spareFiles          = 32 // of the process's limit, for everything but clients: the log, a compaction, those who watch
-	maxTurnedAway       = 8  // of these, connections over maxClients that get time to hear so
+	defaultMaxQueues    = 1 << 30 // bytes
+	spareFiles          = 32      // of the process's limit, for everything but clients: the log, a compaction
+	maxTurnedAway       = 8       // of these, connections over maxClients that get time to hear so
+	maxHandshakes       = 1000    // TLS handshakes under way; fewer where files are few
+	maxWatchers         = 16      // HTTP connections; one more takes the place of the oldest
+
+	seldomTime = time.Minute // between two lines of log about what may happen a thousand times a second
 
 	// What the store takes beside the bytes of keys and values: map, string
 	// headers and spare room, measured with a million keys of one value.
@@ -65,17 +81,18 @@ type keyValueServer struct {
 	// Read-only once started.
 	listener     net.Listener
 	maxLine      int // bytes of a request line, its end not counted
-	maxMessage   int // the constant, but for tests
 	maxClients   int
 	maxMemory    int64         // bytes as memoryUsed counts them; 0: no limit
-	writeTimeout time.Duration // for a client to accept what is written; 0: for ever
+	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
+	tls          *tls.Config   // nil: plain TCP
 	version      string
 	log          *slog.Logger
 	started      time.Time
 
 	// Channels.
 	queries     chan *Query   // readers, departing goroutines and API calls to workLoop; never closed; room for some, so that a sender seldom waits for workLoop to be scheduled
-	connections chan net.Conn // acceptClient, which closes it when it ends, to workLoop
+	connections chan net.Conn // acceptClient, or shakeHands, to workLoop; acceptClient closes it when both have ended
+	handshakes  chan struct{} // one slot for each TLS handshake under way
 	countActive chan int      // workLoop to CountActive and CountDropped: their turn admits one asker, so its one slot is free and workLoop never waits
 	closeSignal chan struct{} // closed by Close: acceptClient ends, workLoop winds up
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
@@ -86,19 +103,82 @@ type keyValueServer struct {
 	running bool // acceptClient and workLoop were started
 	closed  bool // Close was called
 
+	closeBy time.Time // by which the last reply must be written; set before closeSignal is closed, read after that
+
+	outboxes // what the clients' outboxes count together
+
 	// Owned by workLoop.
 	clients  []*Client
 	db       kvstore.KVStore
-	batch    []*Query  // chains that have run and wait for Commit
-	turned   int       // connections that are being turned away
-	fullSaid time.Time // when the log was last told that clients are turned away
-	broken   bool      // Commit failed: nothing runs any more
-	closing  bool      // closeSignal was seen
-	welcomed int       // clients so far
-	left     int       // of these, gone
-	most     int       // clients at once, since there was none
-	dropped  int       // replies that slow readers lost
+	batch    []*Query // chains that have run and wait for Commit
+	begun    []begun  // chains whose turn ended before they did
+	clock    turn
+	turned   int    // connections that are being turned away
+	full     seldom // turning clients away
+	unshaken seldom // handshakes that failed
+	broken   bool   // Commit failed: nothing runs any more
+	closing  bool   // closeSignal was seen
+	welcomed int    // clients so far
+	left     int    // of these, gone
+	most     int    // clients at once, since there was none
 	requests [queryTypes]int
+}
+
+// begun is a chain of which a part has run.
+type begun struct{ chain, next *Query }
+
+// seldom is something that may happen a thousand times a second, and is worth a
+// line of log a minute.
+type seldom struct {
+	said time.Time
+	n    int // times since then
+}
+
+// happened counts one time more. It returns how many there were when that is
+// due to be said, and 0 otherwise.
+func (s *seldom) happened() (n int) {
+	s.n++
+	now := time.Now()
+	if now.Sub(s.said) < seldomTime {
+		return 0
+	}
+	n, s.said, s.n = s.n, now, 0
+	return n
+}
+
+// turn is the time for which workLoop works before it commits and answers. It
+// looks at the clock after every few requests; after each one where they take long.
+type turn struct {
+	began, looked time.Time
+	stride, left  int // requests from one look to the next, and until then
+	over          bool
+}
+
+// begin begins a turn.
+func (t *turn) begin() {
+	t.began = time.Now()
+	t.looked, t.over = t.began, false
+	t.left = max(t.stride, 1)
+}
+
+// spend notes that a request has run. It returns whether the turn is over.
+func (t *turn) spend() bool {
+	if t.left--; t.left > 0 {
+		return t.over
+	}
+	now := time.Now()
+	if now.Sub(t.looked) > maxSlowTurn/2 {
+		t.stride = 1
+	} else {
+		t.stride = min(2*max(t.stride, 1), maxStride)
+	}
+	limit := maxTurn
+	if t.stride < maxStride {
+		limit = maxSlowTurn
+	}
+	t.looked, t.left = now, t.stride
+	t.over = now.Sub(t.began) > limit
+	return t.over
 }
 
 // New returns a server of db, which is its own from Start to Close. It logs
@@ -107,7 +187,6 @@ func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:           db,
 		maxLine:      defaultMaxLine,
-		maxMessage:   maxMessage,
 		maxClients:   defaultMaxClients,
 		writeTimeout: defaultWriteTimeout,
 		version:      "unknown",
@@ -119,6 +198,12 @@ func New(db kvstore.KVStore) *keyValueServer {
 		ended:        make(chan struct{}),
 		failed:       make(chan error, 1),
 		turn:         make(chan struct{}, 1),
+		handshakes:   make(chan struct{}, maxHandshakes),
+		outboxes: outboxes{
+			maxMessage: maxMessage,
+			limit:      defaultMaxQueues,
+			cores:      make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
+		},
 	}
 	s.turn <- struct{}{}
 	return s
@@ -197,7 +282,7 @@ func (s *keyValueServer) Failed() <-chan error { return s.failed }
 func (s *keyValueServer) Close() {
 	<-s.turn
 	if !s.closed {
-		s.closed = true
+		s.closed, s.closeBy = true, time.Now().Add(closeTime)
 		close(s.closeSignal)
 		if s.running {
 			s.listener.Close()
@@ -210,20 +295,25 @@ func (s *keyValueServer) Close() {
 	}
 }
 
-func (s *keyValueServer) isClosing() bool {
+func (s *keyValueServer) isClosing() bool { return isClosed(s.closeSignal) }
+
+// isClosed tells whether signal, on which nothing is sent, is closed.
+func isClosed(signal <-chan struct{}) bool {
 	select {
-	case <-s.closeSignal:
+	case <-signal:
 		return true
 	default:
 		return false
 	}
 }
 
-// acceptClient hands every connection over to workLoop. It runs until Close
-// closes the listener. Any other error, such as running out of file
-// descriptors, may pass: it waits a little longer each time and tries again.
+// acceptClient hands every connection over to workLoop: under TLS, shakeHands does
+// so once the handshake has ended. It runs until Close closes the listener. Any
+// other error, such as running out of file descriptors, may pass: it waits a
+// little longer each time and tries again.
 func (s *keyValueServer) acceptClient() {
-	defer close(s.connections)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer s.endAccepting(cancel)
 	wait := time.Duration(0)
 	for {
 		conn, err := s.listener.Accept()
@@ -232,7 +322,7 @@ func (s *keyValueServer) acceptClient() {
 				s.log.Info("accepting connections again")
 				wait = 0
 			}
-			s.connections <- conn
+			s.receive(ctx, conn)
 			continue
 		}
 		if wait == 0 && !s.isClosing() {
@@ -247,6 +337,51 @@ func (s *keyValueServer) acceptClient() {
 	}
 }
 
+// receive makes conn a client's, at once or after a TLS handshake. With too many of
+// these under way it waits for one to end.
+func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetWriteBuffer(sendBuffer)
+	}
+	paced := &pacedConn{Conn: conn, server: s}
+	if s.tls == nil {
+		s.connections <- paced
+		return
+	}
+	select {
+	case s.handshakes <- struct{}{}:
+		go s.shakeHands(ctx, paced)
+	case <-s.closeSignal:
+		conn.Close()
+	}
+}
+
+// shakeHands begins TLS on conn and hands it over to workLoop. One goroutine for
+// each new connection, for at most handshakeTime, so that a client that does not
+// go on delays nobody, and is not yet one.
+func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
+	defer func() { <-s.handshakes }()
+	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	outer := tls.Server(conn, s.tls)
+	if err := outer.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		s.queries <- &Query{queryType: unshaken, key: fmt.Sprint(conn.RemoteAddr()), value: err.Error()}
+		return
+	}
+	s.connections <- outer
+}
+
+// endAccepting ends the handshakes under way, waits for them, and tells workLoop
+// that nobody comes any more.
+func (s *keyValueServer) endAccepting(cancel func()) {
+	cancel()
+	for range cap(s.handshakes) {
+		s.handshakes <- struct{}{} // free once the handshake that had it has ended
+	}
+	close(s.connections)
+}
+
 // workLoop owns the store and the clients: whatever is done to them is done
 // here, in the one order that everybody sees. It never waits for a client: its
 // sends all have a free slot. It runs until Close, then until the last client
@@ -254,7 +389,13 @@ func (s *keyValueServer) acceptClient() {
 func (s *keyValueServer) workLoop() {
 	defer close(s.ended)
 	connections, closeSignal := s.connections, s.closeSignal
+	always := make(chan struct{}) // always ready
+	close(always)
 	for connections != nil || len(s.clients) > 0 || s.turned > 0 {
+		var goOn chan struct{} // nil: no chain waits for its next turn
+		if len(s.begun) > 0 {
+			goOn = always
+		}
 		select {
 		case conn, open := <-connections:
 			if !open {
@@ -265,12 +406,14 @@ func (s *keyValueServer) workLoop() {
 			}
 		case q := <-s.queries:
 			s.work(q)
+		case <-goOn:
+			s.goOn()
 		case <-closeSignal:
 			closeSignal = nil
 			s.hangUp()
 		}
 	}
-	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(), "replies_dropped", s.dropped)
+	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(), "replies_dropped", s.dropped.Load())
 }
 
 // welcome makes a client of conn.
@@ -282,9 +425,6 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 	if len(s.clients) >= s.maxClients {
 		s.turnAway(conn)
 		return
-	}
-	if tcp, ok := underTLS(conn).(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
 	}
 	s.welcomed++
 	c := newClient(s.welcomed, conn, s)
@@ -298,9 +438,8 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 // alone: such a client is in nobody's list. When many come at once some are
 // closed without the time to take the message in.
 func (s *keyValueServer) turnAway(conn net.Conn) {
-	if now := time.Now(); now.Sub(s.fullSaid) >= time.Minute {
-		s.fullSaid = now
-		s.log.Warn("turning clients away", "limit", s.maxClients)
+	if n := s.full.happened(); n > 0 {
+		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
@@ -312,8 +451,10 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 		return
 	}
 	s.turned++
-	conn.SetDeadline(time.Now().Add(closeTime)) // so that Close need not know of it
 	c := newClient(0, conn, s)
+	if paced, ok := underTLS(conn).(*pacedConn); ok {
+		paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
+	}
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
 	c.buffer <- full
@@ -331,6 +472,7 @@ func underTLS(conn net.Conn) net.Conn {
 
 // work runs q and what else is waiting, commits it all at once, then answers.
 func (s *keyValueServer) work(q *Query) {
+	s.clock.begin()
 	for yields := 0; q != nil; q = s.waiting() {
 		switch q.queryType {
 		case countActive:
@@ -339,20 +481,24 @@ func (s *keyValueServer) work(q *Query) {
 			s.countActive <- s.left
 		case depart:
 			s.leave(q.client)
+		case unshaken:
+			if n := s.unshaken.happened(); n > 0 {
+				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key, "reason", q.value)
+			}
 		default:
-			s.run(q)
+			s.begin(q)
 		}
-		for ; yields < maxYields && len(s.queries) == 0; yields++ {
+		for ; yields < maxYields && len(s.queries) == 0 && !s.clock.over; yields++ {
 			runtime.Gosched()
 		}
 	}
 	s.commit()
 }
 
-// waiting returns the next query in the queue, or nil if there is none or the
-// batch is full.
+// waiting returns the next query in the queue, or nil if there is none, the batch
+// is full, or it is time to commit.
 func (s *keyValueServer) waiting() *Query {
-	if len(s.batch) == maxBatch {
+	if len(s.batch) == maxBatch || s.clock.over {
 		return nil
 	}
 	select {
@@ -363,33 +509,61 @@ func (s *keyValueServer) waiting() *Query {
 	}
 }
 
-// run runs chain, which waits in batch for its Commit.
-func (s *keyValueServer) run(chain *Query) {
-	s.batch = append(s.batch, chain)
+// begin begins to run chain.
+func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
 	if c.buffer == nil && !chain.bare {
 		c.buffer = make(chan []byte, maxBufferSize)
 		c.alive++
 		go c.writeToClient()
 	}
-	s.dropped += c.droppedTotal - c.reported
-	c.reported = c.droppedTotal
-	if s.broken {
-		return
+	s.run(chain, chain)
+}
+
+// goOn gives a chain that has begun, and waited longest, another turn.
+func (s *keyValueServer) goOn() {
+	b := s.begun[0]
+	s.begun[0] = begun{}
+	s.begun = s.begun[1:]
+	s.clock.begin()
+	s.run(b.chain, b.next)
+	s.commit()
+}
+
+// run runs chain from q on, until its end or that of its turn. A chain that has
+// run waits in batch for its Commit.
+func (s *keyValueServer) run(chain, q *Query) {
+	for q != nil && !s.broken {
+		s.do(q)
+		q = q.next
+		if s.clock.spend() && q != nil {
+			s.begun = append(s.begun, begun{chain, q})
+			return
+		}
 	}
-	for q := chain; q != nil; q = q.next {
-		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
-			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+	s.batch = append(s.batch, chain)
+}
+
+// do runs one query.
+func (s *keyValueServer) do(q *Query) {
+	if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
+		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+	}
+	if q.queryType <= quit && !q.bare {
+		s.requests[q.queryType]++
+	}
+	switch q.queryType {
+	case stats:
+		q.values = s.stats()
+		q.n, q.bytes = len(q.values), sum(q.values)
+	case collect:
+		w := q.client.walk
+		if q.client.isClosed() || s.closing && w.passed > maxCollect {
+			w.end()
 		}
-		if !chain.bare {
-			s.requests[q.queryType]++
-		}
-		if q.queryType == stats {
-			q.values = s.stats()
-			q.n = len(q.values)
-		} else {
-			q.run(s.db)
-		}
+		w.step(s.db)
+	default:
+		q.run(s.db)
 	}
 }
 
@@ -403,7 +577,7 @@ func (s *keyValueServer) memoryUsed() int64 {
 	return bytes + int64(keys)*memoryPerKey + int64(values)*memoryPerValue
 }
 
-// commit makes what batch did durable, then answers. After a failure nobody may
+// commit makes what the batch did durable, then answers. After a failure nobody may
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
 	if len(s.batch) > 0 && !s.broken {
@@ -449,9 +623,12 @@ func (s *keyValueServer) leave(c *Client) {
 		s.most = 0
 		go debug.FreeOSMemory() // the collector alone would take minutes to give back what a crowd took
 	}
-	s.dropped += c.droppedTotal - c.reported
+	c.walk.end()
 	level, reason := slog.LevelDebug, c.reason
-	if c.broken != nil { // then that is why reading ended
+	switch { // then that is why reading ended
+	case c.cut != "":
+		level, reason = slog.LevelWarn, c.cut
+	case c.broken != nil:
 		reason = c.broken.Error()
 	}
 	if c.droppedTotal > 0 {
@@ -470,8 +647,7 @@ func (s *keyValueServer) hangUp() {
 	s.log.Info("stopping", "clients", len(s.clients))
 	now := time.Now()
 	for _, c := range s.clients {
-		c.connection.SetReadDeadline(now)
-		c.connection.SetWriteDeadline(now.Add(closeTime))
+		c.connection.SetReadDeadline(now) // pacedConn sees to writing
 	}
 }
 
@@ -489,7 +665,8 @@ func (s *keyValueServer) stats() []string {
 	}
 	lines = append(lines,
 		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
-		fmt.Sprint("replies_dropped_total ", s.dropped))
+		fmt.Sprint("replies_dropped_total ", s.dropped.Load()),
+		fmt.Sprint("queued_bytes ", s.queued.Load()))
 	if db, ok := s.db.(kvstore.Sizer); ok {
 		keys, values, bytes := db.Size()
 		lines = append(lines,
@@ -510,12 +687,24 @@ func (s *keyValueServer) total() (n int) {
 }
 
 // statsNow returns the lines of Stats for somebody without a connection, or nil
-// when the server does not run.
-func (s *keyValueServer) statsNow() []string {
+// when the server does not run, or does not answer before ctx ends.
+func (s *keyValueServer) statsNow(ctx context.Context) []string {
+	select {
+	case <-s.turn:
+	case <-ctx.Done():
+		return nil
+	}
+	running := s.running
+	s.turn <- struct{}{}
+	if !running {
+		return nil
+	}
 	asker := &Client{done: make(chan *Query, 1)}
 	select {
 	case s.queries <- &Query{queryType: stats, client: asker, bare: true}:
 	case <-s.ended:
+		return nil
+	case <-ctx.Done():
 		return nil
 	}
 	select {
@@ -526,15 +715,35 @@ func (s *keyValueServer) statsNow() []string {
 		return q.values
 	case <-s.ended:
 		return nil
+	case <-ctx.Done():
+		return nil
 	}
+}
+
+// ---- watching: HTTP
+
+const (
+	watchTime   = 2 * time.Second  // for workLoop to answer who watches
+	requestTime = 5 * time.Second  // for an HTTP request to come
+	profileTime = 60 * time.Second // for a profile or a trace, and so for any HTTP response
+)
+
+// statsFor is statsNow for an HTTP request. If there is no answer it says so there.
+func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []string {
+	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
+	defer cancel()
+	lines := s.statsNow(ctx)
+	if lines == nil {
+		http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
+	}
+	return lines
 }
 
 // metrics writes Stats and some of the Go runtime's numbers in the text format
 // of Prometheus.
-func (s *keyValueServer) metrics(w http.ResponseWriter, _ *http.Request) {
-	lines := s.statsNow()
+func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
+	lines := s.statsFor(w, r)
 	if lines == nil {
-		http.Error(w, "the server does not answer any more", http.StatusServiceUnavailable)
 		return
 	}
 	samples := []metrics.Sample{
@@ -562,25 +771,106 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, _ *http.Request) {
 	}
 }
 
-// watch serves numbers, health and profiles over HTTP.
-func (s *keyValueServer) watch(listener net.Listener) *http.Server {
+// watch serves numbers, health and profiles over HTTP. host is the name that
+// requests may be for, beside addresses and localhost.
+func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.metrics)
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if s.statsNow() == nil {
-			http.Error(w, "the server does not answer any more", http.StatusServiceUnavailable)
-			return
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
+		if s.statsFor(w, r) != nil {
+			io.WriteString(w, "ok\n")
 		}
-		io.WriteString(w, "ok\n")
 	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n") })
-	mux.HandleFunc("/debug/pprof/", pprof.Index)
-	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
-	go server.Serve(listener)
+	profiles := http.NewServeMux()
+	profiles.HandleFunc("/debug/pprof/", pprof.Index)
+	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.Handle("/debug/pprof/", oneAtATime(profiles))
+	server := &http.Server{
+		Handler:      onlyFor(host, mux),
+		ReadTimeout:  requestTime,
+		WriteTimeout: profileTime + time.Second, // pprof refuses what takes as long
+		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
+	go server.Serve(&fewConns{Listener: listener})
 	return server
+}
+
+// onlyFor lets only requests through whose Host is an address, localhost or host: a
+// web page elsewhere may give its own name our address, and then the browser lets
+// it read what we answer (DNS rebinding).
+func onlyFor(host string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			name = r.Host
+		}
+		name = strings.Trim(name, "[]")
+		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") && !strings.EqualFold(name, host) {
+			http.Error(w, fmt.Sprintf("this is not %.100q: ask for an address or localhost, or give the name in -http", name), http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// oneAtATime refuses a request while another is under way. After each it rests as
+// long as that took, but at most a second: some profiles stop the whole process.
+func oneAtATime(next http.Handler) http.Handler {
+	free := make(chan struct{}, 1)
+	free <- struct{}{}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-free:
+		default:
+			http.Error(w, "another profile is being taken: try again when it is done", http.StatusServiceUnavailable)
+			return
+		}
+		began := time.Now()
+		defer func() {
+			time.AfterFunc(min(time.Since(began), time.Second), func() { free <- struct{}{} })
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// fewConns is a listener with at most maxWatchers connections: one more takes the
+// place of the oldest, so that silent ones keep nobody out.
+type fewConns struct {
+	net.Listener
+	open []*watcher // owned by Accept, which http.Server calls on one goroutine; the oldest first
+}
+
+// watcher is a connection that says when it is closed.
+type watcher struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+// Accept waits for a connection.
+func (f *fewConns) Accept() (net.Conn, error) {
+	conn, err := f.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	f.open = slices.DeleteFunc(f.open, func(w *watcher) bool { return isClosed(w.closed) })
+	if len(f.open) == maxWatchers {
+		f.open[0].Close()
+		f.open = slices.Delete(f.open, 0, 1)
+	}
+	w := &watcher{Conn: conn, closed: make(chan struct{})}
+	f.open = append(f.open, w)
+	return w, nil
+}
+
+// Close closes the connection.
+func (w *watcher) Close() error {
+	w.once.Do(func() { close(w.closed) })
+	return w.Conn.Close()
 }
 
 // listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive

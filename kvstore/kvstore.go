@@ -42,6 +42,13 @@ type Sizer interface {
 	Size() (keys, values int, bytes int64)
 }
 
+// Measurer is a KVStore that knows how large its lists are.
+type Measurer interface {
+	// Measure returns how many bytes key's values have together. It does not walk
+	// through them.
+	Measure(key string) (bytes int64)
+}
+
 // Lister is a KVStore that can walk through what it holds.
 type Lister interface {
 	// All yields every key with its list, in no particular order. The lists may

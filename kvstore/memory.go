@@ -123,6 +123,17 @@ func (m *Memory) Size() (keys, values int, bytes int64) {
 	return len(m.one) + len(m.many), m.values, m.bytes
 }
 
+// Measure returns how many bytes key's values have together.
+func (m *Memory) Measure(key string) (bytes int64) {
+	if first := m.one[key]; first != nil {
+		return int64(len(first[0]))
+	}
+	if l := m.long(key); l != nil {
+		return l.bytes
+	}
+	return 0
+}
+
 // All yields every key with its list.
 func (m *Memory) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
