@@ -265,8 +265,11 @@ func (q *Query) run(db kvstore.KVStore) {
 		q.n = 1
 	case get, pair:
 		q.values = db.Get(q.key)
-		q.n = len(q.values)
-		q.measure(db)
+		if q.n = len(q.values); q.n <= fewValues {
+			q.bytes = sum(q.values)
+		} else {
+			q.measure(db)
+		}
 	case del:
 		q.n = db.Delete(q.key)
 	case update:
@@ -287,13 +290,11 @@ const fewValues = 16
 
 // measure sets bytes to what the values take.
 func (q *Query) measure(db kvstore.KVStore) {
-	if len(q.values) > fewValues {
-		if m, ok := db.(kvstore.Measurer); ok {
-			q.bytes = int(m.Measure(q.key))
-			return
-		}
+	if m, ok := db.(kvstore.Measurer); ok {
+		q.bytes = int(m.Measure(q.key))
+	} else {
+		q.bytes = sum(q.values)
 	}
-	q.bytes = sum(q.values)
 }
 
 // sum returns how many bytes values have together.
@@ -333,9 +334,7 @@ func (q *Query) separator() string {
 func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
 
 // lineExtra is how many bytes appendLine appends beside the value, at most.
-func (q *Query) lineExtra() int {
-	return len(q.head()) + len(q.key) + len(q.separator()) + len("\r\n")
-}
+func (q *Query) lineExtra() int { return len(q.key) + len(": Put:") + len(":") + len("\r\n") }
 
 // lineEnd ends the line of value.
 func (q *Query) lineEnd(value string) string {
@@ -352,11 +351,16 @@ func (q *Query) parts(value string) [5]string {
 
 // appendLine appends the line for one of q.values.
 func (q *Query) appendLine(b []byte, value string) []byte {
-	b = append(b, q.head()...)
+	if q.queryType != get { // almost every line is a Get's
+		for _, text := range q.parts(value) {
+			b = append(b, text...)
+		}
+		return b
+	}
 	b = append(b, q.key...)
-	b = append(b, q.separator()...)
+	b = append(b, ':')
 	b = append(b, value...)
-	return append(b, q.lineEnd(value)...)
+	return append(b, '\n')
 }
 
 // More bytes than the last line of a reply takes: ":OK n", or the words and numbers
@@ -369,7 +373,7 @@ const (
 // replySize is how many bytes q's reply takes at most: 0 if it is owed none.
 func (q *Query) replySize(acked bool) (size int) {
 	size = q.bytes + len(q.values)*q.lineExtra()
-	if q.hasEnd(acked) {
+	if (acked || q.queryType != get) && q.hasEnd(acked) {
 		size += q.endSize()
 	}
 	return size

@@ -40,7 +40,10 @@ const (
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
 
-	maxStride = 16 // requests between two looks at the clock, where they are short
+	// Requests between two looks at the clock, where they are short. An Update counts
+	// as several: it may have a long list to search.
+	maxStride    = 64
+	updateStride = 4
 
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
@@ -161,11 +164,14 @@ func (t *turn) begin() {
 	t.left = max(t.stride, 1)
 }
 
-// spend notes that a request has run. It returns whether the turn is over.
-func (t *turn) spend() bool {
-	if t.left--; t.left > 0 {
-		return t.over
-	}
+// spend notes that so many requests have run. It returns whether the turn is over.
+func (t *turn) spend(n int) bool {
+	t.left -= n
+	return t.left <= 0 && t.look()
+}
+
+// look looks at the clock. It returns whether the turn is over.
+func (t *turn) look() bool {
 	now := time.Now()
 	if now.Sub(t.looked) > maxSlowTurn/2 {
 		t.stride = 1
@@ -534,9 +540,27 @@ func (s *keyValueServer) goOn() {
 // run waits in batch for its Commit.
 func (s *keyValueServer) run(chain, q *Query) {
 	for q != nil && !s.broken {
-		s.do(q)
+		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
+			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		}
+		if !chain.bare {
+			s.requests[q.queryType]++
+		}
+		switch q.queryType {
+		case stats:
+			q.values = s.stats()
+			q.n, q.bytes = len(q.values), sum(q.values)
+		case collect:
+			s.step(q.client)
+		default:
+			q.run(s.db)
+		}
+		n := 1
+		if q.queryType == update {
+			n = updateStride
+		}
 		q = q.next
-		if s.clock.spend() && q != nil {
+		if s.clock.spend(n) && q != nil {
 			s.begun = append(s.begun, begun{chain, q})
 			return
 		}
@@ -544,27 +568,12 @@ func (s *keyValueServer) run(chain, q *Query) {
 	s.batch = append(s.batch, chain)
 }
 
-// do runs one query.
-func (s *keyValueServer) do(q *Query) {
-	if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
-		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+// step takes c's walk further, or ends it where it is of no use any more.
+func (s *keyValueServer) step(c *Client) {
+	if c.isClosed() || s.closing && c.walk.passed > maxCollect {
+		c.walk.end()
 	}
-	if q.queryType <= quit && !q.bare {
-		s.requests[q.queryType]++
-	}
-	switch q.queryType {
-	case stats:
-		q.values = s.stats()
-		q.n, q.bytes = len(q.values), sum(q.values)
-	case collect:
-		w := q.client.walk
-		if q.client.isClosed() || s.closing && w.passed > maxCollect {
-			w.end()
-		}
-		w.step(s.db)
-	default:
-		q.run(s.db)
-	}
+	c.walk.step(s.db)
 }
 
 // memoryUsed is about how many bytes the store takes: 0 if it cannot say.
