@@ -526,7 +526,8 @@ func (s *keyValueServer) begin(chain *Query) {
 	s.run(chain, chain)
 }
 
-// goOn gives a chain that has begun, and waited longest, another turn.
+// goOn gives a chain that has begun, and waited longest, another turn. What came
+// meanwhile is next.
 func (s *keyValueServer) goOn() {
 	b := s.begun[0]
 	s.begun[0] = begun{}
@@ -534,6 +535,11 @@ func (s *keyValueServer) goOn() {
 	s.clock.begin()
 	s.run(b.chain, b.next)
 	s.commit()
+	s.clock.over = false
+	runtime.Gosched() // for the readers that have something new, and the writers
+	if q := s.waiting(); q != nil {
+		s.work(q)
+	}
 }
 
 // run runs chain from q on, until its end or that of its turn. A chain that has
@@ -780,9 +786,22 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// watch serves numbers, health and profiles over HTTP. host is the name that
-// requests may be for, beside addresses and localhost.
+// watch serves numbers, health and profiles over HTTP.
 func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server {
+	server := &http.Server{
+		Handler:      s.watchHandler(host),
+		ReadTimeout:  requestTime,
+		WriteTimeout: profileTime + time.Second, // pprof refuses what takes as long
+		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
+	go server.Serve(&fewConns{Listener: listener})
+	return server
+}
+
+// watchHandler answers what watch serves. host is the name that requests may be
+// for, beside addresses and localhost.
+func (s *keyValueServer) watchHandler(host string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
@@ -797,15 +816,7 @@ func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server 
 	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	mux.Handle("/debug/pprof/", oneAtATime(profiles))
-	server := &http.Server{
-		Handler:      onlyFor(host, mux),
-		ReadTimeout:  requestTime,
-		WriteTimeout: profileTime + time.Second, // pprof refuses what takes as long
-		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-	}
-	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
-	go server.Serve(&fewConns{Listener: listener})
-	return server
+	return onlyFor(host, mux)
 }
 
 // onlyFor lets only requests through whose Host is an address, localhost or host: a

@@ -580,6 +580,256 @@ func TestSteadyReaderLosesNothing(t *testing.T) {
 	}
 }
 
+// Ensure that clients which do not read for some seconds get what the queue keeps
+// for them, and the others everything, as Project 0's own tests want it: six
+// clients on one goroutine, four of them slow, Gets of lists of large values.
+func TestProject0SlowReaders(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, slow, gets, values = 6, 4, 1900, 3
+		value := strings.Repeat("v", 4096)
+		n.fill("list", value, values)
+		var all []*testClient
+		for range clients {
+			all = append(all, n.dial(t))
+		}
+		lines := make(chan int, clients)
+		for i, c := range all {
+			go func() {
+				if i < slow {
+					<-time.After(5 * time.Second)
+				}
+				c.conn.SetReadDeadline(time.Now().Add(time.Minute)) // and then nothing comes any more
+				got := 0
+				for {
+					line, err := c.r.ReadString('\n')
+					if err != nil {
+						break
+					}
+					if line != "list:"+value+"\n" {
+						t.Errorf("client %d got %.40q", i, line)
+					}
+					got++
+				}
+				lines <- i*10*gets*values + got
+			}()
+		}
+		for range gets {
+			for _, c := range all {
+				c.send("Get:list\n")
+				synctest.Wait()
+			}
+		}
+		for range clients {
+			got := <-lines
+			i, got := got/(10*gets*values), got%(10*gets*values)
+			switch {
+			case i >= slow && got != gets*values:
+				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
+			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, and not all", i, got, gets*values, maxBufferSize)
+			}
+		}
+		for _, c := range all {
+			c.conn.Close()
+		}
+	})
+}
+
+// Ensure that who lost replies, and does not ask with Ping, is told in the last
+// line: at a half-close and at a Quit, and once.
+func TestLossIsToldAtTheEnd(t *testing.T) {
+	for end, want := range map[string]string{
+		"":                    ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
+		"Quit\n":              ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
+		"Ack\nQuit\n":         ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
+		"Ping\n":              ":PONG dropped %[1]d\n",
+		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fill("big", strings.Repeat("v", 1200), 1)
+			n.fill("k", "v", 1)
+			a, other := n.dial(t), n.dial(t)
+			const gets = 2000
+			go a.send(strings.Repeat("Get:big\n", gets))
+			pass(2 * seenSlow)
+			dropped := other.stat("replies_dropped_total")
+			got := 0
+			for ; got < gets-dropped; got++ {
+				a.read()
+			}
+			go a.sendAll(end)
+			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1, gets+2); rest != want || dropped == 0 {
+				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
+			}
+			a.conn.Close()
+			other.hangUp()
+		})
+	}
+}
+
+// Ensure that a dropped reply is counted at once, not with its client's next
+// request.
+func TestDropsAreCountedAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 1200), 1)
+		n.fill("huge", strings.Repeat("v", 1200), 4000)
+		a, other := n.dial(t), n.dial(t)
+		const gets = 1000
+		go a.send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
+		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
+		dropped := other.stat("replies_dropped_total")
+		delivered := a.count("k:")
+		if delivered+dropped != gets+1 || dropped == 0 {
+			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped, gets+1)
+		}
+		a.hangUp()
+		other.hangUp()
+	})
+}
+
+// Ensure that all queues together stay below their limit: clients that take
+// nothing lose replies, or after Ack their connection, and others lose nothing.
+func TestMaxQueues(t *testing.T) {
+	var log bytes.Buffer
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 7*kilo)
+		n.fill("k", value, 1)
+		const limit = 1 << 20
+		n.server.outboxes.limit = limit
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		var slow []*testClient
+		for i := range 10 { // each could queue 3.5 MB
+			c := n.dial(t)
+			if i%2 == 0 {
+				c.ask("Ack", ":OK 0")
+			}
+			go c.sendSome(strings.Repeat("Get:k\n", 600))
+			slow = append(slow, c)
+		}
+		honest := n.dial(t)
+		for range 100 {
+			pass(seenSlow / 20)
+			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
+			if got := honest.count("k:"); got != 100 {
+				t.Fatalf("a client that reads got %d replies of 100", got)
+			}
+			if queued := honest.stat("queued_bytes"); queued > limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
+				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
+			}
+		}
+		for i, c := range slow {
+			if i%2 != 0 {
+				c.send("Ping\n")
+				if got := c.count("k:"); got == 0 || got == 600 {
+					t.Errorf("a slow reader got %d replies, want some", got)
+				}
+			}
+			c.conn.Close()
+		}
+		synctest.Wait()
+		if queued := honest.stat("queued_bytes"); queued != 0 {
+			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
+		}
+		honest.hangUp()
+	})
+	if got := strings.Count(log.String(), "(-max-queues)"); got == 0 || got > 5 {
+		t.Errorf("%d clients were cut, says the log, want some of 5:\n%s", got, &log)
+	}
+}
+
+// Ensure that a steady reader of a real socket loses nothing while it pipelines,
+// in whatever pieces it reads: there receive windows open late, and in lumps.
+func TestSteadyReaderOnRealSocket(t *testing.T) {
+	t.Parallel()
+	const size, gets = kilo, 12 * kilo
+	addr := serveTCP(t)
+	fill := dialTCP(t, addr)
+	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
+	fill.ask("Put:"+reply+"\nPing", ":PONG")
+	fill.hangUp()
+	var wg sync.WaitGroup
+	for _, p := range []struct {
+		piece int
+		every time.Duration
+	}{{30 * kilo, 100 * time.Millisecond}, {150 * kilo, 500 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}} {
+		wg.Go(func() {
+			a := dialTCP(t, addr)
+			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+			ticks := time.NewTicker(p.every)
+			defer ticks.Stop()
+			for passed := time.Duration(0); passed < 5*time.Second; passed += p.every {
+				<-ticks.C
+				io.CopyN(io.Discard, a.r, int64(p.piece))
+			}
+			last := ""
+			for !strings.HasPrefix(last, ":") {
+				last = a.read()
+			}
+			if last != ":PONG end" {
+				t.Errorf("%d bytes every %v: %q", p.piece, p.every, last)
+			}
+			a.hangUp()
+		})
+	}
+	wg.Wait()
+}
+
+// Ensure that a pause of the whole server is not taken for one of its clients.
+func TestPausedServerDropsNothing(t *testing.T) {
+	t.Parallel()
+	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+	go io.Copy(io.Discard, log)
+	a := dialTCP(t, addr)
+	const gets = 20 * kilo
+	reply := "k:" + strings.Repeat("v", 16*kilo)
+	a.ask("Put:"+reply+"\nPing", ":PONG")
+	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+	for i := range gets {
+		switch i {
+		case gets / 4, gets / 2:
+			cmd.Process.Signal(syscall.SIGSTOP)
+			time.AfterFunc(slowAfter+slowAfter/2, func() { cmd.Process.Signal(syscall.SIGCONT) })
+		}
+		if line := a.read(); line != reply {
+			t.Fatalf("reply %d is %.40q", i, line)
+		}
+	}
+	a.want(":PONG end")
+	a.hangUp()
+}
+
+// Ensure that a Write which is looked at late, for nothing ran meanwhile, does not
+// make its client slow.
+func TestLateTicksAreNotTheClients(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.wrap = func(conn net.Conn) net.Conn { return lateConn{conn} }
+		n.fill("k", strings.Repeat("v", 1200), 1)
+		a := n.dial(t)
+		go a.send(strings.Repeat("Get:k\n", 2000) + "Ping\n")
+		for got := 0; got < 2000; got += 100 { // a lot, but seldom
+			pass(5 * slowAfter)
+			for range 100 {
+				if line := a.read(); !strings.HasPrefix(line, "k:") {
+					t.Fatalf("got %.40q", line)
+				}
+			}
+		}
+		a.want(":PONG")
+		a.hangUp()
+	})
+}
+
+// lateConn is a connection of a server that stands still for 2 s whenever it has to
+// wait for a Write.
+type lateConn struct{ net.Conn }
+
+func (l lateConn) SetWriteDeadline(t time.Time) error {
+	if !t.IsZero() {
+		t = t.Add(2 * slowAfter)
+	}
+	return l.Conn.SetWriteDeadline(t)
+}
+
 // Ensure that a client that pipelines without limit, but reads, loses nothing.
 func TestPipeliningLosesNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1211,11 +1461,11 @@ func TestWriteTimeout(t *testing.T) {
 			t.Errorf("%d clients after the timeout, want 1", got)
 		}
 		for range 10 { // less than one Write in a minute
-			io.CopyN(io.Discard, b.r, 10_000)
+			io.CopyN(io.Discard, b.r, 40_000)
 			pass(time.Minute - 1)
 		}
 		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("%d clients when one accepts 10 kB a minute, want 1", got)
+			t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
 		}
 		a.conn.Close()
 		b.conn.Close()
@@ -3262,6 +3512,7 @@ const streamSize = 64 << 10
 type stream struct {
 	mu      sync.Mutex
 	buf     []byte
+	shut    bool          // it was full, and takes nothing before half of it is free: so do receive windows
 	ended   bool          // the writer closed
 	broken  bool          // the reader is gone
 	changed chan struct{} // closed, and made anew, when any of this changes
@@ -3339,8 +3590,12 @@ func (c *fakeConn) Write(p []byte) (n int, err error) {
 				err = io.ErrClosedPipe
 				return false
 			}
+			if c.out.shut && len(c.out.buf) > streamSize/2 {
+				return false
+			}
 			m := min(len(p)-n, streamSize-len(c.out.buf))
 			c.out.buf = append(c.out.buf, p[n:n+m]...)
+			c.out.shut = len(c.out.buf) == streamSize
 			n += m
 			return m > 0
 		})
