@@ -951,7 +951,7 @@ func (o *outbox) newMessage() []byte {
 	switch keepsUp := len(o.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
-	case keepsUp && size > largeSize/4: // or much of it would lie idle
+	case size == largeSize, keepsUp && size > largeSize/4: // with less, much of it would lie idle
 		return large.Get().(*[largeSize]byte)[:0]
 	}
 	return make([]byte, 0, size)

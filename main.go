@@ -441,9 +441,15 @@ type queuedLog struct {
 // logQueue is an io.Writer in front of another that may take long, or fail. Each
 // Write is a line.
 type logQueue struct {
-	lines   chan []byte   // Write to writeLog; nil: flush wants to know that all before it are written; never closed
-	flushed chan struct{} // writeLog to flush; one slot, for a flush that waits no more
-	lost    atomic.Int64  // lines since the last one that said so
+	lines chan logLine // Write and flush to writeLog; never closed
+	lost  atomic.Int64 // lines since the last one that said so
+}
+
+// logLine is a line of log, or, if written is not nil, flush's question: it is closed
+// when all lines before it have been written.
+type logLine struct {
+	text    []byte
+	written chan struct{}
 }
 
 // newLog returns a log that writes to w.
@@ -458,7 +464,7 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 		}
 		return slog.NewTextHandler(w, options)
 	}
-	q := &logQueue{lines: make(chan []byte, logLines), flushed: make(chan struct{}, 1)}
+	q := &logQueue{lines: make(chan logLine, logLines)}
 	go q.writeLog(w, slog.New(handler(w)))
 	return &queuedLog{slog.New(handler(q)), q}
 }
@@ -466,7 +472,7 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 // Write queues a line, or counts it as lost. It never waits.
 func (q *logQueue) Write(line []byte) (int, error) {
 	select {
-	case q.lines <- bytes.Clone(line):
+	case q.lines <- logLine{text: bytes.Clone(line)}:
 	default:
 		q.lost.Add(1)
 	}
@@ -478,11 +484,11 @@ func (q *logQueue) Write(line []byte) (int, error) {
 // w for ever.
 func (q *logQueue) writeLog(w io.Writer, log *slog.Logger) {
 	for line := range q.lines {
-		if line == nil {
-			q.flushed <- struct{}{}
+		if line.written != nil {
+			close(line.written)
 			continue
 		}
-		if _, err := w.Write(line); err != nil {
+		if _, err := w.Write(line.text); err != nil {
 			q.lost.Add(1)
 		} else if n := q.lost.Swap(0); n > 0 {
 			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
@@ -493,13 +499,14 @@ func (q *logQueue) writeLog(w io.Writer, log *slog.Logger) {
 // flush gives the lines that wait a little time to be written, at the end.
 func (l *queuedLog) flush() {
 	late := time.After(flushTime)
+	written := make(chan struct{})
 	select {
-	case l.queue.lines <- nil:
+	case l.queue.lines <- logLine{written: written}:
 	case <-late:
 		return
 	}
 	select {
-	case <-l.queue.flushed:
+	case <-written:
 	case <-late:
 	}
 }

@@ -740,7 +740,8 @@ func (s *keyValueServer) statsNow(ctx context.Context) []string {
 const (
 	watchTime   = 2 * time.Second  // for workLoop to answer who watches
 	requestTime = 5 * time.Second  // for an HTTP request to come
-	profileTime = 60 * time.Second // for a profile or a trace, and so for any HTTP response
+	answerTime  = 10 * time.Second // for its answer to be taken; net/http/pprof adds a profile's own time
+	profileTime = 60 * time.Second // of a profile or a trace
 )
 
 // statsFor is statsNow for an HTTP request. If there is no answer it says so there.
@@ -791,7 +792,7 @@ func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server 
 	server := &http.Server{
 		Handler:      s.watchHandler(host),
 		ReadTimeout:  requestTime,
-		WriteTimeout: profileTime + time.Second, // pprof refuses what takes as long
+		WriteTimeout: answerTime,
 		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
@@ -837,12 +838,17 @@ func onlyFor(host string, next http.Handler) http.Handler {
 	})
 }
 
-// oneAtATime refuses a request while another is under way. After each it rests as
-// long as that took, but at most a second: some profiles stop the whole process.
+// oneAtATime refuses a request while another is under way, and one for more than
+// profileTime. After each it rests as long as that took, but at most a second: some
+// profiles stop the whole process.
 func oneAtATime(next http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	free <- struct{}{}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if seconds, _ := strconv.ParseFloat(r.FormValue("seconds"), 64); seconds > profileTime.Seconds() {
+			http.Error(w, fmt.Sprintf("seconds=%v is too long: at most %v", seconds, profileTime.Seconds()), http.StatusBadRequest)
+			return
+		}
 		select {
 		case <-free:
 		default:
