@@ -753,14 +753,17 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 	for _, p := range []struct {
 		piece int
 		every time.Duration
-	}{{30 * kilo, 100 * time.Millisecond}, {150 * kilo, 500 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}} {
+	}{
+		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo, 500 * time.Millisecond},
+		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo, 900 * time.Millisecond},
+	} {
 		wg.Go(func() {
 			a := dialTCP(t, addr)
 			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
 			piece := make([]byte, p.piece) // read at once: then the kernel makes its receive buffer larger
-			for passed := time.Duration(0); passed < 5*time.Second; passed += p.every {
+			for passed := time.Duration(0); passed < 5*time.Second/2; passed += p.every {
 				<-ticks.C
 				io.ReadFull(a.conn, piece)
 			}
@@ -783,15 +786,15 @@ func TestPausedServerDropsNothing(t *testing.T) {
 	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
 	go io.Copy(io.Discard, log)
 	a := dialTCP(t, addr)
-	const gets = 20 * kilo
+	const gets = 10 * kilo
 	reply := "k:" + strings.Repeat("v", 16*kilo)
 	a.ask("Put:"+reply+"\nPing", ":PONG")
 	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 	for i := range gets {
 		switch i {
-		case gets / 4, gets / 2:
+		case gets / 2:
 			cmd.Process.Signal(syscall.SIGSTOP)
-			time.AfterFunc(slowAfter+slowAfter/2, func() { cmd.Process.Signal(syscall.SIGCONT) })
+			time.AfterFunc(slowAfter+slowAfter/4, func() { cmd.Process.Signal(syscall.SIGCONT) })
 		}
 		if line := a.read(); line != reply {
 			t.Fatalf("reply %d is %.40q", i, line)
