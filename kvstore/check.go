@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"slices"
 	"time"
 )
@@ -37,14 +38,22 @@ func (r *Report) damage(err error) error {
 // anyFrame is for whoever wants to load all of them.
 func anyFrame(frame) error { return nil }
 
-// Check reads the whole store in the directory at path, which no other process
-// has open, and says what is there and what is wrong. It changes nothing.
+// Check reads the whole store in the directory at path and says what is there and
+// what is wrong. It changes nothing, and takes no lock: beside a process that has the
+// store open it reads what that has written so far.
 func Check(path string) (Report, error) {
 	dir, err := openDirectory(path)
 	if err != nil {
 		return Report{}, err
 	}
-	return check(dir)
+	defer dir.Close()
+	const tries = 5 // a compaction beside us may take files away
+	for n := 1; ; n++ {
+		r, err := check(dir)
+		if !errors.Is(err, fs.ErrNotExist) || n == tries {
+			return r, err
+		}
+	}
 }
 
 func check(dir directory) (r Report, err error) {
@@ -55,50 +64,30 @@ func check(dir directory) (r Report, err error) {
 	if err := checkNames(dir, names); err != nil {
 		return r, err
 	}
-	if slices.Contains(names, lockName) {
-		lock, err := dir.Lock()
-		if errors.Is(err, ErrLocked) {
-			return r, err
-		} else if err == nil { // a copy on a read-only disk cannot be locked, and need not be
-			defer lock.Close()
-		}
+	if owner, inUse := dir.InUse(); inUse {
+		r.say("in use  %s: read beside it, up to what is written by now", owner)
 	}
-	id, found, err := readID(dir)
-	l, layoutErr := readLayout(dir)
+	d := &Durable{dir: dir}
+	l, err := d.find()
 	switch {
-	case !found && err == nil && layoutErr == nil && unfinished(dir, l):
+	case err != nil:
+		return r, r.damage(err)
+	case len(l.segments) == 0:
 		r.say("no store yet: an empty directory")
 		return r, nil
-	case !found && err == nil:
-		err = &DamageError{File: dir.Path(storeName), What: "the file is missing"}
-	case err == nil:
-		err = layoutErr
-	}
-	if err != nil {
-		return r, r.damage(err)
 	}
 	m, next := NewMemory(), uint64(1)
 	if l.snapshot > 0 {
 		var size int64
-		if next, size, err = loadSnapshot(dir, id, l.snapshot, m, anyFrame); err == nil {
+		if next, size, err = loadSnapshot(dir, d.id, l.snapshot, m, anyFrame); err == nil {
 			r.say("ok      %s, %d bytes", dir.Path(logName(kindSnapshot, l.snapshot)), size)
 		} else if err := r.damage(err); err != nil {
 			return r, err
 		}
 	}
-	for i, number := range l.segments {
-		name := dir.Path(logName(kindSegment, number))
-		end, err := loadSegment(dir, id, number, next, i == len(l.segments)-1, m, anyFrame)
-		next = end.next
-		switch {
-		case err != nil:
-			if err := r.damage(err); err != nil { // what follows is read for what it is
-				return r, err
-			}
-		case end.torn > 0:
-			r.say("torn    %s, %d bytes, then %d of an incomplete commit, as a crash leaves it: the next start cuts it", name, end.offset, end.torn)
-		default:
-			r.say("ok      %s, %d bytes", name, end.offset)
+	for i := range l.segments {
+		if next, err = r.checkSegment(dir, d.id, l.segments[i:], next, m); err != nil {
+			return r, err
 		}
 	}
 	for _, name := range l.obsolete {
@@ -109,6 +98,29 @@ func check(dir directory) (r Report, err error) {
 		r.say("holds %d keys, %d values, %d bytes of data", keys, values, bytes)
 	}
 	return r, nil
+}
+
+// checkSegment checks the first of these segments, adds it to m, and returns the
+// sequence with which the next begins.
+func (r *Report) checkSegment(dir directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, err error) {
+	name := dir.Path(logName(kindSegment, numbers[0]))
+	end, err := loadSegment(dir, id, numbers[0], first, len(numbers) <= 2, m, anyFrame)
+	stopped := false
+	if err == nil {
+		stopped, err = checkNext(dir, id, numbers, end)
+	}
+	switch {
+	case err != nil:
+		return end.next, r.damage(err) // what follows is read for what it is
+	case stopped:
+		end.next = 0 // whatever the next one begins with
+		r.say("ok      %s, %d bytes; the file after it is empty, as a rotation that was stopped leaves it", name, end.offset)
+	case end.torn > 0:
+		r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole frames, as a crash leaves it: the next start cuts it, and keeps it beside", name, end.offset, end.torn, end.frames)
+	default:
+		r.say("ok      %s, %d bytes", name, end.offset)
+	}
+	return end.next, nil
 }
 
 // Repair makes a store that opens of what can still be read in the directory at

@@ -84,6 +84,9 @@ func writeSnapshot(dir directory, id storeID, through uint64, stop <-chan struct
 		if err != nil {
 			return 0, err
 		}
+		if !end.goesOn {
+			return 0, &DamageError{File: dir.Path(logName(kindSegment, number)), Offset: end.offset, Frame: end.next, What: "its end is missing"}
+		}
 		next = end.next
 		old = append(old, logName(kindSegment, number))
 	}
@@ -118,7 +121,7 @@ func writeAll(w *logWriter, m *Memory, goOn func(frame) error) error {
 	for key, values := range m.All() {
 		for _, v := range values {
 			payload = appendRecord(payload, opPut, key, v)
-			if f.count++; len(payload) >= maxFramePut {
+			if f.count++; len(payload) >= maxFrameSnapshot {
 				if err := flush(); err != nil {
 					return err
 				}

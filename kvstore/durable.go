@@ -1,15 +1,10 @@
 package kvstore
 
 import (
-	"bytes"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,7 +12,7 @@ import (
 	"time"
 )
 
-// Errors of Open, Check and Repair.
+// Errors of Open, Check, Repair and Backup.
 var (
 	// ErrMissing is returned when the directory does not exist.
 	ErrMissing = errors.New("the data directory does not exist")
@@ -27,6 +22,12 @@ var (
 	ErrLocked = errors.New("the data directory is in use")
 	// ErrNewer is returned when a newer program wrote the store.
 	ErrNewer = errors.New("written by a newer kvserver")
+	// ErrOlder is returned when an older program wrote the store, in a format that
+	// this one does not read.
+	ErrOlder = errors.New("written by an older kvserver")
+	// ErrMoved is returned by Commit when the directory was moved, removed or
+	// replaced while the store was open.
+	ErrMoved = errors.New("the data directory is not where it was")
 )
 
 // DamageError says where a file of the store is not as it was written.
@@ -56,49 +57,61 @@ type Options struct {
 	Log   *slog.Logger  // what happened to the files; nil: nobody wants to know
 }
 
-// Sizes of the log.
+// Sizes and times of the log.
 const (
 	segmentSize  = 64 << 20 // bytes after which the log goes on in a new file
 	minCompact   = 64 << 20 // bytes of full files below which they are left alone
-	reserveSize  = 1 << 20  // bytes by which a file that is synced at every Commit grows at a time
+	reserveSize  = 1 << 20  // bytes of zeros by which a file grows at a time
+	spareSize    = 64 << 10 // of these, bytes that only a Delete may use when the disk is full
 	recordExtra  = 8        // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
-	storeFormat  = "kvserver store, version %d, id %s\n"
 	progressTime = time.Second // between two lines about a long load
+	heldTime     = time.Second // between two looks whether the directory is still ours
+	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
+	rotateTime   = time.Second // until a file that could not be made is tried again
 )
 
 // Durable is a KVStore whose Commit returns once everything before it is in a
 // log on disk, from which Open makes the same store again. It is not safe for
-// concurrent access. Between two calls it has at most two goroutines of its own,
-// which only touch files that are full (compaction) or sync the current one.
+// concurrent access. It has two goroutines of its own: a compaction, which only
+// touches files that are full, and a timer, which syncs the current file and writes
+// the frames that say so. Neither runs twice at a time.
 //
 // Reads are Memory's: nothing is read from disk after Open.
 type Durable struct {
 	*Memory
 	dir  directory
-	lock io.Closer
+	lock lock
 	id   storeID
 	opts Options
 	log  *slog.Logger
 
-	number   uint64 // of the current file
-	closed   int64  // bytes in full files and the snapshot
-	snapshot int64  // bytes of the snapshot alone
-	pending  []byte // records not written yet
-	count    uint32 // of them
+	number      uint64    // of the current file
+	closed      int64     // bytes in full files and the snapshot
+	snapshot    int64     // bytes of the snapshot alone
+	pending     []byte    // records not written yet
+	count       uint32    // of them
+	size, room  int64     // of the current file, as of our last frame: bytes of frames, and of zeros behind them
+	held        time.Time // when we last looked whether the directory is ours
+	rotateAfter time.Time // no new file is tried before
 
 	segmentSize, minCompact int64           // the constants, but for tests
-	reserve                 int             // that one too; 0 where nobody waits for fsync
+	reserve, spare          int             // these too
 	stop                    chan struct{}   // closed by Close: the compaction gives up
 	compacted               chan compaction // the running compaction's end, one slot; nil: none runs
 
-	mu       sync.Mutex // guards what the timer of Options.Fsync shares with Commit
+	writing chan struct{} // one slot, for who writes a frame or changes the file: Commit or the timer
+
+	mu       sync.Mutex // guards what is below, for the timer and whoever commits
 	current  *logWriter
-	sequence uint64      // of the last frame written
-	synced   uint64      // of the last frame known to be on disk
-	err      error       // the first failure; from then on nothing is written
-	timer    *time.Timer // of Options.Fsync; nil while it does not run
+	sequence uint64        // of the last frame written
+	synced   uint64        // of the last frame known to be on disk
+	vouched  bool          // the last frame says that all before it is on disk
+	err      error         // the first failure; from then on nothing is written
+	timer    *time.Timer   // nil while it does not run
+	underWay chan struct{} // closed when the timer's fsync, which runs, has ended; nil: none runs
+	since    time.Time     // when it began
 
 	syncing atomic.Pointer[string] // the file whose Sync has not returned
 }
@@ -111,13 +124,18 @@ func Open(path string, opts Options) (*Durable, error) {
 	if err != nil {
 		return nil, err
 	}
-	return open(dir, opts)
+	d, err := open(dir, opts)
+	if err != nil {
+		dir.Close()
+	}
+	return d, err
 }
 
 func open(dir directory, opts Options) (*Durable, error) {
-	d := &Durable{Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log, segmentSize: segmentSize, minCompact: minCompact, stop: make(chan struct{})}
-	if opts.Fsync == FsyncAlways {
-		d.reserve = reserveSize
+	d := &Durable{
+		Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log,
+		segmentSize: segmentSize, minCompact: minCompact, reserve: reserveSize, spare: spareSize,
+		stop: make(chan struct{}), writing: make(chan struct{}, 1),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -142,8 +160,9 @@ func open(dir directory, opts Options) (*Durable, error) {
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir directory, names []string) error {
 	for _, name := range names {
-		_, _, isLog := parseName(name)
-		if !isLog && name != storeName && !strings.HasSuffix(name, tmpSuffix) && !isBeside(name) {
+		base := strings.TrimSuffix(name, tmpSuffix)
+		_, _, isLog := parseName(base)
+		if !isLog && base != storeName && !isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", ErrNotOurs, dir.Path(name))
 		}
 	}
@@ -151,9 +170,11 @@ func checkNames(dir directory, names []string) error {
 }
 
 // isBeside tells whether a file may be in a store's directory that is no part of
-// the store: the lock, what Repair keeps, the file system's, and hidden ones.
+// the store: the lock, what Repair and a start keep, the file system's, and hidden
+// ones.
 func isBeside(name string) bool {
-	return name == lockName || strings.HasPrefix(name, damagedPrefix) || name == "lost+found" || name[0] == '.'
+	return name == lockName || name == "lost+found" || name[0] == '.' ||
+		strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix)
 }
 
 // logName is the name of a log file.
@@ -175,331 +196,6 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 	number, err := strconv.ParseUint(text, 10, 64)
 	const most = 1 << 62 // so that there is always a next one
 	return kind, number, isLog && kind != 0 && err == nil && number < most && logName(kind, number) == name
-}
-
-// layout is which of a store's files count.
-type layout struct {
-	snapshot uint64   // the newest snapshot, 0: none
-	segments []uint64 // after it, in order
-	obsolete []string // files that the snapshot stands for, and temporary ones
-}
-
-// readLayout sorts the directory's names. Segments must follow one another.
-func readLayout(dir directory) (l layout, err error) {
-	names, err := dir.List()
-	if err != nil {
-		return l, err
-	}
-	for _, name := range names {
-		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
-			l.snapshot = max(l.snapshot, number)
-		}
-	}
-	for _, name := range names {
-		kind, number, ok := parseName(name)
-		switch {
-		case strings.HasSuffix(name, tmpSuffix), ok && kind == kindSnapshot && number < l.snapshot, ok && kind == kindSegment && number <= l.snapshot:
-			l.obsolete = append(l.obsolete, name)
-		case ok && kind == kindSegment:
-			l.segments = append(l.segments, number)
-		}
-	}
-	slices.Sort(l.segments)
-	for i, number := range l.segments {
-		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, &DamageError{File: dir.Path(logName(kindSegment, want)), What: "the file is missing"}
-		}
-	}
-	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
-		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)), What: "the file is missing"}
-	}
-	return l, nil
-}
-
-// readID reads the STORE file; found is false in a directory that has none.
-func readID(dir directory) (id storeID, found bool, err error) {
-	names, err := dir.List()
-	if err != nil || !slices.Contains(names, storeName) {
-		return id, false, err
-	}
-	f, size, err := dir.Open(storeName)
-	if err != nil {
-		return id, true, err
-	}
-	defer f.Close()
-	b := make([]byte, min(size, 200))
-	if _, err := io.ReadFull(f, b); err != nil {
-		return id, true, readError(dir.Path(storeName), err)
-	}
-	var version int
-	var text string
-	if _, err := fmt.Sscanf(string(b), storeFormat, &version, &text); err != nil {
-		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
-	}
-	if version > fileVersion {
-		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), ErrNewer, version)
-	}
-	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil || n != len(id) || fmt.Sprintf(storeFormat, fileVersion, text) != string(b) {
-		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
-	}
-	return id, true, nil
-}
-
-// load makes the store what the log says, and the log ready to be written.
-func (d *Durable) load() error {
-	id, found, err := readID(d.dir)
-	if err != nil {
-		return err
-	}
-	l, err := readLayout(d.dir)
-	switch {
-	case err != nil:
-		return err
-	case !found && unfinished(d.dir, l):
-		return d.create(l)
-	case !found:
-		return &DamageError{File: d.dir.Path(storeName), What: "the file is missing"}
-	}
-	d.id = id
-	p := newProgress(d.log, d.dir, l)
-	next := uint64(1)
-	if l.snapshot > 0 {
-		if next, d.snapshot, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
-			return err
-		}
-		d.closed = d.snapshot
-	}
-	for i, number := range l.segments {
-		last := i == len(l.segments)-1
-		end, err := loadSegment(d.dir, d.id, number, next, last, d.Memory, p.step)
-		if err != nil {
-			return err
-		}
-		next = end.next
-		if !last {
-			d.closed += end.offset
-		} else if err := d.reopen(end); err != nil {
-			return err
-		}
-	}
-	p.end(d.Memory)
-	return d.removeAll(l.obsolete) // only now: nothing is touched when we refuse
-}
-
-// create makes a new store's first files: STORE comes last, so that a
-// directory with a STORE is never without a log.
-func (d *Durable) create(l layout) error {
-	for _, number := range l.segments {
-		l.obsolete = append(l.obsolete, logName(kindSegment, number))
-	}
-	if err := d.removeAll(l.obsolete); err != nil {
-		return err
-	}
-	rand.Read(d.id[:])
-	if err := d.rotate(); err != nil {
-		return err
-	}
-	return writeID(d.dir, d.id)
-}
-
-// writeID writes the STORE file.
-func writeID(dir directory, id storeID) error {
-	f, err := dir.Create(storeName + tmpSuffix)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(fmt.Appendf(nil, storeFormat, fileVersion, hex.EncodeToString(id[:])), 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := dir.Rename(storeName+tmpSuffix, storeName); err != nil {
-		return err
-	}
-	return dir.Sync()
-}
-
-// unfinished tells whether l is what a first start leaves that did not get to
-// write STORE: at most a segment with no frame in it.
-func unfinished(dir directory, l layout) bool {
-	switch {
-	case l.snapshot > 0 || len(l.segments) > 1:
-		return false
-	case len(l.segments) == 0:
-		return true
-	}
-	f, size, err := dir.Open(logName(kindSegment, l.segments[0]))
-	if err != nil {
-		return false
-	}
-	f.Close()
-	return size == headerSize
-}
-
-func (d *Durable) removeAll(names []string) error {
-	for _, name := range names {
-		if err := d.dir.Remove(name); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// checkHeader tells whether a file is the one that its name says.
-func (l *logReader) checkHeader(want fileHeader) error {
-	switch {
-	case l.header.id != want.id:
-		return &DamageError{File: l.path, What: "the file belongs to another store"}
-	case l.header.kind != want.kind || l.header.number != want.number:
-		return &DamageError{File: l.path, What: "the file is another one, renamed"}
-	case want.first != 0 && l.header.first != want.first:
-		return &DamageError{File: l.path, What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first, want.first)}
-	}
-	return nil
-}
-
-// loadSnapshot adds a snapshot to m and returns the sequence that comes after.
-func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
-	l, err := openLog(dir, logName(kindSnapshot, number))
-	if err != nil {
-		return 0, 0, err
-	}
-	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kindSnapshot, id: id, number: number}); err != nil {
-		return 0, 0, err
-	}
-	complete := false
-	for {
-		f, payload, err := l.read()
-		switch {
-		case err == errEnd && complete:
-			return l.header.first, l.size, nil
-		case err == errEnd || err == nil && complete:
-			return 0, 0, &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: "the snapshot has no proper end"}
-		case err != nil:
-			return 0, 0, err
-		case f.kind == frameEnd:
-			complete = true
-		default:
-			if err := apply(m, string(payload), f.count); err != nil {
-				return 0, 0, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
-			}
-		}
-		if err := step(f); err != nil {
-			return 0, 0, err
-		}
-	}
-}
-
-// segmentEnd is where a segment's good part ends.
-type segmentEnd struct {
-	header fileHeader
-	next   uint64 // sequence of the frame that would follow
-	offset int64
-	torn   int64 // bytes after it, of frames that were never complete on disk
-}
-
-// loadSegment adds what a segment's frames did to m. In the last one a bad end
-// that nobody was ever told of is torn, not damage.
-func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
-	name := logName(kindSegment, number)
-	l, err := openLog(dir, name)
-	if err != nil {
-		return end, err
-	}
-	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kindSegment, id: id, number: number, first: first}); err != nil {
-		return end, err
-	}
-	for {
-		f, payload, err := l.read()
-		var damage *DamageError
-		switch {
-		case err == errEnd:
-			return segmentEnd{header: l.header, next: l.next, offset: l.offset}, nil
-		case errors.As(err, &damage) && last:
-			rest, err := l.rest(dir, name)
-			switch {
-			case err != nil:
-				return end, err
-			case l.wasSynced(rest):
-				return end, damage
-			}
-			torn := int64(len(bytes.TrimRight(rest, "\x00")))
-			return segmentEnd{header: l.header, next: l.next, offset: l.offset, torn: torn}, nil
-		case err != nil:
-			return end, err
-		}
-		if err := apply(m, string(payload), f.count); err != nil {
-			return end, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
-		}
-		if err := step(f); err != nil {
-			return end, err
-		}
-	}
-}
-
-// reopen makes the last segment the current one: its good part, in a new file.
-// After a failed fsync the kernel may serve from memory what is not on disk, and
-// take it for written (Rebello et al., "Can Applications Recover from fsync
-// Failures?", 2020).
-func (d *Durable) reopen(end segmentEnd) error {
-	h := end.header
-	name := logName(h.kind, h.number)
-	d.number, d.sequence, d.synced = h.number, end.next-1, end.next-1
-	if end.torn > 0 {
-		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name), "offset", end.offset, "bytes", end.torn)
-	}
-	size, err := createLog(d.dir, name, h, func(w *logWriter) error {
-		l, err := openLog(d.dir, name)
-		if err != nil {
-			return err
-		}
-		defer l.f.Close()
-		left := end.offset - headerSize
-		for buf := make([]byte, readSize(left)); left > 0; {
-			n, err := io.ReadFull(l.r, buf[:min(left, int64(len(buf)))])
-			if err != nil {
-				return readError(l.path, err)
-			}
-			if err := w.write(buf[:n]); err != nil {
-				return err
-			}
-			left -= int64(n)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	d.current, err = extendLog(d.dir, name, h, size)
-	return err
-}
-
-// rotate goes on in a new file.
-func (d *Durable) rotate() error {
-	h := fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 1}
-	name := logName(h.kind, h.number)
-	size, err := createLog(d.dir, name, h, noFrames)
-	if err != nil {
-		return err
-	}
-	w, err := extendLog(d.dir, name, h, size)
-	if err != nil {
-		return err
-	}
-	if d.current != nil {
-		d.closed += d.current.size
-		if err := d.current.f.Close(); err != nil {
-			return err
-		}
-	}
-	d.mu.Lock()
-	d.current, d.number = w, h.number
-	d.mu.Unlock()
-	return nil
 }
 
 // Put appends value to key's list.
@@ -553,23 +249,56 @@ func (d *Durable) failure() error {
 	return d.err
 }
 
+// Room returns an error, and nothing has changed, if the disk has no room for one
+// more record of so many bytes of key and values. What then was done would end the
+// store at the next Commit. A Delete may use the last room that there is.
+func (d *Durable) Room(bytes int64, isDelete bool) error {
+	const frameMost = 2*frameSize + 64 // of this frame, and of one that the timer may write before it
+	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
+	if !isDelete {
+		need += int64(d.spare)
+	}
+	if d.room >= need || d.failure() != nil {
+		return nil
+	}
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	err := d.current.extend(max(need, int64(d.reserve)))
+	d.room = d.current.room()
+	if d.room >= need {
+		return nil
+	}
+	return err
+}
+
 // writeFrame writes a frame of what is pending.
 func (d *Durable) writeFrame(kind uint32) {
-	if d.failure() == nil {
-		d.mu.Lock()
-		f := frame{sequence: d.sequence + 1, synced: d.synced, count: d.count, kind: kind}
-		d.mu.Unlock()
-		if err := d.current.append(f, d.pending, d.reserve); err != nil {
-			d.fail(err)
-		}
-		d.mu.Lock()
-		d.sequence = f.sequence // only now: a sync meanwhile has not synced it
-		d.mu.Unlock()
-	}
+	d.writing <- struct{}{}
+	d.appendFrame(kind, d.pending, d.count)
+	d.size, d.room = d.current.size, d.current.room()
+	<-d.writing
 	d.pending, d.count = d.pending[:0], 0
 	if cap(d.pending) > 4*maxFramePut {
 		d.pending = nil
 	}
+}
+
+// appendFrame writes a frame. The caller has writing.
+func (d *Durable) appendFrame(kind uint32, payload []byte, count uint32) {
+	d.mu.Lock()
+	f := frame{sequence: d.sequence + 1, synced: d.synced, count: count, kind: kind}
+	w, err := d.current, d.err
+	d.mu.Unlock()
+	if err != nil {
+		return
+	}
+	if err := w.append(f, payload, d.reserve); err != nil {
+		d.fail(err)
+	}
+	d.mu.Lock()
+	d.sequence = f.sequence // only now: a sync meanwhile has not synced it
+	d.vouched = kind != frameRecords
+	d.mu.Unlock()
 }
 
 // sync makes everything written so far durable. The timer calls it too.
@@ -602,66 +331,158 @@ func (d *Durable) Syncing() string {
 	return ""
 }
 
-// Commit returns once everything done to the store is as durable as
-// Options.Fsync says. After an error it is unknown what since the last Commit
-// is on disk; nothing is written any more, and every Commit fails.
-func (d *Durable) Commit() error {
-	if d.count > 0 {
-		d.writeFrame(frameRecords)
-	}
-	if err := d.failure(); err != nil {
-		return err
-	}
-	full := d.current.size >= d.segmentSize
-	switch {
-	case d.opts.Fsync == FsyncAlways || full:
-		if err := d.syncRest(); err != nil {
-			return err
-		}
-	case d.opts.Fsync > 0:
-		d.syncLater()
-	}
-	if !full {
-		return nil
-	}
-	if err := d.current.trim(); err != nil {
-		return d.fail(err)
-	}
-	if err := d.rotate(); err != nil {
-		return d.fail(err)
-	}
-	d.compact()
-	return nil
-}
-
-// unsynced tells whether a frame is not known to be on disk.
-func (d *Durable) unsynced() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.synced < d.sequence
-}
-
 // syncRest syncs if there is anything to sync: after reads alone there is not.
 func (d *Durable) syncRest() error {
-	if !d.unsynced() {
-		return nil
+	d.mu.Lock()
+	unsynced, err := d.synced < d.sequence, d.err
+	d.mu.Unlock()
+	if !unsynced || err != nil {
+		return err
 	}
 	return d.sync()
 }
 
-// syncLater sees to it that what was written is synced in time.
+// Commit returns once everything done to the store is as durable as
+// Options.Fsync says. After an error it is unknown what since the last Commit
+// is on disk; nothing is written any more, and every Commit fails.
+func (d *Durable) Commit() error {
+	if d.count == 0 {
+		return d.failure()
+	}
+	now := time.Now()
+	if now.Sub(d.held) >= heldTime {
+		d.held = now
+		if err := d.lock.Held(); err != nil {
+			return d.fail(err)
+		}
+	}
+	d.writeFrame(frameRecords)
+	full := d.size >= d.segmentSize && !now.Before(d.rotateAfter)
+	var err error
+	if d.opts.Fsync == FsyncAlways || full {
+		err = d.syncRest()
+	} else {
+		err = d.awaitTimer(now)
+	}
+	if err != nil {
+		return err
+	}
+	if full {
+		if err := d.rotate(); err != nil {
+			return d.fail(err)
+		}
+		d.compact()
+	}
+	d.syncLater()
+	return nil
+}
+
+// rotate goes on in a new file. The old one's last frame says so; until that is
+// written nothing has changed, so what fails before, such as a disk without room or
+// a missing descriptor, leaves the store in the old file.
+func (d *Durable) rotate() error {
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	if err := d.lock.Held(); err != nil {
+		return err
+	}
+	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 2})
+	if err != nil {
+		d.rotateAfter = time.Now().Add(rotateTime)
+		d.log.Warn("cannot go on in a new file, so the old one grows; trying again", "error", err)
+		return nil
+	}
+	d.appendFrame(frameNext, nil, 0)
+	if err := d.syncRest(); err != nil {
+		return errors.Join(err, w.f.Close())
+	}
+	old := d.current
+	if err := errors.Join(old.trim(0), old.f.Close()); err != nil {
+		return errors.Join(err, w.f.Close())
+	}
+	d.closed += old.size
+	d.mu.Lock()
+	d.current, d.number = w, d.number+1
+	d.mu.Unlock()
+	d.size, d.room = w.size, w.room()
+	return nil
+}
+
+// newSegment makes an empty segment. If it fails none is there, or one that the
+// next start takes for what it is.
+func (d *Durable) newSegment(h fileHeader) (*logWriter, error) {
+	name := logName(h.kind, h.number)
+	size, err := createLog(d.dir, name, h, noFrames)
+	if err != nil {
+		return nil, err
+	}
+	w, err := extendLog(d.dir, name, h, size)
+	if err != nil {
+		return nil, errors.Join(err, d.dir.Remove(name), d.dir.Sync())
+	}
+	return w, nil
+}
+
+// awaitTimer waits, where the timer's fsync takes longer than it may, for that to
+// end: otherwise a stalled disk would let Commits return without bound.
+func (d *Durable) awaitTimer(now time.Time) error {
+	d.mu.Lock()
+	underWay, since := d.underWay, d.since
+	d.mu.Unlock()
+	if d.opts.Fsync > 0 && underWay != nil && now.Sub(since) > d.opts.Fsync {
+		<-underWay
+	}
+	return d.failure()
+}
+
+// syncLater starts the timer, if there is something for it to do.
 func (d *Durable) syncLater() {
+	wait := d.opts.Fsync
+	switch wait {
+	case FsyncNever:
+		return
+	case FsyncAlways:
+		wait = vouchTime
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.timer != nil || d.synced == d.sequence {
-		return
+	if d.timer == nil && d.underWay == nil && d.err == nil && (d.synced < d.sequence || !d.vouched) {
+		d.timer = time.AfterFunc(wait, d.tick)
 	}
-	d.timer = time.AfterFunc(d.opts.Fsync, func() {
-		d.mu.Lock()
-		d.timer = nil
-		d.mu.Unlock()
+}
+
+// tick makes what was written durable, and writes a frame that says so: otherwise
+// nobody could tell later whether a bad end had ever been on disk. It is the timer's
+// goroutine.
+func (d *Durable) tick() {
+	ended := make(chan struct{})
+	d.mu.Lock()
+	d.timer, d.underWay, d.since = nil, ended, time.Now()
+	d.mu.Unlock()
+	if d.syncRest() == nil {
+		d.vouch()
+	}
+	d.mu.Lock()
+	d.underWay = nil
+	d.mu.Unlock()
+	d.syncLater() // before anybody hears that this one has ended
+	close(ended)
+}
+
+// vouch writes a frame that says that all before it is on disk, if that is so and
+// the last frame does not say it.
+func (d *Durable) vouch() {
+	d.writing <- struct{}{}
+	d.mu.Lock()
+	due := d.synced == d.sequence && !d.vouched
+	d.mu.Unlock()
+	if due {
+		d.appendFrame(frameSynced, nil, 0)
+	}
+	<-d.writing
+	if due {
 		d.syncRest()
-	})
+	}
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync
@@ -669,24 +490,41 @@ func (d *Durable) syncLater() {
 // writes nothing.
 func (d *Durable) Close() error {
 	close(d.stop)
-	if d.compacted != nil {
-		d.noteCompaction(<-d.compacted)
-	}
 	err := d.Commit()
 	if err == nil {
 		err = d.syncRest()
 	}
+	d.stopTimer()
 	if err == nil {
 		d.writeFrame(frameCleanStop)
 		err = d.syncRest()
 	}
-	if err == nil {
-		err = d.current.trim()
+	if d.compacted != nil {
+		d.noteCompaction(<-d.compacted)
 	}
+	if err == nil {
+		err = d.current.trim(int64(d.spare))
+	}
+	if err == nil {
+		err = d.removeTorn()
+	}
+	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
+}
+
+// stopTimer stops the timer, and waits for its fsync if that runs.
+func (d *Durable) stopTimer() {
 	d.mu.Lock()
 	if d.timer != nil {
 		d.timer.Stop()
 	}
+	underWay := d.underWay
 	d.mu.Unlock()
-	return errors.Join(err, d.current.f.Close(), d.lock.Close())
+	if underWay != nil {
+		<-underWay
+	}
+	d.mu.Lock()
+	if d.timer != nil { // tick has started it anew
+		d.timer.Stop()
+	}
+	d.mu.Unlock()
 }

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
+	"time"
 )
 
 // directory is the file system as the durable store needs it: one directory,
@@ -16,28 +18,42 @@ import (
 type directory interface {
 	// List returns the names of what is in the directory, in order.
 	List() ([]string, error)
-	// Create makes an empty file, in place of any that has the name, to be written.
+	// Create makes an empty file to be written; one that has the name is emptied.
 	Create(name string) (file, error)
 	// Open opens a file to be read, and returns its size in bytes.
 	Open(name string) (file, int64, error)
-	// Extend opens a file to be written further.
+	// Extend opens a file to be read and written further.
 	Extend(name string) (file, error)
 	Rename(from, to string) error
 	Remove(name string) error
 	// Keep gives a file a second name, in the directory's subdirectory in.
 	Keep(name, in string) error
-	// Sync makes creations, renames and removals durable.
+	// Sync makes creations, renames and removals durable. It needs no descriptor
+	// but those that are open.
 	Sync() error
 	// Lock keeps other processes from the directory until the lock is closed.
 	// An ErrLocked names who has it.
-	Lock() (io.Closer, error)
+	Lock() (lock, error)
+	// InUse tells whether somebody has the lock, and who. It changes nothing.
+	InUse() (owner string, inUse bool)
 	// Path is what people call the file.
 	Path(name string) string
+	// Close gives back what the directory holds open.
+	Close() error
+}
+
+// lock is one process's right to a directory.
+type lock interface {
+	// Held returns an error when the right is lost: the directory is not where it
+	// was, or another one is there.
+	Held() error
+	Close() error
 }
 
 // file is an open file. Nothing done to it is durable before the next Sync.
 type file interface {
 	io.Reader
+	io.ReaderAt
 	io.WriterAt
 	Truncate(size int64) error
 	Sync() error
@@ -46,40 +62,77 @@ type file interface {
 
 const lockName = "LOCK" // never removed: a second process would lock another file than the first
 
-// osDirectory is a real directory.
-type osDirectory string
+// osDirectory is a real directory, held open: if its path comes to mean another
+// one, this stays the one that was opened.
+type osDirectory struct {
+	path string
+	root *os.Root
+	self *os.File // for Sync; nil where there is no such call
+}
 
 // openDirectory returns the directory at path, which must exist.
-func openDirectory(path string) (osDirectory, error) {
+func openDirectory(path string) (*osDirectory, error) {
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return "", fmt.Errorf("%w: %s", ErrMissing, path)
+		return nil, fmt.Errorf("%w: %s", ErrMissing, path)
 	case err != nil:
-		return "", err
+		return nil, err
 	case !info.IsDir():
-		return "", fmt.Errorf("%w: %s is a file", ErrNotOurs, path)
+		return nil, fmt.Errorf("%w: %s is a file", ErrNotOurs, path)
 	}
-	return osDirectory(path), nil
+	d := &osDirectory{path: path}
+	if d.root, err = os.OpenRoot(path); err != nil {
+		return nil, err
+	}
+	if runtime.GOOS != "windows" { // NTFS logs its names itself, and has no such call
+		if d.self, err = d.root.Open("."); err != nil {
+			d.root.Close()
+			return nil, err
+		}
+	}
+	return d, nil
 }
 
-func (d osDirectory) Path(name string) string { return filepath.Join(string(d), name) }
+func (d *osDirectory) Path(name string) string { return filepath.Join(d.path, name) }
 
-func (d osDirectory) List() (names []string, err error) {
-	entries, err := os.ReadDir(string(d))
+// named is err with the whole path: os.Root knows the name alone.
+func (d *osDirectory) named(name string, err error) error {
+	var path *fs.PathError
+	var link *os.LinkError
+	switch {
+	case errors.As(err, &path):
+		return &fs.PathError{Op: path.Op, Path: d.Path(name), Err: path.Err}
+	case errors.As(err, &link):
+		return &fs.PathError{Op: link.Op, Path: d.Path(name), Err: link.Err}
+	}
+	return err
+}
+
+func (d *osDirectory) open(name string, flag int) (*os.File, error) {
+	f, err := d.root.OpenFile(name, flag, 0o600)
+	return f, d.named(name, err)
+}
+
+func (d *osDirectory) List() (names []string, err error) {
+	entries, err := fs.ReadDir(d.root.FS(), ".")
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
 	slices.Sort(names)
-	return names, err
+	return names, d.named("", err)
 }
 
-func (d osDirectory) Create(name string) (file, error) {
-	return os.OpenFile(d.Path(name), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+func (d *osDirectory) Create(name string) (file, error) {
+	f, err := d.open(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
-func (d osDirectory) Open(name string) (file, int64, error) {
-	f, err := os.Open(d.Path(name))
+func (d *osDirectory) Open(name string) (file, int64, error) {
+	f, err := d.open(name, os.O_RDONLY)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -91,31 +144,135 @@ func (d osDirectory) Open(name string) (file, int64, error) {
 	return f, info.Size(), nil
 }
 
-func (d osDirectory) Extend(name string) (file, error) {
-	return os.OpenFile(d.Path(name), os.O_WRONLY, 0o600)
+func (d *osDirectory) Extend(name string) (file, error) {
+	f, err := d.open(name, os.O_RDWR)
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
-func (d osDirectory) Rename(from, to string) error { return os.Rename(d.Path(from), d.Path(to)) }
-func (d osDirectory) Remove(name string) error     { return os.Remove(d.Path(name)) }
+func (d *osDirectory) Rename(from, to string) error { return d.named(to, d.root.Rename(from, to)) }
+func (d *osDirectory) Remove(name string) error     { return d.named(name, d.root.Remove(name)) }
 
-func (d osDirectory) Keep(name, in string) error {
-	if err := os.MkdirAll(d.Path(in), 0o700); err != nil {
+// Keep makes a link, or a copy where the file system has no links.
+func (d *osDirectory) Keep(name, in string) error {
+	if err := d.root.Mkdir(in, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return d.named(in, err)
+	}
+	err := d.root.Link(name, filepath.Join(in, name))
+	if err != nil {
+		err = d.copy(name, filepath.Join(in, name))
+	}
+	if err != nil || d.self == nil {
 		return err
 	}
-	if err := os.Link(d.Path(name), filepath.Join(d.Path(in), name)); err != nil {
-		return err
-	}
-	return osDirectory(d.Path(in)).Sync()
-}
-
-func (d osDirectory) Sync() error {
-	if runtime.GOOS == "windows" {
-		return nil // NTFS logs its names itself, and has no such call
-	}
-	f, err := os.Open(string(d))
+	sub, err := d.open(in, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
-	err = f.Sync()
-	return errors.Join(err, f.Close())
+	return errors.Join(sub.Sync(), sub.Close())
+}
+
+func (d *osDirectory) copy(from, to string) error {
+	r, err := d.open(from, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	w, err := d.open(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(w, r)
+	if err == nil {
+		err = w.Sync()
+	}
+	return d.named(to, errors.Join(err, w.Close()))
+}
+
+func (d *osDirectory) Sync() error {
+	if d.self == nil {
+		return nil
+	}
+	return d.named("", d.self.Sync())
+}
+
+func (d *osDirectory) Close() error {
+	if d.self != nil {
+		d.self.Close()
+	}
+	return d.root.Close()
+}
+
+// Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
+// moments.
+func (d *osDirectory) Lock() (lock, error) {
+	f, err := d.lockFile()
+	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
+		time.Sleep(5 * time.Millisecond)
+		f, err = d.lockFile()
+	}
+	if errors.Is(err, ErrLocked) {
+		return nil, fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
+	} else if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
+		host, _ := os.Hostname()
+		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host, time.Now().UTC().Format(time.RFC3339))
+	}
+	return &osLock{f, info, d}, nil
+}
+
+// InUse tells whether a process has the lock.
+func (d *osDirectory) InUse() (owner string, inUse bool) {
+	f, err := d.open(lockName, os.O_RDONLY)
+	if err != nil {
+		return "", false
+	}
+	defer f.Close()
+	if isLocked(f) {
+		return d.owner(), true
+	}
+	return "", false
+}
+
+// owner is what LOCK says of who has it.
+func (d *osDirectory) owner() string {
+	text := make([]byte, 200)
+	n := 0
+	if f, err := d.open(lockName, os.O_RDONLY); err == nil {
+		n, _ = f.Read(text)
+		f.Close()
+	}
+	if n == 0 {
+		return "by another process"
+	}
+	return "by " + strings.TrimSpace(string(text[:n]))
+}
+
+// osLock is a locked LOCK file.
+type osLock struct {
+	*os.File
+	info os.FileInfo
+	dir  *osDirectory
+}
+
+// Held looks whether the path still leads to the file that is locked.
+func (l *osLock) Held() error {
+	info, err := os.Stat(l.dir.Path(lockName))
+	if err == nil && os.SameFile(info, l.info) {
+		return nil
+	}
+	what := "another directory is there now"
+	if err != nil {
+		what = err.Error()
+	}
+	return fmt.Errorf("%w: %s: %s", ErrMoved, l.dir.path, what)
 }

@@ -30,17 +30,20 @@ import (
 // fits the file.
 const (
 	fileMagic   = "kvserver"
-	fileVersion = 1
+	fileVersion = 2
 	headerSize  = 64
 
-	frameMagic     = "kvfr"
-	frameSize      = 40      // bytes, without payload
-	maxFramePut    = 1 << 20 // payload bytes after which a frame is closed: what recovery holds at a time, but for one large record
-	kindSegment    = 1       // of a file: what was done
-	kindSnapshot   = 2       // of a file: what was there
-	frameRecords   = 0       // of a frame
-	frameEnd       = 1       // of a frame: the last of a complete snapshot
-	frameCleanStop = 2       // of a frame: all before it is on disk
+	frameMagic       = "kvfr"
+	frameSize        = 40       // bytes, without payload
+	maxFramePut      = 1 << 20  // payload bytes after which a frame is closed: what recovery holds at a time, but for one large record
+	maxFrameSnapshot = 64 << 10 // the same in a snapshot: what one flipped bit takes
+	kindSegment      = 1        // of a file: what was done
+	kindSnapshot     = 2        // of a file: what was there
+	frameRecords     = 0        // of a frame
+	frameEnd         = 1        // of a frame: the last of a complete snapshot
+	frameCleanStop   = 2        // of a frame: the store was closed
+	frameSynced      = 3        // of a frame: it is there to say what is on disk
+	frameNext        = 4        // of a frame: the last one, the log goes on in the next file
 )
 
 // Operations of a record.
@@ -87,7 +90,9 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 		return h, errors.New("not a log file")
 	case crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]):
 		return h, errors.New("the header's checksum is wrong")
-	case binary.LittleEndian.Uint32(b[8:]) != fileVersion:
+	case binary.LittleEndian.Uint32(b[8:]) < fileVersion:
+		return h, fmt.Errorf("%w: version %d", ErrOlder, binary.LittleEndian.Uint32(b[8:]))
+	case binary.LittleEndian.Uint32(b[8:]) > fileVersion:
 		return h, fmt.Errorf("%w: version %d", ErrNewer, binary.LittleEndian.Uint32(b[8:]))
 	}
 	h.kind = binary.LittleEndian.Uint32(b[12:])
@@ -241,7 +246,7 @@ func openLog(d directory, name string) (*logReader, error) {
 		return nil, err
 	} else if l.header, err = decodeHeader(b[:n]); err != nil {
 		f.Close()
-		if errors.Is(err, ErrNewer) {
+		if errors.Is(err, ErrNewer) || errors.Is(err, ErrOlder) {
 			return nil, fmt.Errorf("%s: %w", l.path, err)
 		}
 		return nil, &DamageError{File: l.path, What: err.Error()}
@@ -323,16 +328,17 @@ func (l *logReader) rest(d directory, name string) ([]byte, error) {
 	return rest, nil
 }
 
-// wasSynced tells whether the frame at the beginning of rest, which is bad, had
-// once been on disk: then a later frame says so. It looks at every offset where
-// one could begin.
-func (l *logReader) wasSynced(rest []byte) bool {
+// look looks for frames in rest, whose beginning is bad, at every offset where one
+// could begin. It returns how many there are, and whether one says that the bad one
+// had once been on disk.
+func (l *logReader) look(rest []byte) (frames int, synced bool) {
 	for ; len(rest) >= frameSize; rest = rest[8:] {
-		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next && later.synced >= l.next {
-			return true
+		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next {
+			frames++
+			synced = synced || later.synced >= l.next
 		}
 	}
-	return false
+	return frames, synced
 }
 
 // logWriter writes a log file. Behind its frames the file may have zeros, room
@@ -410,14 +416,26 @@ func (w *logWriter) write(b []byte) error {
 	return w.named("write", err)
 }
 
-// trim cuts off the room that is left, durably: only a file that is being
-// written, or whose writer was killed, ends in zeros.
-func (w *logWriter) trim() error {
-	if w.end == w.size {
+// room is how many bytes of zeros there are behind the last frame.
+func (w *logWriter) room() int64 { return w.end - w.size }
+
+// extend makes room for so many bytes.
+func (w *logWriter) extend(bytes int64) error {
+	if bytes <= w.room() {
 		return nil
 	}
-	w.end = w.size
-	if err := w.f.Truncate(w.size); err != nil {
+	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.end)
+	w.end += int64(n)
+	return w.named("write", err)
+}
+
+// trim cuts off the room that is left but for spare bytes, durably.
+func (w *logWriter) trim(spare int64) error {
+	if w.room() <= spare {
+		return nil
+	}
+	w.end = w.size + spare
+	if err := w.f.Truncate(w.end); err != nil {
 		return w.named("truncate", err)
 	}
 	return w.sync()

@@ -1,0 +1,565 @@
+package kvstore
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+
+	crand "crypto/rand"
+)
+
+// layout is which of a store's files count.
+type layout struct {
+	snapshot uint64   // the newest snapshot, 0: none
+	segments []uint64 // after it, in order
+	obsolete []string // files that the snapshot stands for, and temporary ones
+}
+
+// readLayout sorts the directory's names. Segments must follow one another.
+func readLayout(dir directory) (l layout, err error) {
+	names, err := dir.List()
+	if err != nil {
+		return l, err
+	}
+	for _, name := range names {
+		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
+			l.snapshot = max(l.snapshot, number)
+		}
+	}
+	for _, name := range names {
+		kind, number, ok := parseName(name)
+		switch {
+		case strings.HasSuffix(name, tmpSuffix), ok && kind == kindSnapshot && number < l.snapshot, ok && kind == kindSegment && number <= l.snapshot:
+			l.obsolete = append(l.obsolete, name)
+		case ok && kind == kindSegment:
+			l.segments = append(l.segments, number)
+		}
+	}
+	slices.Sort(l.segments)
+	for i, number := range l.segments {
+		if want := l.snapshot + 1 + uint64(i); number != want {
+			return l, &DamageError{File: dir.Path(logName(kindSegment, want)), What: "the file is missing"}
+		}
+	}
+	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
+		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)), What: "the file is missing"}
+	}
+	return l, nil
+}
+
+// The STORE file: which store this is. Its checksum is of all that stands before it,
+// so a flipped bit is no other store, and no newer version.
+const (
+	storeFormat  = "kvserver store, version %d, id %s"
+	storeCheck   = ", check %08x\n"
+	storeVersion = "kvserver store, version 1, id " // of what had no checksum yet
+)
+
+// readID reads the STORE file; found is false in a directory that has none.
+func readID(dir directory) (id storeID, found bool, err error) {
+	names, err := dir.List()
+	if err != nil || !slices.Contains(names, storeName) {
+		return id, false, err
+	}
+	f, size, err := dir.Open(storeName)
+	if err != nil {
+		return id, true, err
+	}
+	defer f.Close()
+	b := make([]byte, min(size, 200))
+	if _, err := io.ReadFull(f, b); err != nil && err != io.EOF {
+		return id, true, readError(dir.Path(storeName), err)
+	}
+	if strings.HasPrefix(string(b), storeVersion) {
+		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storeName), ErrOlder)
+	}
+	line, _, _ := strings.Cut(string(b), ", check ")
+	if string(b) != line+fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli)) {
+		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
+	}
+	var version int
+	var text string
+	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil && version != fileVersion {
+		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), ErrNewer, version)
+	}
+	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil || n != len(id) || len(text) != 2*n {
+		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
+	}
+	return id, true, nil
+}
+
+// writeID writes the STORE file.
+func writeID(dir directory, id storeID) error {
+	f, err := dir.Create(storeName + tmpSuffix)
+	if err != nil {
+		return err
+	}
+	line := fmt.Sprintf(storeFormat, fileVersion, hex.EncodeToString(id[:]))
+	line += fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli))
+	_, err = f.WriteAt([]byte(line), 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := dir.Rename(storeName+tmpSuffix, storeName); err != nil {
+		return err
+	}
+	return dir.Sync()
+}
+
+// majorityID is the id that most of the log files called names bear, how many that
+// are, and of how many whose header can be read.
+func majorityID(dir directory, names []string) (id storeID, most, of int) {
+	votes := map[storeID]int{}
+	for _, name := range names {
+		if _, _, ok := parseName(name); !ok {
+			continue
+		}
+		if l, err := openLog(dir, name); err == nil {
+			l.f.Close()
+			of++
+			if votes[l.header.id]++; votes[l.header.id] > most {
+				id, most = l.header.id, votes[l.header.id]
+			}
+		}
+	}
+	return id, most, of
+}
+
+// checkID tells whether STORE's id is that of the log files, or else which is wrong.
+func checkID(dir directory, id storeID, l layout) error {
+	other, most, of := majorityID(dir, l.names())
+	if other == id || 2*most <= of {
+		return nil // checkHeader complains of single files
+	}
+	return &DamageError{File: dir.Path(storeName), What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of, other[:])}
+}
+
+// names are the names of the files that count.
+func (l layout) names() (names []string) {
+	if l.snapshot > 0 {
+		names = append(names, logName(kindSnapshot, l.snapshot))
+	}
+	for _, number := range l.segments {
+		names = append(names, logName(kindSegment, number))
+	}
+	return names
+}
+
+// load makes the store what the log says, and the log ready to be written.
+func (d *Durable) load() error {
+	l, err := d.find()
+	if err != nil {
+		return err
+	}
+	if len(l.segments) == 0 {
+		return d.create(l)
+	}
+	p := newProgress(d.log, d.dir, l)
+	next := uint64(1)
+	if l.snapshot > 0 {
+		if next, d.snapshot, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
+			return err
+		}
+		d.closed = d.snapshot
+	}
+	ends, obsolete, err := loadSegments(d.dir, d.id, l.segments, next, d.Memory, p.step)
+	if err != nil {
+		return err
+	}
+	for _, end := range ends[:len(ends)-1] {
+		d.closed += end.offset
+	}
+	last := ends[len(ends)-1]
+	if len(ends) > 1 && last.offset == headerSize { // no frame there calls the end of the file before synced
+		if err := d.renew(ends[len(ends)-2]); err != nil {
+			return err
+		}
+	}
+	if err := d.resume(last); err != nil {
+		return err
+	}
+	p.end(d.Memory)
+	if err := d.removeAll(append(l.obsolete, obsolete...)); err != nil { // only now: nothing is touched when we refuse
+		return err
+	}
+	return d.dir.Sync() // a start before this one may have failed to do so
+}
+
+// find finds out which files are the store. A layout without a segment is that of a
+// new store.
+func (d *Durable) find() (l layout, err error) {
+	var found bool
+	if d.id, found, err = readID(d.dir); err != nil {
+		return l, err
+	}
+	l, err = readLayout(d.dir)
+	switch {
+	case err != nil:
+		return l, err
+	case !found && unfinished(d.dir, l):
+		for _, number := range l.segments {
+			l.obsolete = append(l.obsolete, logName(kindSegment, number))
+		}
+		l.segments = nil
+		return l, nil
+	case !found:
+		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing"}
+	}
+	if err := checkID(d.dir, d.id, l); err != nil {
+		return l, err
+	}
+	return l, checkObsolete(d.dir, d.id, l)
+}
+
+// checkObsolete tells whether the segments that the snapshot stands for are what a
+// crash leaves of a compaction: full, to their last frame. Others were put there:
+// somebody restored an older copy over a newer store.
+func checkObsolete(dir directory, id storeID, l layout) error {
+	for _, name := range l.obsolete {
+		kind, number, ok := parseName(name)
+		if !ok || kind != kindSegment {
+			continue
+		}
+		end, err := loadSegment(dir, id, number, 0, false, NewMemory(), anyFrame)
+		if err != nil || !end.goesOn {
+			return &DamageError{File: dir.Path(name), What: fmt.Sprintf(
+				"it is older than snap-%d.log and no full file: an older copy was put over a newer store", l.snapshot)}
+		}
+	}
+	return nil
+}
+
+// create makes a new store's first files: STORE comes last, so that a
+// directory with a STORE is never without a log.
+func (d *Durable) create(l layout) error {
+	if err := d.removeAll(l.obsolete); err != nil {
+		return err
+	}
+	crand.Read(d.id[:])
+	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: 1, first: 1})
+	if err != nil {
+		return err
+	}
+	d.current, d.number, d.size, d.room, d.vouched = w, 1, w.size, w.room(), true
+	d.log.Info("made a new store", "dir", d.dir.Path(""))
+	return writeID(d.dir, d.id)
+}
+
+// unfinished tells whether l is what a first start leaves that did not get to
+// write STORE: at most a segment with no frame in it.
+func unfinished(dir directory, l layout) bool {
+	switch {
+	case l.snapshot > 0 || len(l.segments) > 1:
+		return false
+	case len(l.segments) == 0:
+		return true
+	}
+	f, size, err := dir.Open(logName(kindSegment, l.segments[0]))
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return size == headerSize
+}
+
+func (d *Durable) removeAll(names []string) error {
+	for _, name := range names {
+		if err := d.dir.Remove(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkHeader tells whether a file is the one that its name says.
+func (l *logReader) checkHeader(want fileHeader) error {
+	switch {
+	case l.header.id != want.id:
+		return &DamageError{File: l.path, What: "the file belongs to another store"}
+	case l.header.kind != want.kind || l.header.number != want.number:
+		return &DamageError{File: l.path, What: "the file is another one, renamed"}
+	case want.first != 0 && l.header.first != want.first:
+		return &DamageError{File: l.path, What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first, want.first)}
+	}
+	return nil
+}
+
+// loadSnapshot adds a snapshot to m and returns the sequence that comes after.
+func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
+	l, err := openLog(dir, logName(kindSnapshot, number))
+	if err != nil {
+		return 0, 0, err
+	}
+	defer l.f.Close()
+	if err := l.checkHeader(fileHeader{kind: kindSnapshot, id: id, number: number}); err != nil {
+		return 0, 0, err
+	}
+	complete := false
+	for {
+		f, payload, err := l.read()
+		switch {
+		case err == errEnd && complete:
+			return l.header.first, l.size, nil
+		case err == errEnd || err == nil && complete:
+			return 0, 0, &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: "the snapshot has no proper end"}
+		case err != nil:
+			return 0, 0, err
+		case f.kind == frameEnd:
+			complete = true
+		default:
+			if err := apply(m, string(payload), f.count); err != nil {
+				return 0, 0, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
+			}
+		}
+		if err := step(f); err != nil {
+			return 0, 0, err
+		}
+	}
+}
+
+// segmentEnd is where a segment's good part ends.
+type segmentEnd struct {
+	header fileHeader
+	next   uint64 // sequence of the frame that would follow
+	offset int64
+	size   int64 // of the file: behind offset there may be zeros, or what is torn
+	torn   int64 // bytes behind offset, of frames that were never complete on disk
+	frames int   // whole ones among these, which came to disk before what stands before them
+	bad    error // why the torn part is no part of the log
+	doubt  int64 // offset of the first frame that no later one calls synced
+	goesOn bool  // the last frame says that another file follows
+}
+
+// loadSegments adds what the segments' frames did to m, and returns where each ends.
+// The last two may be those of a rotation that a crash, or a full disk, has stopped:
+// then the last is empty, and obsolete.
+func loadSegments(dir directory, id storeID, numbers []uint64, next uint64, m *Memory, step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
+	for i, number := range numbers {
+		end, err := loadSegment(dir, id, number, next, i >= len(numbers)-2, m, step)
+		if err != nil {
+			return nil, nil, err
+		}
+		ends = append(ends, end)
+		next = end.next
+		stopped, err := checkNext(dir, id, numbers[i:], end)
+		if err != nil {
+			return nil, nil, err
+		}
+		if stopped {
+			return ends, []string{logName(kindSegment, numbers[i+1])}, nil
+		}
+	}
+	return ends, nil, nil
+}
+
+// checkNext tells whether the end of the first of these segments fits the next one:
+// full files say that another follows, and the last does not. stopped: the next one is
+// what a stopped rotation has left.
+func checkNext(dir directory, id storeID, numbers []uint64, end segmentEnd) (stopped bool, err error) {
+	path := dir.Path(logName(kindSegment, numbers[0]))
+	switch {
+	case len(numbers) == 1 && end.goesOn:
+		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)), What: "the file is missing: " + path + " says that it follows"}
+	case len(numbers) == 1 || end.goesOn:
+		return false, nil
+	case len(numbers) == 2 && isEmptySegment(dir, id, numbers[1]):
+		return true, nil
+	case end.bad != nil:
+		return false, end.bad
+	}
+	return false, &DamageError{File: path, Offset: end.offset, Frame: end.next, What: "the frame that says that another file follows is missing"}
+}
+
+// isEmptySegment tells whether a segment has no frame.
+func isEmptySegment(dir directory, id storeID, number uint64) bool {
+	l, err := openLog(dir, logName(kindSegment, number))
+	if err != nil {
+		return false
+	}
+	defer l.f.Close()
+	return l.header.id == id && l.header.number == number && l.size == headerSize
+}
+
+// loadSegment adds what a segment's frames did to m; first 0 is any. In the last one
+// a bad end of which no frame says that it was on disk is torn, not damage.
+func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
+	name := logName(kindSegment, number)
+	l, err := openLog(dir, name)
+	if err != nil {
+		return end, err
+	}
+	defer l.f.Close()
+	if err := l.checkHeader(fileHeader{kind: kindSegment, id: id, number: number, first: first}); err != nil {
+		return end, err
+	}
+	end.header, end.size = l.header, l.size
+	var doubts []int64 // offsets of the frames that no later one calls synced
+	for {
+		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
+		if len(doubts) > 0 {
+			end.doubt = doubts[0]
+		}
+		f, payload, err := l.read()
+		var damage *DamageError
+		switch {
+		case err == errEnd:
+			return end, nil
+		case errors.As(err, &damage) && last:
+			return l.endTorn(dir, name, end, damage)
+		case err != nil:
+			return end, err
+		case end.goesOn:
+			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence, What: "a frame follows the one that should be the last"}
+		}
+		if err := apply(m, string(payload), f.count); err != nil {
+			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence, What: err.Error()}
+		}
+		end.goesOn = f.kind == frameNext
+		doubts = append(doubts, end.offset)
+		if known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts)))); known < len(doubts) {
+			doubts = slices.Delete(doubts, 0, len(doubts)-known)
+		}
+		if err := step(f); err != nil {
+			return end, err
+		}
+	}
+}
+
+// endTorn looks at what follows the good part of a last segment: damage if a frame
+// in it, or before it, says that it was on disk, torn otherwise, or just zeros.
+func (l *logReader) endTorn(dir directory, name string, end segmentEnd, damage *DamageError) (segmentEnd, error) {
+	rest, err := l.rest(dir, name)
+	if err != nil {
+		return end, err
+	}
+	end.torn = int64(len(bytes.TrimRight(rest, "\x00")))
+	if end.torn == 0 {
+		return end, nil
+	}
+	end.bad = damage
+	synced := false
+	if end.frames, synced = l.look(rest); synced || end.goesOn {
+		return end, damage
+	}
+	return end, nil
+}
+
+// resume makes a segment the current one, at its end. Nothing is copied: but the
+// frames that no later one calls synced are written once more where they are, and
+// what was torn is kept beside and cleared. After a failed fsync the kernel may serve
+// from memory what is not on disk, and take it for written (Rebello et al., "Can
+// Applications Recover from fsync Failures?", 2020); what is written anew it has to
+// write.
+func (d *Durable) resume(end segmentEnd) error {
+	h := end.header
+	name := logName(h.kind, h.number)
+	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, true
+	if end.torn > 0 {
+		kept, err := d.keepTorn(name, end)
+		if err != nil {
+			return fmt.Errorf("keeping the torn end of the log: %w", err)
+		}
+		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name),
+			"offset", end.offset, "bytes", end.torn, "whole_frames", end.frames, "kept_in", kept)
+	}
+	w, err := extendLog(d.dir, name, h, end.offset)
+	if err != nil {
+		return err
+	}
+	w.end = end.size
+	if err := rewrite(w, end); err != nil {
+		w.f.Close()
+		return err
+	}
+	d.current, d.size, d.room = w, w.size, w.room()
+	return nil
+}
+
+// renew writes the doubtful end of a full segment once more.
+func (d *Durable) renew(end segmentEnd) error {
+	w, err := extendLog(d.dir, logName(kindSegment, end.header.number), end.header, end.offset)
+	if err != nil {
+		return err
+	}
+	return errors.Join(rewrite(w, end), w.f.Close())
+}
+
+// rewrite writes the doubtful end of a segment once more, clears what is torn behind
+// it, and syncs both.
+func rewrite(w *logWriter, end segmentEnd) error {
+	if end.doubt == end.offset && end.torn == 0 {
+		return nil
+	}
+	buf := make([]byte, readSize(max(end.offset-end.doubt, end.torn)))
+	for at := end.doubt; at < end.offset+end.torn; {
+		b := buf[:min(int64(len(buf)), end.offset+end.torn-at)]
+		if at < end.offset {
+			b = b[:min(int64(len(b)), end.offset-at)]
+			if _, err := w.f.ReadAt(b, at); err != nil {
+				return w.named("read", err)
+			}
+		} else {
+			clear(b)
+		}
+		if _, err := w.f.WriteAt(b, at); err != nil {
+			return w.named("write", err)
+		}
+		at += int64(len(b))
+	}
+	return w.sync()
+}
+
+// tornPrefix begins the names of files in which a start keeps what it cut off. A
+// clean stop removes them.
+const tornPrefix = "torn-"
+
+// keepTorn copies the torn end of a segment to a file of its own, durably.
+func (d *Durable) keepTorn(name string, end segmentEnd) (path string, err error) {
+	f, _, err := d.dir.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	b := make([]byte, end.torn)
+	if _, err := f.ReadAt(b, end.offset); err != nil {
+		return "", readError(d.dir.Path(name), err)
+	}
+	// A name of its own each time: a start that was killed may have left a whole one.
+	kept := fmt.Sprintf("%s%s-%d-%08x", tornPrefix, name, end.offset, rand.Uint32())
+	w, err := d.dir.Create(kept)
+	if err != nil {
+		return "", err
+	}
+	_, err = w.WriteAt(b, 0)
+	if err == nil {
+		err = w.Sync()
+	}
+	if err = errors.Join(err, w.Close()); err == nil {
+		err = d.dir.Sync()
+	}
+	return d.dir.Path(kept), err
+}
+
+// removeTorn removes what starts have cut off: by now the store was used, and
+// nobody missed it.
+func (d *Durable) removeTorn() error {
+	names, err := d.dir.List()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, tornPrefix) {
+			err = errors.Join(err, d.dir.Remove(name))
+		}
+	}
+	return err
+}
