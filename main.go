@@ -336,7 +336,7 @@ func run(c config, log *queuedLog) error {
 	db, syncing, closeStore, err := openStore(c, log.Logger)
 	loading()
 	if err != nil {
-		return storeProblem(c.data, err)
+		return storeProblem(c, err)
 	}
 	s := New(db)
 	s.log, s.version = log.Logger, version()
@@ -360,7 +360,7 @@ func run(c config, log *queuedLog) error {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
 	case failure = <-s.Failed():
-		logFailure(log.Logger, c.data, failure)
+		logFailure(log.Logger, c, failure)
 	}
 	late := time.AfterFunc(stopTime, func() {
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept", "limit", stopTime, "fsync", syncing())
@@ -370,7 +370,7 @@ func run(c config, log *queuedLog) error {
 	s.Close()
 	if err := closeStore(); err != nil && failure == nil {
 		failure = err
-		logFailure(log.Logger, c.data, failure)
+		logFailure(log.Logger, c, failure)
 	}
 	late.Stop()
 	if failure != nil {
@@ -380,9 +380,9 @@ func run(c config, log *queuedLog) error {
 }
 
 // logFailure logs that the store failed, and what to do about it.
-func logFailure(log *slog.Logger, dir string, err error) {
+func logFailure(log *slog.Logger, c config, err error) {
 	var p problem
-	errors.As(storeProblem(dir, err), &p)
+	errors.As(storeProblem(c, err), &p)
 	log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
 }
 
@@ -549,10 +549,18 @@ func openStore(c config, log *slog.Logger) (db kvstore.KVStore, syncing func() s
 }
 
 // storeProblem says what to do about a store's error.
-func storeProblem(dir string, err error) error {
+func storeProblem(c config, err error) error {
+	dir := c.data
 	var damage *kvstore.DamageError
 	todo := "Mend the cause, then start again: everything that was answered is on disk."
+	if c.fsync != "always" {
+		todo = "Mend the cause, then start again. With -fsync " + c.fsync + " the last that was answered may not be on disk: look what is there."
+	}
 	switch {
+	case errors.Is(err, kvstore.ErrMoved):
+		todo = "Put the directory back, or look who took it, before you start again. What was answered is in the directory that was moved."
+	case errors.Is(err, kvstore.ErrOlder):
+		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver -c Dump."
 	case errors.Is(err, kvstore.ErrMissing):
 		todo = "Create it: mkdir -m 700 " + dir
 	case errors.Is(err, kvstore.ErrNotOurs):
@@ -588,7 +596,7 @@ func inspect(command string, args []string) int {
 		complain(os.Stderr, problem{err.Error(), "Give the directory that the server has as -data."})
 		return exitFailure
 	case err != nil:
-		complain(os.Stderr, storeProblem(dir, err))
+		complain(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
 		return exitFailure
 	case report.Damaged && command == "check":
 		complain(os.Stderr, problem{dir + " is damaged", "Restore a backup, or save what can be saved: kvserver repair " + dir})

@@ -305,6 +305,11 @@ func sum(values []string) (bytes int) {
 	return bytes
 }
 
+// writes tells whether q may change the store.
+func (q *Query) writes() bool {
+	return q.queryType == put || q.queryType == update || q.queryType == del
+}
+
 // memory is about how many bytes more a Put or Update may take.
 func (q *Query) memory() int64 {
 	added := q.value

@@ -113,12 +113,14 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients  []*Client
 	db       kvstore.KVStore
-	batch    []*Query // chains that have run and wait for Commit
-	begun    []begun  // chains whose turn ended before they did
+	room     kvstore.Roomer // db, if it can run out of room; else nil
+	batch    []*Query       // chains that have run and wait for Commit
+	begun    []begun        // chains whose turn ended before they did
 	clock    turn
 	turned   int    // connections that are being turned away
 	full     seldom // turning clients away
 	unshaken seldom // handshakes that failed
+	noRoom   seldom // writes refused because the disk is full
 	broken   bool   // Commit failed: nothing runs any more
 	closing  bool   // closeSignal was seen
 	welcomed int    // clients so far
@@ -240,6 +242,7 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 		return errStarted
 	}
 	s.running, s.listener, s.started = true, listener, time.Now()
+	s.room, _ = s.db.(kvstore.Roomer)
 	go s.acceptClient()
 	go s.workLoop()
 	return nil
@@ -546,8 +549,8 @@ func (s *keyValueServer) goOn() {
 // run waits in batch for its Commit.
 func (s *keyValueServer) run(chain, q *Query) {
 	for q != nil && !s.broken {
-		if s.maxMemory > 0 && (q.queryType == put || q.queryType == update) && s.memoryUsed()+q.memory() > s.maxMemory {
-			q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		if q.writes() {
+			s.admit(q)
 		}
 		if !chain.bare {
 			s.requests[q.queryType]++
@@ -572,6 +575,23 @@ func (s *keyValueServer) run(chain, q *Query) {
 		}
 	}
 	s.batch = append(s.batch, chain)
+}
+
+// admit refuses a write for which there is no room.
+func (s *keyValueServer) admit(q *Query) {
+	if s.maxMemory > 0 && q.queryType != del && s.memoryUsed()+q.memory() > s.maxMemory {
+		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		return
+	}
+	if s.room == nil {
+		return
+	}
+	if err := s.room.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.queryType == del); err != nil {
+		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
+		if n := s.noRoom.happened(); n > 0 {
+			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n, "error", err)
+		}
+	}
 }
 
 // step takes c's walk further, or ends it where it is of no use any more.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -507,6 +508,483 @@ func TestEveryCallFails(t *testing.T) {
 			}
 		}
 	}
+}
+
+// ---- what a hunt from outside has found
+
+// Ensure that three power failures in a row, each in the recovery from the one before,
+// lose nothing.
+func TestCrashesInRecoveries(t *testing.T) {
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 3))
+		dir := newMemDir()
+		dir.failAt, dir.forever = 1+random.IntN(500), true
+		h := history{model{}, model{}}
+		if d, err := openSmall(dir, Options{}); err == nil {
+			script(t, d, &h)
+		}
+		image := dir.crash(random)
+		for range 3 {
+			image.failAt, image.forever = 1+random.IntN(30), true
+			if d, err := openSmall(image, Options{}); err == nil {
+				d.Close()
+			}
+			image = image.crash(random)
+		}
+		h.checkKept(t, image, fmt.Sprint("seed ", seed))
+	}
+}
+
+// Ensure that a missing descriptor is no reason to end, wherever it is missing, and
+// neither is a disk that is full when a new file is due.
+func TestMissingDescriptors(t *testing.T) {
+	for n, failed := 1, true; failed; n++ {
+		dir := newMemDir()
+		h := history{model{}, model{}}
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir.failAt, dir.failure = dir.calls+n, syscall.EMFILE
+		d.rotateAfter = time.Time{}
+		if err := script(t, d, &h); err != nil {
+			t.Fatalf("call %d lacks a descriptor: %v", n, err)
+		}
+		failed = dir.calls >= dir.failAt
+		if d.Close(); d.failure() != nil {
+			t.Fatalf("call %d lacks a descriptor: %v", n, d.failure())
+		}
+		dir.failAt = 0
+		h.checkKept(t, dir, fmt.Sprintf("call %d lacked a descriptor, then", n))
+	}
+}
+
+// Ensure that a rotation that is not possible is tried again, and the store goes on
+// in the old file until then.
+func TestRotationIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
+			dir := newMemDir()
+			var log bytes.Buffer
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			put := func() {
+				d.Put("key", strings.Repeat("v", 100))
+				if err := d.Room(200, false); err != nil {
+					t.Fatal(err)
+				}
+				if err := d.Commit(); err != nil {
+					t.Fatalf("%v: %v", failure, err)
+				}
+			}
+			for d.size+400 < d.segmentSize {
+				put()
+			}
+			// Creating a file is the only call that fails.
+			refuse := &refusingDir{memDir: dir, failure: failure}
+			d.dir = refuse
+			for range 10 {
+				put()
+			}
+			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 {
+				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
+			}
+			refuse.failure = nil
+			<-time.After(rotateTime)
+			put()
+			put()
+			if d.number != 2 || len(d.Get("key")) < 12 {
+				t.Errorf("%v: later in file %d", failure, d.number)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if again, err := open(dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
+				t.Errorf("%v: opened again: %v", failure, err)
+			}
+		}
+	})
+}
+
+// refusingDir makes no new file.
+type refusingDir struct {
+	*memDir
+	failure error
+}
+
+func (r *refusingDir) Create(name string) (file, error) {
+	if r.failure != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: r.failure}
+	}
+	return r.memDir.Create(name)
+}
+
+// Ensure that a full disk lets a store start, read and Delete, that a write is
+// refused before anything has changed, and that nothing is lost when room comes back.
+func TestFullDisk(t *testing.T) {
+	dir := newMemDir()
+	d, err := open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.reserve, d.spare = 4096, 2048
+	for i := range 100 {
+		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
+		d.Commit()
+	}
+	d.Close()
+	size := 0
+	for _, f := range dir.names {
+		size += len(f.data)
+	}
+	for _, crashed := range []bool{false, true} {
+		full := dir.with(lockName, nil)
+		if full.room = size; crashed {
+			f := full.names["seg-1.log"] // without the frame of a clean stop
+			clear(f.data[d.size-frameSize : d.size])
+			copy(f.disk, f.data)
+		}
+		d, err := open(full, Options{})
+		if err != nil {
+			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
+		}
+		d.reserve, d.spare = 4096, 2048
+		held := len(d.Get("key7"))
+		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("room for a Put: %v", err)
+		}
+		deleted := 0
+		for i := range 5 {
+			if err := d.Room(4, true); err != nil {
+				t.Fatalf("room for a Delete: %v", err)
+			}
+			deleted += d.Delete(fmt.Sprint("key", i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		full.room = 0
+		if err := d.Room(2000, false); err != nil {
+			t.Errorf("with room again: %v", err)
+		}
+		d.Put("more", strings.Repeat("v", 2000))
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		again, err := open(full, Options{})
+		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 || len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
+			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, len(again.one))
+		}
+	}
+}
+
+// Ensure that a start writes nothing but the frames that are in doubt: after a clean
+// stop one, after a crash the last commits.
+func TestStartCopiesNothing(t *testing.T) {
+	for _, clean := range []bool{true, false} {
+		dir := newMemDir()
+		d, err := open(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 100 {
+			d.Put("key", strings.Repeat("v", 1000))
+			d.Commit()
+		}
+		if clean {
+			d.Close()
+		}
+		image := dir.with(lockName, nil)
+		counting := &countingDir{memDir: image}
+		if _, err := open(counting, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if counting.written > 2000 || counting.created > 0 {
+			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean, counting.written, counting.created)
+		}
+	}
+}
+
+// countingDir counts what is written.
+type countingDir struct {
+	*memDir
+	written, created int
+}
+
+type countingFile struct {
+	file
+	d *countingDir
+}
+
+func (c *countingDir) Create(name string) (file, error) {
+	c.created++
+	f, err := c.memDir.Create(name)
+	return countingFile{f, c}, err
+}
+
+func (c *countingDir) Extend(name string) (file, error) {
+	f, err := c.memDir.Extend(name)
+	return countingFile{f, c}, err
+}
+
+func (f countingFile) WriteAt(p []byte, off int64) (int, error) {
+	f.d.written += len(p)
+	return f.file.WriteAt(p, off)
+}
+
+// Ensure that a flipped bit is damage, not a torn end, once a second has passed
+// without a Commit, and even in the last frame.
+func TestIdleLogIsVouchedFor(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := newMemDir()
+			d, err := open(dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 10 {
+				d.Put("key", fmt.Sprint(i))
+				d.Commit()
+			}
+			last := d.size - 20
+			<-time.After(3 * time.Second)
+			synctest.Wait()
+			calls := dir.calls
+			<-time.After(time.Hour)
+			if dir.calls != calls {
+				t.Errorf("fsync %v: %d calls in an idle hour", fsync, dir.calls-calls)
+			}
+			for _, at := range []int64{200, last} {
+				image := dir.crash(rand.New(rand.NewPCG(1, 1)))
+				data := slices.Clone(image.names["seg-1.log"].data)
+				data[at] ^= 1
+				var damage *DamageError
+				if _, err := open(image.with("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Ensure that what a start cuts is kept beside until the next clean stop.
+func TestTornEndIsKept(t *testing.T) {
+	dir, name, starts := segment(t, 3)
+	data := slices.Clone(dir.names[name].data)
+	data = data[:len(data)-5]
+	torn := bytes.TrimRight(data[starts[2]:], "\x00")
+	image := dir.with(name, data)
+	kept := func() (names []string) {
+		for n, f := range image.names {
+			if strings.HasPrefix(n, tornPrefix) {
+				if names = append(names, n); !bytes.Equal(f.disk, torn) {
+					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.disk), len(torn))
+				}
+			}
+		}
+		return names
+	}
+	d, err := open(image, Options{})
+	if err != nil || len(d.Get("key")) != 2 || len(kept()) != 1 {
+		t.Fatalf("a torn end: %v, kept in %q", err, kept())
+	}
+	image.locked = false
+	if d, err = open(image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
+		t.Fatalf("a second start: %v, kept in %q", err, kept())
+	}
+	if err := d.Close(); err != nil || len(kept()) != 0 {
+		t.Errorf("after a clean stop: %v, kept in %q", err, kept())
+	}
+}
+
+// Ensure that a directory that is not ours any more ends the store, within a second
+// and before another file is made.
+func TestMovedDirectory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newMemDir()
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("a", "1")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		dir.moved = true
+		d.Put("a", "2")
+		if err := d.Commit(); err != nil {
+			t.Fatalf("at once: %v", err)
+		}
+		<-time.After(heldTime)
+		d.Put("a", "3")
+		if err := d.Commit(); !errors.Is(err, ErrMoved) {
+			t.Errorf("a second later: %v, want %v", err, ErrMoved)
+		}
+		d.Close()
+	})
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("a", "1")
+	d.Commit()
+	dir.moved = true
+	for err == nil && d.number == 1 {
+		d.Put("a", strings.Repeat("v", 100))
+		err = d.Commit()
+	}
+	if !errors.Is(err, ErrMoved) || dir.names["seg-2.log"] != nil {
+		t.Errorf("at a rotation: %v, in file %d", err, d.number)
+	}
+	d.Close()
+}
+
+// Ensure that a real directory that is moved, replaced or removed is noticed, and
+// that nothing is written to the one in its place.
+func TestMovedRealDirectory(t *testing.T) {
+	for _, replace := range []bool{true, false} {
+		path := filepath.Join(t.TempDir(), "data")
+		os.Mkdir(path, 0o700)
+		d, err := Open(path, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		os.Rename(path, path+".old")
+		if replace {
+			os.Mkdir(path, 0o700)
+			other, err := Open(path, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Close()
+		}
+		d.segmentSize = 1
+		d.Put("k", "w")
+		if err := d.Commit(); !errors.Is(err, ErrMoved) {
+			t.Errorf("replaced: %v: %v, want %v", replace, err, ErrMoved)
+		}
+		d.Close()
+		if names, _ := filepath.Glob(filepath.Join(path, "seg-2*")); len(names) > 0 {
+			t.Errorf("the directory in its place has %q", names)
+		}
+	}
+}
+
+// Ensure that nothing but our own files is touched: who else has some in the
+// directory is told so.
+func TestOthersFilesStay(t *testing.T) {
+	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak", "seg-01.log.tmp"} {
+		dir := newMemDir().with(name, []byte("precious"))
+		_, err := open(dir, Options{})
+		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) || dir.names[name] == nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	dir := newMemDir().with("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
+	if _, err := open(dir, Options{}); err != nil || dir.names["seg-1.log.tmp"] != nil {
+		t.Errorf("with our own temporary file: %v", err)
+	}
+}
+
+// Ensure that an older copy that was put over a newer store is refused.
+func TestOlderCopyOverNewer(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	for i := range 30 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	older := dir.crash(rand.New(rand.NewPCG(1, 1)))
+	d.minCompact = 100
+	for i := range 300 {
+		d.Put("key", fmt.Sprint(i))
+		d.Delete("key")
+		d.Commit()
+		d.settle()
+	}
+	d.Close()
+	both := dir.with(lockName, nil)
+	for name, f := range older.names {
+		both.names[name] = f
+	}
+	var damage *DamageError
+	if _, err := open(both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
+		t.Errorf("an older copy over a newer store: %v", err)
+	}
+	if r, err := check(both); err != nil || !r.Damaged {
+		t.Errorf("check: %v, %v", r, err)
+	}
+}
+
+// Ensure that a stalled fsync bounds what is answered without it, with one goroutine
+// waiting.
+func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &slowDir{memDir: newMemDir()}
+		d, err := openSmall(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.segmentSize = 1 << 30
+		const stall = 15 * time.Second
+		dir.syncing = stall
+		start := time.Now()
+		var waited time.Duration
+		goroutines := runtime.NumGoroutine()
+		for time.Since(start) < 10*time.Second {
+			<-time.After(100 * time.Millisecond)
+			began := time.Now()
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			if waited = time.Since(began); waited > 0 {
+				break
+			}
+			if more := runtime.NumGoroutine() - goroutines; more > 1 {
+				t.Fatalf("%d goroutines wait", more)
+			}
+		}
+		if after := time.Since(start) - waited; waited == 0 || after > 2200*time.Millisecond {
+			t.Errorf("Commits went on for %v beside a stalled fsync, then waited %v", after, waited)
+		}
+		dir.syncing = 0
+		d.Close()
+	})
+}
+
+// Ensure that Close makes durable what was answered before it waits for a compaction.
+func TestCloseSyncsFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newMemDir()
+		d, err := openSmall(dir, Options{Fsync: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		d.compacted = make(chan compaction, 1)
+		go d.Close()
+		synctest.Wait() // for the compaction, which does not end
+		if again, err := open(dir.crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
+			t.Errorf("while Close waits a power failure leaves %v", err)
+		}
+		d.compacted <- compaction{err: errStopped}
+	})
 }
 
 // segment returns a store's only log file with so many commits, not closed, and

@@ -2,8 +2,9 @@
 //
 // KVStore is what the server asks of a store. Memory lives and dies with the
 // process; Durable is a Memory with a log on disk, from which Open makes it
-// again. memory.go is the one; durable.go, log.go (the files' format), compact.go,
-// check.go and fs.go (the file system, and what tests have in its place) the other.
+// again. memory.go is the one; the other is durable.go (writing), load.go (reading at
+// the start), log.go (the files' format), compact.go, check.go, backup.go and fs.go
+// (the file system, and what tests have in its place).
 package kvstore
 
 import "iter"
@@ -47,6 +48,14 @@ type Measurer interface {
 	// Measure returns how many bytes key's values have together. It does not walk
 	// through them.
 	Measure(key string) (bytes int64)
+}
+
+// Roomer is a KVStore that can run out of room.
+type Roomer interface {
+	// Room returns an error, and has changed nothing, if there is no room for one
+	// more record of so many bytes of key and values. A Delete may use the last room
+	// that there is.
+	Room(bytes int64, isDelete bool) error
 }
 
 // Lister is a KVStore that can walk through what it holds.
