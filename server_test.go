@@ -793,8 +793,8 @@ func TestPausedServerDropsNothing(t *testing.T) {
 	for i := range gets {
 		switch i {
 		case gets / 2:
-			cmd.Process.Signal(syscall.SIGSTOP)
-			time.AfterFunc(slowAfter+slowAfter/4, func() { cmd.Process.Signal(syscall.SIGCONT) })
+			signalTo(t, cmd, "STOP")
+			time.AfterFunc(slowAfter+slowAfter/4, func() { signalTo(t, cmd, "CONT") })
 		}
 		if line := a.read(); line != reply {
 			t.Fatalf("reply %d is %.40q", i, line)
@@ -3756,6 +3756,13 @@ func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log 
 	})
 	log = bufio.NewReader(pipe)
 	return cmd, listeningAddr(t, log), log
+}
+
+// signalTo sends a signal that Windows has no name for.
+func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
+	if err := exec.Command("kill", "-"+name, strconv.Itoa(cmd.Process.Pid)).Run(); err != nil {
+		t.Errorf("kill -%s: %v", name, err)
+	}
 }
 
 // listeningAddr reads a server's log up to where it says where it listens.

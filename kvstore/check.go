@@ -17,7 +17,8 @@ const damagedPrefix = "damaged-"
 // Report is what Check or Repair has to say, a line for each thing.
 type Report struct {
 	Lines   []string
-	Damaged bool // something that was on disk is not there any more
+	Damaged bool // something that was on disk is not as it was
+	Lost    bool // by Repair: some of that could not be saved
 }
 
 func (r *Report) say(format string, args ...any) {
@@ -150,64 +151,35 @@ func repair(dir directory, now time.Time) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	id, err := findID(dir, names)
+	s := salvage{dir: dir, m: NewMemory(), report: &r}
+	if s.id, err = findID(dir, names); err != nil {
+		return r, err
+	}
+	highest, err := s.readAll(names)
 	if err != nil {
 		return r, err
 	}
-	var snapshot uint64
-	var segments []uint64
-	for _, name := range names {
-		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
-			snapshot = max(snapshot, number)
-		} else if ok {
-			segments = append(segments, number)
-		}
+	if s.frames == 0 {
+		return r, errors.New("not one frame can be read, so nothing was changed")
 	}
-	slices.Sort(segments)
-	segments = slices.DeleteFunc(segments, func(number uint64) bool { return number <= snapshot })
-	s := salvage{dir: dir, id: id, m: NewMemory(), report: &r}
-	if snapshot > 0 {
-		if err := s.read(kindSnapshot, snapshot, false); err != nil {
-			return r, err
-		}
+	kept, err := keepAll(dir, names, now)
+	if err != nil {
+		return r, err
 	}
-	highest := snapshot
-	for i, number := range segments {
-		if number > highest+1 {
-			r.say("LOST    what was between %s and %s: files are missing", dir.Path(logName(kindSegment, highest)), dir.Path(logName(kindSegment, number)))
-		}
-		if err := s.read(kindSegment, number, i == len(segments)-1); err != nil {
-			return r, err
-		}
-		highest = number
-	}
-	if len(segments) == 0 {
-		r.say("LOST    what came after %s: files are missing", dir.Path(logName(kindSnapshot, snapshot)))
-	}
-
-	// Everything found gets a second name before anything loses its first; the
-	// new snapshot's name makes it the store, at once.
-	kept := damagedPrefix + now.UTC().Format("20060102-150405")
-	for _, name := range names {
-		if !isBeside(name) {
-			if err := dir.Keep(name, kept); err != nil {
-				return r, err
-			}
-		}
-	}
+	// The new snapshot's name makes it the store, at once.
 	next := s.last + 1
-	segment := fileHeader{kind: kindSegment, id: id, number: highest + 2, first: next}
+	segment := fileHeader{kind: kindSegment, id: s.id, number: highest + 2, first: next}
 	if _, err := createLog(dir, logName(segment.kind, segment.number), segment, noFrames); err != nil {
 		return r, err
 	}
-	whole := fileHeader{kind: kindSnapshot, id: id, number: highest + 1, first: next}
+	whole := fileHeader{kind: kindSnapshot, id: s.id, number: highest + 1, first: next}
 	_, err = createLog(dir, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
 		return writeAll(w, s.m, anyFrame)
 	})
 	if err != nil {
 		return r, err
 	}
-	if err := writeID(dir, id); err != nil {
+	if err := writeID(dir, s.id); err != nil {
 		return r, err
 	}
 	for _, name := range names {
@@ -219,22 +191,35 @@ func repair(dir directory, now time.Time) (r Report, err error) {
 	}
 	keys, values, bytes := s.m.Size()
 	r.say("repaired: %d keys, %d values, %d bytes of data; what was found is in %s", keys, values, bytes, dir.Path(kept))
-	return r, nil
+	return r, dir.Sync()
 }
 
-// findID returns the store's id, from STORE or from any log file's header.
+// keepAll gives every file of the store a second name in a directory of its own,
+// before any loses its first.
+func keepAll(dir directory, names []string, now time.Time) (kept string, err error) {
+	base := damagedPrefix + now.UTC().Format("20060102-150405")
+	kept = base
+	for n := 2; slices.Contains(names, kept); n++ {
+		kept = fmt.Sprint(base, "-", n)
+	}
+	for _, name := range names {
+		if !isBeside(name) {
+			if err := dir.Keep(name, kept); err != nil {
+				return "", err
+			}
+		}
+	}
+	return kept, nil
+}
+
+// findID returns the store's id: what most of the log files say, or else STORE.
 func findID(dir directory, names []string) (id storeID, err error) {
+	if id, most, of := majorityID(dir, names); most > 0 && 2*most >= of {
+		return id, nil
+	}
 	id, found, err := readID(dir)
 	if found && err == nil {
 		return id, nil
-	}
-	for _, name := range names {
-		if _, _, ok := parseName(name); ok {
-			if l, openErr := openLog(dir, name); openErr == nil {
-				l.f.Close()
-				return l.header.id, nil
-			}
-		}
 	}
 	return id, errors.Join(err, errors.New("no file says which store this is: nothing can be read"))
 }
@@ -245,7 +230,77 @@ type salvage struct {
 	id     storeID
 	m      *Memory
 	last   uint64 // highest sequence seen in a segment
+	frames int    // that could be read
+	goesOn bool   // the last one says that another file follows
 	report *Report
+}
+
+// readAll reads the best snapshot and the segments after it, and returns the highest
+// number of a file.
+func (s *salvage) readAll(names []string) (highest uint64, err error) {
+	var snapshots, segments []uint64
+	for _, name := range names {
+		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
+			snapshots = append(snapshots, number)
+		} else if ok {
+			segments = append(segments, number)
+		}
+	}
+	slices.Sort(snapshots)
+	slices.Sort(segments)
+	base := s.base(snapshots, segments)
+	highest = base
+	segments = slices.DeleteFunc(segments, func(number uint64) bool { return number <= base })
+	if base > 0 {
+		if err := s.read(kindSnapshot, base, false); err != nil {
+			return 0, err
+		}
+	}
+	for i, number := range segments {
+		if number > highest+1 {
+			s.lose("what was between %s and %s: files are missing", s.dir.Path(logName(kindSegment, highest)), s.dir.Path(logName(kindSegment, number)))
+		}
+		if err := s.read(kindSegment, number, i == len(segments)-1); err != nil {
+			return 0, err
+		}
+		highest = number
+	}
+	if s.goesOn || len(segments) == 0 {
+		s.lose("what came after %s: files are missing", s.dir.Path(logName(kindSegment, highest)))
+	}
+	for _, number := range snapshots { // a damaged one that was not the best
+		highest = max(highest, number)
+	}
+	return highest, nil
+}
+
+// base is the snapshot to begin with: the newest whole one, or none, from which all
+// segments up to the newest are there; else the newest, whatever can be read of it.
+func (s *salvage) base(snapshots, segments []uint64) uint64 {
+	if len(snapshots) == 0 {
+		return 0
+	}
+	newest := snapshots[len(snapshots)-1]
+	for _, number := range slices.Backward(append([]uint64{0}, snapshots...)) {
+		whole := number == 0
+		if !whole {
+			_, _, err := loadSnapshot(s.dir, s.id, number, NewMemory(), anyFrame)
+			whole = err == nil
+		}
+		for n := number + 1; whole && n <= newest; n++ {
+			whole = slices.Contains(segments, n)
+		}
+		if whole {
+			return number
+		}
+	}
+	return newest
+}
+
+// lose says what is lost.
+func (s *salvage) lose(format string, args ...any) {
+	s.report.Lost = true
+	s.report.say("LOST    "+format, args...)
 }
 
 // read adds the good frames of a file to s.m. It goes on behind bad ones at the
@@ -266,7 +321,7 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 	bad := func(from, to int) {
 		if from < to {
 			lost++
-			s.report.say("LOST    bytes %d to %d of %s", from, to, s.dir.Path(name))
+			s.lose("bytes %d to %d of %s", from, to, s.dir.Path(name))
 		}
 	}
 	good := min(headerSize, len(b)) // the header has told all it can
@@ -281,6 +336,8 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 		}
 		bad(good, at)
 		frames++
+		s.frames++
+		s.goesOn = head.kind == frameNext
 		if kind == kindSegment {
 			s.last = max(s.last, head.sequence)
 		}

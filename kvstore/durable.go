@@ -63,6 +63,7 @@ const (
 	minCompact   = 64 << 20 // bytes of full files below which they are left alone
 	reserveSize  = 1 << 20  // bytes of zeros by which a file grows at a time
 	spareSize    = 64 << 10 // of these, bytes that only a Delete may use when the disk is full
+	maxRecord    = 1 << 31  // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8        // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
@@ -225,11 +226,23 @@ func (d *Durable) Update(key, oldValue, newValue string) (replaced bool) {
 // record notes an operation for the next Commit, and writes a frame of what
 // there is when that is much.
 func (d *Durable) record(op byte, fields ...string) {
+	if size := int64(sizeOf(fields)); size > maxRecord {
+		d.fail(fmt.Errorf("a record of %d bytes is too large", size))
+		return
+	}
 	d.pending = appendRecord(d.pending, op, fields...)
 	d.count++
 	if len(d.pending) >= maxFramePut {
 		d.writeFrame(frameRecords)
 	}
+}
+
+// sizeOf is how many bytes fields have together.
+func sizeOf(fields []string) (bytes int) {
+	for _, f := range fields {
+		bytes += len(f)
+	}
+	return bytes
 }
 
 // fail keeps the first error. It returns what is kept.
@@ -258,7 +271,10 @@ func (d *Durable) Room(bytes int64, isDelete bool) error {
 	if !isDelete {
 		need += int64(d.spare)
 	}
-	if d.room >= need || d.failure() != nil {
+	switch {
+	case bytes > maxRecord:
+		return fmt.Errorf("a record of %d bytes is too large", bytes)
+	case d.room >= need || d.failure() != nil:
 		return nil
 	}
 	d.writing <- struct{}{}

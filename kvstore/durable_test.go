@@ -14,8 +14,10 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -987,6 +989,186 @@ func TestCloseSyncsFirst(t *testing.T) {
 	})
 }
 
+// Ensure that repair takes an older snapshot, and what came after it, where the newest
+// is damaged, and says whether anything is lost.
+func TestRepairUsesTheOlderSnapshot(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	var old map[string]*memFile
+	h := history{model{}, model{}}
+	random := rand.New(rand.NewPCG(7, 7))
+	for snapshots := 0; snapshots < 3; {
+		number := d.number
+		for range random.IntN(8) {
+			randomStep(t, random, d, h.done)
+		}
+		d.Commit()
+		if d.number > number && d.number%3 == 0 {
+			old = dir.with(lockName, nil).names
+			d.minCompact, d.Memory.bytes = 0, d.Memory.bytes-1<<40 // whatever it holds
+			d.compact()
+			d.minCompact, d.Memory.bytes = 1<<30, d.Memory.bytes+1<<40
+			d.settle()
+			snapshots++
+		}
+	}
+	h.told = h.done.clone()
+	d.Close()
+	l, _ := readLayout(dir)
+	bad := dir.with(lockName, nil)
+	for name, f := range old { // as a crash leaves them behind a compaction
+		if bad.names[name] == nil {
+			bad.names[name] = f
+		}
+	}
+	newest := logName(kindSnapshot, l.snapshot)
+	bad.names[newest] = fileOf(bad.names[newest].data[:headerSize+30])
+	r, err := repair(bad, time.Time{})
+	if err != nil || !r.Damaged || r.Lost {
+		t.Errorf("repair says %v, %v", r, err)
+	}
+	h.checkKept(t, bad, "repaired with the older snapshot")
+	bad = dir.with(newest, dir.names[newest].data[:headerSize+30])
+	if r, err := repair(bad, time.Time{}); err == nil && !r.Lost {
+		t.Errorf("without the older snapshot repair says %v", r)
+	}
+}
+
+// Ensure that a backup of a store that is written to, at any moment, opens and holds
+// what was told before it began, and that damage is not copied.
+func TestBackup(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := history{model{}, model{}}
+	random := rand.New(rand.NewPCG(9, 9))
+	for i := range 100 {
+		for range random.IntN(8) {
+			randomStep(t, random, d, h.done)
+		}
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		h.told = h.done.clone()
+		out := newMemDir()
+		if i%10 > 0 { // with something in the middle of its way to the file
+			w := d.current
+			w.f.WriteAt(appendFrame(nil, w.seed, frame{sequence: d.sequence + 1, synced: d.sequence}, []byte("half a frame"))[:45], w.size)
+		}
+		if _, err := backup(dir, out, nil); err != nil {
+			t.Fatalf("backup %d: %v", i, err)
+		}
+		d.current.f.WriteAt(make([]byte, 45), d.current.size)
+		if r, err := check(out); err != nil || r.Damaged || strings.Contains(fmt.Sprint(r), "torn") {
+			t.Fatalf("backup %d: check says %v, %v", i, r, err)
+		}
+		h.checkKept(t, out, fmt.Sprint("backup ", i))
+		d.settle()
+	}
+	d.Close()
+	for name := range dir.names {
+		if kind, _, ok := parseName(name); ok {
+			data := slices.Clone(dir.names[name].data)
+			data[headerSize+50] ^= 1
+			out := newMemDir()
+			if _, err := backup(dir.with(name, data), out, nil); err == nil || len(out.names) > 0 {
+				t.Errorf("a damaged file of kind %d is copied: %v, %d files", kind, err, len(out.names))
+			}
+		}
+	}
+	full := newMemDir().with("photo.jpg", nil)
+	if _, err := backup(dir, full, nil); !errors.Is(err, ErrNotOurs) {
+		t.Errorf("into a directory that is not empty: %v", err)
+	}
+}
+
+// Ensure that real backups, one after the other beside a store that is written to and
+// compacted, each hold what was told before.
+func TestBackupBesideARealStore(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "data")
+	os.Mkdir(path, 0o700)
+	d, err := Open(path, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 20_000, 40_000
+	var told atomic.Int64
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	defer func() {
+		close(stop)
+		<-stopped
+		d.Close()
+		if _, err := Backup(path, filepath.Join(path, "copy"), nil); !errors.Is(err, ErrNotOurs) {
+			t.Errorf("a backup inside the store: %v", err)
+		}
+	}()
+	go func() {
+		defer close(stopped)
+		for i := int64(1); ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			d.Put("counter", fmt.Sprint(i))
+			d.Update("counter", fmt.Sprint(i-1), "x")
+			d.Update("counter", "x", "y")
+			d.Delete(fmt.Sprint("key", i%100))
+			d.Put(fmt.Sprint("key", i%100), fmt.Sprint(i))
+			if i%50 == 0 {
+				d.Delete("counter")
+				d.Put("counter", fmt.Sprint(i))
+			}
+			if err := d.Commit(); err != nil {
+				t.Error(err)
+				return
+			}
+			told.Store(i)
+		}
+	}()
+	for i := range 30 {
+		least := told.Load()
+		to := filepath.Join(t.TempDir(), "copy")
+		if _, err := Backup(path, to, nil); err != nil {
+			t.Fatalf("backup %d: %v", i, err)
+		}
+		copied, err := Open(to, Options{})
+		if err != nil {
+			t.Fatalf("backup %d: %v", i, err)
+		}
+		most := int64(0)
+		for _, values := range copied.All() {
+			for _, v := range values {
+				if n, err := strconv.ParseInt(v, 10, 64); err == nil {
+					most = max(most, n)
+				}
+			}
+		}
+		if most < least {
+			t.Errorf("backup %d holds what was told up to %d, want %d", i, most, least)
+		}
+		copied.Close()
+	}
+}
+
+// Ensure that a record too large for a frame ends the store instead of wrapping
+// around, and that Room says so before.
+func TestRecordsTooLarge(t *testing.T) {
+	d, err := open(newMemDir(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Room(maxRecord+1, false); err == nil {
+		t.Error("there is room for a record that is too large")
+	}
+}
+
 // segment returns a store's only log file with so many commits, not closed, and
 // the offsets at which its frames begin.
 func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int) {
@@ -1269,6 +1451,12 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%s: check says %v, %v", what, report, checkErr)
 		}
 		report, err = repair(c.dir, time.Time{})
+		if what == "all logs gone" {
+			if err == nil || !maps.Equal(before, c.dir.names) {
+				t.Errorf("%s: repair says %v, %v", what, report, err)
+			}
+			continue
+		}
 		if err != nil || !report.Damaged {
 			t.Errorf("%s: repair says %v, %v", what, report, err)
 		}

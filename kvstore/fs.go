@@ -128,7 +128,20 @@ func (d *osDirectory) Create(name string) (file, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := d.own(name); err != nil {
+		f.Close()
+		return nil, err
+	}
 	return f, nil
+}
+
+// own gives a new file to the directory's owner.
+func (d *osDirectory) own(name string) error {
+	info, err := d.root.Stat(".")
+	if err != nil {
+		return d.named("", err)
+	}
+	return keepOwner(d.root, name, info)
 }
 
 func (d *osDirectory) Open(name string) (file, int64, error) {
@@ -157,7 +170,12 @@ func (d *osDirectory) Remove(name string) error     { return d.named(name, d.roo
 
 // Keep makes a link, or a copy where the file system has no links.
 func (d *osDirectory) Keep(name, in string) error {
-	if err := d.root.Mkdir(in, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	switch err := d.root.Mkdir(in, 0o700); {
+	case err == nil:
+		if err := d.own(in); err != nil {
+			return err
+		}
+	case !errors.Is(err, fs.ErrExist):
 		return d.named(in, err)
 	}
 	err := d.root.Link(name, filepath.Join(in, name))

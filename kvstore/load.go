@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -230,6 +231,9 @@ func checkObsolete(dir directory, id storeID, l layout) error {
 			continue
 		}
 		end, err := loadSegment(dir, id, number, 0, false, NewMemory(), anyFrame)
+		if errors.Is(err, fs.ErrNotExist) {
+			return err // a compaction beside us has just removed it
+		}
 		if err != nil || !end.goesOn {
 			return &DamageError{File: dir.Path(name), What: fmt.Sprintf(
 				"it is older than snap-%d.log and no full file: an older copy was put over a newer store", l.snapshot)}
@@ -414,7 +418,7 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 		case err == errEnd:
 			return end, nil
 		case errors.As(err, &damage) && last:
-			return l.endTorn(dir, name, end, damage)
+			return l.endTorn(end, damage)
 		case err != nil:
 			return end, err
 		case end.goesOn:
@@ -436,8 +440,8 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 
 // endTorn looks at what follows the good part of a last segment: damage if a frame
 // in it, or before it, says that it was on disk, torn otherwise, or just zeros.
-func (l *logReader) endTorn(dir directory, name string, end segmentEnd, damage *DamageError) (segmentEnd, error) {
-	rest, err := l.rest(dir, name)
+func (l *logReader) endTorn(end segmentEnd, damage *DamageError) (segmentEnd, error) {
+	rest, err := l.rest()
 	if err != nil {
 		return end, err
 	}

@@ -29,3 +29,13 @@ func (d *osDirectory) lockFile() (*os.File, error) {
 func isLocked(f *os.File) bool {
 	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
 }
+
+// keepOwner gives the file called name to the owner of what info is about, if we are
+// root: the administrator who repairs or copies a store is not who runs the server.
+func keepOwner(root *os.Root, name string, info os.FileInfo) error {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || os.Geteuid() != 0 {
+		return nil
+	}
+	return root.Lchown(name, int(stat.Uid), int(stat.Gid))
+}

@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"math"
 )
 
 // The log's files. Numbers are little-endian, offsets multiples of 8.
@@ -311,18 +312,19 @@ func readError(path string, err error) error {
 	return err
 }
 
+// seek has the next read begin at offset, with what the file holds now.
+func (l *logReader) seek() error {
+	l.size = max(l.size, l.offset)
+	l.r.Reset(io.NewSectionReader(l.f, l.offset, math.MaxInt64-l.offset))
+	rest, err := l.rest()
+	l.size = l.offset + int64(len(rest))
+	return err
+}
+
 // rest returns what follows the good part of the file.
-func (l *logReader) rest(d directory, name string) ([]byte, error) {
-	f, size, err := d.Open(name)
+func (l *logReader) rest() ([]byte, error) {
+	rest, err := io.ReadAll(io.NewSectionReader(l.f, l.offset, math.MaxInt64-l.offset))
 	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if _, err := io.CopyN(io.Discard, f, l.offset); err != nil {
-		return nil, readError(l.path, err)
-	}
-	rest := make([]byte, max(0, min(size, l.size)-l.offset))
-	if _, err := io.ReadFull(f, rest); err != nil {
 		return nil, readError(l.path, err)
 	}
 	return rest, nil

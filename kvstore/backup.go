@@ -1,0 +1,209 @@
+package kvstore
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Backup copies the store in the directory at path to the one at to, which is new or
+// empty. It takes no lock and asks no server: beside a process that has the store open
+// it reads what that has written, whole frames only, and that is at least everything
+// that was answered before Backup began. It checks what it copies; the copy opens like
+// any store. step, if not nil, is told now and then how many bytes were copied of
+// about how many.
+func Backup(path, to string, step func(copied, total int64)) (Report, error) {
+	dir, err := openDirectory(path)
+	if err != nil {
+		return Report{}, err
+	}
+	defer dir.Close()
+	if err := makeDirectory(path, to); err != nil {
+		return Report{}, err
+	}
+	out, err := openDirectory(to)
+	if err != nil {
+		return Report{}, err
+	}
+	defer out.Close()
+	return backup(dir, out, step)
+}
+
+// makeDirectory makes the directory for a copy of that at path, for the same owner,
+// unless it is there.
+func makeDirectory(path, to string) error {
+	source, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil && os.SameFile(source, around) {
+		return fmt.Errorf("%w: %s is inside the store that is to be copied", ErrNotOurs, to)
+	}
+	switch err := os.Mkdir(to, 0o700); {
+	case errors.Is(err, fs.ErrExist):
+		return nil
+	case err != nil:
+		return err
+	}
+	root, err := os.OpenRoot(to)
+	if err != nil {
+		return err
+	}
+	return errors.Join(keepOwner(root, ".", source), root.Close())
+}
+
+func backup(dir, out directory, step func(copied, total int64)) (r Report, err error) {
+	names, err := out.List()
+	if err != nil {
+		return r, err
+	}
+	for _, name := range names {
+		if !isBeside(name) || strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix) {
+			return r, fmt.Errorf("%w: %s is there: a copy needs a new or an empty directory", ErrNotOurs, out.Path(name))
+		}
+	}
+	held, err := out.Lock()
+	if err != nil {
+		return r, err
+	}
+	defer held.Close()
+	const tries = 5 // a compaction beside us may take files away
+	for n := 1; ; n++ {
+		c := copier{dir: dir, out: out, step: step}
+		err := c.copyAll()
+		if err == nil {
+			r.say("copied %d files, %d bytes to %s", len(c.made), c.copied, out.Path(""))
+			return r, nil
+		}
+		for _, name := range c.made {
+			err = errors.Join(err, out.Remove(name))
+		}
+		if !errors.Is(err, fs.ErrNotExist) || n == tries {
+			return r, err
+		}
+	}
+}
+
+// copier copies the files of a store.
+type copier struct {
+	dir, out      directory
+	id            storeID
+	copied, total int64
+	made          []string // files in out
+	step          func(copied, total int64)
+}
+
+// copyAll copies the snapshot, then segment by segment as long as one says that
+// another follows, and last STORE: before that the copy is no store.
+func (c *copier) copyAll() error {
+	d := &Durable{dir: c.dir}
+	l, err := d.find()
+	if err != nil {
+		return err
+	}
+	if len(l.segments) == 0 {
+		return fmt.Errorf("%w: %s is empty", ErrNotOurs, c.dir.Path(""))
+	}
+	c.id = d.id
+	for _, name := range l.names() {
+		if f, size, err := c.dir.Open(name); err == nil {
+			c.total += size
+			f.Close()
+		}
+	}
+	next := uint64(1)
+	if l.snapshot > 0 {
+		end, err := c.copyLog(kindSnapshot, l.snapshot, 0)
+		if err != nil {
+			return err
+		}
+		next = end.header.first
+	}
+	for number, goesOn := l.snapshot+1, true; goesOn; number++ {
+		end, err := c.copyLog(kindSegment, number, next)
+		if err != nil {
+			return err
+		}
+		goesOn, next = end.goesOn, end.next
+	}
+	if err := writeID(c.out, c.id); err != nil {
+		return err
+	}
+	c.made = append(c.made, storeName)
+	return nil
+}
+
+// copyLog copies the whole frames of a log file. The last segment's copy ends in a
+// frame that says that all before it is on disk.
+func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err error) {
+	name := logName(kind, number)
+	l, err := openLog(c.dir, name)
+	if err != nil {
+		return end, err
+	}
+	defer l.f.Close()
+	if err := l.checkHeader(fileHeader{kind: kind, id: c.id, number: number, first: first}); err != nil {
+		return end, err
+	}
+	end.header = l.header
+	last := frame{}
+	_, err = createLog(c.out, name, l.header, func(w *logWriter) error {
+		for !end.goesOn {
+			f, payload, err := l.read()
+			var damage *DamageError
+			if errors.As(err, &damage) && kind == kindSegment {
+				f, payload, err = c.readAgain(l, damage)
+			}
+			switch {
+			case err == errEnd && kind == kindSnapshot && last.kind != frameEnd:
+				return &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: "the snapshot has no proper end"}
+			case err == errEnd && kind == kindSnapshot:
+				return nil
+			case err == errEnd:
+				return w.append(frame{sequence: l.next, synced: l.next - 1, kind: frameCleanStop}, nil, 0)
+			case err != nil:
+				return err
+			}
+			if err := w.append(f, payload, 0); err != nil {
+				return err
+			}
+			last, end.goesOn, end.next = f, f.kind == frameNext, l.next
+			if c.copied += f.padded(); c.step != nil {
+				c.step(c.copied, c.total)
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		c.made = append(c.made, name)
+	}
+	return end, err
+}
+
+// readAgain reads the frame at which l found damage anew: it may have been written
+// meanwhile. errEnd: there is none, or one that never was on disk.
+func (c *copier) readAgain(l *logReader, damage *DamageError) (f frame, payload []byte, err error) {
+	const tries = 10
+	for n := 1; ; n++ {
+		if err := l.seek(); err != nil {
+			return f, nil, err
+		}
+		if f, payload, err = l.read(); !errors.As(err, &damage) {
+			return f, payload, err
+		}
+		rest, err := l.rest()
+		if err != nil {
+			return f, nil, err
+		}
+		// Frames behind it: they came while we looked, or this one is damaged.
+		if _, synced := l.look(rest); !synced {
+			return f, nil, errEnd
+		}
+		if n == tries {
+			return f, nil, damage
+		}
+	}
+}
