@@ -27,6 +27,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -51,6 +52,7 @@ const usage = `Usage: kvserver [flags]                          serve
        kvserver [-addr ADDR] -c [REQUEST ...]   send requests, or standard input
        kvserver [-addr ADDR] -ping              exit code 0 if a server answers
        kvserver check DIR | repair DIR          look at the data; mend it
+       kvserver backup DIR TO                   copy it, also while it is used
   -addr ADDR      port, :port (every address of this machine) or host:port;
                   port 0 takes a free one (default localhost:9999)
   -data DIR       keep the data in DIR; without it, it is lost at the end
@@ -69,7 +71,6 @@ Every flag can be in the environment: KVSERVER_ADDR=:9999 is -addr :9999.
 Try it:   kvserver &   then   nc localhost 9999   and type
   Put:fruit:apple
   Get:fruit
-  Help
 `
 
 // config is what the command line asks for.
@@ -103,7 +104,7 @@ func main() {
 	ballast := make([]byte, 16<<20)
 	defer runtime.KeepAlive(ballast)
 
-	if len(os.Args) > 1 && (os.Args[1] == "check" || os.Args[1] == "repair") {
+	if len(os.Args) > 1 && slices.Contains([]string{"check", "repair", "backup"}, os.Args[1]) {
 		os.Exit(inspect(os.Args[1], os.Args[2:]))
 	}
 	c, err := parseFlags(os.Args[1:], os.Stdout)
@@ -577,32 +578,62 @@ func storeProblem(c config, err error) error {
 	return problem{err.Error(), todo}
 }
 
-// inspect runs the check or repair command and returns the exit code.
+// inspect runs the check, repair or backup command and returns the exit code.
 func inspect(command string, args []string) int {
-	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
-		complain(os.Stderr, problem{command + " needs one data directory", "Give the one that the server has, as in kvserver " + command + " data."})
+	needs, want := "one data directory", 1
+	if command == "backup" {
+		needs, want = "a data directory and a new one for the copy", 2
+	}
+	if len(args) != want || slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
+		example := map[string]string{"check": "data", "repair": "data", "backup": "data copy"}[command]
+		complain(os.Stderr, problem{command + " needs " + needs, "Give the one that the server has, as in kvserver " + command + " " + example + "."})
 		return exitMisuse
 	}
-	dir, do := args[0], kvstore.Check
-	if command == "repair" {
-		do = kvstore.Repair
+	dir := args[0]
+	var report kvstore.Report
+	var err error
+	switch command {
+	case "check":
+		report, err = kvstore.Check(dir)
+	case "repair":
+		report, err = kvstore.Repair(dir)
+	case "backup":
+		report, err = backUp(dir, args[1])
 	}
-	report, err := do(dir)
 	for _, line := range report.Lines {
 		fmt.Println(line)
 	}
 	switch {
 	case errors.Is(err, kvstore.ErrMissing):
 		complain(os.Stderr, problem{err.Error(), "Give the directory that the server has as -data."})
-		return exitFailure
+	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
+		complain(os.Stderr, problem{err.Error(), "Nothing was copied. Give a store, and a new or an empty directory that is not inside it."})
 	case err != nil:
 		complain(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
-		return exitFailure
 	case report.Damaged && command == "check":
 		complain(os.Stderr, problem{dir + " is damaged", "Restore a backup, or save what can be saved: kvserver repair " + dir})
-		return exitFailure
+	case report.Lost:
+		complain(os.Stderr, problem{"some of what was in " + dir + " is lost", "The store opens again. Look at what is back: what is lost may have been a Delete."})
+	default:
+		return 0
 	}
-	return 0
+	return exitFailure
+}
+
+// backUp copies a store, and on a terminal says how far it is.
+func backUp(dir, to string) (kvstore.Report, error) {
+	var step func(copied, total int64)
+	if isTerminal(os.Stderr) {
+		told := time.Now()
+		step = func(copied, total int64) {
+			if now := time.Now(); now.Sub(told) >= time.Second/4 {
+				told = now
+				fmt.Fprintf(os.Stderr, "\r%d of about %d MB ", copied>>20, max(total, copied)>>20)
+			}
+		}
+		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
+	}
+	return kvstore.Backup(dir, to, step)
 }
 
 // stopSignals are the signals that stop the server: SIGHUP not where nohup has

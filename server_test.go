@@ -2378,6 +2378,8 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`, "Flags go before the requests"},
 		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse, `kvserver: "Put:a:b\nDelete:c" is more than one request`, "Give each as an argument of its own"},
 		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
+		{[]string{"backup", "a"}, exitMisuse, "kvserver: backup needs a data directory and a new one", "Give the one"},
+		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure, "kvserver: not a data directory: ", "Nothing was copied."},
 		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory", "Give the one"},
 		{[]string{"-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
 		{[]string{"-data", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist: /no/such/dir", "Create it: mkdir -m 700 /no/such/dir"},
@@ -2611,26 +2613,61 @@ func TestServerOutlivesItsLog(t *testing.T) {
 // server stops.
 func TestFailingDiskIsLogged(t *testing.T) {
 	for format, want := range map[string]string{
-		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" error=".*seg-1.log: file too large" todo=`,
-		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends","error":".*seg-1.log: file too large","todo":`,
+		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" error="the data directory is not where it was: .*" todo=`,
+		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends","error":"the data directory is not where it was: .*","todo":`,
 	} {
-		cmd := binary("-addr", "127.0.0.1:0", "-data", t.TempDir(), "-log", format)
-		cmd.Args = append([]string{"sh", "-c", `ulimit -f 4096; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
-		cmd.Path, _ = exec.LookPath("sh")
-		pipe, _ := cmd.StderrPipe()
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		log := bufio.NewReader(pipe)
-		a := dialTCP(t, listeningAddr(t, log))
-		go a.sendSome(strings.Repeat("Put:k:"+strings.Repeat("v", 1<<19)+"\n", 10))
-		io.Copy(io.Discard, a.r)
+		dir := filepath.Join(t.TempDir(), "data")
+		os.Mkdir(dir, 0o700)
+		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
+		os.Rename(dir, dir+".old") // the first Commit notices
+		a := dialTCP(t, addr)
+		a.send("Put:k:v\nPing\n")
+		a.wantClosed()
 		rest, _ := io.ReadAll(log)
 		cmd.Wait()
 		failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest, []byte("stopping"))
 		if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
 			t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
 		}
+	}
+}
+
+// Ensure that a disk without room is no reason to end: writes are refused, and the
+// rest goes on.
+func TestFullDiskRefusesWrites(t *testing.T) {
+	dir := t.TempDir()
+	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
+	cmd.Args = append([]string{"sh", "-c", `ulimit -f 4096; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+	var err error
+	if cmd.Path, err = exec.LookPath("sh"); err != nil {
+		t.Logf("without a shell there is no limit of a file's size: %v", err)
+		return
+	}
+	pipe, _ := cmd.StderrPipe()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	log := bufio.NewReader(pipe)
+	a := dialTCP(t, listeningAddr(t, log))
+	a.ask("Ack", ":OK 0")
+	put := "Put:k:" + strings.Repeat("v", 1<<19)
+	stored, answer := 0, ":OK 1"
+	for ; answer == ":OK 1" && stored < 20; stored++ {
+		a.send(put + "\n")
+		answer = a.read()
+	}
+	if !regexp.MustCompile(`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(answer) {
+		t.Errorf("on a full disk a Put is answered %q", answer)
+	}
+	a.ask("Put:small:v", ":OK 1") // there is room for that
+	a.ask("Delete:k", fmt.Sprint(":OK ", stored-1))
+	a.ask("Get:small", "small:v", ":OK 1")
+	a.hangUp()
+	cmd.Process.Signal(os.Interrupt)
+	rest, _ := io.ReadAll(log)
+	if err := cmd.Wait(); err != nil || !bytes.Contains(rest, []byte("writes are refused: the disk is full")) {
+		t.Errorf("stopped: %v, the log is %s", err, rest)
 	}
 }
 

@@ -120,7 +120,7 @@ func writeAll(w *logWriter, m *Memory, goOn func(frame) error) error {
 	}
 	for key, values := range m.All() {
 		for _, v := range values {
-			payload = appendRecord(payload, opPut, key, v)
+			payload = appendRecord(payload, opPut, 0, key, v)
 			if f.count++; len(payload) >= maxFrameSnapshot {
 				if err := flush(); err != nil {
 					return err

@@ -202,35 +202,36 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 // Put appends value to key's list.
 func (d *Durable) Put(key, value string) {
 	d.Memory.Put(key, value)
-	d.record(opPut, key, value)
+	d.record(opPut, 0, key, value)
 }
 
 // Delete removes key and returns how many values it had.
 func (d *Durable) Delete(key string) (removed int) {
 	if removed = d.Memory.Delete(key); removed > 0 {
-		d.record(opDelete, key)
+		d.record(opDelete, 0, key)
 	}
 	return removed
 }
 
 // Update removes the first value equal to oldValue and appends newValue.
 func (d *Durable) Update(key, oldValue, newValue string) (replaced bool) {
-	if replaced = d.Memory.Update(key, oldValue, newValue); replaced {
-		d.record(opUpdate, key, oldValue, newValue)
+	place := d.Memory.update(key, oldValue, newValue, -1)
+	if place < 0 {
+		d.record(opPut, 0, key, newValue)
 	} else {
-		d.record(opPut, key, newValue)
+		d.record(opUpdate, place, key, oldValue, newValue)
 	}
-	return replaced
+	return place >= 0
 }
 
 // record notes an operation for the next Commit, and writes a frame of what
 // there is when that is much.
-func (d *Durable) record(op byte, fields ...string) {
+func (d *Durable) record(op byte, place int, fields ...string) {
 	if size := int64(sizeOf(fields)); size > maxRecord {
 		d.fail(fmt.Errorf("a record of %d bytes is too large", size))
 		return
 	}
-	d.pending = appendRecord(d.pending, op, fields...)
+	d.pending = appendRecord(d.pending, op, place, fields...)
 	d.count++
 	if len(d.pending) >= maxFramePut {
 		d.writeFrame(frameRecords)

@@ -1157,6 +1157,26 @@ func TestBackupBesideARealStore(t *testing.T) {
 	}
 }
 
+// Ensure that an Update is loaded without a search: the log says where the value was.
+func TestUpdatesAreLoadedByPlace(t *testing.T) {
+	m := NewMemory()
+	for i := range 10 {
+		m.Put("k", fmt.Sprint(i%5))
+	}
+	if err := apply(m, string(appendRecord(nil, opUpdate, 7, "k", "2", "x")), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.Get("k"), []string{"0", "1", "2", "3", "4", "0", "1", "3", "4", "x"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q: the second 2 is gone, which is at the place given", got, want)
+	}
+	if err := apply(m, string(appendRecord(nil, opUpdate, 1<<40, "k", "2", "y")), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.Get("k"), []string{"0", "1", "3", "4", "0", "1", "3", "4", "x", "y"}; !slices.Equal(got, want) {
+		t.Errorf("with a place that is none: got %q, want %q", got, want)
+	}
+}
+
 // Ensure that a record too large for a frame ends the store instead of wrapping
 // around, and that Room says so before.
 func TestRecordsTooLarge(t *testing.T) {
@@ -1946,9 +1966,9 @@ func fixedDir(t testing.TB, commits int) *memDir {
 	dir, id := newMemDir(), storeID{1, 2, 3}
 	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, func(w *logWriter) error {
 		for i := range commits {
-			payload := appendRecord(nil, opPut, "key", fmt.Sprint(i))
-			payload = appendRecord(payload, opUpdate, "key", fmt.Sprint(i), "new")
-			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, "none")[:len(payload)], 0); err != nil {
+			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))
+			payload = appendRecord(payload, opUpdate, 0, "key", fmt.Sprint(i), "new")
+			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, 0, "none")[:len(payload)], 0); err != nil {
 				return err
 			}
 		}
@@ -2000,8 +2020,8 @@ func FuzzRecovery(f *testing.F) {
 
 // Ensure that any records in a frame are applied or refused, without a panic.
 func FuzzRecords(f *testing.F) {
-	f.Add(string(appendRecord(appendRecord(nil, opPut, "k", "v"), opUpdate, "k", "v", "w")), uint32(2))
-	f.Add(string(appendRecord(nil, opDelete, strings.Repeat("k", 200))), uint32(1))
+	f.Add(string(appendRecord(appendRecord(nil, opPut, 0, "k", "v"), opUpdate, 0, "k", "v", "w")), uint32(2))
+	f.Add(string(appendRecord(nil, opDelete, 0, strings.Repeat("k", 200))), uint32(1))
 	f.Add("\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", uint32(1))
 	f.Fuzz(func(t *testing.T, payload string, count uint32) {
 		m := NewMemory()

@@ -17,7 +17,9 @@ import (
 //	header  = "kvserver" version:4 kind:4 store:16 number:8 first:8 zero:12 crc:4
 //	frame   = "kvfr" length:4 sequence:8 synced:8 count:4 kind:4 crcPayload:4 crcFrame:4 payload padding
 //	payload = record*
-//	record  = op:1 (length:uvarint bytes)*    Put: key value; Delete: key; Update: key old new
+//	record  = op:1 [place:uvarint] (length:uvarint bytes)*
+//	          Put: key value; Delete: key; Update: key old new, and first the place of old
+//	          in the list, so that nobody need search for it again
 //
 // A frame holds what one Commit made durable, or a part of it. Frames are
 // numbered by sequence without a gap, from file to file; first is the number of
@@ -157,9 +159,12 @@ func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 	}, true
 }
 
-// appendRecord appends one operation on fields, the key first.
-func appendRecord(b []byte, op byte, fields ...string) []byte {
+// appendRecord appends one operation on fields, the key first. place is an Update's.
+func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	b = append(b, op)
+	if op == opUpdate {
+		b = binary.AppendUvarint(b, uint64(place))
+	}
 	for _, f := range fields {
 		b = binary.AppendUvarint(b, uint64(len(f)))
 		b = append(b, f...)
@@ -167,52 +172,71 @@ func appendRecord(b []byte, op byte, fields ...string) []byte {
 	return b
 }
 
+// fields takes a payload apart.
+type fields struct {
+	payload string
+	bad     bool // something did not fit; from then on all is empty
+}
+
+// number takes a number off.
+func (f *fields) number() (n uint64) {
+	for i := 0; i < len(f.payload) && i < binary.MaxVarintLen64; i++ {
+		b := f.payload[i]
+		n |= uint64(b&0x7f) << (7 * i)
+		if b < 0x80 {
+			f.payload = f.payload[i+1:]
+			return n
+		}
+	}
+	f.payload, f.bad = "", true
+	return 0
+}
+
+// text takes a string off.
+func (f *fields) text() (s string) {
+	n := f.number()
+	if n > uint64(len(f.payload)) {
+		f.payload, f.bad = "", true
+		return ""
+	}
+	s, f.payload = f.payload[:n], f.payload[n:]
+	return s
+}
+
 // apply does count records of payload to m.
 func apply(m *Memory, payload string, count uint32) error {
-	field := func() (s string, ok bool) {
-		length, n := uint64(0), 0
-		for shift := 0; n < len(payload) && n < binary.MaxVarintLen64; shift += 7 {
-			b := payload[n]
-			n++
-			length |= uint64(b&0x7f) << shift
-			if b < 0x80 {
-				if uint64(len(payload)-n) < length {
-					return "", false
-				}
-				s, payload = payload[n:n+int(length)], payload[n+int(length):]
-				return s, true
-			}
-		}
-		return "", false
-	}
+	f := fields{payload: payload}
 	for range count {
-		if payload == "" {
+		if f.payload == "" {
 			return errors.New("fewer records than counted")
 		}
-		op := payload[0]
-		payload = payload[1:]
-		key, ok := field()
-		var value, newValue string
-		if ok && op != opDelete {
-			value, ok = field()
+		op, place := f.payload[0], uint64(0)
+		f.payload = f.payload[1:]
+		if op == opUpdate {
+			place = f.number()
 		}
-		if ok && op == opUpdate {
-			newValue, ok = field()
+		key := f.text()
+		var value, newValue string
+		if op != opDelete {
+			value = f.text()
+		}
+		if op == opUpdate {
+			newValue = f.text()
 		}
 		switch {
-		case !ok:
+		case f.bad:
 			return errors.New("a record does not fit its frame")
 		case op == opPut:
 			m.Put(key, value)
 		case op == opDelete:
 			m.Delete(key)
 		case op == opUpdate:
-			m.Update(key, value, newValue)
+			m.update(key, value, newValue, int(min(place, math.MaxInt32)))
 		default:
 			return fmt.Errorf("a record of the unknown kind %d", op)
 		}
 	}
-	if payload != "" {
+	if f.payload != "" {
 		return errors.New("more records than counted")
 	}
 	return nil

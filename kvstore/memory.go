@@ -81,21 +81,31 @@ func (m *Memory) Delete(key string) (removed int) {
 // long where the list was handed out since the last one, for then it is copied.
 // Where the first value goes it takes no longer than a Put.
 func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
+	return m.update(key, oldValue, newValue, -1) >= 0
+}
+
+// update is Update. It returns the place of the value that it removed, -1 if there is
+// none. It looks at the place hint before it searches: a log that says the place makes
+// long lists cheap to load.
+func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
 	if first := m.one[key]; first != nil {
 		if first[0] != oldValue {
 			m.Put(key, newValue)
-			return false
+			return -1
 		}
 		m.setOne(key, newValue)
 		m.bytes += int64(len(newValue) - len(oldValue))
-		return true
+		return 0
 	}
 	l := m.long(key)
 	if l == nil {
 		m.Put(key, newValue)
-		return false
+		return -1
 	}
-	i := slices.Index(l.values, oldValue)
+	i := hint
+	if i < 0 || i >= len(l.values) || l.values[i] != oldValue {
+		i = slices.Index(l.values, oldValue)
+	}
 	switch {
 	case i == 0:
 		l.values = l.values[1:]
@@ -112,7 +122,7 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 		l.bytes -= int64(len(oldValue))
 	}
 	m.append(l, newValue)
-	return i >= 0
+	return i
 }
 
 // Commit does nothing: memory is as durable as this store gets.
