@@ -997,33 +997,35 @@ func TestHintsForLongLinesAreCheap(t *testing.T) {
 
 // Ensure that sorting many keys lets others have the core now and then.
 func TestSortTakesTurns(t *testing.T) {
-	s := New(kvstore.NewMemory())
-	s.cores = make(chan struct{}, 1)
-	c := newClient(1, newFakeConn(nil, nil), s)
-	keys := make([]string, 20*sortSlice)
-	for i := range keys {
-		keys[i] = strconv.Itoa(i * 7919 % len(keys))
-	}
-	turns := make(chan bool, 2)
-	go func() {
-		c.sort(keys)
-		turns <- false
-	}()
-	for len(s.cores) == 0 { // until the sort has the core
-		runtime.Gosched()
-	}
-	go func() {
-		s.cores <- struct{}{}
-		turns <- true
+	synctest.Test(t, func(t *testing.T) {
+		s := New(kvstore.NewMemory())
+		s.cores = make(chan struct{}, 1)
+		c := newClient(1, newFakeConn(nil, nil), s)
+		keys := make([]string, 3*sortSlice)
+		for i := range keys {
+			keys[i] = strconv.Itoa(i * 7919 % len(keys))
+		}
+		s.cores <- struct{}{} // until both wait, the sort first
+		ended := make(chan string, 2)
+		go func() {
+			c.sort(keys)
+			ended <- "the sort"
+		}()
+		synctest.Wait()
+		go func() {
+			s.cores <- struct{}{}
+			ended <- "the other"
+			<-s.cores
+		}()
+		synctest.Wait()
 		<-s.cores
-	}()
-	first := <-turns
-	if second := <-turns; first == second || !slices.IsSorted(keys) {
-		t.Errorf("turns of the other: %v, %v, sorted: %v", first, second, slices.IsSorted(keys))
-	}
-	if !first {
-		t.Error("the sort was over before anybody else had a turn")
-	}
+		if first := <-ended; first != "the other" {
+			t.Errorf("%s was over before anybody else had a turn", first)
+		}
+		if <-ended; !slices.IsSorted(keys) {
+			t.Error("the keys are not sorted")
+		}
+	})
 }
 
 // ---- everything at once
