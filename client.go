@@ -41,10 +41,18 @@ const (
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	slowAfter     = time.Second           // the connection took no byte for so long: a slow reader, once its buffer is full
-	tickTime      = slowAfter / 10        // between two looks at how a Write gets on
-	quietAfter    = time.Second           // no request for so long: give the scratch memory back
-	lineTime      = 30 * time.Second      // for a line that was begun to end, counted in ticks of quietAfter, while we read
+	// A client is a slow reader when its buffer is full and its connection has
+	// taken no byte for so long.
+	slowAfter = time.Second
+	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
+
+	// A client is quiet without a request for so long, and gives its scratch memory
+	// back.
+	quietAfter = time.Second
+
+	// For a line that was begun to end, counted in ticks of quietAfter, while we read.
+	lineTime = 30 * time.Second
+
 	handshakeTime = 5 * time.Second       // for TLS to begin
 	drainTime     = time.Second           // for the client to take our last words and close
 	busyTime      = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
@@ -142,10 +150,13 @@ func (c *Client) readFromClient() {
 
 // Why a connection ends, where that matters to more than the log.
 const (
-	itClosed   = "it closed"
-	itQuit     = "it quit"
-	speaksHTTP = "it speaks HTTP" // so none of the lines may be run: a web page could have made a browser send them
-	speaksTLS  = "it speaks TLS"  // so none of the lines may be run: they are pieces of binary data
+	itClosed = "it closed"
+	itQuit   = "it quit"
+
+	// None of the lines may be run: a web page could have made a browser send them, or
+	// they are pieces of binary data.
+	speaksHTTP = "it speaks HTTP"
+	speaksTLS  = "it speaks TLS"
 )
 
 // end has the connection end after what was read, because of why. drain: by our
@@ -668,11 +679,14 @@ func (c *Client) isTooLate(n int) bool {
 // goroutines, so what they count together is atomic: the one thing in this program
 // that is shared without a channel.
 type outboxes struct {
-	maxMessage int           // bytes in a message: the constant, but for tests
-	limit      int64         // bytes that all clients' messages may take (-max-queues); 0: any number
-	queued     atomic.Int64  // bytes that they take
-	dropped    atomic.Int64  // replies that slow readers lost
-	cores      chan struct{} // one slot for each core but one: who formats or sorts much takes a slot, and the last core stays free for short requests
+	maxMessage int          // bytes in a message: the constant, but for tests
+	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number
+	queued     atomic.Int64 // bytes that they take
+	dropped    atomic.Int64 // replies that slow readers lost
+
+	// One slot for each core but one. Who formats or sorts much takes a slot, so the
+	// last core stays free for short requests.
+	cores chan struct{}
 }
 
 // outbox makes replies into messages and queues them for writeToClient. It has
@@ -691,10 +705,14 @@ type outbox struct {
 	// need none. Only the holder sends, so room that it sees stays.
 	buffer chan []byte
 
-	closed   chan struct{} // closed by writeToClient when the connection takes no more: spare the rest
-	progress chan bool     // writeToClient to the holder: true, the connection takes bytes, or false, it took none for slowAfter; one slot, for only the latest counts
-	told     bool          // what writeToClient last sent there
-	hangUp   func() error  // closes the connection
+	// Closed by writeToClient when the connection takes no more: spare the rest.
+	closed chan struct{}
+
+	// writeToClient to the holder: true, the connection takes bytes, or false, it took
+	// none for slowAfter. One slot, for only the latest counts.
+	progress chan bool
+	told     bool         // what writeToClient last sent there
+	hangUp   func() error // closes the connection
 
 	// Owned by the holder.
 	acked        bool   // every request is answered

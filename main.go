@@ -608,6 +608,8 @@ func inspect(command string, args []string) int {
 		complain(os.Stderr, problem{err.Error(), "Give the directory that the server has as -data."})
 	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
 		complain(os.Stderr, problem{err.Error(), "Nothing was copied. Give a store, and a new or an empty directory that is not inside it."})
+	case command == "backup" && err != nil && !errors.As(err, new(*kvstore.DamageError)):
+		complain(os.Stderr, problem{err.Error(), "Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
 		complain(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
 	case report.Damaged && command == "check":

@@ -52,7 +52,7 @@ const (
 	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	spareFiles          = 32      // of the process's limit, for everything but clients: the log, a compaction
+	spareFiles          = 32      // of the process's limit, for all but clients: the log, a compaction
 	maxTurnedAway       = 8       // of these, connections over maxClients that get time to hear so
 	maxHandshakes       = 1000    // TLS handshakes under way; fewer where files are few
 	maxWatchers         = 16      // HTTP connections; one more takes the place of the oldest
@@ -92,11 +92,21 @@ type keyValueServer struct {
 	log          *slog.Logger
 	started      time.Time
 
-	// Channels.
-	queries     chan *Query   // readers, departing goroutines and API calls to workLoop; never closed; room for some, so that a sender seldom waits for workLoop to be scheduled
-	connections chan net.Conn // acceptClient, or shakeHands, to workLoop; acceptClient closes it when both have ended
-	handshakes  chan struct{} // one slot for each TLS handshake under way
-	countActive chan int      // workLoop to CountActive and CountDropped: their turn admits one asker, so its one slot is free and workLoop never waits
+	// Readers, departing goroutines and API calls to workLoop; never closed. Room for
+	// some, so that a sender seldom waits for workLoop to be scheduled.
+	queries chan *Query
+
+	// acceptClient, or shakeHands, to workLoop. acceptClient closes it when both have
+	// ended.
+	connections chan net.Conn
+
+	// One slot for each TLS handshake under way.
+	handshakes chan struct{}
+
+	// workLoop to CountActive and CountDropped. Their turn admits one asker, so its one
+	// slot is free and workLoop never waits.
+	countActive chan int
+
 	closeSignal chan struct{} // closed by Close: acceptClient ends, workLoop winds up
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
@@ -106,9 +116,11 @@ type keyValueServer struct {
 	running bool // acceptClient and workLoop were started
 	closed  bool // Close was called
 
-	closeBy time.Time // by which the last reply must be written; set before closeSignal is closed, read after that
+	// By when the last reply must be written. Close sets it before it closes
+	// closeSignal; it is read after that.
+	closeBy time.Time
 
-	outboxes // what the clients' outboxes count together
+	outboxes // what the clients' outboxes have in common
 
 	// Owned by workLoop.
 	clients  []*Client
