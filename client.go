@@ -136,16 +136,22 @@ func (c *Client) readFromClient() {
 			c.hearLast(err)
 		}
 	}
-	if c.await() && (c.reason == itClosed || c.reason == itQuit) && c.dropped > 0 {
-		c.replyAll(&Query{queryType: lastWord, line: c.in.line, value: fmt.Sprintf(
-			"%d replies were dropped, for nothing was read for over a second; after Ack none is", c.dropped)})
-	}
+	c.tellLoss()
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
 		close(c.buffer) // the connection is writeToClient's alone now
 	}
 	c.depart()
+}
+
+// tellLoss tells a client that goes how many replies it has lost since its last PONG.
+func (c *Client) tellLoss() {
+	if !c.await() || c.dropped == 0 || c.reason != itClosed && c.reason != itQuit {
+		return
+	}
+	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after Ack none is", c.dropped)
+	c.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
 // Why a connection ends, where that matters to more than the log.
