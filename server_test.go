@@ -2443,7 +2443,7 @@ func TestSignalWhileLoading(t *testing.T) {
 // Ensure that each signal stops the server cleanly, with a client's last reply
 // delivered, and that the log tells the story.
 func TestSignalsStopCleanly(t *testing.T) {
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
+	for _, sig := range stopSignals() { // under nohup SIGHUP is none of them
 		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
 		a, idle := dialTCP(t, addr), dialTCP(t, addr)
 		a.send("Put:k:v\nGet:k\n")
