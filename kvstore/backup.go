@@ -70,7 +70,6 @@ func backup(dir, out directory, step func(copied, total int64)) (r Report, err e
 		return r, err
 	}
 	defer held.Close()
-	const tries = 5 // a compaction beside us may take files away
 	for n := 1; ; n++ {
 		c := copier{dir: dir, out: out, step: step}
 		err := c.copyAll()
@@ -81,7 +80,7 @@ func backup(dir, out directory, step func(copied, total int64)) (r Report, err e
 		for _, name := range c.made {
 			err = errors.Join(err, out.Remove(name))
 		}
-		if !errors.Is(err, fs.ErrNotExist) || n == tries {
+		if !errors.Is(err, fs.ErrNotExist) || n == lookTries {
 			return r, err
 		}
 	}

@@ -48,14 +48,23 @@ func Check(path string) (Report, error) {
 		return Report{}, err
 	}
 	defer dir.Close()
-	const tries = 5 // a compaction beside us may take files away
-	for n := 1; ; n++ {
-		r, err := check(dir)
-		if !errors.Is(err, fs.ErrNotExist) || n == tries {
-			return r, err
+	return checkBeside(dir)
+}
+
+// checkBeside is check where a compaction of another process may take files away: then
+// it looks again.
+func checkBeside(dir directory) (r Report, err error) {
+	for range lookTries {
+		r, err = check(dir)
+		if _, inUse := dir.InUse(); !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
+			break
 		}
 	}
+	return r, err
 }
+
+// lookTries is how often Check and Backup begin again beside a compaction.
+const lookTries = 5
 
 func check(dir directory) (r Report, err error) {
 	names, err := dir.List()

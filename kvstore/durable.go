@@ -3,6 +3,7 @@ package kvstore
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strconv"
@@ -36,7 +37,13 @@ type DamageError struct {
 	Offset int64  // of the bad frame, in bytes
 	Frame  uint64 // its sequence number; 0: no frame, but the file
 	What   string
+
+	missing bool // the file is not there
 }
+
+// Is makes a missing file fs.ErrNotExist as well: beside a compaction it may be there
+// at the next look.
+func (e *DamageError) Is(target error) bool { return e.missing && target == fs.ErrNotExist }
 
 func (e *DamageError) Error() string {
 	if e.Frame == 0 {

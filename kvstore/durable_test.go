@@ -1086,6 +1086,44 @@ func TestBackup(t *testing.T) {
 	}
 }
 
+// tornListing is a directory that a compaction changes while it is listed: once it has
+// neither the new snapshot nor the oldest file that went for it.
+type tornListing struct {
+	*memDir
+	lists int
+}
+
+func (l *tornListing) List() ([]string, error) {
+	names, err := l.memDir.List()
+	if l.lists++; l.lists <= 3 {
+		names = slices.DeleteFunc(names, func(name string) bool {
+			kind, _, _ := parseName(name)
+			return kind == kindSnapshot
+		})
+	}
+	return names, err
+}
+
+// Ensure that a listing of names that a compaction changes meanwhile is no damage.
+func TestLookBesideACompaction(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script(t, d, &history{model{}, model{}})
+	if _, err := backup(&tornListing{memDir: dir}, newMemDir(), nil); err != nil {
+		t.Errorf("backup: %v", err)
+	}
+	if r, err := checkBeside(&tornListing{memDir: dir}); err != nil || r.Damaged {
+		t.Errorf("check: %v, %v", r, err)
+	}
+	d.Close()
+	if r, err := checkBeside(&tornListing{memDir: dir}); err != nil || !r.Damaged {
+		t.Errorf("check where nobody else is: %v, %v", r, err)
+	}
+}
+
 // Ensure that real backups, one after the other beside a store that is written to and
 // compacted, each hold what was told before.
 func TestBackupBesideARealStore(t *testing.T) {

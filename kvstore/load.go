@@ -45,11 +45,11 @@ func readLayout(dir directory) (l layout, err error) {
 	slices.Sort(l.segments)
 	for i, number := range l.segments {
 		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, &DamageError{File: dir.Path(logName(kindSegment, want)), What: "the file is missing"}
+			return l, &DamageError{File: dir.Path(logName(kindSegment, want)), What: "the file is missing", missing: true}
 		}
 	}
 	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
-		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)), What: "the file is missing"}
+		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)), What: "the file is missing", missing: true}
 	}
 	return l, nil
 }
@@ -213,7 +213,7 @@ func (d *Durable) find() (l layout, err error) {
 		l.segments = nil
 		return l, nil
 	case !found:
-		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing"}
+		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing", missing: true}
 	}
 	if err := checkID(d.dir, d.id, l); err != nil {
 		return l, err
@@ -372,7 +372,7 @@ func checkNext(dir directory, id storeID, numbers []uint64, end segmentEnd) (sto
 	path := dir.Path(logName(kindSegment, numbers[0]))
 	switch {
 	case len(numbers) == 1 && end.goesOn:
-		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)), What: "the file is missing: " + path + " says that it follows"}
+		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)), What: "the file is missing: " + path + " says that it follows", missing: true}
 	case len(numbers) == 1 || end.goesOn:
 		return false, nil
 	case len(numbers) == 2 && isEmptySegment(dir, id, numbers[1]):
