@@ -1378,6 +1378,31 @@ func TestFlippedBits(t *testing.T) {
 	}
 }
 
+// Ensure that every flipped bit of STORE is STORE's damage, not that of the logs, and
+// that repair mends it without a loss.
+func TestFlippedStore(t *testing.T) {
+	dir, _, _ := segment(t, 3)
+	whole := dir.names[storeName].data
+	for bit := range 8 * len(whole) {
+		data := slices.Clone(whole)
+		data[bit/8] ^= 1 << (bit % 8)
+		bad := dir.with(storeName, data)
+		var damage *DamageError
+		if _, err := open(bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
+			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
+		}
+		if bit%50 > 0 {
+			continue
+		}
+		if r, err := repair(bad, time.Time{}); err != nil || r.Lost {
+			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
+		}
+		if d, err := open(bad, Options{}); err != nil || len(d.Get("key")) != 3 {
+			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
+		}
+	}
+}
+
 // Ensure that after a clean stop even the last frame's damage is seen, that the
 // start is silent, and that missing, foreign and misplaced files are refused.
 func TestRefusals(t *testing.T) {
