@@ -897,6 +897,12 @@ func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool,
 		case s.err != io.EOF:
 			return false, fmt.Errorf("reading the requests: %w", s.err)
 		}
+		if s.more != nil {
+			select {
+			case s.left = <-s.more:
+			case <-time.After(moreTime): // somebody types
+			}
+		}
 		if s.left {
 			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
 		}
@@ -912,7 +918,13 @@ type sending struct {
 	requests int   // lines that are owed an answer: those that are not blank
 	left     bool  // there was more behind a Quit
 	err      error // that ended in, or io.EOF
+
+	// sendLines tells here, later, whether there was more; nil: it knows already.
+	more chan bool
 }
+
+// moreTime is how long to wait for that.
+const moreTime = 100 * time.Millisecond
 
 // fullReader knows whether the last Read filled all the room that it was given: then
 // more is likely to be there.
@@ -951,9 +963,7 @@ func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 			if ends && lookUp(line) == quit {
 				s.left, more = r.Buffered() > 0, false
 				if !s.left && input.full { // the buffer ends here by chance
-					w.Flush()
-					_, err := r.Peek(1)
-					s.left = err == nil
+					s.more = make(chan bool, 1)
 				}
 			}
 		}
@@ -966,5 +976,9 @@ func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 	w.Flush()
 	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
+	}
+	if s.more != nil {
+		_, err := r.Peek(1)
+		s.more <- err == nil
 	}
 }

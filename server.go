@@ -41,9 +41,10 @@ const (
 	maxSlowTurn = time.Millisecond / 2
 
 	// Requests between two looks at the clock, where they are short. An Update counts
-	// as several: it may have a long list to search.
-	maxStride    = 64
-	updateStride = 4
+	// as several of them at least, for it may have a long list to search, and where
+	// Updates took long as all of them.
+	maxStride     = 64
+	minUpdateCost = 4
 
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
@@ -168,6 +169,7 @@ func (s *seldom) happened() (n int) {
 type turn struct {
 	began, looked time.Time
 	stride, left  int // requests from one look to the next, and until then
+	updateCost    int // requests that an Update counts as
 	over          bool
 }
 
@@ -178,22 +180,30 @@ func (t *turn) begin() {
 	t.left = max(t.stride, 1)
 }
 
-// spend notes that so many requests have run. It returns whether the turn is over.
-func (t *turn) spend(n int) bool {
-	t.left -= n
-	return t.left <= 0 && t.look()
+// spend notes that a request has run. It returns whether the turn is over.
+func (t *turn) spend(what queryType) bool {
+	if what == update {
+		t.left -= t.updateCost
+	}
+	t.left--
+	return t.left <= 0 && t.look(what)
 }
 
-// look looks at the clock. It returns whether the turn is over.
-func (t *turn) look() bool {
+// look looks at the clock, after a request. It returns whether the turn is over.
+func (t *turn) look(what queryType) bool {
 	now := time.Now()
-	if now.Sub(t.looked) > maxSlowTurn/2 {
+	tookLong := now.Sub(t.looked) > maxSlowTurn/2
+	t.stride = min(2*max(t.stride, 1), maxStride)
+	if tookLong {
 		t.stride = 1
-	} else {
-		t.stride = min(2*max(t.stride, 1), maxStride)
+	}
+	if what == update && tookLong {
+		t.updateCost = maxStride
+	} else if what == update {
+		t.updateCost = max(t.updateCost/2, minUpdateCost)
 	}
 	limit := maxTurn
-	if t.stride < maxStride {
+	if t.stride < maxStride || t.updateCost == maxStride {
 		limit = maxSlowTurn
 	}
 	t.looked, t.left = now, t.stride
@@ -576,12 +586,9 @@ func (s *keyValueServer) run(chain, q *Query) {
 		default:
 			q.run(s.db)
 		}
-		n := 1
-		if q.queryType == update {
-			n = updateStride
-		}
+		what := q.queryType
 		q = q.next
-		if s.clock.spend(n) && q != nil {
+		if s.clock.spend(what) && q != nil {
 			s.begun = append(s.begun, begun{chain, q})
 			return
 		}

@@ -337,6 +337,7 @@ func TestStats(t *testing.T) {
 
 // Ensure that clients on real connections see their own writes at once.
 func TestEveryClientReadsItsOwnWrites(t *testing.T) {
+	t.Parallel()
 	addr := serveTCP(t)
 	var wg sync.WaitGroup
 	for id := range 20 {
@@ -355,6 +356,7 @@ func TestEveryClientReadsItsOwnWrites(t *testing.T) {
 // Ensure that there is one order of writes: whatever list a client reads is the
 // beginning of what everybody reads in the end.
 func TestAllClientsSeeOneOrder(t *testing.T) {
+	t.Parallel()
 	addr := serveTCP(t)
 	const writers, puts = 8, 50
 	var wg sync.WaitGroup
@@ -618,8 +620,8 @@ func TestProject0SlowReaders(t *testing.T) {
 		for range gets {
 			for _, c := range all {
 				c.send("Get:list\n")
-				synctest.Wait()
 			}
+			synctest.Wait()
 		}
 		for range clients {
 			got := <-lines
@@ -709,8 +711,8 @@ func TestMaxQueues(t *testing.T) {
 			slow = append(slow, c)
 		}
 		honest := n.dial(t)
-		for range 100 {
-			pass(seenSlow / 20)
+		for range 40 {
+			pass(seenSlow / 10)
 			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
 			if got := honest.count("k:"); got != 100 {
 				t.Fatalf("a client that reads got %d replies of 100", got)
@@ -967,7 +969,7 @@ func TestLongRequestsTakeTurns(t *testing.T) {
 			pass(3 * time.Millisecond)
 			start := time.Now()
 			victim.ask("Ping", ":PONG")
-			if took := time.Since(start); took > (others+2)*takes {
+			if took := time.Since(start); took > (2*others+2)*takes {
 				t.Fatalf("waited %v beside requests of %v", took, takes)
 			}
 		}
@@ -1705,6 +1707,7 @@ func (d *deafConn) Close() error {
 // Ensure that with a client CA only its clients get in, that half-close works
 // as without TLS, and that who does not get on with the handshake is cut.
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
 	in := func(name string) string { return filepath.Join(dir, name) }
 	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"), "-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
@@ -2271,6 +2274,7 @@ func TestReadmeSession(t *testing.T) {
 
 // Ensure that the README's clients for programs work as they stand there.
 func TestReadmePrograms(t *testing.T) {
+	t.Parallel()
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -2343,6 +2347,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 // Ensure that misuse and failure say what and what to do, in two lines, with
 // the right exit code.
 func TestMistakes(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "localhost:0")
 	if err != nil {
 		t.Fatal(err)
@@ -2443,6 +2448,7 @@ func TestSignalWhileLoading(t *testing.T) {
 // Ensure that each signal stops the server cleanly, with a client's last reply
 // delivered, and that the log tells the story.
 func TestSignalsStopCleanly(t *testing.T) {
+	t.Parallel()
 	for _, sig := range stopSignals() { // under nohup SIGHUP is none of them
 		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
 		a, idle := dialTCP(t, addr), dialTCP(t, addr)
@@ -2465,6 +2471,7 @@ func TestSignalsStopCleanly(t *testing.T) {
 // Ensure that the numbers, health and profiles are served over HTTP, and that
 // they end with the server.
 func TestWatch(t *testing.T) {
+	t.Parallel()
 	s := New(kvstore.NewMemory())
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
@@ -2582,6 +2589,7 @@ func TestLogNeverBlocks(t *testing.T) {
 // Ensure that the server goes on when the reader of its log pauses, and when it has
 // gone, and that it still stops when told to.
 func TestServerOutlivesItsLog(t *testing.T) {
+	t.Parallel()
 	for _, gone := range []bool{false, true} {
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -2614,6 +2622,7 @@ func TestServerOutlivesItsLog(t *testing.T) {
 // Ensure that a disk that fails is an error in the log, in its format, before the
 // server stops.
 func TestFailingDiskIsLogged(t *testing.T) {
+	t.Parallel()
 	for format, want := range map[string]string{
 		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" error="the data directory is not where it was: .*" todo=`,
 		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends","error":"the data directory is not where it was: .*","todo":`,
@@ -2637,6 +2646,7 @@ func TestFailingDiskIsLogged(t *testing.T) {
 // Ensure that a disk without room is no reason to end: writes are refused, and the
 // rest goes on.
 func TestFullDiskRefusesWrites(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
 	cmd.Args = append([]string{"sh", "-c", `ulimit -f 4096; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
@@ -2805,6 +2815,7 @@ func TestWatchingAStalledStore(t *testing.T) {
 // Ensure that the HTTP side has limits like the front: few connections, one profile
 // at a time and not for long, and none for a page that another name brought here.
 func TestWatchIsLimited(t *testing.T) {
+	t.Parallel()
 	s := New(kvstore.NewMemory())
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
@@ -2914,6 +2925,7 @@ func TestOneProfileAtATime(t *testing.T) {
 
 // Ensure that a server that is full is healthy.
 func TestPingOfAFullServer(t *testing.T) {
+	t.Parallel()
 	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-max-clients", "1")
 	go io.Copy(io.Discard, log)
 	a := dialTCP(t, addr)
@@ -3030,6 +3042,7 @@ func TestLinearizableChecker(t *testing.T) {
 // Ensure that what clients see at once is explained by one order that agrees
 // with their common clock, also when the server is killed and started again.
 func TestLinearizable(t *testing.T) {
+	t.Parallel()
 	for _, durable := range []bool{false, true} {
 		args, rounds := []string{"-addr", "127.0.0.1:0"}, 1
 		if durable {
@@ -3106,6 +3119,7 @@ func TestLinearizable(t *testing.T) {
 // Ensure that what was answered survives kill -9, round after round, in one
 // directory, and that a clean stop needs no repair.
 func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	answered := 0 // Puts of the list 0, 1, 2 ... that were answered
 	for round := range 5 {
@@ -3170,6 +3184,7 @@ func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
 // right while clients vanish in mid-request and the server is killed or stopped,
 // again and again. `make soak` runs it for longer than half a second.
 func TestSoak(t *testing.T) {
+	t.Parallel()
 	length := time.Second / 2
 	if s := os.Getenv("KVSERVER_SOAK"); s != "" {
 		var err error
