@@ -101,7 +101,6 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 			outboxes: &s.outboxes,
 			closed:   make(chan struct{}),
 			progress: make(chan bool, 1),
-			told:     true,
 			hangUp:   underTLS(conn).Close,
 		},
 	}
@@ -257,7 +256,9 @@ func (c *Client) hearLast(err error) {
 		if !in.skipping {
 			in.line++
 		}
-		c.serveFault(err.Error())
+		if !in.skipping || in.unanswered {
+			c.serveFault(err.Error())
+		}
 		c.end(err.Error(), true)
 	default:
 		c.end(err.Error(), false)
@@ -603,14 +604,19 @@ func (c *Client) list(what queryType, prefix string) {
 	}
 	c.walk = nil
 	if w.fault != "" {
-		c.replyAll(&Query{queryType: malformed, value: w.fault, line: c.in.line})
+		c.replyAll(&Query{queryType: lastWord, value: w.fault, line: c.in.line})
 		return
 	}
 	if c.isClosed() || c.isTooLate(w.passed) {
 		return
 	}
-	c.sort(found)
-	if c.isTooLate(len(found)) {
+	held := int64(cap(found)) * stringSize
+	c.queued.Add(held)
+	defer c.queued.Add(-held)
+	c.listing = true
+	defer func() { c.listing = false }()
+	if !c.sort(found) {
+		c.end("the server closes", false)
 		return
 	}
 	found = slices.Compact(found)
@@ -630,9 +636,9 @@ func (c *Client) list(what queryType, prefix string) {
 	c.replyAll(&Query{queryType: done, n: n})
 }
 
-// sort sorts keys, and lets others work meanwhile. When the server closes it
-// stops: millions of keys take seconds.
-func (c *Client) sort(keys []string) {
+// sort sorts keys, and lets others work meanwhile. When the server closes it gives
+// up and returns false: millions of keys take seconds.
+func (c *Client) sort(keys []string) bool {
 	c.work()
 	defer c.rest()
 	closing, compared := false, 0
@@ -646,6 +652,7 @@ func (c *Client) sort(keys []string) {
 		}
 		return strings.Compare(a, b)
 	})
+	return !closing
 }
 
 // dump answers the part of a Dump that these keys are, and adds the number of
@@ -701,8 +708,8 @@ type outboxes struct {
 // has taken no byte for slowAfter, each reply is a message of its own, up to
 // maxBufferSize of them, and what comes then is dropped.
 //
-// Whoever holds the client's chain may call its methods, but for tell, which is
-// writeToClient's, and isClosed, which is everybody's.
+// Whoever holds the client's chain may call its methods, but for tell and tellRoom,
+// which are writeToClient's, and isClosed, which is everybody's.
 type outbox struct {
 	*outboxes
 
@@ -717,13 +724,13 @@ type outbox struct {
 	// writeToClient to the holder: true, the connection takes bytes, or false, it took
 	// none for slowAfter. One slot, for only the latest counts.
 	progress chan bool
-	told     bool         // what writeToClient last sent there
 	hangUp   func() error // closes the connection
 
 	// Owned by the holder.
 	acked        bool   // every request is answered
 	slow         bool   // the latest from progress was false
 	working      bool   // it has a slot of cores
+	listing      bool   // a Keys or Dump is being answered
 	left         int    // bytes, at most, that the message in hand and those after it will take
 	dropped      int    // replies since the last PONG
 	droppedTotal int    // replies in all
@@ -746,9 +753,23 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query) {
+	held := listBytes(chain)
+	c.queued.Add(held)
 	c.replyAll(chain)
+	c.queued.Add(-held)
 	c.done <- chain
 }
+
+// listBytes is what the lists that chain keeps in memory take, beside their values:
+// each Get may have another version of one.
+func listBytes(chain *Query) (bytes int64) {
+	for q := chain; q != nil; q = q.next {
+		bytes += int64(len(q.values)) * stringSize
+	}
+	return bytes
+}
+
+const stringSize = 16 // bytes of a string beside its text
 
 // replyAll queues the replies of chain, however large they are. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
@@ -881,7 +902,7 @@ func (o *outbox) hasRoom(n int) bool {
 	switch {
 	case waiting == 0:
 		return true
-	case o.isOver():
+	case o.working && o.isOver(): // workLoop, which never waits, has looked before
 		return false
 	case o.slow:
 		return waiting+n <= maxBufferSize
@@ -890,9 +911,9 @@ func (o *outbox) hasRoom(n int) bool {
 }
 
 // awaitRoom waits until there is room for n messages, and tells whether there is:
-// not if the client is slow and its reply may be dropped. A client after Ack loses
-// nothing; but if it takes nothing while all queues are over their limit its
-// connection is cut.
+// not if the client is slow and its reply may be dropped. A client after Ack, or with
+// a Keys or Dump, loses nothing; but if it takes nothing while all queues are over
+// their limit its connection is cut.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
 		select {
@@ -906,7 +927,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		if o.slow && mayDrop {
 			return false
 		}
-		if o.slow && o.acked && o.cut == "" && o.isOver() {
+		if o.slow && (o.acked || o.listing) && o.cut == "" && o.isOver() {
 			o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes (-max-queues)", o.queued.Load())
 			o.hangUp()
 		}
@@ -919,18 +940,25 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	}
 }
 
-// tell tells the holder how writeToClient gets on.
+// tell tells the holder whether the connection takes bytes, in the place of what it
+// was told before. pacedConn calls it.
 func (o *outbox) tell(taken bool) {
-	if taken != o.told {
-		select {
-		case <-o.progress: // what it says is not so any more
-		default:
-		}
-		o.told = taken
+	select {
+	case <-o.progress:
+	default:
 	}
 	select {
 	case o.progress <- taken:
-	default: // it says so already
+	default:
+	}
+}
+
+// tellRoom wakes a holder that waits for room. writeToClient calls it: a Write has
+// ended, so what waits in progress is not that the connection takes nothing.
+func (o *outbox) tellRoom() {
+	select {
+	case o.progress <- true:
+	default:
 	}
 }
 
@@ -1000,7 +1028,7 @@ func recycle(msg []byte) {
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
 		msg, size := c.gather(msg)
-		c.tell(true) // there is room now
+		c.tellRoom()
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
 				close(c.closed)

@@ -948,8 +948,8 @@ func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 	w.WriteString("Ack\n")
 	s := sending{err: io.EOF}
 	for start, more := true, true; more; {
-		if r.Buffered() == 0 && w.Flush() != nil {
-			break
+		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
+			break // or the next Read may keep the server waiting
 		}
 		part, err := r.ReadSlice('\n')
 		w.Write(part)

@@ -51,7 +51,7 @@ const (
 	collect      // a step of the client's walk, which Keys and Dump begin with
 	pair         // a Get, to be formatted for Dump
 	done         // the end of a Keys or Dump
-	lastWord     // the error that is a client's last line: it is not dropped
+	lastWord     // an error that is not dropped, such as a client's last line
 	countActive  // CountActive asks
 	countDropped // CountDropped asks
 	depart       // a goroutine of the client's has ended

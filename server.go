@@ -183,7 +183,7 @@ func (t *turn) begin() {
 // spend notes that a request has run. It returns whether the turn is over.
 func (t *turn) spend(what queryType) bool {
 	if what == update {
-		t.left -= t.updateCost
+		t.left -= max(t.updateCost, minUpdateCost) - 1
 	}
 	t.left--
 	return t.left <= 0 && t.look(what)
@@ -203,7 +203,7 @@ func (t *turn) look(what queryType) bool {
 		t.updateCost = max(t.updateCost/2, minUpdateCost)
 	}
 	limit := maxTurn
-	if t.stride < maxStride || t.updateCost == maxStride {
+	if t.stride < maxStride || what == update && t.updateCost == maxStride {
 		limit = maxSlowTurn
 	}
 	t.looked, t.left = now, t.stride
@@ -488,7 +488,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	}
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
-	c.buffer <- full
+	c.queue(full)
 	close(c.buffer)
 	go c.writeToClient()
 }

@@ -741,6 +741,87 @@ func TestMaxQueues(t *testing.T) {
 	}
 }
 
+// Ensure that workLoop does not wait where the queues come over their limit while it
+// answers: it queues what it has begun to.
+func TestAnswerNeverWaits(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	s.outboxes.limit = 1
+	c := newClient(1, newFakeConn(nil, nil), s)
+	c.buffer = make(chan []byte, maxBufferSize)
+	c.buffer <- nil // one waits already
+	s.queued.Store(1)
+	q := &Query{queryType: ping}
+	c.reply(q, c.measure(q)) // as answer does when it found the queues below their limit
+	if len(c.buffer) != 2 {
+		t.Errorf("%d messages are queued, want 2", len(c.buffer))
+	}
+}
+
+// Ensure that what a waiting chain, or a Keys, keeps in memory counts like messages, and
+// that all of it is given back; who is turned away takes nothing.
+func TestQueuedBytesCountLists(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const values, keys = 20 * kilo, 5 * kilo
+		n.fill("list", "v", values)
+		for i := range keys {
+			n.fill(fmt.Sprint("key", i), strings.Repeat("v", 100), 1)
+		}
+		n.server.maxClients = 3
+		watch, a, b := n.dial(t), n.dial(t), n.dial(t)
+		synctest.Wait()
+		c := n.dial(t)
+		c.want(":ERROR line 0: server is full (3 clients)")
+		c.conn.Close()
+		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
+		pass(seenSlow)
+		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
+			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
+		}
+		a.conn.Close()
+		synctest.Wait()
+		go b.sendSome("Dump\n")
+		pass(seenSlow)
+		if got := watch.stat("queued_bytes"); got < keys*stringSize {
+			t.Errorf("a Dump of %d keys counts as %d bytes", keys, got)
+		}
+		b.conn.Close()
+		pass(2 * seenSlow)
+		if got := watch.stat("queued_bytes"); got != 0 {
+			t.Errorf("in the end %d bytes are queued, want 0", got)
+		}
+		watch.hangUp()
+	})
+}
+
+// Ensure that a turn is short only while requests take long.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var clock turn
+		run := func(what queryType, takes time.Duration, most int) (n int, took time.Duration) {
+			clock.begin()
+			start := time.Now()
+			for n = 1; n < most; n++ {
+				<-time.After(takes)
+				if clock.spend(what) {
+					break
+				}
+			}
+			return n, time.Since(start)
+		}
+		run(get, 100, 1000)
+		if n, took := run(update, 2*time.Millisecond, 1000); n > 2*maxStride/minUpdateCost {
+			t.Errorf("the first long Updates: %d of them, %v", n, took)
+		}
+		if n, took := run(update, 2*time.Millisecond, 1000); n > 1 {
+			t.Errorf("long Updates: %d of them, %v", n, took)
+		}
+		run(get, 1000, 1000)
+		if _, took := run(get, 1000, 100*kilo); took < maxTurn {
+			t.Errorf("Gets after long Updates: a turn of %v, want %v", took, maxTurn)
+		}
+	})
+}
+
 // Ensure that a steady reader of a real socket loses nothing while it pipelines,
 // in whatever pieces it reads: there receive windows open late, and in lumps.
 func TestSteadyReaderOnRealSocket(t *testing.T) {
@@ -1519,6 +1600,19 @@ func TestSlowLine(t *testing.T) {
 			<-done
 		})
 	}
+}
+
+// Ensure that a line that is too long and does not end is answered once.
+func TestSlowLongLineIsAnsweredOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		go a.sendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
+		a.want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
+		if rest := a.readAll(); rest != "" {
+			t.Errorf("then came %q", rest)
+		}
+		a.conn.Close()
+	})
 }
 
 // Ensure that the time of a line is what is said, to the tick.
@@ -3391,7 +3485,7 @@ func TestLongRepliesRecycle(t *testing.T) {
 	go func() {
 		for msg := range c.buffer {
 			recycle(msg)
-			c.tell(true)
+			c.tellRoom()
 		}
 	}()
 	defer close(c.buffer)
