@@ -744,17 +744,19 @@ func TestMaxQueues(t *testing.T) {
 // Ensure that workLoop does not wait where the queues come over their limit while it
 // answers: it queues what it has begun to.
 func TestAnswerNeverWaits(t *testing.T) {
-	s := New(kvstore.NewMemory())
-	s.outboxes.limit = 1
-	c := newClient(1, newFakeConn(nil, nil), s)
-	c.buffer = make(chan []byte, maxBufferSize)
-	c.buffer <- nil // one waits already
-	s.queued.Store(1)
-	q := &Query{queryType: ping}
-	c.reply(q, c.measure(q)) // as answer does when it found the queues below their limit
-	if len(c.buffer) != 2 {
-		t.Errorf("%d messages are queued, want 2", len(c.buffer))
-	}
+	synctest.Test(t, func(t *testing.T) {
+		s := New(kvstore.NewMemory())
+		s.outboxes.limit = 1
+		c := newClient(1, newFakeConn(nil, nil), s)
+		c.buffer = make(chan []byte, maxBufferSize)
+		c.buffer <- nil // one waits already
+		s.queued.Store(1)
+		q := &Query{queryType: ping}
+		c.reply(q, c.measure(q)) // as answer does when it found the queues below their limit
+		if len(c.buffer) != 2 {
+			t.Errorf("%d messages are queued, want 2", len(c.buffer))
+		}
+	})
 }
 
 // Ensure that what a waiting chain, or a Keys, keeps in memory counts like messages, and
@@ -773,7 +775,7 @@ func TestQueuedBytesCountLists(t *testing.T) {
 		c.want(":ERROR line 0: server is full (3 clients)")
 		c.conn.Close()
 		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
-		pass(seenSlow)
+		pass(tickTime) // not yet slow, so hardly anything is queued
 		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
 			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
 		}
