@@ -848,7 +848,7 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
 			piece := make([]byte, p.piece) // read at once: then the kernel makes its receive buffer larger
-			for passed := time.Duration(0); passed < 5*time.Second/2; passed += p.every {
+			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C
 				io.ReadFull(a.conn, piece)
 			}
