@@ -521,6 +521,7 @@ func (s *keyValueServer) work(q *Query) {
 		}
 		for ; yields < maxYields && len(s.queries) == 0 && !s.clock.over; yields++ {
 			runtime.Gosched()
+			s.clock.begin() // that was others' time
 		}
 	}
 	s.commit()
