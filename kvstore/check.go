@@ -141,6 +141,7 @@ func Repair(path string) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
+	defer dir.Close()
 	return repair(dir, time.Now())
 }
 

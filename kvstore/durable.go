@@ -316,7 +316,11 @@ func (d *Durable) appendFrame(kind uint32, payload []byte, count uint32) {
 	if err != nil {
 		return
 	}
-	if err := w.append(f, payload, d.reserve); err != nil {
+	reserve := d.reserve
+	if kind != frameRecords {
+		reserve = 0 // nothing may follow for long
+	}
+	if err := w.append(f, payload, reserve); err != nil {
 		d.fail(err)
 	}
 	d.mu.Lock()

@@ -237,6 +237,9 @@ func (d *osDirectory) Lock() (lock, error) {
 		return nil, err
 	}
 	info, err := f.Stat()
+	if err == nil {
+		err = d.own(lockName)
+	}
 	if err != nil {
 		f.Close()
 		return nil, err
