@@ -482,7 +482,8 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 		in.queries = append(in.queries, Query{client: c, line: in.line})
 		q := &in.queries[len(in.queries)-1]
-		if len(line) > c.server.maxLine {
+		isLong := len(line) > c.server.maxLine
+		if isLong {
 			q.refuse(tooLong(c.server.maxLine))
 		} else {
 			q.parse(line)
@@ -492,7 +493,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			c.end(itQuit, true)
 		case q.queryType == keys || q.queryType == dump:
 			walks = true
-		case q.queryType == malformed && !in.spoke && isHTTP(line) && !beginsRequest(line):
+		case q.queryType == malformed && !in.spoke && isHTTP(line) && !(isLong && beginsRequest(line)):
 			q.queryType = webRequest
 			c.end(speaksHTTP, true)
 		}

@@ -153,6 +153,7 @@ var conversations = []struct{ name, send, want string }{
 	{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
 	{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
 	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
+	{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
 	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n", ":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n:PONG\n"},
 
 	{"HTTP over the limit", "POST /" + strings.Repeat("a", testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
