@@ -656,6 +656,9 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("room for a Put: %v", err)
 		}
+		if err := d.Room(100, false); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("a Put may take the room that is kept for Deletes: %v", err)
+		}
 		deleted := 0
 		for i := range 5 {
 			if err := d.Room(4, true); err != nil {
