@@ -121,12 +121,19 @@ func (c *copier) copyAll() error {
 		}
 		next = end.header.first
 	}
+	newest := l.segments[len(l.segments)-1]
 	for number, goesOn := l.snapshot+1, true; goesOn; number++ {
 		end, err := c.copyLog(kindSegment, number, next)
 		if err != nil {
 			return err
 		}
 		goesOn, next = end.goesOn, end.next
+		if goesOn || number >= newest || number+1 == newest && isEmptySegment(c.dir, c.id, newest) {
+			continue
+		}
+		// Others follow: a rotation that came meanwhile, or damage.
+		return &DamageError{File: c.dir.Path(logName(kindSegment, number)), Offset: end.offset, Frame: end.next,
+			What: "the frame that says that another file follows is missing", missing: true}
 	}
 	if err := writeID(c.out, c.id); err != nil {
 		return err
@@ -169,7 +176,7 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 			if err := w.append(f, payload, 0); err != nil {
 				return err
 			}
-			last, end.goesOn, end.next = f, f.kind == frameNext, l.next
+			last, end.goesOn, end.next, end.offset = f, f.kind == frameNext, l.next, l.offset
 			if c.copied += f.padded(); c.step != nil {
 				c.step(c.copied, c.total)
 			}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,11 +37,11 @@ type DamageError struct {
 	Frame  uint64 // its sequence number; 0: no frame, but the file
 	What   string
 
-	missing bool // the file is not there
+	missing bool // something is not there
 }
 
-// Is makes a missing file fs.ErrNotExist as well: beside a compaction it may be there
-// at the next look.
+// Is makes what is missing fs.ErrNotExist as well: beside a process that has the store
+// open it may be there at the next look.
 func (e *DamageError) Is(target error) bool { return e.missing && target == fs.ErrNotExist }
 
 func (e *DamageError) Error() string {
@@ -100,6 +99,7 @@ type Durable struct {
 	snapshot    int64     // bytes of the snapshot alone
 	pending     []byte    // records not written yet
 	count       uint32    // of them
+	begun       bool      // a frame was written since the last Commit, for pending had become large
 	size, room  int64     // of the current file, as of our last frame: bytes of frames, and of zeros behind them
 	held        time.Time // when we last looked whether the directory is ours
 	rotateAfter time.Time // no new file is tried before
@@ -110,6 +110,7 @@ type Durable struct {
 	compacted               chan compaction // the running compaction's end, one slot; nil: none runs
 
 	writing chan struct{} // one slot, for who writes a frame or changes the file: Commit or the timer
+	fsyncs  chan struct{} // one slot, for who syncs: taken behind writing, where both are
 
 	mu       sync.Mutex // guards what is below, for the timer and whoever commits
 	current  *logWriter
@@ -143,7 +144,7 @@ func open(dir directory, opts Options) (*Durable, error) {
 	d := &Durable{
 		Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log,
 		segmentSize: segmentSize, minCompact: minCompact, reserve: reserveSize, spare: spareSize,
-		stop: make(chan struct{}), writing: make(chan struct{}, 1),
+		stop: make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
 	}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
@@ -242,6 +243,7 @@ func (d *Durable) record(op byte, place int, fields ...string) {
 	d.count++
 	if len(d.pending) >= maxFramePut {
 		d.writeFrame(frameRecords)
+		d.begun = true
 	}
 }
 
@@ -329,22 +331,29 @@ func (d *Durable) appendFrame(kind uint32, payload []byte, count uint32) {
 	d.mu.Unlock()
 }
 
-// sync makes everything written so far durable. The timer calls it too.
-func (d *Durable) sync() error {
+// syncRest makes everything written so far durable, if it is not: after reads alone
+// there is nothing to do. The timer calls it too, but one fsync runs at a time: Linux
+// tells of a failed write once, to one of two, and the other would believe that all is
+// on disk.
+func (d *Durable) syncRest() error {
+	d.fsyncs <- struct{}{}
+	defer func() { <-d.fsyncs }()
 	d.mu.Lock()
-	w, sequence := d.current, d.sequence
+	w, sequence, err := d.current, d.sequence, d.err
+	done := d.synced >= sequence
 	d.mu.Unlock()
+	if done || err != nil {
+		return err
+	}
 	d.syncing.Store(&w.path)
-	err := w.sync()
+	err = w.sync()
 	d.syncing.Store(nil)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	switch {
-	case errors.Is(err, os.ErrClosed) && d.synced >= sequence:
-		// Commit was faster, synced the full file itself and went on in the next.
-	case err != nil && d.err == nil:
+	if err != nil && d.err == nil {
 		d.err = err
-	case d.err == nil:
+	}
+	if d.err == nil {
 		d.synced = max(d.synced, sequence)
 	}
 	return d.err
@@ -359,24 +368,14 @@ func (d *Durable) Syncing() string {
 	return ""
 }
 
-// syncRest syncs if there is anything to sync: after reads alone there is not.
-func (d *Durable) syncRest() error {
-	d.mu.Lock()
-	unsynced, err := d.synced < d.sequence, d.err
-	d.mu.Unlock()
-	if !unsynced || err != nil {
-		return err
-	}
-	return d.sync()
-}
-
 // Commit returns once everything done to the store is as durable as
 // Options.Fsync says. After an error it is unknown what since the last Commit
 // is on disk; nothing is written any more, and every Commit fails.
 func (d *Durable) Commit() error {
-	if d.count == 0 {
+	if d.count == 0 && !d.begun {
 		return d.failure()
 	}
+	d.begun = false
 	now := time.Now()
 	if now.Sub(d.held) >= heldTime {
 		d.held = now
@@ -384,7 +383,9 @@ func (d *Durable) Commit() error {
 			return d.fail(err)
 		}
 	}
-	d.writeFrame(frameRecords)
+	if d.count > 0 {
+		d.writeFrame(frameRecords)
+	}
 	full := d.size >= d.segmentSize && !now.Before(d.rotateAfter)
 	var err error
 	if d.opts.Fsync == FsyncAlways || full {
@@ -424,6 +425,8 @@ func (d *Durable) rotate() error {
 	if err := d.syncRest(); err != nil {
 		return errors.Join(err, w.f.Close())
 	}
+	d.fsyncs <- struct{}{} // the timer's has ended, and the next is of the new file
+	defer func() { <-d.fsyncs }()
 	old := d.current
 	if err := errors.Join(old.trim(0), old.f.Close()); err != nil {
 		return errors.Join(err, w.f.Close())

@@ -1228,6 +1228,163 @@ func TestRecordsTooLarge(t *testing.T) {
 	}
 }
 
+// ---- what a reader of the code has found
+
+// Ensure that a Commit makes durable what a full frame took before it, too.
+func TestCommitAfterAFullFrame(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := newMemDir()
+			d, err := open(dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("k", strings.Repeat("v", maxFramePut)) // a frame of its own
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(fsync)
+			synctest.Wait()
+			for seed := range uint64(10) {
+				after, err := open(dir.crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				if err != nil || len(after.Get("k")) != 1 {
+					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync, len(after.Get("k")), err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that a store whose rotation was killed at any call goes on, also behind the
+// next rotations and restarts.
+func TestKilledRotation(t *testing.T) {
+	for n := 1; ; n++ {
+		dir := newMemDir()
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.minCompact = 1 << 30
+		for d.size < d.segmentSize-100 {
+			d.Put("key", strings.Repeat("v", 50))
+			d.Commit()
+		}
+		dir.failAt, dir.forever = dir.calls+n, true
+		for d.number == 1 && d.failure() == nil && n < 40 {
+			d.Put("key", strings.Repeat("v", 50))
+			d.Commit()
+			if dir.calls >= dir.failAt+20 {
+				break
+			}
+		}
+		reached := dir.calls >= dir.failAt
+		d.stopTimer()
+		dir.failAt, dir.locked = 0, false
+		if !reached {
+			break
+		}
+		for range 3 {
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatalf("killed at call %d: %v", n, err)
+			}
+			d.minCompact = 1 << 30
+			for number := d.number; d.number < number+2; {
+				d.Put("key", strings.Repeat("v", 50))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if r, err := check(dir); err != nil || r.Damaged {
+				t.Fatalf("killed at call %d: check says %v, %v", n, r, err)
+			}
+		}
+	}
+}
+
+// errseqDir tells of a failed fsync once, to whoever asked first, and lets that one
+// wait: so does Linux, which reports a failed write once for each open file.
+type errseqDir struct {
+	*memDir
+	armed, failed atomic.Bool
+	hold          chan struct{}
+}
+
+type errseqFile struct {
+	file
+	d *errseqDir
+}
+
+func (d *errseqDir) Extend(name string) (file, error) {
+	f, err := d.memDir.Extend(name)
+	return errseqFile{f, d}, err
+}
+
+func (f errseqFile) Sync() error {
+	if f.d.armed.CompareAndSwap(true, false) {
+		f.d.failed.Store(true)
+		<-f.d.hold
+		return errDisk
+	}
+	if f.d.failed.Load() {
+		return nil // and nothing was written
+	}
+	return f.file.Sync()
+}
+
+// Ensure that a Commit beside the timer's fsync, which fails, does not take its own
+// fsync's silence for success.
+func TestFsyncErrorIsToldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &errseqDir{memDir: newMemDir(), hold: make(chan struct{})}
+		d, err := open(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		dir.armed.Store(true)
+		<-time.After(time.Second)
+		synctest.Wait() // the timer's fsync has failed, and the timer does not run yet
+		ended := make(chan error, 1)
+		go func() { ended <- d.syncRest() }() // as a Commit that has to
+		synctest.Wait()
+		close(dir.hold)
+		if err := <-ended; !errors.Is(err, errDisk) {
+			t.Errorf("beside a failed fsync another returns %v, want %v", err, errDisk)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a backup does not end at a damaged frame in the middle of the log.
+func TestBackupOfALogWithAHole(t *testing.T) {
+	dir := newMemDir()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	for i := range 200 {
+		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 50))
+		d.Commit()
+	}
+	d.Close()
+	for what, damage := range map[string]func(b []byte) []byte{
+		"a bit of the last frame": func(b []byte) []byte { b[len(b)-20] ^= 1; return b },
+		"the last frame":          func(b []byte) []byte { return b[:len(b)-frameSize] },
+	} {
+		bad := dir.with("seg-2.log", damage(slices.Clone(dir.names["seg-2.log"].data)))
+		out := newMemDir()
+		if _, err := backup(bad, out, nil); err == nil || out.names[storeName] != nil {
+			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err, len(out.names))
+		}
+	}
+}
+
 // segment returns a store's only log file with so many commits, not closed, and
 // the offsets at which its frames begin.
 func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int) {

@@ -417,7 +417,7 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 		switch {
 		case err == errEnd:
 			return end, nil
-		case errors.As(err, &damage) && last:
+		case errors.As(err, &damage) && (last || end.goesOn): // a rotation that was killed leaves zeros behind
 			return l.endTorn(end, damage)
 		case err != nil:
 			return end, err
@@ -549,6 +549,9 @@ func (d *Durable) keepTorn(name string, end segmentEnd) (path string, err error)
 	}
 	if err = errors.Join(err, w.Close()); err == nil {
 		err = d.dir.Sync()
+	}
+	if err != nil {
+		err = errors.Join(err, d.dir.Remove(kept)) // or each start would leave one more
 	}
 	return d.dir.Path(kept), err
 }
