@@ -161,7 +161,10 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 			f, payload, err := l.read()
 			var damage *DamageError
 			if errors.As(err, &damage) && kind == kindSegment {
-				f, payload, err = c.readAgain(l, damage)
+				var synced bool
+				if f, payload, synced, err = l.readAgain(damage); errors.As(err, &damage) && !synced {
+					err = errEnd // there is none, or one that never was on disk
+				}
 			}
 			switch {
 			case err == errEnd && kind == kindSnapshot && last.kind != frameEnd:
@@ -187,29 +190,4 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 		c.made = append(c.made, name)
 	}
 	return end, err
-}
-
-// readAgain reads the frame at which l found damage anew: it may have been written
-// meanwhile. errEnd: there is none, or one that never was on disk.
-func (c *copier) readAgain(l *logReader, damage *DamageError) (f frame, payload []byte, err error) {
-	const tries = 10
-	for n := 1; ; n++ {
-		if err := l.seek(); err != nil {
-			return f, nil, err
-		}
-		if f, payload, err = l.read(); !errors.As(err, &damage) {
-			return f, payload, err
-		}
-		rest, err := l.rest()
-		if err != nil {
-			return f, nil, err
-		}
-		// Frames behind it: they came while we looked, or this one is damaged.
-		if _, synced := l.look(rest); !synced {
-			return f, nil, errEnd
-		}
-		if n == tries {
-			return f, nil, damage
-		}
-	}
 }

@@ -19,6 +19,8 @@ type Report struct {
 	Lines   []string
 	Damaged bool // something that was on disk is not as it was
 	Lost    bool // by Repair: some of that could not be saved
+
+	follows bool // the segment last checked says that another follows, which was not there when we began
 }
 
 func (r *Report) say(format string, args ...any) {
@@ -95,9 +97,12 @@ func check(dir directory) (r Report, err error) {
 			return r, err
 		}
 	}
-	for i := range l.segments {
+	for i := 0; i < len(l.segments); i++ {
 		if next, err = r.checkSegment(dir, d.id, l.segments[i:], next, m); err != nil {
 			return r, err
+		}
+		if newest := l.segments[i]; i == len(l.segments)-1 && r.follows {
+			l.segments, r.follows = append(l.segments, newest+1), false
 		}
 	}
 	for _, name := range l.obsolete {
@@ -116,6 +121,14 @@ func (r *Report) checkSegment(dir directory, id storeID, numbers []uint64, first
 	name := dir.Path(logName(kindSegment, numbers[0]))
 	end, err := loadSegment(dir, id, numbers[0], first, len(numbers) <= 2, m, anyFrame)
 	stopped := false
+	if err == nil && len(numbers) == 1 && end.goesOn {
+		if f, _, openErr := dir.Open(logName(kindSegment, numbers[0]+1)); openErr == nil {
+			f.Close()
+			r.follows = true
+			r.say("ok      %s, %d bytes", name, end.offset)
+			return end.next, nil
+		}
+	}
 	if err == nil {
 		stopped, err = checkNext(dir, id, numbers, end)
 	}

@@ -415,6 +415,9 @@ func (d *Durable) rotate() error {
 	if err := d.lock.Held(); err != nil {
 		return err
 	}
+	defer d.syncing.Store(nil)
+	next := d.dir.Path(logName(kindSegment, d.number+1))
+	d.syncing.Store(&next)
 	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 2})
 	if err != nil {
 		d.rotateAfter = time.Now().Add(rotateTime)
@@ -428,6 +431,7 @@ func (d *Durable) rotate() error {
 	d.fsyncs <- struct{}{} // the timer's has ended, and the next is of the new file
 	defer func() { <-d.fsyncs }()
 	old := d.current
+	d.syncing.Store(&old.path)
 	if err := errors.Join(old.trim(0), old.f.Close()); err != nil {
 		return errors.Join(err, w.f.Close())
 	}
@@ -531,8 +535,11 @@ func (d *Durable) Close() error {
 		err = d.syncRest()
 	}
 	if d.compacted != nil {
+		snapshot := d.dir.Path("the snapshot of a compaction")
+		d.syncing.Store(&snapshot)
 		d.noteCompaction(<-d.compacted)
 	}
+	d.syncing.Store(&d.current.path)
 	if err == nil {
 		err = d.current.trim(int64(d.spare))
 	}

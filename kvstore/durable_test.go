@@ -1360,6 +1360,60 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 	})
 }
 
+// Ensure that a check beside a store that is written to, rotated and compacted finds no
+// damage.
+func TestCheckBesideARealStore(t *testing.T) {
+	path := t.TempDir()
+	d, err := Open(path, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 300_000, 600_000
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		for i := range 2000 {
+			d.Delete(fmt.Sprint("key", i%100))
+			d.Put(fmt.Sprint("key", i%100), strings.Repeat("v", i%2000*10))
+			if err := d.Commit(); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for on := true; on; {
+		if r, err := Check(path); err != nil || r.Damaged {
+			t.Errorf("check: %v, %v", r, err)
+		}
+		select {
+		case <-written:
+			on = false
+		default:
+		}
+	}
+	d.Close()
+}
+
+// Ensure that a torn end on a full disk does not keep the store from starting, and that
+// no start leaves half a copy of it.
+func TestTornEndOnAFullDisk(t *testing.T) {
+	dir, name, _ := segment(t, 3)
+	data := slices.Clone(dir.names[name].data)
+	full := dir.with(name, data[:len(data)-5])
+	for _, f := range full.names {
+		full.room += len(f.data)
+	}
+	d, err := open(full, Options{})
+	if err != nil || len(d.Get("key")) != 2 {
+		t.Fatalf("a torn end on a full disk: %v", err)
+	}
+	for name := range full.names {
+		if strings.HasPrefix(name, tornPrefix) {
+			t.Errorf("%s is left", name)
+		}
+	}
+}
+
 // Ensure that a backup does not end at a damaged frame in the middle of the log.
 func TestBackupOfALogWithAHole(t *testing.T) {
 	dir := newMemDir()
@@ -1464,7 +1518,7 @@ func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.names[name].data
 	stale := newMemDir() // another store's frames
-	if d, err := open(stale, Options{}); err == nil {
+	if d, err := open(stale, Options{Fsync: FsyncNever}); err == nil {
 		d.reserve = 0
 		d.Put("stale", "stale")
 		d.Commit()

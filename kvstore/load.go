@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"syscall"
 
 	crand "crypto/rand"
 )
@@ -236,7 +237,7 @@ func checkObsolete(dir directory, id storeID, l layout) error {
 		}
 		if err != nil || !end.goesOn {
 			return &DamageError{File: dir.Path(name), What: fmt.Sprintf(
-				"it is older than snap-%d.log and no full file: an older copy was put over a newer store", l.snapshot)}
+				"it is older than snap-%d.log and no full file: an older copy was put over a newer store, or a repair was stopped", l.snapshot)}
 		}
 	}
 	return nil
@@ -414,8 +415,12 @@ func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *
 		}
 		f, payload, err := l.read()
 		var damage *DamageError
+		if errors.As(err, &damage) && last && !end.goesOn {
+			f, payload, _, err = l.readAgain(damage)
+			end.size = max(end.size, l.size)
+		}
 		switch {
-		case err == errEnd:
+		case err == errEnd, errors.Is(err, errShorter) && end.goesOn:
 			return end, nil
 		case errors.As(err, &damage) && (last || end.goesOn): // a rotation that was killed leaves zeros behind
 			return l.endTorn(end, damage)
@@ -469,7 +474,9 @@ func (d *Durable) resume(end segmentEnd) error {
 	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, true
 	if end.torn > 0 {
 		kept, err := d.keepTorn(name, end)
-		if err != nil {
+		if errors.Is(err, syscall.ENOSPC) && end.frames == 0 {
+			kept = "nothing, for the disk is full" // it is half a commit, which nobody was told of
+		} else if err != nil {
 			return fmt.Errorf("keeping the torn end of the log: %w", err)
 		}
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name),

@@ -328,10 +328,14 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	return f, payload, nil
 }
 
+// errShorter is what reading a file fails with whose end is cut off meanwhile: a process
+// that has the store open cuts off the room behind the last frame of a full file.
+var errShorter = errors.New("it became shorter meanwhile")
+
 // readError names the file that was being read.
 func readError(path string, err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("read %s: it became shorter meanwhile", path)
+		return fmt.Errorf("read %s: %w", path, errShorter)
 	}
 	return err
 }
@@ -343,6 +347,29 @@ func (l *logReader) seek() error {
 	rest, err := l.rest()
 	l.size = l.offset + int64(len(rest))
 	return err
+}
+
+// readAgain reads the frame at which read found damage anew, for another process may
+// have written it meanwhile. If it is still bad, synced tells whether a frame behind it
+// says that it was on disk, as it does where it is damaged.
+func (l *logReader) readAgain(damage *DamageError) (f frame, payload []byte, synced bool, err error) {
+	const tries = 10
+	for n := 1; ; n++ {
+		if err := l.seek(); err != nil {
+			return f, nil, false, err
+		}
+		if f, payload, err = l.read(); !errors.As(err, &damage) {
+			return f, payload, false, err
+		}
+		rest, restErr := l.rest()
+		if restErr != nil {
+			return f, nil, false, restErr
+		}
+		// A frame behind it may have come while we looked.
+		if _, synced = l.look(rest); !synced || n == tries {
+			return f, nil, synced, err
+		}
+	}
 }
 
 // rest returns what follows the good part of the file.
