@@ -29,7 +29,7 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 		return Report{}, err
 	}
 	defer out.Close()
-	return backup(dir, out, step)
+	return BackupIn(dir, out, step)
 }
 
 // makeDirectory makes the directory for a copy of that at path, for the same owner,
@@ -55,7 +55,8 @@ func makeDirectory(path, to string) error {
 	return errors.Join(keepOwner(root, ".", source), root.Close())
 }
 
-func backup(dir, out directory, step func(copied, total int64)) (r Report, err error) {
+// BackupIn is Backup from one directory to another.
+func BackupIn(dir, out Directory, step func(copied, total int64)) (r Report, err error) {
 	names, err := out.List()
 	if err != nil {
 		return r, err
@@ -88,7 +89,7 @@ func backup(dir, out directory, step func(copied, total int64)) (r Report, err e
 
 // copier copies the files of a store.
 type copier struct {
-	dir, out      directory
+	dir, out      Directory
 	id            storeID
 	copied, total int64
 	made          []string // files in out

@@ -50,12 +50,12 @@ func Check(path string) (Report, error) {
 		return Report{}, err
 	}
 	defer dir.Close()
-	return checkBeside(dir)
+	return CheckIn(dir)
 }
 
-// checkBeside is check where a compaction of another process may take files away: then
-// it looks again.
-func checkBeside(dir directory) (r Report, err error) {
+// CheckIn is Check of a directory. A compaction of another process may take files away:
+// then it looks again.
+func CheckIn(dir Directory) (r Report, err error) {
 	for range lookTries {
 		r, err = check(dir)
 		if _, inUse := dir.InUse(); !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
@@ -66,9 +66,9 @@ func checkBeside(dir directory) (r Report, err error) {
 }
 
 // lookTries is how often Check and Backup begin again beside a compaction.
-const lookTries = 5
+const lookTries = 20
 
-func check(dir directory) (r Report, err error) {
+func check(dir Directory) (r Report, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return r, err
@@ -117,7 +117,7 @@ func check(dir directory) (r Report, err error) {
 
 // checkSegment checks the first of these segments, adds it to m, and returns the
 // sequence with which the next begins.
-func (r *Report) checkSegment(dir directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, err error) {
+func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, err error) {
 	name := dir.Path(logName(kindSegment, numbers[0]))
 	end, err := loadSegment(dir, id, numbers[0], first, len(numbers) <= 2, m, anyFrame)
 	stopped := false
@@ -155,10 +155,11 @@ func Repair(path string) (Report, error) {
 		return Report{}, err
 	}
 	defer dir.Close()
-	return repair(dir, time.Now())
+	return RepairIn(dir, time.Now())
 }
 
-func repair(dir directory, now time.Time) (r Report, err error) {
+// RepairIn is Repair of a directory; now names the subdirectory.
+func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 	if r, err = check(dir); err != nil || !r.Damaged {
 		if err == nil {
 			r.say("nothing to repair")
@@ -219,7 +220,7 @@ func repair(dir directory, now time.Time) (r Report, err error) {
 
 // keepAll gives every file of the store a second name in a directory of its own,
 // before any loses its first.
-func keepAll(dir directory, names []string, now time.Time) (kept string, err error) {
+func keepAll(dir Directory, names []string, now time.Time) (kept string, err error) {
 	base := damagedPrefix + now.UTC().Format("20060102-150405")
 	kept = base
 	for n := 2; slices.Contains(names, kept); n++ {
@@ -236,7 +237,7 @@ func keepAll(dir directory, names []string, now time.Time) (kept string, err err
 }
 
 // findID returns the store's id: what most of the log files say, or else STORE.
-func findID(dir directory, names []string) (id storeID, err error) {
+func findID(dir Directory, names []string) (id storeID, err error) {
 	if id, most, of := majorityID(dir, names); most > 0 && 2*most >= of {
 		return id, nil
 	}
@@ -249,7 +250,7 @@ func findID(dir directory, names []string) (id storeID, err error) {
 
 // salvage reads what is whole in damaged files.
 type salvage struct {
-	dir    directory
+	dir    Directory
 	id     storeID
 	m      *Memory
 	last   uint64 // highest sequence seen in a segment

@@ -55,7 +55,7 @@ func (d *Durable) noteCompaction(c compaction) {
 
 // writeSnapshot writes the snapshot of all files through a number, then removes
 // them. It runs beside the store and reads only files that are full.
-func writeSnapshot(dir directory, id storeID, through uint64, stop <-chan struct{}) (size int64, err error) {
+func writeSnapshot(dir Directory, id storeID, through uint64, stop <-chan struct{}) (size int64, err error) {
 	l, err := readLayout(dir)
 	if err != nil {
 		return 0, err
@@ -146,7 +146,7 @@ type progress struct {
 }
 
 // newProgress prepares to tell of the load of l.
-func newProgress(log *slog.Logger, dir directory, l layout) *progress {
+func newProgress(log *slog.Logger, dir Directory, l layout) *progress {
 	p := &progress{log: log, start: time.Now(), told: time.Now()}
 	count := func(name string) {
 		if f, size, err := dir.Open(name); err == nil { // who reads it will complain

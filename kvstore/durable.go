@@ -65,10 +65,7 @@ type Options struct {
 
 // Sizes and times of the log.
 const (
-	segmentSize  = 64 << 20 // bytes after which the log goes on in a new file
-	minCompact   = 64 << 20 // bytes of full files below which they are left alone
-	reserveSize  = 1 << 20  // bytes of zeros by which a file grows at a time
-	spareSize    = 64 << 10 // of these, bytes that only a Delete may use when the disk is full
+	spareSize    = 64 << 10 // bytes of a file's zeros that only a Delete may use when the disk is full
 	maxRecord    = 1 << 31  // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8        // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
@@ -88,8 +85,8 @@ const (
 // Reads are Memory's: nothing is read from disk after Open.
 type Durable struct {
 	*Memory
-	dir  directory
-	lock lock
+	dir  Directory
+	lock Lock
 	id   storeID
 	opts Options
 	log  *slog.Logger
@@ -104,8 +101,8 @@ type Durable struct {
 	held        time.Time // when we last looked whether the directory is ours
 	rotateAfter time.Time // no new file is tried before
 
-	segmentSize, minCompact int64           // the constants, but for tests
-	reserve, spare          int             // these too
+	segmentSize, minCompact int64           // the directory's Sizes
+	reserve, spare          int             // the same, and what of it only a Delete may use
 	stop                    chan struct{}   // closed by Close: the compaction gives up
 	compacted               chan compaction // the running compaction's end, one slot; nil: none runs
 
@@ -133,19 +130,21 @@ func Open(path string, opts Options) (*Durable, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := open(dir, opts)
+	d, err := OpenIn(dir, opts)
 	if err != nil {
 		dir.Close()
 	}
 	return d, err
 }
 
-func open(dir directory, opts Options) (*Durable, error) {
+// OpenIn is Open with a directory, which becomes the store's.
+func OpenIn(dir Directory, opts Options) (*Durable, error) {
 	d := &Durable{
 		Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log,
-		segmentSize: segmentSize, minCompact: minCompact, reserve: reserveSize, spare: spareSize,
 		stop: make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
 	}
+	d.segmentSize, d.minCompact, d.reserve = dir.Sizes()
+	d.spare = min(spareSize, d.reserve/4)
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -167,7 +166,7 @@ func open(dir directory, opts Options) (*Durable, error) {
 }
 
 // checkNames refuses a directory that is somebody else's.
-func checkNames(dir directory, names []string) error {
+func checkNames(dir Directory, names []string) error {
 	for _, name := range names {
 		base := strings.TrimSuffix(name, tmpSuffix)
 		_, _, isLog := parseName(base)

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -15,12 +14,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"kvserver/kvstore/disktest"
 )
 
 // TestMain lets the test binary be a second process on a store.
@@ -33,339 +33,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// ---- a disk that fails and forgets
-
-var errDisk = errors.New("input/output error")
-
-// sector is how many bytes a disk writes whole or not at all.
-const sector = 512
-
-// memDir is a directory in memory that knows what a power failure would leave. It is
-// as unkind as a kernel: what is not there cannot be renamed or removed, a file that
-// is created anew is the old one, emptied, and what a failed Sync should have written
-// is taken for written until it is written once more.
-type memDir struct {
-	mu      sync.Mutex
-	names   map[string]*memFile // as the process sees them
-	durable map[string]*memFile // as they were at the last Sync
-	journal []func(map[string]*memFile)
-	locked  bool
-	moved   bool // another directory has its path
-	room    int  // bytes that all files may have together; 0: any number
-
-	calls   int   // I/O calls so far
-	failAt  int   // the call that fails, counted from 1; 0: none
-	failure error // that it returns; nil: errDisk
-	forever bool
-}
-
-// memFile is a file: what was written, and what of it is on disk.
-type memFile struct {
-	data, disk []byte
-	dirty      map[int]bool // sectors that the next Sync writes
-}
-
-// resize makes f so many bytes long.
-func (f *memFile) resize(size int) {
-	if size < len(f.data) {
-		clear(f.data[size:]) // or what is cut off would come back
-	}
-	f.data = append(f.data, make([]byte, max(0, size-len(f.data)))...)[:size]
-}
-
-// fileOf returns a file that is on disk.
-func fileOf(data []byte) *memFile {
-	return &memFile{data: slices.Clone(data), disk: slices.Clone(data), dirty: map[int]bool{}}
-}
-
-func newMemDir() *memDir {
-	return &memDir{names: map[string]*memFile{}, durable: map[string]*memFile{}}
-}
-
-// call counts an I/O call and tells whether it fails. Only those that open a file
-// can lack a descriptor, and only those that write can lack room.
-func (d *memDir) call(opens, writes bool) error {
-	d.calls++
-	if d.failAt == 0 || d.calls < d.failAt || d.calls > d.failAt && !d.forever {
-		return nil
-	}
-	switch d.failure {
-	case nil:
-		return errDisk
-	case syscall.EMFILE:
-		if !opens {
-			return nil
-		}
-	case syscall.ENOSPC:
-		if !writes {
-			return nil
-		}
-	}
-	return &os.PathError{Op: "call", Path: "dir", Err: d.failure}
-}
-
-// change makes a change to the names, which a power failure may undo until Sync.
-func (d *memDir) change(f func(map[string]*memFile)) {
-	f(d.names)
-	d.journal = append(d.journal, f)
-}
-
-// crash returns what a power failure now would leave: of what was not synced,
-// any first part of the changes of names, and any sectors of the data.
-func (d *memDir) crash(random *rand.Rand) *memDir {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	after := newMemDir()
-	names := maps.Clone(d.durable)
-	for _, f := range d.journal[:random.IntN(len(d.journal)+1)] {
-		f(names)
-	}
-	for name, f := range names {
-		least, most := min(len(f.disk), len(f.data)), max(len(f.disk), len(f.data))
-		data := make([]byte, least+random.IntN(most-least+1))
-		copy(data, f.disk)
-		for at := 0; at < min(len(data), len(f.data)); at += sector {
-			if f.dirty[at/sector] && random.IntN(2) == 0 {
-				copy(data[at:min(len(data), at+sector)], f.data[at:])
-			}
-		}
-		after.names[name] = fileOf(data)
-	}
-	after.durable = maps.Clone(after.names)
-	after.room = d.room
-	return after
-}
-
-func (d *memDir) Path(name string) string { return "dir/" + name }
-
-func (d *memDir) List() ([]string, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(true, false); err != nil {
-		return nil, err
-	}
-	return slices.Sorted(maps.Keys(d.names)), nil
-}
-
-func (d *memDir) Create(name string) (file, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(true, true); err != nil {
-		return nil, err
-	}
-	f := d.names[name]
-	if f == nil {
-		f = fileOf(nil)
-		d.change(func(names map[string]*memFile) { names[name] = f })
-	}
-	f.resize(0)
-	return &memHandle{d: d, f: f}, nil
-}
-
-func (d *memDir) Open(name string) (file, int64, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(true, false); err != nil {
-		return nil, 0, err
-	}
-	f := d.names[name]
-	if f == nil {
-		return nil, 0, &os.PathError{Op: "open", Path: d.Path(name), Err: os.ErrNotExist}
-	}
-	return &memHandle{d: d, f: f}, int64(len(f.data)), nil
-}
-
-func (d *memDir) Extend(name string) (file, error) {
-	f, _, err := d.Open(name)
-	return f, err
-}
-
-func (d *memDir) Rename(from, to string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(false, true); err != nil {
-		return err
-	}
-	if d.names[from] == nil {
-		return &os.LinkError{Op: "rename", Old: from, New: to, Err: os.ErrNotExist}
-	}
-	d.change(func(names map[string]*memFile) {
-		if f := names[from]; f != nil {
-			names[to] = f
-			delete(names, from)
-		}
-	})
-	return nil
-}
-
-func (d *memDir) Remove(name string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(false, false); err != nil {
-		return err
-	}
-	if d.names[name] == nil {
-		return &os.PathError{Op: "remove", Path: d.Path(name), Err: os.ErrNotExist}
-	}
-	d.change(func(names map[string]*memFile) { delete(names, name) })
-	return nil
-}
-
-// Keep only looks whether the file is there, and not kept there before.
-func (d *memDir) Keep(name, in string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(true, true); err != nil {
-		return err
-	}
-	if d.names[name] == nil {
-		return &os.LinkError{Op: "link", Old: name, New: in, Err: os.ErrNotExist}
-	}
-	return nil
-}
-
-func (d *memDir) Sync() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(false, true); err != nil {
-		return err
-	}
-	d.durable, d.journal = maps.Clone(d.names), nil
-	return nil
-}
-
-func (d *memDir) Lock() (lock, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.call(true, true); err != nil {
-		return nil, err
-	}
-	if d.locked {
-		return nil, ErrLocked
-	}
-	d.locked = true
-	return memLock{d}, nil
-}
-
-func (d *memDir) InUse() (string, bool) { return "by a test", d.locked }
-func (d *memDir) Close() error          { return nil }
-
-type memLock struct{ d *memDir }
-
-func (l memLock) Held() error {
-	l.d.mu.Lock()
-	defer l.d.mu.Unlock()
-	if l.d.moved {
-		return ErrMoved
-	}
-	return nil
-}
-
-func (l memLock) Close() error {
-	l.d.mu.Lock()
-	defer l.d.mu.Unlock()
-	l.d.locked = false
-	return nil
-}
-
-// memHandle is an open memFile.
-type memHandle struct {
-	d      *memDir
-	f      *memFile
-	at     int
-	closed bool
-}
-
-func (h *memHandle) Read(p []byte) (int, error) {
-	n, err := h.ReadAt(p, int64(h.at))
-	if n > 0 {
-		err = nil
-	}
-	h.at += n
-	return n, err
-}
-
-func (h *memHandle) ReadAt(p []byte, off int64) (int, error) {
-	h.d.mu.Lock()
-	defer h.d.mu.Unlock()
-	if err := h.d.call(false, false); err != nil {
-		return 0, err
-	}
-	n := copy(p, h.f.data[min(int(off), len(h.f.data)):])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
-
-func (h *memHandle) WriteAt(p []byte, off int64) (int, error) {
-	h.d.mu.Lock()
-	defer h.d.mu.Unlock()
-	n, err := len(p), h.d.call(false, true)
-	if err != nil {
-		n /= 2 // the disk was full in the middle of it
-	}
-	if h.d.room > 0 {
-		free := h.d.room
-		for _, f := range h.d.names {
-			free -= len(f.data)
-		}
-		if most := max(0, len(h.f.data)+max(0, free)-int(off)); n > most {
-			n, err = most, &os.PathError{Op: "write", Path: "dir", Err: syscall.ENOSPC}
-		}
-	}
-	if n > 0 {
-		h.f.resize(max(len(h.f.data), int(off)+n))
-		copy(h.f.data[off:], p[:n])
-		for at := int(off) / sector; at <= (int(off)+n-1)/sector; at++ {
-			h.f.dirty[at] = true
-		}
-	}
-	return n, err
-}
-
-func (h *memHandle) Truncate(size int64) error {
-	h.d.mu.Lock()
-	defer h.d.mu.Unlock()
-	if err := h.d.call(false, false); err != nil {
-		return err
-	}
-	h.f.resize(int(size))
-	return nil
-}
-
-func (h *memHandle) Sync() error {
-	h.d.mu.Lock()
-	defer h.d.mu.Unlock()
-	if h.closed {
-		return os.ErrClosed
-	}
-	if err := h.d.call(false, true); err != nil {
-		clear(h.f.dirty) // and never written, unless somebody makes it dirty again
-		return err
-	}
-	h.f.disk = append(h.f.disk, make([]byte, max(0, len(h.f.data)-len(h.f.disk)))...)[:len(h.f.data)]
-	for at := range h.f.dirty {
-		if at*sector < len(h.f.data) {
-			copy(h.f.disk[at*sector:min(len(h.f.disk), (at+1)*sector)], h.f.data[at*sector:])
-		}
-	}
-	clear(h.f.dirty)
-	return nil
-}
-
-func (h *memHandle) Close() error {
-	h.d.mu.Lock()
-	defer h.d.mu.Unlock()
-	h.closed = true
-	return nil
-}
-
 // ---- what is kept
 
 // openSmall opens a store whose files are full soon.
-func openSmall(dir directory, opts Options) (*Durable, error) {
-	d, err := open(dir, opts)
+func openSmall(dir Directory, opts Options) (*Durable, error) {
+	d, err := OpenIn(dir, opts)
 	if err == nil {
 		d.segmentSize, d.minCompact = 1500, 2000
 		d.reserve, d.spare = 700, 100
@@ -414,7 +86,7 @@ func (m model) equal(d *Durable) bool {
 
 // checkKept opens what a crash left and wants all that was told, and nothing
 // that was not done.
-func (h *history) checkKept(t *testing.T, dir directory, what string) {
+func (h *history) checkKept(t *testing.T, dir Directory, what string) {
 	t.Helper()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
@@ -434,7 +106,7 @@ func (h *history) checkKept(t *testing.T, dir directory, what string) {
 // Ensure that after a power failure behind any I/O call, and another one during
 // the recovery, everything told is there and nothing deleted is back.
 func TestCrashAfterEveryCall(t *testing.T) {
-	total := newMemDir()
+	total := disktest.New()
 	d, err := openSmall(total, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -443,23 +115,23 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	if l, _ := readLayout(total); l.snapshot < 2 {
 		t.Fatalf("the script compacts too little: %+v", l)
 	}
-	for n := range total.calls {
+	for n := range total.Calls {
 		random := rand.New(rand.NewPCG(uint64(n), 1))
-		dir := newMemDir()
-		dir.failAt, dir.forever = n+1, true
+		dir := disktest.New()
+		dir.FailAt, dir.Forever = n+1, true
 		h := history{model{}, model{}}
 		if d, err := openSmall(dir, Options{}); err == nil {
 			script(t, d, &h)
 		}
-		image := dir.crash(random)
-		h.checkKept(t, image.crash(random), fmt.Sprint("crash after call ", n))
+		image := dir.Crash(random)
+		h.checkKept(t, image.Crash(random), fmt.Sprint("crash after call ", n))
 		for m := 1; m < 40; m += 1 + random.IntN(8) {
-			again := image.crash(random)
-			again.failAt, again.forever = m, true
+			again := image.Crash(random)
+			again.FailAt, again.Forever = m, true
 			if d, err := openSmall(again, Options{}); err == nil {
 				d.Close()
 			}
-			h.checkKept(t, again.crash(random), fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
+			h.checkKept(t, again.Crash(random), fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
 		}
 	}
 }
@@ -469,8 +141,8 @@ func TestCrashAfterEveryCall(t *testing.T) {
 func TestEveryCallFails(t *testing.T) {
 	for _, forever := range []bool{false, true} {
 		for n, failed := 1, true; failed; n++ {
-			dir := newMemDir()
-			dir.failAt, dir.forever = n, forever
+			dir := disktest.New()
+			dir.FailAt, dir.Forever = n, forever
 			h := history{model{}, model{}}
 			d, err := openSmall(dir, Options{})
 			if err == nil {
@@ -484,16 +156,16 @@ func TestEveryCallFails(t *testing.T) {
 					t.Fatalf("call %d: Close after %v returns nil", n, err)
 				}
 				err = closeErr
-			} else if !errors.Is(err, errDisk) {
+			} else if !errors.Is(err, disktest.ErrDisk) {
 				t.Fatalf("call %d: Open: %v", n, err)
 			}
-			failed = dir.calls >= n
-			dir.failAt = 0
-			h.checkKept(t, dir.crash(rand.New(rand.NewPCG(uint64(n), 2))), fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
+			failed = dir.Calls >= n
+			dir.FailAt = 0
+			h.checkKept(t, dir.Crash(rand.New(rand.NewPCG(uint64(n), 2))), fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
 			if err == nil {
 				continue
 			}
-			dir.locked = false
+			dir.Locked = false
 			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
 			h.checkKept(t, dir, what)
 			// What a failed Sync left in the kernel's memory is not built upon.
@@ -504,7 +176,7 @@ func TestEveryCallFails(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Fatalf("%s: Commit: %v", what, err)
 			}
-			if d, err = openSmall(dir.crash(rand.New(rand.NewPCG(uint64(n), 3))), Options{}); err != nil || len(d.Get("after")) != 1 {
+			if d, err = openSmall(dir.Crash(rand.New(rand.NewPCG(uint64(n), 3))), Options{}); err != nil || len(d.Get("after")) != 1 {
 				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v", what, err)
 			}
 		}
@@ -518,19 +190,19 @@ func TestEveryCallFails(t *testing.T) {
 func TestCrashesInRecoveries(t *testing.T) {
 	for seed := range uint64(150) {
 		random := rand.New(rand.NewPCG(seed, 3))
-		dir := newMemDir()
-		dir.failAt, dir.forever = 1+random.IntN(500), true
+		dir := disktest.New()
+		dir.FailAt, dir.Forever = 1+random.IntN(500), true
 		h := history{model{}, model{}}
 		if d, err := openSmall(dir, Options{}); err == nil {
 			script(t, d, &h)
 		}
-		image := dir.crash(random)
+		image := dir.Crash(random)
 		for range 3 {
-			image.failAt, image.forever = 1+random.IntN(30), true
+			image.FailAt, image.Forever = 1+random.IntN(30), true
 			if d, err := openSmall(image, Options{}); err == nil {
 				d.Close()
 			}
-			image = image.crash(random)
+			image = image.Crash(random)
 		}
 		h.checkKept(t, image, fmt.Sprint("seed ", seed))
 	}
@@ -540,22 +212,22 @@ func TestCrashesInRecoveries(t *testing.T) {
 // neither is a disk that is full when a new file is due.
 func TestMissingDescriptors(t *testing.T) {
 	for n, failed := 1, true; failed; n++ {
-		dir := newMemDir()
+		dir := disktest.New()
 		h := history{model{}, model{}}
 		d, err := openSmall(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		dir.failAt, dir.failure = dir.calls+n, syscall.EMFILE
+		dir.FailAt, dir.Failure = dir.Calls+n, syscall.EMFILE
 		d.rotateAfter = time.Time{}
 		if err := script(t, d, &h); err != nil {
 			t.Fatalf("call %d lacks a descriptor: %v", n, err)
 		}
-		failed = dir.calls >= dir.failAt
+		failed = dir.Calls >= dir.FailAt
 		if d.Close(); d.failure() != nil {
 			t.Fatalf("call %d lacks a descriptor: %v", n, d.failure())
 		}
-		dir.failAt = 0
+		dir.FailAt = 0
 		h.checkKept(t, dir, fmt.Sprintf("call %d lacked a descriptor, then", n))
 	}
 }
@@ -565,7 +237,7 @@ func TestMissingDescriptors(t *testing.T) {
 func TestRotationIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
-			dir := newMemDir()
+			dir := disktest.New()
 			var log bytes.Buffer
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
@@ -584,15 +256,19 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				put()
 			}
 			// Creating a file is the only call that fails.
-			refuse := &refusingDir{memDir: dir, failure: failure}
-			d.dir = refuse
+			dir.Before = func(c disktest.Call) error {
+				if c.What == "create" {
+					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
+				}
+				return nil
+			}
 			for range 10 {
 				put()
 			}
 			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 {
 				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
 			}
-			refuse.failure = nil
+			dir.Before = nil
 			<-time.After(rotateTime)
 			put()
 			put()
@@ -602,31 +278,18 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if again, err := open(dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
+			if again, err := OpenIn(dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
 				t.Errorf("%v: opened again: %v", failure, err)
 			}
 		}
 	})
 }
 
-// refusingDir makes no new file.
-type refusingDir struct {
-	*memDir
-	failure error
-}
-
-func (r *refusingDir) Create(name string) (file, error) {
-	if r.failure != nil {
-		return nil, &os.PathError{Op: "open", Path: name, Err: r.failure}
-	}
-	return r.memDir.Create(name)
-}
-
 // Ensure that a full disk lets a store start, read and Delete, that a write is
 // refused before anything has changed, and that nothing is lost when room comes back.
 func TestFullDisk(t *testing.T) {
-	dir := newMemDir()
-	d, err := open(dir, Options{})
+	dir := disktest.New()
+	d, err := OpenIn(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -637,17 +300,17 @@ func TestFullDisk(t *testing.T) {
 	}
 	d.Close()
 	size := 0
-	for _, f := range dir.names {
-		size += len(f.data)
+	for _, f := range dir.Names {
+		size += len(f.Data)
 	}
 	for _, crashed := range []bool{false, true} {
-		full := dir.with(lockName, nil)
-		if full.room = size; crashed {
-			f := full.names["seg-1.log"] // without the frame of a clean stop
-			clear(f.data[d.size-frameSize : d.size])
-			copy(f.disk, f.data)
+		full := dir.With(lockName, nil)
+		if full.Room = size; crashed {
+			f := full.Names["seg-1.log"] // without the frame of a clean stop
+			clear(f.Data[d.size-frameSize : d.size])
+			copy(f.Disk, f.Data)
 		}
-		d, err := open(full, Options{})
+		d, err := OpenIn(full, Options{})
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
@@ -669,7 +332,7 @@ func TestFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		full.room = 0
+		full.Room = 0
 		if err := d.Room(2000, false); err != nil {
 			t.Errorf("with room again: %v", err)
 		}
@@ -677,7 +340,7 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
-		again, err := open(full, Options{})
+		again, err := OpenIn(full, Options{})
 		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 || len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
 			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, len(again.one))
 		}
@@ -688,8 +351,8 @@ func TestFullDisk(t *testing.T) {
 // stop one, after a crash the last commits.
 func TestStartCopiesNothing(t *testing.T) {
 	for _, clean := range []bool{true, false} {
-		dir := newMemDir()
-		d, err := open(dir, Options{})
+		dir := disktest.New()
+		d, err := OpenIn(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -700,9 +363,9 @@ func TestStartCopiesNothing(t *testing.T) {
 		if clean {
 			d.Close()
 		}
-		image := dir.with(lockName, nil)
-		counting := &countingDir{memDir: image}
-		if _, err := open(counting, Options{}); err != nil {
+		image := dir.With(lockName, nil)
+		counting := &countingDir{Dir: image}
+		if _, err := OpenIn(counting, Options{}); err != nil {
 			t.Fatal(err)
 		}
 		if counting.written > 2000 || counting.created > 0 {
@@ -713,29 +376,29 @@ func TestStartCopiesNothing(t *testing.T) {
 
 // countingDir counts what is written.
 type countingDir struct {
-	*memDir
+	*disktest.Dir
 	written, created int
 }
 
 type countingFile struct {
-	file
+	File
 	d *countingDir
 }
 
-func (c *countingDir) Create(name string) (file, error) {
+func (c *countingDir) Create(name string) (File, error) {
 	c.created++
-	f, err := c.memDir.Create(name)
+	f, err := c.Dir.Create(name)
 	return countingFile{f, c}, err
 }
 
-func (c *countingDir) Extend(name string) (file, error) {
-	f, err := c.memDir.Extend(name)
+func (c *countingDir) Extend(name string) (File, error) {
+	f, err := c.Dir.Extend(name)
 	return countingFile{f, c}, err
 }
 
 func (f countingFile) WriteAt(p []byte, off int64) (int, error) {
 	f.d.written += len(p)
-	return f.file.WriteAt(p, off)
+	return f.File.WriteAt(p, off)
 }
 
 // Ensure that a flipped bit is damage, not a torn end, once a second has passed
@@ -743,8 +406,8 @@ func (f countingFile) WriteAt(p []byte, off int64) (int, error) {
 func TestIdleLogIsVouchedFor(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
-			dir := newMemDir()
-			d, err := open(dir, Options{Fsync: fsync})
+			dir := disktest.New()
+			d, err := OpenIn(dir, Options{Fsync: fsync})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -755,17 +418,17 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 			last := d.size - 20
 			<-time.After(3 * time.Second)
 			synctest.Wait()
-			calls := dir.calls
+			calls := dir.Calls
 			<-time.After(time.Hour)
-			if dir.calls != calls {
-				t.Errorf("fsync %v: %d calls in an idle hour", fsync, dir.calls-calls)
+			if dir.Calls != calls {
+				t.Errorf("fsync %v: %d calls in an idle hour", fsync, dir.Calls-calls)
 			}
 			for _, at := range []int64{200, last} {
-				image := dir.crash(rand.New(rand.NewPCG(1, 1)))
-				data := slices.Clone(image.names["seg-1.log"].data)
+				image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+				data := slices.Clone(image.Names["seg-1.log"].Data)
 				data[at] ^= 1
 				var damage *DamageError
-				if _, err := open(image.with("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+				if _, err := OpenIn(image.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
 					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
 				}
 			}
@@ -779,26 +442,26 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 // Ensure that what a start cuts is kept beside until the next clean stop.
 func TestTornEndIsKept(t *testing.T) {
 	dir, name, starts := segment(t, 3)
-	data := slices.Clone(dir.names[name].data)
+	data := slices.Clone(dir.Names[name].Data)
 	data = data[:len(data)-5]
 	torn := bytes.TrimRight(data[starts[2]:], "\x00")
-	image := dir.with(name, data)
+	image := dir.With(name, data)
 	kept := func() (names []string) {
-		for n, f := range image.names {
+		for n, f := range image.Names {
 			if strings.HasPrefix(n, tornPrefix) {
-				if names = append(names, n); !bytes.Equal(f.disk, torn) {
-					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.disk), len(torn))
+				if names = append(names, n); !bytes.Equal(f.Disk, torn) {
+					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.Disk), len(torn))
 				}
 			}
 		}
 		return names
 	}
-	d, err := open(image, Options{})
+	d, err := OpenIn(image, Options{})
 	if err != nil || len(d.Get("key")) != 2 || len(kept()) != 1 {
 		t.Fatalf("a torn end: %v, kept in %q", err, kept())
 	}
-	image.locked = false
-	if d, err = open(image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
+	image.Locked = false
+	if d, err = OpenIn(image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
 		t.Fatalf("a second start: %v, kept in %q", err, kept())
 	}
 	if err := d.Close(); err != nil || len(kept()) != 0 {
@@ -810,7 +473,7 @@ func TestTornEndIsKept(t *testing.T) {
 // and before another file is made.
 func TestMovedDirectory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := newMemDir()
+		dir := disktest.New()
 		d, err := openSmall(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
@@ -819,7 +482,7 @@ func TestMovedDirectory(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		dir.moved = true
+		dir.Moved = ErrMoved
 		d.Put("a", "2")
 		if err := d.Commit(); err != nil {
 			t.Fatalf("at once: %v", err)
@@ -831,19 +494,19 @@ func TestMovedDirectory(t *testing.T) {
 		}
 		d.Close()
 	})
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.Put("a", "1")
 	d.Commit()
-	dir.moved = true
+	dir.Moved = ErrMoved
 	for err == nil && d.number == 1 {
 		d.Put("a", strings.Repeat("v", 100))
 		err = d.Commit()
 	}
-	if !errors.Is(err, ErrMoved) || dir.names["seg-2.log"] != nil {
+	if !errors.Is(err, ErrMoved) || dir.Names["seg-2.log"] != nil {
 		t.Errorf("at a rotation: %v, in file %d", err, d.number)
 	}
 	d.Close()
@@ -888,21 +551,21 @@ func TestMovedRealDirectory(t *testing.T) {
 // directory is told so.
 func TestOthersFilesStay(t *testing.T) {
 	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak", "seg-01.log.tmp"} {
-		dir := newMemDir().with(name, []byte("precious"))
-		_, err := open(dir, Options{})
-		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) || dir.names[name] == nil {
+		dir := disktest.New().With(name, []byte("precious"))
+		_, err := OpenIn(dir, Options{})
+		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) || dir.Names[name] == nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	dir := newMemDir().with("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
-	if _, err := open(dir, Options{}); err != nil || dir.names["seg-1.log.tmp"] != nil {
+	dir := disktest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
+	if _, err := OpenIn(dir, Options{}); err != nil || dir.Names["seg-1.log.tmp"] != nil {
 		t.Errorf("with our own temporary file: %v", err)
 	}
 }
 
 // Ensure that an older copy that was put over a newer store is refused.
 func TestOlderCopyOverNewer(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -912,7 +575,7 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		d.Put("key", fmt.Sprint(i))
 		d.Commit()
 	}
-	older := dir.crash(rand.New(rand.NewPCG(1, 1)))
+	older := dir.Crash(rand.New(rand.NewPCG(1, 1)))
 	d.minCompact = 100
 	for i := range 300 {
 		d.Put("key", fmt.Sprint(i))
@@ -921,12 +584,12 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		d.settle()
 	}
 	d.Close()
-	both := dir.with(lockName, nil)
-	for name, f := range older.names {
-		both.names[name] = f
+	both := dir.With(lockName, nil)
+	for name, f := range older.Names {
+		both.Names[name] = f
 	}
 	var damage *DamageError
-	if _, err := open(both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
+	if _, err := OpenIn(both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
 		t.Errorf("an older copy over a newer store: %v", err)
 	}
 	if r, err := check(both); err != nil || !r.Damaged {
@@ -938,7 +601,7 @@ func TestOlderCopyOverNewer(t *testing.T) {
 // waiting.
 func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := &slowDir{memDir: newMemDir()}
+		dir := &slowDir{Dir: disktest.New()}
 		d, err := openSmall(dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
@@ -973,7 +636,7 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 // Ensure that Close makes durable what was answered before it waits for a compaction.
 func TestCloseSyncsFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := newMemDir()
+		dir := disktest.New()
 		d, err := openSmall(dir, Options{Fsync: time.Hour})
 		if err != nil {
 			t.Fatal(err)
@@ -983,7 +646,7 @@ func TestCloseSyncsFirst(t *testing.T) {
 		d.compacted = make(chan compaction, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
-		if again, err := open(dir.crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
+		if again, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
 		}
 		d.compacted <- compaction{err: errStopped}
@@ -993,13 +656,13 @@ func TestCloseSyncsFirst(t *testing.T) {
 // Ensure that repair takes an older snapshot, and what came after it, where the newest
 // is damaged, and says whether anything is lost.
 func TestRepairUsesTheOlderSnapshot(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{Fsync: FsyncNever})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.minCompact = 1 << 30
-	var old map[string]*memFile
+	var old map[string]*disktest.File
 	h := history{model{}, model{}}
 	random := rand.New(rand.NewPCG(7, 7))
 	for snapshots := 0; snapshots < 3; {
@@ -1009,7 +672,7 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 		}
 		d.Commit()
 		if d.number > number && d.number%3 == 0 {
-			old = dir.with(lockName, nil).names
+			old = dir.With(lockName, nil).Names
 			d.minCompact, d.Memory.bytes = 0, d.Memory.bytes-1<<40 // whatever it holds
 			d.compact()
 			d.minCompact, d.Memory.bytes = 1<<30, d.Memory.bytes+1<<40
@@ -1020,21 +683,21 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	h.told = h.done.clone()
 	d.Close()
 	l, _ := readLayout(dir)
-	bad := dir.with(lockName, nil)
+	bad := dir.With(lockName, nil)
 	for name, f := range old { // as a crash leaves them behind a compaction
-		if bad.names[name] == nil {
-			bad.names[name] = f
+		if bad.Names[name] == nil {
+			bad.Names[name] = f
 		}
 	}
 	newest := logName(kindSnapshot, l.snapshot)
-	bad.names[newest] = fileOf(bad.names[newest].data[:headerSize+30])
-	r, err := repair(bad, time.Time{})
+	bad.Names[newest] = disktest.FileOf(bad.Names[newest].Data[:headerSize+30])
+	r, err := RepairIn(bad, time.Time{})
 	if err != nil || !r.Damaged || r.Lost {
 		t.Errorf("repair says %v, %v", r, err)
 	}
 	h.checkKept(t, bad, "repaired with the older snapshot")
-	bad = dir.with(newest, dir.names[newest].data[:headerSize+30])
-	if r, err := repair(bad, time.Time{}); err == nil && !r.Lost {
+	bad = dir.With(newest, dir.Names[newest].Data[:headerSize+30])
+	if r, err := RepairIn(bad, time.Time{}); err == nil && !r.Lost {
 		t.Errorf("without the older snapshot repair says %v", r)
 	}
 }
@@ -1042,7 +705,7 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 // Ensure that a backup of a store that is written to, at any moment, opens and holds
 // what was told before it began, and that damage is not copied.
 func TestBackup(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{Fsync: FsyncNever})
 	if err != nil {
 		t.Fatal(err)
@@ -1057,12 +720,12 @@ func TestBackup(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.told = h.done.clone()
-		out := newMemDir()
+		out := disktest.New()
 		if i%10 > 0 { // with something in the middle of its way to the file
 			w := d.current
 			w.f.WriteAt(appendFrame(nil, w.seed, frame{sequence: d.sequence + 1, synced: d.sequence}, []byte("half a frame"))[:45], w.size)
 		}
-		if _, err := backup(dir, out, nil); err != nil {
+		if _, err := BackupIn(dir, out, nil); err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
 		d.current.f.WriteAt(make([]byte, 45), d.current.size)
@@ -1073,18 +736,18 @@ func TestBackup(t *testing.T) {
 		d.settle()
 	}
 	d.Close()
-	for name := range dir.names {
+	for name := range dir.Names {
 		if kind, _, ok := parseName(name); ok {
-			data := slices.Clone(dir.names[name].data)
+			data := slices.Clone(dir.Names[name].Data)
 			data[headerSize+50] ^= 1
-			out := newMemDir()
-			if _, err := backup(dir.with(name, data), out, nil); err == nil || len(out.names) > 0 {
-				t.Errorf("a damaged file of kind %d is copied: %v, %d files", kind, err, len(out.names))
+			out := disktest.New()
+			if _, err := BackupIn(dir.With(name, data), out, nil); err == nil || len(out.Names) > 0 {
+				t.Errorf("a damaged file of kind %d is copied: %v, %d files", kind, err, len(out.Names))
 			}
 		}
 	}
-	full := newMemDir().with("photo.jpg", nil)
-	if _, err := backup(dir, full, nil); !errors.Is(err, ErrNotOurs) {
+	full := disktest.New().With("photo.jpg", nil)
+	if _, err := BackupIn(dir, full, nil); !errors.Is(err, ErrNotOurs) {
 		t.Errorf("into a directory that is not empty: %v", err)
 	}
 }
@@ -1092,12 +755,12 @@ func TestBackup(t *testing.T) {
 // tornListing is a directory that a compaction changes while it is listed: once it has
 // neither the new snapshot nor the oldest file that went for it.
 type tornListing struct {
-	*memDir
+	*disktest.Dir
 	lists int
 }
 
 func (l *tornListing) List() ([]string, error) {
-	names, err := l.memDir.List()
+	names, err := l.Dir.List()
 	if l.lists++; l.lists <= 3 {
 		names = slices.DeleteFunc(names, func(name string) bool {
 			kind, _, _ := parseName(name)
@@ -1109,20 +772,20 @@ func (l *tornListing) List() ([]string, error) {
 
 // Ensure that a listing of names that a compaction changes meanwhile is no damage.
 func TestLookBesideACompaction(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	script(t, d, &history{model{}, model{}})
-	if _, err := backup(&tornListing{memDir: dir}, newMemDir(), nil); err != nil {
+	if _, err := BackupIn(&tornListing{Dir: dir}, disktest.New(), nil); err != nil {
 		t.Errorf("backup: %v", err)
 	}
-	if r, err := checkBeside(&tornListing{memDir: dir}); err != nil || r.Damaged {
+	if r, err := CheckIn(&tornListing{Dir: dir}); err != nil || r.Damaged {
 		t.Errorf("check: %v, %v", r, err)
 	}
 	d.Close()
-	if r, err := checkBeside(&tornListing{memDir: dir}); err != nil || !r.Damaged {
+	if r, err := CheckIn(&tornListing{Dir: dir}); err != nil || !r.Damaged {
 		t.Errorf("check where nobody else is: %v, %v", r, err)
 	}
 }
@@ -1219,7 +882,7 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 // Ensure that a record too large for a frame ends the store instead of wrapping
 // around, and that Room says so before.
 func TestRecordsTooLarge(t *testing.T) {
-	d, err := open(newMemDir(), Options{})
+	d, err := OpenIn(disktest.New(), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1234,8 +897,8 @@ func TestRecordsTooLarge(t *testing.T) {
 func TestCommitAfterAFullFrame(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
-			dir := newMemDir()
-			d, err := open(dir, Options{Fsync: fsync})
+			dir := disktest.New()
+			d, err := OpenIn(dir, Options{Fsync: fsync})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1246,7 +909,7 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 			<-time.After(fsync)
 			synctest.Wait()
 			for seed := range uint64(10) {
-				after, err := open(dir.crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("k")) != 1 {
 					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync, len(after.Get("k")), err)
 				}
@@ -1260,7 +923,7 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 // next rotations and restarts.
 func TestKilledRotation(t *testing.T) {
 	for n := 1; ; n++ {
-		dir := newMemDir()
+		dir := disktest.New()
 		d, err := openSmall(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
@@ -1270,17 +933,17 @@ func TestKilledRotation(t *testing.T) {
 			d.Put("key", strings.Repeat("v", 50))
 			d.Commit()
 		}
-		dir.failAt, dir.forever = dir.calls+n, true
+		dir.FailAt, dir.Forever = dir.Calls+n, true
 		for d.number == 1 && d.failure() == nil && n < 40 {
 			d.Put("key", strings.Repeat("v", 50))
 			d.Commit()
-			if dir.calls >= dir.failAt+20 {
+			if dir.Calls >= dir.FailAt+20 {
 				break
 			}
 		}
-		reached := dir.calls >= dir.failAt
+		reached := dir.Calls >= dir.FailAt
 		d.stopTimer()
-		dir.failAt, dir.locked = 0, false
+		dir.FailAt, dir.Locked = 0, false
 		if !reached {
 			break
 		}
@@ -1308,18 +971,18 @@ func TestKilledRotation(t *testing.T) {
 // errseqDir tells of a failed fsync once, to whoever asked first, and lets that one
 // wait: so does Linux, which reports a failed write once for each open file.
 type errseqDir struct {
-	*memDir
+	*disktest.Dir
 	armed, failed atomic.Bool
 	hold          chan struct{}
 }
 
 type errseqFile struct {
-	file
+	File
 	d *errseqDir
 }
 
-func (d *errseqDir) Extend(name string) (file, error) {
-	f, err := d.memDir.Extend(name)
+func (d *errseqDir) Extend(name string) (File, error) {
+	f, err := d.Dir.Extend(name)
 	return errseqFile{f, d}, err
 }
 
@@ -1327,20 +990,20 @@ func (f errseqFile) Sync() error {
 	if f.d.armed.CompareAndSwap(true, false) {
 		f.d.failed.Store(true)
 		<-f.d.hold
-		return errDisk
+		return disktest.ErrDisk
 	}
 	if f.d.failed.Load() {
 		return nil // and nothing was written
 	}
-	return f.file.Sync()
+	return f.File.Sync()
 }
 
 // Ensure that a Commit beside the timer's fsync, which fails, does not take its own
 // fsync's silence for success.
 func TestFsyncErrorIsToldOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := &errseqDir{memDir: newMemDir(), hold: make(chan struct{})}
-		d, err := open(dir, Options{Fsync: time.Second})
+		dir := &errseqDir{Dir: disktest.New(), hold: make(chan struct{})}
+		d, err := OpenIn(dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1353,8 +1016,8 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 		go func() { ended <- d.syncRest() }() // as a Commit that has to
 		synctest.Wait()
 		close(dir.hold)
-		if err := <-ended; !errors.Is(err, errDisk) {
-			t.Errorf("beside a failed fsync another returns %v, want %v", err, errDisk)
+		if err := <-ended; !errors.Is(err, disktest.ErrDisk) {
+			t.Errorf("beside a failed fsync another returns %v, want %v", err, disktest.ErrDisk)
 		}
 		d.Close()
 	})
@@ -1398,16 +1061,16 @@ func TestCheckBesideARealStore(t *testing.T) {
 // no start leaves half a copy of it.
 func TestTornEndOnAFullDisk(t *testing.T) {
 	dir, name, _ := segment(t, 3)
-	data := slices.Clone(dir.names[name].data)
-	full := dir.with(name, data[:len(data)-5])
-	for _, f := range full.names {
-		full.room += len(f.data)
+	data := slices.Clone(dir.Names[name].Data)
+	full := dir.With(name, data[:len(data)-5])
+	for _, f := range full.Names {
+		full.Room += len(f.Data)
 	}
-	d, err := open(full, Options{})
+	d, err := OpenIn(full, Options{})
 	if err != nil || len(d.Get("key")) != 2 {
 		t.Fatalf("a torn end on a full disk: %v", err)
 	}
-	for name := range full.names {
+	for name := range full.Names {
 		if strings.HasPrefix(name, tornPrefix) {
 			t.Errorf("%s is left", name)
 		}
@@ -1416,7 +1079,7 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 
 // Ensure that a backup does not end at a damaged frame in the middle of the log.
 func TestBackupOfALogWithAHole(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -1431,25 +1094,25 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 		"a bit of the last frame": func(b []byte) []byte { b[len(b)-20] ^= 1; return b },
 		"the last frame":          func(b []byte) []byte { return b[:len(b)-frameSize] },
 	} {
-		bad := dir.with("seg-2.log", damage(slices.Clone(dir.names["seg-2.log"].data)))
-		out := newMemDir()
-		if _, err := backup(bad, out, nil); err == nil || out.names[storeName] != nil {
-			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err, len(out.names))
+		bad := dir.With("seg-2.log", damage(slices.Clone(dir.Names["seg-2.log"].Data)))
+		out := disktest.New()
+		if _, err := BackupIn(bad, out, nil); err == nil || out.Names[storeName] != nil {
+			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err, len(out.Names))
 		}
 	}
 }
 
 // segment returns a store's only log file with so many commits, not closed, and
 // the offsets at which its frames begin.
-func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int) {
-	dir, name = newMemDir(), "seg-1.log"
-	d, err := open(dir, Options{})
+func segment(t *testing.T, commits int) (dir *disktest.Dir, name string, starts []int) {
+	dir, name = disktest.New(), "seg-1.log"
+	d, err := OpenIn(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.reserve = 0
 	for i := range commits {
-		starts = append(starts, len(dir.names[name].data))
+		starts = append(starts, len(dir.Names[name].Data))
 		d.Put("key", fmt.Sprint("value", i))
 		d.Put(strings.Repeat("k", i%9), "")
 		if err := d.Commit(); err != nil {
@@ -1457,25 +1120,14 @@ func segment(t *testing.T, commits int) (dir *memDir, name string, starts []int)
 		}
 	}
 	d.stopTimer()
-	dir.locked = false
-	return dir, name, append(starts, len(dir.names[name].data))
-}
-
-// with returns dir with data in the place of one file's.
-func (d *memDir) with(name string, data []byte) *memDir {
-	c := newMemDir()
-	for n, f := range d.names {
-		c.names[n] = fileOf(f.data)
-	}
-	c.names[name] = fileOf(data)
-	c.durable = maps.Clone(c.names)
-	return c
+	dir.Locked = false
+	return dir, name, append(starts, len(dir.Names[name].Data))
 }
 
 // Ensure that the room behind the last frame is used, is not taken for a torn
 // end, and goes when the file is full or the store closes.
 func TestRoomForFrames(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -1484,15 +1136,15 @@ func TestRoomForFrames(t *testing.T) {
 	for i := range 5 {
 		d.Put("key", fmt.Sprint("value", i))
 		d.Commit()
-		sizes = append(sizes, len(dir.names["seg-1.log"].data))
+		sizes = append(sizes, len(dir.Names["seg-1.log"].Data))
 	}
 	if sizes[0] < d.reserve || sizes[4] != sizes[0] {
 		t.Errorf("five commits made files of %d bytes, want one size", sizes)
 	}
-	killed := dir.with("none", nil)
-	delete(killed.names, "none")
+	killed := dir.With("none", nil)
+	delete(killed.Names, "none")
 	var log bytes.Buffer
-	d2, err := open(killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	d2, err := OpenIn(killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "incomplete") {
 		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err, log.String())
 	}
@@ -1502,12 +1154,12 @@ func TestRoomForFrames(t *testing.T) {
 	}
 	d.Put("key", "last")
 	d.Close()
-	for name, f := range dir.names {
-		if kind, _, _ := parseName(name); kind == kindSegment && len(bytes.TrimRight(f.data, "\x00"))+8+d.spare <= len(f.data) {
-			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.data))
+	for name, f := range dir.Names {
+		if kind, _, _ := parseName(name); kind == kindSegment && len(bytes.TrimRight(f.Data, "\x00"))+8+d.spare <= len(f.Data) {
+			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.Data))
 		}
-		if len(f.data) != len(f.disk) {
-			t.Errorf("%s has %d bytes, and on disk %d", name, len(f.data), len(f.disk))
+		if len(f.Data) != len(f.Disk) {
+			t.Errorf("%s has %d bytes, and on disk %d", name, len(f.Data), len(f.Disk))
 		}
 	}
 }
@@ -1516,9 +1168,9 @@ func TestRoomForFrames(t *testing.T) {
 // garbage follows, and that what was cut off is reported.
 func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
-	whole := dir.names[name].data
-	stale := newMemDir() // another store's frames
-	if d, err := open(stale, Options{Fsync: FsyncNever}); err == nil {
+	whole := dir.Names[name].Data
+	stale := disktest.New() // another store's frames
+	if d, err := OpenIn(stale, Options{Fsync: FsyncNever}); err == nil {
 		d.reserve = 0
 		d.Put("stale", "stale")
 		d.Commit()
@@ -1528,15 +1180,15 @@ func TestTornEnd(t *testing.T) {
 		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
 	}
 	for cut := headerSize; cut <= len(whole); cut++ {
-		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.names[name].data[headerSize:]}
+		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.Names[name].Data[headerSize:]}
 		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
 			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
 			for frames < len(starts)-1 && len(data) >= starts[frames+1] && bytes.HasPrefix(data, whole[:ends[frames]]) {
 				frames++ // whatever stands in the place of the padding
 			}
 			var log bytes.Buffer
-			torn := dir.with(name, data)
-			d, err := open(torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			torn := dir.With(name, data)
+			d, err := OpenIn(torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
 				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
 			}
@@ -1552,7 +1204,7 @@ func TestTornEnd(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if d, err = open(torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
+			if d, err = OpenIn(torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
 				t.Fatalf("cut at %d: written on, then %v", cut, err)
 			}
 		}
@@ -1563,13 +1215,13 @@ func TestTornEnd(t *testing.T) {
 // and that nothing is touched; in the last frame it is a torn end.
 func TestFlippedBits(t *testing.T) {
 	dir, name, starts := segment(t, 8)
-	whole := dir.names[name].data
+	whole := dir.Names[name].Data
 	last := starts[len(starts)-2]
 	for bit := range 8 * len(whole) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
-		bad := dir.with(name, data)
-		d, err := open(bad, Options{})
+		bad := dir.With(name, data)
+		d, err := OpenIn(bad, Options{})
 		if bit/8 >= last {
 			if padding := err == nil && len(d.Get("key")) == 8; err != nil || len(d.Get("key")) != 7 && !padding {
 				t.Fatalf("bit %d, in the last frame: %v", bit, err)
@@ -1586,7 +1238,7 @@ func TestFlippedBits(t *testing.T) {
 		if damage != nil && bit/8 >= headerSize && (damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
 			t.Fatalf("bit %d of byte %d: the error names another place: %v", bit%8, bit/8, err)
 		}
-		if !bytes.Equal(bad.names[name].data, data) || len(bad.names) != len(dir.names) {
+		if !bytes.Equal(bad.Names[name].Data, data) || len(bad.Names) != len(dir.Names) {
 			t.Fatalf("bit %d of byte %d: refused, but something was changed", bit%8, bit/8)
 		}
 	}
@@ -1596,22 +1248,22 @@ func TestFlippedBits(t *testing.T) {
 // that repair mends it without a loss.
 func TestFlippedStore(t *testing.T) {
 	dir, _, _ := segment(t, 3)
-	whole := dir.names[storeName].data
+	whole := dir.Names[storeName].Data
 	for bit := range 8 * len(whole) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
-		bad := dir.with(storeName, data)
+		bad := dir.With(storeName, data)
 		var damage *DamageError
-		if _, err := open(bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
+		if _, err := OpenIn(bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
 		if bit%50 > 0 {
 			continue
 		}
-		if r, err := repair(bad, time.Time{}); err != nil || r.Lost {
+		if r, err := RepairIn(bad, time.Time{}); err != nil || r.Lost {
 			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
 		}
-		if d, err := open(bad, Options{}); err != nil || len(d.Get("key")) != 3 {
+		if d, err := OpenIn(bad, Options{}); err != nil || len(d.Get("key")) != 3 {
 			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
 		}
 	}
@@ -1620,7 +1272,7 @@ func TestFlippedStore(t *testing.T) {
 // Ensure that after a clean stop even the last frame's damage is seen, that the
 // start is silent, and that missing, foreign and misplaced files are refused.
 func TestRefusals(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -1641,12 +1293,12 @@ func TestRefusals(t *testing.T) {
 	l, _ := readLayout(dir)
 	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment, l.segments[len(l.segments)-1])
 	snapshot := logName(kindSnapshot, l.snapshot)
-	change := func(name string, f func(b []byte) []byte) *memDir {
-		return dir.with(name, f(slices.Clone(dir.names[name].data)))
+	change := func(name string, f func(b []byte) []byte) *disktest.Dir {
+		return dir.With(name, f(slices.Clone(dir.Names[name].Data)))
 	}
-	without := func(name string) *memDir {
-		c := dir.with(name, nil)
-		delete(c.names, name)
+	without := func(name string) *disktest.Dir {
+		c := dir.With(name, nil)
+		delete(c.Names, name)
 		return c
 	}
 	cut := func(n int) func(b []byte) []byte { return func(b []byte) []byte { return b[:len(b)-n] } }
@@ -1661,17 +1313,17 @@ func TestRefusals(t *testing.T) {
 		return b
 	}
 	seed := func(name string) uint32 {
-		h, _ := decodeHeader(dir.names[name].data)
+		h, _ := decodeHeader(dir.Names[name].Data)
 		return h.seed()
 	}
 	// The closed segment without its last frame, and the snapshot with one more.
 	end, last1 := headerSize, 0
-	for b := dir.names[first].data; end < len(b); {
+	for b := dir.Names[first].Data; end < len(b); {
 		f, _ := decodeFrame(b[end:], seed(first))
 		last1, end = end, end+int(f.padded())
 	}
 	var frames uint64
-	for b, at := dir.names[snapshot].data, headerSize; at < len(b); frames++ {
+	for b, at := dir.Names[snapshot].Data, headerSize; at < len(b); frames++ {
 		f, _ := decodeFrame(b[at:], seed(snapshot))
 		at += int(f.padded())
 	}
@@ -1679,11 +1331,11 @@ func TestRefusals(t *testing.T) {
 		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
 	}
 	whole, _, starts := segment(t, 5)
-	gap := slices.Concat(whole.names["seg-1.log"].data[:starts[2]], whole.names["seg-1.log"].data[starts[3]:])
-	other := newMemDir()
-	open(other, Options{})
+	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]], whole.Names["seg-1.log"].Data[starts[3]:])
+	other := disktest.New()
+	OpenIn(other, Options{})
 	for what, c := range map[string]struct {
-		dir  *memDir
+		dir  *disktest.Dir
 		want string
 	}{
 		"last data frame":    {change(last, func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at offset"},
@@ -1702,42 +1354,42 @@ func TestRefusals(t *testing.T) {
 		"older STORE":           {change(storeName, func([]byte) []byte { return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n") }), ErrOlder.Error()},
 		"older segment":         {change(last, older), ErrOlder.Error()},
 		"STORE of no version":   {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1) }), "STORE is damaged: not as it was written"},
-		"another store's STORE": {dir.with(storeName, other.names[storeName].data), "STORE is damaged: it is another store's"},
+		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data), "STORE is damaged: it is another store's"},
 		"newest missing":        {without(last), last + " is damaged: the file is missing"},
-		"frame missing":         {whole.with("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
+		"frame missing":         {whole.With("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
 		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }), "the frame that says that another file follows is missing"},
 		"closed segment's end":  {change(first, func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
 		"snapshot ends twice":   {change(snapshot, again), "the snapshot has no proper end"},
 		"newer segment":         {change(last, newer), ErrNewer.Error()},
 		"newer snapshot":        {change(snapshot, newer), ErrNewer.Error()},
-		"a number too far":      {dir.with("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
+		"a number too far":      {dir.With("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
 		"empty segment":         {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
-		"another store's file":  {dir.with(last, other.names["seg-1.log"].data), "the file belongs to another store"},
-		"renamed file":          {dir.with(last, dir.names[snapshot].data), "the file is another one, renamed"},
-		"all logs gone": {func() *memDir {
+		"another store's file":  {dir.With(last, other.Names["seg-1.log"].Data), "the file belongs to another store"},
+		"renamed file":          {dir.With(last, dir.Names[snapshot].Data), "the file is another one, renamed"},
+		"all logs gone": {func() *disktest.Dir {
 			c := without(last)
-			for n := range c.names {
+			for n := range c.Names {
 				if n != storeName {
-					delete(c.names, n)
+					delete(c.Names, n)
 				}
 			}
 			return c
 		}(), "the file is missing"},
-		"somebody else's folder": {dir.with("photo.jpg", nil), ErrNotOurs.Error()},
+		"somebody else's folder": {dir.With("photo.jpg", nil), ErrNotOurs.Error()},
 		"segment of zeros":       {change(first, func(b []byte) []byte { clear(b); return b }), first + " is damaged: not a log file"},
 	} {
-		before := maps.Clone(c.dir.names)
-		_, err := open(c.dir, Options{})
+		before := maps.Clone(c.dir.Names)
+		_, err := OpenIn(c.dir, Options{})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", what, err, c.want)
 		}
-		if c.dir.locked || !maps.Equal(before, c.dir.names) {
+		if c.dir.Locked || !maps.Equal(before, c.dir.Names) {
 			t.Errorf("%s: something was changed or is still locked", what)
 		}
 		if errors.Is(err, ErrNotOurs) || errors.Is(err, ErrNewer) || errors.Is(err, ErrOlder) {
 			_, checkErr := check(c.dir)
-			_, repairErr := repair(c.dir, time.Now())
-			if checkErr == nil || repairErr == nil || !maps.Equal(before, c.dir.names) {
+			_, repairErr := RepairIn(c.dir, time.Now())
+			if checkErr == nil || repairErr == nil || !maps.Equal(before, c.dir.Names) {
 				t.Errorf("%s: check says %v, repair %v", what, checkErr, repairErr)
 			}
 			continue
@@ -1746,9 +1398,9 @@ func TestRefusals(t *testing.T) {
 		if checkErr != nil || !report.Damaged {
 			t.Errorf("%s: check says %v, %v", what, report, checkErr)
 		}
-		report, err = repair(c.dir, time.Time{})
+		report, err = RepairIn(c.dir, time.Time{})
 		if what == "all logs gone" {
-			if err == nil || !maps.Equal(before, c.dir.names) {
+			if err == nil || !maps.Equal(before, c.dir.Names) {
 				t.Errorf("%s: repair says %v, %v", what, report, err)
 			}
 			continue
@@ -1759,7 +1411,7 @@ func TestRefusals(t *testing.T) {
 		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report), "LOST    bytes") {
 			t.Errorf("%s: repair says %v", what, report)
 		}
-		if d, err := open(c.dir, Options{}); err != nil {
+		if d, err := OpenIn(c.dir, Options{}); err != nil {
 			t.Errorf("%s: after repair: %v", what, err)
 		} else {
 			d.Put("after", "repair")
@@ -1774,10 +1426,10 @@ func TestRefusals(t *testing.T) {
 // Ensure that repair saves all but what is damaged, and says what that is.
 func TestRepair(t *testing.T) {
 	dir, name, starts := segment(t, 8)
-	data := slices.Clone(dir.names[name].data)
+	data := slices.Clone(dir.Names[name].Data)
 	data[starts[3]+frameSize+2] ^= 1                          // the fourth frame's records
-	bad := dir.with(name, append(data, make([]byte, 500)...)) // room is no loss
-	report, err := repair(bad, time.Time{})
+	bad := dir.With(name, append(data, make([]byte, 500)...)) // room is no loss
+	report, err := RepairIn(bad, time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1794,7 +1446,7 @@ func TestRepair(t *testing.T) {
 	if strings.Count(text, "LOST") != 1 {
 		t.Errorf("repair tells of other losses:\n%s", text)
 	}
-	d, err := open(bad, Options{})
+	d, err := OpenIn(bad, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1803,7 +1455,7 @@ func TestRepair(t *testing.T) {
 		t.Errorf("after repair %q, want %q", got, want)
 	}
 	d.Close()
-	if report, err := repair(bad, time.Time{}); err != nil || report.Damaged {
+	if report, err := RepairIn(bad, time.Time{}); err != nil || report.Damaged {
 		t.Errorf("repair of a good store: %v, %v", report, err)
 	}
 }
@@ -1812,7 +1464,7 @@ func TestRepair(t *testing.T) {
 // restarts, and that its files stay within bounds.
 func TestDurableIsLikeTheModel(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Hour} {
-		dir, m, h := newMemDir(), model{}, rand.New(rand.NewPCG(3, 3))
+		dir, m, h := disktest.New(), model{}, rand.New(rand.NewPCG(3, 3))
 		for range 30 {
 			d, err := openSmall(dir, Options{Fsync: fsync})
 			if err != nil {
@@ -1828,8 +1480,8 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 				}
 				d.settle()
 				var disk, live int64
-				for _, f := range dir.names {
-					disk += int64(len(f.data))
+				for _, f := range dir.Names {
+					disk += int64(len(f.Data))
 				}
 				_, values, bytes := d.Size()
 				live = bytes + int64(values)*recordExtra
@@ -1848,8 +1500,8 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 // Ensure that reads alone cost no I/O, and that a Commit costs one write and one
 // fsync whatever it holds.
 func TestCommitCosts(t *testing.T) {
-	dir := newMemDir()
-	d, err := open(dir, Options{})
+	dir := disktest.New()
+	d, err := OpenIn(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1869,10 +1521,10 @@ func TestCommitCosts(t *testing.T) {
 			d.Delete("k")
 		}, 2},
 	} {
-		before := dir.calls
+		before := dir.Calls
 		c.do()
-		if err := d.Commit(); err != nil || dir.calls-before != c.want {
-			t.Errorf("%d I/O calls, want %d (%v)", dir.calls-before, c.want, err)
+		if err := d.Commit(); err != nil || dir.Calls-before != c.want {
+			t.Errorf("%d I/O calls, want %d (%v)", dir.Calls-before, c.want, err)
 		}
 	}
 }
@@ -1881,16 +1533,16 @@ func TestCommitCosts(t *testing.T) {
 // another Commit, and that a failing one is not forgotten.
 func TestFsyncInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := newMemDir()
-		d, err := open(dir, Options{Fsync: time.Second})
+		dir := disktest.New()
+		d, err := OpenIn(dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
-		f := dir.names["seg-1.log"]
+		f := dir.Names["seg-1.log"]
 		unsynced := func() int {
-			dir.mu.Lock()
-			defer dir.mu.Unlock()
-			return len(f.data) - len(f.disk)
+			dir.Mu.Lock()
+			defer dir.Mu.Unlock()
+			return len(f.Data) - len(f.Disk)
 		}
 		d.Put("k", "v")
 		d.Commit()
@@ -1906,46 +1558,46 @@ func TestFsyncInTime(t *testing.T) {
 		}
 		d.Put("k", "w")
 		d.Commit()
-		dir.mu.Lock()
-		dir.failAt = dir.calls + 1
-		dir.mu.Unlock()
+		dir.Mu.Lock()
+		dir.FailAt = dir.Calls + 1
+		dir.Mu.Unlock()
 		<-time.After(time.Second)
 		synctest.Wait()
-		if err := d.Commit(); !errors.Is(err, errDisk) {
+		if err := d.Commit(); !errors.Is(err, disktest.ErrDisk) {
 			t.Errorf("Commit after a failed fsync: %v", err)
 		}
-		if err := d.Close(); !errors.Is(err, errDisk) {
+		if err := d.Close(); !errors.Is(err, disktest.ErrDisk) {
 			t.Errorf("Close after a failed fsync: %v", err)
 		}
 	})
 }
 
-// slowDir is a memDir on which, once it is told so, writing takes a time.
+// slowDir is a disktest.Dir on which, once it is told so, writing takes a time.
 type slowDir struct {
-	*memDir
+	*disktest.Dir
 	writing, syncing time.Duration
 	running, most    atomic.Int32 // Syncs at a time
 }
 
 type slowFile struct {
-	file
+	File
 	d *slowDir
 }
 
-func (d *slowDir) Extend(name string) (file, error) {
-	f, err := d.memDir.Extend(name)
+func (d *slowDir) Extend(name string) (File, error) {
+	f, err := d.Dir.Extend(name)
 	return slowFile{f, d}, err
 }
 
 func (f slowFile) WriteAt(p []byte, off int64) (int, error) {
 	<-time.After(f.d.writing)
-	return f.file.WriteAt(p, off)
+	return f.File.WriteAt(p, off)
 }
 
 func (f slowFile) Sync() error {
 	f.d.most.Store(max(f.d.most.Load(), f.d.running.Add(1)))
 	defer f.d.running.Add(-1)
-	err := f.file.Sync()
+	err := f.File.Sync()
 	<-time.After(f.d.syncing)
 	return err
 }
@@ -1953,7 +1605,7 @@ func (f slowFile) Sync() error {
 // Ensure that a timer's fsync does not count for what is written while it lasts.
 func TestWriteDuringFsync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := &slowDir{memDir: newMemDir()}
+		dir := &slowDir{Dir: disktest.New()}
 		d, err := openSmall(dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
@@ -1965,7 +1617,7 @@ func TestWriteDuringFsync(t *testing.T) {
 		d.Put("b", "2")
 		d.Commit()
 		<-time.After(5 * time.Second)
-		if after, err := open(dir.crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
+		if after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
 			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
 		}
 		d.Close()
@@ -1974,8 +1626,8 @@ func TestWriteDuringFsync(t *testing.T) {
 
 // Ensure that a large Commit is written in frames of a bounded size.
 func TestLargeCommitIsSplit(t *testing.T) {
-	dir := newMemDir()
-	d, err := open(dir, Options{})
+	dir := disktest.New()
+	d, err := OpenIn(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2007,7 +1659,7 @@ func TestLargeCommitIsSplit(t *testing.T) {
 func TestFsyncDuringWrite(t *testing.T) {
 	for _, value := range []string{"small", strings.Repeat("fills the file", 100)} {
 		synctest.Test(t, func(t *testing.T) {
-			dir := &slowDir{memDir: newMemDir()}
+			dir := &slowDir{Dir: disktest.New()}
 			d, err := openSmall(dir, Options{Fsync: time.Second})
 			if err != nil {
 				t.Fatal(err)
@@ -2021,7 +1673,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 			}
 			<-time.After(5 * time.Second)
 			for seed := range uint64(20) {
-				after, err := open(dir.crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("b")) != 1 {
 					t.Fatalf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
 				}
@@ -2034,20 +1686,20 @@ func TestFsyncDuringWrite(t *testing.T) {
 // Ensure that unsynced frames that reached the disk out of order are a torn end,
 // not damage, when nobody was promised them.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
-	dir := newMemDir()
-	first, _ := open(dir, Options{Fsync: FsyncNever})
+	dir := disktest.New()
+	first, _ := OpenIn(dir, Options{Fsync: FsyncNever})
 	first.reserve = 0
 	var starts []int
-	f := dir.names["seg-1.log"]
+	f := dir.Names["seg-1.log"]
 	for i := range 5 {
-		starts = append(starts, len(f.data))
+		starts = append(starts, len(f.Data))
 		first.Put("key", fmt.Sprint(i))
 		first.Commit()
 	}
-	dir.locked = false
-	data := slices.Clone(f.data)
+	dir.Locked = false
+	data := slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
-	d, err := open(dir.with("seg-1.log", data), Options{})
+	d, err := OpenIn(dir.With("seg-1.log", data), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2055,10 +1707,10 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 		t.Errorf("got %q, want the two before the gap", got)
 	}
 	first.Close()
-	data = slices.Clone(f.data)
+	data = slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
 	var damage *DamageError
-	if _, err := open(dir.with("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+	if _, err := OpenIn(dir.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
 		t.Errorf("with a gap, after a stop that synced everything: %v", err)
 	}
 }
@@ -2066,7 +1718,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 // Ensure that a compaction that fails anywhere, or is stopped, costs nothing but
 // room, and is said.
 func TestCompactionMayFail(t *testing.T) {
-	dir := newMemDir()
+	dir := disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -2074,23 +1726,23 @@ func TestCompactionMayFail(t *testing.T) {
 	d.minCompact = 1 << 30
 	h := history{model{}, model{}}
 	script(t, d, &h)
-	dir.locked = false
+	dir.Locked = false
 	through := d.number - 1
 	stop := make(chan struct{})
 	close(stop)
-	if _, err := writeSnapshot(dir.with(lockName, nil), d.id, through, stop); err != errStopped {
+	if _, err := writeSnapshot(dir.With(lockName, nil), d.id, through, stop); err != errStopped {
 		t.Errorf("stopped, a compaction returns %v", err)
 	}
 	for n, failed := 1, true; failed; n++ {
-		c := dir.with(lockName, nil)
-		c.failAt = n
+		c := dir.With(lockName, nil)
+		c.FailAt = n
 		_, err := writeSnapshot(c, d.id, through, nil)
-		failed = c.calls >= n
-		c.failAt = 0
-		if failed && !errors.Is(err, errDisk) && err != nil {
+		failed = c.Calls >= n
+		c.FailAt = 0
+		if failed && !errors.Is(err, disktest.ErrDisk) && err != nil {
 			t.Fatalf("call %d: %v", n, err)
 		}
-		for name := range c.names { // perhaps the disk is full
+		for name := range c.Names { // perhaps the disk is full
 			if strings.HasPrefix(name, "snap") && strings.HasSuffix(name, tmpSuffix) {
 				t.Fatalf("call %d failed: %s is left", n, name)
 			}
@@ -2099,7 +1751,7 @@ func TestCompactionMayFail(t *testing.T) {
 	}
 	var log bytes.Buffer
 	d.log = slog.New(slog.NewTextHandler(&log, nil))
-	d.noteCompaction(compaction{err: errDisk})
+	d.noteCompaction(compaction{err: disktest.ErrDisk})
 	if !strings.Contains(log.String(), "cannot compact the log") {
 		t.Errorf("the log says %q", log.String())
 	}
@@ -2110,7 +1762,7 @@ func TestCompactionMayFail(t *testing.T) {
 // Ensure that a long key with many values, which a snapshot has once for each,
 // is not compacted again and again for nothing.
 func TestCompactionIsWorthIt(t *testing.T) {
-	d, err := openSmall(newMemDir(), Options{Fsync: FsyncNever})
+	d, err := openSmall(disktest.New(), Options{Fsync: FsyncNever})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2191,7 +1843,7 @@ func TestRealDirectory(t *testing.T) {
 }
 
 // mustDirectory opens a directory.
-func mustDirectory(t *testing.T, path string) directory {
+func mustDirectory(t *testing.T, path string) Directory {
 	d, err := openDirectory(path)
 	if err != nil {
 		t.Fatal(err)
@@ -2241,8 +1893,8 @@ func TestLoadTellsProgress(t *testing.T) {
 }
 
 // fixedDir is a store with an id that does not change from run to run.
-func fixedDir(t testing.TB, commits int) *memDir {
-	dir, id := newMemDir(), storeID{1, 2, 3}
+func fixedDir(t testing.TB, commits int) *disktest.Dir {
+	dir, id := disktest.New(), storeID{1, 2, 3}
 	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, func(w *logWriter) error {
 		for i := range commits {
 			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))
@@ -2267,21 +1919,21 @@ func fixedDir(t testing.TB, commits int) *memDir {
 func FuzzRecovery(f *testing.F) {
 	const name = "seg-1.log"
 	base := fixedDir(f, 5)
-	good := base.names[name].data
+	good := base.Names[name].Data
 	f.Add(good)
 	f.Add(good[:len(good)-3])
 	f.Add(good[:headerSize])
 	f.Add(append(slices.Clone(good), good[headerSize:]...))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c := base.with(name, data)
-		d, err := open(c, Options{})
+		c := base.With(name, data)
+		d, err := OpenIn(c, Options{})
 		if err == nil {
 			d.Put("k", "v")
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := open(c, Options{}); err != nil {
+			if _, err := OpenIn(c, Options{}); err != nil {
 				t.Fatalf("opened, closed, then: %v", err)
 			}
 			return
@@ -2289,8 +1941,8 @@ func FuzzRecovery(f *testing.F) {
 		if r, err := check(c); err == nil && !r.Damaged {
 			t.Fatal("refused by Open, good to Check")
 		}
-		if _, err := repair(c, time.Time{}); err == nil {
-			if _, err := open(c, Options{}); err != nil {
+		if _, err := RepairIn(c, time.Time{}); err == nil {
+			if _, err := OpenIn(c, Options{}); err != nil {
 				t.Fatalf("after repair: %v", err)
 			}
 		}

@@ -13,17 +13,18 @@ import (
 	"time"
 )
 
-// directory is the file system as the durable store needs it: one directory,
-// files known by their names in it. Tests bring others, that fail and forget.
-type directory interface {
+// Directory is where a store is kept, as the store needs it: one directory, files known
+// by their names in it. Open's is one of the file system; package disktest has another,
+// which fails and forgets.
+type Directory interface {
 	// List returns the names of what is in the directory, in order.
 	List() ([]string, error)
 	// Create makes an empty file to be written; one that has the name is emptied.
-	Create(name string) (file, error)
+	Create(name string) (File, error)
 	// Open opens a file to be read, and returns its size in bytes.
-	Open(name string) (file, int64, error)
+	Open(name string) (File, int64, error)
 	// Extend opens a file to be read and written further.
-	Extend(name string) (file, error)
+	Extend(name string) (File, error)
 	Rename(from, to string) error
 	Remove(name string) error
 	// Keep gives a file a second name, in the directory's subdirectory in.
@@ -33,25 +34,30 @@ type directory interface {
 	Sync() error
 	// Lock keeps other processes from the directory until the lock is closed.
 	// An ErrLocked names who has it.
-	Lock() (lock, error)
+	Lock() (Lock, error)
 	// InUse tells whether somebody has the lock, and who. It changes nothing.
 	InUse() (owner string, inUse bool)
 	// Path is what people call the file.
 	Path(name string) string
+	// Sizes are what suits the directory, in bytes: the log goes on in a new file when
+	// one has segment, full files are left alone below compact, and a file grows by
+	// reserve bytes of zeros at a time.
+	Sizes() (segment, compact int64, reserve int)
 	// Close gives back what the directory holds open.
 	Close() error
 }
 
-// lock is one process's right to a directory.
-type lock interface {
+// Lock is one process's right to a Directory. It is an alias, as File is, so that
+// package disktest has the same types without importing this one, whose tests import it.
+type Lock = interface {
 	// Held returns an error when the right is lost: the directory is not where it
 	// was, or another one is there.
 	Held() error
 	Close() error
 }
 
-// file is an open file. Nothing done to it is durable before the next Sync.
-type file interface {
+// File is an open file. Nothing done to it is durable before the next Sync.
+type File = interface {
 	io.Reader
 	io.ReaderAt
 	io.WriterAt
@@ -94,6 +100,11 @@ func openDirectory(path string) (*osDirectory, error) {
 	return d, nil
 }
 
+// Sizes are those of a disk, which is large, and slow to make a file longer.
+func (d *osDirectory) Sizes() (segment, compact int64, reserve int) {
+	return 64 << 20, 64 << 20, 1 << 20
+}
+
 func (d *osDirectory) Path(name string) string { return filepath.Join(d.path, name) }
 
 // named is err with the whole path: os.Root knows the name alone.
@@ -123,7 +134,7 @@ func (d *osDirectory) List() (names []string, err error) {
 	return names, d.named("", err)
 }
 
-func (d *osDirectory) Create(name string) (file, error) {
+func (d *osDirectory) Create(name string) (File, error) {
 	f, err := d.open(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err
@@ -144,7 +155,7 @@ func (d *osDirectory) own(name string) error {
 	return keepOwner(d.root, name, info)
 }
 
-func (d *osDirectory) Open(name string) (file, int64, error) {
+func (d *osDirectory) Open(name string) (File, int64, error) {
 	f, err := d.open(name, os.O_RDONLY)
 	if err != nil {
 		return nil, 0, err
@@ -157,7 +168,7 @@ func (d *osDirectory) Open(name string) (file, int64, error) {
 	return f, info.Size(), nil
 }
 
-func (d *osDirectory) Extend(name string) (file, error) {
+func (d *osDirectory) Extend(name string) (File, error) {
 	f, err := d.open(name, os.O_RDWR)
 	if err != nil {
 		return nil, err
@@ -225,7 +236,7 @@ func (d *osDirectory) Close() error {
 
 // Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
 // moments.
-func (d *osDirectory) Lock() (lock, error) {
+func (d *osDirectory) Lock() (Lock, error) {
 	f, err := d.lockFile()
 	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
 		time.Sleep(5 * time.Millisecond)

@@ -24,7 +24,7 @@ type layout struct {
 }
 
 // readLayout sorts the directory's names. Segments must follow one another.
-func readLayout(dir directory) (l layout, err error) {
+func readLayout(dir Directory) (l layout, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return l, err
@@ -64,7 +64,7 @@ const (
 )
 
 // readID reads the STORE file; found is false in a directory that has none.
-func readID(dir directory) (id storeID, found bool, err error) {
+func readID(dir Directory) (id storeID, found bool, err error) {
 	names, err := dir.List()
 	if err != nil || !slices.Contains(names, storeName) {
 		return id, false, err
@@ -97,7 +97,7 @@ func readID(dir directory) (id storeID, found bool, err error) {
 }
 
 // writeID writes the STORE file.
-func writeID(dir directory, id storeID) error {
+func writeID(dir Directory, id storeID) error {
 	f, err := dir.Create(storeName + tmpSuffix)
 	if err != nil {
 		return err
@@ -119,7 +119,7 @@ func writeID(dir directory, id storeID) error {
 
 // majorityID is the id that most of the log files called names bear, how many that
 // are, and of how many whose header can be read.
-func majorityID(dir directory, names []string) (id storeID, most, of int) {
+func majorityID(dir Directory, names []string) (id storeID, most, of int) {
 	votes := map[storeID]int{}
 	for _, name := range names {
 		if _, _, ok := parseName(name); !ok {
@@ -137,7 +137,7 @@ func majorityID(dir directory, names []string) (id storeID, most, of int) {
 }
 
 // checkID tells whether STORE's id is that of the log files, or else which is wrong.
-func checkID(dir directory, id storeID, l layout) error {
+func checkID(dir Directory, id storeID, l layout) error {
 	other, most, of := majorityID(dir, l.names())
 	if other == id || 2*most <= of {
 		return nil // checkHeader complains of single files
@@ -225,7 +225,7 @@ func (d *Durable) find() (l layout, err error) {
 // checkObsolete tells whether the segments that the snapshot stands for are what a
 // crash leaves of a compaction: full, to their last frame. Others were put there:
 // somebody restored an older copy over a newer store.
-func checkObsolete(dir directory, id storeID, l layout) error {
+func checkObsolete(dir Directory, id storeID, l layout) error {
 	for _, name := range l.obsolete {
 		kind, number, ok := parseName(name)
 		if !ok || kind != kindSegment {
@@ -261,7 +261,7 @@ func (d *Durable) create(l layout) error {
 
 // unfinished tells whether l is what a first start leaves that did not get to
 // write STORE: at most a segment with no frame in it.
-func unfinished(dir directory, l layout) bool {
+func unfinished(dir Directory, l layout) bool {
 	switch {
 	case l.snapshot > 0 || len(l.segments) > 1:
 		return false
@@ -299,7 +299,7 @@ func (l *logReader) checkHeader(want fileHeader) error {
 }
 
 // loadSnapshot adds a snapshot to m and returns the sequence that comes after.
-func loadSnapshot(dir directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
+func loadSnapshot(dir Directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
 	l, err := openLog(dir, logName(kindSnapshot, number))
 	if err != nil {
 		return 0, 0, err
@@ -347,7 +347,7 @@ type segmentEnd struct {
 // loadSegments adds what the segments' frames did to m, and returns where each ends.
 // The last two may be those of a rotation that a crash, or a full disk, has stopped:
 // then the last is empty, and obsolete.
-func loadSegments(dir directory, id storeID, numbers []uint64, next uint64, m *Memory, step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
+func loadSegments(dir Directory, id storeID, numbers []uint64, next uint64, m *Memory, step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
 	for i, number := range numbers {
 		end, err := loadSegment(dir, id, number, next, i >= len(numbers)-2, m, step)
 		if err != nil {
@@ -369,7 +369,7 @@ func loadSegments(dir directory, id storeID, numbers []uint64, next uint64, m *M
 // checkNext tells whether the end of the first of these segments fits the next one:
 // full files say that another follows, and the last does not. stopped: the next one is
 // what a stopped rotation has left.
-func checkNext(dir directory, id storeID, numbers []uint64, end segmentEnd) (stopped bool, err error) {
+func checkNext(dir Directory, id storeID, numbers []uint64, end segmentEnd) (stopped bool, err error) {
 	path := dir.Path(logName(kindSegment, numbers[0]))
 	switch {
 	case len(numbers) == 1 && end.goesOn:
@@ -385,7 +385,7 @@ func checkNext(dir directory, id storeID, numbers []uint64, end segmentEnd) (sto
 }
 
 // isEmptySegment tells whether a segment has no frame.
-func isEmptySegment(dir directory, id storeID, number uint64) bool {
+func isEmptySegment(dir Directory, id storeID, number uint64) bool {
 	l, err := openLog(dir, logName(kindSegment, number))
 	if err != nil {
 		return false
@@ -396,7 +396,7 @@ func isEmptySegment(dir directory, id storeID, number uint64) bool {
 
 // loadSegment adds what a segment's frames did to m; first 0 is any. In the last one
 // a bad end of which no frame says that it was on disk is torn, not damage.
-func loadSegment(dir directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
+func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
 	name := logName(kindSegment, number)
 	l, err := openLog(dir, name)
 	if err != nil {

@@ -248,7 +248,7 @@ type logReader struct {
 	seed   uint32
 	path   string
 	r      *bufio.Reader
-	f      file
+	f      File
 	size   int64
 	offset int64 // of the next frame
 	next   uint64
@@ -259,7 +259,7 @@ type logReader struct {
 func readSize(size int64) int { return int(min(size, 1<<18)) }
 
 // openLog opens the file called name and reads its header.
-func openLog(d directory, name string) (*logReader, error) {
+func openLog(d Directory, name string) (*logReader, error) {
 	f, size, err := d.Open(name)
 	if err != nil {
 		return nil, err
@@ -399,7 +399,7 @@ func (l *logReader) look(rest []byte) (frames int, synced bool) {
 // for then the file system has nothing of its own to write. (etcd and SQLite
 // write their logs that way, too.)
 type logWriter struct {
-	f    file
+	f    File
 	path string
 	seed uint32
 	size int64 // bytes up to the end of the last frame
@@ -409,7 +409,7 @@ type logWriter struct {
 
 // createLog makes a log file of fill's frames under a temporary name, and once
 // all of it is on disk gives it its own. It returns its size.
-func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) error) (size int64, err error) {
+func createLog(d Directory, name string, h fileHeader, fill func(w *logWriter) error) (size int64, err error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
 		return 0, err
@@ -435,7 +435,7 @@ func createLog(d directory, name string, h fileHeader, fill func(w *logWriter) e
 }
 
 // extendLog opens a log file of size bytes to be written further.
-func extendLog(d directory, name string, h fileHeader, size int64) (*logWriter, error) {
+func extendLog(d Directory, name string, h fileHeader, size int64) (*logWriter, error) {
 	f, err := d.Extend(name)
 	if err != nil {
 		return nil, err
