@@ -840,8 +840,10 @@ func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Write
 			return false, errSilent
 		case err == io.EOF:
 			return wasAll(sent, answered, good, errs)
-		case err != nil && err != bufio.ErrBufferFull:
+		case err != nil && err != bufio.ErrBufferFull && answered < 0:
 			return false, err
+		case err != nil && err != bufio.ErrBufferFull: // a server that was killed resets
+			return false, fmt.Errorf("%w: %w", errUnanswered, err)
 		}
 		before := answered
 		switch {

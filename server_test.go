@@ -1276,15 +1276,19 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 		{"", ":OK 0\n", errUnanswered, ""},
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10), errUnanswered, ""},
 		{"Get:a\n", "", errSilent, ""},
+		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
 		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger, "server is full (3 clients)"},
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			up, down := newStream(), newStream()
+			up, down := newStream(streamSize), newStream(streamSize)
 			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
 			go func() {
 				io.WriteString(theirs, c.answers)
 				synctest.Wait()
+				if c.want == errSilent {
+					theirs.Read(make([]byte, 100))
+				}
 				theirs.Close()
 			}()
 			in, end := io.Pipe()
@@ -1433,7 +1437,7 @@ func TestClientVanishes(t *testing.T) {
 // Ensure that once a Write has failed no further reply is formatted.
 func TestNothingIsFormattedForTheGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conn := newFakeConn(newStream(), newStream())
+		conn := newFakeConn(newStream(streamSize), newStream(streamSize))
 		c := newClient(1, conn, New(kvstore.NewMemory()))
 		c.buffer = make(chan []byte, maxBufferSize)
 		conn.Close()
@@ -2971,7 +2975,7 @@ func TestFewConns(t *testing.T) {
 	n := newFakeNet()
 	few := &fewConns{Listener: n}
 	accept := func() net.Conn {
-		go func() { n.conns <- newFakeConn(newStream(), newStream()) }()
+		go func() { n.conns <- newFakeConn(newStream(streamSize), newStream(streamSize)) }()
 		conn, err := few.Accept()
 		if err != nil {
 			t.Fatal(err)
@@ -4149,7 +4153,7 @@ func (n *fakeNet) start(t *testing.T) {
 // dial connects to the server, which it starts.
 func (n *fakeNet) dial(t *testing.T) *testClient {
 	n.start(t)
-	up, down := newStream(), newStream()
+	up, down := newStream(streamSize), newStream(streamSize)
 	ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
 	theirs.beforeDeadline = n.beforeDeadline
 	if n.wrap != nil {
@@ -4165,21 +4169,27 @@ type fakeAddr struct{}
 func (fakeAddr) Network() string { return "fake" }
 func (fakeAddr) String() string  { return "fake" }
 
-// streamSize is what one direction of a fake connection holds: a little, so
-// that a reader who stops is felt.
+// streamSize is what one direction of a fake connection holds, unless it is told
+// otherwise: a little, so that a reader who stops is felt.
 const streamSize = 64 << 10
 
 // stream is one direction of a fake connection.
 type stream struct {
 	mu      sync.Mutex
 	buf     []byte
-	shut    bool          // it was full, and takes nothing before half of it is free: so do receive windows
+	size    int           // bytes that it holds
+	shut    bool          // it was full, and takes nothing before a lump of it is free: so do receive windows
 	ended   bool          // the writer closed
 	broken  bool          // the reader is gone
+	reset   bool          // the writer broke it off: what was not read is lost
 	changed chan struct{} // closed, and made anew, when any of this changes
 }
 
-func newStream() *stream { return &stream{changed: make(chan struct{})} }
+func newStream(size int) *stream { return &stream{size: size, changed: make(chan struct{})} }
+
+// lump is what must be free of a stream that was full: a sixteenth where it is large,
+// as in Linux.
+func (s *stream) lump() int { return max(s.size/16, min(s.size/2, 32<<10)) }
 
 // change runs f on s, with nobody else there, and wakes who waits. It returns
 // the channel that tells of the next change.
@@ -4194,13 +4204,15 @@ func (s *stream) change(f func() bool) <-chan struct{} {
 }
 
 // fakeConn is a net.Conn between goroutines. Unlike net.Pipe it has room for
-// some bytes, and its halves close one by one.
+// some bytes, its halves close one by one, and closing it with input that was not read
+// resets it, as kernels do (RFC 1122, 4.2.2.13).
 type fakeConn struct {
 	in, out          *stream
 	reading, writing deadline
 	closed           chan struct{}
 	closeOnce        sync.Once
 	beforeDeadline   func()
+	gate             func() // waits while the whole process stands still; nil: it never does
 }
 
 func newFakeConn(in, out *stream) *fakeConn {
@@ -4209,6 +4221,9 @@ func newFakeConn(in, out *stream) *fakeConn {
 
 func (c *fakeConn) Read(p []byte) (n int, err error) {
 	for {
+		if c.gate != nil {
+			c.gate()
+		}
 		select {
 		case <-c.closed:
 			return 0, io.ErrClosedPipe
@@ -4217,6 +4232,10 @@ func (c *fakeConn) Read(p []byte) (n int, err error) {
 		default:
 		}
 		changed := c.in.change(func() bool {
+			if c.in.reset {
+				err = syscall.ECONNRESET
+				return false
+			}
 			n = copy(p, c.in.buf)
 			if c.in.buf = c.in.buf[n:]; len(c.in.buf) == 0 {
 				c.in.buf = nil // a test measures memory
@@ -4239,6 +4258,9 @@ func (c *fakeConn) Read(p []byte) (n int, err error) {
 
 func (c *fakeConn) Write(p []byte) (n int, err error) {
 	for {
+		if c.gate != nil {
+			c.gate()
+		}
 		select {
 		case <-c.closed:
 			return n, io.ErrClosedPipe
@@ -4251,12 +4273,12 @@ func (c *fakeConn) Write(p []byte) (n int, err error) {
 				err = io.ErrClosedPipe
 				return false
 			}
-			if c.out.shut && len(c.out.buf) > streamSize/2 {
+			if c.out.shut && c.out.size-len(c.out.buf) < c.out.lump() {
 				return false
 			}
-			m := min(len(p)-n, streamSize-len(c.out.buf))
+			m := min(len(p)-n, c.out.size-len(c.out.buf))
 			c.out.buf = append(c.out.buf, p[n:n+m]...)
-			c.out.shut = len(c.out.buf) == streamSize
+			c.out.shut = len(c.out.buf) == c.out.size
 			n += m
 			return m > 0
 		})
@@ -4282,14 +4304,30 @@ func (c *fakeConn) CloseWrite() error {
 func (c *fakeConn) Close() error {
 	c.closeOnce.Do(func() {
 		close(c.closed)
-		c.CloseWrite()
+		unread := false
 		c.in.change(func() bool {
+			unread = len(c.in.buf) > 0
 			c.in.broken = true
 			return true
 		})
-		c.SetDeadline(time.Time{})
+		c.out.change(func() bool {
+			c.out.ended = true
+			c.out.reset = c.out.reset || unread
+			return true
+		})
+		c.reading.set(time.Time{})
+		c.writing.set(time.Time{})
 	})
 	return nil
+}
+
+// breakOff resets the connection, as a network does.
+func (c *fakeConn) breakOff() {
+	c.out.change(func() bool {
+		c.out.reset = true
+		return true
+	})
+	c.Close()
 }
 
 func (c *fakeConn) LocalAddr() net.Addr  { return fakeAddr{} }
