@@ -1,7 +1,7 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz soak bench cover clean help
+.PHONY: build run test check fuzz simulate soak bench cover clean help
 
 build: ## build ./kvserver
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
@@ -28,6 +28,11 @@ fuzz: ## run every fuzz target for FUZZTIME (10s)
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$package || exit 1; \
 		done; \
 	done
+
+SEEDS ?= 0
+SEED ?= 1
+simulate: ## simulated servers with faults, SEEDS of them from SEED on (0: until stopped)
+	KVSERVER_SEED=$(SEED) KVSERVER_SEEDS=$(SEEDS) go test -run '^TestSimulation$$' -v -timeout 0 . | grep -vE '^ *(=== |--- PASS)'
 
 SOAK ?= 2m
 soak: ## mixed traffic, clients and servers killed, for SOAK (2m)

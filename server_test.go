@@ -40,6 +40,7 @@ import (
 	"weak"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/disktest"
 )
 
 // TestMain lets the test binary be the server: a test that needs a process of
@@ -3424,6 +3425,1279 @@ func TestSoak(t *testing.T) {
 	wg.Wait()
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 	t.Logf("%v: %d requests answered, %d clients cut, %d restarts; %s", length, requests.Load(), cuts.Load(), restarts, regexp.MustCompile(`VmRSS:.*`).Find(status))
+}
+
+// ---- the whole server, simulated
+//
+// A world is drawn from a seed: a data directory, a server that is started on it
+// again and again, and clients on a network that does what networks may do. What was
+// promised is judged on the way and at the end. (After FoundationDB's simulation:
+// Zhou et al., SIGMOD 2021.) To add a fault of the disk, see process.before; of the
+// network, wire; of the process, process.operate; a kind of client is a method like
+// (*visitor).ping and its line in kinds.
+
+// simSeeds is how many worlds `go test` looks at.
+const simSeeds = 300
+
+// Ensure that whatever happens to the server, what was promised holds. KVSERVER_SEED
+// is the first seed, KVSERVER_SEEDS how many (0: until it is stopped); of a single
+// one the whole story is told.
+func TestSimulation(t *testing.T) {
+	first, seeds := uint64(1), uint64(simSeeds)
+	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
+		if text := os.Getenv(name); text != "" {
+			var err error
+			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	const group = 200
+	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
+		t.Run("seeds", func(t *testing.T) {
+			for i := range uint64(group) {
+				if seed := first + done + i; seeds == 0 || done+i < seeds {
+					t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
+						t.Parallel()
+						simulate(t, seed, seeds == 1)
+					})
+				}
+			}
+		})
+		if seeds == 0 {
+			fmt.Fprintf(os.Stderr, "%d to %d\n", first+done, first+done+group-1)
+		}
+	}
+}
+
+// world is one simulated run.
+type world struct {
+	t      *testing.T
+	seed   uint64
+	random *rand.Rand // the world's own choices; each client and each wire has others
+	began  time.Time
+	dir    *disktest.Dir
+	fsync  time.Duration
+	quiet  bool // what is in dir is on disk, and nobody has written for over two seconds
+
+	// What was answered after this is not on disk if the machine fails now, where a
+	// process that was killed has left it to a kernel. Zero: it is.
+	exposed time.Time
+
+	mu      sync.Mutex // guards what is below
+	story   []string
+	ids     int
+	clock   int64               // everybody's: it counts what was begun and answered
+	history map[string][]simOp  // of each list that all share
+	sent    map[string]bool     // every value that a request has carried
+	refused map[string]bool     // values of requests that got an error
+	owners  map[string]*simList // of each list that has one writer
+
+}
+
+// simOp is an operation, and when it was answered in fake time.
+type simOp struct {
+	operation
+	at time.Time
+}
+
+func simulate(t *testing.T, seed uint64, tell bool) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{
+			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
+			dir: disktest.New(), history: map[string][]simOp{}, sent: map[string]bool{},
+			refused: map[string]bool{}, owners: map[string]*simList{},
+		}
+		hangs := time.AfterFunc(time.Hour, func() {
+			panic(fmt.Sprintf("seed %d hangs\n%s", seed, strings.Join(w.story, "\n")))
+		})
+		w.run()
+		hangs.Stop()
+		if tell && !t.Failed() {
+			t.Logf("the story of seed %d:\n%s", seed, strings.Join(w.story, "\n"))
+		}
+		if t.Failed() {
+			t.Logf("the story of seed %d (again: make simulate SEED=%d SEEDS=1):\n%s", seed, seed, strings.Join(w.story, "\n"))
+		}
+	})
+}
+
+// tell adds a line to the story.
+func (w *world) tell(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.story = append(w.story, fmt.Sprintf("%9.3fs %s", time.Since(w.began).Seconds(), fmt.Sprintf(format, args...)))
+}
+
+// fail says that a promise was broken.
+func (w *world) fail(format string, args ...any) {
+	w.tell("BROKEN: "+format, args...)
+	w.t.Errorf("seed %d: "+format, append([]any{w.seed}, args...)...)
+}
+
+// chance is true once in n times.
+func chance(random *rand.Rand, n int) bool { return random.IntN(n) == 0 }
+
+// between returns a time from least to most.
+func between(random *rand.Rand, least, most time.Duration) time.Duration {
+	return least + time.Duration(random.Int64N(int64(most-least)+1))
+}
+
+// pick returns one of what.
+func pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(what))] }
+
+func (w *world) run() {
+	r := w.random
+	w.dir.Segment, w.dir.Compact, w.dir.Reserve = int64(pick(r, 3, 10, 100)*kilo), int64(pick(r, 5, 20)*kilo), pick(r, 1, 8, 32)*kilo
+	w.fsync = pick(r, kvstore.FsyncAlways, kvstore.FsyncAlways, time.Second, kvstore.FsyncNever)
+	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
+	for range 1 + r.IntN(4) {
+		w.live()
+		if w.t.Failed() {
+			return
+		}
+		<-time.After(between(r, 0, 5*time.Second))
+	}
+	w.judge()
+}
+
+// process is the server from its start to its end, however that comes.
+type process struct {
+	*world
+	net     *fakeNet
+	dir     *disktest.Dir
+	options kvstore.Options
+	gone    chan struct{} // closed when the process has ended
+	killed  chan struct{} // closed when it was killed
+	wires   sync.WaitGroup
+
+	mu      sync.Mutex // guards what is below
+	calls   int        // I/O calls
+	plan    simPlan
+	after   *disktest.Dir // what it left, when it was killed
+	power   bool          // by a power failure
+	failed  bool          // the disk has
+	since   time.Time     // then
+	moved   time.Time     // its directory was; zero: it was not
+	stalled time.Duration // of the disk and the process, in all
+	conns   []*fakeConn   // the server's sides
+	paused  chan struct{} // closed when the process goes on; nil: it runs
+	told    int           // replies that clients know were dropped
+	unknown int           // clients that ended without knowing
+}
+
+// simPlan is what will happen to the I/O calls of a process; 0: nothing.
+type simPlan struct {
+	killAt, failAt, stallAt int
+	power                   bool // killAt is a power failure
+	failure                 error
+	stall                   time.Duration
+}
+
+// draw plans a process's life.
+func (p *process) draw(r *rand.Rand) {
+	p.plan.power = p.fsync != kvstore.FsyncNever && chance(r, 2)
+	at := func() int { return 1 + r.IntN(pick(r, 30, 300, 3000)) }
+	if chance(r, 3) {
+		p.plan.killAt = at()
+	}
+	if chance(r, 4) {
+		p.plan.failAt, p.plan.failure = at(), pick[error](r, syscall.EIO, syscall.ENOSPC, syscall.EMFILE)
+	}
+	if chance(r, 4) {
+		p.plan.stallAt, p.plan.stall = at(), between(r, time.Millisecond, 4*time.Second)
+	}
+}
+
+// before is what happens to an I/O call of the process.
+func (p *process) before(c disktest.Call) error {
+	p.gate()
+	p.mu.Lock()
+	p.calls++
+	plan, n := p.plan, p.calls
+	fails := plan.failAt > 0 && n >= plan.failAt && mayFail(c.What, plan.failure)
+	if fails {
+		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
+	}
+	if n == plan.stallAt {
+		p.stalled += plan.stall
+	}
+	p.mu.Unlock()
+	if n == plan.stallAt {
+		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
+		<-time.After(plan.stall)
+	}
+	if n == plan.killAt {
+		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
+	}
+	if isClosed(p.killed) {
+		return errors.New("the process was killed")
+	}
+	if fails {
+		p.tell("%s %s fails: %v", c.What, c.Name, plan.failure)
+		return &os.PathError{Op: c.What, Path: c.Name, Err: plan.failure}
+	}
+	return nil
+}
+
+// mayFail tells whether such a call can fail so.
+func mayFail(what string, failure error) bool {
+	switch failure {
+	case syscall.EMFILE:
+		return slices.Contains([]string{"list", "open", "create", "lock"}, what)
+	case syscall.ENOSPC:
+		return slices.Contains([]string{"write", "create", "rename"}, what)
+	}
+	return true
+}
+
+// gate waits while the process stands still.
+func (p *process) gate() {
+	p.mu.Lock()
+	paused := p.paused
+	p.mu.Unlock()
+	if paused != nil {
+		<-paused
+	}
+}
+
+// kill ends the process in the middle of things, and the machine with it if power.
+// What its goroutines do from then on reaches nobody.
+func (p *process) kill(power bool, when string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.after != nil {
+		return
+	}
+	close(p.killed)
+	for _, c := range p.conns { // before the copy, so that nothing is answered that is not in it
+		c.Close()
+	}
+	p.power = power
+	if power {
+		p.after = p.dir.Crash(rand.New(rand.NewPCG(p.seed, uint64(p.calls))))
+	} else {
+		p.after = p.dir.Kill()
+	}
+	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
+	if safe := time.Now().Add(-2*p.fsync - p.stalled - time.Millisecond); p.exposed.IsZero() {
+		p.exposed = safe
+	}
+	if power {
+		p.forget()
+	}
+}
+
+// isVain tells whether what is answered now, by bytes that were on their way when the
+// machine failed, may be lost.
+func (p *process) isVain() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.after != nil && p.power && p.fsync != kvstore.FsyncAlways
+}
+
+// live is a process's life, and the judgement of how it went.
+func (w *world) live() {
+	r := w.random
+	rotten, mend := w.rot()
+	p := &process{world: w, dir: w.dir, gone: make(chan struct{}), killed: make(chan struct{})}
+	p.draw(r)
+	if w.dir.Room = 0; chance(r, 5) && w.dir.Names["STORE"] != nil {
+		for _, f := range w.dir.Names {
+			w.dir.Room += len(f.Data)
+		}
+		w.dir.Room += pick(r, 0, 3*kilo, 50*kilo)
+		w.tell("the disk has %d bytes", w.dir.Room)
+	}
+	if rotten {
+		p.plan = simPlan{}
+	}
+	logs := &logQueue{lines: make(chan logLine, pick(r, 1, 10, logLines))}
+	logged := make(chan struct{})
+	writer := &simLog{p, pick(r, 0, 0, time.Second, time.Minute), chance(r, 5)}
+	go func() {
+		logs.writeLog(writer, slog.New(slog.NewTextHandler(writer, nil)))
+		close(logged)
+	}()
+	defer func() {
+		close(logs.lines)
+		<-logged
+	}()
+	p.options = kvstore.Options{Fsync: w.fsync, Log: slog.New(slog.NewTextHandler(logs, nil))}
+	w.dir.Before = p.before
+	wasQuiet := w.quiet
+	w.quiet = false
+	db, err := kvstore.OpenIn(p.dir, p.options)
+	if err != nil || isClosed(p.killed) {
+		p.startFailed(db, err, rotten, mend)
+		w.quiet = wasQuiet && rotten
+		return
+	}
+	w.exposed = time.Time{}
+	s := New(db)
+	s.log = p.options.Log
+	s.maxLine, s.outboxes.maxMessage = testMaxLine, pick(r, 500, 4*kilo, testMaxMessage)
+	s.maxClients = pick(r, 5, 100, 100)
+	s.outboxes.limit = int64(pick(r, 100*kilo, 1<<30, 1<<30))
+	if chance(r, 8) {
+		s.maxMemory = int64(50 * kilo)
+	}
+	s.writeTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
+	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}), failures: pick(r, 0, 0, 5)}
+	p.net.start(w.t)
+	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, write timeout %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout)
+	var clients sync.WaitGroup
+	for range 2 + r.IntN(7) {
+		p.visit(&clients, pick(r, kinds...))
+	}
+	clients.Go(p.operate)
+	p.end(db, &clients)
+	clients.Wait()
+	p.wires.Wait()
+	p.checkLeft()
+}
+
+// startFailed looks at a start that has failed, which it may where the disk has.
+func (p *process) startFailed(db *kvstore.Durable, err error, rotten bool, mend func()) {
+	w := p.world
+	var damage *kvstore.DamageError
+	switch {
+	case isClosed(p.killed):
+		if err == nil {
+			db.Close()
+		}
+		w.dir = p.after
+	case rotten && (errors.As(err, &damage) || errors.Is(err, kvstore.ErrNotOurs)):
+		w.tell("refused: %v", err)
+		w.dir.Before = nil
+		if r, err := kvstore.CheckIn(w.dir); err == nil && !r.Damaged {
+			w.fail("a check finds nothing: %v", r.Lines)
+		}
+		mend()
+	case p.failed:
+		w.tell("does not start: %v", err)
+		w.dir = p.dir.Kill()
+	default:
+		w.fail("a start refuses what was left: %v", err)
+	}
+	if p.dir.Handles != 0 {
+		w.fail("%d open files are left of a start", p.dir.Handles)
+	}
+}
+
+// end lets the process live for a while, and ends it.
+func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
+	r, s := p.random, p.net.server
+	how := pick(r, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power", "power when quiet")
+	if p.fsync == kvstore.FsyncNever && strings.HasPrefix(how, "power") {
+		how = "kill"
+	}
+	if strings.HasSuffix(how, "quiet") {
+		p.plan.killAt, p.plan.failAt = 0, 0
+		clients.Wait()
+		<-time.After(3*time.Second + p.stalled)
+	} else {
+		select {
+		case <-time.After(pick(r, between(r, 0, 100*time.Millisecond), between(r, 0, 3*time.Second), between(r, 0, time.Minute))):
+		case <-p.killed:
+		case err := <-s.Failed():
+			p.tell("the store has failed: %v", err)
+			if !p.failed && !isClosed(p.killed) {
+				p.fail("and nothing had happened to it: %v", err)
+			}
+		}
+	}
+	switch {
+	case strings.HasPrefix(how, "kill"):
+		p.kill(false, "")
+	case strings.HasPrefix(how, "power"):
+		p.kill(true, "")
+	}
+	p.quiet = strings.HasSuffix(how, "quiet") && p.fsync != kvstore.FsyncNever || how == "stop"
+	closes := time.Now()
+	s.Close()
+	if took := time.Since(closes); took > closeTime+drainTime+time.Second/2+p.stalled+p.plan.stall {
+		p.fail("Close takes %v", took)
+	}
+	err := db.Close()
+	close(p.gone)
+	if isClosed(p.killed) {
+		p.world.dir = p.after
+		return
+	}
+	p.tell("stopped: %v", err)
+	if err != nil && !p.failed {
+		p.fail("a stop: %v", err)
+	} else if err != nil && p.exposed.IsZero() {
+		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
+	}
+	p.quiet = p.quiet && err == nil && !p.failed
+	p.world.dir = p.dir.Kill()
+	if p.failed && chance(r, 2) && p.fsync != kvstore.FsyncNever {
+		p.tell("then a power failure")
+		p.world.dir = p.dir.Crash(r)
+		p.forget()
+	}
+}
+
+// checkLeft looks at what a process that has ended leaves behind.
+func (p *process) checkLeft() {
+	s := p.net.server
+	if n := p.dir.Handles; n != 0 {
+		p.fail("%d files are left open", n)
+	}
+	for _, c := range p.conns {
+		if !isClosed(c.closed) {
+			p.fail("a connection is left open")
+		}
+	}
+	if n := s.outboxes.queued.Load(); n != 0 {
+		p.fail("%d bytes are still queued", n)
+	}
+	if s.left != s.welcomed {
+		p.fail("%d clients came and %d left", s.welcomed, s.left)
+	}
+	if dropped := int(s.outboxes.dropped.Load()); dropped < p.told || dropped > p.told && p.unknown == 0 {
+		p.fail("%d replies were dropped, and clients were told of %d", dropped, p.told)
+	}
+}
+
+// forget has everybody know that what was answered shortly before may be lost: with a
+// time between two fsyncs a power failure may cost two of it.
+func (p *process) forget() {
+	if p.fsync == kvstore.FsyncAlways {
+		return
+	}
+	w := p.world
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	safe := w.exposed
+	for key, ops := range w.history {
+		kept := ops[:0]
+		for _, o := range ops {
+			if o.answered > 0 && o.at.After(safe) {
+				if o.answered = 0; o.put == "" {
+					continue
+				}
+			}
+			kept = append(kept, o)
+		}
+		w.history[key] = kept
+	}
+	for _, l := range w.owners {
+		l.forget(safe)
+	}
+}
+
+// rot damages a file of a store that has been on disk for long, in a third of cases.
+func (w *world) rot() (rotten bool, mend func()) {
+	r := w.random
+	if !w.quiet || !chance(r, 3) {
+		return false, nil
+	}
+	names := slices.Sorted(maps.Keys(w.dir.Names))
+	name := pick(r, names...)
+	f := w.dir.Names[name]
+	isLog := strings.HasSuffix(name, ".log")
+	if isLog && chance(r, 5) {
+		delete(w.dir.Names, name)
+		w.tell("%s is lost", name)
+		return true, func() { w.dir.Names[name] = f }
+	}
+	if len(f.Data) == 0 {
+		return false, nil
+	}
+	at, bit := r.IntN(len(f.Data)), byte(1)<<r.IntN(8)
+	if len(f.Disk) != len(f.Data) { // a file that is no part of the store any more
+		return false, nil
+	}
+	flip := func() {
+		f.Data[at] ^= bit
+		f.Disk[at] ^= bit
+	}
+	flip()
+	w.tell("bit %#x at %d of %s flips, of %d bytes", bit, at, name, len(f.Data))
+	return true, flip
+}
+
+// simLog is who reads a process's log: slowly, or nobody.
+type simLog struct {
+	p     *process
+	slow  time.Duration
+	fails bool
+}
+
+func (l *simLog) Write(line []byte) (int, error) {
+	if m := regexp.MustCompile(`level=(WARN|ERROR).*`).Find(line); m != nil {
+		l.p.tell("log: %s", m)
+	}
+	if l.slow > 0 && !isClosed(l.p.gone) {
+		select {
+		case <-time.After(l.slow):
+		case <-l.p.gone:
+		}
+	}
+	if l.fails {
+		return 0, syscall.EPIPE
+	}
+	return len(line), nil
+}
+
+// operate is what happens to the process beside its clients: pauses, backups, checks,
+// and its counters are asked for. It runs until the process has ended, or for some
+// seconds.
+func (p *process) operate() {
+	r := rand.New(rand.NewPCG(p.seed, uint64(p.began.Nanosecond())+uint64(p.id())<<32))
+	for range r.IntN(5) {
+		select {
+		case <-time.After(between(r, 0, 5*time.Second)):
+		case <-p.gone:
+			return
+		}
+		switch r.IntN(5) {
+		case 4:
+			if chance(r, 4) {
+				p.move()
+			}
+		case 0:
+			p.pause(between(r, 0, 4*time.Second))
+		case 1:
+			p.backup()
+		case 2:
+			report, err := kvstore.CheckIn(p.dir)
+			p.mu.Lock()
+			disturbed := p.failed || p.after != nil
+			p.mu.Unlock()
+			if !disturbed && (err != nil || report.Damaged) {
+				p.fail("a check beside the server: %v, %v", report.Lines, err)
+			}
+		case 3:
+			if n := p.net.server.CountActive(); n < 0 || n > p.net.server.maxClients {
+				p.fail("%d clients are active", n)
+			}
+		}
+	}
+}
+
+// pause lets the process stand still, as SIGSTOP does: its calls do not return.
+func (p *process) pause(d time.Duration) {
+	p.mu.Lock()
+	p.stalled += d
+	p.paused = make(chan struct{})
+	paused := p.paused
+	p.mu.Unlock()
+	p.tell("stands still for %v", d)
+	<-time.After(d)
+	p.mu.Lock()
+	p.paused = nil
+	p.mu.Unlock()
+	close(paused)
+}
+
+// move puts another directory in the place of the process's, which must find out.
+func (p *process) move() {
+	p.tell("its directory is moved")
+	p.dir.Mu.Lock()
+	p.dir.Moved = kvstore.ErrMoved
+	p.dir.Mu.Unlock()
+	p.mu.Lock()
+	p.failed, p.moved, p.since = true, time.Now(), time.Now()
+	p.mu.Unlock()
+}
+
+// checkMoved is called when a write was answered.
+func (p *process) checkMoved() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() && time.Since(p.moved) > most {
+		p.fail("a write is answered %v after the directory was moved", time.Since(p.moved))
+	}
+}
+
+// backup copies the store beside the process, and looks into the copy.
+func (p *process) backup() {
+	w := p.world
+	w.mu.Lock()
+	least := map[string][]string{}
+	for key, ops := range w.history {
+		for _, o := range ops {
+			if o.put != "" && o.answered > 0 {
+				least[key] = append(least[key], o.put)
+			}
+		}
+	}
+	w.mu.Unlock()
+	to := disktest.New()
+	_, err := kvstore.BackupIn(p.dir, to, nil)
+	p.mu.Lock()
+	disturbed := p.failed || p.after != nil
+	p.mu.Unlock()
+	if err != nil {
+		if !disturbed {
+			p.fail("a backup beside the server: %v", err)
+		}
+		return
+	}
+	db, err := kvstore.OpenIn(to, kvstore.Options{})
+	if err != nil {
+		p.fail("a backup does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	for key, values := range least {
+		list := db.Get(key)
+		for _, v := range values {
+			if !slices.Contains(list, v) {
+				p.fail("%s is in no backup, though it was answered before", v)
+			}
+		}
+	}
+	for key, list := range db.All() {
+		for _, v := range list {
+			w.known(key, v)
+		}
+	}
+}
+
+// ---- the simulated network
+
+// wire carries bytes one way, as networks do: cut and merged anew, late, and perhaps
+// not to the end. One goroutine for each direction of a connection.
+type wire struct {
+	random *rand.Rand
+	late   time.Duration // at most, of a piece
+	stall  time.Duration // of the whole wire, once; 0: none
+	cut    int           // bytes after which the connection is reset; 0: none
+	piece  int           // bytes at most
+}
+
+// carry carries what comes from one connection to another.
+func (w wire) carry(from, to *fakeConn) {
+	buf := make([]byte, w.piece)
+	for sum := 0; ; {
+		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
+		if w.late > 0 {
+			<-time.After(between(w.random, 0, w.late))
+		}
+		if w.stall > 0 && chance(w.random, 20) {
+			<-time.After(w.stall)
+			w.stall = 0
+		}
+		if _, writeErr := to.Write(buf[:n]); writeErr != nil {
+			from.breakOff()
+			return
+		}
+		if sum += n; w.cut > 0 && sum >= w.cut {
+			from.breakOff()
+			to.breakOff()
+			return
+		}
+		if err == io.EOF {
+			to.CloseWrite()
+			return
+		}
+		if err != nil {
+			to.breakOff()
+			return
+		}
+	}
+}
+
+// visitor is a client.
+type visitor struct {
+	*process
+	id     string
+	random *rand.Rand
+	conn   halfConn
+	r      *bufio.Reader
+	calm   bool // its network neither stalls nor breaks
+}
+
+// id returns a number that nobody else has.
+func (w *world) id() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ids++
+	return w.ids
+}
+
+// kinds are what clients do.
+var kinds = []struct {
+	name string
+	do   func(*visitor)
+	calm bool // it needs a network that neither stalls nor breaks
+}{
+	{"shares lists", (*visitor).share, false},
+	{"shares lists", (*visitor).share, false},
+	{"owns a list", (*visitor).own, false},
+	{"owns a list", (*visitor).own, false},
+	{"pipelines", (*visitor).pipeline, false},
+	{"pipelines and reads", (*visitor).pipeline, true},
+	{"pings", (*visitor).ping, true},
+	{"lists", (*visitor).list, false},
+	{"sends garbage", (*visitor).garbage, false},
+}
+
+// visit starts a client.
+func (p *process) visit(all *sync.WaitGroup, kind struct {
+	name string
+	do   func(*visitor)
+	calm bool
+}) {
+	number := p.id()
+	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
+	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r, calm: kind.calm || chance(r, 2)}
+	all.Go(func() {
+		<-time.After(between(r, 0, pick(r, 0, time.Second, 10*time.Second)))
+		if !v.dial() {
+			return
+		}
+		p.tell("%s %s", v.id, kind.name)
+		kind.do(v)
+		v.conn.Close()
+	})
+}
+
+// dial connects, and tells whether it could.
+func (v *visitor) dial() bool {
+	r := v.random
+	size := pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo)
+	up, down := newStream(streamSize), newStream(size)
+	ours, near := newFakeConn(down, up), newFakeConn(up, down)
+	up2, down2 := newStream(streamSize), newStream(pick(r, 8*kilo, 64*kilo))
+	far, theirs := newFakeConn(down2, up2), newFakeConn(up2, down2)
+	theirs.gate = v.gate
+	v.conn, v.r = ours, bufio.NewReader(ours)
+	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)), piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
+	if out.piece > 3 {
+		out.late = pick(r, 0, time.Millisecond, 30*time.Millisecond)
+	}
+	if !v.calm {
+		out.stall = pick(r, 0, between(r, 0, 10*time.Second))
+		out.cut = pick(r, 0, 0, 1+r.IntN(20*kilo))
+	}
+	back := out
+	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
+	if v.calm {
+		back.late = min(back.late, 5*time.Millisecond)
+	}
+	v.process.mu.Lock()
+	dead := v.after != nil
+	if !dead {
+		v.conns = append(v.conns, theirs)
+	}
+	v.process.mu.Unlock()
+	if dead {
+		return false
+	}
+	v.wires.Go(func() { out.carry(near, far) })
+	v.wires.Go(func() { back.carry(far, near) })
+	select {
+	case v.net.conns <- theirs:
+		return true
+	case <-v.net.closed:
+		theirs.Close()
+		ours.Close()
+		return false
+	}
+}
+
+// reply reads a reply of an acked request: its data lines, and the line that ends it.
+func (v *visitor) reply() (lines []string, last string, err error) {
+	for {
+		line, err := v.r.ReadString('\n')
+		if err != nil {
+			return lines, line, err
+		}
+		line = strings.TrimSuffix(line, "\n")
+		if line[0] == ':' && !strings.HasPrefix(line, ": ") {
+			return lines, line, nil
+		}
+		lines = append(lines, line)
+	}
+}
+
+// hello begins Ack mode. It is false if the server is full, or gone.
+func (v *visitor) hello() bool {
+	io.WriteString(v.conn, "Ack\n")
+	_, last, err := v.reply()
+	return err == nil && last == ":OK 0"
+}
+
+// tick is a moment of everybody's clock.
+func (w *world) tick() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.clock++
+	return w.clock
+}
+
+// value makes a value that nobody has sent before.
+func (v *visitor) value(i int) string {
+	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", pick(v.random, 0, 0, 10, 300))
+	v.world.mu.Lock()
+	defer v.world.mu.Unlock()
+	v.sent[text] = true
+	return text
+}
+
+// known wants that a value was sent, and not refused.
+func (w *world) known(key, value string) {
+	w.mu.Lock()
+	sent, refused := w.sent[value], w.refused[value]
+	w.mu.Unlock()
+	if !sent || refused {
+		w.fail("%q holds %.60q, sent %v, refused %v", key, value, sent, refused)
+	}
+}
+
+// share appends to lists that others append to, reads them, and notes what it saw.
+func (v *visitor) share() {
+	if !v.hello() {
+		return
+	}
+	note := func(key string, o simOp) {
+		v.world.mu.Lock()
+		defer v.world.mu.Unlock()
+		v.history[key] = append(v.history[key], o)
+	}
+	for i := 0; i < 60; {
+		var keys []string
+		var ops []simOp
+		var text strings.Builder
+		for range pick(v.random, 1, 1, 8) {
+			key, o := fmt.Sprint("shared", v.random.IntN(3)), simOp{}
+			if i++; chance(v.random, 2) {
+				o.put = v.value(i)
+				fmt.Fprintf(&text, "Put:%s:%s\n", key, o.put)
+			} else {
+				fmt.Fprintf(&text, "Get:%s\n", key)
+			}
+			o.invoked = v.tick()
+			keys, ops = append(keys, key), append(ops, o)
+		}
+		io.WriteString(v.conn, text.String())
+		for j, o := range ops {
+			lines, last, err := v.reply()
+			if err != nil {
+				for k := j; k < len(ops); k++ {
+					if ops[k].put != "" {
+						note(keys[k], ops[k])
+					}
+				}
+				return
+			}
+			if o.answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
+				v.world.mu.Lock()
+				v.refused[o.put] = true
+				v.world.mu.Unlock()
+				continue
+			}
+			for _, line := range lines {
+				o.got = append(o.got, strings.TrimPrefix(line, keys[j]+":"))
+			}
+			if v.isVain() {
+				if o.answered = 0; o.put == "" {
+					continue
+				}
+			}
+			note(keys[j], o)
+		}
+		<-time.After(pick(v.random, 0, 0, time.Millisecond, time.Second))
+	}
+}
+
+// simList is a list that one client at a time writes.
+type simList struct {
+	states []simState // those that were answered, the last one first to be believed
+	maybe  [][]string // what it may be as well
+}
+
+type simState struct {
+	list []string
+	at   time.Time // answered
+}
+
+// forget makes what was answered after safe uncertain.
+func (l *simList) forget(safe time.Time) {
+	for len(l.states) > 1 && l.states[len(l.states)-1].at.After(safe) {
+		l.maybe = append(l.maybe, l.states[len(l.states)-1].list)
+		l.states = l.states[:len(l.states)-1]
+	}
+}
+
+// simWrite is a request that changes a list.
+type simWrite struct{ verb, old, new string }
+
+// apply returns list after the request, and the n of its answer.
+func (q simWrite) apply(list []string) ([]string, int) {
+	list = slices.Clone(list)
+	switch q.verb {
+	case "Put":
+		return append(list, q.new), 1
+	case "Delete":
+		return nil, len(list)
+	case "Update":
+		if i := slices.Index(list, q.old); i >= 0 {
+			return append(slices.Delete(list, i, i+1), q.new), 1
+		}
+		return append(list, q.new), 0
+	}
+	return list, len(list)
+}
+
+// line is the request as it is sent.
+func (q simWrite) line(key string) string {
+	return strings.Join(slices.DeleteFunc([]string{q.verb, key, q.old, q.new}, func(s string) bool { return s == "" }), ":") + "\n"
+}
+
+// own writes a list of its own and knows at each step what it holds.
+func (v *visitor) own() {
+	key := fmt.Sprint("own", v.id)
+	l := &simList{states: []simState{{}}}
+	v.world.mu.Lock()
+	v.owners[key] = l
+	v.world.mu.Unlock()
+	if !v.hello() {
+		return
+	}
+	var list []string
+	for i := 0; i < 100; {
+		var writes []simWrite
+		var text strings.Builder
+		for range pick(v.random, 1, 1, 6) {
+			i++
+			q := simWrite{verb: pick(v.random, "Put", "Put", "Update", "Get", "Delete")}
+			switch q.verb {
+			case "Update":
+				if q.old = "absent"; len(list) > 0 && !chance(v.random, 4) {
+					q.old = pick(v.random, list...)
+				}
+				q.new = v.value(i)
+			case "Put":
+				q.new = v.value(i)
+			}
+			writes = append(writes, q)
+			text.WriteString(q.line(key))
+		}
+		io.WriteString(v.conn, text.String())
+		for j, q := range writes {
+			lines, last, err := v.reply()
+			if err != nil {
+				v.world.mu.Lock()
+				l.maybe = append(l.maybe, possible(list, writes[j:])...)
+				v.world.mu.Unlock()
+				return
+			}
+			if strings.HasPrefix(last, ":ERROR") {
+				v.world.mu.Lock()
+				v.refused[q.new] = true
+				v.world.mu.Unlock()
+				continue
+			}
+			after, n := q.apply(list)
+			if want := fmt.Sprint(":OK ", n); last != want {
+				v.fail("%s %s %.30q: got %q, want %q", q.verb, key, q.old, last, want)
+			}
+			if q.verb == "Get" {
+				for k := range lines {
+					lines[k] = strings.TrimPrefix(lines[k], key+":")
+				}
+				if !slices.Equal(lines, after) {
+					v.fail("%s holds %.200q, want %.200q", key, lines, after)
+				}
+				continue
+			}
+			list = after
+			if q.verb == "Put" && v.calm {
+				v.checkMoved()
+			}
+			vain := v.isVain()
+			v.world.mu.Lock()
+			if vain {
+				l.maybe = append(l.maybe, list)
+			} else {
+				l.states = append(l.states, simState{list, time.Now()})
+			}
+			v.world.mu.Unlock()
+		}
+		<-time.After(pick(v.random, 0, 0, time.Millisecond, time.Second))
+	}
+}
+
+// possible returns what a list may be when nobody knows which of the writes were run.
+func possible(list []string, writes []simWrite) (lists [][]string) {
+	lists = [][]string{list}
+	for _, q := range writes {
+		for _, l := range lists {
+			after, _ := q.apply(l)
+			lists = append(lists, after)
+		}
+	}
+	return lists
+}
+
+// pipeline sends many requests without waiting, reads the replies in a manner of its
+// own, and counts them.
+func (v *visitor) pipeline() {
+	r := v.random
+	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), pick(r, 1, 100, 3*kilo)
+	var text strings.Builder
+	var list []string
+	for i := range values {
+		value := v.value(i) + strings.Repeat("+", size)
+		v.world.mu.Lock()
+		v.sent[value] = true
+		v.world.mu.Unlock()
+		list = append(list, key+":"+value)
+		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
+	}
+	io.WriteString(v.conn, text.String()+"Ping:begin\n")
+	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
+		return // refused, or gone
+	}
+	gets := pick(r, 100, 1000, 3000)
+	if gets*values*size > 3_000*kilo {
+		gets = 3_000 * kilo / (values * size)
+	}
+	errors := 0
+	text.Reset()
+	for range gets {
+		if text.WriteString("Get:" + key + "\n"); chance(r, 20) {
+			text.WriteString("Nonsense\n")
+			errors++
+		}
+	}
+	asks := chance(r, 2)
+	if asks {
+		text.WriteString("Ping:end\nQuit\n")
+	}
+	go func() {
+		io.WriteString(v.conn, text.String())
+		if v.conn.CloseWrite(); v.calm {
+			return
+		}
+	}()
+	manner := pick(r, "greedily", "steadily", "after a rest", "never")
+	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
+	got := v.readAs(manner)
+	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
+}
+
+// readAs reads to the end.
+func (v *visitor) readAs(manner string) (got simRead) {
+	var all bytes.Buffer
+	switch manner {
+	case "never":
+		select {
+		case <-v.gone:
+		case <-time.After(20 * time.Second):
+		}
+		return simRead{}
+	case "after a rest":
+		<-time.After(between(v.random, 0, 8*time.Second))
+	case "steadily":
+		pause := between(v.random, 10*time.Millisecond, 900*time.Millisecond)
+		piece := int64(pause) * steadyRate * 5 / 4 / int64(time.Second)
+		for got.err == nil {
+			_, got.err = io.CopyN(&all, v.r, piece)
+			<-time.After(pause)
+		}
+		got.text = all.String()
+		return got
+	}
+	_, got.err = io.Copy(&all, v.r)
+	if got.err == nil {
+		got.err = io.EOF
+	}
+	got.text = all.String()
+	return got
+}
+
+// simRead is what a client has read, and why it read no more.
+type simRead struct {
+	text string
+	err  error
+}
+
+// tally counts replies: each is whole, and what was not delivered was told.
+func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool) {
+	v.process.mu.Lock()
+	defer v.process.mu.Unlock()
+	cut := v.net.server.writeTimeout > 0 && !steady && got.err != nil
+	disturbed := v.failed || isClosed(v.net.server.closeSignal) || cut && v.net.server.writeTimeout < time.Minute
+	delivered, dropped, place, ended := 0, 0, 0, false
+	lines := strings.SplitAfter(got.text, "\n")
+	for i, line := range lines {
+		text, whole := strings.CutSuffix(line, "\n")
+		switch n := 0; {
+		case !whole && got.err == io.EOF && line != "" && !disturbed:
+			v.fail("%s: the last line is torn: %.60q", v.id, line)
+		case !whole:
+		case text == list[place]:
+			if place++; place == len(list) {
+				place = 0
+				delivered++
+			}
+		case place > 0:
+			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
+			return
+		case strings.Contains(text, "unknown request"):
+			delivered++
+		case strings.HasPrefix(text, ":PONG end"):
+			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
+			ended = asked
+		case strings.Contains(text, "replies were dropped"):
+			fmt.Sscanf(text[strings.LastIndex(text, ": ")+2:], "%d", &n)
+			dropped += n
+			ended = !asked
+		default:
+			v.fail("%s: line %d is %.60q", v.id, i, text)
+			return
+		}
+	}
+	v.told += dropped
+	if got.err != io.EOF || disturbed {
+		v.unknown++
+		if delivered+dropped > owed {
+			v.fail("%s: %d delivered and %d dropped, of %d", v.id, delivered, dropped, owed)
+		}
+	} else if delivered+dropped != owed && (v.after == nil || ended) {
+		v.fail("%s: %d delivered and %d dropped, want %d", v.id, delivered, dropped, owed)
+	}
+	if steady && dropped > 0 {
+		v.fail("%s: %d replies were dropped, though it read", v.id, dropped)
+	}
+}
+
+// ping asks now and then and wants an answer soon: its waits are those of the disk and
+// of the process alone.
+func (v *visitor) ping() {
+	for i := range 40 {
+		asked := time.Now()
+		fmt.Fprintf(v.conn, "Ping:%d\n", i)
+		if _, last, err := v.reply(); err != nil || last != fmt.Sprint(":PONG ", i) {
+			return
+		}
+		v.process.mu.Lock()
+		most := time.Second/2 + v.stalled + v.plan.stall
+		v.process.mu.Unlock()
+		if took := time.Since(asked); took > most {
+			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
+		}
+		<-time.After(between(v.random, 0, 300*time.Millisecond))
+	}
+}
+
+// list asks for lists of all there is.
+func (v *visitor) list() {
+	acked := chance(v.random, 2)
+	if acked && !v.hello() {
+		return
+	}
+	for range 1 + v.random.IntN(4) {
+		what := pick(v.random, "Keys", "Keys:own", "Dump", "Stats", "Help")
+		io.WriteString(v.conn, what+"\n")
+		if chance(v.random, 6) {
+			<-time.After(between(v.random, 0, 5*time.Second))
+			return
+		}
+		lines, last, err := v.reply()
+		if err != nil || strings.HasPrefix(last, ":ERROR line 0") {
+			return
+		}
+		if last != fmt.Sprint(":OK ", len(lines)) {
+			v.fail("%s: %d lines, then %q", what, len(lines), last)
+		}
+		for _, line := range lines {
+			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 {
+				v.known(f[2], f[3])
+			}
+		}
+	}
+}
+
+// garbage sends what is no request. None of it may be run.
+func (v *visitor) garbage() {
+	r := v.random
+	evil := strings.Repeat("Put:shared0:evil\n", 3)
+	switch r.IntN(6) {
+	case 0:
+		junk := make([]byte, r.IntN(2000))
+		for i := range junk {
+			junk[i] = byte(r.Uint32())
+		}
+		v.conn.Write(bytes.ReplaceAll(junk, []byte(":"), nil))
+	case 1:
+		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
+	case 2:
+		io.WriteString(v.conn, pick(r, "GET / HTTP/1.1", "POST /"+strings.Repeat("a", 2*testMaxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
+	case 3:
+		for range 5 {
+			if _, err := io.WriteString(v.conn, strings.Repeat("Put:shared0:evil", 1000)); err != nil {
+				break
+			}
+		}
+	case 4:
+		v.conn.Write([]byte("Put:shared0:evil"))
+		v.conn.CloseWrite()
+	case 5:
+		began := time.Now()
+		for {
+			if _, err := io.WriteString(v.conn, "x"); err != nil {
+				return
+			}
+			if took := time.Since(began); took > lineTime+10*time.Second+v.stalled {
+				v.fail("%s dribbles a line for %v", v.id, took)
+				return
+			}
+			<-time.After(between(r, 0, 2*time.Second))
+		}
+	}
+	if chance(r, 2) {
+		v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		io.Copy(io.Discard, v.r)
+	}
+}
+
+// judge starts the server a last time, with nothing that fails, and looks at what is
+// there.
+func (w *world) judge() {
+	w.dir.Before = nil
+	if r, err := kvstore.CheckIn(w.dir); err != nil || r.Damaged {
+		w.fail("a check of what is left: %v, %v", r.Lines, err)
+	}
+	db, err := kvstore.OpenIn(w.dir, kvstore.Options{})
+	if err != nil {
+		w.fail("what is left does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	for key, ops := range w.history {
+		var history []operation
+		for _, o := range ops {
+			history = append(history, o.operation)
+		}
+		if err := checkLinearizable(history, db.Get(key)); err != nil {
+			w.fail("%s: %v", key, err)
+		}
+	}
+	for key, l := range w.owners {
+		list := db.Get(key)
+		good := slices.Equal(list, l.states[len(l.states)-1].list)
+		for _, m := range l.maybe {
+			good = good || slices.Equal(list, m)
+		}
+		if !good {
+			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list, l.states[len(l.states)-1].list, len(l.maybe))
+		}
+	}
+	for key, list := range db.All() {
+		for _, v := range list {
+			w.known(key, v)
+		}
+	}
+	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history), len(w.owners))
 }
 
 // ---- speed

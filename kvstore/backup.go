@@ -162,8 +162,9 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 			f, payload, err := l.read()
 			var damage *DamageError
 			if errors.As(err, &damage) && kind == kindSegment {
-				var synced bool
-				if f, payload, synced, err = l.readAgain(damage); errors.As(err, &damage) && !synced {
+				var rest []byte
+				f, payload, rest, err = l.readAgain(damage)
+				if _, synced := l.look(rest); errors.As(err, &damage) && !synced {
 					err = errEnd // there is none, or one that never was on disk
 				}
 			}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -74,6 +75,9 @@ const (
 	heldTime     = time.Second // between two looks whether the directory is still ours
 	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
+
+	// Bytes of a frame beside its records, and of one that the timer may write before it.
+	frameMost = 2*frameSize + 64
 )
 
 // Durable is a KVStore whose Commit returns once everything before it is in a
@@ -159,6 +163,9 @@ func OpenIn(dir Directory, opts Options) (*Durable, error) {
 		return nil, err
 	}
 	if err := d.load(); err != nil {
+		if d.current != nil {
+			d.current.f.Close()
+		}
 		d.lock.Close()
 		return nil, err
 	}
@@ -275,7 +282,6 @@ func (d *Durable) failure() error {
 // more record of so many bytes of key and values. What then was done would end the
 // store at the next Commit. A Delete may use the last room that there is.
 func (d *Durable) Room(bytes int64, isDelete bool) error {
-	const frameMost = 2*frameSize + 64 // of this frame, and of one that the timer may write before it
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
 	if !isDelete {
 		need += int64(d.spare)
@@ -530,8 +536,12 @@ func (d *Durable) Close() error {
 	}
 	d.stopTimer()
 	if err == nil {
-		d.writeFrame(frameCleanStop)
-		err = d.syncRest()
+		if err = d.current.extend(frameSize); err == nil {
+			d.writeFrame(frameCleanStop)
+			err = d.syncRest()
+		} else if errors.Is(err, syscall.ENOSPC) {
+			err = nil // all is on disk; the next start is as after a crash
+		}
 	}
 	if d.compacted != nil {
 		snapshot := d.dir.Path("the snapshot of a compaction")

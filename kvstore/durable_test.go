@@ -1057,22 +1057,65 @@ func TestCheckBesideARealStore(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a torn end on a full disk does not keep the store from starting, and that
-// no start leaves half a copy of it.
+// Ensure that a check beside a store finds no damage where frames are written between
+// any two of its reads, and the store is closed.
+func TestCheckBesideEachWrite(t *testing.T) {
+	for before := 1; before < 30; before++ { // the read before which that happens
+		dir := disktest.New()
+		dir.Reserve = 1000
+		d, err := OpenIn(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("key", "value")
+		d.Commit()
+		reads := 0
+		dir.Before = func(c disktest.Call) error {
+			if c.What == "read" {
+				if reads++; reads == before {
+					for range 3 {
+						d.Put("key", "value")
+						d.Commit()
+					}
+					d.Close()
+				}
+			}
+			return nil
+		}
+		if r, err := CheckIn(dir); err != nil || r.Damaged {
+			t.Errorf("before read %d: %v, %v", before, r.Lines, err)
+		}
+	}
+}
+
+// Ensure that a torn end on a full disk does not keep the store from starting, also
+// where there are whole frames in it, and that no start leaves half a copy of it.
 func TestTornEndOnAFullDisk(t *testing.T) {
-	dir, name, _ := segment(t, 3)
-	data := slices.Clone(dir.Names[name].Data)
-	full := dir.With(name, data[:len(data)-5])
-	for _, f := range full.Names {
-		full.Room += len(f.Data)
-	}
-	d, err := OpenIn(full, Options{})
-	if err != nil || len(d.Get("key")) != 2 {
-		t.Fatalf("a torn end on a full disk: %v", err)
-	}
-	for name := range full.Names {
-		if strings.HasPrefix(name, tornPrefix) {
-			t.Errorf("%s is left", name)
+	for hole := range 4 { // the frame that is torn
+		dir := disktest.New()
+		d, err := OpenIn(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var starts []int64
+		for range 4 {
+			starts = append(starts, d.current.size)
+			d.Put("key", "value")
+			d.Commit()
+		}
+		full := dir.With("seg-1.log", dir.Names["seg-1.log"].Data[:d.size])
+		full.Names["seg-1.log"].Data[starts[hole]+frameSize]++
+		for _, f := range full.Names {
+			full.Room += len(f.Data)
+		}
+		d, err = OpenIn(full, Options{})
+		if err != nil || len(d.Get("key")) != hole {
+			t.Fatalf("frame %d is torn on a full disk: %v", hole, err)
+		}
+		for name := range full.Names {
+			if strings.HasPrefix(name, tornPrefix) {
+				t.Errorf("%s is left", name)
+			}
 		}
 	}
 }

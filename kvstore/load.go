@@ -415,15 +415,16 @@ func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *
 		}
 		f, payload, err := l.read()
 		var damage *DamageError
+		var rest []byte
 		if errors.As(err, &damage) && last && !end.goesOn {
-			f, payload, _, err = l.readAgain(damage)
+			f, payload, rest, err = l.readAgain(damage)
 			end.size = max(end.size, l.size)
 		}
 		switch {
 		case err == errEnd, errors.Is(err, errShorter) && end.goesOn:
 			return end, nil
 		case errors.As(err, &damage) && (last || end.goesOn): // a rotation that was killed leaves zeros behind
-			return l.endTorn(end, damage)
+			return l.endTorn(end, damage, rest)
 		case err != nil:
 			return end, err
 		case end.goesOn:
@@ -444,11 +445,14 @@ func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *
 }
 
 // endTorn looks at what follows the good part of a last segment: damage if a frame
-// in it, or before it, says that it was on disk, torn otherwise, or just zeros.
-func (l *logReader) endTorn(end segmentEnd, damage *DamageError) (segmentEnd, error) {
-	rest, err := l.rest()
-	if err != nil {
-		return end, err
+// in it, or before it, says that it was on disk, torn otherwise, or just zeros. rest is
+// what follows; nil: nobody has looked.
+func (l *logReader) endTorn(end segmentEnd, damage *DamageError, rest []byte) (segmentEnd, error) {
+	if rest == nil {
+		var err error
+		if rest, err = l.rest(); err != nil {
+			return end, err
+		}
 	}
 	end.torn = int64(len(bytes.TrimRight(rest, "\x00")))
 	if end.torn == 0 {
@@ -474,8 +478,8 @@ func (d *Durable) resume(end segmentEnd) error {
 	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, true
 	if end.torn > 0 {
 		kept, err := d.keepTorn(name, end)
-		if errors.Is(err, syscall.ENOSPC) && end.frames == 0 {
-			kept = "nothing, for the disk is full" // it is half a commit, which nobody was told of
+		if errors.Is(err, syscall.ENOSPC) {
+			kept = "nothing, for the disk is full" // no promise covers it, and reading and Delete must go on
 		} else if err != nil {
 			return fmt.Errorf("keeping the torn end of the log: %w", err)
 		}

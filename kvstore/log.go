@@ -350,24 +350,24 @@ func (l *logReader) seek() error {
 }
 
 // readAgain reads the frame at which read found damage anew, for another process may
-// have written it meanwhile. If it is still bad, synced tells whether a frame behind it
-// says that it was on disk, as it does where it is damaged.
-func (l *logReader) readAgain(damage *DamageError) (f frame, payload []byte, synced bool, err error) {
+// have written it meanwhile. If it is still bad, rest is what followed the good part of
+// the file then. Where a frame in that says that this one was on disk, it is damaged.
+func (l *logReader) readAgain(damage *DamageError) (f frame, payload, rest []byte, err error) {
 	const tries = 10
 	for n := 1; ; n++ {
 		if err := l.seek(); err != nil {
-			return f, nil, false, err
+			return f, nil, nil, err
 		}
 		if f, payload, err = l.read(); !errors.As(err, &damage) {
-			return f, payload, false, err
+			return f, payload, nil, err
 		}
 		rest, restErr := l.rest()
 		if restErr != nil {
-			return f, nil, false, restErr
+			return f, nil, nil, restErr
 		}
 		// A frame behind it may have come while we looked.
-		if _, synced = l.look(rest); !synced || n == tries {
-			return f, nil, synced, err
+		if _, synced := l.look(rest); !synced || n == tries {
+			return f, nil, rest, err
 		}
 	}
 }
