@@ -733,6 +733,7 @@ type outbox struct {
 	working      bool   // it has a slot of cores
 	listing      bool   // a Keys or Dump is being answered
 	left         int    // bytes, at most, that the message in hand and those after it will take
+	reserved     int64  // bytes of the reply in hand that are counted in queued, and not queued yet
 	dropped      int    // replies since the last PONG
 	droppedTotal int    // replies in all
 	cut          string // why the outbox ended the connection, if it did
@@ -818,6 +819,7 @@ func (o *outbox) reply(chain *Query, left int) {
 				left -= q.size
 				continue
 			}
+			o.reserve(q.size)
 			if shared = len(o.buffer) < maxShared; shared {
 				o.left = left
 			} else {
@@ -825,7 +827,9 @@ func (o *outbox) reply(chain *Query, left int) {
 			}
 			msg = o.newMessage()
 		}
-		if msg = o.format(msg, q); msg == nil {
+		msg = o.format(msg, q)
+		o.release()
+		if msg == nil {
 			return
 		}
 		left -= q.size
@@ -885,10 +889,27 @@ func (o *outbox) drop() {
 	o.outboxes.dropped.Add(1)
 }
 
+// reserve counts a reply of several messages as queued before it is, if the limit of
+// all queues allows: once begun it must end, whatever others queue meanwhile.
+func (o *outbox) reserve(size int) {
+	if size > o.maxMessage && !o.isOver() {
+		o.reserved = int64(size)
+		o.queued.Add(o.reserved)
+	}
+}
+
+// release gives back what was reserved and not used.
+func (o *outbox) release() {
+	o.queued.Add(-o.reserved)
+	o.reserved = 0
+}
+
 // queue queues a message. There must be room for it.
 func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
-	o.queued.Add(int64(cap(msg)))
+	used := min(o.reserved, int64(len(msg)))
+	o.reserved -= used
+	o.queued.Add(int64(cap(msg)) - used)
 	o.buffer <- msg
 	o.pause()
 }
@@ -903,7 +924,7 @@ func (o *outbox) hasRoom(n int) bool {
 	switch {
 	case waiting == 0:
 		return true
-	case o.working && o.isOver(): // workLoop, which never waits, has looked before
+	case o.working && o.reserved == 0 && o.isOver(): // workLoop, which never waits, has looked before
 		return false
 	case o.slow:
 		return waiting+n <= maxBufferSize

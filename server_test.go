@@ -743,6 +743,28 @@ func TestMaxQueues(t *testing.T) {
 	}
 }
 
+// Ensure that a reply of several messages, once begun, is queued to its end though the
+// queues come over their limit meanwhile: what its client wrote behind it has its effect.
+func TestBegunReplyEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 7*kilo), 4)
+		n.server.outboxes.limit = 100 * kilo
+		a, other := n.dial(t), n.dial(t)
+		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
+		pass(time.Minute)
+		other.ask("Get:mark\nPing", "mark:v", ":PONG")
+		if queued := other.stat("queued_bytes"); queued > 200*kilo {
+			t.Errorf("%d bytes are queued", queued)
+		}
+		a.conn.Close()
+		synctest.Wait()
+		if queued := other.stat("queued_bytes"); queued != 0 {
+			t.Errorf("%d bytes are queued for nobody", queued)
+		}
+		other.hangUp()
+	})
+}
+
 // Ensure that workLoop does not wait where the queues come over their limit while it
 // answers: it queues what it has begun to.
 func TestAnswerNeverWaits(t *testing.T) {
@@ -3514,7 +3536,7 @@ func simulate(t *testing.T, seed uint64, tell bool) {
 		w.run()
 		hangs.Stop()
 		if tell && !t.Failed() {
-			t.Logf("the story of seed %d:\n%s", seed, strings.Join(w.story, "\n"))
+			fmt.Printf("the story of seed %d:\n%s\n", seed, strings.Join(w.story, "\n"))
 		}
 		if t.Failed() {
 			t.Logf("the story of seed %d (again: make simulate SEED=%d SEEDS=1):\n%s", seed, seed, strings.Join(w.story, "\n"))
@@ -4161,7 +4183,7 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 // dial connects, and tells whether it could.
 func (v *visitor) dial() bool {
 	r := v.random
-	size := pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo)
+	size := pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
 	up, down := newStream(streamSize), newStream(size)
 	ours, near := newFakeConn(down, up), newFakeConn(up, down)
 	up2, down2 := newStream(streamSize), newStream(pick(r, 8*kilo, 64*kilo))
@@ -4456,9 +4478,9 @@ func (v *visitor) pipeline() {
 	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
 		return // refused, or gone
 	}
-	gets := pick(r, 100, 1000, 3000)
-	if gets*values*size > 3_000*kilo {
-		gets = 3_000 * kilo / (values * size)
+	gets, most := pick(r, 100, 1000, 3000), pick(r, 1, 3, 3, 12)*1000*kilo
+	if gets*values*size > most {
+		gets = most / (values * size)
 	}
 	errors := 0
 	text.Reset()
@@ -4468,20 +4490,47 @@ func (v *visitor) pipeline() {
 			errors++
 		}
 	}
+	mark := v.value(values)
+	text.WriteString("Put:" + key + ":" + mark + "\n")
 	asks := chance(r, 2)
 	if asks {
-		text.WriteString("Ping:end\nQuit\n")
+		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", r.IntN(5000)))
 	}
+	manner := pick(r, "greedily", "steadily", "after a rest", "never")
 	go func() {
 		io.WriteString(v.conn, text.String())
-		if v.conn.CloseWrite(); v.calm {
-			return
-		}
+		v.conn.CloseWrite()
 	}()
-	manner := pick(r, "greedily", "steadily", "after a rest", "never")
 	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
 	got := v.readAs(manner)
+	if manner == "never" {
+		v.process.mu.Lock()
+		v.unknown++
+		v.process.mu.Unlock()
+		v.checkMark(key, mark)
+		return
+	}
 	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
+}
+
+// checkMark wants the last write of a client that reads nothing.
+func (v *visitor) checkMark(key, mark string) {
+	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random, calm: true}
+	if !v.calm || !other.dial() {
+		return
+	}
+	defer other.conn.Close()
+	if !other.hello() {
+		return
+	}
+	io.WriteString(other.conn, "Get:"+key+"\n")
+	lines, last, err := other.reply()
+	v.process.mu.Lock()
+	disturbed := v.failed || v.after != nil
+	v.process.mu.Unlock()
+	if s := v.net.server; err == nil && !disturbed && s.maxMemory == 0 && v.dir.Room == 0 && !slices.Contains(lines, key+":"+mark) {
+		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id, len(lines), last)
+	}
 }
 
 // readAs reads to the end.

@@ -247,7 +247,7 @@ func (d *Durable) record(op byte, place int, fields ...string) {
 	}
 	d.pending = appendRecord(d.pending, op, place, fields...)
 	d.count++
-	if len(d.pending) >= maxFramePut {
+	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
 		d.begun = true
 	}
