@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"net"
 	"os"
 	"runtime"
@@ -80,8 +79,8 @@ type Client struct {
 	// is under way at a time, so with one slot nobody waits.
 	done chan *Query
 
-	outbox       // with buffer and closed
-	walk   *walk // the Keys or Dump that is under way; handed over with the chain
+	outbox                  // with buffer and closed
+	moment kvstore.Snapshot // for the Keys or Dump that is under way; handed over with the chain
 
 	// Owned by readFromClient, until its departure leaves them to whoever is left.
 	in       input
@@ -521,120 +520,95 @@ func trimCR(line string) string {
 	return line
 }
 
-// ---- walk: Keys and Dump
+// ---- Keys and Dump
 
-// maxCollect is how many keys one visit to workLoop walks past: others wait for
-// no more than that.
-const maxCollect = 1000
+// partKeys is how many keys are gone through, or sorted about, before others may work.
+const partKeys = 1000
 
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
 
-// walk goes through the keys of the store, for a Keys or Dump. readFromClient
-// asks for it part by part; workLoop begins it, takes every step and ends it, for
-// no code of the store may run beside workLoop.
-type walk struct {
-	prefix string
-	part   []string // the keys that the last step found
-	passed int      // keys in all, with prefix or without
-	ended  bool
-	fault  string // why it could not even begin
-
-	next func() (key string, ok bool)
-	stop func()
-}
-
-// step walks past up to maxCollect keys more: part are those that begin with
-// prefix.
-func (w *walk) step(db kvstore.KVStore) {
-	w.part = w.part[:0]
-	if w.ended {
-		return
-	}
-	if w.next == nil {
-		lister, ok := db.(kvstore.Lister)
-		if !ok {
-			w.fault, w.ended = "this store cannot list its keys", true
-			return
-		}
-		w.next, w.stop = iter.Pull(func(yield func(string) bool) {
-			for key := range lister.All() {
-				if !yield(key) {
-					return
-				}
-			}
-		})
-	}
-	for range maxCollect {
-		key, ok := w.next()
-		if !ok {
-			w.end()
-			return
-		}
-		w.passed++
-		if strings.HasPrefix(key, w.prefix) {
-			w.part = append(w.part, key)
-		}
-	}
-}
-
-// end ends the walk, wherever it is.
-func (w *walk) end() {
-	if w != nil && !w.ended && w.stop != nil {
-		w.stop()
-	}
-	if w != nil {
-		w.ended = true
-	}
-}
-
-// list answers a Keys or Dump: it collects the keys, then, for a Dump, gets
-// their lists, in parts between which workLoop serves others. Keys come sorted:
-// that also finds those that changed their place during the walk, and were
-// passed twice. The keys are the store's own strings, so a key costs 16 bytes here.
+// list answers a Keys or Dump from one snapshot of the store, in the order of the keys.
+// That is work for readFromClient's goroutine alone; workLoop only takes the snapshot. The
+// keys are the store's own strings, so a key costs 16 bytes here.
 func (c *Client) list(what queryType, prefix string) {
-	w := &walk{prefix: prefix}
-	c.walk = w
-	step := &Query{client: c, queryType: collect}
-	var found []string
-	for !w.ended {
-		if !c.run(step) { // then workLoop ends the walk when the client leaves
-			return
-		}
-		found = append(found, w.part...)
-	}
-	c.walk = nil
-	if w.fault != "" {
-		c.replyAll(&Query{queryType: lastWord, value: w.fault, line: c.in.line})
+	if !c.takeMoment() {
 		return
 	}
-	if c.isClosed() || c.isTooLate(w.passed) {
+	defer c.endMoment()
+	if !c.run(&Query{client: c, queryType: collect}) {
 		return
 	}
+	if c.moment == nil {
+		c.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys", line: c.in.line})
+		return
+	}
+	c.listing = true
+	defer func() { c.listing = false }()
+	found, ok := c.find(prefix)
 	held := int64(cap(found)) * stringSize
 	c.queued.Add(held)
 	defer c.queued.Add(-held)
-	c.listing = true
-	defer func() { c.listing = false }()
-	if !c.sort(found) {
-		c.end("the server closes", false)
+	if !ok || !c.sort(found) {
 		return
 	}
-	found = slices.Compact(found)
 	n := 0
 	for part := range slices.Chunk(found, maxChain) {
-		switch {
-		case what == keys:
+		if what == keys {
 			n += len(part)
 			c.replyAll(&Query{queryType: keys, values: part, bytes: sum(part)})
-		case !c.dump(part, &n):
-			return
+		} else {
+			n += c.dump(part)
 		}
 		if c.isClosed() || c.isTooLate(len(found)) {
 			return
 		}
 	}
 	c.replyAll(&Query{queryType: done, n: n})
+}
+
+// takeMoment waits until there may be one more snapshot. It is false if the server closes
+// meanwhile.
+func (c *Client) takeMoment() bool {
+	c.awaited.Add(1)
+	defer c.awaited.Add(-1)
+	select {
+	case c.moments <- struct{}{}:
+		return true
+	default:
+	}
+	select {
+	case c.moments <- struct{}{}:
+		return true
+	case <-c.server.closeSignal:
+		c.end("the server closes", false)
+		return false
+	}
+}
+
+// endMoment gives the snapshot up.
+func (c *Client) endMoment() {
+	c.moment = nil
+	<-c.moments
+}
+
+// find returns the keys of the snapshot that begin with prefix. It is false if nobody
+// wants them any more.
+func (c *Client) find(prefix string) (found []string, ok bool) {
+	c.work()
+	defer c.rest()
+	passed := 0
+	for key := range c.moment.All() {
+		if strings.HasPrefix(key, prefix) {
+			found = append(found, key)
+		}
+		if passed++; passed%partKeys == 0 {
+			if c.pause(); c.isClosed() || c.isTooLate(passed) {
+				return found, false
+			}
+		}
+	}
+	return found, true
 }
 
 // sort sorts keys, and lets others work meanwhile. When the server closes it gives
@@ -646,7 +620,7 @@ func (c *Client) sort(keys []string) bool {
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
 			c.pause()
-			closing = c.server.isClosing()
+			closing = closing || c.isTooLate(len(keys))
 		}
 		if closing {
 			return 0
@@ -656,31 +630,27 @@ func (c *Client) sort(keys []string) bool {
 	return !closing
 }
 
-// dump answers the part of a Dump that these keys are, and adds the number of
-// its lines to n. It returns false if the connection ends.
-func (c *Client) dump(part []string, n *int) bool {
+// dump answers the part of a Dump that these keys are. It returns the number of lines.
+func (c *Client) dump(part []string) (n int) {
 	chain := make([]Query, len(part))
 	for i, key := range part {
-		chain[i] = Query{client: c, queryType: pair, key: key}
+		q := &chain[i]
+		*q = Query{client: c, queryType: pair, key: key}
+		q.values = c.moment.View(q.few[:0], key)
+		q.bytes = sum(q.values)
+		n += len(q.values)
 		if i > 0 {
-			chain[i-1].next = &chain[i]
+			chain[i-1].next = q
 		}
-		part[i] = "" // what is deleted meanwhile need not stay
-	}
-	if !c.run(&chain[0]) {
-		return false
-	}
-	for i := range chain {
-		*n += chain[i].n
 	}
 	c.replyAll(&chain[0])
-	return true
+	return n
 }
 
-// isTooLate tells whether the server closes and a walk past n keys would take too
+// isTooLate tells whether the server closes and going through n keys would take too
 // long: then the connection ends without a :OK behind it.
 func (c *Client) isTooLate(n int) bool {
-	if n <= maxCollect || !c.server.isClosing() {
+	if n < partKeys || !c.server.isClosing() {
 		return false
 	}
 	c.end("the server closes", false)
@@ -701,6 +671,10 @@ type outboxes struct {
 	// One slot for each core but one. Who formats or sorts much takes a slot, so the
 	// last core stays free for short requests.
 	cores chan struct{}
+
+	// One slot for each snapshot that a Keys or Dump has, and how many wait for one.
+	moments chan struct{}
+	awaited atomic.Int64
 }
 
 // outbox makes replies into messages and queues them for writeToClient. It has
@@ -755,6 +729,9 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query) {
+	for q := chain; q != nil; q = q.next {
+		q.keep()
+	}
 	held := listBytes(chain)
 	c.queued.Add(held)
 	c.replyAll(chain)
@@ -949,9 +926,15 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		if o.slow && mayDrop {
 			return false
 		}
-		if o.slow && (o.acked || o.listing) && o.cut == "" && o.isOver() {
-			o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes (-max-queues)", o.queued.Load())
-			o.hangUp()
+		if o.slow && o.cut == "" {
+			switch {
+			case (o.acked || o.listing) && o.isOver():
+				o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes (-max-queues)", o.queued.Load())
+				o.hangUp()
+			case o.listing && o.awaited.Load() > 0:
+				o.cut = "it took nothing of its Keys or Dump, and others wait for theirs"
+				o.hangUp()
+			}
 		}
 		working := o.working
 		o.rest()

@@ -18,10 +18,11 @@ type Query struct {
 	client    *Client
 	newValue  string
 
-	line   int      // of the client's input, counted from 1
-	values []string // what the run found: a key's list, or the lines of a Help, Stats or Keys
-	bytes  int      // of values, together
-	n      int      // what the run did: the n of ":OK n"
+	line   int       // of the client's input, counted from 1
+	values []string  // what the run found: a key's list, or the lines of a Help, Stats or Keys
+	few    [2]string // values, where it is short
+	bytes  int       // of values, together
+	n      int       // what the run did: the n of ":OK n"
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
@@ -48,8 +49,8 @@ const (
 	help
 	quit
 
-	collect      // a step of the client's walk, which Keys and Dump begin with
-	pair         // a Get, to be formatted for Dump
+	collect      // a Keys or Dump asks for a snapshot
+	pair         // a key's list in one, to be formatted for Dump
 	done         // the end of a Keys or Dump
 	lastWord     // an error that is not dropped, such as a client's last line
 	countActive  // CountActive asks
@@ -263,8 +264,12 @@ func (q *Query) run(db kvstore.KVStore) {
 	case put:
 		db.Put(q.key, q.value)
 		q.n = 1
-	case get, pair:
-		q.values = db.Get(q.key)
+	case get:
+		if viewer, ok := db.(kvstore.Viewer); ok {
+			q.values = viewer.View(q.few[:0], q.key)
+		} else {
+			q.values = db.Get(q.key)
+		}
 		if q.n = len(q.values); q.n <= fewValues {
 			q.bytes = sum(q.values)
 		} else {
@@ -280,6 +285,15 @@ func (q *Query) run(db kvstore.KVStore) {
 		q.values = helpLines
 		q.n = len(q.values)
 		q.bytes = sum(q.values)
+	}
+}
+
+// keep makes values something that may be kept for long: a short list shares memory with
+// others (kvstore.Viewer).
+func (q *Query) keep() {
+	if q.queryType == get && q.n > 0 && q.bytes <= kvstore.ViewMost {
+		q.values = kvstore.CloneAll(q.values)
+		q.few = [2]string{}
 	}
 }
 

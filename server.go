@@ -56,6 +56,7 @@ const (
 	spareFiles          = 32      // of the process's limit, for all but clients: the log, a compaction
 	maxTurnedAway       = 8       // of these, connections over maxClients that get time to hear so
 	maxHandshakes       = 1000    // TLS handshakes under way; fewer where files are few
+	maxMoments          = 4       // snapshots at a time, for Keys and Dump: each may keep in memory what all others have changed since
 	maxWatchers         = 16      // HTTP connections; one more takes the place of the oldest
 
 	seldomTime = time.Minute // between two lines of log about what may happen a thousand times a second
@@ -233,6 +234,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 			maxMessage: maxMessage,
 			limit:      defaultMaxQueues,
 			cores:      make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
+			moments:    make(chan struct{}, maxMoments),
 		},
 	}
 	s.turn <- struct{}{}
@@ -583,7 +585,9 @@ func (s *keyValueServer) run(chain, q *Query) {
 			q.values = s.stats()
 			q.n, q.bytes = len(q.values), sum(q.values)
 		case collect:
-			s.step(q.client)
+			if db, ok := s.db.(kvstore.Snapshotter); ok {
+				q.client.moment = db.Snapshot()
+			}
 		default:
 			q.run(s.db)
 		}
@@ -612,14 +616,6 @@ func (s *keyValueServer) admit(q *Query) {
 			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n, "error", err)
 		}
 	}
-}
-
-// step takes c's walk further, or ends it where it is of no use any more.
-func (s *keyValueServer) step(c *Client) {
-	if c.isClosed() || s.closing && c.walk.passed > maxCollect {
-		c.walk.end()
-	}
-	c.walk.step(s.db)
 }
 
 // memoryUsed is about how many bytes the store takes: 0 if it cannot say.
@@ -678,7 +674,6 @@ func (s *keyValueServer) leave(c *Client) {
 		s.most = 0
 		go debug.FreeOSMemory() // the collector alone would take minutes to give back what a crowd took
 	}
-	c.walk.end()
 	level, reason := slog.LevelDebug, c.reason
 	switch { // then that is why reading ended
 	case c.cut != "":

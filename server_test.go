@@ -1139,64 +1139,103 @@ func TestSortTakesTurns(t *testing.T) {
 
 // ---- everything at once
 
-// Ensure that Keys and Dump let others work between their parts, pass every key
-// that is there all the time just once, and show each list as it was at one
-// moment.
-func TestDumpWhileOthersWrite(t *testing.T) {
+// Ensure that a Dump is one exact moment, also when it is read slowly, and that others
+// write meanwhile: the moves of a coin from purse to purse are never seen half.
+func TestDumpIsOneMoment(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const stay, change = 2000, 2000
-		for i := range stay {
-			n.fill(fmt.Sprint("stay", i), "v", 1+i%3)
+		const purses, coins = 3000, 1000
+		for i := range purses {
+			n.fill(fmt.Sprint("purse", i), "begin", 1+i%20) // short lists and long ones
 		}
-		for i := range change {
-			n.fill(fmt.Sprint("change", i), "a", 1)
+		for i := range coins {
+			n.fill(fmt.Sprint("purse", i), fmt.Sprint("coin", i), 1)
 		}
 		a, b := n.dial(t), n.dial(t)
-		stop, stopped := make(chan struct{}), make(chan struct{})
-		go func() {
-			defer close(stopped)
-			b.send("Ack\n")
-			b.want(":OK 0")
-			for i := 0; ; i = (i + 1) % change {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				// two values, or none: both in one chain, so never one
-				b.send(fmt.Sprintf("Update:change%d:a:b\nPut:change%d:c\nDelete:change%d\nPut:change%d:a\n", i, i, i, i))
-				for range 4 {
-					b.read()
-				}
-			}
-		}()
-		for range 3 {
-			a.send("Ack\nDump\n")
-			lists, last := map[string]int{}, ""
-			a.want(":OK 0")
-			count := 0
-			for line := a.read(); !strings.HasPrefix(line, ":OK "); line = a.read() {
-				count++
-				key := strings.Split(line, ":")[2]
-				if key < last {
-					t.Fatalf("%q comes after %q", key, last)
-				}
-				last = key
-				lists[key]++
-			}
-			for i := range stay {
-				if key := fmt.Sprint("stay", i); lists[key] != 1+i%3 {
-					t.Fatalf("%s has %d values, want %d", key, lists[key], 1+i%3)
-				}
-			}
-			if count < stay+stay/3 {
-				t.Errorf("only %d lines", count)
+		a.ask("Ack", ":OK 0")
+		b.ask("Ack", ":OK 0")
+		a.send("Put:begun:1\nDump\n")
+		a.want(":OK 1")
+		if line := a.read(); line != ": Put:begun:1" {
+			t.Errorf("the Dump begins with %q", line)
+		}
+		synctest.Wait()
+		for i := range coins { // while it waits for its reader
+			to := fmt.Sprint("purse", (i*7)%purses)
+			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\nDelete:purse%d\n", i, i, to, i, i, purses-1-i))
+			for range 4 {
+				b.read()
 			}
 		}
-		close(stop)
-		<-stopped
+		lists, last := map[string][]string{}, ""
+		line := a.read()
+		for ; !strings.HasPrefix(line, ":OK "); line = a.read() {
+			f := strings.Split(line, ":")
+			if f[2] < last {
+				t.Fatalf("%q comes after %q", f[2], last)
+			}
+			last = f[2]
+			lists[f[2]] = append(lists[f[2]], f[3])
+		}
+		for i := range purses {
+			want := slices.Repeat([]string{"begin"}, 1+i%20)
+			if i < coins {
+				want = append(want, fmt.Sprint("coin", i))
+			}
+			if got := lists[fmt.Sprint("purse", i)]; !slices.Equal(got, want) {
+				t.Fatalf("purse%d held %q, want %q", i, got, want)
+			}
+		}
+		if len(lists) != purses {
+			t.Errorf("%d keys, want %d", len(lists), purses)
+		}
 		a.hangUp()
 		b.hangUp()
+	})
+}
+
+// Ensure that snapshots are bounded in number, that who waits for one gets it when
+// another is given up, and that whoever takes nothing of his Dump has to.
+func TestSnapshotsAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 2000 {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		var idle []*testClient
+		for range maxMoments {
+			c := n.dial(t)
+			c.send("Dump\n")
+			idle = append(idle, c)
+		}
+		pass(time.Second / 10)
+		a := n.dial(t)
+		a.send("Keys:1999\nPing\n")
+		synctest.Wait()
+		if used := len(n.server.moments); used != maxMoments {
+			t.Errorf("%d snapshots, want %d", used, maxMoments)
+		}
+		a.want(": 1999", ":OK 1", ":PONG")
+		a.hangUp()
+		for _, c := range idle {
+			c.conn.Close()
+		}
+		synctest.Wait()
+		if used := len(n.server.moments); used != 0 {
+			t.Errorf("%d snapshots are left", used)
+		}
+	})
+}
+
+// Ensure that Close ends a client that waits for a snapshot.
+func TestCloseWhileWaitingForSnapshot(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for range maxMoments {
+			n.server.moments <- struct{}{}
+		}
+		a := n.dial(t)
+		a.send("Keys\n")
+		synctest.Wait()
+		n.server.Close()
+		a.wantClosed()
 	})
 }
 
@@ -1385,8 +1424,12 @@ func TestDumpRestores(t *testing.T) {
 	})
 }
 
-// endless is a store whose keys never end.
+// endless is a store, and a snapshot, whose keys never end.
 type endless struct{ kvstore.KVStore }
+
+func (e endless) Snapshot() kvstore.Snapshot { return e }
+
+func (endless) View([]string, string) []string { return nil }
 
 func (endless) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
@@ -2137,7 +2180,19 @@ func (p *plainStore) Update(key, oldValue, newValue string) bool {
 	p.Put(key, newValue)
 	return i >= 0
 }
-func (p *plainStore) All() iter.Seq2[string, []string] { return maps.All(p.lists) }
+func (p *plainStore) Snapshot() kvstore.Snapshot {
+	now := plainSnapshot{}
+	for key, list := range p.lists {
+		now[key] = slices.Clone(list)
+	}
+	return now
+}
+
+// plainSnapshot is a copy of everything.
+type plainSnapshot map[string][]string
+
+func (p plainSnapshot) All() iter.Seq2[string, []string]           { return maps.All(p) }
+func (p plainSnapshot) View(scratch []string, key string) []string { return p[key] }
 
 func (p *plainStore) Commit() error {
 	p.commits++

@@ -198,7 +198,7 @@ func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 	}
 	whole := fileHeader{kind: kindSnapshot, id: s.id, number: highest + 1, first: next}
 	_, err = createLog(dir, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
-		return writeAll(w, s.m, anyFrame)
+		return writeAll(w, s.m.Snapshot(), nil)
 	})
 	if err != nil {
 		return r, err

@@ -16,109 +16,112 @@ type compaction struct {
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact puts a snapshot in the place of all full files, in the background,
-// when they hold more than twice what there is. It always takes the whole
-// prefix of the log: a part of it, merged without what came before, would bring
-// deleted keys back (bitcask issue 82, badger issue 2143, leveldb issue 184).
+// compact puts a snapshot in the place of all full files, in the background, when they
+// hold more than twice what there is. It is called when a file has become full, and the
+// snapshot is what Memory holds then: no file is read again, and a bit that has rotted
+// in one goes with it. It always takes the whole prefix of the log: a part of it, merged
+// without what came before, would bring deleted keys back (bitcask issue 82, badger
+// issue 2143, leveldb issue 184).
 func (d *Durable) compact() {
+	if d.isCompacting() || d.closed < d.minCompact || d.closed <= 2*d.logBytes {
+		return
+	}
+	d.compacted = make(chan compaction, 1)
+	c := compactor{dir: d.dir, through: d.number - 1, store: d.snapshot(), stop: d.stop}
+	c.header = fileHeader{kind: kindSnapshot, id: d.id, number: c.through, first: d.first}
+	go func(closed int64) {
+		bytes, err := c.run()
+		d.compacted <- compaction{bytes, closed, err}
+	}(d.closed)
+}
+
+// isWasteful tells whether the log is so much larger than what it holds that the current
+// file must not become full before it is compacted, as where nothing but Deletes come.
+func (d *Durable) isWasteful() bool {
+	return d.closed+d.size > 2*d.logBytes+d.minCompact+d.segmentSize && !d.isCompacting()
+}
+
+// isCompacting tells whether a compaction runs, or has failed a short time ago.
+func (d *Durable) isCompacting() bool {
 	select {
 	case c := <-d.compacted:
 		d.noteCompaction(c)
 	default:
 	}
-	live := d.Memory.bytes + int64(d.Memory.values)*recordExtra
-	live = max(live, d.snapshot) // which has a long key once for each of its values
-	if d.compacted != nil || d.closed < d.minCompact || d.closed <= 2*live {
-		return
-	}
-	d.compacted = make(chan compaction, 1)
-	go func(closed int64, through uint64) {
-		bytes, err := writeSnapshot(d.dir, d.id, through, d.stop)
-		d.compacted <- compaction{bytes, closed, err}
-	}(d.closed, d.number-1)
+	return d.compacted != nil || time.Now().Before(d.compactAfter)
 }
 
 // noteCompaction takes the end of a compaction into account. One that failed
-// has changed nothing; the next full file is another chance.
+// has changed nothing.
 func (d *Durable) noteCompaction(c compaction) {
 	d.compacted = nil
 	switch c.err {
 	case nil:
 		d.closed += c.bytes - c.freed
-		d.snapshot = c.bytes
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:
-		d.log.Error("cannot compact the log, it goes on growing; trying again when the next file is full", "error", c.err)
+		d.compactAfter = time.Now().Add(compactTime)
+		d.log.Error("cannot compact the log, it goes on growing; trying again", "in", compactTime, "error", c.err)
 	}
 }
 
-// writeSnapshot writes the snapshot of all files through a number, then removes
-// them. It runs beside the store and reads only files that are full.
-func writeSnapshot(dir Directory, id storeID, through uint64, stop <-chan struct{}) (size int64, err error) {
-	l, err := readLayout(dir)
+// compactor is a compaction.
+type compactor struct {
+	dir     Directory
+	header  fileHeader
+	through uint64   // the last segment that the snapshot stands for
+	store   Snapshot //  what all segments through that one make
+	stop    <-chan struct{}
+}
+
+// run writes the snapshot, and then removes the files for which it stands. It returns
+// the snapshot's size.
+func (c *compactor) run() (size int64, err error) {
+	l, err := readLayout(c.dir)
 	if err != nil {
 		return 0, err
 	}
-	goOn := func(frame) error {
-		select {
-		case <-stop:
-			return errStopped
-		default:
-			return nil
-		}
+	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header, c.writeAll)
+	if err != nil {
+		return 0, err
 	}
-	m, next := NewMemory(), uint64(1)
 	var old []string
 	if l.snapshot > 0 {
-		if next, _, err = loadSnapshot(dir, id, l.snapshot, m, goOn); err != nil {
-			return 0, err
-		}
 		old = append(old, logName(kindSnapshot, l.snapshot))
 	}
 	for _, number := range l.segments {
-		if number > through {
-			break
+		if number <= c.through {
+			old = append(old, logName(kindSegment, number))
 		}
-		end, err := loadSegment(dir, id, number, next, false, m, goOn)
-		if err != nil {
-			return 0, err
-		}
-		if !end.goesOn {
-			return 0, &DamageError{File: dir.Path(logName(kindSegment, number)), Offset: end.offset, Frame: end.next, What: "its end is missing"}
-		}
-		next = end.next
-		old = append(old, logName(kindSegment, number))
-	}
-	h := fileHeader{kind: kindSnapshot, id: id, number: through, first: next}
-	size, err = createLog(dir, logName(kindSnapshot, through), h, func(w *logWriter) error {
-		return writeAll(w, m, goOn)
-	})
-	if err != nil {
-		return 0, err
 	}
 	for _, name := range old {
-		if err := dir.Remove(name); err != nil {
+		if err := c.dir.Remove(name); err != nil {
 			return 0, err
 		}
 	}
 	return size, nil
 }
 
-// writeAll writes what m holds as a snapshot's frames, while goOn lets it.
-func writeAll(w *logWriter, m *Memory, goOn func(frame) error) error {
+// writeAll writes all there is as a snapshot's frames.
+func (c *compactor) writeAll(w *logWriter) error { return writeAll(w, c.store, c.stop) }
+
+// writeAll writes what store holds as a snapshot's frames, until stop is closed.
+func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {
 	var payload []byte
 	f := frame{sequence: 1}
 	flush := func() error {
-		if err := goOn(f); err != nil {
-			return err
+		select {
+		case <-stop:
+			return errStopped
+		default:
 		}
 		err := w.append(f, payload, 0)
 		f.sequence++
 		f.count, payload = 0, payload[:0]
 		return err
 	}
-	for key, values := range m.All() {
+	for key, values := range store.All() {
 		for _, v := range values {
 			payload = appendRecord(payload, opPut, 0, key, v)
 			if f.count++; len(payload) >= maxFrameSnapshot {

@@ -75,6 +75,7 @@ const (
 	heldTime     = time.Second // between two looks whether the directory is still ours
 	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
+	compactTime  = time.Minute // until a compaction that failed is
 
 	// Bytes of a frame beside its records, and of one that the timer may write before it.
 	frameMost = 2*frameSize + 64
@@ -97,13 +98,15 @@ type Durable struct {
 
 	number      uint64    // of the current file
 	closed      int64     // bytes in full files and the snapshot
-	snapshot    int64     // bytes of the snapshot alone
+	first       uint64    // sequence of the current file's first frame
 	pending     []byte    // records not written yet
 	count       uint32    // of them
 	begun       bool      // a frame was written since the last Commit, for pending had become large
 	size, room  int64     // of the current file, as of our last frame: bytes of frames, and of zeros behind them
 	held        time.Time // when we last looked whether the directory is ours
 	rotateAfter time.Time // no new file is tried before
+
+	compactAfter time.Time // nor is a compaction
 
 	segmentSize, minCompact int64           // the directory's Sizes
 	reserve, spare          int             // the same, and what of it only a Delete may use
@@ -377,7 +380,7 @@ func (d *Durable) Syncing() string {
 // Options.Fsync says. After an error it is unknown what since the last Commit
 // is on disk; nothing is written any more, and every Commit fails.
 func (d *Durable) Commit() error {
-	if d.count == 0 && !d.begun {
+	if d.count == 0 && !d.begun && !d.isWasteful() {
 		return d.failure()
 	}
 	d.begun = false
@@ -391,7 +394,7 @@ func (d *Durable) Commit() error {
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	full := d.size >= d.segmentSize && !now.Before(d.rotateAfter)
+	full := (d.size >= d.segmentSize || d.isWasteful()) && !now.Before(d.rotateAfter)
 	var err error
 	if d.opts.Fsync == FsyncAlways || full {
 		err = d.syncRest()
@@ -401,11 +404,13 @@ func (d *Durable) Commit() error {
 	if err != nil {
 		return err
 	}
-	if full {
+	if number := d.number; full {
 		if err := d.rotate(); err != nil {
 			return d.fail(err)
 		}
-		d.compact()
+		if d.number > number { // all that the store holds is in full files
+			d.compact()
+		}
 	}
 	d.syncLater()
 	return nil
@@ -423,7 +428,8 @@ func (d *Durable) rotate() error {
 	defer d.syncing.Store(nil)
 	next := d.dir.Path(logName(kindSegment, d.number+1))
 	d.syncing.Store(&next)
-	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 2})
+	h := fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 2}
+	w, err := d.newSegment(h)
 	if err != nil {
 		d.rotateAfter = time.Now().Add(rotateTime)
 		d.log.Warn("cannot go on in a new file, so the old one grows; trying again", "error", err)
@@ -444,7 +450,7 @@ func (d *Durable) rotate() error {
 	d.mu.Lock()
 	d.current, d.number = w, d.number+1
 	d.mu.Unlock()
-	d.size, d.room = w.size, w.room()
+	d.size, d.room, d.first = w.size, w.room(), h.first
 	return nil
 }
 

@@ -58,11 +58,42 @@ type Roomer interface {
 	Room(bytes int64, isDelete bool) error
 }
 
-// Lister is a KVStore that can walk through what it holds.
-type Lister interface {
-	// All yields every key with its list, in no particular order. The lists may
-	// be kept, as those of Get. The store may be changed between two of them: a
-	// key that is there all the time is yielded, once or more; one that comes or
-	// goes may be.
+// Viewer is a KVStore whose lists can be had without copies.
+type Viewer interface {
+	// View returns key's list, for a short time: a short one may be made in scratch, and
+	// may share a piece of memory with others, which it keeps from being given back. Who
+	// keeps one of up to ViewMost bytes for long clones it (CloneAll); a larger one keeps
+	// nothing but itself.
+	View(scratch []string, key string) []string
+}
+
+// ViewMost is how many bytes of values a list has at most that shares memory.
+const ViewMost = ownSize
+
+// Toucher is a KVStore that is faster if it is told what it will be asked.
+type Toucher interface {
+	// Touch prepares for requests of these keys. It changes nothing.
+	Touch(keys []string)
+}
+
+// Snapshotter is a KVStore that can show what it holds at one moment.
+type Snapshotter interface {
+	// Snapshot returns what the store holds now. It takes little time, and from then on
+	// memory for what the owner changes, as long as somebody has the snapshot.
+	Snapshot() Snapshot
+}
+
+// Snapshot is what a store held at one moment. Any goroutine may have one, while the
+// store's owner goes on.
+type Snapshot interface {
+	// All yields every key with its list, in no order. A list is good until the next.
 	All() iter.Seq2[string, []string]
+	// View is Viewer's.
+	View(scratch []string, key string) []string
+}
+
+// Footprinter is a KVStore that knows how much memory it takes.
+type Footprinter interface {
+	// Footprint returns that in bytes, about.
+	Footprint() int64
 }

@@ -2,9 +2,12 @@ package kvstore
 
 import (
 	"fmt"
+	"iter"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"unsafe"
@@ -68,7 +71,7 @@ func randomStep(t *testing.T, random *rand.Rand, store KVStore, m model) {
 // checkSame reports where all of store differs from m.
 func checkSame(t *testing.T, store interface {
 	Sizer
-	Lister
+	All() iter.Seq2[string, []string]
 }, m model) {
 	t.Helper()
 	if got := maps.Collect(store.All()); !maps.EqualFunc(got, m, slices.Equal[[]string]) {
@@ -187,6 +190,326 @@ func TestMemoryClones(t *testing.T) {
 			}
 		}
 	}
+}
+
+// checkInside reports what is wrong with m's index, slabs and long lists.
+func checkInside(t *testing.T, m *Memory) {
+	t.Helper()
+	seen, keys, pages := map[*page]bool{}, 0, 0
+	alive := make([]int, len(m.slabs))
+	listed := map[int]bool{}
+	for i, p := range m.dir {
+		if first := i &^ (1<<(64-m.shift-p.depth) - 1); m.dir[first] != p {
+			t.Fatalf("place %d of the directory is another page than place %d, at depth %d", i, first, p.depth)
+		}
+		if seen[p] {
+			continue
+		}
+		seen[p] = true
+		pages++
+		used := 0
+		for j, slot := range p.slots {
+			if slot == 0 {
+				continue
+			}
+			used++
+			rec := m.record(slot)
+			alive[slot&addrMask>>slabBits] += rec.size()
+			if h, at, _ := m.find(string(rec.key())); m.page(h) != p || at != j {
+				t.Fatalf("key %.40q in slot %d is found in %d", rec.key(), j, at)
+			}
+			if k := rec.number(); k > 0 && (listed[k] || len(m.lists[k/64].lists[k%64].values) == 0) {
+				t.Fatalf("key %.40q has list %d, which is empty or another's", rec.key(), k)
+			} else if k > 0 {
+				listed[k] = true
+			}
+		}
+		if keys += used; used != int(p.used) {
+			t.Fatalf("a page counts %d slots and has %d", p.used, used)
+		}
+	}
+	used, live := 0, 0
+	for k, s := range m.slabs {
+		if used, live = used+cap(s.data), live+alive[k]; s.live != alive[k] || slices.Contains(m.unused, k) != (k > 0 && s.data == nil) {
+			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, s.live, alive[k], len(s.data))
+		}
+	}
+	if keys != m.keys || pages != m.pages || used != m.used || live != m.live {
+		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys, pages, live, used, m.keys, m.pages, m.live, m.used)
+	}
+	if len(listed)+len(m.spare) != max(0, 64*len(m.lists)-1) {
+		t.Fatalf("%d lists are in use and %d are spare, of %d pages", len(listed), len(m.spare), len(m.lists))
+	}
+	if dead := m.used - m.live; dead > deadMin+m.used/deadShare+3*slabSize {
+		t.Fatalf("%d of %d bytes are dead", dead, m.used)
+	}
+}
+
+// memorySteps is how many random operations a Memory gets in TestMemoryInside; `make
+// soak` has more.
+func memorySteps(t *testing.T) (steps int) {
+	steps = 150_000
+	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
+		var err error
+		if steps, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return steps
+}
+
+// Ensure that a store of many keys, large and small lists does what the model does while
+// it grows and shrinks, that no more of it is dead than may be, and that a snapshot never
+// changes.
+func TestMemoryInside(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 3))
+	store, m := NewMemory(), model{}
+	var key string
+	value := func() string {
+		size := random.IntN(20)
+		switch random.IntN(100) {
+		case 0:
+			size = random.IntN(2 * ownSize)
+		case 1, 2, 3:
+			size = random.IntN(2 * maxShortBytes)
+		}
+		if random.IntN(10_000) == 0 {
+			size = slabSize + random.IntN(slabSize)
+		}
+		return strings.Repeat(string(rune('a'+random.IntN(3))), size)
+	}
+	type kept struct {
+		snapshot Snapshot
+		held     model
+	}
+	var snapshots []kept
+	steps := memorySteps(t)
+	for i := range steps {
+		many := 20_000
+		if i/(steps/10)%2 == 1 {
+			many = 500 // and most keys go
+		}
+		key = fmt.Sprint(random.IntN(20_000))
+		if random.IntN(50) == 0 {
+			key = strings.Repeat(key, 40)
+		}
+		switch what := random.IntN(10); {
+		case len(m) > many, what == 0:
+			if got, want := store.Delete(key), m.Delete(key); got != want {
+				t.Fatalf("Delete(%.40q) = %d, want %d", key, got, want)
+			}
+		case what < 4:
+			v := value()
+			store.Put(key, v)
+			m.Put(key, v)
+		case what < 8:
+			old, v := value(), value()
+			if list := m[key]; len(list) > 0 && random.IntN(3) > 0 {
+				old = list[random.IntN(len(list))]
+			}
+			if got, want := store.Update(key, old, v), m.Update(key, old, v); got != want {
+				t.Fatalf("Update(%.40q) = %v, want %v", key, got, want)
+			}
+		default:
+			var scratch [2]string
+			if got := store.View(scratch[:], key); !slices.Equal(got, m[key]) || int(store.Measure(key)) != sizeOf(got) {
+				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m[key])
+			}
+		}
+		if random.IntN(steps/20) == 0 {
+			held := model{}
+			for key, list := range m {
+				held[key] = slices.Clone(list)
+			}
+			if snapshots = append(snapshots, kept{store.Snapshot(), held}); len(snapshots) > 3 {
+				snapshots = snapshots[1:]
+			}
+		}
+		if i%(steps/20) == 0 {
+			checkInside(t, store)
+			checkSame(t, store, m)
+			for _, k := range snapshots {
+				checkSnapshot(t, k.snapshot, k.held)
+			}
+		}
+	}
+	for key := range m {
+		store.Delete(key)
+	}
+	checkInside(t, store)
+	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 || store.logBytes != 0 || store.long != 0 || store.longBytes != 0 || store.pages != 1 {
+		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values, bytes, store.logBytes, store.long, store.longBytes, store.pages)
+	}
+}
+
+// checkSnapshot reports where a snapshot is not as the store was.
+func checkSnapshot(t *testing.T, s Snapshot, held model) {
+	t.Helper()
+	n := 0
+	for key, list := range s.All() {
+		if n++; !slices.Equal(list, held[key]) {
+			t.Fatalf("a snapshot has %.100q under %.40q, which held %.100q", list, key, held[key])
+		}
+		if got := s.View(nil, key); !slices.Equal(got, held[key]) {
+			t.Fatalf("View(%.40q) of a snapshot is %.100q, want %.100q", key, got, held[key])
+		}
+	}
+	if n != len(held) {
+		t.Fatalf("a snapshot has %d keys, want %d", n, len(held))
+	}
+	if got := s.View(nil, "none"); got != nil {
+		t.Fatalf("a snapshot has %q under no key", got)
+	}
+}
+
+// Ensure that a snapshot can be walked while its store is changed: with the race
+// detector, that neither sees the other's memory.
+func TestSnapshotBesideChanges(t *testing.T) {
+	store := NewMemory()
+	for i := range 20_000 {
+		store.Put(fmt.Sprint(i), "v")
+		if i%10 == 0 {
+			for j := range 2 * maxShort {
+				store.Put(fmt.Sprint(i), fmt.Sprint(j))
+			}
+		}
+	}
+	s := store.Snapshot()
+	walked := make(chan int)
+	go func() {
+		sum := 0
+		for key, list := range s.All() {
+			sum += len(key) + sizeOf(list) + len(s.View(nil, key))
+		}
+		walked <- sum
+	}()
+	want := 0
+	for key, list := range maps.Collect(store.All()) {
+		want += len(key) + sizeOf(list) + len(list)
+	}
+	for i := range 20_000 {
+		key := fmt.Sprint(i)
+		store.Get(key)
+		store.Update(key, "v", "w")
+		store.Put(fmt.Sprint("new", i), "v")
+		if i%3 == 0 {
+			store.Delete(key)
+		}
+	}
+	if got := <-walked; got != want {
+		t.Errorf("the snapshot's sizes add up to %d, want %d", got, want)
+	}
+}
+
+// Ensure that what Get returns keeps no slab in memory, that what View returns keeps no
+// more than it says, and that neither is ever changed.
+func TestWhatIsHandedOut(t *testing.T) {
+	store := NewMemory()
+	inSlab := func(s string) bool {
+		at := uintptr(unsafe.Pointer(unsafe.StringData(s)))
+		for _, slab := range store.slabs {
+			start := uintptr(unsafe.Pointer(unsafe.SliceData(slab.data)))
+			if cap(slab.data) == slabSize && at >= start && at < start+uintptr(cap(slab.data)) {
+				return true
+			}
+		}
+		return false
+	}
+	for _, size := range []int{1, 100, ViewMost - 100, ViewMost, ViewMost + 1, 100_000} {
+		key := fmt.Sprint(size)
+		store.Put(key, strings.Repeat("v", size))
+		if inSlab(store.Get(key)[0]) {
+			t.Errorf("a Get of %d bytes keeps a slab", size)
+		}
+		if inSlab(store.View(nil, key)[0]) && size > ViewMost {
+			t.Errorf("a View of %d bytes keeps a slab", size)
+		}
+	}
+	for n := range 3 * maxShort {
+		store.Put("many", strings.Repeat("v", n))
+		if values := store.Get("many"); slices.ContainsFunc(values, inSlab) {
+			t.Errorf("a Get of %d values keeps a slab", n)
+		}
+		if values := store.View(nil, "many"); slices.ContainsFunc(values, inSlab) && sizeOf(values) > ViewMost {
+			t.Errorf("a View of %d values keeps a slab", n)
+		}
+	}
+}
+
+// Ensure that a Get with room for its values allocates nothing.
+func TestViewAllocatesNothing(t *testing.T) {
+	store := NewMemory()
+	store.Put("one", "v")
+	store.Put("two", "v")
+	store.Put("two", "w")
+	for i := range 100 {
+		store.Put("long", fmt.Sprint(i))
+	}
+	var scratch [2]string
+	for _, key := range []string{"none", "one", "two", "long"} {
+		if got := testing.AllocsPerRun(100, func() { store.View(scratch[:], key) }); got != 0 {
+			t.Errorf("a View of %s allocates %v times", key, got)
+		}
+	}
+}
+
+// Ensure that keys are touched without a change, however many.
+func TestTouch(t *testing.T) {
+	store := NewMemory()
+	var keys []string
+	for i := range 200_000 {
+		keys = append(keys, fmt.Sprint(i))
+		store.Put(keys[i], "value")
+	}
+	for _, n := range []int{0, 1, touchMost, touchMost + 1, 10 * touchMost} {
+		store.Touch(append(slices.Clone(keys[:n]), "none"))
+	}
+	if store.used+store.pages<<12 < touchSize {
+		t.Error("the store is too small to be touched")
+	}
+	checkInside(t, store)
+}
+
+// FuzzMemory does what the bytes of a script say to a store and to the model.
+func FuzzMemory(f *testing.F) {
+	f.Add([]byte("put a lot, \x00\x01\x02\x03, and delete it"))
+	f.Fuzz(func(t *testing.T, script []byte) {
+		store, m := NewMemory(), model{}
+		var snapshots []Snapshot
+		var held []model
+		for len(script) >= 3 {
+			what, key, size := script[0]%6, strings.Repeat("k", int(script[1])), int(script[2])
+			script = script[3:]
+			if what&1 == 1 {
+				size *= size
+			}
+			value := strings.Repeat("v", size)
+			switch what {
+			case 0, 1:
+				store.Put(key, value)
+				m.Put(key, value)
+			case 2, 3:
+				if got, want := store.Update(key, strings.Repeat("v", len(key)), value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
+					t.Fatalf("Update = %v, want %v", got, want)
+				}
+			case 4:
+				if got, want := store.Delete(key), m.Delete(key); got != want {
+					t.Fatalf("Delete = %d, want %d", got, want)
+				}
+			case 5:
+				c := model{}
+				for key, list := range m {
+					c[key] = slices.Clone(list)
+				}
+				snapshots, held = append(snapshots, store.Snapshot()), append(held, c)
+			}
+		}
+		checkSame(t, store, m)
+		checkInside(t, store)
+		for i, s := range snapshots {
+			checkSnapshot(t, s, held[i])
+		}
+	})
 }
 
 // sizes are the numbers of keys that benchmarks try: in the caches, and not.

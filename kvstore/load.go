@@ -168,10 +168,9 @@ func (d *Durable) load() error {
 	p := newProgress(d.log, d.dir, l)
 	next := uint64(1)
 	if l.snapshot > 0 {
-		if next, d.snapshot, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
+		if next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
 			return err
 		}
-		d.closed = d.snapshot
 	}
 	ends, obsolete, err := loadSegments(d.dir, d.id, l.segments, next, d.Memory, p.step)
 	if err != nil {

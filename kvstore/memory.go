@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"hash/maphash"
 	"iter"
 	"slices"
 	"strings"
@@ -10,69 +11,167 @@ import (
 // Commit has nothing to do. It is not safe for concurrent access, and starts no
 // goroutine. Make one with NewMemory.
 //
-// A list that was handed out is never changed. A Put appends beyond the end of
-// every list handed out before; an Update that would change one makes a new one.
+// Short lists lie with their keys in slabs (slab.go), which an index finds (index.go):
+// neither has pointers that the garbage collector would have to follow. Long lists are
+// slices. A list that was handed out is never changed: a Put appends beyond the end of
+// every list handed out before, an Update that would change one makes a new one, and the
+// bytes in slabs are written once.
 type Memory struct {
-	one    map[string]*[1]string // the usual key has one value: a list of one needs no slice header and no spare room
-	many   map[string]*list      // keys that had two values once; no key is in both maps
-	values int                   // in all
-	bytes  int64                 // of keys and values
+	view // what a snapshot copies
+
+	// The index.
+	epoch uint32 // snapshots so far: what is older belongs to one, and is copied before a change
+	pages int
+	keys  int
+
+	// The slabs.
+	unused []int // numbers of slabs that were dropped
+	head   int   // where records are added; 0: there is none yet
+	used   int   // bytes of all slabs
+	live   int   // bytes of all records that the index points to
+	victim int   // the slab that is being cleaned; 0: none is
+	at     int   // how far
+	cursor int   // where the next is looked for
+
+	// The long lists.
+	spare     []int // numbers of lists that are not in use
+	long      int   // values
+	longBytes int64 // of these
+
+	values   int   // in all
+	bytes    int64 // of keys and values
+	logBytes int64 // that a log of Puts takes which makes the same store, about
+
+	edit    [maxShort + 1]string // a list in hand
+	touched byte                 // by Touch
 }
 
-// list is the values of a key that has had more than one.
+// list is the values of a key that has too many for a record.
 type list struct {
 	values []string
 	bytes  int64 // of the values, so that Delete need not walk through them
 	shared bool  // values were handed out, so they stay as they are
 }
 
+// listPage is some of the long lists. Like a page of the index it is copied before a
+// change if a snapshot has it.
+type listPage struct {
+	epoch uint32
+	lists [64]list
+}
+
 // NewMemory returns an empty store.
 func NewMemory() *Memory {
-	return &Memory{one: make(map[string]*[1]string), many: make(map[string]*list)}
+	return &Memory{
+		view:  view{seed: maphash.MakeSeed(), dir: []*page{{}}, shift: 64, slabs: make([]slab, 1)},
+		pages: 1,
+	}
 }
 
 // Put appends value to key's list.
 func (m *Memory) Put(key, value string) {
-	if l := m.long(key); l != nil {
-		m.append(l, value)
-	} else if first := m.one[key]; first == nil {
-		m.setOne(key, value)
-		m.values++
-		m.bytes += int64(len(key) + len(value))
+	h, i, rec := m.find(key)
+	values := m.edit[:0]
+	if rec == nil {
+		m.bytes += int64(len(key))
+	} else if k := rec.number(); k > 0 {
+		m.count(1, key, value)
+		m.append(m.list(k), value)
+		return
 	} else {
-		delete(m.one, key)
-		l := &list{values: []string{first[0]}, bytes: int64(len(first[0]))}
-		m.many[strings.Clone(key)] = l
-		m.append(l, value)
+		values = rec.values(values)
 	}
+	m.count(1, key, value)
+	m.store(h, i, key, append(values, value))
 }
 
-// Get returns key's list.
+// count counts a value of key that comes (n is 1) or goes (-1).
+func (m *Memory) count(n int, key, value string) {
+	m.values += n
+	m.bytes += int64(n * len(value))
+	m.logBytes += int64(n * (len(key) + len(value) + recordExtra))
+}
+
+// store writes key's list anew. Slot i of h's page is the key's, or an empty one.
+func (m *Memory) store(h uint64, i int, key string, values []string) {
+	number := 0
+	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
+		number = m.newList(values)
+		values = nil
+	}
+	old := m.page(h).slots[i]
+	addr := m.write(key, values, number)
+	size := m.record(addr).size()
+	m.point(h, i, addr)
+	if old != 0 {
+		size += m.die(old)
+	}
+	m.clean(cleanRate * size)
+}
+
+// Get returns key's list. A short one is a copy, so that it keeps nothing else in memory.
 func (m *Memory) Get(key string) []string {
-	if first := m.one[key]; first != nil {
-		return first[:]
+	_, _, rec := m.find(key)
+	switch {
+	case rec == nil:
+		return nil
+	case rec.number() > 0:
+		return m.handOut(rec.number())
 	}
-	if l := m.long(key); l != nil {
-		l.shared = true
-		return slices.Clip(l.values)
+	return CloneAll(rec.values(nil))
+}
+
+// View is Get without a copy. A short list is made in scratch, and its strings may be
+// parts of a piece of memory of 256 KiB, which stays as long as one of them does: who
+// keeps such a list for long clones it (CloneAll).
+func (m *Memory) View(scratch []string, key string) []string {
+	_, _, rec := m.find(key)
+	switch {
+	case rec == nil:
+		return nil
+	case rec.number() > 0:
+		return m.handOut(rec.number())
 	}
-	return nil
+	return rec.values(scratch[:0])
+}
+
+// CloneAll returns a copy of values, in one piece of memory.
+func CloneAll(values []string) []string {
+	all := strings.Join(values, "")
+	if len(values) == 1 {
+		all = strings.Clone(all) // Join has not copied it
+	}
+	clones := make([]string, len(values))
+	for i, v := range values {
+		clones[i], all = all[:len(v)], all[len(v):]
+	}
+	return clones
 }
 
 // Delete removes key and returns how many values it had.
 func (m *Memory) Delete(key string) (removed int) {
-	var bytes int64
-	if first := m.one[key]; first != nil {
-		removed, bytes = 1, int64(len(first[0]))
-		delete(m.one, key)
-	} else if l := m.long(key); l != nil {
-		removed, bytes = len(l.values), l.bytes
-		delete(m.many, key)
-	} else {
+	h, i, rec := m.find(key)
+	if rec == nil {
 		return 0
+	}
+	bytes := int64(0)
+	if k := rec.number(); k > 0 {
+		l := m.list(k)
+		removed, bytes = len(l.values), l.bytes
+		m.long -= removed
+		m.longBytes -= bytes
+		*l = list{}
+		m.spare = append(m.spare, k)
+	} else {
+		values := rec.values(m.edit[:0])
+		removed, bytes = len(values), int64(sizeOf(values))
 	}
 	m.values -= removed
 	m.bytes -= bytes + int64(len(key))
+	m.logBytes -= bytes + int64(removed*(len(key)+recordExtra))
+	slot := m.page(h).slots[i]
+	m.unpoint(h, i)
+	m.clean(cleanRate * m.die(slot))
 	return removed
 }
 
@@ -88,98 +187,225 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 // none. It looks at the place hint before it searches: a log that says the place makes
 // long lists cheap to load.
 func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
-	if first := m.one[key]; first != nil {
-		if first[0] != oldValue {
-			m.Put(key, newValue)
-			return -1
-		}
-		m.setOne(key, newValue)
-		m.bytes += int64(len(newValue) - len(oldValue))
-		return 0
-	}
-	l := m.long(key)
-	if l == nil {
+	h, i, rec := m.find(key)
+	if rec == nil {
 		m.Put(key, newValue)
 		return -1
 	}
-	i := hint
-	if i < 0 || i >= len(l.values) || l.values[i] != oldValue {
-		i = slices.Index(l.values, oldValue)
+	if k := rec.number(); k > 0 {
+		return m.updateLong(m.list(k), key, oldValue, newValue, hint)
+	}
+	values := rec.values(m.edit[:0])
+	if place = slices.Index(values, oldValue); place >= 0 {
+		m.count(-1, key, oldValue)
+		values = slices.Delete(values, place, place+1)
+	}
+	m.count(1, key, newValue)
+	m.store(h, i, key, append(values, newValue))
+	return place
+}
+
+// updateLong is update of a long list.
+func (m *Memory) updateLong(l *list, key, oldValue, newValue string, hint int) (place int) {
+	if place = hint; place < 0 || place >= len(l.values) || l.values[place] != oldValue {
+		place = slices.Index(l.values, oldValue)
 	}
 	switch {
-	case i == 0:
+	case place == 0:
 		l.values = l.values[1:]
-	case i > 0 && l.shared:
+	case place > 0 && l.shared:
 		// A new list, with the room that append would leave beside the new value.
-		l.values = append(append(make([]string, 0, len(l.values)), l.values[:i]...), l.values[i+1:]...)
+		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...), l.values[place+1:]...)
 		l.shared = false
-	case i > 0:
-		l.values = slices.Delete(l.values, i, i+1)
+	case place > 0:
+		l.values = slices.Delete(l.values, place, place+1)
 	}
-	if i >= 0 {
-		m.values--
-		m.bytes -= int64(len(oldValue))
+	if place >= 0 {
+		m.count(-1, key, oldValue)
 		l.bytes -= int64(len(oldValue))
+		m.long--
+		m.longBytes -= int64(len(oldValue))
 	}
+	m.count(1, key, newValue)
 	m.append(l, newValue)
-	return i
+	return place
 }
 
 // Commit does nothing: memory is as durable as this store gets.
 func (m *Memory) Commit() error { return nil }
 
 // Size returns how much the store holds.
-func (m *Memory) Size() (keys, values int, bytes int64) {
-	return len(m.one) + len(m.many), m.values, m.bytes
+func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
+
+// Footprint returns how many bytes of memory the store takes, about: all that a snapshot
+// shares with it counts once.
+func (m *Memory) Footprint() int64 {
+	const pageSize, perLongValue = 4 << 10, 40 // a string's head, what append leaves free, and what malloc rounds up
+	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes + int64(m.long*perLongValue)
 }
 
 // Measure returns how many bytes key's values have together.
 func (m *Memory) Measure(key string) (bytes int64) {
-	if first := m.one[key]; first != nil {
-		return int64(len(first[0]))
+	_, _, rec := m.find(key)
+	switch {
+	case rec == nil:
+		return 0
+	case rec.number() > 0:
+		return m.lists[rec.number()/len(listPage{}.lists)].lists[rec.number()%len(listPage{}.lists)].bytes
 	}
-	if l := m.long(key); l != nil {
-		return l.bytes
-	}
-	return 0
+	return int64(sizeOf(rec.values(m.edit[:0])))
 }
 
-// All yields every key with its list.
-func (m *Memory) All() iter.Seq2[string, []string] {
-	return func(yield func(string, []string) bool) {
-		for key, first := range m.one {
-			if !yield(key, first[:]) {
-				return
+// touchMost is how many keys are touched at a time: what they need stays in the cache.
+const touchMost = 256
+
+// touchSize is how many bytes of store a processor's cache holds anyway.
+const touchSize = 4 << 20
+
+// Touch brings what a find of each of these keys needs into the processor's cache, for
+// requests that follow. One after the other each would wait for memory three times; here
+// those waits overlap, for no step of a loop needs the one before. With a small store it
+// does nothing. (Valkey 8 calls this memory access amortization.)
+func (m *Memory) Touch(keys []string) {
+	if m.used+m.pages<<12 < touchSize {
+		return
+	}
+	var hashes, slots [touchMost]uint64
+	for len(keys) > 0 {
+		n := min(len(keys), touchMost)
+		for i, key := range keys[:n] {
+			hashes[i] = maphash.String(m.seed, key)
+		}
+		for i, h := range hashes[:n] {
+			slots[i] = m.page(h).slots[home(h<<addrBits)]
+		}
+		sum := byte(0)
+		for _, slot := range slots[:n] {
+			if slot != 0 {
+				sum += m.record(slot)[0]
 			}
 		}
-		for key, l := range m.many {
-			l.shared = true
-			if !yield(key, slices.Clip(l.values)) {
-				return
-			}
+		m.touched += sum // or the compiler would see that nobody needs it
+		keys = keys[n:]
+	}
+}
+
+// list returns long list k to be changed: in a copy of its page, if a snapshot has that.
+func (m *Memory) list(k int) *list {
+	n := len(listPage{}.lists)
+	p := m.lists[k/n]
+	if p.epoch != m.epoch {
+		mine := *p
+		p = &mine
+		p.epoch = m.epoch
+		for i := range p.lists {
+			p.lists[i].shared = true
+		}
+		m.lists[k/n] = p
+	}
+	return &p.lists[k%n]
+}
+
+// handOut returns the values of long list k, which stay as they are from now on.
+func (m *Memory) handOut(k int) []string {
+	l := m.list(k)
+	l.shared = true
+	return slices.Clip(l.values)
+}
+
+// newList makes a long list and returns its number, which is never 0.
+func (m *Memory) newList(values []string) (k int) {
+	if n := len(listPage{}.lists); len(m.spare) == 0 {
+		first := n * len(m.lists)
+		m.lists = append(m.lists, &listPage{epoch: m.epoch})
+		for k := first + n - 1; k >= max(first, 1); k-- {
+			m.spare = append(m.spare, k)
 		}
 	}
-}
-
-// long returns the list of a key that has had more than one value, or nil.
-func (m *Memory) long(key string) *list {
-	if len(m.many) == 0 {
-		return nil // spare the usual store the hashing
+	k = m.spare[len(m.spare)-1]
+	m.spare = m.spare[:len(m.spare)-1]
+	l := m.list(k)
+	*l = list{}
+	for _, v := range values {
+		m.append(l, v)
 	}
-	return m.many[key]
-}
-
-// setOne makes value key's only one. Key and value share one allocation, and
-// the map takes the new key even where it has an equal one.
-func (m *Memory) setOne(key, value string) {
-	both := key + value
-	m.one[both[:len(key)]] = &[1]string{both[len(key):]}
+	return k
 }
 
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *list, value string) {
 	l.values = append(l.values, strings.Clone(value))
 	l.bytes += int64(len(value))
-	m.values++
-	m.bytes += int64(len(value))
+	m.long++
+	m.longBytes += int64(len(value))
+}
+
+// All yields every key with its list, as they are when All is called. They may be kept.
+func (m *Memory) All() iter.Seq2[string, []string] {
+	now := m.snapshot()
+	return func(yield func(string, []string) bool) {
+		for key, values := range now.All() {
+			if !yield(key, slices.Clip(slices.Clone(values))) {
+				return
+			}
+		}
+	}
+}
+
+// snapshot is what a Memory held at one moment. Any goroutine may look at it, while the
+// Memory's owner goes on.
+type snapshot struct{ view }
+
+// Snapshot takes one: a copy of the directory and of the table of slabs, which takes a
+// fraction of a millisecond for a million keys. From then on the Memory copies each page
+// of its index before it changes it for the first time; what the snapshot alone still
+// needs stays in memory as long as somebody has the snapshot.
+func (m *Memory) Snapshot() Snapshot { return m.snapshot() }
+
+func (m *Memory) snapshot() *snapshot {
+	m.epoch++
+	v := m.view
+	v.dir, v.slabs, v.lists = slices.Clone(v.dir), slices.Clone(v.slabs), slices.Clone(v.lists)
+	return &snapshot{v}
+}
+
+// View returns key's list. Like Memory's it makes a short one in scratch.
+func (s *snapshot) View(scratch []string, key string) []string {
+	_, _, rec := s.find(key)
+	if rec == nil {
+		return nil
+	}
+	return s.list(rec, scratch)
+}
+
+// list returns the list of a record.
+func (s *snapshot) list(rec record, scratch []string) []string {
+	if k := rec.number(); k > 0 {
+		n := len(listPage{}.lists)
+		return slices.Clip(s.lists[k/n].lists[k%n].values)
+	}
+	return rec.values(scratch[:0])
+}
+
+// All yields every key with its list, which is overwritten with the next one.
+func (s *snapshot) All() iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		var last *page
+		var scratch [maxShort]string
+		for _, p := range s.dir {
+			if p == last {
+				continue
+			}
+			last = p
+			for _, slot := range p.slots {
+				if slot == 0 {
+					continue
+				}
+				rec := s.record(slot)
+				if !yield(viewOf(rec.key()), s.list(rec, scratch[:])) {
+					return
+				}
+			}
+		}
+	}
 }

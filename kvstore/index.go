@@ -1,0 +1,191 @@
+package kvstore
+
+import "hash/maphash"
+
+// The index tells where a key's record is. It is extendible hashing (Fagin et al., TODS
+// 1979): a directory of pages, which the first bits of a key's hash choose among. A page
+// that becomes full is split in two, so the index grows by 4 KiB at a time and no
+// operation waits until all of it has been moved.
+//
+//	directory            page                        slab
+//	+-----+     +------------------------+     +---------------------
+//	| 00. | --> | head | slot | slot | - |     | record | record | ...
+//	| 01. | --> +------------------------+     +---------------------
+//	| 10. | \            |                              ^
+//	| 11. | --> page     +-- tag, 20 bits of the hash   |
+//	+-----+                  address, 44 bits ----------+
+//
+// Pages have no pointers: to the garbage collector a million keys are 3,600 objects.
+const (
+	tagBits   = 20
+	addrBits  = 64 - tagBits
+	addrMask  = 1<<addrBits - 1
+	pageSlots = 511 // with its head a page takes 4 KiB
+	pageFull  = 384 // slots in use at which a page is split
+	pageEmpty = 128 // slots that two pages use together at which they become one again
+)
+
+// page holds the slots of all keys whose hashes begin with the same depth bits. A slot
+// is 0, or a tag and an address. A key's search begins at the place that its tag says
+// (home), and goes on to the next empty slot.
+type page struct {
+	epoch uint32 // Memory's when the page was made: a snapshot taken since has it, too
+	used  uint16
+	depth uint8
+	slots [pageSlots]uint64
+}
+
+// home is where the search for a slot's key begins.
+func home(slot uint64) int { return int(slot >> addrBits * pageSlots >> tagBits) }
+
+// next is the slot behind i.
+func next(i int) int {
+	if i++; i < pageSlots {
+		return i
+	}
+	return 0
+}
+
+// insert adds a slot.
+func (p *page) insert(slot uint64) {
+	i := home(slot)
+	for p.slots[i] != 0 {
+		i = next(i)
+	}
+	p.slots[i] = slot
+	p.used++
+}
+
+// remove empties slot i. It closes the gap, so that no search ends there too early: a
+// slot behind moves up unless that would be before its home (Knuth, TAOCP 3, 6.4, R).
+func (p *page) remove(i int) {
+	for j := next(i); p.slots[j] != 0; j = next(j) {
+		fromHome, fromGap := j-home(p.slots[j]), j-i
+		if fromHome < 0 {
+			fromHome += pageSlots
+		}
+		if fromGap < 0 {
+			fromGap += pageSlots
+		}
+		if fromHome >= fromGap {
+			p.slots[i] = p.slots[j]
+			i = j
+		}
+	}
+	p.slots[i] = 0
+	p.used--
+}
+
+// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it:
+// pages, slabs and lists that a view has are not changed any more, but replaced.
+type view struct {
+	seed  maphash.Seed
+	dir   []*page // by the first bits of the hash; a page of lower depth is there several times
+	shift uint8   // 64 less the number of these bits
+	slabs []slab
+	lists []*listPage
+}
+
+func (v *view) page(h uint64) *page { return v.dir[h>>v.shift] }
+
+// find looks for key. i is its slot, and rec its record; nil: it is not there, and i is
+// the empty slot to take.
+func (v *view) find(key string) (h uint64, i int, rec record) {
+	h = maphash.String(v.seed, key)
+	p := v.page(h)
+	tag := h << addrBits
+	for i = home(tag); p.slots[i] != 0; i = next(i) {
+		if (p.slots[i]^tag)>>addrBits == 0 {
+			if rec := v.record(p.slots[i]); rec.hasKey(key) {
+				return h, i, rec
+			}
+		}
+	}
+	return h, i, nil
+}
+
+// own returns h's page to be changed: a copy, if a snapshot has it.
+func (m *Memory) own(h uint64) *page {
+	p := m.page(h)
+	if p.epoch != m.epoch {
+		mine := *p
+		mine.epoch = m.epoch
+		p = &mine
+		m.enter(h, p)
+	}
+	return p
+}
+
+// enter puts p in all places of the directory that are h's at p's depth.
+func (m *Memory) enter(h uint64, p *page) {
+	n := uint64(1) << (64 - m.shift - p.depth)
+	first := h >> m.shift &^ (n - 1)
+	for i := range n {
+		m.dir[first+i] = p
+	}
+}
+
+// point makes slot i of h's page, where find was, point to addr.
+func (m *Memory) point(h uint64, i int, addr uint64) {
+	p := m.own(h)
+	if p.slots[i] == 0 {
+		p.used++
+		m.keys++
+	}
+	p.slots[i] = h<<addrBits | addr
+	if p.used >= pageFull {
+		m.split(h)
+	}
+}
+
+// split puts two pages in the place of h's. Its keys are read and hashed anew, for a
+// slot does not have the bit that tells where it goes.
+func (m *Memory) split(h uint64) {
+	old := m.page(h)
+	if 64-m.shift == old.depth {
+		dir := make([]*page, 2*len(m.dir))
+		for i, p := range m.dir {
+			dir[2*i], dir[2*i+1] = p, p
+		}
+		m.dir, m.shift = dir, m.shift-1
+	}
+	bit := uint64(1) << (63 - old.depth)
+	low, high := &page{epoch: m.epoch, depth: old.depth + 1}, &page{epoch: m.epoch, depth: old.depth + 1}
+	for _, slot := range old.slots {
+		switch {
+		case slot == 0:
+		case maphash.Bytes(m.seed, m.record(slot).key())&bit == 0:
+			low.insert(slot)
+		default:
+			high.insert(slot)
+		}
+	}
+	m.enter(h&^bit, low)
+	m.enter(h|bit, high)
+	m.pages++
+}
+
+// unpoint empties slot i of h's page, and makes the page one with its other half where
+// both are nearly empty.
+func (m *Memory) unpoint(h uint64, i int) {
+	p := m.own(h)
+	p.remove(i)
+	m.keys--
+	if p.depth == 0 || p.used > pageEmpty {
+		return
+	}
+	other := m.page(h ^ 1<<(64-p.depth))
+	if other.depth != p.depth || p.used+other.used > pageEmpty {
+		return
+	}
+	both := &page{epoch: m.epoch, depth: p.depth - 1}
+	for _, half := range []*page{p, other} {
+		for _, slot := range half.slots {
+			if slot != 0 {
+				both.insert(slot)
+			}
+		}
+	}
+	m.enter(h, both)
+	m.pages--
+}
