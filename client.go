@@ -667,6 +667,7 @@ type outboxes struct {
 	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number
 	queued     atomic.Int64 // bytes that they take
 	dropped    atomic.Int64 // replies that slow readers lost
+	heap       atomic.Int64 // bytes that were alive when the collector last looked; 0: it has not
 
 	// One slot for each core but one. Who formats or sorts much takes a slot, so the
 	// last core stays free for short requests.
@@ -707,6 +708,7 @@ type outbox struct {
 	working      bool   // it has a slot of cores
 	listing      bool   // a Keys or Dump is being answered
 	left         int    // bytes, at most, that the message in hand and those after it will take
+	next         *Query // the first whose reply is not formatted, while there is one
 	reserved     int64  // bytes of the reply in hand that are counted in queued, and not queued yet
 	dropped      int    // replies since the last PONG
 	droppedTotal int    // replies in all
@@ -729,9 +731,6 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query) {
-	for q := chain; q != nil; q = q.next {
-		q.keep()
-	}
 	held := listBytes(chain)
 	c.queued.Add(held)
 	c.replyAll(chain)
@@ -782,6 +781,7 @@ func (o *outbox) reply(chain *Query, left int) {
 		if q.size == 0 {
 			continue
 		}
+		o.next = q
 		if msg != nil && (!shared || len(msg)+q.size > o.maxMessage) {
 			o.queue(msg)
 			msg = nil
@@ -814,9 +814,18 @@ func (o *outbox) reply(chain *Query, left int) {
 			o.dropped = 0
 		}
 	}
+	o.next = nil
 	if msg != nil {
 		o.queue(msg)
 	}
+}
+
+// keep has the requests whose replies wait keep nothing but their lists in memory.
+func (o *outbox) keep() {
+	for q := o.next; q != nil; q = q.next {
+		q.keep()
+	}
+	o.next = nil
 }
 
 // format appends q's reply to msg. It queues what is full, and returns the message
@@ -938,6 +947,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		}
 		working := o.working
 		o.rest()
+		o.keep()
 		o.slow = !<-o.progress
 		if working {
 			o.work()

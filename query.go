@@ -291,7 +291,7 @@ func (q *Query) run(db kvstore.KVStore) {
 // keep makes values something that may be kept for long: a short list shares memory with
 // others (kvstore.Viewer).
 func (q *Query) keep() {
-	if q.queryType == get && q.n > 0 && q.bytes <= kvstore.ViewMost {
+	if q.queryType == get && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.values = kvstore.CloneAll(q.values)
 		q.few = [2]string{}
 	}
@@ -330,7 +330,7 @@ func (q *Query) memory() int64 {
 	if q.queryType == update {
 		added = q.newValue
 	}
-	return int64(len(q.key)+len(added)) + memoryPerKey + memoryPerValue
+	return int64(len(q.key)+len(added)) + memoryPerPair
 }
 
 // head stands before q's key in each line. The server's own lines have no key.

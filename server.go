@@ -61,9 +61,12 @@ const (
 
 	seldomTime = time.Minute // between two lines of log about what may happen a thousand times a second
 
-	// What the store takes beside the bytes of keys and values: map, string
-	// headers and spare room, measured with a million keys of one value.
-	memoryPerKey, memoryPerValue = 64, 32
+	memoryPerClient = 17 << 10 // bytes that a quiet client takes
+	memoryPerPair   = 64       // bytes that a write takes in the store beside its key and value, at most
+
+	// Bytes by which the data must have shrunk until the process gives back memory at
+	// once, where that is a quarter of it.
+	giveBackMin = 16 << 20
 
 	closeTime = time.Second // for a client to take its last replies once Close was called
 
@@ -87,7 +90,8 @@ type keyValueServer struct {
 	listener     net.Listener
 	maxLine      int // bytes of a request line, its end not counted
 	maxClients   int
-	maxMemory    int64         // bytes as memoryUsed counts them; 0: no limit
+	maxMemory    int64         // bytes that the process may take (-max-memory); 0: no limit
+	reserve      int64         // of these, not for what memoryUsed counts
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: plain TCP
 	version      string
@@ -127,19 +131,23 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients  []*Client
 	db       kvstore.KVStore
-	room     kvstore.Roomer // db, if it can run out of room; else nil
-	batch    []*Query       // chains that have run and wait for Commit
-	begun    []begun        // chains whose turn ended before they did
+	room     kvstore.Roomer  // db, if it can run out of room; else nil
+	toucher  kvstore.Toucher // db, if it wants to know the keys of a chain before it runs; else nil
+	touched  []string        // these, while they are told
+	batch    []*Query        // chains that have run and wait for Commit
+	begun    []begun         // chains whose turn ended before they did
 	clock    turn
 	turned   int    // connections that are being turned away
 	full     seldom // turning clients away
 	unshaken seldom // handshakes that failed
 	noRoom   seldom // writes refused because the disk is full
-	broken   bool   // Commit failed: nothing runs any more
-	closing  bool   // closeSignal was seen
-	welcomed int    // clients so far
-	left     int    // of these, gone
-	most     int    // clients at once, since there was none
+	noMemory seldom // and because the memory is
+	memory   memory
+	broken   bool // Commit failed: nothing runs any more
+	closing  bool // closeSignal was seen
+	welcomed int  // clients so far
+	left     int  // of these, gone
+	most     int  // clients at once, since there was none
 	requests [queryTypes]int
 }
 
@@ -267,6 +275,7 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 	}
 	s.running, s.listener, s.started = true, listener, time.Now()
 	s.room, _ = s.db.(kvstore.Roomer)
+	s.toucher, _ = s.db.(kvstore.Toucher)
 	go s.acceptClient()
 	go s.workLoop()
 	return nil
@@ -551,7 +560,29 @@ func (s *keyValueServer) begin(chain *Query) {
 		c.alive++
 		go c.writeToClient()
 	}
+	s.touch(chain)
 	s.run(chain, chain)
+}
+
+// touchLeast is how many requests a chain has at least for whose keys the store prepares.
+const touchLeast = 8
+
+// touch tells the store which keys chain will need, if it wants to know.
+func (s *keyValueServer) touch(chain *Query) {
+	if s.toucher == nil {
+		return
+	}
+	s.touched = s.touched[:0]
+	for q := chain; q != nil; q = q.next {
+		switch q.queryType {
+		case get, put, del, update:
+			s.touched = append(s.touched, q.key)
+		}
+	}
+	if len(s.touched) >= touchLeast {
+		s.toucher.Touch(s.touched)
+	}
+	clear(s.touched)
 }
 
 // goOn gives a chain that has begun, and waited longest, another turn. What came
@@ -603,8 +634,11 @@ func (s *keyValueServer) run(chain, q *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
-	if s.maxMemory > 0 && q.queryType != del && s.memoryUsed()+q.memory() > s.maxMemory {
+	if s.maxMemory > 0 && q.queryType != del && s.memoryUsed()+q.memory() > s.maxMemory-s.reserve {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		if n := s.noMemory.happened(); n > 0 {
+			s.log.Error("writes are refused: the memory is full; Delete something, or raise -max-memory", "limit", s.maxMemory, "since_last_line", n)
+		}
 		return
 	}
 	if s.room == nil {
@@ -618,14 +652,39 @@ func (s *keyValueServer) admit(q *Query) {
 	}
 }
 
-// memoryUsed is about how many bytes the store takes: 0 if it cannot say.
+// memory is what workLoop knows of the memory that the process takes.
+type memory struct {
+	heap  int64 // the latest from outboxes.heap
+	other int64 // of that, what was neither the store's nor queued: snapshots, requests under way
+	most  int64 // bytes of the store, since memory was last given back
+}
+
+// memoryUsed is about how many bytes the process needs: what the store takes and what is
+// queued, now, and what the last collection found beside them.
 func (s *keyValueServer) memoryUsed() int64 {
-	db, ok := s.db.(kvstore.Sizer)
-	if !ok {
-		return 0
+	used := s.footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
+	if heap := s.heap.Load(); heap != s.memory.heap {
+		s.memory.heap, s.memory.other = heap, max(0, heap-used)
 	}
-	keys, values, bytes := db.Size()
-	return bytes + int64(keys)*memoryPerKey + int64(values)*memoryPerValue
+	return used + s.memory.other
+}
+
+// footprint is how many bytes of memory the store takes: 0 if it cannot say.
+func (s *keyValueServer) footprint() int64 {
+	if db, ok := s.db.(kvstore.Footprinter); ok {
+		return db.Footprint()
+	}
+	return 0
+}
+
+// giveBack gives memory back to the system when the data has shrunk by a quarter:
+// the collector alone, with nothing new to be kept, would wait for minutes.
+func (s *keyValueServer) giveBack() {
+	now := s.footprint()
+	if s.memory.most = max(s.memory.most, now); now < s.memory.most/4*3 && s.memory.most-now > giveBackMin {
+		s.memory.most = now
+		go debug.FreeOSMemory()
+	}
 }
 
 // commit makes what the batch did durable, then answers. After a failure nobody may
@@ -652,6 +711,7 @@ func (s *keyValueServer) commit() {
 		s.batch[i] = nil
 	}
 	s.batch = s.batch[:0]
+	s.giveBack()
 }
 
 // leave takes note that one of c's goroutines has ended, and with the last of
@@ -723,9 +783,19 @@ func (s *keyValueServer) stats() []string {
 			fmt.Sprint("keys ", keys),
 			fmt.Sprint("values ", values),
 			fmt.Sprint("data_bytes ", bytes),
-			fmt.Sprint("memory_bytes ", s.memoryUsed()))
+			fmt.Sprint("memory_bytes ", s.memoryUsed()),
+			fmt.Sprint("memory_limit_bytes ", s.maxMemory),
+			fmt.Sprint("process_bytes ", processBytes()))
 	}
 	return lines
+}
+
+// processBytes is how many bytes of memory the system has given the process, but for its
+// program.
+func processBytes() uint64 {
+	samples := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(samples)
+	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
 
 // total returns how many requests were run or refused.

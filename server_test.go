@@ -37,6 +37,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 	"weak"
 
 	"kvserver/kvstore"
@@ -320,17 +321,24 @@ func TestStats(t *testing.T) {
 		a := n.dial(t)
 		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\nPing\nStats\nAck\nStats\n")
 		a.want("key:value", "key:v2", `:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		synctest.Wait()
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes 138",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes " + fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
-		a.want(append(lines, ":OK "+strconv.Itoa(len(lines)))...)
+		wantAll := func() {
+			a.want(lines...)
+			if line := a.read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
+				t.Errorf("got %q", line)
+			}
+			a.want(":OK " + strconv.Itoa(len(lines)+1))
+		}
+		wantAll()
 		a.want(":OK 0")
 		lines[8], lines[10] = ": ack_requests_total 1", ": stats_requests_total 2"
-		a.want(lines...)
-		a.want(":OK " + strconv.Itoa(len(lines)))
+		wantAll()
 		a.hangUp()
 	})
 }
@@ -1139,6 +1147,45 @@ func TestSortTakesTurns(t *testing.T) {
 
 // ---- everything at once
 
+// Ensure that a chain that waits for its slow reader keeps no memory of the store but its
+// lists.
+func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := kvstore.NewMemory()
+		db.Put("k", strings.Repeat("v", 100))
+		c := newClient(1, newFakeConn(nil, nil), New(db))
+		c.buffer = make(chan []byte, maxBufferSize)
+		for range maxShared {
+			c.buffer <- nil
+		}
+		c.in.buf = make([]byte, burstSize)
+		chain, _ := c.parse(c.in.take(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
+		shared := func(q *Query) bool {
+			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
+		}
+		for q := chain; q != nil; q = q.next {
+			if q.run(db); !shared(q) {
+				t.Error("a list is copied before that is needed")
+			}
+		}
+		c.answer(chain)
+		synctest.Wait()
+		for q := chain; q != nil; q = q.next {
+			if shared(q) || q.few[0] != "" {
+				t.Error("a list that waits shares the store's memory")
+			}
+		}
+		for range maxShared {
+			<-c.buffer
+		}
+		c.tellRoom()
+		<-c.done
+		if got := string(<-c.buffer); got != strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3) {
+			t.Errorf("got %q", got)
+		}
+	})
+}
+
 // Ensure that a Dump is one exact moment, also when it is read slowly, and that others
 // write meanwhile: the moves of a coin from purse to purse are never seen half.
 func TestDumpIsOneMoment(t *testing.T) {
@@ -1444,7 +1491,8 @@ func TestCloseDuringKeys(t *testing.T) {
 		n.server.db = endless{kvstore.NewMemory()}
 		a := n.dial(t)
 		a.send("Keys\n")
-		for n.server.CountActive() == 0 { // until it walks
+		for len(n.server.moments) == 0 { // until it walks
+			runtime.Gosched()
 		}
 		go n.server.Close()
 		if got := a.readAll(); got != "" {
@@ -1604,26 +1652,54 @@ func TestMaxClients(t *testing.T) {
 // else goes on, and that Delete makes room.
 func TestMaxMemory(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const pair = 2 + memoryPerKey + memoryPerValue // of a key and a value of one byte
-		n.server.maxMemory = 3*pair + memoryPerValue
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		long := strings.Repeat("v", 10*kilo) // that has memory of its own
 		a := n.dial(t)
-		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", n.server.maxMemory)
-		a.send("Put:a:1\nPut:b:1\nPut:c:1\nPut:d:1\nPut:d:22\nGet:c\nGet:d\n")
-		a.want(":ERROR line 4: "+full, ":ERROR line 5: "+full, "c:1")
-		a.ask("Update:d:1:2", ":ERROR line 8: "+full)
 		a.ask("Ack", ":OK 0")
-		a.ask("Put:d:1", ":ERROR line 10: "+full)
-		a.ask("Delete:a", ":OK 1")
-		a.ask("Put:d:1", ":OK 1")
-		a.ask("Get:d", "d:1", ":OK 1")
-		a.ask("Delete:b", ":OK 1")
-		a.ask("Put:long:"+strings.Repeat("v", pair), ":ERROR line 15: "+full)
-		a.ask("Delete:c", ":OK 1")
-		a.ask("Delete:d", ":OK 1")
-		a.ask("Put:long:"+strings.Repeat("v", pair), ":OK 1")
-		a.ask("Update:long:"+strings.Repeat("v", pair)+":1", ":OK 1") // a long value may go
+		a.ask("Put:short:1", ":OK 1")
+		n.server.maxMemory = int64(a.stat("memory_bytes")) + 35*kilo
+		n.server.reserve = kilo
+		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", n.server.maxMemory)
+		for i := range 3 {
+			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
+		}
+		a.send("Put:3:" + long + "\nUpdate:short:1:" + long + "\n")
+		for range 2 {
+			if line := a.read(); !strings.HasSuffix(line, full) {
+				t.Errorf("got %q, want %q", line, full)
+			}
+		}
+		a.ask("Get:short", "short:1", ":OK 1")
+		a.ask("Delete:1", ":OK 1")
+		a.ask("Put:3:"+long, ":OK 1")
+		if a.stat("memory_limit_bytes") != int(n.server.maxMemory) || a.stat("process_bytes") == 0 {
+			t.Error("Stats does not tell the limit, and what the process takes")
+		}
 		a.hangUp()
+		if got := strings.Count(log.String(), "the memory is full"); got != 1 {
+			t.Errorf("the log says so %d times:\n%s", got, &log)
+		}
 	})
+}
+
+// Ensure that what the last collection found alive, and is no data, counts: a snapshot
+// keeps what has been changed since.
+func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	before := s.memoryUsed()
+	s.heap.Store(before + 10*kilo)
+	if got := s.memoryUsed(); got != before+10*kilo {
+		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
+	}
+	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and its record
+	if got := s.memoryUsed(); got < before+15*kilo || got > before+16*kilo {
+		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
+	}
+	s.heap.Store(1)
+	if got := s.memoryUsed(); got < before || got > before+6*kilo {
+		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
+	}
 }
 
 // Ensure that a line's time does not begin before it, with one that is skipped.
@@ -3817,7 +3893,7 @@ func (w *world) live() {
 	s.maxClients = pick(r, 5, 100, 100)
 	s.outboxes.limit = int64(pick(r, 100*kilo, 1<<30, 1<<30))
 	if chance(r, 8) {
-		s.maxMemory = int64(50 * kilo)
+		s.maxMemory = int64(400 * kilo)
 	}
 	s.writeTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
 	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}), failures: pick(r, 0, 0, 5)}

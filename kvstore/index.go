@@ -22,7 +22,7 @@ const (
 	addrMask  = 1<<addrBits - 1
 	pageSlots = 511 // with its head a page takes 4 KiB
 	pageFull  = 384 // slots in use at which a page is split
-	pageEmpty = 128 // slots that two pages use together at which they become one again
+	pageEmpty = 192 // slots that two pages use together at which they become one again
 )
 
 // page holds the slots of all keys whose hashes begin with the same depth bits. A slot
