@@ -3841,6 +3841,21 @@ func (p *process) kill(power bool, when string) {
 	}
 }
 
+// slack is how long the disk and the process itself have stood still, or may.
+func (p *process) slack() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stalled + p.plan.stall
+}
+
+// isDisturbed tells whether the process cannot keep promises that need a sound disk, or
+// its life.
+func (p *process) isDisturbed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failed || p.after != nil
+}
+
 // isVain tells whether what is answered now, by bytes that were on their way when the
 // machine failed, may be lost.
 func (p *process) isVain() bool {
@@ -3958,7 +3973,7 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 		case <-p.killed:
 		case err := <-s.Failed():
 			p.tell("the store has failed: %v", err)
-			if !p.failed && !isClosed(p.killed) {
+			if !p.isDisturbed() {
 				p.fail("and nothing had happened to it: %v", err)
 			}
 		}
@@ -3972,12 +3987,15 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	p.quiet = quiet && p.fsync != kvstore.FsyncNever
 	closes := time.Now()
 	s.Close()
-	if took := time.Since(closes); took > closeTime+drainTime+time.Second/2+p.stalled+p.plan.stall {
+	if took := time.Since(closes); took > closeTime+drainTime+time.Second/2+p.slack() {
 		p.fail("Close takes %v", took)
 	}
 	err := db.Close()
 	close(p.gone)
-	if isClosed(p.killed) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.plan = simPlan{} // it may copy itself still
+	if p.after != nil {
 		p.world.dir = p.after
 		return
 	}
@@ -4121,10 +4139,7 @@ func (p *process) operate() {
 			p.backup()
 		case 2:
 			report, err := kvstore.CheckIn(p.dir)
-			p.mu.Lock()
-			disturbed := p.failed || p.after != nil
-			p.mu.Unlock()
-			if !disturbed && (err != nil || report.Damaged) {
+			if !p.isDisturbed() && (err != nil || report.Damaged) {
 				p.fail("a check beside the server: %v, %v", report.Lines, err)
 			}
 		case 3:
@@ -4185,11 +4200,8 @@ func (p *process) backup() {
 	w.mu.Unlock()
 	to := disktest.New()
 	_, err := kvstore.BackupIn(p.dir, to, nil)
-	p.mu.Lock()
-	disturbed := p.failed || p.after != nil
-	p.mu.Unlock()
 	if err != nil {
-		if !disturbed {
+		if !p.isDisturbed() {
 			p.fail("a backup beside the server: %v", err)
 		}
 		return
@@ -4267,6 +4279,7 @@ type visitor struct {
 	conn   halfConn
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
+	junk   int  // lines that it may send after a Quit: none where they would take over a second
 }
 
 // id returns a number that nobody else has.
@@ -4327,6 +4340,9 @@ func (v *visitor) dial() bool {
 	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)), piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
 	if out.piece > 3 {
 		out.late = pick(r, 0, time.Millisecond, 30*time.Millisecond)
+	}
+	if out.late == 0 || out.piece >= 16*kilo {
+		v.junk = r.IntN(20_000)
 	}
 	if !v.calm {
 		out.stall = pick(r, 0, between(r, 0, 10*time.Second))
@@ -4628,7 +4644,7 @@ func (v *visitor) pipeline() {
 	text.WriteString("Put:" + key + ":" + mark + "\n")
 	asks := chance(r, 2)
 	if asks {
-		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", r.IntN(5000)))
+		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
 	}
 	manner := pick(r, "greedily", "steadily", "after a rest", "never")
 	go func() {
@@ -4659,10 +4675,7 @@ func (v *visitor) checkMark(key, mark string) {
 	}
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
-	v.process.mu.Lock()
-	disturbed := v.failed || v.after != nil
-	v.process.mu.Unlock()
-	if s := v.net.server; err == nil && !disturbed && s.maxMemory == 0 && v.dir.Room == 0 && !slices.Contains(lines, key+":"+mark) {
+	if s := v.net.server; err == nil && !v.isDisturbed() && s.maxMemory == 0 && v.dir.Room == 0 && !slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id, len(lines), last)
 	}
 }
@@ -4709,6 +4722,9 @@ func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool
 	defer v.process.mu.Unlock()
 	cut := v.net.server.writeTimeout > 0 && !steady && got.err != nil
 	disturbed := v.failed || isClosed(v.net.server.closeSignal) || cut && v.net.server.writeTimeout < time.Minute
+	if v.calm && !disturbed && v.after == nil && got.err != io.EOF {
+		v.fail("%s: its connection ends in %v", v.id, got.err)
+	}
 	refusable := 0 // what the client wrote last may have been refused
 	if v.net.server.maxMemory > 0 || v.dir.Room > 0 {
 		refusable = 1
@@ -4766,10 +4782,7 @@ func (v *visitor) ping() {
 		if _, last, err := v.reply(); err != nil || last != fmt.Sprint(":PONG ", i) {
 			return
 		}
-		v.process.mu.Lock()
-		most := time.Second/2 + v.stalled + v.plan.stall
-		v.process.mu.Unlock()
-		if took := time.Since(asked); took > most {
+		if took, most := time.Since(asked), time.Second/2+v.slack(); took > most {
 			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
 		}
 		<-time.After(between(v.random, 0, 300*time.Millisecond))
@@ -4834,7 +4847,7 @@ func (v *visitor) garbage() {
 			if _, err := io.WriteString(v.conn, "x"); err != nil {
 				return
 			}
-			if took := time.Since(began); took > lineTime+10*time.Second+v.stalled {
+			if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
 				v.fail("%s dribbles a line for %v", v.id, took)
 				return
 			}
