@@ -4406,7 +4406,7 @@ func (w *world) tick() int64 {
 
 // value makes a value that nobody has sent before.
 func (v *visitor) value(i int) string {
-	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", pick(v.random, 0, 0, 10, 300))
+	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", pick(v.random, 0, 0, 10, 300, 1500))
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	v.sent[text] = true
