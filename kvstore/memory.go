@@ -5,6 +5,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"weak"
 )
 
 // Memory is a KVStore in memory alone: a process that ends takes it along, and
@@ -20,9 +21,10 @@ type Memory struct {
 	view // what a snapshot copies
 
 	// The index.
-	epoch uint32 // snapshots so far: what is older belongs to one, and is copied before a change
-	pages int
-	keys  int
+	epoch  uint32                 // snapshots so far: what is older belongs to one, and is copied before a change
+	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
+	pages  int
+	keys   int
 
 	// The slabs.
 	unused []int // numbers of slabs that were dropped
@@ -325,7 +327,6 @@ func (m *Memory) newList(values []string) (k int) {
 	k = m.spare[len(m.spare)-1]
 	m.spare = m.spare[:len(m.spare)-1]
 	l := m.list(k)
-	*l = list{}
 	for _, v := range values {
 		m.append(l, v)
 	}
@@ -366,7 +367,9 @@ func (m *Memory) snapshot() *snapshot {
 	m.epoch++
 	v := m.view
 	v.dir, v.slabs, v.lists = slices.Clone(v.dir), slices.Clone(v.slabs), slices.Clone(v.lists)
-	return &snapshot{v}
+	s := &snapshot{v}
+	m.latest = weak.Make(s)
+	return s
 }
 
 // View returns key's list. Like Memory's it makes a short one in scratch.

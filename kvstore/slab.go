@@ -30,6 +30,7 @@ const (
 	deadMin   = 2 << 20
 	deadShare = 4
 	cleanRate = deadShare
+	deadShown = 2 // deadShare while there is a snapshot, for what it has is not given back by cleaning
 
 	cleanWindow = 1024 // slabs among which the one with most dead bytes is looked for
 )
@@ -200,7 +201,8 @@ func (m *Memory) die(slot uint64) (size int) {
 // clean walks past so many bytes of the slab that has most dead ones, and moves what
 // lives there, if more is dead in all than may be.
 func (m *Memory) clean(bytes int) {
-	if m.victim == 0 && m.used-m.live > deadMin+m.used/deadShare {
+	if dead := m.used - m.live - deadMin; m.victim == 0 && dead > m.used/deadShare &&
+		(dead > m.used/deadShown || m.latest.Value() == nil) {
 		m.choose()
 	}
 	for victim := m.victim; bytes > 0 && victim > 0 && victim == m.victim; {
