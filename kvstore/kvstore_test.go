@@ -254,7 +254,7 @@ func checkInside(t *testing.T, m *Memory) {
 // memorySteps is how many random operations a Memory gets in TestMemoryInside; `make
 // soak` has more.
 func memorySteps(t *testing.T) (steps int) {
-	steps = 150_000
+	steps = 300_000
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
 		var err error
 		if steps, err = strconv.Atoi(text); err != nil {
@@ -291,11 +291,11 @@ func TestMemoryInside(t *testing.T) {
 	var snapshots []kept
 	steps := memorySteps(t)
 	for i := range steps {
-		many := 20_000
+		many := 50_000
 		if i/(steps/10)%2 == 1 {
 			many = 500 // and most keys go
 		}
-		key = fmt.Sprint(random.IntN(20_000))
+		key = fmt.Sprint(random.IntN(50_000))
 		if random.IntN(50) == 0 {
 			key = strings.Repeat(key, 40)
 		}
