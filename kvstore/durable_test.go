@@ -1839,6 +1839,73 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that the disk holds no more than twice the live data and what two files may have,
+// whatever comes: nothing but Deletes, a huge key, a store that falls quiet while it is
+// compacted, and one whose compaction has failed.
+func TestDiskUseIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := disktest.New()
+		d, err := openSmall(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(what string) {
+			t.Helper()
+			disk := int64(0)
+			for _, f := range dir.Names {
+				disk += int64(len(f.Data))
+			}
+			if most := 2*d.logBytes + d.minCompact + d.segmentSize + 2000; disk > most { // and zeros, and what has just come
+				t.Fatalf("%s: %d bytes on disk, want at most %d for %d of data", what, disk, most, d.logBytes)
+			}
+		}
+		commit := func(what string) {
+			t.Helper()
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.settle()
+			check(what)
+		}
+		for i := range 500 {
+			d.Put(fmt.Sprint(i), strings.Repeat("v", 100))
+			commit("Puts")
+		}
+		for i := range 500 {
+			d.Delete(fmt.Sprint(i))
+			commit("Deletes")
+		}
+		huge := strings.Repeat("k", 1000)
+		for i := range 100 {
+			d.Put(huge, fmt.Sprint(i))
+			commit("a huge key")
+		}
+		d.Delete(huge)
+		if err := d.Commit(); err != nil { // and perhaps it is compacted now, but is asked nothing more than
+			t.Fatal(err)
+		}
+		d.settle()
+		commit("a store that is only read")
+		dir.Mu.Lock()
+		dir.FailAt, dir.Failure, dir.Forever = dir.Calls+1, syscall.EMFILE, true
+		dir.Mu.Unlock()
+		for i := range 100 {
+			d.Put("a", strings.Repeat("v", 100))
+			d.Delete("a")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("Commit %d without descriptors: %v", i, err)
+			}
+		}
+		d.settle()
+		dir.Mu.Lock()
+		dir.FailAt = 0
+		dir.Mu.Unlock()
+		<-time.After(compactTime)
+		commit("after a failure")
+		d.Close()
+	})
+}
+
 // Ensure that a real directory is kept as a fake one, private, and for one
 // process at a time.
 func TestRealDirectory(t *testing.T) {
