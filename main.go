@@ -422,8 +422,9 @@ func logFailure(log *slog.Logger, c config, err error) {
 	log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
 }
 
-// Bytes of -max-memory that are not for data: the program, its stacks, and garbage.
-const reserveMin, reserveShare = 24 << 20, 10
+// Bytes of -max-memory that are not for data: the program, its stacks, garbage, and what
+// a Dump or a compaction keeps beside the data.
+const reserveMin, reserveShare = 24 << 20, 5
 
 // limit gives s the limits that c asks for, as far as the process may go.
 func limit(s *keyValueServer, c config) {

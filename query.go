@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -331,6 +332,11 @@ func (q *Query) memory() int64 {
 		added = q.newValue
 	}
 	return int64(len(q.key)+len(added)) + memoryPerPair
+}
+
+// makesLess tells whether a write leaves db no larger than it is.
+func (q *Query) makesLess(db kvstore.KVStore) bool {
+	return q.queryType == update && len(q.newValue) <= len(q.value) && slices.Contains(db.Get(q.key), q.value)
 }
 
 // head stands before q's key in each line. The server's own lines have no key.

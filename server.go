@@ -634,7 +634,7 @@ func (s *keyValueServer) run(chain, q *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
-	if s.maxMemory > 0 && q.queryType != del && s.memoryUsed()+q.memory() > s.maxMemory-s.reserve {
+	if s.maxMemory > 0 && q.queryType != del && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise -max-memory", "limit", s.maxMemory, "since_last_line", n)
@@ -650,6 +650,13 @@ func (s *keyValueServer) admit(q *Query) {
 			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n, "error", err)
 		}
 	}
+}
+
+// isFull tells whether there is no memory for q. One that leaves the store no larger may
+// use half of the reserve: beside a snapshot it takes memory, too.
+func (s *keyValueServer) isFull(q *Query) bool {
+	used, most := s.memoryUsed(), s.maxMemory-s.reserve
+	return used+q.memory() > most && (used > most+s.reserve/2 || !q.makesLess(s.db))
 }
 
 // memory is what workLoop knows of the memory that the process takes.

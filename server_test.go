@@ -1671,6 +1671,7 @@ func TestMaxMemory(t *testing.T) {
 			}
 		}
 		a.ask("Get:short", "short:1", ":OK 1")
+		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
 		a.ask("Delete:1", ":OK 1")
 		a.ask("Put:3:"+long, ":OK 1")
 		if a.stat("memory_limit_bytes") != int(n.server.maxMemory) || a.stat("process_bytes") == 0 {

@@ -34,6 +34,7 @@ type Memory struct {
 	victim int   // the slab that is being cleaned; 0: none is
 	at     int   // how far
 	cursor int   // where the next is looked for
+	skip   int   // bytes that need not be cleaned before that
 
 	// The long lists.
 	spare     []int // numbers of lists that are not in use

@@ -30,7 +30,6 @@ const (
 	deadMin   = 2 << 20
 	deadShare = 4
 	cleanRate = deadShare
-	deadShown = 2 // deadShare while there is a snapshot, for what it has is not given back by cleaning
 
 	cleanWindow = 1024 // slabs among which the one with most dead bytes is looked for
 )
@@ -41,6 +40,8 @@ const (
 type slab struct {
 	data []byte
 	live int // bytes of records that the index points to
+
+	epoch uint32 // Memory's when the slab was made: a snapshot taken since has it, too
 }
 
 // record returns the record that a slot points to, with what follows it.
@@ -170,7 +171,7 @@ func (m *Memory) open(size int) (k int) {
 	} else {
 		k, m.slabs = len(m.slabs), append(m.slabs, slab{})
 	}
-	m.slabs[k].data = make([]byte, 0, size)
+	m.slabs[k] = slab{data: make([]byte, 0, size), epoch: m.epoch}
 	m.used += size
 	return k
 }
@@ -201,9 +202,10 @@ func (m *Memory) die(slot uint64) (size int) {
 // clean walks past so many bytes of the slab that has most dead ones, and moves what
 // lives there, if more is dead in all than may be.
 func (m *Memory) clean(bytes int) {
-	if dead := m.used - m.live - deadMin; m.victim == 0 && dead > m.used/deadShare &&
-		(dead > m.used/deadShown || m.latest.Value() == nil) {
-		m.choose()
+	if m.victim == 0 && m.used-m.live > deadMin+m.used/deadShare {
+		if m.skip -= bytes; m.skip <= 0 {
+			m.choose()
+		}
 	}
 	for victim := m.victim; bytes > 0 && victim > 0 && victim == m.victim; {
 		addr := uint64(victim)<<slabBits | uint64(m.at)
@@ -225,16 +227,21 @@ func (m *Memory) clean(bytes int) {
 	}
 }
 
-// choose makes the slab with most dead bytes among the next ones the victim.
+// choose makes the slab with most dead bytes among the next ones the victim. One that a
+// snapshot has is left alone: cleaning it would give nothing back.
 func (m *Memory) choose() {
+	shown := m.latest.Value() != nil
 	most := slabSize / (2 * deadShare)
 	for range min(cleanWindow, len(m.slabs)) {
 		if m.cursor++; m.cursor >= len(m.slabs) {
 			m.cursor = 1
 		}
 		s := &m.slabs[m.cursor]
-		if dead := cap(s.data) - s.live; dead > most && m.cursor != m.head {
+		if dead := cap(s.data) - s.live; dead > most && m.cursor != m.head && !(shown && s.epoch < m.epoch) {
 			m.victim, m.at, most = m.cursor, 0, dead
 		}
+	}
+	if m.victim == 0 {
+		m.skip = cleanRate * slabSize
 	}
 }
