@@ -28,6 +28,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -3590,14 +3591,18 @@ func TestSoak(t *testing.T) {
 // network, wire; of the process, process.operate; a kind of client is a method like
 // (*visitor).ping and its line in kinds.
 
-// simSeeds is how many worlds `go test` looks at.
-const simSeeds = 300
+// simSeeds is how many worlds `go test` looks at, and simRaceSeeds how many with the race
+// detector, which takes seven times as long.
+const simSeeds, simRaceSeeds = 200, 5
 
 // Ensure that whatever happens to the server, what was promised holds. KVSERVER_SEED
 // is the first seed, KVSERVER_SEEDS how many (0: until it is stopped); of a single
 // one the whole story is told.
 func TestSimulation(t *testing.T) {
 	first, seeds := uint64(1), uint64(simSeeds)
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		seeds = simRaceSeeds
+	}
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
 			var err error

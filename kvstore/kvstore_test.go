@@ -256,7 +256,7 @@ func checkInside(t *testing.T, m *Memory) {
 // memorySteps is how many random operations a Memory gets in TestMemoryInside; `make
 // soak` has more.
 func memorySteps(t *testing.T) (steps int) {
-	steps = 300_000
+	steps = 100_000
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
 		var err error
 		if steps, err = strconv.Atoi(text); err != nil {
@@ -275,10 +275,10 @@ func TestMemoryInside(t *testing.T) {
 	var key string
 	value := func() string {
 		size := random.IntN(20)
-		switch random.IntN(100) {
-		case 0, 1, 2, 3, 4, 5, 6, 7, 8, 9:
+		switch what := random.IntN(100); {
+		case what < 30:
 			size = random.IntN(ownSize * 5 / 4)
-		case 10, 11, 12:
+		case what < 35:
 			size = random.IntN(2 * maxShortBytes)
 		}
 		if random.IntN(10_000) == 0 {
@@ -293,11 +293,11 @@ func TestMemoryInside(t *testing.T) {
 	var snapshots []kept
 	steps := memorySteps(t)
 	for i := range steps {
-		many := 50_000
+		many := 20_000
 		if i/(steps/10)%2 == 1 {
 			many = 500 // and most keys go
 		}
-		key = fmt.Sprint(random.IntN(50_000))
+		key = fmt.Sprint(random.IntN(20_000))
 		if random.IntN(50) == 0 {
 			key = strings.Repeat(key, 40)
 		}
