@@ -42,6 +42,8 @@ const (
 	get
 	del
 	update
+	set
+	remove
 	ack
 	ping
 	stats
@@ -73,6 +75,8 @@ var verbs = [...]verb{
 	get:    {"Get", "Get:key", "a key, without a colon in it", "the key's values, oldest first, as key:value lines"},
 	put:    {"Put", "Put:key:value", "a key and a value", "add value to the key's list; it may hold colons"},
 	update: {"Update", "Update:key:old:new", "a key, an old and a new value, none with a colon in it", "take the first old out, add new at the end"},
+	set:    {"Set", "Set:key:value", "a key and a value", "make value the key's only one; it may hold colons"},
+	remove: {"Remove", "Remove:key:value", "a key and a value", "take the first such value out; it may hold colons"},
 	del:    {"Delete", "Delete:key", "a key, without a colon in it", "remove the key and all its values"},
 	ack:    {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
 	ping:   {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
@@ -85,7 +89,7 @@ var verbs = [...]verb{
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
-	for _, t := range [...]queryType{put, get, del, update, ack, ping, stats, keys, dump, help, quit} {
+	for _, t := range [...]queryType{put, get, del, update, set, remove, ack, ping, stats, keys, dump, help, quit} {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
 	}
 	return append(lines,
@@ -107,7 +111,7 @@ func (q *Query) parse(line string) {
 	case malformed:
 		q.value = "unknown request " + quote(line) + didYouMean(line)
 		return
-	case put:
+	case put, set, remove:
 		q.key, q.value, ok = strings.Cut(rest, ":")
 		ok = ok && q.key != ""
 	case get, del:
@@ -193,10 +197,10 @@ func quote(s string) string {
 
 // dialects are words that other programs and habits have for our verbs.
 var dialects = map[string]queryType{
-	"set": put, "add": put, "append": put, "insert": put, "store": put, "push": put, "rpush": put,
+	"add": put, "append": put, "insert": put, "store": put, "push": put, "rpush": put,
 	"read": get, "fetch": get, "mget": get, "lrange": get,
-	"del": del, "remove": del, "rm": del, "unset": del, "unlink": del,
-	"replace": update, "change": update,
+	"rem": remove, "lrem": remove, "del": del, "rm": del, "unset": del, "unlink": del,
+	"replace": update, "assign": set, "change": update,
 	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
 	"info": stats, "status": stats, "commands": help, "man": help,
 	"bye": quit, "close": quit, "logout": quit, "q": quit,
@@ -228,7 +232,7 @@ func didYouMean(line string) string {
 	// Offer the client's own request where its arguments fit and can be shown.
 	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && t != ping && t != keys {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
-		if t == put && len(args) > n {
+		if t != update && len(args) > n && n > 1 {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 		try := verbs[t].name + ":" + strings.Join(args, ":")
@@ -259,7 +263,7 @@ func oneSlip(a, b string) bool {
 	return false
 }
 
-// run does a Put, Get, Delete or Update to db, and keeps what came of it.
+// run does what a request asks for to db, and keeps what came of it.
 func (q *Query) run(db kvstore.KVStore) {
 	switch q.queryType {
 	case put:
@@ -280,6 +284,12 @@ func (q *Query) run(db kvstore.KVStore) {
 		q.n = db.Delete(q.key)
 	case update:
 		if db.Update(q.key, q.value, q.newValue) {
+			q.n = 1
+		}
+	case set:
+		q.n = db.Set(q.key, q.value)
+	case remove:
+		if db.Remove(q.key, q.value) {
 			q.n = 1
 		}
 	case help:
@@ -322,10 +332,13 @@ func sum(values []string) (bytes int) {
 
 // writes tells whether q may change the store.
 func (q *Query) writes() bool {
-	return q.queryType == put || q.queryType == update || q.queryType == del
+	return q.queryType == put || q.queryType == update || q.queryType == set || q.frees()
 }
 
-// memory is about how many bytes more a Put or Update may take.
+// frees tells whether q only takes something away.
+func (q *Query) frees() bool { return q.queryType == del || q.queryType == remove }
+
+// memory is about how many bytes more a write may take.
 func (q *Query) memory() int64 {
 	added := q.value
 	if q.queryType == update {
@@ -336,7 +349,14 @@ func (q *Query) memory() int64 {
 
 // makesLess tells whether a write leaves db no larger than it is.
 func (q *Query) makesLess(db kvstore.KVStore) bool {
-	return q.queryType == update && len(q.newValue) <= len(q.value) && slices.Contains(db.Get(q.key), q.value)
+	switch q.queryType {
+	case update:
+		return len(q.newValue) <= len(q.value) && slices.Contains(db.Get(q.key), q.value)
+	case set:
+		values := db.Get(q.key)
+		return len(values) > 0 && len(q.value) <= sum(values)
+	}
+	return false
 }
 
 // head stands before q's key in each line. The server's own lines have no key.

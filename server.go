@@ -575,7 +575,7 @@ func (s *keyValueServer) touch(chain *Query) {
 	s.touched = s.touched[:0]
 	for q := chain; q != nil; q = q.next {
 		switch q.queryType {
-		case get, put, del, update:
+		case get, put, del, update, set, remove:
 			s.touched = append(s.touched, q.key)
 		}
 	}
@@ -623,6 +623,9 @@ func (s *keyValueServer) run(chain, q *Query) {
 			q.run(s.db)
 		}
 		what := q.queryType
+		if what == remove { // it may have a long list to search, too
+			what = update
+		}
 		q = q.next
 		if s.clock.spend(what) && q != nil {
 			s.begun = append(s.begun, begun{chain, q})
@@ -634,7 +637,7 @@ func (s *keyValueServer) run(chain, q *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
-	if s.maxMemory > 0 && q.queryType != del && s.isFull(q) {
+	if s.maxMemory > 0 && !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise -max-memory", "limit", s.maxMemory, "since_last_line", n)
@@ -644,7 +647,7 @@ func (s *keyValueServer) admit(q *Query) {
 	if s.room == nil {
 		return
 	}
-	if err := s.room.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.queryType == del); err != nil {
+	if err := s.room.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.frees()); err != nil {
 		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
 		if n := s.noRoom.happened(); n > 0 {
 			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n, "error", err)

@@ -68,6 +68,21 @@ var conversations = []struct{ name, send, want string }{
 	{"empty value", "Put:k:\nGet:k\n", "k:\n"},
 	{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
 	{"update replaces the first and appends", "Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
+	{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
+	{"remove takes the first", "Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n", "k:b\nk:a:\nk:b\nk:a:\n"},
+	{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n", ":OK 0\nk:b\n"},
+	{"set and remove with ack", "Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
+		":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
+	{"set and remove with less", "Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
+		strings.Join([]string{
+			`:ERROR line 1: Set needs a key and a value, as in Set:key:value; got "Set:k"`,
+			`:ERROR line 2: Set needs a key and a value, as in Set:key:value; got "Set::v"`,
+			`:ERROR line 3: Remove needs a key and a value, as in Remove:key:value; got "Remove:k"`,
+			`:ERROR line 4: Remove needs a key and a value, as in Remove:key:value; got "remove"`,
+			`:ERROR line 5: unknown request "rem a b c"; did you mean Remove:a:b c ?`,
+			`:ERROR line 6: unknown request "LREM a b"; did you mean Remove:a:b ?`,
+			`:ERROR line 7: unknown request "remove a b"; did you mean Remove:a:b ?`,
+		}, "\n") + "\n"},
 	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
 	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
 	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
@@ -121,8 +136,8 @@ var conversations = []struct{ name, send, want string }{
 	{"hints", "get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\nget\ta\nset a\nget a\x1b\n",
 		strings.Join([]string{
 			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
-			`:ERROR line 2: unknown request "set a b"; did you mean Put:a:b ?`,
-			`:ERROR line 3: unknown request "SET a b c"; did you mean Put:a:b c ?`,
+			`:ERROR line 2: unknown request "set a b"; did you mean Set:a:b ?`,
+			`:ERROR line 3: unknown request "SET a b c"; did you mean Set:a:b c ?`,
 			`:ERROR line 4: unknown request "del a"; did you mean Delete:a ?`,
 			`:ERROR line 5: unknown request "Gett:a"; did you mean Get:a ?`,
 			`:ERROR line 6: unknown request "Ptu:a:b:c"; did you mean Put:a:b:c ?`,
@@ -130,7 +145,7 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 8: unknown request " Get:a"; did you mean Get:a ?`,
 			`:ERROR line 9: unknown request "Get :a"; did you mean Get:a ?`,
 			`:ERROR line 10: unknown request "get\ta"; did you mean Get:a ?`,
-			`:ERROR line 11: unknown request "set a"; did you mean Put:key:value ?`,
+			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
 			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
 			""}, "\n")},
 	{"long nonsense is cut", strings.Repeat("x", 41) + "\n", ":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
@@ -325,7 +340,7 @@ func TestStats(t *testing.T) {
 		synctest.Wait()
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
-			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1",
+			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
 			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes " + fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
@@ -338,7 +353,7 @@ func TestStats(t *testing.T) {
 		}
 		wantAll()
 		a.want(":OK 0")
-		lines[8], lines[10] = ": ack_requests_total 1", ": stats_requests_total 2"
+		lines[10], lines[12] = ": ack_requests_total 1", ": stats_requests_total 2"
 		wantAll()
 		a.hangUp()
 	})
@@ -359,6 +374,27 @@ func TestEveryClientReadsItsOwnWrites(t *testing.T) {
 				c.want(fmt.Sprintf("own%d:%d", id, i))
 			}
 			c.hangUp()
+		})
+	}
+	wg.Wait()
+}
+
+// Ensure that a Set is one step for all others: each Get finds one value, though before
+// and after it lists of many come and go.
+func TestSetIsAtomic(t *testing.T) {
+	addr := serveTCP(t)
+	dialTCP(t, addr).ask("Set:k:begin\nPing", ":PONG")
+	var wg sync.WaitGroup
+	for id := range 4 {
+		a := dialTCP(t, addr)
+		wg.Go(func() {
+			for i := range 200 {
+				a.send(fmt.Sprintf("Get:k\nSet:k:%d-%d\nGet:k\nPing\n", id, i))
+				if got := a.count("k:"); got != 2 {
+					t.Errorf("client %d: two Gets found %d values", id, got)
+					return
+				}
+			}
 		})
 	}
 	wg.Wait()
@@ -2258,6 +2294,21 @@ func (p *plainStore) Update(key, oldValue, newValue string) bool {
 	p.Put(key, newValue)
 	return i >= 0
 }
+func (p *plainStore) Set(key, value string) int {
+	n := p.Delete(key)
+	p.Put(key, value)
+	return n
+}
+func (p *plainStore) Remove(key, value string) bool {
+	i := slices.Index(p.lists[key], value)
+	if i >= 0 {
+		p.lists[key] = slices.Delete(p.lists[key], i, i+1)
+	}
+	if len(p.lists[key]) == 0 {
+		delete(p.lists, key)
+	}
+	return i >= 0
+}
 func (p *plainStore) Snapshot() kvstore.Snapshot {
 	now := plainSnapshot{}
 	for key, list := range p.lists {
@@ -2291,8 +2342,8 @@ func TestAnyStoreWillDo(t *testing.T) {
 				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
 			}
 			b := n.dial(t)
-			b.send("Ack\nStats\n")
-			for line := b.read(); !strings.HasPrefix(line, ":OK 1"); line = b.read() {
+			b.send("Stats\n")
+			for line := b.read(); !strings.HasPrefix(line, ":OK "); line = b.read() {
 				if strings.HasPrefix(line, ": keys ") {
 					t.Errorf("Stats says %q of a store that cannot know", line)
 				}
@@ -4515,6 +4566,13 @@ func (q simWrite) apply(list []string) ([]string, int) {
 		return append(list, q.new), 1
 	case "Delete":
 		return nil, len(list)
+	case "Set":
+		return []string{q.new}, len(list)
+	case "Remove":
+		if i := slices.Index(list, q.old); i >= 0 {
+			return slices.Delete(list, i, i+1), 1
+		}
+		return list, 0
 	case "Update":
 		if i := slices.Index(list, q.old); i >= 0 {
 			return append(slices.Delete(list, i, i+1), q.new), 1
@@ -4545,15 +4603,19 @@ func (v *visitor) own() {
 		var text strings.Builder
 		for range pick(v.random, 1, 1, 6) {
 			i++
-			q := simWrite{verb: pick(v.random, "Put", "Put", "Update", "Get", "Delete")}
+			q := simWrite{verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get", "Delete", "Set", "Remove", "Remove")}
 			switch q.verb {
 			case "Update":
 				if q.old = "absent"; len(list) > 0 && !chance(v.random, 4) {
 					q.old = pick(v.random, list...)
 				}
 				q.new = v.value(i)
-			case "Put":
+			case "Put", "Set":
 				q.new = v.value(i)
+			case "Remove":
+				if q.old = "absent"; len(list) > 0 {
+					q.old = pick(v.random, list...)
+				}
 			}
 			writes = append(writes, q)
 			text.WriteString(q.line(key))
@@ -5198,6 +5260,17 @@ func (m *model) answer(number int, line string, acked *bool) string {
 			out += f[1] + ":" + v + "\n"
 			n++
 		}
+	case verb == "set" && len(f) >= 3 && f[1] != "":
+		n = len(m.lists[f[1]])
+		m.lists[f[1]] = []string{strings.Join(f[2:], ":")}
+	case verb == "remove" && len(f) >= 3 && f[1] != "":
+		if i := slices.Index(m.lists[f[1]], strings.Join(f[2:], ":")); i >= 0 {
+			m.lists[f[1]] = slices.Delete(m.lists[f[1]], i, i+1)
+			n = 1
+		}
+		if len(m.lists[f[1]]) == 0 {
+			delete(m.lists, f[1])
+		}
 	case verb == "delete" && len(f) == 2 && f[1] != "":
 		n = len(m.lists[f[1]])
 		delete(m.lists, f[1])
@@ -5335,6 +5408,10 @@ func FuzzParse(f *testing.F) {
 			again = "Get:" + q.key
 		case del:
 			again = "Delete:" + q.key
+		case set:
+			again = "Set:" + q.key + ":" + q.value
+		case remove:
+			again = "Remove:" + q.key + ":" + q.value
 		case update:
 			again = "Update:" + q.key + ":" + q.value + ":" + q.newValue
 		case ping:

@@ -241,6 +241,22 @@ func (d *Durable) Update(key, oldValue, newValue string) (replaced bool) {
 	return place >= 0
 }
 
+// Set makes value key's only one, and returns how many there were.
+func (d *Durable) Set(key, value string) (removed int) {
+	removed = d.Memory.Set(key, value)
+	d.record(opSet, 0, key, value)
+	return removed
+}
+
+// Remove removes the first value equal to value.
+func (d *Durable) Remove(key, value string) (removed bool) {
+	place := d.Memory.takeOut(key, value, -1)
+	if place >= 0 {
+		d.record(opRemove, place, key, value)
+	}
+	return place >= 0
+}
+
 // record notes an operation for the next Commit, and writes a frame of what
 // there is when that is much.
 func (d *Durable) record(op byte, place int, fields ...string) {

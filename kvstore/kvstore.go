@@ -30,6 +30,13 @@ type KVStore interface {
 	// appends newValue. It returns whether it removed one.
 	Update(key, oldValue, newValue string) (replaced bool)
 
+	// Set makes value key's only one, and returns how many there were.
+	Set(key, value string) (removed int)
+
+	// Remove removes the first value equal to value, and returns whether there was one.
+	// With its last value the key goes.
+	Remove(key, value string) (removed bool)
+
 	// Commit returns once everything above is as durable as this store makes
 	// it. After an error nothing can be promised any more: the caller answers
 	// none of the calls since the last Commit, and stops.

@@ -34,6 +34,22 @@ func (m model) Update(key, oldValue, newValue string) bool {
 	return i >= 0
 }
 
+func (m model) Set(key, value string) int {
+	n := len(m[key])
+	m[key] = []string{value}
+	return n
+}
+func (m model) Remove(key, value string) bool {
+	i := slices.Index(m[key], value)
+	if i >= 0 {
+		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
+	}
+	if len(m[key]) == 0 {
+		delete(m, key)
+	}
+	return i >= 0
+}
+
 // size is what Size must return.
 func (m model) size() (keys, values int, bytes int64) {
 	for key, list := range m {
@@ -50,7 +66,15 @@ func randomStep(t *testing.T, random *rand.Rand, store KVStore, m model) {
 	t.Helper()
 	key := fmt.Sprint("key", random.IntN(20))
 	value := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-	switch random.IntN(10) {
+	switch random.IntN(13) {
+	case 10:
+		if got, want := store.Set(key, value), m.Set(key, value); got != want {
+			t.Fatalf("Set(%q, %q) = %d, want %d", key, value, got, want)
+		}
+	case 11, 12:
+		if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
+			t.Fatalf("Remove(%q, %q) = %v, want %v", key, value, got, want)
+		}
 	case 0, 1, 2:
 		store.Put(key, value)
 		m.Put(key, value)
@@ -181,6 +205,8 @@ func TestMemoryClones(t *testing.T) {
 		{"Update of the first", func(m *Memory) { m.Update(key, other, value) }},
 		{"Update of a later one", func(m *Memory) { m.Update(key, value, other); m.Update(key, other, value) }},
 		{"Update without old", func(m *Memory) { m.Update(key, "none", other) }},
+		{"Set", func(m *Memory) { m.Set(key, other) }},
+		{"Remove", func(m *Memory) { m.Put(key, value); m.Remove(key, other) }},
 		{"Delete and Update", func(m *Memory) { m.Delete(key); m.Update(key, value, other) }},
 	}
 	m := NewMemory()
@@ -301,7 +327,17 @@ func TestMemoryInside(t *testing.T) {
 		if random.IntN(50) == 0 {
 			key = strings.Repeat(key, 40)
 		}
-		switch what := random.IntN(10); {
+		switch what := random.IntN(12); {
+		case what == 10:
+			v := value()
+			if got, want := store.Set(key, v), m.Set(key, v); got != want {
+				t.Fatalf("Set(%.40q) = %d, want %d", key, got, want)
+			}
+		case what == 11 && len(m[key]) > 0:
+			v := m[key][random.IntN(len(m[key]))]
+			if got, want := store.Remove(key, v), m.Remove(key, v); got != want {
+				t.Fatalf("Remove(%.40q) = %v, want %v", key, got, want)
+			}
 		case len(m) > many, what == 0:
 			if got, want := store.Delete(key), m.Delete(key); got != want {
 				t.Fatalf("Delete(%.40q) = %d, want %d", key, got, want)
@@ -489,7 +525,7 @@ func FuzzMemory(f *testing.F) {
 		var snapshots []Snapshot
 		var held []model
 		for len(script) >= 3 {
-			what, key, size := script[0]%6, strings.Repeat("k", int(script[1])), int(script[2])
+			what, key, size := script[0]%8, strings.Repeat("k", int(script[1])), int(script[2])
 			script = script[3:]
 			if what&1 == 1 {
 				size *= size
@@ -506,6 +542,14 @@ func FuzzMemory(f *testing.F) {
 			case 4:
 				if got, want := store.Delete(key), m.Delete(key); got != want {
 					t.Fatalf("Delete = %d, want %d", got, want)
+				}
+			case 6:
+				if got, want := store.Set(key, value), m.Set(key, value); got != want {
+					t.Fatalf("Set = %d, want %d", got, want)
+				}
+			case 7:
+				if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
+					t.Fatalf("Remove = %v, want %v", got, want)
 				}
 			case 5:
 				c := model{}

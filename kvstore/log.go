@@ -54,6 +54,8 @@ const (
 	opPut    = 1
 	opDelete = 2
 	opUpdate = 3
+	opSet    = 4
+	opRemove = 5
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -159,10 +161,10 @@ func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 	}, true
 }
 
-// appendRecord appends one operation on fields, the key first. place is an Update's.
+// appendRecord appends one operation on fields, the key first. place is an Update's or a Remove's.
 func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	b = append(b, op)
-	if op == opUpdate {
+	if hasPlace(op) {
 		b = binary.AppendUvarint(b, uint64(place))
 	}
 	for _, f := range fields {
@@ -171,6 +173,9 @@ func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	}
 	return b
 }
+
+// hasPlace tells whether such a record says the place of the value that went.
+func hasPlace(op byte) bool { return op == opUpdate || op == opRemove }
 
 // fields takes a payload apart.
 type fields struct {
@@ -212,7 +217,7 @@ func apply(m *Memory, payload string, count uint32) error {
 		}
 		op, place := f.payload[0], uint64(0)
 		f.payload = f.payload[1:]
-		if op == opUpdate {
+		if hasPlace(op) {
 			place = f.number()
 		}
 		key := f.text()
@@ -232,6 +237,10 @@ func apply(m *Memory, payload string, count uint32) error {
 			m.Delete(key)
 		case op == opUpdate:
 			m.update(key, value, newValue, int(min(place, math.MaxInt32)))
+		case op == opSet:
+			m.Set(key, value)
+		case op == opRemove:
+			m.takeOut(key, value, int(min(place, math.MaxInt32)))
 		default:
 			return fmt.Errorf("a record of the unknown kind %d", op)
 		}

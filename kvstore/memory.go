@@ -157,6 +157,13 @@ func (m *Memory) Delete(key string) (removed int) {
 	if rec == nil {
 		return 0
 	}
+	removed = m.forget(key, rec)
+	m.remove(h, i, key)
+	return removed
+}
+
+// forget takes all of key's values out of what is counted, and gives up a long list.
+func (m *Memory) forget(key string, rec record) (removed int) {
 	bytes := int64(0)
 	if k := rec.number(); k > 0 {
 		l := m.list(k)
@@ -170,12 +177,59 @@ func (m *Memory) Delete(key string) (removed int) {
 		removed, bytes = len(values), int64(sizeOf(values))
 	}
 	m.values -= removed
-	m.bytes -= bytes + int64(len(key))
+	m.bytes -= bytes
 	m.logBytes -= bytes + int64(removed*(len(key)+recordExtra))
+	return removed
+}
+
+// remove removes key, whose values are forgotten, from slot i of h's page.
+func (m *Memory) remove(h uint64, i int, key string) {
+	m.bytes -= int64(len(key))
 	slot := m.page(h).slots[i]
 	m.unpoint(h, i)
 	m.clean(cleanRate * m.die(slot))
+}
+
+// Set makes value key's only one, and returns how many there were.
+func (m *Memory) Set(key, value string) (removed int) {
+	h, i, rec := m.find(key)
+	if rec == nil {
+		m.bytes += int64(len(key))
+	} else {
+		removed = m.forget(key, rec)
+	}
+	m.count(1, key, value)
+	m.store(h, i, key, append(m.edit[:0], value))
 	return removed
+}
+
+// Remove removes the first value equal to value, and the key with its last. It takes as
+// long as an Update.
+func (m *Memory) Remove(key, value string) (removed bool) { return m.takeOut(key, value, -1) >= 0 }
+
+// takeOut is Remove. It returns the place of the value, -1 if there is none, and looks at
+// the place hint first.
+func (m *Memory) takeOut(key, value string, hint int) (place int) {
+	h, i, rec := m.find(key)
+	if rec == nil {
+		return -1
+	}
+	k := rec.number()
+	if k > 0 {
+		place = m.takeOutLong(m.list(k), key, value, hint)
+	} else {
+		values := rec.values(m.edit[:0])
+		if place = slices.Index(values, value); place >= 0 && len(values) > 1 {
+			m.count(-1, key, value)
+			m.store(h, i, key, slices.Delete(values, place, place+1))
+			return place
+		}
+	}
+	if k == 0 && place >= 0 || k > 0 && len(m.list(k).values) == 0 {
+		m.forget(key, rec)
+		m.remove(h, i, key)
+	}
+	return place
 }
 
 // Update removes the first value equal to oldValue and appends newValue. On a
@@ -196,7 +250,11 @@ func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
 		return -1
 	}
 	if k := rec.number(); k > 0 {
-		return m.updateLong(m.list(k), key, oldValue, newValue, hint)
+		l := m.list(k)
+		place = m.takeOutLong(l, key, oldValue, hint)
+		m.count(1, key, newValue)
+		m.append(l, newValue)
+		return place
 	}
 	values := rec.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
@@ -208,8 +266,9 @@ func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
 	return place
 }
 
-// updateLong is update of a long list.
-func (m *Memory) updateLong(l *list, key, oldValue, newValue string, hint int) (place int) {
+// takeOutLong takes the first value equal to oldValue out of a long list, and returns
+// its place.
+func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int) {
 	if place = hint; place < 0 || place >= len(l.values) || l.values[place] != oldValue {
 		place = slices.Index(l.values, oldValue)
 	}
@@ -229,8 +288,6 @@ func (m *Memory) updateLong(l *list, key, oldValue, newValue string, hint int) (
 		m.long--
 		m.longBytes -= int64(len(oldValue))
 	}
-	m.count(1, key, newValue)
-	m.append(l, newValue)
 	return place
 }
 
