@@ -3890,8 +3890,11 @@ func (p *process) kill(power bool, when string) {
 		p.after = p.dir.Kill()
 	}
 	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
-	if safe := time.Now().Add(-2*p.fsync - p.stalled - time.Millisecond); p.exposed.IsZero() {
-		p.exposed = safe
+	if end := time.Now(); p.exposed.IsZero() {
+		if p.failed {
+			end = p.since // from then on nothing may have been synced
+		}
+		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 	if power {
 		p.forget()
@@ -4066,7 +4069,8 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	p.world.dir = p.dir.Kill()
 	if p.failed && chance(r, 2) && p.fsync != kvstore.FsyncNever {
 		p.tell("then a power failure")
-		p.world.dir = p.dir.Crash(r)
+		p.after, p.power = p.dir.Crash(r), true
+		p.world.dir = p.after
 		p.forget()
 	}
 }
