@@ -238,6 +238,13 @@ func TestRotationIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
 			dir := disktest.New()
+			var refuses atomic.Bool // to create a file: the only call that fails
+			dir.Before = func(c disktest.Call) error {
+				if c.What == "create" && refuses.Load() {
+					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
+				}
+				return nil
+			}
 			var log bytes.Buffer
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
@@ -255,20 +262,14 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			for d.size+400 < d.segmentSize {
 				put()
 			}
-			// Creating a file is the only call that fails.
-			dir.Before = func(c disktest.Call) error {
-				if c.What == "create" {
-					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
-				}
-				return nil
-			}
+			refuses.Store(true)
 			for range 10 {
 				put()
 			}
 			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 {
 				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
 			}
-			dir.Before = nil
+			refuses.Store(false)
 			<-time.After(rotateTime)
 			put()
 			put()
