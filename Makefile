@@ -1,7 +1,7 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz simulate soak bench cover clean help
+.PHONY: build run test check fuzz simulate soak bench cover install clean help
 
 build: ## build ./kvserver
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
@@ -44,6 +44,10 @@ bench: ## run the benchmarks
 cover: ## show what the tests reach
 	go test -coverprofile=cover.out ./...
 	go tool cover -func=cover.out
+
+PREFIX ?= /usr/local
+install: build ## put kvserver in PREFIX/bin (/usr/local), below DESTDIR
+	install -D -m 755 kvserver $(DESTDIR)$(PREFIX)/bin/kvserver
 
 clean: ## remove what the others made
 	rm -f kvserver cover.out

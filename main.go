@@ -13,6 +13,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -22,6 +23,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -61,9 +63,10 @@ const usage = `Usage: kvserver [flags]                          serve
                   always: a power failure takes nothing that was answered)
   -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
   -log FORMAT     text or json (default text); -v logs every connection as well
-  -max-clients N, -max-line BYTES, -write-timeout TIME, -max-memory BYTES
-                  limits: 10000, 1048576, 5m and 0 (none) unless given
-  -max-queues BYTES  limit of all replies that wait (default 1073741824)
+  -max-clients N, -max-line SIZE, -write-timeout TIME, -max-memory SIZE
+                  limits: 10000, 1MiB, 5m and 0 (none) unless given
+  -max-queues SIZE  limit of all replies that wait (default 1GiB); sizes are
+                  bytes, or as in 64MB and 1GiB
   -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
                   encrypt; let in, and trust, who has a certificate of that CA
   -version, -h    print the version, or this, and exit
@@ -81,12 +84,12 @@ type config struct {
 	fsync   string
 	http    string // address of metrics; "": none
 	json    bool
-	maxLine int
+	maxLine size
 	verbose bool
 
 	maxClients   int
-	maxMemory    int64
-	maxQueues    int64
+	maxMemory    size
+	maxQueues    size
 	writeTimeout time.Duration
 
 	cert, key string // files in PEM; "": no TLS
@@ -155,11 +158,12 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.StringVar(&c.addr, "addr", "localhost:9999", "")
 	flags.StringVar(&c.data, "data", "", "")
 	flags.StringVar(&c.fsync, "fsync", "always", "")
-	flags.IntVar(&c.maxLine, "max-line", defaultMaxLine, "")
+	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
+	flags.Var(&c.maxLine, "max-line", "")
 	flags.StringVar(&c.http, "http", "", "")
 	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
-	flags.Int64Var(&c.maxMemory, "max-memory", 0, "")
-	flags.Int64Var(&c.maxQueues, "max-queues", defaultMaxQueues, "")
+	flags.Var(&c.maxMemory, "max-memory", "")
+	flags.Var(&c.maxQueues, "max-queues", "")
 	flags.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout, "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")
 	flags.StringVar(&c.key, "tls-key", "", "")
@@ -174,7 +178,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		if f.Name == "c" || f.Name == "ping" || f.Name == "version" {
 			return // what to do now, and KVSERVER_VERSION is often there
 		}
-		name := "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variable(f.Name)
 		if value := os.Getenv(name); value != "" && err == nil && flags.Set(f.Name, value) != nil {
 			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), example(f) + seeHelp}
 		}
@@ -182,6 +186,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	if err != nil {
 		return c, err
 	}
+	ca := c.ca // of the environment, where it may be for -ping beside a server
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(out, usage)
@@ -203,18 +208,14 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	case *showVersion:
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
-	case c.maxLine < 1 || c.maxLine > 1<<30:
-		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), "Give 1 to 1073741824 bytes, as in -max-line 1048576."}
+	case c.maxLine < minMaxLine || c.maxLine > 1<<30:
+		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
 	case c.maxClients < 1:
 		return c, problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
-	case c.maxMemory < 0:
-		return c, problem{fmt.Sprintf("-max-memory %d is out of range", c.maxMemory), "Give a number of bytes, or 0 for no limit."}
 	case c.writeTimeout < 0:
 		return c, problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
 	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
 		return c, problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both", "Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
-	case c.maxQueues < 0:
-		return c, problem{fmt.Sprintf("-max-queues %d is out of range", c.maxQueues), "Give a number of bytes, or 0 for no limit."}
 	case *format != "text" && *format != "json":
 		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
 	}
@@ -228,8 +229,11 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		}
 	}
 	flags.Visit(func(f *flag.Flag) {
-		if f.Name == "data" && c.data == "" {
+		switch {
+		case f.Name == "data" && c.data == "":
 			err = problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
+		case f.Name == "fsync" && c.data == "" && !c.client && !c.ping:
+			err = problem{"-fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync " + c.fsync + "."}
 		}
 	})
 	if err != nil {
@@ -239,7 +243,9 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	switch {
 	case asks && c.cert != "" && c.ca == "":
 		return c, problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
-	case !asks && c.ca != "":
+	case !asks && c.ca == ca:
+		c.ca = ""
+	case !asks:
 		return c, problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
 	}
 	if c.http != "" {
@@ -252,6 +258,89 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	}
 	c.addr, err = fullAddr("addr", c.addr)
 	return c, err
+}
+
+// minMaxLine is the least -max-line: with less hardly a request fits.
+const minMaxLine = 64
+
+// size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
+type size int64
+
+func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
+
+// Set is flag.Value's.
+func (s *size) Set(text string) error {
+	number, unit := text, int64(1)
+	for i, prefix := range []string{"k", "M", "G", "T"} {
+		for _, u := range []struct {
+			suffix string
+			base   int64
+		}{{prefix + "iB", 1024}, {prefix + "B", 1000}} {
+			if n := len(text) - len(u.suffix); n > 0 && equalFold(text[n:], u.suffix) {
+				number = strings.TrimSpace(text[:n])
+				for range i + 1 {
+					unit *= u.base
+				}
+			}
+		}
+	}
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil || n < 0 || n > math.MaxInt64/unit {
+		return errors.New("no size")
+	}
+	*s = size(n * unit)
+	return nil
+}
+
+// warnOfVariables logs which variables look like ours and are none: those that Kubernetes
+// sets for a service of our name are not meant.
+func warnOfVariables(log *slog.Logger, environment []string) {
+	flags := map[string]bool{}
+	var names []string
+	for _, line := range strings.Split(usage, "\n") {
+		for _, word := range strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" ,();", r) }) {
+			if name, isFlag := strings.CutPrefix(word, "-"); isFlag && !flags[name] && name != "" {
+				flags[name] = true
+				names = append(names, variable(name))
+			}
+		}
+	}
+	for _, line := range environment {
+		name, _, _ := strings.Cut(line, "=")
+		text, ours := strings.CutPrefix(name, "KVSERVER_")
+		kubernetes := strings.HasPrefix(text, "SERVICE_") || text == "PORT" || strings.HasPrefix(text, "PORT_")
+		if !ours || kubernetes || strings.HasPrefix(text, "TEST_") || text == "VERSION" || slices.Contains(names, name) {
+			continue
+		}
+		nearest := slices.MinFunc(names, func(a, b string) int { return cmp.Compare(distance(a, name), distance(b, name)) })
+		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name, "nearest", nearest)
+	}
+}
+
+// variable is the name of a flag in the environment.
+func variable(flag string) string {
+	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// distance is how many letters must come, go or change to make b of a (Levenshtein, 1966).
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range a {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range b {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
 }
 
 // example shows a value of f.
@@ -302,7 +391,8 @@ func fullAddr(name, addr string) (string, error) {
 	return full, nil
 }
 
-// version is the module version that the binary was built as, or its commit.
+// version is the module version that the binary was built as, with the commit, its time,
+// and whether files were changed since.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -310,8 +400,13 @@ func version() string {
 	}
 	v := strings.Trim(info.Main.Version, "()")
 	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && (v == "" || v == "devel") {
-			v = s.Value[:min(12, len(s.Value))]
+		switch {
+		case s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]):
+			v += "-" + s.Value[:min(12, len(s.Value))]
+		case s.Key == "vcs.time":
+			v += " of " + s.Value
+		case s.Key == "vcs.modified" && s.Value == "true" && !strings.Contains(v, "dirty"):
+			v += ", changed since"
 		}
 	}
 	return v
@@ -322,6 +417,7 @@ func version() string {
 func run(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
+	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	// While the data loads nobody has been told anything, so nothing can be lost.
 	loading := context.AfterFunc(ctx, func() {
@@ -428,12 +524,12 @@ const reserveMin, reserveShare = 24 << 20, 5
 
 // limit gives s the limits that c asks for, as far as the process may go.
 func limit(s *keyValueServer, c config) {
-	s.maxLine, s.maxMemory, s.writeTimeout = c.maxLine, c.maxMemory, c.writeTimeout
+	s.maxLine, s.maxMemory, s.writeTimeout = int(c.maxLine), int64(c.maxMemory), c.writeTimeout
 	if s.maxMemory > 0 {
 		s.reserve = min(reserveMin+s.maxMemory/reserveShare, s.maxMemory/2)
 		debug.SetMemoryLimit(s.maxMemory)
 	}
-	s.outboxes.limit = c.maxQueues
+	s.outboxes.limit = int64(c.maxQueues)
 	files := kvstore.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers

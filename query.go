@@ -129,7 +129,11 @@ func (q *Query) parse(line string) {
 	}
 	if !ok {
 		v := verbs[q.queryType]
-		q.refuse(v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line))
+		why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
+		if key, _, more := strings.Cut(rest, ":"); more && key != "" && (q.queryType == get || q.queryType == del) {
+			why += "; a Put like that wrote to the key " + quote(key) + ", for a key ends at its first colon"
+		}
+		q.refuse(why)
 	}
 }
 

@@ -112,12 +112,12 @@ var conversations = []struct{ name, send, want string }{
 			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
 			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
 	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
-		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"\n" +
-			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:\"\n" +
+		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
+			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
 			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
 			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
 	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
-		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:a:1\"\n" +
+		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
 			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:\"\na:1\n"},
 	{"update with more or less", "Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
 		strings.Join([]string{
@@ -2635,7 +2635,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	names := []string{"h"}
-	for _, m := range regexp.MustCompile(`flags\.(?:String|Bool|Int|Int64|Duration)(?:Var)?\((?:&c\.\w+, )?"([a-z-]+)"`).FindAllSubmatch(source, -1) {
+	for _, m := range regexp.MustCompile(`flags\.(?:String|Bool|Int|Duration)?(?:Var)?\((?:&c\.\w+, )?"([a-z-]+)"`).FindAllSubmatch(source, -1) {
 		names = append(names, string(m[1]))
 	}
 	for where, text := range map[string]string{"the help text": usage, "the README": string(readme)} {
@@ -2685,7 +2685,11 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server:"},
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: kvserver -c foo"},
 		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1048576. kvserver -h"},
-		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 1 to"},
+		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 64 bytes to 1GiB"},
+		{[]string{"-max-line", "1"}, exitMisuse, "kvserver: -max-line 1 is out of range", "Give 64 bytes to 1GiB"},
+		{[]string{"-max-memory", "-5"}, exitMisuse, `kvserver: invalid value "-5" for flag -max-memory`, "Give it as in -max-memory=0."},
+		{[]string{"-max-queues", "5PB"}, exitMisuse, `kvserver: invalid value "5PB" for flag -max-queues`, "Give it as in -max-queues=1073741824."},
+		{[]string{"-fsync", "1s"}, exitMisuse, "kvserver: -fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync 1s."},
 		{[]string{"-write-timeout", "5"}, exitMisuse, `kvserver: invalid value "5" for flag -write-timeout`, "Give it as in -write-timeout=5m0s."},
 		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
 		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca ca.pem"},
@@ -2696,7 +2700,7 @@ func TestMistakes(t *testing.T) {
 		{[]string{"backup", "a"}, exitMisuse, "kvserver: backup needs a data directory and a new one", "Give the one"},
 		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure, "kvserver: not a data directory: ", "Nothing was copied."},
 		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory", "Give the one"},
-		{[]string{"-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
+		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
 		{[]string{"-data", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist: /no/such/dir", "Create it: mkdir -m 700 /no/such/dir"},
 		{[]string{"-data", os.Args[0]}, exitFailure, "kvserver: not a data directory: " + os.Args[0] + " is a file", "Nothing was changed. Give an empty directory"},
 		{[]string{"-data", foreign}, exitFailure, "kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"), "Nothing was changed. Give an empty directory"},
@@ -2850,9 +2854,43 @@ func TestEnvironment(t *testing.T) {
 	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
 		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
+	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, where a server is
+	if c, err = parseFlags(nil, io.Discard); err != nil || c.ca != "" {
+		t.Errorf("a server with a CA for -ping beside it: %q, %v", c.ca, err)
+	}
+	if c, err = parseFlags([]string{"-ping"}, io.Discard); err != nil || c.ca != "ca.pem" {
+		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
+	}
 	t.Setenv("KVSERVER_MAX_LINE", "many")
 	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(), `KVSERVER_MAX_LINE="many"`) {
 		t.Errorf("a bad value: %v", err)
+	}
+}
+
+// Ensure that sizes are read as people write them.
+func TestSizes(t *testing.T) {
+	for text, want := range map[string]size{
+		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000, "1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
+		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1, "0x10": -1,
+	} {
+		s := size(-1)
+		if err := s.Set(text); s != want || (err != nil) != (want < 0) {
+			t.Errorf("%q is %d, %v, want %d", text, s, err, want)
+		}
+	}
+}
+
+// Ensure that a variable with a slip in its name is noticed, and that those of others
+// are not.
+func TestUnknownVariables(t *testing.T) {
+	var log bytes.Buffer
+	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
+		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always", "KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
+		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999", "KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
+	})
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	if len(lines) != 2 || !strings.Contains(lines[0], "name=KVSERVER_ADR nearest=KVSERVER_ADDR") || !strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY nearest=KVSERVER_MAX_MEMORY") {
+		t.Errorf("the log says\n%s", &log)
 	}
 }
 
