@@ -810,6 +810,28 @@ func TestBegunReplyEnds(t *testing.T) {
 	})
 }
 
+// Ensure that a reply for which there was room is counted at once, though others have
+// come over the limit of all queues in the moment between.
+func TestReserve(t *testing.T) {
+	for waiting := range 2 {
+		s := New(kvstore.NewMemory())
+		s.outboxes.limit = 100
+		c := newClient(1, newFakeConn(nil, nil), s)
+		c.buffer = make(chan []byte, maxBufferSize)
+		for range waiting {
+			c.buffer <- nil
+		}
+		s.queued.Store(100)
+		c.reserve(2 * maxMessage)
+		if got, want := s.queued.Load(), int64(100+waiting*2*maxMessage); got != want {
+			t.Errorf("with %d messages waiting %d bytes are counted, want %d", waiting, got, want)
+		}
+		if c.release(); s.queued.Load() != 100 {
+			t.Errorf("%d bytes are counted afterwards", s.queued.Load())
+		}
+	}
+}
+
 // Ensure that workLoop does not wait where the queues come over their limit while it
 // answers: it queues what it has begun to.
 func TestAnswerNeverWaits(t *testing.T) {
@@ -4832,7 +4854,7 @@ func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool
 	defer v.process.mu.Unlock()
 	cut := v.net.server.writeTimeout > 0 && !steady && got.err != nil
 	disturbed := v.failed || isClosed(v.net.server.closeSignal) || cut && v.net.server.writeTimeout < time.Minute
-	if v.calm && !disturbed && v.after == nil && got.err != io.EOF {
+	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
 		v.fail("%s: its connection ends in %v", v.id, got.err)
 	}
 	refusable := 0 // what the client wrote last may have been refused
