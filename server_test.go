@@ -3722,6 +3722,11 @@ func TestSimulation(t *testing.T) {
 			}
 		}
 	}
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	const group = 200
 	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
 		t.Run("seeds", func(t *testing.T) {
@@ -3729,7 +3734,7 @@ func TestSimulation(t *testing.T) {
 				if seed := first + done + i; seeds == 0 || done+i < seeds {
 					t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
 						t.Parallel()
-						simulate(t, seed, seeds == 1)
+						simulate(t, seed, seeds == 1, &tls.Config{Certificates: []tls.Certificate{pair}})
 					})
 				}
 			}
@@ -3748,7 +3753,8 @@ type world struct {
 	began  time.Time
 	dir    *disktest.Dir
 	fsync  time.Duration
-	quiet  bool // what is in dir is on disk, and nobody has written for over two seconds
+	tls    *tls.Config // of servers that speak it
+	quiet  bool        // what is in dir is on disk, and nobody has written for over two seconds
 
 	// What was answered after this is not on disk if the machine fails now, where a
 	// process that was killed has left it to a kernel. Zero: it is.
@@ -3771,11 +3777,11 @@ type simOp struct {
 	at time.Time
 }
 
-func simulate(t *testing.T, seed uint64, tell bool) {
+func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{
 			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
-			dir: disktest.New(), history: map[string][]simOp{}, sent: map[string]bool{},
+			dir: disktest.New(), tls: withTLS, history: map[string][]simOp{}, sent: map[string]bool{},
 			refused: map[string]bool{}, owners: map[string]*simList{},
 		}
 		hangs := time.AfterFunc(time.Hour, func() {
@@ -4031,9 +4037,12 @@ func (w *world) live() {
 		s.maxMemory = int64(400 * kilo)
 	}
 	s.writeTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
+	if chance(r, 8) {
+		s.tls = w.tls
+	}
 	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}), failures: pick(r, 0, 0, 5)}
 	p.net.start(w.t)
-	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, write timeout %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout)
+	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout, s.tls != nil)
 	var clients sync.WaitGroup
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, pick(r, kinds...))
@@ -4061,6 +4070,7 @@ func (p *process) startFailed(db *kvstore.Durable, err error, rotten bool, mend 
 		if r, err := kvstore.CheckIn(w.dir); err == nil && !r.Damaged {
 			w.fail("a check finds nothing: %v", r.Lines)
 		}
+		w.repair()
 		mend()
 	case p.failed:
 		w.tell("does not start: %v", err)
@@ -4070,6 +4080,44 @@ func (p *process) startFailed(db *kvstore.Durable, err error, rotten bool, mend 
 	}
 	if p.dir.Handles != 0 {
 		w.fail("%d open files are left of a start", p.dir.Handles)
+	}
+}
+
+// repair repairs a copy of what is damaged, perhaps with a power failure in the middle:
+// then it opens, and shows nothing that was not sent.
+func (w *world) repair() {
+	bad := w.dir.Kill()
+	bad.Room = 0
+	calls, last := 0, pick(w.random, 0, w.random.IntN(100))
+	bad.Before = func(disktest.Call) error {
+		if calls++; last > 0 && calls > last {
+			return errors.New("the machine has failed")
+		}
+		return nil
+	}
+	_, err := kvstore.RepairIn(bad, time.Now())
+	if last > 0 && err != nil {
+		bad = bad.Crash(w.random)
+		_, err = kvstore.RepairIn(bad, time.Now())
+	}
+	bad.Before = nil
+	if err != nil && strings.Contains(err.Error(), "not one frame can be read") {
+		return
+	}
+	if err != nil {
+		w.fail("repair: %v", err)
+		return
+	}
+	db, err := kvstore.OpenIn(bad, kvstore.Options{})
+	if err != nil {
+		w.fail("what was repaired does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	for key, list := range db.All() {
+		for _, v := range list {
+			w.known(key, v)
+		}
 	}
 }
 
@@ -4107,7 +4155,7 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	p.quiet = quiet && p.fsync != kvstore.FsyncNever
 	closes := time.Now()
 	s.Close()
-	if took := time.Since(closes); took > closeTime+drainTime+time.Second/2+p.slack() {
+	if took := time.Since(closes); took > 2*closeTime+drainTime+time.Second/2+p.slack() {
 		p.fail("Close takes %v", took)
 	}
 	err := db.Close()
@@ -4400,6 +4448,7 @@ type visitor struct {
 	conn   halfConn
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
+	plain  bool // it does not speak TLS, whatever the server does
 	junk   int  // lines that it may send after a Quit: none where they would take over a second
 }
 
@@ -4436,7 +4485,7 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 }) {
 	number := p.id()
 	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
-	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r, calm: kind.calm || chance(r, 2)}
+	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r, calm: kind.calm || chance(r, 2), plain: kind.name == "sends garbage" && chance(r, 2)}
 	all.Go(func() {
 		<-time.After(between(r, 0, pick(r, 0, time.Second, 10*time.Second)))
 		if !v.dial() {
@@ -4457,7 +4506,10 @@ func (v *visitor) dial() bool {
 	up2, down2 := newStream(streamSize), newStream(pick(r, 8*kilo, 64*kilo))
 	far, theirs := newFakeConn(down2, up2), newFakeConn(up2, down2)
 	theirs.gate = v.gate
-	v.conn, v.r = ours, bufio.NewReader(ours)
+	if v.conn = ours; v.net.server.tls != nil && !v.plain {
+		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
+	}
+	v.r = bufio.NewReader(v.conn)
 	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)), piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
 	if out.piece > 3 {
 		out.late = pick(r, 0, time.Millisecond, 30*time.Millisecond)
@@ -4953,7 +5005,11 @@ func (v *visitor) list() {
 func (v *visitor) garbage() {
 	r := v.random
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
-	switch r.IntN(6) {
+	what := r.IntN(6)
+	if what == 1 && v.net.server.tls != nil && !v.plain { // inside of TLS it is one bad line, and good ones
+		what = 0
+	}
+	switch what {
 	case 0:
 		junk := make([]byte, r.IntN(2000))
 		for i := range junk {
