@@ -1063,6 +1063,44 @@ func TestCheckBesideARealStore(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that a store on a disk that is full to the last byte stops cleanly: all that it
+// was told is on disk.
+func TestStopOnAFullDisk(t *testing.T) {
+	dir, name, starts := segment(t, 3)
+	full := dir.With(name, dir.Names[name].Data[:starts[3]]) // as a power failure leaves it, without the zeros
+	for _, f := range full.Names {
+		full.Room += len(f.Data)
+	}
+	d, err := OpenIn(full, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Errorf("a stop: %v", err)
+	}
+	if d, err = OpenIn(full, Options{}); err != nil || len(d.Get("key")) != 3 {
+		t.Errorf("after it: %v", err)
+	}
+}
+
+// Ensure that a start that fails leaves no file open.
+func TestFailedStartClosesItsFiles(t *testing.T) {
+	for n := 1; ; n++ {
+		dir := disktest.New()
+		dir.FailAt = n
+		d, err := OpenIn(dir, Options{})
+		if dir.Calls < n {
+			break
+		}
+		if err == nil {
+			d.Close()
+		}
+		if dir.Handles != 0 {
+			t.Errorf("call %d failed: %v, and %d files are open", n, err, dir.Handles)
+		}
+	}
+}
+
 // Ensure that a check beside a store finds no damage where frames are written between
 // any two of its reads, and the store is closed.
 func TestCheckBesideEachWrite(t *testing.T) {
