@@ -2,9 +2,10 @@
 //
 // KVStore is what the server asks of a store. Memory lives and dies with the
 // process; Durable is a Memory with a log on disk, from which Open makes it
-// again. memory.go is the one; the other is durable.go (writing), load.go (reading at
-// the start), log.go (the files' format), compact.go, check.go, backup.go and fs.go
-// (the file system, and what tests have in its place).
+// again. The one is memory.go (what it does), index.go (how it finds a key) and slab.go
+// (how a key and its list lie in memory), each with a drawing; the other is durable.go
+// (writing), load.go (reading at the start), log.go (the files' format), compact.go,
+// check.go, backup.go and fs.go (the file system; package disktest has one for tests).
 package kvstore
 
 import "iter"
