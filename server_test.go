@@ -5291,19 +5291,57 @@ func BenchmarkBeside(b *testing.B) {
 		for _, batch := range []int{1, 16, 64, 256} {
 			for _, server := range []string{"kvserver", "redis-server", "memcached"} {
 				b.Run(fmt.Sprintf("%s/batch=%d/%s", op, batch, server), func(b *testing.B) {
-					load(b, startPeer(b, server), server, op, 50, batch)
+					addr, _ := startPeer(b, server)
+					load(b, addr, server, op, 50, batch)
 				})
 			}
 		}
 	}
 }
 
-// startPeer starts a server for one benchmark and returns its address.
-func startPeer(b *testing.B, server string) string {
+// BenchmarkResident is how many bytes of memory a key takes, of a million of 12 bytes with
+// a value of 16 and after as many writes again, beside that of the other servers.
+func BenchmarkResident(b *testing.B) {
+	const keys, chunk = 1_000_000, 1000
+	for _, server := range []string{"kvserver", "redis-server", "memcached"} {
+		b.Run(server, func(b *testing.B) {
+			d := dialectsOf[server]
+			addr, pid := startPeer(b, server)
+			a := dialTCP(b, addr)
+			if server == "kvserver" {
+				a.ask("Ack", ":OK 0")
+			}
+			values := []string{"", "aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"}
+			for i, name := range []string{"B/key", "B/key-updated"} {
+				go func() {
+					for first := 0; first < keys; first += chunk {
+						var text strings.Builder
+						for k := range chunk {
+							text.WriteString(d.set(fmt.Sprintf("key%09d", first+k), values[i], values[i+1]))
+						}
+						a.sendSome(text.String())
+					}
+				}()
+				if _, err := a.r.Discard(keys * len(d.done("key000000000", values[i], values[i+1]))); err != nil {
+					b.Fatal(err)
+				}
+				status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+				if err != nil {
+					b.Skip("this system does not tell what a process takes")
+				}
+				kilobytes, _ := strconv.Atoi(string(regexp.MustCompile(`VmRSS:\s+(\d+)`).FindSubmatch(status)[1]))
+				b.ReportMetric(float64(kilobytes)*1024/keys, name)
+			}
+		})
+	}
+}
+
+// startPeer starts a server for one benchmark and returns its address, and its process.
+func startPeer(b *testing.B, server string) (addr string, pid int) {
 	if server == "kvserver" {
-		_, addr, log := startBinary(b, "-addr", "127.0.0.1:0")
+		cmd, addr, log := startBinary(b, "-addr", "127.0.0.1:0")
 		go io.Copy(io.Discard, log)
-		return addr
+		return addr, cmd.Process.Pid
 	}
 	path, err := exec.LookPath(server)
 	if err != nil {
@@ -5313,12 +5351,12 @@ func startPeer(b *testing.B, server string) string {
 	if err != nil {
 		b.Fatal(err)
 	}
-	addr := free.Addr().String()
+	addr = free.Addr().String()
 	free.Close()
 	_, port, _ := net.SplitHostPort(addr)
 	args := []string{"--port", port, "--save", "", "--appendonly", "no"}
 	if server == "memcached" {
-		args = []string{"-u", "nobody", "-l", "127.0.0.1", "-p", port, "-t", "2"}
+		args = []string{"-u", "nobody", "-l", "127.0.0.1", "-p", port, "-t", "2", "-m", "4096"}
 	}
 	cmd := exec.Command(path, args...)
 	if err := cmd.Start(); err != nil {
@@ -5331,7 +5369,7 @@ func startPeer(b *testing.B, server string) string {
 	for {
 		if conn, err := net.Dial("tcp", addr); err == nil {
 			conn.Close()
-			return addr
+			return addr, cmd.Process.Pid
 		}
 		runtime.Gosched()
 	}

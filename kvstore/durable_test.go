@@ -1883,6 +1883,39 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that a bit that rots in a full file is healed by the next compaction.
+func TestCompactionHeals(t *testing.T) {
+	dir := disktest.New()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	for i := range 100 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	dir.Names["seg-1.log"].Data[headerSize+10] ^= 1
+	if r, err := CheckIn(dir); err != nil || !r.Damaged {
+		t.Fatalf("a rotten file: %v, %v", r, err)
+	}
+	d.minCompact = 0
+	d.Delete("key")
+	d.Put("key", "value")
+	for number := d.number; d.number == number; {
+		d.Put("other", "value")
+		d.Commit()
+	}
+	d.settle()
+	d.Close()
+	if r, err := CheckIn(dir); err != nil || r.Damaged {
+		t.Errorf("after a compaction: %v, %v", r, err)
+	}
+	if d, err = OpenIn(dir, Options{}); err != nil || !slices.Equal(d.Get("key"), []string{"value"}) {
+		t.Errorf("opened again: %v", err)
+	}
+}
+
 // Ensure that the disk holds no more than twice the live data and what two files may have,
 // whatever comes: nothing but Deletes, a huge key, a store that falls quiet while it is
 // compacted, and one whose compaction has failed.
