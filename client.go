@@ -343,6 +343,7 @@ const tlsHandshake = 0x16
 func (c *Client) tick() error {
 	in := &c.in
 	c.await()
+	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
 	if !in.busy {
 		in.rest()
 	}
@@ -570,13 +571,13 @@ func (c *Client) list(what queryType, prefix string) {
 // takeMoment waits until there may be one more snapshot. It is false if the server closes
 // meanwhile.
 func (c *Client) takeMoment() bool {
-	c.awaited.Add(1)
-	defer c.awaited.Add(-1)
 	select {
 	case c.moments <- struct{}{}:
 		return true
 	default:
 	}
+	c.awaited.Add(1)
+	defer c.awaited.Add(-1)
 	select {
 	case c.moments <- struct{}{}:
 		return true
@@ -667,7 +668,8 @@ type outboxes struct {
 	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number
 	queued     atomic.Int64 // bytes that they take
 	dropped    atomic.Int64 // replies that slow readers lost
-	heap       atomic.Int64 // bytes that were alive when the collector last looked; 0: it has not
+	used       atomic.Int64 // bytes that workLoop knew of at its last Commit (needed)
+	other      atomic.Int64 // bytes that were alive beside these when the collector last looked
 
 	// One slot for each core but one. Who formats or sorts much takes a slot, so the
 	// last core stays free for short requests.

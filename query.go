@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -22,6 +21,7 @@ type Query struct {
 	line   int       // of the client's input, counted from 1
 	values []string  // what the run found: a key's list, or the lines of a Help, Stats or Keys
 	few    [2]string // values, where it is short
+	kept   bool      // keep was called
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
 
@@ -306,7 +306,8 @@ func (q *Query) run(db kvstore.KVStore) {
 // keep makes values something that may be kept for long: a short list shares memory with
 // others (kvstore.Viewer).
 func (q *Query) keep() {
-	if q.queryType == get && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
+	if q.queryType == get && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
+		q.kept = true
 		q.values = kvstore.CloneAll(q.values)
 		q.few = [2]string{}
 	}
@@ -355,10 +356,11 @@ func (q *Query) memory() int64 {
 func (q *Query) makesLess(db kvstore.KVStore) bool {
 	switch q.queryType {
 	case update:
-		return len(q.newValue) <= len(q.value) && slices.Contains(db.Get(q.key), q.value)
+		has, ok := db.(kvstore.Haser)
+		return ok && len(q.newValue) <= len(q.value) && has.Has(q.key, q.value)
 	case set:
-		values := db.Get(q.key)
-		return len(values) > 0 && len(q.value) <= sum(values)
+		m, ok := db.(kvstore.Measurer)
+		return ok && int64(len(q.value)) <= m.Measure(q.key)
 	}
 	return false
 }

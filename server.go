@@ -664,19 +664,16 @@ func (s *keyValueServer) isFull(q *Query) bool {
 
 // memory is what workLoop knows of the memory that the process takes.
 type memory struct {
-	heap  int64 // the latest from outboxes.heap
-	other int64 // of that, what was neither the store's nor queued: snapshots, requests under way
-	most  int64 // bytes of the store, since memory was last given back
+	most int64 // bytes of the store, since memory was last given back
 }
 
 // memoryUsed is about how many bytes the process needs: what the store takes and what is
 // queued, now, and what the last collection found beside them.
-func (s *keyValueServer) memoryUsed() int64 {
-	used := s.footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
-	if heap := s.heap.Load(); heap != s.memory.heap {
-		s.memory.heap, s.memory.other = heap, max(0, heap-used)
-	}
-	return used + s.memory.other
+func (s *keyValueServer) memoryUsed() int64 { return s.needed() + s.other.Load() }
+
+// needed is how many bytes the store, what is queued and the clients take.
+func (s *keyValueServer) needed() int64 {
+	return s.footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
 }
 
 // footprint is how many bytes of memory the store takes: 0 if it cannot say.
@@ -722,6 +719,7 @@ func (s *keyValueServer) commit() {
 	}
 	s.batch = s.batch[:0]
 	s.giveBack()
+	s.used.Store(s.needed())
 }
 
 // leave takes note that one of c's goroutines has ended, and with the last of

@@ -1245,6 +1245,25 @@ func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
 	})
 }
 
+// Ensure that a client with an unfinished line does not keep what its earlier requests
+// found.
+func TestUnfinishedLineKeepsNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		a := n.dial(t)
+		a.send("Get:k\nGet:k\nPing\nG")
+		a.want("k:v", "k:v", ":PONG")
+		pass(2 * quietAfter)
+		for _, q := range n.server.clients[0].in.queries[:cap(n.server.clients[0].in.queries)] {
+			if q.few[0] != "" || q.key != "" {
+				t.Errorf("a request for %q that was answered is kept, with %q", q.key, q.few[0])
+			}
+		}
+		a.ask("et:k", "k:v")
+		a.hangUp()
+	})
+}
+
 // Ensure that a Dump is one exact moment, also when it is read slowly, and that others
 // write meanwhile: the moves of a coin from purse to purse are never seen half.
 func TestDumpIsOneMoment(t *testing.T) {
@@ -1748,7 +1767,7 @@ func TestMaxMemory(t *testing.T) {
 func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	before := s.memoryUsed()
-	s.heap.Store(before + 10*kilo)
+	s.other.Store(10 * kilo)
 	if got := s.memoryUsed(); got != before+10*kilo {
 		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
 	}
@@ -1756,7 +1775,7 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	if got := s.memoryUsed(); got < before+15*kilo || got > before+16*kilo {
 		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
 	}
-	s.heap.Store(1)
+	s.other.Store(0)
 	if got := s.memoryUsed(); got < before || got > before+6*kilo {
 		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
 	}

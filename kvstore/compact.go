@@ -38,6 +38,11 @@ func (d *Durable) compact() {
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Durable) isWasteful() bool {
+	select {
+	case <-d.stop: // a compaction would give up at once
+		return false
+	default:
+	}
 	return d.closed+d.size > 2*d.logBytes+d.minCompact+d.segmentSize && !d.isCompacting()
 }
 
@@ -51,8 +56,8 @@ func (d *Durable) isCompacting() bool {
 	return d.compacted != nil || time.Now().Before(d.compactAfter)
 }
 
-// noteCompaction takes the end of a compaction into account. One that failed
-// has changed nothing.
+// noteCompaction takes the end of a compaction into account. One that failed may have
+// left files that are of no use any more: the next one removes them.
 func (d *Durable) noteCompaction(c compaction) {
 	d.compacted = nil
 	switch c.err {
@@ -93,6 +98,11 @@ func (c *compactor) run() (size int64, err error) {
 	for _, number := range l.segments {
 		if number <= c.through {
 			old = append(old, logName(kindSegment, number))
+		}
+	}
+	for _, name := range l.obsolete { // what a compaction left that failed after its snapshot was there
+		if _, number, isLog := parseName(name); isLog && number <= c.through {
+			old = append(old, name)
 		}
 	}
 	for _, name := range old {

@@ -396,7 +396,10 @@ func (d *Durable) Syncing() string {
 // Options.Fsync says. After an error it is unknown what since the last Commit
 // is on disk; nothing is written any more, and every Commit fails.
 func (d *Durable) Commit() error {
-	if d.count == 0 && !d.begun && !d.isWasteful() {
+	if d.count == 0 && !d.begun && (d.size == headerSize || !d.isWasteful()) {
+		if d.size == headerSize && d.isWasteful() && d.failure() == nil {
+			d.compact() // the current file is empty, so all is in full ones
+		}
 		return d.failure()
 	}
 	d.begun = false

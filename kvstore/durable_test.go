@@ -1883,6 +1883,99 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that what a compaction leaves that cannot remove a file goes with the next one.
+func TestCompactionRemovesLeftovers(t *testing.T) {
+	dir := disktest.New()
+	var refuses atomic.Bool
+	dir.Before = func(c disktest.Call) error {
+		if c.What == "remove" && refuses.Load() {
+			return disktest.ErrDisk
+		}
+		return nil
+	}
+	d, err := openSmall(dir, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	churn := func() {
+		for number := d.number; d.number < number+5; {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.settle()
+	}
+	refuses.Store(true)
+	churn()
+	refuses.Store(false)
+	d.compactAfter = time.Time{}
+	churn()
+	churn()
+	l, err := readLayout(dir)
+	if err != nil || l.snapshot == 0 || len(l.obsolete) > 0 {
+		t.Errorf("beside snapshot %d these are left: %q, %v", l.snapshot, l.obsolete, err)
+	}
+}
+
+// Ensure that neither a stop and a start, nor a compaction that fails again and again,
+// makes one file after the other where nothing is written.
+func TestNoFilesForNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := disktest.New()
+		var refuses atomic.Bool
+		refuses.Store(true)
+		dir.Before = func(c disktest.Call) error {
+			if refuses.Load() && c.What == "create" && strings.HasPrefix(c.Name, "snap") {
+				return disktest.ErrDisk
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for d.number < 10 {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var number uint64
+		for round := range 10 {
+			<-time.After(compactTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.settle()
+			if round == 2 {
+				number = d.number
+			}
+		}
+		for range 5 {
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if d, err = openSmall(dir, Options{Fsync: FsyncNever}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if d.number > number {
+			t.Errorf("file %d after file %d, and nothing was written", d.number, number)
+		}
+		refuses.Store(false)
+		<-time.After(compactTime)
+		d.Commit()
+		d.settle()
+		if disk := d.closed + d.size; disk > 1000 {
+			t.Errorf("%d bytes on disk for no data", disk)
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a bit that rots in a full file is healed by the next compaction.
 func TestCompactionHeals(t *testing.T) {
 	dir := disktest.New()

@@ -71,12 +71,18 @@ type Viewer interface {
 	// View returns key's list, for a short time: a short one may be made in scratch, and
 	// may share a piece of memory with others, which it keeps from being given back. Who
 	// keeps one of up to ViewMost bytes for long clones it (CloneAll); a larger one keeps
-	// nothing but itself.
+	// nothing but its own memory.
 	View(scratch []string, key string) []string
 }
 
 // ViewMost is how many bytes of values a list has at most that shares memory.
 const ViewMost = ownSize
+
+// Haser is a KVStore that can look for a value without handing its list out.
+type Haser interface {
+	// Has tells whether key's list has value.
+	Has(key, value string) bool
+}
 
 // Toucher is a KVStore that is faster if it is told what it will be asked.
 type Toucher interface {

@@ -483,6 +483,37 @@ func TestWhatIsHandedOut(t *testing.T) {
 	}
 }
 
+// Ensure that values that were taken out of a long list do not stay in memory, whether
+// it was handed out or not.
+func TestRemovedValuesGo(t *testing.T) {
+	for _, read := range []bool{false, true} {
+		store := NewMemory()
+		const values, size = 1000, 10_000
+		long := strings.Repeat("v", size)
+		for i := range values {
+			store.Put("key", fmt.Sprint(i, long))
+		}
+		for i := range values - 10 {
+			if read && i == values/2 {
+				store.Get("key")
+			}
+			if !store.Remove("key", fmt.Sprint(i, long)) {
+				t.Fatalf("value %d is not there", i)
+			}
+		}
+		runtime.GC()
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		before := stats.HeapAlloc
+		store.Delete("key")
+		runtime.GC()
+		if runtime.ReadMemStats(&stats); before > stats.HeapAlloc+100*size {
+			t.Errorf("read %v: 10 values of %d bytes keep %d bytes", read, size, before-stats.HeapAlloc)
+		}
+		runtime.KeepAlive(store)
+	}
+}
+
 // Ensure that a Get with room for its values allocates nothing.
 func TestViewAllocatesNothing(t *testing.T) {
 	store := NewMemory()

@@ -253,7 +253,7 @@ func (d *Durable) create(l layout) error {
 	if err != nil {
 		return err
 	}
-	d.current, d.number, d.size, d.room, d.vouched = w, 1, w.size, w.room(), true
+	d.current, d.number, d.first, d.size, d.room, d.vouched = w, 1, 1, w.size, w.room(), true
 	d.log.Info("made a new store", "dir", d.dir.Path(""))
 	return writeID(d.dir, d.id)
 }
@@ -494,7 +494,7 @@ func (d *Durable) resume(end segmentEnd) error {
 		w.f.Close()
 		return err
 	}
-	d.current, d.size, d.room = w, w.size, w.room()
+	d.current, d.size, d.room, d.first = w, w.size, w.room(), h.first
 	return nil
 }
 

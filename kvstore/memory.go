@@ -53,6 +53,7 @@ type Memory struct {
 type list struct {
 	values []string
 	bytes  int64 // of the values, so that Delete need not walk through them
+	most   int   // values, since values were last copied: those that went are there still
 	shared bool  // values were handed out, so they stay as they are
 }
 
@@ -274,6 +275,9 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 	}
 	switch {
 	case place == 0:
+		if !l.shared {
+			l.values[0] = "" // or it would stay in memory
+		}
 		l.values = l.values[1:]
 	case place > 0 && l.shared:
 		// A new list, with the room that append would leave beside the new value.
@@ -287,6 +291,9 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 		l.bytes -= int64(len(oldValue))
 		m.long--
 		m.longBytes -= int64(len(oldValue))
+	}
+	if len(l.values) < l.most/4 && l.most > 4*maxShort {
+		l.values, l.shared, l.most = slices.Clone(l.values), false, len(l.values)
 	}
 	return place
 }
@@ -314,6 +321,19 @@ func (m *Memory) Measure(key string) (bytes int64) {
 		return m.lists[rec.number()/len(listPage{}.lists)].lists[rec.number()%len(listPage{}.lists)].bytes
 	}
 	return int64(sizeOf(rec.values(m.edit[:0])))
+}
+
+// Has tells whether key's list has value. It hands nothing out.
+func (m *Memory) Has(key, value string) bool {
+	_, _, rec := m.find(key)
+	switch {
+	case rec == nil:
+		return false
+	case rec.number() > 0:
+		n := len(listPage{}.lists)
+		return slices.Contains(m.lists[rec.number()/n].lists[rec.number()%n].values, value)
+	}
+	return slices.Contains(rec.values(m.edit[:0]), value)
 }
 
 // touchMost is how many keys are touched at a time: what they need stays in the cache.
@@ -394,6 +414,7 @@ func (m *Memory) newList(values []string) (k int) {
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *list, value string) {
 	l.values = append(l.values, strings.Clone(value))
+	l.most = max(l.most, len(l.values))
 	l.bytes += int64(len(value))
 	m.long++
 	m.longBytes += int64(len(value))

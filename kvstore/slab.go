@@ -227,8 +227,8 @@ func (m *Memory) clean(bytes int) {
 	}
 }
 
-// choose makes the slab with most dead bytes among the next ones the victim. One that a
-// snapshot has is left alone: cleaning it would give nothing back.
+// choose makes the slab with most dead bytes among the next ones the victim. One that the
+// latest snapshot has is left alone: cleaning it would give nothing back.
 func (m *Memory) choose() {
 	shown := m.latest.Value() != nil
 	most := slabSize / (2 * deadShare)
