@@ -1041,9 +1041,9 @@ func TestCheckBesideARealStore(t *testing.T) {
 	written := make(chan struct{})
 	go func() {
 		defer close(written)
-		for i := range 2000 {
+		for i := range 1000 {
 			d.Delete(fmt.Sprint("key", i%100))
-			d.Put(fmt.Sprint("key", i%100), strings.Repeat("v", i%2000*10))
+			d.Put(fmt.Sprint("key", i%100), strings.Repeat("v", i%1000*20))
 			if err := d.Commit(); err != nil {
 				t.Error(err)
 				return
