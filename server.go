@@ -569,7 +569,7 @@ const touchLeast = 8
 
 // touch tells the store which keys chain will need, if it wants to know.
 func (s *keyValueServer) touch(chain *Query) {
-	if s.toucher == nil {
+	if s.toucher == nil || !s.toucher.TouchPays() {
 		return
 	}
 	s.touched = s.touched[:0]

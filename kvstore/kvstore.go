@@ -86,6 +86,8 @@ type Haser interface {
 
 // Toucher is a KVStore that is faster if it is told what it will be asked.
 type Toucher interface {
+	// TouchPays tells whether it is, now: not while the store is small.
+	TouchPays() bool
 	// Touch prepares for requests of these keys. It changes nothing.
 	Touch(keys []string)
 }

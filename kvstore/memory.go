@@ -130,11 +130,14 @@ func (m *Memory) Get(key string) []string {
 // keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
 	_, _, rec := m.find(key)
-	switch {
-	case rec == nil:
+	if rec == nil {
 		return nil
-	case rec.number() > 0:
-		return m.handOut(rec.number())
+	}
+	if _, rest := rec.parts(); rest[0] == 1 && rest[1] < 0x80 { // the usual list
+		return append(scratch[:0], viewOf(rest[2:2+rest[1]]))
+	}
+	if k := rec.number(); k > 0 {
+		return m.handOut(k)
 	}
 	return rec.values(scratch[:0])
 }
@@ -342,14 +345,14 @@ const touchMost = 256
 // touchSize is how many bytes of store a processor's cache holds anyway.
 const touchSize = 4 << 20
 
+// TouchPays tells whether the store is larger than a processor's cache.
+func (m *Memory) TouchPays() bool { return m.used+m.pages<<12 >= touchSize }
+
 // Touch brings what a find of each of these keys needs into the processor's cache, for
 // requests that follow. One after the other each would wait for memory three times; here
-// those waits overlap, for no step of a loop needs the one before. With a small store it
-// does nothing. (Valkey 8 calls this memory access amortization.)
+// those waits overlap, for no step of a loop needs the one before. (Valkey 8 calls this
+// memory access amortization.)
 func (m *Memory) Touch(keys []string) {
-	if m.used+m.pages<<12 < touchSize {
-		return
-	}
 	var hashes, slots [touchMost]uint64
 	for len(keys) > 0 {
 		n := min(len(keys), touchMost)
