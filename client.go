@@ -878,10 +878,11 @@ func (o *outbox) drop() {
 }
 
 // reserve counts a reply of several messages, for which there is room, as queued before
-// it is: once begun it must end, whatever others queue meanwhile. Only one that may begin
-// because nothing else of its client's is queued waits while the queues are over their limit.
+// it is: once begun it must end, whatever others queue meanwhile. Only a long one that may
+// begin because nothing else of its client's is queued waits while the queues are over
+// their limit.
 func (o *outbox) reserve(size int) {
-	if size > o.maxMessage && (len(o.buffer) > 0 || !o.isOver()) {
+	if size > o.maxMessage && (len(o.buffer) > 0 || size <= maxShared*o.maxMessage || !o.isOver()) {
 		o.reserved = int64(size)
 		o.queued.Add(o.reserved)
 	}

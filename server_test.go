@@ -794,14 +794,17 @@ func TestBegunReplyEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
 		n.server.outboxes.limit = 100 * kilo
-		a, other := n.dial(t), n.dial(t)
+		a, b, other := n.dial(t), n.dial(t), n.dial(t)
 		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
 		pass(time.Minute)
-		other.ask("Get:mark\nPing", "mark:v", ":PONG")
-		if queued := other.stat("queued_bytes"); queued > 200*kilo {
+		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
+		pass(time.Minute)
+		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
+		if queued := other.stat("queued_bytes"); queued > 300*kilo {
 			t.Errorf("%d bytes are queued", queued)
 		}
 		a.conn.Close()
+		b.conn.Close()
 		synctest.Wait()
 		if queued := other.stat("queued_bytes"); queued != 0 {
 			t.Errorf("%d bytes are queued for nobody", queued)
@@ -822,12 +825,17 @@ func TestReserve(t *testing.T) {
 			c.buffer <- nil
 		}
 		s.queued.Store(100)
-		c.reserve(2 * maxMessage)
-		if got, want := s.queued.Load(), int64(100+waiting*2*maxMessage); got != want {
-			t.Errorf("with %d messages waiting %d bytes are counted, want %d", waiting, got, want)
-		}
-		if c.release(); s.queued.Load() != 100 {
-			t.Errorf("%d bytes are counted afterwards", s.queued.Load())
+		for size, counted := range map[int]bool{maxMessage: false, 2 * maxMessage: true, maxShared * maxMessage: true, maxShared*maxMessage + 1: waiting > 0} {
+			want := int64(100)
+			if counted {
+				want += int64(size)
+			}
+			if c.reserve(size); s.queued.Load() != want {
+				t.Errorf("with %d messages waiting and one reply of %d bytes %d are counted, want %d", waiting, size, s.queued.Load(), want)
+			}
+			if c.release(); s.queued.Load() != 100 {
+				t.Errorf("%d bytes are counted afterwards", s.queued.Load())
+			}
 		}
 	}
 }
