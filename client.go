@@ -661,8 +661,8 @@ func (c *Client) isTooLate(n int) bool {
 // ---- outbox: replies to messages
 
 // outboxes is what the outboxes of all clients have in common. They work on many
-// goroutines, so what they count together is atomic: the one thing in this program
-// that is shared without a channel.
+// goroutines, and the collector's pacer on another, so what they count together is atomic:
+// the one thing in this program that is shared without a channel.
 type outboxes struct {
 	maxMessage int          // bytes in a message: the constant, but for tests
 	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number
@@ -675,7 +675,8 @@ type outboxes struct {
 	// last core stays free for short requests.
 	cores chan struct{}
 
-	// One slot for each snapshot that a Keys or Dump has, and how many wait for one.
+	// One slot for each snapshot that a Keys or Dump has, for each may keep in memory what
+	// all others have changed since; and how many wait for one.
 	moments chan struct{}
 	awaited atomic.Int64
 }

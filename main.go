@@ -13,7 +13,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -83,7 +82,7 @@ type config struct {
 	data    string // directory; "": memory only
 	fsync   string
 	http    string // address of metrics; "": none
-	json    bool
+	log     string // text or json
 	maxLine size
 	verbose bool
 
@@ -98,6 +97,7 @@ type config struct {
 
 	client   bool // send requests instead of serving
 	ping     bool
+	version  bool // print it, and do nothing else
 	requests []string
 }
 
@@ -121,7 +121,7 @@ func main() {
 		return
 	}
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
-	log := newLog(os.Stderr, c.json, c.verbose)
+	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	err = run(c, log)
 	if err != nil && !errors.Is(err, errLogged) {
 		complain(log.queue, err)
@@ -148,20 +148,59 @@ func complain(w io.Writer, err error) {
 	}
 }
 
-// parseFlags reads the command line. It prints what -h and -version ask for and
-// then returns flag.ErrHelp.
+const seeHelp = "kvserver -h lists the flags."
+
+// parseFlags reads the environment and the command line. It prints what -h and -version
+// ask for and then returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	const seeHelp = "kvserver -h lists the flags."
+	flags := c.flags()
+	if err := readEnvironment(flags); err != nil {
+		return c, err
+	}
+	ca := c.ca // it may be there for a -ping beside the server
+	err = flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(out, usage)
+		return c, err
+	case err != nil:
+		return c, flagProblem(flags, err)
+	case c.version:
+		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
+		return c, flag.ErrHelp
+	case !c.client && !c.ping && c.ca == ca:
+		c.ca = ""
+	}
+	c.requests = flags.Args()
+	given := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	for _, err := range []error{c.checkValues(), c.checkRequests(), c.checkTogether(given)} {
+		if err != nil {
+			return c, err
+		}
+	}
+	if c.http != "" {
+		if c.http, err = fullAddr("http", c.http); err != nil {
+			return c, err
+		}
+	}
+	c.addr, err = fullAddr("addr", c.addr)
+	return c, err
+}
+
+// flags returns the flags that set c.
+func (c *config) flags() *flag.FlagSet {
 	flags := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.Usage = func() {}
+	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
 	flags.StringVar(&c.addr, "addr", "localhost:9999", "")
 	flags.StringVar(&c.data, "data", "", "")
 	flags.StringVar(&c.fsync, "fsync", "always", "")
-	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
-	flags.Var(&c.maxLine, "max-line", "")
 	flags.StringVar(&c.http, "http", "", "")
+	flags.StringVar(&c.log, "log", "text", "")
 	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
+	flags.Var(&c.maxLine, "max-line", "")
 	flags.Var(&c.maxMemory, "max-memory", "")
 	flags.Var(&c.maxQueues, "max-queues", "")
 	flags.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout, "")
@@ -169,95 +208,104 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.StringVar(&c.key, "tls-key", "", "")
 	flags.StringVar(&c.clientCA, "tls-client-ca", "", "")
 	flags.StringVar(&c.ca, "tls-ca", "", "")
-	format := flags.String("log", "text", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	flags.BoolVar(&c.client, "c", false, "")
 	flags.BoolVar(&c.ping, "ping", false, "")
-	showVersion := flags.Bool("version", false, "")
+	flags.BoolVar(&c.version, "version", false, "")
+	return flags
+}
+
+// variable is the name of a flag in the environment; "": it has none, for it says what to
+// do now, and KVSERVER_VERSION is often there.
+func variable(f *flag.Flag) string {
+	if f.Name == "c" || f.Name == "ping" || f.Name == "version" {
+		return ""
+	}
+	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+}
+
+// readEnvironment sets flags from the environment.
+func readEnvironment(flags *flag.FlagSet) (err error) {
 	flags.VisitAll(func(f *flag.Flag) {
-		if f.Name == "c" || f.Name == "ping" || f.Name == "version" {
-			return // what to do now, and KVSERVER_VERSION is often there
+		name := variable(f)
+		if name == "" || err != nil {
+			return
 		}
-		name := variable(f.Name)
-		if value := os.Getenv(name); value != "" && err == nil && flags.Set(f.Name, value) != nil {
+		if value := os.Getenv(name); value != "" && flags.Set(f.Name, value) != nil {
 			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), example(f) + seeHelp}
 		}
 	})
-	if err != nil {
-		return c, err
+	return err
+}
+
+// flagProblem says what to do about an error of flags.Parse.
+func flagProblem(flags *flag.FlagSet, err error) error {
+	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
+	if unknown {
+		return problem{"unknown flag " + name, similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
 	}
-	ca := c.ca // of the environment, where it may be for -ping beside a server
-	switch err := flags.Parse(args); {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(out, usage)
-		return c, err
-	case err != nil:
-		name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
-		if unknown {
-			return c, problem{"unknown flag " + name, similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
-		}
-		todo := seeHelp
-		flags.VisitAll(func(f *flag.Flag) {
-			if strings.Contains(err.Error(), " -"+f.Name+": ") {
-				todo = example(f) + seeHelp
-			}
-		})
-		return c, problem{err.Error(), todo}
-	case flags.NArg() > 0 && !c.client:
-		return c, problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", flags.Arg(0)), "To send a request: kvserver -c " + flags.Arg(0) + "   " + seeHelp}
-	case *showVersion:
-		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
-		return c, flag.ErrHelp
-	case c.maxLine < minMaxLine || c.maxLine > 1<<30:
-		return c, problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine), fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
-	case c.maxClients < 1:
-		return c, problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
-	case c.writeTimeout < 0:
-		return c, problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
-	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
-		return c, problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both", "Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
-	case *format != "text" && *format != "json":
-		return c, problem{fmt.Sprintf("-log %q is none of its values", *format), "Give text or json."}
-	}
-	c.requests, c.json = flags.Args(), *format == "json"
-	for _, request := range c.requests {
-		switch {
-		case strings.HasPrefix(request, "-"):
-			return c, problem{fmt.Sprintf("%q is no request", request), "Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
-		case strings.Contains(request, "\n"):
-			return c, problem{fmt.Sprintf("%q is more than one request", request), "Give each as an argument of its own; no key and no value holds a newline."}
-		}
-	}
-	flags.Visit(func(f *flag.Flag) {
-		switch {
-		case f.Name == "data" && c.data == "":
-			err = problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
-		case f.Name == "fsync" && c.data == "" && !c.client && !c.ping:
-			err = problem{"-fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync " + c.fsync + "."}
+	todo := seeHelp
+	flags.VisitAll(func(f *flag.Flag) {
+		if strings.Contains(err.Error(), " -"+f.Name+": ") {
+			todo = example(f) + seeHelp
 		}
 	})
-	if err != nil {
-		return c, err
-	}
-	asks := c.client || c.ping
+	return problem{err.Error(), todo}
+}
+
+// checkValues tells what is wrong with the value of a flag.
+func (c *config) checkValues() error {
 	switch {
-	case asks && c.cert != "" && c.ca == "":
-		return c, problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
-	case !asks && c.ca == ca:
-		c.ca = ""
-	case !asks:
-		return c, problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
+	case c.maxLine < minMaxLine || c.maxLine > 1<<30:
+		return problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine),
+			fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
+	case c.maxClients < 1:
+		return problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
+	case c.writeTimeout < 0:
+		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
+	case c.log != "text" && c.log != "json":
+		return problem{fmt.Sprintf("-log %q is none of its values", c.log), "Give text or json."}
 	}
-	if c.http != "" {
-		if c.http, err = fullAddr("http", c.http); err != nil {
-			return c, err
+	_, err := parseFsync(c.fsync)
+	return err
+}
+
+// checkRequests tells what is wrong with what stands behind the flags.
+func (c *config) checkRequests() error {
+	for _, request := range c.requests {
+		switch {
+		case !c.client:
+			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", request),
+				"To send a request: kvserver -c " + request + "   " + seeHelp}
+		case strings.HasPrefix(request, "-"):
+			return problem{fmt.Sprintf("%q is no request", request),
+				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
+		case strings.Contains(request, "\n"):
+			return problem{fmt.Sprintf("%q is more than one request", request),
+				"Give each as an argument of its own; no key and no value holds a newline."}
 		}
 	}
-	if _, err := parseFsync(c.fsync); err != nil {
-		return c, err
+	return nil
+}
+
+// checkTogether tells which flags do not go together. given are those that were given,
+// here or in the environment.
+func (c *config) checkTogether(given map[string]bool) error {
+	asks := c.client || c.ping
+	switch {
+	case given["data"] && c.data == "":
+		return problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
+	case given["fsync"] && c.data == "" && !asks:
+		return problem{"-fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync " + c.fsync + "."}
+	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
+		return problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both",
+			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
+	case asks && c.cert != "" && c.ca == "":
+		return problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
+	case !asks && c.ca != "":
+		return problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
 	}
-	c.addr, err = fullAddr("addr", c.addr)
-	return c, err
+	return nil
 }
 
 // minMaxLine is the least -max-line: with less hardly a request fits.
@@ -292,55 +340,26 @@ func (s *size) Set(text string) error {
 	return nil
 }
 
-// warnOfVariables logs which variables look like ours and are none: those that Kubernetes
-// sets for a service of our name are not meant.
+// warnOfVariables logs which variables look like ours and are none, and what they may have
+// been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
-	flags := map[string]bool{}
-	var names []string
-	for _, line := range strings.Split(usage, "\n") {
-		for _, word := range strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" ,();", r) }) {
-			if name, isFlag := strings.CutPrefix(word, "-"); isFlag && !flags[name] && name != "" {
-				flags[name] = true
-				names = append(names, variable(name))
-			}
-		}
-	}
+	flags := new(config).flags()
+	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true}
+	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
 		text, ours := strings.CutPrefix(name, "KVSERVER_")
-		kubernetes := strings.HasPrefix(text, "SERVICE_") || text == "PORT" || strings.HasPrefix(text, "PORT_")
-		if !ours || kubernetes || strings.HasPrefix(text, "TEST_") || text == "VERSION" || slices.Contains(names, name) {
+		if !ours || known[name] || strings.HasPrefix(text, "SERVICE_") || strings.HasPrefix(text, "PORT_") || strings.HasPrefix(text, "TEST_") {
 			continue
 		}
-		nearest := slices.MinFunc(names, func(a, b string) int { return cmp.Compare(distance(a, name), distance(b, name)) })
-		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name, "nearest", nearest)
-	}
-}
-
-// variable is the name of a flag in the environment.
-func variable(flag string) string {
-	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
-}
-
-// distance is how many letters must come, go or change to make b of a (Levenshtein, 1966).
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range a {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range b {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
+		todo := seeHelp
+		flags.VisitAll(func(f *flag.Flag) {
+			if v := variable(f); oneSlip(name, v) && len(f.Name) > 2 {
+				todo = "Did you mean " + v + " ?"
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
-		}
+		})
+		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name, "todo", todo)
 	}
-	return row[len(b)]
 }
 
 // example shows a value of f.

@@ -56,7 +56,7 @@ const (
 	spareFiles          = 32      // of the process's limit, for all but clients: the log, a compaction
 	maxTurnedAway       = 8       // of these, connections over maxClients that get time to hear so
 	maxHandshakes       = 1000    // TLS handshakes under way; fewer where files are few
-	maxMoments          = 4       // snapshots at a time, for Keys and Dump: each may keep in memory what all others have changed since
+	maxMoments          = 4       // snapshots at a time, for Keys and Dump
 	maxWatchers         = 16      // HTTP connections; one more takes the place of the oldest
 
 	seldomTime = time.Minute // between two lines of log about what may happen a thousand times a second
@@ -142,12 +142,12 @@ type keyValueServer struct {
 	unshaken seldom // handshakes that failed
 	noRoom   seldom // writes refused because the disk is full
 	noMemory seldom // and because the memory is
-	memory   memory
-	broken   bool // Commit failed: nothing runs any more
-	closing  bool // closeSignal was seen
-	welcomed int  // clients so far
-	left     int  // of these, gone
-	most     int  // clients at once, since there was none
+	broken   bool   // Commit failed: nothing runs any more
+	closing  bool   // closeSignal was seen
+	welcomed int    // clients so far
+	left     int    // of these, gone
+	most     int    // clients at once, since there was none
+	largest  int64  // bytes of the store, since memory was last given back
 	requests [queryTypes]int
 }
 
@@ -662,11 +662,6 @@ func (s *keyValueServer) isFull(q *Query) bool {
 	return used+q.memory() > most && (used > most+s.reserve/2 || !q.makesLess(s.db))
 }
 
-// memory is what workLoop knows of the memory that the process takes.
-type memory struct {
-	most int64 // bytes of the store, since memory was last given back
-}
-
 // memoryUsed is about how many bytes the process needs: what the store takes and what is
 // queued, now, and what the last collection found beside them.
 func (s *keyValueServer) memoryUsed() int64 { return s.needed() + s.other.Load() }
@@ -688,8 +683,8 @@ func (s *keyValueServer) footprint() int64 {
 // the collector alone, with nothing new to be kept, would wait for minutes.
 func (s *keyValueServer) giveBack() {
 	now := s.footprint()
-	if s.memory.most = max(s.memory.most, now); now < s.memory.most/4*3 && s.memory.most-now > giveBackMin {
-		s.memory.most = now
+	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
+		s.largest = now
 		go debug.FreeOSMemory()
 	}
 }

@@ -2938,7 +2938,7 @@ func TestUnknownVariables(t *testing.T) {
 		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999", "KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
 	})
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.Contains(lines[0], "name=KVSERVER_ADR nearest=KVSERVER_ADDR") || !strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY nearest=KVSERVER_MAX_MEMORY") {
+	if len(lines) != 2 || !strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") || !strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
 		t.Errorf("the log says\n%s", &log)
 	}
 }
@@ -4149,11 +4149,7 @@ func (w *world) repair() {
 		return
 	}
 	defer db.Close()
-	for key, list := range db.All() {
-		for _, v := range list {
-			w.known(key, v)
-		}
-	}
+	w.knownAll(db)
 }
 
 // end lets the process live for a while, and ends it.
@@ -4424,11 +4420,7 @@ func (p *process) backup() {
 			}
 		}
 	}
-	for key, list := range db.All() {
-		for _, v := range list {
-			w.known(key, v)
-		}
-	}
+	w.knownAll(db)
 }
 
 // ---- the simulated network
@@ -4628,6 +4620,15 @@ func (w *world) known(key, value string) {
 	w.mu.Unlock()
 	if !sent || refused {
 		w.fail("%q holds %.60q, sent %v, refused %v", key, value, sent, refused)
+	}
+}
+
+// knownAll is known for all that a store holds.
+func (w *world) knownAll(db *kvstore.Durable) {
+	for key, list := range db.All() {
+		for _, v := range list {
+			w.known(key, v)
+		}
 	}
 }
 
@@ -5115,11 +5116,7 @@ func (w *world) judge() {
 			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list, l.states[len(l.states)-1].list, len(l.maybe))
 		}
 	}
-	for key, list := range db.All() {
-		for _, v := range list {
-			w.known(key, v)
-		}
-	}
+	w.knownAll(db)
 	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history), len(w.owners))
 }
 

@@ -19,8 +19,6 @@ type Report struct {
 	Lines   []string
 	Damaged bool // something that was on disk is not as it was
 	Lost    bool // by Repair: some of that could not be saved
-
-	follows bool // the segment last checked says that another follows, which was not there when we began
 }
 
 func (r *Report) say(format string, args ...any) {
@@ -97,12 +95,9 @@ func check(dir Directory) (r Report, err error) {
 			return r, err
 		}
 	}
-	for i := 0; i < len(l.segments); i++ {
-		if next, err = r.checkSegment(dir, d.id, l.segments[i:], next, m); err != nil {
+	for numbers := l.segments; len(numbers) > 0; {
+		if next, numbers, err = r.checkSegment(dir, d.id, numbers, next, m); err != nil {
 			return r, err
-		}
-		if newest := l.segments[i]; i == len(l.segments)-1 && r.follows {
-			l.segments, r.follows = append(l.segments, newest+1), false
 		}
 	}
 	for _, name := range l.obsolete {
@@ -116,17 +111,15 @@ func check(dir Directory) (r Report, err error) {
 }
 
 // checkSegment checks the first of these segments, adds it to m, and returns the
-// sequence with which the next begins.
-func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, err error) {
+// sequence with which the next begins, and the others.
+func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, others []uint64, err error) {
 	name := dir.Path(logName(kindSegment, numbers[0]))
 	end, err := loadSegment(dir, id, numbers[0], first, len(numbers) <= 2, m, anyFrame)
 	stopped := false
-	if err == nil && len(numbers) == 1 && end.goesOn {
-		if f, _, openErr := dir.Open(logName(kindSegment, numbers[0]+1)); openErr == nil {
+	if err == nil && end.goesOn && len(numbers) == 1 {
+		if f, _, openErr := dir.Open(logName(kindSegment, numbers[0]+1)); openErr == nil { // a rotation came since we looked
 			f.Close()
-			r.follows = true
-			r.say("ok      %s, %d bytes", name, end.offset)
-			return end.next, nil
+			numbers = append(numbers, numbers[0]+1)
 		}
 	}
 	if err == nil {
@@ -134,7 +127,7 @@ func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first
 	}
 	switch {
 	case err != nil:
-		return end.next, r.damage(err) // what follows is read for what it is
+		return end.next, numbers[1:], r.damage(err) // what follows is read for what it is
 	case stopped:
 		end.next = 0 // whatever the next one begins with
 		r.say("ok      %s, %d bytes; the file after it is empty, as a rotation that was stopped leaves it", name, end.offset)
@@ -143,7 +136,7 @@ func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first
 	default:
 		r.say("ok      %s, %d bytes", name, end.offset)
 	}
-	return end.next, nil
+	return end.next, numbers[1:], nil
 }
 
 // Repair makes a store that opens of what can still be read in the directory at

@@ -38,12 +38,15 @@ func (d *Durable) compact() {
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Durable) isWasteful() bool {
+	if d.closed+d.size <= 2*d.logBytes+d.minCompact+d.segmentSize || d.isCompacting() {
+		return false
+	}
 	select {
 	case <-d.stop: // a compaction would give up at once
 		return false
 	default:
+		return true
 	}
-	return d.closed+d.size > 2*d.logBytes+d.minCompact+d.segmentSize && !d.isCompacting()
 }
 
 // isCompacting tells whether a compaction runs, or has failed a short time ago.

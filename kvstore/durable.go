@@ -396,11 +396,13 @@ func (d *Durable) Syncing() string {
 // Options.Fsync says. After an error it is unknown what since the last Commit
 // is on disk; nothing is written any more, and every Commit fails.
 func (d *Durable) Commit() error {
-	if d.count == 0 && !d.begun && (d.size == headerSize || !d.isWasteful()) {
-		if d.size == headerSize && d.isWasteful() && d.failure() == nil {
-			d.compact() // the current file is empty, so all is in full ones
-		}
-		return d.failure()
+	wasteful, idle := d.isWasteful(), d.count == 0 && !d.begun
+	if err := d.failure(); err != nil || idle && !wasteful {
+		return err
+	}
+	if idle && d.size == headerSize {
+		d.compact() // the current file is empty, so all is in full ones
+		return nil
 	}
 	d.begun = false
 	now := time.Now()
@@ -413,7 +415,7 @@ func (d *Durable) Commit() error {
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	full := (d.size >= d.segmentSize || d.isWasteful()) && !now.Before(d.rotateAfter)
+	full := (d.size >= d.segmentSize || wasteful) && !now.Before(d.rotateAfter)
 	var err error
 	if d.opts.Fsync == FsyncAlways || full {
 		err = d.syncRest()

@@ -45,6 +45,17 @@ func openSmall(dir Directory, opts Options) (*Durable, error) {
 	return d, err
 }
 
+// newSmall opens one in a new directory.
+func newSmall(t *testing.T, opts Options) (*disktest.Dir, *Durable) {
+	t.Helper()
+	dir := disktest.New()
+	d, err := openSmall(dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, d
+}
+
 // settle waits for the compaction that runs.
 func (d *Durable) settle() {
 	if d.compacted != nil {
@@ -566,11 +577,7 @@ func TestOthersFilesStay(t *testing.T) {
 
 // Ensure that an older copy that was put over a newer store is refused.
 func TestOlderCopyOverNewer(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 30
 	for i := range 30 {
 		d.Put("key", fmt.Sprint(i))
@@ -657,11 +664,7 @@ func TestCloseSyncsFirst(t *testing.T) {
 // Ensure that repair takes an older snapshot, and what came after it, where the newest
 // is damaged, and says whether anything is lost.
 func TestRepairUsesTheOlderSnapshot(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{Fsync: FsyncNever})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 30
 	var old map[string]*disktest.File
 	h := history{model{}, model{}}
@@ -706,11 +709,7 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 // Ensure that a backup of a store that is written to, at any moment, opens and holds
 // what was told before it began, and that damage is not copied.
 func TestBackup(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{Fsync: FsyncNever})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	h := history{model{}, model{}}
 	random := rand.New(rand.NewPCG(9, 9))
 	for i := range 100 {
@@ -778,11 +777,7 @@ func (l *tornListing) List() ([]string, error) {
 
 // Ensure that a listing of names that a compaction changes meanwhile is no damage.
 func TestLookBesideACompaction(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{})
 	script(t, d, &history{model{}, model{}})
 	if _, err := BackupIn(&tornListing{Dir: dir}, disktest.New(), nil); err != nil {
 		t.Errorf("backup: %v", err)
@@ -1166,11 +1161,7 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 
 // Ensure that a backup does not end at a damaged frame in the middle of the log.
 func TestBackupOfALogWithAHole(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 30
 	for i := range 200 {
 		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 50))
@@ -1214,11 +1205,7 @@ func segment(t *testing.T, commits int) (dir *disktest.Dir, name string, starts 
 // Ensure that the room behind the last frame is used, is not taken for a torn
 // end, and goes when the file is full or the store closes.
 func TestRoomForFrames(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{})
 	var sizes []int
 	for i := range 5 {
 		d.Put("key", fmt.Sprint("value", i))
@@ -1806,11 +1793,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 // Ensure that a compaction that fails anywhere, or is stopped, costs nothing but
 // room, and is said.
 func TestCompactionMayFail(t *testing.T) {
-	dir := disktest.New()
-	d, err := openSmall(dir, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 30
 	h := history{model{}, model{}}
 	script(t, d, &h)

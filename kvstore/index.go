@@ -20,7 +20,7 @@ const (
 	tagBits   = 20
 	addrBits  = 64 - tagBits
 	addrMask  = 1<<addrBits - 1
-	pageSlots = 511 // with its head a page takes 4 KiB
+	pageSlots = 510 // with its head a page takes 4 KiB
 	pageFull  = 384 // slots in use at which a page is split
 	pageEmpty = 192 // slots that two pages use together at which they become one again
 )
@@ -29,7 +29,7 @@ const (
 // is 0, or a tag and an address. A key's search begins at the place that its tag says
 // (home), and goes on to the next empty slot.
 type page struct {
-	epoch uint32 // Memory's when the page was made: a snapshot taken since has it, too
+	epoch uint64 // Memory's when the page was made: a snapshot taken since has it, too
 	used  uint16
 	depth uint8
 	slots [pageSlots]uint64

@@ -246,7 +246,7 @@ func checkInside(t *testing.T, m *Memory) {
 			if h, at, _ := m.find(string(rec.key())); m.page(h) != p || at != j {
 				t.Fatalf("key %.40q in slot %d is found in %d", rec.key(), j, at)
 			}
-			if k := rec.number(); k > 0 && (listed[k] || len(m.lists[k/64].lists[k%64].values) == 0) {
+			if k := rec.number(); k > 0 && (listed[k] || len(m.lists[k/pageLists].lists[k%pageLists].values) == 0) {
 				t.Fatalf("key %.40q has list %d, which is empty or another's", rec.key(), k)
 			} else if k > 0 {
 				listed[k] = true
@@ -265,7 +265,7 @@ func checkInside(t *testing.T, m *Memory) {
 	if keys != m.keys || pages != m.pages || used != m.used || live != m.live {
 		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys, pages, live, used, m.keys, m.pages, m.live, m.used)
 	}
-	if len(listed)+len(m.spare) != max(0, 64*len(m.lists)-1) {
+	if len(listed)+len(m.spare) != max(0, pageLists*len(m.lists)-1) {
 		t.Fatalf("%d lists are in use and %d are spare, of %d pages", len(listed), len(m.spare), len(m.lists))
 	}
 	shown := 0 // dead bytes in what the latest snapshot has
@@ -384,8 +384,8 @@ func TestMemoryInside(t *testing.T) {
 		store.Delete(key)
 	}
 	checkInside(t, store)
-	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 || store.logBytes != 0 || store.long != 0 || store.longBytes != 0 || store.pages != 1 {
-		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values, bytes, store.logBytes, store.long, store.longBytes, store.pages)
+	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 || store.logBytes != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
+		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values, bytes, store.logBytes, store.longValues, store.longBytes, store.pages)
 	}
 }
 

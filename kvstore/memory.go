@@ -21,7 +21,7 @@ type Memory struct {
 	view // what a snapshot copies
 
 	// The index.
-	epoch  uint32                 // snapshots so far: what is older belongs to one, and is copied before a change
+	epoch  uint64                 // snapshots so far: what is older belongs to one, and is copied before a change
 	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
 	pages  int
 	keys   int
@@ -37,9 +37,9 @@ type Memory struct {
 	skip   int   // bytes that need not be cleaned before that
 
 	// The long lists.
-	spare     []int // numbers of lists that are not in use
-	long      int   // values
-	longBytes int64 // of these
+	spare      []int // numbers of lists that are not in use
+	longValues int   // in them
+	longBytes  int64 // of these
 
 	values   int   // in all
 	bytes    int64 // of keys and values
@@ -57,11 +57,14 @@ type list struct {
 	shared bool  // values were handed out, so they stay as they are
 }
 
+// pageLists is how many long lists a page holds.
+const pageLists = 64
+
 // listPage is some of the long lists. Like a page of the index it is copied before a
 // change if a snapshot has it.
 type listPage struct {
-	epoch uint32
-	lists [64]list
+	epoch uint64
+	lists [pageLists]list
 }
 
 // NewMemory returns an empty store.
@@ -172,7 +175,7 @@ func (m *Memory) forget(key string, rec record) (removed int) {
 	if k := rec.number(); k > 0 {
 		l := m.list(k)
 		removed, bytes = len(l.values), l.bytes
-		m.long -= removed
+		m.longValues -= removed
 		m.longBytes -= bytes
 		*l = list{}
 		m.spare = append(m.spare, k)
@@ -292,7 +295,7 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 	if place >= 0 {
 		m.count(-1, key, oldValue)
 		l.bytes -= int64(len(oldValue))
-		m.long--
+		m.longValues--
 		m.longBytes -= int64(len(oldValue))
 	}
 	if len(l.values) < l.most/4 && l.most > 4*maxShort {
@@ -311,7 +314,7 @@ func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.value
 // shares with it counts once.
 func (m *Memory) Footprint() int64 {
 	const pageSize, perLongValue = 4 << 10, 40 // a string's head, what append leaves free, and what malloc rounds up
-	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes + int64(m.long*perLongValue)
+	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes + int64(m.longValues*perLongValue)
 }
 
 // Measure returns how many bytes key's values have together.
@@ -321,7 +324,7 @@ func (m *Memory) Measure(key string) (bytes int64) {
 	case rec == nil:
 		return 0
 	case rec.number() > 0:
-		return m.lists[rec.number()/len(listPage{}.lists)].lists[rec.number()%len(listPage{}.lists)].bytes
+		return m.long(rec.number()).bytes
 	}
 	return int64(sizeOf(rec.values(m.edit[:0])))
 }
@@ -333,8 +336,7 @@ func (m *Memory) Has(key, value string) bool {
 	case rec == nil:
 		return false
 	case rec.number() > 0:
-		n := len(listPage{}.lists)
-		return slices.Contains(m.lists[rec.number()/n].lists[rec.number()%n].values, value)
+		return slices.Contains(m.long(rec.number()).values, value)
 	}
 	return slices.Contains(rec.values(m.edit[:0]), value)
 }
@@ -373,10 +375,12 @@ func (m *Memory) Touch(keys []string) {
 	}
 }
 
+// long returns long list k to be looked at.
+func (v *view) long(k int) *list { return &v.lists[k/pageLists].lists[k%pageLists] }
+
 // list returns long list k to be changed: in a copy of its page, if a snapshot has that.
 func (m *Memory) list(k int) *list {
-	n := len(listPage{}.lists)
-	p := m.lists[k/n]
+	p := m.lists[k/pageLists]
 	if p.epoch != m.epoch {
 		mine := *p
 		p = &mine
@@ -384,9 +388,9 @@ func (m *Memory) list(k int) *list {
 		for i := range p.lists {
 			p.lists[i].shared = true
 		}
-		m.lists[k/n] = p
+		m.lists[k/pageLists] = p
 	}
-	return &p.lists[k%n]
+	return &p.lists[k%pageLists]
 }
 
 // handOut returns the values of long list k, which stay as they are from now on.
@@ -398,10 +402,10 @@ func (m *Memory) handOut(k int) []string {
 
 // newList makes a long list and returns its number, which is never 0.
 func (m *Memory) newList(values []string) (k int) {
-	if n := len(listPage{}.lists); len(m.spare) == 0 {
-		first := n * len(m.lists)
+	if len(m.spare) == 0 {
+		first := pageLists * len(m.lists)
 		m.lists = append(m.lists, &listPage{epoch: m.epoch})
-		for k := first + n - 1; k >= max(first, 1); k-- {
+		for k := first + pageLists - 1; k >= max(first, 1); k-- {
 			m.spare = append(m.spare, k)
 		}
 	}
@@ -419,7 +423,7 @@ func (m *Memory) append(l *list, value string) {
 	l.values = append(l.values, strings.Clone(value))
 	l.most = max(l.most, len(l.values))
 	l.bytes += int64(len(value))
-	m.long++
+	m.longValues++
 	m.longBytes += int64(len(value))
 }
 
@@ -466,8 +470,7 @@ func (s *snapshot) View(scratch []string, key string) []string {
 // list returns the list of a record.
 func (s *snapshot) list(rec record, scratch []string) []string {
 	if k := rec.number(); k > 0 {
-		n := len(listPage{}.lists)
-		return slices.Clip(s.lists[k/n].lists[k%n].values)
+		return slices.Clip(s.long(k).values)
 	}
 	return rec.values(scratch[:0])
 }

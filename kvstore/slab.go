@@ -41,7 +41,7 @@ type slab struct {
 	data []byte
 	live int // bytes of records that the index points to
 
-	epoch uint32 // Memory's when the slab was made: a snapshot taken since has it, too
+	epoch uint64 // Memory's when the slab was made: a snapshot taken since has it, too
 }
 
 // record returns the record that a slot points to, with what follows it.
