@@ -1340,6 +1340,7 @@ func TestSnapshotsAreBounded(t *testing.T) {
 			idle = append(idle, c)
 		}
 		pass(time.Second / 10)
+		began := time.Now()
 		a := n.dial(t)
 		a.send("Keys:1999\nPing\n")
 		synctest.Wait()
@@ -1347,6 +1348,9 @@ func TestSnapshotsAreBounded(t *testing.T) {
 			t.Errorf("%d snapshots, want %d", used, maxMoments)
 		}
 		a.want(": 1999", ":OK 1", ":PONG")
+		if waited := time.Since(began); waited >= defaultWriteTimeout/10 {
+			t.Errorf("those who take nothing kept one who waits from a snapshot for %v", waited)
+		}
 		a.hangUp()
 		for _, c := range idle {
 			c.conn.Close()
@@ -1756,8 +1760,16 @@ func TestMaxMemory(t *testing.T) {
 				t.Errorf("got %q, want %q", line, full)
 			}
 		}
+		for n.server.memoryUsed() < n.server.maxMemory-n.server.reserve {
+			n.server.other.Add(100)
+		}
+		a.send("Put:short:2\n")
+		if line := a.read(); !strings.HasSuffix(line, full) {
+			t.Errorf("where nothing is left: got %q, want %q", line, full)
+		}
 		a.ask("Get:short", "short:1", ":OK 1")
 		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
+		n.server.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
 		a.ask("Put:3:"+long, ":OK 1")
 		if a.stat("memory_limit_bytes") != int(n.server.maxMemory) || a.stat("process_bytes") == 0 {

@@ -421,19 +421,21 @@ func TestSnapshotBesideChanges(t *testing.T) {
 			}
 		}
 	}
+	want := 0
+	for key, list := range maps.Collect(store.All()) {
+		want += len(key) + sizeOf(list) + len(list)
+	}
 	s := store.Snapshot()
 	walked := make(chan int)
 	go func() {
 		sum := 0
 		for key, list := range s.All() {
-			sum += len(key) + sizeOf(list) + len(s.View(nil, key))
+			if sum += len(key) + sizeOf(list) + len(s.View(nil, key)); sum%1000 == 0 {
+				runtime.Gosched()
+			}
 		}
 		walked <- sum
 	}()
-	want := 0
-	for key, list := range maps.Collect(store.All()) {
-		want += len(key) + sizeOf(list) + len(list)
-	}
 	for i := range 20_000 {
 		key := fmt.Sprint(i)
 		store.Get(key)
