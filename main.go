@@ -184,8 +184,17 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 			return c, err
 		}
 	}
-	c.addr, err = fullAddr("addr", c.addr)
-	return c, err
+	addrs := []string{c.addr}
+	if c.client || c.ping { // of several, the one that serves
+		addrs = strings.Split(c.addr, ",")
+	}
+	for i, addr := range addrs {
+		if addrs[i], err = fullAddr("addr", addr); err != nil {
+			return c, err
+		}
+	}
+	c.addr = strings.Join(addrs, ",")
+	return c, nil
 }
 
 // flags returns the flags that set c.
@@ -293,6 +302,8 @@ func (c *config) checkRequests() error {
 func (c *config) checkTogether(given map[string]bool) error {
 	asks := c.client || c.ping
 	switch {
+	case kvstore.IsEtcd(c.data) && c.fsync != "always":
+		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd", "Leave it out: what is answered is in etcd."}
 	case given["data"] && c.data == "":
 		return problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
 	case given["fsync"] && c.data == "" && !asks:
@@ -438,57 +449,74 @@ func run(c config, log *queuedLog) error {
 	defer restore()
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
-	// While the data loads nobody has been told anything, so nothing can be lost.
+	s := New(nil)
+	s.log, s.version, s.status = log.Logger, version(), new(kvstore.Status)
+	if c.http != "" { // first, so that one can watch how the data is opened
+		web, err := s.watchAt(c.http)
+		if err != nil {
+			return err
+		}
+		defer web.Close()
+	}
+	// While the data is opened nobody has been told anything, so nothing can be lost.
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
-		log.flush()
-		os.Exit(0)
+		time.AfterFunc(stopTime/20, func() { // the disk does not answer
+			log.flush()
+			os.Exit(0)
+		})
 	})
-	db, syncing, closeStore, err := openStore(c, log.Logger)
+	data, err := openStore(ctx, c, s)
 	loading()
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil
+	case err != nil:
 		return storeProblem(c, err)
 	}
-	s := New(db)
-	s.log, s.version = log.Logger, version()
-	listener, web, err := listenAll(c, s)
+	listener, err := listenFor(c, s)
 	if err != nil {
-		closeStore()
+		if data != nil {
+			data.Close()
+		}
 		return err
 	}
 	limit(s, c)
 	if err := s.serve(listener); err != nil {
 		return err
 	}
-	tellStart(c, s, listener, web)
+	tellStart(c, s, listener)
 	(&pacer{server: s}).begin()
-	if web != nil {
-		host, _, _ := net.SplitHostPort(c.http)
-		defer s.watch(web, host).Close()
-	}
-
 	var failure error
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
+	case <-data.Lost(): // the end says why
 	case failure = <-s.Failed():
 		logFailure(log.Logger, c, failure)
 	}
-	late := time.AfterFunc(stopTime, func() {
-		log.Error("stopping takes too long, giving up; what was not answered may not be kept", "limit", stopTime, "fsync", syncing())
-		log.flush()
-		os.Exit(exitFailure)
-	})
+	late := giveUp(log, data)
 	s.Close()
-	if err := closeStore(); err != nil && failure == nil {
-		failure = err
-		logFailure(log.Logger, c, failure)
+	if data != nil {
+		if err := data.Close(); err != nil && failure == nil {
+			failure = err
+			logFailure(log.Logger, c, failure)
+		}
 	}
 	late.Stop()
 	if failure != nil {
 		return errLogged
 	}
 	return nil
+}
+
+// giveUp ends the process if it does not end within stopTime.
+func giveUp(log *queuedLog, data *kvstore.Durable) *time.Timer {
+	return time.AfterFunc(stopTime, func() {
+		log.Error("stopping takes too long, giving up; what was not answered may not be kept", "limit", stopTime, "fsync", data.Syncing())
+		log.flush()
+		os.Exit(exitFailure)
+	})
 }
 
 // pacer chooses how much garbage there may be before it is collected. Go lets the heap
@@ -564,21 +592,18 @@ func limit(s *keyValueServer, c config) {
 }
 
 // tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer, listener, web net.Listener) {
-	if c.data == "" {
+func tellStart(c config, s *keyValueServer, listener net.Listener) {
+	switch {
+	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
-	} else {
+	case kvstore.IsEtcd(c.data):
+		s.log.Info("data is kept in etcd", "at", c.data)
+	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
 	addr := listener.Addr().(*net.TCPAddr)
 	if !addr.IP.IsLoopback() && c.clientCA == "" {
 		s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
-	}
-	if web != nil {
-		if !web.Addr().(*net.TCPAddr).IP.IsLoopback() {
-			s.log.Warn("anyone who can reach this address can watch the server", "addr", web.Addr().String())
-		}
-		s.log.Info("watching", "metrics", "http://"+web.Addr().String()+"/metrics")
 	}
 	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
 }
@@ -670,41 +695,50 @@ func (l *queuedLog) flush() {
 	}
 }
 
-// listenAll listens where c says: for clients of s and, unless web is nil, for
-// whoever watches.
-func listenAll(c config, s *keyValueServer) (listener, web net.Listener, err error) {
+// listenFor listens where c says, for clients of s.
+func listenFor(c config, s *keyValueServer) (listener net.Listener, err error) {
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
 	if listener, err = listen(c.addr); err != nil {
-		return nil, nil, listenProblem("addr", c.addr, err)
+		return nil, listenProblem("addr", c.addr, err)
 	}
-	if c.http != "" {
-		if web, err = listen(c.http); err != nil {
-			listener.Close()
-			return nil, nil, listenProblem("http", c.http, err)
-		}
-	}
-	return listener, web, nil
+	return listener, nil
 }
 
-// openStore opens the store that c asks for. syncing names the file that the
-// disk has not confirmed yet, close ends the store.
-func openStore(c config, log *slog.Logger) (db kvstore.KVStore, syncing func() string, close func() error, err error) {
+// watchAt listens at addr for whoever watches s.
+func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
+	listener, err := listen(addr)
+	if err != nil {
+		return nil, listenProblem("http", addr, err)
+	}
+	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr", listener.Addr().String())
+	}
+	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
+	host, _, _ := net.SplitHostPort(addr)
+	return s.watch(listener, host), nil
+}
+
+// openStore gives s the store that c asks for. It returns it where it is to be closed: nil
+// where nothing is kept.
+func openStore(ctx context.Context, c config, s *keyValueServer) (*kvstore.Durable, error) {
 	if c.data == "" {
-		return kvstore.NewMemory(), func() string { return "" }, func() error { return nil }, nil
+		s.db, s.status = kvstore.NewMemory(), nil
+		return nil, nil
 	}
 	fsync, err := parseFsync(c.fsync)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
-	d, err := kvstore.Open(c.data, kvstore.Options{Fsync: fsync, Log: log})
+	d, err := kvstore.Open(ctx, c.data, kvstore.Options{Fsync: fsync, Log: s.log, Addr: c.addr, Status: s.status})
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
-	return d, d.Syncing, d.Close, nil
+	s.db = d
+	return d, nil
 }
 
 // storeProblem says what to do about a store's error.
@@ -716,6 +750,16 @@ func storeProblem(c config, err error) error {
 		todo = "Mend the cause, then start again. With -fsync " + c.fsync + " the last that was answered may not be on disk: look what is there."
 	}
 	switch {
+	case errors.Is(err, kvstore.ErrTakenOver):
+		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that it lives: was it paused, or cut off?"
+	case errors.Is(err, kvstore.ErrUnreachable):
+		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a leader and is at these addresses: etcdctl endpoint status --cluster"
+	case errors.Is(err, kvstore.ErrRefused):
+		todo = "Look at the address in -data (etcds:// for TLS, with ?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
+	case kvstore.IsEtcd(dir) && errors.Is(err, syscall.ENOSPC):
+		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
+	case kvstore.IsEtcd(dir) && errors.Is(err, kvstore.ErrMissing):
+		todo = "Give the members and a prefix, as in -data etcd://host1:2379,host2:2379,host3:2379/kv"
 	case errors.Is(err, kvstore.ErrMoved):
 		todo = "Put the directory back, or look who took it, before you start again. What was answered is in the directory that was moved."
 	case errors.Is(err, kvstore.ErrOlder):
@@ -847,30 +891,9 @@ func listenProblem(name, addr string, err error) error {
 // talk is kvserver -c and -ping. Where the server refused something it has said
 // so already, and only the exit code tells.
 func talk(c config, errs io.Writer) error {
-	host, port, err := net.SplitHostPort(c.addr)
-	if ip := net.ParseIP(host); err == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
-		c.addr = net.JoinHostPort("localhost", port) // as a server's address it means everywhere
-	}
-	config, err := clientTLS(c)
+	conn, err := dial(&c)
 	if err != nil {
 		return err
-	}
-	var conn net.Conn
-	dialer := &net.Dialer{Timeout: connectTime}
-	if config == nil {
-		conn, err = dialer.Dial("tcp", c.addr)
-	} else {
-		conn, err = tls.DialWithDialer(dialer, "tcp", c.addr, config)
-	}
-	if err != nil {
-		todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
-		op := (*net.OpError)(nil)
-		if !errors.As(err, &op) || op.Op != "dial" {
-			todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
-		} else {
-			err = op.Err
-		}
-		return problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
 	}
 	defer conn.Close()
 	if c.ping {
@@ -899,6 +922,41 @@ func talk(c config, errs io.Writer) error {
 		os.Exit(exitFailure)
 	}
 	return nil
+}
+
+// dial connects to the first server at c.addr that serves, which becomes c.addr.
+func dial(c *config) (conn net.Conn, err error) {
+	config, err := clientTLS(*c)
+	if err != nil {
+		return nil, err
+	}
+	dialer := &net.Dialer{Timeout: connectTime}
+	for _, addr := range strings.Split(c.addr, ",") {
+		host, port, splitErr := net.SplitHostPort(addr)
+		if ip := net.ParseIP(host); splitErr == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
+			addr = net.JoinHostPort("localhost", port) // as a server's address it means everywhere
+		}
+		if config == nil {
+			conn, err = dialer.Dial("tcp", addr)
+		} else {
+			conn, err = tls.DialWithDialer(dialer, "tcp", addr, config)
+		}
+		if err == nil {
+			c.addr = addr
+			return conn, nil
+		}
+	}
+	todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
+	if strings.Contains(c.addr, ",") {
+		todo = "None of them serves. One that stands by does not listen."
+	}
+	op := (*net.OpError)(nil)
+	if !errors.As(err, &op) || op.Op != "dial" {
+		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
+	} else {
+		err = op.Err
+	}
+	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
 }
 
 // serverTLS reads the server's certificate and, if clients must show one, whose.

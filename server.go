@@ -95,6 +95,7 @@ type keyValueServer struct {
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: plain TCP
 	version      string
+	status       *kvstore.Status // of the store while it is opened, and of its lock; nil: it needs neither
 	log          *slog.Logger
 	started      time.Time
 
@@ -854,6 +855,10 @@ const (
 
 // statsFor is statsNow for an HTTP request. If there is no answer it says so there.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []string {
+	if stage := s.stage(); stage != "" {
+		http.Error(w, stage, http.StatusServiceUnavailable)
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
 	defer cancel()
 	lines := s.statsNow(ctx)
@@ -863,12 +868,30 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []stri
 	return lines
 }
 
+// stage is what the store waits for before it is open; "" once it is.
+func (s *keyValueServer) stage() string {
+	if s.status == nil {
+		return ""
+	}
+	return s.status.Stage()
+}
+
 // metrics writes Stats and some of the Go runtime's numbers in the text format
 // of Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
-	lines := s.statsFor(w, r)
-	if lines == nil {
-		return
+	lines := []string{"active 0"}
+	if s.stage() == "" {
+		stats := s.statsFor(w, r)
+		if stats == nil {
+			return
+		}
+		lines = append(stats, "active 1")
+	}
+	if s.status != nil {
+		lines = append(lines, fmt.Sprint("takeovers_total ", s.status.Takeovers()))
+		if at := s.status.Confirmed(); !at.IsZero() {
+			lines = append(lines, fmt.Sprint("lock_confirmed_seconds ", time.Since(at).Seconds()))
+		}
 	}
 	samples := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	crand "crypto/rand"
@@ -2726,7 +2727,7 @@ func TestMistakes(t *testing.T) {
 	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
-	store, err := kvstore.Open(inUse, kvstore.Options{})
+	store, err := kvstore.Open(context.Background(), inUse, kvstore.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4068,7 +4069,7 @@ func (w *world) live() {
 	w.dir.Before = p.before
 	wasQuiet := w.quiet
 	w.quiet = false
-	db, err := kvstore.OpenIn(p.dir, p.options)
+	db, err := kvstore.OpenIn(context.Background(), p.dir, p.options)
 	if err != nil || isClosed(p.killed) {
 		p.startFailed(db, err, rotten, mend)
 		w.quiet = wasQuiet && rotten
@@ -4155,7 +4156,7 @@ func (w *world) repair() {
 		w.fail("repair: %v", err)
 		return
 	}
-	db, err := kvstore.OpenIn(bad, kvstore.Options{})
+	db, err := kvstore.OpenIn(context.Background(), bad, kvstore.Options{})
 	if err != nil {
 		w.fail("what was repaired does not open: %v", err)
 		return
@@ -4418,7 +4419,7 @@ func (p *process) backup() {
 		}
 		return
 	}
-	db, err := kvstore.OpenIn(to, kvstore.Options{})
+	db, err := kvstore.OpenIn(context.Background(), to, kvstore.Options{})
 	if err != nil {
 		p.fail("a backup does not open: %v", err)
 		return
@@ -5103,7 +5104,7 @@ func (w *world) judge() {
 	if r, err := kvstore.CheckIn(w.dir); err != nil || r.Damaged {
 		w.fail("a check of what is left: %v, %v", r.Lines, err)
 	}
-	db, err := kvstore.OpenIn(w.dir, kvstore.Options{})
+	db, err := kvstore.OpenIn(context.Background(), w.dir, kvstore.Options{})
 	if err != nil {
 		w.fail("what is left does not open: %v", err)
 		return

@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,7 +17,8 @@ import (
 // any store. step, if not nil, is told now and then how many bytes were copied of
 // about how many.
 func Backup(path, to string, step func(copied, total int64)) (Report, error) {
-	dir, err := openDirectory(path)
+	ctx := context.Background()
+	dir, err := openAny(ctx, path, Options{})
 	if err != nil {
 		return Report{}, err
 	}
@@ -24,7 +26,7 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 	if err := makeDirectory(path, to); err != nil {
 		return Report{}, err
 	}
-	out, err := openDirectory(to)
+	out, err := openAny(ctx, to, Options{})
 	if err != nil {
 		return Report{}, err
 	}
@@ -32,14 +34,20 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 	return BackupIn(dir, out, step)
 }
 
-// makeDirectory makes the directory for a copy of that at path, for the same owner,
-// unless it is there.
+// makeDirectory makes the directory for a copy of that at path, for the same owner if that
+// is one, unless it is there, or is in etcd, where there is none to be made.
 func makeDirectory(path, to string) error {
+	if IsEtcd(to) {
+		return nil
+	}
 	source, err := os.Stat(path)
+	if IsEtcd(path) {
+		source, err = os.Stat(filepath.Dir(filepath.Clean(to)))
+	}
 	if err != nil {
 		return err
 	}
-	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil && os.SameFile(source, around) {
+	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil && os.SameFile(source, around) && !IsEtcd(path) {
 		return fmt.Errorf("%w: %s is inside the store that is to be copied", ErrNotOurs, to)
 	}
 	switch err := os.Mkdir(to, 0o700); {
@@ -66,7 +74,7 @@ func BackupIn(dir, out Directory, step func(copied, total int64)) (r Report, err
 			return r, fmt.Errorf("%w: %s is there: a copy needs a new or an empty directory", ErrNotOurs, out.Path(name))
 		}
 	}
-	held, err := out.Lock()
+	held, err := out.Lock(context.Background())
 	if err != nil {
 		return r, err
 	}

@@ -2,9 +2,9 @@ package kvstore
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"slices"
 	"time"
@@ -43,7 +43,7 @@ func anyFrame(frame) error { return nil }
 // what is wrong. It changes nothing, and takes no lock: beside a process that has the
 // store open it reads what that has written so far.
 func Check(path string) (Report, error) {
-	dir, err := openDirectory(path)
+	dir, err := openAny(context.Background(), path, Options{})
 	if err != nil {
 		return Report{}, err
 	}
@@ -143,7 +143,7 @@ func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first
 // path, and says what could not. The files that it found are kept in a
 // subdirectory. A store without damage is left as it is.
 func Repair(path string) (Report, error) {
-	dir, err := openDirectory(path)
+	dir, err := openAny(context.Background(), path, Options{})
 	if err != nil {
 		return Report{}, err
 	}
@@ -159,7 +159,7 @@ func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 		}
 		return r, err
 	}
-	lock, err := dir.Lock()
+	lock, err := dir.Lock(context.Background())
 	if err != nil {
 		return r, err
 	}
@@ -330,7 +330,7 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 	}
 	defer f.Close()
 	b := make([]byte, size)
-	if _, err := io.ReadFull(f, b); err != nil {
+	if _, err := f.ReadAt(b, 0); err != nil {
 		return readError(s.dir.Path(name), err)
 	}
 	seed := fileHeader{kind: kind, id: s.id, number: number}.seed()

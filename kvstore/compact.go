@@ -1,7 +1,9 @@
 package kvstore
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 )
@@ -153,17 +155,20 @@ func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {
 	return flush()
 }
 
-// progress tells the log how far a long load has come.
+// progress tells the log, and who looks at status, how far a long load has come. It ends
+// the load when ctx is done.
 type progress struct {
+	ctx            context.Context
 	log            *slog.Logger
+	status         *Status
 	start, told    time.Time
 	total, bytes   int64
 	records, files int
 }
 
 // newProgress prepares to tell of the load of l.
-func newProgress(log *slog.Logger, dir Directory, l layout) *progress {
-	p := &progress{log: log, start: time.Now(), told: time.Now()}
+func newProgress(ctx context.Context, log *slog.Logger, status *Status, dir Directory, l layout) *progress {
+	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
 	count := func(name string) {
 		if f, size, err := dir.Open(name); err == nil { // who reads it will complain
 			p.total += size
@@ -186,9 +191,11 @@ func (p *progress) step(f frame) error {
 	p.bytes += f.padded()
 	if now := time.Now(); now.Sub(p.told) >= progressTime {
 		p.told = now
-		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", 100*p.bytes/max(p.total, 1))
+		percent := 100 * p.bytes / max(p.total, 1)
+		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", percent)
+		p.status.set(fmt.Sprintf("loading %d %%", percent))
 	}
-	return nil
+	return p.ctx.Err()
 }
 
 func (p *progress) end(m *Memory) {

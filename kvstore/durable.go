@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -62,7 +63,43 @@ const (
 type Options struct {
 	Fsync time.Duration // FsyncAlways, FsyncNever, or the most time that a Commit stays off the disk
 	Log   *slog.Logger  // what happened to the files; nil: nobody wants to know
+
+	// Addr is where the store will be served. Of a directory in an etcd cluster it is told
+	// to others that wait for it; without one, Open does not wait.
+	Addr   string
+	Status *Status // nil: nobody looks
 }
+
+// Status is how a store is, from before it is open, for other goroutines to look at.
+type Status struct {
+	stage     atomic.Pointer[string]
+	confirmed atomic.Pointer[time.Time]
+	takeovers atomic.Int64
+}
+
+// Stage is what a store that is not open waits for, such as "loading 43 %"; "" once it is.
+func (s *Status) Stage() string {
+	if stage := s.stage.Load(); stage != nil {
+		return *stage
+	}
+	return "opening the data"
+}
+
+// Confirmed is when others last agreed that the store is ours: the zero time where there
+// are no others.
+func (s *Status) Confirmed() time.Time {
+	if at := s.confirmed.Load(); at != nil {
+		return *at
+	}
+	return time.Time{}
+}
+
+// Takeovers is how often the store has passed to another process without being handed
+// over.
+func (s *Status) Takeovers() int64 { return s.takeovers.Load() }
+
+// set notes what is being waited for.
+func (s *Status) set(stage string) { s.stage.Store(&stage) }
 
 // Sizes and times of the log.
 const (
@@ -72,7 +109,6 @@ const (
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
 	progressTime = time.Second // between two lines about a long load
-	heldTime     = time.Second // between two looks whether the directory is still ours
 	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
 	compactTime  = time.Minute // until a compaction that failed is
@@ -103,7 +139,6 @@ type Durable struct {
 	count       uint32    // of them
 	begun       bool      // a frame was written since the last Commit, for pending had become large
 	size, room  int64     // of the current file, as of our last frame: bytes of frames, and of zeros behind them
-	held        time.Time // when we last looked whether the directory is ours
 	rotateAfter time.Time // no new file is tried before
 
 	compactAfter time.Time // nor is a compaction
@@ -132,12 +167,12 @@ type Durable struct {
 // Open opens the store in the directory at path, which must exist; in an empty
 // one it makes a new store. Other errors than the package's own are those of
 // the file system. When it refuses what it finds, nothing is changed.
-func Open(path string, opts Options) (*Durable, error) {
-	dir, err := openDirectory(path)
+func Open(ctx context.Context, path string, opts Options) (*Durable, error) {
+	dir, err := openAny(ctx, path, opts)
 	if err != nil {
 		return nil, err
 	}
-	d, err := OpenIn(dir, opts)
+	d, err := OpenIn(ctx, dir, opts)
 	if err != nil {
 		dir.Close()
 	}
@@ -145,7 +180,7 @@ func Open(path string, opts Options) (*Durable, error) {
 }
 
 // OpenIn is Open with a directory, which becomes the store's.
-func OpenIn(dir Directory, opts Options) (*Durable, error) {
+func OpenIn(ctx context.Context, dir Directory, opts Options) (*Durable, error) {
 	d := &Durable{
 		Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log,
 		stop: make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
@@ -155,6 +190,9 @@ func OpenIn(dir Directory, opts Options) (*Durable, error) {
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
+	if d.opts.Status == nil {
+		d.opts.Status = new(Status)
+	}
 	names, err := dir.List()
 	if err != nil {
 		return nil, err
@@ -162,16 +200,17 @@ func OpenIn(dir Directory, opts Options) (*Durable, error) {
 	if err := checkNames(dir, names); err != nil {
 		return nil, err
 	}
-	if d.lock, err = dir.Lock(); err != nil {
+	if d.lock, err = dir.Lock(ctx); err != nil {
 		return nil, err
 	}
-	if err := d.load(); err != nil {
+	if err := d.load(ctx); err != nil {
 		if d.current != nil {
 			d.current.f.Close()
 		}
 		d.lock.Close()
 		return nil, err
 	}
+	d.opts.Status.set("")
 	return d, nil
 }
 
@@ -299,7 +338,8 @@ func (d *Durable) failure() error {
 
 // Room returns an error, and nothing has changed, if the disk has no room for one
 // more record of so many bytes of key and values. What then was done would end the
-// store at the next Commit. A Delete may use the last room that there is.
+// store at the next Commit. A Delete may use the last room that there is. A directory that
+// wants no zeros ahead says only at the Commit that it is full.
 func (d *Durable) Room(bytes int64, isDelete bool) error {
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
 	if !isDelete {
@@ -308,7 +348,7 @@ func (d *Durable) Room(bytes int64, isDelete bool) error {
 	switch {
 	case bytes > maxRecord:
 		return fmt.Errorf("a record of %d bytes is too large", bytes)
-	case d.room >= need || d.failure() != nil:
+	case d.reserve == 0 || d.room >= need || d.failure() != nil:
 		return nil
 	}
 	d.writing <- struct{}{}
@@ -383,19 +423,42 @@ func (d *Durable) syncRest() error {
 	return d.err
 }
 
-// Syncing returns the path of a file that the disk has not confirmed yet, or "".
-// Other goroutines may call it.
+// Syncing returns the path of a file that the disk has not confirmed yet, or "". Other
+// goroutines may call it. A nil Durable has none.
 func (d *Durable) Syncing() string {
+	if d == nil {
+		return ""
+	}
 	if path := d.syncing.Load(); path != nil {
 		return *path
 	}
 	return ""
 }
 
+// Lost is closed when the store is lost to another process; then Commit says why. It is nil
+// where that cannot be, as of a nil Durable.
+func (d *Durable) Lost() <-chan struct{} {
+	if d == nil {
+		return nil
+	}
+	return d.lock.Lost()
+}
+
 // Commit returns once everything done to the store is as durable as
 // Options.Fsync says. After an error it is unknown what since the last Commit
 // is on disk; nothing is written any more, and every Commit fails.
 func (d *Durable) Commit() error {
+	err := d.commit()
+	if err == nil { // what was read is the truth only while nobody else can write
+		if err = d.lock.Held(); err != nil {
+			return d.fail(err)
+		}
+	}
+	return err
+}
+
+// commit is Commit, but for the lock.
+func (d *Durable) commit() error {
 	wasteful, idle := d.isWasteful(), d.count == 0 && !d.begun
 	if err := d.failure(); err != nil || idle && !wasteful {
 		return err
@@ -406,12 +469,6 @@ func (d *Durable) Commit() error {
 	}
 	d.begun = false
 	now := time.Now()
-	if now.Sub(d.held) >= heldTime {
-		d.held = now
-		if err := d.lock.Held(); err != nil {
-			return d.fail(err)
-		}
-	}
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
@@ -563,7 +620,10 @@ func (d *Durable) Close() error {
 	}
 	d.stopTimer()
 	if err == nil {
-		if err = d.current.extend(frameSize); err == nil {
+		if d.reserve > 0 {
+			err = d.current.extend(frameSize)
+		}
+		if err == nil {
 			d.writeFrame(frameCleanStop)
 			err = d.syncRest()
 		} else if errors.Is(err, syscall.ENOSPC) {

@@ -2,6 +2,7 @@ package kvstore
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ import (
 // TestMain lets the test binary be a second process on a store.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("KVSTORE_TEST_OPEN"); dir != "" {
-		_, err := Open(dir, Options{})
+		_, err := Open(context.Background(), dir, Options{})
 		fmt.Print(err)
 		return
 	}
@@ -37,10 +38,12 @@ func TestMain(m *testing.M) {
 
 // openSmall opens a store whose files are full soon.
 func openSmall(dir Directory, opts Options) (*Durable, error) {
-	d, err := OpenIn(dir, opts)
+	d, err := OpenIn(context.Background(), dir, opts)
 	if err == nil {
 		d.segmentSize, d.minCompact = 1500, 2000
-		d.reserve, d.spare = 700, 100
+		if d.reserve > 0 {
+			d.reserve, d.spare = 700, 100
+		}
 	}
 	return d, err
 }
@@ -290,7 +293,7 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if again, err := OpenIn(dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
+			if again, err := OpenIn(context.Background(), dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
 				t.Errorf("%v: opened again: %v", failure, err)
 			}
 		}
@@ -301,7 +304,7 @@ func TestRotationIsTriedAgain(t *testing.T) {
 // refused before anything has changed, and that nothing is lost when room comes back.
 func TestFullDisk(t *testing.T) {
 	dir := disktest.New()
-	d, err := OpenIn(dir, Options{})
+	d, err := OpenIn(context.Background(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,7 +325,7 @@ func TestFullDisk(t *testing.T) {
 			clear(f.Data[d.size-frameSize : d.size])
 			copy(f.Disk, f.Data)
 		}
-		d, err := OpenIn(full, Options{})
+		d, err := OpenIn(context.Background(), full, Options{})
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
@@ -352,7 +355,7 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
-		again, err := OpenIn(full, Options{})
+		again, err := OpenIn(context.Background(), full, Options{})
 		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 || len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
 			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, again.keys)
 		}
@@ -364,7 +367,7 @@ func TestFullDisk(t *testing.T) {
 func TestStartCopiesNothing(t *testing.T) {
 	for _, clean := range []bool{true, false} {
 		dir := disktest.New()
-		d, err := OpenIn(dir, Options{})
+		d, err := OpenIn(context.Background(), dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -377,7 +380,7 @@ func TestStartCopiesNothing(t *testing.T) {
 		}
 		image := dir.With(lockName, nil)
 		counting := &countingDir{Dir: image}
-		if _, err := OpenIn(counting, Options{}); err != nil {
+		if _, err := OpenIn(context.Background(), counting, Options{}); err != nil {
 			t.Fatal(err)
 		}
 		if counting.written > 2000 || counting.created > 0 {
@@ -419,7 +422,7 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			dir := disktest.New()
-			d, err := OpenIn(dir, Options{Fsync: fsync})
+			d, err := OpenIn(context.Background(), dir, Options{Fsync: fsync})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -440,7 +443,7 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 				data := slices.Clone(image.Names["seg-1.log"].Data)
 				data[at] ^= 1
 				var damage *DamageError
-				if _, err := OpenIn(image.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+				if _, err := OpenIn(context.Background(), image.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
 					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
 				}
 			}
@@ -468,12 +471,12 @@ func TestTornEndIsKept(t *testing.T) {
 		}
 		return names
 	}
-	d, err := OpenIn(image, Options{})
+	d, err := OpenIn(context.Background(), image, Options{})
 	if err != nil || len(d.Get("key")) != 2 || len(kept()) != 1 {
 		t.Fatalf("a torn end: %v, kept in %q", err, kept())
 	}
 	image.Locked = false
-	if d, err = OpenIn(image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
+	if d, err = OpenIn(context.Background(), image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
 		t.Fatalf("a second start: %v, kept in %q", err, kept())
 	}
 	if err := d.Close(); err != nil || len(kept()) != 0 {
@@ -481,32 +484,21 @@ func TestTornEndIsKept(t *testing.T) {
 	}
 }
 
-// Ensure that a directory that is not ours any more ends the store, within a second
-// and before another file is made.
+// Ensure that a directory that is not ours any more ends the store, also where nothing is
+// written, and before another file is made.
 func TestMovedDirectory(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := disktest.New()
-		d, err := openSmall(dir, Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		d.Put("a", "1")
-		if err := d.Commit(); err != nil {
-			t.Fatal(err)
-		}
-		dir.Moved = ErrMoved
-		d.Put("a", "2")
-		if err := d.Commit(); err != nil {
-			t.Fatalf("at once: %v", err)
-		}
-		<-time.After(heldTime)
-		d.Put("a", "3")
-		if err := d.Commit(); !errors.Is(err, ErrMoved) {
-			t.Errorf("a second later: %v, want %v", err, ErrMoved)
-		}
-		d.Close()
-	})
-	dir := disktest.New()
+	dir, d := newSmall(t, Options{})
+	d.Put("a", "1")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	dir.Moved = ErrMoved
+	d.Get("a")
+	if err := d.Commit(); !errors.Is(err, ErrMoved) {
+		t.Errorf("after a Get: %v, want %v", err, ErrMoved)
+	}
+	d.Close()
+	dir = disktest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -530,7 +522,7 @@ func TestMovedRealDirectory(t *testing.T) {
 	for _, replace := range []bool{true, false} {
 		path := filepath.Join(t.TempDir(), "data")
 		os.Mkdir(path, 0o700)
-		d, err := Open(path, Options{})
+		d, err := Open(context.Background(), path, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -541,13 +533,14 @@ func TestMovedRealDirectory(t *testing.T) {
 		os.Rename(path, path+".old")
 		if replace {
 			os.Mkdir(path, 0o700)
-			other, err := Open(path, Options{})
+			other, err := Open(context.Background(), path, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer other.Close()
 		}
 		d.segmentSize = 1
+		d.lock.(*osLock).looked = time.Now().Add(-heldTime)
 		d.Put("k", "w")
 		if err := d.Commit(); !errors.Is(err, ErrMoved) {
 			t.Errorf("replaced: %v: %v, want %v", replace, err, ErrMoved)
@@ -564,13 +557,13 @@ func TestMovedRealDirectory(t *testing.T) {
 func TestOthersFilesStay(t *testing.T) {
 	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak", "seg-01.log.tmp"} {
 		dir := disktest.New().With(name, []byte("precious"))
-		_, err := OpenIn(dir, Options{})
+		_, err := OpenIn(context.Background(), dir, Options{})
 		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) || dir.Names[name] == nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	dir := disktest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
-	if _, err := OpenIn(dir, Options{}); err != nil || dir.Names["seg-1.log.tmp"] != nil {
+	if _, err := OpenIn(context.Background(), dir, Options{}); err != nil || dir.Names["seg-1.log.tmp"] != nil {
 		t.Errorf("with our own temporary file: %v", err)
 	}
 }
@@ -597,7 +590,7 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		both.Names[name] = f
 	}
 	var damage *DamageError
-	if _, err := OpenIn(both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
+	if _, err := OpenIn(context.Background(), both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
 		t.Errorf("an older copy over a newer store: %v", err)
 	}
 	if r, err := check(both); err != nil || !r.Damaged {
@@ -654,7 +647,7 @@ func TestCloseSyncsFirst(t *testing.T) {
 		d.compacted = make(chan compaction, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
-		if again, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
+		if again, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
 		}
 		d.compacted <- compaction{err: errStopped}
@@ -796,7 +789,7 @@ func TestLookBesideACompaction(t *testing.T) {
 func TestBackupBesideARealStore(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "data")
 	os.Mkdir(path, 0o700)
-	d, err := Open(path, Options{Fsync: FsyncNever})
+	d, err := Open(context.Background(), path, Options{Fsync: FsyncNever})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -841,7 +834,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 		if _, err := Backup(path, to, nil); err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
-		copied, err := Open(to, Options{})
+		copied, err := Open(context.Background(), to, Options{})
 		if err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
@@ -883,7 +876,7 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 // Ensure that a record too large for a frame ends the store instead of wrapping
 // around, and that Room says so before.
 func TestRecordsTooLarge(t *testing.T) {
-	d, err := OpenIn(disktest.New(), Options{})
+	d, err := OpenIn(context.Background(), disktest.New(), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -899,7 +892,7 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			dir := disktest.New()
-			d, err := OpenIn(dir, Options{Fsync: fsync})
+			d, err := OpenIn(context.Background(), dir, Options{Fsync: fsync})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -910,7 +903,7 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 			<-time.After(fsync)
 			synctest.Wait()
 			for seed := range uint64(10) {
-				after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("k")) != 1 {
 					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync, len(after.Get("k")), err)
 				}
@@ -1004,7 +997,7 @@ func (f errseqFile) Sync() error {
 func TestFsyncErrorIsToldOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := &errseqDir{Dir: disktest.New(), hold: make(chan struct{})}
-		d, err := OpenIn(dir, Options{Fsync: time.Second})
+		d, err := OpenIn(context.Background(), dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1028,7 +1021,7 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 // damage.
 func TestCheckBesideARealStore(t *testing.T) {
 	path := t.TempDir()
-	d, err := Open(path, Options{Fsync: FsyncNever})
+	d, err := Open(context.Background(), path, Options{Fsync: FsyncNever})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1066,14 +1059,14 @@ func TestStopOnAFullDisk(t *testing.T) {
 	for _, f := range full.Names {
 		full.Room += len(f.Data)
 	}
-	d, err := OpenIn(full, Options{})
+	d, err := OpenIn(context.Background(), full, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Close(); err != nil {
 		t.Errorf("a stop: %v", err)
 	}
-	if d, err = OpenIn(full, Options{}); err != nil || len(d.Get("key")) != 3 {
+	if d, err = OpenIn(context.Background(), full, Options{}); err != nil || len(d.Get("key")) != 3 {
 		t.Errorf("after it: %v", err)
 	}
 }
@@ -1083,7 +1076,7 @@ func TestFailedStartClosesItsFiles(t *testing.T) {
 	for n := 1; ; n++ {
 		dir := disktest.New()
 		dir.FailAt = n
-		d, err := OpenIn(dir, Options{})
+		d, err := OpenIn(context.Background(), dir, Options{})
 		if dir.Calls < n {
 			break
 		}
@@ -1102,7 +1095,7 @@ func TestCheckBesideEachWrite(t *testing.T) {
 	for before := 1; before < 30; before++ { // the read before which that happens
 		dir := disktest.New()
 		dir.Reserve = 1000
-		d, err := OpenIn(dir, Options{})
+		d, err := OpenIn(context.Background(), dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1132,7 +1125,7 @@ func TestCheckBesideEachWrite(t *testing.T) {
 func TestTornEndOnAFullDisk(t *testing.T) {
 	for hole := range 4 { // the frame that is torn
 		dir := disktest.New()
-		d, err := OpenIn(dir, Options{Fsync: FsyncNever})
+		d, err := OpenIn(context.Background(), dir, Options{Fsync: FsyncNever})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1147,7 +1140,7 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 		for _, f := range full.Names {
 			full.Room += len(f.Data)
 		}
-		d, err = OpenIn(full, Options{})
+		d, err = OpenIn(context.Background(), full, Options{})
 		if err != nil || len(d.Get("key")) != hole {
 			t.Fatalf("frame %d is torn on a full disk: %v", hole, err)
 		}
@@ -1184,7 +1177,7 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 // the offsets at which its frames begin.
 func segment(t *testing.T, commits int) (dir *disktest.Dir, name string, starts []int) {
 	dir, name = disktest.New(), "seg-1.log"
-	d, err := OpenIn(dir, Options{})
+	d, err := OpenIn(context.Background(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1218,7 +1211,7 @@ func TestRoomForFrames(t *testing.T) {
 	killed := dir.With("none", nil)
 	delete(killed.Names, "none")
 	var log bytes.Buffer
-	d2, err := OpenIn(killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	d2, err := OpenIn(context.Background(), killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "incomplete") {
 		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err, log.String())
 	}
@@ -1244,7 +1237,7 @@ func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.Names[name].Data
 	stale := disktest.New() // another store's frames
-	if d, err := OpenIn(stale, Options{Fsync: FsyncNever}); err == nil {
+	if d, err := OpenIn(context.Background(), stale, Options{Fsync: FsyncNever}); err == nil {
 		d.reserve = 0
 		d.Put("stale", "stale")
 		d.Commit()
@@ -1262,7 +1255,7 @@ func TestTornEnd(t *testing.T) {
 			}
 			var log bytes.Buffer
 			torn := dir.With(name, data)
-			d, err := OpenIn(torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			d, err := OpenIn(context.Background(), torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
 				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
 			}
@@ -1278,7 +1271,7 @@ func TestTornEnd(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if d, err = OpenIn(torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
+			if d, err = OpenIn(context.Background(), torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
 				t.Fatalf("cut at %d: written on, then %v", cut, err)
 			}
 		}
@@ -1295,7 +1288,7 @@ func TestFlippedBits(t *testing.T) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(name, data)
-		d, err := OpenIn(bad, Options{})
+		d, err := OpenIn(context.Background(), bad, Options{})
 		if bit/8 >= last {
 			if padding := err == nil && len(d.Get("key")) == 8; err != nil || len(d.Get("key")) != 7 && !padding {
 				t.Fatalf("bit %d, in the last frame: %v", bit, err)
@@ -1328,7 +1321,7 @@ func TestFlippedStore(t *testing.T) {
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(storeName, data)
 		var damage *DamageError
-		if _, err := OpenIn(bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
+		if _, err := OpenIn(context.Background(), bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
 		if bit%50 > 0 {
@@ -1337,7 +1330,7 @@ func TestFlippedStore(t *testing.T) {
 		if r, err := RepairIn(bad, time.Time{}); err != nil || r.Lost {
 			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
 		}
-		if d, err := OpenIn(bad, Options{}); err != nil || len(d.Get("key")) != 3 {
+		if d, err := OpenIn(context.Background(), bad, Options{}); err != nil || len(d.Get("key")) != 3 {
 			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
 		}
 	}
@@ -1408,7 +1401,7 @@ func TestRefusals(t *testing.T) {
 	whole, _, starts := segment(t, 5)
 	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]], whole.Names["seg-1.log"].Data[starts[3]:])
 	other := disktest.New()
-	OpenIn(other, Options{})
+	OpenIn(context.Background(), other, Options{})
 	for what, c := range map[string]struct {
 		dir  *disktest.Dir
 		want string
@@ -1454,7 +1447,7 @@ func TestRefusals(t *testing.T) {
 		"segment of zeros":       {change(first, func(b []byte) []byte { clear(b); return b }), first + " is damaged: not a log file"},
 	} {
 		before := maps.Clone(c.dir.Names)
-		_, err := OpenIn(c.dir, Options{})
+		_, err := OpenIn(context.Background(), c.dir, Options{})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", what, err, c.want)
 		}
@@ -1486,7 +1479,7 @@ func TestRefusals(t *testing.T) {
 		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report), "LOST    bytes") {
 			t.Errorf("%s: repair says %v", what, report)
 		}
-		if d, err := OpenIn(c.dir, Options{}); err != nil {
+		if d, err := OpenIn(context.Background(), c.dir, Options{}); err != nil {
 			t.Errorf("%s: after repair: %v", what, err)
 		} else {
 			d.Put("after", "repair")
@@ -1521,7 +1514,7 @@ func TestRepair(t *testing.T) {
 	if strings.Count(text, "LOST") != 1 {
 		t.Errorf("repair tells of other losses:\n%s", text)
 	}
-	d, err := OpenIn(bad, Options{})
+	d, err := OpenIn(context.Background(), bad, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1576,7 +1569,7 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 // fsync whatever it holds.
 func TestCommitCosts(t *testing.T) {
 	dir := disktest.New()
-	d, err := OpenIn(dir, Options{})
+	d, err := OpenIn(context.Background(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1609,7 +1602,7 @@ func TestCommitCosts(t *testing.T) {
 func TestFsyncInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := disktest.New()
-		d, err := OpenIn(dir, Options{Fsync: time.Second})
+		d, err := OpenIn(context.Background(), dir, Options{Fsync: time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1692,7 +1685,7 @@ func TestWriteDuringFsync(t *testing.T) {
 		d.Put("b", "2")
 		d.Commit()
 		<-time.After(5 * time.Second)
-		if after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
+		if after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
 			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
 		}
 		d.Close()
@@ -1702,7 +1695,7 @@ func TestWriteDuringFsync(t *testing.T) {
 // Ensure that a large Commit is written in frames of a bounded size.
 func TestLargeCommitIsSplit(t *testing.T) {
 	dir := disktest.New()
-	d, err := OpenIn(dir, Options{})
+	d, err := OpenIn(context.Background(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1748,7 +1741,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 			}
 			<-time.After(5 * time.Second)
 			for seed := range uint64(20) {
-				after, err := OpenIn(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("b")) != 1 {
 					t.Fatalf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
 				}
@@ -1762,7 +1755,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 // not damage, when nobody was promised them.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := disktest.New()
-	first, _ := OpenIn(dir, Options{Fsync: FsyncNever})
+	first, _ := OpenIn(context.Background(), dir, Options{Fsync: FsyncNever})
 	first.reserve = 0
 	var starts []int
 	f := dir.Names["seg-1.log"]
@@ -1774,7 +1767,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir.Locked = false
 	data := slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
-	d, err := OpenIn(dir.With("seg-1.log", data), Options{})
+	d, err := OpenIn(context.Background(), dir.With("seg-1.log", data), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1785,7 +1778,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	data = slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
 	var damage *DamageError
-	if _, err := OpenIn(dir.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+	if _, err := OpenIn(context.Background(), dir.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
 		t.Errorf("with a gap, after a stop that synced everything: %v", err)
 	}
 }
@@ -1987,7 +1980,7 @@ func TestCompactionHeals(t *testing.T) {
 	if r, err := CheckIn(dir); err != nil || r.Damaged {
 		t.Errorf("after a compaction: %v, %v", r, err)
 	}
-	if d, err = OpenIn(dir, Options{}); err != nil || !slices.Equal(d.Get("key"), []string{"value"}) {
+	if d, err = OpenIn(context.Background(), dir, Options{}); err != nil || !slices.Equal(d.Get("key"), []string{"value"}) {
 		t.Errorf("opened again: %v", err)
 	}
 }
@@ -2065,7 +2058,7 @@ func TestRealDirectory(t *testing.T) {
 	path := t.TempDir()
 	os.Mkdir(filepath.Join(path, "lost+found"), 0o700) // as in the root of a disk
 	os.WriteFile(filepath.Join(path, ".notes"), nil, 0o600)
-	d, err := Open(path, Options{})
+	d, err := Open(context.Background(), path, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2074,7 +2067,7 @@ func TestRealDirectory(t *testing.T) {
 	if err := script(t, d, &h); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, Options{}); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
+	if _, err := Open(context.Background(), path, Options{}); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
 		t.Errorf("opened twice: %v", err)
 	}
 	cmd := exec.Command(os.Args[0])
@@ -2113,7 +2106,7 @@ func TestRealDirectory(t *testing.T) {
 	if len(kept) != 1 {
 		t.Errorf("the damaged file is not kept: %q", kept)
 	}
-	if d, err = Open(path, Options{}); err != nil {
+	if d, err = Open(context.Background(), path, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	d.Close()
@@ -2140,7 +2133,7 @@ func TestWrongPaths(t *testing.T) {
 		path:                        ErrNotOurs, // it holds a file
 	} {
 		for what, f := range map[string]func() error{
-			"Open":   func() error { _, err := Open(where, Options{}); return err },
+			"Open":   func() error { _, err := Open(context.Background(), where, Options{}); return err },
 			"Check":  func() error { _, err := Check(where); return err },
 			"Repair": func() error { _, err := Repair(where); return err },
 		} {
@@ -2158,7 +2151,7 @@ func TestWrongPaths(t *testing.T) {
 func TestLoadTellsProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		p := &progress{log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(), total: 1000}
+		p := &progress{ctx: t.Context(), status: new(Status), log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(), total: 1000}
 		for range 5 {
 			<-time.After(400 * time.Millisecond)
 			p.step(frame{count: 10, length: 56})
@@ -2204,13 +2197,13 @@ func FuzzRecovery(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := base.With(name, data)
-		d, err := OpenIn(c, Options{})
+		d, err := OpenIn(context.Background(), c, Options{})
 		if err == nil {
 			d.Put("k", "v")
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := OpenIn(c, Options{}); err != nil {
+			if _, err := OpenIn(context.Background(), c, Options{}); err != nil {
 				t.Fatalf("opened, closed, then: %v", err)
 			}
 			return
@@ -2219,7 +2212,7 @@ func FuzzRecovery(f *testing.F) {
 			t.Fatal("refused by Open, good to Check")
 		}
 		if _, err := RepairIn(c, time.Time{}); err == nil {
-			if _, err := OpenIn(c, Options{}); err != nil {
+			if _, err := OpenIn(context.Background(), c, Options{}); err != nil {
 				t.Fatalf("after repair: %v", err)
 			}
 		}

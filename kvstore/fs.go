@@ -1,6 +1,7 @@
 package kvstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,8 +15,8 @@ import (
 )
 
 // Directory is where a store is kept, as the store needs it: one directory, files known
-// by their names in it. Open's is one of the file system; package disktest has another,
-// which fails and forgets.
+// by their names in it. Open's is one of the file system, or one in an etcd cluster;
+// package disktest has another, which fails and forgets.
 type Directory interface {
 	// List returns the names of what is in the directory, in order.
 	List() ([]string, error)
@@ -32,9 +33,10 @@ type Directory interface {
 	// Sync makes creations, renames and removals durable. It needs no descriptor
 	// but those that are open.
 	Sync() error
-	// Lock keeps other processes from the directory until the lock is closed.
-	// An ErrLocked names who has it.
-	Lock() (Lock, error)
+	// Lock keeps other processes from the directory until the lock is closed. It fails
+	// with an ErrLocked that names who has it, or waits for that one to go, as suits the
+	// directory: until ctx is done.
+	Lock(ctx context.Context) (Lock, error)
 	// InUse tells whether somebody has the lock, and who. It changes nothing.
 	InUse() (owner string, inUse bool)
 	// Path is what people call the file.
@@ -51,14 +53,18 @@ type Directory interface {
 // package disktest has the same types without importing this one, whose tests import it.
 type Lock = interface {
 	// Held returns an error when the right is lost: the directory is not where it
-	// was, or another one is there.
+	// was, another one is there, or another process may write it. Until then nobody
+	// else has changed anything. It is called after every batch of requests, by one
+	// goroutine.
 	Held() error
+	// Lost is closed when the right is lost and the lock has noticed by itself. It may be
+	// nil.
+	Lost() <-chan struct{}
 	Close() error
 }
 
 // File is an open file. Nothing done to it is durable before the next Sync.
 type File = interface {
-	io.Reader
 	io.ReaderAt
 	io.WriterAt
 	Truncate(size int64) error
@@ -236,7 +242,7 @@ func (d *osDirectory) Close() error {
 
 // Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
 // moments.
-func (d *osDirectory) Lock() (Lock, error) {
+func (d *osDirectory) Lock(context.Context) (Lock, error) {
 	f, err := d.lockFile()
 	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
 		time.Sleep(5 * time.Millisecond)
@@ -259,7 +265,7 @@ func (d *osDirectory) Lock() (Lock, error) {
 		host, _ := os.Hostname()
 		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host, time.Now().UTC().Format(time.RFC3339))
 	}
-	return &osLock{f, info, d}, nil
+	return &osLock{File: f, info: info, dir: d}, nil
 }
 
 // InUse tells whether a process has the lock.
@@ -280,7 +286,7 @@ func (d *osDirectory) owner() string {
 	text := make([]byte, 200)
 	n := 0
 	if f, err := d.open(lockName, os.O_RDONLY); err == nil {
-		n, _ = f.Read(text)
+		n, _ = f.ReadAt(text, 0)
 		f.Close()
 	}
 	if n == 0 {
@@ -294,10 +300,23 @@ type osLock struct {
 	*os.File
 	info os.FileInfo
 	dir  *osDirectory
+
+	looked time.Time // when Held last looked
 }
 
-// Held looks whether the path still leads to the file that is locked.
+// heldTime is the time between two looks of Held.
+const heldTime = time.Second
+
+// Lost is nil: nobody looks but Held.
+func (l *osLock) Lost() <-chan struct{} { return nil }
+
+// Held looks, now and then, whether the path still leads to the file that is locked.
 func (l *osLock) Held() error {
+	now := time.Now()
+	if now.Sub(l.looked) < heldTime {
+		return nil
+	}
+	l.looked = now
 	info, err := os.Stat(l.dir.Path(lockName))
 	if err == nil && os.SameFile(info, l.info) {
 		return nil

@@ -2,6 +2,7 @@ package kvstore
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -75,7 +76,7 @@ func readID(dir Directory) (id storeID, found bool, err error) {
 	}
 	defer f.Close()
 	b := make([]byte, min(size, 200))
-	if _, err := io.ReadFull(f, b); err != nil && err != io.EOF {
+	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
 		return id, true, readError(dir.Path(storeName), err)
 	}
 	if strings.HasPrefix(string(b), storeVersion) {
@@ -156,8 +157,9 @@ func (l layout) names() (names []string) {
 	return names
 }
 
-// load makes the store what the log says, and the log ready to be written.
-func (d *Durable) load() error {
+// load makes the store what the log says, and the log ready to be written, unless ctx is
+// done before.
+func (d *Durable) load(ctx context.Context) error {
 	l, err := d.find()
 	if err != nil {
 		return err
@@ -165,7 +167,7 @@ func (d *Durable) load() error {
 	if len(l.segments) == 0 {
 		return d.create(l)
 	}
-	p := newProgress(d.log, d.dir, l)
+	p := newProgress(ctx, d.log, d.opts.Status, d.dir, l)
 	next := uint64(1)
 	if l.snapshot > 0 {
 		if next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {

@@ -267,13 +267,18 @@ type logReader struct {
 // readSize is a good size for reading a file of so many bytes, or a part of it.
 func readSize(size int64) int { return int(min(size, 1<<18)) }
 
+// readerOf reads f from offset on to its end, wherever that is by then.
+func readerOf(f File, offset int64) io.Reader {
+	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
+}
+
 // openLog opens the file called name and reads its header.
 func openLog(d Directory, name string) (*logReader, error) {
 	f, size, err := d.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(f, readSize(size)), offset: headerSize}
+	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(readerOf(f, 0), readSize(size)), offset: headerSize}
 	b := make([]byte, headerSize)
 	if n, err := io.ReadFull(l.r, b); err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		f.Close()
@@ -352,7 +357,7 @@ func readError(path string, err error) error {
 // seek has the next read begin at offset, with what the file holds now.
 func (l *logReader) seek() error {
 	l.size = max(l.size, l.offset)
-	l.r.Reset(io.NewSectionReader(l.f, l.offset, math.MaxInt64-l.offset))
+	l.r.Reset(readerOf(l.f, l.offset))
 	rest, err := l.rest()
 	l.size = l.offset + int64(len(rest))
 	return err
@@ -383,7 +388,7 @@ func (l *logReader) readAgain(damage *DamageError) (f frame, payload, rest []byt
 
 // rest returns what follows the good part of the file.
 func (l *logReader) rest() ([]byte, error) {
-	rest, err := io.ReadAll(io.NewSectionReader(l.f, l.offset, math.MaxInt64-l.offset))
+	rest, err := io.ReadAll(readerOf(l.f, l.offset))
 	if err != nil {
 		return nil, readError(l.path, err)
 	}

@@ -7,6 +7,7 @@
 package disktest
 
 import (
+	"context"
 	"errors"
 	"io"
 	"maps"
@@ -201,7 +202,6 @@ func (d *Dir) List() ([]string, error) {
 
 // file is kvstore.File, which this package cannot import: that one's tests import it.
 type file = interface {
-	io.Reader
 	io.ReaderAt
 	io.WriterAt
 	Truncate(size int64) error
@@ -305,7 +305,7 @@ func (d *Dir) Sync() error {
 }
 
 // Lock keeps others out.
-func (d *Dir) Lock() (lock, error) {
+func (d *Dir) Lock(context.Context) (lock, error) {
 	err := d.call("lock", "", opens|writes)
 	defer d.Mu.Unlock()
 	switch {
@@ -331,6 +331,7 @@ func (d *Dir) Close() error { return nil }
 // lock is kvstore.Lock, see file.
 type lock = interface {
 	Held() error
+	Lost() <-chan struct{}
 	Close() error
 }
 
@@ -342,6 +343,9 @@ func (h held) Held() error {
 	defer h.d.Mu.Unlock()
 	return h.d.Moved
 }
+
+// Lost is nil.
+func (h held) Lost() <-chan struct{} { return nil }
 
 func (h held) Close() error {
 	h.d.Mu.Lock()
@@ -355,7 +359,6 @@ type handle struct {
 	d      *Dir
 	name   string
 	f      *File
-	at     int
 	closed bool
 }
 
@@ -366,15 +369,6 @@ func (h *handle) call(what string, kind int) error {
 		return os.ErrClosed
 	}
 	return err
-}
-
-func (h *handle) Read(p []byte) (int, error) {
-	n, err := h.ReadAt(p, int64(h.at))
-	if n > 0 {
-		err = nil
-	}
-	h.at += n
-	return n, err
 }
 
 func (h *handle) ReadAt(p []byte, off int64) (int, error) {

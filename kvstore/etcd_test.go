@@ -1,0 +1,777 @@
+package kvstore
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fakeEtcd is a cluster in memory, as unkind as a real one and the network before it.
+type fakeEtcd struct {
+	mu       sync.Mutex
+	kvs      map[string]etcdKV
+	revision int64
+	full     bool   // it is out of space
+	token    string // that requests must have; "": none
+	logins   int
+	late     []etcdTxn // transactions that will come once more
+}
+
+// etcdWire is what one process sends to a fakeEtcd.
+type etcdWire struct {
+	*fakeEtcd
+	requests int
+	at       int       // the request with which something happens; 0: none
+	fault    etcdFault // that
+	dead     bool      // the process was killed
+	cut      bool      // nothing arrives, and no answer comes
+}
+
+// etcdFault is what happens to one request, or from it on.
+type etcdFault string
+
+const (
+	lostRequest etcdFault = "the request is lost"
+	lostAnswer  etcdFault = "the answer is lost"
+	doneTwice   etcdFault = "the request comes once more, later"
+	noLeader    etcdFault = "there is no leader"
+	expired     etcdFault = "the token has expired"
+	noSpace     etcdFault = "the cluster is full from then on"
+	killed      etcdFault = "the process is killed before it"
+	killedAfter etcdFault = "the process is killed after it"
+	cutOff      etcdFault = "the process is cut off from then on"
+)
+
+func newFakeEtcd() *fakeEtcd { return &fakeEtcd{kvs: map[string]etcdKV{}} }
+
+// RoundTrip is http.RoundTripper's.
+func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
+	text, _ := io.ReadAll(r.Body)
+	w.mu.Lock()
+	w.requests++
+	fault := etcdFault("")
+	if w.requests == w.at {
+		fault = w.fault
+	}
+	switch fault {
+	case noSpace:
+		w.full = true
+	case killed:
+		w.dead = true
+	case cutOff:
+		w.cut = true
+	case expired:
+		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
+	}
+	if w.dead || w.cut || fault == lostRequest {
+		w.mu.Unlock()
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	defer w.mu.Unlock()
+	var answer etcdAnswer
+	var err error
+	if fault == noLeader {
+		err = &etcdError{"etcdserver: no leader", 14}
+	} else if answer, err = w.do(r, text); fault == doneTwice {
+		var t etcdTxn
+		json.Unmarshal(text, &t)
+		w.late = append(w.late, t)
+	}
+	if w.requests%3 == 0 && len(w.late) > 0 { // what the network held up
+		w.txn(w.late[0])
+		w.late = w.late[1:]
+	}
+	switch fault {
+	case killedAfter:
+		w.dead = true
+		fallthrough
+	case lostAnswer:
+		return nil, io.ErrUnexpectedEOF
+	}
+	recorder := httptest.NewRecorder()
+	if err != nil {
+		recorder.WriteHeader(http.StatusServiceUnavailable)
+		json.NewEncoder(recorder).Encode(err)
+	} else {
+		json.NewEncoder(recorder).Encode(answer)
+	}
+	return recorder.Result(), nil
+}
+
+// do answers a request. The caller has mu.
+func (e *fakeEtcd) do(r *http.Request, text []byte) (a etcdAnswer, err error) {
+	if len(text) > 3<<19 {
+		return a, &etcdError{"etcdserver: request is too large", 3}
+	}
+	if strings.HasSuffix(r.URL.Path, "/auth/authenticate") {
+		if !bytes.Contains(text, []byte(`"secret"`)) {
+			return a, &etcdError{"etcdserver: authentication failed, invalid user ID or password", 3}
+		}
+		e.logins++
+		return etcdAnswer{Token: e.token}, nil
+	}
+	if r.Header.Get("Authorization") != e.token {
+		return a, &etcdError{"etcdserver: invalid auth token", 16}
+	}
+	if strings.HasSuffix(r.URL.Path, "/kv/range") {
+		var q etcdRange
+		json.Unmarshal(text, &q)
+		return etcdAnswer{KVs: e.find(q)}, nil
+	}
+	var t etcdTxn
+	json.Unmarshal(text, &t)
+	return e.txn(t)
+}
+
+// find returns what a range holds.
+func (e *fakeEtcd) find(q etcdRange) (found []etcdKV) {
+	for key, kv := range e.kvs {
+		if key == string(q.Key) || q.End != nil && key >= string(q.Key) && key < string(q.End) {
+			if q.KeysOnly {
+				kv.Value = nil
+			}
+			found = append(found, kv)
+		}
+	}
+	slices.SortFunc(found, func(a, b etcdKV) int { return bytes.Compare(a.Key, b.Key) })
+	if q.Limit > 0 {
+		found = found[:min(q.Limit, len(found))]
+	}
+	return found
+}
+
+// txn does a transaction.
+func (e *fakeEtcd) txn(t etcdTxn) (a etcdAnswer, err error) {
+	a.Succeeded = true
+	for _, c := range t.Compare {
+		kv := e.kvs[string(c.Key)]
+		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil && bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && kv.Revision == c.Revision)
+	}
+	ops := t.Failure
+	if a.Succeeded {
+		ops = t.Success
+	}
+	e.revision++
+	touched := map[string]bool{}
+	for _, op := range ops {
+		response := struct {
+			Range struct {
+				KVs []etcdKV `json:"kvs"`
+			} `json:"response_range"`
+		}{}
+		switch {
+		case op.Put != nil && (touched[string(op.Put.Key)] || len(ops) > 128):
+			return etcdAnswer{}, &etcdError{"etcdserver: duplicate key given in txn request", 3}
+		case op.Put != nil && e.full:
+			return etcdAnswer{}, &etcdError{"etcdserver: mvcc: database space exceeded", 8}
+		case op.Put != nil:
+			touched[string(op.Put.Key)] = true
+			e.kvs[string(op.Put.Key)] = etcdKV{op.Put.Key, op.Put.Value, e.revision}
+		case op.Delete != nil:
+			for _, kv := range e.find(*op.Delete) {
+				touched[string(kv.Key)] = true
+				delete(e.kvs, string(kv.Key))
+			}
+		default:
+			response.Range.KVs = e.find(*op.Range)
+		}
+		a.Responses = append(a.Responses, response)
+	}
+	return a, nil
+}
+
+// dir returns the directory as a new process sees it. A process with an addr waits for the
+// lock.
+func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*etcdDirectory, *etcdWire) {
+	t.Helper()
+	d, err := openEtcd(ctx, "etcd://a:1,b:1/kv", Options{Addr: addr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &etcdWire{fakeEtcd: e}
+	d.client.http.Transport = w
+	return d, w
+}
+
+// open opens the store as a new process that waits does.
+func (e *fakeEtcd) open(t testing.TB) (*Durable, *etcdWire) {
+	t.Helper()
+	dir, w := e.dir(t, t.Context(), "new:9999")
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d, w
+}
+
+// kill ends a process: nothing of it arrives any more.
+func (w *etcdWire) kill() {
+	w.mu.Lock()
+	w.dead = true
+	w.mu.Unlock()
+}
+
+// ---- files
+
+// Ensure that a file in etcd is what was written to it, wherever, and as it was cut.
+func TestEtcdFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		random := rand.New(rand.NewPCG(1, 1))
+		for round := range 30 {
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []byte
+			for range 40 {
+				at := len(want)
+				if random.IntN(3) == 0 {
+					at = random.IntN(len(want) + 100)
+				}
+				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
+				case 0:
+					f.Truncate(int64(at))
+					want = append(want, make([]byte, max(0, at-len(want)))...)[:at]
+				case 1:
+					f.Sync()
+				case 2:
+					got := make([]byte, size)
+					n, err := f.ReadAt(got, int64(at))
+					if rest := want[min(at, len(want)):]; n != min(size, len(rest)) || !bytes.Equal(got[:n], rest[:n]) || (n < size) != (err == io.EOF) {
+						t.Fatalf("round %d: at %d of %d bytes: %d of %d are read, %v", round, at, len(want), n, size, err)
+					}
+				default:
+					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
+					if _, err := f.WriteAt(b, int64(at)); err != nil {
+						t.Fatal(err)
+					}
+					if size > 0 {
+						want = append(want, make([]byte, max(0, at+size-len(want)))...)
+						copy(want[at:], b)
+					}
+				}
+			}
+			f.Sync()
+			again, size, err := dir.Open("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(readerOf(again, 0))
+			if !bytes.Equal(got, want) || size != int64(len(want)) || err != nil {
+				t.Fatalf("round %d: the file has %d bytes, says %d, want %d, %v", round, len(got), size, len(want), err)
+			}
+		}
+		if err := dir.Remove("file"); err != nil || len(e.find(etcdRange{Key: dir.key("d/"), End: below(dir.key("d/"))})) > 0 {
+			t.Errorf("a removed file leaves pieces: %v", err)
+		}
+	})
+}
+
+// Ensure that names do what a directory's names do.
+func TestEtcdNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, _ := newFakeEtcd().dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		write := func(name, text string) {
+			t.Helper()
+			f, err := dir.Create(name)
+			if err == nil {
+				f.WriteAt([]byte(text), 0)
+				err = f.Sync()
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		read := func(name string) string {
+			f, size, err := dir.Open(name)
+			if err != nil {
+				return "none"
+			}
+			b := make([]byte, size)
+			f.ReadAt(b, 0)
+			return string(b)
+		}
+		write("a", "1")
+		write("b", "2")
+		if err := errors.Join(dir.Keep("a", "sub"), dir.Keep("b", "sub"), dir.Rename("a", "b")); err != nil {
+			t.Error(err)
+		}
+		write("c", "3")
+		write("c", "4")
+		if list, err := dir.List(); !slices.Equal(list, []string{"b", "c", "sub"}) || err != nil {
+			t.Errorf("the list is %q, %v", list, err)
+		}
+		for name, want := range map[string]string{"a": "none", "b": "1", "c": "4", "sub/a": "1", "sub/b": "2"} {
+			if got := read(name); got != want {
+				t.Errorf("%s holds %q, want %q", name, got, want)
+			}
+		}
+		for what, err := range map[string]error{"rename": dir.Rename("x", "y"), "remove": dir.Remove("x"), "keep": dir.Keep("x", "sub")} {
+			if !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%s of nothing: %v", what, err)
+			}
+		}
+	})
+}
+
+// ---- a store
+
+// Ensure that whatever happens to any one request of a process, nothing told is lost and
+// nothing else is there: where the fault can be mended nobody notices, and otherwise the
+// next process has it all.
+func TestEtcdFaults(t *testing.T) {
+	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff} {
+		t.Run(string(fault), func(t *testing.T) {
+			step := 1
+			if testing.Short() {
+				step = 17
+			}
+			for n, reached := 1, true; reached; n += step {
+				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
+			}
+		})
+	}
+}
+
+// etcdFaultAt runs the script with a fault at request n, and tells whether there was one.
+func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
+	e := newFakeEtcd()
+	t.Setenv("KVSERVER_ETCD_USER", "root:secret")
+	e.token = "token"
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby of a dead cluster waits for ever
+	defer cancel()
+	dir, w := e.dir(t, ctx, "first:9999")
+	w.at, w.fault = n, fault
+	h := history{model{}, model{}}
+	d, err := openSmall(dir, Options{})
+	if err == nil {
+		err = script(t, d, &h)
+	}
+	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired}, fault)
+	if reached = w.requests >= n; err != nil && (!reached || mended) {
+		t.Fatalf("request %d: %v", n, err)
+	}
+	if fault == noSpace && err != nil && !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("request %d: %v, want %v", n, err, syscall.ENOSPC)
+	}
+	switch {
+	case err == nil && d.Close() == nil:
+		h.told = h.done.clone()
+	case err != nil && d != nil:
+		if again := d.Commit(); again == nil {
+			t.Fatalf("request %d: after %v a Commit returns nil", n, err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+	}
+	w.kill()
+	w.mu.Lock()
+	e.full, e.late = false, nil
+	w.mu.Unlock()
+	after, _ := e.dir(t, t.Context(), "second:9999")
+	h.checkKept(t, after, fmt.Sprintf("request %d", n))
+	if pieces := e.orphans(); len(pieces) > 0 && fault != doneTwice {
+		t.Fatalf("request %d leaves pieces without a name: %q", n, pieces)
+	}
+	return reached
+}
+
+// orphans returns the keys of pieces of files without a name.
+func (e *fakeEtcd) orphans() (keys []string) {
+	named := map[string]bool{}
+	for key, kv := range e.kvs {
+		if strings.HasPrefix(key, "kv/n/") {
+			named[string(kv.Value)] = true
+		}
+	}
+	for key := range e.kvs {
+		if id, isPiece := strings.CutPrefix(key, "kv/d/"); isPiece && !named[id[:strings.IndexByte(id, '/')]] {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+// Ensure that a server that was away, for whatever reason, answers nothing and writes
+// nothing once another one may have taken over, and goes on if none has; and that the other
+// one has all that was told.
+func TestEtcdTakeover(t *testing.T) {
+	for _, away := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second, 20 * time.Second} {
+		for _, standby := range []bool{true, false} {
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				first, w := e.open(t)
+				first.Put("k", "told")
+				if err := first.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				w.mu.Lock()
+				w.cut = true
+				w.mu.Unlock()
+				var second *Durable
+				began := time.Now()
+				if standby {
+					second, _ = e.open(t) // the first is too slow: this waits for its turn
+				} else {
+					<-time.After(away)
+				}
+				if took := time.Since(began); standby && took > 6*time.Second {
+					t.Errorf("the other one takes over after %v", took)
+				}
+				first.Get("k") // what it held was the truth, and is not any more
+				done := make(chan error, 1)
+				go func() { done <- first.Commit() }()
+				<-time.After(max(0, away-time.Since(began)))
+				w.mu.Lock()
+				w.cut = false
+				w.mu.Unlock()
+				err := <-done
+				isLost := standby || away >= etcdPatience
+				if isLost != (err != nil) {
+					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away, standby, err)
+				}
+				first.Put("k", "late")
+				first.Commit()
+				first.Close()
+				if second == nil {
+					second, _ = e.open(t)
+				}
+				want := []string{"told", "late"}
+				if isLost {
+					want = want[:1]
+				}
+				if got := second.Get("k"); !slices.Equal(got, want) {
+					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby, got, want)
+				}
+				second.Close()
+			})
+		}
+	}
+}
+
+// Ensure that of several servers that start at once one serves at a time, and all have a turn;
+// that who waits says for whom; and that a clean end hands over at once.
+func TestEtcdStandby(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		serving := make(chan *Durable)
+		for i := range 4 {
+			go func() {
+				status := new(Status)
+				dir, _ := e.dir(t, t.Context(), fmt.Sprint("host", i, ":9999"))
+				dir.opts.Status = status
+				go func() {
+					<-time.After(time.Second)
+					if stage := status.Stage(); stage != "" && !strings.Contains(stage, "standby: the data is in use by process ") {
+						t.Errorf("who waits says %q", stage)
+					}
+				}()
+				d, err := OpenIn(t.Context(), dir, Options{Status: status})
+				if err != nil {
+					t.Error(err)
+				}
+				if status.Stage() != "" || time.Since(status.Confirmed()) > 2*time.Second {
+					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(), time.Since(status.Confirmed()))
+				}
+				serving <- d
+			}()
+		}
+		for i := range 4 {
+			d := <-serving
+			select {
+			case <-serving:
+				t.Fatal("two serve")
+			case <-time.After(30 * time.Second):
+			}
+			if keys, _, _ := d.Size(); keys != i {
+				t.Errorf("server %d finds %d keys", i, keys)
+			}
+			d.Put(fmt.Sprint(i), "v")
+			if err := d.Commit(); err != nil {
+				t.Error(err)
+			}
+			began := time.Now()
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("Close takes %v", took)
+			}
+		}
+	})
+}
+
+// Ensure that who does not serve never waits for a server that lives, and does for a sign of
+// life: repair and backup take the data of a server that has died.
+func TestEtcdRepairBesideServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, w := e.open(t)
+		dir, _ := e.dir(t, t.Context(), "")
+		if _, err := dir.Lock(t.Context()); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "which serves new:9999") {
+			t.Errorf("beside a server: %v", err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatalf("after its death: %v", err)
+		}
+		if n := dir.opts.Status.Takeovers(); n != 1 {
+			t.Errorf("%d takeovers are counted, want 1", n)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a wait for the lock, and a load, end when they should.
+func TestEtcdOpenIsStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, _ := e.open(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(time.Minute, cancel)
+		dir, _ := e.dir(t, ctx, "other:9999")
+		began := time.Now()
+		if _, err := OpenIn(ctx, dir, Options{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("a standby that is stopped: %v", err)
+		}
+		if took := time.Since(began); took > time.Minute+time.Second {
+			t.Errorf("it takes %v", took)
+		}
+		d.Put("k", "v")
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "other:9999")
+		if _, err := OpenIn(ctx, dir, Options{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("a start that is stopped: %v", err)
+		}
+	})
+}
+
+// Ensure that clocks that jump cost one more sign of life, and nothing else.
+func TestEtcdClockJumps(t *testing.T) {
+	for _, jump := range []time.Duration{-time.Hour, time.Hour, 5 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			<-time.After(10 * time.Second)
+			l := d.lock.(*etcdLock)
+			then := time.Now().Round(0).Add(-jump)
+			l.confirmed.Store(&then)
+			d.Put("k", "v")
+			began := time.Now()
+			if err := d.Commit(); err != nil || time.Since(began) > 2*etcdBeat {
+				t.Errorf("a jump of %v: %v after %v", jump, err, time.Since(began))
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that etcd's silence is borne for etcdPatience, and then ends the store, also an
+// idle one.
+func TestEtcdSilence(t *testing.T) {
+	for _, long := range []time.Duration{3 * time.Second, 9 * time.Second, 15 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			d, w := newFakeEtcd().open(t)
+			w.mu.Lock()
+			w.cut = true
+			w.mu.Unlock()
+			select {
+			case <-d.Lost():
+				if long < etcdPatience {
+					t.Errorf("lost within %v", long)
+				}
+				if err := d.Commit(); !errors.Is(err, ErrUnreachable) {
+					t.Errorf("after %v: %v", long, err)
+				}
+			case <-time.After(long):
+				if long > etcdPatience+2*etcdTimeout {
+					t.Errorf("not lost after %v", long)
+				}
+				w.mu.Lock()
+				w.cut = false
+				w.mu.Unlock()
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Errorf("after %v: %v", long, err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that what is in etcd is checked, repaired and copied like what is on a disk, there
+// and back.
+func TestEtcdCheckRepairBackup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, _ := e.open(t)
+		h := history{model{}, model{}}
+		if err := script(t, d, &h); err != nil {
+			t.Fatal(err)
+		}
+		dir, _ := e.dir(t, t.Context(), "")
+		if r, err := CheckIn(dir); err != nil || r.Damaged || !strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
+			t.Errorf("check beside a server: %v, %v", r, err)
+		}
+		local, err := openDirectory(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := BackupIn(dir, local, nil); err != nil {
+			t.Errorf("backup beside a server: %v", err)
+		}
+		d.Close()
+		other := newFakeEtcd()
+		back, _ := other.dir(t, t.Context(), "")
+		if _, err := BackupIn(local, back, nil); err != nil {
+			t.Errorf("backup to etcd: %v", err)
+		}
+		h.checkKept(t, local, "the copy on a disk")
+		back, _ = other.dir(t, t.Context(), "third:9999")
+		h.checkKept(t, back, "the copy of the copy")
+		for key, kv := range e.kvs {
+			if strings.HasPrefix(key, "kv/d/") && len(kv.Value) > 200 {
+				kv.Value[len(kv.Value)/2] ^= 1
+			}
+		}
+		if r, err := CheckIn(dir); err != nil || !r.Damaged {
+			t.Errorf("check of what is damaged: %v, %v", r, err)
+		}
+		repairer, _ := e.dir(t, t.Context(), "")
+		if r, err := RepairIn(repairer, time.Now()); err != nil || !r.Lost {
+			t.Errorf("repair: %v, %v", r, err)
+		}
+		if r, err := CheckIn(dir); err != nil || r.Damaged {
+			t.Errorf("check of what is repaired: %v, %v", r, err)
+		}
+	})
+}
+
+// Ensure that a large commit is many pieces, and a million of small ones are asked for in
+// parts.
+func TestEtcdManyPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := OpenIn(t.Context(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		large := strings.Repeat("large", 1<<20)
+		d.Put("large", large)
+		for i := range 2*etcdKeys + 10 {
+			d.Put("small", fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Close()
+		d, _ = e.open(t)
+		if small := d.Get("small"); len(small) != 2*etcdKeys+10 || !slices.Equal(d.Get("large"), []string{large}) {
+			t.Errorf("%d small ones are back, and %d large", len(small), len(d.Get("large")))
+		}
+		d.Close()
+	})
+}
+
+// ---- a start that is refused
+
+// Ensure that what cannot be opened is refused with its reason, at once where waiting is in
+// vain, and that nothing is written to a prefix that is somebody else's.
+func TestEtcdRefusals(t *testing.T) {
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
+	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	defer encrypted.Close()
+	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
+	for address, want := range map[string]error{
+		"etcd://":                          ErrMissing,
+		"etcd://host:2379":                 ErrMissing,
+		"etcd://host/kv":                   ErrMissing,
+		"etcd://" + at(plain) + "/kv":      ErrRefused, // something else answers there
+		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
+		"etcds://" + at(plain) + "/kv":     ErrRefused,
+		"etcds://" + at(encrypted) + "/kv": ErrRefused, // whose certificate nobody knows
+		"etcds://host:1/kv?ca=" + filepath.Join(t.TempDir(), "none"):   ErrRefused,
+		"etcds://host:1/kv?cert=" + filepath.Join(t.TempDir(), "none"): ErrRefused,
+	} {
+		if _, err := Open(t.Context(), address, Options{Addr: "new:9999"}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", address, err, want)
+		}
+	}
+	for what, c := range map[string]struct {
+		user  string
+		spoil func(e *fakeEtcd, w *etcdWire)
+		want  error
+		took  time.Duration
+	}{
+		"a wrong password":     {"root:wrong", func(e *fakeEtcd, _ *etcdWire) { e.token = "t" }, ErrRefused, 0},
+		"a full cluster":       {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true }, syscall.ENOSPC, 0},
+		"nobody answers":       {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true }, ErrUnreachable, etcdPatience},
+		"somebody else's key":  {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/config", "x") }, ErrNotOurs, 0},
+		"somebody else's lock": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/lock", "x") }, ErrNotOurs, 0},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Setenv("KVSERVER_ETCD_USER", c.user)
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				dir, w := e.dir(t, t.Context(), "new:9999")
+				c.spoil(e, w)
+				before := e.revision
+				began := time.Now()
+				if _, err := OpenIn(t.Context(), dir, Options{}); !errors.Is(err, c.want) {
+					t.Errorf("%v, want %v", err, c.want)
+				}
+				if took := time.Since(began); took > cmp.Or(c.took, time.Second)+etcdTimeout {
+					t.Errorf("it takes %v", took)
+				}
+				if e.revision > before && c.want == ErrNotOurs {
+					t.Error("something was written")
+				}
+			})
+		})
+	}
+}
+
+// put is what another program does.
+func (e *fakeEtcd) put(key, value string) {
+	e.revision++
+	e.kvs[key] = etcdKV{[]byte(key), []byte(value), e.revision}
+}
