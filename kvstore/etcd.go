@@ -3,6 +3,7 @@ package kvstore
 import (
 	"bytes"
 	"cmp"
+	"compress/flate"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -31,7 +32,8 @@ import (
 //	lock        who may write: an etcdOwner. Its holder writes it anew every etcdBeat
 //	step        the number of the holder's last change of names
 //	n/NAME      the id of the file that has this name
-//	d/ID/PIECE  one write to that file; PIECE is its number, its offset and its size
+//	d/ID/PIECE  one write to that file; PIECE is its number, its offset and its size. If the
+//	            value is smaller than that, it is compressed (DEFLATE)
 //
 // Every transaction of a holder compares the lock with what the holder wrote there: one
 // that was robbed of it can change nothing any more, however late its requests come. And
@@ -40,18 +42,19 @@ import (
 //
 // A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
 const (
-	etcdPiece    = 1 << 20                 // bytes of a piece: etcd takes requests of 1.5 MiB
-	etcdPage     = 4 << 20                 // bytes of the pieces that are asked for at a time
-	etcdAhead    = 64 << 10                // the same at first
-	etcdKeys     = 4 << 10                 // keys that are
-	etcdSegment  = 16 << 20                // bytes of a log file: what is read again at a start, about
-	etcdBeat     = time.Second             // between two signs of life in the lock
-	etcdTTL      = 5 * time.Second         // after which a lock without one may be taken
-	etcdFresh    = etcdTTL - etcdTTL/10    // so long a sign of life is good for: clocks may run differently
-	etcdPatience = 10 * time.Second        // without an answer, until we give up
-	etcdTimeout  = 1500 * time.Millisecond // of one request
-	etcdPause    = 50 * time.Millisecond   // before it is sent again
-	etcdPoll     = 250 * time.Millisecond  // between two looks at a lock that another one has
+	etcdPiece     = 1 << 20                 // bytes of a piece: etcd takes requests of 1.5 MiB
+	etcdPackLeast = 512                     // bytes of a piece that is compressed
+	etcdPage      = 4 << 20                 // bytes of the pieces that are asked for at a time
+	etcdAhead     = 64 << 10                // the same at first
+	etcdKeys      = 4 << 10                 // keys that are
+	etcdSegment   = 16 << 20                // bytes of a log file: what is read again at a start, about
+	etcdBeat      = time.Second             // between two signs of life in the lock
+	etcdTTL       = 5 * time.Second         // after which a lock without one may be taken
+	etcdFresh     = etcdTTL - etcdTTL/10    // so long a sign of life is good for: clocks may run differently
+	etcdPatience  = 10 * time.Second        // without an answer, until we give up
+	etcdTimeout   = 1500 * time.Millisecond // of one request
+	etcdPause     = 50 * time.Millisecond   // before it is sent again
+	etcdPoll      = 250 * time.Millisecond  // between two looks at a lock that another one has
 )
 
 // Errors of a store in etcd.
@@ -113,7 +116,11 @@ type (
 				KVs []etcdKV `json:"kvs"`
 			} `json:"response_range"`
 		} `json:"responses"`
-		Token string `json:"token"`
+		Token  string `json:"token"`
+		Leader string `json:"leader"`
+		Header struct {
+			Member string `json:"member_id"`
+		} `json:"header"`
 	}
 )
 
@@ -210,6 +217,20 @@ func (c *etcdClient) post(ctx context.Context, at string, request any) (answer e
 		c.member.CompareAndSwap(member, (member+1)%int32(len(c.members)))
 	}
 	return answer, err
+}
+
+// preferLeader asks the cluster's leader from now on, if one member says that it is: the
+// others would only pass on what they are asked.
+func (c *etcdClient) preferLeader(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
+	defer cancel()
+	for i, member := range c.members {
+		var status etcdAnswer
+		if c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &status) == nil && status.Leader == status.Header.Member && status.Leader != "" {
+			c.member.Store(int32(i))
+			return
+		}
+	}
 }
 
 // exchange sends a request and reads the answer.
@@ -577,9 +598,12 @@ type etcdFile struct {
 
 	turn  chan struct{} // one slot, for who uses what is below: a request may take long
 	size  int64         // of the file, in bytes
-	count int    // of pieces: the number of the next
-	buf   []byte // written, but not sent
-	at    int64  // the offset of buf
+	count int           // of pieces: the number of the next
+	buf   []byte        // written, but not sent
+	at    int64         // the offset of buf
+
+	packed bytes.Buffer  // a piece, compressed
+	packer *flate.Writer // to packed; nil: not needed yet
 
 	// For reading.
 	known int        // pieces that are in spans
@@ -720,8 +744,11 @@ func (f *etcdFile) piece(i int) ([]byte, error) {
 		for k < len(f.page) && !bytes.Equal(f.page[k].Key, kv.Key) {
 			k++
 		}
-		if k < len(f.page) && len(kv.Value) == len(f.page[k].Value) {
-			f.page[k] = kv
+		if k == len(f.page) {
+			break
+		}
+		if data := unpack(kv.Value, int64(len(f.page[k].Value))); len(data) == len(f.page[k].Value) {
+			f.page[k].Value = data
 		}
 	}
 	return f.page[0].Value, nil
@@ -756,12 +783,39 @@ func (f *etcdFile) send(least int) error {
 // put adds a piece. It gets its number only now, so the next one may have it if this one
 // fails; but then the lock is lost.
 func (f *etcdFile) put(offset int64, b []byte) error {
-	if err := f.d.do(etcdPut(f.key(f.count, offset, int64(len(b))), b)); err != nil {
+	if err := f.d.do(etcdPut(f.key(f.count, offset, int64(len(b))), f.pack(b))); err != nil {
 		return err
 	}
 	f.count++
 	f.size = max(f.size, offset+int64(len(b)))
 	return nil
+}
+
+// pack returns b, or the same compressed if that is smaller: base64, and the members' copies
+// and logs, make each byte dear.
+func (f *etcdFile) pack(b []byte) []byte {
+	if len(b) < etcdPackLeast {
+		return b
+	}
+	if f.packer == nil {
+		f.packer, _ = flate.NewWriter(&f.packed, flate.BestSpeed)
+	}
+	f.packed.Reset()
+	f.packer.Reset(&f.packed)
+	f.packer.Write(b)
+	if f.packer.Close(); f.packed.Len() >= len(b) {
+		return b
+	}
+	return f.packed.Bytes()
+}
+
+// unpack is the inverse. What is none of ours is no piece of that size.
+func unpack(b []byte, size int64) []byte {
+	if int64(len(b)) >= size {
+		return b
+	}
+	unpacked, _ := io.ReadAll(io.LimitReader(flate.NewReader(bytes.NewReader(b)), size+1))
+	return unpacked
 }
 
 func (f *etcdFile) Sync() error {
@@ -850,11 +904,7 @@ func (d *etcdDirectory) owner() (o etcdOwner, revision int64, err error) {
 // Lock waits for the lock, if others are told where the store is served: whoever has it is
 // robbed of it once it has shown no sign of life for etcdTTL, by our clock.
 func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
-	host, _ := os.Hostname()
-	l := &etcdLock{
-		d: d, owner: etcdOwner{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host), Token: rand.Text()},
-		beaten: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{}),
-	}
+	l := d.newLock()
 	var seen int64
 	var since time.Time // when seen was seen first
 	told := ""
@@ -891,6 +941,7 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 		}
 	}
 	d.lock = l
+	d.client.preferLeader(ctx)
 	d.opts.Status.takeovers.Store(l.owner.Takeovers)
 	go l.beat()
 	if err := d.sweep(); err != nil {
@@ -898,6 +949,13 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// newLock returns a lock that is not taken yet.
+func (d *etcdDirectory) newLock() *etcdLock {
+	host, _ := os.Hostname()
+	owner := etcdOwner{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host), Token: rand.Text()}
+	return &etcdLock{d: d, owner: owner, beaten: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{})}
 }
 
 // take takes the lock that o has, or had, unless that has shown a sign of life since
@@ -980,8 +1038,11 @@ func (l *etcdLock) show() time.Duration {
 	})
 	switch {
 	case err == nil && answer.Succeeded:
-		l.silent = false
 		l.confirm(sent)
+		if l.silent { // there may be another leader
+			l.silent = false
+			l.d.client.preferLeader(l.ctx)
+		}
 		return etcdBeat
 	case err == nil:
 		l.lost(ErrTakenOver)

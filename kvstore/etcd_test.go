@@ -10,10 +10,12 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -23,12 +25,19 @@ import (
 	"time"
 )
 
+// isRace tells whether the race detector is on, with which all takes ten times as long.
+func isRace() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
 // fakeEtcd is a cluster in memory, as unkind as a real one and the network before it.
 type fakeEtcd struct {
 	mu       sync.Mutex
 	kvs      map[string]etcdKV
 	revision int64
 	full     bool   // it is out of space
+	down     string // the member that does not answer; "": all do
 	token    string // that requests must have; "": none
 	logins   int
 	late     []etcdTxn // transactions that will come once more
@@ -38,6 +47,7 @@ type fakeEtcd struct {
 type etcdWire struct {
 	*fakeEtcd
 	requests int
+	sent     []etcdTxn // that arrived
 	at       int       // the request with which something happens; 0: none
 	fault    etcdFault // that
 	dead     bool      // the process was killed
@@ -80,6 +90,10 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case expired:
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
+	if w.down == r.URL.Host {
+		w.mu.Unlock()
+		return nil, syscall.ECONNREFUSED
+	}
 	if w.dead || w.cut || fault == lostRequest {
 		w.mu.Unlock()
 		<-r.Context().Done()
@@ -90,10 +104,13 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	var err error
 	if fault == noLeader {
 		err = &etcdError{"etcdserver: no leader", 14}
-	} else if answer, err = w.do(r, text); fault == doneTwice {
+	} else {
 		var t etcdTxn
 		json.Unmarshal(text, &t)
-		w.late = append(w.late, t)
+		w.sent = append(w.sent, t)
+		if answer, err = w.do(r, text); fault == doneTwice {
+			w.late = append(w.late, t)
+		}
 	}
 	if w.requests%3 == 0 && len(w.late) > 0 { // what the network held up
 		w.txn(w.late[0])
@@ -130,6 +147,10 @@ func (e *fakeEtcd) do(r *http.Request, text []byte) (a etcdAnswer, err error) {
 	}
 	if r.Header.Get("Authorization") != e.token {
 		return a, &etcdError{"etcdserver: invalid auth token", 16}
+	}
+	if strings.HasSuffix(r.URL.Path, "/maintenance/status") {
+		a.Leader, a.Header.Member = "b:1", r.URL.Host
+		return a, nil
 	}
 	if strings.HasSuffix(r.URL.Path, "/kv/range") {
 		var q etcdRange
@@ -336,6 +357,13 @@ func TestEtcdNames(t *testing.T) {
 				t.Errorf("%s holds %q, want %q", name, got, want)
 			}
 		}
+		f, _, err := dir.Open("c")
+		if err := errors.Join(err, dir.Remove("c")); err != nil {
+			t.Error(err)
+		}
+		if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a file that was removed reads as %v", err)
+		}
 		for what, err := range map[string]error{"rename": dir.Rename("x", "y"), "remove": dir.Remove("x"), "keep": dir.Keep("x", "sub")} {
 			if !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("%s of nothing: %v", what, err)
@@ -353,8 +381,8 @@ func TestEtcdFaults(t *testing.T) {
 	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff} {
 		t.Run(string(fault), func(t *testing.T) {
 			step := 1
-			if testing.Short() {
-				step = 17
+			if isRace() {
+				step = 13
 			}
 			for n, reached := 1, true; reached; n += step {
 				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
@@ -436,6 +464,7 @@ func TestEtcdTakeover(t *testing.T) {
 				if err := first.Commit(); err != nil {
 					t.Fatal(err)
 				}
+				<-time.After(3 * vouchTime) // nothing is under way any more
 				w.mu.Lock()
 				w.cut = true
 				w.mu.Unlock()
@@ -461,6 +490,9 @@ func TestEtcdTakeover(t *testing.T) {
 				if isLost != (err != nil) {
 					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away, standby, err)
 				}
+				if standby && away < etcdPatience && !errors.Is(err, ErrTakenOver) {
+					t.Errorf("away for %v: it is lost for %v, want %v", away, err, ErrTakenOver)
+				}
 				first.Put("k", "late")
 				first.Commit()
 				first.Close()
@@ -470,6 +502,13 @@ func TestEtcdTakeover(t *testing.T) {
 				want := []string{"told", "late"}
 				if isLost {
 					want = want[:1]
+				}
+				before := maps.Clone(e.kvs)
+				for _, t := range w.sent { // the network has held up everything
+					e.txn(t)
+				}
+				if !maps.EqualFunc(e.kvs, before, func(a, b etcdKV) bool { return a.Revision == b.Revision }) {
+					t.Errorf("away for %v, standby %v: late requests change something", away, standby)
 				}
 				if got := second.Get("k"); !slices.Equal(got, want) {
 					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby, got, want)
@@ -486,6 +525,7 @@ func TestEtcdStandby(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		serving := make(chan *Durable)
+		var handed time.Time
 		for i := range 4 {
 			go func() {
 				status := new(Status)
@@ -509,6 +549,9 @@ func TestEtcdStandby(t *testing.T) {
 		}
 		for i := range 4 {
 			d := <-serving
+			if took := time.Since(handed); i > 0 && took > time.Second {
+				t.Errorf("server %d serves %v after the one before it has ended", i, took)
+			}
 			select {
 			case <-serving:
 				t.Fatal("two serve")
@@ -525,9 +568,17 @@ func TestEtcdStandby(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Error(err)
 			}
-			if took := time.Since(began); took > time.Second {
-				t.Errorf("Close takes %v", took)
+			if handed = time.Now(); handed.Sub(began) > time.Second {
+				t.Errorf("Close takes %v", handed.Sub(began))
 			}
+		}
+		dir, _ := e.dir(t, t.Context(), "")
+		a, b := dir.newLock(), dir.newLock()
+		owner, revision, err := dir.owner()
+		took, err1 := a.take(t.Context(), owner, revision)
+		tookToo, err2 := b.take(t.Context(), owner, revision)
+		if err := errors.Join(err, err1, err2); !took || tookToo || err != nil {
+			t.Errorf("two take the same lock: %v, %v, %v", took, tookToo, err)
 		}
 	})
 }
@@ -683,6 +734,35 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 	})
 }
 
+// Ensure that a member that is down is noticed by nobody.
+func TestEtcdMemberDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, down := range []string{"a:1", "b:1"} {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			e.mu.Lock()
+			e.down = down
+			e.mu.Unlock()
+			began := time.Now()
+			for range 20 {
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d.Close()
+			d, _ = e.open(t)
+			d.Close()
+			if member := d.dir.(*etcdDirectory).client.member.Load(); down != "b:1" && member != 1 {
+				t.Error("the leader is not the one that is asked")
+			}
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("without %s it takes %v", down, took)
+			}
+		}
+	})
+}
+
 // Ensure that a large commit is many pieces, and a million of small ones are asked for in
 // parts.
 func TestEtcdManyPieces(t *testing.T) {
@@ -707,6 +787,15 @@ func TestEtcdManyPieces(t *testing.T) {
 			t.Errorf("%d small ones are back, and %d large", len(small), len(d.Get("large")))
 		}
 		d.Close()
+		dir, _ = e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.Remove("seg-1.log"); err != nil || len(e.orphans()) > 0 {
+			t.Errorf("a file of many pieces leaves %d when it goes: %v", len(e.orphans()), err)
+		}
+		lock.Close()
 	})
 }
 
@@ -746,6 +835,7 @@ func TestEtcdRefusals(t *testing.T) {
 		"a full cluster":       {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true }, syscall.ENOSPC, 0},
 		"nobody answers":       {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true }, ErrUnreachable, etcdPatience},
 		"somebody else's key":  {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/config", "x") }, ErrNotOurs, 0},
+		"another one's key":    {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/zoo", "x") }, ErrNotOurs, 0},
 		"somebody else's lock": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/lock", "x") }, ErrNotOurs, 0},
 	} {
 		t.Run(what, func(t *testing.T) {
