@@ -1,7 +1,7 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz simulate soak bench cover install clean help
+.PHONY: build run test check fuzz simulate etcd soak bench cover install clean help
 
 build: ## build ./kvserver
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
@@ -33,6 +33,9 @@ SEEDS ?= 0
 SEED ?= 1
 simulate: ## simulated servers with faults, SEEDS of them from SEED on (0: until stopped)
 	KVSERVER_SEED=$(SEED) KVSERVER_SEEDS=$(SEEDS) go test -run '^TestSimulation$$' -timeout 0
+
+etcd: ## two servers and a real cluster of etcd, which must be installed, with faults
+	KVSERVER_ETCD=1 go test -run '^TestEtcdCluster$$' -v -timeout 10m .
 
 SOAK ?= 2m
 soak: ## mixed traffic, clients and servers killed, for SOAK (2m)
