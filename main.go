@@ -50,14 +50,14 @@ const (
 	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
 )
 
-const usage = `Usage: kvserver [flags]                          serve
-       kvserver [-addr ADDR] -c [REQUEST ...]   send requests, or standard input
-       kvserver [-addr ADDR] -ping              exit code 0 if a server answers
-       kvserver check DIR | repair DIR          look at the data; mend it
-       kvserver backup DIR TO                   copy it, also while it is used
+const usage = `Usage: kvserver [flags]                             serve
+       kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
+       kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
+       kvserver check DIR | repair DIR | backup DIR TO   look at it, mend, copy
   -addr ADDR      port, :port (every address of this machine) or host:port;
                   port 0 takes a free one (default localhost:9999)
-  -data DIR       keep the data in DIR; without it, it is lost at the end
+  -data DIR       keep the data in DIR, or in etcd://HOST:PORT,.../PREFIX, where
+                  another kvserver can take over; without it, it is lost
   -fsync WHEN     with -data: always, a time such as 1s, or never (default
                   always: a power failure takes nothing that was answered)
   -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
@@ -355,7 +355,7 @@ func (s *size) Set(text string) error {
 // been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
 	flags := new(config).flags()
-	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true}
+	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true, "KVSERVER_ETCD_USER": true}
 	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
@@ -753,12 +753,12 @@ func storeProblem(c config, err error) error {
 	case errors.Is(err, kvstore.ErrTakenOver):
 		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that it lives: was it paused, or cut off?"
 	case errors.Is(err, kvstore.ErrUnreachable):
-		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a leader and is at these addresses: etcdctl endpoint status --cluster"
+		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status --cluster"
 	case errors.Is(err, kvstore.ErrRefused):
 		todo = "Look at the address in -data (etcds:// for TLS, with ?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
 	case kvstore.IsEtcd(dir) && errors.Is(err, syscall.ENOSPC):
 		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
-	case kvstore.IsEtcd(dir) && errors.Is(err, kvstore.ErrMissing):
+	case errors.Is(err, kvstore.ErrAddress):
 		todo = "Give the members and a prefix, as in -data etcd://host1:2379,host2:2379,host3:2379/kv"
 	case errors.Is(err, kvstore.ErrMoved):
 		todo = "Put the directory back, or look who took it, before you start again. What was answered is in the directory that was moved."

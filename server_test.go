@@ -3221,6 +3221,67 @@ func TestWatchingAStalledStore(t *testing.T) {
 	}
 }
 
+// Ensure that who watches sees how the data is opened, or what it waits for, and then who
+// serves.
+func TestWatchingBeforeTheData(t *testing.T) {
+	t.Parallel()
+	s := New(nil)
+	s.status = new(kvstore.Status)
+	handler := s.watchHandler("")
+	ask := func(path string) (int, string) {
+		answer := httptest.NewRecorder()
+		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
+		return answer.Code, answer.Body.String()
+	}
+	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
+		t.Errorf("before the data is open /healthz answers %d %q", code, text)
+	}
+	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 0\n") || strings.Contains(text, "kvserver_keys") {
+		t.Errorf("before the data is open /metrics answers %d %q", code, text)
+	}
+	db, err := kvstore.OpenIn(t.Context(), disktest.New(), kvstore.Options{Status: s.status})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.db = db
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
+		t.Errorf("then /healthz answers %d %q", code, text)
+	}
+	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 1\n") || !strings.Contains(text, "\nkvserver_takeovers_total 0\n") {
+		t.Errorf("then /metrics answers %d %q", code, text)
+	}
+}
+
+// Ensure that of several addresses -c and -ping take the first where a server is, and a
+// server takes one.
+func TestSeveralAddresses(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
+		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
+			if out, err := binary(append([]string{"-addr", addr}, args...)...).CombinedOutput(); err != nil {
+				t.Errorf("%s -addr %s: %v, %s", args, addr, err, out)
+			}
+		}
+	}
+	out, err := binary("-addr", nowhere+","+nowhere, "-ping").CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) || !bytes.Contains(out, []byte("None of them serves.")) {
+		t.Errorf("where nobody serves: %v, %s", err, out)
+	}
+	if out, err = binary("-addr", nowhere+","+here).CombinedOutput(); err == nil || !bytes.Contains(out, []byte("is no address")) {
+		t.Errorf("a server at two addresses: %v, %s", err, out)
+	}
+}
+
 // Ensure that the HTTP side has limits like the front: few connections, one profile
 // at a time and not for long, and none for a page that another name brought here.
 func TestWatchIsLimited(t *testing.T) {
@@ -3745,6 +3806,7 @@ type etcdCluster struct {
 	members [3]*exec.Cmd
 	servers [2]*exec.Cmd
 	addrs   [2]string
+	https   [2]string
 
 	mu      sync.Mutex
 	acked   []string      // values that were answered, in order
@@ -3787,7 +3849,7 @@ func (c *etcdCluster) startMember(i int) {
 
 // startServer starts a server, or starts it again.
 func (c *etcdCluster) startServer(i int) {
-	c.servers[i] = binary("-addr", c.addrs[i], "-data", c.data())
+	c.servers[i] = binary("-addr", c.addrs[i], "-data", c.data(), "-http", c.https[i])
 	if err := c.servers[i].Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -3925,6 +3987,7 @@ func TestEtcdCluster(t *testing.T) {
 	}
 	for i := range c.servers {
 		c.addrs[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
+		c.https[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	}
 	defer func() {
 		for _, cmd := range slices.Concat(c.members[:], c.servers[:]) {
@@ -3996,9 +4059,21 @@ func TestEtcdCluster(t *testing.T) {
 		t.Logf("%-45s longest time without an answer %5.2f s, %d writes so far", event.what, c.longest.Seconds(), len(c.acked))
 		c.mu.Unlock()
 	}
+	active := c.active()
+	for i, want := range map[int]string{active: "200 ok", 1 - active: "503 standby: the data is in use by process "} {
+		answer, err := http.Get("http://" + c.https[i] + "/healthz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(answer.Body)
+		answer.Body.Close()
+		if got := fmt.Sprintf("%d %s", answer.StatusCode, body); !strings.HasPrefix(got, want) {
+			t.Errorf("server %d, of which %d serves, says %q, want %q", i, active, got, want)
+		}
+	}
 	cancel()
 	wg.Wait()
-	conn := dialTCP(t, c.addrs[c.active()])
+	conn := dialTCP(t, c.addrs[active])
 	conn.send("Get:k\nPing\n")
 	var list []string
 	for line := conn.read(); line != ":PONG"; line = conn.read() {

@@ -59,6 +59,8 @@ const (
 
 // Errors of a store in etcd.
 var (
+	// ErrAddress is returned for an address that names no members, or no prefix.
+	ErrAddress = errors.New("no address of data in etcd")
 	// ErrUnreachable is returned when no member of the cluster has answered for etcdPatience.
 	ErrUnreachable = errors.New("etcd does not answer")
 	// ErrRefused is returned when etcd answers, but not to us: a wrong certificate, user or
@@ -322,9 +324,9 @@ func openAny(ctx context.Context, path string, opts Options) (Directory, error) 
 	return openDirectory(path)
 }
 
-// IsEtcd tells whether path is the address of a store in etcd.
+// IsEtcd tells whether path is meant to be the address of a store in etcd.
 func IsEtcd(path string) bool {
-	return strings.HasPrefix(path, "etcd://") || strings.HasPrefix(path, "etcds://")
+	return strings.HasPrefix(path, "etcd:") || strings.HasPrefix(path, "etcds:")
 }
 
 // openEtcd returns the directory at etcd://host:port,host:port/prefix, or at etcds:// with
@@ -342,7 +344,7 @@ func openEtcd(ctx context.Context, address string, opts Options) (*etcdDirectory
 		}
 	}
 	if err != nil || prefix == "" {
-		return nil, fmt.Errorf("%w: %q is no address of a store in etcd, as in etcd://host1:2379,host2:2379/prefix", ErrMissing, address)
+		return nil, fmt.Errorf("%w: %q", ErrAddress, address)
 	}
 	client, err := newEtcdClient(members, scheme == "etcds", query)
 	if err != nil {

@@ -811,9 +811,10 @@ func TestEtcdRefusals(t *testing.T) {
 	defer encrypted.Close()
 	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
 	for address, want := range map[string]error{
-		"etcd://":                          ErrMissing,
-		"etcd://host:2379":                 ErrMissing,
-		"etcd://host/kv":                   ErrMissing,
+		"etcd:/host:1/kv":                  ErrAddress,
+		"etcd://":                          ErrAddress,
+		"etcd://host:2379":                 ErrAddress,
+		"etcd://host/kv":                   ErrAddress,
 		"etcd://" + at(plain) + "/kv":      ErrRefused, // something else answers there
 		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
 		"etcds://" + at(plain) + "/kv":     ErrRefused,
