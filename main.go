@@ -13,6 +13,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -32,6 +33,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -68,12 +70,11 @@ const usage = `Usage: kvserver [flags]                             serve
                   bytes, or as in 64MB and 1GiB
   -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
                   encrypt; let in, and trust, who has a certificate of that CA
+  -stop, -timeout TIME  with -c: end at the first error; or after such a silence
   -version, -h    print the version, or this, and exit
 Every flag can be in the environment: KVSERVER_ADDR=:9999 is -addr :9999.
 
-Try it:   kvserver &   then   nc localhost 9999   and type
-  Put:fruit:apple
-  Get:fruit
+Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 `
 
 // config is what the command line asks for.
@@ -95,7 +96,9 @@ type config struct {
 	clientCA  string // whose certificates a client must show
 	ca        string // whose certificate -c wants to see; "": no TLS
 
-	client   bool // send requests instead of serving
+	client   bool          // send requests instead of serving
+	stop     bool          // at the first error
+	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
 	ping     bool
 	version  bool // print it, and do nothing else
 	requests []string
@@ -219,6 +222,8 @@ func (c *config) flags() *flag.FlagSet {
 	flags.StringVar(&c.ca, "tls-ca", "", "")
 	flags.BoolVar(&c.verbose, "v", false, "")
 	flags.BoolVar(&c.client, "c", false, "")
+	flags.BoolVar(&c.stop, "stop", false, "")
+	flags.DurationVar(&c.timeout, "timeout", 0, "")
 	flags.BoolVar(&c.ping, "ping", false, "")
 	flags.BoolVar(&c.version, "version", false, "")
 	return flags
@@ -227,7 +232,7 @@ func (c *config) flags() *flag.FlagSet {
 // variable is the name of a flag in the environment; "": it has none, for it says what to
 // do now, and KVSERVER_VERSION is often there.
 func variable(f *flag.Flag) string {
-	if f.Name == "c" || f.Name == "ping" || f.Name == "version" {
+	if slices.Contains([]string{"c", "stop", "ping", "version"}, f.Name) {
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
@@ -270,6 +275,8 @@ func (c *config) checkValues() error {
 			fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
 	case c.maxClients < 1:
 		return problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
+	case c.timeout < 0:
+		return problem{fmt.Sprintf("-timeout %v is out of range", c.timeout), "Give a time such as 5s, or 0 for none."}
 	case c.writeTimeout < 0:
 		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
 	case c.log != "text" && c.log != "json":
@@ -313,6 +320,8 @@ func (c *config) checkTogether(given map[string]bool) error {
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
 	case asks && c.cert != "" && c.ca == "":
 		return problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
+	case !c.client && c.stop:
+		return problem{"-stop is for -c", "Give both: kvserver -c -stop < FILE"}
 	case !asks && c.ca != "":
 		return problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
 	}
@@ -897,31 +906,49 @@ func talk(c config, errs io.Writer) error {
 	}
 	defer conn.Close()
 	if c.ping {
-		conn.SetDeadline(time.Now().Add(connectTime))
+		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
 		c.requests = []string{"Ping"}
 	}
-	var progress func(int)
-	if isTerminal(os.Stderr) && !isTerminal(os.Stdin) {
-		progress = func(n int) { fmt.Fprintf(errs, "\r%d requests answered", n) }
-	}
-	if len(c.requests) == 0 && isTerminal(os.Stdin) {
+	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs, stops: c.stop, silence: c.timeout}
+	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
+	t.tells = isTerminal(os.Stderr) && !t.isTyped
+	if t.isTyped {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
+		defer fmt.Fprintln(errs)
 	}
-	good, err := converse(conn, c.requests, os.Stdin, os.Stdout, errs, progress)
-	switch {
-	case c.ping && errors.Is(err, errFull):
-		return nil // it is healthy
-	case errors.Is(err, errSilent):
-		return problem{fmt.Sprintf("%s: %v", c.addr, err), "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
-	case errors.Is(err, errStranger):
-		return problem{fmt.Sprintf("%s: %v", c.addr, err), "Nothing was done. Look at -addr, or try again later."}
-	case err != nil:
-		return problem{fmt.Sprintf("%s: %v", c.addr, err), "What was answered is done. Of the rest nothing is known: look, then send it again."}
-	}
-	if !good {
+	good, err := t.converse()
+	if err == nil && !good {
 		os.Exit(exitFailure)
 	}
-	return nil
+	if c.ping && errors.Is(err, errFull) {
+		return nil // it is healthy
+	}
+	return t.problem(c.addr, err)
+}
+
+// problem says what to do about an error of converse.
+func (t *talker) problem(addr string, err error) error {
+	if err == nil {
+		return nil
+	}
+	through := t.sent.through()
+	how := fmt.Sprintf("tail -n +%d FILE | kvserver -c", through+1)
+	what := fmt.Sprintf("%s: %v; answered through line %d of the input", addr, err, through)
+	switch {
+	case errors.Is(err, errSilent):
+		return problem{fmt.Sprintf("%s: %v", addr, err), "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
+	case errors.As(err, new(tls.AlertError)) || strings.Contains(err.Error(), "remote error: tls: "):
+		return problem{fmt.Sprintf("%s: %v", addr, err), "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
+	case errors.Is(err, errStranger):
+		return problem{fmt.Sprintf("%s: %v", addr, err), "Nothing was done. Look at -addr, or try again later."}
+	case errors.Is(err, errGone):
+		return problem{fmt.Sprintf("%s: %v", addr, err), "All that was sent is answered. Start it again, then go on."}
+	case errors.Is(err, errStopped):
+		return problem{what, "Nothing after the line with the error was sent. Mend it, then go on: " + how}
+	case len(t.requests) == 1:
+		return problem{fmt.Sprintf("%s: %v", addr, err), "Whether the request was done is not known: look, then send it again."}
+	}
+	return problem{what, "What was answered is done. Of the rest nothing is known: look, then go on: " + how}
 }
 
 // dial connects to the first server at c.addr that serves, which becomes c.addr.
@@ -930,7 +957,7 @@ func dial(c *config) (conn net.Conn, err error) {
 	if err != nil {
 		return nil, err
 	}
-	dialer := &net.Dialer{Timeout: connectTime}
+	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	for _, addr := range strings.Split(c.addr, ",") {
 		host, port, splitErr := net.SplitHostPort(addr)
 		if ip := net.ParseIP(host); splitErr == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
@@ -1015,7 +1042,11 @@ func readCA(file string) (*x509.CertPool, error) {
 // isTerminal tells whether somebody looks at f.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
+	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
+		return false
+	}
+	null, err := os.Stat(os.DevNull) // a device, too
+	return err != nil || !os.SameFile(info, null)
 }
 
 // ---- the client: kvserver -c
@@ -1026,92 +1057,192 @@ var (
 	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
 	errSilent     = errors.New("it closed the connection without a word")
 	errUnanswered = errors.New("it closed the connection before everything was answered")
+	errGone       = errors.New("it closed the connection")
+	errQuiet      = errors.New("no answer")
+	errStopped    = errors.New("stopped at the first error")
 )
 
-// converse sends requests, or else the lines of in, to the server behind conn,
-// and writes data to out and errors to errs. It sends and reads at once, so
-// neither side waits for the other to finish. It returns whether all requests
-// were answered, none with an error. progress, if not nil, is told now and then
-// how many were answered so far.
-func converse(conn net.Conn, requests []string, in io.Reader, out, errs io.Writer, progress func(n int)) (good bool, err error) {
-	if len(requests) > 0 {
-		in = strings.NewReader(strings.Join(requests, "\n") + "\n")
-	}
-	sent := make(chan sending, 1)
-	go sendLines(conn, in, sent)
+// talker is one conversation of kvserver -c: it sends requests to a server and shows the
+// answers. One goroutine sends and one reads, so neither side waits for the other to finish.
+type talker struct {
+	conn      net.Conn
+	requests  []string // what to send; none: the lines of in
+	in        io.Reader
+	out, errs io.Writer     // for data, and for all that is none
+	isTyped   bool          // somebody types: there is a prompt, and a write is confirmed
+	tells     bool          // how many requests are answered so far, on a line of errs
+	stops     bool          // at the first error: each request waits for the answer to the one before
+	silence   time.Duration // without an answer, that is too much; 0: none is
 
-	r, w := bufio.NewReaderSize(conn, maxWrite), bufio.NewWriterSize(out, maxWrite)
+	told bool          // the line about progress is there
+	turn chan struct{} // reader to sender, where stops: the next request may go. One slot
+	sent ledger
+	end  chan sending // sender to reader: all is sent, or not. One slot
+}
+
+// ledger is what was sent and what was answered. Sender and reader share it.
+type ledger struct {
+	mu       sync.Mutex
+	conn     net.Conn
+	silence  time.Duration // talker's
+	owed     int           // requests without an answer
+	answered int           // requests with one; the first is our Ack
+	lines    int           // that were read
+	blank    []int         // which of them are no requests
+}
+
+// count takes note of so many requests that were sent, and of so many answers: the time
+// for the next one begins.
+func (l *ledger) count(requests, answers int) (owed, answered int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	wasIdle := l.owed == 0
+	l.owed += requests - answers
+	l.answered += answers
+	switch {
+	case l.silence == 0:
+	case l.owed == 0:
+		l.conn.SetReadDeadline(time.Time{})
+	case wasIdle || answers > 0:
+		l.conn.SetReadDeadline(time.Now().Add(l.silence))
+	}
+	return l.owed, l.answered
+}
+
+// line takes note of a line of the input.
+func (l *ledger) line(isBlank bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.lines++; isBlank {
+		l.blank = append(l.blank, l.lines)
+	}
+}
+
+// through is the last line of the input that was answered.
+func (l *ledger) through() (line int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	line = max(l.answered-1, 0) // but for our Ack
+	for _, blank := range l.blank {
+		if blank > line+1 || l.answered == 0 {
+			break
+		}
+		line++
+	}
+	return line
+}
+
+// converse has the conversation. It returns whether all requests were answered, none with
+// an error.
+func (t *talker) converse() (good bool, err error) {
+	if len(t.requests) > 0 {
+		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
+	}
+	t.turn, t.end = make(chan struct{}, 1), make(chan sending, 1)
+	t.sent.conn, t.sent.silence = t.conn, t.silence
+	go t.sendLines()
+	defer close(t.turn)
+
+	r, w := bufio.NewReaderSize(t.conn, maxWrite), bufio.NewWriterSize(t.out, maxWrite)
 	good = true
-	answered := -1 // our Ack has an answer, too
+	welcome := false
 	for start := true; ; {
 		if r.Buffered() == 0 {
+			t.clear()
 			if err := w.Flush(); err != nil {
 				return false, fmt.Errorf("writing the answers: %w", err)
 			}
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
-		switch {
-		case err == io.EOF && answered < 0:
-			return false, errSilent
-		case err == io.EOF:
-			return wasAll(sent, answered, good, errs)
-		case err != nil && err != bufio.ErrBufferFull && answered < 0:
-			return false, err
-		case err != nil && err != bufio.ErrBufferFull: // a server that was killed resets
-			return false, fmt.Errorf("%w: %w", errUnanswered, err)
+		if err != nil && err != bufio.ErrBufferFull {
+			t.clear()
+			w.Flush()
+			return t.ended(err, welcome, good)
 		}
-		before := answered
+		isAnswer := start
 		switch {
-		case answered < 0:
+		case !welcome:
 			if err := checkWelcome(part); err != nil {
 				return false, err
 			}
-			answered++
+			welcome = true
 		case !start || part[0] != ':':
 			w.Write(part)
+			isAnswer = false
 		case bytes.HasPrefix(part, []byte(": ")):
 			w.Write(part[2:])
+			isAnswer = false
 		case bytes.HasPrefix(part, []byte(":PONG")):
 			w.Write(part)
-			answered++
 		case bytes.HasPrefix(part, []byte(":ERROR line ")):
 			good = false
-			answered++
 			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
 			n, _ := strconv.Atoi(number)
+			t.clear()
 			w.Flush()
-			fmt.Fprintf(errs, "line %d:%s", n-1, why) // our Ack was line 1
-		default: // :OK
-			answered++
+			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
+			if t.stops {
+				return false, errStopped
+			}
+		case t.isTyped: // :OK
+			w.Write(part)
 		}
 		start = err == nil
-		if progress != nil && answered > before && answered%100_000 == 0 {
-			progress(answered)
+		if isAnswer {
+			t.answered(w)
 		}
 	}
 }
 
-// checkWelcome tells whether the first line that comes is a kvserver's answer to
-// an Ack.
-func checkWelcome(line []byte) error {
-	if bytes.HasPrefix(line, []byte(":OK ")) {
-		return nil
+// answered takes note of an answer.
+func (t *talker) answered(w *bufio.Writer) {
+	owed, n := t.sent.count(0, 1)
+	if t.stops {
+		t.turn <- struct{}{}
 	}
-	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
-		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
+	if t.isTyped && owed == 0 {
+		w.Flush()
+		fmt.Fprint(t.errs, prompt)
 	}
-	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+	if n--; t.tells && n > 0 && n%100_000 == 0 { // but for our Ack
+		t.told = true
+		fmt.Fprintf(t.errs, "\r%d requests answered", n)
+	}
 }
 
-// wasAll returns what converse does when so many requests were answered and no
-// more answers come.
-func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool, error) {
+const prompt = "> "
+
+// clear takes the line about progress away, before something else is written.
+func (t *talker) clear() {
+	if t.told {
+		t.told = false
+		fmt.Fprint(t.errs, "\r\x1b[K")
+	}
+}
+
+// ended is what a conversation comes to whose connection gives err: the server's end if
+// that is io.EOF.
+func (t *talker) ended(err error, welcome, good bool) (bool, error) {
+	isReset := !errors.Is(err, io.EOF)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return false, fmt.Errorf("%w for %v", errQuiet, t.silence)
+	case !welcome && isReset:
+		return false, err
+	case !welcome:
+		return false, errSilent
+	}
+	unanswered := errUnanswered
+	if isReset { // as a killed server's
+		unanswered = fmt.Errorf("%w: %w", errUnanswered, err)
+	}
+	owed, _ := t.sent.count(0, 0)
 	select {
-	case s := <-sent:
+	case s := <-t.end:
 		switch {
-		case s.requests > answered:
-			return false, errUnanswered
+		case owed > 0:
+			return false, unanswered
 		case s.err != io.EOF:
 			return false, fmt.Errorf("reading the requests: %w", s.err)
 		}
@@ -1122,22 +1253,42 @@ func wasAll(sent <-chan sending, answered int, good bool, errs io.Writer) (bool,
 			}
 		}
 		if s.left {
-			fmt.Fprintf(errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
+			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.sent.lines+1)
 		}
 		return good && !s.left, nil
-	default: // not even everything was sent
-		return false, errUnanswered
+	default: // the input goes on
+		if owed == 0 {
+			return false, errGone
+		}
+		return false, unanswered
 	}
 }
 
-// sending is what sendLines has sent.
-type sending struct {
-	lines    int
-	requests int   // lines that are owed an answer: those that are not blank
-	left     bool  // there was more behind a Quit
-	err      error // that ended in, or io.EOF
+// checkWelcome tells whether the first line that comes is a kvserver's answer to
+// an Ack.
+func checkWelcome(line []byte) error {
+	if bytes.HasPrefix(line, []byte(":OK ")) {
+		return nil
+	}
+	if len(line) > 1 && line[0] == tlsAlert && line[1] == 3 {
+		return errSilent
+	}
+	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
+		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
+	}
+	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+}
 
-	// sendLines tells here, later, whether there was more; nil: it knows already.
+// tlsAlert is the first byte of what a server of TLS says to who does not speak it (RFC
+// 8446, 5.1); its version comes next, 3.
+const tlsAlert = 0x15
+
+// sending is how the sender has ended.
+type sending struct {
+	left bool  // there was more behind a Quit
+	err  error // that the input ended in, or io.EOF
+
+	// The sender tells here, later, whether there was more; nil: it knows already.
 	more chan bool
 }
 
@@ -1157,26 +1308,46 @@ func (f *fullReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// sendLines sends in to the server until its end or a Quit, flushes whenever in
-// has nothing more to say for now, and then tells what it sent. One goroutine a
-// converse.
-func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
-	input := &fullReader{Reader: in}
-	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(conn, maxWrite)
+// mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
+// error.
+func (t *talker) mayGoOn() bool {
+	_, ok := <-t.turn
+	return ok
+}
+
+// sendLines sends the input to the server until its end or a Quit, flushes whenever that
+// has nothing more to say for now, and then tells how it ended. One goroutine a
+// conversation.
+func (t *talker) sendLines() {
+	input := &fullReader{Reader: t.in}
+	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 	w.WriteString("Ack\n")
 	s := sending{err: io.EOF}
+	requests := 1 // in w
+	flush := func() error {
+		t.sent.count(requests, 0)
+		requests = 0
+		return w.Flush()
+	}
 	for start, more := true, true; more; {
-		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
+		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && flush() != nil {
 			break // or the next Read may keep the server waiting
 		}
 		part, err := r.ReadSlice('\n')
-		w.Write(part)
 		ends := len(part) > 0 && part[len(part)-1] == '\n'
 		if start && len(part) > 0 {
 			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
-			s.lines++
-			if line != "" || !ends {
-				s.requests++
+			isBlank := line == "" && ends
+			t.sent.line(isBlank)
+			switch {
+			case isBlank && t.isTyped:
+				fmt.Fprint(t.errs, prompt)
+			case isBlank:
+			case t.stops && (flush() != nil || !t.mayGoOn()):
+				t.end <- s
+				return
+			default:
+				requests++
 			}
 			if ends && lookUp(line) == quit {
 				s.left, more = r.Buffered() > 0, false
@@ -1185,14 +1356,15 @@ func sendLines(conn net.Conn, in io.Reader, sent chan<- sending) {
 				}
 			}
 		}
+		w.Write(part)
 		start = ends
 		if err != nil && err != bufio.ErrBufferFull {
 			s.err, more = err, false
 		}
 	}
-	sent <- s
-	w.Flush()
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+	flush()
+	t.end <- s
+	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
 	if s.more != nil {

@@ -1419,7 +1419,7 @@ func converseWith(t *testing.T, n *fakeNet, in string, requests ...string) (out,
 	t.Helper()
 	var o, e strings.Builder
 	c := n.dial(t)
-	good, err = converse(c.conn, requests, strings.NewReader(in), &o, &e, nil)
+	good, err = (&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o, errs: &e}).converse()
 	c.conn.Close()
 	return o.String(), e.String(), good, err
 }
@@ -1456,7 +1456,7 @@ func TestClientCommand(t *testing.T) {
 			n.server.Close()
 		}()
 		r, _ := io.Pipe() // an input that never ends
-		if _, err := converse(a.conn, nil, struct{ io.Reader }{io.LimitReader(r, 0)}, io.Discard, io.Discard, nil); err != nil {
+		if _, err := (&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)}, out: io.Discard, errs: io.Discard}).converse(); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
@@ -1474,7 +1474,8 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 	}{
 		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
 		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
-		{"", ":OK 0\n", errUnanswered, ""},
+		{"", ":OK 0\n", errGone, ""},
+		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent, ""}, // a TLS server's unexpected_message
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10), errUnanswered, ""},
 		{"Get:a\n", "", errSilent, ""},
 		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
@@ -1499,7 +1500,7 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 					end.Close()
 				}()
 			}
-			good, err := converse(ours, nil, in, io.Discard, io.Discard, nil)
+			good, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard}).converse()
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
 			}
@@ -1508,6 +1509,122 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 			in.Close()
 		})
 	}
+}
+
+// Ensure that -c says through which line of its input all was answered, whatever ended it,
+// so that a load can be resumed: blank lines count, and what was answered need not be sent
+// again. With -stop nothing after an error is sent.
+func TestClientCommandResumes(t *testing.T) {
+	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
+	for _, c := range []struct {
+		answers int // that come before the connection ends; -1: all, and it goes on
+		stops   bool
+		want    error
+		through int
+		errs    string
+	}{
+		{0, false, errUnanswered, 0, ""},
+		{1, false, errUnanswered, 3, ""},
+		{2, false, errUnanswered, 4, ""},
+		{4, false, errUnanswered, 7, "line 5: Put needs"},
+		{-1, false, nil, 9, "line 5: Put needs"},
+		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			up, down := newStream(streamSize), newStream(streamSize)
+			theirs := newFakeConn(up, down)
+			go func() { // a relay to the server, which loses what comes later
+				a := n.dial(t)
+				go func() {
+					io.Copy(a.conn, theirs)
+					a.conn.CloseWrite()
+				}()
+				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
+					line, err := a.r.ReadString('\n')
+					if err != nil {
+						break
+					}
+					io.WriteString(theirs, line)
+				}
+				theirs.Close()
+				a.conn.Close()
+			}()
+			var errs bytes.Buffer
+			talker := talker{conn: newFakeConn(down, up), in: strings.NewReader(load), out: io.Discard, errs: &errs, stops: c.stops}
+			good, err := talker.converse()
+			if good || !(errors.Is(err, c.want) || c.want == errUnanswered && errors.Is(err, syscall.ECONNRESET)) || talker.sent.through() != c.through || !strings.HasPrefix(errs.String(), c.errs) {
+				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line %d", c.answers, good, err, talker.sent.through(), &errs, c.want, c.through)
+			}
+			talker.conn.Close()
+			synctest.Wait()
+			if list := n.server.db.Get("k"); c.stops && len(list) != 2 {
+				t.Errorf("with -stop %q were put, want the two before the error", list)
+			}
+		})
+	}
+}
+
+// Ensure that -timeout ends a conversation with a server that has stopped, but neither a
+// pause between requests nor an answer that comes in parts.
+func TestClientCommandTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, down := newStream(streamSize), newStream(streamSize)
+		ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+		in, typed := io.Pipe()
+		go func() {
+			r := bufio.NewReader(theirs)
+			r.ReadString('\n')
+			io.WriteString(theirs, ":OK 0\n")
+			for range 3 {
+				<-time.After(time.Minute)
+				io.WriteString(typed, "Ping\n")
+				r.ReadString('\n')
+				<-time.After(4 * time.Second)
+				io.WriteString(theirs, ":PONG\n")
+			}
+			io.WriteString(typed, "Ping\n")
+		}()
+		began := time.Now()
+		_, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard, silence: 5 * time.Second}).converse()
+		if took := time.Since(began); !errors.Is(err, errQuiet) || took != 3*64*time.Second+5*time.Second {
+			t.Errorf("%v after %v", err, took)
+		}
+		ours.Close()
+		theirs.Close()
+		in.Close()
+	})
+}
+
+// Ensure that who types sees a prompt and that each write was done, and that the line about
+// progress is gone before anything else is printed.
+func TestClientCommandOnATerminal(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var screen bytes.Buffer
+		in, typed := io.Pipe()
+		go func() {
+			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
+				<-time.After(time.Second)
+				io.WriteString(typed, line)
+			}
+			<-time.After(time.Second)
+			typed.Close()
+		}()
+		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
+		if good, err := typist.converse(); !good || err != nil || screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
+			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
+		}
+		screen.Reset()
+		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n", 250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
+		load.converse()
+		for _, line := range strings.Split(screen.String(), "\n") {
+			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) && !strings.HasPrefix(line[i:], "answered\r") {
+				t.Errorf("the screen shows %q", line)
+			}
+		}
+		if !strings.Contains(screen.String(), "200000 requests answered") || !strings.HasSuffix(screen.String(), ":PONG\n") {
+			t.Errorf("the screen shows %q", &screen)
+		}
+	})
 }
 
 // Ensure that a disk that is full, and an input that cannot be read, are errors.
@@ -1521,14 +1638,14 @@ func TestClientCommandFailsWithItsFiles(t *testing.T) {
 			end.CloseWithError(broken)
 		}()
 		a := n.dial(t)
-		if _, err := converse(a.conn, nil, in, io.Discard, io.Discard, nil); !errors.Is(err, broken) {
+		if _, err := (&talker{conn: a.conn, in: in, out: io.Discard, errs: io.Discard}).converse(); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
 		a.conn.Close()
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
-		if _, err := converse(a.conn, []string{"Get:k"}, nil, out, io.Discard, nil); !errors.Is(err, broken) {
+		if _, err := (&talker{conn: a.conn, requests: []string{"Get:k"}, out: out, errs: io.Discard}).converse(); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
 		a.conn.Close()
