@@ -27,6 +27,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -456,6 +457,10 @@ func version() string {
 func run(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
+	again := make(chan os.Signal, 1)
+	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
+		signal.Notify(again, syscall.SIGHUP)
+	}
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil)
@@ -483,7 +488,7 @@ func run(c config, log *queuedLog) error {
 	case err != nil:
 		return storeProblem(c, err)
 	}
-	listener, err := listenFor(c, s)
+	listener, err := listenFor(c, s, again)
 	if err != nil {
 		if data != nil {
 			data.Close()
@@ -704,10 +709,11 @@ func (l *queuedLog) flush() {
 	}
 }
 
-// listenFor listens where c says, for clients of s.
-func listenFor(c config, s *keyValueServer) (listener net.Listener, err error) {
+// listenFor listens where c says, for clients of s. again is the signal to read the
+// certificates anew.
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener, err error) {
 	if c.cert != "" {
-		if s.tls, err = serverTLS(c); err != nil {
+		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
 		}
 	}
@@ -849,11 +855,11 @@ func backUp(dir, to string) (kvstore.Report, error) {
 	return kvstore.Backup(dir, to, step)
 }
 
-// stopSignals are the signals that stop the server: SIGHUP not where nohup has
-// it ignored.
+// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
+// is closed has our log; elsewhere it has the certificates read anew.
 func stopSignals() []os.Signal {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if !signal.Ignored(syscall.SIGHUP) {
+	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
 		signals = append(signals, syscall.SIGHUP)
 	}
 	return signals
@@ -874,27 +880,65 @@ func tryCommand(addr *net.TCPAddr, encrypted bool) string {
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
 	host, port, _ := net.SplitHostPort(addr)
-	other := 10000
-	if n, _ := strconv.Atoi(port); n >= 1024 && n < 65535 {
-		other = n + 1
-	}
 	var dns *net.DNSError
 	todo := "Choose another address: kvserver -" + name + " localhost:9999"
+	who := ""
 	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ", strings.TrimPrefix(net.JoinHostPort(host, strconv.Itoa(other)), "localhost:"))
+	case isInUse(err):
+		who = userOf(port)
+		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ", strings.TrimPrefix(freeAddr(host, port), "localhost:"))
 	case errors.Is(err, syscall.EACCES):
 		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name + " 9999"
 	case errors.As(err, &dns):
 		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -%s :%s", host, name, port)
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
+	case isNoAddress(err):
 		todo = "This machine does not have that address. Choose localhost, or leave the host out to listen everywhere: kvserver -" + name + " :" + port
 	}
 	var op *net.OpError
 	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
 		err = op.Err
 	}
-	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
+	return problem{fmt.Sprintf("cannot listen on %s: %v%s", addr, err, who), todo}
+}
+
+// freeAddr is an address of host with a port above port that nobody has, and that no flag
+// of ours has unless told.
+func freeAddr(host, port string) string {
+	n, _ := strconv.Atoi(port)
+	for n = max(n, 1023) + 1; n < 65536; n++ {
+		addr := net.JoinHostPort(host, strconv.Itoa(n))
+		if n == 9999 {
+			continue
+		}
+		if listener, err := listen(addr); err == nil {
+			listener.Close()
+			return addr
+		}
+	}
+	return net.JoinHostPort(host, "0")
+}
+
+// userOf says which process listens on port, where Linux's /proc tells us.
+func userOf(port string) string {
+	n, _ := strconv.Atoi(port)
+	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		table, _ := os.ReadFile(file)
+		for line := range strings.Lines(string(table)) {
+			f := strings.Fields(line) // number, local address, other, state (0A: listening), ..., inode
+			if len(f) < 10 || f[3] != "0A" || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
+				continue
+			}
+			descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+			for _, d := range descriptors {
+				if to, _ := os.Readlink(d); to == "socket:["+f[9]+"]" {
+					pid := strings.Split(d, "/")[2]
+					name, _ := os.ReadFile("/proc/" + pid + "/comm")
+					return fmt.Sprintf(" by process %s (%s)", pid, strings.TrimSpace(string(name)))
+				}
+			}
+		}
+	}
+	return ""
 }
 
 // talk is kvserver -c and -ping. Where the server refused something it has said
@@ -961,7 +1005,11 @@ func dial(c *config) (conn net.Conn, err error) {
 	for _, addr := range strings.Split(c.addr, ",") {
 		host, port, splitErr := net.SplitHostPort(addr)
 		if ip := net.ParseIP(host); splitErr == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
-			addr = net.JoinHostPort("localhost", port) // as a server's address it means everywhere
+			host = "localhost" // as a server's address it means everywhere
+			addr = net.JoinHostPort(host, port)
+		}
+		if _, lookUpErr := net.LookupHost(host); lookUpErr != nil && host == "localhost" { // no /etc/hosts
+			host, addr = "127.0.0.1", net.JoinHostPort("127.0.0.1", port)
 		}
 		if config == nil {
 			conn, err = dialer.Dial("tcp", addr)
@@ -986,14 +1034,108 @@ func dial(c *config) (conn net.Conn, err error) {
 	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
 }
 
-// serverTLS reads the server's certificate and, if clients must show one, whose.
-func serverTLS(c config) (*tls.Config, error) {
-	config, err := ownTLS(c)
-	if err == nil && c.clientCA != "" {
-		config.ClientAuth = tls.RequireAndVerifyClientCert
-		config.ClientCAs, err = readCA(c.clientCA)
+// keyPair is what a server shows, and whom it trusts, as the files say now.
+type keyPair struct {
+	c       config
+	log     *slog.Logger
+	current atomic.Pointer[tls.Config]
+	looked  []fileState // of what is in current
+	warned  time.Time   // of the end
+}
+
+// fileState tells whether a file is another one than before.
+type fileState struct {
+	changed time.Time
+	size    int64
+}
+
+// Times of certificates.
+const (
+	lookAgain = 10 * time.Second    // between two looks at the files
+	warnAhead = 14 * 24 * time.Hour // before the end
+	warnAgain = 24 * time.Hour      // between two warnings
+)
+
+// serverTLS reads the server's certificate and, if clients must show one, whose. From then
+// on it reads them anew when they change, or again says so: connections that are there
+// stay.
+func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
+	k := &keyPair{c: c, log: log}
+	if err := k.read(); err != nil {
+		return nil, err
 	}
-	return config, err
+	go k.watch(again)
+	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }}, nil
+}
+
+// state is that of the files now.
+func (k *keyPair) state() (states []fileState) {
+	for _, file := range []string{k.c.cert, k.c.key, k.c.clientCA} {
+		var state fileState
+		if info, err := os.Stat(file); err == nil {
+			state = fileState{info.ModTime(), info.Size()}
+		}
+		states = append(states, state)
+	}
+	return states
+}
+
+// read reads the files, and warns when the certificate is about to end. If it fails all is
+// as before.
+func (k *keyPair) read() error {
+	state := k.state()
+	config, err := ownTLS(k.c)
+	if err == nil && k.c.clientCA != "" {
+		config.ClientAuth = tls.RequireAndVerifyClientCert
+		config.ClientCAs, err = readCA(k.c.clientCA)
+	}
+	k.looked = state // also if they are bad: one complaint for each change
+	if err == nil {
+		k.current.Store(config)
+		k.warned = time.Time{}
+		k.warn(time.Now())
+	}
+	return err
+}
+
+// warn logs when the certificate ends, if that is soon and was not said today.
+func (k *keyPair) warn(now time.Time) {
+	end := k.current.Load().Certificates[0].Leaf.NotAfter
+	switch {
+	case now.Before(k.warned.Add(warnAgain)):
+		return
+	case k.warned.IsZero() && now.Before(end.Add(-warnAhead)):
+		k.log.Info("the certificate is read", "file", k.c.cert, "until", end)
+	case now.Before(end.Add(-warnAhead)):
+		return
+	case now.Before(end):
+		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once", "file", k.c.cert, "until", end)
+	default:
+		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its file, it is read at once", "file", k.c.cert, "until", end)
+	}
+	k.warned = now
+}
+
+// watch reads the files anew when they change, or again says so. One goroutine, until again
+// is closed, or the process ends.
+func (k *keyPair) watch(again <-chan os.Signal) {
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if k.warn(time.Now()); slices.Equal(k.state(), k.looked) {
+				continue
+			}
+		case _, ok := <-again:
+			if !ok {
+				return
+			}
+		}
+		if err := k.read(); err != nil {
+			k.log.Error("the certificates cannot be read anew, so those from before stay", "error", err)
+		}
+	}
 }
 
 // clientTLS is the same for -c: nil without -tls-ca.

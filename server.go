@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"kvserver/kvstore"
@@ -1031,10 +1032,99 @@ func (w *watcher) Close() error {
 }
 
 // listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
-// asks after 15 s of silence, then three times at intervals of 5 s.
+// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
+// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
+// clients try only one of the two.
 func listen(addr string) (net.Listener, error) {
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
-	return config.Listen(context.Background(), "tcp", addr)
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || host != "localhost" {
+		return config.Listen(context.Background(), "tcp", addr)
+	}
+	first, err := config.Listen(context.Background(), "tcp4", net.JoinHostPort("127.0.0.1", port))
+	if isMissing(err) {
+		return config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", port))
+	} else if err != nil {
+		return nil, err
+	}
+	_, chosen, _ := net.SplitHostPort(first.Addr().String())
+	second, err := config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", chosen))
+	switch {
+	case isMissing(err) || err != nil && port == "0": // port 0 is any that is free on the first
+		return first, nil
+	case err != nil:
+		first.Close()
+		return nil, err
+	}
+	return listenOnBoth(first, second), nil
+}
+
+// isMissing tells whether the machine does not have the address, or none of its kind.
+func isMissing(err error) bool {
+	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EPROTONOSUPPORT)
+}
+
+// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
+// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
+func isInUse(err error) bool {
+	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
+}
+
+func isNoAddress(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
+}
+
+// bothListeners are two listeners in one.
+type bothListeners struct {
+	net.Listener
+	second   net.Listener
+	accepted chan accepted // both, one at a time, to Accept
+	closed   chan struct{}
+	close    sync.Once
+}
+
+// accepted is what an Accept returned.
+type accepted struct {
+	conn net.Conn
+	err  error
+}
+
+// listenOnBoth joins two listeners. Each has a goroutine until Close.
+func listenOnBoth(first, second net.Listener) *bothListeners {
+	l := &bothListeners{Listener: first, second: second, accepted: make(chan accepted), closed: make(chan struct{})}
+	for _, one := range []net.Listener{first, second} {
+		go func() {
+			for {
+				conn, err := one.Accept()
+				select {
+				case l.accepted <- accepted{conn, err}:
+				case <-l.closed:
+					if err == nil {
+						conn.Close()
+					}
+					return
+				}
+			}
+		}()
+	}
+	return l
+}
+
+func (l *bothListeners) Accept() (net.Conn, error) {
+	select {
+	case a := <-l.accepted:
+		return a.conn, a.err
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *bothListeners) Close() (err error) {
+	l.close.Do(func() {
+		close(l.closed)
+		err = errors.Join(l.Listener.Close(), l.second.Close())
+	})
+	return err
 }

@@ -2094,6 +2094,113 @@ func certificates(t *testing.T, names ...string) (dir string) {
 	return dir
 }
 
+// Ensure that certificates are read anew when their files change, or when the server is told
+// to; that bad ones change nothing; and that the end of one is told in time, once a day.
+func TestCertificatesAreReadAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, others := certificates(t, "server"), certificates(t, "server")
+		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"), clientCA: filepath.Join(dir, "ca.pem")}
+		var log bytes.Buffer
+		again := make(chan os.Signal)
+		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown := func() string {
+			now, _ := served.GetConfigForClient(nil)
+			return string(now.Certificates[0].Leaf.Raw)
+		}
+		put := func(name string, data []byte, changed time.Duration) {
+			os.WriteFile(filepath.Join(dir, name), data, 0o600)
+			at := time.Now().Add(changed)
+			os.Chtimes(filepath.Join(dir, name), at, at)
+		}
+		first := shown()
+		read := func(name string) []byte {
+			data, _ := os.ReadFile(filepath.Join(others, name))
+			return data
+		}
+		put("server.pem", read("server.pem"), time.Second) // its key is not there yet
+		pass(2*lookAgain + time.Second)
+		if got := strings.Count(log.String(), "cannot be read anew"); shown() != first || got != 1 {
+			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s", got, shown() != first, &log)
+		}
+		put("server.key", read("server.key"), time.Second)
+		pass(lookAgain + time.Second)
+		second := shown()
+		if second == first {
+			t.Error("a new pair is not shown")
+		}
+		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
+		put("server.key", old, time.Second)
+		again <- syscall.SIGHUP
+		synctest.Wait()
+		if shown() != second || strings.Count(log.String(), "cannot be read anew") != 2 {
+			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second, &log)
+		}
+		log.Reset()
+		pass(5 * time.Minute)
+		pass(50 * time.Hour) // the certificates are good for an hour
+		if soon, over := strings.Count(log.String(), "ends soon"), strings.Count(log.String(), "has ended"); soon+over < 2 || soon+over > 3 || over == 0 {
+			t.Errorf("in two days it is told %d times that the end is near, and %d times that it was", soon, over)
+		}
+		close(again)
+	})
+}
+
+// Ensure that SIGHUP, where the log goes to no terminal, ends nothing.
+func TestHangup(t *testing.T) {
+	t.Parallel()
+	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+	a := dialTCP(t, addr)
+	cmd.Process.Signal(syscall.SIGHUP)
+	cmd.Process.Signal(syscall.SIGHUP)
+	a.ask("Ping", ":PONG")
+	cmd.Process.Signal(syscall.SIGTERM)
+	io.ReadAll(log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGHUP and SIGTERM: %v", err)
+	}
+}
+
+// Ensure that localhost is both its addresses, and that a port that somebody has is refused
+// with who that is, and with one that is free.
+func TestLocalhostIsBoth(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
+	hosts := []string{"127.0.0.1"}
+	if _, isBoth := s.listener.(*bothListeners); isBoth {
+		hosts = append(hosts, "::1")
+	} else if other, err := net.Listen("tcp6", "[::1]:0"); err == nil {
+		other.Close()
+		t.Error("this machine has ::1, and localhost does not mean it")
+	}
+	for _, host := range hosts {
+		a := dialTCP(t, net.JoinHostPort(host, port))
+		a.ask("Ping:"+host, ":PONG "+host)
+	}
+	out, err := binary("-addr", port).CombinedOutput()
+	text := string(out)
+	free := regexp.MustCompile("or choose another port: kvserver -addr ([0-9]+)\n").FindStringSubmatch(text)
+	if err == nil || free == nil || !strings.Contains(text, "cannot listen on localhost:"+port+": ") {
+		t.Fatalf("a port in use: %v\n%s", err, text)
+	}
+	if _, err := os.Stat("/proc/self/comm"); err == nil && !strings.Contains(text, fmt.Sprintf(" by process %d (", os.Getpid())) {
+		t.Errorf("a port in use, by process %d:\n%s", os.Getpid(), text)
+	}
+	if free[1] == "9999" || free[1] == port {
+		t.Errorf("another port is %s", free[1])
+	}
+	if got := freeAddr("localhost", "9998"); strings.HasSuffix(got, ":9999") {
+		t.Errorf("-http is told to take -addr's port: %s", got)
+	}
+}
+
 // Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
 // not for a client that does not read, nor for one turned away that is silent.
 func TestCloseWithTLS(t *testing.T) {
