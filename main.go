@@ -464,7 +464,7 @@ func run(c config, log *queuedLog) error {
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil)
-	s.log, s.version, s.status = log.Logger, version(), new(kvstore.Status)
+	s.log, s.logged, s.version, s.status = log.Logger, &log.queue.counts, version(), new(kvstore.Status)
 	if c.http != "" { // first, so that one can watch how the data is opened
 		web, err := s.watchAt(c.http)
 		if err != nil {
@@ -639,8 +639,29 @@ type queuedLog struct {
 // logQueue is an io.Writer in front of another that may take long, or fail. Each
 // Write is a line.
 type logQueue struct {
-	lines chan logLine // Write and flush to writeLog; never closed
-	lost  atomic.Int64 // lines since the last one that said so
+	lines  chan logLine // Write and flush to writeLog; never closed
+	lost   atomic.Int64 // lines since the last one that said so
+	counts logCounts
+}
+
+// logCounts is what there was in the log so far, for who watches.
+type logCounts struct {
+	lost, errors atomic.Int64
+	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
+}
+
+// errorCounter is a slog.Handler that counts errors.
+type errorCounter struct {
+	slog.Handler
+	counts *logCounts
+}
+
+func (e errorCounter) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelError {
+		e.counts.errors.Add(1)
+		e.counts.last.Store(r.Time.Unix())
+	}
+	return e.Handler.Handle(ctx, r)
 }
 
 // logLine is a line of log, or, if written is not nil, flush's question: it is closed
@@ -664,7 +685,7 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	}
 	q := &logQueue{lines: make(chan logLine, logLines)}
 	go q.writeLog(w, slog.New(handler(w)))
-	return &queuedLog{slog.New(handler(q)), q}
+	return &queuedLog{slog.New(errorCounter{handler(q), &q.counts}), q}
 }
 
 // Write queues a line, or counts it as lost. It never waits.
@@ -673,6 +694,7 @@ func (q *logQueue) Write(line []byte) (int, error) {
 	case q.lines <- logLine{text: bytes.Clone(line)}:
 	default:
 		q.lost.Add(1)
+		q.counts.lost.Add(1)
 	}
 	return len(line), nil
 }
@@ -688,6 +710,7 @@ func (q *logQueue) writeLog(w io.Writer, log *slog.Logger) {
 		}
 		if _, err := w.Write(line.text); err != nil {
 			q.lost.Add(1)
+			q.counts.lost.Add(1)
 		} else if n := q.lost.Swap(0); n > 0 {
 			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
 		}

@@ -128,6 +128,10 @@ type keyValueServer struct {
 	// closeSignal; it is read after that.
 	closeBy time.Time
 
+	commits kvstore.Histogram // how long each took, where that is of interest; for any goroutine
+	batches kvstore.Histogram // how many chains were in each of these
+	logged  *logCounts        // nil: nobody counts
+
 	outboxes // what the clients' outboxes have in common
 
 	// Owned by workLoop.
@@ -159,14 +163,16 @@ type begun struct{ chain, next *Query }
 // seldom is something that may happen a thousand times a second, and is worth a
 // line of log a minute.
 type seldom struct {
-	said time.Time
-	n    int // times since then
+	said  time.Time
+	n     int // times since then
+	total int
 }
 
 // happened counts one time more. It returns how many there were when that is
 // due to be said, and 0 otherwise.
 func (s *seldom) happened() (n int) {
 	s.n++
+	s.total++
 	now := time.Now()
 	if now.Sub(s.said) < seldomTime {
 		return 0
@@ -246,6 +252,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 			cores:      make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
 			moments:    make(chan struct{}, maxMoments),
 		},
+		batches: kvstore.Histogram{Counts: true},
 	}
 	s.turn <- struct{}{}
 	return s
@@ -695,7 +702,7 @@ func (s *keyValueServer) giveBack() {
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
 	if len(s.batch) > 0 && !s.broken {
-		if err := s.db.Commit(); err != nil {
+		if err := s.commitStore(); err != nil {
 			s.broken = true
 			s.failed <- err
 			for _, c := range s.clients {
@@ -717,6 +724,18 @@ func (s *keyValueServer) commit() {
 	s.batch = s.batch[:0]
 	s.giveBack()
 	s.used.Store(s.needed())
+}
+
+// commitStore commits what the batch did. Where that takes its time, it is measured.
+func (s *keyValueServer) commitStore() error {
+	if s.status == nil {
+		return s.db.Commit()
+	}
+	began := time.Now()
+	err := s.db.Commit()
+	s.commits.Observe(time.Since(began).Seconds())
+	s.batches.Observe(float64(len(s.batch)))
+	return err
 }
 
 // leave takes note that one of c's goroutines has ended, and with the last of
@@ -781,7 +800,11 @@ func (s *keyValueServer) stats() []string {
 	lines = append(lines,
 		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
 		fmt.Sprint("replies_dropped_total ", s.dropped.Load()),
-		fmt.Sprint("queued_bytes ", s.queued.Load()))
+		fmt.Sprint("queued_bytes ", s.queued.Load()),
+		fmt.Sprint("queued_limit_bytes ", s.limit),
+		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
+		fmt.Sprint("clients_refused_total ", s.full.total),
+		fmt.Sprint("tls_handshakes_failed_total ", s.unshaken.total))
 	if db, ok := s.db.(kvstore.Sizer); ok {
 		keys, values, bytes := db.Size()
 		lines = append(lines,
@@ -877,8 +900,8 @@ func (s *keyValueServer) stage() string {
 	return s.status.Stage()
 }
 
-// metrics writes Stats and some of the Go runtime's numbers in the text format
-// of Prometheus.
+// metrics writes Stats, and what else there is to be watched, in the text format of
+// Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	lines := []string{"active 0"}
 	if s.stage() == "" {
@@ -888,11 +911,39 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 		}
 		lines = append(stats, "active 1")
 	}
-	if s.status != nil {
-		lines = append(lines, fmt.Sprint("takeovers_total ", s.status.Takeovers()))
-		if at := s.status.Confirmed(); !at.IsZero() {
-			lines = append(lines, fmt.Sprint("lock_confirmed_seconds ", time.Since(at).Seconds()))
+	lines = append(lines, s.watched()...)
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+	for _, line := range lines {
+		name, value, _ := strings.Cut(line, " ")
+		kind, labels := "gauge", ""
+		switch {
+		case name == "version":
+			name, labels, value = "info", "{version="+strconv.Quote(value)+"}", "1"
+		case strings.HasSuffix(name, "_total"):
+			kind = "counter"
 		}
+		fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %s\n", name, helpOf(name), name, kind, name, labels, value)
+	}
+	if s.status != nil {
+		writeHistogram(w, "commit_seconds", &s.commits)
+		writeHistogram(w, "batch_chains", &s.batches)
+		writeHistogram(w, "fsync_seconds", &s.status.Fsyncs)
+	}
+}
+
+// watched are the numbers that are no part of Stats.
+func (s *keyValueServer) watched() (lines []string) {
+	if s.status != nil {
+		lines = append(lines, fmt.Sprint("takeovers_total ", s.status.Takeovers()),
+			fmt.Sprint("compactions_total ", s.status.Compactions.Load()))
+		if at := s.status.Confirmed(); !at.IsZero() {
+			lines = append(lines, fmt.Sprint("lock_age_seconds ", time.Since(at).Seconds()))
+		}
+	}
+	if s.logged != nil {
+		lines = append(lines, fmt.Sprint("log_lines_lost_total ", s.logged.lost.Load()),
+			fmt.Sprint("log_errors_total ", s.logged.errors.Load()),
+			fmt.Sprint("last_error_timestamp_seconds ", s.logged.last.Load()))
 	}
 	samples := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},
@@ -904,19 +955,60 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes", "go_gc_cycles_total"} {
 		lines = append(lines, fmt.Sprint(name, " ", samples[i].Value.Uint64()))
 	}
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
-	for _, line := range lines {
-		name, value, _ := strings.Cut(line, " ")
-		kind := "gauge"
-		switch {
-		case name == "version":
-			name, value = "info{version="+strconv.Quote(value)+"}", "1"
-		case strings.HasSuffix(name, "_total"):
-			kind = "counter"
-		}
-		bare, _, _ := strings.Cut(name, "{")
-		fmt.Fprintf(w, "# TYPE kvserver_%s %s\nkvserver_%s %s\n", bare, kind, name, value)
+	return lines
+}
+
+// helpOf says what a metric is.
+func helpOf(name string) string {
+	if verb, isVerb := strings.CutSuffix(name, "_requests_total"); isVerb && name != "refused_requests_total" {
+		return "Requests of the kind " + verb + " that were run."
 	}
+	return metricHelp[name]
+}
+
+// metricHelp says what each of the other metrics is.
+var metricHelp = map[string]string{
+	"info":                         "Always 1; its label is the version.",
+	"active":                       "1 if this server serves; 0 while it opens its data, or stands by.",
+	"uptime_seconds":               "Since the server began to serve.",
+	"clients":                      "Connections now.",
+	"clients_left_total":           "Connections that have ended.",
+	"clients_refused_total":        "Connections that were refused, for there were -max-clients already.",
+	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
+	"refused_requests_total":       "Lines that were answered with an error.",
+	"replies_dropped_total":        "Replies that clients lost because they did not read.",
+	"queued_bytes":                 "Replies that wait to be read by all clients.",
+	"queued_limit_bytes":           "How much they may be (-max-queues); 0: no limit.",
+	"writes_refused_total":         "Writes that were refused, for the disk or the memory is full.",
+	"keys":                         "Keys in the store.",
+	"values":                       "Values in the store.",
+	"data_bytes":                   "Keys and values together.",
+	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
+	"memory_limit_bytes":           "What the process may take (-max-memory); 0: no limit.",
+	"process_bytes":                "What the process takes from the system.",
+	"takeovers_total":              "How often a server has taken the data over from one that had died.",
+	"compactions_total":            "How often the log was compacted, since the start.",
+	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
+	"log_lines_lost_total":         "Lines of log that could not be written.",
+	"log_errors_total":             "Errors in the log.",
+	"last_error_timestamp_seconds": "When the last error was logged, as a Unix time; 0: never.",
+	"commit_seconds":               "How long it took until what a batch did was durable.",
+	"batch_chains":                 "How many chains of requests were committed together.",
+	"fsync_seconds":                "How long the disk, or etcd, took to confirm what was written.",
+	"go_goroutines":                "Goroutines now.",
+	"go_heap_bytes":                "Objects in Go's heap.",
+	"go_memory_bytes":              "What Go has mapped.",
+	"go_gc_cycles_total":           "Collections of garbage.",
+}
+
+// writeHistogram writes h as Prometheus wants it.
+func writeHistogram(w io.Writer, name string, h *kvstore.Histogram) {
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name), name)
+	atMost, all, sum := h.Read()
+	for i, n := range atMost {
+		fmt.Fprintf(w, "kvserver_%s_bucket{le=\"%g\"} %d\n", name, h.Bounds()[i], n)
+	}
+	fmt.Fprintf(w, "kvserver_%s_bucket{le=\"+Inf\"} %d\nkvserver_%s_sum %g\nkvserver_%s_count %d\n", name, all, name, sum, name, all)
 }
 
 // watch serves numbers, health and profiles over HTTP.

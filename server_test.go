@@ -344,7 +344,7 @@ func TestStats(t *testing.T) {
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes " + fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": queued_limit_bytes 1073741824", ": writes_refused_total 0", ": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes " + fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
 		wantAll := func() {
 			a.want(lines...)
@@ -3067,6 +3067,24 @@ func TestSignalsStopCleanly(t *testing.T) {
 	}
 }
 
+// checkMetrics wants the text format of Prometheus, with a help text for each metric, and
+// Prometheus's own tool, where it is installed, to find nothing.
+func checkMetrics(t *testing.T, body string) {
+	t.Helper()
+	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
+		if !regexp.MustCompile(`^(# HELP kvserver_[a-z_]+ [A-Z0-9].*\.|# TYPE kvserver_[a-z_]+ (gauge|counter|histogram)|kvserver_[a-z_]+(\{(version|le)="[^"]*"\})? [0-9.e+-]+)$`).MatchString(line) {
+			t.Errorf("/metrics: %q is not of its format", line)
+		}
+	}
+	if tool, err := exec.LookPath("promtool"); err == nil {
+		cmd := exec.Command(tool, "check", "metrics")
+		cmd.Stdin = strings.NewReader(body)
+		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool check metrics: %v, %s", err, out)
+		}
+	}
+}
+
 // Ensure that the numbers, health and profiles are served over HTTP, and that
 // they end with the server.
 func TestWatch(t *testing.T) {
@@ -3098,11 +3116,7 @@ func TestWatch(t *testing.T) {
 			t.Errorf("/metrics: %d, without %q:\n%s", code, want, body)
 		}
 	}
-	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
-		if !regexp.MustCompile(`^(# TYPE kvserver_[a-z_]+ (gauge|counter)|kvserver_[a-z_]+(\{version="[^"]*"\})? [0-9]+)$`).MatchString(line) {
-			t.Errorf("/metrics: %q is not of its format", line)
-		}
-	}
+	checkMetrics(t, body)
 	if code, body := get("/healthz"); code != 200 || body != "ok\n" {
 		t.Errorf("/healthz: %d, %q", code, body)
 	}
@@ -3449,8 +3463,9 @@ func TestWatchingAStalledStore(t *testing.T) {
 // serves.
 func TestWatchingBeforeTheData(t *testing.T) {
 	t.Parallel()
+	log := newLog(io.Discard, false, false)
 	s := New(nil)
-	s.status = new(kvstore.Status)
+	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(kvstore.Status)
 	handler := s.watchHandler("")
 	ask := func(path string) (int, string) {
 		answer := httptest.NewRecorder()
@@ -3475,8 +3490,15 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
 		t.Errorf("then /healthz answers %d %q", code, text)
 	}
-	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 1\n") || !strings.Contains(text, "\nkvserver_takeovers_total 0\n") {
-		t.Errorf("then /metrics answers %d %q", code, text)
+	a := dialTCP(t, s.listener.Addr().String())
+	a.ask("Put:k:v\nPing", ":PONG")
+	s.log.Error("the test has failed")
+	code, text := ask("/metrics")
+	checkMetrics(t, text)
+	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0", "commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ", "log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824", "clients_refused_total 0"} {
+		if code != 200 || !strings.Contains(text, "\nkvserver_"+want) {
+			t.Errorf("then /metrics answers %d without %q: %s", code, want, text)
+		}
 	}
 }
 

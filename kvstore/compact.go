@@ -68,6 +68,7 @@ func (d *Durable) noteCompaction(c compaction) {
 	switch c.err {
 	case nil:
 		d.closed += c.bytes - c.freed
+		d.opts.Status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:

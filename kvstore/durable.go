@@ -70,37 +70,6 @@ type Options struct {
 	Status *Status // nil: nobody looks
 }
 
-// Status is how a store is, from before it is open, for other goroutines to look at.
-type Status struct {
-	stage     atomic.Pointer[string]
-	confirmed atomic.Pointer[time.Time]
-	takeovers atomic.Int64
-}
-
-// Stage is what a store that is not open waits for, such as "loading 43 %"; "" once it is.
-func (s *Status) Stage() string {
-	if stage := s.stage.Load(); stage != nil {
-		return *stage
-	}
-	return "opening the data"
-}
-
-// Confirmed is when others last agreed that the store is ours: the zero time where there
-// are no others.
-func (s *Status) Confirmed() time.Time {
-	if at := s.confirmed.Load(); at != nil {
-		return *at
-	}
-	return time.Time{}
-}
-
-// Takeovers is how often the store has passed to another process without being handed
-// over.
-func (s *Status) Takeovers() int64 { return s.takeovers.Load() }
-
-// set notes what is being waited for.
-func (s *Status) set(stage string) { s.stage.Store(&stage) }
-
 // Sizes and times of the log.
 const (
 	spareSize    = 64 << 10 // bytes of a file's zeros that only a Delete may use when the disk is full
@@ -410,7 +379,9 @@ func (d *Durable) syncRest() error {
 		return err
 	}
 	d.syncing.Store(&w.path)
+	began := time.Now()
 	err = w.sync()
+	d.opts.Status.Fsyncs.Observe(time.Since(began).Seconds())
 	d.syncing.Store(nil)
 	d.mu.Lock()
 	defer d.mu.Unlock()
