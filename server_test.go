@@ -2867,7 +2867,8 @@ func TestReadmeSession(t *testing.T) {
 	}
 }
 
-// Ensure that the README's clients for programs work as they stand there.
+// Ensure that the README's clients for programs work as they stand there, and with odd data:
+// bytes that are no text, long values, mistakes, and what is no request.
 func TestReadmePrograms(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("README.md")
@@ -2877,9 +2878,49 @@ func TestReadmePrograms(t *testing.T) {
 	for _, p := range []struct {
 		language, file string
 		command        []string
+		odd            func(program string) string
 	}{
-		{"python", "client.py", []string{"python3"}},
-		{"go", "client.go", []string{"go", "run"}},
+		{"python", "client.py", []string{"python3"}, func(program string) string {
+			return program + `
+for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
+    ask(b"Delete:odd")
+    ask(b"Put:odd:" + value)
+    for bad in [b"nonsense \xff", b"Put:odd", b"Get:a:b"]:
+        try:
+            ask(bad)
+            print("not refused", bad)
+        except RuntimeError:
+            pass
+    for bad in [b"", b"\r", b"\r\0", b"Get:a\nGet:b"]:
+        try:
+            ask(bad)
+            print("sent", bad)
+        except ValueError:
+            pass
+    if ask(b"Get:odd") != [b"odd:" + value]:
+        print("lost", value[:10])
+`
+		}},
+		{"js", "client.js", []string{"node"}, func(program string) string {
+			return strings.Replace(program, "replies[4].join", `odd() || replies[4].join`, 1) + `
+function odd() {
+  for (const bad of ["", "\r", "\r\0", "Get:a\nGet:b"]) {
+    try { ask(bad); console.log("sent", bad) } catch {}
+  }
+  for (const value of [Buffer.from([0xff, 0xfe]), "", "\0", ": OK 1", "v".repeat(300000)]) {
+    ask("Delete:odd")
+    ask(Buffer.concat([Buffer.from("Put:odd:"), Buffer.from(value)]))
+    for (const bad of ["nonsense \xff", "Put:odd", "Get:a:b"]) ask(bad).then(() => console.log("not refused", bad), () => {})
+    ask("Get:odd").then((lines) => {
+      if (lines.length != 1 || !lines[0].equals(Buffer.concat([Buffer.from("odd:"), Buffer.from(value)]))) console.log("lost", lines)
+    })
+  }
+}
+`
+		}},
+		{"go", "client.go", []string{"go", "run"}, func(program string) string {
+			return strings.Replace(program, `Get:fruit\n`, `Put:odd:\xff" + strings.Repeat("v", 300000) + "\nGet:odd\nDelete:odd\nGet:fruit\n`, 1)
+		}},
 	} {
 		m := regexp.MustCompile("(?s)```" + p.language + "\n(.*?)```").FindSubmatch(readme)
 		if m == nil {
@@ -2892,12 +2933,42 @@ func TestReadmePrograms(t *testing.T) {
 			t.Logf("%s is not on PATH: its client was not tried", p.command[0])
 			continue
 		}
-		file := filepath.Join(t.TempDir(), p.file)
-		os.WriteFile(file, bytes.ReplaceAll(m[1], []byte("localhost:9999"), []byte(serveTCP(t))), 0o600)
-		out, err := exec.Command(p.command[0], append(p.command[1:], file)...).CombinedOutput()
-		if want := "fruit:apple\nfruit:pear\n"; err != nil || string(out) != want {
-			t.Errorf("the client in %s prints %q, %v, want %q", p.language, out, err, want)
+		_, port, _ := net.SplitHostPort(serveTCP(t))
+		program := strings.NewReplacer("localhost:9999", "localhost:"+port, "connect(9999", "connect("+port).Replace(string(m[1]))
+		for what, text := range map[string]string{"as it is": program, "with odd data": p.odd(program)} {
+			file := filepath.Join(t.TempDir(), p.file)
+			os.WriteFile(file, []byte(text), 0o600)
+			out, err := exec.Command(p.command[0], append(p.command[1:], file)...).CombinedOutput()
+			want := "fruit:apple\nfruit:pear\n"
+			if p.language == "go" && what != "as it is" {
+				want = "odd:\xff" + strings.Repeat("v", 300_000) + "\n" + want
+			}
+			if err != nil || string(out) != want {
+				t.Errorf("the client in %s, %s, prints %.200q, %v, want %.200q", p.language, what, out, err, want)
+			}
 		}
+	}
+}
+
+// Ensure that systemd, where it is installed, finds nothing wrong with the README's unit.
+func TestReadmeUnit(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit := regexp.MustCompile("(?s)```ini\n(.*?)```").FindSubmatch(readme)
+	if unit == nil {
+		t.Fatal("the README has no unit")
+	}
+	tool, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Log("systemd-analyze is not on PATH: the unit was not looked at")
+		return
+	}
+	file := filepath.Join(t.TempDir(), "kvserver.service")
+	os.WriteFile(file, bytes.Replace(unit[1], []byte("/usr/local/bin/kvserver"), []byte(os.Args[0]), 1), 0o600)
+	if out, err := exec.Command(tool, "verify", file).CombinedOutput(); err != nil || bytes.Contains(out, []byte("kvserver.service:")) {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
 }
 
