@@ -464,7 +464,10 @@ func run(c config, log *queuedLog) error {
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil)
-	s.log, s.logged, s.version, s.status = log.Logger, &log.queue.counts, version(), new(kvstore.Status)
+	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
+	if c.data != "" {
+		s.status = new(kvstore.Status)
+	}
 	if c.http != "" { // first, so that one can watch how the data is opened
 		web, err := s.watchAt(c.http)
 		if err != nil {
@@ -475,7 +478,7 @@ func run(c config, log *queuedLog) error {
 	// While the data is opened nobody has been told anything, so nothing can be lost.
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
-		time.AfterFunc(stopTime/20, func() { // the disk does not answer
+		time.AfterFunc(stopTime/5, func() { // the disk does not answer
 			log.flush()
 			os.Exit(0)
 		})
@@ -764,7 +767,7 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 // where nothing is kept.
 func openStore(ctx context.Context, c config, s *keyValueServer) (*kvstore.Durable, error) {
 	if c.data == "" {
-		s.db, s.status = kvstore.NewMemory(), nil
+		s.db = kvstore.NewMemory()
 		return nil, nil
 	}
 	fsync, err := parseFsync(c.fsync)
@@ -1025,7 +1028,14 @@ func dial(c *config) (conn net.Conn, err error) {
 		return nil, err
 	}
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
-	for _, addr := range strings.Split(c.addr, ",") {
+	connect := func(addr string) (net.Conn, error) {
+		if config == nil {
+			return dialer.Dial("tcp", addr)
+		}
+		return tls.DialWithDialer(dialer, "tcp", addr, config)
+	}
+	addrs := strings.Split(c.addr, ",")
+	for _, addr := range addrs {
 		host, port, splitErr := net.SplitHostPort(addr)
 		if ip := net.ParseIP(host); splitErr == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
 			host = "localhost" // as a server's address it means everywhere
@@ -1034,10 +1044,13 @@ func dial(c *config) (conn net.Conn, err error) {
 		if _, lookUpErr := net.LookupHost(host); lookUpErr != nil && host == "localhost" { // no /etc/hosts
 			host, addr = "127.0.0.1", net.JoinHostPort("127.0.0.1", port)
 		}
-		if config == nil {
-			conn, err = dialer.Dial("tcp", addr)
-		} else {
-			conn, err = tls.DialWithDialer(dialer, "tcp", addr, config)
+		conn, err = connect(addr)
+		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
+			err = tryOut(conn, dialer.Timeout)
+			conn.Close()
+			if err == nil {
+				conn, err = connect(addr)
+			}
 		}
 		if err == nil {
 			c.addr = addr
@@ -1049,12 +1062,28 @@ func dial(c *config) (conn net.Conn, err error) {
 		todo = "None of them serves. One that stands by does not listen."
 	}
 	op := (*net.OpError)(nil)
-	if !errors.As(err, &op) || op.Op != "dial" {
+	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
 		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
-	} else {
+	} else if isOp {
 		err = op.Err
 	}
 	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
+}
+
+// tryOut tells whether a server is behind conn and answers in time.
+func tryOut(conn net.Conn, limit time.Duration) error {
+	conn.SetDeadline(time.Now().Add(limit))
+	if _, err := io.WriteString(conn, "Ack\n"); err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(conn).ReadSlice('\n')
+	if err != nil {
+		return err
+	}
+	if err := checkWelcome(line); !errors.Is(err, errFull) { // it is healthy
+		return err
+	}
+	return nil
 }
 
 // keyPair is what a server shows, and whom it trusts, as the files say now.
@@ -1305,6 +1334,9 @@ func (t *talker) converse() (good bool, err error) {
 	}
 	t.turn, t.end = make(chan struct{}, 1), make(chan sending, 1)
 	t.sent.conn, t.sent.silence = t.conn, t.silence
+	if t.silence == 0 {
+		t.conn.SetReadDeadline(time.Now().Add(connectTime))
+	}
 	go t.sendLines()
 	defer close(t.turn)
 
@@ -1331,7 +1363,9 @@ func (t *talker) converse() (good bool, err error) {
 			if err := checkWelcome(part); err != nil {
 				return false, err
 			}
-			welcome = true
+			if welcome = true; t.silence == 0 {
+				t.conn.SetReadDeadline(time.Time{})
+			}
 		case !start || part[0] != ':':
 			w.Write(part)
 			isAnswer = false
@@ -1392,7 +1426,7 @@ func (t *talker) ended(err error, welcome, good bool) (bool, error) {
 	isReset := !errors.Is(err, io.EOF)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return false, fmt.Errorf("%w for %v", errQuiet, t.silence)
+		return false, fmt.Errorf("%w for %v", errQuiet, cmp.Or(t.silence, connectTime))
 	case !welcome && isReset:
 		return false, err
 	case !welcome:

@@ -986,7 +986,7 @@ var metricHelp = map[string]string{
 	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
 	"memory_limit_bytes":           "What the process may take (-max-memory); 0: no limit.",
 	"process_bytes":                "What the process takes from the system.",
-	"takeovers_total":              "How often a server has taken the data over from one that had died.",
+	"takeovers_total":              "How often somebody has taken the data over from a server that had died.",
 	"compactions_total":            "How often the log was compacted, since the start.",
 	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
 	"log_lines_lost_total":         "Lines of log that could not be written.",

@@ -38,6 +38,9 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 // is one, unless it is there, or is in etcd, where there is none to be made.
 func makeDirectory(path, to string) error {
 	if IsEtcd(to) {
+		if a, b := strings.TrimRight(path, "/")+"/", strings.TrimRight(to, "/")+"/"; strings.HasPrefix(a, b) || strings.HasPrefix(b, a) {
+			return fmt.Errorf("%w: %s is inside the store that is to be copied, or around it", ErrNotOurs, to)
+		}
 		return nil
 	}
 	source, err := os.Stat(path)

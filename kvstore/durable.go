@@ -199,7 +199,7 @@ func checkNames(dir Directory, names []string) error {
 // the store: the lock, what Repair and a start keep, the file system's, and hidden
 // ones.
 func isBeside(name string) bool {
-	return name == lockName || name == "lost+found" || name[0] == '.' ||
+	return name == lockName || name == "lost+found" || strings.HasPrefix(name, ".") ||
 		strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix)
 }
 

@@ -20,6 +20,7 @@ import (
 	"os"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -43,6 +44,7 @@ import (
 // A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
 const (
 	etcdPiece     = 1 << 20                 // bytes of a piece: etcd takes requests of 1.5 MiB
+	etcdFileMost  = 1 << 47                 // bytes of a file
 	etcdPackLeast = 512                     // bytes of a piece that is compressed
 	etcdPage      = 4 << 20                 // bytes of the pieces that are asked for at a time
 	etcdAhead     = 64 << 10                // the same at first
@@ -143,21 +145,31 @@ func (e *etcdError) Is(target error) bool {
 	return target == syscall.ENOSPC && isFull || target == ErrRefused && isFinal(e) && !isFull
 }
 
-// isExpired tells whether it is the token that is bad.
-func (e *etcdError) isExpired() bool { return e.Code == 16 }
+// isExpired tells whether it is the token that is bad: a JWT is too old once users change.
+func (e *etcdError) isExpired() bool {
+	return e.Code == 16 || strings.Contains(e.Message, "revision of auth store is old")
+}
 
-// isFinal tells whether to ask again is in vain.
+// isFinal tells whether to ask this member again is in vain.
 func isFinal(err error) bool {
 	if e := (*etcdError)(nil); errors.As(err, &e) {
 		switch e.Code {
-		case 1, 2, 4, 10, 14, 16: // cancelled, unknown, too late, aborted, no leader, expired
+		case 1, 2, 4, 10, 13, 14, 16: // cancelled, unknown, too late, aborted, internal, no leader, expired
 			return false
 		case 8: // no space, or too many requests
 			return strings.Contains(e.Message, "space")
 		}
-		return true
+		return !e.isExpired()
 	}
 	return isUntrusted(err)
+}
+
+// named is err as people should see it.
+func named(err error) error {
+	if isUntrusted(err) {
+		return fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	return fmt.Errorf("etcd: %w", err)
 }
 
 // isUntrusted tells whether one side of a connection wants no part of the other.
@@ -210,7 +222,11 @@ func (c *etcdClient) post(ctx context.Context, at string, request any) (answer e
 		}
 		c.token.Store(&login.Token)
 	}
-	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
+	limit := etcdTimeout
+	if at == "kv/range" { // there may be much to read
+		limit *= 3
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err = c.exchange(ctx, c.members[member]+"/v3/"+at, request, &answer)
 	if e := (*etcdError)(nil); errors.As(err, &e) && e.isExpired() {
@@ -270,17 +286,19 @@ func (c *etcdClient) exchange(ctx context.Context, url string, request any, answ
 	return refusal
 }
 
-// call sends a request until it is answered, for good or ill, or ctx is done.
+// call sends a request until it is answered, every member has refused it, or ctx is done.
 func (c *etcdClient) call(ctx context.Context, at string, request any) (etcdAnswer, error) {
-	for {
+	for refused := 0; ; {
 		answer, err := c.post(ctx, at, request)
 		switch {
 		case err == nil:
 			return answer, nil
-		case isUntrusted(err):
-			return answer, fmt.Errorf("%w: %w", ErrRefused, err)
-		case isFinal(err):
-			return answer, fmt.Errorf("etcd: %w", err)
+		case !isFinal(err):
+			refused = 0
+		default:
+			if refused++; refused == len(c.members) {
+				return answer, named(err)
+			}
 		}
 		if cause := wait(ctx, etcdPause); cause != nil {
 			return answer, fmt.Errorf("%w: %w", cause, err)
@@ -413,8 +431,8 @@ func (d *etcdDirectory) change(ops ...etcdOp) error {
 		Failure: []etcdOp{{Range: &etcdRange{Key: key}}},
 	})
 	switch {
-	case err != nil:
-		return err
+	case err != nil: // it is not known whether it was done, and so not what the next step is
+		return d.lock.lost(err)
 	case answer.Succeeded: // now
 	case len(answer.Responses) == 1 && len(answer.Responses[0].Range.KVs) == 1 && bytes.Equal(answer.Responses[0].Range.KVs[0].Value, after): // the first time
 	default:
@@ -430,10 +448,13 @@ func (d *etcdDirectory) do(op etcdOp) error {
 		return errors.New("written without the lock")
 	}
 	answer, err := d.call("kv/txn", etcdTxn{Compare: []etcdCompare{d.lock.isOurs()}, Success: []etcdOp{op}})
-	if err == nil && !answer.Succeeded {
-		err = d.lock.lost(ErrTakenOver)
+	switch {
+	case err != nil: // it may yet be done
+		return d.lock.lost(err)
+	case !answer.Succeeded:
+		return d.lock.lost(ErrTakenOver)
 	}
-	return err
+	return nil
 }
 
 // names returns the id that each name has, and which keys are none of ours. The name of a
@@ -460,12 +481,42 @@ func (d *etcdDirectory) names() (names map[string]string, others []string, err e
 // List returns names of files, of subdirectories, and of keys that are none of ours.
 func (d *etcdDirectory) List() ([]string, error) {
 	names, list, err := d.names()
+	if err != nil {
+		return nil, err
+	}
 	for name := range names {
 		name, _, _ = strings.Cut(name, "/")
 		list = append(list, name)
 	}
+	ids, err := d.ids()
+	for _, id := range ids {
+		if !isID(id) {
+			list = append(list, "d/"+id)
+		}
+	}
 	slices.Sort(list)
 	return slices.Compact(list), err
+}
+
+// ids returns the ids of files that have pieces.
+func (d *etcdDirectory) ids() (ids []string, err error) {
+	r := etcdRange{Key: d.key("d/"), End: below(d.key("d/")), Limit: 1, KeysOnly: true}
+	for {
+		kvs, err := d.get(r)
+		if err != nil || len(kvs) == 0 {
+			return ids, err
+		}
+		id, _, _ := strings.Cut(strings.TrimPrefix(string(kvs[0].Key), d.prefix+"d/"), "/")
+		ids = append(ids, id)
+		r.Key = below(append(kvs[0].Key[:len(d.prefix)+len("d/")+len(id)], '/'))
+	}
+}
+
+// isID tells whether a file's id is one of ours: an owner's token, and a number.
+func isID(id string) bool {
+	token, number, _ := strings.Cut(id, "-")
+	_, err := strconv.Atoi(number)
+	return len(token) == len(rand.Text()) && err == nil
 }
 
 // lookUp returns the names, and the id of one.
@@ -552,20 +603,13 @@ func (d *etcdDirectory) sweep() error {
 	if err != nil {
 		return err
 	}
-	r := etcdRange{Key: d.key("d/"), End: below(d.key("d/")), Limit: 1, KeysOnly: true}
-	for {
-		kvs, err := d.get(r)
-		if err != nil || len(kvs) == 0 {
-			return err
+	ids, err := d.ids()
+	for _, id := range ids {
+		if err == nil && isID(id) && !slices.Contains(slices.Collect(maps.Values(names)), id) {
+			err = d.removePieces(id)
 		}
-		id, _, _ := strings.Cut(strings.TrimPrefix(string(kvs[0].Key), d.prefix+"d/"), "/")
-		if !slices.Contains(slices.Collect(maps.Values(names)), id) {
-			if err := d.removePieces(id); err != nil {
-				return err
-			}
-		}
-		r.Key = below(d.key("d/" + id + "/"))
 	}
+	return err
 }
 
 // file returns the open file with that id, of which nothing is known yet.
@@ -586,6 +630,11 @@ func (d *etcdDirectory) Open(name string) (File, int64, error) {
 	f := d.file(id, name)
 	if err := f.look(); err != nil {
 		return nil, 0, err
+	}
+	if f.found < f.known || f.known == 0 { // perhaps it was removed meanwhile
+		if err := f.isThere(); err != nil {
+			return nil, 0, err
+		}
 	}
 	return f, f.size, nil
 }
@@ -608,7 +657,8 @@ type etcdFile struct {
 	packer *flate.Writer // to packed; nil: not needed yet
 
 	// For reading.
-	known int        // pieces that are in spans
+	known int        // pieces that are in spans, if none is missing
+	found int        // that are
 	spans []etcdSpan // what the file consists of, in order; between them are zeros
 	page  []etcdKV   // the pieces that were read last
 	first int        // the number of the first of them
@@ -636,10 +686,12 @@ func (f *etcdFile) look() error {
 		kvs, err := f.d.get(etcdRange{Key: from, End: below(all), Limit: etcdKeys, KeysOnly: true})
 		for _, kv := range kvs {
 			var s etcdSpan
-			if _, err := fmt.Sscanf(string(kv.Key[len(all):]), "%x-%x-%x", &s.number, &s.start, &s.size); err != nil {
+			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all)), "%x-%x-%x", &s.number, &s.start, &s.size)
+			if s.number < f.known || s.start < 0 || s.start > etcdFileMost || s.size < 0 || s.size > etcdPiece || !bytes.Equal(kv.Key, f.key(s.number, s.start, s.size)) {
 				return &DamageError{File: f.d.Path(f.name), What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
 			}
 			f.known = s.number + 1
+			f.found++
 			s.from, s.to = s.start, s.start+s.size
 			f.lay(s)
 		}
@@ -648,6 +700,15 @@ func (f *etcdFile) look() error {
 			return err
 		}
 	}
+}
+
+// isThere returns an os.ErrNotExist if the file has lost its name.
+func (f *etcdFile) isThere() error {
+	_, id, err := f.d.lookUp(f.name)
+	if err == nil && id != f.id {
+		err = fmt.Errorf("%s: %w", f.d.Path(f.name), os.ErrNotExist)
+	}
+	return err
 }
 
 // lay lays a piece over what there is. An empty one is where the file ends.
@@ -732,10 +793,7 @@ func (f *etcdFile) piece(i int) ([]byte, error) {
 	}
 	kvs, err := f.d.get(etcdRange{Key: f.page[0].Key, End: append(slices.Clone(f.page[len(f.page)-1].Key), 0)})
 	if err == nil && len(kvs) < len(f.page) { // it is damaged, if it is still there
-		_, id, lookErr := f.d.lookUp(f.name)
-		if err = lookErr; err == nil && id != f.id {
-			err = fmt.Errorf("%s: %w", f.d.Path(f.name), os.ErrNotExist)
-		}
+		err = f.isThere()
 	}
 	if err != nil {
 		f.page = nil
@@ -782,8 +840,7 @@ func (f *etcdFile) send(least int) error {
 	return nil
 }
 
-// put adds a piece. It gets its number only now, so the next one may have it if this one
-// fails; but then the lock is lost.
+// put adds a piece. If it fails the lock is lost, so no other one has its number.
 func (f *etcdFile) put(offset int64, b []byte) error {
 	if err := f.d.do(etcdPut(f.key(f.count, offset, int64(len(b))), f.pack(b))); err != nil {
 		return err
@@ -869,6 +926,7 @@ type etcdLock struct {
 	stop      chan struct{}             // closed by Close
 	ended     chan struct{}             // closed by beat
 	silent    bool                      // the last one did not; beat's
+	refused   int                       // how many members, one after the other, have refused it; beat's
 }
 
 // step is what the key of that name says after n steps.
@@ -909,9 +967,10 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 	l := d.newLock()
 	var seen int64
 	var since time.Time // when seen was seen first
-	told := ""
+	told, refused := "", 0
 	for ; ; wait(ctx, etcdPoll) {
 		if ctx.Err() != nil {
+			l.release() // what take has sent may have arrived
 			return nil, ctx.Err()
 		}
 		o, revision, err := d.owner()
@@ -931,8 +990,15 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 			taken, err := l.take(ctx, o, revision)
 			if taken {
 				break
-			} else if isFinal(err) {
-				return nil, fmt.Errorf("etcd: %w", err)
+			}
+			if isFinal(err) {
+				refused++
+			}
+			switch {
+			case refused >= len(d.client.members), err != nil && !isWaiting:
+				return nil, named(err)
+			case err != nil && ctx.Err() == nil:
+				d.log.Warn("cannot take the data over, trying again", "error", err)
 			}
 			continue
 		}
@@ -943,6 +1009,7 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 		}
 	}
 	d.lock = l
+	d.opts.Status.set("opening the data")
 	d.client.preferLeader(ctx)
 	d.opts.Status.takeovers.Store(l.owner.Takeovers)
 	go l.beat()
@@ -1040,6 +1107,7 @@ func (l *etcdLock) show() time.Duration {
 	})
 	switch {
 	case err == nil && answer.Succeeded:
+		l.refused = 0
 		l.confirm(sent)
 		if l.silent { // there may be another leader
 			l.silent = false
@@ -1049,8 +1117,10 @@ func (l *etcdLock) show() time.Duration {
 	case err == nil:
 		l.lost(ErrTakenOver)
 	case isFinal(err):
-		l.lost(fmt.Errorf("etcd: %w", err))
-	case l.age() >= etcdPatience:
+		if l.refused++; l.refused >= len(l.d.client.members) {
+			l.lost(named(err))
+		}
+	case sent.Sub(*l.confirmed.Load()) >= etcdPatience: // by the clock that nobody sets
 		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, etcdPatience, err))
 	case !l.silent:
 		l.silent = true
@@ -1063,15 +1133,22 @@ func (l *etcdLock) show() time.Duration {
 func (l *etcdLock) Close() error {
 	close(l.stop)
 	<-l.ended
+	if l.ctx.Err() == nil {
+		l.release()
+	}
+	l.lost(errors.New("the lock was given back"))
+	return nil
+}
+
+// release gives the lock back, if it is ours. If that fails it is taken etcdTTL later.
+func (l *etcdLock) release() {
 	released := l.owner
 	released.Released = true
 	value, _ := json.Marshal(released)
-	ctx, cancel := context.WithTimeout(l.ctx, etcdTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), etcdTimeout)
 	defer cancel()
-	l.d.client.call(ctx, "kv/txn", etcdTxn{ // in vain, it is taken etcdTTL later
+	l.d.client.call(ctx, "kv/txn", etcdTxn{
 		Compare: []etcdCompare{l.isOurs()},
 		Success: []etcdOp{etcdPut(l.d.key("lock"), value)},
 	})
-	l.lost(errors.New("the lock was given back"))
-	return nil
 }

@@ -38,6 +38,7 @@ type fakeEtcd struct {
 	revision int64
 	full     bool   // it is out of space
 	down     string // the member that does not answer; "": all do
+	stranger bool   // or what is no member answers there
 	token    string // that requests must have; "": none
 	logins   int
 	late     []etcdTxn // transactions that will come once more
@@ -47,11 +48,12 @@ type fakeEtcd struct {
 type etcdWire struct {
 	*fakeEtcd
 	requests int
-	sent     []etcdTxn // that arrived
-	at       int       // the request with which something happens; 0: none
-	fault    etcdFault // that
-	dead     bool      // the process was killed
-	cut      bool      // nothing arrives, and no answer comes
+	sent     []etcdTxn   // that arrived
+	before   func(n int) // is run before each request; nil: nothing
+	at       int         // the request with which something happens; 0: none
+	fault    etcdFault   // that
+	dead     bool        // the process was killed
+	cut      bool        // nothing arrives, and no answer comes
 }
 
 // etcdFault is what happens to one request, or from it on.
@@ -67,6 +69,7 @@ const (
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
+	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
 )
 
 func newFakeEtcd() *fakeEtcd { return &fakeEtcd{kvs: map[string]etcdKV{}} }
@@ -90,8 +93,16 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case expired:
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
-	if w.down == r.URL.Host {
+	if w.before != nil {
 		w.mu.Unlock()
+		w.before(w.requests)
+		w.mu.Lock()
+	}
+	if w.down == r.URL.Host {
+		defer w.mu.Unlock()
+		if w.stranger {
+			return &http.Response{Status: "404 Not Found", StatusCode: 404, Body: http.NoBody}, nil
+		}
 		return nil, syscall.ECONNREFUSED
 	}
 	if w.dead || w.cut || fault == lostRequest {
@@ -104,6 +115,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	var err error
 	if fault == noLeader {
 		err = &etcdError{"etcdserver: no leader", 14}
+	} else if w.fault == doubtful && (w.requests == w.at+1 || w.requests == w.at+2) {
+		err = &etcdError{"etcdserver: not now", 12}
 	} else {
 		var t etcdTxn
 		json.Unmarshal(text, &t)
@@ -120,7 +133,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case killedAfter:
 		w.dead = true
 		fallthrough
-	case lostAnswer:
+	case lostAnswer, doubtful:
 		return nil, io.ErrUnexpectedEOF
 	}
 	recorder := httptest.NewRecorder()
@@ -378,7 +391,7 @@ func TestEtcdNames(t *testing.T) {
 // nothing else is there: where the fault can be mended nobody notices, and otherwise the
 // next process has it all.
 func TestEtcdFaults(t *testing.T) {
-	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff} {
+	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			step := 1
 			if isRace() {
@@ -402,7 +415,11 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	w.at, w.fault = n, fault
 	h := history{model{}, model{}}
 	d, err := openSmall(dir, Options{})
-	if err == nil {
+	switch {
+	case err != nil:
+	case fault == doubtful:
+		err = slowScript(d, &h)
+	default:
 		err = script(t, d, &h)
 	}
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired}, fault)
@@ -433,6 +450,22 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 		t.Fatalf("request %d leaves pieces without a name: %q", n, pieces)
 	}
 	return reached
+}
+
+// slowScript does things to a store over some time, as long as none fails.
+func slowScript(d *Durable, h *history) error {
+	for i := range 150 {
+		key, value := fmt.Sprint(i%7), fmt.Sprint("value", i)
+		d.Set(key, value)
+		h.done[key] = []string{value}
+		if err := d.Commit(); err != nil {
+			return err
+		}
+		h.told = h.done.clone()
+		d.settle()
+		<-time.After(100 * time.Millisecond)
+	}
+	return nil
 }
 
 // orphans returns the keys of pieces of files without a name.
@@ -737,12 +770,13 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 // Ensure that a member that is down is noticed by nobody.
 func TestEtcdMemberDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for _, down := range []string{"a:1", "b:1"} {
+		for i, down := range []string{"a:1", "b:1", "a:1", "b:1"} {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
 			e.mu.Lock()
-			e.down = down
+			e.down, e.stranger = down, i >= 2
 			e.mu.Unlock()
+			<-time.After(5 * etcdBeat)
 			began := time.Now()
 			for range 20 {
 				d.Put("k", "v")
@@ -761,6 +795,86 @@ func TestEtcdMemberDown(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Ensure that keys that are none of ours, whatever they look like, are refused or called
+// damage, and stay.
+func TestEtcdOddKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice", "kv/d/", "kv/d"} {
+			e := newFakeEtcd()
+			e.put(key, "x")
+			dir, _ := e.dir(t, t.Context(), "new:9999")
+			if _, err := OpenIn(t.Context(), dir, Options{}); !errors.Is(err, ErrNotOurs) || len(e.kvs) != 1 {
+				t.Errorf("beside %s: %v, and then there are %d keys", key, err, len(e.kvs))
+			}
+		}
+		for _, piece := range []string{
+			"00000001-000000000000-7fffffffffffffff", "00000001-000000000000-10000000000", "00000001--00000000001-000001",
+			"00000001-ffffffffffff-000001", "00000001-000000000000--00001", "x", "00000001-000000000000-000001x", "1-0-1",
+		} {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			d.Put("k", "v")
+			d.Close()
+			id := e.kvs["kv/n/seg-1.log"].Value
+			e.put(fmt.Sprintf("kv/d/%s/%s", id, piece), "x")
+			dir, _ := e.dir(t, t.Context(), "new:9999")
+			if _, err := OpenIn(t.Context(), dir, Options{}); !errors.As(err, new(*DamageError)) {
+				t.Errorf("with a piece %q: %v", piece, err)
+			}
+		}
+	})
+}
+
+// Ensure that a backup, and a check, beside a server that compacts see no damage, whenever it
+// does.
+func TestEtcdBackupBesideCompaction(t *testing.T) {
+	for n, reached := 1, true; reached; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			i := 0
+			more := func(times int) {
+				for range times {
+					i++
+					d.Set(fmt.Sprint(i%7), fmt.Sprint("value", i))
+					d.Commit()
+				}
+				d.settle()
+			}
+			more(40)
+			dir, w := e.dir(t, t.Context(), "")
+			w.before = func(request int) {
+				if request == n {
+					more(60)
+				}
+			}
+			local, err := openDirectory(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := BackupIn(dir, local, nil); err != nil {
+				t.Errorf("the server compacts before request %d: %v", n, err)
+			}
+			reached = w.requests >= n
+			w.requests = 0
+			if r, err := CheckIn(dir); err != nil || r.Damaged {
+				t.Errorf("the server compacts before request %d of a check: %v, %v", n, r, err)
+			}
+			d.Close()
+		})
+	}
+	dir := t.TempDir()
+	for _, to := range []string{"etcd://h:1/kv/copy", "etcd://h:1/kv", "etcd://h:1/k"} {
+		isInside := to != "etcd://h:1/k"
+		if err := makeDirectory("etcd://h:1/kv", to); errors.Is(err, ErrNotOurs) != isInside {
+			t.Errorf("a copy of kv in %s: %v", to, err)
+		}
+	}
+	if err := makeDirectory("etcd://h:1/kv", filepath.Join(dir, "copy")); err != nil {
+		t.Errorf("a copy on a disk: %v", err)
+	}
 }
 
 // Ensure that a large commit is many pieces, and a million of small ones are asked for in
