@@ -1,7 +1,7 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz simulate etcd soak bench cover install clean help
+.PHONY: build run test check fuzz simulate etcd windows soak bench cover install clean help
 
 build: ## build ./kvserver
 	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
@@ -36,6 +36,9 @@ simulate: ## simulated servers with faults, SEEDS of them from SEED on (0: until
 
 etcd: ## two servers and a real cluster of etcd, which must be installed, with faults
 	KVSERVER_ETCD=1 go test -run '^TestEtcdCluster$$' -v -timeout 10m .
+
+windows: ## build for Windows, and try that with wine, which must be installed
+	.ci/windows
 
 SOAK ?= 2m
 soak: ## mixed traffic, clients and servers killed, for SOAK (2m)
