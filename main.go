@@ -1561,8 +1561,9 @@ func (t *talker) sendLines() {
 			s.err, more = err, false
 		}
 	}
-	flush()
-	t.end <- s
+	t.sent.count(requests, 0)
+	t.end <- s // before the server can end the conversation
+	w.Flush()
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}

@@ -1595,11 +1595,23 @@ func TestClientCommandTimeout(t *testing.T) {
 	})
 }
 
+// screen is what a terminal shows, whoever writes.
+type screen struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (s *screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Buffer.Write(b)
+}
+
 // Ensure that who types sees a prompt and that each write was done, and that the line about
 // progress is gone before anything else is printed.
 func TestClientCommandOnATerminal(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var screen bytes.Buffer
+		var screen screen
 		in, typed := io.Pipe()
 		go func() {
 			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
