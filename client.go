@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"kvserver/kvstore"
 )
@@ -31,7 +32,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; a single long line may take more
+	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; long lines take more
 	chunkSize = 16 << 10 // bytes of a recycled message, small
 	largeSize = maxMessage
 
@@ -275,6 +276,7 @@ func (c *Client) depart() {
 // readFromClient's alone.
 type input struct {
 	buf      []byte
+	lent     []byte  // what buf was before: the strings of the chain under way are made of it
 	full     bool    // the last Read filled buf
 	pending  int     // bytes at the start of buf: a line whose end has not come
 	line     int     // lines so far
@@ -298,7 +300,8 @@ type input struct {
 func (in *input) begun() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which
-// keys and values will be substrings, and the error that ends the input.
+// keys and values will be substrings, and the error that ends the input. The string is good
+// until the next read: who holds the chain holds its memory.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.grow(c.server.maxLine)
@@ -314,6 +317,7 @@ func (c *Client) read() (burst string, err error) {
 		}
 		in.heard = true
 		wasUnanswered := in.unanswered
+		c.await() // or take would change what the chain under way is made of
 		burst = in.take(n)
 		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
 			in.unanswered = false
@@ -392,6 +396,8 @@ func (in *input) grow(maxLine int) {
 		size = quietSize
 	case in.full && size < burstSize:
 		size = min(4*size, burstSize)
+	case in.full && in.pending > size/8 && size < 4*burstSize: // lines are long, and the rest of one is copied
+		size *= 2
 	case in.pending == size:
 		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	default:
@@ -403,7 +409,7 @@ func (in *input) grow(maxLine int) {
 // rest gives back what a quiet client does not need.
 func (in *input) rest() {
 	if in.pending == 0 {
-		in.buf, in.full, in.queries = make([]byte, quietSize), false, nil
+		in.buf, in.lent, in.full, in.queries = make([]byte, quietSize), nil, false, nil
 	}
 }
 
@@ -427,6 +433,10 @@ func (in *input) pass(b []byte) {
 
 // take returns the lines that the n bytes behind pending complete. If a line was
 // being skipped and ends among them, skipping ends, and skipped is its end.
+//
+// The lines are no copy: they are what was read, which stays as it is until the next take,
+// for what comes meanwhile is read into another buffer. By then the chains made of them have
+// come back, and who keeps a key or a value, the store, has made a copy.
 func (in *input) take(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
@@ -446,8 +456,13 @@ func (in *input) take(n int) (burst string) {
 		in.pass(in.buf[:first-1])
 		in.skipping = false
 	}
-	burst = string(in.buf[first:last])
-	in.pending = copy(in.buf, in.buf[last:end])
+	read := in.buf
+	burst = unsafe.String(unsafe.SliceData(read[first:]), last-first)
+	if len(in.lent) != len(read) {
+		in.lent = make([]byte, len(read))
+	}
+	in.buf, in.lent = in.lent, read
+	in.pending = copy(in.buf, read[last:end])
 	return burst
 }
 

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+
+	"kvserver/kvstore/disktest"
 )
 
 // model is what every store must do, in as few words as possible.
@@ -447,6 +449,53 @@ func TestSnapshotBesideChanges(t *testing.T) {
 	}
 	if got := <-walked; got != want {
 		t.Errorf("the snapshot's sizes add up to %d, want %d", got, want)
+	}
+}
+
+// Ensure that a store keeps nothing of the strings that it is given: the server reads the next
+// requests into the same memory.
+func TestNothingIsBorrowed(t *testing.T) {
+	for name, store := range map[string]KVStore{"Memory": NewMemory(), "Durable": func() KVStore { d, _ := OpenIn(t.Context(), disktest.New(), Options{}); return d }()} {
+		want := model{}
+		var memory []byte
+		lend := func(size int, c byte) (lent, own string) {
+			own = strings.Repeat(string(c), size)
+			memory = append(memory[:0], own...)
+			return unsafe.String(unsafe.SliceData(memory), size), own
+		}
+		for i, size := range []int{1, 30, 200, ownSize - 1, ownSize + 1, 5000, 100_000, slabSize + 1} {
+			key := fmt.Sprint("key", i)
+			type writer interface {
+				Put(key, value string)
+				Set(key, value string) int
+				Update(key, oldValue, newValue string) bool
+				Remove(key, value string) bool
+			}
+			for _, do := range []func(writer, string){
+				func(s writer, v string) { s.Put(key, v) },
+				func(s writer, v string) { s.Put(v, "value") },
+				func(s writer, v string) { s.Put(key, v) },
+				func(s writer, v string) { s.Update(key, v, v) },
+				func(s writer, v string) { s.Set(fmt.Sprint("set", i), v) },
+				func(s writer, v string) { s.Set(v, "other") },
+				func(s writer, v string) { s.Remove(key, v) },
+			} {
+				lent, own := lend(size, byte('a'+i))
+				do(store, lent)
+				do(want, own)
+				for j := range memory {
+					memory[j] = '!'
+				}
+			}
+		}
+		for key, list := range want {
+			if got := store.Get(key); !slices.Equal(got, list) {
+				t.Errorf("%s: %.20q has %.60q, want %.60q", name, key, got, list)
+			}
+		}
+		if keys, _, _ := store.(Sizer).Size(); keys != len(want) {
+			t.Errorf("%s has %d keys, want %d", name, keys, len(want))
+		}
 	}
 }
 
