@@ -3,11 +3,27 @@
 //
 // The map of the code:
 //
-//	main.go    flags, log, signals, exit codes
-//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything
-//	client.go  Client: one connection, its reading and its writing goroutine
+//	main.go    flags and the environment; the log; start and stop; certificates; the commands
+//	           check, repair and backup; the client (kvserver -c, -ping)
+//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything;
+//	           TLS handshakes; Stats, metrics and health over HTTP
+//	client.go  Client: one connection, its reading and its writing goroutine; input, which
+//	           makes lines of bytes; outbox, which makes messages of replies
 //	query.go   Query: parse a line, run it, format the reply
-//	kvstore/   the store behind the KVStore interface
+//	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
+//
+// The words, each for one thing:
+//
+//	request   a line that a client sends; a Query is one on its way through the server
+//	reply     what a request is answered with: no line, or some
+//	burst     the lines that one Read has brought
+//	chain     the queries of a burst, or of a part of it, that travel together
+//	batch     the chains that workLoop runs before one Commit
+//	message   bytes of replies, as they wait in a client's buffer to be written
+//	outbox    where a client's replies become messages
+//	holder    the one goroutine that has a client's chain, and so its outbox
+//	slow      of a client whose connection has taken no byte for a second
+//	moment    a snapshot of the store, from which a Keys or Dump is answered
 package main
 
 import (
@@ -475,16 +491,7 @@ func run(c config, log *queuedLog) error {
 		}
 		defer web.Close()
 	}
-	// While the data is opened nobody has been told anything, so nothing can be lost.
-	loading := context.AfterFunc(ctx, func() {
-		log.Info("stopped while opening the data")
-		time.AfterFunc(stopTime/5, func() { // the disk does not answer
-			log.flush()
-			os.Exit(0)
-		})
-	})
-	data, err := openStore(ctx, c, s)
-	loading()
+	data, err := openOrStop(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil
@@ -512,6 +519,25 @@ func run(c config, log *queuedLog) error {
 	case failure = <-s.Failed():
 		logFailure(log.Logger, c, failure)
 	}
+	return end(c, log, s, data, failure)
+}
+
+// openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
+// nobody has been told anything, so nothing can be lost.
+func openOrStop(ctx context.Context, c config, s *keyValueServer, log *queuedLog) (*kvstore.Durable, error) {
+	loading := context.AfterFunc(ctx, func() {
+		log.Info("stopped while opening the data")
+		time.AfterFunc(stopTime/5, func() { // the disk does not answer
+			log.flush()
+			os.Exit(0)
+		})
+	})
+	defer loading()
+	return openStore(ctx, c, s)
+}
+
+// end ends s and its data, after a failure or none.
+func end(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable, failure error) error {
 	late := giveUp(log, data)
 	s.Close()
 	if data != nil {
@@ -1352,46 +1378,53 @@ func (t *talker) converse() (good bool, err error) {
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
-		if err != nil && err != bufio.ErrBufferFull {
+		switch {
+		case err != nil && err != bufio.ErrBufferFull:
 			t.clear()
 			w.Flush()
 			return t.ended(err, welcome, good)
-		}
-		isAnswer := start
-		switch {
-		case !welcome:
+		case welcome:
+			isAnswer, isError := t.show(w, part, start)
+			if good = good && !isError; isError && t.stops {
+				return false, errStopped
+			}
+			if isAnswer {
+				t.answered(w)
+			}
+		default:
 			if err := checkWelcome(part); err != nil {
 				return false, err
 			}
 			if welcome = true; t.silence == 0 {
 				t.conn.SetReadDeadline(time.Time{})
 			}
-		case !start || part[0] != ':':
-			w.Write(part)
-			isAnswer = false
-		case bytes.HasPrefix(part, []byte(": ")):
-			w.Write(part[2:])
-			isAnswer = false
-		case bytes.HasPrefix(part, []byte(":PONG")):
-			w.Write(part)
-		case bytes.HasPrefix(part, []byte(":ERROR line ")):
-			good = false
-			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
-			n, _ := strconv.Atoi(number)
-			t.clear()
-			w.Flush()
-			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
-			if t.stops {
-				return false, errStopped
-			}
-		case t.isTyped: // :OK
-			w.Write(part)
-		}
-		start = err == nil
-		if isAnswer {
 			t.answered(w)
 		}
+		start = err == nil
 	}
+}
+
+// show shows a line that the server has sent, or a part of one. It tells whether that ends
+// the answer to a request, and whether that is an error.
+func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isError bool) {
+	switch {
+	case !start || part[0] != ':':
+		w.Write(part)
+		return false, false
+	case bytes.HasPrefix(part, []byte(": ")):
+		w.Write(part[2:])
+		return false, false
+	case bytes.HasPrefix(part, []byte(":ERROR line ")):
+		number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
+		n, _ := strconv.Atoi(number)
+		t.clear()
+		w.Flush()
+		fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
+		return true, true
+	case bytes.HasPrefix(part, []byte(":PONG")) || t.isTyped: // or :OK
+		w.Write(part)
+	}
+	return true, false
 }
 
 // answered takes note of an answer.

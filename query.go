@@ -8,9 +8,9 @@ import (
 	"kvserver/kvstore"
 )
 
-// Query is one request on its way: parsed by a client's readFromClient, run and
-// answered by workLoop. One goroutine at a time has it; the queries and done
-// channels pass it on.
+// Query is one request on its way: parsed by a client's readFromClient, run by workLoop,
+// and answered by that or, where it takes long, by deliver or list. One goroutine at a
+// time has it; the queries and done channels pass it on.
 type Query struct {
 	key       string
 	value     string // also: a Ping's token, a malformed line's fault

@@ -327,9 +327,10 @@ func (s *keyValueServer) ask(what queryType) int {
 // one fails. From then on the server answers nothing; Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server: requests that were read are run, and their replies
-// flushed to clients that take them within closeTime. It returns when all the
-// server's goroutines have ended; the store is the caller's again.
+// Close ends the server: requests that were read are run, but for those behind a Keys or
+// Dump that is broken off, and their replies are flushed to clients that take them within
+// closeTime. It returns when all the server's goroutines have ended; the store is the
+// caller's again.
 func (s *keyValueServer) Close() {
 	<-s.turn
 	if !s.closed {

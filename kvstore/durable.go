@@ -120,7 +120,9 @@ type Durable struct {
 	writing chan struct{} // one slot, for who writes a frame or changes the file: Commit or the timer
 	fsyncs  chan struct{} // one slot, for who syncs: taken behind writing, where both are
 
-	mu       sync.Mutex // guards what is below, for the timer and whoever commits
+	// mu guards what is below, for the timer and whoever commits. Who has writing is the
+	// only one to change current and sequence, and may read them without it.
+	mu       sync.Mutex
 	current  *logWriter
 	sequence uint64        // of the last frame written
 	synced   uint64        // of the last frame known to be on disk

@@ -93,9 +93,9 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case expired:
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
-	if w.before != nil {
+	if number := w.requests; w.before != nil {
 		w.mu.Unlock()
-		w.before(w.requests)
+		w.before(number)
 		w.mu.Lock()
 	}
 	if w.down == r.URL.Host {
@@ -254,6 +254,13 @@ func (e *fakeEtcd) open(t testing.TB) (*Durable, *etcdWire) {
 		t.Fatal(err)
 	}
 	return d, w
+}
+
+// count is how many requests the process has sent.
+func (w *etcdWire) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.requests
 }
 
 // kill ends a process: nothing of it arrives any more.
@@ -423,7 +430,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 		err = script(t, d, &h)
 	}
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired}, fault)
-	if reached = w.requests >= n; err != nil && (!reached || mended) {
+	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
 	if fault == noSpace && err != nil && !errors.Is(err, syscall.ENOSPC) {
@@ -536,6 +543,7 @@ func TestEtcdTakeover(t *testing.T) {
 				if isLost {
 					want = want[:1]
 				}
+				e.mu.Lock()
 				before := maps.Clone(e.kvs)
 				for _, t := range w.sent { // the network has held up everything
 					e.txn(t)
@@ -543,6 +551,7 @@ func TestEtcdTakeover(t *testing.T) {
 				if !maps.EqualFunc(e.kvs, before, func(a, b etcdKV) bool { return a.Revision == b.Revision }) {
 					t.Errorf("away for %v, standby %v: late requests change something", away, standby)
 				}
+				e.mu.Unlock()
 				if got := second.Get("k"); !slices.Equal(got, want) {
 					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby, got, want)
 				}
@@ -857,8 +866,10 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 			if _, err := BackupIn(dir, local, nil); err != nil {
 				t.Errorf("the server compacts before request %d: %v", n, err)
 			}
-			reached = w.requests >= n
+			reached = w.count() >= n
+			w.mu.Lock()
 			w.requests = 0
+			w.mu.Unlock()
 			if r, err := CheckIn(dir); err != nil || r.Damaged {
 				t.Errorf("the server compacts before request %d of a check: %v, %v", n, r, err)
 			}
