@@ -396,7 +396,8 @@ func (in *input) grow(maxLine int) {
 		size = quietSize
 	case in.full && size < burstSize:
 		size = min(4*size, burstSize)
-	case in.full && in.pending > size/8 && size < 4*burstSize: // lines are long, and the rest of one is copied
+	case in.full && in.pending > size/8 &&
+		size < 4*burstSize: // lines are long, and the rest of one is copied
 		size *= 2
 	case in.pending == size:
 		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
@@ -508,7 +509,8 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			c.end(itQuit, true)
 		case q.queryType == keys || q.queryType == dump:
 			walks = true
-		case q.queryType == malformed && !in.spoke && isHTTP(line) && !(isLong && beginsRequest(line)):
+		case q.queryType == malformed && !in.spoke && isHTTP(line) &&
+			!(isLong && beginsRequest(line)):
 			q.queryType = webRequest
 			c.end(speaksHTTP, true)
 		}
@@ -556,7 +558,8 @@ func (c *Client) list(what queryType, prefix string) {
 		return
 	}
 	if c.moment == nil {
-		c.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys", line: c.in.line})
+		c.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys",
+			line: c.in.line})
 		return
 	}
 	c.listing = true
@@ -738,7 +741,8 @@ type outbox struct {
 // a goroutine.
 func (c *Client) answer(chain *Query) {
 	size := c.measure(chain)
-	if size > min(chunkSize, c.maxMessage) || size > 0 && len(c.buffer) > 0 && (len(c.buffer) >= maxShared || c.isOver()) {
+	if size > min(chunkSize, c.maxMessage) || size > 0 && len(c.buffer) > 0 &&
+		(len(c.buffer) >= maxShared || c.isOver()) {
 		go c.deliver(chain)
 		return
 	}
@@ -930,7 +934,8 @@ func (o *outbox) hasRoom(n int) bool {
 	switch {
 	case waiting == 0:
 		return true
-	case o.working && o.reserved == 0 && o.isOver(): // workLoop, which never waits, has looked before
+	case o.working && o.reserved == 0 &&
+		o.isOver(): // workLoop, which never waits, has looked before
 		return false
 	case o.slow:
 		return waiting+n <= maxBufferSize

@@ -263,7 +263,8 @@ func readEnvironment(flags *flag.FlagSet) (err error) {
 			return
 		}
 		if value := os.Getenv(name); value != "" && flags.Set(f.Name, value) != nil {
-			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name), example(f) + seeHelp}
+			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name)
+			err = problem{what, example(f) + seeHelp}
 		}
 	})
 	return err
@@ -273,7 +274,8 @@ func readEnvironment(flags *flag.FlagSet) (err error) {
 func flagProblem(flags *flag.FlagSet, err error) error {
 	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
 	if unknown {
-		return problem{"unknown flag " + name, similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
+		return problem{"unknown flag " + name,
+			similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
 	}
 	todo := seeHelp
 	flags.VisitAll(func(f *flag.Flag) {
@@ -291,11 +293,14 @@ func (c *config) checkValues() error {
 		return problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine),
 			fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
 	case c.maxClients < 1:
-		return problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients), "Give at least 1, as in -max-clients 10000."}
+		return problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients),
+			"Give at least 1, as in -max-clients 10000."}
 	case c.timeout < 0:
-		return problem{fmt.Sprintf("-timeout %v is out of range", c.timeout), "Give a time such as 5s, or 0 for none."}
+		return problem{fmt.Sprintf("-timeout %v is out of range", c.timeout),
+			"Give a time such as 5s, or 0 for none."}
 	case c.writeTimeout < 0:
-		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout), "Give a time such as 5m, or 0 for no limit."}
+		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout),
+			"Give a time such as 5m, or 0 for no limit."}
 	case c.log != "text" && c.log != "json":
 		return problem{fmt.Sprintf("-log %q is none of its values", c.log), "Give text or json."}
 	}
@@ -308,7 +313,8 @@ func (c *config) checkRequests() error {
 	for _, request := range c.requests {
 		switch {
 		case !c.client:
-			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", request),
+			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags",
+				request),
 				"To send a request: kvserver -c " + request + "   " + seeHelp}
 		case strings.HasPrefix(request, "-"):
 			return problem{fmt.Sprintf("%q is no request", request),
@@ -327,20 +333,25 @@ func (c *config) checkTogether(given map[string]bool) error {
 	asks := c.client || c.ping
 	switch {
 	case kvstore.IsEtcd(c.data) && c.fsync != "always":
-		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd", "Leave it out: what is answered is in etcd."}
+		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd",
+			"Leave it out: what is answered is in etcd."}
 	case given["data"] && c.data == "":
-		return problem{"-data is empty", "Give a directory, or leave -data out to keep the data in memory only."}
+		return problem{"-data is empty",
+			"Give a directory, or leave -data out to keep the data in memory only."}
 	case given["fsync"] && c.data == "" && !asks:
-		return problem{"-fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync " + c.fsync + "."}
+		return problem{"-fsync is for data on disk, and there is none",
+			"Give a directory, as in -data data -fsync " + c.fsync + "."}
 	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
 		return problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both",
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
 	case asks && c.cert != "" && c.ca == "":
-		return problem{"-tls-cert with -c or -ping needs -tls-ca", "Say whose certificate the server has, as in -tls-ca ca.pem."}
+		return problem{"-tls-cert with -c or -ping needs -tls-ca",
+			"Say whose certificate the server has, as in -tls-ca ca.pem."}
 	case !c.client && c.stop:
 		return problem{"-stop is for -c", "Give both: kvserver -c -stop < FILE"}
 	case !asks && c.ca != "":
-		return problem{"-tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca " + c.ca}
+		return problem{"-tls-ca is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca " + c.ca}
 	}
 	return nil
 }
@@ -381,12 +392,14 @@ func (s *size) Set(text string) error {
 // been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
 	flags := new(config).flags()
-	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true, "KVSERVER_ETCD_USER": true}
+	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true,
+		"KVSERVER_ETCD_USER": true}
 	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
 		text, ours := strings.CutPrefix(name, "KVSERVER_")
-		if !ours || known[name] || strings.HasPrefix(text, "SERVICE_") || strings.HasPrefix(text, "PORT_") || strings.HasPrefix(text, "TEST_") {
+		if !ours || known[name] || strings.HasPrefix(text, "SERVICE_") ||
+			strings.HasPrefix(text, "PORT_") || strings.HasPrefix(text, "TEST_") {
 			continue
 		}
 		todo := seeHelp
@@ -395,7 +408,8 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 				todo = "Did you mean " + v + " ?"
 			}
 		})
-		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name, "todo", todo)
+		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
+			"todo", todo)
 	}
 }
 
@@ -406,7 +420,9 @@ func example(f *flag.Flag) string {
 
 // similarFlag suggests the flag that an unknown one may have been meant to be.
 func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
-	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr", "bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v", "client": "c", "metrics": "http"}[name]
+	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
+		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
+		"client": "c", "metrics": "http"}[name]
 	flags.VisitAll(func(f *flag.Flag) {
 		if f.Name == other || oneSlip(name, f.Name) && len(f.Name) > 2 {
 			suggestion = "Did you mean -" + f.Name + " ? "
@@ -425,7 +441,8 @@ func parseFsync(s string) (time.Duration, error) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d < time.Millisecond || d > time.Hour {
-		return 0, problem{fmt.Sprintf("-fsync %q is none of its values", s), "Give always, never, or a time from 1ms to 1h, as in -fsync 1s."}
+		return 0, problem{fmt.Sprintf("-fsync %q is none of its values", s),
+			"Give always, never, or a time from 1ms to 1h, as in -fsync 1s."}
 	}
 	return d, nil
 }
@@ -442,7 +459,8 @@ func fullAddr(name, addr string) (string, error) {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr), "Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
+		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
 	}
 	return full, nil
 }
@@ -524,7 +542,8 @@ func run(c config, log *queuedLog) error {
 
 // openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
 // nobody has been told anything, so nothing can be lost.
-func openOrStop(ctx context.Context, c config, s *keyValueServer, log *queuedLog) (*kvstore.Durable, error) {
+func openOrStop(ctx context.Context, c config, s *keyValueServer,
+	log *queuedLog) (*kvstore.Durable, error) {
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
 		time.AfterFunc(stopTime/5, func() { // the disk does not answer
@@ -556,7 +575,8 @@ func end(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable, fai
 // giveUp ends the process if it does not end within stopTime.
 func giveUp(log *queuedLog, data *kvstore.Durable) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
-		log.Error("stopping takes too long, giving up; what was not answered may not be kept", "limit", stopTime, "fsync", data.Syncing())
+		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
+			"limit", stopTime, "fsync", data.Syncing())
 		log.flush()
 		os.Exit(exitFailure)
 	})
@@ -594,8 +614,9 @@ func (p *pacer) choose() {
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
 	p.server.other.Store(max(0, live-p.server.used.Load())) // snapshots, requests under way
 	garbage := garbageMin + live/garbageShare + min(linked, live)
-	percent := int(garbage * 100 / max(live, garbageMin/6))   // Go takes the least heap to be 4 MiB
-	if percent < p.percent*9/10 || percent > p.percent*10/9 { // setting it stops everybody for a moment
+	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
+	// Setting it stops everybody for a moment.
+	if percent < p.percent*9/10 || percent > p.percent*10/9 {
 		p.percent = percent
 		debug.SetGCPercent(percent)
 	}
@@ -605,7 +626,8 @@ func (p *pacer) choose() {
 func logFailure(log *slog.Logger, c config, err error) {
 	var p problem
 	errors.As(storeProblem(c, err), &p)
-	log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
+	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
+		"todo", p.todo)
 }
 
 // Bytes of -max-memory that are not for data: the program, its stacks, garbage, and what
@@ -646,7 +668,8 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	}
 	addr := listener.Addr().(*net.TCPAddr)
 	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr.String())
+		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+			addr.String())
 	}
 	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
 }
@@ -763,7 +786,8 @@ func (l *queuedLog) flush() {
 
 // listenFor listens where c says, for clients of s. again is the signal to read the
 // certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener, err error) {
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
+	err error) {
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
@@ -782,7 +806,8 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 		return nil, listenProblem("http", addr, err)
 	}
 	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr", listener.Addr().String())
+		s.log.Warn("anyone who can reach this address can watch the server", "addr",
+			listener.Addr().String())
 	}
 	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
 	host, _, _ := net.SplitHostPort(addr)
@@ -800,7 +825,8 @@ func openStore(ctx context.Context, c config, s *keyValueServer) (*kvstore.Durab
 	if err != nil {
 		return nil, err
 	}
-	d, err := kvstore.Open(ctx, c.data, kvstore.Options{Fsync: fsync, Log: s.log, Addr: c.addr, Status: s.status})
+	d, err := kvstore.Open(ctx, c.data, kvstore.Options{Fsync: fsync, Log: s.log, Addr: c.addr,
+		Status: s.status})
 	if err != nil {
 		return nil, err
 	}
@@ -814,7 +840,8 @@ func storeProblem(c config, err error) error {
 	var damage *kvstore.DamageError
 	todo := "Mend the cause, then start again: everything that was answered is on disk."
 	if c.fsync != "always" {
-		todo = "Mend the cause, then start again. With -fsync " + c.fsync + " the last that was answered may not be on disk: look what is there."
+		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
+			" the last that was answered may not be on disk: look what is there."
 	}
 	switch {
 	case errors.Is(err, kvstore.ErrTakenOver):
@@ -853,9 +880,12 @@ func inspect(command string, args []string) int {
 	if command == "backup" {
 		needs, want = "a data directory and a new one for the copy", 2
 	}
-	if len(args) != want || slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
-		example := map[string]string{"check": "data", "repair": "data", "backup": "data copy"}[command]
-		complain(os.Stderr, problem{command + " needs " + needs, "Give the one that the server has, as in kvserver " + command + " " + example + "."})
+	if len(args) != want || slices.ContainsFunc(args,
+		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
+		example := map[string]string{"check": "data", "repair": "data",
+			"backup": "data copy"}[command]
+		complain(os.Stderr, problem{command + " needs " + needs,
+			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
 		return exitMisuse
 	}
 	dir := args[0]
@@ -874,17 +904,22 @@ func inspect(command string, args []string) int {
 	}
 	switch {
 	case errors.Is(err, kvstore.ErrMissing):
-		complain(os.Stderr, problem{err.Error(), "Give the directory that the server has as -data."})
+		complain(os.Stderr, problem{err.Error(),
+			"Give the directory that the server has as -data."})
 	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
-		complain(os.Stderr, problem{err.Error(), "Nothing was copied. Give a store, and a new or an empty directory that is not inside it."})
+		complain(os.Stderr, problem{err.Error(),
+			"Nothing was copied. Give a store, and a new or an empty directory that is not inside it."})
 	case command == "backup" && err != nil && !errors.As(err, new(*kvstore.DamageError)):
-		complain(os.Stderr, problem{err.Error(), "Nothing was copied. Mend the cause, then try again."})
+		complain(os.Stderr, problem{err.Error(),
+			"Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
 		complain(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
 	case report.Damaged && command == "check":
-		complain(os.Stderr, problem{dir + " is damaged", "Restore a backup, or save what can be saved: kvserver repair " + dir})
+		complain(os.Stderr, problem{dir + " is damaged",
+			"Restore a backup, or save what can be saved: kvserver repair " + dir})
 	case report.Lost:
-		complain(os.Stderr, problem{"some of what was in " + dir + " is lost", "The store opens again. Look at what is back: what is lost may have been a Delete."})
+		complain(os.Stderr, problem{"some of what was in " + dir + " is lost",
+			"The store opens again. Look at what is back: what is lost may have been a Delete."})
 	default:
 		return 0
 	}
@@ -938,9 +973,11 @@ func listenProblem(name, addr string, err error) error {
 	switch {
 	case isInUse(err):
 		who = userOf(port)
-		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ", strings.TrimPrefix(freeAddr(host, port), "localhost:"))
+		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ",
+			strings.TrimPrefix(freeAddr(host, port), "localhost:"))
 	case errors.Is(err, syscall.EACCES):
-		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name + " 9999"
+		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name +
+			" 9999"
 	case errors.As(err, &dns):
 		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -%s :%s", host, name, port)
 	case isNoAddress(err):
@@ -1005,7 +1042,8 @@ func talk(c config, errs io.Writer) error {
 		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
 		c.requests = []string{"Ping"}
 	}
-	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs, stops: c.stop, silence: c.timeout}
+	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
+		stops: c.stop, silence: c.timeout}
 	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
 	t.tells = isTerminal(os.Stderr) && !t.isTyped
 	if t.isTyped {
@@ -1032,19 +1070,27 @@ func (t *talker) problem(addr string, err error) error {
 	what := fmt.Sprintf("%s: %v; answered through line %d of the input", addr, err, through)
 	switch {
 	case errors.Is(err, errSilent):
-		return problem{fmt.Sprintf("%s: %v", addr, err), "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
-	case errors.As(err, new(tls.AlertError)) || strings.Contains(err.Error(), "remote error: tls: "):
-		return problem{fmt.Sprintf("%s: %v", addr, err), "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
+		return problem{fmt.Sprintf("%s: %v", addr, err),
+			"Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
+	case errors.As(err, new(tls.AlertError)) ||
+		strings.Contains(err.Error(), "remote error: tls: "):
+		return problem{fmt.Sprintf("%s: %v", addr, err),
+			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
 	case errors.Is(err, errStranger):
-		return problem{fmt.Sprintf("%s: %v", addr, err), "Nothing was done. Look at -addr, or try again later."}
+		return problem{fmt.Sprintf("%s: %v", addr, err),
+			"Nothing was done. Look at -addr, or try again later."}
 	case errors.Is(err, errGone):
-		return problem{fmt.Sprintf("%s: %v", addr, err), "All that was sent is answered. Start it again, then go on."}
+		return problem{fmt.Sprintf("%s: %v", addr, err),
+			"All that was sent is answered. Start it again, then go on."}
 	case errors.Is(err, errStopped):
-		return problem{what, "Nothing after the line with the error was sent. Mend it, then go on: " + how}
+		return problem{what,
+			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
 	case len(t.requests) == 1:
-		return problem{fmt.Sprintf("%s: %v", addr, err), "Whether the request was done is not known: look, then send it again."}
+		return problem{fmt.Sprintf("%s: %v", addr, err),
+			"Whether the request was done is not known: look, then send it again."}
 	}
-	return problem{what, "What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+	return problem{what,
+		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
 }
 
 // dial connects to the first server at c.addr that serves, which becomes c.addr.
@@ -1063,11 +1109,13 @@ func dial(c *config) (conn net.Conn, err error) {
 	addrs := strings.Split(c.addr, ",")
 	for _, addr := range addrs {
 		host, port, splitErr := net.SplitHostPort(addr)
-		if ip := net.ParseIP(host); splitErr == nil && (host == "" || ip != nil && ip.IsUnspecified()) {
+		if ip := net.ParseIP(host); splitErr == nil &&
+			(host == "" || ip != nil && ip.IsUnspecified()) {
 			host = "localhost" // as a server's address it means everywhere
 			addr = net.JoinHostPort(host, port)
 		}
-		if _, lookUpErr := net.LookupHost(host); lookUpErr != nil && host == "localhost" { // no /etc/hosts
+		if _, lookUpErr := net.LookupHost(host); lookUpErr != nil &&
+			host == "localhost" { // no /etc/hosts
 			host, addr = "127.0.0.1", net.JoinHostPort("127.0.0.1", port)
 		}
 		conn, err = connect(addr)
@@ -1143,7 +1191,10 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 		return nil, err
 	}
 	go k.watch(again)
-	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }}, nil
+	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config,
+		error) {
+		return k.current.Load(), nil
+	}}, nil
 }
 
 // state is that of the files now.
@@ -1187,7 +1238,8 @@ func (k *keyPair) warn(now time.Time) {
 	case now.Before(end.Add(-warnAhead)):
 		return
 	case now.Before(end):
-		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once", "file", k.c.cert, "until", end)
+		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once",
+			"file", k.c.cert, "until", end)
 	default:
 		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its file, it is read at once", "file", k.c.cert, "until", end)
 	}
@@ -1211,7 +1263,8 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 			}
 		}
 		if err := k.read(); err != nil {
-			k.log.Error("the certificates cannot be read anew, so those from before stay", "error", err)
+			k.log.Error("the certificates cannot be read anew, so those from before stay", "error",
+				err)
 		}
 	}
 }
@@ -1240,7 +1293,9 @@ func ownTLS(c config) (*tls.Config, error) {
 	}
 	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
 	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v", c.cert, c.key, err), "Give two files in PEM format that belong together; the README shows how to make them."}
+		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v",
+			c.cert, c.key,
+			err), "Give two files in PEM format that belong together; the README shows how to make them."}
 	}
 	config.Certificates = []tls.Certificate{pair}
 	return config, nil
@@ -1254,7 +1309,8 @@ func readCA(file string) (*x509.CertPool, error) {
 		err = errors.New(file + " holds no certificate")
 	}
 	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the CA: %v", err), "Give a file in PEM format; the README shows how to make one."}
+		return nil, problem{fmt.Sprintf("cannot read the CA: %v", err),
+			"Give a file in PEM format; the README shows how to make one."}
 	}
 	return pool, nil
 }

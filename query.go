@@ -72,24 +72,33 @@ type verb struct {
 
 // verbs are the requests that a client can send.
 var verbs = [...]verb{
-	get:    {"Get", "Get:key", "a key, without a colon in it", "the key's values, oldest first, as key:value lines"},
-	put:    {"Put", "Put:key:value", "a key and a value", "add value to the key's list; it may hold colons"},
-	update: {"Update", "Update:key:old:new", "a key, an old and a new value, none with a colon in it", "take the first old out, add new at the end"},
-	set:    {"Set", "Set:key:value", "a key and a value", "make value the key's only one; it may hold colons"},
-	remove: {"Remove", "Remove:key:value", "a key and a value", "take the first such value out; it may hold colons"},
-	del:    {"Delete", "Delete:key", "a key, without a colon in it", "remove the key and all its values"},
-	ack:    {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
-	ping:   {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
-	stats:  {"Stats", "Stats", "nothing behind it", "the server's counters"},
-	keys:   {"Keys", "Keys:prefix", "nothing behind it or a prefix, without a colon in it", "the keys (that begin with prefix), as : key lines"},
-	dump:   {"Dump", "Dump", "nothing behind it", "everything, as : Put:key:value lines"},
-	help:   {"Help", "Help", "nothing behind it", "this list; also: ?"},
-	quit:   {"Quit", "Quit", "nothing behind it", "close the connection; also: exit"},
+	get: {"Get", "Get:key", "a key, without a colon in it",
+		"the key's values, oldest first, as key:value lines"},
+	put: {"Put", "Put:key:value", "a key and a value",
+		"add value to the key's list; it may hold colons"},
+	update: {"Update", "Update:key:old:new",
+		"a key, an old and a new value, none with a colon in it",
+		"take the first old out, add new at the end"},
+	set: {"Set", "Set:key:value", "a key and a value",
+		"make value the key's only one; it may hold colons"},
+	remove: {"Remove", "Remove:key:value", "a key and a value",
+		"take the first such value out; it may hold colons"},
+	del: {"Delete", "Delete:key", "a key, without a colon in it",
+		"remove the key and all its values"},
+	ack:   {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
+	ping:  {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
+	stats: {"Stats", "Stats", "nothing behind it", "the server's counters"},
+	keys: {"Keys", "Keys:prefix", "nothing behind it or a prefix, without a colon in it",
+		"the keys (that begin with prefix), as : key lines"},
+	dump: {"Dump", "Dump", "nothing behind it", "everything, as : Put:key:value lines"},
+	help: {"Help", "Help", "nothing behind it", "this list; also: ?"},
+	quit: {"Quit", "Quit", "nothing behind it", "close the connection; also: exit"},
 }
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
-	for _, t := range [...]queryType{put, get, del, update, set, remove, ack, ping, stats, keys, dump, help, quit} {
+	for _, t := range [...]queryType{put, get, del, update, set, remove, ack, ping, stats, keys,
+		dump, help, quit} {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
 	}
 	return append(lines,
@@ -130,8 +139,10 @@ func (q *Query) parse(line string) {
 	if !ok {
 		v := verbs[q.queryType]
 		why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
-		if key, _, more := strings.Cut(rest, ":"); more && key != "" && (q.queryType == get || q.queryType == del) {
-			why += "; a Put like that wrote to the key " + quote(key) + ", for a key ends at its first colon"
+		if key, _, more := strings.Cut(rest, ":"); more && key != "" &&
+			(q.queryType == get || q.queryType == del) {
+			why += "; a Put like that wrote to the key " + quote(key) +
+				", for a key ends at its first colon"
 		}
 		q.refuse(why)
 	}
@@ -262,7 +273,8 @@ func oneSlip(a, b string) bool {
 	case -1:
 		return a == b[1:]
 	case 0:
-		return a != "" && (a[1:] == b[1:] || len(a) > 1 && a[0] == b[1] && a[1] == b[0] && a[2:] == b[2:])
+		return a != "" && (a[1:] == b[1:] || len(a) > 1 && a[0] == b[1] && a[1] == b[0] &&
+			a[2:] == b[2:])
 	}
 	return false
 }

@@ -418,7 +418,8 @@ func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
 	outer := tls.Server(conn, s.tls)
 	if err := outer.HandshakeContext(ctx); err != nil {
 		conn.Close()
-		s.queries <- &Query{queryType: unshaken, key: fmt.Sprint(conn.RemoteAddr()), value: err.Error()}
+		s.queries <- &Query{queryType: unshaken, key: fmt.Sprint(conn.RemoteAddr()),
+			value: err.Error()}
 		return
 	}
 	s.connections <- outer
@@ -465,7 +466,8 @@ func (s *keyValueServer) workLoop() {
 			s.hangUp()
 		}
 	}
-	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(), "replies_dropped", s.dropped.Load())
+	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(),
+		"replies_dropped", s.dropped.Load())
 }
 
 // welcome makes a client of conn.
@@ -493,7 +495,8 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	if n := s.full.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
-	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)", s.maxClients)}
+	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
+		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
 	if s.turned == maxTurnedAway {
 		if underTLS(conn) == conn {
@@ -535,7 +538,8 @@ func (s *keyValueServer) work(q *Query) {
 			s.leave(q.client)
 		case unshaken:
 			if n := s.unshaken.happened(); n > 0 {
-				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key, "reason", q.value)
+				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
+					"reason", q.value)
 			}
 		default:
 			s.begin(q)
@@ -648,7 +652,8 @@ func (s *keyValueServer) run(chain, q *Query) {
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
 	if s.maxMemory > 0 && !q.frees() && s.isFull(q) {
-		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", s.maxMemory))
+		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
+			s.maxMemory))
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise -max-memory", "limit", s.maxMemory, "since_last_line", n)
 		}
@@ -660,7 +665,8 @@ func (s *keyValueServer) admit(q *Query) {
 	if err := s.room.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.frees()); err != nil {
 		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
 		if n := s.noRoom.happened(); n > 0 {
-			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n, "error", err)
+			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n,
+				"error", err)
 		}
 	}
 }
@@ -767,9 +773,11 @@ func (s *keyValueServer) leave(c *Client) {
 		reason = c.broken.Error()
 	}
 	if c.droppedTotal > 0 {
-		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s", c.droppedTotal, reason)
+		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s",
+			c.droppedTotal, reason)
 	}
-	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(), "reason", reason)
+	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(),
+		"reason", reason)
 }
 
 // hangUp begins the end, once: no client is read from any more, and none is
@@ -796,7 +804,8 @@ func (s *keyValueServer) stats() []string {
 		fmt.Sprint("clients_left_total ", s.left),
 	}
 	for t := put; t <= quit; t++ {
-		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ", s.requests[t]))
+		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ",
+			s.requests[t]))
 	}
 	lines = append(lines,
 		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
@@ -822,7 +831,8 @@ func (s *keyValueServer) stats() []string {
 // processBytes is how many bytes of memory the system has given the process, but for its
 // program.
 func processBytes() uint64 {
-	samples := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	samples := []metrics.Sample{{Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(samples)
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
@@ -923,7 +933,8 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 		case strings.HasSuffix(name, "_total"):
 			kind = "counter"
 		}
-		fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %s\n", name, helpOf(name), name, kind, name, labels, value)
+		fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %s\n", name,
+			helpOf(name), name, kind, name, labels, value)
 	}
 	if s.status != nil {
 		writeHistogram(w, "commit_seconds", &s.commits)
@@ -953,7 +964,8 @@ func (s *keyValueServer) watched() (lines []string) {
 		{Name: "/gc/cycles/total:gc-cycles"},
 	}
 	metrics.Read(samples)
-	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes", "go_gc_cycles_total"} {
+	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes",
+		"go_gc_cycles_total"} {
 		lines = append(lines, fmt.Sprint(name, " ", samples[i].Value.Uint64()))
 	}
 	return lines
@@ -961,7 +973,8 @@ func (s *keyValueServer) watched() (lines []string) {
 
 // helpOf says what a metric is.
 func helpOf(name string) string {
-	if verb, isVerb := strings.CutSuffix(name, "_requests_total"); isVerb && name != "refused_requests_total" {
+	if verb, isVerb := strings.CutSuffix(name, "_requests_total"); isVerb &&
+		name != "refused_requests_total" {
 		return "Requests of the kind " + verb + " that were run."
 	}
 	return metricHelp[name]
@@ -1004,12 +1017,14 @@ var metricHelp = map[string]string{
 
 // writeHistogram writes h as Prometheus wants it.
 func writeHistogram(w io.Writer, name string, h *kvstore.Histogram) {
-	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name), name)
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name),
+		name)
 	atMost, all, sum := h.Read()
 	for i, n := range atMost {
 		fmt.Fprintf(w, "kvserver_%s_bucket{le=\"%g\"} %d\n", name, h.Bounds()[i], n)
 	}
-	fmt.Fprintf(w, "kvserver_%s_bucket{le=\"+Inf\"} %d\nkvserver_%s_sum %g\nkvserver_%s_count %d\n", name, all, name, sum, name, all)
+	fmt.Fprintf(w, "kvserver_%s_bucket{le=\"+Inf\"} %d\nkvserver_%s_sum %g\nkvserver_%s_count %d\n",
+		name, all, name, sum, name, all)
 }
 
 // watch serves numbers, health and profiles over HTTP.
@@ -1035,7 +1050,10 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 			io.WriteString(w, "ok\n")
 		}
 	})
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n") })
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter,
+		_ *http.Request) {
+		io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n")
+	})
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)
 	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
@@ -1055,8 +1073,10 @@ func onlyFor(host string, next http.Handler) http.Handler {
 			name = r.Host
 		}
 		name = strings.Trim(name, "[]")
-		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") && !strings.EqualFold(name, host) {
-			http.Error(w, fmt.Sprintf("this is not %.100q: ask for an address or localhost, or give the name in -http", name), http.StatusForbidden)
+		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") &&
+			!strings.EqualFold(name, host) {
+			http.Error(w,
+				fmt.Sprintf("this is not %.100q: ask for an address or localhost, or give the name in -http", name), http.StatusForbidden)
 			return
 		}
 		next.ServeHTTP(w, r)
@@ -1070,14 +1090,17 @@ func oneAtATime(next http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	free <- struct{}{}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if seconds, _ := strconv.ParseFloat(r.FormValue("seconds"), 64); seconds > profileTime.Seconds() {
-			http.Error(w, fmt.Sprintf("seconds=%v is too long: at most %v", seconds, profileTime.Seconds()), http.StatusBadRequest)
+		if seconds, _ := strconv.ParseFloat(r.FormValue("seconds"),
+			64); seconds > profileTime.Seconds() {
+			http.Error(w, fmt.Sprintf("seconds=%v is too long: at most %v", seconds,
+				profileTime.Seconds()), http.StatusBadRequest)
 			return
 		}
 		select {
 		case <-free:
 		default:
-			http.Error(w, "another profile is being taken: try again when it is done", http.StatusServiceUnavailable)
+			http.Error(w, "another profile is being taken: try again when it is done",
+				http.StatusServiceUnavailable)
 			return
 		}
 		began := time.Now()
@@ -1156,7 +1179,8 @@ func listen(addr string) (net.Listener, error) {
 
 // isMissing tells whether the machine does not have the address, or none of its kind.
 func isMissing(err error) bool {
-	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EPROTONOSUPPORT)
+	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
+		errors.Is(err, syscall.EPROTONOSUPPORT)
 }
 
 // isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
@@ -1186,7 +1210,8 @@ type accepted struct {
 
 // listenOnBoth joins two listeners. Each has a goroutine until Close.
 func listenOnBoth(first, second net.Listener) *bothListeners {
-	l := &bothListeners{Listener: first, second: second, accepted: make(chan accepted), closed: make(chan struct{})}
+	l := &bothListeners{Listener: first, second: second, accepted: make(chan accepted),
+		closed: make(chan struct{})}
 	for _, one := range []net.Listener{first, second} {
 		go func() {
 			for {

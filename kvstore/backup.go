@@ -38,8 +38,10 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 // is one, unless it is there, or is in etcd, where there is none to be made.
 func makeDirectory(path, to string) error {
 	if IsEtcd(to) {
-		if a, b := strings.TrimRight(path, "/")+"/", strings.TrimRight(to, "/")+"/"; strings.HasPrefix(a, b) || strings.HasPrefix(b, a) {
-			return fmt.Errorf("%w: %s is inside the store that is to be copied, or around it", ErrNotOurs, to)
+		if a, b := strings.TrimRight(path, "/")+"/", strings.TrimRight(to,
+			"/")+"/"; strings.HasPrefix(a, b) || strings.HasPrefix(b, a) {
+			return fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
+				ErrNotOurs, to)
 		}
 		return nil
 	}
@@ -50,7 +52,8 @@ func makeDirectory(path, to string) error {
 	if err != nil {
 		return err
 	}
-	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil && os.SameFile(source, around) && !IsEtcd(path) {
+	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil &&
+		os.SameFile(source, around) && !IsEtcd(path) {
 		return fmt.Errorf("%w: %s is inside the store that is to be copied", ErrNotOurs, to)
 	}
 	switch err := os.Mkdir(to, 0o700); {
@@ -73,8 +76,10 @@ func BackupIn(dir, out Directory, step func(copied, total int64)) (r Report, err
 		return r, err
 	}
 	for _, name := range names {
-		if !isBeside(name) || strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix) {
-			return r, fmt.Errorf("%w: %s is there: a copy needs a new or an empty directory", ErrNotOurs, out.Path(name))
+		if !isBeside(name) || strings.HasPrefix(name, damagedPrefix) ||
+			strings.HasPrefix(name, tornPrefix) {
+			return r, fmt.Errorf("%w: %s is there: a copy needs a new or an empty directory",
+				ErrNotOurs, out.Path(name))
 		}
 	}
 	held, err := out.Lock(context.Background())
@@ -144,8 +149,9 @@ func (c *copier) copyAll() error {
 			continue
 		}
 		// Others follow: a rotation that came meanwhile, or damage.
-		return &DamageError{File: c.dir.Path(logName(kindSegment, number)), Offset: end.offset, Frame: end.next,
-			What: "the frame that says that another file follows is missing", missing: true}
+		return &DamageError{File: c.dir.Path(logName(kindSegment, number)), Offset: end.offset,
+			Frame: end.next,
+			What:  "the frame that says that another file follows is missing", missing: true}
 	}
 	if err := writeID(c.out, c.id); err != nil {
 		return err
@@ -163,7 +169,8 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 		return end, err
 	}
 	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kind, id: c.id, number: number, first: first}); err != nil {
+	if err := l.checkHeader(fileHeader{kind: kind, id: c.id, number: number,
+		first: first}); err != nil {
 		return end, err
 	}
 	end.header = l.header
@@ -181,11 +188,13 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 			}
 			switch {
 			case err == errEnd && kind == kindSnapshot && last.kind != frameEnd:
-				return &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: "the snapshot has no proper end"}
+				return &DamageError{File: l.path, Offset: l.offset, Frame: l.next,
+					What: "the snapshot has no proper end"}
 			case err == errEnd && kind == kindSnapshot:
 				return nil
 			case err == errEnd:
-				return w.append(frame{sequence: l.next, synced: l.next - 1, kind: frameCleanStop}, nil, 0)
+				return w.append(frame{sequence: l.next, synced: l.next - 1, kind: frameCleanStop},
+					nil, 0)
 			case err != nil:
 				return err
 			}

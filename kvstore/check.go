@@ -112,12 +112,14 @@ func check(dir Directory) (r Report, err error) {
 
 // checkSegment checks the first of these segments, adds it to m, and returns the
 // sequence with which the next begins, and the others.
-func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first uint64, m *Memory) (next uint64, others []uint64, err error) {
+func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first uint64,
+	m *Memory) (next uint64, others []uint64, err error) {
 	name := dir.Path(logName(kindSegment, numbers[0]))
 	end, err := loadSegment(dir, id, numbers[0], first, len(numbers) <= 2, m, anyFrame)
 	stopped := false
 	if err == nil && end.goesOn && len(numbers) == 1 {
-		if f, _, openErr := dir.Open(logName(kindSegment, numbers[0]+1)); openErr == nil { // a rotation came since we looked
+		if f, _, openErr := dir.Open(logName(kindSegment,
+			numbers[0]+1)); openErr == nil { // a rotation came since we looked
 			f.Close()
 			numbers = append(numbers, numbers[0]+1)
 		}
@@ -186,7 +188,8 @@ func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 	// The new snapshot's name makes it the store, at once.
 	next := s.last + 1
 	segment := fileHeader{kind: kindSegment, id: s.id, number: highest + 2, first: next}
-	if _, err := createLog(dir, logName(segment.kind, segment.number), segment, noFrames); err != nil {
+	if _, err := createLog(dir, logName(segment.kind, segment.number), segment,
+		noFrames); err != nil {
 		return r, err
 	}
 	whole := fileHeader{kind: kindSnapshot, id: s.id, number: highest + 1, first: next}
@@ -207,7 +210,8 @@ func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 		}
 	}
 	keys, values, bytes := s.m.Size()
-	r.say("repaired: %d keys, %d values, %d bytes of data; what was found is in %s", keys, values, bytes, dir.Path(kept))
+	r.say("repaired: %d keys, %d values, %d bytes of data; what was found is in %s", keys, values,
+		bytes, dir.Path(kept))
 	return r, dir.Sync()
 }
 
@@ -275,7 +279,8 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 	}
 	for i, number := range segments {
 		if number > highest+1 {
-			s.lose("what was between %s and %s: files are missing", s.dir.Path(logName(kindSegment, highest)), s.dir.Path(logName(kindSegment, number)))
+			s.lose("what was between %s and %s: files are missing",
+				s.dir.Path(logName(kindSegment, highest)), s.dir.Path(logName(kindSegment, number)))
 		}
 		if err := s.read(kindSegment, number, i == len(segments)-1); err != nil {
 			return 0, err

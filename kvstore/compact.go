@@ -73,7 +73,8 @@ func (d *Durable) noteCompaction(c compaction) {
 	case errStopped:
 	default:
 		d.compactAfter = time.Now().Add(compactTime)
-		d.log.Error("cannot compact the log, it goes on growing; trying again", "in", compactTime, "error", c.err)
+		d.log.Error("cannot compact the log, it goes on growing; trying again", "in", compactTime,
+			"error", c.err)
 	}
 }
 
@@ -168,7 +169,8 @@ type progress struct {
 }
 
 // newProgress prepares to tell of the load of l.
-func newProgress(ctx context.Context, log *slog.Logger, status *Status, dir Directory, l layout) *progress {
+func newProgress(ctx context.Context, log *slog.Logger, status *Status, dir Directory,
+	l layout) *progress {
 	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
 	count := func(name string) {
 		if f, size, err := dir.Open(name); err == nil { // who reads it will complain
@@ -201,5 +203,6 @@ func (p *progress) step(f frame) error {
 
 func (p *progress) end(m *Memory) {
 	keys, values, _ := m.Size()
-	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files, "bytes", p.total, "took", time.Since(p.start).Round(time.Millisecond))
+	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files,
+		"bytes", p.total, "took", time.Since(p.start).Round(time.Millisecond))
 }

@@ -50,7 +50,8 @@ func (e *DamageError) Error() string {
 	if e.Frame == 0 {
 		return fmt.Sprintf("%s is damaged: %s", e.File, e.What)
 	}
-	return fmt.Sprintf("%s is damaged at offset %d, frame %d: %s", e.File, e.Offset, e.Frame, e.What)
+	return fmt.Sprintf("%s is damaged at offset %d, frame %d: %s", e.File, e.Offset, e.Frame,
+		e.What)
 }
 
 // Fsync values other than a time between two fsyncs.
@@ -223,7 +224,8 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 	}
 	number, err := strconv.ParseUint(text, 10, 64)
 	const most = 1 << 62 // so that there is always a next one
-	return kind, number, isLog && kind != 0 && err == nil && number < most && logName(kind, number) == name
+	return kind, number, isLog && kind != 0 && err == nil && number < most &&
+		logName(kind, number) == name
 }
 
 // Put appends value to key's list.
@@ -543,7 +545,8 @@ func (d *Durable) syncLater() {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.timer == nil && d.underWay == nil && d.err == nil && (d.synced < d.sequence || !d.vouched) {
+	if d.timer == nil && d.underWay == nil && d.err == nil &&
+		(d.synced < d.sequence || !d.vouched) {
 		d.timer = time.AfterFunc(wait, d.tick)
 	}
 }

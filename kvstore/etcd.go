@@ -175,7 +175,8 @@ func named(err error) error {
 // isUntrusted tells whether one side of a connection wants no part of the other.
 func isUntrusted(err error) bool {
 	alert, record, certificate := tls.AlertError(0), tls.RecordHeaderError{}, (*tls.CertificateVerificationError)(nil)
-	return errors.As(err, &alert) || errors.As(err, &record) || errors.As(err, &certificate) || errors.Is(err, http.ErrSchemeMismatch)
+	return errors.As(err, &alert) || errors.As(err, &record) || errors.As(err, &certificate) ||
+		errors.Is(err, http.ErrSchemeMismatch)
 }
 
 // newEtcdClient returns a client for the members at hosts. With TLS, query may name files:
@@ -183,7 +184,8 @@ func isUntrusted(err error) bool {
 func newEtcdClient(hosts []string, encrypted bool, query url.Values) (*etcdClient, error) {
 	c := &etcdClient{}
 	c.user, c.password, _ = strings.Cut(os.Getenv("KVSERVER_ETCD_USER"), ":")
-	transport := &http.Transport{MaxIdleConnsPerHost: 16, DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}
+	transport := &http.Transport{MaxIdleConnsPerHost: 16,
+		DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}
 	c.http = &http.Client{Transport: transport}
 	scheme := "http://"
 	if encrypted {
@@ -201,7 +203,8 @@ func newEtcdClient(hosts []string, encrypted bool, query url.Values) (*etcdClien
 		if cert := query.Get("cert"); cert != "" {
 			pair, err := tls.LoadX509KeyPair(cert, cmp.Or(query.Get("key"), cert))
 			if err != nil {
-				return nil, fmt.Errorf("%w: cannot read our certificate for it: %w", ErrRefused, err)
+				return nil, fmt.Errorf("%w: cannot read our certificate for it: %w", ErrRefused,
+					err)
 			}
 			config.Certificates = []tls.Certificate{pair}
 		}
@@ -213,10 +216,12 @@ func newEtcdClient(hosts []string, encrypted bool, query url.Values) (*etcdClien
 }
 
 // post sends one request to one member. After a failure the next goes to another one.
-func (c *etcdClient) post(ctx context.Context, at string, request any) (answer etcdAnswer, err error) {
+func (c *etcdClient) post(ctx context.Context, at string,
+	request any) (answer etcdAnswer, err error) {
 	member := c.member.Load()
 	if c.user != "" && c.token.Load() == nil && at != "auth/authenticate" {
-		login, err := c.post(ctx, "auth/authenticate", map[string]string{"name": c.user, "password": c.password})
+		login, err := c.post(ctx, "auth/authenticate",
+			map[string]string{"name": c.user, "password": c.password})
 		if err != nil {
 			return answer, err
 		}
@@ -244,7 +249,8 @@ func (c *etcdClient) preferLeader(ctx context.Context) {
 	defer cancel()
 	for i, member := range c.members {
 		var status etcdAnswer
-		if c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &status) == nil && status.Leader == status.Header.Member && status.Leader != "" {
+		if c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &status) == nil &&
+			status.Leader == status.Header.Member && status.Leader != "" {
 			c.member.Store(int32(i))
 			return
 		}
@@ -252,7 +258,8 @@ func (c *etcdClient) preferLeader(ctx context.Context) {
 }
 
 // exchange sends a request and reads the answer.
-func (c *etcdClient) exchange(ctx context.Context, url string, request any, answer *etcdAnswer) error {
+func (c *etcdClient) exchange(ctx context.Context, url string, request any,
+	answer *etcdAnswer) error {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return err
@@ -278,7 +285,8 @@ func (c *etcdClient) exchange(ctx context.Context, url string, request any, answ
 	}
 	refusal := &etcdError{}
 	if json.Unmarshal(text, refusal) != nil || refusal.Message == "" {
-		refusal.Message, refusal.Code = fmt.Sprintf("%s answers %s: %.100q", url, response.Status, text), 14
+		refusal.Message, refusal.Code = fmt.Sprintf("%s answers %s: %.100q", url, response.Status,
+			text), 14
 		if response.StatusCode/100 == 4 { // somebody else answers there, or wants TLS
 			refusal.Code = 12
 		}
@@ -368,7 +376,8 @@ func openEtcd(ctx context.Context, address string, opts Options) (*etcdDirectory
 	if err != nil {
 		return nil, err
 	}
-	d := &etcdDirectory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/", client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1)}
+	d := &etcdDirectory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
+		client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1)}
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -434,7 +443,8 @@ func (d *etcdDirectory) change(ops ...etcdOp) error {
 	case err != nil: // it is not known whether it was done, and so not what the next step is
 		return d.lock.lost(err)
 	case answer.Succeeded: // now
-	case len(answer.Responses) == 1 && len(answer.Responses[0].Range.KVs) == 1 && bytes.Equal(answer.Responses[0].Range.KVs[0].Value, after): // the first time
+	case len(answer.Responses) == 1 && len(answer.Responses[0].Range.KVs) == 1 &&
+		bytes.Equal(answer.Responses[0].Range.KVs[0].Value, after): // the first time
 	default:
 		return d.lock.lost(ErrTakenOver)
 	}
@@ -447,7 +457,8 @@ func (d *etcdDirectory) do(op etcdOp) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
 	}
-	answer, err := d.call("kv/txn", etcdTxn{Compare: []etcdCompare{d.lock.isOurs()}, Success: []etcdOp{op}})
+	answer, err := d.call("kv/txn", etcdTxn{Compare: []etcdCompare{d.lock.isOurs()},
+		Success: []etcdOp{op}})
 	switch {
 	case err != nil: // it may yet be done
 		return d.lock.lost(err)
@@ -546,7 +557,8 @@ func (d *etcdDirectory) Rename(from, to string) error {
 	if err != nil {
 		return err
 	}
-	if err := d.change(etcdPut(d.key("n/"+to), []byte(id)), etcdDelete(d.key("n/"+from), nil)); err != nil {
+	if err := d.change(etcdPut(d.key("n/"+to), []byte(id)),
+		etcdDelete(d.key("n/"+from), nil)); err != nil {
 		return err
 	}
 	return d.forget(names, to)
@@ -686,9 +698,12 @@ func (f *etcdFile) look() error {
 		kvs, err := f.d.get(etcdRange{Key: from, End: below(all), Limit: etcdKeys, KeysOnly: true})
 		for _, kv := range kvs {
 			var s etcdSpan
-			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all)), "%x-%x-%x", &s.number, &s.start, &s.size)
-			if s.number < f.known || s.start < 0 || s.start > etcdFileMost || s.size < 0 || s.size > etcdPiece || !bytes.Equal(kv.Key, f.key(s.number, s.start, s.size)) {
-				return &DamageError{File: f.d.Path(f.name), What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
+			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all)), "%x-%x-%x", &s.number,
+				&s.start, &s.size)
+			if s.number < f.known || s.start < 0 || s.start > etcdFileMost || s.size < 0 ||
+				s.size > etcdPiece || !bytes.Equal(kv.Key, f.key(s.number, s.start, s.size)) {
+				return &DamageError{File: f.d.Path(f.name),
+					What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
 			}
 			f.known = s.number + 1
 			f.found++
@@ -786,12 +801,15 @@ func (f *etcdFile) piece(i int) ([]byte, error) {
 		f.ahead = etcdAhead
 	}
 	f.first, f.page = s.number, nil
-	for sum := int64(0); i < len(f.spans) && f.spans[i].number == f.first+len(f.page) && len(f.page) < etcdKeys && (sum == 0 || sum+f.spans[i].size <= f.ahead); i++ {
+	for sum := int64(0); i < len(f.spans) && f.spans[i].number == f.first+len(f.page) &&
+		len(f.page) < etcdKeys && (sum == 0 || sum+f.spans[i].size <= f.ahead); i++ {
 		s = f.spans[i]
 		sum += s.size
-		f.page = append(f.page, etcdKV{Key: f.key(s.number, s.start, s.size), Value: make([]byte, s.size)})
+		f.page = append(f.page, etcdKV{Key: f.key(s.number, s.start, s.size),
+			Value: make([]byte, s.size)})
 	}
-	kvs, err := f.d.get(etcdRange{Key: f.page[0].Key, End: append(slices.Clone(f.page[len(f.page)-1].Key), 0)})
+	kvs, err := f.d.get(etcdRange{Key: f.page[0].Key,
+		End: append(slices.Clone(f.page[len(f.page)-1].Key), 0)})
 	if err == nil && len(kvs) < len(f.page) { // it is damaged, if it is still there
 		err = f.isThere()
 	}
@@ -807,7 +825,8 @@ func (f *etcdFile) piece(i int) ([]byte, error) {
 		if k == len(f.page) {
 			break
 		}
-		if data := unpack(kv.Value, int64(len(f.page[k].Value))); len(data) == len(f.page[k].Value) {
+		data := unpack(kv.Value, int64(len(f.page[k].Value)))
+		if len(data) == len(f.page[k].Value) {
 			f.page[k].Value = data
 		}
 	}
@@ -910,7 +929,8 @@ type etcdOwner struct {
 }
 
 func (o etcdOwner) String() string {
-	return fmt.Sprintf("by process %s, which serves %s since %s", o.Process, cmp.Or(o.Addr, "nothing"), o.Since.UTC().Format(time.RFC3339))
+	return fmt.Sprintf("by process %s, which serves %s since %s", o.Process,
+		cmp.Or(o.Addr, "nothing"), o.Since.UTC().Format(time.RFC3339))
 }
 
 // etcdLock is the lock while it is held, until ctx is done: its cause says why.
@@ -1005,7 +1025,8 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 		if isWaiting && told != o.Token {
 			told = o.Token
 			d.opts.Status.set("standby: the data is in use " + o.String())
-			d.log.Info("standing by: another server has the data", "addr", o.Addr, "process", o.Process, "since", o.Since)
+			d.log.Info("standing by: another server has the data", "addr", o.Addr,
+				"process", o.Process, "since", o.Since)
 		}
 	}
 	d.lock = l
@@ -1023,8 +1044,10 @@ func (d *etcdDirectory) Lock(ctx context.Context) (Lock, error) {
 // newLock returns a lock that is not taken yet.
 func (d *etcdDirectory) newLock() *etcdLock {
 	host, _ := os.Hostname()
-	owner := etcdOwner{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host), Token: rand.Text()}
-	return &etcdLock{d: d, owner: owner, beaten: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{})}
+	owner := etcdOwner{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host),
+		Token: rand.Text()}
+	return &etcdLock{d: d, owner: owner, beaten: make(chan struct{}, 1), stop: make(chan struct{}),
+		ended: make(chan struct{})}
 }
 
 // take takes the lock that o has, or had, unless that has shown a sign of life since

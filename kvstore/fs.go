@@ -269,7 +269,8 @@ func (d *osDirectory) Lock(context.Context) (Lock, error) {
 	}
 	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
 		host, _ := os.Hostname()
-		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host, time.Now().UTC().Format(time.RFC3339))
+		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
+			time.Now().UTC().Format(time.RFC3339))
 	}
 	return &osLock{File: f, info: info, dir: d}, nil
 }

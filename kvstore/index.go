@@ -150,7 +150,8 @@ func (m *Memory) split(h uint64) {
 		m.dir, m.shift = dir, m.shift-1
 	}
 	bit := uint64(1) << (63 - old.depth)
-	low, high := &page{epoch: m.epoch, depth: old.depth + 1}, &page{epoch: m.epoch, depth: old.depth + 1}
+	low, high := &page{epoch: m.epoch, depth: old.depth + 1}, &page{epoch: m.epoch,
+		depth: old.depth + 1}
 	for _, slot := range old.slots {
 		switch {
 		case slot == 0:

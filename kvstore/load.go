@@ -38,7 +38,9 @@ func readLayout(dir Directory) (l layout, err error) {
 	for _, name := range names {
 		kind, number, ok := parseName(name)
 		switch {
-		case strings.HasSuffix(name, tmpSuffix), ok && kind == kindSnapshot && number < l.snapshot, ok && kind == kindSegment && number <= l.snapshot:
+		case strings.HasSuffix(name, tmpSuffix),
+			ok && kind == kindSnapshot && number < l.snapshot,
+			ok && kind == kindSegment && number <= l.snapshot:
 			l.obsolete = append(l.obsolete, name)
 		case ok && kind == kindSegment:
 			l.segments = append(l.segments, number)
@@ -47,11 +49,13 @@ func readLayout(dir Directory) (l layout, err error) {
 	slices.Sort(l.segments)
 	for i, number := range l.segments {
 		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, &DamageError{File: dir.Path(logName(kindSegment, want)), What: "the file is missing", missing: true}
+			return l, &DamageError{File: dir.Path(logName(kindSegment, want)),
+				What: "the file is missing", missing: true}
 		}
 	}
 	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
-		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)), What: "the file is missing", missing: true}
+		return l, &DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)),
+			What: "the file is missing", missing: true}
 	}
 	return l, nil
 }
@@ -88,10 +92,12 @@ func readID(dir Directory) (id storeID, found bool, err error) {
 	}
 	var version int
 	var text string
-	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil && version != fileVersion {
+	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
+		version != fileVersion {
 		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), ErrNewer, version)
 	}
-	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil || n != len(id) || len(text) != 2*n {
+	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
+		n != len(id) || len(text) != 2*n {
 		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
 	}
 	return id, true, nil
@@ -143,7 +149,9 @@ func checkID(dir Directory, id storeID, l layout) error {
 	if other == id || 2*most <= of {
 		return nil // checkHeader complains of single files
 	}
-	return &DamageError{File: dir.Path(storeName), What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of, other[:])}
+	return &DamageError{File: dir.Path(storeName),
+		What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of,
+			other[:])}
 }
 
 // names are the names of the files that count.
@@ -170,7 +178,8 @@ func (d *Durable) load(ctx context.Context) error {
 	p := newProgress(ctx, d.log, d.opts.Status, d.dir, l)
 	next := uint64(1)
 	if l.snapshot > 0 {
-		if next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step); err != nil {
+		next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step)
+		if err != nil {
 			return err
 		}
 	}
@@ -182,7 +191,8 @@ func (d *Durable) load(ctx context.Context) error {
 		d.closed += end.offset
 	}
 	last := ends[len(ends)-1]
-	if len(ends) > 1 && last.offset == headerSize { // no frame there calls the end of the file before synced
+	// No frame in an empty file calls the end of the one before synced.
+	if len(ends) > 1 && last.offset == headerSize {
 		if err := d.renew(ends[len(ends)-2]); err != nil {
 			return err
 		}
@@ -191,7 +201,8 @@ func (d *Durable) load(ctx context.Context) error {
 		return err
 	}
 	p.end(d.Memory)
-	if err := d.removeAll(append(l.obsolete, obsolete...)); err != nil { // only now: nothing is touched when we refuse
+	// Only now: nothing is touched when we refuse.
+	if err := d.removeAll(append(l.obsolete, obsolete...)); err != nil {
 		return err
 	}
 	return d.dir.Sync() // a start before this one may have failed to do so
@@ -215,7 +226,8 @@ func (d *Durable) find() (l layout, err error) {
 		l.segments = nil
 		return l, nil
 	case !found:
-		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing", missing: true}
+		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing",
+			missing: true}
 	}
 	if err := checkID(d.dir, d.id, l); err != nil {
 		return l, err
@@ -294,13 +306,16 @@ func (l *logReader) checkHeader(want fileHeader) error {
 	case l.header.kind != want.kind || l.header.number != want.number:
 		return &DamageError{File: l.path, What: "the file is another one, renamed"}
 	case want.first != 0 && l.header.first != want.first:
-		return &DamageError{File: l.path, What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first, want.first)}
+		return &DamageError{File: l.path,
+			What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first,
+				want.first)}
 	}
 	return nil
 }
 
 // loadSnapshot adds a snapshot to m and returns the sequence that comes after.
-func loadSnapshot(dir Directory, id storeID, number uint64, m *Memory, step func(frame) error) (next uint64, size int64, err error) {
+func loadSnapshot(dir Directory, id storeID, number uint64, m *Memory,
+	step func(frame) error) (next uint64, size int64, err error) {
 	l, err := openLog(dir, logName(kindSnapshot, number))
 	if err != nil {
 		return 0, 0, err
@@ -316,14 +331,16 @@ func loadSnapshot(dir Directory, id storeID, number uint64, m *Memory, step func
 		case err == errEnd && complete:
 			return l.header.first, l.size, nil
 		case err == errEnd || err == nil && complete:
-			return 0, 0, &DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: "the snapshot has no proper end"}
+			return 0, 0, &DamageError{File: l.path, Offset: l.offset, Frame: l.next,
+				What: "the snapshot has no proper end"}
 		case err != nil:
 			return 0, 0, err
 		case f.kind == frameEnd:
 			complete = true
 		default:
 			if err := apply(m, string(payload), f.count); err != nil {
-				return 0, 0, &DamageError{File: l.path, Offset: l.offset - f.padded(), Frame: f.sequence, What: err.Error()}
+				return 0, 0, &DamageError{File: l.path, Offset: l.offset - f.padded(),
+					Frame: f.sequence, What: err.Error()}
 			}
 		}
 		if err := step(f); err != nil {
@@ -348,7 +365,8 @@ type segmentEnd struct {
 // loadSegments adds what the segments' frames did to m, and returns where each ends.
 // The last two may be those of a rotation that a crash, or a full disk, has stopped:
 // then the last is empty, and obsolete.
-func loadSegments(dir Directory, id storeID, numbers []uint64, next uint64, m *Memory, step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
+func loadSegments(dir Directory, id storeID, numbers []uint64, next uint64, m *Memory,
+	step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
 	for i, number := range numbers {
 		end, err := loadSegment(dir, id, number, next, i >= len(numbers)-2, m, step)
 		if err != nil {
@@ -370,11 +388,13 @@ func loadSegments(dir Directory, id storeID, numbers []uint64, next uint64, m *M
 // checkNext tells whether the end of the first of these segments fits the next one:
 // full files say that another follows, and the last does not. stopped: the next one is
 // what a stopped rotation has left.
-func checkNext(dir Directory, id storeID, numbers []uint64, end segmentEnd) (stopped bool, err error) {
+func checkNext(dir Directory, id storeID, numbers []uint64,
+	end segmentEnd) (stopped bool, err error) {
 	path := dir.Path(logName(kindSegment, numbers[0]))
 	switch {
 	case len(numbers) == 1 && end.goesOn:
-		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)), What: "the file is missing: " + path + " says that it follows", missing: true}
+		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)),
+			What: "the file is missing: " + path + " says that it follows", missing: true}
 	case len(numbers) == 1 || end.goesOn:
 		return false, nil
 	case len(numbers) == 2 && isEmptySegment(dir, id, numbers[1]):
@@ -382,7 +402,8 @@ func checkNext(dir Directory, id storeID, numbers []uint64, end segmentEnd) (sto
 	case end.bad != nil:
 		return false, end.bad
 	}
-	return false, &DamageError{File: path, Offset: end.offset, Frame: end.next, What: "the frame that says that another file follows is missing"}
+	return false, &DamageError{File: path, Offset: end.offset, Frame: end.next,
+		What: "the frame that says that another file follows is missing"}
 }
 
 // isEmptySegment tells whether a segment has no frame.
@@ -397,14 +418,16 @@ func isEmptySegment(dir Directory, id storeID, number uint64) bool {
 
 // loadSegment adds what a segment's frames did to m; first 0 is any. In the last one
 // a bad end of which no frame says that it was on disk is torn, not damage.
-func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *Memory, step func(frame) error) (end segmentEnd, err error) {
+func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *Memory,
+	step func(frame) error) (end segmentEnd, err error) {
 	name := logName(kindSegment, number)
 	l, err := openLog(dir, name)
 	if err != nil {
 		return end, err
 	}
 	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kindSegment, id: id, number: number, first: first}); err != nil {
+	if err := l.checkHeader(fileHeader{kind: kindSegment, id: id, number: number,
+		first: first}); err != nil {
 		return end, err
 	}
 	end.header, end.size = l.header, l.size
@@ -424,19 +447,23 @@ func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *
 		switch {
 		case err == errEnd, errors.Is(err, errShorter) && end.goesOn:
 			return end, nil
-		case errors.As(err, &damage) && (last || end.goesOn): // a rotation that was killed leaves zeros behind
+		// A rotation that was killed leaves zeros behind the frame that goes on.
+		case errors.As(err, &damage) && (last || end.goesOn):
 			return l.endTorn(end, damage, rest)
 		case err != nil:
 			return end, err
 		case end.goesOn:
-			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence, What: "a frame follows the one that should be the last"}
+			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence,
+				What: "a frame follows the one that should be the last"}
 		}
 		if err := apply(m, string(payload), f.count); err != nil {
-			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence, What: err.Error()}
+			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence,
+				What: err.Error()}
 		}
 		end.goesOn = f.kind == frameNext
 		doubts = append(doubts, end.offset)
-		if known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts)))); known < len(doubts) {
+		known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
+		if known < len(doubts) {
 			doubts = slices.Delete(doubts, 0, len(doubts)-known)
 		}
 		if err := step(f); err != nil {
@@ -484,7 +511,8 @@ func (d *Durable) resume(end segmentEnd) error {
 		} else if err != nil {
 			return fmt.Errorf("keeping the torn end of the log: %w", err)
 		}
-		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file", d.dir.Path(name),
+		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
+			d.dir.Path(name),
 			"offset", end.offset, "bytes", end.torn, "whole_frames", end.frames, "kept_in", kept)
 	}
 	w, err := extendLog(d.dir, name, h, end.offset)

@@ -278,7 +278,8 @@ func openLog(d Directory, name string) (*logReader, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &logReader{path: d.Path(name), f: f, size: size, r: bufio.NewReaderSize(readerOf(f, 0), readSize(size)), offset: headerSize}
+	l := &logReader{path: d.Path(name), f: f, size: size,
+		r: bufio.NewReaderSize(readerOf(f, 0), readSize(size)), offset: headerSize}
 	b := make([]byte, headerSize)
 	if n, err := io.ReadFull(l.r, b); err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		f.Close()
@@ -423,7 +424,8 @@ type logWriter struct {
 
 // createLog makes a log file of fill's frames under a temporary name, and once
 // all of it is on disk gives it its own. It returns its size.
-func createLog(d Directory, name string, h fileHeader, fill func(w *logWriter) error) (size int64, err error) {
+func createLog(d Directory, name string, h fileHeader,
+	fill func(w *logWriter) error) (size int64, err error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
 		return 0, err

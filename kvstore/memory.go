@@ -287,7 +287,8 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 		l.values = l.values[1:]
 	case place > 0 && l.shared:
 		// A new list, with the room that append would leave beside the new value.
-		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...), l.values[place+1:]...)
+		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
+			l.values[place+1:]...)
 		l.shared = false
 	case place > 0:
 		l.values = slices.Delete(l.values, place, place+1)
@@ -314,7 +315,8 @@ func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.value
 // shares with it counts once.
 func (m *Memory) Footprint() int64 {
 	const pageSize, perLongValue = 4 << 10, 40 // a string's head, what append leaves free, and what malloc rounds up
-	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes + int64(m.longValues*perLongValue)
+	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes +
+		int64(m.longValues*perLongValue)
 }
 
 // Measure returns how many bytes key's values have together.

@@ -237,7 +237,8 @@ func (m *Memory) choose() {
 			m.cursor = 1
 		}
 		s := &m.slabs[m.cursor]
-		if dead := cap(s.data) - s.live; dead > most && m.cursor != m.head && !(shown && s.epoch < m.epoch) {
+		if dead := cap(s.data) - s.live; dead > most && m.cursor != m.head &&
+			!(shown && s.epoch < m.epoch) {
 			m.victim, m.at, most = m.cursor, 0, dead
 		}
 	}

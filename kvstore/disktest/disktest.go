@@ -83,7 +83,8 @@ func FileOf(data []byte) *File {
 
 // New returns an empty directory with the sizes of a real one.
 func New() *Dir {
-	return &Dir{Names: map[string]*File{}, durable: map[string]*File{}, Segment: 64 << 20, Compact: 64 << 20, Reserve: 1 << 20}
+	return &Dir{Names: map[string]*File{}, durable: map[string]*File{}, Segment: 64 << 20,
+		Compact: 64 << 20, Reserve: 1 << 20}
 }
 
 // With returns a directory on disk that holds what d does, but for one file.
@@ -116,7 +117,8 @@ func (d *Dir) call(what, name string, kind int) (err error) {
 	switch {
 	case d.Failure == nil:
 		return ErrDisk
-	case d.Failure == syscall.EMFILE && kind&opens == 0, d.Failure == syscall.ENOSPC && kind&writes == 0:
+	case d.Failure == syscall.EMFILE && kind&opens == 0, d.Failure == syscall.ENOSPC &&
+		kind&writes == 0:
 		return nil
 	}
 	return &os.PathError{Op: what, Path: d.Path(name), Err: d.Failure}
@@ -188,7 +190,10 @@ func (d *Dir) Kill() *Dir {
 func (d *Dir) Path(name string) string { return "dir/" + name }
 
 // Sizes returns Segment, Compact and Reserve.
-func (d *Dir) Sizes() (segment, compact int64, reserve int) { return d.Segment, d.Compact, d.Reserve }
+func (d *Dir) Sizes() (segment, compact int64, reserve int) {
+	return d.Segment, d.Compact,
+		d.Reserve
+}
 
 // List returns the names of all files.
 func (d *Dir) List() ([]string, error) {
@@ -426,7 +431,8 @@ func (h *handle) Sync() error {
 		clear(h.f.dirty) // and never written, unless somebody makes it dirty again
 		return err
 	}
-	h.f.Disk = append(h.f.Disk, make([]byte, max(0, len(h.f.Data)-len(h.f.Disk)))...)[:len(h.f.Data)]
+	h.f.Disk = append(h.f.Disk, make([]byte, max(0,
+		len(h.f.Data)-len(h.f.Disk)))...)[:len(h.f.Data)]
 	for at := range h.f.dirty {
 		if at*sector < len(h.f.Data) {
 			copy(h.f.Disk[at*sector:min(len(h.f.Disk), (at+1)*sector)], h.f.Data[at*sector:])
