@@ -63,8 +63,20 @@ const (
 // or deliver, queues their replies in buffer. writeToClient takes them from there
 // to the connection.
 //
-// Who holds the client's chain holds its outbox too: readFromClient while no
-// chain is under way, workLoop while it runs one, deliver where there is one.
+// Who holds the client's chain holds its outbox too, and the memory of its lines:
+//
+//	readFromClient   makes it (parse), and sends it to workLoop: queries
+//	workLoop         runs it, puts it into batch, commits, and answers it
+//	                 what is short, and finds room, itself: done
+//	                 else it starts deliver, which waits for room: done
+//	readFromClient   has it back, and may make the next; for a Keys or Dump it answers
+//	                 that itself, from a snapshot (list)
+//
+// How a connection ends: readFromClient notes why (end) and makes no more chains; it waits
+// for the one that is under way, and closes buffer; writeToClient writes what is queued,
+// closes the connection, and each tells workLoop that it departs. Where the connection does
+// not take what is written, writeToClient closes it first, and closed tells the holder to
+// spare the rest. Where Commit fails, workLoop closes all connections, without a word.
 type Client struct {
 	// Set before the goroutines start, then left alone.
 	id         int // counted from 1, for the log; 0: turned away

@@ -70,7 +70,16 @@ type verb struct {
 	does              string // its line in Help
 }
 
-// verbs are the requests that a client can send.
+// verbs are the requests that a client can send. To add one:
+//
+//   - a queryType between put and quit, and its line here: Help, the hints of didYouMean and
+//     the counters of Stats are made of these;
+//   - parse, if its arguments are none that others have; run, for what it does to the store;
+//   - if it writes: writes, memory, frees and makesLess say what it costs; a method of
+//     KVStore, in Memory and in Durable, with a record of its own in the log (apply);
+//   - if its reply is more than an :OK: hasEnd, separator, replySize;
+//   - a line in the README's table and in conversations of the tests: TestEveryRequest
+//     fails without.
 var verbs = [...]verb{
 	get: {"Get", "Get:key", "a key, without a colon in it",
 		"the key's values, oldest first, as key:value lines"},

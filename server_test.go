@@ -1,3 +1,22 @@
+// What is shown where:
+//
+//	the protocol                  conversations, to the last byte; the README's sessions
+//	many clients, slow readers    what is kept for whom, and that nobody waits for another
+//	the client in the binary      kvserver -c: errors, resuming, time limits, a terminal
+//	the ends of a connection      half-closes, Quit, lines and peers that do not end
+//	limits                        clients, lines, memory, queues
+//	TLS                           handshakes, certificates that change
+//	the life of the server        Start, Close, and what both leave
+//	the store behind the server   failing, stalling and full stores
+//	the binary                    flags, mistakes, signals, the README's programs
+//	the log and the side doors    log, metrics, health, profiles
+//	one order                     linearizability
+//	the data on disk              kills, and what is there then
+//	a real etcd cluster           two servers that take over (make etcd)
+//	the whole server, simulated   worlds drawn from seeds, with faults, and their judge
+//	speed, fuzzing, helpers       benchmarks; what is read from strangers; the fake network
+//
+// The store has its own tests in kvstore/.
 package main
 
 import (
@@ -359,6 +378,37 @@ func TestStats(t *testing.T) {
 		wantAll()
 		a.hangUp()
 	})
+}
+
+// Ensure that each request is in Help, in the README's table and in the conversations, has a
+// counter in Stats, and is found when its name is slightly wrong.
+func TestEveryRequest(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	for _, c := range conversations {
+		said.WriteString("\n" + c.send)
+	}
+	stats := strings.Join(New(kvstore.NewMemory()).stats(), "\n")
+	for what := put; what <= quit; what++ {
+		v := verbs[what]
+		if v.name == "" || v.does == "" || v.form == "" {
+			t.Fatalf("request %d has no line in verbs", what)
+		}
+		for where, has := range map[string]bool{
+			"Help":               strings.Contains(strings.Join(helpLines, "\n"), v.form),
+			"the README's table": strings.Contains(string(readme), "| `"+v.name),
+			"conversations":      strings.Contains(strings.ToLower(said.String()), "\n"+strings.ToLower(v.name)),
+			"Stats":              strings.Contains(stats, strings.ToLower(v.name)+"_requests_total "),
+			"the hints":          strings.Contains(didYouMean(v.name+"x"), "did you mean "+v.name),
+		} {
+			if !has {
+				t.Errorf("%s is not in %s", v.name, where)
+			}
+		}
+	}
 }
 
 // ---- many clients
