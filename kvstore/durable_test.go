@@ -556,6 +556,35 @@ func TestMovedRealDirectory(t *testing.T) {
 	}
 }
 
+// Ensure that Syncing names a file whenever the store waits for the disk: at a Commit, at a
+// rotation and at Close, whose stalls an operator would want to understand.
+func TestSyncingNamesTheFile(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40 // a compaction would wait for the disk beside us
+	waits := map[string]int{}
+	dir.Before = func(c disktest.Call) error {
+		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
+			waits[c.What]++
+			if d.Syncing() == "" {
+				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number, c.What, c.Name)
+			}
+		}
+		return nil
+	}
+	for i := 0; d.number < 4; i++ {
+		d.Put("k", strings.Repeat("v", i%200))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil || d.Syncing() == "" {
+		t.Errorf("Close: %v, and names %q", err, d.Syncing())
+	}
+	if waits["sync"] < 10 || waits["truncate"] < 3 || waits["create"] != 3 || waits["rename"] != 3 {
+		t.Errorf("it waits for %v", waits)
+	}
+}
+
 // Ensure that nothing but our own files is touched: who else has some in the
 // directory is told so.
 func TestOthersFilesStay(t *testing.T) {
