@@ -1165,6 +1165,9 @@ func (l *etcdLock) Close() error {
 
 // release gives the lock back, if it is ours. If that fails it is taken etcdTTL later.
 func (l *etcdLock) release() {
+	if l.value == nil { // take was never tried
+		return
+	}
 	released := l.owner
 	released.Released = true
 	value, _ := json.Marshal(released)

@@ -240,6 +240,9 @@ func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*etcdDir
 	if err != nil {
 		t.Fatal(err)
 	}
+	if e.token != "" && d.client.user == "" {
+		d.client.user, d.client.password = "root", "secret"
+	}
 	w := &etcdWire{fakeEtcd: e}
 	d.client.http.Transport = w
 	return d, w
@@ -400,6 +403,7 @@ func TestEtcdNames(t *testing.T) {
 func TestEtcdFaults(t *testing.T) {
 	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
+			t.Parallel()
 			step := 1
 			if isRace() {
 				step = 13
@@ -414,7 +418,6 @@ func TestEtcdFaults(t *testing.T) {
 // etcdFaultAt runs the script with a fault at request n, and tells whether there was one.
 func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	e := newFakeEtcd()
-	t.Setenv("KVSERVER_ETCD_USER", "root:secret")
 	e.token = "token"
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby of a dead cluster waits for ever
 	defer cancel()

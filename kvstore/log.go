@@ -185,16 +185,13 @@ type fields struct {
 
 // number takes a number off.
 func (f *fields) number() (n uint64) {
-	for i := 0; i < len(f.payload) && i < binary.MaxVarintLen64; i++ {
-		b := f.payload[i]
-		n |= uint64(b&0x7f) << (7 * i)
-		if b < 0x80 {
-			f.payload = f.payload[i+1:]
-			return n
-		}
+	n, size := binary.Uvarint([]byte(f.payload[:min(len(f.payload), binary.MaxVarintLen64)]))
+	if size <= 0 {
+		f.payload, f.bad = "", true
+		return 0
 	}
-	f.payload, f.bad = "", true
-	return 0
+	f.payload = f.payload[size:]
+	return n
 }
 
 // text takes a string off.
