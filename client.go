@@ -41,8 +41,8 @@ const (
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	// A client is a slow reader when its buffer is full and its connection has
-	// taken no byte for so long.
+	// A client is a slow reader when its connection has taken no byte for so long; a little
+	// longer where its sockets hold much.
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
 
@@ -498,7 +498,7 @@ func lastNewline(b []byte) int {
 // is also the client's last.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
-	clear(in.queries) // or each would pin the burst that it is of
+	clear(in.queries) // what they found may pin memory of the store
 	in.queries = in.queries[:0]
 	for walks := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !walks; {
 		end := strings.IndexByte(burst, '\n')
@@ -691,8 +691,9 @@ func (c *Client) isTooLate(n int) bool {
 // ---- outbox: replies to messages
 
 // outboxes is what the outboxes of all clients have in common. They work on many
-// goroutines, and the collector's pacer on another, so what they count together is atomic:
-// the one thing in this program that is shared without a channel.
+// goroutines, and the collector's pacer on another, so what they count together is atomic.
+// Beside such counters, and what a store keeps for its own goroutines, nothing in this program
+// is shared without a channel.
 type outboxes struct {
 	maxMessage int          // bytes in a message: the constant, but for tests
 	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number

@@ -73,11 +73,12 @@ type verb struct {
 // verbs are the requests that a client can send. To add one:
 //
 //   - a queryType between put and quit, and its line here: Help, the hints of didYouMean and
-//     the counters of Stats are made of these;
+//     the counters of Stats are made of these; touch, if it has a key;
 //   - parse, if its arguments are none that others have; run, for what it does to the store;
 //   - if it writes: writes, memory, frees and makesLess say what it costs; a method of
 //     KVStore, in Memory and in Durable, with a record of its own in the log (apply);
-//   - if its reply is more than an :OK: hasEnd, separator, replySize;
+//   - if its reply is more than an :OK: hasEnd, separator, replySize, keep; mayDrop, if a slow
+//     reader may lose it;
 //   - a line in the README's table and in conversations of the tests: TestEveryRequest
 //     fails without.
 var verbs = [...]verb{
@@ -106,8 +107,7 @@ var verbs = [...]verb{
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
-	for _, t := range [...]queryType{put, get, del, update, set, remove, ack, ping, stats, keys,
-		dump, help, quit} {
+	for t := put; t <= quit; t++ {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
 	}
 	return append(lines,

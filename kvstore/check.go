@@ -40,7 +40,7 @@ func (r *Report) damage(err error) error {
 func anyFrame(frame) error { return nil }
 
 // Check reads the whole store in the directory at path and says what is there and
-// what is wrong. It changes nothing, and takes no lock: beside a process that has the
+// what is wrong. It changes nothing, and takes no lock but to see who has it: beside a process that has the
 // store open it reads what that has written so far.
 func Check(path string) (Report, error) {
 	dir, err := openAny(context.Background(), path, Options{})

@@ -19,7 +19,7 @@ type compaction struct {
 var errStopped = errors.New("the store closes")
 
 // compact puts a snapshot in the place of all full files, in the background, when they
-// hold more than twice what there is. It is called when a file has become full, and the
+// hold more than twice what there is. It is called when a file has become full, or is empty, and the
 // snapshot is what Memory holds then: no file is read again, and a bit that has rotted
 // in one goes with it. It always takes the whole prefix of the log: a part of it, merged
 // without what came before, would bring deleted keys back (bitcask issue 82, badger

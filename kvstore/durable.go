@@ -313,9 +313,9 @@ func (d *Durable) failure() error {
 // more record of so many bytes of key and values. What then was done would end the
 // store at the next Commit. A Delete may use the last room that there is. A directory that
 // wants no zeros ahead says only at the Commit that it is full.
-func (d *Durable) Room(bytes int64, isDelete bool) error {
+func (d *Durable) Room(bytes int64, frees bool) error {
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
-	if !isDelete {
+	if !frees {
 		need += int64(d.spare)
 	}
 	switch {

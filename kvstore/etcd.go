@@ -412,7 +412,8 @@ func below(prefix []byte) (end []byte) {
 	return end
 }
 
-// call asks etcd, as long as the lock is held, or for etcdPatience where there is none.
+// call asks etcd: for etcdPatience where there is no lock, else for three times that while the
+// lock is held.
 func (d *etcdDirectory) call(at string, request any) (etcdAnswer, error) {
 	ctx, patience := d.ctx, etcdPatience
 	if d.lock != nil {

@@ -14,8 +14,8 @@ import "iter"
 // were put. One goroutine at a time may call it: the server's workLoop owns
 // its store, so a store needs no lock.
 //
-// Keys and values are any bytes. They may be substrings of something much
-// larger, so a store that keeps one clones it.
+// Keys and values are any bytes. They are the caller's: once a call has returned, their
+// memory may be used for something else. So a store that keeps one clones it.
 type KVStore interface {
 	// Put appends value to key's list.
 	Put(key, value string)
@@ -61,9 +61,9 @@ type Measurer interface {
 // Roomer is a KVStore that can run out of room.
 type Roomer interface {
 	// Room returns an error, and has changed nothing, if there is no room for one
-	// more record of so many bytes of key and values. A Delete may use the last room
-	// that there is.
-	Room(bytes int64, isDelete bool) error
+	// more record of so many bytes of key and values. A request that frees, a Delete or a
+	// Remove, may use the last room that there is.
+	Room(bytes int64, frees bool) error
 }
 
 // Viewer is a KVStore whose lists can be had without copies.

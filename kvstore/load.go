@@ -416,8 +416,8 @@ func isEmptySegment(dir Directory, id storeID, number uint64) bool {
 	return l.header.id == id && l.header.number == number && l.size == headerSize
 }
 
-// loadSegment adds what a segment's frames did to m; first 0 is any. In the last one
-// a bad end of which no frame says that it was on disk is torn, not damage.
+// loadSegment adds what a segment's frames did to m; first 0 is any. In one of the last two,
+// as last says, a bad end of which no frame says that it was on disk is torn, not damage.
 func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *Memory,
 	step func(frame) error) (end segmentEnd, err error) {
 	name := logName(kindSegment, number)

@@ -18,8 +18,9 @@ import (
 //	frame   = "kvfr" length:4 sequence:8 synced:8 count:4 kind:4 crcPayload:4 crcFrame:4 payload padding
 //	payload = record*
 //	record  = op:1 [place:uvarint] (length:uvarint bytes)*
-//	          Put: key value; Delete: key; Update: key old new, and first the place of old
-//	          in the list, so that nobody need search for it again
+//	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value.
+//	          Update and Remove have first the place in the list of what went, so that
+//	          nobody need search for it again
 //
 // A frame holds what one Commit made durable, or a part of it. Frames are
 // numbered by sequence without a gap, from file to file; first is the number of
@@ -27,7 +28,7 @@ import (
 // this one was written: a frame that later ones call synced cannot be missing
 // but by damage.
 //
-// Every CRC (CRC-32C) begins with the store's random id and the file's kind
+// Every CRC (CRC-32C) of a frame begins with the store's random id and the file's kind
 // and number, so neither stale bytes of other files nor log bytes inside values
 // can pass for a frame. A length is believed once its frame's CRC holds and it
 // fits the file.
