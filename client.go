@@ -421,8 +421,9 @@ func (in *input) grow(maxLine int) {
 
 // rest gives back what a quiet client does not need.
 func (in *input) rest() {
+	in.lent = nil
 	if in.pending == 0 {
-		in.buf, in.lent, in.full, in.queries = make([]byte, quietSize), nil, false, nil
+		in.buf, in.full, in.queries = make([]byte, quietSize), false, nil
 	}
 }
 
