@@ -89,7 +89,7 @@ const usage = `Usage: kvserver [flags]                             serve
                   encrypt; let in, and trust, who has a certificate of that CA
   -stop, -timeout TIME  with -c: end at the first error; or after such a silence
   -version, -h    print the version, or this, and exit
-Every flag can be in the environment: KVSERVER_ADDR=:9999 is -addr :9999.
+Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
 
 Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 `
@@ -297,7 +297,13 @@ func (c *config) checkValues() error {
 			"Give at least 1, as in -max-clients 10000."}
 	case c.timeout < 0:
 		return problem{fmt.Sprintf("-timeout %v is out of range", c.timeout),
-			"Give a time such as 5s, or 0 for none."}
+			"Give a time such as 5s; 0 is 5s for the first answer, and no limit then."}
+	case c.maxMemory > 0 && c.maxMemory < minMaxMemory:
+		return problem{fmt.Sprintf("-max-memory %d is out of range", c.maxMemory),
+			fmt.Sprintf("Give %d bytes or more, as in -max-memory 500MB, or 0 for no limit.", minMaxMemory)}
+	case strings.Contains(c.data, "://") && !kvstore.IsEtcd(c.data):
+		return problem{fmt.Sprintf("-data %q is no directory", c.data),
+			"Give a directory, or an etcd cluster as in etcd://host1:2379,host2:2379,host3:2379/kv."}
 	case c.writeTimeout < 0:
 		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout),
 			"Give a time such as 5m, or 0 for no limit."}
@@ -312,6 +318,9 @@ func (c *config) checkValues() error {
 func (c *config) checkRequests() error {
 	for _, request := range c.requests {
 		switch {
+		case !c.client && slices.Contains([]string{"check", "repair", "backup"}, request):
+			return problem{request + " goes first, and takes no flags",
+				"Give the directory behind it, as in kvserver " + request + " data."}
 		case !c.client:
 			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags",
 				request),
@@ -355,6 +364,10 @@ func (c *config) checkTogether(given map[string]bool) error {
 	}
 	return nil
 }
+
+// minMaxMemory is the least -max-memory: with less there is no room for data beside what the
+// program and its work take.
+const minMaxMemory = 64_000_000
 
 // minMaxLine is the least -max-line: with less hardly a request fits.
 const minMaxLine = 64
@@ -415,7 +428,9 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 
 // example shows a value of f.
 func example(f *flag.Flag) string {
-	return "Give it as in -" + f.Name + "=" + f.DefValue + ". "
+	values := map[string]string{"timeout": "5s", "max-line": "1MiB", "max-memory": "500MB",
+		"max-queues": "1GiB"}
+	return "Give it as in -" + f.Name + "=" + cmp.Or(values[f.Name], f.DefValue) + ". "
 }
 
 // similarFlag suggests the flag that an unknown one may have been meant to be.
@@ -458,7 +473,10 @@ func fullAddr(name, addr string) (string, error) {
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
-	if err != nil {
+	if strings.Contains(addr, ",") {
+		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+			"Several, with commas between them, are for -c and -ping; a server has one."}
+	} else if err != nil {
 		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
 			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
 	}
@@ -671,7 +689,7 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
 			addr.String())
 	}
-	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != ""))
+	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // ---- the log
@@ -953,12 +971,14 @@ func stopSignals() []os.Signal {
 }
 
 // tryCommand is what to type to reach addr.
-func tryCommand(addr *net.TCPAddr, encrypted bool) string {
+func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
 	host := addr.IP.String()
 	if addr.IP.IsUnspecified() {
 		host = "localhost"
 	}
-	if encrypted {
+	if mutual {
+		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
+	} else if encrypted {
 		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
 	}
 	return fmt.Sprintf("nc %s %d", host, addr.Port)
@@ -1043,7 +1063,7 @@ func talk(c config, errs io.Writer) error {
 		c.requests = []string{"Ping"}
 	}
 	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
-		stops: c.stop, silence: c.timeout}
+		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
 	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
 	t.tells = isTerminal(os.Stderr) && !t.isTyped
 	if t.isTyped {
@@ -1057,40 +1077,53 @@ func talk(c config, errs io.Writer) error {
 	if c.ping && errors.Is(err, errFull) {
 		return nil // it is healthy
 	}
-	return t.problem(c.addr, err)
+	return t.problem(c, err)
 }
 
 // problem says what to do about an error of converse.
-func (t *talker) problem(addr string, err error) error {
+func (t *talker) problem(c config, err error) error {
 	if err == nil {
 		return nil
 	}
+	what := fmt.Sprintf("%s: %v", c.addr, err)
 	through := t.sent.through()
-	how := fmt.Sprintf("tail -n +%d FILE | kvserver -c", through+1)
-	what := fmt.Sprintf("%s: %v; answered through line %d of the input", addr, err, through)
+	upTo := fmt.Sprintf("; answered through line %d of the input", through)
+	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
 	switch {
+	case errors.Is(err, errOutput):
+		return problem{what, "Make room where the answers go, and look what was done."}
 	case errors.Is(err, errSilent):
-		return problem{fmt.Sprintf("%s: %v", addr, err),
-			"Perhaps it speaks TLS: give the CA of its certificate as -tls-ca."}
-	case errors.As(err, new(tls.AlertError)) ||
-		strings.Contains(err.Error(), "remote error: tls: "):
-		return problem{fmt.Sprintf("%s: %v", addr, err),
-			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
+		return problem{what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
+			"Or it has just ended: look at its log."}
+	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
+		if c.cert != "" {
+			return problem{what, "It does not trust the certificate in " + c.cert +
+				": give one of the CA that it wants."}
+		}
+		return problem{what, "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
 	case errors.Is(err, errStranger):
-		return problem{fmt.Sprintf("%s: %v", addr, err),
-			"Nothing was done. Look at -addr, or try again later."}
+		return problem{what, "Nothing was done. Look at -addr, or try again later."}
+	case len(t.requests) > 0 && t.onlyReads():
+		return problem{what, "Nothing was to be changed: try again."}
+	case len(t.requests) > 0:
+		return problem{what, "What was answered is done. Of the rest nothing is known: look, then send it again."}
+	case errors.Is(err, errGone) && t.isTyped:
+		return problem{what, "All that was sent is answered. Start it again, then go on."}
 	case errors.Is(err, errGone):
-		return problem{fmt.Sprintf("%s: %v", addr, err),
-			"All that was sent is answered. Start it again, then go on."}
+		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
 	case errors.Is(err, errStopped):
-		return problem{what,
-			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
-	case len(t.requests) == 1:
-		return problem{fmt.Sprintf("%s: %v", addr, err),
-			"Whether the request was done is not known: look, then send it again."}
+		return problem{what + upTo, "Nothing after the line with the error was sent. Mend it, then go on: " + how}
 	}
-	return problem{what,
-		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+	return problem{what + upTo, "What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+}
+
+// onlyReads tells whether no request is a write.
+func (t *talker) onlyReads() bool {
+	return !slices.ContainsFunc(t.requests, func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		return q.writes()
+	})
 }
 
 // dial connects to the first server at c.addr that serves, which becomes c.addr.
@@ -1135,11 +1168,19 @@ func dial(c *config) (conn net.Conn, err error) {
 	if strings.Contains(c.addr, ",") {
 		todo = "None of them serves. One that stands by does not listen."
 	}
+	var dns *net.DNSError
+	var name x509.HostnameError
 	op := (*net.OpError)(nil)
 	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
 		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
 	} else if isOp {
 		err = op.Err
+	}
+	switch {
+	case errors.As(err, &dns):
+		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT", dns.Name)
+	case errors.As(err, &name):
+		todo = "Call the server as its certificate does, or give it a certificate with this name."
 	}
 	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
 }
@@ -1336,6 +1377,7 @@ var (
 	errGone       = errors.New("it closed the connection")
 	errQuiet      = errors.New("no answer")
 	errStopped    = errors.New("stopped at the first error")
+	errOutput     = errors.New("cannot write the answers")
 )
 
 // talker is one conversation of kvserver -c: it sends requests to a server and shows the
@@ -1347,7 +1389,8 @@ type talker struct {
 	out, errs io.Writer     // for data, and for all that is none
 	isTyped   bool          // somebody types: there is a prompt, and a write is confirmed
 	tells     bool          // how many requests are answered so far, on a line of errs
-	stops     bool          // at the first error: each request waits for the answer to the one before
+	stops     bool          // at the first error: each request waits for the one before
+	flags     []string      // that we were started with, for what to do next
 	silence   time.Duration // without an answer, that is too much; 0: none is
 
 	told bool          // the line about progress is there
@@ -1429,7 +1472,7 @@ func (t *talker) converse() (good bool, err error) {
 		if r.Buffered() == 0 {
 			t.clear()
 			if err := w.Flush(); err != nil {
-				return false, fmt.Errorf("writing the answers: %w", err)
+				return false, fmt.Errorf("%w: %w", errOutput, err)
 			}
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.

@@ -1689,6 +1689,32 @@ func TestClientCommandOnATerminal(t *testing.T) {
 	})
 }
 
+// Ensure that what -c says to do next is what is to be done: with the flags that it was given,
+// and only where something may have been changed.
+func TestClientCommandSaysWhatToDo(t *testing.T) {
+	for _, c := range []struct {
+		talker *talker
+		cert   string
+		err    error
+		want   string
+	}{
+		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped, "go on: tail -n +1 FILE | kvserver -addr 7000 -c -stop"},
+		{&talker{flags: []string{"-c"}}, "", errUnanswered, "look, then go on: tail -n +1 FILE | kvserver -c"},
+		{&talker{flags: []string{"-c"}}, "", errGone, "go on: tail -n +1 FILE | kvserver -c"},
+		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
+		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered, "Nothing was to be changed: try again."},
+		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered, "look, then send it again."},
+		{&talker{}, "", errOutput, "Make room where the answers go"},
+		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
+		{&talker{}, "mine.pem", tls.AlertError(42), "It does not trust the certificate in mine.pem"},
+	} {
+		var p problem
+		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err, &p) || !strings.Contains(p.todo, c.want) {
+			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
+		}
+	}
+}
+
 // Ensure that a disk that is full, and an input that cannot be read, are errors.
 func TestClientCommandFailsWithItsFiles(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3104,11 +3130,11 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server: kvserver -addr localhost:1"},
 		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server:"},
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: kvserver -c foo"},
-		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1048576. kvserver -h"},
+		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1MiB. kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 64 bytes to 1GiB"},
 		{[]string{"-max-line", "1"}, exitMisuse, "kvserver: -max-line 1 is out of range", "Give 64 bytes to 1GiB"},
-		{[]string{"-max-memory", "-5"}, exitMisuse, `kvserver: invalid value "-5" for flag -max-memory`, "Give it as in -max-memory=0."},
-		{[]string{"-max-queues", "5PB"}, exitMisuse, `kvserver: invalid value "5PB" for flag -max-queues`, "Give it as in -max-queues=1073741824."},
+		{[]string{"-max-memory", "-5"}, exitMisuse, `kvserver: invalid value "-5" for flag -max-memory`, "Give it as in -max-memory=500MB."},
+		{[]string{"-max-queues", "5PB"}, exitMisuse, `kvserver: invalid value "5PB" for flag -max-queues`, "Give it as in -max-queues=1GiB."},
 		{[]string{"-fsync", "1s"}, exitMisuse, "kvserver: -fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync 1s."},
 		{[]string{"-write-timeout", "5"}, exitMisuse, `kvserver: invalid value "5" for flag -write-timeout`, "Give it as in -write-timeout=5m0s."},
 		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
@@ -3125,6 +3151,12 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-data", os.Args[0]}, exitFailure, "kvserver: not a data directory: " + os.Args[0] + " is a file", "Nothing was changed. Give an empty directory"},
 		{[]string{"-data", foreign}, exitFailure, "kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"), "Nothing was changed. Give an empty directory"},
 		{[]string{"-data", damaged}, exitFailure, "kvserver: " + filepath.Join(damaged, "STORE") + " is damaged", "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " + damaged},
+		{[]string{"-max-memory", "1KiB"}, exitMisuse, "kvserver: -max-memory 1024 is out of range", "Give 64000000 bytes or more, as in -max-memory 500MB"},
+		{[]string{"-timeout", "1", "-ping"}, exitMisuse, "kvserver: invalid value \"1\" for flag -timeout", "Give it as in -timeout=5s."},
+		{[]string{"-data", "http://localhost:2379/kv"}, exitMisuse, "kvserver: -data \"http://localhost:2379/kv\" is no directory", "Give a directory, or an etcd cluster as in etcd://"},
+		{[]string{"-data", "d", "check"}, exitMisuse, "kvserver: check goes first, and takes no flags", "Give the directory behind it, as in kvserver check data."},
+		{[]string{"-addr", "1,2"}, exitMisuse, "kvserver: -addr \"1,2\" is no address", "Several, with commas between them, are for -c and -ping"},
+		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c", "Give both: kvserver -c -stop < FILE"},
 		{[]string{"-data", inUse}, exitFailure, fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse, os.Getpid()), "Nothing was changed. Stop that process first"},
 		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Give the directory that"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
