@@ -6013,7 +6013,7 @@ var dialectsOf = map[string]struct {
 	"kvserver": {
 		func(key, _, _ string) string { return "Get:" + key + "\n" },
 		func(key, _, value string) string { return key + ":" + value + "\n:OK 1\n" },
-		func(key, old, value string) string { return "Update:" + key + ":" + old + ":" + value + "\n" },
+		func(key, _, value string) string { return "Set:" + key + ":" + value + "\n" },
 		func(_, _, _ string) string { return ":OK 1\n" },
 	},
 	"redis-server": {
