@@ -1070,12 +1070,18 @@ func talk(c config, errs io.Writer) error {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
 		defer fmt.Fprintln(errs)
 	}
+	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer restore()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	good, err := t.converse()
-	if err == nil && !good {
+	switch {
+	case err == nil && !good:
 		os.Exit(exitFailure)
-	}
-	if c.ping && errors.Is(err, errFull) {
-		return nil // it is healthy
+	case c.ping && errors.Is(err, errFull): // it is healthy
+		fmt.Fprintln(errs, "it answers, and has no room for a client")
+		return nil
+	case ctx.Err() != nil && err != nil:
+		err = errInterrupted
 	}
 	return t.problem(c, err)
 }
@@ -1378,6 +1384,8 @@ var (
 	errQuiet      = errors.New("no answer")
 	errStopped    = errors.New("stopped at the first error")
 	errOutput     = errors.New("cannot write the answers")
+
+	errInterrupted = errors.New("interrupted")
 )
 
 // talker is one conversation of kvserver -c: it sends requests to a server and shows the

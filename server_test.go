@@ -1689,6 +1689,28 @@ func TestClientCommandOnATerminal(t *testing.T) {
 	})
 }
 
+// Ensure that -c, when it is interrupted, says how far it has come.
+func TestClientCommandIsInterrupted(t *testing.T) {
+	t.Parallel()
+	cmd := binary("-addr", serveTCP(t), "-c")
+	in, _ := cmd.StdinPipe()
+	out, _ := cmd.StdoutPipe()
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(in, "Put:k:v\n\nPing:there\n")
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
+		t.Errorf("it answers %q, %v", line, err)
+	}
+	cmd.Process.Signal(os.Interrupt)
+	cmd.Wait()
+	if want := "interrupted; answered through line 3 of the input\n"; cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
+		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
+	}
+}
+
 // Ensure that what -c says to do next is what is to be done: with the flags that it was given,
 // and only where something may have been changed.
 func TestClientCommandSaysWhatToDo(t *testing.T) {
@@ -1960,6 +1982,7 @@ func TestMaxMemory(t *testing.T) {
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", n.server.maxMemory)
 		for i := range 3 {
 			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
+			synctest.Wait() // the reply is written, and takes no memory any more
 		}
 		a.send("Put:3:" + long + "\nUpdate:short:1:" + long + "\n")
 		for range 2 {
@@ -1967,6 +1990,7 @@ func TestMaxMemory(t *testing.T) {
 				t.Errorf("got %q, want %q", line, full)
 			}
 		}
+		synctest.Wait()
 		for n.server.memoryUsed() < n.server.maxMemory-n.server.reserve {
 			n.server.other.Add(100)
 		}
@@ -1975,9 +1999,11 @@ func TestMaxMemory(t *testing.T) {
 			t.Errorf("where nothing is left: got %q, want %q", line, full)
 		}
 		a.ask("Get:short", "short:1", ":OK 1")
+		synctest.Wait()
 		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
 		n.server.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
+		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
 		if a.stat("memory_limit_bytes") != int(n.server.maxMemory) || a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
