@@ -408,8 +408,8 @@ func (in *input) grow(maxLine int) {
 		size = quietSize
 	case in.full && size < burstSize:
 		size = min(4*size, burstSize)
-	case in.full && in.pending > size/8 &&
-		size < 4*burstSize: // lines are long, and the rest of one is copied
+	// Lines are long, and the rest of one is copied each time.
+	case in.full && in.pending > size/8 && size < 4*burstSize:
 		size *= 2
 	case in.pending == size:
 		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
@@ -948,8 +948,8 @@ func (o *outbox) hasRoom(n int) bool {
 	switch {
 	case waiting == 0:
 		return true
-	case o.working && o.reserved == 0 &&
-		o.isOver(): // workLoop, which never waits, has looked before
+	// Where it is not working it is workLoop, which never waits, and has looked before.
+	case o.working && o.reserved == 0 && o.isOver():
 		return false
 	case o.slow:
 		return waiting+n <= maxBufferSize

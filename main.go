@@ -50,7 +50,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -1092,7 +1091,7 @@ func (t *talker) problem(c config, err error) error {
 		return nil
 	}
 	what := fmt.Sprintf("%s: %v", c.addr, err)
-	through := t.sent.through()
+	through := t.through()
 	upTo := fmt.Sprintf("; answered through line %d of the input", through)
 	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
 	switch {
@@ -1153,9 +1152,10 @@ func dial(c *config) (conn net.Conn, err error) {
 			host = "localhost" // as a server's address it means everywhere
 			addr = net.JoinHostPort(host, port)
 		}
-		if _, lookUpErr := net.LookupHost(host); lookUpErr != nil &&
-			host == "localhost" { // no /etc/hosts
-			host, addr = "127.0.0.1", net.JoinHostPort("127.0.0.1", port)
+		if host == "localhost" {
+			if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
+				addr = net.JoinHostPort("127.0.0.1", port)
+			}
 		}
 		conn, err = connect(addr)
 		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
@@ -1238,10 +1238,8 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 		return nil, err
 	}
 	go k.watch(again)
-	return &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config,
-		error) {
-		return k.current.Load(), nil
-	}}, nil
+	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
+	return &tls.Config{GetConfigForClient: now}, nil
 }
 
 // state is that of the files now.
@@ -1310,8 +1308,8 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 			}
 		}
 		if err := k.read(); err != nil {
-			k.log.Error("the certificates cannot be read anew, so those from before stay", "error",
-				err)
+			k.log.Warn("the certificates cannot be read anew, so those from before stay",
+				"error", err)
 		}
 	}
 }
@@ -1403,52 +1401,44 @@ type talker struct {
 
 	told bool          // the line about progress is there
 	turn chan struct{} // reader to sender, where stops: the next request may go. One slot
-	sent ledger
-	end  chan sending // sender to reader: all is sent, or not. One slot
+	sent chan ledger   // it, where nobody writes in it. One slot
+	end  chan sending  // sender to reader: all is sent, or not. One slot
 }
 
-// ledger is what was sent and what was answered. Sender and reader share it.
+// ledger is what was sent and what was answered. Sender and reader write in it in turns: who
+// has taken it out of its channel owns it, until it is put back.
 type ledger struct {
-	mu       sync.Mutex
-	conn     net.Conn
-	silence  time.Duration // talker's
-	owed     int           // requests without an answer
-	answered int           // requests with one; the first is our Ack
-	lines    int           // that were read
-	blank    []int         // which of them are no requests
+	owed     int   // requests without an answer
+	answered int   // requests with one; the first is our Ack
+	lines    int   // that were read
+	blank    []int // which of them are no requests
 }
 
-// count takes note of so many requests that were sent, and of so many answers: the time
-// for the next one begins.
-func (l *ledger) count(requests, answers int) (owed, answered int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+// count takes note of what was sent and of so many answers. Where a silence may be too long,
+// the time for the next answer begins.
+func (t *talker) count(sent ledger, answers int) (owed, answered int) {
+	l := <-t.sent
 	wasIdle := l.owed == 0
-	l.owed += requests - answers
+	l.owed += sent.owed - answers
 	l.answered += answers
+	l.lines, l.blank = max(l.lines, sent.lines), append(l.blank, sent.blank...)
 	switch {
-	case l.silence == 0:
+	case t.silence == 0:
 	case l.owed == 0:
-		l.conn.SetReadDeadline(time.Time{})
+		t.conn.SetReadDeadline(time.Time{})
 	case wasIdle || answers > 0:
-		l.conn.SetReadDeadline(time.Now().Add(l.silence))
+		t.conn.SetReadDeadline(time.Now().Add(t.silence))
 	}
+	t.sent <- l
 	return l.owed, l.answered
 }
 
-// line takes note of a line of the input.
-func (l *ledger) line(isBlank bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.lines++; isBlank {
-		l.blank = append(l.blank, l.lines)
-	}
-}
-
 // through is the last line of the input that was answered.
-func (l *ledger) through() (line int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+func (t *talker) through() (line int) {
+	if t.sent == nil { // nothing was sent
+		return 0
+	}
+	l := <-t.sent
 	line = max(l.answered-1, 0) // but for our Ack
 	for _, blank := range l.blank {
 		if blank > line+1 || l.answered == 0 {
@@ -1456,6 +1446,7 @@ func (l *ledger) through() (line int) {
 		}
 		line++
 	}
+	t.sent <- l
 	return line
 }
 
@@ -1466,7 +1457,8 @@ func (t *talker) converse() (good bool, err error) {
 		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
 	}
 	t.turn, t.end = make(chan struct{}, 1), make(chan sending, 1)
-	t.sent.conn, t.sent.silence = t.conn, t.silence
+	t.sent = make(chan ledger, 1)
+	t.sent <- ledger{}
 	if t.silence == 0 {
 		t.conn.SetReadDeadline(time.Now().Add(connectTime))
 	}
@@ -1536,7 +1528,7 @@ func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isErr
 
 // answered takes note of an answer.
 func (t *talker) answered(w *bufio.Writer) {
-	owed, n := t.sent.count(0, 1)
+	owed, n := t.count(ledger{}, 1)
 	if t.stops {
 		t.turn <- struct{}{}
 	}
@@ -1576,7 +1568,7 @@ func (t *talker) ended(err error, welcome, good bool) (bool, error) {
 	if isReset { // as a killed server's
 		unanswered = fmt.Errorf("%w: %w", errUnanswered, err)
 	}
-	owed, _ := t.sent.count(0, 0)
+	owed, _ := t.count(ledger{}, 0)
 	select {
 	case s := <-t.end:
 		switch {
@@ -1592,7 +1584,7 @@ func (t *talker) ended(err error, welcome, good bool) (bool, error) {
 			}
 		}
 		if s.left {
-			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.sent.lines+1)
+			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
 		}
 		return good && !s.left, nil
 	default: // the input goes on
@@ -1624,8 +1616,9 @@ const tlsAlert = 0x15
 
 // sending is how the sender has ended.
 type sending struct {
-	left bool  // there was more behind a Quit
-	err  error // that the input ended in, or io.EOF
+	lines int   // that were read
+	left  bool  // there was more behind a Quit
+	err   error // that the input ended in, or io.EOF
 
 	// The sender tells here, later, whether there was more; nil: it knows already.
 	more chan bool
@@ -1662,10 +1655,13 @@ func (t *talker) sendLines() {
 	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 	w.WriteString("Ack\n")
 	s := sending{err: io.EOF}
-	requests := 1 // in w
+	inHand := ledger{owed: 1} // what is in w
+	note := func() {
+		t.count(inHand, 0)
+		inHand.owed, inHand.blank = 0, nil
+	}
 	flush := func() error {
-		t.sent.count(requests, 0)
-		requests = 0
+		note()
 		return w.Flush()
 	}
 	for start, more := true, true; more; {
@@ -1677,16 +1673,18 @@ func (t *talker) sendLines() {
 		if start && len(part) > 0 {
 			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
 			isBlank := line == "" && ends
-			t.sent.line(isBlank)
+			inHand.lines++
 			switch {
-			case isBlank && t.isTyped:
-				fmt.Fprint(t.errs, prompt)
 			case isBlank:
+				inHand.blank = append(inHand.blank, inHand.lines)
+				if t.isTyped {
+					fmt.Fprint(t.errs, prompt)
+				}
 			case t.stops && (flush() != nil || !t.mayGoOn()):
 				t.end <- s
 				return
 			default:
-				requests++
+				inHand.owed++
 			}
 			if ends && lookUp(line) == quit {
 				s.left, more = r.Buffered() > 0, false
@@ -1701,7 +1699,8 @@ func (t *talker) sendLines() {
 			s.err, more = err, false
 		}
 	}
-	t.sent.count(requests, 0)
+	note()
+	s.lines = inHand.lines
 	t.end <- s // before the server can end the conversation
 	w.Flush()
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {

@@ -115,7 +115,8 @@ type keyValueServer struct {
 	// slot is free and workLoop never waits.
 	countActive chan int
 
-	closeSignal chan struct{} // closed by Close: acceptClient ends, workLoop winds up, who waits for long gives up
+	// Closed by Close: acceptClient ends, workLoop winds up, who waits for long gives up.
+	closeSignal chan struct{}
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
 	turn        chan struct{} // holds one token; the API call that took it owns what is below

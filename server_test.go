@@ -1602,8 +1602,8 @@ func TestClientCommandResumes(t *testing.T) {
 			var errs bytes.Buffer
 			talker := talker{conn: newFakeConn(down, up), in: strings.NewReader(load), out: io.Discard, errs: &errs, stops: c.stops}
 			good, err := talker.converse()
-			if good || !(errors.Is(err, c.want) || c.want == errUnanswered && errors.Is(err, syscall.ECONNRESET)) || talker.sent.through() != c.through || !strings.HasPrefix(errs.String(), c.errs) {
-				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line %d", c.answers, good, err, talker.sent.through(), &errs, c.want, c.through)
+			if good || !(errors.Is(err, c.want) || c.want == errUnanswered && errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through || !strings.HasPrefix(errs.String(), c.errs) {
+				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line %d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
 			}
 			talker.conn.Close()
 			synctest.Wait()

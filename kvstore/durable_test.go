@@ -2189,6 +2189,9 @@ func TestLoadTellsProgress(t *testing.T) {
 			<-time.After(400 * time.Millisecond)
 			p.step(frame{count: 10, length: 56})
 		}
+		if stage := p.status.Stage(); stage != "loading 28 %" {
+			t.Errorf("after two seconds /healthz would say %q", stage)
+		}
 		if got := log.String(); strings.Count(got, "msg=loading") != 1 || !strings.Contains(got, "records=30 bytes=288 percent=28") {
 			t.Errorf("after two seconds the log is\n%s", got)
 		}

@@ -314,7 +314,8 @@ func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.value
 // Footprint returns how many bytes of memory the store takes, about: all that a snapshot
 // shares with it counts once.
 func (m *Memory) Footprint() int64 {
-	const pageSize, perLongValue = 4 << 10, 40 // a string's head, what append leaves free, and what malloc rounds up
+	// A string's head, what append leaves free, and what malloc rounds up.
+	const pageSize, perLongValue = 4 << 10, 40
 	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes +
 		int64(m.longValues*perLongValue)
 }
