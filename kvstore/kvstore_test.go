@@ -295,8 +295,8 @@ func memorySteps(t *testing.T) (steps int) {
 }
 
 // Ensure that a store of many keys, large and small lists does what the model does while
-// it grows and shrinks, that no more of it is dead than may be, and that a snapshot never
-// changes.
+// it grows and shrinks, that no more of it is dead than may be, and that neither a snapshot
+// nor what View returned ever changes.
 func TestMemoryInside(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
 	store, m := NewMemory(), model{}
@@ -305,7 +305,7 @@ func TestMemoryInside(t *testing.T) {
 		size := random.IntN(20)
 		switch what := random.IntN(100); {
 		case what < 30:
-			size = random.IntN(ownSize * 5 / 4)
+			size = random.IntN(ownSize * 3 / 2)
 		case what < 35:
 			size = random.IntN(2 * maxShortBytes)
 		}
@@ -319,6 +319,8 @@ func TestMemoryInside(t *testing.T) {
 		held     model
 	}
 	var snapshots []kept
+	type shown struct{ got, want []string }
+	var views []shown
 	steps := memorySteps(t)
 	for i := range steps {
 		many := 20_000
@@ -360,6 +362,8 @@ func TestMemoryInside(t *testing.T) {
 			var scratch [2]string
 			if got := store.View(scratch[:], key); !slices.Equal(got, m[key]) || int(store.Measure(key)) != sizeOf(got) {
 				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m[key])
+			} else {
+				views = append(views, shown{slices.Clone(got), m[key]})
 			}
 		}
 		if random.IntN(steps/20) == 0 {
@@ -377,6 +381,12 @@ func TestMemoryInside(t *testing.T) {
 			for _, k := range snapshots {
 				checkSnapshot(t, k.snapshot, k.held)
 			}
+			for _, v := range views {
+				if !slices.Equal(v.got, v.want) {
+					t.Fatalf("what View returned, %.100q, has become %.100q", v.want, v.got)
+				}
+			}
+			views = nil
 		}
 	}
 	if store.cursor == 0 {
@@ -578,6 +588,45 @@ func TestViewAllocatesNothing(t *testing.T) {
 	for _, key := range []string{"none", "one", "two", "long"} {
 		if got := testing.AllocsPerRun(100, func() { store.View(scratch[:], key) }); got != 0 {
 			t.Errorf("a View of %s allocates %v times", key, got)
+		}
+	}
+}
+
+// Ensure that the memory of a large value, and of many small ones, is used again for the next,
+// but not while somebody may have seen it.
+func TestMemoryIsUsedAgain(t *testing.T) {
+	for _, size := range []int{1000, ownSize, 4 << 10, 64 << 10, slabSize - 100} {
+		store, value, n := NewMemory(), strings.Repeat("v", size), 0
+		set := func() {
+			n++
+			store.Set(fmt.Sprint(n%10), value) // with the number on the stack
+		}
+		for range 50_000_000 / size {
+			set() // until the slabs are cleaned
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		const rounds = 1000
+		for range rounds {
+			set()
+		}
+		runtime.ReadMemStats(&after)
+		if got := int(after.TotalAlloc - before.TotalAlloc); got > rounds*size/10 {
+			t.Errorf("%d Sets of %d bytes took %d bytes of new memory", rounds, size, got)
+		}
+		for i, show := range []func() string{
+			func() string { return store.View(nil, "1")[0] },
+			func() string { return store.Snapshot().View(nil, "1")[0] },
+		} {
+			store.Set("1", value)
+			got := show()
+			for range 1000 {
+				store.Set("1", strings.Repeat("w", size))
+				store.Set("2", strings.Repeat("w", size))
+			}
+			if got != value {
+				t.Errorf("%d: a value of %d bytes was overwritten: %.100q", i, size, got)
+			}
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 // neither has pointers that the garbage collector would have to follow. Long lists are
 // slices. A list that was handed out is never changed: a Put appends beyond the end of
 // every list handed out before, an Update that would change one makes a new one, and the
-// bytes in slabs are written once.
+// bytes of a slab that somebody else may see are written once.
 type Memory struct {
 	view // what a snapshot copies
 
@@ -27,14 +27,15 @@ type Memory struct {
 	keys   int
 
 	// The slabs.
-	unused []int // numbers of slabs that were dropped
-	head   int   // where records are added; 0: there is none yet
-	used   int   // bytes of all slabs
-	live   int   // bytes of all records that the index points to
-	victim int   // the slab that is being cleaned; 0: none is
-	at     int   // how far
-	cursor int   // where the next is looked for
-	skip   int   // bytes that need not be cleaned before that
+	unused []int    // numbers of slabs that were dropped
+	free   [][]byte // memory of these, to be used again
+	head   int      // where records are added; 0: there is none yet
+	used   int      // bytes of all slabs
+	live   int      // bytes of all records that the index points to
+	victim int      // the slab that is being cleaned; 0: none is
+	at     int      // how far
+	cursor int      // where the next is looked for
+	skip   int      // bytes that need not be cleaned before that
 
 	// The long lists.
 	spare      []int // numbers of lists that are not in use
@@ -132,10 +133,11 @@ func (m *Memory) Get(key string) []string {
 // parts of a piece of memory of 256 KiB, which stays as long as one of them does: who
 // keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
-	_, _, rec := m.find(key)
+	h, i, rec := m.find(key)
 	if rec == nil {
 		return nil
 	}
+	m.slabs[m.page(h).slots[i]&addrMask>>slabBits].shown = true
 	if _, rest := rec.parts(); rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(scratch[:0], viewOf(rest[2:2+rest[1]]))
 	}

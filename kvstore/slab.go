@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"hash/maphash"
 	"math/bits"
+	"slices"
+	"strings"
 	"unsafe"
 )
 
@@ -23,6 +25,7 @@ const (
 	slabBits = 18
 	slabSize = 1 << slabBits
 	ownSize  = 2 << 10 // bytes of a record above which it has a slab of its own
+	freeMost = 16      // slabs whose memory waits to be used again
 
 	// What may be dead in all slabs: so many bytes and one byte in so many. With more,
 	// slabs are cleaned: for each byte that is written or dies, so many are walked past,
@@ -35,13 +38,15 @@ const (
 )
 
 // slab is a piece of memory without pointers. It is written once, from its start to its
-// end; when nothing in it is alive it is left to the garbage collector, which waits for
-// everybody who reads it.
+// end. When nothing in it is alive, and nobody else can have seen it, its memory is used
+// again at once: it is in the processor's cache still. Else it is left to the garbage
+// collector, which waits for everybody who reads it.
 type slab struct {
 	data []byte
 	live int // bytes of records that the index points to
 
 	epoch uint64 // Memory's when the slab was made: a snapshot taken since has it, too
+	shown bool   // strings that are parts of data were handed out
 }
 
 // record returns the record that a slot points to, with what follows it.
@@ -115,7 +120,8 @@ func (r record) size() int {
 }
 
 // viewOf is string(b) without a copy. What it needs holds for all bytes in slabs: nobody
-// changes them once they were written.
+// changes them while there is such a string. (A slab of which somebody outside was shown
+// one is never used again.)
 func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // uvarintSize is how many bytes n takes.
@@ -171,9 +177,37 @@ func (m *Memory) open(size int) (k int) {
 	} else {
 		k, m.slabs = len(m.slabs), append(m.slabs, slab{})
 	}
-	m.slabs[k] = slab{data: make([]byte, 0, size), epoch: m.epoch}
-	m.used += size
+	data := m.reuse(size)
+	if data == nil {
+		var fresh strings.Builder // it does not clear memory that will be written anyway
+		fresh.Grow(size)
+		data = unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:0]
+	}
+	m.slabs[k] = slab{data: data, epoch: m.epoch}
+	m.used += cap(data)
 	return k
+}
+
+// reuse returns free memory of at least size bytes, and not many more, nil if there is none.
+func (m *Memory) reuse(size int) []byte {
+	for i := len(m.free) - 1; i >= 0; i-- {
+		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
+			m.free = slices.Delete(m.free, i, i+1)
+			return data[:0]
+		}
+	}
+	return nil
+}
+
+// release keeps a slab's memory for reuse, in the place of what has been free longest.
+func (m *Memory) release(s *slab) {
+	if s.shown || s.epoch < m.epoch || cap(s.data) > slabSize {
+		return
+	}
+	if len(m.free) == freeMost {
+		m.free = slices.Delete(m.free, 0, 1)
+	}
+	m.free = append(m.free, s.data)
 }
 
 // drop leaves slab k to the garbage collector, unless it is of use.
@@ -182,6 +216,7 @@ func (m *Memory) drop(k int) {
 		return
 	}
 	m.used -= cap(m.slabs[k].data)
+	m.release(&m.slabs[k])
 	m.slabs[k] = slab{}
 	m.unused = append(m.unused, k)
 	if k == m.victim {
