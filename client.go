@@ -924,8 +924,10 @@ func (o *outbox) reserve(size int) {
 
 // release gives back what was reserved and not used.
 func (o *outbox) release() {
-	o.queued.Add(-o.reserved)
-	o.reserved = 0
+	if o.reserved > 0 {
+		o.queued.Add(-o.reserved)
+		o.reserved = 0
+	}
 }
 
 // queue queues a message. There must be room for it.
