@@ -499,7 +499,7 @@ func lastNewline(b []byte) int {
 // is also the client's last.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
-	clear(in.queries) // what they found may pin memory of the store
+	before := in.queries
 	in.queries = in.queries[:0]
 	for walks := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !walks; {
 		end := strings.IndexByte(burst, '\n')
@@ -529,6 +529,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 		in.spoke = true
 	}
+	clear(before[min(len(in.queries), len(before)):]) // what they found may pin memory of the store
 	if len(in.queries) == 0 {
 		return nil, burst
 	}
@@ -754,10 +755,10 @@ type outbox struct {
 // never waits, for workLoop calls it: what is long, or finds no room, is left to
 // a goroutine.
 func (c *Client) answer(chain *Query) {
-	size := c.measure(chain)
+	size, lists := c.measure(chain)
 	if size > min(chunkSize, c.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.isOver()) {
-		go c.deliver(chain)
+		go c.deliver(chain, size, lists)
 		return
 	}
 	c.reply(chain, size)
@@ -766,45 +767,40 @@ func (c *Client) answer(chain *Query) {
 
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
-func (c *Client) deliver(chain *Query) {
-	held := listBytes(chain)
-	c.queued.Add(held)
-	c.replyAll(chain)
-	c.queued.Add(-held)
+func (c *Client) deliver(chain *Query, size int, lists int64) {
+	c.queued.Add(lists)
+	c.work()
+	c.reply(chain, size)
+	c.rest()
+	c.queued.Add(-lists)
 	c.done <- chain
 }
-
-// listBytes is what the lists that chain keeps in memory take, beside their values:
-// each Get may have another version of one.
-func listBytes(chain *Query) (bytes int64) {
-	for q := chain; q != nil; q = q.next {
-		bytes += int64(len(q.values)) * stringSize
-	}
-	return bytes
-}
-
-const stringSize = 16 // bytes of a string beside its text
 
 // replyAll queues the replies of chain, however large they are. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
 	o.work()
-	o.reply(chain, o.measure(chain))
+	size, _ := o.measure(chain)
+	o.reply(chain, size)
 	o.rest()
 }
 
-// measure returns how many bytes the replies of chain take, and notes the size
-// of each. It looks at no value.
-func (o *outbox) measure(chain *Query) (sum int) {
+const stringSize = 16 // bytes of a string beside its text
+
+// measure returns how many bytes the replies of chain take, and notes the size of each.
+// lists is what the lists that chain keeps in memory take beside their values: each Get may
+// have another version of one. measure looks at no value.
+func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.isClosed() {
-		return 0
+		return 0, 0
 	}
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
 		q.size = q.replySize(acked)
-		sum += q.size
+		size += q.size
+		lists += int64(len(q.values)) * stringSize
 	}
-	return sum
+	return size, lists
 }
 
 // reply queues the replies that chain's requests are owed, left bytes in all.

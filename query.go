@@ -15,21 +15,21 @@ type Query struct {
 	key       string
 	value     string // also: a Ping's token, a malformed line's fault
 	queryType queryType
+	kept      bool // keep was called
+	bare      bool // on the head of a chain: it comes back without replies, its sender sees to them
 	client    *Client
 	newValue  string
 
 	line   int       // of the client's input, counted from 1
 	values []string  // what the run found: a key's list, or the lines of a Help, Stats or Keys
 	few    [2]string // values, where it is short
-	kept   bool      // keep was called
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
 	next *Query
-	bare bool // on the head: it comes back without replies, its sender sees to them
-	size int  // of the reply, in bytes: an upper bound, or 0 if none is owed
+	size int // of the reply, in bytes: an upper bound, or 0 if none is owed
 }
 
 // queryType says what a Query asks for.

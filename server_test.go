@@ -903,7 +903,8 @@ func TestAnswerNeverWaits(t *testing.T) {
 		c.buffer <- nil // one waits already
 		s.queued.Store(1)
 		q := &Query{queryType: ping}
-		c.reply(q, c.measure(q)) // as answer does when it found the queues below their limit
+		size, _ := c.measure(q)
+		c.reply(q, size) // as answer does when it found the queues below their limit
 		if len(c.buffer) != 2 {
 			t.Errorf("%d messages are queued, want 2", len(c.buffer))
 		}
