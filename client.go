@@ -961,10 +961,12 @@ func (o *outbox) hasRoom(n int) bool {
 // their limit its connection is cut.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
-		select {
-		case taken := <-o.progress:
-			o.slow = !taken
-		default:
+		if len(o.buffer) > 0 { // else there is room, slow or not
+			select {
+			case taken := <-o.progress:
+				o.slow = !taken
+			default:
+			}
 		}
 		if o.hasRoom(n) {
 			return true
