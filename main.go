@@ -44,6 +44,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -68,27 +69,15 @@ const (
 	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
 )
 
+// The help text is this, a line for each flag, and moreUsage.
 const usage = `Usage: kvserver [flags]                             serve
        kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
        kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
        kvserver check DIR | repair DIR | backup DIR TO   look at it, mend, copy
-  -addr ADDR      port, :port (every address of this machine) or host:port;
-                  port 0 takes a free one (default localhost:9999)
-  -data DIR       keep the data in DIR, or in etcd://HOST:PORT,.../PREFIX, where
-                  another kvserver can take over; without it, it is lost
-  -fsync WHEN     with -data: always, a time such as 1s, or never (default
-                  always: a power failure takes nothing that was answered)
-  -http ADDR      serve /metrics, /healthz and /debug/pprof/ there
-  -log FORMAT     text or json (default text); -v logs every connection as well
-  -max-clients N, -max-line SIZE, -write-timeout TIME, -max-memory SIZE
-                  limits: 10000, 1MiB, 5m and 0 (none) unless given
-  -max-queues SIZE  limit of all replies that wait (default 1GiB); sizes are
-                  bytes, or as in 64MB and 1GiB
-  -tls-cert FILE, -tls-key FILE, -tls-client-ca FILE, -tls-ca FILE (with -c)
-                  encrypt; let in, and trust, who has a certificate of that CA
-  -stop, -timeout TIME  with -c: end at the first error; or after such a silence
-  -version, -h    print the version, or this, and exit
-Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
+`
+
+const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
+Sizes are bytes, or as in 64MB and 1GiB.
 
 Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 `
@@ -172,18 +161,20 @@ const seeHelp = "kvserver -h lists the flags."
 // parseFlags reads the environment and the command line. It prints what -h and -version
 // ask for and then returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	flags := c.flags()
-	if err := readEnvironment(flags); err != nil {
+	options := c.options()
+	help := helpText(options) // with the defaults, as they are still there
+	flags := flagSet(options)
+	if err := readEnvironment(flags, options); err != nil {
 		return c, err
 	}
 	ca := c.ca // it may be there for a -ping beside the server
 	err = flags.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(out, usage)
+		fmt.Fprint(out, help)
 		return c, err
 	case err != nil:
-		return c, flagProblem(flags, err)
+		return c, flagProblem(options, err)
 	case c.version:
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
@@ -193,10 +184,13 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	c.requests = flags.Args()
 	given := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for _, err := range []error{c.checkValues(), c.checkRequests(), c.checkTogether(given)} {
-		if err != nil {
+	for _, o := range options {
+		if err := o.check(); err != nil {
 			return c, err
 		}
+	}
+	if err := cmp.Or(c.checkRequests(), c.checkTogether(given)); err != nil {
+		return c, err
 	}
 	if c.http != "" {
 		if c.http, err = fullAddr("http", c.http); err != nil {
@@ -216,101 +210,207 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	return c, nil
 }
 
-// flags returns the flags that set c.
-func (c *config) flags() *flag.FlagSet {
+// option is one flag. The help text and the README's table are made of these, so that a flag
+// that is added here is everywhere.
+type option struct {
+	name  string
+	value any    // where its value goes, with the default there: a pointer to a field of config
+	unit  string // what its value is called; "": it has none
+	help  string // a line
+	more  string // what the README says behind that
+	now   bool   // it says what to do now, so it is not in the environment
+
+	// For a value that is refused: what is right, and an example for what is no value.
+	fits    func() bool
+	give    string
+	example string // "": the default
+}
+
+// options returns the flags that set c, and sets their defaults.
+func (c *config) options() []option {
+	*c = config{addr: "localhost:9999", fsync: "always", log: "text",
+		maxClients: defaultMaxClients, maxLine: defaultMaxLine, maxQueues: defaultMaxQueues,
+		writeTimeout: defaultWriteTimeout}
+	return []option{
+		{name: "addr", value: &c.addr, unit: "ADDR", help: "port, :port (every address) or host:port",
+			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: `a:9999,b:9999`"},
+		{name: "data", value: &c.data, unit: "DIR", help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
+			more: "Without it the data is lost when the server stops",
+			fits: func() bool { return !strings.Contains(c.data, "://") || kvstore.IsEtcd(c.data) },
+			give: "a directory, or an etcd cluster as in etcd://host1:2379,host2:2379,host3:2379/kv"},
+		{name: "fsync", value: &c.fsync, unit: "WHEN", help: "with -data: always, a time such as 1s, or never",
+			more: "See \"Keeping the data\"",
+			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
+			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
+		{name: "http", value: &c.http, unit: "ADDR", help: "serve /metrics, /healthz and /debug/pprof/ there",
+			more: "Requests may name an address, localhost or the host given here"},
+		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
+			more: "One more is told so. Lowered to what `ulimit -n` allows, with 32 spare, 16 for `-http`, " +
+				"and a quarter, at most 1000, for TLS handshakes",
+			fits: func() bool { return c.maxClients >= 1 },
+			give: "at least 1, as in -max-clients 10000", example: "10000"},
+		{name: "max-line", value: &c.maxLine, unit: "SIZE", help: "longest request line, its end not counted",
+			fits:    func() bool { return c.maxLine >= minMaxLine && c.maxLine <= 1<<30 },
+			give:    fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
+			example: "1MiB"},
+		{name: "max-memory", value: &c.maxMemory, unit: "SIZE", help: "what the process may take; 0: no limit",
+			more: "At least 64MB. Writes that need more are refused, Delete and Remove never, a Set or Update " +
+				"that makes less only where a Dump has used up what is kept for it. Give a container a quarter more",
+			fits:    func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
+			give:    fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit", minMaxMemory),
+			example: "500MB"},
+		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB", help: "what all replies may take that wait; 0: no limit",
+			more: "Over it clients that take nothing lose replies, or after Ack their connection"},
+		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME", help: "cut who takes no byte for so long; 0: never",
+			fits: func() bool { return c.writeTimeout >= 0 },
+			give: "a time such as 5m, or 0 for no limit", example: "5m"},
+		{name: "tls-cert", value: &c.cert, unit: "FILE", help: "certificate: speak TLS; with -c and -ping: show it"},
+		{name: "tls-key", value: &c.key, unit: "FILE", help: "its key"},
+		{name: "tls-client-ca", value: &c.clientCA, unit: "FILE", help: "let in only who has a certificate of this CA"},
+		{name: "tls-ca", value: &c.ca, unit: "FILE", help: "with -c and -ping: speak TLS, and trust this CA"},
+		{name: "log", value: &c.log, unit: "FORMAT", help: "text or json",
+			fits: func() bool { return c.log == "text" || c.log == "json" }, give: "text or json"},
+		{name: "v", value: &c.verbose, help: "log every connection as well"},
+		{name: "c", value: &c.client, now: true, help: "be a client: send requests",
+			more: "Data goes to standard output, errors to standard error"},
+		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
+			more: "Each request is sent when the one before is answered"},
+		{name: "timeout", value: &c.timeout, unit: "TIME", help: "with -c and -ping: for each silence; 0: any",
+			more: "Also to connect; 0 is 5s to connect and for the first answer, and no limit then",
+			fits: func() bool { return c.timeout >= 0 },
+			give: "a time such as 5s; 0 is 5s for the first answer, and no limit then", example: "5s"},
+		{name: "ping", value: &c.ping, now: true, help: "be a health check"},
+		{name: "version", value: &c.version, now: true, help: "print the version"},
+	}
+}
+
+// line is the flag's line in the help text.
+func (o option) line() string {
+	line := fmt.Sprintf("  %-21s%s", "-"+o.name+" "+o.unit, o.help)
+	if d := o.initial(); o.unit != "" && d != "" && d != "0" {
+		line += " (" + d + ")"
+	}
+	return line + "\n"
+}
+
+// row is the flag's row in the README.
+func (o option) row() string {
+	variable, initial, text := o.variable(), o.initial(), o.help
+	if variable != "" {
+		variable = "`" + variable + "`"
+	}
+	if o.unit == "" || initial == "" {
+		initial = ""
+	} else {
+		initial = "`" + initial + "`"
+	}
+	if o.more != "" {
+		text += ". " + o.more
+	}
+	return fmt.Sprintf("| `-%s` | %s | %s | %s |\n", o.name, variable, initial, text)
+}
+
+// initial is the default as one would write it.
+func (o option) initial() string {
+	switch v := o.value.(type) {
+	case *string:
+		return *v
+	case *time.Duration:
+		return cmp.Or(strings.TrimSuffix(v.String(), "0s"), "0")
+	case *size:
+		return v.String()
+	case *int:
+		return strconv.Itoa(*v)
+	}
+	return ""
+}
+
+// variable is the flag's name in the environment; "": it has none. (KVSERVER_VERSION is
+// often there, and not meant for us.)
+func (o option) variable() string {
+	if o.now {
+		return ""
+	}
+	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
+}
+
+// show gives an example of the flag. (After a value that is none the default is not there.)
+func (o option) show() string {
+	if o.unit == "" {
+		return ""
+	}
+	return "Give it as in -" + o.name + "=" + cmp.Or(o.example, o.initial()) + ". "
+}
+
+// check tells what is wrong with the value.
+func (o option) check() error {
+	if o.fits == nil || o.fits() {
+		return nil
+	}
+	what := fmt.Sprintf("-%s %v is out of range", o.name, reflect.ValueOf(o.value).Elem())
+	if text, isText := o.value.(*string); isText {
+		what = fmt.Sprintf("-%s %q is none of its values", o.name, *text)
+	}
+	return problem{what, "Give " + o.give + "."}
+}
+
+// flagSet returns what parses options.
+func flagSet(options []option) *flag.FlagSet {
 	flags := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.Usage = func() {}
-	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
-	flags.StringVar(&c.addr, "addr", "localhost:9999", "")
-	flags.StringVar(&c.data, "data", "", "")
-	flags.StringVar(&c.fsync, "fsync", "always", "")
-	flags.StringVar(&c.http, "http", "", "")
-	flags.StringVar(&c.log, "log", "text", "")
-	flags.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "")
-	flags.Var(&c.maxLine, "max-line", "")
-	flags.Var(&c.maxMemory, "max-memory", "")
-	flags.Var(&c.maxQueues, "max-queues", "")
-	flags.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout, "")
-	flags.StringVar(&c.cert, "tls-cert", "", "")
-	flags.StringVar(&c.key, "tls-key", "", "")
-	flags.StringVar(&c.clientCA, "tls-client-ca", "", "")
-	flags.StringVar(&c.ca, "tls-ca", "", "")
-	flags.BoolVar(&c.verbose, "v", false, "")
-	flags.BoolVar(&c.client, "c", false, "")
-	flags.BoolVar(&c.stop, "stop", false, "")
-	flags.DurationVar(&c.timeout, "timeout", 0, "")
-	flags.BoolVar(&c.ping, "ping", false, "")
-	flags.BoolVar(&c.version, "version", false, "")
+	for _, o := range options {
+		switch v := o.value.(type) {
+		case *string:
+			flags.StringVar(v, o.name, *v, "")
+		case *bool:
+			flags.BoolVar(v, o.name, *v, "")
+		case *int:
+			flags.IntVar(v, o.name, *v, "")
+		case *time.Duration:
+			flags.DurationVar(v, o.name, *v, "")
+		case *size:
+			flags.Var(v, o.name, "")
+		}
+	}
 	return flags
 }
 
-// variable is the name of a flag in the environment; "": it has none, for it says what to
-// do now, and KVSERVER_VERSION is often there.
-func variable(f *flag.Flag) string {
-	if slices.Contains([]string{"c", "stop", "ping", "version"}, f.Name) {
-		return ""
+// helpText is what -h prints.
+func helpText(options []option) string {
+	text := usage
+	for _, o := range options {
+		text += o.line()
 	}
-	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+	return text + moreUsage
 }
 
 // readEnvironment sets flags from the environment.
-func readEnvironment(flags *flag.FlagSet) (err error) {
-	flags.VisitAll(func(f *flag.Flag) {
-		name := variable(f)
-		if name == "" || err != nil {
-			return
+func readEnvironment(flags *flag.FlagSet, options []option) error {
+	for _, o := range options {
+		name := o.variable()
+		if value := os.Getenv(name); name != "" && value != "" && flags.Set(o.name, value) != nil {
+			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, o.name)
+			return problem{what, o.show() + seeHelp}
 		}
-		if value := os.Getenv(name); value != "" && flags.Set(f.Name, value) != nil {
-			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name)
-			err = problem{what, example(f) + seeHelp}
-		}
-	})
-	return err
+	}
+	return nil
 }
 
 // flagProblem says what to do about an error of flags.Parse.
-func flagProblem(flags *flag.FlagSet, err error) error {
+func flagProblem(options []option, err error) error {
 	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
 	if unknown {
 		return problem{"unknown flag " + name,
-			similarFlag(flags, strings.TrimLeft(name, "-")) + seeHelp}
+			similarFlag(options, strings.TrimLeft(name, "-")) + seeHelp}
 	}
 	todo := seeHelp
-	flags.VisitAll(func(f *flag.Flag) {
-		if strings.Contains(err.Error(), " -"+f.Name+": ") {
-			todo = example(f) + seeHelp
+	for _, o := range options {
+		if strings.Contains(err.Error(), " -"+o.name+": ") {
+			todo = o.show() + seeHelp
 		}
-	})
-	return problem{err.Error(), todo}
-}
-
-// checkValues tells what is wrong with the value of a flag.
-func (c *config) checkValues() error {
-	switch {
-	case c.maxLine < minMaxLine || c.maxLine > 1<<30:
-		return problem{fmt.Sprintf("-max-line %d is out of range", c.maxLine),
-			fmt.Sprintf("Give %d bytes to 1GiB, as in -max-line 1MiB.", minMaxLine)}
-	case c.maxClients < 1:
-		return problem{fmt.Sprintf("-max-clients %d is out of range", c.maxClients),
-			"Give at least 1, as in -max-clients 10000."}
-	case c.timeout < 0:
-		return problem{fmt.Sprintf("-timeout %v is out of range", c.timeout),
-			"Give a time such as 5s; 0 is 5s for the first answer, and no limit then."}
-	case c.maxMemory > 0 && c.maxMemory < minMaxMemory:
-		return problem{fmt.Sprintf("-max-memory %d is out of range", c.maxMemory),
-			fmt.Sprintf("Give %d bytes or more, as in -max-memory 500MB, or 0 for no limit.", minMaxMemory)}
-	case strings.Contains(c.data, "://") && !kvstore.IsEtcd(c.data):
-		return problem{fmt.Sprintf("-data %q is no directory", c.data),
-			"Give a directory, or an etcd cluster as in etcd://host1:2379,host2:2379,host3:2379/kv."}
-	case c.writeTimeout < 0:
-		return problem{fmt.Sprintf("-write-timeout %v is out of range", c.writeTimeout),
-			"Give a time such as 5m, or 0 for no limit."}
-	case c.log != "text" && c.log != "json":
-		return problem{fmt.Sprintf("-log %q is none of its values", c.log), "Give text or json."}
 	}
-	_, err := parseFsync(c.fsync)
-	return err
+	return problem{err.Error(), todo}
 }
 
 // checkRequests tells what is wrong with what stands behind the flags.
@@ -374,7 +474,17 @@ const minMaxLine = 64
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
 type size int64
 
-func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
+// String is flag.Value's.
+func (s *size) String() string {
+	switch n := int64(*s); {
+	case n > 0 && n%(1<<30) == 0:
+		return fmt.Sprint(n>>30, "GiB")
+	case n > 0 && n%(1<<20) == 0:
+		return fmt.Sprint(n>>20, "MiB")
+	default:
+		return strconv.FormatInt(n, 10)
+	}
+}
 
 // Set is flag.Value's.
 func (s *size) Set(text string) error {
@@ -403,10 +513,12 @@ func (s *size) Set(text string) error {
 // warnOfVariables logs which variables look like ours and are none, and what they may have
 // been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
-	flags := new(config).flags()
+	options := new(config).options()
 	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true,
 		"KVSERVER_ETCD_USER": true}
-	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
+	for _, o := range options {
+		known[o.variable()] = true
+	}
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
 		text, ours := strings.CutPrefix(name, "KVSERVER_")
@@ -415,50 +527,39 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 			continue
 		}
 		todo := seeHelp
-		flags.VisitAll(func(f *flag.Flag) {
-			if v := variable(f); oneSlip(name, v) && len(f.Name) > 2 {
+		for _, o := range options {
+			if v := o.variable(); oneSlip(name, v) && len(o.name) > 2 {
 				todo = "Did you mean " + v + " ?"
 			}
-		})
+		}
 		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
 			"todo", todo)
 	}
 }
 
-// example shows a value of f.
-func example(f *flag.Flag) string {
-	values := map[string]string{"timeout": "5s", "max-line": "1MiB", "max-memory": "500MB",
-		"max-queues": "1GiB"}
-	return "Give it as in -" + f.Name + "=" + cmp.Or(values[f.Name], f.DefValue) + ". "
-}
-
 // similarFlag suggests the flag that an unknown one may have been meant to be.
-func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
+func similarFlag(options []option, name string) (suggestion string) {
 	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http"}[name]
-	flags.VisitAll(func(f *flag.Flag) {
-		if f.Name == other || oneSlip(name, f.Name) && len(f.Name) > 2 {
-			suggestion = "Did you mean -" + f.Name + " ? "
+	for _, o := range options {
+		if o.name == other || oneSlip(name, o.name) && len(o.name) > 2 {
+			suggestion = "Did you mean -" + o.name + " ? "
 		}
-	})
+	}
 	return suggestion
 }
 
 // parseFsync reads the value of -fsync.
-func parseFsync(s string) (time.Duration, error) {
+func parseFsync(s string) (when time.Duration, ok bool) {
 	switch s {
 	case "always":
-		return kvstore.FsyncAlways, nil
+		return kvstore.FsyncAlways, true
 	case "never":
-		return kvstore.FsyncNever, nil
+		return kvstore.FsyncNever, true
 	}
-	d, err := time.ParseDuration(s)
-	if err != nil || d < time.Millisecond || d > time.Hour {
-		return 0, problem{fmt.Sprintf("-fsync %q is none of its values", s),
-			"Give always, never, or a time from 1ms to 1h, as in -fsync 1s."}
-	}
-	return d, nil
+	when, err := time.ParseDuration(s)
+	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
 // fullAddr completes the address that a flag gives: a port alone is one of
@@ -838,10 +939,7 @@ func openStore(ctx context.Context, c config, s *keyValueServer) (*kvstore.Durab
 		s.db = kvstore.NewMemory()
 		return nil, nil
 	}
-	fsync, err := parseFsync(c.fsync)
-	if err != nil {
-		return nil, err
-	}
+	fsync, _ := parseFsync(c.fsync) // which has been looked at
 	d, err := kvstore.Open(ctx, c.data, kvstore.Options{Fsync: fsync, Log: s.log, Addr: c.addr,
 		Status: s.status})
 	if err != nil {
