@@ -21,7 +21,8 @@ import (
 
 // Limits of one connection.
 const (
-	maxBufferSize = 500       // messages in a client's buffer: what Project 0 keeps for a slow reader
+	// messages in a client's buffer: what Project 0 keeps for a slow reader
+	maxBufferSize = 500
 	maxShared     = 8         // of these, the first, that may hold several replies each
 	maxMessage    = 128 << 10 // bytes in one of them
 	maxWrite      = 64 << 10  // bytes after which a Write waits for no more messages
@@ -53,9 +54,10 @@ const (
 	// For a line that was begun to end, counted in ticks of quietAfter, while we read.
 	lineTime = 30 * time.Second
 
-	handshakeTime = 5 * time.Second       // for TLS to begin
-	drainTime     = time.Second           // for the client to take our last words and close
-	busyTime      = 20 * time.Millisecond // a client that sends nothing for so long has nothing on its way
+	handshakeTime = 5 * time.Second // for TLS to begin
+	drainTime     = time.Second     // for the client to take our last words and close
+	// a client that sends nothing for so long has nothing on its way
+	busyTime = 20 * time.Millisecond
 )
 
 // Client is one connection and what its two goroutines share. readFromClient
@@ -161,7 +163,8 @@ func (c *Client) tellLoss() {
 	if !c.await() || c.dropped == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
 	}
-	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after Ack none is", c.dropped)
+	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
+		"Ack none is", c.dropped)
 	c.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
@@ -697,12 +700,13 @@ func (c *Client) isTooLate(n int) bool {
 // Beside such counters, and what a store keeps for its own goroutines, nothing in this program
 // is shared without a channel.
 type outboxes struct {
-	maxMessage int          // bytes in a message: the constant, but for tests
-	limit      int64        // bytes that all clients' messages may take (-max-queues); 0: any number
-	queued     atomic.Int64 // bytes that they take
-	dropped    atomic.Int64 // replies that slow readers lost
-	used       atomic.Int64 // bytes that workLoop knew of at its last Commit (needed)
-	other      atomic.Int64 // bytes that were alive beside these when the collector last looked
+	maxMessage int // bytes in a message: the constant, but for tests
+	// bytes that all clients' messages may take (-max-queues); 0: any number
+	limit   int64
+	queued  atomic.Int64 // bytes that they take
+	dropped atomic.Int64 // replies that slow readers lost
+	used    atomic.Int64 // bytes that workLoop knew of at its last Commit (needed)
+	other   atomic.Int64 // bytes that were alive beside these when the collector last looked
 
 	// One slot for each core but one. Who formats or sorts much takes a slot, so the
 	// last core stays free for short requests.
@@ -977,7 +981,8 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		if o.slow && o.cut == "" {
 			switch {
 			case (o.acked || o.listing) && o.isOver():
-				o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes (-max-queues)", o.queued.Load())
+				o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
+					"(-max-queues)", o.queued.Load())
 				o.hangUp()
 			case o.listing && o.awaited.Load() > 0:
 				o.cut = "it took nothing of its Keys or Dump, and others wait for theirs"

@@ -232,42 +232,59 @@ func (c *config) options() []option {
 		maxClients: defaultMaxClients, maxLine: defaultMaxLine, maxQueues: defaultMaxQueues,
 		writeTimeout: defaultWriteTimeout}
 	return []option{
-		{name: "addr", value: &c.addr, unit: "ADDR", help: "port, :port (every address) or host:port",
-			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: `a:9999,b:9999`"},
-		{name: "data", value: &c.data, unit: "DIR", help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
+		{name: "addr", value: &c.addr, unit: "ADDR",
+			help: "port, :port (every address) or host:port",
+			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: " +
+				"`a:9999,b:9999`"},
+		{name: "data", value: &c.data, unit: "DIR",
+			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
 			more: "Without it the data is lost when the server stops",
 			fits: func() bool { return !strings.Contains(c.data, "://") || kvstore.IsEtcd(c.data) },
-			give: "a directory, or an etcd cluster as in etcd://host1:2379,host2:2379,host3:2379/kv"},
-		{name: "fsync", value: &c.fsync, unit: "WHEN", help: "with -data: always, a time such as 1s, or never",
+			give: "a directory, or an etcd cluster as in " +
+				"etcd://host1:2379,host2:2379,host3:2379/kv"},
+		{name: "fsync", value: &c.fsync, unit: "WHEN",
+			help: "with -data: always, a time such as 1s, or never",
 			more: "See \"Keeping the data\"",
 			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
 			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
-		{name: "http", value: &c.http, unit: "ADDR", help: "serve /metrics, /healthz and /debug/pprof/ there",
+		{name: "http", value: &c.http, unit: "ADDR",
+			help: "serve /metrics, /healthz and /debug/pprof/ there",
 			more: "Requests may name an address, localhost or the host given here"},
 		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
-			more: "One more is told so. Lowered to what `ulimit -n` allows, with 32 spare, 16 for `-http`, " +
+			more: "One more is told so. Lowered to what `ulimit -n` allows, with 32 spare, 16 " +
+				"for `-http`, " +
 				"and a quarter, at most 1000, for TLS handshakes",
 			fits: func() bool { return c.maxClients >= 1 },
 			give: "at least 1, as in -max-clients 10000", example: "10000"},
-		{name: "max-line", value: &c.maxLine, unit: "SIZE", help: "longest request line, its end not counted",
+		{name: "max-line", value: &c.maxLine, unit: "SIZE",
+			help:    "longest request line, its end not counted",
 			fits:    func() bool { return c.maxLine >= minMaxLine && c.maxLine <= 1<<30 },
 			give:    fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
 			example: "1MiB"},
-		{name: "max-memory", value: &c.maxMemory, unit: "SIZE", help: "what the process may take; 0: no limit",
-			more: "At least 64MB. Writes that need more are refused, Delete and Remove never, a Set or Update " +
-				"that makes less only where a Dump has used up what is kept for it. Give a container a quarter more",
-			fits:    func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
-			give:    fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit", minMaxMemory),
+		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
+			help: "what the process may take; 0: no limit",
+			more: "At least 64MB. Writes that need more are refused, Delete and Remove never, a " +
+				"Set or Update " +
+				"that makes less only where a Dump has used up what is kept for it. Give a " +
+				"container a quarter more",
+			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
+			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
+				minMaxMemory),
 			example: "500MB"},
-		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB", help: "what all replies may take that wait; 0: no limit",
+		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
+			help: "what all replies may take that wait; 0: no limit",
 			more: "Over it clients that take nothing lose replies, or after Ack their connection"},
-		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME", help: "cut who takes no byte for so long; 0: never",
+		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
+			help: "cut who takes no byte for so long; 0: never",
 			fits: func() bool { return c.writeTimeout >= 0 },
 			give: "a time such as 5m, or 0 for no limit", example: "5m"},
-		{name: "tls-cert", value: &c.cert, unit: "FILE", help: "certificate: speak TLS; with -c and -ping: show it"},
+		{name: "tls-cert", value: &c.cert, unit: "FILE",
+			help: "certificate: speak TLS; with -c and -ping: show it"},
 		{name: "tls-key", value: &c.key, unit: "FILE", help: "its key"},
-		{name: "tls-client-ca", value: &c.clientCA, unit: "FILE", help: "let in only who has a certificate of this CA"},
-		{name: "tls-ca", value: &c.ca, unit: "FILE", help: "with -c and -ping: speak TLS, and trust this CA"},
+		{name: "tls-client-ca", value: &c.clientCA, unit: "FILE",
+			help: "let in only who has a certificate of this CA"},
+		{name: "tls-ca", value: &c.ca, unit: "FILE",
+			help: "with -c and -ping: speak TLS, and trust this CA"},
 		{name: "log", value: &c.log, unit: "FORMAT", help: "text or json",
 			fits: func() bool { return c.log == "text" || c.log == "json" }, give: "text or json"},
 		{name: "v", value: &c.verbose, help: "log every connection as well"},
@@ -275,7 +292,8 @@ func (c *config) options() []option {
 			more: "Data goes to standard output, errors to standard error"},
 		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
 			more: "Each request is sent when the one before is answered"},
-		{name: "timeout", value: &c.timeout, unit: "TIME", help: "with -c and -ping: for each silence; 0: any",
+		{name: "timeout", value: &c.timeout, unit: "TIME",
+			help: "with -c and -ping: for each silence; 0: any",
 			more: "Also to connect; 0 is 5s to connect and for the first answer, and no limit then",
 			fits: func() bool { return c.timeout >= 0 },
 			give: "a time such as 5s; 0 is 5s for the first answer, and no limit then", example: "5s"},
@@ -770,7 +788,8 @@ func limit(s *keyValueServer, c config) {
 	}
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
+		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
+			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
 	}
 }
 
@@ -789,7 +808,8 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
 			addr.String())
 	}
-	s.log.Info("listening", "addr", addr.String(), "try", tryCommand(addr, c.cert != "", c.clientCA != ""))
+	s.log.Info("listening", "addr", addr.String(),
+		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // ---- the log
@@ -960,19 +980,27 @@ func storeProblem(c config, err error) error {
 	}
 	switch {
 	case errors.Is(err, kvstore.ErrTakenOver):
-		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that it lives: was it paused, or cut off?"
+		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
+			"it lives: was it paused, or cut off?"
 	case errors.Is(err, kvstore.ErrUnreachable):
-		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status --cluster"
+		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
+			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
+			"--cluster"
 	case errors.Is(err, kvstore.ErrRefused):
-		todo = "Look at the address in -data (etcds:// for TLS, with ?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
+		todo = "Look at the address in -data (etcds:// for TLS, with " +
+			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
 	case kvstore.IsEtcd(dir) && errors.Is(err, syscall.ENOSPC):
-		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and then: etcdctl alarm disarm"
+		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
+			"then: etcdctl alarm disarm"
 	case errors.Is(err, kvstore.ErrAddress):
-		todo = "Give the members and a prefix, as in -data etcd://host1:2379,host2:2379,host3:2379/kv"
+		todo = "Give the members and a prefix, as in -data " +
+			"etcd://host1:2379,host2:2379,host3:2379/kv"
 	case errors.Is(err, kvstore.ErrMoved):
-		todo = "Put the directory back, or look who took it, before you start again. What was answered is in the directory that was moved."
+		todo = "Put the directory back, or look who took it, before you start again. What was " +
+			"answered is in the directory that was moved."
 	case errors.Is(err, kvstore.ErrOlder):
-		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver -c Dump."
+		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
+			"-c Dump."
 	case errors.Is(err, kvstore.ErrMissing):
 		todo = "Create it: mkdir -m 700 " + dir
 	case errors.Is(err, kvstore.ErrNotOurs):
@@ -984,7 +1012,8 @@ func storeProblem(c config, err error) error {
 	case errors.Is(err, fs.ErrPermission):
 		todo = "Start as the user who owns it, or give that user the right to read and write it."
 	case errors.As(err, &damage):
-		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " + dir
+		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
+			"repair " + dir
 	}
 	return problem{err.Error(), todo}
 }
@@ -1023,7 +1052,8 @@ func inspect(command string, args []string) int {
 			"Give the directory that the server has as -data."})
 	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
 		complain(os.Stderr, problem{err.Error(),
-			"Nothing was copied. Give a store, and a new or an empty directory that is not inside it."})
+			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
+				"inside it."})
 	case command == "backup" && err != nil && !errors.As(err, new(*kvstore.DamageError)):
 		complain(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Mend the cause, then try again."})
@@ -1074,7 +1104,8 @@ func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
 		host = "localhost"
 	}
 	if mutual {
-		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
+		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
+			strconv.Itoa(addr.Port))
 	} else if encrypted {
 		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
 	}
@@ -1096,9 +1127,11 @@ func listenProblem(name, addr string, err error) error {
 		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name +
 			" 9999"
 	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to listen everywhere: kvserver -%s :%s", host, name, port)
+		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to "+
+			"listen everywhere: kvserver -%s :%s", host, name, port)
 	case isNoAddress(err):
-		todo = "This machine does not have that address. Choose localhost, or leave the host out to listen everywhere: kvserver -" + name + " :" + port
+		todo = "This machine does not have that address. Choose localhost, or leave the host out " +
+			"to listen everywhere: kvserver -" + name + " :" + port
 	}
 	var op *net.OpError
 	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
@@ -1130,7 +1163,8 @@ func userOf(port string) string {
 	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
 		table, _ := os.ReadFile(file)
 		for line := range strings.Lines(string(table)) {
-			f := strings.Fields(line) // number, local address, other, state (0A: listening), ..., inode
+			// number, local address, other, state (0A: listening), ..., inode
+			f := strings.Fields(line)
 			if len(f) < 10 || f[3] != "0A" || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
 				continue
 			}
@@ -1203,21 +1237,25 @@ func (t *talker) problem(c config, err error) error {
 			return problem{what, "It does not trust the certificate in " + c.cert +
 				": give one of the CA that it wants."}
 		}
-		return problem{what, "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
+		return problem{what,
+			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
 	case errors.Is(err, errStranger):
 		return problem{what, "Nothing was done. Look at -addr, or try again later."}
 	case len(t.requests) > 0 && t.onlyReads():
 		return problem{what, "Nothing was to be changed: try again."}
 	case len(t.requests) > 0:
-		return problem{what, "What was answered is done. Of the rest nothing is known: look, then send it again."}
+		return problem{what,
+			"What was answered is done. Of the rest nothing is known: look, then send it again."}
 	case errors.Is(err, errGone) && t.isTyped:
 		return problem{what, "All that was sent is answered. Start it again, then go on."}
 	case errors.Is(err, errGone):
 		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
 	case errors.Is(err, errStopped):
-		return problem{what + upTo, "Nothing after the line with the error was sent. Mend it, then go on: " + how}
+		return problem{what + upTo,
+			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
 	}
-	return problem{what + upTo, "What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+	return problem{what + upTo,
+		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
 }
 
 // onlyReads tells whether no request is a write.
@@ -1276,13 +1314,15 @@ func dial(c *config) (conn net.Conn, err error) {
 	var name x509.HostnameError
 	op := (*net.OpError)(nil)
 	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
-		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca if it speaks no TLS."
+		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca " +
+			"if it speaks no TLS."
 	} else if isOp {
 		err = op.Err
 	}
 	switch {
 	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT", dns.Name)
+		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT",
+			dns.Name)
 	case errors.As(err, &name):
 		todo = "Call the server as its certificate does, or give it a certificate with this name."
 	}
@@ -1384,7 +1424,8 @@ func (k *keyPair) warn(now time.Time) {
 		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once",
 			"file", k.c.cert, "until", end)
 	default:
-		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its file, it is read at once", "file", k.c.cert, "until", end)
+		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its "+
+			"file, it is read at once", "file", k.c.cert, "until", end)
 	}
 	k.warned = now
 }
@@ -1438,7 +1479,8 @@ func ownTLS(c config) (*tls.Config, error) {
 	if err != nil {
 		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v",
 			c.cert, c.key,
-			err), "Give two files in PEM format that belong together; the README shows how to make them."}
+			err), "Give two files in PEM format that belong together; the README shows how to " +
+			"make them."}
 	}
 	config.Certificates = []tls.Certificate{pair}
 	return config, nil

@@ -54,16 +54,19 @@ const (
 	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	spareFiles          = 32      // of the process's limit, for all but clients: the log, a compaction
-	maxTurnedAway       = 8       // of these, connections over maxClients that get time to hear so
-	maxHandshakes       = 1000    // TLS handshakes under way; fewer where files are few
-	maxMoments          = 4       // snapshots at a time, for Keys and Dump
-	maxWatchers         = 16      // HTTP connections; one more takes the place of the oldest
+	// of the process's limit, for all but clients: the log, a compaction
+	spareFiles    = 32
+	maxTurnedAway = 8    // of these, connections over maxClients that get time to hear so
+	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
+	maxMoments    = 4    // snapshots at a time, for Keys and Dump
+	maxWatchers   = 16   // HTTP connections; one more takes the place of the oldest
 
-	seldomTime = time.Minute // between two lines of log about what may happen a thousand times a second
+	// between two lines of log about what may happen a thousand times a second
+	seldomTime = time.Minute
 
 	memoryPerClient = 17 << 10 // bytes that a quiet client takes
-	memoryPerPair   = 64       // bytes that a write takes in the store beside its key and value, at most
+	// bytes that a write takes in the store beside its key and value, at most
+	memoryPerPair = 64
 
 	// Bytes by which the data must have shrunk until the process gives back memory at
 	// once, where that is a quarter of it.
@@ -96,9 +99,10 @@ type keyValueServer struct {
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: plain TCP
 	version      string
-	status       *kvstore.Status // of the store while it is opened, and of its lock; nil: it needs neither
-	log          *slog.Logger
-	started      time.Time
+	// of the store while it is opened, and of its lock; nil: it needs neither
+	status  *kvstore.Status
+	log     *slog.Logger
+	started time.Time
 
 	// Readers, departing goroutines and API calls to workLoop; never closed. Room for
 	// some, so that a sender seldom waits for workLoop to be scheduled.
@@ -656,7 +660,8 @@ func (s *keyValueServer) admit(q *Query) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.maxMemory))
 		if n := s.noMemory.happened(); n > 0 {
-			s.log.Error("writes are refused: the memory is full; Delete something, or raise -max-memory", "limit", s.maxMemory, "since_last_line", n)
+			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
+				"-max-memory", "limit", s.maxMemory, "since_last_line", n)
 		}
 		return
 	}
@@ -764,7 +769,8 @@ func (s *keyValueServer) leave(c *Client) {
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0
-		go debug.FreeOSMemory() // the collector alone would take minutes to give back what a crowd took
+		// the collector alone would take minutes to give back what a crowd took
+		go debug.FreeOSMemory()
 	}
 	level, reason := slog.LevelDebug, c.reason
 	switch { // then that is why reading ended
@@ -883,9 +889,10 @@ func (s *keyValueServer) statsNow(ctx context.Context) []string {
 // ---- watching: HTTP
 
 const (
-	watchTime   = 2 * time.Second  // for workLoop to answer who watches
-	requestTime = 5 * time.Second  // for an HTTP request to come
-	answerTime  = 10 * time.Second // for its answer to be taken; net/http/pprof adds a profile's own time
+	watchTime   = 2 * time.Second // for workLoop to answer who watches
+	requestTime = 5 * time.Second // for an HTTP request to come
+	// for its answer to be taken; net/http/pprof adds a profile's own time
+	answerTime  = 10 * time.Second
 	profileTime = 60 * time.Second // of a profile or a trace
 )
 
@@ -983,25 +990,28 @@ func helpOf(name string) string {
 
 // metricHelp says what each of the other metrics is.
 var metricHelp = map[string]string{
-	"info":                         "Always 1; its label is the version.",
-	"active":                       "1 if this server serves; 0 while it opens its data, or stands by.",
-	"uptime_seconds":               "Since the server began to serve.",
-	"clients":                      "Connections now.",
-	"clients_left_total":           "Connections that have ended.",
-	"clients_refused_total":        "Connections that were refused, for there were -max-clients already.",
-	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
-	"refused_requests_total":       "Lines that were answered with an error.",
-	"replies_dropped_total":        "Replies that clients lost because they did not read.",
-	"queued_bytes":                 "Replies that wait to be read by all clients.",
-	"queued_limit_bytes":           "How much they may be (-max-queues); 0: no limit.",
-	"writes_refused_total":         "Writes that were refused, for the disk or the memory is full.",
-	"keys":                         "Keys in the store.",
-	"values":                       "Values in the store.",
-	"data_bytes":                   "Keys and values together.",
-	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
-	"memory_limit_bytes":           "What the process may take (-max-memory); 0: no limit.",
-	"process_bytes":                "What the process takes from the system.",
-	"takeovers_total":              "How often somebody has taken the data over from a server that had died.",
+	"info": "Always 1; its label is the version.",
+	"active": "1 if this server serves; 0 while it opens its data, or " +
+		"stands by.",
+	"uptime_seconds":     "Since the server began to serve.",
+	"clients":            "Connections now.",
+	"clients_left_total": "Connections that have ended.",
+	"clients_refused_total": "Connections that were refused, for there were -max-clients " +
+		"already.",
+	"tls_handshakes_failed_total": "Connections that did not get as far as TLS.",
+	"refused_requests_total":      "Lines that were answered with an error.",
+	"replies_dropped_total":       "Replies that clients lost because they did not read.",
+	"queued_bytes":                "Replies that wait to be read by all clients.",
+	"queued_limit_bytes":          "How much they may be (-max-queues); 0: no limit.",
+	"writes_refused_total":        "Writes that were refused, for the disk or the memory is full.",
+	"keys":                        "Keys in the store.",
+	"values":                      "Values in the store.",
+	"data_bytes":                  "Keys and values together.",
+	"memory_bytes":                "What the data, and replies and clients, take in memory.",
+	"memory_limit_bytes":          "What the process may take (-max-memory); 0: no limit.",
+	"process_bytes":               "What the process takes from the system.",
+	"takeovers_total": "How often somebody has taken the data over from a server " +
+		"that had died.",
 	"compactions_total":            "How often the log was compacted, since the start.",
 	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
 	"log_lines_lost_total":         "Lines of log that could not be written.",
@@ -1077,7 +1087,8 @@ func onlyFor(host string, next http.Handler) http.Handler {
 		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") &&
 			!strings.EqualFold(name, host) {
 			http.Error(w,
-				fmt.Sprintf("this is not %.100q: ask for an address or localhost, or give the name in -http", name), http.StatusForbidden)
+				fmt.Sprintf("this is not %.100q: ask for an address or localhost, or give the "+
+					"name in -http", name), http.StatusForbidden)
 			return
 		}
 		next.ServeHTTP(w, r)

@@ -88,13 +88,19 @@ var conversations = []struct{ name, send, want string }{
 	{"value with colons", "Put:k:a:b::\nGet:k\n", "k:a:b::\n"},
 	{"empty value", "Put:k:\nGet:k\n", "k:\n"},
 	{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
-	{"update replaces the first and appends", "Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
+	{"update replaces the first and appends",
+		"Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
 	{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
-	{"remove takes the first", "Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n", "k:b\nk:a:\nk:b\nk:a:\n"},
-	{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n", ":OK 0\nk:b\n"},
-	{"set and remove with ack", "Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
+	{"remove takes the first",
+		"Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n",
+		"k:b\nk:a:\nk:b\nk:a:\n"},
+	{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n",
+		":OK 0\nk:b\n"},
+	{"set and remove with ack",
+		"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
 		":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
-	{"set and remove with less", "Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
+	{"set and remove with less",
+		"Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
 		strings.Join([]string{
 			`:ERROR line 1: Set needs a key and a value, as in Set:key:value; got "Set:k"`,
 			`:ERROR line 2: Set needs a key and a value, as in Set:key:value; got "Set::v"`,
@@ -109,23 +115,30 @@ var conversations = []struct{ name, send, want string }{
 	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
 	{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
 	{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
-	{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n", "k:a\nk:b\nk:a\nk:b\nk:y\n"},
+	{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n",
+		"k:a\nk:b\nk:a\nk:b\nk:y\n"},
 	{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
 	{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
 	{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
 	{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
 	{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
-	{"blank lines count", "\n\r\n\r\x00\nfoo\n", ":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
+	{"blank lines count", "\n\r\n\r\x00\nfoo\n",
+		":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
 
-	{"ack", "Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\nfoo\nAck\nQuit\n",
-		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line 10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
+	{"ack",
+		"Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
+			"foo\nAck\nQuit\n",
+		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
+			"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
 	{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
 	{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
 	{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
 	{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
 	{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
-	{"help", "?\n", ": " + strings.Join(helpLines, "\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
-	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines, "\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+	{"help", "?\n", ": " + strings.Join(helpLines,
+		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
+		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
 
 	{"put without value", "Put:k\nPut\nPut:\nPut::v\nGet:k\n",
 		":ERROR line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n" +
@@ -133,14 +146,21 @@ var conversations = []struct{ name, send, want string }{
 			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
 			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
 	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
-		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
-			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
+		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; " +
+			"a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
+			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got " +
+			"\"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
+			"colon\n" +
 			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
 			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
 	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
-		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
-			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got \"Delete:\"\na:1\n"},
-	{"update with more or less", "Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
+		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got " +
+			"\"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
+			"colon\n" +
+			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got " +
+			"\"Delete:\"\na:1\n"},
+	{"update with more or less",
+		"Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
 		strings.Join([]string{
 			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k:a"`,
 			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k"`,
@@ -154,7 +174,9 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 3: Stats needs nothing behind it, as in Stats; got "Stats:"`,
 			`:ERROR line 4: Help needs nothing behind it, as in Help; got "Help:me"`,
 			"k:a\n"}, "\n")},
-	{"hints", "get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\nget\ta\nset a\nget a\x1b\n",
+	{"hints",
+		"get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\n" +
+			"get\ta\nset a\nget a\x1b\n",
 		strings.Join([]string{
 			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
 			`:ERROR line 2: unknown request "set a b"; did you mean Set:a:b ?`,
@@ -169,7 +191,9 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
 			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
 			""}, "\n")},
-	{"long nonsense is cut", strings.Repeat("x", 41) + "\n", ":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
+	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
+		":ERROR line 1: unknown request \"" + strings.Repeat("x",
+			40) + "\"...; Help lists the requests\n"},
 	{"nonsense", "\x00\n:\n::\nk:v\n\xff\xfe\n", strings.Join([]string{
 		`:ERROR line 1: unknown request "\x00"; Help lists the requests`,
 		`:ERROR line 2: unknown request ":"; Help lists the requests`,
@@ -177,46 +201,79 @@ var conversations = []struct{ name, send, want string }{
 		`:ERROR line 4: unknown request "k:v"; Help lists the requests`,
 		`:ERROR line 5: unknown request "\xff\xfe"; Help lists the requests`,
 		""}, "\n")},
-	{"kelvin is no k", "Ac\u212a\n", ":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
+	{"kelvin is no k", "Ac\u212a\n",
+		":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
 
-	{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
-		": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: ab\n:OK 2\nb:1\n:OK 1\n"},
-	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n", ": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
-	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n", ": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
+	{"keys",
+		"Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
+		": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
+			"ab\n:OK 2\nb:1\n:OK 1\n"},
+	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
+		": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
+	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
+		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
 	{"keys and dump with more", "Keys:a:b\nDump:\n",
-		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in Keys:prefix; got \"Keys:a:b\"\n" +
+		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in " +
+			"Keys:prefix; got \"Keys:a:b\"\n" +
 			":ERROR line 2: Dump needs nothing behind it, as in Dump; got \"Dump:\"\n"},
-	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k", ":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
-	{"torn write is not run", "Ack\nPut:k:a", ":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
+	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
+		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
+	{"torn write is not run", "Ack\nPut:k:a",
+		":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
 
 	{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
 	{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
 	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
 	{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
-	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n", ":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n:PONG\n"},
+	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" +
+			":PONG\n"},
 
-	{"HTTP over the limit", "POST /" + strings.Repeat("a", testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
-	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a", testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
-	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a", 3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", badRequest},
-	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a", 3*testMaxLine) + " HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine), ":ERROR line 1: longer than 20000 bytes, skipped\n"},
-	{"torn line of the limit", strings.Repeat("a", testMaxLine), ":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
-	{"torn line one over the limit", strings.Repeat("a", testMaxLine+1), ":ERROR line 1: longer than 20000 bytes, skipped\n"},
-	{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2), ":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+	{"HTTP over the limit", "POST /" + strings.Repeat("a",
+		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
+	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
+		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
+	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
+		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", badRequest},
+	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
+		3*testMaxLine) +
+		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"torn line of the limit", strings.Repeat("a", testMaxLine),
+		":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
+	{"torn line one over the limit", strings.Repeat("a", testMaxLine+1),
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2),
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
 
-	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n", ":ERROR line 1: this port speaks no TLS\n"},
-	{"a TLS byte later", "Ping\n\x16\x03\nPing\n", ":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
-	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a", 3*testMaxLine) + " HTTP/1.0\r\n\r\nPing\n", ":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n",
+		":ERROR line 1: this port speaks no TLS\n"},
+	{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
+	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a",
+		3*testMaxLine) +
+		" HTTP/1.0\r\n\r\nPing\n",
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
 
-	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n", "k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"over the limit", "Put:k:" + strings.Repeat("v", testMaxLine-5) + "\nGet:k\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n", ":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
-	{"two over the limit", strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y", 30_000) + "\nPing\n",
-		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000), ":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"over the limit", "Put:k:" + strings.Repeat("v", testMaxLine-5) + "\nGet:k\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
+		":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
+	{"two over the limit", strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
+		30_000) + "\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 " +
+			"bytes, skipped\n:PONG\n"},
+	{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000),
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
 }
 
 // testMaxLine is small enough to try, and larger than every buffer a client
@@ -243,9 +300,12 @@ func TestConversations(t *testing.T) {
 
 // Ensure that it does not matter where the network cuts what a client sends.
 func TestEverySplitPoint(t *testing.T) {
-	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" + "Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
-	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the requests\n" +
-		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at its end, so it was not run\n"
+	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
+		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
+	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
+		"requests\n" +
+		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
+		"its end, so it was not run\n"
 	play := func(t *testing.T, pieces ...string) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			a := n.dial(t)
@@ -356,14 +416,22 @@ func TestStats(t *testing.T) {
 		synctest.Wait()
 		pass(3 * time.Second)
 		a := n.dial(t)
-		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\nPing\nStats\nAck\nStats\n")
+		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
+			"Ping\nStats\nAck\nStats\n")
 		a.want("key:value", "key:v2", `:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
 		synctest.Wait()
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
-			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1", ": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
-			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1", ": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0", ": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0", ": queued_limit_bytes 1073741824", ": writes_refused_total 0", ": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1", ": values 2", ": data_bytes 10", ": memory_bytes " + fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
+			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
+			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
+			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
+			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
+			": quit_requests_total 0",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
+			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
+			": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1",
+			": values 2", ": data_bytes 10", ": memory_bytes " +
+				fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
 		wantAll := func() {
 			a.want(lines...)
@@ -400,9 +468,11 @@ func TestEveryRequest(t *testing.T) {
 		for where, has := range map[string]bool{
 			"Help":               strings.Contains(strings.Join(helpLines, "\n"), v.form),
 			"the README's table": strings.Contains(string(readme), "| `"+v.name),
-			"conversations":      strings.Contains(strings.ToLower(said.String()), "\n"+strings.ToLower(v.name)),
-			"Stats":              strings.Contains(stats, strings.ToLower(v.name)+"_requests_total "),
-			"the hints":          strings.Contains(didYouMean(v.name+"x"), "did you mean "+v.name),
+			"conversations": strings.Contains(strings.ToLower(said.String()),
+				"\n"+strings.ToLower(v.name)),
+			"Stats": strings.Contains(stats,
+				strings.ToLower(v.name)+"_requests_total "),
+			"the hints": strings.Contains(didYouMean(v.name+"x"), "did you mean "+v.name),
 		} {
 			if !has {
 				t.Errorf("%s is not in %s", v.name, where)
@@ -582,9 +652,11 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			delivered++
 		}
 		if delivered < maxBufferSize || delivered == owed {
-			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered, owed, maxBufferSize)
+			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered,
+				owed, maxBufferSize)
 		}
-		if most := maxBufferSize + (maxShared*testMaxMessage+maxWrite+testMaxMessage+2*streamSize)/len(value); delivered > most {
+		if most := maxBufferSize +
+			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*streamSize)/len(value); delivered > most {
 			t.Errorf("%d replies were kept, want at most %d", delivered, most)
 		}
 		slow.ask("Ping", ":PONG") // counted once
@@ -627,12 +699,14 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 			for ; line == reply; line = slow.read() {
 				delivered++
 			}
-			if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want || delivered < maxBufferSize || delivered == owed {
+			if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want ||
+				delivered < maxBufferSize || delivered == owed {
 				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
 			}
 			network := (streamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
 			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
-				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply), delivered, most)
+				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
+					delivered, most)
 			}
 			slow.hangUp()
 			other.hangUp()
@@ -701,7 +775,8 @@ func TestProject0SlowReaders(t *testing.T) {
 				if i < slow {
 					<-time.After(5 * time.Second)
 				}
-				c.conn.SetReadDeadline(time.Now().Add(time.Minute)) // and then nothing comes any more
+				// and then nothing comes any more
+				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
 				got := 0
 				for {
 					line, err := c.r.ReadString('\n')
@@ -729,7 +804,8 @@ func TestProject0SlowReaders(t *testing.T) {
 			case i >= slow && got != gets*values:
 				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
 			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
-				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, and not all", i, got, gets*values, maxBufferSize)
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
+					"and not all", i, got, gets*values, maxBufferSize)
 			}
 		}
 		for _, c := range all {
@@ -742,9 +818,12 @@ func TestProject0SlowReaders(t *testing.T) {
 // line: at a half-close and at a Quit, and once.
 func TestLossIsToldAtTheEnd(t *testing.T) {
 	for end, want := range map[string]string{
-		"":                    ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
-		"Quit\n":              ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
-		"Ack\nQuit\n":         ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for nothing was read for over a second; after Ack none is\n",
+		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Quit\n": ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Ack\nQuit\n": ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for " +
+			"nothing was read for over a second; after Ack none is\n",
 		"Ping\n":              ":PONG dropped %[1]d\n",
 		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
 	} {
@@ -761,7 +840,8 @@ func TestLossIsToldAtTheEnd(t *testing.T) {
 				a.read()
 			}
 			go a.sendAll(end)
-			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1, gets+2); rest != want || dropped == 0 {
+			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1,
+				gets+2); rest != want || dropped == 0 {
 				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
 			}
 			a.conn.Close()
@@ -783,7 +863,8 @@ func TestDropsAreCountedAtOnce(t *testing.T) {
 		dropped := other.stat("replies_dropped_total")
 		delivered := a.count("k:")
 		if delivered+dropped != gets+1 || dropped == 0 {
-			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped, gets+1)
+			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped,
+				gets+1)
 		}
 		a.hangUp()
 		other.hangUp()
@@ -877,13 +958,15 @@ func TestReserve(t *testing.T) {
 			c.buffer <- nil
 		}
 		s.queued.Store(100)
-		for size, counted := range map[int]bool{maxMessage: false, 2 * maxMessage: true, maxShared * maxMessage: true, maxShared*maxMessage + 1: waiting > 0} {
+		for size, counted := range map[int]bool{maxMessage: false, 2 * maxMessage: true,
+			maxShared * maxMessage: true, maxShared*maxMessage + 1: waiting > 0} {
 			want := int64(100)
 			if counted {
 				want += int64(size)
 			}
 			if c.reserve(size); s.queued.Load() != want {
-				t.Errorf("with %d messages waiting and one reply of %d bytes %d are counted, want %d", waiting, size, s.queued.Load(), want)
+				t.Errorf("with %d messages waiting and one reply of %d bytes %d are counted, "+
+					"want %d", waiting, size, s.queued.Load(), want)
 			}
 			if c.release(); s.queued.Load() != 100 {
 				t.Errorf("%d bytes are counted afterwards", s.queued.Load())
@@ -991,15 +1074,18 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 		piece int
 		every time.Duration
 	}{
-		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo, 500 * time.Millisecond},
-		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo, 900 * time.Millisecond},
+		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
+			500 * time.Millisecond},
+		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
+			900 * time.Millisecond},
 	} {
 		wg.Go(func() {
 			a := dialTCP(t, addr)
 			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
-			piece := make([]byte, p.piece) // read at once: then the kernel makes its receive buffer larger
+			piece := make([]byte,
+				p.piece) // read at once: then the kernel makes its receive buffer larger
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C
 				io.ReadFull(a.conn, piece)
@@ -1347,7 +1433,8 @@ func TestDumpIsOneMoment(t *testing.T) {
 		synctest.Wait()
 		for i := range coins { // while it waits for its reader
 			to := fmt.Sprint("purse", (i*7)%purses)
-			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\nDelete:purse%d\n", i, i, to, i, i, purses-1-i))
+			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
+				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
 			for range 4 {
 				b.read()
 			}
@@ -1466,11 +1553,13 @@ func TestStoreThatCannotList(t *testing.T) {
 // ---- the client in the binary
 
 // converseWith plays kvserver -c against the server.
-func converseWith(t *testing.T, n *fakeNet, in string, requests ...string) (out, errs string, good bool, err error) {
+func converseWith(t *testing.T, n *fakeNet, in string,
+	requests ...string) (out, errs string, good bool, err error) {
 	t.Helper()
 	var o, e strings.Builder
 	c := n.dial(t)
-	good, err = (&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o, errs: &e}).converse()
+	good, err = (&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
+		errs: &e}).converse()
 	c.conn.Close()
 	return o.String(), e.String(), good, err
 }
@@ -1486,11 +1575,16 @@ func TestClientCommand(t *testing.T) {
 			good      bool
 		}{
 			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n", errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
-			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n", errs: "line 2: the last line has no newline at its end, so it was not run\n"},
+			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n",
+				errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
+			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
+				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
 			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", errs: "line 4: not sent, for it comes after a Quit\n"},
-			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n", errs: fmt.Sprintf("line %d: not sent, for it comes after a Quit\n", maxWrite-len("Quit\n")+2)},
+			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n",
+				errs: "line 4: not sent, for it comes after a Quit\n"},
+			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n",
+				errs: fmt.Sprintf("line %d: not sent, for it comes after a Quit\n",
+					maxWrite-len("Quit\n")+2)},
 			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\n", good: true},
 			{requests: []string{"Keys"}, out: "k\n", good: true},
 			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
@@ -1498,7 +1592,8 @@ func TestClientCommand(t *testing.T) {
 		} {
 			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
 			if out != c.out || errs != c.errs || good != c.good || err != nil {
-				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in, out, errs, good, err, c.out, c.errs, c.good)
+				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in,
+					out, errs, good, err, c.out, c.errs, c.good)
 			}
 		}
 		a := n.dial(t)
@@ -1507,7 +1602,8 @@ func TestClientCommand(t *testing.T) {
 			n.server.Close()
 		}()
 		r, _ := io.Pipe() // an input that never ends
-		if _, err := (&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)}, out: io.Discard, errs: io.Discard}).converse(); err != nil {
+		if _, err := (&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
+			out: io.Discard, errs: io.Discard}).converse(); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
@@ -1526,11 +1622,14 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
 		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
 		{"", ":OK 0\n", errGone, ""},
-		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent, ""}, // a TLS server's unexpected_message
-		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10), errUnanswered, ""},
+		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
+			""}, // a TLS server's unexpected_message
+		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
+			errUnanswered, ""},
 		{"Get:a\n", "", errSilent, ""},
 		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger, "server is full (3 clients)"},
+		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
+			"server is full (3 clients)"},
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1601,10 +1700,14 @@ func TestClientCommandResumes(t *testing.T) {
 				a.conn.Close()
 			}()
 			var errs bytes.Buffer
-			talker := talker{conn: newFakeConn(down, up), in: strings.NewReader(load), out: io.Discard, errs: &errs, stops: c.stops}
+			talker := talker{conn: newFakeConn(down, up), in: strings.NewReader(load),
+				out: io.Discard, errs: &errs, stops: c.stops}
 			good, err := talker.converse()
-			if good || !(errors.Is(err, c.want) || c.want == errUnanswered && errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through || !strings.HasPrefix(errs.String(), c.errs) {
-				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line %d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
+			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
+				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
+				!strings.HasPrefix(errs.String(), c.errs) {
+				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
+					"%d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
 			}
 			talker.conn.Close()
 			synctest.Wait()
@@ -1636,8 +1739,10 @@ func TestClientCommandTimeout(t *testing.T) {
 			io.WriteString(typed, "Ping\n")
 		}()
 		began := time.Now()
-		_, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard, silence: 5 * time.Second}).converse()
-		if took := time.Since(began); !errors.Is(err, errQuiet) || took != 3*64*time.Second+5*time.Second {
+		_, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+			silence: 5 * time.Second}).converse()
+		if took := time.Since(began); !errors.Is(err, errQuiet) ||
+			took != 3*64*time.Second+5*time.Second {
 			t.Errorf("%v after %v", err, took)
 		}
 		ours.Close()
@@ -1673,18 +1778,22 @@ func TestClientCommandOnATerminal(t *testing.T) {
 			typed.Close()
 		}()
 		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
-		if good, err := typist.converse(); !good || err != nil || screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
+		if good, err := typist.converse(); !good || err != nil ||
+			screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
 		screen.Reset()
-		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n", 250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
+		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
+			250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
 		load.converse()
 		for _, line := range strings.Split(screen.String(), "\n") {
-			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) && !strings.HasPrefix(line[i:], "answered\r") {
+			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
+				!strings.HasPrefix(line[i:], "answered\r") {
 				t.Errorf("the screen shows %q", line)
 			}
 		}
-		if !strings.Contains(screen.String(), "200000 requests answered") || !strings.HasSuffix(screen.String(), ":PONG\n") {
+		if !strings.Contains(screen.String(), "200000 requests answered") ||
+			!strings.HasSuffix(screen.String(), ":PONG\n") {
 			t.Errorf("the screen shows %q", &screen)
 		}
 	})
@@ -1721,18 +1830,24 @@ func TestClientCommandSaysWhatToDo(t *testing.T) {
 		err    error
 		want   string
 	}{
-		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped, "go on: tail -n +1 FILE | kvserver -addr 7000 -c -stop"},
-		{&talker{flags: []string{"-c"}}, "", errUnanswered, "look, then go on: tail -n +1 FILE | kvserver -c"},
+		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
+			"go on: tail -n +1 FILE | kvserver -addr 7000 -c -stop"},
+		{&talker{flags: []string{"-c"}}, "", errUnanswered,
+			"look, then go on: tail -n +1 FILE | kvserver -c"},
 		{&talker{flags: []string{"-c"}}, "", errGone, "go on: tail -n +1 FILE | kvserver -c"},
 		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
-		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered, "Nothing was to be changed: try again."},
-		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered, "look, then send it again."},
+		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
+			"Nothing was to be changed: try again."},
+		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered,
+			"look, then send it again."},
 		{&talker{}, "", errOutput, "Make room where the answers go"},
 		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
-		{&talker{}, "mine.pem", tls.AlertError(42), "It does not trust the certificate in mine.pem"},
+		{&talker{}, "mine.pem", tls.AlertError(42),
+			"It does not trust the certificate in mine.pem"},
 	} {
 		var p problem
-		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err, &p) || !strings.Contains(p.todo, c.want) {
+		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err,
+			&p) || !strings.Contains(p.todo, c.want) {
 			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
 		}
 	}
@@ -1749,14 +1864,16 @@ func TestClientCommandFailsWithItsFiles(t *testing.T) {
 			end.CloseWithError(broken)
 		}()
 		a := n.dial(t)
-		if _, err := (&talker{conn: a.conn, in: in, out: io.Discard, errs: io.Discard}).converse(); !errors.Is(err, broken) {
+		if _, err := (&talker{conn: a.conn, in: in, out: io.Discard,
+			errs: io.Discard}).converse(); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
 		a.conn.Close()
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
-		if _, err := (&talker{conn: a.conn, requests: []string{"Get:k"}, out: out, errs: io.Discard}).converse(); !errors.Is(err, broken) {
+		if _, err := (&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
+			errs: io.Discard}).converse(); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
 		a.conn.Close()
@@ -1781,11 +1898,13 @@ func TestDumpRestores(t *testing.T) {
 		dump, _, _, _ := converseWith(t, n, "", "Dump")
 		other := newFakeNet()
 		defer other.server.Close()
-		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good || err != nil {
+		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good ||
+			err != nil {
 			t.Errorf("restoring prints %q and %q: %v", out, errs, err)
 		}
 		other.server.Close()
-		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want,
+			slices.Equal[[]string]) {
 			t.Errorf("%d keys are restored of %d, or with other values", len(got), len(want))
 		}
 	})
@@ -1848,7 +1967,8 @@ func TestCloseDuringDump(t *testing.T) {
 
 // Ensure that a client that vanishes leaves nothing behind, in whatever state.
 func TestClientVanishes(t *testing.T) {
-	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n", "Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
+	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n",
+		"Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			a, b := n.dial(t), n.dial(t)
@@ -1878,7 +1998,8 @@ func TestNothingIsFormattedForTheGone(t *testing.T) {
 		c.buffer <- []byte("too late")
 		go c.writeToClient()
 		synctest.Wait()
-		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
+		long := &Query{queryType: get, key: "k",
+			values: []string{strings.Repeat("v", 10*maxMessage)}}
 		if allocs := testing.AllocsPerRun(1, func() { c.replyAll(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
 		}
@@ -1980,7 +2101,8 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Put:short:1", ":OK 1")
 		n.server.maxMemory = int64(a.stat("memory_bytes")) + 35*kilo
 		n.server.reserve = kilo
-		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first", n.server.maxMemory)
+		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
+			n.server.maxMemory)
 		for i := range 3 {
 			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
@@ -2177,7 +2299,8 @@ func TestWriteTimeout(t *testing.T) {
 func certificates(t *testing.T, names ...string) (dir string) {
 	dir = t.TempDir()
 	write := func(name, kind string, der []byte) {
-		os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+		os.WriteFile(filepath.Join(dir, name),
+			pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
 	}
 	var ca *x509.Certificate
 	var caKey *ecdsa.PrivateKey
@@ -2214,7 +2337,8 @@ func certificates(t *testing.T, names ...string) (dir string) {
 func TestCertificatesAreReadAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, others := certificates(t, "server"), certificates(t, "server")
-		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"), clientCA: filepath.Join(dir, "ca.pem")}
+		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
+			clientCA: filepath.Join(dir, "ca.pem")}
 		var log bytes.Buffer
 		again := make(chan os.Signal)
 		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
@@ -2238,7 +2362,8 @@ func TestCertificatesAreReadAnew(t *testing.T) {
 		put("server.pem", read("server.pem"), time.Second) // its key is not there yet
 		pass(2*lookAgain + time.Second)
 		if got := strings.Count(log.String(), "cannot be read anew"); shown() != first || got != 1 {
-			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s", got, shown() != first, &log)
+			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
+				got, shown() != first, &log)
 		}
 		put("server.key", read("server.key"), time.Second)
 		pass(lookAgain + time.Second)
@@ -2251,13 +2376,16 @@ func TestCertificatesAreReadAnew(t *testing.T) {
 		again <- syscall.SIGHUP
 		synctest.Wait()
 		if shown() != second || strings.Count(log.String(), "cannot be read anew") != 2 {
-			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second, &log)
+			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second,
+				&log)
 		}
 		log.Reset()
 		pass(5 * time.Minute)
 		pass(50 * time.Hour) // the certificates are good for an hour
-		if soon, over := strings.Count(log.String(), "ends soon"), strings.Count(log.String(), "has ended"); soon+over < 2 || soon+over > 3 || over == 0 {
-			t.Errorf("in two days it is told %d times that the end is near, and %d times that it was", soon, over)
+		if soon, over := strings.Count(log.String(), "ends soon"), strings.Count(log.String(),
+			"has ended"); soon+over < 2 || soon+over > 3 || over == 0 {
+			t.Errorf("in two days it is told %d times that the end is near, and %d times that it "+
+				"was", soon, over)
 		}
 		close(again)
 	})
@@ -2302,10 +2430,12 @@ func TestLocalhostIsBoth(t *testing.T) {
 	out, err := binary("-addr", port).CombinedOutput()
 	text := string(out)
 	free := regexp.MustCompile("or choose another port: kvserver -addr ([0-9]+)\n").FindStringSubmatch(text)
-	if err == nil || free == nil || !strings.Contains(text, "cannot listen on localhost:"+port+": ") {
+	if err == nil || free == nil || !strings.Contains(text,
+		"cannot listen on localhost:"+port+": ") {
 		t.Fatalf("a port in use: %v\n%s", err, text)
 	}
-	if runtime.GOOS == "linux" && !strings.Contains(text, fmt.Sprintf(" by process %d (", os.Getpid())) {
+	if runtime.GOOS == "linux" && !strings.Contains(text,
+		fmt.Sprintf(" by process %d (", os.Getpid())) {
 		t.Errorf("a port in use, by process %d:\n%s", os.Getpid(), text)
 	}
 	if free[1] == "9999" || free[1] == port {
@@ -2320,7 +2450,8 @@ func TestLocalhostIsBoth(t *testing.T) {
 // not for a client that does not read, nor for one turned away that is silent.
 func TestCloseWithTLS(t *testing.T) {
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2393,28 +2524,37 @@ func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
 	in := func(name string) string { return filepath.Join(dir, name) }
-	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"), "-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
+	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"),
+		"-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
 	go io.Copy(io.Discard, log)
 	for what, c := range map[string]struct {
 		args   []string
 		stdout string
 	}{
-		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key")}, "k:v\n"},
-		"no certificate":         {[]string{"-tls-ca", in("ca.pem")}, ""},
-		"another CA's":           {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", filepath.Join(other, "client.pem"), "-tls-key", filepath.Join(other, "client.key")}, ""},
-		"an expired one":         {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"), "-tls-key", in("expired.key")}, ""},
-		"another server":         {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key")}, ""},
-		"plain text":             {nil, ""},
+		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
+			"-tls-key", in("client.key")}, "k:v\n"},
+		"no certificate": {[]string{"-tls-ca", in("ca.pem")}, ""},
+		"another CA's": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert",
+			filepath.Join(other, "client.pem"), "-tls-key",
+			filepath.Join(other, "client.key")}, ""},
+		"an expired one": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"),
+			"-tls-key", in("expired.key")}, ""},
+		"another server": {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert",
+			in("client.pem"), "-tls-key", in("client.key")}, ""},
+		"plain text": {nil, ""},
 	} {
-		cmd := binary(append(append([]string{"-addr", addr}, c.args...), "-c", "Delete:k", "Put:k:v", "Get:k")...)
+		cmd := binary(append(append([]string{"-addr", addr}, c.args...), "-c", "Delete:k",
+			"Put:k:v", "Get:k")...)
 		out, err := cmd.Output()
 		if string(out) != c.stdout || (err == nil) != (c.stdout != "") {
 			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.stdout)
 		}
 	}
 	_, port, _ := net.SplitHostPort(addr)
-	for _, everywhere := range []string{":" + port, "0.0.0.0:" + port} { // as the server's own -addr may say
-		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"), "-tls-key", in("client.key"), "-ping")
+	for _, everywhere := range []string{":" + port,
+		"0.0.0.0:" + port} { // as the server's own -addr may say
+		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
+			"-tls-key", in("client.key"), "-ping")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("-ping to %s: %v, %s", everywhere, err, out)
 		}
@@ -2425,7 +2565,8 @@ func TestTLS(t *testing.T) {
 // not wait for it.
 func TestHandshakeIsLimited(t *testing.T) {
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2461,13 +2602,18 @@ func TestCloseInEveryState(t *testing.T) {
 		{"idle", func(a *testClient) {}, 0},
 		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
 		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
-		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) },
+			busyTime},
+		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) },
+			2 * busyTime},
 		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
 		{"gone", func(a *testClient) { a.conn.Close() }, 0},
 		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
 		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
-		{"not reading, ack", func(a *testClient) { a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300)) }, closeTime + busyTime},
+		{"not reading, ack", func(a *testClient) {
+			a.sendSome("Ack\n" + strings.Repeat("Get:big\n",
+				300))
+		}, closeTime + busyTime},
 		{"sending on and on", func(a *testClient) {
 			go func() {
 				for {
@@ -2798,12 +2944,14 @@ func TestQuietClientsAreSmall(t *testing.T) {
 			clients = append(clients, a)
 		}
 		before := heap()
-		for _, burst := range []int{80, maxChain, 2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
+		for _, burst := range []int{80, maxChain,
+			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
 			for _, a := range clients {
 				speak(a, "Get:k", burst)
 			}
 			if more := (heap() - before) / len(clients); more > 2<<10 {
-				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before", burst, more)
+				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
+					burst, more)
 			}
 		}
 		for _, a := range clients {
@@ -2852,7 +3000,8 @@ func TestBusyClientPinsOneBurst(t *testing.T) {
 		a.ask("Ping", ":PONG")
 		before := heap()
 		for lines := maxChain; lines > 0; lines -= 8 {
-			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
+			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a",
+				lines-1) + "\n")
 			a.ask("Ping", ":PONG")
 		}
 		if more := heap() - before; more > 10*testMaxLine {
@@ -2870,7 +3019,8 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 		n := newFakeNet()
 		n.server.db = store
 		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+		n.server.log = slog.New(slog.NewTextHandler(&log,
+			&slog.HandlerOptions{Level: slog.LevelDebug}))
 		n.server.serve(n)
 		a, b, c := n.dial(t), n.dial(t), n.dial(t)
 		a.ask("Ack", ":OK 0")
@@ -2893,7 +3043,8 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 			t.Error("after a failed Commit there was another")
 		}
 		if n := strings.Count(log.String(), `reason="the store failed"`); n != 1 {
-			t.Errorf("the log says of %d clients that they left because the store failed, want 1:\n%s", n, &log)
+			t.Errorf("the log says of %d clients that they left because the store failed, want "+
+				"1:\n%s", n, &log)
 		}
 	})
 }
@@ -3025,9 +3176,11 @@ function odd() {
   for (const value of [Buffer.from([0xff, 0xfe]), "", "\0", ": OK 1", "v".repeat(300000)]) {
     ask("Delete:odd")
     ask(Buffer.concat([Buffer.from("Put:odd:"), Buffer.from(value)]))
-    for (const bad of ["nonsense \xff", "Put:odd", "Get:a:b"]) ask(bad).then(() => console.log("not refused", bad), () => {})
+    for (const bad of ["nonsense \xff", "Put:odd",
+	"Get:a:b"]) ask(bad).then(() => console.log("not refused", bad), () => {})
     ask("Get:odd").then((lines) => {
-      if (lines.length != 1 || !lines[0].equals(Buffer.concat([Buffer.from("odd:"), Buffer.from(value)]))) console.log("lost", lines)
+      if (lines.length != 1 || !lines[0].equals(Buffer.concat([Buffer.from("odd:"),
+	Buffer.from(value)]))) console.log("lost", lines)
     })
   }
 }
@@ -3049,8 +3202,10 @@ function odd() {
 			continue
 		}
 		_, port, _ := net.SplitHostPort(serveTCP(t))
-		program := strings.NewReplacer("localhost:9999", "localhost:"+port, "connect(9999", "connect("+port).Replace(string(m[1]))
-		for what, text := range map[string]string{"as it is": program, "with odd data": p.odd(program)} {
+		program := strings.NewReplacer("localhost:9999", "localhost:"+port, "connect(9999",
+			"connect("+port).Replace(string(m[1]))
+		for what, text := range map[string]string{"as it is": program,
+			"with odd data": p.odd(program)} {
 			file := filepath.Join(t.TempDir(), p.file)
 			os.WriteFile(file, []byte(text), 0o600)
 			out, err := exec.Command(p.command[0], append(p.command[1:], file)...).CombinedOutput()
@@ -3059,7 +3214,8 @@ function odd() {
 				want = "odd:\xff" + strings.Repeat("v", 300_000) + "\n" + want
 			}
 			if err != nil || string(out) != want {
-				t.Errorf("the client in %s, %s, prints %.200q, %v, want %.200q", p.language, what, out, err, want)
+				t.Errorf("the client in %s, %s, prints %.200q, %v, want %.200q", p.language, what,
+					out, err, want)
 			}
 		}
 	}
@@ -3081,8 +3237,10 @@ func TestReadmeUnit(t *testing.T) {
 		return
 	}
 	file := filepath.Join(t.TempDir(), "kvserver.service")
-	os.WriteFile(file, bytes.Replace(unit[1], []byte("/usr/local/bin/kvserver"), []byte(os.Args[0]), 1), 0o600)
-	if out, err := exec.Command(tool, "verify", file).CombinedOutput(); err != nil || bytes.Contains(out, []byte("kvserver.service:")) {
+	os.WriteFile(file, bytes.Replace(unit[1], []byte("/usr/local/bin/kvserver"), []byte(os.Args[0]),
+		1), 0o600)
+	if out, err := exec.Command(tool, "verify", file).CombinedOutput(); err != nil ||
+		bytes.Contains(out, []byte("kvserver.service:")) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
 }
@@ -3136,49 +3294,94 @@ func TestMistakes(t *testing.T) {
 		code       int
 		what, todo string // how they begin
 	}{
-		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo", "kvserver -h lists the flags."},
-		{[]string{"-port", "1"}, exitMisuse, "kvserver: unknown flag -port", "Did you mean -addr ? kvserver -h"},
+		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo",
+			"kvserver -h lists the flags."},
+		{[]string{"-port", "1"}, exitMisuse, "kvserver: unknown flag -port",
+			"Did you mean -addr ? kvserver -h"},
 		{[]string{"-dta", "x"}, exitMisuse, "kvserver: unknown flag -dta", "Did you mean -data ?"},
-		{[]string{"-log", "xml"}, exitMisuse, `kvserver: -log "xml" is none of its values`, "Give text or json."},
+		{[]string{"-log", "xml"}, exitMisuse, `kvserver: -log "xml" is none of its values`,
+			"Give text or json."},
 		{[]string{"-http", "x"}, exitMisuse, `kvserver: -http "x" is no address`, "Give a port,"},
-		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), "Stop it, or choose another port: kvserver -http "},
-		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server: kvserver -addr localhost:1"},
-		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure, "kvserver: cannot connect to localhost:1: ", "Start a server:"},
-		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: kvserver -c foo"},
+		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure,
+			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
+			"Stop it, or choose another port: kvserver -http "},
+		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ",
+			"Start a server: kvserver -addr localhost:1"},
+		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure,
+			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
+		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: " +
+			"kvserver -c foo"},
 		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1MiB. kvserver -h"},
-		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range", "Give 64 bytes to 1GiB"},
-		{[]string{"-max-line", "1"}, exitMisuse, "kvserver: -max-line 1 is out of range", "Give 64 bytes to 1GiB"},
+		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range",
+			"Give 64 bytes to 1GiB"},
+		{[]string{"-max-line", "1"}, exitMisuse, "kvserver: -max-line 1 is out of range",
+			"Give 64 bytes to 1GiB"},
 		{[]string{"-max-memory", "-5"}, exitMisuse, `kvserver: invalid value "-5" for flag -max-memory`, "Give it as in -max-memory=500MB."},
 		{[]string{"-max-queues", "5PB"}, exitMisuse, `kvserver: invalid value "5PB" for flag -max-queues`, "Give it as in -max-queues=1GiB."},
-		{[]string{"-fsync", "1s"}, exitMisuse, "kvserver: -fsync is for data on disk, and there is none", "Give a directory, as in -data data -fsync 1s."},
+		{[]string{"-fsync", "1s"}, exitMisuse,
+			"kvserver: -fsync is for data on disk, and there is none",
+			"Give a directory, as in -data data -fsync 1s."},
 		{[]string{"-write-timeout", "5"}, exitMisuse, `kvserver: invalid value "5" for flag -write-timeout`, "Give it as in -write-timeout=5m."},
 		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
-		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping", "To let in only who has a certificate: -tls-client-ca ca.pem"},
-		{[]string{"-tls-cert", "c.pem", "-tls-key", "c.key", "-ping"}, exitMisuse, "kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
-		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`, "Flags go before the requests"},
+		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca ca.pem"},
+		{[]string{"-tls-cert", "c.pem", "-tls-key", "c.key", "-ping"}, exitMisuse,
+			"kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
+		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`,
+			"Flags go before the requests"},
 		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse, `kvserver: "Put:a:b\nDelete:c" is more than one request`, "Give each as an argument of its own"},
 		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
-		{[]string{"backup", "a"}, exitMisuse, "kvserver: backup needs a data directory and a new one", "Give the one"},
-		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure, "kvserver: not a data directory: ", "Nothing was copied."},
-		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory", "Give the one"},
+		{[]string{"backup", "a"}, exitMisuse,
+			"kvserver: backup needs a data directory and a new one", "Give the one"},
+		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure,
+			"kvserver: not a data directory: ", "Nothing was copied."},
+		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory",
+			"Give the one"},
 		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
-		{[]string{"-data", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist: /no/such/dir", "Create it: mkdir -m 700 /no/such/dir"},
-		{[]string{"-data", os.Args[0]}, exitFailure, "kvserver: not a data directory: " + os.Args[0] + " is a file", "Nothing was changed. Give an empty directory"},
-		{[]string{"-data", foreign}, exitFailure, "kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"), "Nothing was changed. Give an empty directory"},
-		{[]string{"-data", damaged}, exitFailure, "kvserver: " + filepath.Join(damaged, "STORE") + " is damaged", "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " + damaged},
-		{[]string{"-max-memory", "1KiB"}, exitMisuse, "kvserver: -max-memory 1024 is out of range", "Give 64000000 bytes or more, as in -max-memory 500MB"},
-		{[]string{"-timeout", "1", "-ping"}, exitMisuse, "kvserver: invalid value \"1\" for flag -timeout", "Give it as in -timeout=5s."},
-		{[]string{"-data", "http://localhost:2379/kv"}, exitMisuse, "kvserver: -data \"http://localhost:2379/kv\" is none of its values", "Give a directory, or an etcd cluster as in etcd://"},
-		{[]string{"-data", "d", "check"}, exitMisuse, "kvserver: check goes first, and takes no flags", "Give the directory behind it, as in kvserver check data."},
-		{[]string{"-addr", "1,2"}, exitMisuse, "kvserver: -addr \"1,2\" is no address", "Several, with commas between them, are for -c and -ping"},
-		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c", "Give both: kvserver -c -stop < FILE"},
-		{[]string{"-data", inUse}, exitFailure, fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse, os.Getpid()), "Nothing was changed. Stop that process first"},
-		{[]string{"check", "/no/such/dir"}, exitFailure, "kvserver: the data directory does not exist", "Give the directory that"},
-		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`, "Give a port,"},
-		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`, "Give a port,"},
-		{[]string{"-addr", strconv.Itoa(port)}, exitFailure, fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port), "Stop it, or choose another port: kvserver -addr "},
-		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure, "kvserver: cannot listen on 192.0.2.1:9999: ", "This machine does not have that address."},
-		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
+		{[]string{"-data", "/no/such/dir"}, exitFailure,
+			"kvserver: the data directory does not exist: /no/such/dir",
+			"Create it: mkdir -m 700 /no/such/dir"},
+		{[]string{"-data", os.Args[0]}, exitFailure,
+			"kvserver: not a data directory: " + os.Args[0] + " is a file",
+			"Nothing was changed. Give an empty directory"},
+		{[]string{"-data", foreign}, exitFailure,
+			"kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"),
+			"Nothing was changed. Give an empty directory"},
+		{[]string{"-data", damaged}, exitFailure,
+			"kvserver: " + filepath.Join(damaged, "STORE") + " is damaged",
+			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
+				damaged},
+		{[]string{"-max-memory", "1KiB"}, exitMisuse, "kvserver: -max-memory 1024 is out of range",
+			"Give 64000000 bytes or more, as in -max-memory 500MB"},
+		{[]string{"-timeout", "1", "-ping"}, exitMisuse,
+			"kvserver: invalid value \"1\" for flag -timeout", "Give it as in -timeout=5s."},
+		{[]string{"-data", "http://localhost:2379/kv"}, exitMisuse,
+			"kvserver: -data \"http://localhost:2379/kv\" is none of its values",
+			"Give a directory, or an etcd cluster as in etcd://"},
+		{[]string{"-data", "d", "check"}, exitMisuse,
+			"kvserver: check goes first, and takes no flags",
+			"Give the directory behind it, as in kvserver check data."},
+		{[]string{"-addr", "1,2"}, exitMisuse, "kvserver: -addr \"1,2\" is no address",
+			"Several, with commas between them, are for -c and -ping"},
+		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
+			"Give both: kvserver -c -stop < FILE"},
+		{[]string{"-data", inUse}, exitFailure,
+			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
+				os.Getpid()), "Nothing was changed. Stop that process first"},
+		{[]string{"check", "/no/such/dir"}, exitFailure,
+			"kvserver: the data directory does not exist", "Give the directory that"},
+		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: -addr "70000" is no address`,
+			"Give a port,"},
+		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: -addr "localhost" is no address`,
+			"Give a port,"},
+		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
+			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
+			"Stop it, or choose another port: kvserver -addr "},
+		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure,
+			"kvserver: cannot listen on 192.0.2.1:9999: ",
+			"This machine does not have that address."},
+		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen " +
+			"on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
 	} {
 		cmd := binary(m.args...)
 		var stdout, stderr bytes.Buffer
@@ -3187,14 +3390,16 @@ func TestMistakes(t *testing.T) {
 		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(stderr.String(), ""), "\n")
 		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
 			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
-			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args, cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
+			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
+				cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
 		}
 	}
 	for _, arg := range []string{"-h", "-help", "-version"} {
 		cmd := binary(arg)
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
-		if out, err := cmd.Output(); err != nil || stderr.Len() > 0 || !bytes.Contains(out, []byte("kvserver")) {
+		if out, err := cmd.Output(); err != nil || stderr.Len() > 0 ||
+			!bytes.Contains(out, []byte("kvserver")) {
 			t.Errorf("%s: %v, prints %q and %q", arg, err, out, stderr.String())
 		}
 	}
@@ -3219,7 +3424,8 @@ func TestSignalWhileLoading(t *testing.T) {
 	}
 	cmd.Process.Signal(os.Interrupt)
 	rest, _ := io.ReadAll(log)
-	if err := cmd.Wait(); err != nil || !bytes.Contains(rest, []byte("stopped while opening the data")) {
+	if err := cmd.Wait(); err != nil || !bytes.Contains(rest,
+		[]byte("stopped while opening the data")) {
 		t.Errorf("%v, the log is %s", err, rest)
 	}
 }
@@ -3241,7 +3447,9 @@ func TestSignalsStopCleanly(t *testing.T) {
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("%v: %v", sig, err)
 		}
-		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest, []byte("msg=stopped clients_served=2 requests=3 replies_dropped=0")) {
+		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) ||
+			!bytes.Contains(rest,
+				[]byte("msg=stopped clients_served=2 requests=3 replies_dropped=0")) {
 			t.Errorf("%v: the log ends with %s", sig, rest)
 		}
 	}
@@ -3291,7 +3499,10 @@ func TestWatch(t *testing.T) {
 	a := dialTCP(t, s.listener.Addr().String())
 	a.ask("Put:k:v\nPing", ":PONG")
 	code, body := get("/metrics")
-	for _, want := range []string{"# TYPE kvserver_clients gauge\nkvserver_clients 1\n", "# TYPE kvserver_put_requests_total counter\nkvserver_put_requests_total 1\n", "kvserver_info{version=\"unknown\"} 1\n", "kvserver_data_bytes 2\n", "kvserver_go_goroutines "} {
+	for _, want := range []string{"# TYPE kvserver_clients gauge\nkvserver_clients 1\n",
+		"# TYPE kvserver_put_requests_total counter\nkvserver_put_requests_total 1\n",
+		"kvserver_info{version=\"unknown\"} 1\n", "kvserver_data_bytes 2\n",
+		"kvserver_go_goroutines "} {
 		if code != 200 || !strings.Contains(body, want) {
 			t.Errorf("/metrics: %d, without %q:\n%s", code, want, body)
 		}
@@ -3306,7 +3517,8 @@ func TestWatch(t *testing.T) {
 	if code, body := get("/"); code != 200 || !strings.Contains(body, "/metrics\n") {
 		t.Errorf("/: %d, %q", code, body)
 	}
-	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 || !strings.Contains(body, "workLoop") {
+	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 ||
+		!strings.Contains(body, "workLoop") {
 		t.Errorf("pprof: %d, %.100q", code, body)
 	}
 	s.Close()
@@ -3326,7 +3538,8 @@ func TestEnvironment(t *testing.T) {
 	if err != nil || c.addr != ":1234" || c.maxLine != 77 {
 		t.Errorf("from the environment: %+v, %v", c, err)
 	}
-	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil || c.addr != "localhost:5" || c.maxLine != 77 {
+	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil ||
+		c.addr != "localhost:5" || c.maxLine != 77 {
 		t.Errorf("with a flag: %+v, %v", c, err)
 	}
 	t.Setenv("KVSERVER_MAX_LINE", "many")
@@ -3351,8 +3564,10 @@ func TestEnvironment(t *testing.T) {
 // Ensure that sizes are read as people write them.
 func TestSizes(t *testing.T) {
 	for text, want := range map[string]size{
-		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000, "1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
-		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1, "0x10": -1,
+		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000,
+		"1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
+		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1,
+		"0x10": -1,
 	} {
 		s := size(-1)
 		if err := s.Set(text); s != want || (err != nil) != (want < 0) {
@@ -3366,11 +3581,16 @@ func TestSizes(t *testing.T) {
 func TestUnknownVariables(t *testing.T) {
 	var log bytes.Buffer
 	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
-		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always", "KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
-		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999", "KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
+		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
+		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
+		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
+		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
 	})
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") || !strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
+	if len(lines) != 2 || !strings.Contains(lines[0],
+		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") ||
+		!strings.Contains(lines[1],
+			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
 		t.Errorf("the log says\n%s", &log)
 	}
 }
@@ -3406,8 +3626,10 @@ func TestLogNeverBlocks(t *testing.T) {
 			<-done
 			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
 			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(text.String(), -1)
-			if len(lines) < logLines || len(lines) > logLines+4 || len(lost) != 1 || !strings.Contains(lines[len(lines)-1], "the last line") {
-				t.Errorf("%d lines, of which %q tell of lost ones; the last is %s", len(lines), lost, lines[len(lines)-1])
+			if len(lines) < logLines || len(lines) > logLines+4 || len(lost) != 1 ||
+				!strings.Contains(lines[len(lines)-1], "the last line") {
+				t.Errorf("%d lines, of which %q tell of lost ones; the last is %s", len(lines),
+					lost, lines[len(lines)-1])
 			}
 		})
 	}
@@ -3452,7 +3674,8 @@ func TestFailingDiskIsLogged(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{
 		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" error="the data directory is not where it was: .*" todo=`,
-		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends","error":"the data directory is not where it was: .*","todo":`,
+		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",
+			"error":"the data directory is not where it was: .*","todo":`,
 	} {
 		dir := filepath.Join(t.TempDir(), "data")
 		os.Mkdir(dir, 0o700)
@@ -3463,7 +3686,8 @@ func TestFailingDiskIsLogged(t *testing.T) {
 		a.wantClosed()
 		rest, _ := io.ReadAll(log)
 		cmd.Wait()
-		failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest, []byte("stopping"))
+		failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
+			[]byte("stopping"))
 		if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
 			t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
 		}
@@ -3505,7 +3729,8 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	a.hangUp()
 	cmd.Process.Signal(os.Interrupt)
 	rest, _ := io.ReadAll(log)
-	if err := cmd.Wait(); err != nil || !bytes.Contains(rest, []byte("writes are refused: the disk is full")) {
+	if err := cmd.Wait(); err != nil || !bytes.Contains(rest,
+		[]byte("writes are refused: the disk is full")) {
 		t.Errorf("stopped: %v, the log is %s", err, rest)
 	}
 }
@@ -3537,7 +3762,8 @@ func TestFailingHandshakesAreCounted(t *testing.T) {
 // there is a limit for these as well.
 func TestHandshakesHoldNoPlace(t *testing.T) {
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -3578,7 +3804,8 @@ func TestHandshakesHoldNoPlace(t *testing.T) {
 // Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
 func TestWriteTimeoutUnderTLS(t *testing.T) {
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -3625,7 +3852,8 @@ func TestWatchingAStalledStore(t *testing.T) {
 			start, answer := time.Now(), httptest.NewRecorder()
 			handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 			if took := time.Since(start); answer.Code != 503 || took != watchTime {
-				t.Errorf("%s answers %d after %v, want 503 after %v", path, answer.Code, took, watchTime)
+				t.Errorf("%s answers %d after %v, want 503 after %v", path, answer.Code, took,
+					watchTime)
 			}
 		}
 		close(store.gate)
@@ -3633,7 +3861,8 @@ func TestWatchingAStalledStore(t *testing.T) {
 		n.server.Close()
 	})
 	before := httptest.NewRecorder()
-	New(kvstore.NewMemory()).watchHandler("").ServeHTTP(before, httptest.NewRequest("GET", "http://localhost/healthz", nil))
+	New(kvstore.NewMemory()).watchHandler("").ServeHTTP(before,
+		httptest.NewRequest("GET", "http://localhost/healthz", nil))
 	if before.Code != 503 {
 		t.Errorf("before Start /healthz answers %d", before.Code)
 	}
@@ -3655,7 +3884,9 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
 		t.Errorf("before the data is open /healthz answers %d %q", code, text)
 	}
-	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 0\n") || strings.Contains(text, "kvserver_keys") {
+	if code, text := ask("/metrics"); code != 200 ||
+		!strings.Contains(text, "\nkvserver_active 0\n") ||
+		strings.Contains(text, "kvserver_keys") {
 		t.Errorf("before the data is open /metrics answers %d %q", code, text)
 	}
 	db, err := kvstore.OpenIn(t.Context(), disktest.New(), kvstore.Options{Status: s.status})
@@ -3675,7 +3906,10 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	s.log.Error("the test has failed")
 	code, text := ask("/metrics")
 	checkMetrics(t, text)
-	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0", "commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ", "log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824", "clients_refused_total 0"} {
+	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0",
+		"commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ",
+		"log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824",
+		"clients_refused_total 0"} {
 		if code != 200 || !strings.Contains(text, "\nkvserver_"+want) {
 			t.Errorf("then /metrics answers %d without %q: %s", code, want, text)
 		}
@@ -3694,7 +3928,8 @@ func TestSeveralAddresses(t *testing.T) {
 	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
 		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
-			if out, err := binary(append([]string{"-addr", addr}, args...)...).CombinedOutput(); err != nil {
+			if out, err := binary(append([]string{"-addr", addr},
+				args...)...).CombinedOutput(); err != nil {
 				t.Errorf("%s -addr %s: %v, %s", args, addr, err, out)
 			}
 		}
@@ -3704,14 +3939,17 @@ func TestSeveralAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer frozen.Close()
-	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "100ms", "-ping").CombinedOutput(); err != nil {
+	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "100ms",
+		"-ping").CombinedOutput(); err != nil {
 		t.Errorf("beside a server that stands still: %v, %s", err, out)
 	}
 	out, err := binary("-addr", nowhere+","+nowhere, "-ping").CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) || !bytes.Contains(out, []byte("None of them serves.")) {
+	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) ||
+		!bytes.Contains(out, []byte("None of them serves.")) {
 		t.Errorf("where nobody serves: %v, %s", err, out)
 	}
-	if out, err = binary("-addr", nowhere+","+here).CombinedOutput(); err == nil || !bytes.Contains(out, []byte("is no address")) {
+	if out, err = binary("-addr", nowhere+","+here).CombinedOutput(); err == nil ||
+		!bytes.Contains(out, []byte("is no address")) {
 		t.Errorf("a server at two addresses: %v, %s", err, out)
 	}
 }
@@ -3752,7 +3990,9 @@ func TestWatchIsLimited(t *testing.T) {
 	if code, _ := get("localhost", "/healthz"); code != 200 {
 		t.Errorf("beside %d idle connections: %d", len(idle), code)
 	}
-	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403, "localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200, "metrics.example:1": 200, "192.0.2.1": 200} {
+	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
+		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
+		"metrics.example:1": 200, "192.0.2.1": 200} {
 		if code, body := get(host, "/debug/pprof/symbol"); code != want && code != 503 {
 			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
 		}
@@ -3766,7 +4006,8 @@ func TestWatchIsLimited(t *testing.T) {
 		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 		return answer.Code
 	}
-	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
+	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace",
+		"/debug/pprof/heap"} {
 		if code := ask(path + "?seconds=61"); code != 400 {
 			t.Errorf("%s of 61 seconds: %d, want 400", path, code)
 		}
@@ -3804,7 +4045,10 @@ func TestFewConns(t *testing.T) {
 // Ensure that one profile at a time is taken, and that there is a rest between two.
 func TestOneProfileAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { <-time.After(time.Second / 2) }))
+		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter,
+			r *http.Request) {
+			<-time.After(time.Second / 2)
+		}))
 		ask := func() int {
 			answer := httptest.NewRecorder()
 			handler.ServeHTTP(answer, httptest.NewRequest("GET", "/", nil))
@@ -3837,7 +4081,8 @@ func TestPingOfAFullServer(t *testing.T) {
 	if out, err := binary("-addr", addr, "-ping").CombinedOutput(); err != nil {
 		t.Errorf("-ping to a full server: %v, %s", err, out)
 	}
-	if out, err := binary("-addr", addr, "-c", "Get:k").CombinedOutput(); err == nil || !bytes.Contains(out, []byte("server is full (1 clients)")) {
+	if out, err := binary("-addr", addr, "-c", "Get:k").CombinedOutput(); err == nil ||
+		!bytes.Contains(out, []byte("server is full (1 clients)")) {
 		t.Errorf("-c to a full server: %v, %s", err, out)
 	}
 	a.hangUp()
@@ -3903,10 +4148,12 @@ func checkLinearizable(history []operation, final []string) error {
 		case e.begin && e.put:
 			begun[e.place] = true
 			if e.place <= most {
-				return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, was answered", e.place)
+				return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, "+
+					"was answered", e.place)
 			}
 		case e.begin && e.place < most:
-			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place, most)
+			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place,
+				most)
 		case !e.begin:
 			for p := e.place; p > most; p-- {
 				if !begun[p] {
@@ -3926,16 +4173,25 @@ func TestLinearizableChecker(t *testing.T) {
 		history []operation
 		good    bool
 	}{
-		"in turn":                  {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", ab, 5, 6}}, true},
-		"at once":                  {[]operation{{"b", nil, 1, 6}, {"a", nil, 2, 5}, {"", nil, 3, 4}}, true},
-		"unanswered, but seen":     {[]operation{{"a", nil, 1, 0}, {"b", nil, 2, 3}, {"", ab, 4, 5}}, true},
-		"unanswered and not there": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"c", nil, 5, 0}}, true},
-		"lost":                     {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"c", nil, 5, 6}}, false},
-		"wrong order":              {[]operation{{"b", nil, 1, 2}, {"a", nil, 3, 4}}, false},
-		"stale Get":                {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
-		"Gets go back":             {[]operation{{"a", nil, 1, 10}, {"b", nil, 2, 11}, {"", ab, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
-		"from the future":          {[]operation{{"a", nil, 1, 2}, {"", ab, 3, 4}, {"b", nil, 5, 6}}, false},
-		"another list":             {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4}, {"", []string{"b"}, 5, 6}}, false},
+		"in turn": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
+			{"", ab, 5, 6}}, true},
+		"at once": {[]operation{{"b", nil, 1, 6}, {"a", nil, 2, 5},
+			{"", nil, 3, 4}}, true},
+		"unanswered, but seen": {[]operation{{"a", nil, 1, 0}, {"b", nil, 2, 3},
+			{"", ab, 4, 5}}, true},
+		"unanswered and not there": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
+			{"c", nil, 5, 0}}, true},
+		"lost": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
+			{"c", nil, 5, 6}}, false},
+		"wrong order": {[]operation{{"b", nil, 1, 2}, {"a", nil, 3, 4}}, false},
+		"stale Get": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
+			{"", []string{"a"}, 5, 6}}, false},
+		"Gets go back": {[]operation{{"a", nil, 1, 10}, {"b", nil, 2, 11},
+			{"", ab, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
+		"from the future": {[]operation{{"a", nil, 1, 2}, {"", ab, 3, 4},
+			{"b", nil, 5, 6}}, false},
+		"another list": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
+			{"", []string{"b"}, 5, 6}}, false},
 	} {
 		if err := checkLinearizable(c.history, ab); (err == nil) != c.good {
 			t.Errorf("%s: %v", what, err)
@@ -4079,7 +4335,8 @@ func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("stopping: %v", err)
 	}
-	if out, err := binary("check", dir).CombinedOutput(); err != nil || bytes.Contains(out, []byte("torn")) {
+	if out, err := binary("check", dir).CombinedOutput(); err != nil ||
+		bytes.Contains(out, []byte("torn")) {
 		t.Errorf("check after a clean stop: %v, %s", err, out)
 	}
 }
@@ -4144,7 +4401,8 @@ func TestSoak(t *testing.T) {
 					if random.IntN(2000) == 0 {
 						// Vanish in the middle of things, none of which may
 						// change our key later on, when we have looked again.
-						a.sendSome(strings.Repeat("Get:"+key+"\nPut:other:v\nDelete:other\n", 50) + "Put:" + key)
+						a.sendSome(strings.Repeat("Get:"+key+"\nPut:other:v\nDelete:other\n",
+							50) + "Put:" + key)
 						conn.Close()
 						after = before
 						cuts.Add(1)
@@ -4197,7 +4455,8 @@ func TestSoak(t *testing.T) {
 					case slices.Equal(got, after):
 						before = after
 					default:
-						t.Errorf("after a break %s holds %.100q, want %.100q or %.100q", key, got, before, after)
+						t.Errorf("after a break %s holds %.100q, want %.100q or %.100q", key, got,
+							before, after)
 						return
 					}
 				}
@@ -4272,7 +4531,8 @@ func (c *etcdCluster) startMember(i int) {
 	for j := range c.members {
 		all = append(all, fmt.Sprintf("m%d=%s", j, c.peer(j)))
 	}
-	c.members[i] = exec.Command("etcd", "--name", fmt.Sprint("m", i), "--data-dir", filepath.Join(c.dir, fmt.Sprint("m", i)),
+	c.members[i] = exec.Command("etcd", "--name", fmt.Sprint("m", i), "--data-dir",
+		filepath.Join(c.dir, fmt.Sprint("m", i)),
 		"--listen-client-urls", "http://"+c.client(i), "--advertise-client-urls", "http://"+c.client(i),
 		"--listen-peer-urls", c.peer(i), "--initial-advertise-peer-urls", c.peer(i),
 		"--initial-cluster", strings.Join(all, ","), "--initial-cluster-state", "new")
@@ -4314,7 +4574,8 @@ func (c *etcdCluster) leader() int {
 					Member string `json:"member_id"`
 				}
 			}
-			answer, err := asker.Post("http://"+c.client(i)+"/v3/maintenance/status", "", strings.NewReader("{}"))
+			answer, err := asker.Post("http://"+c.client(i)+"/v3/maintenance/status", "",
+				strings.NewReader("{}"))
 			if err == nil {
 				json.NewDecoder(answer.Body).Decode(&status)
 				answer.Body.Close()
@@ -4397,7 +4658,8 @@ func (c *etcdCluster) check(what string, list, told []string) {
 	for _, value := range told {
 		i := slices.Index(rest, value)
 		if i < 0 {
-			c.t.Errorf("%s has %d values, without %s or in the wrong order: it was answered before", what, len(list), value)
+			c.t.Errorf("%s has %d values, without %s or in the wrong order: it was answered before",
+				what, len(list), value)
 			return
 		}
 		rest = rest[i+1:]
@@ -4448,11 +4710,35 @@ func TestEtcdCluster(t *testing.T) {
 		do   func()
 	}{
 		{"nothing", func() {}},
-		{"the server is killed", func() { i := c.active(); send("KILL", c.servers[i]); c.settle(); c.startServer(i) }},
-		{"the server is stopped", func() { i := c.active(); send("TERM", c.servers[i]); c.settle(); c.startServer(i) }},
+		{"the server is killed", func() {
+			i := c.active()
+			send("KILL",
+				c.servers[i])
+			c.settle()
+			c.startServer(i)
+		}},
+		{"the server is stopped", func() {
+			i := c.active()
+			send("TERM",
+				c.servers[i])
+			c.settle()
+			c.startServer(i)
+		}},
 		{"the server stands still for 3 s", func() { pause(3*time.Second, c.servers[c.active()]) }},
-		{"the server stands still for 8 s", func() { i := c.active(); pause(8*time.Second, c.servers[i]); c.settle(); c.startServer(i) }},
-		{"the server stands still for 20 s", func() { i := c.active(); pause(20*time.Second, c.servers[i]); c.settle(); c.startServer(i) }},
+		{"the server stands still for 8 s", func() {
+			i := c.active()
+			pause(8*time.Second,
+				c.servers[i])
+			c.settle()
+			c.startServer(i)
+		}},
+		{"the server stands still for 20 s", func() {
+			i := c.active()
+			pause(20*time.Second,
+				c.servers[i])
+			c.settle()
+			c.startServer(i)
+		}},
 		{"a member is killed", func() {
 			i := (c.leader() + 1) % 3
 			send("KILL", c.members[i])
@@ -4469,7 +4755,12 @@ func TestEtcdCluster(t *testing.T) {
 		}},
 		{"the leader stands still for 8 s", func() { pause(8*time.Second, c.members[c.leader()]) }},
 		{"all members stand still for 3 s", func() { pause(3*time.Second, c.members[:]...) }},
-		{"all members stand still for 15 s", func() { pause(15*time.Second, c.members[:]...); c.startServer(0); c.startServer(1) }},
+		{"all members stand still for 15 s", func() {
+			pause(15*time.Second,
+				c.members[:]...)
+			c.startServer(0)
+			c.startServer(1)
+		}},
 		{"all members are killed and started again", func() {
 			send("KILL", c.members[:]...)
 			for i, m := range c.members {
@@ -4484,11 +4775,13 @@ func TestEtcdCluster(t *testing.T) {
 		event.do()
 		c.settle()
 		c.mu.Lock()
-		t.Logf("%-45s longest time without an answer %5.2f s, %d writes so far", event.what, c.longest.Seconds(), len(c.acked))
+		t.Logf("%-45s longest time without an answer %5.2f s, %d writes so far", event.what,
+			c.longest.Seconds(), len(c.acked))
 		c.mu.Unlock()
 	}
 	active := c.active()
-	for i, want := range map[int]string{active: "200 ok", 1 - active: "503 standby: the data is in use by process "} {
+	for i, want := range map[int]string{active: "200 ok",
+		1 - active: "503 standby: the data is in use by process "} {
 		answer, err := http.Get("http://" + c.https[i] + "/healthz")
 		if err != nil {
 			t.Fatal(err)
@@ -4551,10 +4844,12 @@ const simSeeds, simRaceSeeds = 200, 5
 // one the whole story is told.
 func TestSimulation(t *testing.T) {
 	first, seeds := uint64(1), uint64(simSeeds)
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if info, ok := debug.ReadBuildInfo(); ok &&
+		slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		seeds = simRaceSeeds
 	}
-	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
+	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
+		"KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
 			var err error
 			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
@@ -4563,7 +4858,8 @@ func TestSimulation(t *testing.T) {
 		}
 	}
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4574,7 +4870,8 @@ func TestSimulation(t *testing.T) {
 				if seed := first + done + i; seeds == 0 || done+i < seeds {
 					t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
 						t.Parallel()
-						simulate(t, seed, seeds == 1, &tls.Config{Certificates: []tls.Certificate{pair}})
+						simulate(t, seed, seeds == 1,
+							&tls.Config{Certificates: []tls.Certificate{pair}})
 					})
 				}
 			}
@@ -4633,7 +4930,8 @@ func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 			fmt.Printf("the story of seed %d:\n%s\n", seed, strings.Join(w.story, "\n"))
 		}
 		if t.Failed() {
-			t.Logf("the story of seed %d (again: make simulate SEED=%d SEEDS=1):\n%s", seed, seed, strings.Join(w.story, "\n"))
+			t.Logf("the story of seed %d (again: make simulate SEED=%d SEEDS=1):\n%s", seed, seed,
+				strings.Join(w.story, "\n"))
 		}
 	})
 }
@@ -4642,7 +4940,8 @@ func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 func (w *world) tell(format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.story = append(w.story, fmt.Sprintf("%9.3fs %s", time.Since(w.began).Seconds(), fmt.Sprintf(format, args...)))
+	w.story = append(w.story, fmt.Sprintf("%9.3fs %s", time.Since(w.began).Seconds(),
+		fmt.Sprintf(format, args...)))
 }
 
 // fail says that a promise was broken.
@@ -4672,7 +4971,8 @@ func pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(w
 
 func (w *world) run() {
 	r := w.random
-	w.dir.Segment, w.dir.Compact, w.dir.Reserve = int64(pick(r, 3, 10, 100)*kilo), int64(pick(r, 5, 20)*kilo), pick(r, 1, 8, 32)*kilo
+	w.dir.Segment, w.dir.Compact, w.dir.Reserve = int64(pick(r, 3, 10, 100)*kilo), int64(pick(r, 5,
+		20)*kilo), pick(r, 1, 8, 32)*kilo
 	w.fsync = pick(r, kvstore.FsyncAlways, kvstore.FsyncAlways, time.Second, kvstore.FsyncNever)
 	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
 	for range 1 + r.IntN(4) {
@@ -4726,7 +5026,8 @@ func (p *process) draw(r *rand.Rand) {
 		p.plan.killAt = at()
 	}
 	if chance(r, 4) {
-		p.plan.failAt, p.plan.failure = at(), pick[error](r, syscall.EIO, syscall.ENOSPC, syscall.EMFILE)
+		p.plan.failAt, p.plan.failure = at(), pick[error](r, syscall.EIO, syscall.ENOSPC,
+			syscall.EMFILE)
 	}
 	if chance(r, 4) {
 		p.plan.stallAt, p.plan.stall = at(), between(r, time.Millisecond, 4*time.Second)
@@ -4888,9 +5189,11 @@ func (w *world) live() {
 	if chance(r, 8) {
 		s.tls = w.tls
 	}
-	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}), failures: pick(r, 0, 0, 5)}
+	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}),
+		failures: pick(r, 0, 0, 5)}
 	p.net.start(w.t)
-	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout, s.tls != nil)
+	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
+		"write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout, s.tls != nil)
 	var clients sync.WaitGroup
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, pick(r, kinds...))
@@ -4968,7 +5271,8 @@ func (w *world) repair() {
 // end lets the process live for a while, and ends it.
 func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	r, s := p.random, p.net.server
-	how := pick(r, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power", "power when quiet")
+	how := pick(r, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
+		"power when quiet")
 	if p.fsync == kvstore.FsyncNever && strings.HasPrefix(how, "power") {
 		how = "kill"
 	}
@@ -4981,7 +5285,8 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 		wait(3 * time.Second)
 	} else {
 		select {
-		case <-time.After(pick(r, between(r, 0, 100*time.Millisecond), between(r, 0, 3*time.Second), between(r, 0, time.Minute))):
+		case <-time.After(pick(r, between(r, 0, 100*time.Millisecond), between(r, 0, 3*time.Second),
+			between(r, 0, time.Minute))):
 		case <-p.killed:
 		case err := <-s.Failed():
 			p.tell("the store has failed: %v", err)
@@ -5044,7 +5349,8 @@ func (p *process) checkLeft() {
 	if s.left != s.welcomed {
 		p.fail("%d clients came and %d left", s.welcomed, s.left)
 	}
-	if dropped := int(s.outboxes.dropped.Load()); dropped < p.told || dropped > p.told && p.unknown == 0 {
+	if dropped := int(s.outboxes.dropped.Load()); dropped < p.told || dropped > p.told &&
+		p.unknown == 0 {
 		p.fail("%d replies were dropped, and clients were told of %d", dropped, p.told)
 	}
 }
@@ -5193,7 +5499,8 @@ func (p *process) move() {
 func (p *process) checkMoved() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() && time.Since(p.moved) > most {
+	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() &&
+		time.Since(p.moved) > most {
 		p.fail("a write is answered %v after the directory was moved", time.Since(p.moved))
 	}
 }
@@ -5325,7 +5632,8 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 }) {
 	number := p.id()
 	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
-	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r, calm: kind.calm || chance(r, 2), plain: kind.name == "sends garbage" && chance(r, 2)}
+	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r,
+		calm: kind.calm || chance(r, 2), plain: kind.name == "sends garbage" && chance(r, 2)}
 	all.Go(func() {
 		wait(between(r, 0, pick(r, 0, time.Second, 10*time.Second)))
 		if !v.dial() {
@@ -5350,7 +5658,8 @@ func (v *visitor) dial() bool {
 		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
 	}
 	v.r = bufio.NewReader(v.conn)
-	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)), piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
+	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
+		piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
 	if out.piece > 3 {
 		out.late = pick(r, 0, time.Millisecond, 30*time.Millisecond)
 	}
@@ -5549,7 +5858,8 @@ func (q simWrite) apply(list []string) ([]string, int) {
 
 // line is the request as it is sent.
 func (q simWrite) line(key string) string {
-	return strings.Join(slices.DeleteFunc([]string{q.verb, key, q.old, q.new}, func(s string) bool { return s == "" }), ":") + "\n"
+	return strings.Join(slices.DeleteFunc([]string{q.verb, key, q.old, q.new},
+		func(s string) bool { return s == "" }), ":") + "\n"
 }
 
 // own writes a list of its own and knows at each step what it holds.
@@ -5568,7 +5878,8 @@ func (v *visitor) own() {
 		var text strings.Builder
 		for range pick(v.random, 1, 1, 6) {
 			i++
-			q := simWrite{verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get", "Delete", "Set", "Remove", "Remove")}
+			q := simWrite{verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get",
+				"Delete", "Set", "Remove", "Remove")}
 			switch q.verb {
 			case "Update":
 				if q.old = "absent"; len(list) > 0 && !chance(v.random, 4) {
@@ -5698,7 +6009,8 @@ func (v *visitor) pipeline() {
 
 // checkMark wants the last write of a client that reads nothing.
 func (v *visitor) checkMark(key, mark string) {
-	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random, calm: true}
+	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+		calm: true}
 	if !v.calm || !other.dial() {
 		return
 	}
@@ -5708,8 +6020,10 @@ func (v *visitor) checkMark(key, mark string) {
 	}
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
-	if s := v.net.server; err == nil && !v.isDisturbed() && s.maxMemory == 0 && v.dir.Room == 0 && !slices.Contains(lines, key+":"+mark) {
-		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id, len(lines), last)
+	if s := v.net.server; err == nil && !v.isDisturbed() && s.maxMemory == 0 && v.dir.Room == 0 &&
+		!slices.Contains(lines, key+":"+mark) {
+		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
+			len(lines), last)
 	}
 }
 
@@ -5754,7 +6068,8 @@ func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
 	cut := v.net.server.writeTimeout > 0 && !steady && got.err != nil
-	disturbed := v.failed || isClosed(v.net.server.closeSignal) || cut && v.net.server.writeTimeout < time.Minute
+	disturbed := v.failed || isClosed(v.net.server.closeSignal) || cut &&
+		v.net.server.writeTimeout < time.Minute
 	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
 		v.fail("%s: its connection ends in %v", v.id, got.err)
 	}
@@ -5798,7 +6113,8 @@ func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool
 		if delivered+dropped > owed+1 {
 			v.fail("%s: %d delivered and %d dropped, of %d", v.id, delivered, dropped, owed)
 		}
-	} else if n := delivered + dropped - owed; (n < 0 || n > refusable) && (v.after == nil || ended) {
+	} else if n := delivered + dropped - owed; (n < 0 || n > refusable) &&
+		(v.after == nil || ended) {
 		v.fail("%s: %d delivered and %d dropped, want %d", v.id, delivered, dropped, owed)
 	}
 	if steady && dropped > 0 {
@@ -5855,7 +6171,8 @@ func (v *visitor) garbage() {
 	r := v.random
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
 	what := r.IntN(6)
-	if what == 1 && v.net.server.tls != nil && !v.plain { // inside of TLS it is one bad line, and good ones
+	if what == 1 && v.net.server.tls != nil &&
+		!v.plain { // inside of TLS it is one bad line, and good ones
 		what = 0
 	}
 	switch what {
@@ -5868,10 +6185,12 @@ func (v *visitor) garbage() {
 	case 1:
 		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
 	case 2:
-		io.WriteString(v.conn, pick(r, "GET / HTTP/1.1", "POST /"+strings.Repeat("a", 2*testMaxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
+		io.WriteString(v.conn, pick(r, "GET / HTTP/1.1",
+			"POST /"+strings.Repeat("a", 2*testMaxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
 	case 3:
 		for range 5 {
-			if _, err := io.WriteString(v.conn, strings.Repeat("Put:shared0:evil", 1000)); err != nil {
+			if _, err := io.WriteString(v.conn,
+				strings.Repeat("Put:shared0:evil", 1000)); err != nil {
 				break
 			}
 		}
@@ -5926,11 +6245,13 @@ func (w *world) judge() {
 			good = good || slices.Equal(list, m)
 		}
 		if !good {
-			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list, l.states[len(l.states)-1].list, len(l.maybe))
+			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
+				l.states[len(l.states)-1].list, len(l.maybe))
 		}
 	}
 	w.knownAll(db)
-	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history), len(w.owners))
+	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history),
+		len(w.owners))
 }
 
 // ---- speed
@@ -6032,10 +6353,14 @@ var dialectsOf = map[string]struct {
 		func(_, _, _ string) string { return ":OK 1\n" },
 	},
 	"redis-server": {
-		func(key, _, _ string) string { return fmt.Sprintf("*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n", len(key), key) },
+		func(key, _, _ string) string {
+			return fmt.Sprintf("*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n",
+				len(key), key)
+		},
 		func(_, _, value string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(value), value) },
 		func(key, _, value string) string {
-			return fmt.Sprintf("*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n", len(key), key, len(value), value)
+			return fmt.Sprintf("*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n", len(key), key,
+				len(value), value)
 		},
 		func(_, _, _ string) string { return "+OK\r\n" },
 	},
@@ -6154,12 +6479,14 @@ func BenchmarkResident(b *testing.B) {
 					for first := 0; first < keys; first += chunk {
 						var text strings.Builder
 						for k := range chunk {
-							text.WriteString(d.set(fmt.Sprintf("key%09d", first+k), values[i], values[i+1]))
+							text.WriteString(d.set(fmt.Sprintf("key%09d", first+k), values[i],
+								values[i+1]))
 						}
 						a.sendSome(text.String())
 					}
 				}()
-				if _, err := a.r.Discard(keys * len(d.done("key000000000", values[i], values[i+1]))); err != nil {
+				if _, err := a.r.Discard(keys * len(d.done("key000000000", values[i],
+					values[i+1]))); err != nil {
 					b.Fatal(err)
 				}
 				status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -6214,7 +6541,8 @@ func startPeer(b *testing.B, server string) (addr string, pid int) {
 
 // BenchmarkParse and BenchmarkFormat are the two ends of a Get's way.
 func BenchmarkParse(b *testing.B) {
-	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv", "Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
+	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv",
+		"Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
 		b.Run(line[:strings.IndexByte(line, ':')], func(b *testing.B) {
 			b.ReportAllocs()
 			var q Query
@@ -6233,7 +6561,8 @@ func BenchmarkFormat(b *testing.B) {
 			c.buffer = make(chan []byte, maxBufferSize)
 			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
-				c.replyAll(&Query{queryType: get, key: "key000000001", values: values, bytes: sum(values)})
+				c.replyAll(&Query{queryType: get, key: "key000000001", values: values,
+					bytes: sum(values)})
 				for len(c.buffer) > 0 {
 					recycle(<-c.buffer)
 				}
@@ -6351,7 +6680,8 @@ func FuzzConversation(f *testing.F) {
 			if line == "" {
 				continue
 			}
-			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" || strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
+			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
+				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
 				return // Stats tells the time; and the model folds letters as Unicode does
 			}
 			answer := m.answer(i+1, line, &acked)
@@ -6376,7 +6706,8 @@ func FuzzConversation(f *testing.F) {
 				a.conn.CloseWrite()
 			}()
 			// The reason in an error is for people: here only its place counts.
-			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: ).*$`).ReplaceAllString(a.readAll(), "$1")
+			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: ).*$`).ReplaceAllString(a.readAll(),
+				"$1")
 			if got != want {
 				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
 			}
@@ -6429,10 +6760,13 @@ func FuzzParse(f *testing.F) {
 			again = verbs[q.queryType].name
 			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
 		}
-		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping && q.queryType != keys {
+		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping &&
+			q.queryType != keys {
 			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
 		}
-		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) || len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] && q.key != "" {
+		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) ||
+			len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] &&
+			q.key != "" {
 			t.Fatalf("%q was read as %q", line, again)
 		}
 	})
@@ -6666,13 +7000,16 @@ type fakeNet struct {
 	closed   chan struct{}
 	failures int // that Accept returns first
 
-	wrap           func(net.Conn) net.Conn // makes the server's side of a connection
-	beforeDeadline func()                  // called by the server's connections when a read deadline in the future is set
+	wrap func(net.Conn) net.Conn // makes the server's side of a connection
+	// called by the server's connections when a read deadline in the future is set
+	beforeDeadline func()
 }
 
 func newFakeNet() *fakeNet {
-	n := &fakeNet{server: New(kvstore.NewMemory()), conns: make(chan net.Conn), closed: make(chan struct{})}
-	n.server.maxLine, n.server.outboxes.maxMessage, n.server.version = testMaxLine, testMaxMessage, "test"
+	n := &fakeNet{server: New(kvstore.NewMemory()), conns: make(chan net.Conn),
+		closed: make(chan struct{})}
+	n.server.maxLine, n.server.outboxes.maxMessage, n.server.version = testMaxLine, testMaxMessage,
+		"test"
 	return n
 }
 
@@ -6735,10 +7072,11 @@ const streamSize = 64 << 10
 
 // stream is one direction of a fake connection.
 type stream struct {
-	mu      sync.Mutex
-	buf     []byte
-	size    int           // bytes that it holds
-	shut    bool          // it was full, and takes nothing before a lump of it is free: so do receive windows
+	mu   sync.Mutex
+	buf  []byte
+	size int // bytes that it holds
+	// it was full, and takes nothing before a lump of it is free: so do receive windows
+	shut    bool
 	ended   bool          // the writer closed
 	broken  bool          // the reader is gone
 	reset   bool          // the writer broke it off: what was not read is lost
@@ -6776,7 +7114,8 @@ type fakeConn struct {
 }
 
 func newFakeConn(in, out *stream) *fakeConn {
-	return &fakeConn{in: in, out: out, reading: newDeadline(), writing: newDeadline(), closed: make(chan struct{})}
+	return &fakeConn{in: in, out: out, reading: newDeadline(), writing: newDeadline(),
+		closed: make(chan struct{})}
 }
 
 func (c *fakeConn) Read(p []byte) (n int, err error) {

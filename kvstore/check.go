@@ -132,9 +132,11 @@ func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first
 		return end.next, numbers[1:], r.damage(err) // what follows is read for what it is
 	case stopped:
 		end.next = 0 // whatever the next one begins with
-		r.say("ok      %s, %d bytes; the file after it is empty, as a rotation that was stopped leaves it", name, end.offset)
+		r.say("ok      %s, %d bytes; the file after it is empty, as a rotation that was stopped "+
+			"leaves it", name, end.offset)
 	case end.torn > 0:
-		r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole frames, as a crash leaves it: the next start cuts it, and keeps it beside", name, end.offset, end.torn, end.frames)
+		r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole frames, as a "+
+			"crash leaves it: the next start cuts it, and keeps it beside", name, end.offset, end.torn, end.frames)
 	default:
 		r.say("ok      %s, %d bytes", name, end.offset)
 	}

@@ -107,7 +107,8 @@ func (c *compactor) run() (size int64, err error) {
 			old = append(old, logName(kindSegment, number))
 		}
 	}
-	for _, name := range l.obsolete { // what a compaction left that failed after its snapshot was there
+	// what a compaction left that failed after its snapshot was there
+	for _, name := range l.obsolete {
 		if _, number, isLog := parseName(name); isLog && number <= c.through {
 			old = append(old, name)
 		}

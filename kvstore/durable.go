@@ -62,8 +62,9 @@ const (
 
 // Options are how a store is kept. The zero value is the safest.
 type Options struct {
-	Fsync time.Duration // FsyncAlways, FsyncNever, or the most time that a Commit stays off the disk
-	Log   *slog.Logger  // what happened to the files; nil: nobody wants to know
+	// FsyncAlways, FsyncNever, or the most time that a Commit stays off the disk
+	Fsync time.Duration
+	Log   *slog.Logger // what happened to the files; nil: nobody wants to know
 
 	// Addr is where the store will be served. Of a directory in an etcd cluster it is told
 	// to others that wait for it; without one, Open does not wait.
@@ -73,9 +74,10 @@ type Options struct {
 
 // Sizes and times of the log.
 const (
-	spareSize    = 64 << 10 // bytes of a file's zeros that only a Delete may use when the disk is full
-	maxRecord    = 1 << 31  // bytes of a record's key and values: a frame's length has 32 bits
-	recordExtra  = 8        // bytes that a record takes beside its key and value, about
+	// bytes of a file's zeros that only a Delete may use when the disk is full
+	spareSize    = 64 << 10
+	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
+	recordExtra  = 8       // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
 	progressTime = time.Second // between two lines about a long load
@@ -102,23 +104,26 @@ type Durable struct {
 	opts Options
 	log  *slog.Logger
 
-	number      uint64    // of the current file
-	closed      int64     // bytes in full files and the snapshot
-	first       uint64    // sequence of the current file's first frame
-	pending     []byte    // records not written yet
-	count       uint32    // of them
-	begun       bool      // a frame was written since the last Commit, for pending had become large
-	size, room  int64     // of the current file, as of our last frame: bytes of frames, and of zeros behind them
+	number  uint64 // of the current file
+	closed  int64  // bytes in full files and the snapshot
+	first   uint64 // sequence of the current file's first frame
+	pending []byte // records not written yet
+	count   uint32 // of them
+	begun   bool   // a frame was written since the last Commit, for pending had become large
+	// of the current file, as of our last frame: bytes of frames, and of zeros behind them
+	size, room  int64
 	rotateAfter time.Time // no new file is tried before
 
 	compactAfter time.Time // nor is a compaction
 
-	segmentSize, minCompact int64           // the directory's Sizes
-	reserve, spare          int             // the same, and what of it only a Delete may use
-	stop                    chan struct{}   // closed by Close: the compaction gives up
-	compacted               chan compaction // the running compaction's end, one slot; nil: none runs
+	segmentSize, minCompact int64         // the directory's Sizes
+	reserve, spare          int           // the same, and what of it only a Delete may use
+	stop                    chan struct{} // closed by Close: the compaction gives up
+	// the running compaction's end, one slot; nil: none runs
+	compacted chan compaction
 
-	writing chan struct{} // one slot, for who writes a frame or changes the file: Commit or the timer
+	// one slot, for who writes a frame or changes the file: Commit or the timer
+	writing chan struct{}
 	fsyncs  chan struct{} // one slot, for who syncs: taken behind writing, where both are
 
 	// mu guards what is below, for the timer and whoever commits. Who has writing is the

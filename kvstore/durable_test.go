@@ -111,7 +111,8 @@ func (h *history) checkKept(t *testing.T, dir Directory, what string) {
 		t.Fatalf("%s: after opening there is still %q, %v", what, l.obsolete, err)
 	}
 	if !h.told.equal(d) && !h.done.equal(d) {
-		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.told, h.done)
+		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.told,
+			h.done)
 	}
 	if err := d.Close(); err != nil {
 		t.Fatalf("%s: Close: %v", what, err)
@@ -146,7 +147,8 @@ func TestCrashAfterEveryCall(t *testing.T) {
 			if d, err := openSmall(again, Options{}); err == nil {
 				d.Close()
 			}
-			h.checkKept(t, again.Crash(random), fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
+			h.checkKept(t, again.Crash(random),
+				fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
 		}
 	}
 }
@@ -176,7 +178,8 @@ func TestEveryCallFails(t *testing.T) {
 			}
 			failed = dir.Calls >= n
 			dir.FailAt = 0
-			h.checkKept(t, dir.Crash(rand.New(rand.NewPCG(uint64(n), 2))), fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
+			h.checkKept(t, dir.Crash(rand.New(rand.NewPCG(uint64(n), 2))),
+				fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
 			if err == nil {
 				continue
 			}
@@ -191,8 +194,10 @@ func TestEveryCallFails(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Fatalf("%s: Commit: %v", what, err)
 			}
-			if d, err = openSmall(dir.Crash(rand.New(rand.NewPCG(uint64(n), 3))), Options{}); err != nil || len(d.Get("after")) != 1 {
-				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v", what, err)
+			if d, err = openSmall(dir.Crash(rand.New(rand.NewPCG(uint64(n), 3))),
+				Options{}); err != nil || len(d.Get("after")) != 1 {
+				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v",
+					what, err)
 			}
 		}
 	}
@@ -294,7 +299,8 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if again, err := OpenIn(context.Background(), dir, Options{}); err != nil || !slices.Equal(again.Get("key"), d.Get("key")) {
+			if again, err := OpenIn(context.Background(), dir, Options{}); err != nil ||
+				!slices.Equal(again.Get("key"), d.Get("key")) {
 				t.Errorf("%v: opened again: %v", failure, err)
 			}
 		}
@@ -357,7 +363,8 @@ func TestFullDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		again, err := OpenIn(context.Background(), full, Options{})
-		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 || len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
+		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 ||
+			len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
 			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, again.keys)
 		}
 	}
@@ -385,7 +392,8 @@ func TestStartCopiesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		if counting.written > 2000 || counting.created > 0 {
-			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean, counting.written, counting.created)
+			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean,
+				counting.written, counting.created)
 		}
 	}
 }
@@ -444,7 +452,8 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 				data := slices.Clone(image.Names["seg-1.log"].Data)
 				data[at] ^= 1
 				var damage *DamageError
-				if _, err := OpenIn(context.Background(), image.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+				if _, err := OpenIn(context.Background(), image.With("seg-1.log", data),
+					Options{}); !errors.As(err, &damage) {
 					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
 				}
 			}
@@ -466,7 +475,8 @@ func TestTornEndIsKept(t *testing.T) {
 		for n, f := range image.Names {
 			if strings.HasPrefix(n, tornPrefix) {
 				if names = append(names, n); !bytes.Equal(f.Disk, torn) {
-					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.Disk), len(torn))
+					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.Disk),
+						len(torn))
 				}
 			}
 		}
@@ -477,7 +487,8 @@ func TestTornEndIsKept(t *testing.T) {
 		t.Fatalf("a torn end: %v, kept in %q", err, kept())
 	}
 	image.Locked = false
-	if d, err = OpenIn(context.Background(), image, Options{}); err != nil || len(kept()) != 1 { // killed meanwhile
+	if d, err = OpenIn(context.Background(), image, Options{}); err != nil ||
+		len(kept()) != 1 { // killed meanwhile
 		t.Fatalf("a second start: %v, kept in %q", err, kept())
 	}
 	if err := d.Close(); err != nil || len(kept()) != 0 {
@@ -566,7 +577,8 @@ func TestSyncingNamesTheFile(t *testing.T) {
 		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
 			waits[c.What]++
 			if d.Syncing() == "" {
-				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number, c.What, c.Name)
+				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number,
+					c.What, c.Name)
 			}
 		}
 		return nil
@@ -588,15 +600,18 @@ func TestSyncingNamesTheFile(t *testing.T) {
 // Ensure that nothing but our own files is touched: who else has some in the
 // directory is told so.
 func TestOthersFilesStay(t *testing.T) {
-	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak", "seg-01.log.tmp"} {
+	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak",
+		"seg-01.log.tmp"} {
 		dir := disktest.New().With(name, []byte("precious"))
 		_, err := OpenIn(context.Background(), dir, Options{})
-		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) || dir.Names[name] == nil {
+		if !errors.Is(err, ErrNotOurs) || !strings.Contains(err.Error(), name) ||
+			dir.Names[name] == nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	dir := disktest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
-	if _, err := OpenIn(context.Background(), dir, Options{}); err != nil || dir.Names["seg-1.log.tmp"] != nil {
+	if _, err := OpenIn(context.Background(), dir, Options{}); err != nil ||
+		dir.Names["seg-1.log.tmp"] != nil {
 		t.Errorf("with our own temporary file: %v", err)
 	}
 }
@@ -623,7 +638,8 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		both.Names[name] = f
 	}
 	var damage *DamageError
-	if _, err := OpenIn(context.Background(), both, Options{}); !errors.As(err, &damage) || !strings.Contains(err.Error(), "an older copy was put over a newer store") {
+	if _, err := OpenIn(context.Background(), both, Options{}); !errors.As(err, &damage) ||
+		!strings.Contains(err.Error(), "an older copy was put over a newer store") {
 		t.Errorf("an older copy over a newer store: %v", err)
 	}
 	if r, err := check(both); err != nil || !r.Damaged {
@@ -680,7 +696,8 @@ func TestCloseSyncsFirst(t *testing.T) {
 		d.compacted = make(chan compaction, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
-		if again, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(again.Get("k")) != 1 {
+		if again, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
+			Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
 		}
 		d.compacted <- compaction{err: errStopped}
@@ -749,13 +766,16 @@ func TestBackup(t *testing.T) {
 		out := disktest.New()
 		if i%10 > 0 { // with something in the middle of its way to the file
 			w := d.current
-			w.f.WriteAt(appendFrame(nil, w.seed, frame{sequence: d.sequence + 1, synced: d.sequence}, []byte("half a frame"))[:45], w.size)
+			w.f.WriteAt(appendFrame(nil, w.seed,
+				frame{sequence: d.sequence + 1, synced: d.sequence},
+				[]byte("half a frame"))[:45], w.size)
 		}
 		if _, err := BackupIn(dir, out, nil); err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
 		d.current.f.WriteAt(make([]byte, 45), d.current.size)
-		if r, err := check(out); err != nil || r.Damaged || strings.Contains(fmt.Sprint(r), "torn") {
+		if r, err := check(out); err != nil || r.Damaged ||
+			strings.Contains(fmt.Sprint(r), "torn") {
 			t.Fatalf("backup %d: check says %v, %v", i, r, err)
 		}
 		h.checkKept(t, out, fmt.Sprint("backup ", i))
@@ -772,8 +792,10 @@ func TestBackup(t *testing.T) {
 			data := slices.Clone(dir.Names[name].Data)
 			data[headerSize+10] ^= 1 // in the first frame
 			out := disktest.New()
-			if _, err := BackupIn(dir.With(name, data), out, nil); err == nil || len(out.Names) > 0 {
-				t.Errorf("%s, damaged, is copied: %v, %d files of kind %d; it has %d bytes", name, err, len(out.Names), kind, len(data))
+			if _, err := BackupIn(dir.With(name, data), out, nil); err == nil ||
+				len(out.Names) > 0 {
+				t.Errorf("%s, damaged, is copied: %v, %d files of kind %d; it has %d bytes", name,
+					err, len(out.Names), kind, len(data))
 			}
 		}
 	}
@@ -895,13 +917,15 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 	if err := apply(m, string(appendRecord(nil, opUpdate, 7, "k", "2", "x")), 1); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := m.Get("k"), []string{"0", "1", "2", "3", "4", "0", "1", "3", "4", "x"}; !slices.Equal(got, want) {
+	if got, want := m.Get("k"), []string{"0", "1", "2", "3", "4", "0", "1", "3", "4",
+		"x"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q: the second 2 is gone, which is at the place given", got, want)
 	}
 	if err := apply(m, string(appendRecord(nil, opUpdate, 1<<40, "k", "2", "y")), 1); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := m.Get("k"), []string{"0", "1", "3", "4", "0", "1", "3", "4", "x", "y"}; !slices.Equal(got, want) {
+	if got, want := m.Get("k"), []string{"0", "1", "3", "4", "0", "1", "3", "4", "x",
+		"y"}; !slices.Equal(got, want) {
 		t.Errorf("with a place that is none: got %q, want %q", got, want)
 	}
 }
@@ -936,9 +960,11 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 			<-time.After(fsync)
 			synctest.Wait()
 			for seed := range uint64(10) {
-				after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(context.Background(),
+					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("k")) != 1 {
-					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync, len(after.Get("k")), err)
+					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync,
+						len(after.Get("k")), err)
 				}
 			}
 			d.Close()
@@ -1088,7 +1114,8 @@ func TestCheckBesideARealStore(t *testing.T) {
 // was told is on disk.
 func TestStopOnAFullDisk(t *testing.T) {
 	dir, name, starts := segment(t, 3)
-	full := dir.With(name, dir.Names[name].Data[:starts[3]]) // as a power failure leaves it, without the zeros
+	full := dir.With(name,
+		dir.Names[name].Data[:starts[3]]) // as a power failure leaves it, without the zeros
 	for _, f := range full.Names {
 		full.Room += len(f.Data)
 	}
@@ -1099,7 +1126,8 @@ func TestStopOnAFullDisk(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Errorf("a stop: %v", err)
 	}
-	if d, err = OpenIn(context.Background(), full, Options{}); err != nil || len(d.Get("key")) != 3 {
+	if d, err = OpenIn(context.Background(), full, Options{}); err != nil ||
+		len(d.Get("key")) != 3 {
 		t.Errorf("after it: %v", err)
 	}
 }
@@ -1201,7 +1229,8 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 		bad := dir.With("seg-2.log", damage(slices.Clone(dir.Names["seg-2.log"].Data)))
 		out := disktest.New()
 		if _, err := BackupIn(bad, out, nil); err == nil || out.Names[storeName] != nil {
-			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err, len(out.Names))
+			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err,
+				len(out.Names))
 		}
 	}
 }
@@ -1244,9 +1273,11 @@ func TestRoomForFrames(t *testing.T) {
 	killed := dir.With("none", nil)
 	delete(killed.Names, "none")
 	var log bytes.Buffer
-	d2, err := OpenIn(context.Background(), killed, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	d2, err := OpenIn(context.Background(), killed,
+		Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "incomplete") {
-		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err, log.String())
+		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err,
+			log.String())
 	}
 	for d.number == 1 {
 		d.Put("key", "more")
@@ -1255,7 +1286,8 @@ func TestRoomForFrames(t *testing.T) {
 	d.Put("key", "last")
 	d.Close()
 	for name, f := range dir.Names {
-		if kind, _, _ := parseName(name); kind == kindSegment && len(bytes.TrimRight(f.Data, "\x00"))+8+d.spare <= len(f.Data) {
+		if kind, _, _ := parseName(name); kind == kindSegment &&
+			len(bytes.TrimRight(f.Data, "\x00"))+8+d.spare <= len(f.Data) {
 			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.Data))
 		}
 		if len(f.Data) != len(f.Disk) {
@@ -1280,22 +1312,26 @@ func TestTornEnd(t *testing.T) {
 		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
 	}
 	for cut := headerSize; cut <= len(whole); cut++ {
-		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100), stale.Names[name].Data[headerSize:]}
+		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100),
+			stale.Names[name].Data[headerSize:]}
 		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
 			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
-			for frames < len(starts)-1 && len(data) >= starts[frames+1] && bytes.HasPrefix(data, whole[:ends[frames]]) {
+			for frames < len(starts)-1 && len(data) >= starts[frames+1] &&
+				bytes.HasPrefix(data, whole[:ends[frames]]) {
 				frames++ // whatever stands in the place of the padding
 			}
 			var log bytes.Buffer
 			torn := dir.With(name, data)
-			d, err := OpenIn(context.Background(), torn, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			d, err := OpenIn(context.Background(), torn,
+				Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
 				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
 			}
 			if got := len(d.Get("key")); got != frames {
 				t.Fatalf("cut at %d: %d frames are there, want %d", cut, got, frames)
 			}
-			if lost := len(bytes.TrimRight(data[starts[frames]:], "\x00")); strings.Contains(log.String(), "incomplete commit") != (lost > 0) ||
+			if lost := len(bytes.TrimRight(data[starts[frames]:],
+				"\x00")); strings.Contains(log.String(), "incomplete commit") != (lost > 0) ||
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
 			}
@@ -1304,7 +1340,8 @@ func TestTornEnd(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if d, err = OpenIn(context.Background(), torn, Options{}); err != nil || len(d.Get("key")) != frames+1 {
+			if d, err = OpenIn(context.Background(), torn, Options{}); err != nil ||
+				len(d.Get("key")) != frames+1 {
 				t.Fatalf("cut at %d: written on, then %v", cut, err)
 			}
 		}
@@ -1323,7 +1360,8 @@ func TestFlippedBits(t *testing.T) {
 		bad := dir.With(name, data)
 		d, err := OpenIn(context.Background(), bad, Options{})
 		if bit/8 >= last {
-			if padding := err == nil && len(d.Get("key")) == 8; err != nil || len(d.Get("key")) != 7 && !padding {
+			if padding := err == nil && len(d.Get("key")) == 8; err != nil ||
+				len(d.Get("key")) != 7 && !padding {
 				t.Fatalf("bit %d, in the last frame: %v", bit, err)
 			}
 			continue
@@ -1335,7 +1373,8 @@ func TestFlippedBits(t *testing.T) {
 		if !errors.As(err, &damage) && !errors.Is(err, ErrNewer) && !errors.Is(err, ErrOlder) {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
-		if damage != nil && bit/8 >= headerSize && (damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
+		if damage != nil && bit/8 >= headerSize &&
+			(damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
 			t.Fatalf("bit %d of byte %d: the error names another place: %v", bit%8, bit/8, err)
 		}
 		if !bytes.Equal(bad.Names[name].Data, data) || len(bad.Names) != len(dir.Names) {
@@ -1354,7 +1393,8 @@ func TestFlippedStore(t *testing.T) {
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(storeName, data)
 		var damage *DamageError
-		if _, err := OpenIn(context.Background(), bad, Options{}); !errors.As(err, &damage) || damage.File != "dir/STORE" {
+		if _, err := OpenIn(context.Background(), bad, Options{}); !errors.As(err, &damage) ||
+			damage.File != "dir/STORE" {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
 		if bit%50 > 0 {
@@ -1363,7 +1403,8 @@ func TestFlippedStore(t *testing.T) {
 		if r, err := RepairIn(bad, time.Time{}); err != nil || r.Lost {
 			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
 		}
-		if d, err := OpenIn(context.Background(), bad, Options{}); err != nil || len(d.Get("key")) != 3 {
+		if d, err := OpenIn(context.Background(), bad, Options{}); err != nil ||
+			len(d.Get("key")) != 3 {
 			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
 		}
 	}
@@ -1385,14 +1426,16 @@ func TestRefusals(t *testing.T) {
 	}
 	d.Close()
 	var log bytes.Buffer
-	if d, err = openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))}); err != nil || log.Len() > 0 {
+	if d, err = openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log,
+		&slog.HandlerOptions{Level: slog.LevelWarn}))}); err != nil || log.Len() > 0 {
 		t.Fatalf("after a clean stop: %v, %s", err, log.String())
 	}
 	d.minCompact = 1 << 30
 	d.Put("one", "more")
 	d.Close()
 	l, _ := readLayout(dir)
-	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment, l.segments[len(l.segments)-1])
+	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment,
+		l.segments[len(l.segments)-1])
 	snapshot := logName(kindSnapshot, l.snapshot)
 	change := func(name string, f func(b []byte) []byte) *disktest.Dir {
 		return dir.With(name, f(slices.Clone(dir.Names[name].Data)))
@@ -1432,41 +1475,67 @@ func TestRefusals(t *testing.T) {
 		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
 	}
 	whole, _, starts := segment(t, 5)
-	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]], whole.Names["seg-1.log"].Data[starts[3]:])
+	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
+		whole.Names["seg-1.log"].Data[starts[3]:])
 	other := disktest.New()
 	OpenIn(context.Background(), other, Options{})
 	for what, c := range map[string]struct {
 		dir  *disktest.Dir
 		want string
 	}{
-		"last data frame":    {change(last, func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at offset"},
+		"last data frame": {change(last,
+			func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at " +
+			"offset"},
 		"closed segment cut": {change(first, cut(8)), first + " is damaged at offset"},
 		"snapshot cut":       {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
-		"snapshot with more": {change(snapshot, func(b []byte) []byte { return append(b, b[headerSize:]...) }), snapshot + " is damaged"},
-		"snapshot missing":   {without(snapshot), "seg-1.log is damaged: the file is missing"},
-		"segment missing":    {without(first), first + " is damaged: the file is missing"},
-		"STORE missing":      {without(storeName), "STORE is damaged: the file is missing"},
-		"STORE cut":          {change(storeName, cut(5)), "STORE is damaged: not as it was written"},
-		"STORE with more":    {change(storeName, func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
+		"snapshot with more": {change(snapshot,
+			func(b []byte) []byte {
+				return append(b,
+					b[headerSize:]...)
+			}), snapshot + " is damaged"},
+		"snapshot missing": {without(snapshot), "seg-1.log is damaged: the file is missing"},
+		"segment missing":  {without(first), first + " is damaged: the file is missing"},
+		"STORE missing":    {without(storeName), "STORE is damaged: the file is missing"},
+		"STORE cut": {change(storeName, cut(5)),
+			"STORE is damaged: not as it was written"},
+		"STORE with more": {change(storeName, func(b []byte) []byte { return append(b, 'x') }),
+			"STORE is damaged"},
 		"newer STORE": {change(storeName, func(b []byte) []byte {
-			line, _, _ := strings.Cut(strings.Replace(string(b), "version 2", "version 9", 1), ", check")
+			line, _, _ := strings.Cut(strings.Replace(string(b), "version 2", "version 9", 1),
+				", check")
 			return fmt.Appendf([]byte(line), storeCheck, crc(0, []byte(line)))
 		}), ErrNewer.Error()},
-		"older STORE":           {change(storeName, func([]byte) []byte { return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n") }), ErrOlder.Error()},
-		"older segment":         {change(last, older), ErrOlder.Error()},
-		"STORE of no version":   {change(storeName, func(b []byte) []byte { return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1) }), "STORE is damaged: not as it was written"},
-		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data), "STORE is damaged: it is another store's"},
-		"newest missing":        {without(last), last + " is damaged: the file is missing"},
-		"frame missing":         {whole.With("seg-1.log", gap), fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing", starts[2])},
-		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }), "the frame that says that another file follows is missing"},
-		"closed segment's end":  {change(first, func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
-		"snapshot ends twice":   {change(snapshot, again), "the snapshot has no proper end"},
-		"newer segment":         {change(last, newer), ErrNewer.Error()},
-		"newer snapshot":        {change(snapshot, newer), ErrNewer.Error()},
-		"a number too far":      {dir.With("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
-		"empty segment":         {change(last, func(b []byte) []byte { return nil }), last + " is damaged: shorter than a header"},
-		"another store's file":  {dir.With(last, other.Names["seg-1.log"].Data), "the file belongs to another store"},
-		"renamed file":          {dir.With(last, dir.Names[snapshot].Data), "the file is another one, renamed"},
+		"older STORE": {change(storeName,
+			func([]byte) []byte {
+				return []byte("kvserver store, version 1, id " +
+					"00112233445566778899aabbccddeeff\n")
+			}), ErrOlder.Error()},
+		"older segment": {change(last, older), ErrOlder.Error()},
+		"STORE of no version": {change(storeName,
+			func(b []byte) []byte {
+				return bytes.Replace(b, []byte("version 2"),
+					[]byte("version 3"), 1)
+			}), "STORE is damaged: not as it was written"},
+		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data),
+			"STORE is damaged: it is another store's"},
+		"newest missing": {without(last), last + " is damaged: the file is missing"},
+		"frame missing": {whole.With("seg-1.log", gap),
+			fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing",
+				starts[2])},
+		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }),
+			"the frame that says that another file follows is missing"},
+		"closed segment's end": {change(first,
+			func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
+		"snapshot ends twice": {change(snapshot, again), "the snapshot has no proper end"},
+		"newer segment":       {change(last, newer), ErrNewer.Error()},
+		"newer snapshot":      {change(snapshot, newer), ErrNewer.Error()},
+		"a number too far":    {dir.With("seg-9223372036854775808.log", nil), ErrNotOurs.Error()},
+		"empty segment": {change(last, func(b []byte) []byte { return nil }),
+			last + " is damaged: shorter than a header"},
+		"another store's file": {dir.With(last, other.Names["seg-1.log"].Data),
+			"the file belongs to another store"},
+		"renamed file": {dir.With(last, dir.Names[snapshot].Data),
+			"the file is another one, renamed"},
 		"all logs gone": {func() *disktest.Dir {
 			c := without(last)
 			for n := range c.Names {
@@ -1477,7 +1546,8 @@ func TestRefusals(t *testing.T) {
 			return c
 		}(), "the file is missing"},
 		"somebody else's folder": {dir.With("photo.jpg", nil), ErrNotOurs.Error()},
-		"segment of zeros":       {change(first, func(b []byte) []byte { clear(b); return b }), first + " is damaged: not a log file"},
+		"segment of zeros": {change(first, func(b []byte) []byte { clear(b); return b }),
+			first + " is damaged: not a log file"},
 	} {
 		before := maps.Clone(c.dir.Names)
 		_, err := OpenIn(context.Background(), c.dir, Options{})
@@ -1509,7 +1579,8 @@ func TestRefusals(t *testing.T) {
 		if err != nil || !report.Damaged {
 			t.Errorf("%s: repair says %v, %v", what, report, err)
 		}
-		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report), "LOST    bytes") {
+		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report),
+			"LOST    bytes") {
 			t.Errorf("%s: repair says %v", what, report)
 		}
 		if d, err := OpenIn(context.Background(), c.dir, Options{}); err != nil {
@@ -1718,8 +1789,10 @@ func TestWriteDuringFsync(t *testing.T) {
 		d.Put("b", "2")
 		d.Commit()
 		<-time.After(5 * time.Second)
-		if after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))), Options{}); err != nil || len(after.Get("b")) != 1 {
-			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
+		if after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
+			Options{}); err != nil || len(after.Get("b")) != 1 {
+			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"),
+				err)
 		}
 		d.Close()
 	})
@@ -1774,9 +1847,11 @@ func TestFsyncDuringWrite(t *testing.T) {
 			}
 			<-time.After(5 * time.Second)
 			for seed := range uint64(20) {
-				after, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				after, err := OpenIn(context.Background(),
+					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("b")) != 1 {
-					t.Fatalf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"), err)
+					t.Fatalf("long after the fsync was due a power failure leaves %q, %v",
+						after.Get("b"), err)
 				}
 			}
 			d.Close()
@@ -1811,7 +1886,8 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	data = slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
 	var damage *DamageError
-	if _, err := OpenIn(context.Background(), dir.With("seg-1.log", data), Options{}); !errors.As(err, &damage) {
+	if _, err := OpenIn(context.Background(), dir.With("seg-1.log", data),
+		Options{}); !errors.As(err, &damage) {
 		t.Errorf("with a gap, after a stop that synced everything: %v", err)
 	}
 }
@@ -1828,7 +1904,8 @@ func TestCompactionMayFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	compactor := compactor{dir: dir.With(lockName, nil), through: d.number - 1, store: d.snapshot()}
-	compactor.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1, first: d.first}
+	compactor.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
+		first: d.first}
 	stop := make(chan struct{})
 	close(stop)
 	stopped := compactor
@@ -2013,7 +2090,8 @@ func TestCompactionHeals(t *testing.T) {
 	if r, err := CheckIn(dir); err != nil || r.Damaged {
 		t.Errorf("after a compaction: %v, %v", r, err)
 	}
-	if d, err = OpenIn(context.Background(), dir, Options{}); err != nil || !slices.Equal(d.Get("key"), []string{"value"}) {
+	if d, err = OpenIn(context.Background(), dir, Options{}); err != nil ||
+		!slices.Equal(d.Get("key"), []string{"value"}) {
 		t.Errorf("opened again: %v", err)
 	}
 }
@@ -2034,8 +2112,10 @@ func TestDiskUseIsBounded(t *testing.T) {
 			for _, f := range dir.Names {
 				disk += int64(len(f.Data))
 			}
-			if most := 2*d.logBytes + d.minCompact + d.segmentSize + 2000; disk > most { // and zeros, and what has just come
-				t.Fatalf("%s: %d bytes on disk, want at most %d for %d of data", what, disk, most, d.logBytes)
+			if most := 2*d.logBytes + d.minCompact + d.segmentSize +
+				2000; disk > most { // and zeros, and what has just come
+				t.Fatalf("%s: %d bytes on disk, want at most %d for %d of data", what, disk, most,
+					d.logBytes)
 			}
 		}
 		commit := func(what string) {
@@ -2060,7 +2140,8 @@ func TestDiskUseIsBounded(t *testing.T) {
 			commit("a huge key")
 		}
 		d.Delete(huge)
-		if err := d.Commit(); err != nil { // and perhaps it is compacted now, but is asked nothing more than
+		// and perhaps it is compacted now, but is asked nothing more than
+		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 		d.settle()
@@ -2100,7 +2181,8 @@ func TestRealDirectory(t *testing.T) {
 	if err := script(t, d, &h); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(context.Background(), path, Options{}); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
+	if _, err := Open(context.Background(), path, Options{}); !errors.Is(err, ErrLocked) ||
+		!strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
 		t.Errorf("opened twice: %v", err)
 	}
 	cmd := exec.Command(os.Args[0])
@@ -2108,7 +2190,8 @@ func TestRealDirectory(t *testing.T) {
 	if out, err := cmd.Output(); err != nil || !strings.Contains(string(out), ErrLocked.Error()) {
 		t.Errorf("a second process opens it: %s, %v", out, err)
 	}
-	if r, err := Check(path); err != nil || r.Damaged || !strings.HasPrefix(r.Lines[0], "in use  by process ") {
+	if r, err := Check(path); err != nil || r.Damaged ||
+		!strings.HasPrefix(r.Lines[0], "in use  by process ") {
 		t.Errorf("checked while open: %v, %v", r, err)
 	}
 	if err := d.Close(); err != nil {
@@ -2166,7 +2249,11 @@ func TestWrongPaths(t *testing.T) {
 		path:                        ErrNotOurs, // it holds a file
 	} {
 		for what, f := range map[string]func() error{
-			"Open":   func() error { _, err := Open(context.Background(), where, Options{}); return err },
+			"Open": func() error {
+				_, err := Open(context.Background(), where,
+					Options{})
+				return err
+			},
 			"Check":  func() error { _, err := Check(where); return err },
 			"Repair": func() error { _, err := Repair(where); return err },
 		} {
@@ -2184,7 +2271,9 @@ func TestWrongPaths(t *testing.T) {
 func TestLoadTellsProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		p := &progress{ctx: t.Context(), status: new(Status), log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(), total: 1000}
+		p := &progress{ctx: t.Context(), status: new(Status),
+			log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(),
+			total: 1000}
 		for range 5 {
 			<-time.After(400 * time.Millisecond)
 			p.step(frame{count: 10, length: 56})
@@ -2192,7 +2281,8 @@ func TestLoadTellsProgress(t *testing.T) {
 		if stage := p.status.Stage(); stage != "loading 28 %" {
 			t.Errorf("after two seconds /healthz would say %q", stage)
 		}
-		if got := log.String(); strings.Count(got, "msg=loading") != 1 || !strings.Contains(got, "records=30 bytes=288 percent=28") {
+		if got := log.String(); strings.Count(got, "msg=loading") != 1 ||
+			!strings.Contains(got, "records=30 bytes=288 percent=28") {
 			t.Errorf("after two seconds the log is\n%s", got)
 		}
 	})
@@ -2201,11 +2291,13 @@ func TestLoadTellsProgress(t *testing.T) {
 // fixedDir is a store with an id that does not change from run to run.
 func fixedDir(t testing.TB, commits int) *disktest.Dir {
 	dir, id := disktest.New(), storeID{1, 2, 3}
-	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, func(w *logWriter) error {
+	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1,
+		first: 1}, func(w *logWriter) error {
 		for i := range commits {
 			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))
 			payload = appendRecord(payload, opUpdate, 0, "key", fmt.Sprint(i), "new")
-			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2}, appendRecord(payload, opDelete, 0, "none")[:len(payload)], 0); err != nil {
+			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2},
+				appendRecord(payload, opDelete, 0, "none")[:len(payload)], 0); err != nil {
 				return err
 			}
 		}
@@ -2257,7 +2349,8 @@ func FuzzRecovery(f *testing.F) {
 
 // Ensure that any records in a frame are applied or refused, without a panic.
 func FuzzRecords(f *testing.F) {
-	f.Add(string(appendRecord(appendRecord(nil, opPut, 0, "k", "v"), opUpdate, 0, "k", "v", "w")), uint32(2))
+	f.Add(string(appendRecord(appendRecord(nil, opPut, 0, "k", "v"), opUpdate, 0, "k", "v", "w")),
+		uint32(2))
 	f.Add(string(appendRecord(nil, opDelete, 0, strings.Repeat("k", 200))), uint32(1))
 	f.Add("\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", uint32(1))
 	f.Fuzz(func(t *testing.T, payload string, count uint32) {

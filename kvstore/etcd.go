@@ -43,20 +43,22 @@ import (
 //
 // A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
 const (
-	etcdPiece     = 1 << 20                 // bytes of a piece: etcd takes requests of 1.5 MiB
-	etcdFileMost  = 1 << 47                 // bytes of a file
-	etcdPackLeast = 512                     // bytes of a piece that is compressed
-	etcdPage      = 4 << 20                 // bytes of the pieces that are asked for at a time
-	etcdAhead     = 64 << 10                // the same at first
-	etcdKeys      = 4 << 10                 // keys that are
-	etcdSegment   = 16 << 20                // bytes of a log file: what is read again at a start, about
-	etcdBeat      = time.Second             // between two signs of life in the lock
-	etcdTTL       = 5 * time.Second         // after which a lock without one may be taken
-	etcdFresh     = etcdTTL - etcdTTL/10    // so long a sign of life is good for: clocks may run differently
-	etcdPatience  = 10 * time.Second        // without an answer, until we give up
-	etcdTimeout   = 1500 * time.Millisecond // of one request
-	etcdPause     = 50 * time.Millisecond   // before it is sent again
-	etcdPoll      = 250 * time.Millisecond  // between two looks at a lock that another one has
+	etcdPiece     = 1 << 20  // bytes of a piece: etcd takes requests of 1.5 MiB
+	etcdFileMost  = 1 << 47  // bytes of a file
+	etcdPackLeast = 512      // bytes of a piece that is compressed
+	etcdPage      = 4 << 20  // bytes of the pieces that are asked for at a time
+	etcdAhead     = 64 << 10 // the same at first
+	etcdKeys      = 4 << 10  // keys that are
+	// bytes of a log file: what is read again at a start, about
+	etcdSegment = 16 << 20
+	etcdBeat    = time.Second     // between two signs of life in the lock
+	etcdTTL     = 5 * time.Second // after which a lock without one may be taken
+	// so long a sign of life is good for: clocks may run differently
+	etcdFresh    = etcdTTL - etcdTTL/10
+	etcdPatience = 10 * time.Second        // without an answer, until we give up
+	etcdTimeout  = 1500 * time.Millisecond // of one request
+	etcdPause    = 50 * time.Millisecond   // before it is sent again
+	etcdPoll     = 250 * time.Millisecond  // between two looks at a lock that another one has
 )
 
 // Errors of a store in etcd.
@@ -154,7 +156,8 @@ func (e *etcdError) isExpired() bool {
 func isFinal(err error) bool {
 	if e := (*etcdError)(nil); errors.As(err, &e) {
 		switch e.Code {
-		case 1, 2, 4, 10, 13, 14, 16: // cancelled, unknown, too late, aborted, internal, no leader, expired
+		// cancelled, unknown, too late, aborted, internal, no leader, expired
+		case 1, 2, 4, 10, 13, 14, 16:
 			return false
 		case 8: // no space, or too many requests
 			return strings.Contains(e.Message, "space")
@@ -943,11 +946,13 @@ type etcdLock struct {
 	cancel context.CancelCauseFunc
 
 	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that arrived
-	beaten    chan struct{}             // beat to Held: one has. One slot, for only the latest counts
-	stop      chan struct{}             // closed by Close
-	ended     chan struct{}             // closed by beat
-	silent    bool                      // the last one did not; beat's
-	refused   int                       // how many members, one after the other, have refused it; beat's
+	// beat to Held: one has. One slot, for only the latest counts
+	beaten chan struct{}
+	stop   chan struct{} // closed by Close
+	ended  chan struct{} // closed by beat
+	silent bool          // the last one did not; beat's
+	// how many members, one after the other, have refused it; beat's
+	refused int
 }
 
 // step is what the key of that name says after n steps.

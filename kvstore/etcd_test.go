@@ -153,7 +153,8 @@ func (e *fakeEtcd) do(r *http.Request, text []byte) (a etcdAnswer, err error) {
 	}
 	if strings.HasSuffix(r.URL.Path, "/auth/authenticate") {
 		if !bytes.Contains(text, []byte(`"secret"`)) {
-			return a, &etcdError{"etcdserver: authentication failed, invalid user ID or password", 3}
+			return a, &etcdError{"etcdserver: authentication failed, invalid user ID or password",
+				3}
 		}
 		e.logins++
 		return etcdAnswer{Token: e.token}, nil
@@ -197,7 +198,8 @@ func (e *fakeEtcd) txn(t etcdTxn) (a etcdAnswer, err error) {
 	a.Succeeded = true
 	for _, c := range t.Compare {
 		kv := e.kvs[string(c.Key)]
-		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil && bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && kv.Revision == c.Revision)
+		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil &&
+			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && kv.Revision == c.Revision)
 	}
 	ops := t.Failure
 	if a.Succeeded {
@@ -306,8 +308,10 @@ func TestEtcdFile(t *testing.T) {
 				case 2:
 					got := make([]byte, size)
 					n, err := f.ReadAt(got, int64(at))
-					if rest := want[min(at, len(want)):]; n != min(size, len(rest)) || !bytes.Equal(got[:n], rest[:n]) || (n < size) != (err == io.EOF) {
-						t.Fatalf("round %d: at %d of %d bytes: %d of %d are read, %v", round, at, len(want), n, size, err)
+					if rest := want[min(at, len(want)):]; n != min(size, len(rest)) ||
+						!bytes.Equal(got[:n], rest[:n]) || (n < size) != (err == io.EOF) {
+						t.Fatalf("round %d: at %d of %d bytes: %d of %d are read, %v", round, at,
+							len(want), n, size, err)
 					}
 				default:
 					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
@@ -327,10 +331,12 @@ func TestEtcdFile(t *testing.T) {
 			}
 			got, err := io.ReadAll(readerOf(again, 0))
 			if !bytes.Equal(got, want) || size != int64(len(want)) || err != nil {
-				t.Fatalf("round %d: the file has %d bytes, says %d, want %d, %v", round, len(got), size, len(want), err)
+				t.Fatalf("round %d: the file has %d bytes, says %d, want %d, %v", round, len(got),
+					size, len(want), err)
 			}
 		}
-		if err := dir.Remove("file"); err != nil || len(e.find(etcdRange{Key: dir.key("d/"), End: below(dir.key("d/"))})) > 0 {
+		if err := dir.Remove("file"); err != nil ||
+			len(e.find(etcdRange{Key: dir.key("d/"), End: below(dir.key("d/"))})) > 0 {
 			t.Errorf("a removed file leaves pieces: %v", err)
 		}
 	})
@@ -367,7 +373,8 @@ func TestEtcdNames(t *testing.T) {
 		}
 		write("a", "1")
 		write("b", "2")
-		if err := errors.Join(dir.Keep("a", "sub"), dir.Keep("b", "sub"), dir.Rename("a", "b")); err != nil {
+		if err := errors.Join(dir.Keep("a", "sub"), dir.Keep("b", "sub"),
+			dir.Rename("a", "b")); err != nil {
 			t.Error(err)
 		}
 		write("c", "3")
@@ -375,7 +382,8 @@ func TestEtcdNames(t *testing.T) {
 		if list, err := dir.List(); !slices.Equal(list, []string{"b", "c", "sub"}) || err != nil {
 			t.Errorf("the list is %q, %v", list, err)
 		}
-		for name, want := range map[string]string{"a": "none", "b": "1", "c": "4", "sub/a": "1", "sub/b": "2"} {
+		for name, want := range map[string]string{"a": "none", "b": "1", "c": "4", "sub/a": "1",
+			"sub/b": "2"} {
 			if got := read(name); got != want {
 				t.Errorf("%s holds %q, want %q", name, got, want)
 			}
@@ -387,7 +395,8 @@ func TestEtcdNames(t *testing.T) {
 		if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a file that was removed reads as %v", err)
 		}
-		for what, err := range map[string]error{"rename": dir.Rename("x", "y"), "remove": dir.Remove("x"), "keep": dir.Keep("x", "sub")} {
+		for what, err := range map[string]error{"rename": dir.Rename("x", "y"),
+			"remove": dir.Remove("x"), "keep": dir.Keep("x", "sub")} {
 			if !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("%s of nothing: %v", what, err)
 			}
@@ -401,7 +410,8 @@ func TestEtcdNames(t *testing.T) {
 // nothing else is there: where the fault can be mended nobody notices, and otherwise the
 // next process has it all.
 func TestEtcdFaults(t *testing.T) {
-	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired, noSpace, killed, killedAfter, cutOff, doubtful} {
+	for _, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
+		noSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			t.Parallel()
 			step := 1
@@ -419,7 +429,8 @@ func TestEtcdFaults(t *testing.T) {
 func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	e := newFakeEtcd()
 	e.token = "token"
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby of a dead cluster waits for ever
+	ctx, cancel := context.WithTimeout(t.Context(),
+		time.Minute) // a standby of a dead cluster waits for ever
 	defer cancel()
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault = n, fault
@@ -432,7 +443,8 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	default:
 		err = script(t, d, &h)
 	}
-	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired}, fault)
+	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired},
+		fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
@@ -487,7 +499,8 @@ func (e *fakeEtcd) orphans() (keys []string) {
 		}
 	}
 	for key := range e.kvs {
-		if id, isPiece := strings.CutPrefix(key, "kv/d/"); isPiece && !named[id[:strings.IndexByte(id, '/')]] {
+		if id, isPiece := strings.CutPrefix(key, "kv/d/"); isPiece &&
+			!named[id[:strings.IndexByte(id, '/')]] {
 			keys = append(keys, key)
 		}
 	}
@@ -498,7 +511,8 @@ func (e *fakeEtcd) orphans() (keys []string) {
 // nothing once another one may have taken over, and goes on if none has; and that the other
 // one has all that was told.
 func TestEtcdTakeover(t *testing.T) {
-	for _, away := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second, 20 * time.Second} {
+	for _, away := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second,
+		20 * time.Second} {
 		for _, standby := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				e := newFakeEtcd()
@@ -531,7 +545,8 @@ func TestEtcdTakeover(t *testing.T) {
 				err := <-done
 				isLost := standby || away >= etcdPatience
 				if isLost != (err != nil) {
-					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away, standby, err)
+					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away,
+						standby, err)
 				}
 				if standby && away < etcdPatience && !errors.Is(err, ErrTakenOver) {
 					t.Errorf("away for %v: it is lost for %v, want %v", away, err, ErrTakenOver)
@@ -551,12 +566,15 @@ func TestEtcdTakeover(t *testing.T) {
 				for _, t := range w.sent { // the network has held up everything
 					e.txn(t)
 				}
-				if !maps.EqualFunc(e.kvs, before, func(a, b etcdKV) bool { return a.Revision == b.Revision }) {
-					t.Errorf("away for %v, standby %v: late requests change something", away, standby)
+				if !maps.EqualFunc(e.kvs, before,
+					func(a, b etcdKV) bool { return a.Revision == b.Revision }) {
+					t.Errorf("away for %v, standby %v: late requests change something", away,
+						standby)
 				}
 				e.mu.Unlock()
 				if got := second.Get("k"); !slices.Equal(got, want) {
-					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby, got, want)
+					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby,
+						got, want)
 				}
 				second.Close()
 			})
@@ -578,7 +596,8 @@ func TestEtcdStandby(t *testing.T) {
 				dir.opts.Status = status
 				go func() {
 					<-time.After(time.Second)
-					if stage := status.Stage(); stage != "" && !strings.Contains(stage, "standby: the data is in use by process ") {
+					if stage := status.Stage(); stage != "" &&
+						!strings.Contains(stage, "standby: the data is in use by process ") {
 						t.Errorf("who waits says %q", stage)
 					}
 				}()
@@ -587,7 +606,8 @@ func TestEtcdStandby(t *testing.T) {
 					t.Error(err)
 				}
 				if status.Stage() != "" || time.Since(status.Confirmed()) > 2*time.Second {
-					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(), time.Since(status.Confirmed()))
+					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(),
+						time.Since(status.Confirmed()))
 				}
 				serving <- d
 			}()
@@ -635,7 +655,8 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 		e := newFakeEtcd()
 		d, w := e.open(t)
 		dir, _ := e.dir(t, t.Context(), "")
-		if _, err := dir.Lock(t.Context()); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "which serves new:9999") {
+		if _, err := dir.Lock(t.Context()); !errors.Is(err, ErrLocked) ||
+			!strings.Contains(err.Error(), "which serves new:9999") {
 			t.Errorf("beside a server: %v", err)
 		}
 		w.kill()
@@ -742,7 +763,8 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 			t.Fatal(err)
 		}
 		dir, _ := e.dir(t, t.Context(), "")
-		if r, err := CheckIn(dir); err != nil || r.Damaged || !strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
+		if r, err := CheckIn(dir); err != nil || r.Damaged ||
+			!strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
 			t.Errorf("check beside a server: %v, %v", r, err)
 		}
 		local, err := openDirectory(t.TempDir())
@@ -813,17 +835,21 @@ func TestEtcdMemberDown(t *testing.T) {
 // damage, and stay.
 func TestEtcdOddKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice", "kv/d/", "kv/d"} {
+		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice",
+			"kv/d/", "kv/d"} {
 			e := newFakeEtcd()
 			e.put(key, "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
-			if _, err := OpenIn(t.Context(), dir, Options{}); !errors.Is(err, ErrNotOurs) || len(e.kvs) != 1 {
+			if _, err := OpenIn(t.Context(), dir, Options{}); !errors.Is(err, ErrNotOurs) ||
+				len(e.kvs) != 1 {
 				t.Errorf("beside %s: %v, and then there are %d keys", key, err, len(e.kvs))
 			}
 		}
 		for _, piece := range []string{
-			"00000001-000000000000-7fffffffffffffff", "00000001-000000000000-10000000000", "00000001--00000000001-000001",
-			"00000001-ffffffffffff-000001", "00000001-000000000000--00001", "x", "00000001-000000000000-000001x", "1-0-1",
+			"00000001-000000000000-7fffffffffffffff", "00000001-000000000000-10000000000",
+			"00000001--00000000001-000001",
+			"00000001-ffffffffffff-000001", "00000001-000000000000--00001", "x",
+			"00000001-000000000000-000001x", "1-0-1",
 		} {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
@@ -911,7 +937,8 @@ func TestEtcdManyPieces(t *testing.T) {
 		}
 		d.Close()
 		d, _ = e.open(t)
-		if small := d.Get("small"); len(small) != 2*etcdKeys+10 || !slices.Equal(d.Get("large"), []string{large}) {
+		if small := d.Get("small"); len(small) != 2*etcdKeys+10 ||
+			!slices.Equal(d.Get("large"), []string{large}) {
 			t.Errorf("%d small ones are back, and %d large", len(small), len(d.Get("large")))
 		}
 		d.Close()
@@ -960,12 +987,18 @@ func TestEtcdRefusals(t *testing.T) {
 		want  error
 		took  time.Duration
 	}{
-		"a wrong password":     {"root:wrong", func(e *fakeEtcd, _ *etcdWire) { e.token = "t" }, ErrRefused, 0},
-		"a full cluster":       {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true }, syscall.ENOSPC, 0},
-		"nobody answers":       {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true }, ErrUnreachable, etcdPatience},
-		"somebody else's key":  {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/config", "x") }, ErrNotOurs, 0},
-		"another one's key":    {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/zoo", "x") }, ErrNotOurs, 0},
-		"somebody else's lock": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/lock", "x") }, ErrNotOurs, 0},
+		"a wrong password": {"root:wrong", func(e *fakeEtcd, _ *etcdWire) { e.token = "t" },
+			ErrRefused, 0},
+		"a full cluster": {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true },
+			syscall.ENOSPC, 0},
+		"nobody answers": {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true },
+			ErrUnreachable, etcdPatience},
+		"somebody else's key": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/config", "x") },
+			ErrNotOurs, 0},
+		"another one's key": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/zoo", "x") },
+			ErrNotOurs, 0},
+		"somebody else's lock": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/lock", "x") },
+			ErrNotOurs, 0},
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Setenv("KVSERVER_ETCD_USER", c.user)

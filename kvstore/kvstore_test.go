@@ -205,7 +205,11 @@ func TestMemoryClones(t *testing.T) {
 		{"second Put", func(m *Memory) { m.Put(key, value) }},
 		{"third Put", func(m *Memory) { m.Put(key, value) }},
 		{"Update of the first", func(m *Memory) { m.Update(key, other, value) }},
-		{"Update of a later one", func(m *Memory) { m.Update(key, value, other); m.Update(key, other, value) }},
+		{"Update of a later one", func(m *Memory) {
+			m.Update(key, value, other)
+			m.Update(key,
+				other, value)
+		}},
 		{"Update without old", func(m *Memory) { m.Update(key, "none", other) }},
 		{"Set", func(m *Memory) { m.Set(key, other) }},
 		{"Remove", func(m *Memory) { m.Put(key, value); m.Remove(key, other) }},
@@ -230,7 +234,8 @@ func checkInside(t *testing.T, m *Memory) {
 	listed := map[int]bool{}
 	for i, p := range m.dir {
 		if first := i &^ (1<<(64-m.shift-p.depth) - 1); m.dir[first] != p {
-			t.Fatalf("place %d of the directory is another page than place %d, at depth %d", i, first, p.depth)
+			t.Fatalf("place %d of the directory is another page than place %d, at depth %d", i,
+				first, p.depth)
 		}
 		if seen[p] {
 			continue
@@ -248,7 +253,8 @@ func checkInside(t *testing.T, m *Memory) {
 			if h, at, _ := m.find(string(rec.key())); m.page(h) != p || at != j {
 				t.Fatalf("key %.40q in slot %d is found in %d", rec.key(), j, at)
 			}
-			if k := rec.number(); k > 0 && (listed[k] || len(m.lists[k/pageLists].lists[k%pageLists].values) == 0) {
+			if k := rec.number(); k > 0 && (listed[k] ||
+				len(m.lists[k/pageLists].lists[k%pageLists].values) == 0) {
 				t.Fatalf("key %.40q has list %d, which is empty or another's", rec.key(), k)
 			} else if k > 0 {
 				listed[k] = true
@@ -260,15 +266,19 @@ func checkInside(t *testing.T, m *Memory) {
 	}
 	used, live := 0, 0
 	for k, s := range m.slabs {
-		if used, live = used+cap(s.data), live+alive[k]; s.live != alive[k] || slices.Contains(m.unused, k) != (k > 0 && s.data == nil) {
-			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, s.live, alive[k], len(s.data))
+		if used, live = used+cap(s.data), live+alive[k]; s.live != alive[k] ||
+			slices.Contains(m.unused, k) != (k > 0 && s.data == nil) {
+			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, s.live, alive[k],
+				len(s.data))
 		}
 	}
 	if keys != m.keys || pages != m.pages || used != m.used || live != m.live {
-		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys, pages, live, used, m.keys, m.pages, m.live, m.used)
+		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys,
+			pages, live, used, m.keys, m.pages, m.live, m.used)
 	}
 	if len(listed)+len(m.spare) != max(0, pageLists*len(m.lists)-1) {
-		t.Fatalf("%d lists are in use and %d are spare, of %d pages", len(listed), len(m.spare), len(m.lists))
+		t.Fatalf("%d lists are in use and %d are spare, of %d pages", len(listed), len(m.spare),
+			len(m.lists))
 	}
 	shown := 0 // dead bytes in what the latest snapshot has
 	for _, s := range m.slabs {
@@ -360,7 +370,8 @@ func TestMemoryInside(t *testing.T) {
 			}
 		default:
 			var scratch [2]string
-			if got := store.View(scratch[:], key); !slices.Equal(got, m[key]) || int(store.Measure(key)) != sizeOf(got) {
+			if got := store.View(scratch[:], key); !slices.Equal(got, m[key]) ||
+				int(store.Measure(key)) != sizeOf(got) {
 				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m[key])
 			} else {
 				views = append(views, shown{slices.Clone(got), m[key]})
@@ -396,8 +407,10 @@ func TestMemoryInside(t *testing.T) {
 		store.Delete(key)
 	}
 	checkInside(t, store)
-	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 || store.logBytes != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
-		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values, bytes, store.logBytes, store.longValues, store.longBytes, store.pages)
+	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 ||
+		store.logBytes != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
+		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
+			bytes, store.logBytes, store.longValues, store.longBytes, store.pages)
 	}
 }
 
@@ -465,7 +478,12 @@ func TestSnapshotBesideChanges(t *testing.T) {
 // Ensure that a store keeps nothing of the strings that it is given: the server reads the next
 // requests into the same memory.
 func TestNothingIsBorrowed(t *testing.T) {
-	for name, store := range map[string]KVStore{"Memory": NewMemory(), "Durable": func() KVStore { d, _ := OpenIn(t.Context(), disktest.New(), Options{}); return d }()} {
+	for name, store := range map[string]KVStore{"Memory": NewMemory(),
+		"Durable": func() KVStore {
+			d, _ := OpenIn(t.Context(), disktest.New(),
+				Options{})
+			return d
+		}()} {
 		want := model{}
 		var memory []byte
 		lend := func(size int, c byte) (lent, own string) {
@@ -473,7 +491,8 @@ func TestNothingIsBorrowed(t *testing.T) {
 			memory = append(memory[:0], own...)
 			return unsafe.String(unsafe.SliceData(memory), size), own
 		}
-		for i, size := range []int{1, 30, 200, ownSize - 1, ownSize + 1, 5000, 100_000, slabSize + 1} {
+		for i, size := range []int{1, 30, 200, ownSize - 1, ownSize + 1, 5000, 100_000,
+			slabSize + 1} {
 			key := fmt.Sprint("key", i)
 			type writer interface {
 				Put(key, value string)
@@ -538,7 +557,8 @@ func TestWhatIsHandedOut(t *testing.T) {
 		if values := store.Get("many"); slices.ContainsFunc(values, inSlab) {
 			t.Errorf("a Get of %d values keeps a slab", n)
 		}
-		if values := store.View(nil, "many"); slices.ContainsFunc(values, inSlab) && sizeOf(values) > ViewMost {
+		if values := store.View(nil, "many"); slices.ContainsFunc(values, inSlab) &&
+			sizeOf(values) > ViewMost {
 			t.Errorf("a View of %d values keeps a slab", n)
 		}
 	}
@@ -569,7 +589,8 @@ func TestRemovedValuesGo(t *testing.T) {
 		store.Delete("key")
 		runtime.GC()
 		if runtime.ReadMemStats(&stats); before > stats.HeapAlloc+100*size {
-			t.Errorf("read %v: 10 values of %d bytes keep %d bytes", read, size, before-stats.HeapAlloc)
+			t.Errorf("read %v: 10 values of %d bytes keep %d bytes", read, size,
+				before-stats.HeapAlloc)
 		}
 		runtime.KeepAlive(store)
 	}
@@ -667,7 +688,8 @@ func FuzzMemory(f *testing.F) {
 				store.Put(key, value)
 				m.Put(key, value)
 			case 2, 3:
-				if got, want := store.Update(key, strings.Repeat("v", len(key)), value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
+				if got, want := store.Update(key, strings.Repeat("v", len(key)),
+					value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
 					t.Fatalf("Update = %v, want %v", got, want)
 				}
 			case 4:
@@ -804,7 +826,8 @@ func benchmarkKeys(b *testing.B, do func(store *Memory, key string, i int)) {
 	for _, size := range sizes {
 		b.Run(fmt.Sprint("keys=", size), func(b *testing.B) {
 			store, keys := fill(size)
-			rand.New(rand.NewPCG(1, 2)).Shuffle(size, func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+			rand.New(rand.NewPCG(1, 2)).Shuffle(size,
+				func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
 			b.ReportAllocs()
 			i := 0
 			for b.Loop() {

@@ -37,9 +37,11 @@ const (
 	fileVersion = 2
 	headerSize  = 64
 
-	frameMagic       = "kvfr"
-	frameSize        = 40       // bytes, without payload
-	maxFramePut      = 1 << 20  // payload bytes after which a frame is closed: what recovery holds at a time, but for one large record
+	frameMagic = "kvfr"
+	frameSize  = 40 // bytes, without payload
+	// payload bytes after which a frame is closed: what recovery holds at a time, but for one large
+	// record
+	maxFramePut      = 1 << 20
 	maxFrameSnapshot = 64 << 10 // the same in a snapshot: what one flipped bit takes
 	kindSegment      = 1        // of a file: what was done
 	kindSnapshot     = 2        // of a file: what was there
@@ -72,7 +74,8 @@ type fileHeader struct {
 	kind   uint32
 	id     storeID
 	number uint64
-	first  uint64 // sequence of its first frame; of a snapshot: of the first frame after what it stands for
+	// sequence of its first frame; of a snapshot: of the first frame after what it stands for
+	first uint64
 }
 
 func (h fileHeader) encode() []byte {

@@ -21,7 +21,8 @@ type Memory struct {
 	view // what a snapshot copies
 
 	// The index.
-	epoch  uint64                 // snapshots so far: what is older belongs to one, and is copied before a change
+	// snapshots so far: what is older belongs to one, and is copied before a change
+	epoch  uint64
 	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
 	pages  int
 	keys   int
