@@ -3673,9 +3673,10 @@ func TestServerOutlivesItsLog(t *testing.T) {
 func TestFailingDiskIsLogged(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{
-		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" error="the data directory is not where it was: .*" todo=`,
-		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",
-			"error":"the data directory is not where it was: .*","todo":`,
+		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" ` +
+			`error="the data directory is not where it was: .*" todo=`,
+		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",` +
+			`"error":"the data directory is not where it was: .*","todo":`,
 	} {
 		dir := filepath.Join(t.TempDir(), "data")
 		os.Mkdir(dir, 0o700)
