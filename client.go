@@ -77,7 +77,7 @@ const (
 // How a connection ends: readFromClient notes why (end) and makes no more chains; it waits
 // for the one that is under way, and closes buffer; writeToClient writes what is queued,
 // closes the connection, and each tells workLoop that it departs. Where the connection does
-// not take what is written, writeToClient closes it first, and closed tells the holder to
+// not take what is written, writeToClient closes it first, and gone tells the holder to
 // spare the rest. Where Commit fails, workLoop closes all connections, without a word.
 type Client struct {
 	// Set before the goroutines start, then left alone.
@@ -94,8 +94,8 @@ type Client struct {
 	// is under way at a time, so with one slot nobody waits.
 	done chan *Query
 
-	outbox                  // with buffer and closed
-	moment kvstore.Snapshot // for the Keys or Dump that is under way; handed over with the chain
+	outbox                    // with buffer and gone
+	snapshot kvstore.Snapshot // for the Keys or Dump that is under way; handed over with the chain
 
 	// Owned by readFromClient, until its departure leaves them to whoever is left.
 	in       input
@@ -113,7 +113,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		done: make(chan *Query, 1),
 		outbox: outbox{
 			outboxes: &s.outboxes,
-			closed:   make(chan struct{}),
+			gone:     make(chan struct{}),
 			progress: make(chan bool, 1),
 			hangUp:   underTLS(conn).Close,
 		},
@@ -137,16 +137,16 @@ func (c *Client) readFromClient() {
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
-				c.serve(chain)
+				c.submit(chain)
 			}
 		}
 		if c.reason == "" && c.in.pending > c.server.maxLine+len("\r\x00") {
 			if c.in.skip(); !c.in.unanswered {
-				c.serveFault(tooLong(c.server.maxLine))
+				c.answerFault(tooLong(c.server.maxLine))
 			}
 		}
 		if err != nil && c.reason == "" {
-			c.hearLast(err)
+			c.endInput(err)
 		}
 	}
 	c.tellLoss()
@@ -206,15 +206,15 @@ func (c *Client) await() bool {
 	return true
 }
 
-// run has workLoop run chain and waits for it: as await does, but without replies.
-func (c *Client) run(chain *Query) bool {
+// runBare has workLoop run chain and waits for it: as await does, but without replies.
+func (c *Client) runBare(chain *Query) bool {
 	chain.bare = true
 	c.send(chain)
 	return c.await()
 }
 
-// serve has workLoop run chain and see to the replies.
-func (c *Client) serve(chain *Query) {
+// submit has workLoop run chain and see to the replies.
+func (c *Client) submit(chain *Query) {
 	last := chain
 	for last.next != nil {
 		last = last.next
@@ -226,19 +226,19 @@ func (c *Client) serve(chain *Query) {
 	}
 }
 
-// serveFault answers the line that was last read with an error.
-func (c *Client) serveFault(why string) {
+// answerFault answers the line that was last read with an error.
+func (c *Client) answerFault(why string) {
 	q := &Query{client: c, line: c.in.line}
 	q.refuse(why)
 	if c.await() {
-		c.serve(q)
+		c.submit(q)
 	}
 }
 
-// serveWeb answers an HTTP request, and ends the connection.
-func (c *Client) serveWeb() {
+// answerWeb answers an HTTP request, and ends the connection.
+func (c *Client) answerWeb() {
 	if c.await() {
-		c.serve(&Query{client: c, line: c.in.line, queryType: webRequest})
+		c.submit(&Query{client: c, line: c.in.line, queryType: webRequest})
 	}
 	c.end(speaksHTTP, true)
 }
@@ -247,21 +247,21 @@ func tooLong(maxLine int) string {
 	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
 }
 
-// hearLast ends the connection because Read ended in err.
-func (c *Client) hearLast(err error) {
+// endInput ends the connection because Read ended in err.
+func (c *Client) endInput(err error) {
 	in := &c.in
 	switch {
 	case !c.await(): // that is why
 	case errors.Is(err, io.EOF):
 		switch {
 		case in.skipping && in.unanswered:
-			c.serveFault(tooLong(c.server.maxLine))
+			c.answerFault(tooLong(c.server.maxLine))
 		case in.pending > 0:
 			in.line++
 			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
-				c.serveFault(tooLong(c.server.maxLine))
+				c.answerFault(tooLong(c.server.maxLine))
 			} else {
-				c.serveFault("the last line has no newline at its end, so it was not run")
+				c.answerFault("the last line has no newline at its end, so it was not run")
 			}
 		}
 		c.end(itClosed, false)
@@ -272,7 +272,7 @@ func (c *Client) hearLast(err error) {
 			in.line++
 		}
 		if !in.skipping || in.unanswered {
-			c.serveFault(err.Error())
+			c.answerFault(err.Error())
 		}
 		c.end(err.Error(), true)
 	default:
@@ -311,8 +311,8 @@ type input struct {
 	waited  time.Duration // for the end of the line in hand
 }
 
-// begun tells whether a line has begun and not ended.
-func (in *input) begun() bool { return in.pending > 0 || in.skipping }
+// midLine tells whether a line has begun and not ended.
+func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which
 // keys and values will be substrings, and the error that ends the input. The string is good
@@ -326,7 +326,7 @@ func (c *Client) read() (burst string, err error) {
 		in.busy = true
 		if !in.heard && in.buf[0] == tlsHandshake && c.server.tls == nil {
 			in.line = 1
-			c.serveFault("this port speaks no TLS")
+			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS, true)
 			return "", nil
 		}
@@ -337,13 +337,13 @@ func (c *Client) read() (burst string, err error) {
 		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
 			in.unanswered = false
 			if isHTTP(trimCR(string(in.skipped))) {
-				c.serveWeb()
+				c.answerWeb()
 			} else {
-				c.serveFault(tooLong(c.server.maxLine))
+				c.answerFault(tooLong(c.server.maxLine))
 			}
 		}
 	}
-	if !in.begun() {
+	if !in.midLine() {
 		in.waited = 0
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
@@ -364,10 +364,10 @@ func (c *Client) tick() error {
 	c.await()
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
 	if !in.busy {
-		in.rest()
+		in.shrink()
 	}
 	c.limitRead(time.Time{})
-	if in.begun() && in.whole {
+	if in.midLine() && in.whole {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
@@ -385,10 +385,10 @@ var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineT
 // serves many Reads: setting one for each would cost every burst.
 func (c *Client) setTick() {
 	in := &c.in
-	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.begun() {
+	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.midLine() {
 		return
 	}
-	in.ticking, in.whole = true, in.begun()
+	in.ticking, in.whole = true, in.midLine()
 	c.limitRead(time.Now().Add(quietAfter))
 }
 
@@ -422,8 +422,8 @@ func (in *input) grow(maxLine int) {
 	in.buf, in.full = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size], false
 }
 
-// rest gives back what a quiet client does not need.
-func (in *input) rest() {
+// shrink gives back what a quiet client does not need.
+func (in *input) shrink() {
 	in.lent = nil
 	if in.pending == 0 {
 		in.buf, in.full, in.queries = make([]byte, quietSize), false, nil
@@ -436,13 +436,13 @@ func (in *input) skip() {
 	in.unanswered = !in.spoke && !beginsRequest(string(in.buf[:min(in.pending, maxQuoted)]))
 	in.spoke = true
 	in.skipped = in.skipped[:0]
-	in.pass(in.buf[:in.pending])
+	in.noteSkipped(in.buf[:in.pending])
 	in.pending, in.skipping = 0, true
 	in.line++
 }
 
-// pass notes the end of what is skipped: it tells HTTP from a mere mistake.
-func (in *input) pass(b []byte) {
+// noteSkipped notes the end of what is skipped: it tells HTTP from a mere mistake.
+func (in *input) noteSkipped(b []byte) {
 	const enough = len(" HTTP/1.1\r\x00")
 	in.skipped = append(in.skipped, b[max(0, len(b)-enough):]...)
 	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
@@ -460,7 +460,7 @@ func (in *input) take(n int) (burst string) {
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
 	if last == in.pending {
 		if in.skipping {
-			in.pass(in.buf[:end])
+			in.noteSkipped(in.buf[:end])
 		} else {
 			in.pending = end
 		}
@@ -470,7 +470,7 @@ func (in *input) take(n int) (burst string) {
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
-		in.pass(in.buf[:first-1])
+		in.noteSkipped(in.buf[:first-1])
 		in.skipping = false
 	}
 	read := in.buf
@@ -567,14 +567,14 @@ const sortSlice = 2000
 // That is work for readFromClient's goroutine alone; workLoop only takes the snapshot. The
 // keys are the store's own strings, so a key costs 16 bytes here.
 func (c *Client) list(what queryType, prefix string) {
-	if !c.takeMoment() {
+	if !c.takeSnapshotSlot() {
 		return
 	}
-	defer c.endMoment()
-	if !c.run(&Query{client: c, queryType: collect}) {
+	defer c.freeSnapshotSlot()
+	if !c.runBare(&Query{client: c, queryType: collect}) {
 		return
 	}
-	if c.moment == nil {
+	if c.snapshot == nil {
 		c.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys",
 			line: c.in.line})
 		return
@@ -596,25 +596,25 @@ func (c *Client) list(what queryType, prefix string) {
 		} else {
 			n += c.dump(part)
 		}
-		if c.isClosed() || c.isTooLate(len(found)) {
+		if c.isGone() || c.stopListing(len(found)) {
 			return
 		}
 	}
-	c.replyAll(&Query{queryType: done, n: n})
+	c.replyAll(&Query{queryType: listEnd, n: n})
 }
 
-// takeMoment waits until there may be one more snapshot. It is false if the server closes
+// takeSnapshotSlot waits until there may be one more snapshot. It is false if the server closes
 // meanwhile.
-func (c *Client) takeMoment() bool {
+func (c *Client) takeSnapshotSlot() bool {
 	select {
-	case c.moments <- struct{}{}:
+	case c.snapshotSlots <- struct{}{}:
 		return true
 	default:
 	}
 	c.awaited.Add(1)
 	defer c.awaited.Add(-1)
 	select {
-	case c.moments <- struct{}{}:
+	case c.snapshotSlots <- struct{}{}:
 		return true
 	case <-c.server.closeSignal:
 		c.end("the server closes", false)
@@ -622,24 +622,24 @@ func (c *Client) takeMoment() bool {
 	}
 }
 
-// endMoment gives the snapshot up.
-func (c *Client) endMoment() {
-	c.moment = nil
-	<-c.moments
+// freeSnapshotSlot gives the snapshot up.
+func (c *Client) freeSnapshotSlot() {
+	c.snapshot = nil
+	<-c.snapshotSlots
 }
 
 // find returns the keys of the snapshot that begin with prefix. It is false if nobody
 // wants them any more.
 func (c *Client) find(prefix string) (found []string, ok bool) {
-	c.work()
-	defer c.rest()
+	c.takeCore()
+	defer c.releaseCore()
 	passed := 0
-	for key := range c.moment.All() {
+	for key := range c.snapshot.All() {
 		if strings.HasPrefix(key, prefix) {
 			found = append(found, key)
 		}
 		if passed++; passed%partKeys == 0 {
-			if c.pause(); c.isClosed() || c.isTooLate(passed) {
+			if c.yieldCore(); c.isGone() || c.stopListing(passed) {
 				return found, false
 			}
 		}
@@ -650,13 +650,13 @@ func (c *Client) find(prefix string) (found []string, ok bool) {
 // sort sorts keys, and lets others work meanwhile. When the server closes it gives
 // up and returns false: millions of keys take seconds.
 func (c *Client) sort(keys []string) bool {
-	c.work()
-	defer c.rest()
+	c.takeCore()
+	defer c.releaseCore()
 	closing, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
-			c.pause()
-			closing = closing || c.isTooLate(len(keys))
+			c.yieldCore()
+			closing = closing || c.stopListing(len(keys))
 		}
 		if closing {
 			return 0
@@ -672,7 +672,7 @@ func (c *Client) dump(part []string) (n int) {
 	for i, key := range part {
 		q := &chain[i]
 		*q = Query{client: c, queryType: pair, key: key}
-		q.values = c.moment.View(q.few[:0], key)
+		q.values = c.snapshot.View(q.few[:0], key)
 		q.bytes = sum(q.values)
 		n += len(q.values)
 		if i > 0 {
@@ -683,9 +683,9 @@ func (c *Client) dump(part []string) (n int) {
 	return n
 }
 
-// isTooLate tells whether the server closes and going through n keys would take too
+// stopListing tells whether the server closes and going through n keys would take too
 // long: then the connection ends without a :OK behind it.
-func (c *Client) isTooLate(n int) bool {
+func (c *Client) stopListing(n int) bool {
 	if n < partKeys || !c.server.isClosing() {
 		return false
 	}
@@ -714,8 +714,8 @@ type outboxes struct {
 
 	// One slot for each snapshot that a Keys or Dump has, for each may keep in memory what
 	// all others have changed since; and how many wait for one.
-	moments chan struct{}
-	awaited atomic.Int64
+	snapshotSlots chan struct{}
+	awaited       atomic.Int64
 }
 
 // outbox makes replies into messages and queues them for writeToClient. It has
@@ -725,7 +725,7 @@ type outboxes struct {
 // maxBufferSize of them, and what comes then is dropped.
 //
 // Whoever holds the client's chain may call its methods, but for tell and tellRoom,
-// which are writeToClient's, and isClosed, which is everybody's.
+// which are writeToClient's, and isGone, which is everybody's.
 type outbox struct {
 	*outboxes
 
@@ -735,7 +735,7 @@ type outbox struct {
 	buffer chan []byte
 
 	// Closed by writeToClient when the connection takes no more: spare the rest.
-	closed chan struct{}
+	gone chan struct{}
 
 	// writeToClient to the holder: true, the connection takes bytes, or false, it took
 	// none for slowAfter. One slot, for only the latest counts.
@@ -745,7 +745,7 @@ type outbox struct {
 	// Owned by the holder.
 	acked        bool   // every request is answered
 	slow         bool   // the latest from progress was false
-	working      bool   // it has a slot of cores
+	hasCore      bool   // it has a slot of cores
 	listing      bool   // a Keys or Dump is being answered
 	left         int    // bytes, at most, that the message in hand and those after it will take
 	next         *Query // the first whose reply is not formatted, while there is one
@@ -773,19 +773,19 @@ func (c *Client) answer(chain *Query) {
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.queued.Add(lists)
-	c.work()
+	c.takeCore()
 	c.reply(chain, size)
-	c.rest()
+	c.releaseCore()
 	c.queued.Add(-lists)
 	c.done <- chain
 }
 
 // replyAll queues the replies of chain, however large they are. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
-	o.work()
+	o.takeCore()
 	size, _ := o.measure(chain)
 	o.reply(chain, size)
-	o.rest()
+	o.releaseCore()
 }
 
 const stringSize = 16 // bytes of a string beside its text
@@ -794,7 +794,7 @@ const stringSize = 16 // bytes of a string beside its text
 // lists is what the lists that chain keeps in memory take beside their values: each Get may
 // have another version of one. measure looks at no value.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
-	if o.isClosed() {
+	if o.isGone() {
 		return 0, 0
 	}
 	acked := o.acked
@@ -823,7 +823,7 @@ func (o *outbox) reply(chain *Query, left int) {
 			msg = nil
 		}
 		if msg == nil {
-			if o.isClosed() {
+			if o.isGone() {
 				return
 			}
 			if !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q.mayDrop(o.acked)) {
@@ -897,7 +897,7 @@ func (o *outbox) split(msg []byte, text string) []byte {
 			return msg
 		}
 		o.queue(msg)
-		if o.awaitRoom(1, false); o.isClosed() {
+		if o.awaitRoom(1, false); o.isGone() {
 			return nil
 		}
 		msg = o.newMessage()
@@ -937,7 +937,7 @@ func (o *outbox) queue(msg []byte) {
 	o.reserved -= used
 	o.queued.Add(int64(cap(msg)) - used)
 	o.buffer <- msg
-	o.pause()
+	o.yieldCore()
 }
 
 // isOver tells whether all queues together take more than they may.
@@ -950,8 +950,8 @@ func (o *outbox) hasRoom(n int) bool {
 	switch {
 	case waiting == 0:
 		return true
-	// Where it is not working it is workLoop, which never waits, and has looked before.
-	case o.working && o.reserved == 0 && o.isOver():
+	// Where it has no core it is workLoop, which never waits, and has looked before.
+	case o.hasCore && o.reserved == 0 && o.isOver():
 		return false
 	case o.slow:
 		return waiting+n <= maxBufferSize
@@ -989,12 +989,12 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 				o.hangUp()
 			}
 		}
-		working := o.working
-		o.rest()
+		had := o.hasCore
+		o.releaseCore()
 		o.keep()
 		o.slow = !<-o.progress
-		if working {
-			o.work()
+		if had {
+			o.takeCore()
 		}
 	}
 }
@@ -1021,30 +1021,30 @@ func (o *outbox) tellRoom() {
 	}
 }
 
-// isClosed tells whether the connection takes no more.
-func (o *outbox) isClosed() bool { return isClosed(o.closed) }
+// isGone tells whether the connection takes no more.
+func (o *outbox) isGone() bool { return isClosed(o.gone) }
 
-// work waits for a slot of cores, for work that takes long.
-func (o *outbox) work() {
+// takeCore waits for a slot of cores, for work that takes long.
+func (o *outbox) takeCore() {
 	o.cores <- struct{}{}
-	o.working = true
+	o.hasCore = true
 }
 
-// rest gives the slot back, if there is one.
-func (o *outbox) rest() {
-	if o.working {
-		o.working = false
+// releaseCore gives the slot back, if there is one.
+func (o *outbox) releaseCore() {
+	if o.hasCore {
+		o.hasCore = false
 		<-o.cores
 	}
 }
 
-// pause lets others have a turn in the middle of work that takes long: unasked,
+// yieldCore lets others have a turn in the middle of work that takes long: unasked,
 // the scheduler takes 10 ms to do so.
-func (o *outbox) pause() {
-	if o.working {
-		o.rest()
+func (o *outbox) yieldCore() {
+	if o.hasCore {
+		o.releaseCore()
 		runtime.Gosched()
-		o.work()
+		o.takeCore()
 	}
 }
 
@@ -1090,7 +1090,7 @@ func (c *Client) writeToClient() {
 		c.tellRoom()
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
-				close(c.closed)
+				close(c.gone)
 				c.hangUp()
 			}
 		}

@@ -23,7 +23,10 @@
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
 //	slow      of a client whose connection has taken no byte for a second
-//	moment    a snapshot of the store, from which a Keys or Dump is answered
+//	turn      the time for which workLoop runs requests before it commits and answers
+//	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one
+//	frame     what one Commit writes to the log: records, and a checksum
+//	segment   a file of the log; a compaction puts one snapshot file in the place of old ones
 package main
 
 import (
@@ -111,28 +114,28 @@ type config struct {
 
 func main() {
 	if len(os.Args) > 1 && slices.Contains([]string{"check", "repair", "backup"}, os.Args[1]) {
-		os.Exit(inspect(os.Args[1], os.Args[2:]))
+		os.Exit(runCommand(os.Args[1], os.Args[2:]))
 	}
 	c, err := parseFlags(os.Args[1:], os.Stdout)
 	switch {
 	case errors.Is(err, flag.ErrHelp): // which includes -version: it is printed
 		return
 	case err != nil:
-		complain(os.Stderr, err)
+		printError(os.Stderr, err)
 		os.Exit(exitMisuse)
 	}
 	if c.client || c.ping {
-		if err := talk(c, os.Stderr); err != nil {
-			complain(os.Stderr, err)
+		if err := beClient(c, os.Stderr); err != nil {
+			printError(os.Stderr, err)
 			os.Exit(exitFailure)
 		}
 		return
 	}
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
-	err = run(c, log)
+	err = beServer(c, log)
 	if err != nil && !errors.Is(err, errLogged) {
-		complain(log.queue, err)
+		printError(log.queue, err)
 	}
 	log.flush()
 	if err != nil {
@@ -140,7 +143,7 @@ func main() {
 	}
 }
 
-// errLogged is run's error when the log tells of it already.
+// errLogged is beServer's error when the log tells of it already.
 var errLogged = errors.New("see the log")
 
 // problem is an error with what to do about it.
@@ -148,8 +151,8 @@ type problem struct{ what, todo string }
 
 func (p problem) Error() string { return p.what }
 
-// complain prints err in two lines: what is wrong and what to do.
-func complain(w io.Writer, err error) {
+// printError prints err in two lines: what is wrong and what to do.
+func printError(w io.Writer, err error) {
 	fmt.Fprintf(w, "kvserver: %v\n", err)
 	if p := (problem{}); errors.As(err, &p) {
 		fmt.Fprintln(w, p.todo)
@@ -622,9 +625,9 @@ func version() string {
 	return v
 }
 
-// run opens, listens, serves and stops. Once it serves, its errors are in the log
+// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
 // and it returns errLogged.
-func run(c config, log *queuedLog) error {
+func beServer(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
 	again := make(chan os.Signal, 1)
@@ -659,7 +662,7 @@ func run(c config, log *queuedLog) error {
 		}
 		return err
 	}
-	limit(s, c)
+	applyLimits(s, c)
 	if err := s.serve(listener); err != nil {
 		return err
 	}
@@ -673,7 +676,7 @@ func run(c config, log *queuedLog) error {
 	case failure = <-s.Failed():
 		logFailure(log.Logger, c, failure)
 	}
-	return end(c, log, s, data, failure)
+	return stopServer(c, log, s, data, failure)
 }
 
 // openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
@@ -691,8 +694,8 @@ func openOrStop(ctx context.Context, c config, s *keyValueServer,
 	return openStore(ctx, c, s)
 }
 
-// end ends s and its data, after a failure or none.
-func end(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable, failure error) error {
+// stopServer ends s and its data, after a failure or none.
+func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable, failure error) error {
 	late := giveUp(log, data)
 	s.Close()
 	if data != nil {
@@ -770,8 +773,8 @@ func logFailure(log *slog.Logger, c config, err error) {
 // a Dump or a compaction keeps beside the data.
 const reserveMin, reserveShare = 24 << 20, 5
 
-// limit gives s the limits that c asks for, as far as the process may go.
-func limit(s *keyValueServer, c config) {
+// applyLimits gives s the limits that c asks for, as far as the process may go.
+func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.maxMemory, s.writeTimeout = int(c.maxLine), int64(c.maxMemory), c.writeTimeout
 	if s.maxMemory > 0 {
 		s.reserve = min(reserveMin+s.maxMemory/reserveShare, s.maxMemory/2)
@@ -1018,8 +1021,8 @@ func storeProblem(c config, err error) error {
 	return problem{err.Error(), todo}
 }
 
-// inspect runs the check, repair or backup command and returns the exit code.
-func inspect(command string, args []string) int {
+// runCommand runs the check, repair or backup command and returns the exit code.
+func runCommand(command string, args []string) int {
 	needs, want := "one data directory", 1
 	if command == "backup" {
 		needs, want = "a data directory and a new one for the copy", 2
@@ -1028,7 +1031,7 @@ func inspect(command string, args []string) int {
 		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
 		example := map[string]string{"check": "data", "repair": "data",
 			"backup": "data copy"}[command]
-		complain(os.Stderr, problem{command + " needs " + needs,
+		printError(os.Stderr, problem{command + " needs " + needs,
 			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
 		return exitMisuse
 	}
@@ -1048,22 +1051,22 @@ func inspect(command string, args []string) int {
 	}
 	switch {
 	case errors.Is(err, kvstore.ErrMissing):
-		complain(os.Stderr, problem{err.Error(),
+		printError(os.Stderr, problem{err.Error(),
 			"Give the directory that the server has as -data."})
 	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
-		complain(os.Stderr, problem{err.Error(),
+		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
 				"inside it."})
 	case command == "backup" && err != nil && !errors.As(err, new(*kvstore.DamageError)):
-		complain(os.Stderr, problem{err.Error(),
+		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
-		complain(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
+		printError(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
 	case report.Damaged && command == "check":
-		complain(os.Stderr, problem{dir + " is damaged",
+		printError(os.Stderr, problem{dir + " is damaged",
 			"Restore a backup, or save what can be saved: kvserver repair " + dir})
 	case report.Lost:
-		complain(os.Stderr, problem{"some of what was in " + dir + " is lost",
+		printError(os.Stderr, problem{"some of what was in " + dir + " is lost",
 			"The store opens again. Look at what is back: what is lost may have been a Delete."})
 	default:
 		return 0
@@ -1181,9 +1184,9 @@ func userOf(port string) string {
 	return ""
 }
 
-// talk is kvserver -c and -ping. Where the server refused something it has said
+// beClient is kvserver -c and -ping. Where the server refused something it has said
 // so already, and only the exit code tells.
-func talk(c config, errs io.Writer) error {
+func beClient(c config, errs io.Writer) error {
 	conn, err := dial(&c)
 	if err != nil {
 		return err
@@ -1539,10 +1542,10 @@ type talker struct {
 	flags     []string      // that we were started with, for what to do next
 	silence   time.Duration // without an answer, that is too much; 0: none is
 
-	told bool          // the line about progress is there
-	turn chan struct{} // reader to sender, where stops: the next request may go. One slot
-	sent chan ledger   // it, where nobody writes in it. One slot
-	end  chan sending  // sender to reader: all is sent, or not. One slot
+	told  bool          // the line about progress is there
+	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
+	sent  chan ledger   // it, where nobody writes in it. One slot
+	end   chan sending  // sender to reader: all is sent, or not. One slot
 }
 
 // ledger is what was sent and what was answered. Sender and reader write in it in turns: who
@@ -1596,14 +1599,14 @@ func (t *talker) converse() (good bool, err error) {
 	if len(t.requests) > 0 {
 		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
 	}
-	t.turn, t.end = make(chan struct{}, 1), make(chan sending, 1)
+	t.mayGo, t.end = make(chan struct{}, 1), make(chan sending, 1)
 	t.sent = make(chan ledger, 1)
 	t.sent <- ledger{}
 	if t.silence == 0 {
 		t.conn.SetReadDeadline(time.Now().Add(connectTime))
 	}
 	go t.sendLines()
-	defer close(t.turn)
+	defer close(t.mayGo)
 
 	r, w := bufio.NewReaderSize(t.conn, maxWrite), bufio.NewWriterSize(t.out, maxWrite)
 	good = true
@@ -1670,7 +1673,7 @@ func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isErr
 func (t *talker) answered(w *bufio.Writer) {
 	owed, n := t.count(ledger{}, 1)
 	if t.stops {
-		t.turn <- struct{}{}
+		t.mayGo <- struct{}{}
 	}
 	if t.isTyped && owed == 0 {
 		w.Flush()
@@ -1783,7 +1786,7 @@ func (f *fullReader) Read(p []byte) (int, error) {
 // mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
 // error.
 func (t *talker) mayGoOn() bool {
-	_, ok := <-t.turn
+	_, ok := <-t.mayGo
 	return ok
 }
 

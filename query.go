@@ -52,14 +52,14 @@ const (
 	help
 	quit
 
-	collect      // a Keys or Dump asks for a snapshot
-	pair         // a key's list in one, to be formatted for Dump
-	done         // the end of a Keys or Dump
-	lastWord     // an error that is not dropped, such as a client's last line
-	countActive  // CountActive asks
-	countDropped // CountDropped asks
-	depart       // a goroutine of the client's has ended
-	unshaken     // a TLS handshake failed, for the reason that value says
+	collect         // a Keys or Dump asks for a snapshot
+	pair            // a key's list in one, to be formatted for Dump
+	listEnd         // the end of a Keys or Dump
+	lastWord        // an error that is not dropped, such as a client's last line
+	countActive     // CountActive asks
+	countDropped    // CountDropped asks
+	depart          // a goroutine of the client's has ended
+	handshakeFailed // a TLS handshake failed, for the reason that value says
 
 	queryTypes = iota
 )
@@ -455,9 +455,9 @@ func (q *Query) replySize(acked bool) (size int) {
 // hasEnd tells whether q's reply has a last line of its own.
 func (q *Query) hasEnd(acked bool) bool {
 	switch q.queryType {
-	case malformed, webRequest, lastWord, ping, stats, help, done:
+	case malformed, webRequest, lastWord, ping, stats, help, listEnd:
 		return true
-	case keys, dump, pair: // it goes on behind it, to end with a done
+	case keys, dump, pair: // it goes on behind it, to end with a listEnd
 		return false
 	}
 	return acked

@@ -58,7 +58,7 @@ const (
 	spareFiles    = 32
 	maxTurnedAway = 8    // of these, connections over maxClients that get time to hear so
 	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
-	maxMoments    = 4    // snapshots at a time, for Keys and Dump
+	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
 	maxWatchers   = 16   // HTTP connections; one more takes the place of the oldest
 
 	// between two lines of log about what may happen a thousand times a second
@@ -115,7 +115,7 @@ type keyValueServer struct {
 	// One slot for each TLS handshake under way.
 	handshakes chan struct{}
 
-	// workLoop to CountActive and CountDropped. Their turn admits one asker, so its one
+	// workLoop to CountActive and CountDropped. oneCall admits one asker, so its one
 	// slot is free and workLoop never waits.
 	countActive chan int
 
@@ -123,9 +123,9 @@ type keyValueServer struct {
 	closeSignal chan struct{}
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
-	turn        chan struct{} // holds one token; the API call that took it owns what is below
+	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
 
-	// Owned by the API call that has its turn.
+	// Owned by the API call that has the token of oneCall.
 	running bool // acceptClient and workLoop were started
 	closed  bool // Close was called
 
@@ -140,30 +140,30 @@ type keyValueServer struct {
 	outboxes // what the clients' outboxes have in common
 
 	// Owned by workLoop.
-	clients  []*Client
-	db       kvstore.KVStore
-	room     kvstore.Roomer  // db, if it can run out of room; else nil
-	toucher  kvstore.Toucher // db, if it wants to know the keys of a chain before it runs; else nil
-	touched  []string        // these, while they are told
-	batch    []*Query        // chains that have run and wait for Commit
-	begun    []begun         // chains whose turn ended before they did
-	clock    turn
-	turned   int    // connections that are being turned away
-	full     seldom // turning clients away
-	unshaken seldom // handshakes that failed
-	noRoom   seldom // writes refused because the disk is full
-	noMemory seldom // and because the memory is
-	broken   bool   // Commit failed: nothing runs any more
-	closing  bool   // closeSignal was seen
-	welcomed int    // clients so far
-	left     int    // of these, gone
-	most     int    // clients at once, since there was none
-	largest  int64  // bytes of the store, since memory was last given back
-	requests [queryTypes]int
+	clients       []*Client
+	db            kvstore.KVStore
+	room          kvstore.Roomer  // db, if it can run out of room; else nil
+	toucher       kvstore.Toucher // db, if it wants to know the keys of a chain before it runs; else nil
+	touched       []string        // these, while they are told
+	batch         []*Query        // chains that have run and wait for Commit
+	suspended     []suspended     // chains whose turn ended before they did
+	clock         turn
+	turningAway   int    // connections that are being turned away
+	full          seldom // turning clients away
+	badHandshakes seldom // handshakes that failed
+	noRoom        seldom // writes refused because the disk is full
+	noMemory      seldom // and because the memory is
+	broken        bool   // Commit failed: nothing runs any more
+	closing       bool   // closeSignal was seen
+	welcomed      int    // clients so far
+	left          int    // of these, gone
+	most          int    // clients at once, since there was none
+	largest       int64  // bytes of the store, since memory was last given back
+	requests      [queryTypes]int
 }
 
-// begun is a chain of which a part has run.
-type begun struct{ chain, next *Query }
+// suspended is a chain of which a part has run.
+type suspended struct{ chain, next *Query }
 
 // seldom is something that may happen a thousand times a second, and is worth a
 // line of log a minute.
@@ -249,17 +249,17 @@ func New(db kvstore.KVStore) *keyValueServer {
 		closeSignal:  make(chan struct{}),
 		ended:        make(chan struct{}),
 		failed:       make(chan error, 1),
-		turn:         make(chan struct{}, 1),
+		oneCall:      make(chan struct{}, 1),
 		handshakes:   make(chan struct{}, maxHandshakes),
 		outboxes: outboxes{
-			maxMessage: maxMessage,
-			limit:      defaultMaxQueues,
-			cores:      make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
-			moments:    make(chan struct{}, maxMoments),
+			maxMessage:    maxMessage,
+			limit:         defaultMaxQueues,
+			cores:         make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
+			snapshotSlots: make(chan struct{}, maxSnapshots),
 		},
 		batches: kvstore.Histogram{Counts: true},
 	}
-	s.turn <- struct{}{}
+	s.oneCall <- struct{}{}
 	return s
 }
 
@@ -279,8 +279,8 @@ func (s *keyValueServer) Start(port int) error {
 
 // serve is Start with a listener, which becomes the server's.
 func (s *keyValueServer) serve(listener net.Listener) error {
-	<-s.turn
-	defer func() { s.turn <- struct{}{} }()
+	<-s.oneCall
+	defer func() { s.oneCall <- struct{}{} }()
 	switch {
 	case s.closed:
 		return errClosed
@@ -305,8 +305,8 @@ func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 
 // ask has workLoop answer a count.
 func (s *keyValueServer) ask(what queryType) int {
-	<-s.turn
-	defer func() { s.turn <- struct{}{} }()
+	<-s.oneCall
+	defer func() { s.oneCall <- struct{}{} }()
 	if !s.running {
 		return 0
 	}
@@ -337,7 +337,7 @@ func (s *keyValueServer) Failed() <-chan error { return s.failed }
 // closeTime. It returns when all the server's goroutines have ended; the store is the
 // caller's again.
 func (s *keyValueServer) Close() {
-	<-s.turn
+	<-s.oneCall
 	if !s.closed {
 		s.closed, s.closeBy = true, time.Now().Add(closeTime)
 		close(s.closeSignal)
@@ -346,7 +346,7 @@ func (s *keyValueServer) Close() {
 		}
 	}
 	running := s.running
-	s.turn <- struct{}{}
+	s.oneCall <- struct{}{}
 	if running {
 		<-s.ended
 	}
@@ -423,7 +423,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
 	outer := tls.Server(conn, s.tls)
 	if err := outer.HandshakeContext(ctx); err != nil {
 		conn.Close()
-		s.queries <- &Query{queryType: unshaken, key: fmt.Sprint(conn.RemoteAddr()),
+		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(conn.RemoteAddr()),
 			value: err.Error()}
 		return
 	}
@@ -449,26 +449,26 @@ func (s *keyValueServer) workLoop() {
 	connections, closeSignal := s.connections, s.closeSignal
 	always := make(chan struct{}) // always ready
 	close(always)
-	for connections != nil || len(s.clients) > 0 || s.turned > 0 {
-		var goOn chan struct{} // nil: no chain waits for its next turn
-		if len(s.begun) > 0 {
-			goOn = always
+	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
+		var more chan struct{} // nil: no chain waits for its next turn
+		if len(s.suspended) > 0 {
+			more = always
 		}
 		select {
 		case conn, open := <-connections:
 			if !open {
 				connections = nil
-				s.hangUp()
+				s.stopReading()
 			} else {
 				s.welcome(conn)
 			}
 		case q := <-s.queries:
-			s.work(q)
-		case <-goOn:
-			s.goOn()
+			s.runBatch(q)
+		case <-more:
+			s.resume()
 		case <-closeSignal:
 			closeSignal = nil
-			s.hangUp()
+			s.stopReading()
 		}
 	}
 	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(),
@@ -503,14 +503,14 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
-	if s.turned == maxTurnedAway {
+	if s.turningAway == maxTurnedAway {
 		if underTLS(conn) == conn {
 			conn.Write(full) // into an empty send buffer, so without waiting
 		}
 		underTLS(conn).Close()
 		return
 	}
-	s.turned++
+	s.turningAway++
 	c := newClient(0, conn, s)
 	if paced, ok := underTLS(conn).(*pacedConn); ok {
 		paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
@@ -530,8 +530,8 @@ func underTLS(conn net.Conn) net.Conn {
 	return conn
 }
 
-// work runs q and what else is waiting, commits it all at once, then answers.
-func (s *keyValueServer) work(q *Query) {
+// runBatch runs q and what else is waiting, commits it all at once, then answers.
+func (s *keyValueServer) runBatch(q *Query) {
 	s.clock.begin()
 	for yields := 0; q != nil; q = s.waiting() {
 		switch q.queryType {
@@ -541,8 +541,8 @@ func (s *keyValueServer) work(q *Query) {
 			s.countActive <- s.left
 		case depart:
 			s.leave(q.client)
-		case unshaken:
-			if n := s.unshaken.happened(); n > 0 {
+		case handshakeFailed:
+			if n := s.badHandshakes.happened(); n > 0 {
 				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
 					"reason", q.value)
 			}
@@ -580,7 +580,7 @@ func (s *keyValueServer) begin(chain *Query) {
 		go c.writeToClient()
 	}
 	s.touch(chain)
-	s.run(chain, chain)
+	s.runChain(chain, chain)
 }
 
 // touchLeast is how many requests a chain has at least for whose keys the store prepares.
@@ -604,25 +604,25 @@ func (s *keyValueServer) touch(chain *Query) {
 	clear(s.touched)
 }
 
-// goOn gives a chain that has begun, and waited longest, another turn. What came
+// resume gives a chain that has begun, and waited longest, another turn. What came
 // meanwhile is next.
-func (s *keyValueServer) goOn() {
-	b := s.begun[0]
-	s.begun[0] = begun{}
-	s.begun = s.begun[1:]
+func (s *keyValueServer) resume() {
+	b := s.suspended[0]
+	s.suspended[0] = suspended{}
+	s.suspended = s.suspended[1:]
 	s.clock.begin()
-	s.run(b.chain, b.next)
+	s.runChain(b.chain, b.next)
 	s.commit()
 	s.clock.over = false
 	runtime.Gosched() // for the readers that have something new, and the writers
 	if q := s.waiting(); q != nil {
-		s.work(q)
+		s.runBatch(q)
 	}
 }
 
-// run runs chain from q on, until its end or that of its turn. A chain that has
+// runChain runs chain from q on, until its end or that of its turn. A chain that has
 // run waits in batch for its Commit.
-func (s *keyValueServer) run(chain, q *Query) {
+func (s *keyValueServer) runChain(chain, q *Query) {
 	for q != nil && !s.broken {
 		if q.writes() {
 			s.admit(q)
@@ -636,7 +636,7 @@ func (s *keyValueServer) run(chain, q *Query) {
 			q.n, q.bytes = len(q.values), sum(q.values)
 		case collect:
 			if db, ok := s.db.(kvstore.Snapshotter); ok {
-				q.client.moment = db.Snapshot()
+				q.client.snapshot = db.Snapshot()
 			}
 		default:
 			q.run(s.db)
@@ -647,7 +647,7 @@ func (s *keyValueServer) run(chain, q *Query) {
 		}
 		q = q.next
 		if s.clock.spend(what) && q != nil {
-			s.begun = append(s.begun, begun{chain, q})
+			s.suspended = append(s.suspended, suspended{chain, q})
 			return
 		}
 	}
@@ -755,7 +755,7 @@ func (s *keyValueServer) commitStore() error {
 // them that c has gone.
 func (s *keyValueServer) leave(c *Client) {
 	if c.id == 0 {
-		s.turned--
+		s.turningAway--
 		return
 	}
 	if c.alive--; c.alive > 0 {
@@ -787,9 +787,9 @@ func (s *keyValueServer) leave(c *Client) {
 		"reason", reason)
 }
 
-// hangUp begins the end, once: no client is read from any more, and none is
+// stopReading begins the end, once: no client is read from any more, and none is
 // waited for longer than closeTime.
-func (s *keyValueServer) hangUp() {
+func (s *keyValueServer) stopReading() {
 	if s.closing {
 		return
 	}
@@ -821,7 +821,7 @@ func (s *keyValueServer) stats() []string {
 		fmt.Sprint("queued_limit_bytes ", s.limit),
 		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
 		fmt.Sprint("clients_refused_total ", s.full.total),
-		fmt.Sprint("tls_handshakes_failed_total ", s.unshaken.total))
+		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
 	if db, ok := s.db.(kvstore.Sizer); ok {
 		keys, values, bytes := db.Size()
 		lines = append(lines,
@@ -856,12 +856,12 @@ func (s *keyValueServer) total() (n int) {
 // when the server does not run, or does not answer before ctx ends.
 func (s *keyValueServer) statsNow(ctx context.Context) []string {
 	select {
-	case <-s.turn:
+	case <-s.oneCall:
 	case <-ctx.Done():
 		return nil
 	}
 	running := s.running
-	s.turn <- struct{}{}
+	s.oneCall <- struct{}{}
 	if !running {
 		return nil
 	}

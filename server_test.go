@@ -1474,7 +1474,7 @@ func TestSnapshotsAreBounded(t *testing.T) {
 			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
 		}
 		var idle []*testClient
-		for range maxMoments {
+		for range maxSnapshots {
 			c := n.dial(t)
 			c.send("Dump\n")
 			idle = append(idle, c)
@@ -1484,8 +1484,8 @@ func TestSnapshotsAreBounded(t *testing.T) {
 		a := n.dial(t)
 		a.send("Keys:1999\nPing\n")
 		synctest.Wait()
-		if used := len(n.server.moments); used != maxMoments {
-			t.Errorf("%d snapshots, want %d", used, maxMoments)
+		if used := len(n.server.snapshotSlots); used != maxSnapshots {
+			t.Errorf("%d snapshots, want %d", used, maxSnapshots)
 		}
 		a.want(": 1999", ":OK 1", ":PONG")
 		if waited := time.Since(began); waited >= defaultWriteTimeout/10 {
@@ -1496,7 +1496,7 @@ func TestSnapshotsAreBounded(t *testing.T) {
 			c.conn.Close()
 		}
 		synctest.Wait()
-		if used := len(n.server.moments); used != 0 {
+		if used := len(n.server.snapshotSlots); used != 0 {
 			t.Errorf("%d snapshots are left", used)
 		}
 	})
@@ -1505,8 +1505,8 @@ func TestSnapshotsAreBounded(t *testing.T) {
 // Ensure that Close ends a client that waits for a snapshot.
 func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for range maxMoments {
-			n.server.moments <- struct{}{}
+		for range maxSnapshots {
+			n.server.snapshotSlots <- struct{}{}
 		}
 		a := n.dial(t)
 		a.send("Keys\n")
@@ -1930,7 +1930,7 @@ func TestCloseDuringKeys(t *testing.T) {
 		n.server.db = endless{kvstore.NewMemory()}
 		a := n.dial(t)
 		a.send("Keys\n")
-		for len(n.server.moments) == 0 { // until it walks
+		for len(n.server.snapshotSlots) == 0 { // until it walks
 			runtime.Gosched()
 		}
 		go n.server.Close()
