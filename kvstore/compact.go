@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// compaction is how one ended.
-type compaction struct {
+// compactionEnd is how a compaction ended.
+type compactionEnd struct {
 	bytes int64 // of the new snapshot
 	freed int64 // of the files that it stands for
 	err   error
@@ -19,28 +19,28 @@ type compaction struct {
 var errStopped = errors.New("the store closes")
 
 // compact puts a snapshot in the place of all full files, in the background, when they
-// hold more than twice what there is. It is called when a file has become full, or is empty, and the
-// snapshot is what Memory holds then: no file is read again, and a bit that has rotted
-// in one goes with it. It always takes the whole prefix of the log: a part of it, merged
+// hold more than twice what there is. It is called when a file has become full, or is
+// empty, and the snapshot is what Memory holds then: no file is read again, and a bit that
+// has rotted in one goes with it. It always takes the whole prefix of the log: a part of it, merged
 // without what came before, would bring deleted keys back (bitcask issue 82, badger
 // issue 2143, leveldb issue 184).
 func (d *Durable) compact() {
-	if d.isCompacting() || d.closed < d.minCompact || d.closed <= 2*d.logBytes {
+	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= 2*d.logBytes {
 		return
 	}
-	d.compacted = make(chan compaction, 1)
-	c := compactor{dir: d.dir, through: d.number - 1, store: d.snapshot(), stop: d.stop}
+	d.compacted = make(chan compactionEnd, 1)
+	c := compaction{dir: d.dir, through: d.number - 1, store: d.snapshot(), stop: d.stop}
 	c.header = fileHeader{kind: kindSnapshot, id: d.id, number: c.through, first: d.first}
-	go func(closed int64) {
+	go func(freed int64) {
 		bytes, err := c.run()
-		d.compacted <- compaction{bytes, closed, err}
-	}(d.closed)
+		d.compacted <- compactionEnd{bytes, freed, err}
+	}(d.fullBytes)
 }
 
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Durable) isWasteful() bool {
-	if d.closed+d.size <= 2*d.logBytes+d.minCompact+d.segmentSize || d.isCompacting() {
+	if d.fullBytes+d.size <= 2*d.logBytes+d.minCompact+d.segmentSize || d.isCompacting() {
 		return false
 	}
 	select {
@@ -51,7 +51,8 @@ func (d *Durable) isWasteful() bool {
 	}
 }
 
-// isCompacting tells whether a compaction runs, or has failed a short time ago.
+// isCompacting tells whether a compaction runs, or has failed a short time ago. If one has
+// ended it takes that into account first.
 func (d *Durable) isCompacting() bool {
 	select {
 	case c := <-d.compacted:
@@ -63,11 +64,11 @@ func (d *Durable) isCompacting() bool {
 
 // noteCompaction takes the end of a compaction into account. One that failed may have
 // left files that are of no use any more: the next one removes them.
-func (d *Durable) noteCompaction(c compaction) {
+func (d *Durable) noteCompaction(c compactionEnd) {
 	d.compacted = nil
 	switch c.err {
 	case nil:
-		d.closed += c.bytes - c.freed
+		d.fullBytes += c.bytes - c.freed
 		d.opts.Status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
@@ -78,18 +79,18 @@ func (d *Durable) noteCompaction(c compaction) {
 	}
 }
 
-// compactor is a compaction.
-type compactor struct {
+// compaction is one that is to run, or runs, on a goroutine of its own.
+type compaction struct {
 	dir     Directory
 	header  fileHeader
 	through uint64   // the last segment that the snapshot stands for
-	store   Snapshot //  what all segments through that one make
+	store   Snapshot // what all segments through that one make
 	stop    <-chan struct{}
 }
 
 // run writes the snapshot, and then removes the files for which it stands. It returns
 // the snapshot's size.
-func (c *compactor) run() (size int64, err error) {
+func (c *compaction) run() (size int64, err error) {
 	l, err := readLayout(c.dir)
 	if err != nil {
 		return 0, err
@@ -122,7 +123,7 @@ func (c *compactor) run() (size int64, err error) {
 }
 
 // writeAll writes all there is as a snapshot's frames.
-func (c *compactor) writeAll(w *logWriter) error { return writeAll(w, c.store, c.stop) }
+func (c *compaction) writeAll(w *logWriter) error { return writeAll(w, c.store, c.stop) }
 
 // writeAll writes what store holds as a snapshot's frames, until stop is closed.
 func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {

@@ -104,12 +104,12 @@ type Durable struct {
 	opts Options
 	log  *slog.Logger
 
-	number  uint64 // of the current file
-	closed  int64  // bytes in full files and the snapshot
-	first   uint64 // sequence of the current file's first frame
-	pending []byte // records not written yet
-	count   uint32 // of them
-	begun   bool   // a frame was written since the last Commit, for pending had become large
+	number     uint64 // of the current file
+	fullBytes  int64  // bytes in full files and the snapshot
+	first      uint64 // sequence of the current file's first frame
+	pending    []byte // records not written yet
+	count      uint32 // of them
+	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
 	// of the current file, as of our last frame: bytes of frames, and of zeros behind them
 	size, room  int64
 	rotateAfter time.Time // no new file is tried before
@@ -120,7 +120,7 @@ type Durable struct {
 	reserve, spare          int           // the same, and what of it only a Delete may use
 	stop                    chan struct{} // closed by Close: the compaction gives up
 	// the running compaction's end, one slot; nil: none runs
-	compacted chan compaction
+	compacted chan compactionEnd
 
 	// one slot, for who writes a frame or changes the file: Commit or the timer
 	writing chan struct{}
@@ -285,7 +285,7 @@ func (d *Durable) record(op byte, place int, fields ...string) {
 	d.count++
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
-		d.begun = true
+		d.wroteEarly = true
 	}
 }
 
@@ -439,7 +439,7 @@ func (d *Durable) Commit() error {
 
 // commit is Commit, but for the lock.
 func (d *Durable) commit() error {
-	wasteful, idle := d.isWasteful(), d.count == 0 && !d.begun
+	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
 	if err := d.failure(); err != nil || idle && !wasteful {
 		return err
 	}
@@ -447,7 +447,7 @@ func (d *Durable) commit() error {
 		d.compact() // the current file is empty, so all is in full ones
 		return nil
 	}
-	d.begun = false
+	d.wroteEarly = false
 	now := time.Now()
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
@@ -504,7 +504,7 @@ func (d *Durable) rotate() error {
 	if err := errors.Join(old.trim(0), old.f.Close()); err != nil {
 		return errors.Join(err, w.f.Close())
 	}
-	d.closed += old.size
+	d.fullBytes += old.size
 	d.mu.Lock()
 	d.current, d.number = w, d.number+1
 	d.mu.Unlock()

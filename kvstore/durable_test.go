@@ -693,14 +693,14 @@ func TestCloseSyncsFirst(t *testing.T) {
 		}
 		d.Put("k", "v")
 		d.Commit()
-		d.compacted = make(chan compaction, 1)
+		d.compacted = make(chan compactionEnd, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
 		if again, err := OpenIn(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
 			Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
 		}
-		d.compacted <- compaction{err: errStopped}
+		d.compacted <- compactionEnd{err: errStopped}
 	})
 }
 
@@ -1903,12 +1903,12 @@ func TestCompactionMayFail(t *testing.T) {
 	if err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
-	compactor := compactor{dir: dir.With(lockName, nil), through: d.number - 1, store: d.snapshot()}
-	compactor.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
+	compaction := compaction{dir: dir.With(lockName, nil), through: d.number - 1, store: d.snapshot()}
+	compaction.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
 		first: d.first}
 	stop := make(chan struct{})
 	close(stop)
-	stopped := compactor
+	stopped := compaction
 	stopped.stop = stop
 	if _, err := stopped.run(); err != errStopped {
 		t.Errorf("stopped, a compaction returns %v", err)
@@ -1916,8 +1916,8 @@ func TestCompactionMayFail(t *testing.T) {
 	for n, failed := 1, true; failed; n++ {
 		c := dir.With(lockName, nil)
 		c.FailAt = n
-		compactor.dir = c
-		_, err := compactor.run()
+		compaction.dir = c
+		_, err := compaction.run()
 		failed = c.Calls >= n
 		c.FailAt = 0
 		if failed && !errors.Is(err, disktest.ErrDisk) && err != nil {
@@ -1932,7 +1932,7 @@ func TestCompactionMayFail(t *testing.T) {
 	}
 	var log bytes.Buffer
 	d.log = slog.New(slog.NewTextHandler(&log, nil))
-	d.noteCompaction(compaction{err: disktest.ErrDisk})
+	d.noteCompaction(compactionEnd{err: disktest.ErrDisk})
 	if !strings.Contains(log.String(), "cannot compact the log") {
 		t.Errorf("the log says %q", log.String())
 	}
@@ -1963,7 +1963,7 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	d.Delete(key)
 	d.Commit()
 	d.settle()
-	if disk := d.closed + d.size; disk > 2*10_000 {
+	if disk := d.fullBytes + d.size; disk > 2*10_000 {
 		t.Errorf("%d bytes on disk for no data", disk)
 	}
 	d.Close()
@@ -2055,7 +2055,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		<-time.After(compactTime)
 		d.Commit()
 		d.settle()
-		if disk := d.closed + d.size; disk > 1000 {
+		if disk := d.fullBytes + d.size; disk > 1000 {
 			t.Errorf("%d bytes on disk for no data", disk)
 		}
 		d.Close()

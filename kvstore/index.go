@@ -2,14 +2,14 @@ package kvstore
 
 import "hash/maphash"
 
-// The index tells where a key's record is. It is extendible hashing (Fagin et al., TODS
+// The index tells where a key's entry is. It is extendible hashing (Fagin et al., TODS
 // 1979): a directory of pages, which the first bits of a key's hash choose among. A page
 // that becomes full is split in two, so the index grows by 4 KiB at a time and no
 // operation waits until all of it has been moved.
 //
 //	directory            page                        slab
 //	+-----+     +------------------------+     +---------------------
-//	| 00. | --> | head | slot | slot | - |     | record | record | ...
+//	| 00. | --> | head | slot | slot | - |     | entry | entry | ...
 //	| 01. | --> +------------------------+     +---------------------
 //	| 10. | \            |                              ^
 //	| 11. | --> page     +-- tag, 20 bits of the hash   |
@@ -88,16 +88,16 @@ type view struct {
 
 func (v *view) page(h uint64) *page { return v.dir[h>>v.shift] }
 
-// find looks for key. i is its slot, and rec its record; nil: it is not there, and i is
+// find looks for key. i is its slot, and e its entry; nil: it is not there, and i is
 // the empty slot to take.
-func (v *view) find(key string) (h uint64, i int, rec record) {
+func (v *view) find(key string) (h uint64, i int, e entry) {
 	h = maphash.String(v.seed, key)
 	p := v.page(h)
 	tag := h << addrBits
 	for i = home(tag); p.slots[i] != 0; i = next(i) {
 		if (p.slots[i]^tag)>>addrBits == 0 {
-			if rec := v.record(p.slots[i]); rec.hasKey(key) {
-				return h, i, rec
+			if e := v.entry(p.slots[i]); e.hasKey(key) {
+				return h, i, e
 			}
 		}
 	}
@@ -155,7 +155,7 @@ func (m *Memory) split(h uint64) {
 	for _, slot := range old.slots {
 		switch {
 		case slot == 0:
-		case maphash.Bytes(m.seed, m.record(slot).key())&bit == 0:
+		case maphash.Bytes(m.seed, m.entry(slot).key())&bit == 0:
 			low.insert(slot)
 		default:
 			high.insert(slot)

@@ -248,14 +248,14 @@ func checkInside(t *testing.T, m *Memory) {
 				continue
 			}
 			used++
-			rec := m.record(slot)
-			alive[slot&addrMask>>slabBits] += rec.size()
-			if h, at, _ := m.find(string(rec.key())); m.page(h) != p || at != j {
-				t.Fatalf("key %.40q in slot %d is found in %d", rec.key(), j, at)
+			e := m.entry(slot)
+			alive[slot&addrMask>>slabBits] += e.size()
+			if h, at, _ := m.find(string(e.key())); m.page(h) != p || at != j {
+				t.Fatalf("key %.40q in slot %d is found in %d", e.key(), j, at)
 			}
-			if k := rec.number(); k > 0 && (listed[k] ||
+			if k := e.number(); k > 0 && (listed[k] ||
 				len(m.lists[k/pageLists].lists[k%pageLists].values) == 0) {
-				t.Fatalf("key %.40q has list %d, which is empty or another's", rec.key(), k)
+				t.Fatalf("key %.40q has list %d, which is empty or another's", e.key(), k)
 			} else if k > 0 {
 				listed[k] = true
 			}
@@ -276,8 +276,8 @@ func checkInside(t *testing.T, m *Memory) {
 		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys,
 			pages, live, used, m.keys, m.pages, m.live, m.used)
 	}
-	if len(listed)+len(m.spare) != max(0, pageLists*len(m.lists)-1) {
-		t.Fatalf("%d lists are in use and %d are spare, of %d pages", len(listed), len(m.spare),
+	if len(listed)+len(m.unusedLists) != max(0, pageLists*len(m.lists)-1) {
+		t.Fatalf("%d lists are in use and %d are unused, of %d pages", len(listed), len(m.unusedLists),
 			len(m.lists))
 	}
 	shown := 0 // dead bytes in what the latest snapshot has

@@ -178,7 +178,7 @@ func (d *Durable) load(ctx context.Context) error {
 	p := newProgress(ctx, d.log, d.opts.Status, d.dir, l)
 	next := uint64(1)
 	if l.snapshot > 0 {
-		next, d.closed, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step)
+		next, d.fullBytes, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step)
 		if err != nil {
 			return err
 		}
@@ -188,7 +188,7 @@ func (d *Durable) load(ctx context.Context) error {
 		return err
 	}
 	for _, end := range ends[:len(ends)-1] {
-		d.closed += end.offset
+		d.fullBytes += end.offset
 	}
 	last := ends[len(ends)-1]
 	// No frame in an empty file calls the end of the one before synced.

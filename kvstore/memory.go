@@ -30,18 +30,18 @@ type Memory struct {
 	// The slabs.
 	unused []int    // numbers of slabs that were dropped
 	free   [][]byte // memory of these, to be used again
-	head   int      // where records are added; 0: there is none yet
+	head   int      // where entries are added; 0: there is none yet
 	used   int      // bytes of all slabs
-	live   int      // bytes of all records that the index points to
+	live   int      // bytes of all entries that the index points to
 	victim int      // the slab that is being cleaned; 0: none is
 	at     int      // how far
 	cursor int      // where the next is looked for
 	skip   int      // bytes that need not be cleaned before that
 
 	// The long lists.
-	spare      []int // numbers of lists that are not in use
-	longValues int   // in them
-	longBytes  int64 // of these
+	unusedLists []int // numbers of lists that are not in use
+	longValues  int   // in them
+	longBytes   int64 // of these
 
 	values   int   // in all
 	bytes    int64 // of keys and values
@@ -51,7 +51,7 @@ type Memory struct {
 	touched byte                 // by Touch
 }
 
-// list is the values of a key that has too many for a record.
+// list is the values of a key that has too many for an entry.
 type list struct {
 	values []string
 	bytes  int64 // of the values, so that Delete need not walk through them
@@ -79,23 +79,23 @@ func NewMemory() *Memory {
 
 // Put appends value to key's list.
 func (m *Memory) Put(key, value string) {
-	h, i, rec := m.find(key)
+	h, i, e := m.find(key)
 	values := m.edit[:0]
-	if rec == nil {
+	if e == nil {
 		m.bytes += int64(len(key))
-	} else if k := rec.number(); k > 0 {
-		m.count(1, key, value)
+	} else if k := e.number(); k > 0 {
+		m.tally(1, key, value)
 		m.append(m.list(k), value)
 		return
 	} else {
-		values = rec.values(values)
+		values = e.values(values)
 	}
-	m.count(1, key, value)
+	m.tally(1, key, value)
 	m.store(h, i, key, append(values, value))
 }
 
-// count counts a value of key that comes (n is 1) or goes (-1).
-func (m *Memory) count(n int, key, value string) {
+// tally counts a value of key that comes (n is 1) or goes (-1).
+func (m *Memory) tally(n int, key, value string) {
 	m.values += n
 	m.bytes += int64(n * len(value))
 	m.logBytes += int64(n * (len(key) + len(value) + recordExtra))
@@ -110,7 +110,7 @@ func (m *Memory) store(h uint64, i int, key string, values []string) {
 	}
 	old := m.page(h).slots[i]
 	addr := m.write(key, values, number)
-	size := m.record(addr).size()
+	size := m.entry(addr).size()
 	m.point(h, i, addr)
 	if old != 0 {
 		size += m.die(old)
@@ -120,32 +120,32 @@ func (m *Memory) store(h uint64, i int, key string, values []string) {
 
 // Get returns key's list. A short one is a copy, so that it keeps nothing else in memory.
 func (m *Memory) Get(key string) []string {
-	_, _, rec := m.find(key)
+	_, _, e := m.find(key)
 	switch {
-	case rec == nil:
+	case e == nil:
 		return nil
-	case rec.number() > 0:
-		return m.handOut(rec.number())
+	case e.number() > 0:
+		return m.handOut(e.number())
 	}
-	return CloneAll(rec.values(nil))
+	return CloneAll(e.values(nil))
 }
 
 // View is Get without a copy. A short list is made in scratch, and its strings may be
 // parts of a piece of memory of 256 KiB, which stays as long as one of them does: who
 // keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
-	h, i, rec := m.find(key)
-	if rec == nil {
+	h, i, e := m.find(key)
+	if e == nil {
 		return nil
 	}
 	m.slabs[m.page(h).slots[i]&addrMask>>slabBits].shown = true
-	if _, rest := rec.parts(); rest[0] == 1 && rest[1] < 0x80 { // the usual list
+	if _, rest := e.parts(); rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(scratch[:0], viewOf(rest[2:2+rest[1]]))
 	}
-	if k := rec.number(); k > 0 {
+	if k := e.number(); k > 0 {
 		return m.handOut(k)
 	}
-	return rec.values(scratch[:0])
+	return e.values(scratch[:0])
 }
 
 // CloneAll returns a copy of values, in one piece of memory.
@@ -163,27 +163,27 @@ func CloneAll(values []string) []string {
 
 // Delete removes key and returns how many values it had.
 func (m *Memory) Delete(key string) (removed int) {
-	h, i, rec := m.find(key)
-	if rec == nil {
+	h, i, e := m.find(key)
+	if e == nil {
 		return 0
 	}
-	removed = m.forget(key, rec)
+	removed = m.forget(key, e)
 	m.remove(h, i, key)
 	return removed
 }
 
 // forget takes all of key's values out of what is counted, and gives up a long list.
-func (m *Memory) forget(key string, rec record) (removed int) {
+func (m *Memory) forget(key string, e entry) (removed int) {
 	bytes := int64(0)
-	if k := rec.number(); k > 0 {
+	if k := e.number(); k > 0 {
 		l := m.list(k)
 		removed, bytes = len(l.values), l.bytes
 		m.longValues -= removed
 		m.longBytes -= bytes
 		*l = list{}
-		m.spare = append(m.spare, k)
+		m.unusedLists = append(m.unusedLists, k)
 	} else {
-		values := rec.values(m.edit[:0])
+		values := e.values(m.edit[:0])
 		removed, bytes = len(values), int64(sizeOf(values))
 	}
 	m.values -= removed
@@ -202,13 +202,13 @@ func (m *Memory) remove(h uint64, i int, key string) {
 
 // Set makes value key's only one, and returns how many there were.
 func (m *Memory) Set(key, value string) (removed int) {
-	h, i, rec := m.find(key)
-	if rec == nil {
+	h, i, e := m.find(key)
+	if e == nil {
 		m.bytes += int64(len(key))
 	} else {
-		removed = m.forget(key, rec)
+		removed = m.forget(key, e)
 	}
-	m.count(1, key, value)
+	m.tally(1, key, value)
 	m.store(h, i, key, append(m.edit[:0], value))
 	return removed
 }
@@ -220,23 +220,23 @@ func (m *Memory) Remove(key, value string) (removed bool) { return m.takeOut(key
 // takeOut is Remove. It returns the place of the value, -1 if there is none, and looks at
 // the place hint first.
 func (m *Memory) takeOut(key, value string, hint int) (place int) {
-	h, i, rec := m.find(key)
-	if rec == nil {
+	h, i, e := m.find(key)
+	if e == nil {
 		return -1
 	}
-	k := rec.number()
+	k := e.number()
 	if k > 0 {
 		place = m.takeOutLong(m.list(k), key, value, hint)
 	} else {
-		values := rec.values(m.edit[:0])
+		values := e.values(m.edit[:0])
 		if place = slices.Index(values, value); place >= 0 && len(values) > 1 {
-			m.count(-1, key, value)
+			m.tally(-1, key, value)
 			m.store(h, i, key, slices.Delete(values, place, place+1))
 			return place
 		}
 	}
 	if k == 0 && place >= 0 || k > 0 && len(m.list(k).values) == 0 {
-		m.forget(key, rec)
+		m.forget(key, e)
 		m.remove(h, i, key)
 	}
 	return place
@@ -254,24 +254,24 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 // none. It looks at the place hint before it searches: a log that says the place makes
 // long lists cheap to load.
 func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
-	h, i, rec := m.find(key)
-	if rec == nil {
+	h, i, e := m.find(key)
+	if e == nil {
 		m.Put(key, newValue)
 		return -1
 	}
-	if k := rec.number(); k > 0 {
+	if k := e.number(); k > 0 {
 		l := m.list(k)
 		place = m.takeOutLong(l, key, oldValue, hint)
-		m.count(1, key, newValue)
+		m.tally(1, key, newValue)
 		m.append(l, newValue)
 		return place
 	}
-	values := rec.values(m.edit[:0])
+	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
-		m.count(-1, key, oldValue)
+		m.tally(-1, key, oldValue)
 		values = slices.Delete(values, place, place+1)
 	}
-	m.count(1, key, newValue)
+	m.tally(1, key, newValue)
 	m.store(h, i, key, append(values, newValue))
 	return place
 }
@@ -297,7 +297,7 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 		l.values = slices.Delete(l.values, place, place+1)
 	}
 	if place >= 0 {
-		m.count(-1, key, oldValue)
+		m.tally(-1, key, oldValue)
 		l.bytes -= int64(len(oldValue))
 		m.longValues--
 		m.longBytes -= int64(len(oldValue))
@@ -325,26 +325,26 @@ func (m *Memory) Footprint() int64 {
 
 // Measure returns how many bytes key's values have together.
 func (m *Memory) Measure(key string) (bytes int64) {
-	_, _, rec := m.find(key)
+	_, _, e := m.find(key)
 	switch {
-	case rec == nil:
+	case e == nil:
 		return 0
-	case rec.number() > 0:
-		return m.long(rec.number()).bytes
+	case e.number() > 0:
+		return m.long(e.number()).bytes
 	}
-	return int64(sizeOf(rec.values(m.edit[:0])))
+	return int64(sizeOf(e.values(m.edit[:0])))
 }
 
 // Has tells whether key's list has value. It hands nothing out.
 func (m *Memory) Has(key, value string) bool {
-	_, _, rec := m.find(key)
+	_, _, e := m.find(key)
 	switch {
-	case rec == nil:
+	case e == nil:
 		return false
-	case rec.number() > 0:
-		return slices.Contains(m.long(rec.number()).values, value)
+	case e.number() > 0:
+		return slices.Contains(m.long(e.number()).values, value)
 	}
-	return slices.Contains(rec.values(m.edit[:0]), value)
+	return slices.Contains(e.values(m.edit[:0]), value)
 }
 
 // touchMost is how many keys are touched at a time: what they need stays in the cache.
@@ -373,7 +373,7 @@ func (m *Memory) Touch(keys []string) {
 		sum := byte(0)
 		for _, slot := range slots[:n] {
 			if slot != 0 {
-				sum += m.record(slot)[0]
+				sum += m.entry(slot)[0]
 			}
 		}
 		m.touched += sum // or the compiler would see that nobody needs it
@@ -408,15 +408,15 @@ func (m *Memory) handOut(k int) []string {
 
 // newList makes a long list and returns its number, which is never 0.
 func (m *Memory) newList(values []string) (k int) {
-	if len(m.spare) == 0 {
+	if len(m.unusedLists) == 0 {
 		first := pageLists * len(m.lists)
 		m.lists = append(m.lists, &listPage{epoch: m.epoch})
 		for k := first + pageLists - 1; k >= max(first, 1); k-- {
-			m.spare = append(m.spare, k)
+			m.unusedLists = append(m.unusedLists, k)
 		}
 	}
-	k = m.spare[len(m.spare)-1]
-	m.spare = m.spare[:len(m.spare)-1]
+	k = m.unusedLists[len(m.unusedLists)-1]
+	m.unusedLists = m.unusedLists[:len(m.unusedLists)-1]
 	l := m.list(k)
 	for _, v := range values {
 		m.append(l, v)
@@ -466,19 +466,19 @@ func (m *Memory) snapshot() *snapshot {
 
 // View returns key's list. Like Memory's it makes a short one in scratch.
 func (s *snapshot) View(scratch []string, key string) []string {
-	_, _, rec := s.find(key)
-	if rec == nil {
+	_, _, e := s.find(key)
+	if e == nil {
 		return nil
 	}
-	return s.list(rec, scratch)
+	return s.list(e, scratch)
 }
 
-// list returns the list of a record.
-func (s *snapshot) list(rec record, scratch []string) []string {
-	if k := rec.number(); k > 0 {
+// list returns the list of an entry.
+func (s *snapshot) list(e entry, scratch []string) []string {
+	if k := e.number(); k > 0 {
 		return slices.Clip(s.long(k).values)
 	}
-	return rec.values(scratch[:0])
+	return e.values(scratch[:0])
 }
 
 // All yields every key with its list, which is overwritten with the next one.
@@ -495,8 +495,8 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 				if slot == 0 {
 					continue
 				}
-				rec := s.record(slot)
-				if !yield(viewOf(rec.key()), s.list(rec, scratch[:])) {
+				e := s.entry(slot)
+				if !yield(viewOf(e.key()), s.list(e, scratch[:])) {
 					return
 				}
 			}

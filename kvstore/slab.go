@@ -9,22 +9,22 @@ import (
 	"unsafe"
 )
 
-// A record is a key with its list, as bytes that nobody changes any more:
+// An entry is a key with its list, as bytes that nobody changes any more:
 //
 //	| length | key | n | n lengths | n values |      a short list
 //	| length | key | 0 | number              |      a long one: its place in lists
 //
-// All numbers are uvarints. Records lie in slabs, one behind the other, and an address
+// All numbers are uvarints. Entries lie in slabs, one behind the other, and an address
 // is a slab's number and an offset in it.
-type record []byte
+type entry []byte
 
 const (
-	maxShort      = 8   // values in a record; a key with more has a long list
+	maxShort      = 8   // values in an entry; a key with more has a long list
 	maxShortBytes = 256 // of these together, unless there is only one
 
 	slabBits = 18
 	slabSize = 1 << slabBits
-	ownSize  = 2 << 10 // bytes of a record above which it has a slab of its own
+	ownSize  = 2 << 10 // bytes of an entry above which it has a slab of its own
 	freeMost = 16      // slabs whose memory waits to be used again
 
 	// What may be dead in all slabs: so many bytes and one byte in so many. With more,
@@ -43,20 +43,20 @@ const (
 // collector, which waits for everybody who reads it.
 type slab struct {
 	data []byte
-	live int // bytes of records that the index points to
+	live int // bytes of entries that the index points to
 
 	epoch uint64 // Memory's when the slab was made: a snapshot taken since has it, too
 	shown bool   // strings that are parts of data were handed out
 }
 
-// record returns the record that a slot points to, with what follows it.
-func (v *view) record(slot uint64) record {
+// entry returns the entry that a slot points to, with what follows it.
+func (v *view) entry(slot uint64) entry {
 	addr := slot & addrMask
 	return v.slabs[addr>>slabBits].data[addr&(slabSize-1):]
 }
 
-// parts returns a record's key, and what follows it.
-func (r record) parts() (key, rest []byte) {
+// parts returns an entry's key, and what follows it.
+func (r entry) parts() (key, rest []byte) {
 	n, i := uint64(r[0]), 1
 	if n >= 0x80 {
 		n, i = binary.Uvarint(r)
@@ -65,15 +65,15 @@ func (r record) parts() (key, rest []byte) {
 	return r[i:end], r[end:]
 }
 
-func (r record) key() []byte {
+func (r entry) key() []byte {
 	key, _ := r.parts()
 	return key
 }
 
-func (r record) hasKey(key string) bool { return string(r.key()) == key }
+func (r entry) hasKey(key string) bool { return string(r.key()) == key }
 
-// number is the number of the record's long list, 0 if it has a short one.
-func (r record) number() int {
+// number is the number of the entry's long list, 0 if it has a short one.
+func (r entry) number() int {
 	_, rest := r.parts()
 	if rest[0] != 0 {
 		return 0
@@ -82,8 +82,8 @@ func (r record) number() int {
 	return int(n)
 }
 
-// values appends the values of a short list to dst. They share the record's memory.
-func (r record) values(dst []string) []string {
+// values appends the values of a short list to dst. They share the entry's memory.
+func (r entry) values(dst []string) []string {
 	_, rest := r.parts()
 	if rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(dst, viewOf(rest[2:2+rest[1]]))
@@ -103,8 +103,8 @@ func (r record) values(dst []string) []string {
 	return dst
 }
 
-// size is how many bytes the record takes.
-func (r record) size() int {
+// size is how many bytes the entry takes.
+func (r entry) size() int {
 	_, rest := r.parts()
 	n, i := max(1, int(rest[0])), 1
 	sum := 0
@@ -127,7 +127,7 @@ func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b))
 // uvarintSize is how many bytes n takes.
 func uvarintSize(n int) int { return (bits.Len(uint(n|1)) + 6) / 7 }
 
-// write adds a record: of values, or if there are none, of the long list with a number.
+// write adds an entry: of values, or if there are none, of the long list with a number.
 func (m *Memory) write(key string, values []string, number int) (addr uint64) {
 	size := uvarintSize(len(key)) + len(key) + 1
 	for _, v := range values {
@@ -152,7 +152,7 @@ func (m *Memory) write(key string, values []string, number int) (addr uint64) {
 	return addr
 }
 
-// grow makes room for a record. b is empty, and has size bytes of capacity.
+// grow makes room for an entry. b is empty, and has size bytes of capacity.
 func (m *Memory) grow(size int) (addr uint64, b []byte) {
 	k := m.head
 	if size > ownSize {
@@ -224,10 +224,10 @@ func (m *Memory) drop(k int) {
 	}
 }
 
-// die takes note that nobody needs the record of a slot any more. It returns its size.
+// die takes note that nobody needs the entry of a slot any more. It returns its size.
 func (m *Memory) die(slot uint64) (size int) {
 	k := int(slot & addrMask >> slabBits)
-	size = m.record(slot).size()
+	size = m.entry(slot).size()
 	m.live -= size
 	m.slabs[k].live -= size
 	m.drop(k)
@@ -244,16 +244,16 @@ func (m *Memory) clean(bytes int) {
 	}
 	for victim := m.victim; bytes > 0 && victim > 0 && victim == m.victim; {
 		addr := uint64(victim)<<slabBits | uint64(m.at)
-		rec := m.record(addr)
-		rec = rec[:rec.size()]
-		m.at += len(rec)
-		bytes -= len(rec)
-		h := maphash.Bytes(m.seed, rec.key())
+		e := m.entry(addr)
+		e = e[:e.size()]
+		m.at += len(e)
+		bytes -= len(e)
+		h := maphash.Bytes(m.seed, e.key())
 		p, slot := m.page(h), h<<addrBits|addr
 		for i := home(slot); p.slots[i] != 0; i = next(i) {
 			if p.slots[i] == slot {
-				addr, b := m.grow(len(rec))
-				copy(b[:len(rec)], rec)
+				addr, b := m.grow(len(e))
+				copy(b[:len(e)], e)
 				m.point(h, i, addr)
 				m.die(slot) // with the last one the slab is dropped
 				break
