@@ -5,7 +5,8 @@
 // again. The one is memory.go (what it does), index.go (how it finds a key) and slab.go
 // (how a key and its list lie in memory), each with a drawing; the other is durable.go
 // (writing), load.go (reading at the start), log.go (the files' format), compact.go,
-// check.go, backup.go and fs.go (the file system; package disktest has one for tests).
+// check.go, backup.go, and what they write to: fs.go (a directory of the file system; package
+// disktest has one for tests) or etcd.go (an etcd cluster). status.go tells how they are.
 package kvstore
 
 import "iter"
