@@ -3407,6 +3407,7 @@ func TestMistakes(t *testing.T) {
 
 // Ensure that a signal ends the process while the data loads.
 func TestSignalWhileLoading(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	if err := exec.Command("mkfifo", filepath.Join(dir, "STORE")).Run(); err != nil {
 		t.Logf("without mkfifo there is no load that lasts: %v", err)
@@ -4838,7 +4839,7 @@ func (c *etcdCluster) settle() {
 
 // simSeeds is how many worlds `go test` looks at, and simRaceSeeds how many with the race
 // detector, which takes seven times as long.
-const simSeeds, simRaceSeeds = 200, 5
+const simSeeds, simRaceSeeds = 100, 5
 
 // Ensure that whatever happens to the server, what was promised holds. KVSERVER_SEED
 // is the first seed, KVSERVER_SEEDS how many (0: until it is stopped); of a single

@@ -291,8 +291,8 @@ func checkInside(t *testing.T, m *Memory) {
 	}
 }
 
-// memorySteps is how many random operations a Memory gets in TestMemoryInside; `make
-// soak` has more.
+// memorySteps is how many random operations a Memory gets in TestMemoryInside: KVSTORE_STEPS
+// of them, if that is set, as in .ci/run.
 func memorySteps(t *testing.T) (steps int) {
 	steps = 100_000
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
