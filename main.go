@@ -234,6 +234,11 @@ func (c *config) options() []option {
 	*c = config{addr: "localhost:9999", fsync: "always", log: "text",
 		maxClients: defaultMaxClients, maxLine: defaultMaxLine, maxQueues: defaultMaxQueues,
 		writeTimeout: defaultWriteTimeout}
+	return append(c.serverOptions(), c.clientOptions()...)
+}
+
+// serverOptions returns the flags of a server; those of TLS are a client's, too.
+func (c *config) serverOptions() []option {
 	return []option{
 		{name: "addr", value: &c.addr, unit: "ADDR",
 			help: "port, :port (every address) or host:port",
@@ -291,6 +296,12 @@ func (c *config) options() []option {
 		{name: "log", value: &c.log, unit: "FORMAT", help: "text or json",
 			fits: func() bool { return c.log == "text" || c.log == "json" }, give: "text or json"},
 		{name: "v", value: &c.verbose, help: "log every connection as well"},
+	}
+}
+
+// clientOptions returns the other flags.
+func (c *config) clientOptions() []option {
+	return []option{
 		{name: "c", value: &c.client, now: true, help: "be a client: send requests",
 			more: "Data goes to standard output, errors to standard error"},
 		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
@@ -1846,11 +1857,16 @@ func (t *talker) sendLines() {
 	s.lines = inHand.lines
 	t.end <- s // before the server can end the conversation
 	w.Flush()
-	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
-	}
+	t.halfClose()
 	if s.more != nil {
 		_, err := r.Peek(1)
 		s.more <- err == nil
+	}
+}
+
+// halfClose ends our side of the connection: nothing more is sent.
+func (t *talker) halfClose() {
+	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
 	}
 }
