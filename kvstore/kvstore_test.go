@@ -272,6 +272,13 @@ func checkInside(t *testing.T, m *Memory) {
 				len(s.data))
 		}
 	}
+	free := 0
+	for _, data := range m.free {
+		free += cap(data)
+	}
+	if free != m.freeBytes || len(m.free) > freeMost {
+		t.Fatalf("%d bytes in %d pieces are free, and counted as %d", free, len(m.free), m.freeBytes)
+	}
 	if keys != m.keys || pages != m.pages || used != m.used || live != m.live {
 		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys,
 			pages, live, used, m.keys, m.pages, m.live, m.used)
@@ -650,6 +657,48 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Ensure that beside a snapshot, whose dead bytes must stay, an entry is not moved because its
+// slab has more room than it needs: nothing is gained by that.
+func TestNothingIsMovedForNothing(t *testing.T) {
+	const keys, large = 300_000, 10 * freeMost
+	random := rand.New(rand.NewPCG(1, 1))
+	store, value := NewMemory(), strings.Repeat("v", slabSize)
+	for i := range keys {
+		store.Set(fmt.Sprint("small", i), value[:100])
+	}
+	snapshot := store.Snapshot()
+	for range 2 * keys {
+		store.Delete(fmt.Sprint("small", random.IntN(keys)))
+	}
+	for i := 0; i < large; i += freeMost { // smaller ones get the memory of larger ones
+		for j := range freeMost {
+			store.Set(fmt.Sprint("larger", j), value[:slabSize-200])
+		}
+		for j := range freeMost {
+			store.Delete(fmt.Sprint("larger", j))
+		}
+		for j := range freeMost {
+			store.Set(fmt.Sprint("large", i+j), value[:slabSize*4/5+200])
+		}
+	}
+	places := func() (at [large]uint64) {
+		for i := range at {
+			h, j, _ := store.find(fmt.Sprint("large", i))
+			at[i] = store.page(h).slots[j]
+		}
+		return at
+	}
+	before := places()
+	for range 200 {
+		store.Set("tiny", "x")
+	}
+	if places() != before {
+		t.Error("Sets of one byte have moved entries in whose slabs nothing was dead")
+	}
+	checkInside(t, store)
+	runtime.KeepAlive(snapshot)
 }
 
 // Ensure that keys are touched without a change, however many.

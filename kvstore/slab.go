@@ -181,6 +181,7 @@ func (m *Memory) open(size int) (k int) {
 	if data == nil {
 		var fresh strings.Builder // it does not clear memory that will be written anyway
 		fresh.Grow(size)
+		fresh.WriteByte(0) // or there would be no string to take the memory of
 		data = unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:0]
 	}
 	m.slabs[k] = slab{data: data, epoch: m.epoch}
@@ -193,6 +194,7 @@ func (m *Memory) reuse(size int) []byte {
 	for i := len(m.free) - 1; i >= 0; i-- {
 		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
 			m.free = slices.Delete(m.free, i, i+1)
+			m.freeBytes -= cap(data)
 			return data[:0]
 		}
 	}
@@ -205,9 +207,11 @@ func (m *Memory) release(s *slab) {
 		return
 	}
 	if len(m.free) == freeMost {
+		m.freeBytes -= cap(m.free[0])
 		m.free = slices.Delete(m.free, 0, 1)
 	}
 	m.free = append(m.free, s.data)
+	m.freeBytes += cap(s.data)
 }
 
 // drop leaves slab k to the garbage collector, unless it is of use.
@@ -272,7 +276,7 @@ func (m *Memory) choose() {
 			m.cursor = 1
 		}
 		s := &m.slabs[m.cursor]
-		if dead := cap(s.data) - s.live; dead > most && m.cursor != m.head &&
+		if dead := len(s.data) - s.live; dead > most && m.cursor != m.head &&
 			!(shown && s.epoch < m.epoch) {
 			m.victim, m.at, most = m.cursor, 0, dead
 		}
