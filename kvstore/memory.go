@@ -28,16 +28,15 @@ type Memory struct {
 	keys   int
 
 	// The slabs.
-	unused    []int    // numbers of slabs that were dropped
-	free      [][]byte // memory of these, to be used again
-	freeBytes int      // of that
-	head      int      // where entries are added; 0: there is none yet
-	used      int      // bytes of all slabs
-	live      int      // bytes of all entries that the index points to
-	victim    int      // the slab that is being cleaned; 0: none is
-	at        int      // how far
-	cursor    int      // where the next is looked for
-	skip      int      // bytes that need not be cleaned before that
+	unused []int    // numbers of slabs that were dropped
+	free   [][]byte // memory of these, to be used again
+	head   int      // where entries are added; 0: there is none yet
+	used   int      // bytes of all slabs
+	live   int      // bytes of all entries that the index points to
+	victim int      // the slab that is being cleaned; 0: none is
+	at     int      // how far
+	cursor int      // where the next is looked for
+	skip   int      // bytes that need not be cleaned before that
 
 	// The long lists.
 	unusedLists []int // numbers of lists that are not in use
@@ -316,11 +315,11 @@ func (m *Memory) Commit() error { return nil }
 func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
 
 // Footprint returns how many bytes of memory the store takes, about: all that a snapshot
-// shares with it counts once.
+// shares with it counts once. What waits to be used again, 4 MiB at most, does not count.
 func (m *Memory) Footprint() int64 {
 	// A string's head, what append leaves free, and what malloc rounds up.
 	const pageSize, perLongValue = 4 << 10, 40
-	return int64(m.used+m.freeBytes) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes +
+	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes +
 		int64(m.longValues*perLongValue)
 }
 

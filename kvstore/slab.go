@@ -194,7 +194,6 @@ func (m *Memory) reuse(size int) []byte {
 	for i := len(m.free) - 1; i >= 0; i-- {
 		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
 			m.free = slices.Delete(m.free, i, i+1)
-			m.freeBytes -= cap(data)
 			return data[:0]
 		}
 	}
@@ -207,11 +206,9 @@ func (m *Memory) release(s *slab) {
 		return
 	}
 	if len(m.free) == freeMost {
-		m.freeBytes -= cap(m.free[0])
 		m.free = slices.Delete(m.free, 0, 1)
 	}
 	m.free = append(m.free, s.data)
-	m.freeBytes += cap(s.data)
 }
 
 // drop leaves slab k to the garbage collector, unless it is of use.
