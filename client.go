@@ -1181,46 +1181,51 @@ type pacedConn struct {
 }
 
 // Write writes b. It fails when -write-timeout has passed without a byte, or
-// limit has, or the server has been closing for closeTime.
+// limit has, or the server has been closing for closeTime. It asks for the time only
+// where a deadline has passed: doing so for each Write would cost every reply.
 func (p *pacedConn) Write(b []byte) (n int, err error) {
-	now := time.Now()
-	p.unread = max(0, p.unread-int(min(now.Sub(p.looked), time.Minute)*steadyRate/time.Second))
-	p.looked = now
+	if p.until.IsZero() {
+		p.setDeadline(time.Now(), tickTime)
+	}
 	// Time without a byte taken. The first tick may have begun before us, so it
 	// does not count.
-	stalled := -tickTime
-	slow := false
+	stalled, tick := -tickTime, tickTime
 	for {
-		tick := tickTime
-		if slow {
-			tick = slowAfter // look less often
-		}
-		end := p.setDeadline(now, tick)
 		m, err := p.Conn.Write(b[n:])
 		n += m
 		p.unread = min(p.unread+m, socketMost)
-		if m > 0 {
-			if stalled = 0; slow && p.tell != nil {
-				p.tell(true)
-			}
-			slow = false
+		slow := tick == slowAfter
+		if m > 0 && slow {
+			p.tellSlow(false)
+			p.until = time.Time{} // it is too far away for the next Write
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}
-		if now = time.Now(); !end.IsZero() && !now.Before(end) {
+		now := time.Now()
+		p.unread = max(0, p.unread-int(min(now.Sub(p.looked), time.Minute)*steadyRate/time.Second))
+		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
 		if m > 0 {
-			continue
+			stalled, tick = 0, tickTime
+		} else {
+			if stalled += tick; stalled >= p.patience() {
+				tick = slowAfter // look less often
+				p.tellSlow(true)
+			}
+			if most := p.server.writeTimeout; most > 0 && stalled >= most {
+				return n, fmt.Errorf("it took nothing for %v", most)
+			}
 		}
-		stalled += tick
-		if slow = stalled >= p.patience(); slow && p.tell != nil {
-			p.tell(false)
-		}
-		if most := p.server.writeTimeout; most > 0 && stalled >= most {
-			return n, fmt.Errorf("it took nothing for %v", most)
-		}
+		p.setDeadline(now, tick)
+	}
+}
+
+// tellSlow tells the outbox whether the connection takes nothing.
+func (p *pacedConn) tellSlow(slow bool) {
+	if p.tell != nil {
+		p.tell(!slow)
 	}
 }
 
@@ -1232,24 +1237,21 @@ func (p *pacedConn) patience() time.Duration {
 	return slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
 }
 
-// setDeadline sees to it that Write returns within a tick. A deadline that ends a
-// little earlier will do: setting one for each Write would cost every reply. It
-// returns the time by which the last Write must have ended, zero if there is none.
-func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) (end time.Time) {
-	end = p.limit
+// end is when the last Write must have ended; zero: there is no such time.
+func (p *pacedConn) end() time.Time {
 	if p.server.isClosing() {
-		end = p.server.closeBy
+		return p.server.closeBy
 	}
-	until := now.Add(tick)
-	switch left := p.until.Sub(now); {
-	case !end.IsZero() && end.Before(until):
-		until = end
-	case left > tick/2 && left <= tick:
-		return end
+	return p.limit
+}
+
+// setDeadline sees to it that Write returns within a tick.
+func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
+	p.looked, p.until = now, now.Add(tick)
+	if end := p.end(); !end.IsZero() && end.Before(p.until) {
+		p.until = end
 	}
-	p.until = until
-	p.SetWriteDeadline(until)
-	return end
+	p.SetWriteDeadline(p.until)
 }
 
 // CloseWrite ends our side of the connection.

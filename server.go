@@ -549,9 +549,13 @@ func (s *keyValueServer) runBatch(q *Query) {
 		default:
 			s.begin(q)
 		}
-		for ; yields < maxYields && len(s.queries) == 0 && !s.clock.over; yields++ {
-			runtime.Gosched()
-			s.clock.begin() // that was others' time
+		if len(s.queries) == 0 && yields < maxYields && !s.clock.over {
+			for ; yields < maxYields && len(s.queries) == 0; yields++ {
+				runtime.Gosched()
+			}
+			if len(s.queries) > 0 {
+				s.clock.begin() // that was others' time
+			}
 		}
 	}
 	s.commit()

@@ -734,6 +734,45 @@ func TestSlowReaderRecovers(t *testing.T) {
 	})
 }
 
+// Ensure that a connection which stops taking bytes is seen to be slow in the same time
+// always: also right after it was slow and has recovered, and after it was idle for long.
+func TestSlowIsSeenInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, down := newStream(streamSize), newStream(streamSize)
+		told := make(chan bool, 1)
+		conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
+			tell: func(taken bool) { told <- taken }}
+		reader := newFakeConn(down, up)
+		message := make([]byte, 2*streamSize)
+		for round := range 4 {
+			start := time.Now()
+			written := make(chan error)
+			go func() {
+				_, err := conn.Write(message)
+				written <- err
+			}()
+			if <-told {
+				t.Fatalf("round %d: a reader that reads nothing is told to be taking", round)
+			}
+			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
+			if took := time.Since(start); took < slowAfter || took > most {
+				t.Errorf("round %d: it took %v to see that nothing is read, want %v to %v", round,
+					took, slowAfter, most)
+			}
+			go io.ReadFull(reader, message)
+			if !<-told {
+				t.Errorf("round %d: a reader that reads again is not told to", round)
+			}
+			if err := <-written; err != nil {
+				t.Fatal(err)
+			}
+			if round == 2 {
+				pass(time.Hour)
+			}
+		}
+	})
+}
+
 // Ensure that a slow but steady reader is not taken for one that stopped,
 // whatever it pipelines.
 func TestSteadyReaderLosesNothing(t *testing.T) {
