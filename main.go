@@ -260,8 +260,7 @@ func (c *config) serverOptions() []option {
 			more: "Requests may name an address, localhost or the host given here"},
 		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
 			more: "One more is told so. Lowered to what `ulimit -n` allows, with 32 spare, 16 " +
-				"for `-http`, " +
-				"and a quarter, at most 1000, for TLS handshakes",
+				"for `-http`, and a quarter, at most 1000, for TLS handshakes",
 			fits: func() bool { return c.maxClients >= 1 },
 			give: "at least 1, as in -max-clients 10000", example: "10000"},
 		{name: "max-line", value: &c.maxLine, unit: "SIZE",
@@ -272,9 +271,8 @@ func (c *config) serverOptions() []option {
 		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
 			help: "what the process may take; 0: no limit",
 			more: "At least 64MB. Writes that need more are refused, Delete and Remove never, a " +
-				"Set or Update " +
-				"that makes less only where a Dump has used up what is kept for it. Give a " +
-				"container a quarter more",
+				"Set or Update that makes less only where a Dump has used up what is kept for " +
+				"it. Give a container a quarter more",
 			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
 			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
 				minMaxMemory),

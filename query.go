@@ -208,7 +208,9 @@ func isHTTP(line string) bool {
 }
 
 // badRequest is what a browser is told.
-const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n" +
+const badRequest = "HTTP/1.1 400 Bad Request\r\n" +
+	"Content-Type: text/plain\r\n" +
+	"Connection: close\r\n" +
 	"\r\n" +
 	"This is a key-value server and speaks no HTTP: connect with nc and type Help.\n"
 

@@ -994,28 +994,25 @@ func helpOf(name string) string {
 
 // metricHelp says what each of the other metrics is.
 var metricHelp = map[string]string{
-	"info": "Always 1; its label is the version.",
-	"active": "1 if this server serves; 0 while it opens its data, or " +
-		"stands by.",
-	"uptime_seconds":     "Since the server began to serve.",
-	"clients":            "Connections now.",
-	"clients_left_total": "Connections that have ended.",
-	"clients_refused_total": "Connections that were refused, for there were -max-clients " +
-		"already.",
-	"tls_handshakes_failed_total": "Connections that did not get as far as TLS.",
-	"refused_requests_total":      "Lines that were answered with an error.",
-	"replies_dropped_total":       "Replies that clients lost because they did not read.",
-	"queued_bytes":                "Replies that wait to be read by all clients.",
-	"queued_limit_bytes":          "How much they may be (-max-queues); 0: no limit.",
-	"writes_refused_total":        "Writes that were refused, for the disk or the memory is full.",
-	"keys":                        "Keys in the store.",
-	"values":                      "Values in the store.",
-	"data_bytes":                  "Keys and values together.",
-	"memory_bytes":                "What the data, and replies and clients, take in memory.",
-	"memory_limit_bytes":          "What the process may take (-max-memory); 0: no limit.",
-	"process_bytes":               "What the process takes from the system.",
-	"takeovers_total": "How often somebody has taken the data over from a server " +
-		"that had died.",
+	"info":                         "Always 1; its label is the version.",
+	"active":                       "1 if this server serves; 0 while it opens its data, or stands by.",
+	"uptime_seconds":               "Since the server began to serve.",
+	"clients":                      "Connections now.",
+	"clients_left_total":           "Connections that have ended.",
+	"clients_refused_total":        "Connections that were refused, for there were -max-clients already.",
+	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
+	"refused_requests_total":       "Lines that were answered with an error.",
+	"replies_dropped_total":        "Replies that clients lost because they did not read.",
+	"queued_bytes":                 "Replies that wait to be read by all clients.",
+	"queued_limit_bytes":           "How much they may be (-max-queues); 0: no limit.",
+	"writes_refused_total":         "Writes that were refused, for the disk or the memory is full.",
+	"keys":                         "Keys in the store.",
+	"values":                       "Values in the store.",
+	"data_bytes":                   "Keys and values together.",
+	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
+	"memory_limit_bytes":           "What the process may take (-max-memory); 0: no limit.",
+	"process_bytes":                "What the process takes from the system.",
+	"takeovers_total":              "How often somebody has taken the data over from a server that had died.",
 	"compactions_total":            "How often the log was compacted, since the start.",
 	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
 	"log_lines_lost_total":         "Lines of log that could not be written.",
@@ -1065,8 +1062,7 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 			io.WriteString(w, "ok\n")
 		}
 	})
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter,
-		_ *http.Request) {
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n")
 	})
 	profiles := http.NewServeMux()

@@ -1,10 +1,7 @@
 package kvstore
 
 import (
-	"context"
 	"errors"
-	"fmt"
-	"log/slog"
 	"time"
 )
 
@@ -157,54 +154,4 @@ func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {
 	}
 	f.kind = frameEnd
 	return flush()
-}
-
-// progress tells the log, and who looks at status, how far a long load has come. It ends
-// the load when ctx is done.
-type progress struct {
-	ctx            context.Context
-	log            *slog.Logger
-	status         *Status
-	start, told    time.Time
-	total, bytes   int64
-	records, files int
-}
-
-// newProgress prepares to tell of the load of l.
-func newProgress(ctx context.Context, log *slog.Logger, status *Status, dir Directory,
-	l layout) *progress {
-	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
-	count := func(name string) {
-		if f, size, err := dir.Open(name); err == nil { // who reads it will complain
-			p.total += size
-			p.files++
-			f.Close()
-		}
-	}
-	if l.snapshot > 0 {
-		count(logName(kindSnapshot, l.snapshot))
-	}
-	for _, number := range l.segments {
-		count(logName(kindSegment, number))
-	}
-	return p
-}
-
-// step takes note of a frame that was loaded.
-func (p *progress) step(f frame) error {
-	p.records += int(f.count)
-	p.bytes += f.padded()
-	if now := time.Now(); now.Sub(p.told) >= progressTime {
-		p.told = now
-		percent := 100 * p.bytes / max(p.total, 1)
-		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", percent)
-		p.status.set(fmt.Sprintf("loading %d %%", percent))
-	}
-	return p.ctx.Err()
-}
-
-func (p *progress) end(m *Memory) {
-	keys, values, _ := m.Size()
-	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files,
-		"bytes", p.total, "took", time.Since(p.start).Round(time.Millisecond))
 }

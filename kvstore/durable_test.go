@@ -1490,8 +1490,7 @@ func TestRefusals(t *testing.T) {
 		"snapshot cut":       {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
 		"snapshot with more": {change(snapshot,
 			func(b []byte) []byte {
-				return append(b,
-					b[headerSize:]...)
+				return append(b, b[headerSize:]...)
 			}), snapshot + " is damaged"},
 		"snapshot missing": {without(snapshot), "seg-1.log is damaged: the file is missing"},
 		"segment missing":  {without(first), first + " is damaged: the file is missing"},
@@ -1507,14 +1506,12 @@ func TestRefusals(t *testing.T) {
 		}), ErrNewer.Error()},
 		"older STORE": {change(storeName,
 			func([]byte) []byte {
-				return []byte("kvserver store, version 1, id " +
-					"00112233445566778899aabbccddeeff\n")
+				return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n")
 			}), ErrOlder.Error()},
 		"older segment": {change(last, older), ErrOlder.Error()},
 		"STORE of no version": {change(storeName,
 			func(b []byte) []byte {
-				return bytes.Replace(b, []byte("version 2"),
-					[]byte("version 3"), 1)
+				return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1)
 			}), "STORE is damaged: not as it was written"},
 		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data),
 			"STORE is damaged: it is another store's"},
@@ -2250,8 +2247,7 @@ func TestWrongPaths(t *testing.T) {
 	} {
 		for what, f := range map[string]func() error{
 			"Open": func() error {
-				_, err := Open(context.Background(), where,
-					Options{})
+				_, err := Open(context.Background(), where, Options{})
 				return err
 			},
 			"Check":  func() error { _, err := Check(where); return err },

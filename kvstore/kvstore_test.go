@@ -207,8 +207,7 @@ func TestMemoryClones(t *testing.T) {
 		{"Update of the first", func(m *Memory) { m.Update(key, other, value) }},
 		{"Update of a later one", func(m *Memory) {
 			m.Update(key, value, other)
-			m.Update(key,
-				other, value)
+			m.Update(key, other, value)
 		}},
 		{"Update without old", func(m *Memory) { m.Update(key, "none", other) }},
 		{"Set", func(m *Memory) { m.Set(key, other) }},
@@ -483,8 +482,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 func TestNothingIsBorrowed(t *testing.T) {
 	for name, store := range map[string]KVStore{"Memory": NewMemory(),
 		"Durable": func() KVStore {
-			d, _ := OpenIn(t.Context(), disktest.New(),
-				Options{})
+			d, _ := OpenIn(t.Context(), disktest.New(), Options{})
 			return d
 		}()} {
 		want := model{}

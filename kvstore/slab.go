@@ -56,25 +56,25 @@ func (v *view) entry(slot uint64) entry {
 }
 
 // parts returns an entry's key, and what follows it.
-func (r entry) parts() (key, rest []byte) {
-	n, i := uint64(r[0]), 1
+func (e entry) parts() (key, rest []byte) {
+	n, i := uint64(e[0]), 1
 	if n >= 0x80 {
-		n, i = binary.Uvarint(r)
+		n, i = binary.Uvarint(e)
 	}
 	end := i + int(n)
-	return r[i:end], r[end:]
+	return e[i:end], e[end:]
 }
 
-func (r entry) key() []byte {
-	key, _ := r.parts()
+func (e entry) key() []byte {
+	key, _ := e.parts()
 	return key
 }
 
-func (r entry) hasKey(key string) bool { return string(r.key()) == key }
+func (e entry) hasKey(key string) bool { return string(e.key()) == key }
 
 // number is the number of the entry's long list, 0 if it has a short one.
-func (r entry) number() int {
-	_, rest := r.parts()
+func (e entry) number() int {
+	_, rest := e.parts()
 	if rest[0] != 0 {
 		return 0
 	}
@@ -83,8 +83,8 @@ func (r entry) number() int {
 }
 
 // values appends the values of a short list to dst. They share the entry's memory.
-func (r entry) values(dst []string) []string {
-	_, rest := r.parts()
+func (e entry) values(dst []string) []string {
+	_, rest := e.parts()
 	if rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(dst, viewOf(rest[2:2+rest[1]]))
 	}
@@ -104,8 +104,8 @@ func (r entry) values(dst []string) []string {
 }
 
 // size is how many bytes the entry takes.
-func (r entry) size() int {
-	_, rest := r.parts()
+func (e entry) size() int {
+	_, rest := e.parts()
 	n, i := max(1, int(rest[0])), 1
 	sum := 0
 	for range n {
@@ -116,7 +116,7 @@ func (r entry) size() int {
 	if rest[0] == 0 {
 		sum = 0
 	}
-	return len(r) - len(rest) + i + sum
+	return len(e) - len(rest) + i + sum
 }
 
 // viewOf is string(b) without a copy. What it needs holds for all bytes in slabs: nobody
