@@ -1215,12 +1215,15 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 				p.tellSlow(true)
 			}
 			if most := p.server.writeTimeout; most > 0 && stalled >= most {
-				return n, fmt.Errorf("it took nothing for %v", most)
+				return n, fmt.Errorf("%w for %v (-write-timeout)", errTookNothing, most)
 			}
 		}
 		p.setDeadline(now, tick)
 	}
 }
+
+// errTookNothing ends a client that has taken no byte for -write-timeout.
+var errTookNothing = errors.New("it took nothing")
 
 // tellSlow tells the outbox whether the connection takes nothing.
 func (p *pacedConn) tellSlow(slow bool) {

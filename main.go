@@ -210,6 +210,9 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		}
 	}
 	c.addr = strings.Join(addrs, ",")
+	if c.http == c.addr && !strings.HasSuffix(c.addr, ":0") {
+		return c, problem{"-addr and -http are both " + c.addr, "Give each a port of its own."}
+	}
 	return c, nil
 }
 
@@ -447,6 +450,13 @@ func flagProblem(options []option, err error) error {
 func (c *config) checkRequests() error {
 	for _, request := range c.requests {
 		switch {
+		case !c.client && oneSlip(request, "check"), !c.client && oneSlip(request, "repair"),
+			!c.client && oneSlip(request, "backup"):
+			return problem{fmt.Sprintf("unexpected argument %q", request),
+				"Did you mean kvserver check, repair or backup ? " + seeHelp}
+		case !c.client && (request == "help" || request == "version"):
+			return problem{fmt.Sprintf("unexpected argument %q", request),
+				"Did you mean kvserver -" + request + " ?"}
 		case !c.client && slices.Contains([]string{"check", "repair", "backup"}, request):
 			return problem{request + " goes first, and takes no flags",
 				"Give the directory behind it, as in kvserver " + request + " data."}
@@ -454,6 +464,9 @@ func (c *config) checkRequests() error {
 			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags",
 				request),
 				"To send a request: kvserver -c " + request + "   " + seeHelp}
+		case trimCR(request) == "":
+			return problem{fmt.Sprintf("%q is no request", request),
+				"Give one, as in kvserver -c Get:fruit, or none to send what comes on standard input."}
 		case strings.HasPrefix(request, "-"):
 			return problem{fmt.Sprintf("%q is no request", request),
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
@@ -986,7 +999,11 @@ func storeProblem(c config, err error) error {
 	dir := c.data
 	var damage *kvstore.DamageError
 	todo := "Mend the cause, then start again: everything that was answered is on disk."
-	if c.fsync != "always" {
+	switch c.fsync {
+	case "always":
+	case "": // a command, which has answered nothing
+		todo = "Mend the cause, then try again."
+	default:
 		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."
 	}
@@ -1019,6 +1036,8 @@ func storeProblem(c config, err error) error {
 		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
 	case errors.Is(err, kvstore.ErrLocked):
 		todo = "Nothing was changed. Stop that process first, or give another directory."
+	case errors.Is(err, kvstore.ErrNothingRead):
+		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
 	case errors.Is(err, kvstore.ErrNewer):
 		todo = "Nothing was changed. Start the newer kvserver."
 	case errors.Is(err, fs.ErrPermission):
@@ -1070,7 +1089,7 @@ func runCommand(command string, args []string) int {
 		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
-		printError(os.Stderr, storeProblem(config{data: dir, fsync: "always"}, err))
+		printError(os.Stderr, storeProblem(config{data: dir}, err))
 	case report.Damaged && command == "check":
 		printError(os.Stderr, problem{dir + " is damaged",
 			"Restore a backup, or save what can be saved: kvserver repair " + dir})
@@ -1133,7 +1152,7 @@ func listenProblem(name, addr string, err error) error {
 	switch {
 	case isInUse(err):
 		who = userOf(port)
-		todo = fmt.Sprint("Stop it, or choose another port: kvserver -", name, " ",
+		todo = fmt.Sprint("Stop it, or choose another port: -", name, " ",
 			strings.TrimPrefix(freeAddr(host, port), "localhost:"))
 	case errors.Is(err, syscall.EACCES):
 		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name +
@@ -1238,6 +1257,10 @@ func (t *talker) problem(c config, err error) error {
 	through := t.through()
 	upTo := fmt.Sprintf("; answered through line %d of the input", through)
 	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
+	if through == 0 {
+		upTo = "; nothing of the input was answered"
+		how = "kvserver " + strings.Join(t.flags, " ") + " < FILE"
+	}
 	switch {
 	case errors.Is(err, errOutput):
 		return problem{what, "Make room where the answers go, and look what was done."}
@@ -1253,6 +1276,8 @@ func (t *talker) problem(c config, err error) error {
 			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
 	case errors.Is(err, errStranger):
 		return problem{what, "Nothing was done. Look at -addr, or try again later."}
+	case len(t.requests) > 0 && errors.Is(err, errStopped):
+		return problem{what, "Nothing behind the request with the error was sent. Mend it first."}
 	case len(t.requests) > 0 && t.onlyReads():
 		return problem{what, "Nothing was to be changed: try again."}
 	case len(t.requests) > 0:

@@ -237,6 +237,7 @@ var dialects = map[string]queryType{
 // have been meant to be. It looks at no more of a line than a hint can show.
 func didYouMean(line string) string {
 	const gap = ": \t"
+	line = strings.TrimPrefix(line, "\ufeff") // with which files of Windows may begin
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)

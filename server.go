@@ -782,6 +782,9 @@ func (s *keyValueServer) leave(c *Client) {
 		level, reason = slog.LevelWarn, c.cut
 	case c.broken != nil:
 		reason = c.broken.Error()
+		if errors.Is(c.broken, errTookNothing) {
+			level = slog.LevelWarn
+		}
 	}
 	if c.droppedTotal > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s",
@@ -833,7 +836,7 @@ func (s *keyValueServer) stats() []string {
 			fmt.Sprint("values ", values),
 			fmt.Sprint("data_bytes ", bytes),
 			fmt.Sprint("memory_bytes ", s.memoryUsed()),
-			fmt.Sprint("memory_limit_bytes ", s.maxMemory),
+			fmt.Sprint("memory_limit_bytes ", s.maxMemory-s.reserve),
 			fmt.Sprint("process_bytes ", processBytes()))
 	}
 	return lines
@@ -1010,7 +1013,7 @@ var metricHelp = map[string]string{
 	"values":                       "Values in the store.",
 	"data_bytes":                   "Keys and values together.",
 	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
-	"memory_limit_bytes":           "What the process may take (-max-memory); 0: no limit.",
+	"memory_limit_bytes":           "How much that may be: from there on writes are refused; 0: no limit.",
 	"process_bytes":                "What the process takes from the system.",
 	"takeovers_total":              "How often somebody has taken the data over from a server that had died.",
 	"compactions_total":            "How often the log was compacted, since the start.",

@@ -191,6 +191,8 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
 			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
 			""}, "\n")},
+	{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
+		":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
 		":ERROR line 1: unknown request \"" + strings.Repeat("x",
 			40) + "\"...; Help lists the requests\n"},
@@ -1734,6 +1736,9 @@ func TestClientCommandResumes(t *testing.T) {
 					}
 					io.WriteString(theirs, line)
 				}
+				if c.answers >= 0 {
+					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+				}
 				theirs.Close()
 				a.conn.Close()
 			}()
@@ -1862,6 +1867,11 @@ func TestClientCommandIsInterrupted(t *testing.T) {
 // Ensure that what -c says to do next is what is to be done: with the flags that it was given,
 // and only where something may have been changed.
 func TestClientCommandSaysWhatToDo(t *testing.T) {
+	answered := func(n int) chan ledger {
+		sent := make(chan ledger, 1)
+		sent <- ledger{answered: n}
+		return sent
+	}
 	for _, c := range []struct {
 		talker *talker
 		cert   string
@@ -1869,10 +1879,13 @@ func TestClientCommandSaysWhatToDo(t *testing.T) {
 		want   string
 	}{
 		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
-			"go on: tail -n +1 FILE | kvserver -addr 7000 -c -stop"},
-		{&talker{flags: []string{"-c"}}, "", errUnanswered,
-			"look, then go on: tail -n +1 FILE | kvserver -c"},
-		{&talker{flags: []string{"-c"}}, "", errGone, "go on: tail -n +1 FILE | kvserver -c"},
+			"go on: kvserver -addr 7000 -c -stop < FILE"},
+		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}, sent: answered(3)}, "",
+			errStopped, "go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
+		{&talker{flags: []string{"-c"}, sent: answered(3)}, "", errUnanswered,
+			"look, then go on: tail -n +3 FILE | kvserver -c"},
+		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
+		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it first."},
 		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
 		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
 			"Nothing was to be changed: try again."},
@@ -2166,7 +2179,7 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.maxMemory) || a.stat("process_bytes") == 0 {
+		if a.stat("memory_limit_bytes") != int(n.server.maxMemory-n.server.reserve) || a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.hangUp()
@@ -2304,6 +2317,8 @@ func TestWriteTimeout(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("big", strings.Repeat("v", 1200), 1000)
 		n.server.writeTimeout = time.Minute
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		a, b := n.dial(t), n.dial(t)
 		b.ask("Ack", ":OK 0")
 		a.send("Get:big\n")
@@ -2318,6 +2333,9 @@ func TestWriteTimeout(t *testing.T) {
 		pass(time.Minute) // a may have accepted a part of the Write that did not end
 		if got := n.server.CountActive(); got != 1 {
 			t.Errorf("%d clients after the timeout, want 1", got)
+		}
+		if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q:\n%s", want, &log)
 		}
 		for range 10 { // less than one Write in a minute
 			io.CopyN(io.Discard, b.r, 40_000)
@@ -2467,7 +2485,7 @@ func TestLocalhostIsBoth(t *testing.T) {
 	}
 	out, err := binary("-addr", port).CombinedOutput()
 	text := string(out)
-	free := regexp.MustCompile("or choose another port: kvserver -addr ([0-9]+)\n").FindStringSubmatch(text)
+	free := regexp.MustCompile("or choose another port: -addr ([0-9]+)\n").FindStringSubmatch(text)
 	if err == nil || free == nil || !strings.Contains(text,
 		"cannot listen on localhost:"+port+": ") {
 		t.Fatalf("a port in use: %v\n%s", err, text)
@@ -3341,13 +3359,20 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-http", "x"}, exitMisuse, `kvserver: -http "x" is no address`, "Give a port,"},
 		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure,
 			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
-			"Stop it, or choose another port: kvserver -http "},
+			"Stop it, or choose another port: -http "},
+		{[]string{"-addr", "9998", "-http", "9998"}, exitMisuse,
+			"kvserver: -addr and -http are both localhost:9998", "Give each a port of its own."},
 		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ",
 			"Start a server: kvserver -addr localhost:1"},
 		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure,
 			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: " +
 			"kvserver -c foo"},
+		{[]string{"chekc", "data"}, exitMisuse, `kvserver: unexpected argument "chekc"`,
+			"Did you mean kvserver check, repair or backup ? kvserver -h"},
+		{[]string{"version"}, exitMisuse, `kvserver: unexpected argument "version"`,
+			"Did you mean kvserver -version ?"},
+		{[]string{"-c", ""}, exitMisuse, `kvserver: "" is no request`, "Give one, as in"},
 		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1MiB. kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range",
 			"Give 64 bytes to 1GiB"},
@@ -3413,7 +3438,7 @@ func TestMistakes(t *testing.T) {
 			"Give a port,"},
 		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
 			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
-			"Stop it, or choose another port: kvserver -addr "},
+			"Stop it, or choose another port: -addr "},
 		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure,
 			"kvserver: cannot listen on 192.0.2.1:9999: ",
 			"This machine does not have that address."},

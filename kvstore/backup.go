@@ -23,50 +23,55 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 		return Report{}, err
 	}
 	defer dir.Close()
-	if err := makeDirectory(path, to); err != nil {
+	made, err := makeDirectory(path, to)
+	if err != nil {
 		return Report{}, err
 	}
 	out, err := openAny(ctx, to, Options{})
 	if err != nil {
 		return Report{}, err
 	}
-	defer out.Close()
-	return BackupIn(dir, out, step)
+	r, err := BackupIn(dir, out, step)
+	if out.Close(); err != nil && made {
+		os.Remove(filepath.Join(to, lockName))
+		os.Remove(to)
+	}
+	return r, err
 }
 
 // makeDirectory makes the directory for a copy of that at path, for the same owner if that
 // is one, unless it is there, or is in etcd, where there is none to be made.
-func makeDirectory(path, to string) error {
+func makeDirectory(path, to string) (made bool, err error) {
 	if IsEtcd(to) {
 		if a, b := strings.TrimRight(path, "/")+"/", strings.TrimRight(to,
 			"/")+"/"; strings.HasPrefix(a, b) || strings.HasPrefix(b, a) {
-			return fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
-				ErrNotOurs, to)
+			return false, fmt.Errorf(
+				"%w: %s is inside the store that is to be copied, or around it", ErrNotOurs, to)
 		}
-		return nil
+		return false, nil
 	}
 	source, err := os.Stat(path)
 	if IsEtcd(path) {
 		source, err = os.Stat(filepath.Dir(filepath.Clean(to)))
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if around, err := os.Stat(filepath.Dir(filepath.Clean(to))); err == nil &&
 		os.SameFile(source, around) && !IsEtcd(path) {
-		return fmt.Errorf("%w: %s is inside the store that is to be copied", ErrNotOurs, to)
+		return false, fmt.Errorf("%w: %s is inside the store that is to be copied", ErrNotOurs, to)
 	}
 	switch err := os.Mkdir(to, 0o700); {
 	case errors.Is(err, fs.ErrExist):
-		return nil
+		return false, nil
 	case err != nil:
-		return err
+		return false, err
 	}
 	root, err := os.OpenRoot(to)
 	if err != nil {
-		return err
+		return true, err
 	}
-	return errors.Join(keepOwner(root, ".", source), root.Close())
+	return true, errors.Join(keepOwner(root, ".", source), root.Close())
 }
 
 // BackupIn is Backup from one directory to another.

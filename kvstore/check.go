@@ -181,7 +181,7 @@ func RepairIn(dir Directory, now time.Time) (r Report, err error) {
 		return r, err
 	}
 	if s.frames == 0 {
-		return r, errors.New("not one frame can be read, so nothing was changed")
+		return r, ErrNothingRead
 	}
 	kept, err := keepAll(dir, names, now)
 	if err != nil {
@@ -289,7 +289,10 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 		}
 		highest = number
 	}
-	if s.goesOn || len(segments) == 0 {
+	switch {
+	case highest == 0:
+		s.lose("everything: no log file is there")
+	case s.goesOn || len(segments) == 0:
 		s.lose("what came after %s: files are missing", s.dir.Path(logName(kindSegment, highest)))
 	}
 	for _, number := range snapshots { // a damaged one that was not the best

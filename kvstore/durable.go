@@ -27,6 +27,8 @@ var (
 	// ErrOlder is returned when an older program wrote the store, in a format that
 	// this one does not read.
 	ErrOlder = errors.New("written by an older kvserver")
+	// ErrNothingRead is returned by Repair when there is nothing to make a store of.
+	ErrNothingRead = errors.New("not one frame can be read, so nothing was changed")
 	// ErrMoved is returned by Commit when the directory was moved, removed or
 	// replaced while the store was open.
 	ErrMoved = errors.New("the data directory is not where it was")

@@ -1629,6 +1629,21 @@ func TestRepair(t *testing.T) {
 	}
 }
 
+// Ensure that Repair of a store of which every log file is gone says so, and changes nothing.
+func TestRepairOfNothing(t *testing.T) {
+	dir, name, _ := segment(t, 1)
+	delete(dir.Names, name)
+	found := slices.Sorted(maps.Keys(dir.Names))
+	report, err := RepairIn(dir, time.Time{})
+	text := strings.Join(report.Lines, "\n")
+	if !errors.Is(err, ErrNothingRead) || !strings.Contains(text, "LOST    everything") {
+		t.Errorf("%v, and it says\n%s", err, text)
+	}
+	if now := slices.Sorted(maps.Keys(dir.Names)); !slices.Equal(now, found) {
+		t.Errorf("of %q it makes %q", found, now)
+	}
+}
+
 // Ensure that a store in a log is like one in memory, through any number of
 // restarts, and that its files stay within bounds.
 func TestDurableIsLikeTheModel(t *testing.T) {
@@ -2233,6 +2248,25 @@ func mustDirectory(t *testing.T, path string) Directory {
 	}
 	t.Cleanup(func() { d.Close() })
 	return d
+}
+
+// Ensure that a copy that fails leaves nothing behind: not the directory that was made for it.
+func TestFailedBackupLeavesNothing(t *testing.T) {
+	path := t.TempDir()
+	store, to, there := filepath.Join(path, "store"), filepath.Join(path, "copy"), t.TempDir()
+	os.Mkdir(store, 0o700)
+	os.WriteFile(filepath.Join(store, storeName), []byte("what is this"), 0o600)
+	for _, to := range []string{to, there} {
+		if _, err := Backup(store, to, nil); !errors.As(err, new(*DamageError)) {
+			t.Errorf("a copy of a damaged store: %v", err)
+		}
+	}
+	if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the directory that was made is there: %v", err)
+	}
+	if _, err := os.Stat(there); err != nil {
+		t.Errorf("the directory that was there is not: %v", err)
+	}
 }
 
 // Ensure that a directory that cannot be a store is refused by name.

@@ -912,11 +912,11 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 	dir := t.TempDir()
 	for _, to := range []string{"etcd://h:1/kv/copy", "etcd://h:1/kv", "etcd://h:1/k"} {
 		isInside := to != "etcd://h:1/k"
-		if err := makeDirectory("etcd://h:1/kv", to); errors.Is(err, ErrNotOurs) != isInside {
+		if _, err := makeDirectory("etcd://h:1/kv", to); errors.Is(err, ErrNotOurs) != isInside {
 			t.Errorf("a copy of kv in %s: %v", to, err)
 		}
 	}
-	if err := makeDirectory("etcd://h:1/kv", filepath.Join(dir, "copy")); err != nil {
+	if _, err := makeDirectory("etcd://h:1/kv", filepath.Join(dir, "copy")); err != nil {
 		t.Errorf("a copy on a disk: %v", err)
 	}
 }
