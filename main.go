@@ -260,10 +260,10 @@ func (c *config) serverOptions() []option {
 			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
 		{name: "http", value: &c.http, unit: "ADDR",
 			help: "serve /metrics, /healthz and /debug/pprof/ there",
-			more: "Requests may name an address, localhost or the host given here"},
+			more: "It answers requests for an IP address, localhost or the host given here"},
 		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
-			more: "One more is told so. Lowered to what `ulimit -n` allows, with 32 spare, 16 " +
-				"for `-http`, and a quarter, at most 1000, for TLS handshakes",
+			more: "One more is told so. Lowered where `ulimit -n` is too small; the log says to " +
+				"what",
 			fits: func() bool { return c.maxClients >= 1 },
 			give: "at least 1, as in -max-clients 10000", example: "10000"},
 		{name: "max-line", value: &c.maxLine, unit: "SIZE",
@@ -273,15 +273,15 @@ func (c *config) serverOptions() []option {
 			example: "1MiB"},
 		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
 			help: "what the process may take; 0: no limit",
-			more: "At least 64MB. Writes that need more are refused, Delete and Remove never, a " +
-				"Set or Update that makes less only where a Dump has used up what is kept for " +
-				"it. Give a container a quarter more",
+			more: "At least 64MB, half of which is for data; of 1GB it is three quarters. Writes " +
+				"that need more are refused; Delete and Remove never are. Give a container a " +
+				"quarter more",
 			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
 			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
 				minMaxMemory),
 			example: "500MB"},
 		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
-			help: "what all replies may take that wait; 0: no limit",
+			help: "memory of all replies that wait; 0: no limit",
 			more: "Over it clients that take nothing lose replies, or after Ack their connection"},
 		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
 			help: "cut who takes no byte for so long; 0: never",
@@ -308,8 +308,8 @@ func (c *config) clientOptions() []option {
 		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
 			more: "Each request is sent when the one before is answered"},
 		{name: "timeout", value: &c.timeout, unit: "TIME",
-			help: "with -c and -ping: for each silence; 0: any",
-			more: "Also to connect; 0 is 5s to connect and for the first answer, and no limit then",
+			help: "with -c, -ping: give up after so long without an answer",
+			more: "0: after 5s for connecting and for the first answer, and never after that",
 			fits: func() bool { return c.timeout >= 0 },
 			give: "a time such as 5s; 0 is 5s for the first answer, and no limit then", example: "5s"},
 		{name: "ping", value: &c.ping, now: true, help: "be a health check"},

@@ -17,6 +17,51 @@
 //	speed, fuzzing, helpers       benchmarks; what is read from strangers; the fake network
 //
 // The store has its own tests in kvstore/.
+//
+// What the README promises, and more, with the tests that show it:
+//
+//	Any bytes get exactly the replies of the protocol, wherever the network cuts them
+//		FuzzConversation, TestEverySplitPoint
+//	There is one order of all operations, and it agrees with everybody's clock
+//		TestLinearizable
+//	Nothing a client was told is lost
+//		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
+//		TestKilledServerKeepsWhatItAnswered
+//	A start copies nothing, and a full disk stops neither it nor reading
+//		TestStartCopiesNothing, TestFullDisk, TestFullDiskRefusesWrites
+//	A missing descriptor or a full disk does not end the store where a new file is due
+//		TestMissingDescriptors, TestRotationIsTriedAgain
+//	A Dump is one exact moment, and a compaction writes one
+//		TestDumpIsOneMoment, TestMemoryInside, TestSnapshotBesideChanges
+//	All of it together, whatever the network, the disk and the process do
+//		TestSimulation, make simulate
+//	A backup beside a running server holds what was answered before it
+//		TestBackup, TestBackupBesideARealStore
+//	No reply leaves before its Commit
+//		TestNoReplyWithoutCommit
+//	Damage is refused by name, never guessed at, never overwritten
+//		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
+//		TestMovedRealDirectory, FuzzRecovery
+//	A slow reader is kept 500 replies, not many more, is told what it lost, and delays nobody
+//		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
+//		TestProject0SlowReaders, TestLossIsToldAtTheEnd
+//	A steady reader loses nothing, and after Ack nobody does
+//		TestSteadyReaderOnRealSocket, TestPausedServerDropsNothing,
+//		TestAckedSlowReaderLosesNothing
+//	Nobody waits for what another asks
+//		TestLongRequestsTakeTurns, TestSortTakesTurns, TestHintsForLongLinesAreCheap,
+//		TestLongRepliesAreNotMeasured
+//	The log can neither stop nor kill the server
+//		TestLogNeverBlocks, TestServerOutlivesItsLog, TestFailingDiskIsLogged
+//	Stopping is bounded, and answers what was read
+//		TestCloseInEveryState, TestCloseAnswersWhatWasRead, TestCloseWithTLS
+//	An fsync counts for what it covered, and no file is trusted whose fsync failed
+//		TestFsyncDuringWrite, TestEveryCallFails
+//	Every limit holds at its edge
+//		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
+//		TestLimitAndSplitPoint, TestWatchIsLimited
+//	Only who has a certificate of the CA gets in
+//		TestTLS, TestHandshakesHoldNoPlace
 package main
 
 import (
@@ -3160,6 +3205,30 @@ func TestGetWaitsForCommit(t *testing.T) {
 }
 
 // ---- the binary
+
+// Ensure that the tests which the first page names are there.
+func TestPromisesHaveTests(t *testing.T) {
+	var code []byte
+	files, _ := filepath.Glob("*_test.go")
+	inStore, _ := filepath.Glob("kvstore/*_test.go")
+	for _, file := range append(files, inStore...) {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		code = append(code, b...)
+	}
+	page, _, _ := strings.Cut(string(code), "\npackage main")
+	names := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(page, -1)
+	if len(names) < 40 {
+		t.Errorf("the first page names %d tests", len(names))
+	}
+	for _, name := range names {
+		if !bytes.Contains(code, []byte("\nfunc "+name+"(")) {
+			t.Errorf("the first page names %s, which is not there", name)
+		}
+	}
+}
 
 // Ensure that the session in the README is what happens.
 func TestReadmeSession(t *testing.T) {
