@@ -85,7 +85,8 @@ const (
 	progressTime = time.Second // between two lines about a long load
 	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
-	compactTime  = time.Minute // until a compaction that failed is
+	compactTime  = time.Minute // until a compaction that failed is, or a heal
+	lookTime     = time.Second // between two looks whether the files are there
 
 	// Bytes of a frame beside its records, and of one that the timer may write before it.
 	frameMost = 2*frameSize + 64
@@ -117,6 +118,8 @@ type Durable struct {
 	rotateAfter time.Time // no new file is tried before
 
 	compactAfter time.Time // nor is a compaction
+	looked       time.Time // when the files were last looked for
+	healAfter    time.Time // they are not written anew before
 
 	segmentSize, minCompact int64         // the directory's Sizes
 	reserve, spare          int           // the same, and what of it only a Delete may use
@@ -162,7 +165,8 @@ func Open(ctx context.Context, path string, opts Options) (*Durable, error) {
 func OpenIn(ctx context.Context, dir Directory, opts Options) (*Durable, error) {
 	d := &Durable{
 		Memory: NewMemory(), dir: dir, opts: opts, log: opts.Log,
-		stop: make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
+		looked: time.Now(),
+		stop:   make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
 	}
 	d.segmentSize, d.minCompact, d.reserve = dir.Sizes()
 	d.spare = min(spareSize, d.reserve/4)
@@ -435,6 +439,10 @@ func (d *Durable) Commit() error {
 		if err = d.lock.Held(); err != nil {
 			return d.fail(err)
 		}
+		if now := time.Now(); now.Sub(d.looked) >= lookTime {
+			d.looked = now
+			err = d.lookForFiles(now)
+		}
 	}
 	return err
 }
@@ -597,6 +605,8 @@ func (d *Durable) vouch() {
 // writes nothing.
 func (d *Durable) Close() error {
 	close(d.stop)
+	d.endCompaction()
+	d.looked = time.Time{} // this is the last look whether all files are there
 	err := d.Commit()
 	if err == nil {
 		err = d.syncRest()
@@ -613,11 +623,7 @@ func (d *Durable) Close() error {
 			err = nil // all is on disk; the next start is as after a crash
 		}
 	}
-	if d.compacted != nil {
-		snapshot := d.dir.Path("the snapshot of a compaction")
-		d.syncing.Store(&snapshot)
-		d.noteCompaction(<-d.compacted)
-	}
+	d.endCompaction()
 	d.syncing.Store(&d.current.path)
 	if err == nil {
 		err = d.current.trim(int64(d.spare))
@@ -626,6 +632,16 @@ func (d *Durable) Close() error {
 		err = d.removeTorn()
 	}
 	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
+}
+
+// endCompaction waits for the compaction that runs.
+func (d *Durable) endCompaction() {
+	if d.compacted != nil {
+		snapshot := d.dir.Path("the snapshot of a compaction")
+		d.syncing.Store(&snapshot)
+		d.noteCompaction(<-d.compacted)
+		d.syncing.Store(nil)
+	}
 }
 
 // stopTimer stops the timer, and waits for its fsync if that runs.

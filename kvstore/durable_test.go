@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -531,6 +532,7 @@ func TestMovedDirectory(t *testing.T) {
 // Ensure that a real directory that is moved, replaced or removed is noticed, and
 // that nothing is written to the one in its place.
 func TestMovedRealDirectory(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS == "windows" {
 		return // the system lets nobody move a directory that is in use
 	}
@@ -555,7 +557,7 @@ func TestMovedRealDirectory(t *testing.T) {
 			defer other.Close()
 		}
 		d.segmentSize = 1
-		d.lock.(*osLock).looked = time.Now().Add(-heldTime)
+		<-d.Lost() // though nothing was asked
 		d.Put("k", "w")
 		if err := d.Commit(); !errors.Is(err, ErrMoved) {
 			t.Errorf("replaced: %v: %v, want %v", replace, err, ErrMoved)
@@ -565,6 +567,203 @@ func TestMovedRealDirectory(t *testing.T) {
 			t.Errorf("the directory in its place has %q", names)
 		}
 	}
+}
+
+// holes are the ways to remove files from a store with a snapshot and two segments.
+var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
+	"the file that is written": func(_ string, kind uint32, number, last uint64) bool {
+		return kind == kindSegment && number == last
+	},
+	"a full file": func(_ string, kind uint32, number, last uint64) bool {
+		return kind == kindSegment && number == last-1
+	},
+	"the snapshot": func(_ string, kind uint32, _, _ uint64) bool { return kind == kindSnapshot },
+	"STORE":        func(name string, _ uint32, _, _ uint64) bool { return name == storeName },
+	"all logs":     func(_ string, kind uint32, _, _ uint64) bool { return kind != 0 },
+	"everything":   func(string, uint32, uint64, uint64) bool { return true },
+}
+
+// withHole returns a store from which somebody has removed files while it is open.
+func withHole(t *testing.T, log io.Writer,
+	isGone func(string, uint32, uint64, uint64) bool) (*disktest.Dir, *Durable) {
+	dir := disktest.New()
+	d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script(t, d, &history{model{}, model{}})
+	d.minCompact = 1 << 40
+	for number := d.number + 2; d.number < number; {
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
+		if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
+			dir.Remove(name)
+		}
+	}
+	dir.Sync()
+	return dir, d
+}
+
+// Ensure that files which somebody removes while the store is open are written anew: after a
+// Commit a second later, or at Close, all is there.
+func TestRemovedFilesAreWrittenAnew(t *testing.T) {
+	for what, isGone := range holes {
+		synctest.Test(t, func(t *testing.T) {
+			var log bytes.Buffer
+			dir, d := withHole(t, &log, isGone)
+			<-time.After(lookTime)
+			d.Put("after", "all")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			want := maps.Collect(d.All())
+			opened := func(where string, dir Directory) {
+				again, err := openSmall(dir, Options{})
+				if err != nil {
+					t.Fatalf("%s is removed, %s: %v", what, where, err)
+				}
+				if got := maps.Collect(again.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+					t.Errorf("%s is removed, %s: %d keys, want %d", what, where, len(got), len(want))
+				}
+				again.Close()
+			}
+			opened("after a crash", dir.Crash(rand.New(rand.NewPCG(1, 1))))
+			d.Put("and", "more")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			want = maps.Collect(d.All())
+			opened("after a crash later", dir.Crash(rand.New(rand.NewPCG(2, 1))))
+			if n := strings.Count(log.String(), "level=ERROR"); n != 1 ||
+				!strings.Contains(log.String(), "all data is on disk again") {
+				t.Errorf("%s: the log says\n%s", what, &log)
+			}
+			for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
+				if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
+					dir.Remove(name)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Fatalf("%s: Close: %v", what, err)
+			}
+			opened("just before Close", dir)
+		})
+	}
+}
+
+// Ensure that writing removed files anew may fail, or be cut off, anywhere: what then is
+// there is all, or refused, and a later try succeeds.
+func TestHealMayFail(t *testing.T) {
+	for what, isGone := range holes {
+		for n, failed := 1, true; failed; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := withHole(t, io.Discard, isGone)
+				<-time.After(3 * lookTime) // and the timer has nothing more to do
+				d.Put("after", "all")
+				if d.commit() != nil {
+					t.Fatal("it fails before")
+				}
+				failAt := func(n int) (calls int) {
+					dir.Mu.Lock()
+					defer dir.Mu.Unlock()
+					dir.FailAt = n
+					return dir.Calls
+				}
+				call := failAt(0) + n
+				failAt(call)
+				err := d.Commit()
+				want := maps.Collect(d.All())
+				check := func(when string, dir Directory, mayRefuse bool) {
+					again, err := openSmall(dir, Options{})
+					if mayRefuse && errors.As(err, new(*DamageError)) {
+						return
+					} else if err != nil {
+						t.Fatalf("%s, call %d, %s: %v", what, n, when, err)
+					}
+					got := maps.Collect(again.All())
+					if mayRefuse && what == "everything" && len(got) == 0 {
+						return // the power failed before anything was written
+					}
+					if !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+						t.Errorf("%s, call %d, %s: %d keys, want %d", what, n, when, len(got), len(want))
+					}
+					again.Close()
+				}
+				random := rand.New(rand.NewPCG(uint64(n), 4))
+				check("after a crash", dir.Crash(random), true)
+				failed = failAt(0) >= call
+				if err != nil {
+					d.Close()
+					return
+				}
+				<-time.After(compactTime)
+				d.Put("later", "more")
+				if err := d.Commit(); err != nil {
+					t.Fatalf("%s, call %d, later: %v", what, n, err)
+				}
+				want = maps.Collect(d.All())
+				check("after another try", dir.Crash(random), false)
+				d.Close()
+			})
+		}
+	}
+}
+
+// Ensure that the same holds for a real directory, whose lock goes, too: it is taken again,
+// unless another process has taken it.
+func TestRemovedRealFiles(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a file that is in use
+	}
+	path := t.TempDir()
+	d, err := Open(context.Background(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{lockName, storeName, "seg-1.log"} {
+		if err := os.Remove(filepath.Join(path, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.looked = time.Time{}
+	d.Put("k", "w")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(context.Background(), path, Options{}); !errors.Is(err, ErrLocked) {
+		t.Errorf("a second one opens it: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = Open(context.Background(), path, Options{}); err != nil ||
+		!slices.Equal(d.Get("k"), []string{"v", "w"}) {
+		t.Fatalf("opened again: %v", err)
+	}
+	for _, name := range []string{lockName, storeName} {
+		os.Remove(filepath.Join(path, name))
+	}
+	lock, err := mustDirectory(t, path).Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	d.looked = time.Time{}
+	if err := d.Commit(); !errors.Is(err, ErrMoved) {
+		t.Errorf("another process has the directory: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(path, storeName)); err == nil {
+		t.Error("its directory was written to")
+	}
+	d.Close()
 }
 
 // Ensure that Syncing names a file whenever the store waits for the disk: at a Commit, at a

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -249,30 +250,24 @@ func (d *osDirectory) Close() error {
 // Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
 // moments.
 func (d *osDirectory) Lock(context.Context) (Lock, error) {
-	f, err := d.lockFile()
+	f, err := d.lockFile(0)
 	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
 		time.Sleep(5 * time.Millisecond)
-		f, err = d.lockFile()
+		f, err = d.lockFile(0)
 	}
 	if errors.Is(err, ErrLocked) {
 		return nil, fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
 	} else if err != nil {
 		return nil, err
 	}
-	info, err := f.Stat()
-	if err == nil {
-		err = d.own(lockName)
-	}
-	if err != nil {
+	l := &osLock{dir: d, stop: make(chan struct{}), ended: make(chan struct{}),
+		lost: make(chan struct{})}
+	if err := l.sign(f); err != nil {
 		f.Close()
 		return nil, err
 	}
-	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
-		host, _ := os.Hostname()
-		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
-			time.Now().UTC().Format(time.RFC3339))
-	}
-	return &osLock{File: f, info: info, dir: d}, nil
+	go l.watch()
+	return l, nil
 }
 
 // InUse tells whether a process has the lock.
@@ -302,35 +297,109 @@ func (d *osDirectory) owner() string {
 	return "by " + strings.TrimSpace(string(text[:n]))
 }
 
-// osLock is a locked LOCK file.
+// osLock is a locked LOCK file, at which a goroutine looks now and then.
 type osLock struct {
-	*os.File
-	info os.FileInfo
-	dir  *osDirectory
+	dir *osDirectory
 
-	looked time.Time // when Held last looked
+	mu   sync.Mutex // guards what is below: watch looks, and the store's owner
+	file *os.File
+	info os.FileInfo // of file
+
+	stop, ended chan struct{} // closed by Close, and by watch when it has ended
+	lost        chan struct{} // closed by watch, and after why was set
+	why         error
 }
 
-// heldTime is the time between two looks of Held.
+// heldTime is the time between two looks of watch.
 const heldTime = time.Second
 
-// Lost is nil: nobody looks but Held.
-func (l *osLock) Lost() <-chan struct{} { return nil }
-
-// Held looks, now and then, whether the path still leads to the file that is locked.
-func (l *osLock) Held() error {
-	now := time.Now()
-	if now.Sub(l.looked) < heldTime {
-		return nil
+// sign makes f, which is locked, the lock's file, and writes into it who has it.
+func (l *osLock) sign(f *os.File) (err error) {
+	l.file = f
+	if l.info, err = f.Stat(); err != nil {
+		return err
 	}
-	l.looked = now
+	if err := l.dir.own(lockName); err != nil {
+		return err
+	}
+	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
+		host, _ := os.Hostname()
+		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
+			time.Now().UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// watch looks every heldTime whether the lock is still ours. One goroutine for a lock, until
+// it is closed or lost.
+func (l *osLock) watch() {
+	defer close(l.ended)
+	tick := time.NewTicker(heldTime)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-l.stop:
+			return
+		}
+		if err := l.look(); err != nil {
+			l.why = err
+			close(l.lost)
+			return
+		}
+	}
+}
+
+// look tells whether the path still leads to the directory, and to the file in it that is
+// locked. Where only that file is gone it is made and locked anew: if another process had
+// done so meanwhile, that one's would be there.
+func (l *osLock) look() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	info, err := os.Stat(l.dir.Path(lockName))
 	if err == nil && os.SameFile(info, l.info) {
 		return nil
+	}
+	if errors.Is(err, fs.ErrNotExist) && l.dir.isThere() {
+		var f *os.File
+		if f, err = l.dir.lockFile(os.O_EXCL); err == nil {
+			l.file.Close()
+			if err = l.sign(f); err == nil {
+				return nil
+			}
+		}
 	}
 	what := "another directory is there now"
 	if err != nil {
 		what = err.Error()
 	}
 	return fmt.Errorf("%w: %s: %s", ErrMoved, l.dir.path, what)
+}
+
+// isThere tells whether the path still leads to the directory.
+func (d *osDirectory) isThere() bool {
+	ours, err := d.root.Stat(".")
+	if err != nil {
+		return false
+	}
+	theirs, err := os.Stat(d.path)
+	return err == nil && os.SameFile(ours, theirs)
+}
+
+func (l *osLock) Lost() <-chan struct{} { return l.lost }
+
+// Held returns what watch has found.
+func (l *osLock) Held() error {
+	select {
+	case <-l.lost:
+		return l.why
+	default:
+		return nil
+	}
+}
+
+func (l *osLock) Close() error {
+	close(l.stop)
+	<-l.ended
+	return l.file.Close()
 }

@@ -32,6 +32,11 @@ func readLayout(dir Directory) (l layout, err error) {
 	if err != nil {
 		return l, err
 	}
+	return layoutOf(dir, names)
+}
+
+// layoutOf is readLayout of names that were read.
+func layoutOf(dir Directory, names []string) (l layout, err error) {
 	for _, name := range names {
 		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
 			l.snapshot = max(l.snapshot, number)

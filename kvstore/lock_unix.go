@@ -9,9 +9,9 @@ import (
 )
 
 // lockFile opens LOCK and holds an flock on it, which ends with the process however
-// that ends.
-func (d *osDirectory) lockFile() (*os.File, error) {
-	f, err := d.open(lockName, os.O_RDWR|os.O_CREATE)
+// that ends. With os.O_EXCL it wants to make the file.
+func (d *osDirectory) lockFile(flag int) (*os.File, error) {
+	f, err := d.open(lockName, os.O_RDWR|os.O_CREATE|flag)
 	if err != nil {
 		return nil, err
 	}

@@ -6,8 +6,9 @@ import (
 )
 
 // lockFile opens LOCK for this process alone, which ends with the process however
-// that ends. Others may read who it is.
-func (d *osDirectory) lockFile() (*os.File, error) {
+// that ends. Others may read who it is. (Nobody can remove it meanwhile, so it is never to be
+// made anew.)
+func (d *osDirectory) lockFile(int) (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(lockName))
 	if err != nil {
 		return nil, err
