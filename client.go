@@ -47,8 +47,7 @@ const (
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
 
-	// A client is quiet without a request for so long, and gives its scratch memory
-	// back.
+	// A client is quiet when no byte has come for so long, and gives its scratch memory back.
 	quietAfter = time.Second
 
 	// For a line that was begun to end, counted in ticks of quietAfter, while we read.
@@ -60,10 +59,10 @@ const (
 	busyTime = 20 * time.Millisecond
 )
 
-// Client is one connection and what its two goroutines share. readFromClient
-// takes requests from the connection to workLoop, one chain at a time. workLoop,
-// or deliver, queues their replies in buffer. writeToClient takes them from there
-// to the connection.
+// Client is one connection and what its goroutines share. readFromClient takes requests from
+// the connection to workLoop, one chain at a time. Who holds the chain, workLoop, deliver or
+// readFromClient itself, queues the replies in buffer. writeToClient takes them from there to
+// the connection.
 //
 // Who holds the client's chain holds its outbox too, and the memory of its lines:
 //
@@ -78,7 +77,8 @@ const (
 // for the one that is under way, and closes buffer; writeToClient writes what is queued,
 // closes the connection, and each tells workLoop that it departs. Where the connection does
 // not take what is written, writeToClient closes it first, and gone tells the holder to
-// spare the rest. Where Commit fails, workLoop closes all connections, without a word.
+// spare the replies: what was sent is run nevertheless. Where Commit fails, workLoop closes all
+// connections, without a word.
 type Client struct {
 	// Set before the goroutines start, then left alone.
 	id         int // counted from 1, for the log; 0: turned away
@@ -97,7 +97,8 @@ type Client struct {
 	outbox                    // with buffer and gone
 	snapshot kvstore.Snapshot // for the Keys or Dump that is under way; handed over with the chain
 
-	// Owned by readFromClient, until its departure leaves them to whoever is left.
+	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
+	// its departure leaves them to workLoop.
 	in       input
 	underWay bool   // a chain is, and has not come back
 	reason   string // why the connection ends, for the log; "" while it does not
@@ -172,6 +173,7 @@ func (c *Client) tellLoss() {
 const (
 	itClosed = "it closed"
 	itQuit   = "it quit"
+	weClose  = "the server closes"
 
 	// None of the lines may be run: a web page could have made a browser send them, or
 	// they are pieces of binary data.
@@ -266,7 +268,7 @@ func (c *Client) endInput(err error) {
 		}
 		c.end(itClosed, false)
 	case c.server.isClosing():
-		c.end("the server closes", true)
+		c.end(weClose, true)
 	case err == errSlowLine:
 		if !in.skipping {
 			in.line++
@@ -316,7 +318,7 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which
 // keys and values will be substrings, and the error that ends the input. The string is good
-// until the next read: who holds the chain holds its memory.
+// until the next take: who holds the chain holds its memory.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.grow(c.server.maxLine)
@@ -617,7 +619,7 @@ func (c *Client) takeSnapshotSlot() bool {
 	case c.snapshotSlots <- struct{}{}:
 		return true
 	case <-c.server.closeSignal:
-		c.end("the server closes", false)
+		c.end(weClose, false)
 		return false
 	}
 }
@@ -689,7 +691,7 @@ func (c *Client) stopListing(n int) bool {
 	if n < partKeys || !c.server.isClosing() {
 		return false
 	}
-	c.end("the server closes", false)
+	c.end(weClose, false)
 	return true
 }
 
@@ -697,16 +699,16 @@ func (c *Client) stopListing(n int) bool {
 
 // outboxes is what the outboxes of all clients have in common. They work on many
 // goroutines, and the collector's pacer on another, so what they count together is atomic.
-// Beside such counters, and what a store keeps for its own goroutines, nothing in this program
-// is shared without a channel.
+// Beside such counters, memory that is used again (sync.Pool), the certificates of the moment,
+// and what a store keeps for its own goroutines, nothing here is shared without a channel.
 type outboxes struct {
 	maxMessage int // bytes in a message: the constant, but for tests
 	// bytes that all clients' messages may take (-max-queues); 0: any number
 	limit   int64
 	queued  atomic.Int64 // bytes that they take
 	dropped atomic.Int64 // replies that slow readers lost
-	used    atomic.Int64 // bytes that workLoop knew of at its last Commit (needed)
-	other   atomic.Int64 // bytes that were alive beside these when the collector last looked
+	used    atomic.Int64 // bytes that workLoop knew of at the start, or after its last Commit (needed)
+	other   atomic.Int64 // bytes that were alive beside these after the last collection
 
 	// One slot for each core but one. Who formats or sorts much takes a slot, so the
 	// last core stays free for short requests.
@@ -747,7 +749,7 @@ type outbox struct {
 	slow         bool   // the latest from progress was false
 	hasCore      bool   // it has a slot of cores
 	listing      bool   // a Keys or Dump is being answered
-	left         int    // bytes, at most, that the message in hand and those after it will take
+	left         int    // bytes still to be formatted, at most: newMessage chooses a size by it
 	next         *Query // the first whose reply is not formatted, while there is one
 	reserved     int64  // bytes of the reply in hand that are counted in queued, and not queued yet
 	dropped      int    // replies since the last PONG
@@ -790,9 +792,10 @@ func (o *outbox) replyAll(chain *Query) {
 
 const stringSize = 16 // bytes of a string beside its text
 
-// measure returns how many bytes the replies of chain take, and notes the size of each.
-// lists is what the lists that chain keeps in memory take beside their values: each Get may
-// have another version of one. measure looks at no value.
+// measure returns how many bytes the replies of chain take, and notes the size of each: 0, and
+// nothing, where the connection takes no more. lists is what the lists that chain keeps in
+// memory take beside their values: each Get may have another version of one. measure looks at
+// no value.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.isGone() {
 		return 0, 0
@@ -912,9 +915,9 @@ func (o *outbox) drop() {
 }
 
 // reserve counts a reply of several messages, for which there is room, as queued before
-// it is: once begun it must end, whatever others queue meanwhile. Only a long one that may
-// begin because nothing else of its client's is queued waits while the queues are over
-// their limit.
+// it is: once begun it must end, whatever others queue meanwhile. There is one exception. A
+// reply of more than maxShared messages, of a client with nothing queued, may begin though all
+// queues are over their limit; it is not reserved, and waits for room message by message.
 func (o *outbox) reserve(size int) {
 	if size > o.maxMessage && (len(o.buffer) > 0 || size <= maxShared*o.maxMessage || !o.isOver()) {
 		o.reserved = int64(size)
@@ -959,10 +962,10 @@ func (o *outbox) hasRoom(n int) bool {
 	return waiting < maxShared
 }
 
-// awaitRoom waits until there is room for n messages, and tells whether there is:
-// not if the client is slow and its reply may be dropped. A client after Ack, or with
-// a Keys or Dump, loses nothing; but if it takes nothing while all queues are over
-// their limit its connection is cut.
+// awaitRoom waits until there is room for n messages, and tells whether there is: not if the
+// client is slow and its reply may be dropped. A client after Ack, or with a Keys or Dump,
+// loses nothing; but the connection of one that takes nothing is cut while all queues are over
+// their limit, and that of a Keys or Dump also while others wait for theirs.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
 		if len(o.buffer) > 0 { // else there is room, slow or not
@@ -1012,8 +1015,8 @@ func (o *outbox) tell(taken bool) {
 	}
 }
 
-// tellRoom wakes a holder that waits for room. writeToClient calls it: a Write has
-// ended, so what waits in progress is not that the connection takes nothing.
+// tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a
+// message out of buffer. If progress is full nothing is sent: what is in it wakes the holder.
 func (o *outbox) tellRoom() {
 	select {
 	case o.progress <- true:

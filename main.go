@@ -22,10 +22,11 @@
 //	message   bytes of replies, as they wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
-//	slow      of a client whose connection has taken no byte for a second
+//	slow      of a client whose connection has taken no byte for a second, or a little longer
 //	turn      the time for which workLoop runs requests before it commits and answers
-//	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one
-//	frame     what one Commit writes to the log: records, and a checksum
+//	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
+//	          the latter writes it to a file of that name
+//	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on
 //	segment   a file of the log; a compaction puts one snapshot file in the place of old ones
 package main
 
@@ -694,8 +695,11 @@ func beServer(c config, log *queuedLog) error {
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
-	case <-data.Lost(): // the end says why
+	case <-data.Lost():
+		failure = data.WhyLost()
 	case failure = <-s.Failed():
+	}
+	if failure != nil {
 		logFailure(log.Logger, c, failure)
 	}
 	return stopServer(c, log, s, data, failure)
@@ -751,8 +755,8 @@ type pacer struct {
 	percent int // that was last set (GOGC)
 }
 
-// What garbage there may be: so many bytes, one for so many bytes of data, and as many
-// as there are in objects with pointers, for these are what a collection takes time for.
+// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
+// many as are in objects with pointers, for these are what a collection takes time for.
 const garbageMin, garbageShare = 16 << 20, 16
 
 // begin has the pacer do its work after each collection, from now on.

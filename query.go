@@ -12,8 +12,8 @@ import (
 // and answered by that or, where it takes long, by deliver or list. One goroutine at a
 // time has it; the queries and done channels pass it on.
 type Query struct {
-	key       string
-	value     string // also: a Ping's token, a malformed line's fault
+	key       string // also: the address of a failed TLS handshake
+	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, what is wrong
 	queryType queryType
 	kept      bool // keep was called
 	bare      bool // on the head of a chain: it comes back without replies, its sender sees to them
@@ -21,7 +21,7 @@ type Query struct {
 	newValue  string
 
 	line   int       // of the client's input, counted from 1
-	values []string  // what the run found: a key's list, or the lines of a Help, Stats or Keys
+	values []string  // what the run found: a key's list, or the lines of a Help, Stats, Keys or Dump
 	few    [2]string // values, where it is short
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
@@ -73,14 +73,18 @@ type verb struct {
 // verbs are the requests that a client can send. To add one:
 //
 //   - a queryType between put and quit, and its line here: Help, the hints of didYouMean and
-//     the counters of Stats are made of these; touch, if it has a key;
+//     the counters of Stats are made of these;
 //   - parse, if its arguments are none that others have; run, for what it does to the store;
+//   - in server.go: touch, if it has a key; runChain, if it may have a long list to search;
 //   - if it writes: writes, memory, frees and makesLess say what it costs; a method of
-//     KVStore, in Memory and in Durable, with a record of its own in the log (apply);
+//     KVStore, in Memory and in Durable (TestDurableHasEveryMethod fails without), with a
+//     record of its own in the log (apply) and a fileVersion of its own, so that an older
+//     program says that it is older;
 //   - if its reply is more than an :OK: hasEnd, separator, replySize, keep; mayDrop, if a slow
-//     reader may lose it;
-//   - a line in the README's table and in conversations of the tests: TestEveryRequest
-//     fails without.
+//     reader may lose it; if it walks through the store: parse and submit in client.go;
+//   - words that others have for it: dialects;
+//   - a line in the README's table and in conversations of the tests (TestEveryRequest fails
+//     without): the conversations are what tries the rest of this list.
 var verbs = [...]verb{
 	get: {"Get", "Get:key", "a key, without a colon in it",
 		"the key's values, oldest first, as key:value lines"},
@@ -379,13 +383,18 @@ func (q *Query) memory() int64 {
 
 // makesLess tells whether a write leaves db no larger than it is.
 func (q *Query) makesLess(db kvstore.KVStore) bool {
+	has, isHaser := db.(kvstore.Haser)
+	measure, isMeasurer := db.(kvstore.Measurer)
 	switch q.queryType {
 	case update:
-		has, ok := db.(kvstore.Haser)
-		return ok && len(q.newValue) <= len(q.value) && has.Has(q.key, q.value)
+		return isHaser && len(q.newValue) <= len(q.value) && has.Has(q.key, q.value)
 	case set:
-		m, ok := db.(kvstore.Measurer)
-		return ok && int64(len(q.value)) <= m.Measure(q.key)
+		before := int64(0)
+		if isMeasurer {
+			before = measure.Measure(q.key)
+		}
+		isThere := before > 0 || isHaser && has.Has(q.key, "") // a new key would be more
+		return isThere && int64(len(q.value)) <= before
 	}
 	return false
 }

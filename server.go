@@ -290,6 +290,7 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 	s.running, s.listener, s.started = true, listener, time.Now()
 	s.room, _ = s.db.(kvstore.Roomer)
 	s.toucher, _ = s.db.(kvstore.Toucher)
+	s.used.Store(s.needed())
 	go s.acceptClient()
 	go s.workLoop()
 	return nil
@@ -794,8 +795,8 @@ func (s *keyValueServer) leave(c *Client) {
 		"reason", reason)
 }
 
-// stopReading begins the end, once: no client is read from any more, and none is
-// waited for longer than closeTime.
+// stopReading begins the end, once: no client is read from any more. Writing ends by closeBy,
+// and a client that is still sending gets drainTime to take our last words.
 func (s *keyValueServer) stopReading() {
 	if s.closing {
 		return

@@ -27,6 +27,8 @@
 //	Nothing a client was told is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
 //		TestKilledServerKeepsWhatItAnswered
+//	Files that somebody removes under a running server are written anew
+//		TestRemovedFilesAreWrittenAnew, TestHealMayFail, TestRemovedRealFiles
 //	A start copies nothing, and a full disk stops neither it nor reading
 //		TestStartCopiesNothing, TestFullDisk, TestFullDiskRefusesWrites
 //	A missing descriptor or a full disk does not end the store where a new file is due
@@ -2220,6 +2222,12 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
+		a.ask("Set:short:", ":OK 1")
+		a.ask("Set:short:", ":OK 1")
+		a.send("Set:new:\n") // but a key is something
+		if line := a.read(); !strings.HasSuffix(line, full) {
+			t.Errorf("a Set of a new key: got %q, want %q", line, full)
+		}
 		n.server.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
@@ -2250,6 +2258,22 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	s.other.Store(0)
 	if got := s.memoryUsed(); got < before || got > before+6*kilo {
 		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
+	}
+}
+
+// Ensure that data which is there at the start counts once, whenever a collection comes.
+func TestLoadedDataCountsOnce(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	for i := range 1000 {
+		s.db.Put(fmt.Sprint(i), strings.Repeat("v", kilo))
+	}
+	loaded := s.memoryUsed()
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if used := s.used.Load(); used < loaded {
+		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
 	}
 }
 
@@ -3812,11 +3836,8 @@ func TestFailingDiskIsLogged(t *testing.T) {
 	} {
 		dir := filepath.Join(t.TempDir(), "data")
 		os.Mkdir(dir, 0o700)
-		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
-		os.Rename(dir, dir+".old") // the first Commit notices
-		a := dialTCP(t, addr)
-		a.send("Put:k:v\nPing\n")
-		a.wantClosed()
+		cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
+		os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
 		rest, _ := io.ReadAll(log)
 		cmd.Wait()
 		failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,

@@ -95,7 +95,8 @@ func (c *compaction) run() (size int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header, c.writeAll)
+	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header,
+		func(w *logWriter) error { return writeAll(w, c.store, c.stop) })
 	if err != nil {
 		return 0, err
 	}
@@ -121,9 +122,6 @@ func (c *compaction) run() (size int64, err error) {
 	}
 	return size, nil
 }
-
-// writeAll writes all there is as a snapshot's frames.
-func (c *compaction) writeAll(w *logWriter) error { return writeAll(w, c.store, c.stop) }
 
 // writeAll writes what store holds as a snapshot's frames, until stop is closed.
 func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {

@@ -64,7 +64,8 @@ const (
 
 // Options are how a store is kept. The zero value is the safest.
 type Options struct {
-	// FsyncAlways, FsyncNever, or the most time that a Commit stays off the disk
+	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (A Commit may
+	// stay off the disk for twice that, where an fsync takes long.)
 	Fsync time.Duration
 	Log   *slog.Logger // what happened to the files; nil: nobody wants to know
 
@@ -76,14 +77,14 @@ type Options struct {
 
 // Sizes and times of the log.
 const (
-	// bytes of a file's zeros that only a Delete may use when the disk is full
+	// bytes of a file's zeros that only a Delete or a Remove may use when the disk is full
 	spareSize    = 64 << 10
 	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8       // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
 	storeName    = "STORE"
 	progressTime = time.Second // between two lines about a long load
-	vouchTime    = time.Second // without a Commit, until a frame says that all before it is on disk
+	vouchTime    = time.Second // after a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
 	compactTime  = time.Minute // until a compaction that failed is, or a heal
 	lookTime     = time.Second // between two looks whether the files are there
@@ -122,7 +123,7 @@ type Durable struct {
 	healAfter    time.Time // they are not written anew before
 
 	segmentSize, minCompact int64         // the directory's Sizes
-	reserve, spare          int           // the same, and what of it only a Delete may use
+	reserve, spare          int           // the same, and what of it spareSize is for
 	stop                    chan struct{} // closed by Close: the compaction gives up
 	// the running compaction's end, one slot; nil: none runs
 	compacted chan compactionEnd
@@ -321,9 +322,9 @@ func (d *Durable) failure() error {
 }
 
 // Room returns an error, and nothing has changed, if the disk has no room for one
-// more record of so many bytes of key and values. What then was done would end the
-// store at the next Commit. A Delete may use the last room that there is. A directory that
-// wants no zeros ahead says only at the Commit that it is full.
+// more record of so many bytes of key and values. Who writes one nevertheless has the next
+// Commit fail, and the store end. A Delete or a Remove may use the last room that there is. A
+// directory that wants no zeros ahead says only at the Commit that it is full.
 func (d *Durable) Room(bytes int64, frees bool) error {
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
 	if !frees {
@@ -421,8 +422,8 @@ func (d *Durable) Syncing() string {
 	return ""
 }
 
-// Lost is closed when the store is lost to another process; then Commit says why. It is nil
-// where that cannot be, as of a nil Durable.
+// Lost is closed when the store is lost to another process, or its directory was moved; then
+// Commit fails. It is nil where that cannot be, as of a nil Durable.
 func (d *Durable) Lost() <-chan struct{} {
 	if d == nil {
 		return nil
@@ -430,9 +431,14 @@ func (d *Durable) Lost() <-chan struct{} {
 	return d.lock.Lost()
 }
 
-// Commit returns once everything done to the store is as durable as
-// Options.Fsync says. After an error it is unknown what since the last Commit
-// is on disk; nothing is written any more, and every Commit fails.
+// WhyLost is the error that closed Lost. Any goroutine may ask, after that.
+func (d *Durable) WhyLost() error { return d.lock.Held() }
+
+// Commit returns once everything done to the store is as durable as Options.Fsync says. After
+// an error it is unknown what since the last Commit (or, where that does not wait for it, since
+// the last fsync) is on disk; nothing is written any more, and every Commit fails. About once a
+// second it looks whether all files are there, and writes them anew where they are not: that
+// takes as long as a compaction, and everybody waits for it.
 func (d *Durable) Commit() error {
 	err := d.commit()
 	if err == nil { // what was read is the truth only while nobody else can write
@@ -601,7 +607,7 @@ func (d *Durable) vouch() {
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync
-// says, a last frame tells so, and the lock is free. After a failed Commit it
+// says, a last frame tells so if the disk has room for it, and the lock is free. After a failed Commit it
 // writes nothing.
 func (d *Durable) Close() error {
 	close(d.stop)

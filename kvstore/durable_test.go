@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -2493,6 +2494,20 @@ func TestWrongPaths(t *testing.T) {
 	}
 	if names, _ := os.ReadDir(path); len(names) != 1 {
 		t.Errorf("something was made: %v", names)
+	}
+}
+
+// Ensure that Durable has each method of a KVStore itself: one that it has of Memory would
+// write no record, and what it did would be gone after the next start.
+func TestDurableHasEveryMethod(t *testing.T) {
+	store, durable := reflect.TypeFor[KVStore](), reflect.TypeFor[*Durable]()
+	for i := range store.NumMethod() {
+		name := store.Method(i).Name
+		method, _ := durable.MethodByName(name)
+		file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer())
+		if isOwn := strings.HasSuffix(file, "durable.go"); isOwn == (name == "Get") {
+			t.Errorf("%s of Durable is in %s", name, file)
+		}
 	}
 }
 

@@ -101,7 +101,11 @@ func readID(dir Directory) (id storeID, found bool, err error) {
 	var text string
 	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
 		version != fileVersion {
-		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), ErrNewer, version)
+		other := ErrNewer
+		if version < fileVersion {
+			other = ErrOlder
+		}
+		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), other, version)
 	}
 	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
 		n != len(id) || len(text) != 2*n {
@@ -480,9 +484,9 @@ func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *
 	}
 }
 
-// endTorn looks at what follows the good part of a last segment: damage if a frame
-// in it, or before it, says that it was on disk, torn otherwise, or just zeros. rest is
-// what follows; nil: nobody has looked.
+// endTorn looks at what follows the good part of a last segment. It is damage if a frame in it
+// says that what is bad was on disk, or if the frame before says that the file ends there; else
+// it is torn, or just zeros. rest is what follows; nil: nobody has looked.
 func (l *logReader) endTorn(end segmentEnd, damage *DamageError, rest []byte) (segmentEnd, error) {
 	if rest == nil {
 		var err error

@@ -302,8 +302,8 @@ func openLog(d Directory, name string) (*logReader, error) {
 // errEnd is the end of a log file, after its last frame.
 var errEnd = errors.New("end of the log")
 
-// read returns the next frame and its payload, which is good until the next
-// read, errEnd, a *DamageError, or what reading the file failed with.
+// read returns the next frame and its payload, which is good until the next read. The error is
+// errEnd, a *DamageError, or what reading the file failed with.
 func (l *logReader) read() (f frame, payload []byte, err error) {
 	if l.offset == l.size {
 		return f, nil, errEnd

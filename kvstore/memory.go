@@ -21,7 +21,8 @@ type Memory struct {
 	view // what a snapshot copies
 
 	// The index.
-	// snapshots so far: what is older belongs to one, and is copied before a change
+	// how many snapshots were taken. A page with a lower epoch may be part of one: it is copied
+	// before it is changed
 	epoch  uint64
 	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
 	pages  int

@@ -27,9 +27,9 @@ const (
 	ownSize  = 2 << 10 // bytes of an entry above which it has a slab of its own
 	freeMost = 16      // slabs whose memory waits to be used again
 
-	// What may be dead in all slabs: so many bytes and one byte in so many. With more,
-	// slabs are cleaned: for each byte that is written or dies, so many are walked past,
-	// and what lives among them moves to a new slab. That keeps the bound.
+	// Bytes that may be dead: deadMin, and one deadShare-th of all slabs. With more, slabs are
+	// cleaned: for each byte that is written or dies the cleaner walks past cleanRate bytes, and
+	// moves what lives among them to a new slab. That keeps the bound.
 	deadMin   = 2 << 20
 	deadShare = 4
 	cleanRate = deadShare
@@ -266,7 +266,7 @@ func (m *Memory) clean(bytes int) {
 // choose makes the slab with most dead bytes among the next ones the victim. One that the
 // latest snapshot has is left alone: cleaning it would give nothing back.
 func (m *Memory) choose() {
-	shown := m.latest.Value() != nil
+	isThere := m.latest.Value() != nil
 	most := slabSize / (2 * deadShare)
 	for range min(cleanWindow, len(m.slabs)) {
 		if m.cursor++; m.cursor >= len(m.slabs) {
@@ -274,7 +274,7 @@ func (m *Memory) choose() {
 		}
 		s := &m.slabs[m.cursor]
 		if dead := len(s.data) - s.live; dead > most && m.cursor != m.head &&
-			!(shown && s.epoch < m.epoch) {
+			!(isThere && s.epoch < m.epoch) {
 			m.victim, m.at, most = m.cursor, 0, dead
 		}
 	}
