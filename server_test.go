@@ -3834,17 +3834,20 @@ func TestFailingDiskIsLogged(t *testing.T) {
 		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",` +
 			`"error":"the data directory is not where it was: .*","todo":`,
 	} {
-		dir := filepath.Join(t.TempDir(), "data")
-		os.Mkdir(dir, 0o700)
-		cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
-		os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
-		rest, _ := io.ReadAll(log)
-		cmd.Wait()
-		failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
-			[]byte("stopping"))
-		if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
-			t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
-		}
+		t.Run(format, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "data")
+			os.Mkdir(dir, 0o700)
+			cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
+			os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
+			rest, _ := io.ReadAll(log)
+			cmd.Wait()
+			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
+				[]byte("stopping"))
+			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
+				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
+			}
+		})
 	}
 }
 

@@ -533,40 +533,42 @@ func TestMovedDirectory(t *testing.T) {
 // Ensure that a real directory that is moved, replaced or removed is noticed, and
 // that nothing is written to the one in its place.
 func TestMovedRealDirectory(t *testing.T) {
-	t.Parallel()
 	if runtime.GOOS == "windows" {
 		return // the system lets nobody move a directory that is in use
 	}
 	for _, replace := range []bool{true, false} {
-		path := filepath.Join(t.TempDir(), "data")
-		os.Mkdir(path, 0o700)
-		d, err := Open(context.Background(), path, Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		d.Put("k", "v")
-		if err := d.Commit(); err != nil {
-			t.Fatal(err)
-		}
-		os.Rename(path, path+".old")
-		if replace {
+		t.Run(fmt.Sprint("replaced: ", replace), func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "data")
 			os.Mkdir(path, 0o700)
-			other, err := Open(context.Background(), path, Options{})
+			d, err := Open(context.Background(), path, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer other.Close()
-		}
-		d.segmentSize = 1
-		<-d.Lost() // though nothing was asked
-		d.Put("k", "w")
-		if err := d.Commit(); !errors.Is(err, ErrMoved) {
-			t.Errorf("replaced: %v: %v, want %v", replace, err, ErrMoved)
-		}
-		d.Close()
-		if names, _ := filepath.Glob(filepath.Join(path, "seg-2*")); len(names) > 0 {
-			t.Errorf("the directory in its place has %q", names)
-		}
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			os.Rename(path, path+".old")
+			if replace {
+				os.Mkdir(path, 0o700)
+				other, err := Open(context.Background(), path, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer other.Close()
+			}
+			d.segmentSize = 1
+			<-d.Lost() // though nothing was asked
+			d.Put("k", "w")
+			if err := d.Commit(); !errors.Is(err, ErrMoved) {
+				t.Errorf("replaced: %v: %v, want %v", replace, err, ErrMoved)
+			}
+			d.Close()
+			if names, _ := filepath.Glob(filepath.Join(path, "seg-2*")); len(names) > 0 {
+				t.Errorf("the directory in its place has %q", names)
+			}
+		})
 	}
 }
 
