@@ -156,7 +156,7 @@ type keyValueServer struct {
 	broken        bool   // Commit failed: nothing runs any more
 	closing       bool   // closeSignal was seen
 	welcomed      int    // clients so far
-	left          int    // of these, gone
+	departed      int    // of these, gone
 	most          int    // clients at once, since there was none
 	largest       int64  // bytes of the store, since memory was last given back
 	requests      [queryTypes]int
@@ -472,7 +472,7 @@ func (s *keyValueServer) workLoop() {
 			s.stopReading()
 		}
 	}
-	s.log.Info("stopped", "clients_served", s.left, "requests", s.total(),
+	s.log.Info("stopped", "clients_served", s.departed, "requests", s.total(),
 		"replies_dropped", s.dropped.Load())
 }
 
@@ -539,7 +539,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case countActive:
 			s.countActive <- len(s.clients)
 		case countDropped:
-			s.countActive <- s.left
+			s.countActive <- s.departed
 		case depart:
 			s.leave(q.client)
 		case handshakeFailed:
@@ -770,7 +770,7 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients[c.index], last.index = last, c.index
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
-	s.left++
+	s.departed++
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0
@@ -816,7 +816,7 @@ func (s *keyValueServer) stats() []string {
 		"version " + s.version,
 		fmt.Sprint("uptime_seconds ", int(time.Since(s.started).Seconds())),
 		fmt.Sprint("clients ", len(s.clients)),
-		fmt.Sprint("clients_left_total ", s.left),
+		fmt.Sprint("clients_left_total ", s.departed),
 	}
 	for t := put; t <= quit; t++ {
 		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ",
