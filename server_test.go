@@ -5498,8 +5498,8 @@ func (p *process) checkLeft() {
 	if n := s.outboxes.queued.Load(); n != 0 {
 		p.fail("%d bytes are still queued", n)
 	}
-	if s.left != s.welcomed {
-		p.fail("%d clients came and %d left", s.welcomed, s.left)
+	if s.departed != s.welcomed {
+		p.fail("%d clients came and %d left", s.welcomed, s.departed)
 	}
 	if dropped := int(s.outboxes.dropped.Load()); dropped < p.told || dropped > p.told &&
 		p.unknown == 0 {
