@@ -171,8 +171,10 @@ func (d *Durable) lookForFiles(now time.Time) error {
 		return nil
 	}
 	if lock, ok := d.lock.(interface{ look() error }); ok {
-		if err := lock.look(); err != nil { // they are another process's
+		if err := lock.look(); errors.Is(err, ErrMoved) { // they are another process's
 			return d.fail(err)
+		} else if err != nil { // who knows: at the next look
+			return nil
 		}
 	}
 	d.log.Error("a file was removed while the server uses it; all data is written anew from memory",

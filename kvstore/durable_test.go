@@ -769,6 +769,35 @@ func TestRemovedRealFiles(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that an error of the moment is not taken for a directory that was moved.
+func TestLockLooksAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "data")
+	os.Mkdir(path, 0o700)
+	dir := mustDirectory(t, path)
+	lock, err := dir.Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	look := lock.(interface{ look() error }).look
+	os.Rename(path, path+".old")
+	if err := os.Symlink(path, path); err != nil {
+		t.Logf("without links there is no such error: %v", err)
+		return
+	}
+	if err := look(); err == nil || errors.Is(err, ErrMoved) {
+		t.Errorf("where the path is a loop: %v", err)
+	}
+	os.Remove(path)
+	if err := look(); !errors.Is(err, ErrMoved) {
+		t.Errorf("where it is gone: %v", err)
+	}
+	os.Rename(path+".old", path)
+	if err := look(); err != nil {
+		t.Errorf("where it is back: %v", err)
+	}
+}
+
 // Ensure that Syncing names a file whenever the store waits for the disk: at a Commit, at a
 // rotation and at Close, whose stalls an operator would want to understand.
 func TestSyncingNamesTheFile(t *testing.T) {

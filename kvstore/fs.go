@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -342,7 +343,7 @@ func (l *osLock) watch() {
 		case <-l.stop:
 			return
 		}
-		if err := l.look(); err != nil {
+		if err := l.look(); errors.Is(err, ErrMoved) {
 			l.why = err
 			close(l.lost)
 			return
@@ -351,8 +352,9 @@ func (l *osLock) watch() {
 }
 
 // look tells whether the path still leads to the directory, and to the file in it that is
-// locked. Where only that file is gone it is made and locked anew: if another process had
-// done so meanwhile, that one's would be there.
+// locked: ErrMoved if not, another error if that cannot be found out now. Where only that file
+// is gone it is made and locked anew: if another process had done so meanwhile, that one's
+// would be there.
 func (l *osLock) look() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -364,16 +366,19 @@ func (l *osLock) look() error {
 		var f *os.File
 		if f, err = l.dir.lockFile(os.O_EXCL); err == nil {
 			l.file.Close()
-			if err = l.sign(f); err == nil {
-				return nil
-			}
+			err = l.sign(f)
+		}
+		if !errors.Is(err, fs.ErrExist) && !errors.Is(err, ErrLocked) {
+			return err
 		}
 	}
-	what := "another directory is there now"
-	if err != nil {
-		what = err.Error()
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist), errors.Is(err, ErrLocked):
+		return fmt.Errorf("%w: %s: another process has it, or another is there", ErrMoved, l.dir.path)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
+		return fmt.Errorf("%w: %s: %w", ErrMoved, l.dir.path, err)
 	}
-	return fmt.Errorf("%w: %s: %s", ErrMoved, l.dir.path, what)
+	return err
 }
 
 // isThere tells whether the path still leads to the directory.
