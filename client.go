@@ -59,6 +59,19 @@ const (
 	busyTime = 20 * time.Millisecond
 )
 
+// What one client can make the server hold, at most:
+//
+//	input       two buffers of 256 KiB, or of its longest line (-max-line), and maxChain queries
+//	replies     maxBufferSize messages of maxMessage, one being made and one being written
+//	lists       of the chain whose replies wait: 16 bytes a value, and the values that others
+//	            have removed meanwhile
+//	Keys, Dump  16 bytes a key, and what others change meanwhile (maxSnapshots at a time)
+//	goroutines  three: readFromClient, writeToClient and at times deliver
+//	sockets     sendBuffer, and what the kernel takes in
+//
+// Replies, lists and keys of all clients together are bounded by -max-queues, but for what a
+// client with nothing queued may always begin.
+
 // Client is one connection and what its goroutines share. readFromClient takes requests from
 // the connection to workLoop, one chain at a time. Who holds the chain, workLoop, deliver or
 // readFromClient itself, queues the replies in buffer. writeToClient takes them from there to
