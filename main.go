@@ -721,7 +721,8 @@ func openOrStop(ctx context.Context, c config, s *keyValueServer,
 }
 
 // stopServer ends s and its data, after a failure or none.
-func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable, failure error) error {
+func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable,
+	failure error) error {
 	late := giveUp(log, data)
 	s.Close()
 	if data != nil {
@@ -818,7 +819,8 @@ func applyLimits(s *keyValueServer, c config) {
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
 		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
-			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients, "files", kvstore.OpenFiles())
+			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
+			"files", kvstore.OpenFiles())
 	}
 }
 

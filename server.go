@@ -143,7 +143,7 @@ type keyValueServer struct {
 	clients       []*Client
 	db            kvstore.KVStore
 	room          kvstore.Roomer  // db, if it can run out of room; else nil
-	toucher       kvstore.Toucher // db, if it wants to know the keys of a chain before it runs; else nil
+	toucher       kvstore.Toucher // db, if it wants to know a chain's keys beforehand; else nil
 	touched       []string        // these, while they are told
 	batch         []*Query        // chains that have run and wait for Commit
 	suspended     []suspended     // chains whose turn ended before they did
@@ -999,11 +999,11 @@ func helpOf(name string) string {
 // metricHelp says what each of the other metrics is.
 var metricHelp = map[string]string{
 	"info":                         "Always 1; its label is the version.",
-	"active":                       "1 if this server serves; 0 while it opens its data, or stands by.",
+	"active":                       "1 if it serves; 0 while it opens its data, or stands by.",
 	"uptime_seconds":               "Since the server began to serve.",
 	"clients":                      "Connections now.",
 	"clients_left_total":           "Connections that have ended.",
-	"clients_refused_total":        "Connections that were refused, for there were -max-clients already.",
+	"clients_refused_total":        "Connections over -max-clients, which were refused.",
 	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
 	"refused_requests_total":       "Lines that were answered with an error.",
 	"replies_dropped_total":        "Replies that clients lost because they did not read.",
@@ -1014,9 +1014,9 @@ var metricHelp = map[string]string{
 	"values":                       "Values in the store.",
 	"data_bytes":                   "Keys and values together.",
 	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
-	"memory_limit_bytes":           "How much that may be: from there on writes are refused; 0: no limit.",
+	"memory_limit_bytes":           "At so much writes are refused; 0: no limit.",
 	"process_bytes":                "What the process takes from the system.",
-	"takeovers_total":              "How often somebody has taken the data over from a server that had died.",
+	"takeovers_total":              "How often the data was taken over from a server that had died.",
 	"compactions_total":            "How often the log was compacted, since the start.",
 	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
 	"log_lines_lost_total":         "Lines of log that could not be written.",

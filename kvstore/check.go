@@ -40,8 +40,8 @@ func (r *Report) damage(err error) error {
 func anyFrame(frame) error { return nil }
 
 // Check reads the whole store in the directory at path and says what is there and
-// what is wrong. It changes nothing, and takes no lock but to see who has it: beside a process that has the
-// store open it reads what that has written so far.
+// what is wrong. It changes nothing, and takes no lock but to see who has it: beside a process
+// that has the store open it reads what that has written so far.
 func Check(path string) (Report, error) {
 	dir, err := openAny(context.Background(), path, Options{})
 	if err != nil {
@@ -136,7 +136,8 @@ func (r *Report) checkSegment(dir Directory, id storeID, numbers []uint64, first
 			"leaves it", name, end.offset)
 	case end.torn > 0:
 		r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole frames, as a "+
-			"crash leaves it: the next start cuts it, and keeps it beside", name, end.offset, end.torn, end.frames)
+			"crash leaves it: the next start cuts it, and keeps it beside", name, end.offset, end.torn,
+			end.frames)
 	default:
 		r.say("ok      %s, %d bytes", name, end.offset)
 	}

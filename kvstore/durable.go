@@ -606,9 +606,9 @@ func (d *Durable) vouch() {
 	}
 }
 
-// Close ends the store: what was done is made durable whatever Options.Fsync
-// says, a last frame tells so if the disk has room for it, and the lock is free. After a failed Commit it
-// writes nothing.
+// Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
+// tells so if the disk has room for it, and the lock is free. After a failed Commit it writes
+// nothing.
 func (d *Durable) Close() error {
 	close(d.stop)
 	d.endCompaction()

@@ -177,7 +177,8 @@ func named(err error) error {
 
 // isUntrusted tells whether one side of a connection wants no part of the other.
 func isUntrusted(err error) bool {
-	alert, record, certificate := tls.AlertError(0), tls.RecordHeaderError{}, (*tls.CertificateVerificationError)(nil)
+	alert, record := tls.AlertError(0), tls.RecordHeaderError{}
+	certificate := (*tls.CertificateVerificationError)(nil)
 	return errors.As(err, &alert) || errors.As(err, &record) || errors.As(err, &certificate) ||
 		errors.Is(err, http.ErrSchemeMismatch)
 }

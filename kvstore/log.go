@@ -15,7 +15,8 @@ import (
 //
 //	file    = header frame*
 //	header  = "kvserver" version:4 kind:4 store:16 number:8 first:8 zero:12 crc:4
-//	frame   = "kvfr" length:4 sequence:8 synced:8 count:4 kind:4 crcPayload:4 crcFrame:4 payload padding
+//	frame   = "kvfr" length:4 sequence:8 synced:8 count:4 kind:4 crcPayload:4 crcFrame:4
+//	          payload padding
 //	payload = record*
 //	record  = op:1 [place:uvarint] (length:uvarint bytes)*
 //	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value.
