@@ -5146,6 +5146,7 @@ type process struct {
 	gone    chan struct{} // closed when the process has ended
 	killed  chan struct{} // closed when it was killed
 	wires   sync.WaitGroup
+	tidying chan struct{} // taken by who removes files until they are back, and by the end
 
 	mu      sync.Mutex // guards what is below
 	calls   int        // I/O calls
@@ -5295,7 +5296,8 @@ func (p *process) isVain() bool {
 func (w *world) live() {
 	r := w.random
 	rotten, mend := w.rot()
-	p := &process{world: w, dir: w.dir, gone: make(chan struct{}), killed: make(chan struct{})}
+	p := &process{world: w, dir: w.dir, gone: make(chan struct{}), killed: make(chan struct{}),
+		tidying: make(chan struct{}, 1)}
 	p.draw(r)
 	if w.dir.Room = 0; chance(r, 5) && w.dir.Names["STORE"] != nil {
 		for _, f := range w.dir.Names {
@@ -5447,6 +5449,7 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 			}
 		}
 	}
+	p.tidying <- struct{}{}
 	switch {
 	case strings.HasPrefix(how, "kill"):
 		p.kill(false, "")
@@ -5599,7 +5602,9 @@ func (p *process) operate() {
 		case <-p.gone:
 			return
 		}
-		switch r.IntN(5) {
+		switch r.IntN(6) {
+		case 5:
+			p.tidyUp(r)
 		case 4:
 			if chance(r, 4) {
 				p.move()
@@ -5634,6 +5639,38 @@ func (p *process) pause(d time.Duration) {
 	p.paused = nil
 	p.mu.Unlock()
 	close(paused)
+}
+
+// tidyUp removes files of the store, as somebody does who takes them for logs. Where nothing
+// else befalls the process they are there again after a request a second later.
+func (p *process) tidyUp(r *rand.Rand) {
+	select {
+	case p.tidying <- struct{}{}:
+		defer func() { <-p.tidying }()
+	default: // it ends
+		return
+	}
+	p.mu.Lock()
+	if p.failed || p.after != nil || p.dir.Room > 0 {
+		p.mu.Unlock()
+		return
+	}
+	p.plan = simPlan{}
+	p.mu.Unlock()
+	names, _ := p.dir.List()
+	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names[:r.IntN(len(names)+1)] {
+		p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+	}
+	for range 5 {
+		wait(1100 * time.Millisecond)
+		p.net.server.statsNow(context.Background())
+		report, err := kvstore.CheckIn(p.dir)
+		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1], "no store") {
+			return
+		}
+	}
+	p.fail("files that were removed are not written anew")
 }
 
 // move puts another directory in the place of the process's, which must find out.
