@@ -738,9 +738,13 @@ func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durab
 	return nil
 }
 
-// giveUp ends the process if it does not end within stopTime.
+// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
 func giveUp(log *queuedLog, data *kvstore.Durable) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
+		for data.IsHealing() {
+			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			time.Sleep(stopTime)
+		}
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
 			"limit", stopTime, "fsync", data.Syncing())
 		log.flush()

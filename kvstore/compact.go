@@ -2,6 +2,7 @@ package kvstore
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"path/filepath"
 	"slices"
@@ -101,7 +102,7 @@ func (c *compaction) run() (size int64, err error) {
 		return 0, err
 	}
 	var old []string
-	if l.snapshot > 0 {
+	if l.snapshot > 0 && l.snapshot < c.through { // it may be ours, from a try that failed
 		old = append(old, logName(kindSnapshot, l.snapshot))
 	}
 	for _, number := range l.segments {
@@ -157,54 +158,83 @@ func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {
 	return flush()
 }
 
-// lookForFiles looks whether somebody has removed a file of the store, as those do who clean
-// up what is called .log, and if so has all of them written anew: to go on, or to end, would
-// lose what was answered, and all of it is in memory. A heal that fails is tried again later;
-// until then the store goes on in the file that it has open. (Nobody does that in etcd.)
+// lookForFiles looks whether somebody has removed or replaced a file of the store, as those do
+// who clean up what is called .log, and if so has all of them written anew: to go on, or to end,
+// would lose what was answered, and all of it is in memory. A heal that fails is tried again
+// later; until then the store goes on in the file that it has open. (Nobody does that in etcd.)
 func (d *Durable) lookForFiles(now time.Time) error {
 	d.isCompacting()
 	if d.reserve == 0 || d.compacted != nil || now.Before(d.healAfter) {
 		return nil // a compaction that runs removes files, too
 	}
-	missing := d.missing()
-	if missing == "" {
-		return nil
+	missing, err := d.missing()
+	if missing == "" || err != nil {
+		return nil // who knows: at the next look
 	}
-	if lock, ok := d.lock.(interface{ look() error }); ok {
-		if err := lock.look(); errors.Is(err, ErrMoved) { // they are another process's
-			return d.fail(err)
-		} else if err != nil { // who knows: at the next look
-			return nil
-		}
+	if err := d.lookAtLock(); errors.Is(err, ErrMoved) { // they are another process's
+		return d.fail(err)
+	} else if err != nil {
+		return nil
 	}
 	d.log.Error("a file was removed while the server uses it; all data is written anew from memory",
 		"missing", d.dir.Path(missing))
 	if err := d.heal(); err != nil {
 		d.healAfter = now.Add(compactTime)
-		d.log.Error("cannot write the data anew, so a stop would lose it: save it with kvserver -c "+
-			"Dump; trying again", "in", compactTime, "error", err)
+		d.log.Error("cannot write the data anew, so the server's end would lose it: save it with "+
+			"kvserver -c Dump; trying again", "in", compactTime, "error", err)
 		return d.failure()
 	}
 	d.log.Info("all data is on disk again", "bytes", d.fullBytes)
 	return nil
 }
 
-// missing is the name of a file that is not where it was: "" if there is none.
-func (d *Durable) missing() string {
+// lastLook is lookForFiles at the end, after which nobody has the data in memory: that it
+// cannot be written anew is an error.
+func (d *Durable) lastLook() error {
+	if d.reserve == 0 {
+		return nil
+	}
+	d.healAfter = time.Time{}
+	if err := d.lookForFiles(time.Now()); err != nil {
+		return err
+	}
+	missing, err := d.missing()
+	if err == nil && missing != "" {
+		err = fmt.Errorf("%s was removed, and could not be written anew", d.dir.Path(missing))
+	}
+	return err
+}
+
+// lookAtLock tells whether the lock is ours now, where one can look.
+func (d *Durable) lookAtLock() error {
+	if lock, ok := d.lock.(interface{ look() error }); ok {
+		return lock.look()
+	}
+	return nil
+}
+
+// missing is the name of a file that is not where it was, or is another one: "" if there is
+// none.
+func (d *Durable) missing() (name string, err error) {
 	names, err := d.dir.List()
 	if err != nil {
-		return ""
+		return "", err
 	}
 	var gap *DamageError
+	current := logName(kindSegment, d.number)
 	switch _, err := layoutOf(d.dir, names); {
 	case !slices.Contains(names, storeName):
-		return storeName
+		return storeName, nil
 	case errors.As(err, &gap):
-		return filepath.Base(gap.File)
-	case !slices.Contains(names, logName(kindSegment, d.number)):
-		return logName(kindSegment, d.number)
+		return filepath.Base(gap.File), nil
+	case !slices.Contains(names, current):
+		return current, nil
 	}
-	return ""
+	dir, ok := d.dir.(interface{ isOther(File, string) bool })
+	if ok && dir.isOther(d.current.f, current) {
+		return current, nil
+	}
+	return "", nil
 }
 
 // heal writes what the store holds as a snapshot, and goes on in a new segment behind it.
@@ -215,6 +245,8 @@ func (d *Durable) heal() error {
 	d.fsyncs <- struct{}{}
 	defer func() { <-d.fsyncs }()
 	defer d.syncing.Store(nil)
+	d.healing.Store(true)
+	defer d.healing.Store(false)
 	snapshot, first := logName(kindSnapshot, d.number+1), d.sequence+2
 	path := d.dir.Path(snapshot)
 	d.syncing.Store(&path)
@@ -227,7 +259,10 @@ func (d *Durable) heal() error {
 	if err = writeID(d.dir, d.id); err == nil {
 		h := fileHeader{kind: kindSnapshot, id: d.id, number: d.number + 1, first: first}
 		size, err = createLog(d.dir, snapshot, h, func(w *logWriter) error {
-			return writeAll(w, d.snapshot(), nil)
+			if err := writeAll(w, d.snapshot(), nil); err != nil {
+				return err
+			}
+			return d.lookAtLock() // that took its time
 		})
 	}
 	if err != nil {

@@ -145,6 +145,7 @@ type Durable struct {
 	since    time.Time     // when it began
 
 	syncing atomic.Pointer[string] // the file whose Sync has not returned
+	healing atomic.Bool            // heal runs
 }
 
 // Open opens the store in the directory at path, which must exist; in an empty
@@ -422,6 +423,10 @@ func (d *Durable) Syncing() string {
 	return ""
 }
 
+// IsHealing tells whether all data is being written anew, which may take long, and is worth
+// waiting for. Other goroutines may ask. A nil Durable never does that.
+func (d *Durable) IsHealing() bool { return d != nil && d.healing.Load() }
+
 // Lost is closed when the store is lost to another process, or its directory was moved; then
 // Commit fails. It is nil where that cannot be, as of a nil Durable.
 func (d *Durable) Lost() <-chan struct{} {
@@ -611,11 +616,13 @@ func (d *Durable) vouch() {
 // nothing.
 func (d *Durable) Close() error {
 	close(d.stop)
-	d.endCompaction()
-	d.looked = time.Time{} // this is the last look whether all files are there
 	err := d.Commit()
 	if err == nil {
 		err = d.syncRest()
+	}
+	d.endCompaction()
+	if err == nil {
+		err = d.lastLook()
 	}
 	d.stopTimer()
 	if err == nil {
@@ -629,7 +636,6 @@ func (d *Durable) Close() error {
 			err = nil // all is on disk; the next start is as after a crash
 		}
 	}
-	d.endCompaction()
 	d.syncing.Store(&d.current.path)
 	if err == nil {
 		err = d.current.trim(int64(d.spare))

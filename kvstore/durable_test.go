@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -716,6 +717,45 @@ func TestHealMayFail(t *testing.T) {
 	}
 }
 
+// Ensure that Close writes removed files anew even shortly after that was not possible, and
+// that it fails where it is not possible still.
+func TestCloseIsTheLastLook(t *testing.T) {
+	for _, mended := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := withHole(t, io.Discard, holes["everything"])
+			var refuses atomic.Bool
+			refuses.Store(true)
+			dir.Before = func(c disktest.Call) error {
+				if c.What == "create" && refuses.Load() {
+					return syscall.ENOSPC
+				}
+				return nil
+			}
+			<-time.After(lookTime)
+			d.Put("after", "all")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			refuses.Store(!mended)
+			want := maps.Collect(d.All())
+			err := d.Close()
+			if (err == nil) != mended {
+				t.Fatalf("mended: %v: Close: %v", mended, err)
+			} else if !mended {
+				return
+			}
+			again, err := openSmall(dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := maps.Collect(again.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+				t.Errorf("%d keys are left of %d", len(got), len(want))
+			}
+			again.Close()
+		})
+	}
+}
+
 // Ensure that the same holds for a real directory, whose lock goes, too: it is taken again,
 // unless another process has taken it.
 func TestRemovedRealFiles(t *testing.T) {
@@ -767,6 +807,70 @@ func TestRemovedRealFiles(t *testing.T) {
 		t.Error("its directory was written to")
 	}
 	d.Close()
+}
+
+// Ensure that another file in the place of the one that is written is noticed.
+func TestReplacedRealFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can replace a file that is in use
+	}
+	path := t.TempDir()
+	d, err := Open(context.Background(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(path, "seg-1.log")
+	b, _ := os.ReadFile(name)
+	os.Remove(name)
+	os.WriteFile(name, b, 0o600)
+	d.Put("k", "w")
+	if err := errors.Join(d.Commit(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = Open(context.Background(), path, Options{}); err != nil ||
+		!slices.Equal(d.Get("k"), []string{"v", "w"}) {
+		t.Fatalf("opened again: %v", err)
+	}
+	d.Close()
+}
+
+// Ensure that who only asks whether a store is in use does not take a lock that is made anew.
+func TestInUseBesideALock(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	path := t.TempDir()
+	lock, err := mustDirectory(t, path).Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, stop := mustDirectory(t, path), make(chan struct{})
+	var askers sync.WaitGroup
+	for range 2 {
+		askers.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					other.InUse()
+				}
+			}
+		})
+	}
+	for range 300 {
+		os.Remove(filepath.Join(path, lockName))
+		if err := lock.(*osLock).look(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	askers.Wait()
+	lock.Close()
 }
 
 // Ensure that an error of the moment is not taken for a directory that was moved.
@@ -2210,6 +2314,49 @@ func TestCompactionIsWorthIt(t *testing.T) {
 		t.Errorf("%d bytes on disk for no data", disk)
 	}
 	d.Close()
+}
+
+// Ensure that a compaction which is tried again, where nothing was written since the first try
+// has put its snapshot there and then failed, does not remove that snapshot.
+func TestCompactionIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := disktest.New()
+		var refuses atomic.Bool
+		dir.Before = func(c disktest.Call) error {
+			if c.What == "remove" && strings.HasPrefix(c.Name, "seg-") && refuses.Load() {
+				return disktest.ErrDisk
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("kept", "value")
+		refuses.Store(true)
+		for d.compacted == nil {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.settle()
+		refuses.Store(false)
+		<-time.After(compactTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if d.compacted == nil {
+			t.Fatal("there is no second try")
+		}
+		d.settle()
+		again, err := openSmall(dir.Kill(), Options{})
+		if err != nil || len(again.Get("kept")) != 1 {
+			t.Errorf("after a kill: %v", err)
+		}
+		d.Close()
+	})
 }
 
 // Ensure that what a compaction leaves that cannot remove a file goes with the next one.

@@ -315,14 +315,15 @@ type osLock struct {
 const heldTime = time.Second
 
 // sign makes f, which is locked, the lock's file, and writes into it who has it.
-func (l *osLock) sign(f *os.File) (err error) {
-	l.file = f
-	if l.info, err = f.Stat(); err != nil {
+func (l *osLock) sign(f *os.File) error {
+	info, err := f.Stat()
+	if err == nil {
+		err = l.dir.own(lockName)
+	}
+	if err != nil {
 		return err
 	}
-	if err := l.dir.own(lockName); err != nil {
-		return err
-	}
+	l.file, l.info = f, info
 	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
 		host, _ := os.Hostname()
 		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
@@ -362,14 +363,15 @@ func (l *osLock) look() error {
 	if err == nil && os.SameFile(info, l.info) {
 		return nil
 	}
-	if errors.Is(err, fs.ErrNotExist) && l.dir.isThere() {
-		var f *os.File
-		if f, err = l.dir.lockFile(os.O_EXCL); err == nil {
-			l.file.Close()
-			err = l.sign(f)
+	if errors.Is(err, fs.ErrNotExist) {
+		isThere, thereErr := l.dir.isThere()
+		if thereErr != nil {
+			return thereErr
 		}
-		if !errors.Is(err, fs.ErrExist) && !errors.Is(err, ErrLocked) {
-			return err
+		if isThere {
+			if err = l.again(); err == nil {
+				return nil
+			}
 		}
 	}
 	switch {
@@ -381,13 +383,52 @@ func (l *osLock) look() error {
 	return err
 }
 
+// again makes and locks the lock's file anew.
+func (l *osLock) again() error {
+	f, err := l.dir.lockFile(os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	old := l.file
+	if err := l.sign(f); err != nil {
+		l.dir.root.Remove(lockName) // or the next look would take it for another's
+		f.Close()
+		return err
+	}
+	old.Close()
+	return nil
+}
+
 // isThere tells whether the path still leads to the directory.
-func (d *osDirectory) isThere() bool {
+func (d *osDirectory) isThere() (bool, error) {
 	ours, err := d.root.Stat(".")
+	if err != nil {
+		return false, err
+	}
+	theirs, err := os.Stat(d.path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(ours, theirs), err
+}
+
+// isOther tells whether another file has f's name.
+func (d *osDirectory) isOther(f File, name string) bool {
+	file, isOurs := f.(osFile)
+	if !isOurs {
+		return false
+	}
+	_, err := d.root.Stat(name)
+	return err == nil && !d.isThis(file.File, name)
+}
+
+// isThis tells whether f has that name.
+func (d *osDirectory) isThis(f *os.File, name string) bool {
+	ours, err := f.Stat()
 	if err != nil {
 		return false
 	}
-	theirs, err := os.Stat(d.path)
+	theirs, err := d.root.Stat(name)
 	return err == nil && os.SameFile(ours, theirs)
 }
 

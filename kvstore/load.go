@@ -262,7 +262,7 @@ func checkObsolete(dir Directory, id storeID, l layout) error {
 		if err != nil || !end.goesOn {
 			return &DamageError{File: dir.Path(name), What: fmt.Sprintf(
 				"it is older than snap-%d.log and no full file: an older copy was put over a "+
-					"newer store, or a repair was stopped", l.snapshot)}
+					"newer store, or a repair, or writing removed files anew, was stopped", l.snapshot)}
 		}
 	}
 	return nil

@@ -6,23 +6,37 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 )
 
 // lockFile opens LOCK and holds an flock on it, which ends with the process however
-// that ends. With os.O_EXCL it wants to make the file.
+// that ends. With os.O_EXCL it wants to make the file, and then waits for InUse, which may
+// have the flock for a moment.
 func (d *osDirectory) lockFile(flag int) (*os.File, error) {
 	f, err := d.open(lockName, os.O_RDWR|os.O_CREATE|flag)
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		f.Close()
-		if err == syscall.EWOULDBLOCK {
-			return nil, ErrLocked
-		}
-		return nil, fmt.Errorf("flock %s: %w", d.Path(lockName), err)
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	for tries := 10; tries > 0 && flag == os.O_EXCL && err == syscall.EWOULDBLOCK; tries-- {
+		time.Sleep(5 * time.Millisecond)
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	}
-	return f, nil
+	switch {
+	case err == nil && !d.isThis(f, lockName):
+		err = ErrLocked // somebody has removed it meanwhile, and perhaps made another
+	case err == nil:
+		return f, nil
+	case err == syscall.EWOULDBLOCK:
+		err = ErrLocked
+	default:
+		err = fmt.Errorf("flock %s: %w", d.Path(lockName), err)
+		if flag == os.O_EXCL {
+			d.root.Remove(lockName)
+		}
+	}
+	f.Close()
+	return nil, err
 }
 
 // isLocked tells whether another process has the lock on f.
