@@ -743,7 +743,10 @@ func giveUp(log *queuedLog, data *kvstore.Durable) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
 		for data.IsHealing() {
 			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
-			time.Sleep(stopTime)
+			for data.IsHealing() {
+				time.Sleep(stopTime / 50)
+			}
+			time.Sleep(stopTime) // for the rest
 		}
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
 			"limit", stopTime, "fsync", data.Syncing())
