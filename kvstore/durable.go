@@ -97,7 +97,7 @@ const (
 // log on disk, from which Open makes the same store again. It is not safe for
 // concurrent access. It has two goroutines of its own: a compaction, which only
 // touches files that are full, and a timer, which syncs the current file and writes
-// the frames that say so. Neither runs twice at a time.
+// the frames that say so. Neither runs twice at a time. (Its lock may have one more.)
 //
 // Reads are Memory's: nothing is read from disk after Open.
 type Durable struct {
