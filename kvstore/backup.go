@@ -150,7 +150,13 @@ func (c *copier) copyAll() error {
 			return err
 		}
 		goesOn, next = end.goesOn, end.next
-		if goesOn || number >= newest || number+1 == newest && isEmptySegment(c.dir, c.id, newest) {
+		isEmpty := false
+		if !goesOn && number+1 == newest {
+			if isEmpty, err = isEmptySegment(c.dir, c.id, newest, next); err != nil {
+				return err
+			}
+		}
+		if goesOn || number >= newest || isEmpty {
 			continue
 		}
 		// Others follow: a rotation that came meanwhile, or damage.

@@ -272,7 +272,10 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 	}
 	slices.Sort(snapshots)
 	slices.Sort(segments)
-	base := s.base(snapshots, segments)
+	base, err := s.base(snapshots, segments)
+	if err != nil {
+		return 0, err
+	}
 	highest = base
 	segments = slices.DeleteFunc(segments, func(number uint64) bool { return number <= base })
 	if base > 0 {
@@ -304,25 +307,27 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 
 // base is the snapshot to begin with: the newest whole one, or none, from which all
 // segments up to the newest are there; else the newest, whatever can be read of it.
-func (s *salvage) base(snapshots, segments []uint64) uint64 {
+func (s *salvage) base(snapshots, segments []uint64) (number uint64, err error) {
 	if len(snapshots) == 0 {
-		return 0
+		return 0, nil
 	}
 	newest := snapshots[len(snapshots)-1]
 	for _, number := range slices.Backward(append([]uint64{0}, snapshots...)) {
 		whole := number == 0
 		if !whole {
 			_, _, err := loadSnapshot(s.dir, s.id, number, NewMemory(), anyFrame)
-			whole = err == nil
+			if whole = err == nil; !whole && !errors.As(err, new(*DamageError)) {
+				return 0, err // such as a missing descriptor: it may be whole
+			}
 		}
 		for n := number + 1; whole && n <= newest; n++ {
 			whole = slices.Contains(segments, n)
 		}
 		if whole {
-			return number
+			return number, nil
 		}
 	}
-	return newest
+	return newest, nil
 }
 
 // lose says what is lost.

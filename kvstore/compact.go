@@ -251,8 +251,16 @@ func (d *Durable) heal() error {
 	path := d.dir.Path(snapshot)
 	d.syncing.Store(&path)
 	segment := fileHeader{kind: kindSegment, id: d.id, number: d.number + 2, first: first}
+	// A rotation that failed may have left this; below the snapshot it would be no full file.
+	err := d.dir.Remove(logName(kindSegment, d.number+1))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	w, err := d.newSegment(segment)
-	if err != nil {
+	if err != nil { // perhaps only the directory's Sync has failed, and its name is there
+		if d.dir.Remove(logName(kindSegment, segment.number)) == nil {
+			d.dir.Sync()
+		}
 		return err
 	}
 	var size int64

@@ -144,6 +144,9 @@ type Durable struct {
 	underWay chan struct{} // closed when the timer's fsync, which runs, has ended; nil: none runs
 	since    time.Time     // when it began
 
+	ticks      sync.WaitGroup // ticks that are due, or run
+	timerEnded bool           // guarded by mu: none is to become due
+
 	syncing atomic.Pointer[string] // the file whose Sync has not returned
 	healing atomic.Bool            // heal runs
 }
@@ -196,6 +199,7 @@ func OpenIn(ctx context.Context, dir Directory, opts Options) (*Durable, error) 
 		return nil, err
 	}
 	d.opts.Status.set("")
+	d.syncLater()
 	return d, nil
 }
 
@@ -505,10 +509,13 @@ func (d *Durable) rotate() error {
 		return err
 	}
 	defer d.syncing.Store(nil)
+	if err := d.syncRest(); err != nil { // the timer may have written a frame
+		return err
+	}
 	next := d.dir.Path(logName(kindSegment, d.number+1))
 	d.syncing.Store(&next)
 	h := fileHeader{kind: kindSegment, id: d.id, number: d.number + 1, first: d.sequence + 2}
-	w, err := d.newSegment(h)
+	w, err := d.nextSegment(h)
 	if err != nil {
 		d.rotateAfter = time.Now().Add(rotateTime)
 		d.log.Warn("cannot go on in a new file, so the old one grows; trying again", "error", err)
@@ -531,6 +538,18 @@ func (d *Durable) rotate() error {
 	d.mu.Unlock()
 	d.size, d.room, d.first = w.size, w.room(), h.first
 	return nil
+}
+
+// nextSegment makes the segment behind the current one, if that has room for the frame that
+// says so.
+func (d *Durable) nextSegment(h fileHeader) (*logWriter, error) {
+	if d.reserve > 0 {
+		err := d.current.extend(frameSize)
+		if d.room = d.current.room(); err != nil {
+			return nil, err
+		}
+	}
+	return d.newSegment(h)
 }
 
 // newSegment makes an empty segment. If it fails none is there, or one that the
@@ -571,8 +590,9 @@ func (d *Durable) syncLater() {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.timer == nil && d.underWay == nil && d.err == nil &&
+	if d.timer == nil && d.underWay == nil && d.err == nil && !d.timerEnded &&
 		(d.synced < d.sequence || !d.vouched) {
+		d.ticks.Add(1)
 		d.timer = time.AfterFunc(wait, d.tick)
 	}
 }
@@ -581,6 +601,7 @@ func (d *Durable) syncLater() {
 // nobody could tell later whether a bad end had ever been on disk. It is the timer's
 // goroutine.
 func (d *Durable) tick() {
+	defer d.ticks.Done()
 	ended := make(chan struct{})
 	d.mu.Lock()
 	d.timer, d.underWay, d.since = nil, ended, time.Now()
@@ -596,11 +617,14 @@ func (d *Durable) tick() {
 }
 
 // vouch writes a frame that says that all before it is on disk, if that is so and
-// the last frame does not say it.
+// the last frame does not say it. On a full disk the next frame will.
 func (d *Durable) vouch() {
 	d.writing <- struct{}{}
 	d.mu.Lock()
 	due := d.synced == d.sequence && !d.vouched
+	if due && d.reserve > 0 && d.current.room() < frameSize {
+		due, d.vouched = false, true
+	}
 	d.mu.Unlock()
 	if due {
 		d.appendFrame(frameSynced, nil, 0)
@@ -656,20 +680,13 @@ func (d *Durable) endCompaction() {
 	}
 }
 
-// stopTimer stops the timer, and waits for its fsync if that runs.
+// stopTimer ends the timer, and waits for what it does, or is about to do.
 func (d *Durable) stopTimer() {
 	d.mu.Lock()
-	if d.timer != nil {
-		d.timer.Stop()
-	}
-	underWay := d.underWay
-	d.mu.Unlock()
-	if underWay != nil {
-		<-underWay
-	}
-	d.mu.Lock()
-	if d.timer != nil { // tick has started it anew
-		d.timer.Stop()
+	d.timerEnded = true
+	if d.timer != nil && d.timer.Stop() {
+		d.ticks.Done()
 	}
 	d.mu.Unlock()
+	d.ticks.Wait()
 }

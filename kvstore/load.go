@@ -230,13 +230,16 @@ func (d *Durable) find() (l layout, err error) {
 	switch {
 	case err != nil:
 		return l, err
-	case !found && unfinished(d.dir, l):
-		for _, number := range l.segments {
-			l.obsolete = append(l.obsolete, logName(kindSegment, number))
-		}
-		l.segments = nil
-		return l, nil
 	case !found:
+		if isNew, err := unfinished(d.dir, l); err != nil {
+			return l, err
+		} else if isNew {
+			for _, number := range l.segments {
+				l.obsolete = append(l.obsolete, logName(kindSegment, number))
+			}
+			l.segments = nil
+			return l, nil
+		}
 		return l, &DamageError{File: d.dir.Path(storeName), What: "the file is missing",
 			missing: true}
 	}
@@ -256,8 +259,8 @@ func checkObsolete(dir Directory, id storeID, l layout) error {
 			continue
 		}
 		end, err := loadSegment(dir, id, number, 0, false, NewMemory(), anyFrame)
-		if errors.Is(err, fs.ErrNotExist) {
-			return err // a compaction beside us has just removed it
+		if err != nil && (errors.Is(err, fs.ErrNotExist) || !errors.As(err, new(*DamageError))) {
+			return err // such as that a compaction beside us has just removed it
 		}
 		if err != nil || !end.goesOn {
 			return &DamageError{File: dir.Path(name), What: fmt.Sprintf(
@@ -286,19 +289,18 @@ func (d *Durable) create(l layout) error {
 
 // unfinished tells whether l is what a first start leaves that did not get to
 // write STORE: at most a segment with no frame in it.
-func unfinished(dir Directory, l layout) bool {
+func unfinished(dir Directory, l layout) (bool, error) {
 	switch {
 	case l.snapshot > 0 || len(l.segments) > 1:
-		return false
+		return false, nil
 	case len(l.segments) == 0:
-		return true
+		return true, nil
 	}
 	f, size, err := dir.Open(logName(kindSegment, l.segments[0]))
 	if err != nil {
-		return false
+		return false, err
 	}
-	f.Close()
-	return size == headerSize
+	return size == headerSize, f.Close()
 }
 
 func (d *Durable) removeAll(names []string) error {
@@ -372,6 +374,7 @@ type segmentEnd struct {
 	bad    error // why the torn part is no part of the log
 	doubt  int64 // offset of the first frame that no later one calls synced
 	goesOn bool  // the last frame says that another file follows
+	silent bool  // the last frame does not say that all before it is on disk
 }
 
 // loadSegments adds what the segments' frames did to m, and returns where each ends.
@@ -403,14 +406,17 @@ func loadSegments(dir Directory, id storeID, numbers []uint64, next uint64, m *M
 func checkNext(dir Directory, id storeID, numbers []uint64,
 	end segmentEnd) (stopped bool, err error) {
 	path := dir.Path(logName(kindSegment, numbers[0]))
+	if len(numbers) == 2 && !end.goesOn {
+		if stopped, err = isEmptySegment(dir, id, numbers[1], end.next); stopped || err != nil {
+			return stopped, err
+		}
+	}
 	switch {
 	case len(numbers) == 1 && end.goesOn:
 		return false, &DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)),
 			What: "the file is missing: " + path + " says that it follows", missing: true}
 	case len(numbers) == 1 || end.goesOn:
 		return false, nil
-	case len(numbers) == 2 && isEmptySegment(dir, id, numbers[1]):
-		return true, nil
 	case end.bad != nil:
 		return false, end.bad
 	}
@@ -418,14 +424,19 @@ func checkNext(dir Directory, id storeID, numbers []uint64,
 		What: "the frame that says that another file follows is missing"}
 }
 
-// isEmptySegment tells whether a segment has no frame.
-func isEmptySegment(dir Directory, id storeID, number uint64) bool {
+// isEmptySegment tells whether a segment has no frame, and was made when the file before it
+// held those before next. (With more, that file's end is damaged. Rotation has all of it on disk
+// before it makes the next.)
+func isEmptySegment(dir Directory, id storeID, number, next uint64) (bool, error) {
 	l, err := openLog(dir, logName(kindSegment, number))
-	if err != nil {
-		return false
+	if errors.As(err, new(*DamageError)) {
+		return false, nil
+	} else if err != nil {
+		return false, err
 	}
 	defer l.f.Close()
-	return l.header.id == id && l.header.number == number && l.size == headerSize
+	return l.header.id == id && l.header.number == number && l.size == headerSize &&
+		l.header.first <= next+1, nil
 }
 
 // loadSegment adds what a segment's frames did to m; first 0 is any. In one of the last two,
@@ -472,7 +483,7 @@ func loadSegment(dir Directory, id storeID, number, first uint64, last bool, m *
 			return end, &DamageError{File: l.path, Offset: end.offset, Frame: f.sequence,
 				What: err.Error()}
 		}
-		end.goesOn = f.kind == frameNext
+		end.goesOn, end.silent = f.kind == frameNext, f.kind == frameRecords
 		doubts = append(doubts, end.offset)
 		known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
 		if known < len(doubts) {
@@ -515,7 +526,7 @@ func (l *logReader) endTorn(end segmentEnd, damage *DamageError, rest []byte) (s
 func (d *Durable) resume(end segmentEnd) error {
 	h := end.header
 	name := logName(h.kind, h.number)
-	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, true
+	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, !end.silent
 	if end.torn > 0 {
 		kept, err := d.keepTorn(name, end)
 		if errors.Is(err, syscall.ENOSPC) {
@@ -532,7 +543,13 @@ func (d *Durable) resume(end segmentEnd) error {
 		return err
 	}
 	w.end = end.size
-	if err := rewrite(w, end); err != nil {
+	names, err := d.dir.List()
+	if slices.ContainsFunc(names, func(other string) bool {
+		return strings.HasPrefix(other, tornPrefix+name+"-")
+	}) { // a start that failed may have cleared what is torn in the kernel's memory alone
+		end.torn = end.size - end.offset
+	}
+	if err := errors.Join(err, rewrite(w, end)); err != nil {
 		w.f.Close()
 		return err
 	}
