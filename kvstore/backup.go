@@ -96,11 +96,13 @@ func BackupIn(dir, out Directory, step func(copied, total int64)) (r Report, err
 		c := copier{dir: dir, out: out, step: step}
 		err := c.copyAll()
 		if err == nil {
-			r.say("copied %d files, %d bytes to %s", len(c.made), c.copied, out.Path(""))
+			r.say("copied %d files, %d bytes to %s", len(c.made)-1, c.copied, out.Path(""))
 			return r, nil
 		}
 		for _, name := range c.made {
-			err = errors.Join(err, out.Remove(name))
+			if removeErr := out.Remove(name); !errors.Is(removeErr, fs.ErrNotExist) {
+				err = errors.Join(err, removeErr)
+			}
 		}
 		if !errors.Is(err, fs.ErrNotExist) || n == lookTries {
 			return r, err
@@ -113,7 +115,7 @@ type copier struct {
 	dir, out      Directory
 	id            storeID
 	copied, total int64
-	made          []string // files in out
+	made          []string // names of files in out, and of one that is there for a moment
 	step          func(copied, total int64)
 }
 
@@ -164,11 +166,8 @@ func (c *copier) copyAll() error {
 			Frame: end.next,
 			What:  "the frame that says that another file follows is missing", missing: true}
 	}
-	if err := writeID(c.out, c.id); err != nil {
-		return err
-	}
-	c.made = append(c.made, storeName)
-	return nil
+	c.made = append(c.made, storeName, storeName+tmpSuffix)
+	return writeID(c.out, c.id)
 }
 
 // copyLog copies the whole frames of a log file. The last segment's copy ends in a
@@ -186,6 +185,7 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 	}
 	end.header = l.header
 	last := frame{}
+	c.made = append(c.made, name)
 	_, err = createLog(c.out, name, l.header, func(w *logWriter) error {
 		for !end.goesOn {
 			f, payload, err := l.read()
@@ -219,8 +219,5 @@ func (c *copier) copyLog(kind uint32, number, first uint64) (end segmentEnd, err
 		}
 		return nil
 	})
-	if err == nil {
-		c.made = append(c.made, name)
-	}
 	return end, err
 }

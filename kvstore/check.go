@@ -255,7 +255,8 @@ type salvage struct {
 	m      *Memory
 	last   uint64 // highest sequence seen in a segment
 	frames int    // that could be read
-	goesOn bool   // the last one says that another file follows
+	goesOn bool   // the last one of a file says that another follows
+	before uint64 // number of the file before the one that is read
 	report *Report
 }
 
@@ -284,11 +285,17 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 		}
 	}
 	for i, number := range segments {
-		if number > highest+1 {
-			s.lose("what was between %s and %s: files are missing",
-				s.dir.Path(logName(kindSegment, highest)), s.dir.Path(logName(kindSegment, number)))
+		newest := true // but for empty ones
+		for _, later := range segments[i+1:] {
+			f, size, err := s.dir.Open(logName(kindSegment, later))
+			if err != nil {
+				return 0, err
+			}
+			newest = newest && size == headerSize
+			f.Close()
 		}
-		if err := s.read(kindSegment, number, i == len(segments)-1); err != nil {
+		s.before = highest
+		if err := s.read(kindSegment, number, newest); err != nil {
 			return 0, err
 		}
 		highest = number
@@ -351,6 +358,14 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 	}
 	seed := fileHeader{kind: kind, id: s.id, number: number}.seed()
 	frames, lost := 0, 0
+	if s.goesOn = false; size < headerSize {
+		lost++
+		s.lose("%s: it is cut inside its header", s.dir.Path(name))
+	}
+	h, err := decodeHeader(b)
+	if err == nil && kind == kindSegment {
+		s.begins(number, h.first)
+	}
 	bad := func(from, to int) {
 		if from < to {
 			lost++
@@ -368,6 +383,9 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 			continue
 		}
 		bad(good, at)
+		if frames == 0 && kind == kindSegment && err != nil { // the header could not tell
+			s.begins(number, head.sequence)
+		}
 		frames++
 		s.frames++
 		s.goesOn = head.kind == frameNext
@@ -378,7 +396,7 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 		at = good - 8
 	}
 	end := len(b)
-	if newest {
+	if newest || s.goesOn {
 		end = good + len(bytes.TrimRight(b[good:], "\x00"))
 	}
 	bad(good, end)
@@ -387,8 +405,24 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 	} else {
 		s.report.say("read    %d frames of %s", frames, s.dir.Path(name))
 	}
-	if h, err := decodeHeader(b); err == nil && kind == kindSnapshot && h.first > 0 {
+	if err == nil && kind == kindSnapshot && h.first > 0 {
 		s.last = max(s.last, h.first-1)
 	}
 	return nil
+}
+
+// begins says what is lost where a segment begins with a frame that does not follow the last
+// one that could be read.
+func (s *salvage) begins(number, first uint64) {
+	path := s.dir.Path(logName(kindSegment, number))
+	switch {
+	case first <= s.last+1:
+	case s.before == 0 && number > 1:
+		s.lose("what was before %s: files are missing", path)
+	case number > s.before+1:
+		s.lose("what was between %s and %s: files are missing",
+			s.dir.Path(logName(kindSegment, s.before)), path)
+	default:
+		s.lose("frames %d to %d, which came before %s", s.last+1, first-1, path)
+	}
 }
