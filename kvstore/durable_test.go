@@ -2285,6 +2285,500 @@ func TestCompactionMayFail(t *testing.T) {
 	}
 }
 
+// ---- what a second hunt has found
+
+// fourSegments returns a store that is in its fourth file, and has compacted nothing.
+func fourSegments(t *testing.T, opts Options) (*disktest.Dir, *Durable) {
+	dir, d := newSmall(t, opts)
+	d.minCompact = 1 << 40
+	for i := 0; d.number < 4; i++ {
+		d.Put("key"+fmt.Sprint(i), strings.Repeat("v", 50))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir, d
+}
+
+// Ensure that the end of a full file is not taken for torn because the next one is empty: that
+// one's header says where it ended.
+func TestDamageBeforeAnEmptyFile(t *testing.T) {
+	for _, how := range []string{"zeros", "cut", "rubbish"} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := fourSegments(t, Options{})
+				keys, _, _ := d.Size()
+				<-time.After(time.Hour)
+				image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+				d.Close()
+				data := slices.Clone(image.Names["seg-3.log"].Data)
+				const n = 700 // bytes of a bad sector
+				switch how {
+				case "zeros":
+					clear(data[len(data)-n:])
+				case "cut":
+					data = data[:len(data)-n]
+				case "rubbish":
+					for i := range n {
+						data[len(data)-n+i] = 'x'
+					}
+				}
+				image = image.With("seg-3.log", data)
+				r, _ := CheckIn(image)
+				again, err := openSmall(image, Options{})
+				if !errors.As(err, new(*DamageError)) {
+					got, _, _ := again.Size()
+					t.Errorf("%s: Open: %v, %d of %d keys; Check says damaged: %v", how, err, got, keys,
+						r.Damaged)
+					again.stopTimer()
+				}
+			})
+		})
+	}
+}
+
+// Ensure that what a start cut, and could not clear on the disk, does not come back behind what
+// is committed later.
+func TestTornEndStaysCut(t *testing.T) {
+	dir := disktest.New()
+	open := func(dir *disktest.Dir) (*Durable, error) {
+		return OpenIn(context.Background(), dir, Options{})
+	}
+	d, err := open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Frames of whole sectors.
+	put := func(d *Durable, key, v string, end int64) {
+		n := end - d.current.size - frameSize - int64(len(key)) - 4
+		d.Put(key, v+strings.Repeat("x", int(n)-len(v)))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if d.current.size != end {
+			t.Fatalf("size %d, want %d", d.current.size, end)
+		}
+	}
+	put(d, "a", "first", 512)
+	// What a power failure may leave of one large Commit: its second frame, not the first.
+	d.opts.Fsync = FsyncNever
+	put(d, "b", "torn", 1024)
+	put(d, "c", "CUT", 1536)
+	image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+	data := slices.Clone(dir.Names["seg-1.log"].Data)
+	clear(data[512:1024])
+	image = image.With("seg-1.log", data)
+
+	// A start whose fsync of the log fails.
+	failed := false
+	image.Before = func(c disktest.Call) error {
+		if c.What == "sync" && c.Name == "seg-1.log" && !failed {
+			failed = true
+			return disktest.ErrDisk
+		}
+		return nil
+	}
+	if _, err := open(image); err == nil || !failed {
+		t.Fatal("the start does not fail")
+	}
+	image.Before = nil
+	// The next one succeeds, and answers.
+	d, err = open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(d.Get("c")) != 0 {
+		t.Fatal("c was not cut")
+	}
+	put(d, "b", "new", 1024)
+	d.Get("c") // a client is told that there is none
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d, err = open(image.Crash(rand.New(rand.NewPCG(1, 1))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := d.Get("c"); len(c) != 0 {
+		t.Errorf("a commit that was cut, and answered as not there, is back: %.10q", c)
+	}
+}
+
+// Ensure that after a start an idle log is vouched for, too.
+func TestIdleAfterARestart(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := disktest.New()
+			d, err := OpenIn(context.Background(), dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("key", "answered")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			last := d.size - 20
+			if restart {
+				dir = dir.Kill()
+				d.Close()
+				if d, err = OpenIn(context.Background(), dir, Options{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(time.Hour)
+			image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+			data := slices.Clone(image.Names["seg-1.log"].Data)
+			data[last] ^= 1
+			var damage *DamageError
+			again, err := OpenIn(context.Background(), image.With("seg-1.log", data), Options{})
+			if !errors.As(err, &damage) {
+				t.Errorf("restart %v: a flipped bit in an old commit: %v, it has %d values", restart, err,
+					len(again.Get("key")))
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that a rotation for which the disk has no room is no failure, however little is missing.
+func TestRotationWithoutRoom(t *testing.T) {
+	for free := 0; free < 200; free += 8 {
+		dir, d := newSmall(t, Options{Fsync: FsyncNever})
+		d.minCompact = 1 << 40
+		for d.size < d.segmentSize-200 {
+			d.Put("key"+fmt.Sprint(d.size), strings.Repeat("v", 50))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// killed before the zeros got to disk, or another start's Deletes used them up
+		dir = dir.Kill()
+		f := dir.Names["seg-1.log"]
+		f.Data = f.Data[:d.size]
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.segmentSize = d.size // it is due
+		used := 0
+		for _, f := range dir.Names {
+			used += len(f.Data)
+		}
+		dir.Room = used + free
+		d.minCompact = -1 << 40 // wasteful, as when a compaction failed for want of room
+		if err := d.Commit(); err != nil {
+			t.Errorf("%d bytes free: %v", free, err)
+		}
+	}
+}
+
+// Ensure that a rotation that failed, and left its new file, does not spoil a heal.
+func TestHealAfterAFailedRotation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		var refuses atomic.Bool
+		dir.Before = func(c disktest.Call) error {
+			if c.What == "sync" && c.Name == "" && refuses.Load() {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		refuses.Store(true)
+		for d.size < d.segmentSize {
+			d.Put("key", strings.Repeat("v", 50))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		refuses.Store(false)
+		dir.Remove(storeName)
+		d.looked = time.Time{}
+		d.rotateAfter = time.Now().Add(time.Second)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := CheckIn(dir); err != nil || r.Damaged {
+			t.Errorf("a check beside the store: %v, %v", r, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openSmall(dir, Options{}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Ensure that a heal that fails leaves nothing that is in the way when the file is put back.
+func TestFailedHealLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		store := dir.Names[storeName]
+		dir.Remove(storeName)
+		dir.Before = func(c disktest.Call) error {
+			if c.What == "sync" && c.Name == "" {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		<-time.After(2 * time.Second)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		dir.Before = nil
+		dir.Mu.Lock()
+		dir.Names[storeName] = store
+		dir.Mu.Unlock()
+		r, err := CheckIn(dir)
+		if err != nil || r.Damaged {
+			t.Errorf("check: %v %v", r, err)
+		}
+		if _, err := openSmall(dir.Kill(), Options{}); err != nil {
+			t.Errorf("killed: %v", err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a missing descriptor is not called damage.
+func TestNoDescriptorIsNoDamage(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	refuse := true
+	dir.Before = func(c disktest.Call) error {
+		if refuse && c.What == "remove" {
+			return disktest.ErrDisk
+		}
+		return nil
+	}
+	for i := 0; d.number < 8; i++ {
+		d.Put("key", "value")
+		d.Delete("key")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		d.settle()
+	}
+	d.stopTimer()
+	refuse = false
+	for n := 1; n < 100; n++ {
+		image := dir.Kill()
+		image.FailAt, image.Failure = n, syscall.EMFILE
+		r, err := check(image)
+		if r.Damaged {
+			t.Errorf("call %d: %v %v", n, r.Lines, err)
+		}
+		image = dir.Kill()
+		image.FailAt, image.Failure = n, syscall.EMFILE
+		if _, err := openSmall(image, Options{}); err != nil && strings.Contains(err.Error(), "damaged") {
+			t.Errorf("call %d: Open: %v", n, err)
+		}
+	}
+}
+
+// Ensure that Repair takes a snapshot that cannot be opened for a moment for no worse than it is.
+func TestRepairKeepsAGoodSnapshot(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	refuse := true
+	dir.Before = func(c disktest.Call) error {
+		if refuse && c.What == "remove" {
+			return disktest.ErrDisk
+		}
+		return nil
+	}
+	d.minCompact = 1 << 40
+	for i := 0; d.number < 4 || d.number < 8 && d.compacted == nil; i++ {
+		if d.number == 3 {
+			d.minCompact = 2000
+		}
+		if i >= 8 && i < 12 {
+			d.Put("only"+fmt.Sprint(i), "value")
+		}
+		d.Set("key"+fmt.Sprint(i%10), strings.Repeat("v", 50)+fmt.Sprint(i))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.settle() // the snapshot is there, the old files could not be removed
+	want := map[string]string{}
+	for k, v := range d.All() {
+		want[k] = v[0]
+	}
+	d.stopTimer()
+	refuse = false
+	dir.Before = nil
+	l, _ := readLayout(dir)
+	if l.snapshot == 0 || len(l.obsolete) == 0 {
+		t.Fatalf("%+v", l)
+	}
+	data := slices.Clone(dir.Names["seg-1.log"].Data)
+	for i := 900; i < len(data); i++ {
+		data[i] = 'x' // a bad block in a file that nobody needs
+	}
+	snap := logName(kindSnapshot, l.snapshot)
+	for nth := 0; nth < 6; nth++ {
+		image := dir.With("seg-1.log", data)
+		n := 0
+		image.Before = func(c disktest.Call) error {
+			if c.What == "open" && c.Name == snap {
+				if n++; n == nth {
+					return &os.PathError{Op: "open", Path: snap, Err: syscall.EMFILE}
+				}
+			}
+			return nil
+		}
+		r, err := RepairIn(image, time.Now())
+		if err != nil {
+			continue // that is honest
+		}
+		image.Before = nil
+		after, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lost := 0
+		for k, v := range want {
+			if got := after.Get(k); len(got) != 1 || got[0] != v {
+				lost++
+			}
+		}
+		if lost > 0 || r.Lost {
+			t.Errorf("open %d of the snapshot fails: %d of %d keys lost or other\n%s", nth, lost,
+				len(want), strings.Join(r.Lines, "\n"))
+		}
+	}
+}
+
+// Ensure that Repair says what is lost where a file is cut inside its header, or between two
+// frames.
+func TestRepairSaysWhatIsLost(t *testing.T) {
+	for _, cut := range []string{"header", "frames"} {
+		dir, d := fourSegments(t, Options{})
+		keys, _, _ := d.Size()
+		d.Close()
+		data := slices.Clone(dir.Names["seg-2.log"].Data)
+		if cut == "header" {
+			data = data[:20]
+		} else {
+			seed := fileHeader{kind: kindSegment, id: d.id, number: 2}.seed()
+			f, ok := decodeFrame(data[headerSize:], seed)
+			if !ok {
+				t.Fatal("no frame")
+			}
+			data = data[:headerSize+f.padded()]
+		}
+		image := dir.With("seg-2.log", data)
+		r, err := RepairIn(image, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		after, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _, _ := after.Size(); got < keys && !r.Lost {
+			t.Errorf("cut in %s: %d of %d keys are left, and Repair says\n%s", cut, got, keys,
+				strings.Join(r.Lines, "\n"))
+		}
+	}
+}
+
+// Ensure that Repair does not say so where nothing is.
+func TestRepairOfNothingLost(t *testing.T) {
+	for _, zeros := range []bool{false, true} {
+		dir, d := fourSegments(t, Options{})
+		keys, _, _ := d.Size()
+		name := logName(kindSegment, d.number)
+		d.stopTimer()
+		image := dir.With(storeName, []byte("rubbish"))
+		if zeros { // a rotation that was killed before its trim
+			prev := logName(kindSegment, d.number-1)
+			image = image.With(prev, append(slices.Clone(image.Names[prev].Data), make([]byte, 100)...))
+		} else {
+			image = image.With(name, image.Names[name].Data[:headerSize])
+			keys-- // its only frame is what we cut off
+		}
+		r, err := RepairIn(image, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		after, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, _, _ := after.Size()
+		if got < keys || r.Lost {
+			t.Errorf("zeros %v: %d of %d keys, and Repair says\n%s", zeros, got, keys,
+				strings.Join(r.Lines, "\n"))
+		}
+	}
+}
+
+// Ensure that a Repair that is killed anywhere, and run again, loses nothing, and says so.
+func TestKilledRepairThenAgain(t *testing.T) {
+	for _, room := range []bool{false, true} {
+		for n := 1; n < 200; n++ {
+			dir, d := newSmall(t, Options{})
+			d.minCompact = 1 << 40
+			if !room {
+				d.reserve, d.spare = 0, 0
+			}
+			h := history{model{}, model{}}
+			if err := script(t, d, &h); err != nil {
+				t.Fatal(err)
+			}
+			d.Close()
+			image := dir.With(storeName, []byte("rubbish"))
+			image.FailAt, image.Forever = n, true
+			RepairIn(image, time.Now())
+			reached := image.Calls >= n
+			image.FailAt, image.Locked = 0, false
+			image = image.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
+			if !reached {
+				break
+			}
+			if a, err := openSmall(image.Kill(), Options{}); err == nil {
+				if !h.told.equal(a) {
+					t.Errorf("killed at call %d: opens with other data", n)
+				}
+			}
+			r, err := RepairIn(image, time.Now())
+			if err != nil {
+				t.Errorf("call %d: %v", n, err)
+			}
+			if r.Lost {
+				t.Errorf("killed at call %d: the next Repair says\n%s", n, strings.Join(r.Lines, "\n"))
+			}
+			a, err := openSmall(image, Options{})
+			if err != nil || !h.told.equal(a) {
+				t.Errorf("call %d: after repair: %v", n, err)
+			}
+		}
+	}
+}
+
+// Ensure that a copy that fails leaves no file, so that it can be tried again.
+func TestFailedBackupLeavesNoFile(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	script(t, d, &history{model{}, model{}})
+	d.Close()
+	for n := 1; ; n++ {
+		out := disktest.New()
+		out.FailAt = n
+		_, err := BackupIn(dir, out, nil)
+		if err == nil {
+			break
+		}
+		out.FailAt = 0
+		if len(out.Names) > 0 {
+			t.Errorf("call %d: %v; there is %v", n, err, slices.Sorted(maps.Keys(out.Names)))
+		}
+	}
+}
+
 // ---- real files
 
 // Ensure that a long key with many values, which a snapshot has once for each, is not
