@@ -1194,6 +1194,11 @@ type pacedConn struct {
 	// Bytes that a reader of steadyRate has not read yet, as of looked.
 	unread int
 	looked time.Time
+
+	// Bytes that the other side has not acknowledged: now, where the system tells, and at the
+	// last tick.
+	unsent func() (bytes int, ok bool)
+	left   int
 }
 
 // Write writes b. It fails when -write-timeout has passed without a byte, or
@@ -1223,7 +1228,10 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
-		if m > 0 {
+		if taken := p.isTaking(); m > 0 || taken {
+			if m == 0 && slow {
+				p.tellSlow(false)
+			}
 			stalled, tick = 0, tickTime
 		} else {
 			if stalled += tick; stalled >= p.patience() {
@@ -1236,6 +1244,16 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		}
 		p.setDeadline(now, tick)
 	}
+}
+
+// isTaking tells whether the other side has acknowledged bytes since the last tick. Linux lets
+// a Write go on only when a third of the send buffer is free, and a receive buffer that is nearly
+// full opens by small steps: then a steady reader takes bytes, and for over a second no Write does.
+func (p *pacedConn) isTaking() bool {
+	left, ok := p.unsent()
+	taken := ok && left < p.left
+	p.left = left
+	return taken
 }
 
 // errTookNothing ends a client that has taken no byte for -write-timeout.

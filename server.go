@@ -401,7 +401,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetWriteBuffer(sendBuffer)
 	}
-	paced := &pacedConn{Conn: conn, server: s}
+	paced := &pacedConn{Conn: conn, server: s,
+		unsent: func() (int, bool) { return kvstore.Unsent(conn) }}
 	if s.tls == nil {
 		s.connections <- paced
 		return
@@ -1074,7 +1075,7 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	mux.Handle("/debug/pprof/", oneAtATime(profiles))
+	mux.Handle("GET /debug/pprof/", oneAtATime(profiles))
 	return onlyFor(host, mux)
 }
 
@@ -1106,6 +1107,7 @@ func oneAtATime(next http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	free <- struct{}{}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.NoBody // or FormValue would take in 32 MiB of a form, and put more into files
 		if seconds, _ := strconv.ParseFloat(r.FormValue("seconds"),
 			64); seconds > profileTime.Seconds() {
 			http.Error(w, fmt.Sprintf("seconds=%v is too long: at most %v", seconds,

@@ -789,7 +789,8 @@ func TestSlowIsSeenInTime(t *testing.T) {
 		up, down := newStream(streamSize), newStream(streamSize)
 		told := make(chan bool, 1)
 		conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
-			tell: func(taken bool) { told <- taken }}
+			tell:   func(taken bool) { told <- taken },
+			unsent: func() (int, bool) { return 0, false }}
 		reader := newFakeConn(down, up)
 		message := make([]byte, 2*streamSize)
 		for round := range 4 {
@@ -819,6 +820,67 @@ func TestSlowIsSeenInTime(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Ensure that a connection whose other side acknowledges bytes is not slow, though for long no
+// Write takes one: a socket's buffer that is over its limit does that.
+func TestAcknowledgedIsTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up, down := newStream(streamSize), newStream(streamSize)
+		told := make(chan bool, 1)
+		start := time.Now()
+		conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
+			tell: func(taken bool) { told <- taken },
+			unsent: func() (int, bool) {
+				return 1000 - int(min(time.Since(start), 10*time.Second)/time.Second), true
+			}}
+		go conn.Write(make([]byte, 2*streamSize))
+		if <-told {
+			t.Fatal("a reader that reads nothing is told to be taking")
+		}
+		took, most := time.Since(start), 10*time.Second+seenSlow+time.Second
+		if took < 10*time.Second+slowAfter || took > most {
+			t.Errorf("it was slow after %v, want %v to %v", took, 10*time.Second+slowAfter, most)
+		}
+		conn.Close()
+	})
+}
+
+// Ensure that what the kernel says of bytes that were not acknowledged is so.
+func TestUnsent(t *testing.T) {
+	listener, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	reader, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	before, ok := kvstore.Unsent(conn)
+	if !ok && runtime.GOOS != "linux" {
+		return
+	}
+	conn.SetWriteDeadline(time.Now().Add(time.Second / 10))
+	for err = nil; err == nil; {
+		_, err = conn.Write(make([]byte, 1<<20))
+	}
+	full, _ := kvstore.Unsent(conn)
+	go io.Copy(io.Discard, reader)
+	after := full
+	for after > 0 {
+		after, _ = kvstore.Unsent(conn)
+		runtime.Gosched()
+	}
+	if before != 0 || full == 0 {
+		t.Errorf("%d bytes before, %d when nothing more is taken", before, full)
+	}
 }
 
 // Ensure that a slow but steady reader is not taken for one that stopped,
@@ -3229,6 +3291,24 @@ func TestGetWaitsForCommit(t *testing.T) {
 }
 
 // ---- the binary
+
+// Ensure that a profile does not take in what somebody sends along, and is only for GET.
+func TestProfilesTakeNothing(t *testing.T) {
+	handler := New(kvstore.NewMemory()).watchHandler("localhost")
+	for method, want := range map[string]int{"GET": http.StatusOK, "POST": http.StatusMethodNotAllowed} {
+		sent := &io.LimitedReader{R: strings.NewReader(strings.Repeat("a=b&", 1000)), N: 4000}
+		r := httptest.NewRequest(method, "http://localhost/debug/pprof/cmdline?debug=1", sent)
+		r.Header.Set("Content-Type", "multipart/form-data; boundary=x")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		if method == "GET" && w.Code == http.StatusNotFound { // this profile is not served
+			w.Code = http.StatusOK
+		}
+		if w.Code != want || sent.N < 4000 {
+			t.Errorf("%s: %d, want %d; %d bytes were taken in", method, w.Code, want, 4000-sent.N)
+		}
+	}
+}
 
 // Ensure that the tests which the first page names are there.
 func TestPromisesHaveTests(t *testing.T) {
