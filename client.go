@@ -1195,10 +1195,9 @@ type pacedConn struct {
 	unread int
 	looked time.Time
 
-	// Bytes that the other side has not acknowledged: now, where the system tells, and at the
-	// last tick.
-	unsent func() (bytes int, ok bool)
-	left   int
+	// The other side took bytes again after a pause: it reads. (What it has not read only its
+	// sockets take, and they do so at once.) False again when it is slow.
+	resumed bool
 }
 
 // Write writes b. It fails when -write-timeout has passed without a byte, or
@@ -1216,6 +1215,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		n += m
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
+		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
 		if m > 0 && slow {
 			p.tellSlow(false)
 			p.until = time.Time{} // it is too far away for the next Write
@@ -1228,14 +1228,12 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
-		if taken := p.isTaking(); m > 0 || taken {
-			if m == 0 && slow {
-				p.tellSlow(false)
-			}
+		if m > 0 {
 			stalled, tick = 0, tickTime
 		} else {
 			if stalled += tick; stalled >= p.patience() {
 				tick = slowAfter // look less often
+				p.resumed = false
 				p.tellSlow(true)
 			}
 			if most := p.server.writeTimeout; most > 0 && stalled >= most {
@@ -1244,16 +1242,6 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		}
 		p.setDeadline(now, tick)
 	}
-}
-
-// isTaking tells whether the other side has acknowledged bytes since the last tick. Linux lets
-// a Write go on only when a third of the send buffer is free, and a receive buffer that is nearly
-// full opens by small steps: then a steady reader takes bytes, and for over a second no Write does.
-func (p *pacedConn) isTaking() bool {
-	left, ok := p.unsent()
-	taken := ok && left < p.left
-	p.left = left
-	return taken
 }
 
 // errTookNothing ends a client that has taken no byte for -write-timeout.
@@ -1266,12 +1254,17 @@ func (p *pacedConn) tellSlow(slow bool) {
 	}
 }
 
-// patience is how long a steady reader may take no byte. That is longer than
-// slowAfter where its socket holds much that it has not read: Linux opens a receive
-// window that was closed when a sixteenth of the buffer is free, 1.5 s later at
-// steadyRate with 6 MiB (__tcp_select_window). Twice that leaves time for its pauses.
+// patience is how long a steady reader may take no byte. That is longer than slowAfter where
+// its socket holds much that it has not read: Linux opens a receive window that was closed when a
+// sixteenth of the buffer is free, 1.5 s later at steadyRate with 6 MiB (__tcp_select_window).
+// Twice that leaves time for its pauses. And it is longer for who is known to read: a window that
+// opens by small steps was seen to stand still for 1.7 s between two reads.
 func (p *pacedConn) patience() time.Duration {
-	return slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
+	patience := slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
+	if p.resumed {
+		patience += slowAfter
+	}
+	return patience
 }
 
 // end is when the last Write must have ended; zero: there is no such time.

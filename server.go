@@ -401,8 +401,7 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetWriteBuffer(sendBuffer)
 	}
-	paced := &pacedConn{Conn: conn, server: s,
-		unsent: func() (int, bool) { return kvstore.Unsent(conn) }}
+	paced := &pacedConn{Conn: conn, server: s}
 	if s.tls == nil {
 		s.connections <- paced
 		return
