@@ -46,6 +46,7 @@ const (
 	// longer where its sockets hold much.
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
+	dripTime  = 5 * slowAfter  // of a Dump, until it is looked how fast it is taken
 
 	// A client is quiet when no byte has come for so long, and gives its scratch memory back.
 	quietAfter = time.Second
@@ -579,8 +580,8 @@ const partKeys = 1000
 const sortSlice = 2000
 
 // list answers a Keys or Dump from one snapshot of the store, in the order of the keys.
-// That is work for readFromClient's goroutine alone; workLoop only takes the snapshot. The
-// keys are the store's own strings, so a key costs 16 bytes here.
+// That is work for readFromClient's goroutine alone; workLoop only takes the snapshot. A Dump
+// has it until its end, a Keys only until it has copied the keys.
 func (c *Client) list(what queryType, prefix string) {
 	if !c.takeSnapshotSlot() {
 		return
@@ -594,12 +595,15 @@ func (c *Client) list(what queryType, prefix string) {
 			line: c.in.line})
 		return
 	}
-	c.listing = true
+	c.listing, c.since, c.sent = true, time.Now(), 0
 	defer func() { c.listing = false }()
-	found, ok := c.find(prefix)
-	held := int64(cap(found)) * stringSize
+	found, copied, ok := c.find(prefix, what == keys)
+	held := int64(cap(found))*stringSize + copied
 	c.queued.Add(held)
 	defer c.queued.Add(-held)
+	if what == keys {
+		c.freeSnapshotSlot()
+	}
 	if !ok || !c.sort(found) {
 		return
 	}
@@ -623,6 +627,7 @@ func (c *Client) list(what queryType, prefix string) {
 func (c *Client) takeSnapshotSlot() bool {
 	select {
 	case c.snapshotSlots <- struct{}{}:
+		c.hasSlot = true
 		return true
 	default:
 	}
@@ -630,6 +635,7 @@ func (c *Client) takeSnapshotSlot() bool {
 	defer c.awaited.Add(-1)
 	select {
 	case c.snapshotSlots <- struct{}{}:
+		c.hasSlot = true
 		return true
 	case <-c.server.closeSignal:
 		c.end(weClose, false)
@@ -637,29 +643,36 @@ func (c *Client) takeSnapshotSlot() bool {
 	}
 }
 
-// freeSnapshotSlot gives the snapshot up.
+// freeSnapshotSlot gives the snapshot up, if there is one.
 func (c *Client) freeSnapshotSlot() {
 	c.snapshot = nil
-	<-c.snapshotSlots
+	if c.hasSlot {
+		c.hasSlot = false
+		<-c.snapshotSlots
+	}
 }
 
-// find returns the keys of the snapshot that begin with prefix. It is false if nobody
-// wants them any more.
-func (c *Client) find(prefix string) (found []string, ok bool) {
+// find returns the keys of the snapshot that begin with prefix: the store's own strings, or
+// copies, and how many bytes these take. It is false if nobody wants them any more.
+func (c *Client) find(prefix string, copies bool) (found []string, copied int64, ok bool) {
 	c.takeCore()
 	defer c.releaseCore()
 	passed := 0
 	for key := range c.snapshot.All() {
 		if strings.HasPrefix(key, prefix) {
+			if copies {
+				key = strings.Clone(key)
+				copied += int64(len(key))
+			}
 			found = append(found, key)
 		}
 		if passed++; passed%partKeys == 0 {
 			if c.yieldCore(); c.isGone() || c.stopListing(passed) {
-				return found, false
+				return found, copied, false
 			}
 		}
 	}
-	return found, true
+	return found, copied, true
 }
 
 // sort sorts keys, and lets others work meanwhile. When the server closes it gives
@@ -758,16 +771,19 @@ type outbox struct {
 	hangUp   func() error // closes the connection
 
 	// Owned by the holder.
-	acked        bool   // every request is answered
-	slow         bool   // the latest from progress was false
-	hasCore      bool   // it has a slot of cores
-	listing      bool   // a Keys or Dump is being answered
-	left         int    // bytes still to be formatted, at most: newMessage chooses a size by it
-	next         *Query // the first whose reply is not formatted, while there is one
-	reserved     int64  // bytes of the reply in hand that are counted in queued, and not queued yet
-	dropped      int    // replies since the last PONG
-	droppedTotal int    // replies in all
-	cut          string // why the outbox ended the connection, if it did
+	acked        bool      // every request is answered
+	slow         bool      // the latest from progress was false
+	hasCore      bool      // it has a slot of cores
+	listing      bool      // a Keys or Dump is being answered
+	hasSlot      bool      // and it has a slot of snapshotSlots
+	since        time.Time // when that began
+	sent         int       // bytes of it that were queued
+	left         int       // bytes still to be formatted, at most: newMessage chooses a size by it
+	next         *Query    // the first whose reply is not formatted, while there is one
+	reserved     int64     // bytes of the reply in hand that are counted in queued, and not queued yet
+	dropped      int       // replies since the last PONG
+	droppedTotal int       // replies in all
+	cut          string    // why the outbox ended the connection, if it did
 }
 
 // answer sees to the replies of chain, which has run, and to its way back. It
@@ -953,6 +969,7 @@ func (o *outbox) queue(msg []byte) {
 	o.reserved -= used
 	o.queued.Add(int64(cap(msg)) - used)
 	o.buffer <- msg
+	o.sent += len(msg)
 	o.yieldCore()
 }
 
@@ -978,7 +995,8 @@ func (o *outbox) hasRoom(n int) bool {
 // awaitRoom waits until there is room for n messages, and tells whether there is: not if the
 // client is slow and its reply may be dropped. A client after Ack, or with a Keys or Dump,
 // loses nothing; but the connection of one that takes nothing is cut while all queues are over
-// their limit, and that of a Keys or Dump also while others wait for theirs.
+// their limit, and that of a Dump also while others wait for theirs: this one also where it takes
+// less than a steady reader.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
 		if len(o.buffer) > 0 { // else there is room, slow or not
@@ -1000,10 +1018,14 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 				o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
 					"(-max-queues)", o.queued.Load())
 				o.hangUp()
-			case o.listing && o.awaited.Load() > 0:
-				o.cut = "it took nothing of its Keys or Dump, and others wait for theirs"
+			case o.hasSlot && o.awaited.Load() > 0:
+				o.cut = "it took nothing of its Dump, and others wait for theirs"
 				o.hangUp()
 			}
+		}
+		if o.hasSlot && o.cut == "" && o.awaited.Load() > 0 && o.isDripping() {
+			o.cut = "it took its Dump too slowly, and others wait for theirs"
+			o.hangUp()
 		}
 		had := o.hasCore
 		o.releaseCore()
@@ -1013,6 +1035,12 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 			o.takeCore()
 		}
 	}
+}
+
+// isDripping tells whether a Dump is taken more slowly than any steady reader does.
+func (o *outbox) isDripping() bool {
+	took := time.Since(o.since)
+	return took > dripTime && float64(o.sent) < steadyRate*took.Seconds()
 }
 
 // tell tells the holder whether the connection takes bytes, in the place of what it

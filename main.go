@@ -1601,7 +1601,19 @@ type ledger struct {
 	owed     int   // requests without an answer
 	answered int   // requests with one; the first is our Ack
 	lines    int   // that were read
-	blank    []int // which of them are no requests
+	blank    []run // which of them are no requests
+}
+
+// run is so many lines in a row, from first on.
+type run struct{ first, n int }
+
+// addRun adds lines to runs, which they follow.
+func addRun(runs []run, more run) []run {
+	if n := len(runs); n > 0 && runs[n-1].first+runs[n-1].n == more.first {
+		runs[n-1].n += more.n
+		return runs
+	}
+	return append(runs, more)
 }
 
 // count takes note of what was sent and of so many answers. Where a silence may be too long,
@@ -1611,7 +1623,10 @@ func (t *talker) count(sent ledger, answers int) (owed, answered int) {
 	wasIdle := l.owed == 0
 	l.owed += sent.owed - answers
 	l.answered += answers
-	l.lines, l.blank = max(l.lines, sent.lines), append(l.blank, sent.blank...)
+	l.lines = max(l.lines, sent.lines)
+	for _, more := range sent.blank {
+		l.blank = addRun(l.blank, more)
+	}
 	switch {
 	case t.silence == 0:
 	case l.owed == 0:
@@ -1631,10 +1646,10 @@ func (t *talker) through() (line int) {
 	l := <-t.sent
 	line = max(l.answered-1, 0) // but for our Ack
 	for _, blank := range l.blank {
-		if blank > line+1 || l.answered == 0 {
+		if blank.first > line+1 || l.answered == 0 {
 			break
 		}
-		line++
+		line += blank.n
 	}
 	t.sent <- l
 	return line
@@ -1866,7 +1881,7 @@ func (t *talker) sendLines() {
 			inHand.lines++
 			switch {
 			case isBlank:
-				inHand.blank = append(inHand.blank, inHand.lines)
+				inHand.blank = addRun(inHand.blank, run{inHand.lines, 1})
 				if t.isTyped {
 					fmt.Fprint(t.errs, prompt)
 				}

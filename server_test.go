@@ -1621,6 +1621,56 @@ func TestSnapshotsAreBounded(t *testing.T) {
 	})
 }
 
+// Ensure that who does not read its Keys keeps nobody from a snapshot, and that a Dump which is
+// taken by drips does not for long.
+func TestSnapshotsAreGivenBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 4000 {
+			n.fill(fmt.Sprint(strings.Repeat("k", 500), i), strings.Repeat("v", 500), 1)
+		}
+		for range maxSnapshots {
+			c := n.dial(t)
+			c.send("Keys\n")
+			synctest.Wait()
+			if used := len(n.server.snapshotSlots); used != 0 {
+				t.Errorf("a Keys that is not read has a snapshot")
+			}
+			c.conn.Close()
+		}
+		ended := make(chan struct{})
+		var readers sync.WaitGroup
+		for range maxSnapshots {
+			c := n.dial(t)
+			readers.Go(func() {
+				c.send("Dump\n")
+				for {
+					select {
+					case <-time.After(time.Second / 10):
+						io.CopyN(io.Discard, c.r, kilo)
+					case <-ended:
+						c.conn.Close()
+						return
+					}
+				}
+			})
+		}
+		pass(time.Second)
+		if used := len(n.server.snapshotSlots); used != maxSnapshots {
+			t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
+		}
+		began := time.Now()
+		a := n.dial(t)
+		a.send("Keys:none\n")
+		a.want(":OK 0")
+		if waited := time.Since(began); waited > 3*time.Minute {
+			t.Errorf("four Dumps at 10 kB a second kept one who waits for %v", waited)
+		}
+		close(ended)
+		readers.Wait()
+		a.hangUp()
+	})
+}
+
 // Ensure that Close ends a client that waits for a snapshot.
 func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
