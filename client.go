@@ -155,15 +155,17 @@ func (c *Client) readFromClient() {
 				c.submit(chain)
 			}
 		}
-		if c.reason == "" && c.in.pending > c.server.maxLine+len("\r\x00") {
-			if c.in.skip(); !c.in.unanswered {
-				c.answerFault(tooLong(c.server.maxLine))
+		if why := c.mustSkip(); c.reason == "" && why != "" {
+			if c.in.skip(why); !c.in.unanswered {
+				c.answerFault(why)
 			}
 		}
 		if err != nil && c.reason == "" {
 			c.endInput(err)
 		}
 	}
+	c.in = input{line: c.in.line, counted: c.in.counted}
+	c.countInput()
 	c.tellLoss()
 	if c.buffer == nil {
 		c.connection.Close()
@@ -259,6 +261,28 @@ func (c *Client) answerWeb() {
 	c.end(speaksHTTP, true)
 }
 
+// mustSkip tells why the line that has begun cannot be taken in whole: "" if it can.
+func (c *Client) mustSkip() string {
+	in := &c.in
+	switch {
+	case in.pending > c.server.maxLine+len("\r\x00"):
+		return tooLong(c.server.maxLine)
+	case in.pending >= burstSize && in.pending == len(in.buf) && c.server.isInputFull():
+		return "too long for the memory that is left, skipped"
+	}
+	return ""
+}
+
+// countInput counts what the input takes beyond a burst, for -max-memory.
+func (c *Client) countInput() {
+	in := &c.in
+	large := int64(max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize))
+	if large != in.counted {
+		c.inputs.Add(large - in.counted)
+		in.counted = large
+	}
+}
+
 func tooLong(maxLine int) string {
 	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
 }
@@ -271,7 +295,7 @@ func (c *Client) endInput(err error) {
 	case errors.Is(err, io.EOF):
 		switch {
 		case in.skipping && in.unanswered:
-			c.answerFault(tooLong(c.server.maxLine))
+			c.answerFault(in.why)
 		case in.pending > 0:
 			in.line++
 			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
@@ -316,6 +340,8 @@ type input struct {
 	queries  []Query // the memory of the chain, used again for the next
 	skipping bool    // a line was too long and its end has not come; pending is 0
 	skipped  []byte  // the last bytes of that line
+	why      string  // it is skipped
+	counted  int64   // bytes of buf and lent that are counted in inputs
 
 	// The line that is skipped got no answer yet: it may turn out to be the first
 	// of an HTTP request.
@@ -336,6 +362,7 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.grow(c.server.maxLine)
+	c.countInput()
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
@@ -355,7 +382,7 @@ func (c *Client) read() (burst string, err error) {
 			if isHTTP(trimCR(string(in.skipped))) {
 				c.answerWeb()
 			} else {
-				c.answerFault(tooLong(c.server.maxLine))
+				c.answerFault(in.why)
 			}
 		}
 	}
@@ -381,6 +408,7 @@ func (c *Client) tick() error {
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
 	if !in.busy {
 		in.shrink()
+		c.countInput()
 	}
 	c.limitRead(time.Time{})
 	if in.midLine() && in.whole {
@@ -446,9 +474,10 @@ func (in *input) shrink() {
 	}
 }
 
-// skip gives up the line in pending, which is too long. Its answer waits for its
+// skip gives up the line in pending, for the reason why. Its answer waits for its
 // end if it is the first line and may be HTTP's.
-func (in *input) skip() {
+func (in *input) skip(why string) {
+	in.why = why
 	in.unanswered = !in.spoke && !beginsRequest(string(in.buf[:min(in.pending, maxQuoted)]))
 	in.spoke = true
 	in.skipped = in.skipped[:0]
@@ -732,6 +761,7 @@ type outboxes struct {
 	// bytes that all clients' messages may take (-max-queues); 0: any number
 	limit   int64
 	queued  atomic.Int64 // bytes that they take
+	inputs  atomic.Int64 // bytes of input buffers beyond burstSize, for long lines
 	dropped atomic.Int64 // replies that slow readers lost
 	used    atomic.Int64 // bytes that workLoop knew of at the start, or after its last Commit (needed)
 	other   atomic.Int64 // bytes that were alive beside these after the last collection

@@ -785,7 +785,8 @@ func (p *pacer) choose() {
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
-	p.server.other.Store(max(0, live-p.server.used.Load())) // snapshots, requests under way
+	known := p.server.used.Load() + p.server.inputs.Load()
+	p.server.other.Store(max(0, live-known)) // snapshots, requests under way
 	garbage := garbageMin + live/garbageShare + min(linked, live)
 	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
 	// Setting it stops everybody for a moment.

@@ -691,7 +691,16 @@ func (s *keyValueServer) isFull(q *Query) bool {
 
 // memoryUsed is about how many bytes the process needs: what the store takes and what is
 // queued, now, and what the last collection found beside them.
-func (s *keyValueServer) memoryUsed() int64 { return s.needed() + s.other.Load() }
+func (s *keyValueServer) memoryUsed() int64 {
+	return s.needed() + s.inputs.Load() + s.other.Load()
+}
+
+// isInputFull tells whether there is no memory for longer lines, which may take half of it all.
+// Any goroutine may ask: what workLoop knows is as of its last Commit.
+func (s *keyValueServer) isInputFull() bool {
+	inputs, most := s.inputs.Load(), s.maxMemory-s.reserve
+	return s.maxMemory > 0 && (inputs > most/2 || s.used.Load()+inputs+s.other.Load() > most)
+}
 
 // needed is how many bytes the store, what is queued and the clients take.
 func (s *keyValueServer) needed() int64 {

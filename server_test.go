@@ -2343,6 +2343,48 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	}
 }
 
+// Ensure that lines which have begun count, so that many long ones are refused before they take
+// the memory of all, and that what they took is given back.
+func TestLongLinesAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine, n.server.maxMemory = 1<<20, 8<<20
+		refused := 0
+		var clients []*testClient
+		for range 20 {
+			c := n.dial(t)
+			c.sendSome("Set:k:" + strings.Repeat("v", 900*kilo))
+			clients = append(clients, c)
+		}
+		synctest.Wait()
+		if held := n.server.inputs.Load(); held < 2<<20 || held > 6<<20 {
+			t.Errorf("lines that have begun take %d bytes of %d", held, n.server.maxMemory)
+		}
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.ask("Put:other:v", ":OK 1")
+		for _, c := range clients {
+			c.send("\nPing\n")
+			switch line := c.read(); line {
+			case ":ERROR line 1: too long for the memory that is left, skipped":
+				refused++
+				c.want(":PONG")
+			case ":PONG":
+			default:
+				t.Errorf("got %q", line)
+			}
+			c.hangUp()
+		}
+		if refused == 0 || refused == len(clients) {
+			t.Errorf("%d of %d are refused", refused, len(clients))
+		}
+		a.hangUp()
+		synctest.Wait()
+		if held := n.server.inputs.Load(); held != 0 {
+			t.Errorf("%d bytes are counted when all have gone", held)
+		}
+	})
+}
+
 // Ensure that data which is there at the start counts once, whenever a collection comes.
 func TestLoadedDataCountsOnce(t *testing.T) {
 	s := New(kvstore.NewMemory())
