@@ -283,7 +283,8 @@ func (c *config) serverOptions() []option {
 			example: "500MB"},
 		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
 			help: "memory of all replies that wait; 0: no limit",
-			more: "Over it clients that take nothing lose replies, or after Ack their connection"},
+			more: "Over it clients that take nothing lose replies, or after Ack their " +
+				"connection; each may have 256 KiB beside it"},
 		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
 			help: "cut who takes no byte for so long; 0: never",
 			fits: func() bool { return c.writeTimeout >= 0 },

@@ -347,18 +347,13 @@ func (s *salvage) lose(format string, args ...any) {
 // next that is whole. Only the newest segment may end in unused room.
 func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 	name := logName(kind, number)
-	f, size, err := s.dir.Open(name)
+	b, err := s.bytesOf(name)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	b := make([]byte, size)
-	if _, err := f.ReadAt(b, 0); err != nil {
-		return readError(s.dir.Path(name), err)
-	}
 	seed := fileHeader{kind: kind, id: s.id, number: number}.seed()
 	frames, lost := 0, 0
-	if s.goesOn = false; size < headerSize {
+	if s.goesOn = false; len(b) < headerSize {
 		lost++
 		s.lose("%s: it is cut inside its header", s.dir.Path(name))
 	}
@@ -409,6 +404,20 @@ func (s *salvage) read(kind uint32, number uint64, newest bool) error {
 		s.last = max(s.last, h.first-1)
 	}
 	return nil
+}
+
+// bytesOf returns what a file holds.
+func (s *salvage) bytesOf(name string) ([]byte, error) {
+	f, size, err := s.dir.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b := make([]byte, size)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return nil, readError(s.dir.Path(name), err)
+	}
+	return b, nil
 }
 
 // begins says what is lost where a segment begins with a frame that does not follow the last
