@@ -830,9 +830,9 @@ func TestPauseOfAReader(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			up, down := newStream(streamSize), newStream(streamSize)
-			slow := false
+			var slow atomic.Bool
 			conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
-				tell: func(taken bool) { slow = slow || !taken }}
+				tell: func(taken bool) { slow.Store(slow.Load() || !taken) }}
 			reader := newFakeConn(down, up)
 			go conn.Write(make([]byte, 4*streamSize))
 			if reads {
@@ -840,11 +840,11 @@ func TestPauseOfAReader(t *testing.T) {
 				io.ReadFull(reader, make([]byte, streamSize))
 			}
 			pass(1700 * time.Millisecond)
-			if slow == reads {
-				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow)
+			if slow.Load() == reads {
+				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow.Load())
 			}
 			pass(3 * slowAfter)
-			if !slow {
+			if !slow.Load() {
 				t.Errorf("reads: %v, and is not slow in the end", reads)
 			}
 			conn.Close()
