@@ -46,7 +46,7 @@ const (
 	// longer where its sockets hold much.
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
-	dripTime  = 5 * slowAfter  // of a Dump, until it is looked how fast it is taken
+	dripTime  = 5 * slowAfter  // that a Dump has waited, until it is looked how fast it is taken
 
 	// A client is quiet when no byte has come for so long, and gives its scratch memory back.
 	quietAfter = time.Second
@@ -624,7 +624,7 @@ func (c *Client) list(what queryType, prefix string) {
 			line: c.in.line})
 		return
 	}
-	c.listing, c.since, c.sent = true, time.Now(), 0
+	c.listing, c.waited, c.sent = true, 0, 0
 	defer func() { c.listing = false }()
 	found, copied, ok := c.find(prefix, what == keys)
 	held := int64(cap(found))*stringSize + copied
@@ -801,19 +801,19 @@ type outbox struct {
 	hangUp   func() error // closes the connection
 
 	// Owned by the holder.
-	acked        bool      // every request is answered
-	slow         bool      // the latest from progress was false
-	hasCore      bool      // it has a slot of cores
-	listing      bool      // a Keys or Dump is being answered
-	hasSlot      bool      // and it has a slot of snapshotSlots
-	since        time.Time // when that began
-	sent         int       // bytes of it that were queued
-	left         int       // bytes still to be formatted, at most: newMessage chooses a size by it
-	next         *Query    // the first whose reply is not formatted, while there is one
-	reserved     int64     // bytes of the reply in hand that are counted in queued, and not queued yet
-	dropped      int       // replies since the last PONG
-	droppedTotal int       // replies in all
-	cut          string    // why the outbox ended the connection, if it did
+	acked        bool          // every request is answered
+	slow         bool          // the latest from progress was false
+	hasCore      bool          // it has a slot of cores
+	listing      bool          // a Keys or Dump is being answered
+	hasSlot      bool          // and it has a slot of snapshotSlots
+	waited       time.Duration // for room, since that began
+	sent         int           // bytes of it that were queued
+	left         int           // bytes still to be formatted, at most: newMessage chooses a size by it
+	next         *Query        // the first whose reply is not formatted, while there is one
+	reserved     int64         // bytes of the reply in hand that are counted in queued, and not queued yet
+	dropped      int           // replies since the last PONG
+	droppedTotal int           // replies in all
+	cut          string        // why the outbox ended the connection, if it did
 }
 
 // answer sees to the replies of chain, which has run, and to its way back. It
@@ -1060,7 +1060,9 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		had := o.hasCore
 		o.releaseCore()
 		o.keep()
+		began := time.Now()
 		o.slow = !<-o.progress
+		o.waited += min(time.Since(began), slowAfter) // if more, perhaps we stood still
 		if had {
 			o.takeCore()
 		}
@@ -1069,8 +1071,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 
 // isDripping tells whether a Dump is taken more slowly than any steady reader does.
 func (o *outbox) isDripping() bool {
-	took := time.Since(o.since)
-	return took > dripTime && float64(o.sent) < steadyRate*took.Seconds()
+	return o.waited > dripTime && float64(o.sent) < steadyRate*o.waited.Seconds()
 }
 
 // tell tells the holder whether the connection takes bytes, in the place of what it
