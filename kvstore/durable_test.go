@@ -2512,24 +2512,30 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 // Ensure that a heal that fails leaves nothing that is in the way when the file is put back.
 func TestFailedHealLeavesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, d := newSmall(t, Options{})
+		dir := disktest.New()
+		var refuses atomic.Bool
+		dir.Before = func(c disktest.Call) error {
+			if c.What == "sync" && c.Name == "" && refuses.Load() {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
 		d.Put("key", "value")
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 		store := dir.Names[storeName]
 		dir.Remove(storeName)
-		dir.Before = func(c disktest.Call) error {
-			if c.What == "sync" && c.Name == "" {
-				return syscall.ENOSPC
-			}
-			return nil
-		}
+		refuses.Store(true)
 		<-time.After(2 * time.Second)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		dir.Before = nil
+		refuses.Store(false)
 		dir.Mu.Lock()
 		dir.Names[storeName] = store
 		dir.Mu.Unlock()
