@@ -66,7 +66,8 @@ const (
 //	replies     maxBufferSize messages of maxMessage, one being made and one being written
 //	lists       of the chain whose replies wait: 16 bytes a value, and the values that others
 //	            have removed meanwhile
-//	Keys, Dump  16 bytes a key, and what others change meanwhile (maxSnapshots at a time)
+//	Keys        the keys, copied
+//	Dump        16 bytes a key, and what others change meanwhile (maxSnapshots at a time)
 //	goroutines  three: readFromClient, writeToClient and at times deliver
 //	sockets     sendBuffer, and what the kernel takes in
 //

@@ -22,7 +22,7 @@
 //	message   bytes of replies, as they wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
-//	slow      of a client whose connection has taken no byte for a second, or a little longer
+//	slow      of a client whose connection has taken no byte for a second, or two if it has read
 //	turn      the time for which workLoop runs requests before it commits and answers
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
 //	          the latter writes it to a file of that name
@@ -61,6 +61,9 @@ import (
 
 	"kvserver/kvstore"
 )
+
+// commands are what can stand in the place of flags.
+var commands = []string{"check", "repair", "backup"}
 
 // Exit codes.
 const (
@@ -114,7 +117,7 @@ type config struct {
 }
 
 func main() {
-	if len(os.Args) > 1 && slices.Contains([]string{"check", "repair", "backup"}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains(commands, os.Args[1]) {
 		os.Exit(runCommand(os.Args[1], os.Args[2:]))
 	}
 	c, err := parseFlags(os.Args[1:], os.Stdout)
@@ -451,15 +454,15 @@ func flagProblem(options []option, err error) error {
 // checkRequests tells what is wrong with what stands behind the flags.
 func (c *config) checkRequests() error {
 	for _, request := range c.requests {
+		near := slices.IndexFunc(commands, func(name string) bool { return oneSlip(request, name) })
 		switch {
-		case !c.client && oneSlip(request, "check"), !c.client && oneSlip(request, "repair"),
-			!c.client && oneSlip(request, "backup"):
+		case !c.client && near >= 0:
 			return problem{fmt.Sprintf("unexpected argument %q", request),
-				"Did you mean kvserver check, repair or backup ? " + seeHelp}
+				"Did you mean kvserver " + commands[near] + " DIR ? " + seeHelp}
 		case !c.client && (request == "help" || request == "version"):
 			return problem{fmt.Sprintf("unexpected argument %q", request),
 				"Did you mean kvserver -" + request + " ?"}
-		case !c.client && slices.Contains([]string{"check", "repair", "backup"}, request):
+		case !c.client && slices.Contains(commands, request):
 			return problem{request + " goes first, and takes no flags",
 				"Give the directory behind it, as in kvserver " + request + " data."}
 		case !c.client:

@@ -209,10 +209,14 @@ var conversations = []struct{ name, send, want string }{
 	{"update with more or less",
 		"Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
 		strings.Join([]string{
-			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k:a"`,
-			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k"`,
-			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update:k:a:b:c"`,
-			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in Update:key:old:new; got "Update::a:b"`,
+			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k:a"`,
+			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k"`,
+			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k:a:b:c"`,
+			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update::a:b"`,
 			"k:a\n"}, "\n")},
 	{"arguments that nobody takes", "Quit:\nAck:on\nStats:\nHelp:me\nPut:k:a\nGet:k\n",
 		strings.Join([]string{
@@ -467,7 +471,8 @@ func TestStats(t *testing.T) {
 		a := n.dial(t)
 		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
-		a.want("key:value", "key:v2", `:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		a.want("key:value", "key:v2",
+			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
 		synctest.Wait()
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
@@ -1016,7 +1021,8 @@ func TestMaxQueues(t *testing.T) {
 			if got := honest.count("k:"); got != 100 {
 				t.Fatalf("a client that reads got %d replies of 100", got)
 			}
-			if queued := honest.stat("queued_bytes"); queued > limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
+			if queued := honest.stat("queued_bytes"); queued >
+				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
 			}
 		}
@@ -1988,7 +1994,8 @@ func TestClientCommandIsInterrupted(t *testing.T) {
 	}
 	cmd.Process.Signal(os.Interrupt)
 	cmd.Wait()
-	if want := "interrupted; answered through line 3 of the input\n"; cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
+	want := "interrupted; answered through line 3 of the input\n"
+	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
 		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
 	}
 }
@@ -2314,7 +2321,8 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.maxMemory-n.server.reserve) || a.stat("process_bytes") == 0 {
+		if a.stat("memory_limit_bytes") != int(n.server.maxMemory-n.server.reserve) ||
+			a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.hangUp()
@@ -3477,7 +3485,8 @@ function odd() {
 `
 		}},
 		{"go", "client.go", []string{"go", "run"}, func(program string) string {
-			return strings.Replace(program, `Get:fruit\n`, `Put:odd:\xff" + strings.Repeat("v", 300000) + "\nGet:odd\nDelete:odd\nGet:fruit\n`, 1)
+			return strings.Replace(program, `Get:fruit\n`,
+				`Put:odd:\xff" + strings.Repeat("v", 300000) + "\nGet:odd\nDelete:odd\nGet:fruit\n`, 1)
 		}},
 	} {
 		m := regexp.MustCompile("(?s)```" + p.language + "\n(.*?)```").FindSubmatch(readme)
@@ -3604,21 +3613,29 @@ func TestMistakes(t *testing.T) {
 		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: " +
 			"kvserver -c foo"},
 		{[]string{"chekc", "data"}, exitMisuse, `kvserver: unexpected argument "chekc"`,
-			"Did you mean kvserver check, repair or backup ? kvserver -h"},
+			"Did you mean kvserver check DIR ? kvserver -h"},
 		{[]string{"version"}, exitMisuse, `kvserver: unexpected argument "version"`,
 			"Did you mean kvserver -version ?"},
 		{[]string{"-c", ""}, exitMisuse, `kvserver: "" is no request`, "Give one, as in"},
-		{[]string{"-max-line", "many"}, exitMisuse, `kvserver: invalid value "many" for flag -max-line`, "Give it as in -max-line=1MiB. kvserver -h"},
+		{[]string{"-max-line", "many"}, exitMisuse,
+			`kvserver: invalid value "many" for flag -max-line`,
+			"Give it as in -max-line=1MiB. kvserver -h"},
 		{[]string{"-max-line", "0"}, exitMisuse, "kvserver: -max-line 0 is out of range",
 			"Give 64 bytes to 1GiB"},
 		{[]string{"-max-line", "1"}, exitMisuse, "kvserver: -max-line 1 is out of range",
 			"Give 64 bytes to 1GiB"},
-		{[]string{"-max-memory", "-5"}, exitMisuse, `kvserver: invalid value "-5" for flag -max-memory`, "Give it as in -max-memory=500MB."},
-		{[]string{"-max-queues", "5PB"}, exitMisuse, `kvserver: invalid value "5PB" for flag -max-queues`, "Give it as in -max-queues=1GiB."},
+		{[]string{"-max-memory", "-5"}, exitMisuse,
+			`kvserver: invalid value "-5" for flag -max-memory`,
+			"Give it as in -max-memory=500MB."},
+		{[]string{"-max-queues", "5PB"}, exitMisuse,
+			`kvserver: invalid value "5PB" for flag -max-queues`,
+			"Give it as in -max-queues=1GiB."},
 		{[]string{"-fsync", "1s"}, exitMisuse,
 			"kvserver: -fsync is for data on disk, and there is none",
 			"Give a directory, as in -data data -fsync 1s."},
-		{[]string{"-write-timeout", "5"}, exitMisuse, `kvserver: invalid value "5" for flag -write-timeout`, "Give it as in -write-timeout=5m."},
+		{[]string{"-write-timeout", "5"}, exitMisuse,
+			`kvserver: invalid value "5" for flag -write-timeout`,
+			"Give it as in -write-timeout=5m."},
 		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
 		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca ca.pem"},
@@ -3626,7 +3643,9 @@ func TestMistakes(t *testing.T) {
 			"kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
 		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`,
 			"Flags go before the requests"},
-		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse, `kvserver: "Put:a:b\nDelete:c" is more than one request`, "Give each as an argument of its own"},
+		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse,
+			`kvserver: "Put:a:b\nDelete:c" is more than one request`,
+			"Give each as an argument of its own"},
 		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
 		{[]string{"backup", "a"}, exitMisuse,
 			"kvserver: backup needs a data directory and a new one", "Give the one"},
@@ -3634,7 +3653,8 @@ func TestMistakes(t *testing.T) {
 			"kvserver: not a data directory: ", "Nothing was copied."},
 		{[]string{"repair", "a", "b"}, exitMisuse, "kvserver: repair needs one data directory",
 			"Give the one"},
-		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse, `kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
+		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse,
+			`kvserver: -fsync "sometimes" is none of its values`, "Give always, never, or a time"},
 		{[]string{"-data", "/no/such/dir"}, exitFailure,
 			"kvserver: the data directory does not exist: /no/such/dir",
 			"Create it: mkdir -m 700 /no/such/dir"},
@@ -3684,7 +3704,8 @@ func TestMistakes(t *testing.T) {
 		var stdout, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		cmd.Run()
-		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(stderr.String(), ""), "\n")
+		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(
+			stderr.String(), ""), "\n")
 		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
 			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
 			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
@@ -3758,7 +3779,9 @@ func TestSignalsStopCleanly(t *testing.T) {
 func checkMetrics(t *testing.T, body string) {
 	t.Helper()
 	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
-		if !regexp.MustCompile(`^(# HELP kvserver_[a-z_]+ [A-Z0-9].*\.|# TYPE kvserver_[a-z_]+ (gauge|counter|histogram)|kvserver_[a-z_]+(\{(version|le)="[^"]*"\})? [0-9.e+-]+)$`).MatchString(line) {
+		if !regexp.MustCompile(`^(# HELP kvserver_[a-z_]+ [A-Z0-9].*\.|` +
+			`# TYPE kvserver_[a-z_]+ (gauge|counter|histogram)|` +
+			`kvserver_[a-z_]+(\{(version|le)="[^"]*"\})? [0-9.e+-]+)$`).MatchString(line) {
 			t.Errorf("/metrics: %q is not of its format", line)
 		}
 	}
@@ -3854,7 +3877,8 @@ func TestEnvironment(t *testing.T) {
 		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
 	}
 	t.Setenv("KVSERVER_MAX_LINE", "many")
-	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(), `KVSERVER_MAX_LINE="many"`) {
+	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(),
+		`KVSERVER_MAX_LINE="many"`) {
 		t.Errorf("a bad value: %v", err)
 	}
 }
@@ -3923,7 +3947,8 @@ func TestLogNeverBlocks(t *testing.T) {
 			w.Close()
 			<-done
 			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
-			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(text.String(), -1)
+			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(
+				text.String(), -1)
 			if len(lines) < logLines || len(lines) > logLines+4 || len(lost) != 1 ||
 				!strings.Contains(lines[len(lines)-1], "the last line") {
 				t.Errorf("%d lines, of which %q tell of lost ones; the last is %s", len(lines),
@@ -4019,7 +4044,9 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 		a.send(put + "\n")
 		answer = a.read()
 	}
-	if !regexp.MustCompile(`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(answer) {
+	if !regexp.MustCompile(
+		`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(
+		answer) {
 		t.Errorf("on a full disk a Put is answered %q", answer)
 	}
 	a.ask("Put:small:v", ":OK 1") // there is room for that
@@ -4051,7 +4078,8 @@ func TestFailingHandshakesAreCounted(t *testing.T) {
 		pass(seldomTime)
 		flood()
 	})
-	lines := regexp.MustCompile(`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(log.String(), -1)
+	lines := regexp.MustCompile(
+		`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(log.String(), -1)
 	if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
 		t.Errorf("200 failing handshakes are told as %q", lines)
 	}
@@ -4109,7 +4137,8 @@ func TestWriteTimeoutUnderTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.writeTimeout = &tls.Config{Certificates: []tls.Certificate{pair}}, 2*time.Second
+		n.server.tls, n.server.writeTimeout = &tls.Config{Certificates: []tls.Certificate{pair}},
+			2*time.Second
 		n.fill("big", strings.Repeat("v", 1000), 1000)
 		a := n.dial(t)
 		client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
@@ -4690,7 +4719,8 @@ func TestSoak(t *testing.T) {
 						if len(before) > 0 {
 							old := before[random.IntN(len(before))]
 							i := slices.Index(after, old)
-							request, after = "Update:"+key+":"+old+":"+value, append(slices.Delete(after, i, i+1), value)
+							request, after = "Update:"+key+":"+old+":"+value,
+								append(slices.Delete(after, i, i+1), value)
 						}
 					case 5:
 						if len(before) > 30 {
@@ -4784,7 +4814,8 @@ func TestSoak(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-	t.Logf("%v: %d requests answered, %d clients cut, %d restarts; %s", length, requests.Load(), cuts.Load(), restarts, regexp.MustCompile(`VmRSS:.*`).Find(status))
+	t.Logf("%v: %d requests answered, %d clients cut, %d restarts; %s", length, requests.Load(),
+		cuts.Load(), restarts, regexp.MustCompile(`VmRSS:.*`).Find(status))
 }
 
 // ---- a real etcd cluster
@@ -5489,7 +5520,8 @@ func (w *world) live() {
 		failures: pick(r, 0, 0, 5)}
 	p.net.start(w.t)
 	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
-		"write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit, s.maxMemory, s.writeTimeout, s.tls != nil)
+		"write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit,
+		s.maxMemory, s.writeTimeout, s.tls != nil)
 	var clients sync.WaitGroup
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, pick(r, kinds...))
@@ -5808,7 +5840,8 @@ func (p *process) tidyUp(r *rand.Rand) {
 		wait(1100 * time.Millisecond)
 		p.net.server.statsNow(context.Background())
 		report, err := kvstore.CheckIn(p.dir)
-		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1], "no store") {
+		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
+			"no store") {
 			return
 		}
 	}
@@ -6823,7 +6856,8 @@ func BenchmarkResident(b *testing.B) {
 				if err != nil {
 					b.Skip("this system does not tell what a process takes")
 				}
-				kilobytes, _ := strconv.Atoi(string(regexp.MustCompile(`VmRSS:\s+(\d+)`).FindSubmatch(status)[1]))
+				kilobytes, _ := strconv.Atoi(string(regexp.MustCompile(
+					`VmRSS:\s+(\d+)`).FindSubmatch(status)[1]))
 				b.ReportMetric(float64(kilobytes)*1024/keys, name)
 			}
 		})
@@ -7152,7 +7186,9 @@ func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 		if err != nil {
 			t.Fatalf("the server ended: %q, %v", line, err)
 		}
-		if m := regexp.MustCompile(`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(line); m != nil {
+		if m := regexp.MustCompile(
+			`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(
+			line); m != nil {
 			return m[1]
 		}
 	}

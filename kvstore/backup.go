@@ -16,7 +16,7 @@ import (
 // that was answered before Backup began. It checks what it copies; the copy opens like
 // any store. step, if not nil, is told now and then how many bytes were copied of
 // about how many.
-func Backup(path, to string, step func(copied, total int64)) (Report, error) {
+func Backup(path, to string, step func(copied, total int64)) (r Report, err error) {
 	ctx := context.Background()
 	dir, err := openAny(ctx, path, Options{})
 	if err != nil {
@@ -24,6 +24,14 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 	}
 	defer dir.Close()
 	made, err := makeDirectory(path, to)
+	if made {
+		defer func() {
+			if err != nil {
+				os.Remove(filepath.Join(to, lockName))
+				os.Remove(to)
+			}
+		}()
+	}
 	if err != nil {
 		return Report{}, err
 	}
@@ -31,12 +39,8 @@ func Backup(path, to string, step func(copied, total int64)) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
-	r, err := BackupIn(dir, out, step)
-	if out.Close(); err != nil && made {
-		os.Remove(filepath.Join(to, lockName))
-		os.Remove(to)
-	}
-	return r, err
+	defer out.Close() // before that is removed
+	return BackupIn(dir, out, step)
 }
 
 // makeDirectory makes the directory for a copy of that at path, for the same owner if that

@@ -284,18 +284,19 @@ func (s *salvage) readAll(names []string) (highest uint64, err error) {
 			return 0, err
 		}
 	}
-	for i, number := range segments {
-		newest := true // but for empty ones
-		for _, later := range segments[i+1:] {
-			f, size, err := s.dir.Open(logName(kindSegment, later))
-			if err != nil {
-				return 0, err
-			}
-			newest = newest && size == headerSize
-			f.Close()
+	newest := len(segments) - 1 // but for empty ones
+	for ; newest > 0; newest-- {
+		f, size, err := s.dir.Open(logName(kindSegment, segments[newest]))
+		if err != nil {
+			return 0, err
 		}
+		if f.Close(); size != headerSize {
+			break
+		}
+	}
+	for i, number := range segments {
 		s.before = highest
-		if err := s.read(kindSegment, number, newest); err != nil {
+		if err := s.read(kindSegment, number, i >= newest); err != nil {
 			return 0, err
 		}
 		highest = number

@@ -163,7 +163,7 @@ func writeAll(w *logWriter, store Snapshot, stop <-chan struct{}) error {
 // would lose what was answered, and all of it is in memory. A heal that fails is tried again
 // later; until then the store goes on in the file that it has open. (Nobody does that in etcd.)
 func (d *Durable) lookForFiles(now time.Time) error {
-	d.isCompacting()
+	d.isCompacting() // one that has ended does not count
 	if d.reserve == 0 || d.compacted != nil || now.Before(d.healAfter) {
 		return nil // a compaction that runs removes files, too
 	}

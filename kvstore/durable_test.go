@@ -587,6 +587,28 @@ var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
 	"everything":   func(string, uint32, uint64, uint64) bool { return true },
 }
 
+// wantAll opens a directory and wants all of this in it.
+func wantAll(t *testing.T, what string, dir Directory, want map[string][]string) {
+	t.Helper()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	if got := maps.Collect(d.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+		t.Errorf("%s: %d keys, want %d", what, len(got), len(want))
+	}
+	d.Close()
+}
+
+// removeThose removes the files of a store that isGone picks.
+func removeThose(dir *disktest.Dir, d *Durable, isGone func(string, uint32, uint64, uint64) bool) {
+	for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
+		if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
+			dir.Remove(name)
+		}
+	}
+}
+
 // withHole returns a store from which somebody has removed files while it is open.
 func withHole(t *testing.T, log io.Writer,
 	isGone func(string, uint32, uint64, uint64) bool) (*disktest.Dir, *Durable) {
@@ -603,11 +625,7 @@ func withHole(t *testing.T, log io.Writer,
 			t.Fatal(err)
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
-		if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
-			dir.Remove(name)
-		}
-	}
+	removeThose(dir, d, isGone)
 	dir.Sync()
 	return dir, d
 }
@@ -625,36 +643,22 @@ func TestRemovedFilesAreWrittenAnew(t *testing.T) {
 				t.Fatalf("%s: %v", what, err)
 			}
 			want := maps.Collect(d.All())
-			opened := func(where string, dir Directory) {
-				again, err := openSmall(dir, Options{})
-				if err != nil {
-					t.Fatalf("%s is removed, %s: %v", what, where, err)
-				}
-				if got := maps.Collect(again.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
-					t.Errorf("%s is removed, %s: %d keys, want %d", what, where, len(got), len(want))
-				}
-				again.Close()
-			}
-			opened("after a crash", dir.Crash(rand.New(rand.NewPCG(1, 1))))
+			wantAll(t, what+", after a crash", dir.Crash(rand.New(rand.NewPCG(1, 1))), want)
 			d.Put("and", "more")
 			if err := d.Commit(); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
 			want = maps.Collect(d.All())
-			opened("after a crash later", dir.Crash(rand.New(rand.NewPCG(2, 1))))
+			wantAll(t, what+", after a crash later", dir.Crash(rand.New(rand.NewPCG(2, 1))), want)
 			if n := strings.Count(log.String(), "level=ERROR"); n != 1 ||
 				!strings.Contains(log.String(), "all data is on disk again") {
 				t.Errorf("%s: the log says\n%s", what, &log)
 			}
-			for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
-				if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
-					dir.Remove(name)
-				}
-			}
+			removeThose(dir, d, isGone)
 			if err := d.Close(); err != nil {
 				t.Fatalf("%s: Close: %v", what, err)
 			}
-			opened("just before Close", dir)
+			wantAll(t, what+", just before Close", dir, want)
 		})
 	}
 }
@@ -681,24 +685,16 @@ func TestHealMayFail(t *testing.T) {
 				failAt(call)
 				err := d.Commit()
 				want := maps.Collect(d.All())
-				check := func(when string, dir Directory, mayRefuse bool) {
-					again, err := openSmall(dir, Options{})
-					if mayRefuse && errors.As(err, new(*DamageError)) {
-						return
-					} else if err != nil {
-						t.Fatalf("%s, call %d, %s: %v", what, n, when, err)
-					}
-					got := maps.Collect(again.All())
-					if mayRefuse && what == "everything" && len(got) == 0 {
-						return // the power failed before anything was written
-					}
-					if !maps.EqualFunc(got, want, slices.Equal[[]string]) {
-						t.Errorf("%s, call %d, %s: %d keys, want %d", what, n, when, len(got), len(want))
-					}
-					again.Close()
-				}
 				random := rand.New(rand.NewPCG(uint64(n), 4))
-				check("after a crash", dir.Crash(random), true)
+				where := fmt.Sprintf("%s, call %d", what, n)
+				image := dir.Crash(random)
+				switch again, err := openSmall(image.Kill(), Options{}); {
+				case errors.As(err, new(*DamageError)): // it is refused
+				case err == nil && what == "everything" && again.keys == 0:
+					again.Close() // the power failed before anything was written
+				default:
+					wantAll(t, where+", after a crash", image, want)
+				}
 				failed = failAt(0) >= call
 				if err != nil {
 					d.Close()
@@ -710,7 +706,7 @@ func TestHealMayFail(t *testing.T) {
 					t.Fatalf("%s, call %d, later: %v", what, n, err)
 				}
 				want = maps.Collect(d.All())
-				check("after another try", dir.Crash(random), false)
+				wantAll(t, where+", after another try", dir.Crash(random), want)
 				d.Close()
 			})
 		}
@@ -744,14 +740,7 @@ func TestCloseIsTheLastLook(t *testing.T) {
 			} else if !mended {
 				return
 			}
-			again, err := openSmall(dir, Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := maps.Collect(again.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
-				t.Errorf("%d keys are left of %d", len(got), len(want))
-			}
-			again.Close()
+			wantAll(t, "closed", dir, want)
 		})
 	}
 }
