@@ -44,10 +44,12 @@ func TestMain(m *testing.M) {
 func openSmall(dir Directory, opts Options) (*Durable, error) {
 	d, err := OpenIn(context.Background(), dir, opts)
 	if err == nil {
+		d.mu.Lock() // the timer may have something to do
 		d.segmentSize, d.minCompact = 1500, 2000
 		if d.reserve > 0 {
 			d.reserve, d.spare = 700, 100
 		}
+		d.mu.Unlock()
 	}
 	return d, err
 }
@@ -688,11 +690,13 @@ func TestHealMayFail(t *testing.T) {
 				random := rand.New(rand.NewPCG(uint64(n), 4))
 				where := fmt.Sprintf("%s, call %d", what, n)
 				image := dir.Crash(random)
-				switch again, err := openSmall(image.Kill(), Options{}); {
-				case errors.As(err, new(*DamageError)): // it is refused
-				case err == nil && what == "everything" && again.keys == 0:
-					again.Close() // the power failed before anything was written
-				default:
+				again, openErr := openSmall(image.Kill(), Options{})
+				isEmpty := openErr == nil && what == "everything" && again.keys == 0
+				if openErr == nil {
+					again.Close()
+				}
+				// Else it is refused, or the power failed before anything was written.
+				if !errors.As(openErr, new(*DamageError)) && !isEmpty {
 					wantAll(t, where+", after a crash", image, want)
 				}
 				failed = failAt(0) >= call
@@ -794,6 +798,49 @@ func TestRemovedRealFiles(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(path, storeName)); err == nil {
 		t.Error("its directory was written to")
+	}
+	d.Close()
+}
+
+// stolenDirectory is one that another process takes while a snapshot is written.
+type stolenDirectory struct {
+	*osDirectory
+	steal func()
+}
+
+func (s *stolenDirectory) Create(name string) (File, error) {
+	if strings.HasPrefix(name, "snap-") {
+		s.steal()
+	}
+	return s.osDirectory.Create(name)
+}
+
+// Ensure that what is written anew does not get its name in a directory that another process has
+// taken meanwhile.
+func TestHealOfAStolenDirectory(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	path := t.TempDir()
+	dir := &stolenDirectory{osDirectory: mustDirectory(t, path).(*osDirectory)}
+	dir.steal = func() {
+		os.Remove(filepath.Join(path, lockName))
+		lock, err := mustDirectory(t, path).Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { lock.Close() })
+	}
+	d, err := OpenIn(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	os.Remove(filepath.Join(path, storeName))
+	d.looked = time.Time{}
+	d.Commit()
+	if names, _ := filepath.Glob(filepath.Join(path, "snap-*.log")); len(names) > 0 {
+		t.Errorf("the other process finds %q", names)
 	}
 	d.Close()
 }
@@ -2429,6 +2476,42 @@ func TestIdleAfterARestart(t *testing.T) {
 	}
 }
 
+// Ensure that on a full disk a start's timer does not write, and does not try again and again.
+func TestFullDiskIsNotVouchedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		image := dir.Kill()
+		size := d.size
+		d.Close()
+		f := image.Names["seg-1.log"]
+		f.Data = f.Data[:size]
+		image.Room = 1
+		for _, f := range image.Names {
+			image.Room += len(f.Data)
+		}
+		d, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(3 * time.Second)
+		calls := image.Calls
+		<-time.After(time.Hour)
+		d.mu.Lock()
+		if image.Calls != calls || d.timer != nil {
+			t.Errorf("%d calls in an idle hour, and the timer runs: %v", image.Calls-calls,
+				d.timer != nil)
+		}
+		d.mu.Unlock()
+		if err := errors.Join(d.failure(), d.Close()); err != nil {
+			t.Errorf("after an idle hour: %v", err)
+		}
+	})
+}
+
 // Ensure that a rotation for which the disk has no room is no failure, however little is missing.
 func TestRotationWithoutRoom(t *testing.T) {
 	for free := 0; free < 200; free += 8 {
@@ -2685,6 +2768,10 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 func TestRepairOfNothingLost(t *testing.T) {
 	for _, zeros := range []bool{false, true} {
 		dir, d := fourSegments(t, Options{})
+		d.Put("last", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
 		keys, _, _ := d.Size()
 		name := logName(kindSegment, d.number)
 		d.stopTimer()
