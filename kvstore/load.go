@@ -3,11 +3,8 @@ package kvstore
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -65,74 +62,6 @@ func layoutOf(dir Directory, names []string) (l layout, err error) {
 			What: "the file is missing", missing: true}
 	}
 	return l, nil
-}
-
-// The STORE file: which store this is. Its checksum is of all that stands before it,
-// so a flipped bit is no other store, and no newer version.
-const (
-	storeFormat  = "kvserver store, version %d, id %s"
-	storeCheck   = ", check %08x\n"
-	storeVersion = "kvserver store, version 1, id " // of what had no checksum yet
-)
-
-// readID reads the STORE file; found is false in a directory that has none.
-func readID(dir Directory) (id storeID, found bool, err error) {
-	names, err := dir.List()
-	if err != nil || !slices.Contains(names, storeName) {
-		return id, false, err
-	}
-	f, size, err := dir.Open(storeName)
-	if err != nil {
-		return id, true, err
-	}
-	defer f.Close()
-	b := make([]byte, min(size, 200))
-	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
-		return id, true, readError(dir.Path(storeName), err)
-	}
-	if strings.HasPrefix(string(b), storeVersion) {
-		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storeName), ErrOlder)
-	}
-	line, _, _ := strings.Cut(string(b), ", check ")
-	if string(b) != line+fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli)) {
-		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
-	}
-	var version int
-	var text string
-	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
-		version != fileVersion {
-		other := ErrNewer
-		if version < fileVersion {
-			other = ErrOlder
-		}
-		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), other, version)
-	}
-	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
-		n != len(id) || len(text) != 2*n {
-		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
-	}
-	return id, true, nil
-}
-
-// writeID writes the STORE file.
-func writeID(dir Directory, id storeID) error {
-	f, err := dir.Create(storeName + tmpSuffix)
-	if err != nil {
-		return err
-	}
-	line := fmt.Sprintf(storeFormat, fileVersion, hex.EncodeToString(id[:]))
-	line += fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli))
-	_, err = f.WriteAt([]byte(line), 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := dir.Rename(storeName+tmpSuffix, storeName); err != nil {
-		return err
-	}
-	return dir.Sync()
 }
 
 // majorityID is the id that most of the log files called names bear, how many that

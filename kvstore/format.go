@@ -3,12 +3,16 @@ package kvstore
 import (
 	"bufio"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"io/fs"
 	"math"
+	"slices"
+	"strconv"
+	"strings"
 )
 
 // The log's files. Numbers are little-endian, offsets multiples of 8.
@@ -524,4 +528,94 @@ func (w *logWriter) named(op string, err error) error {
 		return nil
 	}
 	return &fs.PathError{Op: op, Path: w.path, Err: err}
+}
+
+// The STORE file: which store this is. Its checksum is of all that stands before it,
+// so a flipped bit is no other store, and no newer version.
+const (
+	storeFormat  = "kvserver store, version %d, id %s"
+	storeCheck   = ", check %08x\n"
+	storeVersion = "kvserver store, version 1, id " // of what had no checksum yet
+)
+
+// readID reads the STORE file; found is false in a directory that has none.
+func readID(dir Directory) (id storeID, found bool, err error) {
+	names, err := dir.List()
+	if err != nil || !slices.Contains(names, storeName) {
+		return id, false, err
+	}
+	f, size, err := dir.Open(storeName)
+	if err != nil {
+		return id, true, err
+	}
+	defer f.Close()
+	b := make([]byte, min(size, 200))
+	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
+		return id, true, readError(dir.Path(storeName), err)
+	}
+	if strings.HasPrefix(string(b), storeVersion) {
+		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storeName), ErrOlder)
+	}
+	line, _, _ := strings.Cut(string(b), ", check ")
+	if string(b) != line+fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli)) {
+		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
+	}
+	var version int
+	var text string
+	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
+		version != fileVersion {
+		other := ErrNewer
+		if version < fileVersion {
+			other = ErrOlder
+		}
+		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), other, version)
+	}
+	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
+		n != len(id) || len(text) != 2*n {
+		return id, true, &DamageError{File: dir.Path(storeName), What: "not as it was written"}
+	}
+	return id, true, nil
+}
+
+// writeID writes the STORE file.
+func writeID(dir Directory, id storeID) error {
+	f, err := dir.Create(storeName + tmpSuffix)
+	if err != nil {
+		return err
+	}
+	line := fmt.Sprintf(storeFormat, fileVersion, hex.EncodeToString(id[:]))
+	line += fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli))
+	_, err = f.WriteAt([]byte(line), 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := dir.Rename(storeName+tmpSuffix, storeName); err != nil {
+		return err
+	}
+	return dir.Sync()
+}
+
+// logName is the name of a log file.
+func logName(kind uint32, number uint64) string {
+	if kind == kindSnapshot {
+		return fmt.Sprintf("snap-%d.log", number)
+	}
+	return fmt.Sprintf("seg-%d.log", number)
+}
+
+// parseName is the inverse of logName.
+func parseName(name string) (kind uint32, number uint64, ok bool) {
+	text, isLog := strings.CutSuffix(name, ".log")
+	if t, found := strings.CutPrefix(text, "seg-"); found {
+		kind, text = kindSegment, t
+	} else if t, found := strings.CutPrefix(text, "snap-"); found {
+		kind, text = kindSnapshot, t
+	}
+	number, err := strconv.ParseUint(text, 10, 64)
+	const most = 1 << 62 // so that there is always a next one
+	return kind, number, isLog && kind != 0 && err == nil && number < most &&
+		logName(kind, number) == name
 }

@@ -1,0 +1,64 @@
+package kvstore
+
+import (
+	"context"
+	"io"
+)
+
+// Directory is where a store is kept, as the store needs it: one directory, files known
+// by their names in it. Open's is one of the file system, or one in an etcd cluster;
+// package disktest has another, which fails and forgets.
+type Directory interface {
+	// List returns the names of what is in the directory, in order.
+	List() ([]string, error)
+	// Create makes an empty file to be written; one that has the name is emptied.
+	Create(name string) (File, error)
+	// Open opens a file to be read, and returns its size in bytes.
+	Open(name string) (File, int64, error)
+	// Extend opens a file to be read and written further.
+	Extend(name string) (File, error)
+	Rename(from, to string) error
+	Remove(name string) error
+	// Keep gives a file a second name, in the directory's subdirectory in.
+	Keep(name, in string) error
+	// Sync makes creations, renames and removals durable. It needs no descriptor
+	// but those that are open.
+	Sync() error
+	// Lock keeps other processes from the directory until the lock is closed. It fails
+	// with an ErrLocked that names who has it, or waits for that one to go, as suits the
+	// directory: until ctx is done.
+	Lock(ctx context.Context) (Lock, error)
+	// InUse tells whether somebody has the lock, and who. It changes nothing.
+	InUse() (owner string, inUse bool)
+	// Path is what people call the file.
+	Path(name string) string
+	// Sizes are what suits the directory, in bytes: the log goes on in a new file when
+	// one has segment, full files are left alone below compact, and a file grows by
+	// reserve bytes of zeros at a time.
+	Sizes() (segment, compact int64, reserve int)
+	// Close gives back what the directory holds open.
+	Close() error
+}
+
+// Lock is one process's right to a Directory. It is an alias, as File is, so that
+// package disktest has the same types without importing this one, whose tests import it.
+type Lock = interface {
+	// Held returns an error when the right is lost: the directory is not where it
+	// was, another one is there, or another process may write it. Until then nobody
+	// else has changed anything. It is called after every batch of requests, by one
+	// goroutine.
+	Held() error
+	// Lost is closed when the right is lost and the lock has noticed by itself. It may be
+	// nil.
+	Lost() <-chan struct{}
+	Close() error
+}
+
+// File is an open file. Nothing done to it is durable before the next Sync.
+type File = interface {
+	io.ReaderAt
+	io.WriterAt
+	Truncate(size int64) error
+	Sync() error
+	Close() error
+}
