@@ -60,6 +60,9 @@ import (
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storage/etcd"
 )
 
 // commands are what can stand in the place of flags.
@@ -254,7 +257,7 @@ func (c *config) serverOptions() []option {
 		{name: "data", value: &c.data, unit: "DIR",
 			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
 			more: "Without it the data is lost when the server stops",
-			fits: func() bool { return !strings.Contains(c.data, "://") || kvstore.IsEtcd(c.data) },
+			fits: func() bool { return !strings.Contains(c.data, "://") || etcd.IsAddress(c.data) },
 			give: "a directory, or an etcd cluster as in " +
 				"etcd://host1:2379,host2:2379,host3:2379/kv"},
 		{name: "fsync", value: &c.fsync, unit: "WHEN",
@@ -488,7 +491,7 @@ func (c *config) checkRequests() error {
 func (c *config) checkTogether(given map[string]bool) error {
 	asks := c.client || c.ping
 	switch {
-	case kvstore.IsEtcd(c.data) && c.fsync != "always":
+	case etcd.IsAddress(c.data) && c.fsync != "always":
 		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."}
 	case given["data"] && c.data == "":
@@ -602,9 +605,9 @@ func similarFlag(options []option, name string) (suggestion string) {
 func parseFsync(s string) (when time.Duration, ok bool) {
 	switch s {
 	case "always":
-		return kvstore.FsyncAlways, true
+		return durable.FsyncAlways, true
 	case "never":
-		return kvstore.FsyncNever, true
+		return durable.FsyncNever, true
 	}
 	when, err := time.ParseDuration(s)
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
@@ -666,7 +669,7 @@ func beServer(c config, log *queuedLog) error {
 	s := New(nil)
 	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
 	if c.data != "" {
-		s.status = new(kvstore.Status)
+		s.status = new(storage.Status)
 	}
 	if c.http != "" { // first, so that one can watch how the data is opened
 		web, err := s.watchAt(c.http)
@@ -712,7 +715,7 @@ func beServer(c config, log *queuedLog) error {
 // openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
 // nobody has been told anything, so nothing can be lost.
 func openOrStop(ctx context.Context, c config, s *keyValueServer,
-	log *queuedLog) (*kvstore.Durable, error) {
+	log *queuedLog) (*durable.Store, error) {
 	loading := context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
 		time.AfterFunc(stopTime/5, func() { // the disk does not answer
@@ -725,7 +728,7 @@ func openOrStop(ctx context.Context, c config, s *keyValueServer,
 }
 
 // stopServer ends s and its data, after a failure or none.
-func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durable,
+func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
 	failure error) error {
 	late := giveUp(log, data)
 	s.Close()
@@ -743,7 +746,7 @@ func stopServer(c config, log *queuedLog, s *keyValueServer, data *kvstore.Durab
 }
 
 // giveUp ends the process if it does not end within stopTime, or is writing all data anew.
-func giveUp(log *queuedLog, data *kvstore.Durable) *time.Timer {
+func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
 		for data.IsHealing() {
 			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
@@ -820,7 +823,7 @@ func applyLimits(s *keyValueServer, c config) {
 		debug.SetMemoryLimit(s.maxMemory)
 	}
 	s.outboxes.limit = int64(c.maxQueues)
-	files := kvstore.OpenFiles() - spareFiles
+	files := storage.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers
 	}
@@ -832,7 +835,7 @@ func applyLimits(s *keyValueServer, c config) {
 		s.maxClients = max(1, s.maxClients)
 		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
 			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
-			"files", kvstore.OpenFiles())
+			"files", storage.OpenFiles())
 	}
 }
 
@@ -841,7 +844,7 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
-	case kvstore.IsEtcd(c.data):
+	case etcd.IsAddress(c.data):
 		s.log.Info("data is kept in etcd", "at", c.data)
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
@@ -997,25 +1000,37 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
 // where nothing is kept.
-func openStore(ctx context.Context, c config, s *keyValueServer) (*kvstore.Durable, error) {
+func openStore(ctx context.Context, c config, s *keyValueServer) (*durable.Store, error) {
 	if c.data == "" {
 		s.db = kvstore.NewMemory()
 		return nil, nil
 	}
-	fsync, _ := parseFsync(c.fsync) // which has been looked at
-	d, err := kvstore.Open(ctx, c.data, kvstore.Options{Fsync: fsync, Log: s.log, Addr: c.addr,
-		Status: s.status})
+	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
+		return nil, err
+	}
+	fsync, _ := parseFsync(c.fsync) // which has been looked at
+	d, err := durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
+	if err != nil {
+		dir.Close()
 		return nil, err
 	}
 	s.db = d
 	return d, nil
 }
 
+// openDirectory opens a directory of the file system, or one in an etcd cluster.
+func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage.Directory, error) {
+	if etcd.IsAddress(path) {
+		return etcd.Open(ctx, path, opts)
+	}
+	return storage.OpenDisk(path)
+}
+
 // storeProblem says what to do about a store's error.
 func storeProblem(c config, err error) error {
 	dir := c.data
-	var damage *kvstore.DamageError
+	var damage *storage.DamageError
 	todo := "Mend the cause, then start again: everything that was answered is on disk."
 	switch c.fsync {
 	case "always":
@@ -1026,37 +1041,37 @@ func storeProblem(c config, err error) error {
 			" the last that was answered may not be on disk: look what is there."
 	}
 	switch {
-	case errors.Is(err, kvstore.ErrTakenOver):
+	case errors.Is(err, etcd.ErrTakenOver):
 		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
 			"it lives: was it paused, or cut off?"
-	case errors.Is(err, kvstore.ErrUnreachable):
+	case errors.Is(err, etcd.ErrUnreachable):
 		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
 			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
 			"--cluster"
-	case errors.Is(err, kvstore.ErrRefused):
+	case errors.Is(err, etcd.ErrRefused):
 		todo = "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
-	case kvstore.IsEtcd(dir) && errors.Is(err, syscall.ENOSPC):
+	case etcd.IsAddress(dir) && errors.Is(err, syscall.ENOSPC):
 		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
 			"then: etcdctl alarm disarm"
-	case errors.Is(err, kvstore.ErrAddress):
+	case errors.Is(err, etcd.ErrAddress):
 		todo = "Give the members and a prefix, as in -data " +
 			"etcd://host1:2379,host2:2379,host3:2379/kv"
-	case errors.Is(err, kvstore.ErrMoved):
+	case errors.Is(err, storage.ErrMoved):
 		todo = "Put the directory back, or look who took it, before you start again. What was " +
 			"answered is in the directory that was moved."
-	case errors.Is(err, kvstore.ErrOlder):
+	case errors.Is(err, durable.ErrOlder):
 		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
 			"-c Dump."
-	case errors.Is(err, kvstore.ErrMissing):
+	case errors.Is(err, storage.ErrMissing):
 		todo = "Create it: mkdir -m 700 " + dir
-	case errors.Is(err, kvstore.ErrNotOurs):
+	case errors.Is(err, storage.ErrNotOurs):
 		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
-	case errors.Is(err, kvstore.ErrLocked):
+	case errors.Is(err, storage.ErrLocked):
 		todo = "Nothing was changed. Stop that process first, or give another directory."
-	case errors.Is(err, kvstore.ErrNothingRead):
+	case errors.Is(err, durable.ErrNothingRead):
 		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
-	case errors.Is(err, kvstore.ErrNewer):
+	case errors.Is(err, durable.ErrNewer):
 		todo = "Nothing was changed. Start the newer kvserver."
 	case errors.Is(err, fs.ErrPermission):
 		todo = "Start as the user who owns it, or give that user the right to read and write it."
@@ -1082,28 +1097,19 @@ func runCommand(command string, args []string) int {
 		return exitMisuse
 	}
 	dir := args[0]
-	var report kvstore.Report
-	var err error
-	switch command {
-	case "check":
-		report, err = kvstore.Check(dir)
-	case "repair":
-		report, err = kvstore.Repair(dir)
-	case "backup":
-		report, err = backUp(dir, args[1])
-	}
+	report, err := lookAt(command, dir, args[len(args)-1])
 	for _, line := range report.Lines {
 		fmt.Println(line)
 	}
 	switch {
-	case errors.Is(err, kvstore.ErrMissing):
+	case errors.Is(err, storage.ErrMissing):
 		printError(os.Stderr, problem{err.Error(),
 			"Give the directory that the server has as -data."})
-	case command == "backup" && errors.Is(err, kvstore.ErrNotOurs):
+	case command == "backup" && errors.Is(err, storage.ErrNotOurs):
 		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
 				"inside it."})
-	case command == "backup" && err != nil && !errors.As(err, new(*kvstore.DamageError)):
+	case command == "backup" && err != nil && !errors.As(err, new(*storage.DamageError)):
 		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
@@ -1120,8 +1126,48 @@ func runCommand(command string, args []string) int {
 	return exitFailure
 }
 
+// lookAt runs the command on the store at path; to is where a copy goes.
+func lookAt(command, path, to string) (report durable.Report, err error) {
+	dir, err := openDirectory(context.Background(), path, etcd.Options{})
+	if err != nil {
+		return report, err
+	}
+	defer dir.Close()
+	switch command {
+	case "check":
+		return durable.Check(dir)
+	case "repair":
+		return durable.Repair(dir, time.Now())
+	}
+	out, undo, err := makeTarget(path, to)
+	if err != nil {
+		return report, err
+	}
+	report, err = backUp(dir, out)
+	out.Close()
+	if err != nil {
+		undo()
+	}
+	return report, err
+}
+
+// makeTarget makes the directory for a copy of the store at path. undo removes what it made.
+func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
+	switch {
+	case !etcd.IsAddress(to) && etcd.IsAddress(path):
+		return storage.MakeDisk(to, "")
+	case !etcd.IsAddress(to):
+		return storage.MakeDisk(to, path)
+	case etcd.Overlap(path, to):
+		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
+			storage.ErrNotOurs, to)
+	}
+	out, err = etcd.Open(context.Background(), to, etcd.Options{})
+	return out, func() {}, err
+}
+
 // backUp copies a store, and on a terminal says how far it is.
-func backUp(dir, to string) (kvstore.Report, error) {
+func backUp(dir, out storage.Directory) (durable.Report, error) {
 	var step func(copied, total int64)
 	if isTerminal(os.Stderr) {
 		told := time.Now()
@@ -1133,7 +1179,7 @@ func backUp(dir, to string) (kvstore.Report, error) {
 		}
 		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
 	}
-	return kvstore.Backup(dir, to, step)
+	return durable.Backup(dir, out, step)
 }
 
 // stopSignals are the signals that stop the server. SIGHUP is one where the terminal that

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 )
 
 // Limits of the server.
@@ -100,7 +101,7 @@ type keyValueServer struct {
 	tls          *tls.Config   // nil: plain TCP
 	version      string
 	// of the store while it is opened, and of its lock; nil: it needs neither
-	status  *kvstore.Status
+	status  *storage.Status
 	log     *slog.Logger
 	started time.Time
 
@@ -133,8 +134,8 @@ type keyValueServer struct {
 	// closeSignal; it is read after that.
 	closeBy time.Time
 
-	commits kvstore.Histogram // how long each took, where that is of interest; for any goroutine
-	batches kvstore.Histogram // how many chains were in each of these
+	commits storage.Histogram // how long each took, where that is of interest; for any goroutine
+	batches storage.Histogram // how many chains were in each of these
 	logged  *logCounts        // nil: nobody counts
 
 	outboxes // what the clients' outboxes have in common
@@ -257,7 +258,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 			cores:         make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
 			snapshotSlots: make(chan struct{}, maxSnapshots),
 		},
-		batches: kvstore.Histogram{Counts: true},
+		batches: storage.Histogram{Counts: true},
 	}
 	s.oneCall <- struct{}{}
 	return s
@@ -1041,7 +1042,7 @@ var metricHelp = map[string]string{
 }
 
 // writeHistogram writes h as Prometheus wants it.
-func writeHistogram(w io.Writer, name string, h *kvstore.Histogram) {
+func writeHistogram(w io.Writer, name string, h *storage.Histogram) {
 	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name),
 		name)
 	atMost, all, sum := h.Read()

@@ -110,7 +110,9 @@ import (
 	"weak"
 
 	"kvserver/kvstore"
-	"kvserver/kvstore/disktest"
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
 )
 
 // TestMain lets the test binary be the server: a test that needs a process of
@@ -3383,9 +3385,12 @@ func TestProfilesTakeNothing(t *testing.T) {
 // Ensure that the tests which the first page names are there.
 func TestPromisesHaveTests(t *testing.T) {
 	var code []byte
-	files, _ := filepath.Glob("*_test.go")
-	inStore, _ := filepath.Glob("kvstore/*_test.go")
-	for _, file := range append(files, inStore...) {
+	var files []string
+	for _, pattern := range []string{"*", "kvstore/*", "kvstore/*/*", "kvstore/*/*/*"} {
+		found, _ := filepath.Glob(pattern + "_test.go")
+		files = append(files, found...)
+	}
+	for _, file := range files {
 		b, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -3570,6 +3575,20 @@ func TestFlagsAreDocumented(t *testing.T) {
 	}
 }
 
+// mustOpen opens the store in the directory at path.
+func mustOpen(t *testing.T, path string) *durable.Store {
+	t.Helper()
+	dir, err := storage.OpenDisk(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := durable.Open(t.Context(), dir, durable.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store
+}
+
 // Ensure that misuse and failure say what and what to do, in two lines, with
 // the right exit code.
 func TestMistakes(t *testing.T) {
@@ -3583,10 +3602,7 @@ func TestMistakes(t *testing.T) {
 	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
-	store, err := kvstore.Open(context.Background(), inUse, kvstore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	store := mustOpen(t, inUse)
 	defer store.Close()
 	for _, m := range []struct {
 		args       []string
@@ -4202,7 +4218,7 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	t.Parallel()
 	log := newLog(io.Discard, false, false)
 	s := New(nil)
-	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(kvstore.Status)
+	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(storage.Status)
 	handler := s.watchHandler("")
 	ask := func(path string) (int, string) {
 		answer := httptest.NewRecorder()
@@ -4217,7 +4233,7 @@ func TestWatchingBeforeTheData(t *testing.T) {
 		strings.Contains(text, "kvserver_keys") {
 		t.Errorf("before the data is open /metrics answers %d %q", code, text)
 	}
-	db, err := kvstore.OpenIn(t.Context(), disktest.New(), kvstore.Options{Status: s.status})
+	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -5213,7 +5229,7 @@ type world struct {
 	seed   uint64
 	random *rand.Rand // the world's own choices; each client and each wire has others
 	began  time.Time
-	dir    *disktest.Dir
+	dir    *storetest.Dir
 	fsync  time.Duration
 	tls    *tls.Config // of servers that speak it
 	quiet  bool        // what is in dir is on disk, and nobody has written for over two seconds
@@ -5243,7 +5259,7 @@ func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{
 			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
-			dir: disktest.New(), tls: withTLS, history: map[string][]simOp{}, sent: map[string]bool{},
+			dir: storetest.New(), tls: withTLS, history: map[string][]simOp{}, sent: map[string]bool{},
 			refused: map[string]bool{}, owners: map[string]*simList{},
 		}
 		hangs := time.AfterFunc(time.Hour, func() {
@@ -5298,7 +5314,7 @@ func (w *world) run() {
 	r := w.random
 	w.dir.Segment, w.dir.Compact, w.dir.Reserve = int64(pick(r, 3, 10, 100)*kilo), int64(pick(r, 5,
 		20)*kilo), pick(r, 1, 8, 32)*kilo
-	w.fsync = pick(r, kvstore.FsyncAlways, kvstore.FsyncAlways, time.Second, kvstore.FsyncNever)
+	w.fsync = pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
 	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
 	for range 1 + r.IntN(4) {
 		w.live()
@@ -5314,8 +5330,8 @@ func (w *world) run() {
 type process struct {
 	*world
 	net     *fakeNet
-	dir     *disktest.Dir
-	options kvstore.Options
+	dir     *storetest.Dir
+	options durable.Options
 	gone    chan struct{} // closed when the process has ended
 	killed  chan struct{} // closed when it was killed
 	wires   sync.WaitGroup
@@ -5324,16 +5340,16 @@ type process struct {
 	mu      sync.Mutex // guards what is below
 	calls   int        // I/O calls
 	plan    simPlan
-	after   *disktest.Dir // what it left, when it was killed
-	power   bool          // by a power failure
-	failed  bool          // the disk has
-	since   time.Time     // then
-	moved   time.Time     // its directory was; zero: it was not
-	stalled time.Duration // of the disk and the process, in all
-	conns   []*fakeConn   // the server's sides
-	paused  chan struct{} // closed when the process goes on; nil: it runs
-	told    int           // replies that clients know were dropped
-	unknown int           // clients that ended without knowing
+	after   *storetest.Dir // what it left, when it was killed
+	power   bool           // by a power failure
+	failed  bool           // the disk has
+	since   time.Time      // then
+	moved   time.Time      // its directory was; zero: it was not
+	stalled time.Duration  // of the disk and the process, in all
+	conns   []*fakeConn    // the server's sides
+	paused  chan struct{}  // closed when the process goes on; nil: it runs
+	told    int            // replies that clients know were dropped
+	unknown int            // clients that ended without knowing
 }
 
 // simPlan is what will happen to the I/O calls of a process; 0: nothing.
@@ -5346,7 +5362,7 @@ type simPlan struct {
 
 // draw plans a process's life.
 func (p *process) draw(r *rand.Rand) {
-	p.plan.power = p.fsync != kvstore.FsyncNever && chance(r, 2)
+	p.plan.power = p.fsync != durable.FsyncNever && chance(r, 2)
 	at := func() int { return 1 + r.IntN(pick(r, 30, 300, 3000)) }
 	if chance(r, 3) {
 		p.plan.killAt = at()
@@ -5361,7 +5377,7 @@ func (p *process) draw(r *rand.Rand) {
 }
 
 // before is what happens to an I/O call of the process.
-func (p *process) before(c disktest.Call) error {
+func (p *process) before(c storetest.Call) error {
 	p.gate()
 	p.mu.Lock()
 	p.calls++
@@ -5462,7 +5478,7 @@ func (p *process) isDisturbed() bool {
 func (p *process) isVain() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.after != nil && p.power && p.fsync != kvstore.FsyncAlways
+	return p.after != nil && p.power && p.fsync != durable.FsyncAlways
 }
 
 // live is a process's life, and the judgement of how it went.
@@ -5493,11 +5509,11 @@ func (w *world) live() {
 		close(logs.lines)
 		<-logged
 	}()
-	p.options = kvstore.Options{Fsync: w.fsync, Log: slog.New(slog.NewTextHandler(logs, nil))}
+	p.options = durable.Options{Fsync: w.fsync, Log: slog.New(slog.NewTextHandler(logs, nil))}
 	w.dir.Before = p.before
 	wasQuiet := w.quiet
 	w.quiet = false
-	db, err := kvstore.OpenIn(context.Background(), p.dir, p.options)
+	db, err := durable.Open(context.Background(), p.dir, p.options)
 	if err != nil || isClosed(p.killed) {
 		p.startFailed(db, err, rotten, mend)
 		w.quiet = wasQuiet && rotten
@@ -5534,19 +5550,19 @@ func (w *world) live() {
 }
 
 // startFailed looks at a start that has failed, which it may where the disk has.
-func (p *process) startFailed(db *kvstore.Durable, err error, rotten bool, mend func()) {
+func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend func()) {
 	w := p.world
-	var damage *kvstore.DamageError
+	var damage *storage.DamageError
 	switch {
 	case isClosed(p.killed):
 		if err == nil {
 			db.Close()
 		}
 		w.dir = p.after
-	case rotten && (errors.As(err, &damage) || errors.Is(err, kvstore.ErrNotOurs)):
+	case rotten && (errors.As(err, &damage) || errors.Is(err, storage.ErrNotOurs)):
 		w.tell("refused: %v", err)
 		w.dir.Before = nil
-		if r, err := kvstore.CheckIn(w.dir); err == nil && !r.Damaged {
+		if r, err := durable.Check(w.dir); err == nil && !r.Damaged {
 			w.fail("a check finds nothing: %v", r.Lines)
 		}
 		w.repair()
@@ -5568,16 +5584,16 @@ func (w *world) repair() {
 	bad := w.dir.Kill()
 	bad.Room = 0
 	calls, last := 0, pick(w.random, 0, w.random.IntN(100))
-	bad.Before = func(disktest.Call) error {
+	bad.Before = func(storetest.Call) error {
 		if calls++; last > 0 && calls > last {
 			return errors.New("the machine has failed")
 		}
 		return nil
 	}
-	_, err := kvstore.RepairIn(bad, time.Now())
+	_, err := durable.Repair(bad, time.Now())
 	if last > 0 && err != nil {
 		bad = bad.Crash(w.random)
-		_, err = kvstore.RepairIn(bad, time.Now())
+		_, err = durable.Repair(bad, time.Now())
 	}
 	bad.Before = nil
 	if err != nil && strings.Contains(err.Error(), "not one frame can be read") {
@@ -5587,7 +5603,7 @@ func (w *world) repair() {
 		w.fail("repair: %v", err)
 		return
 	}
-	db, err := kvstore.OpenIn(context.Background(), bad, kvstore.Options{})
+	db, err := durable.Open(context.Background(), bad, durable.Options{})
 	if err != nil {
 		w.fail("what was repaired does not open: %v", err)
 		return
@@ -5597,11 +5613,11 @@ func (w *world) repair() {
 }
 
 // end lets the process live for a while, and ends it.
-func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
+func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	r, s := p.random, p.net.server
 	how := pick(r, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
 		"power when quiet")
-	if p.fsync == kvstore.FsyncNever && strings.HasPrefix(how, "power") {
+	if p.fsync == durable.FsyncNever && strings.HasPrefix(how, "power") {
 		how = "kill"
 	}
 	quiet := strings.HasSuffix(how, "quiet")
@@ -5630,7 +5646,7 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	case strings.HasPrefix(how, "power"):
 		p.kill(true, "")
 	}
-	p.quiet = quiet && p.fsync != kvstore.FsyncNever
+	p.quiet = quiet && p.fsync != durable.FsyncNever
 	closes := time.Now()
 	s.Close()
 	if took := time.Since(closes); took > 2*closeTime+drainTime+time.Second/2+p.slack() {
@@ -5653,7 +5669,7 @@ func (p *process) end(db *kvstore.Durable, clients *sync.WaitGroup) {
 	}
 	p.quiet = err == nil && !p.failed
 	p.world.dir = p.dir.Kill()
-	if p.failed && chance(r, 2) && p.fsync != kvstore.FsyncNever {
+	if p.failed && chance(r, 2) && p.fsync != durable.FsyncNever {
 		p.tell("then a power failure")
 		p.after, p.power = p.dir.Crash(r), true
 		p.world.dir = p.after
@@ -5687,7 +5703,7 @@ func (p *process) checkLeft() {
 // forget has everybody know that what was answered shortly before may be lost: with a
 // time between two fsyncs a power failure may cost two of it.
 func (p *process) forget() {
-	if p.fsync == kvstore.FsyncAlways {
+	if p.fsync == durable.FsyncAlways {
 		return
 	}
 	w := p.world
@@ -5788,7 +5804,7 @@ func (p *process) operate() {
 		case 1:
 			p.backup()
 		case 2:
-			report, err := kvstore.CheckIn(p.dir)
+			report, err := durable.Check(p.dir)
 			if !p.isDisturbed() && (err != nil || report.Damaged) {
 				p.fail("a check beside the server: %v, %v", report.Lines, err)
 			}
@@ -5839,7 +5855,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 	for range 5 {
 		wait(1100 * time.Millisecond)
 		p.net.server.statsNow(context.Background())
-		report, err := kvstore.CheckIn(p.dir)
+		report, err := durable.Check(p.dir)
 		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
 			"no store") {
 			return
@@ -5852,7 +5868,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 func (p *process) move() {
 	p.tell("its directory is moved")
 	p.dir.Mu.Lock()
-	p.dir.Moved = kvstore.ErrMoved
+	p.dir.Moved = storage.ErrMoved
 	p.dir.Mu.Unlock()
 	p.mu.Lock()
 	p.failed, p.moved, p.since = true, time.Now(), time.Now()
@@ -5882,15 +5898,15 @@ func (p *process) backup() {
 		}
 	}
 	w.mu.Unlock()
-	to := disktest.New()
-	_, err := kvstore.BackupIn(p.dir, to, nil)
+	to := storetest.New()
+	_, err := durable.Backup(p.dir, to, nil)
 	if err != nil {
 		if !p.isDisturbed() {
 			p.fail("a backup beside the server: %v", err)
 		}
 		return
 	}
-	db, err := kvstore.OpenIn(context.Background(), to, kvstore.Options{})
+	db, err := durable.Open(context.Background(), to, durable.Options{})
 	if err != nil {
 		p.fail("a backup does not open: %v", err)
 		return
@@ -6110,7 +6126,7 @@ func (w *world) known(key, value string) {
 }
 
 // knownAll is known for all that a store holds.
-func (w *world) knownAll(db *kvstore.Durable) {
+func (w *world) knownAll(db *durable.Store) {
 	for key, list := range db.All() {
 		for _, v := range list {
 			w.known(key, v)
@@ -6584,10 +6600,10 @@ func (v *visitor) garbage() {
 // there.
 func (w *world) judge() {
 	w.dir.Before = nil
-	if r, err := kvstore.CheckIn(w.dir); err != nil || r.Damaged {
+	if r, err := durable.Check(w.dir); err != nil || r.Damaged {
 		w.fail("a check of what is left: %v, %v", r.Lines, err)
 	}
-	db, err := kvstore.OpenIn(context.Background(), w.dir, kvstore.Options{})
+	db, err := durable.Open(context.Background(), w.dir, durable.Options{})
 	if err != nil {
 		w.fail("what is left does not open: %v", err)
 		return

@@ -1,12 +1,13 @@
 // Package kvstore keeps lists of values under keys.
 //
-// KVStore is what the server asks of a store. Memory lives and dies with the
-// process; Durable is a Memory with a log on disk, from which Open makes it
-// again. The one is memory.go (what it does), index.go (how it finds a key) and slab.go
-// (how a key and its list lie in memory), each with a drawing; the other is durable.go
-// (writing), load.go (reading at the start), log.go (the files' format), compact.go,
-// check.go, backup.go, and what they write to: fs.go (a directory of the file system; package
-// disktest has one for tests) or etcd.go (an etcd cluster). status.go tells how they are.
+// KVStore is what the server asks of a store. Memory lives and dies with the process: memory.go
+// (what it does), index.go (how it finds a key) and slab.go (how a key and its list lie in
+// memory), each with a drawing. Other packages build on it:
+//
+//	durable       a Memory with a log, from which Open makes it again
+//	storage       where such a log is kept: a directory of the file system
+//	storage/etcd  or one in an etcd cluster
+//	storetest     for tests: the model of a store, and a disk that is as unkind as a real one
 package kvstore
 
 import "iter"

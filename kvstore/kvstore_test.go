@@ -2,7 +2,6 @@ package kvstore
 
 import (
 	"fmt"
-	"iter"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -14,102 +13,10 @@ import (
 	"time"
 	"unsafe"
 
-	"kvserver/kvstore/disktest"
+	"kvserver/kvstore/storetest"
 )
 
-// model is what every store must do, in as few words as possible.
-type model map[string][]string
-
-func (m model) Put(key, value string)   { m[key] = append(m[key], value) }
-func (m model) Get(key string) []string { return m[key] }
-func (m model) Delete(key string) int {
-	n := len(m[key])
-	delete(m, key)
-	return n
-}
-func (m model) Update(key, oldValue, newValue string) bool {
-	i := slices.Index(m[key], oldValue)
-	if i >= 0 {
-		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
-	}
-	m.Put(key, newValue)
-	return i >= 0
-}
-
-func (m model) Set(key, value string) int {
-	n := len(m[key])
-	m[key] = []string{value}
-	return n
-}
-func (m model) Remove(key, value string) bool {
-	i := slices.Index(m[key], value)
-	if i >= 0 {
-		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
-	}
-	if len(m[key]) == 0 {
-		delete(m, key)
-	}
-	return i >= 0
-}
-
-// size is what Size must return.
-func (m model) size() (keys, values int, bytes int64) {
-	for key, list := range m {
-		keys++
-		values += len(list)
-		bytes += int64(len(key) + len(strings.Join(list, "")))
-	}
-	return keys, values, bytes
-}
-
-// randomStep does one random thing to store and to m, and reports where they
-// differ.
-func randomStep(t *testing.T, random *rand.Rand, store KVStore, m model) {
-	t.Helper()
-	key := fmt.Sprint("key", random.IntN(20))
-	value := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-	switch random.IntN(13) {
-	case 10:
-		if got, want := store.Set(key, value), m.Set(key, value); got != want {
-			t.Fatalf("Set(%q, %q) = %d, want %d", key, value, got, want)
-		}
-	case 11, 12:
-		if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
-			t.Fatalf("Remove(%q, %q) = %v, want %v", key, value, got, want)
-		}
-	case 0, 1, 2:
-		store.Put(key, value)
-		m.Put(key, value)
-	case 3:
-		if got, want := store.Delete(key), m.Delete(key); got != want {
-			t.Fatalf("Delete(%q) = %d, want %d", key, got, want)
-		}
-	case 4, 5, 6, 7:
-		other := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-		if got, want := store.Update(key, value, other), m.Update(key, value, other); got != want {
-			t.Fatalf("Update(%q, %q, %q) = %v, want %v", key, value, other, got, want)
-		}
-	default:
-		if got, want := store.Get(key), m.Get(key); !slices.Equal(got, want) {
-			t.Fatalf("Get(%q) = %q, want %q", key, got, want)
-		}
-	}
-}
-
-// checkSame reports where all of store differs from m.
-func checkSame(t *testing.T, store interface {
-	Sizer
-	All() iter.Seq2[string, []string]
-}, m model) {
-	t.Helper()
-	if got := maps.Collect(store.All()); !maps.EqualFunc(got, m, slices.Equal[[]string]) {
-		t.Fatalf("All yields %q, want %q", got, m)
-	}
-	keys, values, bytes := store.Size()
-	if k, v, b := m.size(); keys != k || values != v || bytes != b {
-		t.Fatalf("Size() = %d, %d, %d, want %d, %d, %d", keys, values, bytes, k, v, b)
-	}
-}
+type model = storetest.Model
 
 // Ensure that the store does what the model does, and that no list it has handed
 // out ever changes.
@@ -120,7 +27,7 @@ func TestMemoryIsLikeTheModel(t *testing.T) {
 		type kept struct{ list, copy []string }
 		var all []kept
 		for range 2000 {
-			randomStep(t, random, store, m)
+			storetest.RandomStep(t, random, store, m)
 			switch random.IntN(20) {
 			case 0:
 				for _, list := range store.All() {
@@ -134,7 +41,7 @@ func TestMemoryIsLikeTheModel(t *testing.T) {
 		if err := store.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		checkSame(t, store, m)
+		storetest.CheckSame(t, store, m)
 		for _, k := range all {
 			if !slices.Equal(k.list, k.copy) {
 				t.Fatalf("a list that was %q became %q", k.copy, k.list)
@@ -390,7 +297,7 @@ func TestMemoryInside(t *testing.T) {
 		}
 		if i%(steps/20) == 0 {
 			checkInside(t, store)
-			checkSame(t, store, m)
+			storetest.CheckSame(t, store, m)
 			for _, k := range snapshots {
 				checkSnapshot(t, k.snapshot, k.held)
 			}
@@ -480,11 +387,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 // Ensure that a store keeps nothing of the strings that it is given: the server reads the next
 // requests into the same memory.
 func TestNothingIsBorrowed(t *testing.T) {
-	for name, store := range map[string]KVStore{"Memory": NewMemory(),
-		"Durable": func() KVStore {
-			d, _ := OpenIn(t.Context(), disktest.New(), Options{})
-			return d
-		}()} {
+	for name, store := range map[string]KVStore{"Memory": NewMemory()} {
 		want := model{}
 		var memory []byte
 		lend := func(size int, c byte) (lent, own string) {
@@ -755,7 +658,7 @@ func FuzzMemory(f *testing.F) {
 				snapshots, held = append(snapshots, store.Snapshot()), append(held, c)
 			}
 		}
-		checkSame(t, store, m)
+		storetest.CheckSame(t, store, m)
 		checkInside(t, store)
 		for i, s := range snapshots {
 			checkSnapshot(t, s, held[i])

@@ -60,6 +60,9 @@ type list struct {
 	shared bool  // values were handed out, so they stay as they are
 }
 
+// recordExtra is how many bytes a record takes beside its key and value, about.
+const recordExtra = 8
+
 // pageLists is how many long lists a page holds.
 const pageLists = 64
 
@@ -216,11 +219,11 @@ func (m *Memory) Set(key, value string) (removed int) {
 
 // Remove removes the first value equal to value, and the key with its last. It takes as
 // long as an Update.
-func (m *Memory) Remove(key, value string) (removed bool) { return m.takeOut(key, value, -1) >= 0 }
+func (m *Memory) Remove(key, value string) (removed bool) { return m.RemoveAt(key, value, -1) >= 0 }
 
-// takeOut is Remove. It returns the place of the value, -1 if there is none, and looks at
+// RemoveAt is Remove. It returns the place of the value, -1 if there is none, and looks at
 // the place hint first.
-func (m *Memory) takeOut(key, value string, hint int) (place int) {
+func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	h, i, e := m.find(key)
 	if e == nil {
 		return -1
@@ -248,13 +251,13 @@ func (m *Memory) takeOut(key, value string, hint int) (place int) {
 // long where the list was handed out since the last one, for then it is copied.
 // Where the first value goes it takes no longer than a Put.
 func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
-	return m.update(key, oldValue, newValue, -1) >= 0
+	return m.UpdateAt(key, oldValue, newValue, -1) >= 0
 }
 
-// update is Update. It returns the place of the value that it removed, -1 if there is
+// UpdateAt is Update. It returns the place of the value that it removed, -1 if there is
 // none. It looks at the place hint before it searches: a log that says the place makes
 // long lists cheap to load.
-func (m *Memory) update(key, oldValue, newValue string, hint int) (place int) {
+func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	h, i, e := m.find(key)
 	if e == nil {
 		m.Put(key, newValue)
@@ -311,6 +314,9 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 
 // Commit does nothing: memory is as durable as this store gets.
 func (m *Memory) Commit() error { return nil }
+
+// LogBytes returns how many bytes a log of Puts takes that makes the same store, about.
+func (m *Memory) LogBytes() int64 { return m.logBytes }
 
 // Size returns how much the store holds.
 func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
@@ -503,4 +509,12 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 			}
 		}
 	}
+}
+
+// sizeOf is how many bytes fields have together.
+func sizeOf(fields []string) (bytes int) {
+	for _, f := range fields {
+		bytes += len(f)
+	}
+	return bytes
 }

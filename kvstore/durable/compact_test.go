@@ -1,0 +1,337 @@
+package durable
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Ensure that a compaction that fails anywhere, or is stopped, costs nothing but
+// room, and is said.
+func TestCompactionMayFail(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 30
+	h := storetest.NewHistory()
+	storetest.Script(t, d, h)
+	dir.Locked = false
+	if err := d.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	compaction := compaction{dir: dir.With(storage.LockName, nil), through: d.number - 1, store: d.Snapshot()}
+	compaction.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
+		first: d.first}
+	stop := make(chan struct{})
+	close(stop)
+	stopped := compaction
+	stopped.stop = stop
+	if _, err := stopped.run(); err != errStopped {
+		t.Errorf("stopped, a compaction returns %v", err)
+	}
+	for n, failed := 1, true; failed; n++ {
+		c := dir.With(storage.LockName, nil)
+		c.FailAt = n
+		compaction.dir = c
+		_, err := compaction.run()
+		failed = c.Calls >= n
+		c.FailAt = 0
+		if failed && !errors.Is(err, storetest.ErrDisk) && err != nil {
+			t.Fatalf("call %d: %v", n, err)
+		}
+		for name := range c.Names { // perhaps the disk is full
+			if strings.HasPrefix(name, "snap") && strings.HasSuffix(name, tmpSuffix) {
+				t.Fatalf("call %d failed: %s is left", n, name)
+			}
+		}
+		checkKept(t, h, c, fmt.Sprint("compaction whose call failed: ", n))
+	}
+	var log bytes.Buffer
+	d.log = slog.New(slog.NewTextHandler(&log, nil))
+	d.noteCompaction(compactionEnd{err: storetest.ErrDisk})
+	if !strings.Contains(log.String(), "cannot compact the log") {
+		t.Errorf("the log says %q", log.String())
+	}
+}
+
+// Ensure that a long key with many values, which a snapshot has once for each, is not
+// compacted for nothing, and that it is when nothing but one Delete comes.
+func TestCompactionIsWorthIt(t *testing.T) {
+	d, err := openSmall(storetest.New(), Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 10_000, 10_000
+	key, runs := strings.Repeat("k", 100), 0
+	for i := range 5000 {
+		d.Put(key, fmt.Sprint(i))
+		d.Commit()
+		if d.compacted != nil {
+			runs++
+			d.AwaitCompaction()
+		}
+	}
+	if runs > 0 {
+		t.Errorf("%d compactions in %d files with nothing to leave out", runs, d.number)
+	}
+	d.Delete(key)
+	d.Commit()
+	d.AwaitCompaction()
+	if disk := d.fullBytes + d.size; disk > 2*10_000 {
+		t.Errorf("%d bytes on disk for no data", disk)
+	}
+	d.Close()
+}
+
+// Ensure that a compaction which is tried again, where nothing was written since the first try
+// has put its snapshot there and then failed, does not remove that snapshot.
+func TestCompactionIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		var refuses atomic.Bool
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "remove" && strings.HasPrefix(c.Name, "seg-") && refuses.Load() {
+				return storetest.ErrDisk
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("kept", "value")
+		refuses.Store(true)
+		least := d.minCompact
+		for d.minCompact = 1 << 40; d.compacted == nil; {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			if d.number == 10 {
+				d.minCompact = least
+			}
+		}
+		d.AwaitCompaction()
+		refuses.Store(false)
+		<-time.After(compactTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if d.compacted == nil {
+			t.Fatal("there is no second try")
+		}
+		d.AwaitCompaction()
+		again, err := openSmall(dir.Kill(), Options{})
+		if err != nil || len(again.Get("kept")) != 1 {
+			t.Errorf("after a kill: %v", err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that what a compaction leaves that cannot remove a file goes with the next one.
+func TestCompactionRemovesLeftovers(t *testing.T) {
+	dir := storetest.New()
+	var refuses atomic.Bool
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "remove" && refuses.Load() {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	d, err := openSmall(dir, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	churn := func() {
+		for number := d.number; d.number < number+5; {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.AwaitCompaction()
+	}
+	refuses.Store(true)
+	churn()
+	refuses.Store(false)
+	d.compactAfter = time.Time{}
+	churn()
+	churn()
+	l, err := readLayout(dir)
+	if err != nil || l.snapshot == 0 || len(l.obsolete) > 0 {
+		t.Errorf("beside snapshot %d these are left: %q, %v", l.snapshot, l.obsolete, err)
+	}
+}
+
+// Ensure that neither a stop and a start, nor a compaction that fails again and again,
+// makes one file after the other where nothing is written.
+func TestNoFilesForNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		var refuses atomic.Bool
+		refuses.Store(true)
+		dir.Before = func(c storetest.Call) error {
+			if refuses.Load() && c.What == "create" && strings.HasPrefix(c.Name, "snap") {
+				return storetest.ErrDisk
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for d.number < 10 {
+			d.Put("key", "value")
+			d.Delete("key")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var number uint64
+		for round := range 10 {
+			<-time.After(compactTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+			if round == 2 {
+				number = d.number
+			}
+		}
+		for range 5 {
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if d, err = openSmall(dir, Options{Fsync: FsyncNever}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if d.number > number {
+			t.Errorf("file %d after file %d, and nothing was written", d.number, number)
+		}
+		refuses.Store(false)
+		<-time.After(compactTime)
+		d.Commit()
+		d.AwaitCompaction()
+		if disk := d.fullBytes + d.size; disk > 1000 {
+			t.Errorf("%d bytes on disk for no data", disk)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a bit that rots in a full file is healed by the next compaction.
+func TestCompactionHeals(t *testing.T) {
+	dir := storetest.New()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.minCompact = 1 << 30
+	for i := range 100 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	dir.Names["seg-1.log"].Data[headerSize+10] ^= 1
+	if r, err := Check(dir); err != nil || !r.Damaged {
+		t.Fatalf("a rotten file: %v, %v", r, err)
+	}
+	d.minCompact = 0
+	d.Delete("key")
+	d.Put("key", "value")
+	for number := d.number; d.number == number; {
+		d.Put("other", "value")
+		d.Commit()
+	}
+	d.AwaitCompaction()
+	d.Close()
+	if r, err := Check(dir); err != nil || r.Damaged {
+		t.Errorf("after a compaction: %v, %v", r, err)
+	}
+	if d, err = Open(context.Background(), dir, Options{}); err != nil ||
+		!slices.Equal(d.Get("key"), []string{"value"}) {
+		t.Errorf("opened again: %v", err)
+	}
+}
+
+// Ensure that the disk holds no more than twice the live data and what two files may have,
+// whatever comes: nothing but Deletes, a huge key, a store that falls quiet while it is
+// compacted, and one whose compaction has failed.
+func TestDiskUseIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		d, err := openSmall(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(what string) {
+			t.Helper()
+			disk := int64(0)
+			for _, f := range dir.Names {
+				disk += int64(len(f.Data))
+			}
+			if most := 2*d.LogBytes() + d.minCompact + d.segmentSize +
+				2000; disk > most { // and zeros, and what has just come
+				t.Fatalf("%s: %d bytes on disk, want at most %d for %d of data", what, disk, most,
+					d.LogBytes())
+			}
+		}
+		commit := func(what string) {
+			t.Helper()
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+			check(what)
+		}
+		for i := range 500 {
+			d.Put(fmt.Sprint(i), strings.Repeat("v", 100))
+			commit("Puts")
+		}
+		for i := range 500 {
+			d.Delete(fmt.Sprint(i))
+			commit("Deletes")
+		}
+		huge := strings.Repeat("k", 1000)
+		for i := range 100 {
+			d.Put(huge, fmt.Sprint(i))
+			commit("a huge key")
+		}
+		d.Delete(huge)
+		// and perhaps it is compacted now, but is asked nothing more than
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		d.AwaitCompaction()
+		commit("a store that is only read")
+		dir.Mu.Lock()
+		dir.FailAt, dir.Failure, dir.Forever = dir.Calls+1, syscall.EMFILE, true
+		dir.Mu.Unlock()
+		for i := range 100 {
+			d.Put("a", strings.Repeat("v", 100))
+			d.Delete("a")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("Commit %d without descriptors: %v", i, err)
+			}
+		}
+		d.AwaitCompaction()
+		dir.Mu.Lock()
+		dir.FailAt = 0
+		dir.Mu.Unlock()
+		<-time.After(compactTime)
+		commit("after a failure")
+		d.Close()
+	})
+}

@@ -1,0 +1,248 @@
+package durable
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Ensure that after a power failure behind any I/O call, and another one during
+// the recovery, everything told is there and nothing deleted is back.
+func TestCrashAfterEveryCall(t *testing.T) {
+	total := storetest.New()
+	d, err := openSmall(total, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	storetest.Script(t, d, storetest.NewHistory())
+	if l, _ := readLayout(total); l.snapshot < 2 {
+		t.Fatalf("the script compacts too little: %+v", l)
+	}
+	for n := range total.Calls {
+		random := rand.New(rand.NewPCG(uint64(n), 1))
+		dir := storetest.New()
+		dir.FailAt, dir.Forever = n+1, true
+		h := storetest.NewHistory()
+		if d, err := openSmall(dir, Options{}); err == nil {
+			storetest.Script(t, d, h)
+		}
+		image := dir.Crash(random)
+		checkKept(t, h, image.Crash(random), fmt.Sprint("crash after call ", n))
+		for m := 1; m < 40; m += 1 + random.IntN(8) {
+			again := image.Crash(random)
+			again.FailAt, again.Forever = m, true
+			if d, err := openSmall(again, Options{}); err == nil {
+				d.Close()
+			}
+			checkKept(t, h, again.Crash(random),
+				fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
+		}
+	}
+}
+
+// Ensure that when any one call fails, once or from then on, no Commit returns
+// nil for what is not on disk, and what was told is there at the next start.
+func TestEveryCallFails(t *testing.T) {
+	for _, forever := range []bool{false, true} {
+		for n, failed := 1, true; failed; n++ {
+			dir := storetest.New()
+			dir.FailAt, dir.Forever = n, forever
+			h := storetest.NewHistory()
+			d, err := openSmall(dir, Options{})
+			if err == nil {
+				if err = storetest.Script(t, d, h); err != nil {
+					if again := d.Commit(); again == nil {
+						t.Fatalf("call %d: Commit fails with %v, then returns nil", n, err)
+					}
+				}
+				closeErr := d.Close()
+				if err != nil && closeErr == nil {
+					t.Fatalf("call %d: Close after %v returns nil", n, err)
+				}
+				err = closeErr
+			} else if !errors.Is(err, storetest.ErrDisk) {
+				t.Fatalf("call %d: Open: %v", n, err)
+			}
+			failed = dir.Calls >= n
+			dir.FailAt = 0
+			checkKept(t, h, dir.Crash(rand.New(rand.NewPCG(uint64(n), 2))),
+				fmt.Sprintf("call %d failed (for ever: %v), then the power", n, forever))
+			if err == nil {
+				continue
+			}
+			dir.Locked = false
+			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
+			checkKept(t, h, dir, what)
+			// What a failed Sync left in the kernel's memory is not built upon.
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			d.Put("after", "all")
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%s: Commit: %v", what, err)
+			}
+			if d, err = openSmall(dir.Crash(rand.New(rand.NewPCG(uint64(n), 3))),
+				Options{}); err != nil || len(d.Get("after")) != 1 {
+				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v",
+					what, err)
+			}
+		}
+	}
+}
+
+// Ensure that three power failures in a row, each in the recovery from the one before,
+// lose nothing.
+func TestCrashesInRecoveries(t *testing.T) {
+	for seed := range uint64(150) {
+		random := rand.New(rand.NewPCG(seed, 3))
+		dir := storetest.New()
+		dir.FailAt, dir.Forever = 1+random.IntN(500), true
+		h := storetest.NewHistory()
+		if d, err := openSmall(dir, Options{}); err == nil {
+			storetest.Script(t, d, h)
+		}
+		image := dir.Crash(random)
+		for range 3 {
+			image.FailAt, image.Forever = 1+random.IntN(30), true
+			if d, err := openSmall(image, Options{}); err == nil {
+				d.Close()
+			}
+			image = image.Crash(random)
+		}
+		checkKept(t, h, image, fmt.Sprint("seed ", seed))
+	}
+}
+
+// Ensure that a missing descriptor is no reason to end, wherever it is missing, and
+// neither is a disk that is full when a new file is due.
+func TestMissingDescriptors(t *testing.T) {
+	for n, failed := 1, true; failed; n++ {
+		dir := storetest.New()
+		h := storetest.NewHistory()
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir.FailAt, dir.Failure = dir.Calls+n, syscall.EMFILE
+		d.rotateAfter = time.Time{}
+		if err := storetest.Script(t, d, h); err != nil {
+			t.Fatalf("call %d lacks a descriptor: %v", n, err)
+		}
+		failed = dir.Calls >= dir.FailAt
+		if d.Close(); d.failure() != nil {
+			t.Fatalf("call %d lacks a descriptor: %v", n, d.failure())
+		}
+		dir.FailAt = 0
+		checkKept(t, h, dir, fmt.Sprintf("call %d lacked a descriptor, then", n))
+	}
+}
+
+// Ensure that a full disk lets a store start, read and Delete, that a write is
+// refused before anything has changed, and that nothing is lost when room comes back.
+func TestFullDisk(t *testing.T) {
+	dir := storetest.New()
+	d, err := Open(context.Background(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.reserve, d.spare = 4096, 2048
+	for i := range 100 {
+		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
+		d.Commit()
+	}
+	d.Close()
+	size := 0
+	for _, f := range dir.Names {
+		size += len(f.Data)
+	}
+	for _, crashed := range []bool{false, true} {
+		full := dir.With(storage.LockName, nil)
+		if full.Room = size; crashed {
+			f := full.Names["seg-1.log"] // without the frame of a clean stop
+			clear(f.Data[d.size-frameSize : d.size])
+			copy(f.Disk, f.Data)
+		}
+		d, err := Open(context.Background(), full, Options{})
+		if err != nil {
+			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
+		}
+		d.reserve, d.spare = 4096, 2048
+		held := len(d.Get("key7"))
+		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("room for a Put: %v", err)
+		}
+		if err := d.Room(100, false); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("a Put may take the room that is kept for Deletes: %v", err)
+		}
+		deleted := 0
+		for i := range 5 {
+			if err := d.Room(4, true); err != nil {
+				t.Fatalf("room for a Delete: %v", err)
+			}
+			deleted += d.Delete(fmt.Sprint("key", i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		full.Room = 0
+		if err := d.Room(2000, false); err != nil {
+			t.Errorf("with room again: %v", err)
+		}
+		d.Put("more", strings.Repeat("v", 2000))
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		again, err := Open(context.Background(), full, Options{})
+		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 ||
+			len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
+			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, keysOf(again))
+		}
+	}
+}
+
+// Ensure that a store on a disk that is full to the last byte stops cleanly: all that it
+// was told is on disk.
+func TestStopOnAFullDisk(t *testing.T) {
+	dir, name, starts := segment(t, 3)
+	full := dir.With(name,
+		dir.Names[name].Data[:starts[3]]) // as a power failure leaves it, without the zeros
+	for _, f := range full.Names {
+		full.Room += len(f.Data)
+	}
+	d, err := Open(context.Background(), full, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Errorf("a stop: %v", err)
+	}
+	if d, err = Open(context.Background(), full, Options{}); err != nil ||
+		len(d.Get("key")) != 3 {
+		t.Errorf("after it: %v", err)
+	}
+}
+
+// Ensure that a start that fails leaves no file open.
+func TestFailedStartClosesItsFiles(t *testing.T) {
+	for n := 1; ; n++ {
+		dir := storetest.New()
+		dir.FailAt = n
+		d, err := Open(context.Background(), dir, Options{})
+		if dir.Calls < n {
+			break
+		}
+		if err == nil {
+			d.Close()
+		}
+		if dir.Handles != 0 {
+			t.Errorf("call %d failed: %v, and %d files are open", n, err, dir.Handles)
+		}
+	}
+}

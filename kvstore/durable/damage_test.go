@@ -1,0 +1,613 @@
+package durable
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Ensure that what a start cuts is kept beside until the next clean stop.
+func TestTornEndIsKept(t *testing.T) {
+	dir, name, starts := segment(t, 3)
+	data := slices.Clone(dir.Names[name].Data)
+	data = data[:len(data)-5]
+	torn := bytes.TrimRight(data[starts[2]:], "\x00")
+	image := dir.With(name, data)
+	kept := func() (names []string) {
+		for n, f := range image.Names {
+			if strings.HasPrefix(n, tornPrefix) {
+				if names = append(names, n); !bytes.Equal(f.Disk, torn) {
+					t.Errorf("%s holds %d bytes, want the %d that were torn", n, len(f.Disk),
+						len(torn))
+				}
+			}
+		}
+		return names
+	}
+	d, err := Open(context.Background(), image, Options{})
+	if err != nil || len(d.Get("key")) != 2 || len(kept()) != 1 {
+		t.Fatalf("a torn end: %v, kept in %q", err, kept())
+	}
+	image.Locked = false
+	if d, err = Open(context.Background(), image, Options{}); err != nil ||
+		len(kept()) != 1 { // killed meanwhile
+		t.Fatalf("a second start: %v, kept in %q", err, kept())
+	}
+	if err := d.Close(); err != nil || len(kept()) != 0 {
+		t.Errorf("after a clean stop: %v, kept in %q", err, kept())
+	}
+}
+
+// Ensure that a log that ends anywhere opens with all its whole frames, whatever
+// garbage follows, and that what was cut off is reported.
+func TestTornEnd(t *testing.T) {
+	dir, name, starts := segment(t, 12)
+	whole := dir.Names[name].Data
+	stale := storetest.New() // another store's frames
+	if d, err := Open(context.Background(), stale, Options{Fsync: FsyncNever}); err == nil {
+		d.reserve = 0
+		d.Put("stale", "stale")
+		d.Commit()
+	}
+	var ends []int // of the frames, without padding
+	for _, start := range starts[:len(starts)-1] {
+		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
+	}
+	for cut := headerSize; cut <= len(whole); cut++ {
+		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100),
+			stale.Names[name].Data[headerSize:]}
+		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
+			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
+			for frames < len(starts)-1 && len(data) >= starts[frames+1] &&
+				bytes.HasPrefix(data, whole[:ends[frames]]) {
+				frames++ // whatever stands in the place of the padding
+			}
+			var log bytes.Buffer
+			torn := dir.With(name, data)
+			d, err := Open(context.Background(), torn,
+				Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			if err != nil {
+				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
+			}
+			if got := len(d.Get("key")); got != frames {
+				t.Fatalf("cut at %d: %d frames are there, want %d", cut, got, frames)
+			}
+			if lost := len(bytes.TrimRight(data[starts[frames]:],
+				"\x00")); strings.Contains(log.String(), "incomplete commit") != (lost > 0) ||
+				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
+				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
+			}
+			d.reserve = 500
+			d.Put("key", "more")
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if d, err = Open(context.Background(), torn, Options{}); err != nil ||
+				len(d.Get("key")) != frames+1 {
+				t.Fatalf("cut at %d: written on, then %v", cut, err)
+			}
+		}
+	}
+}
+
+// Ensure that what a start cut, and could not clear on the disk, does not come back behind what
+// is committed later.
+func TestTornEndStaysCut(t *testing.T) {
+	dir := storetest.New()
+	open := func(dir *storetest.Dir) (*Store, error) {
+		return Open(context.Background(), dir, Options{})
+	}
+	d, err := open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Frames of whole sectors.
+	put := func(d *Store, key, v string, end int64) {
+		n := end - d.current.size - frameSize - int64(len(key)) - 4
+		d.Put(key, v+strings.Repeat("x", int(n)-len(v)))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if d.current.size != end {
+			t.Fatalf("size %d, want %d", d.current.size, end)
+		}
+	}
+	put(d, "a", "first", 512)
+	// What a power failure may leave of one large Commit: its second frame, not the first.
+	d.opts.Fsync = FsyncNever
+	put(d, "b", "torn", 1024)
+	put(d, "c", "CUT", 1536)
+	image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+	data := slices.Clone(dir.Names["seg-1.log"].Data)
+	clear(data[512:1024])
+	image = image.With("seg-1.log", data)
+
+	// A start whose fsync of the log fails.
+	failed := false
+	image.Before = func(c storetest.Call) error {
+		if c.What == "sync" && c.Name == "seg-1.log" && !failed {
+			failed = true
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	if _, err := open(image); err == nil || !failed {
+		t.Fatal("the start does not fail")
+	}
+	image.Before = nil
+	// The next one succeeds, and answers.
+	d, err = open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(d.Get("c")) != 0 {
+		t.Fatal("c was not cut")
+	}
+	put(d, "b", "new", 1024)
+	d.Get("c") // a client is told that there is none
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d, err = open(image.Crash(rand.New(rand.NewPCG(1, 1))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := d.Get("c"); len(c) != 0 {
+		t.Errorf("a commit that was cut, and answered as not there, is back: %.10q", c)
+	}
+}
+
+// Ensure that a torn end on a full disk does not keep the store from starting, also
+// where there are whole frames in it, and that no start leaves half a copy of it.
+func TestTornEndOnAFullDisk(t *testing.T) {
+	for hole := range 4 { // the frame that is torn
+		dir := storetest.New()
+		d, err := Open(context.Background(), dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var starts []int64
+		for range 4 {
+			starts = append(starts, d.current.size)
+			d.Put("key", "value")
+			d.Commit()
+		}
+		full := dir.With("seg-1.log", dir.Names["seg-1.log"].Data[:d.size])
+		full.Names["seg-1.log"].Data[starts[hole]+frameSize]++
+		for _, f := range full.Names {
+			full.Room += len(f.Data)
+		}
+		d, err = Open(context.Background(), full, Options{})
+		if err != nil || len(d.Get("key")) != hole {
+			t.Fatalf("frame %d is torn on a full disk: %v", hole, err)
+		}
+		for name := range full.Names {
+			if strings.HasPrefix(name, tornPrefix) {
+				t.Errorf("%s is left", name)
+			}
+		}
+	}
+}
+
+// Ensure that every flipped bit before the last frame is refused with its place,
+// and that nothing is touched; in the last frame it is a torn end.
+func TestFlippedBits(t *testing.T) {
+	dir, name, starts := segment(t, 8)
+	whole := dir.Names[name].Data
+	last := starts[len(starts)-2]
+	for bit := range 8 * len(whole) {
+		data := slices.Clone(whole)
+		data[bit/8] ^= 1 << (bit % 8)
+		bad := dir.With(name, data)
+		d, err := Open(context.Background(), bad, Options{})
+		if bit/8 >= last {
+			if padding := err == nil && len(d.Get("key")) == 8; err != nil ||
+				len(d.Get("key")) != 7 && !padding {
+				t.Fatalf("bit %d, in the last frame: %v", bit, err)
+			}
+			continue
+		}
+		if err == nil && len(d.Get("key")) == 8 {
+			continue // a padding byte, or one of the header's that says nothing
+		}
+		var damage *storage.DamageError
+		if !errors.As(err, &damage) && !errors.Is(err, ErrNewer) && !errors.Is(err, ErrOlder) {
+			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
+		}
+		if damage != nil && bit/8 >= headerSize &&
+			(damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
+			t.Fatalf("bit %d of byte %d: the error names another place: %v", bit%8, bit/8, err)
+		}
+		if !bytes.Equal(bad.Names[name].Data, data) || len(bad.Names) != len(dir.Names) {
+			t.Fatalf("bit %d of byte %d: refused, but something was changed", bit%8, bit/8)
+		}
+	}
+}
+
+// Ensure that every flipped bit of STORE is STORE's damage, not that of the logs, and
+// that repair mends it without a loss.
+func TestFlippedStore(t *testing.T) {
+	dir, _, _ := segment(t, 3)
+	whole := dir.Names[storeName].Data
+	for bit := range 8 * len(whole) {
+		data := slices.Clone(whole)
+		data[bit/8] ^= 1 << (bit % 8)
+		bad := dir.With(storeName, data)
+		var damage *storage.DamageError
+		if _, err := Open(context.Background(), bad, Options{}); !errors.As(err, &damage) ||
+			damage.File != "dir/STORE" {
+			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
+		}
+		if bit%50 > 0 {
+			continue
+		}
+		if r, err := Repair(bad, time.Time{}); err != nil || r.Lost {
+			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
+		}
+		if d, err := Open(context.Background(), bad, Options{}); err != nil ||
+			len(d.Get("key")) != 3 {
+			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
+		}
+	}
+}
+
+// fourSegments returns a store that is in its fourth file, and has compacted nothing.
+func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
+	dir, d := newSmall(t, opts)
+	d.minCompact = 1 << 40
+	for i := 0; d.number < 4; i++ {
+		d.Put("key"+fmt.Sprint(i), strings.Repeat("v", 50))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir, d
+}
+
+// Ensure that the end of a full file is not taken for torn because the next one is empty: that
+// one's header says where it ended.
+func TestDamageBeforeAnEmptyFile(t *testing.T) {
+	for _, how := range []string{"zeros", "cut", "rubbish"} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := fourSegments(t, Options{})
+				keys, _, _ := d.Size()
+				<-time.After(time.Hour)
+				image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+				d.Close()
+				data := slices.Clone(image.Names["seg-3.log"].Data)
+				const n = 700 // bytes of a bad sector
+				switch how {
+				case "zeros":
+					clear(data[len(data)-n:])
+				case "cut":
+					data = data[:len(data)-n]
+				case "rubbish":
+					for i := range n {
+						data[len(data)-n+i] = 'x'
+					}
+				}
+				image = image.With("seg-3.log", data)
+				r, _ := Check(image)
+				again, err := openSmall(image, Options{})
+				if !errors.As(err, new(*storage.DamageError)) {
+					got, _, _ := again.Size()
+					t.Errorf("%s: Open: %v, %d of %d keys; Check says damaged: %v", how, err, got, keys,
+						r.Damaged)
+					again.stopTimer()
+				}
+			})
+		})
+	}
+}
+
+// Ensure that a missing descriptor is not called damage.
+func TestNoDescriptorIsNoDamage(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	refuse := true
+	dir.Before = func(c storetest.Call) error {
+		if refuse && c.What == "remove" {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	for i := 0; d.number < 8; i++ {
+		d.Put("key", "value")
+		d.Delete("key")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		d.AwaitCompaction()
+	}
+	d.stopTimer()
+	refuse = false
+	for n := 1; n < 100; n++ {
+		image := dir.Kill()
+		image.FailAt, image.Failure = n, syscall.EMFILE
+		r, err := check(image)
+		if r.Damaged {
+			t.Errorf("call %d: %v %v", n, r.Lines, err)
+		}
+		image = dir.Kill()
+		image.FailAt, image.Failure = n, syscall.EMFILE
+		if _, err := openSmall(image, Options{}); err != nil && strings.Contains(err.Error(), "damaged") {
+			t.Errorf("call %d: Open: %v", n, err)
+		}
+	}
+}
+
+// Ensure that an older copy that was put over a newer store is refused.
+func TestOlderCopyOverNewer(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 30
+	for i := range 30 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	older := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+	d.minCompact = 100
+	for i := range 300 {
+		d.Put("key", fmt.Sprint(i))
+		d.Delete("key")
+		d.Commit()
+		d.AwaitCompaction()
+	}
+	d.Close()
+	both := dir.With(storage.LockName, nil)
+	for name, f := range older.Names {
+		both.Names[name] = f
+	}
+	var damage *storage.DamageError
+	if _, err := Open(context.Background(), both, Options{}); !errors.As(err, &damage) ||
+		!strings.Contains(err.Error(), "an older copy was put over a newer store") {
+		t.Errorf("an older copy over a newer store: %v", err)
+	}
+	if r, err := check(both); err != nil || !r.Damaged {
+		t.Errorf("check: %v, %v", r, err)
+	}
+}
+
+// Ensure that after a clean stop even the last frame's damage is seen, that the
+// start is silent, and that missing, foreign and misplaced files are refused.
+func TestRefusals(t *testing.T) {
+	dir := storetest.New()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	storetest.Script(t, d, storetest.NewHistory())
+	d.minCompact = 1 << 30 // from here on keep several full files
+	for i := range 300 {
+		d.Put("key", fmt.Sprint(i))
+		d.Commit()
+	}
+	d.Close()
+	var log bytes.Buffer
+	if d, err = openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log,
+		&slog.HandlerOptions{Level: slog.LevelWarn}))}); err != nil || log.Len() > 0 {
+		t.Fatalf("after a clean stop: %v, %s", err, log.String())
+	}
+	d.minCompact = 1 << 30
+	d.Put("one", "more")
+	d.Close()
+	l, _ := readLayout(dir)
+	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment,
+		l.segments[len(l.segments)-1])
+	snapshot := logName(kindSnapshot, l.snapshot)
+	change := func(name string, f func(b []byte) []byte) *storetest.Dir {
+		return dir.With(name, f(slices.Clone(dir.Names[name].Data)))
+	}
+	without := func(name string) *storetest.Dir {
+		c := dir.With(name, nil)
+		delete(c.Names, name)
+		return c
+	}
+	cut := func(n int) func(b []byte) []byte { return func(b []byte) []byte { return b[:len(b)-n] } }
+	newer := func(b []byte) []byte {
+		b[8]++
+		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+		return b
+	}
+	older := func(b []byte) []byte {
+		b[8]--
+		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+		return b
+	}
+	seed := func(name string) uint32 {
+		h, _ := decodeHeader(dir.Names[name].Data)
+		return h.seed()
+	}
+	// The closed segment without its last frame, and the snapshot with one more.
+	end, last1 := headerSize, 0
+	for b := dir.Names[first].Data; end < len(b); {
+		f, _ := decodeFrame(b[end:], seed(first))
+		last1, end = end, end+int(f.padded())
+	}
+	var frames uint64
+	for b, at := dir.Names[snapshot].Data, headerSize; at < len(b); frames++ {
+		f, _ := decodeFrame(b[at:], seed(snapshot))
+		at += int(f.padded())
+	}
+	again := func(b []byte) []byte {
+		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
+	}
+	whole, _, starts := segment(t, 5)
+	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
+		whole.Names["seg-1.log"].Data[starts[3]:])
+	other := storetest.New()
+	Open(context.Background(), other, Options{})
+	for what, c := range map[string]struct {
+		dir  *storetest.Dir
+		want string
+	}{
+		"last data frame": {change(last,
+			func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at " +
+			"offset"},
+		"closed segment cut": {change(first, cut(8)), first + " is damaged at offset"},
+		"snapshot cut":       {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
+		"snapshot with more": {change(snapshot,
+			func(b []byte) []byte {
+				return append(b, b[headerSize:]...)
+			}), snapshot + " is damaged"},
+		"snapshot missing": {without(snapshot), "seg-1.log is damaged: the file is missing"},
+		"segment missing":  {without(first), first + " is damaged: the file is missing"},
+		"STORE missing":    {without(storeName), "STORE is damaged: the file is missing"},
+		"STORE cut": {change(storeName, cut(5)),
+			"STORE is damaged: not as it was written"},
+		"STORE with more": {change(storeName, func(b []byte) []byte { return append(b, 'x') }),
+			"STORE is damaged"},
+		"newer STORE": {change(storeName, func(b []byte) []byte {
+			line, _, _ := strings.Cut(strings.Replace(string(b), "version 2", "version 9", 1),
+				", check")
+			return fmt.Appendf([]byte(line), storeCheck, crc(0, []byte(line)))
+		}), ErrNewer.Error()},
+		"older STORE": {change(storeName,
+			func([]byte) []byte {
+				return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n")
+			}), ErrOlder.Error()},
+		"older segment": {change(last, older), ErrOlder.Error()},
+		"STORE of no version": {change(storeName,
+			func(b []byte) []byte {
+				return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1)
+			}), "STORE is damaged: not as it was written"},
+		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data),
+			"STORE is damaged: it is another store's"},
+		"newest missing": {without(last), last + " is damaged: the file is missing"},
+		"frame missing": {whole.With("seg-1.log", gap),
+			fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing",
+				starts[2])},
+		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }),
+			"the frame that says that another file follows is missing"},
+		"closed segment's end": {change(first,
+			func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
+		"snapshot ends twice": {change(snapshot, again), "the snapshot has no proper end"},
+		"newer segment":       {change(last, newer), ErrNewer.Error()},
+		"newer snapshot":      {change(snapshot, newer), ErrNewer.Error()},
+		"a number too far":    {dir.With("seg-9223372036854775808.log", nil), storage.ErrNotOurs.Error()},
+		"empty segment": {change(last, func(b []byte) []byte { return nil }),
+			last + " is damaged: shorter than a header"},
+		"another store's file": {dir.With(last, other.Names["seg-1.log"].Data),
+			"the file belongs to another store"},
+		"renamed file": {dir.With(last, dir.Names[snapshot].Data),
+			"the file is another one, renamed"},
+		"all logs gone": {func() *storetest.Dir {
+			c := without(last)
+			for n := range c.Names {
+				if n != storeName {
+					delete(c.Names, n)
+				}
+			}
+			return c
+		}(), "the file is missing"},
+		"somebody else's folder": {dir.With("photo.jpg", nil), storage.ErrNotOurs.Error()},
+		"segment of zeros": {change(first, func(b []byte) []byte { clear(b); return b }),
+			first + " is damaged: not a log file"},
+	} {
+		before := maps.Clone(c.dir.Names)
+		_, err := Open(context.Background(), c.dir, Options{})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", what, err, c.want)
+		}
+		if c.dir.Locked || !maps.Equal(before, c.dir.Names) {
+			t.Errorf("%s: something was changed or is still locked", what)
+		}
+		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, ErrNewer) || errors.Is(err, ErrOlder) {
+			_, checkErr := check(c.dir)
+			_, repairErr := Repair(c.dir, time.Now())
+			if checkErr == nil || repairErr == nil || !maps.Equal(before, c.dir.Names) {
+				t.Errorf("%s: check says %v, repair %v", what, checkErr, repairErr)
+			}
+			continue
+		}
+		report, checkErr := check(c.dir)
+		if checkErr != nil || !report.Damaged {
+			t.Errorf("%s: check says %v, %v", what, report, checkErr)
+		}
+		report, err = Repair(c.dir, time.Time{})
+		if what == "all logs gone" {
+			if err == nil || !maps.Equal(before, c.dir.Names) {
+				t.Errorf("%s: repair says %v, %v", what, report, err)
+			}
+			continue
+		}
+		if err != nil || !report.Damaged {
+			t.Errorf("%s: repair says %v, %v", what, report, err)
+		}
+		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report),
+			"LOST    bytes") {
+			t.Errorf("%s: repair says %v", what, report)
+		}
+		if d, err := Open(context.Background(), c.dir, Options{}); err != nil {
+			t.Errorf("%s: after repair: %v", what, err)
+		} else {
+			d.Put("after", "repair")
+			d.Close()
+			if report, err := check(c.dir); err != nil || report.Damaged {
+				t.Errorf("%s: check after repair: %v, %v", what, report, err)
+			}
+		}
+	}
+}
+
+// Ensure that any bytes in the place of a log are refused or read, without a
+// panic, and that what opens goes on to open.
+func FuzzRecovery(f *testing.F) {
+	const name = "seg-1.log"
+	base := fixedDir(f, 5)
+	good := base.Names[name].Data
+	f.Add(good)
+	f.Add(good[:len(good)-3])
+	f.Add(good[:headerSize])
+	f.Add(append(slices.Clone(good), good[headerSize:]...))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c := base.With(name, data)
+		d, err := Open(context.Background(), c, Options{})
+		if err == nil {
+			d.Put("k", "v")
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Open(context.Background(), c, Options{}); err != nil {
+				t.Fatalf("opened, closed, then: %v", err)
+			}
+			return
+		}
+		if r, err := check(c); err == nil && !r.Damaged {
+			t.Fatal("refused by Open, good to Check")
+		}
+		if _, err := Repair(c, time.Time{}); err == nil {
+			if _, err := Open(context.Background(), c, Options{}); err != nil {
+				t.Fatalf("after repair: %v", err)
+			}
+		}
+	})
+}
+
+// Ensure that any records in a frame are applied or refused, without a panic.
+func FuzzRecords(f *testing.F) {
+	f.Add(string(appendRecord(appendRecord(nil, opPut, 0, "k", "v"), opUpdate, 0, "k", "v", "w")),
+		uint32(2))
+	f.Add(string(appendRecord(nil, opDelete, 0, strings.Repeat("k", 200))), uint32(1))
+	f.Add("\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", uint32(1))
+	f.Fuzz(func(t *testing.T, payload string, count uint32) {
+		m := kvstore.NewMemory()
+		if err := apply(m, payload, count); err == nil && int(count) > len(payload) {
+			t.Fatalf("%d records in %d bytes", count, len(payload))
+		}
+	})
+}

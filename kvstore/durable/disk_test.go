@@ -1,0 +1,337 @@
+package durable
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Ensure that a real directory is kept as a fake one, private, and for one
+// process at a time.
+func TestRealDirectory(t *testing.T) {
+	path := t.TempDir()
+	os.Mkdir(filepath.Join(path, "lost+found"), 0o700) // as in the root of a disk
+	os.WriteFile(filepath.Join(path, ".notes"), nil, 0o600)
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.segmentSize, d.minCompact = 1500, 2000
+	h := storetest.NewHistory()
+	if err := storetest.Script(t, d, h); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) ||
+		!strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
+		t.Errorf("opened twice: %v", err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path, "GORACE=atexit_sleep_ms=0")
+	if out, err := cmd.Output(); err != nil || !strings.Contains(string(out), storage.ErrLocked.Error()) {
+		t.Errorf("a second process opens it: %s, %v", out, err)
+	}
+	if r, err := checkAt(path); err != nil || r.Damaged ||
+		!strings.HasPrefix(r.Lines[0], "in use  by process ") {
+		t.Errorf("checked while open: %v, %v", r, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	entries, _ := os.ReadDir(path)
+	for _, e := range entries {
+		if info, _ := e.Info(); !e.IsDir() && info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v", e.Name(), info.Mode())
+		}
+	}
+	report, err := checkAt(path)
+	if err != nil || report.Damaged {
+		t.Errorf("Check: %v, %v", report, err)
+	}
+	if report, err := repairAt(path); err != nil || report.Damaged {
+		t.Errorf("Repair: %v, %v", report, err)
+	}
+	l, _ := readLayout(mustDirectory(t, path))
+	name := filepath.Join(path, logName(kindSnapshot, l.snapshot))
+	b, _ := os.ReadFile(name)
+	b[len(b)/2] ^= 1
+	os.WriteFile(name, b, 0o600)
+	if report, err := repairAt(path); err != nil || !report.Damaged {
+		t.Errorf("Repair of damage: %v, %v", report, err)
+	}
+	kept, _ := filepath.Glob(filepath.Join(path, damagedPrefix+"*", "snap-*.log"))
+	if len(kept) != 1 {
+		t.Errorf("the damaged file is not kept: %q", kept)
+	}
+	if d, err = openAt(path, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+}
+
+// mustDirectory opens a directory.
+func mustDirectory(t *testing.T, path string) *storage.Disk {
+	d, err := storage.OpenDisk(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+// Ensure that a directory that cannot be a store is refused by name.
+func TestWrongPaths(t *testing.T) {
+	path := t.TempDir()
+	aFile := filepath.Join(path, "file")
+	os.WriteFile(aFile, nil, 0o600)
+	for where, want := range map[string]error{
+		filepath.Join(path, "none"): storage.ErrMissing,
+		aFile:                       storage.ErrNotOurs,
+		path:                        storage.ErrNotOurs, // it holds a file
+	} {
+		for what, f := range map[string]func() error{
+			"Open": func() error {
+				_, err := openAt(where, Options{})
+				return err
+			},
+			"Check":  func() error { _, err := checkAt(where); return err },
+			"Repair": func() error { _, err := repairAt(where); return err },
+		} {
+			if err := f(); !errors.Is(err, want) || !strings.Contains(err.Error(), where) {
+				t.Errorf("%s(%s): %v, want %v", what, where, err, want)
+			}
+		}
+	}
+	if names, _ := os.ReadDir(path); len(names) != 1 {
+		t.Errorf("something was made: %v", names)
+	}
+}
+
+// Ensure that nothing but our own files is touched: who else has some in the
+// directory is told so.
+func TestOthersFilesStay(t *testing.T) {
+	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak",
+		"seg-01.log.tmp"} {
+		dir := storetest.New().With(name, []byte("precious"))
+		_, err := Open(context.Background(), dir, Options{})
+		if !errors.Is(err, storage.ErrNotOurs) || !strings.Contains(err.Error(), name) ||
+			dir.Names[name] == nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	dir := storetest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
+	if _, err := Open(context.Background(), dir, Options{}); err != nil ||
+		dir.Names["seg-1.log.tmp"] != nil {
+		t.Errorf("with our own temporary file: %v", err)
+	}
+}
+
+// Ensure that a directory that is not ours any more ends the store, also where nothing is
+// written, and before another file is made.
+func TestMovedDirectory(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("a", "1")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	dir.Moved = storage.ErrMoved
+	d.Get("a")
+	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+		t.Errorf("after a Get: %v, want %v", err, storage.ErrMoved)
+	}
+	d.Close()
+	dir = storetest.New()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("a", "1")
+	d.Commit()
+	dir.Moved = storage.ErrMoved
+	for err == nil && d.number == 1 {
+		d.Put("a", strings.Repeat("v", 100))
+		err = d.Commit()
+	}
+	if !errors.Is(err, storage.ErrMoved) || dir.Names["seg-2.log"] != nil {
+		t.Errorf("at a rotation: %v, in file %d", err, d.number)
+	}
+	d.Close()
+}
+
+// Ensure that a real directory that is moved, replaced or removed is noticed, and
+// that nothing is written to the one in its place.
+func TestMovedRealDirectory(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // the system lets nobody move a directory that is in use
+	}
+	for _, replace := range []bool{true, false} {
+		t.Run(fmt.Sprint("replaced: ", replace), func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "data")
+			os.Mkdir(path, 0o700)
+			d, err := openAt(path, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			os.Rename(path, path+".old")
+			if replace {
+				os.Mkdir(path, 0o700)
+				other, err := openAt(path, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer other.Close()
+			}
+			d.segmentSize = 1
+			<-d.Lost() // though nothing was asked
+			d.Put("k", "w")
+			if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+				t.Errorf("replaced: %v: %v, want %v", replace, err, storage.ErrMoved)
+			}
+			d.Close()
+			if names, _ := filepath.Glob(filepath.Join(path, "seg-2*")); len(names) > 0 {
+				t.Errorf("the directory in its place has %q", names)
+			}
+		})
+	}
+}
+
+// Ensure that the same holds for a real directory, whose lock goes, too: it is taken again,
+// unless another process has taken it.
+func TestRemovedRealFiles(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a file that is in use
+	}
+	path := t.TempDir()
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{storage.LockName, storeName, "seg-1.log"} {
+		if err := os.Remove(filepath.Join(path, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.looked = time.Time{}
+	d.Put("k", "w")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) {
+		t.Errorf("a second one opens it: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = openAt(path, Options{}); err != nil ||
+		!slices.Equal(d.Get("k"), []string{"v", "w"}) {
+		t.Fatalf("opened again: %v", err)
+	}
+	for _, name := range []string{storage.LockName, storeName} {
+		os.Remove(filepath.Join(path, name))
+	}
+	lock, err := mustDirectory(t, path).Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	d.looked = time.Time{}
+	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+		t.Errorf("another process has the directory: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(path, storeName)); err == nil {
+		t.Error("its directory was written to")
+	}
+	d.Close()
+}
+
+// Ensure that another file in the place of the one that is written is noticed.
+func TestReplacedRealFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can replace a file that is in use
+	}
+	path := t.TempDir()
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(path, "seg-1.log")
+	b, _ := os.ReadFile(name)
+	os.Remove(name)
+	os.WriteFile(name, b, 0o600)
+	d.Put("k", "w")
+	if err := errors.Join(d.Commit(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = openAt(path, Options{}); err != nil ||
+		!slices.Equal(d.Get("k"), []string{"v", "w"}) {
+		t.Fatalf("opened again: %v", err)
+	}
+	d.Close()
+}
+
+// at opens the directory at path for f, and closes it.
+func at[T any](path string, f func(storage.Directory) (T, error)) (result T, err error) {
+	dir, err := storage.OpenDisk(path)
+	if err != nil {
+		return result, err
+	}
+	defer dir.Close()
+	return f(dir)
+}
+
+// openAt opens the store in the directory at path.
+func openAt(path string, opts Options) (*Store, error) {
+	dir, err := storage.OpenDisk(path)
+	if err != nil {
+		return nil, err
+	}
+	d, err := Open(context.Background(), dir, opts)
+	if err != nil {
+		dir.Close()
+	}
+	return d, err
+}
+
+// checkAt checks the store there, and repairAt repairs it.
+func checkAt(path string) (Report, error) { return at(path, Check) }
+func repairAt(path string) (Report, error) {
+	return at(path, func(dir storage.Directory) (Report, error) { return Repair(dir, time.Now()) })
+}
+
+// backUpAt copies the store there to a directory that it makes.
+func backUpAt(path, to string, step func(copied, total int64)) (Report, error) {
+	return at(path, func(dir storage.Directory) (Report, error) {
+		out, undo, err := storage.MakeDisk(to, path)
+		if err != nil {
+			return Report{}, err
+		}
+		report, err := Backup(dir, out, step)
+		out.Close()
+		if err != nil {
+			undo()
+		}
+		return report, err
+	})
+}

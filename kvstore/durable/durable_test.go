@@ -1,0 +1,267 @@
+package durable
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestMain lets the test binary be a second process on a store.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("KVSTORE_TEST_OPEN"); dir != "" {
+		_, err := openAt(dir, Options{})
+		fmt.Print(err)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// openSmall opens a store whose files are full soon.
+func openSmall(dir storage.Directory, opts Options) (*Store, error) {
+	d, err := Open(context.Background(), dir, opts)
+	if err == nil {
+		d.mu.Lock() // the timer may have something to do
+		d.segmentSize, d.minCompact = 1500, 2000
+		if d.reserve > 0 {
+			d.reserve, d.spare = 700, 100
+		}
+		d.mu.Unlock()
+	}
+	return d, err
+}
+
+// newSmall opens one in a new directory.
+func newSmall(t *testing.T, opts Options) (*storetest.Dir, *Store) {
+	t.Helper()
+	dir := storetest.New()
+	d, err := openSmall(dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, d
+}
+
+// keysOf is how many keys d has.
+func keysOf(d *Store) int {
+	keys, _, _ := d.Size()
+	return keys
+}
+
+// checkKept opens what a crash left and wants all that was told, and nothing
+// that was not done.
+func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what string) {
+	t.Helper()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	if l, err := readLayout(dir); err != nil || len(l.obsolete) > 0 {
+		t.Fatalf("%s: after opening there is still %q, %v", what, l.obsolete, err)
+	}
+	if !h.Told.Equal(d) && !h.Done.Equal(d) {
+		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.Told,
+			h.Done)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatalf("%s: Close: %v", what, err)
+	}
+}
+
+// Ensure that a start writes nothing but the frames that are in doubt: after a clean
+// stop one, after a crash the last commits.
+func TestStartCopiesNothing(t *testing.T) {
+	for _, clean := range []bool{true, false} {
+		dir := storetest.New()
+		d, err := Open(context.Background(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 100 {
+			d.Put("key", strings.Repeat("v", 1000))
+			d.Commit()
+		}
+		if clean {
+			d.Close()
+		}
+		image := dir.With(storage.LockName, nil)
+		counting := &countingDir{Dir: image}
+		if _, err := Open(context.Background(), counting, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if counting.written > 2000 || counting.created > 0 {
+			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean,
+				counting.written, counting.created)
+		}
+	}
+}
+
+// countingDir counts what is written.
+type countingDir struct {
+	*storetest.Dir
+	written, created int
+}
+
+type countingFile struct {
+	storage.File
+	d *countingDir
+}
+
+func (c *countingDir) Create(name string) (storage.File, error) {
+	c.created++
+	f, err := c.Dir.Create(name)
+	return countingFile{f, c}, err
+}
+
+func (c *countingDir) Extend(name string) (storage.File, error) {
+	f, err := c.Dir.Extend(name)
+	return countingFile{f, c}, err
+}
+
+func (f countingFile) WriteAt(p []byte, off int64) (int, error) {
+	f.d.written += len(p)
+	return f.File.WriteAt(p, off)
+}
+
+// Ensure that an Update is loaded without a search: the log says where the value was.
+func TestUpdatesAreLoadedByPlace(t *testing.T) {
+	m := kvstore.NewMemory()
+	for i := range 10 {
+		m.Put("k", fmt.Sprint(i%5))
+	}
+	if err := apply(m, string(appendRecord(nil, opUpdate, 7, "k", "2", "x")), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.Get("k"), []string{"0", "1", "2", "3", "4", "0", "1", "3", "4",
+		"x"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q: the second 2 is gone, which is at the place given", got, want)
+	}
+	if err := apply(m, string(appendRecord(nil, opUpdate, 1<<40, "k", "2", "y")), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := m.Get("k"), []string{"0", "1", "3", "4", "0", "1", "3", "4", "x",
+		"y"}; !slices.Equal(got, want) {
+		t.Errorf("with a place that is none: got %q, want %q", got, want)
+	}
+}
+
+// Ensure that a record too large for a frame ends the store instead of wrapping
+// around, and that Room says so before.
+func TestRecordsTooLarge(t *testing.T) {
+	d, err := Open(context.Background(), storetest.New(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Room(maxRecord+1, false); err == nil {
+		t.Error("there is room for a record that is too large")
+	}
+}
+
+// Ensure that a store in a log is like one in memory, through any number of
+// restarts, and that its files stay within bounds.
+func TestDurableIsLikeTheModel(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Hour} {
+		dir, m, h := storetest.New(), storetest.Model{}, rand.New(rand.NewPCG(3, 3))
+		for range 30 {
+			d, err := openSmall(dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			storetest.CheckSame(t, d, m)
+			for range 50 {
+				for range h.IntN(10) {
+					storetest.RandomStep(t, h, d, m)
+				}
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				d.AwaitCompaction()
+				var disk, live int64
+				for _, f := range dir.Names {
+					disk += int64(len(f.Data))
+				}
+				_, values, bytes := d.Size()
+				live = bytes + int64(values)*recordExtra
+				if most := 2*live + d.minCompact + 3*d.segmentSize; disk > most {
+					t.Fatalf("%d bytes on disk for %d live ones, want at most %d", disk, live, most)
+				}
+			}
+			storetest.CheckSame(t, d, m)
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// Ensure that Durable has each method of a KVStore itself: one that it has of Memory would
+// write no record, and what it did would be gone after the next start.
+func TestDurableHasEveryMethod(t *testing.T) {
+	store, durable := reflect.TypeFor[kvstore.KVStore](), reflect.TypeFor[*Store]()
+	for i := range store.NumMethod() {
+		name := store.Method(i).Name
+		method, _ := durable.MethodByName(name)
+		file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer())
+		if isOwn := strings.HasSuffix(file, "store.go"); isOwn == (name == "Get") {
+			t.Errorf("%s of Durable is in %s", name, file)
+		}
+	}
+}
+
+// Ensure that a long load says how far it is.
+func TestLoadTellsProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		p := &progress{ctx: t.Context(), status: new(storage.Status),
+			log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(),
+			total: 1000}
+		for range 5 {
+			<-time.After(400 * time.Millisecond)
+			p.step(frame{count: 10, length: 56})
+		}
+		if stage := p.status.Stage(); stage != "loading 28 %" {
+			t.Errorf("after two seconds /healthz would say %q", stage)
+		}
+		if got := log.String(); strings.Count(got, "msg=loading") != 1 ||
+			!strings.Contains(got, "records=30 bytes=288 percent=28") {
+			t.Errorf("after two seconds the log is\n%s", got)
+		}
+	})
+}
+
+// fixedDir is a store with an id that does not change from run to run.
+func fixedDir(t testing.TB, commits int) *storetest.Dir {
+	dir, id := storetest.New(), storeID{1, 2, 3}
+	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1,
+		first: 1}, func(w *logWriter) error {
+		for i := range commits {
+			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))
+			payload = appendRecord(payload, opUpdate, 0, "key", fmt.Sprint(i), "new")
+			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2},
+				appendRecord(payload, opDelete, 0, "none")[:len(payload)], 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = writeID(dir, id)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}

@@ -1,0 +1,721 @@
+package durable
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Ensure that a rotation that is not possible is tried again, and the store goes on
+// in the old file until then.
+func TestRotationIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
+			dir := storetest.New()
+			var refuses atomic.Bool // to create a file: the only call that fails
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "create" && refuses.Load() {
+					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
+				}
+				return nil
+			}
+			var log bytes.Buffer
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			put := func() {
+				d.Put("key", strings.Repeat("v", 100))
+				if err := d.Room(200, false); err != nil {
+					t.Fatal(err)
+				}
+				if err := d.Commit(); err != nil {
+					t.Fatalf("%v: %v", failure, err)
+				}
+			}
+			for d.size+400 < d.segmentSize {
+				put()
+			}
+			refuses.Store(true)
+			for range 10 {
+				put()
+			}
+			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 {
+				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
+			}
+			refuses.Store(false)
+			<-time.After(rotateTime)
+			put()
+			put()
+			if d.number != 2 || len(d.Get("key")) < 12 {
+				t.Errorf("%v: later in file %d", failure, d.number)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if again, err := Open(context.Background(), dir, Options{}); err != nil ||
+				!slices.Equal(again.Get("key"), d.Get("key")) {
+				t.Errorf("%v: opened again: %v", failure, err)
+			}
+		}
+	})
+}
+
+// Ensure that a store whose rotation was killed at any call goes on, also behind the
+// next rotations and restarts.
+func TestKilledRotation(t *testing.T) {
+	for n := 1; ; n++ {
+		dir := storetest.New()
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.minCompact = 1 << 30
+		for d.size < d.segmentSize-100 {
+			d.Put("key", strings.Repeat("v", 50))
+			d.Commit()
+		}
+		dir.FailAt, dir.Forever = dir.Calls+n, true
+		for d.number == 1 && d.failure() == nil && n < 40 {
+			d.Put("key", strings.Repeat("v", 50))
+			d.Commit()
+			if dir.Calls >= dir.FailAt+20 {
+				break
+			}
+		}
+		reached := dir.Calls >= dir.FailAt
+		d.stopTimer()
+		dir.FailAt, dir.Locked = 0, false
+		if !reached {
+			break
+		}
+		for range 3 {
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatalf("killed at call %d: %v", n, err)
+			}
+			d.minCompact = 1 << 30
+			for number := d.number; d.number < number+2; {
+				d.Put("key", strings.Repeat("v", 50))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if r, err := check(dir); err != nil || r.Damaged {
+				t.Fatalf("killed at call %d: check says %v, %v", n, r, err)
+			}
+		}
+	}
+}
+
+// Ensure that a rotation for which the disk has no room is no failure, however little is missing.
+func TestRotationWithoutRoom(t *testing.T) {
+	for free := 0; free < 200; free += 8 {
+		dir, d := newSmall(t, Options{Fsync: FsyncNever})
+		d.minCompact = 1 << 40
+		for d.size < d.segmentSize-200 {
+			d.Put("key"+fmt.Sprint(d.size), strings.Repeat("v", 50))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// killed before the zeros got to disk, or another start's Deletes used them up
+		dir = dir.Kill()
+		f := dir.Names["seg-1.log"]
+		f.Data = f.Data[:d.size]
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.segmentSize = d.size // it is due
+		used := 0
+		for _, f := range dir.Names {
+			used += len(f.Data)
+		}
+		dir.Room = used + free
+		d.minCompact = -1 << 40 // wasteful, as when a compaction failed for want of room
+		if err := d.Commit(); err != nil {
+			t.Errorf("%d bytes free: %v", free, err)
+		}
+	}
+}
+
+// segment returns a store's only log file with so many commits, not closed, and
+// the offsets at which its frames begin.
+func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts []int) {
+	dir, name = storetest.New(), "seg-1.log"
+	d, err := Open(context.Background(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.reserve = 0
+	for i := range commits {
+		starts = append(starts, len(dir.Names[name].Data))
+		d.Put("key", fmt.Sprint("value", i))
+		d.Put(strings.Repeat("k", i%9), "")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.stopTimer()
+	dir.Locked = false
+	return dir, name, append(starts, len(dir.Names[name].Data))
+}
+
+// Ensure that the room behind the last frame is used, is not taken for a torn
+// end, and goes when the file is full or the store closes.
+func TestRoomForFrames(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	var sizes []int
+	for i := range 5 {
+		d.Put("key", fmt.Sprint("value", i))
+		d.Commit()
+		sizes = append(sizes, len(dir.Names["seg-1.log"].Data))
+	}
+	if sizes[0] < d.reserve || sizes[4] != sizes[0] {
+		t.Errorf("five commits made files of %d bytes, want one size", sizes)
+	}
+	killed := dir.With("none", nil)
+	delete(killed.Names, "none")
+	var log bytes.Buffer
+	d2, err := Open(context.Background(), killed,
+		Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil || len(d2.Get("key")) != 5 || strings.Contains(log.String(), "incomplete") {
+		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err,
+			log.String())
+	}
+	for d.number == 1 {
+		d.Put("key", "more")
+		d.Commit()
+	}
+	d.Put("key", "last")
+	d.Close()
+	for name, f := range dir.Names {
+		if kind, _, _ := parseName(name); kind == kindSegment &&
+			len(bytes.TrimRight(f.Data, "\x00"))+8+d.spare <= len(f.Data) {
+			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.Data))
+		}
+		if len(f.Data) != len(f.Disk) {
+			t.Errorf("%s has %d bytes, and on disk %d", name, len(f.Data), len(f.Disk))
+		}
+	}
+}
+
+// Ensure that Syncing names a file whenever the store waits for the disk: at a Commit, at a
+// rotation and at Close, whose stalls an operator would want to understand.
+func TestSyncingNamesTheFile(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40 // a compaction would wait for the disk beside us
+	waits := map[string]int{}
+	dir.Before = func(c storetest.Call) error {
+		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
+			waits[c.What]++
+			if d.Syncing() == "" {
+				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number,
+					c.What, c.Name)
+			}
+		}
+		return nil
+	}
+	for i := 0; d.number < 4; i++ {
+		d.Put("k", strings.Repeat("v", i%200))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil || d.Syncing() == "" {
+		t.Errorf("Close: %v, and names %q", err, d.Syncing())
+	}
+	if waits["sync"] < 10 || waits["truncate"] < 3 || waits["create"] != 3 || waits["rename"] != 3 {
+		t.Errorf("it waits for %v", waits)
+	}
+}
+
+// Ensure that a stalled fsync bounds what is answered without it, with one goroutine
+// waiting.
+func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &slowDir{Dir: storetest.New()}
+		d, err := openSmall(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.segmentSize = 1 << 30
+		const stall = 15 * time.Second
+		dir.syncing = stall
+		start := time.Now()
+		var waited time.Duration
+		for time.Since(start) < 10*time.Second {
+			<-time.After(100 * time.Millisecond)
+			began := time.Now()
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			if waited = time.Since(began); waited > 0 {
+				break
+			}
+		}
+		if most := dir.most.Load(); most != 1 {
+			t.Errorf("%d fsyncs at a time", most)
+		}
+		if after := time.Since(start) - waited; waited == 0 || after > 2200*time.Millisecond {
+			t.Errorf("Commits went on for %v beside a stalled fsync, then waited %v", after, waited)
+		}
+		dir.syncing = 0
+		d.Close()
+	})
+}
+
+// Ensure that Close makes durable what was answered before it waits for a compaction.
+func TestCloseSyncsFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		d, err := openSmall(dir, Options{Fsync: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		d.compacted = make(chan compactionEnd, 1)
+		go d.Close()
+		synctest.Wait() // for the compaction, which does not end
+		if again, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
+			Options{}); err != nil || len(again.Get("k")) != 1 {
+			t.Errorf("while Close waits a power failure leaves %v", err)
+		}
+		d.compacted <- compactionEnd{err: errStopped}
+	})
+}
+
+// Ensure that a flipped bit is damage, not a torn end, once a second has passed
+// without a Commit, and even in the last frame.
+func TestIdleLogIsVouchedFor(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := storetest.New()
+			d, err := Open(context.Background(), dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 10 {
+				d.Put("key", fmt.Sprint(i))
+				d.Commit()
+			}
+			last := d.size - 20
+			<-time.After(3 * time.Second)
+			synctest.Wait()
+			calls := dir.Calls
+			<-time.After(time.Hour)
+			if dir.Calls != calls {
+				t.Errorf("fsync %v: %d calls in an idle hour", fsync, dir.Calls-calls)
+			}
+			for _, at := range []int64{200, last} {
+				image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+				data := slices.Clone(image.Names["seg-1.log"].Data)
+				data[at] ^= 1
+				var damage *storage.DamageError
+				if _, err := Open(context.Background(), image.With("seg-1.log", data),
+					Options{}); !errors.As(err, &damage) {
+					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Ensure that after a start an idle log is vouched for, too.
+func TestIdleAfterARestart(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := storetest.New()
+			d, err := Open(context.Background(), dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("key", "answered")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			last := d.size - 20
+			if restart {
+				dir = dir.Kill()
+				d.Close()
+				if d, err = Open(context.Background(), dir, Options{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(time.Hour)
+			image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+			data := slices.Clone(image.Names["seg-1.log"].Data)
+			data[last] ^= 1
+			var damage *storage.DamageError
+			again, err := Open(context.Background(), image.With("seg-1.log", data), Options{})
+			if !errors.As(err, &damage) {
+				t.Errorf("restart %v: a flipped bit in an old commit: %v, it has %d values", restart, err,
+					len(again.Get("key")))
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that on a full disk a start's timer does not write, and does not try again and again.
+func TestFullDiskIsNotVouchedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		image := dir.Kill()
+		size := d.size
+		d.Close()
+		f := image.Names["seg-1.log"]
+		f.Data = f.Data[:size]
+		image.Room = 1
+		for _, f := range image.Names {
+			image.Room += len(f.Data)
+		}
+		d, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(3 * time.Second)
+		calls := image.Calls
+		<-time.After(time.Hour)
+		d.mu.Lock()
+		if image.Calls != calls || d.timer != nil {
+			t.Errorf("%d calls in an idle hour, and the timer runs: %v", image.Calls-calls,
+				d.timer != nil)
+		}
+		d.mu.Unlock()
+		if err := errors.Join(d.failure(), d.Close()); err != nil {
+			t.Errorf("after an idle hour: %v", err)
+		}
+	})
+}
+
+// errseqDir tells of a failed fsync once, to whoever asked first, and lets that one
+// wait: so does Linux, which reports a failed write once for each open file.
+type errseqDir struct {
+	*storetest.Dir
+	armed, failed atomic.Bool
+	hold          chan struct{}
+}
+
+type errseqFile struct {
+	storage.File
+	d *errseqDir
+}
+
+func (d *errseqDir) Extend(name string) (storage.File, error) {
+	f, err := d.Dir.Extend(name)
+	return errseqFile{f, d}, err
+}
+
+func (f errseqFile) Sync() error {
+	if f.d.armed.CompareAndSwap(true, false) {
+		f.d.failed.Store(true)
+		<-f.d.hold
+		return storetest.ErrDisk
+	}
+	if f.d.failed.Load() {
+		return nil // and nothing was written
+	}
+	return f.File.Sync()
+}
+
+// Ensure that a Commit beside the timer's fsync, which fails, does not take its own
+// fsync's silence for success.
+func TestFsyncErrorIsToldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &errseqDir{Dir: storetest.New(), hold: make(chan struct{})}
+		d, err := Open(context.Background(), dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		dir.armed.Store(true)
+		<-time.After(time.Second)
+		synctest.Wait() // the timer's fsync has failed, and the timer does not run yet
+		ended := make(chan error, 1)
+		go func() { ended <- d.syncRest() }() // as a Commit that has to
+		synctest.Wait()
+		close(dir.hold)
+		if err := <-ended; !errors.Is(err, storetest.ErrDisk) {
+			t.Errorf("beside a failed fsync another returns %v, want %v", err, storetest.ErrDisk)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a Commit makes durable what a full frame took before it, too.
+func TestCommitAfterAFullFrame(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := storetest.New()
+			d, err := Open(context.Background(), dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("k", strings.Repeat("v", maxFramePut)) // a frame of its own
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(fsync)
+			synctest.Wait()
+			for seed := range uint64(10) {
+				after, err := Open(context.Background(),
+					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				if err != nil || len(after.Get("k")) != 1 {
+					t.Fatalf("fsync %v: a power failure leaves %d values, %v", fsync,
+						len(after.Get("k")), err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that reads alone cost no I/O, and that a Commit costs one write and one
+// fsync whatever it holds.
+func TestCommitCosts(t *testing.T) {
+	dir := storetest.New()
+	d, err := Open(context.Background(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		do   func()
+		want int
+	}{
+		{func() {}, 0},
+		{func() { d.Get("k"); d.Delete("k") }, 0},
+		{func() { d.Put("k", "v") }, 2},
+		{func() { d.Get("k") }, 0},
+		{func() {
+			for range 1000 {
+				d.Put("k", "v")
+				d.Update("k", "v", "w")
+			}
+			d.Delete("k")
+		}, 2},
+	} {
+		before := dir.Calls
+		c.do()
+		if err := d.Commit(); err != nil || dir.Calls-before != c.want {
+			t.Errorf("%d I/O calls, want %d (%v)", dir.Calls-before, c.want, err)
+		}
+	}
+}
+
+// Ensure that with a time between fsyncs the first one comes in time, without
+// another Commit, and that a failing one is not forgotten.
+func TestFsyncInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		d, err := Open(context.Background(), dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := dir.Names["seg-1.log"]
+		unsynced := func() int {
+			dir.Mu.Lock()
+			defer dir.Mu.Unlock()
+			return len(f.Data) - len(f.Disk)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		<-time.After(time.Second - 1)
+		synctest.Wait()
+		if unsynced() == 0 {
+			t.Error("synced too early")
+		}
+		<-time.After(1)
+		synctest.Wait()
+		if unsynced() > 0 {
+			t.Error("not synced in time")
+		}
+		d.Put("k", "w")
+		d.Commit()
+		dir.Mu.Lock()
+		dir.FailAt = dir.Calls + 1
+		dir.Mu.Unlock()
+		<-time.After(time.Second)
+		synctest.Wait()
+		if err := d.Commit(); !errors.Is(err, storetest.ErrDisk) {
+			t.Errorf("Commit after a failed fsync: %v", err)
+		}
+		if err := d.Close(); !errors.Is(err, storetest.ErrDisk) {
+			t.Errorf("Close after a failed fsync: %v", err)
+		}
+	})
+}
+
+// slowDir is a disktest.Dir on which, once it is told so, writing takes a time.
+type slowDir struct {
+	*storetest.Dir
+	writing, syncing time.Duration
+	running, most    atomic.Int32 // Syncs at a time
+}
+
+type slowFile struct {
+	storage.File
+	d *slowDir
+}
+
+func (d *slowDir) Extend(name string) (storage.File, error) {
+	f, err := d.Dir.Extend(name)
+	return slowFile{f, d}, err
+}
+
+func (f slowFile) WriteAt(p []byte, off int64) (int, error) {
+	<-time.After(f.d.writing)
+	return f.File.WriteAt(p, off)
+}
+
+func (f slowFile) Sync() error {
+	f.d.most.Store(max(f.d.most.Load(), f.d.running.Add(1)))
+	defer f.d.running.Add(-1)
+	err := f.File.Sync()
+	<-time.After(f.d.syncing)
+	return err
+}
+
+// Ensure that a timer's fsync does not count for what is written while it lasts.
+func TestWriteDuringFsync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := &slowDir{Dir: storetest.New()}
+		d, err := openSmall(dir, Options{Fsync: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir.syncing = time.Second
+		d.Put("a", "1")
+		d.Commit()
+		<-time.After(3 * time.Second / 2)
+		d.Put("b", "2")
+		d.Commit()
+		<-time.After(5 * time.Second)
+		if after, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
+			Options{}); err != nil || len(after.Get("b")) != 1 {
+			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"),
+				err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a large Commit is written in frames of a bounded size.
+func TestLargeCommitIsSplit(t *testing.T) {
+	dir := storetest.New()
+	d, err := Open(context.Background(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.spare = 0
+	value := strings.Repeat("v", 1000)
+	for i := range 5000 {
+		d.Put(fmt.Sprint(i), value)
+	}
+	if cap(d.pending) > 2*maxFramePut {
+		t.Errorf("%d bytes wait for Commit", cap(d.pending))
+	}
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	l, err := openLog(dir, "seg-1.log")
+	for err == nil {
+		var f frame
+		if f, _, err = l.read(); f.length > maxFramePut+2000 {
+			t.Errorf("a frame has %d bytes", f.length)
+		}
+	}
+	if err != errEnd || l.next < 5 {
+		t.Errorf("after %d frames: %v", l.next-1, err)
+	}
+}
+
+// Ensure that a timer's fsync during a Write does not count for what that writes.
+func TestFsyncDuringWrite(t *testing.T) {
+	for _, value := range []string{"small", strings.Repeat("fills the file", 100)} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := &slowDir{Dir: storetest.New()}
+			d, err := openSmall(dir, Options{Fsync: time.Second})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("a", "1")
+			d.Commit() // begins the second
+			dir.writing = 2 * time.Second
+			d.Put("b", value)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(5 * time.Second)
+			for seed := range uint64(20) {
+				after, err := Open(context.Background(),
+					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+				if err != nil || len(after.Get("b")) != 1 {
+					t.Fatalf("long after the fsync was due a power failure leaves %q, %v",
+						after.Get("b"), err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that unsynced frames that reached the disk out of order are a torn end,
+// not damage, when nobody was promised them.
+func TestUnsyncedFramesMayBeLost(t *testing.T) {
+	dir := storetest.New()
+	first, _ := Open(context.Background(), dir, Options{Fsync: FsyncNever})
+	first.reserve = 0
+	var starts []int
+	f := dir.Names["seg-1.log"]
+	for i := range 5 {
+		starts = append(starts, len(f.Data))
+		first.Put("key", fmt.Sprint(i))
+		first.Commit()
+	}
+	dir.Locked = false
+	data := slices.Clone(f.Data)
+	clear(data[starts[2]:starts[3]])
+	d, err := Open(context.Background(), dir.With("seg-1.log", data), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Get("key"); !slices.Equal(got, []string{"0", "1"}) {
+		t.Errorf("got %q, want the two before the gap", got)
+	}
+	first.Close()
+	data = slices.Clone(f.Data)
+	clear(data[starts[2]:starts[3]])
+	var damage *storage.DamageError
+	if _, err := Open(context.Background(), dir.With("seg-1.log", data),
+		Options{}); !errors.As(err, &damage) {
+		t.Errorf("with a gap, after a stop that synced everything: %v", err)
+	}
+}

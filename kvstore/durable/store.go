@@ -1,0 +1,413 @@
+// Package durable has a Memory with a log: what was committed is made again by the next Open.
+//
+//	store.go    the Store: its operations, Commit, Close
+//	journal.go  who appends to the log, syncs it, and goes on in the next file
+//	format.go   every byte of every file
+//	load.go     reading at a start
+//	compact.go  a snapshot in the place of full files
+//	heal.go     files that were removed under a running server
+//	check.go, repair.go, backup.go  the commands of these names
+package durable
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Errors of a store.
+var (
+	// ErrNewer is returned when a newer program wrote the store.
+	ErrNewer = errors.New("written by a newer kvserver")
+	// ErrOlder is returned when an older program wrote the store, in a format that
+	// this one does not read.
+	ErrOlder = errors.New("written by an older kvserver")
+	// ErrNothingRead is returned by Repair when there is nothing to make a store of.
+	ErrNothingRead = errors.New("not one frame can be read, so nothing was changed")
+)
+
+// Fsync values other than a time between two fsyncs.
+const (
+	FsyncAlways time.Duration = 0  // every Commit
+	FsyncNever  time.Duration = -1 // when a file is full and at Close; else when the kernel pleases
+)
+
+// Options are how a store is kept. The zero value is the safest.
+type Options struct {
+	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (A Commit may
+	// stay off the disk for twice that, where an fsync takes long.)
+	Fsync  time.Duration
+	Log    *slog.Logger    // what happened to the files; nil: nobody wants to know
+	Status *storage.Status // nil: nobody looks
+}
+
+// Sizes and times of the log.
+const (
+	// bytes of a file's zeros that only a Delete or a Remove may use when the disk is full
+	spareSize    = 64 << 10
+	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
+	recordExtra  = 8       // bytes that a record takes beside its key and value, about
+	tmpSuffix    = ".tmp"
+	storeName    = "STORE"
+	progressTime = time.Second // between two lines about a long load
+	vouchTime    = time.Second // after a Commit, until a frame says that all before it is on disk
+	rotateTime   = time.Second // until a file that could not be made is tried again
+	maxWaste     = 2           // times the live data, that full files hold, until they are compacted
+	compactTime  = time.Minute // until a compaction that failed is, or a heal
+	lookTime     = time.Second // between two looks whether the files are there
+
+	// Bytes of a frame beside its records, and of one that the timer may write before it.
+	frameMost = 2*frameSize + 64
+)
+
+// Durable is a KVStore whose Commit returns once everything before it is in a
+// log on disk, from which Open makes the same store again. It is not safe for
+// concurrent access. It has two goroutines of its own: a compaction, which only
+// touches files that are full, and a timer, which syncs the current file and writes
+// the frames that say so. Neither runs twice at a time. (Its lock may have one more.)
+//
+// Reads are Memory's: nothing is read from disk after Open.
+type Store struct {
+	*kvstore.Memory
+	dir  storage.Directory
+	lock storage.Lock
+	id   storeID
+	opts Options
+	log  *slog.Logger
+
+	number     uint64 // of the current file
+	fullBytes  int64  // bytes in full files and the snapshot
+	first      uint64 // sequence of the current file's first frame
+	pending    []byte // records not written yet
+	count      uint32 // of them
+	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
+	// of the current file, as of our last frame: bytes of frames, and of zeros behind them
+	size, room  int64
+	rotateAfter time.Time // no new file is tried before
+
+	compactAfter time.Time // nor is a compaction
+	looked       time.Time // when the files were last looked for
+	healAfter    time.Time // they are not written anew before
+
+	segmentSize, minCompact int64         // the directory's Sizes
+	waste                   int64         // maxWaste, but in tests
+	reserve, spare          int           // the same, and what of it spareSize is for
+	stop                    chan struct{} // closed by Close: the compaction gives up
+	// the running compaction's end, one slot; nil: none runs
+	compacted chan compactionEnd
+
+	// one slot, for who writes a frame or changes the file: Commit or the timer
+	writing chan struct{}
+	fsyncs  chan struct{} // one slot, for who syncs: taken behind writing, where both are
+
+	// mu guards what is below, for the timer and whoever commits. Who has writing is the
+	// only one to change current and sequence, and may read them without it.
+	mu       sync.Mutex
+	current  *logWriter
+	sequence uint64        // of the last frame written
+	synced   uint64        // of the last frame known to be on disk
+	vouched  bool          // the last frame says that all before it is on disk
+	err      error         // the first failure; from then on nothing is written
+	timer    *time.Timer   // nil while it does not run
+	underWay chan struct{} // closed when the timer's fsync, which runs, has ended; nil: none runs
+	since    time.Time     // when it began
+
+	ticks      sync.WaitGroup // ticks that are due, or run
+	timerEnded bool           // guarded by mu: none is to become due
+
+	syncing atomic.Pointer[string] // the file whose Sync has not returned
+	healing atomic.Bool            // heal runs
+}
+
+// Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
+// store. Other errors than those of this package and of package storage are those of the file
+// system. When it refuses what it finds, nothing is changed, and dir is the caller's still.
+func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
+	d := &Store{
+		Memory: kvstore.NewMemory(), dir: dir, opts: opts, log: opts.Log,
+		looked: time.Now(),
+		stop:   make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
+	}
+	d.segmentSize, d.minCompact, d.reserve = dir.Sizes()
+	d.waste = maxWaste
+	d.spare = min(spareSize, d.reserve/4)
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	if d.opts.Status == nil {
+		d.opts.Status = new(storage.Status)
+	}
+	names, err := dir.List()
+	if err != nil {
+		return nil, err
+	}
+	if err := checkNames(dir, names); err != nil {
+		return nil, err
+	}
+	if d.lock, err = dir.Lock(ctx); err != nil {
+		return nil, err
+	}
+	if err := d.load(ctx); err != nil {
+		if d.current != nil {
+			d.current.f.Close()
+		}
+		d.lock.Close()
+		return nil, err
+	}
+	d.opts.Status.Set("")
+	d.syncLater()
+	return d, nil
+}
+
+// checkNames refuses a directory that is somebody else's.
+func checkNames(dir storage.Directory, names []string) error {
+	for _, name := range names {
+		base := strings.TrimSuffix(name, tmpSuffix)
+		_, _, isLog := parseName(base)
+		if !isLog && base != storeName && !isBeside(name) {
+			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
+		}
+	}
+	return nil
+}
+
+// isBeside tells whether a file may be in a store's directory that is no part of
+// the store: the lock, what Repair and a start keep, the file system's, and hidden
+// ones.
+func isBeside(name string) bool {
+	return name == storage.LockName || name == "lost+found" || strings.HasPrefix(name, ".") ||
+		strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix)
+}
+
+// Put appends value to key's list.
+func (d *Store) Put(key, value string) {
+	d.Memory.Put(key, value)
+	d.record(opPut, 0, key, value)
+}
+
+// Delete removes key and returns how many values it had.
+func (d *Store) Delete(key string) (removed int) {
+	if removed = d.Memory.Delete(key); removed > 0 {
+		d.record(opDelete, 0, key)
+	}
+	return removed
+}
+
+// Update removes the first value equal to oldValue and appends newValue.
+func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
+	place := d.Memory.UpdateAt(key, oldValue, newValue, -1)
+	if place < 0 {
+		d.record(opPut, 0, key, newValue)
+	} else {
+		d.record(opUpdate, place, key, oldValue, newValue)
+	}
+	return place >= 0
+}
+
+// Set makes value key's only one, and returns how many there were.
+func (d *Store) Set(key, value string) (removed int) {
+	removed = d.Memory.Set(key, value)
+	d.record(opSet, 0, key, value)
+	return removed
+}
+
+// Remove removes the first value equal to value.
+func (d *Store) Remove(key, value string) (removed bool) {
+	place := d.Memory.RemoveAt(key, value, -1)
+	if place >= 0 {
+		d.record(opRemove, place, key, value)
+	}
+	return place >= 0
+}
+
+// record notes an operation for the next Commit, and writes a frame of what
+// there is when that is much.
+func (d *Store) record(op byte, place int, fields ...string) {
+	if size := int64(sizeOf(fields)); size > maxRecord {
+		d.fail(fmt.Errorf("a record of %d bytes is too large", size))
+		return
+	}
+	d.pending = appendRecord(d.pending, op, place, fields...)
+	d.count++
+	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
+		d.writeFrame(frameRecords)
+		d.wroteEarly = true
+	}
+}
+
+// sizeOf is how many bytes fields have together.
+func sizeOf(fields []string) (bytes int) {
+	for _, f := range fields {
+		bytes += len(f)
+	}
+	return bytes
+}
+
+// Room returns an error, and nothing has changed, if the disk has no room for one
+// more record of so many bytes of key and values. Who writes one nevertheless has the next
+// Commit fail, and the store end. A Delete or a Remove may use the last room that there is. A
+// directory that wants no zeros ahead says only at the Commit that it is full.
+func (d *Store) Room(bytes int64, frees bool) error {
+	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
+	if !frees {
+		need += int64(d.spare)
+	}
+	switch {
+	case bytes > maxRecord:
+		return fmt.Errorf("a record of %d bytes is too large", bytes)
+	case d.reserve == 0 || d.room >= need || d.failure() != nil:
+		return nil
+	}
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	err := d.current.extend(max(need, int64(d.reserve)))
+	d.room = d.current.room()
+	if d.room >= need {
+		return nil
+	}
+	return err
+}
+
+// Syncing returns the path of a file that the disk has not confirmed yet, or "". Other
+// goroutines may call it. A nil Durable has none.
+func (d *Store) Syncing() string {
+	if d == nil {
+		return ""
+	}
+	if path := d.syncing.Load(); path != nil {
+		return *path
+	}
+	return ""
+}
+
+// IsHealing tells whether all data is being written anew, which may take long, and is worth
+// waiting for. Other goroutines may ask. A nil Durable never does that.
+func (d *Store) IsHealing() bool { return d != nil && d.healing.Load() }
+
+// Lost is closed when the store is lost to another process, or its directory was moved; then
+// Commit fails. It is nil where that cannot be, as of a nil Durable.
+func (d *Store) Lost() <-chan struct{} {
+	if d == nil {
+		return nil
+	}
+	return d.lock.Lost()
+}
+
+// WhyLost is the error that closed Lost. Any goroutine may ask, after that.
+func (d *Store) WhyLost() error { return d.lock.Held() }
+
+// Commit returns once everything done to the store is as durable as Options.Fsync says. After
+// an error it is unknown what since the last Commit (or, where that does not wait for it, since
+// the last fsync) is on disk; nothing is written any more, and every Commit fails. About once a
+// second it looks whether all files are there, and writes them anew where they are not: that
+// takes as long as a compaction, and everybody waits for it.
+func (d *Store) Commit() error {
+	err := d.commit()
+	if err == nil { // what was read is the truth only while nobody else can write
+		if err = d.lock.Held(); err != nil {
+			return d.fail(err)
+		}
+		if now := time.Now(); now.Sub(d.looked) >= lookTime {
+			d.looked = now
+			err = d.lookForFiles(now)
+		}
+	}
+	return err
+}
+
+// commit is Commit, but for the lock.
+func (d *Store) commit() error {
+	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
+	if err := d.failure(); err != nil || idle && !wasteful {
+		return err
+	}
+	if idle && d.size == headerSize {
+		d.compact() // the current file is empty, so all is in full ones
+		return nil
+	}
+	d.wroteEarly = false
+	now := time.Now()
+	if d.count > 0 {
+		d.writeFrame(frameRecords)
+	}
+	full := (d.size >= d.segmentSize || wasteful) && !now.Before(d.rotateAfter)
+	var err error
+	if d.opts.Fsync == FsyncAlways || full {
+		err = d.syncRest()
+	} else {
+		err = d.awaitTimer(now)
+	}
+	if err != nil {
+		return err
+	}
+	if number := d.number; full {
+		if err := d.rotate(); err != nil {
+			return d.fail(err)
+		}
+		if d.number > number { // all that the store holds is in full files
+			d.compact()
+		}
+	}
+	d.syncLater()
+	return nil
+}
+
+// Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
+// tells so if the disk has room for it, and the lock is free. After a failed Commit it writes
+// nothing.
+func (d *Store) Close() error {
+	close(d.stop)
+	err := d.Commit()
+	if err == nil {
+		err = d.syncRest()
+	}
+	d.endCompaction()
+	if err == nil {
+		err = d.lastLook()
+	}
+	d.stopTimer()
+	if err == nil {
+		if d.reserve > 0 {
+			err = d.current.extend(frameSize)
+		}
+		if err == nil {
+			d.writeFrame(frameCleanStop)
+			err = d.syncRest()
+		} else if errors.Is(err, syscall.ENOSPC) {
+			err = nil // all is on disk; the next start is as after a crash
+		}
+	}
+	d.syncing.Store(&d.current.path)
+	if err == nil {
+		err = d.current.trim(int64(d.spare))
+	}
+	if err == nil {
+		err = d.removeTorn()
+	}
+	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
+}
+
+// AwaitCompaction waits for the compaction that runs, if one does, and takes it into account.
+func (d *Store) AwaitCompaction() {
+	if d.compacted != nil {
+		d.noteCompaction(<-d.compacted)
+	}
+}
+
+// endCompaction waits for the compaction that runs.
+func (d *Store) endCompaction() {
+	if d.compacted != nil {
+		snapshot := d.dir.Path("the snapshot of a compaction")
+		d.syncing.Store(&snapshot)
+		d.noteCompaction(<-d.compacted)
+		d.syncing.Store(nil)
+	}
+}

@@ -1,0 +1,1058 @@
+package etcd
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// isRace tells whether the race detector is on, with which all takes ten times as long.
+func isRace() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// fakeEtcd is a cluster in memory, as unkind as a real one and the network before it.
+type fakeEtcd struct {
+	mu       sync.Mutex
+	kvs      map[string]keyValue
+	revision int64
+	full     bool   // it is out of space
+	down     string // the member that does not answer; "": all do
+	stranger bool   // or what is no member answers there
+	token    string // that requests must have; "": none
+	logins   int
+	late     []transaction // transactions that will come once more
+}
+
+// etcdWire is what one process sends to a fakeEtcd.
+type etcdWire struct {
+	*fakeEtcd
+	dir      *smallDir // whose process it is
+	requests int
+	sent     []transaction // that arrived
+	before   func(n int)   // is run before each request; nil: nothing
+	at       int           // the request with which something happens; 0: none
+	fault    etcdFault     // that
+	dead     bool          // the process was killed
+	cut      bool          // nothing arrives, and no answer comes
+}
+
+// etcdFault is what happens to one request, or from it on.
+type etcdFault string
+
+const (
+	lostRequest etcdFault = "the request is lost"
+	lostAnswer  etcdFault = "the answer is lost"
+	doneTwice   etcdFault = "the request comes once more, later"
+	noLeader    etcdFault = "there is no leader"
+	expired     etcdFault = "the token has expired"
+	noSpace     etcdFault = "the cluster is full from then on"
+	killed      etcdFault = "the process is killed before it"
+	killedAfter etcdFault = "the process is killed after it"
+	cutOff      etcdFault = "the process is cut off from then on"
+	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
+)
+
+func newFakeEtcd() *fakeEtcd { return &fakeEtcd{kvs: map[string]keyValue{}} }
+
+// RoundTrip is http.RoundTripper's.
+func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
+	text, _ := io.ReadAll(r.Body)
+	w.mu.Lock()
+	w.requests++
+	fault := etcdFault("")
+	if w.requests == w.at {
+		fault = w.fault
+	}
+	switch fault {
+	case noSpace:
+		w.full = true
+	case killed:
+		w.dead = true
+	case cutOff:
+		w.cut = true
+	case expired:
+		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
+	}
+	if number := w.requests; w.before != nil {
+		w.mu.Unlock()
+		w.before(number)
+		w.mu.Lock()
+	}
+	if w.down == r.URL.Host {
+		defer w.mu.Unlock()
+		if w.stranger {
+			return &http.Response{Status: "404 Not Found", StatusCode: 404, Body: http.NoBody}, nil
+		}
+		return nil, syscall.ECONNREFUSED
+	}
+	if w.dead || w.cut || fault == lostRequest {
+		w.mu.Unlock()
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	defer w.mu.Unlock()
+	var answer response
+	var err error
+	if fault == noLeader {
+		err = &refusal{"etcdserver: no leader", 14}
+	} else if w.fault == doubtful && (w.requests == w.at+1 || w.requests == w.at+2) {
+		err = &refusal{"etcdserver: not now", 12}
+	} else {
+		var t transaction
+		json.Unmarshal(text, &t)
+		w.sent = append(w.sent, t)
+		if answer, err = w.do(r, text); fault == doneTwice {
+			w.late = append(w.late, t)
+		}
+	}
+	if w.requests%3 == 0 && len(w.late) > 0 { // what the network held up
+		w.txn(w.late[0])
+		w.late = w.late[1:]
+	}
+	switch fault {
+	case killedAfter:
+		w.dead = true
+		fallthrough
+	case lostAnswer, doubtful:
+		return nil, io.ErrUnexpectedEOF
+	}
+	recorder := httptest.NewRecorder()
+	if err != nil {
+		recorder.WriteHeader(http.StatusServiceUnavailable)
+		json.NewEncoder(recorder).Encode(err)
+	} else {
+		json.NewEncoder(recorder).Encode(answer)
+	}
+	return recorder.Result(), nil
+}
+
+// do answers a request. The caller has mu.
+func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
+	if len(text) > 3<<19 {
+		return a, &refusal{"etcdserver: request is too large", 3}
+	}
+	if strings.HasSuffix(r.URL.Path, "/auth/authenticate") {
+		if !bytes.Contains(text, []byte(`"secret"`)) {
+			return a, &refusal{"etcdserver: authentication failed, invalid user ID or password",
+				3}
+		}
+		e.logins++
+		return response{Token: e.token}, nil
+	}
+	if r.Header.Get("Authorization") != e.token {
+		return a, &refusal{"etcdserver: invalid auth token", 16}
+	}
+	if strings.HasSuffix(r.URL.Path, "/maintenance/status") {
+		a.Leader, a.Header.Member = "b:1", r.URL.Host
+		return a, nil
+	}
+	if strings.HasSuffix(r.URL.Path, "/kv/range") {
+		var q keyRange
+		json.Unmarshal(text, &q)
+		return response{KVs: e.find(q)}, nil
+	}
+	var t transaction
+	json.Unmarshal(text, &t)
+	return e.txn(t)
+}
+
+// find returns what a range holds.
+func (e *fakeEtcd) find(q keyRange) (found []keyValue) {
+	for key, kv := range e.kvs {
+		if key == string(q.Key) || q.End != nil && key >= string(q.Key) && key < string(q.End) {
+			if q.KeysOnly {
+				kv.Value = nil
+			}
+			found = append(found, kv)
+		}
+	}
+	slices.SortFunc(found, func(a, b keyValue) int { return bytes.Compare(a.Key, b.Key) })
+	if q.Limit > 0 {
+		found = found[:min(q.Limit, len(found))]
+	}
+	return found
+}
+
+// txn does a transaction.
+func (e *fakeEtcd) txn(t transaction) (a response, err error) {
+	a.Succeeded = true
+	for _, c := range t.Compare {
+		kv := e.kvs[string(c.Key)]
+		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil &&
+			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && kv.Revision == c.Revision)
+	}
+	ops := t.Failure
+	if a.Succeeded {
+		ops = t.Success
+	}
+	e.revision++
+	touched := map[string]bool{}
+	for _, op := range ops {
+		one := struct {
+			Range struct {
+				KVs []keyValue `json:"kvs"`
+			} `json:"response_range"`
+		}{}
+		switch {
+		case op.Put != nil && (touched[string(op.Put.Key)] || len(ops) > 128):
+			return response{}, &refusal{"etcdserver: duplicate key given in txn request", 3}
+		case op.Put != nil && e.full:
+			return response{}, &refusal{"etcdserver: mvcc: database space exceeded", 8}
+		case op.Put != nil:
+			touched[string(op.Put.Key)] = true
+			e.kvs[string(op.Put.Key)] = keyValue{op.Put.Key, op.Put.Value, e.revision}
+		case op.Delete != nil:
+			for _, kv := range e.find(*op.Delete) {
+				touched[string(kv.Key)] = true
+				delete(e.kvs, string(kv.Key))
+			}
+		default:
+			one.Range.KVs = e.find(*op.Range)
+		}
+		a.Responses = append(a.Responses, one)
+	}
+	return a, nil
+}
+
+// dir returns the directory as a new process sees it. A process with an addr waits for the
+// lock.
+func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*smallDir, *etcdWire) {
+	t.Helper()
+	opened, err := Open(ctx, "etcd://a:1,b:1/kv", Options{Addr: addr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &smallDir{opened.(*directory)}
+	if e.token != "" && d.client.user == "" {
+		d.client.user, d.client.password = "root", "secret"
+	}
+	w := &etcdWire{fakeEtcd: e, dir: d}
+	d.client.http.Transport = w
+	return d, w
+}
+
+// smallDir has files that are full soon.
+type smallDir struct{ *directory }
+
+func (d *smallDir) Sizes() (segment, compact int64, reserve int) { return 1500, 2000, 0 }
+
+// open opens the store as a new process that waits does.
+func (e *fakeEtcd) open(t testing.TB) (*durable.Store, *etcdWire) {
+	t.Helper()
+	dir, w := e.dir(t, t.Context(), "new:9999")
+	d, err := durable.Open(t.Context(), dir, durable.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d, w
+}
+
+// count is how many requests the process has sent.
+func (w *etcdWire) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.requests
+}
+
+// kill ends a process: nothing of it arrives any more.
+func (w *etcdWire) kill() {
+	w.mu.Lock()
+	w.dead = true
+	w.mu.Unlock()
+}
+
+// ---- files
+
+// Ensure that a file in etcd is what was written to it, wherever, and as it was cut.
+func TestEtcdFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		random := rand.New(rand.NewPCG(1, 1))
+		for round := range 30 {
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []byte
+			for range 40 {
+				at := len(want)
+				if random.IntN(3) == 0 {
+					at = random.IntN(len(want) + 100)
+				}
+				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
+				case 0:
+					f.Truncate(int64(at))
+					want = append(want, make([]byte, max(0, at-len(want)))...)[:at]
+				case 1:
+					f.Sync()
+				case 2:
+					got := make([]byte, size)
+					n, err := f.ReadAt(got, int64(at))
+					if rest := want[min(at, len(want)):]; n != min(size, len(rest)) ||
+						!bytes.Equal(got[:n], rest[:n]) || (n < size) != (err == io.EOF) {
+						t.Fatalf("round %d: at %d of %d bytes: %d of %d are read, %v", round, at,
+							len(want), n, size, err)
+					}
+				default:
+					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
+					if _, err := f.WriteAt(b, int64(at)); err != nil {
+						t.Fatal(err)
+					}
+					if size > 0 {
+						want = append(want, make([]byte, max(0, at+size-len(want)))...)
+						copy(want[at:], b)
+					}
+				}
+			}
+			f.Sync()
+			again, size, err := dir.Open("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+			if !bytes.Equal(got, want) || size != int64(len(want)) || err != nil {
+				t.Fatalf("round %d: the file has %d bytes, says %d, want %d, %v", round, len(got),
+					size, len(want), err)
+			}
+		}
+		if err := dir.Remove("file"); err != nil ||
+			len(e.find(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))})) > 0 {
+			t.Errorf("a removed file leaves pieces: %v", err)
+		}
+	})
+}
+
+// Ensure that names do what a directory's names do.
+func TestEtcdNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, _ := newFakeEtcd().dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		write := func(name, text string) {
+			t.Helper()
+			f, err := dir.Create(name)
+			if err == nil {
+				f.WriteAt([]byte(text), 0)
+				err = f.Sync()
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		read := func(name string) string {
+			f, size, err := dir.Open(name)
+			if err != nil {
+				return "none"
+			}
+			b := make([]byte, size)
+			f.ReadAt(b, 0)
+			return string(b)
+		}
+		write("a", "1")
+		write("b", "2")
+		if err := errors.Join(dir.Keep("a", "sub"), dir.Keep("b", "sub"),
+			dir.Rename("a", "b")); err != nil {
+			t.Error(err)
+		}
+		write("c", "3")
+		write("c", "4")
+		if list, err := dir.List(); !slices.Equal(list, []string{"b", "c", "sub"}) || err != nil {
+			t.Errorf("the list is %q, %v", list, err)
+		}
+		for name, want := range map[string]string{"a": "none", "b": "1", "c": "4", "sub/a": "1",
+			"sub/b": "2"} {
+			if got := read(name); got != want {
+				t.Errorf("%s holds %q, want %q", name, got, want)
+			}
+		}
+		f, _, err := dir.Open("c")
+		if err := errors.Join(err, dir.Remove("c")); err != nil {
+			t.Error(err)
+		}
+		if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a file that was removed reads as %v", err)
+		}
+		for what, err := range map[string]error{"rename": dir.Rename("x", "y"),
+			"remove": dir.Remove("x"), "keep": dir.Keep("x", "sub")} {
+			if !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%s of nothing: %v", what, err)
+			}
+		}
+	})
+}
+
+// ---- a store
+
+// Ensure that whatever happens to any one request of a process, nothing told is lost and
+// nothing else is there: where the fault can be mended nobody notices, and otherwise the
+// next process has it all.
+func TestEtcdFaults(t *testing.T) {
+	for i, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
+		noSpace, killed, killedAfter, cutOff, doubtful} {
+		t.Run(string(fault), func(t *testing.T) {
+			t.Parallel()
+			step := 1 // where KVSTORE_STEPS is set, as in .ci/run
+			switch {
+			case isRace():
+				step = 13
+			case os.Getenv("KVSTORE_STEPS") == "":
+				step = 5
+			}
+			for n, reached := 1+i%step, true; reached; n += step {
+				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
+			}
+		})
+	}
+}
+
+// etcdFaultAt runs the script with a fault at request n, and tells whether there was one.
+func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
+	e := newFakeEtcd()
+	e.token = "token"
+	ctx, cancel := context.WithTimeout(t.Context(),
+		time.Minute) // a standby of a dead cluster waits for ever
+	defer cancel()
+	dir, w := e.dir(t, ctx, "first:9999")
+	w.at, w.fault = n, fault
+	h := storetest.NewHistory()
+	d, err := durable.Open(t.Context(), dir, durable.Options{})
+	switch {
+	case err != nil:
+	case fault == doubtful:
+		err = slowScript(d, h)
+	default:
+		err = storetest.Script(t, d, h)
+	}
+	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired},
+		fault)
+	if reached = w.count() >= n; err != nil && (!reached || mended) {
+		t.Fatalf("request %d: %v", n, err)
+	}
+	if fault == noSpace && err != nil && !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("request %d: %v, want %v", n, err, syscall.ENOSPC)
+	}
+	switch {
+	case err == nil && d.Close() == nil:
+		h.Told = h.Done.Clone()
+	case err != nil && d != nil:
+		if again := d.Commit(); again == nil {
+			t.Fatalf("request %d: after %v a Commit returns nil", n, err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+	}
+	w.kill()
+	w.mu.Lock()
+	e.full, e.late = false, nil
+	w.mu.Unlock()
+	after, _ := e.dir(t, t.Context(), "second:9999")
+	checkKept(t, h, after, fmt.Sprintf("request %d", n))
+	if pieces := e.orphans(); len(pieces) > 0 && fault != doneTwice {
+		t.Fatalf("request %d leaves pieces without a name: %q", n, pieces)
+	}
+	return reached
+}
+
+// slowScript does things to a store over some time, as long as none fails.
+func slowScript(d *durable.Store, h *storetest.History) error {
+	for i := range 150 {
+		key, value := fmt.Sprint(i%7), fmt.Sprint("value", i)
+		d.Set(key, value)
+		h.Done[key] = []string{value}
+		if err := d.Commit(); err != nil {
+			return err
+		}
+		h.Told = h.Done.Clone()
+		d.AwaitCompaction()
+		<-time.After(100 * time.Millisecond)
+	}
+	return nil
+}
+
+// orphans returns the keys of pieces of files without a name.
+func (e *fakeEtcd) orphans() (keys []string) {
+	named := map[string]bool{}
+	for key, kv := range e.kvs {
+		if strings.HasPrefix(key, "kv/n/") {
+			named[string(kv.Value)] = true
+		}
+	}
+	for key := range e.kvs {
+		if id, isPiece := strings.CutPrefix(key, "kv/d/"); isPiece &&
+			!named[id[:strings.IndexByte(id, '/')]] {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+// Ensure that a server that was away, for whatever reason, answers nothing and writes
+// nothing once another one may have taken over, and goes on if none has; and that the other
+// one has all that was told.
+func TestEtcdTakeover(t *testing.T) {
+	for _, away := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second,
+		20 * time.Second} {
+		for _, standby := range []bool{true, false} {
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				first, w := e.open(t)
+				first.Put("k", "told")
+				if err := first.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				<-time.After(3 * time.Second) // nothing is under way any more
+				w.mu.Lock()
+				w.cut = true
+				w.mu.Unlock()
+				var second *durable.Store
+				began := time.Now()
+				if standby {
+					second, _ = e.open(t) // the first is too slow: this waits for its turn
+				} else {
+					<-time.After(away)
+				}
+				if took := time.Since(began); standby && took > 6*time.Second {
+					t.Errorf("the other one takes over after %v", took)
+				}
+				first.Get("k") // what it held was the truth, and is not any more
+				done := make(chan error, 1)
+				go func() { done <- first.Commit() }()
+				<-time.After(max(0, away-time.Since(began)))
+				w.mu.Lock()
+				w.cut = false
+				w.mu.Unlock()
+				err := <-done
+				isLost := standby || away >= patienceTime
+				if isLost != (err != nil) {
+					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away,
+						standby, err)
+				}
+				if standby && away < patienceTime && !errors.Is(err, ErrTakenOver) {
+					t.Errorf("away for %v: it is lost for %v, want %v", away, err, ErrTakenOver)
+				}
+				first.Put("k", "late")
+				first.Commit()
+				first.Close()
+				if second == nil {
+					second, _ = e.open(t)
+				}
+				want := []string{"told", "late"}
+				if isLost {
+					want = want[:1]
+				}
+				e.mu.Lock()
+				before := maps.Clone(e.kvs)
+				for _, t := range w.sent { // the network has held up everything
+					e.txn(t)
+				}
+				if !maps.EqualFunc(e.kvs, before,
+					func(a, b keyValue) bool { return a.Revision == b.Revision }) {
+					t.Errorf("away for %v, standby %v: late requests change something", away,
+						standby)
+				}
+				e.mu.Unlock()
+				if got := second.Get("k"); !slices.Equal(got, want) {
+					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby,
+						got, want)
+				}
+				second.Close()
+			})
+		}
+	}
+}
+
+// Ensure that of several servers that start at once one serves at a time, and all have a turn;
+// that who waits says for whom; and that a clean end hands over at once.
+func TestEtcdStandby(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		serving := make(chan *durable.Store)
+		var handed time.Time
+		for i := range 4 {
+			go func() {
+				status := new(storage.Status)
+				dir, _ := e.dir(t, t.Context(), fmt.Sprint("host", i, ":9999"))
+				dir.opts.Status = status
+				go func() {
+					<-time.After(time.Second)
+					if stage := status.Stage(); stage != "" &&
+						!strings.Contains(stage, "standby: the data is in use by process ") {
+						t.Errorf("who waits says %q", stage)
+					}
+				}()
+				d, err := durable.Open(t.Context(), dir, durable.Options{Status: status})
+				if err != nil {
+					t.Error(err)
+				}
+				if status.Stage() != "" || time.Since(status.Confirmed()) > 2*time.Second {
+					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(),
+						time.Since(status.Confirmed()))
+				}
+				serving <- d
+			}()
+		}
+		for i := range 4 {
+			d := <-serving
+			if took := time.Since(handed); i > 0 && took > time.Second {
+				t.Errorf("server %d serves %v after the one before it has ended", i, took)
+			}
+			select {
+			case <-serving:
+				t.Fatal("two serve")
+			case <-time.After(30 * time.Second):
+			}
+			if keys, _, _ := d.Size(); keys != i {
+				t.Errorf("server %d finds %d keys", i, keys)
+			}
+			d.Put(fmt.Sprint(i), "v")
+			if err := d.Commit(); err != nil {
+				t.Error(err)
+			}
+			began := time.Now()
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			if handed = time.Now(); handed.Sub(began) > time.Second {
+				t.Errorf("Close takes %v", handed.Sub(began))
+			}
+		}
+		dir, _ := e.dir(t, t.Context(), "")
+		a, b := dir.newLock(), dir.newLock()
+		owner, revision, err := dir.owner()
+		took, err1 := a.take(t.Context(), owner, revision)
+		tookToo, err2 := b.take(t.Context(), owner, revision)
+		if err := errors.Join(err, err1, err2); !took || tookToo || err != nil {
+			t.Errorf("two take the same lock: %v, %v, %v", took, tookToo, err)
+		}
+	})
+}
+
+// Ensure that who does not serve never waits for a server that lives, and does for a sign of
+// life: repair and backup take the data of a server that has died.
+func TestEtcdRepairBesideServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, w := e.open(t)
+		dir, _ := e.dir(t, t.Context(), "")
+		if _, err := dir.Lock(t.Context()); !errors.Is(err, storage.ErrLocked) ||
+			!strings.Contains(err.Error(), "which serves new:9999") {
+			t.Errorf("beside a server: %v", err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatalf("after its death: %v", err)
+		}
+		if n := dir.opts.Status.Takeovers(); n != 1 {
+			t.Errorf("%d takeovers are counted, want 1", n)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a wait for the lock, and a load, end when they should.
+func TestEtcdOpenIsStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, _ := e.open(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(time.Minute, cancel)
+		dir, _ := e.dir(t, ctx, "other:9999")
+		began := time.Now()
+		if _, err := durable.Open(ctx, dir, durable.Options{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("a standby that is stopped: %v", err)
+		}
+		if took := time.Since(began); took > time.Minute+time.Second {
+			t.Errorf("it takes %v", took)
+		}
+		d.Put("k", "v")
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "other:9999")
+		if _, err := durable.Open(ctx, dir, durable.Options{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("a start that is stopped: %v", err)
+		}
+	})
+}
+
+// Ensure that clocks that jump cost one more sign of life, and nothing else.
+func TestEtcdClockJumps(t *testing.T) {
+	for _, jump := range []time.Duration{-time.Hour, time.Hour, 5 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			d, w := e.open(t)
+			<-time.After(10 * time.Second)
+			l := w.dir.lock
+			then := time.Now().Round(0).Add(-jump)
+			l.confirmed.Store(&then)
+			d.Put("k", "v")
+			began := time.Now()
+			if err := d.Commit(); err != nil || time.Since(began) > 2*beatTime {
+				t.Errorf("a jump of %v: %v after %v", jump, err, time.Since(began))
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that etcd's silence is borne for patienceTime, and then ends the store, also an
+// idle one.
+func TestEtcdSilence(t *testing.T) {
+	for _, long := range []time.Duration{3 * time.Second, 9 * time.Second, 15 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			d, w := newFakeEtcd().open(t)
+			w.mu.Lock()
+			w.cut = true
+			w.mu.Unlock()
+			select {
+			case <-d.Lost():
+				if long < patienceTime {
+					t.Errorf("lost within %v", long)
+				}
+				if err := d.Commit(); !errors.Is(err, ErrUnreachable) {
+					t.Errorf("after %v: %v", long, err)
+				}
+			case <-time.After(long):
+				if long > patienceTime+2*requestTime {
+					t.Errorf("not lost after %v", long)
+				}
+				w.mu.Lock()
+				w.cut = false
+				w.mu.Unlock()
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Errorf("after %v: %v", long, err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that what is in etcd is checked, repaired and copied like what is on a disk, there
+// and back.
+func TestEtcdCheckRepairBackup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, _ := e.open(t)
+		h := storetest.NewHistory()
+		if err := storetest.Script(t, d, h); err != nil {
+			t.Fatal(err)
+		}
+		dir, _ := e.dir(t, t.Context(), "")
+		if r, err := durable.Check(dir); err != nil || r.Damaged ||
+			!strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
+			t.Errorf("check beside a server: %v, %v", r, err)
+		}
+		local, err := storage.OpenDisk(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := durable.Backup(dir, local, nil); err != nil {
+			t.Errorf("backup beside a server: %v", err)
+		}
+		d.Close()
+		other := newFakeEtcd()
+		back, _ := other.dir(t, t.Context(), "")
+		if _, err := durable.Backup(local, back, nil); err != nil {
+			t.Errorf("backup to etcd: %v", err)
+		}
+		checkKept(t, h, local, "the copy on a disk")
+		back, _ = other.dir(t, t.Context(), "third:9999")
+		checkKept(t, h, back, "the copy of the copy")
+		for key, kv := range e.kvs {
+			if strings.HasPrefix(key, "kv/d/") && len(kv.Value) > 200 {
+				kv.Value[len(kv.Value)/2] ^= 1
+			}
+		}
+		if r, err := durable.Check(dir); err != nil || !r.Damaged {
+			t.Errorf("check of what is damaged: %v, %v", r, err)
+		}
+		repairer, _ := e.dir(t, t.Context(), "")
+		if r, err := durable.Repair(repairer, time.Now()); err != nil || !r.Lost {
+			t.Errorf("repair: %v, %v", r, err)
+		}
+		if r, err := durable.Check(dir); err != nil || r.Damaged {
+			t.Errorf("check of what is repaired: %v, %v", r, err)
+		}
+	})
+}
+
+// Ensure that a member that is down is noticed by nobody.
+func TestEtcdMemberDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for i, down := range []string{"a:1", "b:1", "a:1", "b:1"} {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			e.mu.Lock()
+			e.down, e.stranger = down, i >= 2
+			e.mu.Unlock()
+			<-time.After(5 * beatTime)
+			began := time.Now()
+			for range 20 {
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d.Close()
+			d, w := e.open(t)
+			d.Close()
+			if member := w.dir.client.member.Load(); down != "b:1" && member != 1 {
+				t.Error("the leader is not the one that is asked")
+			}
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("without %s it takes %v", down, took)
+			}
+		}
+	})
+}
+
+// Ensure that keys that are none of ours, whatever they look like, are refused or called
+// damage, and stay.
+func TestEtcdOddKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice",
+			"kv/d/", "kv/d"} {
+			e := newFakeEtcd()
+			e.put(key, "x")
+			dir, _ := e.dir(t, t.Context(), "new:9999")
+			if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.Is(err, storage.ErrNotOurs) ||
+				len(e.kvs) != 1 {
+				t.Errorf("beside %s: %v, and then there are %d keys", key, err, len(e.kvs))
+			}
+		}
+		for _, piece := range []string{
+			"00000001-000000000000-7fffffffffffffff", "00000001-000000000000-10000000000",
+			"00000001--00000000001-000001",
+			"00000001-ffffffffffff-000001", "00000001-000000000000--00001", "x",
+			"00000001-000000000000-000001x", "1-0-1",
+		} {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			d.Put("k", "v")
+			d.Close()
+			id := e.kvs["kv/n/seg-1.log"].Value
+			e.put(fmt.Sprintf("kv/d/%s/%s", id, piece), "x")
+			dir, _ := e.dir(t, t.Context(), "new:9999")
+			if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.As(err, new(*storage.DamageError)) {
+				t.Errorf("with a piece %q: %v", piece, err)
+			}
+		}
+	})
+}
+
+// Ensure that a backup, and a check, beside a server that compacts see no damage, whenever it
+// does.
+func TestEtcdBackupBesideCompaction(t *testing.T) {
+	for n, reached := 1, true; reached; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			d, _ := e.open(t)
+			i := 0
+			more := func(times int) {
+				for range times {
+					i++
+					d.Set(fmt.Sprint(i%7), fmt.Sprint("value", i))
+					d.Commit()
+				}
+				d.AwaitCompaction()
+			}
+			more(40)
+			dir, w := e.dir(t, t.Context(), "")
+			w.before = func(request int) {
+				if request == n {
+					more(60)
+				}
+			}
+			local, err := storage.OpenDisk(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := durable.Backup(dir, local, nil); err != nil {
+				t.Errorf("the server compacts before request %d: %v", n, err)
+			}
+			reached = w.count() >= n
+			w.mu.Lock()
+			w.requests = 0
+			w.mu.Unlock()
+			if r, err := durable.Check(dir); err != nil || r.Damaged {
+				t.Errorf("the server compacts before request %d of a check: %v, %v", n, r, err)
+			}
+			d.Close()
+		})
+	}
+	for _, to := range []string{"etcd://h:1/kv/copy", "etcd://h:1/kv", "etcd://h:1/k"} {
+		if Overlap("etcd://h:1/kv", to) != (to != "etcd://h:1/k") {
+			t.Errorf("a copy of kv in %s", to)
+		}
+	}
+}
+
+// Ensure that a large commit is many pieces, and a million of small ones are asked for in
+// parts.
+func TestEtcdManyPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		large := strings.Repeat("large", 1<<20)
+		d.Put("large", large)
+		for i := range 2*keysMost + 10 {
+			d.Put("small", fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Close()
+		d, _ = e.open(t)
+		if small := d.Get("small"); len(small) != 2*keysMost+10 ||
+			!slices.Equal(d.Get("large"), []string{large}) {
+			t.Errorf("%d small ones are back, and %d large", len(small), len(d.Get("large")))
+		}
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.Remove("seg-1.log"); err != nil || len(e.orphans()) > 0 {
+			t.Errorf("a file of many pieces leaves %d when it goes: %v", len(e.orphans()), err)
+		}
+		lock.Close()
+	})
+}
+
+// ---- a start that is refused
+
+// Ensure that what cannot be opened is refused with its reason, at once where waiting is in
+// vain, and that nothing is written to a prefix that is somebody else's.
+func TestEtcdRefusals(t *testing.T) {
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
+	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	defer encrypted.Close()
+	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
+	for address, want := range map[string]error{
+		"etcd:/host:1/kv":                  ErrAddress,
+		"etcd://":                          ErrAddress,
+		"etcd://host:2379":                 ErrAddress,
+		"etcd://host/kv":                   ErrAddress,
+		"etcd://" + at(plain) + "/kv":      ErrRefused, // something else answers there
+		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
+		"etcds://" + at(plain) + "/kv":     ErrRefused,
+		"etcds://" + at(encrypted) + "/kv": ErrRefused, // whose certificate nobody knows
+		"etcds://host:1/kv?ca=" + filepath.Join(t.TempDir(), "none"):   ErrRefused,
+		"etcds://host:1/kv?cert=" + filepath.Join(t.TempDir(), "none"): ErrRefused,
+	} {
+		dir, err := Open(t.Context(), address, Options{Addr: "new:9999"})
+		if err == nil {
+			_, err = durable.Open(t.Context(), dir, durable.Options{})
+		}
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", address, err, want)
+		}
+	}
+	for what, c := range map[string]struct {
+		user  string
+		spoil func(e *fakeEtcd, w *etcdWire)
+		want  error
+		took  time.Duration
+	}{
+		"a wrong password": {"root:wrong", func(e *fakeEtcd, _ *etcdWire) { e.token = "t" },
+			ErrRefused, 0},
+		"a full cluster": {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true },
+			syscall.ENOSPC, 0},
+		"nobody answers": {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true },
+			ErrUnreachable, patienceTime},
+		"somebody else's key": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/config", "x") },
+			storage.ErrNotOurs, 0},
+		"another one's key": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/zoo", "x") },
+			storage.ErrNotOurs, 0},
+		"somebody else's lock": {"", func(e *fakeEtcd, _ *etcdWire) { e.put("kv/lock", "x") },
+			storage.ErrNotOurs, 0},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Setenv("KVSERVER_ETCD_USER", c.user)
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				dir, w := e.dir(t, t.Context(), "new:9999")
+				c.spoil(e, w)
+				before := e.revision
+				began := time.Now()
+				if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.Is(err, c.want) {
+					t.Errorf("%v, want %v", err, c.want)
+				}
+				if took := time.Since(began); took > cmp.Or(c.took, time.Second)+requestTime {
+					t.Errorf("it takes %v", took)
+				}
+				if e.revision > before && c.want == storage.ErrNotOurs {
+					t.Error("something was written")
+				}
+			})
+		})
+	}
+}
+
+// put is what another program does.
+func (e *fakeEtcd) put(key, value string) {
+	e.revision++
+	e.kvs[key] = keyValue{[]byte(key), []byte(value), e.revision}
+}
+
+// checkKept opens what is in dir and wants all that was told, and nothing that was not done.
+func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what string) {
+	t.Helper()
+	d, err := durable.Open(t.Context(), dir, durable.Options{})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	if !h.Told.Equal(d) && !h.Done.Equal(d) {
+		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.Told,
+			h.Done)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatalf("%s: Close: %v", what, err)
+	}
+}

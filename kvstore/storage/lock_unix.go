@@ -1,0 +1,55 @@
+//go:build unix
+
+package storage
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+)
+
+// lockFile opens LOCK and holds an flock on it, which ends with the process however
+// that ends. With os.O_EXCL it wants to make the file, and then waits for InUse, which may
+// have the flock for a moment.
+func (d *Disk) lockFile(flag int) (*os.File, error) {
+	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE|flag)
+	if err != nil {
+		return nil, err
+	}
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	for tries := 10; tries > 0 && flag == os.O_EXCL && err == syscall.EWOULDBLOCK; tries-- {
+		time.Sleep(5 * time.Millisecond)
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	}
+	switch {
+	case err == nil && !d.isThis(f, LockName):
+		err = ErrLocked // somebody has removed it meanwhile, and perhaps made another
+	case err == nil:
+		return f, nil
+	case err == syscall.EWOULDBLOCK:
+		err = ErrLocked
+	default:
+		err = fmt.Errorf("flock %s: %w", d.Path(LockName), err)
+		if flag == os.O_EXCL {
+			d.root.Remove(LockName)
+		}
+	}
+	f.Close()
+	return nil, err
+}
+
+// isLocked tells whether another process has the lock on f.
+func isLocked(f *os.File) bool {
+	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
+}
+
+// keepOwner gives the file called name to the owner of what info is about, if we are
+// root: the administrator who repairs or copies a store is not who runs the server.
+func keepOwner(root *os.Root, name string, info os.FileInfo) error {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || os.Geteuid() != 0 {
+		return nil
+	}
+	return root.Lchown(name, int(stat.Uid), int(stat.Gid))
+}

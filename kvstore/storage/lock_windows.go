@@ -1,0 +1,40 @@
+package storage
+
+import (
+	"os"
+	"syscall"
+)
+
+// lockFile opens LOCK for this process alone, which ends with the process however
+// that ends. Others may read who it is. (Nobody can remove it meanwhile, so it is never to be
+// made anew.)
+func (d *Disk) lockFile(int) (*os.File, error) {
+	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
+	if err != nil {
+		return nil, err
+	}
+	const sharingViolation = syscall.Errno(32)
+	h, err := syscall.CreateFile(path, syscall.GENERIC_READ|syscall.GENERIC_WRITE,
+		syscall.FILE_SHARE_READ, nil, syscall.OPEN_ALWAYS, syscall.FILE_ATTRIBUTE_NORMAL, 0)
+	if err == sharingViolation {
+		return nil, ErrLocked
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "lock", Path: d.Path(LockName), Err: err}
+	}
+	return os.NewFile(uintptr(h), d.Path(LockName)), nil
+}
+
+// isLocked tells whether another process has the lock on f: then it cannot be opened
+// to be written.
+func isLocked(f *os.File) bool {
+	again, err := os.OpenFile(f.Name(), os.O_RDWR, 0)
+	if err != nil {
+		return true
+	}
+	again.Close()
+	return false
+}
+
+// keepOwner does nothing: files inherit their directory's rights.
+func keepOwner(root *os.Root, name string, info os.FileInfo) error { return nil }

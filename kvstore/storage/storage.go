@@ -1,0 +1,103 @@
+// Package storage is where a store is kept: a Directory of files that are known by their names.
+// This package has the contract, and the directory of the file system; package etcd has one in an
+// etcd cluster, and package storetest one for tests.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+)
+
+// Directory is where a store is kept, as the store needs it: one directory, files known by their
+// names in it.
+type Directory interface {
+	// List returns the names of what is in the directory, in order.
+	List() ([]string, error)
+	// Create makes an empty file to be written; one that has the name is emptied.
+	Create(name string) (File, error)
+	// Open opens a file to be read, and returns its size in bytes.
+	Open(name string) (File, int64, error)
+	// Extend opens a file to be read and written further.
+	Extend(name string) (File, error)
+	Rename(from, to string) error
+	Remove(name string) error
+	// Keep gives a file a second name, in the directory's subdirectory in.
+	Keep(name, in string) error
+	// Sync makes creations, renames and removals durable. It needs no descriptor
+	// but those that are open.
+	Sync() error
+	// Lock keeps other processes from the directory until the lock is closed. It fails
+	// with an ErrLocked that names who has it, or waits for that one to go, as suits the
+	// directory: until ctx is done.
+	Lock(ctx context.Context) (Lock, error)
+	// InUse tells whether somebody has the lock, and who. It changes nothing.
+	InUse() (owner string, inUse bool)
+	// Path is what people call the file.
+	Path(name string) string
+	// Sizes are what suits the directory, in bytes: the log goes on in a new file when
+	// one has segment, full files are left alone below compact, and a file grows by
+	// reserve bytes of zeros at a time.
+	Sizes() (segment, compact int64, reserve int)
+	// Close gives back what the directory holds open.
+	Close() error
+}
+
+// Lock is one process's right to a Directory.
+type Lock interface {
+	// Held returns an error when the right is lost: the directory is not where it
+	// was, another one is there, or another process may write it. Until then nobody
+	// else has changed anything. It is called after every batch of requests, by one
+	// goroutine.
+	Held() error
+	// Lost is closed when the right is lost and the lock has noticed by itself. It may be
+	// nil.
+	Lost() <-chan struct{}
+	Close() error
+}
+
+// File is an open file. Nothing done to it is durable before the next Sync.
+type File interface {
+	io.ReaderAt
+	io.WriterAt
+	Truncate(size int64) error
+	Sync() error
+	Close() error
+}
+
+// Errors of directories.
+var (
+	// ErrMissing is returned when the directory does not exist.
+	ErrMissing = errors.New("the data directory does not exist")
+	// ErrNotOurs is returned when what is there is not a store.
+	ErrNotOurs = errors.New("not a data directory")
+	// ErrLocked is returned when another process has the store open.
+	ErrLocked = errors.New("the data directory is in use")
+	// ErrMoved is returned by Commit when the directory was moved, removed or
+	// replaced while the store was open.
+	ErrMoved = errors.New("the data directory is not where it was")
+)
+
+// DamageError says where a file of the store is not as it was written.
+type DamageError struct {
+	File   string
+	Offset int64  // of the bad frame, in bytes
+	Frame  uint64 // its sequence number; 0: no frame, but the file
+	What   string
+
+	Missing bool // something is not there
+}
+
+// Is makes what is missing fs.ErrNotExist as well: beside a process that has the store
+// open it may be there at the next look.
+func (e *DamageError) Is(target error) bool { return e.Missing && target == fs.ErrNotExist }
+
+func (e *DamageError) Error() string {
+	if e.Frame == 0 {
+		return fmt.Sprintf("%s is damaged: %s", e.File, e.What)
+	}
+	return fmt.Sprintf("%s is damaged at offset %d, frame %d: %s", e.File, e.Offset, e.Frame,
+		e.What)
+}

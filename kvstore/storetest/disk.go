@@ -1,0 +1,439 @@
+// Package storetest has what tests of stores need: Model, which does what every store must do, and
+// Dir, a directory in memory that is as unkind as a real one. It knows what a power failure would
+// leave, its calls fail where they are told to, and nothing that a kernel does not promise holds.
+//
+// A new kind of fault is a few lines in Dir.Before, if it makes a call wait or fail,
+// or in Dir.Crash, if it is a way to lose what was not synced.
+package storetest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"kvserver/kvstore/storage"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+)
+
+// ErrDisk is what a call fails with that was told no other error.
+var ErrDisk = errors.New("input/output error")
+
+// sector is how many bytes a disk writes whole or not at all.
+const sector = 512
+
+// Dir is a directory in memory; it is a storage.Directory. What is not there cannot be
+// renamed or removed, a file that is created anew is the old one, emptied, and what a
+// failed Sync should have written is taken for written until it is written once more.
+//
+// Its fields may be set while nobody uses it, or by who has locked Mu.
+type Dir struct {
+	Mu      sync.Mutex       // guards the fields
+	Names   map[string]*File // what it holds, as processes see it
+	Room    int              // bytes that all files may have together; 0: any number
+	Locked  bool             // a process has the lock
+	Busy    error            // what Lock returns meanwhile
+	Moved   error            // what the lock's Held returns; nil: nothing has happened
+	Handles int              // open files
+
+	Calls   int   // I/O calls so far
+	FailAt  int   // the call that fails, counted from 1; 0: none
+	Failure error // that it returns; nil: ErrDisk
+	Forever bool  // all later ones fail, too
+
+	// Before, if not nil, is run before each call, with Mu unlocked: it may wait,
+	// look at Dir, or return the error that the call fails with.
+	Before func(call Call) error
+
+	// Bytes of a file, of all files before a compaction, and of zeros ahead of what is
+	// written: what Sizes returns.
+	Segment, Compact int64
+	Reserve          int
+
+	durable map[string]*File // Names at the last Sync
+	journal []func(map[string]*File)
+}
+
+// Call is an I/O call, for Before.
+type Call struct {
+	What string // "write", "sync" and so on
+	Name string // of the file; "" for the directory
+}
+
+// File is a file: what was written, and what of it is on disk.
+type File struct {
+	Data, Disk []byte
+	dirty      map[int]bool // sectors that the next Sync writes
+}
+
+// resize makes f so many bytes long.
+func (f *File) resize(size int) {
+	if size < len(f.Data) {
+		clear(f.Data[size:]) // or what is cut off would come back
+	}
+	f.Data = append(f.Data, make([]byte, max(0, size-len(f.Data)))...)[:size]
+}
+
+// FileOf returns a file that is on disk.
+func FileOf(data []byte) *File {
+	return &File{Data: slices.Clone(data), Disk: slices.Clone(data), dirty: map[int]bool{}}
+}
+
+// New returns an empty directory with the sizes of a real one.
+func New() *Dir {
+	return &Dir{Names: map[string]*File{}, durable: map[string]*File{}, Segment: 64 << 20,
+		Compact: 64 << 20, Reserve: 1 << 20}
+}
+
+// With returns a directory on disk that holds what d does, but for one file.
+func (d *Dir) With(name string, data []byte) *Dir {
+	c := New()
+	c.Segment, c.Compact, c.Reserve = d.Segment, d.Compact, d.Reserve
+	for n, f := range d.Names {
+		c.Names[n] = FileOf(f.Data)
+	}
+	c.Names[name] = FileOf(data)
+	c.durable = maps.Clone(c.Names)
+	return c
+}
+
+// Kinds of calls: those that open a file can lack a descriptor, and those that write
+// can lack room.
+const opens, writes = 1, 2
+
+// call counts an I/O call and returns with Mu locked. It tells whether the call
+// fails.
+func (d *Dir) call(what, name string, kind int) (err error) {
+	if d.Before != nil {
+		err = d.Before(Call{what, name})
+	}
+	d.Mu.Lock()
+	d.Calls++
+	if err != nil || d.FailAt == 0 || d.Calls < d.FailAt || d.Calls > d.FailAt && !d.Forever {
+		return err
+	}
+	switch {
+	case d.Failure == nil:
+		return ErrDisk
+	case d.Failure == syscall.EMFILE && kind&opens == 0, d.Failure == syscall.ENOSPC &&
+		kind&writes == 0:
+		return nil
+	}
+	return &os.PathError{Op: what, Path: d.Path(name), Err: d.Failure}
+}
+
+// change makes a change to the names, which a power failure may undo until Sync.
+func (d *Dir) change(f func(map[string]*File)) {
+	f(d.Names)
+	d.journal = append(d.journal, f)
+}
+
+// Crash returns what a power failure now would leave: of what was not synced,
+// any first part of the changes of names, and any sectors of the data.
+func (d *Dir) Crash(random *rand.Rand) *Dir {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	after := New()
+	names := maps.Clone(d.durable)
+	for _, f := range d.journal[:random.IntN(len(d.journal)+1)] {
+		f(names)
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		f := names[name]
+		least, most := min(len(f.Disk), len(f.Data)), max(len(f.Disk), len(f.Data))
+		data := make([]byte, least+random.IntN(most-least+1))
+		copy(data, f.Disk)
+		for at := 0; at < min(len(data), len(f.Data)); at += sector {
+			if f.dirty[at/sector] && random.IntN(2) == 0 {
+				copy(data[at:min(len(data), at+sector)], f.Data[at:])
+			}
+		}
+		after.Names[name] = FileOf(data)
+	}
+	after.durable = maps.Clone(after.Names)
+	after.Room, after.Segment, after.Compact, after.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
+	return after
+}
+
+// Kill returns what the end of every process now would leave: everything, as a kernel
+// keeps it, but not on disk yet.
+func (d *Dir) Kill() *Dir {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	after := New()
+	copies := map[*File]*File{}
+	clone := func(names map[string]*File) map[string]*File {
+		c := map[string]*File{}
+		for name, f := range names {
+			if copies[f] == nil {
+				copies[f] = &File{slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty)}
+			}
+			c[name] = copies[f]
+		}
+		return c
+	}
+	after.Names, after.durable = clone(d.Names), clone(d.durable)
+	if len(d.journal) > 0 { // the order of the changes is lost, so they are one
+		now := maps.Clone(after.Names)
+		after.journal = append(after.journal, func(names map[string]*File) {
+			clear(names)
+			maps.Copy(names, now)
+		})
+	}
+	after.Room, after.Segment, after.Compact, after.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
+	return after
+}
+
+// Path is what errors call a file.
+func (d *Dir) Path(name string) string { return "dir/" + name }
+
+// Sizes returns Segment, Compact and Reserve.
+func (d *Dir) Sizes() (segment, compact int64, reserve int) {
+	return d.Segment, d.Compact,
+		d.Reserve
+}
+
+// List returns the names of all files.
+func (d *Dir) List() ([]string, error) {
+	err := d.call("list", "", opens)
+	defer d.Mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	return slices.Sorted(maps.Keys(d.Names)), nil
+}
+
+// open returns a new handle. The caller has Mu.
+func (d *Dir) open(name string, f *File) *handle {
+	d.Handles++
+	return &handle{d: d, name: name, f: f}
+}
+
+// Create opens an empty file.
+func (d *Dir) Create(name string) (storage.File, error) {
+	err := d.call("create", name, opens|writes)
+	defer d.Mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	f := d.Names[name]
+	if f == nil {
+		f = FileOf(nil)
+		d.change(func(names map[string]*File) { names[name] = f })
+	}
+	f.resize(0)
+	return d.open(name, f), nil
+}
+
+// Open opens a file that is there.
+func (d *Dir) Open(name string) (storage.File, int64, error) {
+	err := d.call("open", name, opens)
+	defer d.Mu.Unlock()
+	if err != nil {
+		return nil, 0, err
+	}
+	f := d.Names[name]
+	if f == nil {
+		return nil, 0, &os.PathError{Op: "open", Path: d.Path(name), Err: os.ErrNotExist}
+	}
+	return d.open(name, f), int64(len(f.Data)), nil
+}
+
+// Extend is Open.
+func (d *Dir) Extend(name string) (storage.File, error) {
+	f, _, err := d.Open(name)
+	return f, err
+}
+
+// Rename gives a file another name.
+func (d *Dir) Rename(from, to string) error {
+	err := d.call("rename", from, writes)
+	defer d.Mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if d.Names[from] == nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: os.ErrNotExist}
+	}
+	d.change(func(names map[string]*File) {
+		if f := names[from]; f != nil {
+			names[to] = f
+			delete(names, from)
+		}
+	})
+	return nil
+}
+
+// Remove removes a file.
+func (d *Dir) Remove(name string) error {
+	err := d.call("remove", name, 0)
+	defer d.Mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if d.Names[name] == nil {
+		return &os.PathError{Op: "remove", Path: d.Path(name), Err: os.ErrNotExist}
+	}
+	d.change(func(names map[string]*File) { delete(names, name) })
+	return nil
+}
+
+// Keep only looks whether the file is there.
+func (d *Dir) Keep(name, in string) error {
+	err := d.call("link", name, opens|writes)
+	defer d.Mu.Unlock()
+	if err == nil && d.Names[name] == nil {
+		err = &os.LinkError{Op: "link", Old: name, New: in, Err: os.ErrNotExist}
+	}
+	return err
+}
+
+// Sync puts the names on disk.
+func (d *Dir) Sync() error {
+	err := d.call("sync", "", writes)
+	defer d.Mu.Unlock()
+	if err == nil {
+		d.durable, d.journal = maps.Clone(d.Names), nil
+	}
+	return err
+}
+
+// Lock keeps others out.
+func (d *Dir) Lock(context.Context) (storage.Lock, error) {
+	err := d.call("lock", "", opens|writes)
+	defer d.Mu.Unlock()
+	switch {
+	case err != nil:
+		return nil, err
+	case d.Locked:
+		return nil, d.Busy
+	}
+	d.Locked = true
+	return held{d}, nil
+}
+
+// InUse tells whether Lock was called.
+func (d *Dir) InUse() (owner string, inUse bool) {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	return "by a test", d.Locked
+}
+
+// Close does nothing.
+func (d *Dir) Close() error { return nil }
+
+// held is the lock of a Dir.
+type held struct{ d *Dir }
+
+func (h held) Held() error {
+	h.d.Mu.Lock()
+	defer h.d.Mu.Unlock()
+	return h.d.Moved
+}
+
+// Lost is nil.
+func (h held) Lost() <-chan struct{} { return nil }
+
+func (h held) Close() error {
+	h.d.Mu.Lock()
+	defer h.d.Mu.Unlock()
+	h.d.Locked = false
+	return nil
+}
+
+// handle is an open File.
+type handle struct {
+	d      *Dir
+	name   string
+	f      *File
+	closed bool
+}
+
+// call is Dir's, and fails on a closed handle.
+func (h *handle) call(what string, kind int) error {
+	err := h.d.call(what, h.name, kind)
+	if h.closed {
+		return os.ErrClosed
+	}
+	return err
+}
+
+func (h *handle) ReadAt(p []byte, off int64) (int, error) {
+	err := h.call("read", 0)
+	defer h.d.Mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	n := copy(p, h.f.Data[min(int(off), len(h.f.Data)):])
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (h *handle) WriteAt(p []byte, off int64) (int, error) {
+	err := h.call("write", writes)
+	defer h.d.Mu.Unlock()
+	n := len(p)
+	if err != nil {
+		n /= 2 // it failed in the middle
+	}
+	if h.d.Room > 0 {
+		free := h.d.Room
+		for _, f := range h.d.Names {
+			free -= len(f.Data)
+		}
+		if most := max(0, len(h.f.Data)+max(0, free)-int(off)); n > most {
+			n, err = most, &os.PathError{Op: "write", Path: h.d.Path(h.name), Err: syscall.ENOSPC}
+		}
+	}
+	if n > 0 {
+		h.f.resize(max(len(h.f.Data), int(off)+n))
+		copy(h.f.Data[off:], p[:n])
+		for at := int(off) / sector; at <= (int(off)+n-1)/sector; at++ {
+			h.f.dirty[at] = true
+		}
+	}
+	return n, err
+}
+
+func (h *handle) Truncate(size int64) error {
+	err := h.call("truncate", 0)
+	defer h.d.Mu.Unlock()
+	if err == nil {
+		h.f.resize(int(size))
+	}
+	return err
+}
+
+func (h *handle) Sync() error {
+	err := h.call("sync", writes)
+	defer h.d.Mu.Unlock()
+	if err != nil {
+		clear(h.f.dirty) // and never written, unless somebody makes it dirty again
+		return err
+	}
+	h.f.Disk = append(h.f.Disk, make([]byte, max(0,
+		len(h.f.Data)-len(h.f.Disk)))...)[:len(h.f.Data)]
+	for at := range h.f.dirty {
+		if at*sector < len(h.f.Data) {
+			copy(h.f.Disk[at*sector:min(len(h.f.Disk), (at+1)*sector)], h.f.Data[at*sector:])
+		}
+	}
+	clear(h.f.dirty)
+	return nil
+}
+
+func (h *handle) Close() error {
+	h.d.Mu.Lock()
+	defer h.d.Mu.Unlock()
+	if h.closed {
+		return os.ErrClosed
+	}
+	h.closed = true
+	h.d.Handles--
+	return nil
+}

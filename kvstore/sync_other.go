@@ -1,8 +1,0 @@
-//go:build !linux
-
-package kvstore
-
-import "os"
-
-// syncData is Sync: here is no such call.
-func syncData(f *os.File) error { return f.Sync() }
