@@ -83,7 +83,7 @@ const (
 const usage = `Usage: kvserver [flags]                             serve
        kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
        kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
-       kvserver check DIR | repair DIR | backup DIR TO   look at it, mend, copy
+       kvserver check DIR | repair DIR NEW | backup DIR NEW   look, save, copy
 `
 
 const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
@@ -1071,13 +1071,16 @@ func storeProblem(c config, err error) error {
 		todo = "Nothing was changed. Stop that process first, or give another directory."
 	case errors.Is(err, durable.ErrNothingRead):
 		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
+	case errors.Is(err, durable.ErrUnfinished):
+		todo = "Nothing was changed. If it was a copy, make it again, into an empty directory; " +
+			"remove what is there only if you want to start empty."
 	case errors.Is(err, durable.ErrNewer):
 		todo = "Nothing was changed. Start the newer kvserver."
 	case errors.Is(err, fs.ErrPermission):
 		todo = "Start as the user who owns it, or give that user the right to read and write it."
 	case errors.As(err, &damage):
 		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
-			"repair " + dir
+			"repair " + dir + " NEW"
 	}
 	return problem{err.Error(), todo}
 }
@@ -1085,12 +1088,15 @@ func storeProblem(c config, err error) error {
 // runCommand runs the check, repair or backup command and returns the exit code.
 func runCommand(command string, args []string) int {
 	needs, want := "one data directory", 1
-	if command == "backup" {
+	switch command {
+	case "backup":
 		needs, want = "a data directory and a new one for the copy", 2
+	case "repair":
+		needs, want = "a data directory, which it only reads, and a new one for what it saves", 2
 	}
 	if len(args) != want || slices.ContainsFunc(args,
 		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
-		example := map[string]string{"check": "data", "repair": "data",
+		example := map[string]string{"check": "data", "repair": "data new",
 			"backup": "data copy"}[command]
 		printError(os.Stderr, problem{command + " needs " + needs,
 			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
@@ -1105,21 +1111,22 @@ func runCommand(command string, args []string) int {
 	case errors.Is(err, storage.ErrMissing):
 		printError(os.Stderr, problem{err.Error(),
 			"Give the directory that the server has as -data."})
-	case command == "backup" && errors.Is(err, storage.ErrNotOurs):
+	case command != "check" && errors.Is(err, storage.ErrNotOurs):
 		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
 				"inside it."})
-	case command == "backup" && err != nil && !errors.As(err, new(*storage.DamageError)):
+	case command != "check" && err != nil && !errors.As(err, new(*storage.DamageError)) &&
+		!errors.Is(err, durable.ErrNothingRead):
 		printError(os.Stderr, problem{err.Error(),
 			"Nothing was copied. Mend the cause, then try again."})
 	case err != nil:
 		printError(os.Stderr, storeProblem(config{data: dir}, err))
 	case report.Damaged && command == "check":
 		printError(os.Stderr, problem{dir + " is damaged",
-			"Restore a backup, or save what can be saved: kvserver repair " + dir})
+			"Restore a backup, or save what can be saved: kvserver repair " + dir + " NEW"})
 	case report.Lost:
 		printError(os.Stderr, problem{"some of what was in " + dir + " is lost",
-			"The store opens again. Look at what is back: what is lost may have been a Delete."})
+			"What was saved opens. Look at what is back: what is lost may have been a Delete."})
 	default:
 		return 0
 	}
@@ -1136,14 +1143,16 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	switch command {
 	case "check":
 		return durable.Check(dir)
-	case "repair":
-		return durable.Repair(dir, time.Now())
 	}
 	out, undo, err := makeTarget(path, to)
 	if err != nil {
 		return report, err
 	}
-	report, err = backUp(dir, out)
+	if command == "repair" {
+		report, err = durable.Repair(dir, out)
+	} else {
+		report, err = backUp(dir, out)
+	}
 	out.Close()
 	if err != nil {
 		undo()

@@ -2,16 +2,18 @@ package durable
 
 import (
 	"errors"
+	"time"
+
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
-	"time"
 )
 
 // compactionEnd is how a compaction ended.
 type compactionEnd struct {
-	bytes int64 // of the new snapshot
-	freed int64 // of the files that it stands for
-	err   error
+	through uint64 // the last segment that the snapshot stands for
+	bytes   int64  // of the snapshot; 0: there is none
+	freed   int64  // of the files that it stands for
+	err     error
 }
 
 // errStopped ends a compaction because the store closes.
@@ -24,22 +26,34 @@ var errStopped = errors.New("the store closes")
 // without what came before, would bring deleted keys back (bitcask issue 82, badger
 // issue 2143, leveldb issue 184).
 func (d *Store) compact() {
-	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.LogBytes() {
+	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() {
 		return
 	}
 	d.compacted = make(chan compactionEnd, 1)
-	c := compaction{dir: d.dir, through: d.number - 1, store: d.Snapshot(), stop: d.stop}
-	c.header = fileHeader{kind: kindSnapshot, id: d.id, number: c.through, first: d.first}
+	c := d.compaction()
 	go func(freed int64) {
 		bytes, err := c.run()
-		d.compacted <- compactionEnd{bytes, freed, err}
+		d.compacted <- compactionEnd{c.through, bytes, freed, err}
 	}(d.fullBytes)
+}
+
+// liveBytes is how many bytes a snapshot of the store would take, about.
+func (d *Store) liveBytes() int64 {
+	keys, values, bytes := d.Size()
+	return bytes + int64(keys+values)*recordExtra
+}
+
+// compaction is one of all full files, at a moment when these make what Memory holds.
+func (d *Store) compaction() *compaction {
+	through := d.number - 1
+	return &compaction{dir: d.dir, through: through, store: d.Snapshot(), stop: d.stop,
+		header: fileHeader{kind: kindSnapshot, id: d.id, number: through, first: d.first}}
 }
 
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Store) isWasteful() bool {
-	if d.fullBytes+d.size <= d.waste*d.LogBytes()+d.minCompact+d.segmentSize || d.isCompacting() {
+	if d.fullBytes+d.size <= d.waste*d.liveBytes()+d.minCompact+d.segmentSize || d.isCompacting() {
 		return false
 	}
 	select {
@@ -65,9 +79,13 @@ func (d *Store) isCompacting() bool {
 // left files that are of no use any more: the next one removes them.
 func (d *Store) noteCompaction(c compactionEnd) {
 	d.compacted = nil
+	if c.bytes > 0 {
+		d.snapshot = c.through
+		d.fullBytes += c.bytes - c.freed
+		d.learn()
+	}
 	switch c.err {
 	case nil:
-		d.fullBytes += c.bytes - c.freed
 		d.opts.Status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
@@ -85,44 +103,36 @@ type compaction struct {
 	through uint64           // the last segment that the snapshot stands for
 	store   kvstore.Snapshot // what all segments through that one make
 	stop    <-chan struct{}
+	isOurs  func() error // asked before the snapshot gets its name; nil: nobody need be asked
 }
 
-// run writes the snapshot, and then removes the files for which it stands. It returns
-// the snapshot's size.
+// run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
+// so that what a try has left which failed goes, too. It returns the snapshot's size, 0 if there
+// is none.
 func (c *compaction) run() (size int64, err error) {
-	l, err := readLayout(c.dir)
-	if err != nil {
-		return 0, err
-	}
 	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header,
-		func(w *logWriter) error { return writeAll(w, c.store, c.stop) })
+		func(w *logWriter) error {
+			err := writeAll(w, c.store, c.stop)
+			if err == nil && c.isOurs != nil {
+				err = c.isOurs() // the writing took its time
+			}
+			return err
+		})
 	if err != nil {
 		return 0, err
 	}
-	var old []string
-	if l.snapshot > 0 && l.snapshot < c.through { // it may be ours, from a try that failed
-		old = append(old, logName(kindSnapshot, l.snapshot))
-	}
-	for _, number := range l.segments {
-		if number <= c.through {
-			old = append(old, logName(kindSegment, number))
+	names, err := c.dir.List()
+	for _, name := range names {
+		kind, number, isLog := parseName(name)
+		if isLog && (number < c.through || number == c.through && kind == kindSegment) {
+			err = errors.Join(err, c.dir.Remove(name))
 		}
 	}
-	// what a compaction left that failed after its snapshot was there
-	for _, name := range l.obsolete {
-		if _, number, isLog := parseName(name); isLog && number <= c.through {
-			old = append(old, name)
-		}
-	}
-	for _, name := range old {
-		if err := c.dir.Remove(name); err != nil {
-			return 0, err
-		}
-	}
-	return size, nil
+	return size, err
 }
 
-// writeAll writes what store holds as a snapshot's frames, until stop is closed.
+// writeAll writes what store holds as a snapshot's frames, until stop is closed: each key with all
+// its values, or where these are many, with as many as make the key's own length a small part.
 func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error {
 	var payload []byte
 	f := frame{sequence: 1}
@@ -137,9 +147,12 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 		f.count, payload = 0, payload[:0]
 		return err
 	}
+
 	for key, values := range store.All() {
-		for _, v := range values {
-			payload = appendRecord(payload, opPut, 0, key, v)
+		for len(values) > 0 {
+			n := listPart(key, values)
+			payload = appendList(payload, key, values[:n])
+			values = values[n:]
 			if f.count++; len(payload) >= maxFrameSnapshot {
 				if err := flush(); err != nil {
 					return err
@@ -154,4 +167,15 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 	}
 	f.kind = frameEnd
 	return flush()
+}
+
+// listPart is how many of values a record of a snapshot has, at most.
+func listPart(key string, values []string) int {
+	most := max(maxFrameSnapshot, 8*len(key))
+	for i, v := range values {
+		if most -= len(v) + 1; most < 0 {
+			return i + 1
+		}
+	}
+	return len(values)
 }

@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -57,22 +58,19 @@ func TestRealDirectory(t *testing.T) {
 	if err != nil || report.Damaged {
 		t.Errorf("Check: %v, %v", report, err)
 	}
-	if report, err := repairAt(path); err != nil || report.Damaged {
-		t.Errorf("Repair: %v, %v", report, err)
-	}
 	l, _ := readLayout(mustDirectory(t, path))
 	name := filepath.Join(path, logName(kindSnapshot, l.snapshot))
 	b, _ := os.ReadFile(name)
 	b[len(b)/2] ^= 1
 	os.WriteFile(name, b, 0o600)
-	if report, err := repairAt(path); err != nil || !report.Damaged {
+	to := filepath.Join(t.TempDir(), "saved")
+	if report, err := repairAt(path, to); err != nil || !report.Damaged {
 		t.Errorf("Repair of damage: %v, %v", report, err)
 	}
-	kept, _ := filepath.Glob(filepath.Join(path, damagedPrefix+"*", "snap-*.log"))
-	if len(kept) != 1 {
-		t.Errorf("the damaged file is not kept: %q", kept)
+	if now, _ := os.ReadFile(name); !bytes.Equal(now, b) {
+		t.Error("the damaged file was changed")
 	}
-	if d, err = openAt(path, Options{}); err != nil {
+	if d, err = openAt(to, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	d.Close()
@@ -104,7 +102,7 @@ func TestWrongPaths(t *testing.T) {
 				return err
 			},
 			"Check":  func() error { _, err := checkAt(where); return err },
-			"Repair": func() error { _, err := repairAt(where); return err },
+			"Repair": func() error { _, err := repairAt(where, filepath.Join(path, "new")); return err },
 		} {
 			if err := f(); !errors.Is(err, want) || !strings.Contains(err.Error(), where) {
 				t.Errorf("%s(%s): %v, want %v", what, where, err, want)
@@ -314,20 +312,29 @@ func openAt(path string, opts Options) (*Store, error) {
 	return d, err
 }
 
-// checkAt checks the store there, and repairAt repairs it.
+// checkAt checks the store there.
 func checkAt(path string) (Report, error) { return at(path, Check) }
-func repairAt(path string) (Report, error) {
-	return at(path, func(dir storage.Directory) (Report, error) { return Repair(dir, time.Now()) })
+
+// repairAt saves what it can of the store there to a directory that it makes.
+func repairAt(path, to string) (Report, error) {
+	return toNew(path, to, Repair)
 }
 
 // backUpAt copies the store there to a directory that it makes.
 func backUpAt(path, to string, step func(copied, total int64)) (Report, error) {
+	return toNew(path, to, func(dir, out storage.Directory) (Report, error) {
+		return Backup(dir, out, step)
+	})
+}
+
+// toNew has make make a store at to of the one at path.
+func toNew(path, to string, make func(dir, out storage.Directory) (Report, error)) (Report, error) {
 	return at(path, func(dir storage.Directory) (Report, error) {
 		out, undo, err := storage.MakeDisk(to, path)
 		if err != nil {
 			return Report{}, err
 		}
-		report, err := Backup(dir, out, step)
+		report, err := make(dir, out)
 		out.Close()
 		if err != nil {
 			undo()

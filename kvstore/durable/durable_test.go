@@ -102,7 +102,11 @@ func TestStartCopiesNothing(t *testing.T) {
 		if _, err := Open(context.Background(), counting, Options{}); err != nil {
 			t.Fatal(err)
 		}
-		if counting.written > 2000 || counting.created > 0 {
+		most := 2000
+		if !clean {
+			most += image.Reserve // which is cleared
+		}
+		if counting.written > most || counting.created > 0 {
 			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean,
 				counting.written, counting.created)
 		}

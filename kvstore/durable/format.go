@@ -1,7 +1,6 @@
 package durable
 
 import (
-	"bufio"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -25,7 +24,9 @@ import (
 //	          payload padding
 //	payload = record*
 //	record  = op:1 [place:uvarint] (length:uvarint bytes)*
-//	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value.
+//	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value;
+//	          List, in a snapshot: key n:uvarint and so many values, which come behind those
+//	          that the key has.
 //	          Update and Remove have first the place in the list of what went, so that
 //	          nobody need search for it again
 //
@@ -41,8 +42,14 @@ import (
 // fits the file.
 const (
 	fileMagic   = "kvserver"
-	fileVersion = 2
-	headerSize  = 64
+	fileVersion = 3
+
+	// What a version has that the one before it did not: 3 has opList. STORE stays what it was,
+	// and says 2.
+	oldestVersion = 2 // that can be read
+	storeVersion  = 2
+
+	headerSize = 64
 
 	frameMagic = "kvfr"
 	frameSize  = 40 // bytes, without payload
@@ -66,6 +73,7 @@ const (
 	opUpdate = 3
 	opSet    = 4
 	opRemove = 5
+	opList   = 6
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -106,7 +114,7 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 		return h, errors.New("not a log file")
 	case crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]):
 		return h, errors.New("the header's checksum is wrong")
-	case binary.LittleEndian.Uint32(b[8:]) < fileVersion:
+	case binary.LittleEndian.Uint32(b[8:]) < oldestVersion:
 		return h, fmt.Errorf("%w: version %d", ErrOlder, binary.LittleEndian.Uint32(b[8:]))
 	case binary.LittleEndian.Uint32(b[8:]) > fileVersion:
 		return h, fmt.Errorf("%w: version %d", ErrNewer, binary.LittleEndian.Uint32(b[8:]))
@@ -185,6 +193,17 @@ func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	return b
 }
 
+// appendList appends a record of a snapshot: a key with some of its values.
+func appendList(b []byte, key string, values []string) []byte {
+	b = appendRecord(b, opList, 0, key)
+	b = binary.AppendUvarint(b, uint64(len(values)))
+	for _, v := range values {
+		b = binary.AppendUvarint(b, uint64(len(v)))
+		b = append(b, v...)
+	}
+	return b
+}
+
 // hasPlace tells whether such a record says the place of the value that went.
 func hasPlace(op byte) bool { return op == opUpdate || op == opRemove }
 
@@ -223,34 +242,10 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 		if f.payload == "" {
 			return errors.New("fewer records than counted")
 		}
-		op, place := f.payload[0], uint64(0)
+		op := f.payload[0]
 		f.payload = f.payload[1:]
-		if hasPlace(op) {
-			place = f.number()
-		}
-		key := f.text()
-		var value, newValue string
-		if op != opDelete {
-			value = f.text()
-		}
-		if op == opUpdate {
-			newValue = f.text()
-		}
-		switch {
-		case f.bad:
-			return errors.New("a record does not fit its frame")
-		case op == opPut:
-			m.Put(key, value)
-		case op == opDelete:
-			m.Delete(key)
-		case op == opUpdate:
-			m.UpdateAt(key, value, newValue, int(min(place, math.MaxInt32)))
-		case op == opSet:
-			m.Set(key, value)
-		case op == opRemove:
-			m.RemoveAt(key, value, int(min(place, math.MaxInt32)))
-		default:
-			return fmt.Errorf("a record of the unknown kind %d", op)
+		if err := f.apply(m, op); err != nil {
+			return err
 		}
 	}
 	if f.payload != "" {
@@ -259,163 +254,53 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 	return nil
 }
 
-// logReader reads a log file frame by frame.
-type logReader struct {
-	header fileHeader
-	seed   uint32
-	path   string
-	r      *bufio.Reader
-	f      storage.File
-	size   int64
-	offset int64 // of the next frame
-	next   uint64
-	buf    []byte
-}
-
-// readSize is a good size for reading a file of so many bytes, or a part of it.
-func readSize(size int64) int { return int(min(size, 1<<18)) }
-
-// readerOf reads f from offset on to its end, wherever that is by then.
-func readerOf(f storage.File, offset int64) io.Reader {
-	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
-}
-
-// openLog opens the file called name and reads its header.
-func openLog(d storage.Directory, name string) (*logReader, error) {
-	f, size, err := d.Open(name)
-	if err != nil {
-		return nil, err
+// apply does one record of the kind op to m, if all of it is there.
+func (f *fields) apply(m *kvstore.Memory, op byte) error {
+	place := 0
+	if hasPlace(op) {
+		place = int(min(f.number(), math.MaxInt32))
 	}
-	l := &logReader{path: d.Path(name), f: f, size: size,
-		r: bufio.NewReaderSize(readerOf(f, 0), readSize(size)), offset: headerSize}
-	b := make([]byte, headerSize)
-	if n, err := io.ReadFull(l.r, b); err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
-		f.Close()
-		return nil, err
-	} else if l.header, err = decodeHeader(b[:n]); err != nil {
-		f.Close()
-		if errors.Is(err, ErrNewer) || errors.Is(err, ErrOlder) {
-			return nil, fmt.Errorf("%s: %w", l.path, err)
+	key := f.text()
+	var value, newValue string
+	var values uint64
+	switch op {
+	case opPut, opSet, opRemove:
+		value = f.text()
+	case opUpdate:
+		value, newValue = f.text(), f.text()
+	case opList:
+		values = f.number()
+	}
+	if f.bad {
+		return errBadRecord
+	}
+
+	switch op {
+	case opPut:
+		m.Put(key, value)
+	case opDelete:
+		m.Delete(key)
+	case opUpdate:
+		m.UpdateAt(key, value, newValue, place)
+	case opSet:
+		m.Set(key, value)
+	case opRemove:
+		m.RemoveAt(key, value, place)
+	case opList:
+		for range values {
+			if value := f.text(); f.bad {
+				return errBadRecord
+			} else {
+				m.Put(key, value)
+			}
 		}
-		return nil, &storage.DamageError{File: l.path, What: err.Error()}
+	default:
+		return fmt.Errorf("a record of the unknown kind %d", op)
 	}
-	l.seed, l.next = l.header.seed(), l.header.first
-	if l.header.kind == kindSnapshot {
-		l.next = 1
-	}
-	return l, nil
+	return nil
 }
 
-// errEnd is the end of a log file, after its last frame.
-var errEnd = errors.New("end of the log")
-
-// read returns the next frame and its payload, which is good until the next read. The error is
-// errEnd, a *DamageError, or what reading the file failed with.
-func (l *logReader) read() (f frame, payload []byte, err error) {
-	if l.offset == l.size {
-		return f, nil, errEnd
-	}
-	damaged := func(what string) (frame, []byte, error) {
-		return f, nil, &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
-	}
-	if l.size-l.offset < frameSize {
-		return damaged("the file ends inside a frame's head")
-	}
-	var head [frameSize]byte
-	if _, err := io.ReadFull(l.r, head[:]); err != nil {
-		return f, nil, readError(l.path, err)
-	}
-	f, ok := decodeFrame(head[:], l.seed)
-	switch {
-	case !ok:
-		return damaged("the frame's checksum is wrong")
-	case f.sequence != l.next:
-		return damaged(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
-	case l.size-l.offset < f.padded():
-		return damaged("the file ends inside a frame")
-	}
-	rest := int(f.padded() - frameSize)
-	if cap(l.buf) < rest {
-		l.buf = make([]byte, rest)
-	}
-	l.buf = l.buf[:rest]
-	if _, err := io.ReadFull(l.r, l.buf); err != nil {
-		return f, nil, readError(l.path, err)
-	}
-	payload = l.buf[:f.length]
-	if crc(l.seed, payload) != f.crc {
-		return damaged("the records' checksum is wrong")
-	}
-	l.offset += f.padded()
-	l.next++
-	return f, payload, nil
-}
-
-// errShorter is what reading a file fails with whose end is cut off meanwhile: a process
-// that has the store open cuts off the room behind the last frame of a full file.
-var errShorter = errors.New("it became shorter meanwhile")
-
-// readError names the file that was being read.
-func readError(path string, err error) error {
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("read %s: %w", path, errShorter)
-	}
-	return err
-}
-
-// seek has the next read begin at offset, with what the file holds now.
-func (l *logReader) seek() error {
-	l.size = max(l.size, l.offset)
-	l.r.Reset(readerOf(l.f, l.offset))
-	rest, err := l.rest()
-	l.size = l.offset + int64(len(rest))
-	return err
-}
-
-// readAgain reads the frame at which read found damage anew, for another process may
-// have written it meanwhile. If it is still bad, rest is what followed the good part of
-// the file then. Where a frame in that says that this one was on disk, it is damaged.
-func (l *logReader) readAgain(damage *storage.DamageError) (f frame, payload, rest []byte, err error) {
-	const tries = 10
-	for n := 1; ; n++ {
-		if err := l.seek(); err != nil {
-			return f, nil, nil, err
-		}
-		if f, payload, err = l.read(); !errors.As(err, &damage) {
-			return f, payload, nil, err
-		}
-		rest, restErr := l.rest()
-		if restErr != nil {
-			return f, nil, nil, restErr
-		}
-		// A frame behind it may have come while we looked.
-		if _, synced := l.look(rest); !synced || n == tries {
-			return f, nil, rest, err
-		}
-	}
-}
-
-// rest returns what follows the good part of the file.
-func (l *logReader) rest() ([]byte, error) {
-	rest, err := io.ReadAll(readerOf(l.f, l.offset))
-	if err != nil {
-		return nil, readError(l.path, err)
-	}
-	return rest, nil
-}
-
-// look looks for frames in rest, whose beginning is bad, at every offset where one
-// could begin. It returns how many there are, and whether one says that the bad one
-// had once been on disk.
-func (l *logReader) look(rest []byte) (frames int, synced bool) {
-	for ; len(rest) >= frameSize; rest = rest[8:] {
-		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next {
-			frames++
-			synced = synced || later.synced >= l.next
-		}
-	}
-	return frames, synced
-}
+var errBadRecord = errors.New("a record does not fit its frame")
 
 // logWriter writes a log file. Behind its frames the file may have zeros, room
 // for further ones: fsync takes half as long for bytes that only replace others,
@@ -423,39 +308,60 @@ func (l *logReader) look(rest []byte) (frames int, synced bool) {
 // write their logs that way, too.)
 type logWriter struct {
 	f    storage.File
-	path string
+	name string
+	path string // as people call it
 	seed uint32
 	size int64 // bytes up to the end of the last frame
+	last int64 // offset of the last frame that this writer has written; 0: none
 	end  int64 // bytes of the file
 	buf  []byte
 }
 
-// createLog makes a log file of fill's frames under a temporary name, and once
-// all of it is on disk gives it its own. It returns its size.
-func createLog(d storage.Directory, name string, h fileHeader,
-	fill func(w *logWriter) error) (size int64, err error) {
+// beginLog makes a log file under a temporary name: it has its own once publish has returned.
+func beginLog(d storage.Directory, name string, h fileHeader) (*logWriter, error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	w := &logWriter{f: f, path: d.Path(name), seed: h.seed()}
-	if err = w.write(h.encode()); err == nil {
-		err = fill(w)
+	w := &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed()}
+	if err := w.write(h.encode()); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
-	if err == nil {
-		err = w.sync()
-	}
-	if closeErr := f.Close(); err == nil { // before the rename: Windows wants it so
+	return w, nil
+}
+
+// publish gives a file that beginLog made its name, once all of it is on disk. It closes the file.
+func (w *logWriter) publish(d storage.Directory) error {
+	err := w.sync()
+	if closeErr := w.f.Close(); err == nil { // before the rename: Windows wants it so
 		err = closeErr
 	}
 	if err == nil {
-		err = d.Rename(name+tmpSuffix, name)
+		err = d.Rename(w.name+tmpSuffix, w.name)
+	}
+	if err == nil {
+		err = d.Sync()
+	}
+	return err
+}
+
+// createLog makes a log file of fill's frames, and returns its size. If it fails there is none, or
+// a whole one of which it is not known whether its name is on disk.
+func createLog(d storage.Directory, name string, h fileHeader,
+	fill func(w *logWriter) error) (size int64, err error) {
+	w, err := beginLog(d, name, h)
+	if err == nil {
+		if err = fill(w); err != nil {
+			w.f.Close()
+		} else {
+			err = w.publish(d)
+		}
 	}
 	if err != nil {
 		d.Remove(name + tmpSuffix) // perhaps the disk is full
 		return 0, err
 	}
-	return w.size, d.Sync()
+	return w.size, nil
 }
 
 // extendLog opens a log file of size bytes to be written further.
@@ -464,7 +370,7 @@ func extendLog(d storage.Directory, name string, h fileHeader, size int64) (*log
 	if err != nil {
 		return nil, err
 	}
-	return &logWriter{f: f, path: d.Path(name), seed: h.seed(), size: size, end: size}, nil
+	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size, end: size}, nil
 }
 
 // noFrames is what a new segment is filled with.
@@ -477,6 +383,7 @@ func (w *logWriter) append(f frame, payload []byte, reserve int) error {
 	if size > w.end {
 		w.buf = append(w.buf, make([]byte, reserve)...)
 	}
+	w.last = w.size
 	err := w.write(w.buf)
 	w.size = size
 	if cap(w.buf) > 4*maxFramePut {
@@ -535,10 +442,13 @@ func (w *logWriter) named(op string, err error) error {
 // The STORE file: which store this is. Its checksum is of all that stands before it,
 // so a flipped bit is no other store, and no newer version.
 const (
-	storeFormat  = "kvserver store, version %d, id %s"
-	storeCheck   = ", check %08x\n"
-	storeVersion = "kvserver store, version 1, id " // of what had no checksum yet
+	storeFormat = "kvserver store, version %d, id %s"
+	storeCheck  = ", check %08x\n"
+	firstStore  = "kvserver store, version 1, id " // of what had no checksum yet
 )
+
+// maxStoreFile is more bytes than the STORE file has.
+const maxStoreFile = 200
 
 // readID reads the STORE file; found is false in a directory that has none.
 func readID(dir storage.Directory) (id storeID, found bool, err error) {
@@ -551,11 +461,11 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 		return id, true, err
 	}
 	defer f.Close()
-	b := make([]byte, min(size, 200))
+	b := make([]byte, min(size, maxStoreFile))
 	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
 		return id, true, readError(dir.Path(storeName), err)
 	}
-	if strings.HasPrefix(string(b), storeVersion) {
+	if strings.HasPrefix(string(b), firstStore) {
 		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storeName), ErrOlder)
 	}
 	line, _, _ := strings.Cut(string(b), ", check ")
@@ -565,9 +475,9 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 	var version int
 	var text string
 	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
-		version != fileVersion {
+		version != storeVersion {
 		other := ErrNewer
-		if version < fileVersion {
+		if version < storeVersion {
 			other = ErrOlder
 		}
 		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), other, version)
@@ -585,7 +495,7 @@ func writeID(dir storage.Directory, id storeID) error {
 	if err != nil {
 		return err
 	}
-	line := fmt.Sprintf(storeFormat, fileVersion, hex.EncodeToString(id[:]))
+	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli))
 	_, err = f.WriteAt([]byte(line), 0)
 	if err == nil {

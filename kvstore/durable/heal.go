@@ -1,166 +1,258 @@
 package durable
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
-	"kvserver/kvstore/storage"
-	"path/filepath"
 	"slices"
+	"strings"
 	"time"
+
+	"kvserver/kvstore/storage"
 )
 
-// lookForFiles looks whether somebody has removed or replaced a file of the store, as those do
-// who clean up what is called .log, and if so has all of them written anew: to go on, or to end,
-// would lose what was answered, and all of it is in memory. A heal that fails is tried again
-// later; until then the store goes on in the file that it has open. (Nobody does that in etcd.)
+// Other processes can remove, empty, replace or add files while the store is open: those that
+// clean up what is called .log, that rotate logs, that copy a backup over what runs. All data is
+// in memory, so what is not there any more is written anew.
+
+// ownFiles are the names of the files that make the store now.
+func (d *Store) ownFiles() []string {
+	names := []string{storeName}
+	if d.snapshot > 0 {
+		names = append(names, logName(kindSnapshot, d.snapshot))
+	}
+	for number := d.snapshot + 1; number <= d.number; number++ {
+		names = append(names, logName(kindSegment, number))
+	}
+	return names
+}
+
+// learn notes what the store's files look like, once something was done to them.
+func (d *Store) learn() {
+	d.known = nil
+	if stamps, err := d.dir.Stamps(); err == nil {
+		d.known = stamps
+		d.mark = mark{}
+	}
+}
+
+// mark is where a frame stood in the current file at the last look.
+type mark struct {
+	offset   int64 // 0: there was none
+	sequence uint64
+}
+
+// changes are what somebody else has done to the directory.
+type changes struct {
+	spoiled   []string // files of ours that are gone, or are not what they were
+	leftovers []string // log files of no use, which would make the next start refuse
+	strangers []string // log files of higher numbers, which would, too
+}
+
+// changed looks what has changed. It costs a look at each file.
+func (d *Store) changed() (c changes, err error) {
+	stamps, err := d.dir.Stamps()
+	if err != nil {
+		return c, err
+	}
+	if d.known == nil {
+		d.known = stamps // nobody could look before
+	}
+	own := d.ownFiles()
+	for _, name := range own {
+		now, isThere := stamps[name]
+		switch known := d.known[name]; {
+		case slices.Contains(d.spoiled, name): // what was done about it may not be on disk
+			c.spoiled = append(c.spoiled, name)
+		case isThere && now.IsSame(known):
+		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(known) &&
+			d.isIntact(now.Size):
+		case isThere && name == storeName && d.isOurs():
+			d.known[name] = now
+		default:
+			c.spoiled = append(c.spoiled, name)
+		}
+	}
+
+	for name := range stamps {
+		if _, number, isLog := parseName(name); !isLog || slices.Contains(own, name) {
+			continue
+		} else if number <= d.number {
+			c.leftovers = append(c.leftovers, name)
+		} else {
+			c.strangers = append(c.strangers, name)
+		}
+	}
+	slices.Sort(c.leftovers)
+	slices.Sort(c.strangers)
+	return c, nil
+}
+
+// isOurs tells whether STORE says that the store is this one.
+func (d *Store) isOurs() bool {
+	id, found, err := readID(d.dir)
+	return err == nil && found && id == d.id
+}
+
+// isIntact tells whether the current file, of so many bytes, begins as it did, and has the frame
+// that was its last one at the last look. (What was cut off may have become zeros, in front of what
+// was written since.)
+func (d *Store) isIntact(size int64) bool {
+	d.writing <- struct{}{}
+	w, sequence := d.current, d.sequence
+	<-d.writing
+	if d.reserve == 0 {
+		return true // nobody changes a file in etcd
+	}
+	if size < w.size {
+		return false
+	}
+
+	header := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
+	var b [headerSize]byte
+	if _, err := w.f.ReadAt(b[:], 0); err != nil || !bytes.Equal(b[:], header.encode()) {
+		return false
+	}
+	if d.mark.offset > 0 {
+		_, err := w.f.ReadAt(b[:frameSize], d.mark.offset)
+		f, ok := decodeFrame(b[:], w.seed)
+		if err != nil || !ok || f.sequence != d.mark.sequence {
+			return false
+		}
+	}
+	d.mark = mark{w.last, sequence}
+	return true
+}
+
+// lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
+// to end, would lose what was answered. A heal that fails is tried again later; until then the
+// store goes on in the file that it has open.
 func (d *Store) lookForFiles(now time.Time) error {
 	d.isCompacting() // one that has ended does not count
-	if d.reserve == 0 || d.compacted != nil || now.Before(d.healAfter) {
+	if d.compacted != nil || now.Before(d.healAfter) {
 		return nil // a compaction that runs removes files, too
 	}
-	missing, err := d.missing()
-	if missing == "" || err != nil {
-		return nil // who knows: at the next look
+	c, err := d.changed()
+	if err != nil {
+		return nil // nobody knows: at the next look
 	}
-	if err := d.lookAtLock(); errors.Is(err, storage.ErrMoved) { // they are another process's
+	d.sayStrangers(c.strangers)
+	if len(c.spoiled)+len(c.leftovers) == 0 {
+		return nil
+	}
+
+	// If another process has the directory now, the files are that one's.
+	if err := d.lock.Look(); errors.Is(err, storage.ErrMoved) {
 		return d.fail(err)
 	} else if err != nil {
 		return nil
 	}
-	d.log.Error("a file was removed while the server uses it; all data is written anew from memory",
-		"missing", d.dir.Path(missing))
-	if err := d.heal(); err != nil {
+	if err := d.mend(c); err != nil {
 		d.healAfter = now.Add(compactTime)
 		d.log.Error("cannot write the data anew, so the server's end would lose it: save it with "+
 			"kvserver -c Dump; trying again", "in", compactTime, "error", err)
 		return d.failure()
 	}
-	d.log.Info("all data is on disk again", "bytes", d.fullBytes)
 	return nil
 }
 
-// lastLook is lookForFiles at the end, after which nobody has the data in memory: that it
-// cannot be written anew is an error.
-func (d *Store) lastLook() error {
-	if d.reserve == 0 {
-		return nil
+// sayStrangers tells the log of files that must be taken away by somebody, when they have come.
+func (d *Store) sayStrangers(names []string) {
+	if !slices.Equal(names, d.strangers) && len(names) > 0 {
+		d.log.Error("files that are none of this store's were put into its directory: take them "+
+			"away, or the next start is refused", "files", names, "dir", d.dir.Path(""))
 	}
-	d.healAfter = time.Time{}
-	if err := d.lookForFiles(time.Now()); err != nil {
-		return err
+	d.strangers = names
+}
+
+// mend brings the files back to what they should be, and looks whether they are.
+func (d *Store) mend(c changes) error {
+	if len(c.spoiled) > 0 {
+		d.log.Error("files were removed or changed while the server uses them; all data is written "+
+			"anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
+		d.spoiled = c.spoiled
+		if err := d.heal(c.spoiled); err != nil {
+			return err
+		}
+		d.spoiled = nil
+	} else if !slices.Equal(c.leftovers, d.removed) {
+		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
+			"put over it leaves them; they are removed", "files", c.leftovers, "dir",
+			d.dir.Path(""))
 	}
-	missing, err := d.missing()
-	if err == nil && missing != "" {
-		err = fmt.Errorf("%s was removed, and could not be written anew", d.dir.Path(missing))
+	d.removed = c.leftovers
+	for _, name := range c.leftovers {
+		d.dir.Remove(name) // perhaps the heal has
+	}
+
+	left, err := d.changed()
+	if err == nil && len(left.spoiled) > 0 {
+		err = fmt.Errorf("%s is changed by somebody again and again",
+			d.dir.Path(left.spoiled[0]))
+	}
+	if err == nil && len(c.spoiled) > 0 {
+		d.log.Info("all data is on disk again", "bytes", d.fullBytes)
 	}
 	return err
 }
 
-// lookAtLock tells whether the lock is ours now, where one can look.
-func (d *Store) lookAtLock() error {
-	if lock, ok := d.lock.(interface{ Look() error }); ok {
-		return lock.Look()
-	}
-	return nil
-}
-
-// missing is the name of a file that is not where it was, or is another one: "" if there is
-// none.
-func (d *Store) missing() (name string, err error) {
-	names, err := d.dir.List()
-	if err != nil {
-		return "", err
-	}
-	var gap *storage.DamageError
-	current := logName(kindSegment, d.number)
-	switch _, err := layoutOf(d.dir, names); {
-	case !slices.Contains(names, storeName):
-		return storeName, nil
-	case errors.As(err, &gap):
-		return filepath.Base(gap.File), nil
-	case !slices.Contains(names, current):
-		return current, nil
-	}
-	dir, ok := d.dir.(interface {
-		IsOther(storage.File, string) bool
-	})
-	if ok && dir.IsOther(d.current.f, current) {
-		return current, nil
-	}
-	return "", nil
-}
-
-// heal writes what the store holds as a snapshot, and goes on in a new segment behind it.
-// The order is Repair's: the snapshot's name makes it the store, at once.
-func (d *Store) heal() error {
-	d.writing <- struct{}{}
-	defer func() { <-d.writing }()
-	d.fsyncs <- struct{}{}
-	defer func() { <-d.fsyncs }()
-	defer d.syncing.Store(nil)
+// heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
+// puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
+// What is spoiled goes before the snapshot gets its name, for below a snapshot a start wants
+// nothing but full files.
+func (d *Store) heal(spoiled []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
-	snapshot, first := logName(kindSnapshot, d.number+1), d.sequence+2
-	path := d.dir.Path(snapshot)
+	before := d.number
+	if err := d.rotate(); err != nil {
+		return d.fail(err)
+	} else if d.number == before {
+		return errors.New("no new file can be made")
+	}
+
+	for _, name := range spoiled {
+		if err := d.dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if slices.Contains(spoiled, storeName) {
+		if err := writeID(d.dir, d.id); err != nil {
+			return err
+		}
+	}
+
+	c := d.compaction()
+	c.stop = nil // also while the store closes: nobody else has the data
+	c.isOurs = d.lock.Look
+	path := d.dir.Path(logName(kindSnapshot, c.through))
 	d.syncing.Store(&path)
-	segment := fileHeader{kind: kindSegment, id: d.id, number: d.number + 2, first: first}
-	// A rotation that failed may have left this; below the snapshot it would be no full file.
-	err := d.dir.Remove(logName(kindSegment, d.number+1))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	defer d.syncing.Store(nil)
+	size, err := c.run()
+	if size > 0 {
+		d.snapshot, d.fullBytes = c.through, size
+		d.learn()
 	}
-	w, err := d.newSegment(segment)
-	if err != nil { // perhaps only the directory's Sync has failed, and its name is there
-		if d.dir.Remove(logName(kindSegment, segment.number)) == nil {
-			d.dir.Sync()
-		}
-		return err
-	}
-	var size int64
-	if err = writeID(d.dir, d.id); err == nil {
-		h := fileHeader{kind: kindSnapshot, id: d.id, number: d.number + 1, first: first}
-		size, err = createLog(d.dir, snapshot, h, func(w *logWriter) error {
-			if err := writeAll(w, d.Snapshot(), nil); err != nil {
-				return err
-			}
-			return d.lookAtLock() // that took its time
-		})
-	}
-	if err != nil {
-		err = errors.Join(err, w.f.Close(), d.dir.Remove(logName(kindSegment, segment.number)))
-		// Beside the snapshot the file that is open would count no more.
-		undo := d.dir.Remove(snapshot)
-		if errors.Is(undo, fs.ErrNotExist) {
-			undo = nil
-		}
-		if undo = errors.Join(undo, d.dir.Sync()); undo != nil {
-			d.fail(errors.Join(err, undo))
-		}
-		return err
-	}
-	// With this the old file is full, and may stay where it cannot be removed.
-	if d.current.append(frame{sequence: first - 1, synced: d.synced, kind: frameNext}, nil, 0) == nil {
-		d.current.sync()
-	}
-	d.current.f.Close()
-	d.removeUpTo(d.number)
-	d.mu.Lock()
-	d.current, d.number = w, segment.number
-	d.sequence, d.synced, d.vouched = first-1, first-1, true
-	d.mu.Unlock()
-	d.size, d.room, d.first, d.fullBytes = w.size, w.room(), first, size
-	return nil
+	return err
 }
 
-// removeUpTo removes the log files up to a number. What cannot be removed, the next
-// compaction will try again.
-func (d *Store) removeUpTo(last uint64) {
-	names, _ := d.dir.List()
-	for _, name := range names {
-		if _, number, ok := parseName(name); ok && number <= last {
-			d.dir.Remove(name)
-		}
+// lastLook is lookForFiles at the end, after which nobody has the data in memory: that it
+// cannot be opened again is an error.
+func (d *Store) lastLook() error {
+	d.healAfter = time.Time{}
+	if err := d.lookForFiles(time.Now()); err != nil {
+		return err
 	}
-	d.dir.Sync()
+	c, err := d.changed()
+	switch {
+	case err != nil:
+		return nil // nobody knows
+	case len(c.spoiled) > 0:
+		return fmt.Errorf("%s was removed or changed, and could not be written anew",
+			d.dir.Path(c.spoiled[0]))
+	case len(c.strangers)+len(c.leftovers) > 0:
+		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
+			d.dir.Path(""), strings.Join(append(c.strangers, c.leftovers...), ", "))
+	}
+	return nil
 }

@@ -1,21 +1,18 @@
 package durable
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"kvserver/kvstore"
-	"kvserver/kvstore/storage"
 	"log/slog"
-	"math/rand/v2"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	crand "crypto/rand"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 )
 
 // layout is which of a store's files count.
@@ -25,26 +22,29 @@ type layout struct {
 	obsolete []string // files that the snapshot stands for, and temporary ones
 }
 
+// isTmp tells whether a file called name is one of ours that has not got its own name yet.
+func isTmp(name string) bool {
+	base, isTmp := strings.CutSuffix(name, tmpSuffix)
+	_, _, isLog := parseName(base)
+	return isTmp && (isLog || base == storeName)
+}
+
 // readLayout sorts the directory's names. Segments must follow one another.
 func readLayout(dir storage.Directory) (l layout, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return l, err
 	}
-	return layoutOf(dir, names)
-}
-
-// layoutOf is readLayout of names that were read.
-func layoutOf(dir storage.Directory, names []string) (l layout, err error) {
 	for _, name := range names {
 		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
 			l.snapshot = max(l.snapshot, number)
 		}
 	}
+
 	for _, name := range names {
 		kind, number, ok := parseName(name)
 		switch {
-		case strings.HasSuffix(name, tmpSuffix),
+		case isTmp(name),
 			ok && kind == kindSnapshot && number < l.snapshot,
 			ok && kind == kindSegment && number <= l.snapshot:
 			l.obsolete = append(l.obsolete, name)
@@ -52,18 +52,34 @@ func layoutOf(dir storage.Directory, names []string) (l layout, err error) {
 			l.segments = append(l.segments, number)
 		}
 	}
+
 	slices.Sort(l.segments)
 	for i, number := range l.segments {
 		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, &storage.DamageError{File: dir.Path(logName(kindSegment, want)),
-				What: "the file is missing", Missing: true}
+			return l, missingFile(dir, want)
 		}
 	}
 	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
-		return l, &storage.DamageError{File: dir.Path(logName(kindSegment, l.snapshot+1)),
-			What: "the file is missing", Missing: true}
+		return l, missingFile(dir, l.snapshot+1)
 	}
 	return l, nil
+}
+
+// missingFile is the damage that a segment is missing.
+func missingFile(dir storage.Directory, number uint64) error {
+	return &storage.DamageError{File: dir.Path(logName(kindSegment, number)),
+		What: "the file is missing", Missing: true}
+}
+
+// names are the names of the files that count, in the order in which they are read.
+func (l layout) names() (names []string) {
+	if l.snapshot > 0 {
+		names = append(names, logName(kindSnapshot, l.snapshot))
+	}
+	for _, number := range l.segments {
+		names = append(names, logName(kindSegment, number))
+	}
+	return names
 }
 
 // majorityID is the id that most of the log files called names bear, how many that
@@ -74,8 +90,12 @@ func majorityID(dir storage.Directory, names []string) (id storeID, most, of int
 		if _, _, ok := parseName(name); !ok {
 			continue
 		}
-		if l, err := openLog(dir, name); err == nil {
-			l.f.Close()
+		l, err := openLog(dir, name)
+		if err != nil {
+			continue
+		}
+		l.f.Close()
+		if l.bad == nil {
 			of++
 			if votes[l.header.id]++; votes[l.header.id] > most {
 				id, most = l.header.id, votes[l.header.id]
@@ -96,46 +116,284 @@ func checkID(dir storage.Directory, id storeID, l layout) error {
 			other[:])}
 }
 
-// names are the names of the files that count.
-func (l layout) names() (names []string) {
-	if l.snapshot > 0 {
-		names = append(names, logName(kindSnapshot, l.snapshot))
+// files are the log files of a store, to be read in their order.
+type files struct {
+	layout
+	dir  storage.Directory
+	id   storeID
+	logs []*logReader // for each of names; nil: it is not open
+}
+
+// find finds out which files are the store. One without logs is a new store.
+func find(dir storage.Directory) (s *files, err error) {
+	s = &files{dir: dir}
+	id, found, err := readID(dir)
+	if err != nil {
+		return nil, err
 	}
+	if s.id = id; !found {
+		if err := s.findNew(); err != nil {
+			return nil, err
+		}
+		return s, nil
+	}
+
+	if s.layout, err = readLayout(dir); err != nil {
+		return nil, err
+	}
+	if err := checkID(dir, id, s.layout); err != nil {
+		return nil, err
+	}
+	s.logs = make([]*logReader, len(s.names()))
+	return s, s.checkObsolete()
+}
+
+// ErrUnfinished is returned for what a backup, a repair or a first start has left that was
+// stopped before it was a store.
+var ErrUnfinished = errors.New("an unfinished store")
+
+// findNew is find where there is no STORE: it wants nothing but what a first start leaves that
+// did not get so far, which holds no data.
+func (s *files) findNew() error {
+	l, err := readLayout(s.dir)
+	var gap *storage.DamageError
+	if err != nil && !errors.As(err, &gap) {
+		return err
+	}
+	if l.snapshot > 0 || len(l.segments) > 1 || gap != nil {
+		return &storage.DamageError{File: s.dir.Path(storeName), What: "the file is missing",
+			Missing: true}
+	}
+
+	s.obsolete = l.obsolete
 	for _, number := range l.segments {
-		names = append(names, logName(kindSegment, number))
+		s.obsolete = append(s.obsolete, logName(kindSegment, number))
 	}
-	return names
+	for _, name := range s.obsolete {
+		f, size, err := s.dir.Open(name)
+		if err != nil {
+			return err
+		}
+		f.Close()
+		switch {
+		case !strings.HasPrefix(name, storeName) && size > headerSize && isTmp(name),
+			size > maxStoreFile:
+			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was broken "+
+				"off", ErrUnfinished, s.dir.Path(name), size)
+		case size > headerSize && !isTmp(name):
+			return &storage.DamageError{File: s.dir.Path(storeName), What: "the file is missing",
+				Missing: true}
+		}
+	}
+	return nil
+}
+
+// checkObsolete tells whether the segments that the snapshot stands for are what a
+// crash leaves of a compaction: full, to their last frame. Others were put there:
+// somebody restored an older copy over a newer store.
+func (s *files) checkObsolete() error {
+	for _, name := range s.obsolete {
+		kind, number, ok := parseName(name)
+		if !ok || kind != kindSegment {
+			continue
+		}
+		l, err := openLog(s.dir, name)
+		if err != nil {
+			return err // such as that a compaction beside us has just removed it
+		}
+		err = l.checkHeader(fileHeader{kind: kind, id: s.id, number: number})
+		var end logEnd
+		if err == nil {
+			end, err = l.scan(ignore)
+		}
+		l.f.Close()
+		if err != nil && !errors.As(err, new(*storage.DamageError)) {
+			return err
+		}
+		if err != nil || !end.goesOn() || end.tail == damaged {
+			return &storage.DamageError{File: s.dir.Path(name), What: fmt.Sprintf(
+				"it is older than snap-%d.log and no full file: an older copy was put over a "+
+					"newer store, or writing removed files anew was stopped", s.snapshot)}
+		}
+	}
+	return nil
+}
+
+// open opens the i-th file, if it is not open.
+func (s *files) open(i int) (l *logReader, err error) {
+	if s.logs[i] == nil {
+		s.logs[i], err = openLog(s.dir, s.names()[i])
+	}
+	return s.logs[i], err
+}
+
+// close closes the files that are open.
+func (s *files) close() {
+	for _, l := range s.logs {
+		if l != nil {
+			l.f.Close()
+		}
+	}
+	clear(s.logs)
+}
+
+// visitor is what walk tells what it reads. Each may be nil but frame.
+type visitor struct {
+	begin func(l *logReader) error
+	frame func(l *logReader, f frame, payload []byte) error
+	end   func(l *logReader, end logEnd, isLast bool) error
+
+	// damage is told what is wrong with a file. If it returns nil the walk goes on with the next.
+	damage func(error) error
+}
+
+// walk reads the files in their order. It ends with the newest, or with the one before that if a
+// rotation was stopped between the two.
+func (s *files) walk(v visitor) error {
+	defer s.close()
+	next := uint64(1)
+	if s.snapshot > 0 {
+		next = 0 // a snapshot's own header tells what comes behind it
+	}
+	for i := range s.logs {
+		end, isLast, err := s.visit(i, next, v)
+		if err != nil && v.damage != nil {
+			err, next = v.damage(err), 0 // what follows is read for what it is
+		} else if next = end.next; end.header.kind == kindSnapshot {
+			next = end.header.first
+		}
+		if err != nil || isLast {
+			return err
+		}
+	}
+	return nil
+}
+
+// visit reads one file, which begins with the frame first; 0: with any.
+func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, err error) {
+	l, err := s.open(i)
+	if err != nil {
+		return end, false, err
+	}
+	kind, number, _ := parseName(s.names()[i])
+	if err := l.checkHeader(fileHeader{kind, s.id, number, first}); err != nil {
+		return end, false, err
+	}
+
+	if v.begin != nil {
+		if err := v.begin(l); err != nil {
+			return end, false, err
+		}
+	}
+	if end, err = l.scan(v.frame); err != nil {
+		return end, false, err
+	}
+	if isLast, err = s.judge(i, end); err != nil {
+		return end, false, err
+	}
+	if v.end != nil {
+		err = v.end(l, end, isLast)
+	}
+	return end, isLast, err
+}
+
+// judge decides whether the i-th file may end so. isLast: nothing is to be read behind it.
+func (s *files) judge(i int, end logEnd) (isLast bool, err error) {
+	newest := i == len(s.logs)-1
+	at := &storage.DamageError{File: s.dir.Path(s.names()[i]), Offset: end.offset, Frame: end.next}
+	switch {
+	case end.header.kind == kindSnapshot && !end.isWhole():
+		if at.What = "the snapshot has no proper end"; end.bad != nil {
+			return false, end.bad
+		}
+		return false, at
+	case end.header.kind == kindSnapshot:
+		return false, nil
+	case end.tail == damaged:
+		return false, end.bad
+	case newest && end.goesOn() && s.isFollowed(end.header.number):
+		return true, nil // a rotation came since we looked
+	case newest && end.goesOn():
+		following := missingFile(s.dir, end.header.number+1).(*storage.DamageError)
+		following.What += ": " + at.File + " says that it follows"
+		return false, following
+	case newest:
+		return true, nil
+	case end.goesOn():
+		return false, nil
+	case i == len(s.logs)-2:
+		if isLast, err = s.isEmpty(i+1, end.next); isLast || err != nil {
+			return isLast, err
+		}
+	}
+	if at.What = "the frame that says that another file follows is missing"; end.bad != nil {
+		return false, end.bad
+	}
+	return false, at
+}
+
+// isFollowed tells whether there is a log file of a higher number now.
+func (s *files) isFollowed(number uint64) bool {
+	names, _ := s.dir.List()
+	return slices.ContainsFunc(names, func(name string) bool {
+		_, other, ok := parseName(name)
+		return ok && other > number
+	})
+}
+
+// isEmpty tells whether the i-th file is a segment without a frame that was made when the one
+// before it held those before next. (With more, that file's end is damaged. Rotation has all of it
+// on disk before it makes the next.)
+func (s *files) isEmpty(i int, next uint64) (bool, error) {
+	l, err := s.open(i)
+	if err != nil {
+		return false, err
+	}
+	_, number, _ := parseName(s.names()[i])
+	isIts := l.checkHeader(fileHeader{kind: kindSegment, id: s.id, number: number}) == nil
+	return isIts && l.size == headerSize && l.header.first <= next+1, nil
 }
 
 // load makes the store what the log says, and the log ready to be written, unless ctx is
 // done before.
 func (d *Store) load(ctx context.Context) error {
-	l, err := d.find()
+	s, err := find(d.dir)
 	if err != nil {
 		return err
 	}
-	if len(l.segments) == 0 {
-		return d.create(l)
+	d.id, d.snapshot = s.id, s.snapshot
+	if len(s.logs) == 0 {
+		return d.create(s.obsolete)
 	}
-	p := newProgress(ctx, d.log, d.opts.Status, d.dir, l)
-	next := uint64(1)
-	if l.snapshot > 0 {
-		next, d.fullBytes, err = loadSnapshot(d.dir, d.id, l.snapshot, d.Memory, p.step)
-		if err != nil {
-			return err
-		}
-	}
-	ends, obsolete, err := loadSegments(d.dir, d.id, l.segments, next, d.Memory, p.step)
+
+	// Read everything. The last end is the current file's.
+	p := newProgress(ctx, d.log, d.opts.Status, s)
+	apply := applyTo(d.Memory)
+	var ends []logEnd
+	err = s.walk(visitor{
+		frame: func(l *logReader, f frame, payload []byte) error {
+			if err := apply(l, f, payload); err != nil {
+				return err
+			}
+			return p.step(f)
+		},
+		end: func(_ *logReader, end logEnd, _ bool) error {
+			ends = append(ends, end)
+			return nil
+		},
+	})
 	if err != nil {
 		return err
 	}
+	last := ends[len(ends)-1]
 	for _, end := range ends[:len(ends)-1] {
 		d.fullBytes += end.offset
 	}
-	last := ends[len(ends)-1]
+
 	// No frame in an empty file calls the end of the one before synced.
-	if len(ends) > 1 && last.offset == headerSize {
-		if err := d.renew(ends[len(ends)-2]); err != nil {
+	if n := len(ends) - 2; n >= 0 && last.offset == headerSize &&
+		ends[n].header.kind == kindSegment {
+		if err := d.renew(ends[n]); err != nil {
 			return err
 		}
 	}
@@ -143,69 +401,19 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 	p.end(d.Memory)
-	// Only now: nothing is touched when we refuse.
-	if err := d.removeAll(append(l.obsolete, obsolete...)); err != nil {
+
+	// Only now: nothing is touched when we refuse. The files behind the last are those of a
+	// rotation that was stopped.
+	if err := d.removeAll(append(s.obsolete, s.names()[len(ends):]...)); err != nil {
 		return err
 	}
 	return d.dir.Sync() // a start before this one may have failed to do so
 }
 
-// find finds out which files are the store. A layout without a segment is that of a
-// new store.
-func (d *Store) find() (l layout, err error) {
-	var found bool
-	if d.id, found, err = readID(d.dir); err != nil {
-		return l, err
-	}
-	l, err = readLayout(d.dir)
-	switch {
-	case err != nil:
-		return l, err
-	case !found:
-		if isNew, err := unfinished(d.dir, l); err != nil {
-			return l, err
-		} else if isNew {
-			for _, number := range l.segments {
-				l.obsolete = append(l.obsolete, logName(kindSegment, number))
-			}
-			l.segments = nil
-			return l, nil
-		}
-		return l, &storage.DamageError{File: d.dir.Path(storeName), What: "the file is missing",
-			Missing: true}
-	}
-	if err := checkID(d.dir, d.id, l); err != nil {
-		return l, err
-	}
-	return l, checkObsolete(d.dir, d.id, l)
-}
-
-// checkObsolete tells whether the segments that the snapshot stands for are what a
-// crash leaves of a compaction: full, to their last frame. Others were put there:
-// somebody restored an older copy over a newer store.
-func checkObsolete(dir storage.Directory, id storeID, l layout) error {
-	for _, name := range l.obsolete {
-		kind, number, ok := parseName(name)
-		if !ok || kind != kindSegment {
-			continue
-		}
-		end, err := loadSegment(dir, id, number, 0, false, kvstore.NewMemory(), anyFrame)
-		if err != nil && (errors.Is(err, fs.ErrNotExist) || !errors.As(err, new(*storage.DamageError))) {
-			return err // such as that a compaction beside us has just removed it
-		}
-		if err != nil || !end.goesOn {
-			return &storage.DamageError{File: dir.Path(name), What: fmt.Sprintf(
-				"it is older than snap-%d.log and no full file: an older copy was put over a "+
-					"newer store, or a repair, or writing removed files anew, was stopped", l.snapshot)}
-		}
-	}
-	return nil
-}
-
 // create makes a new store's first files: STORE comes last, so that a
 // directory with a STORE is never without a log.
-func (d *Store) create(l layout) error {
-	if err := d.removeAll(l.obsolete); err != nil {
+func (d *Store) create(obsolete []string) error {
+	if err := d.removeAll(obsolete); err != nil {
 		return err
 	}
 	crand.Read(d.id[:])
@@ -218,22 +426,6 @@ func (d *Store) create(l layout) error {
 	return writeID(d.dir, d.id)
 }
 
-// unfinished tells whether l is what a first start leaves that did not get to
-// write STORE: at most a segment with no frame in it.
-func unfinished(dir storage.Directory, l layout) (bool, error) {
-	switch {
-	case l.snapshot > 0 || len(l.segments) > 1:
-		return false, nil
-	case len(l.segments) == 0:
-		return true, nil
-	}
-	f, size, err := dir.Open(logName(kindSegment, l.segments[0]))
-	if err != nil {
-		return false, err
-	}
-	return size == headerSize, f.Close()
-}
-
 func (d *Store) removeAll(names []string) error {
 	for _, name := range names {
 		if err := d.dir.Remove(name); err != nil {
@@ -243,269 +435,59 @@ func (d *Store) removeAll(names []string) error {
 	return nil
 }
 
-// checkHeader tells whether a file is the one that its name says.
-func (l *logReader) checkHeader(want fileHeader) error {
-	switch {
-	case l.header.id != want.id:
-		return &storage.DamageError{File: l.path, What: "the file belongs to another store"}
-	case l.header.kind != want.kind || l.header.number != want.number:
-		return &storage.DamageError{File: l.path, What: "the file is another one, renamed"}
-	case want.first != 0 && l.header.first != want.first:
-		return &storage.DamageError{File: l.path,
-			What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first,
-				want.first)}
-	}
-	return nil
-}
-
-// loadSnapshot adds a snapshot to m and returns the sequence that comes after.
-func loadSnapshot(dir storage.Directory, id storeID, number uint64, m *kvstore.Memory,
-	step func(frame) error) (next uint64, size int64, err error) {
-	l, err := openLog(dir, logName(kindSnapshot, number))
-	if err != nil {
-		return 0, 0, err
-	}
-	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kindSnapshot, id: id, number: number}); err != nil {
-		return 0, 0, err
-	}
-	complete := false
-	for {
-		f, payload, err := l.read()
-		switch {
-		case err == errEnd && complete:
-			return l.header.first, l.size, nil
-		case err == errEnd || err == nil && complete:
-			return 0, 0, &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next,
-				What: "the snapshot has no proper end"}
-		case err != nil:
-			return 0, 0, err
-		case f.kind == frameEnd:
-			complete = true
-		default:
-			if err := apply(m, string(payload), f.count); err != nil {
-				return 0, 0, &storage.DamageError{File: l.path, Offset: l.offset - f.padded(),
-					Frame: f.sequence, What: err.Error()}
-			}
-		}
-		if err := step(f); err != nil {
-			return 0, 0, err
-		}
-	}
-}
-
-// segmentEnd is where a segment's good part ends.
-type segmentEnd struct {
-	header fileHeader
-	next   uint64 // sequence of the frame that would follow
-	offset int64
-	size   int64 // of the file: behind offset there may be zeros, or what is torn
-	torn   int64 // bytes behind offset, of frames that were never complete on disk
-	frames int   // whole ones among these, which came to disk before what stands before them
-	bad    error // why the torn part is no part of the log
-	doubt  int64 // offset of the first frame that no later one calls synced
-	goesOn bool  // the last frame says that another file follows
-	silent bool  // the last frame does not say that all before it is on disk
-}
-
-// loadSegments adds what the segments' frames did to m, and returns where each ends.
-// The last two may be those of a rotation that a crash, or a full disk, has stopped:
-// then the last is empty, and obsolete.
-func loadSegments(dir storage.Directory, id storeID, numbers []uint64, next uint64, m *kvstore.Memory,
-	step func(frame) error) (ends []segmentEnd, obsolete []string, err error) {
-	for i, number := range numbers {
-		end, err := loadSegment(dir, id, number, next, i >= len(numbers)-2, m, step)
-		if err != nil {
-			return nil, nil, err
-		}
-		ends = append(ends, end)
-		next = end.next
-		stopped, err := checkNext(dir, id, numbers[i:], end)
-		if err != nil {
-			return nil, nil, err
-		}
-		if stopped {
-			return ends, []string{logName(kindSegment, numbers[i+1])}, nil
-		}
-	}
-	return ends, nil, nil
-}
-
-// checkNext tells whether the end of the first of these segments fits the next one:
-// full files say that another follows, and the last does not. stopped: the next one is
-// what a stopped rotation has left.
-func checkNext(dir storage.Directory, id storeID, numbers []uint64,
-	end segmentEnd) (stopped bool, err error) {
-	path := dir.Path(logName(kindSegment, numbers[0]))
-	if len(numbers) == 2 && !end.goesOn {
-		if stopped, err = isEmptySegment(dir, id, numbers[1], end.next); stopped || err != nil {
-			return stopped, err
-		}
-	}
-	switch {
-	case len(numbers) == 1 && end.goesOn:
-		return false, &storage.DamageError{File: dir.Path(logName(kindSegment, numbers[0]+1)),
-			What: "the file is missing: " + path + " says that it follows", Missing: true}
-	case len(numbers) == 1 || end.goesOn:
-		return false, nil
-	case end.bad != nil:
-		return false, end.bad
-	}
-	return false, &storage.DamageError{File: path, Offset: end.offset, Frame: end.next,
-		What: "the frame that says that another file follows is missing"}
-}
-
-// isEmptySegment tells whether a segment has no frame, and was made when the file before it
-// held those before next. (With more, that file's end is damaged. Rotation has all of it on disk
-// before it makes the next.)
-func isEmptySegment(dir storage.Directory, id storeID, number, next uint64) (bool, error) {
-	l, err := openLog(dir, logName(kindSegment, number))
-	if errors.As(err, new(*storage.DamageError)) {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	defer l.f.Close()
-	return l.header.id == id && l.header.number == number && l.size == headerSize &&
-		l.header.first <= next+1, nil
-}
-
-// loadSegment adds what a segment's frames did to m; first 0 is any. In one of the last two,
-// as last says, a bad end of which no frame says that it was on disk is torn, not damage.
-func loadSegment(dir storage.Directory, id storeID, number, first uint64, last bool, m *kvstore.Memory,
-	step func(frame) error) (end segmentEnd, err error) {
-	name := logName(kindSegment, number)
-	l, err := openLog(dir, name)
-	if err != nil {
-		return end, err
-	}
-	defer l.f.Close()
-	if err := l.checkHeader(fileHeader{kind: kindSegment, id: id, number: number,
-		first: first}); err != nil {
-		return end, err
-	}
-	end.header, end.size = l.header, l.size
-	var doubts []int64 // offsets of the frames that no later one calls synced
-	for {
-		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
-		if len(doubts) > 0 {
-			end.doubt = doubts[0]
-		}
-		f, payload, err := l.read()
-		var damage *storage.DamageError
-		var rest []byte
-		if errors.As(err, &damage) && last && !end.goesOn {
-			f, payload, rest, err = l.readAgain(damage)
-			end.size = max(end.size, l.size)
-		}
-		switch {
-		case err == errEnd, errors.Is(err, errShorter) && end.goesOn:
-			return end, nil
-		// A rotation that was killed leaves zeros behind the frame that goes on.
-		case errors.As(err, &damage) && (last || end.goesOn):
-			return l.endTorn(end, damage, rest)
-		case err != nil:
-			return end, err
-		case end.goesOn:
-			return end, &storage.DamageError{File: l.path, Offset: end.offset, Frame: f.sequence,
-				What: "a frame follows the one that should be the last"}
-		}
-		if err := apply(m, string(payload), f.count); err != nil {
-			return end, &storage.DamageError{File: l.path, Offset: end.offset, Frame: f.sequence,
-				What: err.Error()}
-		}
-		end.goesOn, end.silent = f.kind == frameNext, f.kind == frameRecords
-		doubts = append(doubts, end.offset)
-		known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
-		if known < len(doubts) {
-			doubts = slices.Delete(doubts, 0, len(doubts)-known)
-		}
-		if err := step(f); err != nil {
-			return end, err
-		}
-	}
-}
-
-// endTorn looks at what follows the good part of a last segment. It is damage if a frame in it
-// says that what is bad was on disk, or if the frame before says that the file ends there; else
-// it is torn, or just zeros. rest is what follows; nil: nobody has looked.
-func (l *logReader) endTorn(end segmentEnd, damage *storage.DamageError, rest []byte) (segmentEnd, error) {
-	if rest == nil {
-		var err error
-		if rest, err = l.rest(); err != nil {
-			return end, err
-		}
-	}
-	end.torn = int64(len(bytes.TrimRight(rest, "\x00")))
-	if end.torn == 0 {
-		return end, nil
-	}
-	end.bad = damage
-	synced := false
-	if end.frames, synced = l.look(rest); synced || end.goesOn {
-		return end, damage
-	}
-	return end, nil
-}
-
 // resume makes a segment the current one, at its end. Nothing is copied: but the
 // frames that no later one calls synced are written once more where they are, and
-// what was torn is kept beside and cleared. After a failed fsync the kernel may serve
+// what was torn is cleared. After a failed fsync the kernel may serve
 // from memory what is not on disk, and take it for written (Rebello et al., "Can
 // Applications Recover from fsync Failures?", 2020); what is written anew it has to
 // write.
-func (d *Store) resume(end segmentEnd) error {
+func (d *Store) resume(end logEnd) error {
 	h := end.header
 	name := logName(h.kind, h.number)
-	d.number, d.sequence, d.synced, d.vouched = h.number, end.next-1, end.next-1, !end.silent
-	if end.torn > 0 {
-		kept, err := d.keepTorn(name, end)
-		if errors.Is(err, syscall.ENOSPC) {
-			kept = "nothing, for the disk is full" // no promise covers it, and reading and Delete must go on
-		} else if err != nil {
-			return fmt.Errorf("keeping the torn end of the log: %w", err)
-		}
+	if end.tail == torn {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
-			d.dir.Path(name),
-			"offset", end.offset, "bytes", end.torn, "whole_frames", end.frames, "kept_in", kept)
+			d.dir.Path(name), "offset", end.offset, "bytes", end.bytes, "whole_frames", end.loose)
 	}
 	w, err := extendLog(d.dir, name, h, end.offset)
 	if err != nil {
 		return err
 	}
 	w.end = end.size
-	names, err := d.dir.List()
-	if slices.ContainsFunc(names, func(other string) bool {
-		return strings.HasPrefix(other, tornPrefix+name+"-")
-	}) { // a start that failed may have cleared what is torn in the kernel's memory alone
-		end.torn = end.size - end.offset
+
+	// After a clean stop nothing was torn. Else a start before this one may have cleared it, but
+	// in the kernel's memory alone: so all behind the last frame is cleared once more.
+	if end.bytes = end.size - end.offset; end.frames > 0 && end.last == frameCleanStop {
+		end.bytes = 0
 	}
-	if err := errors.Join(err, rewrite(w, end)); err != nil {
+	if err := rewrite(w, end); err != nil {
 		w.f.Close()
 		return err
 	}
+	d.number, d.sequence, d.synced = h.number, end.next-1, end.next-1
+	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room, d.first = w, w.size, w.room(), h.first
 	return nil
 }
 
 // renew writes the doubtful end of a full segment once more.
-func (d *Store) renew(end segmentEnd) error {
+func (d *Store) renew(end logEnd) error {
 	w, err := extendLog(d.dir, logName(kindSegment, end.header.number), end.header, end.offset)
 	if err != nil {
 		return err
 	}
+	end.bytes = 0
 	return errors.Join(rewrite(w, end), w.f.Close())
 }
 
-// rewrite writes the doubtful end of a segment once more, clears what is torn behind
-// it, and syncs both.
-func rewrite(w *logWriter, end segmentEnd) error {
-	if end.doubt == end.offset && end.torn == 0 {
+// rewrite writes the doubtful end of a segment once more, clears so many bytes behind it, and
+// syncs both.
+func rewrite(w *logWriter, end logEnd) error {
+	if end.doubt == end.offset && end.bytes == 0 {
 		return nil
 	}
-	buf := make([]byte, readSize(max(end.offset-end.doubt, end.torn)))
-	for at := end.doubt; at < end.offset+end.torn; {
-		b := buf[:min(int64(len(buf)), end.offset+end.torn-at)]
+	buf := make([]byte, readSize(max(end.offset-end.doubt, end.bytes)))
+	for at := end.doubt; at < end.offset+end.bytes; {
+		b := buf[:min(int64(len(buf)), end.offset+end.bytes-at)]
 		if at < end.offset {
 			b = b[:min(int64(len(b)), end.offset-at)]
 			if _, err := w.f.ReadAt(b, at); err != nil {
@@ -522,55 +504,6 @@ func rewrite(w *logWriter, end segmentEnd) error {
 	return w.sync()
 }
 
-// tornPrefix begins the names of files in which a start keeps what it cut off. A
-// clean stop removes them.
-const tornPrefix = "torn-"
-
-// keepTorn copies the torn end of a segment to a file of its own, durably.
-func (d *Store) keepTorn(name string, end segmentEnd) (path string, err error) {
-	f, _, err := d.dir.Open(name)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	b := make([]byte, end.torn)
-	if _, err := f.ReadAt(b, end.offset); err != nil {
-		return "", readError(d.dir.Path(name), err)
-	}
-	// A name of its own each time: a start that was killed may have left a whole one.
-	kept := fmt.Sprintf("%s%s-%d-%08x", tornPrefix, name, end.offset, rand.Uint32())
-	w, err := d.dir.Create(kept)
-	if err != nil {
-		return "", err
-	}
-	_, err = w.WriteAt(b, 0)
-	if err == nil {
-		err = w.Sync()
-	}
-	if err = errors.Join(err, w.Close()); err == nil {
-		err = d.dir.Sync()
-	}
-	if err != nil {
-		err = errors.Join(err, d.dir.Remove(kept)) // or each start would leave one more
-	}
-	return d.dir.Path(kept), err
-}
-
-// removeTorn removes what starts have cut off: by now the store was used, and
-// nobody missed it.
-func (d *Store) removeTorn() error {
-	names, err := d.dir.List()
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if strings.HasPrefix(name, tornPrefix) {
-			err = errors.Join(err, d.dir.Remove(name))
-		}
-	}
-	return err
-}
-
 // progress tells the log, and who looks at status, how far a long load has come. It ends
 // the load when ctx is done.
 type progress struct {
@@ -582,22 +515,16 @@ type progress struct {
 	records, files int
 }
 
-// newProgress prepares to tell of the load of l.
-func newProgress(ctx context.Context, log *slog.Logger, status *storage.Status, dir storage.Directory,
-	l layout) *progress {
+// newProgress prepares to tell of the load of s.
+func newProgress(ctx context.Context, log *slog.Logger, status *storage.Status,
+	s *files) *progress {
 	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
-	count := func(name string) {
-		if f, size, err := dir.Open(name); err == nil { // who reads it will complain
+	for _, name := range s.names() {
+		if f, size, err := s.dir.Open(name); err == nil { // walk will complain
 			p.total += size
 			p.files++
 			f.Close()
 		}
-	}
-	if l.snapshot > 0 {
-		count(logName(kindSnapshot, l.snapshot))
-	}
-	for _, number := range l.segments {
-		count(logName(kindSegment, number))
 	}
 	return p
 }

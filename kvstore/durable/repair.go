@@ -1,299 +1,348 @@
 package durable
 
 import (
-	"bytes"
-	"context"
+	"cmp"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
+
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
-	"slices"
-	"time"
 )
 
-// damagedPrefix begins the name of the directory in which Repair keeps what it
-// found.
-const damagedPrefix = "damaged-"
+// ErrNothingRead is returned by Repair when there is nothing to make a store of.
+var ErrNothingRead = errors.New("not one frame can be read")
 
-// Repair makes a store that opens of what can still be read in dir, and says what could not. The
-// files that it found are kept in a subdirectory, which now names. A store without damage is left
-// as it is.
-func Repair(dir storage.Directory, now time.Time) (r Report, err error) {
-	if r, err = check(dir); err != nil || !r.Damaged {
-		if err == nil {
-			r.say("nothing to repair")
-		}
-		return r, err
-	}
-	lock, err := dir.Lock(context.Background())
-	if err != nil {
-		return r, err
-	}
-	defer lock.Close()
+// Repair makes a store of what can still be read in dir in the directory out, which is empty, and
+// says what could not. It changes nothing in dir.
+//
+// It reads as a start does, but goes on behind what is bad: what each file's header says counts,
+// not its name; frames are applied in the order of their sequence, each once; and every gap in
+// that order is named, for nobody knows what was in it.
+func Repair(dir, out storage.Directory) (r Report, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return r, err
 	}
-	s := salvage{dir: dir, m: kvstore.NewMemory(), report: &r}
-	if s.id, err = findID(dir, names); err != nil {
+	if err := checkNames(dir, names); err != nil {
 		return r, err
 	}
-	highest, err := s.readAll(names)
+	if owner, inUse := dir.InUse(); inUse {
+		return r, fmt.Errorf("%w: %s %s", storage.ErrLocked, dir.Path(""), owner)
+	}
+
+	s := &salvage{dir: dir, report: &r, m: kvstore.NewMemory()}
+	defer s.close()
+	if err := s.readAll(names); err != nil {
+		return r, err
+	}
+	if s.restore(); s.err != nil {
+		return r, s.err
+	}
+
+	err = fill(out, func() error { return s.write(out) })
 	if err != nil {
 		return r, err
-	}
-	if s.frames == 0 {
-		return r, ErrNothingRead
-	}
-	kept, err := keepAll(dir, names, now)
-	if err != nil {
-		return r, err
-	}
-	// The new snapshot's name makes it the store, at once.
-	next := s.last + 1
-	segment := fileHeader{kind: kindSegment, id: s.id, number: highest + 2, first: next}
-	if _, err := createLog(dir, logName(segment.kind, segment.number), segment,
-		noFrames); err != nil {
-		return r, err
-	}
-	whole := fileHeader{kind: kindSnapshot, id: s.id, number: highest + 1, first: next}
-	_, err = createLog(dir, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
-		return writeAll(w, s.m.Snapshot(), nil)
-	})
-	if err != nil {
-		return r, err
-	}
-	if err := writeID(dir, s.id); err != nil {
-		return r, err
-	}
-	for _, name := range names {
-		if _, _, ok := parseName(name); ok {
-			if err := dir.Remove(name); err != nil {
-				return r, err
-			}
-		}
 	}
 	keys, values, bytes := s.m.Size()
-	r.say("repaired: %d keys, %d values, %d bytes of data; what was found is in %s", keys, values,
-		bytes, dir.Path(kept))
-	return r, dir.Sync()
+	r.say("saved   %d keys, %d values, %d bytes of data to %s", keys, values, bytes, out.Path(""))
+	return r, nil
 }
 
-// keepAll gives every file of the store a second name in a directory of its own,
-// before any loses its first.
-func keepAll(dir storage.Directory, names []string, now time.Time) (kept string, err error) {
-	base := damagedPrefix + now.UTC().Format("20060102-150405")
-	kept = base
-	for n := 2; slices.Contains(names, kept); n++ {
-		kept = fmt.Sprint(base, "-", n)
-	}
-	for _, name := range names {
-		if !isBeside(name) {
-			if err := dir.Keep(name, kept); err != nil {
-				return "", err
-			}
-		}
-	}
-	return kept, nil
-}
-
-// findID returns the store's id: what most of the log files say, or else STORE.
-func findID(dir storage.Directory, names []string) (id storeID, err error) {
-	if id, most, of := majorityID(dir, names); most > 0 && 2*most >= of {
-		return id, nil
-	}
-	id, found, err := readID(dir)
-	if found && err == nil {
-		return id, nil
-	}
-	return id, errors.Join(err, errors.New("no file says which store this is: nothing can be read"))
-}
-
-// salvage reads what is whole in damaged files.
+// salvage is what is found in files of which some are damaged.
 type salvage struct {
 	dir    storage.Directory
 	id     storeID
-	m      *kvstore.Memory
-	last   uint64 // highest sequence seen in a segment
-	frames int    // that could be read
-	goesOn bool   // the last one of a file says that another follows
-	before uint64 // number of the file before the one that is read
 	report *Report
+	err    error // the first that is no damage
+
+	snapshots []*found // the newest first
+	segments  []*found
+	m         *kvstore.Memory
+	next      uint64 // sequence of the frame that comes behind those in m
 }
 
-// readAll reads the best snapshot and the segments after it, and returns the highest
-// number of a file.
-func (s *salvage) readAll(names []string) (highest uint64, err error) {
-	var snapshots, segments []uint64
-	for _, name := range names {
-		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
-			snapshots = append(snapshots, number)
-		} else if ok {
-			segments = append(segments, number)
-		}
-	}
-	slices.Sort(snapshots)
-	slices.Sort(segments)
-	base, err := s.base(snapshots, segments)
-	if err != nil {
-		return 0, err
-	}
-	highest = base
-	segments = slices.DeleteFunc(segments, func(number uint64) bool { return number <= base })
-	if base > 0 {
-		if err := s.read(kindSnapshot, base, false); err != nil {
-			return 0, err
-		}
-	}
-	newest := len(segments) - 1 // but for empty ones
-	for ; newest > 0; newest-- {
-		f, size, err := s.dir.Open(logName(kindSegment, segments[newest]))
-		if err != nil {
-			return 0, err
-		}
-		if f.Close(); size != headerSize {
-			break
-		}
-	}
-	for i, number := range segments {
-		s.before = highest
-		if err := s.read(kindSegment, number, i >= newest); err != nil {
-			return 0, err
-		}
-		highest = number
-	}
-	switch {
-	case highest == 0:
-		s.lose("everything: no log file is there")
-	case s.goesOn || len(segments) == 0:
-		s.lose("what came after %s: files are missing", s.dir.Path(logName(kindSegment, highest)))
-	}
-	for _, number := range snapshots { // a damaged one that was not the best
-		highest = max(highest, number)
-	}
-	return highest, nil
+// found is a log file, and what is whole in it.
+type found struct {
+	log    *logReader
+	number uint64
+	frames []place
+	whole  bool // a snapshot with its end
+	goesOn bool // the last frame says that another file follows
+	rest   tail // what stands behind the last frame
 }
 
-// base is the snapshot to begin with: the newest whole one, or none, from which all
-// segments up to the newest are there; else the newest, whatever can be read of it.
-func (s *salvage) base(snapshots, segments []uint64) (number uint64, err error) {
-	if len(snapshots) == 0 {
-		return 0, nil
-	}
-	newest := snapshots[len(snapshots)-1]
-	for _, number := range slices.Backward(append([]uint64{0}, snapshots...)) {
-		whole := number == 0
-		if !whole {
-			_, _, err := loadSnapshot(s.dir, s.id, number, kvstore.NewMemory(), anyFrame)
-			if whole = err == nil; !whole && !errors.As(err, new(*storage.DamageError)) {
-				return 0, err // such as a missing descriptor: it may be whole
-			}
-		}
-		for n := number + 1; whole && n <= newest; n++ {
-			whole = slices.Contains(segments, n)
-		}
-		if whole {
-			return number, nil
-		}
-	}
-	return newest, nil
+// place is where a whole frame is.
+type place struct {
+	in       *found
+	frame    frame
+	offset   int64 // of the frame
+	sequence uint64
+}
+
+// bad says what is not as it was written.
+func (s *salvage) bad(format string, args ...any) {
+	s.report.Damaged = true
+	s.report.say("DAMAGED "+format, args...)
 }
 
 // lose says what is lost.
 func (s *salvage) lose(format string, args ...any) {
-	s.report.Lost = true
+	s.report.Damaged, s.report.Lost = true, true
 	s.report.say("LOST    "+format, args...)
 }
 
-// read adds the good frames of a file to s.m. It goes on behind bad ones at the
-// next that is whole. Only the newest segment may end in unused room.
-func (s *salvage) read(kind uint32, number uint64, newest bool) error {
-	name := logName(kind, number)
-	b, err := s.bytesOf(name)
-	if err != nil {
+// findID finds out which store this is: what most of the log files say, or else STORE.
+func (s *salvage) findID(names []string) error {
+	id, most, of := majorityID(s.dir, names)
+	said, isThere, err := readID(s.dir)
+	switch {
+	case err != nil && !errors.As(err, new(*storage.DamageError)):
 		return err
+	case err != nil:
+		s.bad("%v", err)
+	case !isThere:
+		s.bad("%s is missing", s.dir.Path(storeName))
+	case most > 0 && 2*most >= of && said != id:
+		s.bad("%s is another store's", s.dir.Path(storeName))
 	}
-	seed := fileHeader{kind: kind, id: s.id, number: number}.seed()
-	frames, lost := 0, 0
-	if s.goesOn = false; len(b) < headerSize {
-		lost++
-		s.lose("%s: it is cut inside its header", s.dir.Path(name))
-	}
-	h, err := decodeHeader(b)
-	if err == nil && kind == kindSegment {
-		s.begins(number, h.first)
-	}
-	bad := func(from, to int) {
-		if from < to {
-			lost++
-			s.lose("bytes %d to %d of %s", from, to, s.dir.Path(name))
-		}
-	}
-	good := min(headerSize, len(b)) // the header has told all it can
-	for at := good; at+frameSize <= len(b); at += 8 {
-		head, ok := decodeFrame(b[at:], seed)
-		if !ok || head.padded() > int64(len(b)-at) {
-			continue
-		}
-		payload := b[at+frameSize : at+frameSize+int(head.length)]
-		if crc(seed, payload) != head.crc || apply(s.m, string(payload), head.count) != nil {
-			continue
-		}
-		bad(good, at)
-		if frames == 0 && kind == kindSegment && err != nil { // the header could not tell
-			s.begins(number, head.sequence)
-		}
-		frames++
-		s.frames++
-		s.goesOn = head.kind == frameNext
-		if kind == kindSegment {
-			s.last = max(s.last, head.sequence)
-		}
-		good = at + int(head.padded())
-		at = good - 8
-	}
-	end := len(b)
-	if newest || s.goesOn {
-		end = good + len(bytes.TrimRight(b[good:], "\x00"))
-	}
-	bad(good, end)
-	if lost == 0 {
-		s.report.say("read    all %d frames of %s", frames, s.dir.Path(name))
-	} else {
-		s.report.say("read    %d frames of %s", frames, s.dir.Path(name))
-	}
-	if err == nil && kind == kindSnapshot && h.first > 0 {
-		s.last = max(s.last, h.first-1)
+	switch {
+	case most > 0 && 2*most >= of:
+		s.id = id
+	case isThere && err == nil:
+		s.id = said
+	default:
+		return fmt.Errorf("%w: no file says which store this is", ErrNothingRead)
 	}
 	return nil
 }
 
-// bytesOf returns what a file holds.
-func (s *salvage) bytesOf(name string) ([]byte, error) {
-	f, size, err := s.dir.Open(name)
+// readAll finds all whole frames of all log files.
+func (s *salvage) readAll(names []string) error {
+	if err := s.findID(names); err != nil {
+		return err
+	}
+	frames := 0
+	for _, name := range names {
+		kind, number, ok := parseName(name)
+		if !ok {
+			continue
+		}
+		file, err := s.read(name, kind, number)
+		if err != nil {
+			return err
+		}
+		if file == nil {
+			continue
+		}
+		frames += len(file.frames)
+		if file.log.header.kind == kindSnapshot {
+			s.snapshots = append(s.snapshots, file)
+		} else {
+			s.segments = append(s.segments, file)
+		}
+	}
+	if frames == 0 {
+		return ErrNothingRead
+	}
+	newestFirst := func(a, b *found) int { return cmp.Compare(b.number, a.number) }
+	slices.SortStableFunc(s.snapshots, newestFirst)
+	slices.SortStableFunc(s.segments, newestFirst)
+	return nil
+}
+
+// read finds the whole frames of one file. A header that cannot be read is taken to be what the
+// name says; that of another store is none of ours.
+func (s *salvage) read(name string, kind uint32, number uint64) (*found, error) {
+	l, err := openLog(s.dir, name)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	b := make([]byte, size)
-	if _, err := f.ReadAt(b, 0); err != nil {
-		return nil, readError(s.dir.Path(name), err)
+	switch {
+	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
+		l.f.Close()
+		return nil, l.bad // a version that we do not know
+	case l.bad != nil:
+		s.bad("%v", l.bad)
+		l.begin(fileHeader{kind: kind, id: s.id, number: number})
+	case l.header.id != s.id:
+		l.f.Close()
+		s.report.say("ignored %s: it belongs to another store", l.path)
+		return nil, nil
+	case l.header.kind != kind || l.header.number != number:
+		s.bad("%s is %s, renamed", l.path, logName(l.header.kind, l.header.number))
 	}
-	return b, nil
+
+	file := &found{log: l, number: l.header.number}
+	for more := true; more; {
+		at := l.offset
+		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
+			file.frames = append(file.frames, place{file, f, at, f.sequence})
+			at = l.offset
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		if end.frames > 0 {
+			file.goesOn, file.whole = end.goesOn(), end.isWhole()
+		}
+		if file.rest = end.tail; end.offset >= end.size {
+			break
+		}
+
+		// Go on behind what is bad.
+		if more, err = l.skip(); err != nil {
+			return nil, err
+		}
+		switch {
+		case more && l.offset == end.offset:
+			s.bad("%v", end.bad)
+			file.whole = false
+		case more:
+			s.bad("bytes %d to %d of %s", end.offset, l.offset, l.path)
+			file.whole = false
+		case end.tail != nothing && file.log.header.kind == kindSnapshot:
+			s.bad("%s: behind %d bytes there is no whole frame", l.path, end.offset)
+		case end.tail != nothing:
+			s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
+		}
+	}
+	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
+		s.bad("%s has no proper end", l.path)
+	}
+	s.report.say("read    %d frames of %s", len(file.frames), l.path)
+	return file, nil
 }
 
-// begins says what is lost where a segment begins with a frame that does not follow the last
-// one that could be read.
-func (s *salvage) begins(number, first uint64) {
-	path := s.dir.Path(logName(kindSegment, number))
-	switch {
-	case first <= s.last+1:
-	case s.before == 0 && number > 1:
-		s.lose("what was before %s: files are missing", path)
-	case number > s.before+1:
-		s.lose("what was between %s and %s: files are missing",
-			s.dir.Path(logName(kindSegment, s.before)), path)
-	default:
-		s.lose("frames %d to %d, which came before %s", s.last+1, first-1, path)
+// close closes all log files.
+func (s *salvage) close() {
+	for _, file := range slices.Concat(s.snapshots, s.segments) {
+		file.log.f.Close()
 	}
+}
+
+// restore makes m of the best snapshot and the frames behind it.
+func (s *salvage) restore() {
+	frames := s.inOrder()
+	base := s.base(frames)
+	s.next = 1
+	if base != nil {
+		s.applyAll(base.frames, 1)
+		if !base.whole {
+			s.lose("a part of %s: it has no proper end", base.log.path)
+		}
+		s.next = base.log.header.first
+	}
+
+	// Every gap is a loss, whatever was in it.
+	i, _ := slices.BinarySearchFunc(frames, s.next,
+		func(p place, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
+	s.next = s.applyAll(frames[i:], s.next)
+	s.judgeEnd(base)
+}
+
+// inOrder are the frames of all segments by their sequence, each once.
+func (s *salvage) inOrder() (frames []place) {
+	for _, file := range s.segments {
+		frames = append(frames, file.frames...)
+	}
+	slices.SortStableFunc(frames, func(a, b place) int { return cmp.Compare(a.sequence, b.sequence) })
+	once := frames[:0]
+	for _, p := range frames {
+		if n := len(once); n > 0 && once[n-1].sequence == p.sequence {
+			s.bad("frame %d is there twice, at offset %d of %s", p.sequence, p.offset,
+				p.in.log.path)
+			continue
+		}
+		once = append(once, p)
+	}
+	return once
+}
+
+// base is the snapshot to begin with: the newest whole one from which no frame is missing, or none
+// where none is missing from the first; else the newest whole one, or the newest.
+func (s *salvage) base(frames []place) *found {
+	isComplete := func(first uint64) bool {
+		next := first
+		for _, p := range frames {
+			if p.sequence == next {
+				next++
+			} else if p.sequence > next {
+				return false
+			}
+		}
+		return true
+	}
+	for _, complete := range []bool{true, false} {
+		for _, file := range s.snapshots {
+			if file.whole && (!complete || isComplete(file.log.header.first)) {
+				return file
+			}
+		}
+		if complete && len(frames) > 0 && isComplete(1) {
+			return nil
+		}
+	}
+	for _, file := range s.snapshots {
+		if len(file.frames) > 0 {
+			return file
+		}
+	}
+	return nil
+}
+
+// applyAll applies frames, of which the first should be next, and returns the sequence behind the
+// last.
+func (s *salvage) applyAll(frames []place, next uint64) uint64 {
+	for _, p := range frames {
+		if p.sequence > next {
+			s.lose("frames %d to %d, which came before offset %d of %s", next, p.sequence-1, p.offset,
+				p.in.log.path)
+		}
+		payload := make([]byte, p.frame.length)
+		if _, err := p.in.log.f.ReadAt(payload, p.offset+frameSize); err != nil {
+			s.err = cmp.Or(s.err, readError(p.in.log.path, err))
+		} else if err := apply(s.m, string(payload), p.frame.count); err != nil {
+			s.lose("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, p.in.log.path, err)
+		}
+		next = p.sequence + 1
+	}
+	return next
+}
+
+// judgeEnd says what may be lost behind the last frame.
+func (s *salvage) judgeEnd(base *found) {
+	i := slices.IndexFunc(s.segments, func(file *found) bool {
+		return file.log.bad == nil || len(file.frames) > 0
+	})
+	switch {
+	case i < 0, base != nil && s.segments[i].number <= base.number:
+		s.lose("what came after %s: the next file is missing, or cannot be read", base.log.path)
+	case s.segments[i].goesOn:
+		s.lose("what came after %s: the next file is missing, or cannot be read",
+			s.segments[i].log.path)
+	case len(s.segments[i].frames) == 0 && s.segments[i].log.header.first > s.next+1:
+		s.lose("frames %d to %d, which came before %s", s.next, s.segments[i].log.header.first-1,
+			s.segments[i].log.path)
+	}
+}
+
+// write writes what was saved to out.
+func (s *salvage) write(out storage.Directory) error {
+	rand.Read(s.id[:]) // it is another store than the damaged one, whose files must not be mixed in
+	whole := fileHeader{kind: kindSnapshot, id: s.id, number: 1, first: s.next}
+	_, err := createLog(out, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
+		return writeAll(w, s.m.Snapshot(), nil)
+	})
+	if err != nil {
+		return err
+	}
+	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
+	if _, err := createLog(out, logName(segment.kind, segment.number), segment,
+		noFrames); err != nil {
+		return err
+	}
+	return writeID(out, s.id)
 }

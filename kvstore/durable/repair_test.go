@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,8 +14,27 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 )
+
+// repaired repairs what is in dir into a new directory, and wants dir to stay as it is.
+func repaired(t *testing.T, dir *storetest.Dir) (out *storetest.Dir, r Report, err error) {
+	t.Helper()
+	before := map[string][]byte{}
+	for name, f := range dir.Names {
+		before[name] = slices.Clone(f.Data)
+	}
+	out = storetest.New()
+	r, err = Repair(dir, out)
+	for name, f := range dir.Names {
+		if was, ok := before[name]; !ok || !bytes.Equal(was, f.Data) {
+			t.Errorf("repair has changed %s", name)
+		}
+	}
+	if len(dir.Names) != len(before) {
+		t.Errorf("repair has removed something: %d files are left of %d", len(dir.Names), len(before))
+	}
+	return out, r, err
+}
 
 // Ensure that repair saves all but what is damaged, and says what that is.
 func TestRepair(t *testing.T) {
@@ -22,15 +42,15 @@ func TestRepair(t *testing.T) {
 	data := slices.Clone(dir.Names[name].Data)
 	data[starts[3]+frameSize+2] ^= 1                          // the fourth frame's records
 	bad := dir.With(name, append(data, make([]byte, 500)...)) // room is no loss
-	report, err := Repair(bad, time.Time{})
+	out, report, err := repaired(t, bad)
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := strings.Join(report.Lines, "\n")
 	for _, want := range []string{
-		fmt.Sprintf("DAMAGED dir/seg-1.log is damaged at offset %d, frame 4", starts[3]),
-		fmt.Sprintf("LOST    bytes %d to %d of dir/seg-1.log", starts[3], starts[4]),
-		"repaired: 8 keys, 14 values",
+		fmt.Sprintf("DAMAGED bytes %d to %d of dir/seg-1.log", starts[3], starts[4]),
+		fmt.Sprintf("LOST    frames 4 to 4, which came before offset %d of dir/seg-1.log", starts[4]),
+		"saved   8 keys, 14 values",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("repair does not say %q:\n%s", want, text)
@@ -39,7 +59,7 @@ func TestRepair(t *testing.T) {
 	if strings.Count(text, "LOST") != 1 {
 		t.Errorf("repair tells of other losses:\n%s", text)
 	}
-	d, err := Open(context.Background(), bad, Options{})
+	d, err := Open(context.Background(), out, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,23 +68,25 @@ func TestRepair(t *testing.T) {
 		t.Errorf("after repair %q, want %q", got, want)
 	}
 	d.Close()
-	if report, err := Repair(bad, time.Time{}); err != nil || report.Damaged {
+	again, report, err := repaired(t, out)
+	if err != nil || report.Damaged || report.Lost {
 		t.Errorf("repair of a good store: %v, %v", report, err)
+	}
+	if _, err := Repair(bad, again); !errors.Is(err, storage.ErrNotOurs) {
+		t.Errorf("repair into a store: %v", err)
 	}
 }
 
-// Ensure that Repair of a store of which every log file is gone says so, and changes nothing.
+// Ensure that Repair of a store of which every log file is gone says so, and makes nothing.
 func TestRepairOfNothing(t *testing.T) {
 	dir, name, _ := segment(t, 1)
 	delete(dir.Names, name)
-	found := slices.Sorted(maps.Keys(dir.Names))
-	report, err := Repair(dir, time.Time{})
-	text := strings.Join(report.Lines, "\n")
-	if !errors.Is(err, ErrNothingRead) || !strings.Contains(text, "LOST    everything") {
-		t.Errorf("%v, and it says\n%s", err, text)
+	out, _, err := repaired(t, dir)
+	if !errors.Is(err, ErrNothingRead) {
+		t.Error(err)
 	}
-	if now := slices.Sorted(maps.Keys(dir.Names)); !slices.Equal(now, found) {
-		t.Errorf("of %q it makes %q", found, now)
+	if len(out.Names) > 0 {
+		t.Errorf("of nothing it makes %q", slices.Sorted(maps.Keys(out.Names)))
 	}
 }
 
@@ -102,13 +124,13 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	}
 	newest := logName(kindSnapshot, l.snapshot)
 	bad.Names[newest] = storetest.FileOf(bad.Names[newest].Data[:headerSize+30])
-	r, err := Repair(bad, time.Time{})
+	out, r, err := repaired(t, bad)
 	if err != nil || !r.Damaged || r.Lost {
 		t.Errorf("repair says %v, %v", r, err)
 	}
-	checkKept(t, h, bad, "repaired with the older snapshot")
+	checkKept(t, h, out, "repaired with the older snapshot")
 	bad = dir.With(newest, dir.Names[newest].Data[:headerSize+30])
-	if r, err := Repair(bad, time.Time{}); err == nil && !r.Lost {
+	if _, r, err := repaired(t, bad); err == nil && !r.Lost {
 		t.Errorf("without the older snapshot repair says %v", r)
 	}
 }
@@ -164,12 +186,11 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 			}
 			return nil
 		}
-		r, err := Repair(image, time.Now())
+		out, r, err := repaired(t, image)
 		if err != nil {
 			continue // that is honest
 		}
-		image.Before = nil
-		after, err := openSmall(image, Options{})
+		after, err := openSmall(out, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -205,11 +226,11 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 			data = data[:headerSize+f.padded()]
 		}
 		image := dir.With("seg-2.log", data)
-		r, err := Repair(image, time.Now())
+		out, r, err := repaired(t, image)
 		if err != nil {
 			t.Fatal(err)
 		}
-		after, err := openSmall(image, Options{})
+		after, err := openSmall(out, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -239,11 +260,11 @@ func TestRepairOfNothingLost(t *testing.T) {
 			image = image.With(name, image.Names[name].Data[:headerSize])
 			keys-- // its only frame is what we cut off
 		}
-		r, err := Repair(image, time.Now())
+		out, r, err := repaired(t, image)
 		if err != nil {
 			t.Fatal(err)
 		}
-		after, err := openSmall(image, Options{})
+		after, err := openSmall(out, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -255,45 +276,149 @@ func TestRepairOfNothingLost(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that is killed anywhere, and run again, loses nothing, and says so.
-func TestKilledRepairThenAgain(t *testing.T) {
-	for _, room := range []bool{false, true} {
-		for n := 1; n < 200; n++ {
-			dir, d := newSmall(t, Options{})
-			d.minCompact = 1 << 40
-			if !room {
-				d.reserve, d.spare = 0, 0
-			}
-			h := storetest.NewHistory()
-			if err := storetest.Script(t, d, h); err != nil {
-				t.Fatal(err)
-			}
-			d.Close()
-			image := dir.With(storeName, []byte("rubbish"))
-			image.FailAt, image.Forever = n, true
-			Repair(image, time.Now())
-			reached := image.Calls >= n
-			image.FailAt, image.Locked = 0, false
-			image = image.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
-			if !reached {
-				break
-			}
-			if a, err := openSmall(image.Kill(), Options{}); err == nil {
-				if !h.Told.Equal(a) {
-					t.Errorf("killed at call %d: opens with other data", n)
+// Ensure that a Repair that is killed anywhere leaves nothing that opens, or all of it, and that
+// nothing but all of it is there after a second one.
+func TestRepairIsKilled(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	h := storetest.NewHistory()
+	if err := storetest.Script(t, d, h); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	bad := dir.With(storeName, []byte("rubbish"))
+	for n, reached := 1, true; reached; n++ {
+		out := storetest.New()
+		out.FailAt, out.Forever = n, true
+		_, err := Repair(bad, out)
+		if reached = out.Calls >= n; reached && err == nil {
+			t.Errorf("call %d fails, and Repair says nothing", n)
+		}
+		out.FailAt, out.Locked = 0, false
+		out = out.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
+		a, err := Open(context.Background(), out.Kill(), Options{})
+		if err == nil && out.Names[storeName] != nil && !h.Told.Equal(a) {
+			t.Errorf("killed at call %d: it opens with other data", n)
+		}
+		if out.Names[storeName] == nil && err == nil && len(out.Names) > 0 {
+			for name, f := range out.Names {
+				if len(f.Data) > headerSize {
+					t.Errorf("killed at call %d: %s of %d bytes is taken for nothing", n, name,
+						len(f.Data))
 				}
 			}
-			r, err := Repair(image, time.Now())
-			if err != nil {
-				t.Errorf("call %d: %v", n, err)
+		}
+	}
+}
+
+// Ensure that Repair is no more trusting than a start: each of these is named, and is a loss.
+func TestRepairNamesEveryGap(t *testing.T) {
+	first := func(image *storetest.Dir, id storeID, name string, number uint64) (f frame, b []byte) {
+		b = slices.Clone(image.Names[name].Data)
+		f, ok := decodeFrame(b[headerSize:], fileHeader{kindSegment, id, number, 0}.seed())
+		if !ok {
+			t.Fatal("no frame")
+		}
+		return f, b
+	}
+	for what, spoil := range map[string]func(image *storetest.Dir, id storeID){
+		"the newest segment is all zeros": func(image *storetest.Dir, _ storeID) {
+			clear(image.Names["seg-4.log"].Data)
+		},
+		"a header is missing, and what follows it": func(image *storetest.Dir, _ storeID) {
+			image.Names["seg-2.log"].Data = nil
+		},
+		"a frame is cut out": func(image *storetest.Dir, id storeID) {
+			f, b := first(image, id, "seg-2.log", 2)
+			image.Names["seg-2.log"].Data = slices.Delete(b, headerSize, headerSize+int(f.padded()))
+		},
+		"a frame is in another's place": func(image *storetest.Dir, id storeID) {
+			f, b := first(image, id, "seg-2.log", 2)
+			size := int(f.padded())
+			copy(b[headerSize+size:], b[headerSize:headerSize+size])
+			image.Names["seg-2.log"].Data = b
+		},
+		"the newest segment is missing": func(image *storetest.Dir, _ storeID) {
+			delete(image.Names, "seg-4.log")
+		},
+		"a segment is missing": func(image *storetest.Dir, _ storeID) {
+			delete(image.Names, "seg-3.log")
+		},
+	} {
+		dir, d := fourSegments(t, Options{})
+		d.Close()
+		image := dir.With(storage.LockName, nil)
+		spoil(image, d.id)
+		if _, r, err := repaired(t, image); err != nil || !r.Lost {
+			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
+		}
+	}
+}
+
+// Ensure that a snapshot that is cut behind a frame is a loss.
+func TestRepairOfACutSnapshot(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	for i := range 2000 {
+		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
+	}
+	d.Commit()
+	d.minCompact, d.waste = 0, 0
+	d.Put("k", "v")
+	d.Commit()
+	d.compact()
+	d.AwaitCompaction()
+	d.Close()
+	name := logName(kindSnapshot, d.snapshot)
+	f, ok := decodeFrame(dir.Names[name].Data[headerSize:],
+		fileHeader{kindSnapshot, d.id, d.snapshot, 0}.seed())
+	if !ok || int(f.padded()) > len(dir.Names[name].Data)/2 {
+		t.Fatalf("the snapshot has no second frame: %+v", f)
+	}
+	cut := dir.With(name, dir.Names[name].Data[:headerSize+f.padded()])
+	if _, r, err := repaired(t, cut); err != nil || !r.Lost {
+		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	}
+}
+
+// Ensure that Repair saves all that is readable where files only have wrong names, frames are in a
+// wrong order, or there is one too many, and calls none of it lost.
+func TestRepairOfWrongNames(t *testing.T) {
+	for what, spoil := range map[string]func(image *storetest.Dir, id storeID){
+		"two segments swapped names": func(image *storetest.Dir, _ storeID) {
+			image.Names["seg-2.log"], image.Names["seg-3.log"] = image.Names["seg-3.log"],
+				image.Names["seg-2.log"]
+		},
+		"a stray empty snapshot": func(image *storetest.Dir, _ storeID) {
+			image.Names["snap-99.log"] = storetest.FileOf(nil)
+		},
+		"two frames swapped": func(image *storetest.Dir, id storeID) {
+			b := image.Names["seg-2.log"].Data
+			seed := fileHeader{kindSegment, id, 2, 0}.seed()
+			f, _ := decodeFrame(b[headerSize:], seed)
+			size := int(f.padded())
+			if g, ok := decodeFrame(b[headerSize+size:], seed); !ok || g.padded() != f.padded() {
+				t.Fatal("frames of different sizes")
 			}
-			if r.Lost {
-				t.Errorf("killed at call %d: the next Repair says\n%s", n, strings.Join(r.Lines, "\n"))
-			}
-			a, err := openSmall(image, Options{})
-			if err != nil || !h.Told.Equal(a) {
-				t.Errorf("call %d: after repair: %v", n, err)
-			}
+			one := slices.Clone(b[headerSize : headerSize+size])
+			copy(b[headerSize:], b[headerSize+size:headerSize+2*size])
+			copy(b[headerSize+size:], one)
+		},
+		"a segment is there twice": func(image *storetest.Dir, _ storeID) {
+			image.Names["seg-9.log"] = image.Names["seg-2.log"]
+		},
+	} {
+		dir, d := fourSegments(t, Options{})
+		want := maps.Collect(d.All())
+		d.Close()
+		image := dir.With(storage.LockName, nil)
+		spoil(image, d.id)
+		out, r, err := repaired(t, image)
+		if err != nil || r.Lost || !r.Damaged {
+			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
+			continue
+		}
+		after, err := openSmall(out, Options{})
+		if err != nil || !maps.EqualFunc(maps.Collect(after.All()), want, slices.Equal[[]string]) {
+			t.Errorf("%s: after repair: %v", what, err)
 		}
 	}
 }

@@ -30,8 +30,6 @@ var (
 	// ErrOlder is returned when an older program wrote the store, in a format that
 	// this one does not read.
 	ErrOlder = errors.New("written by an older kvserver")
-	// ErrNothingRead is returned by Repair when there is nothing to make a store of.
-	ErrNothingRead = errors.New("not one frame can be read, so nothing was changed")
 )
 
 // Fsync values other than a time between two fsyncs.
@@ -93,9 +91,15 @@ type Store struct {
 	size, room  int64
 	rotateAfter time.Time // no new file is tried before
 
-	compactAfter time.Time // nor is a compaction
-	looked       time.Time // when the files were last looked for
-	healAfter    time.Time // they are not written anew before
+	compactAfter time.Time                // nor is a compaction
+	looked       time.Time                // when the files were last looked for
+	healAfter    time.Time                // they are not written anew before
+	snapshot     uint64                   // number of the snapshot; 0: none
+	known        map[string]storage.Stamp // what the files were when we had done something to them
+	mark         mark                     // in the current file
+	spoiled      []string                 // files of ours whose heal has failed
+	// files of others that were told of
+	strangers, removed []string
 
 	segmentSize, minCompact int64         // the directory's Sizes
 	waste                   int64         // maxWaste, but in tests
@@ -162,6 +166,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		d.lock.Close()
 		return nil, err
 	}
+	d.learn()
 	d.opts.Status.Set("")
 	d.syncLater()
 	return d, nil
@@ -170,21 +175,23 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir storage.Directory, names []string) error {
 	for _, name := range names {
-		base := strings.TrimSuffix(name, tmpSuffix)
-		_, _, isLog := parseName(base)
-		if !isLog && base != storeName && !isBeside(name) {
+		if _, _, isLog := parseName(name); !isLog && name != storeName && !isTmp(name) &&
+			!isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
 		}
 	}
 	return nil
 }
 
-// isBeside tells whether a file may be in a store's directory that is no part of
-// the store: the lock, what Repair and a start keep, the file system's, and hidden
-// ones.
+// isBeside tells whether a file may be in a store's directory that is no part of the store: the
+// lock, hidden ones, and what systems put into the volumes that they mount.
 func isBeside(name string) bool {
-	return name == storage.LockName || name == "lost+found" || strings.HasPrefix(name, ".") ||
-		strings.HasPrefix(name, damagedPrefix) || strings.HasPrefix(name, tornPrefix)
+	switch name {
+	case storage.LockName, "lost+found", "@eaDir", "#snapshot", "System Volume Information",
+		"desktop.ini", "Thumbs.db":
+		return true
+	}
+	return strings.HasPrefix(name, ".") || strings.HasPrefix(name, "aquota.")
 }
 
 // Put appends value to key's list.
@@ -388,9 +395,6 @@ func (d *Store) Close() error {
 	d.syncing.Store(&d.current.path)
 	if err == nil {
 		err = d.current.trim(int64(d.spare))
-	}
-	if err == nil {
-		err = d.removeTorn()
 	}
 	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
 }

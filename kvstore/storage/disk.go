@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -90,6 +89,25 @@ func (d *Disk) List() (names []string, err error) {
 	return names, d.named("", err)
 }
 
+// Stamps reads the directory and looks at each file: some microseconds for one.
+func (d *Disk) Stamps() (map[string]Stamp, error) {
+	names, err := d.List()
+	if err != nil {
+		return nil, err
+	}
+	stamps := map[string]Stamp{}
+	for _, name := range names {
+		info, err := d.root.Stat(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it has gone since
+		} else if err != nil {
+			return nil, d.named(name, err)
+		}
+		stamps[name] = Stamp{info, info.Size(), info.ModTime()}
+	}
+	return stamps, nil
+}
+
 func (d *Disk) Create(name string) (File, error) {
 	f, err := d.open(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
@@ -134,47 +152,6 @@ func (d *Disk) Extend(name string) (File, error) {
 
 func (d *Disk) Rename(from, to string) error { return d.named(to, d.root.Rename(from, to)) }
 func (d *Disk) Remove(name string) error     { return d.named(name, d.root.Remove(name)) }
-
-// Keep makes a link, or a copy where the file system has no links.
-func (d *Disk) Keep(name, in string) error {
-	switch err := d.root.Mkdir(in, 0o700); {
-	case err == nil:
-		if err := d.own(in); err != nil {
-			return err
-		}
-	case !errors.Is(err, fs.ErrExist):
-		return d.named(in, err)
-	}
-	err := d.root.Link(name, filepath.Join(in, name))
-	if err != nil {
-		err = d.copy(name, filepath.Join(in, name))
-	}
-	if err != nil || d.self == nil {
-		return err
-	}
-	sub, err := d.open(in, os.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	return errors.Join(sub.Sync(), sub.Close())
-}
-
-func (d *Disk) copy(from, to string) error {
-	r, err := d.open(from, os.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	w, err := d.open(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(w, r)
-	if err == nil {
-		err = w.Sync()
-	}
-	return d.named(to, errors.Join(err, w.Close()))
-}
 
 func (d *Disk) Sync() error {
 	if d.self == nil {
@@ -352,16 +329,6 @@ func (d *Disk) isThere() (bool, error) {
 		return false, nil
 	}
 	return err == nil && os.SameFile(ours, theirs), err
-}
-
-// IsOther tells whether another file has f's name.
-func (d *Disk) IsOther(f File, name string) bool {
-	file, isOurs := f.(diskFile)
-	if !isOurs {
-		return false
-	}
-	_, err := d.root.Stat(name)
-	return err == nil && !d.isThis(file.File, name)
 }
 
 // isThis tells whether f has that name.

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
+	"time"
 )
 
 // Directory is where a store is kept, as the store needs it: one directory, files known by their
@@ -24,8 +26,6 @@ type Directory interface {
 	Extend(name string) (File, error)
 	Rename(from, to string) error
 	Remove(name string) error
-	// Keep gives a file a second name, in the directory's subdirectory in.
-	Keep(name, in string) error
 	// Sync makes creations, renames and removals durable. It needs no descriptor
 	// but those that are open.
 	Sync() error
@@ -35,6 +35,8 @@ type Directory interface {
 	Lock(ctx context.Context) (Lock, error)
 	// InUse tells whether somebody has the lock, and who. It changes nothing.
 	InUse() (owner string, inUse bool)
+	// Stamps tells what each file is now, by its name, so that a change by somebody else shows.
+	Stamps() (map[string]Stamp, error)
 	// Path is what people call the file.
 	Path(name string) string
 	// Sizes are what suits the directory, in bytes: the log goes on in a new file when
@@ -52,6 +54,9 @@ type Lock interface {
 	// else has changed anything. It is called after every batch of requests, by one
 	// goroutine.
 	Held() error
+	// Look is Held with a look of its own, where Held only says what was noticed: ErrMoved if the
+	// right is lost, another error if that cannot be found out now.
+	Look() error
 	// Lost is closed when the right is lost and the lock has noticed by itself. It may be
 	// nil.
 	Lost() <-chan struct{}
@@ -65,6 +70,28 @@ type File interface {
 	Truncate(size int64) error
 	Sync() error
 	Close() error
+}
+
+// Stamp tells a file from another one of its name, and from itself before it was changed.
+type Stamp struct {
+	ID      any // which file: comparable, or an os.FileInfo
+	Size    int64
+	Changed time.Time // the last change of what is in it; the zero time where nobody knows
+}
+
+// IsSameFile tells whether both are of one file, whatever is in it.
+func (s Stamp) IsSameFile(other Stamp) bool {
+	a, isInfo := s.ID.(fs.FileInfo)
+	b, isOtherInfo := other.ID.(fs.FileInfo)
+	if isInfo && isOtherInfo {
+		return os.SameFile(a, b)
+	}
+	return s.ID == other.ID
+}
+
+// IsSame tells whether both are of one file that nobody has changed in between.
+func (s Stamp) IsSame(other Stamp) bool {
+	return s.IsSameFile(other) && s.Size == other.Size && s.Changed.Equal(other.Changed)
 }
 
 // Errors of directories.

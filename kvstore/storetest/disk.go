@@ -17,6 +17,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // ErrDisk is what a call fails with that was told no other error.
@@ -67,10 +68,12 @@ type Call struct {
 type File struct {
 	Data, Disk []byte
 	dirty      map[int]bool // sectors that the next Sync writes
+	changes    int64        // so many times Data was changed
 }
 
 // resize makes f so many bytes long.
 func (f *File) resize(size int) {
+	f.changes++
 	if size < len(f.Data) {
 		clear(f.Data[size:]) // or what is cut off would come back
 	}
@@ -169,7 +172,7 @@ func (d *Dir) Kill() *Dir {
 		c := map[string]*File{}
 		for name, f := range names {
 			if copies[f] == nil {
-				copies[f] = &File{slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty)}
+				copies[f] = &File{slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty), f.changes}
 			}
 			c[name] = copies[f]
 		}
@@ -281,14 +284,18 @@ func (d *Dir) Remove(name string) error {
 	return nil
 }
 
-// Keep only looks whether the file is there.
-func (d *Dir) Keep(name, in string) error {
-	err := d.call("link", name, opens|writes)
+// Stamps tells which file has each name, and when it was changed last.
+func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
+	err := d.call("stat", "", 0)
 	defer d.Mu.Unlock()
-	if err == nil && d.Names[name] == nil {
-		err = &os.LinkError{Op: "link", Old: name, New: in, Err: os.ErrNotExist}
+	if err != nil {
+		return nil, err
 	}
-	return err
+	stamps := map[string]storage.Stamp{}
+	for name, f := range d.Names {
+		stamps[name] = storage.Stamp{ID: f, Size: int64(len(f.Data)), Changed: time.Unix(f.changes, 0)}
+	}
+	return stamps, nil
 }
 
 // Sync puts the names on disk.
@@ -333,6 +340,9 @@ func (h held) Held() error {
 	defer h.d.Mu.Unlock()
 	return h.d.Moved
 }
+
+// Look is Held.
+func (h held) Look() error { return h.Held() }
 
 // Lost is nil.
 func (h held) Lost() <-chan struct{} { return nil }

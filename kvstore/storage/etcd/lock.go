@@ -200,6 +200,9 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
+// Look is Held: that knows by itself.
+func (l *clusterLock) Look() error { return l.Held() }
+
 // beat shows signs of life until the lock is lost or given back. One goroutine for a lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)

@@ -1,0 +1,331 @@
+package durable
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
+)
+
+// logReader reads a log file frame by frame. It is the only reader of such files: a start applies
+// what it reads, Check counts it, Backup copies it, and Repair reads on behind what is bad.
+type logReader struct {
+	header fileHeader
+	seed   uint32
+	path   string
+	r      *bufio.Reader
+	f      storage.File
+	size   int64 // of the file, when it was opened or last looked at
+	limit  int64 // the offset at which reading ends, whatever comes behind; 0: there is none
+	offset int64 // of the next frame
+	next   uint64
+	buf    []byte
+
+	bad error // why the header cannot be read: a *storage.DamageError, or a version; nil: it can
+}
+
+// readSize is a good size for reading a file of so many bytes, or a part of it.
+func readSize(size int64) int { return int(min(size, 1<<18)) }
+
+// readerOf reads f from offset on to its end, wherever that is by then.
+func readerOf(f storage.File, offset int64) io.Reader {
+	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
+}
+
+// openLog opens the file called name and reads its header. The reader of a header that cannot be
+// read is good for nothing but to ask why.
+func openLog(d storage.Directory, name string) (*logReader, error) {
+	f, size, err := d.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	l := &logReader{path: d.Path(name), f: f, size: size}
+	b := make([]byte, headerSize)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && err != io.EOF {
+		f.Close()
+		return nil, err
+	}
+
+	h, err := decodeHeader(b[:n])
+	switch {
+	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
+		l.bad = fmt.Errorf("%s: %w", l.path, err)
+	case err != nil:
+		l.bad = &storage.DamageError{File: l.path, What: err.Error()}
+	}
+	l.begin(h)
+	return l, nil
+}
+
+// begin has the next read be of the first frame behind the header h.
+func (l *logReader) begin(h fileHeader) {
+	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
+	if h.kind == kindSnapshot {
+		l.next = 1
+	}
+	l.r = bufio.NewReaderSize(readerOf(l.f, headerSize), readSize(max(l.size, headerSize)))
+}
+
+// damage is damage at the next frame.
+func (l *logReader) damage(what string) *storage.DamageError {
+	return &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
+}
+
+// checkHeader tells whether a file is the one that its name says.
+func (l *logReader) checkHeader(want fileHeader) error {
+	switch {
+	case l.bad != nil:
+		return l.bad
+	case l.header.id != want.id:
+		return &storage.DamageError{File: l.path, What: "the file belongs to another store"}
+	case l.header.kind != want.kind || l.header.number != want.number:
+		return &storage.DamageError{File: l.path, What: "the file is another one, renamed"}
+	case want.first != 0 && l.header.first != want.first:
+		return &storage.DamageError{File: l.path,
+			What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first,
+				want.first)}
+	}
+	return nil
+}
+
+// errEnd is the end of a log file, after its last frame.
+var errEnd = errors.New("end of the log")
+
+// read returns the next frame and its payload, which is good until the next read. The error is
+// errEnd, a *storage.DamageError, or what reading the file failed with.
+func (l *logReader) read() (f frame, payload []byte, err error) {
+	if l.offset == l.size {
+		return f, nil, errEnd
+	}
+
+	// The head: its length is believed once its checksum holds.
+	if l.size-l.offset < frameSize {
+		return f, nil, l.damage("the file ends inside a frame's head")
+	}
+	var head [frameSize]byte
+	if _, err := io.ReadFull(l.r, head[:]); err != nil {
+		return f, nil, readError(l.path, err)
+	}
+	f, ok := decodeFrame(head[:], l.seed)
+	switch {
+	case !ok:
+		return f, nil, l.damage("the frame's checksum is wrong")
+	case f.sequence != l.next:
+		return f, nil, l.damage(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
+	case l.size-l.offset < f.padded():
+		return f, nil, l.damage("the file ends inside a frame")
+	case l.limit > 0 && l.offset+f.padded() > l.limit:
+		return f, nil, errEnd
+	}
+
+	// The records.
+	rest := int(f.padded() - frameSize)
+	if cap(l.buf) < rest {
+		l.buf = make([]byte, rest)
+	}
+	l.buf = l.buf[:rest]
+	if _, err := io.ReadFull(l.r, l.buf); err != nil {
+		return f, nil, readError(l.path, err)
+	}
+	payload = l.buf[:f.length]
+	if crc(l.seed, payload) != f.crc {
+		return f, nil, l.damage("the records' checksum is wrong")
+	}
+	l.offset += f.padded()
+	l.next++
+	return f, payload, nil
+}
+
+// errShorter is what reading a file fails with whose end is cut off meanwhile: a process
+// that has the store open cuts off the room behind the last frame of a full file.
+var errShorter = errors.New("it became shorter meanwhile")
+
+// readError names the file that was being read.
+func readError(path string, err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("read %s: %w", path, errShorter)
+	}
+	return err
+}
+
+// readAgain reads the frame at which read found damage anew, for another process may
+// have written it meanwhile. If it is still bad, rest is what followed the good part of
+// the file then. Where a frame in that says that this one was on disk, it is damaged.
+func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
+	const tries = 10
+	for n := 1; ; n++ {
+		if rest, err = l.rest(); err != nil {
+			return f, nil, nil, err
+		}
+		l.size = l.offset + int64(len(rest))
+		l.r.Reset(readerOf(l.f, l.offset))
+		if f, payload, err = l.read(); !errors.As(err, new(*storage.DamageError)) {
+			return f, payload, nil, err
+		}
+
+		// A frame behind it may have come while we looked.
+		if rest, restErr := l.rest(); restErr != nil {
+			return f, nil, nil, restErr
+		} else if _, synced := l.look(rest); !synced || n == tries {
+			return f, nil, rest, err
+		}
+	}
+}
+
+// rest returns what follows the good part of the file.
+func (l *logReader) rest() ([]byte, error) {
+	rest, err := io.ReadAll(readerOf(l.f, l.offset))
+	if err != nil {
+		return nil, readError(l.path, err)
+	}
+	return rest, nil
+}
+
+// look looks for frames in rest, whose beginning is bad, at every offset where one
+// could begin. It returns how many there are, and whether one says that the bad one
+// had once been on disk.
+func (l *logReader) look(rest []byte) (frames int, synced bool) {
+	for ; len(rest) >= frameSize; rest = rest[8:] {
+		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next {
+			frames++
+			synced = synced || later.synced >= l.next
+		}
+	}
+	return frames, synced
+}
+
+// skip moves on to the next whole frame, whatever its sequence. It returns false where there is
+// none.
+func (l *logReader) skip() (found bool, err error) {
+	rest, err := l.rest()
+	if err != nil {
+		return false, err
+	}
+	for at := 0; at+frameSize <= len(rest); at += 8 {
+		f, ok := decodeFrame(rest[at:], l.seed)
+		if ok && f.padded() <= int64(len(rest)-at) &&
+			crc(l.seed, rest[at+frameSize:at+frameSize+int(f.length)]) == f.crc {
+			l.offset, l.next = l.offset+int64(at), f.sequence
+			l.r.Reset(readerOf(l.f, l.offset))
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// tail is what stands behind the last good frame of a log file.
+type tail int
+
+const (
+	nothing tail = iota // or zeros: room for frames
+	torn                // a commit that was never whole on disk, as a crash leaves it
+	damaged             // something that was on disk once
+)
+
+// logEnd is where a log file's good part ends.
+type logEnd struct {
+	header fileHeader
+	last   uint32 // the kind of the last frame
+	frames int    // good ones
+	next   uint64 // sequence of the frame that would follow
+	offset int64
+	doubt  int64 // offset of the first frame that no later one calls synced
+
+	size  int64 // of the file
+	tail  tail  // behind offset
+	bytes int64 // of it, up to the last that is not zero
+	loose int   // whole frames in it, which came to disk before what stands before them
+	bad   error // why it is no part of the log; nil: it is nothing
+}
+
+// goesOn tells whether the last frame says that another file follows.
+func (e logEnd) goesOn() bool { return e.frames > 0 && e.last == frameNext }
+
+// isWhole tells whether the file is a complete snapshot.
+func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.offset == e.size }
+
+// scan reads the frames from here on, has each told of those that are good, and returns where they
+// end. The error is one of each, or of reading the file.
+func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
+	end := logEnd{header: l.header, size: l.size}
+	var doubts []int64 // offsets of the frames that no later one calls synced
+	for {
+		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
+		if len(doubts) > 0 {
+			end.doubt = doubts[0]
+		}
+
+		// What is bad is read once more: beside a process that writes it may be good by now.
+		f, payload, err := l.read()
+		var rest []byte
+		if errors.As(err, new(*storage.DamageError)) {
+			f, payload, rest, err = l.readAgain()
+			end.size = max(end.size, l.size)
+		}
+
+		var damage *storage.DamageError
+		isLast := end.goesOn() || end.frames > 0 && end.last == frameEnd
+		switch {
+		case err == errEnd, errors.Is(err, errShorter) && end.goesOn():
+			return end, nil
+		case errors.As(err, &damage):
+			l.judge(&end, damage, rest)
+			return end, nil
+		case err != nil:
+			return end, err
+		case isLast:
+			l.offset = end.offset
+			end.tail, end.bad = damaged, l.damage("a frame follows the one that should be the last")
+			return end, nil
+		}
+
+		if err := each(l, f, payload); err != nil {
+			return end, err
+		}
+		end.frames++
+		end.last = f.kind
+		doubts = append(doubts, end.offset)
+		known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
+		if known < len(doubts) {
+			doubts = slices.Delete(doubts, 0, len(doubts)-known)
+		}
+	}
+}
+
+// judge tells what rest is, which follows the good part of the file and begins with damage.
+func (l *logReader) judge(end *logEnd, damage error, rest []byte) {
+	end.bytes = int64(len(bytes.TrimRight(rest, "\x00")))
+	if end.bytes == 0 {
+		return // a full file may have zeros behind its last frame: a rotation was killed
+	}
+	end.bad = damage
+	var synced bool
+	end.loose, synced = l.look(rest)
+	switch {
+	case synced, end.goesOn():
+		end.tail = damaged
+	default:
+		end.tail = torn
+	}
+}
+
+// applyTo returns what scan wants to be told for m to become what the file says.
+func applyTo(m *kvstore.Memory) func(*logReader, frame, []byte) error {
+	return func(l *logReader, f frame, payload []byte) error {
+		if err := apply(m, string(payload), f.count); err != nil {
+			return &storage.DamageError{File: l.path, Offset: l.offset - f.padded(),
+				Frame: f.sequence, What: err.Error()}
+		}
+		return nil
+	}
+}
+
+// ignore is for a scan that wants only the end.
+func ignore(*logReader, frame, []byte) error { return nil }
