@@ -317,9 +317,9 @@ func TestMemoryInside(t *testing.T) {
 	}
 	checkInside(t, store)
 	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 ||
-		store.logBytes != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
+		store.PairBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
 		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
-			bytes, store.logBytes, store.longValues, store.longBytes, store.pages)
+			bytes, store.PairBytes(), store.longValues, store.longBytes, store.pages)
 	}
 }
 

@@ -44,9 +44,9 @@ type Memory struct {
 	longValues  int   // in them
 	longBytes   int64 // of these
 
-	values   int   // in all
-	bytes    int64 // of keys and values
-	logBytes int64 // that a log of Puts takes which makes the same store, about
+	values    int   // in all
+	bytes     int64 // of keys and values
+	pairBytes int64 // of values, each with its key
 
 	edit    [maxShort + 1]string // a list in hand
 	touched byte                 // by Touch
@@ -59,9 +59,6 @@ type list struct {
 	most   int   // values, since values were last copied: those that went are there still
 	shared bool  // values were handed out, so they stay as they are
 }
-
-// recordExtra is how many bytes a record takes beside its key and value, about.
-const recordExtra = 8
 
 // pageLists is how many long lists a page holds.
 const pageLists = 64
@@ -102,7 +99,7 @@ func (m *Memory) Put(key, value string) {
 func (m *Memory) tally(n int, key, value string) {
 	m.values += n
 	m.bytes += int64(n * len(value))
-	m.logBytes += int64(n * (len(key) + len(value) + recordExtra))
+	m.pairBytes += int64(n * (len(key) + len(value)))
 }
 
 // store writes key's list anew. Slot i of h's page is the key's, or an empty one.
@@ -192,7 +189,7 @@ func (m *Memory) forget(key string, e entry) (removed int) {
 	}
 	m.values -= removed
 	m.bytes -= bytes
-	m.logBytes -= bytes + int64(removed*(len(key)+recordExtra))
+	m.pairBytes -= bytes + int64(removed*len(key))
 	return removed
 }
 
@@ -255,8 +252,8 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 }
 
 // UpdateAt is Update. It returns the place of the value that it removed, -1 if there is
-// none. It looks at the place hint before it searches: a log that says the place makes
-// long lists cheap to load.
+// none. It looks at the place hint before it searches: who knows the place makes long
+// lists cheap.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	h, i, e := m.find(key)
 	if e == nil {
@@ -315,11 +312,11 @@ func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int
 // Commit does nothing: memory is as durable as this store gets.
 func (m *Memory) Commit() error { return nil }
 
-// LogBytes returns how many bytes a log of Puts takes that makes the same store, about.
-func (m *Memory) LogBytes() int64 { return m.logBytes }
-
 // Size returns how much the store holds.
 func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
+
+// PairBytes returns how many bytes all values have, each with its key.
+func (m *Memory) PairBytes() int64 { return m.pairBytes }
 
 // Footprint returns how many bytes of memory the store takes, about: all that a snapshot
 // shares with it counts once. What waits to be used again, 4 MiB at most, does not count.
