@@ -13,7 +13,7 @@ import "hash/maphash"
 //	| 01. | --> +------------------------+     +---------------------
 //	| 10. | \            |                              ^
 //	| 11. | --> page     +-- tag, 20 bits of the hash   |
-//	+-----+                  address, 44 bits ----------+
+//	+-----+                  address, 44 bits ----------+ or a large entry (large.go)
 //
 // Pages have no pointers: to the garbage collector a million keys are 3,600 objects.
 const (
@@ -76,17 +76,17 @@ func (p *page) remove(i int) {
 	p.used--
 }
 
-// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it:
-// pages, slabs and lists that a view has are not changed any more, but replaced.
+// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it: what
+// a view has is not changed any more, but replaced.
 type view struct {
 	seed  maphash.Seed
-	dir   []*page // by the first bits of the hash; a page of lower depth is there several times
-	shift uint8   // 64 less the number of these bits
-	slabs []slab
-	lists []*listPage
+	dir   table[*page] // by the first bits of the hash; a page of lower depth is there several times
+	shift uint8        // 64 less the number of these bits
+	slabs table[*slab]
+	large table[large]
 }
 
-func (v *view) page(h uint64) *page { return v.dir[h>>v.shift] }
+func (v *view) page(h uint64) *page { return *v.dir.at(int(h >> v.shift)) }
 
 // find looks for key. i is its slot, and e its entry; nil: it is not there, and i is
 // the empty slot to take.
@@ -104,6 +104,19 @@ func (v *view) find(key string) (h uint64, i int, e entry) {
 	return h, i, nil
 }
 
+// locate looks for the slot of the entry at addr. i is -1 if the index has none: the entry
+// is dead.
+func (v *view) locate(addr uint64) (h uint64, i int) {
+	h = maphash.Bytes(v.seed, v.entry(addr).key())
+	p, slot := v.page(h), h<<addrBits|addr
+	for i = home(slot); p.slots[i] != 0; i = next(i) {
+		if p.slots[i] == slot {
+			return h, i
+		}
+	}
+	return h, -1
+}
+
 // own returns h's page to be changed: a copy, if a snapshot has it.
 func (m *Memory) own(h uint64) *page {
 	p := m.page(h)
@@ -118,10 +131,10 @@ func (m *Memory) own(h uint64) *page {
 
 // enter puts p in all places of the directory that are h's at p's depth.
 func (m *Memory) enter(h uint64, p *page) {
-	n := uint64(1) << (64 - m.shift - p.depth)
-	first := h >> m.shift &^ (n - 1)
+	n := 1 << (64 - m.shift - p.depth)
+	first := int(h>>m.shift) &^ (n - 1)
 	for i := range n {
-		m.dir[first+i] = p
+		*m.dir.own(first+i, m.epoch) = p
 	}
 }
 
@@ -143,9 +156,9 @@ func (m *Memory) point(h uint64, i int, addr uint64) {
 func (m *Memory) split(h uint64) {
 	old := m.page(h)
 	if 64-m.shift == old.depth {
-		dir := make([]*page, 2*len(m.dir))
-		for i, p := range m.dir {
-			dir[2*i], dir[2*i+1] = p, p
+		var dir table[*page]
+		for i := range 2 * m.dir.len {
+			*dir.at(dir.push(m.epoch)) = *m.dir.at(i / 2)
 		}
 		m.dir, m.shift = dir, m.shift-1
 	}

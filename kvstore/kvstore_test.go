@@ -132,14 +132,32 @@ func TestMemoryClones(t *testing.T) {
 	}
 }
 
-// checkInside reports what is wrong with m's index, slabs and long lists.
+// checkInside reports what is wrong with m's index, slabs and large entries.
 func checkInside(t *testing.T, m *Memory) {
 	t.Helper()
-	seen, keys, pages := map[*page]bool{}, 0, 0
-	alive := make([]int, len(m.slabs))
-	listed := map[int]bool{}
-	for i, p := range m.dir {
-		if first := i &^ (1<<(64-m.shift-p.depth) - 1); m.dir[first] != p {
+	catchUp(m)
+	checkIndex(t, m)
+	checkSlabs(t, m)
+	checkLarge(t, m)
+}
+
+// catchUp writes at most as much as m holds, and removes it: what died beside a snapshot that
+// has gone is given back by what is written afterwards.
+func catchUp(m *Memory) {
+	const key, size = "a key of nobody else", ownSize / 2
+	for n := m.used / size; n > 0 && m.used-m.live > deadMin+m.used/deadShare; n-- {
+		m.Set(key, strings.Repeat("v", size))
+	}
+	m.Delete(key)
+}
+
+// checkIndex reports what is wrong with m's pages.
+func checkIndex(t *testing.T, m *Memory) {
+	t.Helper()
+	seen, keys, pages, pairs := map[*page]bool{}, 0, 0, 0
+	for i := range m.dir.len {
+		p := *m.dir.at(i)
+		if first := i &^ (1<<(64-m.shift-p.depth) - 1); *m.dir.at(first) != p {
 			t.Fatalf("place %d of the directory is another page than place %d, at depth %d", i,
 				first, p.depth)
 		}
@@ -154,49 +172,112 @@ func checkInside(t *testing.T, m *Memory) {
 				continue
 			}
 			used++
-			e := m.entry(slot)
-			alive[slot&addrMask>>slabBits] += e.size()
-			if h, at, _ := m.find(string(e.key())); m.page(h) != p || at != j {
-				t.Fatalf("key %.40q in slot %d is found in %d", e.key(), j, at)
+			key := string(m.entry(slot).key())
+			if h, at, _ := m.find(key); m.page(h) != p || at != j {
+				t.Fatalf("key %.40q in slot %d is found in %d", key, j, at)
 			}
-			if k := e.number(); k > 0 && (listed[k] ||
-				len(m.lists[k/pageLists].lists[k%pageLists].values) == 0) {
-				t.Fatalf("key %.40q has list %d, which is empty or another's", e.key(), k)
-			} else if k > 0 {
-				listed[k] = true
-			}
+			values := (&snapshot{m.view}).View(nil, key)
+			pairs += sizeOf(values) + len(values)*len(key)
 		}
 		if keys += used; used != int(p.used) {
 			t.Fatalf("a page counts %d slots and has %d", p.used, used)
 		}
 	}
-	used, live := 0, 0
-	for k, s := range m.slabs {
-		if used, live = used+cap(s.data), live+alive[k]; s.live != alive[k] ||
-			slices.Contains(m.unused, k) != (k > 0 && s.data == nil) {
-			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, s.live, alive[k],
-				len(s.data))
+	if keys != m.keys || pages != m.pages || int64(pairs) != m.PairBytes() {
+		t.Fatalf("%d keys, %d pages, %d bytes of pairs are counted as %d, %d, %d", keys, pages,
+			pairs, m.keys, m.pages, m.PairBytes())
+	}
+}
+
+// slots yields all that m's index has.
+func (m *Memory) slots(yield func(slot uint64) bool) {
+	var last *page
+	for i := range m.dir.len {
+		p := *m.dir.at(i)
+		if p == last {
+			continue
+		}
+		last = p
+		for _, slot := range p.slots {
+			if slot != 0 && !yield(slot) {
+				return
+			}
+		}
+	}
+}
+
+// checkSlabs reports what is wrong with m's slabs, their buckets, and how much is dead.
+func checkSlabs(t *testing.T, m *Memory) {
+	t.Helper()
+	alive := make([]int, len(m.accounts))
+	for slot := range m.slots {
+		if slot&largeBit == 0 {
+			alive[slot&addrMask>>slabBits] += m.entry(slot).size()
+		}
+	}
+	used, live, held := 0, 0, 0 // held: dead bytes in what the latest snapshot has
+	for k, a := range m.accounts {
+		isThere := *m.slabs.at(k) != nil
+		if isThere {
+			used += slabSize
+		}
+		if isThere && m.held && a.epoch < m.epoch {
+			held += slabSize - a.live
+		} else if b := (a.written - a.live) / bucketSize; a.bucket > 0 &&
+			m.buckets[a.bucket][a.place] != k || isThere && k != m.head && k != m.victim &&
+			a.bucket != b {
+			t.Fatalf("slab %d is in bucket %d, place %d, want %d", k, a.bucket, a.place, b)
+		}
+		if live += alive[k]; a.live != alive[k] ||
+			slices.Contains(m.unused, k) != (k > 0 && !isThere) {
+			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, a.live, alive[k],
+				a.written)
 		}
 	}
 	if len(m.free) > freeMost {
 		t.Fatalf("%d pieces of memory are free, want at most %d", len(m.free), freeMost)
 	}
-	if keys != m.keys || pages != m.pages || used != m.used || live != m.live {
-		t.Fatalf("%d keys, %d pages, %d of %d bytes live are counted as %d, %d, %d, %d", keys,
-			pages, live, used, m.keys, m.pages, m.live, m.used)
+	if used != m.used || live != m.live {
+		t.Fatalf("%d of %d bytes are counted as %d of %d", live, used, m.live, m.used)
 	}
-	if len(listed)+len(m.unusedLists) != max(0, pageLists*len(m.lists)-1) {
-		t.Fatalf("%d lists are in use and %d are unused, of %d pages", len(listed), len(m.unusedLists),
-			len(m.lists))
+	if dead := used - live - held; dead > deadMin+used/deadShare+4*slabSize {
+		t.Fatalf("%d of %d bytes are dead", dead, used)
 	}
-	shown := 0 // dead bytes in what the latest snapshot has
-	for _, s := range m.slabs {
-		if s.epoch < m.epoch {
-			shown += cap(s.data) - s.live
+}
+
+// checkLarge reports what is wrong with m's large entries and long lists.
+func checkLarge(t *testing.T, m *Memory) {
+	t.Helper()
+	entries, memory, values, bytes := 0, int64(0), 0, int64(0)
+	for slot := range m.slots {
+		if slot&largeBit == 0 {
+			continue
 		}
+		entries++
+		r := m.large.at(number(slot))
+		memory += int64(cap(r.data))
+		if h, i := m.locate(slot & addrMask); i < 0 || m.page(h).slots[i] != slot {
+			t.Fatalf("large entry %d, of %.40q, is not found", number(slot), r.data.key())
+		}
+		if cap(r.data) > len(r.data)*5/4+ownSize {
+			t.Fatalf("an entry of %d bytes has %d", len(r.data), cap(r.data))
+		}
+		if r.list == nil {
+			continue
+		}
+		if len(r.list.values) == 0 || r.list.bytes != int64(sizeOf(r.list.values)) {
+			t.Fatalf("a list of %d values counts %d bytes", len(r.list.values), r.list.bytes)
+		}
+		values += len(r.list.values)
+		bytes += r.list.bytes
 	}
-	if dead := m.used - m.live - shown; dead > deadMin+m.used/deadShare+4*slabSize {
-		t.Fatalf("%d of %d bytes are dead", dead, m.used)
+	if entries != m.large.len || memory != m.largeBytes || values != m.longValues ||
+		bytes != m.longBytes {
+		t.Fatalf("%d large entries of %d bytes and %d values of %d are counted as %d, %d, %d, %d",
+			entries, memory, values, bytes, m.large.len, m.largeBytes, m.longValues, m.longBytes)
+	}
+	if pages := (entries + tableItems - 1) / tableItems; pages != len(m.large.pages) {
+		t.Fatalf("%d large entries take %d pages, want %d", entries, len(m.large.pages), pages)
 	}
 }
 
@@ -309,7 +390,7 @@ func TestMemoryInside(t *testing.T) {
 			views = nil
 		}
 	}
-	if store.cursor == 0 {
+	if store.rate == 0 {
 		t.Error("nothing was cleaned")
 	}
 	for key := range m {
@@ -320,6 +401,148 @@ func TestMemoryInside(t *testing.T) {
 		store.PairBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
 		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
 			bytes, store.PairBytes(), store.longValues, store.longBytes, store.pages)
+	}
+}
+
+// checkFootprint reports if m takes more memory than its doc comment and the README say: than
+// a new store of the same keys and lists, a third for what is dead, and the index's slack.
+func checkFootprint(t *testing.T, m *Memory) {
+	t.Helper()
+	fresh := NewMemory()
+	for key, list := range (&snapshot{m.view}).All() {
+		for _, v := range list {
+			fresh.Put(key, v)
+		}
+	}
+	keys, _, bytes := m.Size()
+	if got, most := m.Footprint(), fresh.Footprint()*4/3+int64(28*keys)+4<<20; got > most {
+		t.Fatalf("%d bytes of data take %d of memory, want at most %d", bytes, got, most)
+	}
+}
+
+// Ensure that dead memory is bounded by bytes, whatever was stored before.
+func TestDeadMemoryIsBounded(t *testing.T) {
+	const many = 6000
+	value := strings.Repeat("v", ownSize+100)
+	for name, before := range map[string]func(*Memory){
+		"nothing": func(*Memory) {},
+		"large values": func(m *Memory) {
+			for i := range many {
+				m.Put(fmt.Sprint("large", i), value)
+			}
+		},
+		"large values that went": func(m *Memory) {
+			for i := range many {
+				m.Put(fmt.Sprint("large", i), value)
+			}
+			for i := range many {
+				m.Delete(fmt.Sprint("large", i))
+			}
+		},
+		"long lists of which few stay": func(m *Memory) {
+			for i := range 10 * many {
+				for range maxShort + 1 {
+					m.Put(fmt.Sprint("list", i), "v")
+				}
+			}
+			for i := range 10 * many {
+				if i%tableItems > 0 {
+					m.Delete(fmt.Sprint("list", i))
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			store, random := NewMemory(), rand.New(rand.NewPCG(3, 3))
+			before(store)
+			for i := range 200_000 {
+				store.Set(fmt.Sprint("k", random.IntN(5000)), value[:200])
+				if i%1000 == 0 {
+					store.Set(fmt.Sprint("stay", i), "1")
+					if i%20_000 == 0 {
+						checkFootprint(t, store)
+					}
+				}
+			}
+			checkFootprint(t, store)
+			checkInside(t, store)
+		})
+	}
+}
+
+// Ensure that dead memory is bounded in any mix of sizes, lifetimes, deletes and snapshots.
+func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
+	random := rand.New(rand.NewPCG(5, 5))
+	all := strings.Repeat("v", 1<<20)
+	store := NewMemory()
+	var latest Snapshot
+	steps := 2 * memorySteps(t)
+	for i := range steps {
+		// In turn: small values mostly, large ones, lists, and little but Deletes.
+		phase := i / (steps / 40)
+		size, key := random.IntN(300), fmt.Sprint(random.IntN(1<<(4+random.IntN(11))))
+		switch n := random.IntN(1000); {
+		case n == 0:
+			size = random.IntN(len(all) + 1)
+		case n < 20 || phase%4 == 1 && n < 300:
+			size = random.IntN(4 * ownSize)
+		}
+		switch n := random.IntN(10); {
+		case n == 0 || phase%4 == 3 && n < 8:
+			store.Delete(key)
+		case phase%4 == 2 && n < 6:
+			store.Put(key, all[:size%20])
+		case n < 8:
+			store.Set(key, all[:size])
+		default:
+			store.Update(key, all[:random.IntN(300)], all[:size])
+		}
+
+		// A snapshot lives for a while; what died meanwhile is given back by what comes.
+		switch at := i % (steps / 20); {
+		case at < steps/100 && random.IntN(steps/500) == 0:
+			latest = store.Snapshot()
+		case at == steps/100:
+			latest = nil
+			runtime.GC()
+		case at == steps/20-1:
+			checkFootprint(t, store)
+			checkInside(t, store)
+		}
+	}
+	runtime.KeepAlive(latest)
+}
+
+// Ensure that where memory is short, what was deleted can be used for what is written, of
+// another size, and that the store takes no more memory than before meanwhile.
+func TestReclaim(t *testing.T) {
+	const limit, size = 40_000_000, 100
+	value := strings.Repeat("v", 100*size)
+	for _, next := range []int{size / 10, 2 * size, 20 * size, 100 * size} {
+		store, keys := NewMemory(), 0
+		fits := func(size int) bool {
+			needed := store.Footprint() + int64(size)
+			return needed <= limit || needed-store.Reclaim() <= limit
+		}
+		for ; fits(2 * size); keys++ {
+			store.Put(fmt.Sprint("key", keys), value[:size])
+		}
+		_, _, full := store.Size()
+		for i := 0; i < keys; i += 4 {
+			store.Delete(fmt.Sprint("key", i))
+		}
+		for i := 0; fits(2 * next); i++ {
+			store.Put(fmt.Sprint("next", i), value[:next])
+			if got := store.Footprint(); got > limit+8*slabSize {
+				t.Fatalf("%d bytes are taken by values of %d, want at most %d", got, next, limit)
+			}
+		}
+		checkInside(t, store)
+		_, _, bytes := store.Size()
+		if next >= size && bytes < full*95/100 || bytes < full*80/100 {
+			t.Errorf("of %d bytes a quarter was deleted, and %d are there once it is filled with "+
+				"values of %d", full, bytes, next)
+		}
 	}
 }
 
@@ -438,9 +661,9 @@ func TestWhatIsHandedOut(t *testing.T) {
 	store := NewMemory()
 	inSlab := func(s string) bool {
 		at := uintptr(unsafe.Pointer(unsafe.StringData(s)))
-		for _, slab := range store.slabs {
-			start := uintptr(unsafe.Pointer(unsafe.SliceData(slab.data)))
-			if cap(slab.data) == slabSize && at >= start && at < start+uintptr(cap(slab.data)) {
+		for k := range store.slabs.len {
+			start := uintptr(unsafe.Pointer(*store.slabs.at(k)))
+			if start > 0 && at >= start && at < start+slabSize {
 				return true
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"unsafe"
 	"weak"
 )
 
@@ -13,36 +14,35 @@ import (
 // goroutine. Make one with NewMemory.
 //
 // Short lists lie with their keys in slabs (slab.go), which an index finds (index.go):
-// neither has pointers that the garbage collector would have to follow. Long lists are
-// slices. A list that was handed out is never changed: a Put appends beyond the end of
-// every list handed out before, an Update that would change one makes a new one, and the
-// bytes of a slab that somebody else may see are written once.
+// neither has pointers that the garbage collector would have to follow. Large values and
+// long lists have memory of their own (large.go). A list that was handed out is never
+// changed: a Put appends beyond the end of every list handed out before, an Update that
+// would change one makes a new one, and bytes that somebody else may see are written once.
 type Memory struct {
 	view // what a snapshot copies
 
-	// The index.
-	// how many snapshots were taken. A page with a lower epoch may be part of one: it is copied
+	// how many snapshots were taken. What has a lower epoch may be part of one: it is copied
 	// before it is changed
 	epoch  uint64
 	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
-	pages  int
-	keys   int
+
+	// The index.
+	pages int
+	keys  int
 
 	// The slabs.
+	accounts []account // of slabs, by their numbers
+	cleaner
 	unused []int    // numbers of slabs that were dropped
-	free   [][]byte // memory of these, to be used again
+	free   [][]byte // memory of these and of large entries, to be used again
 	head   int      // where entries are added; 0: there is none yet
 	used   int      // bytes of all slabs
-	live   int      // bytes of all entries that the index points to
-	victim int      // the slab that is being cleaned; 0: none is
-	at     int      // how far
-	cursor int      // where the next is looked for
-	skip   int      // bytes that need not be cleaned before that
+	live   int      // bytes of all entries in them that the index points to
 
-	// The long lists.
-	unusedLists []int // numbers of lists that are not in use
-	longValues  int   // in them
-	longBytes   int64 // of these
+	// Large entries, and long lists.
+	largeBytes int64 // memory of the entries
+	longValues int   // in long lists
+	longBytes  int64 // of these
 
 	values    int   // in all
 	bytes     int64 // of keys and values
@@ -52,46 +52,29 @@ type Memory struct {
 	touched byte                 // by Touch
 }
 
-// list is the values of a key that has too many for an entry.
-type list struct {
-	values []string
-	bytes  int64 // of the values, so that Delete need not walk through them
-	most   int   // values, since values were last copied: those that went are there still
-	shared bool  // values were handed out, so they stay as they are
-}
-
-// pageLists is how many long lists a page holds.
-const pageLists = 64
-
-// listPage is some of the long lists. Like a page of the index it is copied before a
-// change if a snapshot has it.
-type listPage struct {
-	epoch uint64
-	lists [pageLists]list
-}
-
 // NewMemory returns an empty store.
 func NewMemory() *Memory {
-	return &Memory{
-		view:  view{seed: maphash.MakeSeed(), dir: []*page{{}}, shift: 64, slabs: make([]slab, 1)},
-		pages: 1,
-	}
+	m := &Memory{view: view{seed: maphash.MakeSeed(), shift: 64}, pages: 1}
+	m.dir.push(m.epoch)
+	*m.dir.at(0) = &page{}
+	m.slabs.push(m.epoch) // number 0 is none, and full
+	m.accounts = []account{{written: slabSize}}
+	return m
 }
 
 // Put appends value to key's list.
 func (m *Memory) Put(key, value string) {
 	h, i, e := m.find(key)
+	m.tally(1, key, value)
 	values := m.edit[:0]
 	if e == nil {
 		m.bytes += int64(len(key))
-	} else if k := e.number(); k > 0 {
-		m.tally(1, key, value)
-		m.append(m.list(k), value)
+	} else if l := m.ownLong(h, i); l != nil {
+		m.append(l, value)
 		return
 	} else {
 		values = e.values(values)
 	}
-	m.tally(1, key, value)
 	m.store(h, i, key, append(values, value))
 }
 
@@ -104,29 +87,36 @@ func (m *Memory) tally(n int, key, value string) {
 
 // store writes key's list anew. Slot i of h's page is the key's, or an empty one.
 func (m *Memory) store(h uint64, i int, key string, values []string) {
-	number := 0
+	var l *list
 	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
-		number = m.newList(values)
-		values = nil
+		l, values = m.newList(values), nil
 	}
 	old := m.page(h).slots[i]
-	addr := m.write(key, values, number)
-	size := m.entry(addr).size()
-	m.point(h, i, addr)
-	if old != 0 {
-		size += m.die(old)
+	addr, size := uint64(0), entrySize(key, values)
+	if l != nil || size > ownSize {
+		addr = m.writeLarge(old, key, values, l)
+	} else {
+		var b []byte
+		addr, b = m.grow(size)
+		writeEntry(b, key, values)
 	}
-	m.clean(cleanRate * size)
+	if addr != old&addrMask {
+		m.point(h, i, addr)
+		if old != 0 {
+			size += m.die(old)
+		}
+	}
+	m.clean(size)
 }
 
 // Get returns key's list. A short one is a copy, so that it keeps nothing else in memory.
 func (m *Memory) Get(key string) []string {
-	_, _, e := m.find(key)
-	switch {
-	case e == nil:
+	h, i, e := m.find(key)
+	if e == nil {
 		return nil
-	case e.number() > 0:
-		return m.handOut(e.number())
+	}
+	if l := m.long(h, i); l != nil {
+		return m.handOut(l)
 	}
 	return CloneAll(e.values(nil))
 }
@@ -139,12 +129,12 @@ func (m *Memory) View(scratch []string, key string) []string {
 	if e == nil {
 		return nil
 	}
-	m.slabs[m.page(h).slots[i]&addrMask>>slabBits].shown = true
-	if _, rest := e.parts(); rest[0] == 1 && rest[1] < 0x80 { // the usual list
-		return append(scratch[:0], viewOf(rest[2:2+rest[1]]))
-	}
-	if k := e.number(); k > 0 {
-		return m.handOut(k)
+	if slot := m.page(h).slots[i]; slot&largeBit == 0 {
+		m.accounts[slot&addrMask>>slabBits].shown = true
+	} else if r := m.large.at(number(slot)); r.list != nil {
+		return m.handOut(r.list)
+	} else if r.epoch == m.epoch { // else it is not used again anyway
+		r.shown = true
 	}
 	return e.values(scratch[:0])
 }
@@ -168,21 +158,18 @@ func (m *Memory) Delete(key string) (removed int) {
 	if e == nil {
 		return 0
 	}
-	removed = m.forget(key, e)
+	removed = m.forget(h, i, key, e)
 	m.remove(h, i, key)
 	return removed
 }
 
-// forget takes all of key's values out of what is counted, and gives up a long list.
-func (m *Memory) forget(key string, e entry) (removed int) {
+// forget takes all of key's values out of what is counted.
+func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
 	bytes := int64(0)
-	if k := e.number(); k > 0 {
-		l := m.list(k)
+	if l := m.long(h, i); l != nil {
 		removed, bytes = len(l.values), l.bytes
 		m.longValues -= removed
 		m.longBytes -= bytes
-		*l = list{}
-		m.unusedLists = append(m.unusedLists, k)
 	} else {
 		values := e.values(m.edit[:0])
 		removed, bytes = len(values), int64(sizeOf(values))
@@ -198,7 +185,7 @@ func (m *Memory) remove(h uint64, i int, key string) {
 	m.bytes -= int64(len(key))
 	slot := m.page(h).slots[i]
 	m.unpoint(h, i)
-	m.clean(cleanRate * m.die(slot))
+	m.clean(m.die(slot))
 }
 
 // Set makes value key's only one, and returns how many there were.
@@ -207,7 +194,7 @@ func (m *Memory) Set(key, value string) (removed int) {
 	if e == nil {
 		m.bytes += int64(len(key))
 	} else {
-		removed = m.forget(key, e)
+		removed = m.forget(h, i, key, e)
 	}
 	m.tally(1, key, value)
 	m.store(h, i, key, append(m.edit[:0], value))
@@ -225,22 +212,31 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	if e == nil {
 		return -1
 	}
-	k := e.number()
-	if k > 0 {
-		place = m.takeOutLong(m.list(k), key, value, hint)
+	if l := m.long(h, i); l != nil {
+		place = m.index(l, value, hint)
 	} else {
-		values := e.values(m.edit[:0])
-		if place = slices.Index(values, value); place >= 0 && len(values) > 1 {
-			m.tally(-1, key, value)
-			m.store(h, i, key, slices.Delete(values, place, place+1))
-			return place
-		}
+		place = slices.Index(e.values(m.edit[:0]), value)
 	}
-	if k == 0 && place >= 0 || k > 0 && len(m.list(k).values) == 0 {
-		m.forget(key, e)
-		m.remove(h, i, key)
+	if place >= 0 {
+		m.takeAt(h, i, key, e, place)
 	}
 	return place
+}
+
+// takeAt removes key's value at place, and the key with its last.
+func (m *Memory) takeAt(h uint64, i int, key string, e entry, place int) {
+	if l := m.ownLong(h, i); l != nil {
+		if len(l.values) > 1 {
+			m.takeOut(l, key, place)
+			return
+		}
+	} else if values := e.values(m.edit[:0]); len(values) > 1 {
+		m.tally(-1, key, values[place])
+		m.store(h, i, key, slices.Delete(values, place, place+1))
+		return
+	}
+	m.forget(h, i, key, e)
+	m.remove(h, i, key)
 }
 
 // Update removes the first value equal to oldValue and appends newValue. On a
@@ -260,10 +256,11 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.Put(key, newValue)
 		return -1
 	}
-	if k := e.number(); k > 0 {
-		l := m.list(k)
-		place = m.takeOutLong(l, key, oldValue, hint)
-		m.tally(1, key, newValue)
+	m.tally(1, key, newValue)
+	if l := m.ownLong(h, i); l != nil {
+		if place = m.index(l, oldValue, hint); place >= 0 {
+			m.takeOut(l, key, place)
+		}
 		m.append(l, newValue)
 		return place
 	}
@@ -272,40 +269,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.tally(-1, key, oldValue)
 		values = slices.Delete(values, place, place+1)
 	}
-	m.tally(1, key, newValue)
 	m.store(h, i, key, append(values, newValue))
-	return place
-}
-
-// takeOutLong takes the first value equal to oldValue out of a long list, and returns
-// its place.
-func (m *Memory) takeOutLong(l *list, key, oldValue string, hint int) (place int) {
-	if place = hint; place < 0 || place >= len(l.values) || l.values[place] != oldValue {
-		place = slices.Index(l.values, oldValue)
-	}
-	switch {
-	case place == 0:
-		if !l.shared {
-			l.values[0] = "" // or it would stay in memory
-		}
-		l.values = l.values[1:]
-	case place > 0 && l.shared:
-		// A new list, with the room that append would leave beside the new value.
-		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
-			l.values[place+1:]...)
-		l.shared = false
-	case place > 0:
-		l.values = slices.Delete(l.values, place, place+1)
-	}
-	if place >= 0 {
-		m.tally(-1, key, oldValue)
-		l.bytes -= int64(len(oldValue))
-		m.longValues--
-		m.longBytes -= int64(len(oldValue))
-	}
-	if len(l.values) < l.most/4 && l.most > 4*maxShort {
-		l.values, l.shared, l.most = slices.Clone(l.values), false, len(l.values)
-	}
 	return place
 }
 
@@ -323,30 +287,31 @@ func (m *Memory) PairBytes() int64 { return m.pairBytes }
 func (m *Memory) Footprint() int64 {
 	// A string's head, what append leaves free, and what malloc rounds up.
 	const pageSize, perLongValue = 4 << 10, 40
-	return int64(m.used) + int64(m.pages*pageSize+8*len(m.dir)) + m.longBytes +
-		int64(m.longValues*perLongValue)
+	const largePageSize = int64(unsafe.Sizeof(tablePage[large]{}))
+	return int64(m.used+m.pages*pageSize+8*m.dir.len) + m.largeBytes +
+		int64(len(m.large.pages))*largePageSize + m.longBytes + int64(m.longValues*perLongValue)
 }
 
 // Measure returns how many bytes key's values have together.
 func (m *Memory) Measure(key string) (bytes int64) {
-	_, _, e := m.find(key)
-	switch {
-	case e == nil:
+	h, i, e := m.find(key)
+	if e == nil {
 		return 0
-	case e.number() > 0:
-		return m.long(e.number()).bytes
+	}
+	if l := m.long(h, i); l != nil {
+		return l.bytes
 	}
 	return int64(sizeOf(e.values(m.edit[:0])))
 }
 
 // Has tells whether key's list has value. It hands nothing out.
 func (m *Memory) Has(key, value string) bool {
-	_, _, e := m.find(key)
-	switch {
-	case e == nil:
+	h, i, e := m.find(key)
+	if e == nil {
 		return false
-	case e.number() > 0:
-		return slices.Contains(m.long(e.number()).values, value)
+	}
+	if l := m.long(h, i); l != nil {
+		return m.index(l, value, -1) >= 0
 	}
 	return slices.Contains(e.values(m.edit[:0]), value)
 }
@@ -385,58 +350,6 @@ func (m *Memory) Touch(keys []string) {
 	}
 }
 
-// long returns long list k to be looked at.
-func (v *view) long(k int) *list { return &v.lists[k/pageLists].lists[k%pageLists] }
-
-// list returns long list k to be changed: in a copy of its page, if a snapshot has that.
-func (m *Memory) list(k int) *list {
-	p := m.lists[k/pageLists]
-	if p.epoch != m.epoch {
-		mine := *p
-		p = &mine
-		p.epoch = m.epoch
-		for i := range p.lists {
-			p.lists[i].shared = true
-		}
-		m.lists[k/pageLists] = p
-	}
-	return &p.lists[k%pageLists]
-}
-
-// handOut returns the values of long list k, which stay as they are from now on.
-func (m *Memory) handOut(k int) []string {
-	l := m.list(k)
-	l.shared = true
-	return slices.Clip(l.values)
-}
-
-// newList makes a long list and returns its number, which is never 0.
-func (m *Memory) newList(values []string) (k int) {
-	if len(m.unusedLists) == 0 {
-		first := pageLists * len(m.lists)
-		m.lists = append(m.lists, &listPage{epoch: m.epoch})
-		for k := first + pageLists - 1; k >= max(first, 1); k-- {
-			m.unusedLists = append(m.unusedLists, k)
-		}
-	}
-	k = m.unusedLists[len(m.unusedLists)-1]
-	m.unusedLists = m.unusedLists[:len(m.unusedLists)-1]
-	l := m.list(k)
-	for _, v := range values {
-		m.append(l, v)
-	}
-	return k
-}
-
-// append adds a clone of value to the end of l.
-func (m *Memory) append(l *list, value string) {
-	l.values = append(l.values, strings.Clone(value))
-	l.most = max(l.most, len(l.values))
-	l.bytes += int64(len(value))
-	m.longValues++
-	m.longBytes += int64(len(value))
-}
-
 // All yields every key with its list, as they are when All is called. They may be kept.
 func (m *Memory) All() iter.Seq2[string, []string] {
 	now := m.snapshot()
@@ -453,36 +366,38 @@ func (m *Memory) All() iter.Seq2[string, []string] {
 // Memory's owner goes on.
 type snapshot struct{ view }
 
-// Snapshot takes one: a copy of the directory and of the table of slabs, which takes a
-// fraction of a millisecond for a million keys. From then on the Memory copies each page
-// of its index before it changes it for the first time; what the snapshot alone still
-// needs stays in memory as long as somebody has the snapshot.
+// Snapshot takes one: a copy of three lists of pages, which takes a fraction of a
+// millisecond whatever is stored. From then on the Memory copies each page before it changes
+// it for the first time; what the snapshot alone still needs stays in memory as long as
+// somebody has the snapshot.
 func (m *Memory) Snapshot() Snapshot { return m.snapshot() }
 
 func (m *Memory) snapshot() *snapshot {
 	m.epoch++
-	v := m.view
-	v.dir, v.slabs, v.lists = slices.Clone(v.dir), slices.Clone(v.slabs), slices.Clone(v.lists)
-	s := &snapshot{v}
+	s := &snapshot{m.view}
+	s.dir, s.slabs, s.large = s.dir.clone(), s.slabs.clone(), s.large.clone()
 	m.latest = weak.Make(s)
+	m.hold()
 	return s
 }
 
 // View returns key's list. Like Memory's it makes a short one in scratch.
 func (s *snapshot) View(scratch []string, key string) []string {
-	_, _, e := s.find(key)
+	h, i, e := s.find(key)
 	if e == nil {
 		return nil
 	}
-	return s.list(e, scratch)
+	return s.list(s.page(h).slots[i], scratch)
 }
 
-// list returns the list of an entry.
-func (s *snapshot) list(e entry, scratch []string) []string {
-	if k := e.number(); k > 0 {
-		return slices.Clip(s.long(k).values)
+// list returns the list of a slot.
+func (s *snapshot) list(slot uint64, scratch []string) []string {
+	if slot&largeBit != 0 {
+		if l := s.large.at(number(slot)).list; l != nil {
+			return slices.Clip(l.values)
+		}
 	}
-	return e.values(scratch[:0])
+	return s.entry(slot).values(scratch[:0])
 }
 
 // All yields every key with its list, which is overwritten with the next one.
@@ -490,7 +405,8 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
 		var last *page
 		var scratch [maxShort]string
-		for _, p := range s.dir {
+		for i := range s.dir.len {
+			p := *s.dir.at(i)
 			if p == last {
 				continue
 			}
@@ -499,8 +415,7 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 				if slot == 0 {
 					continue
 				}
-				e := s.entry(slot)
-				if !yield(viewOf(e.key()), s.list(e, scratch[:])) {
+				if !yield(viewOf(s.entry(slot).key()), s.list(slot, scratch[:])) {
 					return
 				}
 			}

@@ -2,7 +2,6 @@ package kvstore
 
 import (
 	"encoding/binary"
-	"hash/maphash"
 	"math/bits"
 	"slices"
 	"strings"
@@ -12,10 +11,11 @@ import (
 // An entry is a key with its list, as bytes that nobody changes any more:
 //
 //	| length | key | n | n lengths | n values |      a short list
-//	| length | key | 0 | number              |      a long one: its place in lists
+//	| length | key | 0 |                             a long one: the values are elsewhere
 //
 // All numbers are uvarints. Entries lie in slabs, one behind the other, and an address
-// is a slab's number and an offset in it.
+// is a slab's number and an offset in it. What is too large for that has memory of its
+// own (large.go).
 type entry []byte
 
 const (
@@ -24,35 +24,61 @@ const (
 
 	slabBits = 18
 	slabSize = 1 << slabBits
-	ownSize  = 2 << 10 // bytes of an entry above which it has a slab of its own
-	freeMost = 16      // slabs whose memory waits to be used again
+	ownSize  = 2 << 10 // bytes of an entry above which it has memory of its own
+	freeMost = 16      // pieces of memory that wait to be used again
 
-	// Bytes that may be dead: deadMin, and one deadShare-th of all slabs. With more, slabs are
-	// cleaned: for each byte that is written or dies the cleaner walks past cleanRate bytes, and
-	// moves what lives among them to a new slab. That keeps the bound.
+	// Bytes of slabs that may be dead: deadMin, and one deadShare-th of all.
 	deadMin   = 2 << 20
 	deadShare = 4
-	cleanRate = deadShare
 
-	cleanWindow = 1024 // slabs among which the one with most dead bytes is looked for
+	buckets    = 32                 // of slabs, by their dead bytes
+	bucketSize = slabSize / buckets // dead bytes by which a bucket's slabs differ at most
+	cleanFrom  = buckets / 8        // the first bucket whose slabs are worth cleaning
+	cleanMost  = slabSize           // bytes that one operation cleans for, at most
 )
 
 // slab is a piece of memory without pointers. It is written once, from its start to its
 // end. When nothing in it is alive, and nobody else can have seen it, its memory is used
 // again at once: it is in the processor's cache still. Else it is left to the garbage
 // collector, which waits for everybody who reads it.
-type slab struct {
-	data []byte
-	live int // bytes of entries that the index points to
+type slab [slabSize]byte
+
+// account is what a slab's owner alone knows of it.
+type account struct {
+	written int // bytes
+	live    int // of these, in entries that the index points to
 
 	epoch uint64 // Memory's when the slab was made: a snapshot taken since has it, too
-	shown bool   // strings that are parts of data were handed out
+	shown bool   // strings that are parts of it were handed out
+
+	bucket int // which one it is in; 0: none
+	place  int // in the bucket
+}
+
+// cleaner keeps the dead bytes of slabs in bounds. With more than may be, it walks through
+// the slab that has most, and moves what lives there to a new one: for each byte that
+// is written or dies past so many bytes that at least one is given back.
+//
+//	bucket 31:  slab 7               nearly all of it is dead: cleaned first
+//	...
+//	bucket 4:   slab 2, slab 12
+//	...
+//	bucket 1:   slab 5, slab 3       8 KiB are dead: cleaned when memory is short
+type cleaner struct {
+	buckets [buckets][]int
+	victim  int  // the slab that is being cleaned; 0: none is
+	at      int  // how far
+	rate    int  // bytes of it to walk past for one that is written or dies
+	held    bool // the latest snapshot may be there still: slabs that it has are in no bucket
+	short   int  // bytes that may be written until memory is not short any more (Reclaim)
 }
 
 // entry returns the entry that a slot points to, with what follows it.
 func (v *view) entry(slot uint64) entry {
-	addr := slot & addrMask
-	return v.slabs[addr>>slabBits].data[addr&(slabSize-1):]
+	if slot&largeBit != 0 {
+		return v.large.at(number(slot)).data
+	}
+	return (*v.slabs.at(int(slot & addrMask >> slabBits)))[slot&(slabSize-1):]
 }
 
 // parts returns an entry's key, and what follows it.
@@ -71,16 +97,6 @@ func (e entry) key() []byte {
 }
 
 func (e entry) hasKey(key string) bool { return string(e.key()) == key }
-
-// number is the number of the entry's long list, 0 if it has a short one.
-func (e entry) number() int {
-	_, rest := e.parts()
-	if rest[0] != 0 {
-		return 0
-	}
-	n, _ := binary.Uvarint(rest[1:])
-	return int(n)
-}
 
 // values appends the values of a short list to dst. They share the entry's memory.
 func (e entry) values(dst []string) []string {
@@ -106,179 +122,228 @@ func (e entry) values(dst []string) []string {
 // size is how many bytes the entry takes.
 func (e entry) size() int {
 	_, rest := e.parts()
-	n, i := max(1, int(rest[0])), 1
+	n, i := int(rest[0]), 1
 	sum := 0
 	for range n {
 		length, size := binary.Uvarint(rest[i:])
 		i += size
 		sum += int(length)
 	}
-	if rest[0] == 0 {
-		sum = 0
-	}
 	return len(e) - len(rest) + i + sum
 }
 
-// viewOf is string(b) without a copy. What it needs holds for all bytes in slabs: nobody
-// changes them while there is such a string. (A slab of which somebody outside was shown
-// one is never used again.)
+// viewOf is string(b) without a copy. What it needs holds for all bytes of entries: nobody
+// changes them while there is such a string. (Memory of which somebody outside was shown
+// a part is never used again.)
 func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // uvarintSize is how many bytes n takes.
 func uvarintSize(n int) int { return (bits.Len(uint(n|1)) + 6) / 7 }
 
-// write adds an entry: of values, or if there are none, of the long list with a number.
-func (m *Memory) write(key string, values []string, number int) (addr uint64) {
+// entrySize is how many bytes an entry takes.
+func entrySize(key string, values []string) int {
 	size := uvarintSize(len(key)) + len(key) + 1
 	for _, v := range values {
 		size += uvarintSize(len(v)) + len(v)
 	}
-	if len(values) == 0 {
-		size += uvarintSize(number)
-	}
-	addr, b := m.grow(size)
-	b = binary.AppendUvarint(b, uint64(len(key)))
+	return size
+}
+
+// writeEntry writes an entry to the start of b.
+func writeEntry(b []byte, key string, values []string) {
+	b = binary.AppendUvarint(b[:0], uint64(len(key)))
 	b = append(b, key...)
 	b = append(b, byte(len(values)))
-	if len(values) == 0 {
-		b = binary.AppendUvarint(b, uint64(number))
-	}
 	for _, v := range values {
 		b = binary.AppendUvarint(b, uint64(len(v)))
 	}
 	for _, v := range values {
 		b = append(b, v...)
 	}
-	return addr
 }
 
-// grow makes room for an entry. b is empty, and has size bytes of capacity.
+// grow makes room for an entry of so many bytes in a slab.
 func (m *Memory) grow(size int) (addr uint64, b []byte) {
-	k := m.head
-	if size > ownSize {
-		k = m.open(size)
-	} else if s := m.slabs[k]; cap(s.data)-len(s.data) < size {
-		m.head = m.open(slabSize)
-		m.drop(k)
-		k = m.head
+	if slabSize-m.accounts[m.head].written < size {
+		full := m.head
+		m.head = m.open()
+		m.settle(full)
 	}
-	s := &m.slabs[k]
-	n := len(s.data)
-	s.data = s.data[:n+size]
-	s.live += size
+	a := &m.accounts[m.head]
+	n := a.written
+	a.written += size
+	a.live += size
 	m.live += size
-	return uint64(k)<<slabBits | uint64(n), s.data[n : n : n+size]
+	return uint64(m.head)<<slabBits | uint64(n), (*m.slabs.at(m.head))[n : n+size]
 }
 
 // open makes a slab and returns its number.
-func (m *Memory) open(size int) (k int) {
+func (m *Memory) open() (k int) {
 	if n := len(m.unused); n > 0 {
 		k, m.unused = m.unused[n-1], m.unused[:n-1]
 	} else {
-		k, m.slabs = len(m.slabs), append(m.slabs, slab{})
+		k, m.accounts = m.slabs.push(m.epoch), append(m.accounts, account{})
 	}
-	data := m.reuse(size)
-	if data == nil {
-		var fresh strings.Builder // it does not clear memory that will be written anyway
-		fresh.Grow(size)
-		fresh.WriteByte(0) // or there would be no string to take the memory of
-		data = unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:0]
-	}
-	m.slabs[k] = slab{data: data, epoch: m.epoch}
-	m.used += cap(data)
+	*m.slabs.own(k, m.epoch) = (*slab)(m.allocate(slabSize)[:slabSize])
+	m.accounts[k] = account{epoch: m.epoch}
+	m.used += slabSize
 	return k
 }
 
-// reuse returns free memory of at least size bytes, and not many more, nil if there is none.
-func (m *Memory) reuse(size int) []byte {
+// allocate returns memory for size bytes, which has no pointers: of what is free, if that
+// is not much more.
+func (m *Memory) allocate(size int) []byte {
 	for i := len(m.free) - 1; i >= 0; i-- {
 		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
 			m.free = slices.Delete(m.free, i, i+1)
-			return data[:0]
+			return data[:size]
 		}
 	}
-	return nil
+	var fresh strings.Builder // it does not clear memory that will be written anyway
+	fresh.Grow(size)
+	fresh.WriteByte(0) // or there would be no string to take the memory of
+	return unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:size]
 }
 
-// release keeps a slab's memory for reuse, in the place of what has been free longest.
-func (m *Memory) release(s *slab) {
-	if s.shown || s.epoch < m.epoch || cap(s.data) > slabSize {
+// release keeps memory that nobody has seen for the next, in the place of what has been
+// free longest.
+func (m *Memory) release(data []byte, epoch uint64, shown bool) {
+	if shown || epoch < m.epoch || cap(data) > slabSize || cap(data) <= ownSize {
 		return
 	}
 	if len(m.free) == freeMost {
 		m.free = slices.Delete(m.free, 0, 1)
 	}
-	m.free = append(m.free, s.data)
+	m.free = append(m.free, data)
 }
 
-// drop leaves slab k to the garbage collector, unless it is of use.
-func (m *Memory) drop(k int) {
-	if k == 0 || k == m.head || m.slabs[k].live > 0 {
+// die takes note that nobody needs the entry of a slot any more. It returns its size.
+func (m *Memory) die(slot uint64) (size int) {
+	if slot&largeBit != 0 {
+		return m.dropLarge(number(slot))
+	}
+	k := int(slot & addrMask >> slabBits)
+	size = m.entry(slot).size()
+	m.live -= size
+	m.accounts[k].live -= size
+	m.settle(k)
+	return size
+}
+
+// settle puts slab k where it belongs: into the bucket of its dead bytes if it may be
+// cleaned, and away if nothing in it is alive.
+func (m *Memory) settle(k int) {
+	a, b := &m.accounts[k], 0
+	isHeld := m.held && a.epoch < m.epoch
+	if k == 0 || k == m.head {
 		return
 	}
-	m.used -= cap(m.slabs[k].data)
-	m.release(&m.slabs[k])
-	m.slabs[k] = slab{}
+	if a.live > 0 && k != m.victim {
+		b = (a.written - a.live) / bucketSize
+	}
+	if b != a.bucket && !isHeld {
+		m.move(k, b)
+	}
+	if a.live > 0 {
+		return
+	}
+	m.used -= slabSize
+	m.release((*m.slabs.at(k))[:], a.epoch, a.shown)
+	*m.slabs.own(k, m.epoch) = nil
+	*a = account{}
 	m.unused = append(m.unused, k)
 	if k == m.victim {
 		m.victim = 0
 	}
 }
 
-// die takes note that nobody needs the entry of a slot any more. It returns its size.
-func (m *Memory) die(slot uint64) (size int) {
-	k := int(slot & addrMask >> slabBits)
-	size = m.entry(slot).size()
-	m.live -= size
-	m.slabs[k].live -= size
-	m.drop(k)
-	return size
+// move takes slab k out of its bucket, if it is in one, and puts it into another; 0: none.
+func (m *Memory) move(k, bucket int) {
+	a := &m.accounts[k]
+	if a.bucket > 0 {
+		old := m.buckets[a.bucket]
+		last := old[len(old)-1]
+		old[a.place], m.accounts[last].place = last, a.place
+		m.buckets[a.bucket] = old[:len(old)-1]
+	}
+	if a.bucket = bucket; bucket > 0 {
+		a.place = len(m.buckets[bucket])
+		m.buckets[bucket] = append(m.buckets[bucket], k)
+	}
 }
 
-// clean walks past so many bytes of the slab that has most dead ones, and moves what
-// lives there, if more is dead in all than may be.
-func (m *Memory) clean(bytes int) {
-	if m.victim == 0 && m.used-m.live > deadMin+m.used/deadShare {
-		if m.skip -= bytes; m.skip <= 0 {
-			m.choose()
+// hold leaves all slabs alone as long as somebody has the snapshot that is being taken:
+// cleaning them would give nothing back.
+func (m *Memory) hold() {
+	m.buckets, m.victim, m.held = [buckets][]int{}, 0, true
+}
+
+// letGo ends hold, once nobody has the snapshot any more.
+func (m *Memory) letGo() {
+	if !m.held || m.latest.Value() != nil {
+		return
+	}
+	m.held = false
+	for k := range m.accounts {
+		if a := &m.accounts[k]; a.live > 0 && a.epoch < m.epoch {
+			a.bucket = 0 // it was in one when the snapshot was taken
+			m.settle(k)
 		}
 	}
-	for victim := m.victim; bytes > 0 && victim > 0 && victim == m.victim; {
-		addr := uint64(victim)<<slabBits | uint64(m.at)
-		e := m.entry(addr)
-		e = e[:e.size()]
-		m.at += len(e)
-		bytes -= len(e)
-		h := maphash.Bytes(m.seed, e.key())
-		p, slot := m.page(h), h<<addrBits|addr
-		for i := home(slot); p.slots[i] != 0; i = next(i) {
-			if p.slots[i] == slot {
-				addr, b := m.grow(len(e))
-				copy(b[:len(e)], e)
-				m.point(h, i, addr)
-				m.die(slot) // with the last one the slab is dropped
-				break
+}
+
+// clean cleans slabs after so many bytes were written or have died.
+func (m *Memory) clean(bytes int) {
+	bytes = min(bytes, cleanMost)
+	m.short = max(0, m.short-bytes)
+	for bytes > 0 && (m.victim > 0 || m.choose()) {
+		victim, rate := m.victim, m.rate
+		walk := bytes * rate
+		for walk > 0 && victim == m.victim {
+			addr := uint64(victim)<<slabBits | uint64(m.at)
+			e := m.entry(addr)
+			e = e[:e.size()]
+			m.at += len(e)
+			walk -= len(e)
+			if h, i := m.locate(addr); i >= 0 {
+				to, b := m.grow(len(e))
+				copy(b, e)
+				m.point(h, i, to)
+				m.die(addr) // with the last one the slab is dropped
 			}
 		}
+		bytes = walk / rate
 	}
 }
 
-// choose makes the slab with most dead bytes among the next ones the victim. One that the
-// latest snapshot has is left alone: cleaning it would give nothing back.
-func (m *Memory) choose() {
-	isThere := m.latest.Value() != nil
-	most := slabSize / (2 * deadShare)
-	for range min(cleanWindow, len(m.slabs)) {
-		if m.cursor++; m.cursor >= len(m.slabs) {
-			m.cursor = 1
+// choose makes the slab with most dead bytes the victim, if more is dead in all than may be.
+func (m *Memory) choose() bool {
+	least := 1
+	if m.short == 0 {
+		if m.used-m.live <= deadMin+m.used/deadShare {
+			return false
 		}
-		s := &m.slabs[m.cursor]
-		if dead := len(s.data) - s.live; dead > most && m.cursor != m.head &&
-			!(isThere && s.epoch < m.epoch) {
-			m.victim, m.at, most = m.cursor, 0, dead
+		least = cleanFrom
+	}
+	m.letGo()
+	for b := buckets - 1; b >= least; b-- {
+		if n := len(m.buckets[b]); n > 0 {
+			m.victim, m.at, m.rate = m.buckets[b][n-1], 0, buckets/b+1
+			m.move(m.victim, 0)
+			return true
 		}
 	}
-	if m.victim == 0 {
-		m.skip = cleanRate * slabSize
+	return false
+}
+
+// Reclaim tells the store that memory is short. It returns how many bytes of the Footprint
+// are dead and can be counted as free: what is written from now on gets them, for slabs
+// with less dead bytes than usual are cleaned as well, until 256 KiB were written.
+func (m *Memory) Reclaim() (bytes int64) {
+	m.letGo()
+	m.short = slabSize
+	for b, slabs := range m.buckets {
+		bytes += int64(b * bucketSize * len(slabs))
 	}
+	return max(0, bytes-2*slabSize) // what is moved takes room before its slab goes
 }

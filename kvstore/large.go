@@ -1,0 +1,147 @@
+package kvstore
+
+import (
+	"slices"
+	"strings"
+)
+
+// largeBit is set in the address of a large entry, whose number the other bits are.
+const largeBit = 1 << (addrBits - 1)
+
+// large is an entry that has memory of its own: one that is too large for a slab, or one
+// of a long list. They are numbered without gaps: when one goes, the last one takes its
+// number, so what was there before costs nothing.
+type large struct {
+	data  entry
+	list  *list  // nil: the values are in data
+	epoch uint64 // Memory's when data was made: a snapshot taken since has it, too
+	shown bool   // strings that are parts of data were handed out
+}
+
+// list is the values of a key that has too many for an entry.
+type list struct {
+	values []string
+	bytes  int64  // of the values, so that Delete need not walk through them
+	most   int    // values, since values was last copied: those that went are there still
+	shared bool   // values were handed out, so they stay as they are
+	epoch  uint64 // Memory's when this was made: a snapshot taken since has it, too
+}
+
+// number returns the number of the large entry that a slot points to.
+func number(slot uint64) int { return int(slot & (largeBit - 1)) }
+
+// long returns the long list of slot i of h's page to be looked at, nil if it is short.
+func (v *view) long(h uint64, i int) *list {
+	if slot := v.page(h).slots[i]; slot&largeBit != 0 {
+		return v.large.at(number(slot)).list
+	}
+	return nil
+}
+
+// ownLong is long, to be changed: in a copy, if a snapshot has it.
+func (m *Memory) ownLong(h uint64, i int) *list {
+	l := m.long(h, i)
+	if l != nil && l.epoch != m.epoch {
+		mine := *l
+		mine.epoch, mine.shared = m.epoch, true
+		l = &mine
+		m.large.own(number(m.page(h).slots[i]), m.epoch).list = l
+	}
+	return l
+}
+
+// handOut returns the values of a long list, which stay as they are from now on.
+func (m *Memory) handOut(l *list) []string {
+	if l.epoch == m.epoch { // else ownLong will say so
+		l.shared = true
+	}
+	return slices.Clip(l.values)
+}
+
+// writeLarge makes a large entry of values, or of the list l, in the place of the one
+// that a slot points to, if it is large.
+func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list) (addr uint64) {
+	data := m.allocate(entrySize(key, values))
+	writeEntry(data, key, values)
+	k := 0
+	if slot&largeBit != 0 {
+		k = number(slot)
+	} else {
+		k = m.large.push(m.epoch)
+	}
+	r := m.large.own(k, m.epoch)
+	m.largeBytes += int64(cap(data) - cap(r.data))
+	m.release(r.data, r.epoch, r.shown)
+	*r = large{data: data, list: l, epoch: m.epoch}
+	return largeBit | uint64(k)
+}
+
+// dropLarge removes large entry k, which no slot points to any more, and returns its size.
+func (m *Memory) dropLarge(k int) (size int) {
+	r := m.large.own(k, m.epoch)
+	size = len(r.data)
+	m.largeBytes -= int64(cap(r.data))
+	m.release(r.data, r.epoch, r.shown)
+
+	// The last one takes its number.
+	if last := m.large.len - 1; last != k {
+		h, i := m.locate(largeBit | uint64(last))
+		m.point(h, i, largeBit|uint64(k))
+		*r = *m.large.at(last)
+	}
+	m.large.pop(m.epoch)
+	return size
+}
+
+// newList makes a long list.
+func (m *Memory) newList(values []string) *list {
+	l := &list{epoch: m.epoch}
+	for _, v := range values {
+		m.append(l, v)
+	}
+	return l
+}
+
+// append adds a clone of value to the end of l.
+func (m *Memory) append(l *list, value string) {
+	l.values = append(l.values, strings.Clone(value))
+	l.most = max(l.most, len(l.values))
+	l.bytes += int64(len(value))
+	m.longValues++
+	m.longBytes += int64(len(value))
+}
+
+// index returns the place of the first value equal to value, -1 if there is none. It looks
+// at the place hint first.
+func (m *Memory) index(l *list, value string, hint int) (place int) {
+	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
+		return hint
+	}
+	return slices.Index(l.values, value)
+}
+
+// takeOut takes the value at place out of l.
+func (m *Memory) takeOut(l *list, key string, place int) {
+	value := l.values[place]
+	switch {
+	case place == 0:
+		if !l.shared {
+			l.values[0] = "" // or it would stay in memory
+		}
+		l.values = l.values[1:]
+	case l.shared:
+		// A new list, with the room that append would leave beside the new value.
+		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
+			l.values[place+1:]...)
+		l.shared = false
+	default:
+		l.values = slices.Delete(l.values, place, place+1)
+	}
+	m.tally(-1, key, value)
+	l.bytes -= int64(len(value))
+	m.longValues--
+	m.longBytes -= int64(len(value))
+	if len(l.values) < l.most/4 && l.most > 4*maxShort {
+		l.values, l.shared, l.most = slices.Clone(l.values), false, len(l.values)
+	}
+}
