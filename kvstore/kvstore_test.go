@@ -566,6 +566,40 @@ func checkSnapshot(t *testing.T, s Snapshot, held model) {
 	}
 }
 
+// Ensure that a snapshot copies next to nothing whatever is stored, and a change beside it only
+// the pages that it is in.
+func TestSnapshotCopiesLittle(t *testing.T) {
+	store := NewMemory()
+	for i := range 100_000 {
+		store.Put(fmt.Sprint("small", i), "v")
+	}
+	for i := range 20_000 {
+		store.Put(fmt.Sprint("large", i), strings.Repeat("v", ownSize))
+	}
+	for i := range 5000 * (maxShort + 1) {
+		store.Put(fmt.Sprint("list", i%5000), "v")
+	}
+	allocated := func(do func()) (bytes uint64) {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		do()
+		runtime.ReadMemStats(&after)
+		return after.TotalAlloc - before.TotalAlloc
+	}
+	var s Snapshot
+	if got := allocated(func() { s = store.Snapshot() }); got > 16<<10 {
+		t.Errorf("a snapshot takes %d bytes", got)
+	}
+	if got := allocated(func() {
+		store.Put("list7", "w")
+		store.Put("large7", "w")
+		store.Delete("small7")
+	}); got > 100<<10 {
+		t.Errorf("three changes beside a snapshot take %d bytes", got)
+	}
+	runtime.KeepAlive(s)
+}
+
 // Ensure that a snapshot can be walked while its store is changed: with the race
 // detector, that neither sees the other's memory.
 func TestSnapshotBesideChanges(t *testing.T) {
@@ -963,6 +997,24 @@ func measureMemory(b *testing.B, size int) {
 		b.Errorf("the snapshot has %d keys", n)
 	}
 	runtime.KeepAlive(store)
+}
+
+// BenchmarkSnapshot is a snapshot of many small values, of many large ones, and of long lists.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, what := range []struct {
+		name               string
+		keys, values, size int
+	}{{"small", 1_000_000, 1, 16}, {"large", 300_000, 1, ownSize + 1}, {"lists", 300_000, 9, 1}} {
+		b.Run(what.name, func(b *testing.B) {
+			store, value := NewMemory(), strings.Repeat("v", what.size)
+			for i := range what.keys * what.values {
+				store.Put(fmt.Sprint("key", i%what.keys), value)
+			}
+			for b.Loop() {
+				store.Snapshot()
+			}
+		})
+	}
 }
 
 // BenchmarkChain is a request in a chain of 256 of random keys, told to the store before
