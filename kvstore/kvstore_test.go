@@ -248,7 +248,7 @@ func checkSlabs(t *testing.T, m *Memory) {
 // checkLarge reports what is wrong with m's large entries and long lists.
 func checkLarge(t *testing.T, m *Memory) {
 	t.Helper()
-	entries, memory, values, bytes := 0, int64(0), 0, int64(0)
+	entries, memory, values, bytes, gone := 0, int64(0), 0, int64(0), int64(0)
 	for slot := range m.slots {
 		if slot&largeBit == 0 {
 			continue
@@ -265,16 +265,26 @@ func checkLarge(t *testing.T, m *Memory) {
 		if r.list == nil {
 			continue
 		}
-		if len(r.list.values) == 0 || r.list.bytes != int64(sizeOf(r.list.values)) {
-			t.Fatalf("a list of %d values counts %d bytes", len(r.list.values), r.list.bytes)
+		l := r.list
+		if len(l.values) == 0 || l.bytes != int64(sizeOf(l.values)) ||
+			len(l.hashes) != len(l.values) {
+			t.Fatalf("a list of %d values counts %d bytes and has %d hashes", len(l.values), l.bytes,
+				len(l.hashes))
 		}
-		values += len(r.list.values)
-		bytes += r.list.bytes
+		for i, v := range l.values {
+			if m.hash(v) != l.hashes[i] {
+				t.Fatalf("value %d has the hash of another", i)
+			}
+		}
+		values += len(l.values)
+		bytes += l.bytes
+		gone += l.gone
 	}
 	if entries != m.large.len || memory != m.largeBytes || values != m.longValues ||
-		bytes != m.longBytes {
-		t.Fatalf("%d large entries of %d bytes and %d values of %d are counted as %d, %d, %d, %d",
-			entries, memory, values, bytes, m.large.len, m.largeBytes, m.longValues, m.longBytes)
+		bytes != m.longBytes || gone != m.longGone {
+		t.Fatalf("%d large entries of %d bytes and %d values of %d and %d are counted as %d, %d, "+
+			"%d, %d, %d", entries, memory, values, bytes, gone, m.large.len, m.largeBytes,
+			m.longValues, m.longBytes, m.longGone)
 	}
 	if pages := (entries + tableItems - 1) / tableItems; pages != len(m.large.pages) {
 		t.Fatalf("%d large entries take %d pages, want %d", entries, len(m.large.pages), pages)
@@ -726,34 +736,68 @@ func TestWhatIsHandedOut(t *testing.T) {
 }
 
 // Ensure that values that were taken out of a long list do not stay in memory, whether
-// it was handed out or not.
+// it was handed out or not, and that the Footprint knows what does.
 func TestRemovedValuesGo(t *testing.T) {
-	for _, read := range []bool{false, true} {
-		store := NewMemory()
-		const values, size = 1000, 10_000
+	inUse := func() int64 {
+		var stats runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&stats)
+		return int64(stats.HeapAlloc)
+	}
+	for _, every := range []int{0, 1, 7, 300} { // Removes, between two Gets
+		before, store := inUse(), NewMemory()
+		const values, size = 600, 10_000
 		long := strings.Repeat("v", size)
 		for i := range values {
 			store.Put("key", fmt.Sprint(i, long))
 		}
 		for i := range values - 10 {
-			if read && i == values/2 {
+			if every > 0 && i%every == 0 {
 				store.Get("key")
 			}
 			if !store.Remove("key", fmt.Sprint(i, long)) {
 				t.Fatalf("value %d is not there", i)
 			}
+			if i%50 > 0 && i < values-50 {
+				continue
+			}
+			_, _, live := store.Size()
+			got := inUse() - before - slabSize
+			if got > live*4/3+5*size {
+				t.Fatalf("a Get each %d Removes: %d bytes keep %d after %d Removes", every, live, got, i+1)
+			}
+			if most := store.Footprint() + 5*size; got > most {
+				t.Fatalf("a Get each %d Removes: %d bytes are counted as %d", every, got, most)
+			}
 		}
-		runtime.GC()
-		var stats runtime.MemStats
-		runtime.ReadMemStats(&stats)
-		before := stats.HeapAlloc
+		checkInside(t, store)
 		store.Delete("key")
-		runtime.GC()
-		if runtime.ReadMemStats(&stats); before > stats.HeapAlloc+100*size {
-			t.Errorf("read %v: 10 values of %d bytes keep %d bytes", read, size,
-				before-stats.HeapAlloc)
-		}
-		runtime.KeepAlive(store)
+		checkInside(t, store)
+	}
+}
+
+// Ensure that a search compares no values but those that are equal, however long and alike
+// the others are.
+func TestSearchComparesLittle(t *testing.T) {
+	const values, size = 100, 10_000
+	store, long := NewMemory(), strings.Repeat("v", size)
+	for i := range values {
+		store.Put("key", fmt.Sprintf("%s%04d%s", long, i, long))
+	}
+
+	// Were one of the values compared, it would be found.
+	none := long + "none" + long
+	h, i, _ := store.find("key")
+	list := store.ownLong(h, i).values
+	for i := range list {
+		list[i] = none
+	}
+	if store.Has("key", none) || store.Remove("key", none) ||
+		store.Update("key", none, "new") || store.Has("other", none) {
+		t.Error("a value was compared that has another hash")
+	}
+	if !store.Has("key", "new") || !store.Update("key", "new", none) || !store.Remove("key", none) {
+		t.Error("a value that is there is not found")
 	}
 }
 

@@ -1,12 +1,17 @@
 package kvstore
 
 import (
+	"hash/maphash"
 	"slices"
 	"strings"
 )
 
 // largeBit is set in the address of a large entry, whose number the other bits are.
 const largeBit = 1 << (addrBits - 1)
+
+// perLongValue is how many bytes a value of a long list takes beside its own: a string's head,
+// its hash, what append leaves free, and what malloc rounds up.
+const perLongValue = 45
 
 // large is an entry that has memory of its own: one that is too large for a slab, or one
 // of a long list. They are numbered without gaps: when one goes, the last one takes its
@@ -19,12 +24,18 @@ type large struct {
 }
 
 // list is the values of a key that has too many for an entry.
+//
+//	array     | gone | gone | b    | c | d | room |      gone: taken from the front while a
+//	values                  [ b    , c , d ]             reader had the list
+//	hashes                  [ h(b) , ...   ]
 type list struct {
 	values []string
-	bytes  int64  // of the values, so that Delete need not walk through them
-	most   int    // values, since values was last copied: those that went are there still
-	shared bool   // values were handed out, so they stay as they are
-	epoch  uint64 // Memory's when this was made: a snapshot taken since has it, too
+	hashes []uint32 // of the values: a search compares only those whose hash is right
+	bytes  int64    // of the values, so that Delete need not walk through them
+	gone   int64    // bytes of values that went, and that the array keeps in memory
+	most   int      // values since the array was made: room for so many is taken still
+	shared bool     // values were handed out, so the array stays as it is
+	epoch  uint64   // Memory's when this was made: a snapshot taken since has it, too
 }
 
 // number returns the number of the large entry that a slot points to.
@@ -104,44 +115,77 @@ func (m *Memory) newList(values []string) *list {
 
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *list, value string) {
+	if len(l.values) == cap(l.values) {
+		l.values = slices.Grow(l.values, 1)
+		m.copied(l)
+	}
 	l.values = append(l.values, strings.Clone(value))
+	l.hashes = append(l.hashes, m.hash(value))
 	l.most = max(l.most, len(l.values))
 	l.bytes += int64(len(value))
 	m.longValues++
 	m.longBytes += int64(len(value))
 }
 
+// copied takes note that l's values are in a new array.
+func (m *Memory) copied(l *list) {
+	m.longGone -= l.gone
+	l.gone, l.most, l.shared = 0, len(l.values), false
+}
+
+// hash returns a list's hash of value. Nobody outside can make two values that have the same.
+func (m *Memory) hash(value string) uint32 { return uint32(maphash.String(m.seed, value)) }
+
 // index returns the place of the first value equal to value, -1 if there is none. It looks
-// at the place hint first.
+// at the place hint first. Values of other hashes are not looked at, however long they are.
 func (m *Memory) index(l *list, value string, hint int) (place int) {
 	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
 		return hint
 	}
-	return slices.Index(l.values, value)
+	hash := m.hash(value)
+	for i, h := range l.hashes {
+		if h == hash && l.values[i] == value {
+			return i
+		}
+	}
+	return -1
 }
 
 // takeOut takes the value at place out of l.
 func (m *Memory) takeOut(l *list, key string, place int) {
 	value := l.values[place]
+	bytes := int64(len(value))
 	switch {
+	case place == 0 && l.shared:
+		l.values = l.values[1:]
+		l.gone += bytes
+		m.longGone += bytes
 	case place == 0:
-		if !l.shared {
-			l.values[0] = "" // or it would stay in memory
-		}
+		l.values[0] = "" // or it would stay in memory
 		l.values = l.values[1:]
 	case l.shared:
-		// A new list, with the room that append would leave beside the new value.
+		// A new array, with the room that append would leave beside the new value.
 		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
 			l.values[place+1:]...)
-		l.shared = false
+		m.copied(l)
 	default:
 		l.values = slices.Delete(l.values, place, place+1)
 	}
+	if place == 0 {
+		l.hashes = l.hashes[1:]
+	} else {
+		l.hashes = slices.Delete(l.hashes, place, place+1)
+	}
 	m.tally(-1, key, value)
-	l.bytes -= int64(len(value))
+	l.bytes -= bytes
 	m.longValues--
-	m.longBytes -= int64(len(value))
-	if len(l.values) < l.most/4 && l.most > 4*maxShort {
-		l.values, l.shared, l.most = slices.Clone(l.values), false, len(l.values)
+	m.longBytes -= bytes
+
+	// What went takes a quarter of what is there, or its place three quarters of the array.
+	// Then a copy costs less than what was taken out since the last one.
+	n := len(l.values)
+	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
+		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)
+		m.copied(l)
 	}
 }

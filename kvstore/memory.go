@@ -43,6 +43,7 @@ type Memory struct {
 	largeBytes int64 // memory of the entries
 	longValues int   // in long lists
 	longBytes  int64 // of these
+	longGone   int64 // bytes of values that went, and that lists keep in memory
 
 	values    int   // in all
 	bytes     int64 // of keys and values
@@ -170,6 +171,7 @@ func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
 		removed, bytes = len(l.values), l.bytes
 		m.longValues -= removed
 		m.longBytes -= bytes
+		m.longGone -= l.gone
 	} else {
 		values := e.values(m.edit[:0])
 		removed, bytes = len(values), int64(sizeOf(values))
@@ -285,11 +287,10 @@ func (m *Memory) PairBytes() int64 { return m.pairBytes }
 // Footprint returns how many bytes of memory the store takes, about: all that a snapshot
 // shares with it counts once. What waits to be used again, 4 MiB at most, does not count.
 func (m *Memory) Footprint() int64 {
-	// A string's head, what append leaves free, and what malloc rounds up.
-	const pageSize, perLongValue = 4 << 10, 40
-	const largePageSize = int64(unsafe.Sizeof(tablePage[large]{}))
-	return int64(m.used+m.pages*pageSize+8*m.dir.len) + m.largeBytes +
-		int64(len(m.large.pages))*largePageSize + m.longBytes + int64(m.longValues*perLongValue)
+	const pageSize = int(unsafe.Sizeof(page{}))
+	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
+	return int64(m.used+m.pages*pageSize+8*m.dir.len+len(m.large.pages)*largePageSize+
+		m.longValues*perLongValue) + m.largeBytes + m.longBytes + m.longGone
 }
 
 // Measure returns how many bytes key's values have together.
