@@ -1,0 +1,207 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const LockName = "LOCK" // never removed: a second process would lock another file than the first
+
+// Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
+// moments.
+func (d *Disk) Lock(context.Context) (Lock, error) {
+	f, err := d.lockFile(0)
+	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
+		time.Sleep(5 * time.Millisecond)
+		f, err = d.lockFile(0)
+	}
+	if errors.Is(err, ErrLocked) {
+		return nil, fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
+	} else if err != nil {
+		return nil, err
+	}
+	l := &diskLock{dir: d, stop: make(chan struct{}), ended: make(chan struct{}),
+		lost: make(chan struct{})}
+	if err := l.sign(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	go l.watch()
+	return l, nil
+}
+
+// InUse tells whether a process has the lock.
+func (d *Disk) InUse() (owner string, inUse bool) {
+	f, err := d.open(LockName, os.O_RDONLY)
+	if err != nil {
+		return "", false
+	}
+	defer f.Close()
+	if isLocked(f) {
+		return d.owner(), true
+	}
+	return "", false
+}
+
+// owner is what LOCK says of who has it.
+func (d *Disk) owner() string {
+	text := make([]byte, 200)
+	n := 0
+	if f, err := d.open(LockName, os.O_RDONLY); err == nil {
+		n, _ = f.ReadAt(text, 0)
+		f.Close()
+	}
+	if n == 0 {
+		return "by another process"
+	}
+	return "by " + strings.TrimSpace(string(text[:n]))
+}
+
+// osLock is a locked LOCK file, at which a goroutine looks now and then.
+type diskLock struct {
+	dir *Disk
+
+	mu   sync.Mutex // guards what is below: watch looks, and the store's owner
+	file *os.File
+	info os.FileInfo // of file
+
+	stop, ended chan struct{} // closed by Close, and by watch when it has ended
+	lost        chan struct{} // closed by watch, and after why was set
+	why         error
+}
+
+// heldTime is the time between two looks of watch.
+const heldTime = time.Second
+
+// sign makes f, which is locked, the lock's file, and writes into it who has it.
+func (l *diskLock) sign(f *os.File) error {
+	info, err := f.Stat()
+	if err == nil {
+		err = l.dir.own(LockName)
+	}
+	if err != nil {
+		return err
+	}
+	l.file, l.info = f, info
+	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
+		host, _ := os.Hostname()
+		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
+			time.Now().UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// watch looks every heldTime whether the lock is still ours. One goroutine for a lock, until
+// it is closed or lost.
+func (l *diskLock) watch() {
+	defer close(l.ended)
+	tick := time.NewTicker(heldTime)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-l.stop:
+			return
+		}
+		if err := l.Look(); errors.Is(err, ErrMoved) {
+			l.why = err
+			close(l.lost)
+			return
+		}
+	}
+}
+
+// Look tells whether the path still leads to the directory, and to the file in it that is
+// locked: ErrMoved if not, another error if that cannot be found out now. Where only that file
+// is gone it is made and locked anew: if another process had done so meanwhile, that one's
+// would be there.
+func (l *diskLock) Look() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	info, err := os.Stat(l.dir.Path(LockName))
+	if err == nil && os.SameFile(info, l.info) {
+		return nil
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		isThere, thereErr := l.dir.isThere()
+		if thereErr != nil {
+			return thereErr
+		}
+		if isThere {
+			if err = l.again(); err == nil {
+				return nil
+			}
+		}
+	}
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist), errors.Is(err, ErrLocked):
+		return fmt.Errorf("%w: %s: another process has it, or another is there", ErrMoved, l.dir.path)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
+		return fmt.Errorf("%w: %s: %w", ErrMoved, l.dir.path, err)
+	}
+	return err
+}
+
+// again makes and locks the lock's file anew.
+func (l *diskLock) again() error {
+	f, err := l.dir.lockFile(os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	old := l.file
+	if err := l.sign(f); err != nil {
+		l.dir.root.Remove(LockName) // or the next look would take it for another's
+		f.Close()
+		return err
+	}
+	old.Close()
+	return nil
+}
+
+// isThere tells whether the path still leads to the directory.
+func (d *Disk) isThere() (bool, error) {
+	ours, err := d.root.Stat(".")
+	if err != nil {
+		return false, err
+	}
+	theirs, err := os.Stat(d.path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(ours, theirs), err
+}
+
+// isThis tells whether f has that name.
+func (d *Disk) isThis(f *os.File, name string) bool {
+	ours, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	theirs, err := d.root.Stat(name)
+	return err == nil && os.SameFile(ours, theirs)
+}
+
+func (l *diskLock) Lost() <-chan struct{} { return l.lost }
+
+// Held returns what watch has found.
+func (l *diskLock) Held() error {
+	select {
+	case <-l.lost:
+		return l.why
+	default:
+		return nil
+	}
+}
+
+func (l *diskLock) Close() error {
+	close(l.stop)
+	<-l.ended
+	return l.file.Close()
+}
