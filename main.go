@@ -1024,7 +1024,7 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	if etcd.IsAddress(path) {
 		return etcd.Open(ctx, path, opts)
 	}
-	return storage.OpenDisk(path)
+	return storage.OpenDisk(path, opts.Log)
 }
 
 // storeProblem says what to do about a store's error.

@@ -3578,7 +3578,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 // mustOpen opens the store in the directory at path.
 func mustOpen(t *testing.T, path string) *durable.Store {
 	t.Helper()
-	dir, err := storage.OpenDisk(path)
+	dir, err := storage.OpenDisk(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 )
 
@@ -191,7 +192,7 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 	} {
 		bad := dir.With("seg-2.log", damage(slices.Clone(dir.Names["seg-2.log"].Data)))
 		out := storetest.New()
-		if _, err := Backup(bad, out, nil); err == nil || out.Names[storeName] != nil {
+		if _, err := Backup(bad, out, nil); err == nil || out.Names[storage.StoreName] != nil {
 			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err,
 				len(out.Names))
 		}
@@ -222,7 +223,7 @@ func TestFailedBackupLeavesNothing(t *testing.T) {
 	path := t.TempDir()
 	store, to, there := filepath.Join(path, "store"), filepath.Join(path, "copy"), t.TempDir()
 	os.Mkdir(store, 0o700)
-	os.WriteFile(filepath.Join(store, storeName), []byte("what is this"), 0o600)
+	os.WriteFile(filepath.Join(store, storage.StoreName), []byte("what is this"), 0o600)
 	for _, to := range []string{to, there} {
 		if _, err := backUpAt(store, to, nil); !errors.As(err, new(*storage.DamageError)) {
 			t.Errorf("a copy of a damaged store: %v", err)
@@ -297,6 +298,204 @@ func TestCheckBesideEachWrite(t *testing.T) {
 		}
 		if r, err := Check(dir); err != nil || r.Damaged {
 			t.Errorf("before read %d: %v, %v", before, r.Lines, err)
+		}
+	}
+}
+
+// Ensure that a backup beside a writer that is faster than it ends: it copies what was there when
+// it began, and no more than a few frames of what came since.
+func TestBackupEndsBesideAFastWriter(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	for range 200 {
+		d.Put("before", "backup")
+		d.Commit()
+	}
+	defer d.Close()
+	writes := false
+	dir.Before = func(c storetest.Call) error {
+		if !writes && c.What == "read" {
+			writes = true
+			for range 100 {
+				d.Put("since", strings.Repeat("v", 100))
+				if err := d.Commit(); err != nil {
+					t.Error(err)
+				}
+				d.AwaitCompaction()
+			}
+			writes = false
+		}
+		return nil
+	}
+	before := d.fullBytes + d.size
+	out := storetest.New()
+	_, err := Backup(dir, out, nil)
+	dir.Before = nil
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := 0
+	for _, f := range out.Names {
+		size += len(f.Data)
+	}
+	if most := int(before) + 10*1500 + maxStoreFile; size > most {
+		t.Errorf("the copy has %d bytes of a store that had %d", size, before)
+	}
+	again, err := openSmall(out, Options{})
+	if err != nil || len(again.Get("before")) != 200 {
+		t.Errorf("the copy: %v", err)
+	}
+}
+
+// Ensure that a backup locks its target before it looks what is there: not two at a time, and none
+// over a store that was made while it waited.
+func TestBackupLocksFirst(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("k", "v")
+	d.Close()
+
+	out := storetest.New()
+	out.Locked, out.Busy = true, storage.ErrLocked
+	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrLocked) || len(out.Names) > 0 {
+		t.Errorf("beside another one: %v, %d files", err, len(out.Names))
+	}
+
+	out = storetest.New()
+	began := false
+	out.Before = func(c storetest.Call) error {
+		if c.What == "lock" && !began {
+			began = true
+			other, err := Open(context.Background(), out, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			other.Put("other", "answered")
+			if err := other.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return nil
+	}
+	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrNotOurs) {
+		t.Errorf("over a store that was made meanwhile: %v", err)
+	}
+	again, err := Open(context.Background(), out, Options{})
+	if err != nil || len(again.Get("other")) != 1 {
+		t.Errorf("that store: %v", err)
+	}
+}
+
+// Ensure that what a killed backup leaves, or any other first write, is not taken for an empty
+// directory: it is refused by name, and stays.
+func TestBrokenOffBackup(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	storetest.Script(t, d, storetest.NewHistory())
+	d.Close()
+	refused := 0
+	for n, reached := 1, true; reached; n++ {
+		out := storetest.New()
+		out.FailAt, out.Forever = n, true
+		_, err := Backup(dir, out, nil)
+		if reached = out.Calls >= n; !reached {
+			break
+		}
+		if err == nil {
+			t.Errorf("call %d fails, and the backup says nothing", n)
+		}
+		out = out.Kill()
+		before := maps.Clone(out.Names)
+		largest := 0
+		for _, f := range out.Names {
+			largest = max(largest, len(f.Data))
+		}
+		_, err = Open(context.Background(), out, Options{})
+		switch {
+		case out.Names[storage.StoreName] != nil && err == nil:
+		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
+			refused++
+			if !maps.Equal(before, out.Names) {
+				t.Errorf("killed at call %d: it is refused, but changed", n)
+			}
+			if _, err := Check(out); err == nil {
+				if r, _ := Check(out); !r.Damaged {
+					t.Errorf("killed at call %d: check says %v", n, r.Lines)
+				}
+			}
+		case err == nil && largest > headerSize:
+			t.Errorf("killed at call %d: a file of %d bytes is taken for nothing", n, largest)
+		case err != nil:
+			t.Errorf("killed at call %d: %v", n, err)
+		}
+	}
+	if refused < 5 {
+		t.Errorf("only %d of these are refused", refused)
+	}
+}
+
+// Ensure that files which systems put into volumes are in nobody's way, and stay.
+func TestFilesOfSystems(t *testing.T) {
+	names := []string{"lost+found", "@eaDir", "#snapshot", ".snapshot", "System Volume Information",
+		"desktop.ini", "Thumbs.db", "aquota.user", "aquota.group", ".report.tmp", ".cache.tmp"}
+	dir := storetest.New()
+	for _, name := range names {
+		dir = dir.With(name, []byte("theirs"))
+	}
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	storetest.Script(t, d, storetest.NewHistory())
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if r, err := Check(dir); err != nil || r.Damaged {
+		t.Errorf("check: %v, %v", r, err)
+	}
+	if _, err := openSmall(dir, Options{}); err != nil {
+		t.Errorf("opened again: %v", err)
+	}
+	for _, name := range names {
+		if dir.Names[name] == nil {
+			t.Errorf("%s is gone", name)
+		}
+	}
+	for _, name := range []string{"torn-notes.txt", "damaged-1", "seg-1.log.tmp.tmp", "STORE.old"} {
+		_, err := Open(context.Background(), storetest.New().With(name, nil), Options{})
+		if !errors.Is(err, storage.ErrNotOurs) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Ensure that a directory in which no file can be made is refused at the start, and that a full
+// disk is not taken for one.
+func TestNoFileCanBeMade(t *testing.T) {
+	for _, c := range []struct {
+		err    error
+		isFull bool
+		opens  bool
+	}{{os.ErrPermission, false, false}, {syscall.EROFS, false, false},
+		{syscall.ENOSPC, false, false}, {syscall.EDQUOT, false, false}, // too many files
+		{syscall.ENOSPC, true, true}, {syscall.EDQUOT, true, true}} {
+		dir, d := newSmall(t, Options{})
+		d.Put("k", "v")
+		d.Close()
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "create" {
+				return &os.PathError{Op: call.What, Path: call.Name, Err: c.err}
+			}
+			return nil
+		}
+		if c.isFull {
+			for _, f := range dir.Names {
+				dir.Room += len(f.Data)
+			}
+		}
+		again, err := openSmall(dir, Options{})
+		if (err == nil) != c.opens || err != nil && !errors.Is(err, c.err) {
+			t.Errorf("%v, the disk is full: %v: %v", c.err, c.isFull, err)
+		}
+		if err == nil && len(again.Get("k")) != 1 {
+			t.Errorf("%v: it opens without its data", c.err)
 		}
 	}
 }

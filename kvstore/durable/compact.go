@@ -82,7 +82,7 @@ func (d *Store) noteCompaction(c compactionEnd) {
 	if c.bytes > 0 {
 		d.snapshot = c.through
 		d.fullBytes += c.bytes - c.freed
-		d.learn()
+		d.learn(logName(kindSnapshot, c.through))
 	}
 	switch c.err {
 	case nil:

@@ -205,11 +205,11 @@ func TestFlippedBits(t *testing.T) {
 // that repair mends it without a loss.
 func TestFlippedStore(t *testing.T) {
 	dir, _, _ := segment(t, 3)
-	whole := dir.Names[storeName].Data
+	whole := dir.Names[storage.StoreName].Data
 	for bit := range 8 * len(whole) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
-		bad := dir.With(storeName, data)
+		bad := dir.With(storage.StoreName, data)
 		var damage *storage.DamageError
 		if _, err := Open(context.Background(), bad, Options{}); !errors.As(err, &damage) ||
 			damage.File != "dir/STORE" {
@@ -429,26 +429,26 @@ func TestRefusals(t *testing.T) {
 			}), snapshot + " is damaged"},
 		"snapshot missing": {without(snapshot), "seg-1.log is damaged: the file is missing"},
 		"segment missing":  {without(first), first + " is damaged: the file is missing"},
-		"STORE missing":    {without(storeName), "STORE is damaged: the file is missing"},
-		"STORE cut": {change(storeName, cut(5)),
+		"STORE missing":    {without(storage.StoreName), "STORE is damaged: the file is missing"},
+		"STORE cut": {change(storage.StoreName, cut(5)),
 			"STORE is damaged: not as it was written"},
-		"STORE with more": {change(storeName, func(b []byte) []byte { return append(b, 'x') }),
+		"STORE with more": {change(storage.StoreName, func(b []byte) []byte { return append(b, 'x') }),
 			"STORE is damaged"},
-		"newer STORE": {change(storeName, func(b []byte) []byte {
+		"newer STORE": {change(storage.StoreName, func(b []byte) []byte {
 			line, _, _ := strings.Cut(strings.Replace(string(b), "version 2", "version 9", 1),
 				", check")
 			return fmt.Appendf([]byte(line), storeCheck, crc(0, []byte(line)))
 		}), ErrNewer.Error()},
-		"older STORE": {change(storeName,
+		"older STORE": {change(storage.StoreName,
 			func([]byte) []byte {
 				return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n")
 			}), ErrOlder.Error()},
 		"older segment": {change(last, older), ErrOlder.Error()},
-		"STORE of no version": {change(storeName,
+		"STORE of no version": {change(storage.StoreName,
 			func(b []byte) []byte {
 				return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1)
 			}), "STORE is damaged: not as it was written"},
-		"another store's STORE": {dir.With(storeName, other.Names[storeName].Data),
+		"another store's STORE": {dir.With(storage.StoreName, other.Names[storage.StoreName].Data),
 			"STORE is damaged: it is another store's"},
 		"newest missing": {without(last), last + " is damaged: the file is missing"},
 		"frame missing": {whole.With("seg-1.log", gap),
@@ -471,7 +471,7 @@ func TestRefusals(t *testing.T) {
 		"all logs gone": {func() *storetest.Dir {
 			c := without(last)
 			for n := range c.Names {
-				if n != storeName {
+				if n != storage.StoreName {
 					delete(c.Names, n)
 				}
 			}

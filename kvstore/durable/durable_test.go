@@ -106,7 +106,7 @@ func TestStartCopiesNothing(t *testing.T) {
 		if !clean {
 			most += image.Reserve // which is cleared
 		}
-		if counting.written > most || counting.created > 0 {
+		if counting.written > most || counting.created > 1 { // which it tries
 			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean,
 				counting.written, counting.created)
 		}

@@ -453,24 +453,24 @@ const maxStoreFile = 200
 // readID reads the STORE file; found is false in a directory that has none.
 func readID(dir storage.Directory) (id storeID, found bool, err error) {
 	names, err := dir.List()
-	if err != nil || !slices.Contains(names, storeName) {
+	if err != nil || !slices.Contains(names, storage.StoreName) {
 		return id, false, err
 	}
-	f, size, err := dir.Open(storeName)
+	f, size, err := dir.Open(storage.StoreName)
 	if err != nil {
 		return id, true, err
 	}
 	defer f.Close()
 	b := make([]byte, min(size, maxStoreFile))
 	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
-		return id, true, readError(dir.Path(storeName), err)
+		return id, true, readError(dir.Path(storage.StoreName), err)
 	}
 	if strings.HasPrefix(string(b), firstStore) {
-		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storeName), ErrOlder)
+		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storage.StoreName), ErrOlder)
 	}
 	line, _, _ := strings.Cut(string(b), ", check ")
 	if string(b) != line+fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli)) {
-		return id, true, &storage.DamageError{File: dir.Path(storeName), What: "not as it was written"}
+		return id, true, &storage.DamageError{File: dir.Path(storage.StoreName), What: "not as it was written"}
 	}
 	var version int
 	var text string
@@ -480,18 +480,18 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 		if version < storeVersion {
 			other = ErrOlder
 		}
-		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storeName), other, version)
+		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storage.StoreName), other, version)
 	}
 	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
 		n != len(id) || len(text) != 2*n {
-		return id, true, &storage.DamageError{File: dir.Path(storeName), What: "not as it was written"}
+		return id, true, &storage.DamageError{File: dir.Path(storage.StoreName), What: "not as it was written"}
 	}
 	return id, true, nil
 }
 
 // writeID writes the STORE file.
 func writeID(dir storage.Directory, id storeID) error {
-	f, err := dir.Create(storeName + tmpSuffix)
+	f, err := dir.Create(storage.StoreName + tmpSuffix)
 	if err != nil {
 		return err
 	}
@@ -504,7 +504,7 @@ func writeID(dir storage.Directory, id storeID) error {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := dir.Rename(storeName+tmpSuffix, storeName); err != nil {
+	if err := dir.Rename(storage.StoreName+tmpSuffix, storage.StoreName); err != nil {
 		return err
 	}
 	return dir.Sync()

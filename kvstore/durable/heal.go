@@ -18,7 +18,7 @@ import (
 
 // ownFiles are the names of the files that make the store now.
 func (d *Store) ownFiles() []string {
-	names := []string{storeName}
+	names := []string{storage.StoreName}
 	if d.snapshot > 0 {
 		names = append(names, logName(kindSnapshot, d.snapshot))
 	}
@@ -28,13 +28,20 @@ func (d *Store) ownFiles() []string {
 	return names
 }
 
-// learn notes what the store's files look like, once something was done to them.
-func (d *Store) learn() {
-	d.known = nil
-	if stamps, err := d.dir.Stamps(); err == nil {
-		d.known = stamps
-		d.mark = mark{}
+// learn notes what files look like to which the store has just done something.
+func (d *Store) learn(names ...string) {
+	stamps, err := d.dir.Stamps()
+	known := map[string]storage.Stamp{}
+	for _, name := range d.ownFiles() {
+		stamp, isKnown := d.known[name]
+		if slices.Contains(names, name) && err == nil {
+			stamp, isKnown = stamps[name]
+		}
+		if isKnown {
+			known[name] = stamp
+		}
 	}
+	d.known, d.mark = known, mark{}
 }
 
 // mark is where a frame stood in the current file at the last look.
@@ -56,19 +63,19 @@ func (d *Store) changed() (c changes, err error) {
 	if err != nil {
 		return c, err
 	}
-	if d.known == nil {
-		d.known = stamps // nobody could look before
-	}
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]
-		switch known := d.known[name]; {
+		known, isKnown := d.known[name]
+		switch {
+		case isThere && !isKnown && !slices.Contains(d.spoiled, name):
+			d.known[name] = now // nobody could look when it was written
 		case slices.Contains(d.spoiled, name): // what was done about it may not be on disk
 			c.spoiled = append(c.spoiled, name)
 		case isThere && now.IsSame(known):
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(known) &&
 			d.isIntact(now.Size):
-		case isThere && name == storeName && d.isOurs():
+		case isThere && name == storage.StoreName && d.isOurs():
 			d.known[name] = now
 		default:
 			c.spoiled = append(c.spoiled, name)
@@ -172,7 +179,7 @@ func (d *Store) mend(c changes) error {
 		d.log.Error("files were removed or changed while the server uses them; all data is written "+
 			"anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
 		d.spoiled = c.spoiled
-		if err := d.heal(c.spoiled); err != nil {
+		if err := d.heal(slices.Concat(c.spoiled, c.leftovers)); err != nil {
 			return err
 		}
 		d.spoiled = nil
@@ -199,9 +206,9 @@ func (d *Store) mend(c changes) error {
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
 // puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// What is spoiled goes before the snapshot gets its name, for below a snapshot a start wants
+// What is useless goes before the snapshot gets its name, for below a snapshot a start wants
 // nothing but full files.
-func (d *Store) heal(spoiled []string) error {
+func (d *Store) heal(useless []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
 	before := d.number
@@ -211,12 +218,12 @@ func (d *Store) heal(spoiled []string) error {
 		return errors.New("no new file can be made")
 	}
 
-	for _, name := range spoiled {
+	for _, name := range useless {
 		if err := d.dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	if slices.Contains(spoiled, storeName) {
+	if slices.Contains(useless, storage.StoreName) {
 		if err := writeID(d.dir, d.id); err != nil {
 			return err
 		}
@@ -231,7 +238,7 @@ func (d *Store) heal(spoiled []string) error {
 	size, err := c.run()
 	if size > 0 {
 		d.snapshot, d.fullBytes = c.through, size
-		d.learn()
+		d.learn(logName(kindSnapshot, c.through), storage.StoreName)
 	}
 	return err
 }

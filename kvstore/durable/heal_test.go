@@ -2,6 +2,7 @@ package durable
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -31,7 +32,7 @@ var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
 		return kind == kindSegment && number == last-1
 	},
 	"the snapshot": func(_ string, kind uint32, _, _ uint64) bool { return kind == kindSnapshot },
-	"STORE":        func(name string, _ uint32, _, _ uint64) bool { return name == storeName },
+	"STORE":        func(name string, _ uint32, _, _ uint64) bool { return name == storage.StoreName },
 	"all logs":     func(_ string, kind uint32, _, _ uint64) bool { return kind != 0 },
 	"everything":   func(string, uint32, uint64, uint64) bool { return true },
 }
@@ -215,10 +216,12 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
 	}
-	path := t.TempDir()
+	path := filepath.Join(t.TempDir(), "data")
+	os.Mkdir(path, 0o700)
 	dir := &stolenDirectory{Disk: mustDirectory(t, path)}
 	dir.steal = func() {
-		os.Remove(filepath.Join(path, storage.LockName))
+		os.Rename(path, path+".old")
+		os.Mkdir(path, 0o700)
 		lock, err := mustDirectory(t, path).Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -230,11 +233,13 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Put("k", "v")
-	os.Remove(filepath.Join(path, storeName))
+	os.Remove(filepath.Join(path, storage.StoreName))
 	d.looked = time.Time{}
 	d.Commit()
-	if names, _ := filepath.Glob(filepath.Join(path, "snap-*.log")); len(names) > 0 {
-		t.Errorf("the other process finds %q", names)
+	for _, at := range []string{path, path + ".old"} {
+		if names, _ := filepath.Glob(filepath.Join(at, "snap-*.log")); len(names) > 0 {
+			t.Errorf("%s has %q", at, names)
+		}
 	}
 	d.Close()
 }
@@ -258,7 +263,7 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 			}
 		}
 		refuses.Store(false)
-		dir.Remove(storeName)
+		dir.Remove(storage.StoreName)
 		d.looked = time.Time{}
 		d.rotateAfter = time.Now().Add(time.Second)
 		if err := d.Commit(); err != nil {
@@ -295,8 +300,8 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		store := dir.Names[storeName]
-		dir.Remove(storeName)
+		store := dir.Names[storage.StoreName]
+		dir.Remove(storage.StoreName)
 		refuses.Store(true)
 		<-time.After(2 * time.Second)
 		if err := d.Commit(); err != nil {
@@ -304,7 +309,7 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 		}
 		refuses.Store(false)
 		dir.Mu.Lock()
-		dir.Names[storeName] = store
+		dir.Names[storage.StoreName] = store
 		dir.Mu.Unlock()
 		r, err := Check(dir)
 		if err != nil || r.Damaged {
@@ -315,4 +320,188 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 		}
 		d.Close()
 	})
+}
+
+// spoils are what people and programs do to the files of a running store, in place.
+var spoils = map[string]func(dir *storetest.Dir, d *Store){
+	"the current file is emptied": func(dir *storetest.Dir, d *Store) {
+		dir.Empty(logName(kindSegment, d.number))
+	},
+	"a full file is emptied": func(dir *storetest.Dir, d *Store) {
+		dir.Empty(logName(kindSegment, d.snapshot+1))
+	},
+	"the snapshot is emptied": func(dir *storetest.Dir, d *Store) {
+		dir.Empty(logName(kindSnapshot, d.snapshot))
+	},
+	"STORE is emptied": func(dir *storetest.Dir, d *Store) { dir.Empty(storage.StoreName) },
+	"everything is emptied": func(dir *storetest.Dir, d *Store) {
+		for _, name := range d.ownFiles() {
+			dir.Empty(name)
+		}
+	},
+	"a byte of a full file is changed": func(dir *storetest.Dir, d *Store) {
+		name := logName(kindSegment, d.snapshot+1)
+		f, _ := dir.Extend(name)
+		f.WriteAt([]byte{0xff}, headerSize+frameSize)
+		f.Close()
+	},
+	"STORE becomes another store's": func(dir *storetest.Dir, d *Store) {
+		writeID(dir, storeID{1, 2, 3})
+	},
+	"an older copy is put over it": func(dir *storetest.Dir, d *Store) {
+		other := storetest.New()
+		old, _ := Open(context.Background(), other, Options{})
+		old.Put("old", "copy")
+		old.Close()
+		for _, name := range []string{"seg-1.log", storage.StoreName} {
+			dir.Empty(name)
+			f, _ := dir.Create(name)
+			f.WriteAt(other.Names[name].Data, 0)
+			f.Close()
+		}
+	},
+}
+
+// Ensure that files which are changed in place under a store are written anew: nothing that was
+// answered is lost, whether it goes on or is stopped, and also where writes come meanwhile.
+func TestHealOfSpoiledFiles(t *testing.T) {
+	for what, spoil := range spoils {
+		for _, how := range []string{"goes on", "writes on", "is stopped"} {
+			synctest.Test(t, func(t *testing.T) {
+				log := &strings.Builder{}
+				dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+				storetest.Script(t, d, storetest.NewHistory())
+				for d.snapshot == 0 || d.number == d.snapshot+1 || d.size == headerSize {
+					d.Put("more", strings.Repeat("v", 100))
+					d.Delete("more")
+					d.Put("k", "v")
+					d.Commit()
+					d.AwaitCompaction()
+				}
+				<-time.After(2 * lookTime)
+				d.Put("before", "all")
+				d.Commit()
+
+				spoil(dir, d)
+				if how == "writes on" {
+					for range 30 {
+						d.Put("meanwhile", strings.Repeat("v", 30))
+						if err := d.Commit(); err != nil {
+							t.Fatalf("%s, %s: %v", what, how, err)
+						}
+					}
+				}
+				if how != "is stopped" {
+					<-time.After(lookTime)
+					d.Put("after", "all")
+					if err := d.Commit(); err != nil {
+						t.Fatalf("%s, %s: %v", what, how, err)
+					}
+					wantAll(t, what+", "+how, dir.Kill(), maps.Collect(d.All()))
+					if n := strings.Count(log.String(), "level=ERROR"); n > 1 {
+						t.Errorf("%s, %s: %d errors in the log:\n%s", what, how, n, log)
+					}
+				}
+				want := maps.Collect(d.All())
+				if err := d.Close(); err != nil {
+					t.Fatalf("%s, %s: Close: %v", what, how, err)
+				}
+				wantAll(t, what+", "+how+", closed", dir, want)
+			})
+		}
+	}
+}
+
+// Ensure that a log file of somebody else's is told of once, makes nothing be written anew, and that
+// a stop says that it is in the next start's way.
+func TestStrangeLogFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.Put("k", "v")
+		d.Commit()
+		f, _ := dir.Create("seg-50.log")
+		f.Close()
+		for range 10 {
+			<-time.After(lookTime)
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number > 2 ||
+			!strings.Contains(log.String(), "seg-50.log") {
+			t.Errorf("%d errors, now in file %d:\n%s", n, d.number, log)
+		}
+		if err := d.Close(); err == nil || !strings.Contains(err.Error(), "seg-50.log") {
+			t.Errorf("Close: %v", err)
+		}
+		if dir.Names["seg-50.log"] == nil {
+			t.Error("it was removed")
+		}
+		dir.Remove("seg-50.log")
+		again, err := openSmall(dir, Options{})
+		if err != nil || len(again.Get("k")) != 11 {
+			t.Errorf("opened again: %v", err)
+		}
+	})
+}
+
+// Ensure that of the crashes in a heal only those are refused that come before its snapshot has its
+// name: a start cannot have what is on no disk.
+func TestCrashesInAHeal(t *testing.T) {
+	for what, spoil := range spoils {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			storetest.Script(t, d, storetest.NewHistory())
+			<-time.After(2 * lookTime)
+			d.Put("before", "all")
+			d.Commit()
+			spoil(dir, d)
+			<-time.After(lookTime)
+
+			random := rand.New(rand.NewPCG(5, 5))
+			var images []*storetest.Dir
+			var named []bool // whether the snapshot had its name on disk then
+			isNamed := false
+			dir.Before = func(c storetest.Call) error {
+				images, named = append(images, dir.Crash(random)), append(named, isNamed)
+				if c.What == "rename" && strings.HasPrefix(c.Name, "snap-") {
+					dir.Before = func(c storetest.Call) error { // from its Sync on
+						images, named = append(images, dir.Crash(random)), append(named, isNamed)
+						isNamed = isNamed || c.What != "sync"
+						return nil
+					}
+				}
+				return nil
+			}
+			if err := d.commit(); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.lookForFiles(time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			dir.Before = nil
+			want := maps.Collect(d.All())
+			opened := 0
+			for i, image := range images {
+				again, err := openSmall(image, Options{})
+				if err != nil && named[i] {
+					t.Errorf("%s: image %d of %d: %v", what, i, len(images), err)
+				}
+				if err != nil {
+					continue
+				}
+				opened++
+				// An emptied file looks like one of which nothing has come to disk.
+				if !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string]) &&
+					(named[i] || !strings.Contains(what, "emptied")) {
+					t.Errorf("%s: image %d of %d opens with other data", what, i, len(images))
+				}
+				again.Close()
+			}
+			t.Logf("%s: %d of %d images open", what, opened, len(images))
+			d.Close()
+		})
+	}
 }

@@ -124,7 +124,7 @@ func (d *Store) rotate() error {
 	d.current, d.number = w, d.number+1
 	d.mu.Unlock()
 	d.size, d.room, d.first = w.size, w.room(), h.first
-	d.learn()
+	d.learn(logName(kindSegment, d.number-1), logName(kindSegment, d.number))
 	return nil
 }
 

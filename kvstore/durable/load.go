@@ -26,7 +26,7 @@ type layout struct {
 func isTmp(name string) bool {
 	base, isTmp := strings.CutSuffix(name, tmpSuffix)
 	_, _, isLog := parseName(base)
-	return isTmp && (isLog || base == storeName)
+	return isTmp && (isLog || base == storage.StoreName)
 }
 
 // readLayout sorts the directory's names. Segments must follow one another.
@@ -59,7 +59,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 			return l, missingFile(dir, want)
 		}
 	}
-	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storeName)) {
+	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storage.StoreName)) {
 		return l, missingFile(dir, l.snapshot+1)
 	}
 	return l, nil
@@ -111,7 +111,7 @@ func checkID(dir storage.Directory, id storeID, l layout) error {
 	if other == id || 2*most <= of {
 		return nil // checkHeader complains of single files
 	}
-	return &storage.DamageError{File: dir.Path(storeName),
+	return &storage.DamageError{File: dir.Path(storage.StoreName),
 		What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of,
 			other[:])}
 }
@@ -161,7 +161,7 @@ func (s *files) findNew() error {
 		return err
 	}
 	if l.snapshot > 0 || len(l.segments) > 1 || gap != nil {
-		return &storage.DamageError{File: s.dir.Path(storeName), What: "the file is missing",
+		return &storage.DamageError{File: s.dir.Path(storage.StoreName), What: "the file is missing",
 			Missing: true}
 	}
 
@@ -176,12 +176,12 @@ func (s *files) findNew() error {
 		}
 		f.Close()
 		switch {
-		case !strings.HasPrefix(name, storeName) && size > headerSize && isTmp(name),
+		case !strings.HasPrefix(name, storage.StoreName) && size > headerSize && isTmp(name),
 			size > maxStoreFile:
 			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was broken "+
 				"off", ErrUnfinished, s.dir.Path(name), size)
 		case size > headerSize && !isTmp(name):
-			return &storage.DamageError{File: s.dir.Path(storeName), What: "the file is missing",
+			return &storage.DamageError{File: s.dir.Path(storage.StoreName), What: "the file is missing",
 				Missing: true}
 		}
 	}

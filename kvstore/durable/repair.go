@@ -103,9 +103,9 @@ func (s *salvage) findID(names []string) error {
 	case err != nil:
 		s.bad("%v", err)
 	case !isThere:
-		s.bad("%s is missing", s.dir.Path(storeName))
+		s.bad("%s is missing", s.dir.Path(storage.StoreName))
 	case most > 0 && 2*most >= of && said != id:
-		s.bad("%s is another store's", s.dir.Path(storeName))
+		s.bad("%s is another store's", s.dir.Path(storage.StoreName))
 	}
 	switch {
 	case most > 0 && 2*most >= of:

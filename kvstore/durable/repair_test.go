@@ -252,7 +252,7 @@ func TestRepairOfNothingLost(t *testing.T) {
 		keys, _, _ := d.Size()
 		name := logName(kindSegment, d.number)
 		d.stopTimer()
-		image := dir.With(storeName, []byte("rubbish"))
+		image := dir.With(storage.StoreName, []byte("rubbish"))
 		if zeros { // a rotation that was killed before its trim
 			prev := logName(kindSegment, d.number-1)
 			image = image.With(prev, append(slices.Clone(image.Names[prev].Data), make([]byte, 100)...))
@@ -285,7 +285,7 @@ func TestRepairIsKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Close()
-	bad := dir.With(storeName, []byte("rubbish"))
+	bad := dir.With(storage.StoreName, []byte("rubbish"))
 	for n, reached := 1, true; reached; n++ {
 		out := storetest.New()
 		out.FailAt, out.Forever = n, true
@@ -296,10 +296,10 @@ func TestRepairIsKilled(t *testing.T) {
 		out.FailAt, out.Locked = 0, false
 		out = out.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
 		a, err := Open(context.Background(), out.Kill(), Options{})
-		if err == nil && out.Names[storeName] != nil && !h.Told.Equal(a) {
+		if err == nil && out.Names[storage.StoreName] != nil && !h.Told.Equal(a) {
 			t.Errorf("killed at call %d: it opens with other data", n)
 		}
-		if out.Names[storeName] == nil && err == nil && len(out.Names) > 0 {
+		if out.Names[storage.StoreName] == nil && err == nil && len(out.Names) > 0 {
 			for name, f := range out.Names {
 				if len(f.Data) > headerSize {
 					t.Errorf("killed at call %d: %s of %d bytes is taken for nothing", n, name,

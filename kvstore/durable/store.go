@@ -19,7 +19,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -54,7 +53,6 @@ const (
 	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8       // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
-	storeName    = "STORE"
 	progressTime = time.Second // between two lines about a long load
 	vouchTime    = time.Second // after a Commit, until a frame says that all before it is on disk
 	rotateTime   = time.Second // until a file that could not be made is tried again
@@ -159,23 +157,44 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	if d.lock, err = dir.Lock(ctx); err != nil {
 		return nil, err
 	}
-	if err := d.load(ctx); err != nil {
+	noFile := d.tryFile()
+	if err = noFile; err == nil || storage.IsFull(err) {
+		err = d.load(ctx)
+	}
+	if noFile != nil && err == nil && d.current.extend(int64(d.reserve)) == nil {
+		err = noFile // there is room, but no new file can be made: there are too many
+	}
+	if err != nil {
 		if d.current != nil {
 			d.current.f.Close()
 		}
 		d.lock.Close()
 		return nil, err
 	}
-	d.learn()
+	d.learn(d.ownFiles()...)
 	d.opts.Status.Set("")
 	d.syncLater()
 	return d, nil
 }
 
+// tryFile makes a file, and removes it. Where that cannot be done the log would grow in one file
+// without end.
+func (d *Store) tryFile() error {
+	name := logName(kindSegment, 0) + tmpSuffix // which nothing else uses
+	f, err := d.dir.Create(name)
+	if err == nil {
+		err = errors.Join(f.Close(), d.dir.Remove(name))
+	}
+	if err != nil {
+		return fmt.Errorf("no file can be made in the data directory: %w", err)
+	}
+	return nil
+}
+
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir storage.Directory, names []string) error {
 	for _, name := range names {
-		if _, _, isLog := parseName(name); !isLog && name != storeName && !isTmp(name) &&
+		if _, _, isLog := parseName(name); !isLog && name != storage.StoreName && !isTmp(name) &&
 			!isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
 		}
@@ -388,7 +407,7 @@ func (d *Store) Close() error {
 		if err == nil {
 			d.writeFrame(frameCleanStop)
 			err = d.syncRest()
-		} else if errors.Is(err, syscall.ENOSPC) {
+		} else if storage.IsFull(err) {
 			err = nil // all is on disk; the next start is as after a crash
 		}
 	}

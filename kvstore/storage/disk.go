@@ -4,32 +4,44 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
 )
 
-// osDirectory is a real directory, held open: if its path comes to mean another
+// Disk is a directory of the file system, held open: if its path comes to mean another
 // one, this stays the one that was opened.
 type Disk struct {
 	path string
+	log  *slog.Logger
 	root *os.Root
 	self *os.File // for Sync; nil where there is no such call
+
+	isPlain bool        // the directory itself cannot be locked; for tests, which cannot find such a disk
+	notOurs atomic.Bool // the log was told that files cannot be given to the directory's owner
 }
 
-// OpenDisk returns the directory at path, which must exist.
-func OpenDisk(path string) (*Disk, error) {
+// OpenDisk returns the directory at path, which must exist. log, if not nil, is told what people
+// should know.
+func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: %s", ErrMissing, path)
+		return nil, fmt.Errorf("%w: %s", ErrMissing, quoteOdd(path))
 	case err != nil:
 		return nil, err
 	case !info.IsDir():
 		return nil, fmt.Errorf("%w: %s is a file", ErrNotOurs, path)
 	}
-	d := &Disk{path: path}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	d := &Disk{path: path, log: log}
 	if d.root, err = os.OpenRoot(path); err != nil {
 		return nil, err
 	}
@@ -40,6 +52,21 @@ func OpenDisk(path string) (*Disk, error) {
 		}
 	}
 	return d, nil
+}
+
+// quoteOdd is path, or where it begins or ends in what nobody sees, path in quotes and what that
+// is.
+func quoteOdd(path string) string {
+	odd := strings.TrimRight(path, " \t\r\n")
+	switch {
+	case odd == path && strings.TrimLeft(path, " \t\r\n") == path:
+		return path
+	case odd == path:
+		return fmt.Sprintf("%q (it begins with a blank)", path)
+	case strings.HasSuffix(path, "\n"):
+		return fmt.Sprintf("%q (it ends in a newline)", path)
+	}
+	return fmt.Sprintf("%q (it ends in a blank)", path)
 }
 
 // Sizes are those of a disk, which is large, and slow to make a file longer.
@@ -62,7 +89,11 @@ func (d *Disk) named(name string, err error) error {
 	return err
 }
 
+// open opens a file, and nothing else: a named pipe of that name would hold us up.
 func (d *Disk) open(name string, flag int) (*os.File, error) {
+	if info, err := d.root.Stat(name); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is no file", ErrNotOurs, d.Path(name))
+	}
 	f, err := d.root.OpenFile(name, flag, 0o600)
 	return f, d.named(name, err)
 }
@@ -113,13 +144,22 @@ func (d *Disk) Create(name string) (File, error) {
 	return diskFile{f}, nil
 }
 
-// own gives a new file to the directory's owner.
+// own gives a new file to the directory's owner. Where that may not be done, as in a container
+// that has no CAP_CHOWN, the file stays ours, and the log says so once.
 func (d *Disk) own(name string) error {
 	info, err := d.root.Stat(".")
 	if err != nil {
 		return d.named("", err)
 	}
-	return keepOwner(d.root, name, info)
+	err = keepOwner(d.root, name, info)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) {
+		if d.notOurs.CompareAndSwap(false, true) {
+			d.log.Warn("files stay root's, for this process may not give them to the directory's owner",
+				"dir", d.path, "error", err)
+		}
+		return nil
+	}
+	return d.named(name, err)
 }
 
 func (d *Disk) Open(name string) (File, int64, error) {
@@ -185,15 +225,26 @@ func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 			os.Remove(filepath.Join(path, LockName))
 			os.Remove(path)
 		}
+		if err := syncParent(path); err != nil {
+			undo()
+			return nil, nil, err
+		}
 	case !errors.Is(err, fs.ErrExist):
 		return nil, nil, err
 	}
-	if d, err = OpenDisk(path); err == nil {
-		err = keepOwner(d.root, ".", source)
-	}
-	if err != nil {
+	if d, err = OpenDisk(path, nil); err != nil {
 		undo()
 		return nil, nil, err
 	}
+	keepOwner(d.root, ".", source) // if it may not be done, the copy is root's
 	return d, undo, nil
+}
+
+// syncParent makes durable that path is there.
+func syncParent(path string) error {
+	parent, err := OpenDisk(filepath.Dir(filepath.Clean(path)), nil)
+	if err != nil {
+		return err
+	}
+	return errors.Join(parent.Sync(), parent.Close())
 }

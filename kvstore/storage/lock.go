@@ -14,40 +14,91 @@ import (
 
 const LockName = "LOCK" // never removed: a second process would lock another file than the first
 
-// Lock locks the directory's LOCK file, which says who has it. InUse has it too, for
-// moments.
-func (d *Disk) Lock(context.Context) (Lock, error) {
-	f, err := d.lockFile(0)
-	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
-		time.Sleep(5 * time.Millisecond)
-		f, err = d.lockFile(0)
+// noticeTime is longer than a server takes to notice that its LOCK is gone, and to make it anew.
+const noticeTime = 2*heldTime + heldTime/2
+
+// Lock locks the directory, and the file LOCK in it, which says who has it. The directory's own
+// lock cannot be removed under whoever has it; LOCK is for people, for older kvservers, and for
+// file systems that do not lock directories, such as NFS. Asking InUse takes both for moments.
+func (d *Disk) Lock(ctx context.Context) (Lock, error) {
+	self, err := tryLock(d.lockSelf)
+	if err != nil {
+		return nil, d.lockError(err)
 	}
-	if errors.Is(err, ErrLocked) {
-		return nil, fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
-	} else if err != nil {
-		return nil, err
+	f, err := d.lockNamed(ctx)
+	if err != nil {
+		closeAll(self)
+		return nil, d.lockError(err)
 	}
-	l := &diskLock{dir: d, stop: make(chan struct{}), ended: make(chan struct{}),
+	l := &diskLock{dir: d, self: self, stop: make(chan struct{}), ended: make(chan struct{}),
 		lost: make(chan struct{})}
 	if err := l.sign(f); err != nil {
-		f.Close()
+		closeAll(self, f)
 		return nil, err
 	}
 	go l.watch()
 	return l, nil
 }
 
+// lockNamed locks LOCK. If it is missing beside a store, somebody has removed it, perhaps under a
+// server that has the store open: then that one gets the time to make it anew.
+func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
+	_, lockErr := d.root.Lstat(LockName)
+	_, storeErr := d.root.Lstat(StoreName)
+	if errors.Is(lockErr, fs.ErrNotExist) && storeErr == nil {
+		d.log.Warn("LOCK is missing beside a store: waiting, for a server may use the store still",
+			"dir", d.path, "for", noticeTime)
+		select {
+		case <-time.After(noticeTime):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	return tryLock(func() (*os.File, error) { return d.lockFile(0) })
+}
+
+// tryLock locks what others may have locked for a moment, to see whether it is in use.
+func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
+	f, err = lock()
+	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
+		time.Sleep(5 * time.Millisecond)
+		f, err = lock()
+	}
+	return f, err
+}
+
+// lockError is err, with who has the lock where it is that.
+func (d *Disk) lockError(err error) error {
+	if errors.Is(err, ErrLocked) {
+		return fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
+	}
+	return err
+}
+
+// closeAll closes files, of which each may be nil.
+func closeAll(files ...*os.File) (err error) {
+	for _, f := range files {
+		if f != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}
+	return err
+}
+
 // InUse tells whether a process has the lock.
 func (d *Disk) InUse() (owner string, inUse bool) {
-	f, err := d.open(LockName, os.O_RDONLY)
-	if err != nil {
+	if self, err := d.root.Open("."); err == nil && !d.isPlain {
+		defer self.Close()
+		inUse = isLocked(self)
+	}
+	if f, err := d.open(LockName, os.O_RDONLY); err == nil {
+		defer f.Close()
+		inUse = inUse || isLocked(f)
+	}
+	if !inUse {
 		return "", false
 	}
-	defer f.Close()
-	if isLocked(f) {
-		return d.owner(), true
-	}
-	return "", false
+	return d.owner(), true
 }
 
 // owner is what LOCK says of who has it.
@@ -64,9 +115,10 @@ func (d *Disk) owner() string {
 	return "by " + strings.TrimSpace(string(text[:n]))
 }
 
-// osLock is a locked LOCK file, at which a goroutine looks now and then.
+// diskLock is a locked directory with its LOCK, at which a goroutine looks now and then.
 type diskLock struct {
-	dir *Disk
+	dir  *Disk
+	self *os.File // the directory, locked; nil where that cannot be
 
 	mu   sync.Mutex // guards what is below: watch looks, and the store's owner
 	file *os.File
@@ -203,5 +255,5 @@ func (l *diskLock) Held() error {
 func (l *diskLock) Close() error {
 	close(l.stop)
 	<-l.ended
-	return l.file.Close()
+	return closeAll(l.file, l.self)
 }

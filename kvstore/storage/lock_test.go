@@ -3,10 +3,14 @@ package storage
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // Ensure that who only asks whether a store is in use does not take a lock that is made anew.
@@ -75,10 +79,88 @@ func TestLockLooksAgain(t *testing.T) {
 
 // mustOpen opens a directory.
 func mustOpen(t *testing.T, path string) *Disk {
-	d, err := OpenDisk(path)
+	d, err := OpenDisk(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.Close() })
 	return d
+}
+
+// Ensure that a lock which somebody has removed still locks: the directory itself is locked, and
+// where it cannot be, a start beside a store waits until a server that runs has made LOCK anew.
+func TestRemovedLockStillLocks(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	for _, isPlain := range []bool{false, true} {
+		for _, after := range []time.Duration{0, heldTime / 2, heldTime - 1, 3 * heldTime} {
+			synctest.Test(t, func(t *testing.T) {
+				path := t.TempDir()
+				os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
+				os.WriteFile(filepath.Join(path, LockName), nil, 0o600)
+				first, second := mustOpen(t, path), mustOpen(t, path)
+				first.isPlain, second.isPlain = isPlain, isPlain
+				lock, err := first.Lock(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer lock.Close()
+				<-time.After(after)
+				os.Remove(filepath.Join(path, LockName))
+				if _, inUse := second.InUse(); !inUse && !isPlain {
+					t.Errorf("plain %v: it is in use, and nobody says so", isPlain)
+				}
+				if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
+					t.Errorf("plain %v, removed after %v: %v", isPlain, after, err)
+				}
+				if err := lock.Look(); err != nil {
+					t.Errorf("plain %v, removed after %v: the first one says %v", isPlain, after, err)
+				}
+			})
+		}
+	}
+}
+
+// Ensure that a store whose LOCK is missing opens where nobody has it.
+func TestMissingLock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := t.TempDir()
+		os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
+		lock, err := mustOpen(t, path).Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a path is quoted where there is something odd about it.
+func TestOddPaths(t *testing.T) {
+	for path, want := range map[string]string{
+		"/none":   "does not exist: /none",
+		"/none\n": "does not exist: \"/none\\n\" (it ends in a newline)",
+		"/none ":  "does not exist: \"/none \" (it ends in a blank)",
+		" /none":  "does not exist: \" /none\" (it begins with a blank)",
+	} {
+		if _, err := OpenDisk(path, nil); !errors.Is(err, ErrMissing) ||
+			!strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", path, err, want)
+		}
+	}
+}
+
+// Ensure that what is no file is not opened: a named pipe would wait for somebody to write.
+func TestPipeIsNoFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // it has none in directories
+	}
+	path := t.TempDir()
+	if err := exec.Command("mkfifo", filepath.Join(path, StoreName)).Run(); err != nil {
+		t.Fatal(err)
+	}
+	d := mustOpen(t, path)
+	if _, _, err := d.Open(StoreName); !errors.Is(err, ErrNotOurs) {
+		t.Errorf("a named pipe: %v", err)
+	}
 }

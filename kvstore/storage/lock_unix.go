@@ -9,6 +9,27 @@ import (
 	"time"
 )
 
+// lockSelf opens the directory itself and holds an flock on it, for the same time. It returns nil
+// where the file system does not lock directories.
+func (d *Disk) lockSelf() (*os.File, error) {
+	if d.isPlain {
+		return nil, nil
+	}
+	f, err := d.root.Open(".")
+	if err != nil {
+		return nil, d.named("", err)
+	}
+	switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err {
+	case nil:
+		return f, nil
+	case syscall.EWOULDBLOCK:
+		f.Close()
+		return nil, ErrLocked
+	}
+	f.Close()
+	return nil, nil
+}
+
 // lockFile opens LOCK and holds an flock on it, which ends with the process however
 // that ends. With os.O_EXCL it wants to make the file, and then waits for InUse, which may
 // have the flock for a moment.
@@ -47,9 +68,16 @@ func isLocked(f *os.File) bool {
 // keepOwner gives the file called name to the owner of what info is about, if we are
 // root: the administrator who repairs or copies a store is not who runs the server.
 func keepOwner(root *os.Root, name string, info os.FileInfo) error {
-	stat, ok := info.Sys().(*syscall.Stat_t)
+	want, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || os.Geteuid() != 0 {
 		return nil
 	}
-	return root.Lchown(name, int(stat.Uid), int(stat.Gid))
+	now, err := root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if has, ok := now.Sys().(*syscall.Stat_t); ok && has.Uid == want.Uid && has.Gid == want.Gid {
+		return nil
+	}
+	return root.Lchown(name, int(want.Uid), int(want.Gid))
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"syscall"
 	"time"
 )
 
@@ -92,6 +93,14 @@ func (s Stamp) IsSameFile(other Stamp) bool {
 // IsSame tells whether both are of one file that nobody has changed in between.
 func (s Stamp) IsSame(other Stamp) bool {
 	return s.IsSameFile(other) && s.Size == other.Size && s.Changed.Equal(other.Changed)
+}
+
+// StoreName is the file without which a directory is no store.
+const StoreName = "STORE"
+
+// IsFull tells whether err says that there is no room: on the disk, or in what we may use of it.
+func IsFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // Errors of directories.

@@ -121,7 +121,7 @@ func (d *Dir) call(what, name string, kind int) (err error) {
 	switch {
 	case d.Failure == nil:
 		return ErrDisk
-	case d.Failure == syscall.EMFILE && kind&opens == 0, d.Failure == syscall.ENOSPC &&
+	case d.Failure == syscall.EMFILE && kind&opens == 0, storage.IsFull(d.Failure) &&
 		kind&writes == 0:
 		return nil
 	}
@@ -132,6 +132,15 @@ func (d *Dir) call(what, name string, kind int) (err error) {
 func (d *Dir) change(f func(map[string]*File)) {
 	f(d.Names)
 	d.journal = append(d.journal, f)
+}
+
+// Empty is what `: > name` in a shell does, under whoever has the file open.
+func (d *Dir) Empty(name string) {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	if f := d.Names[name]; f != nil {
+		f.resize(0)
+	}
 }
 
 // Crash returns what a power failure now would leave: of what was not synced,

@@ -779,7 +779,7 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 			!strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
 			t.Errorf("check beside a server: %v, %v", r, err)
 		}
-		local, err := storage.OpenDisk(t.TempDir())
+		local, err := storage.OpenDisk(t.TempDir(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -901,7 +901,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 					more(60)
 				}
 			}
-			local, err := storage.OpenDisk(t.TempDir())
+			local, err := storage.OpenDisk(t.TempDir(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
