@@ -154,7 +154,7 @@ func catchUp(m *Memory) {
 // checkIndex reports what is wrong with m's pages.
 func checkIndex(t *testing.T, m *Memory) {
 	t.Helper()
-	seen, keys, pages, pairs := map[*page]bool{}, 0, 0, 0
+	seen, keys, pages, bytes := map[*page]bool{}, 0, 0, 0
 	for i := range m.dir.len {
 		p := *m.dir.at(i)
 		if first := i &^ (1<<(64-m.shift-p.depth) - 1); *m.dir.at(first) != p {
@@ -176,16 +176,15 @@ func checkIndex(t *testing.T, m *Memory) {
 			if h, at, _ := m.find(key); m.page(h) != p || at != j {
 				t.Fatalf("key %.40q in slot %d is found in %d", key, j, at)
 			}
-			values := (&snapshot{m.view}).View(nil, key)
-			pairs += sizeOf(values) + len(values)*len(key)
+			bytes += len(key)
 		}
 		if keys += used; used != int(p.used) {
 			t.Fatalf("a page counts %d slots and has %d", p.used, used)
 		}
 	}
-	if keys != m.keys || pages != m.pages || int64(pairs) != m.PairBytes() {
-		t.Fatalf("%d keys, %d pages, %d bytes of pairs are counted as %d, %d, %d", keys, pages,
-			pairs, m.keys, m.pages, m.PairBytes())
+	if keys != m.keys || pages != m.pages || int64(bytes) != m.KeyBytes() {
+		t.Fatalf("%d keys, %d pages, %d bytes of keys are counted as %d, %d, %d", keys, pages,
+			bytes, m.keys, m.pages, m.KeyBytes())
 	}
 }
 
@@ -408,9 +407,9 @@ func TestMemoryInside(t *testing.T) {
 	}
 	checkInside(t, store)
 	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 ||
-		store.PairBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
+		store.KeyBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
 		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
-			bytes, store.PairBytes(), store.longValues, store.longBytes, store.pages)
+			bytes, store.KeyBytes(), store.longValues, store.longBytes, store.pages)
 	}
 }
 

@@ -45,9 +45,9 @@ type Memory struct {
 	longBytes  int64 // of these
 	longGone   int64 // bytes of values that went, and that lists keep in memory
 
-	values    int   // in all
-	bytes     int64 // of keys and values
-	pairBytes int64 // of values, each with its key
+	values   int   // in all
+	bytes    int64 // of keys and values
+	keyBytes int64 // of keys alone
 
 	edit    [maxShort + 1]string // a list in hand
 	touched byte                 // by Touch
@@ -70,6 +70,7 @@ func (m *Memory) Put(key, value string) {
 	values := m.edit[:0]
 	if e == nil {
 		m.bytes += int64(len(key))
+		m.keyBytes += int64(len(key))
 	} else if l := m.ownLong(h, i); l != nil {
 		m.append(l, value)
 		return
@@ -83,7 +84,6 @@ func (m *Memory) Put(key, value string) {
 func (m *Memory) tally(n int, key, value string) {
 	m.values += n
 	m.bytes += int64(n * len(value))
-	m.pairBytes += int64(n * (len(key) + len(value)))
 }
 
 // store writes key's list anew. Slot i of h's page is the key's, or an empty one.
@@ -178,13 +178,13 @@ func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
 	}
 	m.values -= removed
 	m.bytes -= bytes
-	m.pairBytes -= bytes + int64(removed*len(key))
 	return removed
 }
 
 // remove removes key, whose values are forgotten, from slot i of h's page.
 func (m *Memory) remove(h uint64, i int, key string) {
 	m.bytes -= int64(len(key))
+	m.keyBytes -= int64(len(key))
 	slot := m.page(h).slots[i]
 	m.unpoint(h, i)
 	m.clean(m.die(slot))
@@ -195,6 +195,7 @@ func (m *Memory) Set(key, value string) (removed int) {
 	h, i, e := m.find(key)
 	if e == nil {
 		m.bytes += int64(len(key))
+		m.keyBytes += int64(len(key))
 	} else {
 		removed = m.forget(h, i, key, e)
 	}
@@ -281,8 +282,8 @@ func (m *Memory) Commit() error { return nil }
 // Size returns how much the store holds.
 func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
 
-// PairBytes returns how many bytes all values have, each with its key.
-func (m *Memory) PairBytes() int64 { return m.pairBytes }
+// KeyBytes returns how many bytes all keys have, without their values.
+func (m *Memory) KeyBytes() int64 { return m.keyBytes }
 
 // Footprint returns how many bytes of memory the store takes, about: all that a snapshot
 // shares with it counts once. What waits to be used again, 4 MiB at most, does not count.

@@ -86,7 +86,10 @@ func (d *Store) noteCompaction(c compactionEnd) {
 	}
 	switch c.err {
 	case nil:
-		d.opts.Status.Compactions.Add(1)
+		if most := 2 * (d.toDelete(0) + int64(d.reserve)); d.spare.size > most {
+			d.spare.shrink(most)
+		}
+		d.status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:

@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -152,8 +156,11 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.reserve, d.spare = 4096, 2048
+	d.reserve = 4096
 	for i := range 100 {
+		if err := d.Room(110, false); err != nil {
+			t.Fatal(err)
+		}
 		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
 		d.Commit()
 	}
@@ -173,7 +180,7 @@ func TestFullDisk(t *testing.T) {
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
-		d.reserve, d.spare = 4096, 2048
+		d.reserve = 4096
 		held := len(d.Get("key7"))
 		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("room for a Put: %v", err)
@@ -243,6 +250,81 @@ func TestFailedStartClosesItsFiles(t *testing.T) {
 		}
 		if dir.Handles != 0 {
 			t.Errorf("call %d failed: %v, and %d files are open", n, err, dir.Handles)
+		}
+	}
+}
+
+// Ensure that on a full disk everything can be deleted, one key at a time, whatever sizes keys and
+// values have, that writes are refused meanwhile, and taken again when there is room.
+func TestFullDiskDeletesEverything(t *testing.T) {
+	for what, sizes := range map[string][2]int{"small": {5, 10}, "large keys": {500, 1},
+		"large values": {10, 3000}, "one key": {20_000, 500}} {
+		for _, restarted := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				log := &strings.Builder{}
+				opts := Options{Log: slog.New(slog.NewTextHandler(log, nil))}
+				dir, d := newSmall(t, opts)
+				dir.Room = 300_000
+
+				// Fill the disk.
+				value, n := strings.Repeat("v", sizes[1]), 0
+				key := func(i int) string { return fmt.Sprintf("%0*d", sizes[0], i) }
+				var err error
+				for ; n < 3000; n++ {
+					k := key(n)
+					if what == "one key" {
+						k = key(0)
+					}
+					if err = d.Room(int64(len(k)+len(value)), false); err != nil {
+						break
+					}
+					d.Put(k, value)
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+					d.AwaitCompaction()
+				}
+				if !errors.Is(err, syscall.ENOSPC) {
+					t.Fatalf("%s: the disk is not full after %d: %v", what, n, err)
+				}
+				if restarted {
+					d.Close()
+					if d, err = openSmall(dir, opts); err != nil {
+						t.Fatalf("%s: a start on a full disk: %v", what, err)
+					}
+				}
+
+				// Delete it all. Time passes between, so that the timer does what it does.
+				keys := slices.Sorted(maps.Keys(maps.Collect(d.All())))
+				for i, k := range keys {
+					if err := d.Room(int64(len(k)), true); err != nil {
+						t.Fatalf("%s: no room for Delete %d of %d: %v", what, i, len(keys), err)
+					}
+					d.Delete(k)
+					if err := d.Commit(); err != nil {
+						t.Fatalf("%s: Delete %d of %d: %v", what, i, len(keys), err)
+					}
+					if i%3 == 0 {
+						<-time.After(2 * vouchTime)
+					}
+				}
+				d.AwaitCompaction()
+				dir.Room = 0
+				if err := d.Room(100, false); err != nil {
+					t.Errorf("%s: with room again: %v", what, err)
+				}
+				d.Put("k", "v")
+				if err := d.Close(); err != nil {
+					t.Errorf("%s: %v", what, err)
+				}
+				again, err := openSmall(dir, Options{})
+				if err != nil || keysOf(again) != 1 {
+					t.Errorf("%s: opened again: %v, %d keys", what, err, keysOf(again))
+				}
+				if !restarted && strings.Count(log.String(), "writes are taken") != 1 {
+					t.Errorf("%s: the log says\n%s", what, log)
+				}
+			})
 		}
 	}
 }

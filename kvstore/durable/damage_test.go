@@ -96,7 +96,7 @@ func TestTornEndStaysCut(t *testing.T) {
 	}
 	put(d, "a", "first", 512)
 	// What a power failure may leave of one large Commit: its second frame, not the first.
-	d.opts.Fsync = FsyncNever
+	d.fsync = FsyncNever
 	put(d, "b", "torn", 1024)
 	put(d, "c", "CUT", 1536)
 	image := dir.Crash(rand.New(rand.NewPCG(1, 1)))

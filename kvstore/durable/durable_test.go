@@ -37,7 +37,7 @@ func openSmall(dir storage.Directory, opts Options) (*Store, error) {
 		d.mu.Lock() // the timer may have something to do
 		d.segmentSize, d.minCompact = 1500, 2000
 		if d.reserve > 0 {
-			d.reserve, d.spare = 700, 100
+			d.reserve = 700
 		}
 		d.mu.Unlock()
 	}

@@ -63,6 +63,7 @@ func (d *Store) changed() (c changes, err error) {
 	if err != nil {
 		return c, err
 	}
+	d.checkSpare(stamps)
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]

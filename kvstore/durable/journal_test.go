@@ -207,7 +207,7 @@ func TestRoomForFrames(t *testing.T) {
 	d.Close()
 	for name, f := range dir.Names {
 		if kind, _, _ := parseName(name); kind == kindSegment &&
-			len(bytes.TrimRight(f.Data, "\x00"))+8+d.spare <= len(f.Data) {
+			len(bytes.TrimRight(f.Data, "\x00"))+8+int(d.toDelete(0)) <= len(f.Data) {
 			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.Data))
 		}
 		if len(f.Data) != len(f.Disk) {
@@ -633,7 +633,7 @@ func TestLargeCommitIsSplit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.spare = 0
+	d.reserve = 0
 	value := strings.Repeat("v", 1000)
 	for i := range 5000 {
 		d.Put(fmt.Sprint(i), value)

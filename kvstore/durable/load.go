@@ -367,7 +367,7 @@ func (d *Store) load(ctx context.Context) error {
 	}
 
 	// Read everything. The last end is the current file's.
-	p := newProgress(ctx, d.log, d.opts.Status, s)
+	p := newProgress(ctx, d.log, d.status, s)
 	apply := applyTo(d.Memory)
 	var ends []logEnd
 	err = s.walk(visitor{

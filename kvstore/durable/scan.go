@@ -265,7 +265,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		// What is bad is read once more: beside a process that writes it may be good by now.
 		f, payload, err := l.read()
 		var rest []byte
-		if errors.As(err, new(*storage.DamageError)) {
+		if errors.As(err, new(*storage.DamageError)) || errors.Is(err, errShorter) {
 			f, payload, rest, err = l.readAgain()
 			end.size = max(end.size, l.size)
 		}

@@ -17,7 +17,6 @@ import (
 	"kvserver/kvstore/storage"
 	"log/slog"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -48,8 +47,6 @@ type Options struct {
 
 // Sizes and times of the log.
 const (
-	// bytes of a file's zeros that only a Delete or a Remove may use when the disk is full
-	spareSize    = 64 << 10
 	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8       // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
@@ -64,7 +61,7 @@ const (
 	frameMost = 2*frameSize + 64
 )
 
-// Durable is a KVStore whose Commit returns once everything before it is in a
+// Store is a KVStore whose Commit returns once everything before it is in a
 // log on disk, from which Open makes the same store again. It is not safe for
 // concurrent access. It has two goroutines of its own: a compaction, which only
 // touches files that are full, and a timer, which syncs the current file and writes
@@ -73,79 +70,51 @@ const (
 // Reads are Memory's: nothing is read from disk after Open.
 type Store struct {
 	*kvstore.Memory
-	dir  storage.Directory
+	journal
 	lock storage.Lock
-	id   storeID
-	opts Options
-	log  *slog.Logger
 
-	number     uint64 // of the current file
-	fullBytes  int64  // bytes in full files and the snapshot
-	first      uint64 // sequence of the current file's first frame
-	pending    []byte // records not written yet
+	// Records for the next frame.
+	pending    []byte
 	count      uint32 // of them
 	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
-	// of the current file, as of our last frame: bytes of frames, and of zeros behind them
-	size, room  int64
-	rotateAfter time.Time // no new file is tried before
 
-	compactAfter time.Time                // nor is a compaction
-	looked       time.Time                // when the files were last looked for
-	healAfter    time.Time                // they are not written anew before
-	snapshot     uint64                   // number of the snapshot; 0: none
-	known        map[string]storage.Stamp // what the files were when we had done something to them
-	mark         mark                     // in the current file
-	spoiled      []string                 // files of ours whose heal has failed
+	// Room on the disk.
+	spare spare
+
+	// Compaction.
+	segmentSize, minCompact int64  // the directory's Sizes
+	waste                   int64  // maxWaste, but in tests
+	fullBytes               int64  // bytes in full files and the snapshot
+	snapshot                uint64 // number of the snapshot; 0: none
+	// the running compaction's end, one slot; nil: none runs
+	compacted    chan compactionEnd
+	compactAfter time.Time     // none is tried before
+	stop         chan struct{} // closed by Close: the compaction gives up
+
+	// Looking whether others have changed the files.
+	looked    time.Time                // when that was done last
+	healAfter time.Time                // what is spoiled is not written anew before
+	known     map[string]storage.Stamp // what the files were when we had done something to them
+	mark      mark                     // in the current file
+	spoiled   []string                 // files of ours whose heal has failed
 	// files of others that were told of
 	strangers, removed []string
-
-	segmentSize, minCompact int64         // the directory's Sizes
-	waste                   int64         // maxWaste, but in tests
-	reserve, spare          int           // the same, and what of it spareSize is for
-	stop                    chan struct{} // closed by Close: the compaction gives up
-	// the running compaction's end, one slot; nil: none runs
-	compacted chan compactionEnd
-
-	// one slot, for who writes a frame or changes the file: Commit or the timer
-	writing chan struct{}
-	fsyncs  chan struct{} // one slot, for who syncs: taken behind writing, where both are
-
-	// mu guards what is below, for the timer and whoever commits. Who has writing is the
-	// only one to change current and sequence, and may read them without it.
-	mu       sync.Mutex
-	current  *logWriter
-	sequence uint64        // of the last frame written
-	synced   uint64        // of the last frame known to be on disk
-	vouched  bool          // the last frame says that all before it is on disk
-	err      error         // the first failure; from then on nothing is written
-	timer    *time.Timer   // nil while it does not run
-	underWay chan struct{} // closed when the timer's fsync, which runs, has ended; nil: none runs
-	since    time.Time     // when it began
-
-	ticks      sync.WaitGroup // ticks that are due, or run
-	timerEnded bool           // guarded by mu: none is to become due
-
-	syncing atomic.Pointer[string] // the file whose Sync has not returned
-	healing atomic.Bool            // heal runs
+	healing            atomic.Bool // heal runs
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
 // store. Other errors than those of this package and of package storage are those of the file
 // system. When it refuses what it finds, nothing is changed, and dir is the caller's still.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
-	d := &Store{
-		Memory: kvstore.NewMemory(), dir: dir, opts: opts, log: opts.Log,
-		looked: time.Now(),
-		stop:   make(chan struct{}), writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1),
-	}
+	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
+		stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
+			fsync: opts.Fsync, writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}}
 	d.segmentSize, d.minCompact, d.reserve = dir.Sizes()
-	d.waste = maxWaste
-	d.spare = min(spareSize, d.reserve/4)
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
-	if d.opts.Status == nil {
-		d.opts.Status = new(storage.Status)
+	if d.status == nil {
+		d.status = new(storage.Status)
 	}
 	names, err := dir.List()
 	if err != nil {
@@ -172,7 +141,10 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		return nil, err
 	}
 	d.learn(d.ownFiles()...)
-	d.opts.Status.Set("")
+	if d.spare, err = openSpare(dir); err != nil {
+		d.log.Warn("cannot open the file that keeps room for what frees", "error", err)
+	}
+	d.status.Set("")
 	d.syncLater()
 	return d, nil
 }
@@ -194,8 +166,8 @@ func (d *Store) tryFile() error {
 // checkNames refuses a directory that is somebody else's.
 func checkNames(dir storage.Directory, names []string) error {
 	for _, name := range names {
-		if _, _, isLog := parseName(name); !isLog && name != storage.StoreName && !isTmp(name) &&
-			!isBeside(name) {
+		if _, _, isLog := parseName(name); !isLog && name != storage.StoreName &&
+			name != spareName && !isTmp(name) && !isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
 		}
 	}
@@ -258,7 +230,7 @@ func (d *Store) Remove(key, value string) (removed bool) {
 // there is when that is much.
 func (d *Store) record(op byte, place int, fields ...string) {
 	if size := int64(sizeOf(fields)); size > maxRecord {
-		d.fail(fmt.Errorf("a record of %d bytes is too large", size))
+		d.fail(errTooLarge(size))
 		return
 	}
 	d.pending = appendRecord(d.pending, op, place, fields...)
@@ -269,6 +241,9 @@ func (d *Store) record(op byte, place int, fields ...string) {
 	}
 }
 
+// errTooLarge is the error of a record that does not fit a frame.
+func errTooLarge(bytes int64) error { return fmt.Errorf("a record of %d bytes is too large", bytes) }
+
 // sizeOf is how many bytes fields have together.
 func sizeOf(fields []string) (bytes int) {
 	for _, f := range fields {
@@ -277,29 +252,16 @@ func sizeOf(fields []string) (bytes int) {
 	return bytes
 }
 
-// Room returns an error, and nothing has changed, if the disk has no room for one
-// more record of so many bytes of key and values. Who writes one nevertheless has the next
-// Commit fail, and the store end. A Delete or a Remove may use the last room that there is. A
-// directory that wants no zeros ahead says only at the Commit that it is full.
-func (d *Store) Room(bytes int64, frees bool) error {
-	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost
-	if !frees {
-		need += int64(d.spare)
-	}
-	switch {
-	case bytes > maxRecord:
-		return fmt.Errorf("a record of %d bytes is too large", bytes)
-	case d.reserve == 0 || d.room >= need || d.failure() != nil:
-		return nil
-	}
+// writeFrame writes a frame of what is pending.
+func (d *Store) writeFrame(kind uint32) {
 	d.writing <- struct{}{}
-	defer func() { <-d.writing }()
-	err := d.current.extend(max(need, int64(d.reserve)))
-	d.room = d.current.room()
-	if d.room >= need {
-		return nil
+	d.appendFrame(kind, d.pending, d.count)
+	d.size, d.room = d.current.size, d.current.room()
+	<-d.writing
+	d.pending, d.count = d.pending[:0], 0
+	if cap(d.pending) > 4*maxFramePut {
+		d.pending = nil
 	}
-	return err
 }
 
 // Syncing returns the path of a file that the disk has not confirmed yet, or "". Other
@@ -351,6 +313,7 @@ func (d *Store) Commit() error {
 
 // commit is Commit, but for the lock.
 func (d *Store) commit() error {
+	// A log that is much larger than what it holds is compacted, also where nothing is written.
 	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
 	if err := d.failure(); err != nil || idle && !wasteful {
 		return err
@@ -364,9 +327,10 @@ func (d *Store) commit() error {
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	full := (d.size >= d.segmentSize || wasteful) && !now.Before(d.rotateAfter)
+	// On a full disk the old file grows: what is left of the room is for what frees.
+	full := (d.size >= d.segmentSize && !d.isFull || wasteful) && !now.Before(d.rotateAfter)
 	var err error
-	if d.opts.Fsync == FsyncAlways || full {
+	if d.fsync == FsyncAlways || full {
 		err = d.syncRest()
 	} else {
 		err = d.awaitTimer(now)
@@ -384,6 +348,20 @@ func (d *Store) commit() error {
 	}
 	d.syncLater()
 	return nil
+}
+
+// rotate goes on in a new file. Where none can be made it returns nil, and the log goes on in the
+// old one.
+func (d *Store) rotate() error {
+	if err := d.lock.Held(); err != nil {
+		return err
+	}
+	full, err := d.goOn()
+	if full > 0 {
+		d.fullBytes += full
+		d.learn(logName(kindSegment, d.number-1), logName(kindSegment, d.number))
+	}
+	return err
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
@@ -413,9 +391,12 @@ func (d *Store) Close() error {
 	}
 	d.syncing.Store(&d.current.path)
 	if err == nil {
-		err = d.current.trim(int64(d.spare))
+		err = d.current.trim(0)
 	}
-	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
+	if d.isFull { // what was cut off is the next start's to delete with
+		d.spare.grow(d.dir, d.toDelete(0), int64(d.reserve))
+	}
+	return errors.Join(err, d.current.f.Close(), d.spare.close(), d.lock.Close(), d.dir.Close())
 }
 
 // AwaitCompaction waits for the compaction that runs, if one does, and takes it into account.

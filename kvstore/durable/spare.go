@@ -1,0 +1,166 @@
+package durable
+
+import (
+	"slices"
+
+	"kvserver/kvstore/storage"
+)
+
+// spare is a file of zeros, SPARE, which keeps room on the disk for what frees: when the disk is
+// full it gives as much back as the log needs to go on. It is as large as it takes to delete every
+// key, one at a time. It is the owner's.
+type spare struct {
+	file storage.File // nil: there is none
+	size int64        // bytes
+}
+
+const (
+	spareName = "SPARE"
+
+	// Bytes that the Delete of a key may take in the log beside the key: a frame's head, a record's,
+	// and what fills both up to a multiple of 8.
+	deleteExtra = frameSize + recordExtra + 8
+
+	// The part of a directory's reserve that the spare file has beside the room for Deletes: 64 KiB
+	// of 1 MiB, for Removes.
+	spareShare = 16
+)
+
+// openSpare opens the spare file, if there is one.
+func openSpare(dir storage.Directory) (s spare, err error) {
+	names, err := dir.List()
+	if err != nil || !slices.Contains(names, spareName) {
+		return s, err
+	}
+	f, size, err := dir.Open(spareName)
+	if err != nil {
+		return s, err
+	}
+	f.Close()
+	s.file, err = dir.Extend(spareName)
+	s.size = size
+	return s, err
+}
+
+// grow makes the spare file have at least so many bytes, in steps. What it can have it has, also
+// where that fails.
+func (s *spare) grow(dir storage.Directory, size, step int64) (err error) {
+	if s.file == nil {
+		if s.file, err = dir.Create(spareName); err != nil {
+			return err
+		}
+		s.size = 0
+	}
+	size += step - size%step
+	zeros := make([]byte, step)
+	for s.size < size && err == nil {
+		var n int
+		n, err = s.file.WriteAt(zeros[:min(size-s.size, step)], s.size)
+		s.size += int64(n)
+	}
+	return err
+}
+
+// shrink gives back what the spare file has more than so many bytes.
+func (s *spare) shrink(size int64) error {
+	if s.size <= size {
+		return nil
+	}
+	err := s.file.Truncate(size)
+	if err == nil {
+		s.size = size
+	}
+	return err
+}
+
+// close closes the file.
+func (s *spare) close() error {
+	if s.file == nil {
+		return nil
+	}
+	return s.file.Close()
+}
+
+// toDelete is how many bytes of log it takes to delete every key, one at a time, and a new one with
+// so many bytes.
+func (d *Store) toDelete(bytes int64) int64 {
+	keys, _, _ := d.Size()
+	return d.KeyBytes() + bytes + int64(keys+1)*deleteExtra +
+		int64(d.reserve/spareShare)
+}
+
+// Room returns an error, and nothing has changed, if the disk has no room for one
+// more record of so many bytes of key and values. Who writes one nevertheless has the next
+// Commit fail, and the store end. What frees, a Delete or a Remove, may use the spare file; other
+// writes leave in that, or in the log, what it takes to delete everything. A
+// directory that wants no zeros ahead says only at the Commit that it is full.
+func (d *Store) Room(bytes int64, frees bool) error {
+	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
+	switch {
+	case bytes > maxRecord:
+		return errTooLarge(bytes)
+	case d.reserve == 0 || d.failure() != nil:
+		return nil
+	case frees:
+		return d.roomToFree(need)
+	}
+
+	spare := d.toDelete(bytes)
+	if d.room >= need && d.spare.size >= spare && !d.isFull {
+		return nil
+	}
+	if d.spare.size < spare && d.spare.grow(d.dir, spare, int64(d.reserve)) != nil {
+		need += spare - d.spare.size
+	}
+	err := d.extend(need)
+	if wasFull := d.setFull(err != nil); wasFull && err == nil {
+		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
+	}
+	return err
+}
+
+// roomToFree is Room for what frees. Where the disk is full the spare file gives some back.
+func (d *Store) roomToFree(need int64) error {
+	err := d.extend(need)
+	for err != nil && d.spare.size > 0 {
+		d.setFull(true)
+		left := max(0, d.spare.size-max(need, int64(d.reserve)))
+		if shrinkErr := d.spare.shrink(left); shrinkErr != nil {
+			return shrinkErr
+		}
+		err = d.extend(need)
+	}
+	return err
+}
+
+// setFull notes whether the disk is full, and returns whether it was.
+func (d *Store) setFull(isFull bool) (was bool) {
+	if was = d.isFull; was != isFull {
+		d.writing <- struct{}{}
+		d.isFull = isFull
+		<-d.writing
+	}
+	return was
+}
+
+// extend makes room for so many bytes in the current file.
+func (d *Store) extend(need int64) error {
+	if d.room >= need {
+		return nil
+	}
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	err := d.current.extend(max(need, int64(d.reserve)))
+	if d.room = d.current.room(); d.room >= need {
+		return nil
+	}
+	return err
+}
+
+// checkSpare closes a spare file that somebody has removed: the next write makes it anew.
+func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
+	if _, isThere := stamps[spareName]; d.spare.file != nil && !isThere {
+		d.spare.close()
+		d.spare = spare{}
+	}
+}
