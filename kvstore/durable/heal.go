@@ -59,7 +59,10 @@ type changes struct {
 
 // changed looks what has changed. It costs a look at each file.
 func (d *Store) changed() (c changes, err error) {
+	d.writing <- struct{}{} // the timer does not make the file longer meanwhile
 	stamps, err := d.dir.Stamps()
+	last, end := mark{d.current.last, d.sequence}, d.current.end
+	<-d.writing
 	if err != nil {
 		return c, err
 	}
@@ -75,7 +78,7 @@ func (d *Store) changed() (c changes, err error) {
 			c.spoiled = append(c.spoiled, name)
 		case isThere && now.IsSame(known):
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(known) &&
-			d.isIntact(now.Size):
+			(d.reserve == 0 || now.Size == end && d.isIntact(last)):
 		case isThere && name == storage.StoreName && d.isOurs():
 			d.known[name] = now
 		default:
@@ -103,33 +106,24 @@ func (d *Store) isOurs() bool {
 	return err == nil && found && id == d.id
 }
 
-// isIntact tells whether the current file, of so many bytes, begins as it did, and has the frame
-// that was its last one at the last look. (What was cut off may have become zeros, in front of what
-// was written since.)
-func (d *Store) isIntact(size int64) bool {
-	d.writing <- struct{}{}
-	w, sequence := d.current, d.sequence
-	<-d.writing
-	if d.reserve == 0 {
-		return true // nobody changes a file in etcd
-	}
-	if size < w.size {
-		return false
-	}
-
+// isIntact tells whether the current file begins as it did, and has the frame that was its last one
+// at the last look: what was cut off may have become zeros, in front of what was written since. last
+// is the last one now.
+func (d *Store) isIntact(last mark) bool {
+	f := d.current.f
 	header := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
 	var b [headerSize]byte
-	if _, err := w.f.ReadAt(b[:], 0); err != nil || !bytes.Equal(b[:], header.encode()) {
+	if _, err := f.ReadAt(b[:], 0); err != nil || !bytes.Equal(b[:], header.encode()) {
 		return false
 	}
 	if d.mark.offset > 0 {
-		_, err := w.f.ReadAt(b[:frameSize], d.mark.offset)
-		f, ok := decodeFrame(b[:], w.seed)
-		if err != nil || !ok || f.sequence != d.mark.sequence {
+		_, err := f.ReadAt(b[:frameSize], d.mark.offset)
+		head, ok := decodeFrame(b[:], d.current.seed)
+		if err != nil || !ok || head.sequence != d.mark.sequence {
 			return false
 		}
 	}
-	d.mark = mark{w.last, sequence}
+	d.mark = last
 	return true
 }
 

@@ -348,6 +348,18 @@ var spoils = map[string]func(dir *storetest.Dir, d *Store){
 	"STORE becomes another store's": func(dir *storetest.Dir, d *Store) {
 		writeID(dir, storeID{1, 2, 3})
 	},
+	"a backup is put over it": func(dir *storetest.Dir, d *Store) {
+		out := storetest.New()
+		Backup(dir, out, nil)
+		d.Put("since", "the backup")
+		d.Commit()
+		for name, file := range out.Names {
+			dir.Empty(name)
+			f, _ := dir.Create(name)
+			f.WriteAt(file.Data, 0)
+			f.Close()
+		}
+	},
 	"an older copy is put over it": func(dir *storetest.Dir, d *Store) {
 		other := storetest.New()
 		old, _ := Open(context.Background(), other, Options{})
