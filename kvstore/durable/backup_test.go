@@ -311,6 +311,7 @@ func TestBackupEndsBesideAFastWriter(t *testing.T) {
 		d.Commit()
 	}
 	defer d.Close()
+	d.AwaitCompaction()
 	writes := false
 	dir.Before = func(c storetest.Call) error {
 		if !writes && c.What == "read" {

@@ -198,7 +198,7 @@ func TestFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		full.Room = 0
+		full.Room, d.roomAfter = 0, time.Time{}
 		if err := d.Room(2000, false); err != nil {
 			t.Errorf("with room again: %v", err)
 		}
@@ -310,6 +310,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				}
 				d.AwaitCompaction()
 				dir.Room = 0
+				<-time.After(roomTime)
 				if err := d.Room(100, false); err != nil {
 					t.Errorf("%s: with room again: %v", what, err)
 				}

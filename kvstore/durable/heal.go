@@ -78,7 +78,7 @@ func (d *Store) changed() (c changes, err error) {
 			c.spoiled = append(c.spoiled, name)
 		case isThere && now.IsSame(known):
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(known) &&
-			(d.reserve == 0 || now.Size == end && d.isIntact(last)):
+			(d.reserve == 0 || now.Size >= end && d.isIntact(last)):
 		case isThere && name == storage.StoreName && d.isOurs():
 			d.known[name] = now
 		default:

@@ -2,6 +2,7 @@ package durable
 
 import (
 	"slices"
+	"time"
 
 	"kvserver/kvstore/storage"
 )
@@ -106,6 +107,9 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 
 	spare := d.toDelete(bytes)
+	if d.isFull && time.Now().Before(d.roomAfter) {
+		return d.noRoom
+	}
 	if d.room >= need && d.spare.size >= spare && !d.isFull {
 		return nil
 	}
@@ -113,7 +117,9 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		need += spare - d.spare.size
 	}
 	err := d.extend(need)
-	if wasFull := d.setFull(err != nil); wasFull && err == nil {
+	if wasFull := d.setFull(err != nil); err != nil {
+		d.noRoom, d.roomAfter = err, time.Now().Add(roomTime)
+	} else if wasFull {
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	}
 	return err

@@ -50,12 +50,13 @@ const (
 	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
 	recordExtra  = 8       // bytes that a record takes beside its key and value, about
 	tmpSuffix    = ".tmp"
-	progressTime = time.Second // between two lines about a long load
-	vouchTime    = time.Second // after a Commit, until a frame says that all before it is on disk
-	rotateTime   = time.Second // until a file that could not be made is tried again
-	maxWaste     = 2           // times the live data, that full files hold, until they are compacted
-	compactTime  = time.Minute // until a compaction that failed is, or a heal
-	lookTime     = time.Second // between two looks whether the files are there
+	progressTime = time.Second      // between two lines about a long load
+	vouchTime    = time.Second      // after a Commit, until a frame says that all before it is on disk
+	rotateTime   = time.Second      // until a file that could not be made is tried again
+	roomTime     = time.Second / 10 // until it is tried again whether a full disk has room
+	maxWaste     = 2                // times the live data, that full files hold, until they are compacted
+	compactTime  = time.Minute      // until a compaction that failed is, or a heal
+	lookTime     = time.Second      // between two looks whether the files are there
 
 	// Bytes of a frame beside its records, and of one that the timer may write before it.
 	frameMost = 2*frameSize + 64
@@ -79,7 +80,9 @@ type Store struct {
 	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
 
 	// Room on the disk.
-	spare spare
+	spare     spare
+	noRoom    error     // why the last write was refused
+	roomAfter time.Time // none is taken before
 
 	// Compaction.
 	segmentSize, minCompact int64  // the directory's Sizes
