@@ -84,6 +84,8 @@ type view struct {
 	shift uint8        // 64 less the number of these bits
 	slabs table[*slab]
 	large table[large]
+
+	expiring int // keys that have a deadline
 }
 
 func (v *view) page(h uint64) *page { return *v.dir.at(int(h >> v.shift)) }

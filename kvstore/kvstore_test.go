@@ -2,7 +2,9 @@ package kvstore
 
 import (
 	"fmt"
+	"hash/maphash"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -17,6 +19,95 @@ import (
 )
 
 type model = storetest.Model
+
+// timed is the model, with Take and deadlines.
+type timed struct {
+	model
+	ends map[string]int64
+}
+
+func newTimed() timed { return timed{model{}, map[string]int64{}} }
+
+func (m timed) clone() timed { return timed{m.model.Clone(), maps.Clone(m.ends)} }
+
+func (m timed) Set(key, value string) int {
+	delete(m.ends, key)
+	return m.model.Set(key, value)
+}
+
+func (m timed) Delete(key string) int {
+	delete(m.ends, key)
+	return m.model.Delete(key)
+}
+
+func (m timed) Remove(key, value string) bool {
+	removed := m.model.Remove(key, value)
+	if len(m.model[key]) == 0 {
+		delete(m.ends, key)
+	}
+	return removed
+}
+
+func (m timed) Take(key string) (value string, ok bool) {
+	if len(m.model[key]) == 0 {
+		return "", false
+	}
+	value = m.model[key][0]
+	return value, m.Remove(key, value)
+}
+
+func (m timed) Expire(key string, at int64) bool {
+	if len(m.model[key]) == 0 {
+		return false
+	}
+	if m.ends[key] = at; at == 0 {
+		delete(m.ends, key)
+	}
+	return true
+}
+
+// take takes a value out of store and m, and reports where they differ.
+func take(t *testing.T, store *Memory, m timed, key string) {
+	t.Helper()
+	if got, want := store.Count(key), len(m.model[key]); got != want {
+		t.Fatalf("Count(%.40q) = %d, want %d", key, got, want)
+	}
+	got, ok := store.Take(key)
+	if want, wantOK := m.Take(key); got != want || ok != wantOK {
+		t.Fatalf("Take(%.40q) = %.40q, %v, want %.40q, %v", key, got, ok, want, wantOK)
+	}
+}
+
+// expire gives key a deadline in store and m, and reports where they differ.
+func expire(t *testing.T, store *Memory, m timed, key string, at int64) {
+	t.Helper()
+	end, has := store.Deadline(key)
+	if want, wantHas := m.ends[key]; end != want || has != wantHas {
+		t.Fatalf("Deadline(%.40q) = %d, %v, want %d, %v", key, end, has, want, wantHas)
+	}
+	if got, want := store.Expire(key, at), m.Expire(key, at); got != want {
+		t.Fatalf("Expire(%.40q, %d) = %v, want %v", key, at, got, want)
+	}
+}
+
+// pass deletes the next key in store and m whose time has come, and reports where they differ.
+func pass(t *testing.T, store *Memory, m timed, now int64) (ok bool) {
+	t.Helper()
+	first := now + 1
+	for _, at := range m.ends {
+		first = min(first, at)
+	}
+	key, ok := store.NextDue(now)
+	if ok != (first <= now) || ok && m.ends[key] != first {
+		t.Fatalf("NextDue(%d) = %.40q, %v, which ends at %d; the first does at %d", now, key, ok,
+			m.ends[key], first)
+	}
+	if ok {
+		store.Delete(key)
+		m.Delete(key)
+	}
+	return ok
+}
 
 // Ensure that the store does what the model does, and that no list it has handed
 // out ever changes.
@@ -139,6 +230,40 @@ func checkInside(t *testing.T, m *Memory) {
 	checkIndex(t, m)
 	checkSlabs(t, m)
 	checkLarge(t, m)
+	checkDeadlines(t, m)
+}
+
+// checkDeadlines reports what is wrong with the ends of m's keys.
+func checkDeadlines(t *testing.T, m *Memory) {
+	t.Helper()
+	n, last := 0, end{math.MinInt64, 0}
+	for _, c := range m.deadlines.chunks {
+		if len(c) == 0 || cap(c) != chunkMost {
+			t.Fatalf("a chunk has %d ends and room for %d", len(c), cap(c))
+		}
+		for _, e := range c {
+			if n++; e.compare(last) < 0 {
+				t.Fatalf("end %v is behind end %v", e, last)
+			}
+			last = e
+		}
+	}
+	expiring := 0
+	for slot := range m.slots {
+		at := m.deadline(slot)
+		if at == 0 {
+			continue
+		}
+		expiring++
+		e := end{at, maphash.Bytes(m.seed, m.entry(slot).key())}
+		if chunk, i := m.deadlines.find(e); m.deadlines.chunks[chunk][i] != e {
+			t.Fatalf("end %v is not where it should be", e)
+		}
+	}
+	if n != expiring || n != m.expiring {
+		t.Fatalf("%d keys have deadlines, of which %d ends are there, and %d are counted", expiring, n,
+			m.expiring)
+	}
 }
 
 // catchUp writes at most as much as m holds, and removes it: what died beside a snapshot that
@@ -308,7 +433,7 @@ func memorySteps(t *testing.T) (steps int) {
 // nor what View returned ever changes.
 func TestMemoryInside(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
-	store, m := NewMemory(), model{}
+	store, m := NewMemory(), newTimed()
 	var key string
 	value := func() string {
 		size := random.IntN(20)
@@ -325,7 +450,7 @@ func TestMemoryInside(t *testing.T) {
 	}
 	type kept struct {
 		snapshot Snapshot
-		held     model
+		held     timed
 	}
 	var snapshots []kept
 	type shown struct{ got, want []string }
@@ -340,18 +465,29 @@ func TestMemoryInside(t *testing.T) {
 		if random.IntN(50) == 0 {
 			key = strings.Repeat(key, 40)
 		}
-		switch what := random.IntN(12); {
+		switch what := random.IntN(16); {
+		case what == 12:
+			take(t, store, m, key)
+		case what == 13 || what == 14:
+			at := int64(i + random.IntN(steps/5))
+			if random.IntN(4) == 0 {
+				at = 0
+			}
+			expire(t, store, m, key, at)
+		case what == 15 && random.IntN(100) == 0:
+			for pass(t, store, m, int64(i)) && random.IntN(10) > 0 {
+			}
 		case what == 10:
 			v := value()
 			if got, want := store.Set(key, v), m.Set(key, v); got != want {
 				t.Fatalf("Set(%.40q) = %d, want %d", key, got, want)
 			}
-		case what == 11 && len(m[key]) > 0:
-			v := m[key][random.IntN(len(m[key]))]
+		case what == 11 && len(m.model[key]) > 0:
+			v := m.model[key][random.IntN(len(m.model[key]))]
 			if got, want := store.Remove(key, v), m.Remove(key, v); got != want {
 				t.Fatalf("Remove(%.40q) = %v, want %v", key, got, want)
 			}
-		case len(m) > many, what == 0:
+		case len(m.model) > many, what == 0:
 			if got, want := store.Delete(key), m.Delete(key); got != want {
 				t.Fatalf("Delete(%.40q) = %d, want %d", key, got, want)
 			}
@@ -361,7 +497,7 @@ func TestMemoryInside(t *testing.T) {
 			m.Put(key, v)
 		case what < 8:
 			old, v := value(), value()
-			if list := m[key]; len(list) > 0 && random.IntN(3) > 0 {
+			if list := m.model[key]; len(list) > 0 && random.IntN(3) > 0 {
 				old = list[random.IntN(len(list))]
 			}
 			if got, want := store.Update(key, old, v), m.Update(key, old, v); got != want {
@@ -369,25 +505,22 @@ func TestMemoryInside(t *testing.T) {
 			}
 		default:
 			var scratch [2]string
-			if got := store.View(scratch[:], key); !slices.Equal(got, m[key]) ||
+			if got := store.View(scratch[:], key); !slices.Equal(got, m.model[key]) ||
 				int(store.Measure(key)) != sizeOf(got) {
-				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m[key])
+				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m.model[key])
 			} else {
-				views = append(views, shown{slices.Clone(got), m[key]})
+				views = append(views, shown{slices.Clone(got), m.model[key]})
 			}
 		}
 		if random.IntN(steps/20) == 0 {
-			held := model{}
-			for key, list := range m {
-				held[key] = slices.Clone(list)
-			}
-			if snapshots = append(snapshots, kept{store.Snapshot(), held}); len(snapshots) > 3 {
+			snapshots = append(snapshots, kept{store.Snapshot(), m.clone()})
+			if len(snapshots) > 3 {
 				snapshots = snapshots[1:]
 			}
 		}
 		if i%(steps/20) == 0 {
 			checkInside(t, store)
-			storetest.CheckSame(t, store, m)
+			storetest.CheckSame(t, store, m.model)
 			for _, k := range snapshots {
 				checkSnapshot(t, k.snapshot, k.held)
 			}
@@ -402,12 +535,13 @@ func TestMemoryInside(t *testing.T) {
 	if store.rate == 0 {
 		t.Error("nothing was cleaned")
 	}
-	for key := range m {
+	for key := range m.model {
 		store.Delete(key)
 	}
 	checkInside(t, store)
 	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 ||
-		store.KeyBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 {
+		store.KeyBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 ||
+		store.expiring != 0 {
 		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
 			bytes, store.KeyBytes(), store.longValues, store.longBytes, store.pages)
 	}
@@ -556,19 +690,22 @@ func TestReclaim(t *testing.T) {
 }
 
 // checkSnapshot reports where a snapshot is not as the store was.
-func checkSnapshot(t *testing.T, s Snapshot, held model) {
+func checkSnapshot(t *testing.T, s Snapshot, held timed) {
 	t.Helper()
 	n := 0
 	for key, list := range s.All() {
-		if n++; !slices.Equal(list, held[key]) {
-			t.Fatalf("a snapshot has %.100q under %.40q, which held %.100q", list, key, held[key])
+		if n++; !slices.Equal(list, held.model[key]) {
+			t.Fatalf("a snapshot has %.100q under %.40q, which held %.100q", list, key, held.model[key])
 		}
-		if got := s.View(nil, key); !slices.Equal(got, held[key]) {
-			t.Fatalf("View(%.40q) of a snapshot is %.100q, want %.100q", key, got, held[key])
+		if got := s.View(nil, key); !slices.Equal(got, held.model[key]) {
+			t.Fatalf("View(%.40q) of a snapshot is %.100q, want %.100q", key, got, held.model[key])
+		}
+		if at, ok := s.(*snapshot).Deadline(key); at != held.ends[key] || ok != (at != 0) {
+			t.Fatalf("a snapshot has %d as the end of %.40q, want %d", at, key, held.ends[key])
 		}
 	}
-	if n != len(held) {
-		t.Fatalf("a snapshot has %d keys, want %d", n, len(held))
+	if n != len(held.model) {
+		t.Fatalf("a snapshot has %d keys, want %d", n, len(held.model))
 	}
 	if got := s.View(nil, "none"); got != nil {
 		t.Fatalf("a snapshot has %q under no key", got)
@@ -915,55 +1052,153 @@ func TestTouch(t *testing.T) {
 	checkInside(t, store)
 }
 
+// Ensure that Take, Count and deadlines do what the model says, on short lists, long ones and
+// large values, and that snapshots have deadlines.
+func TestDeadlinesAreLikeTheModel(t *testing.T) {
+	for seed := range uint64(20) {
+		random := rand.New(rand.NewPCG(seed, 0))
+		var script []byte
+		for range 3000 {
+			what := byte(random.IntN(11))
+			if what == 5 && random.IntN(20) > 0 {
+				continue
+			}
+			script = append(script, what, byte(random.IntN(30)), byte(random.IntN(256)))
+		}
+		play(t, script)
+	}
+}
+
+// Ensure that a million deadlines take little memory, in whatever order they are set, and that
+// keys come in the order of their ends.
+func TestDeadlinesTakeLittle(t *testing.T) {
+	const keys = 100_000
+	random := rand.New(rand.NewPCG(1, 1))
+	for name, at := range map[string]func(i int) int64{
+		"one after the other": func(i int) int64 { return int64(1e12) + int64(i) },
+		"in any order":        func(int) int64 { return int64(1e12) + random.Int64N(1e9) },
+		"all at once":         func(int) int64 { return 1e12 },
+	} {
+		store := NewMemory()
+		for i := range keys {
+			store.Put(fmt.Sprint("key", i), "v")
+		}
+		before := store.Footprint()
+		for i := range keys {
+			store.Expire(fmt.Sprint("key", i), at(i))
+		}
+		if got := (store.Footprint() - before) / keys; got > 40 {
+			t.Errorf("%s: a deadline takes %d bytes", name, got)
+		}
+		for i := range keys * 9 / 10 { // most of them go, and leave gaps
+			store.Expire(fmt.Sprint("key", i), 0)
+		}
+		if got := store.deadlines.bytes() / (keys / 10); got > 60 {
+			t.Errorf("%s: the end of a key that is left takes %d bytes", name, got)
+		}
+		last := int64(0)
+		for n := 0; n < keys/10; n++ {
+			key, ok := store.NextDue(math.MaxInt64)
+			at, _ := store.Deadline(key)
+			if !ok || at < last {
+				t.Fatalf("%s: key %d, %q, %v, ends at %d, and the one before did at %d", name, n, key,
+					ok, at, last)
+			}
+			last = at
+			store.Delete(key)
+		}
+		if key, ok := store.NextDue(math.MaxInt64); ok {
+			t.Fatalf("%s: %q is due, and has no deadline", name, key)
+		}
+		checkInside(t, store)
+	}
+}
+
+// Ensure that a Take from a long list looks at no value but the first, also where readers have
+// the list.
+func TestTakeFromALongList(t *testing.T) {
+	const values = 200_000
+	for _, every := range []int{0, 1} { // Takes, between two Gets
+		store := NewMemory()
+		for i := range values {
+			store.Put("key", fmt.Sprint(i))
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for i := range values {
+			if every > 0 {
+				store.Get("key")
+			}
+			if got, ok := store.Take("key"); !ok || got != fmt.Sprint(i) {
+				t.Fatalf("Take %d = %q, %v", i, got, ok)
+			}
+		}
+		runtime.ReadMemStats(&after)
+		if got := (after.TotalAlloc - before.TotalAlloc) / values; got > 200 {
+			t.Errorf("a Take copies %d bytes", got)
+		}
+		if _, ok := store.Take("key"); ok || store.Count("key") != 0 {
+			t.Error("more was taken than there was")
+		}
+	}
+}
+
 // FuzzMemory does what the bytes of a script say to a store and to the model.
 func FuzzMemory(f *testing.F) {
 	f.Add([]byte("put a lot, \x00\x01\x02\x03, and delete it"))
-	f.Fuzz(func(t *testing.T, script []byte) {
-		store, m := NewMemory(), model{}
-		var snapshots []Snapshot
-		var held []model
-		for len(script) >= 3 {
-			what, key, size := script[0]%8, strings.Repeat("k", int(script[1])), int(script[2])
-			script = script[3:]
-			if what&1 == 1 {
-				size *= size
-			}
-			value := strings.Repeat("v", size)
-			switch what {
-			case 0, 1:
-				store.Put(key, value)
-				m.Put(key, value)
-			case 2, 3:
-				if got, want := store.Update(key, strings.Repeat("v", len(key)),
-					value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
-					t.Fatalf("Update = %v, want %v", got, want)
-				}
-			case 4:
-				if got, want := store.Delete(key), m.Delete(key); got != want {
-					t.Fatalf("Delete = %d, want %d", got, want)
-				}
-			case 6:
-				if got, want := store.Set(key, value), m.Set(key, value); got != want {
-					t.Fatalf("Set = %d, want %d", got, want)
-				}
-			case 7:
-				if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
-					t.Fatalf("Remove = %v, want %v", got, want)
-				}
-			case 5:
-				c := model{}
-				for key, list := range m {
-					c[key] = slices.Clone(list)
-				}
-				snapshots, held = append(snapshots, store.Snapshot()), append(held, c)
-			}
+	f.Add([]byte("\x00kv\x09k1\x05--\x00kw\x08k-\x0a-9"))
+	f.Fuzz(play)
+}
+
+// play does what the bytes of a script say to a store and to the model, and reports where they
+// differ.
+func play(t *testing.T, script []byte) {
+	store, m := NewMemory(), newTimed()
+	var snapshots []Snapshot
+	var held []timed
+	for len(script) >= 3 {
+		what, key, size := script[0]%11, strings.Repeat("k", int(script[1])), int(script[2])
+		script = script[3:]
+		if what&1 == 1 {
+			size *= size
 		}
-		storetest.CheckSame(t, store, m)
-		checkInside(t, store)
-		for i, s := range snapshots {
-			checkSnapshot(t, s, held[i])
+		value := strings.Repeat("v", size)
+		switch what {
+		case 0, 1:
+			store.Put(key, value)
+			m.Put(key, value)
+		case 2, 3:
+			if got, want := store.Update(key, strings.Repeat("v", len(key)),
+				value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
+				t.Fatalf("Update = %v, want %v", got, want)
+			}
+		case 4:
+			if got, want := store.Delete(key), m.Delete(key); got != want {
+				t.Fatalf("Delete = %d, want %d", got, want)
+			}
+		case 6:
+			if got, want := store.Set(key, value), m.Set(key, value); got != want {
+				t.Fatalf("Set = %d, want %d", got, want)
+			}
+		case 7:
+			if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
+				t.Fatalf("Remove = %v, want %v", got, want)
+			}
+		case 5:
+			snapshots, held = append(snapshots, store.Snapshot()), append(held, m.clone())
+		case 8:
+			take(t, store, m, key)
+		case 9:
+			expire(t, store, m, key, int64(size))
+		case 10:
+			pass(t, store, m, int64(size))
 		}
-	})
+	}
+	storetest.CheckSame(t, store, m.model)
+	checkInside(t, store)
+	for i, s := range snapshots {
+		checkSnapshot(t, s, held[i])
+	}
 }
 
 // sizes are the numbers of keys that benchmarks try: in the caches, and not.

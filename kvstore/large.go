@@ -17,10 +17,11 @@ const perLongValue = 45
 // of a long list. They are numbered without gaps: when one goes, the last one takes its
 // number, so what was there before costs nothing.
 type large struct {
-	data  entry
-	list  *list  // nil: the values are in data
-	epoch uint64 // Memory's when data was made: a snapshot taken since has it, too
-	shown bool   // strings that are parts of data were handed out
+	data     entry
+	list     *list  // nil: the values are in data
+	deadline int64  // 0: none. In data there is none
+	epoch    uint64 // Memory's when data was made: a snapshot taken since has it, too
+	shown    bool   // strings that are parts of data were handed out
 }
 
 // list is the values of a key that has too many for an entry.
@@ -69,11 +70,12 @@ func (m *Memory) handOut(l *list) []string {
 	return slices.Clip(l.values)
 }
 
-// writeLarge makes a large entry of values, or of the list l, in the place of the one
-// that a slot points to, if it is large.
-func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list) (addr uint64) {
-	data := m.allocate(entrySize(key, values))
-	writeEntry(data, key, values)
+// writeLarge makes a large entry of values, or if l is not nil of that list. It takes the
+// place of the entry that a slot points to, if that is large.
+func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
+	deadline int64) (addr uint64) {
+	data := m.allocate(entrySize(key, values, 0))
+	writeEntry(data, key, values, 0)
 	k := 0
 	if slot&largeBit != 0 {
 		k = number(slot)
@@ -83,7 +85,7 @@ func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list) (
 	r := m.large.own(k, m.epoch)
 	m.largeBytes += int64(cap(data) - cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
-	*r = large{data: data, list: l, epoch: m.epoch}
+	*r = large{data: data, list: l, deadline: deadline, epoch: m.epoch}
 	return largeBit | uint64(k)
 }
 

@@ -45,6 +45,8 @@ type Memory struct {
 	longBytes  int64 // of these
 	longGone   int64 // bytes of values that went, and that lists keep in memory
 
+	deadlines deadlines
+
 	values   int   // in all
 	bytes    int64 // of keys and values
 	keyBytes int64 // of keys alone
@@ -67,17 +69,15 @@ func NewMemory() *Memory {
 func (m *Memory) Put(key, value string) {
 	h, i, e := m.find(key)
 	m.tally(1, key, value)
-	values := m.edit[:0]
 	if e == nil {
 		m.bytes += int64(len(key))
 		m.keyBytes += int64(len(key))
+		m.store(h, i, key, append(m.edit[:0], value), 0)
 	} else if l := m.ownLong(h, i); l != nil {
 		m.append(l, value)
-		return
 	} else {
-		values = e.values(values)
+		m.store(h, i, key, append(e.values(m.edit[:0]), value), m.deadline(m.page(h).slots[i]))
 	}
-	m.store(h, i, key, append(values, value))
 }
 
 // tally counts a value of key that comes (n is 1) or goes (-1).
@@ -87,19 +87,21 @@ func (m *Memory) tally(n int, key, value string) {
 }
 
 // store writes key's list anew. Slot i of h's page is the key's, or an empty one.
-func (m *Memory) store(h uint64, i int, key string, values []string) {
+func (m *Memory) store(h uint64, i int, key string, values []string, deadline int64) {
 	var l *list
 	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
 	}
+
+	// The new entry is written before the old one goes: values may be parts of that.
 	old := m.page(h).slots[i]
-	addr, size := uint64(0), entrySize(key, values)
+	addr, size := uint64(0), entrySize(key, values, deadline)
 	if l != nil || size > ownSize {
-		addr = m.writeLarge(old, key, values, l)
+		addr = m.writeLarge(old, key, values, l, deadline)
 	} else {
 		var b []byte
 		addr, b = m.grow(size)
-		writeEntry(b, key, values)
+		writeEntry(b, key, values, deadline)
 	}
 	if addr != old&addrMask {
 		m.point(h, i, addr)
@@ -164,8 +166,9 @@ func (m *Memory) Delete(key string) (removed int) {
 	return removed
 }
 
-// forget takes all of key's values out of what is counted.
+// forget takes all of key's values out of what is counted, and its deadline.
 func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
+	m.noteDeadline(h, m.deadline(m.page(h).slots[i]), 0)
 	bytes := int64(0)
 	if l := m.long(h, i); l != nil {
 		removed, bytes = len(l.values), l.bytes
@@ -200,7 +203,7 @@ func (m *Memory) Set(key, value string) (removed int) {
 		removed = m.forget(h, i, key, e)
 	}
 	m.tally(1, key, value)
-	m.store(h, i, key, append(m.edit[:0], value))
+	m.store(h, i, key, append(m.edit[:0], value), 0)
 	return removed
 }
 
@@ -235,11 +238,40 @@ func (m *Memory) takeAt(h uint64, i int, key string, e entry, place int) {
 		}
 	} else if values := e.values(m.edit[:0]); len(values) > 1 {
 		m.tally(-1, key, values[place])
-		m.store(h, i, key, slices.Delete(values, place, place+1))
+		m.store(h, i, key, slices.Delete(values, place, place+1), m.deadline(m.page(h).slots[i]))
 		return
 	}
 	m.forget(h, i, key, e)
 	m.remove(h, i, key)
+}
+
+// Take removes key's oldest value, and the key with its last. Of a long list it takes a
+// constant time, on the average of many.
+func (m *Memory) Take(key string) (value string, ok bool) {
+	h, i, e := m.find(key)
+	if e == nil {
+		return "", false
+	}
+	if l := m.long(h, i); l != nil {
+		value = l.values[0]
+	} else {
+		value = strings.Clone(e.values(m.edit[:0])[0])
+	}
+	m.takeAt(h, i, key, e, 0)
+	return value, true
+}
+
+// Count returns how many values key has.
+func (m *Memory) Count(key string) (n int) {
+	h, i, e := m.find(key)
+	if e == nil {
+		return 0
+	}
+	if l := m.long(h, i); l != nil {
+		return len(l.values)
+	}
+	n, _, _ = e.list()
+	return n
 }
 
 // Update removes the first value equal to oldValue and appends newValue. On a
@@ -272,7 +304,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.tally(-1, key, oldValue)
 		values = slices.Delete(values, place, place+1)
 	}
-	m.store(h, i, key, append(values, newValue))
+	m.store(h, i, key, append(values, newValue), m.deadline(m.page(h).slots[i]))
 	return place
 }
 
@@ -291,7 +323,7 @@ func (m *Memory) Footprint() int64 {
 	const pageSize = int(unsafe.Sizeof(page{}))
 	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
 	return int64(m.used+m.pages*pageSize+8*m.dir.len+len(m.large.pages)*largePageSize+
-		m.longValues*perLongValue) + m.largeBytes + m.longBytes + m.longGone
+		m.longValues*perLongValue+m.deadlines.bytes()) + m.largeBytes + m.longBytes + m.longGone
 }
 
 // Measure returns how many bytes key's values have together.

@@ -10,7 +10,8 @@ import (
 
 // An entry is a key with its list, as bytes that nobody changes any more:
 //
-//	| length | key | n | n lengths | n values |      a short list
+//	| length | key | n | n lengths | n values |                  a short list
+//	| length | key | n + expires | deadline | n lengths ...      one that has a deadline
 //	| length | key | 0 |                             a long one: the values are elsewhere
 //
 // All numbers are uvarints. Entries lie in slabs, one behind the other, and an address
@@ -21,6 +22,7 @@ type entry []byte
 const (
 	maxShort      = 8   // values in an entry; a key with more has a long list
 	maxShortBytes = 256 // of these together, unless there is only one
+	expires       = 128 // added to their number: a deadline is behind it
 
 	slabBits = 18
 	slabSize = 1 << slabBits
@@ -98,21 +100,33 @@ func (e entry) key() []byte {
 
 func (e entry) hasKey(key string) bool { return string(e.key()) == key }
 
+// list returns how many values a short list has, its deadline, 0 if it has none, and what
+// follows them.
+func (e entry) list() (n int, deadline int64, rest []byte) {
+	_, rest = e.parts()
+	n, rest = int(rest[0]), rest[1:]
+	if n >= expires {
+		at, size := binary.Uvarint(rest)
+		n, deadline, rest = n-expires, int64(at), rest[size:]
+	}
+	return n, deadline, rest
+}
+
 // values appends the values of a short list to dst. They share the entry's memory.
 func (e entry) values(dst []string) []string {
 	_, rest := e.parts()
 	if rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(dst, viewOf(rest[2:2+rest[1]]))
 	}
-	n, i := int(rest[0]), 1 // at most maxShort
-	values := rest
-	for range n + 1 {
+	n, _, lengths := e.list()
+	values := lengths
+	for range n {
 		_, size := binary.Uvarint(values)
 		values = values[size:]
 	}
 	for range n {
-		length, size := binary.Uvarint(rest[i:])
-		i += size
+		length, size := binary.Uvarint(lengths)
+		lengths = lengths[size:]
 		dst = append(dst, viewOf(values[:length]))
 		values = values[length:]
 	}
@@ -121,15 +135,14 @@ func (e entry) values(dst []string) []string {
 
 // size is how many bytes the entry takes.
 func (e entry) size() int {
-	_, rest := e.parts()
-	n, i := int(rest[0]), 1
+	n, _, rest := e.list()
 	sum := 0
 	for range n {
-		length, size := binary.Uvarint(rest[i:])
-		i += size
+		length, size := binary.Uvarint(rest)
+		rest = rest[size:]
 		sum += int(length)
 	}
-	return len(e) - len(rest) + i + sum
+	return len(e) - len(rest) + sum
 }
 
 // viewOf is string(b) without a copy. What it needs holds for all bytes of entries: nobody
@@ -141,8 +154,11 @@ func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b))
 func uvarintSize(n int) int { return (bits.Len(uint(n|1)) + 6) / 7 }
 
 // entrySize is how many bytes an entry takes.
-func entrySize(key string, values []string) int {
+func entrySize(key string, values []string, deadline int64) int {
 	size := uvarintSize(len(key)) + len(key) + 1
+	if deadline != 0 {
+		size += uvarintSize(int(deadline))
+	}
 	for _, v := range values {
 		size += uvarintSize(len(v)) + len(v)
 	}
@@ -150,10 +166,14 @@ func entrySize(key string, values []string) int {
 }
 
 // writeEntry writes an entry to the start of b.
-func writeEntry(b []byte, key string, values []string) {
+func writeEntry(b []byte, key string, values []string, deadline int64) {
 	b = binary.AppendUvarint(b[:0], uint64(len(key)))
 	b = append(b, key...)
-	b = append(b, byte(len(values)))
+	if deadline == 0 {
+		b = append(b, byte(len(values)))
+	} else {
+		b = binary.AppendUvarint(append(b, byte(len(values)+expires)), uint64(deadline))
+	}
 	for _, v := range values {
 		b = binary.AppendUvarint(b, uint64(len(v)))
 	}

@@ -1,0 +1,175 @@
+package kvstore
+
+import (
+	"cmp"
+	"hash/maphash"
+	"slices"
+	"unsafe"
+)
+
+// deadlines tells which key ends next. A key's deadline itself is in its entry, so a snapshot
+// has it; here are the ends of all keys that have one, sorted, in chunks so that to add
+// or remove one moves 4 KiB at most. They take 16 bytes an end in full chunks, and 43 where
+// what was removed has left gaps.
+//
+//	chunks
+//	+---+     +-----------+-----------+-----
+//	| 0 | --> | at | hash | at | hash | ...       the next ends
+//	+---+     +-----------+-----------+-----
+//	| 1 | --> ...                                 later ones
+//	+---+
+type deadlines struct{ chunks [][]end }
+
+// end is the end of a key with this hash.
+type end struct {
+	at   int64 // in milliseconds of Unix time
+	hash uint64
+}
+
+const (
+	chunkMost = 256               // ends in a chunk
+	chunkLess = chunkMost / 4 * 3 // in two neighbours that become one
+)
+
+// compare orders ends.
+func (e end) compare(other end) int {
+	return cmp.Or(cmp.Compare(e.at, other.at), cmp.Compare(e.hash, other.hash))
+}
+
+// find returns the chunk that e belongs to, and its place there.
+func (d *deadlines) find(e end) (chunk, i int) {
+	chunk, found := slices.BinarySearchFunc(d.chunks, e,
+		func(c []end, e end) int { return c[0].compare(e) })
+	if !found {
+		chunk = max(0, chunk-1)
+	}
+	if chunk < len(d.chunks) {
+		i, _ = slices.BinarySearchFunc(d.chunks[chunk], e, end.compare)
+	}
+	return chunk, i
+}
+
+// add adds e.
+func (d *deadlines) add(e end) {
+	chunk, i := d.find(e)
+	switch {
+	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:
+		// The last of all, and no room: usually what comes next is later still.
+		d.chunks = append(d.chunks, make([]end, 0, chunkMost))
+		chunk, i = len(d.chunks)-1, 0
+	case len(d.chunks[chunk]) == chunkMost:
+		const half = chunkMost / 2
+		c := d.chunks[chunk]
+		d.chunks = slices.Insert(d.chunks, chunk+1,
+			append(make([]end, 0, chunkMost), c[half:]...))
+		d.chunks[chunk] = c[:half]
+		if i > half {
+			chunk, i = chunk+1, i-half
+		}
+	}
+	d.chunks[chunk] = slices.Insert(d.chunks[chunk], i, e)
+}
+
+// remove removes e, which is there.
+func (d *deadlines) remove(e end) {
+	chunk, i := d.find(e)
+	c := slices.Delete(d.chunks[chunk], i, i+1)
+	d.chunks[chunk] = c
+	if len(c) == 0 {
+		d.chunks = slices.Delete(d.chunks, chunk, chunk+1)
+		return
+	}
+
+	// Two that are nearly empty become one.
+	for _, first := range []int{chunk - 1, chunk} {
+		if first < 0 || first+1 >= len(d.chunks) {
+			continue
+		}
+		a, b := d.chunks[first], d.chunks[first+1]
+		if len(a)+len(b) <= chunkLess {
+			d.chunks[first] = append(a, b...)
+			d.chunks = slices.Delete(d.chunks, first+1, first+2)
+			return
+		}
+	}
+}
+
+// bytes is how much memory the ends take.
+func (d *deadlines) bytes() int {
+	const head, chunk = int(unsafe.Sizeof([]end{})), chunkMost * int(unsafe.Sizeof(end{}))
+	return cap(d.chunks)*head + len(d.chunks)*chunk
+}
+
+// Expire gives key a deadline, in milliseconds of Unix time; 0: none. It returns whether the
+// key is there. The store does nothing when the time has come: its owner asks NextDue. A
+// Set, a Delete, and what removes a key's last value end its deadline.
+func (m *Memory) Expire(key string, at int64) (ok bool) {
+	h, i, e := m.find(key)
+	if e == nil {
+		return false
+	}
+	slot := m.page(h).slots[i]
+	old := m.deadline(slot)
+	if at == old {
+		return true
+	}
+	m.noteDeadline(h, old, at)
+	if slot&largeBit != 0 {
+		m.large.own(number(slot), m.epoch).deadline = at
+	} else {
+		m.store(h, i, key, e.values(m.edit[:0]), at)
+	}
+	return true
+}
+
+// noteDeadline puts one deadline of a key with hash h in the place of another; 0: none.
+func (m *Memory) noteDeadline(h uint64, old, at int64) {
+	if old != 0 {
+		m.deadlines.remove(end{old, h})
+		m.expiring--
+	}
+	if at != 0 {
+		m.deadlines.add(end{at, h})
+		m.expiring++
+	}
+}
+
+// Deadline returns key's deadline; ok is false if it has none.
+func (v *view) Deadline(key string) (at int64, ok bool) {
+	if v.expiring == 0 {
+		return 0, false
+	}
+	h, i, e := v.find(key)
+	if e != nil {
+		at = v.deadline(v.page(h).slots[i])
+	}
+	return at, at != 0
+}
+
+// deadline returns the deadline of a slot's key, 0 if it has none.
+func (v *view) deadline(slot uint64) (at int64) {
+	if slot&largeBit != 0 {
+		return v.large.at(number(slot)).deadline
+	}
+	_, at, _ = v.entry(slot).list()
+	return at
+}
+
+// NextDue returns the key with the first deadline, if that is not after now.
+func (m *Memory) NextDue(now int64) (key string, ok bool) {
+	if len(m.deadlines.chunks) == 0 || m.deadlines.chunks[0][0].at > now {
+		return "", false
+	}
+	first := m.deadlines.chunks[0][0]
+	p, tag := m.page(first.hash), first.hash<<addrBits
+	for i := home(tag); p.slots[i] != 0; i = next(i) {
+		slot := p.slots[i]
+		if (slot^tag)>>addrBits != 0 || m.deadline(slot) != first.at {
+			continue
+		}
+		if k := m.entry(slot).key(); maphash.Bytes(m.seed, k) == first.hash {
+			return string(k), true
+		}
+	}
+	panic("kvstore: a deadline of no key")
+}
