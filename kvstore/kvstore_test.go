@@ -182,6 +182,15 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	if got := testing.AllocsPerRun(10, readAndUpdate); got != 3 { // the values, and the list
 		t.Errorf("two Updates of a list that was handed out made %v allocations, want 3", got)
 	}
+	store.Get("k")
+	store.Take("k")
+	for i := range 100 { // it grows, and is copied for that
+		store.Put("k", fmt.Sprint("more", i))
+	}
+	if got := testing.AllocsPerRun(10, update); got != 1 || store.longGone != 0 {
+		t.Errorf("an Update of a list that has grown made %v allocations, want 1, and %d bytes that "+
+			"went are in memory", got, store.longGone)
+	}
 }
 
 // Ensure that nothing kept is a substring of what the caller passed: that would
@@ -996,20 +1005,20 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 // Ensure that beside a snapshot, whose dead bytes must stay, no entry is moved out of a slab that
 // the snapshot has, for nothing is gained by that, and that it is moved once the snapshot has gone.
 func TestNothingIsMovedForNothing(t *testing.T) {
-	const keys = 100_000
+	const keys = 300_000
 	store, value := NewMemory(), strings.Repeat("v", 100)
 	for i := range keys {
 		store.Set(fmt.Sprint("key", i), value)
 	}
 	snapshot := store.Snapshot()
 	for i := range keys {
-		if i%3 > 0 {
+		if i%2 > 0 {
 			store.Delete(fmt.Sprint("key", i))
 		}
 	}
-	places := func() (at [keys / 3]uint64) {
+	places := func() (at [keys / 2]uint64) {
 		for i := range at {
-			h, j, _ := store.find(fmt.Sprint("key", 3*i))
+			h, j, _ := store.find(fmt.Sprint("key", 2*i))
 			at[i] = store.page(h).slots[j]
 		}
 		return at

@@ -295,7 +295,7 @@ func (m *Memory) move(k, bucket int) {
 // hold leaves all slabs alone as long as somebody has the snapshot that is being taken:
 // cleaning them would give nothing back.
 func (m *Memory) hold() {
-	m.buckets, m.victim, m.held = [buckets][]int{}, 0, true
+	m.buckets, m.held = [buckets][]int{}, true
 }
 
 // letGo ends hold, once nobody has the snapshot any more.
