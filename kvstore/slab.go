@@ -59,7 +59,7 @@ type account struct {
 
 // cleaner keeps the dead bytes of slabs in bounds. With more than may be, it walks through
 // the slab that has most, and moves what lives there to a new one: for each byte that
-// is written or dies past so many bytes that at least one is given back.
+// is written or dies past so many bytes that two are given back.
 //
 //	bucket 31:  slab 7               nearly all of it is dead: cleaned first
 //	...
@@ -348,7 +348,7 @@ func (m *Memory) choose() bool {
 	m.letGo()
 	for b := buckets - 1; b >= least; b-- {
 		if n := len(m.buckets[b]); n > 0 {
-			m.victim, m.at, m.rate = m.buckets[b][n-1], 0, buckets/b+1
+			m.victim, m.at, m.rate = m.buckets[b][n-1], 0, 2*buckets/b
 			m.move(m.victim, 0)
 			return true
 		}
