@@ -117,7 +117,7 @@ func (m *Memory) Expire(key string, at int64) (ok bool) {
 	if slot&largeBit != 0 {
 		m.large.own(number(slot), m.epoch).deadline = at
 	} else {
-		m.store(h, i, key, e.values(m.edit[:0]), at)
+		m.storeUntil(h, i, key, e.values(m.edit[:0]), at)
 	}
 	return true
 }

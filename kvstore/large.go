@@ -152,7 +152,7 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 }
 
 // takeOut takes the value at place out of l.
-func (m *Memory) takeOut(l *list, key string, place int) {
+func (m *Memory) takeOut(l *list, place int) {
 	value := l.values[place]
 	bytes := int64(len(value))
 	switch {
@@ -176,7 +176,7 @@ func (m *Memory) takeOut(l *list, key string, place int) {
 	} else {
 		l.hashes = slices.Delete(l.hashes, place, place+1)
 	}
-	m.tally(-1, key, value)
+	m.tally(-1, value)
 	l.bytes -= bytes
 	m.longValues--
 	m.longBytes -= bytes

@@ -47,9 +47,9 @@ type Memory struct {
 
 	deadlines deadlines
 
-	values   int   // in all
-	bytes    int64 // of keys and values
-	keyBytes int64 // of keys alone
+	values     int // in all
+	keyBytes   int64
+	valueBytes int64
 
 	edit    [maxShort + 1]string // a list in hand
 	touched byte                 // by Touch
@@ -68,26 +68,37 @@ func NewMemory() *Memory {
 // Put appends value to key's list.
 func (m *Memory) Put(key, value string) {
 	h, i, e := m.find(key)
-	m.tally(1, key, value)
+	m.tally(1, value)
+	values := m.edit[:0]
 	if e == nil {
-		m.bytes += int64(len(key))
 		m.keyBytes += int64(len(key))
-		m.store(h, i, key, append(m.edit[:0], value), 0)
 	} else if l := m.ownLong(h, i); l != nil {
 		m.append(l, value)
+		return
 	} else {
-		m.store(h, i, key, append(e.values(m.edit[:0]), value), m.deadline(m.page(h).slots[i]))
+		values = e.values(values)
 	}
+	m.store(h, i, key, append(values, value))
 }
 
-// tally counts a value of key that comes (n is 1) or goes (-1).
-func (m *Memory) tally(n int, key, value string) {
+// tally counts a value that comes (n is 1) or goes (-1).
+func (m *Memory) tally(n int, value string) {
 	m.values += n
-	m.bytes += int64(n * len(value))
+	m.valueBytes += int64(n * len(value))
 }
 
-// store writes key's list anew. Slot i of h's page is the key's, or an empty one.
-func (m *Memory) store(h uint64, i int, key string, values []string, deadline int64) {
+// store writes key's list anew, and leaves its deadline. Slot i of h's page is the key's, or an
+// empty one.
+func (m *Memory) store(h uint64, i int, key string, values []string) {
+	deadline := int64(0)
+	if slot := m.page(h).slots[i]; slot != 0 {
+		deadline = m.deadline(slot)
+	}
+	m.storeUntil(h, i, key, values, deadline)
+}
+
+// storeUntil is store with a new deadline; 0: none.
+func (m *Memory) storeUntil(h uint64, i int, key string, values []string, deadline int64) {
 	var l *list
 	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
@@ -180,13 +191,12 @@ func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
 		removed, bytes = len(values), int64(sizeOf(values))
 	}
 	m.values -= removed
-	m.bytes -= bytes
+	m.valueBytes -= bytes
 	return removed
 }
 
 // remove removes key, whose values are forgotten, from slot i of h's page.
 func (m *Memory) remove(h uint64, i int, key string) {
-	m.bytes -= int64(len(key))
 	m.keyBytes -= int64(len(key))
 	slot := m.page(h).slots[i]
 	m.unpoint(h, i)
@@ -197,13 +207,12 @@ func (m *Memory) remove(h uint64, i int, key string) {
 func (m *Memory) Set(key, value string) (removed int) {
 	h, i, e := m.find(key)
 	if e == nil {
-		m.bytes += int64(len(key))
 		m.keyBytes += int64(len(key))
 	} else {
 		removed = m.forget(h, i, key, e)
 	}
-	m.tally(1, key, value)
-	m.store(h, i, key, append(m.edit[:0], value), 0)
+	m.tally(1, value)
+	m.storeUntil(h, i, key, append(m.edit[:0], value), 0)
 	return removed
 }
 
@@ -233,12 +242,12 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 func (m *Memory) takeAt(h uint64, i int, key string, e entry, place int) {
 	if l := m.ownLong(h, i); l != nil {
 		if len(l.values) > 1 {
-			m.takeOut(l, key, place)
+			m.takeOut(l, place)
 			return
 		}
 	} else if values := e.values(m.edit[:0]); len(values) > 1 {
-		m.tally(-1, key, values[place])
-		m.store(h, i, key, slices.Delete(values, place, place+1), m.deadline(m.page(h).slots[i]))
+		m.tally(-1, values[place])
+		m.store(h, i, key, slices.Delete(values, place, place+1))
 		return
 	}
 	m.forget(h, i, key, e)
@@ -291,20 +300,20 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.Put(key, newValue)
 		return -1
 	}
-	m.tally(1, key, newValue)
+	m.tally(1, newValue)
 	if l := m.ownLong(h, i); l != nil {
 		if place = m.index(l, oldValue, hint); place >= 0 {
-			m.takeOut(l, key, place)
+			m.takeOut(l, place)
 		}
 		m.append(l, newValue)
 		return place
 	}
 	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
-		m.tally(-1, key, oldValue)
+		m.tally(-1, oldValue)
 		values = slices.Delete(values, place, place+1)
 	}
-	m.store(h, i, key, append(values, newValue), m.deadline(m.page(h).slots[i]))
+	m.store(h, i, key, append(values, newValue))
 	return place
 }
 
@@ -312,7 +321,9 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 func (m *Memory) Commit() error { return nil }
 
 // Size returns how much the store holds.
-func (m *Memory) Size() (keys, values int, bytes int64) { return m.keys, m.values, m.bytes }
+func (m *Memory) Size() (keys, values int, bytes int64) {
+	return m.keys, m.values, m.keyBytes + m.valueBytes
+}
 
 // KeyBytes returns how many bytes all keys have, without their values.
 func (m *Memory) KeyBytes() int64 { return m.keyBytes }
