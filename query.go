@@ -297,21 +297,17 @@ func oneSlip(a, b string) bool {
 }
 
 // run does what a request asks for to db, and keeps what came of it.
-func (q *Query) run(db kvstore.KVStore) {
+func (q *Query) run(db kvstore.Store) {
 	switch q.queryType {
 	case put:
 		db.Put(q.key, q.value)
 		q.n = 1
 	case get:
-		if viewer, ok := db.(kvstore.Viewer); ok {
-			q.values = viewer.View(q.few[:0], q.key)
-		} else {
-			q.values = db.Get(q.key)
-		}
+		q.values = db.View(q.few[:0], q.key)
 		if q.n = len(q.values); q.n <= fewValues {
 			q.bytes = sum(q.values)
 		} else {
-			q.measure(db)
+			q.bytes = int(db.Measure(q.key))
 		}
 	case del:
 		q.n = db.Delete(q.key)
@@ -333,7 +329,7 @@ func (q *Query) run(db kvstore.KVStore) {
 }
 
 // keep makes values something that may be kept for long: a short list shares memory with
-// others (kvstore.Viewer).
+// others (kvstore.Store).
 func (q *Query) keep() {
 	if q.queryType == get && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.kept = true
@@ -346,15 +342,6 @@ func (q *Query) keep() {
 // is asked: to measure a hundred thousand values, only to drop the reply, would
 // make everybody wait.
 const fewValues = 16
-
-// measure sets bytes to what the values take.
-func (q *Query) measure(db kvstore.KVStore) {
-	if m, ok := db.(kvstore.Measurer); ok {
-		q.bytes = int(m.Measure(q.key))
-	} else {
-		q.bytes = sum(q.values)
-	}
-}
 
 // sum returns how many bytes values have together.
 func sum(values []string) (bytes int) {
@@ -382,18 +369,13 @@ func (q *Query) memory() int64 {
 }
 
 // makesLess tells whether a write leaves db no larger than it is.
-func (q *Query) makesLess(db kvstore.KVStore) bool {
-	has, isHaser := db.(kvstore.Haser)
-	measure, isMeasurer := db.(kvstore.Measurer)
+func (q *Query) makesLess(db kvstore.Store) bool {
 	switch q.queryType {
 	case update:
-		return isHaser && len(q.newValue) <= len(q.value) && has.Has(q.key, q.value)
+		return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
 	case set:
-		before := int64(0)
-		if isMeasurer {
-			before = measure.Measure(q.key)
-		}
-		isThere := before > 0 || isHaser && has.Has(q.key, "") // a new key would be more
+		before := db.Measure(q.key)
+		isThere := before > 0 || db.Has(q.key, "") // a new key would be more
 		return isThere && int64(len(q.value)) <= before
 	}
 	return false

@@ -142,12 +142,10 @@ type keyValueServer struct {
 
 	// Owned by workLoop.
 	clients       []*Client
-	db            kvstore.KVStore
-	room          kvstore.Roomer  // db, if it can run out of room; else nil
-	toucher       kvstore.Toucher // db, if it wants to know a chain's keys beforehand; else nil
-	touched       []string        // these, while they are told
-	batch         []*Query        // chains that have run and wait for Commit
-	suspended     []suspended     // chains whose turn ended before they did
+	db            kvstore.Store
+	touched       []string    // a chain's keys, while the store is told them
+	batch         []*Query    // chains that have run and wait for Commit
+	suspended     []suspended // chains whose turn ended before they did
 	clock         turn
 	turningAway   int    // connections that are being turned away
 	full          seldom // turning clients away
@@ -238,7 +236,7 @@ func (t *turn) look(what queryType) bool {
 // nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
-		db:           db,
+		db:           kvstore.StoreOf(db),
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
 		writeTimeout: defaultWriteTimeout,
@@ -289,8 +287,6 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 		return errStarted
 	}
 	s.running, s.listener, s.started = true, listener, time.Now()
-	s.room, _ = s.db.(kvstore.Roomer)
-	s.toucher, _ = s.db.(kvstore.Toucher)
 	s.used.Store(s.needed())
 	go s.acceptClient()
 	go s.workLoop()
@@ -594,7 +590,7 @@ const touchLeast = 8
 
 // touch tells the store which keys chain will need, if it wants to know.
 func (s *keyValueServer) touch(chain *Query) {
-	if s.toucher == nil || !s.toucher.TouchPays() {
+	if !s.db.TouchPays() {
 		return
 	}
 	s.touched = s.touched[:0]
@@ -605,7 +601,7 @@ func (s *keyValueServer) touch(chain *Query) {
 		}
 	}
 	if len(s.touched) >= touchLeast {
-		s.toucher.Touch(s.touched)
+		s.db.Touch(s.touched)
 	}
 	clear(s.touched)
 }
@@ -641,9 +637,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			q.values = s.stats()
 			q.n, q.bytes = len(q.values), sum(q.values)
 		case collect:
-			if db, ok := s.db.(kvstore.Snapshotter); ok {
-				q.client.snapshot = db.Snapshot()
-			}
+			q.client.snapshot = s.db.Snapshot()
 		default:
 			q.run(s.db)
 		}
@@ -671,10 +665,7 @@ func (s *keyValueServer) admit(q *Query) {
 		}
 		return
 	}
-	if s.room == nil {
-		return
-	}
-	if err := s.room.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.frees()); err != nil {
+	if err := s.db.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.frees()); err != nil {
 		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
 		if n := s.noRoom.happened(); n > 0 {
 			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n,
@@ -705,21 +696,13 @@ func (s *keyValueServer) isInputFull() bool {
 
 // needed is how many bytes the store, what is queued and the clients take.
 func (s *keyValueServer) needed() int64 {
-	return s.footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
-}
-
-// footprint is how many bytes of memory the store takes: 0 if it cannot say.
-func (s *keyValueServer) footprint() int64 {
-	if db, ok := s.db.(kvstore.Footprinter); ok {
-		return db.Footprint()
-	}
-	return 0
+	return s.db.Footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
 }
 
 // giveBack gives memory back to the system when the data has shrunk by a quarter:
 // the collector alone, with nothing new to be kept, would wait for minutes.
 func (s *keyValueServer) giveBack() {
-	now := s.footprint()
+	now := s.db.Footprint()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
 		s.largest = now
 		go debug.FreeOSMemory()
@@ -840,8 +823,7 @@ func (s *keyValueServer) stats() []string {
 		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
 		fmt.Sprint("clients_refused_total ", s.full.total),
 		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
-	if db, ok := s.db.(kvstore.Sizer); ok {
-		keys, values, bytes := db.Size()
+	if keys, values, bytes := s.db.Size(); keys >= 0 {
 		lines = append(lines,
 			fmt.Sprint("keys ", keys),
 			fmt.Sprint("values ", values),

@@ -487,7 +487,7 @@ func TestStats(t *testing.T) {
 			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
 			": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1",
 			": values 2", ": data_bytes 10", ": memory_bytes " +
-				fmt.Sprint(n.server.footprint()+memoryPerClient), ": memory_limit_bytes 0",
+				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
 		wantAll := func() {
 			a.want(lines...)
@@ -1718,7 +1718,7 @@ func TestDumpToNobody(t *testing.T) {
 // Ensure that a store that cannot list says so.
 func TestStoreThatCannotList(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = struct{ kvstore.KVStore }{kvstore.NewMemory()}
+		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
 		a := n.dial(t)
 		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
 		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
@@ -2100,7 +2100,7 @@ func TestDumpRestores(t *testing.T) {
 }
 
 // endless is a store, and a snapshot, whose keys never end.
-type endless struct{ kvstore.KVStore }
+type endless struct{ kvstore.Store }
 
 func (e endless) Snapshot() kvstore.Snapshot { return e }
 
@@ -3115,9 +3115,20 @@ func (p *plainStore) Remove(key, value string) bool {
 	}
 	return i >= 0
 }
-func (p *plainStore) Snapshot() kvstore.Snapshot {
+func (p *plainStore) Commit() error {
+	p.commits++
+	return p.fail
+}
+
+// listedStore is a plainStore that the server is given as a Store, and can list.
+type listedStore struct {
+	kvstore.Store
+	lists map[string][]string
+}
+
+func (l listedStore) Snapshot() kvstore.Snapshot {
 	now := plainSnapshot{}
-	for key, list := range p.lists {
+	for key, list := range l.lists {
 		now[key] = slices.Clone(list)
 	}
 	return now
@@ -3129,17 +3140,14 @@ type plainSnapshot map[string][]string
 func (p plainSnapshot) All() iter.Seq2[string, []string]           { return maps.All(p) }
 func (p plainSnapshot) View(scratch []string, key string) []string { return p[key] }
 
-func (p *plainStore) Commit() error {
-	p.commits++
-	return p.fail
-}
-
-// Ensure that the server needs nothing of a store but the KVStore interface.
+// Ensure that the server needs nothing of a store but the KVStore interface, and a Snapshot for
+// Keys and Dump.
 func TestAnyStoreWillDo(t *testing.T) {
 	for _, c := range conversations {
 		synctest.Test(t, func(t *testing.T) {
 			n := newFakeNet()
-			n.server.db = &plainStore{lists: map[string][]string{}}
+			store := &plainStore{lists: map[string][]string{}}
+			n.server.db = listedStore{kvstore.StoreOf(store), store.lists}
 			n.server.serve(n)
 			defer n.server.Close()
 			a := n.dial(t)
@@ -3163,7 +3171,7 @@ func TestAnyStoreWillDo(t *testing.T) {
 func TestQuietClientPinsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &plainStore{lists: map[string][]string{"k": {"v"}}}
-		n.server.db = store
+		n.server.db = kvstore.StoreOf(store)
 		a := n.dial(t)
 		a.ask("Get:k", "k:v")
 		synctest.Wait()
@@ -3275,7 +3283,7 @@ func TestNoReplyWithoutCommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &plainStore{lists: map[string][]string{}}
 		n := newFakeNet()
-		n.server.db = store
+		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -3322,7 +3330,7 @@ func TestGetWaitsForCommit(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
 			n := newFakeNet()
-			n.server.db = store
+			n.server.db = kvstore.StoreOf(store)
 			n.server.serve(n)
 			a, b, c := n.dial(t), n.dial(t), n.dial(t)
 			for _, x := range []*testClient{a, b, c} {
@@ -4186,7 +4194,7 @@ func TestWatchingAStalledStore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newFakeNet()
 		store := gatedStore{kvstore.NewMemory(), make(chan error)}
-		n.server.db = store
+		n.server.db = kvstore.StoreOf(store)
 		n.server.serve(n)
 		handler := n.server.watchHandler("")
 		a := n.dial(t)

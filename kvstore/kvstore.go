@@ -10,7 +10,10 @@
 //	storetest     for tests: the model of a store, and a disk that is as unkind as a real one
 package kvstore
 
-import "iter"
+import (
+	"iter"
+	"slices"
+)
 
 // KVStore holds, under each key, a list of values in the order in which they
 // were put. One goroutine at a time may call it: the server's workLoop owns
@@ -46,72 +49,81 @@ type KVStore interface {
 	Commit() error
 }
 
-// Sizer is a KVStore that knows how much it holds.
-type Sizer interface {
-	// Size returns the number of keys, of values, and the bytes of both: each
-	// key counts once and each value once.
+// Store is what a fast server asks of a store: KVStore, and what would cost it more to find
+// out with that. Memory and Durable are Stores; StoreOf makes one of any KVStore.
+type Store interface {
+	KVStore
+
+	// Size returns the number of keys, of values, and the bytes of both: each key counts once
+	// and each value once. All three are negative if the store does not know.
 	Size() (keys, values int, bytes int64)
-}
 
-// Measurer is a KVStore that knows how large its lists are.
-type Measurer interface {
-	// Measure returns how many bytes key's values have together. It does not walk
-	// through them.
-	Measure(key string) (bytes int64)
-}
+	// Footprint returns about how many bytes of memory the store takes, 0 if it does not know.
+	Footprint() int64
 
-// Roomer is a KVStore that can run out of room.
-type Roomer interface {
-	// Room returns an error, and has changed nothing, if there is no room for one
-	// more record of so many bytes of key and values. A request that frees, a Delete or a
-	// Remove, may use the last room that there is.
+	// Room returns an error, and has changed nothing, if there is no room for one more record
+	// of so many bytes of key and values. A request that frees, a Delete or a Remove, may use
+	// the last room that there is.
 	Room(bytes int64, frees bool) error
-}
 
-// Viewer is a KVStore whose lists can be had without copies.
-type Viewer interface {
-	// View returns key's list, for a short time: a short one may be made in scratch, and
-	// may share a piece of memory with others, which it keeps from being given back. Who
-	// keeps one of up to ViewMost bytes for long clones it (CloneAll); a larger one keeps
+	// View returns key's list, for a short time: a short one may be made in scratch, and may
+	// share a piece of memory with others, which it keeps from being given back. A caller that
+	// keeps a list of up to ViewMost bytes for long clones it (CloneAll); a larger one keeps
 	// nothing but its own memory.
 	View(scratch []string, key string) []string
+
+	// Measure returns how many bytes key's values have together.
+	Measure(key string) (bytes int64)
+
+	// Has tells whether key's list has value. It hands nothing out.
+	Has(key, value string) bool
+
+	// TouchPays tells whether the store is faster if it is told which keys it will be asked
+	// for: not while it is small.
+	TouchPays() bool
+
+	// Touch prepares for requests of these keys. It changes nothing.
+	Touch(keys []string)
+
+	// Snapshot returns what the store holds now; nil: it cannot list its keys. It takes little
+	// time, and from then on memory for what the owner changes, as long as somebody has the
+	// snapshot.
+	Snapshot() Snapshot
 }
 
 // ViewMost is how many bytes of values a list has at most that shares memory.
 const ViewMost = ownSize
-
-// Haser is a KVStore that can look for a value without handing its list out.
-type Haser interface {
-	// Has tells whether key's list has value.
-	Has(key, value string) bool
-}
-
-// Toucher is a KVStore that is faster if it is told what it will be asked.
-type Toucher interface {
-	// TouchPays tells whether it is, now: not while the store is small.
-	TouchPays() bool
-	// Touch prepares for requests of these keys. It changes nothing.
-	Touch(keys []string)
-}
-
-// Snapshotter is a KVStore that can show what it holds at one moment.
-type Snapshotter interface {
-	// Snapshot returns what the store holds now. It takes little time, and from then on
-	// memory for what the owner changes, as long as somebody has the snapshot.
-	Snapshot() Snapshot
-}
 
 // Snapshot is what a store held at one moment. Any goroutine may have one, while the
 // store's owner goes on.
 type Snapshot interface {
 	// All yields every key with its list, in no order. A list is good until the next.
 	All() iter.Seq2[string, []string]
-	// View is Viewer's.
+
+	// View is Store's.
 	View(scratch []string, key string) []string
 }
 
-// Footprinter is a KVStore that knows how much memory it takes.
-type Footprinter interface {
-	// Footprint returns that in bytes, about.
-	Footprint() int64
+// StoreOf returns db as a Store: db itself if it is one, nil if it is nil.
+func StoreOf(db KVStore) Store {
+	switch store, isStore := db.(Store); {
+	case isStore:
+		return store
+	case db == nil:
+		return nil
+	}
+	return plain{db}
 }
+
+// plain is a Store made of a KVStore, which can neither count nor list what it holds.
+type plain struct{ KVStore }
+
+func (plain) Size() (keys, values int, bytes int64)  { return -1, -1, -1 }
+func (plain) Footprint() int64                       { return 0 }
+func (plain) Room(int64, bool) error                 { return nil }
+func (p plain) View(_ []string, key string) []string { return p.Get(key) }
+func (p plain) Measure(key string) (bytes int64)     { return int64(sizeOf(p.Get(key))) }
+func (p plain) Has(key, value string) bool           { return slices.Contains(p.Get(key), value) }
+func (plain) TouchPays() bool                        { return false }
+func (plain) Touch([]string)                         {}
+func (plain) Snapshot() Snapshot                     { return nil }

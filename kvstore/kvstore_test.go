@@ -800,7 +800,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 // Ensure that a store keeps nothing of the strings that it is given: the server reads the next
 // requests into the same memory.
 func TestNothingIsBorrowed(t *testing.T) {
-	for name, store := range map[string]KVStore{"Memory": NewMemory()} {
+	for name, store := range map[string]Store{"Memory": NewMemory()} {
 		want := model{}
 		var memory []byte
 		lend := func(size int, c byte) (lent, own string) {
@@ -839,7 +839,7 @@ func TestNothingIsBorrowed(t *testing.T) {
 				t.Errorf("%s: %.20q has %.60q, want %.60q", name, key, got, list)
 			}
 		}
-		if keys, _, _ := store.(Sizer).Size(); keys != len(want) {
+		if keys, _, _ := store.Size(); keys != len(want) {
 			t.Errorf("%s has %d keys, want %d", name, keys, len(want))
 		}
 	}
@@ -1390,5 +1390,35 @@ func BenchmarkLong(b *testing.B) {
 				update(size / 2)
 			}
 		})
+	}
+}
+
+// Ensure that StoreOf makes a Store of a KVStore that is no more, and leaves alone what is one.
+func TestStoreOf(t *testing.T) {
+	memory := NewMemory()
+	if got := StoreOf(memory); got != Store(memory) {
+		t.Errorf("of a Memory StoreOf makes a %T", got)
+	}
+	if got := StoreOf(nil); got != nil {
+		t.Errorf("of nothing StoreOf makes a %T", got)
+	}
+
+	store := StoreOf(struct{ KVStore }{memory})
+	store.Put("k", "first")
+	store.Put("k", "second")
+	if got := store.View(nil, "k"); !slices.Equal(got, []string{"first", "second"}) {
+		t.Errorf("View returns %q", got)
+	}
+	if got := store.Measure("k"); got != int64(len("firstsecond")) {
+		t.Errorf("Measure returns %d", got)
+	}
+	if !store.Has("k", "second") || store.Has("k", "third") || store.Has("none", "") {
+		t.Error("Has is wrong about what is there")
+	}
+	if keys, values, bytes := store.Size(); keys >= 0 || values >= 0 || bytes >= 0 {
+		t.Errorf("Size claims %d, %d, %d", keys, values, bytes)
+	}
+	if store.Snapshot() != nil || store.TouchPays() || store.Room(1, false) != nil {
+		t.Error("it does what it cannot do")
 	}
 }

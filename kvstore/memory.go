@@ -320,6 +320,9 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 // Commit does nothing: memory is as durable as this store gets.
 func (m *Memory) Commit() error { return nil }
 
+// Room returns nil: memory is the server's to ration.
+func (m *Memory) Room(int64, bool) error { return nil }
+
 // Size returns how much the store holds.
 func (m *Memory) Size() (keys, values int, bytes int64) {
 	return m.keys, m.values, m.keyBytes + m.valueBytes

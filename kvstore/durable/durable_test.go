@@ -215,8 +215,11 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 // write no record, and what it did would be gone after the next start.
 func TestDurableHasEveryMethod(t *testing.T) {
 	store, durable := reflect.TypeFor[kvstore.KVStore](), reflect.TypeFor[*Store]()
+	names := []string{"Room"} // Memory has always room
 	for i := range store.NumMethod() {
-		name := store.Method(i).Name
+		names = append(names, store.Method(i).Name)
+	}
+	for _, name := range names {
 		method, _ := durable.MethodByName(name)
 		file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer())
 		if isOwn := strings.HasSuffix(file, "store.go"); isOwn == (name == "Get") {
