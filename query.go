@@ -32,13 +32,14 @@ type Query struct {
 	size int // of the reply, in bytes: an upper bound, or 0 if none is owed
 }
 
-// queryType says what a Query asks for.
+// queryType says what a Query asks for: it is the number of its row in verbs.
 type queryType uint8
 
 const (
 	malformed  queryType = iota // a line that is no request; it keeps its place in the chain
 	webRequest                  // the first line of an HTTP request
-	put
+
+	put // from here to quit: what a client can ask for
 	get
 	del
 	update
@@ -64,50 +65,135 @@ const (
 	queryTypes = iota
 )
 
-// verb is how a client asks for a queryType.
+// verb is a row of verbs: all that one queryType is. The zero value asks the store for nothing,
+// takes no argument, and is answered by an :OK after Ack.
 type verb struct {
 	name, form, needs string // needs completes "Put needs ..."
 	does              string // its line in Help
+
+	// parse takes the arguments from what stands behind the verb's colon, and tells whether they
+	// are what it needs. nil: it has none.
+	parse func(q *Query, arguments string) bool
+
+	effect   effect // on the key's list
+	searches bool   // it may look through a long list, which takes long
+	lists    bool   // it walks through the store, and is a chain of its own
+
+	// run does it to the store, on workLoop's goroutine, and keeps what comes of it. nil: there
+	// is nothing to do, or the server does it.
+	run func(q *Query, db kvstore.Store)
+
+	// shrinks tells whether a write would leave the store no larger than it is. nil: it would
+	// not, unless the effect says so.
+	shrinks func(q *Query, db kvstore.Store) bool
+
+	head, separator string // of each line with a value: before the key, and between the two
+	end             end    // of its reply
+	mayDrop         bool   // a slow reader may lose its reply
 }
 
-// verbs are the requests that a client can send. To add one:
+// effect is what a request does to the list of its key.
+type effect uint8
+
+const (
+	noKey    effect = iota // nothing: it has no key
+	reads                  // its values are the store's, for a short time (kvstore.Store's View)
+	adds                   // it adds value
+	replaces               // it takes value out and adds newValue
+	frees                  // it only takes something away
+)
+
+// end is how a reply ends.
+type end uint8
+
+const (
+	endAcked  end = iota // in ":OK n" after Ack, else in nothing
+	endOK                // in ":OK n", for nobody can know how long it is
+	endPong              // in ":PONG"
+	endError             // in ":ERROR line N: why"
+	endHTTP              // in a response of HTTP
+	endFollow            // in what follows: it is a part of a Keys or Dump
+)
+
+// needsKey is what a request that has one argument, a key, needs.
+const needsKey = "a key, without a colon in it"
+
+// verbs are all that there is to know about each request. To add one:
 //
-//   - a queryType between put and quit, and its line here: Help, the hints of didYouMean and
-//     the counters of Stats are made of these;
-//   - parse, if its arguments are none that others have; run, for what it does to the store;
-//   - in server.go: touch, if it has a key; runChain, if it may have a long list to search;
-//   - if it writes: writes, memory, frees and makesLess say what it costs; a method of
-//     KVStore, in Memory and in Durable (TestDurableHasEveryMethod fails without), with a
-//     record of its own in the log (apply) and a fileVersion of its own, so that an older
-//     program says that it is older;
-//   - if its reply is more than an :OK: hasEnd, separator, replySize, keep; mayDrop, if a slow
-//     reader may lose it; if it walks through the store: parse and submit in client.go;
+//   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
+//     counters of Stats are made of these;
+//   - if it writes: a method of KVStore, in Memory and in Durable (TestDurableHasEveryMethod
+//     fails without), with a record of its own in the log (apply) and a fileVersion of its own,
+//     so that an older program says that it is older;
 //   - words that others have for it: dialects;
 //   - a line in the README's table and in conversations of the tests (TestEveryRequest fails
-//     without): the conversations are what tries the rest of this list.
-var verbs = [...]verb{
-	get: {"Get", "Get:key", "a key, without a colon in it",
-		"the key's values, oldest first, as key:value lines"},
-	put: {"Put", "Put:key:value", "a key and a value",
-		"add value to the key's list; it may hold colons"},
-	update: {"Update", "Update:key:old:new",
-		"a key, an old and a new value, none with a colon in it",
-		"take the first old out, add new at the end"},
-	set: {"Set", "Set:key:value", "a key and a value",
-		"make value the key's only one; it may hold colons"},
-	remove: {"Remove", "Remove:key:value", "a key and a value",
-		"take the first such value out; it may hold colons"},
-	del: {"Delete", "Delete:key", "a key, without a colon in it",
-		"remove the key and all its values"},
-	ack:   {"Ack", "Ack", "nothing behind it", "from now on every request is answered: :OK n"},
-	ping:  {"Ping", "Ping:token", "", "answers :PONG token when all before it is done"},
-	stats: {"Stats", "Stats", "nothing behind it", "the server's counters"},
-	keys: {"Keys", "Keys:prefix", "nothing behind it or a prefix, without a colon in it",
-		"the keys (that begin with prefix), as : key lines"},
-	dump: {"Dump", "Dump", "nothing behind it", "everything, as : Put:key:value lines"},
-	help: {"Help", "Help", "nothing behind it", "this list; also: ?"},
-	quit: {"Quit", "Quit", "nothing behind it", "close the connection; also: exit"},
+//     without): the conversations are what tries the rest.
+var verbs = [queryTypes]verb{
+	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
+		does:  "add value to the key's list; it may hold colons",
+		parse: parseKeyValue, effect: adds,
+		run: func(q *Query, db kvstore.Store) { db.Put(q.key, q.value); q.n = 1 }},
+
+	get: {name: "Get", form: "Get:key", needs: needsKey,
+		does:  "the key's values, oldest first, as key:value lines",
+		parse: parseKey, effect: reads, run: runGet, separator: ":", mayDrop: true},
+
+	del: {name: "Delete", form: "Delete:key", needs: needsKey,
+		does:  "remove the key and all its values",
+		parse: parseKey, effect: frees,
+		run: func(q *Query, db kvstore.Store) { q.n = db.Delete(q.key) }},
+
+	update: {name: "Update", form: "Update:key:old:new",
+		needs: "a key, an old and a new value, none with a colon in it",
+		does:  "take the first old out, add new at the end",
+		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
+		run: func(q *Query, db kvstore.Store) { q.n = count(db.Update(q.key, q.value, q.newValue)) }},
+
+	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
+		does:  "make value the key's only one; it may hold colons",
+		parse: parseKeyValue, effect: adds, shrinks: setShrinks,
+		run: func(q *Query, db kvstore.Store) { q.n = db.Set(q.key, q.value) }},
+
+	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
+		does:  "take the first such value out; it may hold colons",
+		parse: parseKeyValue, effect: frees, searches: true,
+		run: func(q *Query, db kvstore.Store) { q.n = count(db.Remove(q.key, q.value)) }},
+
+	ack: {name: "Ack", form: "Ack", needs: "nothing behind it",
+		does: "from now on every request is answered: :OK n"},
+
+	ping: {name: "Ping", form: "Ping:token",
+		does:  "answers :PONG token when all before it is done",
+		parse: parseToken, end: endPong},
+
+	stats: {name: "Stats", form: "Stats", needs: "nothing behind it",
+		does: "the server's counters", separator: ": ", end: endOK},
+
+	keys: {name: "Keys", form: "Keys:prefix",
+		needs: "nothing behind it or a prefix, without a colon in it",
+		does:  "the keys (that begin with prefix), as : key lines",
+		parse: parsePrefix, lists: true, separator: ": ", end: endFollow},
+
+	dump: {name: "Dump", form: "Dump:prefix",
+		needs: "nothing behind it or a prefix, without a colon in it",
+		does:  "all (whose keys begin with prefix), as : Put:key:value lines",
+		parse: parsePrefix, lists: true, end: endFollow},
+
+	help: {name: "Help", form: "Help", needs: "nothing behind it", does: "this list; also: ?",
+		separator: ": ", end: endOK},
+
+	quit: {name: "Quit", form: "Quit", needs: "nothing behind it",
+		does: "close the connection; also: exit"},
+
+	malformed:  {end: endError, mayDrop: true},
+	webRequest: {end: endHTTP},
+	pair:       {head: ": Put:", separator: ":", end: endFollow},
+	listEnd:    {end: endOK},
+	lastWord:   {end: endError},
 }
+
+// row is all that there is to know about q's kind.
+func (q *Query) row() *verb { return &verbs[q.queryType] }
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
@@ -119,6 +205,13 @@ var helpLines = func() (lines []string) {
 		"A line that starts with a colon is from the server: never data.")
 }()
 
+// A Help is made of all rows, so its own gets this when they are there.
+func init() {
+	verbs[help].run = func(q *Query, _ kvstore.Store) { q.answer(helpLines) }
+}
+
+// ---- parsing
+
 // maxQuoted is how many bytes of a client's line an error quotes.
 const maxQuoted = 40
 
@@ -126,39 +219,57 @@ const maxQuoted = 40
 // A line that is none makes q malformed, its value saying why. The fields are
 // substrings of line.
 func (q *Query) parse(line string) {
-	word, rest, colon := strings.Cut(line, ":")
+	word, arguments, colon := strings.Cut(line, ":")
 	q.queryType = lookUp(word)
-	ok := !colon
-	switch q.queryType {
-	case malformed:
+	if q.queryType == malformed {
 		q.value = "unknown request " + quote(line) + didYouMean(line)
 		return
-	case put, set, remove:
-		q.key, q.value, ok = strings.Cut(rest, ":")
-		ok = ok && q.key != ""
-	case get, del:
-		q.key = rest
-		ok = isKey(rest)
-	case update:
-		var middle, last bool
-		q.key, rest, middle = strings.Cut(rest, ":")
-		q.value, q.newValue, last = strings.Cut(rest, ":")
-		ok = middle && last && q.key != "" && strings.IndexByte(q.newValue, ':') < 0
-	case keys:
-		q.value, ok = rest, strings.IndexByte(rest, ':') < 0
-	case ping:
-		q.value, ok = rest, true
 	}
-	if !ok {
-		v := verbs[q.queryType]
-		why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
-		if key, _, more := strings.Cut(rest, ":"); more && key != "" &&
-			(q.queryType == get || q.queryType == del) {
-			why += "; a Put like that wrote to the key " + quote(key) +
-				", for a key ends at its first colon"
-		}
-		q.refuse(why)
+
+	v := q.row()
+	if v.parse == nil && !colon || v.parse != nil && v.parse(q, arguments) {
+		return
 	}
+
+	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
+	key, _, more := strings.Cut(arguments, ":")
+	if more && key != "" && v.needs == needsKey {
+		why += "; a Put like that wrote to the key " + quote(key) +
+			", for a key ends at its first colon"
+	}
+	q.refuse(why)
+}
+
+// What follows are the forms that arguments have.
+
+func parseKey(q *Query, arguments string) bool {
+	q.key = arguments
+	return isKey(arguments)
+}
+
+// parseKeyValue has colons in the value.
+func parseKeyValue(q *Query, arguments string) (ok bool) {
+	q.key, q.value, ok = strings.Cut(arguments, ":")
+	return ok && q.key != ""
+}
+
+func parseKeyOldNew(q *Query, arguments string) bool {
+	key, values, one := strings.Cut(arguments, ":")
+	oldValue, newValue, two := strings.Cut(values, ":")
+	q.key, q.value, q.newValue = key, oldValue, newValue
+	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
+}
+
+// parsePrefix takes no prefix for the empty one.
+func parsePrefix(q *Query, arguments string) bool {
+	q.value = arguments
+	return strings.IndexByte(arguments, ':') < 0
+}
+
+// parseToken takes whatever comes.
+func parseToken(q *Query, arguments string) bool {
+	q.value = arguments
+	return true
 }
 
 // refuse makes q malformed, for the reason why.
@@ -262,9 +373,9 @@ func didYouMean(line string) string {
 		return "; Help lists the requests"
 	}
 	// Offer the client's own request where its arguments fit and can be shown.
-	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && t != ping && t != keys {
+	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && verbs[t].effect != noKey {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
-		if t != update && len(args) > n && n > 1 {
+		if verbs[t].effect != replaces && len(args) > n && n > 1 {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 		try := verbs[t].name + ":" + strings.Join(args, ":")
@@ -296,42 +407,41 @@ func oneSlip(a, b string) bool {
 	return false
 }
 
+// ---- running
+
 // run does what a request asks for to db, and keeps what came of it.
 func (q *Query) run(db kvstore.Store) {
-	switch q.queryType {
-	case put:
-		db.Put(q.key, q.value)
-		q.n = 1
-	case get:
-		q.values = db.View(q.few[:0], q.key)
-		if q.n = len(q.values); q.n <= fewValues {
-			q.bytes = sum(q.values)
-		} else {
-			q.bytes = int(db.Measure(q.key))
-		}
-	case del:
-		q.n = db.Delete(q.key)
-	case update:
-		if db.Update(q.key, q.value, q.newValue) {
-			q.n = 1
-		}
-	case set:
-		q.n = db.Set(q.key, q.value)
-	case remove:
-		if db.Remove(q.key, q.value) {
-			q.n = 1
-		}
-	case help:
-		q.values = helpLines
-		q.n = len(q.values)
-		q.bytes = sum(q.values)
+	if run := q.row().run; run != nil {
+		run(q, db)
 	}
+}
+
+func runGet(q *Query, db kvstore.Store) {
+	q.values = db.View(q.few[:0], q.key)
+	if q.n = len(q.values); q.n <= fewValues {
+		q.bytes = sum(q.values)
+	} else {
+		q.bytes = int(db.Measure(q.key))
+	}
+}
+
+// answer makes lines the reply.
+func (q *Query) answer(lines []string) {
+	q.values, q.n, q.bytes = lines, len(lines), sum(lines)
+}
+
+// count is how often something was done that was done once, or not.
+func count(done bool) (n int) {
+	if done {
+		n = 1
+	}
+	return n
 }
 
 // keep makes values something that may be kept for long: a short list shares memory with
 // others (kvstore.Store).
 func (q *Query) keep() {
-	if q.queryType == get && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
+	if q.row().effect == reads && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.kept = true
 		q.values = kvstore.CloneAll(q.values)
 		q.few = [2]string{}
@@ -352,17 +462,15 @@ func sum(values []string) (bytes int) {
 }
 
 // writes tells whether q may change the store.
-func (q *Query) writes() bool {
-	return q.queryType == put || q.queryType == update || q.queryType == set || q.frees()
-}
+func (q *Query) writes() bool { return q.row().effect >= adds }
 
 // frees tells whether q only takes something away.
-func (q *Query) frees() bool { return q.queryType == del || q.queryType == remove }
+func (q *Query) frees() bool { return q.row().effect == frees }
 
 // memory is about how many bytes more a write may take.
 func (q *Query) memory() int64 {
 	added := q.value
-	if q.queryType == update {
+	if q.row().effect == replaces {
 		added = q.newValue
 	}
 	return int64(len(q.key)+len(added)) + memoryPerPair
@@ -370,32 +478,21 @@ func (q *Query) memory() int64 {
 
 // makesLess tells whether a write leaves db no larger than it is.
 func (q *Query) makesLess(db kvstore.Store) bool {
-	switch q.queryType {
-	case update:
-		return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
-	case set:
-		before := db.Measure(q.key)
-		isThere := before > 0 || db.Has(q.key, "") // a new key would be more
-		return isThere && int64(len(q.value)) <= before
-	}
-	return false
+	shrinks := q.row().shrinks
+	return shrinks != nil && shrinks(q, db)
 }
 
-// head stands before q's key in each line. The server's own lines have no key.
-func (q *Query) head() string {
-	if q.queryType == pair {
-		return ": Put:"
-	}
-	return ""
+func updateShrinks(q *Query, db kvstore.Store) bool {
+	return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
 }
 
-// separator stands between the key and a value.
-func (q *Query) separator() string {
-	if q.queryType == get || q.queryType == pair {
-		return ":"
-	}
-	return ": "
+func setShrinks(q *Query, db kvstore.Store) bool {
+	before := db.Measure(q.key)
+	isThere := before > 0 || db.Has(q.key, "") // a new key would be more
+	return isThere && int64(len(q.value)) <= before
 }
+
+// ---- formatting
 
 // lineSize is how many bytes appendLine appends, at most.
 func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
@@ -413,7 +510,8 @@ func (q *Query) lineEnd(value string) string {
 
 // parts are what the line for one of q.values consists of.
 func (q *Query) parts(value string) [5]string {
-	return [...]string{q.head(), q.key, q.separator(), value, q.lineEnd(value)}
+	v := q.row()
+	return [...]string{v.head, q.key, v.separator, value, q.lineEnd(value)}
 }
 
 // appendLine appends the line for one of q.values.
@@ -440,7 +538,7 @@ const (
 // replySize is how many bytes q's reply takes at most: 0 if it is owed none.
 func (q *Query) replySize(acked bool) (size int) {
 	size = q.bytes + len(q.values)*q.lineExtra()
-	if (acked || q.queryType != get) && q.hasEnd(acked) {
+	if q.hasEnd(acked) {
 		size += q.endSize()
 	}
 	return size
@@ -448,21 +546,21 @@ func (q *Query) replySize(acked bool) (size int) {
 
 // hasEnd tells whether q's reply has a last line of its own.
 func (q *Query) hasEnd(acked bool) bool {
-	switch q.queryType {
-	case malformed, webRequest, lastWord, ping, stats, help, listEnd:
-		return true
-	case keys, dump, pair: // it goes on behind it, to end with a listEnd
+	switch q.row().end {
+	case endAcked:
+		return acked
+	case endFollow:
 		return false
 	}
-	return acked
+	return true
 }
 
 // endSize is how many bytes appendEnd appends, at most.
 func (q *Query) endSize() int {
-	switch q.queryType {
-	case webRequest:
+	switch q.row().end {
+	case endHTTP:
 		return len(badRequest)
-	case malformed, lastWord, ping:
+	case endError, endPong:
 		return maxNumbers + len(q.value)
 	}
 	return maxOK
@@ -471,15 +569,18 @@ func (q *Query) endSize() int {
 // appendEnd appends the last line of q's reply, if it has one: dropped replies
 // are a Ping's to tell.
 func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
-	switch {
-	case q.queryType == webRequest:
+	if !q.hasEnd(acked) {
+		return b
+	}
+	switch q.row().end {
+	case endHTTP:
 		return append(b, badRequest...)
-	case q.queryType == malformed || q.queryType == lastWord:
+	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
 		b = append(b, ": "...)
 		b = append(b, q.value...)
-	case q.queryType == ping:
+	case endPong:
 		b = append(b, ":PONG"...)
 		if q.value != "" {
 			b = append(b, ' ')
@@ -489,16 +590,12 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 			b = append(b, " dropped "...)
 			b = strconv.AppendInt(b, int64(dropped), 10)
 		}
-	case q.hasEnd(acked):
+	default:
 		b = append(b, ":OK "...)
 		b = strconv.AppendInt(b, int64(q.n), 10)
-	default:
-		return b
 	}
 	return append(b, '\n')
 }
 
 // mayDrop tells whether a slow reader may lose q's reply.
-func (q *Query) mayDrop(acked bool) bool {
-	return !acked && (q.queryType == get || q.queryType == malformed)
-}
+func (q *Query) mayDrop(acked bool) bool { return !acked && q.row().mayDrop }

@@ -201,30 +201,31 @@ func (t *turn) begin() {
 	t.left = max(t.stride, 1)
 }
 
-// spend notes that a request has run. It returns whether the turn is over.
-func (t *turn) spend(what queryType) bool {
-	if what == update {
+// spend notes that a request has run, which may have searched a long list. It returns whether
+// the turn is over.
+func (t *turn) spend(searches bool) bool {
+	if searches {
 		t.left -= max(t.updateCost, minUpdateCost) - 1
 	}
 	t.left--
-	return t.left <= 0 && t.look(what)
+	return t.left <= 0 && t.look(searches)
 }
 
 // look looks at the clock, after a request. It returns whether the turn is over.
-func (t *turn) look(what queryType) bool {
+func (t *turn) look(searches bool) bool {
 	now := time.Now()
 	tookLong := now.Sub(t.looked) > maxSlowTurn/2
 	t.stride = min(2*max(t.stride, 1), maxStride)
 	if tookLong {
 		t.stride = 1
 	}
-	if what == update && tookLong {
+	if searches && tookLong {
 		t.updateCost = maxStride
-	} else if what == update {
+	} else if searches {
 		t.updateCost = max(t.updateCost/2, minUpdateCost)
 	}
 	limit := maxTurn
-	if t.stride < maxStride || what == update && t.updateCost == maxStride {
+	if t.stride < maxStride || searches && t.updateCost == maxStride {
 		limit = maxSlowTurn
 	}
 	t.looked, t.left = now, t.stride
@@ -595,8 +596,7 @@ func (s *keyValueServer) touch(chain *Query) {
 	}
 	s.touched = s.touched[:0]
 	for q := chain; q != nil; q = q.next {
-		switch q.queryType {
-		case get, put, del, update, set, remove:
+		if q.row().effect != noKey {
 			s.touched = append(s.touched, q.key)
 		}
 	}
@@ -634,19 +634,15 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		}
 		switch q.queryType {
 		case stats:
-			q.values = s.stats()
-			q.n, q.bytes = len(q.values), sum(q.values)
+			q.answer(s.stats())
 		case collect:
 			q.client.snapshot = s.db.Snapshot()
 		default:
 			q.run(s.db)
 		}
-		what := q.queryType
-		if what == remove { // it may have a long list to search, too
-			what = update
-		}
+		searches := q.row().searches
 		q = q.next
-		if s.clock.spend(what) && q != nil {
+		if s.clock.spend(searches) && q != nil {
 			s.suspended = append(s.suspended, suspended{chain, q})
 			return
 		}

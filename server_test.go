@@ -267,10 +267,13 @@ var conversations = []struct{ name, send, want string }{
 		": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
 	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
 		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
-	{"keys and dump with more", "Keys:a:b\nDump:\n",
+	{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
+		": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
+	{"keys and dump with more", "Keys:a:b\nDump:a:b\n",
 		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in " +
 			"Keys:prefix; got \"Keys:a:b\"\n" +
-			":ERROR line 2: Dump needs nothing behind it, as in Dump; got \"Dump:\"\n"},
+			":ERROR line 2: Dump needs nothing behind it or a prefix, without a colon in it, as in " +
+			"Dump:prefix; got \"Dump:a:b\"\n"},
 	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
 		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
 	{"torn write is not run", "Ack\nPut:k:a",
@@ -1161,26 +1164,26 @@ func TestQueuedBytesCountLists(t *testing.T) {
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var clock turn
-		run := func(what queryType, takes time.Duration, most int) (n int, took time.Duration) {
+		run := func(searches bool, takes time.Duration, most int) (n int, took time.Duration) {
 			clock.begin()
 			start := time.Now()
 			for n = 1; n < most; n++ {
 				<-time.After(takes)
-				if clock.spend(what) {
+				if clock.spend(searches) {
 					break
 				}
 			}
 			return n, time.Since(start)
 		}
-		run(get, 100, 1000)
-		if n, took := run(update, 2*time.Millisecond, 1000); n > 2*maxStride/minUpdateCost {
+		run(false, 100, 1000)
+		if n, took := run(true, 2*time.Millisecond, 1000); n > 2*maxStride/minUpdateCost {
 			t.Errorf("the first long Updates: %d of them, %v", n, took)
 		}
-		if n, took := run(update, 2*time.Millisecond, 1000); n > 1 {
+		if n, took := run(true, 2*time.Millisecond, 1000); n > 1 {
 			t.Errorf("long Updates: %d of them, %v", n, took)
 		}
-		run(get, 1000, 1000)
-		if _, took := run(get, 1000, 100*kilo); took < maxTurn {
+		run(false, 1000, 1000)
+		if _, took := run(false, 1000, 100*kilo); took < maxTurn {
 			t.Errorf("Gets after long Updates: a turn of %v, want %v", took, maxTurn)
 		}
 	})
@@ -6533,7 +6536,7 @@ func (v *visitor) list() {
 		return
 	}
 	for range 1 + v.random.IntN(4) {
-		what := pick(v.random, "Keys", "Keys:own", "Dump", "Stats", "Help")
+		what := pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help")
 		io.WriteString(v.conn, what+"\n")
 		if chance(v.random, 6) {
 			wait(between(v.random, 0, 5*time.Second))
@@ -7010,8 +7013,11 @@ func (m *model) answer(number int, line string, acked *bool) string {
 				n++
 			}
 		}
-	case verb == "dump" && len(f) == 1:
+	case verb == "dump" && (len(f) == 1 || len(f) == 2):
 		for _, key := range slices.Sorted(maps.Keys(m.lists)) {
+			if !strings.HasPrefix(key, strings.Join(f[1:], "")) {
+				continue
+			}
 			for _, v := range m.lists[key] {
 				if strings.HasSuffix(v, "\r") || strings.HasSuffix(v, "\r\x00") {
 					v += "\r"
@@ -7140,16 +7146,16 @@ func FuzzParse(f *testing.F) {
 			again = "Ping:" + q.value
 			line = strings.TrimSuffix(line, ":")
 			again = strings.TrimSuffix(again, ":")
-		case keys:
-			again = "Keys:" + q.value
+		case keys, dump:
+			again = verbs[q.queryType].name + ":" + q.value
 			line = strings.TrimSuffix(line, ":")
 			again = strings.TrimSuffix(again, ":")
-		case ack, stats, dump, help, quit:
+		case ack, stats, help, quit:
 			again = verbs[q.queryType].name
 			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
 		}
 		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping &&
-			q.queryType != keys {
+			!verbs[q.queryType].lists {
 			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
 		}
 		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) ||
