@@ -7,16 +7,12 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 	"unsafe"
-
-	"kvserver/kvstore"
 )
 
 // Limits of one connection.
@@ -60,57 +56,71 @@ const (
 	busyTime = 20 * time.Millisecond
 )
 
-// What one client can make the server hold, at most:
-//
-//	input       two buffers of 256 KiB, or of its longest line (-max-line), and maxChain queries
-//	replies     maxBufferSize messages of maxMessage, one being made and one being written
-//	lists       of the chain whose replies wait: 16 bytes a value, and the values that others
-//	            have removed meanwhile
-//	Keys        the keys, copied
-//	Dump        16 bytes a key, and what others change meanwhile (maxSnapshots at a time)
-//	goroutines  three: readFromClient, writeToClient and at times deliver
-//	sockets     sendBuffer, and what the kernel takes in
-//
-// Replies, lists and keys of all clients together are bounded by -max-queues, but for what a
-// client with nothing queued may always begin.
-
 // Client is one connection and what its goroutines share. readFromClient takes requests from
-// the connection to workLoop, one chain at a time. Who holds the chain, workLoop, deliver or
-// readFromClient itself, queues the replies in buffer. writeToClient takes them from there to
-// the connection.
+// the connection to workLoop, one chain at a time. The goroutine that holds the chain queues
+// the replies in buffer. writeToClient takes them from there to the connection.
 //
-// Who holds the client's chain holds its outbox too, and the memory of its lines:
+// One goroutine at a time holds the client's chain, and with it the outbox and the memory of the
+// chain's lines:
 //
 //	readFromClient   makes it (parse), and sends it to workLoop: queries
 //	workLoop         runs it, puts it into batch, commits, and answers it
 //	                 what is short, and finds room, itself: done
 //	                 else it starts deliver, which waits for room: done
-//	readFromClient   has it back, and may make the next; for a Keys or Dump it answers
-//	                 that itself, from a snapshot (list)
+//	readFromClient   has it back, and may make the next; a Keys or Dump it answers itself, from
+//	                 the snapshot that comes back with it (listing)
+//
+// What each goroutine does with what the client has (R reads, W writes, S sends, T takes, C
+// closes), and by which channel it changes hands:
+//
+//	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
+//	connection           R, deadline     deadline  -        W, C           - (a net.Conn)
+//	alive, index         -               RW        -        -              -
+//	buffer               S, C            makes, S  S        T              the chain's holder sends
+//	closed               R               R         R        C              closed once
+//	progress             T               T         T        S (pacedConn)  latest word only
+//	done                 T               S         S        -              -
+//	the chain, outbox    RW              RW        RW       -              queries, done
+//	in                   RW              -         -        -              -
+//	  its lines' memory  W               R         R        -              queries, done
+//	underWay             RW              -         -        -              -
+//	reason, drain        RW              R         -        R (drain)      buffer's close, depart
+//	broken               -               R         -        W              depart
+//	pacedConn's fields   -               -         -        RW             - (limit: set before)
 //
 // How a connection ends: readFromClient notes why (end) and makes no more chains; it waits
 // for the one that is under way, and closes buffer; writeToClient writes what is queued,
 // closes the connection, and each tells workLoop that it departs. Where the connection does
-// not take what is written, writeToClient closes it first, and gone tells the holder to
-// spare the replies: what was sent is run nevertheless. Where Commit fails, workLoop closes all
-// connections, without a word.
+// not take what is written, writeToClient closes it first, and closed tells the chain's holder
+// to spare the replies: what was sent is run nevertheless. Where Commit fails, workLoop closes
+// all connections, without a word.
 type Client struct {
-	// Set before the goroutines start, then left alone.
-	id         int // counted from 1, for the log; 0: turned away
+	// The document's.
 	connection net.Conn
-	server     *keyValueServer
+	alive      int           // goroutines of the client that run, for workLoop; at 0 it leaves clients
+	closed     chan struct{} // closed by writeToClient when the connection takes no more
 
-	// Owned by workLoop.
-	alive int // the client's goroutines that run; at 0 it leaves clients
-	index int // its place in clients
+	// Messages from the chain's holder to writeToClient. readFromClient closes it. workLoop makes
+	// it, and starts writeToClient, at the client's first request: 10,000 idle clients need none.
+	// Only the holder sends, so room that it sees stays.
+	buffer chan []byte
 
-	// workLoop, or deliver, to readFromClient: the chain has run and been
-	// answered. nil: the store failed, and nobody knows whether it has. One chain
-	// is under way at a time, so with one slot nobody waits.
+	// Set before the goroutines start, then left alone.
+	id     int // counted from 1, for the log; 0: turned away
+	server *keyValueServer
+	paced  *pacedConn // connection, or what lies under its TLS
+
+	// workLoop, or deliver, to readFromClient: the chain has run and been answered. nil: the
+	// store failed, and nobody knows whether it has. One chain is under way at a time, so with
+	// one slot nobody waits.
 	done chan *Query
 
-	outbox                    // with buffer and gone
-	snapshot kvstore.Snapshot // for the Keys or Dump that is under way; handed over with the chain
+	// writeToClient to the chain's holder: true, the connection takes bytes, or false, it took
+	// none for too long. One slot, for only the latest counts.
+	progress chan bool
+
+	index  int    // its place in clients; owned by workLoop
+	outbox outbox // owned by the chain's holder
 
 	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
 	// its departure leaves them to workLoop.
@@ -126,19 +136,23 @@ type Client struct {
 func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	c := &Client{
 		id: id, connection: conn, server: s, alive: 1,
-		done: make(chan *Query, 1),
-		outbox: outbox{
-			outboxes: &s.outboxes,
-			gone:     make(chan struct{}),
-			progress: make(chan bool, 1),
-			hangUp:   underTLS(conn).Close,
-		},
+		closed:   make(chan struct{}),
+		done:     make(chan *Query, 1),
+		progress: make(chan bool, 1),
 	}
-	if p, ok := underTLS(conn).(*pacedConn); ok {
-		p.tell = c.tell
+	c.paced, _ = underTLS(conn).(*pacedConn)
+	if c.paced == nil {
+		c.paced = &pacedConn{Conn: conn, server: s}
+		c.connection = c.paced
 	}
+	c.paced.progress = c.progress
+	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
+		core: slot{of: &s.cores}}
 	return c
 }
+
+// isGone tells whether the connection takes no more. Any goroutine may ask.
+func (c *Client) isGone() bool { return isClosed(c.closed) }
 
 // addr is where the client is, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
@@ -167,7 +181,9 @@ func (c *Client) readFromClient() {
 	}
 	c.in = input{line: c.in.line, counted: c.in.counted}
 	c.countInput()
-	c.tellLoss()
+	if c.await() {
+		c.tellLoss()
+	}
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -176,14 +192,16 @@ func (c *Client) readFromClient() {
 	c.depart()
 }
 
-// tellLoss tells a client that goes how many replies it has lost since its last PONG.
+// tellLoss tells a client that goes how many replies it has lost since its last PONG. No chain is
+// under way.
 func (c *Client) tellLoss() {
-	if !c.await() || c.dropped == 0 || c.reason != itClosed && c.reason != itQuit {
+	lost := c.outbox.lostSincePong
+	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
 	}
 	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
-		"Ack none is", c.dropped)
-	c.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
+		"Ack none is", lost)
+	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
 // Why a connection ends, where that matters to more than the log.
@@ -225,23 +243,12 @@ func (c *Client) await() bool {
 	return true
 }
 
-// runBare has workLoop run chain and waits for it: as await does, but without replies.
-func (c *Client) runBare(chain *Query) bool {
-	chain.bare = true
-	c.send(chain)
-	return c.await()
-}
-
-// submit has workLoop run chain and see to the replies.
+// submit has workLoop run chain, and sees to the replies.
 func (c *Client) submit(chain *Query) {
-	last := chain
-	for last.next != nil {
-		last = last.next
-	}
-	what, prefix := last.queryType, last.value // while it is ours
-	c.send(chain)
-	if (what == keys || what == dump) && c.await() {
-		c.list(what, prefix)
+	if chain.row().lists {
+		c.list(chain)
+	} else {
+		c.send(chain)
 	}
 }
 
@@ -268,7 +275,7 @@ func (c *Client) mustSkip() string {
 	switch {
 	case in.pending > c.server.maxLine+len("\r\x00"):
 		return tooLong(c.server.maxLine)
-	case in.pending >= burstSize && in.pending == len(in.buf) && c.server.isInputFull():
+	case in.pending >= burstSize && in.pending == len(in.buf) && c.server.budget.isInputFull():
 		return "too long for the memory that is left, skipped"
 	}
 	return ""
@@ -279,7 +286,7 @@ func (c *Client) countInput() {
 	in := &c.in
 	large := int64(max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize))
 	if large != in.counted {
-		c.inputs.Add(large - in.counted)
+		c.server.budget.inputs.Add(large - in.counted)
 		in.counted = large
 	}
 }
@@ -342,7 +349,7 @@ type input struct {
 	skipping bool    // a line was too long and its end has not come; pending is 0
 	skipped  []byte  // the last bytes of that line
 	why      string  // it is skipped
-	counted  int64   // bytes of buf and lent that are counted in inputs
+	counted  int64   // bytes of buf and lent that are counted in budget.inputs
 
 	// The line that is skipped got no answer yet: it may turn out to be the first
 	// of an HTTP request.
@@ -544,15 +551,15 @@ func lastNewline(b []byte) int {
 }
 
 // parse makes a chain of the first lines of burst, nil if they are blank, and
-// returns the lines left over. A Keys or Dump is the last of its chain; a Quit
-// is also the client's last.
+// returns the lines left over. A Keys or Dump is a chain of its own; a Quit is the last of its
+// chain, and of its client.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	before := in.queries
 	in.queries = in.queries[:0]
-	for walks := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !walks; {
+	for lists := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !lists; {
 		end := strings.IndexByte(burst, '\n')
-		line := trimCR(burst[:end])
+		line, whole := trimCR(burst[:end]), burst
 		burst = burst[end+1:]
 		in.line++
 		if line == "" {
@@ -566,11 +573,16 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		} else {
 			q.parse(line)
 		}
+
+		// What comes before a Keys or Dump is run first.
+		if lists = q.row().lists; lists && len(in.queries) > 1 {
+			in.queries, in.line, burst = in.queries[:len(in.queries)-1], in.line-1, whole
+			break
+		}
+
 		switch {
 		case q.queryType == quit:
 			c.end(itQuit, true)
-		case q.queryType == keys || q.queryType == dump:
-			walks = true
 		case q.queryType == malformed && !in.spoke && isHTTP(line) &&
 			!(isLong && beginsRequest(line)):
 			q.queryType = webRequest
@@ -609,95 +621,83 @@ const partKeys = 1000
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
 
-// list answers a Keys or Dump from one snapshot of the store, in the order of the keys.
-// That is work for readFromClient's goroutine alone; workLoop only takes the snapshot. A Dump
-// has it until its end, a Keys only until it has copied the keys.
-func (c *Client) list(what queryType, prefix string) {
-	if !c.takeSnapshotSlot() {
+// listing is a Keys or Dump that is answered from one snapshot of the store, in the order of the
+// keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot. A Dump has
+// it until its end, a Keys only until it has copied the keys.
+type listing struct {
+	*Query      // the request, with the snapshot
+	place  slot // among the snapshots
+
+	// How the client takes it: time in which there was no room, and bytes that were queued.
+	waited time.Duration
+	sent   int
+}
+
+// list answers a Keys or Dump. No chain is under way.
+func (c *Client) list(q *Query) {
+	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
+	if !l.place.take(c.server.closeSignal) {
+		c.end(weClose, false)
 		return
 	}
-	defer c.freeSnapshotSlot()
-	if !c.runBare(&Query{client: c, queryType: collect}) {
+	defer l.giveBack()
+	if c.send(q); !c.await() {
 		return
 	}
-	if c.snapshot == nil {
-		c.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys",
-			line: c.in.line})
+	if q.snapshot == nil {
+		c.outbox.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys",
+			line: q.line})
 		return
 	}
-	c.listing, c.waited, c.sent = true, 0, 0
-	defer func() { c.listing = false }()
-	found, copied, ok := c.find(prefix, what == keys)
+
+	c.outbox.listing = l
+	defer func() { c.outbox.listing = nil }()
+	found, copied, ok := l.find()
 	held := int64(cap(found))*stringSize + copied
-	c.queued.Add(held)
-	defer c.queued.Add(-held)
-	if what == keys {
-		c.freeSnapshotSlot()
+	c.server.budget.queued.Add(held)
+	defer c.server.budget.queued.Add(-held)
+	if l.copies() {
+		l.giveBack()
 	}
-	if !ok || !c.sort(found) {
+	if !ok || !l.sort(found) {
 		return
 	}
-	n := 0
+
 	for part := range slices.Chunk(found, maxChain) {
-		if what == keys {
-			n += len(part)
-			c.replyAll(&Query{queryType: keys, values: part, bytes: sum(part)})
-		} else {
-			n += c.dump(part)
-		}
-		if c.isGone() || c.stopListing(len(found)) {
+		c.outbox.replyAll(l.part(part))
+		if c.isGone() || l.mustStop(len(found)) {
 			return
 		}
 	}
-	c.replyAll(&Query{queryType: listEnd, n: n})
+	c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 }
 
-// takeSnapshotSlot waits until there may be one more snapshot. It is false if the server closes
-// meanwhile.
-func (c *Client) takeSnapshotSlot() bool {
-	select {
-	case c.snapshotSlots <- struct{}{}:
-		c.hasSlot = true
-		return true
-	default:
-	}
-	c.awaited.Add(1)
-	defer c.awaited.Add(-1)
-	select {
-	case c.snapshotSlots <- struct{}{}:
-		c.hasSlot = true
-		return true
-	case <-c.server.closeSignal:
-		c.end(weClose, false)
-		return false
-	}
+// giveBack gives the snapshot up, if there is one.
+func (l *listing) giveBack() {
+	l.snapshot = nil
+	l.place.release()
 }
 
-// freeSnapshotSlot gives the snapshot up, if there is one.
-func (c *Client) freeSnapshotSlot() {
-	c.snapshot = nil
-	if c.hasSlot {
-		c.hasSlot = false
-		<-c.snapshotSlots
-	}
-}
+// copies tells whether the keys are copied, so that the snapshot can go.
+func (l *listing) copies() bool { return l.queryType == keys }
 
-// find returns the keys of the snapshot that begin with prefix: the store's own strings, or
-// copies, and how many bytes these take. It is false if nobody wants them any more.
-func (c *Client) find(prefix string, copies bool) (found []string, copied int64, ok bool) {
-	c.takeCore()
-	defer c.releaseCore()
+// find returns the keys that are asked for: the store's own strings, or copies, and how many
+// bytes these take. It is false if nobody wants them any more.
+func (l *listing) find() (found []string, copied int64, ok bool) {
+	core := &l.client.outbox.core
+	core.take(nil)
+	defer core.release()
 	passed := 0
-	for key := range c.snapshot.All() {
-		if strings.HasPrefix(key, prefix) {
-			if copies {
+	for key := range l.snapshot.All() {
+		if strings.HasPrefix(key, l.value) {
+			if l.copies() {
 				key = strings.Clone(key)
 				copied += int64(len(key))
 			}
 			found = append(found, key)
 		}
 		if passed++; passed%partKeys == 0 {
-			if c.yieldCore(); c.isGone() || c.stopListing(passed) {
+			if core.yield(); l.client.isGone() || l.mustStop(passed) {
 				return found, copied, false
 			}
 		}
@@ -707,14 +707,15 @@ func (c *Client) find(prefix string, copies bool) (found []string, copied int64,
 
 // sort sorts keys, and lets others work meanwhile. When the server closes it gives
 // up and returns false: millions of keys take seconds.
-func (c *Client) sort(keys []string) bool {
-	c.takeCore()
-	defer c.releaseCore()
+func (l *listing) sort(keys []string) bool {
+	core := &l.client.outbox.core
+	core.take(nil)
+	defer core.release()
 	closing, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
-			c.yieldCore()
-			closing = closing || c.stopListing(len(keys))
+			core.yield()
+			closing = closing || l.mustStop(len(keys))
 		}
 		if closing {
 			return 0
@@ -724,58 +725,37 @@ func (c *Client) sort(keys []string) bool {
 	return !closing
 }
 
-// dump answers the part of a Dump that these keys are. It returns the number of lines.
-func (c *Client) dump(part []string) (n int) {
-	chain := make([]Query, len(part))
-	for i, key := range part {
+// part returns the replies that these keys are, and counts their lines in n.
+func (l *listing) part(found []string) *Query {
+	if l.queryType == keys {
+		l.n += len(found)
+		return &Query{queryType: keys, values: found, bytes: sum(found)}
+	}
+	chain := make([]Query, len(found))
+	for i, key := range found {
 		q := &chain[i]
-		*q = Query{client: c, queryType: pair, key: key}
-		q.values = c.snapshot.View(q.few[:0], key)
+		*q = Query{client: l.client, queryType: pair, key: key}
+		q.values = l.snapshot.View(q.few[:0], key)
 		q.bytes = sum(q.values)
-		n += len(q.values)
+		l.n += len(q.values)
 		if i > 0 {
 			chain[i-1].next = q
 		}
 	}
-	c.replyAll(&chain[0])
-	return n
+	return &chain[0]
 }
 
-// stopListing tells whether the server closes and going through n keys would take too
-// long: then the connection ends without a :OK behind it.
-func (c *Client) stopListing(n int) bool {
-	if n < partKeys || !c.server.isClosing() {
+// mustStop tells whether the server closes and going through n keys would take too long: then
+// the connection ends without an :OK behind it.
+func (l *listing) mustStop(n int) bool {
+	if n < partKeys || !l.client.server.isClosing() {
 		return false
 	}
-	c.end(weClose, false)
+	l.client.end(weClose, false)
 	return true
 }
 
 // ---- outbox: replies to messages
-
-// outboxes is what the outboxes of all clients have in common. They work on many
-// goroutines, and the collector's pacer on another, so what they count together is atomic.
-// Beside such counters, memory that is used again (sync.Pool), the certificates of the moment,
-// and what a store keeps for its own goroutines, nothing here is shared without a channel.
-type outboxes struct {
-	maxMessage int // bytes in a message: the constant, but for tests
-	// bytes that all clients' messages may take (-max-queues); 0: any number
-	limit   int64
-	queued  atomic.Int64 // bytes that they take
-	inputs  atomic.Int64 // bytes of input buffers beyond burstSize, for long lines
-	dropped atomic.Int64 // replies that slow readers lost
-	used    atomic.Int64 // bytes that workLoop knew of at the start, or after its last Commit (needed)
-	other   atomic.Int64 // bytes that were alive beside these after the last collection
-
-	// One slot for each core but one. Who formats or sorts much takes a slot, so the
-	// last core stays free for short requests.
-	cores chan struct{}
-
-	// One slot for each snapshot that a Keys or Dump has, for each may keep in memory what
-	// all others have changed since; and how many wait for one.
-	snapshotSlots chan struct{}
-	awaited       atomic.Int64
-}
 
 // outbox makes replies into messages and queues them for writeToClient. It has
 // one rule for a client that does not read: replies share messages, and while
@@ -783,71 +763,58 @@ type outboxes struct {
 // has taken no byte for slowAfter, each reply is a message of its own, up to
 // maxBufferSize of them, and what comes then is dropped.
 //
-// Whoever holds the client's chain may call its methods, but for tell and tellRoom,
-// which are writeToClient's, and isGone, which is everybody's.
+// The goroutine that holds the client's chain owns it. A Keys or Dump, and what else may take
+// long, needs a slot of cores.
 type outbox struct {
-	*outboxes
+	// Set before the goroutines start, then left alone.
+	client     *Client // whose buffer, closed and progress are used
+	budget     *budget
+	maxMessage int // bytes in a message: the constant, but for tests
 
-	// The holder to writeToClient; readFromClient closes it. workLoop makes it, and
-	// starts writeToClient, at the client's first request: 10,000 idle clients
-	// need none. Only the holder sends, so room that it sees stays.
-	buffer chan []byte
+	core     slot     // for work that takes long
+	acked    bool     // every request is answered
+	slow     bool     // the latest from progress was false
+	listing  *listing // the Keys or Dump that is being answered; nil: none is
+	next     *Query   // the first whose reply is not formatted, while there is one
+	left     int      // bytes still to be formatted, at most: newMessage chooses a size by it
+	reserved int64    // bytes of the reply in hand that count as queued, and are not queued yet
 
-	// Closed by writeToClient when the connection takes no more: spare the rest.
-	gone chan struct{}
-
-	// writeToClient to the holder: true, the connection takes bytes, or false, it took
-	// none for slowAfter. One slot, for only the latest counts.
-	progress chan bool
-	hangUp   func() error // closes the connection
-
-	// Owned by the holder.
-	acked        bool          // every request is answered
-	slow         bool          // the latest from progress was false
-	hasCore      bool          // it has a slot of cores
-	listing      bool          // a Keys or Dump is being answered
-	hasSlot      bool          // and it has a slot of snapshotSlots
-	waited       time.Duration // for room, since that began
-	sent         int           // bytes of it that were queued
-	left         int           // bytes still to be formatted, at most: newMessage chooses a size by it
-	next         *Query        // the first whose reply is not formatted, while there is one
-	reserved     int64         // bytes of the reply in hand that are counted in queued, and not queued yet
-	dropped      int           // replies since the last PONG
-	droppedTotal int           // replies in all
-	cut          string        // why the outbox ended the connection, if it did
+	lostSincePong int    // replies dropped since the last PONG
+	lost          int    // replies dropped in all
+	cut           string // why the outbox ended the connection, if it did
 }
 
 // answer sees to the replies of chain, which has run, and to its way back. It
 // never waits, for workLoop calls it: what is long, or finds no room, is left to
 // a goroutine.
 func (c *Client) answer(chain *Query) {
-	size, lists := c.measure(chain)
-	if size > min(chunkSize, c.maxMessage) || size > 0 && len(c.buffer) > 0 &&
-		(len(c.buffer) >= maxShared || c.isOver()) {
+	size, lists := c.outbox.measure(chain)
+	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
+		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
 		go c.deliver(chain, size, lists)
 		return
 	}
-	c.reply(chain, size)
+	c.outbox.reply(chain, size, true)
 	c.done <- chain
 }
 
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
-	c.queued.Add(lists)
-	c.takeCore()
-	c.reply(chain, size)
-	c.releaseCore()
-	c.queued.Add(-lists)
+	c.server.budget.queued.Add(lists)
+	c.outbox.core.take(nil)
+	c.outbox.reply(chain, size, false)
+	c.outbox.core.release()
+	c.server.budget.queued.Add(-lists)
 	c.done <- chain
 }
 
 // replyAll queues the replies of chain, however large they are. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
-	o.takeCore()
+	o.core.take(nil)
 	size, _ := o.measure(chain)
-	o.reply(chain, size)
-	o.releaseCore()
+	o.reply(chain, size, false)
+	o.core.release()
 }
 
 const stringSize = 16 // bytes of a string beside its text
@@ -857,7 +824,7 @@ const stringSize = 16 // bytes of a string beside its text
 // memory take beside their values: each Get may have another version of one. measure looks at
 // no value.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
-	if o.isGone() {
+	if o.client.isGone() {
 		return 0, 0
 	}
 	acked := o.acked
@@ -870,9 +837,10 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	return size, lists
 }
 
-// reply queues the replies that chain's requests are owed, left bytes in all.
-// None is formatted before there is room for it.
-func (o *outbox) reply(chain *Query, left int) {
+// reply queues the replies that chain's requests are owed, left bytes in all. None is formatted
+// before there is room for it. hasRoom: the caller has seen that there is, for all of them in
+// one message, and does not wait.
+func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	var msg []byte // nil, or begun when there was room
 	shared := false
 	for q := chain; q != nil; q = q.next {
@@ -881,28 +849,31 @@ func (o *outbox) reply(chain *Query, left int) {
 			continue
 		}
 		o.next = q
+
+		// A message is full: this reply begins the next.
 		if msg != nil && (!shared || len(msg)+q.size > o.maxMessage) {
 			o.queue(msg)
 			msg = nil
 		}
 		if msg == nil {
-			if o.isGone() {
+			if o.client.isGone() {
 				return
 			}
-			if !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q.mayDrop(o.acked)) {
-				o.drop()
-				q.values = nil
+			messages := (q.size + o.maxMessage - 1) / o.maxMessage
+			if !hasRoom && !o.awaitRoom(messages, q.mayDrop(o.acked)) {
+				o.drop(q)
 				left -= q.size
 				continue
 			}
 			o.reserve(q.size)
-			if shared = len(o.buffer) < maxShared; shared {
+			if shared = len(o.client.buffer) < maxShared; shared {
 				o.left = left
 			} else {
 				o.left = q.size
 			}
 			msg = o.newMessage()
 		}
+
 		msg = o.format(msg, q)
 		o.release()
 		if msg == nil {
@@ -910,7 +881,7 @@ func (o *outbox) reply(chain *Query, left int) {
 		}
 		left -= q.size
 		if q.queryType == ping {
-			o.dropped = 0
+			o.lostSincePong = 0
 		}
 	}
 	o.next = nil
@@ -919,8 +890,8 @@ func (o *outbox) reply(chain *Query, left int) {
 	}
 }
 
-// keep has the requests whose replies wait keep nothing but their lists in memory.
-func (o *outbox) keep() {
+// cloneWaiting has the requests whose replies wait keep nothing but their lists in memory.
+func (o *outbox) cloneWaiting() {
 	for q := o.next; q != nil; q = q.next {
 		q.keep()
 	}
@@ -944,9 +915,9 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 		}
 	}
 	if len(msg)+q.endSize() <= o.maxMessage {
-		return q.appendEnd(msg, o.acked, o.dropped)
+		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
-	return o.split(msg, string(q.appendEnd(nil, o.acked, o.dropped)))
+	return o.split(msg, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
 }
 
 // split appends text to msg where it does not fit: the message is filled and
@@ -960,18 +931,19 @@ func (o *outbox) split(msg []byte, text string) []byte {
 			return msg
 		}
 		o.queue(msg)
-		if o.awaitRoom(1, false); o.isGone() {
+		if o.awaitRoom(1, false); o.client.isGone() {
 			return nil
 		}
 		msg = o.newMessage()
 	}
 }
 
-// drop counts a reply that is not kept.
-func (o *outbox) drop() {
-	o.dropped++
-	o.droppedTotal++
-	o.outboxes.dropped.Add(1)
+// drop counts q's reply, which is not kept.
+func (o *outbox) drop(q *Query) {
+	q.values = nil
+	o.lostSincePong++
+	o.lost++
+	o.client.server.lost.Add(1)
 }
 
 // reserve counts a reply of several messages, for which there is room, as queued before
@@ -979,16 +951,17 @@ func (o *outbox) drop() {
 // reply of more than maxShared messages, of a client with nothing queued, may begin though all
 // queues are over their limit; it is not reserved, and waits for room message by message.
 func (o *outbox) reserve(size int) {
-	if size > o.maxMessage && (len(o.buffer) > 0 || size <= maxShared*o.maxMessage || !o.isOver()) {
+	if size > o.maxMessage && (len(o.client.buffer) > 0 || size <= maxShared*o.maxMessage ||
+		!o.budget.isOver()) {
 		o.reserved = int64(size)
-		o.queued.Add(o.reserved)
+		o.budget.queued.Add(o.reserved)
 	}
 }
 
 // release gives back what was reserved and not used.
 func (o *outbox) release() {
 	if o.reserved > 0 {
-		o.queued.Add(-o.reserved)
+		o.budget.queued.Add(-o.reserved)
 		o.reserved = 0
 	}
 }
@@ -998,129 +971,108 @@ func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
 	used := min(o.reserved, int64(len(msg)))
 	o.reserved -= used
-	o.queued.Add(int64(cap(msg)) - used)
-	o.buffer <- msg
-	o.sent += len(msg)
-	o.yieldCore()
+	o.budget.queued.Add(int64(cap(msg)) - used)
+	o.client.buffer <- msg
+	if o.listing != nil {
+		o.listing.sent += len(msg)
+	}
+	o.core.yield()
 }
 
-// isOver tells whether all queues together take more than they may.
-func (o *outbox) isOver() bool { return o.limit > 0 && o.queued.Load() >= o.limit }
+// fate is what becomes of a reply for which there must be room.
+type fate uint8
 
-// hasRoom tells whether n messages may be queued now. Who has nothing queued may
-// always begin.
-func (o *outbox) hasRoom(n int) bool {
-	waiting := len(o.buffer)
-	switch {
-	case waiting == 0:
-		return true
-	// Where it has no core it is workLoop, which never waits, and has looked before.
-	case o.hasCore && o.reserved == 0 && o.isOver():
-		return false
-	case o.slow:
-		return waiting+n <= maxBufferSize
+const (
+	isQueued  fate = iota // there is room
+	waits                 // with all that its client sends, until there is
+	isDropped             // its client takes nothing
+	isCutOff              // its client's connection ends, for others need the room
+)
+
+// decide returns the fate of a reply of n messages, and why where it is cut off. A client after
+// Ack, or with a Keys or Dump, loses nothing; but the connection of one that takes nothing is cut
+// while all queues are over their limit, and that of a Dump also while others wait for theirs:
+// this one also where it takes less than a steady reader.
+func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
+	waiting := len(o.client.buffer)
+	hasRoom := waiting < maxShared
+	if o.slow {
+		hasRoom = waiting+n <= maxBufferSize
 	}
-	return waiting < maxShared
+	isOver := o.reserved == 0 && o.budget.isOver()
+	l := o.listing
+	isAwaited := l != nil && l.place.isAwaited()
+
+	switch {
+	case waiting == 0: // it may always begin
+		return isQueued, ""
+	case hasRoom && !isOver:
+		return isQueued, ""
+	case o.slow && mayDrop:
+		return isDropped, ""
+	case o.cut != "": // it is under way
+		return waits, ""
+	case o.slow && isOver && (o.acked || l != nil):
+		return isCutOff, fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
+			"(-max-queues)", o.budget.queued.Load())
+	case isAwaited && o.slow:
+		return isCutOff, "it took nothing of its Dump, and others wait for theirs"
+	case isAwaited && l.drips():
+		return isCutOff, "it took its Dump too slowly, and others wait for theirs"
+	}
+	return waits, ""
 }
 
 // awaitRoom waits until there is room for n messages, and tells whether there is: not if the
-// client is slow and its reply may be dropped. A client after Ack, or with a Keys or Dump,
-// loses nothing; but the connection of one that takes nothing is cut while all queues are over
-// their limit, and that of a Dump also while others wait for theirs: this one also where it takes
-// less than a steady reader.
+// client is slow and its reply may be dropped.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
-		if len(o.buffer) > 0 { // else there is room, slow or not
+		if len(o.client.buffer) > 0 { // else there is room, slow or not
 			select {
-			case taken := <-o.progress:
+			case taken := <-o.client.progress:
 				o.slow = !taken
 			default:
 			}
 		}
-		if o.hasRoom(n) {
+		switch what, why := o.decide(n, mayDrop); what {
+		case isQueued:
 			return true
-		}
-		if o.slow && mayDrop {
+		case isDropped:
 			return false
+		case isCutOff:
+			o.cut = why
+			o.client.paced.Close()
 		}
-		if o.slow && o.cut == "" {
-			switch {
-			case (o.acked || o.listing) && o.isOver():
-				o.cut = fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
-					"(-max-queues)", o.queued.Load())
-				o.hangUp()
-			case o.hasSlot && o.awaited.Load() > 0:
-				o.cut = "it took nothing of its Dump, and others wait for theirs"
-				o.hangUp()
-			}
-		}
-		if o.hasSlot && o.cut == "" && o.awaited.Load() > 0 && o.isDripping() {
-			o.cut = "it took its Dump too slowly, and others wait for theirs"
-			o.hangUp()
-		}
-		had := o.hasCore
-		o.releaseCore()
-		o.keep()
-		began := time.Now()
-		o.slow = !<-o.progress
-		o.waited += min(time.Since(began), slowAfter) // if more, perhaps we stood still
-		if had {
-			o.takeCore()
-		}
+		o.wait()
 	}
 }
 
-// isDripping tells whether a Dump is taken more slowly than any steady reader does.
-func (o *outbox) isDripping() bool {
-	return o.waited > dripTime && float64(o.sent) < steadyRate*o.waited.Seconds()
+// wait waits for word of how the connection gets on. Others may have the core meanwhile.
+func (o *outbox) wait() {
+	had := o.core.taken
+	o.core.release()
+	o.cloneWaiting()
+	began := time.Now()
+	o.slow = !<-o.client.progress
+	if o.listing != nil {
+		o.listing.waited += min(time.Since(began), slowAfter) // if more, perhaps we stood still
+	}
+	if had {
+		o.core.take(nil)
+	}
 }
 
-// tell tells the holder whether the connection takes bytes, in the place of what it
-// was told before. pacedConn calls it.
-func (o *outbox) tell(taken bool) {
-	select {
-	case <-o.progress:
-	default:
-	}
-	select {
-	case o.progress <- taken:
-	default:
-	}
+// drips tells whether a Dump is taken more slowly than any steady reader takes one.
+func (l *listing) drips() bool {
+	return l.waited > dripTime && float64(l.sent) < steadyRate*l.waited.Seconds()
 }
 
 // tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a
 // message out of buffer. If progress is full nothing is sent: what is in it wakes the holder.
-func (o *outbox) tellRoom() {
+func (c *Client) tellRoom() {
 	select {
-	case o.progress <- true:
+	case c.progress <- true:
 	default:
-	}
-}
-
-// isGone tells whether the connection takes no more.
-func (o *outbox) isGone() bool { return isClosed(o.gone) }
-
-// takeCore waits for a slot of cores, for work that takes long.
-func (o *outbox) takeCore() {
-	o.cores <- struct{}{}
-	o.hasCore = true
-}
-
-// releaseCore gives the slot back, if there is one.
-func (o *outbox) releaseCore() {
-	if o.hasCore {
-		o.hasCore = false
-		<-o.cores
-	}
-}
-
-// yieldCore lets others have a turn in the middle of work that takes long: unasked,
-// the scheduler takes 10 ms to do so.
-func (o *outbox) yieldCore() {
-	if o.hasCore {
-		o.releaseCore()
-		runtime.Gosched()
-		o.takeCore()
 	}
 }
 
@@ -1135,7 +1087,7 @@ var (
 // in the queue takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.maxMessage)
-	switch keepsUp := len(o.buffer) == 0; {
+	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
 	case size == largeSize, keepsUp && size > largeSize/4: // with less, much of it would lie idle
@@ -1166,16 +1118,16 @@ func (c *Client) writeToClient() {
 		c.tellRoom()
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
-				close(c.gone)
-				c.hangUp()
+				close(c.closed)
+				c.paced.Close()
 			}
 		}
 		recycle(msg)
-		c.queued.Add(-size)
+		c.server.budget.queued.Add(-size)
 	}
 	if c.broken == nil {
 		// TLS says goodbye, and waits 5 s for a client that does not read.
-		late := time.AfterFunc(drainTime+closeTime, func() { c.hangUp() })
+		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
 		if c.drain {
 			c.drainInput()
 		}
@@ -1246,10 +1198,10 @@ func (c *Client) drainInput() {
 // not time, for if this whole process stands still for a while, that is one tick.
 type pacedConn struct {
 	net.Conn
-	server *keyValueServer
-	tell   func(taken bool) // of the client's outbox; nil before there is a client
-	limit  time.Time        // by which everything must be written; zero: no such time
-	until  time.Time        // the write deadline that is set
+	server   *keyValueServer
+	progress chan bool // the client's; nil before there is a client
+	limit    time.Time // by which everything must be written; zero: no such time
+	until    time.Time // the write deadline that is set
 
 	// Bytes that a reader of steadyRate has not read yet, as of looked.
 	unread int
@@ -1277,7 +1229,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		slow := tick == slowAfter
 		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
 		if m > 0 && slow {
-			p.tellSlow(false)
+			p.tell(true)
 			p.until = time.Time{} // it is too far away for the next Write
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1294,7 +1246,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 			if stalled += tick; stalled >= p.patience() {
 				tick = slowAfter // look less often
 				p.resumed = false
-				p.tellSlow(true)
+				p.tell(false)
 			}
 			if most := p.server.writeTimeout; most > 0 && stalled >= most {
 				return n, fmt.Errorf("%w for %v (-write-timeout)", errTookNothing, most)
@@ -1307,10 +1259,16 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 // errTookNothing ends a client that has taken no byte for -write-timeout.
 var errTookNothing = errors.New("it took nothing")
 
-// tellSlow tells the outbox whether the connection takes nothing.
-func (p *pacedConn) tellSlow(slow bool) {
-	if p.tell != nil {
-		p.tell(!slow)
+// tell tells the holder of the client's chain whether the connection takes bytes, in the place
+// of what it was told before.
+func (p *pacedConn) tell(taken bool) {
+	select {
+	case <-p.progress:
+	default:
+	}
+	select {
+	case p.progress <- taken:
+	default:
 	}
 }
 

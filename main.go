@@ -792,8 +792,8 @@ func (p *pacer) choose() {
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
-	known := p.server.used.Load() + p.server.inputs.Load()
-	p.server.other.Store(max(0, live-known)) // snapshots, requests under way
+	b := &p.server.budget
+	b.other.Store(max(0, live-b.known())) // snapshots, requests under way
 	garbage := garbageMin + live/garbageShare + min(linked, live)
 	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
 	// Setting it stops everybody for a moment.
@@ -817,12 +817,12 @@ const reserveMin, reserveShare = 24 << 20, 5
 
 // applyLimits gives s the limits that c asks for, as far as the process may go.
 func applyLimits(s *keyValueServer, c config) {
-	s.maxLine, s.maxMemory, s.writeTimeout = int(c.maxLine), int64(c.maxMemory), c.writeTimeout
-	if s.maxMemory > 0 {
-		s.reserve = min(reserveMin+s.maxMemory/reserveShare, s.maxMemory/2)
-		debug.SetMemoryLimit(s.maxMemory)
+	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
+	if s.budget.limit = int64(c.maxMemory); s.budget.limit > 0 {
+		s.budget.reserve = min(reserveMin+s.budget.limit/reserveShare, s.budget.limit/2)
+		debug.SetMemoryLimit(s.budget.limit)
 	}
-	s.outboxes.limit = int64(c.maxQueues)
+	s.budget.maxQueues = int64(c.maxQueues)
 	files := storage.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers

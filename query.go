@@ -9,7 +9,7 @@ import (
 )
 
 // Query is one request on its way: parsed by a client's readFromClient, run by workLoop,
-// and answered by that or, where it takes long, by deliver or list. One goroutine at a
+// and answered by that or, where it takes long, by deliver or listing. One goroutine at a
 // time has it; the queries and done channels pass it on.
 type Query struct {
 	key       string // also: the address of a failed TLS handshake
@@ -25,6 +25,8 @@ type Query struct {
 	few    [2]string // values, where it is short
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
+
+	snapshot kvstore.Snapshot // what a Keys or Dump is answered from
 
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
@@ -53,7 +55,6 @@ const (
 	help
 	quit
 
-	collect         // a Keys or Dump asks for a snapshot
 	pair            // a key's list in one, to be formatted for Dump
 	listEnd         // the end of a Keys or Dump
 	lastWord        // an error that is not dropped, such as a client's last line
@@ -172,12 +173,12 @@ var verbs = [queryTypes]verb{
 	keys: {name: "Keys", form: "Keys:prefix",
 		needs: "nothing behind it or a prefix, without a colon in it",
 		does:  "the keys (that begin with prefix), as : key lines",
-		parse: parsePrefix, lists: true, separator: ": ", end: endFollow},
+		parse: parsePrefix, lists: true, run: runList, separator: ": ", end: endFollow},
 
 	dump: {name: "Dump", form: "Dump:prefix",
 		needs: "nothing behind it or a prefix, without a colon in it",
 		does:  "all (whose keys begin with prefix), as : Put:key:value lines",
-		parse: parsePrefix, lists: true, end: endFollow},
+		parse: parsePrefix, lists: true, run: runList, end: endFollow},
 
 	help: {name: "Help", form: "Help", needs: "nothing behind it", does: "this list; also: ?",
 		separator: ": ", end: endOK},
@@ -424,6 +425,8 @@ func runGet(q *Query, db kvstore.Store) {
 		q.bytes = int(db.Measure(q.key))
 	}
 }
+
+func runList(q *Query, db kvstore.Store) { q.snapshot = db.Snapshot() }
 
 // answer makes lines the reply.
 func (q *Query) answer(lines []string) {

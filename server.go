@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -95,8 +96,7 @@ type keyValueServer struct {
 	listener     net.Listener
 	maxLine      int // bytes of a request line, its end not counted
 	maxClients   int
-	maxMemory    int64         // bytes that the process may take (-max-memory); 0: no limit
-	reserve      int64         // of these, not for what memoryUsed counts
+	maxMessage   int           // bytes in a message: the constant, but for tests
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: plain TCP
 	version      string
@@ -138,7 +138,10 @@ type keyValueServer struct {
 	batches storage.Histogram // how many chains were in each of these
 	logged  *logCounts        // nil: nobody counts
 
-	outboxes // what the clients' outboxes have in common
+	budget    budget       // -max-memory and -max-queues
+	cores     semaphore    // for what takes long: the last core is free for short requests
+	snapshots semaphore    // for a Keys or Dump: each keeps in memory what all others change
+	lost      atomic.Int64 // replies that slow readers lost
 
 	// Owned by workLoop.
 	clients       []*Client
@@ -251,13 +254,11 @@ func New(db kvstore.KVStore) *keyValueServer {
 		failed:       make(chan error, 1),
 		oneCall:      make(chan struct{}, 1),
 		handshakes:   make(chan struct{}, maxHandshakes),
-		outboxes: outboxes{
-			maxMessage:    maxMessage,
-			limit:         defaultMaxQueues,
-			cores:         make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
-			snapshotSlots: make(chan struct{}, maxSnapshots),
-		},
-		batches: storage.Histogram{Counts: true},
+		maxMessage:   maxMessage,
+		budget:       budget{maxQueues: defaultMaxQueues},
+		cores:        semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
+		snapshots:    semaphore{slots: make(chan struct{}, maxSnapshots)},
+		batches:      storage.Histogram{Counts: true},
 	}
 	s.oneCall <- struct{}{}
 	return s
@@ -288,7 +289,7 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 		return errStarted
 	}
 	s.running, s.listener, s.started = true, listener, time.Now()
-	s.used.Store(s.needed())
+	s.noteMemory()
 	go s.acceptClient()
 	go s.workLoop()
 	return nil
@@ -471,7 +472,7 @@ func (s *keyValueServer) workLoop() {
 		}
 	}
 	s.log.Info("stopped", "clients_served", s.departed, "requests", s.total(),
-		"replies_dropped", s.dropped.Load())
+		"replies_dropped", s.lost.Load())
 }
 
 // welcome makes a client of conn.
@@ -511,12 +512,10 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	}
 	s.turningAway++
 	c := newClient(0, conn, s)
-	if paced, ok := underTLS(conn).(*pacedConn); ok {
-		paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
-	}
+	c.paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
-	c.queue(full)
+	c.outbox.queue(full)
 	close(c.buffer)
 	go c.writeToClient()
 }
@@ -635,8 +634,6 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		switch q.queryType {
 		case stats:
 			q.answer(s.stats())
-		case collect:
-			q.client.snapshot = s.db.Snapshot()
 		default:
 			q.run(s.db)
 		}
@@ -652,12 +649,12 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
-	if s.maxMemory > 0 && !q.frees() && s.isFull(q) {
+	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
-			s.maxMemory))
+			s.budget.limit))
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
-				"-max-memory", "limit", s.maxMemory, "since_last_line", n)
+				"-max-memory", "limit", s.budget.limit, "since_last_line", n)
 		}
 		return
 	}
@@ -673,26 +670,17 @@ func (s *keyValueServer) admit(q *Query) {
 // isFull tells whether there is no memory for q. One that leaves the store no larger may
 // use half of the reserve: beside a snapshot it takes memory, too.
 func (s *keyValueServer) isFull(q *Query) bool {
-	used, most := s.memoryUsed(), s.maxMemory-s.reserve
-	return used+q.memory() > most && (used > most+s.reserve/2 || !q.makesLess(s.db))
+	if s.budget.limit == 0 {
+		return false
+	}
+	s.noteMemory()
+	return !s.budget.admits(q.memory(), 0) &&
+		!(s.budget.admits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
 
-// memoryUsed is about how many bytes the process needs: what the store takes and what is
-// queued, now, and what the last collection found beside them.
-func (s *keyValueServer) memoryUsed() int64 {
-	return s.needed() + s.inputs.Load() + s.other.Load()
-}
-
-// isInputFull tells whether there is no memory for longer lines, which may take half of it all.
-// Any goroutine may ask: what workLoop knows is as of its last Commit.
-func (s *keyValueServer) isInputFull() bool {
-	inputs, most := s.inputs.Load(), s.maxMemory-s.reserve
-	return s.maxMemory > 0 && (inputs > most/2 || s.used.Load()+inputs+s.other.Load() > most)
-}
-
-// needed is how many bytes the store, what is queued and the clients take.
-func (s *keyValueServer) needed() int64 {
-	return s.db.Footprint() + s.queued.Load() + int64(len(s.clients)*memoryPerClient)
+// noteMemory tells the budget what the store and the clients take.
+func (s *keyValueServer) noteMemory() {
+	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*memoryPerClient))
 }
 
 // giveBack gives memory back to the system when the data has shrunk by a quarter:
@@ -705,6 +693,99 @@ func (s *keyValueServer) giveBack() {
 	}
 }
 
+// ---- budget: -max-memory and -max-queues
+
+// budget is how much memory there is for the data, and for what clients make the server hold.
+// Clients work on many goroutines, and the collector's pacer on another, so what they count
+// together is atomic.
+type budget struct {
+	// Read-only once started, in bytes.
+	limit     int64 // that the process may take (-max-memory); 0: any number
+	reserve   int64 // of these, not for what used counts
+	maxQueues int64 // that all that is queued may take (-max-queues); 0: any number
+
+	queued atomic.Int64 // replies that wait, and what waits with them
+	inputs atomic.Int64 // input buffers beyond burstSize, for long lines
+	store  atomic.Int64 // store and clients, as of workLoop's last look
+	other  atomic.Int64 // what was alive beside all these after the last collection
+}
+
+// known is how many bytes are known to be in use.
+func (b *budget) known() int64 { return b.store.Load() + b.queued.Load() + b.inputs.Load() }
+
+// used is about how many bytes the process needs.
+func (b *budget) used() int64 { return b.known() + b.other.Load() }
+
+// admits tells whether a write that takes so many bytes more may be run, if it may use so much
+// of the reserve.
+func (b *budget) admits(bytes, ofReserve int64) bool {
+	return b.used()+bytes <= b.limit-b.reserve+ofReserve
+}
+
+// isOver tells whether all queues together take more than they may.
+func (b *budget) isOver() bool { return b.maxQueues > 0 && b.queued.Load() >= b.maxQueues }
+
+// isInputFull tells whether there is no memory for longer lines, which may take half of it all.
+func (b *budget) isInputFull() bool {
+	most := b.limit - b.reserve
+	return b.limit > 0 && (b.inputs.Load() > most/2 || b.store.Load()+b.inputs.Load()+
+		b.other.Load() > most)
+}
+
+// semaphore admits so many at a time to something that is scarce.
+type semaphore struct {
+	slots   chan struct{} // holds a token for each that is taken
+	waiting atomic.Int64  // goroutines that wait for one
+}
+
+// slot is one holder's place in a semaphore, taken or not. It belongs to the holder's goroutine.
+type slot struct {
+	of    *semaphore
+	taken bool
+}
+
+// take waits for a slot. It is false if stop is closed meanwhile; nil: it never is.
+func (s *slot) take(stop <-chan struct{}) bool {
+	select {
+	case s.of.slots <- struct{}{}:
+		s.taken = true
+		return true
+	default:
+	}
+	s.of.waiting.Add(1)
+	defer s.of.waiting.Add(-1)
+	select {
+	case s.of.slots <- struct{}{}:
+		s.taken = true
+		return true
+	case <-stop:
+		return false
+	}
+}
+
+// release gives the slot back, if it is taken.
+func (s *slot) release() {
+	if s.taken {
+		s.taken = false
+		<-s.of.slots
+	}
+}
+
+// yield lets others have a turn in the middle of work that takes long: unasked, the scheduler
+// takes 10 ms to do so.
+func (s *slot) yield() {
+	if s.taken {
+		s.release()
+		runtime.Gosched()
+		s.take(nil)
+	}
+}
+
+// isAwaited tells whether the slot is taken and others wait for one.
+func (s *slot) isAwaited() bool { return s.taken && s.of.waiting.Load() > 0 }
+
+// ---- the end of a batch
+
 // commit makes what the batch did durable, then answers. After a failure nobody may
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
@@ -713,7 +794,7 @@ func (s *keyValueServer) commit() {
 			s.broken = true
 			s.failed <- err
 			for _, c := range s.clients {
-				underTLS(c.connection).Close() // without a word: it might not be taken
+				c.paced.Close() // without a word: it might not be taken
 			}
 		}
 	}
@@ -730,7 +811,7 @@ func (s *keyValueServer) commit() {
 	}
 	s.batch = s.batch[:0]
 	s.giveBack()
-	s.used.Store(s.needed())
+	s.noteMemory()
 }
 
 // commitStore commits what the batch did. Where that takes its time, it is measured.
@@ -768,17 +849,17 @@ func (s *keyValueServer) leave(c *Client) {
 	}
 	level, reason := slog.LevelDebug, c.reason
 	switch { // then that is why reading ended
-	case c.cut != "":
-		level, reason = slog.LevelWarn, c.cut
+	case c.outbox.cut != "":
+		level, reason = slog.LevelWarn, c.outbox.cut
 	case c.broken != nil:
 		reason = c.broken.Error()
 		if errors.Is(c.broken, errTookNothing) {
 			level = slog.LevelWarn
 		}
 	}
-	if c.droppedTotal > 0 {
+	if c.outbox.lost > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s",
-			c.droppedTotal, reason)
+			c.outbox.lost, reason)
 	}
 	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(),
 		"reason", reason)
@@ -801,6 +882,7 @@ func (s *keyValueServer) stopReading() {
 // stats returns the lines that answer Stats. A name that ends in _total only
 // ever grows.
 func (s *keyValueServer) stats() []string {
+	s.noteMemory()
 	lines := []string{
 		"version " + s.version,
 		fmt.Sprint("uptime_seconds ", int(time.Since(s.started).Seconds())),
@@ -813,9 +895,9 @@ func (s *keyValueServer) stats() []string {
 	}
 	lines = append(lines,
 		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
-		fmt.Sprint("replies_dropped_total ", s.dropped.Load()),
-		fmt.Sprint("queued_bytes ", s.queued.Load()),
-		fmt.Sprint("queued_limit_bytes ", s.limit),
+		fmt.Sprint("replies_dropped_total ", s.lost.Load()),
+		fmt.Sprint("queued_bytes ", s.budget.queued.Load()),
+		fmt.Sprint("queued_limit_bytes ", s.budget.maxQueues),
 		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
 		fmt.Sprint("clients_refused_total ", s.full.total),
 		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
@@ -824,8 +906,8 @@ func (s *keyValueServer) stats() []string {
 			fmt.Sprint("keys ", keys),
 			fmt.Sprint("values ", values),
 			fmt.Sprint("data_bytes ", bytes),
-			fmt.Sprint("memory_bytes ", s.memoryUsed()),
-			fmt.Sprint("memory_limit_bytes ", s.maxMemory-s.reserve),
+			fmt.Sprint("memory_bytes ", s.budget.used()),
+			fmt.Sprint("memory_limit_bytes ", s.budget.limit-s.budget.reserve),
 			fmt.Sprint("process_bytes ", processBytes()))
 	}
 	return lines

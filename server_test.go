@@ -799,7 +799,7 @@ func TestSlowIsSeenInTime(t *testing.T) {
 		up, down := newStream(streamSize), newStream(streamSize)
 		told := make(chan bool, 1)
 		conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
-			tell: func(taken bool) { told <- taken }}
+			progress: told}
 		reader := newFakeConn(down, up)
 		message := make([]byte, 2*streamSize)
 		for round := range 4 {
@@ -840,9 +840,17 @@ func TestPauseOfAReader(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			up, down := newStream(streamSize), newStream(streamSize)
-			var slow atomic.Bool
+			told := make(chan bool, 1)
+			wasSlow := func() bool { // there may be no word at all
+				select {
+				case taken := <-told:
+					return !taken
+				default:
+					return false
+				}
+			}
 			conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
-				tell: func(taken bool) { slow.Store(slow.Load() || !taken) }}
+				progress: told}
 			reader := newFakeConn(down, up)
 			go conn.Write(make([]byte, 4*streamSize))
 			if reads {
@@ -850,11 +858,12 @@ func TestPauseOfAReader(t *testing.T) {
 				io.ReadFull(reader, make([]byte, streamSize))
 			}
 			pass(1700 * time.Millisecond)
-			if slow.Load() == reads {
-				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow.Load())
+			slow := wasSlow()
+			if slow == reads {
+				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow)
 			}
 			pass(3 * slowAfter)
-			if !slow.Load() {
+			if slow = slow || wasSlow(); !slow {
 				t.Errorf("reads: %v, and is not slow in the end", reads)
 			}
 			conn.Close()
@@ -1008,7 +1017,7 @@ func TestMaxQueues(t *testing.T) {
 		value := strings.Repeat("v", 7*kilo)
 		n.fill("k", value, 1)
 		const limit = 1 << 20
-		n.server.outboxes.limit = limit
+		n.server.budget.maxQueues = limit
 		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		var slow []*testClient
 		for i := range 10 { // each could queue 3.5 MB
@@ -1056,7 +1065,7 @@ func TestMaxQueues(t *testing.T) {
 func TestBegunReplyEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
-		n.server.outboxes.limit = 100 * kilo
+		n.server.budget.maxQueues = 100 * kilo
 		a, b, other := n.dial(t), n.dial(t), n.dial(t)
 		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
 		pass(time.Minute)
@@ -1081,25 +1090,25 @@ func TestBegunReplyEnds(t *testing.T) {
 func TestReserve(t *testing.T) {
 	for waiting := range 2 {
 		s := New(kvstore.NewMemory())
-		s.outboxes.limit = 100
+		s.budget.maxQueues = 100
 		c := newClient(1, newFakeConn(nil, nil), s)
 		c.buffer = make(chan []byte, maxBufferSize)
 		for range waiting {
 			c.buffer <- nil
 		}
-		s.queued.Store(100)
+		s.budget.queued.Store(100)
 		for size, counted := range map[int]bool{maxMessage: false, 2 * maxMessage: true,
 			maxShared * maxMessage: true, maxShared*maxMessage + 1: waiting > 0} {
 			want := int64(100)
 			if counted {
 				want += int64(size)
 			}
-			if c.reserve(size); s.queued.Load() != want {
+			if c.outbox.reserve(size); s.budget.queued.Load() != want {
 				t.Errorf("with %d messages waiting and one reply of %d bytes %d are counted, "+
-					"want %d", waiting, size, s.queued.Load(), want)
+					"want %d", waiting, size, s.budget.queued.Load(), want)
 			}
-			if c.release(); s.queued.Load() != 100 {
-				t.Errorf("%d bytes are counted afterwards", s.queued.Load())
+			if c.outbox.release(); s.budget.queued.Load() != 100 {
+				t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
 			}
 		}
 	}
@@ -1110,14 +1119,14 @@ func TestReserve(t *testing.T) {
 func TestAnswerNeverWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
-		s.outboxes.limit = 1
+		s.budget.maxQueues = 1
 		c := newClient(1, newFakeConn(nil, nil), s)
 		c.buffer = make(chan []byte, maxBufferSize)
 		c.buffer <- nil // one waits already
-		s.queued.Store(1)
+		s.budget.queued.Store(1)
 		q := &Query{queryType: ping}
-		size, _ := c.measure(q)
-		c.reply(q, size) // as answer does when it found the queues below their limit
+		size, _ := c.outbox.measure(q)
+		c.outbox.reply(q, size, true) // as answer does when it found the queues below their limit
 		if len(c.buffer) != 2 {
 			t.Errorf("%d messages are queued, want 2", len(c.buffer))
 		}
@@ -1452,26 +1461,26 @@ func TestHintsForLongLinesAreCheap(t *testing.T) {
 func TestSortTakesTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
-		s.cores = make(chan struct{}, 1)
+		s.cores.slots = make(chan struct{}, 1)
 		c := newClient(1, newFakeConn(nil, nil), s)
 		keys := make([]string, 3*sortSlice)
 		for i := range keys {
 			keys[i] = strconv.Itoa(i * 7919 % len(keys))
 		}
-		s.cores <- struct{}{} // until both wait, the sort first
+		s.cores.slots <- struct{}{} // until both wait, the sort first
 		ended := make(chan string, 2)
 		go func() {
-			c.sort(keys)
+			(&listing{Query: &Query{client: c}}).sort(keys)
 			ended <- "the sort"
 		}()
 		synctest.Wait()
 		go func() {
-			s.cores <- struct{}{}
+			s.cores.slots <- struct{}{}
 			ended <- "the other"
-			<-s.cores
+			<-s.cores.slots
 		}()
 		synctest.Wait()
-		<-s.cores
+		<-s.cores.slots
 		if first := <-ended; first != "the other" {
 			t.Errorf("%s was over before anybody else had a turn", first)
 		}
@@ -1614,7 +1623,7 @@ func TestSnapshotsAreBounded(t *testing.T) {
 		a := n.dial(t)
 		a.send("Keys:1999\nPing\n")
 		synctest.Wait()
-		if used := len(n.server.snapshotSlots); used != maxSnapshots {
+		if used := len(n.server.snapshots.slots); used != maxSnapshots {
 			t.Errorf("%d snapshots, want %d", used, maxSnapshots)
 		}
 		a.want(": 1999", ":OK 1", ":PONG")
@@ -1626,7 +1635,7 @@ func TestSnapshotsAreBounded(t *testing.T) {
 			c.conn.Close()
 		}
 		synctest.Wait()
-		if used := len(n.server.snapshotSlots); used != 0 {
+		if used := len(n.server.snapshots.slots); used != 0 {
 			t.Errorf("%d snapshots are left", used)
 		}
 	})
@@ -1643,7 +1652,7 @@ func TestSnapshotsAreGivenBack(t *testing.T) {
 			c := n.dial(t)
 			c.send("Keys\n")
 			synctest.Wait()
-			if used := len(n.server.snapshotSlots); used != 0 {
+			if used := len(n.server.snapshots.slots); used != 0 {
 				t.Errorf("a Keys that is not read has a snapshot")
 			}
 			c.conn.Close()
@@ -1666,7 +1675,7 @@ func TestSnapshotsAreGivenBack(t *testing.T) {
 			})
 		}
 		pass(time.Second)
-		if used := len(n.server.snapshotSlots); used != maxSnapshots {
+		if used := len(n.server.snapshots.slots); used != maxSnapshots {
 			t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
 		}
 		began := time.Now()
@@ -1686,7 +1695,7 @@ func TestSnapshotsAreGivenBack(t *testing.T) {
 func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		for range maxSnapshots {
-			n.server.snapshotSlots <- struct{}{}
+			n.server.snapshots.slots <- struct{}{}
 		}
 		a := n.dial(t)
 		a.send("Keys\n")
@@ -2122,7 +2131,7 @@ func TestCloseDuringKeys(t *testing.T) {
 		n.server.db = endless{kvstore.NewMemory()}
 		a := n.dial(t)
 		a.send("Keys\n")
-		for len(n.server.snapshotSlots) == 0 { // until it walks
+		for len(n.server.snapshots.slots) == 0 { // until it walks
 			runtime.Gosched()
 		}
 		go n.server.Close()
@@ -2192,7 +2201,7 @@ func TestNothingIsFormattedForTheGone(t *testing.T) {
 		synctest.Wait()
 		long := &Query{queryType: get, key: "k",
 			values: []string{strings.Repeat("v", 10*maxMessage)}}
-		if allocs := testing.AllocsPerRun(1, func() { c.replyAll(long) }); allocs > 0 {
+		if allocs := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
 		}
 		close(c.buffer)
@@ -2291,10 +2300,10 @@ func TestMaxMemory(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
 		a.ask("Put:short:1", ":OK 1")
-		n.server.maxMemory = int64(a.stat("memory_bytes")) + 35*kilo
-		n.server.reserve = kilo
+		n.server.budget.limit = int64(a.stat("memory_bytes")) + 35*kilo
+		n.server.budget.reserve = kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
-			n.server.maxMemory)
+			n.server.budget.limit)
 		for i := range 3 {
 			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
@@ -2306,8 +2315,8 @@ func TestMaxMemory(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		for n.server.memoryUsed() < n.server.maxMemory-n.server.reserve {
-			n.server.other.Add(100)
+		for n.server.budget.used() < n.server.budget.limit-n.server.budget.reserve {
+			n.server.budget.other.Add(100)
 		}
 		a.send("Put:short:2\n")
 		if line := a.read(); !strings.HasSuffix(line, full) {
@@ -2322,11 +2331,11 @@ func TestMaxMemory(t *testing.T) {
 		if line := a.read(); !strings.HasSuffix(line, full) {
 			t.Errorf("a Set of a new key: got %q, want %q", line, full)
 		}
-		n.server.other.Store(0)
+		n.server.budget.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.maxMemory-n.server.reserve) ||
+		if a.stat("memory_limit_bytes") != int(n.server.budget.limit-n.server.budget.reserve) ||
 			a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
@@ -2341,17 +2350,21 @@ func TestMaxMemory(t *testing.T) {
 // keeps what has been changed since.
 func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	s := New(kvstore.NewMemory())
-	before := s.memoryUsed()
-	s.other.Store(10 * kilo)
-	if got := s.memoryUsed(); got != before+10*kilo {
+	used := func() int64 {
+		s.noteMemory()
+		return s.budget.used()
+	}
+	before := used()
+	s.budget.other.Store(10 * kilo)
+	if got := used(); got != before+10*kilo {
 		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
 	}
 	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
-	if got := s.memoryUsed(); got < before+15*kilo || got > before+20*kilo {
+	if got := used(); got < before+15*kilo || got > before+20*kilo {
 		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
 	}
-	s.other.Store(0)
-	if got := s.memoryUsed(); got < before || got > before+10*kilo {
+	s.budget.other.Store(0)
+	if got := used(); got < before || got > before+10*kilo {
 		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
 	}
 }
@@ -2360,7 +2373,7 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 // the memory of all, and that what they took is given back.
 func TestLongLinesAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.maxMemory = 1<<20, 8<<20
+		n.server.maxLine, n.server.budget.limit = 1<<20, 8<<20
 		refused := 0
 		var clients []*testClient
 		for range 20 {
@@ -2369,8 +2382,8 @@ func TestLongLinesAreBounded(t *testing.T) {
 			clients = append(clients, c)
 		}
 		synctest.Wait()
-		if held := n.server.inputs.Load(); held < 2<<20 || held > 6<<20 {
-			t.Errorf("lines that have begun take %d bytes of %d", held, n.server.maxMemory)
+		if held := n.server.budget.inputs.Load(); held < 2<<20 || held > 6<<20 {
+			t.Errorf("lines that have begun take %d bytes of %d", held, n.server.budget.limit)
 		}
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
@@ -2392,7 +2405,7 @@ func TestLongLinesAreBounded(t *testing.T) {
 		}
 		a.hangUp()
 		synctest.Wait()
-		if held := n.server.inputs.Load(); held != 0 {
+		if held := n.server.budget.inputs.Load(); held != 0 {
 			t.Errorf("%d bytes are counted when all have gone", held)
 		}
 	})
@@ -2404,12 +2417,12 @@ func TestLoadedDataCountsOnce(t *testing.T) {
 	for i := range 1000 {
 		s.db.Put(fmt.Sprint(i), strings.Repeat("v", kilo))
 	}
-	loaded := s.memoryUsed()
+	loaded := s.db.Footprint()
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if used := s.used.Load(); used < loaded {
+	if used := s.budget.store.Load(); used < loaded {
 		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
 	}
 }
@@ -5533,11 +5546,11 @@ func (w *world) live() {
 	w.exposed = time.Time{}
 	s := New(db)
 	s.log = p.options.Log
-	s.maxLine, s.outboxes.maxMessage = testMaxLine, pick(r, 500, 4*kilo, testMaxMessage)
+	s.maxLine, s.maxMessage = testMaxLine, pick(r, 500, 4*kilo, testMaxMessage)
 	s.maxClients = pick(r, 5, 100, 100)
-	s.outboxes.limit = int64(pick(r, 100*kilo, 1<<30, 1<<30))
+	s.budget.maxQueues = int64(pick(r, 100*kilo, 1<<30, 1<<30))
 	if chance(r, 8) {
-		s.maxMemory = int64(400 * kilo)
+		s.budget.limit = int64(400 * kilo)
 	}
 	s.writeTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
 	if chance(r, 8) {
@@ -5547,8 +5560,8 @@ func (w *world) live() {
 		failures: pick(r, 0, 0, 5)}
 	p.net.start(w.t)
 	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
-		"write timeout %v, TLS %v", s.maxClients, s.outboxes.maxMessage, s.outboxes.limit,
-		s.maxMemory, s.writeTimeout, s.tls != nil)
+		"write timeout %v, TLS %v", s.maxClients, s.maxMessage, s.budget.maxQueues,
+		s.budget.limit, s.writeTimeout, s.tls != nil)
 	var clients sync.WaitGroup
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, pick(r, kinds...))
@@ -5699,13 +5712,13 @@ func (p *process) checkLeft() {
 			p.fail("a connection is left open")
 		}
 	}
-	if n := s.outboxes.queued.Load(); n != 0 {
+	if n := s.budget.queued.Load(); n != 0 {
 		p.fail("%d bytes are still queued", n)
 	}
 	if s.departed != s.welcomed {
 		p.fail("%d clients came and %d left", s.welcomed, s.departed)
 	}
-	if dropped := int(s.outboxes.dropped.Load()); dropped < p.told || dropped > p.told &&
+	if dropped := int(s.lost.Load()); dropped < p.told || dropped > p.told &&
 		p.unknown == 0 {
 		p.fail("%d replies were dropped, and clients were told of %d", dropped, p.told)
 	}
@@ -6411,7 +6424,7 @@ func (v *visitor) checkMark(key, mark string) {
 	}
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
-	if s := v.net.server; err == nil && !v.isDisturbed() && s.maxMemory == 0 && v.dir.Room == 0 &&
+	if s := v.net.server; err == nil && !v.isDisturbed() && s.budget.limit == 0 && v.dir.Room == 0 &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
 			len(lines), last)
@@ -6465,7 +6478,7 @@ func (v *visitor) tally(got simRead, list []string, owed int, asked, steady bool
 		v.fail("%s: its connection ends in %v", v.id, got.err)
 	}
 	refusable := 0 // what the client wrote last may have been refused
-	if v.net.server.maxMemory > 0 || v.dir.Room > 0 {
+	if v.net.server.budget.limit > 0 || v.dir.Room > 0 {
 		refusable = 1
 	}
 	delivered, dropped, place, ended := 0, 0, 0, false
@@ -6723,7 +6736,7 @@ func TestLongRepliesRecycle(t *testing.T) {
 		for len(c.buffer) > 0 {
 			runtime.Gosched()
 		}
-		c.replyAll(&Query{queryType: get, key: "k", values: values, bytes: sum(values)})
+		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: sum(values)})
 		runtime.ReadMemStats(&after)
 		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
 	}
@@ -6952,7 +6965,7 @@ func BenchmarkFormat(b *testing.B) {
 			c.buffer = make(chan []byte, maxBufferSize)
 			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
-				c.replyAll(&Query{queryType: get, key: "key000000001", values: values,
+				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
 					bytes: sum(values)})
 				for len(c.buffer) > 0 {
 					recycle(<-c.buffer)
@@ -7404,7 +7417,7 @@ type fakeNet struct {
 func newFakeNet() *fakeNet {
 	n := &fakeNet{server: New(kvstore.NewMemory()), conns: make(chan net.Conn),
 		closed: make(chan struct{})}
-	n.server.maxLine, n.server.outboxes.maxMessage, n.server.version = testMaxLine, testMaxMessage,
+	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
 		"test"
 	return n
 }
