@@ -1162,16 +1162,17 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 	return msg, size
 }
 
-// drainInput ends our side of the connection and reads on until the client ends
-// its own, for at most drainTime: closing a socket with unread input resets the
-// connection, and the client loses replies that it has not read yet (RFC 1122,
-// 4.2.2.13). When the server closes, only clients that are sending get the time.
+// drainInput ends our side of the connection and reads on until the client ends its own, for at
+// most drainTime: closing a socket with unread input, or before more of it comes, resets the
+// connection, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When
+// the server closes, a client that has been able to read everything gets the time only while it
+// goes on sending.
 func (c *Client) drainInput() {
 	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
 	silence := drainTime
-	if c.server.isClosing() {
+	if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
 		silence = busyTime
 	}
 	end := time.Now().Add(drainTime)
@@ -1236,7 +1237,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 			return n, err
 		}
 		now := time.Now()
-		p.unread = max(0, p.unread-int(min(now.Sub(p.looked), time.Minute)*steadyRate/time.Second))
+		p.unread = int(p.timeToRead(now).Seconds() * steadyRate)
 		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
@@ -1283,6 +1284,11 @@ func (p *pacedConn) patience() time.Duration {
 		patience += slowAfter
 	}
 	return patience
+}
+
+// timeToRead is how long a reader of steadyRate takes for what it has not read yet.
+func (p *pacedConn) timeToRead(now time.Time) time.Duration {
+	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.looked))
 }
 
 // end is when the last Write must have ended; zero: there is no such time.

@@ -2938,6 +2938,85 @@ func TestCloseAnswersWhatWasRead(t *testing.T) {
 	})
 }
 
+// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken
+// everything, or its second is over. Its answers are not lost to a reset.
+func TestCloseUnderASteadyReader(t *testing.T) {
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, withTLS := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			if withTLS {
+				n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
+			}
+			a := n.dial(t)
+			var conn net.Conn = a.conn
+			if withTLS {
+				conn = tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			}
+			readAndSend(t, conn, n.server, 9*kilo, synctest.Wait)
+		})
+	}
+}
+
+// Ensure the same of a real socket.
+func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	addr := s.listener.Addr().String()
+	a, watch := dialTCP(t, addr), dialTCP(t, addr)
+	a.conn.(*net.TCPConn).SetReadBuffer(16 * kilo) // the rest waits at the server's side
+	const puts = 10 * kilo
+	readAndSend(t, a.conn, s, puts, func() {
+		for watch.stat("put_requests_total") < puts {
+			runtime.Gosched()
+		}
+		watch.hangUp()
+	})
+}
+
+// readAndSend has a client read its answers to so many Puts bit by bit, with a Put between any
+// two, while the server closes. taken waits until the server has read all that was sent before.
+func readAndSend(t *testing.T, conn net.Conn, s *keyValueServer, puts int, taken func()) {
+	const answer = ":OK 1\n"
+	if _, err := io.WriteString(conn, "Ack\n"+strings.Repeat("Put:k:v\n", puts)); err != nil {
+		t.Fatal(err)
+	}
+	taken()
+	var got []byte
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	ticks := time.NewTicker(50 * time.Millisecond)
+	defer ticks.Stop()
+	piece := make([]byte, 15*kilo)
+	for {
+		<-ticks.C
+		n, err := io.ReadFull(conn, piece)
+		got = append(got, piece[:n]...)
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			break
+		} else if err != nil {
+			t.Errorf("after %d bytes: %v", len(got), err)
+			break
+		}
+		io.WriteString(conn, "Put:k:w\n")
+	}
+	if want := ":OK 0\n" + strings.Repeat(answer, puts); string(got) != want {
+		t.Errorf("%T: %d bytes of %d came", conn, len(got), len(want))
+	}
+	conn.Close()
+	<-closed
+}
+
 // Ensure that Close ends a reader that is just setting a deadline of its own.
 func TestCloseMeetsADeadline(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -7511,8 +7590,8 @@ func (s *stream) change(f func() bool) <-chan struct{} {
 }
 
 // fakeConn is a net.Conn between goroutines. Unlike net.Pipe it has room for
-// some bytes, its halves close one by one, and closing it with input that was not read
-// resets it, as kernels do (RFC 1122, 4.2.2.13).
+// some bytes, its halves close one by one, and closing it with input that was not read, or that
+// comes later, resets it, as kernels do (RFC 1122, 4.2.2.13).
 type fakeConn struct {
 	in, out          *stream
 	reading, writing deadline
@@ -7590,6 +7669,12 @@ func (c *fakeConn) Write(p []byte) (n int, err error) {
 			n += m
 			return m > 0
 		})
+		if err != nil && c.out.broken { // as where nobody has the socket any more
+			c.in.change(func() bool {
+				c.in.reset = true
+				return true
+			})
+		}
 		if n == len(p) || err != nil {
 			return n, err
 		}
