@@ -227,6 +227,7 @@ func (c *Client) end(why string, drain bool) {
 // send sends chain to workLoop. None may be under way.
 func (c *Client) send(chain *Query) {
 	c.underWay = true
+	c.outbox.chain = c.in.memory()
 	c.server.queries <- chain
 }
 
@@ -359,6 +360,11 @@ type input struct {
 	whole   bool          // the line in hand was begun before that
 	busy    bool          // something came since the last tick
 	waited  time.Duration // for the end of the line in hand
+}
+
+// memory is how many bytes the input takes, with the chain that was made of it.
+func (in *input) memory() int64 {
+	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
 // midLine tells whether a line has begun and not ended.
@@ -653,7 +659,7 @@ func (c *Client) list(q *Query) {
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	found, copied, ok := l.find()
-	held := int64(cap(found))*stringSize + copied
+	held := int64(cap(found))*stringSize + copied + c.outbox.chain
 	c.server.budget.queued.Add(held)
 	defer c.server.budget.queued.Add(-held)
 	if l.copies() {
@@ -769,7 +775,7 @@ type outbox struct {
 	// Set before the goroutines start, then left alone.
 	client     *Client // whose buffer, closed and progress are used
 	budget     *budget
-	maxMessage int // bytes in a message: the constant, but for tests
+	maxMessage int // bytes in a message, at most: the constant, but for tests
 
 	core     slot     // for work that takes long
 	acked    bool     // every request is answered
@@ -777,7 +783,9 @@ type outbox struct {
 	listing  *listing // the Keys or Dump that is being answered; nil: none is
 	next     *Query   // the first whose reply is not formatted, while there is one
 	left     int      // bytes still to be formatted, at most: newMessage chooses a size by it
+	piece    int      // bytes in a message now: less than maxMessage while all queues are full
 	reserved int64    // bytes of the reply in hand that count as queued, and are not queued yet
+	chain    int64    // bytes that the chain under way and its lines take
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
@@ -801,11 +809,12 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
-	c.server.budget.queued.Add(lists)
+	held := lists + c.outbox.chain
+	c.server.budget.queued.Add(held)
 	c.outbox.core.take(nil)
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
-	c.server.budget.queued.Add(-lists)
+	c.server.budget.queued.Add(-held)
 	c.done <- chain
 }
 
@@ -851,7 +860,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 		o.next = q
 
 		// A message is full: this reply begins the next.
-		if msg != nil && (!shared || len(msg)+q.size > o.maxMessage) {
+		if msg != nil && (!shared || len(msg)+q.size > o.piece) {
 			o.queue(msg)
 			msg = nil
 		}
@@ -864,6 +873,12 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 				o.drop(q)
 				left -= q.size
 				continue
+			}
+			// A client with nothing queued may always begin, but while all queues are full with
+			// little at a time.
+			o.piece = o.maxMessage
+			if o.budget.isOver() {
+				o.piece = min(o.maxMessage, chunkSize)
 			}
 			o.reserve(q.size)
 			if shared = len(o.client.buffer) < maxShared; shared {
@@ -904,7 +919,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 	values := q.values
 	q.values = nil // a client that sends nothing more pins no list
 	for _, v := range values {
-		if len(msg)+q.lineSize(v) <= o.maxMessage {
+		if len(msg)+q.lineSize(v) <= o.piece {
 			msg = q.appendLine(msg, v)
 			continue
 		}
@@ -914,7 +929,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 			}
 		}
 	}
-	if len(msg)+q.endSize() <= o.maxMessage {
+	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
 	return o.split(msg, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
@@ -925,7 +940,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 // it waits for room.
 func (o *outbox) split(msg []byte, text string) []byte {
 	for {
-		n := min(len(text), o.maxMessage-len(msg))
+		n := min(len(text), o.piece-len(msg))
 		msg = append(msg, text[:n]...)
 		if text = text[n:]; text == "" {
 			return msg
@@ -947,12 +962,11 @@ func (o *outbox) drop(q *Query) {
 }
 
 // reserve counts a reply of several messages, for which there is room, as queued before
-// it is: once begun it must end, whatever others queue meanwhile. There is one exception. A
-// reply of more than maxShared messages, of a client with nothing queued, may begin though all
-// queues are over their limit; it is not reserved, and waits for room message by message.
+// it is: once begun it must end, whatever others queue meanwhile. A reply of more than maxShared
+// messages is not reserved, nor one that begins though all queues are full: it waits for room
+// message by message.
 func (o *outbox) reserve(size int) {
-	if size > o.maxMessage && (len(o.client.buffer) > 0 || size <= maxShared*o.maxMessage ||
-		!o.budget.isOver()) {
+	if size > o.piece && size <= maxShared*o.maxMessage && o.budget.mayBegin(int64(size)) {
 		o.reserved = int64(size)
 		o.budget.queued.Add(o.reserved)
 	}
@@ -1086,7 +1100,7 @@ var (
 // as a message holds. A client that keeps up borrows one; what has to wait
 // in the queue takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
-	size := min(o.left, o.maxMessage)
+	size := min(o.left, o.piece)
 	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]

@@ -698,10 +698,14 @@ func (s *keyValueServer) giveBack() {
 // budget is how much memory there is for the data, and for what clients make the server hold.
 // Clients work on many goroutines, and the collector's pacer on another, so what they count
 // together is atomic.
+//
+// Of -max-memory a reserve is for what is not counted. Of the rest three quarters are for data and
+// what else is alive, an eighth for what is queued and an eighth for lines: a client that does not
+// read, or does not end its line, takes nothing from the data.
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: any number
-	reserve   int64 // of these, not for what used counts
+	reserve   int64 // of these, for the program, garbage, and what a snapshot keeps
 	maxQueues int64 // that all that is queued may take (-max-queues); 0: any number
 
 	queued atomic.Int64 // replies that wait, and what waits with them
@@ -710,26 +714,59 @@ type budget struct {
 	other  atomic.Int64 // what was alive beside all these after the last collection
 }
 
+// Shares of what is left of -max-memory beside the reserve: one in so many.
+const (
+	queuesShare = 8
+	linesShare  = 8
+)
+
+// shared is how much is shared out.
+func (b *budget) shared() int64 { return b.limit - b.reserve }
+
+// forData is how many bytes the data may take, and what is not known to be something else.
+func (b *budget) forData() int64 {
+	return b.shared() - b.shared()/queuesShare - b.shared()/linesShare
+}
+
+// forQueues is how many bytes all that is queued may take; 0: any number.
+func (b *budget) forQueues() int64 {
+	switch {
+	case b.limit == 0:
+		return b.maxQueues
+	case b.maxQueues == 0:
+		return b.shared() / queuesShare
+	}
+	return min(b.maxQueues, b.shared()/queuesShare)
+}
+
 // known is how many bytes are known to be in use.
 func (b *budget) known() int64 { return b.store.Load() + b.queued.Load() + b.inputs.Load() }
 
-// used is about how many bytes the process needs.
-func (b *budget) used() int64 { return b.known() + b.other.Load() }
+// data is about how many bytes of forData are in use.
+func (b *budget) data() int64 { return b.store.Load() + b.other.Load() }
 
 // admits tells whether a write that takes so many bytes more may be run, if it may use so much
 // of the reserve.
 func (b *budget) admits(bytes, ofReserve int64) bool {
-	return b.used()+bytes <= b.limit-b.reserve+ofReserve
+	return b.data()+bytes <= b.forData()+ofReserve
 }
 
 // isOver tells whether all queues together take more than they may.
-func (b *budget) isOver() bool { return b.maxQueues > 0 && b.queued.Load() >= b.maxQueues }
+func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
 
-// isInputFull tells whether there is no memory for longer lines, which may take half of it all.
+// mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
+// these there is a quarter more.
+func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
+
+// hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
+func (b *budget) hasRoomFor(bytes, more int64) bool {
+	most := b.forQueues()
+	return most == 0 || b.queued.Load()+bytes < most+more
+}
+
+// isInputFull tells whether there is no memory for longer lines.
 func (b *budget) isInputFull() bool {
-	most := b.limit - b.reserve
-	return b.limit > 0 && (b.inputs.Load() > most/2 || b.store.Load()+b.inputs.Load()+
-		b.other.Load() > most)
+	return b.limit > 0 && b.inputs.Load() > b.shared()/linesShare
 }
 
 // semaphore admits so many at a time to something that is scarce.
@@ -897,7 +934,7 @@ func (s *keyValueServer) stats() []string {
 		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
 		fmt.Sprint("replies_dropped_total ", s.lost.Load()),
 		fmt.Sprint("queued_bytes ", s.budget.queued.Load()),
-		fmt.Sprint("queued_limit_bytes ", s.budget.maxQueues),
+		fmt.Sprint("queued_limit_bytes ", s.budget.forQueues()),
 		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
 		fmt.Sprint("clients_refused_total ", s.full.total),
 		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
@@ -906,8 +943,8 @@ func (s *keyValueServer) stats() []string {
 			fmt.Sprint("keys ", keys),
 			fmt.Sprint("values ", values),
 			fmt.Sprint("data_bytes ", bytes),
-			fmt.Sprint("memory_bytes ", s.budget.used()),
-			fmt.Sprint("memory_limit_bytes ", s.budget.limit-s.budget.reserve),
+			fmt.Sprint("memory_bytes ", s.budget.data()),
+			fmt.Sprint("memory_limit_bytes ", s.budget.forData()),
 			fmt.Sprint("process_bytes ", processBytes()))
 	}
 	return lines
@@ -1083,7 +1120,7 @@ var metricHelp = map[string]string{
 	"keys":                         "Keys in the store.",
 	"values":                       "Values in the store.",
 	"data_bytes":                   "Keys and values together.",
-	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
+	"memory_bytes":                 "What the data and the clients take in memory, but for what is queued.",
 	"memory_limit_bytes":           "At so much writes are refused; 0: no limit.",
 	"process_bytes":                "What the process takes from the system.",
 	"takeovers_total":              "How often the data was taken over from a server that had died.",

@@ -1035,8 +1035,9 @@ func TestMaxQueues(t *testing.T) {
 			if got := honest.count("k:"); got != 100 {
 				t.Fatalf("a client that reads got %d replies of 100", got)
 			}
+			chain := 2*burstSize + maxChain*int(unsafe.Sizeof(Query{})) // and its lines
 			if queued := honest.stat("queued_bytes"); queued >
-				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
+				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage+chain) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
 			}
 		}
@@ -1060,19 +1061,47 @@ func TestMaxQueues(t *testing.T) {
 	}
 }
 
+// Ensure that clients which read nothing fill their own share of the memory, and that nobody's
+// writes are refused for them.
+func TestQueuesHaveTheirShare(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
+		n.fill("big", strings.Repeat("v", 120*kilo), 1)
+		writer := n.dial(t)
+		writer.ask("Ack", ":OK 0")
+		var mute []*testClient
+		for _, hello := range []string{"", "Ack\n", "", "Ack\n", ""} {
+			c := n.dial(t)
+			go c.sendSome(hello + strings.Repeat("Get:big\n", 700))
+			mute = append(mute, c)
+		}
+		for range 50 {
+			pass(seenSlow / 10)
+			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
+		}
+		if queued := writer.stat("queued_bytes"); queued > 1<<20 {
+			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
+		}
+		for _, c := range mute {
+			c.conn.Close()
+		}
+		writer.hangUp()
+	})
+}
+
 // Ensure that a reply of several messages, once begun, is queued to its end though the
 // queues come over their limit meanwhile: what its client wrote behind it has its effect.
 func TestBegunReplyEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
-		n.server.budget.maxQueues = 100 * kilo
+		n.server.budget.maxQueues = 1 << 20
 		a, b, other := n.dial(t), n.dial(t), n.dial(t)
 		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
 		pass(time.Minute)
 		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
 		pass(time.Minute)
 		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
-		if queued := other.stat("queued_bytes"); queued > 300*kilo {
+		if queued := other.stat("queued_bytes"); queued > 5<<18 {
 			t.Errorf("%d bytes are queued", queued)
 		}
 		a.conn.Close()
@@ -1085,31 +1114,34 @@ func TestBegunReplyEnds(t *testing.T) {
 	})
 }
 
-// Ensure that a reply for which there was room is counted at once, though others have
-// come over the limit of all queues in the moment between.
+// Ensure that a reply of several messages for which there was room is counted at once, though
+// others have come over the limit of all queues in the moment between; but not a long one, nor
+// more than a quarter beyond the limit.
 func TestReserve(t *testing.T) {
-	for waiting := range 2 {
+	const limit = 16 * maxMessage
+	for _, c := range []struct {
+		queued   int64
+		messages int
+		counted  bool
+	}{
+		{0, 1, false}, {0, 2, true}, {0, maxShared, true}, {0, maxShared + 1, false},
+		{limit, 1, false}, {limit, 2, true}, {limit, 4, false}, {limit + limit/4, 2, false},
+	} {
 		s := New(kvstore.NewMemory())
-		s.budget.maxQueues = 100
-		c := newClient(1, newFakeConn(nil, nil), s)
-		c.buffer = make(chan []byte, maxBufferSize)
-		for range waiting {
-			c.buffer <- nil
+		s.budget.maxQueues = limit
+		o := &newClient(1, newFakeConn(nil, nil), s).outbox
+		o.piece = maxMessage
+		s.budget.queued.Store(c.queued)
+		want := c.queued
+		if c.counted {
+			want += int64(c.messages) * maxMessage
 		}
-		s.budget.queued.Store(100)
-		for size, counted := range map[int]bool{maxMessage: false, 2 * maxMessage: true,
-			maxShared * maxMessage: true, maxShared*maxMessage + 1: waiting > 0} {
-			want := int64(100)
-			if counted {
-				want += int64(size)
-			}
-			if c.outbox.reserve(size); s.budget.queued.Load() != want {
-				t.Errorf("with %d messages waiting and one reply of %d bytes %d are counted, "+
-					"want %d", waiting, size, s.budget.queued.Load(), want)
-			}
-			if c.outbox.release(); s.budget.queued.Load() != 100 {
-				t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
-			}
+		if o.reserve(c.messages * maxMessage); s.budget.queued.Load() != want {
+			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
+				c.queued, c.messages, s.budget.queued.Load(), want)
+		}
+		if o.release(); s.budget.queued.Load() != c.queued {
+			t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
 		}
 	}
 }
@@ -2300,8 +2332,8 @@ func TestMaxMemory(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
 		a.ask("Put:short:1", ":OK 1")
-		n.server.budget.limit = int64(a.stat("memory_bytes")) + 35*kilo
 		n.server.budget.reserve = kilo
+		n.server.budget.limit = (int64(a.stat("memory_bytes"))+34*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			n.server.budget.limit)
 		for i := range 3 {
@@ -2315,7 +2347,7 @@ func TestMaxMemory(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		for n.server.budget.used() < n.server.budget.limit-n.server.budget.reserve {
+		for n.server.budget.data() < n.server.budget.forData() {
 			n.server.budget.other.Add(100)
 		}
 		a.send("Put:short:2\n")
@@ -2335,7 +2367,7 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.budget.limit-n.server.budget.reserve) ||
+		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) ||
 			a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
@@ -2352,7 +2384,7 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	used := func() int64 {
 		s.noteMemory()
-		return s.budget.used()
+		return s.budget.data()
 	}
 	before := used()
 	s.budget.other.Store(10 * kilo)
@@ -2373,7 +2405,7 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 // the memory of all, and that what they took is given back.
 func TestLongLinesAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.budget.limit = 1<<20, 8<<20
+		n.server.maxLine, n.server.budget.limit = 1<<20, 32<<20
 		refused := 0
 		var clients []*testClient
 		for range 20 {
