@@ -30,6 +30,7 @@ const (
 	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; long lines take more
+	freeLine  = 2 << 10  // bytes of a line that may come however much memory lines take
 	chunkSize = 16 << 10 // bytes of a recycled message, small
 	largeSize = maxMessage
 
@@ -146,6 +147,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		c.connection = c.paced
 	}
 	c.paced.progress = c.progress
+	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
 	return c
@@ -179,7 +181,7 @@ func (c *Client) readFromClient() {
 			c.endInput(err)
 		}
 	}
-	c.in = input{line: c.in.line, counted: c.in.counted}
+	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
 	c.countInput()
 	if c.await() {
 		c.tellLoss()
@@ -227,7 +229,7 @@ func (c *Client) end(why string, drain bool) {
 // send sends chain to workLoop. None may be under way.
 func (c *Client) send(chain *Query) {
 	c.underWay = true
-	c.outbox.chain = c.in.memory()
+	c.outbox.chain, c.outbox.inInputs = c.in.memory(), c.in.counted
 	c.server.queries <- chain
 }
 
@@ -270,25 +272,68 @@ func (c *Client) answerWeb() {
 	c.end(speaksHTTP, true)
 }
 
-// mustSkip tells why the line that has begun cannot be taken in whole: "" if it can.
+// mustSkip tells why the line that has begun cannot be taken in whole: "" if it can. It waits for
+// its turn where lines take all the memory that there is for them.
 func (c *Client) mustSkip() string {
-	in := &c.in
 	switch {
-	case in.pending > c.server.maxLine+len("\r\x00"):
+	case c.in.pending > c.server.maxLine+len("\r\x00"):
 		return tooLong(c.server.maxLine)
-	case in.pending >= burstSize && in.pending == len(in.buf) && c.server.budget.isInputFull():
+	case !c.awaitMemory():
 		return "too long for the memory that is left, skipped"
 	}
 	return ""
 }
 
-// countInput counts what the input takes beyond a burst, for -max-memory.
+// awaitMemory waits until the line that has begun may take the memory that it needs now. It gives
+// up after lineTime, in which all that others had begun has ended. Of the lines that wait one may
+// always go on, or all could wait for each other, and so may one of those that free something.
+func (c *Client) awaitMemory() bool {
+	in, b := &c.in, &c.server.budget
+	more := in.need(c.server.maxLine) - in.counted
+	if more <= 0 {
+		return true
+	}
+	if in.first.taken || in.spare.taken {
+		b.inputs.Add(more)
+		in.counted += more
+		return true
+	}
+
+	var spare chan struct{} // nil: it is not for this line
+	if begun(in.buf[:in.pending]).row().effect == frees {
+		spare = b.spare.slots
+	}
+	for ends := time.Now().Add(lineTime); !b.takeLine(more); {
+		select {
+		case b.first.slots <- struct{}{}:
+			in.first.taken = true
+			return c.awaitMemory()
+		case spare <- struct{}{}:
+			in.spare.taken = true
+			return c.awaitMemory()
+		case <-time.After(tickTime):
+		case <-c.server.closeSignal:
+			return false
+		}
+		if !time.Now().Before(ends) {
+			return false
+		}
+	}
+	in.counted += more
+	return true
+}
+
+// countInput gives back what of -max-memory the line in hand does not need any more, and counts
+// what was taken without asking.
 func (c *Client) countInput() {
 	in := &c.in
-	large := int64(max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize))
-	if large != in.counted {
-		c.server.budget.inputs.Add(large - in.counted)
-		in.counted = large
+	if in.pending == 0 {
+		in.first.release()
+		in.spare.release()
+	}
+	if need := in.need(c.server.maxLine); need != in.counted {
+		c.server.budget.inputs.Add(need - in.counted)
+		in.counted = need
 	}
 }
 
@@ -351,6 +396,8 @@ type input struct {
 	skipped  []byte  // the last bytes of that line
 	why      string  // it is skipped
 	counted  int64   // bytes of buf and lent that are counted in budget.inputs
+	first    slot    // of budget.first
+	spare    slot    // of budget.spare
 
 	// The line that is skipped got no answer yet: it may turn out to be the first
 	// of an HTTP request.
@@ -358,13 +405,22 @@ type input struct {
 
 	ticking bool          // a read deadline is set
 	whole   bool          // the line in hand was begun before that
-	busy    bool          // something came since the last tick
+	came    int           // bytes since the last tick
 	waited  time.Duration // for the end of the line in hand
 }
 
 // memory is how many bytes the input takes, with the chain that was made of it.
 func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
+}
+
+// need is how many bytes of memory long lines need, the one in hand and those of the chain under
+// way: all that is beyond a burst, or the line's buffer and the next if it has begun to be long.
+func (in *input) need(maxLine int) (bytes int64) {
+	if in.pending >= freeLine {
+		bytes = 2 * int64(in.nextSize(maxLine))
+	}
+	return max(bytes, int64(max(0, len(in.buf)-burstSize)+max(0, len(in.lent)-burstSize)))
 }
 
 // midLine tells whether a line has begun and not ended.
@@ -375,12 +431,12 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 // until the next take: who holds the chain holds its memory.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
-	in.grow(c.server.maxLine)
+	in.resize(in.nextSize(c.server.maxLine))
 	c.countInput()
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
-		in.busy = true
+		in.came += n
 		if !in.heard && in.buf[0] == tlsHandshake && c.server.tls == nil {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
@@ -420,17 +476,15 @@ func (c *Client) tick() error {
 	in := &c.in
 	c.await()
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
-	if !in.busy {
-		in.shrink()
-		c.countInput()
-	}
+	in.shrink()
+	c.countInput()
 	c.limitRead(time.Time{})
 	if in.midLine() && in.whole {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
 	}
-	in.ticking, in.busy = false, false
+	in.ticking, in.came = false, 0
 	return nil
 }
 
@@ -459,32 +513,44 @@ func (c *Client) limitRead(end time.Time) {
 	}
 }
 
-// grow makes room behind a Read that filled the buffer: for a busy client's
-// bursts, or for the rest of a line of up to maxLine bytes with its line end and
+// nextSize is how large buf is to be for the next Read: larger behind one that filled it, for a
+// busy client's bursts, or for the rest of a line of up to maxLine bytes with its line end and
 // one byte more.
-func (in *input) grow(maxLine int) {
-	size := len(in.buf)
-	switch {
+func (in *input) nextSize(maxLine int) (size int) {
+	switch size = len(in.buf); {
 	case size == 0:
-		size = quietSize
+		return quietSize
 	case in.full && size < burstSize:
-		size = min(4*size, burstSize)
+		return min(4*size, burstSize)
 	// Lines are long, and the rest of one is copied each time.
 	case in.full && in.pending > size/8 && size < 4*burstSize:
-		size *= 2
+		return 2 * size
 	case in.pending == size:
-		size = min(2*size, max(maxLine+len("\r\x00\n"), size+1))
-	default:
-		return
+		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	}
-	in.buf, in.full = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size], false
+	return size
 }
 
-// shrink gives back what a quiet client does not need.
+// resize gives buf so many bytes.
+func (in *input) resize(size int) {
+	if size != len(in.buf) {
+		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
+		in.full = false
+	}
+}
+
+// shrink gives back what a client does not need that goes on sending as it did since the last
+// tick. No chain is under way.
 func (in *input) shrink() {
-	in.lent = nil
-	if in.pending == 0 {
-		in.buf, in.full, in.queries = make([]byte, quietSize), false, nil
+	size := quietSize
+	for size <= max(in.came, in.pending) {
+		size *= 4
+	}
+	if size < len(in.buf) {
+		in.resize(size)
+	}
+	if size < burstSize {
+		in.lent, in.queries = nil, nil
 	}
 }
 
@@ -492,7 +558,7 @@ func (in *input) shrink() {
 // end if it is the first line and may be HTTP's.
 func (in *input) skip(why string) {
 	in.why = why
-	in.unanswered = !in.spoke && !beginsRequest(string(in.buf[:min(in.pending, maxQuoted)]))
+	in.unanswered = !in.spoke && begun(in.buf[:in.pending]) == malformed
 	in.spoke = true
 	in.skipped = in.skipped[:0]
 	in.noteSkipped(in.buf[:in.pending])
@@ -590,7 +656,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		case q.queryType == quit:
 			c.end(itQuit, true)
 		case q.queryType == malformed && !in.spoke && isHTTP(line) &&
-			!(isLong && beginsRequest(line)):
+			!(isLong && begun([]byte(line)) != malformed):
 			q.queryType = webRequest
 			c.end(speaksHTTP, true)
 		}
@@ -659,9 +725,7 @@ func (c *Client) list(q *Query) {
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	found, copied, ok := l.find()
-	held := int64(cap(found))*stringSize + copied + c.outbox.chain
-	c.server.budget.queued.Add(held)
-	defer c.server.budget.queued.Add(-held)
+	defer c.outbox.hold(int64(cap(found))*stringSize + copied)()
 	if l.copies() {
 		l.giveBack()
 	}
@@ -786,6 +850,7 @@ type outbox struct {
 	piece    int      // bytes in a message now: less than maxMessage while all queues are full
 	reserved int64    // bytes of the reply in hand that count as queued, and are not queued yet
 	chain    int64    // bytes that the chain under way and its lines take
+	inInputs int64    // of these, counted in budget.inputs
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
@@ -809,13 +874,24 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
-	held := lists + c.outbox.chain
-	c.server.budget.queued.Add(held)
+	giveBack := c.outbox.hold(lists)
 	c.outbox.core.take(nil)
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
-	c.server.budget.queued.Add(-held)
+	giveBack()
 	c.done <- chain
+}
+
+// hold counts as queued what the chain whose replies wait keeps in memory, and so many bytes more.
+// giveBack ends that.
+func (o *outbox) hold(bytes int64) (giveBack func()) {
+	b, bytes, lines := o.budget, bytes+o.chain, o.inInputs
+	b.queued.Add(bytes)
+	b.inputs.Add(-lines)
+	return func() {
+		b.queued.Add(-bytes)
+		b.inputs.Add(lines)
+	}
 }
 
 // replyAll queues the replies of chain, however large they are. It waits for room.

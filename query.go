@@ -194,7 +194,9 @@ var verbs = [queryTypes]verb{
 }
 
 // row is all that there is to know about q's kind.
-func (q *Query) row() *verb { return &verbs[q.queryType] }
+func (q *Query) row() *verb { return q.queryType.row() }
+
+func (t queryType) row() *verb { return &verbs[t] }
 
 // helpLines is the answer to Help.
 var helpLines = func() (lines []string) {
@@ -312,10 +314,10 @@ func equalFold(a, b string) bool {
 	return true
 }
 
-// beginsRequest tells whether line begins as one of our requests.
-func beginsRequest(line string) bool {
-	word, _, _ := strings.Cut(line, ":")
-	return lookUp(word) != malformed
+// begun returns the kind of request that a line begins, malformed if it begins none.
+func begun(line []byte) queryType {
+	word, _, _ := strings.Cut(string(line[:min(len(line), maxQuoted)]), ":")
+	return lookUp(word)
 }
 
 // isHTTP tells whether line is the first of an HTTP/1 request (RFC 9112).

@@ -255,10 +255,12 @@ func New(db kvstore.KVStore) *keyValueServer {
 		oneCall:      make(chan struct{}, 1),
 		handshakes:   make(chan struct{}, maxHandshakes),
 		maxMessage:   maxMessage,
-		budget:       budget{maxQueues: defaultMaxQueues},
-		cores:        semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
-		snapshots:    semaphore{slots: make(chan struct{}, maxSnapshots)},
-		batches:      storage.Histogram{Counts: true},
+		budget: budget{maxQueues: defaultMaxQueues,
+			first: semaphore{slots: make(chan struct{}, 1)},
+			spare: semaphore{slots: make(chan struct{}, 1)}},
+		cores:     semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
+		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
+		batches:   storage.Histogram{Counts: true},
 	}
 	s.oneCall <- struct{}{}
 	return s
@@ -709,9 +711,13 @@ type budget struct {
 	maxQueues int64 // that all that is queued may take (-max-queues); 0: any number
 
 	queued atomic.Int64 // replies that wait, and what waits with them
-	inputs atomic.Int64 // input buffers beyond burstSize, for long lines
-	store  atomic.Int64 // store and clients, as of workLoop's last look
-	other  atomic.Int64 // what was alive beside all these after the last collection
+	inputs atomic.Int64 // input buffers of lines that have begun to be long
+
+	// For lines beyond their share, one slot each: for whatever line, and for one that frees
+	// something.
+	first, spare semaphore
+	store        atomic.Int64 // store and clients, as of workLoop's last look
+	other        atomic.Int64 // what was alive beside all these after the last collection
 }
 
 // Shares of what is left of -max-memory beside the reserve: one in so many.
@@ -764,9 +770,13 @@ func (b *budget) hasRoomFor(bytes, more int64) bool {
 	return most == 0 || b.queued.Load()+bytes < most+more
 }
 
-// isInputFull tells whether there is no memory for longer lines.
-func (b *budget) isInputFull() bool {
-	return b.limit > 0 && b.inputs.Load() > b.shared()/linesShare
+// takeLine counts so many bytes more for lines that have begun, if there are so many.
+func (b *budget) takeLine(bytes int64) bool {
+	if b.inputs.Add(bytes) > b.shared()/linesShare && b.limit > 0 {
+		b.inputs.Add(-bytes)
+		return false
+	}
+	return true
 }
 
 // semaphore admits so many at a time to something that is scarce.

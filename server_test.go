@@ -1563,25 +1563,6 @@ func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
 	})
 }
 
-// Ensure that a client with an unfinished line does not keep what its earlier requests
-// found.
-func TestUnfinishedLineKeepsNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		a := n.dial(t)
-		a.send("Get:k\nGet:k\nPing\nG")
-		a.want("k:v", "k:v", ":PONG")
-		pass(2 * quietAfter)
-		for _, q := range n.server.clients[0].in.queries[:cap(n.server.clients[0].in.queries)] {
-			if q.few[0] != "" || q.key != "" {
-				t.Errorf("a request for %q that was answered is kept, with %q", q.key, q.few[0])
-			}
-		}
-		a.ask("et:k", "k:v")
-		a.hangUp()
-	})
-}
-
 // Ensure that a Dump is one exact moment, also when it is read slowly, and that others
 // write meanwhile: the moves of a coin from purse to purse are never seen half.
 func TestDumpIsOneMoment(t *testing.T) {
@@ -2401,45 +2382,125 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 	}
 }
 
-// Ensure that lines which have begun count, so that many long ones are refused before they take
-// the memory of all, and that what they took is given back.
-func TestLongLinesAreBounded(t *testing.T) {
+// Ensure that lines which have begun have a share of the memory that they keep to, whether they
+// are many or long; that all are taken in where each ends in its turn; that what they took is given
+// back; and that one which finds no room in time is refused.
+func TestBegunLinesAreBounded(t *testing.T) {
+	for _, kind := range []struct{ clients, bytes int }{{400, 60 * kilo}, {40, 900 * kilo}} {
+		for _, end := range []bool{true, false} {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				n.server.maxLine, n.server.budget.limit = 1<<20, 64<<20
+				share := 64 << 20 / linesShare
+				if kind.clients > 100 {
+					n.server.budget.limit, share = n.server.budget.limit/4, share/4
+				}
+				var clients []*testClient
+				mayEnd := make(chan struct{})
+				for range kind.clients {
+					c := n.dial(t)
+					go func() {
+						c.sendSome("Set:k:" + strings.Repeat("v", kind.bytes))
+						if <-mayEnd; end {
+							c.sendSome("\nPing\n")
+						}
+					}()
+					clients = append(clients, c)
+				}
+				pass(2 * quietAfter)
+				held := int64(0)
+				for _, c := range n.server.clients {
+					held += c.in.memory()
+				}
+				if most := int64(share + kind.clients*2*freeLine); held > most || held < most/8 {
+					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
+						held, most)
+				}
+				a := n.dial(t)
+				a.ask("Ack", ":OK 0")
+				a.ask("Put:other:v", ":OK 1")
+				a.hangUp()
+
+				close(mayEnd)
+				if end {
+					for _, c := range clients {
+						c.want(":PONG")
+						c.hangUp()
+					}
+				} else {
+					got := map[string]int{}
+					for _, c := range clients {
+						got[c.read()]++
+						c.conn.Close()
+					}
+					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
+					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
+					if refused == 0 || slow == 0 || refused+slow != kind.clients {
+						t.Errorf("lines that do not end are answered %v", got)
+					}
+				}
+				synctest.Wait()
+				if held := n.server.budget.inputs.Load(); held != 0 {
+					t.Errorf("%d bytes are counted when all have gone", held)
+				}
+			})
+		}
+	}
+}
+
+// Ensure that a Remove or Delete of any length is taken in and run, though the memory is full,
+// and though others fill all that there is for lines.
+func TestWhatFreesIsTakenIn(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.budget.limit = 1<<20, 32<<20
-		refused := 0
-		var clients []*testClient
-		for range 20 {
+		n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
+		long := strings.Repeat("l", 900*kilo)
+		n.fill("k", long, 2)
+		n.fill(long, "v", 1)
+		var mute []*testClient
+		for range 40 {
 			c := n.dial(t)
-			c.sendSome("Set:k:" + strings.Repeat("v", 900*kilo))
-			clients = append(clients, c)
+			go c.sendSome("Put:k:" + strings.Repeat("v", 100*kilo))
+			mute = append(mute, c)
 		}
-		synctest.Wait()
-		if held := n.server.budget.inputs.Load(); held < 2<<20 || held > 6<<20 {
-			t.Errorf("lines that have begun take %d bytes of %d", held, n.server.budget.limit)
-		}
+		pass(quietAfter)
+		n.server.budget.other.Store(1 << 40)
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
-		a.ask("Put:other:v", ":OK 1")
-		for _, c := range clients {
-			c.send("\nPing\n")
-			switch line := c.read(); line {
-			case ":ERROR line 1: too long for the memory that is left, skipped":
-				refused++
-				c.want(":PONG")
-			case ":PONG":
-			default:
-				t.Errorf("got %q", line)
-			}
-			c.hangUp()
+		a.send("Put:x:y\n")
+		if line := a.read(); !strings.Contains(line, "memory is full") {
+			t.Errorf("the memory is not full: %q", line)
 		}
-		if refused == 0 || refused == len(clients) {
-			t.Errorf("%d of %d are refused", refused, len(clients))
+		began := time.Now()
+		a.ask("Remove:k:"+long, ":OK 1")
+		a.ask("delete:"+long, ":OK 1")
+		a.ask("Remove:k:"+long, ":OK 1")
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("they took %v", took)
 		}
 		a.hangUp()
-		synctest.Wait()
-		if held := n.server.budget.inputs.Load(); held != 0 {
-			t.Errorf("%d bytes are counted when all have gone", held)
+		for _, c := range mute {
+			c.conn.Close()
 		}
+	})
+}
+
+// Ensure that a client has no more memory for its bursts than it has sent bytes in the last
+// second or two, and keeps none for requests.
+func TestTricklePinsNoBurst(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
+		synctest.Wait()
+		if got := n.server.clients[0].in.memory(); got < burstSize {
+			t.Errorf("a burst is read into %d bytes", got)
+		}
+		for range 8 {
+			a.send("P") // a line that does not end
+			pass(quietAfter / 2)
+		}
+		if got := n.server.clients[0].in.memory(); got > 2*quietSize {
+			t.Errorf("a client that sends a byte now and then has %d bytes for it", got)
+		}
+		a.conn.Close()
 	})
 }
 
