@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 	"unsafe"
+
+	"kvserver/kvstore"
 )
 
 // Limits of one connection.
@@ -694,11 +696,17 @@ const partKeys = 1000
 const sortSlice = 2000
 
 // listing is a Keys or Dump that is answered from one snapshot of the store, in the order of the
-// keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot. A Dump has
-// it until its end, a Keys only until it has copied the keys.
+// keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot.
+//
+// It goes through the snapshot once for each part of the keys that it has memory for, so that it
+// takes no more of that where there are many. A Keys that needs one part only copies the keys, if
+// there is room for them, and gives the snapshot up before it is read.
 type listing struct {
-	*Query      // the request, with the snapshot
-	place  slot // among the snapshots
+	*Query       // the request, with the snapshot
+	place  slot  // among the snapshots
+	most   int   // keys in a part
+	held   int64 // bytes of the part that are counted in budget.queued
+	seen   int   // keys so far, wanted or not
 
 	// How the client takes it: time in which there was no room, and bytes that were queued.
 	waited time.Duration
@@ -707,7 +715,9 @@ type listing struct {
 
 // list answers a Keys or Dump. No chain is under way.
 func (c *Client) list(q *Query) {
-	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
+	b := &c.server.budget
+	l := &listing{Query: q, place: slot{of: &c.server.snapshots},
+		most: max(maxChain, int(b.forList()/(2*stringSize)))}
 	if !l.place.take(c.server.closeSignal) {
 		c.end(weClose, false)
 		return
@@ -724,19 +734,26 @@ func (c *Client) list(q *Query) {
 
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
-	found, copied, ok := l.find()
-	defer c.outbox.hold(int64(cap(found))*stringSize + copied)()
-	if l.copies() {
-		l.giveBack()
-	}
-	if !ok || !l.sort(found) {
-		return
-	}
-
-	for part := range slices.Chunk(found, maxChain) {
-		c.outbox.replyAll(l.part(part))
-		if c.isGone() || l.mustStop(len(found)) {
+	defer c.outbox.hold(0)()
+	defer l.count(0)
+	last, more := "", true
+	for more {
+		var part []string
+		var wanted bool
+		if part, more, wanted = l.next(last); !wanted {
 			return
+		}
+		if last == "" && !more && q.queryType == keys {
+			l.copy(part)
+		}
+		for few := range slices.Chunk(part, maxChain) {
+			c.outbox.replyAll(l.replies(few))
+			if c.isGone() || l.mustStop(len(part)) {
+				return
+			}
+		}
+		if more {
+			last = part[len(part)-1]
 		}
 	}
 	c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
@@ -748,55 +765,81 @@ func (l *listing) giveBack() {
 	l.place.release()
 }
 
-// copies tells whether the keys are copied, so that the snapshot can go.
-func (l *listing) copies() bool { return l.queryType == keys }
-
-// find returns the keys that are asked for: the store's own strings, or copies, and how many
-// bytes these take. It is false if nobody wants them any more.
-func (l *listing) find() (found []string, copied int64, ok bool) {
-	core := &l.client.outbox.core
-	core.take(nil)
-	defer core.release()
-	passed := 0
-	for key := range l.snapshot.All() {
-		if strings.HasPrefix(key, l.value) {
-			if l.copies() {
-				key = strings.Clone(key)
-				copied += int64(len(key))
-			}
-			found = append(found, key)
-		}
-		if passed++; passed%partKeys == 0 {
-			if core.yield(); l.client.isGone() || l.mustStop(passed) {
-				return found, copied, false
-			}
-		}
-	}
-	return found, copied, true
+// count notes that the part takes so many bytes.
+func (l *listing) count(bytes int64) {
+	l.client.server.budget.queued.Add(bytes - l.held)
+	l.held = bytes
 }
 
-// sort sorts keys, and lets others work meanwhile. When the server closes it gives
-// up and returns false: millions of keys take seconds.
-func (l *listing) sort(keys []string) bool {
+// next returns the keys that come after last, in order, up to as many as there is memory for, and
+// whether there are more. They are the store's own strings. wanted is false if nobody wants them.
+func (l *listing) next(last string) (part []string, more, wanted bool) {
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
-	closing, compared := false, 0
+
+	beyond := "" // a key from which on none is for this part; "": there is no such key yet
+	for key := range l.snapshot.All() {
+		if l.seen++; l.seen%partKeys == 0 {
+			l.count(int64(2 * cap(part) * stringSize)) // twice, for the moment when it grows
+			if core.yield(); l.client.isGone() || l.mustStop(l.seen) {
+				return nil, false, false
+			}
+		}
+		switch {
+		case !strings.HasPrefix(key, l.value) || key <= last:
+			continue
+		case beyond != "" && key >= beyond:
+			more = true
+			continue
+		}
+
+		// Where the part is full, the upper half is for another.
+		if part = append(part, key); len(part) == l.most {
+			if !l.sort(part) {
+				return nil, false, false
+			}
+			beyond, more = part[l.most/2], true
+			part = part[:l.most/2]
+		}
+	}
+	return part, more, l.sort(part)
+}
+
+// copy gives the keys of part memory of their own, if there is so much, and the snapshot up.
+func (l *listing) copy(part []string) {
+	b := &l.client.server.budget
+	bytes := int64(sum(part) + cap(part)*stringSize)
+	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
+		return
+	}
+	l.count(bytes)
+	for few := range slices.Chunk(part, partKeys) {
+		copy(few, kvstore.CloneAll(few))
+	}
+	l.giveBack()
+}
+
+// sort sorts keys, and lets others work meanwhile. When the server closes, or the client has
+// gone, it gives up and returns false: millions of keys take seconds.
+func (l *listing) sort(keys []string) bool {
+	core := &l.client.outbox.core
+	stops, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
 			core.yield()
-			closing = closing || l.mustStop(len(keys))
+			stops = stops || l.client.isGone() || l.mustStop(len(keys))
 		}
-		if closing {
+		if stops {
 			return 0
 		}
 		return strings.Compare(a, b)
 	})
-	return !closing
+	return !stops
 }
 
-// part returns the replies that these keys are, and counts their lines in n.
-func (l *listing) part(found []string) *Query {
+// replies returns the replies that these keys are, and counts their lines in n.
+func (l *listing) replies(found []string) *Query {
 	if l.queryType == keys {
 		l.n += len(found)
 		return &Query{queryType: keys, values: found, bytes: sum(found)}
@@ -1106,9 +1149,9 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		return isCutOff, fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
 			"(-max-queues)", o.budget.queued.Load())
 	case isAwaited && o.slow:
-		return isCutOff, "it took nothing of its Dump, and others wait for theirs"
+		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
 	case isAwaited && l.drips():
-		return isCutOff, "it took its Dump too slowly, and others wait for theirs"
+		return isCutOff, "it took its Keys or Dump too slowly, and others wait for theirs"
 	}
 	return waits, ""
 }
@@ -1152,7 +1195,7 @@ func (o *outbox) wait() {
 	}
 }
 
-// drips tells whether a Dump is taken more slowly than any steady reader takes one.
+// drips tells whether a Keys or Dump is taken more slowly than any steady reader takes one.
 func (l *listing) drips() bool {
 	return l.waited > dripTime && float64(l.sent) < steadyRate*l.waited.Seconds()
 }

@@ -770,6 +770,21 @@ func (b *budget) hasRoomFor(bytes, more int64) bool {
 	return most == 0 || b.queued.Load()+bytes < most+more
 }
 
+// A Keys or Dump may have a list of so many bytes, or of one in listShare of all queues if that is
+// less: all snapshots together a quarter.
+const (
+	maxList   = 64 << 20
+	listShare = 4 * maxSnapshots
+)
+
+// forList is how many bytes the list of a Keys or Dump may take.
+func (b *budget) forList() int64 {
+	if most := b.forQueues(); most > 0 {
+		return min(maxList, most/listShare)
+	}
+	return maxList
+}
+
 // takeLine counts so many bytes more for lines that have begun, if there are so many.
 func (b *budget) takeLine(bytes int64) bool {
 	if b.inputs.Add(bytes) > b.shared()/linesShare && b.limit > 0 {

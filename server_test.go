@@ -1502,7 +1502,9 @@ func TestSortTakesTurns(t *testing.T) {
 		s.cores.slots <- struct{}{} // until both wait, the sort first
 		ended := make(chan string, 2)
 		go func() {
+			c.outbox.core.take(nil)
 			(&listing{Query: &Query{client: c}}).sort(keys)
+			c.outbox.core.release()
 			ended <- "the sort"
 		}()
 		synctest.Wait()
@@ -1651,6 +1653,61 @@ func TestSnapshotsAreBounded(t *testing.T) {
 		if used := len(n.server.snapshots.slots); used != 0 {
 			t.Errorf("%d snapshots are left", used)
 		}
+	})
+}
+
+// Ensure that the lists of many a Keys and Dump of many keys keep to the memory that there is for
+// queues, that all are answered whole, and that one which is not read does not hold them up.
+func TestListsAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const keys, askers, limit = 8 * kilo, 20, 1 << 20
+		n.server.budget.maxQueues = limit
+		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
+		for i := range keys {
+			key := fmt.Sprintf("key%07d%s", i*7919%keys, strings.Repeat("k", 100))
+			n.fill(key, "v", 1)
+			key = fmt.Sprintf("key%07d%s", i, strings.Repeat("k", 100))
+			fmt.Fprintf(wantKeys, ": %s\n", key)
+			fmt.Fprintf(wantDump, ": Put:%s:v\n", key)
+		}
+		mute := n.dial(t)
+		mute.send("Keys\n")
+		var all sync.WaitGroup
+		for i := range askers {
+			request, want := "Keys\n", wantKeys
+			if i%2 == 0 {
+				request, want = "Dump:k\n", wantDump
+			}
+			c := n.dial(t)
+			all.Go(func() {
+				c.sendAll(request)
+				got := new(strings.Builder)
+				for err := error(nil); err == nil; _, err = io.CopyN(got, c.r, 100*kilo) {
+					<-time.After(tickTime)
+				}
+				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
+					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
+				}
+				c.conn.Close()
+			})
+		}
+		ended := make(chan struct{})
+		go func() {
+			all.Wait()
+			close(ended)
+		}()
+		watch := n.dial(t)
+		for began := time.Now(); !isClosed(ended); pass(tickTime) {
+			queued := watch.stat("queued_bytes")
+			if most := limit + (askers+2)*(2*testMaxMessage+8*kilo); queued > most {
+				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
+			}
+			if time.Since(began) > time.Minute {
+				t.Fatal("they are not answered")
+			}
+		}
+		watch.hangUp()
+		mute.conn.Close()
 	})
 }
 
