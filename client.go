@@ -692,21 +692,30 @@ func trimCR(line string) string {
 // partKeys is how many keys are gone through, or sorted about, before others may work.
 const partKeys = 1000
 
+// Keys that are few: a list of so many needs no leave, and how many are looked at to find out where
+// the others lie.
+const (
+	fewKeys    = 4096
+	sampleKeys = 1024
+)
+
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
 
 // listing is a Keys or Dump that is answered from one snapshot of the store, in the order of the
 // keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot.
 //
-// It goes through the snapshot once for each part of the keys that it has memory for, so that it
-// takes no more of that where there are many. A Keys that needs one part only copies the keys, if
-// there is room for them, and gives the snapshot up before it is read.
+// Where there are more keys than there is memory for, it goes through the snapshot once for each
+// part of them. A Keys of one part copies the keys, if there is room for that, and gives the
+// snapshot up before it is read.
 type listing struct {
-	*Query       // the request, with the snapshot
-	place  slot  // among the snapshots
-	most   int   // keys in a part
-	held   int64 // bytes of the part that are counted in budget.queued
-	seen   int   // keys so far, wanted or not
+	*Query          // the request, with the snapshot, and in n first the keys of the store
+	place  slot     // among the snapshots
+	wanted int      // keys that are asked for, at most; negative: nobody knows yet
+	sample []string // some of them, in order; nil: there are few
+	most   int      // keys in a part
+	listed int64    // bytes that are counted in budget.lists
+	held   int64    // bytes that are counted in budget.queued
 
 	// How the client takes it: time in which there was no room, and bytes that were queued.
 	waited time.Duration
@@ -715,9 +724,7 @@ type listing struct {
 
 // list answers a Keys or Dump. No chain is under way.
 func (c *Client) list(q *Query) {
-	b := &c.server.budget
-	l := &listing{Query: q, place: slot{of: &c.server.snapshots},
-		most: max(maxChain, int(b.forList()/(2*stringSize)))}
+	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 	if !l.place.take(c.server.closeSignal) {
 		c.end(weClose, false)
 		return
@@ -735,89 +742,185 @@ func (c *Client) list(q *Query) {
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.hold(0)()
-	defer l.count(0)
-	last, more := "", true
-	for more {
-		var part []string
-		var wanted bool
-		if part, more, wanted = l.next(last); !wanted {
-			return
-		}
-		if last == "" && !more && q.queryType == keys {
-			l.copy(part)
-		}
-		for few := range slices.Chunk(part, maxChain) {
-			c.outbox.replyAll(l.replies(few))
-			if c.isGone() || l.mustStop(len(part)) {
-				return
-			}
-		}
-		if more {
-			last = part[len(part)-1]
-		}
+	if l.survey() && l.awaitMemory() && l.reply() {
+		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 	}
-	c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 }
 
-// giveBack gives the snapshot up, if there is one.
+// giveBack gives up the snapshot and the memory, if there are any.
 func (l *listing) giveBack() {
-	l.snapshot = nil
+	l.snapshot, l.sample = nil, nil
 	l.place.release()
+	l.count(0)
+	l.client.server.budget.lists.Add(-l.listed)
+	l.listed = 0
 }
 
-// count notes that the part takes so many bytes.
+// count notes that the list takes so many bytes.
 func (l *listing) count(bytes int64) {
 	l.client.server.budget.queued.Add(bytes - l.held)
 	l.held = bytes
 }
 
-// next returns the keys that come after last, in order, up to as many as there is memory for, and
-// whether there are more. They are the store's own strings. wanted is false if nobody wants them.
-func (l *listing) next(last string) (part []string, more, wanted bool) {
+// walk calls see with each key that is asked for. They are the store's own strings. It returns
+// false if see does, or nobody wants the keys any more.
+func (l *listing) walk(see func(key string) bool) bool {
+	passed := 0
+	for key := range l.snapshot.All() {
+		if passed++; passed%partKeys == 0 {
+			if l.client.outbox.core.yield(); l.client.isGone() || l.mustStop(passed) {
+				return false
+			}
+		}
+		if strings.HasPrefix(key, l.value) && !see(key) {
+			return false
+		}
+	}
+	return true
+}
+
+// survey finds out how many keys are asked for, and where they lie, if that is not plain.
+func (l *listing) survey() (wanted bool) {
+	l.wanted, l.n = l.n, 0
+	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
+	if l.wanted >= 0 && (l.wanted <= fewKeys || fits && l.value == "") {
+		return true
+	}
+	core := &l.client.outbox.core
+	core.take(nil)
+	defer core.release()
+	l.wanted = 0
+	every := 1 // how many keys one of sample stands for
+	if !l.walk(func(key string) bool {
+		if l.wanted%every == 0 {
+			l.sample = append(l.sample, key)
+		}
+		l.wanted++
+		if len(l.sample) == 2*sampleKeys {
+			for i := range sampleKeys {
+				l.sample[i] = l.sample[2*i]
+			}
+			l.sample, every = l.sample[:sampleKeys], 2*every
+		}
+		return true
+	}) {
+		return false
+	}
+	return l.sort(l.sample)
+}
+
+// awaitMemory waits until there is memory for a part of the keys, and takes it. It is false if the
+// server closes meanwhile.
+func (l *listing) awaitMemory() bool {
+	b := &l.client.server.budget
+	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
+	l.most = int(bytes / stringSize)
+	if l.most > fewKeys {
+		waiting := &l.place.of.waiting
+		waiting.Add(1)
+		defer waiting.Add(-1)
+		for !b.takeList(bytes) {
+			select {
+			case <-time.After(tickTime):
+			case <-l.client.server.closeSignal:
+				l.client.end(weClose, false)
+				return false
+			}
+		}
+		l.listed = bytes
+	}
+	l.count(bytes)
+	return true
+}
+
+// reply queues the replies, part by part. It returns false if nobody wants them any more.
+func (l *listing) reply() bool {
+	keys, last, more := make([]string, 0, l.most), "", true
+	for more {
+		var wanted bool
+		if keys, more, wanted = l.next(keys[:0], last); !wanted {
+			return false
+		}
+		if last == "" && !more && l.copies() {
+			l.copy(keys)
+		}
+		for few := range slices.Chunk(keys, maxChain) {
+			l.client.outbox.replyAll(l.replies(few))
+			if l.client.isGone() || l.mustStop(len(keys)) {
+				return false
+			}
+		}
+		if more {
+			last = keys[len(keys)-1]
+		}
+	}
+	return true
+}
+
+// next appends to part the keys that come after last, in order, up to as many as there is memory
+// for, and tells whether there are more. wanted is false if nobody wants them.
+func (l *listing) next(part []string, last string) (keys []string, more, wanted bool) {
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
 
-	beyond := "" // a key from which on none is for this part; "": there is no such key yet
-	for key := range l.snapshot.All() {
-		if l.seen++; l.seen%partKeys == 0 {
-			l.count(int64(2 * cap(part) * stringSize)) // twice, for the moment when it grows
-			if core.yield(); l.client.isGone() || l.mustStop(l.seen) {
-				return nil, false, false
-			}
-		}
+	beyond := l.beyond(last)
+	if !l.walk(func(key string) bool {
 		switch {
-		case !strings.HasPrefix(key, l.value) || key <= last:
-			continue
+		case key <= last:
+			return true
 		case beyond != "" && key >= beyond:
 			more = true
-			continue
+			return true
 		}
 
-		// Where the part is full, the upper half is for another.
-		if part = append(part, key); len(part) == l.most {
+		// The part is full, and there are more: its upper half is for another.
+		if len(part) == l.most {
 			if !l.sort(part) {
-				return nil, false, false
+				return false
 			}
 			beyond, more = part[l.most/2], true
-			part = part[:l.most/2]
+			if part = part[:l.most/2]; key >= beyond {
+				return true
+			}
 		}
+		part = append(part, key)
+		return true
+	}) {
+		return nil, false, false
 	}
 	return part, more, l.sort(part)
 }
 
-// copy gives the keys of part memory of their own, if there is so much, and the snapshot up.
-func (l *listing) copy(part []string) {
+// beyond returns a key before which there is about a part of those that come after last; "": all
+// that come are one. At least one key is before it.
+func (l *listing) beyond(last string) string {
+	if l.wanted <= l.most || len(l.sample) == 0 {
+		return ""
+	}
+	first, _ := slices.BinarySearch(l.sample, last+"\x00")
+	step := len(l.sample) * (l.most - l.most/4) / l.wanted
+	if first += max(step, 1); first < len(l.sample) {
+		return l.sample[first]
+	}
+	return ""
+}
+
+// copies tells whether the keys may be copied, and the snapshot given up.
+func (l *listing) copies() bool { return l.queryType == keys }
+
+// copy gives the keys memory of their own, if there is so much, and the snapshot up.
+func (l *listing) copy(keys []string) {
 	b := &l.client.server.budget
-	bytes := int64(sum(part) + cap(part)*stringSize)
+	bytes := int64(sum(keys) + len(keys)*stringSize)
 	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
 		return
 	}
+	l.giveBack()
 	l.count(bytes)
-	for few := range slices.Chunk(part, partKeys) {
+	for few := range slices.Chunk(keys, partKeys) {
 		copy(few, kvstore.CloneAll(few))
 	}
-	l.giveBack()
 }
 
 // sort sorts keys, and lets others work meanwhile. When the server closes, or the client has

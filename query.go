@@ -428,7 +428,10 @@ func runGet(q *Query, db kvstore.Store) {
 	}
 }
 
-func runList(q *Query, db kvstore.Store) { q.snapshot = db.Snapshot() }
+func runList(q *Query, db kvstore.Store) {
+	q.snapshot = db.Snapshot()
+	q.n, _, _ = db.Size()
+}
 
 // answer makes lines the reply.
 func (q *Query) answer(lines []string) {

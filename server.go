@@ -711,6 +711,7 @@ type budget struct {
 	maxQueues int64 // that all that is queued may take (-max-queues); 0: any number
 
 	queued atomic.Int64 // replies that wait, and what waits with them
+	lists  atomic.Int64 // of these, long lists of keys, for Keys and Dump
 	inputs atomic.Int64 // input buffers of lines that have begun to be long
 
 	// For lines beyond their share, one slot each: for whatever line, and for one that frees
@@ -770,19 +771,28 @@ func (b *budget) hasRoomFor(bytes, more int64) bool {
 	return most == 0 || b.queued.Load()+bytes < most+more
 }
 
-// A Keys or Dump may have a list of so many bytes, or of one in listShare of all queues if that is
-// less: all snapshots together a quarter.
+// The lists of all Keys and Dumps may take half of what is for queues, and one half of that, or
+// maxList if it is less.
 const (
-	maxList   = 64 << 20
-	listShare = 4 * maxSnapshots
+	maxList    = 64 << 20
+	listsShare = 2
 )
 
 // forList is how many bytes the list of a Keys or Dump may take.
 func (b *budget) forList() int64 {
 	if most := b.forQueues(); most > 0 {
-		return min(maxList, most/listShare)
+		return min(maxList, max(most/listsShare/2, fewKeys*stringSize))
 	}
 	return maxList
+}
+
+// takeList counts so many bytes more for the list of a Keys or Dump, if there are so many.
+func (b *budget) takeList(bytes int64) bool {
+	if most := b.forQueues(); b.lists.Add(bytes) > most/listsShare && most > 0 {
+		b.lists.Add(-bytes)
+		return false
+	}
+	return true
 }
 
 // takeLine counts so many bytes more for lines that have begun, if there are so many.
