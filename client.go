@@ -45,7 +45,7 @@ const (
 	// longer where its sockets hold much.
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
-	dripTime  = 5 * slowAfter  // that a Dump has waited, until it is looked how fast it is taken
+	dripTime  = 5 * slowAfter  // of waiting, in which is seen how fast a Keys or Dump is taken
 
 	// A client is quiet when no byte has come for so long, and gives its scratch memory back.
 	quietAfter = time.Second
@@ -717,9 +717,11 @@ type listing struct {
 	listed int64    // bytes that are counted in budget.lists
 	held   int64    // bytes that are counted in budget.queued
 
-	// How the client takes it: time in which there was no room, and bytes that were queued.
+	// How the client takes it: the time for which there was no room, up to dripTime, and the bytes
+	// that were queued since this began.
 	waited time.Duration
 	sent   int
+	drips  bool // more slowly than any steady reader, the last time
 }
 
 // list answers a Keys or Dump. No chain is under way.
@@ -1253,7 +1255,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 			"(-max-queues)", o.budget.queued.Load())
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
-	case isAwaited && l.drips():
+	case isAwaited && l.drips:
 		return isCutOff, "it took its Keys or Dump too slowly, and others wait for theirs"
 	}
 	return waits, ""
@@ -1289,18 +1291,31 @@ func (o *outbox) wait() {
 	o.core.release()
 	o.cloneWaiting()
 	began := time.Now()
-	o.slow = !<-o.client.progress
+	var look <-chan time.Time // nil: nobody else waits for what the client has
 	if o.listing != nil {
-		o.listing.waited += min(time.Since(began), slowAfter) // if more, perhaps we stood still
+		look = time.After(slowAfter)
+	}
+	select {
+	case taken := <-o.client.progress:
+		o.slow = !taken
+	case <-look:
+	}
+	if o.listing != nil {
+		o.listing.noteWait(time.Since(began))
 	}
 	if had {
 		o.core.take(nil)
 	}
 }
 
-// drips tells whether a Keys or Dump is taken more slowly than any steady reader takes one.
-func (l *listing) drips() bool {
-	return l.waited > dripTime && float64(l.sent) < steadyRate*l.waited.Seconds()
+// noteWait notes that there was no room for so long. A steady reader may take nothing until a
+// sixteenth of what its sockets hold is free.
+func (l *listing) noteWait(d time.Duration) {
+	l.waited += min(d, slowAfter) // if more, perhaps we stood still
+	if l.waited >= dripTime {
+		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
+		l.waited, l.sent = 0, 0
+	}
 }
 
 // tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a

@@ -1761,6 +1761,42 @@ func TestSnapshotsAreGivenBack(t *testing.T) {
 	})
 }
 
+// Ensure that clients which take much of their Dumps at once, and then stop but for drips, do not
+// keep another's Keys waiting for long.
+func TestStopInADump(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxMessage = maxMessage
+		for i := range 8000 { // 12 MB
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1500), 1)
+		}
+		ended := make(chan struct{})
+		var readers sync.WaitGroup
+		for range maxSnapshots {
+			c := n.dial(t)
+			readers.Go(func() {
+				c.send("Dump\n")
+				io.CopyN(io.Discard, c.conn, 4<<20)
+				for !isClosed(ended) {
+					io.CopyN(io.Discard, c.conn, streamSize/2)
+					<-time.After(slowAfter - tickTime)
+				}
+				c.conn.Close()
+			})
+		}
+		pass(slowAfter)
+		began := time.Now()
+		a := n.dial(t)
+		a.send("Keys:none\n")
+		a.want(":OK 0")
+		if waited := time.Since(began); waited > 2*dripTime+3*slowAfter {
+			t.Errorf("it waited for %v", waited)
+		}
+		close(ended)
+		readers.Wait()
+		a.hangUp()
+	})
+}
+
 // Ensure that Close ends a client that waits for a snapshot.
 func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
