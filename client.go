@@ -216,8 +216,10 @@ const (
 
 	// None of the lines may be run: a web page could have made a browser send them, or
 	// they are pieces of binary data.
-	speaksHTTP = "it speaks HTTP"
-	speaksTLS  = "it speaks TLS"
+	speaksHTTP    = "it speaks HTTP"
+	speaksRESP    = "it speaks RESP"
+	speaksTLS     = "it speaks TLS"
+	speaksNothing = "its first line is too long, and none of our requests"
 )
 
 // end has the connection end after what was read, because of why. drain: by our
@@ -266,10 +268,18 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// answerWeb answers an HTTP request, and ends the connection.
-func (c *Client) answerWeb() {
+// answerSkipped answers the line that was skipped, now that its end has come. A first line that
+// begins none of our requests ends the connection: what follows may be anything.
+func (c *Client) answerSkipped() {
+	in := &c.in
+	in.unanswered = false
+	if !isHTTP(trimCR(string(in.skipped))) {
+		c.answerFault(in.why)
+		c.end(speaksNothing, true)
+		return
+	}
 	if c.await() {
-		c.submit(&Query{client: c, line: c.in.line, queryType: webRequest})
+		c.submit(&Query{client: c, line: in.line, queryType: foreign, value: badRequest})
 	}
 	c.end(speaksHTTP, true)
 }
@@ -450,12 +460,7 @@ func (c *Client) read() (burst string, err error) {
 		c.await() // or take would change what the chain under way is made of
 		burst = in.take(n)
 		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
-			in.unanswered = false
-			if isHTTP(trimCR(string(in.skipped))) {
-				c.answerWeb()
-			} else {
-				c.answerFault(in.why)
-			}
+			c.answerSkipped()
 		}
 	}
 	if !in.midLine() {
@@ -657,10 +662,16 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		switch {
 		case q.queryType == quit:
 			c.end(itQuit, true)
-		case q.queryType == malformed && !in.spoke && isHTTP(line) &&
-			!(isLong && begun([]byte(line)) != malformed):
-			q.queryType = webRequest
+		case in.spoke || q.queryType != malformed || isLong && begun(line) != malformed:
+			// a request, or a mistake in one
+		case isHTTP(line):
+			q.queryType, q.value = foreign, badRequest
 			c.end(speaksHTTP, true)
+		case isRESP(line):
+			q.queryType, q.value = foreign, badRESP
+			c.end(speaksRESP, true)
+		case isLong:
+			c.end(speaksNothing, true)
 		}
 		in.spoke = true
 	}

@@ -38,8 +38,8 @@ type Query struct {
 type queryType uint8
 
 const (
-	malformed  queryType = iota // a line that is no request; it keeps its place in the chain
-	webRequest                  // the first line of an HTTP request
+	malformed queryType = iota // a line that is no request; it keeps its place in the chain
+	foreign                    // a first line of another protocol, in which value is the answer
 
 	put // from here to quit: what a client can ask for
 	get
@@ -108,12 +108,12 @@ const (
 type end uint8
 
 const (
-	endAcked  end = iota // in ":OK n" after Ack, else in nothing
-	endOK                // in ":OK n", for nobody can know how long it is
-	endPong              // in ":PONG"
-	endError             // in ":ERROR line N: why"
-	endHTTP              // in a response of HTTP
-	endFollow            // in what follows: it is a part of a Keys or Dump
+	endAcked   end = iota // in ":OK n" after Ack, else in nothing
+	endOK                 // in ":OK n", for nobody can know how long it is
+	endPong               // in ":PONG"
+	endError              // in ":ERROR line N: why"
+	endForeign            // in a response of another protocol
+	endFollow             // in what follows: it is a part of a Keys or Dump
 )
 
 // needsKey is what a request that has one argument, a key, needs.
@@ -186,11 +186,11 @@ var verbs = [queryTypes]verb{
 	quit: {name: "Quit", form: "Quit", needs: "nothing behind it",
 		does: "close the connection; also: exit"},
 
-	malformed:  {end: endError, mayDrop: true},
-	webRequest: {end: endHTTP},
-	pair:       {head: ": Put:", separator: ":", end: endFollow},
-	listEnd:    {end: endOK},
-	lastWord:   {end: endError},
+	malformed: {end: endError, mayDrop: true},
+	foreign:   {end: endForeign},
+	pair:      {head: ": Put:", separator: ":", end: endFollow},
+	listEnd:   {end: endOK},
+	lastWord:  {end: endError},
 }
 
 // row is all that there is to know about q's kind.
@@ -315,7 +315,7 @@ func equalFold(a, b string) bool {
 }
 
 // begun returns the kind of request that a line begins, malformed if it begins none.
-func begun(line []byte) queryType {
+func begun[T string | []byte](line T) queryType {
 	word, _, _ := strings.Cut(string(line[:min(len(line), maxQuoted)]), ":")
 	return lookUp(word)
 }
@@ -325,12 +325,21 @@ func isHTTP(line string) bool {
 	return strings.HasSuffix(line, " HTTP/1.1") || strings.HasSuffix(line, " HTTP/1.0")
 }
 
-// badRequest is what a browser is told.
-const badRequest = "HTTP/1.1 400 Bad Request\r\n" +
-	"Content-Type: text/plain\r\n" +
-	"Connection: close\r\n" +
-	"\r\n" +
-	"This is a key-value server and speaks no HTTP: connect with nc and type Help.\n"
+// isRESP tells whether line is the first of a request in Redis' protocol.
+func isRESP(line string) bool {
+	return len(line) > 1 && (line[0] == '*' || line[0] == '$') &&
+		strings.Trim(line[1:], "0123456789") == ""
+}
+
+// badRequest is what a browser is told, and badRESP what a client of Redis is.
+const (
+	badRequest = "HTTP/1.1 400 Bad Request\r\n" +
+		"Content-Type: text/plain\r\n" +
+		"Connection: close\r\n" +
+		"\r\n" +
+		"This is a key-value server and speaks no HTTP: connect with nc and type Help.\n"
+	badRESP = "-ERR kvserver speaks lines, no RESP: send Help\r\n"
+)
 
 // quote is %q of s, cut to maxQuoted bytes.
 func quote(s string) string {
@@ -566,9 +575,7 @@ func (q *Query) hasEnd(acked bool) bool {
 // endSize is how many bytes appendEnd appends, at most.
 func (q *Query) endSize() int {
 	switch q.row().end {
-	case endHTTP:
-		return len(badRequest)
-	case endError, endPong:
+	case endForeign, endError, endPong:
 		return maxNumbers + len(q.value)
 	}
 	return maxOK
@@ -581,8 +588,8 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 		return b
 	}
 	switch q.row().end {
-	case endHTTP:
-		return append(b, badRequest...)
+	case endForeign:
+		return append(b, q.value...)
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)

@@ -966,7 +966,7 @@ func (s *keyValueServer) stats() []string {
 			s.requests[t]))
 	}
 	lines = append(lines,
-		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
+		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[foreign]),
 		fmt.Sprint("replies_dropped_total ", s.lost.Load()),
 		fmt.Sprint("queued_bytes ", s.budget.queued.Load()),
 		fmt.Sprint("queued_limit_bytes ", s.budget.forQueues()),

@@ -296,8 +296,16 @@ var conversations = []struct{ name, send, want string }{
 	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
 		3*testMaxLine) +
 		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPing\n",
-		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPut:k:a\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"first line one over the limit", "\n" + strings.Repeat("a", testMaxLine+1) +
+		"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
+	{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
+	{"RESP without an array", "\n$4\nPing\n", badRESP},
+	{"not RESP", "*\nPing\n",
+		":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
+	{"RESP too late", "Ping\n*1\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
 	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
 		":ERROR line 1: longer than 20000 bytes, skipped\n"},
 	{"torn line of the limit", strings.Repeat("a", testMaxLine),
@@ -326,7 +334,7 @@ var conversations = []struct{ name, send, want string }{
 		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
 	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
 		":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
-	{"two over the limit", strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
+	{"two over the limit", "Put:" + strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
 		30_000) + "\nPing\n",
 		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 " +
 			"bytes, skipped\n:PONG\n"},
@@ -409,6 +417,7 @@ func TestEndlessLineTakesNoMemory(t *testing.T) {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
+		a.sendSome("Put:k:")
 		for range 4 {
 			a.conn.Write(big)
 		}
@@ -2617,7 +2626,7 @@ func TestLoadedDataCountsOnce(t *testing.T) {
 func TestSlowLineAfterSkippedOne(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
-		a.sendSome(strings.Repeat("x", 2*testMaxLine))
+		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
 		pass(lineTime - 5*time.Second)
 		a.sendSome("\nPing:")
 		pass(lineTime - 5*time.Second)
@@ -7359,8 +7368,14 @@ func FuzzConversation(f *testing.F) {
 			answer := m.answer(i+1, line, &acked)
 			if strings.HasPrefix(answer, ":ERROR") {
 				answer += "\n"
-				if !spoke && isHTTP(line) {
+				switch {
+				case spoke:
+				case isHTTP(line):
 					answer, quit = badRequest, true
+				case isRESP(line):
+					answer, quit = badRESP, true
+				case len(line) > testMaxLine:
+					quit = begun(line) == malformed
 				}
 			}
 			spoke = true
