@@ -174,13 +174,12 @@ func (c *Client) readFromClient() {
 				c.submit(chain)
 			}
 		}
-		if why := c.mustSkip(); c.reason == "" && why != "" {
-			if c.in.skip(why); !c.in.unanswered {
-				c.answerFault(why)
-			}
-		}
-		if err != nil && c.reason == "" {
+		switch {
+		case c.reason != "":
+		case err != nil:
 			c.endInput(err)
+		default:
+			c.mayGoOn()
 		}
 	}
 	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
@@ -284,16 +283,21 @@ func (c *Client) answerSkipped() {
 	c.end(speaksHTTP, true)
 }
 
-// mustSkip tells why the line that has begun cannot be taken in whole: "" if it can. It waits for
-// its turn where lines take all the memory that there is for them.
-func (c *Client) mustSkip() string {
+// mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits for its
+// turn where lines take all the memory that there is for them.
+func (c *Client) mayGoOn() {
+	why := ""
 	switch {
 	case c.in.pending > c.server.maxLine+len("\r\x00"):
-		return tooLong(c.server.maxLine)
+		why = tooLong(c.server.maxLine)
 	case !c.awaitMemory():
-		return "too long for the memory that is left, skipped"
+		why = "too long for the memory that is left, skipped"
 	}
-	return ""
+	if why != "" {
+		if c.in.skip(why); !c.in.unanswered {
+			c.answerFault(why)
+		}
+	}
 }
 
 // awaitMemory waits until the line that has begun may take the memory that it needs now. It gives
@@ -311,6 +315,7 @@ func (c *Client) awaitMemory() bool {
 		return true
 	}
 
+	c.await()               // or what waits for replies could keep a slot
 	var spare chan struct{} // nil: it is not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		spare = b.spare.slots
@@ -325,7 +330,8 @@ func (c *Client) awaitMemory() bool {
 			return c.awaitMemory()
 		case <-time.After(tickTime):
 		case <-c.server.closeSignal:
-			return false
+			c.end(weClose, true)
+			return true
 		}
 		if !time.Now().Before(ends) {
 			return false

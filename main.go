@@ -280,17 +280,18 @@ func (c *config) serverOptions() []option {
 			example: "1MiB"},
 		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
 			help: "what the process may take; 0: no limit",
-			more: "At least 64MB, half of which is for data; of 1GB it is three quarters. Writes " +
-				"that need more are refused; Delete and Remove never are. Give a container a " +
-				"quarter more",
+			more: "At least 64MB, three eighths of which are for data; of 1GB it is more than " +
+				"half. Writes that need more are refused; Delete and Remove never are. Give a " +
+				"container a quarter more",
 			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
 			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
 				minMaxMemory),
 			example: "500MB"},
 		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
 			help: "memory of all replies that wait; 0: no limit",
-			more: "Over it clients that take nothing lose replies, or after Ack their " +
-				"connection; each may have 256 KiB beside it"},
+			more: "An eighth of what -max-memory shares out, if that is less. Over it clients " +
+				"that take nothing lose replies, or after Ack their connection; each may have " +
+				"32 KiB beside it"},
 		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
 			help: "cut who takes no byte for so long; 0: never",
 			fits: func() bool { return c.writeTimeout >= 0 },
@@ -792,8 +793,7 @@ func (p *pacer) choose() {
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
-	b := &p.server.budget
-	b.other.Store(max(0, live-b.known())) // snapshots, requests under way
+	p.server.budget.collected(live)
 	garbage := garbageMin + live/garbageShare + min(linked, live)
 	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
 	// Setting it stops everybody for a moment.
@@ -811,18 +811,13 @@ func logFailure(log *slog.Logger, c config, err error) {
 		"todo", p.todo)
 }
 
-// Bytes of -max-memory that are not for data: the program, its stacks, garbage, and what
-// a Dump or a compaction keeps beside the data.
-const reserveMin, reserveShare = 24 << 20, 5
-
 // applyLimits gives s the limits that c asks for, as far as the process may go.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
-	if s.budget.limit = int64(c.maxMemory); s.budget.limit > 0 {
-		s.budget.reserve = min(reserveMin+s.budget.limit/reserveShare, s.budget.limit/2)
-		debug.SetMemoryLimit(s.budget.limit)
+	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
+	if c.maxMemory > 0 {
+		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
-	s.budget.maxQueues = int64(c.maxQueues)
 	files := storage.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers

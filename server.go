@@ -701,31 +701,73 @@ func (s *keyValueServer) giveBack() {
 // Clients work on many goroutines, and the collector's pacer on another, so what they count
 // together is atomic.
 //
-// Of -max-memory a reserve is for what is not counted. Of the rest three quarters are for data and
-// what else is alive, an eighth for what is queued and an eighth for lines: a client that does not
-// read, or does not end its line, takes nothing from the data.
+// Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth
+// for queues and an eighth for lines: a client that does not read, or does not end its line, takes
+// nothing from the data. What a client can make the server hold:
+//
+//	what             one client, at most           all clients              at it
+//	values           -                             data                     a write is refused, but
+//	                                                                        none that frees
+//	a begun line     freeLine; beyond that twice   lines, and two lines     it waits up to lineTime
+//	                 its buffer, up to -max-line   (first, spare)           and is skipped
+//	its bursts       two of burstSize, maxChain    what came in the last    it counts as data, or
+//	                 queries                       second or two            with replies that wait
+//	replies          maxBufferSize of maxMessage,  queues, a quarter more   of a client that takes
+//	                 one being made, one written   for replies that have    nothing they are
+//	                                               begun, and two of        dropped; after Ack, or
+//	                                               chunkSize a client       in a Keys or Dump, it
+//	                                                                        is cut
+//	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies
+//	                 Gets, and the values that     they wait; the values
+//	                 others removed meanwhile      count as data
+//	keys to be       16 bytes a key, in parts of   half of queues           the next Keys or Dump
+//	listed           maxList or half of that half                           waits
+//	keys copied      all that a Keys lists         half of queues           the Keys keeps its
+//	                                                                        snapshot
+//	a snapshot       one: what others change       maxSnapshots             the next waits; one
+//	                                                                        that takes nothing, or
+//	                                                                        drips, is cut; what they
+//	                                                                        keep counts as data
+//	goroutines       three, and Client             memoryPerClient each,    one more client is told
+//	                                               for -max-clients; they   that the server is full
+//	                                               count as data
+//	sockets          sendBuffer, twice, and what   -                        not counted: the
+//	                 the kernel takes in                                    kernel's
+//
+// Without -max-memory data and lines have no limit, without -max-queues neither have queues.
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: any number
-	reserve   int64 // of these, for the program, garbage, and what a snapshot keeps
-	maxQueues int64 // that all that is queued may take (-max-queues); 0: any number
+	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
+	maxQueues int64 // that all queues may take (-max-queues); 0: any number
 
 	queued atomic.Int64 // replies that wait, and what waits with them
-	lists  atomic.Int64 // of these, long lists of keys, for Keys and Dump
-	inputs atomic.Int64 // input buffers of lines that have begun to be long
+	lists  atomic.Int64 // of these, keys to be listed
+	inputs atomic.Int64 // lines that have begun to be long
+	store  atomic.Int64 // store and clients, as of workLoop's last look
+	other  atomic.Int64 // what was alive beside all these after the last collection
 
-	// For lines beyond their share, one slot each: for whatever line, and for one that frees
-	// something.
+	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	first, spare semaphore
-	store        atomic.Int64 // store and clients, as of workLoop's last look
-	other        atomic.Int64 // what was alive beside all these after the last collection
 }
 
-// Shares of what is left of -max-memory beside the reserve: one in so many.
+// How -max-memory is shared out: reserveMin bytes and one part in reserveShare are the reserve,
+// and of the rest one part in queuesShare is for queues, one in linesShare for lines.
 const (
-	queuesShare = 8
-	linesShare  = 8
+	reserveMin   = 24 << 20
+	reserveShare = 5
+	queuesShare  = 8
+	linesShare   = 8
 )
+
+// limitTo sets -max-memory and -max-queues, before the server starts.
+func (b *budget) limitTo(memory, queues int64) {
+	b.limit, b.maxQueues = memory, queues
+	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
+}
+
+// collected notes how many bytes were alive after a collection.
+func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
 
 // shared is how much is shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
