@@ -79,46 +79,6 @@ const (
 	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
 )
 
-// The help text is this, a line for each flag, and moreUsage.
-const usage = `Usage: kvserver [flags]                             serve
-       kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
-       kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
-       kvserver check DIR | repair DIR NEW | backup DIR NEW   look, save, copy
-`
-
-const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
-Sizes are bytes, or as in 64MB and 1GiB.
-
-Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
-`
-
-// config is what the command line asks for.
-type config struct {
-	addr    string
-	data    string // directory; "": memory only
-	fsync   string
-	http    string // address of metrics; "": none
-	log     string // text or json
-	maxLine size
-	verbose bool
-
-	maxClients   int
-	maxMemory    size
-	maxQueues    size
-	writeTimeout time.Duration
-
-	cert, key string // files in PEM; "": no TLS
-	clientCA  string // whose certificates a client must show
-	ca        string // whose certificate -c wants to see; "": no TLS
-
-	client   bool          // send requests instead of serving
-	stop     bool          // at the first error
-	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
-	ping     bool
-	version  bool // print it, and do nothing else
-	requests []string
-}
-
 func main() {
 	if len(os.Args) > 1 && slices.Contains(commands, os.Args[1]) {
 		os.Exit(runCommand(os.Args[1], os.Args[2:]))
@@ -166,7 +126,66 @@ func printError(w io.Writer, err error) {
 	}
 }
 
+// isTerminal tells whether somebody looks at f.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
+		return false
+	}
+	null, err := os.Stat(os.DevNull) // a device, too
+	return err != nil || !os.SameFile(info, null)
+}
+
+// ---- flags and the environment
+
+// The help text is this, a line for each flag, and moreUsage.
+const usage = `Usage: kvserver [flags]                             serve
+       kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
+       kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
+       kvserver check DIR | repair DIR NEW | backup DIR NEW   look, save, copy
+`
+
+const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
+Sizes are bytes, or as in 64MB and 1GiB.
+
+Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
+`
+
 const seeHelp = "kvserver -h lists the flags."
+
+// minMaxMemory is the least -max-memory: with less there is no room for data beside what the
+// program and its work take.
+const minMaxMemory = 64_000_000
+
+// minMaxLine is the least -max-line: with less hardly a request fits.
+const minMaxLine = 64
+
+// config is what the command line asks for.
+type config struct {
+	addr    string
+	data    string // directory; "": memory only
+	fsync   string
+	http    string // address of metrics; "": none
+	log     string // text or json
+	maxLine size
+	verbose bool
+
+	maxClients   int
+	maxMemory    size
+	maxQueues    size
+	writeTimeout time.Duration
+
+	cert, key string // files in PEM; "": no TLS
+	clientCA  string // whose certificates a client must show
+	ca        string // whose certificate -c wants to see; "": no TLS
+
+	client   bool          // send requests instead of serving
+	stop     bool          // at the first error
+	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
+	ping     bool
+	version  bool // print it, and do nothing else
+	requests []string
+}
 
 // parseFlags reads the environment and the command line. It prints what -h and -version
 // ask for and then returns flag.ErrHelp.
@@ -516,12 +535,51 @@ func (c *config) checkTogether(given map[string]bool) error {
 	return nil
 }
 
-// minMaxMemory is the least -max-memory: with less there is no room for data beside what the
-// program and its work take.
-const minMaxMemory = 64_000_000
+// similarFlag suggests the flag that an unknown one may have been meant to be.
+func similarFlag(options []option, name string) (suggestion string) {
+	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
+		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
+		"client": "c", "metrics": "http"}[name]
+	for _, o := range options {
+		if o.name == other || oneSlip(name, o.name) && len(o.name) > 2 {
+			suggestion = "Did you mean -" + o.name + " ? "
+		}
+	}
+	return suggestion
+}
 
-// minMaxLine is the least -max-line: with less hardly a request fits.
-const minMaxLine = 64
+// parseFsync reads the value of -fsync.
+func parseFsync(s string) (when time.Duration, ok bool) {
+	switch s {
+	case "always":
+		return durable.FsyncAlways, true
+	case "never":
+		return durable.FsyncNever, true
+	}
+	when, err := time.ParseDuration(s)
+	return when, err == nil && when >= time.Millisecond && when <= time.Hour
+}
+
+// fullAddr completes the address that a flag gives: a port alone is one of
+// localhost.
+func fullAddr(name, addr string) (string, error) {
+	full := addr
+	if !strings.Contains(addr, ":") {
+		full = "localhost:" + addr
+	}
+	_, port, err := net.SplitHostPort(full)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if strings.Contains(addr, ",") {
+		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+			"Several, with commas between them, are for -c and -ping; a server has one."}
+	} else if err != nil {
+		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
+	}
+	return full, nil
+}
 
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
 type size int64
@@ -589,52 +647,6 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	}
 }
 
-// similarFlag suggests the flag that an unknown one may have been meant to be.
-func similarFlag(options []option, name string) (suggestion string) {
-	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
-		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
-		"client": "c", "metrics": "http"}[name]
-	for _, o := range options {
-		if o.name == other || oneSlip(name, o.name) && len(o.name) > 2 {
-			suggestion = "Did you mean -" + o.name + " ? "
-		}
-	}
-	return suggestion
-}
-
-// parseFsync reads the value of -fsync.
-func parseFsync(s string) (when time.Duration, ok bool) {
-	switch s {
-	case "always":
-		return durable.FsyncAlways, true
-	case "never":
-		return durable.FsyncNever, true
-	}
-	when, err := time.ParseDuration(s)
-	return when, err == nil && when >= time.Millisecond && when <= time.Hour
-}
-
-// fullAddr completes the address that a flag gives: a port alone is one of
-// localhost.
-func fullAddr(name, addr string) (string, error) {
-	full := addr
-	if !strings.Contains(addr, ":") {
-		full = "localhost:" + addr
-	}
-	_, port, err := net.SplitHostPort(full)
-	if err == nil {
-		_, err = strconv.ParseUint(port, 10, 16)
-	}
-	if strings.Contains(addr, ",") {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Several, with commas between them, are for -c and -ping; a server has one."}
-	} else if err != nil {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
-	}
-	return full, nil
-}
-
 // version is the module version that the binary was built as, with the commit, its time,
 // and whether files were changed since.
 func version() string {
@@ -654,203 +666,6 @@ func version() string {
 		}
 	}
 	return v
-}
-
-// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
-// and it returns errLogged.
-func beServer(c config, log *queuedLog) error {
-	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
-	defer restore()
-	again := make(chan os.Signal, 1)
-	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
-		signal.Notify(again, syscall.SIGHUP)
-	}
-	warnOfVariables(log.Logger, os.Environ())
-	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
-	s := New(nil)
-	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
-	if c.data != "" {
-		s.status = new(storage.Status)
-	}
-	if c.http != "" { // first, so that one can watch how the data is opened
-		web, err := s.watchAt(c.http)
-		if err != nil {
-			return err
-		}
-		defer web.Close()
-	}
-	data, err := openOrStop(ctx, c, s, log)
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return nil
-	case err != nil:
-		return storeProblem(c, err)
-	}
-	listener, err := listenFor(c, s, again)
-	if err != nil {
-		if data != nil {
-			data.Close()
-		}
-		return err
-	}
-	applyLimits(s, c)
-	if err := s.serve(listener); err != nil {
-		return err
-	}
-	tellStart(c, s, listener)
-	(&pacer{server: s}).begin()
-	var failure error
-	select {
-	case <-ctx.Done():
-		restore() // a second signal ends the process at once
-	case <-data.Lost():
-		failure = data.WhyLost()
-	case failure = <-s.Failed():
-	}
-	if failure != nil {
-		logFailure(log.Logger, c, failure)
-	}
-	return stopServer(c, log, s, data, failure)
-}
-
-// openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
-// nobody has been told anything, so nothing can be lost.
-func openOrStop(ctx context.Context, c config, s *keyValueServer,
-	log *queuedLog) (*durable.Store, error) {
-	loading := context.AfterFunc(ctx, func() {
-		log.Info("stopped while opening the data")
-		time.AfterFunc(stopTime/5, func() { // the disk does not answer
-			log.flush()
-			os.Exit(0)
-		})
-	})
-	defer loading()
-	return openStore(ctx, c, s)
-}
-
-// stopServer ends s and its data, after a failure or none.
-func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
-	failure error) error {
-	late := giveUp(log, data)
-	s.Close()
-	if data != nil {
-		if err := data.Close(); err != nil && failure == nil {
-			failure = err
-			logFailure(log.Logger, c, failure)
-		}
-	}
-	late.Stop()
-	if failure != nil {
-		return errLogged
-	}
-	return nil
-}
-
-// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
-func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
-	return time.AfterFunc(stopTime, func() {
-		for data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
-			for data.IsHealing() {
-				time.Sleep(stopTime / 50)
-			}
-			time.Sleep(stopTime) // for the rest
-		}
-		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
-			"limit", stopTime, "fsync", data.Syncing())
-		log.flush()
-		os.Exit(exitFailure)
-	})
-}
-
-// pacer chooses how much garbage there may be before it is collected. Go lets the heap
-// double; but nearly all of ours is data that a collection does not even read, so it
-// costs little and may come sooner: the process takes a third less memory.
-type pacer struct {
-	server  *keyValueServer
-	percent int // that was last set (GOGC)
-}
-
-// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
-// many as are in objects with pointers, for these are what a collection takes time for.
-const garbageMin, garbageShare = 16 << 20, 16
-
-// begin has the pacer do its work after each collection, from now on.
-func (p *pacer) begin() {
-	p.choose()
-	p.wait()
-}
-
-// wait waits for the next collection: nothing points to an object, so its finalizer is
-// run then.
-func (p *pacer) wait() {
-	type unused struct{ p *pacer }
-	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
-}
-
-// choose sets the collector's percentage, and tells the server what is alive.
-func (p *pacer) choose() {
-	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
-	metrics.Read(samples)
-	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
-	p.server.budget.collected(live)
-	garbage := garbageMin + live/garbageShare + min(linked, live)
-	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
-	// Setting it stops everybody for a moment.
-	if percent < p.percent*9/10 || percent > p.percent*10/9 {
-		p.percent = percent
-		debug.SetGCPercent(percent)
-	}
-}
-
-// logFailure logs that the store failed, and what to do about it.
-func logFailure(log *slog.Logger, c config, err error) {
-	var p problem
-	errors.As(storeProblem(c, err), &p)
-	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
-		"todo", p.todo)
-}
-
-// applyLimits gives s the limits that c asks for, as far as the process may go.
-func applyLimits(s *keyValueServer, c config) {
-	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
-	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
-	if c.maxMemory > 0 {
-		debug.SetMemoryLimit(int64(c.maxMemory))
-	}
-	files := storage.OpenFiles() - spareFiles
-	if c.http != "" {
-		files -= maxWatchers
-	}
-	if s.tls != nil {
-		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
-		files -= cap(s.handshakes)
-	}
-	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
-		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
-			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
-			"files", storage.OpenFiles())
-	}
-}
-
-// tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer, listener net.Listener) {
-	switch {
-	case c.data == "":
-		s.log.Info("data is in memory only and lost on exit")
-	case etcd.IsAddress(c.data):
-		s.log.Info("data is kept in etcd", "at", c.data)
-	default:
-		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
-	}
-	addr := listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-			addr.String())
-	}
-	s.log.Info("listening", "addr", addr.String(),
-		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // ---- the log
@@ -963,34 +778,88 @@ func (l *queuedLog) flush() {
 	}
 }
 
-// listenFor listens where c says, for clients of s. again is the signal to read the
-// certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
-	err error) {
-	if c.cert != "" {
-		if s.tls, err = serverTLS(c, s.log, again); err != nil {
-			return nil, err
+// ---- start and stop
+
+// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
+// and it returns errLogged.
+func beServer(c config, log *queuedLog) error {
+	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
+	defer restore()
+	again := make(chan os.Signal, 1)
+	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
+		signal.Notify(again, syscall.SIGHUP)
+	}
+	warnOfVariables(log.Logger, os.Environ())
+	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
+	s := New(nil)
+	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
+	if c.data != "" {
+		s.status = new(storage.Status)
+	}
+	if c.http != "" { // first, so that one can watch how the data is opened
+		web, err := s.watchAt(c.http)
+		if err != nil {
+			return err
 		}
+		defer web.Close()
 	}
-	if listener, err = listen(c.addr); err != nil {
-		return nil, listenProblem("addr", c.addr, err)
+	data, err := openOrStop(ctx, c, s, log)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil
+	case err != nil:
+		return storeProblem(c, err)
 	}
-	return listener, nil
+	listener, err := listenFor(c, s, again)
+	if err != nil {
+		if data != nil {
+			data.Close()
+		}
+		return err
+	}
+	applyLimits(s, c)
+	if err := s.serve(listener); err != nil {
+		return err
+	}
+	tellStart(c, s, listener)
+	(&pacer{server: s}).begin()
+	var failure error
+	select {
+	case <-ctx.Done():
+		restore() // a second signal ends the process at once
+	case <-data.Lost():
+		failure = data.WhyLost()
+	case failure = <-s.Failed():
+	}
+	if failure != nil {
+		logFailure(log.Logger, c, failure)
+	}
+	return stopServer(c, log, s, data, failure)
 }
 
-// watchAt listens at addr for whoever watches s.
-func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
-	listener, err := listen(addr)
-	if err != nil {
-		return nil, listenProblem("http", addr, err)
+// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
+// is closed has our log; elsewhere it has the certificates read anew.
+func stopSignals() []os.Signal {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
+		signals = append(signals, syscall.SIGHUP)
 	}
-	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr",
-			listener.Addr().String())
-	}
-	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
-	host, _, _ := net.SplitHostPort(addr)
-	return s.watch(listener, host), nil
+	return signals
+}
+
+// openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
+// nobody has been told anything, so nothing can be lost.
+func openOrStop(ctx context.Context, c config, s *keyValueServer,
+	log *queuedLog) (*durable.Store, error) {
+	loading := context.AfterFunc(ctx, func() {
+		log.Info("stopped while opening the data")
+		time.AfterFunc(stopTime/5, func() { // the disk does not answer
+			log.flush()
+			os.Exit(0)
+		})
+	})
+	defer loading()
+	return openStore(ctx, c, s)
 }
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
@@ -1022,193 +891,34 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// storeProblem says what to do about a store's error.
-func storeProblem(c config, err error) error {
-	dir := c.data
-	var damage *storage.DamageError
-	todo := "Mend the cause, then start again: everything that was answered is on disk."
-	switch c.fsync {
-	case "always":
-	case "": // a command, which has answered nothing
-		todo = "Mend the cause, then try again."
-	default:
-		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
-			" the last that was answered may not be on disk: look what is there."
-	}
-	switch {
-	case errors.Is(err, etcd.ErrTakenOver):
-		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
-			"it lives: was it paused, or cut off?"
-	case errors.Is(err, etcd.ErrUnreachable):
-		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
-			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
-			"--cluster"
-	case errors.Is(err, etcd.ErrRefused):
-		todo = "Look at the address in -data (etcds:// for TLS, with " +
-			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
-	case etcd.IsAddress(dir) && errors.Is(err, syscall.ENOSPC):
-		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
-			"then: etcdctl alarm disarm"
-	case errors.Is(err, etcd.ErrAddress):
-		todo = "Give the members and a prefix, as in -data " +
-			"etcd://host1:2379,host2:2379,host3:2379/kv"
-	case errors.Is(err, storage.ErrMoved):
-		todo = "Put the directory back, or look who took it, before you start again. What was " +
-			"answered is in the directory that was moved."
-	case errors.Is(err, durable.ErrOlder):
-		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
-			"-c Dump."
-	case errors.Is(err, storage.ErrMissing):
-		todo = "Create it: mkdir -m 700 " + dir
-	case errors.Is(err, storage.ErrNotOurs):
-		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
-	case errors.Is(err, storage.ErrLocked):
-		todo = "Nothing was changed. Stop that process first, or give another directory."
-	case errors.Is(err, durable.ErrNothingRead):
-		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
-	case errors.Is(err, durable.ErrUnfinished):
-		todo = "Nothing was changed. If it was a copy, make it again, into an empty directory; " +
-			"remove what is there only if you want to start empty."
-	case errors.Is(err, durable.ErrNewer):
-		todo = "Nothing was changed. Start the newer kvserver."
-	case errors.Is(err, fs.ErrPermission):
-		todo = "Start as the user who owns it, or give that user the right to read and write it."
-	case errors.As(err, &damage):
-		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
-			"repair " + dir + " NEW"
-	}
-	return problem{err.Error(), todo}
-}
-
-// runCommand runs the check, repair or backup command and returns the exit code.
-func runCommand(command string, args []string) int {
-	needs, want := "one data directory", 1
-	switch command {
-	case "backup":
-		needs, want = "a data directory and a new one for the copy", 2
-	case "repair":
-		needs, want = "a data directory, which it only reads, and a new one for what it saves", 2
-	}
-	if len(args) != want || slices.ContainsFunc(args,
-		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
-		example := map[string]string{"check": "data", "repair": "data new",
-			"backup": "data copy"}[command]
-		printError(os.Stderr, problem{command + " needs " + needs,
-			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
-		return exitMisuse
-	}
-	dir := args[0]
-	report, err := lookAt(command, dir, args[len(args)-1])
-	for _, line := range report.Lines {
-		fmt.Println(line)
-	}
-	switch {
-	case errors.Is(err, storage.ErrMissing):
-		printError(os.Stderr, problem{err.Error(),
-			"Give the directory that the server has as -data."})
-	case command != "check" && errors.Is(err, storage.ErrNotOurs):
-		printError(os.Stderr, problem{err.Error(),
-			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
-				"inside it."})
-	case command != "check" && err != nil && !errors.As(err, new(*storage.DamageError)) &&
-		!errors.Is(err, durable.ErrNothingRead):
-		printError(os.Stderr, problem{err.Error(),
-			"Nothing was copied. Mend the cause, then try again."})
-	case err != nil:
-		printError(os.Stderr, storeProblem(config{data: dir}, err))
-	case report.Damaged && command == "check":
-		printError(os.Stderr, problem{dir + " is damaged",
-			"Restore a backup, or save what can be saved: kvserver repair " + dir + " NEW"})
-	case report.Lost:
-		printError(os.Stderr, problem{"some of what was in " + dir + " is lost",
-			"What was saved opens. Look at what is back: what is lost may have been a Delete."})
-	default:
-		return 0
-	}
-	return exitFailure
-}
-
-// lookAt runs the command on the store at path; to is where a copy goes.
-func lookAt(command, path, to string) (report durable.Report, err error) {
-	dir, err := openDirectory(context.Background(), path, etcd.Options{})
-	if err != nil {
-		return report, err
-	}
-	defer dir.Close()
-	switch command {
-	case "check":
-		return durable.Check(dir)
-	}
-	out, undo, err := makeTarget(path, to)
-	if err != nil {
-		return report, err
-	}
-	if command == "repair" {
-		report, err = durable.Repair(dir, out)
-	} else {
-		report, err = backUp(dir, out)
-	}
-	out.Close()
-	if err != nil {
-		undo()
-	}
-	return report, err
-}
-
-// makeTarget makes the directory for a copy of the store at path. undo removes what it made.
-func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
-	switch {
-	case !etcd.IsAddress(to) && etcd.IsAddress(path):
-		return storage.MakeDisk(to, "")
-	case !etcd.IsAddress(to):
-		return storage.MakeDisk(to, path)
-	case etcd.Overlap(path, to):
-		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
-			storage.ErrNotOurs, to)
-	}
-	out, err = etcd.Open(context.Background(), to, etcd.Options{})
-	return out, func() {}, err
-}
-
-// backUp copies a store, and on a terminal says how far it is.
-func backUp(dir, out storage.Directory) (durable.Report, error) {
-	var step func(copied, total int64)
-	if isTerminal(os.Stderr) {
-		told := time.Now()
-		step = func(copied, total int64) {
-			if now := time.Now(); now.Sub(told) >= time.Second/4 {
-				told = now
-				fmt.Fprintf(os.Stderr, "\r%d of about %d MB ", copied>>20, max(total, copied)>>20)
-			}
+// listenFor listens where c says, for clients of s. again is the signal to read the
+// certificates anew.
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
+	err error) {
+	if c.cert != "" {
+		if s.tls, err = serverTLS(c, s.log, again); err != nil {
+			return nil, err
 		}
-		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
 	}
-	return durable.Backup(dir, out, step)
+	if listener, err = listen(c.addr); err != nil {
+		return nil, listenProblem("addr", c.addr, err)
+	}
+	return listener, nil
 }
 
-// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
-// is closed has our log; elsewhere it has the certificates read anew.
-func stopSignals() []os.Signal {
-	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
-		signals = append(signals, syscall.SIGHUP)
+// watchAt listens at addr for whoever watches s.
+func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
+	listener, err := listen(addr)
+	if err != nil {
+		return nil, listenProblem("http", addr, err)
 	}
-	return signals
-}
-
-// tryCommand is what to type to reach addr.
-func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
-	host := addr.IP.String()
-	if addr.IP.IsUnspecified() {
-		host = "localhost"
+	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr",
+			listener.Addr().String())
 	}
-	if mutual {
-		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
-			strconv.Itoa(addr.Port))
-	} else if encrypted {
-		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
-	}
-	return fmt.Sprintf("nc %s %d", host, addr.Port)
+	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
+	host, _, _ := net.SplitHostPort(addr)
+	return s.watch(listener, host), nil
 }
 
 // listenProblem says what to do about the error of listening where a flag says.
@@ -1280,175 +990,148 @@ func userOf(port string) string {
 	return ""
 }
 
-// beClient is kvserver -c and -ping. Where the server refused something it has said
-// so already, and only the exit code tells.
-func beClient(c config, errs io.Writer) error {
-	conn, err := dial(&c)
-	if err != nil {
-		return err
+// applyLimits gives s the limits that c asks for, as far as the process may go.
+func applyLimits(s *keyValueServer, c config) {
+	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
+	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
+	if c.maxMemory > 0 {
+		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
-	defer conn.Close()
-	if c.ping {
-		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
-		c.requests = []string{"Ping"}
+
+	files := storage.OpenFiles() - spareFiles
+	if c.http != "" {
+		files -= maxWatchers
 	}
-	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
-		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
-	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
-	t.tells = isTerminal(os.Stderr) && !t.isTyped
-	if t.isTyped {
-		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
-		defer fmt.Fprintln(errs)
+	if s.tls != nil {
+		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
+		files -= cap(s.handshakes)
 	}
-	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer restore()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	good, err := t.converse()
+	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
+		s.maxClients = max(1, s.maxClients)
+		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
+			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
+			"files", storage.OpenFiles())
+	}
+}
+
+// tellStart logs what an operator should know of a server that begins to serve.
+func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	switch {
-	case err == nil && !good:
-		os.Exit(exitFailure)
-	case c.ping && errors.Is(err, errFull): // it is healthy
-		fmt.Fprintln(errs, "it answers, and has no room for a client")
-		return nil
-	case ctx.Err() != nil && err != nil:
-		err = errInterrupted
+	case c.data == "":
+		s.log.Info("data is in memory only and lost on exit")
+	case etcd.IsAddress(c.data):
+		s.log.Info("data is kept in etcd", "at", c.data)
+	default:
+		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	return t.problem(c, err)
+	addr := listener.Addr().(*net.TCPAddr)
+	if !addr.IP.IsLoopback() && c.clientCA == "" {
+		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+			addr.String())
+	}
+	s.log.Info("listening", "addr", addr.String(),
+		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
-// problem says what to do about an error of converse.
-func (t *talker) problem(c config, err error) error {
-	if err == nil {
-		return nil
+// tryCommand is what to type to reach addr.
+func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
+	host := addr.IP.String()
+	if addr.IP.IsUnspecified() {
+		host = "localhost"
 	}
-	what := fmt.Sprintf("%s: %v", c.addr, err)
-	through := t.through()
-	upTo := fmt.Sprintf("; answered through line %d of the input", through)
-	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
-	if through == 0 {
-		upTo = "; nothing of the input was answered"
-		how = "kvserver " + strings.Join(t.flags, " ") + " < FILE"
+	if mutual {
+		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
+			strconv.Itoa(addr.Port))
+	} else if encrypted {
+		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
 	}
-	switch {
-	case errors.Is(err, errOutput):
-		return problem{what, "Make room where the answers go, and look what was done."}
-	case errors.Is(err, errSilent):
-		return problem{what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
-			"Or it has just ended: look at its log."}
-	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
-		if c.cert != "" {
-			return problem{what, "It does not trust the certificate in " + c.cert +
-				": give one of the CA that it wants."}
-		}
-		return problem{what,
-			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
-	case errors.Is(err, errStranger):
-		return problem{what, "Nothing was done. Look at -addr, or try again later."}
-	case len(t.requests) > 0 && errors.Is(err, errStopped):
-		return problem{what, "Nothing behind the request with the error was sent. Mend it first."}
-	case len(t.requests) > 0 && t.onlyReads():
-		return problem{what, "Nothing was to be changed: try again."}
-	case len(t.requests) > 0:
-		return problem{what,
-			"What was answered is done. Of the rest nothing is known: look, then send it again."}
-	case errors.Is(err, errGone) && t.isTyped:
-		return problem{what, "All that was sent is answered. Start it again, then go on."}
-	case errors.Is(err, errGone):
-		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
-	case errors.Is(err, errStopped):
-		return problem{what + upTo,
-			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
-	}
-	return problem{what + upTo,
-		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+	return fmt.Sprintf("nc %s %d", host, addr.Port)
 }
 
-// onlyReads tells whether no request is a write.
-func (t *talker) onlyReads() bool {
-	return !slices.ContainsFunc(t.requests, func(line string) bool {
-		q := Query{}
-		q.parse(line)
-		return q.writes()
-	})
+// pacer chooses how much garbage there may be before it is collected. Go lets the heap
+// double; but nearly all of ours is data that a collection does not even read, so it
+// costs little and may come sooner: the process takes a third less memory.
+type pacer struct {
+	server  *keyValueServer
+	percent int // that was last set (GOGC)
 }
 
-// dial connects to the first server at c.addr that serves, which becomes c.addr.
-func dial(c *config) (conn net.Conn, err error) {
-	config, err := clientTLS(*c)
-	if err != nil {
-		return nil, err
-	}
-	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
-	connect := func(addr string) (net.Conn, error) {
-		if config == nil {
-			return dialer.Dial("tcp", addr)
-		}
-		return tls.DialWithDialer(dialer, "tcp", addr, config)
-	}
-	addrs := strings.Split(c.addr, ",")
-	for _, addr := range addrs {
-		host, port, splitErr := net.SplitHostPort(addr)
-		if ip := net.ParseIP(host); splitErr == nil &&
-			(host == "" || ip != nil && ip.IsUnspecified()) {
-			host = "localhost" // as a server's address it means everywhere
-			addr = net.JoinHostPort(host, port)
-		}
-		if host == "localhost" {
-			if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
-				addr = net.JoinHostPort("127.0.0.1", port)
-			}
-		}
-		conn, err = connect(addr)
-		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
-			err = tryOut(conn, dialer.Timeout)
-			conn.Close()
-			if err == nil {
-				conn, err = connect(addr)
-			}
-		}
-		if err == nil {
-			c.addr = addr
-			return conn, nil
-		}
-	}
-	todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
-	if strings.Contains(c.addr, ",") {
-		todo = "None of them serves. One that stands by does not listen."
-	}
-	var dns *net.DNSError
-	var name x509.HostnameError
-	op := (*net.OpError)(nil)
-	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
-		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca " +
-			"if it speaks no TLS."
-	} else if isOp {
-		err = op.Err
-	}
-	switch {
-	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT",
-			dns.Name)
-	case errors.As(err, &name):
-		todo = "Call the server as its certificate does, or give it a certificate with this name."
-	}
-	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
+// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
+// many as are in objects with pointers, for these are what a collection takes time for.
+const garbageMin, garbageShare = 16 << 20, 16
+
+// begin has the pacer do its work after each collection, from now on.
+func (p *pacer) begin() {
+	p.choose()
+	p.wait()
 }
 
-// tryOut tells whether a server is behind conn and answers in time.
-func tryOut(conn net.Conn, limit time.Duration) error {
-	conn.SetDeadline(time.Now().Add(limit))
-	if _, err := io.WriteString(conn, "Ack\n"); err != nil {
-		return err
+// wait waits for the next collection: nothing points to an object, so its finalizer is
+// run then.
+func (p *pacer) wait() {
+	type unused struct{ p *pacer }
+	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
+}
+
+// choose sets the collector's percentage, and tells the server what is alive.
+func (p *pacer) choose() {
+	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
+	metrics.Read(samples)
+	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
+	p.server.budget.collected(live)
+	garbage := garbageMin + live/garbageShare + min(linked, live)
+	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
+	// Setting it stops everybody for a moment.
+	if percent < p.percent*9/10 || percent > p.percent*10/9 {
+		p.percent = percent
+		debug.SetGCPercent(percent)
 	}
-	line, err := bufio.NewReader(conn).ReadSlice('\n')
-	if err != nil {
-		return err
+}
+
+// logFailure logs that the store failed, and what to do about it.
+func logFailure(log *slog.Logger, c config, err error) {
+	var p problem
+	errors.As(storeProblem(c, err), &p)
+	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
+		"todo", p.todo)
+}
+
+// stopServer ends s and its data, after a failure or none.
+func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
+	failure error) error {
+	late := giveUp(log, data)
+	s.Close()
+	if data != nil {
+		if err := data.Close(); err != nil && failure == nil {
+			failure = err
+			logFailure(log.Logger, c, failure)
+		}
 	}
-	if err := checkWelcome(line); !errors.Is(err, errFull) { // it is healthy
-		return err
+	late.Stop()
+	if failure != nil {
+		return errLogged
 	}
 	return nil
 }
+
+// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
+func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
+	return time.AfterFunc(stopTime, func() {
+		for data.IsHealing() {
+			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			for data.IsHealing() {
+				time.Sleep(stopTime / 50)
+			}
+			time.Sleep(stopTime) // for the rest
+		}
+		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
+			"limit", stopTime, "fsync", data.Syncing())
+		log.flush()
+		os.Exit(exitFailure)
+	})
+}
+
+// ---- certificates
 
 // keyPair is what a server shows, and whom it trusts, as the files say now.
 type keyPair struct {
@@ -1605,17 +1288,287 @@ func readCA(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// isTerminal tells whether somebody looks at f.
-func isTerminal(f *os.File) bool {
-	info, err := f.Stat()
-	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
-		return false
+// ---- the commands: check, repair, backup
+
+// runCommand runs the check, repair or backup command and returns the exit code.
+func runCommand(command string, args []string) int {
+	needs, want := "one data directory", 1
+	switch command {
+	case "backup":
+		needs, want = "a data directory and a new one for the copy", 2
+	case "repair":
+		needs, want = "a data directory, which it only reads, and a new one for what it saves", 2
 	}
-	null, err := os.Stat(os.DevNull) // a device, too
-	return err != nil || !os.SameFile(info, null)
+	if len(args) != want || slices.ContainsFunc(args,
+		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
+		example := map[string]string{"check": "data", "repair": "data new",
+			"backup": "data copy"}[command]
+		printError(os.Stderr, problem{command + " needs " + needs,
+			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
+		return exitMisuse
+	}
+	dir := args[0]
+	report, err := lookAt(command, dir, args[len(args)-1])
+	for _, line := range report.Lines {
+		fmt.Println(line)
+	}
+	switch {
+	case errors.Is(err, storage.ErrMissing):
+		printError(os.Stderr, problem{err.Error(),
+			"Give the directory that the server has as -data."})
+	case command != "check" && errors.Is(err, storage.ErrNotOurs):
+		printError(os.Stderr, problem{err.Error(),
+			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
+				"inside it."})
+	case command != "check" && err != nil && !errors.As(err, new(*storage.DamageError)) &&
+		!errors.Is(err, durable.ErrNothingRead):
+		printError(os.Stderr, problem{err.Error(),
+			"Nothing was copied. Mend the cause, then try again."})
+	case err != nil:
+		printError(os.Stderr, storeProblem(config{data: dir}, err))
+	case report.Damaged && command == "check":
+		printError(os.Stderr, problem{dir + " is damaged",
+			"Restore a backup, or save what can be saved: kvserver repair " + dir + " NEW"})
+	case report.Lost:
+		printError(os.Stderr, problem{"some of what was in " + dir + " is lost",
+			"What was saved opens. Look at what is back: what is lost may have been a Delete."})
+	default:
+		return 0
+	}
+	return exitFailure
 }
 
-// ---- the client: kvserver -c
+// lookAt runs the command on the store at path; to is where a copy goes.
+func lookAt(command, path, to string) (report durable.Report, err error) {
+	dir, err := openDirectory(context.Background(), path, etcd.Options{})
+	if err != nil {
+		return report, err
+	}
+	defer dir.Close()
+	switch command {
+	case "check":
+		return durable.Check(dir)
+	}
+	out, undo, err := makeTarget(path, to)
+	if err != nil {
+		return report, err
+	}
+	if command == "repair" {
+		report, err = durable.Repair(dir, out)
+	} else {
+		report, err = backUp(dir, out)
+	}
+	out.Close()
+	if err != nil {
+		undo()
+	}
+	return report, err
+}
+
+// makeTarget makes the directory for a copy of the store at path. undo removes what it made.
+func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
+	switch {
+	case !etcd.IsAddress(to) && etcd.IsAddress(path):
+		return storage.MakeDisk(to, "")
+	case !etcd.IsAddress(to):
+		return storage.MakeDisk(to, path)
+	case etcd.Overlap(path, to):
+		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
+			storage.ErrNotOurs, to)
+	}
+	out, err = etcd.Open(context.Background(), to, etcd.Options{})
+	return out, func() {}, err
+}
+
+// backUp copies a store, and on a terminal says how far it is.
+func backUp(dir, out storage.Directory) (durable.Report, error) {
+	var step func(copied, total int64)
+	if isTerminal(os.Stderr) {
+		told := time.Now()
+		step = func(copied, total int64) {
+			if now := time.Now(); now.Sub(told) >= time.Second/4 {
+				told = now
+				fmt.Fprintf(os.Stderr, "\r%d of about %d MB ", copied>>20, max(total, copied)>>20)
+			}
+		}
+		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
+	}
+	return durable.Backup(dir, out, step)
+}
+
+// storeProblem says what to do about a store's error.
+func storeProblem(c config, err error) error {
+	dir := c.data
+	var damage *storage.DamageError
+	todo := "Mend the cause, then start again: everything that was answered is on disk."
+	switch c.fsync {
+	case "always":
+	case "": // a command, which has answered nothing
+		todo = "Mend the cause, then try again."
+	default:
+		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
+			" the last that was answered may not be on disk: look what is there."
+	}
+	switch {
+	case errors.Is(err, etcd.ErrTakenOver):
+		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
+			"it lives: was it paused, or cut off?"
+	case errors.Is(err, etcd.ErrUnreachable):
+		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
+			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
+			"--cluster"
+	case errors.Is(err, etcd.ErrRefused):
+		todo = "Look at the address in -data (etcds:// for TLS, with " +
+			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
+	case etcd.IsAddress(dir) && errors.Is(err, syscall.ENOSPC):
+		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
+			"then: etcdctl alarm disarm"
+	case errors.Is(err, etcd.ErrAddress):
+		todo = "Give the members and a prefix, as in -data " +
+			"etcd://host1:2379,host2:2379,host3:2379/kv"
+	case errors.Is(err, storage.ErrMoved):
+		todo = "Put the directory back, or look who took it, before you start again. What was " +
+			"answered is in the directory that was moved."
+	case errors.Is(err, durable.ErrOlder):
+		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
+			"-c Dump."
+	case errors.Is(err, storage.ErrMissing):
+		todo = "Create it: mkdir -m 700 " + dir
+	case errors.Is(err, storage.ErrNotOurs):
+		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
+	case errors.Is(err, storage.ErrLocked):
+		todo = "Nothing was changed. Stop that process first, or give another directory."
+	case errors.Is(err, durable.ErrNothingRead):
+		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
+	case errors.Is(err, durable.ErrUnfinished):
+		todo = "Nothing was changed. If it was a copy, make it again, into an empty directory; " +
+			"remove what is there only if you want to start empty."
+	case errors.Is(err, durable.ErrNewer):
+		todo = "Nothing was changed. Start the newer kvserver."
+	case errors.Is(err, fs.ErrPermission):
+		todo = "Start as the user who owns it, or give that user the right to read and write it."
+	case errors.As(err, &damage):
+		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
+			"repair " + dir + " NEW"
+	}
+	return problem{err.Error(), todo}
+}
+
+// ---- the client: kvserver -c, -ping
+
+// beClient is kvserver -c and -ping. Where the server refused something it has said
+// so already, and only the exit code tells.
+func beClient(c config, errs io.Writer) error {
+	conn, err := dial(&c)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if c.ping {
+		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
+		c.requests = []string{"Ping"}
+	}
+	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
+		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
+	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
+	t.tells = isTerminal(os.Stderr) && !t.isTyped
+	if t.isTyped {
+		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
+		defer fmt.Fprintln(errs)
+	}
+	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer restore()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	good, err := t.converse()
+	switch {
+	case err == nil && !good:
+		os.Exit(exitFailure)
+	case c.ping && errors.Is(err, errFull): // it is healthy
+		fmt.Fprintln(errs, "it answers, and has no room for a client")
+		return nil
+	case ctx.Err() != nil && err != nil:
+		err = errInterrupted
+	}
+	return t.problem(c, err)
+}
+
+// dial connects to the first server at c.addr that serves, which becomes c.addr.
+func dial(c *config) (conn net.Conn, err error) {
+	config, err := clientTLS(*c)
+	if err != nil {
+		return nil, err
+	}
+	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
+	connect := func(addr string) (net.Conn, error) {
+		if config == nil {
+			return dialer.Dial("tcp", addr)
+		}
+		return tls.DialWithDialer(dialer, "tcp", addr, config)
+	}
+	addrs := strings.Split(c.addr, ",")
+	for _, addr := range addrs {
+		host, port, splitErr := net.SplitHostPort(addr)
+		if ip := net.ParseIP(host); splitErr == nil &&
+			(host == "" || ip != nil && ip.IsUnspecified()) {
+			host = "localhost" // as a server's address it means everywhere
+			addr = net.JoinHostPort(host, port)
+		}
+		if host == "localhost" {
+			if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
+				addr = net.JoinHostPort("127.0.0.1", port)
+			}
+		}
+		conn, err = connect(addr)
+		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
+			err = tryOut(conn, dialer.Timeout)
+			conn.Close()
+			if err == nil {
+				conn, err = connect(addr)
+			}
+		}
+		if err == nil {
+			c.addr = addr
+			return conn, nil
+		}
+	}
+	todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
+	if strings.Contains(c.addr, ",") {
+		todo = "None of them serves. One that stands by does not listen."
+	}
+	var dns *net.DNSError
+	var name x509.HostnameError
+	op := (*net.OpError)(nil)
+	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
+		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca " +
+			"if it speaks no TLS."
+	} else if isOp {
+		err = op.Err
+	}
+	switch {
+	case errors.As(err, &dns):
+		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT",
+			dns.Name)
+	case errors.As(err, &name):
+		todo = "Call the server as its certificate does, or give it a certificate with this name."
+	}
+	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
+}
+
+// tryOut tells whether a server is behind conn and answers in time.
+func tryOut(conn net.Conn, limit time.Duration) error {
+	conn.SetDeadline(time.Now().Add(limit))
+	if _, err := io.WriteString(conn, "Ack\n"); err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(conn).ReadSlice('\n')
+	if err != nil {
+		return err
+	}
+	if err := checkWelcome(line); !errors.Is(err, errFull) { // it is healthy
+		return err
+	}
+	return nil
+}
 
 // Errors of converse.
 var (
@@ -1874,39 +1827,6 @@ func checkWelcome(line []byte) error {
 // 8446, 5.1); its version comes next, 3.
 const tlsAlert = 0x15
 
-// sending is how the sender has ended.
-type sending struct {
-	lines int   // that were read
-	left  bool  // there was more behind a Quit
-	err   error // that the input ended in, or io.EOF
-
-	// The sender tells here, later, whether there was more; nil: it knows already.
-	more chan bool
-}
-
-// moreTime is how long to wait for that.
-const moreTime = 100 * time.Millisecond
-
-// fullReader knows whether the last Read filled all the room that it was given: then
-// more is likely to be there.
-type fullReader struct {
-	io.Reader
-	full bool
-}
-
-func (f *fullReader) Read(p []byte) (int, error) {
-	n, err := f.Reader.Read(p)
-	f.full = n == len(p)
-	return n, err
-}
-
-// mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
-// error.
-func (t *talker) mayGoOn() bool {
-	_, ok := <-t.mayGo
-	return ok
-}
-
 // sendLines sends the input to the server until its end or a Quit, flushes whenever that
 // has nothing more to say for now, and then tells how it ended. One goroutine a
 // conversation.
@@ -1970,9 +1890,98 @@ func (t *talker) sendLines() {
 	}
 }
 
+// sending is how the sender has ended.
+type sending struct {
+	lines int   // that were read
+	left  bool  // there was more behind a Quit
+	err   error // that the input ended in, or io.EOF
+
+	// The sender tells here, later, whether there was more; nil: it knows already.
+	more chan bool
+}
+
+// moreTime is how long to wait for that.
+const moreTime = 100 * time.Millisecond
+
+// fullReader knows whether the last Read filled all the room that it was given: then
+// more is likely to be there.
+type fullReader struct {
+	io.Reader
+	full bool
+}
+
+func (f *fullReader) Read(p []byte) (int, error) {
+	n, err := f.Reader.Read(p)
+	f.full = n == len(p)
+	return n, err
+}
+
+// mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
+// error.
+func (t *talker) mayGoOn() bool {
+	_, ok := <-t.mayGo
+	return ok
+}
+
 // halfClose ends our side of the connection: nothing more is sent.
 func (t *talker) halfClose() {
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
+}
+
+// problem says what to do about an error of converse.
+func (t *talker) problem(c config, err error) error {
+	if err == nil {
+		return nil
+	}
+	what := fmt.Sprintf("%s: %v", c.addr, err)
+	through := t.through()
+	upTo := fmt.Sprintf("; answered through line %d of the input", through)
+	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
+	if through == 0 {
+		upTo = "; nothing of the input was answered"
+		how = "kvserver " + strings.Join(t.flags, " ") + " < FILE"
+	}
+	switch {
+	case errors.Is(err, errOutput):
+		return problem{what, "Make room where the answers go, and look what was done."}
+	case errors.Is(err, errSilent):
+		return problem{what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
+			"Or it has just ended: look at its log."}
+	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
+		if c.cert != "" {
+			return problem{what, "It does not trust the certificate in " + c.cert +
+				": give one of the CA that it wants."}
+		}
+		return problem{what,
+			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
+	case errors.Is(err, errStranger):
+		return problem{what, "Nothing was done. Look at -addr, or try again later."}
+	case len(t.requests) > 0 && errors.Is(err, errStopped):
+		return problem{what, "Nothing behind the request with the error was sent. Mend it first."}
+	case len(t.requests) > 0 && t.onlyReads():
+		return problem{what, "Nothing was to be changed: try again."}
+	case len(t.requests) > 0:
+		return problem{what,
+			"What was answered is done. Of the rest nothing is known: look, then send it again."}
+	case errors.Is(err, errGone) && t.isTyped:
+		return problem{what, "All that was sent is answered. Start it again, then go on."}
+	case errors.Is(err, errGone):
+		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
+	case errors.Is(err, errStopped):
+		return problem{what + upTo,
+			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
+	}
+	return problem{what + upTo,
+		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+}
+
+// onlyReads tells whether no request is a write.
+func (t *talker) onlyReads() bool {
+	return !slices.ContainsFunc(t.requests, func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		return q.writes()
+	})
 }
