@@ -48,7 +48,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -138,31 +137,49 @@ func isTerminal(f *os.File) bool {
 
 // ---- flags and the environment
 
-// The help text is this, a line for each flag, and moreUsage.
-const usage = `Usage: kvserver [flags]                             serve
-       kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
-       kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
-       kvserver check DIR | repair DIR NEW | backup DIR NEW   look, save, copy
+const usage = `Usage:
+  kvserver [FLAG ...]                    serve
+  kvserver [FLAG ...] -c [REQUEST ...]   send requests, or standard input
+  kvserver [FLAG ...] -ping              exit code 0 if a server answers
+  kvserver check DIR                     read all data, and say how it is
+  kvserver repair DIR NEW                make a new one of what can be read
+  kvserver backup DIR NEW                copy it, also while a server uses it
+
+Flags, of those that most need:
 `
 
-const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
-Sizes are bytes, or as in 64MB and 1GiB.
-
+const moreUsage = `
+The README has all. In the environment KVSERVER_ADDR=:9999 is -addr :9999.
 Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 `
 
 const seeHelp = "kvserver -h lists the flags."
 
-// minMaxMemory is the least -max-memory: with less there is no room for data beside what the
-// program and its work take.
-const minMaxMemory = 64_000_000
+// helpFlags are the flags that -h shows.
+var helpFlags = strings.Fields(
+	"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
 
-// minMaxLine is the least -max-line: with less hardly a request fits.
-const minMaxLine = 64
+// Limits of flags.
+const (
+	// With less memory there is no room for data beside what the program and its work take.
+	minMaxMemory = 64_000_000
+
+	minMaxLine = 64      // bytes; with less hardly a request fits
+	maxMaxLine = 1 << 30 // bytes
+
+	minFsync, maxFsync = time.Millisecond, time.Hour
+)
+
+// Flags that only a server has, and those that only -c and -ping have.
+var (
+	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
+		"max-queues tls-client-ca v write-timeout")
+	clientFlags = strings.Fields("stop timeout tls-ca")
+)
 
 // config is what the command line asks for.
 type config struct {
-	addr    string
+	addr    string // of a server; for -c and -ping of several, with commas between them
 	data    string // directory; "": memory only
 	fsync   string
 	http    string // address of metrics; "": none
@@ -187,365 +204,289 @@ type config struct {
 	requests []string
 }
 
-// parseFlags reads the environment and the command line. It prints what -h and -version
+// flags returns what reads a command line into c, where it puts the defaults.
+func (c *config) flags() *flag.FlagSet {
+	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+
+	f.StringVar(&c.addr, "addr", "localhost:9999",
+		"`PORT`, :PORT (everywhere) or HOST:PORT")
+	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
+	f.StringVar(&c.fsync, "fsync", "always",
+		"`WHEN` to fsync: always, a time such as 1s, never")
+	f.StringVar(&c.http, "http", "", "`PORT` for /metrics, /healthz and /debug/pprof/")
+	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "`N` connections at a time")
+	f.Var(sizeVar(&c.maxLine, defaultMaxLine), "max-line",
+		"`SIZE` of the longest request line, its end not counted")
+	f.Var(sizeVar(&c.maxMemory, 0), "max-memory", "`SIZE` of the process, at most; 0: no limit")
+	f.Var(sizeVar(&c.maxQueues, defaultMaxQueues), "max-queues",
+		"`SIZE` of all replies that wait, at most; 0: no limit")
+	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
+		"disconnect a client that accepts nothing for this `TIME`; 0: never")
+	f.StringVar(&c.cert, "tls-cert", "",
+		"`FILE` with a certificate to show: speak TLS")
+	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
+	f.StringVar(&c.clientCA, "tls-client-ca", "",
+		"`FILE` with a CA: let in only clients that it has certified")
+	f.StringVar(&c.ca, "tls-ca", "",
+		"`FILE` with a CA: with -c and -ping speak TLS, and trust it")
+	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json")
+	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
+
+	f.BoolVar(&c.client, "c", false, "be a client: send requests")
+	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
+	f.DurationVar(&c.timeout, "timeout", 0,
+		"`TIME` without an answer after which -c and -ping give up")
+	f.BoolVar(&c.ping, "ping", false, "be a health check")
+	f.BoolVar(&c.version, "version", false, "print the version")
+	return f
+}
+
+// rules are what a flag's value must be, and what to say to one that is not.
+var rules = []struct {
+	name, give string
+	holds      func(config) bool // nil: the flag package knows
+}{
+	{"addr", "a port, :port or host:port, as in -addr 9999; ports go up to 65535",
+		func(c config) bool { return areAddrs(c.addr) }},
+	{"data", "a directory, or an etcd cluster as in " +
+		"etcd://host1:2379,host2:2379,host3:2379/kv",
+		func(c config) bool { return !strings.Contains(c.data, "://") || etcd.IsAddress(c.data) }},
+	{"fsync", "always, never, or a time from 1ms to 1h, as in -fsync 1s",
+		func(c config) bool { _, ok := parseFsync(c.fsync); return ok }},
+	{"http", "a port, :port or host:port, as in -http 9100; ports go up to 65535",
+		func(c config) bool { return c.http == "" || areAddrs(c.http) }},
+	{"max-clients", "at least 1, as in -max-clients 10000",
+		func(c config) bool { return c.maxClients >= 1 }},
+	{"max-line", fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
+		func(c config) bool { return c.maxLine >= minMaxLine && c.maxLine <= maxMaxLine }},
+	{"max-memory", fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
+		minMaxMemory),
+		func(c config) bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory }},
+	{"max-queues", "a number of bytes, as in -max-queues 1GiB, or 0 for no limit", nil},
+	{"write-timeout", "a time, as in -write-timeout 5m, or 0 for no limit",
+		func(c config) bool { return c.writeTimeout >= 0 }},
+	{"log", "text or json", func(c config) bool { return c.log == "text" || c.log == "json" }},
+	{"timeout", "a time, as in -timeout 5s, or 0: 5s for the first answer, and no limit then",
+		func(c config) bool { return c.timeout >= 0 }},
+}
+
+// give says what to give to the flag called name.
+func give(name string) string {
+	for _, rule := range rules {
+		if rule.name == name {
+			return "Give " + rule.give + "."
+		}
+	}
+	return seeHelp
+}
+
+// parseFlags reads the command line and the environment. It prints what -h and -version
 // ask for and then returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	options := c.options()
-	help := helpText(options) // with the defaults, as they are still there
-	flags := flagSet(options)
-	if err := readEnvironment(flags, options); err != nil {
-		return c, err
-	}
-	ca := c.ca // it may be there for a -ping beside the server
+	flags := c.flags()
 	err = flags.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(out, help)
+		io.WriteString(out, helpText(flags))
 		return c, err
 	case err != nil:
-		return c, flagProblem(options, err)
+		return c, flagProblem(flags, err)
 	case c.version:
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
-	case !c.client && !c.ping && c.ca == ca:
-		c.ca = ""
 	}
 	c.requests = flags.Args()
-	given := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for _, o := range options {
-		if err := o.check(); err != nil {
-			return c, err
-		}
-	}
-	if err := cmp.Or(c.checkRequests(), c.checkTogether(given)); err != nil {
+
+	// What stands in the environment is there for a server and for a -ping beside it.
+	typed := given(flags)
+	if err := readEnvironment(flags, typed); err != nil {
 		return c, err
 	}
-	if c.http != "" {
-		if c.http, err = fullAddr("http", c.http); err != nil {
-			return c, err
-		}
+	if !c.client && !c.ping && !typed["tls-ca"] {
+		c.ca = ""
 	}
-	addrs := []string{c.addr}
-	if c.client || c.ping { // of several, the one that serves
-		addrs = strings.Split(c.addr, ",")
+
+	if err := cmp.Or(c.checkValues(flags), c.checkRequests(), c.checkKind(typed),
+		c.checkTogether(given(flags))); err != nil {
+		return c, err
 	}
-	for i, addr := range addrs {
-		if addrs[i], err = fullAddr("addr", addr); err != nil {
-			return c, err
-		}
-	}
-	c.addr = strings.Join(addrs, ",")
+	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
 	if c.http == c.addr && !strings.HasSuffix(c.addr, ":0") {
 		return c, problem{"-addr and -http are both " + c.addr, "Give each a port of its own."}
 	}
 	return c, nil
 }
 
-// option is one flag. The help text and the README's table are made of these, so that a flag
-// that is added here is everywhere.
-type option struct {
-	name  string
-	value any    // where its value goes, with the default there: a pointer to a field of config
-	unit  string // what its value is called; "": it has none
-	help  string // a line
-	more  string // what the README says behind that
-	now   bool   // it says what to do now, so it is not in the environment
-
-	// For a value that is refused: what is right, and an example for what is no value.
-	fits    func() bool
-	give    string
-	example string // "": the default
-}
-
-// options returns the flags that set c, and sets their defaults.
-func (c *config) options() []option {
-	*c = config{addr: "localhost:9999", fsync: "always", log: "text",
-		maxClients: defaultMaxClients, maxLine: defaultMaxLine, maxQueues: defaultMaxQueues,
-		writeTimeout: defaultWriteTimeout}
-	return append(c.serverOptions(), c.clientOptions()...)
-}
-
-// serverOptions returns the flags of a server; those of TLS are a client's, too.
-func (c *config) serverOptions() []option {
-	return []option{
-		{name: "addr", value: &c.addr, unit: "ADDR",
-			help: "port, :port (every address) or host:port",
-			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: " +
-				"`a:9999,b:9999`"},
-		{name: "data", value: &c.data, unit: "DIR",
-			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
-			more: "Without it the data is lost when the server stops",
-			fits: func() bool { return !strings.Contains(c.data, "://") || etcd.IsAddress(c.data) },
-			give: "a directory, or an etcd cluster as in " +
-				"etcd://host1:2379,host2:2379,host3:2379/kv"},
-		{name: "fsync", value: &c.fsync, unit: "WHEN",
-			help: "with -data: always, a time such as 1s, or never",
-			more: "See \"Keeping the data\"",
-			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
-			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
-		{name: "http", value: &c.http, unit: "ADDR",
-			help: "serve /metrics, /healthz and /debug/pprof/ there",
-			more: "It answers requests for an IP address, localhost or the host given here"},
-		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
-			more: "One more is told so. Lowered where `ulimit -n` is too small; the log says to " +
-				"what",
-			fits: func() bool { return c.maxClients >= 1 },
-			give: "at least 1, as in -max-clients 10000", example: "10000"},
-		{name: "max-line", value: &c.maxLine, unit: "SIZE",
-			help:    "longest request line, its end not counted",
-			fits:    func() bool { return c.maxLine >= minMaxLine && c.maxLine <= 1<<30 },
-			give:    fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
-			example: "1MiB"},
-		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
-			help: "what the process may take; 0: no limit",
-			more: "At least 64MB, three eighths of which are for data; of 1GB it is more than " +
-				"half. Writes that need more are refused; Delete and Remove never are. Give a " +
-				"container a quarter more",
-			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
-			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
-				minMaxMemory),
-			example: "500MB"},
-		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
-			help: "memory of all replies that wait; 0: no limit",
-			more: "An eighth of what -max-memory shares out, if that is less. Over it clients " +
-				"that take nothing lose replies, or after Ack their connection; each may have " +
-				"32 KiB beside it"},
-		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
-			help: "cut who takes no byte for so long; 0: never",
-			fits: func() bool { return c.writeTimeout >= 0 },
-			give: "a time such as 5m, or 0 for no limit", example: "5m"},
-		{name: "tls-cert", value: &c.cert, unit: "FILE",
-			help: "certificate: speak TLS; with -c and -ping: show it"},
-		{name: "tls-key", value: &c.key, unit: "FILE", help: "its key"},
-		{name: "tls-client-ca", value: &c.clientCA, unit: "FILE",
-			help: "let in only who has a certificate of this CA"},
-		{name: "tls-ca", value: &c.ca, unit: "FILE",
-			help: "with -c and -ping: speak TLS, and trust this CA"},
-		{name: "log", value: &c.log, unit: "FORMAT", help: "text or json",
-			fits: func() bool { return c.log == "text" || c.log == "json" }, give: "text or json"},
-		{name: "v", value: &c.verbose, help: "log every connection as well"},
-	}
-}
-
-// clientOptions returns the other flags.
-func (c *config) clientOptions() []option {
-	return []option{
-		{name: "c", value: &c.client, now: true, help: "be a client: send requests",
-			more: "Data goes to standard output, errors to standard error"},
-		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
-			more: "Each request is sent when the one before is answered"},
-		{name: "timeout", value: &c.timeout, unit: "TIME",
-			help: "with -c, -ping: give up after so long without an answer",
-			more: "0: after 5s for connecting and for the first answer, and never after that",
-			fits: func() bool { return c.timeout >= 0 },
-			give: "a time such as 5s; 0 is 5s for the first answer, and no limit then", example: "5s"},
-		{name: "ping", value: &c.ping, now: true, help: "be a health check"},
-		{name: "version", value: &c.version, now: true, help: "print the version"},
-	}
-}
-
-// line is the flag's line in the help text.
-func (o option) line() string {
-	line := fmt.Sprintf("  %-21s%s", "-"+o.name+" "+o.unit, o.help)
-	if d := o.initial(); o.unit != "" && d != "" && d != "0" {
-		line += " (" + d + ")"
-	}
-	return line + "\n"
-}
-
-// row is the flag's row in the README.
-func (o option) row() string {
-	variable, initial, text := o.variable(), o.initial(), o.help
-	if variable != "" {
-		variable = "`" + variable + "`"
-	}
-	if o.unit == "" || initial == "" {
-		initial = ""
-	} else {
-		initial = "`" + initial + "`"
-	}
-	if o.more != "" {
-		text += ". " + o.more
-	}
-	return fmt.Sprintf("| `-%s` | %s | %s | %s |\n", o.name, variable, initial, text)
-}
-
-// initial is the default as one would write it.
-func (o option) initial() string {
-	switch v := o.value.(type) {
-	case *string:
-		return *v
-	case *time.Duration:
-		return cmp.Or(strings.TrimSuffix(v.String(), "0s"), "0")
-	case *size:
-		return v.String()
-	case *int:
-		return strconv.Itoa(*v)
-	}
-	return ""
-}
-
-// variable is the flag's name in the environment; "": it has none. (KVSERVER_VERSION is
-// often there, and not meant for us.)
-func (o option) variable() string {
-	if o.now {
-		return ""
-	}
-	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
-}
-
-// show gives an example of the flag. (After a value that is none the default is not there.)
-func (o option) show() string {
-	if o.unit == "" {
-		return ""
-	}
-	return "Give it as in -" + o.name + "=" + cmp.Or(o.example, o.initial()) + ". "
-}
-
-// check tells what is wrong with the value.
-func (o option) check() error {
-	if o.fits == nil || o.fits() {
-		return nil
-	}
-	what := fmt.Sprintf("-%s %v is out of range", o.name, reflect.ValueOf(o.value).Elem())
-	if text, isText := o.value.(*string); isText {
-		what = fmt.Sprintf("-%s %q is none of its values", o.name, *text)
-	}
-	return problem{what, "Give " + o.give + "."}
-}
-
-// flagSet returns what parses options.
-func flagSet(options []option) *flag.FlagSet {
-	flags := flag.NewFlagSet("kvserver", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	flags.Usage = func() {}
-	for _, o := range options {
-		switch v := o.value.(type) {
-		case *string:
-			flags.StringVar(v, o.name, *v, "")
-		case *bool:
-			flags.BoolVar(v, o.name, *v, "")
-		case *int:
-			flags.IntVar(v, o.name, *v, "")
-		case *time.Duration:
-			flags.DurationVar(v, o.name, *v, "")
-		case *size:
-			flags.Var(v, o.name, "")
-		}
-	}
-	return flags
+// given returns which flags were set so far.
+func given(flags *flag.FlagSet) map[string]bool {
+	names := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { names[f.Name] = true })
+	return names
 }
 
 // helpText is what -h prints.
-func helpText(options []option) string {
+func helpText(flags *flag.FlagSet) string {
 	text := usage
-	for _, o := range options {
-		text += o.line()
+	for _, name := range helpFlags {
+		f := flags.Lookup(name)
+		unit, does := flag.UnquoteUsage(f)
+		text += fmt.Sprintf("  %-21s%s", "-"+name+" "+unit, does)
+		if initial := initial(f); initial != "" && initial != "0" {
+			text += " (" + initial + ")"
+		}
+		text += "\n"
 	}
 	return text + moreUsage
 }
 
-// readEnvironment sets flags from the environment.
-func readEnvironment(flags *flag.FlagSet, options []option) error {
-	for _, o := range options {
-		name := o.variable()
-		if value := os.Getenv(name); name != "" && value != "" && flags.Set(o.name, value) != nil {
-			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, o.name)
-			return problem{what, o.show() + seeHelp}
-		}
+// initial is a flag's default as one would write it; "": it has none.
+func initial(f *flag.Flag) string {
+	if f.DefValue == "false" {
+		return ""
 	}
-	return nil
+	return strings.Replace(strings.Replace(f.DefValue, "m0s", "m", 1), "0s", "0", 1)
+}
+
+// variable is a flag's name in the environment; "": it has none, for it says what to do now.
+// (KVSERVER_VERSION is often there, and not meant for us.)
+func variable(f *flag.Flag) string {
+	switch f.Name {
+	case "c", "stop", "ping", "version":
+		return ""
+	}
+	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+}
+
+// readEnvironment sets the flags that were not typed from the environment. An empty variable
+// counts as none.
+func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
+	flags.VisitAll(func(f *flag.Flag) {
+		name := variable(f)
+		value := os.Getenv(name)
+		if name != "" && value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
+			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value,
+				f.Name), give(f.Name)}
+		}
+	})
+	return err
 }
 
 // flagProblem says what to do about an error of flags.Parse.
-func flagProblem(options []option, err error) error {
-	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
-	if unknown {
-		return problem{"unknown flag " + name,
-			similarFlag(options, strings.TrimLeft(name, "-")) + seeHelp}
+func flagProblem(flags *flag.FlagSet, err error) error {
+	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if isUnknown {
+		return problem{"unknown flag -" + name, similarFlag(flags, name) + seeHelp}
 	}
 	todo := seeHelp
-	for _, o := range options {
-		if strings.Contains(err.Error(), " -"+o.name+": ") {
-			todo = o.show() + seeHelp
+	flags.VisitAll(func(f *flag.Flag) {
+		if strings.Contains(err.Error()+":", " -"+f.Name+":") {
+			todo = give(f.Name)
 		}
-	}
+	})
 	return problem{err.Error(), todo}
 }
 
-// checkRequests tells what is wrong with what stands behind the flags.
-func (c *config) checkRequests() error {
-	for _, request := range c.requests {
-		near := slices.IndexFunc(commands, func(name string) bool { return oneSlip(request, name) })
-		switch {
-		case !c.client && near >= 0:
-			return problem{fmt.Sprintf("unexpected argument %q", request),
-				"Did you mean kvserver " + commands[near] + " DIR ? " + seeHelp}
-		case !c.client && (request == "help" || request == "version"):
-			return problem{fmt.Sprintf("unexpected argument %q", request),
-				"Did you mean kvserver -" + request + " ?"}
-		case !c.client && slices.Contains(commands, request):
-			return problem{request + " goes first, and takes no flags",
-				"Give the directory behind it, as in kvserver " + request + " data."}
-		case !c.client:
-			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags",
-				request),
-				"To send a request: kvserver -c " + request + "   " + seeHelp}
-		case trimCR(request) == "":
-			return problem{fmt.Sprintf("%q is no request", request),
-				"Give one, as in kvserver -c Get:fruit, or none to send what comes on standard input."}
-		case strings.HasPrefix(request, "-"):
-			return problem{fmt.Sprintf("%q is no request", request),
-				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
-		case strings.Contains(request, "\n"):
-			return problem{fmt.Sprintf("%q is more than one request", request),
-				"Give each as an argument of its own; no key and no value holds a newline."}
-		}
-	}
-	return nil
-}
-
-// checkTogether tells which flags do not go together. given are those that were given,
-// here or in the environment.
-func (c *config) checkTogether(given map[string]bool) error {
-	asks := c.client || c.ping
-	switch {
-	case etcd.IsAddress(c.data) && c.fsync != "always":
-		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd",
-			"Leave it out: what is answered is in etcd."}
-	case given["data"] && c.data == "":
-		return problem{"-data is empty",
-			"Give a directory, or leave -data out to keep the data in memory only."}
-	case given["fsync"] && c.data == "" && !asks:
-		return problem{"-fsync is for data on disk, and there is none",
-			"Give a directory, as in -data data -fsync " + c.fsync + "."}
-	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
-		return problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both",
-			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
-	case asks && c.cert != "" && c.ca == "":
-		return problem{"-tls-cert with -c or -ping needs -tls-ca",
-			"Say whose certificate the server has, as in -tls-ca ca.pem."}
-	case !c.client && c.stop:
-		return problem{"-stop is for -c", "Give both: kvserver -c -stop < FILE"}
-	case !asks && c.ca != "":
-		return problem{"-tls-ca is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca " + c.ca}
-	}
-	return nil
-}
-
 // similarFlag suggests the flag that an unknown one may have been meant to be.
-func similarFlag(options []option, name string) (suggestion string) {
+func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
 	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
-		"client": "c", "metrics": "http"}[name]
-	for _, o := range options {
-		if o.name == other || oneSlip(name, o.name) && len(o.name) > 2 {
-			suggestion = "Did you mean -" + o.name + " ? "
+		"client": "c", "metrics": "http"}[strings.ToLower(name)]
+	flags.VisitAll(func(f *flag.Flag) {
+		if f.Name == other || oneSlip(strings.ToLower(name), f.Name) && len(f.Name) > 2 {
+			suggestion = "Did you mean -" + f.Name + " ? "
+		}
+	})
+	return suggestion
+}
+
+// checkValues tells which value breaks a rule.
+func (c config) checkValues(flags *flag.FlagSet) error {
+	for _, rule := range rules {
+		if rule.holds != nil && !rule.holds(c) {
+			return problem{fmt.Sprintf("invalid value %q for flag -%s",
+				flags.Lookup(rule.name).Value, rule.name), give(rule.name)}
 		}
 	}
-	return suggestion
+	return nil
+}
+
+// wrong is what may be wrong with a command line: that it is, what, and what to do about it.
+type wrong struct {
+	is         bool
+	what, todo string
+}
+
+// firstWrong returns the first that is, or nil.
+func firstWrong(all []wrong) error {
+	for _, w := range all {
+		if w.is {
+			return problem{w.what, w.todo}
+		}
+	}
+	return nil
+}
+
+// checkRequests tells what is wrong with what stands behind the flags.
+func (c config) checkRequests() error {
+	for _, request := range c.requests {
+		near := slices.IndexFunc(commands, func(name string) bool { return oneSlip(request, name) })
+		isWord := fmt.Sprintf("unexpected argument %q", request)
+		isNone := fmt.Sprintf("%q is no request", request)
+		if err := firstWrong([]wrong{
+			{!c.client && near >= 0, isWord,
+				"Did you mean kvserver " + commands[max(near, 0)] + " DIR ? " + seeHelp},
+			{!c.client && (request == "help" || request == "version"), isWord,
+				"Did you mean kvserver -" + request + " ?"},
+			{!c.client && slices.Contains(commands, request),
+				request + " goes first, and takes no flags",
+				"Give the directory behind it, as in kvserver " + request + " data."},
+			{!c.client, isWord + ": everything is set by flags",
+				"To send a request: kvserver -c " + request + "   " + seeHelp},
+			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
+				"send what comes on standard input."},
+			{strings.HasPrefix(request, "-"), isNone,
+				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
+			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
+				"Give each as an argument of its own; no key and no value holds a newline."},
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkKind tells which flag is not for what is asked for: to serve, or to be a client.
+func (c config) checkKind(typed map[string]bool) error {
+	return firstWrong([]wrong{
+		{!c.client && c.stop, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
+		{!c.client && !c.ping && typed["tls-ca"], "-tls-ca is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca " + c.ca},
+	})
+}
+
+// checkTogether tells which flags do not go together.
+func (c config) checkTogether(given map[string]bool) error {
+	asks := c.client || c.ping
+	return firstWrong([]wrong{
+		{etcd.IsAddress(c.data) && c.fsync != "always",
+			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
+			"Leave it out: what is answered is in etcd."},
+		{given["data"] && c.data == "", "-data is empty",
+			"Give a directory, or leave -data out to keep the data in memory only."},
+		{given["fsync"] && c.data == "" && !asks,
+			"-fsync is for data on disk, and there is none",
+			"Give a directory, as in -data data -fsync " + c.fsync + "."},
+		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
+			"-tls-cert and -tls-key go together, and -tls-client-ca with both",
+			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
+		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
+			"Say whose certificate the server has, as in -tls-ca ca.pem."},
+		{!asks && strings.Contains(c.addr, ","), fmt.Sprintf("-addr %q is no address", c.addr),
+			"Several, with commas between them, are for -c and -ping; a server has one."},
+		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http),
+			"Give one."},
+	})
 }
 
 // parseFsync reads the value of -fsync.
@@ -557,32 +498,40 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 		return durable.FsyncNever, true
 	}
 	when, err := time.ParseDuration(s)
-	return when, err == nil && when >= time.Millisecond && when <= time.Hour
+	return when, err == nil && when >= minFsync && when <= maxFsync
 }
 
-// fullAddr completes the address that a flag gives: a port alone is one of
-// localhost.
-func fullAddr(name, addr string) (string, error) {
-	full := addr
-	if !strings.Contains(addr, ":") {
-		full = "localhost:" + addr
+// fullAddrs completes addresses, with commas between them, of which some may be a port alone:
+// that is one of localhost.
+func fullAddrs(addrs string) string {
+	all := strings.Split(addrs, ",")
+	for i, addr := range all {
+		if addr != "" && !strings.Contains(addr, ":") {
+			all[i] = "localhost:" + addr
+		}
 	}
-	_, port, err := net.SplitHostPort(full)
-	if err == nil {
-		_, err = strconv.ParseUint(port, 10, 16)
+	return strings.Join(all, ",")
+}
+
+// areAddrs tells whether fullAddrs makes addresses of addrs.
+func areAddrs(addrs string) bool {
+	for addr := range strings.SplitSeq(fullAddrs(addrs), ",") {
+		_, port, err := net.SplitHostPort(addr)
+		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+			return false
+		}
 	}
-	if strings.Contains(addr, ",") {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Several, with commas between them, are for -c and -ping; a server has one."}
-	} else if err != nil {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
-	}
-	return full, nil
+	return true
 }
 
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
 type size int64
+
+// sizeVar returns s as a flag with a default.
+func sizeVar(s *size, initial size) *size {
+	*s = initial
+	return s
+}
 
 // String is flag.Value's.
 func (s *size) String() string {
@@ -623,12 +572,10 @@ func (s *size) Set(text string) error {
 // warnOfVariables logs which variables look like ours and are none, and what they may have
 // been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
-	options := new(config).options()
+	flags := new(config).flags()
 	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true,
 		"KVSERVER_ETCD_USER": true}
-	for _, o := range options {
-		known[o.variable()] = true
-	}
+	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
 		text, ours := strings.CutPrefix(name, "KVSERVER_")
@@ -637,11 +584,11 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 			continue
 		}
 		todo := seeHelp
-		for _, o := range options {
-			if v := o.variable(); oneSlip(name, v) && len(o.name) > 2 {
+		flags.VisitAll(func(f *flag.Flag) {
+			if v := variable(f); oneSlip(name, v) && len(f.Name) > 2 {
 				todo = "Did you mean " + v + " ?"
 			}
-		}
+		})
 		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
 			"todo", todo)
 	}
