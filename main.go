@@ -47,7 +47,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -124,6 +123,30 @@ func printError(w io.Writer, err error) {
 		fmt.Fprintln(w, p.todo)
 	}
 }
+
+// advice says what to do about errors. The first that fits counts.
+type advice []struct {
+	fits func(error) bool
+	todo string
+}
+
+// about returns what to do about err, and otherwise where nothing fits.
+func (a advice) about(err error, otherwise string) string {
+	for _, row := range a {
+		if row.fits(err) {
+			return row.todo
+		}
+	}
+	return otherwise
+}
+
+// is returns what tells whether an error is target.
+func is(target error) func(error) bool {
+	return func(err error) bool { return errors.Is(err, target) }
+}
+
+// as tells whether an error is of a type.
+func as[E error](err error) bool { return errors.As(err, new(E)) }
 
 // isTerminal tells whether somebody looks at f.
 func isTerminal(f *os.File) bool {
@@ -871,29 +894,23 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
 	host, port, _ := net.SplitHostPort(addr)
-	var dns *net.DNSError
-	todo := "Choose another address: kvserver -" + name + " localhost:9999"
-	who := ""
-	switch {
-	case isInUse(err):
-		who = userOf(port)
-		todo = fmt.Sprint("Stop it, or choose another port: -", name, " ",
-			strings.TrimPrefix(freeAddr(host, port), "localhost:"))
-	case errors.Is(err, syscall.EACCES):
-		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name +
-			" 9999"
-	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to "+
-			"listen everywhere: kvserver -%s :%s", host, name, port)
-	case isNoAddress(err):
-		todo = "This machine does not have that address. Choose localhost, or leave the host out " +
-			"to listen everywhere: kvserver -" + name + " :" + port
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" + name +
+		" :" + port
+	free := ""
+	if isInUse(err) {
+		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
 	}
-	var op *net.OpError
-	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
+	todo := advice{
+		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: kvserver -" +
+			name + " 9999"},
+		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
+		{isNoAddress, "This machine does not have that address." + elsewhere},
+	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
 		err = op.Err
 	}
-	return problem{fmt.Sprintf("cannot listen on %s: %v%s", addr, err, who), todo}
+	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
 }
 
 // freeAddr is an address of host with a port above port that nobody has, and that no flag
@@ -911,30 +928,6 @@ func freeAddr(host, port string) string {
 		}
 	}
 	return net.JoinHostPort(host, "0")
-}
-
-// userOf says which process listens on port, where Linux's /proc tells us.
-func userOf(port string) string {
-	n, _ := strconv.Atoi(port)
-	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		table, _ := os.ReadFile(file)
-		for line := range strings.Lines(string(table)) {
-			// number, local address, other, state (0A: listening), ..., inode
-			f := strings.Fields(line)
-			if len(f) < 10 || f[3] != "0A" || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
-				continue
-			}
-			descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-			for _, d := range descriptors {
-				if to, _ := os.Readlink(d); to == "socket:["+f[9]+"]" {
-					pid := strings.Split(d, "/")[2]
-					name, _ := os.ReadFile("/proc/" + pid + "/comm")
-					return fmt.Sprintf(" by process %s (%s)", pid, strings.TrimSpace(string(name)))
-				}
-			}
-		}
-	}
-	return ""
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may go.
@@ -1343,62 +1336,51 @@ func backUp(dir, out storage.Directory) (durable.Report, error) {
 	return durable.Backup(dir, out, step)
 }
 
-// storeProblem says what to do about a store's error.
+// storeProblem says what to do about an error of the store that c asks for.
 func storeProblem(c config, err error) error {
-	dir := c.data
-	var damage *storage.DamageError
-	todo := "Mend the cause, then start again: everything that was answered is on disk."
+	keeps := "Mend the cause, then start again: everything that was answered is on disk."
 	switch c.fsync {
 	case "always":
 	case "": // a command, which has answered nothing
-		todo = "Mend the cause, then try again."
+		keeps = "Mend the cause, then try again."
 	default:
-		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
+		keeps = "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."
 	}
-	switch {
-	case errors.Is(err, etcd.ErrTakenOver):
-		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
-			"it lives: was it paused, or cut off?"
-	case errors.Is(err, etcd.ErrUnreachable):
-		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
-			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
-			"--cluster"
-	case errors.Is(err, etcd.ErrRefused):
-		todo = "Look at the address in -data (etcds:// for TLS, with " +
-			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
-	case etcd.IsAddress(dir) && errors.Is(err, syscall.ENOSPC):
-		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
-			"then: etcdctl alarm disarm"
-	case errors.Is(err, etcd.ErrAddress):
-		todo = "Give the members and a prefix, as in -data " +
-			"etcd://host1:2379,host2:2379,host3:2379/kv"
-	case errors.Is(err, storage.ErrMoved):
-		todo = "Put the directory back, or look who took it, before you start again. What was " +
-			"answered is in the directory that was moved."
-	case errors.Is(err, durable.ErrOlder):
-		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
-			"-c Dump."
-	case errors.Is(err, storage.ErrMissing):
-		todo = "Create it: mkdir -m 700 " + dir
-	case errors.Is(err, storage.ErrNotOurs):
-		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
-	case errors.Is(err, storage.ErrLocked):
-		todo = "Nothing was changed. Stop that process first, or give another directory."
-	case errors.Is(err, durable.ErrNothingRead):
-		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
-	case errors.Is(err, durable.ErrUnfinished):
-		todo = "Nothing was changed. If it was a copy, make it again, into an empty directory; " +
-			"remove what is there only if you want to start empty."
-	case errors.Is(err, durable.ErrNewer):
-		todo = "Nothing was changed. Start the newer kvserver."
-	case errors.Is(err, fs.ErrPermission):
-		todo = "Start as the user who owns it, or give that user the right to read and write it."
-	case errors.As(err, &damage):
-		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
-			"repair " + dir + " NEW"
+	isFullEtcd := func(err error) bool {
+		return etcd.IsAddress(c.data) && errors.Is(err, syscall.ENOSPC)
 	}
-	return problem{err.Error(), todo}
+	return problem{err.Error(), advice{
+		{is(etcd.ErrTakenOver), "Nothing is lost. Start again, to stand by. This server was too " +
+			"slow to show that it lives: was it paused, or cut off?"},
+		{is(etcd.ErrUnreachable), "Everything that was answered is in etcd. Look whether the " +
+			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
+			"etcdctl endpoint status --cluster"},
+		{is(etcd.ErrRefused), "Look at the address in -data (etcds:// for TLS, with " +
+			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
+		{isFullEtcd, "etcd is full: compact and defragment it, raise its --quota-backend-bytes, " +
+			"and then: etcdctl alarm disarm"},
+		{is(etcd.ErrAddress), "Give the members and a prefix, as in -data " +
+			"etcd://host1:2379,host2:2379,host3:2379/kv"},
+		{is(storage.ErrMoved), "Put the directory back, or look who took it, before you start " +
+			"again. What was answered is in the directory that was moved."},
+		{is(durable.ErrOlder), "Nothing was changed. Start that kvserver, and bring its data here " +
+			"with kvserver -c Dump."},
+		{is(storage.ErrMissing), "Create it: mkdir -m 700 " + c.data},
+		{is(storage.ErrNotOurs), "Nothing was changed. Give an empty directory, or one that " +
+			"kvserver made."},
+		{is(storage.ErrLocked), "Nothing was changed. Stop that process first, or give another " +
+			"directory."},
+		{is(durable.ErrNothingRead), "Restore a backup. Where there is none the data is lost: " +
+			"start with an empty directory."},
+		{is(durable.ErrUnfinished), "Nothing was changed. If it was a copy, make it again, into an " +
+			"empty directory; remove what is there only if you want to start empty."},
+		{is(durable.ErrNewer), "Nothing was changed. Start the newer kvserver."},
+		{is(fs.ErrPermission), "Start as the user who owns it, or give that user the right to read " +
+			"and write it."},
+		{as[*storage.DamageError], "Nothing was changed. Restore a backup, or save what can be " +
+			"saved: kvserver repair " + c.data + " NEW"},
+	}.about(err, keeps)}
 }
 
 // ---- the client: kvserver -c, -ping
