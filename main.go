@@ -755,10 +755,6 @@ func (l *queuedLog) flush() {
 func beServer(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
-	again := make(chan os.Signal, 1)
-	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
-		signal.Notify(again, syscall.SIGHUP)
-	}
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil)
@@ -766,26 +762,29 @@ func beServer(c config, log *queuedLog) error {
 	if c.data != "" {
 		s.status = new(storage.Status)
 	}
-	if c.http != "" { // first, so that one can watch how the data is opened
+
+	// First, so that one can watch how the data is opened.
+	if c.http != "" {
 		web, err := s.watchAt(c.http)
 		if err != nil {
 			return err
 		}
 		defer web.Close()
 	}
+
 	data, err := openOrStop(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil
 	case err != nil:
-		return storeProblem(c, err)
+		return err
 	}
-	listener, err := listenFor(c, s, again)
+	listener, err := listen(c.addr)
 	if err != nil {
 		if data != nil {
 			data.Close()
 		}
-		return err
+		return listenProblem("addr", c.addr, err)
 	}
 	applyLimits(s, c)
 	if err := s.serve(listener); err != nil {
@@ -793,6 +792,7 @@ func beServer(c config, log *queuedLog) error {
 	}
 	tellStart(c, s, listener)
 	(&pacer{server: s}).begin()
+
 	var failure error
 	select {
 	case <-ctx.Done():
@@ -817,19 +817,38 @@ func stopSignals() []os.Signal {
 	return signals
 }
 
-// openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
-// nobody has been told anything, so nothing can be lost.
+// openOrStop reads the certificates and opens the store that c asks for, unless ctx is done
+// before. Until then nobody has been told anything, so nothing can be lost.
 func openOrStop(ctx context.Context, c config, s *keyValueServer,
 	log *queuedLog) (*durable.Store, error) {
-	loading := context.AfterFunc(ctx, func() {
+	defer context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
 		time.AfterFunc(stopTime/5, func() { // the disk does not answer
 			log.flush()
 			os.Exit(0)
 		})
-	})
-	defer loading()
-	return openStore(ctx, c, s)
+	})()
+
+	// A bad certificate is told before the data is read, for that may take minutes.
+	again := make(chan os.Signal, 1)
+	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
+		signal.Notify(again, syscall.SIGHUP)
+	}
+	if c.cert != "" {
+		var err error
+		if s.tls, err = serverTLS(c, s.log, again); err != nil {
+			return nil, err
+		}
+	}
+
+	if c.data != "" {
+		log.Info("opening the data", "at", c.data)
+	}
+	data, err := openStore(ctx, c, s)
+	if err != nil {
+		return nil, storeProblem(c, err)
+	}
+	return data, nil
 }
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
@@ -859,21 +878,6 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 		return etcd.Open(ctx, path, opts)
 	}
 	return storage.OpenDisk(path, opts.Log)
-}
-
-// listenFor listens where c says, for clients of s. again is the signal to read the
-// certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
-	err error) {
-	if c.cert != "" {
-		if s.tls, err = serverTLS(c, s.log, again); err != nil {
-			return nil, err
-		}
-	}
-	if listener, err = listen(c.addr); err != nil {
-		return nil, listenProblem("addr", c.addr, err)
-	}
-	return listener, nil
 }
 
 // watchAt listens at addr for whoever watches s.
@@ -1075,17 +1079,19 @@ func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 
 // keyPair is what a server shows, and whom it trusts, as the files say now.
 type keyPair struct {
-	c       config
 	log     *slog.Logger
 	current atomic.Pointer[tls.Config]
-	looked  []fileState // of what is in current
-	warned  time.Time   // of the end
+
+	// Owned by serverTLS, then by watch.
+	files  [3]pemFile // certificate, key, the clients' CA
+	warned time.Time  // of the certificate's end
 }
 
-// fileState tells whether a file is another one than before.
-type fileState struct {
-	changed time.Time
-	size    int64
+// pemFile is a file in PEM as it was when it was last read.
+type pemFile struct {
+	path string // "": there is none
+	text []byte
+	err  error
 }
 
 // Times of certificates.
@@ -1099,8 +1105,9 @@ const (
 // on it reads them anew when they change, or again says so: connections that are there
 // stay.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	k := &keyPair{c: c, log: log}
-	if err := k.read(); err != nil {
+	k := &keyPair{log: log, files: [3]pemFile{{path: c.cert}, {path: c.key}, {path: c.clientCA}}}
+	k.look()
+	if err := k.load(); err != nil {
 		return nil, err
 	}
 	go k.watch(again)
@@ -1108,52 +1115,55 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// state is that of the files now.
-func (k *keyPair) state() (states []fileState) {
-	for _, file := range []string{k.c.cert, k.c.key, k.c.clientCA} {
-		var state fileState
-		if info, err := os.Stat(file); err == nil {
-			state = fileState{info.ModTime(), info.Size()}
+// look reads the files, and tells whether one is not as it was. What is no regular file, such
+// as a pipe, is read once: to read it again might last for ever.
+func (k *keyPair) look() (isNew bool) {
+	for i := range k.files {
+		f := &k.files[i]
+		info, err := os.Stat(f.path)
+		if f.path == "" || k.current.Load() != nil && err == nil && !info.Mode().IsRegular() {
+			continue
 		}
-		states = append(states, state)
+		before := *f
+		f.read()
+		isNew = isNew || !bytes.Equal(f.text, before.text) || (f.err == nil) != (before.err == nil)
 	}
-	return states
+	return isNew
 }
 
-// read reads the files, and warns when the certificate is about to end. If it fails all is
-// as before.
-func (k *keyPair) read() error {
-	state := k.state()
-	config, err := ownTLS(k.c)
-	if err == nil && k.c.clientCA != "" {
+// load has what was read shown from now on, and warns when the certificate is about to end.
+// If it fails all is as before.
+func (k *keyPair) load() error {
+	config, err := ownTLS(k.files[0], k.files[1])
+	if ca := k.files[2]; err == nil && ca.path != "" {
 		config.ClientAuth = tls.RequireAndVerifyClientCert
-		config.ClientCAs, err = readCA(k.c.clientCA)
+		config.ClientCAs, err = ca.pool()
 	}
-	k.looked = state // also if they are bad: one complaint for each change
-	if err == nil {
-		k.current.Store(config)
-		k.warned = time.Time{}
-		k.warn(time.Now())
+	if err != nil {
+		return err
 	}
-	return err
+	k.current.Store(config)
+	k.warned = time.Time{}
+	k.warn(time.Now())
+	return nil
 }
 
 // warn logs when the certificate ends, if that is soon and was not said today.
 func (k *keyPair) warn(now time.Time) {
-	end := k.current.Load().Certificates[0].Leaf.NotAfter
+	end, file := k.current.Load().Certificates[0].Leaf.NotAfter, k.files[0].path
+	const mend = "; put a new one into its file, it is read at once"
 	switch {
 	case now.Before(k.warned.Add(warnAgain)):
 		return
 	case k.warned.IsZero() && now.Before(end.Add(-warnAhead)):
-		k.log.Info("the certificate is read", "file", k.c.cert, "until", end)
+		k.log.Info("the certificate is read", "file", file, "until", end)
 	case now.Before(end.Add(-warnAhead)):
 		return
 	case now.Before(end):
-		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once",
-			"file", k.c.cert, "until", end)
+		k.log.Warn("the certificate ends soon"+mend, "file", file, "until", end)
 	default:
-		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its "+
-			"file, it is read at once", "file", k.c.cert, "until", end)
+		k.log.Error("the certificate has ended, clients will refuse it"+mend, "file", file,
+			"until", end)
 	}
 	k.warned = now
 }
@@ -1166,66 +1176,83 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 	for {
 		select {
 		case <-tick.C:
-			if k.warn(time.Now()); slices.Equal(k.state(), k.looked) {
+			if k.warn(time.Now()); !k.look() {
 				continue
 			}
 		case _, ok := <-again:
 			if !ok {
 				return
 			}
+			k.look()
 		}
-		if err := k.read(); err != nil {
+		if err := k.load(); err != nil {
 			k.log.Warn("the certificates cannot be read anew, so those from before stay",
 				"error", err)
 		}
 	}
 }
 
-// clientTLS is the same for -c: nil without -tls-ca.
+// clientTLS is how -c and -ping speak TLS: nil without -tls-ca.
 func clientTLS(c config) (*tls.Config, error) {
 	if c.ca == "" {
 		return nil, nil
 	}
-	pool, err := readCA(c.ca)
-	if err != nil {
-		return nil, err
+	cert, key, ca := pemFile{path: c.cert}, pemFile{path: c.key}, pemFile{path: c.ca}
+	for _, f := range []*pemFile{&cert, &key, &ca} {
+		f.read()
 	}
-	config, err := ownTLS(c)
+	config, err := ownTLS(cert, key)
 	if err == nil {
-		config.RootCAs = pool
+		config.RootCAs, err = ca.pool()
 	}
 	return config, err
 }
 
 // ownTLS shows our own certificate, if there is one.
-func ownTLS(c config) (*tls.Config, error) {
+func ownTLS(cert, key pemFile) (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.cert == "" {
+	if cert.path == "" {
 		return config, nil
 	}
-	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
+	if err := cmp.Or(cert.err, key.err); err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(cert.text, key.text)
 	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v",
-			c.cert, c.key,
-			err), "Give two files in PEM format that belong together; the README shows how to " +
-			"make them."}
+		return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
+			cert.path, key.path, err), "Give two files in PEM format that belong together; " +
+			"kvserver help TLS shows how to make them."}
 	}
 	config.Certificates = []tls.Certificate{pair}
 	return config, nil
 }
 
-// readCA reads certificates to be trusted.
-func readCA(file string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(file)
+// read reads the file, if there is one.
+func (f *pemFile) read() {
+	if f.path == "" {
+		return
+	}
+	if f.text, f.err = os.ReadFile(f.path); f.err != nil {
+		f.err = pemProblem(f.err)
+	}
+}
+
+// pemProblem says what to do about a file in PEM that cannot be read.
+func pemProblem(err error) error {
+	return problem{"cannot read a certificate or key: " + err.Error(), advice{
+		{is(fs.ErrPermission), "Let the user who runs kvserver read it; kvserver help systemd " +
+			"shows how to do that there."},
+	}.about(err, "Give a file in PEM format; kvserver help TLS shows how to make one.")}
+}
+
+// pool is the file as certificates to be trusted.
+func (f *pemFile) pool() (*x509.CertPool, error) {
 	pool := x509.NewCertPool()
-	if err == nil && !pool.AppendCertsFromPEM(pem) {
-		err = errors.New(file + " holds no certificate")
+	if f.err == nil && !pool.AppendCertsFromPEM(f.text) {
+		return nil, problem{f.path + " holds no certificate of a CA",
+			"Give a file in PEM format; kvserver help TLS shows how to make one."}
 	}
-	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the CA: %v", err),
-			"Give a file in PEM format; the README shows how to make one."}
-	}
-	return pool, nil
+	return pool, f.err
 }
 
 // ---- the commands: check, repair, backup

@@ -83,6 +83,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"log/slog"
 	"maps"
@@ -2071,6 +2072,14 @@ func (s *screen) Write(b []byte) (int, error) {
 	return s.Buffer.Write(b)
 }
 
+// take returns what it shows, and wipes it.
+func (s *screen) take() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.Reset()
+	return s.String()
+}
+
 // Ensure that who types sees a prompt and that each write was done, and that the line about
 // progress is gone before anything else is printed.
 func TestClientCommandOnATerminal(t *testing.T) {
@@ -2803,14 +2812,15 @@ func certificates(t *testing.T, names ...string) (dir string) {
 	return dir
 }
 
-// Ensure that certificates are read anew when their files change, or when the server is told
-// to; that bad ones change nothing; and that the end of one is told in time, once a day.
+// Ensure that certificates are read anew when what is in their files changes, though size and
+// time stay, or when the server is told to; that bad ones change nothing, nor what is no file
+// any more; and that the end of one is told in time, once a day.
 func TestCertificatesAreReadAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, others := certificates(t, "server"), certificates(t, "server")
 		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
 			clientCA: filepath.Join(dir, "ca.pem")}
-		var log bytes.Buffer
+		var log screen
 		again := make(chan os.Signal)
 		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
 		if err != nil {
@@ -2820,46 +2830,84 @@ func TestCertificatesAreReadAnew(t *testing.T) {
 			now, _ := served.GetConfigForClient(nil)
 			return string(now.Certificates[0].Leaf.Raw)
 		}
-		put := func(name string, data []byte, changed time.Duration) {
-			os.WriteFile(filepath.Join(dir, name), data, 0o600)
-			at := time.Now().Add(changed)
-			os.Chtimes(filepath.Join(dir, name), at, at)
+		at := time.Now()
+		put := func(name string, data []byte) {
+			file := filepath.Join(dir, name)
+			if old, err := os.ReadFile(file); err == nil && len(old) > len(data) {
+				data = append(data, bytes.Repeat([]byte("\n"), len(old)-len(data))...)
+			}
+			os.WriteFile(file, data, 0o600)
+			os.Chtimes(file, at, at)
 		}
+		for _, name := range []string{"server.pem", "server.key"} {
+			data, _ := os.ReadFile(filepath.Join(dir, name))
+			put(name, append(data, "\n\n\n\n"...)) // certificates differ by some bytes
+		}
+		pass(lookAgain + time.Second)
 		first := shown()
 		read := func(name string) []byte {
 			data, _ := os.ReadFile(filepath.Join(others, name))
 			return data
 		}
-		put("server.pem", read("server.pem"), time.Second) // its key is not there yet
+		put("server.pem", read("server.pem")) // its key is not there yet
 		pass(2*lookAgain + time.Second)
-		if got := strings.Count(log.String(), "cannot be read anew"); shown() != first || got != 1 {
+		told := log.take()
+		if got := strings.Count(told, "cannot be read anew"); shown() != first || got != 1 {
 			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
-				got, shown() != first, &log)
+				got, shown() != first, told)
 		}
-		put("server.key", read("server.key"), time.Second)
+		put("server.key", read("server.key"))
 		pass(lookAgain + time.Second)
 		second := shown()
 		if second == first {
 			t.Error("a new pair is not shown")
 		}
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
-		put("server.key", old, time.Second)
+		put("server.key", old)
 		again <- syscall.SIGHUP
 		synctest.Wait()
-		if shown() != second || strings.Count(log.String(), "cannot be read anew") != 2 {
+		told = log.take()
+		if shown() != second || strings.Count(told, "cannot be read anew") != 1 {
 			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second,
-				&log)
+				told)
 		}
-		log.Reset()
-		pass(5 * time.Minute)
-		pass(50 * time.Hour) // the certificates are good for an hour
-		if soon, over := strings.Count(log.String(), "ends soon"), strings.Count(log.String(),
-			"has ended"); soon+over < 2 || soon+over > 3 || over == 0 {
-			t.Errorf("in two days it is told %d times that the end is near, and %d times that it "+
-				"was", soon, over)
+		put("server.key", read("server.key"))
+		pass(lookAgain + time.Second)
+
+		// A key that is a pipe now, of which nobody writes the other end, stays as it was.
+		key := filepath.Join(dir, "server.key")
+		os.Remove(key)
+		if err := exec.Command("mkfifo", key).Run(); err != nil {
+			t.Logf("without mkfifo there is no pipe to try: %v", err)
+		}
+		put("server.pem", read("server.pem")[1:]) // a torn one, which is told
+		log.take()
+		pass(lookAgain + time.Second)
+		told = log.take()
+		if got := strings.Count(told, "cannot be read anew"); shown() != second || got != 1 {
+			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
+		}
+		put("server.pem", read("server.pem"))
+		pass(lookAgain + time.Second)
+		log.take()
+		pass(26 * time.Hour) // the certificates are good for an hour
+		told = log.take()
+		if soon, over := strings.Count(told, "ends soon"), strings.Count(told, "has ended"); soon+
+			over < 1 || soon+over > 2 || over == 0 {
+			t.Errorf("in a day it is told %d times that the end is near, and %d times that it was",
+				soon, over)
 		}
 		close(again)
 	})
+}
+
+// Ensure that who may not read a key is told so, and not to look for another.
+func TestUnreadableKey(t *testing.T) {
+	var p problem
+	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) || !strings.Contains(p.todo,
+		"Let the user who runs kvserver read it") {
+		t.Errorf("%+v", p)
+	}
 }
 
 // Ensure that SIGHUP, where the log goes to no terminal, ends nothing.
@@ -3923,6 +3971,8 @@ func TestMistakes(t *testing.T) {
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
 	store := mustOpen(t, inUse)
 	defer store.Close()
+	certs := certificates(t, "server", "other")
+	pem := func(name string) string { return filepath.Join(certs, name) }
 	for _, m := range []struct {
 		args       []string
 		code       int
@@ -4017,6 +4067,19 @@ func TestMistakes(t *testing.T) {
 			"Several, with commas between them, are for -c and -ping"},
 		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
 			"Give both: kvserver -c -stop < FILE"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("none")}, exitFailure,
+			"kvserver: cannot read a certificate or key: open " + pem("none"),
+			"Give a file in PEM format"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("other.key")}, exitFailure,
+			"kvserver: cannot use the certificate " + pem("server.pem"),
+			"Give two files in PEM format that belong together"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("server.key"),
+			"-tls-client-ca", pem("ca.key")}, exitFailure,
+			"kvserver: " + pem("ca.key") + " holds no certificate of a CA",
+			"Give a file in PEM format"},
+		{[]string{"-tls-ca", pem("none"), "-ping"}, exitFailure,
+			"kvserver: cannot read a certificate or key: open " + pem("none"),
+			"Give a file in PEM format"},
 		{[]string{"-data", inUse}, exitFailure,
 			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
 				os.Getpid()), "Nothing was changed. Stop that process first"},
