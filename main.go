@@ -91,7 +91,9 @@ func main() {
 	}
 	if c.client || c.ping {
 		if err := beClient(c, os.Stderr); err != nil {
-			printError(os.Stderr, err)
+			if !errors.Is(err, errTold) {
+				printError(os.Stderr, err)
+			}
 			os.Exit(exitFailure)
 		}
 		return
@@ -99,7 +101,7 @@ func main() {
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	err = beServer(c, log)
-	if err != nil && !errors.Is(err, errLogged) {
+	if err != nil && !errors.Is(err, errTold) {
 		printError(log.queue, err)
 	}
 	log.flush()
@@ -108,8 +110,8 @@ func main() {
 	}
 }
 
-// errLogged is beServer's error when the log tells of it already.
-var errLogged = errors.New("see the log")
+// errTold is an error that was told already, in the log or by -c.
+var errTold = errors.New("it was told")
 
 // problem is an error with what to do about it.
 type problem struct{ what, todo string }
@@ -197,7 +199,7 @@ const (
 var (
 	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
 		"max-queues tls-client-ca v write-timeout")
-	clientFlags = strings.Fields("stop timeout tls-ca")
+	clientFlags = strings.Fields("out stop timeout tls-ca")
 )
 
 // config is what the command line asks for.
@@ -222,6 +224,7 @@ type config struct {
 	client   bool          // send requests instead of serving
 	stop     bool          // at the first error
 	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
+	out      string        // file for what -c is answered; "": standard output
 	ping     bool
 	version  bool // print it, and do nothing else
 	requests []string
@@ -260,6 +263,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
 	f.DurationVar(&c.timeout, "timeout", 0,
 		"`TIME` without an answer after which -c and -ping give up")
+	f.StringVar(&c.out, "out", "", "`FILE` for the answers to -c, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	return f
@@ -375,7 +379,7 @@ func initial(f *flag.Flag) string {
 // (KVSERVER_VERSION is often there, and not meant for us.)
 func variable(f *flag.Flag) string {
 	switch f.Name {
-	case "c", "stop", "ping", "version":
+	case "c", "out", "stop", "ping", "version":
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
@@ -751,7 +755,7 @@ func (l *queuedLog) flush() {
 // ---- start and stop
 
 // beServer opens, listens, serves and stops. Once it serves, its errors are in the log
-// and it returns errLogged.
+// and it returns errTold.
 func beServer(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
@@ -1053,7 +1057,7 @@ func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store
 	}
 	late.Stop()
 	if failure != nil {
-		return errLogged
+		return errTold
 	}
 	return nil
 }
@@ -1413,69 +1417,78 @@ func storeProblem(c config, err error) error {
 // ---- the client: kvserver -c, -ping
 
 // beClient is kvserver -c and -ping. Where the server refused something it has said
-// so already, and only the exit code tells.
-func beClient(c config, errs io.Writer) error {
+// so already: then the error is errTold.
+func beClient(c config, errs io.Writer) (err error) {
 	conn, err := dial(&c)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if c.ping {
-		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
-		c.requests = []string{"Ping"}
-	}
-	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
-		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
-	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
+	t := newTalker(c, conn, errs)
+	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
 	t.tells = isTerminal(os.Stderr) && !t.isTyped
+	if c.out != "" {
+		file, err := os.Create(c.out)
+		if err != nil {
+			return problem{"cannot write the answers: " + err.Error(), "Nothing was sent. Give a " +
+				"file that can be written."}
+		}
+		defer file.Close()
+		t.out = file
+	}
 	if t.isTyped {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
 		defer fmt.Fprintln(errs)
 	}
+
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	good, err := t.converse()
 	switch {
 	case err == nil && !good:
-		os.Exit(exitFailure)
+		return errTold
+	case err == nil:
+		return nil
 	case c.ping && errors.Is(err, errFull): // it is healthy
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
-	case ctx.Err() != nil && err != nil:
+	case ctx.Err() != nil:
 		err = errInterrupted
 	}
 	return t.problem(c, err)
 }
 
+// newTalker returns the conversation that c asks for.
+func newTalker(c config, conn net.Conn, errs io.Writer) *talker {
+	t := &talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
+		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
+	if c.ping {
+		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
+	}
+	return t
+}
+
 // dial connects to the first server at c.addr that serves, which becomes c.addr.
 func dial(c *config) (conn net.Conn, err error) {
-	config, err := clientTLS(*c)
+	trusted, err := clientTLS(*c)
 	if err != nil {
 		return nil, err
 	}
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	connect := func(addr string) (net.Conn, error) {
-		if config == nil {
+		if trusted == nil {
 			return dialer.Dial("tcp", addr)
 		}
-		return tls.DialWithDialer(dialer, "tcp", addr, config)
+		return tls.DialWithDialer(dialer, "tcp", addr, trusted)
 	}
 	addrs := strings.Split(c.addr, ",")
 	for _, addr := range addrs {
-		host, port, splitErr := net.SplitHostPort(addr)
-		if ip := net.ParseIP(host); splitErr == nil &&
-			(host == "" || ip != nil && ip.IsUnspecified()) {
-			host = "localhost" // as a server's address it means everywhere
-			addr = net.JoinHostPort(host, port)
-		}
-		if host == "localhost" {
-			if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
-				addr = net.JoinHostPort("127.0.0.1", port)
-			}
-		}
+		addr = reachable(addr)
 		conn, err = connect(addr)
-		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
+
+		// Of several servers one that stands still connects, too.
+		if err == nil && len(addrs) > 1 {
 			err = tryOut(conn, dialer.Timeout)
 			conn.Close()
 			if err == nil {
@@ -1487,27 +1500,47 @@ func dial(c *config) (conn net.Conn, err error) {
 			return conn, nil
 		}
 	}
-	todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
-	if strings.Contains(c.addr, ",") {
-		todo = "None of them serves. One that stands by does not listen."
+	return nil, dialProblem(c.addr, err)
+}
+
+// reachable is where a client finds a server that listens at addr.
+func reachable(addr string) string {
+	host, port, _ := net.SplitHostPort(addr) // which was looked at
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost" // for the server it means everywhere
 	}
-	var dns *net.DNSError
-	var name x509.HostnameError
+	if host == "localhost" {
+		if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
+			host = "127.0.0.1"
+		}
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// dialProblem says what to do about the error of connecting to the last of addrs.
+func dialProblem(addrs string, err error) error {
+	var dns net.DNSError
+	if d := (*net.DNSError)(nil); errors.As(err, &d) {
+		dns = *d
+	}
 	op := (*net.OpError)(nil)
-	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
-		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca " +
-			"if it speaks no TLS."
-	} else if isOp {
-		err = op.Err
+	isThere := func(error) bool { return op == nil || op.Op != "dial" }
+	errors.As(err, &op)
+	todo := advice{
+		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: "+
+			"-addr HOST:PORT", dns.Name)},
+		{as[x509.HostnameError], "Call the server as its certificate does, or give it a " +
+			"certificate with this name."},
+		{func(error) bool { return strings.Contains(addrs, ",") },
+			"None of them serves. One that stands by does not listen."},
+		{isThere, "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
+			"-tls-ca if it speaks no TLS."},
+	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+
+		"HOST:PORT   One that still reads its data does not listen yet: its log tells how far it is.")
+	if op != nil && op.Op == "dial" {
+		err = op.Err // the rest says again what we say
 	}
-	switch {
-	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT",
-			dns.Name)
-	case errors.As(err, &name):
-		todo = "Call the server as its certificate does, or give it a certificate with this name."
-	}
-	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
+	return problem{fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo}
 }
 
 // tryOut tells whether a server is behind conn and answers in time.
@@ -1532,92 +1565,60 @@ var (
 	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
 	errSilent     = errors.New("it closed the connection without a word")
 	errUnanswered = errors.New("it closed the connection before everything was answered")
+	errUnasked    = errors.New("it answers what was not asked")
 	errGone       = errors.New("it closed the connection")
 	errQuiet      = errors.New("no answer")
 	errStopped    = errors.New("stopped at the first error")
 	errOutput     = errors.New("cannot write the answers")
+	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
+		"was run")
 
 	errInterrupted = errors.New("interrupted")
 )
 
 // talker is one conversation of kvserver -c: it sends requests to a server and shows the
 // answers. One goroutine sends and one reads, so neither side waits for the other to finish.
+// Every line that is sent has one answer, so answers count lines.
 type talker struct {
-	conn      net.Conn
-	requests  []string // what to send; none: the lines of in
-	in        io.Reader
-	out, errs io.Writer     // for data, and for all that is none
-	isTyped   bool          // somebody types: there is a prompt, and a write is confirmed
-	tells     bool          // how many requests are answered so far, on a line of errs
-	stops     bool          // at the first error: each request waits for the one before
-	flags     []string      // that we were started with, for what to do next
-	silence   time.Duration // without an answer, that is too much; 0: none is
+	conn     net.Conn
+	requests []string // what to send; none: the lines of in
+	in       io.Reader
+	out      io.Writer     // for data
+	errs     io.Writer     // for all that is none
+	isTyped  bool          // somebody types: there is a prompt, and a write is confirmed
+	tells    bool          // how many requests are answered so far, on a line of errs
+	stops    bool          // at the first error: each request waits for the one before
+	flags    []string      // that we were started with, for what to do next
+	silence  time.Duration // without a byte of an answer that is too much; 0: none is
 
-	told  bool          // the line about progress is there
+	began    time.Time    // before any of what follows
+	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
+	answered atomic.Int64 // of these; added to by the reader only
+	waited   atomic.Int64 // since when the reader waits for a byte: nanoseconds from began
+
+	told  bool          // the line about progress is there; owned by the reader
 	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
-	sent  chan ledger   // it, where nobody writes in it. One slot
-	end   chan sending  // sender to reader: all is sent, or not. One slot
+	sent  chan sending  // sender to reader: all is sent, or not. One slot
+	more  chan bool     // sender to reader, then: there is more behind a Quit. One slot
 }
 
-// ledger is what was sent and what was answered. Sender and reader write in it in turns: who
-// has taken it out of its channel owns it, until it is put back.
-type ledger struct {
-	owed     int   // requests without an answer
-	answered int   // requests with one; the first is our Ack
-	lines    int   // that were read
-	blank    []run // which of them are no requests
+// sending is how the sender has ended.
+type sending struct {
+	quits bool  // with a Quit
+	err   error // that the input ended in, or io.EOF
 }
 
-// run is so many lines in a row, from first on.
-type run struct{ first, n int }
+// moreTime is how long to wait for the sender to find out whether there is more behind a Quit:
+// somebody who types has not said so yet.
+const moreTime = 100 * time.Millisecond
 
-// addRun adds lines to runs, which they follow.
-func addRun(runs []run, more run) []run {
-	if n := len(runs); n > 0 && runs[n-1].first+runs[n-1].n == more.first {
-		runs[n-1].n += more.n
-		return runs
-	}
-	return append(runs, more)
-}
+const prompt = "> "
 
-// count takes note of what was sent and of so many answers. Where a silence may be too long,
-// the time for the next answer begins.
-func (t *talker) count(sent ledger, answers int) (owed, answered int) {
-	l := <-t.sent
-	wasIdle := l.owed == 0
-	l.owed += sent.owed - answers
-	l.answered += answers
-	l.lines = max(l.lines, sent.lines)
-	for _, more := range sent.blank {
-		l.blank = addRun(l.blank, more)
-	}
-	switch {
-	case t.silence == 0:
-	case l.owed == 0:
-		t.conn.SetReadDeadline(time.Time{})
-	case wasIdle || answers > 0:
-		t.conn.SetReadDeadline(time.Now().Add(t.silence))
-	}
-	t.sent <- l
-	return l.owed, l.answered
-}
+// owed is how many lines have no answer yet.
+func (t *talker) owed() int64 { return t.asked.Load() - t.answered.Load() }
 
 // through is the last line of the input that was answered.
-func (t *talker) through() (line int) {
-	if t.sent == nil { // nothing was sent
-		return 0
-	}
-	l := <-t.sent
-	line = max(l.answered-1, 0) // but for our Ack
-	for _, blank := range l.blank {
-		if blank.first > line+1 || l.answered == 0 {
-			break
-		}
-		line += blank.n
-	}
-	t.sent <- l
-	return line
-}
+func (t *talker) through() int { return int(max(t.answered.Load()-1, 0)) } // but for our Ack
 
 // converse has the conversation. It returns whether all requests were answered, none with
 // an error.
@@ -1625,18 +1626,14 @@ func (t *talker) converse() (good bool, err error) {
 	if len(t.requests) > 0 {
 		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
 	}
-	t.mayGo, t.end = make(chan struct{}, 1), make(chan sending, 1)
-	t.sent = make(chan ledger, 1)
-	t.sent <- ledger{}
-	if t.silence == 0 {
-		t.conn.SetReadDeadline(time.Now().Add(connectTime))
-	}
+	t.mayGo, t.sent, t.more = make(chan struct{}, 1), make(chan sending, 1), make(chan bool, 1)
+	t.began = time.Now()
 	go t.sendLines()
 	defer close(t.mayGo)
 
-	r, w := bufio.NewReaderSize(t.conn, maxWrite), bufio.NewWriterSize(t.out, maxWrite)
+	r := bufio.NewReaderSize(patientReader{t}, maxWrite)
+	w := bufio.NewWriterSize(t.out, maxWrite)
 	good = true
-	welcome := false
 	for start := true; ; {
 		if r.Buffered() == 0 {
 			t.clear()
@@ -1646,36 +1643,75 @@ func (t *talker) converse() (good bool, err error) {
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
-		switch {
-		case err != nil && err != bufio.ErrBufferFull:
+		if err != nil && err != bufio.ErrBufferFull {
 			t.clear()
 			w.Flush()
-			return t.ended(err, welcome, good)
-		case welcome:
-			isAnswer, isError := t.show(w, part, start)
-			if good = good && !isError; isError && t.stops {
-				return false, errStopped
-			}
-			if isAnswer {
-				t.answered(w)
-			}
-		default:
+			return t.ended(err, good)
+		}
+		isAnswer, isError := t.show(w, part, start)
+		start = err == nil
+		good = good && !isError
+		switch {
+		case t.answered.Load() == 0:
 			if err := checkWelcome(part); err != nil {
 				return false, err
 			}
-			if welcome = true; t.silence == 0 {
-				t.conn.SetReadDeadline(time.Time{})
-			}
-			t.answered(w)
+			t.takeAnswer(w)
+		case isAnswer && t.owed() <= 0:
+			return false, errUnasked
+		case isError && t.stops:
+			return false, errStopped
+		case isAnswer:
+			t.takeAnswer(w)
 		}
-		start = err == nil
 	}
+}
+
+// patientReader reads from the connection, and fails with errQuiet when it has waited too long
+// for a byte of an answer.
+type patientReader struct{ *talker }
+
+func (t patientReader) Read(p []byte) (n int, err error) {
+	silence := t.silence
+	if silence == 0 && t.answered.Load() == 0 {
+		silence = connectTime
+	}
+	t.waited.Store(int64(time.Since(t.began)))
+	for {
+		// Where nothing is owed it looks again later, for something may be by then.
+		if silence > 0 {
+			isOwed := t.owed() > 0 // before the time, which ask sets first
+			left := silence - (time.Since(t.began) - time.Duration(t.waited.Load()))
+			switch {
+			case left <= 0 && isOwed:
+				return 0, fmt.Errorf("%w for %v", errQuiet, silence)
+			case left <= 0:
+				left = silence
+			}
+			t.conn.SetReadDeadline(time.Now().Add(left))
+		} else {
+			t.conn.SetReadDeadline(time.Time{})
+		}
+		n, err = t.conn.Read(p)
+		if n > 0 || silence == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+	}
+}
+
+// ask takes note of a line that is about to be sent.
+func (t *talker) ask() {
+	if t.owed() == 0 { // the time for its answer begins
+		t.waited.Store(int64(time.Since(t.began)))
+	}
+	t.asked.Add(1)
 }
 
 // show shows a line that the server has sent, or a part of one. It tells whether that ends
 // the answer to a request, and whether that is an error.
 func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isError bool) {
 	switch {
+	case t.answered.Load() == 0: // to our Ack
 	case !start || part[0] != ':':
 		w.Write(part)
 		return false, false
@@ -1695,23 +1731,21 @@ func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isErr
 	return true, false
 }
 
-// answered takes note of an answer.
-func (t *talker) answered(w *bufio.Writer) {
-	owed, n := t.count(ledger{}, 1)
+// takeAnswer takes note of an answer.
+func (t *talker) takeAnswer(w *bufio.Writer) {
+	n := t.answered.Add(1) - 1 // but for our Ack
 	if t.stops {
 		t.mayGo <- struct{}{}
 	}
-	if t.isTyped && owed == 0 {
+	if t.isTyped && t.owed() == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, prompt)
 	}
-	if n--; t.tells && n > 0 && n%100_000 == 0 { // but for our Ack
+	if t.tells && n > 0 && n%100_000 == 0 {
 		t.told = true
 		fmt.Fprintf(t.errs, "\r%d requests answered", n)
 	}
 }
-
-const prompt = "> "
 
 // clear takes the line about progress away, before something else is written.
 func (t *talker) clear() {
@@ -1723,44 +1757,40 @@ func (t *talker) clear() {
 
 // ended is what a conversation comes to whose connection gives err: the server's end if
 // that is io.EOF.
-func (t *talker) ended(err error, welcome, good bool) (bool, error) {
-	isReset := !errors.Is(err, io.EOF)
+func (t *talker) ended(err error, good bool) (bool, error) {
+	isReset := !errors.Is(err, io.EOF) // as a killed server's
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return false, fmt.Errorf("%w for %v", errQuiet, cmp.Or(t.silence, connectTime))
-	case !welcome && isReset:
+	case errors.Is(err, errQuiet), t.answered.Load() == 0 && isReset:
 		return false, err
-	case !welcome:
+	case t.answered.Load() == 0:
 		return false, errSilent
+	case t.owed() > 0 && isReset:
+		return false, fmt.Errorf("%w: %w", errUnanswered, err)
+	case t.owed() > 0:
+		return false, errUnanswered
 	}
-	unanswered := errUnanswered
-	if isReset { // as a killed server's
-		unanswered = fmt.Errorf("%w: %w", errUnanswered, err)
-	}
-	owed, _ := t.count(ledger{}, 0)
+	var s sending
 	select {
-	case s := <-t.end:
-		switch {
-		case owed > 0:
-			return false, unanswered
-		case s.err != io.EOF:
-			return false, fmt.Errorf("reading the requests: %w", s.err)
-		}
-		if s.more != nil {
-			select {
-			case s.left = <-s.more:
-			case <-time.After(moreTime): // somebody types
-			}
-		}
-		if s.left {
-			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
-		}
-		return good && !s.left, nil
+	case s = <-t.sent:
 	default: // the input goes on
-		if owed == 0 {
-			return false, errGone
+		return false, errGone
+	}
+	switch {
+	case errors.Is(s.err, errUTF16):
+		return false, s.err
+	case s.err != io.EOF:
+		return false, fmt.Errorf("reading the requests: %w", s.err)
+	case !s.quits:
+		return good, nil
+	}
+	select {
+	case more := <-t.more:
+		if more {
+			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
 		}
-		return false, unanswered
+		return good && !more, nil
+	case <-time.After(moreTime):
+		return good, nil
 	}
 }
 
@@ -1787,89 +1817,56 @@ const tlsAlert = 0x15
 // has nothing more to say for now, and then tells how it ended. One goroutine a
 // conversation.
 func (t *talker) sendLines() {
-	input := &fullReader{Reader: t.in}
-	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
-	w.WriteString("Ack\n")
+	r, w := bufio.NewReaderSize(t.in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 	s := sending{err: io.EOF}
-	inHand := ledger{owed: 1} // what is in w
-	note := func() {
-		t.count(inHand, 0)
-		inHand.owed, inHand.blank = 0, nil
-	}
-	flush := func() error {
-		note()
-		return w.Flush()
-	}
-	for start, more := true, true; more; {
-		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && flush() != nil {
-			break // or the next Read may keep the server waiting
+	t.ask()
+	w.WriteString("Ack\n")
+	for start, first, goesOn := true, true, true; goesOn; first = false {
+		// The next Read may last, and the server is not to wait for it.
+		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
+			break
 		}
 		part, err := r.ReadSlice('\n')
-		ends := len(part) > 0 && part[len(part)-1] == '\n'
+		switch {
+		case first && isUTF16(part):
+			s.err, part, goesOn = errUTF16, nil, false
+		case err != nil && err != bufio.ErrBufferFull:
+			s.err, goesOn = err, false
+		}
 		if start && len(part) > 0 {
-			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
-			isBlank := line == "" && ends
-			inHand.lines++
-			switch {
-			case isBlank:
-				inHand.blank = addRun(inHand.blank, run{inHand.lines, 1})
-				if t.isTyped {
-					fmt.Fprint(t.errs, prompt)
-				}
-			case t.stops && (flush() != nil || !t.mayGoOn()):
-				t.end <- s
+			if part, s.quits = t.beginLine(part); t.stops && (w.Flush() != nil || !t.mayGoOn()) {
 				return
-			default:
-				inHand.owed++
 			}
-			if ends && lookUp(line) == quit {
-				s.left, more = r.Buffered() > 0, false
-				if !s.left && input.full { // the buffer ends here by chance
-					s.more = make(chan bool, 1)
-				}
-			}
+			goesOn = goesOn && !s.quits
 		}
 		w.Write(part)
-		start = ends
-		if err != nil && err != bufio.ErrBufferFull {
-			s.err, more = err, false
-		}
+		start = err == nil
 	}
-	note()
-	s.lines = inHand.lines
-	t.end <- s // before the server can end the conversation
+	t.sent <- s // before the server can end the conversation
 	w.Flush()
-	t.halfClose()
-	if s.more != nil {
-		_, err := r.Peek(1)
-		s.more <- err == nil
+	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
 	}
+	_, err := r.Peek(1)
+	t.more <- err == nil
 }
 
-// sending is how the sender has ended.
-type sending struct {
-	lines int   // that were read
-	left  bool  // there was more behind a Quit
-	err   error // that the input ended in, or io.EOF
-
-	// The sender tells here, later, whether there was more; nil: it knows already.
-	more chan bool
-}
-
-// moreTime is how long to wait for that.
-const moreTime = 100 * time.Millisecond
-
-// fullReader knows whether the last Read filled all the room that it was given: then
-// more is likely to be there.
-type fullReader struct {
-	io.Reader
-	full bool
-}
-
-func (f *fullReader) Read(p []byte) (int, error) {
-	n, err := f.Reader.Read(p)
-	f.full = n == len(p)
-	return n, err
+// beginLine takes note of a line that part is, or begins, and returns what to send, and whether
+// the line is a Quit. A blank line has no answer, so an Ack goes in its place; but who types
+// one has a prompt for an answer.
+func (t *talker) beginLine(part []byte) (toSend []byte, quits bool) {
+	start, isWhole := strings.CutSuffix(string(part[:min(len(part), len("exit\r\x00\n"))]), "\n")
+	line := trimCR(start)
+	switch {
+	case !isWhole || line != "":
+		t.ask()
+		return part, isWhole && lookUp(line) == quit
+	case t.isTyped:
+		fmt.Fprint(t.errs, prompt)
+		return part, false
+	}
+	t.ask()
+	return []byte("Ack\n"), false
 }
 
 // mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
@@ -1879,58 +1876,48 @@ func (t *talker) mayGoOn() bool {
 	return ok
 }
 
-// halfClose ends our side of the connection: nothing more is sent.
-func (t *talker) halfClose() {
-	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
-	}
+// isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
+// letter in two bytes.
+func isUTF16(start []byte) bool {
+	return bytes.HasPrefix(start, []byte("\xff\xfe")) || bytes.HasPrefix(start, []byte("\xfe\xff")) ||
+		len(start) > 1 && start[0]|start[1] >= 'A' && (start[0] == 0) != (start[1] == 0)
 }
 
 // problem says what to do about an error of converse.
 func (t *talker) problem(c config, err error) error {
-	if err == nil {
-		return nil
-	}
 	what := fmt.Sprintf("%s: %v", c.addr, err)
-	through := t.through()
-	upTo := fmt.Sprintf("; answered through line %d of the input", through)
-	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
-	if through == 0 {
-		upTo = "; nothing of the input was answered"
-		how = "kvserver " + strings.Join(t.flags, " ") + " < FILE"
+	command := "kvserver " + strings.Join(t.flags, " ")
+	upTo, goOn := "; nothing of the input was answered", command+" < FILE"
+	if n := t.through(); n > 0 {
+		upTo = fmt.Sprintf("; answered through line %d of the input", n)
+		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
-	switch {
-	case errors.Is(err, errOutput):
-		return problem{what, "Make room where the answers go, and look what was done."}
-	case errors.Is(err, errSilent):
-		return problem{what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
-			"Or it has just ended: look at its log."}
-	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
-		if c.cert != "" {
-			return problem{what, "It does not trust the certificate in " + c.cert +
-				": give one of the CA that it wants."}
-		}
-		return problem{what,
-			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
-	case errors.Is(err, errStranger):
-		return problem{what, "Nothing was done. Look at -addr, or try again later."}
-	case len(t.requests) > 0 && errors.Is(err, errStopped):
-		return problem{what, "Nothing behind the request with the error was sent. Mend it first."}
-	case len(t.requests) > 0 && t.onlyReads():
-		return problem{what, "Nothing was to be changed: try again."}
-	case len(t.requests) > 0:
-		return problem{what,
-			"What was answered is done. Of the rest nothing is known: look, then send it again."}
-	case errors.Is(err, errGone) && t.isTyped:
-		return problem{what, "All that was sent is answered. Start it again, then go on."}
-	case errors.Is(err, errGone):
-		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
-	case errors.Is(err, errStopped):
-		return problem{what + upTo,
-			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
-	}
-	return problem{what + upTo,
-		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
+	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
+	isGiven := len(t.requests) > 0
+	is := func(target error) bool { return errors.Is(err, target) }
+	return firstWrong([]wrong{
+		{is(errOutput), what, "Make room where the answers go, and look what was done."},
+		{is(errUTF16), errUTF16.Error(), "Have a Dump written by kvserver -c -out FILE, and other " +
+			"text saved as UTF-8."},
+		{is(errSilent), what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
+			"Or it has just ended: look at its log."},
+		{isTLS && c.cert != "", what, "It does not trust the certificate in " + c.cert +
+			": give one of the CA that it wants."},
+		{isTLS, what, "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
+		{is(errStranger), what, "Nothing was done. Look at -addr, or try again later."},
+		{isGiven && is(errStopped), what,
+			"Nothing behind the request with the error was sent. Mend it first."},
+		{isGiven && t.onlyReads(), what, "Nothing was to be changed: try again."},
+		{isGiven, what,
+			"What was answered is done. Of the rest nothing is known: look, then send it again."},
+		{t.isTyped && is(errGone), what, "All that was sent is answered. Start it again, then go on."},
+		{t.isTyped, what, "What was answered is done. Of the rest nothing is known: look."},
+		{is(errGone), what + upTo, "That is all that was sent. Start it again, then go on: " + goOn},
+		{is(errStopped), what + upTo,
+			"Nothing after the line with the error was sent. Mend it, then go on: " + goOn},
+		{true, what + upTo,
+			"What was answered is done. Of the rest nothing is known: look, then go on: " + goOn},
+	})
 }
 
 // onlyReads tells whether no request is a write.

@@ -1942,6 +1942,7 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 			up, down := newStream(streamSize), newStream(streamSize)
 			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
 			go func() {
+				<-time.After(1) // all is sent by then, for fake time passes only where nobody works
 				io.WriteString(theirs, c.answers)
 				synctest.Wait()
 				if c.want == errSilent {
@@ -1980,9 +1981,10 @@ func TestClientCommandResumes(t *testing.T) {
 		errs    string
 	}{
 		{0, false, errUnanswered, 0, ""},
-		{1, false, errUnanswered, 3, ""},
-		{2, false, errUnanswered, 4, ""},
-		{4, false, errUnanswered, 7, "line 5: Put needs"},
+		{1, false, errUnanswered, 1, ""},
+		{3, false, errUnanswered, 3, ""},
+		{4, false, errUnanswered, 4, ""},
+		{7, false, errUnanswered, 7, "line 5: Put needs"},
 		{-1, false, nil, 9, "line 5: Put needs"},
 		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
 	} {
@@ -2009,7 +2011,7 @@ func TestClientCommandResumes(t *testing.T) {
 				a.conn.Close()
 			}()
 			var errs bytes.Buffer
-			talker := talker{conn: newFakeConn(down, up), in: strings.NewReader(load),
+			talker := &talker{conn: newFakeConn(down, up), in: strings.NewReader(load),
 				out: io.Discard, errs: &errs, stops: c.stops}
 			good, err := talker.converse()
 			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
@@ -2058,6 +2060,122 @@ func TestClientCommandTimeout(t *testing.T) {
 		theirs.Close()
 		in.Close()
 	})
+}
+
+// Ensure that the time limit is for a silence: not for an answer that lasts as long as it flows;
+// and that -ping has one by itself, when a server stalls behind its welcome.
+func TestSilenceOfAServer(t *testing.T) {
+	for _, c := range []struct {
+		config  config
+		answers []string // one every 4 s
+		good    bool
+		took    time.Duration
+	}{
+		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
+			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, 20 * time.Second},
+		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
+			[]string{":OK 0\n", ": a"}, false, 13 * time.Second},
+		{config{ping: true}, []string{":OK 0\n"}, false, 9 * time.Second},
+		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, 8 * time.Second},
+		{config{requests: []string{"Keys"}}, nil, false, connectTime},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			up, down := newStream(streamSize), newStream(streamSize)
+			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			go io.Copy(io.Discard, theirs)
+			go func() {
+				for _, answer := range c.answers {
+					<-time.After(4 * time.Second)
+					io.WriteString(theirs, answer)
+				}
+				if c.good {
+					theirs.Close()
+				}
+			}()
+			talker := newTalker(c.config, ours, io.Discard)
+			talker.out = io.Discard
+			began := time.Now()
+			good, err := talker.converse()
+			if took := time.Since(began); good != c.good || took != c.took ||
+				!good && !errors.Is(err, errQuiet) {
+				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
+					c.good, c.took)
+			}
+			ours.Close()
+			theirs.Close()
+		})
+	}
+}
+
+// Ensure that a server that answers more than it was asked is found out, with -stop as well,
+// where each answer lets a request go.
+func TestUnaskedAnswers(t *testing.T) {
+	for _, stops := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			up, down := newStream(streamSize), newStream(streamSize)
+			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			go io.Copy(io.Discard, theirs)
+			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
+			in, typed := io.Pipe()
+			go io.WriteString(typed, "Put:a:b\n")
+			good, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+				stops: stops}).converse()
+			if good || !errors.Is(err, errUnasked) {
+				t.Errorf("with -stop %v: %v, %v", stops, good, err)
+			}
+			ours.Close()
+			theirs.Close()
+			typed.Close()
+			in.Close()
+		})
+	}
+}
+
+// Ensure that text in UTF-16, as PowerShell writes it, is named as such, and not run.
+func TestUTF16IsNotRun(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for _, in := range []string{"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00",
+			"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n", "P\x00i\x00n\x00g\x00\n\x00",
+			"\xff\xfe", "\xff\xfe\n\x00Put:a:b\n"} {
+			out, errs, good, err := converseWith(t, n, in)
+			if good || !errors.Is(err, errUTF16) || out+errs != "" {
+				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
+			}
+		}
+		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
+			if _, _, _, err := converseWith(t, n, in); err != nil {
+				t.Errorf("%q: %v", in, err)
+			}
+		}
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients are left", got)
+		}
+	})
+}
+
+// Ensure that -out writes the answers into a file, byte for byte, and says where it cannot.
+func TestOut(t *testing.T) {
+	t.Parallel()
+	addr := serveTCP(t)
+	a := dialTCP(t, addr)
+	a.ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
+	a.hangUp()
+	file := filepath.Join(t.TempDir(), "dump")
+	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
+	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 ||
+		string(text) != "Put:k:\xff\xfe\r\r\n" {
+		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
+	}
+	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
+		"/dev/full": "cannot write the answers: write "} {
+		if name == "/dev/full" && runtime.GOOS != "linux" {
+			continue
+		}
+		out, err := binary("-addr", addr, "-c", "-out", name, "Dump").CombinedOutput()
+		if err == nil || !bytes.Contains(out, []byte(want)) {
+			t.Errorf("-out %s: %v, %s", name, err, out)
+		}
+	}
 }
 
 // screen is what a terminal shows, whoever writes.
@@ -2142,10 +2260,9 @@ func TestClientCommandIsInterrupted(t *testing.T) {
 // Ensure that what -c says to do next is what is to be done: with the flags that it was given,
 // and only where something may have been changed.
 func TestClientCommandSaysWhatToDo(t *testing.T) {
-	answered := func(n int) chan ledger {
-		sent := make(chan ledger, 1)
-		sent <- ledger{answered: n}
-		return sent
+	answered := func(t *talker) *talker { // two lines, and our Ack
+		t.answered.Store(3)
+		return t
 	}
 	for _, c := range []struct {
 		talker *talker
@@ -2155,9 +2272,9 @@ func TestClientCommandSaysWhatToDo(t *testing.T) {
 	}{
 		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
 			"go on: kvserver -addr 7000 -c -stop < FILE"},
-		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}, sent: answered(3)}, "",
+		{answered(&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}), "",
 			errStopped, "go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
-		{&talker{flags: []string{"-c"}, sent: answered(3)}, "", errUnanswered,
+		{answered(&talker{flags: []string{"-c"}}), "", errUnanswered,
 			"look, then go on: tail -n +3 FILE | kvserver -c"},
 		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
 		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it first."},
