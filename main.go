@@ -4,7 +4,7 @@
 // The map of the code:
 //
 //	main.go    flags and the environment; the log; start and stop; certificates; the commands
-//	           check, repair and backup; the client (kvserver -c, -ping)
+//	           help, check, repair and backup; the client (kvserver -c, -ping)
 //	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything;
 //	           TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
@@ -37,6 +37,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	_ "embed"
 	"errors"
 	"flag"
 	"fmt"
@@ -63,8 +64,13 @@ import (
 	"kvserver/kvstore/storage/etcd"
 )
 
+// readme is the manual.
+//
+//go:embed README.md
+var readme string
+
 // commands are what can stand in the place of flags.
-var commands = []string{"check", "repair", "backup"}
+var commands = []string{"check", "repair", "backup", "help"}
 
 // Exit codes.
 const (
@@ -78,7 +84,14 @@ const (
 )
 
 func main() {
-	if len(os.Args) > 1 && slices.Contains(commands, os.Args[1]) {
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == "help":
+		if err := printManual(os.Stdout, strings.Join(os.Args[2:], " ")); err != nil {
+			printError(os.Stderr, err)
+			os.Exit(exitMisuse)
+		}
+		return
+	case len(os.Args) > 1 && slices.Contains(commands, os.Args[1]):
 		os.Exit(runCommand(os.Args[1], os.Args[2:]))
 	}
 	c, err := parseFlags(os.Args[1:], os.Stdout)
@@ -167,22 +180,30 @@ const usage = `Usage:
   kvserver [FLAG ...] -c [REQUEST ...]   send requests, or standard input
   kvserver [FLAG ...] -ping              exit code 0 if a server answers
   kvserver check DIR                     read all data, and say how it is
-  kvserver repair DIR NEW                make a new one of what can be read
   kvserver backup DIR NEW                copy it, also while a server uses it
+  kvserver repair DIR NEW                make a new one of what can be read
+  kvserver help [WORD]                   the manual, or what it says about WORD
 
 Flags, of those that most need:
 `
 
 const moreUsage = `
-The README has all. In the environment KVSERVER_ADDR=:9999 is -addr :9999.
+All: kvserver help flags. In the environment KVSERVER_ADDR=:9999 is -addr :9999.
 Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 `
 
-const seeHelp = "kvserver -h lists the flags."
+const seeHelp = "kvserver help flags lists the flags."
 
-// helpFlags are the flags that -h shows.
-var helpFlags = strings.Fields(
-	"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
+// By kind: the flags that -h shows, those that only a server has, those that only -c and -ping
+// have, and of these the ones that say what to do now: they are not in the environment.
+var (
+	helpFlags = strings.Fields(
+		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
+	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
+		"max-queues tls-client-ca v write-timeout")
+	clientFlags = strings.Fields("out stop timeout tls-ca")
+	nowFlags    = strings.Fields("c out ping stop version")
+)
 
 // Limits of flags.
 const (
@@ -195,117 +216,80 @@ const (
 	minFsync, maxFsync = time.Millisecond, time.Hour
 )
 
-// Flags that only a server has, and those that only -c and -ping have.
-var (
-	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
-		"max-queues tls-client-ca v write-timeout")
-	clientFlags = strings.Fields("out stop timeout tls-ca")
-)
-
-// config is what the command line asks for.
+// config is what the command line asks for. What each flag means is in flags.
 type config struct {
-	addr    string // of a server; for -c and -ping of several, with commas between them
-	data    string // directory; "": memory only
-	fsync   string
-	http    string // address of metrics; "": none
-	log     string // text or json
-	maxLine size
-	verbose bool
+	addr  string // of a server; for -c and -ping of several, with commas between them
+	data  string // "": memory only
+	fsync string
+	http  string // "": none
+	log   string
 
-	maxClients   int
-	maxMemory    size
-	maxQueues    size
-	writeTimeout time.Duration
-
-	cert, key string // files in PEM; "": no TLS
-	clientCA  string // whose certificates a client must show
-	ca        string // whose certificate -c wants to see; "": no TLS
-
-	client   bool          // send requests instead of serving
-	stop     bool          // at the first error
-	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
-	out      string        // file for what -c is answered; "": standard output
-	ping     bool
-	version  bool // print it, and do nothing else
-	requests []string
+	maxClients                    int
+	maxLine, maxMemory, maxQueues size
+	writeTimeout, timeout         time.Duration
+	cert, key, clientCA, ca, out  string // files; "": none
+	verbose, client, stop, ping   bool
+	version                       bool // print it, and do nothing else
+	requests                      []string
 }
 
 // flags returns what reads a command line into c, where it puts the defaults.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
+	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
 
-	f.StringVar(&c.addr, "addr", "localhost:9999",
-		"`PORT`, :PORT (everywhere) or HOST:PORT")
+	f.StringVar(&c.addr, "addr", "localhost:9999", "`PORT` up to 65535, :PORT, or HOST:PORT")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
-	f.StringVar(&c.fsync, "fsync", "always",
-		"`WHEN` to fsync: always, a time such as 1s, never")
-	f.StringVar(&c.http, "http", "", "`PORT` for /metrics, /healthz and /debug/pprof/")
-	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "`N` connections at a time")
-	f.Var(sizeVar(&c.maxLine, defaultMaxLine), "max-line",
-		"`SIZE` of the longest request line, its end not counted")
-	f.Var(sizeVar(&c.maxMemory, 0), "max-memory", "`SIZE` of the process, at most; 0: no limit")
-	f.Var(sizeVar(&c.maxQueues, defaultMaxQueues), "max-queues",
-		"`SIZE` of all replies that wait, at most; 0: no limit")
+	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h")
+	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz")
+	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "`N` connections at a time, 1 or more")
+	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB")
+	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
+	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit")
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
-		"disconnect a client that accepts nothing for this `TIME`; 0: never")
-	f.StringVar(&c.cert, "tls-cert", "",
-		"`FILE` with a certificate to show: speak TLS")
+		"`TIME` after which a client that accepts nothing is cut; 0: never")
+	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
 	f.StringVar(&c.clientCA, "tls-client-ca", "",
-		"`FILE` with a CA: let in only clients that it has certified")
-	f.StringVar(&c.ca, "tls-ca", "",
-		"`FILE` with a CA: with -c and -ping speak TLS, and trust it")
+		"`FILE` with a CA: let in only clients that it certified")
+	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA: with -c and -ping speak TLS, trust it")
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json")
 	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
 
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
-	f.DurationVar(&c.timeout, "timeout", 0,
-		"`TIME` without an answer after which -c and -ping give up")
+	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
 	f.StringVar(&c.out, "out", "", "`FILE` for the answers to -c, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	return f
 }
 
-// rules are what a flag's value must be, and what to say to one that is not.
-var rules = []struct {
-	name, give string
-	holds      func(config) bool // nil: the flag package knows
-}{
-	{"addr", "a port, :port or host:port, as in -addr 9999; ports go up to 65535",
-		func(c config) bool { return areAddrs(c.addr) }},
-	{"data", "a directory, or an etcd cluster as in " +
-		"etcd://host1:2379,host2:2379,host3:2379/kv",
-		func(c config) bool { return !strings.Contains(c.data, "://") || etcd.IsAddress(c.data) }},
-	{"fsync", "always, never, or a time from 1ms to 1h, as in -fsync 1s",
-		func(c config) bool { _, ok := parseFsync(c.fsync); return ok }},
-	{"http", "a port, :port or host:port, as in -http 9100; ports go up to 65535",
-		func(c config) bool { return c.http == "" || areAddrs(c.http) }},
-	{"max-clients", "at least 1, as in -max-clients 10000",
-		func(c config) bool { return c.maxClients >= 1 }},
-	{"max-line", fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
-		func(c config) bool { return c.maxLine >= minMaxLine && c.maxLine <= maxMaxLine }},
-	{"max-memory", fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
-		minMaxMemory),
-		func(c config) bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory }},
-	{"max-queues", "a number of bytes, as in -max-queues 1GiB, or 0 for no limit", nil},
-	{"write-timeout", "a time, as in -write-timeout 5m, or 0 for no limit",
-		func(c config) bool { return c.writeTimeout >= 0 }},
-	{"log", "text or json", func(c config) bool { return c.log == "text" || c.log == "json" }},
-	{"timeout", "a time, as in -timeout 5s, or 0: 5s for the first answer, and no limit then",
-		func(c config) bool { return c.timeout >= 0 }},
-}
-
-// give says what to give to the flag called name.
-func give(name string) string {
-	for _, rule := range rules {
-		if rule.name == name {
-			return "Give " + rule.give + "."
+// outOfRange returns the first flag whose value breaks a rule that the flag package does not
+// know, or "".
+func (c config) outOfRange() string {
+	_, isFsync := parseFsync(c.fsync)
+	for _, value := range []struct {
+		flag  string
+		fails bool
+	}{
+		{"addr", !areAddrs(c.addr)},
+		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
+		{"fsync", !isFsync},
+		{"http", c.http != "" && !areAddrs(c.http)},
+		{"max-clients", c.maxClients < 1},
+		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
+		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
+		{"write-timeout", c.writeTimeout < 0},
+		{"log", c.log != "text" && c.log != "json"},
+		{"timeout", c.timeout < 0},
+	} {
+		if value.fails {
+			return value.flag
 		}
 	}
-	return seeHelp
+	return ""
 }
 
 // parseFlags reads the command line and the environment. It prints what -h and -version
@@ -334,8 +318,11 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		c.ca = ""
 	}
 
-	if err := cmp.Or(c.checkValues(flags), c.checkRequests(), c.checkKind(typed),
-		c.checkTogether(given(flags))); err != nil {
+	if name := c.outOfRange(); name != "" {
+		f := flags.Lookup(name)
+		return c, problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
+	}
+	if err := cmp.Or(c.checkRequests(), c.checkKind(typed), c.checkTogether(given(flags))); err != nil {
 		return c, err
 	}
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
@@ -356,15 +343,28 @@ func given(flags *flag.FlagSet) map[string]bool {
 func helpText(flags *flag.FlagSet) string {
 	text := usage
 	for _, name := range helpFlags {
-		f := flags.Lookup(name)
-		unit, does := flag.UnquoteUsage(f)
-		text += fmt.Sprintf("  %-21s%s", "-"+name+" "+unit, does)
-		if initial := initial(f); initial != "" && initial != "0" {
-			text += " (" + initial + ")"
-		}
-		text += "\n"
+		unit, does := describe(flags.Lookup(name))
+		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
 	}
 	return text + moreUsage
+}
+
+// explain says what to give to a flag.
+func explain(f *flag.Flag) string {
+	unit, does := describe(f)
+	if unit == "" {
+		does = "no value: " + does
+	}
+	return "-" + f.Name + " takes " + does + "."
+}
+
+// describe returns what a flag's value is called, and what it does.
+func describe(f *flag.Flag) (unit, does string) {
+	unit, does = flag.UnquoteUsage(f)
+	if initial := initial(f); initial != "" && initial != "0" {
+		does += " (" + initial + ")"
+	}
+	return unit, does
 }
 
 // initial is a flag's default as one would write it; "": it has none.
@@ -375,11 +375,9 @@ func initial(f *flag.Flag) string {
 	return strings.Replace(strings.Replace(f.DefValue, "m0s", "m", 1), "0s", "0", 1)
 }
 
-// variable is a flag's name in the environment; "": it has none, for it says what to do now.
-// (KVSERVER_VERSION is often there, and not meant for us.)
+// variable is a flag's name in the environment; "": it has none.
 func variable(f *flag.Flag) string {
-	switch f.Name {
-	case "c", "out", "stop", "ping", "version":
+	if slices.Contains(nowFlags, f.Name) { // KVSERVER_VERSION is often there, and not meant for us
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
@@ -393,7 +391,7 @@ func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
 		value := os.Getenv(name)
 		if name != "" && value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
 			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value,
-				f.Name), give(f.Name)}
+				f.Name), explain(f)}
 		}
 	})
 	return err
@@ -408,7 +406,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	todo := seeHelp
 	flags.VisitAll(func(f *flag.Flag) {
 		if strings.Contains(err.Error()+":", " -"+f.Name+":") {
-			todo = give(f.Name)
+			todo = explain(f)
 		}
 	})
 	return problem{err.Error(), todo}
@@ -416,29 +414,20 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 
 // similarFlag suggests the flag that an unknown one may have been meant to be.
 func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
+	name = strings.ToLower(name)
 	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
-		"client": "c", "metrics": "http"}[strings.ToLower(name)]
+		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
+		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[name]
 	flags.VisitAll(func(f *flag.Flag) {
-		if f.Name == other || oneSlip(strings.ToLower(name), f.Name) && len(f.Name) > 2 {
+		if f.Name == other || oneSlip(name, f.Name) && len(f.Name) > 2 {
 			suggestion = "Did you mean -" + f.Name + " ? "
 		}
 	})
 	return suggestion
 }
 
-// checkValues tells which value breaks a rule.
-func (c config) checkValues(flags *flag.FlagSet) error {
-	for _, rule := range rules {
-		if rule.holds != nil && !rule.holds(c) {
-			return problem{fmt.Sprintf("invalid value %q for flag -%s",
-				flags.Lookup(rule.name).Value, rule.name), give(rule.name)}
-		}
-	}
-	return nil
-}
-
-// wrong is what may be wrong with a command line: that it is, what, and what to do about it.
+// wrong is what may be wrong with a command line, and what to do about it.
 type wrong struct {
 	is         bool
 	what, todo string
@@ -454,22 +443,40 @@ func firstWrong(all []wrong) error {
 	return nil
 }
 
+// words are what other programs have in the place of our flags.
+var words = map[string]string{
+	"serve": "Leave it out: kvserver alone serves.", "start": "Leave it out: kvserver alone serves.",
+	"run": "Leave it out: kvserver alone serves.", "server": "Leave it out: kvserver alone serves.",
+	"version": "Did you mean kvserver -version ?", "ping": "Did you mean kvserver -ping ?",
+	"client": "Did you mean kvserver -c ?",
+	"stop":   "Press Ctrl-C where it runs, or send it SIGTERM: kill PID.",
+}
+
 // checkRequests tells what is wrong with what stands behind the flags.
 func (c config) checkRequests() error {
-	for _, request := range c.requests {
-		near := slices.IndexFunc(commands, func(name string) bool { return oneSlip(request, name) })
-		isWord := fmt.Sprintf("unexpected argument %q", request)
+	if len(c.requests) == 0 {
+		return nil
+	}
+	first := c.requests[0]
+	if c.ping {
+		return problem{fmt.Sprintf("-ping sends no requests, so %q would be lost", first),
+			"To send requests: kvserver -c " + first}
+	}
+	if !c.client {
+		todo := "To send a request: kvserver -c " + first + "   " + seeHelp
+		for _, command := range commands {
+			if oneSlip(first, command) {
+				todo = "Did you mean kvserver " + command + " ? " + seeHelp
+			} else if first == command {
+				todo = command + " goes first, without flags: kvserver " + command + " ..."
+			}
+		}
+		return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", first),
+			cmp.Or(words[strings.ToLower(first)], todo)}
+	}
+	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		if err := firstWrong([]wrong{
-			{!c.client && near >= 0, isWord,
-				"Did you mean kvserver " + commands[max(near, 0)] + " DIR ? " + seeHelp},
-			{!c.client && (request == "help" || request == "version"), isWord,
-				"Did you mean kvserver -" + request + " ?"},
-			{!c.client && slices.Contains(commands, request),
-				request + " goes first, and takes no flags",
-				"Give the directory behind it, as in kvserver " + request + " data."},
-			{!c.client, isWord + ": everything is set by flags",
-				"To send a request: kvserver -c " + request + "   " + seeHelp},
 			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
 				"send what comes on standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
@@ -479,20 +486,55 @@ func (c config) checkRequests() error {
 		}); err != nil {
 			return err
 		}
+		if why := spread(c.requests[i:]); why != "" {
+			return problem{why, "Each argument is one request: kvserver -c Put:fruit:apple Get:fruit"}
+		}
 	}
 	return nil
 }
 
-// checkKind tells which flag is not for what is asked for: to serve, or to be a client.
-func (c config) checkKind(typed map[string]bool) error {
-	return firstWrong([]wrong{
-		{!c.client && c.stop, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
-		{!c.client && !c.ping && typed["tls-ca"], "-tls-ca is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca " + c.ca},
-	})
+// spread tells what is wrong if the first two of requests are none, but rather the words of
+// one: what the server says to that.
+func spread(requests []string) (why string) {
+	isNone := func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		why = q.value
+		return q.queryType == malformed
+	}
+	if len(requests) > 1 && !strings.Contains(requests[0], ":") && isNone(requests[0]) &&
+		isNone(requests[1]) && isNone(strings.Join(requests, " ")) {
+		return why
+	}
+	return ""
 }
 
-// checkTogether tells which flags do not go together.
+// checkKind tells which flag is not for what is asked for: to serve, or to be a client. typed
+// are those of the command line: the environment may be for both.
+func (c config) checkKind(typed map[string]bool) error {
+	asks := c.client || c.ping
+	todo := map[string]string{"stop": "Give both: kvserver -c -stop < FILE",
+		"tls-ca": "To let in only who has a certificate: -tls-client-ca " + c.ca}
+	for _, name := range clientFlags {
+		if typed[name] && (!asks || c.ping && (name == "stop" || name == "out")) {
+			return problem{"-" + name + " is for -c" + map[bool]string{true: " and -ping"}[name ==
+				"tls-ca" || name == "timeout"], cmp.Or(todo[name], "Give both, or leave it out.")}
+		}
+	}
+	for _, name := range serverFlags {
+		if typed[name] && asks {
+			return problem{"-" + name + " is for a server, not for -c and -ping",
+				"Leave it out, or give it to the server."}
+		}
+	}
+	if c.client && c.ping {
+		return problem{"-c and -ping do not go together",
+			"-ping asks whether a server answers; -c sends requests, as in kvserver -c Ping."}
+	}
+	return nil
+}
+
+// checkTogether tells which of the given flags do not go together.
 func (c config) checkTogether(given map[string]bool) error {
 	asks := c.client || c.ping
 	return firstWrong([]wrong{
@@ -511,8 +553,8 @@ func (c config) checkTogether(given map[string]bool) error {
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
 		{!asks && strings.Contains(c.addr, ","), fmt.Sprintf("-addr %q is no address", c.addr),
 			"Several, with commas between them, are for -c and -ping; a server has one."},
-		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http),
-			"Give one."},
+		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
+		{given["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
 	})
 }
 
@@ -553,12 +595,6 @@ func areAddrs(addrs string) bool {
 
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
 type size int64
-
-// sizeVar returns s as a flag with a default.
-func sizeVar(s *size, initial size) *size {
-	*s = initial
-	return s
-}
 
 // String is flag.Value's.
 func (s *size) String() string {
@@ -1259,7 +1295,47 @@ func (f *pemFile) pool() (*x509.CertPool, error) {
 	return pool, f.err
 }
 
-// ---- the commands: check, repair, backup
+// ---- the commands: help, check, repair, backup
+
+// printManual prints the parts of the README whose heading has word, or, without one, the
+// headings.
+func printManual(w io.Writer, word string) error {
+	var within []string // headings of parts that have the word
+	heading, isCode, printed, depth := "", false, false, 0
+	for line := range strings.Lines(readme) {
+		isCode = isCode != strings.HasPrefix(line, "```")
+		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 0 && !isCode {
+			heading = strings.TrimSpace(line[level:])
+			switch {
+			case word == "" && level > 1:
+				fmt.Fprintln(w, strings.Repeat("  ", level-2)+heading)
+			case depth == 0 || level <= depth: // what was printed ends here
+				if depth = 0; contains(heading, word) {
+					depth, printed = level, true
+				}
+			}
+		}
+		if word != "" && depth > 0 {
+			io.WriteString(w, line)
+		}
+		if contains(line, word) && !slices.Contains(within, heading) {
+			within = append(within, heading)
+		}
+	}
+	switch {
+	case printed || word == "":
+		return nil
+	case len(within) > 0:
+		return problem{fmt.Sprintf("no heading of the manual has %q", word),
+			"Its parts that have it: " + strings.Join(within, "; ")}
+	}
+	return problem{fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."}
+}
+
+// contains tells whether text has word, in any letter case.
+func contains(text, word string) bool {
+	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
+}
 
 // runCommand runs the check, repair or backup command and returns the exit code.
 func runCommand(command string, args []string) int {
