@@ -3859,6 +3859,15 @@ func TestPromisesHaveTests(t *testing.T) {
 	}
 	page, _, _ := strings.Cut(string(code), "\npackage main")
 	names := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(page, -1)
+	promises := regexp.MustCompile(`(?s)\n## What it promises\n(.*?)\n## `).FindStringSubmatch(readme)
+	if promises == nil || strings.Count(promises[1], "\n- ") < 10 {
+		t.Fatalf("the README promises %q", promises)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^- (.*)\.$`).FindAllStringSubmatch(promises[1], -1) {
+		if !strings.Contains(page, "\n//\t"+m[1]+"\n//\t\t") {
+			t.Errorf("the README promises %q, of which the first page names no test", m[1])
+		}
+	}
 	if len(names) < 40 {
 		t.Errorf("the first page names %d tests", len(names))
 	}
@@ -3896,21 +3905,21 @@ func TestReadmeSession(t *testing.T) {
 	}
 }
 
-// Ensure that the README's clients for programs work as they stand there, and with odd data:
+// Ensure that the README's client for programs works as it stands there, and with odd data:
 // bytes that are no text, long values, mistakes, and what is no request.
 func TestReadmePrograms(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
+	m := regexp.MustCompile("(?s)```python\n(.*?)```").FindStringSubmatch(readme)
+	if m == nil {
+		t.Fatal("the README has no client in Python")
 	}
-	for _, p := range []struct {
-		language, file string
-		command        []string
-		odd            func(program string) string
-	}{
-		{"python", "client.py", []string{"python3"}, func(program string) string {
-			return program + `
+	if _, err := exec.LookPath("python3"); err != nil {
+		t.Log("python3 is not on PATH: its client was not tried")
+		return
+	}
+	_, port, _ := net.SplitHostPort(serveTCP(t))
+	program := strings.Replace(m[1], "localhost:9999", "localhost:"+port, 1)
+	const odd = `
 for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
     ask(b"Delete:odd")
     ask(b"Put:odd:" + value)
@@ -3929,84 +3938,239 @@ for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
     if ask(b"Get:odd") != [b"odd:" + value]:
         print("lost", value[:10])
 `
-		}},
-		{"js", "client.js", []string{"node"}, func(program string) string {
-			return strings.Replace(program, "replies[4].join", `odd() || replies[4].join`, 1) + `
-function odd() {
-  for (const bad of ["", "\r", "\r\0", "Get:a\nGet:b"]) {
-    try { ask(bad); console.log("sent", bad) } catch {}
-  }
-  for (const value of [Buffer.from([0xff, 0xfe]), "", "\0", ": OK 1", "v".repeat(300000)]) {
-    ask("Delete:odd")
-    ask(Buffer.concat([Buffer.from("Put:odd:"), Buffer.from(value)]))
-    for (const bad of ["nonsense \xff", "Put:odd",
-	"Get:a:b"]) ask(bad).then(() => console.log("not refused", bad), () => {})
-    ask("Get:odd").then((lines) => {
-      if (lines.length != 1 || !lines[0].equals(Buffer.concat([Buffer.from("odd:"),
-	Buffer.from(value)]))) console.log("lost", lines)
-    })
-  }
-}
-`
-		}},
-		{"go", "client.go", []string{"go", "run"}, func(program string) string {
-			return strings.Replace(program, `Get:fruit\n`,
-				`Put:odd:\xff" + strings.Repeat("v", 300000) + "\nGet:odd\nDelete:odd\nGet:fruit\n`, 1)
-		}},
-	} {
-		m := regexp.MustCompile("(?s)```" + p.language + "\n(.*?)```").FindSubmatch(readme)
-		if m == nil {
-			t.Fatalf("the README has no client in %s", p.language)
-		}
-		if lines := bytes.Count(m[1], []byte("\n")); lines > 30 {
-			t.Errorf("the client in %s has %d lines", p.language, lines)
-		}
-		if _, err := exec.LookPath(p.command[0]); err != nil {
-			t.Logf("%s is not on PATH: its client was not tried", p.command[0])
-			continue
-		}
-		_, port, _ := net.SplitHostPort(serveTCP(t))
-		program := strings.NewReplacer("localhost:9999", "localhost:"+port, "connect(9999",
-			"connect("+port).Replace(string(m[1]))
-		for what, text := range map[string]string{"as it is": program,
-			"with odd data": p.odd(program)} {
-			file := filepath.Join(t.TempDir(), p.file)
-			os.WriteFile(file, []byte(text), 0o600)
-			out, err := exec.Command(p.command[0], append(p.command[1:], file)...).CombinedOutput()
-			want := "fruit:apple\nfruit:pear\n"
-			if p.language == "go" && what != "as it is" {
-				want = "odd:\xff" + strings.Repeat("v", 300_000) + "\n" + want
-			}
-			if err != nil || string(out) != want {
-				t.Errorf("the client in %s, %s, prints %.200q, %v, want %.200q", p.language, what,
-					out, err, want)
-			}
+	for _, text := range []string{program, program + odd} {
+		file := filepath.Join(t.TempDir(), "client.py")
+		os.WriteFile(file, []byte(text), 0o600)
+		out, err := exec.Command("python3", file).CombinedOutput()
+		if want := "fruit:apple\nfruit:pear\n"; err != nil || string(out) != want {
+			t.Errorf("it prints %.200q, %v, want %q", out, err, want)
 		}
 	}
 }
 
-// Ensure that systemd, where it is installed, finds nothing wrong with the README's unit.
+// Ensure that the README's commands do what it says: those of scripts, and those that make
+// certificates and use them.
+func TestReadmeCommands(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	shim := "#!/bin/sh\nKVSERVER_TEST_MAIN=1 GORACE=atexit_sleep_ms=0 exec " + os.Args[0] + " \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(dir, "kvserver"), []byte(shim), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	play := func(addr, commands string) string {
+		cmd := exec.Command("sh", "-e", "-c", strings.ReplaceAll(commands, "localhost:9999", addr))
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "KVSERVER_ADDR="+addr)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", commands, err, out)
+		}
+		return string(out)
+	}
+	block := func(has string) []string {
+		for _, m := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1) {
+			if strings.Contains(m[1], has) {
+				return strings.Split(strings.TrimSpace(m[1]), "\n")
+			}
+		}
+		t.Fatalf("the README has no commands with %s", has)
+		return nil
+	}
+	os.WriteFile(filepath.Join(dir, "requests.txt"), []byte("Put:k:v\n\nGet:k\n"), 0o600)
+	for _, line := range block("requests.txt") {
+		want := "fruit:apple\n"
+		if strings.Contains(line, "requests.txt") {
+			want = "k:v\n"
+		}
+		if help, _ := exec.Command("nc", "-h").CombinedOutput(); strings.Contains(line, "nc -N") {
+			if !bytes.Contains(help, []byte("OpenBSD")) {
+				t.Log("nc is not OpenBSD's, or not on PATH: it was not tried")
+				continue
+			}
+			line = strings.Replace(line, "localhost 9999", "$(echo localhost:9999 | tr : ' ')", 1)
+		}
+		addr := serveTCP(t)
+		if out := play(addr, line); out != want {
+			t.Errorf("%s prints %q, want %q", line, out, want)
+		}
+	}
+	if _, err := exec.LookPath("openssl"); err != nil {
+		t.Log("openssl is not on PATH: no certificates were made")
+		return
+	}
+	lines := block("tls-client-ca")
+	serve := slices.IndexFunc(lines, func(s string) bool { return strings.Contains(s, "-tls-client-ca") })
+	play("", strings.Join(lines[:serve], "\n"))
+	args := strings.Fields(lines[serve])[1:]
+	for i, arg := range args {
+		if !strings.HasPrefix(arg, "-") {
+			args[i] = filepath.Join(dir, arg)
+		}
+	}
+	_, addr, log := startBinary(t, append(args, "-addr", "localhost:0")...)
+	go io.Copy(io.Discard, log)
+	_, port, _ := net.SplitHostPort(addr)
+	play("localhost:"+port, "kvserver -tls-ca ca.pem -tls-cert client.pem -tls-key client.key "+
+		"-c Put:fruit:apple")
+	for _, line := range lines[serve+1:] {
+		line = strings.Replace(line, "# instead of netcat", "", 1)
+		if strings.Contains(line, "openssl") {
+			line = "printf 'Get:fruit\\nQuit\\n' | " + strings.TrimSpace(line) + " 2>/dev/null"
+		}
+		if out := play("localhost:"+port, line); line != "" && out != "fruit:apple\n" {
+			t.Errorf("%s prints %q", line, out)
+		}
+	}
+}
+
+// readmeFiles returns a directory with the files that the README shows, as make dist puts them
+// into archives.
+func readmeFiles(t *testing.T) (dir string) {
+	dir = t.TempDir()
+	if out, err := exec.Command("go", "run", ".ci/dist.go", "-files", dir).CombinedOutput(); err != nil {
+		t.Fatalf("the README's files: %v\n%s", err, out)
+	}
+	return dir
+}
+
+// Ensure that systemd, where it is installed, finds nothing wrong with the README's units.
 func TestReadmeUnit(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	t.Parallel()
+	dir := readmeFiles(t)
+	tool, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Log("systemd-analyze is not on PATH: the units were not looked at")
+		return
+	}
+	units, _ := filepath.Glob(filepath.Join(dir, "kvserver*.*e*")) // services and timers
+	args := []string{"verify"}
+	for _, unit := range units {
+		if strings.HasSuffix(unit, ".yml") {
+			continue
+		}
+		text, _ := os.ReadFile(unit)
+		os.WriteFile(unit, bytes.ReplaceAll(text, []byte("/usr/local/bin/kvserver"),
+			[]byte(os.Args[0])), 0o600)
+		args = append(args, unit)
+	}
+	if len(args) != 4 {
+		t.Fatalf("the README has the units %q, want three", units)
+	}
+	if out, err := exec.Command(tool, args...).CombinedOutput(); err != nil ||
+		bytes.Contains(out, []byte(dir)) || bytes.Contains(out, []byte("kvserver.service:")) {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+}
+
+// Ensure that Prometheus's own tool, where it is installed, takes the README's rules, and that by
+// it each alert fires in its case, and none does on servers that are as they start, beside one
+// that stands by and another program that is down.
+func TestReadmeAlerts(t *testing.T) {
+	t.Parallel()
+	dir := readmeFiles(t)
+	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
+	cases := map[string]map[string]string{ // by alert, what is not as at the start
+		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
+		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
+		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
+		"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
+		"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
+		"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
+		"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
+		"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
+		"Queues":         {"kvserver_queued_bytes": "600000000x60"},
+		"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
+		"ClientsRefused": {"kvserver_clients_refused_total": "0x27 3x33"},
+		"EtcdSlow":       {"kvserver_lock_age_seconds": "3.5x60"},
+		"Takeover":       {"kvserver_takeovers_total": "2x25 3x35"},
+	}
+	names := regexp.MustCompile(`alert: Kvserver(\w+)`).FindAllStringSubmatch(string(rules), -1)
+	if len(names) != len(cases) {
+		t.Errorf("the README has %d alerts, want %d", len(names), len(cases))
+	}
+	tool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Log("promtool is not on PATH: the rules were not tried")
+		return
+	}
+	series := metricsAtStart(t)
+	text := "rule_files: [kvserver.rules.yml]\nevaluation_interval: 1m\ntests:\n"
+	one := func(changed map[string]string, want string) {
+		text += "  - interval: 1m\n    input_series:\n"
+		add := func(name, labels, values string) {
+			name, own, _ := strings.Cut(strings.TrimSuffix(name, "}"), "{")
+			text += fmt.Sprintf("      - {series: '%s{%s}', values: '%s'}\n", name,
+				strings.Trim(own+","+labels, ","), values)
+		}
+		const orders, bills = `job="kvserver",service="orders",instance="a"`,
+			`job="kvserver",service="bills",instance="b"`
+		all := maps.Clone(series)
+		maps.Copy(all, changed)
+		for name, values := range all {
+			add(name, orders, values)
+		}
+		for name, values := range series {
+			add(name, bills, values)
+		}
+		add("up", strings.Replace(bills, `"b"`, `"c"`, 1), "1x60") // it stands by
+		add("kvserver_active", strings.Replace(bills, `"b"`, `"c"`, 1), "0x60")
+		add("up", `job="another"`, "0x60")
+		text += "    promql_expr_test:\n" + want
+	}
+	none := ""
+	for _, at := range []string{"1m", "10m", "30m", "59m"} {
+		none += "      - {expr: ALERTS, eval_time: " + at + ", exp_samples: []}\n"
+	}
+	one(nil, none)
+	for name, changed := range cases {
+		one(changed, fmt.Sprintf("      - {expr: 'count(ALERTS{alertname=\"Kvserver%s\","+
+			"alertstate=\"firing\"})', eval_time: 29m, exp_samples: [{labels: '{}', value: 1}]}\n",
+			name))
+	}
+	os.WriteFile(filepath.Join(dir, "tests.yml"), []byte(text), 0o600)
+	for _, args := range [][]string{{"check", "rules", "kvserver.rules.yml"},
+		{"test", "rules", "tests.yml"}} {
+		cmd := exec.Command(tool, args...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v\n%s", args, err, out)
+		}
+	}
+	config, _ := os.ReadFile(filepath.Join(dir, "prometheus.yml"))
+	if out, err := exec.Command(tool, "check", "config", filepath.Join(dir,
+		"prometheus.yml")).CombinedOutput(); err != nil {
+		t.Errorf("promtool check config: %v\n%s\n%s", err, out, config)
+	}
+}
+
+// metricsAtStart returns what an empty server that was just started shows to Prometheus, each as
+// an hour of values, one a minute.
+func metricsAtStart(t *testing.T) map[string]string {
+	log := newLog(io.Discard, false, false)
+	s := New(nil)
+	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(storage.Status)
+	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
 	if err != nil {
 		t.Fatal(err)
 	}
-	unit := regexp.MustCompile("(?s)```ini\n(.*?)```").FindSubmatch(readme)
-	if unit == nil {
-		t.Fatal("the README has no unit")
+	s.db = db
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
 	}
-	tool, err := exec.LookPath("systemd-analyze")
-	if err != nil {
-		t.Log("systemd-analyze is not on PATH: the unit was not looked at")
-		return
+	defer s.Close()
+	answer := httptest.NewRecorder()
+	s.watchHandler("").ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost/metrics", nil))
+	series := map[string]string{"up": "1x60"}
+	for line := range strings.Lines(answer.Body.String()) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
+			series[name] = value + "x60"
+		}
 	}
-	file := filepath.Join(t.TempDir(), "kvserver.service")
-	os.WriteFile(file, bytes.Replace(unit[1], []byte("/usr/local/bin/kvserver"), []byte(os.Args[0]),
-		1), 0o600)
-	if out, err := exec.Command(tool, "verify", file).CombinedOutput(); err != nil ||
-		bytes.Contains(out, []byte("kvserver.service:")) {
-		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	series["kvserver_uptime_seconds"] = "0+60x60"
+	if len(series) < 40 {
+		t.Errorf("the server shows %d numbers", len(series))
 	}
+	return series
 }
 
 // Ensure that the help text fits a screen, and that the README's table has each flag as the
