@@ -1,13 +1,14 @@
 // Dist makes the archives of a release in dist/, of what is committed: for each system the
 // binary, LICENSE, README.md and the files that the README shows, and SHA256SUMS beside them. The
-// same commit gives the same bytes, with the same Go. With -files DIR it only writes the README's
-// files there.
+// same commit gives the same bytes, with the same Go and the same tags. With -files DIR it only
+// writes the README's files there.
 package main
 
 import (
 	"archive/tar"
 	"archive/zip"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"crypto/sha256"
 	"flag"
@@ -23,9 +24,8 @@ import (
 	"time"
 )
 
-// targets are the systems that archives are made for.
-var targets = []string{"linux/amd64", "linux/arm64", "darwin/amd64", "darwin/arm64",
-	"windows/amd64", "windows/arm64"}
+// everywhere are the systems that archives are made for.
+const everywhere = "linux/amd64,linux/arm64,darwin/amd64,darwin/arm64,windows/amd64,windows/arm64"
 
 // file is one in an archive.
 type file struct {
@@ -38,6 +38,7 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("dist: ")
 	to := flag.String("files", "", "only write the files that the README shows into `DIR`")
+	targets := flag.String("targets", "", "systems, with commas between them; none: "+everywhere)
 	flag.Parse()
 	shown := readmeFiles(read("README.md"))
 	if *to != "" {
@@ -58,7 +59,7 @@ func main() {
 	must(os.RemoveAll("dist"))
 	must(os.Mkdir("dist", 0o755))
 	sums := ""
-	for _, target := range targets {
+	for target := range strings.SplitSeq(cmp.Or(*targets, everywhere), ",") {
 		system, arch, _ := strings.Cut(target, "/")
 		name := "kvserver-" + version + "-" + system + "-" + arch
 		files := append([]file{build(system, arch)}, common...)
