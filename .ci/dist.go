@@ -105,8 +105,9 @@ func build(system, arch string) file {
 	dir, err := os.MkdirTemp("", "dist")
 	must(err)
 	defer os.RemoveAll(dir)
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, name), ".")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+system, "GOARCH="+arch, "GOFLAGS=")
+	cmd := exec.Command("go", "build", "-buildvcs=true", "-trimpath", "-ldflags=-s -w", "-o",
+		filepath.Join(dir, name), ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+system, "GOARCH="+arch)
 	cmd.Stderr = os.Stderr
 	must(cmd.Run())
 	return file{name, read(filepath.Join(dir, name)), 0o755}
