@@ -57,6 +57,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
@@ -84,6 +85,7 @@ const (
 )
 
 func main() {
+	// A command stands in the place of flags.
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == "help":
 		if err := printManual(os.Stdout, strings.Join(os.Args[2:], " ")); err != nil {
@@ -94,6 +96,7 @@ func main() {
 	case len(os.Args) > 1 && slices.Contains(commands, os.Args[1]):
 		os.Exit(runCommand(os.Args[1], os.Args[2:]))
 	}
+
 	c, err := parseFlags(os.Args[1:], os.Stdout)
 	switch {
 	case errors.Is(err, flag.ErrHelp): // which includes -version: it is printed
@@ -102,6 +105,7 @@ func main() {
 		printError(os.Stderr, err)
 		os.Exit(exitMisuse)
 	}
+
 	if c.client || c.ping {
 		if err := beClient(c, os.Stderr); err != nil {
 			if !errors.Is(err, errTold) {
@@ -111,6 +115,7 @@ func main() {
 		}
 		return
 	}
+
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	err = beServer(c, log)
@@ -419,12 +424,22 @@ func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
 		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[name]
+	near := nearest(flags, name, func(f *flag.Flag) string { return f.Name })
+	if name = cmp.Or(other, near); name == "" {
+		return ""
+	}
+	return "Did you mean -" + name + " ? "
+}
+
+// nearest returns which of the flags' names, as called says them, is one slip from name; "":
+// none, or one that is too short to tell.
+func nearest(flags *flag.FlagSet, name string, called func(*flag.Flag) string) (near string) {
 	flags.VisitAll(func(f *flag.Flag) {
-		if f.Name == other || oneSlip(name, f.Name) && len(f.Name) > 2 {
-			suggestion = "Did you mean -" + f.Name + " ? "
+		if len(f.Name) > 2 && oneSlip(name, called(f)) {
+			near = called(f)
 		}
 	})
-	return suggestion
+	return near
 }
 
 // wrong is what may be wrong with a command line, and what to do about it.
@@ -462,6 +477,8 @@ func (c config) checkRequests() error {
 		return problem{fmt.Sprintf("-ping sends no requests, so %q would be lost", first),
 			"To send requests: kvserver -c " + first}
 	}
+
+	// Nothing to send: a word that another program would understand, or a command too late.
 	if !c.client {
 		todo := "To send a request: kvserver -c " + first + "   " + seeHelp
 		for _, command := range commands {
@@ -474,6 +491,7 @@ func (c config) checkRequests() error {
 		return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", first),
 			cmp.Or(words[strings.ToLower(first)], todo)}
 	}
+
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		if err := firstWrong([]wrong{
@@ -608,24 +626,16 @@ func (s *size) String() string {
 	}
 }
 
+// units are what may stand behind the number of a size, in bytes.
+var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+	"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
 // Set is flag.Value's.
 func (s *size) Set(text string) error {
-	number, unit := text, int64(1)
-	for i, prefix := range []string{"k", "M", "G", "T"} {
-		for _, u := range []struct {
-			suffix string
-			base   int64
-		}{{prefix + "iB", 1024}, {prefix + "B", 1000}} {
-			if n := len(text) - len(u.suffix); n > 0 && equalFold(text[n:], u.suffix) {
-				number = strings.TrimSpace(text[:n])
-				for range i + 1 {
-					unit *= u.base
-				}
-			}
-		}
-	}
-	n, err := strconv.ParseInt(number, 10, 64)
-	if err != nil || n < 0 || n > math.MaxInt64/unit {
+	number := strings.TrimRightFunc(text, unicode.IsLetter)
+	unit, isUnit := units[strings.ToLower(text[len(number):])]
+	n, err := strconv.ParseInt(strings.TrimRight(number, " "), 10, 64)
+	if err != nil || !isUnit || n < 0 || n > math.MaxInt64/unit {
 		return errors.New("no size")
 	}
 	*s = size(n * unit)
@@ -647,11 +657,9 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 			continue
 		}
 		todo := seeHelp
-		flags.VisitAll(func(f *flag.Flag) {
-			if v := variable(f); oneSlip(name, v) && len(f.Name) > 2 {
-				todo = "Did you mean " + v + " ?"
-			}
-		})
+		if near := nearest(flags, name, variable); near != "" {
+			todo = "Did you mean " + near + " ?"
+		}
 		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
 			"todo", todo)
 	}
@@ -1303,18 +1311,20 @@ func printManual(w io.Writer, word string) error {
 	var within []string // headings of parts that have the word
 	heading, isCode, printed, depth := "", false, false, 0
 	for line := range strings.Lines(readme) {
+		// A heading: it begins a part, and ends one of its level, or of a lower one.
 		isCode = isCode != strings.HasPrefix(line, "```")
 		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 0 && !isCode {
 			heading = strings.TrimSpace(line[level:])
 			switch {
 			case word == "" && level > 1:
 				fmt.Fprintln(w, strings.Repeat("  ", level-2)+heading)
-			case depth == 0 || level <= depth: // what was printed ends here
+			case depth == 0 || level <= depth:
 				if depth = 0; contains(heading, word) {
 					depth, printed = level, true
 				}
 			}
 		}
+
 		if word != "" && depth > 0 {
 			io.WriteString(w, line)
 		}
@@ -1322,6 +1332,7 @@ func printManual(w io.Writer, word string) error {
 			within = append(within, heading)
 		}
 	}
+
 	switch {
 	case printed || word == "":
 		return nil
@@ -1602,6 +1613,7 @@ func dialProblem(addrs string, err error) error {
 	op := (*net.OpError)(nil)
 	isThere := func(error) bool { return op == nil || op.Op != "dial" }
 	errors.As(err, &op)
+
 	todo := advice{
 		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: "+
 			"-addr HOST:PORT", dns.Name)},
@@ -1705,7 +1717,7 @@ func (t *talker) converse() (good bool, err error) {
 	t.mayGo, t.sent, t.more = make(chan struct{}, 1), make(chan sending, 1), make(chan bool, 1)
 	t.began = time.Now()
 	go t.sendLines()
-	defer close(t.mayGo)
+	defer close(t.mayGo) // a sender that waits ends
 
 	r := bufio.NewReaderSize(patientReader{t}, maxWrite)
 	w := bufio.NewWriterSize(t.out, maxWrite)
@@ -1724,6 +1736,7 @@ func (t *talker) converse() (good bool, err error) {
 			w.Flush()
 			return t.ended(err, good)
 		}
+
 		isAnswer, isError := t.show(w, part, start)
 		start = err == nil
 		good = good && !isError
@@ -1845,6 +1858,8 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 	case t.owed() > 0:
 		return false, errUnanswered
 	}
+
+	// All is answered. Was it all that there is?
 	var s sending
 	select {
 	case s = <-t.sent:
@@ -1859,6 +1874,8 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 	case !s.quits:
 		return good, nil
 	}
+
+	// What comes behind a Quit is lost, and that is told.
 	select {
 	case more := <-t.more:
 		if more {
@@ -1895,6 +1912,7 @@ const tlsAlert = 0x15
 func (t *talker) sendLines() {
 	r, w := bufio.NewReaderSize(t.in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 	s := sending{err: io.EOF}
+
 	t.ask()
 	w.WriteString("Ack\n")
 	for start, first, goesOn := true, true, true; goesOn; first = false {
@@ -1902,6 +1920,7 @@ func (t *talker) sendLines() {
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
 			break
 		}
+
 		part, err := r.ReadSlice('\n')
 		switch {
 		case first && isUTF16(part):
@@ -1918,7 +1937,9 @@ func (t *talker) sendLines() {
 		w.Write(part)
 		start = err == nil
 	}
-	t.sent <- s // before the server can end the conversation
+
+	// This comes before the server can end the conversation.
+	t.sent <- s
 	w.Flush()
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
@@ -1968,6 +1989,7 @@ func (t *talker) problem(c config, err error) error {
 		upTo = fmt.Sprintf("; answered through line %d of the input", n)
 		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
+
 	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	isGiven := len(t.requests) > 0
 	is := func(target error) bool { return errors.Is(err, target) }
