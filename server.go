@@ -473,7 +473,7 @@ func (s *keyValueServer) workLoop() {
 			s.stopReading()
 		}
 	}
-	s.log.Info("stopped", "clients_served", s.departed, "requests", s.total(),
+	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
 		"replies_dropped", s.dropped.Load())
 }
 
@@ -541,6 +541,8 @@ func (s *keyValueServer) runBatch(q *Query) {
 			s.countActive <- len(s.clients)
 		case countDropped:
 			s.countActive <- s.departed
+		case countAll:
+			s.batch = append(s.batch, q)
 		case depart:
 			s.leave(q.client)
 		case handshakeFailed:
@@ -638,7 +640,9 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		}
 		switch q.queryType {
 		case stats:
-			q.values = s.stats()
+			for _, row := range s.stats() {
+				q.values = append(q.values, row.line())
+			}
 			q.n, q.bytes = len(q.values), sum(q.values)
 		case collect:
 			if db, ok := s.db.(kvstore.Snapshotter); ok {
@@ -740,6 +744,10 @@ func (s *keyValueServer) commit() {
 	}
 	for i, chain := range s.batch {
 		switch c := chain.client; {
+		case chain.asker != nil && s.broken:
+			close(chain.asker)
+		case chain.asker != nil:
+			chain.asker <- s.stats()
 		case s.broken:
 			c.done <- nil
 		case chain.bare:
@@ -819,38 +827,79 @@ func (s *keyValueServer) stopReading() {
 	}
 }
 
-// stats returns the lines that answer Stats. A name that ends in _total only
-// ever grows.
-func (s *keyValueServer) stats() []string {
-	lines := []string{
-		"version " + s.version,
-		fmt.Sprint("uptime_seconds ", int(time.Since(s.started).Seconds())),
-		fmt.Sprint("clients ", len(s.clients)),
-		fmt.Sprint("clients_left_total ", s.departed),
+// counter is a row of Stats and /metrics: a number, or the version, and what it is.
+type counter struct {
+	name  string
+	help  string // a sentence
+	value any    // a number; of the version a string, which /metrics shows as a label
+	kind  counterKind
+}
+
+// counterKind is what Prometheus calls a type.
+type counterKind string
+
+const (
+	gauge      counterKind = "gauge"
+	cumulative counterKind = "counter" // it only ever grows, and its name ends in _total
+)
+
+// line is c as Stats shows it.
+func (c counter) line() string { return fmt.Sprint(c.name, " ", c.value) }
+
+// write writes c in the text format of Prometheus.
+func (c counter) write(w io.Writer) {
+	name, labels, value := c.name, "", c.value
+	if text, isText := value.(string); isText {
+		name, labels, value = "info", fmt.Sprintf("{%s=%q}", c.name, text), 1
+	}
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %v\n",
+		name, c.help, name, c.kind, name, labels, value)
+}
+
+// stats returns what Stats and /metrics both show.
+func (s *keyValueServer) stats() []counter {
+	rows := []counter{
+		{"version", "Always 1; its label is the version.", s.version, gauge},
+		{"uptime_seconds", "Since the server began to serve.",
+			int(time.Since(s.started).Seconds()), gauge},
+		{"clients", "Connections now.", len(s.clients), gauge},
+		{"clients_left_total", "Connections that have ended.", s.departed, cumulative},
 	}
 	for t := put; t <= quit; t++ {
-		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ",
-			s.requests[t]))
+		verb := strings.ToLower(verbs[t].name)
+		rows = append(rows, counter{verb + "_requests_total",
+			"Requests of the kind " + verb + " that were run.", s.requests[t], cumulative})
 	}
-	lines = append(lines,
-		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[webRequest]),
-		fmt.Sprint("replies_dropped_total ", s.dropped.Load()),
-		fmt.Sprint("queued_bytes ", s.queued.Load()),
-		fmt.Sprint("queued_limit_bytes ", s.limit),
-		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
-		fmt.Sprint("clients_refused_total ", s.full.total),
-		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
-	if db, ok := s.db.(kvstore.Sizer); ok {
-		keys, values, bytes := db.Size()
-		lines = append(lines,
-			fmt.Sprint("keys ", keys),
-			fmt.Sprint("values ", values),
-			fmt.Sprint("data_bytes ", bytes),
-			fmt.Sprint("memory_bytes ", s.memoryUsed()),
-			fmt.Sprint("memory_limit_bytes ", s.maxMemory-s.reserve),
-			fmt.Sprint("process_bytes ", processBytes()))
+	rows = append(rows, []counter{
+		{"refused_requests_total", "Lines that were answered with an error.",
+			s.requests[malformed] + s.requests[webRequest], cumulative},
+		{"replies_dropped_total", "Replies that clients lost because they did not read.",
+			s.dropped.Load(), cumulative},
+		{"queued_bytes", "Replies that wait to be read by all clients.", s.queued.Load(), gauge},
+		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.", s.limit, gauge},
+		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
+			s.noRoom.total + s.noMemory.total, cumulative},
+		{"clients_refused_total", "Connections over -max-clients, which were refused.",
+			s.full.total, cumulative},
+		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
+			s.badHandshakes.total, cumulative},
+	}...)
+
+	db, isSizer := s.db.(kvstore.Sizer)
+	if !isSizer {
+		return rows
 	}
-	return lines
+	keys, values, bytes := db.Size()
+	return append(rows, []counter{
+		{"keys", "Keys in the store.", keys, gauge},
+		{"values", "Values in the store.", values, gauge},
+		{"data_bytes", "Keys and values together.", bytes, gauge},
+		{"memory_bytes", "What the data, and replies and clients, take in memory.",
+			s.memoryUsed(), gauge},
+		{"memory_limit_bytes", "At so much writes are refused; 0: no limit.",
+			s.maxMemory - s.reserve, gauge},
+		{"process_bytes", "What the process takes from the system.", processBytes(), gauge},
+	}...)
 }
 
 // processBytes is how many bytes of memory the system has given the process, but for its
@@ -862,17 +911,17 @@ func processBytes() uint64 {
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
 
-// total returns how many requests were run or refused.
-func (s *keyValueServer) total() (n int) {
+// requestsRun returns how many requests were run or refused.
+func (s *keyValueServer) requestsRun() (n int) {
 	for t := malformed; t <= quit; t++ {
 		n += s.requests[t]
 	}
 	return n
 }
 
-// statsNow returns the lines of Stats for somebody without a connection, or nil
-// when the server does not run, or does not answer before ctx ends.
-func (s *keyValueServer) statsNow(ctx context.Context) []string {
+// statsNow returns stats for somebody without a connection, once all before it is durable:
+// nil when the server does not run, or does not answer before ctx ends.
+func (s *keyValueServer) statsNow(ctx context.Context) []counter {
 	select {
 	case <-s.oneCall:
 	case <-ctx.Done():
@@ -883,20 +932,18 @@ func (s *keyValueServer) statsNow(ctx context.Context) []string {
 	if !running {
 		return nil
 	}
-	asker := &Client{done: make(chan *Query, 1)}
+
+	asker := make(chan []counter, 1)
 	select {
-	case s.queries <- &Query{queryType: stats, client: asker, bare: true}:
+	case s.queries <- &Query{queryType: countAll, asker: asker}:
 	case <-s.ended:
 		return nil
 	case <-ctx.Done():
 		return nil
 	}
 	select {
-	case q := <-asker.done:
-		if q == nil {
-			return nil
-		}
-		return q.values
+	case rows := <-asker:
+		return rows
 	case <-s.ended:
 		return nil
 	case <-ctx.Done():
@@ -915,18 +962,18 @@ const (
 )
 
 // statsFor is statsNow for an HTTP request. If there is no answer it says so there.
-func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []string {
+func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
 	if stage := s.stage(); stage != "" {
 		http.Error(w, stage, http.StatusServiceUnavailable)
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
 	defer cancel()
-	lines := s.statsNow(ctx)
-	if lines == nil {
+	rows := s.statsNow(ctx)
+	if rows == nil {
 		http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
 	}
-	return lines
+	return rows
 }
 
 // stage is what the store waits for before it is open; "" once it is.
@@ -940,111 +987,75 @@ func (s *keyValueServer) stage() string {
 // metrics writes Stats, and what else there is to be watched, in the text format of
 // Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
-	lines := []string{"active 0"}
+	var rows []counter
+	active := 0
 	if s.stage() == "" {
-		stats := s.statsFor(w, r)
-		if stats == nil {
+		if rows = s.statsFor(w, r); rows == nil {
 			return
 		}
-		lines = append(stats, "active 1")
+		active = 1
 	}
-	lines = append(lines, s.watched()...)
+	rows = append(rows, counter{"active",
+		"1 if it serves; 0 while it opens its data, or stands by.", active, gauge})
+	rows = append(rows, s.watched()...)
+
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
-	for _, line := range lines {
-		name, value, _ := strings.Cut(line, " ")
-		kind, labels := "gauge", ""
-		switch {
-		case name == "version":
-			name, labels, value = "info", "{version="+strconv.Quote(value)+"}", "1"
-		case strings.HasSuffix(name, "_total"):
-			kind = "counter"
-		}
-		fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %s\n", name,
-			helpOf(name), name, kind, name, labels, value)
+	for _, row := range rows {
+		row.write(w)
 	}
-	if s.status != nil {
-		writeHistogram(w, "commit_seconds", &s.commits)
-		writeHistogram(w, "batch_chains", &s.batches)
-		writeHistogram(w, "fsync_seconds", &s.status.Fsyncs)
+	if s.status == nil {
+		return
 	}
+	writeHistogram(w, "commit_seconds", "How long it took until what a batch did was durable.",
+		&s.commits)
+	writeHistogram(w, "batch_chains", "How many chains of requests were committed together.",
+		&s.batches)
+	writeHistogram(w, "fsync_seconds",
+		"How long the disk, or etcd, took to confirm what was written.", &s.status.Fsyncs)
 }
 
-// watched are the numbers that are no part of Stats.
-func (s *keyValueServer) watched() (lines []string) {
+// watched are the counters that are no part of Stats.
+func (s *keyValueServer) watched() (rows []counter) {
 	if s.status != nil {
-		lines = append(lines, fmt.Sprint("takeovers_total ", s.status.Takeovers()),
-			fmt.Sprint("compactions_total ", s.status.Compactions.Load()))
+		rows = append(rows,
+			counter{"takeovers_total",
+				"How often the data was taken over from a server that had died.",
+				s.status.Takeovers(), cumulative},
+			counter{"compactions_total", "How often the log was compacted, since the start.",
+				s.status.Compactions.Load(), cumulative})
 		if at := s.status.Confirmed(); !at.IsZero() {
-			lines = append(lines, fmt.Sprint("lock_age_seconds ", time.Since(at).Seconds()))
+			rows = append(rows, counter{"lock_age_seconds",
+				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(), gauge})
 		}
 	}
 	if s.logged != nil {
-		lines = append(lines, fmt.Sprint("log_lines_lost_total ", s.logged.lost.Load()),
-			fmt.Sprint("log_errors_total ", s.logged.errors.Load()),
-			fmt.Sprint("last_error_timestamp_seconds ", s.logged.last.Load()))
+		rows = append(rows,
+			counter{"log_lines_lost_total", "Lines of log that could not be written.",
+				s.logged.lost.Load(), cumulative},
+			counter{"log_errors_total", "Errors in the log.",
+				s.logged.errors.Load(), cumulative},
+			counter{"last_error_timestamp_seconds",
+				"When the last error was logged, as a Unix time; 0: never.",
+				s.logged.last.Load(), gauge})
 	}
-	samples := []metrics.Sample{
+	runtimes := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},
 		{Name: "/memory/classes/heap/objects:bytes"},
 		{Name: "/memory/classes/total:bytes"},
 		{Name: "/gc/cycles/total:gc-cycles"},
 	}
-	metrics.Read(samples)
-	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes",
-		"go_gc_cycles_total"} {
-		lines = append(lines, fmt.Sprint(name, " ", samples[i].Value.Uint64()))
-	}
-	return lines
-}
-
-// helpOf says what a metric is.
-func helpOf(name string) string {
-	if verb, isVerb := strings.CutSuffix(name, "_requests_total"); isVerb &&
-		name != "refused_requests_total" {
-		return "Requests of the kind " + verb + " that were run."
-	}
-	return metricHelp[name]
-}
-
-// metricHelp says what each of the other metrics is.
-var metricHelp = map[string]string{
-	"info":                         "Always 1; its label is the version.",
-	"active":                       "1 if it serves; 0 while it opens its data, or stands by.",
-	"uptime_seconds":               "Since the server began to serve.",
-	"clients":                      "Connections now.",
-	"clients_left_total":           "Connections that have ended.",
-	"clients_refused_total":        "Connections over -max-clients, which were refused.",
-	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
-	"refused_requests_total":       "Lines that were answered with an error.",
-	"replies_dropped_total":        "Replies that clients lost because they did not read.",
-	"queued_bytes":                 "Replies that wait to be read by all clients.",
-	"queued_limit_bytes":           "How much they may be (-max-queues); 0: no limit.",
-	"writes_refused_total":         "Writes that were refused, for the disk or the memory is full.",
-	"keys":                         "Keys in the store.",
-	"values":                       "Values in the store.",
-	"data_bytes":                   "Keys and values together.",
-	"memory_bytes":                 "What the data, and replies and clients, take in memory.",
-	"memory_limit_bytes":           "At so much writes are refused; 0: no limit.",
-	"process_bytes":                "What the process takes from the system.",
-	"takeovers_total":              "How often the data was taken over from a server that had died.",
-	"compactions_total":            "How often the log was compacted, since the start.",
-	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
-	"log_lines_lost_total":         "Lines of log that could not be written.",
-	"log_errors_total":             "Errors in the log.",
-	"last_error_timestamp_seconds": "When the last error was logged, as a Unix time; 0: never.",
-	"commit_seconds":               "How long it took until what a batch did was durable.",
-	"batch_chains":                 "How many chains of requests were committed together.",
-	"fsync_seconds":                "How long the disk, or etcd, took to confirm what was written.",
-	"go_goroutines":                "Goroutines now.",
-	"go_heap_bytes":                "Objects in Go's heap.",
-	"go_memory_bytes":              "What Go has mapped.",
-	"go_gc_cycles_total":           "Collections of garbage.",
+	metrics.Read(runtimes)
+	return append(rows,
+		counter{"go_goroutines", "Goroutines now.", runtimes[0].Value.Uint64(), gauge},
+		counter{"go_heap_bytes", "Objects in Go's heap.", runtimes[1].Value.Uint64(), gauge},
+		counter{"go_memory_bytes", "What Go has mapped.", runtimes[2].Value.Uint64(), gauge},
+		counter{"go_gc_cycles_total", "Collections of garbage.",
+			runtimes[3].Value.Uint64(), cumulative})
 }
 
 // writeHistogram writes h as Prometheus wants it.
-func writeHistogram(w io.Writer, name string, h *storage.Histogram) {
-	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name),
-		name)
+func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, help, name)
 	atMost, all, sum := h.Read()
 	for i, n := range atMost {
 		fmt.Fprintf(w, "kvserver_%s_bucket{le=\"%g\"} %d\n", name, h.Bounds()[i], n)

@@ -504,6 +504,65 @@ func TestStats(t *testing.T) {
 	})
 }
 
+// Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
+// that no two have one name; and that each says what it is.
+func TestCounters(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
+		db, err := durable.Open(t.Context(), storetest.New(),
+			durable.Options{Status: n.server.status})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		defer n.server.Close()
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Put:key:value\nGet:key", "key:value")
+		answer := httptest.NewRecorder()
+		n.server.watchHandler("").ServeHTTP(answer,
+			httptest.NewRequest("GET", "http://localhost/metrics", nil))
+		body := answer.Body.String()
+		checkMetrics(t, body)
+		a.send("Stats\n")
+		for _, line := range a.readList() {
+			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
+			want := "\nkvserver_" + name + " " + value + "\n"
+			switch name {
+			case "version":
+				want = "\nkvserver_info{version=\"test\"} 1\n"
+			case "stats_requests_total": // this one is the first
+				want = "\nkvserver_" + name + " 0\n"
+			case "process_bytes", "memory_bytes": // they change by themselves
+				want = "\nkvserver_" + name + " "
+			}
+			if !strings.Contains(body, want) {
+				t.Errorf("Stats says %q, and /metrics not %q", line, want)
+			}
+		}
+		for _, name := range []string{"active", "takeovers_total", "compactions_total",
+			"log_lines_lost_total", "log_errors_total",
+			"last_error_timestamp_seconds", "go_goroutines", "go_heap_bytes",
+			"go_memory_bytes", "go_gc_cycles_total"} {
+			if !strings.Contains(body, "\nkvserver_"+name+" ") {
+				t.Errorf("/metrics has no %s", name)
+			}
+		}
+
+		kinds := map[string]string{}
+		for _, m := range regexp.MustCompile(`# TYPE (\S+) (\S+)`).FindAllStringSubmatch(body, -1) {
+			if kinds[m[1]] != "" {
+				t.Errorf("%s is there twice", m[1])
+			}
+			kinds[m[1]] = m[2]
+			if m[2] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[2] == "counter") {
+				t.Errorf("%s is a %s", m[1], m[2])
+			}
+		}
+		a.hangUp()
+	})
+}
+
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
 // counter in Stats, and is found when its name is slightly wrong.
 func TestEveryRequest(t *testing.T) {
@@ -515,7 +574,7 @@ func TestEveryRequest(t *testing.T) {
 	for _, c := range conversations {
 		said.WriteString("\n" + c.send)
 	}
-	stats := strings.Join(New(kvstore.NewMemory()).stats(), "\n")
+	stats := fmt.Sprint(New(kvstore.NewMemory()).stats())
 	for what := put; what <= quit; what++ {
 		v := verbs[what]
 		if v.name == "" || v.does == "" || v.form == "" {
