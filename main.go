@@ -685,7 +685,7 @@ func beServer(c config, log *queuedLog) error {
 	case err != nil:
 		return storeProblem(c, err)
 	}
-	listener, err := listenFor(c, s, again)
+	listeners, err := listenFor(c, s, again)
 	if err != nil {
 		if data != nil {
 			data.Close()
@@ -693,10 +693,10 @@ func beServer(c config, log *queuedLog) error {
 		return err
 	}
 	applyLimits(s, c)
-	if err := s.serve(listener); err != nil {
+	if err := s.serve(listeners...); err != nil {
 		return err
 	}
-	tellStart(c, s, listener)
+	tellStart(c, s)
 	(&pacer{server: s}).begin()
 	var failure error
 	select {
@@ -840,7 +840,7 @@ func applyLimits(s *keyValueServer, c config) {
 }
 
 // tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer, listener net.Listener) {
+func tellStart(c config, s *keyValueServer) {
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -849,7 +849,7 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	addr := listener.Addr().(*net.TCPAddr)
+	addr := s.listener.Addr().(*net.TCPAddr)
 	if !addr.IP.IsLoopback() && c.clientCA == "" {
 		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
 			addr.String())
@@ -970,32 +970,32 @@ func (l *queuedLog) flush() {
 
 // listenFor listens where c says, for clients of s. again is the signal to read the
 // certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
-	err error) {
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (
+	listeners []net.Listener, err error) {
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
 		}
 	}
-	if listener, err = listen(c.addr); err != nil {
+	if listeners, err = listen(c.addr); err != nil {
 		return nil, listenProblem("addr", c.addr, err)
 	}
-	return listener, nil
+	return listeners, nil
 }
 
 // watchAt listens at addr for whoever watches s.
 func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
-	listener, err := listen(addr)
+	listeners, err := listen(addr)
 	if err != nil {
 		return nil, listenProblem("http", addr, err)
 	}
-	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr",
-			listener.Addr().String())
+	at := listeners[0].Addr().(*net.TCPAddr)
+	if !at.IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
 	}
-	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
+	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
 	host, _, _ := net.SplitHostPort(addr)
-	return s.watch(listener, host), nil
+	return s.watch(listeners, host), nil
 }
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
@@ -1253,8 +1253,8 @@ func freeAddr(host, port string) string {
 		if n == 9999 {
 			continue
 		}
-		if listener, err := listen(addr); err == nil {
-			listener.Close()
+		if listeners, err := listen(addr); err == nil {
+			closeAll(listeners)
 			return addr
 		}
 	}

@@ -92,8 +92,9 @@ var errStarted = errors.New("the server was started before")
 // workLoop receives from both and owns everything that they change.
 type keyValueServer struct {
 	// Read-only once started.
-	listener     net.Listener
-	maxLine      int // bytes of a request line, its end not counted
+	listener     net.Listener   // the first of listeners
+	listeners    []net.Listener // each has an acceptClient
+	maxLine      int            // bytes of a request line, its end not counted
 	maxClients   int
 	maxMemory    int64         // bytes that the process may take (-max-memory); 0: no limit
 	reserve      int64         // of these, not for what memoryUsed counts
@@ -109,9 +110,10 @@ type keyValueServer struct {
 	// some, so that a sender seldom waits for workLoop to be scheduled.
 	queries chan *Query
 
-	// acceptClient, or shakeHands, to workLoop. acceptClient closes it when both have
-	// ended.
+	// Each acceptClient and shakeHands to workLoop. endAccepting closes it when all of these
+	// have ended.
 	connections chan net.Conn
+	accepting   sync.WaitGroup // of them
 
 	// One slot for each TLS handshake under way.
 	handshakes chan struct{}
@@ -267,19 +269,19 @@ func New(db kvstore.KVStore) *keyValueServer {
 // Start listens on port of localhost and serves until Close. It does not block.
 // It returns an error when it cannot listen, the second time, and after Close.
 func (s *keyValueServer) Start(port int) error {
-	listener, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
+	listeners, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
 	if err != nil {
 		return err
 	}
-	if err := s.serve(listener); err != nil {
-		listener.Close()
+	if err := s.serve(listeners...); err != nil {
+		closeAll(listeners)
 		return err
 	}
 	return nil
 }
 
-// serve is Start with a listener, which becomes the server's.
-func (s *keyValueServer) serve(listener net.Listener) error {
+// serve is Start with listeners, at least one, which become the server's.
+func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
 	switch {
@@ -288,11 +290,15 @@ func (s *keyValueServer) serve(listener net.Listener) error {
 	case s.running:
 		return errStarted
 	}
-	s.running, s.listener, s.started = true, listener, time.Now()
+	s.running, s.started = true, time.Now()
+	s.listener, s.listeners = listeners[0], listeners
 	s.room, _ = s.db.(kvstore.Roomer)
 	s.toucher, _ = s.db.(kvstore.Toucher)
 	s.used.Store(s.needed())
-	go s.acceptClient()
+	for _, listener := range listeners {
+		s.accepting.Go(func() { s.acceptClient(listener) })
+	}
+	go s.endAccepting()
 	go s.workLoop()
 	return nil
 }
@@ -344,7 +350,7 @@ func (s *keyValueServer) Close() {
 		s.closed, s.closeBy = true, time.Now().Add(closeTime)
 		close(s.closeSignal)
 		if s.running {
-			s.listener.Close()
+			closeAll(s.listeners)
 		}
 	}
 	running := s.running
@@ -366,16 +372,16 @@ func isClosed(signal <-chan struct{}) bool {
 	}
 }
 
-// acceptClient hands every connection over to workLoop: under TLS, shakeHands does
-// so once the handshake has ended. It runs until Close closes the listener. Any
-// other error, such as running out of file descriptors, may pass: it waits a
-// little longer each time and tries again.
-func (s *keyValueServer) acceptClient() {
+// acceptClient hands every connection of listener over to workLoop: under TLS, shakeHands
+// does so once the handshake has ended. One goroutine a listener, until Close closes that.
+// Any other error, such as running out of file descriptors, may pass: it waits a little
+// longer each time and tries again.
+func (s *keyValueServer) acceptClient(listener net.Listener) {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer s.endAccepting(cancel)
+	defer cancel() // which ends the handshakes
 	wait := time.Duration(0)
 	for {
-		conn, err := s.listener.Accept()
+		conn, err := listener.Accept()
 		if err == nil {
 			if wait > 0 {
 				s.log.Info("accepting connections again")
@@ -409,7 +415,7 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	}
 	select {
 	case s.handshakes <- struct{}{}:
-		go s.shakeHands(ctx, paced)
+		s.accepting.Go(func() { s.shakeHands(ctx, paced) })
 	case <-s.closeSignal:
 		conn.Close()
 	}
@@ -432,13 +438,10 @@ func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
 	s.connections <- outer
 }
 
-// endAccepting ends the handshakes under way, waits for them, and tells workLoop
-// that nobody comes any more.
-func (s *keyValueServer) endAccepting(cancel func()) {
-	cancel()
-	for range cap(s.handshakes) {
-		s.handshakes <- struct{}{} // free once the handshake that had it has ended
-	}
+// endAccepting tells workLoop that nobody comes any more. One goroutine, until the last
+// acceptClient and the last shakeHands have ended.
+func (s *keyValueServer) endAccepting() {
+	s.accepting.Wait()
 	close(s.connections)
 }
 
@@ -1065,7 +1068,7 @@ func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 }
 
 // watch serves numbers, health and profiles over HTTP.
-func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server {
+func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Server {
 	server := &http.Server{
 		Handler:      s.watchHandler(host),
 		ReadTimeout:  requestTime,
@@ -1073,7 +1076,9 @@ func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server 
 		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
-	go server.Serve(&fewConns{Listener: listener})
+	for _, listener := range listeners {
+		go server.Serve(&fewConns{Listener: listener, most: maxWatchers / len(listeners)})
+	}
 	return server
 }
 
@@ -1149,10 +1154,11 @@ func oneAtATime(next http.Handler) http.Handler {
 	})
 }
 
-// fewConns is a listener with at most maxWatchers connections: one more takes the
+// fewConns is a listener with at most so many connections: one more takes the
 // place of the oldest, so that silent ones keep nobody out.
 type fewConns struct {
 	net.Listener
+	most int
 	open []*watcher // owned by Accept, which http.Server calls on one goroutine; the oldest first
 }
 
@@ -1170,7 +1176,7 @@ func (f *fewConns) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	f.open = slices.DeleteFunc(f.open, func(w *watcher) bool { return isClosed(w.closed) })
-	if len(f.open) == maxWatchers {
+	if len(f.open) == f.most {
 		f.open[0].Close()
 		f.open = slices.Delete(f.open, 0, 1)
 	}
@@ -1189,30 +1195,47 @@ func (w *watcher) Close() error {
 // asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
 // means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
 // clients try only one of the two.
-func listen(addr string) (net.Listener, error) {
+func listen(addr string) (listeners []net.Listener, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{host}
+	if host == "localhost" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || host != "localhost" {
-		return config.Listen(context.Background(), "tcp", addr)
+
+	isAnyPort := port == "0"
+	var missing error
+	for _, host := range hosts {
+		addr := net.JoinHostPort(host, port)
+		listener, err := config.Listen(context.Background(), "tcp", addr)
+		switch {
+		case err == nil:
+			listeners = append(listeners, listener)
+			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+		case isMissing(err):
+			missing = err
+		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
+		default:
+			closeAll(listeners)
+			return nil, err
+		}
 	}
-	first, err := config.Listen(context.Background(), "tcp4", net.JoinHostPort("127.0.0.1", port))
-	if isMissing(err) {
-		return config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", port))
-	} else if err != nil {
-		return nil, err
+	if len(listeners) == 0 {
+		return nil, missing
 	}
-	_, chosen, _ := net.SplitHostPort(first.Addr().String())
-	second, err := config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", chosen))
-	switch {
-	case isMissing(err) || err != nil && port == "0": // port 0 is any that is free on the first
-		return first, nil
-	case err != nil:
-		first.Close()
-		return nil, err
+	return listeners, nil
+}
+
+// closeAll closes listeners.
+func closeAll(listeners []net.Listener) {
+	for _, listener := range listeners {
+		listener.Close()
 	}
-	return listenOnBoth(first, second), nil
 }
 
 // isMissing tells whether the machine does not have the address, or none of its kind.
@@ -1229,58 +1252,4 @@ func isInUse(err error) bool {
 
 func isNoAddress(err error) bool {
 	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
-}
-
-// bothListeners are two listeners in one.
-type bothListeners struct {
-	net.Listener
-	second   net.Listener
-	accepted chan accepted // both, one at a time, to Accept
-	closed   chan struct{}
-	close    sync.Once
-}
-
-// accepted is what an Accept returned.
-type accepted struct {
-	conn net.Conn
-	err  error
-}
-
-// listenOnBoth joins two listeners. Each has a goroutine until Close.
-func listenOnBoth(first, second net.Listener) *bothListeners {
-	l := &bothListeners{Listener: first, second: second, accepted: make(chan accepted),
-		closed: make(chan struct{})}
-	for _, one := range []net.Listener{first, second} {
-		go func() {
-			for {
-				conn, err := one.Accept()
-				select {
-				case l.accepted <- accepted{conn, err}:
-				case <-l.closed:
-					if err == nil {
-						conn.Close()
-					}
-					return
-				}
-			}
-		}()
-	}
-	return l
-}
-
-func (l *bothListeners) Accept() (net.Conn, error) {
-	select {
-	case a := <-l.accepted:
-		return a.conn, a.err
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *bothListeners) Close() (err error) {
-	l.close.Do(func() {
-		close(l.closed)
-		err = errors.Join(l.Listener.Close(), l.second.Close())
-	})
-	return err
 }

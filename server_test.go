@@ -2735,7 +2735,7 @@ func TestLocalhostIsBoth(t *testing.T) {
 	defer s.Close()
 	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
 	hosts := []string{"127.0.0.1"}
-	if _, isBoth := s.listener.(*bothListeners); isBoth {
+	if len(s.listeners) == 2 {
 		hosts = append(hosts, "::1")
 	} else if other, err := net.Listen("tcp6", "[::1]:0"); err == nil {
 		other.Close()
@@ -3098,6 +3098,34 @@ func TestAcceptBacksOff(t *testing.T) {
 		if took := time.Since(start); took != 0 {
 			t.Errorf("Close took %v", took)
 		}
+	})
+}
+
+// Ensure that clients of several listeners are one server's, that one listener which fails
+// keeps nobody from another, and that Close ends all.
+func TestSeveralListeners(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		other, failing := newFakeNet(), newFakeNet()
+		other.server, failing.failures = n.server, 1<<30
+		if err := n.server.serve(n, other, failing); err != nil {
+			t.Fatal(err)
+		}
+		a, b := n.dial(t), other.dial(t)
+		a.ask("Put:k:v\nPing", ":PONG")
+		b.ask("Get:k", "k:v")
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients, want 2", got)
+		}
+		n.server.Close()
+		a.wantClosed()
+		b.wantClosed()
+		for _, l := range []*fakeNet{n, other, failing} {
+			if !isClosed(l.closed) {
+				t.Error("Close left a listener open")
+			}
+		}
+		a.conn.Close()
+		b.conn.Close()
 	})
 }
 
@@ -3877,14 +3905,14 @@ func TestWatch(t *testing.T) {
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
-	listener, err := listen("localhost:0")
+	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := s.watch(listener, "metrics.example")
+	web := s.watch(listeners, "metrics.example")
 	defer web.Close()
 	get := func(path string) (int, string) {
-		answer, err := http.Get("http://" + listener.Addr().String() + path)
+		answer, err := http.Get("http://" + listeners[0].Addr().String() + path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -4366,12 +4394,12 @@ func TestWatchIsLimited(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	listener, err := listen("localhost:0")
+	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.watch(listener, "metrics.example").Close()
-	addr := listener.Addr().String()
+	defer s.watch(listeners, "metrics.example").Close()
+	addr := listeners[0].Addr().String()
 	var idle []*testClient
 	for range 3 * maxWatchers {
 		idle = append(idle, dialTCP(t, addr))
@@ -4420,7 +4448,7 @@ func TestWatchIsLimited(t *testing.T) {
 // Ensure that one HTTP connection too many takes the place of the oldest.
 func TestFewConns(t *testing.T) {
 	n := newFakeNet()
-	few := &fewConns{Listener: n}
+	few := &fewConns{Listener: n, most: maxWatchers}
 	accept := func() net.Conn {
 		go func() { n.conns <- newFakeConn(newStream(streamSize), newStream(streamSize)) }()
 		conn, err := few.Accept()
@@ -7272,16 +7300,12 @@ func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 // serveTCP serves an empty store on a real port until the test ends.
 func serveTCP(t testing.TB) (addr string) {
 	t.Helper()
-	listener, err := listen("localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := New(kvstore.NewMemory())
-	if err := s.serve(listener); err != nil {
+	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.Close)
-	return listener.Addr().String()
+	return s.listener.Addr().String()
 }
 
 // halfConn is a connection whose sending side can be closed alone.
