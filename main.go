@@ -828,8 +828,8 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= maxWatchers
 	}
 	if s.tls != nil {
-		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
-		files -= cap(s.handshakes)
+		s.handshakes = max(1, min(maxHandshakes, files/4))
+		files -= s.handshakes
 	}
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -100,6 +101,7 @@ type keyValueServer struct {
 	reserve      int64         // of these, not for what memoryUsed counts
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: plain TCP
+	handshakes   int           // under way at a time, but at least one a listener
 	version      string
 	// of the store while it is opened, and of its lock; nil: it needs neither
 	status  *storage.Status
@@ -114,9 +116,6 @@ type keyValueServer struct {
 	// have ended.
 	connections chan net.Conn
 	accepting   sync.WaitGroup // of them
-
-	// One slot for each TLS handshake under way.
-	handshakes chan struct{}
 
 	// workLoop to CountActive and CountDropped. oneCall admits one asker, so its one
 	// slot is free and workLoop never waits.
@@ -253,7 +252,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		ended:        make(chan struct{}),
 		failed:       make(chan error, 1),
 		oneCall:      make(chan struct{}, 1),
-		handshakes:   make(chan struct{}, maxHandshakes),
+		handshakes:   maxHandshakes,
 		outboxes: outboxes{
 			maxMessage:    maxMessage,
 			limit:         defaultMaxQueues,
@@ -296,6 +295,9 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.toucher, _ = s.db.(kvstore.Toucher)
 	s.used.Store(s.needed())
 	for _, listener := range listeners {
+		if s.tls != nil {
+			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
+		}
 		s.accepting.Go(func() { s.acceptClient(listener) })
 	}
 	go s.endAccepting()
@@ -402,41 +404,46 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 	}
 }
 
-// receive makes conn a client's, at once or after a TLS handshake. With too many of
-// these under way it waits for one to end.
+// receive makes conn a client's, at once or after a TLS handshake.
 func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
+	guest, mustShake := conn.(*guest)
+	if mustShake {
+		conn = guest.Conn
+	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetWriteBuffer(sendBuffer)
 	}
-	paced := &pacedConn{Conn: conn, server: s}
-	if s.tls == nil {
-		s.connections <- paced
+	if mustShake {
+		s.accepting.Go(func() { s.shakeHands(ctx, guest) })
 		return
 	}
-	select {
-	case s.handshakes <- struct{}{}:
-		s.accepting.Go(func() { s.shakeHands(ctx, paced) })
-	case <-s.closeSignal:
-		conn.Close()
-	}
+	s.connections <- &pacedConn{Conn: conn, server: s}
 }
 
-// shakeHands begins TLS on conn and hands it over to workLoop. One goroutine for
+// shakeHands begins TLS with guest and hands it over to workLoop. One goroutine for
 // each new connection, for at most handshakeTime, so that a client that does not
 // go on delays nobody, and is not yet one.
-func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
-	defer func() { <-s.handshakes }()
+func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
-	outer := tls.Server(conn, s.tls)
-	if err := outer.HandshakeContext(ctx); err != nil {
-		conn.Close()
-		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(conn.RemoteAddr()),
+	paced := &pacedConn{Conn: guest, server: s}
+	outer := tls.Server(paced, s.tls)
+	err := outer.HandshakeContext(ctx)
+	if err == nil && !guest.leave() || errors.Is(err, net.ErrClosed) {
+		err = errReplaced
+	}
+	if err != nil {
+		guest.Close()
+		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(guest.RemoteAddr()),
 			value: err.Error()}
 		return
 	}
+	paced.Conn = guest.Conn // what it says from now on makes no difference
 	s.connections <- outer
 }
+
+// errReplaced ends a handshake in whose place another one is.
+var errReplaced = errors.New("others came, and there is no room")
 
 // endAccepting tells workLoop that nobody comes any more. One goroutine, until the last
 // acceptClient and the last shakeHands have ended.
@@ -1154,19 +1161,19 @@ func oneAtATime(next http.Handler) http.Handler {
 	})
 }
 
-// fewConns is a listener with at most so many connections: one more takes the
-// place of the oldest, so that silent ones keep nobody out.
+// fewConns is a listener with at most so many connections: one more takes the place of the
+// oldest that has said nothing, or else of the oldest, so that nobody keeps others out.
 type fewConns struct {
 	net.Listener
-	most int
-	open []*watcher // owned by Accept, which http.Server calls on one goroutine; the oldest first
+	most   int
+	guests []*guest // owned by Accept, which one goroutine calls; the oldest first
 }
 
-// watcher is a connection that says when it is closed.
-type watcher struct {
+// guest is a connection of fewConns, as long as it has a place.
+type guest struct {
 	net.Conn
-	once   sync.Once
-	closed chan struct{}
+	spoke atomic.Bool // a byte has come
+	left  atomic.Bool // it has no place any more
 }
 
 // Accept waits for a connection.
@@ -1175,20 +1182,39 @@ func (f *fewConns) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	f.open = slices.DeleteFunc(f.open, func(w *watcher) bool { return isClosed(w.closed) })
-	if len(f.open) == f.most {
-		f.open[0].Close()
-		f.open = slices.Delete(f.open, 0, 1)
+
+	// Make room.
+	if len(f.guests) == f.most {
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
 	}
-	w := &watcher{Conn: conn, closed: make(chan struct{})}
-	f.open = append(f.open, w)
-	return w, nil
+	if len(f.guests) == f.most {
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
+		f.guests[max(i, 0)].Close()
+		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
+	}
+
+	g := &guest{Conn: conn}
+	f.guests = append(f.guests, g)
+	return g, nil
 }
 
-// Close closes the connection.
-func (w *watcher) Close() error {
-	w.once.Do(func() { close(w.closed) })
-	return w.Conn.Close()
+// leave gives up the place. It returns whether there was one.
+func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+
+// Read reads, and notes that something has come.
+func (g *guest) Read(p []byte) (n int, err error) {
+	if n, err = g.Conn.Read(p); n > 0 {
+		g.spoke.Store(true)
+	}
+	return n, err
+}
+
+// Close closes the connection, unless it has gone on without its place.
+func (g *guest) Close() error {
+	if !g.leave() {
+		return nil
+	}
+	return g.Conn.Close()
 }
 
 // listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive

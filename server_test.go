@@ -4188,8 +4188,9 @@ func TestFailingHandshakesAreCounted(t *testing.T) {
 	}
 }
 
-// Ensure that a handshake that does not go on holds no client's place, and that
-// there is a limit for these as well.
+// Ensure that handshakes which do not go on hold no client's place and keep nobody out,
+// however many they are: one more takes the place of the oldest that has said nothing, so a
+// client that has sent its hello stays, however long the rest takes.
 func TestHandshakesHoldNoPlace(t *testing.T) {
 	dir := certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
@@ -4199,36 +4200,81 @@ func TestHandshakesHoldNoPlace(t *testing.T) {
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls, n.server.maxClients = &tls.Config{Certificates: []tls.Certificate{pair}}, 1
-		n.server.handshakes = make(chan struct{}, 3)
-		var silent []*testClient
-		for range cap(n.server.handshakes) - 1 {
-			silent = append(silent, n.dial(t))
-		}
-		ask := func(within time.Duration) {
-			t.Helper()
+		n.server.handshakes = 10
+		const interval = time.Second / 400
+		done := make(chan struct{})
+		var flood sync.WaitGroup
+		flood.Go(func() {
+			for !isClosed(done) {
+				n.dial(t) // and says nothing
+				<-time.After(interval)
+			}
+		})
+		pass(2 * handshakeTime)
+		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			start := time.Now()
 			a := n.dial(t)
-			client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			client := tls.Client(&farConn{a.conn, trip}, &tls.Config{InsecureSkipVerify: true})
 			io.WriteString(client, "Ping\n")
 			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-				t.Errorf("beside %d silent connections: %q, %v", len(silent), answer, err)
+				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
 			}
-			if took := time.Since(start); took > within {
-				t.Errorf("beside %d silent connections an honest one waited %v", len(silent), took)
+			if took := time.Since(start); took > 5*trip {
+				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
 			}
 			client.Close()
 			a.conn.Close()
 			synctest.Wait()
 		}
-		ask(0)
-		for range 2 {
-			silent = append(silent, n.dial(t)) // the second waits for a slot
-		}
-		ask(2 * handshakeTime)
-		for _, s := range silent {
-			s.conn.Close()
-		}
+		close(done)
+		flood.Wait()
 	})
+}
+
+// farConn is a client's connection on which each answer takes its time.
+type farConn struct {
+	net.Conn
+	trip time.Duration
+}
+
+func (f *farConn) Read(p []byte) (int, error) {
+	n, err := f.Conn.Read(p)
+	<-time.After(f.trip)
+	return n, err
+}
+
+// Ensure that an honest client is served at once beside silent connects on real sockets, also
+// where there are few places.
+func TestHandshakesBesideSilentConnects(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(kvstore.NewMemory())
+	s.tls, s.handshakes = &tls.Config{Certificates: []tls.Certificate{pair}}, 20
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	addr := s.listener.Addr().String()
+	for i := range 100 {
+		dialTCP(t, addr)
+		if i%10 > 0 {
+			continue
+		}
+		// With more time one of the silent ends, and its place is free.
+		conn := dialTCP(t, addr).conn
+		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
+		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
+		io.WriteString(client, "Ping\n")
+		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
+			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
+		}
+		client.Close()
+	}
 }
 
 // Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
@@ -4445,31 +4491,50 @@ func TestWatchIsLimited(t *testing.T) {
 	}
 }
 
-// Ensure that one HTTP connection too many takes the place of the oldest.
+// Ensure that one connection too many takes the place of the oldest that has said nothing,
+// or else of the oldest; but not of one that has gone on.
 func TestFewConns(t *testing.T) {
 	n := newFakeNet()
-	few := &fewConns{Listener: n, most: maxWatchers}
+	few := &fewConns{Listener: n, most: 4}
+	says := map[net.Conn]*fakeConn{}
 	accept := func() net.Conn {
-		go func() { n.conns <- newFakeConn(newStream(streamSize), newStream(streamSize)) }()
+		up, down := newStream(streamSize), newStream(streamSize)
+		go func() { n.conns <- newFakeConn(up, down) }()
 		conn, err := few.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
+		says[conn] = newFakeConn(down, up)
 		return conn
 	}
-	isOpen := func(conn net.Conn) bool { return !isClosed(conn.(*watcher).closed) }
+	isOpen := func(conn net.Conn) bool { return !conn.(*guest).left.Load() }
 	var conns []net.Conn
-	for range maxWatchers {
+	for range few.most {
 		conns = append(conns, accept())
 	}
 	conns[3].Close()
-	accept()
+	conns = append(conns, accept())
 	if !isOpen(conns[0]) {
 		t.Error("where one had gone, another lost its place")
 	}
-	accept()
-	if isOpen(conns[0]) || !isOpen(conns[1]) {
-		t.Error("one too many did not take the place of the oldest")
+	says[conns[0]].Write([]byte("x"))
+	conns[0].Read(make([]byte, 1))
+	conns = append(conns, accept())
+	if !isOpen(conns[0]) || isOpen(conns[1]) || !isOpen(conns[2]) {
+		t.Error("one too many did not take the place of the oldest that has said nothing")
+	}
+	for _, conn := range conns[2:] {
+		says[conn].Write([]byte("x"))
+		conn.Read(make([]byte, 1))
+	}
+	conns = append(conns, accept())
+	if isOpen(conns[0]) || !isOpen(conns[2]) {
+		t.Error("where all have said something, one too many did not take the oldest's place")
+	}
+	if last := conns[6].(*guest); !last.leave() || last.Close() != nil || last.leave() {
+		t.Error("one that has gone on has a place")
+	} else if _, err := last.Conn.Write([]byte("x")); err != nil {
+		t.Errorf("one that has gone on is closed: %v", err)
 	}
 }
 
