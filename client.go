@@ -104,6 +104,12 @@ type Client struct {
 	alive int // the client's goroutines that run; at 0 it leaves clients
 	index int // its place in clients
 
+	// Of workLoop's time, since the server's start; where it waits for a turn, its chain, and
+	// the first request of that which has not run (turnQueue). Owned by workLoop.
+	spent       time.Duration
+	cost        time.Duration // of a turn, as of late
+	chain, next *Query
+
 	// workLoop, or deliver, to readFromClient: the chain has run and been
 	// answered. nil: the store failed, and nobody knows whether it has. One chain
 	// is under way at a time, so with one slot nobody waits.
@@ -139,6 +145,10 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 	return c
 }
+
+// due is the place of the client's chain among those that wait for a turn: what workLoop's time
+// for it will be, if it takes as long as those before.
+func (c *Client) due() time.Duration { return c.spent + c.cost }
 
 // addr is where the client is, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"container/heap"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -42,6 +43,11 @@ const (
 	// requests that take long, such as Updates of huge lists.
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
+	longTime    = maxSlowTurn / 2 // between two looks at the clock: something took long
+
+	// How much more of workLoop's time a client may have had than those that wait, until its
+	// next chain waits with them. Below that chains are run as they come, which costs nothing.
+	maxLead = 64 * time.Microsecond
 
 	// Requests between two looks at the clock, where they are short. An Update counts
 	// as several of them at least, for it may have a long list to search, and where
@@ -148,7 +154,8 @@ type keyValueServer struct {
 	toucher       kvstore.Toucher // db, if it wants to know a chain's keys beforehand; else nil
 	touched       []string        // these, while they are told
 	batch         []*Query        // chains that have run and wait for Commit
-	suspended     []suspended     // chains whose turn ended before they did
+	waiting       turnQueue       // for their turn
+	floor         time.Duration   // what the client that left waiting last had spent
 	clock         turn
 	turningAway   int    // connections that are being turned away
 	full          seldom // turning clients away
@@ -164,8 +171,24 @@ type keyValueServer struct {
 	requests      [queryTypes]int
 }
 
-// suspended is a chain of which a part has run.
-type suspended struct{ chain, next *Query }
+// turnQueue are clients whose chains wait for a turn, as a heap (container/heap): first is who
+// has spent least of workLoop's time. Each time is counted from floor, which rises with every
+// turn that is given: who comes late, or back, has no time to make up, and nobody waits for
+// ever. This is start-time fair queueing (Goyal, Vin and Cheng, 1996).
+type turnQueue []*Client
+
+func (t turnQueue) Len() int           { return len(t) }
+func (t turnQueue) Less(i, j int) bool { return t[i].due() < t[j].due() }
+func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
+func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
+
+func (t *turnQueue) Pop() any {
+	last := len(*t) - 1
+	c := (*t)[last]
+	(*t)[last] = nil
+	*t = (*t)[:last]
+	return c
+}
 
 // seldom is something that may happen a thousand times a second, and is worth a
 // line of log a minute.
@@ -189,34 +212,38 @@ func (s *seldom) happened() (n int) {
 }
 
 // turn is the time for which workLoop works before it commits and answers. It
-// looks at the clock after every few requests; after each one where they take long.
+// looks at the clock at the end of each chain, and in it after every few requests; after each
+// one where they take long.
 type turn struct {
-	began, looked time.Time
-	stride, left  int // requests from one look to the next, and until then
-	updateCost    int // requests that an Update counts as
+	epoch         time.Time     // since which the clock runs: cheaper than to ask for the time
+	began, looked time.Duration // since epoch
+	stride, left  int           // requests from one look to the next, and until then
+	updateCost    int           // requests that an Update counts as
 	over          bool
 }
 
 // begin begins a turn.
 func (t *turn) begin() {
-	t.began = time.Now()
+	t.began = time.Since(t.epoch)
 	t.looked, t.over = t.began, false
 	t.left = max(t.stride, 1)
 }
 
-// spend notes that a request has run. It returns whether the turn is over.
+// spend notes that a request has run. It returns whether to look.
 func (t *turn) spend(what queryType) bool {
 	if what == update {
 		t.left -= max(t.updateCost, minUpdateCost) - 1
 	}
 	t.left--
-	return t.left <= 0 && t.look(what)
+	return t.left <= 0
 }
 
-// look looks at the clock, after a request. It returns whether the turn is over.
-func (t *turn) look(what queryType) bool {
-	now := time.Now()
-	tookLong := now.Sub(t.looked) > maxSlowTurn/2
+// look looks at the clock, after a request, and whether the turn is over. It returns the time
+// since the last look.
+func (t *turn) look(what queryType) (took time.Duration) {
+	now := time.Since(t.epoch)
+	took = now - t.looked
+	tookLong := took >= longTime
 	t.stride = min(2*max(t.stride, 1), maxStride)
 	if tookLong {
 		t.stride = 1
@@ -226,13 +253,14 @@ func (t *turn) look(what queryType) bool {
 	} else if what == update {
 		t.updateCost = max(t.updateCost/2, minUpdateCost)
 	}
+
 	limit := maxTurn
 	if t.stride < maxStride || what == update && t.updateCost == maxStride {
 		limit = maxSlowTurn
 	}
 	t.looked, t.left = now, t.stride
-	t.over = now.Sub(t.began) > limit
-	return t.over
+	t.over = now-t.began > limit
+	return took
 }
 
 // New returns a server of db, which is its own from Start to Close. It logs
@@ -253,6 +281,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		failed:       make(chan error, 1),
 		oneCall:      make(chan struct{}, 1),
 		handshakes:   maxHandshakes,
+		floor:        1, // a client that has spent 0 is new
 		outboxes: outboxes{
 			maxMessage:    maxMessage,
 			limit:         defaultMaxQueues,
@@ -290,6 +319,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 		return errStarted
 	}
 	s.running, s.started = true, time.Now()
+	s.clock.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
 	s.room, _ = s.db.(kvstore.Roomer)
 	s.toucher, _ = s.db.(kvstore.Toucher)
@@ -462,8 +492,8 @@ func (s *keyValueServer) workLoop() {
 	always := make(chan struct{}) // always ready
 	close(always)
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
-		var more chan struct{} // nil: no chain waits for its next turn
-		if len(s.suspended) > 0 {
+		var more chan struct{} // nil: no chain waits for its turn
+		if len(s.waiting) > 0 {
 			more = always
 		}
 		select {
@@ -477,7 +507,7 @@ func (s *keyValueServer) workLoop() {
 		case q := <-s.queries:
 			s.runBatch(q)
 		case <-more:
-			s.resume()
+			s.runBatch(nil)
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
@@ -542,45 +572,45 @@ func underTLS(conn net.Conn) net.Conn {
 	return conn
 }
 
-// runBatch runs q and what else is waiting, commits it all at once, then answers.
+// runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
+// commits it all at once, then answers.
 func (s *keyValueServer) runBatch(q *Query) {
 	s.clock.begin()
-	for yields := 0; q != nil; q = s.waiting() {
-		switch q.queryType {
-		case countActive:
-			s.countActive <- len(s.clients)
-		case countDropped:
-			s.countActive <- s.departed
-		case countAll:
-			s.batch = append(s.batch, q)
-		case depart:
-			s.leave(q.client)
-		case handshakeFailed:
-			if n := s.badHandshakes.happened(); n > 0 {
-				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
-					"reason", q.value)
-			}
-		default:
-			s.begin(q)
-		}
-		if len(s.queries) == 0 && yields < maxYields && !s.clock.over {
-			for ; yields < maxYields && len(s.queries) == 0; yields++ {
-				runtime.Gosched()
-			}
+	for yields := 0; ; q = s.nextQuery() {
+		switch {
+		case q != nil:
+			s.take(q)
+		case len(s.waiting) > 0 && s.mayRun(s.waiting[0]):
+			c := heap.Pop(&s.waiting).(*Client)
+			s.floor = max(s.floor, c.spent)
+			s.runChain(c.chain, c.next)
+		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
+			yields++
+			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.clock.begin() // that was others' time
 			}
+		default:
+			s.commit()
+			if len(s.waiting) > 0 {
+				runtime.Gosched() // for the readers that have something new, and the writers
+			}
+			return
 		}
 	}
-	s.commit()
 }
 
-// waiting returns the next query in the queue, or nil if there is none, the batch
-// is full, or it is time to commit.
-func (s *keyValueServer) waiting() *Query {
-	if len(s.batch) == maxBatch || s.clock.over {
-		return nil
-	}
+// isTurnOver tells whether it is time to commit.
+func (s *keyValueServer) isTurnOver() bool { return s.clock.over || len(s.batch) >= maxBatch }
+
+// mayRun tells whether c's chain may run before the Commit. Behind others that have run, one
+// of a client whose last turn took long may not: they would wait for it.
+func (s *keyValueServer) mayRun(c *Client) bool {
+	return !s.isTurnOver() && (len(s.batch) == 0 || c.cost < longTime)
+}
+
+// nextQuery returns the next query in the queue, or nil if there is none.
+func (s *keyValueServer) nextQuery() *Query {
 	select {
 	case q := <-s.queries:
 		return q
@@ -589,16 +619,56 @@ func (s *keyValueServer) waiting() *Query {
 	}
 }
 
-// begin begins to run chain.
-func (s *keyValueServer) begin(chain *Query) {
-	c := chain.client
-	if c.buffer == nil && !chain.bare {
-		c.buffer = make(chan []byte, maxBufferSize)
-		c.alive++
-		go c.writeToClient()
+// take does what q asks for, if that is for workLoop itself, or takes the chain that it heads.
+func (s *keyValueServer) take(q *Query) {
+	switch q.queryType {
+	case countActive:
+		s.countActive <- len(s.clients)
+	case countDropped:
+		s.countActive <- s.departed
+	case countAll:
+		s.batch = append(s.batch, q)
+	case depart:
+		s.leave(q.client)
+	case handshakeFailed:
+		if n := s.badHandshakes.happened(); n > 0 {
+			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
+				"reason", q.value)
+		}
+	default:
+		s.takeChain(q)
 	}
-	s.touch(chain)
-	s.runChain(chain, chain)
+}
+
+// takeChain runs chain, or has it wait for its turn: where its client has had more of those
+// lately than others.
+func (s *keyValueServer) takeChain(chain *Query) {
+	c := chain.client
+	isNew := c.spent == 0
+	c.spent = max(c.spent, s.floor)
+
+	// Where nobody else wants a turn there is nobody to go behind.
+	if len(s.waiting) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
+		s.runChain(chain, chain)
+		return
+	}
+
+	if isNew {
+		c.spent, c.cost = s.floor+maxLead, maxLead // nobody knows what it asks for
+	}
+	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].due()
+	if isFirst && c.due() < s.floor+maxLead && s.mayRun(c) {
+		s.runChain(chain, chain)
+	} else {
+		s.wait(chain, chain)
+	}
+}
+
+// wait has chain, of which next is the first request that has not run, wait for its turn.
+func (s *keyValueServer) wait(chain, next *Query) {
+	c := chain.client
+	c.chain, c.next = chain, next
+	heap.Push(&s.waiting, c)
 }
 
 // touchLeast is how many requests a chain has at least for whose keys the store prepares.
@@ -622,25 +692,13 @@ func (s *keyValueServer) touch(chain *Query) {
 	clear(s.touched)
 }
 
-// resume gives a chain that has begun, and waited longest, another turn. What came
-// meanwhile is next.
-func (s *keyValueServer) resume() {
-	b := s.suspended[0]
-	s.suspended[0] = suspended{}
-	s.suspended = s.suspended[1:]
-	s.clock.begin()
-	s.runChain(b.chain, b.next)
-	s.commit()
-	s.clock.over = false
-	runtime.Gosched() // for the readers that have something new, and the writers
-	if q := s.waiting(); q != nil {
-		s.runBatch(q)
-	}
-}
-
-// runChain runs chain from q on, until its end or that of its turn. A chain that has
+// runChain runs chain from q on, until its end or that of the turn. A chain that has
 // run waits in batch for its Commit.
 func (s *keyValueServer) runChain(chain, q *Query) {
+	c := chain.client
+	if q == chain {
+		s.begin(chain)
+	}
 	for q != nil && !s.broken {
 		if q.writes() {
 			s.admit(q)
@@ -656,7 +714,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			q.n, q.bytes = len(q.values), sum(q.values)
 		case collect:
 			if db, ok := s.db.(kvstore.Snapshotter); ok {
-				q.client.snapshot = db.Snapshot()
+				c.snapshot = db.Snapshot()
 			}
 		default:
 			q.run(s.db)
@@ -665,13 +723,30 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		if what == remove { // it may have a long list to search, too
 			what = update
 		}
+
+		// The time is the client's, but no more than a turn: then it has waited for all others.
 		q = q.next
-		if s.clock.spend(what) && q != nil {
-			s.suspended = append(s.suspended, suspended{chain, q})
+		if s.clock.spend(what) || q == nil {
+			took := s.clock.look(what)
+			c.spent, c.cost = min(c.spent+took, s.floor+maxTurn), (c.cost+took)/2
+		}
+		if s.clock.over && q != nil {
+			s.wait(chain, q)
 			return
 		}
 	}
 	s.batch = append(s.batch, chain)
+}
+
+// begin prepares for chain.
+func (s *keyValueServer) begin(chain *Query) {
+	c := chain.client
+	if c.buffer == nil && !chain.bare {
+		c.buffer = make(chan []byte, maxBufferSize)
+		c.alive++
+		go c.writeToClient()
+	}
+	s.touch(chain)
 }
 
 // admit refuses a write for which there is no room.

@@ -1219,13 +1219,16 @@ func TestQueuedBytesCountLists(t *testing.T) {
 // Ensure that a turn is short only while requests take long.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var clock turn
+		clock := turn{epoch: time.Now()}
 		run := func(what queryType, takes time.Duration, most int) (n int, took time.Duration) {
 			clock.begin()
 			start := time.Now()
 			for n = 1; n < most; n++ {
 				<-time.After(takes)
 				if clock.spend(what) {
+					clock.look(what)
+				}
+				if clock.over {
 					break
 				}
 			}
@@ -1447,11 +1450,11 @@ func TestDroppedErrorsAreCounted(t *testing.T) {
 // lazyStore is a Memory whose Updates take their time, as those of huge lists do.
 type lazyStore struct {
 	*kvstore.Memory
-	takes time.Duration
+	takes func() time.Duration
 }
 
 func (l lazyStore) Update(key, oldValue, newValue string) bool {
-	<-time.After(l.takes)
+	<-time.After(l.takes())
 	return l.Memory.Update(key, oldValue, newValue)
 }
 
@@ -1460,7 +1463,7 @@ func (l lazyStore) Update(key, oldValue, newValue string) bool {
 func TestLongRequestsTakeTurns(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const others, updates, takes = 4, 500, 2 * time.Millisecond
-		n.server.db = lazyStore{kvstore.NewMemory(), takes}
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
 		victim := n.dial(t)
 		var clients []*testClient
 		for i := range others {
@@ -1486,6 +1489,71 @@ func TestLongRequestsTakeTurns(t *testing.T) {
 		}
 		victim.hangUp()
 	})
+}
+
+// Ensure that a client that asks for little waits for a turn or two of the others, not for one
+// of each, whatever these send: one long request at a time, short ones between two long ones,
+// or many in one chain. And that all of these get on, each as much as any other.
+func TestLightClientsGoFirst(t *testing.T) {
+	const others, takes = 300, 2 * time.Millisecond
+	for _, script := range []string{"Update:k:a:b\nPing\n",
+		"Get:none\nPing\n|Update:k:a:b\nPing\n", strings.Repeat("Update:k:a:b\n", 10) + "Ping\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			random := rand.New(rand.NewPCG(1, 2))
+			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
+				return between(random, takes/2, takes)
+			}}
+			victim := n.dial(t)
+			victim.ask("Ping", ":PONG")
+			parts := strings.Split(script, "|")
+			var stop atomic.Bool
+			var all sync.WaitGroup
+			rounds := make([]atomic.Int64, others)
+			span := func() (least, most int64) {
+				least = math.MaxInt64
+				for i := range rounds {
+					n := rounds[i].Load()
+					least, most = min(least, n), max(most, n)
+				}
+				return least, most
+			}
+			clients := make([]*testClient, others)
+			for i := range clients {
+				clients[i] = n.dial(t)
+			}
+			for i, c := range clients {
+				all.Go(func() {
+					defer c.hangUp()
+					for ; !stop.Load(); rounds[i].Add(1) {
+						for _, part := range parts {
+							c.ask(strings.TrimSuffix(part, "\n"), ":PONG")
+						}
+					}
+				})
+			}
+			updates := strings.Count(script, "Update")
+			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
+				pass(takes) // until it is known of each that it does not ask for little only
+			}
+			for range 200 {
+				pass(3 * takes / 7)
+				start := time.Now()
+				victim.ask("Put:x:y\nDelete:x\nPing", ":PONG")
+				if took := time.Since(start); took > 2*takes {
+					t.Errorf("waited %v beside requests of %v (%q)", took, takes, script)
+					break
+				}
+			}
+			pass(time.Duration(5*others*updates) * takes)
+			least, most := span()
+			if least < 4 || most > 2*least {
+				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
+			}
+			stop.Store(true)
+			all.Wait()
+			victim.hangUp()
+		})
+	}
 }
 
 // Ensure that the hint for a line that is no request costs no more than what it
