@@ -266,7 +266,7 @@ func (c *config) serverOptions() []option {
 			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
 			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
 		{name: "http", value: &c.http, unit: "ADDR",
-			help: "serve /metrics, /healthz and /debug/pprof/ there",
+			help: "serve /metrics, /healthz, /livez, /debug/pprof/",
 			more: "It answers requests for an IP address, localhost or the host given here"},
 		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
 			more: "One more is told so. Lowered where `ulimit -n` is too small; the log says to " +

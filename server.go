@@ -93,6 +93,9 @@ var errClosed = errors.New("the server is closed")
 // errStarted is returned by Start when the server was started before.
 var errStarted = errors.New("the server was started before")
 
+// errNoStore is returned by Start of a server that has no store.
+var errNoStore = errors.New("the server has no store: New was given nil")
+
 // keyValueServer serves a store over TCP. Make one with New.
 //
 // acceptClient feeds connections; every client's readFromClient feeds queries;
@@ -263,7 +266,7 @@ func (t *turn) look(what queryType) (took time.Duration) {
 	return took
 }
 
-// New returns a server of db, which is its own from Start to Close. It logs
+// New returns a server of db, which is its own from Start to Close, and not nil. It logs
 // nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
@@ -295,7 +298,8 @@ func New(db kvstore.KVStore) *keyValueServer {
 }
 
 // Start listens on port of localhost and serves until Close. It does not block.
-// It returns an error when it cannot listen, the second time, and after Close.
+// It returns an error when it cannot listen, the second time, after Close, and without a
+// store.
 func (s *keyValueServer) Start(port int) error {
 	listeners, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
 	if err != nil {
@@ -317,6 +321,8 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 		return errClosed
 	case s.running:
 		return errStarted
+	case s.db == nil:
+		return errNoStore
 	}
 	s.running, s.started = true, time.Now()
 	s.clock.epoch = s.started
@@ -640,8 +646,8 @@ func (s *keyValueServer) take(q *Query) {
 	}
 }
 
-// takeChain runs chain, or has it wait for its turn: where its client has had more of those
-// lately than others.
+// takeChain runs chain, or has it wait for its turn: where its client has had more of
+// workLoop's time than others.
 func (s *keyValueServer) takeChain(chain *Query) {
 	c := chain.client
 	isNew := c.spent == 0
@@ -1174,8 +1180,11 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 			io.WriteString(w, "ok\n")
 		}
 	})
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, "alive\n") // as long as the process runs, also before it serves
+	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n")
+		io.WriteString(w, "/metrics\n/healthz\n/livez\n/debug/pprof/\n")
 	})
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)

@@ -3106,6 +3106,18 @@ func TestCallsInAnyOrder(t *testing.T) {
 	})
 }
 
+// Ensure that a server without a store says so at its start, and that Close ends it.
+func TestNoStore(t *testing.T) {
+	s := New(nil)
+	if err := s.Start(0); !errors.Is(err, errNoStore) {
+		t.Errorf("Start without a store: %v, want %v", err, errNoStore)
+	}
+	if s.CountActive() != 0 || s.CountDropped() != 0 {
+		t.Error("without a store the counts are not 0")
+	}
+	s.Close()
+}
+
 // Ensure that Start serves its port, and says so when it cannot.
 func TestStart(t *testing.T) {
 	first := New(kvstore.NewMemory())
@@ -4401,6 +4413,11 @@ func TestWatchingAStalledStore(t *testing.T) {
 					watchTime)
 			}
 		}
+		start, answer := time.Now(), httptest.NewRecorder()
+		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost/livez", nil))
+		if took := time.Since(start); answer.Code != 200 || took != 0 {
+			t.Errorf("/livez answers %d after %v, want 200 at once", answer.Code, took)
+		}
 		close(store.gate)
 		a.hangUp()
 		n.server.Close()
@@ -4428,6 +4445,9 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	}
 	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
 		t.Errorf("before the data is open /healthz answers %d %q", code, text)
+	}
+	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
+		t.Errorf("before the data is open /livez answers %d %q", code, text)
 	}
 	if code, text := ask("/metrics"); code != 200 ||
 		!strings.Contains(text, "\nkvserver_active 0\n") ||
