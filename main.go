@@ -968,6 +968,8 @@ func (l *queuedLog) flush() {
 	}
 }
 
+// ---- listening
+
 // listenFor listens where c says, for clients of s. again is the signal to read the
 // certificates anew.
 func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (
@@ -997,6 +999,127 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 	host, _, _ := net.SplitHostPort(addr)
 	return s.watch(listeners, host), nil
 }
+
+// fewConns is a listener with at most so many connections: one more takes the place of the
+// oldest that has said nothing, or else of the oldest, so that nobody keeps others out.
+type fewConns struct {
+	net.Listener
+	most   int
+	guests []*guest // owned by Accept, which one goroutine calls; the oldest first
+}
+
+// guest is a connection of fewConns, as long as it has a place.
+type guest struct {
+	net.Conn
+	spoke atomic.Bool // a byte has come
+	left  atomic.Bool // it has no place any more
+}
+
+// Accept waits for a connection.
+func (f *fewConns) Accept() (net.Conn, error) {
+	conn, err := f.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+
+	// Make room.
+	if len(f.guests) == f.most {
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
+	}
+	if len(f.guests) == f.most {
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
+		f.guests[max(i, 0)].Close()
+		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
+	}
+
+	g := &guest{Conn: conn}
+	f.guests = append(f.guests, g)
+	return g, nil
+}
+
+// leave gives up the place. It returns whether there was one.
+func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+
+// Read reads, and notes that something has come.
+func (g *guest) Read(p []byte) (n int, err error) {
+	if n, err = g.Conn.Read(p); n > 0 {
+		g.spoke.Store(true)
+	}
+	return n, err
+}
+
+// Close closes the connection, unless it has gone on without its place.
+func (g *guest) Close() error {
+	if !g.leave() {
+		return nil
+	}
+	return g.Conn.Close()
+}
+
+// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
+// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
+// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
+// clients try only one of the two.
+func listen(addr string) (listeners []net.Listener, err error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{host}
+	if host == "localhost" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
+	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}
+
+	isAnyPort := port == "0"
+	var missing error
+	for _, host := range hosts {
+		addr := net.JoinHostPort(host, port)
+		listener, err := config.Listen(context.Background(), "tcp", addr)
+		switch {
+		case err == nil:
+			listeners = append(listeners, listener)
+			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+		case isMissing(err):
+			missing = err
+		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
+		default:
+			closeAll(listeners)
+			return nil, err
+		}
+	}
+	if len(listeners) == 0 {
+		return nil, missing
+	}
+	return listeners, nil
+}
+
+// closeAll closes listeners.
+func closeAll(listeners []net.Listener) {
+	for _, listener := range listeners {
+		listener.Close()
+	}
+}
+
+// isMissing tells whether the machine does not have the address, or none of its kind.
+func isMissing(err error) bool {
+	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
+		errors.Is(err, syscall.EPROTONOSUPPORT)
+}
+
+// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
+// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
+func isInUse(err error) bool {
+	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
+}
+
+func isNoAddress(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
+}
+
+// ---- the store
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
 // where nothing is kept.
