@@ -378,7 +378,7 @@ func (c *Client) read() (burst string, err error) {
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
 		in.busy = true
-		if !in.heard && in.buf[0] == tlsHandshake && c.server.tls == nil {
+		if !in.heard && in.buf[0] == tlsHandshake && underTLS(c.connection) == c.connection {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS, true)

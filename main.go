@@ -207,19 +207,16 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 			return c, err
 		}
 	}
-	addrs := []string{c.addr}
-	if c.client || c.ping { // of several, the one that serves
-		addrs = strings.Split(c.addr, ",")
-	}
+	addrs := strings.Split(c.addr, ",")
 	for i, addr := range addrs {
 		if addrs[i], err = fullAddr("addr", addr); err != nil {
 			return c, err
 		}
+		if c.http == addrs[i] && !strings.HasSuffix(c.http, ":0") {
+			return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
+		}
 	}
 	c.addr = strings.Join(addrs, ",")
-	if c.http == c.addr && !strings.HasSuffix(c.addr, ":0") {
-		return c, problem{"-addr and -http are both " + c.addr, "Give each a port of its own."}
-	}
 	return c, nil
 }
 
@@ -250,10 +247,12 @@ func (c *config) options() []option {
 // serverOptions returns the flags of a server; those of TLS are a client's, too.
 func (c *config) serverOptions() []option {
 	return []option{
-		{name: "addr", value: &c.addr, unit: "ADDR",
-			help: "port, :port (every address) or host:port",
-			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: " +
-				"`a:9999,b:9999`"},
+		{name: "addr", value: &c.addr, unit: "ADDR,...",
+			help: "port, :port (all), host:port, unix:PATH",
+			more: "`:9999` is every address of the machine, port 0 a free one, which is logged. A " +
+				"server serves all that are given: `localhost:9999,unix:/run/kvserver/sock`; `-c` " +
+				"and `-ping` try them in turn. TLS is not for unix sockets: their mode, 0660, says " +
+				"who may connect"},
 		{name: "data", value: &c.data, unit: "DIR",
 			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
 			more: "Without it the data is lost when the server stops",
@@ -613,9 +612,16 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
+// unixPrefix stands before the path in the address of a unix socket.
+const unixPrefix = "unix:"
+
 // fullAddr completes the address that a flag gives: a port alone is one of
 // localhost.
 func fullAddr(name, addr string) (string, error) {
+	path, isUnix := strings.CutPrefix(addr, unixPrefix)
+	if isUnix && name == "addr" && path != "" && path[0] != '@' { // @ is for one without a file
+		return addr, nil
+	}
 	full := addr
 	if !strings.Contains(addr, ":") {
 		full = "localhost:" + addr
@@ -624,11 +630,11 @@ func fullAddr(name, addr string) (string, error) {
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
-	if strings.Contains(addr, ",") {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Several, with commas between them, are for -c and -ping; a server has one."}
-	} else if err != nil {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+	switch what := fmt.Sprintf("-%s %q is no address", name, addr); {
+	case isUnix && name == "addr":
+		return "", problem{what, "Give a path, as in -addr unix:/run/kvserver/sock."}
+	case err != nil:
+		return "", problem{what,
 			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
 	}
 	return full, nil
@@ -685,7 +691,7 @@ func beServer(c config, log *queuedLog) error {
 	case err != nil:
 		return storeProblem(c, err)
 	}
-	listeners, err := listenFor(c, s, again)
+	all, err := listenFor(c, s, again)
 	if err != nil {
 		if data != nil {
 			data.Close()
@@ -693,10 +699,10 @@ func beServer(c config, log *queuedLog) error {
 		return err
 	}
 	applyLimits(s, c)
-	if err := s.serve(listeners...); err != nil {
+	if err := s.serve(slices.Concat(all...)...); err != nil {
 		return err
 	}
-	tellStart(c, s)
+	tellStart(c, s, all)
 	(&pacer{server: s}).begin()
 	var failure error
 	select {
@@ -839,8 +845,9 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer) {
+// tellStart logs what an operator should know of a server that begins to serve. all are its
+// listeners, those of each address together.
+func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -849,13 +856,20 @@ func tellStart(c config, s *keyValueServer) {
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	addr := s.listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-			addr.String())
+	for _, listeners := range all {
+		addr := listeners[0].Addr()
+		tcp, isTCP := addr.(*net.TCPAddr)
+		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
+			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+				addr.String())
+		}
+		if isTCP {
+			s.log.Info("listening", "addr", addr.String(),
+				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
+		} else {
+			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
+		}
 	}
-	s.log.Info("listening", "addr", addr.String(),
-		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // ---- the log
@@ -970,19 +984,24 @@ func (l *queuedLog) flush() {
 
 // ---- listening
 
-// listenFor listens where c says, for clients of s. again is the signal to read the
-// certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (
-	listeners []net.Listener, err error) {
+// listenFor listens where c says, for clients of s: it returns the listeners of each address.
+// again is the signal to read the certificates anew.
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (all [][]net.Listener,
+	err error) {
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
 		}
 	}
-	if listeners, err = listen(c.addr); err != nil {
-		return nil, listenProblem("addr", c.addr, err)
+	for _, addr := range strings.Split(c.addr, ",") {
+		listeners, err := listen(addr)
+		if err != nil {
+			closeAll(slices.Concat(all...))
+			return nil, listenProblem("addr", addr, err)
+		}
+		all = append(all, listeners)
 	}
-	return listeners, nil
+	return all, nil
 }
 
 // watchAt listens at addr for whoever watches s.
@@ -1061,6 +1080,13 @@ func (g *guest) Close() error {
 // means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
 // clients try only one of the two.
 func listen(addr string) (listeners []net.Listener, err error) {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		listener, err := listenUnix(path)
+		if err != nil {
+			return nil, err
+		}
+		return []net.Listener{listener}, nil
+	}
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
@@ -1096,6 +1122,37 @@ func listen(addr string) (listeners []net.Listener, err error) {
 	return listeners, nil
 }
 
+// socketMode lets the user and the group of a unix socket connect.
+const socketMode = 0o660
+
+// errNoSocket is listenUnix's where there is a file of another kind.
+var errNoSocket = errors.New("there is a file that is no socket")
+
+// listenUnix listens on a unix socket at path, in the place of one whose server has died.
+// Close removes it.
+func listenUnix(path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode().Type() != fs.ModeSocket {
+			return nil, errNoSocket
+		}
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			conn.Close()
+		} else if isRefused(err) { // nobody listens there any more
+			os.Remove(path)
+		}
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, socketMode); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return listener, nil
+}
+
 // closeAll closes listeners.
 func closeAll(listeners []net.Listener) {
 	for _, listener := range listeners {
@@ -1117,6 +1174,11 @@ func isInUse(err error) bool {
 
 func isNoAddress(err error) bool {
 	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
+}
+
+// isRefused tells whether nobody listens there: Windows calls it WSAECONNREFUSED.
+func isRefused(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.Errno(10061))
 }
 
 // ---- the store
@@ -1341,6 +1403,9 @@ func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
 
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		return socketProblem(path, err)
+	}
 	host, port, _ := net.SplitHostPort(addr)
 	var dns *net.DNSError
 	todo := "Choose another address: kvserver -" + name + " localhost:9999"
@@ -1365,6 +1430,28 @@ func listenProblem(name, addr string, err error) error {
 		err = op.Err
 	}
 	return problem{fmt.Sprintf("cannot listen on %s: %v%s", addr, err, who), todo}
+}
+
+// socketProblem says what to do about the error of listening on a unix socket.
+func socketProblem(path string, err error) error {
+	todo := "Choose another path: kvserver -addr unix:/run/kvserver/sock"
+	switch dir := filepath.Dir(path); {
+	case isInUse(err):
+		todo = "Stop the server that has it, or choose another path."
+	case errors.Is(err, errNoSocket):
+		todo = "Nothing was changed. Choose another path, or remove the file if nobody needs it."
+	case errors.Is(err, syscall.EINVAL):
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
+		todo = "Choose a shorter one, as in -addr unix:/run/kvserver/sock"
+	case errors.Is(err, fs.ErrNotExist):
+		todo = "Create the directory: mkdir -p " + dir
+	case errors.Is(err, fs.ErrPermission):
+		todo = "Start as a user who may write in " + dir + ", or choose another path."
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
 }
 
 // freeAddr is an address of host with a port above port that nobody has, and that no flag
@@ -1508,7 +1595,11 @@ func dial(c *config) (conn net.Conn, err error) {
 	}
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	connect := func(addr string) (net.Conn, error) {
-		if config == nil {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		switch {
+		case isUnix:
+			return dialer.Dial("unix", path)
+		case config == nil:
 			return dialer.Dial("tcp", addr)
 		}
 		return tls.DialWithDialer(dialer, "tcp", addr, config)

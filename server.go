@@ -106,7 +106,7 @@ type keyValueServer struct {
 	maxMemory    int64         // bytes that the process may take (-max-memory); 0: no limit
 	reserve      int64         // of these, not for what memoryUsed counts
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
-	tls          *tls.Config   // nil: plain TCP
+	tls          *tls.Config   // nil: none; unix sockets never have it
 	handshakes   int           // under way at a time, but at least one a listener
 	version      string
 	// of the store while it is opened, and of its lock; nil: it needs neither
@@ -328,7 +328,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.toucher, _ = s.db.(kvstore.Toucher)
 	s.used.Store(s.needed())
 	for _, listener := range listeners {
-		if s.tls != nil {
+		if s.tls != nil && listener.Addr().Network() != "unix" {
 			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
 		}
 		s.accepting.Go(func() { s.acceptClient(listener) })
@@ -443,8 +443,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	if mustShake {
 		conn = guest.Conn
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
+	if socket, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+		socket.SetWriteBuffer(sendBuffer)
 	}
 	if mustShake {
 		s.accepting.Go(func() { s.shakeHands(ctx, guest) })

@@ -82,6 +82,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"log/slog"
 	"maps"
@@ -3861,8 +3862,24 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-data", "d", "check"}, exitMisuse,
 			"kvserver: check goes first, and takes no flags",
 			"Give the directory behind it, as in kvserver check data."},
-		{[]string{"-addr", "1,2"}, exitMisuse, "kvserver: -addr \"1,2\" is no address",
-			"Several, with commas between them, are for -c and -ping"},
+		{[]string{"-addr", "1,x"}, exitMisuse, `kvserver: -addr "x" is no address`, "Give a port,"},
+		{[]string{"-addr", "9998,9997", "-http", "9997"}, exitMisuse,
+			"kvserver: -addr and -http are both localhost:9997", "Give each a port of its own."},
+		{[]string{"-http", "unix:/tmp/x"}, exitMisuse, `kvserver: -http "unix:/tmp/x" is no address`,
+			"Give a port,"},
+		{[]string{"-addr", "unix:"}, exitMisuse, `kvserver: -addr "unix:" is no address`,
+			"Give a path, as in -addr unix:/"},
+		{[]string{"-addr", "unix:" + foreign + strings.Repeat("/x", 60)}, exitFailure,
+			"kvserver: cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
+				": the path of a socket may have about 100 bytes, and this has ",
+			"Choose a shorter one"},
+		{[]string{"-addr", "unix:" + filepath.Join(foreign, "photo.jpg")}, exitFailure,
+			"kvserver: cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
+				": there is a file that is no socket", "Nothing was changed."},
+		{[]string{"-addr", "unix:/no/such/sock"}, exitFailure,
+			"kvserver: cannot listen on unix:/no/such/sock: ", "Create the directory: mkdir -p /no/such"},
+		{[]string{"-addr", "unix:/no/such/sock", "-ping"}, exitFailure,
+			"kvserver: cannot connect to unix:/no/such/sock: ", "Start a server: kvserver -addr unix:"},
 		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
 			"Give both: kvserver -c -stop < FILE"},
 		{[]string{"-data", inUse}, exitFailure,
@@ -4481,8 +4498,8 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	}
 }
 
-// Ensure that of several addresses -c and -ping take the first where a server is, and a
-// server takes one.
+// Ensure that of several addresses -c and -ping take the first where a server is, and that a
+// server serves all, or does not start.
 func TestSeveralAddresses(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -4513,9 +4530,93 @@ func TestSeveralAddresses(t *testing.T) {
 		!bytes.Contains(out, []byte("None of them serves.")) {
 		t.Errorf("where nobody serves: %v, %s", err, out)
 	}
-	if out, err = binary("-addr", nowhere+","+here).CombinedOutput(); err == nil ||
-		!bytes.Contains(out, []byte("is no address")) {
-		t.Errorf("a server at two addresses: %v, %s", err, out)
+	out, err = binary("-addr", nowhere+","+here).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+here+": ")) {
+		t.Errorf("a server at two addresses, of which one is taken: %v, %s", err, out)
+	}
+
+	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
+	second := listeningAddr(t, log)
+	if addr != nowhere || second == nowhere {
+		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
+	}
+	a, b := dialTCP(t, addr), dialTCP(t, second)
+	a.ask("Put:k:v\nPing", ":PONG")
+	b.ask("Get:k", "k:v")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+}
+
+// Ensure that a server at a unix socket is reached there, by its user and group alone and
+// without TLS; that it takes the place of one that was killed, but not of one that lives; and
+// that it removes the socket.
+func TestUnixSocket(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	path := filepath.Join(t.TempDir(), "sock")
+	at := "unix:" + path
+	args := []string{"-addr", "127.0.0.1:0," + at, "-tls-cert", filepath.Join(dir, "server.pem"),
+		"-tls-key", filepath.Join(dir, "server.key")}
+	start := func() (*exec.Cmd, *bufio.Reader) {
+		t.Helper()
+		cmd, _, log := startBinary(t, args...)
+		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
+			!strings.Contains(line, `try="nc -U `+path+`"`) {
+			t.Errorf("the log says %s", line)
+		}
+		return cmd, log
+	}
+	run := func(want string, args ...string) {
+		t.Helper()
+		if out, err := binary(args...).CombinedOutput(); string(out) != want || err != nil {
+			t.Errorf("%s: %v, %q, want %q", args, err, out, want)
+		}
+	}
+
+	cmd, log := start()
+	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
+		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
+	}
+	run(":PONG\n", "-addr", at, "-ping")
+	run("k:v\n", "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	a.sendAll("Get:k\n")
+	if got := a.readAll(); got != "k:v\n" {
+		t.Errorf("after a half-close: %q", got)
+	}
+	if conn, err = net.Dial("unix", path); err != nil {
+		t.Fatal(err)
+	}
+	hello := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	hello.send("\x16\x03\x01\nPut:k:w\n")
+	hello.want(":ERROR line 1: this port speaks no TLS")
+
+	out, err := binary("-addr", at).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+at+": ")) ||
+		!bytes.Contains(out, []byte("Stop the server that has it")) {
+		t.Errorf("a second server: %v, %s", err, out)
+	}
+	run("k:v\n", "-addr", at, "-c", "Get:k")
+
+	cmd.Process.Kill()
+	cmd.Wait()
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket of a killed server: %v", err)
+	}
+	cmd, log = start()
+	run(":PONG\n", "-addr", at, "-ping")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the socket of a server that has stopped: %v", err)
 	}
 }
 
