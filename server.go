@@ -35,22 +35,21 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
-	// How long workLoop works before it commits and answers. A chain with more to do
-	// goes on later, behind what others sent meanwhile: the short time is for
-	// requests that take long, such as Updates of huge lists.
+	// How long workLoop works before it commits and answers, the latter where requests take
+	// long, such as Updates of huge lists. A chain with more to do goes on later.
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
-	longTime    = maxSlowTurn / 2 // between two looks at the clock: something took long
+
+	// Requests of a client between two looks at the clock: one at first, and after longTime
+	// between two looks; then twice as many each time. An Update or a Remove, which may have a
+	// long list to search, counts as several.
+	maxStride  = 64
+	searchCost = 8
+	longTime   = maxSlowTurn / 2
 
 	// How much more of workLoop's time a client may have had than those that wait, until its
 	// next chain waits with them. Below that chains are run as they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
-
-	// Requests between two looks at the clock, where they are short. An Update counts
-	// as several of them at least, for it may have a long list to search, and where
-	// Updates took long as all of them.
-	maxStride     = 64
-	minUpdateCost = 4
 
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
@@ -211,14 +210,10 @@ func (s *seldom) happened() (n int) {
 	return n
 }
 
-// turn is the time for which workLoop works before it commits and answers. It
-// looks at the clock at the end of each chain, and in it after every few requests; after each
-// one where they take long.
+// turn is the time for which workLoop works before it commits and answers.
 type turn struct {
 	epoch         time.Time     // since which the clock runs: cheaper than to ask for the time
 	began, looked time.Duration // since epoch
-	stride, left  int           // requests from one look to the next, and until then
-	updateCost    int           // requests that an Update counts as
 	over          bool
 }
 
@@ -226,41 +221,24 @@ type turn struct {
 func (t *turn) begin() {
 	t.began = time.Since(t.epoch)
 	t.looked, t.over = t.began, false
-	t.left = max(t.stride, 1)
 }
 
-// spend notes that a request has run. It returns whether to look.
-func (t *turn) spend(what queryType) bool {
-	if what == update {
-		t.left -= max(t.updateCost, minUpdateCost) - 1
-	}
-	t.left--
-	return t.left <= 0
-}
-
-// look looks at the clock, after a request, and whether the turn is over. It returns the time
-// since the last look.
-func (t *turn) look(what queryType) (took time.Duration) {
+// charge looks at the clock. What has run since the last look was the client's, which pays for
+// no more than a turn: by then it has waited for all others.
+func (t *turn) charge(c *Client, floor time.Duration) {
 	now := time.Since(t.epoch)
-	took = now - t.looked
-	tookLong := took >= longTime
-	t.stride = min(2*max(t.stride, 1), maxStride)
-	if tookLong {
-		t.stride = 1
+	took := now - t.looked
+	c.spent = min(c.spent+took, floor+maxTurn)
+	c.cost = (c.cost + took) / 2
+	c.stride = min(2*max(c.stride, 1), maxStride)
+	if took >= longTime {
+		c.stride = 1
 	}
-	if what == update && tookLong {
-		t.updateCost = maxStride
-	} else if what == update {
-		t.updateCost = max(t.updateCost/2, minUpdateCost)
-	}
-
 	limit := maxTurn
-	if t.stride < maxStride || what == update && t.updateCost == maxStride {
+	if c.isSlow() {
 		limit = maxSlowTurn
 	}
-	t.looked, t.left = now, t.stride
-	t.over = now-t.began > limit
-	return took
+	t.looked, t.over = now, now-t.began > limit
 }
 
 // New returns a server of db, which is its own from Start to Close, and not nil. It logs
@@ -281,7 +259,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		failed:       make(chan error, 1),
 		oneCall:      make(chan struct{}, 1),
 		handshakes:   maxHandshakes,
-		floor:        1, // a client that has spent 0 is new
+		floor:        2 * maxTurn, // so a client that has spent 0 is new
 		outboxes: outboxes{
 			maxMessage:    maxMessage,
 			limit:         defaultMaxQueues,
@@ -606,10 +584,10 @@ func (s *keyValueServer) runBatch(q *Query) {
 // isTurnOver tells whether it is time to commit.
 func (s *keyValueServer) isTurnOver() bool { return s.clock.over || len(s.batch) >= maxBatch }
 
-// mayRun tells whether c's chain may run before the Commit. Behind others that have run, one
-// of a client whose last turn took long may not: they would wait for it.
+// mayRun tells whether c's chain may run before the Commit. Behind others that have run a slow
+// client's may not: they would wait for it.
 func (s *keyValueServer) mayRun(c *Client) bool {
-	return !s.isTurnOver() && (len(s.batch) == 0 || c.cost < longTime)
+	return !s.isTurnOver() && (len(s.batch) == 0 || !c.isSlow())
 }
 
 // nextQuery returns the next query in the queue, or nil if there is none.
@@ -648,7 +626,7 @@ func (s *keyValueServer) take(q *Query) {
 func (s *keyValueServer) takeChain(chain *Query) {
 	c := chain.client
 	isNew := c.spent == 0
-	c.spent = max(c.spent, s.floor)
+	c.spent = max(c.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
 	if len(s.waiting) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
@@ -702,7 +680,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	if q == chain {
 		s.begin(chain)
 	}
-	for q != nil && !s.broken {
+	for left := c.stride; q != nil && !s.broken; q = q.next {
 		if q.writes() {
 			s.admit(q)
 		}
@@ -722,19 +700,16 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		default:
 			q.run(s.db)
 		}
-		what := q.queryType
-		if what == remove { // it may have a long list to search, too
-			what = update
-		}
 
-		// The time is the client's, but no more than a turn: then it has waited for all others.
-		q = q.next
-		if s.clock.spend(what) || q == nil {
-			took := s.clock.look(what)
-			c.spent, c.cost = min(c.spent+took, s.floor+maxTurn), (c.cost+took)/2
+		if left--; q.queryType == update || q.queryType == remove {
+			left -= searchCost - 1
 		}
-		if s.clock.over && q != nil {
-			s.wait(chain, q)
+		if left <= 0 || q.next == nil {
+			s.clock.charge(c, s.floor)
+			left = c.stride
+		}
+		if s.clock.over && q.next != nil {
+			s.wait(chain, q.next)
 			return
 		}
 	}

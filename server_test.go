@@ -1220,31 +1220,36 @@ func TestQueuedBytesCountLists(t *testing.T) {
 // Ensure that a turn is short only while requests take long.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		clock := turn{epoch: time.Now()}
-		run := func(what queryType, takes time.Duration, most int) (n int, took time.Duration) {
-			clock.begin()
-			start := time.Now()
-			for n = 1; n < most; n++ {
-				<-time.After(takes)
-				if clock.spend(what) {
-					clock.look(what)
-				}
-				if clock.over {
-					break
+		var takes time.Duration
+		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		s.clock.epoch = time.Now()
+		c := newClient(1, newFakeConn(nil, nil), s)
+		turn := func() (n int, took time.Duration) {
+			chain := make([]Query, 100*kilo)
+			for i := range chain {
+				chain[i] = Query{queryType: update, client: c, key: "k", line: i}
+				if i > 0 {
+					chain[i-1].next = &chain[i]
 				}
 			}
-			return n, time.Since(start)
+			chain[0].bare = true
+			start := time.Now()
+			s.clock.begin()
+			s.runChain(&chain[0], &chain[0])
+			s.waiting = nil
+			return c.next.line, time.Since(start)
 		}
-		run(get, 100, 1000)
-		if n, took := run(update, 2*time.Millisecond, 1000); n > 2*maxStride/minUpdateCost {
+		takes = 2 * time.Millisecond
+		if n, took := turn(); n > maxStride/searchCost {
 			t.Errorf("the first long Updates: %d of them, %v", n, took)
 		}
-		if n, took := run(update, 2*time.Millisecond, 1000); n > 1 {
+		if n, took := turn(); n > 1 {
 			t.Errorf("long Updates: %d of them, %v", n, took)
 		}
-		run(get, 1000, 1000)
-		if _, took := run(get, 1000, 100*kilo); took < maxTurn {
-			t.Errorf("Gets after long Updates: a turn of %v, want %v", took, maxTurn)
+		takes = time.Microsecond
+		turn()
+		if _, took := turn(); took < maxTurn || took > maxTurn+maxStride*takes {
+			t.Errorf("short Updates after long ones: a turn of %v, want %v", took, maxTurn)
 		}
 	})
 }
