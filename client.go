@@ -101,15 +101,9 @@ type Client struct {
 	server     *keyValueServer
 
 	// Owned by workLoop.
-	alive int // the client's goroutines that run; at 0 it leaves clients
-	index int // its place in clients
-
-	// Of workLoop's time, since the server's start; where it waits for a turn, its chain, and
-	// the first request of that which has not run (turnQueue). Owned by workLoop.
-	spent       time.Duration
-	cost        time.Duration // between two looks at the clock, as of late
-	stride      int           // requests between these
-	chain, next *Query
+	alive int   // the client's goroutines that run; at 0 it leaves clients
+	index int   // its place in clients
+	share share // of workLoop's time
 
 	// workLoop, or deliver, to readFromClient: the chain has run and been
 	// answered. nil: the store failed, and nobody knows whether it has. One chain
@@ -146,13 +140,6 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 	return c
 }
-
-// due is the client's place among those whose chains wait for a turn: what workLoop's time for
-// it will be, if the next turn costs as much as those before.
-func (c *Client) due() time.Duration { return c.spent + c.cost }
-
-// isSlow tells whether the client's requests take long, as of late.
-func (c *Client) isSlow() bool { return c.cost >= longTime }
 
 // addr is where the client is, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }

@@ -83,14 +83,15 @@ const (
 	maxAcceptWait = time.Second
 )
 
-// errClosed is returned by Start after Close.
-var errClosed = errors.New("the server is closed")
+// What Start returns after Close, when the server was started before, and without a store.
+var (
+	errClosed  = errors.New("the server is closed")
+	errStarted = errors.New("the server was started before")
+	errNoStore = errors.New("the server has no store: New was given nil")
+)
 
-// errStarted is returned by Start when the server was started before.
-var errStarted = errors.New("the server was started before")
-
-// errNoStore is returned by Start of a server that has no store.
-var errNoStore = errors.New("the server has no store: New was given nil")
+// errReplaced ends a handshake in whose place another one is.
+var errReplaced = errors.New("others came, and there is no room")
 
 // keyValueServer serves a store over TCP. Make one with New.
 //
@@ -154,7 +155,7 @@ type keyValueServer struct {
 	touched       []string        // these, while they are told
 	batch         []*Query        // chains that have run and wait for Commit
 	waiting       turnQueue       // for their turn
-	floor         time.Duration   // what the client that left waiting last had spent
+	floor         time.Duration   // what the client with the last turn had spent (share)
 	clock         turn
 	turningAway   int    // connections that are being turned away
 	full          seldom // turning clients away
@@ -168,25 +169,6 @@ type keyValueServer struct {
 	most          int    // clients at once, since there was none
 	largest       int64  // bytes of the store, since memory was last given back
 	requests      [queryTypes]int
-}
-
-// turnQueue are clients whose chains wait for a turn, as a heap (container/heap): first is who
-// has spent least of workLoop's time. Each time is counted from floor, which rises with every
-// turn that is given: who comes late, or back, has no time to make up, and nobody waits for
-// ever. This is start-time fair queueing (Goyal, Vin and Cheng, 1996).
-type turnQueue []*Client
-
-func (t turnQueue) Len() int           { return len(t) }
-func (t turnQueue) Less(i, j int) bool { return t[i].due() < t[j].due() }
-func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
-func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
-
-func (t *turnQueue) Pop() any {
-	last := len(*t) - 1
-	c := (*t)[last]
-	(*t)[last] = nil
-	*t = (*t)[:last]
-	return c
 }
 
 // seldom is something that may happen a thousand times a second, and is worth a
@@ -223,9 +205,9 @@ func (t *turn) begin() {
 	t.looked, t.over = t.began, false
 }
 
-// charge looks at the clock. What has run since the last look was the client's, which pays for
-// no more than a turn: by then it has waited for all others.
-func (t *turn) charge(c *Client, floor time.Duration) {
+// charge looks at the clock: what has run since it was looked at before was c's, which pays for
+// no more than a turn, for by then it has waited for all others.
+func (t *turn) charge(c *share, floor time.Duration) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
 	c.spent = min(c.spent+took, floor+maxTurn)
@@ -234,11 +216,47 @@ func (t *turn) charge(c *Client, floor time.Duration) {
 	if took >= longTime {
 		c.stride = 1
 	}
+
 	limit := maxTurn
 	if c.isSlow() {
 		limit = maxSlowTurn
 	}
 	t.looked, t.over = now, now-t.began > limit
+}
+
+// share is what a client has had of workLoop's time. Clients are served as in start-time fair
+// queueing (Goyal, Vin and Cheng, 1996): first is the one that will have had least when its
+// turn ends. All times are counted from floor, which rises with the turns that are given, and
+// nobody is more than maxTurn before or behind it: so who has been quiet goes before who has
+// spent much, and nobody waits for ever.
+type share struct {
+	spent  time.Duration // 0: the client is new
+	cost   time.Duration // between two looks at the clock, as of late
+	stride int           // requests between these
+
+	chain, next *Query // that waits for its turn, and its first request that has not run
+}
+
+// due is how much the client will have spent if the next turn costs as much as the last.
+func (s *share) due() time.Duration { return s.spent + s.cost }
+
+// isSlow tells whether the client's requests take long, as of late.
+func (s *share) isSlow() bool { return s.cost >= longTime }
+
+// turnQueue are the clients whose chains wait, as a heap (container/heap) by due.
+type turnQueue []*Client
+
+func (t turnQueue) Len() int           { return len(t) }
+func (t turnQueue) Less(i, j int) bool { return t[i].share.due() < t[j].share.due() }
+func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
+func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
+
+func (t *turnQueue) Pop() any {
+	last := len(*t) - 1
+	c := (*t)[last]
+	(*t)[last] = nil
+	*t = (*t)[:last]
+	return c
 }
 
 // New returns a server of db, which is its own from Start to Close, and not nil. It logs
@@ -453,9 +471,6 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	s.connections <- outer
 }
 
-// errReplaced ends a handshake in whose place another one is.
-var errReplaced = errors.New("others came, and there is no room")
-
 // endAccepting tells workLoop that nobody comes any more. One goroutine, until the last
 // acceptClient and the last shakeHands have ended.
 func (s *keyValueServer) endAccepting() {
@@ -561,8 +576,8 @@ func (s *keyValueServer) runBatch(q *Query) {
 		switch {
 		case q != nil:
 			s.take(q)
-		case len(s.waiting) > 0 && s.mayRun(s.waiting[0]):
-			c := heap.Pop(&s.waiting).(*Client)
+		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
+			c := &heap.Pop(&s.waiting).(*Client).share
 			s.floor = max(s.floor, c.spent)
 			s.runChain(c.chain, c.next)
 		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
@@ -586,7 +601,7 @@ func (s *keyValueServer) isTurnOver() bool { return s.clock.over || len(s.batch)
 
 // mayRun tells whether c's chain may run before the Commit. Behind others that have run a slow
 // client's may not: they would wait for it.
-func (s *keyValueServer) mayRun(c *Client) bool {
+func (s *keyValueServer) mayRun(c *share) bool {
 	return !s.isTurnOver() && (len(s.batch) == 0 || !c.isSlow())
 }
 
@@ -624,7 +639,7 @@ func (s *keyValueServer) take(q *Query) {
 // takeChain runs chain, or has it wait for its turn: where its client has had more of
 // workLoop's time than others.
 func (s *keyValueServer) takeChain(chain *Query) {
-	c := chain.client
+	c := &chain.client.share
 	isNew := c.spent == 0
 	c.spent = max(c.spent, s.floor-maxTurn)
 
@@ -637,7 +652,7 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	if isNew {
 		c.spent, c.cost = s.floor+maxLead, maxLead // nobody knows what it asks for
 	}
-	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].due()
+	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].share.due()
 	if isFirst && c.due() < s.floor+maxLead && s.mayRun(c) {
 		s.runChain(chain, chain)
 	} else {
@@ -648,7 +663,7 @@ func (s *keyValueServer) takeChain(chain *Query) {
 // wait has chain, of which next is the first request that has not run, wait for its turn.
 func (s *keyValueServer) wait(chain, next *Query) {
 	c := chain.client
-	c.chain, c.next = chain, next
+	c.share.chain, c.share.next = chain, next
 	heap.Push(&s.waiting, c)
 }
 
@@ -680,7 +695,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	if q == chain {
 		s.begin(chain)
 	}
-	for left := c.stride; q != nil && !s.broken; q = q.next {
+	for left := c.share.stride; q != nil && !s.broken; q = q.next {
 		if q.writes() {
 			s.admit(q)
 		}
@@ -705,8 +720,8 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left -= searchCost - 1
 		}
 		if left <= 0 || q.next == nil {
-			s.clock.charge(c, s.floor)
-			left = c.stride
+			s.clock.charge(&c.share, s.floor)
+			left = c.share.stride
 		}
 		if s.clock.over && q.next != nil {
 			s.wait(chain, q.next)
@@ -982,38 +997,6 @@ func (s *keyValueServer) requestsRun() (n int) {
 	return n
 }
 
-// statsNow returns stats for somebody without a connection, once all before it is durable:
-// nil when the server does not run, or does not answer before ctx ends.
-func (s *keyValueServer) statsNow(ctx context.Context) []counter {
-	select {
-	case <-s.oneCall:
-	case <-ctx.Done():
-		return nil
-	}
-	running := s.running
-	s.oneCall <- struct{}{}
-	if !running {
-		return nil
-	}
-
-	asker := make(chan []counter, 1)
-	select {
-	case s.queries <- &Query{queryType: countAll, asker: asker}:
-	case <-s.ended:
-		return nil
-	case <-ctx.Done():
-		return nil
-	}
-	select {
-	case rows := <-asker:
-		return rows
-	case <-s.ended:
-		return nil
-	case <-ctx.Done():
-		return nil
-	}
-}
-
 // ---- watching: HTTP
 
 const (
@@ -1024,7 +1007,8 @@ const (
 	profileTime = 60 * time.Second // of a profile or a trace
 )
 
-// statsFor is statsNow for an HTTP request. If there is no answer it says so there.
+// statsFor has workLoop give stats to an HTTP request, once all that was asked before is
+// durable. If there is no answer in time it says so there, and returns nil.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
 	if stage := s.stage(); stage != "" {
 		http.Error(w, stage, http.StatusServiceUnavailable)
@@ -1032,11 +1016,38 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []coun
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
 	defer cancel()
-	rows := s.statsNow(ctx)
-	if rows == nil {
-		http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
+	asker := make(chan []counter, 1)
+	s.askStats(ctx, asker)
+	select {
+	case rows := <-asker:
+		if rows != nil {
+			return rows
+		}
+	case <-s.ended:
+	case <-ctx.Done():
 	}
-	return rows
+	http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
+	return nil
+}
+
+// askStats asks workLoop on behalf of asker, which it closes if that does not run.
+func (s *keyValueServer) askStats(ctx context.Context, asker chan<- []counter) {
+	select {
+	case <-s.oneCall:
+	case <-ctx.Done():
+		return
+	}
+	running := s.running
+	s.oneCall <- struct{}{}
+	if !running {
+		close(asker)
+		return
+	}
+	select {
+	case s.queries <- &Query{queryType: countAll, asker: asker}:
+	case <-s.ended:
+	case <-ctx.Done():
+	}
 }
 
 // stage is what the store waits for before it is open; "" once it is.

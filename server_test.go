@@ -1237,7 +1237,7 @@ func TestTurns(t *testing.T) {
 			s.clock.begin()
 			s.runChain(&chain[0], &chain[0])
 			s.waiting = nil
-			return c.next.line, time.Since(start)
+			return c.share.next.line, time.Since(start)
 		}
 		takes = 2 * time.Millisecond
 		if n, took := turn(); n > maxStride/searchCost {
@@ -6200,7 +6200,8 @@ func (p *process) tidyUp(r *rand.Rand) {
 	}
 	for range 5 {
 		wait(1100 * time.Millisecond)
-		p.net.server.statsNow(context.Background())
+		p.net.server.watchHandler("").ServeHTTP(httptest.NewRecorder(),
+			httptest.NewRequest("GET", "http://localhost/healthz", nil))
 		report, err := durable.Check(p.dir)
 		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
 			"no store") {
