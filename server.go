@@ -267,24 +267,26 @@ func New(db kvstore.KVStore) *keyValueServer {
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
 		writeTimeout: defaultWriteTimeout,
+		handshakes:   maxHandshakes,
 		version:      "unknown",
 		log:          slog.New(slog.DiscardHandler),
-		queries:      make(chan *Query, maxBatch),
-		connections:  make(chan net.Conn),
-		countActive:  make(chan int, 1),
-		closeSignal:  make(chan struct{}),
-		ended:        make(chan struct{}),
-		failed:       make(chan error, 1),
-		oneCall:      make(chan struct{}, 1),
-		handshakes:   maxHandshakes,
-		floor:        2 * maxTurn, // so a client that has spent 0 is new
+		batches:      storage.Histogram{Counts: true},
+
+		queries:     make(chan *Query, maxBatch),
+		connections: make(chan net.Conn),
+		countActive: make(chan int, 1),
+		closeSignal: make(chan struct{}),
+		ended:       make(chan struct{}),
+		failed:      make(chan error, 1),
+		oneCall:     make(chan struct{}, 1),
+
+		floor: 2 * maxTurn, // so a client that has spent 0 is new
 		outboxes: outboxes{
 			maxMessage:    maxMessage,
 			limit:         defaultMaxQueues,
 			cores:         make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1)),
 			snapshotSlots: make(chan struct{}, maxSnapshots),
 		},
-		batches: storage.Histogram{Counts: true},
 	}
 	s.oneCall <- struct{}{}
 	return s
@@ -317,12 +319,15 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	case s.db == nil:
 		return errNoStore
 	}
+
 	s.running, s.started = true, time.Now()
 	s.clock.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
 	s.room, _ = s.db.(kvstore.Roomer)
 	s.toucher, _ = s.db.(kvstore.Toucher)
 	s.used.Store(s.needed())
+
+	// Who is to shake hands is a guest first; a unix socket has no TLS.
 	for _, listener := range listeners {
 		if s.tls != nil && listener.Addr().Network() != "unix" {
 			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
@@ -349,6 +354,7 @@ func (s *keyValueServer) ask(what queryType) int {
 	if !s.running {
 		return 0
 	}
+
 	select {
 	case s.queries <- &Query{queryType: what}:
 	case <-s.ended:
@@ -357,8 +363,10 @@ func (s *keyValueServer) ask(what queryType) int {
 	select {
 	case n := <-s.countActive:
 		return n
-	case <-s.ended: // the query came too late, or the answer just in time
+	case <-s.ended:
 	}
+
+	// The query came too late, or the answer just in time.
 	select {
 	case n := <-s.countActive:
 		return n
@@ -421,6 +429,8 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 			s.receive(ctx, conn)
 			continue
 		}
+
+		// Once in the log, then again and again: it may pass.
 		if wait == 0 && !s.isClosing() {
 			s.log.Error("cannot accept connections, trying again", "error", err)
 		}
@@ -487,6 +497,8 @@ func (s *keyValueServer) workLoop() {
 	connections, closeSignal := s.connections, s.closeSignal
 	always := make(chan struct{}) // always ready
 	close(always)
+
+	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
 		var more chan struct{} // nil: no chain waits for its turn
 		if len(s.waiting) > 0 {
@@ -541,6 +553,8 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
+
+	// No more than some at a time cost a goroutine.
 	if s.turningAway == maxTurnedAway {
 		if underTLS(conn) == conn {
 			conn.Write(full) // into an empty send buffer, so without waiting
@@ -548,6 +562,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 		underTLS(conn).Close()
 		return
 	}
+
 	s.turningAway++
 	c := newClient(0, conn, s)
 	if paced, ok := underTLS(conn).(*pacedConn); ok {
@@ -576,16 +591,21 @@ func (s *keyValueServer) runBatch(q *Query) {
 		switch {
 		case q != nil:
 			s.take(q)
+
+		// Nothing more comes: of those that wait, the one that has had least is next.
 		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
 			c := &heap.Pop(&s.waiting).(*Client).share
 			s.floor = max(s.floor, c.spent)
 			s.runChain(c.chain, c.next)
+
+		// The batch may grow.
 		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.clock.begin() // that was others' time
 			}
+
 		default:
 			s.commit()
 			if len(s.waiting) > 0 {
@@ -695,6 +715,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	if q == chain {
 		s.begin(chain)
 	}
+
 	for left := c.share.stride; q != nil && !s.broken; q = q.next {
 		if q.writes() {
 			s.admit(q)
@@ -702,6 +723,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		if !chain.bare {
 			s.requests[q.queryType]++
 		}
+
 		switch q.queryType {
 		case stats:
 			for _, row := range s.stats() {
@@ -716,6 +738,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			q.run(s.db)
 		}
 
+		// Look at the clock now and then, and at the end, for what comes then is another's.
 		if left--; q.queryType == update || q.queryType == remove {
 			left -= searchCost - 1
 		}
@@ -811,6 +834,7 @@ func (s *keyValueServer) giveBack() {
 // commit makes what the batch did durable, then answers. After a failure nobody may
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
+	// Reads are committed, too: they may have seen what is not yet durable.
 	if len(s.batch) > 0 && !s.broken {
 		if err := s.commitStore(); err != nil {
 			s.broken = true
@@ -820,6 +844,7 @@ func (s *keyValueServer) commit() {
 			}
 		}
 	}
+
 	for i, chain := range s.batch {
 		switch c := chain.client; {
 		case chain.asker != nil && s.broken:
@@ -836,6 +861,7 @@ func (s *keyValueServer) commit() {
 		s.batch[i] = nil
 	}
 	s.batch = s.batch[:0]
+
 	s.giveBack()
 	s.used.Store(s.needed())
 }
@@ -862,19 +888,24 @@ func (s *keyValueServer) leave(c *Client) {
 	if c.alive--; c.alive > 0 {
 		return
 	}
+
+	// The last takes its place in the list.
 	last := s.clients[len(s.clients)-1]
 	s.clients[c.index], last.index = last, c.index
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.departed++
+
+	// The collector alone would take minutes to give back what a crowd took.
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0
-		// the collector alone would take minutes to give back what a crowd took
 		go debug.FreeOSMemory()
 	}
+
+	// Where writing ended, that is why reading did.
 	level, reason := slog.LevelDebug, c.reason
-	switch { // then that is why reading ended
+	switch {
 	case c.cut != "":
 		level, reason = slog.LevelWarn, c.cut
 	case c.broken != nil:
@@ -943,11 +974,13 @@ func (s *keyValueServer) stats() []counter {
 		{"clients", "Connections now.", len(s.clients), gauge},
 		{"clients_left_total", "Connections that have ended.", s.departed, cumulative},
 	}
+
 	for t := put; t <= quit; t++ {
 		verb := strings.ToLower(verbs[t].name)
 		rows = append(rows, counter{verb + "_requests_total",
 			"Requests of the kind " + verb + " that were run.", s.requests[t], cumulative})
 	}
+
 	rows = append(rows, []counter{
 		{"refused_requests_total", "Lines that were answered with an error.",
 			s.requests[malformed] + s.requests[webRequest], cumulative},
@@ -963,6 +996,7 @@ func (s *keyValueServer) stats() []counter {
 			s.badHandshakes.total, cumulative},
 	}...)
 
+	// Not every store knows how much it holds.
 	db, isSizer := s.db.(kvstore.Sizer)
 	if !isSizer {
 		return rows
@@ -1061,6 +1095,7 @@ func (s *keyValueServer) stage() string {
 // metrics writes Stats, and what else there is to be watched, in the text format of
 // Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
+	// Before the data is open there are no Stats.
 	var rows []counter
 	active := 0
 	if s.stage() == "" {
@@ -1077,6 +1112,8 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	for _, row := range rows {
 		row.write(w)
 	}
+
+	// In memory nothing takes its time.
 	if s.status == nil {
 		return
 	}
@@ -1102,6 +1139,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(), gauge})
 		}
 	}
+
 	if s.logged != nil {
 		rows = append(rows,
 			counter{"log_lines_lost_total", "Lines of log that could not be written.",
@@ -1112,6 +1150,8 @@ func (s *keyValueServer) watched() (rows []counter) {
 				"When the last error was logged, as a Unix time; 0: never.",
 				s.logged.last.Load(), gauge})
 	}
+
+	// What Go says of itself.
 	runtimes := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},
 		{Name: "/memory/classes/heap/objects:bytes"},
@@ -1213,6 +1253,7 @@ func oneAtATime(next http.Handler) http.Handler {
 				profileTime.Seconds()), http.StatusBadRequest)
 			return
 		}
+
 		select {
 		case <-free:
 		default:
@@ -1220,6 +1261,8 @@ func oneAtATime(next http.Handler) http.Handler {
 				http.StatusServiceUnavailable)
 			return
 		}
+
+		// Then a rest.
 		began := time.Now()
 		defer func() {
 			time.AfterFunc(min(time.Since(began), time.Second), func() { free <- struct{}{} })
