@@ -3,9 +3,9 @@
 //
 // The map of the code:
 //
-//	main.go    flags and the environment; the log; start and stop; certificates; the commands
-//	           check, repair and backup; the client (kvserver -c, -ping)
-//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything;
+//	main.go    flags and the environment; the log; listening; start and stop; certificates; the
+//	           commands check, repair and backup; the client (kvserver -c, -ping)
+//	server.go  keyValueServer: its accept goroutines and workLoop, which owns everything;
 //	           TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
 //	           makes lines of bytes; outbox, which makes messages of replies
@@ -24,6 +24,7 @@
 //	holder    the one goroutine that has a client's chain, and so its outbox
 //	slow      of a client whose connection has taken no byte for a second, or two if it has read
 //	turn      the time for which workLoop runs requests before it commits and answers
+//	share     what a client has had of workLoop's time: who has had much waits for a turn
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
 //	          the latter writes it to a file of that name
 //	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on

@@ -93,9 +93,9 @@ var (
 // errReplaced ends a handshake in whose place another one is.
 var errReplaced = errors.New("others came, and there is no room")
 
-// keyValueServer serves a store over TCP. Make one with New.
+// keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
-// acceptClient feeds connections; every client's readFromClient feeds queries;
+// Every acceptClient feeds connections; every client's readFromClient feeds queries;
 // workLoop receives from both and owns everything that they change.
 type keyValueServer struct {
 	// Read-only once started.

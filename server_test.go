@@ -51,8 +51,8 @@
 //		TestSteadyReaderOnRealSocket, TestPausedServerDropsNothing,
 //		TestAckedSlowReaderLosesNothing
 //	Nobody waits for what another asks
-//		TestLongRequestsTakeTurns, TestSortTakesTurns, TestHintsForLongLinesAreCheap,
-//		TestLongRepliesAreNotMeasured
+//		TestLightClientsGoFirst, TestLongRequestsTakeTurns, TestSortTakesTurns,
+//		TestHintsForLongLinesAreCheap, TestLongRepliesAreNotMeasured
 //	The log can neither stop nor kill the server
 //		TestLogNeverBlocks, TestServerOutlivesItsLog, TestFailingDiskIsLogged
 //	Stopping is bounded, and answers what was read
@@ -63,7 +63,9 @@
 //		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestLimitAndSplitPoint, TestWatchIsLimited
 //	Only who has a certificate of the CA gets in
-//		TestTLS, TestHandshakesHoldNoPlace
+//		TestTLS
+//	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
+//		TestHandshakesHoldNoPlace, TestHandshakesBesideSilentConnects, TestFewConns
 package main
 
 import (
