@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"container/heap"
 	"context"
 	"crypto/tls"
@@ -129,13 +130,13 @@ type keyValueServer struct {
 
 	// Closed by Close: acceptClient ends, workLoop winds up, who waits for long gives up.
 	closeSignal chan struct{}
+	serving     chan struct{} // closed by serve: workLoop runs
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
 	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
 
 	// Owned by the API call that has the token of oneCall.
-	running bool // acceptClient and workLoop were started
-	closed  bool // Close was called
+	closed bool // Close was called
 
 	// By when the last reply must be written. Close sets it before it closes
 	// closeSignal; it is read after that.
@@ -276,6 +277,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		connections: make(chan net.Conn),
 		countActive: make(chan int, 1),
 		closeSignal: make(chan struct{}),
+		serving:     make(chan struct{}),
 		ended:       make(chan struct{}),
 		failed:      make(chan error, 1),
 		oneCall:     make(chan struct{}, 1),
@@ -314,13 +316,13 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	switch {
 	case s.closed:
 		return errClosed
-	case s.running:
+	case isClosed(s.serving):
 		return errStarted
 	case s.db == nil:
 		return errNoStore
 	}
 
-	s.running, s.started = true, time.Now()
+	s.started = time.Now()
 	s.clock.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
 	s.room, _ = s.db.(kvstore.Roomer)
@@ -336,6 +338,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	}
 	go s.endAccepting()
 	go s.workLoop()
+	close(s.serving)
 	return nil
 }
 
@@ -351,7 +354,7 @@ func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 func (s *keyValueServer) ask(what queryType) int {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
-	if !s.running {
+	if !isClosed(s.serving) {
 		return 0
 	}
 
@@ -388,13 +391,10 @@ func (s *keyValueServer) Close() {
 	if !s.closed {
 		s.closed, s.closeBy = true, time.Now().Add(closeTime)
 		close(s.closeSignal)
-		if s.running {
-			closeAll(s.listeners)
-		}
+		closeAll(s.listeners)
 	}
-	running := s.running
 	s.oneCall <- struct{}{}
-	if running {
+	if isClosed(s.serving) {
 		<-s.ended
 	}
 }
@@ -1044,44 +1044,33 @@ const (
 // statsFor has workLoop give stats to an HTTP request, once all that was asked before is
 // durable. If there is no answer in time it says so there, and returns nil.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
-	if stage := s.stage(); stage != "" {
-		http.Error(w, stage, http.StatusServiceUnavailable)
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
-	defer cancel()
-	asker := make(chan []counter, 1)
-	s.askStats(ctx, asker)
-	select {
-	case rows := <-asker:
-		if rows != nil {
+	why := s.stage()
+	if why == "" && isClosed(s.serving) {
+		if rows := s.askStats(r.Context()); rows != nil {
 			return rows
 		}
-	case <-s.ended:
-	case <-ctx.Done():
 	}
-	http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
+	http.Error(w, cmp.Or(why, "the server does not answer"), http.StatusServiceUnavailable)
 	return nil
 }
 
-// askStats asks workLoop on behalf of asker, which it closes if that does not run.
-func (s *keyValueServer) askStats(ctx context.Context, asker chan<- []counter) {
-	select {
-	case <-s.oneCall:
-	case <-ctx.Done():
-		return
-	}
-	running := s.running
-	s.oneCall <- struct{}{}
-	if !running {
-		close(asker)
-		return
-	}
+// askStats is statsFor where workLoop runs.
+func (s *keyValueServer) askStats(ctx context.Context) []counter {
+	ctx, cancel := context.WithTimeout(ctx, watchTime)
+	defer cancel()
+	asker := make(chan []counter, 1)
 	select {
 	case s.queries <- &Query{queryType: countAll, asker: asker}:
 	case <-s.ended:
 	case <-ctx.Done():
 	}
+	select {
+	case rows := <-asker:
+		return rows
+	case <-s.ended:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // stage is what the store waits for before it is open; "" once it is.
