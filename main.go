@@ -3,9 +3,9 @@
 //
 // The map of the code:
 //
-//	main.go    flags and the environment; the log; start and stop; certificates; the commands
-//	           check, repair and backup; the client (kvserver -c, -ping)
-//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything;
+//	main.go    flags and the environment; the log; listening; start and stop; certificates; the
+//	           commands check, repair and backup; the client (kvserver -c, -ping)
+//	server.go  keyValueServer: its accept goroutines and workLoop, which owns everything;
 //	           TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
 //	           makes lines of bytes; outbox, which makes messages of replies
@@ -24,6 +24,7 @@
 //	holder    the one goroutine that has a client's chain, and so its outbox
 //	slow      of a client whose connection has taken no byte for a second, or two if it has read
 //	turn      the time for which workLoop runs requests before it commits and answers
+//	share     what a client has had of workLoop's time: who has had much waits for a turn
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
 //	          the latter writes it to a file of that name
 //	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on
@@ -207,19 +208,16 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 			return c, err
 		}
 	}
-	addrs := []string{c.addr}
-	if c.client || c.ping { // of several, the one that serves
-		addrs = strings.Split(c.addr, ",")
-	}
+	addrs := strings.Split(c.addr, ",")
 	for i, addr := range addrs {
 		if addrs[i], err = fullAddr("addr", addr); err != nil {
 			return c, err
 		}
+		if c.http == addrs[i] && !strings.HasSuffix(c.http, ":0") {
+			return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
+		}
 	}
 	c.addr = strings.Join(addrs, ",")
-	if c.http == c.addr && !strings.HasSuffix(c.addr, ":0") {
-		return c, problem{"-addr and -http are both " + c.addr, "Give each a port of its own."}
-	}
 	return c, nil
 }
 
@@ -250,10 +248,12 @@ func (c *config) options() []option {
 // serverOptions returns the flags of a server; those of TLS are a client's, too.
 func (c *config) serverOptions() []option {
 	return []option{
-		{name: "addr", value: &c.addr, unit: "ADDR",
-			help: "port, :port (every address) or host:port",
-			more: "Port 0 takes a free one and logs it. `-c` and `-ping` try several in turn: " +
-				"`a:9999,b:9999`"},
+		{name: "addr", value: &c.addr, unit: "ADDR,...",
+			help: "port, :port (all), host:port, unix:PATH",
+			more: "`:9999` is every address of the machine, port 0 a free one, which is logged. A " +
+				"server serves all that are given: `localhost:9999,unix:/run/kvserver/sock`; `-c` " +
+				"and `-ping` try them in turn. TLS is not for unix sockets: their mode, 0660, says " +
+				"who may connect"},
 		{name: "data", value: &c.data, unit: "DIR",
 			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
 			more: "Without it the data is lost when the server stops",
@@ -266,7 +266,7 @@ func (c *config) serverOptions() []option {
 			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
 			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
 		{name: "http", value: &c.http, unit: "ADDR",
-			help: "serve /metrics, /healthz and /debug/pprof/ there",
+			help: "serve /metrics, /healthz, /livez, /debug/pprof/",
 			more: "It answers requests for an IP address, localhost or the host given here"},
 		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
 			more: "One more is told so. Lowered where `ulimit -n` is too small; the log says to " +
@@ -614,9 +614,16 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
+// unixPrefix stands before the path in the address of a unix socket.
+const unixPrefix = "unix:"
+
 // fullAddr completes the address that a flag gives: a port alone is one of
 // localhost.
 func fullAddr(name, addr string) (string, error) {
+	path, isUnix := strings.CutPrefix(addr, unixPrefix)
+	if isUnix && name == "addr" && path != "" && path[0] != '@' { // @ is for one without a file
+		return addr, nil
+	}
 	full := addr
 	if !strings.Contains(addr, ":") {
 		full = "localhost:" + addr
@@ -625,11 +632,11 @@ func fullAddr(name, addr string) (string, error) {
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
-	if strings.Contains(addr, ",") {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
-			"Several, with commas between them, are for -c and -ping; a server has one."}
-	} else if err != nil {
-		return "", problem{fmt.Sprintf("-%s %q is no address", name, addr),
+	switch what := fmt.Sprintf("-%s %q is no address", name, addr); {
+	case isUnix && name == "addr":
+		return "", problem{what, "Give a path, as in -addr unix:/run/kvserver/sock."}
+	case err != nil:
+		return "", problem{what,
 			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
 	}
 	return full, nil
@@ -686,7 +693,7 @@ func beServer(c config, log *queuedLog) error {
 	case err != nil:
 		return storeProblem(c, err)
 	}
-	listener, err := listenFor(c, s, again)
+	all, err := listenFor(c, s, again)
 	if err != nil {
 		if data != nil {
 			data.Close()
@@ -694,10 +701,10 @@ func beServer(c config, log *queuedLog) error {
 		return err
 	}
 	applyLimits(s, c)
-	if err := s.serve(listener); err != nil {
+	if err := s.serve(slices.Concat(all...)...); err != nil {
 		return err
 	}
-	tellStart(c, s, listener)
+	tellStart(c, s, all)
 	(&pacer{server: s}).begin()
 	var failure error
 	select {
@@ -823,8 +830,8 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= maxWatchers
 	}
 	if s.tls != nil {
-		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
-		files -= cap(s.handshakes)
+		s.handshakes = max(1, min(maxHandshakes, files/4))
+		files -= s.handshakes
 	}
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
@@ -834,8 +841,9 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer, listener net.Listener) {
+// tellStart logs what an operator should know of a server that begins to serve. all are its
+// listeners, those of each address together.
+func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -844,13 +852,20 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	addr := listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-			addr.String())
+	for _, listeners := range all {
+		addr := listeners[0].Addr()
+		tcp, isTCP := addr.(*net.TCPAddr)
+		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
+			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+				addr.String())
+		}
+		if isTCP {
+			s.log.Info("listening", "addr", addr.String(),
+				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
+		} else {
+			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
+		}
 	}
-	s.log.Info("listening", "addr", addr.String(),
-		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // ---- the log
@@ -963,35 +978,206 @@ func (l *queuedLog) flush() {
 	}
 }
 
-// listenFor listens where c says, for clients of s. again is the signal to read the
-// certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (listener net.Listener,
+// ---- listening
+
+// listenFor listens where c says, for clients of s: it returns the listeners of each address.
+// again is the signal to read the certificates anew.
+func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (all [][]net.Listener,
 	err error) {
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
 		}
 	}
-	if listener, err = listen(c.addr); err != nil {
-		return nil, listenProblem("addr", c.addr, err)
+	for _, addr := range strings.Split(c.addr, ",") {
+		listeners, err := listen(addr)
+		if err != nil {
+			closeAll(slices.Concat(all...))
+			return nil, listenProblem("addr", addr, err)
+		}
+		all = append(all, listeners)
 	}
-	return listener, nil
+	return all, nil
 }
 
 // watchAt listens at addr for whoever watches s.
 func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
-	listener, err := listen(addr)
+	listeners, err := listen(addr)
 	if err != nil {
 		return nil, listenProblem("http", addr, err)
 	}
-	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr",
-			listener.Addr().String())
+	at := listeners[0].Addr().(*net.TCPAddr)
+	if !at.IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
 	}
-	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
+	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
 	host, _, _ := net.SplitHostPort(addr)
-	return s.watch(listener, host), nil
+	return s.watch(listeners, host), nil
 }
+
+// fewConns is a listener with at most so many connections: one more takes the place of the
+// oldest that has said nothing, or else of the oldest, so that nobody keeps others out.
+type fewConns struct {
+	net.Listener
+	most   int
+	guests []*guest // owned by Accept, which one goroutine calls; the oldest first
+}
+
+// guest is a connection of fewConns, as long as it has a place.
+type guest struct {
+	net.Conn
+	spoke atomic.Bool // a byte has come
+	left  atomic.Bool // it has no place any more
+}
+
+// Accept waits for a connection.
+func (f *fewConns) Accept() (net.Conn, error) {
+	conn, err := f.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+
+	// Make room.
+	if len(f.guests) == f.most {
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
+	}
+	if len(f.guests) == f.most {
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
+		f.guests[max(i, 0)].Close()
+		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
+	}
+
+	g := &guest{Conn: conn}
+	f.guests = append(f.guests, g)
+	return g, nil
+}
+
+// leave gives up the place. It returns whether there was one.
+func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+
+// Read reads, and notes that something has come.
+func (g *guest) Read(p []byte) (n int, err error) {
+	if n, err = g.Conn.Read(p); n > 0 {
+		g.spoke.Store(true)
+	}
+	return n, err
+}
+
+// Close closes the connection, unless it has gone on without its place.
+func (g *guest) Close() error {
+	if !g.leave() {
+		return nil
+	}
+	return g.Conn.Close()
+}
+
+// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
+// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
+// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
+// clients try only one of the two.
+func listen(addr string) (listeners []net.Listener, err error) {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		listener, err := listenUnix(path)
+		if err != nil {
+			return nil, err
+		}
+		return []net.Listener{listener}, nil
+	}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{host}
+	if host == "localhost" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
+	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}
+
+	isAnyPort := port == "0"
+	var missing error
+	for _, host := range hosts {
+		addr := net.JoinHostPort(host, port)
+		listener, err := config.Listen(context.Background(), "tcp", addr)
+		switch {
+		case err == nil:
+			listeners = append(listeners, listener)
+			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+		case isMissing(err):
+			missing = err
+		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
+		default:
+			closeAll(listeners)
+			return nil, err
+		}
+	}
+	if len(listeners) == 0 {
+		return nil, missing
+	}
+	return listeners, nil
+}
+
+// socketMode lets the user and the group of a unix socket connect.
+const socketMode = 0o660
+
+// errNoSocket is listenUnix's where there is a file of another kind.
+var errNoSocket = errors.New("there is a file that is no socket")
+
+// listenUnix listens on a unix socket at path, in the place of one whose server has died.
+// Close removes it.
+func listenUnix(path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode().Type() != fs.ModeSocket {
+			return nil, errNoSocket
+		}
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			conn.Close()
+		} else if isRefused(err) { // nobody listens there any more
+			os.Remove(path)
+		}
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, socketMode); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return listener, nil
+}
+
+// closeAll closes listeners.
+func closeAll(listeners []net.Listener) {
+	for _, listener := range listeners {
+		listener.Close()
+	}
+}
+
+// isMissing tells whether the machine does not have the address, or none of its kind.
+func isMissing(err error) bool {
+	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
+		errors.Is(err, syscall.EPROTONOSUPPORT)
+}
+
+// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
+// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
+func isInUse(err error) bool {
+	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
+}
+
+func isNoAddress(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
+}
+
+// isRefused tells whether nobody listens there: Windows calls it WSAECONNREFUSED.
+func isRefused(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.Errno(10061))
+}
+
+// ---- the store
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
 // where nothing is kept.
@@ -1213,6 +1399,9 @@ func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
 
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		return socketProblem(path, err)
+	}
 	host, port, _ := net.SplitHostPort(addr)
 	var dns *net.DNSError
 	todo := "Choose another address: kvserver -" + name + " localhost:9999"
@@ -1239,6 +1428,28 @@ func listenProblem(name, addr string, err error) error {
 	return problem{fmt.Sprintf("cannot listen on %s: %v%s", addr, err, who), todo}
 }
 
+// socketProblem says what to do about the error of listening on a unix socket.
+func socketProblem(path string, err error) error {
+	todo := "Choose another path: kvserver -addr unix:/run/kvserver/sock"
+	switch dir := filepath.Dir(path); {
+	case isInUse(err):
+		todo = "Stop the server that has it, or choose another path."
+	case errors.Is(err, errNoSocket):
+		todo = "Nothing was changed. Choose another path, or remove the file if nobody needs it."
+	case errors.Is(err, syscall.EINVAL):
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
+		todo = "Choose a shorter one, as in -addr unix:/run/kvserver/sock"
+	case errors.Is(err, fs.ErrNotExist):
+		todo = "Create the directory: mkdir -p " + dir
+	case errors.Is(err, fs.ErrPermission):
+		todo = "Start as a user who may write in " + dir + ", or choose another path."
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
+}
+
 // freeAddr is an address of host with a port above port that nobody has, and that no flag
 // of ours has unless told.
 func freeAddr(host, port string) string {
@@ -1248,8 +1459,8 @@ func freeAddr(host, port string) string {
 		if n == 9999 {
 			continue
 		}
-		if listener, err := listen(addr); err == nil {
-			listener.Close()
+		if listeners, err := listen(addr); err == nil {
+			closeAll(listeners)
 			return addr
 		}
 	}
@@ -1380,7 +1591,11 @@ func dial(c *config) (conn net.Conn, err error) {
 	}
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	connect := func(addr string) (net.Conn, error) {
-		if config == nil {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		switch {
+		case isUnix:
+			return dialer.Dial("unix", path)
+		case config == nil:
 			return dialer.Dial("tcp", addr)
 		}
 		return tls.DialWithDialer(dialer, "tcp", addr, config)
