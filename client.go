@@ -123,6 +123,7 @@ type Client struct {
 	progress chan bool
 
 	index  int    // its place in clients; owned by workLoop
+	share  share  // of workLoop's time; owned by it
 	outbox outbox // owned by the chain's holder
 
 	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
@@ -455,7 +456,7 @@ func (c *Client) read() (burst string, err error) {
 	n, err := c.connection.Read(in.buf[in.pending:])
 	if n > 0 {
 		in.came += n
-		if !in.heard && in.buf[0] == tlsHandshake && c.server.tls == nil {
+		if !in.heard && in.buf[0] == tlsHandshake && underTLS(c.connection) == c.connection {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS, true)

@@ -3,9 +3,9 @@
 //
 // The map of the code:
 //
-//	main.go    flags and the environment; the log; start and stop; certificates; the commands
-//	           help, check, repair and backup; the client (kvserver -c, -ping)
-//	server.go  keyValueServer: the accept goroutine and workLoop, which owns everything;
+//	main.go    flags and the environment; the log; listening; start and stop; certificates; the
+//	           commands help, check, repair and backup; the client (kvserver -c, -ping)
+//	server.go  keyValueServer: its accept goroutines and workLoop, which owns everything;
 //	           TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
 //	           makes lines of bytes; outbox, which makes messages of replies
@@ -24,6 +24,7 @@
 //	holder    the one goroutine that has a client's chain, and so its outbox
 //	slow      of a client whose connection has taken no byte for a second, or two if it has read
 //	turn      the time for which workLoop runs requests before it commits and answers
+//	share     what a client has had of workLoop's time: who has had much waits for a turn
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
 //	          the latter writes it to a file of that name
 //	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on
@@ -48,6 +49,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -223,7 +225,7 @@ const (
 
 // config is what the command line asks for. What each flag means is in flags.
 type config struct {
-	addr  string // of a server; for -c and -ping of several, with commas between them
+	addr  string // or several, with commas between them
 	data  string // "": memory only
 	fsync string
 	http  string // "": none
@@ -244,10 +246,10 @@ func (c *config) flags() *flag.FlagSet {
 	f.SetOutput(io.Discard)
 	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
 
-	f.StringVar(&c.addr, "addr", "localhost:9999", "`PORT` up to 65535, :PORT, or HOST:PORT")
+	f.StringVar(&c.addr, "addr", "localhost:9999", "`PORT` to 65535, HOST:PORT or unix:PATH")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
 	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h")
-	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz")
+	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
 	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "`N` connections at a time, 1 or more")
 	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB")
 	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
@@ -279,10 +281,10 @@ func (c config) outOfRange() string {
 		flag  string
 		fails bool
 	}{
-		{"addr", !areAddrs(c.addr)},
+		{"addr", !areAddrs(c.addr, true)},
 		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
 		{"fsync", !isFsync},
-		{"http", c.http != "" && !areAddrs(c.http)},
+		{"http", c.http != "" && !areAddrs(c.http, false)},
 		{"max-clients", c.maxClients < 1},
 		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
 		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
@@ -331,8 +333,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, err
 	}
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
-	if c.http == c.addr && !strings.HasSuffix(c.addr, ":0") {
-		return c, problem{"-addr and -http are both " + c.addr, "Give each a port of its own."}
+	if slices.Contains(strings.Split(c.addr, ","), c.http) && !strings.HasSuffix(c.http, ":0") {
+		return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
 	}
 	return c, nil
 }
@@ -569,8 +571,6 @@ func (c config) checkTogether(given map[string]bool) error {
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
-		{!asks && strings.Contains(c.addr, ","), fmt.Sprintf("-addr %q is no address", c.addr),
-			"Several, with commas between them, are for -c and -ping; a server has one."},
 		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
 		{given["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
 	})
@@ -600,11 +600,16 @@ func fullAddrs(addrs string) string {
 	return strings.Join(all, ",")
 }
 
-// areAddrs tells whether fullAddrs makes addresses of addrs.
-func areAddrs(addrs string) bool {
+// areAddrs tells whether fullAddrs makes addresses of addrs, which may be those of unix sockets.
+func areAddrs(addrs string, mayBeUnix bool) bool {
 	for addr := range strings.SplitSeq(fullAddrs(addrs), ",") {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
 		_, port, err := net.SplitHostPort(addr)
-		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+		_, portErr := strconv.ParseUint(port, 10, 16)
+		switch {
+		case isUnix && (!mayBeUnix || path == "" || path[0] == '@'): // @ is for one without a file
+			return false
+		case !isUnix && (err != nil || portErr != nil):
 			return false
 		}
 	}
@@ -796,6 +801,264 @@ func (l *queuedLog) flush() {
 	}
 }
 
+// ---- listening
+
+// unixPrefix stands before the path in the address of a unix socket.
+const unixPrefix = "unix:"
+
+// listenFor listens where c says, for clients: it returns the listeners of each address.
+func listenFor(c config) (all [][]net.Listener, err error) {
+	for addr := range strings.SplitSeq(c.addr, ",") {
+		listeners, err := listen(addr)
+		if err != nil {
+			closeAll(slices.Concat(all...))
+			return nil, listenProblem("addr", addr, err)
+		}
+		all = append(all, listeners)
+	}
+	return all, nil
+}
+
+// watchAt listens at addr for whoever watches s.
+func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
+	listeners, err := listen(addr)
+	if err != nil {
+		return nil, listenProblem("http", addr, err)
+	}
+	at := listeners[0].Addr().(*net.TCPAddr)
+	if !at.IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
+	}
+	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
+	host, _, _ := net.SplitHostPort(addr)
+	return s.watch(listeners, host), nil
+}
+
+// fewConns is a listener with at most so many connections: one more takes the place of the
+// oldest that has said nothing, or else of the oldest, so that nobody keeps others out.
+type fewConns struct {
+	net.Listener
+	most   int
+	guests []*guest // owned by Accept, which one goroutine calls; the oldest first
+}
+
+// guest is a connection of fewConns, as long as it has a place.
+type guest struct {
+	net.Conn
+	spoke atomic.Bool // a byte has come
+	left  atomic.Bool // it has no place any more
+}
+
+// Accept waits for a connection.
+func (f *fewConns) Accept() (net.Conn, error) {
+	conn, err := f.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+
+	// Make room.
+	if len(f.guests) == f.most {
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
+	}
+	if len(f.guests) == f.most {
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
+		f.guests[max(i, 0)].Close()
+		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
+	}
+
+	g := &guest{Conn: conn}
+	f.guests = append(f.guests, g)
+	return g, nil
+}
+
+// leave gives up the place. It returns whether there was one.
+func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+
+// Read reads, and notes that something has come.
+func (g *guest) Read(p []byte) (n int, err error) {
+	if n, err = g.Conn.Read(p); n > 0 {
+		g.spoke.Store(true)
+	}
+	return n, err
+}
+
+// Close closes the connection, unless it has gone on without its place.
+func (g *guest) Close() error {
+	if !g.leave() {
+		return nil
+	}
+	return g.Conn.Close()
+}
+
+// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
+// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
+// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
+// clients try only one of the two.
+func listen(addr string) (listeners []net.Listener, err error) {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		listener, err := listenUnix(path)
+		if err != nil {
+			return nil, err
+		}
+		return []net.Listener{listener}, nil
+	}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{host}
+	if host == "localhost" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
+	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}
+
+	isAnyPort := port == "0"
+	var missing error
+	for _, host := range hosts {
+		addr := net.JoinHostPort(host, port)
+		listener, err := config.Listen(context.Background(), "tcp", addr)
+		switch {
+		case err == nil:
+			listeners = append(listeners, listener)
+			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+		case isMissing(err):
+			missing = err
+		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
+		default:
+			closeAll(listeners)
+			return nil, err
+		}
+	}
+	if len(listeners) == 0 {
+		return nil, missing
+	}
+	return listeners, nil
+}
+
+// socketMode lets the user and the group of a unix socket connect.
+const socketMode = 0o660
+
+// errNoSocket is listenUnix's where there is a file of another kind.
+var errNoSocket = errors.New("there is a file that is no socket")
+
+// listenUnix listens on a unix socket at path, in the place of one whose server has died.
+// Close removes it.
+func listenUnix(path string) (net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode().Type() != fs.ModeSocket {
+			return nil, errNoSocket
+		}
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			conn.Close()
+		} else if isRefused(err) { // nobody listens there any more
+			os.Remove(path)
+		}
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, socketMode); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return listener, nil
+}
+
+// closeAll closes listeners.
+func closeAll(listeners []net.Listener) {
+	for _, listener := range listeners {
+		listener.Close()
+	}
+}
+
+// isMissing tells whether the machine does not have the address, or none of its kind.
+func isMissing(err error) bool {
+	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
+		errors.Is(err, syscall.EPROTONOSUPPORT)
+}
+
+// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
+// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
+func isInUse(err error) bool {
+	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
+}
+
+func isNoAddress(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
+}
+
+// isRefused tells whether nobody listens there: Windows calls it WSAECONNREFUSED.
+func isRefused(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.Errno(10061))
+}
+
+// listenProblem says what to do about the error of listening where a flag says.
+func listenProblem(name, addr string, err error) error {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		return socketProblem(path, err)
+	}
+	host, port, _ := net.SplitHostPort(addr)
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" + name +
+		" :" + port
+	free := ""
+	if isInUse(err) {
+		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
+	}
+	todo := advice{
+		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: kvserver -" +
+			name + " 9999"},
+		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
+		{isNoAddress, "This machine does not have that address." + elsewhere},
+	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
+}
+
+// socketProblem says what to do about the error of listening on a unix socket.
+func socketProblem(path string, err error) error {
+	dir := filepath.Dir(path)
+	if errors.Is(err, syscall.EINVAL) {
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
+			len(path), syscall.EINVAL)
+	}
+	todo := advice{
+		{isInUse, "Stop the server that has it, or choose another path."},
+		{is(errNoSocket), "Nothing was changed. Choose another path, or remove the file if nobody " +
+			"needs it."},
+		{is(syscall.EINVAL), "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
+		{is(fs.ErrNotExist), "Create the directory: mkdir -p " + dir},
+		{is(fs.ErrPermission), "Start as a user who may write in " + dir + ", or choose another path."},
+	}.about(err, "Choose another path: kvserver -addr unix:/run/kvserver/sock")
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
+}
+
+// freeAddr is an address of host with a port above port that nobody has, and that no flag
+// of ours has unless told.
+func freeAddr(host, port string) string {
+	n, _ := strconv.Atoi(port)
+	for n = max(n, 1023) + 1; n < 65536; n++ {
+		addr := net.JoinHostPort(host, strconv.Itoa(n))
+		if n == 9999 {
+			continue
+		}
+		if listeners, err := listen(addr); err == nil {
+			closeAll(listeners)
+			return addr
+		}
+	}
+	return net.JoinHostPort(host, "0")
+}
+
 // ---- start and stop
 
 // beServer opens, listens, serves and stops. Once it serves, its errors are in the log
@@ -827,18 +1090,18 @@ func beServer(c config, log *queuedLog) error {
 	case err != nil:
 		return err
 	}
-	listener, err := listen(c.addr)
+	all, err := listenFor(c)
 	if err != nil {
 		if data != nil {
 			data.Close()
 		}
-		return listenProblem("addr", c.addr, err)
-	}
-	applyLimits(s, c)
-	if err := s.serve(listener); err != nil {
 		return err
 	}
-	tellStart(c, s, listener)
+	applyLimits(s, c)
+	if err := s.serve(slices.Concat(all...)...); err != nil {
+		return err
+	}
+	tellStart(c, s, all)
 	(&pacer{server: s}).begin()
 
 	var failure error
@@ -928,60 +1191,6 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// watchAt listens at addr for whoever watches s.
-func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
-	listener, err := listen(addr)
-	if err != nil {
-		return nil, listenProblem("http", addr, err)
-	}
-	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr",
-			listener.Addr().String())
-	}
-	s.log.Info("watching", "metrics", "http://"+listener.Addr().String()+"/metrics")
-	host, _, _ := net.SplitHostPort(addr)
-	return s.watch(listener, host), nil
-}
-
-// listenProblem says what to do about the error of listening where a flag says.
-func listenProblem(name, addr string, err error) error {
-	host, port, _ := net.SplitHostPort(addr)
-	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" + name +
-		" :" + port
-	free := ""
-	if isInUse(err) {
-		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
-	}
-	todo := advice{
-		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
-		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: kvserver -" +
-			name + " 9999"},
-		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
-		{isNoAddress, "This machine does not have that address." + elsewhere},
-	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
-	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
-		err = op.Err
-	}
-	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
-}
-
-// freeAddr is an address of host with a port above port that nobody has, and that no flag
-// of ours has unless told.
-func freeAddr(host, port string) string {
-	n, _ := strconv.Atoi(port)
-	for n = max(n, 1023) + 1; n < 65536; n++ {
-		addr := net.JoinHostPort(host, strconv.Itoa(n))
-		if n == 9999 {
-			continue
-		}
-		if listener, err := listen(addr); err == nil {
-			listener.Close()
-			return addr
-		}
-	}
-	return net.JoinHostPort(host, "0")
-}
-
 // applyLimits gives s the limits that c asks for, as far as the process may go.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
@@ -995,8 +1204,8 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= maxWatchers
 	}
 	if s.tls != nil {
-		s.handshakes = make(chan struct{}, max(1, min(maxHandshakes, files/4)))
-		files -= cap(s.handshakes)
+		s.handshakes = max(1, min(maxHandshakes, files/4))
+		files -= s.handshakes
 	}
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
@@ -1006,8 +1215,9 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// tellStart logs what an operator should know of a server that begins to serve.
-func tellStart(c config, s *keyValueServer, listener net.Listener) {
+// tellStart logs what an operator should know of a server that begins to serve. all are its
+// listeners, those of each address together.
+func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -1016,13 +1226,20 @@ func tellStart(c config, s *keyValueServer, listener net.Listener) {
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	addr := listener.Addr().(*net.TCPAddr)
-	if !addr.IP.IsLoopback() && c.clientCA == "" {
-		s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-			addr.String())
+	for _, listeners := range all {
+		addr := listeners[0].Addr()
+		tcp, isTCP := addr.(*net.TCPAddr)
+		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
+			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+				addr.String())
+		}
+		if isTCP {
+			s.log.Info("listening", "addr", addr.String(),
+				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
+		} else {
+			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
+		}
 	}
-	s.log.Info("listening", "addr", addr.String(),
-		"try", tryCommand(addr, c.cert != "", c.clientCA != ""))
 }
 
 // tryCommand is what to type to reach addr.
@@ -1564,7 +1781,11 @@ func dial(c *config) (conn net.Conn, err error) {
 	}
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	connect := func(addr string) (net.Conn, error) {
-		if trusted == nil {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		switch {
+		case isUnix:
+			return dialer.Dial("unix", path)
+		case trusted == nil:
 			return dialer.Dial("tcp", addr)
 		}
 		return tls.DialWithDialer(dialer, "tcp", addr, trusted)
@@ -1592,6 +1813,9 @@ func dial(c *config) (conn net.Conn, err error) {
 
 // reachable is where a client finds a server that listens at addr.
 func reachable(addr string) string {
+	if strings.HasPrefix(addr, unixPrefix) {
+		return addr
+	}
 	host, port, _ := net.SplitHostPort(addr) // which was looked at
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost" // for the server it means everywhere

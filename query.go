@@ -32,6 +32,8 @@ type Query struct {
 	// channel carries the head and next leads through the rest.
 	next *Query
 	size int // of the reply, in bytes: an upper bound, or 0 if none is owed
+
+	asker chan<- []counter // of a countAll, which has no client: one slot; closed if there are none
 }
 
 // queryType says what a Query asks for: it is the number of its row in verbs.
@@ -60,6 +62,7 @@ const (
 	lastWord        // an error that is not dropped, such as a client's last line
 	countActive     // CountActive asks
 	countDropped    // CountDropped asks
+	countAll        // who watches asks for every counter
 	depart          // a goroutine of the client's has ended
 	handshakeFailed // a TLS handshake failed, for the reason that value says
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"container/heap"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -13,12 +15,10 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"kvserver/kvstore"
@@ -37,17 +37,21 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
-	// How long workLoop works before it commits and answers. A chain with more to do
-	// goes on later, behind what others sent meanwhile: the short time is for
-	// requests that take long, such as Updates of huge lists.
+	// How long workLoop works before it commits and answers, the latter where requests take
+	// long, such as Updates of huge lists. A chain with more to do goes on later.
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
 
-	// Requests between two looks at the clock, where they are short. An Update counts
-	// as several of them at least, for it may have a long list to search, and where
-	// Updates took long as all of them.
-	maxStride     = 64
-	minUpdateCost = 4
+	// Requests of a client between two looks at the clock: one at first, and after longTime
+	// between two looks; then twice as many each time. An Update or a Remove, which may have a
+	// long list to search, counts as several.
+	maxStride  = 64
+	searchCost = 8
+	longTime   = maxSlowTurn / 2
+
+	// How much more of workLoop's time a client may have had than those that wait, until its
+	// next chain waits with them. Below that chains are run as they come, which costs nothing.
+	maxLead = 64 * time.Microsecond
 
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
@@ -81,24 +85,30 @@ const (
 	maxAcceptWait = time.Second
 )
 
-// errClosed is returned by Start after Close.
-var errClosed = errors.New("the server is closed")
+// What Start returns after Close, when the server was started before, and without a store.
+var (
+	errClosed  = errors.New("the server is closed")
+	errStarted = errors.New("the server was started before")
+	errNoStore = errors.New("the server has no store: New was given nil")
+)
 
-// errStarted is returned by Start when the server was started before.
-var errStarted = errors.New("the server was started before")
+// errReplaced ends a handshake in whose place another one is.
+var errReplaced = errors.New("others came, and there is no room")
 
-// keyValueServer serves a store over TCP. Make one with New.
+// keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
-// acceptClient feeds connections; every client's readFromClient feeds queries;
+// Every acceptClient feeds connections; every client's readFromClient feeds queries;
 // workLoop receives from both and owns everything that they change.
 type keyValueServer struct {
 	// Read-only once started.
-	listener     net.Listener
-	maxLine      int // bytes of a request line, its end not counted
+	listener     net.Listener   // the first of listeners
+	listeners    []net.Listener // each has an acceptClient
+	maxLine      int            // bytes of a request line, its end not counted
 	maxClients   int
 	maxMessage   int           // bytes in a message: the constant, but for tests
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
-	tls          *tls.Config   // nil: plain TCP
+	tls          *tls.Config   // nil: none; unix sockets never have it
+	handshakes   int           // under way at a time, but at least one a listener
 	version      string
 	// of the store while it is opened, and of its lock; nil: it needs neither
 	status  *storage.Status
@@ -109,12 +119,10 @@ type keyValueServer struct {
 	// some, so that a sender seldom waits for workLoop to be scheduled.
 	queries chan *Query
 
-	// acceptClient, or shakeHands, to workLoop. acceptClient closes it when both have
-	// ended.
+	// Each acceptClient and shakeHands to workLoop. endAccepting closes it when all of these
+	// have ended.
 	connections chan net.Conn
-
-	// One slot for each TLS handshake under way.
-	handshakes chan struct{}
+	accepting   sync.WaitGroup // of them
 
 	// workLoop to CountActive and CountDropped. oneCall admits one asker, so its one
 	// slot is free and workLoop never waits.
@@ -122,13 +130,13 @@ type keyValueServer struct {
 
 	// Closed by Close: acceptClient ends, workLoop winds up, who waits for long gives up.
 	closeSignal chan struct{}
+	serving     chan struct{} // closed by serve: workLoop runs
 	ended       chan struct{} // closed by workLoop when every other goroutine has ended
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
 	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
 
 	// Owned by the API call that has the token of oneCall.
-	running bool // acceptClient and workLoop were started
-	closed  bool // Close was called
+	closed bool // Close was called
 
 	// By when the last reply must be written. Close sets it before it closes
 	// closeSignal; it is read after that.
@@ -146,9 +154,10 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients       []*Client
 	db            kvstore.Store
-	touched       []string    // a chain's keys, while the store is told them
-	batch         []*Query    // chains that have run and wait for Commit
-	suspended     []suspended // chains whose turn ended before they did
+	touched       []string      // a chain's keys, while the store is told them
+	batch         []*Query      // chains that have run and wait for Commit
+	waiting       turnQueue     // for their turn
+	floor         time.Duration // what the client with the last turn had spent (share)
 	clock         turn
 	turningAway   int    // connections that are being turned away
 	full          seldom // turning clients away
@@ -163,9 +172,6 @@ type keyValueServer struct {
 	largest       int64  // bytes of the store, since memory was last given back
 	requests      [queryTypes]int
 }
-
-// suspended is a chain of which a part has run.
-type suspended struct{ chain, next *Query }
 
 // seldom is something that may happen a thousand times a second, and is worth a
 // line of log a minute.
@@ -188,55 +194,74 @@ func (s *seldom) happened() (n int) {
 	return n
 }
 
-// turn is the time for which workLoop works before it commits and answers. It
-// looks at the clock after every few requests; after each one where they take long.
+// turn is the time for which workLoop works before it commits and answers.
 type turn struct {
-	began, looked time.Time
-	stride, left  int // requests from one look to the next, and until then
-	updateCost    int // requests that an Update counts as
+	epoch         time.Time     // since which the clock runs: cheaper than to ask for the time
+	began, looked time.Duration // since epoch
 	over          bool
 }
 
 // begin begins a turn.
 func (t *turn) begin() {
-	t.began = time.Now()
+	t.began = time.Since(t.epoch)
 	t.looked, t.over = t.began, false
-	t.left = max(t.stride, 1)
 }
 
-// spend notes that a request has run, which may have searched a long list. It returns whether
-// the turn is over.
-func (t *turn) spend(searches bool) bool {
-	if searches {
-		t.left -= max(t.updateCost, minUpdateCost) - 1
+// charge looks at the clock: what has run since it was looked at before was c's, which pays for
+// no more than a turn, for by then it has waited for all others.
+func (t *turn) charge(c *share, floor time.Duration) {
+	now := time.Since(t.epoch)
+	took := now - t.looked
+	c.spent = min(c.spent+took, floor+maxTurn)
+	c.cost = (c.cost + took) / 2
+	c.stride = min(2*max(c.stride, 1), maxStride)
+	if took >= longTime {
+		c.stride = 1
 	}
-	t.left--
-	return t.left <= 0 && t.look(searches)
-}
 
-// look looks at the clock, after a request. It returns whether the turn is over.
-func (t *turn) look(searches bool) bool {
-	now := time.Now()
-	tookLong := now.Sub(t.looked) > maxSlowTurn/2
-	t.stride = min(2*max(t.stride, 1), maxStride)
-	if tookLong {
-		t.stride = 1
-	}
-	if searches && tookLong {
-		t.updateCost = maxStride
-	} else if searches {
-		t.updateCost = max(t.updateCost/2, minUpdateCost)
-	}
 	limit := maxTurn
-	if t.stride < maxStride || searches && t.updateCost == maxStride {
+	if c.isSlow() {
 		limit = maxSlowTurn
 	}
-	t.looked, t.left = now, t.stride
-	t.over = now.Sub(t.began) > limit
-	return t.over
+	t.looked, t.over = now, now-t.began > limit
 }
 
-// New returns a server of db, which is its own from Start to Close. It logs
+// share is what a client has had of workLoop's time. Clients are served as in start-time fair
+// queueing (Goyal, Vin and Cheng, 1996): first is the one that will have had least when its
+// turn ends. All times are counted from floor, which rises with the turns that are given, and
+// nobody is more than maxTurn before or behind it: so who has been quiet goes before who has
+// spent much, and nobody waits for ever.
+type share struct {
+	spent  time.Duration // 0: the client is new
+	cost   time.Duration // between two looks at the clock, as of late
+	stride int           // requests between these
+
+	chain, next *Query // that waits for its turn, and its first request that has not run
+}
+
+// due is how much the client will have spent if the next turn costs as much as the last.
+func (s *share) due() time.Duration { return s.spent + s.cost }
+
+// isSlow tells whether the client's requests take long, as of late.
+func (s *share) isSlow() bool { return s.cost >= longTime }
+
+// turnQueue are the clients whose chains wait, as a heap (container/heap) by due.
+type turnQueue []*Client
+
+func (t turnQueue) Len() int           { return len(t) }
+func (t turnQueue) Less(i, j int) bool { return t[i].share.due() < t[j].share.due() }
+func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
+func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
+
+func (t *turnQueue) Pop() any {
+	last := len(*t) - 1
+	c := (*t)[last]
+	(*t)[last] = nil
+	*t = (*t)[:last]
+	return c
+}
+
+// New returns a server of db, which is its own from Start to Close, and not nil. It logs
 // nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
@@ -244,17 +269,20 @@ func New(db kvstore.KVStore) *keyValueServer {
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
 		writeTimeout: defaultWriteTimeout,
+		handshakes:   maxHandshakes,
 		version:      "unknown",
 		log:          slog.New(slog.DiscardHandler),
 		queries:      make(chan *Query, maxBatch),
 		connections:  make(chan net.Conn),
 		countActive:  make(chan int, 1),
 		closeSignal:  make(chan struct{}),
+		serving:      make(chan struct{}),
 		ended:        make(chan struct{}),
 		failed:       make(chan error, 1),
 		oneCall:      make(chan struct{}, 1),
-		handshakes:   make(chan struct{}, maxHandshakes),
-		maxMessage:   maxMessage,
+
+		floor:      2 * maxTurn, // so a client that has spent 0 is new
+		maxMessage: maxMessage,
 		budget: budget{maxQueues: defaultMaxQueues,
 			first: semaphore{slots: make(chan struct{}, 1)},
 			spare: semaphore{slots: make(chan struct{}, 1)}},
@@ -267,33 +295,48 @@ func New(db kvstore.KVStore) *keyValueServer {
 }
 
 // Start listens on port of localhost and serves until Close. It does not block.
-// It returns an error when it cannot listen, the second time, and after Close.
+// It returns an error when it cannot listen, the second time, after Close, and without a
+// store.
 func (s *keyValueServer) Start(port int) error {
-	listener, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
+	listeners, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
 	if err != nil {
 		return err
 	}
-	if err := s.serve(listener); err != nil {
-		listener.Close()
+	if err := s.serve(listeners...); err != nil {
+		closeAll(listeners)
 		return err
 	}
 	return nil
 }
 
-// serve is Start with a listener, which becomes the server's.
-func (s *keyValueServer) serve(listener net.Listener) error {
+// serve is Start with listeners, at least one, which become the server's.
+func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
 	switch {
 	case s.closed:
 		return errClosed
-	case s.running:
+	case isClosed(s.serving):
 		return errStarted
+	case s.db == nil:
+		return errNoStore
 	}
-	s.running, s.listener, s.started = true, listener, time.Now()
+
+	s.started = time.Now()
+	s.clock.epoch = s.started
+	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
-	go s.acceptClient()
+
+	// Who is to shake hands is a guest first; a unix socket has no TLS.
+	for _, listener := range listeners {
+		if s.tls != nil && listener.Addr().Network() != "unix" {
+			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
+		}
+		s.accepting.Go(func() { s.acceptClient(listener) })
+	}
+	go s.endAccepting()
 	go s.workLoop()
+	close(s.serving)
 	return nil
 }
 
@@ -309,9 +352,10 @@ func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 func (s *keyValueServer) ask(what queryType) int {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
-	if !s.running {
+	if !isClosed(s.serving) {
 		return 0
 	}
+
 	select {
 	case s.queries <- &Query{queryType: what}:
 	case <-s.ended:
@@ -320,8 +364,10 @@ func (s *keyValueServer) ask(what queryType) int {
 	select {
 	case n := <-s.countActive:
 		return n
-	case <-s.ended: // the query came too late, or the answer just in time
+	case <-s.ended:
 	}
+
+	// The query came too late, or the answer just in time.
 	select {
 	case n := <-s.countActive:
 		return n
@@ -343,13 +389,10 @@ func (s *keyValueServer) Close() {
 	if !s.closed {
 		s.closed, s.closeBy = true, time.Now().Add(closeTime)
 		close(s.closeSignal)
-		if s.running {
-			s.listener.Close()
-		}
+		closeAll(s.listeners)
 	}
-	running := s.running
 	s.oneCall <- struct{}{}
-	if running {
+	if isClosed(s.serving) {
 		<-s.ended
 	}
 }
@@ -366,16 +409,16 @@ func isClosed(signal <-chan struct{}) bool {
 	}
 }
 
-// acceptClient hands every connection over to workLoop: under TLS, shakeHands does
-// so once the handshake has ended. It runs until Close closes the listener. Any
-// other error, such as running out of file descriptors, may pass: it waits a
-// little longer each time and tries again.
-func (s *keyValueServer) acceptClient() {
+// acceptClient hands every connection of listener over to workLoop: under TLS, shakeHands
+// does so once the handshake has ended. One goroutine a listener, until Close closes that.
+// Any other error, such as running out of file descriptors, may pass: it waits a little
+// longer each time and tries again.
+func (s *keyValueServer) acceptClient(listener net.Listener) {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer s.endAccepting(cancel)
+	defer cancel() // which ends the handshakes
 	wait := time.Duration(0)
 	for {
-		conn, err := s.listener.Accept()
+		conn, err := listener.Accept()
 		if err == nil {
 			if wait > 0 {
 				s.log.Info("accepting connections again")
@@ -384,6 +427,8 @@ func (s *keyValueServer) acceptClient() {
 			s.receive(ctx, conn)
 			continue
 		}
+
+		// Once in the log, then again and again: it may pass.
 		if wait == 0 && !s.isClosing() {
 			s.log.Error("cannot accept connections, trying again", "error", err)
 		}
@@ -396,49 +441,48 @@ func (s *keyValueServer) acceptClient() {
 	}
 }
 
-// receive makes conn a client's, at once or after a TLS handshake. With too many of
-// these under way it waits for one to end.
+// receive makes conn a client's, at once or after a TLS handshake.
 func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
+	guest, mustShake := conn.(*guest)
+	if mustShake {
+		conn = guest.Conn
 	}
-	paced := &pacedConn{Conn: conn, server: s}
-	if s.tls == nil {
-		s.connections <- paced
+	if socket, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+		socket.SetWriteBuffer(sendBuffer)
+	}
+	if mustShake {
+		s.accepting.Go(func() { s.shakeHands(ctx, guest) })
 		return
 	}
-	select {
-	case s.handshakes <- struct{}{}:
-		go s.shakeHands(ctx, paced)
-	case <-s.closeSignal:
-		conn.Close()
-	}
+	s.connections <- &pacedConn{Conn: conn, server: s}
 }
 
-// shakeHands begins TLS on conn and hands it over to workLoop. One goroutine for
+// shakeHands begins TLS with guest and hands it over to workLoop. One goroutine for
 // each new connection, for at most handshakeTime, so that a client that does not
 // go on delays nobody, and is not yet one.
-func (s *keyValueServer) shakeHands(ctx context.Context, conn net.Conn) {
-	defer func() { <-s.handshakes }()
+func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
-	outer := tls.Server(conn, s.tls)
-	if err := outer.HandshakeContext(ctx); err != nil {
-		conn.Close()
-		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(conn.RemoteAddr()),
+	paced := &pacedConn{Conn: guest, server: s}
+	outer := tls.Server(paced, s.tls)
+	err := outer.HandshakeContext(ctx)
+	if err == nil && !guest.leave() || errors.Is(err, net.ErrClosed) {
+		err = errReplaced
+	}
+	if err != nil {
+		guest.Close()
+		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(guest.RemoteAddr()),
 			value: err.Error()}
 		return
 	}
+	paced.Conn = guest.Conn // what it says from now on makes no difference
 	s.connections <- outer
 }
 
-// endAccepting ends the handshakes under way, waits for them, and tells workLoop
-// that nobody comes any more.
-func (s *keyValueServer) endAccepting(cancel func()) {
-	cancel()
-	for range cap(s.handshakes) {
-		s.handshakes <- struct{}{} // free once the handshake that had it has ended
-	}
+// endAccepting tells workLoop that nobody comes any more. One goroutine, until the last
+// acceptClient and the last shakeHands have ended.
+func (s *keyValueServer) endAccepting() {
+	s.accepting.Wait()
 	close(s.connections)
 }
 
@@ -451,9 +495,11 @@ func (s *keyValueServer) workLoop() {
 	connections, closeSignal := s.connections, s.closeSignal
 	always := make(chan struct{}) // always ready
 	close(always)
+
+	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
-		var more chan struct{} // nil: no chain waits for its next turn
-		if len(s.suspended) > 0 {
+		var more chan struct{} // nil: no chain waits for its turn
+		if len(s.waiting) > 0 {
 			more = always
 		}
 		select {
@@ -467,13 +513,13 @@ func (s *keyValueServer) workLoop() {
 		case q := <-s.queries:
 			s.runBatch(q)
 		case <-more:
-			s.resume()
+			s.runBatch(nil)
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
 		}
 	}
-	s.log.Info("stopped", "clients_served", s.departed, "requests", s.total(),
+	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
 		"replies_dropped", s.lost.Load())
 }
 
@@ -505,6 +551,8 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
+
+	// No more than some at a time cost a goroutine.
 	if s.turningAway == maxTurnedAway {
 		if underTLS(conn) == conn {
 			conn.Write(full) // into an empty send buffer, so without waiting
@@ -512,6 +560,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 		underTLS(conn).Close()
 		return
 	}
+
 	s.turningAway++
 	c := newClient(0, conn, s)
 	c.paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
@@ -530,43 +579,50 @@ func underTLS(conn net.Conn) net.Conn {
 	return conn
 }
 
-// runBatch runs q and what else is waiting, commits it all at once, then answers.
+// runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
+// commits it all at once, then answers.
 func (s *keyValueServer) runBatch(q *Query) {
 	s.clock.begin()
-	for yields := 0; q != nil; q = s.waiting() {
-		switch q.queryType {
-		case countActive:
-			s.countActive <- len(s.clients)
-		case countDropped:
-			s.countActive <- s.departed
-		case depart:
-			s.leave(q.client)
-		case handshakeFailed:
-			if n := s.badHandshakes.happened(); n > 0 {
-				s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
-					"reason", q.value)
-			}
-		default:
-			s.begin(q)
-		}
-		if len(s.queries) == 0 && yields < maxYields && !s.clock.over {
-			for ; yields < maxYields && len(s.queries) == 0; yields++ {
-				runtime.Gosched()
-			}
+	for yields := 0; ; q = s.nextQuery() {
+		switch {
+		case q != nil:
+			s.take(q)
+
+		// Nothing more comes: of those that wait, the one that has had least is next.
+		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
+			c := &heap.Pop(&s.waiting).(*Client).share
+			s.floor = max(s.floor, c.spent)
+			s.runChain(c.chain, c.next)
+
+		// The batch may grow.
+		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
+			yields++
+			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.clock.begin() // that was others' time
 			}
+
+		default:
+			s.commit()
+			if len(s.waiting) > 0 {
+				runtime.Gosched() // for the readers that have something new, and the writers
+			}
+			return
 		}
 	}
-	s.commit()
 }
 
-// waiting returns the next query in the queue, or nil if there is none, the batch
-// is full, or it is time to commit.
-func (s *keyValueServer) waiting() *Query {
-	if len(s.batch) == maxBatch || s.clock.over {
-		return nil
-	}
+// isTurnOver tells whether it is time to commit.
+func (s *keyValueServer) isTurnOver() bool { return s.clock.over || len(s.batch) >= maxBatch }
+
+// mayRun tells whether c's chain may run before the Commit. Behind others that have run a slow
+// client's may not: they would wait for it.
+func (s *keyValueServer) mayRun(c *share) bool {
+	return !s.isTurnOver() && (len(s.batch) == 0 || !c.isSlow())
+}
+
+// nextQuery returns the next query in the queue, or nil if there is none.
+func (s *keyValueServer) nextQuery() *Query {
 	select {
 	case q := <-s.queries:
 		return q
@@ -575,16 +631,56 @@ func (s *keyValueServer) waiting() *Query {
 	}
 }
 
-// begin begins to run chain.
-func (s *keyValueServer) begin(chain *Query) {
-	c := chain.client
-	if c.buffer == nil && !chain.bare {
-		c.buffer = make(chan []byte, maxBufferSize)
-		c.alive++
-		go c.writeToClient()
+// take does what q asks for, if that is for workLoop itself, or takes the chain that it heads.
+func (s *keyValueServer) take(q *Query) {
+	switch q.queryType {
+	case countActive:
+		s.countActive <- len(s.clients)
+	case countDropped:
+		s.countActive <- s.departed
+	case countAll:
+		s.batch = append(s.batch, q)
+	case depart:
+		s.leave(q.client)
+	case handshakeFailed:
+		if n := s.badHandshakes.happened(); n > 0 {
+			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
+				"reason", q.value)
+		}
+	default:
+		s.takeChain(q)
 	}
-	s.touch(chain)
-	s.runChain(chain, chain)
+}
+
+// takeChain runs chain, or has it wait for its turn: where its client has had more of
+// workLoop's time than others.
+func (s *keyValueServer) takeChain(chain *Query) {
+	c := &chain.client.share
+	isNew := c.spent == 0
+	c.spent = max(c.spent, s.floor-maxTurn)
+
+	// Where nobody else wants a turn there is nobody to go behind.
+	if len(s.waiting) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
+		s.runChain(chain, chain)
+		return
+	}
+
+	if isNew {
+		c.spent, c.cost = s.floor+maxLead, maxLead // nobody knows what it asks for
+	}
+	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].share.due()
+	if isFirst && c.due() < s.floor+maxLead && s.mayRun(c) {
+		s.runChain(chain, chain)
+	} else {
+		s.wait(chain, chain)
+	}
+}
+
+// wait has chain, of which next is the first request that has not run, wait for its turn.
+func (s *keyValueServer) wait(chain, next *Query) {
+	c := chain.client
+	c.share.chain, c.share.next = chain, next
+	heap.Push(&s.waiting, c)
 }
 
 // touchLeast is how many requests a chain has at least for whose keys the store prepares.
@@ -607,46 +703,57 @@ func (s *keyValueServer) touch(chain *Query) {
 	clear(s.touched)
 }
 
-// resume gives a chain that has begun, and waited longest, another turn. What came
-// meanwhile is next.
-func (s *keyValueServer) resume() {
-	b := s.suspended[0]
-	s.suspended[0] = suspended{}
-	s.suspended = s.suspended[1:]
-	s.clock.begin()
-	s.runChain(b.chain, b.next)
-	s.commit()
-	s.clock.over = false
-	runtime.Gosched() // for the readers that have something new, and the writers
-	if q := s.waiting(); q != nil {
-		s.runBatch(q)
-	}
-}
-
-// runChain runs chain from q on, until its end or that of its turn. A chain that has
+// runChain runs chain from q on, until its end or that of the turn. A chain that has
 // run waits in batch for its Commit.
 func (s *keyValueServer) runChain(chain, q *Query) {
-	for q != nil && !s.broken {
+	c := chain.client
+	if q == chain {
+		s.begin(chain)
+	}
+
+	for left := c.share.stride; q != nil && !s.broken; q = q.next {
 		if q.writes() {
 			s.admit(q)
 		}
 		if !chain.bare {
 			s.requests[q.queryType]++
 		}
+
 		switch q.queryType {
 		case stats:
-			q.answer(s.stats())
+			for _, row := range s.stats() {
+				q.values = append(q.values, row.line())
+			}
+			q.answer(q.values)
 		default:
 			q.run(s.db)
 		}
-		searches := q.row().searches
-		q = q.next
-		if s.clock.spend(searches) && q != nil {
-			s.suspended = append(s.suspended, suspended{chain, q})
+
+		// Look at the clock now and then, and at the end, for what comes then is another's.
+		if left--; q.row().searches {
+			left -= searchCost - 1
+		}
+		if left <= 0 || q.next == nil {
+			s.clock.charge(&c.share, s.floor)
+			left = c.share.stride
+		}
+		if s.clock.over && q.next != nil {
+			s.wait(chain, q.next)
 			return
 		}
 	}
 	s.batch = append(s.batch, chain)
+}
+
+// begin prepares for chain.
+func (s *keyValueServer) begin(chain *Query) {
+	c := chain.client
+	if c.buffer == nil && !chain.bare {
+		c.buffer = make(chan []byte, maxBufferSize)
+		c.alive++
+		go c.writeToClient()
+	}
+	s.touch(chain)
 }
 
 // admit refuses a write for which there is no room.
@@ -903,6 +1010,7 @@ func (s *slot) isAwaited() bool { return s.taken && s.of.waiting.Load() > 0 }
 // commit makes what the batch did durable, then answers. After a failure nobody may
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
+	// Reads are committed, too: they may have seen what is not yet durable.
 	if len(s.batch) > 0 && !s.broken {
 		if err := s.commitStore(); err != nil {
 			s.broken = true
@@ -912,8 +1020,13 @@ func (s *keyValueServer) commit() {
 			}
 		}
 	}
+
 	for i, chain := range s.batch {
 		switch c := chain.client; {
+		case chain.asker != nil && s.broken:
+			close(chain.asker)
+		case chain.asker != nil:
+			chain.asker <- s.stats()
 		case s.broken:
 			c.done <- nil
 		case chain.bare:
@@ -924,6 +1037,7 @@ func (s *keyValueServer) commit() {
 		s.batch[i] = nil
 	}
 	s.batch = s.batch[:0]
+
 	s.giveBack()
 	s.noteMemory()
 }
@@ -950,19 +1064,24 @@ func (s *keyValueServer) leave(c *Client) {
 	if c.alive--; c.alive > 0 {
 		return
 	}
+
+	// The last takes its place in the list.
 	last := s.clients[len(s.clients)-1]
 	s.clients[c.index], last.index = last, c.index
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.departed++
+
+	// The collector alone would take minutes to give back what a crowd took.
 	s.most = max(s.most, len(s.clients)+1)
 	if len(s.clients) == 0 && s.most >= crowd {
 		s.most = 0
-		// the collector alone would take minutes to give back what a crowd took
 		go debug.FreeOSMemory()
 	}
+
+	// Where writing ended, that is why reading did.
 	level, reason := slog.LevelDebug, c.reason
-	switch { // then that is why reading ended
+	switch {
 	case c.outbox.cut != "":
 		level, reason = slog.LevelWarn, c.outbox.cut
 	case c.broken != nil:
@@ -993,38 +1112,84 @@ func (s *keyValueServer) stopReading() {
 	}
 }
 
-// stats returns the lines that answer Stats. A name that ends in _total only
-// ever grows.
-func (s *keyValueServer) stats() []string {
+// counter is a row of Stats and /metrics: a number, or the version, and what it is.
+type counter struct {
+	name  string
+	help  string // a sentence
+	value any    // a number; of the version a string, which /metrics shows as a label
+	kind  counterKind
+}
+
+// counterKind is what Prometheus calls a type.
+type counterKind string
+
+const (
+	gauge      counterKind = "gauge"
+	cumulative counterKind = "counter" // it only ever grows, and its name ends in _total
+)
+
+// line is c as Stats shows it.
+func (c counter) line() string { return fmt.Sprint(c.name, " ", c.value) }
+
+// write writes c in the text format of Prometheus.
+func (c counter) write(w io.Writer) {
+	name, labels, value := c.name, "", c.value
+	if text, isText := value.(string); isText {
+		name, labels, value = "info", fmt.Sprintf("{%s=%q}", c.name, text), 1
+	}
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %v\n",
+		name, c.help, name, c.kind, name, labels, value)
+}
+
+// stats returns what Stats and /metrics both show.
+func (s *keyValueServer) stats() []counter {
 	s.noteMemory()
-	lines := []string{
-		"version " + s.version,
-		fmt.Sprint("uptime_seconds ", int(time.Since(s.started).Seconds())),
-		fmt.Sprint("clients ", len(s.clients)),
-		fmt.Sprint("clients_left_total ", s.departed),
+	rows := []counter{
+		{"version", "Always 1; its label is the version.", s.version, gauge},
+		{"uptime_seconds", "Since the server began to serve.",
+			int(time.Since(s.started).Seconds()), gauge},
+		{"clients", "Connections now.", len(s.clients), gauge},
+		{"clients_left_total", "Connections that have ended.", s.departed, cumulative},
 	}
+
 	for t := put; t <= quit; t++ {
-		lines = append(lines, fmt.Sprint(strings.ToLower(verbs[t].name), "_requests_total ",
-			s.requests[t]))
+		verb := strings.ToLower(verbs[t].name)
+		rows = append(rows, counter{verb + "_requests_total",
+			"Requests of the kind " + verb + " that were run.", s.requests[t], cumulative})
 	}
-	lines = append(lines,
-		fmt.Sprint("refused_requests_total ", s.requests[malformed]+s.requests[foreign]),
-		fmt.Sprint("replies_dropped_total ", s.lost.Load()),
-		fmt.Sprint("queued_bytes ", s.budget.queued.Load()),
-		fmt.Sprint("queued_limit_bytes ", s.budget.forQueues()),
-		fmt.Sprint("writes_refused_total ", s.noRoom.total+s.noMemory.total),
-		fmt.Sprint("clients_refused_total ", s.full.total),
-		fmt.Sprint("tls_handshakes_failed_total ", s.badHandshakes.total))
-	if keys, values, bytes := s.db.Size(); keys >= 0 {
-		lines = append(lines,
-			fmt.Sprint("keys ", keys),
-			fmt.Sprint("values ", values),
-			fmt.Sprint("data_bytes ", bytes),
-			fmt.Sprint("memory_bytes ", s.budget.data()),
-			fmt.Sprint("memory_limit_bytes ", s.budget.forData()),
-			fmt.Sprint("process_bytes ", processBytes()))
+
+	rows = append(rows, []counter{
+		{"refused_requests_total", "Lines that were answered with an error.",
+			s.requests[malformed] + s.requests[foreign], cumulative},
+		{"replies_dropped_total", "Replies that clients lost because they did not read.",
+			s.lost.Load(), cumulative},
+		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load(),
+			gauge},
+		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.",
+			s.budget.forQueues(), gauge},
+		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
+			s.noRoom.total + s.noMemory.total, cumulative},
+		{"clients_refused_total", "Connections over -max-clients, which were refused.",
+			s.full.total, cumulative},
+		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
+			s.badHandshakes.total, cumulative},
+	}...)
+
+	// Not every store knows how much it holds.
+	keys, values, bytes := s.db.Size()
+	if keys < 0 {
+		return rows
 	}
-	return lines
+	return append(rows, []counter{
+		{"keys", "Keys in the store.", keys, gauge},
+		{"values", "Values in the store.", values, gauge},
+		{"data_bytes", "Keys and values together.", bytes, gauge},
+		{"memory_bytes", "What the data and the clients take in memory, but for what is queued.",
+			s.budget.data(), gauge},
+		{"memory_limit_bytes", "At so much writes are refused; 0: no limit.",
+			s.budget.forData(), gauge},
+		{"process_bytes", "What the process takes from the system.", processBytes(), gauge},
+	}...)
 }
 
 // processBytes is how many bytes of memory the system has given the process, but for its
@@ -1036,46 +1201,12 @@ func processBytes() uint64 {
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
 
-// total returns how many requests were run or refused.
-func (s *keyValueServer) total() (n int) {
+// requestsRun returns how many requests were run or refused.
+func (s *keyValueServer) requestsRun() (n int) {
 	for t := malformed; t <= quit; t++ {
 		n += s.requests[t]
 	}
 	return n
-}
-
-// statsNow returns the lines of Stats for somebody without a connection, or nil
-// when the server does not run, or does not answer before ctx ends.
-func (s *keyValueServer) statsNow(ctx context.Context) []string {
-	select {
-	case <-s.oneCall:
-	case <-ctx.Done():
-		return nil
-	}
-	running := s.running
-	s.oneCall <- struct{}{}
-	if !running {
-		return nil
-	}
-	asker := &Client{done: make(chan *Query, 1)}
-	select {
-	case s.queries <- &Query{queryType: stats, client: asker, bare: true}:
-	case <-s.ended:
-		return nil
-	case <-ctx.Done():
-		return nil
-	}
-	select {
-	case q := <-asker.done:
-		if q == nil {
-			return nil
-		}
-		return q.values
-	case <-s.ended:
-		return nil
-	case <-ctx.Done():
-		return nil
-	}
 }
 
 // ---- watching: HTTP
@@ -1088,19 +1219,36 @@ const (
 	profileTime = 60 * time.Second // of a profile or a trace
 )
 
-// statsFor is statsNow for an HTTP request. If there is no answer it says so there.
-func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []string {
-	if stage := s.stage(); stage != "" {
-		http.Error(w, stage, http.StatusServiceUnavailable)
-		return nil
+// statsFor has workLoop give stats to an HTTP request, once all that was asked before is
+// durable. If there is no answer in time it says so there, and returns nil.
+func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
+	why := s.stage()
+	if why == "" && isClosed(s.serving) {
+		if rows := s.askStats(r.Context()); rows != nil {
+			return rows
+		}
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), watchTime)
+	http.Error(w, cmp.Or(why, "the server does not answer"), http.StatusServiceUnavailable)
+	return nil
+}
+
+// askStats is statsFor where workLoop runs.
+func (s *keyValueServer) askStats(ctx context.Context) []counter {
+	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
-	lines := s.statsNow(ctx)
-	if lines == nil {
-		http.Error(w, "the server does not answer", http.StatusServiceUnavailable)
+	asker := make(chan []counter, 1)
+	select {
+	case s.queries <- &Query{queryType: countAll, asker: asker}:
+	case <-s.ended:
+	case <-ctx.Done():
 	}
-	return lines
+	select {
+	case rows := <-asker:
+		return rows
+	case <-s.ended:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // stage is what the store waits for before it is open; "" once it is.
@@ -1114,111 +1262,81 @@ func (s *keyValueServer) stage() string {
 // metrics writes Stats, and what else there is to be watched, in the text format of
 // Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
-	lines := []string{"active 0"}
+	// Before the data is open there are no Stats.
+	var rows []counter
+	active := 0
 	if s.stage() == "" {
-		stats := s.statsFor(w, r)
-		if stats == nil {
+		if rows = s.statsFor(w, r); rows == nil {
 			return
 		}
-		lines = append(stats, "active 1")
+		active = 1
 	}
-	lines = append(lines, s.watched()...)
+	rows = append(rows, counter{"active",
+		"1 if it serves; 0 while it opens its data, or stands by.", active, gauge})
+	rows = append(rows, s.watched()...)
+
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
-	for _, line := range lines {
-		name, value, _ := strings.Cut(line, " ")
-		kind, labels := "gauge", ""
-		switch {
-		case name == "version":
-			name, labels, value = "info", "{version="+strconv.Quote(value)+"}", "1"
-		case strings.HasSuffix(name, "_total"):
-			kind = "counter"
-		}
-		fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %s\n", name,
-			helpOf(name), name, kind, name, labels, value)
+	for _, row := range rows {
+		row.write(w)
 	}
-	if s.status != nil {
-		writeHistogram(w, "commit_seconds", &s.commits)
-		writeHistogram(w, "batch_chains", &s.batches)
-		writeHistogram(w, "fsync_seconds", &s.status.Fsyncs)
+
+	// In memory nothing takes its time.
+	if s.status == nil {
+		return
 	}
+	writeHistogram(w, "commit_seconds", "How long it took until what a batch did was durable.",
+		&s.commits)
+	writeHistogram(w, "batch_chains", "How many chains of requests were committed together.",
+		&s.batches)
+	writeHistogram(w, "fsync_seconds",
+		"How long the disk, or etcd, took to confirm what was written.", &s.status.Fsyncs)
 }
 
-// watched are the numbers that are no part of Stats.
-func (s *keyValueServer) watched() (lines []string) {
+// watched are the counters that are no part of Stats.
+func (s *keyValueServer) watched() (rows []counter) {
 	if s.status != nil {
-		lines = append(lines, fmt.Sprint("takeovers_total ", s.status.Takeovers()),
-			fmt.Sprint("compactions_total ", s.status.Compactions.Load()))
+		rows = append(rows,
+			counter{"takeovers_total",
+				"How often the data was taken over from a server that had died.",
+				s.status.Takeovers(), cumulative},
+			counter{"compactions_total", "How often the log was compacted, since the start.",
+				s.status.Compactions.Load(), cumulative})
 		if at := s.status.Confirmed(); !at.IsZero() {
-			lines = append(lines, fmt.Sprint("lock_age_seconds ", time.Since(at).Seconds()))
+			rows = append(rows, counter{"lock_age_seconds",
+				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(), gauge})
 		}
 	}
+
 	if s.logged != nil {
-		lines = append(lines, fmt.Sprint("log_lines_lost_total ", s.logged.lost.Load()),
-			fmt.Sprint("log_errors_total ", s.logged.errors.Load()),
-			fmt.Sprint("last_error_timestamp_seconds ", s.logged.last.Load()))
+		rows = append(rows,
+			counter{"log_lines_lost_total", "Lines of log that could not be written.",
+				s.logged.lost.Load(), cumulative},
+			counter{"log_errors_total", "Errors in the log.",
+				s.logged.errors.Load(), cumulative},
+			counter{"last_error_timestamp_seconds",
+				"When the last error was logged, as a Unix time; 0: never.",
+				s.logged.last.Load(), gauge})
 	}
-	samples := []metrics.Sample{
+
+	// What Go says of itself.
+	runtimes := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},
 		{Name: "/memory/classes/heap/objects:bytes"},
 		{Name: "/memory/classes/total:bytes"},
 		{Name: "/gc/cycles/total:gc-cycles"},
 	}
-	metrics.Read(samples)
-	for i, name := range []string{"go_goroutines", "go_heap_bytes", "go_memory_bytes",
-		"go_gc_cycles_total"} {
-		lines = append(lines, fmt.Sprint(name, " ", samples[i].Value.Uint64()))
-	}
-	return lines
-}
-
-// helpOf says what a metric is.
-func helpOf(name string) string {
-	if verb, isVerb := strings.CutSuffix(name, "_requests_total"); isVerb &&
-		name != "refused_requests_total" {
-		return "Requests of the kind " + verb + " that were run."
-	}
-	return metricHelp[name]
-}
-
-// metricHelp says what each of the other metrics is.
-var metricHelp = map[string]string{
-	"info":                         "Always 1; its label is the version.",
-	"active":                       "1 if it serves; 0 while it opens its data, or stands by.",
-	"uptime_seconds":               "Since the server began to serve.",
-	"clients":                      "Connections now.",
-	"clients_left_total":           "Connections that have ended.",
-	"clients_refused_total":        "Connections over -max-clients, which were refused.",
-	"tls_handshakes_failed_total":  "Connections that did not get as far as TLS.",
-	"refused_requests_total":       "Lines that were answered with an error.",
-	"replies_dropped_total":        "Replies that clients lost because they did not read.",
-	"queued_bytes":                 "Replies that wait to be read by all clients.",
-	"queued_limit_bytes":           "How much they may be (-max-queues); 0: no limit.",
-	"writes_refused_total":         "Writes that were refused, for the disk or the memory is full.",
-	"keys":                         "Keys in the store.",
-	"values":                       "Values in the store.",
-	"data_bytes":                   "Keys and values together.",
-	"memory_bytes":                 "What the data and the clients take in memory, but for what is queued.",
-	"memory_limit_bytes":           "At so much writes are refused; 0: no limit.",
-	"process_bytes":                "What the process takes from the system.",
-	"takeovers_total":              "How often the data was taken over from a server that had died.",
-	"compactions_total":            "How often the log was compacted, since the start.",
-	"lock_age_seconds":             "Since etcd last confirmed that the data is ours.",
-	"log_lines_lost_total":         "Lines of log that could not be written.",
-	"log_errors_total":             "Errors in the log.",
-	"last_error_timestamp_seconds": "When the last error was logged, as a Unix time; 0: never.",
-	"commit_seconds":               "How long it took until what a batch did was durable.",
-	"batch_chains":                 "How many chains of requests were committed together.",
-	"fsync_seconds":                "How long the disk, or etcd, took to confirm what was written.",
-	"go_goroutines":                "Goroutines now.",
-	"go_heap_bytes":                "Objects in Go's heap.",
-	"go_memory_bytes":              "What Go has mapped.",
-	"go_gc_cycles_total":           "Collections of garbage.",
+	metrics.Read(runtimes)
+	return append(rows,
+		counter{"go_goroutines", "Goroutines now.", runtimes[0].Value.Uint64(), gauge},
+		counter{"go_heap_bytes", "Objects in Go's heap.", runtimes[1].Value.Uint64(), gauge},
+		counter{"go_memory_bytes", "What Go has mapped.", runtimes[2].Value.Uint64(), gauge},
+		counter{"go_gc_cycles_total", "Collections of garbage.",
+			runtimes[3].Value.Uint64(), cumulative})
 }
 
 // writeHistogram writes h as Prometheus wants it.
-func writeHistogram(w io.Writer, name string, h *storage.Histogram) {
-	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, helpOf(name),
-		name)
+func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
+	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, help, name)
 	atMost, all, sum := h.Read()
 	for i, n := range atMost {
 		fmt.Fprintf(w, "kvserver_%s_bucket{le=\"%g\"} %d\n", name, h.Bounds()[i], n)
@@ -1228,7 +1346,7 @@ func writeHistogram(w io.Writer, name string, h *storage.Histogram) {
 }
 
 // watch serves numbers, health and profiles over HTTP.
-func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server {
+func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Server {
 	server := &http.Server{
 		Handler:      s.watchHandler(host),
 		ReadTimeout:  requestTime,
@@ -1236,7 +1354,9 @@ func (s *keyValueServer) watch(listener net.Listener, host string) *http.Server 
 		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
-	go server.Serve(&fewConns{Listener: listener})
+	for _, listener := range listeners {
+		go server.Serve(&fewConns{Listener: listener, most: maxWatchers / len(listeners)})
+	}
 	return server
 }
 
@@ -1250,8 +1370,11 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 			io.WriteString(w, "ok\n")
 		}
 	})
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, "alive\n") // as long as the process runs, also before it serves
+	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		io.WriteString(w, "/metrics\n/healthz\n/debug/pprof/\n")
+		io.WriteString(w, "/metrics\n/healthz\n/livez\n/debug/pprof/\n")
 	})
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)
@@ -1297,6 +1420,7 @@ func oneAtATime(next http.Handler) http.Handler {
 				profileTime.Seconds()), http.StatusBadRequest)
 			return
 		}
+
 		select {
 		case <-free:
 		default:
@@ -1304,146 +1428,12 @@ func oneAtATime(next http.Handler) http.Handler {
 				http.StatusServiceUnavailable)
 			return
 		}
+
+		// Then a rest.
 		began := time.Now()
 		defer func() {
 			time.AfterFunc(min(time.Since(began), time.Second), func() { free <- struct{}{} })
 		}()
 		next.ServeHTTP(w, r)
 	})
-}
-
-// fewConns is a listener with at most maxWatchers connections: one more takes the
-// place of the oldest, so that silent ones keep nobody out.
-type fewConns struct {
-	net.Listener
-	open []*watcher // owned by Accept, which http.Server calls on one goroutine; the oldest first
-}
-
-// watcher is a connection that says when it is closed.
-type watcher struct {
-	net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-// Accept waits for a connection.
-func (f *fewConns) Accept() (net.Conn, error) {
-	conn, err := f.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	f.open = slices.DeleteFunc(f.open, func(w *watcher) bool { return isClosed(w.closed) })
-	if len(f.open) == maxWatchers {
-		f.open[0].Close()
-		f.open = slices.Delete(f.open, 0, 1)
-	}
-	w := &watcher{Conn: conn, closed: make(chan struct{})}
-	f.open = append(f.open, w)
-	return w, nil
-}
-
-// Close closes the connection.
-func (w *watcher) Close() error {
-	w.once.Do(func() { close(w.closed) })
-	return w.Conn.Close()
-}
-
-// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
-// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
-// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
-// clients try only one of the two.
-func listen(addr string) (net.Listener, error) {
-	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
-	}}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || host != "localhost" {
-		return config.Listen(context.Background(), "tcp", addr)
-	}
-	first, err := config.Listen(context.Background(), "tcp4", net.JoinHostPort("127.0.0.1", port))
-	if isMissing(err) {
-		return config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", port))
-	} else if err != nil {
-		return nil, err
-	}
-	_, chosen, _ := net.SplitHostPort(first.Addr().String())
-	second, err := config.Listen(context.Background(), "tcp6", net.JoinHostPort("::1", chosen))
-	switch {
-	case isMissing(err) || err != nil && port == "0": // port 0 is any that is free on the first
-		return first, nil
-	case err != nil:
-		first.Close()
-		return nil, err
-	}
-	return listenOnBoth(first, second), nil
-}
-
-// isMissing tells whether the machine does not have the address, or none of its kind.
-func isMissing(err error) bool {
-	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
-		errors.Is(err, syscall.EPROTONOSUPPORT)
-}
-
-// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
-// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
-func isInUse(err error) bool {
-	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
-}
-
-func isNoAddress(err error) bool {
-	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
-}
-
-// bothListeners are two listeners in one.
-type bothListeners struct {
-	net.Listener
-	second   net.Listener
-	accepted chan accepted // both, one at a time, to Accept
-	closed   chan struct{}
-	close    sync.Once
-}
-
-// accepted is what an Accept returned.
-type accepted struct {
-	conn net.Conn
-	err  error
-}
-
-// listenOnBoth joins two listeners. Each has a goroutine until Close.
-func listenOnBoth(first, second net.Listener) *bothListeners {
-	l := &bothListeners{Listener: first, second: second, accepted: make(chan accepted),
-		closed: make(chan struct{})}
-	for _, one := range []net.Listener{first, second} {
-		go func() {
-			for {
-				conn, err := one.Accept()
-				select {
-				case l.accepted <- accepted{conn, err}:
-				case <-l.closed:
-					if err == nil {
-						conn.Close()
-					}
-					return
-				}
-			}
-		}()
-	}
-	return l
-}
-
-func (l *bothListeners) Accept() (net.Conn, error) {
-	select {
-	case a := <-l.accepted:
-		return a.conn, a.err
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *bothListeners) Close() (err error) {
-	l.close.Do(func() {
-		close(l.closed)
-		err = errors.Join(l.Listener.Close(), l.second.Close())
-	})
-	return err
 }

@@ -51,8 +51,8 @@
 //		TestSteadyReaderOnRealSocket, TestPausedServerDropsNothing,
 //		TestAckedSlowReaderLosesNothing
 //	Nobody waits for what another asks
-//		TestLongRequestsTakeTurns, TestSortTakesTurns, TestHintsForLongLinesAreCheap,
-//		TestLongRepliesAreNotMeasured
+//		TestLightClientsGoFirst, TestLongRequestsTakeTurns, TestSortTakesTurns,
+//		TestHintsForLongLinesAreCheap, TestLongRepliesAreNotMeasured
 //	The log can neither stop nor kill the server
 //		TestLogNeverBlocks, TestServerOutlivesItsLog, TestFailingDiskIsLogged
 //	Stopping is bounded, and answers what was read
@@ -63,7 +63,9 @@
 //		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestLimitAndSplitPoint, TestWatchIsLimited
 //	Only who has a certificate of the CA gets in
-//		TestTLS, TestHandshakesHoldNoPlace
+//		TestTLS
+//	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
+//		TestHandshakesHoldNoPlace, TestHandshakesBesideSilentConnects, TestFewConns
 package main
 
 import (
@@ -518,6 +520,65 @@ func TestStats(t *testing.T) {
 	})
 }
 
+// Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
+// that no two have one name; and that each says what it is.
+func TestCounters(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
+		db, err := durable.Open(t.Context(), storetest.New(),
+			durable.Options{Status: n.server.status})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		defer n.server.Close()
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Put:key:value\nGet:key", "key:value")
+		answer := httptest.NewRecorder()
+		n.server.watchHandler("").ServeHTTP(answer,
+			httptest.NewRequest("GET", "http://localhost/metrics", nil))
+		body := answer.Body.String()
+		checkMetrics(t, body)
+		a.send("Stats\n")
+		for _, line := range a.readList() {
+			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
+			want := "\nkvserver_" + name + " " + value + "\n"
+			switch name {
+			case "version":
+				want = "\nkvserver_info{version=\"test\"} 1\n"
+			case "stats_requests_total": // this one is the first
+				want = "\nkvserver_" + name + " 0\n"
+			case "process_bytes", "memory_bytes": // they change by themselves
+				want = "\nkvserver_" + name + " "
+			}
+			if !strings.Contains(body, want) {
+				t.Errorf("Stats says %q, and /metrics not %q", line, want)
+			}
+		}
+		for _, name := range []string{"active", "takeovers_total", "compactions_total",
+			"log_lines_lost_total", "log_errors_total",
+			"last_error_timestamp_seconds", "go_goroutines", "go_heap_bytes",
+			"go_memory_bytes", "go_gc_cycles_total"} {
+			if !strings.Contains(body, "\nkvserver_"+name+" ") {
+				t.Errorf("/metrics has no %s", name)
+			}
+		}
+
+		kinds := map[string]string{}
+		for _, m := range regexp.MustCompile(`# TYPE (\S+) (\S+)`).FindAllStringSubmatch(body, -1) {
+			if kinds[m[1]] != "" {
+				t.Errorf("%s is there twice", m[1])
+			}
+			kinds[m[1]] = m[2]
+			if m[2] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[2] == "counter") {
+				t.Errorf("%s is a %s", m[1], m[2])
+			}
+		}
+		a.hangUp()
+	})
+}
+
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
 // counter in Stats, and is found when its name is slightly wrong.
 func TestEveryRequest(t *testing.T) {
@@ -529,7 +590,7 @@ func TestEveryRequest(t *testing.T) {
 	for _, c := range conversations {
 		said.WriteString("\n" + c.send)
 	}
-	stats := strings.Join(New(kvstore.NewMemory()).stats(), "\n")
+	stats := fmt.Sprint(New(kvstore.NewMemory()).stats())
 	for what := put; what <= quit; what++ {
 		v := verbs[what]
 		if v.name == "" || v.does == "" || v.form == "" {
@@ -1215,28 +1276,36 @@ func TestQueuedBytesCountLists(t *testing.T) {
 // Ensure that a turn is short only while requests take long.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var clock turn
-		run := func(searches bool, takes time.Duration, most int) (n int, took time.Duration) {
-			clock.begin()
-			start := time.Now()
-			for n = 1; n < most; n++ {
-				<-time.After(takes)
-				if clock.spend(searches) {
-					break
+		var takes time.Duration
+		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		s.clock.epoch = time.Now()
+		c := newClient(1, newFakeConn(nil, nil), s)
+		turn := func() (n int, took time.Duration) {
+			chain := make([]Query, 100*kilo)
+			for i := range chain {
+				chain[i] = Query{queryType: update, client: c, key: "k", line: i}
+				if i > 0 {
+					chain[i-1].next = &chain[i]
 				}
 			}
-			return n, time.Since(start)
+			chain[0].bare = true
+			start := time.Now()
+			s.clock.begin()
+			s.runChain(&chain[0], &chain[0])
+			s.waiting = nil
+			return c.share.next.line, time.Since(start)
 		}
-		run(false, 100, 1000)
-		if n, took := run(true, 2*time.Millisecond, 1000); n > 2*maxStride/minUpdateCost {
+		takes = 2 * time.Millisecond
+		if n, took := turn(); n > maxStride/searchCost {
 			t.Errorf("the first long Updates: %d of them, %v", n, took)
 		}
-		if n, took := run(true, 2*time.Millisecond, 1000); n > 1 {
+		if n, took := turn(); n > 1 {
 			t.Errorf("long Updates: %d of them, %v", n, took)
 		}
-		run(false, 1000, 1000)
-		if _, took := run(false, 1000, 100*kilo); took < maxTurn {
-			t.Errorf("Gets after long Updates: a turn of %v, want %v", took, maxTurn)
+		takes = time.Microsecond
+		turn()
+		if _, took := turn(); took < maxTurn || took > maxTurn+maxStride*takes {
+			t.Errorf("short Updates after long ones: a turn of %v, want %v", took, maxTurn)
 		}
 	})
 }
@@ -1443,11 +1512,11 @@ func TestDroppedErrorsAreCounted(t *testing.T) {
 // lazyStore is a Memory whose Updates take their time, as those of huge lists do.
 type lazyStore struct {
 	*kvstore.Memory
-	takes time.Duration
+	takes func() time.Duration
 }
 
 func (l lazyStore) Update(key, oldValue, newValue string) bool {
-	<-time.After(l.takes)
+	<-time.After(l.takes())
 	return l.Memory.Update(key, oldValue, newValue)
 }
 
@@ -1456,7 +1525,7 @@ func (l lazyStore) Update(key, oldValue, newValue string) bool {
 func TestLongRequestsTakeTurns(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const others, updates, takes = 4, 500, 2 * time.Millisecond
-		n.server.db = lazyStore{kvstore.NewMemory(), takes}
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
 		victim := n.dial(t)
 		var clients []*testClient
 		for i := range others {
@@ -1482,6 +1551,71 @@ func TestLongRequestsTakeTurns(t *testing.T) {
 		}
 		victim.hangUp()
 	})
+}
+
+// Ensure that a client that asks for little waits for a turn or two of the others, not for one
+// of each, whatever these send: one long request at a time, short ones between two long ones,
+// or many in one chain. And that all of these get on, each as much as any other.
+func TestLightClientsGoFirst(t *testing.T) {
+	const others, takes = 300, 2 * time.Millisecond
+	for _, script := range []string{"Update:k:a:b\nPing\n",
+		"Get:none\nPing\n|Update:k:a:b\nPing\n", strings.Repeat("Update:k:a:b\n", 10) + "Ping\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			random := rand.New(rand.NewPCG(1, 2))
+			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
+				return between(random, takes/2, takes)
+			}}
+			victim := n.dial(t)
+			victim.ask("Ping", ":PONG")
+			parts := strings.Split(script, "|")
+			var stop atomic.Bool
+			var all sync.WaitGroup
+			rounds := make([]atomic.Int64, others)
+			span := func() (least, most int64) {
+				least = math.MaxInt64
+				for i := range rounds {
+					n := rounds[i].Load()
+					least, most = min(least, n), max(most, n)
+				}
+				return least, most
+			}
+			clients := make([]*testClient, others)
+			for i := range clients {
+				clients[i] = n.dial(t)
+			}
+			for i, c := range clients {
+				all.Go(func() {
+					defer c.hangUp()
+					for ; !stop.Load(); rounds[i].Add(1) {
+						for _, part := range parts {
+							c.ask(strings.TrimSuffix(part, "\n"), ":PONG")
+						}
+					}
+				})
+			}
+			updates := strings.Count(script, "Update")
+			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
+				pass(takes) // until it is known of each that it does not ask for little only
+			}
+			for range 200 {
+				pass(3 * takes / 7)
+				start := time.Now()
+				victim.ask("Put:x:y\nDelete:x\nPing", ":PONG")
+				if took := time.Since(start); took > 2*takes {
+					t.Errorf("waited %v beside requests of %v (%q)", took, takes, script)
+					break
+				}
+			}
+			pass(time.Duration(5*others*updates) * takes)
+			least, most := span()
+			if least < 4 || most > 2*least {
+				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
+			}
+			stop.Store(true)
+			all.Wait()
+			victim.hangUp()
+		})
+	}
 }
 
 // Ensure that the hint for a line that is no request costs no more than what it
@@ -2543,7 +2677,7 @@ func TestMaxMemory(t *testing.T) {
 		a.ask("Ack", ":OK 0")
 		a.ask("Put:short:1", ":OK 1")
 		n.server.budget.reserve = kilo
-		n.server.budget.limit = (int64(a.stat("memory_bytes"))+34*kilo)*4/3 + kilo
+		n.server.budget.limit = (int64(a.stat("memory_bytes"))+40*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			n.server.budget.limit)
 		for i := range 3 {
@@ -3053,7 +3187,7 @@ func TestLocalhostIsBoth(t *testing.T) {
 	defer s.Close()
 	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
 	hosts := []string{"127.0.0.1"}
-	if _, isBoth := s.listener.(*bothListeners); isBoth {
+	if len(s.listeners) == 2 {
 		hosts = append(hosts, "::1")
 	} else if other, err := net.Listen("tcp6", "[::1]:0"); err == nil {
 		other.Close()
@@ -3431,6 +3565,18 @@ func TestCallsInAnyOrder(t *testing.T) {
 	})
 }
 
+// Ensure that a server without a store says so at its start, and that Close ends it.
+func TestNoStore(t *testing.T) {
+	s := New(nil)
+	if err := s.Start(0); !errors.Is(err, errNoStore) {
+		t.Errorf("Start without a store: %v, want %v", err, errNoStore)
+	}
+	if s.CountActive() != 0 || s.CountDropped() != 0 {
+		t.Error("without a store the counts are not 0")
+	}
+	s.Close()
+}
+
 // Ensure that Start serves its port, and says so when it cannot.
 func TestStart(t *testing.T) {
 	first := New(kvstore.NewMemory())
@@ -3491,6 +3637,34 @@ func TestAcceptBacksOff(t *testing.T) {
 		if took := time.Since(start); took != 0 {
 			t.Errorf("Close took %v", took)
 		}
+	})
+}
+
+// Ensure that clients of several listeners are one server's, that one listener which fails
+// keeps nobody from another, and that Close ends all.
+func TestSeveralListeners(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		other, failing := newFakeNet(), newFakeNet()
+		other.server, failing.failures = n.server, 1<<30
+		if err := n.server.serve(n, other, failing); err != nil {
+			t.Fatal(err)
+		}
+		a, b := n.dial(t), other.dial(t)
+		a.ask("Put:k:v\nPing", ":PONG")
+		b.ask("Get:k", "k:v")
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients, want 2", got)
+		}
+		n.server.Close()
+		a.wantClosed()
+		b.wantClosed()
+		for _, l := range []*fakeNet{n, other, failing} {
+			if !isClosed(l.closed) {
+				t.Error("Close left a listener open")
+			}
+		}
+		a.conn.Close()
+		b.conn.Close()
 	})
 }
 
@@ -4344,8 +4518,25 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-data", "d", "check"}, exitMisuse,
 			`kvserver: unexpected argument "check"`,
 			"check goes first, without flags: kvserver check ..."},
-		{[]string{"-addr", "1,2"}, exitMisuse, "kvserver: -addr \"1,2\" is no address",
-			"Several, with commas between them, are for -c and -ping"},
+		{[]string{"-addr", "1,x"}, exitMisuse, `kvserver: invalid value "1,x" for flag -addr`,
+			"-addr takes PORT"},
+		{[]string{"-addr", "9998,9997", "-http", "9997"}, exitMisuse,
+			"kvserver: -addr and -http are both localhost:9997", "Give each a port of its own."},
+		{[]string{"-http", "unix:/tmp/x"}, exitMisuse,
+			`kvserver: invalid value "unix:/tmp/x" for flag -http`, "-http takes PORT"},
+		{[]string{"-addr", "unix:"}, exitMisuse, `kvserver: invalid value "unix:" for flag -addr`,
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH"},
+		{[]string{"-addr", "unix:" + foreign + strings.Repeat("/x", 60)}, exitFailure,
+			"kvserver: cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
+				": the path of a socket may have about 100 bytes, and this has ",
+			"Choose a shorter one"},
+		{[]string{"-addr", "unix:" + filepath.Join(foreign, "photo.jpg")}, exitFailure,
+			"kvserver: cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
+				": there is a file that is no socket", "Nothing was changed."},
+		{[]string{"-addr", "unix:/no/such/sock"}, exitFailure,
+			"kvserver: cannot listen on unix:/no/such/sock: ", "Create the directory: mkdir -p /no/such"},
+		{[]string{"-addr", "unix:/no/such/sock", "-ping"}, exitFailure,
+			"kvserver: cannot connect to unix:/no/such/sock: ", "Start a server: kvserver -addr unix:"},
 		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
 			"Give both: kvserver -c -stop < FILE"},
 		{[]string{"serve"}, exitMisuse, `kvserver: unexpected argument "serve"`, "Leave it out"},
@@ -4400,7 +4591,7 @@ func TestMistakes(t *testing.T) {
 			"Did you mean -out ?"},
 		{[]string{"--PORT=1"}, exitMisuse, "kvserver: unknown flag -PORT", "Did you mean -addr ?"},
 		{[]string{"-addr"}, exitMisuse, "kvserver: flag needs an argument: -addr",
-			"-addr takes PORT up to 65535"},
+			"-addr takes PORT to 65535"},
 		{[]string{"-v=maybe"}, exitMisuse,
 			`kvserver: invalid boolean value "maybe" for -v: parse error`,
 			"-v takes no value: log every connection as well."},
@@ -4461,9 +4652,9 @@ func TestMistakes(t *testing.T) {
 		{[]string{"check", "/no/such/dir"}, exitFailure,
 			"kvserver: the data directory does not exist", "Give the directory that"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: invalid value "70000" for flag -addr`,
-			"-addr takes PORT up to 65535, :PORT, or HOST:PORT (localhost:9999)."},
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
 		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: invalid value "localhost" for flag -addr`,
-			"-addr takes PORT up to 65535, :PORT, or HOST:PORT (localhost:9999)."},
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
 		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
 			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
 			"Stop what listens there, or choose another port: -addr "},
@@ -4599,14 +4790,14 @@ func TestWatch(t *testing.T) {
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
-	listener, err := listen("localhost:0")
+	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := s.watch(listener, "metrics.example")
+	web := s.watch(listeners, "metrics.example")
 	defer web.Close()
 	get := func(path string) (int, string) {
-		answer, err := http.Get("http://" + listener.Addr().String() + path)
+		answer, err := http.Get("http://" + listeners[0].Addr().String() + path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -4882,8 +5073,9 @@ func TestFailingHandshakesAreCounted(t *testing.T) {
 	}
 }
 
-// Ensure that a handshake that does not go on holds no client's place, and that
-// there is a limit for these as well.
+// Ensure that handshakes which do not go on hold no client's place and keep nobody out,
+// however many they are: one more takes the place of the oldest that has said nothing, so a
+// client that has sent its hello stays, however long the rest takes.
 func TestHandshakesHoldNoPlace(t *testing.T) {
 	dir := certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
@@ -4893,36 +5085,81 @@ func TestHandshakesHoldNoPlace(t *testing.T) {
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls, n.server.maxClients = &tls.Config{Certificates: []tls.Certificate{pair}}, 1
-		n.server.handshakes = make(chan struct{}, 3)
-		var silent []*testClient
-		for range cap(n.server.handshakes) - 1 {
-			silent = append(silent, n.dial(t))
-		}
-		ask := func(within time.Duration) {
-			t.Helper()
+		n.server.handshakes = 10
+		const interval = time.Second / 400
+		done := make(chan struct{})
+		var flood sync.WaitGroup
+		flood.Go(func() {
+			for !isClosed(done) {
+				n.dial(t) // and says nothing
+				<-time.After(interval)
+			}
+		})
+		pass(2 * handshakeTime)
+		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			start := time.Now()
 			a := n.dial(t)
-			client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			client := tls.Client(&farConn{a.conn, trip}, &tls.Config{InsecureSkipVerify: true})
 			io.WriteString(client, "Ping\n")
 			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-				t.Errorf("beside %d silent connections: %q, %v", len(silent), answer, err)
+				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
 			}
-			if took := time.Since(start); took > within {
-				t.Errorf("beside %d silent connections an honest one waited %v", len(silent), took)
+			if took := time.Since(start); took > 5*trip {
+				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
 			}
 			client.Close()
 			a.conn.Close()
 			synctest.Wait()
 		}
-		ask(0)
-		for range 2 {
-			silent = append(silent, n.dial(t)) // the second waits for a slot
-		}
-		ask(2 * handshakeTime)
-		for _, s := range silent {
-			s.conn.Close()
-		}
+		close(done)
+		flood.Wait()
 	})
+}
+
+// farConn is a client's connection on which each answer takes its time.
+type farConn struct {
+	net.Conn
+	trip time.Duration
+}
+
+func (f *farConn) Read(p []byte) (int, error) {
+	n, err := f.Conn.Read(p)
+	<-time.After(f.trip)
+	return n, err
+}
+
+// Ensure that an honest client is served at once beside silent connects on real sockets, also
+// where there are few places.
+func TestHandshakesBesideSilentConnects(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(kvstore.NewMemory())
+	s.tls, s.handshakes = &tls.Config{Certificates: []tls.Certificate{pair}}, 20
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	addr := s.listener.Addr().String()
+	for i := range 100 {
+		dialTCP(t, addr)
+		if i%10 > 0 {
+			continue
+		}
+		// With more time one of the silent ends, and its place is free.
+		conn := dialTCP(t, addr).conn
+		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
+		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
+		io.WriteString(client, "Ping\n")
+		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
+			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
+		}
+		client.Close()
+	}
 }
 
 // Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
@@ -4981,6 +5218,11 @@ func TestWatchingAStalledStore(t *testing.T) {
 					watchTime)
 			}
 		}
+		start, answer := time.Now(), httptest.NewRecorder()
+		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost/livez", nil))
+		if took := time.Since(start); answer.Code != 200 || took != 0 {
+			t.Errorf("/livez answers %d after %v, want 200 at once", answer.Code, took)
+		}
 		close(store.gate)
 		a.hangUp()
 		n.server.Close()
@@ -5008,6 +5250,9 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	}
 	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
 		t.Errorf("before the data is open /healthz answers %d %q", code, text)
+	}
+	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
+		t.Errorf("before the data is open /livez answers %d %q", code, text)
 	}
 	if code, text := ask("/metrics"); code != 200 ||
 		!strings.Contains(text, "\nkvserver_active 0\n") ||
@@ -5041,8 +5286,8 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	}
 }
 
-// Ensure that of several addresses -c and -ping take the first where a server is, and a
-// server takes one.
+// Ensure that of several addresses -c and -ping take the first where a server is, and that a
+// server serves all, or does not start.
 func TestSeveralAddresses(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -5073,9 +5318,93 @@ func TestSeveralAddresses(t *testing.T) {
 		!bytes.Contains(out, []byte("None of them serves.")) {
 		t.Errorf("where nobody serves: %v, %s", err, out)
 	}
-	if out, err = binary("-addr", nowhere+","+here).CombinedOutput(); err == nil ||
-		!bytes.Contains(out, []byte("is no address")) {
-		t.Errorf("a server at two addresses: %v, %s", err, out)
+	out, err = binary("-addr", nowhere+","+here).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+here+": ")) {
+		t.Errorf("a server at two addresses, of which one is taken: %v, %s", err, out)
+	}
+
+	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
+	second := listeningAddr(t, log)
+	if addr != nowhere || second == nowhere {
+		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
+	}
+	a, b := dialTCP(t, addr), dialTCP(t, second)
+	a.ask("Put:k:v\nPing", ":PONG")
+	b.ask("Get:k", "k:v")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+}
+
+// Ensure that a server at a unix socket is reached there, by its user and group alone and
+// without TLS; that it takes the place of one that was killed, but not of one that lives; and
+// that it removes the socket.
+func TestUnixSocket(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	path := filepath.Join(t.TempDir(), "sock")
+	at := "unix:" + path
+	args := []string{"-addr", "127.0.0.1:0," + at, "-tls-cert", filepath.Join(dir, "server.pem"),
+		"-tls-key", filepath.Join(dir, "server.key")}
+	start := func() (*exec.Cmd, *bufio.Reader) {
+		t.Helper()
+		cmd, _, log := startBinary(t, args...)
+		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
+			!strings.Contains(line, `try="nc -U `+path+`"`) {
+			t.Errorf("the log says %s", line)
+		}
+		return cmd, log
+	}
+	run := func(want string, args ...string) {
+		t.Helper()
+		if out, err := binary(args...).CombinedOutput(); string(out) != want || err != nil {
+			t.Errorf("%s: %v, %q, want %q", args, err, out, want)
+		}
+	}
+
+	cmd, log := start()
+	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
+		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
+	}
+	run(":PONG\n", "-addr", at, "-ping")
+	run("k:v\n", "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	a.sendAll("Get:k\n")
+	if got := a.readAll(); got != "k:v\n" {
+		t.Errorf("after a half-close: %q", got)
+	}
+	if conn, err = net.Dial("unix", path); err != nil {
+		t.Fatal(err)
+	}
+	hello := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	hello.send("\x16\x03\x01\nPut:k:w\n")
+	hello.want(":ERROR line 1: this port speaks no TLS")
+
+	out, err := binary("-addr", at).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+at+": ")) ||
+		!bytes.Contains(out, []byte("Stop the server that has it")) {
+		t.Errorf("a second server: %v, %s", err, out)
+	}
+	run("k:v\n", "-addr", at, "-c", "Get:k")
+
+	cmd.Process.Kill()
+	cmd.Wait()
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket of a killed server: %v", err)
+	}
+	cmd, log = start()
+	run(":PONG\n", "-addr", at, "-ping")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the socket of a server that has stopped: %v", err)
 	}
 }
 
@@ -5088,12 +5417,12 @@ func TestWatchIsLimited(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	listener, err := listen("localhost:0")
+	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.watch(listener, "metrics.example").Close()
-	addr := listener.Addr().String()
+	defer s.watch(listeners, "metrics.example").Close()
+	addr := listeners[0].Addr().String()
 	var idle []*testClient
 	for range 3 * maxWatchers {
 		idle = append(idle, dialTCP(t, addr))
@@ -5139,31 +5468,50 @@ func TestWatchIsLimited(t *testing.T) {
 	}
 }
 
-// Ensure that one HTTP connection too many takes the place of the oldest.
+// Ensure that one connection too many takes the place of the oldest that has said nothing,
+// or else of the oldest; but not of one that has gone on.
 func TestFewConns(t *testing.T) {
 	n := newFakeNet()
-	few := &fewConns{Listener: n}
+	few := &fewConns{Listener: n, most: 4}
+	says := map[net.Conn]*fakeConn{}
 	accept := func() net.Conn {
-		go func() { n.conns <- newFakeConn(newStream(streamSize), newStream(streamSize)) }()
+		up, down := newStream(streamSize), newStream(streamSize)
+		go func() { n.conns <- newFakeConn(up, down) }()
 		conn, err := few.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
+		says[conn] = newFakeConn(down, up)
 		return conn
 	}
-	isOpen := func(conn net.Conn) bool { return !isClosed(conn.(*watcher).closed) }
+	isOpen := func(conn net.Conn) bool { return !conn.(*guest).left.Load() }
 	var conns []net.Conn
-	for range maxWatchers {
+	for range few.most {
 		conns = append(conns, accept())
 	}
 	conns[3].Close()
-	accept()
+	conns = append(conns, accept())
 	if !isOpen(conns[0]) {
 		t.Error("where one had gone, another lost its place")
 	}
-	accept()
-	if isOpen(conns[0]) || !isOpen(conns[1]) {
-		t.Error("one too many did not take the place of the oldest")
+	says[conns[0]].Write([]byte("x"))
+	conns[0].Read(make([]byte, 1))
+	conns = append(conns, accept())
+	if !isOpen(conns[0]) || isOpen(conns[1]) || !isOpen(conns[2]) {
+		t.Error("one too many did not take the place of the oldest that has said nothing")
+	}
+	for _, conn := range conns[2:] {
+		says[conn].Write([]byte("x"))
+		conn.Read(make([]byte, 1))
+	}
+	conns = append(conns, accept())
+	if isOpen(conns[0]) || !isOpen(conns[2]) {
+		t.Error("where all have said something, one too many did not take the oldest's place")
+	}
+	if last := conns[6].(*guest); !last.leave() || last.Close() != nil || last.leave() {
+		t.Error("one that has gone on has a place")
+	} else if _, err := last.Conn.Write([]byte("x")); err != nil {
+		t.Errorf("one that has gone on is closed: %v", err)
 	}
 }
 
@@ -6635,7 +6983,8 @@ func (p *process) tidyUp(r *rand.Rand) {
 	}
 	for range 5 {
 		wait(1100 * time.Millisecond)
-		p.net.server.statsNow(context.Background())
+		p.net.server.watchHandler("").ServeHTTP(httptest.NewRecorder(),
+			httptest.NewRequest("GET", "http://localhost/healthz", nil))
 		report, err := durable.Check(p.dir)
 		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
 			"no store") {
@@ -8003,16 +8352,12 @@ func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 // serveTCP serves an empty store on a real port until the test ends.
 func serveTCP(t testing.TB) (addr string) {
 	t.Helper()
-	listener, err := listen("localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := New(kvstore.NewMemory())
-	if err := s.serve(listener); err != nil {
+	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.Close)
-	return listener.Addr().String()
+	return s.listener.Addr().String()
 }
 
 // halfConn is a connection whose sending side can be closed alone.

@@ -107,7 +107,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 
 	spare := d.toDelete(bytes)
-	if d.isFull && time.Now().Before(d.roomAfter) {
+	if d.isFull && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
 	if d.room >= need && d.spare.size >= spare && !d.isFull {
@@ -118,7 +118,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 	err := d.extend(need)
 	if wasFull := d.setFull(err != nil); err != nil {
-		d.noRoom, d.roomAfter = err, time.Now().Add(roomTime)
+		d.noRoom, d.refused, d.roomAfter = err, bytes, time.Now().Add(roomTime)
 	} else if wasFull {
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	}

@@ -82,7 +82,8 @@ type Store struct {
 	// Room on the disk.
 	spare     spare
 	noRoom    error     // why the last write was refused
-	roomAfter time.Time // none is taken before
+	refused   int64     // its bytes
+	roomAfter time.Time // none that is as large is taken before
 
 	// Compaction.
 	segmentSize, minCompact int64  // the directory's Sizes
