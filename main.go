@@ -250,7 +250,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
 	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h")
 	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
-	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients, "`N` connections at a time, 1 or more")
+	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
+		"`N` connections at a time, 1 or more")
 	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB")
 	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
 	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit")
@@ -329,7 +330,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		f := flags.Lookup(name)
 		return c, problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
 	}
-	if err := cmp.Or(c.checkRequests(), c.checkKind(typed), c.checkTogether(given(flags))); err != nil {
+	err = cmp.Or(c.checkRequests(), c.checkKind(typed), c.checkTogether(given(flags)))
+	if err != nil {
 		return c, err
 	}
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
@@ -461,13 +463,12 @@ func firstWrong(all []wrong) error {
 }
 
 // words are what other programs have in the place of our flags.
-var words = map[string]string{
-	"serve": "Leave it out: kvserver alone serves.", "start": "Leave it out: kvserver alone serves.",
-	"run": "Leave it out: kvserver alone serves.", "server": "Leave it out: kvserver alone serves.",
-	"version": "Did you mean kvserver -version ?", "ping": "Did you mean kvserver -ping ?",
-	"client": "Did you mean kvserver -c ?",
-	"stop":   "Press Ctrl-C where it runs, or send it SIGTERM: kill PID.",
-}
+var words = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
+	"server": leaveOut, "version": "Did you mean kvserver -version ?",
+	"ping": "Did you mean kvserver -ping ?", "client": "Did you mean kvserver -c ?",
+	"stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+
+const leaveOut = "Leave it out: kvserver alone serves."
 
 // checkRequests tells what is wrong with what stands behind the flags.
 func (c config) checkRequests() error {
@@ -507,7 +508,7 @@ func (c config) checkRequests() error {
 			return err
 		}
 		if why := spread(c.requests[i:]); why != "" {
-			return problem{why, "Each argument is one request: kvserver -c Put:fruit:apple Get:fruit"}
+			return problem{why, "Each argument is one request: kvserver -c Put:a:b Get:a"}
 		}
 	}
 	return nil
@@ -1002,16 +1003,16 @@ func listenProblem(name, addr string, err error) error {
 		return socketProblem(path, err)
 	}
 	host, port, _ := net.SplitHostPort(addr)
-	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" + name +
-		" :" + port
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
+		name + " :" + port
 	free := ""
 	if isInUse(err) {
 		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
 	}
 	todo := advice{
 		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
-		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: kvserver -" +
-			name + " 9999"},
+		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: " +
+			"kvserver -" + name + " 9999"},
 		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
 		{isNoAddress, "This machine does not have that address." + elsewhere},
 	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
@@ -1030,11 +1031,12 @@ func socketProblem(path string, err error) error {
 	}
 	todo := advice{
 		{isInUse, "Stop the server that has it, or choose another path."},
-		{is(errNoSocket), "Nothing was changed. Choose another path, or remove the file if nobody " +
-			"needs it."},
+		{is(errNoSocket), "Nothing was changed. Choose another path, or remove the file if " +
+			"nobody needs it."},
 		{is(syscall.EINVAL), "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
 		{is(fs.ErrNotExist), "Create the directory: mkdir -p " + dir},
-		{is(fs.ErrPermission), "Start as a user who may write in " + dir + ", or choose another path."},
+		{is(fs.ErrPermission), "Start as a user who may write in " + dir +
+			", or choose another path."},
 	}.about(err, "Choose another path: kvserver -addr unix:/run/kvserver/sock")
 	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
 		err = op.Err
@@ -1327,7 +1329,8 @@ func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store
 func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
 		for data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			log.Warn("the end waits until all data is written anew; a second signal ends it " +
+				"at once")
 			for data.IsHealing() {
 				time.Sleep(stopTime / 50)
 			}
@@ -1699,8 +1702,8 @@ func storeProblem(c config, err error) error {
 			"etcd://host1:2379,host2:2379,host3:2379/kv"},
 		{is(storage.ErrMoved), "Put the directory back, or look who took it, before you start " +
 			"again. What was answered is in the directory that was moved."},
-		{is(durable.ErrOlder), "Nothing was changed. Start that kvserver, and bring its data here " +
-			"with kvserver -c Dump."},
+		{is(durable.ErrOlder), "Nothing was changed. Start that kvserver, and bring its data " +
+			"here with kvserver -c Dump."},
 		{is(storage.ErrMissing), "Create it: mkdir -m 700 " + c.data},
 		{is(storage.ErrNotOurs), "Nothing was changed. Give an empty directory, or one that " +
 			"kvserver made."},
@@ -1708,11 +1711,11 @@ func storeProblem(c config, err error) error {
 			"directory."},
 		{is(durable.ErrNothingRead), "Restore a backup. Where there is none the data is lost: " +
 			"start with an empty directory."},
-		{is(durable.ErrUnfinished), "Nothing was changed. If it was a copy, make it again, into an " +
-			"empty directory; remove what is there only if you want to start empty."},
+		{is(durable.ErrUnfinished), "Nothing was changed. If it was a copy, make it again, " +
+			"into an empty directory; remove what is there only if you want to start empty."},
 		{is(durable.ErrNewer), "Nothing was changed. Start the newer kvserver."},
-		{is(fs.ErrPermission), "Start as the user who owns it, or give that user the right to read " +
-			"and write it."},
+		{is(fs.ErrPermission), "Start as the user who owns it, or give that user the right to " +
+			"read and write it."},
 		{as[*storage.DamageError], "Nothing was changed. Restore a backup, or save what can be " +
 			"saved: kvserver repair " + c.data + " NEW"},
 	}.about(err, keeps)}
@@ -1848,7 +1851,7 @@ func dialProblem(addrs string, err error) error {
 		{isThere, "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
 			"-tls-ca if it speaks no TLS."},
 	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+
-		"HOST:PORT   One that still reads its data does not listen yet: its log tells how far it is.")
+		"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is.")
 	if op != nil && op.Op == "dial" {
 		err = op.Err // the rest says again what we say
 	}
@@ -2200,8 +2203,12 @@ func (t *talker) mayGoOn() bool {
 // isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
 // letter in two bytes.
 func isUTF16(start []byte) bool {
-	return bytes.HasPrefix(start, []byte("\xff\xfe")) || bytes.HasPrefix(start, []byte("\xfe\xff")) ||
-		len(start) > 1 && start[0]|start[1] >= 'A' && (start[0] == 0) != (start[1] == 0)
+	if len(start) < 2 {
+		return false
+	}
+	a, b := start[0], start[1]
+	isMark := a == 0xff && b == 0xfe || a == 0xfe && b == 0xff
+	return isMark || a|b >= 'A' && (a == 0) != (b == 0)
 }
 
 // problem says what to do about an error of converse.
@@ -2219,22 +2226,25 @@ func (t *talker) problem(c config, err error) error {
 	is := func(target error) bool { return errors.Is(err, target) }
 	return firstWrong([]wrong{
 		{is(errOutput), what, "Make room where the answers go, and look what was done."},
-		{is(errUTF16), errUTF16.Error(), "Have a Dump written by kvserver -c -out FILE, and other " +
-			"text saved as UTF-8."},
+		{is(errUTF16), errUTF16.Error(), "Have a Dump written by kvserver -c -out FILE, and " +
+			"other text saved as UTF-8."},
 		{is(errSilent), what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
 		{isTLS && c.cert != "", what, "It does not trust the certificate in " + c.cert +
 			": give one of the CA that it wants."},
-		{isTLS, what, "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
+		{isTLS, what,
+			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
 		{is(errStranger), what, "Nothing was done. Look at -addr, or try again later."},
 		{isGiven && is(errStopped), what,
 			"Nothing behind the request with the error was sent. Mend it first."},
 		{isGiven && t.onlyReads(), what, "Nothing was to be changed: try again."},
 		{isGiven, what,
 			"What was answered is done. Of the rest nothing is known: look, then send it again."},
-		{t.isTyped && is(errGone), what, "All that was sent is answered. Start it again, then go on."},
+		{t.isTyped && is(errGone), what,
+			"All that was sent is answered. Start it again, then go on."},
 		{t.isTyped, what, "What was answered is done. Of the rest nothing is known: look."},
-		{is(errGone), what + upTo, "That is all that was sent. Start it again, then go on: " + goOn},
+		{is(errGone), what + upTo,
+			"That is all that was sent. Start it again, then go on: " + goOn},
 		{is(errStopped), what + upTo,
 			"Nothing after the line with the error was sent. Mend it, then go on: " + goOn},
 		{true, what + upTo,

@@ -4033,11 +4033,12 @@ func TestPromisesHaveTests(t *testing.T) {
 	}
 	page, _, _ := strings.Cut(string(code), "\npackage main")
 	names := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(page, -1)
-	promises := regexp.MustCompile(`(?s)\n## What it promises\n(.*?)\n## `).FindStringSubmatch(readme)
-	if promises == nil || strings.Count(promises[1], "\n- ") < 10 {
+	_, promises, _ := strings.Cut(readme, "\n## What it promises\n")
+	promises, _, _ = strings.Cut(promises, "\n## ")
+	if strings.Count(promises, "\n- ") < 10 {
 		t.Fatalf("the README promises %q", promises)
 	}
-	for _, m := range regexp.MustCompile(`(?m)^- (.*)\.$`).FindAllStringSubmatch(promises[1], -1) {
+	for _, m := range regexp.MustCompile(`(?m)^- (.*)\.$`).FindAllStringSubmatch(promises, -1) {
 		if !strings.Contains(page, "\n//\t"+m[1]+"\n//\t\t") {
 			t.Errorf("the README promises %q, of which the first page names no test", m[1])
 		}
@@ -4054,18 +4055,14 @@ func TestPromisesHaveTests(t *testing.T) {
 
 // Ensure that the session in the README is what happens.
 func TestReadmeSession(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	sessions := regexp.MustCompile("(?s)```text\n\\$ nc localhost 9999\n(.*?)```").FindAllSubmatch(readme, -1)
+	sessions := regexp.MustCompile("(?s)```text\n\\$ nc localhost 9999\n(.*?)```").FindAllStringSubmatch(readme, -1)
 	if len(sessions) == 0 {
 		t.Fatal("the README shows no session")
 	}
 	for _, session := range sessions {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			a := n.dial(t)
-			for line := range strings.Lines(string(session[1])) {
+			for line := range strings.Lines(session[1]) {
 				line = strings.TrimSuffix(line, "\n")
 				if request, _, typed := strings.Cut(line, "  <-"); typed {
 					a.send(strings.TrimRight(request, " ") + "\n")
@@ -4127,7 +4124,8 @@ for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
 func TestReadmeCommands(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	shim := "#!/bin/sh\nKVSERVER_TEST_MAIN=1 GORACE=atexit_sleep_ms=0 exec " + os.Args[0] + " \"$@\"\n"
+	shim := "#!/bin/sh\nexport KVSERVER_TEST_MAIN=1 GORACE=atexit_sleep_ms=0\nexec " + os.Args[0] +
+		" \"$@\"\n"
 	if err := os.WriteFile(filepath.Join(dir, "kvserver"), []byte(shim), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -4142,7 +4140,8 @@ func TestReadmeCommands(t *testing.T) {
 		return string(out)
 	}
 	block := func(has string) []string {
-		for _, m := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1) {
+		blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1)
+		for _, m := range blocks {
 			if strings.Contains(m[1], has) {
 				return strings.Split(strings.TrimSpace(m[1]), "\n")
 			}
@@ -4173,7 +4172,9 @@ func TestReadmeCommands(t *testing.T) {
 		return
 	}
 	lines := block("tls-client-ca")
-	serve := slices.IndexFunc(lines, func(s string) bool { return strings.Contains(s, "-tls-client-ca") })
+	serve := slices.IndexFunc(lines, func(line string) bool {
+		return strings.Contains(line, "-tls-client-ca")
+	})
 	play("", strings.Join(lines[:serve], "\n"))
 	args := strings.Fields(lines[serve])[1:]
 	for i, arg := range args {
@@ -4201,7 +4202,8 @@ func TestReadmeCommands(t *testing.T) {
 // into archives.
 func readmeFiles(t *testing.T) (dir string) {
 	dir = t.TempDir()
-	if out, err := exec.Command("go", "run", ".ci/dist.go", "-files", dir).CombinedOutput(); err != nil {
+	out, err := exec.Command("go", "run", ".ci/dist.go", "-files", dir).CombinedOutput()
+	if err != nil {
 		t.Fatalf("the README's files: %v\n%s", err, out)
 	}
 	return dir
@@ -4244,13 +4246,14 @@ func TestReadmeAlerts(t *testing.T) {
 	dir := readmeFiles(t)
 	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
 	cases := map[string]map[string]string{ // by alert, what is not as at the start
-		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
-		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
-		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
-		"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
-		"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
-		"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
-		"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
+		"NobodyServes":  {"kvserver_active": "1x15 0x45"},
+		"Down":          {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
+		"Restarted":     {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
+		"Errors":        {"kvserver_log_errors_total": "0x25 1x35"},
+		"LogLost":       {"kvserver_log_lines_lost_total": "0x25 7x35"},
+		"WritesRefused": {"kvserver_writes_refused_total": "0x27 3x33"},
+		"Memory": {"kvserver_memory_bytes": "950x60",
+			"kvserver_memory_limit_bytes": "1000x60"},
 		"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
 		"Queues":         {"kvserver_queued_bytes": "600000000x60"},
 		"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
@@ -4333,7 +4336,8 @@ func metricsAtStart(t *testing.T) map[string]string {
 	}
 	defer s.Close()
 	answer := httptest.NewRecorder()
-	s.watchHandler("").ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost/metrics", nil))
+	ask := httptest.NewRequest("GET", "http://localhost/metrics", nil)
+	s.watchHandler("").ServeHTTP(answer, ask)
 	series := map[string]string{"up": "1x60"}
 	for line := range strings.Lines(answer.Body.String()) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
@@ -4360,11 +4364,8 @@ func TestFlagsAreDocumented(t *testing.T) {
 			t.Errorf("%d columns: %s", len(line), line)
 		}
 	}
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, table, _ := strings.Cut(string(readme), "\n| flag | environment | default | is |\n|---|---|---|---|\n")
+	_, table, _ := strings.Cut(readme,
+		"\n| flag | environment | default | is |\n|---|---|---|---|\n")
 	table, _, _ = strings.Cut(table, "\n\n")
 	rows := strings.Split(table, "\n")
 	flags.VisitAll(func(f *flag.Flag) {
@@ -4440,7 +4441,8 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-dta", "x"}, exitMisuse, "kvserver: unknown flag -dta", "Did you mean -data ?"},
 		{[]string{"-log", "xml"}, exitMisuse, `kvserver: invalid value "xml" for flag -log`,
 			"-log takes FORMAT of the log: text or json"},
-		{[]string{"-http", "x"}, exitMisuse, `kvserver: invalid value "x" for flag -http`, "-http takes PORT, :PORT"},
+		{[]string{"-http", "x"}, exitMisuse, `kvserver: invalid value "x" for flag -http`,
+			"-http takes PORT, :PORT"},
 		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure,
 			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
 			"Stop what listens there, or choose another port: -http "},
@@ -4494,7 +4496,8 @@ func TestMistakes(t *testing.T) {
 		{[]string{"repair", "a"}, exitMisuse, "kvserver: repair needs a data directory, which it only reads,",
 			"Give the one"},
 		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse,
-			`kvserver: invalid value "sometimes" for flag -fsync`, "-fsync takes WHEN: always, never, or a time from 1ms to 1h"},
+			`kvserver: invalid value "sometimes" for flag -fsync`,
+			"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
 		{[]string{"-data", "/no/such/dir"}, exitFailure,
 			"kvserver: the data directory does not exist: /no/such/dir",
 			"Create it: mkdir -m 700 /no/such/dir"},
@@ -4508,7 +4511,8 @@ func TestMistakes(t *testing.T) {
 			"kvserver: " + filepath.Join(damaged, "STORE") + " is damaged",
 			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
 				damaged},
-		{[]string{"-max-memory", "1KiB"}, exitMisuse, `kvserver: invalid value "1024" for flag -max-memory`,
+		{[]string{"-max-memory", "1KiB"}, exitMisuse,
+			`kvserver: invalid value "1024" for flag -max-memory`,
 			"-max-memory takes SIZE of the process, as 500MB, from 64MB on"},
 		{[]string{"-timeout", "1", "-ping"}, exitMisuse,
 			"kvserver: invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s"},
@@ -4653,7 +4657,8 @@ func TestMistakes(t *testing.T) {
 			"kvserver: the data directory does not exist", "Give the directory that"},
 		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: invalid value "70000" for flag -addr`,
 			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
-		{[]string{"-addr", "localhost"}, exitMisuse, `kvserver: invalid value "localhost" for flag -addr`,
+		{[]string{"-addr", "localhost"}, exitMisuse,
+			`kvserver: invalid value "localhost" for flag -addr`,
 			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
 		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
 			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
