@@ -6477,8 +6477,9 @@ func (p *process) pause(d time.Duration) {
 	close(paused)
 }
 
-// tidyUp removes files of the store, as somebody does who takes them for logs. Where nothing
-// else befalls the process they are there again after a request a second later.
+// tidyUp removes files of the store, as somebody does who takes them for logs, or empties them, as
+// what rotates logs does. Where nothing else befalls the process they are there again after a
+// request a second later.
 func (p *process) tidyUp(r *rand.Rand) {
 	select {
 	case p.tidying <- struct{}{}:
@@ -6496,7 +6497,12 @@ func (p *process) tidyUp(r *rand.Rand) {
 	names, _ := p.dir.List()
 	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for _, name := range names[:r.IntN(len(names)+1)] {
-		p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		if chance(r, 2) {
+			p.tell("somebody empties %s", name)
+			p.dir.Empty(name)
+		} else {
+			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		}
 	}
 	for range 5 {
 		wait(1100 * time.Millisecond)
