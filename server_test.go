@@ -3602,6 +3602,8 @@ func (l listedStore) Snapshot() kvstore.Snapshot {
 // plainSnapshot is a copy of everything.
 type plainSnapshot map[string][]string
 
+func (p plainSnapshot) Deadline(string) (int64, bool) { return 0, false }
+
 func (p plainSnapshot) All() iter.Seq2[string, []string]           { return maps.All(p) }
 func (p plainSnapshot) View(scratch []string, key string) []string { return p[key] }
 
