@@ -144,12 +144,14 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		done:     make(chan *Query, 1),
 		progress: make(chan bool, 1),
 	}
+
 	c.paced, _ = underTLS(conn).(*pacedConn)
 	if c.paced == nil {
 		c.paced = &pacedConn{Conn: conn, server: s}
 		c.connection = c.paced
 	}
 	c.paced.progress = c.progress
+
 	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
@@ -169,12 +171,16 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.read()
+
+		// Lines that are whole: one chain after the other, while there is no reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
 				c.submit(chain)
 			}
 		}
+
+		// The line that is not.
 		switch {
 		case c.reason != "":
 		case err != nil:
@@ -183,11 +189,14 @@ func (c *Client) readFromClient() {
 			c.mayGoOn()
 		}
 	}
+
+	// The end: what is under way is answered, and nothing is kept meanwhile.
 	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
 	c.countInput()
 	if c.await() {
 		c.tellLoss()
 	}
+
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -310,6 +319,8 @@ func (c *Client) awaitMemory() bool {
 	if more <= 0 {
 		return true
 	}
+
+	// It has its turn already.
 	if in.first.taken || in.spare.taken {
 		b.inputs.Add(more)
 		in.counted += more
@@ -321,6 +332,7 @@ func (c *Client) awaitMemory() bool {
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		spare = b.spare.slots
 	}
+
 	for ends := time.Now().Add(lineTime); !b.takeLine(more); {
 		select {
 		case b.first.slots <- struct{}{}:
@@ -369,6 +381,8 @@ func (c *Client) endInput(err error) {
 		switch {
 		case in.skipping && in.unanswered:
 			c.answerFault(in.why)
+
+		// The last line may be torn, so it is not run.
 		case in.pending > 0:
 			in.line++
 			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
@@ -378,8 +392,10 @@ func (c *Client) endInput(err error) {
 			}
 		}
 		c.end(itClosed, false)
-	case c.server.isClosing():
+
+	case c.server.isClosing(): // that is why Read has ended
 		c.end(weClose, true)
+
 	case err == errSlowLine:
 		if !in.skipping {
 			in.line++
@@ -388,7 +404,8 @@ func (c *Client) endInput(err error) {
 			c.answerFault(err.Error())
 		}
 		c.end(err.Error(), true)
-	default:
+
+	default: // the connection broke
 		c.end(err.Error(), false)
 	}
 }
@@ -454,6 +471,7 @@ func (c *Client) read() (burst string, err error) {
 	c.countInput()
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
+
 	if n > 0 {
 		in.came += n
 		if !in.heard && in.buf[0] == tlsHandshake && underTLS(c.connection) == c.connection {
@@ -463,6 +481,7 @@ func (c *Client) read() (burst string, err error) {
 			return "", nil
 		}
 		in.heard = true
+
 		wasUnanswered := in.unanswered
 		c.await() // or take would change what the chain under way is made of
 		burst = in.take(n)
@@ -470,6 +489,8 @@ func (c *Client) read() (burst string, err error) {
 			c.answerSkipped()
 		}
 	}
+
+	// The time of a line runs from its first byte.
 	if !in.midLine() {
 		in.waited = 0
 	}
@@ -489,15 +510,20 @@ const tlsHandshake = 0x16
 func (c *Client) tick() error {
 	in := &c.in
 	c.await()
+
+	// What the client does not need goes.
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
 	in.shrink()
 	c.countInput()
+
+	// A line that was there at the last tick has had a tick more.
 	c.limitRead(time.Time{})
 	if in.midLine() && in.whole {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
 	}
+
 	in.ticking, in.came = false, 0
 	return nil
 }
@@ -556,10 +582,12 @@ func (in *input) resize(size int) {
 // shrink gives back what a client does not need that goes on sending as it did since the last
 // tick. No chain is under way.
 func (in *input) shrink() {
+	// The least size that would have done.
 	size := quietSize
 	for size <= max(in.came, in.pending) {
 		size *= 4
 	}
+
 	if size < len(in.buf) {
 		in.resize(size)
 	}
@@ -574,6 +602,7 @@ func (in *input) skip(why string) {
 	in.why = why
 	in.unanswered = !in.spoke && begun(in.buf[:in.pending]) == malformed
 	in.spoke = true
+
 	in.skipped = in.skipped[:0]
 	in.noteSkipped(in.buf[:in.pending])
 	in.pending, in.skipping = 0, true
@@ -597,6 +626,8 @@ func (in *input) take(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
+
+	// No line has ended.
 	if last == in.pending {
 		if in.skipping {
 			in.noteSkipped(in.buf[:end])
@@ -606,12 +637,16 @@ func (in *input) take(n int) (burst string) {
 		return ""
 	}
 	in.waited, in.whole = 0, false
+
+	// The rest of a line that is skipped is no part of the burst.
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
 		in.noteSkipped(in.buf[:first-1])
 		in.skipping = false
 	}
+
+	// The lines stay where they are, and the rest goes on in the other buffer.
 	read := in.buf
 	burst = unsafe.String(unsafe.SliceData(read[first:]), last-first)
 	if len(in.lent) != len(read) {
@@ -643,6 +678,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	before := in.queries
 	in.queries = in.queries[:0]
+
 	for lists := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !lists; {
 		end := strings.IndexByte(burst, '\n')
 		line, whole := trimCR(burst[:end]), burst
@@ -651,6 +687,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		if line == "" {
 			continue
 		}
+
 		in.queries = append(in.queries, Query{client: c, line: in.line})
 		q := &in.queries[len(in.queries)-1]
 		isLong := len(line) > c.server.maxLine
@@ -666,6 +703,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			break
 		}
 
+		// Some lines are their connection's last.
 		switch {
 		case q.queryType == quit:
 			c.end(itQuit, true)
@@ -682,10 +720,13 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 		in.spoke = true
 	}
-	clear(before[min(len(in.queries), len(before)):]) // what they found may pin memory of the store
+
+	// What older queries found may pin memory of the store.
+	clear(before[min(len(in.queries), len(before)):])
 	if len(in.queries) == 0 {
 		return nil, burst
 	}
+
 	for i := range in.queries[1:] {
 		in.queries[i].next = &in.queries[i+1]
 	}
@@ -750,6 +791,8 @@ func (c *Client) list(q *Query) {
 		return
 	}
 	defer l.giveBack()
+
+	// workLoop takes the snapshot.
 	if c.send(q); !c.await() {
 		return
 	}
@@ -806,6 +849,8 @@ func (l *listing) survey() (wanted bool) {
 	if l.wanted >= 0 && (l.wanted <= fewKeys || fits && l.value == "") {
 		return true
 	}
+
+	// Where the sample is full, it becomes half as dense.
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
@@ -835,6 +880,8 @@ func (l *listing) awaitMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
+
+	// Whoever has the memory is cut if it does not read: the snapshots' rule.
 	if l.most > fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
@@ -849,6 +896,7 @@ func (l *listing) awaitMemory() bool {
 		}
 		l.listed = bytes
 	}
+
 	l.count(bytes)
 	return true
 }
@@ -864,12 +912,14 @@ func (l *listing) reply() bool {
 		if last == "" && !more && l.copies() {
 			l.copy(keys)
 		}
+
 		for few := range slices.Chunk(keys, maxChain) {
 			l.client.outbox.replyAll(l.replies(few))
 			if l.client.isGone() || l.mustStop(len(keys)) {
 				return false
 			}
 		}
+
 		if more {
 			last = keys[len(keys)-1]
 		}
@@ -967,6 +1017,8 @@ func (l *listing) replies(found []string) *Query {
 		l.n += len(found)
 		return &Query{queryType: keys, values: found, bytes: sum(found)}
 	}
+
+	// A Dump: each key with its list is a query of a chain.
 	chain := make([]Query, len(found))
 	for i, key := range found {
 		q := &chain[i]
@@ -1028,11 +1080,14 @@ type outbox struct {
 // a goroutine.
 func (c *Client) answer(chain *Query) {
 	size, lists := c.outbox.measure(chain)
+
+	// Long, or without room now.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
 		go c.deliver(chain, size, lists)
 		return
 	}
+
 	c.outbox.reply(chain, size, true)
 	c.done <- chain
 }
@@ -1141,6 +1196,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			o.lostSincePong = 0
 		}
 	}
+
 	o.next = nil
 	if msg != nil {
 		o.queue(msg)
@@ -1160,17 +1216,21 @@ func (o *outbox) cloneWaiting() {
 func (o *outbox) format(msg []byte, q *Query) []byte {
 	values := q.values
 	q.values = nil // a client that sends nothing more pins no list
+
 	for _, v := range values {
 		if len(msg)+q.lineSize(v) <= o.piece {
 			msg = q.appendLine(msg, v)
 			continue
 		}
+
+		// The line goes on in other messages.
 		for _, text := range q.parts(v) {
 			if msg = o.split(msg, text); msg == nil {
 				return nil
 			}
 		}
 	}
+
 	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
@@ -1256,6 +1316,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		hasRoom = waiting+n <= maxBufferSize
 	}
 	isOver := o.reserved == 0 && o.budget.isOver()
+
 	l := o.listing
 	isAwaited := l != nil && l.place.isAwaited()
 
@@ -1283,13 +1344,15 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 // client is slow and its reply may be dropped.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
-		if len(o.client.buffer) > 0 { // else there is room, slow or not
+		// What the connection did last; with nothing queued it makes no difference.
+		if len(o.client.buffer) > 0 {
 			select {
 			case taken := <-o.client.progress:
 				o.slow = !taken
 			default:
 			}
 		}
+
 		switch what, why := o.decide(n, mayDrop); what {
 		case isQueued:
 			return true
@@ -1299,6 +1362,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 			o.cut = why
 			o.client.paced.Close()
 		}
+
 		o.wait()
 	}
 }
@@ -1308,16 +1372,19 @@ func (o *outbox) wait() {
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
+
 	began := time.Now()
 	var look <-chan time.Time // nil: nobody else waits for what the client has
 	if o.listing != nil {
 		look = time.After(slowAfter)
 	}
+
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
 	case <-look:
 	}
+
 	if o.listing != nil {
 		o.listing.noteWait(time.Since(began))
 	}
@@ -1385,6 +1452,7 @@ func (c *Client) writeToClient() {
 	for msg := range c.buffer {
 		msg, size := c.gather(msg)
 		c.tellRoom()
+
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
 				close(c.closed)
@@ -1394,6 +1462,7 @@ func (c *Client) writeToClient() {
 		recycle(msg)
 		c.server.budget.queued.Add(-size)
 	}
+
 	if c.broken == nil {
 		// TLS says goodbye, and waits 5 s for a client that does not read.
 		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
@@ -1403,6 +1472,7 @@ func (c *Client) writeToClient() {
 		c.connection.Close()
 		late.Stop()
 	}
+
 	c.depart()
 }
 
@@ -1417,6 +1487,8 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 				return msg, size
 			}
 			size += int64(cap(more))
+
+			// Where both do not fit into the first, a larger one takes them.
 			if n := len(msg) + len(more); n > cap(msg) && n <= largeSize {
 				together := append(large.Get().(*[largeSize]byte)[:0], msg...)
 				recycle(msg)
@@ -1440,10 +1512,12 @@ func (c *Client) drainInput() {
 	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
+
 	silence := drainTime
 	if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
 		silence = busyTime
 	}
+
 	end := time.Now().Add(drainTime)
 	var scratch [4 << 10]byte
 	for {
@@ -1489,12 +1563,15 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 	if p.until.IsZero() {
 		p.setDeadline(time.Now(), tickTime)
 	}
+
 	// Time without a byte taken. The first tick may have begun before us, so it
 	// does not count.
 	stalled, tick := -tickTime, tickTime
 	for {
 		m, err := p.Conn.Write(b[n:])
 		n += m
+
+		// Bytes were taken.
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
 		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
@@ -1502,14 +1579,18 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 			p.tell(true)
 			p.until = time.Time{} // it is too far away for the next Write
 		}
+
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}
+
+		// A tick is over.
 		now := time.Now()
 		p.unread = int(p.timeToRead(now).Seconds() * steadyRate)
 		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
+
 		if m > 0 {
 			stalled, tick = 0, tickTime
 		} else {
@@ -1522,6 +1603,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 				return n, fmt.Errorf("%w for %v (-write-timeout)", errTookNothing, most)
 			}
 		}
+
 		p.setDeadline(now, tick)
 	}
 }

@@ -371,6 +371,8 @@ func didYouMean(line string) string {
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
+
+	// The word, or one that others have for it, or one with a slip in it.
 	word, rest := line, ""
 	if i := strings.IndexAny(line, gap); i >= 0 {
 		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
@@ -387,6 +389,7 @@ func didYouMean(line string) string {
 	if t == malformed {
 		return "; Help lists the requests"
 	}
+
 	// Offer the client's own request where its arguments fit and can be shown.
 	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && verbs[t].effect != noKey {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
@@ -590,9 +593,11 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	if !q.hasEnd(acked) {
 		return b
 	}
+
 	switch q.row().end {
 	case endForeign:
 		return append(b, q.value...)
+
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
