@@ -208,10 +208,12 @@ func (c *Client) readFromClient() {
 // tellLoss tells a client that goes how many replies it has lost since its last PONG. No chain is
 // under way.
 func (c *Client) tellLoss() {
+	// Only a client that has closed or said Quit may still read.
 	lost := c.outbox.lostSincePong
 	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
 	}
+
 	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
 		"Ack none is", lost)
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
@@ -282,11 +284,14 @@ func (c *Client) answerFault(why string) {
 func (c *Client) answerSkipped() {
 	in := &c.in
 	in.unanswered = false
+
 	if !isHTTP(trimCR(string(in.skipped))) {
 		c.answerFault(in.why)
 		c.end(speaksNothing, true)
 		return
 	}
+
+	// It has headers behind it, which must not be run.
 	if c.await() {
 		c.submit(&Query{client: c, line: in.line, queryType: foreign, value: badRequest})
 	}
@@ -303,6 +308,8 @@ func (c *Client) mayGoOn() {
 	case !c.awaitMemory():
 		why = "too long for the memory that is left, skipped"
 	}
+
+	// A first line may turn out to be HTTP's, so its answer waits.
 	if why != "" {
 		if c.in.skip(why); !c.in.unanswered {
 			c.answerFault(why)
@@ -362,6 +369,7 @@ func (c *Client) countInput() {
 		in.first.release()
 		in.spare.release()
 	}
+
 	if need := in.need(c.server.maxLine); need != in.counted {
 		c.server.budget.inputs.Add(need - in.counted)
 		in.counted = need
@@ -540,6 +548,7 @@ func (c *Client) setTick() {
 	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.midLine() {
 		return
 	}
+
 	in.ticking, in.whole = true, in.midLine()
 	c.limitRead(time.Now().Add(quietAfter))
 }
@@ -560,12 +569,12 @@ func (in *input) nextSize(maxLine int) (size int) {
 	switch size = len(in.buf); {
 	case size == 0:
 		return quietSize
-	case in.full && size < burstSize:
+	case in.full && size < burstSize: // a burst
 		return min(4*size, burstSize)
 	// Lines are long, and the rest of one is copied each time.
 	case in.full && in.pending > size/8 && size < 4*burstSize:
 		return 2 * size
-	case in.pending == size:
+	case in.pending == size: // a line
 		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	}
 	return size
@@ -830,11 +839,13 @@ func (l *listing) count(bytes int64) {
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
+		// Now and then others may work, and there is a look at whether it is worth going on.
 		if passed++; passed%partKeys == 0 {
 			if l.client.outbox.core.yield(); l.client.isGone() || l.mustStop(passed) {
 				return false
 			}
 		}
+
 		if strings.HasPrefix(key, l.value) && !see(key) {
 			return false
 		}
@@ -934,6 +945,7 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	core.take(nil)
 	defer core.release()
 
+	// What comes before last was in other parts, and what comes beyond will be.
 	beyond := l.beyond(last)
 	if !l.walk(func(key string) bool {
 		switch {
@@ -968,6 +980,8 @@ func (l *listing) beyond(last string) string {
 	if l.wanted <= l.most || len(l.sample) == 0 {
 		return ""
 	}
+
+	// With three quarters of a part in mind the sample hardly ever makes one too large.
 	first, _ := slices.BinarySearch(l.sample, last+"\x00")
 	step := len(l.sample) * (l.most - l.most/4) / l.wanted
 	if first += max(step, 1); first < len(l.sample) {
@@ -997,13 +1011,15 @@ func (l *listing) copy(keys []string) {
 // gone, it gives up and returns false: millions of keys take seconds.
 func (l *listing) sort(keys []string) bool {
 	core := &l.client.outbox.core
+
 	stops, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
 			core.yield()
 			stops = stops || l.client.isGone() || l.mustStop(len(keys))
 		}
-		if stops {
+
+		if stops { // the rest is over at once
 			return 0
 		}
 		return strings.Compare(a, b)
@@ -1100,15 +1116,18 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
 	giveBack()
+
 	c.done <- chain
 }
 
 // hold counts as queued what the chain whose replies wait keeps in memory, and so many bytes more.
 // giveBack ends that.
 func (o *outbox) hold(bytes int64) (giveBack func()) {
+	// Its lines count as lines no longer, for they are what waits.
 	b, bytes, lines := o.budget, bytes+o.chain, o.inInputs
 	b.queued.Add(bytes)
 	b.inputs.Add(-lines)
+
 	return func() {
 		b.queued.Add(-bytes)
 		b.inputs.Add(lines)
@@ -1133,6 +1152,7 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.client.isGone() {
 		return 0, 0
 	}
+
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
@@ -1165,25 +1185,19 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			if o.client.isGone() {
 				return
 			}
-			messages := (q.size + o.maxMessage - 1) / o.maxMessage
-			if !hasRoom && !o.awaitRoom(messages, q.mayDrop(o.acked)) {
+			if !hasRoom && !o.awaitRoom(o.messages(q.size), q.mayDrop(o.acked)) {
 				o.drop(q)
 				left -= q.size
 				continue
 			}
-			// A client with nothing queued may always begin, but while all queues are full with
-			// little at a time.
-			o.piece = o.maxMessage
-			if o.budget.isOver() {
-				o.piece = min(o.maxMessage, chunkSize)
-			}
-			o.reserve(q.size)
+
+			// While few messages wait, this one may take in the replies behind it.
 			if shared = len(o.client.buffer) < maxShared; shared {
 				o.left = left
 			} else {
 				o.left = q.size
 			}
-			msg = o.newMessage()
+			msg = o.begin(q)
 		}
 
 		msg = o.format(msg, q)
@@ -1192,6 +1206,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			return
 		}
 		left -= q.size
+
+		// A PONG has told what was lost.
 		if q.queryType == ping {
 			o.lostSincePong = 0
 		}
@@ -1201,6 +1217,20 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	if msg != nil {
 		o.queue(msg)
 	}
+}
+
+// messages is how many messages a reply of so many bytes takes.
+func (o *outbox) messages(size int) int { return (size + o.maxMessage - 1) / o.maxMessage }
+
+// begin returns the first message of q's reply, for which there is room. A client with nothing
+// queued may always begin, but while all queues are full with little at a time.
+func (o *outbox) begin(q *Query) (msg []byte) {
+	o.piece = o.maxMessage
+	if o.budget.isOver() {
+		o.piece = min(o.maxMessage, chunkSize)
+	}
+	o.reserve(q.size)
+	return o.newMessage()
 }
 
 // cloneWaiting has the requests whose replies wait keep nothing but their lists in memory.
@@ -1247,6 +1277,8 @@ func (o *outbox) split(msg []byte, text string) []byte {
 		if text = text[n:]; text == "" {
 			return msg
 		}
+
+		// The message is full.
 		o.queue(msg)
 		if o.awaitRoom(1, false); o.client.isGone() {
 			return nil
@@ -1285,9 +1317,12 @@ func (o *outbox) release() {
 // queue queues a message. There must be room for it.
 func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
+
+	// What was reserved counts already.
 	used := min(o.reserved, int64(len(msg)))
 	o.reserved -= used
 	o.budget.queued.Add(int64(cap(msg)) - used)
+
 	o.client.buffer <- msg
 	if o.listing != nil {
 		o.listing.sent += len(msg)
@@ -1397,6 +1432,8 @@ func (o *outbox) wait() {
 // sixteenth of what its sockets hold is free.
 func (l *listing) noteWait(d time.Duration) {
 	l.waited += min(d, slowAfter) // if more, perhaps we stood still
+
+	// So long is enough to see it.
 	if l.waited >= dripTime {
 		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
 		l.waited, l.sent = 0, 0
@@ -1423,6 +1460,7 @@ var (
 // in the queue takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
+
 	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
@@ -1521,10 +1559,12 @@ func (c *Client) drainInput() {
 	end := time.Now().Add(drainTime)
 	var scratch [4 << 10]byte
 	for {
+		// Each byte that comes gives it so much time again, until all is over.
 		until := time.Now().Add(silence)
 		if until.After(end) {
 			until = end
 		}
+
 		c.connection.SetReadDeadline(until)
 		if _, err := c.connection.Read(scratch[:]); err != nil {
 			return
@@ -1615,9 +1655,10 @@ var errTookNothing = errors.New("it took nothing")
 // of what it was told before.
 func (p *pacedConn) tell(taken bool) {
 	select {
-	case <-p.progress:
+	case <-p.progress: // what is there is old
 	default:
 	}
+
 	select {
 	case p.progress <- taken:
 	default:
