@@ -534,6 +534,7 @@ func TestCounters(t *testing.T) {
 		n.server.db = db
 		a := n.dial(t)
 		a.ask("Put:key:value\nGet:key", "key:value")
+		synctest.Wait()
 		answer := httptest.NewRecorder()
 		n.server.watchHandler("").ServeHTTP(answer,
 			httptest.NewRequest("GET", "http://localhost/metrics", nil))
