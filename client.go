@@ -144,12 +144,14 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		done:     make(chan *Query, 1),
 		progress: make(chan bool, 1),
 	}
+
 	c.paced, _ = underTLS(conn).(*pacedConn)
 	if c.paced == nil {
 		c.paced = &pacedConn{Conn: conn, server: s}
 		c.connection = c.paced
 	}
 	c.paced.progress = c.progress
+
 	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
@@ -169,12 +171,16 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.read()
+
+		// Lines that are whole: one chain after the other, while there is no reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
 				c.submit(chain)
 			}
 		}
+
+		// The line that is not.
 		switch {
 		case c.reason != "":
 		case err != nil:
@@ -183,11 +189,14 @@ func (c *Client) readFromClient() {
 			c.mayGoOn()
 		}
 	}
+
+	// The end: what is under way is answered, and nothing is kept meanwhile.
 	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
 	c.countInput()
 	if c.await() {
 		c.tellLoss()
 	}
+
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -199,10 +208,12 @@ func (c *Client) readFromClient() {
 // tellLoss tells a client that goes how many replies it has lost since its last PONG. No chain is
 // under way.
 func (c *Client) tellLoss() {
+	// Only a client that has closed or said Quit may still read.
 	lost := c.outbox.lostSincePong
 	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
 	}
+
 	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
 		"Ack none is", lost)
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
@@ -273,11 +284,14 @@ func (c *Client) answerFault(why string) {
 func (c *Client) answerSkipped() {
 	in := &c.in
 	in.unanswered = false
+
 	if !isHTTP(trimCR(string(in.skipped))) {
 		c.answerFault(in.why)
 		c.end(speaksNothing, true)
 		return
 	}
+
+	// It has headers behind it, which must not be run.
 	if c.await() {
 		c.submit(&Query{client: c, line: in.line, queryType: foreign, value: badRequest})
 	}
@@ -294,6 +308,8 @@ func (c *Client) mayGoOn() {
 	case !c.awaitMemory():
 		why = "too long for the memory that is left, skipped"
 	}
+
+	// A first line may turn out to be HTTP's, so its answer waits.
 	if why != "" {
 		if c.in.skip(why); !c.in.unanswered {
 			c.answerFault(why)
@@ -310,6 +326,8 @@ func (c *Client) awaitMemory() bool {
 	if more <= 0 {
 		return true
 	}
+
+	// It has its turn already.
 	if in.first.taken || in.spare.taken {
 		b.inputs.Add(more)
 		in.counted += more
@@ -321,6 +339,7 @@ func (c *Client) awaitMemory() bool {
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		spare = b.spare.slots
 	}
+
 	for ends := time.Now().Add(lineTime); !b.takeLine(more); {
 		select {
 		case b.first.slots <- struct{}{}:
@@ -350,6 +369,7 @@ func (c *Client) countInput() {
 		in.first.release()
 		in.spare.release()
 	}
+
 	if need := in.need(c.server.maxLine); need != in.counted {
 		c.server.budget.inputs.Add(need - in.counted)
 		in.counted = need
@@ -369,6 +389,8 @@ func (c *Client) endInput(err error) {
 		switch {
 		case in.skipping && in.unanswered:
 			c.answerFault(in.why)
+
+		// The last line may be torn, so it is not run.
 		case in.pending > 0:
 			in.line++
 			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
@@ -378,8 +400,10 @@ func (c *Client) endInput(err error) {
 			}
 		}
 		c.end(itClosed, false)
-	case c.server.isClosing():
+
+	case c.server.isClosing(): // that is why Read has ended
 		c.end(weClose, true)
+
 	case err == errSlowLine:
 		if !in.skipping {
 			in.line++
@@ -388,7 +412,8 @@ func (c *Client) endInput(err error) {
 			c.answerFault(err.Error())
 		}
 		c.end(err.Error(), true)
-	default:
+
+	default: // the connection broke
 		c.end(err.Error(), false)
 	}
 }
@@ -454,6 +479,7 @@ func (c *Client) read() (burst string, err error) {
 	c.countInput()
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
+
 	if n > 0 {
 		in.came += n
 		if !in.heard && in.buf[0] == tlsHandshake && underTLS(c.connection) == c.connection {
@@ -463,6 +489,7 @@ func (c *Client) read() (burst string, err error) {
 			return "", nil
 		}
 		in.heard = true
+
 		wasUnanswered := in.unanswered
 		c.await() // or take would change what the chain under way is made of
 		burst = in.take(n)
@@ -470,6 +497,8 @@ func (c *Client) read() (burst string, err error) {
 			c.answerSkipped()
 		}
 	}
+
+	// The time of a line runs from its first byte.
 	if !in.midLine() {
 		in.waited = 0
 	}
@@ -489,15 +518,20 @@ const tlsHandshake = 0x16
 func (c *Client) tick() error {
 	in := &c.in
 	c.await()
+
+	// What the client does not need goes.
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
 	in.shrink()
 	c.countInput()
+
+	// A line that was there at the last tick has had a tick more.
 	c.limitRead(time.Time{})
 	if in.midLine() && in.whole {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
 	}
+
 	in.ticking, in.came = false, 0
 	return nil
 }
@@ -514,6 +548,7 @@ func (c *Client) setTick() {
 	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.midLine() {
 		return
 	}
+
 	in.ticking, in.whole = true, in.midLine()
 	c.limitRead(time.Now().Add(quietAfter))
 }
@@ -534,12 +569,12 @@ func (in *input) nextSize(maxLine int) (size int) {
 	switch size = len(in.buf); {
 	case size == 0:
 		return quietSize
-	case in.full && size < burstSize:
+	case in.full && size < burstSize: // a burst
 		return min(4*size, burstSize)
 	// Lines are long, and the rest of one is copied each time.
 	case in.full && in.pending > size/8 && size < 4*burstSize:
 		return 2 * size
-	case in.pending == size:
+	case in.pending == size: // a line
 		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	}
 	return size
@@ -556,10 +591,12 @@ func (in *input) resize(size int) {
 // shrink gives back what a client does not need that goes on sending as it did since the last
 // tick. No chain is under way.
 func (in *input) shrink() {
+	// The least size that would have done.
 	size := quietSize
 	for size <= max(in.came, in.pending) {
 		size *= 4
 	}
+
 	if size < len(in.buf) {
 		in.resize(size)
 	}
@@ -574,6 +611,7 @@ func (in *input) skip(why string) {
 	in.why = why
 	in.unanswered = !in.spoke && begun(in.buf[:in.pending]) == malformed
 	in.spoke = true
+
 	in.skipped = in.skipped[:0]
 	in.noteSkipped(in.buf[:in.pending])
 	in.pending, in.skipping = 0, true
@@ -597,6 +635,8 @@ func (in *input) take(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
+
+	// No line has ended.
 	if last == in.pending {
 		if in.skipping {
 			in.noteSkipped(in.buf[:end])
@@ -606,12 +646,16 @@ func (in *input) take(n int) (burst string) {
 		return ""
 	}
 	in.waited, in.whole = 0, false
+
+	// The rest of a line that is skipped is no part of the burst.
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
 		in.noteSkipped(in.buf[:first-1])
 		in.skipping = false
 	}
+
+	// The lines stay where they are, and the rest goes on in the other buffer.
 	read := in.buf
 	burst = unsafe.String(unsafe.SliceData(read[first:]), last-first)
 	if len(in.lent) != len(read) {
@@ -643,6 +687,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	before := in.queries
 	in.queries = in.queries[:0]
+
 	for lists := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !lists; {
 		end := strings.IndexByte(burst, '\n')
 		line, whole := trimCR(burst[:end]), burst
@@ -651,6 +696,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		if line == "" {
 			continue
 		}
+
 		in.queries = append(in.queries, Query{client: c, line: in.line})
 		q := &in.queries[len(in.queries)-1]
 		isLong := len(line) > c.server.maxLine
@@ -666,6 +712,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			break
 		}
 
+		// Some lines are their connection's last.
 		switch {
 		case q.queryType == quit:
 			c.end(itQuit, true)
@@ -682,10 +729,13 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 		in.spoke = true
 	}
-	clear(before[min(len(in.queries), len(before)):]) // what they found may pin memory of the store
+
+	// What older queries found may pin memory of the store.
+	clear(before[min(len(in.queries), len(before)):])
 	if len(in.queries) == 0 {
 		return nil, burst
 	}
+
 	for i := range in.queries[1:] {
 		in.queries[i].next = &in.queries[i+1]
 	}
@@ -750,6 +800,8 @@ func (c *Client) list(q *Query) {
 		return
 	}
 	defer l.giveBack()
+
+	// workLoop takes the snapshot.
 	if c.send(q); !c.await() {
 		return
 	}
@@ -787,11 +839,13 @@ func (l *listing) count(bytes int64) {
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
+		// Now and then others may work, and there is a look at whether it is worth going on.
 		if passed++; passed%partKeys == 0 {
 			if l.client.outbox.core.yield(); l.client.isGone() || l.mustStop(passed) {
 				return false
 			}
 		}
+
 		if strings.HasPrefix(key, l.value) && !see(key) {
 			return false
 		}
@@ -806,6 +860,8 @@ func (l *listing) survey() (wanted bool) {
 	if l.wanted >= 0 && (l.wanted <= fewKeys || fits && l.value == "") {
 		return true
 	}
+
+	// Where the sample is full, it becomes half as dense.
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
@@ -835,6 +891,8 @@ func (l *listing) awaitMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
+
+	// Whoever has the memory is cut if it does not read: the snapshots' rule.
 	if l.most > fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
@@ -849,6 +907,7 @@ func (l *listing) awaitMemory() bool {
 		}
 		l.listed = bytes
 	}
+
 	l.count(bytes)
 	return true
 }
@@ -864,12 +923,14 @@ func (l *listing) reply() bool {
 		if last == "" && !more && l.copies() {
 			l.copy(keys)
 		}
+
 		for few := range slices.Chunk(keys, maxChain) {
 			l.client.outbox.replyAll(l.replies(few))
 			if l.client.isGone() || l.mustStop(len(keys)) {
 				return false
 			}
 		}
+
 		if more {
 			last = keys[len(keys)-1]
 		}
@@ -884,6 +945,7 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	core.take(nil)
 	defer core.release()
 
+	// What comes before last was in other parts, and what comes beyond will be.
 	beyond := l.beyond(last)
 	if !l.walk(func(key string) bool {
 		switch {
@@ -918,6 +980,8 @@ func (l *listing) beyond(last string) string {
 	if l.wanted <= l.most || len(l.sample) == 0 {
 		return ""
 	}
+
+	// With three quarters of a part in mind the sample hardly ever makes one too large.
 	first, _ := slices.BinarySearch(l.sample, last+"\x00")
 	step := len(l.sample) * (l.most - l.most/4) / l.wanted
 	if first += max(step, 1); first < len(l.sample) {
@@ -947,13 +1011,15 @@ func (l *listing) copy(keys []string) {
 // gone, it gives up and returns false: millions of keys take seconds.
 func (l *listing) sort(keys []string) bool {
 	core := &l.client.outbox.core
+
 	stops, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
 			core.yield()
 			stops = stops || l.client.isGone() || l.mustStop(len(keys))
 		}
-		if stops {
+
+		if stops { // the rest is over at once
 			return 0
 		}
 		return strings.Compare(a, b)
@@ -967,6 +1033,8 @@ func (l *listing) replies(found []string) *Query {
 		l.n += len(found)
 		return &Query{queryType: keys, values: found, bytes: sum(found)}
 	}
+
+	// A Dump: each key with its list is a query of a chain.
 	chain := make([]Query, len(found))
 	for i, key := range found {
 		q := &chain[i]
@@ -1028,11 +1096,14 @@ type outbox struct {
 // a goroutine.
 func (c *Client) answer(chain *Query) {
 	size, lists := c.outbox.measure(chain)
+
+	// Long, or without room now.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
 		go c.deliver(chain, size, lists)
 		return
 	}
+
 	c.outbox.reply(chain, size, true)
 	c.done <- chain
 }
@@ -1045,15 +1116,18 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
 	giveBack()
+
 	c.done <- chain
 }
 
 // hold counts as queued what the chain whose replies wait keeps in memory, and so many bytes more.
 // giveBack ends that.
 func (o *outbox) hold(bytes int64) (giveBack func()) {
+	// Its lines count as lines no longer, for they are what waits.
 	b, bytes, lines := o.budget, bytes+o.chain, o.inInputs
 	b.queued.Add(bytes)
 	b.inputs.Add(-lines)
+
 	return func() {
 		b.queued.Add(-bytes)
 		b.inputs.Add(lines)
@@ -1078,6 +1152,7 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.client.isGone() {
 		return 0, 0
 	}
+
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
@@ -1110,25 +1185,19 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			if o.client.isGone() {
 				return
 			}
-			messages := (q.size + o.maxMessage - 1) / o.maxMessage
-			if !hasRoom && !o.awaitRoom(messages, q.mayDrop(o.acked)) {
+			if !hasRoom && !o.awaitRoom(o.messages(q.size), q.mayDrop(o.acked)) {
 				o.drop(q)
 				left -= q.size
 				continue
 			}
-			// A client with nothing queued may always begin, but while all queues are full with
-			// little at a time.
-			o.piece = o.maxMessage
-			if o.budget.isOver() {
-				o.piece = min(o.maxMessage, chunkSize)
-			}
-			o.reserve(q.size)
+
+			// While few messages wait, this one may take in the replies behind it.
 			if shared = len(o.client.buffer) < maxShared; shared {
 				o.left = left
 			} else {
 				o.left = q.size
 			}
-			msg = o.newMessage()
+			msg = o.begin(q)
 		}
 
 		msg = o.format(msg, q)
@@ -1137,14 +1206,31 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			return
 		}
 		left -= q.size
+
+		// A PONG has told what was lost.
 		if q.queryType == ping {
 			o.lostSincePong = 0
 		}
 	}
+
 	o.next = nil
 	if msg != nil {
 		o.queue(msg)
 	}
+}
+
+// messages is how many messages a reply of so many bytes takes.
+func (o *outbox) messages(size int) int { return (size + o.maxMessage - 1) / o.maxMessage }
+
+// begin returns the first message of q's reply, for which there is room. A client with nothing
+// queued may always begin, but while all queues are full with little at a time.
+func (o *outbox) begin(q *Query) (msg []byte) {
+	o.piece = o.maxMessage
+	if o.budget.isOver() {
+		o.piece = min(o.maxMessage, chunkSize)
+	}
+	o.reserve(q.size)
+	return o.newMessage()
 }
 
 // cloneWaiting has the requests whose replies wait keep nothing but their lists in memory.
@@ -1160,17 +1246,21 @@ func (o *outbox) cloneWaiting() {
 func (o *outbox) format(msg []byte, q *Query) []byte {
 	values := q.values
 	q.values = nil // a client that sends nothing more pins no list
+
 	for _, v := range values {
 		if len(msg)+q.lineSize(v) <= o.piece {
 			msg = q.appendLine(msg, v)
 			continue
 		}
+
+		// The line goes on in other messages.
 		for _, text := range q.parts(v) {
 			if msg = o.split(msg, text); msg == nil {
 				return nil
 			}
 		}
 	}
+
 	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
@@ -1187,6 +1277,8 @@ func (o *outbox) split(msg []byte, text string) []byte {
 		if text = text[n:]; text == "" {
 			return msg
 		}
+
+		// The message is full.
 		o.queue(msg)
 		if o.awaitRoom(1, false); o.client.isGone() {
 			return nil
@@ -1225,9 +1317,12 @@ func (o *outbox) release() {
 // queue queues a message. There must be room for it.
 func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
+
+	// What was reserved counts already.
 	used := min(o.reserved, int64(len(msg)))
 	o.reserved -= used
 	o.budget.queued.Add(int64(cap(msg)) - used)
+
 	o.client.buffer <- msg
 	if o.listing != nil {
 		o.listing.sent += len(msg)
@@ -1256,6 +1351,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		hasRoom = waiting+n <= maxBufferSize
 	}
 	isOver := o.reserved == 0 && o.budget.isOver()
+
 	l := o.listing
 	isAwaited := l != nil && l.place.isAwaited()
 
@@ -1283,13 +1379,15 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 // client is slow and its reply may be dropped.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
-		if len(o.client.buffer) > 0 { // else there is room, slow or not
+		// What the connection did last; with nothing queued it makes no difference.
+		if len(o.client.buffer) > 0 {
 			select {
 			case taken := <-o.client.progress:
 				o.slow = !taken
 			default:
 			}
 		}
+
 		switch what, why := o.decide(n, mayDrop); what {
 		case isQueued:
 			return true
@@ -1299,6 +1397,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 			o.cut = why
 			o.client.paced.Close()
 		}
+
 		o.wait()
 	}
 }
@@ -1308,16 +1407,19 @@ func (o *outbox) wait() {
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
+
 	began := time.Now()
 	var look <-chan time.Time // nil: nobody else waits for what the client has
 	if o.listing != nil {
 		look = time.After(slowAfter)
 	}
+
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
 	case <-look:
 	}
+
 	if o.listing != nil {
 		o.listing.noteWait(time.Since(began))
 	}
@@ -1330,6 +1432,8 @@ func (o *outbox) wait() {
 // sixteenth of what its sockets hold is free.
 func (l *listing) noteWait(d time.Duration) {
 	l.waited += min(d, slowAfter) // if more, perhaps we stood still
+
+	// So long is enough to see it.
 	if l.waited >= dripTime {
 		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
 		l.waited, l.sent = 0, 0
@@ -1356,6 +1460,7 @@ var (
 // in the queue takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
+
 	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
@@ -1385,6 +1490,7 @@ func (c *Client) writeToClient() {
 	for msg := range c.buffer {
 		msg, size := c.gather(msg)
 		c.tellRoom()
+
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
 				close(c.closed)
@@ -1394,6 +1500,7 @@ func (c *Client) writeToClient() {
 		recycle(msg)
 		c.server.budget.queued.Add(-size)
 	}
+
 	if c.broken == nil {
 		// TLS says goodbye, and waits 5 s for a client that does not read.
 		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
@@ -1403,6 +1510,7 @@ func (c *Client) writeToClient() {
 		c.connection.Close()
 		late.Stop()
 	}
+
 	c.depart()
 }
 
@@ -1417,6 +1525,8 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 				return msg, size
 			}
 			size += int64(cap(more))
+
+			// Where both do not fit into the first, a larger one takes them.
 			if n := len(msg) + len(more); n > cap(msg) && n <= largeSize {
 				together := append(large.Get().(*[largeSize]byte)[:0], msg...)
 				recycle(msg)
@@ -1440,17 +1550,21 @@ func (c *Client) drainInput() {
 	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
+
 	silence := drainTime
 	if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
 		silence = busyTime
 	}
+
 	end := time.Now().Add(drainTime)
 	var scratch [4 << 10]byte
 	for {
+		// Each byte that comes gives it so much time again, until all is over.
 		until := time.Now().Add(silence)
 		if until.After(end) {
 			until = end
 		}
+
 		c.connection.SetReadDeadline(until)
 		if _, err := c.connection.Read(scratch[:]); err != nil {
 			return
@@ -1489,12 +1603,15 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 	if p.until.IsZero() {
 		p.setDeadline(time.Now(), tickTime)
 	}
+
 	// Time without a byte taken. The first tick may have begun before us, so it
 	// does not count.
 	stalled, tick := -tickTime, tickTime
 	for {
 		m, err := p.Conn.Write(b[n:])
 		n += m
+
+		// Bytes were taken.
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
 		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
@@ -1502,14 +1619,18 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 			p.tell(true)
 			p.until = time.Time{} // it is too far away for the next Write
 		}
+
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}
+
+		// A tick is over.
 		now := time.Now()
 		p.unread = int(p.timeToRead(now).Seconds() * steadyRate)
 		if end := p.end(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
+
 		if m > 0 {
 			stalled, tick = 0, tickTime
 		} else {
@@ -1522,6 +1643,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 				return n, fmt.Errorf("%w for %v (-write-timeout)", errTookNothing, most)
 			}
 		}
+
 		p.setDeadline(now, tick)
 	}
 }
@@ -1533,9 +1655,10 @@ var errTookNothing = errors.New("it took nothing")
 // of what it was told before.
 func (p *pacedConn) tell(taken bool) {
 	select {
-	case <-p.progress:
+	case <-p.progress: // what is there is old
 	default:
 	}
+
 	select {
 	case p.progress <- taken:
 	default:

@@ -237,12 +237,14 @@ func (q *Query) parse(line string) {
 		return
 	}
 
+	// A key with a colon in it is the usual mistake, and may have been written before.
 	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
 	key, _, more := strings.Cut(arguments, ":")
 	if more && key != "" && v.needs == needsKey {
 		why += "; a Put like that wrote to the key " + quote(key) +
 			", for a key ends at its first colon"
 	}
+
 	q.refuse(why)
 }
 
@@ -295,6 +297,7 @@ func lookUp(word string) queryType {
 	case equalFold(word, "exit"):
 		return quit
 	}
+
 	for t := put; t <= quit; t++ {
 		if equalFold(word, verbs[t].name) {
 			return t
@@ -309,6 +312,7 @@ func equalFold(a, b string) bool {
 	if len(a) != len(b) {
 		return false
 	}
+
 	for i := range len(a) {
 		if a[i] != b[i] && (a[i]^b[i] != 0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
 			return false
@@ -368,13 +372,17 @@ var dialects = map[string]queryType{
 func didYouMean(line string) string {
 	const gap = ": \t"
 	line = strings.TrimPrefix(line, "\ufeff") // with which files of Windows may begin
+
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
+
+	// The word, or one that others have for it, or one with a slip in it.
 	word, rest := line, ""
 	if i := strings.IndexAny(line, gap); i >= 0 {
 		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
 	}
+
 	t := lookUp(word)
 	if t == malformed {
 		t = dialects[strings.ToLower(word)]
@@ -387,12 +395,16 @@ func didYouMean(line string) string {
 	if t == malformed {
 		return "; Help lists the requests"
 	}
+
 	// Offer the client's own request where its arguments fit and can be shown.
 	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && verbs[t].effect != noKey {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
+
+		// A last value may hold what separates the others.
 		if verbs[t].effect != replaces && len(args) > n && n > 1 {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
+
 		try := verbs[t].name + ":" + strings.Join(args, ":")
 		if len(args) == n && len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` {
 			return "; did you mean " + try + " ?"
@@ -405,11 +417,13 @@ func didYouMean(line string) string {
 // two neighbours changing places: distance 1 as in Damerau, "A technique for
 // computer detection and correction of spelling errors", 1964.
 func oneSlip(a, b string) bool {
+	// What they begin with alike makes no difference.
 	i := 0
 	for i < len(a) && i < len(b) && a[i] == b[i] {
 		i++
 	}
 	a, b = a[i:], b[i:]
+
 	switch len(a) - len(b) {
 	case 1:
 		return a[1:] == b
@@ -433,6 +447,7 @@ func (q *Query) run(db kvstore.Store) {
 
 func runGet(q *Query, db kvstore.Store) {
 	q.values = db.View(q.few[:0], q.key)
+
 	if q.n = len(q.values); q.n <= fewValues {
 		q.bytes = sum(q.values)
 	} else {
@@ -461,6 +476,7 @@ func count(done bool) (n int) {
 // keep makes values something that may be kept for long: a short list shares memory with
 // others (kvstore.Store).
 func (q *Query) keep() {
+	// A longer list keeps nothing but its own memory.
 	if q.row().effect == reads && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.kept = true
 		q.values = kvstore.CloneAll(q.values)
@@ -542,6 +558,7 @@ func (q *Query) appendLine(b []byte, value string) []byte {
 		}
 		return b
 	}
+
 	b = append(b, q.key...)
 	b = append(b, ':')
 	b = append(b, value...)
@@ -569,7 +586,7 @@ func (q *Query) hasEnd(acked bool) bool {
 	switch q.row().end {
 	case endAcked:
 		return acked
-	case endFollow:
+	case endFollow: // what follows has one
 		return false
 	}
 	return true
@@ -590,14 +607,18 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	if !q.hasEnd(acked) {
 		return b
 	}
+
 	switch q.row().end {
 	case endForeign:
 		return append(b, q.value...)
+
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
 		b = append(b, ": "...)
 		b = append(b, q.value...)
+
+	// Only a Ping tells what was lost.
 	case endPong:
 		b = append(b, ":PONG"...)
 		if q.value != "" {
@@ -608,6 +629,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 			b = append(b, " dropped "...)
 			b = strconv.AppendInt(b, int64(dropped), 10)
 		}
+
 	default:
 		b = append(b, ":OK "...)
 		b = strconv.AppendInt(b, int64(q.n), 10)

@@ -535,6 +535,7 @@ func TestCounters(t *testing.T) {
 		n.server.db = db
 		a := n.dial(t)
 		a.ask("Put:key:value\nGet:key", "key:value")
+		synctest.Wait()
 		answer := httptest.NewRecorder()
 		n.server.watchHandler("").ServeHTTP(answer,
 			httptest.NewRequest("GET", "http://localhost/metrics", nil))
@@ -3763,6 +3764,8 @@ func (l listedStore) Snapshot() kvstore.Snapshot {
 // plainSnapshot is a copy of everything.
 type plainSnapshot map[string][]string
 
+func (p plainSnapshot) Deadline(string) (int64, bool) { return 0, false }
+
 func (p plainSnapshot) All() iter.Seq2[string, []string]           { return maps.All(p) }
 func (p plainSnapshot) View(scratch []string, key string) []string { return p[key] }
 
@@ -6965,8 +6968,9 @@ func (p *process) pause(d time.Duration) {
 	close(paused)
 }
 
-// tidyUp removes files of the store, as somebody does who takes them for logs. Where nothing
-// else befalls the process they are there again after a request a second later.
+// tidyUp removes files of the store, as somebody does who takes them for logs, or empties them, as
+// what rotates logs does. Where nothing else befalls the process they are there again after a
+// request a second later.
 func (p *process) tidyUp(r *rand.Rand) {
 	select {
 	case p.tidying <- struct{}{}:
@@ -6984,7 +6988,12 @@ func (p *process) tidyUp(r *rand.Rand) {
 	names, _ := p.dir.List()
 	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for _, name := range names[:r.IntN(len(names)+1)] {
-		p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		if chance(r, 2) {
+			p.tell("somebody empties %s", name)
+			p.dir.Empty(name)
+		} else {
+			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		}
 	}
 	for range 5 {
 		wait(1100 * time.Millisecond)

@@ -122,6 +122,12 @@ func (m *Memory) Expire(key string, at int64) (ok bool) {
 	return true
 }
 
+// PutUntil is Put and Expire in one step.
+func (m *Memory) PutUntil(key, value string, at int64) {
+	m.Put(key, value)
+	m.Expire(key, at)
+}
+
 // noteDeadline puts one deadline of a key with hash h in the place of another; 0: none.
 func (m *Memory) noteDeadline(h uint64, old, at int64) {
 	if old != 0 {

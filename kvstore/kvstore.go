@@ -78,6 +78,27 @@ type Store interface {
 	// Has tells whether key's list has value. It hands nothing out.
 	Has(key, value string) bool
 
+	// Take removes key's oldest value, and the key with its last. Of a list of any length it takes
+	// a constant time, on the average of many.
+	Take(key string) (value string, ok bool)
+
+	// Count returns how many values key has.
+	Count(key string) int
+
+	// Expire has key go at a time, in milliseconds of Unix time; 0: it stays. It returns whether
+	// key is there. A Set, a Delete, and what removes a key's last value end its deadline. The
+	// store does nothing when the time has come: its owner asks NextDue, and Deletes.
+	Expire(key string, at int64) (ok bool)
+
+	// PutUntil is Put and Expire in one step: a crash leaves both or neither.
+	PutUntil(key, value string, at int64)
+
+	// Deadline returns when key goes; ok is false if it stays.
+	Deadline(key string) (at int64, ok bool)
+
+	// NextDue returns the key that goes first, if its time is not after now.
+	NextDue(now int64) (key string, ok bool)
+
 	// TouchPays tells whether the store is faster if it is told which keys it will be asked
 	// for: not while it is small.
 	TouchPays() bool
@@ -102,6 +123,9 @@ type Snapshot interface {
 
 	// View is Store's.
 	View(scratch []string, key string) []string
+
+	// Deadline is Store's.
+	Deadline(key string) (at int64, ok bool)
 }
 
 // StoreOf returns db as a Store: db itself if it is one, nil if it is nil.
@@ -115,7 +139,8 @@ func StoreOf(db KVStore) Store {
 	return plain{db}
 }
 
-// plain is a Store made of a KVStore, which can neither count nor list what it holds.
+// plain is a Store made of a KVStore, which can neither count nor list what it holds, and in which
+// every key stays.
 type plain struct{ KVStore }
 
 func (plain) Size() (keys, values int, bytes int64)  { return -1, -1, -1 }
@@ -127,3 +152,18 @@ func (p plain) Has(key, value string) bool           { return slices.Contains(p.
 func (plain) TouchPays() bool                        { return false }
 func (plain) Touch([]string)                         {}
 func (plain) Snapshot() Snapshot                     { return nil }
+
+// Take is a Get and a Remove.
+func (p plain) Take(key string) (value string, ok bool) {
+	values := p.Get(key)
+	if len(values) == 0 {
+		return "", false
+	}
+	return values[0], p.Remove(key, values[0])
+}
+
+func (p plain) Count(key string) int                { return len(p.Get(key)) }
+func (p plain) Expire(key string, _ int64) bool     { return len(p.Get(key)) > 0 }
+func (p plain) PutUntil(key, value string, _ int64) { p.Put(key, value) }
+func (plain) Deadline(string) (int64, bool)         { return 0, false }
+func (plain) NextDue(int64) (string, bool)          { return "", false }

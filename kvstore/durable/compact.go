@@ -155,8 +155,14 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 		for len(values) > 0 {
 			n := listPart(key, values)
 			payload = appendList(payload, key, values[:n])
-			values = values[n:]
-			if f.count++; len(payload) >= maxFrameSnapshot {
+			f.count++
+			if values = values[n:]; len(values) == 0 {
+				if at, ok := store.Deadline(key); ok {
+					payload = appendExpire(payload, key, at)
+					f.count++
+				}
+			}
+			if len(payload) >= maxFrameSnapshot {
 				if err := flush(); err != nil {
 					return err
 				}

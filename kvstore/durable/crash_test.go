@@ -329,3 +329,39 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that on a full disk all values of a long key can be removed, one at a time.
+func TestFullDiskRemovesEverything(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	dir.Room = 200_000
+	key := strings.Repeat("k", 2000)
+	n := 0
+	for d.Room(int64(len(key)+10), false) == nil {
+		d.Put(key, fmt.Sprint("value", n))
+		if n++; d.Commit() != nil {
+			t.Fatal("it fails before the disk is full")
+		}
+	}
+	if n < 50 {
+		t.Fatalf("the disk is full after %d", n)
+	}
+	for i := range n {
+		value := fmt.Sprint("value", i)
+		if err := d.Room(int64(len(key)+len(value)), true); err != nil {
+			t.Fatalf("no room for Remove %d of %d: %v", i, n, err)
+		}
+		if !d.Remove(key, value) {
+			t.Fatalf("%s is not there", value)
+		}
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
+		t.Errorf("opened again: %v", err)
+	}
+}

@@ -215,14 +215,14 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 // write no record, and what it did would be gone after the next start.
 func TestDurableHasEveryMethod(t *testing.T) {
 	store, durable := reflect.TypeFor[kvstore.KVStore](), reflect.TypeFor[*Store]()
-	names := []string{"Room"} // Memory has always room
+	names := []string{"Room", "Take", "Expire", "PutUntil"}
 	for i := range store.NumMethod() {
 		names = append(names, store.Method(i).Name)
 	}
 	for _, name := range names {
 		method, _ := durable.MethodByName(name)
 		file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer())
-		if isOwn := strings.HasSuffix(file, "store.go"); isOwn == (name == "Get") {
+		if isOwn := strings.Contains(file, "/durable/"); isOwn == (name == "Get") {
 			t.Errorf("%s of Durable is in %s", name, file)
 		}
 	}
@@ -271,4 +271,64 @@ func fixedDir(t testing.TB, commits int) *storetest.Dir {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// Ensure that deadlines are kept: in the log, in snapshots, by a restart and a crash; and that what
+// ends them does so there, too.
+func TestDeadlinesAreKept(t *testing.T) {
+	for seed := range uint64(30) {
+		random := rand.New(rand.NewPCG(seed, 9))
+		dir, d := newSmall(t, Options{})
+		want := map[string]int64{}
+		for range 300 {
+			key := fmt.Sprint("key", random.IntN(10))
+			switch random.IntN(8) {
+			case 0, 1:
+				at := int64(random.IntN(3)) * (1 << 40)
+				if d.Expire(key, at) {
+					want[key] = at
+				}
+			case 2:
+				d.PutUntil(key, "v", 77)
+				want[key] = 77
+			case 3:
+				d.Set(key, strings.Repeat("v", 100))
+				delete(want, key)
+			case 4:
+				d.Delete(key)
+			case 5:
+				d.Take(key)
+			case 6:
+				d.Update(key, "v", "w")
+			default:
+				d.Put(key, "v")
+			}
+			if len(d.Get(key)) == 0 {
+				delete(want, key)
+			}
+			if random.IntN(4) > 0 {
+				continue
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+		}
+		d.Commit()
+		for what, dir := range map[string]*storetest.Dir{"killed": dir.Kill(),
+			"after a power failure": dir.Crash(random)} {
+			again, err := openSmall(dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 10 {
+				key := fmt.Sprint("key", i)
+				if at, _ := again.Deadline(key); at != want[key] || again.Count(key) != d.Count(key) {
+					t.Errorf("%s: %s goes at %d, want %d", what, key, at, want[key])
+				}
+			}
+			again.Close()
+		}
+		d.Close()
+	}
 }

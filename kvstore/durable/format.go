@@ -26,7 +26,8 @@ import (
 //	record  = op:1 [place:uvarint] (length:uvarint bytes)*
 //	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value;
 //	          List, in a snapshot: key n:uvarint and so many values, which come behind those
-//	          that the key has.
+//	          that the key has; Take: key; Expire: key at:uvarint, in milliseconds of Unix time,
+//	          0: it stays
 //	          Update and Remove have first the place in the list of what went, so that
 //	          nobody need search for it again
 //
@@ -44,7 +45,7 @@ const (
 	fileMagic   = "kvserver"
 	fileVersion = 3
 
-	// What a version has that the one before it did not: 3 has opList. STORE stays what it was,
+	// What a version has that the one before it did not: 3 has List, Take and Expire. STORE stays what it was,
 	// and says 2.
 	oldestVersion = 2 // that can be read
 	storeVersion  = 2
@@ -74,6 +75,8 @@ const (
 	opSet    = 4
 	opRemove = 5
 	opList   = 6
+	opTake   = 7
+	opExpire = 8
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -204,6 +207,11 @@ func appendList(b []byte, key string, values []string) []byte {
 	return b
 }
 
+// appendExpire appends a record of when key goes.
+func appendExpire(b []byte, key string, at int64) []byte {
+	return binary.AppendUvarint(appendRecord(b, opExpire, 0, key), uint64(at))
+}
+
 // hasPlace tells whether such a record says the place of the value that went.
 func hasPlace(op byte) bool { return op == opUpdate || op == opRemove }
 
@@ -262,16 +270,16 @@ func (f *fields) apply(m *kvstore.Memory, op byte) error {
 	}
 	key := f.text()
 	var value, newValue string
-	var values uint64
+	var number uint64
 	switch op {
 	case opPut, opSet, opRemove:
 		value = f.text()
 	case opUpdate:
 		value, newValue = f.text(), f.text()
-	case opList:
-		values = f.number()
+	case opList, opExpire:
+		number = f.number()
 	}
-	if f.bad {
+	if f.bad || number > math.MaxInt64 {
 		return errBadRecord
 	}
 
@@ -287,13 +295,17 @@ func (f *fields) apply(m *kvstore.Memory, op byte) error {
 	case opRemove:
 		m.RemoveAt(key, value, place)
 	case opList:
-		for range values {
+		for range number {
 			if value := f.text(); f.bad {
 				return errBadRecord
 			} else {
 				m.Put(key, value)
 			}
 		}
+	case opTake:
+		m.Take(key)
+	case opExpire:
+		m.Expire(key, int64(number))
 	default:
 		return fmt.Errorf("a record of the unknown kind %d", op)
 	}

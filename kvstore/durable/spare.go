@@ -128,6 +128,9 @@ func (d *Store) Room(bytes int64, frees bool) error {
 // roomToFree is Room for what frees. Where the disk is full the spare file gives some back.
 func (d *Store) roomToFree(need int64) error {
 	err := d.extend(need)
+	if err != nil && d.squeeze() {
+		err = d.extend(need)
+	}
 	for err != nil && d.spare.size > 0 {
 		d.setFull(true)
 		left := max(0, d.spare.size-max(need, int64(d.reserve)))
@@ -137,6 +140,28 @@ func (d *Store) roomToFree(need int64) error {
 		err = d.extend(need)
 	}
 	return err
+}
+
+// squeeze compacts the log into the room that the spare file gives back, if that is enough, and
+// gives back more than it takes: so Removes go on, too, where there are long keys. Everybody waits
+// for it.
+func (d *Store) squeeze() bool {
+	need := d.liveBytes() + 2*headerSize + frameMost
+	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.size < need {
+		return false
+	}
+	if d.count > 0 { // or the snapshot would have what the full files do not
+		d.writeFrame(frameRecords)
+		d.wroteEarly = true
+	}
+	before := d.number
+	if d.spare.shrink(d.spare.size-need) != nil || d.rotate() != nil || d.number == before {
+		return false
+	}
+	c := d.compaction()
+	bytes, err := c.run()
+	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err})
+	return err == nil
 }
 
 // setFull notes whether the disk is full, and returns whether it was.

@@ -230,15 +230,42 @@ func (d *Store) Remove(key, value string) (removed bool) {
 	return place >= 0
 }
 
-// record notes an operation for the next Commit, and writes a frame of what
-// there is when that is much.
+// Take removes key's oldest value.
+func (d *Store) Take(key string) (value string, ok bool) {
+	if value, ok = d.Memory.Take(key); ok {
+		d.record(opTake, 0, key)
+	}
+	return value, ok
+}
+
+// Expire has key go at a time; 0: it stays.
+func (d *Store) Expire(key string, at int64) (ok bool) {
+	if ok = d.Memory.Expire(key, at); ok {
+		d.note(appendExpire(d.pending, key, at), 1)
+	}
+	return ok
+}
+
+// PutUntil is Put and Expire in one step: both are in one frame.
+func (d *Store) PutUntil(key, value string, at int64) {
+	d.Memory.PutUntil(key, value, at)
+	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
+}
+
+// record notes an operation for the next Commit.
 func (d *Store) record(op byte, place int, fields ...string) {
 	if size := int64(sizeOf(fields)); size > maxRecord {
 		d.fail(errTooLarge(size))
 		return
 	}
-	d.pending = appendRecord(d.pending, op, place, fields...)
-	d.count++
+	d.note(appendRecord(d.pending, op, place, fields...), 1)
+}
+
+// note makes pending what is to be in the next frame, with so many records more, and writes that
+// when it is much.
+func (d *Store) note(pending []byte, records uint32) {
+	d.pending = pending
+	d.count += records
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true

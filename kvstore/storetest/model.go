@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// Store is kvstore.KVStore, which this package cannot import: that one's tests import it.
+// Store is a part of kvstore.Store, which this package cannot import: that one's tests import it.
 type Store = interface {
 	Put(key, value string)
 	Get(key string) []string
@@ -18,6 +18,8 @@ type Store = interface {
 	Update(key, oldValue, newValue string) (replaced bool)
 	Set(key, value string) (removed int)
 	Remove(key, value string) (removed bool)
+	Take(key string) (value string, ok bool)
+	Count(key string) int
 	Commit() error
 }
 
@@ -56,6 +58,15 @@ func (m Model) Remove(key, value string) bool {
 	return i >= 0
 }
 
+func (m Model) Take(key string) (value string, ok bool) {
+	if ok = len(m[key]) > 0; ok {
+		value = m[key][0]
+		m.Remove(key, value)
+	}
+	return value, ok
+}
+func (m Model) Count(key string) int { return len(m[key]) }
+
 // Size is what Size must return.
 func (m Model) Size() (keys, values int, bytes int64) {
 	for key, list := range m {
@@ -72,7 +83,15 @@ func RandomStep(t *testing.T, random *rand.Rand, store Store, m Model) {
 	t.Helper()
 	key := fmt.Sprint("key", random.IntN(20))
 	value := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-	switch random.IntN(13) {
+	switch random.IntN(14) {
+	case 13:
+		got, _ := store.Take(key)
+		if want, _ := m.Take(key); got != want {
+			t.Fatalf("Take(%q) = %q, want %q", key, got, want)
+		}
+		if got, want := store.Count(key), m.Count(key); got != want {
+			t.Fatalf("Count(%q) = %d, want %d", key, got, want)
+		}
 	case 10:
 		if got, want := store.Set(key, value), m.Set(key, value); got != want {
 			t.Fatalf("Set(%q, %q) = %d, want %d", key, value, got, want)
