@@ -1833,26 +1833,22 @@ func reachable(addr string) string {
 
 // dialProblem says what to do about the error of connecting to the last of addrs.
 func dialProblem(addrs string, err error) error {
-	var dns net.DNSError
-	if d := (*net.DNSError)(nil); errors.As(err, &d) {
-		dns = *d
-	}
-	op := (*net.OpError)(nil)
-	isThere := func(error) bool { return op == nil || op.Op != "dial" }
-	errors.As(err, &op)
-
+	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
+	var op *net.OpError
+	isDial := errors.As(err, &op) && op.Op == "dial"
 	todo := advice{
 		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: "+
-			"-addr HOST:PORT", dns.Name)},
+			"-addr HOST:PORT", host)},
 		{as[x509.HostnameError], "Call the server as its certificate does, or give it a " +
 			"certificate with this name."},
 		{func(error) bool { return strings.Contains(addrs, ",") },
 			"None of them serves. One that stands by does not listen."},
-		{isThere, "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
-			"-tls-ca if it speaks no TLS."},
+		{func(error) bool { return !isDial }, "Somebody answers there. Give the CA of its " +
+			"certificate as -tls-ca, or no -tls-ca if it speaks no TLS."},
 	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+
 		"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is.")
-	if op != nil && op.Op == "dial" {
+
+	if isDial {
 		err = op.Err // the rest says again what we say
 	}
 	return problem{fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo}

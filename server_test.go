@@ -4740,7 +4740,8 @@ func TestSignalWhileLoading(t *testing.T) {
 	cmd.Process.Signal(os.Interrupt)
 	rest, _ := io.ReadAll(log)
 	if err := cmd.Wait(); err != nil || !bytes.Contains(rest,
-		[]byte("stopped while opening the data")) {
+		[]byte("stopped while opening the data")) || !bytes.Contains(rest,
+		[]byte(`msg="opening the data" at=`+dir)) {
 		t.Errorf("%v, the log is %s", err, rest)
 	}
 }
