@@ -1843,6 +1843,8 @@ func dialProblem(addrs string, err error) error {
 			"certificate with this name."},
 		{func(error) bool { return strings.Contains(addrs, ",") },
 			"None of them serves. One that stands by does not listen."},
+		{is(context.DeadlineExceeded), "Somebody listens there, and does not answer. Look at its " +
+			"log, or try again with a longer -timeout."},
 		{func(error) bool { return !isDial }, "Somebody answers there. Give the CA of its " +
 			"certificate as -tls-ca, or no -tls-ca if it speaks no TLS."},
 	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+

@@ -4632,7 +4632,7 @@ func TestMistakes(t *testing.T) {
 			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
 		{[]string{"-addr", strconv.Itoa(port), "-tls-ca", pem("ca.pem"), "-timeout", "100ms",
 			"-ping"}, exitFailure, fmt.Sprintf("kvserver: cannot connect to localhost:%d: ", port),
-			"Somebody answers there."},
+			"Somebody listens there, and does not answer."},
 		{[]string{"-addr", strconv.Itoa(port), "-timeout", "100ms", "-ping"}, exitFailure,
 			fmt.Sprintf("kvserver: localhost:%d: no answer for 100ms", port),
 			"Nothing was to be changed"},
