@@ -201,15 +201,14 @@ Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
 
 const seeHelp = "kvserver help flags lists the flags."
 
-// By kind: the flags that -h shows, those that only a server has, those that only -c and -ping
-// have, and of these the ones that say what to do now: they are not in the environment.
+// The flags that -h shows, those that only a server has, and those that say what to do now: these
+// are not in the environment.
 var (
 	helpFlags = strings.Fields(
 		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
 	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
 		"max-queues tls-client-ca v write-timeout")
-	clientFlags = strings.Fields("out stop timeout tls-ca")
-	nowFlags    = strings.Fields("c out ping stop version")
+	nowFlags = strings.Fields("c out ping stop version")
 )
 
 // Limits of flags.
@@ -534,23 +533,25 @@ func spread(requests []string) (why string) {
 // are those of the command line: the environment may be for both.
 func (c config) checkKind(typed map[string]bool) error {
 	asks := c.client || c.ping
-	todo := map[string]string{"stop": "Give both: kvserver -c -stop < FILE",
-		"tls-ca": "To let in only who has a certificate: -tls-client-ca " + c.ca}
-	for _, name := range clientFlags {
-		if typed[name] && (!asks || c.ping && (name == "stop" || name == "out")) {
-			return problem{"-" + name + " is for -c" + map[bool]string{true: " and -ping"}[name ==
-				"tls-ca" || name == "timeout"], cmp.Or(todo[name], "Give both, or leave it out.")}
+	for _, kind := range []struct {
+		flags      []string
+		fits       bool
+		what, todo string
+	}{
+		{[]string{"tls-ca"}, asks, "is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca " + c.ca},
+		{[]string{"timeout"}, asks, "is for -c and -ping", "Give both, or leave it out."},
+		{[]string{"stop", "out"}, c.client, "is for -c", "Give both: kvserver -c -stop < FILE"},
+		{[]string{"c"}, !c.ping, "and -ping do not go together", "-ping asks whether a server " +
+			"answers; -c sends requests, as in kvserver -c Ping."},
+		{serverFlags, !asks, "is for a server, not for -c and -ping",
+			"Leave it out, or give it to the server."},
+	} {
+		for _, name := range kind.flags {
+			if typed[name] && !kind.fits {
+				return problem{"-" + name + " " + kind.what, kind.todo}
+			}
 		}
-	}
-	for _, name := range serverFlags {
-		if typed[name] && asks {
-			return problem{"-" + name + " is for a server, not for -c and -ping",
-				"Leave it out, or give it to the server."}
-		}
-	}
-	if c.client && c.ping {
-		return problem{"-c and -ping do not go together",
-			"-ping asks whether a server answers; -c sends requests, as in kvserver -c Ping."}
 	}
 	return nil
 }
@@ -671,25 +672,14 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	}
 }
 
-// version is the module version that the binary was built as, with the commit, its time,
-// and whether files were changed since.
+// version is the module version that the binary was built as: of a commit its time and the commit,
+// with +dirty behind it where files were changed since.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
-	v := strings.Trim(info.Main.Version, "()")
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]):
-			v += "-" + s.Value[:min(12, len(s.Value))]
-		case s.Key == "vcs.time":
-			v += " of " + s.Value
-		case s.Key == "vcs.modified" && s.Value == "true" && !strings.Contains(v, "dirty"):
-			v += ", changed since"
-		}
-	}
-	return v
+	return strings.Trim(info.Main.Version, "()")
 }
 
 // ---- the log
