@@ -1,10 +1,11 @@
 # Needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
-.PHONY: build run test check fuzz simulate etcd windows soak bench cover install clean help
+.PHONY: build run test check fuzz simulate etcd windows soak bench cover install dist clean help
 
-build: ## build ./kvserver
-	CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o kvserver .
+# Nothing here changes how packages are compiled, so what go run and go test have compiled is used.
+build: ## build ./kvserver (CGO_ENABLED=0: one that needs no C library)
+	go build -ldflags="-s -w" -o kvserver .
 
 run: ## start the server
 	go run .
@@ -15,6 +16,7 @@ test: ## run the tests
 check: ## everything that must pass: format, vet, tidy, tests with the race detector
 	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
 	go vet ./...
+	go vet .ci/dist.go
 	GOOS=darwin go vet ./...
 	GOOS=windows go vet ./...
 	go mod tidy -diff
@@ -57,8 +59,12 @@ PREFIX ?= /usr/local
 install: build ## put kvserver in PREFIX/bin (/usr/local), below DESTDIR
 	install -D -m 755 kvserver $(DESTDIR)$(PREFIX)/bin/kvserver
 
+TARGETS ?=
+dist: ## archives of what is committed, for all systems or for TARGETS (linux/amd64,...), in dist
+	go run .ci/dist.go -targets "$(TARGETS)"
+
 clean: ## remove what the others made
-	rm -f kvserver cover.out
+	rm -rf kvserver cover.out dist
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -4,7 +4,7 @@
 // The map of the code:
 //
 //	main.go    flags and the environment; the log; listening; start and stop; certificates; the
-//	           commands check, repair and backup; the client (kvserver -c, -ping)
+//	           commands help, check, repair and backup; the client (kvserver -c, -ping)
 //	server.go  keyValueServer: its accept goroutines and workLoop, which owns everything;
 //	           TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
@@ -38,6 +38,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	_ "embed"
 	"errors"
 	"flag"
 	"fmt"
@@ -49,7 +50,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -59,6 +59,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
@@ -66,8 +67,13 @@ import (
 	"kvserver/kvstore/storage/etcd"
 )
 
+// readme is the manual.
+//
+//go:embed README.md
+var readme string
+
 // commands are what can stand in the place of flags.
-var commands = []string{"check", "repair", "backup"}
+var commands = []string{"check", "repair", "backup", "help"}
 
 // Exit codes.
 const (
@@ -80,50 +86,19 @@ const (
 	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
 )
 
-// The help text is this, a line for each flag, and moreUsage.
-const usage = `Usage: kvserver [flags]                             serve
-       kvserver [-addr ADDR,...] -c [REQUEST ...]   send them, or standard input
-       kvserver [-addr ADDR,...] -ping              exit code 0 if one answers
-       kvserver check DIR | repair DIR NEW | backup DIR NEW   look, save, copy
-`
-
-const moreUsage = `Most flags can be in the environment, too: KVSERVER_ADDR=:9999 is -addr :9999.
-Sizes are bytes, or as in 64MB and 1GiB.
-
-Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
-`
-
-// config is what the command line asks for.
-type config struct {
-	addr    string
-	data    string // directory; "": memory only
-	fsync   string
-	http    string // address of metrics; "": none
-	log     string // text or json
-	maxLine size
-	verbose bool
-
-	maxClients   int
-	maxMemory    size
-	maxQueues    size
-	writeTimeout time.Duration
-
-	cert, key string // files in PEM; "": no TLS
-	clientCA  string // whose certificates a client must show
-	ca        string // whose certificate -c wants to see; "": no TLS
-
-	client   bool          // send requests instead of serving
-	stop     bool          // at the first error
-	timeout  time.Duration // for -c and -ping to connect, and for each silence; 0: any silence
-	ping     bool
-	version  bool // print it, and do nothing else
-	requests []string
-}
-
 func main() {
-	if len(os.Args) > 1 && slices.Contains(commands, os.Args[1]) {
+	// A command stands in the place of flags.
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == "help":
+		if err := printManual(os.Stdout, strings.Join(os.Args[2:], " ")); err != nil {
+			printError(os.Stderr, err)
+			os.Exit(exitMisuse)
+		}
+		return
+	case len(os.Args) > 1 && slices.Contains(commands, os.Args[1]):
 		os.Exit(runCommand(os.Args[1], os.Args[2:]))
 	}
+
 	c, err := parseFlags(os.Args[1:], os.Stdout)
 	switch {
 	case errors.Is(err, flag.ErrHelp): // which includes -version: it is printed
@@ -132,17 +107,21 @@ func main() {
 		printError(os.Stderr, err)
 		os.Exit(exitMisuse)
 	}
+
 	if c.client || c.ping {
 		if err := beClient(c, os.Stderr); err != nil {
-			printError(os.Stderr, err)
+			if !errors.Is(err, errTold) {
+				printError(os.Stderr, err)
+			}
 			os.Exit(exitFailure)
 		}
 		return
 	}
+
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	err = beServer(c, log)
-	if err != nil && !errors.Is(err, errLogged) {
+	if err != nil && !errors.Is(err, errTold) {
 		printError(log.queue, err)
 	}
 	log.flush()
@@ -151,8 +130,8 @@ func main() {
 	}
 }
 
-// errLogged is beServer's error when the log tells of it already.
-var errLogged = errors.New("see the log")
+// errTold is an error that was told already, in the log or by -c.
+var errTold = errors.New("it was told")
 
 // problem is an error with what to do about it.
 type problem struct{ what, todo string }
@@ -167,361 +146,476 @@ func printError(w io.Writer, err error) {
 	}
 }
 
-const seeHelp = "kvserver -h lists the flags."
+// advice says what to do about errors. The first that fits counts.
+type advice []struct {
+	fits func(error) bool
+	todo string
+}
 
-// parseFlags reads the environment and the command line. It prints what -h and -version
-// ask for and then returns flag.ErrHelp.
-func parseFlags(args []string, out io.Writer) (c config, err error) {
-	options := c.options()
-	help := helpText(options) // with the defaults, as they are still there
-	flags := flagSet(options)
-	if err := readEnvironment(flags, options); err != nil {
-		return c, err
-	}
-	ca := c.ca // it may be there for a -ping beside the server
-	err = flags.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(out, help)
-		return c, err
-	case err != nil:
-		return c, flagProblem(options, err)
-	case c.version:
-		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
-		return c, flag.ErrHelp
-	case !c.client && !c.ping && c.ca == ca:
-		c.ca = ""
-	}
-	c.requests = flags.Args()
-	given := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for _, o := range options {
-		if err := o.check(); err != nil {
-			return c, err
+// about returns what to do about err, and otherwise where nothing fits.
+func (a advice) about(err error, otherwise string) string {
+	for _, row := range a {
+		if row.fits(err) {
+			return row.todo
 		}
 	}
-	if err := cmp.Or(c.checkRequests(), c.checkTogether(given)); err != nil {
-		return c, err
+	return otherwise
+}
+
+// is returns what tells whether an error is target.
+func is(target error) func(error) bool {
+	return func(err error) bool { return errors.Is(err, target) }
+}
+
+// as tells whether an error is of a type.
+func as[E error](err error) bool { return errors.As(err, new(E)) }
+
+// isTerminal tells whether somebody looks at f.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
+		return false
 	}
-	if c.http != "" {
-		if c.http, err = fullAddr("http", c.http); err != nil {
-			return c, err
+	null, err := os.Stat(os.DevNull) // a device, too
+	return err != nil || !os.SameFile(info, null)
+}
+
+// ---- flags and the environment
+
+const usage = `Usage:
+  kvserver [FLAG ...]                    serve
+  kvserver [FLAG ...] -c [REQUEST ...]   send requests, or standard input
+  kvserver [FLAG ...] -ping              exit code 0 if a server answers
+  kvserver check DIR                     read all data, and say how it is
+  kvserver backup DIR NEW                copy it, also while a server uses it
+  kvserver repair DIR NEW                make a new one of what can be read
+  kvserver help [WORD]                   the manual, or what it says about WORD
+
+Flags, of those that most need:
+`
+
+const moreUsage = `
+All: kvserver help flags. In the environment KVSERVER_ADDR=:9999 is -addr :9999.
+Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
+`
+
+const seeHelp = "kvserver help flags lists the flags."
+
+// By kind: the flags that -h shows, those that only a server has, those that only -c and -ping
+// have, and of these the ones that say what to do now: they are not in the environment.
+var (
+	helpFlags = strings.Fields(
+		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
+	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
+		"max-queues tls-client-ca v write-timeout")
+	clientFlags = strings.Fields("out stop timeout tls-ca")
+	nowFlags    = strings.Fields("c out ping stop version")
+)
+
+// Limits of flags.
+const (
+	// With less memory there is no room for data beside what the program and its work take.
+	minMaxMemory = 64_000_000
+
+	minMaxLine = 64      // bytes; with less hardly a request fits
+	maxMaxLine = 1 << 30 // bytes
+
+	minFsync, maxFsync = time.Millisecond, time.Hour
+)
+
+// config is what the command line asks for. What each flag means is in flags.
+type config struct {
+	addr  string // or several, with commas between them
+	data  string // "": memory only
+	fsync string
+	http  string // "": none
+	log   string
+
+	maxClients                    int
+	maxLine, maxMemory, maxQueues size
+	writeTimeout, timeout         time.Duration
+	cert, key, clientCA, ca, out  string // files; "": none
+	verbose, client, stop, ping   bool
+	version                       bool // print it, and do nothing else
+	requests                      []string
+}
+
+// flags returns what reads a command line into c, where it puts the defaults.
+func (c *config) flags() *flag.FlagSet {
+	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
+
+	f.StringVar(&c.addr, "addr", "localhost:9999", "`PORT` to 65535, HOST:PORT or unix:PATH")
+	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
+	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h")
+	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
+	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
+		"`N` connections at a time, 1 or more")
+	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB")
+	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
+	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit")
+	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
+		"`TIME` after which a client that accepts nothing is cut; 0: never")
+	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
+	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
+	f.StringVar(&c.clientCA, "tls-client-ca", "",
+		"`FILE` with a CA: let in only clients that it certified")
+	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA: with -c and -ping speak TLS, trust it")
+	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json")
+	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
+
+	f.BoolVar(&c.client, "c", false, "be a client: send requests")
+	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
+	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
+	f.StringVar(&c.out, "out", "", "`FILE` for the answers to -c, byte for byte")
+	f.BoolVar(&c.ping, "ping", false, "be a health check")
+	f.BoolVar(&c.version, "version", false, "print the version")
+	return f
+}
+
+// outOfRange returns the first flag whose value breaks a rule that the flag package does not
+// know, or "".
+func (c config) outOfRange() string {
+	_, isFsync := parseFsync(c.fsync)
+	for _, value := range []struct {
+		flag  string
+		fails bool
+	}{
+		{"addr", !areAddrs(c.addr, true)},
+		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
+		{"fsync", !isFsync},
+		{"http", c.http != "" && !areAddrs(c.http, false)},
+		{"max-clients", c.maxClients < 1},
+		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
+		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
+		{"write-timeout", c.writeTimeout < 0},
+		{"log", c.log != "text" && c.log != "json"},
+		{"timeout", c.timeout < 0},
+	} {
+		if value.fails {
+			return value.flag
 		}
-	}
-	addrs := strings.Split(c.addr, ",")
-	for i, addr := range addrs {
-		if addrs[i], err = fullAddr("addr", addr); err != nil {
-			return c, err
-		}
-		if c.http == addrs[i] && !strings.HasSuffix(c.http, ":0") {
-			return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
-		}
-	}
-	c.addr = strings.Join(addrs, ",")
-	return c, nil
-}
-
-// option is one flag. The help text and the README's table are made of these, so that a flag
-// that is added here is everywhere.
-type option struct {
-	name  string
-	value any    // where its value goes, with the default there: a pointer to a field of config
-	unit  string // what its value is called; "": it has none
-	help  string // a line
-	more  string // what the README says behind that
-	now   bool   // it says what to do now, so it is not in the environment
-
-	// For a value that is refused: what is right, and an example for what is no value.
-	fits    func() bool
-	give    string
-	example string // "": the default
-}
-
-// options returns the flags that set c, and sets their defaults.
-func (c *config) options() []option {
-	*c = config{addr: "localhost:9999", fsync: "always", log: "text",
-		maxClients: defaultMaxClients, maxLine: defaultMaxLine, maxQueues: defaultMaxQueues,
-		writeTimeout: defaultWriteTimeout}
-	return append(c.serverOptions(), c.clientOptions()...)
-}
-
-// serverOptions returns the flags of a server; those of TLS are a client's, too.
-func (c *config) serverOptions() []option {
-	return []option{
-		{name: "addr", value: &c.addr, unit: "ADDR,...",
-			help: "port, :port (all), host:port, unix:PATH",
-			more: "`:9999` is every address of the machine, port 0 a free one, which is logged. A " +
-				"server serves all that are given: `localhost:9999,unix:/run/kvserver/sock`; `-c` " +
-				"and `-ping` try them in turn. TLS is not for unix sockets: their mode, 0660, says " +
-				"who may connect"},
-		{name: "data", value: &c.data, unit: "DIR",
-			help: "keep the data there, or in etcd://HOST:PORT,.../PREFIX",
-			more: "Without it the data is lost when the server stops",
-			fits: func() bool { return !strings.Contains(c.data, "://") || etcd.IsAddress(c.data) },
-			give: "a directory, or an etcd cluster as in " +
-				"etcd://host1:2379,host2:2379,host3:2379/kv"},
-		{name: "fsync", value: &c.fsync, unit: "WHEN",
-			help: "with -data: always, a time such as 1s, or never",
-			more: "See \"Keeping the data\"",
-			fits: func() bool { _, ok := parseFsync(c.fsync); return ok },
-			give: "always, never, or a time from 1ms to 1h, as in -fsync 1s"},
-		{name: "http", value: &c.http, unit: "ADDR",
-			help: "serve /metrics, /healthz, /livez, /debug/pprof/",
-			more: "It answers requests for an IP address, localhost or the host given here"},
-		{name: "max-clients", value: &c.maxClients, unit: "N", help: "connections at a time",
-			more: "One more is told so. Lowered where `ulimit -n` is too small; the log says to " +
-				"what",
-			fits: func() bool { return c.maxClients >= 1 },
-			give: "at least 1, as in -max-clients 10000", example: "10000"},
-		{name: "max-line", value: &c.maxLine, unit: "SIZE",
-			help:    "longest request line, its end not counted",
-			fits:    func() bool { return c.maxLine >= minMaxLine && c.maxLine <= 1<<30 },
-			give:    fmt.Sprintf("%d bytes to 1GiB, as in -max-line 1MiB", minMaxLine),
-			example: "1MiB"},
-		{name: "max-memory", value: &c.maxMemory, unit: "SIZE",
-			help: "what the process may take; 0: no limit",
-			more: "At least 64MB, three eighths of which are for data; of 1GB it is more than " +
-				"half. Writes that need more are refused; Delete and Remove never are. Give a " +
-				"container a quarter more",
-			fits: func() bool { return c.maxMemory == 0 || c.maxMemory >= minMaxMemory },
-			give: fmt.Sprintf("%d bytes or more, as in -max-memory 500MB, or 0 for no limit",
-				minMaxMemory),
-			example: "500MB"},
-		{name: "max-queues", value: &c.maxQueues, unit: "SIZE", example: "1GiB",
-			help: "memory of all replies that wait; 0: no limit",
-			more: "An eighth of what -max-memory shares out, if that is less. Over it clients " +
-				"that take nothing lose replies, or after Ack their connection; each may have " +
-				"32 KiB beside it"},
-		{name: "write-timeout", value: &c.writeTimeout, unit: "TIME",
-			help: "cut who takes no byte for so long; 0: never",
-			fits: func() bool { return c.writeTimeout >= 0 },
-			give: "a time such as 5m, or 0 for no limit", example: "5m"},
-		{name: "tls-cert", value: &c.cert, unit: "FILE",
-			help: "certificate: speak TLS; with -c and -ping: show it"},
-		{name: "tls-key", value: &c.key, unit: "FILE", help: "its key"},
-		{name: "tls-client-ca", value: &c.clientCA, unit: "FILE",
-			help: "let in only who has a certificate of this CA"},
-		{name: "tls-ca", value: &c.ca, unit: "FILE",
-			help: "with -c and -ping: speak TLS, and trust this CA"},
-		{name: "log", value: &c.log, unit: "FORMAT", help: "text or json",
-			fits: func() bool { return c.log == "text" || c.log == "json" }, give: "text or json"},
-		{name: "v", value: &c.verbose, help: "log every connection as well"},
-	}
-}
-
-// clientOptions returns the other flags.
-func (c *config) clientOptions() []option {
-	return []option{
-		{name: "c", value: &c.client, now: true, help: "be a client: send requests",
-			more: "Data goes to standard output, errors to standard error"},
-		{name: "stop", value: &c.stop, now: true, help: "with -c: end at the first error",
-			more: "Each request is sent when the one before is answered"},
-		{name: "timeout", value: &c.timeout, unit: "TIME",
-			help: "with -c, -ping: give up after so long without an answer",
-			more: "0: after 5s for connecting and for the first answer, and never after that",
-			fits: func() bool { return c.timeout >= 0 },
-			give: "a time such as 5s; 0 is 5s for the first answer, and no limit then", example: "5s"},
-		{name: "ping", value: &c.ping, now: true, help: "be a health check"},
-		{name: "version", value: &c.version, now: true, help: "print the version"},
-	}
-}
-
-// line is the flag's line in the help text.
-func (o option) line() string {
-	line := fmt.Sprintf("  %-21s%s", "-"+o.name+" "+o.unit, o.help)
-	if d := o.initial(); o.unit != "" && d != "" && d != "0" {
-		line += " (" + d + ")"
-	}
-	return line + "\n"
-}
-
-// row is the flag's row in the README.
-func (o option) row() string {
-	variable, initial, text := o.variable(), o.initial(), o.help
-	if variable != "" {
-		variable = "`" + variable + "`"
-	}
-	if o.unit == "" || initial == "" {
-		initial = ""
-	} else {
-		initial = "`" + initial + "`"
-	}
-	if o.more != "" {
-		text += ". " + o.more
-	}
-	return fmt.Sprintf("| `-%s` | %s | %s | %s |\n", o.name, variable, initial, text)
-}
-
-// initial is the default as one would write it.
-func (o option) initial() string {
-	switch v := o.value.(type) {
-	case *string:
-		return *v
-	case *time.Duration:
-		return cmp.Or(strings.TrimSuffix(v.String(), "0s"), "0")
-	case *size:
-		return v.String()
-	case *int:
-		return strconv.Itoa(*v)
 	}
 	return ""
 }
 
-// variable is the flag's name in the environment; "": it has none. (KVSERVER_VERSION is
-// often there, and not meant for us.)
-func (o option) variable() string {
-	if o.now {
-		return ""
+// parseFlags reads the command line and the environment. It prints what -h and -version
+// ask for and then returns flag.ErrHelp.
+func parseFlags(args []string, out io.Writer) (c config, err error) {
+	flags := c.flags()
+	err = flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		io.WriteString(out, helpText(flags))
+		return c, err
+	case err != nil:
+		return c, flagProblem(flags, err)
+	case c.version:
+		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
+		return c, flag.ErrHelp
 	}
-	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(o.name, "-", "_"))
+	c.requests = flags.Args()
+
+	// What stands in the environment is there for a server and for a -ping beside it.
+	typed := given(flags)
+	if err := readEnvironment(flags, typed); err != nil {
+		return c, err
+	}
+	if !c.client && !c.ping && !typed["tls-ca"] {
+		c.ca = ""
+	}
+
+	if name := c.outOfRange(); name != "" {
+		f := flags.Lookup(name)
+		return c, problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
+	}
+	err = cmp.Or(c.checkRequests(), c.checkKind(typed), c.checkTogether(given(flags)))
+	if err != nil {
+		return c, err
+	}
+	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
+	if slices.Contains(strings.Split(c.addr, ","), c.http) && !strings.HasSuffix(c.http, ":0") {
+		return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
+	}
+	return c, nil
 }
 
-// show gives an example of the flag. (After a value that is none the default is not there.)
-func (o option) show() string {
-	if o.unit == "" {
-		return ""
-	}
-	return "Give it as in -" + o.name + "=" + cmp.Or(o.example, o.initial()) + ". "
-}
-
-// check tells what is wrong with the value.
-func (o option) check() error {
-	if o.fits == nil || o.fits() {
-		return nil
-	}
-	what := fmt.Sprintf("-%s %v is out of range", o.name, reflect.ValueOf(o.value).Elem())
-	if text, isText := o.value.(*string); isText {
-		what = fmt.Sprintf("-%s %q is none of its values", o.name, *text)
-	}
-	return problem{what, "Give " + o.give + "."}
-}
-
-// flagSet returns what parses options.
-func flagSet(options []option) *flag.FlagSet {
-	flags := flag.NewFlagSet("kvserver", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	flags.Usage = func() {}
-	for _, o := range options {
-		switch v := o.value.(type) {
-		case *string:
-			flags.StringVar(v, o.name, *v, "")
-		case *bool:
-			flags.BoolVar(v, o.name, *v, "")
-		case *int:
-			flags.IntVar(v, o.name, *v, "")
-		case *time.Duration:
-			flags.DurationVar(v, o.name, *v, "")
-		case *size:
-			flags.Var(v, o.name, "")
-		}
-	}
-	return flags
+// given returns which flags were set so far.
+func given(flags *flag.FlagSet) map[string]bool {
+	names := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { names[f.Name] = true })
+	return names
 }
 
 // helpText is what -h prints.
-func helpText(options []option) string {
+func helpText(flags *flag.FlagSet) string {
 	text := usage
-	for _, o := range options {
-		text += o.line()
+	for _, name := range helpFlags {
+		unit, does := describe(flags.Lookup(name))
+		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
 	}
 	return text + moreUsage
 }
 
-// readEnvironment sets flags from the environment.
-func readEnvironment(flags *flag.FlagSet, options []option) error {
-	for _, o := range options {
-		name := o.variable()
-		if value := os.Getenv(name); name != "" && value != "" && flags.Set(o.name, value) != nil {
-			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, o.name)
-			return problem{what, o.show() + seeHelp}
-		}
+// explain says what to give to a flag.
+func explain(f *flag.Flag) string {
+	unit, does := describe(f)
+	if unit == "" {
+		does = "no value: " + does
 	}
-	return nil
+	return "-" + f.Name + " takes " + does + "."
+}
+
+// describe returns what a flag's value is called, and what it does.
+func describe(f *flag.Flag) (unit, does string) {
+	unit, does = flag.UnquoteUsage(f)
+	if initial := initial(f); initial != "" && initial != "0" {
+		does += " (" + initial + ")"
+	}
+	return unit, does
+}
+
+// initial is a flag's default as one would write it; "": it has none.
+func initial(f *flag.Flag) string {
+	if f.DefValue == "false" {
+		return ""
+	}
+	return strings.Replace(strings.Replace(f.DefValue, "m0s", "m", 1), "0s", "0", 1)
+}
+
+// variable is a flag's name in the environment; "": it has none.
+func variable(f *flag.Flag) string {
+	if slices.Contains(nowFlags, f.Name) { // KVSERVER_VERSION is often there, and not meant for us
+		return ""
+	}
+	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+}
+
+// readEnvironment sets the flags that were not typed from the environment. An empty variable
+// counts as none.
+func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
+	flags.VisitAll(func(f *flag.Flag) {
+		name := variable(f)
+		value := os.Getenv(name)
+		if name != "" && value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
+			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value,
+				f.Name), explain(f)}
+		}
+	})
+	return err
 }
 
 // flagProblem says what to do about an error of flags.Parse.
-func flagProblem(options []option, err error) error {
-	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: ")
-	if unknown {
-		return problem{"unknown flag " + name,
-			similarFlag(options, strings.TrimLeft(name, "-")) + seeHelp}
+func flagProblem(flags *flag.FlagSet, err error) error {
+	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if isUnknown {
+		return problem{"unknown flag -" + name, similarFlag(flags, name) + seeHelp}
 	}
 	todo := seeHelp
-	for _, o := range options {
-		if strings.Contains(err.Error(), " -"+o.name+": ") {
-			todo = o.show() + seeHelp
+	flags.VisitAll(func(f *flag.Flag) {
+		if strings.Contains(err.Error()+":", " -"+f.Name+":") {
+			todo = explain(f)
 		}
-	}
+	})
 	return problem{err.Error(), todo}
 }
 
-// checkRequests tells what is wrong with what stands behind the flags.
-func (c *config) checkRequests() error {
-	for _, request := range c.requests {
-		near := slices.IndexFunc(commands, func(name string) bool { return oneSlip(request, name) })
-		switch {
-		case !c.client && near >= 0:
-			return problem{fmt.Sprintf("unexpected argument %q", request),
-				"Did you mean kvserver " + commands[near] + " DIR ? " + seeHelp}
-		case !c.client && (request == "help" || request == "version"):
-			return problem{fmt.Sprintf("unexpected argument %q", request),
-				"Did you mean kvserver -" + request + " ?"}
-		case !c.client && slices.Contains(commands, request):
-			return problem{request + " goes first, and takes no flags",
-				"Give the directory behind it, as in kvserver " + request + " data."}
-		case !c.client:
-			return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags",
-				request),
-				"To send a request: kvserver -c " + request + "   " + seeHelp}
-		case trimCR(request) == "":
-			return problem{fmt.Sprintf("%q is no request", request),
-				"Give one, as in kvserver -c Get:fruit, or none to send what comes on standard input."}
-		case strings.HasPrefix(request, "-"):
-			return problem{fmt.Sprintf("%q is no request", request),
-				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."}
-		case strings.Contains(request, "\n"):
-			return problem{fmt.Sprintf("%q is more than one request", request),
-				"Give each as an argument of its own; no key and no value holds a newline."}
+// similarFlag suggests the flag that an unknown one may have been meant to be.
+func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
+	name = strings.ToLower(name)
+	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
+		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
+		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
+		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[name]
+	near := nearest(flags, name, func(f *flag.Flag) string { return f.Name })
+	if name = cmp.Or(other, near); name == "" {
+		return ""
+	}
+	return "Did you mean -" + name + " ? "
+}
+
+// nearest returns which of the flags' names, as called says them, is one slip from name; "":
+// none, or one that is too short to tell.
+func nearest(flags *flag.FlagSet, name string, called func(*flag.Flag) string) (near string) {
+	flags.VisitAll(func(f *flag.Flag) {
+		if len(f.Name) > 2 && oneSlip(name, called(f)) {
+			near = called(f)
+		}
+	})
+	return near
+}
+
+// wrong is what may be wrong with a command line, and what to do about it.
+type wrong struct {
+	is         bool
+	what, todo string
+}
+
+// firstWrong returns the first that is, or nil.
+func firstWrong(all []wrong) error {
+	for _, w := range all {
+		if w.is {
+			return problem{w.what, w.todo}
 		}
 	}
 	return nil
 }
 
-// checkTogether tells which flags do not go together. given are those that were given,
-// here or in the environment.
-func (c *config) checkTogether(given map[string]bool) error {
-	asks := c.client || c.ping
-	switch {
-	case etcd.IsAddress(c.data) && c.fsync != "always":
-		return problem{"-fsync " + c.fsync + " is for data on a disk, not in etcd",
-			"Leave it out: what is answered is in etcd."}
-	case given["data"] && c.data == "":
-		return problem{"-data is empty",
-			"Give a directory, or leave -data out to keep the data in memory only."}
-	case given["fsync"] && c.data == "" && !asks:
-		return problem{"-fsync is for data on disk, and there is none",
-			"Give a directory, as in -data data -fsync " + c.fsync + "."}
-	case (c.cert == "") != (c.key == ""), c.clientCA != "" && c.cert == "":
-		return problem{"-tls-cert and -tls-key go together, and -tls-client-ca with both",
-			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."}
-	case asks && c.cert != "" && c.ca == "":
-		return problem{"-tls-cert with -c or -ping needs -tls-ca",
-			"Say whose certificate the server has, as in -tls-ca ca.pem."}
-	case !c.client && c.stop:
-		return problem{"-stop is for -c", "Give both: kvserver -c -stop < FILE"}
-	case !asks && c.ca != "":
-		return problem{"-tls-ca is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca " + c.ca}
+// words are what other programs have in the place of our flags.
+var words = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
+	"server": leaveOut, "version": "Did you mean kvserver -version ?",
+	"ping": "Did you mean kvserver -ping ?", "client": "Did you mean kvserver -c ?",
+	"stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+
+const leaveOut = "Leave it out: kvserver alone serves."
+
+// checkRequests tells what is wrong with what stands behind the flags.
+func (c config) checkRequests() error {
+	if len(c.requests) == 0 {
+		return nil
+	}
+	first := c.requests[0]
+	if c.ping {
+		return problem{fmt.Sprintf("-ping sends no requests, so %q would be lost", first),
+			"To send requests: kvserver -c " + first}
+	}
+
+	// Nothing to send: a word that another program would understand, or a command too late.
+	if !c.client {
+		todo := "To send a request: kvserver -c " + first + "   " + seeHelp
+		for _, command := range commands {
+			if oneSlip(first, command) {
+				todo = "Did you mean kvserver " + command + " ? " + seeHelp
+			} else if first == command {
+				todo = command + " goes first, without flags: kvserver " + command + " ..."
+			}
+		}
+		return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", first),
+			cmp.Or(words[strings.ToLower(first)], todo)}
+	}
+
+	for i, request := range c.requests {
+		isNone := fmt.Sprintf("%q is no request", request)
+		if err := firstWrong([]wrong{
+			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
+				"send what comes on standard input."},
+			{strings.HasPrefix(request, "-"), isNone,
+				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
+			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
+				"Give each as an argument of its own; no key and no value holds a newline."},
+		}); err != nil {
+			return err
+		}
+		if why := spread(c.requests[i:]); why != "" {
+			return problem{why, "Each argument is one request: kvserver -c Put:a:b Get:a"}
+		}
 	}
 	return nil
 }
 
-// minMaxMemory is the least -max-memory: with less there is no room for data beside what the
-// program and its work take.
-const minMaxMemory = 64_000_000
+// spread tells what is wrong if the first two of requests are none, but rather the words of
+// one: what the server says to that.
+func spread(requests []string) (why string) {
+	isNone := func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		why = q.value
+		return q.queryType == malformed
+	}
+	if len(requests) > 1 && !strings.Contains(requests[0], ":") && isNone(requests[0]) &&
+		isNone(requests[1]) && isNone(strings.Join(requests, " ")) {
+		return why
+	}
+	return ""
+}
 
-// minMaxLine is the least -max-line: with less hardly a request fits.
-const minMaxLine = 64
+// checkKind tells which flag is not for what is asked for: to serve, or to be a client. typed
+// are those of the command line: the environment may be for both.
+func (c config) checkKind(typed map[string]bool) error {
+	asks := c.client || c.ping
+	todo := map[string]string{"stop": "Give both: kvserver -c -stop < FILE",
+		"tls-ca": "To let in only who has a certificate: -tls-client-ca " + c.ca}
+	for _, name := range clientFlags {
+		if typed[name] && (!asks || c.ping && (name == "stop" || name == "out")) {
+			return problem{"-" + name + " is for -c" + map[bool]string{true: " and -ping"}[name ==
+				"tls-ca" || name == "timeout"], cmp.Or(todo[name], "Give both, or leave it out.")}
+		}
+	}
+	for _, name := range serverFlags {
+		if typed[name] && asks {
+			return problem{"-" + name + " is for a server, not for -c and -ping",
+				"Leave it out, or give it to the server."}
+		}
+	}
+	if c.client && c.ping {
+		return problem{"-c and -ping do not go together",
+			"-ping asks whether a server answers; -c sends requests, as in kvserver -c Ping."}
+	}
+	return nil
+}
+
+// checkTogether tells which of the given flags do not go together.
+func (c config) checkTogether(given map[string]bool) error {
+	asks := c.client || c.ping
+	return firstWrong([]wrong{
+		{etcd.IsAddress(c.data) && c.fsync != "always",
+			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
+			"Leave it out: what is answered is in etcd."},
+		{given["data"] && c.data == "", "-data is empty",
+			"Give a directory, or leave -data out to keep the data in memory only."},
+		{given["fsync"] && c.data == "" && !asks,
+			"-fsync is for data on disk, and there is none",
+			"Give a directory, as in -data data -fsync " + c.fsync + "."},
+		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
+			"-tls-cert and -tls-key go together, and -tls-client-ca with both",
+			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
+		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
+			"Say whose certificate the server has, as in -tls-ca ca.pem."},
+		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
+		{given["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
+	})
+}
+
+// parseFsync reads the value of -fsync.
+func parseFsync(s string) (when time.Duration, ok bool) {
+	switch s {
+	case "always":
+		return durable.FsyncAlways, true
+	case "never":
+		return durable.FsyncNever, true
+	}
+	when, err := time.ParseDuration(s)
+	return when, err == nil && when >= minFsync && when <= maxFsync
+}
+
+// fullAddrs completes addresses, with commas between them, of which some may be a port alone:
+// that is one of localhost.
+func fullAddrs(addrs string) string {
+	all := strings.Split(addrs, ",")
+	for i, addr := range all {
+		if addr != "" && !strings.Contains(addr, ":") {
+			all[i] = "localhost:" + addr
+		}
+	}
+	return strings.Join(all, ",")
+}
+
+// areAddrs tells whether fullAddrs makes addresses of addrs, which may be those of unix sockets.
+func areAddrs(addrs string, mayBeUnix bool) bool {
+	for addr := range strings.SplitSeq(fullAddrs(addrs), ",") {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		_, port, err := net.SplitHostPort(addr)
+		_, portErr := strconv.ParseUint(port, 10, 16)
+		switch {
+		case isUnix && (!mayBeUnix || path == "" || path[0] == '@'): // @ is for one without a file
+			return false
+		case !isUnix && (err != nil || portErr != nil):
+			return false
+		}
+	}
+	return true
+}
 
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
 type size int64
@@ -538,24 +632,16 @@ func (s *size) String() string {
 	}
 }
 
+// units are what may stand behind the number of a size, in bytes.
+var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+	"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
 // Set is flag.Value's.
 func (s *size) Set(text string) error {
-	number, unit := text, int64(1)
-	for i, prefix := range []string{"k", "M", "G", "T"} {
-		for _, u := range []struct {
-			suffix string
-			base   int64
-		}{{prefix + "iB", 1024}, {prefix + "B", 1000}} {
-			if n := len(text) - len(u.suffix); n > 0 && equalFold(text[n:], u.suffix) {
-				number = strings.TrimSpace(text[:n])
-				for range i + 1 {
-					unit *= u.base
-				}
-			}
-		}
-	}
-	n, err := strconv.ParseInt(number, 10, 64)
-	if err != nil || n < 0 || n > math.MaxInt64/unit {
+	number := strings.TrimRightFunc(text, unicode.IsLetter)
+	unit, isUnit := units[strings.ToLower(text[len(number):])]
+	n, err := strconv.ParseInt(strings.TrimRight(number, " "), 10, 64)
+	if err != nil || !isUnit || n < 0 || n > math.MaxInt64/unit {
 		return errors.New("no size")
 	}
 	*s = size(n * unit)
@@ -565,12 +651,10 @@ func (s *size) Set(text string) error {
 // warnOfVariables logs which variables look like ours and are none, and what they may have
 // been meant to be. Those that Kubernetes sets for a service of our name are not meant.
 func warnOfVariables(log *slog.Logger, environment []string) {
-	options := new(config).options()
+	flags := new(config).flags()
 	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true,
 		"KVSERVER_ETCD_USER": true}
-	for _, o := range options {
-		known[o.variable()] = true
-	}
+	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
 		text, ours := strings.CutPrefix(name, "KVSERVER_")
@@ -579,67 +663,12 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 			continue
 		}
 		todo := seeHelp
-		for _, o := range options {
-			if v := o.variable(); oneSlip(name, v) && len(o.name) > 2 {
-				todo = "Did you mean " + v + " ?"
-			}
+		if near := nearest(flags, name, variable); near != "" {
+			todo = "Did you mean " + near + " ?"
 		}
 		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
 			"todo", todo)
 	}
-}
-
-// similarFlag suggests the flag that an unknown one may have been meant to be.
-func similarFlag(options []option, name string) (suggestion string) {
-	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
-		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
-		"client": "c", "metrics": "http"}[name]
-	for _, o := range options {
-		if o.name == other || oneSlip(name, o.name) && len(o.name) > 2 {
-			suggestion = "Did you mean -" + o.name + " ? "
-		}
-	}
-	return suggestion
-}
-
-// parseFsync reads the value of -fsync.
-func parseFsync(s string) (when time.Duration, ok bool) {
-	switch s {
-	case "always":
-		return durable.FsyncAlways, true
-	case "never":
-		return durable.FsyncNever, true
-	}
-	when, err := time.ParseDuration(s)
-	return when, err == nil && when >= time.Millisecond && when <= time.Hour
-}
-
-// unixPrefix stands before the path in the address of a unix socket.
-const unixPrefix = "unix:"
-
-// fullAddr completes the address that a flag gives: a port alone is one of
-// localhost.
-func fullAddr(name, addr string) (string, error) {
-	path, isUnix := strings.CutPrefix(addr, unixPrefix)
-	if isUnix && name == "addr" && path != "" && path[0] != '@' { // @ is for one without a file
-		return addr, nil
-	}
-	full := addr
-	if !strings.Contains(addr, ":") {
-		full = "localhost:" + addr
-	}
-	_, port, err := net.SplitHostPort(full)
-	if err == nil {
-		_, err = strconv.ParseUint(port, 10, 16)
-	}
-	switch what := fmt.Sprintf("-%s %q is no address", name, addr); {
-	case isUnix && name == "addr":
-		return "", problem{what, "Give a path, as in -addr unix:/run/kvserver/sock."}
-	case err != nil:
-		return "", problem{what,
-			"Give a port, :port or host:port, as in -" + name + " 9999; ports go up to 65535."}
-	}
-	return full, nil
 }
 
 // version is the module version that the binary was built as, with the commit, its time,
@@ -661,211 +690,6 @@ func version() string {
 		}
 	}
 	return v
-}
-
-// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
-// and it returns errLogged.
-func beServer(c config, log *queuedLog) error {
-	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
-	defer restore()
-	again := make(chan os.Signal, 1)
-	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
-		signal.Notify(again, syscall.SIGHUP)
-	}
-	warnOfVariables(log.Logger, os.Environ())
-	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
-	s := New(nil)
-	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
-	if c.data != "" {
-		s.status = new(storage.Status)
-	}
-	if c.http != "" { // first, so that one can watch how the data is opened
-		web, err := s.watchAt(c.http)
-		if err != nil {
-			return err
-		}
-		defer web.Close()
-	}
-	data, err := openOrStop(ctx, c, s, log)
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return nil
-	case err != nil:
-		return storeProblem(c, err)
-	}
-	all, err := listenFor(c, s, again)
-	if err != nil {
-		if data != nil {
-			data.Close()
-		}
-		return err
-	}
-	applyLimits(s, c)
-	if err := s.serve(slices.Concat(all...)...); err != nil {
-		return err
-	}
-	tellStart(c, s, all)
-	(&pacer{server: s}).begin()
-	var failure error
-	select {
-	case <-ctx.Done():
-		restore() // a second signal ends the process at once
-	case <-data.Lost():
-		failure = data.WhyLost()
-	case failure = <-s.Failed():
-	}
-	if failure != nil {
-		logFailure(log.Logger, c, failure)
-	}
-	return stopServer(c, log, s, data, failure)
-}
-
-// openOrStop opens the store that c asks for, unless ctx is done before. While it is opened
-// nobody has been told anything, so nothing can be lost.
-func openOrStop(ctx context.Context, c config, s *keyValueServer,
-	log *queuedLog) (*durable.Store, error) {
-	loading := context.AfterFunc(ctx, func() {
-		log.Info("stopped while opening the data")
-		time.AfterFunc(stopTime/5, func() { // the disk does not answer
-			log.flush()
-			os.Exit(0)
-		})
-	})
-	defer loading()
-	return openStore(ctx, c, s)
-}
-
-// stopServer ends s and its data, after a failure or none.
-func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
-	failure error) error {
-	late := giveUp(log, data)
-	s.Close()
-	if data != nil {
-		if err := data.Close(); err != nil && failure == nil {
-			failure = err
-			logFailure(log.Logger, c, failure)
-		}
-	}
-	late.Stop()
-	if failure != nil {
-		return errLogged
-	}
-	return nil
-}
-
-// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
-func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
-	return time.AfterFunc(stopTime, func() {
-		for data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
-			for data.IsHealing() {
-				time.Sleep(stopTime / 50)
-			}
-			time.Sleep(stopTime) // for the rest
-		}
-		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
-			"limit", stopTime, "fsync", data.Syncing())
-		log.flush()
-		os.Exit(exitFailure)
-	})
-}
-
-// pacer chooses how much garbage there may be before it is collected. Go lets the heap
-// double; but nearly all of ours is data that a collection does not even read, so it
-// costs little and may come sooner: the process takes a third less memory.
-type pacer struct {
-	server  *keyValueServer
-	percent int // that was last set (GOGC)
-}
-
-// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
-// many as are in objects with pointers, for these are what a collection takes time for.
-const garbageMin, garbageShare = 16 << 20, 16
-
-// begin has the pacer do its work after each collection, from now on.
-func (p *pacer) begin() {
-	p.choose()
-	p.wait()
-}
-
-// wait waits for the next collection: nothing points to an object, so its finalizer is
-// run then.
-func (p *pacer) wait() {
-	type unused struct{ p *pacer }
-	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
-}
-
-// choose sets the collector's percentage, and tells the server what is alive.
-func (p *pacer) choose() {
-	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
-	metrics.Read(samples)
-	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
-	p.server.budget.collected(live)
-	garbage := garbageMin + live/garbageShare + min(linked, live)
-	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
-	// Setting it stops everybody for a moment.
-	if percent < p.percent*9/10 || percent > p.percent*10/9 {
-		p.percent = percent
-		debug.SetGCPercent(percent)
-	}
-}
-
-// logFailure logs that the store failed, and what to do about it.
-func logFailure(log *slog.Logger, c config, err error) {
-	var p problem
-	errors.As(storeProblem(c, err), &p)
-	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
-		"todo", p.todo)
-}
-
-// applyLimits gives s the limits that c asks for, as far as the process may go.
-func applyLimits(s *keyValueServer, c config) {
-	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
-	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
-	if c.maxMemory > 0 {
-		debug.SetMemoryLimit(int64(c.maxMemory))
-	}
-	files := storage.OpenFiles() - spareFiles
-	if c.http != "" {
-		files -= maxWatchers
-	}
-	if s.tls != nil {
-		s.handshakes = max(1, min(maxHandshakes, files/4))
-		files -= s.handshakes
-	}
-	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
-		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
-			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
-			"files", storage.OpenFiles())
-	}
-}
-
-// tellStart logs what an operator should know of a server that begins to serve. all are its
-// listeners, those of each address together.
-func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
-	switch {
-	case c.data == "":
-		s.log.Info("data is in memory only and lost on exit")
-	case etcd.IsAddress(c.data):
-		s.log.Info("data is kept in etcd", "at", c.data)
-	default:
-		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
-	}
-	for _, listeners := range all {
-		addr := listeners[0].Addr()
-		tcp, isTCP := addr.(*net.TCPAddr)
-		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
-			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-				addr.String())
-		}
-		if isTCP {
-			s.log.Info("listening", "addr", addr.String(),
-				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
-		} else {
-			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
-		}
-	}
 }
 
 // ---- the log
@@ -980,16 +804,12 @@ func (l *queuedLog) flush() {
 
 // ---- listening
 
-// listenFor listens where c says, for clients of s: it returns the listeners of each address.
-// again is the signal to read the certificates anew.
-func listenFor(c config, s *keyValueServer, again <-chan os.Signal) (all [][]net.Listener,
-	err error) {
-	if c.cert != "" {
-		if s.tls, err = serverTLS(c, s.log, again); err != nil {
-			return nil, err
-		}
-	}
-	for _, addr := range strings.Split(c.addr, ",") {
+// unixPrefix stands before the path in the address of a unix socket.
+const unixPrefix = "unix:"
+
+// listenFor listens where c says, for clients: it returns the listeners of each address.
+func listenFor(c config) (all [][]net.Listener, err error) {
+	for addr := range strings.SplitSeq(c.addr, ",") {
 		listeners, err := listen(addr)
 		if err != nil {
 			closeAll(slices.Concat(all...))
@@ -1177,7 +997,172 @@ func isRefused(err error) bool {
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.Errno(10061))
 }
 
-// ---- the store
+// listenProblem says what to do about the error of listening where a flag says.
+func listenProblem(name, addr string, err error) error {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		return socketProblem(path, err)
+	}
+	host, port, _ := net.SplitHostPort(addr)
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
+		name + " :" + port
+	free := ""
+	if isInUse(err) {
+		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
+	}
+	todo := advice{
+		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: " +
+			"kvserver -" + name + " 9999"},
+		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
+		{isNoAddress, "This machine does not have that address." + elsewhere},
+	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
+}
+
+// socketProblem says what to do about the error of listening on a unix socket.
+func socketProblem(path string, err error) error {
+	dir := filepath.Dir(path)
+	if errors.Is(err, syscall.EINVAL) {
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
+			len(path), syscall.EINVAL)
+	}
+	todo := advice{
+		{isInUse, "Stop the server that has it, or choose another path."},
+		{is(errNoSocket), "Nothing was changed. Choose another path, or remove the file if " +
+			"nobody needs it."},
+		{is(syscall.EINVAL), "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
+		{is(fs.ErrNotExist), "Create the directory: mkdir -p " + dir},
+		{is(fs.ErrPermission), "Start as a user who may write in " + dir +
+			", or choose another path."},
+	}.about(err, "Choose another path: kvserver -addr unix:/run/kvserver/sock")
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
+		err = op.Err
+	}
+	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
+}
+
+// freeAddr is an address of host with a port above port that nobody has, and that no flag
+// of ours has unless told.
+func freeAddr(host, port string) string {
+	n, _ := strconv.Atoi(port)
+	for n = max(n, 1023) + 1; n < 65536; n++ {
+		addr := net.JoinHostPort(host, strconv.Itoa(n))
+		if n == 9999 {
+			continue
+		}
+		if listeners, err := listen(addr); err == nil {
+			closeAll(listeners)
+			return addr
+		}
+	}
+	return net.JoinHostPort(host, "0")
+}
+
+// ---- start and stop
+
+// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
+// and it returns errTold.
+func beServer(c config, log *queuedLog) error {
+	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
+	defer restore()
+	warnOfVariables(log.Logger, os.Environ())
+	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
+	s := New(nil)
+	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
+	if c.data != "" {
+		s.status = new(storage.Status)
+	}
+
+	// First, so that one can watch how the data is opened.
+	if c.http != "" {
+		web, err := s.watchAt(c.http)
+		if err != nil {
+			return err
+		}
+		defer web.Close()
+	}
+
+	data, err := openOrStop(ctx, c, s, log)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil
+	case err != nil:
+		return err
+	}
+	all, err := listenFor(c)
+	if err != nil {
+		if data != nil {
+			data.Close()
+		}
+		return err
+	}
+	applyLimits(s, c)
+	if err := s.serve(slices.Concat(all...)...); err != nil {
+		return err
+	}
+	tellStart(c, s, all)
+	(&pacer{server: s}).begin()
+
+	var failure error
+	select {
+	case <-ctx.Done():
+		restore() // a second signal ends the process at once
+	case <-data.Lost():
+		failure = data.WhyLost()
+	case failure = <-s.Failed():
+	}
+	if failure != nil {
+		logFailure(log.Logger, c, failure)
+	}
+	return stopServer(c, log, s, data, failure)
+}
+
+// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
+// is closed has our log; elsewhere it has the certificates read anew.
+func stopSignals() []os.Signal {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signals
+}
+
+// openOrStop reads the certificates and opens the store that c asks for, unless ctx is done
+// before. Until then nobody has been told anything, so nothing can be lost.
+func openOrStop(ctx context.Context, c config, s *keyValueServer,
+	log *queuedLog) (*durable.Store, error) {
+	defer context.AfterFunc(ctx, func() {
+		log.Info("stopped while opening the data")
+		time.AfterFunc(stopTime/5, func() { // the disk does not answer
+			log.flush()
+			os.Exit(0)
+		})
+	})()
+
+	// A bad certificate is told before the data is read, for that may take minutes.
+	again := make(chan os.Signal, 1)
+	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
+		signal.Notify(again, syscall.SIGHUP)
+	}
+	if c.cert != "" {
+		var err error
+		if s.tls, err = serverTLS(c, s.log, again); err != nil {
+			return nil, err
+		}
+	}
+
+	if c.data != "" {
+		log.Info("opening the data", "at", c.data)
+	}
+	data, err := openStore(ctx, c, s)
+	if err != nil {
+		return nil, storeProblem(c, err)
+	}
+	return data, nil
+}
 
 // openStore gives s the store that c asks for. It returns it where it is to be closed: nil
 // where nothing is kept.
@@ -1208,62 +1193,379 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// storeProblem says what to do about a store's error.
-func storeProblem(c config, err error) error {
-	dir := c.data
-	var damage *storage.DamageError
-	todo := "Mend the cause, then start again: everything that was answered is on disk."
-	switch c.fsync {
-	case "always":
-	case "": // a command, which has answered nothing
-		todo = "Mend the cause, then try again."
-	default:
-		todo = "Mend the cause, then start again. With -fsync " + c.fsync +
-			" the last that was answered may not be on disk: look what is there."
+// applyLimits gives s the limits that c asks for, as far as the process may go.
+func applyLimits(s *keyValueServer, c config) {
+	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
+	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
+	if c.maxMemory > 0 {
+		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
+
+	files := storage.OpenFiles() - spareFiles
+	if c.http != "" {
+		files -= maxWatchers
+	}
+	if s.tls != nil {
+		s.handshakes = max(1, min(maxHandshakes, files/4))
+		files -= s.handshakes
+	}
+	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
+		s.maxClients = max(1, s.maxClients)
+		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
+			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
+			"files", storage.OpenFiles())
+	}
+}
+
+// tellStart logs what an operator should know of a server that begins to serve. all are its
+// listeners, those of each address together.
+func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	switch {
-	case errors.Is(err, etcd.ErrTakenOver):
-		todo = "Nothing is lost. Start again, to stand by. This server was too slow to show that " +
-			"it lives: was it paused, or cut off?"
-	case errors.Is(err, etcd.ErrUnreachable):
-		todo = "Everything that was answered is in etcd. Look whether the cluster runs, has a " +
-			"leader, and is at these addresses (with TLS: etcds://): etcdctl endpoint status " +
-			"--cluster"
-	case errors.Is(err, etcd.ErrRefused):
-		todo = "Look at the address in -data (etcds:// for TLS, with " +
-			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."
-	case etcd.IsAddress(dir) && errors.Is(err, syscall.ENOSPC):
-		todo = "etcd is full: compact and defragment it, raise its --quota-backend-bytes, and " +
-			"then: etcdctl alarm disarm"
-	case errors.Is(err, etcd.ErrAddress):
-		todo = "Give the members and a prefix, as in -data " +
-			"etcd://host1:2379,host2:2379,host3:2379/kv"
-	case errors.Is(err, storage.ErrMoved):
-		todo = "Put the directory back, or look who took it, before you start again. What was " +
-			"answered is in the directory that was moved."
-	case errors.Is(err, durable.ErrOlder):
-		todo = "Nothing was changed. Start that kvserver, and bring its data here with kvserver " +
-			"-c Dump."
-	case errors.Is(err, storage.ErrMissing):
-		todo = "Create it: mkdir -m 700 " + dir
-	case errors.Is(err, storage.ErrNotOurs):
-		todo = "Nothing was changed. Give an empty directory, or one that kvserver made."
-	case errors.Is(err, storage.ErrLocked):
-		todo = "Nothing was changed. Stop that process first, or give another directory."
-	case errors.Is(err, durable.ErrNothingRead):
-		todo = "Restore a backup. Where there is none the data is lost: start with an empty directory."
-	case errors.Is(err, durable.ErrUnfinished):
-		todo = "Nothing was changed. If it was a copy, make it again, into an empty directory; " +
-			"remove what is there only if you want to start empty."
-	case errors.Is(err, durable.ErrNewer):
-		todo = "Nothing was changed. Start the newer kvserver."
-	case errors.Is(err, fs.ErrPermission):
-		todo = "Start as the user who owns it, or give that user the right to read and write it."
-	case errors.As(err, &damage):
-		todo = "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
-			"repair " + dir + " NEW"
+	case c.data == "":
+		s.log.Info("data is in memory only and lost on exit")
+	case etcd.IsAddress(c.data):
+		s.log.Info("data is kept in etcd", "at", c.data)
+	default:
+		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
-	return problem{err.Error(), todo}
+	for _, listeners := range all {
+		addr := listeners[0].Addr()
+		tcp, isTCP := addr.(*net.TCPAddr)
+		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
+			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
+				addr.String())
+		}
+		if isTCP {
+			s.log.Info("listening", "addr", addr.String(),
+				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
+		} else {
+			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
+		}
+	}
+}
+
+// tryCommand is what to type to reach addr.
+func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
+	host := addr.IP.String()
+	if addr.IP.IsUnspecified() {
+		host = "localhost"
+	}
+	if mutual {
+		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
+			strconv.Itoa(addr.Port))
+	} else if encrypted {
+		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
+	}
+	return fmt.Sprintf("nc %s %d", host, addr.Port)
+}
+
+// pacer chooses how much garbage there may be before it is collected. Go lets the heap
+// double; but nearly all of ours is data that a collection does not even read, so it
+// costs little and may come sooner: the process takes a third less memory.
+type pacer struct {
+	server  *keyValueServer
+	percent int // that was last set (GOGC)
+}
+
+// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
+// many as are in objects with pointers, for these are what a collection takes time for.
+const garbageMin, garbageShare = 16 << 20, 16
+
+// begin has the pacer do its work after each collection, from now on.
+func (p *pacer) begin() {
+	p.choose()
+	p.wait()
+}
+
+// wait waits for the next collection: nothing points to an object, so its finalizer is
+// run then.
+func (p *pacer) wait() {
+	type unused struct{ p *pacer }
+	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
+}
+
+// choose sets the collector's percentage, and tells the server what is alive.
+func (p *pacer) choose() {
+	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
+	metrics.Read(samples)
+	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
+	p.server.budget.collected(live)
+	garbage := garbageMin + live/garbageShare + min(linked, live)
+	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
+	// Setting it stops everybody for a moment.
+	if percent < p.percent*9/10 || percent > p.percent*10/9 {
+		p.percent = percent
+		debug.SetGCPercent(percent)
+	}
+}
+
+// logFailure logs that the store failed, and what to do about it.
+func logFailure(log *slog.Logger, c config, err error) {
+	var p problem
+	errors.As(storeProblem(c, err), &p)
+	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
+		"todo", p.todo)
+}
+
+// stopServer ends s and its data, after a failure or none.
+func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
+	failure error) error {
+	late := giveUp(log, data)
+	s.Close()
+	if data != nil {
+		if err := data.Close(); err != nil && failure == nil {
+			failure = err
+			logFailure(log.Logger, c, failure)
+		}
+	}
+	late.Stop()
+	if failure != nil {
+		return errTold
+	}
+	return nil
+}
+
+// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
+func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
+	return time.AfterFunc(stopTime, func() {
+		for data.IsHealing() {
+			log.Warn("the end waits until all data is written anew; a second signal ends it " +
+				"at once")
+			for data.IsHealing() {
+				time.Sleep(stopTime / 50)
+			}
+			time.Sleep(stopTime) // for the rest
+		}
+		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
+			"limit", stopTime, "fsync", data.Syncing())
+		log.flush()
+		os.Exit(exitFailure)
+	})
+}
+
+// ---- certificates
+
+// keyPair is what a server shows, and whom it trusts, as the files say now.
+type keyPair struct {
+	log     *slog.Logger
+	current atomic.Pointer[tls.Config]
+
+	// Owned by serverTLS, then by watch.
+	files  [3]pemFile // certificate, key, the clients' CA
+	warned time.Time  // of the certificate's end
+}
+
+// pemFile is a file in PEM as it was when it was last read.
+type pemFile struct {
+	path string // "": there is none
+	text []byte
+	err  error
+}
+
+// Times of certificates.
+const (
+	lookAgain = 10 * time.Second    // between two looks at the files
+	warnAhead = 14 * 24 * time.Hour // before the end
+	warnAgain = 24 * time.Hour      // between two warnings
+)
+
+// serverTLS reads the server's certificate and, if clients must show one, whose. From then
+// on it reads them anew when they change, or again says so: connections that are there
+// stay.
+func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
+	k := &keyPair{log: log, files: [3]pemFile{{path: c.cert}, {path: c.key}, {path: c.clientCA}}}
+	k.look()
+	if err := k.load(); err != nil {
+		return nil, err
+	}
+	go k.watch(again)
+	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
+	return &tls.Config{GetConfigForClient: now}, nil
+}
+
+// look reads the files, and tells whether one is not as it was. What is no regular file, such
+// as a pipe, is read once: to read it again might last for ever.
+func (k *keyPair) look() (isNew bool) {
+	for i := range k.files {
+		f := &k.files[i]
+		info, err := os.Stat(f.path)
+		if f.path == "" || k.current.Load() != nil && err == nil && !info.Mode().IsRegular() {
+			continue
+		}
+		before := *f
+		f.read()
+		isNew = isNew || !bytes.Equal(f.text, before.text) || (f.err == nil) != (before.err == nil)
+	}
+	return isNew
+}
+
+// load has what was read shown from now on, and warns when the certificate is about to end.
+// If it fails all is as before.
+func (k *keyPair) load() error {
+	config, err := ownTLS(k.files[0], k.files[1])
+	if ca := k.files[2]; err == nil && ca.path != "" {
+		config.ClientAuth = tls.RequireAndVerifyClientCert
+		config.ClientCAs, err = ca.pool()
+	}
+	if err != nil {
+		return err
+	}
+	k.current.Store(config)
+	k.warned = time.Time{}
+	k.warn(time.Now())
+	return nil
+}
+
+// warn logs when the certificate ends, if that is soon and was not said today.
+func (k *keyPair) warn(now time.Time) {
+	end, file := k.current.Load().Certificates[0].Leaf.NotAfter, k.files[0].path
+	const mend = "; put a new one into its file, it is read at once"
+	switch {
+	case now.Before(k.warned.Add(warnAgain)):
+		return
+	case k.warned.IsZero() && now.Before(end.Add(-warnAhead)):
+		k.log.Info("the certificate is read", "file", file, "until", end)
+	case now.Before(end.Add(-warnAhead)):
+		return
+	case now.Before(end):
+		k.log.Warn("the certificate ends soon"+mend, "file", file, "until", end)
+	default:
+		k.log.Error("the certificate has ended, clients will refuse it"+mend, "file", file,
+			"until", end)
+	}
+	k.warned = now
+}
+
+// watch reads the files anew when they change, or again says so. One goroutine, until again
+// is closed, or the process ends.
+func (k *keyPair) watch(again <-chan os.Signal) {
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if k.warn(time.Now()); !k.look() {
+				continue
+			}
+		case _, ok := <-again:
+			if !ok {
+				return
+			}
+			k.look()
+		}
+		if err := k.load(); err != nil {
+			k.log.Warn("the certificates cannot be read anew, so those from before stay",
+				"error", err)
+		}
+	}
+}
+
+// clientTLS is how -c and -ping speak TLS: nil without -tls-ca.
+func clientTLS(c config) (*tls.Config, error) {
+	if c.ca == "" {
+		return nil, nil
+	}
+	cert, key, ca := pemFile{path: c.cert}, pemFile{path: c.key}, pemFile{path: c.ca}
+	for _, f := range []*pemFile{&cert, &key, &ca} {
+		f.read()
+	}
+	config, err := ownTLS(cert, key)
+	if err == nil {
+		config.RootCAs, err = ca.pool()
+	}
+	return config, err
+}
+
+// ownTLS shows our own certificate, if there is one.
+func ownTLS(cert, key pemFile) (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if cert.path == "" {
+		return config, nil
+	}
+	if err := cmp.Or(cert.err, key.err); err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(cert.text, key.text)
+	if err != nil {
+		return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
+			cert.path, key.path, err), "Give two files in PEM format that belong together; " +
+			"kvserver help TLS shows how to make them."}
+	}
+	config.Certificates = []tls.Certificate{pair}
+	return config, nil
+}
+
+// read reads the file, if there is one.
+func (f *pemFile) read() {
+	if f.path == "" {
+		return
+	}
+	if f.text, f.err = os.ReadFile(f.path); f.err != nil {
+		f.err = pemProblem(f.err)
+	}
+}
+
+// pemProblem says what to do about a file in PEM that cannot be read.
+func pemProblem(err error) error {
+	return problem{"cannot read a certificate or key: " + err.Error(), advice{
+		{is(fs.ErrPermission), "Let the user who runs kvserver read it; kvserver help systemd " +
+			"shows how to do that there."},
+	}.about(err, "Give a file in PEM format; kvserver help TLS shows how to make one.")}
+}
+
+// pool is the file as certificates to be trusted.
+func (f *pemFile) pool() (*x509.CertPool, error) {
+	pool := x509.NewCertPool()
+	if f.err == nil && !pool.AppendCertsFromPEM(f.text) {
+		return nil, problem{f.path + " holds no certificate of a CA",
+			"Give a file in PEM format; kvserver help TLS shows how to make one."}
+	}
+	return pool, f.err
+}
+
+// ---- the commands: help, check, repair, backup
+
+// printManual prints the parts of the README whose heading has word, or, without one, the
+// headings.
+func printManual(w io.Writer, word string) error {
+	var within []string // headings of parts that have the word
+	heading, isCode, printed, depth := "", false, false, 0
+	for line := range strings.Lines(readme) {
+		// A heading: it begins a part, and ends one of its level, or of a lower one.
+		isCode = isCode != strings.HasPrefix(line, "```")
+		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 0 && !isCode {
+			heading = strings.TrimSpace(line[level:])
+			switch {
+			case word == "" && level > 1:
+				fmt.Fprintln(w, strings.Repeat("  ", level-2)+heading)
+			case depth == 0 || level <= depth:
+				if depth = 0; contains(heading, word) {
+					depth, printed = level, true
+				}
+			}
+		}
+
+		if word != "" && depth > 0 {
+			io.WriteString(w, line)
+		}
+		if contains(line, word) && !slices.Contains(within, heading) {
+			within = append(within, heading)
+		}
+	}
+
+	switch {
+	case printed || word == "":
+		return nil
+	case len(within) > 0:
+		return problem{fmt.Sprintf("no heading of the manual has %q", word),
+			"Its parts that have it: " + strings.Join(within, "; ")}
+	}
+	return problem{fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."}
+}
+
+// contains tells whether text has word, in any letter case.
+func contains(text, word string) bool {
+	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
 }
 
 // runCommand runs the check, repair or backup command and returns the exit code.
@@ -1372,220 +1674,111 @@ func backUp(dir, out storage.Directory) (durable.Report, error) {
 	return durable.Backup(dir, out, step)
 }
 
-// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
-// is closed has our log; elsewhere it has the certificates read anew.
-func stopSignals() []os.Signal {
-	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
-		signals = append(signals, syscall.SIGHUP)
+// storeProblem says what to do about an error of the store that c asks for.
+func storeProblem(c config, err error) error {
+	keeps := "Mend the cause, then start again: everything that was answered is on disk."
+	switch c.fsync {
+	case "always":
+	case "": // a command, which has answered nothing
+		keeps = "Mend the cause, then try again."
+	default:
+		keeps = "Mend the cause, then start again. With -fsync " + c.fsync +
+			" the last that was answered may not be on disk: look what is there."
 	}
-	return signals
+	isFullEtcd := func(err error) bool {
+		return etcd.IsAddress(c.data) && errors.Is(err, syscall.ENOSPC)
+	}
+	return problem{err.Error(), advice{
+		{is(etcd.ErrTakenOver), "Nothing is lost. Start again, to stand by. This server was too " +
+			"slow to show that it lives: was it paused, or cut off?"},
+		{is(etcd.ErrUnreachable), "Everything that was answered is in etcd. Look whether the " +
+			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
+			"etcdctl endpoint status --cluster"},
+		{is(etcd.ErrRefused), "Look at the address in -data (etcds:// for TLS, with " +
+			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
+		{isFullEtcd, "etcd is full: compact and defragment it, raise its --quota-backend-bytes, " +
+			"and then: etcdctl alarm disarm"},
+		{is(etcd.ErrAddress), "Give the members and a prefix, as in -data " +
+			"etcd://host1:2379,host2:2379,host3:2379/kv"},
+		{is(storage.ErrMoved), "Put the directory back, or look who took it, before you start " +
+			"again. What was answered is in the directory that was moved."},
+		{is(durable.ErrOlder), "Nothing was changed. Start that kvserver, and bring its data " +
+			"here with kvserver -c Dump."},
+		{is(storage.ErrMissing), "Create it: mkdir -m 700 " + c.data},
+		{is(storage.ErrNotOurs), "Nothing was changed. Give an empty directory, or one that " +
+			"kvserver made."},
+		{is(storage.ErrLocked), "Nothing was changed. Stop that process first, or give another " +
+			"directory."},
+		{is(durable.ErrNothingRead), "Restore a backup. Where there is none the data is lost: " +
+			"start with an empty directory."},
+		{is(durable.ErrUnfinished), "Nothing was changed. If it was a copy, make it again, " +
+			"into an empty directory; remove what is there only if you want to start empty."},
+		{is(durable.ErrNewer), "Nothing was changed. Start the newer kvserver."},
+		{is(fs.ErrPermission), "Start as the user who owns it, or give that user the right to " +
+			"read and write it."},
+		{as[*storage.DamageError], "Nothing was changed. Restore a backup, or save what can be " +
+			"saved: kvserver repair " + c.data + " NEW"},
+	}.about(err, keeps)}
 }
 
-// tryCommand is what to type to reach addr.
-func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
-	host := addr.IP.String()
-	if addr.IP.IsUnspecified() {
-		host = "localhost"
-	}
-	if mutual {
-		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
-			strconv.Itoa(addr.Port))
-	} else if encrypted {
-		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
-	}
-	return fmt.Sprintf("nc %s %d", host, addr.Port)
-}
-
-// listenProblem says what to do about the error of listening where a flag says.
-func listenProblem(name, addr string, err error) error {
-	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-		return socketProblem(path, err)
-	}
-	host, port, _ := net.SplitHostPort(addr)
-	var dns *net.DNSError
-	todo := "Choose another address: kvserver -" + name + " localhost:9999"
-	who := ""
-	switch {
-	case isInUse(err):
-		who = userOf(port)
-		todo = fmt.Sprint("Stop it, or choose another port: -", name, " ",
-			strings.TrimPrefix(freeAddr(host, port), "localhost:"))
-	case errors.Is(err, syscall.EACCES):
-		todo = "Ports below 1024 are for the administrator. Choose another: kvserver -" + name +
-			" 9999"
-	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Choose localhost, or leave the host out to "+
-			"listen everywhere: kvserver -%s :%s", host, name, port)
-	case isNoAddress(err):
-		todo = "This machine does not have that address. Choose localhost, or leave the host out " +
-			"to listen everywhere: kvserver -" + name + " :" + port
-	}
-	var op *net.OpError
-	if errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
-		err = op.Err
-	}
-	return problem{fmt.Sprintf("cannot listen on %s: %v%s", addr, err, who), todo}
-}
-
-// socketProblem says what to do about the error of listening on a unix socket.
-func socketProblem(path string, err error) error {
-	todo := "Choose another path: kvserver -addr unix:/run/kvserver/sock"
-	switch dir := filepath.Dir(path); {
-	case isInUse(err):
-		todo = "Stop the server that has it, or choose another path."
-	case errors.Is(err, errNoSocket):
-		todo = "Nothing was changed. Choose another path, or remove the file if nobody needs it."
-	case errors.Is(err, syscall.EINVAL):
-		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
-		todo = "Choose a shorter one, as in -addr unix:/run/kvserver/sock"
-	case errors.Is(err, fs.ErrNotExist):
-		todo = "Create the directory: mkdir -p " + dir
-	case errors.Is(err, fs.ErrPermission):
-		todo = "Start as a user who may write in " + dir + ", or choose another path."
-	}
-	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
-		err = op.Err
-	}
-	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
-}
-
-// freeAddr is an address of host with a port above port that nobody has, and that no flag
-// of ours has unless told.
-func freeAddr(host, port string) string {
-	n, _ := strconv.Atoi(port)
-	for n = max(n, 1023) + 1; n < 65536; n++ {
-		addr := net.JoinHostPort(host, strconv.Itoa(n))
-		if n == 9999 {
-			continue
-		}
-		if listeners, err := listen(addr); err == nil {
-			closeAll(listeners)
-			return addr
-		}
-	}
-	return net.JoinHostPort(host, "0")
-}
-
-// userOf says which process listens on port, where Linux's /proc tells us.
-func userOf(port string) string {
-	n, _ := strconv.Atoi(port)
-	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		table, _ := os.ReadFile(file)
-		for line := range strings.Lines(string(table)) {
-			// number, local address, other, state (0A: listening), ..., inode
-			f := strings.Fields(line)
-			if len(f) < 10 || f[3] != "0A" || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
-				continue
-			}
-			descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-			for _, d := range descriptors {
-				if to, _ := os.Readlink(d); to == "socket:["+f[9]+"]" {
-					pid := strings.Split(d, "/")[2]
-					name, _ := os.ReadFile("/proc/" + pid + "/comm")
-					return fmt.Sprintf(" by process %s (%s)", pid, strings.TrimSpace(string(name)))
-				}
-			}
-		}
-	}
-	return ""
-}
+// ---- the client: kvserver -c, -ping
 
 // beClient is kvserver -c and -ping. Where the server refused something it has said
-// so already, and only the exit code tells.
-func beClient(c config, errs io.Writer) error {
+// so already: then the error is errTold.
+func beClient(c config, errs io.Writer) (err error) {
 	conn, err := dial(&c)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if c.ping {
-		conn.SetDeadline(time.Now().Add(cmp.Or(c.timeout, connectTime)))
-		c.requests = []string{"Ping"}
-	}
-	t := talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
-		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
-	t.isTyped = len(c.requests) == 0 && isTerminal(os.Stdin)
+	t := newTalker(c, conn, errs)
+	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
 	t.tells = isTerminal(os.Stderr) && !t.isTyped
+	if c.out != "" {
+		file, err := os.Create(c.out)
+		if err != nil {
+			return problem{"cannot write the answers: " + err.Error(), "Nothing was sent. Give a " +
+				"file that can be written."}
+		}
+		defer file.Close()
+		t.out = file
+	}
 	if t.isTyped {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
 		defer fmt.Fprintln(errs)
 	}
+
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	good, err := t.converse()
 	switch {
 	case err == nil && !good:
-		os.Exit(exitFailure)
+		return errTold
+	case err == nil:
+		return nil
 	case c.ping && errors.Is(err, errFull): // it is healthy
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
-	case ctx.Err() != nil && err != nil:
+	case ctx.Err() != nil:
 		err = errInterrupted
 	}
 	return t.problem(c, err)
 }
 
-// problem says what to do about an error of converse.
-func (t *talker) problem(c config, err error) error {
-	if err == nil {
-		return nil
+// newTalker returns the conversation that c asks for.
+func newTalker(c config, conn net.Conn, errs io.Writer) *talker {
+	t := &talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
+		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
+	if c.ping {
+		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
 	}
-	what := fmt.Sprintf("%s: %v", c.addr, err)
-	through := t.through()
-	upTo := fmt.Sprintf("; answered through line %d of the input", through)
-	how := fmt.Sprintf("tail -n +%d FILE | kvserver %s", through+1, strings.Join(t.flags, " "))
-	if through == 0 {
-		upTo = "; nothing of the input was answered"
-		how = "kvserver " + strings.Join(t.flags, " ") + " < FILE"
-	}
-	switch {
-	case errors.Is(err, errOutput):
-		return problem{what, "Make room where the answers go, and look what was done."}
-	case errors.Is(err, errSilent):
-		return problem{what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
-			"Or it has just ended: look at its log."}
-	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
-		if c.cert != "" {
-			return problem{what, "It does not trust the certificate in " + c.cert +
-				": give one of the CA that it wants."}
-		}
-		return problem{what,
-			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."}
-	case errors.Is(err, errStranger):
-		return problem{what, "Nothing was done. Look at -addr, or try again later."}
-	case len(t.requests) > 0 && errors.Is(err, errStopped):
-		return problem{what, "Nothing behind the request with the error was sent. Mend it first."}
-	case len(t.requests) > 0 && t.onlyReads():
-		return problem{what, "Nothing was to be changed: try again."}
-	case len(t.requests) > 0:
-		return problem{what,
-			"What was answered is done. Of the rest nothing is known: look, then send it again."}
-	case errors.Is(err, errGone) && t.isTyped:
-		return problem{what, "All that was sent is answered. Start it again, then go on."}
-	case errors.Is(err, errGone):
-		return problem{what + upTo, "That is all that was sent. Start it again, then go on: " + how}
-	case errors.Is(err, errStopped):
-		return problem{what + upTo,
-			"Nothing after the line with the error was sent. Mend it, then go on: " + how}
-	}
-	return problem{what + upTo,
-		"What was answered is done. Of the rest nothing is known: look, then go on: " + how}
-}
-
-// onlyReads tells whether no request is a write.
-func (t *talker) onlyReads() bool {
-	return !slices.ContainsFunc(t.requests, func(line string) bool {
-		q := Query{}
-		q.parse(line)
-		return q.writes()
-	})
+	return t
 }
 
 // dial connects to the first server at c.addr that serves, which becomes c.addr.
 func dial(c *config) (conn net.Conn, err error) {
-	config, err := clientTLS(*c)
+	trusted, err := clientTLS(*c)
 	if err != nil {
 		return nil, err
 	}
@@ -1595,26 +1788,18 @@ func dial(c *config) (conn net.Conn, err error) {
 		switch {
 		case isUnix:
 			return dialer.Dial("unix", path)
-		case config == nil:
+		case trusted == nil:
 			return dialer.Dial("tcp", addr)
 		}
-		return tls.DialWithDialer(dialer, "tcp", addr, config)
+		return tls.DialWithDialer(dialer, "tcp", addr, trusted)
 	}
 	addrs := strings.Split(c.addr, ",")
 	for _, addr := range addrs {
-		host, port, splitErr := net.SplitHostPort(addr)
-		if ip := net.ParseIP(host); splitErr == nil &&
-			(host == "" || ip != nil && ip.IsUnspecified()) {
-			host = "localhost" // as a server's address it means everywhere
-			addr = net.JoinHostPort(host, port)
-		}
-		if host == "localhost" {
-			if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
-				addr = net.JoinHostPort("127.0.0.1", port)
-			}
-		}
+		addr = reachable(addr)
 		conn, err = connect(addr)
-		if err == nil && len(addrs) > 1 { // a server that stands still connects, too
+
+		// Of several servers one that stands still connects, too.
+		if err == nil && len(addrs) > 1 {
 			err = tryOut(conn, dialer.Timeout)
 			conn.Close()
 			if err == nil {
@@ -1626,27 +1811,47 @@ func dial(c *config) (conn net.Conn, err error) {
 			return conn, nil
 		}
 	}
-	todo := "Start a server: kvserver -addr " + c.addr + "   or name one that runs: -addr HOST:PORT"
-	if strings.Contains(c.addr, ",") {
-		todo = "None of them serves. One that stands by does not listen."
+	return nil, dialProblem(c.addr, err)
+}
+
+// reachable is where a client finds a server that listens at addr.
+func reachable(addr string) string {
+	if strings.HasPrefix(addr, unixPrefix) {
+		return addr
 	}
-	var dns *net.DNSError
-	var name x509.HostnameError
-	op := (*net.OpError)(nil)
-	if isOp := errors.As(err, &op); len(addrs) == 1 && (!isOp || op.Op != "dial") {
-		todo = "Somebody answers there. Give the CA of its certificate as -tls-ca, or no -tls-ca " +
-			"if it speaks no TLS."
-	} else if isOp {
-		err = op.Err
+	host, port, _ := net.SplitHostPort(addr) // which was looked at
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost" // for the server it means everywhere
 	}
-	switch {
-	case errors.As(err, &dns):
-		todo = fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: -addr HOST:PORT",
-			dns.Name)
-	case errors.As(err, &name):
-		todo = "Call the server as its certificate does, or give it a certificate with this name."
+	if host == "localhost" {
+		if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
+			host = "127.0.0.1"
+		}
 	}
-	return nil, problem{fmt.Sprintf("cannot connect to %s: %v", c.addr, err), todo}
+	return net.JoinHostPort(host, port)
+}
+
+// dialProblem says what to do about the error of connecting to the last of addrs.
+func dialProblem(addrs string, err error) error {
+	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
+	var op *net.OpError
+	isDial := errors.As(err, &op) && op.Op == "dial"
+	todo := advice{
+		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: "+
+			"-addr HOST:PORT", host)},
+		{as[x509.HostnameError], "Call the server as its certificate does, or give it a " +
+			"certificate with this name."},
+		{func(error) bool { return strings.Contains(addrs, ",") },
+			"None of them serves. One that stands by does not listen."},
+		{func(error) bool { return !isDial }, "Somebody answers there. Give the CA of its " +
+			"certificate as -tls-ca, or no -tls-ca if it speaks no TLS."},
+	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+
+		"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is.")
+
+	if isDial {
+		err = op.Err // the rest says again what we say
+	}
+	return problem{fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo}
 }
 
 // tryOut tells whether a server is behind conn and answers in time.
@@ -1665,265 +1870,66 @@ func tryOut(conn net.Conn, limit time.Duration) error {
 	return nil
 }
 
-// keyPair is what a server shows, and whom it trusts, as the files say now.
-type keyPair struct {
-	c       config
-	log     *slog.Logger
-	current atomic.Pointer[tls.Config]
-	looked  []fileState // of what is in current
-	warned  time.Time   // of the end
-}
-
-// fileState tells whether a file is another one than before.
-type fileState struct {
-	changed time.Time
-	size    int64
-}
-
-// Times of certificates.
-const (
-	lookAgain = 10 * time.Second    // between two looks at the files
-	warnAhead = 14 * 24 * time.Hour // before the end
-	warnAgain = 24 * time.Hour      // between two warnings
-)
-
-// serverTLS reads the server's certificate and, if clients must show one, whose. From then
-// on it reads them anew when they change, or again says so: connections that are there
-// stay.
-func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	k := &keyPair{c: c, log: log}
-	if err := k.read(); err != nil {
-		return nil, err
-	}
-	go k.watch(again)
-	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
-	return &tls.Config{GetConfigForClient: now}, nil
-}
-
-// state is that of the files now.
-func (k *keyPair) state() (states []fileState) {
-	for _, file := range []string{k.c.cert, k.c.key, k.c.clientCA} {
-		var state fileState
-		if info, err := os.Stat(file); err == nil {
-			state = fileState{info.ModTime(), info.Size()}
-		}
-		states = append(states, state)
-	}
-	return states
-}
-
-// read reads the files, and warns when the certificate is about to end. If it fails all is
-// as before.
-func (k *keyPair) read() error {
-	state := k.state()
-	config, err := ownTLS(k.c)
-	if err == nil && k.c.clientCA != "" {
-		config.ClientAuth = tls.RequireAndVerifyClientCert
-		config.ClientCAs, err = readCA(k.c.clientCA)
-	}
-	k.looked = state // also if they are bad: one complaint for each change
-	if err == nil {
-		k.current.Store(config)
-		k.warned = time.Time{}
-		k.warn(time.Now())
-	}
-	return err
-}
-
-// warn logs when the certificate ends, if that is soon and was not said today.
-func (k *keyPair) warn(now time.Time) {
-	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	switch {
-	case now.Before(k.warned.Add(warnAgain)):
-		return
-	case k.warned.IsZero() && now.Before(end.Add(-warnAhead)):
-		k.log.Info("the certificate is read", "file", k.c.cert, "until", end)
-	case now.Before(end.Add(-warnAhead)):
-		return
-	case now.Before(end):
-		k.log.Warn("the certificate ends soon; put a new one into its file, it is read at once",
-			"file", k.c.cert, "until", end)
-	default:
-		k.log.Error("the certificate has ended, clients will refuse it; put a new one into its "+
-			"file, it is read at once", "file", k.c.cert, "until", end)
-	}
-	k.warned = now
-}
-
-// watch reads the files anew when they change, or again says so. One goroutine, until again
-// is closed, or the process ends.
-func (k *keyPair) watch(again <-chan os.Signal) {
-	tick := time.NewTicker(lookAgain)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			if k.warn(time.Now()); slices.Equal(k.state(), k.looked) {
-				continue
-			}
-		case _, ok := <-again:
-			if !ok {
-				return
-			}
-		}
-		if err := k.read(); err != nil {
-			k.log.Warn("the certificates cannot be read anew, so those from before stay",
-				"error", err)
-		}
-	}
-}
-
-// clientTLS is the same for -c: nil without -tls-ca.
-func clientTLS(c config) (*tls.Config, error) {
-	if c.ca == "" {
-		return nil, nil
-	}
-	pool, err := readCA(c.ca)
-	if err != nil {
-		return nil, err
-	}
-	config, err := ownTLS(c)
-	if err == nil {
-		config.RootCAs = pool
-	}
-	return config, err
-}
-
-// ownTLS shows our own certificate, if there is one.
-func ownTLS(c config) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.cert == "" {
-		return config, nil
-	}
-	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
-	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the certificate %s with the key %s: %v",
-			c.cert, c.key,
-			err), "Give two files in PEM format that belong together; the README shows how to " +
-			"make them."}
-	}
-	config.Certificates = []tls.Certificate{pair}
-	return config, nil
-}
-
-// readCA reads certificates to be trusted.
-func readCA(file string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(file)
-	pool := x509.NewCertPool()
-	if err == nil && !pool.AppendCertsFromPEM(pem) {
-		err = errors.New(file + " holds no certificate")
-	}
-	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot read the CA: %v", err),
-			"Give a file in PEM format; the README shows how to make one."}
-	}
-	return pool, nil
-}
-
-// isTerminal tells whether somebody looks at f.
-func isTerminal(f *os.File) bool {
-	info, err := f.Stat()
-	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
-		return false
-	}
-	null, err := os.Stat(os.DevNull) // a device, too
-	return err != nil || !os.SameFile(info, null)
-}
-
-// ---- the client: kvserver -c
-
 // Errors of converse.
 var (
 	errStranger   = errors.New("no welcome")
 	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
 	errSilent     = errors.New("it closed the connection without a word")
 	errUnanswered = errors.New("it closed the connection before everything was answered")
+	errUnasked    = errors.New("it answers what was not asked")
 	errGone       = errors.New("it closed the connection")
 	errQuiet      = errors.New("no answer")
 	errStopped    = errors.New("stopped at the first error")
 	errOutput     = errors.New("cannot write the answers")
+	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
+		"was run")
 
 	errInterrupted = errors.New("interrupted")
 )
 
 // talker is one conversation of kvserver -c: it sends requests to a server and shows the
 // answers. One goroutine sends and one reads, so neither side waits for the other to finish.
+// Every line that is sent has one answer, so answers count lines.
 type talker struct {
-	conn      net.Conn
-	requests  []string // what to send; none: the lines of in
-	in        io.Reader
-	out, errs io.Writer     // for data, and for all that is none
-	isTyped   bool          // somebody types: there is a prompt, and a write is confirmed
-	tells     bool          // how many requests are answered so far, on a line of errs
-	stops     bool          // at the first error: each request waits for the one before
-	flags     []string      // that we were started with, for what to do next
-	silence   time.Duration // without an answer, that is too much; 0: none is
+	conn     net.Conn
+	requests []string // what to send; none: the lines of in
+	in       io.Reader
+	out      io.Writer     // for data
+	errs     io.Writer     // for all that is none
+	isTyped  bool          // somebody types: there is a prompt, and a write is confirmed
+	tells    bool          // how many requests are answered so far, on a line of errs
+	stops    bool          // at the first error: each request waits for the one before
+	flags    []string      // that we were started with, for what to do next
+	silence  time.Duration // without a byte of an answer that is too much; 0: none is
 
-	told  bool          // the line about progress is there
+	began    time.Time    // before any of what follows
+	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
+	answered atomic.Int64 // of these; added to by the reader only
+	waited   atomic.Int64 // since when the reader waits for a byte: nanoseconds from began
+
+	told  bool          // the line about progress is there; owned by the reader
 	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
-	sent  chan ledger   // it, where nobody writes in it. One slot
-	end   chan sending  // sender to reader: all is sent, or not. One slot
+	sent  chan sending  // sender to reader: all is sent, or not. One slot
+	more  chan bool     // sender to reader, then: there is more behind a Quit. One slot
 }
 
-// ledger is what was sent and what was answered. Sender and reader write in it in turns: who
-// has taken it out of its channel owns it, until it is put back.
-type ledger struct {
-	owed     int   // requests without an answer
-	answered int   // requests with one; the first is our Ack
-	lines    int   // that were read
-	blank    []run // which of them are no requests
+// sending is how the sender has ended.
+type sending struct {
+	quits bool  // with a Quit
+	err   error // that the input ended in, or io.EOF
 }
 
-// run is so many lines in a row, from first on.
-type run struct{ first, n int }
+// moreTime is how long to wait for the sender to find out whether there is more behind a Quit:
+// somebody who types has not said so yet.
+const moreTime = 100 * time.Millisecond
 
-// addRun adds lines to runs, which they follow.
-func addRun(runs []run, more run) []run {
-	if n := len(runs); n > 0 && runs[n-1].first+runs[n-1].n == more.first {
-		runs[n-1].n += more.n
-		return runs
-	}
-	return append(runs, more)
-}
+const prompt = "> "
 
-// count takes note of what was sent and of so many answers. Where a silence may be too long,
-// the time for the next answer begins.
-func (t *talker) count(sent ledger, answers int) (owed, answered int) {
-	l := <-t.sent
-	wasIdle := l.owed == 0
-	l.owed += sent.owed - answers
-	l.answered += answers
-	l.lines = max(l.lines, sent.lines)
-	for _, more := range sent.blank {
-		l.blank = addRun(l.blank, more)
-	}
-	switch {
-	case t.silence == 0:
-	case l.owed == 0:
-		t.conn.SetReadDeadline(time.Time{})
-	case wasIdle || answers > 0:
-		t.conn.SetReadDeadline(time.Now().Add(t.silence))
-	}
-	t.sent <- l
-	return l.owed, l.answered
-}
+// owed is how many lines have no answer yet.
+func (t *talker) owed() int64 { return t.asked.Load() - t.answered.Load() }
 
 // through is the last line of the input that was answered.
-func (t *talker) through() (line int) {
-	if t.sent == nil { // nothing was sent
-		return 0
-	}
-	l := <-t.sent
-	line = max(l.answered-1, 0) // but for our Ack
-	for _, blank := range l.blank {
-		if blank.first > line+1 || l.answered == 0 {
-			break
-		}
-		line += blank.n
-	}
-	t.sent <- l
-	return line
-}
+func (t *talker) through() int { return int(max(t.answered.Load()-1, 0)) } // but for our Ack
 
 // converse has the conversation. It returns whether all requests were answered, none with
 // an error.
@@ -1931,18 +1937,14 @@ func (t *talker) converse() (good bool, err error) {
 	if len(t.requests) > 0 {
 		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
 	}
-	t.mayGo, t.end = make(chan struct{}, 1), make(chan sending, 1)
-	t.sent = make(chan ledger, 1)
-	t.sent <- ledger{}
-	if t.silence == 0 {
-		t.conn.SetReadDeadline(time.Now().Add(connectTime))
-	}
+	t.mayGo, t.sent, t.more = make(chan struct{}, 1), make(chan sending, 1), make(chan bool, 1)
+	t.began = time.Now()
 	go t.sendLines()
-	defer close(t.mayGo)
+	defer close(t.mayGo) // a sender that waits ends
 
-	r, w := bufio.NewReaderSize(t.conn, maxWrite), bufio.NewWriterSize(t.out, maxWrite)
+	r := bufio.NewReaderSize(patientReader{t}, maxWrite)
+	w := bufio.NewWriterSize(t.out, maxWrite)
 	good = true
-	welcome := false
 	for start := true; ; {
 		if r.Buffered() == 0 {
 			t.clear()
@@ -1952,36 +1954,76 @@ func (t *talker) converse() (good bool, err error) {
 		}
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := r.ReadSlice('\n')
-		switch {
-		case err != nil && err != bufio.ErrBufferFull:
+		if err != nil && err != bufio.ErrBufferFull {
 			t.clear()
 			w.Flush()
-			return t.ended(err, welcome, good)
-		case welcome:
-			isAnswer, isError := t.show(w, part, start)
-			if good = good && !isError; isError && t.stops {
-				return false, errStopped
-			}
-			if isAnswer {
-				t.answered(w)
-			}
-		default:
+			return t.ended(err, good)
+		}
+
+		isAnswer, isError := t.show(w, part, start)
+		start = err == nil
+		good = good && !isError
+		switch {
+		case t.answered.Load() == 0:
 			if err := checkWelcome(part); err != nil {
 				return false, err
 			}
-			if welcome = true; t.silence == 0 {
-				t.conn.SetReadDeadline(time.Time{})
-			}
-			t.answered(w)
+			t.takeAnswer(w)
+		case isAnswer && t.owed() <= 0:
+			return false, errUnasked
+		case isError && t.stops:
+			return false, errStopped
+		case isAnswer:
+			t.takeAnswer(w)
 		}
-		start = err == nil
 	}
+}
+
+// patientReader reads from the connection, and fails with errQuiet when it has waited too long
+// for a byte of an answer.
+type patientReader struct{ *talker }
+
+func (t patientReader) Read(p []byte) (n int, err error) {
+	silence := t.silence
+	if silence == 0 && t.answered.Load() == 0 {
+		silence = connectTime
+	}
+	t.waited.Store(int64(time.Since(t.began)))
+	for {
+		// Where nothing is owed it looks again later, for something may be by then.
+		if silence > 0 {
+			isOwed := t.owed() > 0 // before the time, which ask sets first
+			left := silence - (time.Since(t.began) - time.Duration(t.waited.Load()))
+			switch {
+			case left <= 0 && isOwed:
+				return 0, fmt.Errorf("%w for %v", errQuiet, silence)
+			case left <= 0:
+				left = silence
+			}
+			t.conn.SetReadDeadline(time.Now().Add(left))
+		} else {
+			t.conn.SetReadDeadline(time.Time{})
+		}
+		n, err = t.conn.Read(p)
+		if n > 0 || silence == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+	}
+}
+
+// ask takes note of a line that is about to be sent.
+func (t *talker) ask() {
+	if t.owed() == 0 { // the time for its answer begins
+		t.waited.Store(int64(time.Since(t.began)))
+	}
+	t.asked.Add(1)
 }
 
 // show shows a line that the server has sent, or a part of one. It tells whether that ends
 // the answer to a request, and whether that is an error.
 func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isError bool) {
 	switch {
+	case t.answered.Load() == 0: // to our Ack
 	case !start || part[0] != ':':
 		w.Write(part)
 		return false, false
@@ -2001,23 +2043,21 @@ func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isErr
 	return true, false
 }
 
-// answered takes note of an answer.
-func (t *talker) answered(w *bufio.Writer) {
-	owed, n := t.count(ledger{}, 1)
+// takeAnswer takes note of an answer.
+func (t *talker) takeAnswer(w *bufio.Writer) {
+	n := t.answered.Add(1) - 1 // but for our Ack
 	if t.stops {
 		t.mayGo <- struct{}{}
 	}
-	if t.isTyped && owed == 0 {
+	if t.isTyped && t.owed() == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, prompt)
 	}
-	if n--; t.tells && n > 0 && n%100_000 == 0 { // but for our Ack
+	if t.tells && n > 0 && n%100_000 == 0 {
 		t.told = true
 		fmt.Fprintf(t.errs, "\r%d requests answered", n)
 	}
 }
-
-const prompt = "> "
 
 // clear takes the line about progress away, before something else is written.
 func (t *talker) clear() {
@@ -2029,44 +2069,44 @@ func (t *talker) clear() {
 
 // ended is what a conversation comes to whose connection gives err: the server's end if
 // that is io.EOF.
-func (t *talker) ended(err error, welcome, good bool) (bool, error) {
-	isReset := !errors.Is(err, io.EOF)
+func (t *talker) ended(err error, good bool) (bool, error) {
+	isReset := !errors.Is(err, io.EOF) // as a killed server's
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return false, fmt.Errorf("%w for %v", errQuiet, cmp.Or(t.silence, connectTime))
-	case !welcome && isReset:
+	case errors.Is(err, errQuiet), t.answered.Load() == 0 && isReset:
 		return false, err
-	case !welcome:
+	case t.answered.Load() == 0:
 		return false, errSilent
+	case t.owed() > 0 && isReset:
+		return false, fmt.Errorf("%w: %w", errUnanswered, err)
+	case t.owed() > 0:
+		return false, errUnanswered
 	}
-	unanswered := errUnanswered
-	if isReset { // as a killed server's
-		unanswered = fmt.Errorf("%w: %w", errUnanswered, err)
-	}
-	owed, _ := t.count(ledger{}, 0)
+
+	// All is answered. Was it all that there is?
+	var s sending
 	select {
-	case s := <-t.end:
-		switch {
-		case owed > 0:
-			return false, unanswered
-		case s.err != io.EOF:
-			return false, fmt.Errorf("reading the requests: %w", s.err)
-		}
-		if s.more != nil {
-			select {
-			case s.left = <-s.more:
-			case <-time.After(moreTime): // somebody types
-			}
-		}
-		if s.left {
-			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", s.lines+1)
-		}
-		return good && !s.left, nil
+	case s = <-t.sent:
 	default: // the input goes on
-		if owed == 0 {
-			return false, errGone
+		return false, errGone
+	}
+	switch {
+	case errors.Is(s.err, errUTF16):
+		return false, s.err
+	case s.err != io.EOF:
+		return false, fmt.Errorf("reading the requests: %w", s.err)
+	case !s.quits:
+		return good, nil
+	}
+
+	// What comes behind a Quit is lost, and that is told.
+	select {
+	case more := <-t.more:
+		if more {
+			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
 		}
-		return false, unanswered
+		return good && !more, nil
+	case <-time.After(moreTime):
+		return good, nil
 	}
 }
 
@@ -2089,30 +2129,64 @@ func checkWelcome(line []byte) error {
 // 8446, 5.1); its version comes next, 3.
 const tlsAlert = 0x15
 
-// sending is how the sender has ended.
-type sending struct {
-	lines int   // that were read
-	left  bool  // there was more behind a Quit
-	err   error // that the input ended in, or io.EOF
+// sendLines sends the input to the server until its end or a Quit, flushes whenever that
+// has nothing more to say for now, and then tells how it ended. One goroutine a
+// conversation.
+func (t *talker) sendLines() {
+	r, w := bufio.NewReaderSize(t.in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
+	s := sending{err: io.EOF}
 
-	// The sender tells here, later, whether there was more; nil: it knows already.
-	more chan bool
+	t.ask()
+	w.WriteString("Ack\n")
+	for start, first, goesOn := true, true, true; goesOn; first = false {
+		// The next Read may last, and the server is not to wait for it.
+		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
+			break
+		}
+
+		part, err := r.ReadSlice('\n')
+		switch {
+		case first && isUTF16(part):
+			s.err, part, goesOn = errUTF16, nil, false
+		case err != nil && err != bufio.ErrBufferFull:
+			s.err, goesOn = err, false
+		}
+		if start && len(part) > 0 {
+			if part, s.quits = t.beginLine(part); t.stops && (w.Flush() != nil || !t.mayGoOn()) {
+				return
+			}
+			goesOn = goesOn && !s.quits
+		}
+		w.Write(part)
+		start = err == nil
+	}
+
+	// This comes before the server can end the conversation.
+	t.sent <- s
+	w.Flush()
+	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+	_, err := r.Peek(1)
+	t.more <- err == nil
 }
 
-// moreTime is how long to wait for that.
-const moreTime = 100 * time.Millisecond
-
-// fullReader knows whether the last Read filled all the room that it was given: then
-// more is likely to be there.
-type fullReader struct {
-	io.Reader
-	full bool
-}
-
-func (f *fullReader) Read(p []byte) (int, error) {
-	n, err := f.Reader.Read(p)
-	f.full = n == len(p)
-	return n, err
+// beginLine takes note of a line that part is, or begins, and returns what to send, and whether
+// the line is a Quit. A blank line has no answer, so an Ack goes in its place; but who types
+// one has a prompt for an answer.
+func (t *talker) beginLine(part []byte) (toSend []byte, quits bool) {
+	start, isWhole := strings.CutSuffix(string(part[:min(len(part), len("exit\r\x00\n"))]), "\n")
+	line := trimCR(start)
+	switch {
+	case !isWhole || line != "":
+		t.ask()
+		return part, isWhole && lookUp(line) == quit
+	case t.isTyped:
+		fmt.Fprint(t.errs, prompt)
+		return part, false
+	}
+	t.ask()
+	return []byte("Ack\n"), false
 }
 
 // mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
@@ -2122,72 +2196,63 @@ func (t *talker) mayGoOn() bool {
 	return ok
 }
 
-// sendLines sends the input to the server until its end or a Quit, flushes whenever that
-// has nothing more to say for now, and then tells how it ended. One goroutine a
-// conversation.
-func (t *talker) sendLines() {
-	input := &fullReader{Reader: t.in}
-	r, w := bufio.NewReaderSize(input, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
-	w.WriteString("Ack\n")
-	s := sending{err: io.EOF}
-	inHand := ledger{owed: 1} // what is in w
-	note := func() {
-		t.count(inHand, 0)
-		inHand.owed, inHand.blank = 0, nil
+// isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
+// letter in two bytes.
+func isUTF16(start []byte) bool {
+	if len(start) < 2 {
+		return false
 	}
-	flush := func() error {
-		note()
-		return w.Flush()
-	}
-	for start, more := true, true; more; {
-		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && flush() != nil {
-			break // or the next Read may keep the server waiting
-		}
-		part, err := r.ReadSlice('\n')
-		ends := len(part) > 0 && part[len(part)-1] == '\n'
-		if start && len(part) > 0 {
-			line := trimCR(strings.TrimSuffix(string(part[:min(len(part), 8)]), "\n"))
-			isBlank := line == "" && ends
-			inHand.lines++
-			switch {
-			case isBlank:
-				inHand.blank = addRun(inHand.blank, run{inHand.lines, 1})
-				if t.isTyped {
-					fmt.Fprint(t.errs, prompt)
-				}
-			case t.stops && (flush() != nil || !t.mayGoOn()):
-				t.end <- s
-				return
-			default:
-				inHand.owed++
-			}
-			if ends && lookUp(line) == quit {
-				s.left, more = r.Buffered() > 0, false
-				if !s.left && input.full { // the buffer ends here by chance
-					s.more = make(chan bool, 1)
-				}
-			}
-		}
-		w.Write(part)
-		start = ends
-		if err != nil && err != bufio.ErrBufferFull {
-			s.err, more = err, false
-		}
-	}
-	note()
-	s.lines = inHand.lines
-	t.end <- s // before the server can end the conversation
-	w.Flush()
-	t.halfClose()
-	if s.more != nil {
-		_, err := r.Peek(1)
-		s.more <- err == nil
-	}
+	a, b := start[0], start[1]
+	isMark := a == 0xff && b == 0xfe || a == 0xfe && b == 0xff
+	return isMark || a|b >= 'A' && (a == 0) != (b == 0)
 }
 
-// halfClose ends our side of the connection: nothing more is sent.
-func (t *talker) halfClose() {
-	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
+// problem says what to do about an error of converse.
+func (t *talker) problem(c config, err error) error {
+	what := fmt.Sprintf("%s: %v", c.addr, err)
+	command := "kvserver " + strings.Join(t.flags, " ")
+	upTo, goOn := "; nothing of the input was answered", command+" < FILE"
+	if n := t.through(); n > 0 {
+		upTo = fmt.Sprintf("; answered through line %d of the input", n)
+		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
+
+	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
+	isGiven := len(t.requests) > 0
+	is := func(target error) bool { return errors.Is(err, target) }
+	return firstWrong([]wrong{
+		{is(errOutput), what, "Make room where the answers go, and look what was done."},
+		{is(errUTF16), errUTF16.Error(), "Have a Dump written by kvserver -c -out FILE, and " +
+			"other text saved as UTF-8."},
+		{is(errSilent), what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
+			"Or it has just ended: look at its log."},
+		{isTLS && c.cert != "", what, "It does not trust the certificate in " + c.cert +
+			": give one of the CA that it wants."},
+		{isTLS, what,
+			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
+		{is(errStranger), what, "Nothing was done. Look at -addr, or try again later."},
+		{isGiven && is(errStopped), what,
+			"Nothing behind the request with the error was sent. Mend it first."},
+		{isGiven && t.onlyReads(), what, "Nothing was to be changed: try again."},
+		{isGiven, what,
+			"What was answered is done. Of the rest nothing is known: look, then send it again."},
+		{t.isTyped && is(errGone), what,
+			"All that was sent is answered. Start it again, then go on."},
+		{t.isTyped, what, "What was answered is done. Of the rest nothing is known: look."},
+		{is(errGone), what + upTo,
+			"That is all that was sent. Start it again, then go on: " + goOn},
+		{is(errStopped), what + upTo,
+			"Nothing after the line with the error was sent. Mend it, then go on: " + goOn},
+		{true, what + upTo,
+			"What was answered is done. Of the rest nothing is known: look, then go on: " + goOn},
+	})
+}
+
+// onlyReads tells whether no request is a write.
+func (t *talker) onlyReads() bool {
+	return !slices.ContainsFunc(t.requests, func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		return q.writes()
+	})
 }
