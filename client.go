@@ -1120,16 +1120,17 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// hold counts as queued what the chain whose replies wait keeps in memory, and so many bytes more.
-// giveBack ends that.
-func (o *outbox) hold(bytes int64) (giveBack func()) {
-	// Its lines count as lines no longer, for they are what waits.
-	b, bytes, lines := o.budget, bytes+o.chain, o.inInputs
-	b.queued.Add(bytes)
+// hold counts what the chain whose replies wait keeps in memory, its lists beside it: as waiting,
+// and its lines no longer as lines. giveBack ends that.
+func (o *outbox) hold(lists int64) (giveBack func()) {
+	b, chain, lines := o.budget, o.chain, o.inInputs
+	b.queued.Add(lists)
+	b.waiting.Add(chain)
 	b.inputs.Add(-lines)
 
 	return func() {
-		b.queued.Add(-bytes)
+		b.queued.Add(-lists)
+		b.waiting.Add(-chain)
 		b.inputs.Add(lines)
 	}
 }
@@ -1364,9 +1365,9 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		return isDropped, ""
 	case o.cut != "": // it is under way
 		return waits, ""
-	case o.slow && isOver && (o.acked || l != nil):
-		return isCutOff, fmt.Sprintf("it took no replies, and those of all clients take %d bytes "+
-			"(-max-queues)", o.budget.queued.Load())
+	case o.slow && (o.acked || l != nil) && (isOver || o.budget.isCrowded()):
+		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
+			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.waiting.Load())
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
 	case isAwaited && l.drips:

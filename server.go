@@ -817,13 +817,19 @@ func (s *keyValueServer) giveBack() {
 //	                                                                        none that frees
 //	a begun line     freeLine; beyond that twice   lines, and two lines     it waits up to lineTime
 //	                 its buffer, up to -max-line   (first, spare)           and is skipped
-//	its bursts       two of burstSize, maxChain    what came in the last    it counts as data, or
-//	                 queries                       second or two            with replies that wait
+//	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
+//	                 queries                       second or two
+//	a chain that     the same, and lines of up to  -                        over queues, with all
+//	waits            -max-line                                              replies, a client is
+//	                                                                        cut after Ack, or in a
+//	                                                                        Keys or Dump
 //	replies          maxBufferSize of maxMessage,  queues, a quarter more   of a client that takes
 //	                 one being made, one written   for replies that have    nothing they are
 //	                                               begun, and two of        dropped; after Ack, or
 //	                                               chunkSize a client       in a Keys or Dump, it
-//	                                                                        is cut
+//	                                                                        is cut; one of more than
+//	                                                                        maxShared messages that
+//	                                                                        has begun waits
 //	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies
 //	                 Gets, and the values that     they wait; the values
 //	                 others removed meanwhile      count as data
@@ -848,11 +854,12 @@ type budget struct {
 	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: any number
 
-	queued atomic.Int64 // replies that wait, and what waits with them
-	lists  atomic.Int64 // of these, keys to be listed
-	inputs atomic.Int64 // lines that have begun to be long
-	store  atomic.Int64 // store and clients, as of workLoop's last look
-	other  atomic.Int64 // what was alive beside all these after the last collection
+	queued  atomic.Int64 // replies that wait, and lists
+	lists   atomic.Int64 // of these, keys to be listed
+	waiting atomic.Int64 // chains whose replies wait, with their lines
+	inputs  atomic.Int64 // lines that have begun to be long
+	store   atomic.Int64 // store and clients, as of workLoop's last look
+	other   atomic.Int64 // what was alive beside all these after the last collection
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	first, spare semaphore
@@ -896,7 +903,9 @@ func (b *budget) forQueues() int64 {
 }
 
 // known is how many bytes are known to be in use.
-func (b *budget) known() int64 { return b.store.Load() + b.queued.Load() + b.inputs.Load() }
+func (b *budget) known() int64 {
+	return b.store.Load() + b.queued.Load() + b.waiting.Load() + b.inputs.Load()
+}
 
 // data is about how many bytes of forData are in use.
 func (b *budget) data() int64 { return b.store.Load() + b.other.Load() }
@@ -909,6 +918,9 @@ func (b *budget) admits(bytes, ofReserve int64) bool {
 
 // isOver tells whether all queues together take more than they may.
 func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
+
+// isCrowded tells whether they do with the chains that wait.
+func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.waiting.Load(), 0) }
 
 // mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
 // these there is a quarter more.

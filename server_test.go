@@ -1108,9 +1108,8 @@ func TestMaxQueues(t *testing.T) {
 			if got := honest.count("k:"); got != 100 {
 				t.Fatalf("a client that reads got %d replies of 100", got)
 			}
-			chain := 2*burstSize + maxChain*int(unsafe.Sizeof(Query{})) // and its lines
 			if queued := honest.stat("queued_bytes"); queued >
-				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage+chain) {
+				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
 			}
 		}
@@ -6664,7 +6663,7 @@ func (w *world) live() {
 	s.maxClients = pick(r, 5, 100, 100)
 	s.budget.maxQueues = int64(pick(r, 100*kilo, 1<<30, 1<<30))
 	if chance(r, 8) {
-		s.budget.limit = int64(400 * kilo)
+		s.budget.limit = int64(pick(r, 400*kilo, 4000*kilo))
 	}
 	s.writeTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
 	if chance(r, 8) {
@@ -6826,8 +6825,16 @@ func (p *process) checkLeft() {
 			p.fail("a connection is left open")
 		}
 	}
-	if n := s.budget.queued.Load(); n != 0 {
-		p.fail("%d bytes are still queued", n)
+	for what, n := range map[string]int64{
+		"bytes are still queued":  s.budget.queued.Load(),
+		"bytes of lists are kept": s.budget.lists.Load(),
+		"bytes of lines are kept": s.budget.inputs.Load(),
+		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
+			len(s.budget.first.slots) + len(s.budget.spare.slots)),
+	} {
+		if n != 0 {
+			p.fail("%d %s", n, what)
+		}
 	}
 	if s.departed != s.welcomed {
 		p.fail("%d clients came and %d left", s.welcomed, s.departed)
@@ -7526,14 +7533,15 @@ func (v *visitor) pipeline() {
 		v.process.mu.Lock()
 		v.unknown++
 		v.process.mu.Unlock()
-		v.checkMark(key, mark)
+		v.checkMark(key, mark, values*size)
 		return
 	}
 	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
-// checkMark wants the last write of a client that reads nothing.
-func (v *visitor) checkMark(key, mark string) {
+// checkMark wants the last write of a client that reads nothing, behind replies of about so many
+// bytes. A long one that has begun waits while all queues are full.
+func (v *visitor) checkMark(key, mark string, replySize int) {
 	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
 		calm: true}
 	if !v.calm || !other.dial() {
@@ -7545,7 +7553,9 @@ func (v *visitor) checkMark(key, mark string) {
 	}
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
-	if s := v.net.server; err == nil && !v.isDisturbed() && s.budget.limit == 0 && v.dir.Room == 0 &&
+	s := v.net.server
+	mayWait := s.budget.maxQueues < 1<<30 && 2*replySize > maxShared*s.maxMessage
+	if err == nil && !mayWait && !v.isDisturbed() && s.budget.limit == 0 && v.dir.Room == 0 &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
 			len(lines), last)
@@ -7695,7 +7705,7 @@ func (v *visitor) list() {
 func (v *visitor) garbage() {
 	r := v.random
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
-	what := r.IntN(6)
+	what := r.IntN(8)
 	if what == 1 && v.net.server.tls != nil &&
 		!v.plain { // inside of TLS it is one bad line, and good ones
 		what = 0
@@ -7734,6 +7744,12 @@ func (v *visitor) garbage() {
 			}
 			wait(between(r, 0, 2*time.Second))
 		}
+	case 6:
+		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
+	case 7: // a long line that does not end, and waits for its turn beside others
+		io.WriteString(v.conn, pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+
+			strings.Repeat("x", r.IntN(testMaxLine)))
+		wait(between(r, 0, 2*lineTime))
 	}
 	if chance(r, 2) {
 		v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))

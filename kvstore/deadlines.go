@@ -103,21 +103,20 @@ func (d *deadlines) bytes() int {
 // Expire gives key a deadline, in milliseconds of Unix time; 0: none. It returns whether the
 // key is there. The store does nothing when the time has come: its owner asks NextDue. A
 // Set, a Delete, and what removes a key's last value end its deadline.
-func (m *Memory) Expire(key string, at int64) (ok bool) {
-	h, i, e := m.find(key)
+func (m *Memory) Expire(key string, deadline int64) (ok bool) {
+	at, e := m.find(key)
 	if e == nil {
 		return false
 	}
-	slot := m.page(h).slots[i]
-	old := m.deadline(slot)
-	if at == old {
+	old := m.deadline(at.slot)
+	if deadline == old {
 		return true
 	}
-	m.noteDeadline(h, old, at)
-	if slot&largeBit != 0 {
-		m.large.own(number(slot), m.epoch).deadline = at
+	m.noteDeadline(at.h, old, deadline)
+	if at.slot&largeBit != 0 {
+		m.large.own(number(at.slot), m.epoch).deadline = deadline
 	} else {
-		m.storeUntil(h, i, key, e.values(m.edit[:0]), at)
+		m.storeUntil(at, key, e.values(m.edit[:0]), deadline)
 	}
 	return true
 }
@@ -141,24 +140,24 @@ func (m *Memory) noteDeadline(h uint64, old, at int64) {
 }
 
 // Deadline returns key's deadline; ok is false if it has none.
-func (v *view) Deadline(key string) (at int64, ok bool) {
-	if v.expiring == 0 {
-		return 0, false
+func (v *view) Deadline(key string) (deadline int64, ok bool) {
+	if v.expiring > 0 {
+		at, _ := v.find(key)
+		deadline = v.deadline(at.slot)
 	}
-	h, i, e := v.find(key)
-	if e != nil {
-		at = v.deadline(v.page(h).slots[i])
-	}
-	return at, at != 0
+	return deadline, deadline != 0
 }
 
 // deadline returns the deadline of a slot's key, 0 if it has none.
-func (v *view) deadline(slot uint64) (at int64) {
-	if slot&largeBit != 0 {
-		return v.large.at(number(slot)).deadline
+func (v *view) deadline(slot uint64) (deadline int64) {
+	switch {
+	case v.expiring == 0 || slot == 0:
+	case slot&largeBit != 0:
+		deadline = v.large.at(number(slot)).deadline
+	default:
+		_, deadline, _ = v.entry(slot).list()
 	}
-	_, at, _ = v.entry(slot).list()
-	return at
+	return deadline
 }
 
 // NextDue returns the key with the first deadline, if that is not after now.

@@ -90,33 +90,37 @@ type view struct {
 
 func (v *view) page(h uint64) *page { return *v.dir.at(int(h >> v.shift)) }
 
-// find looks for key. i is its slot, and e its entry; nil: it is not there, and i is
-// the empty slot to take.
-func (v *view) find(key string) (h uint64, i int, e entry) {
-	h = maphash.String(v.seed, key)
+// spot is where the index has a key, or would have it.
+type spot struct {
+	h    uint64 // the key's hash
+	i    int    // the slot's number in h's page
+	slot uint64 // 0: the key is not there
+}
+
+// find looks for key. e is its entry; nil: it is not there.
+func (v *view) find(key string) (at spot, e entry) {
+	h := maphash.String(v.seed, key)
 	p := v.page(h)
 	tag := h << addrBits
-	for i = home(tag); p.slots[i] != 0; i = next(i) {
+	i := home(tag)
+	for ; p.slots[i] != 0; i = next(i) {
 		if (p.slots[i]^tag)>>addrBits == 0 {
 			if e := v.entry(p.slots[i]); e.hasKey(key) {
-				return h, i, e
+				return spot{h, i, p.slots[i]}, e
 			}
 		}
 	}
-	return h, i, nil
+	return spot{h, i, 0}, nil
 }
 
-// locate looks for the slot of the entry at addr. i is -1 if the index has none: the entry
-// is dead.
-func (v *view) locate(addr uint64) (h uint64, i int) {
-	h = maphash.Bytes(v.seed, v.entry(addr).key())
+// locate looks for the entry at addr. at.slot is 0 if the index does not have it: it is dead.
+func (v *view) locate(addr uint64) (at spot) {
+	h := maphash.Bytes(v.seed, v.entry(addr).key())
 	p, slot := v.page(h), h<<addrBits|addr
-	for i = home(slot); p.slots[i] != 0; i = next(i) {
-		if p.slots[i] == slot {
-			return h, i
-		}
+	i := home(slot)
+	for ; p.slots[i] != 0 && p.slots[i] != slot; i = next(i) {
 	}
-	return h, -1
+	return spot{h, i, p.slots[i]}
 }
 
 // own returns h's page to be changed: a copy, if a snapshot has it.
@@ -140,16 +144,16 @@ func (m *Memory) enter(h uint64, p *page) {
 	}
 }
 
-// point makes slot i of h's page, where find was, point to addr.
-func (m *Memory) point(h uint64, i int, addr uint64) {
-	p := m.own(h)
-	if p.slots[i] == 0 {
+// point makes the slot of a spot point to addr.
+func (m *Memory) point(at spot, addr uint64) {
+	p := m.own(at.h)
+	if at.slot == 0 {
 		p.used++
 		m.keys++
 	}
-	p.slots[i] = h<<addrBits | addr
+	p.slots[at.i] = at.h<<addrBits | addr
 	if p.used >= pageFull {
-		m.split(h)
+		m.split(at.h)
 	}
 }
 
@@ -181,11 +185,11 @@ func (m *Memory) split(h uint64) {
 	m.pages++
 }
 
-// unpoint empties slot i of h's page, and makes the page one with its other half where
+// unpoint empties the slot of a spot, and makes its page one with the other half where
 // both are nearly empty.
-func (m *Memory) unpoint(h uint64, i int) {
-	p := m.own(h)
-	p.remove(i)
+func (m *Memory) unpoint(at spot) {
+	h, p := at.h, m.own(at.h)
+	p.remove(at.i)
 	m.keys--
 	if p.depth == 0 || p.used > pageEmpty {
 		return

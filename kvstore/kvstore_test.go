@@ -187,8 +187,8 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	for i := range 100 { // it grows, and is copied for that
 		store.Put("k", fmt.Sprint("more", i))
 	}
-	h, i, _ := store.find("k")
-	if l := store.long(h, i); l.shared || store.longGone != 0 {
+	at, _ := store.find("k")
+	if l := store.long(at.slot); l.shared || store.longGone != 0 {
 		t.Errorf("a list that has grown is shared: %v, and keeps %d bytes that went", l.shared,
 			store.longGone)
 	}
@@ -308,8 +308,8 @@ func checkIndex(t *testing.T, m *Memory) {
 			}
 			used++
 			key := string(m.entry(slot).key())
-			if h, at, _ := m.find(key); m.page(h) != p || at != j {
-				t.Fatalf("key %.40q in slot %d is found in %d", key, j, at)
+			if at, _ := m.find(key); m.page(at.h) != p || at.i != j || at.slot != slot {
+				t.Fatalf("key %.40q in slot %d is found in %d", key, j, at.i)
 			}
 			bytes += len(key)
 		}
@@ -390,7 +390,7 @@ func checkLarge(t *testing.T, m *Memory) {
 		entries++
 		r := m.large.at(number(slot))
 		memory += int64(cap(r.data))
-		if h, i := m.locate(slot & addrMask); i < 0 || m.page(h).slots[i] != slot {
+		if at := m.locate(slot & addrMask); at.slot != slot {
 			t.Fatalf("large entry %d, of %.40q, is not found", number(slot), r.data.key())
 		}
 		if cap(r.data) > len(r.data)*5/4+ownSize {
@@ -933,8 +933,8 @@ func TestSearchComparesLittle(t *testing.T) {
 
 	// Were one of the values compared, it would be found.
 	none := long + "none" + long
-	h, i, _ := store.find("key")
-	list := store.ownLong(h, i).values
+	at, _ := store.find("key")
+	list := store.ownLong(at.slot).values
 	for i := range list {
 		list[i] = none
 	}
@@ -1019,8 +1019,8 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 	}
 	places := func() (at [keys / 2]uint64) {
 		for i := range at {
-			h, j, _ := store.find(fmt.Sprint("key", 2*i))
-			at[i] = store.page(h).slots[j]
+			found, _ := store.find(fmt.Sprint("key", 2*i))
+			at[i] = found.slot
 		}
 		return at
 	}

@@ -42,22 +42,22 @@ type list struct {
 // number returns the number of the large entry that a slot points to.
 func number(slot uint64) int { return int(slot & (largeBit - 1)) }
 
-// long returns the long list of slot i of h's page to be looked at, nil if it is short.
-func (v *view) long(h uint64, i int) *list {
-	if slot := v.page(h).slots[i]; slot&largeBit != 0 {
-		return v.large.at(number(slot)).list
+// long returns the long list of a slot to be looked at, nil if it is short.
+func (v *view) long(slot uint64) *list {
+	if slot&largeBit == 0 {
+		return nil
 	}
-	return nil
+	return v.large.at(number(slot)).list
 }
 
 // ownLong is long, to be changed: in a copy, if a snapshot has it.
-func (m *Memory) ownLong(h uint64, i int) *list {
-	l := m.long(h, i)
+func (m *Memory) ownLong(slot uint64) *list {
+	l := m.long(slot)
 	if l != nil && l.epoch != m.epoch {
 		mine := *l
 		mine.epoch, mine.shared = m.epoch, true
 		l = &mine
-		m.large.own(number(m.page(h).slots[i]), m.epoch).list = l
+		m.large.own(number(slot), m.epoch).list = l
 	}
 	return l
 }
@@ -96,8 +96,7 @@ func (m *Memory) dropLarge(k int) (size int) {
 
 	// The last one takes its number.
 	if last := m.large.len - 1; last != k {
-		h, i := m.locate(largeBit | uint64(last))
-		m.point(h, i, largeBit|uint64(k))
+		m.point(m.locate(largeBit|uint64(last)), largeBit|uint64(k))
 		*r = *m.large.at(last)
 	}
 	m.large.pop(m.epoch)
@@ -151,7 +150,7 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 	return -1
 }
 
-// takeOut takes the value at place out of l.
+// takeOut takes the value at spot out of l.
 func (m *Memory) takeOut(l *list, place int) {
 	value := l.values[place]
 	bytes := int64(len(value))

@@ -67,18 +67,18 @@ func NewMemory() *Memory {
 
 // Put appends value to key's list.
 func (m *Memory) Put(key, value string) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	m.tally(1, value)
 	values := m.edit[:0]
 	if e == nil {
 		m.keyBytes += int64(len(key))
-	} else if l := m.ownLong(h, i); l != nil {
+	} else if l := m.ownLong(at.slot); l != nil {
 		m.append(l, value)
 		return
 	} else {
 		values = e.values(values)
 	}
-	m.store(h, i, key, append(values, value))
+	m.store(at, key, append(values, value))
 }
 
 // tally counts a value that comes (n is 1) or goes (-1).
@@ -87,37 +87,31 @@ func (m *Memory) tally(n int, value string) {
 	m.valueBytes += int64(n * len(value))
 }
 
-// store writes key's list anew, and leaves its deadline. Slot i of h's page is the key's, or an
-// empty one.
-func (m *Memory) store(h uint64, i int, key string, values []string) {
-	deadline := int64(0)
-	if slot := m.page(h).slots[i]; slot != 0 {
-		deadline = m.deadline(slot)
-	}
-	m.storeUntil(h, i, key, values, deadline)
+// store writes the list of the key at a spot anew, and leaves its deadline.
+func (m *Memory) store(at spot, key string, values []string) {
+	m.storeUntil(at, key, values, m.deadline(at.slot))
 }
 
 // storeUntil is store with a new deadline; 0: none.
-func (m *Memory) storeUntil(h uint64, i int, key string, values []string, deadline int64) {
+func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64) {
 	var l *list
 	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
 	}
 
 	// The new entry is written before the old one goes: values may be parts of that.
-	old := m.page(h).slots[i]
 	addr, size := uint64(0), entrySize(key, values, deadline)
 	if l != nil || size > ownSize {
-		addr = m.writeLarge(old, key, values, l, deadline)
+		addr = m.writeLarge(at.slot, key, values, l, deadline)
 	} else {
 		var b []byte
 		addr, b = m.grow(size)
 		writeEntry(b, key, values, deadline)
 	}
-	if addr != old&addrMask {
-		m.point(h, i, addr)
-		if old != 0 {
-			size += m.die(old)
+	if addr != at.slot&addrMask {
+		m.point(at, addr)
+		if at.slot != 0 {
+			size += m.die(at.slot)
 		}
 	}
 	m.clean(size)
@@ -125,11 +119,11 @@ func (m *Memory) storeUntil(h uint64, i int, key string, values []string, deadli
 
 // Get returns key's list. A short one is a copy, so that it keeps nothing else in memory.
 func (m *Memory) Get(key string) []string {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return nil
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		return m.handOut(l)
 	}
 	return CloneAll(e.values(nil))
@@ -139,13 +133,13 @@ func (m *Memory) Get(key string) []string {
 // parts of a piece of memory of 256 KiB, which stays as long as one of them does: who
 // keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return nil
 	}
-	if slot := m.page(h).slots[i]; slot&largeBit == 0 {
-		m.accounts[slot&addrMask>>slabBits].shown = true
-	} else if r := m.large.at(number(slot)); r.list != nil {
+	if at.slot&largeBit == 0 {
+		m.accounts[at.slot&addrMask>>slabBits].shown = true
+	} else if r := m.large.at(number(at.slot)); r.list != nil {
 		return m.handOut(r.list)
 	} else if r.epoch == m.epoch { // else it is not used again anyway
 		r.shown = true
@@ -168,20 +162,20 @@ func CloneAll(values []string) []string {
 
 // Delete removes key and returns how many values it had.
 func (m *Memory) Delete(key string) (removed int) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return 0
 	}
-	removed = m.forget(h, i, key, e)
-	m.remove(h, i, key)
+	removed = m.forget(at, e)
+	m.remove(at, key)
 	return removed
 }
 
-// forget takes all of key's values out of what is counted, and its deadline.
-func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
-	m.noteDeadline(h, m.deadline(m.page(h).slots[i]), 0)
+// forget takes all values of the key at a spot out of what is counted, and its deadline.
+func (m *Memory) forget(at spot, e entry) (removed int) {
+	m.noteDeadline(at.h, m.deadline(at.slot), 0)
 	bytes := int64(0)
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		removed, bytes = len(l.values), l.bytes
 		m.longValues -= removed
 		m.longBytes -= bytes
@@ -195,24 +189,23 @@ func (m *Memory) forget(h uint64, i int, key string, e entry) (removed int) {
 	return removed
 }
 
-// remove removes key, whose values are forgotten, from slot i of h's page.
-func (m *Memory) remove(h uint64, i int, key string) {
+// remove removes key, whose values are forgotten.
+func (m *Memory) remove(at spot, key string) {
 	m.keyBytes -= int64(len(key))
-	slot := m.page(h).slots[i]
-	m.unpoint(h, i)
-	m.clean(m.die(slot))
+	m.unpoint(at)
+	m.clean(m.die(at.slot))
 }
 
 // Set makes value key's only one, and returns how many there were.
 func (m *Memory) Set(key, value string) (removed int) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		m.keyBytes += int64(len(key))
 	} else {
-		removed = m.forget(h, i, key, e)
+		removed = m.forget(at, e)
 	}
 	m.tally(1, value)
-	m.storeUntil(h, i, key, append(m.edit[:0], value), 0)
+	m.storeUntil(at, key, append(m.edit[:0], value), 0)
 	return removed
 }
 
@@ -223,60 +216,60 @@ func (m *Memory) Remove(key, value string) (removed bool) { return m.RemoveAt(ke
 // RemoveAt is Remove. It returns the place of the value, -1 if there is none, and looks at
 // the place hint first.
 func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return -1
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		place = m.index(l, value, hint)
 	} else {
 		place = slices.Index(e.values(m.edit[:0]), value)
 	}
 	if place >= 0 {
-		m.takeAt(h, i, key, e, place)
+		m.takeAt(at, key, e, place)
 	}
 	return place
 }
 
-// takeAt removes key's value at place, and the key with its last.
-func (m *Memory) takeAt(h uint64, i int, key string, e entry, place int) {
-	if l := m.ownLong(h, i); l != nil {
+// takeAt removes value n of the key at a spot, and the key with its last.
+func (m *Memory) takeAt(at spot, key string, e entry, n int) {
+	if l := m.ownLong(at.slot); l != nil {
 		if len(l.values) > 1 {
-			m.takeOut(l, place)
+			m.takeOut(l, n)
 			return
 		}
 	} else if values := e.values(m.edit[:0]); len(values) > 1 {
-		m.tally(-1, values[place])
-		m.store(h, i, key, slices.Delete(values, place, place+1))
+		m.tally(-1, values[n])
+		m.store(at, key, slices.Delete(values, n, n+1))
 		return
 	}
-	m.forget(h, i, key, e)
-	m.remove(h, i, key)
+	m.forget(at, e)
+	m.remove(at, key)
 }
 
 // Take removes key's oldest value, and the key with its last. Of a long list it takes a
 // constant time, on the average of many.
 func (m *Memory) Take(key string) (value string, ok bool) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return "", false
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		value = l.values[0]
 	} else {
 		value = strings.Clone(e.values(m.edit[:0])[0])
 	}
-	m.takeAt(h, i, key, e, 0)
+	m.takeAt(at, key, e, 0)
 	return value, true
 }
 
 // Count returns how many values key has.
 func (m *Memory) Count(key string) (n int) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return 0
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		return len(l.values)
 	}
 	n, _, _ = e.list()
@@ -295,13 +288,13 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 // none. It looks at the place hint before it searches: who knows the place makes long
 // lists cheap.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		m.Put(key, newValue)
 		return -1
 	}
 	m.tally(1, newValue)
-	if l := m.ownLong(h, i); l != nil {
+	if l := m.ownLong(at.slot); l != nil {
 		if place = m.index(l, oldValue, hint); place >= 0 {
 			m.takeOut(l, place)
 		}
@@ -313,7 +306,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.tally(-1, oldValue)
 		values = slices.Delete(values, place, place+1)
 	}
-	m.store(h, i, key, append(values, newValue))
+	m.store(at, key, append(values, newValue))
 	return place
 }
 
@@ -342,11 +335,11 @@ func (m *Memory) Footprint() int64 {
 
 // Measure returns how many bytes key's values have together.
 func (m *Memory) Measure(key string) (bytes int64) {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return 0
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		return l.bytes
 	}
 	return int64(sizeOf(e.values(m.edit[:0])))
@@ -354,11 +347,11 @@ func (m *Memory) Measure(key string) (bytes int64) {
 
 // Has tells whether key's list has value. It hands nothing out.
 func (m *Memory) Has(key, value string) bool {
-	h, i, e := m.find(key)
+	at, e := m.find(key)
 	if e == nil {
 		return false
 	}
-	if l := m.long(h, i); l != nil {
+	if l := m.long(at.slot); l != nil {
 		return m.index(l, value, -1) >= 0
 	}
 	return slices.Contains(e.values(m.edit[:0]), value)
@@ -431,11 +424,11 @@ func (m *Memory) snapshot() *snapshot {
 
 // View returns key's list. Like Memory's it makes a short one in scratch.
 func (s *snapshot) View(scratch []string, key string) []string {
-	h, i, e := s.find(key)
+	at, e := s.find(key)
 	if e == nil {
 		return nil
 	}
-	return s.list(s.page(h).slots[i], scratch)
+	return s.list(at.slot, scratch)
 }
 
 // list returns the list of a slot.

@@ -325,10 +325,10 @@ func (m *Memory) clean(bytes int) {
 			e = e[:e.size()]
 			m.at += len(e)
 			walk -= len(e)
-			if h, i := m.locate(addr); i >= 0 {
+			if at := m.locate(addr); at.slot != 0 {
 				to, b := m.grow(len(e))
 				copy(b, e)
-				m.point(h, i, to)
+				m.point(at, to)
 				m.die(addr) // with the last one the slab is dropped
 			}
 		}
