@@ -145,8 +145,11 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		progress: make(chan bool, 1),
 	}
 
-	c.paced, _ = underTLS(conn).(*pacedConn)
-	if c.paced == nil {
+	under := conn
+	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
+		under = outer.NetConn()
+	}
+	if c.paced, _ = under.(*pacedConn); c.paced == nil {
 		c.paced = &pacedConn{Conn: conn, server: s}
 		c.connection = c.paced
 	}
@@ -157,6 +160,9 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		core: slot{of: &s.cores}}
 	return c
 }
+
+// isPlain tells whether the connection is without TLS.
+func (c *Client) isPlain() bool { return c.connection == c.paced }
 
 // isGone tells whether the connection takes no more. Any goroutine may ask.
 func (c *Client) isGone() bool { return isClosed(c.closed) }
@@ -482,7 +488,7 @@ func (c *Client) read() (burst string, err error) {
 
 	if n > 0 {
 		in.came += n
-		if !in.heard && in.buf[0] == tlsHandshake && underTLS(c.connection) == c.connection {
+		if !in.heard && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS, true)

@@ -16,7 +16,6 @@ type Query struct {
 	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, what is wrong
 	queryType queryType
 	kept      bool // keep was called
-	bare      bool // on the head of a chain: it comes back without replies, its sender sees to them
 	client    *Client
 	newValue  string
 

@@ -553,30 +553,22 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	full := why.appendEnd(nil, false, 0)
 
 	// No more than some at a time cost a goroutine.
+	c := newClient(0, conn, s)
 	if s.turningAway == maxTurnedAway {
-		if underTLS(conn) == conn {
+		if c.isPlain() {
 			conn.Write(full) // into an empty send buffer, so without waiting
 		}
-		underTLS(conn).Close()
+		c.paced.Close()
 		return
 	}
 
 	s.turningAway++
-	c := newClient(0, conn, s)
 	c.paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
 	c.outbox.queue(full)
 	close(c.buffer)
 	go c.writeToClient()
-}
-
-// underTLS is the connection that conn encrypts, or conn.
-func underTLS(conn net.Conn) net.Conn {
-	if outer, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		return outer.NetConn()
-	}
-	return conn
 }
 
 // runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
@@ -715,9 +707,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		if q.writes() {
 			s.admit(q)
 		}
-		if !chain.bare {
-			s.requests[q.queryType]++
-		}
+		s.requests[q.queryType]++
 
 		switch q.queryType {
 		case stats:
@@ -748,7 +738,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 // begin prepares for chain.
 func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
-	if c.buffer == nil && !chain.bare {
+	if c.buffer == nil {
 		c.buffer = make(chan []byte, maxBufferSize)
 		c.alive++
 		go c.writeToClient()
@@ -1041,8 +1031,6 @@ func (s *keyValueServer) commit() {
 			chain.asker <- s.stats()
 		case s.broken:
 			c.done <- nil
-		case chain.bare:
-			c.done <- chain
 		default:
 			c.answer(chain)
 		}
