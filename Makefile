@@ -39,7 +39,7 @@ simulate: ## simulated servers with faults, SEEDS of them from SEED on (0: until
 	KVSERVER_SEED=$(SEED) KVSERVER_SEEDS=$(SEEDS) go test -run '^TestSimulation$$' -timeout 0
 
 etcd: ## two servers and a real cluster of etcd, which must be installed, with faults
-	KVSERVER_ETCD=1 go test -count=1 -run '^TestEtcdCluster$$' -v -timeout 10m .
+	KVSERVER_ETCD=1 go test -count=1 -run '^TestEtcdCluster$$' -v -timeout 10m ./kvstore/storage/etcd
 
 windows: ## build for Windows, and try that with wine, which must be installed
 	.ci/windows
