@@ -331,7 +331,13 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 func (d *Store) Commit() error {
 	err := d.commit()
 	if err == nil { // what was read is the truth only while nobody else can write
-		if err = d.lock.Held(); err != nil {
+		if err = d.lock.Held(); errors.Is(err, storage.ErrGone) {
+			d.AwaitCompaction() // it removes files, too
+			if err = d.lastLook(); err == nil {
+				err = d.lock.Held()
+			}
+		}
+		if err != nil {
 			return d.fail(err)
 		}
 		if now := time.Now(); now.Sub(d.looked) >= lookTime {

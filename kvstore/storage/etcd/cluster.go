@@ -1,5 +1,6 @@
 // Package etcd has a Directory in an etcd cluster, which it asks through etcd's JSON gateway:
-// cluster.go asks, directory.go has the names, file.go the files, lock.go who may write.
+// cluster.go asks, directory.go has the names, file.go the files, lock.go who may write, and
+// room.go how much.
 package etcd
 
 import (
@@ -12,48 +13,36 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// A directory in an etcd cluster, which it asks through etcd's JSON gateway. Below the
-// prefix that its address gives there are these keys:
-//
-//	lock        who may write: an holder. Its holder writes it anew every beatTime
-//	step        the number of the holder's last change of names
-//	n/NAME      the id of the file that has this name
-//	d/ID/PIECE  one write to that file; PIECE is its number, its offset and its size. If the
-//	            value is smaller than that, it is compressed (DEFLATE)
-//
-// Every transaction of a holder compares the lock with what the holder wrote there: one
-// that was robbed of it can change nothing any more, however late its requests come. And
-// each may be sent again when its answer was lost: a piece has a key of its own and never
-// changes, and a change of names says which step it is, so that no step is made twice.
-//
-// A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
+// Times and sizes of requests.
 const (
-	pieceMost  = 1 << 20  // bytes of a piece: etcd takes requests of 1.5 MiB
-	fileMost   = 1 << 47  // bytes of a file
-	packLeast  = 512      // bytes of a piece that is compressed
-	pageMost   = 4 << 20  // bytes of the pieces that are asked for at a time
-	aheadLeast = 64 << 10 // the same at first
-	keysMost   = 4 << 10  // keys that are
-	// bytes of a log file: what is read again at a start, about
-	segmentBytes = 16 << 20
-	beatTime     = time.Second     // between two signs of life in the lock
-	lockTime     = 5 * time.Second // after which a lock without one may be taken
-	// so long a sign of life is good for: clocks may run differently
-	freshTime    = lockTime - lockTime/10
+	requestTime  = 1500 * time.Millisecond // of one request, without what its bytes take
+	slowLink     = 128 << 10               // bytes a second that a link has at least
+	pauseTime    = 50 * time.Millisecond   // before a request is sent again
 	patienceTime = 10 * time.Second        // without an answer, until we give up
-	requestTime  = 1500 * time.Millisecond // of one request
-	pauseTime    = 50 * time.Millisecond   // before it is sent again
-	pollTime     = 250 * time.Millisecond  // between two looks at a lock that another one has
+	tellTime     = time.Second             // without an answer, until we say so
+
+	pieceLeast = 16 << 10 // bytes of a piece: smaller ones would help no link
+	pieceFirst = 64 << 10 // bytes of a piece at first: they double while the link can do it
+	pieceMost  = 1 << 20  // bytes of a piece: etcd takes requests of 1.5 MiB
+	pageFirst  = 64 << 10 // bytes of the pieces that are asked for together, at first
+	pageMost   = 3 << 20  // the same at last: gateways before 3.4.17 answer at most 4 MiB
+	keysMost   = 4 << 10  // keys that are asked for together
+	keySize    = 128      // bytes that a key takes in an answer, about
+	replyMost  = 100      // bytes of an answer that is none of etcd's, in an error
+	filesAhead = 16       // connections to a member that are kept
+	dialTime   = time.Second
 )
 
 // Errors of a store in etcd.
@@ -67,6 +56,12 @@ var (
 	ErrRefused = errors.New("etcd refuses")
 	// ErrTakenOver is returned when another process has taken the lock.
 	ErrTakenOver = errors.New("another server has taken the data over")
+	// ErrOther is returned when a member belongs to another cluster than those that were asked
+	// before, or the cluster knows less than it has told: somebody has restored a copy.
+	ErrOther = errors.New("not the etcd cluster that it was")
+
+	// errSmaller is what a request that was too large, or too slow, for its size ends with.
+	errSmaller = errors.New("to be asked for in smaller parts")
 )
 
 // cluster asks a cluster. Any goroutine may.
@@ -74,9 +69,15 @@ type cluster struct {
 	members        []string // http://host:port
 	http           *http.Client
 	user, password string
+	log            *slog.Logger
 
-	member atomic.Int32           // the one that is asked: another one after each failure
-	token  atomic.Pointer[string] // of the user; nil: none yet, or none is needed
+	member   atomic.Int32           // the one that is asked: another one after each failure
+	token    atomic.Pointer[string] // of the user; nil: none yet, or none is needed
+	id       atomic.Pointer[string] // of the cluster; nil: nobody has told
+	revision atomic.Int64           // of the cluster, as of the latest answer
+	warned   sync.Once              // of a member that is another cluster
+
+	room // of the database
 }
 
 // What is used of etcd's messages, in the names of its API. Bytes travel as base64.
@@ -87,10 +88,11 @@ type (
 		Revision int64  `json:"mod_revision,string,omitempty"` // of the last change; 0: it is not there
 	}
 	keyRange struct {
-		Key      []byte `json:"key"`
-		End      []byte `json:"range_end,omitempty"` // the first key that is meant no more
-		Limit    int    `json:"limit,string,omitempty"`
-		KeysOnly bool   `json:"keys_only,omitempty"`
+		Key       []byte `json:"key"`
+		End       []byte `json:"range_end,omitempty"` // the first key that is meant no more
+		Limit     int    `json:"limit,string,omitempty"`
+		KeysOnly  bool   `json:"keys_only,omitempty"`
+		CountOnly bool   `json:"count_only,omitempty"`
 	}
 	operation struct {
 		Put    *keyValue `json:"request_put,omitempty"`
@@ -98,7 +100,8 @@ type (
 		Range  *keyRange `json:"request_range,omitempty"`
 	}
 	comparison struct {
-		Target string `json:"target"` // VALUE or MOD, for equality
+		Target string `json:"target"`           // VALUE or MOD
+		Result string `json:"result,omitempty"` // GREATER; "": they are equal
 		keyValue
 	}
 	transaction struct {
@@ -106,25 +109,49 @@ type (
 		Success []operation  `json:"success"`
 		Failure []operation  `json:"failure,omitempty"`
 	}
+	// found is what a range holds.
+	found struct {
+		KVs   []keyValue `json:"kvs"`
+		Count int        `json:"count,string"`
+	}
 	// response is the answer to any request.
 	response struct {
-		KVs       []keyValue `json:"kvs"`
-		Succeeded bool       `json:"succeeded"`
+		Header struct {
+			Cluster  string `json:"cluster_id"`
+			Member   string `json:"member_id"`
+			Revision int64  `json:"revision,string"`
+		} `json:"header"`
+		found
+		Succeeded bool `json:"succeeded"`
 		Responses []struct {
-			Range struct {
-				KVs []keyValue `json:"kvs"`
-			} `json:"response_range"`
+			Range found `json:"response_range"`
 		} `json:"responses"`
 		Token  string `json:"token"`
 		Leader string `json:"leader"`
-		Header struct {
-			Member string `json:"member_id"`
-		} `json:"header"`
+		Size   int64  `json:"dbSize,string"`
+		InUse  int64  `json:"dbSizeInUse,string"`
+		Quota  int64  `json:"dbSizeQuota,string"` // since 3.6
 	}
 )
 
+// read returns what the i-th operation of a transaction has read.
+func (r response) read(i int) found {
+	if i < len(r.Responses) {
+		return r.Responses[i].Range
+	}
+	return found{}
+}
+
 func putKey(key, value []byte) operation   { return operation{Put: &keyValue{Key: key, Value: value}} }
 func deleteKeys(key, end []byte) operation { return operation{Delete: &keyRange{Key: key, End: end}} }
+func readKey(key []byte) operation         { return operation{Range: &keyRange{Key: key}} }
+func isValue(key, value []byte) comparison {
+	return comparison{"VALUE", "", keyValue{Key: key, Value: value}}
+}
+func isRevision(key []byte, revision int64) comparison {
+	return comparison{"MOD", "", keyValue{Key: key, Revision: revision}}
+}
+func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
 
 // refusal is etcd's answer to a request that it does not do.
 type refusal struct {
@@ -136,7 +163,7 @@ func (e *refusal) Error() string { return e.Message }
 
 // Is makes a database that is full what a full disk is, and other final refusals ErrRefused.
 func (e *refusal) Is(target error) bool {
-	isFull := e.Code == 8
+	isFull := e.Code == 8 && strings.Contains(e.Message, "space")
 	return target == syscall.ENOSPC && isFull || target == ErrRefused && isFinal(e) && !isFull
 }
 
@@ -152,18 +179,28 @@ func isFinal(err error) bool {
 		// cancelled, unknown, too late, aborted, internal, no leader, expired
 		case 1, 2, 4, 10, 13, 14, 16:
 			return false
-		case 8: // no space, or too many requests
-			return strings.Contains(e.Message, "space")
+		case 8: // no space, too large an answer, or too many requests
+			return !strings.Contains(e.Message, "too many")
 		}
 		return !e.isExpired()
 	}
-	return isUntrusted(err)
+	return isUntrusted(err) || errors.Is(err, ErrOther)
+}
+
+// isTooMuch tells whether a smaller request may do.
+func isTooMuch(err error) bool {
+	e := (*refusal)(nil)
+	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &e) &&
+		(strings.Contains(e.Message, "too large") || strings.Contains(e.Message, "larger than max"))
 }
 
 // named is err as people should see it.
 func named(err error) error {
-	if isUntrusted(err) {
+	switch {
+	case isUntrusted(err):
 		return fmt.Errorf("%w: %w", ErrRefused, err)
+	case errors.Is(err, ErrOther):
+		return err
 	}
 	return fmt.Errorf("etcd: %w", err)
 }
@@ -176,61 +213,70 @@ func isUntrusted(err error) bool {
 		errors.Is(err, http.ErrSchemeMismatch)
 }
 
-// newEtcdClient returns a client for the members at hosts. With TLS, query may name files:
+// newCluster returns a client for the members at hosts. With TLS, query may name files:
 // ca, cert and key.
 func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, error) {
 	c := &cluster{}
 	c.user, c.password, _ = strings.Cut(os.Getenv("KVSERVER_ETCD_USER"), ":")
-	transport := &http.Transport{MaxIdleConnsPerHost: 16,
-		DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}
+	transport := &http.Transport{MaxIdleConnsPerHost: filesAhead,
+		DialContext: (&net.Dialer{Timeout: dialTime}).DialContext}
 	c.http = &http.Client{Transport: transport}
 	scheme := "http://"
 	if encrypted {
 		scheme = "https://"
-		config := &tls.Config{MinVersion: tls.VersionTLS12}
-		transport.TLSClientConfig = config
-		if ca := query.Get("ca"); ca != "" {
-			pem, err := os.ReadFile(ca)
-			if err != nil {
-				return nil, fmt.Errorf("%w: cannot read its CA: %w", ErrRefused, err)
-			}
-			config.RootCAs = x509.NewCertPool()
-			config.RootCAs.AppendCertsFromPEM(pem)
-		}
-		if cert := query.Get("cert"); cert != "" {
-			pair, err := tls.LoadX509KeyPair(cert, cmp.Or(query.Get("key"), cert))
-			if err != nil {
-				return nil, fmt.Errorf("%w: cannot read our certificate for it: %w", ErrRefused,
-					err)
-			}
-			config.Certificates = []tls.Certificate{pair}
+		var err error
+		if transport.TLSClientConfig, err = tlsConfig(query); err != nil {
+			return nil, err
 		}
 	}
 	for _, host := range hosts {
 		c.members = append(c.members, scheme+host)
 	}
+	c.piece.Store(pieceFirst)
 	return c, nil
 }
 
-// post sends one request to one member. After a failure the next goes to another one.
-func (c *cluster) post(ctx context.Context, at string,
-	request any) (answer response, err error) {
-	member := c.member.Load()
+// tlsConfig reads the files that query names.
+func tlsConfig(query url.Values) (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if ca := query.Get("ca"); ca != "" {
+		pem, err := os.ReadFile(ca)
+		if err != nil {
+			return nil, fmt.Errorf("%w: cannot read its CA: %w", ErrRefused, err)
+		}
+		config.RootCAs = x509.NewCertPool()
+		config.RootCAs.AppendCertsFromPEM(pem)
+	}
+	if cert := query.Get("cert"); cert != "" {
+		pair, err := tls.LoadX509KeyPair(cert, cmp.Or(query.Get("key"), cert))
+		if err != nil {
+			return nil, fmt.Errorf("%w: cannot read our certificate for it: %w", ErrRefused, err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
+}
+
+// post sends one request to one member. It is of so many bytes, or asks for so many: less than
+// none if it cannot be smaller. After a failure the next goes to another member.
+func (c *cluster) post(ctx context.Context, at string, request any,
+	size int) (answer response, err error) {
+	member, known := c.member.Load(), c.revision.Load()
 	if c.user != "" && c.token.Load() == nil && at != "auth/authenticate" {
 		login, err := c.post(ctx, "auth/authenticate",
-			map[string]string{"name": c.user, "password": c.password})
+			map[string]string{"name": c.user, "password": c.password}, 0)
 		if err != nil {
 			return answer, err
 		}
 		c.token.Store(&login.Token)
 	}
-	limit := requestTime
-	if at == "kv/range" { // there may be much to read
-		limit *= 3
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	one, cancel := context.WithTimeout(ctx, limit(size))
 	defer cancel()
-	err = c.exchange(ctx, c.members[member]+"/v3/"+at, request, &answer)
+	err = c.exchange(one, c.members[member]+"/v3/"+at, request, &answer)
+	if err == nil {
+		err = c.recognize(c.members[member], answer, known, strings.HasPrefix(at, "kv/"))
+	}
+
 	if e := (*refusal)(nil); errors.As(err, &e) && e.isExpired() {
 		c.token.Store(nil)
 	} else if err != nil {
@@ -239,19 +285,79 @@ func (c *cluster) post(ctx context.Context, at string,
 	return answer, err
 }
 
-// preferLeader asks the cluster's leader from now on, if one member says that it is: the
-// others would only pass on what they are asked.
-func (c *cluster) preferLeader(ctx context.Context) {
+// limit is the time that a request of so many bytes has.
+func limit(size int) time.Duration {
+	return requestTime + time.Duration(max(size, -size))*time.Second/slowLink
+}
+
+// recognize tells whether an answer is from the cluster that has answered before. One of its keys
+// is of all that the cluster knew when it was asked: known is the revision that we knew then.
+func (c *cluster) recognize(member string, answer response, known int64, ofKeys bool) error {
+	h := answer.Header
+	if h.Cluster == "" {
+		return &refusal{member + " answers, and not as etcd does", 12}
+	}
+	if c.id.CompareAndSwap(nil, &h.Cluster); *c.id.Load() != h.Cluster {
+		c.warned.Do(func() {
+			c.log.Error("a member is another cluster, so it is not asked", "member", member)
+		})
+		return fmt.Errorf("%w: %s is of cluster %s, the others are of %s", ErrOther, member,
+			h.Cluster, *c.id.Load())
+	}
+	if ofKeys && h.Revision < known {
+		return fmt.Errorf("%w: at %s its revision is %d, and was %d", ErrOther, member, h.Revision,
+			known)
+	}
+	for latest := c.revision.Load(); ofKeys && h.Revision > latest &&
+		!c.revision.CompareAndSwap(latest, h.Revision); {
+		latest = c.revision.Load()
+	}
+	return nil
+}
+
+// survey asks all members who they are, and what room they have. From then on the leader is asked
+// first: others would only pass on what they are asked. It returns how many have answered, and an
+// ErrOther if they are not one cluster.
+func (c *cluster) survey(ctx context.Context) (answered int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
+	var wg sync.WaitGroup
+	spent := c.spent.Load()
+	answers, errs := make([]response, len(c.members)), make([]error, len(c.members))
 	for i, member := range c.members {
-		var status response
-		if c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &status) == nil &&
-			status.Leader == status.Header.Member && status.Leader != "" {
+		wg.Go(func() {
+			errs[i] = c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &answers[i])
+		})
+	}
+	wg.Wait()
+	for i, status := range answers {
+		if errs[i] != nil {
+			continue
+		}
+		answered++
+		if other := c.recognize(c.members[i], status, 0, false); other != nil {
+			err = other
+		} else if status.Leader == status.Header.Member && status.Leader != "" {
 			c.member.Store(int32(i))
-			return
 		}
 	}
+	c.note(answers, spent)
+	return answered, err
+}
+
+// adopt takes the cluster for what it is now. Another one is taken only if all members are that.
+func (c *cluster) adopt(ctx context.Context) error {
+	was := c.id.Swap(nil)
+	answered, err := c.survey(ctx)
+	if is := c.id.Load(); err == nil && (is == nil || *is != *was) && answered < len(c.members) {
+		err = fmt.Errorf("%w: not all members say what they are now", ErrOther)
+	}
+	if err != nil {
+		c.id.Store(was)
+		return err
+	}
+	c.revision.Store(0)
+	return nil
 }
 
 // exchange sends a request and reads the answer.
@@ -282,8 +388,8 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	}
 	refused := &refusal{}
 	if json.Unmarshal(text, refused) != nil || refused.Message == "" {
-		refused.Message, refused.Code = fmt.Sprintf("%s answers %s: %.100q", url, response.Status,
-			text), 14
+		refused.Message, refused.Code = fmt.Sprintf("%s answers %s: %.*q", url, response.Status,
+			replyMost, text), 14
 		if response.StatusCode/100 == 4 { // somebody else answers there, or wants TLS
 			refused.Code = 12
 		}
@@ -291,19 +397,29 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	return refused
 }
 
-// call sends a request until it is answered, every member has refused it, or ctx is done.
-func (c *cluster) call(ctx context.Context, at string, request any) (response, error) {
+// call sends a request until it is answered, every member has refused it, or ctx is done. One
+// that is larger than need be ends with errSmaller if that may be why it fails. silent, if not
+// nil, is told once why there is no answer for tellTime.
+func (c *cluster) call(ctx context.Context, at string, request any, size int,
+	silent func(error)) (response, error) {
+	began := time.Now()
 	for refused := 0; ; {
-		answer, err := c.post(ctx, at, request)
+		answer, err := c.post(ctx, at, request, size)
 		switch {
 		case err == nil:
 			return answer, nil
+		case isTooMuch(err) && size > pieceLeast && ctx.Err() == nil:
+			return answer, errSmaller
 		case !isFinal(err):
 			refused = 0
 		default:
 			if refused++; refused == len(c.members) {
 				return answer, named(err)
 			}
+		}
+		if silent != nil && time.Since(began) >= tellTime {
+			silent(err)
+			silent = nil
 		}
 		if cause := wait(ctx, pauseTime); cause != nil {
 			return answer, fmt.Errorf("%w: %w", cause, err)

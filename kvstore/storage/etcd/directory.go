@@ -16,9 +16,25 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 )
 
-// directory is a Directory in a cluster.
+// directory is a Directory in a cluster. Below the prefix that its address gives there are these
+// keys:
+//
+//	lock        who may write: a holder. Its holder writes it anew every beatTime
+//	step        the number of the holder's last change of names
+//	n/NAME      the id of the file that has this name
+//	d/ID/PIECE  one write to that file; PIECE is its number, its offset and its size. If the
+//	            value is smaller than that, it is compressed (DEFLATE)
+//
+// Every transaction of a holder compares the lock with what the holder wrote there: one that was
+// robbed of it can change nothing any more, however late its requests come. It also compares what
+// it goes on from: the name's id and the piece before, or the step. And each may be sent again
+// when its answer was lost: a piece has a key of its own and never changes, and a change of names
+// says which step it is, so that no step is made twice.
+//
+// A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
 type directory struct {
 	name   string // as people call it
 	prefix string
@@ -29,10 +45,20 @@ type directory struct {
 	ctx  context.Context // of those calls that come before there is a lock
 	lock *clusterLock    // nil before Lock; then it stays
 
-	turn  chan struct{} // one slot, for who changes names
-	step  int           // the last change; who has turn may use it
-	files atomic.Int64  // created so far, for their ids
+	turn    chan struct{}         // one slot, for who uses what is below
+	steps   string                // what all values of step begin with
+	step    int                   // the last change
+	names   map[string]string     // the id of each name, once the lock is held
+	files   map[string]*pieceFile // by id, those that were opened since
+	lost    map[string]bool       // names of files that etcd has not as they were left there
+	isSwept bool                  // pieces without a name were removed
+
+	made   atomic.Int64 // files, for their ids
+	pieces atomic.Int64 // that there are, once the lock is held
 }
+
+// segmentBytes is how large a log file becomes: what is read again at a start, about.
+const segmentBytes = 16 << 20
 
 // Options are what Open needs to know. The zero value is that of somebody who only looks.
 type Options struct {
@@ -71,19 +97,20 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	if err != nil || prefix == "" {
 		return nil, fmt.Errorf("%w: %q", ErrAddress, address)
 	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.Status == nil {
+		opts.Status = new(storage.Status)
+	}
 	client, err := newCluster(members, scheme == "etcds", query)
 	if err != nil {
 		return nil, err
 	}
-	d := &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
-		client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1)}
-	if d.log == nil {
-		d.log = slog.New(slog.DiscardHandler)
-	}
-	if d.opts.Status == nil {
-		d.opts.Status = new(storage.Status)
-	}
-	return d, nil
+	client.log = opts.Log
+	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
+		client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1),
+		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
 // Sizes: what is written costs a request, whatever its size, and zeros would be kept.
@@ -91,10 +118,11 @@ func (d *directory) Sizes() (segment, compact int64, reserve int) {
 	return segmentBytes, segmentBytes, 0
 }
 
-func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }
+// Room returns an error, and nothing has changed, if etcd may have no room for so many bytes
+// more. What frees may take the last room.
+func (d *directory) Room(size int64, frees bool) error { return d.client.roomFor(size, frees) }
 
-// Sync has nothing to do: every change of names is durable when it is done.
-func (d *directory) Sync() error { return nil }
+func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }
 
 // Close has nothing to do.
 func (d *directory) Close() error {
@@ -111,224 +139,460 @@ func below(prefix []byte) (end []byte) {
 	return end
 }
 
-// call asks etcd: for patienceTime where there is no lock, else for three times that while the
-// lock is held.
-func (d *directory) call(at string, request any) (response, error) {
-	ctx, patience := d.ctx, patienceTime
-	if d.lock != nil {
-		ctx, patience = d.lock.ctx, 3*patienceTime
+// call asks etcd, about or for so many bytes. Without the lock that ends after patienceTime; with
+// it after three times that, but for as long as etcd has no room.
+func (d *directory) call(at string, request any, size int) (response, error) {
+	if d.lock == nil {
+		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
+		defer cancel()
+		return d.client.call(ctx, at, request, size,
+			func(err error) {
+				d.log.Warn("etcd does not answer yet, trying on", "error", err)
+				d.opts.Status.Set("etcd does not answer yet")
+			})
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, ErrUnreachable)
-	defer cancel()
-	return d.client.call(ctx, at, request)
+	for {
+		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
+		answer, err := d.client.call(ctx, at, request, size, nil)
+		cancel()
+		if errors.Is(err, ErrOther) {
+			err = d.lock.miss(err)
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			return answer, err
+		}
+		d.client.noteFull(true)
+		if err := wait(d.lock.ctx, beatTime); err != nil {
+			return answer, err
+		}
+	}
 }
 
-// get returns the keys that r means.
-func (d *directory) get(r keyRange) ([]keyValue, error) {
-	answer, err := d.call("kv/range", r)
+// get returns the keys that r means, which are about so many bytes.
+func (d *directory) get(r keyRange, size int) ([]keyValue, error) {
+	answer, err := d.call("kv/range", r, size)
 	return answer.KVs, err
 }
 
-// change makes ops happen, once, if the lock is ours. They change names.
-func (d *directory) change(ops ...operation) error {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
-	key, before, after := d.key("step"), d.lock.step(d.step), d.lock.step(d.step+1)
-	answer, err := d.call("kv/txn", transaction{
-		Compare: []comparison{d.lock.isOurs(), {"VALUE", keyValue{Key: key, Value: before}}},
-		Success: append(ops, putKey(key, after)),
-		Failure: []operation{{Range: &keyRange{Key: key}}},
-	})
-	switch {
-	case err != nil: // it is not known whether it was done, and so not what the next step is
-		return d.lock.lost(err)
-	case answer.Succeeded: // now
-	case len(answer.Responses) == 1 && len(answer.Responses[0].Range.KVs) == 1 &&
-		bytes.Equal(answer.Responses[0].Range.KVs[0].Value, after): // the first time
-	default:
-		return d.lock.lost(ErrTakenOver)
+// each calls do with the keys, without their values, from one on that is before end.
+func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
+	for limit := keysMost; ; {
+		kvs, err := d.get(keyRange{Key: from, End: end, Limit: limit, KeysOnly: true}, limit*keySize)
+		if err == errSmaller {
+			limit /= 2
+			continue
+		}
+		if err == nil && len(kvs) > 0 {
+			from = append(slices.Clone(kvs[len(kvs)-1].Key), 0)
+			err = do(kvs)
+		}
+		if err != nil || len(kvs) < limit {
+			return err
+		}
 	}
-	d.step++
-	return nil
 }
 
-// do makes op happen, at least once, if the lock is ours.
-func (d *directory) do(op operation) error {
+// do makes op happen, at least once, if the lock is ours and so is what else is compared. It
+// writes about so many bytes. After a storage.ErrGone it may have happened or not.
+func (d *directory) do(size int, op []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
 	}
-	answer, err := d.call("kv/txn", transaction{Compare: []comparison{d.lock.isOurs()},
-		Success: []operation{op}})
+	answer, err := d.call("kv/txn", transaction{Compare: append(compare, d.lock.isOurs()),
+		Success: op, Failure: []operation{readKey(d.key("lock"))}}, size)
 	switch {
+	case err == errSmaller, errors.Is(err, storage.ErrGone):
+		return err
 	case err != nil: // it may yet be done
 		return d.lock.lost(err)
 	case !answer.Succeeded:
-		return d.lock.lost(ErrTakenOver)
+		return d.lock.judge(answer.read(0).KVs)
+	}
+	d.client.spent.Add(int64(size) + pieceExtra)
+	return nil
+}
+
+// stepValue is what the key step says after n steps.
+func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
+
+// beginSteps begins to count steps anew. The caller has turn.
+func (d *directory) beginSteps() error {
+	d.steps, d.step = rand.Text(), 0
+	return d.do(0, []operation{putKey(d.key("step"), d.stepValue(0))})
+}
+
+// change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
+// "" takes a name away, and what has no name any more loses its pieces.
+func (d *directory) change(ids map[string]string) error {
+	if d.lock == nil {
+		return errors.New("changed without the lock")
+	}
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	step, after, names := d.key("step"), d.stepValue(d.step+1), maps.Clone(d.names)
+	t := transaction{
+		Compare: []comparison{d.lock.isOurs(), isValue(step, d.stepValue(d.step))},
+		Success: []operation{putKey(step, after)},
+		Failure: []operation{readKey(d.key("lock")), readKey(step)},
+	}
+	for name, id := range ids {
+		key := d.key("n/" + name)
+		if old := names[name]; old != "" {
+			t.Compare = append(t.Compare, isValue(key, []byte(old)))
+		}
+		if names[name] = id; id != "" {
+			t.Success = append(t.Success, putKey(key, []byte(id)))
+		} else {
+			delete(names, name)
+			t.Success = append(t.Success, deleteKeys(key, nil))
+		}
+	}
+
+	// In the same step, so that a crash leaves no pieces without a name: unless these are so
+	// many that others would have to wait for it.
+	without := nameless(d.names, names)
+	for _, id := range without {
+		if f := d.files[id]; f != nil && f.keys.Load() <= keysMost {
+			t.Success = append(t.Success, d.allPieces(id))
+		}
+	}
+	answer, err := d.call("kv/txn", t, 0)
+	switch {
+	case errors.Is(err, storage.ErrGone):
+		return err
+	case err != nil: // it is not known whether it was done, and so not what the next step is
+		return d.lock.lost(err)
+	case answer.Succeeded: // now
+	case len(answer.read(1).KVs) == 1 &&
+		bytes.Equal(answer.read(1).KVs[0].Value, after): // the first time
+	default:
+		return d.lock.judge(answer.read(0).KVs)
+	}
+	d.step, d.names = d.step+1, names
+	maps.DeleteFunc(d.lost, func(name string, _ bool) bool { _, isNew := ids[name]; return isNew })
+	return d.drop(without)
+}
+
+// nameless returns the ids that have a name before, and none after.
+func nameless(before, after map[string]string) (ids []string) {
+	left := slices.Collect(maps.Values(after))
+	for _, id := range before {
+		if !slices.Contains(left, id) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// drop forgets files that have no name, and removes pieces that they have still. The caller has
+// turn.
+func (d *directory) drop(ids []string) error {
+	for _, id := range ids {
+		f := d.files[id]
+		delete(d.files, id)
+		if f != nil {
+			f.isDead.Store(true)
+		}
+		if f != nil && f.keys.Load() <= keysMost {
+			d.pieces.Add(-f.keys.Load())
+			d.client.garbage.Add(f.bytes.Load())
+		} else if err := d.removePieces(id); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// names returns the id that each name has, and which keys are none of ours. The name of a
-// file in a subdirectory has a slash.
-func (d *directory) names() (names map[string]string, others []string, err error) {
-	pieces := d.key("d/")
-	before, err := d.get(keyRange{Key: d.key(""), End: pieces, KeysOnly: true, Limit: keysMost})
-	if err != nil {
-		return nil, nil, err
-	}
-	behind, err := d.get(keyRange{Key: below(pieces), End: below(d.key(""))})
-	names = map[string]string{}
-	for _, kv := range append(before, behind...) {
-		key := strings.TrimPrefix(string(kv.Key), d.prefix)
-		if name, isName := strings.CutPrefix(key, "n/"); isName {
-			names[name] = string(kv.Value)
-		} else if key != "lock" && key != "step" {
-			others = append(others, key)
-		}
-	}
-	return names, others, err
-}
-
-// List returns names of files, of subdirectories, and of keys that are none of ours.
-func (d *directory) List() ([]string, error) {
-	names, list, err := d.names()
-	if err != nil {
-		return nil, err
-	}
-	for name := range names {
-		name, _, _ = strings.Cut(name, "/")
-		list = append(list, name)
-	}
-	ids, err := d.ids()
-	for _, id := range ids {
-		if !isID(id) {
-			list = append(list, "d/"+id)
-		}
-	}
-	slices.Sort(list)
-	return slices.Compact(list), err
-}
-
-// ids returns the ids of files that have pieces.
-func (d *directory) ids() (ids []string, err error) {
-	r := keyRange{Key: d.key("d/"), End: below(d.key("d/")), Limit: 1, KeysOnly: true}
-	for {
-		kvs, err := d.get(r)
-		if err != nil || len(kvs) == 0 {
-			return ids, err
-		}
-		id, _, _ := strings.Cut(strings.TrimPrefix(string(kvs[0].Key), d.prefix+"d/"), "/")
-		ids = append(ids, id)
-		r.Key = below(append(kvs[0].Key[:len(d.prefix)+len("d/")+len(id)], '/'))
-	}
-}
-
-// isID tells whether a file's id is one of ours: an owner's token, and a number.
-func isID(id string) bool {
-	token, number, _ := strings.Cut(id, "-")
-	_, err := strconv.Atoi(number)
-	return len(token) == len(rand.Text()) && err == nil
-}
-
-// lookUp returns the names, and the id of one.
-func (d *directory) lookUp(name string) (names map[string]string, id string, err error) {
-	names, _, err = d.names()
-	if id = names[name]; err == nil && id == "" {
-		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
-	}
-	return names, id, err
-}
-
-// Create makes a new file. The one that had the name goes.
-func (d *directory) Create(name string) (storage.File, error) {
-	names, _, err := d.names()
-	if err != nil {
-		return nil, err
-	}
-	id := fmt.Sprintf("%s-%d", d.lock.owner.Token, d.files.Add(1))
-	if err := d.change(putKey(d.key("n/"+name), []byte(id))); err != nil {
-		return nil, err
-	}
-	return d.file(id, name), d.forget(names, name)
-}
-
-func (d *directory) Rename(from, to string) error {
-	names, id, err := d.lookUp(from)
-	if err != nil {
-		return err
-	}
-	if err := d.change(putKey(d.key("n/"+to), []byte(id)),
-		deleteKeys(d.key("n/"+from), nil)); err != nil {
-		return err
-	}
-	return d.forget(names, to)
-}
-
-func (d *directory) Remove(name string) error {
-	names, _, err := d.lookUp(name)
-	if err != nil {
-		return err
-	}
-	if err := d.change(deleteKeys(d.key("n/"+name), nil)); err != nil {
-		return err
-	}
-	return d.forget(names, name)
-}
-
-// Stamps tells which file has each name; how long it is is not asked.
-func (d *directory) Stamps() (map[string]storage.Stamp, error) {
-	names, _, err := d.names()
-	stamps := map[string]storage.Stamp{}
-	for name, id := range names {
-		stamps[name] = storage.Stamp{ID: id}
-	}
-	return stamps, err
-}
-
-// forget removes the pieces of the file that had a name, unless it has another one. What it
-// leaves when it fails the next Lock sweeps.
-func (d *directory) forget(names map[string]string, name string) error {
-	id := names[name]
-	delete(names, name)
-	if id == "" || slices.Contains(slices.Collect(maps.Values(names)), id) {
-		return nil
-	}
-	return d.removePieces(id)
+// allPieces removes the pieces of a file.
+func (d *directory) allPieces(id string) operation {
+	all := d.key("d/" + id + "/")
+	return deleteKeys(all, below(all))
 }
 
 // removePieces removes the pieces of a file, some at a time: a transaction stops the cluster
 // for as long as it takes.
 func (d *directory) removePieces(id string) error {
 	all := d.key("d/" + id + "/")
-	for {
-		kvs, err := d.get(keyRange{Key: all, End: below(all), Limit: keysMost, KeysOnly: true})
-		if err != nil || len(kvs) == 0 {
-			return err
-		}
-		if err := d.do(deleteKeys(all, append(kvs[len(kvs)-1].Key, 0))); err != nil {
-			return err
-		}
-	}
+	return d.each(all, below(all), func(kvs []keyValue) error {
+		d.client.garbage.Add(int64(len(kvs)) * pieceExtra)
+		d.pieces.Add(-int64(len(kvs)))
+		return d.do(0, []operation{deleteKeys(all, append(slices.Clone(kvs[len(kvs)-1].Key), 0))})
+	})
 }
 
-// sweep removes the pieces of files that have no name.
-func (d *directory) sweep() error {
-	names, _, err := d.names()
-	if err != nil {
+// begin takes down what there is, once the lock is held.
+func (d *directory) begin() error {
+	if err := d.beginSteps(); err != nil {
 		return err
 	}
-	ids, err := d.ids()
-	for _, id := range ids {
-		if err == nil && isID(id) && !slices.Contains(slices.Collect(maps.Values(names)), id) {
-			err = d.removePieces(id)
-		}
+	names, pieces, err := d.stock()
+	if err == nil && len(names) == 0 && pieces > 0 {
+		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
+			"and their pieces are there"}
 	}
+	d.names = names
+	d.pieces.Store(int64(pieces))
 	return err
 }
 
-// file returns the open file with that id, of which nothing is known yet.
-func (d *directory) file(id, name string) *pieceFile {
-	return &pieceFile{d: d, id: id, name: name, turn: make(chan struct{}, 1)}
+// stock returns the id of each name, and how many pieces there are.
+func (d *directory) stock() (names map[string]string, pieces int, err error) {
+	answer, err := d.call("kv/txn", transaction{Success: []operation{
+		{Range: &keyRange{Key: d.key("n/"), End: below(d.key("n/"))}},
+		{Range: &keyRange{Key: d.key("d/"), End: below(d.key("d/")), CountOnly: true}}}}, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	names = map[string]string{}
+	for _, kv := range answer.read(0).KVs {
+		names[strings.TrimPrefix(string(kv.Key), d.prefix+"n/")] = string(kv.Value)
+	}
+	return names, answer.read(1).Count, nil
+}
+
+// Stamps tells which file has each name. One of which etcd has not all that this process has
+// left there has a new stamp each time; until each of those was removed, or made anew, Held says
+// that files are gone.
+func (d *directory) Stamps() (map[string]storage.Stamp, error) {
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	if d.lock != nil && d.lock.gone.Load() {
+		if err := d.recover(); err != nil {
+			return nil, err
+		}
+	}
+	names, pieces, err := d.stock()
+	if err == nil && d.lock != nil {
+		err = d.compare(names, pieces)
+	}
+	if err != nil {
+		return nil, err
+	}
+	stamps := map[string]storage.Stamp{}
+	for name, id := range names {
+		if d.lost[name] {
+			id = rand.Text()
+		}
+		stamps[name] = storage.Stamp{ID: id}
+	}
+	return stamps, nil
+}
+
+// compare notes which files etcd does not have as they were left there, of so many pieces in all.
+// It takes what there is for what there should be from then on. The caller has turn.
+func (d *directory) compare(names map[string]string, pieces int) error {
+	isSame := maps.Equal(names, d.names) && int64(pieces) == d.pieces.Load()
+	for name, id := range d.names {
+		f := d.files[id]
+		isLost := names[name] != id || f != nil && f.isDead.Load()
+		if f != nil && !isLost && !isSame {
+			var err error
+			if isLost, err = f.hasHole(); err != nil {
+				return err
+			}
+		}
+		if isLost {
+			d.lost[name] = true
+			if f != nil {
+				f.isDead.Store(true)
+			}
+		}
+	}
+	d.names = names
+	d.pieces.Store(int64(pieces))
+	d.lock.gone.Store(len(d.lost) > 0)
+	return nil
+}
+
+// recover goes on from what there is now, if the lock is ours still, or nobody's. The caller has
+// turn.
+func (d *directory) recover() error {
+	for l := d.lock; ; {
+		was := *d.client.id.Load()
+		err := d.client.adopt(l.ctx)
+		if err == nil {
+			if *d.client.id.Load() != was {
+				l.revision.Store(0) // a lock there that is not ours is somebody's
+			}
+			err = l.retake(l.ctx)
+		}
+		if err == nil {
+			err = d.beginSteps()
+		}
+		if err == nil {
+			return nil
+		}
+		if err := wait(l.ctx, pauseTime); err != nil {
+			return err
+		}
+	}
+}
+
+// List returns names of files, and of keys that are none of ours.
+func (d *directory) List() (list []string, err error) {
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	names := d.names
+	if d.lock == nil {
+		if _, err := d.client.survey(d.ctx); err != nil {
+			return nil, err
+		}
+		if names, _, err = d.stock(); err != nil {
+			return nil, err
+		}
+		if _, list, err = d.scan(); err != nil {
+			return nil, err
+		}
+	}
+	list = slices.AppendSeq(list, maps.Keys(names))
+	slices.Sort(list)
+	return list, nil
+}
+
+// scan returns the ids of files that have pieces, and the keys that are none of ours.
+func (d *directory) scan() (ids, others []string, err error) {
+	for from := d.key(""); len(others) < othersMost; {
+		kvs, err := d.get(keyRange{Key: from, End: below(d.key("")), Limit: 1, KeysOnly: true}, 0)
+		if err != nil || len(kvs) == 0 {
+			return ids, others, err
+		}
+		key := strings.TrimPrefix(string(kvs[0].Key), d.prefix)
+		from = append(kvs[0].Key, 0)
+		id, isPiece := pieceID(key)
+		inner, isInner := innerStore(key)
+		switch {
+		case isPiece:
+			ids = append(ids, id)
+			from = below(d.key("d/" + id + "/"))
+		case strings.HasPrefix(key, "n/"):
+			from = below(d.key("n/"))
+		case isInner: // it is not ours to judge
+			from = below(d.key(inner + "/"))
+		case key != "lock" && key != "step":
+			others = append(others, key)
+		}
+	}
+	return ids, others, nil
+}
+
+// othersMost is how many keys that are none of ours we want to know.
+const othersMost = 10
+
+// pieceID is the id of the file to which a piece belongs: an owner's token, and a number.
+func pieceID(key string) (id string, isPiece bool) {
+	rest, isBelow := strings.CutPrefix(key, "d/")
+	id, _, isPiece = strings.Cut(rest, "/")
+	token, number, _ := strings.Cut(id, "-")
+	_, err := strconv.Atoi(number)
+	return id, isBelow && isPiece && len(token) == len(rand.Text()) && err == nil
+}
+
+// innerStore is the prefix of the store, in a prefix inside ours, to which a key may belong.
+func innerStore(key string) (inner string, isInner bool) {
+	for i, char := range key {
+		if char != '/' || i == 0 {
+			continue
+		}
+		rest := key[i+1:]
+		_, isPiece := pieceID(rest)
+		if rest == "lock" || rest == "step" || strings.HasPrefix(rest, "n/") || isPiece {
+			return key[:i], true
+		}
+	}
+	return "", false
+}
+
+// mayBegin refuses a new store where it may not be made: inside another one's prefix, or where so
+// few members answer that there may be one elsewhere.
+func (d *directory) mayBegin(ctx context.Context) error {
+	answered, err := d.client.survey(ctx)
+	if err != nil {
+		return err
+	}
+	if all := len(d.client.members); 2*answered <= all {
+		return fmt.Errorf("only %d of %d members answer, too few for a new store", answered, all)
+	}
+	for i, char := range d.prefix[:len(d.prefix)-1] {
+		if char != '/' {
+			continue
+		}
+		outer := d.prefix[:i]
+		answer, err := d.client.post(ctx, "kv/range", keyRange{Key: []byte(outer + "/lock")}, 0)
+		if err != nil {
+			return err
+		}
+		if o, _, err := d.readLock(answer.KVs); err == nil && o.Token != "" {
+			return fmt.Errorf("%w: %s is inside the prefix %s, which is a store", storage.ErrNotOurs,
+				d.name, outer)
+		}
+	}
+	return nil
+}
+
+// find returns the id of a name. The caller has turn.
+func (d *directory) find(name string) (id string, err error) {
+	if id = d.names[name]; d.lock == nil {
+		kvs, err := d.get(keyRange{Key: d.key("n/" + name)}, 0)
+		if err != nil {
+			return "", err
+		}
+		if len(kvs) > 0 {
+			id = string(kvs[0].Value)
+		}
+	}
+	if id == "" {
+		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
+	}
+	return id, err
+}
+
+// idOf is find for who does not have turn.
+func (d *directory) idOf(name string) (string, error) {
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	return d.find(name)
+}
+
+// Create makes a new file. The one that had the name goes.
+func (d *directory) Create(name string) (storage.File, error) {
+	if d.lock == nil {
+		return nil, errors.New("created without the lock")
+	}
+	id := fmt.Sprintf("%s-%d", d.lock.owner.Token, d.made.Add(1))
+	if err := d.change(map[string]string{name: id}); err != nil {
+		return nil, err
+	}
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	f := newFile(d, id, name)
+	d.files[id] = f
+	return f, nil
+}
+
+func (d *directory) Rename(from, to string) error {
+	id, err := d.idOf(from)
+	if err != nil {
+		return err
+	}
+	if err := d.change(map[string]string{to: id, from: ""}); err != nil {
+		return err
+	}
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	if f := d.files[id]; f != nil {
+		f.name.Store(&to)
+	}
+	return nil
+}
+
+func (d *directory) Remove(name string) error {
+	if _, err := d.idOf(name); err != nil {
+		d.turn <- struct{}{}
+		delete(d.lost, name)
+		<-d.turn
+		return err
+	}
+	return d.change(map[string]string{name: ""})
 }
 
 func (d *directory) Extend(name string) (storage.File, error) {
@@ -336,19 +600,46 @@ func (d *directory) Extend(name string) (storage.File, error) {
 	return f, err
 }
 
+// Open opens a file. While the lock is held nobody else writes it, so it is looked at once.
 func (d *directory) Open(name string) (storage.File, int64, error) {
-	_, id, err := d.lookUp(name)
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	id, err := d.find(name)
 	if err != nil {
 		return nil, 0, err
 	}
-	f := d.file(id, name)
-	if err := f.look(); err != nil {
-		return nil, 0, err
-	}
-	if f.found < f.known || f.known == 0 { // perhaps it was removed meanwhile
-		if err := f.isThere(); err != nil {
+	f := d.files[id]
+	if f == nil {
+		f = newFile(d, id, name)
+		if err := f.open(); err != nil {
 			return nil, 0, err
 		}
 	}
-	return f, f.size, nil
+	if d.lock != nil {
+		d.files[id] = f
+	}
+	return f, f.end(), nil
+}
+
+// Sync has the first time, after a load, the pieces removed that have no name. Otherwise every
+// change of names is durable when it is done.
+func (d *directory) Sync() error {
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	if d.isSwept || d.lock == nil {
+		return nil
+	}
+	ids, _, err := d.scan()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if !slices.Contains(slices.Collect(maps.Values(d.names)), id) {
+			if err := d.removePieces(id); err != nil {
+				return err
+			}
+		}
+	}
+	d.isSwept = true
+	return nil
 }

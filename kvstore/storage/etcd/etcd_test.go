@@ -39,11 +39,18 @@ func isRace() bool {
 type fakeEtcd struct {
 	mu       sync.Mutex
 	kvs      map[string]keyValue
+	keys     []string // of kvs, in order
 	revision int64
+	id       string // of the cluster
 	full     bool   // it is out of space
-	down     string // the member that does not answer; "": all do
-	stranger bool   // or what is no member answers there
-	token    string // that requests must have; "": none
+	most     int    // bytes of a request
+	quota    int64
+	inUse    int64                // bytes of the database beside kvs
+	forgot   int64                // the revision up to which it has forgotten the past
+	down     string               // the member that does not answer; "": all do
+	stranger bool                 // or what is no member answers there
+	other    map[string]*fakeEtcd // members that are another cluster
+	token    string               // that requests must have; "": none
 	logins   int
 	late     []transaction // transactions that will come once more
 }
@@ -59,6 +66,8 @@ type etcdWire struct {
 	fault    etcdFault     // that
 	dead     bool          // the process was killed
 	cut      bool          // nothing arrives, and no answer comes
+	slow     time.Duration // what each answer takes
+	rate     int           // bytes a second of the link; 0: it takes no time
 }
 
 // etcdFault is what happens to one request, or from it on.
@@ -70,18 +79,30 @@ const (
 	doneTwice   etcdFault = "the request comes once more, later"
 	noLeader    etcdFault = "there is no leader"
 	expired     etcdFault = "the token has expired"
-	noSpace     etcdFault = "the cluster is full from then on"
+	noSpace     etcdFault = "the cluster is full for 20 s"
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
 	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
 )
 
-func newFakeEtcd() *fakeEtcd { return &fakeEtcd{kvs: map[string]keyValue{}} }
+func newFakeEtcd() *fakeEtcd {
+	return &fakeEtcd{kvs: map[string]keyValue{}, id: "1", revision: 1, most: 3 << 19,
+		other: map[string]*fakeEtcd{}}
+}
 
 // RoundTrip is http.RoundTripper's.
 func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
-	text, _ := io.ReadAll(r.Body)
+	var text []byte
+	if r.Body != nil {
+		text, _ = io.ReadAll(r.Body)
+	}
+	if !strings.Contains(r.URL.Path, "/kv/") && !strings.Contains(r.URL.Path, "/auth/") {
+		return w.ask(r)
+	}
+	if err := w.carry(r, len(text)); err != nil {
+		return nil, err
+	}
 	w.mu.Lock()
 	w.requests++
 	fault := etcdFault("")
@@ -91,6 +112,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch fault {
 	case noSpace:
 		w.full = true
+		time.AfterFunc(20*time.Second, func() { w.setFull(false) })
 	case killed:
 		w.dead = true
 	case cutOff:
@@ -126,9 +148,14 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		var t transaction
 		json.Unmarshal(text, &t)
 		w.sent = append(w.sent, t)
-		if answer, err = w.do(r, text); fault == doneTwice {
+		e := w.fakeEtcd
+		if other := w.other[r.URL.Host]; other != nil {
+			e = other
+		}
+		if answer, err = e.do(r, text); fault == doneTwice {
 			w.late = append(w.late, t)
 		}
+		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
 	}
 	if w.requests%3 == 0 && len(w.late) > 0 { // what the network held up
 		w.txn(w.late[0])
@@ -141,6 +168,18 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case lostAnswer, doubtful:
 		return nil, io.ErrUnexpectedEOF
 	}
+	return reply(answer, err), nil
+}
+
+// setFull has the cluster refuse what writes, or do it again.
+func (e *fakeEtcd) setFull(isFull bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.full = isFull
+}
+
+// reply is what an answer, or an error, is over HTTP.
+func reply(answer response, err error) *http.Response {
 	recorder := httptest.NewRecorder()
 	if err != nil {
 		recorder.WriteHeader(http.StatusServiceUnavailable)
@@ -148,12 +187,56 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	} else {
 		json.NewEncoder(recorder).Encode(answer)
 	}
-	return recorder.Result(), nil
+	return recorder.Result()
+}
+
+// carry takes the time that a request of so many bytes takes.
+func (w *etcdWire) carry(r *http.Request, size int) error {
+	w.mu.Lock()
+	long := w.slow
+	if w.rate > 0 {
+		long += time.Duration(size) * time.Second / time.Duration(w.rate)
+	}
+	w.mu.Unlock()
+	if long == 0 {
+		return nil
+	}
+	return wait(r.Context(), long)
+}
+
+// ask answers what a member tells of itself.
+func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
+	w.mu.Lock()
+	isGone, isDown, e := w.dead || w.cut, w.down == r.URL.Host, w.fakeEtcd
+	if other := w.other[r.URL.Host]; other != nil {
+		e = other
+	}
+	answer := response{Leader: "b:1", Size: e.inUse, InUse: e.inUse}
+	answer.Header.Cluster, answer.Header.Member = e.id, r.URL.Host
+	for key, kv := range e.kvs {
+		answer.Size += int64(len(key) + len(kv.Value))
+		answer.InUse = answer.Size
+	}
+	quota := e.quota
+	w.mu.Unlock()
+	switch {
+	case isDown:
+		return nil, syscall.ECONNREFUSED
+	case isGone:
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	case strings.HasSuffix(r.URL.Path, "/metrics"):
+		recorder := httptest.NewRecorder()
+		fmt.Fprintf(recorder, "# HELP etcd_server_quota_backend_bytes The quota.\n"+
+			"etcd_server_quota_backend_bytes %e\n", float64(quota))
+		return recorder.Result(), nil
+	}
+	return reply(answer, nil), nil
 }
 
 // do answers a request. The caller has mu.
 func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
-	if len(text) > 3<<19 {
+	if len(text) > e.most {
 		return a, &refusal{"etcdserver: request is too large", 3}
 	}
 	if strings.HasSuffix(r.URL.Path, "/auth/authenticate") {
@@ -167,14 +250,15 @@ func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
 	if r.Header.Get("Authorization") != e.token {
 		return a, &refusal{"etcdserver: invalid auth token", 16}
 	}
-	if strings.HasSuffix(r.URL.Path, "/maintenance/status") {
-		a.Leader, a.Header.Member = "b:1", r.URL.Host
+	if strings.HasSuffix(r.URL.Path, "/kv/compaction") {
+		e.forgot = e.revision
 		return a, nil
 	}
 	if strings.HasSuffix(r.URL.Path, "/kv/range") {
 		var q keyRange
 		json.Unmarshal(text, &q)
-		return response{KVs: e.find(q)}, nil
+		a.found = e.find(q)
+		return a, nil
 	}
 	var t transaction
 	json.Unmarshal(text, &t)
@@ -182,20 +266,49 @@ func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
 }
 
 // find returns what a range holds.
-func (e *fakeEtcd) find(q keyRange) (found []keyValue) {
-	for key, kv := range e.kvs {
-		if key == string(q.Key) || q.End != nil && key >= string(q.Key) && key < string(q.End) {
-			if q.KeysOnly {
-				kv.Value = nil
-			}
-			found = append(found, kv)
-		}
+func (e *fakeEtcd) find(q keyRange) (f found) {
+	end := string(q.End)
+	if q.End == nil {
+		end = string(q.Key) + "\x00"
 	}
-	slices.SortFunc(found, func(a, b keyValue) int { return bytes.Compare(a.Key, b.Key) })
+	first, _ := slices.BinarySearch(e.keys, string(q.Key))
+	last, _ := slices.BinarySearch(e.keys, end)
+	if f.Count = last - first; q.CountOnly {
+		return f
+	}
 	if q.Limit > 0 {
-		found = found[:min(q.Limit, len(found))]
+		last = min(last, first+q.Limit)
 	}
-	return found
+	for _, key := range e.keys[first:last] {
+		kv := e.kvs[key]
+		if q.KeysOnly {
+			kv.Value = nil
+		}
+		f.KVs = append(f.KVs, kv)
+	}
+	return f
+}
+
+// set puts a value.
+func (e *fakeEtcd) set(key string, value []byte) {
+	if i, isThere := slices.BinarySearch(e.keys, key); !isThere {
+		e.keys = slices.Insert(e.keys, i, key)
+	}
+	e.kvs[key] = keyValue{[]byte(key), value, e.revision}
+}
+
+// remove removes what a range holds, and tells whether that was anything.
+func (e *fakeEtcd) remove(q keyRange) bool {
+	kvs := e.find(q).KVs
+	if len(kvs) == 0 {
+		return false
+	}
+	for _, kv := range kvs {
+		delete(e.kvs, string(kv.Key))
+	}
+	first, _ := slices.BinarySearch(e.keys, string(kvs[0].Key))
+	e.keys = slices.Delete(e.keys, first, first+len(kvs))
+	return true
 }
 
 // txn does a transaction.
@@ -204,35 +317,38 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	for _, c := range t.Compare {
 		kv := e.kvs[string(c.Key)]
 		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil &&
-			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && kv.Revision == c.Revision)
+			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && (c.Result == "GREATER" &&
+			kv.Revision > c.Revision || c.Result == "" && kv.Revision == c.Revision))
+	}
+	isPut := func(op operation) bool { return op.Put != nil }
+	if e.full && (slices.ContainsFunc(t.Success, isPut) || slices.ContainsFunc(t.Failure, isPut)) {
+		return response{}, &refusal{"etcdserver: mvcc: database space exceeded", 8}
 	}
 	ops := t.Failure
 	if a.Succeeded {
 		ops = t.Success
 	}
-	e.revision++
+	if slices.ContainsFunc(ops, func(op operation) bool { return op.Range == nil }) {
+		e.revision++
+	}
 	touched := map[string]bool{}
 	for _, op := range ops {
 		one := struct {
-			Range struct {
-				KVs []keyValue `json:"kvs"`
-			} `json:"response_range"`
+			Range found `json:"response_range"`
 		}{}
 		switch {
 		case op.Put != nil && (touched[string(op.Put.Key)] || len(ops) > 128):
 			return response{}, &refusal{"etcdserver: duplicate key given in txn request", 3}
-		case op.Put != nil && e.full:
-			return response{}, &refusal{"etcdserver: mvcc: database space exceeded", 8}
 		case op.Put != nil:
 			touched[string(op.Put.Key)] = true
-			e.kvs[string(op.Put.Key)] = keyValue{op.Put.Key, op.Put.Value, e.revision}
+			e.set(string(op.Put.Key), op.Put.Value)
 		case op.Delete != nil:
-			for _, kv := range e.find(*op.Delete) {
+			for _, kv := range e.find(*op.Delete).KVs {
 				touched[string(kv.Key)] = true
-				delete(e.kvs, string(kv.Key))
 			}
+			e.remove(*op.Delete)
 		default:
-			one.Range.KVs = e.find(*op.Range)
+			one.Range = e.find(*op.Range)
 		}
 		a.Responses = append(a.Responses, one)
 	}
@@ -288,7 +404,7 @@ func (w *etcdWire) kill() {
 
 // ---- files
 
-// Ensure that a file in etcd is what was written to it, wherever, and as it was cut.
+// Ensure that a file in etcd is what was written to it, and ends where it was cut or written anew.
 func TestEtcdFile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -308,12 +424,12 @@ func TestEtcdFile(t *testing.T) {
 			for range 40 {
 				at := len(want)
 				if random.IntN(3) == 0 {
-					at = random.IntN(len(want) + 100)
+					at = random.IntN(len(want) + 1)
 				}
 				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
 				case 0:
 					f.Truncate(int64(at))
-					want = append(want, make([]byte, max(0, at-len(want)))...)[:at]
+					want = want[:at]
 				case 1:
 					f.Sync()
 				case 2:
@@ -326,12 +442,12 @@ func TestEtcdFile(t *testing.T) {
 					}
 				default:
 					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
+					copy(b, want[at:min(len(want), at+random.IntN(size+1))])
 					if _, err := f.WriteAt(b, int64(at)); err != nil {
 						t.Fatal(err)
 					}
-					if size > 0 {
-						want = append(want, make([]byte, max(0, at+size-len(want)))...)
-						copy(want[at:], b)
+					if !bytes.HasPrefix(want[at:], b) {
+						want = append(want[:at], b...)
 					}
 				}
 			}
@@ -347,7 +463,7 @@ func TestEtcdFile(t *testing.T) {
 			}
 		}
 		if err := dir.Remove("file"); err != nil ||
-			len(e.find(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))})) > 0 {
+			e.find(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
 			t.Errorf("a removed file leaves pieces: %v", err)
 		}
 	})
@@ -378,6 +494,7 @@ func TestEtcdNames(t *testing.T) {
 			if err != nil {
 				return "none"
 			}
+			defer f.Close()
 			b := make([]byte, size)
 			f.ReadAt(b, 0)
 			return string(b)
@@ -447,7 +564,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault = n, fault
 	h := storetest.NewHistory()
-	d, err := durable.Open(t.Context(), dir, durable.Options{})
+	d, err := durable.Open(ctx, dir, durable.Options{})
 	switch {
 	case err != nil:
 	case fault == doubtful:
@@ -455,13 +572,10 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	default:
 		err = storetest.Script(t, d, h)
 	}
-	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired},
-		fault)
+	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
+		noSpace}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
-	}
-	if fault == noSpace && err != nil && !errors.Is(err, syscall.ENOSPC) {
-		t.Fatalf("request %d: %v, want %v", n, err, syscall.ENOSPC)
 	}
 	switch {
 	case err == nil && d.Close() == nil:
@@ -476,7 +590,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	}
 	w.kill()
 	w.mu.Lock()
-	e.full, e.late = false, nil
+	e.late = nil
 	w.mu.Unlock()
 	after, _ := e.dir(t, t.Context(), "second:9999")
 	checkKept(t, h, after, fmt.Sprintf("request %d", n))
@@ -651,9 +765,10 @@ func TestEtcdStandby(t *testing.T) {
 		}
 		dir, _ := e.dir(t, t.Context(), "")
 		a, b := dir.newLock(), dir.newLock()
-		owner, revision, err := dir.owner()
-		took, err1 := a.take(t.Context(), owner, revision)
-		tookToo, err2 := b.take(t.Context(), owner, revision)
+		w := watch{}
+		err := w.look(t.Context(), dir.directory)
+		took, err1 := a.take(t.Context(), &w)
+		tookToo, err2 := b.take(t.Context(), &w)
 		if err := errors.Join(err, err1, err2); !took || tookToo || err != nil {
 			t.Errorf("two take the same lock: %v, %v, %v", took, tookToo, err)
 		}
@@ -925,31 +1040,65 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 	}
 }
 
-// Ensure that a large commit is many pieces, and a million of small ones are asked for in
-// parts.
+// Ensure that a large commit is many pieces, that many small commits are few, and that files of
+// many small pieces, as an earlier version left them, are asked for in parts.
 func TestEtcdManyPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _ := e.dir(t, t.Context(), "new:9999")
-		d, err := durable.Open(t.Context(), dir, durable.Options{})
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		large := strings.Repeat("large", 1<<20)
-		d.Put("large", large)
-		for i := range 2*keysMost + 10 {
-			d.Put("small", fmt.Sprint(i))
+		h := storetest.NewHistory()
+		put := func(key, value string) {
+			t.Helper()
+			d.Put(key, value)
+			h.Done.Put(key, value)
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		d.Close()
-		d, _ = e.open(t)
-		if small := d.Get("small"); len(small) != 2*keysMost+10 ||
-			!slices.Equal(d.Get("large"), []string{large}) {
-			t.Errorf("%d small ones are back, and %d large", len(small), len(d.Get("large")))
+		random := make([]byte, 5<<20)
+		rand.NewChaCha8([32]byte{1}).Read(random)
+		put("large", string(random))
+		const commits = 20000
+		for i := range commits {
+			put("small", fmt.Sprint(i))
+			if i%1000 == 999 { // a large one now and then
+				put("middle", string(random[:joinBytes]))
+			}
+		}
+		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		if n := e.find(pieces).Count; n > 400 {
+			t.Errorf("%d commits are %d pieces", commits, n)
 		}
 		d.Close()
+
+		// Cut the pieces into small ones.
+		kvs := e.find(pieces).KVs
+		e.remove(pieces)
+		numbers := map[string]int{}
+		for _, kv := range kvs {
+			id, piece, _ := strings.Cut(strings.TrimPrefix(string(kv.Key), "kv/d/"), "/")
+			var number int
+			var start, size int64
+			fmt.Sscanf(piece, "%x-%x-%x", &number, &start, &size)
+			for data := unpack(kv.Value, size); len(data) > 0; {
+				n := min(len(data), 512)
+				e.put(fmt.Sprintf("kv/d/%s/%08x-%012x-%06x", id, numbers[id], start, n),
+					string(data[:n]))
+				data, start = data[n:], start+int64(n)
+				numbers[id]++
+			}
+		}
+		if n := e.find(pieces).Count; n < 3*keysMost {
+			t.Fatalf("there are only %d pieces", n)
+		}
+		h.Told = h.Done.Clone()
+		dir, _ = e.dir(t, t.Context(), "new:9999")
+		checkKept(t, h, dir.directory, "a store of many pieces")
+
 		dir, _ = e.dir(t, t.Context(), "")
 		lock, err := dir.Lock(t.Context())
 		if err != nil {
@@ -1001,7 +1150,7 @@ func TestEtcdRefusals(t *testing.T) {
 	}{
 		"a wrong password": {"root:wrong", func(e *fakeEtcd, _ *etcdWire) { e.token = "t" },
 			ErrRefused, 0},
-		"a full cluster": {"", func(e *fakeEtcd, _ *etcdWire) { e.full = true },
+		"a full cluster": {"", func(e *fakeEtcd, w *etcdWire) { e.full, w.dir.opts.Addr = true, "" },
 			syscall.ENOSPC, 0},
 		"nobody answers": {"", func(_ *fakeEtcd, w *etcdWire) { w.cut = true },
 			ErrUnreachable, patienceTime},
@@ -1036,8 +1185,10 @@ func TestEtcdRefusals(t *testing.T) {
 
 // put is what another program does.
 func (e *fakeEtcd) put(key, value string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.revision++
-	e.kvs[key] = keyValue{[]byte(key), []byte(value), e.revision}
+	e.set(key, []byte(value))
 }
 
 // checkKept opens what is in dir and wants all that was told, and nothing that was not done.

@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -10,7 +11,18 @@ import (
 	"kvserver/kvstore/storage"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
+)
+
+// Times of the lock.
+const (
+	beatTime = time.Second            // between two signs of life in the lock
+	lockTime = 5 * time.Second        // after which a lock without one may be taken
+	pollTime = 250 * time.Millisecond // between two looks at a lock that another one has
+	// so long a sign of life is good for: clocks may run differently
+	freshTime = lockTime - lockTime/10
+	slowTime  = 2 * time.Second // that etcd may take for an answer, for two servers to work
 )
 
 // holder is what the lock says of who has it.
@@ -36,27 +48,49 @@ type clusterLock struct {
 	cancel context.CancelCauseFunc
 
 	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that arrived
-	// beat to Held: one has. One slot, for only the latest counts
-	beaten chan struct{}
-	stop   chan struct{} // closed by Close
-	ended  chan struct{} // closed by beat
-	silent bool          // the last one did not; beat's
-	// how many members, one after the other, have refused it; beat's
-	refused int
+	revision  atomic.Int64              // of etcd when it arrived
+	gone      atomic.Bool               // etcd does not have what we have left there
+	// beat to Held: look again. One slot, for only the latest counts
+	beaten  chan struct{}
+	stop    chan struct{} // closed by Close
+	ended   chan struct{} // closed by beat
+	silent  bool          // a sign of life has not arrived since one did; beat's
+	refused int           // how many members, one after the other, have refused it; beat's
 }
-
-// step is what the key of that name says after n steps.
-func (l *clusterLock) step(n int) []byte { return fmt.Appendf(nil, "%s-%d", l.owner.Token, n) }
 
 // isOurs is what every transaction compares.
-func (l *clusterLock) isOurs() comparison {
-	return comparison{"VALUE", keyValue{Key: l.d.key("lock"), Value: l.value}}
-}
+func (l *clusterLock) isOurs() comparison { return isValue(l.d.key("lock"), l.value) }
 
 // lost notes why the lock is lost, the first time. It returns what was noted.
 func (l *clusterLock) lost(err error) error {
 	l.cancel(err)
 	return context.Cause(l.ctx)
+}
+
+// miss notes that etcd does not have what we have left there, as err says, and returns a
+// storage.ErrGone.
+func (l *clusterLock) miss(err error) error {
+	l.gone.Store(true)
+	l.look()
+	return fmt.Errorf("%w: %w", storage.ErrGone, err)
+}
+
+// look has Held look again.
+func (l *clusterLock) look() {
+	select {
+	case l.beaten <- struct{}{}:
+	default:
+	}
+}
+
+// judge says why a comparison has failed, by the lock that etcd has: somebody has taken it, or
+// something is gone.
+func (l *clusterLock) judge(lock []keyValue) error {
+	if len(lock) > 0 && !bytes.Equal(lock[0].Value, l.value) &&
+		lock[0].Revision > l.revision.Load() {
+		return l.lost(ErrTakenOver)
+	}
+	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))
 }
 
 // InUse says who has the lock, or had it and ended without a word.
@@ -67,9 +101,17 @@ func (d *directory) InUse() (owner string, inUse bool) {
 
 // owner is who has the lock, and the revision of its last sign of life; 0: nobody had it.
 func (d *directory) owner() (o holder, revision int64, err error) {
-	kvs, err := d.get(keyRange{Key: d.key("lock")})
-	if err != nil || len(kvs) == 0 {
+	kvs, err := d.get(keyRange{Key: d.key("lock")}, 0)
+	if err != nil {
 		return o, 0, err
+	}
+	return d.readLock(kvs)
+}
+
+// readLock reads what a range of the lock holds.
+func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err error) {
+	if len(kvs) == 0 {
+		return o, 0, nil
 	}
 	if err := json.Unmarshal(kvs[0].Value, &o); err != nil {
 		return o, 0, fmt.Errorf("%w: %s is no lock of kvserver", storage.ErrNotOurs, d.Path("lock"))
@@ -77,60 +119,140 @@ func (d *directory) owner() (o holder, revision int64, err error) {
 	return o, kvs[0].Revision, nil
 }
 
+// watch is what somebody who waits for the lock has seen of it.
+type watch struct {
+	holder
+	revision int64     // of its last sign of life; 0: there is no lock
+	isNew    bool      // nor is anything else, and never was
+	since    time.Time // when it was so first; zero: it must be seen first
+	answered time.Time // when etcd has answered last
+	refused  int       // how many members, one after the other, have refused
+	isTold   bool      // that etcd does not answer
+}
+
+// look looks at the lock. It asks in a way that a full etcd refuses: nobody can take the lock
+// then, nor show signs of life in it, so that time does not count.
+func (w *watch) look(ctx context.Context, d *directory) error {
+	key := d.key("lock")
+	answer, err := d.client.post(ctx, "kv/txn", transaction{
+		Compare: []comparison{isRevision(key, -1)}, // which never is
+		Success: []operation{putKey(key, nil)},
+		Failure: []operation{readKey(key), {Range: &keyRange{Key: d.key(""),
+			End: below(d.key("")), Limit: 1, KeysOnly: true}}},
+	}, 0)
+	if err != nil {
+		if errors.Is(err, syscall.ENOSPC) {
+			w.since = time.Time{}
+		}
+		return err
+	}
+	o, revision, err := d.readLock(answer.read(0).KVs)
+	now := time.Now()
+	if w.since.IsZero() || revision != w.revision {
+		w.since = now
+	}
+	w.isNew = len(answer.read(1).KVs) == 0 && (w.isNew || w.answered.IsZero())
+	w.holder, w.revision, w.answered, w.isTold = o, revision, now, false
+	return err
+}
+
+// isFree tells whether somebody who is called token may take the lock: it was given back, or
+// never was there, or there was no sign of life for lockTime, by our clock. (It is token's where
+// the answer was lost that said so.)
+func (w *watch) isFree(token string) bool {
+	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
+}
+
 // Lock waits for the lock, if others are told where the store is served: whoever has it is
-// robbed of it once it has shown no sign of life for lockTime, by our clock.
+// robbed of it once it has shown no sign of life for lockTime.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
-	l := d.newLock()
-	var seen int64
-	var since time.Time // when seen was seen first
-	told, refused := "", 0
-	for ; ; wait(ctx, pollTime) {
-		if ctx.Err() != nil {
-			l.release() // what take has sent may have arrived
-			return nil, ctx.Err()
-		}
-		o, revision, err := d.owner()
-		isWaiting := d.opts.Addr != ""
-		switch {
-		case err != nil && (!isWaiting || !errors.Is(err, ErrUnreachable)):
-			return nil, err
-		case err != nil:
-			d.log.Warn("standing by, and etcd does not answer", "error", err)
-			continue
-		case seen != 0 && revision != seen && !isWaiting && !o.Released:
-			return nil, fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, o)
-		case revision != seen || since.IsZero():
-			seen, since = revision, time.Now()
-		}
-		if revision == 0 || o.Released || o.Token == l.owner.Token || time.Since(since) >= lockTime {
-			taken, err := l.take(ctx, o, revision)
-			if taken {
+	l, w := d.newLock(), watch{}
+	began, told := time.Now(), ""
+	for {
+		before := w.revision
+		err := w.look(ctx, d)
+		if err == nil && w.isFree(l.owner.Token) {
+			var taken bool
+			if taken, err = l.take(ctx, &w); taken {
 				break
 			}
-			if isFinal(err) {
-				refused++
-			}
-			switch {
-			case refused >= len(d.client.members), err != nil && !isWaiting:
-				return nil, named(err)
-			case err != nil && ctx.Err() == nil:
-				d.log.Warn("cannot take the data over, trying again", "error", err)
-			}
-			continue
 		}
-		if isWaiting && told != o.Token {
-			told = o.Token
-			d.opts.Status.Set("standby: the data is in use " + o.String())
-			d.log.Info("standing by: another server has the data", "addr", o.Addr,
-				"process", o.Process, "since", o.Since)
+		switch {
+		case ctx.Err() != nil:
+			l.release() // what take has sent may have arrived
+			return nil, ctx.Err()
+		case err != nil:
+			err = d.mayWait(err, &w, began)
+		case d.opts.Addr == "" && before != 0 && before != w.revision && !w.Released:
+			err = fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
+		case told != w.Token && !w.isFree(l.owner.Token):
+			told = w.Token
+			d.log.Info("standing by: another server has the data", "addr", w.Addr,
+				"process", w.Process, "since", w.Since)
+			fallthrough
+		case w.revision == 0:
+			d.opts.Status.Set("standby: there is no lock, and who had it may live still")
+		default:
+			d.opts.Status.Set("standby: the data is in use " + w.holder.String())
 		}
+		if err != nil {
+			return nil, err
+		}
+		wait(ctx, pollTime)
 	}
+	return d.hold(l)
+}
+
+// mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
+func (d *directory) mayWait(err error, w *watch, began time.Time) error {
+	if isFinal(err) && !errors.Is(err, syscall.ENOSPC) {
+		w.refused++
+	} else {
+		w.refused = 0
+	}
+	silence := time.Since(later(began, w.answered))
+	switch {
+	case w.refused >= len(d.client.members):
+		return named(err)
+	case errors.Is(err, storage.ErrNotOurs):
+		return err
+	case d.opts.Addr == "" && errors.Is(err, syscall.ENOSPC):
+		return errFull
+	case d.opts.Addr == "" && time.Since(began) >= patienceTime:
+		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	stage := fmt.Sprintf("standby: etcd does not answer, for %v", silence.Round(time.Second))
+	switch {
+	case errors.Is(err, syscall.ENOSPC):
+		stage = "standby: " + errFull.Error()
+	case silence < tellTime:
+		return nil
+	case w.Token != "":
+		stage += "; before that the data was in use " + w.holder.String()
+	}
+	if d.opts.Status.Set(stage); !w.isTold {
+		w.isTold = true
+		d.log.Warn(stage, "error", err)
+	}
+	return nil
+}
+
+// later is the later one of two times.
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// hold makes the lock that was taken the directory's.
+func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.lock = l
 	d.opts.Status.Set("opening the data")
-	d.client.preferLeader(ctx)
 	d.opts.Status.TakeOver(l.owner.Takeovers)
 	go l.beat()
-	if err := d.sweep(); err != nil {
+	go l.attend()
+	if err := d.begin(); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -146,35 +268,64 @@ func (d *directory) newLock() *clusterLock {
 		ended: make(chan struct{})}
 }
 
-// take takes the lock that o has, or had, unless that has shown a sign of life since
-// revision. After an error that is not known: the next look tells.
-func (l *clusterLock) take(ctx context.Context, o holder, revision int64) (taken bool, err error) {
-	l.owner.Since, l.owner.Takeovers = time.Now(), o.Takeovers
-	if revision > 0 && !o.Released && o.Token != l.owner.Token {
+// take takes the lock as w has seen it, unless there was a sign of life since. After an error
+// it is not known whether it has: the next look tells.
+func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error) {
+	if w.isNew {
+		if err := l.d.mayBegin(ctx); err != nil {
+			return false, err
+		}
+	}
+	l.owner.Since, l.owner.Takeovers = time.Now(), w.Takeovers
+	if w.revision > 0 && !w.Released && w.Token != l.owner.Token {
 		l.owner.Takeovers++
 	}
 	l.value, _ = json.Marshal(l.owner)
 	key := l.d.key("lock")
 	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
-		Compare: []comparison{{"MOD", keyValue{Key: key, Revision: revision}}},
-		Success: []operation{putKey(key, l.value), putKey(l.d.key("step"), l.step(0))},
-	})
+		Compare: []comparison{isRevision(key, w.revision)},
+		Success: []operation{putKey(key, l.value)},
+	}, 0)
 	if err != nil || !answer.Succeeded {
 		return false, err
 	}
-	l.confirm(l.owner.Since)
+	if took := time.Since(l.owner.Since); took > slowTime {
+		l.d.log.Error("etcd is too slow: another server may take over at any time", "took", took,
+			"limit", slowTime)
+	}
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
+	l.confirm(l.owner.Since, answer)
 	return true, nil
 }
 
+// retake takes the lock anew where it is missing, or older than our last sign of life: somebody
+// has deleted it, or restored an older state. While that sign is fresh nobody else has had it.
+func (l *clusterLock) retake(ctx context.Context) error {
+	key, w := l.d.key("lock"), watch{answered: time.Now()}
+	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
+		return err
+	}
+	if w.revision > l.revision.Load() || l.age() >= freshTime {
+		return l.lost(ErrTakenOver)
+	}
+	sent := time.Now()
+	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
+		Compare: []comparison{isRevision(key, w.revision)},
+		Success: []operation{putKey(key, l.value)},
+	}, 0)
+	if err == nil && answer.Succeeded {
+		l.confirm(sent, answer)
+		l.d.log.Error("the lock was deleted in etcd, or an older state restored: taken anew")
+	}
+	return err
+}
+
 // confirm notes that a sign of life has arrived that was sent then.
-func (l *clusterLock) confirm(sent time.Time) {
+func (l *clusterLock) confirm(sent time.Time, answer response) {
+	l.revision.Store(answer.Header.Revision)
 	l.confirmed.Store(&sent)
 	l.d.opts.Status.Confirm(sent)
-	select {
-	case l.beaten <- struct{}{}:
-	default:
-	}
+	l.look()
 }
 
 // age is how old the last sign of life is, by the clock that says more: one of the two
@@ -190,65 +341,100 @@ func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 // Held tells whether nobody else can have had the lock up to now. Where the last sign of
 // life is too old it waits for one more: if that arrives, nobody had.
 func (l *clusterLock) Held() error {
-	for l.age() >= freshTime {
+	for l.age() >= freshTime && !l.gone.Load() && l.ctx.Err() == nil {
 		select {
 		case <-l.beaten:
 		case <-l.ctx.Done():
-			return context.Cause(l.ctx)
 		}
+	}
+	if l.ctx.Err() == nil && l.gone.Load() {
+		return storage.ErrGone
 	}
 	return context.Cause(l.ctx)
 }
 
-// Look is Held: that knows by itself.
-func (l *clusterLock) Look() error { return l.Held() }
+// Look tells whether the lock is known to be lost: whether it is ours every change asks.
+func (l *clusterLock) Look() error { return context.Cause(l.ctx) }
 
-// beat shows signs of life until the lock is lost or given back. One goroutine for a lock.
+// sign is what became of a sign of life.
+type sign struct {
+	sent   time.Time
+	answer response
+	isFull bool // etcd refuses all that writes
+	err    error
+}
+
+// beat shows a sign of life every beatTime, whether the one before was answered or not, until the
+// lock is lost or given back. One goroutine for a lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)
-	for pause := beatTime; ; {
+	signs := make(chan sign)
+	for due := time.After(0); ; {
 		select {
-		case <-time.After(pause):
+		case <-due:
+			due = time.After(beatTime)
+			go l.show(signs)
+		case s := <-signs:
+			if !l.note(s) {
+				due = time.After(pauseTime)
+			}
 		case <-l.ctx.Done():
 			return
 		case <-l.stop:
 			return
 		}
-		pause = l.show()
 	}
 }
 
-// show shows one sign of life, and returns the time until the next.
-func (l *clusterLock) show() time.Duration {
-	ctx, cancel := context.WithTimeout(l.ctx, beatTime)
-	defer cancel()
-	sent := time.Now()
-	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
+// show shows one sign of life. It is a goroutine of beat's, and ends when that was answered, or
+// with the lock.
+func (l *clusterLock) show(signs chan<- sign) {
+	s := sign{sent: time.Now()}
+	t := transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), l.value)},
-	})
-	switch {
-	case err == nil && answer.Succeeded:
+		Failure: []operation{readKey(l.d.key("lock"))},
+	}
+	s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
+	if s.isFull = errors.Is(s.err, syscall.ENOSPC); s.isFull {
+		// Then nobody can take the lock: that it is ours is as good.
+		t.Success = nil
+		s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
+	}
+	select {
+	case signs <- s:
+	case <-l.ended:
+	}
+}
+
+// note takes down what became of a sign of life, and tells whether it has arrived.
+func (l *clusterLock) note(s sign) bool {
+	if s.err == nil && !s.answer.Succeeded {
+		l.judge(s.answer.read(0).KVs)
+		l.retake(l.ctx) // if that fails the next sign of life will fail, too
+		return false
+	}
+	if !isFinal(s.err) {
 		l.refused = 0
-		l.confirm(sent)
-		if l.silent { // there may be another leader
-			l.silent = false
-			l.d.client.preferLeader(l.ctx)
-		}
-		return beatTime
-	case err == nil:
-		l.lost(ErrTakenOver)
-	case isFinal(err):
+	}
+	switch {
+	case s.err == nil:
+		l.d.client.noteFull(s.isFull)
+		l.confirm(s.sent, s.answer)
+		l.silent = false
+	case time.Since(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
+		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, s.err))
+	case errors.Is(s.err, ErrOther):
+		l.miss(s.err)
+	case isFinal(s.err):
 		if l.refused++; l.refused >= len(l.d.client.members) {
-			l.lost(named(err))
+			l.lost(named(s.err))
 		}
-	case sent.Sub(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
-		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
 	case !l.silent:
 		l.silent = true
-		l.d.log.Warn("etcd does not answer, trying again", "error", err, "until", patienceTime)
+		l.d.log.Warn("etcd does not answer, trying again", "error", s.err, "until", patienceTime)
 	}
-	return pauseTime
+	return s.err == nil
 }
 
 // Close gives the lock back, if it is not lost: then another one can have it at once.
@@ -275,5 +461,5 @@ func (l *clusterLock) release() {
 	l.d.client.call(ctx, "kv/txn", transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), value)},
-	})
+	}, 0, nil)
 }

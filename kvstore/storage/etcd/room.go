@@ -1,0 +1,139 @@
+package etcd
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// etcd has a quota. Once its database is larger it refuses all that writes, of everybody, until
+// somebody makes room and says so: also our signs of life, and the records of a Delete. So
+// writes are refused before that, and the last room is kept for what frees.
+const (
+	marginMost  = 64 << 20 // bytes of the quota that are kept for what frees, or an eighth
+	garbageMost = 8 << 20  // bytes that were replaced or removed, until etcd may forget them
+	pieceExtra  = 512      // bytes that a piece takes beside its own, about
+	surveyTime  = time.Second
+)
+
+// errFull says what makes room.
+var errFull = fmt.Errorf("etcd is full: compact and defragment it, or raise its "+
+	"--quota-backend-bytes, then etcdctl alarm disarm: %w", syscall.ENOSPC)
+
+// room is what is known of a cluster's room. Any goroutine may ask.
+type room struct {
+	piece   atomic.Int64 // bytes of the next piece
+	full    atomic.Bool  // etcd refuses all that writes
+	quota   atomic.Int64 // of the members; 0: not known
+	spent   atomic.Int64 // bytes written so far
+	limit   atomic.Int64 // of spent, as of the last survey
+	garbage atomic.Int64 // bytes that etcd keeps of the past, and nobody needs
+}
+
+// roomFor returns an error if so many bytes more might be one too many. What frees may take
+// the last room.
+func (r *room) roomFor(size int64, frees bool) error {
+	quota := r.quota.Load()
+	margin := min(quota/8, marginMost)
+	if frees {
+		margin /= 4
+	}
+	if r.full.Load() || quota > 0 && r.spent.Load()+size+margin > r.limit.Load() {
+		return errFull
+	}
+	return nil
+}
+
+// note takes down what room the members have, asked when spent was that: until the quota, or
+// in their databases, where what is free may not be in one piece.
+func (r *room) note(members []response, spent int64) {
+	least := int64(math.MaxInt64) - spent
+	for _, m := range members {
+		if m.Quota > 0 {
+			r.quota.Store(m.Quota)
+		}
+		if m.Size > 0 {
+			least = min(least, max(r.quota.Load()-m.Size, (m.Size-m.InUse)/2))
+		}
+	}
+	r.limit.Store(spent + least)
+}
+
+// findQuota looks for the quota in a member's metrics: before 3.6 its status does not say it.
+func (c *cluster) findQuota(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, requestTime)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, "GET", c.members[c.member.Load()]+"/metrics", nil)
+	if err != nil {
+		return
+	}
+	answer, err := c.http.Do(r)
+	if err != nil {
+		return
+	}
+	defer answer.Body.Close()
+	for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
+		if text, ok := strings.CutPrefix(lines.Text(), "etcd_server_quota_backend_bytes "); ok {
+			quota, _ := strconv.ParseFloat(text, 64)
+			c.quota.Store(int64(quota))
+		}
+	}
+}
+
+// forget has etcd forget the past, where ours has become large: the cluster may do that by
+// itself, and need not.
+func (c *cluster) forget(ctx context.Context) {
+	garbage := c.garbage.Load()
+	if garbage < garbageMost {
+		return
+	}
+	_, err := c.post(ctx, "kv/compaction", map[string]int64{"revision": c.revision.Load()}, 0)
+	if err == nil || isFinal(err) { // such as that it has forgotten it
+		c.garbage.Add(-garbage)
+	}
+}
+
+// noteFull takes down whether etcd refuses all that writes, and says so when that changes.
+func (c *cluster) noteFull(isFull bool) {
+	if c.full.Swap(isFull) == isFull {
+		return
+	}
+	if isFull {
+		c.log.Error("writes are refused, and reads go on", "error", errFull)
+	} else {
+		c.log.Info("etcd has room again")
+	}
+}
+
+// attend looks after the cluster while the lock is held: who leads, what room there is, what it
+// may forget. One goroutine for a lock, which ends with it.
+func (l *clusterLock) attend() {
+	c := l.d.client
+	c.findQuota(l.ctx)
+	for l.ctx.Err() == nil {
+		c.survey(l.ctx)
+		c.forget(l.ctx)
+		wait(l.ctx, surveyTime)
+	}
+}
+
+// tookPiece makes the next piece as large as the link can do it: this one of size took so long.
+func (c *cluster) tookPiece(size int, took time.Duration) {
+	if most := c.piece.Load(); int64(size) >= most/2 && most < pieceMost && took < limit(size)*2/3 {
+		c.piece.CompareAndSwap(most, 2*most)
+	}
+}
+
+// wasTooMuch makes the next piece smaller.
+func (c *cluster) wasTooMuch() {
+	if most := c.piece.Load(); most > pieceLeast {
+		c.piece.CompareAndSwap(most, most/2)
+	}
+}
