@@ -242,6 +242,7 @@ func (d *Store) heal(useless []string) error {
 // cannot be opened again is an error.
 func (d *Store) lastLook() error {
 	d.healAfter = time.Time{}
+	d.lock.Look() // which tells the directory to look, too
 	if err := d.lookForFiles(time.Now()); err != nil {
 		return err
 	}

@@ -330,22 +330,30 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // takes as long as a compaction, and everybody waits for it.
 func (d *Store) Commit() error {
 	err := d.commit()
+	if now := time.Now(); err == nil && now.Sub(d.looked) >= lookTime {
+		d.looked = now
+		err = d.lookForFiles(now)
+	}
 	if err == nil { // what was read is the truth only while nobody else can write
-		if err = d.lock.Held(); errors.Is(err, storage.ErrGone) {
-			d.AwaitCompaction() // it removes files, too
-			if err = d.lastLook(); err == nil {
-				err = d.lock.Held()
-			}
-		}
-		if err != nil {
-			return d.fail(err)
-		}
-		if now := time.Now(); now.Sub(d.looked) >= lookTime {
-			d.looked = now
-			err = d.lookForFiles(now)
-		}
+		err = d.held()
 	}
 	return err
+}
+
+// held tells whether the store is ours still, and there: if files are gone they are written anew
+// before anything is answered.
+func (d *Store) held() error {
+	err := d.lock.Held()
+	if errors.Is(err, storage.ErrGone) {
+		d.AwaitCompaction() // it removes files, too
+		if err = d.lastLook(); err == nil {
+			err = d.lock.Held()
+		}
+	}
+	if err != nil {
+		return d.fail(err)
+	}
+	return nil
 }
 
 // commit is Commit, but for the lock.
@@ -390,7 +398,7 @@ func (d *Store) commit() error {
 // rotate goes on in a new file. Where none can be made it returns nil, and the log goes on in the
 // old one.
 func (d *Store) rotate() error {
-	if err := d.lock.Held(); err != nil {
+	if err := d.lock.Held(); err != nil && !errors.Is(err, storage.ErrGone) {
 		return err
 	}
 	full, err := d.goOn()
@@ -414,6 +422,9 @@ func (d *Store) Close() error {
 	if err == nil {
 		err = d.lastLook()
 	}
+	if err == nil {
+		err = d.held()
+	}
 	d.stopTimer()
 	if err == nil {
 		if d.reserve > 0 {
@@ -421,7 +432,7 @@ func (d *Store) Close() error {
 		}
 		if err == nil {
 			d.writeFrame(frameCleanStop)
-			err = d.syncRest()
+			err = errors.Join(d.syncRest(), d.lock.Held())
 		} else if storage.IsFull(err) {
 			err = nil // all is on disk; the next start is as after a crash
 		}

@@ -335,14 +335,24 @@ func (c *cluster) survey(ctx context.Context) (answered int, err error) {
 			continue
 		}
 		answered++
-		if other := c.recognize(c.members[i], status, 0, false); other != nil {
-			err = other
+		if c.recognize(c.members[i], status, 0, false) != nil {
+			err = fmt.Errorf("%w: %s", ErrOther, strings.Join(who(c.members, answers), ", "))
 		} else if status.Leader == status.Header.Member && status.Leader != "" {
 			c.member.Store(int32(i))
 		}
 	}
 	c.note(answers, spent)
 	return answered, err
+}
+
+// who says of which cluster each member is that has answered.
+func who(members []string, answers []response) (list []string) {
+	for i, a := range answers {
+		if a.Header.Cluster != "" {
+			list = append(list, fmt.Sprintf("%s is of cluster %s", members[i], a.Header.Cluster))
+		}
+	}
+	return list
 }
 
 // adopt takes the cluster for what it is now. Another one is taken only if all members are that.

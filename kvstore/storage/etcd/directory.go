@@ -335,47 +335,90 @@ func (d *directory) begin() error {
 	return err
 }
 
-// stock returns the id of each name, and how many pieces there are.
-func (d *directory) stock() (names map[string]string, pieces int, err error) {
-	answer, err := d.call("kv/txn", transaction{Success: []operation{
+// stockTxn asks for the names and their ids, how many pieces there are, and the lock.
+func (d *directory) stockTxn() transaction {
+	return transaction{Success: []operation{
 		{Range: &keyRange{Key: d.key("n/"), End: below(d.key("n/"))}},
-		{Range: &keyRange{Key: d.key("d/"), End: below(d.key("d/")), CountOnly: true}}}}, 0)
-	if err != nil {
-		return nil, 0, err
-	}
+		{Range: &keyRange{Key: d.key("d/"), End: below(d.key("d/")), CountOnly: true}},
+		readKey(d.key("lock"))}}
+}
+
+// readStock reads the answer to that.
+func (d *directory) readStock(answer response) (names map[string]string, pieces int) {
 	names = map[string]string{}
 	for _, kv := range answer.read(0).KVs {
 		names[strings.TrimPrefix(string(kv.Key), d.prefix+"n/")] = string(kv.Value)
 	}
-	return names, answer.read(1).Count, nil
+	return names, answer.read(1).Count
 }
 
-// Stamps tells which file has each name. One of which etcd has not all that this process has
-// left there has a new stamp each time; until each of those was removed, or made anew, Held says
-// that files are gone.
+// stock returns the id of each name, and how many pieces there are.
+func (d *directory) stock() (names map[string]string, pieces int, err error) {
+	answer, err := d.call("kv/txn", d.stockTxn(), 0)
+	names, pieces = d.readStock(answer)
+	return names, pieces, err
+}
+
+// Stamps tells which file has each name, as check has found it. One of which etcd has not all that
+// this process has left there has a new stamp each time; until each of those was removed, or made
+// anew, Held says that files are gone.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
-	if d.lock != nil && d.lock.gone.Load() {
+	if d.lock.gone.Load() {
 		if err := d.recover(); err != nil {
 			return nil, err
 		}
-	}
-	names, pieces, err := d.stock()
-	if err == nil && d.lock != nil {
-		err = d.compare(names, pieces)
-	}
-	if err != nil {
-		return nil, err
+		names, pieces, err := d.stock()
+		if err == nil {
+			err = d.compare(names, pieces)
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	stamps := map[string]storage.Stamp{}
-	for name, id := range names {
+	for name, id := range d.names {
 		if d.lost[name] {
 			id = rand.Text()
 		}
 		stamps[name] = storage.Stamp{ID: id}
 	}
 	return stamps, nil
+}
+
+// check looks whether etcd has all that this process has left there, as far as it answers at once.
+// Writes wait for that.
+func (d *directory) check() {
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	for range 2 {
+		if d.lock.gone.Load() && d.recover() != nil {
+			return
+		}
+		for _, f := range d.files {
+			f.turn <- struct{}{}
+		}
+		answer, err := d.client.post(d.lock.ctx, "kv/txn", d.stockTxn(), 0)
+		names, pieces := d.readStock(answer)
+		isSame := maps.Equal(names, d.names) && int64(pieces) == d.pieces.Load()
+		for _, f := range d.files {
+			<-f.turn
+		}
+
+		lock := answer.read(2).KVs
+		switch {
+		case errors.Is(err, ErrOther):
+			d.lock.miss(err)
+		case err == nil && (len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value)):
+			d.lock.judge(lock)
+		case err == nil && !isSame:
+			d.compare(names, pieces)
+			return
+		default:
+			return
+		}
+	}
 }
 
 // compare notes which files etcd does not have as they were left there, of so many pieces in all.
@@ -401,6 +444,7 @@ func (d *directory) compare(names map[string]string, pieces int) error {
 	d.names = names
 	d.pieces.Store(int64(pieces))
 	d.lock.gone.Store(len(d.lost) > 0)
+	d.lock.look()
 	return nil
 }
 
@@ -469,7 +513,7 @@ func (d *directory) scan() (ids, others []string, err error) {
 		case isInner: // it is not ours to judge
 			from = below(d.key(inner + "/"))
 		case key != "lock" && key != "step":
-			others = append(others, key)
+			others = append(others, strconv.Quote(key)) // so that it is no file's name
 		}
 	}
 	return ids, others, nil

@@ -353,8 +353,12 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
-// Look tells whether the lock is known to be lost: whether it is ours every change asks.
-func (l *clusterLock) Look() error { return context.Cause(l.ctx) }
+// Look asks etcd whether all is there that we have left there, and then is Held but for that:
+// whether the lock is ours every change asks.
+func (l *clusterLock) Look() error {
+	l.d.check()
+	return context.Cause(l.ctx)
+}
 
 // sign is what became of a sign of life.
 type sign struct {

@@ -112,13 +112,14 @@ func (c *cluster) noteFull(isFull bool) {
 	}
 }
 
-// attend looks after the cluster while the lock is held: who leads, what room there is, what it
-// may forget. One goroutine for a lock, which ends with it.
+// attend looks after the cluster while the lock is held: who leads, what room there is, whether
+// all is there, what may be forgotten. One goroutine for a lock, which ends with it.
 func (l *clusterLock) attend() {
 	c := l.d.client
 	c.findQuota(l.ctx)
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
+		l.d.check()
 		c.forget(l.ctx)
 		wait(l.ctx, surveyTime)
 	}

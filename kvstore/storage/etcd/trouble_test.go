@@ -1,0 +1,619 @@
+package etcd
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// What people do to a cluster, and what it does by itself.
+
+// delete removes the keys that begin with prefix.
+func (e *fakeEtcd) delete(prefix string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.remove(keyRange{Key: []byte(prefix), End: below([]byte(prefix))}) {
+		e.revision++
+	}
+}
+
+// copy is what a snapshot of the cluster holds.
+func (e *fakeEtcd) copy() *fakeEtcd {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return &fakeEtcd{kvs: maps.Clone(e.kvs), keys: slices.Clone(e.keys), revision: e.revision}
+}
+
+// restore makes the cluster what a snapshot holds, as a cluster called id.
+func (e *fakeEtcd) restore(snapshot *fakeEtcd, id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.kvs, e.keys, e.revision, e.id = snapshot.kvs, snapshot.keys, snapshot.revision, id
+}
+
+// setCut cuts the process off, or no longer.
+func (w *etcdWire) setCut(isCut bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cut = isCut
+}
+
+// tryOpen opens the store as a new process does that waits for so long.
+func (e *fakeEtcd) tryOpen(t *testing.T, long time.Duration) (*durable.Store, error) {
+	ctx, cancel := context.WithTimeout(t.Context(), long)
+	defer cancel()
+	dir, _ := e.dir(t, ctx, "try:9999")
+	return durable.Open(ctx, dir, durable.Options{})
+}
+
+// commit does something to the store, and wants it done.
+func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value string) {
+	t.Helper()
+	d.Put(key, value)
+	h.Done.Put(key, value)
+	if err := d.Commit(); err != nil {
+		t.Fatalf("Put %s: %v", key, err)
+	}
+	h.Told = h.Done.Clone()
+}
+
+// ---- the lock
+
+// Ensure that a lock that was deleted is waited out by everybody else, for whoever had it may
+// answer reads: he goes on where he is not cut off. Only an empty prefix is taken at once.
+func TestEtcdLockDeleted(t *testing.T) {
+	for _, isCut := range []bool{false, true} {
+		for _, watched := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				e, h := newFakeEtcd(), storetest.NewHistory()
+				began := time.Now()
+				first, w := e.open(t)
+				if took := time.Since(began); took > time.Second {
+					t.Errorf("an empty prefix is taken after %v", took)
+				}
+				commit(t, first, h, "k", "v")
+				if watched {
+					if _, err := e.tryOpen(t, 10*time.Second); err == nil {
+						t.Error("a standby takes a lock that is held")
+					}
+				}
+				second := make(chan *durable.Store, 1)
+				ctx, cancel := context.WithCancel(t.Context())
+				stand := func() {
+					dir, _ := e.dir(t, ctx, "second:9999")
+					d, _ := durable.Open(ctx, dir, durable.Options{})
+					second <- d
+				}
+				if watched {
+					go stand()
+					<-time.After(3 * time.Second)
+				}
+				w.setCut(isCut)
+				e.delete("kv/lock")
+				if !watched {
+					go stand()
+				}
+				for range 4 * 10 { // a Get every quarter of a second
+					first.Get("k")
+					done := make(chan error, 1)
+					go func() { done <- first.Commit() }()
+					select {
+					case err := <-done:
+						select {
+						case d := <-second:
+							if err == nil {
+								t.Errorf("cut off %v, watched %v: two serve", isCut, watched)
+							}
+							second <- d
+						default:
+						}
+						if !isCut && err != nil {
+							t.Errorf("the one that is not cut off ends: %v", err)
+						}
+						<-time.After(time.Second / 4)
+					case <-time.After(12 * time.Second):
+						t.Fatal("a Commit hangs")
+					}
+				}
+				cancel()
+				if d := <-second; (d != nil) != isCut {
+					t.Errorf("cut off %v: the other one serves: %v", isCut, d != nil)
+				} else if d != nil && !h.Told.Equal(d) {
+					t.Error("what was told is lost")
+				} else if d != nil {
+					d.Close()
+				}
+				first.Close()
+			})
+		}
+	}
+}
+
+// ---- which cluster it is
+
+// Ensure that a member that is another cluster, or a cluster that knows less than before, is
+// refused by name: no store is made there, and none is served from there.
+func TestEtcdOtherCluster(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, member := range []string{"a:1", "b:1"} {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			d, _ := e.open(t)
+			commit(t, d, h, "k", "v")
+			other := newFakeEtcd()
+			other.id = "2"
+			e.mu.Lock()
+			e.other[member] = other
+			e.mu.Unlock()
+			for range 30 { // who serves goes on with the other member
+				commit(t, d, h, "k", "v")
+				<-time.After(time.Second)
+			}
+			if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, ErrOther) ||
+				!strings.Contains(err.Error(), member) {
+				t.Errorf("a start where %s is another cluster: %v", member, err)
+			}
+			d.Close()
+			if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, ErrOther) {
+				t.Errorf("a start where nobody serves: %v", err)
+			}
+			if len(other.kvs) > 0 {
+				t.Error("something was written to the other cluster")
+			}
+		}
+
+		// A standby has seen the one, and then there is only the other.
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		other := newFakeEtcd()
+		other.id = "2"
+		time.AfterFunc(10*time.Second, func() {
+			w.kill()
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.other["a:1"], e.down = other, "b:1"
+		})
+		if _, err := e.tryOpen(t, time.Minute); err == nil || len(other.kvs) > 0 {
+			t.Errorf("a standby takes another cluster: %v, %d keys", err, len(other.kvs))
+		}
+		<-d.Lost()
+		d.Close()
+
+		// Nor does a new store begin where most members do not answer.
+		e = newFakeEtcd()
+		e.down = "b:1"
+		if _, err := e.tryOpen(t, time.Minute); err == nil || len(e.kvs) > 0 {
+			t.Errorf("a new store with one member of two: %v", err)
+		}
+
+		// The cluster is restored under a standby.
+		e = newFakeEtcd()
+		d, w = e.open(t)
+		snapshot := e.copy()
+		commit(t, d, h, "k", "v")
+		time.AfterFunc(10*time.Second, func() {
+			w.kill()
+			e.restore(snapshot, e.id)
+		})
+		if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, ErrOther) {
+			t.Errorf("a standby whose cluster went back: %v", err)
+		}
+		<-d.Lost()
+		d.Close()
+	})
+}
+
+// ---- what is gone
+
+// Ensure that whatever of a store is taken away under a running server, it goes on with all that
+// was told, as the next start finds; also where nothing was done between that and the end.
+func TestEtcdGone(t *testing.T) {
+	last := func(e *fakeEtcd, name string, back int) string {
+		id := string(e.kvs["kv/n/"+name].Value)
+		prefix := []byte("kv/d/" + id + "/")
+		kvs := e.find(keyRange{Key: prefix, End: below(prefix)}).KVs
+		return string(kvs[max(0, len(kvs)-1-back)].Key)
+	}
+	current := func(e *fakeEtcd) string {
+		for n := 100; ; n-- {
+			if name := fmt.Sprintf("seg-%d.log", n); e.kvs["kv/n/"+name].Key != nil {
+				return name
+			}
+		}
+	}
+	snapshot := func(e *fakeEtcd) string {
+		for key := range e.kvs {
+			if name, ok := strings.CutPrefix(key, "kv/n/snap"); ok {
+				return "snap" + name
+			}
+		}
+		return ""
+	}
+	for what, take := range map[string]func(e *fakeEtcd, before *fakeEtcd){
+		"the last piece":        func(e, _ *fakeEtcd) { e.delete(last(e, current(e), 0)) },
+		"a piece of the newest": func(e, _ *fakeEtcd) { e.delete(last(e, current(e), 1)) },
+		"a piece of a snapshot": func(e, _ *fakeEtcd) { e.delete(last(e, snapshot(e), 0)) },
+		"the identity":          func(e, _ *fakeEtcd) { e.delete("kv/n/STORE") },
+		"its pieces":            func(e, _ *fakeEtcd) { e.delete(last(e, "STORE", 0)) },
+		"the newest name":       func(e, _ *fakeEtcd) { e.delete("kv/n/" + current(e)) },
+		"the names":             func(e, _ *fakeEtcd) { e.delete("kv/n/") },
+		"the pieces":            func(e, _ *fakeEtcd) { e.delete("kv/d/") },
+		"the lock":              func(e, _ *fakeEtcd) { e.delete("kv/lock") },
+		"the step":              func(e, _ *fakeEtcd) { e.delete("kv/step") },
+		"all":                   func(e, _ *fakeEtcd) { e.delete("kv/") },
+		"a minute":              func(e, before *fakeEtcd) { e.restore(before, e.id) },
+		"a minute, elsewhere":   func(e, before *fakeEtcd) { e.restore(before, "2") },
+	} {
+		for _, then := range []string{"a write", "writes", "a read", "nothing", "a pause"} {
+			t.Run(what+", then "+then, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e, h := newFakeEtcd(), storetest.NewHistory()
+					d, w := e.open(t)
+					write := func(n int) {
+						t.Helper()
+						for i := range n {
+							commit(t, d, h, fmt.Sprint("k", i%50), rand.Text())
+							d.AwaitCompaction()
+						}
+					}
+					write(100)
+					d.Delete("k0")
+					delete(h.Done, "k0")
+					write(30)
+					<-time.After(time.Second / 3)
+					before := e.copy()
+					write(100)
+					<-time.After(time.Minute)
+					for range 5 { // the last piece is a small one of several
+						write(1)
+					}
+					take(e, before)
+					switch then {
+					case "a write":
+						write(1)
+					case "writes":
+						write(200)
+					case "a read":
+						d.Get("k1")
+						<-time.After(2 * time.Second)
+						if err := d.Commit(); err != nil {
+							t.Fatal(err)
+						}
+					case "a pause":
+						<-time.After(20 * time.Second)
+						write(1)
+					}
+					if then == "nothing" {
+						if err := d.Close(); err != nil {
+							t.Fatal(err)
+						}
+					} else {
+						<-time.After(time.Second)
+						if err := d.Commit(); err != nil {
+							t.Fatal(err)
+						}
+						w.kill()
+						<-d.Lost()
+						d.Close()
+					}
+					after, _ := e.dir(t, t.Context(), "second:9999")
+					checkKept(t, h, after, what)
+					if pieces := e.orphans(); len(pieces) > 0 {
+						t.Errorf("%d pieces have no name", len(pieces))
+					}
+				})
+			})
+		}
+	}
+}
+
+// Ensure that a start without names does not begin anew, and removes nothing.
+func TestEtcdNamesAreGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, _ := e.open(t)
+		commit(t, d, h, "k", "v")
+		d.Close()
+		before := e.copy()
+		e.delete("kv/n/")
+		count := len(e.kvs)
+		if _, err := e.tryOpen(t, time.Minute); !errors.As(err, new(*storage.DamageError)) {
+			t.Errorf("a start without names: %v", err)
+		}
+		if len(e.kvs) != count {
+			t.Errorf("%d keys are left of %d", len(e.kvs), count)
+		}
+		e.restore(before, e.id)
+		dir, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, dir, "with its names")
+	})
+}
+
+// ---- prefixes
+
+// Ensure that a new store is refused inside another one's prefix, and that what is inside ours is
+// nothing to us.
+func TestEtcdInnerPrefix(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		open := func(prefix string) (*durable.Store, error) {
+			dir, _ := e.dir(t, t.Context(), "new:9999")
+			dir.prefix, dir.name = prefix+"/", "etcd://a:1,b:1/"+prefix
+			return durable.Open(t.Context(), dir, durable.Options{})
+		}
+		outer, err := open("a/kv")
+		if err != nil {
+			t.Fatal(err)
+		}
+		commit(t, outer, h, "k", "v")
+		for _, inside := range []string{"a/kv/x", "a/kv/x/y", "a/kv/n", "a/kv/d/x"} {
+			if _, err := open(inside); !errors.Is(err, storage.ErrNotOurs) ||
+				!strings.Contains(err.Error(), "a/kv/") {
+				t.Errorf("%s: %v", inside, err)
+			}
+		}
+		beside, err := open("a/kvx")
+		if err != nil {
+			t.Fatal(err)
+		}
+		around, err := open("a") // where others are already
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range []*durable.Store{around, beside, outer} {
+			d.Put("k", "v")
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, prefix := range []string{"a", "a/kv", "a/kvx"} {
+			d, err := open(prefix)
+			if err != nil {
+				t.Fatalf("%s again: %v", prefix, err)
+			}
+			d.Close()
+		}
+	})
+}
+
+// ---- slow clusters
+
+// Ensure that a large value arrives over a slow link, and over one that takes long for each
+// answer, while the server keeps its lock; that one that takes only small requests gets small
+// ones; and that all of it is read back so.
+func TestEtcdSlow(t *testing.T) {
+	large := make([]byte, 1<<20)
+	rand.Read(large)
+	for what, c := range map[string]struct {
+		slow time.Duration
+		rate int
+		most int           // bytes of a request
+		took time.Duration // at most
+	}{
+		"1 MB/s":      {0, 1 << 20, 3 << 19, 10 * time.Second},
+		"100 kB/s":    {0, 100 << 10, 3 << 19, 40 * time.Second},
+		"50 kB/s":     {0, 50 << 10, 3 << 19, 60 * time.Second},
+		"1.2 s":       {1200 * time.Millisecond, 0, 3 << 19, 30 * time.Second},
+		"small pages": {0, 0, 40 << 10, time.Second},
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, h := newFakeEtcd(), storetest.NewHistory()
+				e.most = c.most
+				dir, w := e.dir(t, t.Context(), "first:9999")
+				w.slow, w.rate = c.slow, c.rate
+				d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				for range 2 {
+					began := time.Now()
+					commit(t, d, h, "k", string(large))
+					if took := time.Since(began); took > c.took {
+						t.Errorf("it takes %v", took)
+					}
+				}
+				if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("a standby: %v", err)
+				}
+				for range 30 {
+					commit(t, d, h, "small", "v")
+					<-time.After(time.Second)
+				}
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+				dir, w = e.dir(t, t.Context(), "second:9999")
+				w.slow, w.rate = c.slow, c.rate
+				checkKept(t, h, dir.directory, "read over that link")
+			})
+		})
+	}
+}
+
+// ---- a full cluster
+
+// Ensure that a server goes on answering reads beside a standby while etcd refuses all that
+// writes, that writes are refused with what to do, and go on by themselves when there is room;
+// and that of the two never both serve, whenever who serves is cut off.
+func TestEtcdFull(t *testing.T) {
+	for cut := 20 * time.Second; cut <= 26*time.Second; cut += 500 * time.Millisecond {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			d, w := e.open(t)
+			room := w.dir.directory
+			commit(t, d, h, "k", "v")
+			<-time.After(time.Second)
+			e.setFull(true)
+			<-time.After(2 * time.Second)
+			second := make(chan *durable.Store, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			dir, _ := e.dir(t, ctx, "second:9999")
+			dir.opts.Status = new(storage.Status)
+			go func() {
+				d, _ := durable.Open(ctx, dir, durable.Options{})
+				second <- d
+			}()
+			if err := room.Room(100, true); !errors.Is(err, syscall.ENOSPC) ||
+				!strings.Contains(err.Error(), "alarm disarm") {
+				t.Errorf("a write to a full cluster: %v", err)
+			}
+			for range 20 {
+				d.Get("k")
+				if err := d.Commit(); err != nil {
+					t.Fatalf("a read from a full cluster: %v", err)
+				}
+				<-time.After(time.Second)
+			}
+			if stage := dir.opts.Status.Stage(); !strings.Contains(stage, "etcd is full") {
+				t.Errorf("who stands by says %q", stage)
+			}
+			time.AfterFunc(time.Until(time.Now().Add(cut-20*time.Second)), func() { w.setCut(true) })
+			<-time.After(time.Second)
+			e.setFull(false)
+			for range 100 {
+				d.Get("k")
+				done := make(chan error, 1)
+				go func() { done <- d.Commit() }()
+				err := <-done
+				select {
+				case other := <-second:
+					if err == nil {
+						t.Errorf("cut off after %v: two serve", cut)
+					}
+					if !h.Told.Equal(other) {
+						t.Error("what was told is lost")
+					}
+					second <- other
+				default:
+				}
+				<-time.After(100 * time.Millisecond)
+			}
+			if d := <-second; d == nil {
+				t.Error("nobody takes over")
+			} else {
+				d.Close()
+			}
+			cancel()
+			d.Close()
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		e.setFull(true)
+		<-time.After(10 * time.Second)
+		e.setFull(false)
+		<-time.After(2 * time.Second)
+		if err := w.dir.Room(100, false); err != nil {
+			t.Errorf("there is room again: %v", err)
+		}
+		commit(t, d, h, "k", "v")
+		d.Close()
+	})
+}
+
+// Ensure that writes are refused before the quota is reached, that what frees goes on, and that
+// what was overwritten takes no room for long.
+func TestEtcdQuota(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		e.quota = 64 << 20
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		value := make([]byte, 1<<20)
+		n := 0
+		for ; n < 100; n++ {
+			if dir.Room(int64(len(value)), false) != nil {
+				break
+			}
+			rand.Read(value)
+			d.Put(fmt.Sprint(n), string(value))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(50 * time.Millisecond)
+		}
+		if n < 40 || n >= 60 {
+			t.Errorf("%d MB are written where 64 may be", n)
+		}
+		<-time.After(2 * time.Second)
+		for i := range n {
+			if err := dir.Room(10, true); err != nil {
+				t.Fatalf("Delete number %d: %v", i, err)
+			}
+			d.Delete(fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.AwaitCompaction()
+		<-time.After(2 * time.Second)
+		if err := dir.Room(int64(len(value)), false); err != nil {
+			t.Errorf("after all was deleted: %v", err)
+		}
+		if e.forgot == 0 {
+			t.Error("etcd keeps what was deleted")
+		}
+		d.Close()
+	})
+}
+
+// ---- words
+
+// Ensure that who waits says what for: that etcd does not answer yet, or not any more.
+func TestEtcdSilenceIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "first:9999")
+		dir.opts.Status = new(storage.Status)
+		w.setCut(true)
+		go durable.Open(t.Context(), dir, durable.Options{})
+		<-time.After(5 * time.Second)
+		if stage := dir.opts.Status.Stage(); stage != "etcd does not answer yet" {
+			t.Errorf("a start says %q", stage)
+		}
+		<-time.After(time.Minute)
+
+		d, _ := e.open(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		dir, w = e.dir(t, ctx, "second:9999")
+		dir.opts.Status = new(storage.Status)
+		ended := make(chan struct{})
+		go func() {
+			durable.Open(ctx, dir, durable.Options{})
+			close(ended)
+		}()
+		<-time.After(10 * time.Second)
+		w.setCut(true)
+		<-time.After(33 * time.Second)
+		stage := dir.opts.Status.Stage()
+		if !strings.HasPrefix(stage, "standby: etcd does not answer, for 3") ||
+			!strings.Contains(stage, "by process") {
+			t.Errorf("a standby says %q", stage)
+		}
+		w.setCut(false)
+		<-time.After(3 * time.Second)
+		if stage := dir.opts.Status.Stage(); !strings.HasPrefix(stage, "standby: the data is in use") {
+			t.Errorf("a standby says %q when etcd answers again", stage)
+		}
+		cancel()
+		<-ended
+		d.Close()
+	})
+}
