@@ -94,13 +94,18 @@ func (d *Store) toDelete(bytes int64) int64 {
 // more record of so many bytes of key and values. Who writes one nevertheless has the next
 // Commit fail, and the store end. What frees, a Delete or a Remove, may use the spare file; other
 // writes leave in that, or in the log, what it takes to delete everything. A
-// directory that wants no zeros ahead says only at the Commit that it is full.
+// directory that wants no zeros ahead knows by itself what room it has.
 func (d *Store) Room(bytes int64, frees bool) error {
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
 	switch {
 	case bytes > maxRecord:
 		return errTooLarge(bytes)
-	case d.reserve == 0 || d.failure() != nil:
+	case d.failure() != nil:
+		return nil
+	case d.reserve == 0:
+		if dir, ok := d.dir.(interface{ Room(int64, bool) error }); ok {
+			return dir.Room(need, frees)
+		}
 		return nil
 	case frees:
 		return d.roomToFree(need)

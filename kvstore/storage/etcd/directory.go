@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // directory is a Directory in a cluster. Below the prefix that its address gives there are these
@@ -53,8 +54,9 @@ type directory struct {
 	lost    map[string]bool       // names of files that etcd has not as they were left there
 	isSwept bool                  // pieces without a name were removed
 
-	made   atomic.Int64 // files, for their ids
-	pieces atomic.Int64 // that there are, once the lock is held
+	made   atomic.Int64                             // files, for their ids
+	stamps atomic.Pointer[map[string]storage.Stamp] // of names
+	pieces atomic.Int64                             // that there are, once the lock is held
 }
 
 // segmentBytes is how large a log file becomes: what is read again at a start, about.
@@ -268,8 +270,9 @@ func (d *directory) change(ids map[string]string) error {
 	default:
 		return d.lock.judge(answer.read(0).KVs)
 	}
-	d.step, d.names = d.step+1, names
+	d.step++
 	maps.DeleteFunc(d.lost, func(name string, _ bool) bool { _, isNew := ids[name]; return isNew })
+	d.setNames(names)
 	return d.drop(without)
 }
 
@@ -330,7 +333,7 @@ func (d *directory) begin() error {
 		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
 			"and their pieces are there"}
 	}
-	d.names = names
+	d.setNames(names)
 	d.pieces.Store(int64(pieces))
 	return err
 }
@@ -363,32 +366,35 @@ func (d *directory) stock() (names map[string]string, pieces int, err error) {
 // this process has left there has a new stamp each time; until each of those was removed, or made
 // anew, Held says that files are gone.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
+	if !d.lock.gone.Load() {
+		return *d.stamps.Load(), nil
+	}
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
-	if d.lock.gone.Load() {
-		if err := d.recover(); err != nil {
-			return nil, err
-		}
-		names, pieces, err := d.stock()
-		if err == nil {
-			err = d.compare(names, pieces)
-		}
-		if err != nil {
-			return nil, err
-		}
+	if err := d.recover(); err != nil {
+		return nil, err
 	}
+	names, pieces, err := d.stock()
+	if err == nil {
+		err = d.compare(names, int64(pieces)-d.pieces.Load())
+	}
+	return *d.stamps.Load(), err
+}
+
+// setNames notes what names there are. The caller has turn.
+func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
-	for name, id := range d.names {
+	for name, id := range names {
 		if d.lost[name] {
 			id = rand.Text()
 		}
 		stamps[name] = storage.Stamp{ID: id}
 	}
-	return stamps, nil
+	d.names = names
+	d.stamps.Store(&stamps)
 }
 
 // check looks whether etcd has all that this process has left there, as far as it answers at once.
-// Writes wait for that.
 func (d *directory) check() {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
@@ -396,35 +402,45 @@ func (d *directory) check() {
 		if d.lock.gone.Load() && d.recover() != nil {
 			return
 		}
-		for _, f := range d.files {
-			f.turn <- struct{}{}
-		}
-		answer, err := d.client.post(d.lock.ctx, "kv/txn", d.stockTxn(), 0)
-		names, pieces := d.readStock(answer)
-		isSame := maps.Equal(names, d.names) && int64(pieces) == d.pieces.Load()
-		for _, f := range d.files {
-			<-f.turn
-		}
-
-		lock := answer.read(2).KVs
+		names, more, lock, isKnown := d.look()
 		switch {
-		case errors.Is(err, ErrOther):
-			d.lock.miss(err)
-		case err == nil && (len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value)):
+		case !isKnown:
+			return
+		case len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value):
 			d.lock.judge(lock)
-		case err == nil && !isSame:
-			d.compare(names, pieces)
-			return
-		default:
-			return
+			continue
+		case !maps.Equal(names, d.names) || more != 0:
+			d.compare(names, more)
 		}
+		return
 	}
 }
 
-// compare notes which files etcd does not have as they were left there, of so many pieces in all.
-// It takes what there is for what there should be from then on. The caller has turn.
-func (d *directory) compare(names map[string]string, pieces int) error {
-	isSame := maps.Equal(names, d.names) && int64(pieces) == d.pieces.Load()
+// look asks what there is while nothing is being written, if that is so within a short time: the
+// names, how many pieces more than there should be, and the lock. The caller has turn.
+func (d *directory) look() (names map[string]string, more int64, lock []keyValue, isKnown bool) {
+	late := time.After(pauseTime)
+	for _, f := range d.files {
+		select {
+		case f.turn <- struct{}{}:
+			defer func() { <-f.turn }()
+		case <-late:
+			return nil, 0, nil, false
+		}
+	}
+	answer, err := d.client.post(d.lock.ctx, "kv/txn", d.stockTxn(), 0)
+	if errors.Is(err, ErrOther) {
+		d.lock.miss(err)
+	}
+	names, pieces := d.readStock(answer)
+	return names, int64(pieces) - d.pieces.Load(), answer.read(2).KVs, err == nil
+}
+
+// compare notes which files etcd does not have as they were left there, where these are the names,
+// and there are so many pieces more than there should be. It takes what there is for what there
+// should be from then on. The caller has turn.
+func (d *directory) compare(names map[string]string, more int64) error {
+	isSame := maps.Equal(names, d.names) && more == 0
 	for name, id := range d.names {
 		f := d.files[id]
 		isLost := names[name] != id || f != nil && f.isDead.Load()
@@ -441,8 +457,8 @@ func (d *directory) compare(names map[string]string, pieces int) error {
 			}
 		}
 	}
-	d.names = names
-	d.pieces.Store(int64(pieces))
+	d.setNames(names)
+	d.pieces.Add(more)
 	d.lock.gone.Store(len(d.lost) > 0)
 	d.lock.look()
 	return nil
