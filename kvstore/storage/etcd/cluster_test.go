@@ -2,8 +2,11 @@ package etcd
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -34,6 +37,8 @@ type etcdCluster struct {
 
 	mu      sync.Mutex
 	acked   []string      // values that were answered, in order
+	refused int           // values that were not taken
+	reads   int           // that were answered
 	at      time.Time     // of the last
 	longest time.Duration // between two
 }
@@ -66,7 +71,8 @@ func (c *etcdCluster) startMember(i int) {
 		filepath.Join(c.dir, fmt.Sprint("m", i)),
 		"--listen-client-urls", "http://"+c.client(i), "--advertise-client-urls", "http://"+c.client(i),
 		"--listen-peer-urls", c.peer(i), "--initial-advertise-peer-urls", c.peer(i),
-		"--initial-cluster", strings.Join(all, ","), "--initial-cluster-state", "new")
+		"--initial-cluster", strings.Join(all, ","), "--initial-cluster-state", "new",
+		"--quota-backend-bytes", fmt.Sprint(128<<20), "--snapshot-count", "1000")
 	if err := c.members[i].Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -135,13 +141,18 @@ func (c *etcdCluster) write(ctx context.Context) {
 				conn.SetDeadline(time.Now().Add(20 * time.Second))
 				fmt.Fprintf(conn, "Put:k:%d\n", n)
 				var line string
-				if line, err = r.ReadString('\n'); err == nil && line == ":OK 1\n" {
-					c.mu.Lock()
-					c.acked = append(c.acked, fmt.Sprint(n))
-					now := time.Now()
-					c.longest, c.at = max(c.longest, now.Sub(c.at)), now
-					c.mu.Unlock()
+				if line, err = r.ReadString('\n'); err != nil {
+					break
 				}
+				c.mu.Lock()
+				now := time.Now()
+				if line == ":OK 1\n" {
+					c.acked = append(c.acked, fmt.Sprint(n))
+				} else {
+					c.refused++
+				}
+				c.longest, c.at = max(c.longest, now.Sub(c.at)), now
+				c.mu.Unlock()
 			}
 			conn.Close()
 		}
@@ -150,7 +161,7 @@ func (c *etcdCluster) write(ctx context.Context) {
 
 // read asks for the list, of whichever server answers, and wants everything in it that had
 // been answered before it asked.
-func (c *etcdCluster) read(ctx context.Context) (n int) {
+func (c *etcdCluster) read(ctx context.Context) {
 	for ctx.Err() == nil {
 		for _, addr := range c.addrs {
 			conn, err := net.Dial("tcp", addr)
@@ -164,14 +175,152 @@ func (c *etcdCluster) read(ctx context.Context) (n int) {
 				c.mu.Unlock()
 				var list []string
 				if list, err = getList(conn, r); err == nil {
-					n++
+					c.mu.Lock()
+					c.reads++
+					c.mu.Unlock()
 					c.check("a Get", list, told)
 				}
 			}
 			conn.Close()
 		}
 	}
-	return n
+}
+
+// ask asks a member of etcd, until one answers as it should.
+func (c *etcdCluster) ask(at string, request, answer any) {
+	body, err := json.Marshal(request)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	asker := &http.Client{Timeout: 10 * time.Second}
+	for i := c.leader(); ; i = (i + 1) % len(c.members) {
+		r, err := asker.Post("http://"+c.client(i)+"/v3/"+at, "", bytes.NewReader(body))
+		if err != nil {
+			continue
+		}
+		if r.StatusCode == http.StatusOK && answer != nil {
+			json.NewDecoder(r.Body).Decode(answer)
+		}
+		r.Body.Close()
+		if r.StatusCode == http.StatusOK {
+			return
+		}
+	}
+}
+
+// delete removes the keys of etcd that begin with prefix.
+func (c *etcdCluster) delete(prefix string) {
+	c.ask("kv/deleterange", keyRange{Key: []byte(prefix), End: below([]byte(prefix))}, nil)
+}
+
+// killMembers kills all members, and starts them again once between has run.
+func (c *etcdCluster) killMembers(between func()) {
+	send("KILL", c.members[:]...)
+	for _, m := range c.members {
+		m.Wait()
+	}
+	between()
+	for i := range c.members {
+		c.startMember(i)
+	}
+}
+
+// putBack has the members know only what they knew a few seconds before.
+func (c *etcdCluster) putBack() {
+	copied := filepath.Join(c.dir, "copied")
+	c.killMembers(func() {
+		for i := range c.members {
+			m := fmt.Sprint("m", i)
+			if err := os.CopyFS(filepath.Join(copied, m), os.DirFS(filepath.Join(c.dir, m))); err != nil {
+				c.t.Fatal(err)
+			}
+		}
+	})
+	c.settle()
+	c.killMembers(func() {
+		for i := range c.members {
+			m := filepath.Join(c.dir, fmt.Sprint("m", i))
+			if err := errors.Join(os.RemoveAll(m),
+				os.Rename(filepath.Join(copied, filepath.Base(m)), m)); err != nil {
+				c.t.Fatal(err)
+			}
+		}
+	})
+	i := 1 - c.active() // who stands by has ended: it is not the cluster that it knew
+	send("KILL", c.servers[i])
+	c.startServer(i)
+}
+
+// writeSmall makes many small commits, and wants few pieces of them.
+func (c *etcdCluster) writeSmall() {
+	const writers, commits = 4, 2000
+	var wg sync.WaitGroup
+	for i := range writers {
+		wg.Go(func() {
+			conn, err := net.Dial("tcp", c.addrs[c.active()])
+			if err != nil {
+				c.t.Error(err)
+				return
+			}
+			defer conn.Close()
+			r := bufio.NewReader(conn)
+			for n := range commits {
+				fmt.Fprintf(conn, "Set:small%d:%d\nPing\n", i, n)
+				if line, err := r.ReadString('\n'); line != ":PONG\n" {
+					c.t.Errorf("%q, %v", line, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	var answer found
+	c.ask("kv/range", keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0"), CountOnly: true}, &answer)
+	if answer.Count > 1000 {
+		c.t.Errorf("there are %d pieces", answer.Count)
+	}
+}
+
+// fill fills the cluster until it refuses all that writes, wants reads to be answered and writes
+// refused, and makes room again.
+func (c *etcdCluster) fill() {
+	value := make([]byte, 1<<20)
+	for n := 0; ; n++ {
+		rand.Read(value)
+		body, _ := json.Marshal(keyValue{Key: fmt.Append(nil, "other/", n), Value: value})
+		r, err := http.Post("http://"+c.client(c.leader())+"/v3/kv/put", "", bytes.NewReader(body))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		r.Body.Close()
+		if r.StatusCode != http.StatusOK {
+			break
+		}
+	}
+	count := func() (reads, refused int) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.reads, c.refused
+	}
+	reads, refused := count()
+	<-time.After(8 * time.Second)
+	if nowReads, nowRefused := count(); nowReads < reads+5 || nowRefused == refused {
+		c.t.Errorf("a full cluster: %d reads answered, %d writes refused", nowReads-reads,
+			nowRefused-refused)
+	}
+
+	c.delete("other/")
+	var status response
+	c.ask("kv/range", keyRange{Key: []byte("kv/lock")}, &status)
+	c.ask("kv/compaction", map[string]any{"revision": status.Header.Revision, "physical": true}, nil)
+	for i := range c.members {
+		r, err := http.Post("http://"+c.client(i)+"/v3/maintenance/defragment", "", strings.NewReader("{}"))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		r.Body.Close()
+	}
+	c.ask("maintenance/alarm", map[string]string{"action": "DEACTIVATE", "alarm": "NOSPACE"}, nil)
 }
 
 // getList asks for the list of the key k.
@@ -210,7 +359,8 @@ func TestEtcdCluster(t *testing.T) {
 	}
 	c := &etcdCluster{t: t, dir: t.TempDir(), at: time.Now()}
 	c.binary = filepath.Join(c.dir, "kvserver")
-	if text, err := exec.Command("go", "build", "-o", c.binary, "kvserver").CombinedOutput(); err != nil {
+	build := exec.Command("go", "build", "-o", c.binary, "kvserver")
+	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
 	for i := range c.ports {
@@ -237,8 +387,7 @@ func TestEtcdCluster(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { c.write(ctx) })
-	reads := 0
-	wg.Go(func() { reads = c.read(ctx) })
+	wg.Go(func() { c.read(ctx) })
 	pause := func(long time.Duration, which ...*exec.Cmd) {
 		send("STOP", which...)
 		<-time.After(long)
@@ -295,13 +444,20 @@ func TestEtcdCluster(t *testing.T) {
 			pause(15*time.Second, c.members[:]...)
 			c.startServer(i) // it has ended; the one that stands by has not
 		}},
-		{"all members are killed and started again", func() {
-			send("KILL", c.members[:]...)
-			for i, m := range c.members {
-				m.Wait()
-				c.startMember(i)
-			}
+		{"all members are killed and started again", func() { c.killMembers(func() {}) }},
+		{"the lock is deleted", func() { c.delete("kv/lock") }},
+		{"the names are deleted", func() { c.delete("kv/n/") }},
+		{"the pieces are deleted", func() { c.delete("kv/d/") }},
+		{"all is deleted", func() { c.delete("kv/") }},
+		{"the members are put back by a few seconds", c.putBack},
+		{"many small commits", c.writeSmall},
+		{"the server is killed, after these", func() {
+			i := c.active()
+			send("KILL", c.servers[i])
+			c.settle()
+			c.startServer(i)
 		}},
+		{"the cluster is full", c.fill},
 	} {
 		c.mu.Lock()
 		c.longest, c.at = 0, time.Now()
@@ -338,7 +494,7 @@ func TestEtcdCluster(t *testing.T) {
 		t.Error(err)
 	}
 	c.check("at the end", list, c.acked)
-	t.Logf("%d writes were answered, and %d reads", len(c.acked), reads)
+	t.Logf("%d writes were answered, and %d reads", len(c.acked), c.reads)
 }
 
 // send sends a signal to processes; package syscall does not know all of them everywhere.
