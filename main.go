@@ -1615,7 +1615,11 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	defer dir.Close()
 	switch command {
 	case "check":
-		return durable.Check(dir)
+		report, err = durable.Check(dir)
+		if err == nil && report.Empty && etcd.IsAddress(path) { // a wrong prefix looks like this
+			return durable.Report{}, fmt.Errorf("%w: no store at %s", storage.ErrMissing, path)
+		}
+		return report, err
 	}
 	out, undo, err := makeTarget(path, to)
 	if err != nil {
@@ -1684,10 +1688,13 @@ func storeProblem(c config, err error) error {
 		{is(etcd.ErrUnreachable), "Everything that was answered is in etcd. Look whether the " +
 			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
 			"etcdctl endpoint status --cluster"},
+		{is(etcd.ErrOther), "Nothing was written there. Look whether all members in -data are one " +
+			"cluster: etcdctl endpoint status --cluster. If somebody has restored it, start again: " +
+			"this goes on with what is there now."},
+		{is(etcd.ErrTooLarge), "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
 		{is(etcd.ErrRefused), "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
-		{isFullEtcd, "etcd is full: compact and defragment it, raise its --quota-backend-bytes, " +
-			"and then: etcdctl alarm disarm"},
+		{isFullEtcd, "Nothing is lost. Once there is room, start again."},
 		{is(etcd.ErrAddress), "Give the members and a prefix, as in -data " +
 			"etcd://host1:2379,host2:2379,host3:2379/kv"},
 		{is(storage.ErrMoved), "Put the directory back, or look who took it, before you start " +

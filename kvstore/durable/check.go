@@ -12,6 +12,7 @@ import (
 // Report is what Check, Repair or Backup has to say, a line for each thing.
 type Report struct {
 	Lines   []string
+	Empty   bool // by Check: there is no store
 	Damaged bool // something that was on disk is not as it was
 	Lost    bool // by Repair: some of that could not be saved
 }
@@ -63,6 +64,7 @@ func check(dir storage.Directory) (r Report, err error) {
 	case err != nil:
 		return r, r.damage(err)
 	case len(s.logs) == 0:
+		r.Empty = true
 		r.say("no store yet: an empty directory")
 		return r, nil
 	}

@@ -54,6 +54,8 @@ var (
 	// ErrRefused is returned when etcd answers, but not to us: a wrong certificate, user or
 	// password, or a right that is missing.
 	ErrRefused = errors.New("etcd refuses")
+	// ErrTooLarge is returned when etcd takes only requests that are too small for us.
+	ErrTooLarge = errors.New("etcd takes only smaller requests")
 	// ErrTakenOver is returned when another process has taken the lock.
 	ErrTakenOver = errors.New("another server has taken the data over")
 	// ErrOther is returned when a member belongs to another cluster than those that were asked
@@ -201,6 +203,8 @@ func named(err error) error {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	case errors.Is(err, ErrOther):
 		return err
+	case isTooMuch(err):
+		return fmt.Errorf("%w: %w", ErrTooLarge, err)
 	}
 	return fmt.Errorf("etcd: %w", err)
 }

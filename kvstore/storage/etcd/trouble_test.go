@@ -574,6 +574,70 @@ func TestEtcdQuota(t *testing.T) {
 	})
 }
 
+// Ensure that etcd's own word is told where it takes only tiny requests.
+func TestEtcdTooLarge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, _ := e.open(t)
+		e.mu.Lock()
+		e.most = 8 << 10
+		e.mu.Unlock()
+		value := make([]byte, 1<<20)
+		rand.Read(value)
+		d.Put("k", string(value))
+		if err := d.Commit(); !errors.Is(err, ErrTooLarge) ||
+			!strings.Contains(err.Error(), "etcdserver: request is too large") {
+			t.Errorf("a large value: %v", err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that what a backup to etcd leaves that was stopped is never served as an empty store.
+func TestEtcdBrokenOffBackup(t *testing.T) {
+	local, err := storage.OpenDisk(t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := storetest.NewHistory()
+	d, err := durable.Open(t.Context(), local, durable.Options{Fsync: durable.FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		commit(t, d, h, fmt.Sprint(i), rand.Text())
+	}
+	d.Close()
+	for n, reached := 1, true; reached; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			if local, err = storage.OpenDisk(local.Path(""), nil); err != nil {
+				t.Fatal(err)
+			}
+			e := newFakeEtcd()
+			to, w := e.dir(t, t.Context(), "")
+			w.at, w.fault = n, killed
+			_, err := durable.Backup(local, to, nil)
+			reached = w.count() >= n
+			local.Close()
+			pieces := e.find(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).Count
+			after, _ := e.dir(t, t.Context(), "new:9999")
+			d, openErr := durable.Open(t.Context(), after, durable.Options{})
+			switch {
+			case openErr == nil && err == nil && !h.Told.Equal(d):
+				t.Error("a copy is not the store")
+			case openErr == nil && err != nil && pieces > 0 && !h.Told.Equal(d):
+				t.Errorf("a backup that was killed before request %d is served as a store", n)
+			case openErr != nil && !errors.Is(openErr, durable.ErrUnfinished) &&
+				!errors.As(openErr, new(*storage.DamageError)):
+				t.Errorf("killed before request %d: %v", n, openErr)
+			}
+			if openErr == nil {
+				d.Close()
+			}
+		})
+	}
+}
+
 // ---- words
 
 // Ensure that who waits says what for: that etcd does not answer yet, or not any more.
