@@ -26,7 +26,8 @@ var errStopped = errors.New("the store closes")
 // without what came before, would bring deleted keys back (bitcask issue 82, badger
 // issue 2143, leveldb issue 184).
 func (d *Store) compact() {
-	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() {
+	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() ||
+		d.roomBeside(d.liveBytes(), true) != nil {
 		return
 	}
 	d.compacted = make(chan compactionEnd, 1)
@@ -53,7 +54,8 @@ func (d *Store) compaction() *compaction {
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Store) isWasteful() bool {
-	if d.fullBytes+d.size <= d.waste*d.liveBytes()+d.minCompact+d.segmentSize || d.isCompacting() {
+	if d.fullBytes+d.size <= d.waste*d.liveBytes()+d.minCompact+d.segmentSize || d.isCompacting() ||
+		d.roomBeside(d.liveBytes(), true) != nil {
 		return false
 	}
 	select {

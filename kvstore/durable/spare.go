@@ -103,10 +103,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	case d.failure() != nil:
 		return nil
 	case d.reserve == 0:
-		if dir, ok := d.dir.(interface{ Room(int64, bool) error }); ok {
-			return dir.Room(need, frees)
-		}
-		return nil
+		return d.roomBeside(need, frees)
 	case frees:
 		return d.roomToFree(need)
 	}
@@ -128,6 +125,14 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	}
 	return err
+}
+
+// roomBeside is what a directory says that knows what room it has.
+func (d *Store) roomBeside(bytes int64, frees bool) error {
+	if dir, ok := d.dir.(interface{ Room(int64, bool) error }); ok {
+		return dir.Room(bytes, frees)
+	}
+	return nil
 }
 
 // roomToFree is Room for what frees. Where the disk is full the spare file gives some back.

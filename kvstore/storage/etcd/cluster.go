@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -320,55 +321,60 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 }
 
 // survey asks all members who they are, and what room they have. From then on the leader is asked
-// first: others would only pass on what they are asked. It returns how many have answered, and an
-// ErrOther if they are not one cluster.
-func (c *cluster) survey(ctx context.Context) (answered int, err error) {
+// first: others would only pass on what they are asked. It returns of which cluster each is, "" of
+// those that do not answer.
+func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	var wg sync.WaitGroup
-	spent := c.spent.Load()
-	answers, errs := make([]response, len(c.members)), make([]error, len(c.members))
+	spent, answers := c.spent.Load(), make([]response, len(c.members))
 	for i, member := range c.members {
 		wg.Go(func() {
-			errs[i] = c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &answers[i])
+			// Who does not answer has said nothing.
+			c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &answers[i])
 		})
 	}
 	wg.Wait()
 	for i, status := range answers {
-		if errs[i] != nil {
-			continue
-		}
-		answered++
-		if c.recognize(c.members[i], status, 0, false) != nil {
-			err = fmt.Errorf("%w: %s", ErrOther, strings.Join(who(c.members, answers), ", "))
-		} else if status.Leader == status.Header.Member && status.Leader != "" {
+		ids = append(ids, status.Header.Cluster)
+		if c.recognize(c.members[i], status, 0, false) == nil && status.Leader != "" &&
+			status.Leader == status.Header.Member {
 			c.member.Store(int32(i))
 		}
 	}
 	c.note(answers, spent)
+	return ids
+}
+
+// agree asks all members who they are, and returns how many answer: with an ErrOther if they are
+// not one cluster.
+func (c *cluster) agree(ctx context.Context) (answered int, err error) {
+	var list []string
+	for i, id := range c.survey(ctx) {
+		if id == "" {
+			continue
+		}
+		answered++
+		list = append(list, fmt.Sprintf("%s is of cluster %s", c.members[i], id))
+		if id != *c.id.Load() {
+			err = ErrOther
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, strings.Join(list, ", "))
+	}
 	return answered, err
 }
 
-// who says of which cluster each member is that has answered.
-func who(members []string, answers []response) (list []string) {
-	for i, a := range answers {
-		if a.Header.Cluster != "" {
-			list = append(list, fmt.Sprintf("%s is of cluster %s", members[i], a.Header.Cluster))
-		}
-	}
-	return list
-}
-
-// adopt takes the cluster for what it is now. Another one is taken only if all members are that.
+// adopt takes the cluster for what it is now: another one only if all members are that.
 func (c *cluster) adopt(ctx context.Context) error {
-	was := c.id.Swap(nil)
-	answered, err := c.survey(ctx)
-	if is := c.id.Load(); err == nil && (is == nil || *is != *was) && answered < len(c.members) {
-		err = fmt.Errorf("%w: not all members say what they are now", ErrOther)
-	}
-	if err != nil {
-		c.id.Store(was)
-		return err
+	was, ids := *c.id.Load(), c.survey(ctx)
+	if !slices.Contains(ids, was) {
+		isOther := func(id string) bool { return id != ids[0] }
+		if ids[0] == "" || slices.ContainsFunc(ids, isOther) {
+			return fmt.Errorf("%w: not all members say what they are now", ErrOther)
+		}
+		c.id.Store(&ids[0])
 	}
 	c.revision.Store(0)
 	return nil

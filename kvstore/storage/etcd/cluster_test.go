@@ -320,7 +320,14 @@ func (c *etcdCluster) fill() {
 		}
 		r.Body.Close()
 	}
-	c.ask("maintenance/alarm", map[string]string{"action": "DEACTIVATE", "alarm": "NOSPACE"}, nil)
+	var list struct {
+		Alarms []map[string]string
+	}
+	c.ask("maintenance/alarm", struct{}{}, &list)
+	for _, alarm := range list.Alarms {
+		alarm["action"] = "DEACTIVATE"
+		c.ask("maintenance/alarm", alarm, nil)
+	}
 }
 
 // getList asks for the list of the key k.

@@ -157,7 +157,7 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
 		answer, err := d.client.call(ctx, at, request, size, nil)
 		cancel()
-		if errors.Is(err, ErrOther) {
+		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 			err = d.lock.miss(err)
 		}
 		if !errors.Is(err, syscall.ENOSPC) {
@@ -404,6 +404,8 @@ func (d *directory) check() {
 		}
 		names, more, lock, isKnown := d.look()
 		switch {
+		case !isKnown && d.lock.gone.Load():
+			continue
 		case !isKnown:
 			return
 		case len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value):
@@ -428,8 +430,10 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 			return nil, 0, nil, false
 		}
 	}
-	answer, err := d.client.post(d.lock.ctx, "kv/txn", d.stockTxn(), 0)
-	if errors.Is(err, ErrOther) {
+	ctx, cancel := context.WithTimeout(d.lock.ctx, requestTime)
+	defer cancel()
+	answer, err := d.client.call(ctx, "kv/txn", d.stockTxn(), 0, nil)
+	if errors.Is(err, ErrOther) && ctx.Err() == nil {
 		d.lock.miss(err)
 	}
 	names, pieces := d.readStock(answer)
@@ -494,7 +498,7 @@ func (d *directory) List() (list []string, err error) {
 	defer func() { <-d.turn }()
 	names := d.names
 	if d.lock == nil {
-		if _, err := d.client.survey(d.ctx); err != nil {
+		if _, err := d.client.agree(d.ctx); err != nil {
 			return nil, err
 		}
 		if names, _, err = d.stock(); err != nil {
@@ -565,7 +569,7 @@ func innerStore(key string) (inner string, isInner bool) {
 // mayBegin refuses a new store where it may not be made: inside another one's prefix, or where so
 // few members answer that there may be one elsewhere.
 func (d *directory) mayBegin(ctx context.Context) error {
-	answered, err := d.client.survey(ctx)
+	answered, err := d.client.agree(ctx)
 	if err != nil {
 		return err
 	}

@@ -1059,10 +1059,10 @@ func TestEtcdManyPieces(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		random := make([]byte, 5<<20)
+		random := make([]byte, 2<<20)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
-		const commits = 20000
+		const commits = 6000
 		for i := range commits {
 			put("small", fmt.Sprint(i))
 			if i%1000 == 999 { // a large one now and then
@@ -1070,7 +1070,7 @@ func TestEtcdManyPieces(t *testing.T) {
 			}
 		}
 		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
-		if n := e.find(pieces).Count; n > 400 {
+		if n := e.find(pieces).Count; n > 200 {
 			t.Errorf("%d commits are %d pieces", commits, n)
 		}
 		d.Close()
@@ -1085,7 +1085,7 @@ func TestEtcdManyPieces(t *testing.T) {
 			var start, size int64
 			fmt.Sscanf(piece, "%x-%x-%x", &number, &start, &size)
 			for data := unpack(kv.Value, size); len(data) > 0; {
-				n := min(len(data), 512)
+				n := min(len(data), 64)
 				e.put(fmt.Sprintf("kv/d/%s/%08x-%012x-%06x", id, numbers[id], start, n),
 					string(data[:n]))
 				data, start = data[n:], start+int64(n)

@@ -428,10 +428,13 @@ func (l *clusterLock) note(s sign) bool {
 		l.silent = false
 	case time.Since(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
 		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, s.err))
-	case errors.Is(s.err, ErrOther):
-		l.miss(s.err)
 	case isFinal(s.err):
-		if l.refused++; l.refused >= len(l.d.client.members) {
+		if l.refused++; l.refused < len(l.d.client.members) {
+			break
+		}
+		if l.refused = 0; errors.Is(s.err, ErrOther) {
+			l.miss(s.err)
+		} else {
 			l.lost(named(s.err))
 		}
 	case !l.silent:

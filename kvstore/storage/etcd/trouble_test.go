@@ -156,7 +156,10 @@ func TestEtcdOtherCluster(t *testing.T) {
 			e.mu.Lock()
 			e.other[member] = other
 			e.mu.Unlock()
-			for range 30 { // who serves goes on with the other member
+			for i := range 30 { // who serves goes on with the other member
+				if i == 15 {
+					e.delete("kv/n/STORE")
+				}
 				commit(t, d, h, "k", "v")
 				<-time.After(time.Second)
 			}
@@ -530,41 +533,36 @@ func TestEtcdFull(t *testing.T) {
 func TestEtcdQuota(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		e.quota = 64 << 20
-		dir, _ := e.dir(t, t.Context(), "new:9999")
-		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		value := make([]byte, 1<<20)
+		e.quota = 16 << 20
+		d, w := e.open(t)
+		value := make([]byte, 128<<10)
 		n := 0
-		for ; n < 100; n++ {
-			if dir.Room(int64(len(value)), false) != nil {
-				break
-			}
+		for w.dir.Room(int64(len(value)), false) == nil && n < 200 {
 			rand.Read(value)
 			d.Put(fmt.Sprint(n), string(value))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
-			<-time.After(50 * time.Millisecond)
+			d.AwaitCompaction()
+			<-time.After(100 * time.Millisecond)
+			n++
 		}
-		if n < 40 || n >= 60 {
-			t.Errorf("%d MB are written where 64 may be", n)
+		if n < 30 || n > 112 {
+			t.Errorf("%d values are written where there is room for 128", n)
 		}
 		<-time.After(2 * time.Second)
 		for i := range n {
-			if err := dir.Room(10, true); err != nil {
-				t.Fatalf("Delete number %d: %v", i, err)
+			if err := w.dir.Room(10, true); err != nil {
+				t.Fatalf("Delete number %d of %d: %v", i, n, err)
 			}
 			d.Delete(fmt.Sprint(i))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
+			d.AwaitCompaction()
 		}
-		d.AwaitCompaction()
 		<-time.After(2 * time.Second)
-		if err := dir.Room(int64(len(value)), false); err != nil {
+		if err := w.dir.Room(int64(len(value)), false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
 		}
 		if e.forgot == 0 {
