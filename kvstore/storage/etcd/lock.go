@@ -128,6 +128,7 @@ type watch struct {
 	answered time.Time // when etcd has answered last
 	refused  int       // how many members, one after the other, have refused
 	isTold   bool      // that etcd does not answer
+	standsBy string    // for whom it was said that we stand by: a token
 }
 
 // look looks at the lock. It asks in a way that a full etcd refuses: nobody can take the lock
@@ -152,7 +153,7 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 		w.since = now
 	}
 	w.isNew = len(answer.read(1).KVs) == 0 && (w.isNew || w.answered.IsZero())
-	w.holder, w.revision, w.answered, w.isTold = o, revision, now, false
+	w.holder, w.revision, w.answered = o, revision, now
 	return err
 }
 
@@ -166,18 +167,17 @@ func (w *watch) isFree(token string) bool {
 // Lock waits for the lock, if others are told where the store is served: whoever has it is
 // robbed of it once it has shown no sign of life for lockTime.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
-	l, w := d.newLock(), watch{}
-	began, told := time.Now(), ""
+	l, w, began := d.newLock(), watch{}, time.Now()
 	for {
-		before := w.revision
+		before, isTaken := w.revision, false
 		err := w.look(ctx, d)
 		if err == nil && w.isFree(l.owner.Token) {
-			var taken bool
-			if taken, err = l.take(ctx, &w); taken {
-				break
-			}
+			isTaken, err = l.take(ctx, &w)
 		}
+
 		switch {
+		case isTaken:
+			return d.hold(l)
 		case ctx.Err() != nil:
 			l.release() // what take has sent may have arrived
 			return nil, ctx.Err()
@@ -185,22 +185,29 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 			err = d.mayWait(err, &w, began)
 		case d.opts.Addr == "" && before != 0 && before != w.revision && !w.Released:
 			err = fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
-		case told != w.Token && !w.isFree(l.owner.Token):
-			told = w.Token
-			d.log.Info("standing by: another server has the data", "addr", w.Addr,
-				"process", w.Process, "since", w.Since)
-			fallthrough
-		case w.revision == 0:
-			d.opts.Status.Set("standby: there is no lock, and who had it may live still")
 		default:
-			d.opts.Status.Set("standby: the data is in use " + w.holder.String())
+			d.standBy(&w)
 		}
 		if err != nil {
 			return nil, err
 		}
 		wait(ctx, pollTime)
 	}
-	return d.hold(l)
+}
+
+// standBy says for whom we wait.
+func (d *directory) standBy(w *watch) {
+	w.isTold = false
+	if w.revision == 0 {
+		d.opts.Status.Set("standby: there is no lock, and who had it may live still")
+		return
+	}
+	d.opts.Status.Set("standby: the data is in use " + w.holder.String())
+	if w.standsBy != w.Token {
+		w.standsBy = w.Token
+		d.log.Info("standing by: another server has the data", "addr", w.Addr,
+			"process", w.Process, "since", w.Since)
+	}
 }
 
 // mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
@@ -226,7 +233,7 @@ func (d *directory) mayWait(err error, w *watch, began time.Time) error {
 	case errors.Is(err, syscall.ENOSPC):
 		stage = "standby: " + errFull.Error()
 	case silence < tellTime:
-		return nil
+		stage = "standby: " + err.Error()
 	case w.Token != "":
 		stage += "; before that the data was in use " + w.holder.String()
 	}
