@@ -365,3 +365,37 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 		t.Errorf("opened again: %v", err)
 	}
 }
+
+// Ensure that a rotation that breaks off while room is made for a Remove ends the store, with the
+// error that it was: what is written behind the frame that says that another file follows is damage.
+func TestFailedRotationOnAFullDisk(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	dir.Room = 200_000
+	key := strings.Repeat("k", 2000)
+	n := 0
+	for d.Room(int64(len(key)+10), false) == nil {
+		d.Put(key, fmt.Sprint("value", n))
+		if n++; d.Commit() != nil {
+			t.Fatal("it fails before the disk is full")
+		}
+	}
+
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "truncate" && strings.HasPrefix(c.Name, "seg-") {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	var err error
+	for i := 0; i < n && err == nil; i++ {
+		if d.Room(int64(len(key)+10), true) == nil {
+			d.Remove(key, fmt.Sprint("value", i))
+		}
+		err = d.Commit()
+	}
+	if !errors.Is(err, storetest.ErrDisk) {
+		t.Errorf("Commit returns %v, want %v", err, storetest.ErrDisk)
+	}
+	d.Close()
+}

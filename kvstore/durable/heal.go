@@ -208,7 +208,7 @@ func (d *Store) heal(useless []string) error {
 	defer d.healing.Store(false)
 	before := d.number
 	if err := d.rotate(); err != nil {
-		return d.fail(err)
+		return err
 	} else if d.number == before {
 		return errors.New("no new file can be made")
 	}

@@ -385,7 +385,7 @@ func (d *Store) commit() error {
 	}
 	if number := d.number; full {
 		if err := d.rotate(); err != nil {
-			return d.fail(err)
+			return err
 		}
 		if d.number > number { // all that the store holds is in full files
 			d.compact()
@@ -396,17 +396,21 @@ func (d *Store) commit() error {
 }
 
 // rotate goes on in a new file. Where none can be made it returns nil, and the log goes on in the
-// old one.
+// old one. After an error the store has failed: the old file may be closed, and end with a frame
+// behind which nothing may stand.
 func (d *Store) rotate() error {
 	if err := d.lock.Held(); err != nil && !errors.Is(err, storage.ErrGone) {
-		return err
+		return d.fail(err)
 	}
 	full, err := d.goOn()
+	if err != nil {
+		return d.fail(err)
+	}
 	if full > 0 {
 		d.fullBytes += full
 		d.learn(logName(kindSegment, d.number-1), logName(kindSegment, d.number))
 	}
-	return err
+	return nil
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
