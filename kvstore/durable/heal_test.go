@@ -517,3 +517,43 @@ func TestCrashesInAHeal(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that a file which somebody changes just before it is full is written anew all the same.
+func TestHealOfAFileThatBecomesFull(t *testing.T) {
+	for what, spoil := range map[string]func(dir *storetest.Dir, name string){
+		"emptied": func(dir *storetest.Dir, name string) { dir.Empty(name) },
+		"removed": func(dir *storetest.Dir, name string) { dir.Remove(name) },
+		"replaced": func(dir *storetest.Dir, name string) {
+			data := slices.Clone(dir.Names[name].Data)
+			dir.Remove(name)
+			f, _ := dir.Create(name)
+			f.WriteAt(data, 0)
+			f.Close()
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.minCompact = 1 << 40
+			d.Put("before", "all")
+			<-time.After(2 * lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+
+			spoil(dir, "seg-1.log")
+			for d.number == 1 {
+				d.Put("key", strings.Repeat("v", 100))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(lookTime)
+			d.Put("after", "all")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			wantAll(t, what, dir.Kill(), maps.Collect(d.All()))
+			d.Close()
+		})
+	}
+}

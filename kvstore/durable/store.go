@@ -16,6 +16,7 @@ import (
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -402,14 +403,22 @@ func (d *Store) rotate() error {
 	if err := d.lock.Held(); err != nil && !errors.Is(err, storage.ErrGone) {
 		return d.fail(err)
 	}
+	found, _ := d.changed() // if that is not known, nothing is
 	full, err := d.goOn()
 	if err != nil {
 		return d.fail(err)
 	}
-	if full > 0 {
-		d.fullBytes += full
-		d.learn(logName(kindSegment, d.number-1), logName(kindSegment, d.number))
+	if full == 0 {
+		return nil
 	}
+	d.fullBytes += full
+
+	// A file that somebody has changed since the last look is not learned: the next look is to see it.
+	written := []string{logName(kindSegment, d.number)}
+	if old := logName(kindSegment, d.number-1); !slices.Contains(found.spoiled, old) {
+		written = append(written, old)
+	}
+	d.learn(written...)
 	return nil
 }
 
