@@ -1,7 +1,6 @@
 package durable
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -111,9 +110,12 @@ func (d *Store) isOurs() bool {
 // is the last one now.
 func (d *Store) isIntact(last mark) bool {
 	f := d.current.f
-	header := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
 	var b [headerSize]byte
-	if _, err := f.ReadAt(b[:], 0); err != nil || !bytes.Equal(b[:], header.encode()) {
+	if _, err := f.ReadAt(b[:], 0); err != nil {
+		return false
+	}
+	want := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
+	if h, err := decodeHeader(b[:]); err != nil || h != want { // an older version has made it, perhaps
 		return false
 	}
 	if d.mark.offset > 0 {

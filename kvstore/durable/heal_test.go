@@ -3,6 +3,7 @@ package durable
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -556,4 +557,31 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 			d.Close()
 		})
 	}
+}
+
+// Ensure that a store goes on in the file of an older version, and does not take that for changed.
+func TestNoHealOfAnOlderVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("k", "v")
+		d.Close()
+		b := dir.Names["seg-1.log"].Data
+		binary.LittleEndian.PutUint32(b[8:], oldestVersion)
+		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+
+		log := &strings.Builder{}
+		d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(2 * lookTime)
+		d.Put("k", "w")
+		if err := errors.Join(d.Commit(), d.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if d.number != 1 || strings.Contains(log.String(), "level=ERROR") {
+			t.Errorf("now in file %d, the log says\n%s", d.number, log)
+		}
+		wantAll(t, "opened again", dir, map[string][]string{"k": {"v", "w"}})
+	})
 }
