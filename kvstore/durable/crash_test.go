@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -398,4 +399,45 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 		t.Errorf("Commit returns %v, want %v", err, storetest.ErrDisk)
 	}
 	d.Close()
+}
+
+// Ensure that a start which cannot open SPARE goes on without it, also when the disk is full.
+func TestSpareCannotBeOpened(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	dir.Room = 20_000
+	keys := 0
+	for ; d.Room(300, false) == nil; keys++ {
+		d.Put(fmt.Sprint("key", keys), strings.Repeat("v", 280))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Close()
+
+	for n := 1; n <= 2; n++ { // it is opened twice: to be measured, and to be used
+		image, opened := dir.Kill(), 0
+		image.Before = func(c storetest.Call) error {
+			if c.What == "open" && c.Name == spareName {
+				if opened++; opened == n {
+					return &os.PathError{Op: c.What, Path: c.Name, Err: os.ErrPermission}
+				}
+			}
+			return nil
+		}
+		d, err := openSmall(image, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range keys {
+			if d.Room(10, true) == nil {
+				d.Delete(fmt.Sprint("key", i))
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }

@@ -38,9 +38,11 @@ func openSpare(dir storage.Directory) (s spare, err error) {
 		return s, err
 	}
 	f.Close()
-	s.file, err = dir.Extend(spareName)
+	if s.file, err = dir.Extend(spareName); err != nil {
+		return spare{}, err
+	}
 	s.size = size
-	return s, err
+	return s, nil
 }
 
 // grow makes the spare file have at least so many bytes, in steps. What it can have it has, also
