@@ -351,14 +351,17 @@ func (w *logWriter) publish(d storage.Directory) error {
 	if err == nil {
 		err = d.Rename(w.name+tmpSuffix, w.name)
 	}
-	if err == nil {
-		err = d.Sync()
+	if err != nil {
+		return err
+	}
+	if err = d.Sync(); err != nil {
+		d.Remove(w.name) // or it would be taken for somebody else's
 	}
 	return err
 }
 
-// createLog makes a log file of fill's frames, and returns its size. If it fails there is none, or
-// a whole one of which it is not known whether its name is on disk.
+// createLog makes a log file of fill's frames, and returns its size. If it fails there is none,
+// but for a crash, which may leave a whole one.
 func createLog(d storage.Directory, name string, h fileHeader,
 	fill func(w *logWriter) error) (size int64, err error) {
 	w, err := beginLog(d, name, h)

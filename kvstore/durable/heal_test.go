@@ -585,3 +585,30 @@ func TestNoHealOfAnOlderVersion(t *testing.T) {
 		wantAll(t, "opened again", dir, map[string][]string{"k": {"v", "w"}})
 	})
 }
+
+// Ensure that a rotation that fails leaves no file that is then taken for somebody else's.
+func TestFailedRotationLeavesNoStranger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "" {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		for d.size < d.segmentSize {
+			d.Put("key", strings.Repeat("v", 50))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(2 * lookTime)
+		if err := errors.Join(d.Commit(), d.Close()); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(log.String(), "none of this store's") {
+			t.Errorf("the log says\n%s", log)
+		}
+	})
+}
