@@ -332,3 +332,27 @@ func TestDeadlinesAreKept(t *testing.T) {
 		d.Close()
 	}
 }
+
+// Ensure that a deadline before 1970, as that of a sum that was too large, is in the log what it is in
+// memory: over.
+func TestNegativeDeadlines(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("a", "value")
+	d.Expire("a", -5)
+	d.PutUntil("b", "value", -1<<63)
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := openSmall(dir.Kill(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"a", "b"} {
+		want, isThere := d.Deadline(key)
+		if got, _ := again.Deadline(key); got != want || !isThere || want > 1 {
+			t.Errorf("%s goes at %d, and after a start at %d", key, want, got)
+		}
+	}
+	again.Close()
+	d.Close()
+}

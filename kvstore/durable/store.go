@@ -241,6 +241,7 @@ func (d *Store) Take(key string) (value string, ok bool) {
 
 // Expire has key go at a time; 0: it stays.
 func (d *Store) Expire(key string, at int64) (ok bool) {
+	at = writable(at)
 	if ok = d.Memory.Expire(key, at); ok {
 		d.note(appendExpire(d.pending, key, at), 1)
 	}
@@ -249,8 +250,18 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 
 // PutUntil is Put and Expire in one step: both are in one frame.
 func (d *Store) PutUntil(key, value string, at int64) {
+	at = writable(at)
 	d.Memory.PutUntil(key, value, at)
 	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
+}
+
+// writable is at, or of the times before 1970, which the log cannot say, the next one that it can:
+// both are over.
+func writable(at int64) int64 {
+	if at < 0 {
+		return 1
+	}
+	return at
 }
 
 // record notes an operation for the next Commit.
