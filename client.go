@@ -145,6 +145,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		progress: make(chan bool, 1),
 	}
 
+	// What sees how the other side reads lies under TLS; a test may have come without.
 	under := conn
 	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
 		under = outer.NetConn()
@@ -155,6 +156,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 	c.paced.progress = c.progress
 
+	// The places that it may take.
 	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
@@ -329,42 +331,44 @@ func (c *Client) mayGoOn() {
 func (c *Client) awaitMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
-	if more <= 0 {
+	switch {
+	case more <= 0:
 		return true
-	}
-
-	// It has its turn already.
-	if in.first.taken || in.spare.taken {
+	case in.first.taken || in.spare.taken: // it has its turn, however much there is
 		b.inputs.Add(more)
+		in.counted += more
+		return true
+	case b.takeLine(more):
 		in.counted += more
 		return true
 	}
 
-	c.await()               // or what waits for replies could keep a slot
+	// A client that waits for its own replies must not keep others from a slot.
+	c.await()
 	var spare chan struct{} // nil: it is not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		spare = b.spare.slots
 	}
 
-	for ends := time.Now().Add(lineTime); !b.takeLine(more); {
+	// Nobody tells when there is room again, so it looks now and then.
+	for ends := time.Now().Add(lineTime); time.Now().Before(ends); {
 		select {
 		case b.first.slots <- struct{}{}:
 			in.first.taken = true
-			return c.awaitMemory()
 		case spare <- struct{}{}:
 			in.spare.taken = true
-			return c.awaitMemory()
 		case <-time.After(tickTime):
+			if !b.takeLine(more) {
+				continue
+			}
+			in.counted += more
 		case <-c.server.closeSignal:
 			c.end(weClose, true)
 			return true
 		}
-		if !time.Now().Before(ends) {
-			return false
-		}
+		return c.awaitMemory()
 	}
-	in.counted += more
-	return true
+	return false
 }
 
 // countInput gives back what of -max-memory the line in hand does not need any more, and counts
@@ -376,6 +380,7 @@ func (c *Client) countInput() {
 		in.spare.release()
 	}
 
+	// It may be more than was taken, too: the other buffer grows with the first.
 	if need := in.need(c.server.maxLine); need != in.counted {
 		c.server.budget.inputs.Add(need - in.counted)
 		in.counted = need
@@ -393,6 +398,7 @@ func (c *Client) endInput(err error) {
 	case !c.await(): // that is why
 	case errors.Is(err, io.EOF):
 		switch {
+		// One that was skipped did not turn out to be HTTP's.
 		case in.skipping && in.unanswered:
 			c.answerFault(in.why)
 
@@ -488,6 +494,8 @@ func (c *Client) read() (burst string, err error) {
 
 	if n > 0 {
 		in.came += n
+
+		// No line of a TLS client's hello may be run.
 		if !in.heard && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
@@ -496,8 +504,9 @@ func (c *Client) read() (burst string, err error) {
 		}
 		in.heard = true
 
+		// The chain under way is made of the other buffer, which take needs.
 		wasUnanswered := in.unanswered
-		c.await() // or take would change what the chain under way is made of
+		c.await()
 		burst = in.take(n)
 		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
 			c.answerSkipped()
@@ -508,6 +517,7 @@ func (c *Client) read() (burst string, err error) {
 	if !in.midLine() {
 		in.waited = 0
 	}
+	// The deadline is a tick, but where the server closes.
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
 		err = c.tick()
 	}
@@ -703,6 +713,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			continue
 		}
 
+		// A line that is no request keeps its place.
 		in.queries = append(in.queries, Query{client: c, line: in.line})
 		q := &in.queries[len(in.queries)-1]
 		isLong := len(line) > c.server.maxLine
@@ -742,6 +753,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		return nil, burst
 	}
 
+	// They are linked when their memory moves no more.
 	for i := range in.queries[1:] {
 		in.queries[i].next = &in.queries[i+1]
 	}
@@ -817,6 +829,7 @@ func (c *Client) list(q *Query) {
 		return
 	}
 
+	// From here on awaitRoom sees how it is taken.
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.hold(0)()
@@ -867,7 +880,7 @@ func (l *listing) survey() (wanted bool) {
 		return true
 	}
 
-	// Where the sample is full, it becomes half as dense.
+	// Where the sample is full, it becomes half as dense: each key in it stands for as many.
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
@@ -920,12 +933,14 @@ func (l *listing) awaitMemory() bool {
 
 // reply queues the replies, part by part. It returns false if nobody wants them any more.
 func (l *listing) reply() bool {
+	// One piece of memory serves all parts.
 	keys, last, more := make([]string, 0, l.most), "", true
 	for more {
 		var wanted bool
 		if keys, more, wanted = l.next(keys[:0], last); !wanted {
 			return false
 		}
+		// All there is, so the snapshot may go.
 		if last == "" && !more && l.copies() {
 			l.copy(keys)
 		}
@@ -1001,11 +1016,14 @@ func (l *listing) copies() bool { return l.queryType == keys }
 
 // copy gives the keys memory of their own, if there is so much, and the snapshot up.
 func (l *listing) copy(keys []string) {
+	// Half of the queues is left for replies.
 	b := &l.client.server.budget
 	bytes := int64(sum(keys) + len(keys)*stringSize)
 	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
 		return
 	}
+
+	// In pieces, for few allocations and none that is large.
 	l.giveBack()
 	l.count(bytes)
 	for few := range slices.Chunk(keys, partKeys) {
@@ -1018,6 +1036,7 @@ func (l *listing) copy(keys []string) {
 func (l *listing) sort(keys []string) bool {
 	core := &l.client.outbox.core
 
+	// The comparison is the one place where a sort can be looked at.
 	stops, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
@@ -1160,6 +1179,7 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 		return 0, 0
 	}
 
+	// An Ack counts for what is behind it in the chain.
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
@@ -1352,11 +1372,14 @@ const (
 // while all queues are over their limit, and that of a Dump also while others wait for theirs:
 // this one also where it takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
+	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
 	hasRoom := waiting < maxShared
 	if o.slow {
 		hasRoom = waiting+n <= maxBufferSize
 	}
+
+	// What was reserved is counted already.
 	isOver := o.reserved == 0 && o.budget.isOver()
 
 	l := o.listing
@@ -1411,6 +1434,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 
 // wait waits for word of how the connection gets on. Others may have the core meanwhile.
 func (o *outbox) wait() {
+	// What waits keeps no core, and nothing of the store's memory.
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
@@ -1421,6 +1445,7 @@ func (o *outbox) wait() {
 		look = time.After(slowAfter)
 	}
 
+	// A Write of one message may go on by drips without a word.
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
@@ -1468,6 +1493,7 @@ var (
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
 
+	// Those that are recycled have two sizes.
 	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
@@ -1495,9 +1521,11 @@ func recycle(msg []byte) {
 // drained, so that nobody ever waits for a connection that is gone.
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
+		// What waits behind it goes along, and makes room.
 		msg, size := c.gather(msg)
 		c.tellRoom()
 
+		// After a Write that failed the rest is only taken out.
 		if c.broken == nil {
 			if _, c.broken = c.connection.Write(msg); c.broken != nil {
 				close(c.closed)
@@ -1558,6 +1586,7 @@ func (c *Client) drainInput() {
 		half.CloseWrite()
 	}
 
+	// How long it may say nothing.
 	silence := drainTime
 	if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
 		silence = busyTime
@@ -1666,6 +1695,7 @@ func (p *pacedConn) tell(taken bool) {
 	default:
 	}
 
+	// The holder may have taken its word meanwhile.
 	select {
 	case p.progress <- taken:
 	default:

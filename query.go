@@ -231,6 +231,7 @@ func (q *Query) parse(line string) {
 		return
 	}
 
+	// Its arguments fit.
 	v := q.row()
 	if v.parse == nil && !colon || v.parse != nil && v.parse(q, arguments) {
 		return
@@ -290,6 +291,7 @@ func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
 // lookUp returns the queryType of a verb in any letter case, malformed if word
 // is none.
 func lookUp(word string) queryType {
+	// Two verbs have another name.
 	switch {
 	case word == "?":
 		return help
@@ -297,6 +299,7 @@ func lookUp(word string) queryType {
 		return quit
 	}
 
+	// A dozen names: a table of hashes would not be faster.
 	for t := put; t <= quit; t++ {
 		if equalFold(word, verbs[t].name) {
 			return t
@@ -313,6 +316,7 @@ func equalFold(a, b string) bool {
 	}
 
 	for i := range len(a) {
+		// Not alike, nor one letter in both cases: bit 0x20 makes it small.
 		if a[i] != b[i] && (a[i]^b[i] != 0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
 			return false
 		}
@@ -376,12 +380,13 @@ func didYouMean(line string) string {
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
 
-	// The word, or one that others have for it, or one with a slip in it.
+	// The first word, however it is separated.
 	word, rest := line, ""
 	if i := strings.IndexAny(line, gap); i >= 0 {
 		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
 	}
 
+	// What others call it, or the verb that it nearly is.
 	t := lookUp(word)
 	if t == malformed {
 		t = dialects[strings.ToLower(word)]
@@ -423,6 +428,7 @@ func oneSlip(a, b string) bool {
 	}
 	a, b = a[i:], b[i:]
 
+	// Now they differ: by a letter more, a letter less, or what is here.
 	switch len(a) - len(b) {
 	case 1:
 		return a[1:] == b
@@ -447,6 +453,7 @@ func (q *Query) run(db kvstore.Store) {
 func runGet(q *Query, db kvstore.Store) {
 	q.values = db.View(q.few[:0], q.key)
 
+	// The store knows how large a long list is.
 	if q.n = len(q.values); q.n <= fewValues {
 		q.bytes = sum(q.values)
 	} else {
@@ -551,7 +558,8 @@ func (q *Query) parts(value string) [5]string {
 
 // appendLine appends the line for one of q.values.
 func (q *Query) appendLine(b []byte, value string) []byte {
-	if q.queryType != get { // almost every line is a Get's
+	// Almost every line is a Get's, and has a shorter way.
+	if q.queryType != get {
 		for _, text := range q.parts(value) {
 			b = append(b, text...)
 		}
@@ -611,6 +619,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	case endForeign:
 		return append(b, q.value...)
 
+	// Writes are silent, so an error names its line.
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
