@@ -313,7 +313,7 @@ func (c *Client) mayGoOn() {
 	switch {
 	case c.in.pending > c.server.maxLine+len("\r\x00"):
 		why = tooLong(c.server.maxLine)
-	case !c.awaitMemory():
+	case !c.awaitLineMemory():
 		why = "too long for the memory that is left, skipped"
 	}
 
@@ -325,10 +325,10 @@ func (c *Client) mayGoOn() {
 	}
 }
 
-// awaitMemory waits until the line that has begun may take the memory that it needs now. It gives
+// awaitLineMemory waits until the line that has begun may take the memory that it needs now. It gives
 // up after lineTime, in which all that others had begun has ended. Of the lines that wait one may
 // always go on, or all could wait for each other, and so may one of those that free something.
-func (c *Client) awaitMemory() bool {
+func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
 	switch {
@@ -366,7 +366,7 @@ func (c *Client) awaitMemory() bool {
 			c.end(weClose, true)
 			return true
 		}
-		return c.awaitMemory()
+		return c.awaitLineMemory()
 	}
 	return false
 }
@@ -833,7 +833,7 @@ func (c *Client) list(q *Query) {
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.hold(0)()
-	if l.survey() && l.awaitMemory() && l.reply() {
+	if l.survey() && l.awaitListMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 	}
 }
@@ -842,13 +842,13 @@ func (c *Client) list(q *Query) {
 func (l *listing) giveBack() {
 	l.snapshot, l.sample = nil, nil
 	l.place.release()
-	l.count(0)
+	l.noteSize(0)
 	l.client.server.budget.lists.Add(-l.listed)
 	l.listed = 0
 }
 
-// count notes that the list takes so many bytes.
-func (l *listing) count(bytes int64) {
+// noteSize notes that the list takes so many bytes.
+func (l *listing) noteSize(bytes int64) {
 	l.client.server.budget.queued.Add(bytes - l.held)
 	l.held = bytes
 }
@@ -904,9 +904,9 @@ func (l *listing) survey() (wanted bool) {
 	return l.sort(l.sample)
 }
 
-// awaitMemory waits until there is memory for a part of the keys, and takes it. It is false if the
+// awaitListMemory waits until there is memory for a part of the keys, and takes it. It is false if the
 // server closes meanwhile.
-func (l *listing) awaitMemory() bool {
+func (l *listing) awaitListMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
@@ -927,7 +927,7 @@ func (l *listing) awaitMemory() bool {
 		l.listed = bytes
 	}
 
-	l.count(bytes)
+	l.noteSize(bytes)
 	return true
 }
 
@@ -1025,7 +1025,7 @@ func (l *listing) copy(keys []string) {
 
 	// In pieces, for few allocations and none that is large.
 	l.giveBack()
-	l.count(bytes)
+	l.noteSize(bytes)
 	for few := range slices.Chunk(keys, partKeys) {
 		copy(few, kvstore.CloneAll(few))
 	}
@@ -1107,7 +1107,7 @@ type outbox struct {
 	next     *Query   // the first whose reply is not formatted, while there is one
 	left     int      // bytes still to be formatted, at most: newMessage chooses a size by it
 	piece    int      // bytes in a message now: less than maxMessage while all queues are full
-	reserved int64    // bytes of the reply in hand that count as queued, and are not queued yet
+	claimed  int64    // bytes of the reply in hand that count as queued, and are not queued yet
 	chain    int64    // bytes that the chain under way and its lines take
 	inInputs int64    // of these, counted in budget.inputs
 
@@ -1224,11 +1224,11 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			} else {
 				o.left = q.size
 			}
-			msg = o.begin(q)
+			msg = o.firstMessage(q)
 		}
 
 		msg = o.format(msg, q)
-		o.release()
+		o.unclaim()
 		if msg == nil {
 			return
 		}
@@ -1249,14 +1249,14 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 // messages is how many messages a reply of so many bytes takes.
 func (o *outbox) messages(size int) int { return (size + o.maxMessage - 1) / o.maxMessage }
 
-// begin returns the first message of q's reply, for which there is room. A client with nothing
+// firstMessage returns the first message of q's reply, for which there is room. A client with nothing
 // queued may always begin, but while all queues are full with little at a time.
-func (o *outbox) begin(q *Query) (msg []byte) {
+func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
 	if o.budget.isOver() {
 		o.piece = min(o.maxMessage, chunkSize)
 	}
-	o.reserve(q.size)
+	o.claim(q.size)
 	return o.newMessage()
 }
 
@@ -1322,22 +1322,22 @@ func (o *outbox) drop(q *Query) {
 	o.client.server.lost.Add(1)
 }
 
-// reserve counts a reply of several messages, for which there is room, as queued before
+// claim counts a reply of several messages, for which there is room, as queued before
 // it is: once begun it must end, whatever others queue meanwhile. A reply of more than maxShared
-// messages is not reserved, nor one that begins though all queues are full: it waits for room
+// messages is not claimed, nor one that begins though all queues are full: it waits for room
 // message by message.
-func (o *outbox) reserve(size int) {
+func (o *outbox) claim(size int) {
 	if size > o.piece && size <= maxShared*o.maxMessage && o.budget.mayBegin(int64(size)) {
-		o.reserved = int64(size)
-		o.budget.queued.Add(o.reserved)
+		o.claimed = int64(size)
+		o.budget.queued.Add(o.claimed)
 	}
 }
 
-// release gives back what was reserved and not used.
-func (o *outbox) release() {
-	if o.reserved > 0 {
-		o.budget.queued.Add(-o.reserved)
-		o.reserved = 0
+// unclaim gives back what was claimed and not used.
+func (o *outbox) unclaim() {
+	if o.claimed > 0 {
+		o.budget.queued.Add(-o.claimed)
+		o.claimed = 0
 	}
 }
 
@@ -1345,9 +1345,9 @@ func (o *outbox) release() {
 func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
 
-	// What was reserved counts already.
-	used := min(o.reserved, int64(len(msg)))
-	o.reserved -= used
+	// What was claimed counts already.
+	used := min(o.claimed, int64(len(msg)))
+	o.claimed -= used
 	o.budget.queued.Add(int64(cap(msg)) - used)
 
 	o.client.buffer <- msg
@@ -1379,8 +1379,8 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		hasRoom = waiting+n <= maxBufferSize
 	}
 
-	// What was reserved is counted already.
-	isOver := o.reserved == 0 && o.budget.isOver()
+	// What was claimed counts already.
+	isOver := o.claimed == 0 && o.budget.isOver()
 
 	l := o.listing
 	isAwaited := l != nil && l.place.isAwaited()
@@ -1663,7 +1663,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		// A tick is over.
 		now := time.Now()
 		p.unread = int(p.timeToRead(now).Seconds() * steadyRate)
-		if end := p.end(); !end.IsZero() && !now.Before(end) {
+		if end := p.writeBy(); !end.IsZero() && !now.Before(end) {
 			return n, err
 		}
 
@@ -1720,8 +1720,8 @@ func (p *pacedConn) timeToRead(now time.Time) time.Duration {
 	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.looked))
 }
 
-// end is when the last Write must have ended; zero: there is no such time.
-func (p *pacedConn) end() time.Time {
+// writeBy is when the last Write must have ended; zero: there is no such time.
+func (p *pacedConn) writeBy() time.Time {
 	if p.server.isClosing() {
 		return p.server.closeBy
 	}
@@ -1731,7 +1731,7 @@ func (p *pacedConn) end() time.Time {
 // setDeadline sees to it that Write returns within a tick.
 func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 	p.looked, p.until = now, now.Add(tick)
-	if end := p.end(); !end.IsZero() && end.Before(p.until) {
+	if end := p.writeBy(); !end.IsZero() && end.Before(p.until) {
 		p.until = end
 	}
 	p.SetWriteDeadline(p.until)

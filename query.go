@@ -91,7 +91,7 @@ type verb struct {
 	shrinks func(q *Query, db kvstore.Store) bool
 
 	head, separator string // of each line with a value: before the key, and between the two
-	end             end    // of its reply
+	end             ending // of its reply
 	mayDrop         bool   // a slow reader may lose its reply
 }
 
@@ -106,16 +106,16 @@ const (
 	frees                  // it only takes something away
 )
 
-// end is how a reply ends.
-type end uint8
+// ending is how a reply ends.
+type ending uint8
 
 const (
-	endAcked   end = iota // in ":OK n" after Ack, else in nothing
-	endOK                 // in ":OK n", for nobody can know how long it is
-	endPong               // in ":PONG"
-	endError              // in ":ERROR line N: why"
-	endForeign            // in a response of another protocol
-	endFollow             // in what follows: it is a part of a Keys or Dump
+	endAcked   ending = iota // in ":OK n" after Ack, else in nothing
+	endOK                    // in ":OK n", for nobody can know how long it is
+	endPong                  // in ":PONG"
+	endError                 // in ":ERROR line N: why"
+	endForeign               // in a response of another protocol
+	endFollow                // in what follows: it is a part of a Keys or Dump
 )
 
 // needsKey is what a request that has one argument, a key, needs.
@@ -150,7 +150,7 @@ var verbs = [queryTypes]verb{
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "take the first old out, add new at the end",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
-		run: func(q *Query, db kvstore.Store) { q.n = count(db.Update(q.key, q.value, q.newValue)) }},
+		run: func(q *Query, db kvstore.Store) { q.n = times(db.Update(q.key, q.value, q.newValue)) }},
 
 	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
 		does:  "make value the key's only one; it may hold colons",
@@ -160,7 +160,7 @@ var verbs = [queryTypes]verb{
 	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
 		does:  "take the first such value out; it may hold colons",
 		parse: parseKeyValue, effect: frees, searches: true,
-		run: func(q *Query, db kvstore.Store) { q.n = count(db.Remove(q.key, q.value)) }},
+		run: func(q *Query, db kvstore.Store) { q.n = times(db.Remove(q.key, q.value)) }},
 
 	ack: {name: "Ack", form: "Ack", needs: "nothing behind it",
 		does: "from now on every request is answered: :OK n"},
@@ -471,8 +471,8 @@ func (q *Query) answer(lines []string) {
 	q.values, q.n, q.bytes = lines, len(lines), sum(lines)
 }
 
-// count is how often something was done that was done once, or not.
-func count(done bool) (n int) {
+// times is how often something was done that was done once, or not.
+func times(done bool) (n int) {
 	if done {
 		n = 1
 	}

@@ -1188,7 +1188,7 @@ func TestBegunReplyEnds(t *testing.T) {
 // Ensure that a reply of several messages for which there was room is counted at once, though
 // others have come over the limit of all queues in the moment between; but not a long one, nor
 // more than a quarter beyond the limit.
-func TestReserve(t *testing.T) {
+func TestClaim(t *testing.T) {
 	const limit = 16 * maxMessage
 	for _, c := range []struct {
 		queued   int64
@@ -1207,11 +1207,11 @@ func TestReserve(t *testing.T) {
 		if c.counted {
 			want += int64(c.messages) * maxMessage
 		}
-		if o.reserve(c.messages * maxMessage); s.budget.queued.Load() != want {
+		if o.claim(c.messages * maxMessage); s.budget.queued.Load() != want {
 			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
-		if o.release(); s.budget.queued.Load() != c.queued {
+		if o.unclaim(); s.budget.queued.Load() != c.queued {
 			t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
 		}
 	}
