@@ -52,9 +52,11 @@ func (d *deadlines) find(e end) (chunk, i int) {
 // add adds e.
 func (d *deadlines) add(e end) {
 	chunk, i := d.find(e)
+
+	// Where there is no room, the last of all begins a new chunk, for usually what comes next
+	// is later still; another chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:
-		// The last of all, and no room: usually what comes next is later still.
 		d.chunks = append(d.chunks, make([]end, 0, chunkMost))
 		chunk, i = len(d.chunks)-1, 0
 	case len(d.chunks[chunk]) == chunkMost:

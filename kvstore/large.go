@@ -74,10 +74,9 @@ func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
 	deadline int64) (addr uint64) {
 	data := m.allocate(entrySize(key, values, 0))
 	writeEntry(data, key, values, 0)
-	k := 0
-	if slot&largeBit != 0 {
-		k = number(slot)
-	} else {
+
+	k := number(slot)
+	if slot&largeBit == 0 {
 		k = m.large.push(m.epoch)
 	}
 	r := m.large.own(k, m.epoch)
@@ -150,10 +149,16 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 	return -1
 }
 
-// takeOut takes the value at spot out of l.
+// takeOut takes the value at place out of l.
 func (m *Memory) takeOut(l *list, place int) {
 	value := l.values[place]
 	bytes := int64(len(value))
+	m.tally(-1, value)
+	l.bytes -= bytes
+	m.longValues--
+	m.longBytes -= bytes
+
+	// An array that readers have stays as it is.
 	switch {
 	case place == 0 && l.shared:
 		l.values = l.values[1:]
@@ -162,8 +167,7 @@ func (m *Memory) takeOut(l *list, place int) {
 	case place == 0:
 		l.values[0] = "" // or it would stay in memory
 		l.values = l.values[1:]
-	case l.shared:
-		// A new array, with the room that append would leave beside the new value.
+	case l.shared: // a new one, with the room that append would leave beside the new value
 		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
 			l.values[place+1:]...)
 		m.copied(l)
@@ -175,13 +179,9 @@ func (m *Memory) takeOut(l *list, place int) {
 	} else {
 		l.hashes = slices.Delete(l.hashes, place, place+1)
 	}
-	m.tally(-1, value)
-	l.bytes -= bytes
-	m.longValues--
-	m.longBytes -= bytes
 
-	// What went takes a quarter of what is there, or its place three quarters of the array.
-	// Then a copy costs less than what was taken out since the last one.
+	// What went takes a quarter of what is there, or its place three quarters of the array:
+	// then a copy costs less than what was taken out since the last one.
 	n := len(l.values)
 	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
 		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)

@@ -253,20 +253,27 @@ func (m *Memory) die(slot uint64) (size int) {
 // settle puts slab k where it belongs: into the bucket of its dead bytes if it may be
 // cleaned, and away if nothing in it is alive.
 func (m *Memory) settle(k int) {
-	a, b := &m.accounts[k], 0
-	isHeld := m.held && a.epoch < m.epoch
 	if k == 0 || k == m.head {
 		return
 	}
+	a, bucket := &m.accounts[k], 0
 	if a.live > 0 && k != m.victim {
-		b = (a.written - a.live) / bucketSize
+		bucket = (a.written - a.live) / bucketSize
 	}
-	if b != a.bucket && !isHeld {
-		m.move(k, b)
+
+	// What the latest snapshot has is in no bucket (hold).
+	isHeld := m.held && a.epoch < m.epoch
+	if bucket != a.bucket && !isHeld {
+		m.move(k, bucket)
 	}
-	if a.live > 0 {
-		return
+	if a.live == 0 {
+		m.drop(k)
 	}
+}
+
+// drop gives up slab k, in which nothing is alive.
+func (m *Memory) drop(k int) {
+	a := &m.accounts[k]
 	m.used -= slabSize
 	m.release((*m.slabs.at(k))[:], a.epoch, a.shown)
 	*m.slabs.own(k, m.epoch) = nil
@@ -320,20 +327,26 @@ func (m *Memory) clean(bytes int) {
 		victim, rate := m.victim, m.rate
 		walk := bytes * rate
 		for walk > 0 && victim == m.victim {
-			addr := uint64(victim)<<slabBits | uint64(m.at)
-			e := m.entry(addr)
-			e = e[:e.size()]
-			m.at += len(e)
-			walk -= len(e)
-			if at := m.locate(addr); at.slot != 0 {
-				to, b := m.grow(len(e))
-				copy(b, e)
-				m.point(at, to)
-				m.die(addr) // with the last one the slab is dropped
-			}
+			walk -= m.step()
 		}
-		bytes = walk / rate
+		bytes = walk / rate // the victim has gone: what is left is for the next
 	}
+}
+
+// step moves the next entry of the victim to another slab, if it is alive, and returns its size.
+// With the last one that is alive the victim is dropped.
+func (m *Memory) step() (size int) {
+	addr := uint64(m.victim)<<slabBits | uint64(m.at)
+	e := m.entry(addr)
+	size = e.size()
+	m.at += size
+	if at := m.locate(addr); at.slot != 0 {
+		to, b := m.grow(size)
+		copy(b, e)
+		m.point(at, to)
+		m.die(addr)
+	}
+	return size
 }
 
 // choose makes the slab with most dead bytes the victim, if more is dead in all than may be.
