@@ -1,8 +1,9 @@
 // Package kvstore keeps lists of values under keys.
 //
 // KVStore is what the server asks of a store. Memory lives and dies with the process: memory.go
-// (what it does), index.go (how it finds a key) and slab.go (how a key and its list lie in
-// memory), each with a drawing. Other packages build on it:
+// (what it does), index.go (how it finds a key), slab.go (how a key and its list lie in
+// memory), large.go (what is too large for that), deadlines.go (which key ends next) and table.go
+// (arrays that snapshots share), most with a drawing. Other packages build on it:
 //
 //	durable       a Memory with a log, from which Open makes it again
 //	storage       where such a log is kept: a directory of the file system
