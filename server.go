@@ -773,7 +773,13 @@ func (s *keyValueServer) isFull(q *Query) bool {
 		return false
 	}
 	s.noteMemory()
-	return !s.budget.admits(q.memory(), 0) &&
+	if s.budget.admits(q.memory(), 0) {
+		return false
+	}
+
+	// What was freed in the middle of slabs can be used again, and a write that makes nothing more
+	// may use a part of the reserve.
+	return !s.budget.admits(q.memory()-s.db.Reclaim(), 0) &&
 		!(s.budget.admits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
 

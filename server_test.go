@@ -2721,6 +2721,42 @@ func TestMaxMemory(t *testing.T) {
 	})
 }
 
+// Ensure that what Deletes free can be used again where the memory is full: of every fourth of many
+// short values the room is filled with longer ones.
+func TestMaxMemoryIsUsedAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		n.server.budget.limit, n.server.budget.reserve = 20<<20, 0
+		put := func(name string, size int) (stored int) {
+			value := strings.Repeat("v", size)
+			for ; ; stored += 100 {
+				var b strings.Builder
+				for i := range 100 {
+					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
+				}
+				a.send(b.String() + "Ping\n")
+				refused := false
+				for line := a.read(); line != ":PONG"; line = a.read() {
+					refused = true
+				}
+				if refused {
+					return stored
+				}
+			}
+		}
+		stored := put("short", 100)
+		var b strings.Builder
+		for i := 0; i < stored; i += 4 {
+			fmt.Fprintf(&b, "Delete:short%d\n", i)
+		}
+		a.send(b.String() + "Ping\n")
+		a.want(":PONG")
+		if again := put("longer", 200); again < stored/4/2*8/10 {
+			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
+		}
+	})
+}
+
 // Ensure that what the last collection found alive, and is no data, counts: a snapshot
 // keeps what has been changed since.
 func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {

@@ -62,6 +62,10 @@ type Store interface {
 	// Footprint returns about how many bytes of memory the store takes, 0 if it does not know.
 	Footprint() int64
 
+	// Reclaim tells the store that memory is short. It returns how many bytes of the Footprint are
+	// dead and can be counted as free, for what is written next gets them.
+	Reclaim() (bytes int64)
+
 	// Room returns an error, and has changed nothing, if there is no room for one more record
 	// of so many bytes of key and values. A request that frees, a Delete or a Remove, may use
 	// the last room that there is.
@@ -146,6 +150,7 @@ type plain struct{ KVStore }
 
 func (plain) Size() (keys, values int, bytes int64)  { return -1, -1, -1 }
 func (plain) Footprint() int64                       { return 0 }
+func (plain) Reclaim() int64                         { return 0 }
 func (plain) Room(int64, bool) error                 { return nil }
 func (p plain) View(_ []string, key string) []string { return p.Get(key) }
 func (p plain) Measure(key string) (bytes int64)     { return int64(sizeOf(p.Get(key))) }
