@@ -2726,7 +2726,7 @@ func TestMaxMemory(t *testing.T) {
 func TestMaxMemoryIsUsedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
-		n.server.budget.limit, n.server.budget.reserve = 20<<20, 0
+		n.server.budget.limit, n.server.budget.reserve = 32<<20, 0
 		put := func(name string, size int) (stored int) {
 			value := strings.Repeat("v", size)
 			for ; ; stored += 100 {
