@@ -233,7 +233,7 @@ func (s *salvage) restore() {
 		if !base.whole {
 			s.lose("a part of %s: it has no proper end", base.log.path)
 		}
-		s.next = base.log.header.first
+		s.next = s.firstBehind(base)
 	}
 
 	// Every gap is a loss, whatever was in it.
@@ -277,7 +277,7 @@ func (s *salvage) base(frames []place) *found {
 	}
 	for _, complete := range []bool{true, false} {
 		for _, file := range s.snapshots {
-			if file.whole && (!complete || isComplete(file.log.header.first)) {
+			if file.whole && (!complete || isComplete(s.firstBehind(file))) {
 				return file
 			}
 		}
@@ -291,6 +291,20 @@ func (s *salvage) base(frames []place) *found {
 		}
 	}
 	return nil
+}
+
+// firstBehind is the sequence of the first frame behind what a snapshot stands for. Where its own
+// header cannot be read the next segment's says that, too; 0: none does.
+func (s *salvage) firstBehind(snapshot *found) uint64 {
+	if snapshot.log.bad == nil {
+		return snapshot.log.header.first
+	}
+	for _, file := range s.segments {
+		if file.number == snapshot.number+1 && file.log.bad == nil {
+			return file.log.header.first
+		}
+	}
+	return 0
 }
 
 // applyAll applies frames, of which the first should be next, and returns the sequence behind the
