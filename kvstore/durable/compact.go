@@ -108,7 +108,7 @@ type compaction struct {
 	through uint64           // the last segment that the snapshot stands for
 	store   kvstore.Snapshot // what all segments through that one make
 	stop    <-chan struct{}
-	isOurs  func() error // asked before the snapshot gets its name; nil: nobody need be asked
+	prepare func() error // run when all of the snapshot is on disk, before it gets its name; nil: nothing
 }
 
 // run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
@@ -118,10 +118,13 @@ func (c *compaction) run() (size int64, err error) {
 	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header,
 		func(w *logWriter) error {
 			err := writeAll(w, c.store, c.stop)
-			if err == nil && c.isOurs != nil {
-				err = c.isOurs() // the writing took its time
+			if err != nil || c.prepare == nil {
+				return err
 			}
-			return err
+			if err := w.sync(); err != nil {
+				return err
+			}
+			return c.prepare()
 		})
 	if err != nil {
 		return 0, err

@@ -203,8 +203,9 @@ func (d *Store) mend(c changes) error {
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
 // puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// What is useless goes before the snapshot gets its name, for below a snapshot a start wants
-// nothing but full files.
+// What is useless goes once all of the snapshot is on disk, for it may be good still, as a file that
+// was only touched; and before the snapshot gets its name, for below a snapshot a start wants nothing
+// but full files.
 func (d *Store) heal(useless []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
@@ -215,20 +216,9 @@ func (d *Store) heal(useless []string) error {
 		return errors.New("no new file can be made")
 	}
 
-	for _, name := range useless {
-		if err := d.dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	if slices.Contains(useless, storage.StoreName) {
-		if err := writeID(d.dir, d.id); err != nil {
-			return err
-		}
-	}
-
 	c := d.compaction()
 	c.stop = nil // also while the store closes: nobody else has the data
-	c.isOurs = d.lock.Look
+	c.prepare = func() error { return d.clearAway(useless) }
 	path := d.dir.Path(logName(kindSnapshot, c.through))
 	d.syncing.Store(&path)
 	defer d.syncing.Store(nil)
@@ -238,6 +228,23 @@ func (d *Store) heal(useless []string) error {
 		d.learn(logName(kindSnapshot, c.through), storage.StoreName)
 	}
 	return err
+}
+
+// clearAway removes files, and writes STORE anew if it is one of them, unless the directory is
+// another process's by now: the snapshot took its time.
+func (d *Store) clearAway(useless []string) error {
+	if err := d.lock.Look(); err != nil {
+		return err
+	}
+	for _, name := range useless {
+		if err := d.dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if slices.Contains(useless, storage.StoreName) {
+		return writeID(d.dir, d.id)
+	}
+	return nil
 }
 
 // lastLook is lookForFiles at the end, after which nobody has the data in memory: that it
