@@ -15,8 +15,8 @@ import (
 // copies; the copy opens like any store. step, if not nil, is told now and then how many bytes
 // were copied of about how many.
 func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Report, err error) {
-	err = fill(out, func() (err error) {
-		for range lookTries {
+	err = fillDirectory(out, func() (err error) {
+		for range readTries {
 			c := copier{out: out, step: step}
 			if err = c.copyAll(dir); err == nil {
 				r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
@@ -33,9 +33,9 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 	return r, err
 }
 
-// fill has make fill a directory that is empty, and locked meanwhile. If it fails, the directory is
+// fillDirectory has write fill a directory that is empty, and locked meanwhile. If it fails, the directory is
 // empty again.
-func fill(out storage.Directory, make func() error) error {
+func fillDirectory(out storage.Directory, write func() error) error {
 	lock, err := out.Lock(context.Background())
 	if err != nil {
 		return err
@@ -52,7 +52,7 @@ func fill(out storage.Directory, make func() error) error {
 		}
 	}
 
-	err = make()
+	err = write()
 	if err == nil {
 		err = lock.Held()
 	}
@@ -76,8 +76,8 @@ func empty(out storage.Directory) error {
 // openAll opens all files of a store, so that what others append, or compact away, from now on
 // does not matter: no file is read further than it is long now.
 func openAll(dir storage.Directory) (s *files, err error) {
-	for range lookTries { // a compaction may take a file away between its name and its opening
-		if s, err = find(dir); err != nil {
+	for range readTries { // a compaction may take a file away between its name and its opening
+		if s, err = findFiles(dir); err != nil {
 			if errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
@@ -123,7 +123,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 	for _, l := range c.logs {
 		c.total += l.size
 	}
-	err = c.walk(visitor{begin: c.begin, frame: c.copy, end: c.end})
+	err = c.walk(visitor{begin: c.beginFile, frame: c.copyFrame, end: c.endFile})
 	if c.w != nil {
 		err = errors.Join(err, c.w.f.Close())
 	}
@@ -133,12 +133,12 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 	return writeID(c.out, c.id)
 }
 
-func (c *copier) begin(l *logReader) (err error) {
+func (c *copier) beginFile(l *logReader) (err error) {
 	c.w, err = beginLog(c.out, logName(l.header.kind, l.header.number), l.header)
 	return err
 }
 
-func (c *copier) copy(l *logReader, f frame, payload []byte) error {
+func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
 	if c.copied += f.padded(); c.step != nil {
 		c.step(c.copied, c.total)
 	}
@@ -148,8 +148,8 @@ func (c *copier) copy(l *logReader, f frame, payload []byte) error {
 	return c.w.append(f, payload, 0)
 }
 
-// end ends the copy of a file. The last one's last frame says that all before it is on disk.
-func (c *copier) end(l *logReader, end logEnd, isLast bool) (err error) {
+// endFile ends the copy of a file. The last one's last frame says that all before it is on disk.
+func (c *copier) endFile(l *logReader, end logEnd, isLast bool) (err error) {
 	if isLast {
 		last := frame{sequence: end.next, synced: end.next - 1, kind: frameCleanStop}
 		if end.goesOn() {

@@ -31,15 +31,15 @@ func (r *Report) damage(err error) error {
 	return nil
 }
 
-// lookTries is how often Check and Backup begin again beside a compaction.
-const lookTries = 20
+// readTries is how often Check and Backup begin again beside a compaction.
+const readTries = 20
 
 // Check reads the whole store in dir and says what is there and what is wrong. It changes
 // nothing, and takes no lock but to see who has it: beside a process that has the store open it
 // reads what that has written so far. A compaction of that one may take files away: then Check
 // looks again.
 func Check(dir storage.Directory) (r Report, err error) {
-	for range lookTries {
+	for range readTries {
 		r, err = check(dir)
 		if _, inUse := dir.InUse(); !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
 			break
@@ -59,7 +59,7 @@ func check(dir storage.Directory) (r Report, err error) {
 	if owner, inUse := dir.InUse(); inUse {
 		r.say("in use  %s: read beside it, up to what is written by now", owner)
 	}
-	s, err := find(dir)
+	s, err := findFiles(dir)
 	switch {
 	case err != nil:
 		return r, r.damage(err)

@@ -31,7 +31,7 @@ func (d *Store) compact() {
 		return
 	}
 	d.compacted = make(chan compactionEnd, 1)
-	c := d.compaction()
+	c := d.newCompaction()
 	go func(freed int64) {
 		bytes, err := c.run()
 		d.compacted <- compactionEnd{c.through, bytes, freed, err}
@@ -44,8 +44,8 @@ func (d *Store) liveBytes() int64 {
 	return bytes + int64(keys+values)*recordExtra
 }
 
-// compaction is one of all full files, at a moment when these make what Memory holds.
-func (d *Store) compaction() *compaction {
+// newCompaction is one of all full files, at a moment when these make what Memory holds.
+func (d *Store) newCompaction() *compaction {
 	through := d.number - 1
 	return &compaction{dir: d.dir, through: through, store: d.Snapshot(), stop: d.stop,
 		header: fileHeader{kind: kindSnapshot, id: d.id, number: through, first: d.first}}
@@ -88,7 +88,7 @@ func (d *Store) noteCompaction(c compactionEnd) {
 	}
 	switch c.err {
 	case nil:
-		if most := 2 * (d.toDelete(0) + int64(d.reserve)); d.spare.size > most {
+		if most := 2 * (d.toDelete(0) + int64(d.zerosAhead)); d.spare.size > most {
 			d.spare.shrink(most)
 		}
 		d.status.Compactions.Add(1)

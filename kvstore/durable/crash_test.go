@@ -157,7 +157,7 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.reserve = 4096
+	d.zerosAhead = 4096
 	for i := range 100 {
 		if err := d.Room(110, false); err != nil {
 			t.Fatal(err)
@@ -181,7 +181,7 @@ func TestFullDisk(t *testing.T) {
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
-		d.reserve = 4096
+		d.zerosAhead = 4096
 		held := len(d.Get("key7"))
 		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("room for a Put: %v", err)

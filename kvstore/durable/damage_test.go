@@ -27,7 +27,7 @@ func TestTornEnd(t *testing.T) {
 	whole := dir.Names[name].Data
 	stale := storetest.New() // another store's frames
 	if d, err := Open(context.Background(), stale, Options{Fsync: FsyncNever}); err == nil {
-		d.reserve = 0
+		d.zerosAhead = 0
 		d.Put("stale", "stale")
 		d.Commit()
 	}
@@ -59,7 +59,7 @@ func TestTornEnd(t *testing.T) {
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
 			}
-			d.reserve = 500
+			d.zerosAhead = 500
 			d.Put("key", "more")
 			if err := d.Close(); err != nil {
 				t.Fatal(err)

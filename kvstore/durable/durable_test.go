@@ -36,8 +36,8 @@ func openSmall(dir storage.Directory, opts Options) (*Store, error) {
 	if err == nil {
 		d.mu.Lock() // the timer may have something to do
 		d.segmentSize, d.minCompact = 1500, 2000
-		if d.reserve > 0 {
-			d.reserve = 700
+		if d.zerosAhead > 0 {
+			d.zerosAhead = 700
 		}
 		d.mu.Unlock()
 	}

@@ -252,7 +252,7 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 		}
 		op := f.payload[0]
 		f.payload = f.payload[1:]
-		if err := f.apply(m, op); err != nil {
+		if err := f.applyRecord(m, op); err != nil {
 			return err
 		}
 	}
@@ -262,8 +262,8 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 	return nil
 }
 
-// apply does one record of the kind op to m, if all of it is there.
-func (f *fields) apply(m *kvstore.Memory, op byte) error {
+// applyRecord does one record of the kind op to m, if all of it is there.
+func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	place := 0
 	if hasPlace(op) {
 		place = int(min(f.number(), math.MaxInt32))
@@ -319,14 +319,14 @@ var errBadRecord = errors.New("a record does not fit its frame")
 // for then the file system has nothing of its own to write. (etcd and SQLite
 // write their logs that way, too.)
 type logWriter struct {
-	f    storage.File
-	name string
-	path string // as people call it
-	seed uint32
-	size int64 // bytes up to the end of the last frame
-	last int64 // offset of the last frame that this writer has written; 0: none
-	end  int64 // bytes of the file
-	buf  []byte
+	f        storage.File
+	name     string
+	path     string // as people call it
+	seed     uint32
+	size     int64 // bytes up to the end of the last frame
+	last     int64 // offset of the last frame that this writer has written; 0: none
+	fileSize int64 // bytes of the file
+	buf      []byte
 }
 
 // beginLog makes a log file under a temporary name: it has its own once publish has returned.
@@ -385,18 +385,18 @@ func extendLog(d storage.Directory, name string, h fileHeader, size int64) (*log
 	if err != nil {
 		return nil, err
 	}
-	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size, end: size}, nil
+	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size, fileSize: size}, nil
 }
 
 // noFrames is what a new segment is filled with.
 func noFrames(*logWriter) error { return nil }
 
-// append writes one frame, with room for reserve bytes more where the file ends.
-func (w *logWriter) append(f frame, payload []byte, reserve int) error {
+// append writes one frame, with so many zeros behind it where the file ends.
+func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
 	size := w.size + int64(len(w.buf))
-	if size > w.end {
-		w.buf = append(w.buf, make([]byte, reserve)...)
+	if size > w.fileSize {
+		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
 	w.last = w.size
 	err := w.write(w.buf)
@@ -411,30 +411,30 @@ func (w *logWriter) append(f frame, payload []byte, reserve int) error {
 func (w *logWriter) write(b []byte) error {
 	_, err := w.f.WriteAt(b, w.size)
 	w.size += int64(len(b))
-	w.end = max(w.end, w.size)
+	w.fileSize = max(w.fileSize, w.size)
 	return w.named("write", err)
 }
 
 // room is how many bytes of zeros there are behind the last frame.
-func (w *logWriter) room() int64 { return w.end - w.size }
+func (w *logWriter) room() int64 { return w.fileSize - w.size }
 
-// extend makes room for so many bytes.
-func (w *logWriter) extend(bytes int64) error {
+// makeRoom makes room for so many bytes.
+func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
-	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.end)
-	w.end += int64(n)
+	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.fileSize)
+	w.fileSize += int64(n)
 	return w.named("write", err)
 }
 
-// trim cuts off the room that is left but for spare bytes, durably.
-func (w *logWriter) trim(spare int64) error {
-	if w.room() <= spare {
+// trim cuts off the room that is left, durably.
+func (w *logWriter) trim() error {
+	if w.room() == 0 {
 		return nil
 	}
-	w.end = w.size + spare
-	if err := w.f.Truncate(w.end); err != nil {
+	w.fileSize = w.size
+	if err := w.f.Truncate(w.fileSize); err != nil {
 		return w.named("truncate", err)
 	}
 	return w.sync()

@@ -40,11 +40,11 @@ func (d *Store) learn(names ...string) {
 			known[name] = stamp
 		}
 	}
-	d.known, d.mark = known, mark{}
+	d.known, d.lastSeen = known, seenFrame{}
 }
 
-// mark is where a frame stood in the current file at the last look.
-type mark struct {
+// seenFrame is where a frame stood in the current file at the last look.
+type seenFrame struct {
 	offset   int64 // 0: there was none
 	sequence uint64
 }
@@ -60,7 +60,7 @@ type changes struct {
 func (d *Store) changed() (c changes, err error) {
 	d.writing <- struct{}{} // the timer does not make the file longer meanwhile
 	stamps, err := d.dir.Stamps()
-	last, end := mark{d.current.last, d.sequence}, d.current.end
+	last, end := seenFrame{d.current.last, d.sequence}, d.current.fileSize
 	<-d.writing
 	if err != nil {
 		return c, err
@@ -69,15 +69,15 @@ func (d *Store) changed() (c changes, err error) {
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]
-		known, isKnown := d.known[name]
+		was, isKnown := d.known[name]
 		switch {
-		case isThere && !isKnown && !slices.Contains(d.spoiled, name):
+		case isThere && !isKnown && !slices.Contains(d.unhealed, name):
 			d.known[name] = now // nobody could look when it was written
-		case slices.Contains(d.spoiled, name): // what was done about it may not be on disk
+		case slices.Contains(d.unhealed, name): // what was done about it may not be on disk
 			c.spoiled = append(c.spoiled, name)
-		case isThere && now.IsSame(known):
-		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(known) &&
-			(d.reserve == 0 || now.Size >= end && d.isIntact(last)):
+		case isThere && now.IsSame(was):
+		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(was) &&
+			(d.zerosAhead == 0 || now.Size >= end && d.isIntact(last)):
 		case isThere && name == storage.StoreName && d.isOurs():
 			d.known[name] = now
 		default:
@@ -108,7 +108,7 @@ func (d *Store) isOurs() bool {
 // isIntact tells whether the current file begins as it did, and has the frame that was its last one
 // at the last look: what was cut off may have become zeros, in front of what was written since. last
 // is the last one now.
-func (d *Store) isIntact(last mark) bool {
+func (d *Store) isIntact(last seenFrame) bool {
 	f := d.current.f
 	var b [headerSize]byte
 	if _, err := f.ReadAt(b[:], 0); err != nil {
@@ -118,14 +118,14 @@ func (d *Store) isIntact(last mark) bool {
 	if h, err := decodeHeader(b[:]); err != nil || h != want { // an older version has made it, perhaps
 		return false
 	}
-	if d.mark.offset > 0 {
-		_, err := f.ReadAt(b[:frameSize], d.mark.offset)
+	if d.lastSeen.offset > 0 {
+		_, err := f.ReadAt(b[:frameSize], d.lastSeen.offset)
 		head, ok := decodeFrame(b[:], d.current.seed)
-		if err != nil || !ok || head.sequence != d.mark.sequence {
+		if err != nil || !ok || head.sequence != d.lastSeen.sequence {
 			return false
 		}
 	}
-	d.mark = last
+	d.lastSeen = last
 	return true
 }
 
@@ -163,11 +163,11 @@ func (d *Store) lookForFiles(now time.Time) error {
 
 // sayStrangers tells the log of files that must be taken away by somebody, when they have come.
 func (d *Store) sayStrangers(names []string) {
-	if !slices.Equal(names, d.strangers) && len(names) > 0 {
+	if !slices.Equal(names, d.toldStrangers) && len(names) > 0 {
 		d.log.Error("files that are none of this store's were put into its directory: take them "+
 			"away, or the next start is refused", "files", names, "dir", d.dir.Path(""))
 	}
-	d.strangers = names
+	d.toldStrangers = names
 }
 
 // mend brings the files back to what they should be, and looks whether they are.
@@ -175,17 +175,17 @@ func (d *Store) mend(c changes) error {
 	if len(c.spoiled) > 0 {
 		d.log.Error("files were removed or changed while the server uses them; all data is written "+
 			"anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
-		d.spoiled = c.spoiled
+		d.unhealed = c.spoiled
 		if err := d.heal(slices.Concat(c.spoiled, c.leftovers)); err != nil {
 			return err
 		}
-		d.spoiled = nil
-	} else if !slices.Equal(c.leftovers, d.removed) {
+		d.unhealed = nil
+	} else if !slices.Equal(c.leftovers, d.toldLeftovers) {
 		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir",
 			d.dir.Path(""))
 	}
-	d.removed = c.leftovers
+	d.toldLeftovers = c.leftovers
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has
 	}
@@ -216,7 +216,7 @@ func (d *Store) heal(useless []string) error {
 		return errors.New("no new file can be made")
 	}
 
-	c := d.compaction()
+	c := d.newCompaction()
 	c.stop = nil // also while the store closes: nobody else has the data
 	c.prepare = func() error { return d.clearAway(useless) }
 	path := d.dir.Path(logName(kindSnapshot, c.through))

@@ -15,12 +15,12 @@ import (
 // owner, and the timer, which syncs what the owner did not wait for.
 type journal struct {
 	// Read-only once the store is open.
-	dir     storage.Directory
-	id      storeID
-	log     *slog.Logger
-	status  *storage.Status
-	fsync   time.Duration // Options.Fsync
-	reserve int           // bytes of zeros by which a file grows; 0: by none
+	dir        storage.Directory
+	id         storeID
+	log        *slog.Logger
+	status     *storage.Status
+	fsync      time.Duration // Options.Fsync
+	zerosAhead int           // bytes of zeros by which a file grows; 0: by none
 
 	// The owner's.
 	number uint64 // of the current file
@@ -102,11 +102,11 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	if err != nil {
 		return
 	}
-	reserve := j.reserve
+	zeros := j.zerosAhead
 	if kind != frameRecords {
-		reserve = 0 // nothing may follow for long
+		zeros = 0 // nothing may follow for long
 	}
-	if err := w.append(f, payload, reserve); err != nil {
+	if err := w.append(f, payload, zeros); err != nil {
 		j.fail(err)
 	}
 	j.mu.Lock()
@@ -181,7 +181,7 @@ func (j *journal) goOn() (full int64, err error) {
 	defer func() { <-j.fsyncs }()
 	old := j.current
 	j.syncing.Store(&old.path)
-	if err := errors.Join(old.trim(0), old.f.Close()); err != nil {
+	if err := errors.Join(old.trim(), old.f.Close()); err != nil {
 		return 0, errors.Join(err, w.f.Close())
 	}
 	j.mu.Lock()
@@ -194,8 +194,8 @@ func (j *journal) goOn() (full int64, err error) {
 // nextSegment makes the segment behind the current one, if that has room for the frame that
 // says so.
 func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
-	if j.reserve > 0 {
-		err := j.current.extend(frameSize)
+	if j.zerosAhead > 0 {
+		err := j.current.makeRoom(frameSize)
 		if j.room = j.current.room(); err != nil {
 			return nil, err
 		}
@@ -273,7 +273,7 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.reserve > 0 && (j.isFull || j.current.room() < frameSize) {
+	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < frameSize) {
 		due, j.vouched = false, true
 	}
 	j.mu.Unlock()

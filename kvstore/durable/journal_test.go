@@ -163,7 +163,7 @@ func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.reserve = 0
+	d.zerosAhead = 0
 	for i := range commits {
 		starts = append(starts, len(dir.Names[name].Data))
 		d.Put("key", fmt.Sprint("value", i))
@@ -187,7 +187,7 @@ func TestRoomForFrames(t *testing.T) {
 		d.Commit()
 		sizes = append(sizes, len(dir.Names["seg-1.log"].Data))
 	}
-	if sizes[0] < d.reserve || sizes[4] != sizes[0] {
+	if sizes[0] < d.zerosAhead || sizes[4] != sizes[0] {
 		t.Errorf("five commits made files of %d bytes, want one size", sizes)
 	}
 	killed := dir.With("none", nil)
@@ -633,7 +633,7 @@ func TestLargeCommitIsSplit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.reserve = 0
+	d.zerosAhead = 0
 	value := strings.Repeat("v", 1000)
 	for i := range 5000 {
 		d.Put(fmt.Sprint(i), value)
@@ -692,7 +692,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := storetest.New()
 	first, _ := Open(context.Background(), dir, Options{Fsync: FsyncNever})
-	first.reserve = 0
+	first.zerosAhead = 0
 	var starts []int
 	f := dir.Names["seg-1.log"]
 	for i := range 5 {

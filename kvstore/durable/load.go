@@ -124,8 +124,8 @@ type files struct {
 	logs []*logReader // for each of names; nil: it is not open
 }
 
-// find finds out which files are the store. One without logs is a new store.
-func find(dir storage.Directory) (s *files, err error) {
+// findFiles finds out which files are the store. One without logs is a new store.
+func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 	id, found, err := readID(dir)
 	if err != nil {
@@ -152,7 +152,7 @@ func find(dir storage.Directory) (s *files, err error) {
 // stopped before it was a store.
 var ErrUnfinished = errors.New("an unfinished store")
 
-// findNew is find where there is no STORE: it wants nothing but what a first start leaves that
+// findNew is findFiles where there is no STORE: it wants nothing but what a first start leaves that
 // did not get so far, which holds no data.
 func (s *files) findNew() error {
 	l, err := readLayout(s.dir)
@@ -288,7 +288,7 @@ func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, 
 	if end, err = l.scan(v.frame); err != nil {
 		return end, false, err
 	}
-	if isLast, err = s.judge(i, end); err != nil {
+	if isLast, err = s.judgeFile(i, end); err != nil {
 		return end, false, err
 	}
 	if v.end != nil {
@@ -297,8 +297,8 @@ func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, 
 	return end, isLast, err
 }
 
-// judge decides whether the i-th file may end so. isLast: nothing is to be read behind it.
-func (s *files) judge(i int, end logEnd) (isLast bool, err error) {
+// judgeFile decides whether the i-th file may end so. isLast: nothing is to be read behind it.
+func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 	newest := i == len(s.logs)-1
 	at := &storage.DamageError{File: s.dir.Path(s.names()[i]), Offset: end.offset, Frame: end.next}
 	switch {
@@ -357,7 +357,7 @@ func (s *files) isEmpty(i int, next uint64) (bool, error) {
 // load makes the store what the log says, and the log ready to be written, unless ctx is
 // done before.
 func (d *Store) load(ctx context.Context) error {
-	s, err := find(d.dir)
+	s, err := findFiles(d.dir)
 	if err != nil {
 		return err
 	}
@@ -400,7 +400,7 @@ func (d *Store) load(ctx context.Context) error {
 	if err := d.resume(last); err != nil {
 		return err
 	}
-	p.end(d.Memory)
+	p.finish(d.Memory)
 
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
@@ -452,7 +452,7 @@ func (d *Store) resume(end logEnd) error {
 	if err != nil {
 		return err
 	}
-	w.end = end.size
+	w.fileSize = end.size
 
 	// After a clean stop nothing was torn. Else a start before this one may have cleared it, but
 	// in the kernel's memory alone: so all behind the last frame is cleared once more.
@@ -542,7 +542,7 @@ func (p *progress) step(f frame) error {
 	return p.ctx.Err()
 }
 
-func (p *progress) end(m *kvstore.Memory) {
+func (p *progress) finish(m *kvstore.Memory) {
 	keys, values, _ := m.Size()
 	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files,
 		"bytes", p.total, "took", time.Since(p.start).Round(time.Millisecond))

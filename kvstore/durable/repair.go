@@ -41,7 +41,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, s.err
 	}
 
-	err = fill(out, func() error { return s.write(out) })
+	err = fillDirectory(out, func() error { return s.write(out) })
 	if err != nil {
 		return r, err
 	}
@@ -57,38 +57,38 @@ type salvage struct {
 	report *Report
 	err    error // the first that is no damage
 
-	snapshots []*found // the newest first
-	segments  []*found
+	snapshots []*foundFile // the newest first
+	segments  []*foundFile
 	m         *kvstore.Memory
 	next      uint64 // sequence of the frame that comes behind those in m
 }
 
-// found is a log file, and what is whole in it.
-type found struct {
+// foundFile is a log file, and what is whole in it.
+type foundFile struct {
 	log    *logReader
 	number uint64
-	frames []place
+	frames []foundFrame
 	whole  bool // a snapshot with its end
 	goesOn bool // the last frame says that another file follows
 	rest   tail // what stands behind the last frame
 }
 
-// place is where a whole frame is.
-type place struct {
-	in       *found
+// foundFrame is where a whole frame is.
+type foundFrame struct {
+	in       *foundFile
 	frame    frame
 	offset   int64 // of the frame
 	sequence uint64
 }
 
-// bad says what is not as it was written.
-func (s *salvage) bad(format string, args ...any) {
+// sayDamaged says what is not as it was written.
+func (s *salvage) sayDamaged(format string, args ...any) {
 	s.report.Damaged = true
 	s.report.say("DAMAGED "+format, args...)
 }
 
-// lose says what is lost.
-func (s *salvage) lose(format string, args ...any) {
+// sayLost says what is lost.
+func (s *salvage) sayLost(format string, args ...any) {
 	s.report.Damaged, s.report.Lost = true, true
 	s.report.say("LOST    "+format, args...)
 }
@@ -101,11 +101,11 @@ func (s *salvage) findID(names []string) error {
 	case err != nil && !errors.As(err, new(*storage.DamageError)):
 		return err
 	case err != nil:
-		s.bad("%v", err)
+		s.sayDamaged("%v", err)
 	case !isThere:
-		s.bad("%s is missing", s.dir.Path(storage.StoreName))
+		s.sayDamaged("%s is missing", s.dir.Path(storage.StoreName))
 	case most > 0 && 2*most >= of && said != id:
-		s.bad("%s is another store's", s.dir.Path(storage.StoreName))
+		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
 	switch {
 	case most > 0 && 2*most >= of:
@@ -146,7 +146,7 @@ func (s *salvage) readAll(names []string) error {
 	if frames == 0 {
 		return ErrNothingRead
 	}
-	newestFirst := func(a, b *found) int { return cmp.Compare(b.number, a.number) }
+	newestFirst := func(a, b *foundFile) int { return cmp.Compare(b.number, a.number) }
 	slices.SortStableFunc(s.snapshots, newestFirst)
 	slices.SortStableFunc(s.segments, newestFirst)
 	return nil
@@ -154,7 +154,7 @@ func (s *salvage) readAll(names []string) error {
 
 // read finds the whole frames of one file. A header that cannot be read is taken to be what the
 // name says; that of another store is none of ours.
-func (s *salvage) read(name string, kind uint32, number uint64) (*found, error) {
+func (s *salvage) read(name string, kind uint32, number uint64) (*foundFile, error) {
 	l, err := openLog(s.dir, name)
 	if err != nil {
 		return nil, err
@@ -164,21 +164,21 @@ func (s *salvage) read(name string, kind uint32, number uint64) (*found, error) 
 		l.f.Close()
 		return nil, l.bad // a version that we do not know
 	case l.bad != nil:
-		s.bad("%v", l.bad)
-		l.begin(fileHeader{kind: kind, id: s.id, number: number})
+		s.sayDamaged("%v", l.bad)
+		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
 		l.f.Close()
 		s.report.say("ignored %s: it belongs to another store", l.path)
 		return nil, nil
 	case l.header.kind != kind || l.header.number != number:
-		s.bad("%s is %s, renamed", l.path, logName(l.header.kind, l.header.number))
+		s.sayDamaged("%s is %s, renamed", l.path, logName(l.header.kind, l.header.number))
 	}
 
-	file := &found{log: l, number: l.header.number}
+	file := &foundFile{log: l, number: l.header.number}
 	for more := true; more; {
 		at := l.offset
 		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
-			file.frames = append(file.frames, place{file, f, at, f.sequence})
+			file.frames = append(file.frames, foundFrame{file, f, at, f.sequence})
 			at = l.offset
 			return nil
 		})
@@ -198,19 +198,19 @@ func (s *salvage) read(name string, kind uint32, number uint64) (*found, error) 
 		}
 		switch {
 		case more && l.offset == end.offset:
-			s.bad("%v", end.bad)
+			s.sayDamaged("%v", end.bad)
 			file.whole = false
 		case more:
-			s.bad("bytes %d to %d of %s", end.offset, l.offset, l.path)
+			s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
 			file.whole = false
 		case end.tail != nothing && file.log.header.kind == kindSnapshot:
-			s.bad("%s: behind %d bytes there is no whole frame", l.path, end.offset)
+			s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
 		case end.tail != nothing:
 			s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
 		}
 	}
 	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
-		s.bad("%s has no proper end", l.path)
+		s.sayDamaged("%s has no proper end", l.path)
 	}
 	s.report.say("read    %d frames of %s", len(file.frames), l.path)
 	return file, nil
@@ -231,28 +231,28 @@ func (s *salvage) restore() {
 	if base != nil {
 		s.applyAll(base.frames, 1)
 		if !base.whole {
-			s.lose("a part of %s: it has no proper end", base.log.path)
+			s.sayLost("a part of %s: it has no proper end", base.log.path)
 		}
 		s.next = s.firstBehind(base)
 	}
 
 	// Every gap is a loss, whatever was in it.
 	i, _ := slices.BinarySearchFunc(frames, s.next,
-		func(p place, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
+		func(p foundFrame, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
 	s.next = s.applyAll(frames[i:], s.next)
-	s.judgeEnd(base)
+	s.sayLostEnd(base)
 }
 
 // inOrder are the frames of all segments by their sequence, each once.
-func (s *salvage) inOrder() (frames []place) {
+func (s *salvage) inOrder() (frames []foundFrame) {
 	for _, file := range s.segments {
 		frames = append(frames, file.frames...)
 	}
-	slices.SortStableFunc(frames, func(a, b place) int { return cmp.Compare(a.sequence, b.sequence) })
+	slices.SortStableFunc(frames, func(a, b foundFrame) int { return cmp.Compare(a.sequence, b.sequence) })
 	once := frames[:0]
 	for _, p := range frames {
 		if n := len(once); n > 0 && once[n-1].sequence == p.sequence {
-			s.bad("frame %d is there twice, at offset %d of %s", p.sequence, p.offset,
+			s.sayDamaged("frame %d is there twice, at offset %d of %s", p.sequence, p.offset,
 				p.in.log.path)
 			continue
 		}
@@ -263,7 +263,7 @@ func (s *salvage) inOrder() (frames []place) {
 
 // base is the snapshot to begin with: the newest whole one from which no frame is missing, or none
 // where none is missing from the first; else the newest whole one, or the newest.
-func (s *salvage) base(frames []place) *found {
+func (s *salvage) base(frames []foundFrame) *foundFile {
 	isComplete := func(first uint64) bool {
 		next := first
 		for _, p := range frames {
@@ -295,7 +295,7 @@ func (s *salvage) base(frames []place) *found {
 
 // firstBehind is the sequence of the first frame behind what a snapshot stands for. Where its own
 // header cannot be read the next segment's says that, too; 0: none does.
-func (s *salvage) firstBehind(snapshot *found) uint64 {
+func (s *salvage) firstBehind(snapshot *foundFile) uint64 {
 	if snapshot.log.bad == nil {
 		return snapshot.log.header.first
 	}
@@ -309,36 +309,36 @@ func (s *salvage) firstBehind(snapshot *found) uint64 {
 
 // applyAll applies frames, of which the first should be next, and returns the sequence behind the
 // last.
-func (s *salvage) applyAll(frames []place, next uint64) uint64 {
+func (s *salvage) applyAll(frames []foundFrame, next uint64) uint64 {
 	for _, p := range frames {
 		if p.sequence > next {
-			s.lose("frames %d to %d, which came before offset %d of %s", next, p.sequence-1, p.offset,
+			s.sayLost("frames %d to %d, which came before offset %d of %s", next, p.sequence-1, p.offset,
 				p.in.log.path)
 		}
 		payload := make([]byte, p.frame.length)
 		if _, err := p.in.log.f.ReadAt(payload, p.offset+frameSize); err != nil {
 			s.err = cmp.Or(s.err, readError(p.in.log.path, err))
 		} else if err := apply(s.m, string(payload), p.frame.count); err != nil {
-			s.lose("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, p.in.log.path, err)
+			s.sayLost("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, p.in.log.path, err)
 		}
 		next = p.sequence + 1
 	}
 	return next
 }
 
-// judgeEnd says what may be lost behind the last frame.
-func (s *salvage) judgeEnd(base *found) {
-	i := slices.IndexFunc(s.segments, func(file *found) bool {
+// sayLostEnd says what may be lost behind the last frame.
+func (s *salvage) sayLostEnd(base *foundFile) {
+	i := slices.IndexFunc(s.segments, func(file *foundFile) bool {
 		return file.log.bad == nil || len(file.frames) > 0
 	})
 	switch {
 	case i < 0, base != nil && s.segments[i].number <= base.number:
-		s.lose("what came after %s: the next file is missing, or cannot be read", base.log.path)
+		s.sayLost("what came after %s: the next file is missing, or cannot be read", base.log.path)
 	case s.segments[i].goesOn:
-		s.lose("what came after %s: the next file is missing, or cannot be read",
+		s.sayLost("what came after %s: the next file is missing, or cannot be read",
 			s.segments[i].log.path)
 	case len(s.segments[i].frames) == 0 && s.segments[i].log.header.first > s.next+1:
-		s.lose("frames %d to %d, which came before %s", s.next, s.segments[i].log.header.first-1,
+		s.sayLost("frames %d to %d, which came before %s", s.next, s.segments[i].log.header.first-1,
 			s.segments[i].log.path)
 	}
 }

@@ -60,12 +60,12 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	case err != nil:
 		l.bad = &storage.DamageError{File: l.path, What: err.Error()}
 	}
-	l.begin(h)
+	l.beginBehind(h)
 	return l, nil
 }
 
-// begin has the next read be of the first frame behind the header h.
-func (l *logReader) begin(h fileHeader) {
+// beginBehind has the next read be of the first frame behind the header h.
+func (l *logReader) beginBehind(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
 		l.next = 1
@@ -73,8 +73,8 @@ func (l *logReader) begin(h fileHeader) {
 	l.r = bufio.NewReaderSize(readerOf(l.f, headerSize), readSize(max(l.size, headerSize)))
 }
 
-// damage is damage at the next frame.
-func (l *logReader) damage(what string) *storage.DamageError {
+// damageHere is damage at the next frame.
+func (l *logReader) damageHere(what string) *storage.DamageError {
 	return &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
 }
 
@@ -107,7 +107,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 
 	// The head: its length is believed once its checksum holds.
 	if l.size-l.offset < frameSize {
-		return f, nil, l.damage("the file ends inside a frame's head")
+		return f, nil, l.damageHere("the file ends inside a frame's head")
 	}
 	var head [frameSize]byte
 	if _, err := io.ReadFull(l.r, head[:]); err != nil {
@@ -116,11 +116,11 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	f, ok := decodeFrame(head[:], l.seed)
 	switch {
 	case !ok:
-		return f, nil, l.damage("the frame's checksum is wrong")
+		return f, nil, l.damageHere("the frame's checksum is wrong")
 	case f.sequence != l.next:
-		return f, nil, l.damage(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
+		return f, nil, l.damageHere(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
 	case l.size-l.offset < f.padded():
-		return f, nil, l.damage("the file ends inside a frame")
+		return f, nil, l.damageHere("the file ends inside a frame")
 	case l.limit > 0 && l.offset+f.padded() > l.limit:
 		return f, nil, errEnd
 	}
@@ -136,7 +136,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	}
 	payload = l.buf[:f.length]
 	if crc(l.seed, payload) != f.crc {
-		return f, nil, l.damage("the records' checksum is wrong")
+		return f, nil, l.damageHere("the records' checksum is wrong")
 	}
 	l.offset += f.padded()
 	l.next++
@@ -173,7 +173,7 @@ func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 		// A frame behind it may have come while we looked.
 		if rest, restErr := l.rest(); restErr != nil {
 			return f, nil, nil, restErr
-		} else if _, synced := l.look(rest); !synced || n == tries {
+		} else if _, synced := l.laterFrames(rest); !synced || n == tries {
 			return f, nil, rest, err
 		}
 	}
@@ -188,10 +188,10 @@ func (l *logReader) rest() ([]byte, error) {
 	return rest, nil
 }
 
-// look looks for frames in rest, whose beginning is bad, at every offset where one
+// laterFrames looks for frames in rest, whose beginning is bad, at every offset where one
 // could begin. It returns how many there are, and whether one says that the bad one
 // had once been on disk.
-func (l *logReader) look(rest []byte) (frames int, synced bool) {
+func (l *logReader) laterFrames(rest []byte) (frames int, synced bool) {
 	for ; len(rest) >= frameSize; rest = rest[8:] {
 		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next {
 			frames++
@@ -276,13 +276,13 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		case err == errEnd, errors.Is(err, errShorter) && end.goesOn():
 			return end, nil
 		case errors.As(err, &damage):
-			l.judge(&end, damage, rest)
+			l.judgeTail(&end, damage, rest)
 			return end, nil
 		case err != nil:
 			return end, err
 		case isLast:
 			l.offset = end.offset
-			end.tail, end.bad = damaged, l.damage("a frame follows the one that should be the last")
+			end.tail, end.bad = damaged, l.damageHere("a frame follows the one that should be the last")
 			return end, nil
 		}
 
@@ -292,22 +292,22 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		end.frames++
 		end.last = f.kind
 		doubts = append(doubts, end.offset)
-		known := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
-		if known < len(doubts) {
-			doubts = slices.Delete(doubts, 0, len(doubts)-known)
+		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
+		if left < len(doubts) {
+			doubts = slices.Delete(doubts, 0, len(doubts)-left)
 		}
 	}
 }
 
-// judge tells what rest is, which follows the good part of the file and begins with damage.
-func (l *logReader) judge(end *logEnd, damage error, rest []byte) {
+// judgeTail tells what rest is, which follows the good part of the file and begins with damage.
+func (l *logReader) judgeTail(end *logEnd, damage error, rest []byte) {
 	end.bytes = int64(len(bytes.TrimRight(rest, "\x00")))
 	if end.bytes == 0 {
 		return // a full file may have zeros behind its last frame: a rotation was killed
 	}
 	end.bad = damage
 	var synced bool
-	end.loose, synced = l.look(rest)
+	end.loose, synced = l.laterFrames(rest)
 	switch {
 	case synced, end.goesOn():
 		end.tail = damaged

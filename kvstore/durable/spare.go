@@ -7,10 +7,10 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// spare is a file of zeros, SPARE, which keeps room on the disk for what frees: when the disk is
+// spareFile is a file of zeros, SPARE, which keeps room on the disk for what frees: when the disk is
 // full it gives as much back as the log needs to go on. It is as large as it takes to delete every
 // key, one at a time. It is the owner's.
-type spare struct {
+type spareFile struct {
 	file storage.File // nil: there is none
 	size int64        // bytes
 }
@@ -28,7 +28,7 @@ const (
 )
 
 // openSpare opens the spare file, if there is one.
-func openSpare(dir storage.Directory) (s spare, err error) {
+func openSpare(dir storage.Directory) (s spareFile, err error) {
 	names, err := dir.List()
 	if err != nil || !slices.Contains(names, spareName) {
 		return s, err
@@ -39,7 +39,7 @@ func openSpare(dir storage.Directory) (s spare, err error) {
 	}
 	f.Close()
 	if s.file, err = dir.Extend(spareName); err != nil {
-		return spare{}, err
+		return spareFile{}, err
 	}
 	s.size = size
 	return s, nil
@@ -47,7 +47,7 @@ func openSpare(dir storage.Directory) (s spare, err error) {
 
 // grow makes the spare file have at least so many bytes, in steps. What it can have it has, also
 // where that fails.
-func (s *spare) grow(dir storage.Directory, size, step int64) (err error) {
+func (s *spareFile) grow(dir storage.Directory, size, step int64) (err error) {
 	if s.file == nil {
 		if s.file, err = dir.Create(spareName); err != nil {
 			return err
@@ -65,7 +65,7 @@ func (s *spare) grow(dir storage.Directory, size, step int64) (err error) {
 }
 
 // shrink gives back what the spare file has more than so many bytes.
-func (s *spare) shrink(size int64) error {
+func (s *spareFile) shrink(size int64) error {
 	if s.size <= size {
 		return nil
 	}
@@ -77,7 +77,7 @@ func (s *spare) shrink(size int64) error {
 }
 
 // close closes the file.
-func (s *spare) close() error {
+func (s *spareFile) close() error {
 	if s.file == nil {
 		return nil
 	}
@@ -89,7 +89,7 @@ func (s *spare) close() error {
 func (d *Store) toDelete(bytes int64) int64 {
 	keys, _, _ := d.Size()
 	return d.KeyBytes() + bytes + int64(keys+1)*deleteExtra +
-		int64(d.reserve/spareShare)
+		int64(d.zerosAhead/spareShare)
 }
 
 // Room returns an error, and nothing has changed, if the disk has no room for one
@@ -104,7 +104,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return errTooLarge(bytes)
 	case d.failure() != nil:
 		return nil
-	case d.reserve == 0:
+	case d.zerosAhead == 0:
 		return d.roomBeside(need, frees)
 	case frees:
 		return d.roomToFree(need)
@@ -117,10 +117,10 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	if d.room >= need && d.spare.size >= spare && !d.isFull {
 		return nil
 	}
-	if d.spare.size < spare && d.spare.grow(d.dir, spare, int64(d.reserve)) != nil {
+	if d.spare.size < spare && d.spare.grow(d.dir, spare, int64(d.zerosAhead)) != nil {
 		need += spare - d.spare.size
 	}
-	err := d.extend(need)
+	err := d.makeRoom(need)
 	if wasFull := d.setFull(err != nil); err != nil {
 		d.noRoom, d.refused, d.roomAfter = err, bytes, time.Now().Add(roomTime)
 	} else if wasFull {
@@ -139,17 +139,17 @@ func (d *Store) roomBeside(bytes int64, frees bool) error {
 
 // roomToFree is Room for what frees. Where the disk is full the spare file gives some back.
 func (d *Store) roomToFree(need int64) error {
-	err := d.extend(need)
+	err := d.makeRoom(need)
 	if err != nil && d.squeeze() {
-		err = d.extend(need)
+		err = d.makeRoom(need)
 	}
 	for err != nil && d.spare.size > 0 {
 		d.setFull(true)
-		left := max(0, d.spare.size-max(need, int64(d.reserve)))
+		left := max(0, d.spare.size-max(need, int64(d.zerosAhead)))
 		if shrinkErr := d.spare.shrink(left); shrinkErr != nil {
 			return shrinkErr
 		}
-		err = d.extend(need)
+		err = d.makeRoom(need)
 	}
 	return err
 }
@@ -170,7 +170,7 @@ func (d *Store) squeeze() bool {
 	if d.spare.shrink(d.spare.size-need) != nil || d.rotate() != nil || d.number == before {
 		return false
 	}
-	c := d.compaction()
+	c := d.newCompaction()
 	bytes, err := c.run()
 	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err})
 	return err == nil
@@ -186,14 +186,14 @@ func (d *Store) setFull(isFull bool) (was bool) {
 	return was
 }
 
-// extend makes room for so many bytes in the current file.
-func (d *Store) extend(need int64) error {
+// makeRoom makes room for so many bytes in the current file.
+func (d *Store) makeRoom(need int64) error {
 	if d.room >= need {
 		return nil
 	}
 	d.writing <- struct{}{}
 	defer func() { <-d.writing }()
-	err := d.current.extend(max(need, int64(d.reserve)))
+	err := d.current.makeRoom(max(need, int64(d.zerosAhead)))
 	if d.room = d.current.room(); d.room >= need {
 		return nil
 	}
@@ -204,6 +204,6 @@ func (d *Store) extend(need int64) error {
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	if _, isThere := stamps[spareName]; d.spare.file != nil && !isThere {
 		d.spare.close()
-		d.spare = spare{}
+		d.spare = spareFile{}
 	}
 }

@@ -81,7 +81,7 @@ type Store struct {
 	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
 
 	// Room on the disk.
-	spare     spare
+	spare     spareFile
 	noRoom    error     // why the last write was refused
 	refused   int64     // its bytes
 	roomAfter time.Time // none that is as large is taken before
@@ -100,11 +100,11 @@ type Store struct {
 	looked    time.Time                // when that was done last
 	healAfter time.Time                // what is spoiled is not written anew before
 	known     map[string]storage.Stamp // what the files were when we had done something to them
-	mark      mark                     // in the current file
-	spoiled   []string                 // files of ours whose heal has failed
+	lastSeen  seenFrame                // in the current file
+	unhealed  []string                 // files of ours whose heal has failed
 	// files of others that were told of
-	strangers, removed []string
-	healing            atomic.Bool // heal runs
+	toldStrangers, toldLeftovers []string
+	healing                      atomic.Bool // heal runs
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
@@ -114,7 +114,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
 		stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
 			fsync: opts.Fsync, writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}}
-	d.segmentSize, d.minCompact, d.reserve = dir.Sizes()
+	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -135,7 +135,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	if err = noFile; err == nil || storage.IsFull(err) {
 		err = d.load(ctx)
 	}
-	if noFile != nil && err == nil && d.current.extend(int64(d.reserve)) == nil {
+	if noFile != nil && err == nil && d.current.makeRoom(int64(d.zerosAhead)) == nil {
 		err = noFile // there is room, but no new file can be made: there are too many
 	}
 	if err != nil {
@@ -451,8 +451,8 @@ func (d *Store) Close() error {
 	}
 	d.stopTimer()
 	if err == nil {
-		if d.reserve > 0 {
-			err = d.current.extend(frameSize)
+		if d.zerosAhead > 0 {
+			err = d.current.makeRoom(frameSize)
 		}
 		if err == nil {
 			d.writeFrame(frameCleanStop)
@@ -463,10 +463,10 @@ func (d *Store) Close() error {
 	}
 	d.syncing.Store(&d.current.path)
 	if err == nil {
-		err = d.current.trim(0)
+		err = d.current.trim()
 	}
 	if d.isFull { // what was cut off is the next start's to delete with
-		d.spare.grow(d.dir, d.toDelete(0), int64(d.reserve))
+		d.spare.grow(d.dir, d.toDelete(0), int64(d.zerosAhead))
 	}
 	return errors.Join(err, d.current.f.Close(), d.spare.close(), d.lock.Close(), d.dir.Close())
 }
