@@ -145,9 +145,13 @@ func (r response) read(i int) found {
 	return found{}
 }
 
-func putKey(key, value []byte) operation   { return operation{Put: &keyValue{Key: key, Value: value}} }
-func deleteKeys(key, end []byte) operation { return operation{Delete: &keyRange{Key: key, End: end}} }
-func readKey(key []byte) operation         { return operation{Range: &keyRange{Key: key}} }
+func putKey(key, value []byte) operation {
+	return operation{Put: &keyValue{Key: key, Value: value}}
+}
+func deleteKeys(key, end []byte) operation {
+	return operation{Delete: &keyRange{Key: key, End: end}}
+}
+func readKey(key []byte) operation { return operation{Range: &keyRange{Key: key}} }
 func isValue(key, value []byte) comparison {
 	return comparison{"VALUE", "", keyValue{Key: key, Value: value}}
 }

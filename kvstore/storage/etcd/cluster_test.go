@@ -231,7 +231,8 @@ func (c *etcdCluster) putBack() {
 	c.killMembers(func() {
 		for i := range c.members {
 			m := fmt.Sprint("m", i)
-			if err := os.CopyFS(filepath.Join(copied, m), os.DirFS(filepath.Join(c.dir, m))); err != nil {
+			err := os.CopyFS(filepath.Join(copied, m), os.DirFS(filepath.Join(c.dir, m)))
+			if err != nil {
 				c.t.Fatal(err)
 			}
 		}
@@ -314,7 +315,8 @@ func (c *etcdCluster) fill() {
 	c.ask("kv/range", keyRange{Key: []byte("kv/lock")}, &status)
 	c.ask("kv/compaction", map[string]any{"revision": status.Header.Revision, "physical": true}, nil)
 	for i := range c.members {
-		r, err := http.Post("http://"+c.client(i)+"/v3/maintenance/defragment", "", strings.NewReader("{}"))
+		r, err := http.Post("http://"+c.client(i)+"/v3/maintenance/defragment", "",
+			strings.NewReader("{}"))
 		if err != nil {
 			c.t.Fatal(err)
 		}

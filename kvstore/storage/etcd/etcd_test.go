@@ -968,8 +968,8 @@ func TestEtcdOddKeys(t *testing.T) {
 			e := newFakeEtcd()
 			e.put(key, "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
-			if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.Is(err, storage.ErrNotOurs) ||
-				len(e.kvs) != 1 {
+			_, err := durable.Open(t.Context(), dir, durable.Options{})
+			if !errors.Is(err, storage.ErrNotOurs) || len(e.kvs) != 1 {
 				t.Errorf("beside %s: %v, and then there are %d keys", key, err, len(e.kvs))
 			}
 		}
@@ -986,7 +986,8 @@ func TestEtcdOddKeys(t *testing.T) {
 			id := e.kvs["kv/n/seg-1.log"].Value
 			e.put(fmt.Sprintf("kv/d/%s/%s", id, piece), "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
-			if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.As(err, new(*storage.DamageError)) {
+			_, err := durable.Open(t.Context(), dir, durable.Options{})
+			if !errors.As(err, new(*storage.DamageError)) {
 				t.Errorf("with a piece %q: %v", piece, err)
 			}
 		}
