@@ -259,7 +259,13 @@ func TestEtcdGone(t *testing.T) {
 		"a minute":              func(e, before *fakeEtcd) { e.restore(before, e.id) },
 		"a minute, elsewhere":   func(e, before *fakeEtcd) { e.restore(before, "2") },
 	} {
-		for _, then := range []string{"a write", "writes", "a read", "nothing", "a pause"} {
+		for _, then := range []string{"a write", "writes", "a read", "nothing", "a pause",
+			"a write and a kill"} {
+			// What a write cannot see is found within a second.
+			if then == "a write and a kill" && slices.Contains([]string{"a piece of the newest",
+				"a piece of a snapshot", "the identity", "its pieces", "the step"}, what) {
+				continue
+			}
 			t.Run(what+", then "+then, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					e, h := newFakeEtcd(), storetest.NewHistory()
@@ -284,7 +290,7 @@ func TestEtcdGone(t *testing.T) {
 					}
 					take(e, before)
 					switch then {
-					case "a write":
+					case "a write", "a write and a kill":
 						write(1)
 					case "writes":
 						write(200)
@@ -303,7 +309,9 @@ func TestEtcdGone(t *testing.T) {
 							t.Fatal(err)
 						}
 					} else {
-						<-time.After(time.Second)
+						if then != "a write and a kill" {
+							<-time.After(time.Second)
+						}
 						if err := d.Commit(); err != nil {
 							t.Fatal(err)
 						}
@@ -458,9 +466,6 @@ func TestEtcdFull(t *testing.T) {
 			d, w := e.open(t)
 			room := w.dir.directory
 			commit(t, d, h, "k", "v")
-			<-time.After(time.Second)
-			e.setFull(true)
-			<-time.After(2 * time.Second)
 			second := make(chan *durable.Store, 1)
 			ctx, cancel := context.WithCancel(t.Context())
 			dir, _ := e.dir(t, ctx, "second:9999")
@@ -469,6 +474,9 @@ func TestEtcdFull(t *testing.T) {
 				d, _ := durable.Open(ctx, dir, durable.Options{})
 				second <- d
 			}()
+			<-time.After(3 * time.Second)
+			e.setFull(true)
+			<-time.After(2 * time.Second)
 			if err := room.Room(100, true); !errors.Is(err, syscall.ENOSPC) ||
 				!strings.Contains(err.Error(), "alarm disarm") {
 				t.Errorf("a write to a full cluster: %v", err)
