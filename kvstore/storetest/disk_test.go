@@ -1,0 +1,79 @@
+package storetest
+
+import (
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// leaves returns the different things that power failures leave of what a test looks at.
+func leaves(d *Dir, look func(after *Dir) string) (seen []string) {
+	for seed := range uint64(200) {
+		what := look(d.Crash(rand.New(rand.NewPCG(seed, 1))))
+		if !slices.Contains(seen, what) {
+			seen = append(seen, what)
+		}
+	}
+	slices.Sort(seen)
+	return seen
+}
+
+// Ensure that what is written while a Sync lasts is not in it, also where it is in the same
+// sector, or another Sync ends before that one.
+func TestSyncIsOfWhatWasThere(t *testing.T) {
+	for _, nested := range []bool{false, true} {
+		d := New()
+		f, _ := d.Create("file")
+		d.Sync()
+		f.WriteAt([]byte("old"), 0)
+		d.Before = func(c Call) error {
+			if c.What == "sync" {
+				d.Before = nil
+				f.WriteAt([]byte("new"), 0)
+				f.WriteAt([]byte("more"), 3)
+				if nested {
+					f.Sync()
+				}
+			}
+			return nil
+		}
+		ended := false
+		d.After = func(c Call) { ended = ended || c.Name == "file" }
+		if err := f.Sync(); err != nil || !ended {
+			t.Fatalf("%v, and After was called: %v", err, ended)
+		}
+		got := leaves(d, func(after *Dir) string { return string(after.Names["file"].Data) })
+		if nested && !slices.Equal(got, []string{"newmore"}) {
+			t.Errorf("beside a later Sync it leaves %q", got)
+		}
+		if !nested && (!slices.Contains(got, "old") || !slices.Contains(got, "newmore")) {
+			t.Errorf("of what was written beside the Sync it leaves %q", got)
+		}
+	}
+}
+
+// Ensure that a power failure may leave changes of names in any order, but that of each name, also
+// behind the end of all processes, and none of them once the directory was synced.
+func TestOrderOfNames(t *testing.T) {
+	d := New()
+	d.Create("old")
+	d.Sync()
+	d.Create("tmp")
+	d.Rename("tmp", "new")
+	d.Remove("old")
+	look := func(after *Dir) string {
+		return strings.Join(slices.Sorted(maps.Keys(after.Names)), "")
+	}
+	want := []string{"", "new", "newold", "old", "oldtmp", "tmp"}
+	for what, d := range map[string]*Dir{"running": d, "killed": d.Kill()} {
+		if got := leaves(d, look); !slices.Equal(got, want) {
+			t.Errorf("%s: a power failure leaves %q, want %q", what, got, want)
+		}
+		d.Sync()
+		if got := leaves(d, look); !slices.Equal(got, []string{"new"}) {
+			t.Errorf("%s: after a Sync a power failure leaves %q", what, got)
+		}
+	}
+}
