@@ -146,25 +146,28 @@ func printError(w io.Writer, err error) {
 	}
 }
 
-// advice says what to do about errors. The first that fits counts.
-type advice []struct {
-	fits func(error) bool
-	todo string
+// wrong is what may be wrong, in words of its own if it has some, and what to do about it.
+type wrong struct {
+	is         bool
+	what, todo string
 }
 
-// about returns what to do about err, and otherwise where nothing fits.
-func (a advice) about(err error, otherwise string) string {
-	for _, row := range a {
-		if row.fits(err) {
-			return row.todo
+// firstWrong returns the first of all that is, which is what if it has no words of its own, or
+// nil.
+func firstWrong(what string, all []wrong) error {
+	for _, w := range all {
+		if w.is {
+			return problem{cmp.Or(w.what, what), w.todo}
 		}
 	}
-	return otherwise
+	return nil
 }
 
-// is returns what tells whether an error is target.
-func is(target error) func(error) bool {
-	return func(err error) bool { return errors.Is(err, target) }
+// isAny returns what tells whether err is one of its arguments.
+func isAny(err error) func(...error) bool {
+	return func(targets ...error) bool {
+		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
+	}
 }
 
 // as tells whether an error is of a type.
@@ -445,22 +448,6 @@ func nearest(flags *flag.FlagSet, name string, called func(*flag.Flag) string) (
 	return near
 }
 
-// wrong is what may be wrong with a command line, and what to do about it.
-type wrong struct {
-	is         bool
-	what, todo string
-}
-
-// firstWrong returns the first that is, or nil.
-func firstWrong(all []wrong) error {
-	for _, w := range all {
-		if w.is {
-			return problem{w.what, w.todo}
-		}
-	}
-	return nil
-}
-
 // words are what other programs have in the place of our flags.
 var words = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
 	"server": leaveOut, "version": "Did you mean kvserver -version ?",
@@ -496,7 +483,7 @@ func (c config) checkRequests() error {
 
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
-		if err := firstWrong([]wrong{
+		if err := firstWrong("", []wrong{
 			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
 				"send what comes on standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
@@ -559,7 +546,7 @@ func (c config) checkKind(typed map[string]bool) error {
 // checkTogether tells which of the given flags do not go together.
 func (c config) checkTogether(given map[string]bool) error {
 	asks := c.client || c.ping
-	return firstWrong([]wrong{
+	return firstWrong("", []wrong{
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
@@ -914,7 +901,7 @@ func listen(addr string) (listeners []net.Listener, err error) {
 		case err == nil:
 			listeners = append(listeners, listener)
 			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
-		case isMissing(err):
+		case isAny(err)(slices.Concat(noAddress, noKind)...):
 			missing = err
 		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
 		default:
@@ -944,7 +931,7 @@ func listenUnix(path string) (net.Listener, error) {
 		conn, err := net.Dial("unix", path)
 		if err == nil {
 			conn.Close()
-		} else if isRefused(err) { // nobody listens there any more
+		} else if isAny(err)(refused...) { // nobody listens there any more
 			os.Remove(path)
 		}
 	}
@@ -966,89 +953,65 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// isMissing tells whether the machine does not have the address, or none of its kind.
-func isMissing(err error) bool {
-	return isNoAddress(err) || errors.Is(err, syscall.EAFNOSUPPORT) ||
-		errors.Is(err, syscall.EPROTONOSUPPORT)
-}
-
-// isInUse tells whether somebody else listens there, and isNoAddress whether the machine does
-// not have the address: Windows calls these WSAEADDRINUSE and WSAEADDRNOTAVAIL.
-func isInUse(err error) bool {
-	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.Errno(10048))
-}
-
-func isNoAddress(err error) bool {
-	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.Errno(10049))
-}
-
-// isRefused tells whether nobody listens there: Windows calls it WSAECONNREFUSED.
-func isRefused(err error) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.Errno(10061))
-}
+// What listening and connecting fail with, on Windows, too: somebody else listens there; the
+// machine does not have the address (WSAEADDRINUSE, WSAEADDRNOTAVAIL), or none of its kind; nobody
+// listens there (WSAECONNREFUSED).
+var (
+	inUse     = []error{syscall.EADDRINUSE, syscall.Errno(10048)}
+	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049)}
+	noKind    = []error{syscall.EAFNOSUPPORT, syscall.EPROTONOSUPPORT}
+	refused   = []error{syscall.ECONNREFUSED, syscall.Errno(10061)}
+)
 
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
-	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-		return socketProblem(path, err)
-	}
+	is := isAny(err)
+	path, isUnix := strings.CutPrefix(addr, unixPrefix)
+	dir := filepath.Dir(path)
 	host, port, _ := net.SplitHostPort(addr)
-	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
-		name + " :" + port
 	free := ""
-	if isInUse(err) {
-		free = strings.TrimPrefix(freeAddr(host, port), "localhost:")
+	if !isUnix && is(inUse...) {
+		free = anotherPort(host, port)
 	}
-	todo := advice{
-		{isInUse, "Stop what listens there, or choose another port: -" + name + " " + free},
-		{is(syscall.EACCES), "Ports below 1024 are for the administrator. Choose another: " +
-			"kvserver -" + name + " 9999"},
-		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
-		{isNoAddress, "This machine does not have that address." + elsewhere},
-	}.about(err, "Choose another address: kvserver -"+name+" localhost:9999")
 	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
 		err = op.Err
 	}
-	return problem{fmt.Sprintf("cannot listen on %s: %v", addr, err), todo}
-}
-
-// socketProblem says what to do about the error of listening on a unix socket.
-func socketProblem(path string, err error) error {
-	dir := filepath.Dir(path)
-	if errors.Is(err, syscall.EINVAL) {
+	if isUnix && is(syscall.EINVAL) {
 		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
-			len(path), syscall.EINVAL)
+			len(path), err)
 	}
-	todo := advice{
-		{isInUse, "Stop the server that has it, or choose another path."},
-		{is(errNoSocket), "Nothing was changed. Choose another path, or remove the file if " +
+
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
+		name + " :" + port
+	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
+		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
+		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(errNoSocket), "", "Nothing was changed. Choose another path, or remove the file if " +
 			"nobody needs it."},
-		{is(syscall.EINVAL), "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
-		{is(fs.ErrNotExist), "Create the directory: mkdir -p " + dir},
-		{is(fs.ErrPermission), "Start as a user who may write in " + dir +
+		{isUnix && is(syscall.EINVAL), "", "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
+		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + dir},
+		{isUnix && is(fs.ErrPermission), "", "Start as a user who may write in " + dir +
 			", or choose another path."},
-	}.about(err, "Choose another path: kvserver -addr unix:/run/kvserver/sock")
-	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen unix PATH:" says it again
-		err = op.Err
-	}
-	return problem{fmt.Sprintf("cannot listen on %s%s: %v", unixPrefix, path, err), todo}
+		{isUnix, "", "Choose another path: kvserver -addr unix:/run/kvserver/sock"},
+		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
+			"kvserver -" + name + " 9999"},
+		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
+		{is(noAddress...), "", "This machine does not have that address." + elsewhere},
+		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
+	})
 }
 
-// freeAddr is an address of host with a port above port that nobody has, and that no flag
-// of ours has unless told.
-func freeAddr(host, port string) string {
+// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless told.
+func anotherPort(host, port string) string {
 	n, _ := strconv.Atoi(port)
 	for n = max(n, 1023) + 1; n < 65536; n++ {
-		addr := net.JoinHostPort(host, strconv.Itoa(n))
-		if n == 9999 {
-			continue
-		}
-		if listeners, err := listen(addr); err == nil {
-			closeAll(listeners)
-			return addr
+		free := strconv.Itoa(n)
+		listeners, err := listen(net.JoinHostPort(host, free))
+		if closeAll(listeners); err == nil && n != 9999 {
+			return free
 		}
 	}
-	return net.JoinHostPort(host, "0")
+	return "0"
 }
 
 // ---- start and stop
@@ -1497,10 +1460,11 @@ func (f *pemFile) read() {
 
 // pemProblem says what to do about a file in PEM that cannot be read.
 func pemProblem(err error) error {
-	return problem{"cannot read a certificate or key: " + err.Error(), advice{
-		{is(fs.ErrPermission), "Let the user who runs kvserver read it; kvserver help systemd " +
-			"shows how to do that there."},
-	}.about(err, "Give a file in PEM format; kvserver help TLS shows how to make one.")}
+	return firstWrong("cannot read a certificate or key: "+err.Error(), []wrong{
+		{errors.Is(err, fs.ErrPermission), "", "Let the user who runs kvserver read it; kvserver " +
+			"help systemd shows how to do that there."},
+		{true, "", "Give a file in PEM format; kvserver help TLS shows how to make one."},
+	})
 }
 
 // pool is the file as certificates to be trusted.
@@ -1679,63 +1643,66 @@ func storeProblem(c config, err error) error {
 		keeps = "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."
 	}
-	isFullEtcd := func(err error) bool {
-		return etcd.IsAddress(c.data) && errors.Is(err, syscall.ENOSPC)
-	}
-	return problem{err.Error(), advice{
-		{is(etcd.ErrTakenOver), "Nothing is lost. Start again, to stand by. This server was too " +
+	is := isAny(err)
+	return firstWrong(err.Error(), []wrong{
+		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start again, to stand by. This server was too " +
 			"slow to show that it lives: was it paused, or cut off?"},
-		{is(etcd.ErrUnreachable), "Everything that was answered is in etcd. Look whether the " +
+		{is(etcd.ErrUnreachable), "", "Everything that was answered is in etcd. Look whether the " +
 			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
 			"etcdctl endpoint status --cluster"},
-		{is(etcd.ErrOther), "Nothing was written there. Look whether all members in -data are one " +
+		{is(etcd.ErrOther), "", "Nothing was written there. Look whether all members in -data are one " +
 			"cluster: etcdctl endpoint status --cluster. If somebody has restored it, start again: " +
 			"this goes on with what is there now."},
-		{is(etcd.ErrTooLarge), "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
-		{is(etcd.ErrRefused), "Look at the address in -data (etcds:// for TLS, with " +
+		{is(etcd.ErrTooLarge), "", "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
+		{is(etcd.ErrRefused), "", "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
-		{isFullEtcd, "Nothing is lost. Once there is room, start again."},
-		{is(etcd.ErrAddress), "Give the members and a prefix, as in -data " +
+		{etcd.IsAddress(c.data) && is(syscall.ENOSPC), "", "Nothing is lost. Once there is room, start again."},
+		{is(etcd.ErrAddress), "", "Give the members and a prefix, as in -data " +
 			"etcd://host1:2379,host2:2379,host3:2379/kv"},
-		{is(storage.ErrMoved), "Put the directory back, or look who took it, before you start " +
+		{is(storage.ErrMoved), "", "Put the directory back, or look who took it, before you start " +
 			"again. What was answered is in the directory that was moved."},
-		{is(durable.ErrOlder), "Nothing was changed. Start that kvserver, and bring its data " +
+		{is(durable.ErrOlder), "", "Nothing was changed. Start that kvserver, and bring its data " +
 			"here with kvserver -c Dump."},
-		{is(storage.ErrMissing), "Create it: mkdir -m 700 " + c.data},
-		{is(storage.ErrNotOurs), "Nothing was changed. Give an empty directory, or one that " +
+		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},
+		{is(storage.ErrNotOurs), "", "Nothing was changed. Give an empty directory, or one that " +
 			"kvserver made."},
-		{is(storage.ErrLocked), "Nothing was changed. Stop that process first, or give another " +
+		{is(storage.ErrLocked), "", "Nothing was changed. Stop that process first, or give another " +
 			"directory."},
-		{is(durable.ErrNothingRead), "Restore a backup. Where there is none the data is lost: " +
+		{is(durable.ErrNothingRead), "", "Restore a backup. Where there is none the data is lost: " +
 			"start with an empty directory."},
-		{is(durable.ErrUnfinished), "Nothing was changed. If it was a copy, make it again, " +
+		{is(durable.ErrUnfinished), "", "Nothing was changed. If it was a copy, make it again, " +
 			"into an empty directory; remove what is there only if you want to start empty."},
-		{is(durable.ErrNewer), "Nothing was changed. Start the newer kvserver."},
-		{is(fs.ErrPermission), "Start as the user who owns it, or give that user the right to " +
+		{is(durable.ErrNewer), "", "Nothing was changed. Start the newer kvserver."},
+		{is(fs.ErrPermission), "", "Start as the user who owns it, or give that user the right to " +
 			"read and write it."},
-		{as[*storage.DamageError], "Nothing was changed. Restore a backup, or save what can be " +
+		{as[*storage.DamageError](err), "", "Nothing was changed. Restore a backup, or save what can be " +
 			"saved: kvserver repair " + c.data + " NEW"},
-	}.about(err, keeps)}
+		{true, "", keeps},
+	})
 }
 
 // ---- the client: kvserver -c, -ping
 
 // beClient is kvserver -c and -ping. Where the server refused something it has said
 // so already: then the error is errTold.
-func beClient(c config, errs io.Writer) (err error) {
-	conn, err := dial(&c)
-	if err != nil {
-		return err
+func beClient(c config, errs io.Writer) error {
+	t := newTalker(c, errs)
+	err := t.dial(&c)
+	switch {
+	case c.ping && errors.Is(err, errFull): // it is healthy
+		fmt.Fprintln(errs, "it answers, and has no room for a client")
+		return nil
+	case err != nil:
+		return t.problem(c, err)
 	}
-	defer conn.Close()
-	t := newTalker(c, conn, errs)
-	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
-	t.tells = isTerminal(os.Stderr) && !t.isTyped
+	defer t.conn.Close()
+
+	// The answers go where -out says, or to the terminal where somebody types.
 	if c.out != "" {
 		file, err := os.Create(c.out)
 		if err != nil {
-			return problem{"cannot write the answers: " + err.Error(), "Nothing was sent. Give a " +
-				"file that can be written."}
+			return problem{"cannot write the answers: " + err.Error(),
+				"Nothing was sent. Give a file that can be written."}
 		}
 		defer file.Close()
 		t.out = file
@@ -1747,129 +1714,58 @@ func beClient(c config, errs io.Writer) (err error) {
 
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
 	good, err := t.converse()
 	switch {
-	case err == nil && !good:
+	case ctx.Err() != nil && err != nil:
+		return t.problem(c, errInterrupted)
+	case err != nil:
+		return t.problem(c, err)
+	case !good:
 		return errTold
-	case err == nil:
-		return nil
-	case c.ping && errors.Is(err, errFull): // it is healthy
-		fmt.Fprintln(errs, "it answers, and has no room for a client")
-		return nil
-	case ctx.Err() != nil:
-		err = errInterrupted
-	}
-	return t.problem(c, err)
-}
-
-// newTalker returns the conversation that c asks for.
-func newTalker(c config, conn net.Conn, errs io.Writer) *talker {
-	t := &talker{conn: conn, requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs,
-		stops: c.stop, silence: c.timeout, flags: os.Args[1:]}
-	if c.ping {
-		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
-	}
-	return t
-}
-
-// dial connects to the first server at c.addr that serves, which becomes c.addr.
-func dial(c *config) (conn net.Conn, err error) {
-	trusted, err := clientTLS(*c)
-	if err != nil {
-		return nil, err
-	}
-	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
-	connect := func(addr string) (net.Conn, error) {
-		path, isUnix := strings.CutPrefix(addr, unixPrefix)
-		switch {
-		case isUnix:
-			return dialer.Dial("unix", path)
-		case trusted == nil:
-			return dialer.Dial("tcp", addr)
-		}
-		return tls.DialWithDialer(dialer, "tcp", addr, trusted)
-	}
-	addrs := strings.Split(c.addr, ",")
-	for _, addr := range addrs {
-		addr = reachable(addr)
-		conn, err = connect(addr)
-
-		// Of several servers one that stands still connects, too.
-		if err == nil && len(addrs) > 1 {
-			err = tryOut(conn, dialer.Timeout)
-			conn.Close()
-			if err == nil {
-				conn, err = connect(addr)
-			}
-		}
-		if err == nil {
-			c.addr = addr
-			return conn, nil
-		}
-	}
-	return nil, dialProblem(c.addr, err)
-}
-
-// reachable is where a client finds a server that listens at addr.
-func reachable(addr string) string {
-	if strings.HasPrefix(addr, unixPrefix) {
-		return addr
-	}
-	host, port, _ := net.SplitHostPort(addr) // which was looked at
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "localhost" // for the server it means everywhere
-	}
-	if host == "localhost" {
-		if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
-			host = "127.0.0.1"
-		}
-	}
-	return net.JoinHostPort(host, port)
-}
-
-// dialProblem says what to do about the error of connecting to the last of addrs.
-func dialProblem(addrs string, err error) error {
-	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
-	var op *net.OpError
-	isDial := errors.As(err, &op) && op.Op == "dial"
-	todo := advice{
-		{as[*net.DNSError], fmt.Sprintf("Nobody knows the host %q. Give one that runs a server: "+
-			"-addr HOST:PORT", host)},
-		{as[x509.HostnameError], "Call the server as its certificate does, or give it a " +
-			"certificate with this name."},
-		{func(error) bool { return strings.Contains(addrs, ",") },
-			"None of them serves. One that stands by does not listen."},
-		{is(context.DeadlineExceeded), "Somebody listens there, and does not answer. Look at its " +
-			"log, or try again with a longer -timeout."},
-		{func(error) bool { return !isDial }, "Somebody answers there. Give the CA of its " +
-			"certificate as -tls-ca, or no -tls-ca if it speaks no TLS."},
-	}.about(err, "Start a server: kvserver -addr "+addrs+"   or name one that runs: -addr "+
-		"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is.")
-
-	if isDial {
-		err = op.Err // the rest says again what we say
-	}
-	return problem{fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo}
-}
-
-// tryOut tells whether a server is behind conn and answers in time.
-func tryOut(conn net.Conn, limit time.Duration) error {
-	conn.SetDeadline(time.Now().Add(limit))
-	if _, err := io.WriteString(conn, "Ack\n"); err != nil {
-		return err
-	}
-	line, err := bufio.NewReader(conn).ReadSlice('\n')
-	if err != nil {
-		return err
-	}
-	if err := checkWelcome(line); !errors.Is(err, errFull) { // it is healthy
-		return err
 	}
 	return nil
 }
 
-// Errors of converse.
+// talker is one conversation of kvserver -c: it sends requests to a server and shows the
+// answers. One goroutine sends and one reads, so neither side waits for the other to finish.
+// Every line that is sent has one answer, so answers count lines.
+type talker struct {
+	conn     net.Conn
+	r        *bufio.Reader // from conn; made by greet
+	requests []string      // what to send; none: the lines of in
+	in       io.Reader
+	out      io.Writer     // for data
+	errs     io.Writer     // for all that is none
+	isTyped  bool          // somebody types: there is a prompt, and a write is confirmed
+	tells    bool          // on errs, now and then, how many requests are answered
+	stops    bool          // at the first error: each request waits for the one before
+	flags    []string      // that we were started with, for what to do next
+	silence  time.Duration // without a byte of an answer that is too much; 0: none is
+
+	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
+	answered atomic.Int64 // of these; added to by the reader only
+
+	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
+
+	// Sender to reader: what the input ended in, io.EOF or errQuit if nothing is wrong; behind
+	// errQuit nil if more comes. Two slots.
+	sent chan error
+}
+
+// newTalker returns the conversation that c asks for.
+func newTalker(c config, errs io.Writer) *talker {
+	t := &talker{requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs, stops: c.stop,
+		flags: os.Args[1:], silence: c.timeout}
+	if c.ping {
+		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
+	}
+	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
+	t.tells = !t.isTyped && isTerminal(os.Stderr)
+	return t
+}
+
+// Errors of a conversation.
 var (
 	errStranger   = errors.New("no welcome")
 	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
@@ -1882,101 +1778,109 @@ var (
 	errOutput     = errors.New("cannot write the answers")
 	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
 		"was run")
-
+	errQuit        = errors.New("the input ends with a Quit")
 	errInterrupted = errors.New("interrupted")
 )
 
-// talker is one conversation of kvserver -c: it sends requests to a server and shows the
-// answers. One goroutine sends and one reads, so neither side waits for the other to finish.
-// Every line that is sent has one answer, so answers count lines.
-type talker struct {
-	conn     net.Conn
-	requests []string // what to send; none: the lines of in
-	in       io.Reader
-	out      io.Writer     // for data
-	errs     io.Writer     // for all that is none
-	isTyped  bool          // somebody types: there is a prompt, and a write is confirmed
-	tells    bool          // how many requests are answered so far, on a line of errs
-	stops    bool          // at the first error: each request waits for the one before
-	flags    []string      // that we were started with, for what to do next
-	silence  time.Duration // without a byte of an answer that is too much; 0: none is
+// dial connects to the first server at c.addr that answers, which becomes c.addr: one that stands
+// still connects, too.
+func (t *talker) dial(c *config) error {
+	trusted, err := clientTLS(*c)
+	if err != nil {
+		return err
+	}
+	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
+	addrs := strings.Split(c.addr, ",")
+	for _, addr := range addrs {
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		switch {
+		case isUnix:
+			t.conn, err = dialer.Dial("unix", path)
+		case trusted == nil:
+			t.conn, err = dialer.Dial("tcp", reachable(addr))
+		default:
+			var conn *tls.Conn
+			conn, err = tls.DialWithDialer(dialer, "tcp", reachable(addr), trusted)
+			t.conn = conn
+		}
+		if err != nil {
+			continue
+		}
 
-	began    time.Time    // before any of what follows
-	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
-	answered atomic.Int64 // of these; added to by the reader only
-	waited   atomic.Int64 // since when the reader waits for a byte: nanoseconds from began
-
-	told  bool          // the line about progress is there; owned by the reader
-	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
-	sent  chan sending  // sender to reader: all is sent, or not. One slot
-	more  chan bool     // sender to reader, then: there is more behind a Quit. One slot
+		err = t.greet()
+		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
+			c.addr = addr
+			return err
+		}
+		t.conn.Close()
+	}
+	return dialProblem(c.addr, err)
 }
 
-// sending is how the sender has ended.
-type sending struct {
-	quits bool  // with a Quit
-	err   error // that the input ended in, or io.EOF
+// reachable is where a client finds a server that listens at addr.
+func reachable(addr string) string {
+	host, port, _ := net.SplitHostPort(addr) // which was looked at
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost" // for the server it means everywhere
+	}
+	if _, err := net.LookupHost(host); err != nil && host == "localhost" { // no /etc/hosts
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
 }
 
-// moreTime is how long to wait for the sender to find out whether there is more behind a Quit:
-// somebody who types has not said so yet.
-const moreTime = 100 * time.Millisecond
+// dialProblem says what to do about the error of connecting to the last of addrs.
+func dialProblem(addrs string, err error) error {
+	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
+	op := (*net.OpError)(nil)
+	isDial := errors.As(err, &op) && op.Op == "dial"
+	if isDial {
+		err = op.Err // the rest says again what we say
+	}
+	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
+		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
+			"server: -addr HOST:PORT", host)},
+		{as[x509.HostnameError](err), "", "Call the server as its certificate does, or give it a " +
+			"certificate with this name."},
+		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not " +
+			"listen."},
+		{errors.Is(err, context.DeadlineExceeded), "", "Somebody listens there, and does not " +
+			"answer. Look at its log, or try again with a longer -timeout."},
+		{!isDial, "", "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
+			"-tls-ca if it speaks no TLS."},
+		{true, "", "Start a server: kvserver -addr " + addrs + "   or name one that runs: -addr " +
+			"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is."},
+	})
+}
 
-const prompt = "> "
+// greet sends an Ack, and fails if the answer is not a kvserver's.
+func (t *talker) greet() error {
+	t.r = bufio.NewReaderSize(patientReader{t}, maxWrite)
+	t.asked.Store(1)
+	io.WriteString(t.conn, "Ack\n") // where that fails there may be a word to read
+	line, err := t.r.ReadSlice('\n')
+	why, isFull := bytes.CutPrefix(line, []byte(":ERROR line 0: "))
+	switch {
+	case errors.Is(err, io.EOF), bytes.HasPrefix(line, []byte(tlsAlert)):
+		return errSilent
+	case err != nil && err != bufio.ErrBufferFull:
+		return err
+	case isFull:
+		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
+	case !bytes.HasPrefix(line, []byte(":OK ")):
+		return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+	}
+	return nil
+}
+
+// tlsAlert begins what a server of TLS says to who does not speak it (RFC 8446, 5.1).
+const tlsAlert = "\x15\x03"
 
 // owed is how many lines have no answer yet.
 func (t *talker) owed() int64 { return t.asked.Load() - t.answered.Load() }
 
 // through is the last line of the input that was answered.
 func (t *talker) through() int { return int(max(t.answered.Load()-1, 0)) } // but for our Ack
-
-// converse has the conversation. It returns whether all requests were answered, none with
-// an error.
-func (t *talker) converse() (good bool, err error) {
-	if len(t.requests) > 0 {
-		t.in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
-	}
-	t.mayGo, t.sent, t.more = make(chan struct{}, 1), make(chan sending, 1), make(chan bool, 1)
-	t.began = time.Now()
-	go t.sendLines()
-	defer close(t.mayGo) // a sender that waits ends
-
-	r := bufio.NewReaderSize(patientReader{t}, maxWrite)
-	w := bufio.NewWriterSize(t.out, maxWrite)
-	good = true
-	for start := true; ; {
-		if r.Buffered() == 0 {
-			t.clear()
-			if err := w.Flush(); err != nil {
-				return false, fmt.Errorf("%w: %w", errOutput, err)
-			}
-		}
-		// A line longer than the buffer comes in parts; its first says what it is.
-		part, err := r.ReadSlice('\n')
-		if err != nil && err != bufio.ErrBufferFull {
-			t.clear()
-			w.Flush()
-			return t.ended(err, good)
-		}
-
-		isAnswer, isError := t.show(w, part, start)
-		start = err == nil
-		good = good && !isError
-		switch {
-		case t.answered.Load() == 0:
-			if err := checkWelcome(part); err != nil {
-				return false, err
-			}
-			t.takeAnswer(w)
-		case isAnswer && t.owed() <= 0:
-			return false, errUnasked
-		case isError && t.stops:
-			return false, errStopped
-		case isAnswer:
-			t.takeAnswer(w)
-		}
-	}
-}
 
 // patientReader reads from the connection, and fails with errQuiet when it has waited too long
 // for a byte of an answer.
@@ -1987,59 +1891,84 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 	if silence == 0 && t.answered.Load() == 0 {
 		silence = connectTime
 	}
-	t.waited.Store(int64(time.Since(t.began)))
+	if silence == 0 {
+		t.conn.SetReadDeadline(time.Time{})
+		return t.conn.Read(p)
+	}
+
+	// The deadline is set first and then looked whether anything is owed, for ask counts first and
+	// then moves the deadline: so none is missed.
 	for {
-		// Where nothing is owed it looks again later, for something may be by then.
-		if silence > 0 {
-			isOwed := t.owed() > 0 // before the time, which ask sets first
-			left := silence - (time.Since(t.began) - time.Duration(t.waited.Load()))
-			switch {
-			case left <= 0 && isOwed:
-				return 0, fmt.Errorf("%w for %v", errQuiet, silence)
-			case left <= 0:
-				left = silence
-			}
-			t.conn.SetReadDeadline(time.Now().Add(left))
-		} else {
-			t.conn.SetReadDeadline(time.Time{})
-		}
+		end := time.Now().Add(silence)
+		t.conn.SetReadDeadline(end)
+		isOwed := t.owed() > 0
 		n, err = t.conn.Read(p)
-		if n > 0 || silence == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		switch {
+		case n > 0 || !errors.Is(err, os.ErrDeadlineExceeded):
 			return n, err
+		case isOwed && !time.Now().Before(end):
+			return 0, fmt.Errorf("%w for %v", errQuiet, silence)
 		}
 	}
 }
 
-// ask takes note of a line that is about to be sent.
+// ask takes note of a line that is about to be sent. If nothing was owed the reader's time begins.
 func (t *talker) ask() {
-	if t.owed() == 0 { // the time for its answer begins
-		t.waited.Store(int64(time.Since(t.began)))
+	if t.asked.Add(1) == t.answered.Load()+1 && t.silence > 0 {
+		t.conn.SetReadDeadline(time.Now())
 	}
-	t.asked.Add(1)
 }
 
-// show shows a line that the server has sent, or a part of one. It tells whether that ends
-// the answer to a request, and whether that is an error.
-func (t *talker) show(w *bufio.Writer, part []byte, start bool) (isAnswer, isError bool) {
-	switch {
-	case t.answered.Load() == 0: // to our Ack
-	case !start || part[0] != ':':
-		w.Write(part)
-		return false, false
-	case bytes.HasPrefix(part, []byte(": ")):
-		w.Write(part[2:])
-		return false, false
-	case bytes.HasPrefix(part, []byte(":ERROR line ")):
-		number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
-		n, _ := strconv.Atoi(number)
-		t.clear()
-		w.Flush()
-		fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
-		return true, true
-	case bytes.HasPrefix(part, []byte(":PONG")) || t.isTyped: // or :OK
-		w.Write(part)
+// converse has the conversation, once greet has begun it. It returns whether all requests were
+// answered, none with an error.
+func (t *talker) converse() (good bool, err error) {
+	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 2)
+	defer close(t.mayGo) // a sender that waits ends
+	w := bufio.NewWriterSize(t.out, maxWrite)
+	t.takeAnswer(w)
+	go t.sendLines()
+
+	good = true
+	for isStart := true; ; {
+		if t.r.Buffered() == 0 {
+			if err := w.Flush(); err != nil {
+				return false, fmt.Errorf("%w: %w", errOutput, err)
+			}
+		}
+		// A line longer than the buffer comes in parts; its first says what it is.
+		part, err := t.r.ReadSlice('\n')
+		if err != nil && err != bufio.ErrBufferFull {
+			w.Flush()
+			return t.ended(err, good)
+		}
+
+		// What begins with a colon is no data, and ends an answer unless it is text.
+		isAnswer := isStart && part[0] == ':' && !bytes.HasPrefix(part, []byte(": "))
+		isError := isAnswer && bytes.HasPrefix(part, []byte(":ERROR line "))
+		switch {
+		case isError:
+			good = false
+			w.Flush()
+			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
+			n, _ := strconv.Atoi(number)
+			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
+		case isAnswer && !t.isTyped && !bytes.HasPrefix(part, []byte(":PONG")): // :OK
+		case isAnswer || !isStart:
+			w.Write(part)
+		default:
+			w.Write(bytes.TrimPrefix(part, []byte(": ")))
+		}
+		isStart = err == nil
+
+		switch {
+		case isAnswer && t.owed() <= 0:
+			return false, errUnasked
+		case isError && t.stops:
+			return false, errStopped
+		case isAnswer:
+			t.takeAnswer(w)
+		}
 	}
-	return true, false
 }
 
 // takeAnswer takes note of an answer.
@@ -2053,139 +1982,113 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 		fmt.Fprint(t.errs, prompt)
 	}
 	if t.tells && n > 0 && n%100_000 == 0 {
-		t.told = true
-		fmt.Fprintf(t.errs, "\r%d requests answered", n)
+		fmt.Fprintf(t.errs, "%d requests answered\n", n)
 	}
 }
 
-// clear takes the line about progress away, before something else is written.
-func (t *talker) clear() {
-	if t.told {
-		t.told = false
-		fmt.Fprint(t.errs, "\r\x1b[K")
-	}
-}
+const prompt = "> "
+
+// longestEnd is the longest line that is a Quit.
+const longestEnd = len("exit\r\x00\n")
+
+// moreTime is how long to wait for the sender to find out whether there is more behind a Quit:
+// somebody who types has not said so yet.
+const moreTime = 100 * time.Millisecond
 
 // ended is what a conversation comes to whose connection gives err: the server's end if
 // that is io.EOF.
 func (t *talker) ended(err error, good bool) (bool, error) {
-	isReset := !errors.Is(err, io.EOF) // as a killed server's
 	switch {
-	case errors.Is(err, errQuiet), t.answered.Load() == 0 && isReset:
+	case errors.Is(err, errQuiet):
 		return false, err
-	case t.answered.Load() == 0:
-		return false, errSilent
-	case t.owed() > 0 && isReset:
-		return false, fmt.Errorf("%w: %w", errUnanswered, err)
-	case t.owed() > 0:
+	case t.owed() > 0 && err == io.EOF:
 		return false, errUnanswered
+	case t.owed() > 0: // as where a server was killed
+		return false, fmt.Errorf("%w: %w", errUnanswered, err)
 	}
 
 	// All is answered. Was it all that there is?
-	var s sending
 	select {
-	case s = <-t.sent:
+	case err = <-t.sent:
 	default: // the input goes on
 		return false, errGone
 	}
-	switch {
-	case errors.Is(s.err, errUTF16):
-		return false, s.err
-	case s.err != io.EOF:
-		return false, fmt.Errorf("reading the requests: %w", s.err)
-	case !s.quits:
+	switch err {
+	case errQuit:
+	case io.EOF:
 		return good, nil
+	default:
+		return false, fmt.Errorf("reading the requests: %w", err)
 	}
 
 	// What comes behind a Quit is lost, and that is told.
 	select {
-	case more := <-t.more:
-		if more {
-			fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
-		}
-		return good && !more, nil
+	case err = <-t.sent:
 	case <-time.After(moreTime):
-		return good, nil
 	}
+	if err == nil {
+		fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
+	}
+	return good && err != nil, nil
 }
-
-// checkWelcome tells whether the first line that comes is a kvserver's answer to
-// an Ack.
-func checkWelcome(line []byte) error {
-	if bytes.HasPrefix(line, []byte(":OK ")) {
-		return nil
-	}
-	if len(line) > 1 && line[0] == tlsAlert && line[1] == 3 {
-		return errSilent
-	}
-	if why, full := bytes.CutPrefix(line, []byte(":ERROR line 0: ")); full {
-		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
-	}
-	return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
-}
-
-// tlsAlert is the first byte of what a server of TLS says to who does not speak it (RFC
-// 8446, 5.1); its version comes next, 3.
-const tlsAlert = 0x15
 
 // sendLines sends the input to the server until its end or a Quit, flushes whenever that
 // has nothing more to say for now, and then tells how it ended. One goroutine a
 // conversation.
 func (t *talker) sendLines() {
-	r, w := bufio.NewReaderSize(t.in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
-	s := sending{err: io.EOF}
+	in := t.in
+	if len(t.requests) > 0 {
+		in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
+	}
+	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	t.ask()
-	w.WriteString("Ack\n")
-	for start, first, goesOn := true, true, true; goesOn; first = false {
+	var end error // of the input
+	for isStart := true; end == nil; {
 		// The next Read may last, and the server is not to wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
+			end = io.EOF // the reader finds out why
+			break
+		}
+		part, err := r.ReadSlice('\n')
+		if err != nil && err != bufio.ErrBufferFull {
+			end = err
+		}
+		if isStart && t.asked.Load() == 1 && isUTF16(part) {
+			end = errUTF16
 			break
 		}
 
-		part, err := r.ReadSlice('\n')
-		switch {
-		case first && isUTF16(part):
-			s.err, part, goesOn = errUTF16, nil, false
-		case err != nil && err != bufio.ErrBufferFull:
-			s.err, goesOn = err, false
-		}
-		if start && len(part) > 0 {
-			if part, s.quits = t.beginLine(part); t.stops && (w.Flush() != nil || !t.mayGoOn()) {
+		if isStart && len(part) > 0 {
+			line, isWhole := strings.CutSuffix(string(part[:min(len(part), longestEnd)]), "\n")
+			line = trimCR(line)
+			switch {
+			case isWhole && line == "" && t.isTyped: // a prompt is the answer
+				fmt.Fprint(t.errs, prompt)
+				continue
+			case isWhole && line == "": // the server has no answer
+				part = []byte("Ack\n")
+			case isWhole && lookUp(line) == quit:
+				end = errQuit
+			}
+			if t.stops && (w.Flush() != nil || !t.mayGoOn()) {
 				return
 			}
-			goesOn = goesOn && !s.quits
+			t.ask()
 		}
 		w.Write(part)
-		start = err == nil
+		isStart = err == nil
 	}
 
 	// This comes before the server can end the conversation.
-	t.sent <- s
+	t.sent <- end
 	w.Flush()
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
-	_, err := r.Peek(1)
-	t.more <- err == nil
-}
-
-// beginLine takes note of a line that part is, or begins, and returns what to send, and whether
-// the line is a Quit. A blank line has no answer, so an Ack goes in its place; but who types
-// one has a prompt for an answer.
-func (t *talker) beginLine(part []byte) (toSend []byte, quits bool) {
-	start, isWhole := strings.CutSuffix(string(part[:min(len(part), len("exit\r\x00\n"))]), "\n")
-	line := trimCR(start)
-	switch {
-	case !isWhole || line != "":
-		t.ask()
-		return part, isWhole && lookUp(line) == quit
-	case t.isTyped:
-		fmt.Fprint(t.errs, prompt)
-		return part, false
+	if end == errQuit {
+		_, err := r.Peek(1)
+		t.sent <- err
 	}
-	t.ask()
-	return []byte("Ack\n"), false
 }
 
 // mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
@@ -2206,8 +2109,14 @@ func isUTF16(start []byte) bool {
 	return isMark || a|b >= 'A' && (a == 0) != (b == 0)
 }
 
-// problem says what to do about an error of converse.
+// problem says what to do about an error of a conversation, which is its own problem if it was
+// not begun.
 func (t *talker) problem(c config, err error) error {
+	if as[problem](err) {
+		return err
+	}
+
+	// Of an input it is told how far it was answered, and how to send the rest.
 	what := fmt.Sprintf("%s: %v", c.addr, err)
 	command := "kvserver " + strings.Join(t.flags, " ")
 	upTo, goOn := "; nothing of the input was answered", command+" < FILE"
@@ -2215,35 +2124,34 @@ func (t *talker) problem(c config, err error) error {
 		upTo = fmt.Sprintf("; answered through line %d of the input", n)
 		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
-
-	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	isGiven := len(t.requests) > 0
+	if !isGiven && !t.isTyped && t.asked.Load() > 1 {
+		what += upTo
+	}
+
+	const isUnknown = "What was answered is done. Of the rest nothing is known: look"
 	is := func(target error) bool { return errors.Is(err, target) }
-	return firstWrong([]wrong{
-		{is(errOutput), what, "Make room where the answers go, and look what was done."},
-		{is(errUTF16), errUTF16.Error(), "Have a Dump written by kvserver -c -out FILE, and " +
-			"other text saved as UTF-8."},
-		{is(errSilent), what, "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
+	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
+	return firstWrong(what, []wrong{
+		{is(errOutput), "", "Make room where the answers go, and look what was done."},
+		{is(errUTF16), "", "Have a Dump written by kvserver -c -out FILE, and other text saved " +
+			"as UTF-8."},
+		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
-		{isTLS && c.cert != "", what, "It does not trust the certificate in " + c.cert +
+		{isTLS && c.cert != "", "", "It does not trust the certificate in " + c.cert +
 			": give one of the CA that it wants."},
-		{isTLS, what,
-			"It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
-		{is(errStranger), what, "Nothing was done. Look at -addr, or try again later."},
-		{isGiven && is(errStopped), what,
-			"Nothing behind the request with the error was sent. Mend it first."},
-		{isGiven && t.onlyReads(), what, "Nothing was to be changed: try again."},
-		{isGiven, what,
-			"What was answered is done. Of the rest nothing is known: look, then send it again."},
-		{t.isTyped && is(errGone), what,
-			"All that was sent is answered. Start it again, then go on."},
-		{t.isTyped, what, "What was answered is done. Of the rest nothing is known: look."},
-		{is(errGone), what + upTo,
-			"That is all that was sent. Start it again, then go on: " + goOn},
-		{is(errStopped), what + upTo,
-			"Nothing after the line with the error was sent. Mend it, then go on: " + goOn},
-		{true, what + upTo,
-			"What was answered is done. Of the rest nothing is known: look, then go on: " + goOn},
+		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
+		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
+		{isGiven && is(errStopped), "", "Nothing behind the request with the error was sent. " +
+			"Mend it first."},
+		{isGiven && t.onlyReads(), "", "Nothing was to be changed: try again."},
+		{isGiven, "", isUnknown + ", then send it again."},
+		{t.isTyped && is(errGone), "", "All that was sent is answered. Start it again, then go on."},
+		{t.isTyped, "", isUnknown + "."},
+		{is(errGone), "", "That is all that was sent. Start it again, then go on: " + goOn},
+		{is(errStopped), "", "Nothing after the line with the error was sent. Mend it, then go " +
+			"on: " + goOn},
+		{true, "", isUnknown + ", then go on: " + goOn},
 	})
 }
 

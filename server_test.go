@@ -1997,10 +1997,18 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	t.Helper()
 	var o, e strings.Builder
 	c := n.dial(t)
-	good, err = (&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
-		errs: &e}).converse()
+	good, err = talk(&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
+		errs: &e})
 	c.conn.Close()
 	return o.String(), e.String(), good, err
+}
+
+// talk has the conversation from its beginning.
+func talk(t *talker) (good bool, err error) {
+	if err := t.greet(); err != nil {
+		return false, err
+	}
+	return t.converse()
 }
 
 // Ensure that kvserver -c prints data and errors where they belong, counts lines
@@ -2041,8 +2049,8 @@ func TestClientCommand(t *testing.T) {
 			n.server.Close()
 		}()
 		r, _ := io.Pipe() // an input that never ends
-		if _, err := (&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
-			out: io.Discard, errs: io.Discard}).converse(); err != nil {
+		if _, err := talk(&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
+			out: io.Discard, errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
@@ -2075,8 +2083,10 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 			up, down := newStream(streamSize), newStream(streamSize)
 			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
 			go func() {
-				<-time.After(1) // all is sent by then, for fake time passes only where nobody works
-				io.WriteString(theirs, c.answers)
+				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // the welcome, the rest
+					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+					io.WriteString(theirs, some)
+				}
 				synctest.Wait()
 				if c.want == errSilent {
 					theirs.Read(make([]byte, 100))
@@ -2090,13 +2100,14 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 					end.Close()
 				}()
 			}
-			good, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard}).converse()
+			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard})
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
 			}
 			ours.Close()
 			end.Close()
 			in.Close()
+			pass(2)
 		})
 	}
 }
@@ -2146,7 +2157,7 @@ func TestClientCommandResumes(t *testing.T) {
 			var errs bytes.Buffer
 			talker := &talker{conn: newFakeConn(down, up), in: strings.NewReader(load),
 				out: io.Discard, errs: &errs, stops: c.stops}
-			good, err := talker.converse()
+			good, err := talk(talker)
 			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
 				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
 				!strings.HasPrefix(errs.String(), c.errs) {
@@ -2183,8 +2194,8 @@ func TestClientCommandTimeout(t *testing.T) {
 			io.WriteString(typed, "Ping\n")
 		}()
 		began := time.Now()
-		_, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-			silence: 5 * time.Second}).converse()
+		_, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+			silence: 5 * time.Second})
 		if took := time.Since(began); !errors.Is(err, errQuiet) ||
 			took != 3*64*time.Second+5*time.Second {
 			t.Errorf("%v after %v", err, took)
@@ -2225,10 +2236,10 @@ func TestSilenceOfAServer(t *testing.T) {
 					theirs.Close()
 				}
 			}()
-			talker := newTalker(c.config, ours, io.Discard)
-			talker.out = io.Discard
+			talker := newTalker(c.config, io.Discard)
+			talker.conn, talker.out = ours, io.Discard
 			began := time.Now()
-			good, err := talker.converse()
+			good, err := talk(talker)
 			if took := time.Since(began); good != c.good || took != c.took ||
 				!good && !errors.Is(err, errQuiet) {
 				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
@@ -2251,8 +2262,8 @@ func TestUnaskedAnswers(t *testing.T) {
 			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
 			in, typed := io.Pipe()
 			go io.WriteString(typed, "Put:a:b\n")
-			good, err := (&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-				stops: stops}).converse()
+			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+				stops: stops})
 			if good || !errors.Is(err, errUnasked) {
 				t.Errorf("with -stop %v: %v, %v", stops, good, err)
 			}
@@ -2331,8 +2342,8 @@ func (s *screen) take() string {
 	return s.String()
 }
 
-// Ensure that who types sees a prompt and that each write was done, and that the line about
-// progress is gone before anything else is printed.
+// Ensure that who types sees a prompt and that each write was done, and that nothing else is
+// printed in a line about progress.
 func TestClientCommandOnATerminal(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		var screen screen
@@ -2346,14 +2357,14 @@ func TestClientCommandOnATerminal(t *testing.T) {
 			typed.Close()
 		}()
 		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
-		if good, err := typist.converse(); !good || err != nil ||
+		if good, err := talk(&typist); !good || err != nil ||
 			screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
 		screen.Reset()
 		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
 			250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
-		load.converse()
+		talk(&load)
 		for _, line := range strings.Split(screen.String(), "\n") {
 			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
 				!strings.HasPrefix(line[i:], "answered\r") {
@@ -2440,16 +2451,16 @@ func TestClientCommandFailsWithItsFiles(t *testing.T) {
 			end.CloseWithError(broken)
 		}()
 		a := n.dial(t)
-		if _, err := (&talker{conn: a.conn, in: in, out: io.Discard,
-			errs: io.Discard}).converse(); !errors.Is(err, broken) {
+		if _, err := talk(&talker{conn: a.conn, in: in, out: io.Discard,
+			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
 		a.conn.Close()
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
-		if _, err := (&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
-			errs: io.Discard}).converse(); !errors.Is(err, broken) {
+		if _, err := talk(&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
+			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
 		a.conn.Close()
@@ -3251,7 +3262,7 @@ func TestLocalhostIsBoth(t *testing.T) {
 	if free[1] == "9999" || free[1] == port {
 		t.Errorf("another port is %s", free[1])
 	}
-	if got := freeAddr("localhost", "9998"); strings.HasSuffix(got, ":9999") {
+	if got := anotherPort("localhost", "9998"); got == "9999" {
 		t.Errorf("-http is told to take -addr's port: %s", got)
 	}
 }
