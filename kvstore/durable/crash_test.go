@@ -331,6 +331,27 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 	}
 }
 
+// Ensure that what Room admits is written, whatever little room there is.
+func TestRoomIsThere(t *testing.T) {
+	for room := 500; room < 12_000; room += 37 {
+		dir, d := newSmall(t, Options{})
+		dir.Room, d.zerosAhead = room, 3000
+		for i := range 40 {
+			if d.Room(300, false) != nil {
+				break
+			}
+			d.Put(fmt.Sprint("key", i), strings.Repeat("v", 290))
+			if err := d.Commit(); err != nil {
+				t.Fatalf("with %d bytes, Put %d: %v", room, i, err)
+			}
+			d.AwaitCompaction()
+		}
+		if err := d.Close(); err != nil {
+			t.Fatalf("with %d bytes: %v", room, err)
+		}
+	}
+}
+
 // Ensure that on a full disk all values of a long key can be removed, one at a time.
 func TestFullDiskRemovesEverything(t *testing.T) {
 	dir, d := newSmall(t, Options{})

@@ -118,7 +118,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return nil
 	}
 	if d.spare.size < spare && d.spare.grow(d.dir, spare, int64(d.zerosAhead)) != nil {
-		need += spare - d.spare.size
+		need += max(0, spare-d.spare.size) // it grows in steps, and may have got enough
 	}
 	err := d.makeRoom(need)
 	if wasFull := d.setFull(err != nil); err != nil {
