@@ -50,6 +50,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -242,29 +243,32 @@ type config struct {
 	requests                      []string
 }
 
-// flags returns what reads a command line into c, where it puts the defaults.
+// flags returns what reads a command line into c, where it puts the defaults. A flag's one line,
+// with its default at the end, is in -h, in the README and in what is said of a wrong value.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
 
-	f.StringVar(&c.addr, "addr", "localhost:9999", "`PORT` to 65535, HOST:PORT or unix:PATH")
+	f.StringVar(&c.addr, "addr", "localhost:9999",
+		"`PORT` to 65535, HOST:PORT or unix:PATH (localhost:9999)")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
-	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h")
+	f.StringVar(&c.fsync, "fsync", "always",
+		"`WHEN`: always, never, or a time from 1ms to 1h (always)")
 	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
 	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
-		"`N` connections at a time, 1 or more")
-	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB")
+		"`N` connections at a time, 1 or more (10000)")
+	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB (1MiB)")
 	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
-	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit")
+	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)")
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
-		"`TIME` after which a client that accepts nothing is cut; 0: never")
+		"`TIME` after which a client that accepts nothing is cut; 0: never (5m)")
 	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
 	f.StringVar(&c.clientCA, "tls-client-ca", "",
 		"`FILE` with a CA: let in only clients that it certified")
 	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA: with -c and -ping speak TLS, trust it")
-	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json")
+	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
 
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
@@ -274,32 +278,6 @@ func (c *config) flags() *flag.FlagSet {
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	return f
-}
-
-// outOfRange returns the first flag whose value breaks a rule that the flag package does not
-// know, or "".
-func (c config) outOfRange() string {
-	_, isFsync := parseFsync(c.fsync)
-	for _, value := range []struct {
-		flag  string
-		fails bool
-	}{
-		{"addr", !areAddrs(c.addr, true)},
-		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
-		{"fsync", !isFsync},
-		{"http", c.http != "" && !areAddrs(c.http, false)},
-		{"max-clients", c.maxClients < 1},
-		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
-		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
-		{"write-timeout", c.writeTimeout < 0},
-		{"log", c.log != "text" && c.log != "json"},
-		{"timeout", c.timeout < 0},
-	} {
-		if value.fails {
-			return value.flag
-		}
-	}
-	return ""
 }
 
 // parseFlags reads the command line and the environment. It prints what -h and -version
@@ -332,8 +310,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		f := flags.Lookup(name)
 		return c, problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
 	}
-	err = cmp.Or(c.checkRequests(), c.checkKind(typed), c.checkTogether(given(flags)))
-	if err != nil {
+	if err = cmp.Or(c.checkRequests(), c.checkTogether(typed, given(flags))); err != nil {
 		return c, err
 	}
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
@@ -354,7 +331,7 @@ func given(flags *flag.FlagSet) map[string]bool {
 func helpText(flags *flag.FlagSet) string {
 	text := usage
 	for _, name := range helpFlags {
-		unit, does := describe(flags.Lookup(name))
+		unit, does := flag.UnquoteUsage(flags.Lookup(name))
 		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
 	}
 	return text + moreUsage
@@ -362,28 +339,11 @@ func helpText(flags *flag.FlagSet) string {
 
 // explain says what to give to a flag.
 func explain(f *flag.Flag) string {
-	unit, does := describe(f)
+	unit, does := flag.UnquoteUsage(f)
 	if unit == "" {
 		does = "no value: " + does
 	}
 	return "-" + f.Name + " takes " + does + "."
-}
-
-// describe returns what a flag's value is called, and what it does.
-func describe(f *flag.Flag) (unit, does string) {
-	unit, does = flag.UnquoteUsage(f)
-	if initial := initial(f); initial != "" && initial != "0" {
-		does += " (" + initial + ")"
-	}
-	return unit, does
-}
-
-// initial is a flag's default as one would write it; "": it has none.
-func initial(f *flag.Flag) string {
-	if f.DefValue == "false" {
-		return ""
-	}
-	return strings.Replace(strings.Replace(f.DefValue, "m0s", "m", 1), "0s", "0", 1)
 }
 
 // variable is a flag's name in the environment; "": it has none.
@@ -400,7 +360,7 @@ func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
 	flags.VisitAll(func(f *flag.Flag) {
 		name := variable(f)
 		value := os.Getenv(name)
-		if name != "" && value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
+		if value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
 			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value,
 				f.Name), explain(f)}
 		}
@@ -408,44 +368,85 @@ func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
 	return err
 }
 
+// warnOfVariables logs which variables look like ours and are none, and what they may have
+// been meant to be. Those that Kubernetes sets for a service of our name are not meant.
+func warnOfVariables(log *slog.Logger, environment []string) {
+	var ours []string
+	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
+	known := append(ours, "KVSERVER_VERSION", "KVSERVER_PORT", "KVSERVER_ETCD_USER")
+	notMeant := regexp.MustCompile("^KVSERVER_(SERVICE|PORT|TEST)_")
+	for _, line := range environment {
+		name, _, _ := strings.Cut(line, "=")
+		if !strings.HasPrefix(name, "KVSERVER_") || slices.Contains(known, name) ||
+			notMeant.MatchString(name) {
+			continue
+		}
+		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
+			"todo", cmp.Or(suggest("", name, ours), seeHelp))
+	}
+}
+
+// suggest suggests which of names, behind prefix, name may have been meant to be: "" if none is
+// one slip from it, or only names that are too short to tell.
+func suggest(prefix, name string, names []string) string {
+	for _, near := range names {
+		if len(near) > 2 && oneSlip(name, near) {
+			return "Did you mean " + prefix + near + " ?"
+		}
+	}
+	return ""
+}
+
 // flagProblem says what to do about an error of flags.Parse.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
-	if isUnknown {
-		return problem{"unknown flag -" + name, similarFlag(flags, name) + seeHelp}
-	}
-	todo := seeHelp
+	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
+		names = append(names, f.Name)
 		if strings.Contains(err.Error()+":", " -"+f.Name+":") {
 			todo = explain(f)
 		}
 	})
-	return problem{err.Error(), todo}
-}
+	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if !isUnknown {
+		return problem{err.Error(), todo}
+	}
 
-// similarFlag suggests the flag that an unknown one may have been meant to be.
-func similarFlag(flags *flag.FlagSet, name string) (suggestion string) {
-	name = strings.ToLower(name)
+	// What other programs call it, or a slip.
 	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
-		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[name]
-	near := nearest(flags, name, func(f *flag.Flag) string { return f.Name })
-	if name = cmp.Or(other, near); name == "" {
-		return ""
+		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[strings.ToLower(name)]
+	meant := suggest("-", strings.ToLower(name), names)
+	if other != "" {
+		meant = "Did you mean -" + other + " ?"
 	}
-	return "Did you mean -" + name + " ? "
+	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
 }
 
-// nearest returns which of the flags' names, as called says them, is one slip from name; "":
-// none, or one that is too short to tell.
-func nearest(flags *flag.FlagSet, name string, called func(*flag.Flag) string) (near string) {
-	flags.VisitAll(func(f *flag.Flag) {
-		if len(f.Name) > 2 && oneSlip(name, called(f)) {
-			near = called(f)
+// outOfRange returns the first flag whose value breaks a rule that the flag package does not
+// know, or "".
+func (c config) outOfRange() string {
+	_, isFsync := parseFsync(c.fsync)
+	for _, value := range []struct {
+		flag  string
+		fails bool
+	}{
+		{"addr", !areAddrs(c.addr, true)},
+		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
+		{"fsync", !isFsync},
+		{"http", c.http != "" && !areAddrs(c.http, false)},
+		{"max-clients", c.maxClients < 1},
+		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
+		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
+		{"write-timeout", c.writeTimeout < 0},
+		{"log", c.log != "text" && c.log != "json"},
+		{"timeout", c.timeout < 0},
+	} {
+		if value.fails {
+			return value.flag
 		}
-	})
-	return near
+	}
+	return ""
 }
 
 // words are what other programs have in the place of our flags.
@@ -458,43 +459,32 @@ const leaveOut = "Leave it out: kvserver alone serves."
 
 // checkRequests tells what is wrong with what stands behind the flags.
 func (c config) checkRequests() error {
-	if len(c.requests) == 0 {
-		return nil
-	}
-	first := c.requests[0]
-	if c.ping {
-		return problem{fmt.Sprintf("-ping sends no requests, so %q would be lost", first),
-			"To send requests: kvserver -c " + first}
-	}
-
-	// Nothing to send: a word that another program would understand, or a command too late.
-	if !c.client {
-		todo := "To send a request: kvserver -c " + first + "   " + seeHelp
-		for _, command := range commands {
-			if oneSlip(first, command) {
-				todo = "Did you mean kvserver " + command + " ? " + seeHelp
-			} else if first == command {
-				todo = command + " goes first, without flags: kvserver " + command + " ..."
-			}
-		}
-		return problem{fmt.Sprintf("unexpected argument %q: everything is set by flags", first),
-			cmp.Or(words[strings.ToLower(first)], todo)}
-	}
-
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
+		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
+		word, isWord := words[strings.ToLower(request)]
+		slip := suggest("kvserver ", request, commands)
+		why := spread(c.requests[i:])
 		if err := firstWrong("", []wrong{
+			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
+				"To send requests: kvserver -c " + request},
+
+			// Nothing to send: a word that another program would understand, or a command.
+			{!c.client && isWord, isUnexpected, word},
+			{!c.client && slices.Contains(commands, request), isUnexpected,
+				request + " goes first, without flags: kvserver " + request + " ..."},
+			{!c.client && slip != "", isUnexpected, slip + " " + seeHelp},
+			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
+
 			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
 				"send what comes on standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
 			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
 				"Give each as an argument of its own; no key and no value holds a newline."},
+			{why != "", why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
 		}); err != nil {
 			return err
-		}
-		if why := spread(c.requests[i:]); why != "" {
-			return problem{why, "Each argument is one request: kvserver -c Put:a:b Get:a"}
 		}
 	}
 	return nil
@@ -516,37 +506,28 @@ func spread(requests []string) (why string) {
 	return ""
 }
 
-// checkKind tells which flag is not for what is asked for: to serve, or to be a client. typed
-// are those of the command line: the environment may be for both.
-func (c config) checkKind(typed map[string]bool) error {
+// checkTogether tells which flags do not go together, or are not for what is asked for: to serve,
+// or to be a client. typed are those of the command line, where a flag must fit; the environment
+// may be for both.
+func (c config) checkTogether(typed, given map[string]bool) error {
 	asks := c.client || c.ping
-	for _, kind := range []struct {
-		flags      []string
-		fits       bool
-		what, todo string
-	}{
-		{[]string{"tls-ca"}, asks, "is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca " + c.ca},
-		{[]string{"timeout"}, asks, "is for -c and -ping", "Give both, or leave it out."},
-		{[]string{"stop", "out"}, c.client, "is for -c", "Give both: kvserver -c -stop < FILE"},
-		{[]string{"c"}, !c.ping, "and -ping do not go together", "-ping asks whether a server " +
-			"answers; -c sends requests, as in kvserver -c Ping."},
-		{serverFlags, !asks, "is for a server, not for -c and -ping",
-			"Leave it out, or give it to the server."},
-	} {
-		for _, name := range kind.flags {
-			if typed[name] && !kind.fits {
-				return problem{"-" + name + " " + kind.what, kind.todo}
-			}
+	stray := ""
+	for _, name := range serverFlags {
+		if asks && typed[name] {
+			stray = name
 		}
 	}
-	return nil
-}
-
-// checkTogether tells which of the given flags do not go together.
-func (c config) checkTogether(given map[string]bool) error {
-	asks := c.client || c.ping
 	return firstWrong("", []wrong{
+		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca " + c.ca},
+		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give both, or leave it out."},
+		{c.stop && !c.client, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
+		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
+		{c.client && c.ping, "-c and -ping do not go together", "-ping asks whether a server " +
+			"answers; -c sends requests, as in kvserver -c Ping."},
+		{stray != "", "-" + stray + " is for a server, not for -c and -ping",
+			"Leave it out, or give it to the server."},
+
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
@@ -592,13 +573,14 @@ func fullAddrs(addrs string) string {
 // areAddrs tells whether fullAddrs makes addresses of addrs, which may be those of unix sockets.
 func areAddrs(addrs string, mayBeUnix bool) bool {
 	for addr := range strings.SplitSeq(fullAddrs(addrs), ",") {
-		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+			if !mayBeUnix || path == "" || path[0] == '@' { // @ is for one without a file
+				return false
+			}
+			continue
+		}
 		_, port, err := net.SplitHostPort(addr)
-		_, portErr := strconv.ParseUint(port, 10, 16)
-		switch {
-		case isUnix && (!mayBeUnix || path == "" || path[0] == '@'): // @ is for one without a file
-			return false
-		case !isUnix && (err != nil || portErr != nil):
+		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
 			return false
 		}
 	}
@@ -609,16 +591,7 @@ func areAddrs(addrs string, mayBeUnix bool) bool {
 type size int64
 
 // String is flag.Value's.
-func (s *size) String() string {
-	switch n := int64(*s); {
-	case n > 0 && n%(1<<30) == 0:
-		return fmt.Sprint(n>>30, "GiB")
-	case n > 0 && n%(1<<20) == 0:
-		return fmt.Sprint(n>>20, "MiB")
-	default:
-		return strconv.FormatInt(n, 10)
-	}
-}
+func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
 
 // units are what may stand behind the number of a size, in bytes.
 var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
@@ -634,29 +607,6 @@ func (s *size) Set(text string) error {
 	}
 	*s = size(n * unit)
 	return nil
-}
-
-// warnOfVariables logs which variables look like ours and are none, and what they may have
-// been meant to be. Those that Kubernetes sets for a service of our name are not meant.
-func warnOfVariables(log *slog.Logger, environment []string) {
-	flags := new(config).flags()
-	known := map[string]bool{"KVSERVER_VERSION": true, "KVSERVER_PORT": true,
-		"KVSERVER_ETCD_USER": true}
-	flags.VisitAll(func(f *flag.Flag) { known[variable(f)] = true })
-	for _, line := range environment {
-		name, _, _ := strings.Cut(line, "=")
-		text, ours := strings.CutPrefix(name, "KVSERVER_")
-		if !ours || known[name] || strings.HasPrefix(text, "SERVICE_") ||
-			strings.HasPrefix(text, "PORT_") || strings.HasPrefix(text, "TEST_") {
-			continue
-		}
-		todo := seeHelp
-		if near := nearest(flags, name, variable); near != "" {
-			todo = "Did you mean " + near + " ?"
-		}
-		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
-			"todo", todo)
-	}
 }
 
 // version is the module version that the binary was built as: of a commit its time and the commit,
