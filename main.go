@@ -1248,23 +1248,6 @@ func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 
 // ---- certificates
 
-// keyPair is what a server shows, and whom it trusts, as the files say now.
-type keyPair struct {
-	log     *slog.Logger
-	current atomic.Pointer[tls.Config]
-
-	// Owned by serverTLS, then by watch.
-	files  [3]pemFile // certificate, key, the clients' CA
-	warned time.Time  // of the certificate's end
-}
-
-// pemFile is a file in PEM as it was when it was last read.
-type pemFile struct {
-	path string // "": there is none
-	text []byte
-	err  error
-}
-
 // Times of certificates.
 const (
 	lookAgain = 10 * time.Second    // between two looks at the files
@@ -1272,140 +1255,29 @@ const (
 	warnAgain = 24 * time.Hour      // between two warnings
 )
 
-// serverTLS reads the server's certificate and, if clients must show one, whose. From then
-// on it reads them anew when they change, or again says so: connections that are there
-// stay.
-func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	k := &keyPair{log: log, files: [3]pemFile{{path: c.cert}, {path: c.key}, {path: c.clientCA}}}
-	k.look()
-	if err := k.load(); err != nil {
-		return nil, err
-	}
-	go k.watch(again)
-	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
-	return &tls.Config{GetConfigForClient: now}, nil
+// pems are files in PEM as they were when they were last read: a certificate, its key, and the CA
+// that the other side must have its certificate from. The path of one that is not there is "".
+type pems struct {
+	paths [3]string
+	texts [3][]byte
+	err   error // of reading them
 }
 
-// look reads the files, and tells whether one is not as it was. What is no regular file, such
+// read reads the files, and tells whether one is not as it was. What is no regular file, such
 // as a pipe, is read once: to read it again might last for ever.
-func (k *keyPair) look() (isNew bool) {
-	for i := range k.files {
-		f := &k.files[i]
-		info, err := os.Stat(f.path)
-		if f.path == "" || k.current.Load() != nil && err == nil && !info.Mode().IsRegular() {
+func (p *pems) read() (isNew bool) {
+	before := fmt.Sprint(p.texts, p.err)
+	p.err = nil
+	for i, path := range p.paths {
+		info, err := os.Stat(path)
+		if path == "" || p.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
 			continue
 		}
-		before := *f
-		f.read()
-		isNew = isNew || !bytes.Equal(f.text, before.text) || (f.err == nil) != (before.err == nil)
-	}
-	return isNew
-}
-
-// load has what was read shown from now on, and warns when the certificate is about to end.
-// If it fails all is as before.
-func (k *keyPair) load() error {
-	config, err := ownTLS(k.files[0], k.files[1])
-	if ca := k.files[2]; err == nil && ca.path != "" {
-		config.ClientAuth = tls.RequireAndVerifyClientCert
-		config.ClientCAs, err = ca.pool()
-	}
-	if err != nil {
-		return err
-	}
-	k.current.Store(config)
-	k.warned = time.Time{}
-	k.warn(time.Now())
-	return nil
-}
-
-// warn logs when the certificate ends, if that is soon and was not said today.
-func (k *keyPair) warn(now time.Time) {
-	end, file := k.current.Load().Certificates[0].Leaf.NotAfter, k.files[0].path
-	const mend = "; put a new one into its file, it is read at once"
-	switch {
-	case now.Before(k.warned.Add(warnAgain)):
-		return
-	case k.warned.IsZero() && now.Before(end.Add(-warnAhead)):
-		k.log.Info("the certificate is read", "file", file, "until", end)
-	case now.Before(end.Add(-warnAhead)):
-		return
-	case now.Before(end):
-		k.log.Warn("the certificate ends soon"+mend, "file", file, "until", end)
-	default:
-		k.log.Error("the certificate has ended, clients will refuse it"+mend, "file", file,
-			"until", end)
-	}
-	k.warned = now
-}
-
-// watch reads the files anew when they change, or again says so. One goroutine, until again
-// is closed, or the process ends.
-func (k *keyPair) watch(again <-chan os.Signal) {
-	tick := time.NewTicker(lookAgain)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			if k.warn(time.Now()); !k.look() {
-				continue
-			}
-		case _, ok := <-again:
-			if !ok {
-				return
-			}
-			k.look()
-		}
-		if err := k.load(); err != nil {
-			k.log.Warn("the certificates cannot be read anew, so those from before stay",
-				"error", err)
+		if p.texts[i], err = os.ReadFile(path); err != nil {
+			p.err = pemProblem(err)
 		}
 	}
-}
-
-// clientTLS is how -c and -ping speak TLS: nil without -tls-ca.
-func clientTLS(c config) (*tls.Config, error) {
-	if c.ca == "" {
-		return nil, nil
-	}
-	cert, key, ca := pemFile{path: c.cert}, pemFile{path: c.key}, pemFile{path: c.ca}
-	for _, f := range []*pemFile{&cert, &key, &ca} {
-		f.read()
-	}
-	config, err := ownTLS(cert, key)
-	if err == nil {
-		config.RootCAs, err = ca.pool()
-	}
-	return config, err
-}
-
-// ownTLS shows our own certificate, if there is one.
-func ownTLS(cert, key pemFile) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if cert.path == "" {
-		return config, nil
-	}
-	if err := cmp.Or(cert.err, key.err); err != nil {
-		return nil, err
-	}
-	pair, err := tls.X509KeyPair(cert.text, key.text)
-	if err != nil {
-		return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
-			cert.path, key.path, err), "Give two files in PEM format that belong together; " +
-			"kvserver help TLS shows how to make them."}
-	}
-	config.Certificates = []tls.Certificate{pair}
-	return config, nil
-}
-
-// read reads the file, if there is one.
-func (f *pemFile) read() {
-	if f.path == "" {
-		return
-	}
-	if f.text, f.err = os.ReadFile(f.path); f.err != nil {
-		f.err = pemProblem(f.err)
-	}
+	return fmt.Sprint(p.texts, p.err) != before
 }
 
 // pemProblem says what to do about a file in PEM that cannot be read.
@@ -1417,14 +1289,126 @@ func pemProblem(err error) error {
 	})
 }
 
-// pool is the file as certificates to be trusted.
-func (f *pemFile) pool() (*x509.CertPool, error) {
-	pool := x509.NewCertPool()
-	if f.err == nil && !pool.AppendCertsFromPEM(f.text) {
-		return nil, problem{f.path + " holds no certificate of a CA",
-			"Give a file in PEM format; kvserver help TLS shows how to make one."}
+// config is how a server or a client speaks TLS that has these files.
+func (p *pems) config() (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if p.err != nil {
+		return nil, p.err
 	}
-	return pool, f.err
+	if p.paths[0] != "" {
+		pair, err := tls.X509KeyPair(p.texts[0], p.texts[1])
+		if err != nil {
+			return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
+				p.paths[0], p.paths[1], err), "Give two files in PEM format that belong together; " +
+				"kvserver help TLS shows how to make them."}
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+
+	// A server does not look at RootCAs, nor a client at the other two.
+	if p.paths[2] != "" {
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(p.texts[2]) {
+			return nil, problem{p.paths[2] + " holds no certificate of a CA",
+				"Give a file in PEM format; kvserver help TLS shows how to make one."}
+		}
+		config.RootCAs, config.ClientCAs = pool, pool
+		config.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	return config, nil
+}
+
+// clientTLS is how -c and -ping speak TLS: nil without -tls-ca.
+func clientTLS(c config) (*tls.Config, error) {
+	if c.ca == "" {
+		return nil, nil
+	}
+	p := pems{paths: [3]string{c.cert, c.key, c.ca}}
+	p.read()
+	return p.config()
+}
+
+// keyPair is what a server shows, and whom it trusts, as the files say now.
+type keyPair struct {
+	log     *slog.Logger
+	current atomic.Pointer[tls.Config]
+
+	// Owned by serverTLS, then by watch.
+	pems
+	warned time.Time // of the certificate's end
+}
+
+// serverTLS reads the server's certificate and, if clients must show one, whose. From then
+// on it reads them anew when they change, or again says so: connections that are there
+// stay.
+func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
+	k := &keyPair{log: log, pems: pems{paths: [3]string{c.cert, c.key, c.clientCA}}}
+	k.read()
+	if err := k.load(); err != nil {
+		return nil, err
+	}
+	go k.watch(again)
+	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
+	return &tls.Config{GetConfigForClient: now}, nil
+}
+
+// load has what was read shown from now on, and warns when the certificate is about to end.
+// If it fails all is as before.
+func (k *keyPair) load() error {
+	config, err := k.config()
+	if err != nil {
+		return err
+	}
+	k.current.Store(config)
+	k.warned = time.Time{}
+	k.warn(time.Now())
+	return nil
+}
+
+// warn logs when the certificate ends, if that is soon and was not said today.
+func (k *keyPair) warn(now time.Time) {
+	end := k.current.Load().Certificates[0].Leaf.NotAfter
+	isFirst, isSoon := k.warned.IsZero(), now.After(end.Add(-warnAhead))
+	if now.Before(k.warned.Add(warnAgain)) || !isFirst && !isSoon {
+		return
+	}
+	k.warned = now
+
+	level, text := slog.LevelInfo, "the certificate is read"
+	const mend = "; put a new one into its file, it is read at once"
+	switch {
+	case now.After(end):
+		level, text = slog.LevelError, "the certificate has ended, clients will refuse it"+mend
+	case isSoon:
+		level, text = slog.LevelWarn, "the certificate ends soon"+mend
+	}
+	k.log.Log(context.Background(), level, text, "file", k.paths[0], "until", end)
+}
+
+// watch reads the files anew when they change, or again says so. One goroutine, until again
+// is closed, or the process ends.
+func (k *keyPair) watch(again <-chan os.Signal) {
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	for {
+		isTold, isOpen := false, true
+		select {
+		case <-tick.C:
+			k.warn(time.Now())
+		case _, isOpen = <-again:
+			isTold = true
+		}
+		if !isOpen {
+			return
+		}
+		if isNew := k.read(); !isNew && !isTold {
+			continue
+		}
+		if err := k.load(); err != nil {
+			k.log.Warn("the certificates cannot be read anew, so those from before stay",
+				"error", err)
+		}
+	}
 }
 
 // ---- the commands: help, check, repair, backup
