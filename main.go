@@ -123,7 +123,7 @@ func main() {
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	err = beServer(c, log)
 	if err != nil && !errors.Is(err, errTold) {
-		printError(log.queue, err)
+		printError(log, err)
 	}
 	log.flush()
 	if err != nil {
@@ -630,35 +630,8 @@ const (
 // ever: what then finds no room in the queue is counted, and dropped.
 type queuedLog struct {
 	*slog.Logger
-	queue *logQueue
-}
-
-// logQueue is an io.Writer in front of another that may take long, or fail. Each
-// Write is a line.
-type logQueue struct {
 	lines  chan logLine // Write and flush to writeLog; never closed
-	lost   atomic.Int64 // lines since the last one that said so
 	counts logCounts
-}
-
-// logCounts is what there was in the log so far, for who watches.
-type logCounts struct {
-	lost, errors atomic.Int64
-	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
-}
-
-// errorCounter is a slog.Handler that counts errors.
-type errorCounter struct {
-	slog.Handler
-	counts *logCounts
-}
-
-func (e errorCounter) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level >= slog.LevelError {
-		e.counts.errors.Add(1)
-		e.counts.last.Store(r.Time.Unix())
-	}
-	return e.Handler.Handle(ctx, r)
 }
 
 // logLine is a line of log, or, if written is not nil, flush's question: it is closed
@@ -668,9 +641,16 @@ type logLine struct {
 	written chan struct{}
 }
 
+// logCounts is what there was in the log so far, for who watches.
+type logCounts struct {
+	lost, errors atomic.Int64
+	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
+}
+
 // newLog returns a log that writes to w.
 func newLog(w io.Writer, json, verbose bool) *queuedLog {
-	options := &slog.HandlerOptions{Level: slog.LevelInfo}
+	l := &queuedLog{lines: make(chan logLine, logLines)}
+	options := &slog.HandlerOptions{ReplaceAttr: l.counts.note}
 	if verbose {
 		options.Level = slog.LevelDebug
 	}
@@ -680,18 +660,26 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 		}
 		return slog.NewTextHandler(w, options)
 	}
-	q := &logQueue{lines: make(chan logLine, logLines)}
-	go q.writeLog(w, slog.New(handler(w)))
-	return &queuedLog{slog.New(errorCounter{handler(q), &q.counts}), q}
+	l.Logger = slog.New(handler(l))
+	go l.writeLog(w, slog.New(handler(w)))
+	return l
 }
 
-// Write queues a line, or counts it as lost. It never waits.
-func (q *logQueue) Write(line []byte) (int, error) {
+// note counts an error, of whose line a is the level. It changes nothing.
+func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
+	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
+		n.errors.Add(1)
+		n.last.Store(time.Now().Unix())
+	}
+	return a
+}
+
+// Write queues a line of log, or counts it as lost. It never waits.
+func (l *queuedLog) Write(line []byte) (int, error) {
 	select {
-	case q.lines <- logLine{text: bytes.Clone(line)}:
+	case l.lines <- logLine{text: bytes.Clone(line)}:
 	default:
-		q.lost.Add(1)
-		q.counts.lost.Add(1)
+		l.counts.lost.Add(1)
 	}
 	return len(line), nil
 }
@@ -699,16 +687,17 @@ func (q *logQueue) Write(line []byte) (int, error) {
 // writeLog writes the lines to w, and says through log, which writes to w too, when
 // some were lost. One goroutine for a log, until the process ends: it may wait for
 // w for ever.
-func (q *logQueue) writeLog(w io.Writer, log *slog.Logger) {
-	for line := range q.lines {
+func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
+	told := int64(0) // of those that were lost
+	for line := range l.lines {
 		if line.written != nil {
 			close(line.written)
 			continue
 		}
 		if _, err := w.Write(line.text); err != nil {
-			q.lost.Add(1)
-			q.counts.lost.Add(1)
-		} else if n := q.lost.Swap(0); n > 0 {
+			l.counts.lost.Add(1)
+		} else if n := l.counts.lost.Load() - told; n > 0 {
+			told += n
 			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
 		}
 	}
@@ -719,7 +708,7 @@ func (l *queuedLog) flush() {
 	late := time.After(flushTime)
 	written := make(chan struct{})
 	select {
-	case l.queue.lines <- logLine{written: written}:
+	case l.lines <- logLine{written: written}:
 	case <-late:
 		return
 	}
@@ -974,7 +963,7 @@ func beServer(c config, log *queuedLog) error {
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil)
-	s.log, s.logged, s.version = log.Logger, &log.queue.counts, version()
+	s.log, s.logged, s.version = log.Logger, &log.counts, version()
 	if c.data != "" {
 		s.status = new(storage.Status)
 	}

@@ -4388,7 +4388,7 @@ func TestReadmeAlerts(t *testing.T) {
 func metricsAtStart(t *testing.T) map[string]string {
 	log := newLog(io.Discard, false, false)
 	s := New(nil)
-	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(storage.Status)
+	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
 	if err != nil {
 		t.Fatal(err)
@@ -5005,7 +5005,7 @@ func TestLogNeverBlocks(t *testing.T) {
 			synctest.Wait()
 			log.Info("the last line")
 			log.flush()
-			close(log.queue.lines)
+			close(log.lines)
 			w.Close()
 			<-done
 			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
@@ -5315,7 +5315,7 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	t.Parallel()
 	log := newLog(io.Discard, false, false)
 	s := New(nil)
-	s.log, s.logged, s.status = log.Logger, &log.queue.counts, new(storage.Status)
+	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	handler := s.watchHandler("")
 	ask := func(path string) (int, string) {
 		answer := httptest.NewRecorder()
@@ -6378,7 +6378,7 @@ func (w *world) live() {
 	if rotten {
 		p.plan = simPlan{}
 	}
-	logs := &logQueue{lines: make(chan logLine, pick(r, 1, 10, logLines))}
+	logs := &queuedLog{lines: make(chan logLine, pick(r, 1, 10, logLines))}
 	logged := make(chan struct{})
 	writer := &simLog{p, pick(r, 0, 0, time.Second, time.Minute), chance(r, 5)}
 	go func() {
