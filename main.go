@@ -813,11 +813,7 @@ func (g *guest) Close() error {
 // clients try only one of the two.
 func listen(addr string) (listeners []net.Listener, err error) {
 	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-		listener, err := listenUnix(path)
-		if err != nil {
-			return nil, err
-		}
-		return []net.Listener{listener}, nil
+		return listenUnix(path)
 	}
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -827,62 +823,56 @@ func listen(addr string) (listeners []net.Listener, err error) {
 	if host == "localhost" {
 		hosts = []string{"127.0.0.1", "::1"}
 	}
+
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
-
 	isAnyPort := port == "0"
-	var missing error
 	for _, host := range hosts {
-		addr := net.JoinHostPort(host, port)
-		listener, err := config.Listen(context.Background(), "tcp", addr)
+		var listener net.Listener
+		listener, err = config.Listen(context.Background(), "tcp", net.JoinHostPort(host, port))
 		switch {
 		case err == nil:
 			listeners = append(listeners, listener)
 			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
-		case isAny(err)(slices.Concat(noAddress, noKind)...):
-			missing = err
-		case isAnyPort && len(listeners) > 0: // the port that is free on the first is not here
+
+		// One of the two will do: the machine has no other, or there the port is not free.
+		case isAny(err)(noAddress...) || isAnyPort && len(listeners) > 0:
 		default:
 			closeAll(listeners)
 			return nil, err
 		}
 	}
 	if len(listeners) == 0 {
-		return nil, missing
+		return nil, err
 	}
 	return listeners, nil
 }
 
-// socketMode lets the user and the group of a unix socket connect.
-const socketMode = 0o660
-
 // errNoSocket is listenUnix's where there is a file of another kind.
 var errNoSocket = errors.New("there is a file that is no socket")
 
-// listenUnix listens on a unix socket at path, in the place of one whose server has died.
-// Close removes it.
-func listenUnix(path string) (net.Listener, error) {
-	if info, err := os.Lstat(path); err == nil {
-		if info.Mode().Type() != fs.ModeSocket {
-			return nil, errNoSocket
-		}
-		conn, err := net.Dial("unix", path)
-		if err == nil {
-			conn.Close()
-		} else if isAny(err)(refused...) { // nobody listens there any more
-			os.Remove(path)
-		}
+// listenUnix listens on a unix socket at path, which its user and group may connect to, in the
+// place of one whose server has died. Close removes it.
+func listenUnix(path string) ([]net.Listener, error) {
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return nil, errNoSocket
 	}
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+	} else if isAny(err)(refused...) { // nobody listens there any more
+		os.Remove(path)
+	}
+
 	listener, err := net.Listen("unix", path)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, socketMode); err != nil {
+	if err := os.Chmod(path, 0o660); err != nil {
 		listener.Close()
 		return nil, err
 	}
-	return listener, nil
+	return []net.Listener{listener}, nil
 }
 
 // closeAll closes listeners.
@@ -892,14 +882,14 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// What listening and connecting fail with, on Windows, too: somebody else listens there; the
-// machine does not have the address (WSAEADDRINUSE, WSAEADDRNOTAVAIL), or none of its kind; nobody
-// listens there (WSAECONNREFUSED).
+// What listening and connecting fail with, on Windows, too: somebody else listens there
+// (WSAEADDRINUSE); the machine does not have the address (WSAEADDRNOTAVAIL), or none of its kind;
+// nobody listens there (WSAECONNREFUSED).
 var (
 	inUse     = []error{syscall.EADDRINUSE, syscall.Errno(10048)}
-	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049)}
-	noKind    = []error{syscall.EAFNOSUPPORT, syscall.EPROTONOSUPPORT}
-	refused   = []error{syscall.ECONNREFUSED, syscall.Errno(10061)}
+	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049), syscall.EAFNOSUPPORT,
+		syscall.EPROTONOSUPPORT}
+	refused = []error{syscall.ECONNREFUSED, syscall.Errno(10061)}
 )
 
 // listenProblem says what to do about the error of listening where a flag says.
@@ -940,7 +930,8 @@ func listenProblem(name, addr string, err error) error {
 	})
 }
 
-// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless told.
+// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless
+// told.
 func anotherPort(host, port string) string {
 	n, _ := strconv.Atoi(port)
 	for n = max(n, 1023) + 1; n < 65536; n++ {
