@@ -289,6 +289,13 @@ func (e *fakeEtcd) find(q keyRange) (f found) {
 	return f
 }
 
+// list is find for whoever does not have mu.
+func (e *fakeEtcd) list(q keyRange) found {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.find(q)
+}
+
 // set puts a value.
 func (e *fakeEtcd) set(key string, value []byte) {
 	if i, isThere := slices.BinarySearch(e.keys, key); !isThere {
@@ -463,7 +470,7 @@ func TestEtcdFile(t *testing.T) {
 			}
 		}
 		if err := dir.Remove("file"); err != nil ||
-			e.find(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
+			e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
 			t.Errorf("a removed file leaves pieces: %v", err)
 		}
 	})
@@ -1070,15 +1077,15 @@ func TestEtcdManyPieces(t *testing.T) {
 			if i%1000 == 999 { // a large one now and then
 				put("middle", string(random[:joinBytes]))
 			}
-			if n := e.find(pieces).Count; n > 500 {
+			if n := e.list(pieces).Count; n > 500 {
 				t.Fatalf("%d commits are %d pieces", i, n)
 			}
 		}
 		d.Close()
 
 		// Cut the pieces into small ones.
-		kvs := e.find(pieces).KVs
-		e.remove(pieces)
+		kvs := e.list(pieces).KVs
+		e.delete("kv/d/")
 		numbers := map[string]int{}
 		for _, kv := range kvs {
 			id, piece, _ := strings.Cut(strings.TrimPrefix(string(kv.Key), "kv/d/"), "/")
@@ -1093,7 +1100,7 @@ func TestEtcdManyPieces(t *testing.T) {
 				numbers[id]++
 			}
 		}
-		if n := e.find(pieces).Count; n < 3*keysMost {
+		if n := e.list(pieces).Count; n < 3*keysMost {
 			t.Fatalf("there are only %d pieces", n)
 		}
 		h.Told = h.Done.Clone()
