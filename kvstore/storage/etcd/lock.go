@@ -258,11 +258,11 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.opts.Status.Set("opening the data")
 	d.opts.Status.TakeOver(l.owner.Takeovers)
 	go l.beat()
-	go l.attend()
 	if err := d.begin(); err != nil {
 		l.Close()
 		return nil, err
 	}
+	go l.attend()
 	return l, nil
 }
 
