@@ -14,135 +14,7 @@ import (
 	"testing"
 	"time"
 	"unsafe"
-
-	"kvserver/kvstore/storetest"
 )
-
-type model = storetest.Model
-
-// timed is the model, with Take and deadlines.
-type timed struct {
-	model
-	ends map[string]int64
-}
-
-func newTimed() timed { return timed{model{}, map[string]int64{}} }
-
-func (m timed) clone() timed { return timed{m.model.Clone(), maps.Clone(m.ends)} }
-
-func (m timed) Set(key, value string) int {
-	delete(m.ends, key)
-	return m.model.Set(key, value)
-}
-
-func (m timed) Delete(key string) int {
-	delete(m.ends, key)
-	return m.model.Delete(key)
-}
-
-func (m timed) Remove(key, value string) bool {
-	removed := m.model.Remove(key, value)
-	if len(m.model[key]) == 0 {
-		delete(m.ends, key)
-	}
-	return removed
-}
-
-func (m timed) Take(key string) (value string, ok bool) {
-	if len(m.model[key]) == 0 {
-		return "", false
-	}
-	value = m.model[key][0]
-	return value, m.Remove(key, value)
-}
-
-func (m timed) Expire(key string, at int64) bool {
-	if len(m.model[key]) == 0 {
-		return false
-	}
-	if m.ends[key] = at; at == 0 {
-		delete(m.ends, key)
-	}
-	return true
-}
-
-// take takes a value out of store and m, and reports where they differ.
-func take(t *testing.T, store *Memory, m timed, key string) {
-	t.Helper()
-	if got, want := store.Count(key), len(m.model[key]); got != want {
-		t.Fatalf("Count(%.40q) = %d, want %d", key, got, want)
-	}
-	got, ok := store.Take(key)
-	if want, wantOK := m.Take(key); got != want || ok != wantOK {
-		t.Fatalf("Take(%.40q) = %.40q, %v, want %.40q, %v", key, got, ok, want, wantOK)
-	}
-}
-
-// expire gives key a deadline in store and m, and reports where they differ.
-func expire(t *testing.T, store *Memory, m timed, key string, at int64) {
-	t.Helper()
-	end, has := store.Deadline(key)
-	if want, wantHas := m.ends[key]; end != want || has != wantHas {
-		t.Fatalf("Deadline(%.40q) = %d, %v, want %d, %v", key, end, has, want, wantHas)
-	}
-	if got, want := store.Expire(key, at), m.Expire(key, at); got != want {
-		t.Fatalf("Expire(%.40q, %d) = %v, want %v", key, at, got, want)
-	}
-}
-
-// pass deletes the next key in store and m whose time has come, and reports where they differ.
-func pass(t *testing.T, store *Memory, m timed, now int64) (ok bool) {
-	t.Helper()
-	first := now + 1
-	for _, at := range m.ends {
-		first = min(first, at)
-	}
-	key, ok := store.NextDue(now)
-	if ok != (first <= now) || ok && m.ends[key] != first {
-		t.Fatalf("NextDue(%d) = %.40q, %v, which ends at %d; the first does at %d", now, key, ok,
-			m.ends[key], first)
-	}
-	if ok {
-		store.Delete(key)
-		m.Delete(key)
-	}
-	return ok
-}
-
-// Ensure that the store does what the model does, and that no list it has handed
-// out ever changes.
-func TestMemoryIsLikeTheModel(t *testing.T) {
-	for seed := range uint64(20) {
-		random := rand.New(rand.NewPCG(seed, 0))
-		store, m := NewMemory(), model{}
-		type kept struct{ list, copy []string }
-		var all []kept
-		for range 2000 {
-			storetest.RandomStep(t, random, store, m)
-			switch random.IntN(20) {
-			case 0:
-				for _, list := range store.All() {
-					all = append(all, kept{list, slices.Clone(list)})
-				}
-			case 1, 2, 3, 4, 5, 6, 7:
-				list := store.Get(fmt.Sprint("key", random.IntN(20)))
-				all = append(all, kept{list, slices.Clone(list)})
-			}
-		}
-		if err := store.Commit(); err != nil {
-			t.Fatal(err)
-		}
-		storetest.CheckSame(t, store, m)
-		for _, k := range all {
-			if !slices.Equal(k.list, k.copy) {
-				t.Fatalf("a list that was %q became %q", k.copy, k.list)
-			}
-			if cap(k.list) > len(k.list) {
-				t.Fatalf("a list of %d leaves room to append to", len(k.list))
-			}
-		}
-	}
-}
 
 // Ensure that All stops when it is told to.
 func TestAllStops(t *testing.T) {
@@ -194,42 +66,38 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	}
 }
 
-// Ensure that nothing kept is a substring of what the caller passed: that would
-// pin a whole read buffer.
-func TestMemoryClones(t *testing.T) {
-	burst := strings.Repeat("key:value:other:", 10)
-	key, value, other := burst[:3], burst[4:9], burst[10:15]
-	inside := func(s string) bool {
-		at := uintptr(unsafe.Pointer(unsafe.StringData(s)))
-		start := uintptr(unsafe.Pointer(unsafe.StringData(burst)))
-		return at >= start && at < start+uintptr(len(burst))
-	}
-	steps := []struct {
-		name string
-		do   func(m *Memory)
-	}{
-		{"Put", func(m *Memory) { m.Put(key, value) }},
-		{"Update of one", func(m *Memory) { m.Update(key, value, other) }},
-		{"second Put", func(m *Memory) { m.Put(key, value) }},
-		{"third Put", func(m *Memory) { m.Put(key, value) }},
-		{"Update of the first", func(m *Memory) { m.Update(key, other, value) }},
-		{"Update of a later one", func(m *Memory) {
-			m.Update(key, value, other)
-			m.Update(key, other, value)
-		}},
-		{"Update without old", func(m *Memory) { m.Update(key, "none", other) }},
-		{"Set", func(m *Memory) { m.Set(key, other) }},
-		{"Remove", func(m *Memory) { m.Put(key, value); m.Remove(key, other) }},
-		{"Delete and Update", func(m *Memory) { m.Delete(key); m.Update(key, value, other) }},
-	}
-	m := NewMemory()
-	for _, s := range steps {
-		s.do(m)
-		for k, list := range m.All() {
-			if inside(k) || slices.ContainsFunc(list, inside) {
-				t.Errorf("after %s the caller's memory is kept", s.name)
-			}
+// What model_test.go looks at inside of a store.
+var (
+	CheckInside  = checkInside
+	CheckEmptied = checkEmptied
+	MemorySteps  = memorySteps
+)
+
+// memorySteps is how many random operations a Memory gets: KVSTORE_STEPS of them, if that is set,
+// as in .ci/run.
+func memorySteps(t *testing.T) (steps int) {
+	steps = 100_000
+	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
+		var err error
+		if steps, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
 		}
+	}
+	return steps
+}
+
+// checkEmptied reports what is left in m, which was large, and from which all keys were deleted.
+func checkEmptied(t *testing.T, m *Memory) {
+	t.Helper()
+	checkInside(t, m)
+	if m.rate == 0 {
+		t.Error("nothing was cleaned")
+	}
+	if keys, values, bytes := m.Size(); keys != 0 || values != 0 || bytes != 0 ||
+		m.KeyBytes() != 0 || m.longValues != 0 || m.longBytes != 0 || m.pages != 1 ||
+		m.expiring != 0 {
+		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
+			bytes, m.KeyBytes(), m.longValues, m.longBytes, m.pages)
 	}
 }
 
@@ -425,138 +293,6 @@ func checkLarge(t *testing.T, m *Memory) {
 	}
 }
 
-// memorySteps is how many random operations a Memory gets in TestMemoryInside: KVSTORE_STEPS
-// of them, if that is set, as in .ci/run.
-func memorySteps(t *testing.T) (steps int) {
-	steps = 100_000
-	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
-		var err error
-		if steps, err = strconv.Atoi(text); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return steps
-}
-
-// Ensure that a store of many keys, large and small lists does what the model does while
-// it grows and shrinks, that no more of it is dead than may be, and that neither a snapshot
-// nor what View returned ever changes.
-func TestMemoryInside(t *testing.T) {
-	random := rand.New(rand.NewPCG(3, 3))
-	store, m := NewMemory(), newTimed()
-	var key string
-	value := func() string {
-		size := random.IntN(20)
-		switch what := random.IntN(100); {
-		case what < 30:
-			size = random.IntN(ownSize * 3 / 2)
-		case what < 35:
-			size = random.IntN(2 * maxShortBytes)
-		}
-		if random.IntN(10_000) == 0 {
-			size = slabSize + random.IntN(slabSize)
-		}
-		return strings.Repeat(string(rune('a'+random.IntN(3))), size)
-	}
-	type kept struct {
-		snapshot Snapshot
-		held     timed
-	}
-	var snapshots []kept
-	type shown struct{ got, want []string }
-	var views []shown
-	steps := memorySteps(t)
-	for i := range steps {
-		many := 20_000
-		if i/(steps/10)%2 == 1 {
-			many = 500 // and most keys go
-		}
-		key = fmt.Sprint(random.IntN(20_000))
-		if random.IntN(50) == 0 {
-			key = strings.Repeat(key, 40)
-		}
-		switch what := random.IntN(16); {
-		case what == 12:
-			take(t, store, m, key)
-		case what == 13 || what == 14:
-			at := int64(i + random.IntN(steps/5))
-			if random.IntN(4) == 0 {
-				at = 0
-			}
-			expire(t, store, m, key, at)
-		case what == 15 && random.IntN(100) == 0:
-			for pass(t, store, m, int64(i)) && random.IntN(10) > 0 {
-			}
-		case what == 10:
-			v := value()
-			if got, want := store.Set(key, v), m.Set(key, v); got != want {
-				t.Fatalf("Set(%.40q) = %d, want %d", key, got, want)
-			}
-		case what == 11 && len(m.model[key]) > 0:
-			v := m.model[key][random.IntN(len(m.model[key]))]
-			if got, want := store.Remove(key, v), m.Remove(key, v); got != want {
-				t.Fatalf("Remove(%.40q) = %v, want %v", key, got, want)
-			}
-		case len(m.model) > many, what == 0:
-			if got, want := store.Delete(key), m.Delete(key); got != want {
-				t.Fatalf("Delete(%.40q) = %d, want %d", key, got, want)
-			}
-		case what < 4:
-			v := value()
-			store.Put(key, v)
-			m.Put(key, v)
-		case what < 8:
-			old, v := value(), value()
-			if list := m.model[key]; len(list) > 0 && random.IntN(3) > 0 {
-				old = list[random.IntN(len(list))]
-			}
-			if got, want := store.Update(key, old, v), m.Update(key, old, v); got != want {
-				t.Fatalf("Update(%.40q) = %v, want %v", key, got, want)
-			}
-		default:
-			var scratch [2]string
-			if got := store.View(scratch[:], key); !slices.Equal(got, m.model[key]) ||
-				int(store.Measure(key)) != sizeOf(got) {
-				t.Fatalf("View(%.40q) = %.100q, want %.100q", key, got, m.model[key])
-			} else {
-				views = append(views, shown{slices.Clone(got), m.model[key]})
-			}
-		}
-		if random.IntN(steps/20) == 0 {
-			snapshots = append(snapshots, kept{store.Snapshot(), m.clone()})
-			if len(snapshots) > 3 {
-				snapshots = snapshots[1:]
-			}
-		}
-		if i%(steps/20) == 0 {
-			checkInside(t, store)
-			storetest.CheckSame(t, store, m.model)
-			for _, k := range snapshots {
-				checkSnapshot(t, k.snapshot, k.held)
-			}
-			for _, v := range views {
-				if !slices.Equal(v.got, v.want) {
-					t.Fatalf("what View returned, %.100q, has become %.100q", v.want, v.got)
-				}
-			}
-			views = nil
-		}
-	}
-	if store.rate == 0 {
-		t.Error("nothing was cleaned")
-	}
-	for key := range m.model {
-		store.Delete(key)
-	}
-	checkInside(t, store)
-	if keys, values, bytes := store.Size(); keys != 0 || values != 0 || bytes != 0 ||
-		store.KeyBytes() != 0 || store.longValues != 0 || store.longBytes != 0 || store.pages != 1 ||
-		store.expiring != 0 {
-		t.Errorf("an empty store counts %d, %d, %d, %d, %d, %d and has %d pages", keys, values,
-			bytes, store.KeyBytes(), store.longValues, store.longBytes, store.pages)
-	}
-}
-
 // checkFootprint reports if m takes more memory than its doc comment and the README say: than
 // a new store of the same keys and lists, a third for what is dead, and the index's slack.
 func checkFootprint(t *testing.T, m *Memory) {
@@ -699,29 +435,6 @@ func TestReclaim(t *testing.T) {
 	}
 }
 
-// checkSnapshot reports where a snapshot is not as the store was.
-func checkSnapshot(t *testing.T, s Snapshot, held timed) {
-	t.Helper()
-	n := 0
-	for key, list := range s.All() {
-		if n++; !slices.Equal(list, held.model[key]) {
-			t.Fatalf("a snapshot has %.100q under %.40q, which held %.100q", list, key, held.model[key])
-		}
-		if got := s.View(nil, key); !slices.Equal(got, held.model[key]) {
-			t.Fatalf("View(%.40q) of a snapshot is %.100q, want %.100q", key, got, held.model[key])
-		}
-		if at, ok := s.(*snapshot).Deadline(key); at != held.ends[key] || ok != (at != 0) {
-			t.Fatalf("a snapshot has %d as the end of %.40q, want %d", at, key, held.ends[key])
-		}
-	}
-	if n != len(held.model) {
-		t.Fatalf("a snapshot has %d keys, want %d", n, len(held.model))
-	}
-	if got := s.View(nil, "none"); got != nil {
-		t.Fatalf("a snapshot has %q under no key", got)
-	}
-}
-
 // Ensure that a snapshot copies next to nothing whatever is stored, and a change beside it only
 // the pages that it is in.
 func TestSnapshotCopiesLittle(t *testing.T) {
@@ -794,54 +507,6 @@ func TestSnapshotBesideChanges(t *testing.T) {
 	}
 	if got := <-walked; got != want {
 		t.Errorf("the snapshot's sizes add up to %d, want %d", got, want)
-	}
-}
-
-// Ensure that a store keeps nothing of the strings that it is given: the server reads the next
-// requests into the same memory.
-func TestNothingIsBorrowed(t *testing.T) {
-	for name, store := range map[string]Store{"Memory": NewMemory()} {
-		want := model{}
-		var memory []byte
-		lend := func(size int, c byte) (lent, own string) {
-			own = strings.Repeat(string(c), size)
-			memory = append(memory[:0], own...)
-			return unsafe.String(unsafe.SliceData(memory), size), own
-		}
-		for i, size := range []int{1, 30, 200, ownSize - 1, ownSize + 1, 5000, 100_000,
-			slabSize + 1} {
-			key := fmt.Sprint("key", i)
-			type writer interface {
-				Put(key, value string)
-				Set(key, value string) int
-				Update(key, oldValue, newValue string) bool
-				Remove(key, value string) bool
-			}
-			for _, do := range []func(writer, string){
-				func(s writer, v string) { s.Put(key, v) },
-				func(s writer, v string) { s.Put(v, "value") },
-				func(s writer, v string) { s.Put(key, v) },
-				func(s writer, v string) { s.Update(key, v, v) },
-				func(s writer, v string) { s.Set(fmt.Sprint("set", i), v) },
-				func(s writer, v string) { s.Set(v, "other") },
-				func(s writer, v string) { s.Remove(key, v) },
-			} {
-				lent, own := lend(size, byte('a'+i))
-				do(store, lent)
-				do(want, own)
-				for j := range memory {
-					memory[j] = '!'
-				}
-			}
-		}
-		for key, list := range want {
-			if got := store.Get(key); !slices.Equal(got, list) {
-				t.Errorf("%s: %.20q has %.60q, want %.60q", name, key, got, list)
-			}
-		}
-		if keys, _, _ := store.Size(); keys != len(want) {
-			t.Errorf("%s has %d keys, want %d", name, keys, len(want))
-		}
 	}
 }
 
@@ -1059,23 +724,6 @@ func TestTouch(t *testing.T) {
 	checkInside(t, store)
 }
 
-// Ensure that Take, Count and deadlines do what the model says, on short lists, long ones and
-// large values, and that snapshots have deadlines.
-func TestDeadlinesAreLikeTheModel(t *testing.T) {
-	for seed := range uint64(20) {
-		random := rand.New(rand.NewPCG(seed, 0))
-		var script []byte
-		for range 3000 {
-			what := byte(random.IntN(11))
-			if what == 5 && random.IntN(20) > 0 {
-				continue
-			}
-			script = append(script, what, byte(random.IntN(30)), byte(random.IntN(256)))
-		}
-		play(t, script)
-	}
-}
-
 // Ensure that a million deadlines take little memory, in whatever order they are set, and that
 // keys come in the order of their ends.
 func TestDeadlinesTakeLittle(t *testing.T) {
@@ -1147,64 +795,6 @@ func TestTakeFromALongList(t *testing.T) {
 		if _, ok := store.Take("key"); ok || store.Count("key") != 0 {
 			t.Error("more was taken than there was")
 		}
-	}
-}
-
-// FuzzMemory does what the bytes of a script say to a store and to the model.
-func FuzzMemory(f *testing.F) {
-	f.Add([]byte("put a lot, \x00\x01\x02\x03, and delete it"))
-	f.Add([]byte("\x00kv\x09k1\x05--\x00kw\x08k-\x0a-9"))
-	f.Fuzz(play)
-}
-
-// play does what the bytes of a script say to a store and to the model, and reports where they
-// differ.
-func play(t *testing.T, script []byte) {
-	store, m := NewMemory(), newTimed()
-	var snapshots []Snapshot
-	var held []timed
-	for len(script) >= 3 {
-		what, key, size := script[0]%11, strings.Repeat("k", int(script[1])), int(script[2])
-		script = script[3:]
-		if what&1 == 1 {
-			size *= size
-		}
-		value := strings.Repeat("v", size)
-		switch what {
-		case 0, 1:
-			store.Put(key, value)
-			m.Put(key, value)
-		case 2, 3:
-			if got, want := store.Update(key, strings.Repeat("v", len(key)),
-				value), m.Update(key, strings.Repeat("v", len(key)), value); got != want {
-				t.Fatalf("Update = %v, want %v", got, want)
-			}
-		case 4:
-			if got, want := store.Delete(key), m.Delete(key); got != want {
-				t.Fatalf("Delete = %d, want %d", got, want)
-			}
-		case 6:
-			if got, want := store.Set(key, value), m.Set(key, value); got != want {
-				t.Fatalf("Set = %d, want %d", got, want)
-			}
-		case 7:
-			if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
-				t.Fatalf("Remove = %v, want %v", got, want)
-			}
-		case 5:
-			snapshots, held = append(snapshots, store.Snapshot()), append(held, m.clone())
-		case 8:
-			take(t, store, m, key)
-		case 9:
-			expire(t, store, m, key, int64(size))
-		case 10:
-			pass(t, store, m, int64(size))
-		}
-	}
-	storetest.CheckSame(t, store, m.model)
-	checkInside(t, store)
-	for i, s := range snapshots {
-		checkSnapshot(t, s, held[i])
 	}
 }
 

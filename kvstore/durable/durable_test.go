@@ -178,7 +178,7 @@ func TestRecordsTooLarge(t *testing.T) {
 // restarts, and that its files stay within bounds.
 func TestDurableIsLikeTheModel(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Hour} {
-		dir, m, h := storetest.New(), storetest.Model{}, rand.New(rand.NewPCG(3, 3))
+		dir, m, h := storetest.New(), storetest.NewModel(), rand.New(rand.NewPCG(3, 3))
 		for range 30 {
 			d, err := openSmall(dir, Options{Fsync: fsync})
 			if err != nil {

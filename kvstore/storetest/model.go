@@ -1,180 +1,138 @@
 package storetest
 
 import (
-	"fmt"
 	"iter"
+	"kvserver/kvstore"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strings"
-	"testing"
 )
 
-// Store is a part of kvstore.Store, which this package cannot import: that one's tests import it.
-type Store = interface {
-	Put(key, value string)
-	Get(key string) []string
-	Delete(key string) (removed int)
-	Update(key, oldValue, newValue string) (replaced bool)
-	Set(key, value string) (removed int)
-	Remove(key, value string) (removed bool)
-	Take(key string) (value string, ok bool)
-	Count(key string) int
-	Commit() error
+// Model is a Store that does what every store must do, in as few words as possible: the
+// specification. Lists are not changed in place, so it may hand them out.
+type Model struct {
+	lists map[string][]string
+	ends  map[string]int64 // of keys that have a deadline
 }
 
-// Model is what every store must do, in as few words as possible: the specification.
-type Model map[string][]string
+// NewModel returns an empty one.
+func NewModel() Model { return Model{map[string][]string{}, map[string]int64{}} }
 
-func (m Model) Put(key, value string)   { m[key] = append(m[key], value) }
-func (m Model) Get(key string) []string { return m[key] }
-func (m Model) Delete(key string) int {
-	n := len(m[key])
-	delete(m, key)
-	return n
+// Clone returns a copy of m that changes of m leave alone.
+func (m Model) Clone() Model {
+	c := Model{map[string][]string{}, maps.Clone(m.ends)}
+	for key, list := range m.lists {
+		c.lists[key] = slices.Clone(list)
+	}
+	return c
 }
-func (m Model) Update(key, oldValue, newValue string) bool {
-	i := slices.Index(m[key], oldValue)
+
+func (m Model) Put(key, value string)   { m.lists[key] = append(m.lists[key], value) }
+func (m Model) Get(key string) []string { return slices.Clip(m.lists[key]) }
+
+func (m Model) Delete(key string) (removed int) {
+	removed = m.Count(key)
+	delete(m.lists, key)
+	delete(m.ends, key)
+	return removed
+}
+
+func (m Model) Update(key, oldValue, newValue string) (replaced bool) {
+	i := slices.Index(m.lists[key], oldValue)
 	if i >= 0 {
-		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
+		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
 	}
 	m.Put(key, newValue)
 	return i >= 0
 }
 
-func (m Model) Set(key, value string) int {
-	n := len(m[key])
-	m[key] = []string{value}
-	return n
+func (m Model) Set(key, value string) (removed int) {
+	removed = m.Delete(key)
+	m.Put(key, value)
+	return removed
 }
-func (m Model) Remove(key, value string) bool {
-	i := slices.Index(m[key], value)
+
+func (m Model) Remove(key, value string) (removed bool) {
+	i := slices.Index(m.lists[key], value)
 	if i >= 0 {
-		m[key] = slices.Delete(slices.Clone(m[key]), i, i+1)
+		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
 	}
-	if len(m[key]) == 0 {
-		delete(m, key)
+	if m.Count(key) == 0 {
+		m.Delete(key)
 	}
 	return i >= 0
 }
 
 func (m Model) Take(key string) (value string, ok bool) {
-	if ok = len(m[key]) > 0; ok {
-		value = m[key][0]
-		m.Remove(key, value)
+	if m.Count(key) == 0 {
+		return "", false
 	}
-	return value, ok
+	value = m.lists[key][0]
+	return value, m.Remove(key, value)
 }
-func (m Model) Count(key string) int { return len(m[key]) }
 
-// Size is what Size must return.
+func (m Model) Expire(key string, at int64) (ok bool) {
+	if m.Count(key) == 0 {
+		return false
+	}
+	if m.ends[key] = at; at == 0 {
+		delete(m.ends, key)
+	}
+	return true
+}
+
+func (m Model) PutUntil(key, value string, at int64) {
+	m.Put(key, value)
+	m.Expire(key, at)
+}
+
+func (m Model) Deadline(key string) (at int64, ok bool) {
+	at, ok = m.ends[key]
+	return at, ok
+}
+
+func (m Model) NextDue(now int64) (key string, ok bool) {
+	for k, at := range m.ends {
+		if at <= now && (!ok || at < m.ends[key]) {
+			key, ok = k, true
+		}
+	}
+	return key, ok
+}
+
 func (m Model) Size() (keys, values int, bytes int64) {
-	for key, list := range m {
+	for key, list := range m.lists {
 		keys++
 		values += len(list)
-		bytes += int64(len(key) + len(strings.Join(list, "")))
+		bytes += int64(len(key)) + m.Measure(key)
 	}
 	return keys, values, bytes
 }
 
-// RandomStep does one random thing to store and to m, and reports where they
-// differ.
-func RandomStep(t *testing.T, random *rand.Rand, store Store, m Model) {
-	t.Helper()
-	key := fmt.Sprint("key", random.IntN(20))
-	value := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-	switch random.IntN(14) {
-	case 13:
-		got, _ := store.Take(key)
-		if want, _ := m.Take(key); got != want {
-			t.Fatalf("Take(%q) = %q, want %q", key, got, want)
-		}
-		if got, want := store.Count(key), m.Count(key); got != want {
-			t.Fatalf("Count(%q) = %d, want %d", key, got, want)
-		}
-	case 10:
-		if got, want := store.Set(key, value), m.Set(key, value); got != want {
-			t.Fatalf("Set(%q, %q) = %d, want %d", key, value, got, want)
-		}
-	case 11, 12:
-		if got, want := store.Remove(key, value), m.Remove(key, value); got != want {
-			t.Fatalf("Remove(%q, %q) = %v, want %v", key, value, got, want)
-		}
-	case 0, 1, 2:
-		store.Put(key, value)
-		m.Put(key, value)
-	case 3:
-		if got, want := store.Delete(key), m.Delete(key); got != want {
-			t.Fatalf("Delete(%q) = %d, want %d", key, got, want)
-		}
-	case 4, 5, 6, 7:
-		other := strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4))
-		if got, want := store.Update(key, value, other), m.Update(key, value, other); got != want {
-			t.Fatalf("Update(%q, %q, %q) = %v, want %v", key, value, other, got, want)
-		}
-	default:
-		if got, want := store.Get(key), m.Get(key); !slices.Equal(got, want) {
-			t.Fatalf("Get(%q) = %q, want %q", key, got, want)
-		}
-	}
-}
+func (m Model) Count(key string) int               { return len(m.lists[key]) }
+func (m Model) Has(key, value string) bool         { return slices.Contains(m.lists[key], value) }
+func (m Model) Measure(key string) int64           { return int64(len(strings.Join(m.lists[key], ""))) }
+func (m Model) View(_ []string, k string) []string { return m.Get(k) }
+func (m Model) All() iter.Seq2[string, []string]   { return maps.All(m.lists) }
+func (m Model) Snapshot() kvstore.Snapshot         { return m.Clone() }
+func (m Model) Commit() error                      { return nil }
+func (m Model) Room(int64, bool) error             { return nil }
+func (m Model) Footprint() int64                   { return 0 }
+func (m Model) TouchPays() bool                    { return false }
+func (m Model) Touch([]string)                     {}
 
-// History is what a script has done to a store: what the last Commit that
-// returned nil covers, and what the next would have.
-type History struct{ Told, Done Model }
-
-// Clone returns a copy of m that changes of m leave alone.
-func (m Model) Clone() Model {
-	c := Model{}
-	for key, list := range m {
-		c[key] = slices.Clone(list)
-	}
-	return c
-}
-
-// Compacting is a Store that compacts its log in the background.
-type Compacting interface {
-	Store
-	AwaitCompaction()
-}
-
-// Script does the same things to a store each time, until one fails.
-func Script(t *testing.T, d Compacting, h *History) error {
-	random := rand.New(rand.NewPCG(7, 7))
-	for range 60 {
-		for range random.IntN(8) {
-			RandomStep(t, random, d, h.Done)
-		}
-		if err := d.Commit(); err != nil {
-			return err
-		}
-		h.Told = h.Done.Clone()
-		d.AwaitCompaction()
-	}
-	return nil
-}
-
-// Equal tells whether d holds what m does.
-func (m Model) Equal(d interface {
+// Equal tells whether a store, or a snapshot, holds what m does.
+func (m Model) Equal(s interface {
 	All() iter.Seq2[string, []string]
+	Deadline(key string) (at int64, ok bool)
 }) bool {
-	return maps.EqualFunc(maps.Collect(d.All()), m, slices.Equal[[]string])
-}
-
-// NewHistory returns one of a store in which nothing was done.
-func NewHistory() *History { return &History{Model{}, Model{}} }
-
-// CheckSame reports where all of store differs from m.
-func CheckSame(t *testing.T, store interface {
-	All() iter.Seq2[string, []string]
-	Size() (keys, values int, bytes int64)
-}, m Model) {
-	t.Helper()
-	if got := maps.Collect(store.All()); !maps.EqualFunc(got, m, slices.Equal[[]string]) {
-		t.Fatalf("All yields %q, want %q", got, m)
+	keys := 0
+	for key, list := range s.All() {
+		at, ok := s.Deadline(key)
+		end, has := m.ends[key]
+		if keys++; !slices.Equal(list, m.lists[key]) || at != end || ok != has {
+			return false
+		}
 	}
-	keys, values, bytes := store.Size()
-	if k, v, b := m.Size(); keys != k || values != v || bytes != b {
-		t.Fatalf("Size() = %d, %d, %d, want %d, %d, %d", keys, values, bytes, k, v, b)
-	}
+	return keys == len(m.lists)
 }

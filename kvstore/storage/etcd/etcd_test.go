@@ -612,7 +612,7 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 	for i := range 150 {
 		key, value := fmt.Sprint(i%7), fmt.Sprint("value", i)
 		d.Set(key, value)
-		h.Done[key] = []string{value}
+		h.Done.Set(key, value)
 		if err := d.Commit(); err != nil {
 			return err
 		}

@@ -282,7 +282,7 @@ func TestEtcdGone(t *testing.T) {
 					}
 					write(100)
 					d.Delete("k0")
-					delete(h.Done, "k0")
+					h.Done.Delete("k0")
 					write(30)
 					<-time.After(time.Second / 3)
 					before := e.copy()
