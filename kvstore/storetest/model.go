@@ -118,6 +118,7 @@ func (m Model) Snapshot() kvstore.Snapshot         { return m.Clone() }
 func (m Model) Commit() error                      { return nil }
 func (m Model) Room(int64, bool) error             { return nil }
 func (m Model) Footprint() int64                   { return 0 }
+func (m Model) Reclaim() int64                     { return 0 }
 func (m Model) TouchPays() bool                    { return false }
 func (m Model) Touch([]string)                     {}
 
