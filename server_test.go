@@ -2795,7 +2795,7 @@ func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
 // are many or long; that all are taken in where each ends in its turn; that what they took is given
 // back; and that one which finds no room in time is refused.
 func TestBegunLinesAreBounded(t *testing.T) {
-	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {12, 300 * kilo}} {
+	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.maxLine, n.server.budget.limit = 1<<20, 64<<20
