@@ -88,48 +88,38 @@ const (
 )
 
 func main() {
-	// A command stands in the place of flags.
+	err := run(os.Args[1:])
 	switch {
-	case len(os.Args) > 1 && os.Args[1] == "help":
-		if err := printManual(os.Stdout, strings.Join(os.Args[2:], " ")); err != nil {
-			printError(os.Stderr, err)
-			os.Exit(exitMisuse)
-		}
+	case err == nil || errors.Is(err, flag.ErrHelp): // what was asked for is printed
 		return
-	case len(os.Args) > 1 && slices.Contains(commands, os.Args[1]):
-		os.Exit(runCommand(os.Args[1], os.Args[2:]))
-	}
-
-	c, err := parseFlags(os.Args[1:], os.Stdout)
-	switch {
-	case errors.Is(err, flag.ErrHelp): // which includes -version: it is printed
-		return
-	case err != nil:
+	case !errors.Is(err, errTold):
 		printError(os.Stderr, err)
+	}
+	if as[misuse](err) {
 		os.Exit(exitMisuse)
 	}
-
-	if c.client || c.ping {
-		if err := beClient(c, os.Stderr); err != nil {
-			if !errors.Is(err, errTold) {
-				printError(os.Stderr, err)
-			}
-			os.Exit(exitFailure)
-		}
-		return
-	}
-
-	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
-	log := newLog(os.Stderr, c.log == "json", c.verbose)
-	err = beServer(c, log)
-	if err != nil && !errors.Is(err, errTold) {
-		printError(log, err)
-	}
-	log.flush()
-	if err != nil {
-		os.Exit(exitFailure)
-	}
+	os.Exit(exitFailure)
 }
+
+// run does what the command line says.
+func run(args []string) error {
+	if len(args) > 0 && slices.Contains(commands, args[0]) { // in the place of flags
+		return runCommand(args[0], args[1:])
+	}
+	c, err := parseFlags(args, os.Stdout)
+	switch {
+	case err != nil:
+		return misuse{err}
+	case c.client || c.ping:
+		return beClient(c, os.Stderr)
+	}
+	return beServer(c)
+}
+
+// misuse is an error of the command line.
+type misuse struct{ error }
+
+func (m misuse) Unwrap() error { return m.error }
 
 // errTold is an error that was told already, in the log or by -c.
 var errTold = errors.New("it was told")
@@ -239,7 +229,8 @@ type config struct {
 	writeTimeout, timeout         time.Duration
 	cert, key, clientCA, ca, out  string // files; "": none
 	verbose, client, stop, ping   bool
-	version                       bool // print it, and do nothing else
+	version                       bool   // print it, and do nothing else
+	command                       string // that stands in the place of flags; "": none
 	requests                      []string
 }
 
@@ -946,9 +937,22 @@ func anotherPort(host, port string) string {
 
 // ---- start and stop
 
-// beServer opens, listens, serves and stops. Once it serves, its errors are in the log
+// beServer is a server until it is told to stop, or fails: then it has told so.
+func beServer(c config) error {
+	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
+	log := newLog(os.Stderr, c.log == "json", c.verbose)
+	defer log.flush()
+	err := serve(c, log)
+	if err != nil && !errors.Is(err, errTold) {
+		printError(log, err) // which waits for nobody
+		err = errTold
+	}
+	return err
+}
+
+// serve opens, listens, serves and stops. Once it serves, its errors are in the log
 // and it returns errTold.
-func beServer(c config, log *queuedLog) error {
+func serve(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
 	warnOfVariables(log.Logger, os.Environ())
@@ -1393,15 +1397,50 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 
 // ---- the commands: help, check, repair, backup
 
+// runCommand runs a command, and prints what it says.
+func runCommand(command string, args []string) error {
+	if command == "help" {
+		return printManual(os.Stdout, strings.Join(args, " "))
+	}
+	needs, want, example := "one data directory", 1, "data"
+	switch command {
+	case "backup":
+		needs, want, example = "a data directory and a new one for the copy", 2, "data copy"
+	case "repair":
+		needs, want, example = "a data directory, which it only reads, and a new one for what it "+
+			"saves", 2, "data new"
+	}
+	isFlag := func(arg string) bool { return strings.HasPrefix(arg, "-") }
+	if len(args) != want || slices.ContainsFunc(args, isFlag) {
+		return misuse{problem{command + " needs " + needs, "Give the one that the server has, as " +
+			"in kvserver " + command + " " + example + "."}}
+	}
+
+	path := args[0]
+	report, err := lookAt(command, path, args[want-1])
+	for _, line := range report.Lines {
+		fmt.Println(line)
+	}
+	if err != nil {
+		return storeProblem(config{command: command, data: path}, err)
+	}
+	return firstWrong("", []wrong{
+		{command == "check" && report.Damaged, path + " is damaged",
+			"Restore a backup, or save what can be saved: kvserver repair " + path + " NEW"},
+		{report.Lost, "some of what was in " + path + " is lost",
+			"What was saved opens. Look at what is back: what is lost may have been a Delete."},
+	})
+}
+
 // printManual prints the parts of the README whose heading has word, or, without one, the
 // headings.
 func printManual(w io.Writer, word string) error {
 	var within []string // headings of parts that have the word
-	heading, isCode, printed, depth := "", false, false, 0
-	for line := range strings.Lines(readme) {
-		// A heading: it begins a part, and ends one of its level, or of a lower one.
-		isCode = isCode != strings.HasPrefix(line, "```")
-		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 0 && !isCode {
+	heading, printed, depth := "", false, 0
+	for i, line := range slices.Collect(strings.Lines(readme)) {
+		// A heading begins a part, and ends one of its level, or of a lower one. A single # begins
+		// the first line, and comments in code.
+		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 1 || i == 0 {
 			heading = strings.TrimSpace(line[level:])
 			switch {
 			case word == "" && level > 1:
@@ -1421,14 +1460,14 @@ func printManual(w io.Writer, word string) error {
 		}
 	}
 
-	switch {
-	case printed || word == "":
+	if printed || word == "" {
 		return nil
-	case len(within) > 0:
-		return problem{fmt.Sprintf("no heading of the manual has %q", word),
-			"Its parts that have it: " + strings.Join(within, "; ")}
 	}
-	return problem{fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."}
+	return misuse{firstWrong("", []wrong{
+		{len(within) > 0, fmt.Sprintf("no heading of the manual has %q", word),
+			"Its parts that have it: " + strings.Join(within, "; ")},
+		{true, fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."},
+	})}
 }
 
 // contains tells whether text has word, in any letter case.
@@ -1436,69 +1475,22 @@ func contains(text, word string) bool {
 	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
 }
 
-// runCommand runs the check, repair or backup command and returns the exit code.
-func runCommand(command string, args []string) int {
-	needs, want := "one data directory", 1
-	switch command {
-	case "backup":
-		needs, want = "a data directory and a new one for the copy", 2
-	case "repair":
-		needs, want = "a data directory, which it only reads, and a new one for what it saves", 2
-	}
-	if len(args) != want || slices.ContainsFunc(args,
-		func(arg string) bool { return strings.HasPrefix(arg, "-") }) {
-		example := map[string]string{"check": "data", "repair": "data new",
-			"backup": "data copy"}[command]
-		printError(os.Stderr, problem{command + " needs " + needs,
-			"Give the one that the server has, as in kvserver " + command + " " + example + "."})
-		return exitMisuse
-	}
-	dir := args[0]
-	report, err := lookAt(command, dir, args[len(args)-1])
-	for _, line := range report.Lines {
-		fmt.Println(line)
-	}
-	switch {
-	case errors.Is(err, storage.ErrMissing):
-		printError(os.Stderr, problem{err.Error(),
-			"Give the directory that the server has as -data."})
-	case command != "check" && errors.Is(err, storage.ErrNotOurs):
-		printError(os.Stderr, problem{err.Error(),
-			"Nothing was copied. Give a store, and a new or an empty directory that is not " +
-				"inside it."})
-	case command != "check" && err != nil && !errors.As(err, new(*storage.DamageError)) &&
-		!errors.Is(err, durable.ErrNothingRead):
-		printError(os.Stderr, problem{err.Error(),
-			"Nothing was copied. Mend the cause, then try again."})
-	case err != nil:
-		printError(os.Stderr, storeProblem(config{data: dir}, err))
-	case report.Damaged && command == "check":
-		printError(os.Stderr, problem{dir + " is damaged",
-			"Restore a backup, or save what can be saved: kvserver repair " + dir + " NEW"})
-	case report.Lost:
-		printError(os.Stderr, problem{"some of what was in " + dir + " is lost",
-			"What was saved opens. Look at what is back: what is lost may have been a Delete."})
-	default:
-		return 0
-	}
-	return exitFailure
-}
-
-// lookAt runs the command on the store at path; to is where a copy goes.
+// lookAt runs the command on the store at path; to is where a copy goes, which is removed if it
+// fails.
 func lookAt(command, path, to string) (report durable.Report, err error) {
 	dir, err := openDirectory(context.Background(), path, etcd.Options{})
 	if err != nil {
 		return report, err
 	}
 	defer dir.Close()
-	switch command {
-	case "check":
+	if command == "check" {
 		report, err = durable.Check(dir)
 		if err == nil && report.Empty && etcd.IsAddress(path) { // a wrong prefix looks like this
 			return durable.Report{}, fmt.Errorf("%w: no store at %s", storage.ErrMissing, path)
 		}
 		return report, err
 	}
+
 	out, undo, err := makeTarget(path, to)
 	if err != nil {
 		return report, err
@@ -1517,8 +1509,8 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 
 // makeTarget makes the directory for a copy of the store at path. undo removes what it made.
 func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
-	switch {
-	case !etcd.IsAddress(to) && etcd.IsAddress(path):
+	switch isFromEtcd := etcd.IsAddress(path); {
+	case !etcd.IsAddress(to) && isFromEtcd:
 		return storage.MakeDisk(to, "")
 	case !etcd.IsAddress(to):
 		return storage.MakeDisk(to, path)
@@ -1548,29 +1540,29 @@ func backUp(dir, out storage.Directory) (durable.Report, error) {
 
 // storeProblem says what to do about an error of the store that c asks for.
 func storeProblem(c config, err error) error {
-	keeps := "Mend the cause, then start again: everything that was answered is on disk."
-	switch c.fsync {
-	case "always":
-	case "": // a command, which has answered nothing
-		keeps = "Mend the cause, then try again."
-	default:
-		keeps = "Mend the cause, then start again. With -fsync " + c.fsync +
-			" the last that was answered may not be on disk: look what is there."
-	}
 	is := isAny(err)
+	isDamage := as[*storage.DamageError](err)
+	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	return firstWrong(err.Error(), []wrong{
+		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
+		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
+			"empty directory that is not inside it."},
+		{isCopy && !isDamage && !is(durable.ErrNothingRead), "", "Nothing was copied. Mend the " +
+			"cause, then try again."},
+
 		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start again, to stand by. This server was too " +
 			"slow to show that it lives: was it paused, or cut off?"},
 		{is(etcd.ErrUnreachable), "", "Everything that was answered is in etcd. Look whether the " +
 			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
 			"etcdctl endpoint status --cluster"},
-		{is(etcd.ErrOther), "", "Nothing was written there. Look whether all members in -data are one " +
-			"cluster: etcdctl endpoint status --cluster. If somebody has restored it, start again: " +
+		{is(etcd.ErrOther), "", "Nothing was written there. Look whether all members in -data are " +
+			"one cluster: etcdctl endpoint status --cluster. If somebody has restored it, start again: " +
 			"this goes on with what is there now."},
 		{is(etcd.ErrTooLarge), "", "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
 		{is(etcd.ErrRefused), "", "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
-		{etcd.IsAddress(c.data) && is(syscall.ENOSPC), "", "Nothing is lost. Once there is room, start again."},
+		{etcd.IsAddress(c.data) && is(syscall.ENOSPC), "", "Nothing is lost. Once there is room, " +
+			"start again."},
 		{is(etcd.ErrAddress), "", "Give the members and a prefix, as in -data " +
 			"etcd://host1:2379,host2:2379,host3:2379/kv"},
 		{is(storage.ErrMoved), "", "Put the directory back, or look who took it, before you start " +
@@ -1589,9 +1581,12 @@ func storeProblem(c config, err error) error {
 		{is(durable.ErrNewer), "", "Nothing was changed. Start the newer kvserver."},
 		{is(fs.ErrPermission), "", "Start as the user who owns it, or give that user the right to " +
 			"read and write it."},
-		{as[*storage.DamageError](err), "", "Nothing was changed. Restore a backup, or save what can be " +
-			"saved: kvserver repair " + c.data + " NEW"},
-		{true, "", keeps},
+		{isDamage, "", "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
+			"repair " + c.data + " NEW"},
+		{!isServer, "", "Mend the cause, then try again."},
+		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
+			" the last that was answered may not be on disk: look what is there."},
+		{true, "", "Mend the cause, then start again: everything that was answered is on disk."},
 	})
 }
 
