@@ -289,33 +289,17 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	c.requests = flags.Args()
 
 	// What stands in the environment is there for a server and for a -ping beside it.
-	typed := given(flags)
+	typed := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
 	if err := readEnvironment(flags, typed); err != nil {
 		return c, err
 	}
 	if !c.client && !c.ping && !typed["tls-ca"] {
 		c.ca = ""
 	}
-
-	if name := c.outOfRange(); name != "" {
-		f := flags.Lookup(name)
-		return c, problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
-	}
-	if err = cmp.Or(c.checkRequests(), c.checkTogether(typed, given(flags))); err != nil {
-		return c, err
-	}
+	err = cmp.Or(c.checkRanges(flags), c.checkRequests(), c.checkTogether(typed))
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
-	if slices.Contains(strings.Split(c.addr, ","), c.http) && !strings.HasSuffix(c.http, ":0") {
-		return c, problem{"-addr and -http are both " + c.http, "Give each a port of its own."}
-	}
-	return c, nil
-}
-
-// given returns which flags were set so far.
-func given(flags *flag.FlagSet) map[string]bool {
-	names := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { names[f.Name] = true })
-	return names
+	return c, err
 }
 
 // helpText is what -h prints.
@@ -414,13 +398,12 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
 }
 
-// outOfRange returns the first flag whose value breaks a rule that the flag package does not
-// know, or "".
-func (c config) outOfRange() string {
+// checkRanges tells which flag's value breaks a rule that the flag package does not know.
+func (c config) checkRanges(flags *flag.FlagSet) error {
 	_, isFsync := parseFsync(c.fsync)
 	for _, value := range []struct {
 		flag  string
-		fails bool
+		isBad bool
 	}{
 		{"addr", !areAddrs(c.addr, true)},
 		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
@@ -433,11 +416,11 @@ func (c config) outOfRange() string {
 		{"log", c.log != "text" && c.log != "json"},
 		{"timeout", c.timeout < 0},
 	} {
-		if value.fails {
-			return value.flag
+		if f := flags.Lookup(value.flag); value.isBad {
+			return problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, f.Name), explain(f)}
 		}
 	}
-	return ""
+	return nil
 }
 
 // words are what other programs have in the place of our flags.
@@ -500,8 +483,8 @@ func spread(requests []string) (why string) {
 // checkTogether tells which flags do not go together, or are not for what is asked for: to serve,
 // or to be a client. typed are those of the command line, where a flag must fit; the environment
 // may be for both.
-func (c config) checkTogether(typed, given map[string]bool) error {
-	asks := c.client || c.ping
+func (c config) checkTogether(typed map[string]bool) error {
+	asks, http := c.client || c.ping, fullAddrs(c.http)
 	stray := ""
 	for _, name := range serverFlags {
 		if asks && typed[name] {
@@ -522,9 +505,9 @@ func (c config) checkTogether(typed, given map[string]bool) error {
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
-		{given["data"] && c.data == "", "-data is empty",
+		{typed["data"] && c.data == "", "-data is empty",
 			"Give a directory, or leave -data out to keep the data in memory only."},
-		{given["fsync"] && c.data == "" && !asks,
+		{(typed["fsync"] || c.fsync != "always") && c.data == "" && !asks,
 			"-fsync is for data on disk, and there is none",
 			"Give a directory, as in -data data -fsync " + c.fsync + "."},
 		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
@@ -533,7 +516,9 @@ func (c config) checkTogether(typed, given map[string]bool) error {
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
 		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
-		{given["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
+		{slices.Contains(strings.Split(fullAddrs(c.addr), ","), http) && !strings.HasSuffix(http, ":0"),
+			"-addr and -http are both " + http, "Give each a port of its own."},
+		{typed["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
 	})
 }
 
@@ -972,7 +957,7 @@ func serve(c config, log *queuedLog) error {
 		defer web.Close()
 	}
 
-	data, err := openOrStop(ctx, c, s, log)
+	data, err := openStore(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil
@@ -980,31 +965,27 @@ func serve(c config, log *queuedLog) error {
 		return err
 	}
 	all, err := listenFor(c)
+	if err == nil {
+		applyLimits(s, c)
+		err = s.serve(slices.Concat(all...)...)
+	}
 	if err != nil {
 		if data != nil {
 			data.Close()
 		}
 		return err
 	}
-	applyLimits(s, c)
-	if err := s.serve(slices.Concat(all...)...); err != nil {
-		return err
-	}
 	tellStart(c, s, all)
 	(&pacer{server: s}).begin()
 
-	var failure error
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
 	case <-data.Lost():
-		failure = data.WhyLost()
-	case failure = <-s.Failed():
+		err = data.WhyLost()
+	case err = <-s.Failed():
 	}
-	if failure != nil {
-		logFailure(log.Logger, c, failure)
-	}
-	return stopServer(c, log, s, data, failure)
+	return stop(c, log, s, data, err)
 }
 
 // stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
@@ -1017,10 +998,11 @@ func stopSignals() []os.Signal {
 	return signals
 }
 
-// openOrStop reads the certificates and opens the store that c asks for, unless ctx is done
-// before. Until then nobody has been told anything, so nothing can be lost.
-func openOrStop(ctx context.Context, c config, s *keyValueServer,
-	log *queuedLog) (*durable.Store, error) {
+// openStore gives s the certificates and the store that c asks for, unless ctx is done before:
+// until then nobody has been told anything, so nothing can be lost. It returns the store where it
+// is to be closed: nil where nothing is kept.
+func openStore(ctx context.Context, c config, s *keyValueServer,
+	log *queuedLog) (store *durable.Store, err error) {
 	defer context.AfterFunc(ctx, func() {
 		log.Info("stopped while opening the data")
 		time.AfterFunc(stopTime/5, func() { // the disk does not answer
@@ -1035,41 +1017,28 @@ func openOrStop(ctx context.Context, c config, s *keyValueServer,
 		signal.Notify(again, syscall.SIGHUP)
 	}
 	if c.cert != "" {
-		var err error
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
 		}
 	}
 
-	if c.data != "" {
-		log.Info("opening the data", "at", c.data)
-	}
-	data, err := openStore(ctx, c, s)
-	if err != nil {
-		return nil, storeProblem(c, err)
-	}
-	return data, nil
-}
-
-// openStore gives s the store that c asks for. It returns it where it is to be closed: nil
-// where nothing is kept.
-func openStore(ctx context.Context, c config, s *keyValueServer) (*durable.Store, error) {
 	if c.data == "" {
 		s.db = kvstore.NewMemory()
 		return nil, nil
 	}
+	log.Info("opening the data", "at", c.data)
 	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
-		return nil, err
+		return nil, storeProblem(c, err)
 	}
 	fsync, _ := parseFsync(c.fsync) // which has been looked at
-	d, err := durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
+	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()
-		return nil, err
+		return nil, storeProblem(c, err)
 	}
-	s.db = d
-	return d, nil
+	s.db = store
+	return store, nil
 }
 
 // openDirectory opens a directory of the file system, or one in an etcd cluster.
@@ -1116,34 +1085,26 @@ func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
 	for _, listeners := range all {
-		addr := listeners[0].Addr()
-		tcp, isTCP := addr.(*net.TCPAddr)
-		if isTCP && !tcp.IP.IsLoopback() && c.clientCA == "" {
-			s.log.Warn("anyone who can reach this address can read and change the data", "addr",
-				addr.String())
+		addr := listeners[0].Addr().String()
+		tcp, isTCP := listeners[0].Addr().(*net.TCPAddr)
+		if !isTCP {
+			s.log.Info("listening", "addr", unixPrefix+addr, "try", "nc -U "+addr)
+			continue
 		}
-		if isTCP {
-			s.log.Info("listening", "addr", addr.String(),
-				"try", tryCommand(tcp, c.cert != "", c.clientCA != ""))
-		} else {
-			s.log.Info("listening", "addr", unixPrefix+addr.String(), "try", "nc -U "+addr.String())
+		if !tcp.IP.IsLoopback() && c.clientCA == "" {
+			s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
 		}
-	}
-}
 
-// tryCommand is what to type to reach addr.
-func tryCommand(addr *net.TCPAddr, encrypted, mutual bool) string {
-	host := addr.IP.String()
-	if addr.IP.IsUnspecified() {
-		host = "localhost"
+		host, port, _ := net.SplitHostPort(reachable(addr))
+		try := "nc " + host + " " + port
+		switch {
+		case c.clientCA != "":
+			try = "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host, port)
+		case c.cert != "":
+			try = "openssl s_client -quiet " + net.JoinHostPort(host, port)
+		}
+		s.log.Info("listening", "addr", addr, "try", try)
 	}
-	if mutual {
-		return "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host,
-			strconv.Itoa(addr.Port))
-	} else if encrypted {
-		return "openssl s_client -quiet " + net.JoinHostPort(host, strconv.Itoa(addr.Port))
-	}
-	return fmt.Sprintf("nc %s %d", host, addr.Port)
 }
 
 // pacer chooses how much garbage there may be before it is collected. Go lets the heap
@@ -1158,15 +1119,10 @@ type pacer struct {
 // many as are in objects with pointers, for these are what a collection takes time for.
 const garbageMin, garbageShare = 16 << 20, 16
 
-// begin has the pacer do its work after each collection, from now on.
+// begin has the pacer choose, and again after each collection: nothing points to an object, so its
+// finalizer is run then.
 func (p *pacer) begin() {
 	p.choose()
-	p.wait()
-}
-
-// wait waits for the next collection: nothing points to an object, so its finalizer is
-// run then.
-func (p *pacer) wait() {
 	type unused struct{ p *pacer }
 	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
 }
@@ -1186,26 +1142,26 @@ func (p *pacer) choose() {
 	}
 }
 
-// logFailure logs that the store failed, and what to do about it.
-func logFailure(log *slog.Logger, c config, err error) {
-	var p problem
-	errors.As(storeProblem(c, err), &p)
-	log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
-		"todo", p.todo)
-}
-
-// stopServer ends s and its data, after a failure or none.
-func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store,
-	failure error) error {
-	late := giveUp(log, data)
+// stop ends s and its data. It logs failure, or that of the end, if that is not nil, and then
+// returns errTold.
+func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
+	tell := func() {
+		p := problem{}
+		errors.As(storeProblem(c, failure), &p)
+		log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
+			"todo", p.todo)
+	}
+	if failure != nil {
+		tell()
+	}
+	defer giveUp(log, data).Stop()
 	s.Close()
 	if data != nil {
 		if err := data.Close(); err != nil && failure == nil {
 			failure = err
-			logFailure(log.Logger, c, failure)
+			tell()
 		}
 	}
-	late.Stop()
 	if failure != nil {
 		return errTold
 	}
@@ -1215,13 +1171,10 @@ func stopServer(c config, log *queuedLog, s *keyValueServer, data *durable.Store
 // giveUp ends the process if it does not end within stopTime, or is writing all data anew.
 func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
-		for data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it " +
-				"at once")
-			for data.IsHealing() {
-				time.Sleep(stopTime / 50)
-			}
-			time.Sleep(stopTime) // for the rest
+		if data.IsHealing() {
+			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			giveUp(log, data)
+			return
 		}
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
 			"limit", stopTime, "fsync", data.Syncing())
@@ -1509,12 +1462,13 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 
 // makeTarget makes the directory for a copy of the store at path. undo removes what it made.
 func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
-	switch isFromEtcd := etcd.IsAddress(path); {
-	case !etcd.IsAddress(to) && isFromEtcd:
-		return storage.MakeDisk(to, "")
-	case !etcd.IsAddress(to):
+	if !etcd.IsAddress(to) {
+		if etcd.IsAddress(path) {
+			path = ""
+		}
 		return storage.MakeDisk(to, path)
-	case etcd.Overlap(path, to):
+	}
+	if etcd.Overlap(path, to) {
 		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
 			storage.ErrNotOurs, to)
 	}
