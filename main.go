@@ -154,11 +154,9 @@ func firstWrong(what string, all []wrong) error {
 	return nil
 }
 
-// isAny returns what tells whether err is one of its arguments.
-func isAny(err error) func(...error) bool {
-	return func(targets ...error) bool {
-		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
-	}
+// isAny tells whether err is one of targets.
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
 
 // as tells whether an error is of a type.
@@ -813,7 +811,7 @@ func listen(addr string) (listeners []net.Listener, err error) {
 			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
 
 		// One of the two will do: the machine has no other, or there the port is not free.
-		case isAny(err)(noAddress...) || isAnyPort && len(listeners) > 0:
+		case isAny(err, noAddress...) || isAnyPort && len(listeners) > 0:
 		default:
 			closeAll(listeners)
 			return nil, err
@@ -836,7 +834,7 @@ func listenUnix(path string) ([]net.Listener, error) {
 	}
 	if conn, err := net.Dial("unix", path); err == nil {
 		conn.Close()
-	} else if isAny(err)(refused...) { // nobody listens there any more
+	} else if isAny(err, refused...) { // nobody listens there any more
 		os.Remove(path)
 	}
 
@@ -870,7 +868,7 @@ var (
 
 // listenProblem says what to do about the error of listening where a flag says.
 func listenProblem(name, addr string, err error) error {
-	is := isAny(err)
+	is := func(targets ...error) bool { return isAny(err, targets...) }
 	path, isUnix := strings.CutPrefix(addr, unixPrefix)
 	dir := filepath.Dir(path)
 	host, port, _ := net.SplitHostPort(addr)
@@ -1494,7 +1492,7 @@ func backUp(dir, out storage.Directory) (durable.Report, error) {
 
 // storeProblem says what to do about an error of the store that c asks for.
 func storeProblem(c config, err error) error {
-	is := isAny(err)
+	is := func(targets ...error) bool { return isAny(err, targets...) }
 	isDamage := as[*storage.DamageError](err)
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	return firstWrong(err.Error(), []wrong{
