@@ -95,6 +95,8 @@ func main() {
 	case !errors.Is(err, errTold):
 		printError(os.Stderr, err)
 	}
+
+	// Scripts tell a wrong command line from what has failed.
 	if as[misuse](err) {
 		os.Exit(exitMisuse)
 	}
@@ -106,6 +108,8 @@ func run(args []string) error {
 	if len(args) > 0 && slices.Contains(commands, args[0]) { // in the place of flags
 		return runCommand(args[0], args[1:])
 	}
+
+	// A server, unless a flag says that it is to be a client.
 	c, err := parseFlags(args, os.Stdout)
 	switch {
 	case err != nil:
@@ -168,7 +172,9 @@ func isTerminal(f *os.File) bool {
 	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
 		return false
 	}
-	null, err := os.Stat(os.DevNull) // a device, too
+
+	// What is thrown away goes to a device, too.
+	null, err := os.Stat(os.DevNull)
 	return err != nil || !os.SameFile(info, null)
 }
 
@@ -284,6 +290,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
 	}
+
+	// Everything behind the flags is a request for -c.
 	c.requests = flags.Args()
 
 	// What stands in the environment is there for a server and for a -ping beside it.
@@ -295,6 +303,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	if !c.client && !c.ping && !typed["tls-ca"] {
 		c.ca = ""
 	}
+
+	// What a flag alone has wrong is told first.
 	err = cmp.Or(c.checkRanges(flags), c.checkRequests(), c.checkTogether(typed))
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
 	return c, err
@@ -303,6 +313,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 // helpText is what -h prints.
 func helpText(flags *flag.FlagSet) string {
 	text := usage
+	// The others are in the README, as kvserver help flags shows.
 	for _, name := range helpFlags {
 		unit, does := flag.UnquoteUsage(flags.Lookup(name))
 		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
@@ -313,6 +324,7 @@ func helpText(flags *flag.FlagSet) string {
 // explain says what to give to a flag.
 func explain(f *flag.Flag) string {
 	unit, does := flag.UnquoteUsage(f)
+	// A flag without a unit is there or not.
 	if unit == "" {
 		does = "no value: " + does
 	}
@@ -347,6 +359,8 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	var ours []string
 	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
 	known := append(ours, "KVSERVER_VERSION", "KVSERVER_PORT", "KVSERVER_ETCD_USER")
+
+	// Kubernetes sets the first two for a service that is called kvserver, and our tests the third.
 	notMeant := regexp.MustCompile("^KVSERVER_(SERVICE|PORT|TEST)_")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
@@ -354,6 +368,8 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 			notMeant.MatchString(name) {
 			continue
 		}
+
+		// It is only a warning, for a newer kvserver may know it.
 		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
 			"todo", cmp.Or(suggest("", name, ours), seeHelp))
 	}
@@ -363,6 +379,7 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 // one slip from it, or only names that are too short to tell.
 func suggest(prefix, name string, names []string) string {
 	for _, near := range names {
+		// Two letters are one slip from too much.
 		if len(near) > 2 && oneSlip(name, near) {
 			return "Did you mean " + prefix + near + " ?"
 		}
@@ -372,6 +389,7 @@ func suggest(prefix, name string, names []string) string {
 
 // flagProblem says what to do about an error of flags.Parse.
 func flagProblem(flags *flag.FlagSet, err error) error {
+	// The flag package names the flag in its error.
 	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
@@ -380,6 +398,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 		}
 	})
 	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	// It is the value that is wrong, or missing.
 	if !isUnknown {
 		return problem{err.Error(), todo}
 	}
@@ -398,6 +417,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 
 // checkRanges tells which flag's value breaks a rule that the flag package does not know.
 func (c config) checkRanges(flags *flag.FlagSet) error {
+	// The first that is wrong is told.
 	_, isFsync := parseFsync(c.fsync)
 	for _, value := range []struct {
 		flag  string
@@ -437,6 +457,7 @@ func (c config) checkRequests() error {
 		word, isWord := words[strings.ToLower(request)]
 		slip := suggest("kvserver ", request, commands)
 		why := spread(c.requests[i:])
+
 		if err := firstWrong("", []wrong{
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
 				"To send requests: kvserver -c " + request},
@@ -448,6 +469,7 @@ func (c config) checkRequests() error {
 			{!c.client && slip != "", isUnexpected, slip + " " + seeHelp},
 			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
 
+			// It is to be sent, and cannot be.
 			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
 				"send what comes on standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
@@ -471,6 +493,8 @@ func spread(requests []string) (why string) {
 		why = q.value
 		return q.queryType == malformed
 	}
+
+	// Where each of the two is a request by itself, that is what they are.
 	if len(requests) > 1 && !strings.Contains(requests[0], ":") && isNone(requests[0]) &&
 		isNone(requests[1]) && isNone(strings.Join(requests, " ")) {
 		return why
@@ -484,12 +508,15 @@ func spread(requests []string) (why string) {
 func (c config) checkTogether(typed map[string]bool) error {
 	asks, http := c.client || c.ping, fullAddrs(c.http)
 	stray := ""
+	// A flag of a server that a client was given.
 	for _, name := range serverFlags {
 		if asks && typed[name] {
 			stray = name
 		}
 	}
+
 	return firstWrong("", []wrong{
+		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca " + c.ca},
 		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give both, or leave it out."},
@@ -500,6 +527,7 @@ func (c config) checkTogether(typed map[string]bool) error {
 		{stray != "", "-" + stray + " is for a server, not for -c and -ping",
 			"Leave it out, or give it to the server."},
 
+		// Flags that need another, or exclude it.
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
@@ -528,6 +556,8 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 	case "never":
 		return durable.FsyncNever, true
 	}
+
+	// Anything else is a time, of which too short a one would be always.
 	when, err := time.ParseDuration(s)
 	return when, err == nil && when >= minFsync && when <= maxFsync
 }
@@ -537,6 +567,7 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 func fullAddrs(addrs string) string {
 	all := strings.Split(addrs, ",")
 	for i, addr := range all {
+		// A host alone looks like a port, and areAddrs refuses it.
 		if addr != "" && !strings.Contains(addr, ":") {
 			all[i] = "localhost:" + addr
 		}
@@ -553,6 +584,8 @@ func areAddrs(addrs string, mayBeUnix bool) bool {
 			}
 			continue
 		}
+
+		// A port is a number: names of services differ between systems.
 		_, port, err := net.SplitHostPort(addr)
 		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
 			return false
@@ -628,6 +661,9 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	if verbose {
 		options.Level = slog.LevelDebug
 	}
+
+	// One handler is for everybody, and one for the line about lost lines, which must not wait in
+	// the queue that it is about.
 	handler := func(w io.Writer) slog.Handler {
 		if json {
 			return slog.NewJSONHandler(w, options)
@@ -668,6 +704,8 @@ func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 			close(line.written)
 			continue
 		}
+
+		// Where nobody reads the log any more, all is lost, and the server goes on.
 		if _, err := w.Write(line.text); err != nil {
 			l.counts.lost.Add(1)
 		} else if n := l.counts.lost.Load() - told; n > 0 {
@@ -679,6 +717,7 @@ func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 
 // flush gives the lines that wait a little time to be written, at the end.
 func (l *queuedLog) flush() {
+	// Room in the queue may take as long as the writing.
 	late := time.After(flushTime)
 	written := make(chan struct{})
 	select {
@@ -702,6 +741,7 @@ func listenFor(c config) (all [][]net.Listener, err error) {
 	for addr := range strings.SplitSeq(c.addr, ",") {
 		listeners, err := listen(addr)
 		if err != nil {
+			// All or none: a server that is missing at one address would be found out late.
 			closeAll(slices.Concat(all...))
 			return nil, listenProblem("addr", addr, err)
 		}
@@ -716,11 +756,15 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 	if err != nil {
 		return nil, listenProblem("http", addr, err)
 	}
+
+	// It has no password, so it is told where it can be reached.
 	at := listeners[0].Addr().(*net.TCPAddr)
 	if !at.IP.IsLoopback() {
 		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
 	}
 	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
+
+	// Browsers are kept out that another name has brought here.
 	host, _, _ := net.SplitHostPort(addr)
 	return s.watch(listeners, host), nil
 }
@@ -747,7 +791,7 @@ func (f *fewConns) Accept() (net.Conn, error) {
 		return nil, err
 	}
 
-	// Make room.
+	// Make room: first the places of those that have gone, then of one that is there.
 	if len(f.guests) == f.most {
 		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
 	}
@@ -798,6 +842,7 @@ func listen(addr string) (listeners []net.Listener, err error) {
 		hosts = []string{"127.0.0.1", "::1"}
 	}
 
+	// The kernel asks peers that are silent whether they are there.
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
@@ -832,9 +877,11 @@ func listenUnix(path string) ([]net.Listener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
 		return nil, errNoSocket
 	}
+
+	// A server that was killed leaves its socket, which nobody listens at.
 	if conn, err := net.Dial("unix", path); err == nil {
 		conn.Close()
-	} else if isAny(err, refused...) { // nobody listens there any more
+	} else if isAny(err, refused...) {
 		os.Remove(path)
 	}
 
@@ -842,6 +889,8 @@ func listenUnix(path string) ([]net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
+
+	// Its mode is all that says who may connect.
 	if err := os.Chmod(path, 0o660); err != nil {
 		listener.Close()
 		return nil, err
@@ -876,7 +925,9 @@ func listenProblem(name, addr string, err error) error {
 	if !isUnix && is(inUse...) {
 		free = anotherPort(host, port)
 	}
-	if op := (*net.OpError)(nil); errors.As(err, &op) { // "listen tcp ADDR:" says again what we say
+
+	// "listen tcp ADDR:" says again what we say, and "invalid argument" says too little.
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		err = op.Err
 	}
 	if isUnix && is(syscall.EINVAL) {
@@ -887,8 +938,8 @@ func listenProblem(name, addr string, err error) error {
 	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
 		name + " :" + port
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
+		// Of sockets.
 		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
-		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
 		{is(errNoSocket), "", "Nothing was changed. Choose another path, or remove the file if " +
 			"nobody needs it."},
 		{isUnix && is(syscall.EINVAL), "", "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
@@ -896,6 +947,9 @@ func listenProblem(name, addr string, err error) error {
 		{isUnix && is(fs.ErrPermission), "", "Start as a user who may write in " + dir +
 			", or choose another path."},
 		{isUnix, "", "Choose another path: kvserver -addr unix:/run/kvserver/sock"},
+
+		// Of ports.
+		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
 			"kvserver -" + name + " 9999"},
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
@@ -909,6 +963,7 @@ func listenProblem(name, addr string, err error) error {
 func anotherPort(host, port string) string {
 	n, _ := strconv.Atoi(port)
 	for n = max(n, 1023) + 1; n < 65536; n++ {
+		// Whoever takes it before it is used is told so again.
 		free := strconv.Itoa(n)
 		listeners, err := listen(net.JoinHostPort(host, free))
 		if closeAll(listeners); err == nil && n != 9999 {
@@ -925,9 +980,11 @@ func beServer(c config) error {
 	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	defer log.flush()
+
+	// The log may be a pipe that nobody reads, so its queue has the error, too.
 	err := serve(c, log)
 	if err != nil && !errors.Is(err, errTold) {
-		printError(log, err) // which waits for nobody
+		printError(log, err)
 		err = errTold
 	}
 	return err
@@ -940,6 +997,8 @@ func serve(c config, log *queuedLog) error {
 	defer restore()
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
+
+	// The store comes later, when it is open.
 	s := New(nil)
 	s.log, s.logged, s.version = log.Logger, &log.counts, version()
 	if c.data != "" {
@@ -955,6 +1014,7 @@ func serve(c config, log *queuedLog) error {
 		defer web.Close()
 	}
 
+	// Once the data is open it is closed whatever fails.
 	data, err := openStore(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
@@ -973,9 +1033,12 @@ func serve(c config, log *queuedLog) error {
 		}
 		return err
 	}
+
+	// It serves.
 	tellStart(c, s, all)
 	(&pacer{server: s}).begin()
 
+	// Until it is told to stop, or the data is lost, or the store fails.
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
@@ -1024,6 +1087,8 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 		s.db = kvstore.NewMemory()
 		return nil, nil
 	}
+
+	// To open it may take minutes, or wait for another server to go.
 	log.Info("opening the data", "at", c.data)
 	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
@@ -1055,6 +1120,7 @@ func applyLimits(s *keyValueServer, c config) {
 		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
 
+	// Each connection is an open file, and some are for others.
 	files := storage.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers
@@ -1063,6 +1129,8 @@ func applyLimits(s *keyValueServer, c config) {
 		s.handshakes = max(1, min(maxHandshakes, files/4))
 		files -= s.handshakes
 	}
+
+	// What is left is for clients, and it is told if that is less than what was asked for.
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
 		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
@@ -1074,6 +1142,7 @@ func applyLimits(s *keyValueServer, c config) {
 // tellStart logs what an operator should know of a server that begins to serve. all are its
 // listeners, those of each address together.
 func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
+	// Whether the data stays.
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -1082,6 +1151,8 @@ func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	default:
 		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
 	}
+
+	// Where it listens, and what to type there.
 	for _, listeners := range all {
 		addr := listeners[0].Addr().String()
 		tcp, isTCP := listeners[0].Addr().(*net.TCPAddr)
@@ -1089,6 +1160,8 @@ func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 			s.log.Info("listening", "addr", unixPrefix+addr, "try", "nc -U "+addr)
 			continue
 		}
+
+		// Only a client's certificate keeps others out.
 		if !tcp.IP.IsLoopback() && c.clientCA == "" {
 			s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
 		}
@@ -1131,8 +1204,11 @@ func (p *pacer) choose() {
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
 	p.server.budget.collected(live)
+
+	// Go takes the least heap to be 4 MiB.
 	garbage := garbageMin + live/garbageShare + min(linked, live)
-	percent := int(garbage * 100 / max(live, garbageMin/6)) // Go takes the least heap to be 4 MiB
+	percent := int(garbage * 100 / max(live, garbageMin/6))
+
 	// Setting it stops everybody for a moment.
 	if percent < p.percent*9/10 || percent > p.percent*10/9 {
 		p.percent = percent
@@ -1152,8 +1228,11 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	if failure != nil {
 		tell()
 	}
+
+	// Whatever does not end in time, the process does.
 	defer giveUp(log, data).Stop()
 	s.Close()
+	// Then nobody changes the data any more.
 	if data != nil {
 		if err := data.Close(); err != nil && failure == nil {
 			failure = err
@@ -1169,11 +1248,13 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 // giveUp ends the process if it does not end within stopTime, or is writing all data anew.
 func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
 	return time.AfterFunc(stopTime, func() {
+		// Files that somebody has removed are not on disk again yet.
 		if data.IsHealing() {
 			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
 			giveUp(log, data)
 			return
 		}
+
 		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
 			"limit", stopTime, "fsync", data.Syncing())
 		log.flush()
@@ -1204,10 +1285,12 @@ func (p *pems) read() (isNew bool) {
 	before := fmt.Sprint(p.texts, p.err)
 	p.err = nil
 	for i, path := range p.paths {
+		// The second look at a pipe would wait for somebody to write it again.
 		info, err := os.Stat(path)
 		if path == "" || p.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
 			continue
 		}
+
 		if p.texts[i], err = os.ReadFile(path); err != nil {
 			p.err = pemProblem(err)
 		}
@@ -1230,6 +1313,8 @@ func (p *pems) config() (*tls.Config, error) {
 	if p.err != nil {
 		return nil, p.err
 	}
+
+	// What it shows. A server has one, and a client may.
 	if p.paths[0] != "" {
 		pair, err := tls.X509KeyPair(p.texts[0], p.texts[1])
 		if err != nil {
@@ -1240,7 +1325,7 @@ func (p *pems) config() (*tls.Config, error) {
 		config.Certificates = []tls.Certificate{pair}
 	}
 
-	// A server does not look at RootCAs, nor a client at the other two.
+	// Whom it trusts. A server does not look at RootCAs, nor a client at the other two.
 	if p.paths[2] != "" {
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(p.texts[2]) {
@@ -1283,6 +1368,8 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 		return nil, err
 	}
 	go k.watch(again)
+
+	// Each handshake takes what is there by then.
 	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
 	return &tls.Config{GetConfigForClient: now}, nil
 }
@@ -1295,6 +1382,8 @@ func (k *keyPair) load() error {
 		return err
 	}
 	k.current.Store(config)
+
+	// Of a new certificate it is told when it ends.
 	k.warned = time.Time{}
 	k.warn(time.Now())
 	return nil
@@ -1326,6 +1415,8 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	for {
+		// What has not changed is not loaded again, or a bad file would be told each time, unless
+		// somebody asks for it.
 		isTold, isOpen := false, true
 		select {
 		case <-tick.C:
@@ -1339,6 +1430,7 @@ func (k *keyPair) watch(again <-chan os.Signal) {
 		if isNew := k.read(); !isNew && !isTold {
 			continue
 		}
+
 		if err := k.load(); err != nil {
 			k.log.Warn("the certificates cannot be read anew, so those from before stay",
 				"error", err)
@@ -1361,12 +1453,15 @@ func runCommand(command string, args []string) error {
 		needs, want, example = "a data directory, which it only reads, and a new one for what it "+
 			"saves", 2, "data new"
 	}
+
+	// A flag in their place is a mistake, and never the name of a directory.
 	isFlag := func(arg string) bool { return strings.HasPrefix(arg, "-") }
 	if len(args) != want || slices.ContainsFunc(args, isFlag) {
 		return misuse{problem{command + " needs " + needs, "Give the one that the server has, as " +
 			"in kvserver " + command + " " + example + "."}}
 	}
 
+	// What it has found is printed in any case, for it says more than the error.
 	path := args[0]
 	report, err := lookAt(command, path, args[want-1])
 	for _, line := range report.Lines {
@@ -1375,6 +1470,7 @@ func runCommand(command string, args []string) error {
 	if err != nil {
 		return storeProblem(config{command: command, data: path}, err)
 	}
+
 	return firstWrong("", []wrong{
 		{command == "check" && report.Damaged, path + " is damaged",
 			"Restore a backup, or save what can be saved: kvserver repair " + path + " NEW"},
@@ -1403,6 +1499,7 @@ func printManual(w io.Writer, word string) error {
 			}
 		}
 
+		// The part, or where the word is if no heading has it.
 		if word != "" && depth > 0 {
 			io.WriteString(w, line)
 		}
@@ -1434,6 +1531,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 	defer dir.Close()
+	// A check only reads.
 	if command == "check" {
 		report, err = durable.Check(dir)
 		if err == nil && report.Empty && etcd.IsAddress(path) { // a wrong prefix looks like this
@@ -1442,10 +1540,12 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 
+	// The others write, into a directory of their own.
 	out, undo, err := makeTarget(path, to)
 	if err != nil {
 		return report, err
 	}
+
 	if command == "repair" {
 		report, err = durable.Repair(dir, out)
 	} else {
@@ -1461,6 +1561,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 // makeTarget makes the directory for a copy of the store at path. undo removes what it made.
 func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
 	if !etcd.IsAddress(to) {
+		// A store in etcd is in no directory that the copy might be inside.
 		if etcd.IsAddress(path) {
 			path = ""
 		}
@@ -1470,6 +1571,7 @@ func makeTarget(path, to string) (out storage.Directory, undo func(), err error)
 		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
 			storage.ErrNotOurs, to)
 	}
+
 	out, err = etcd.Open(context.Background(), to, etcd.Options{})
 	return out, func() {}, err
 }
@@ -1478,6 +1580,7 @@ func makeTarget(path, to string) (out storage.Directory, undo func(), err error)
 func backUp(dir, out storage.Directory) (durable.Report, error) {
 	var step func(copied, total int64)
 	if isTerminal(os.Stderr) {
+		// Four times a second is enough to see that it goes on.
 		told := time.Now()
 		step = func(copied, total int64) {
 			if now := time.Now(); now.Sub(told) >= time.Second/4 {
@@ -1496,12 +1599,14 @@ func storeProblem(c config, err error) error {
 	isDamage := as[*storage.DamageError](err)
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	return firstWrong(err.Error(), []wrong{
+		// A command, which has not answered anything.
 		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
 			"empty directory that is not inside it."},
 		{isCopy && !isDamage && !is(durable.ErrNothingRead), "", "Nothing was copied. Mend the " +
 			"cause, then try again."},
 
+		// What the data is kept in.
 		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start again, to stand by. This server was too " +
 			"slow to show that it lives: was it paused, or cut off?"},
 		{is(etcd.ErrUnreachable), "", "Everything that was answered is in etcd. Look whether the " +
@@ -1517,6 +1622,8 @@ func storeProblem(c config, err error) error {
 			"start again."},
 		{is(etcd.ErrAddress), "", "Give the members and a prefix, as in -data " +
 			"etcd://host1:2379,host2:2379,host3:2379/kv"},
+
+		// A directory that is not as the server needs it.
 		{is(storage.ErrMoved), "", "Put the directory back, or look who took it, before you start " +
 			"again. What was answered is in the directory that was moved."},
 		{is(durable.ErrOlder), "", "Nothing was changed. Start that kvserver, and bring its data " +
@@ -1526,6 +1633,8 @@ func storeProblem(c config, err error) error {
 			"kvserver made."},
 		{is(storage.ErrLocked), "", "Nothing was changed. Stop that process first, or give another " +
 			"directory."},
+
+		// Data that cannot be read.
 		{is(durable.ErrNothingRead), "", "Restore a backup. Where there is none the data is lost: " +
 			"start with an empty directory."},
 		{is(durable.ErrUnfinished), "", "Nothing was changed. If it was a copy, make it again, " +
@@ -1535,6 +1644,8 @@ func storeProblem(c config, err error) error {
 			"read and write it."},
 		{isDamage, "", "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
 			"repair " + c.data + " NEW"},
+
+		// All else is the disk's, or the process's.
 		{!isServer, "", "Mend the cause, then try again."},
 		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."},
@@ -1548,9 +1659,11 @@ func storeProblem(c config, err error) error {
 // so already: then the error is errTold.
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
+
+	// A server without room for one more is healthy.
 	err := t.dial(&c)
 	switch {
-	case c.ping && errors.Is(err, errFull): // it is healthy
+	case c.ping && errors.Is(err, errFull):
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
 	case err != nil:
@@ -1573,6 +1686,7 @@ func beClient(c config, errs io.Writer) error {
 		defer fmt.Fprintln(errs)
 	}
 
+	// Ctrl-C ends it, but first says how far it has come.
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
@@ -1621,6 +1735,8 @@ func newTalker(c config, errs io.Writer) *talker {
 	if c.ping {
 		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
 	}
+
+	// In a pipe nobody wants to see a prompt.
 	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
 	t.tells = !t.isTyped && isTerminal(os.Stderr)
 	return t
@@ -1650,6 +1766,8 @@ func (t *talker) dial(c *config) error {
 	if err != nil {
 		return err
 	}
+
+	// In their order, so that all clients use the same one.
 	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	addrs := strings.Split(c.addr, ",")
 	for _, addr := range addrs {
@@ -1668,6 +1786,7 @@ func (t *talker) dial(c *config) error {
 			continue
 		}
 
+		// Of one alone the error is told as it is, of several that none serves.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
 			c.addr = addr
@@ -1681,9 +1800,11 @@ func (t *talker) dial(c *config) error {
 // reachable is where a client finds a server that listens at addr.
 func reachable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr) // which was looked at
+	// For a server these mean all addresses of the machine.
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "localhost" // for the server it means everywhere
+		host = "localhost"
 	}
+
 	if _, err := net.LookupHost(host); err != nil && host == "localhost" { // no /etc/hosts
 		host = "127.0.0.1"
 	}
@@ -1698,6 +1819,7 @@ func dialProblem(addrs string, err error) error {
 	if isDial {
 		err = op.Err // the rest says again what we say
 	}
+
 	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
 			"server: -addr HOST:PORT", host)},
@@ -1720,6 +1842,8 @@ func (t *talker) greet() error {
 	t.asked.Store(1)
 	io.WriteString(t.conn, "Ack\n") // where that fails there may be a word to read
 	line, err := t.r.ReadSlice('\n')
+
+	// Others speak first, or close, or answer something else.
 	why, isFull := bytes.CutPrefix(line, []byte(":ERROR line 0: "))
 	switch {
 	case errors.Is(err, io.EOF), bytes.HasPrefix(line, []byte(tlsAlert)):
@@ -1748,6 +1872,7 @@ func (t *talker) through() int { return int(max(t.answered.Load()-1, 0)) } // bu
 type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
+	// Whoever does not answer the first request is no server, or stands still.
 	silence := t.silence
 	if silence == 0 && t.answered.Load() == 0 {
 		silence = connectTime
@@ -1783,6 +1908,7 @@ func (t *talker) ask() {
 // converse has the conversation, once greet has begun it. It returns whether all requests were
 // answered, none with an error.
 func (t *talker) converse() (good bool, err error) {
+	// Our Ack has been answered.
 	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 2)
 	defer close(t.mayGo) // a sender that waits ends
 	w := bufio.NewWriterSize(t.out, maxWrite)
@@ -1791,11 +1917,13 @@ func (t *talker) converse() (good bool, err error) {
 
 	good = true
 	for isStart := true; ; {
+		// The next Read may last, and what was answered is to be seen.
 		if t.r.Buffered() == 0 {
 			if err := w.Flush(); err != nil {
 				return false, fmt.Errorf("%w: %w", errOutput, err)
 			}
 		}
+
 		// A line longer than the buffer comes in parts; its first says what it is.
 		part, err := t.r.ReadSlice('\n')
 		if err != nil && err != bufio.ErrBufferFull {
@@ -1821,6 +1949,7 @@ func (t *talker) converse() (good bool, err error) {
 		}
 		isStart = err == nil
 
+		// Each answer is one to the oldest line that has none.
 		switch {
 		case isAnswer && t.owed() <= 0:
 			return false, errUnasked
@@ -1838,6 +1967,8 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 	if t.stops {
 		t.mayGo <- struct{}{}
 	}
+
+	// Somebody who types, or waits, sees that it goes on.
 	if t.isTyped && t.owed() == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, prompt)
@@ -1859,6 +1990,7 @@ const moreTime = 100 * time.Millisecond
 // ended is what a conversation comes to whose connection gives err: the server's end if
 // that is io.EOF.
 func (t *talker) ended(err error, good bool) (bool, error) {
+	// Is all that was sent answered?
 	switch {
 	case errors.Is(err, errQuiet):
 		return false, err
@@ -1868,7 +2000,7 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 		return false, fmt.Errorf("%w: %w", errUnanswered, err)
 	}
 
-	// All is answered. Was it all that there is?
+	// And was that all that there is?
 	select {
 	case err = <-t.sent:
 	default: // the input goes on
@@ -1910,6 +2042,8 @@ func (t *talker) sendLines() {
 			end = io.EOF // the reader finds out why
 			break
 		}
+
+		// A line longer than the buffer goes in parts, too.
 		part, err := r.ReadSlice('\n')
 		if err != nil && err != bufio.ErrBufferFull {
 			end = err
@@ -1919,6 +2053,7 @@ func (t *talker) sendLines() {
 			break
 		}
 
+		// A line begins: it has one answer, or else an Ack goes in its place.
 		if isStart && len(part) > 0 {
 			line, isWhole := strings.CutSuffix(string(part[:min(len(part), longestEnd)]), "\n")
 			line = trimCR(line)
@@ -1931,6 +2066,8 @@ func (t *talker) sendLines() {
 			case isWhole && lookUp(line) == quit:
 				end = errQuit
 			}
+
+			// With -stop it goes when the one before is answered.
 			if t.stops && (w.Flush() != nil || !t.mayGoOn()) {
 				return
 			}
@@ -1943,6 +2080,8 @@ func (t *talker) sendLines() {
 	// This comes before the server can end the conversation.
 	t.sent <- end
 	w.Flush()
+
+	// The server ends the conversation when it has answered all of it.
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
@@ -1965,6 +2104,8 @@ func isUTF16(start []byte) bool {
 	if len(start) < 2 {
 		return false
 	}
+
+	// FF FE and FE FF are its byte order marks.
 	a, b := start[0], start[1]
 	isMark := a == 0xff && b == 0xfe || a == 0xfe && b == 0xff
 	return isMark || a|b >= 'A' && (a == 0) != (b == 0)
@@ -1990,8 +2131,8 @@ func (t *talker) problem(c config, err error) error {
 		what += upTo
 	}
 
+	is := func(targets ...error) bool { return isAny(err, targets...) }
 	const isUnknown = "What was answered is done. Of the rest nothing is known: look"
-	is := func(target error) bool { return errors.Is(err, target) }
 	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	return firstWrong(what, []wrong{
 		{is(errOutput), "", "Make room where the answers go, and look what was done."},
@@ -2003,6 +2144,8 @@ func (t *talker) problem(c config, err error) error {
 			": give one of the CA that it wants."},
 		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
+
+		// On the command line, by hand, and from a file.
 		{isGiven && is(errStopped), "", "Nothing behind the request with the error was sent. " +
 			"Mend it first."},
 		{isGiven && t.onlyReads(), "", "Nothing was to be changed: try again."},
