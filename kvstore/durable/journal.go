@@ -232,15 +232,20 @@ func (j *journal) awaitTimer(now time.Time) error {
 
 // syncLater starts the timer, if there is something for it to do.
 func (j *journal) syncLater() {
-	wait := j.fsync
-	switch wait {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.startTimer(0)
+}
+
+// startTimer is syncLater for what may have waited so long already. The caller has mu.
+func (j *journal) startTimer(waited time.Duration) {
+	wait := j.fsync - waited
+	switch j.fsync {
 	case FsyncNever:
 		return
 	case FsyncAlways:
 		wait = vouchTime
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if j.timer == nil && j.underWay == nil && j.err == nil && !j.timerEnded &&
 		(j.synced < j.sequence || !j.vouched) {
 		j.ticks.Add(1)
@@ -253,17 +258,20 @@ func (j *journal) syncLater() {
 // goroutine.
 func (j *journal) tick() {
 	defer j.ticks.Done()
-	ended := make(chan struct{})
+	ended, began := make(chan struct{}), time.Now()
 	j.mu.Lock()
-	j.timer, j.underWay, j.since = nil, ended, time.Now()
+	j.timer, j.underWay, j.since = nil, ended, began
 	j.mu.Unlock()
 	if j.syncRest() == nil {
 		j.vouch()
 	}
+
+	// What was written meanwhile has waited since then. The timer runs again before anybody hears
+	// that this one has ended.
 	j.mu.Lock()
 	j.underWay = nil
+	j.startTimer(time.Since(began))
 	j.mu.Unlock()
-	j.syncLater() // before anybody hears that this one has ended
 	close(ended)
 }
 

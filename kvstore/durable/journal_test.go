@@ -8,6 +8,7 @@ import (
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -717,5 +718,65 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	if _, err := Open(context.Background(), dir.With("seg-1.log", data),
 		Options{}); !errors.As(err, &damage) {
 		t.Errorf("with a gap, after a stop that synced everything: %v", err)
+	}
+}
+
+// unsynced is a source for Dir.Crash: of what was written and not synced nothing is left.
+type unsynced struct{}
+
+func (unsynced) Uint64() uint64 { return math.MaxUint64 }
+
+// Ensure that of a store whose every fsync stalls a power failure takes no more answers than come
+// in twice the time between fsyncs, however long the stalls are.
+func TestStallsInARow(t *testing.T) {
+	for _, stall := range []time.Duration{0, time.Second / 2, 3 * time.Second / 2, 7 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{Fsync: time.Second})
+			d.segmentSize = 1 << 30
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "sync" {
+					<-time.After(stall)
+				}
+				return nil
+			}
+			const pause = time.Second / 10
+			var answered atomic.Int64
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				for range 200 {
+					d.Put("key", "value")
+					if err := d.Commit(); err != nil {
+						t.Error(err)
+					}
+					answered.Add(1)
+					<-time.After(pause)
+				}
+			}()
+
+			worst := 0
+			for running := true; running; {
+				select {
+				case <-ended:
+					running = false
+				case <-time.After(pause / 2):
+				}
+				told := int(answered.Load())
+				after, err := openSmall(dir.Crash(rand.New(unsynced{})), Options{Fsync: FsyncNever})
+				if err != nil {
+					t.Fatal(err)
+				}
+				worst = max(worst, told-after.Count("key"))
+			}
+			d.Close()
+			most := 2 * int(time.Second/pause)
+			if stall == 0 {
+				most /= 2
+			}
+			if worst > most+2 { // one at each end of both times
+				t.Errorf("with stalls of %v a power failure takes %d answers, want at most %d", stall,
+					worst, most)
+			}
+		})
 	}
 }

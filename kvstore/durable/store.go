@@ -39,8 +39,8 @@ const (
 
 // Options are how a store is kept. The zero value is the safest.
 type Options struct {
-	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (A Commit may
-	// stay off the disk for twice that, where an fsync takes long.)
+	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (Where fsyncs
+	// take longer, the Commits of twice that time may be off the disk.)
 	Fsync  time.Duration
 	Log    *slog.Logger    // what happened to the files; nil: nobody wants to know
 	Status *storage.Status // nil: nobody looks
