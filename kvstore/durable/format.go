@@ -8,15 +8,16 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
-	"kvserver/kvstore"
-	"kvserver/kvstore/storage"
 	"math"
 	"slices"
 	"strconv"
 	"strings"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 )
 
-// The log's files. Numbers are little-endian, offsets multiples of 8.
+// The log's files. Numbers are little-endian, and every offset is a multiple of 8.
 //
 //	file    = header frame*
 //	header  = "kvserver" version:4 kind:4 store:16 number:8 first:8 zero:12 crc:4
@@ -24,47 +25,54 @@ import (
 //	          payload padding
 //	payload = record*
 //	record  = op:1 [place:uvarint] (length:uvarint bytes)*
-//	          Put and Set: key value; Delete: key; Update: key old new; Remove: key value;
-//	          List, in a snapshot: key n:uvarint and so many values, which come behind those
-//	          that the key has; Take: key; Expire: key at:uvarint, in milliseconds of Unix time,
-//	          0: it stays
-//	          Update and Remove have first the place in the list of what went, so that
-//	          nobody need search for it again
 //
-// A frame holds what one Commit made durable, or a part of it. Frames are
-// numbered by sequence without a gap, from file to file; first is the number of
-// a file's first. synced is the last frame that was known to be on disk when
-// this one was written: a frame that later ones call synced cannot be missing
-// but by damage.
+// The fields of a record, by its operation:
 //
-// Every CRC (CRC-32C) of a frame begins with the store's random id and the file's kind
-// and number, so neither stale bytes of other files nor log bytes inside values
-// can pass for a frame. A length is believed once its frame's CRC holds and it
-// fits the file.
+//	Put, Set, Remove  key, value
+//	Delete, Take      key
+//	Update            key, old value, new value
+//	List              key, n:uvarint, and n values, which are appended to the key's list; only in
+//	                  a snapshot
+//	Expire            key, at:uvarint, in milliseconds of Unix time; 0: the key stays
+//
+// Update and Remove say first at which place of the list the old value was, so that a load need not
+// search for it.
+//
+// A frame holds what one Commit made durable, or a part of it. Its sequence is one more than that
+// of the frame before it, from file to file; a header's first is the sequence of the file's first
+// frame. A frame's synced is the last frame that was known to be on disk when this one was written.
+// A frame that a later one calls synced was on disk once: if it is bad, the file is damaged.
+//
+// Every CRC (CRC-32C) in a frame begins with the store's random id and the file's kind and number.
+// So neither stale bytes of other files nor bytes of a log inside a value can pass for a frame. A
+// length is believed once its frame's CRC holds and it fits the file.
 const (
 	fileMagic   = "kvserver"
-	fileVersion = 3
+	fileVersion = 3 // has List, Take and Expire, which 2 has not
 
-	// What a version has that the one before it did not: 3 has List, Take and Expire. STORE stays what it was,
-	// and says 2.
-	oldestVersion = 2 // that can be read
-	storeVersion  = 2
+	oldestVersion = 2 // of a log file that can be read
+	storeVersion  = 2 // of STORE, whose format has not changed since
 
-	headerSize = 64
+	headerSize = 64 // bytes
 
 	frameMagic = "kvfr"
 	frameSize  = 40 // bytes, without payload
-	// payload bytes after which a frame is closed: what recovery holds at a time, but for one large
-	// record
+
+	// Bytes of payload after which a frame is closed: a load holds no more at a time, but for one
+	// large record. In a snapshot it is less, for one flipped bit costs a frame.
 	maxFramePut      = 1 << 20
-	maxFrameSnapshot = 64 << 10 // the same in a snapshot: what one flipped bit takes
-	kindSegment      = 1        // of a file: what was done
-	kindSnapshot     = 2        // of a file: what was there
-	frameRecords     = 0        // of a frame
-	frameEnd         = 1        // of a frame: the last of a complete snapshot
-	frameCleanStop   = 2        // of a frame: the store was closed
-	frameSynced      = 3        // of a frame: it is there to say what is on disk
-	frameNext        = 4        // of a frame: the last one, the log goes on in the next file
+	maxFrameSnapshot = 64 << 10
+
+	// Kinds of files.
+	kindSegment  = 1 // what was done
+	kindSnapshot = 2 // what the store held
+
+	// Kinds of frames.
+	frameRecords   = 0
+	frameEnd       = 1 // the last of a complete snapshot
+	frameCleanStop = 2 // the store was closed
+	frameSynced    = 3 // has no records, but says what is on disk
+	frameNext      = 4 // the last one: the log goes on in the next file
 )
 
 // Operations of a record.
@@ -84,7 +92,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // crc is the checksum of b, begun with seed.
 func crc(seed uint32, b []byte) uint32 { return crc32.Update(seed, castagnoli, b) }
 
-// storeID is drawn when a store is made.
+// storeID tells a store from all others. It is random, and drawn when the store is made.
 type storeID [16]byte
 
 // fileHeader is the beginning of a log file.
@@ -92,12 +100,14 @@ type fileHeader struct {
 	kind   uint32
 	id     storeID
 	number uint64
-	// sequence of its first frame; of a snapshot: of the first frame after what it stands for
+	// The sequence of its first frame; of a snapshot: of the first frame behind what it stands for.
 	first uint64
 }
 
+// encode returns the header as it is in a file.
 func (h fileHeader) encode() []byte {
 	b := make([]byte, headerSize)
+	// Bytes 48 to 60 are zeros.
 	copy(b, fileMagic)
 	binary.LittleEndian.PutUint32(b[8:], fileVersion)
 	binary.LittleEndian.PutUint32(b[12:], h.kind)
@@ -108,13 +118,14 @@ func (h fileHeader) encode() []byte {
 	return b
 }
 
-// decodeHeader reads a file's header.
+// decodeHeader reads a file's header, of any version from oldestVersion on.
 func decodeHeader(b []byte) (h fileHeader, err error) {
 	switch {
 	case len(b) < headerSize:
 		return h, errors.New("shorter than a header")
 	case string(b[:8]) != fileMagic:
 		return h, errors.New("not a log file")
+	// Before the version: a flipped bit is no newer program.
 	case crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]):
 		return h, errors.New("the header's checksum is wrong")
 	case binary.LittleEndian.Uint32(b[8:]) < oldestVersion:
@@ -122,6 +133,7 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 	case binary.LittleEndian.Uint32(b[8:]) > fileVersion:
 		return h, fmt.Errorf("%w: version %d", ErrNewer, binary.LittleEndian.Uint32(b[8:]))
 	}
+
 	h.kind = binary.LittleEndian.Uint32(b[12:])
 	copy(h.id[:], b[16:])
 	h.number = binary.LittleEndian.Uint64(b[32:])
@@ -129,8 +141,9 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 	return h, nil
 }
 
-// seed is where the CRCs of the file's frames begin.
+// seed is what the CRCs of the file's frames begin with.
 func (h fileHeader) seed() uint32 {
+	// first is left out, so that a frame can be checked where the header is damaged.
 	b := append(h.id[:len(h.id):len(h.id)], byte(h.kind))
 	b = binary.LittleEndian.AppendUint64(b, h.number)
 	return crc32.Checksum(b, castagnoli)
@@ -149,9 +162,11 @@ type frame struct {
 // padded is how many bytes the frame takes in all.
 func (f frame) padded() int64 { return frameSize + (int64(f.length)+7)&^7 }
 
-// appendFrame appends the frame of payload.
+// appendFrame appends the frame f with its payload, whose length and CRC it takes itself.
 func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
 	start := len(b)
+
+	// The last CRC is of the head alone, which is believed before the payload is read.
 	b = append(b, frameMagic...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
 	b = binary.LittleEndian.AppendUint64(b, f.sequence)
@@ -160,6 +175,8 @@ func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
 	b = binary.LittleEndian.AppendUint32(b, f.kind)
 	b = binary.LittleEndian.AppendUint32(b, crc(seed, payload))
 	b = binary.LittleEndian.AppendUint32(b, crc(seed, b[start:]))
+
+	// The next frame begins at a multiple of 8.
 	b = append(b, payload...)
 	for len(b)%8 != 0 {
 		b = append(b, 0)
@@ -173,6 +190,7 @@ func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 		crc(seed, b[:36]) != binary.LittleEndian.Uint32(b[36:]) {
 		return f, false
 	}
+
 	return frame{
 		length:   binary.LittleEndian.Uint32(b[4:]),
 		sequence: binary.LittleEndian.Uint64(b[8:]),
@@ -183,12 +201,14 @@ func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 	}, true
 }
 
-// appendRecord appends one operation on fields, the key first. place is an Update's or a Remove's.
+// appendRecord appends one operation and its fields, the key first. place is where in the list the
+// value was that an Update or a Remove took out.
 func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	b = append(b, op)
 	if hasPlace(op) {
 		b = binary.AppendUvarint(b, uint64(place))
 	}
+
 	for _, f := range fields {
 		b = binary.AppendUvarint(b, uint64(len(f)))
 		b = append(b, f...)
@@ -196,7 +216,7 @@ func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	return b
 }
 
-// appendList appends a record of a snapshot: a key with some of its values.
+// appendList appends a List: a key with some of its values.
 func appendList(b []byte, key string, values []string) []byte {
 	b = appendRecord(b, opList, 0, key)
 	b = binary.AppendUvarint(b, uint64(len(values)))
@@ -207,45 +227,50 @@ func appendList(b []byte, key string, values []string) []byte {
 	return b
 }
 
-// appendExpire appends a record of when key goes.
+// appendExpire appends an Expire: when key goes.
 func appendExpire(b []byte, key string, at int64) []byte {
 	return binary.AppendUvarint(appendRecord(b, opExpire, 0, key), uint64(at))
 }
 
-// hasPlace tells whether such a record says the place of the value that went.
+// hasPlace tells whether a record of this operation says where the value was that it took out.
 func hasPlace(op byte) bool { return op == opUpdate || op == opRemove }
 
-// fields takes a payload apart.
+// fields takes a payload apart, field by field.
 type fields struct {
-	payload string
-	bad     bool // something did not fit; from then on all is empty
+	payload string // what is left of it
+	bad     bool   // a field did not fit; from then on all are empty
 }
 
-// number takes a number off.
+// number takes a number off the payload.
 func (f *fields) number() (n uint64) {
+	// A number never goes on behind the payload.
 	n, size := binary.Uvarint([]byte(f.payload[:min(len(f.payload), binary.MaxVarintLen64)]))
 	if size <= 0 {
 		f.payload, f.bad = "", true
 		return 0
 	}
+
 	f.payload = f.payload[size:]
 	return n
 }
 
-// text takes a string off.
+// text takes a string off the payload.
 func (f *fields) text() (s string) {
 	n := f.number()
 	if n > uint64(len(f.payload)) {
 		f.payload, f.bad = "", true
 		return ""
 	}
+
 	s, f.payload = f.payload[:n], f.payload[n:]
 	return s
 }
 
-// apply does count records of payload to m.
+// apply does to m what the records of payload say, of which there must be count.
 func apply(m *kvstore.Memory, payload string, count uint32) error {
 	f := fields{payload: payload}
+
+	// The count is in the frame's head. Where it and the payload disagree, neither is believed.
 	for range count {
 		if f.payload == "" {
 			return errors.New("fewer records than counted")
@@ -256,18 +281,20 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 			return err
 		}
 	}
+
 	if f.payload != "" {
 		return errors.New("more records than counted")
 	}
 	return nil
 }
 
-// applyRecord does one record of the kind op to m, if all of it is there.
+// applyRecord does one record of the operation op to m, if all of it is there.
 func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	place := 0
 	if hasPlace(op) {
-		place = int(min(f.number(), math.MaxInt32))
+		place = int(min(f.number(), math.MaxInt32)) // only a hint: a wrong one costs a search
 	}
+
 	key := f.text()
 	var value, newValue string
 	var number uint64
@@ -279,10 +306,13 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	case opList, opExpire:
 		number = f.number()
 	}
+
+	// Nothing is done by half: but for a List, all fields have been read by now.
 	if f.bad || number > math.MaxInt64 {
 		return errBadRecord
 	}
 
+	// Only Memory's own methods are used, so a load makes what the owner had made.
 	switch op {
 	case opPut:
 		m.Put(key, value)
@@ -296,11 +326,10 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		m.RemoveAt(key, value, place)
 	case opList:
 		for range number {
-			if value := f.text(); f.bad {
+			if value = f.text(); f.bad {
 				return errBadRecord
-			} else {
-				m.Put(key, value)
 			}
+			m.Put(key, value)
 		}
 	case opTake:
 		m.Take(key)
@@ -312,29 +341,32 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	return nil
 }
 
+// errBadRecord is what a record fails with that does not fit its frame, or says a number that none
+// is.
 var errBadRecord = errors.New("a record does not fit its frame")
 
-// logWriter writes a log file. Behind its frames the file may have zeros, room
-// for further ones: fsync takes half as long for bytes that only replace others,
-// for then the file system has nothing of its own to write. (etcd and SQLite
-// write their logs that way, too.)
+// logWriter writes a log file. Behind its frames the file may have zeros, which are room for
+// further ones: fsync takes half as long for bytes that only replace others, for then the file
+// system has nothing of its own to write. (etcd and SQLite write their logs that way, too.)
 type logWriter struct {
 	f        storage.File
 	name     string
-	path     string // as people call it
-	seed     uint32
-	size     int64 // bytes up to the end of the last frame
-	last     int64 // offset of the last frame that this writer has written; 0: none
-	fileSize int64 // bytes of the file
-	buf      []byte
+	path     string // the name as people call it
+	seed     uint32 // of its frames' CRCs
+	size     int64  // bytes up to the end of the last frame
+	last     int64  // offset of the last frame that this writer has written; 0: none
+	fileSize int64  // bytes of the file
+	buf      []byte // the frame that is written, kept for the next one
 }
 
-// beginLog makes a log file under a temporary name: it has its own once publish has returned.
+// beginLog makes a log file under a temporary name. It has its own once publish has returned.
 func beginLog(d storage.Directory, name string, h fileHeader) (*logWriter, error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
 		return nil, err
 	}
+
+	// From here on errors name the file as people will look for it.
 	w := &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed()}
 	if err := w.write(h.encode()); err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -342,10 +374,14 @@ func beginLog(d storage.Directory, name string, h fileHeader) (*logWriter, error
 	return w, nil
 }
 
-// publish gives a file that beginLog made its name, once all of it is on disk. It closes the file.
+// publish gives a file that beginLog made its name, once all of it is on disk: a crash leaves the
+// whole file, or none of that name. It closes the file. If it fails there is none of that name, but
+// a crash may bring a whole one back.
 func (w *logWriter) publish(d storage.Directory) error {
+	// The bytes are on disk before the name is.
 	err := w.sync()
-	if closeErr := w.f.Close(); err == nil { // before the rename: Windows wants it so
+	closeErr := w.f.Close() // before the rename: Windows wants it so
+	if err == nil {
 		err = closeErr
 	}
 	if err == nil {
@@ -354,60 +390,73 @@ func (w *logWriter) publish(d storage.Directory) error {
 	if err != nil {
 		return err
 	}
-	if err = d.Sync(); err != nil {
+
+	// The name is on disk before anybody builds upon it.
+	err = d.Sync()
+	if err != nil {
 		d.Remove(w.name) // or it would be taken for somebody else's
 	}
 	return err
 }
 
-// createLog makes a log file of fill's frames, and returns its size. If it fails there is none,
-// but for a crash, which may leave a whole one.
+// createLog makes a log file of fill's frames, and returns its size. It fails as publish does, and
+// leaves nothing under the temporary name.
 func createLog(d storage.Directory, name string, h fileHeader,
 	fill func(w *logWriter) error) (size int64, err error) {
 	w, err := beginLog(d, name, h)
 	if err == nil {
-		if err = fill(w); err != nil {
+		err = fill(w)
+		if err != nil {
 			w.f.Close()
 		} else {
 			err = w.publish(d)
 		}
 	}
+
+	// Where the disk is full, what was written of the file is in the way of all that comes.
 	if err != nil {
-		d.Remove(name + tmpSuffix) // perhaps the disk is full
+		d.Remove(name + tmpSuffix)
 		return 0, err
 	}
 	return w.size, nil
 }
 
-// extendLog opens a log file of size bytes to be written further.
+// extendLog opens a log file, which has size bytes, to be written further.
 func extendLog(d storage.Directory, name string, h fileHeader, size int64) (*logWriter, error) {
 	f, err := d.Extend(name)
 	if err != nil {
 		return nil, err
 	}
-	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size, fileSize: size}, nil
+	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size,
+		fileSize: size}, nil
 }
 
-// noFrames is what a new segment is filled with.
+// noFrames fills a new segment, which begins empty.
 func noFrames(*logWriter) error { return nil }
 
-// append writes one frame, with so many zeros behind it where the file ends.
+// append writes one frame, and so many zeros behind it where the file must grow for it.
 func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
+
+	// One write has both, so the file grows once for many frames.
 	size := w.size + int64(len(w.buf))
 	if size > w.fileSize {
 		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
+
+	// The zeros are no part of the log: size is the end of the frame.
 	w.last = w.size
 	err := w.write(w.buf)
 	w.size = size
+
+	// One huge record does not keep its memory for ever.
 	if cap(w.buf) > 4*maxFramePut {
 		w.buf = nil
 	}
 	return err
 }
 
-// write writes b at the end of what is there.
+// write writes b behind what is there.
 func (w *logWriter) write(b []byte) error {
 	_, err := w.f.WriteAt(b, w.size)
 	w.size += int64(len(b))
@@ -418,17 +467,20 @@ func (w *logWriter) write(b []byte) error {
 // room is how many bytes of zeros there are behind the last frame.
 func (w *logWriter) room() int64 { return w.fileSize - w.size }
 
-// makeRoom makes room for so many bytes.
+// makeRoom writes zeros until there is room for so many bytes. What it could write before an error
+// is room.
 func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
+
+	// What could not be written whole is there in part.
 	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.fileSize)
 	w.fileSize += int64(n)
 	return w.named("write", err)
 }
 
-// trim cuts off the room that is left, durably.
+// trim cuts off the room that is left, and has that on disk.
 func (w *logWriter) trim() error {
 	if w.room() == 0 {
 		return nil
@@ -443,8 +495,9 @@ func (w *logWriter) trim() error {
 // sync makes what was written durable.
 func (w *logWriter) sync() error { return w.named("fsync", w.f.Sync()) }
 
-// named is err with the file's name, not the temporary one that it began with.
+// named is err with the path of the file's own name, not that of the temporary one.
 func (w *logWriter) named(op string, err error) error {
+	// Whatever the directory called the file is left out.
 	if path := (*fs.PathError)(nil); errors.As(err, &path) {
 		err = path.Err
 	}
@@ -454,18 +507,17 @@ func (w *logWriter) named(op string, err error) error {
 	return &fs.PathError{Op: op, Path: w.path, Err: err}
 }
 
-// The STORE file: which store this is. Its checksum is of all that stands before it,
-// so a flipped bit is no other store, and no newer version.
+// The STORE file says which store this is. Its checksum is of all that stands before it, so that a
+// flipped bit is taken neither for another store nor for a newer version.
 const (
-	storeFormat = "kvserver store, version %d, id %s"
-	storeCheck  = ", check %08x\n"
-	firstStore  = "kvserver store, version 1, id " // of what had no checksum yet
+	storeFormat  = "kvserver store, version %d, id %s"
+	storeCheck   = ", check %08x\n"
+	firstStore   = "kvserver store, version 1, id " // version 1, which had no checksum
+	maxStoreFile = 200                              // bytes: more than any version has
 )
 
-// maxStoreFile is more bytes than the STORE file has.
-const maxStoreFile = 200
-
-// readID reads the STORE file; found is false in a directory that has none.
+// readID reads the STORE file. found is false in a directory that has none. The error is ErrOlder,
+// ErrNewer, a *storage.DamageError, or what reading the file failed with.
 func readID(dir storage.Directory) (id storeID, found bool, err error) {
 	names, err := dir.List()
 	if err != nil || !slices.Contains(names, storage.StoreName) {
@@ -476,50 +528,67 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 		return id, true, err
 	}
 	defer f.Close()
+
+	path := dir.Path(storage.StoreName)
+	damage := &storage.DamageError{File: path, What: "not as it was written"}
 	b := make([]byte, min(size, maxStoreFile))
-	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {
-		return id, true, readError(dir.Path(storage.StoreName), err)
+	_, err = f.ReadAt(b, 0)
+	if err != nil && err != io.EOF {
+		return id, true, readError(path, err)
 	}
+
+	// Nothing is believed before the checksum holds, but version 1 has none.
 	if strings.HasPrefix(string(b), firstStore) {
-		return id, true, fmt.Errorf("%s: %w: version 1", dir.Path(storage.StoreName), ErrOlder)
+		return id, true, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
 	}
+
 	line, _, _ := strings.Cut(string(b), ", check ")
-	if string(b) != line+fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli)) {
-		return id, true, &storage.DamageError{File: dir.Path(storage.StoreName), What: "not as it was written"}
+	if string(b) != line+fmt.Sprintf(storeCheck, crc(0, []byte(line))) {
+		return id, true, damage
 	}
+
+	// From here on it is as some kvserver wrote it, perhaps another version.
 	var version int
 	var text string
-	if _, err := fmt.Sscanf(line, storeFormat, &version, &text); err == nil &&
-		version != storeVersion {
-		other := ErrNewer
-		if version < storeVersion {
-			other = ErrOlder
-		}
-		return id, true, fmt.Errorf("%s: %w: version %d", dir.Path(storage.StoreName), other, version)
+	_, scanErr := fmt.Sscanf(line, storeFormat, &version, &text)
+	switch {
+	case scanErr == nil && version > storeVersion:
+		return id, true, fmt.Errorf("%s: %w: version %d", path, ErrNewer, version)
+	case scanErr == nil && version < storeVersion:
+		return id, true, fmt.Errorf("%s: %w: version %d", path, ErrOlder, version)
+	case len(text) != hex.EncodedLen(len(id)):
+		return id, true, damage
 	}
-	if n, err := hex.Decode(id[:], []byte(text[:min(len(text), 2*len(id))])); err != nil ||
-		n != len(id) || len(text) != 2*n {
-		return id, true, &storage.DamageError{File: dir.Path(storage.StoreName), What: "not as it was written"}
+
+	_, err = hex.Decode(id[:], []byte(text))
+	if err != nil {
+		return id, true, damage
 	}
 	return id, true, nil
 }
 
-// writeID writes the STORE file.
+// writeID writes the STORE file. It has its name once all of it is on disk, so a crash leaves the
+// old one, the new one, or none where there was none.
 func writeID(dir storage.Directory, id storeID) error {
 	f, err := dir.Create(storage.StoreName + tmpSuffix)
 	if err != nil {
 		return err
 	}
+
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
-	line += fmt.Sprintf(storeCheck, crc32.Checksum([]byte(line), castagnoli))
+	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
 	_, err = f.WriteAt([]byte(line), 0)
 	if err == nil {
 		err = f.Sync()
 	}
-	if err := errors.Join(err, f.Close()); err != nil {
+	err = errors.Join(err, f.Close())
+	if err != nil {
 		return err
 	}
-	if err := dir.Rename(storage.StoreName+tmpSuffix, storage.StoreName); err != nil {
+
+	// The bytes are on disk before the name is.
+	err = dir.Rename(storage.StoreName+tmpSuffix, storage.StoreName)
+	if err != nil {
 		return err
 	}
 	return dir.Sync()
@@ -533,7 +602,7 @@ func logName(kind uint32, number uint64) string {
 	return fmt.Sprintf("seg-%d.log", number)
 }
 
-// parseName is the inverse of logName.
+// parseName is the inverse of logName; ok is false for a name that is no log file's.
 func parseName(name string) (kind uint32, number uint64, ok bool) {
 	text, isLog := strings.CutSuffix(name, ".log")
 	if t, found := strings.CutPrefix(text, "seg-"); found {
@@ -541,8 +610,10 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 	} else if t, found := strings.CutPrefix(text, "snap-"); found {
 		kind, text = kindSnapshot, t
 	}
-	number, err := strconv.ParseUint(text, 10, 64)
+
+	// Names that logName does not make, such as seg-007.log, are none: two would be one file.
 	const most = 1 << 62 // so that there is always a next one
+	number, err := strconv.ParseUint(text, 10, 64)
 	return kind, number, isLog && kind != 0 && err == nil && number < most &&
 		logName(kind, number) == name
 }

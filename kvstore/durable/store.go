@@ -1,11 +1,13 @@
 // Package durable has a Memory with a log: what was committed is made again by the next Open.
 //
 //	store.go    the Store: its operations, Commit, Close
-//	journal.go  who appends to the log, syncs it, and goes on in the next file
+//	journal.go  the end of the log: appending, fsync, the timer, and going on in the next file
+//	spare.go    room on the disk, and SPARE, from which a full disk's Deletes get theirs
 //	format.go   every byte of every file
-//	load.go     reading at a start
+//	scan.go     reading one log file, and judging where its good part ends
+//	load.go     which files are the store, reading them in their order, and a start
 //	compact.go  a snapshot in the place of full files
-//	heal.go     files that were removed under a running server
+//	heal.go     files that others remove or change under a running server
 //	check.go, repair.go, backup.go  the commands of these names
 package durable
 
@@ -13,13 +15,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"kvserver/kvstore"
-	"kvserver/kvstore/storage"
 	"log/slog"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 )
 
 // Errors of a store.
@@ -42,32 +45,39 @@ type Options struct {
 	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (Where fsyncs
 	// take longer, the Commits of twice that time may be off the disk.)
 	Fsync  time.Duration
-	Log    *slog.Logger    // what happened to the files; nil: nobody wants to know
-	Status *storage.Status // nil: nobody looks
+	Log    *slog.Logger    // is told what happened to the files; nil: nobody is
+	Status *storage.Status // is told how far Open is, and of fsyncs and compactions; nil: nobody is
 }
 
 // Sizes and times of the log.
 const (
-	maxRecord    = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
-	recordExtra  = 8       // bytes that a record takes beside its key and value, about
-	tmpSuffix    = ".tmp"
-	progressTime = time.Second      // between two lines about a long load
-	vouchTime    = time.Second      // after a Commit, until a frame says that all before it is on disk
-	rotateTime   = time.Second      // until a file that could not be made is tried again
-	roomTime     = time.Second / 10 // until it is tried again whether a full disk has room
-	maxWaste     = 2                // times the live data, that full files hold, until they are compacted
-	compactTime  = time.Minute      // until a compaction that failed is, or a heal
-	lookTime     = time.Second      // between two looks whether the files are there
+	maxRecord   = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
+	recordExtra = 8       // bytes that a record takes beside its key and value, about
+	tmpSuffix   = ".tmp"  // of a file that is not whole on disk yet
 
 	// Bytes of a frame beside its records, and of one that the timer may write before it.
 	frameMost = 2*frameSize + 64
+
+	// Full files and the snapshot are compacted when they have more than so many times the bytes of
+	// the live data.
+	maxWaste = 2
+
+	progressTime = time.Second      // between two lines about a long load
+	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
+	rotateTime   = time.Second      // until a new file that could not be made is tried again
+	roomTime     = time.Second / 10 // until a full disk is asked for room again
+	compactTime  = time.Minute      // until a compaction, or a heal, that failed is tried again
+	lookTime     = time.Second      // between two looks at what others have done to the files
 )
 
 // Store is a KVStore whose Commit returns once everything before it is in a
 // log on disk, from which Open makes the same store again. It is not safe for
-// concurrent access. It has two goroutines of its own: a compaction, which only
-// touches files that are full, and a timer, which syncs the current file and writes
-// the frames that say so. Neither runs twice at a time. (Its lock may have one more.)
+// concurrent access: one goroutine, its owner, calls its methods, but for those that
+// say otherwise.
+//
+// It has two goroutines of its own: a compaction, which writes a snapshot and removes the full
+// files that it stands for, and a timer, which syncs the current file and writes the frames that
+// say so. Neither runs twice at a time. (Its lock may have one more.)
 //
 // Reads are Memory's: nothing is read from disk after Open.
 type Store struct {
@@ -83,28 +93,28 @@ type Store struct {
 	// Room on the disk.
 	spare     spareFile
 	noRoom    error     // why the last write was refused
-	refused   int64     // its bytes
-	roomAfter time.Time // none that is as large is taken before
+	refused   int64     // bytes of that write's key and values
+	roomAfter time.Time // before then no write is tried that is as large
 
 	// Compaction.
-	segmentSize, minCompact int64  // the directory's Sizes
-	waste                   int64  // maxWaste, but in tests
-	fullBytes               int64  // bytes in full files and the snapshot
-	snapshot                uint64 // number of the snapshot; 0: none
-	// the running compaction's end, one slot; nil: none runs
-	compacted    chan compactionEnd
-	compactAfter time.Time     // none is tried before
-	stop         chan struct{} // closed by Close: the compaction gives up
+	segmentSize, minCompact int64              // the directory's Sizes
+	waste                   int64              // maxWaste, but in tests
+	fullBytes               int64              // bytes in full files and the snapshot
+	snapshot                uint64             // number of the snapshot; 0: none
+	compacted               chan compactionEnd // of the compaction that runs, one slot; nil: none
+	compactAfter            time.Time          // before then none is tried
+	stop                    chan struct{}      // closed by Close: the compaction gives up
 
 	// Looking whether others have changed the files.
 	looked    time.Time                // when that was done last
-	healAfter time.Time                // what is spoiled is not written anew before
-	known     map[string]storage.Stamp // what the files were when we had done something to them
+	healAfter time.Time                // before then no heal is tried
+	known     map[string]storage.Stamp // what our files were when we had last written them
 	lastSeen  seenFrame                // in the current file
 	unhealed  []string                 // files of ours whose heal has failed
-	// files of others that were told of
+	healing   atomic.Bool              // a heal runs; any goroutine may look
+
+	// Files that the log was told of, so that it need not be told again.
 	toldStrangers, toldLeftovers []string
-	healing                      atomic.Bool // heal runs
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
@@ -121,23 +131,23 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	if d.status == nil {
 		d.status = new(storage.Status)
 	}
+
+	// Before the lock: what is none of ours is not even locked.
 	names, err := dir.List()
 	if err != nil {
 		return nil, err
 	}
-	if err := checkNames(dir, names); err != nil {
+	err = checkNames(dir, names)
+	if err != nil {
 		return nil, err
 	}
-	if d.lock, err = dir.Lock(ctx); err != nil {
+	d.lock, err = dir.Lock(ctx)
+	if err != nil {
 		return nil, err
 	}
-	noFile := d.tryFile()
-	if err = noFile; err == nil || storage.IsFull(err) {
-		err = d.load(ctx)
-	}
-	if noFile != nil && err == nil && d.current.makeRoom(int64(d.zerosAhead)) == nil {
-		err = noFile // there is room, but no new file can be made: there are too many
-	}
+
+	// From here on nobody else writes there.
+	err = d.loadIfWritable(ctx)
 	if err != nil {
 		if d.current != nil {
 			d.current.f.Close()
@@ -145,30 +155,57 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		d.lock.Close()
 		return nil, err
 	}
+
+	// From here on a change to the files is somebody else's.
 	d.learn(d.ownFiles()...)
-	if d.spare, err = openSpare(dir); err != nil {
+	d.spare, err = openSpare(dir)
+	if err != nil {
 		d.log.Warn("cannot open the file that keeps room for what frees", "error", err)
 	}
+
+	// What was loaded may be vouched for by no frame yet.
 	d.status.Set("")
 	d.syncLater()
 	return d, nil
 }
 
+// loadIfWritable loads the store from a directory in which files can be made, or whose disk is
+// full: that serves reads and Deletes.
+func (d *Store) loadIfWritable(ctx context.Context) error {
+	noFile := d.tryFile()
+	if noFile != nil && !storage.IsFull(noFile) {
+		return noFile
+	}
+	err := d.load(ctx)
+	if err != nil || noFile == nil {
+		return err
+	}
+
+	// Where the current file can grow there is room, but there are too many files.
+	err = d.current.makeRoom(int64(d.zerosAhead))
+	if err == nil {
+		return noFile
+	}
+	return nil
+}
+
 // tryFile makes a file, and removes it. Where that cannot be done the log would grow in one file
 // without end.
 func (d *Store) tryFile() error {
-	name := logName(kindSegment, 0) + tmpSuffix // which nothing else uses
+	name := logName(kindSegment, 0) + tmpSuffix // nothing else uses this one
 	f, err := d.dir.Create(name)
 	if err == nil {
 		err = errors.Join(f.Close(), d.dir.Remove(name))
 	}
+
 	if err != nil {
 		return fmt.Errorf("no file can be made in the data directory: %w", err)
 	}
 	return nil
 }
 
-// checkNames refuses a directory that is somebody else's.
+// checkNames refuses a directory in which there is anything that is no store's: it is somebody
+// else's.
 func checkNames(dir storage.Directory, names []string) error {
 	for _, name := range names {
 		if _, _, isLog := parseName(name); !isLog && name != storage.StoreName &&
@@ -198,6 +235,7 @@ func (d *Store) Put(key, value string) {
 
 // Delete removes key and returns how many values it had.
 func (d *Store) Delete(key string) (removed int) {
+	// What changes nothing is not in the log.
 	if removed = d.Memory.Delete(key); removed > 0 {
 		d.record(opDelete, 0, key)
 	}
@@ -207,6 +245,8 @@ func (d *Store) Delete(key string) (removed int) {
 // Update removes the first value equal to oldValue and appends newValue.
 func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
 	place := d.Memory.UpdateAt(key, oldValue, newValue, -1)
+
+	// An Update that finds nothing to replace is a Put.
 	if place < 0 {
 		d.record(opPut, 0, key, newValue)
 	} else {
@@ -239,7 +279,7 @@ func (d *Store) Take(key string) (value string, ok bool) {
 	return value, ok
 }
 
-// Expire has key go at a time; 0: it stays.
+// Expire has key go at a time, in milliseconds of Unix time; 0: it stays.
 func (d *Store) Expire(key string, at int64) (ok bool) {
 	at = writable(at)
 	if ok = d.Memory.Expire(key, at); ok {
@@ -248,7 +288,8 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 	return ok
 }
 
-// PutUntil is Put and Expire in one step: both are in one frame.
+// PutUntil is Put and Expire in one step: both are in one frame. In the log it takes room for the
+// key twice.
 func (d *Store) PutUntil(key, value string, at int64) {
 	at = writable(at)
 	d.Memory.PutUntil(key, value, at)
@@ -264,7 +305,8 @@ func writable(at int64) int64 {
 	return at
 }
 
-// record notes an operation for the next Commit.
+// record notes an operation for the next Commit. A record that is too large ends the store: memory
+// has what the log cannot have.
 func (d *Store) record(op byte, place int, fields ...string) {
 	if size := int64(sizeOf(fields)); size > maxRecord {
 		d.fail(errTooLarge(size))
@@ -273,8 +315,8 @@ func (d *Store) record(op byte, place int, fields ...string) {
 	d.note(appendRecord(d.pending, op, place, fields...), 1)
 }
 
-// note makes pending what is to be in the next frame, with so many records more, and writes that
-// when it is much.
+// note makes pending what is to be in the next frame, which has so many records more. When that is
+// much it is written before the Commit: a frame is bounded.
 func (d *Store) note(pending []byte, records uint32) {
 	d.pending = pending
 	d.count += records
@@ -285,7 +327,9 @@ func (d *Store) note(pending []byte, records uint32) {
 }
 
 // errTooLarge is the error of a record that does not fit a frame.
-func errTooLarge(bytes int64) error { return fmt.Errorf("a record of %d bytes is too large", bytes) }
+func errTooLarge(bytes int64) error {
+	return fmt.Errorf("a record of %d bytes is too large", bytes)
+}
 
 // sizeOf is how many bytes fields have together.
 func sizeOf(fields []string) (bytes int) {
@@ -295,20 +339,22 @@ func sizeOf(fields []string) (bytes int) {
 	return bytes
 }
 
-// writeFrame writes a frame of what is pending.
+// writeFrame writes a frame of what is pending. If that fails the store has failed, which the next
+// sync finds.
 func (d *Store) writeFrame(kind uint32) {
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
 	d.size, d.room = d.current.size, d.current.room()
 	<-d.writing
+
 	d.pending, d.count = d.pending[:0], 0
 	if cap(d.pending) > 4*maxFramePut {
-		d.pending = nil
+		d.pending = nil // one huge record does not keep its memory for ever
 	}
 }
 
-// Syncing returns the path of a file that the disk has not confirmed yet, or "". Other
-// goroutines may call it. A nil Durable has none.
+// Syncing returns the path of a file that the disk has not confirmed yet, or "". Any goroutine may
+// call it. A nil Store has none.
 func (d *Store) Syncing() string {
 	if d == nil {
 		return ""
@@ -320,11 +366,11 @@ func (d *Store) Syncing() string {
 }
 
 // IsHealing tells whether all data is being written anew, which may take long, and is worth
-// waiting for. Other goroutines may ask. A nil Durable never does that.
+// waiting for. Any goroutine may call it. A nil Store never does that.
 func (d *Store) IsHealing() bool { return d != nil && d.healing.Load() }
 
 // Lost is closed when the store is lost to another process, or its directory was moved; then
-// Commit fails. It is nil where that cannot be, as of a nil Durable.
+// Commit fails. It is nil where that cannot be, as of a nil Store.
 func (d *Store) Lost() <-chan struct{} {
 	if d == nil {
 		return nil
@@ -332,33 +378,41 @@ func (d *Store) Lost() <-chan struct{} {
 	return d.lock.Lost()
 }
 
-// WhyLost is the error that closed Lost. Any goroutine may ask, after that.
+// WhyLost is the error that closed Lost. Any goroutine may call it after that.
 func (d *Store) WhyLost() error { return d.lock.Held() }
 
 // Commit returns once everything done to the store is as durable as Options.Fsync says. After
 // an error it is unknown what since the last Commit (or, where that does not wait for it, since
 // the last fsync) is on disk; nothing is written any more, and every Commit fails. About once a
-// second it looks whether all files are there, and writes them anew where they are not: that
-// takes as long as a compaction, and everybody waits for it.
+// second it looks whether others have removed or changed the files, and writes all data anew if so:
+// that takes as long as a compaction, and everybody waits for it.
 func (d *Store) Commit() error {
 	err := d.commit()
-	if now := time.Now(); err == nil && now.Sub(d.looked) >= lookTime {
+	if err != nil {
+		return err
+	}
+
+	now := time.Now()
+	if now.Sub(d.looked) >= lookTime {
 		d.looked = now
 		err = d.lookForFiles(now)
+		if err != nil {
+			return err
+		}
 	}
-	if err == nil { // what was read is the truth only while nobody else can write
-		err = d.held()
-	}
-	return err
+
+	// Last, for what was read is the truth only while nobody else can write.
+	return d.held()
 }
 
-// held tells whether the store is ours still, and there: if files are gone they are written anew
-// before anything is answered.
+// held returns an error if the store is not ours any more. If files are gone they are written anew
+// first: before that nothing may be answered.
 func (d *Store) held() error {
 	err := d.lock.Held()
 	if errors.Is(err, storage.ErrGone) {
 		d.AwaitCompaction() // it removes files, too
-		if err = d.lastLook(); err == nil {
+		err = d.lastLook()
+		if err == nil {
 			err = d.lock.Held()
 		}
 	}
@@ -368,25 +422,34 @@ func (d *Store) held() error {
 	return nil
 }
 
-// commit is Commit, but for the lock.
+// commit is Commit, but for the lock and the look at the files.
 func (d *Store) commit() error {
-	// A log that is much larger than what it holds is compacted, also where nothing is written.
-	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
-	if err := d.failure(); err != nil || idle && !wasteful {
+	err := d.failure()
+	if err != nil {
 		return err
 	}
-	if idle && d.size == headerSize {
-		d.compact() // the current file is empty, so all is in full ones
+
+	// Nothing to write: what was read is as durable as what was written before. But a log that is
+	// much larger than what it holds is compacted also where nothing is written. Where the current
+	// file is empty, all is in full files.
+	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
+	if idle && !wasteful {
 		return nil
 	}
-	d.wroteEarly = false
+	if idle && d.size == headerSize {
+		d.compact()
+		return nil
+	}
+
+	// Write, then wait for the disk as Options.Fsync says. A file that is full is on disk before
+	// the next one begins. (On a full disk the old one grows: what is left of the room is for what
+	// frees.)
 	now := time.Now()
+	d.wroteEarly = false
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	// On a full disk the old file grows: what is left of the room is for what frees.
 	full := (d.size >= d.segmentSize && !d.isFull || wasteful) && !now.Before(d.rotateAfter)
-	var err error
 	if d.fsync == FsyncAlways || full {
 		err = d.syncRest()
 	} else {
@@ -395,14 +458,20 @@ func (d *Store) commit() error {
 	if err != nil {
 		return err
 	}
-	if number := d.number; full {
-		if err := d.rotate(); err != nil {
+
+	// Go on in a new file. Then all that the store holds is in full ones, and can be compacted.
+	if full {
+		before := d.number
+		err = d.rotate()
+		if err != nil {
 			return err
 		}
-		if d.number > number { // all that the store holds is in full files
+		if d.number > before {
 			d.compact()
 		}
 	}
+
+	// What was not waited for is the timer's, and so is the frame that vouches for it.
 	d.syncLater()
 	return nil
 }
@@ -411,10 +480,13 @@ func (d *Store) commit() error {
 // old one. After an error the store has failed: the old file may be closed, and end with a frame
 // behind which nothing may stand.
 func (d *Store) rotate() error {
-	if err := d.lock.Held(); err != nil && !errors.Is(err, storage.ErrGone) {
+	// Files that are gone do not keep it from that: a heal begins with a rotation.
+	err := d.lock.Held()
+	if err != nil && !errors.Is(err, storage.ErrGone) {
 		return d.fail(err)
 	}
-	found, _ := d.changed() // if that is not known, nothing is
+	found, _ := d.changed() // where nobody can look, nothing is known to be changed
+
 	full, err := d.goOn()
 	if err != nil {
 		return d.fail(err)
@@ -422,9 +494,11 @@ func (d *Store) rotate() error {
 	if full == 0 {
 		return nil
 	}
+
 	d.fullBytes += full
 
-	// A file that somebody has changed since the last look is not learned: the next look is to see it.
+	// A file that somebody has changed since the last look is not learned: the next look has to see
+	// it.
 	written := []string{logName(kindSegment, d.number)}
 	if old := logName(kindSegment, d.number-1); !slices.Contains(found.spoiled, old) {
 		written = append(written, old)
@@ -434,15 +508,18 @@ func (d *Store) rotate() error {
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
-// tells so if the disk has room for it, and the lock is free. After a failed Commit it writes
-// nothing.
+// says so if the disk has room for it, and the lock is free. After a failed Commit it writes
+// nothing. It is called once.
 func (d *Store) Close() error {
+	// First what was answered, for to wait for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()
 	if err == nil {
 		err = d.syncRest()
 	}
 	d.endCompaction()
+
+	// The last moment at which a heal has the data. The timer ends after it, for a heal syncs.
 	if err == nil {
 		err = d.lastLook()
 	}
@@ -450,25 +527,39 @@ func (d *Store) Close() error {
 		err = d.held()
 	}
 	d.stopTimer()
+
+	// Without this frame the next start is as after a crash, and that is no error.
 	if err == nil {
-		if d.zerosAhead > 0 {
-			err = d.current.makeRoom(frameSize)
-		}
-		if err == nil {
-			d.writeFrame(frameCleanStop)
-			err = errors.Join(d.syncRest(), d.lock.Held())
-		} else if storage.IsFull(err) {
-			err = nil // all is on disk; the next start is as after a crash
-		}
+		err = d.writeCleanStop()
 	}
+
+	// Room that is cut off is the next start's to delete with, if the disk is full.
 	d.syncing.Store(&d.current.path)
 	if err == nil {
 		err = d.current.trim()
 	}
-	if d.isFull { // what was cut off is the next start's to delete with
+	if d.isFull {
 		d.spare.grow(d.dir, d.toDelete(0), int64(d.zerosAhead))
 	}
 	return errors.Join(err, d.current.f.Close(), d.spare.close(), d.lock.Close(), d.dir.Close())
+}
+
+// writeCleanStop writes the frame that says that the store was closed, syncs it, and looks once
+// more whether the store is ours. It does nothing where the disk has no room for it.
+func (d *Store) writeCleanStop() error {
+	if d.zerosAhead > 0 {
+		err := d.current.makeRoom(frameSize)
+		switch {
+		case storage.IsFull(err):
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+
+	// A flipped bit in front of this frame is damage at the next start, never a torn end.
+	d.writeFrame(frameCleanStop)
+	return errors.Join(d.syncRest(), d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if one does, and takes it into account.
@@ -478,7 +569,7 @@ func (d *Store) AwaitCompaction() {
 	}
 }
 
-// endCompaction waits for the compaction that runs.
+// endCompaction is AwaitCompaction at the end of the store, where Syncing names what is waited for.
 func (d *Store) endCompaction() {
 	if d.compacted != nil {
 		snapshot := d.dir.Path("the snapshot of a compaction")
