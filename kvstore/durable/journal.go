@@ -11,8 +11,8 @@ import (
 )
 
 // journal is the end of the log, where it is written: it appends frames, has them on disk, writes
-// frames that say what is on disk, and goes on in a new file. Two goroutines use it: the store's
-// owner, and the timer, which syncs what the owner did not wait for.
+// frames that vouch for them, which is to say that they are on disk, and goes on in a new file. Two
+// goroutines use it: the store's owner, and the timer, which syncs what the owner did not wait for.
 type journal struct {
 	// Read-only once the store is open.
 	dir        storage.Directory
@@ -23,44 +23,46 @@ type journal struct {
 	zerosAhead int           // bytes of zeros by which a file grows; 0: by none
 
 	// The owner's.
-	number uint64 // of the current file
-	first  uint64 // sequence of its first frame
-	// of the current file, as of the owner's last frame: bytes of frames, and of zeros behind them
-	size, room  int64
-	rotateAfter time.Time // no new file is tried before
+	number      uint64    // of the current file
+	first       uint64    // sequence of its first frame
+	size, room  int64     // bytes of its frames, and of zeros behind them, as of the owner's last
+	rotateAfter time.Time // before then no new file is tried
 	noNewFile   trouble
-	isFull      bool // the disk is: all room is for what frees. Who changes it has writing
 
-	// writing has one slot, for whoever writes a frame or changes the file, and fsyncs one for
-	// whoever syncs. It is taken behind writing, where both are.
+	// The owner's, but the timer reads it: to change it takes writing. The disk is full, so all
+	// room is kept for what frees.
+	isFull bool
+
+	// Two locks that are held while the disk works. Whoever writes a frame or changes the file
+	// holds writing; whoever syncs holds fsyncs. Each has one slot, which is filled to take it. Who
+	// needs both takes writing first.
 	writing chan struct{}
 	fsyncs  chan struct{}
 
-	// mu guards what is below. Whoever has writing is the only one to change current and sequence,
-	// and may read them without it.
-	mu       sync.Mutex
-	current  *logWriter
-	sequence uint64        // of the last frame written
-	synced   uint64        // of the last frame known to be on disk
-	vouched  bool          // the last frame says that all before it is on disk
-	err      error         // the first failure; from then on nothing is written
-	timer    *time.Timer   // nil while it does not run
-	underWay chan struct{} // closed when the timer's fsync, which runs, has ended; nil: none runs
-	since    time.Time     // when it began
+	// mu guards what is below, and is never held while the disk works. Only whoever holds writing
+	// changes current and sequence, and may read them without mu.
+	mu         sync.Mutex
+	current    *logWriter
+	sequence   uint64        // of the last frame written
+	synced     uint64        // of the last frame known to be on disk
+	vouched    bool          // no frame is due that says that all before it is on disk
+	err        error         // the first failure; from then on nothing is written
+	timer      *time.Timer   // that is to tick; nil: none is
+	underWay   chan struct{} // of the tick that runs, closed when it ends; nil: none runs
+	since      time.Time     // when that began
+	timerEnded bool          // none is to become due any more
 
-	ticks      sync.WaitGroup // ticks that are due, or run
-	timerEnded bool           // guarded by mu: none is to become due
-
-	syncing atomic.Pointer[string] // the file whose Sync has not returned
+	ticks   sync.WaitGroup         // ticks that are due, or run
+	syncing atomic.Pointer[string] // path of the file whose Sync has not returned; nil: none
 }
 
 // trouble is something that does not work for a while. It is worth a line of log when it begins,
 // one each minute, and one when it is over.
 type trouble struct {
-	said time.Time // the zero time: there is none
+	said time.Time // when the log was told last; the zero time: there is no trouble
 }
 
-// again tells whether it is to be said that it does not work, now.
+// again tells whether the log is to be told now that it does not work.
 func (t *trouble) again(now time.Time) bool {
 	if !t.said.IsZero() && now.Sub(t.said) < time.Minute {
 		return false
@@ -69,31 +71,33 @@ func (t *trouble) again(now time.Time) bool {
 	return true
 }
 
-// over tells whether there was trouble, which has ended now.
+// over ends the trouble, and tells whether there was any.
 func (t *trouble) over() bool {
 	was := !t.said.IsZero()
 	t.said = time.Time{}
 	return was
 }
 
-// fail keeps the first error. It returns what is kept.
+// fail ends all writing with err, unless an error has ended it before. It returns the first.
 func (j *journal) fail(err error) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+
+	// What comes later is most often only a consequence.
 	if j.err == nil {
 		j.err = err
 	}
 	return j.err
 }
 
-// failure returns the first error.
+// failure returns the error that has ended all writing, if one has.
 func (j *journal) failure() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.err
 }
 
-// appendFrame writes a frame. The caller has writing.
+// appendFrame writes a frame. The caller holds writing. If it fails all writing ends.
 func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	j.mu.Lock()
 	f := frame{sequence: j.sequence + 1, synced: j.synced, count: count, kind: kind}
@@ -102,15 +106,20 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	if err != nil {
 		return
 	}
+
+	// Behind a frame without records nothing may follow for long, so it makes no room for that.
 	zeros := j.zerosAhead
 	if kind != frameRecords {
-		zeros = 0 // nothing may follow for long
+		zeros = 0
 	}
-	if err := w.append(f, payload, zeros); err != nil {
+	err = w.append(f, payload, zeros)
+	if err != nil {
 		j.fail(err)
 	}
+
+	// Only now: an fsync that ran meanwhile has not synced this frame.
 	j.mu.Lock()
-	j.sequence = f.sequence // only now: a sync meanwhile has not synced it
+	j.sequence = f.sequence
 	j.vouched = kind != frameRecords
 	j.mu.Unlock()
 }
@@ -120,6 +129,7 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 // tells of a failed write once, to one of two, and the other would believe that all is
 // on disk.
 func (j *journal) syncRest() error {
+	// What is read here is what the fsync covers: what is written from now on is not.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
@@ -129,11 +139,16 @@ func (j *journal) syncRest() error {
 	if done || err != nil {
 		return err
 	}
+
 	j.syncing.Store(&w.path)
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
 	j.syncing.Store(nil)
+
+	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
+	// not write, and the next fsync would say nothing of it. What was written meanwhile is not
+	// covered.
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if err != nil && j.err == nil {
@@ -145,22 +160,28 @@ func (j *journal) syncRest() error {
 	return j.err
 }
 
-// goOn goes on in a new file, and returns the bytes of the old one; 0: no new one could be made. The old one's last frame says that another follows; until that is
-// written nothing has changed, so what fails before, such as a disk without room or a missing
-// descriptor, leaves the log in the old file.
+// goOn goes on in a new file, and returns the bytes of the old one; 0: no new one could be made.
+// The old one's last frame says that another follows. Until that is written nothing has changed, so
+// what fails before, such as a disk without room or a missing descriptor, leaves the log in the old
+// file. What fails after it is an error.
 func (j *journal) goOn() (full int64, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
 	defer j.syncing.Store(nil)
-	if err := j.syncRest(); err != nil { // the timer may have written a frame
+
+	// The timer may have written a frame since the owner's sync.
+	err = j.syncRest()
+	if err != nil {
 		return 0, err
 	}
 
+	// Its first frame comes behind the one that says that it follows.
 	next := j.dir.Path(logName(kindSegment, j.number+1))
 	j.syncing.Store(&next)
 	h := fileHeader{kind: kindSegment, id: j.id, number: j.number + 1, first: j.sequence + 2}
 	w, err := j.nextSegment(h)
-	if now := time.Now(); err != nil {
+	now := time.Now()
+	if err != nil {
 		j.rotateAfter = now.Add(rotateTime)
 		if j.noNewFile.again(now) {
 			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
@@ -168,22 +189,32 @@ func (j *journal) goOn() (full int64, err error) {
 		}
 		return 0, nil
 	}
+
 	if j.noNewFile.over() {
 		j.log.Info("the log goes on in a new file again", "file", w.path)
 	}
 
-	// From here on it is known that another file follows.
+	// From here on it is known that another file follows, so there is no way back. A crash before
+	// this frame is on disk leaves an empty next file, which a start removes.
 	j.appendFrame(frameNext, nil, 0)
-	if err := j.syncRest(); err != nil {
+	err = j.syncRest()
+	if err != nil {
 		return 0, errors.Join(err, w.f.Close())
 	}
-	j.fsyncs <- struct{}{} // the timer's has ended, and the next is of the new file
+
+	// The old file is closed when the timer's fsync of it has ended; the next one is of the new
+	// file.
+	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	old := j.current
 	j.syncing.Store(&old.path)
-	if err := errors.Join(old.trim(), old.f.Close()); err != nil {
+	err = errors.Join(old.trim(), old.f.Close())
+	if err != nil {
 		return 0, errors.Join(err, w.f.Close())
 	}
+
+	// From here on the log is in the new file. A crash after this leaves a full file and an empty
+	// one.
 	j.mu.Lock()
 	j.current, j.number = w, j.number+1
 	j.mu.Unlock()
@@ -191,26 +222,29 @@ func (j *journal) goOn() (full int64, err error) {
 	return old.size, nil
 }
 
-// nextSegment makes the segment behind the current one, if that has room for the frame that
-// says so.
+// nextSegment makes the segment behind the current one, once that has room for the frame that
+// says that another follows.
 func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 	if j.zerosAhead > 0 {
 		err := j.current.makeRoom(frameSize)
-		if j.room = j.current.room(); err != nil {
+		j.room = j.current.room()
+		if err != nil {
 			return nil, err
 		}
 	}
 	return j.newSegment(h)
 }
 
-// newSegment makes an empty segment. If it fails none is there, or one that the
-// next start takes for what it is.
+// newSegment makes an empty segment. If it fails there is none, or one that the next start takes
+// for what a broken-off rotation leaves, and removes.
 func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
 	name := logName(h.kind, h.number)
 	size, err := createLog(j.dir, name, h, noFrames)
 	if err != nil {
 		return nil, err
 	}
+
+	// It has its name on disk by now, but no frame, so it can still be taken back.
 	w, err := extendLog(j.dir, name, h, size)
 	if err != nil {
 		return nil, errors.Join(err, j.dir.Remove(name), j.dir.Sync())
@@ -218,19 +252,20 @@ func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
 	return w, nil
 }
 
-// awaitTimer waits, where the timer's fsync takes longer than it may, for that to
-// end: otherwise a stalled disk would let Commits return without bound.
+// awaitTimer waits for the timer's fsync where that takes longer than Options.Fsync: otherwise a
+// stalled disk would let Commits return without bound. It returns what all writing has failed with.
 func (j *journal) awaitTimer(now time.Time) error {
 	j.mu.Lock()
 	underWay, since := j.underWay, j.since
 	j.mu.Unlock()
+
 	if j.fsync > 0 && underWay != nil && now.Sub(since) > j.fsync {
 		<-underWay
 	}
 	return j.failure()
 }
 
-// syncLater starts the timer, if there is something for it to do.
+// syncLater starts the timer, if there is something for it to do and it does not run.
 func (j *journal) syncLater() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -244,8 +279,10 @@ func (j *journal) startTimer(waited time.Duration) {
 	case FsyncNever:
 		return
 	case FsyncAlways:
-		wait = vouchTime
+		wait = vouchTime // all is on disk, but no frame says so
 	}
+
+	// One tick is due at most, and none while one runs: that one calls this at its end.
 	if j.timer == nil && j.underWay == nil && j.err == nil && !j.timerEnded &&
 		(j.synced < j.sequence || !j.vouched) {
 		j.ticks.Add(1)
@@ -255,19 +292,22 @@ func (j *journal) startTimer(waited time.Duration) {
 
 // tick makes what was written durable, and writes a frame that says so: otherwise
 // nobody could tell later whether a bad end had ever been on disk. It is the timer's
-// goroutine.
+// goroutine, which ends with it.
 func (j *journal) tick() {
 	defer j.ticks.Done()
+	// From here on awaitTimer can wait for it.
 	ended, began := make(chan struct{}), time.Now()
 	j.mu.Lock()
 	j.timer, j.underWay, j.since = nil, ended, began
 	j.mu.Unlock()
-	if j.syncRest() == nil {
+
+	err := j.syncRest()
+	if err == nil {
 		j.vouch()
 	}
 
-	// What was written meanwhile has waited since then. The timer runs again before anybody hears
-	// that this one has ended.
+	// What was written meanwhile has waited since then. The timer runs again before a Commit that
+	// waited for this one goes on.
 	j.mu.Lock()
 	j.underWay = nil
 	j.startTimer(time.Since(began))
@@ -275,32 +315,41 @@ func (j *journal) tick() {
 	close(ended)
 }
 
-// vouch writes a frame that says that all before it is on disk, if that is so and
-// the last frame does not say it. On a full disk the next frame will.
+// vouch writes a frame that says that all before it is on disk, and syncs it, if that is so and the
+// last frame does not say it. It makes no room for that: on a full disk all room is for what frees,
+// and where the file has none left the next frame says it.
 func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
+	// A frame written since the sync is not on disk yet: the next tick comes for that.
 	due := j.synced == j.sequence && !j.vouched
 	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < frameSize) {
-		due, j.vouched = false, true
+		due, j.vouched = false, true // or the timer would come again and again
 	}
 	j.mu.Unlock()
 	if due {
 		j.appendFrame(frameSynced, nil, 0)
 	}
 	<-j.writing
+
+	// Not while writing is held: Commits that only write need not wait for this.
 	if due {
 		j.syncRest()
 	}
 }
 
-// stopTimer ends the timer, and waits for what it does, or is about to do.
+// stopTimer ends the timer for good, and waits for what it does, or is about to do.
 func (j *journal) stopTimer() {
 	j.mu.Lock()
+	// A tick that has begun may still want to start the next one.
 	j.timerEnded = true
-	if j.timer != nil && j.timer.Stop() {
-		j.ticks.Done()
+	if j.timer != nil {
+		wasStopped := j.timer.Stop()
+		if wasStopped {
+			j.ticks.Done() // in its place
+		}
 	}
+
 	j.mu.Unlock()
 	j.ticks.Wait()
 }

@@ -7,9 +7,9 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// spareFile is a file of zeros, SPARE, which keeps room on the disk for what frees: when the disk is
+// spareFile is SPARE, a file of zeros that keeps room on the disk for what frees: when the disk is
 // full it gives as much back as the log needs to go on. It is as large as it takes to delete every
-// key, one at a time. It is the owner's.
+// key, one at a time. It belongs to the store's owner.
 type spareFile struct {
 	file storage.File // nil: there is none
 	size int64        // bytes
@@ -18,42 +18,48 @@ type spareFile struct {
 const (
 	spareName = "SPARE"
 
-	// Bytes that the Delete of a key may take in the log beside the key: a frame's head, a record's,
-	// and what fills both up to a multiple of 8.
+	// Bytes that the Delete of a key may take in the log beside the key: a frame's head, a
+	// record's, and what fills both up to a multiple of 8.
 	deleteExtra = frameSize + recordExtra + 8
 
-	// The part of a directory's reserve that the spare file has beside the room for Deletes: 64 KiB
-	// of 1 MiB, for Removes.
+	// The part of zerosAhead that SPARE has beside the room for Deletes: 64 KiB of 1 MiB, for
+	// Removes.
 	spareShare = 16
 )
 
-// openSpare opens the spare file, if there is one.
+// openSpare opens SPARE, if there is one. After an error the store goes on without it.
 func openSpare(dir storage.Directory) (s spareFile, err error) {
 	names, err := dir.List()
 	if err != nil || !slices.Contains(names, spareName) {
 		return s, err
 	}
+
+	// Only Open tells how large a file is, and only Extend opens one to be cut.
 	f, size, err := dir.Open(spareName)
 	if err != nil {
 		return s, err
 	}
 	f.Close()
-	if s.file, err = dir.Extend(spareName); err != nil {
+	s.file, err = dir.Extend(spareName)
+	if err != nil {
 		return spareFile{}, err
 	}
 	s.size = size
 	return s, nil
 }
 
-// grow makes the spare file have at least so many bytes, in steps. What it can have it has, also
-// where that fails.
+// grow makes SPARE have at least so many bytes, in steps. What it could have before an error it
+// has.
 func (s *spareFile) grow(dir storage.Directory, size, step int64) (err error) {
 	if s.file == nil {
-		if s.file, err = dir.Create(spareName); err != nil {
+		s.file, err = dir.Create(spareName)
+		if err != nil {
 			return err
 		}
 		s.size = 0
 	}
+
+	// Written, not only made longer: a hole keeps no room.
 	size += step - size%step
 	zeros := make([]byte, step)
 	for s.size < size && err == nil {
@@ -64,11 +70,12 @@ func (s *spareFile) grow(dir storage.Directory, size, step int64) (err error) {
 	return err
 }
 
-// shrink gives back what the spare file has more than so many bytes.
+// shrink gives back what SPARE has more than so many bytes.
 func (s *spareFile) shrink(size int64) error {
 	if s.size <= size {
 		return nil
 	}
+
 	err := s.file.Truncate(size)
 	if err == nil {
 		s.size = size
@@ -84,25 +91,28 @@ func (s *spareFile) close() error {
 	return s.file.Close()
 }
 
-// toDelete is how many bytes of log it takes to delete every key, one at a time, and a new one with
-// so many bytes.
+// toDelete is how many bytes of log it takes to delete every key, one at a time, and a new key of
+// so many bytes as well.
 func (d *Store) toDelete(bytes int64) int64 {
+	// Each Delete is a Commit of its own, and so a frame of its own.
 	keys, _, _ := d.Size()
+
 	return d.KeyBytes() + bytes + int64(keys+1)*deleteExtra +
 		int64(d.zerosAhead/spareShare)
 }
 
-// Room returns an error, and nothing has changed, if the disk has no room for one
-// more record of so many bytes of key and values. Who writes one nevertheless has the next
-// Commit fail, and the store end. What frees, a Delete or a Remove, may use the spare file; other
-// writes leave in that, or in the log, what it takes to delete everything. A
-// directory that wants no zeros ahead knows by itself what room it has.
+// Room returns an error, and nothing has changed, if the disk has no room for one more record of so
+// many bytes of key and values. A record that is written nevertheless makes the next Commit fail,
+// and ends the store. What frees, a Delete or a Remove, may use SPARE; other writes leave in SPARE,
+// or in the log, what it takes to delete everything. A directory that wants no zeros ahead knows by
+// itself what room it has.
 func (d *Store) Room(bytes int64, frees bool) error {
+	// What waits for the Commit, this record, and a frame around both.
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
 	switch {
 	case bytes > maxRecord:
 		return errTooLarge(bytes)
-	case d.failure() != nil:
+	case d.failure() != nil: // the Commit will say it
 		return nil
 	case d.zerosAhead == 0:
 		return d.roomBeside(need, frees)
@@ -110,43 +120,61 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return d.roomToFree(need)
 	}
 
-	spare := d.toDelete(bytes)
+	// On a disk that was full just now, what was refused is refused again without a call.
 	if d.isFull && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
-	if d.room >= need && d.spare.size >= spare && !d.isFull {
+	wanted := d.toDelete(bytes)
+	if d.room >= need && d.spare.size >= wanted && !d.isFull {
 		return nil
 	}
-	if d.spare.size < spare && d.spare.grow(d.dir, spare, int64(d.zerosAhead)) != nil {
-		need += max(0, spare-d.spare.size) // it grows in steps, and may have got enough
+
+	// What SPARE cannot have must be in the log. It grows in steps, and may have got enough.
+	if d.spare.size < wanted {
+		err := d.spare.grow(d.dir, wanted, int64(d.zerosAhead))
+		if err != nil {
+			need += max(0, wanted-d.spare.size)
+		}
 	}
 	err := d.makeRoom(need)
-	if wasFull := d.setFull(err != nil); err != nil {
+	wasFull := d.setFull(err != nil)
+	switch {
+	case err != nil:
 		d.noRoom, d.refused, d.roomAfter = err, bytes, time.Now().Add(roomTime)
-	} else if wasFull {
+	case wasFull:
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	}
 	return err
 }
 
-// roomBeside is what a directory says that knows what room it has.
+// roomBeside is what a directory says that knows what room it has; nil: it does not know.
 func (d *Store) roomBeside(bytes int64, frees bool) error {
-	if dir, ok := d.dir.(interface{ Room(int64, bool) error }); ok {
+	dir, knows := d.dir.(interface{ Room(int64, bool) error })
+	if knows {
 		return dir.Room(bytes, frees)
 	}
 	return nil
 }
 
-// roomToFree is Room for what frees. Where the disk is full the spare file gives some back.
+// roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.
 func (d *Store) roomToFree(need int64) error {
 	err := d.makeRoom(need)
-	if err != nil && d.squeeze() {
+	if err == nil {
+		return nil
+	}
+
+	// A log that is much larger than the data gives back more than SPARE has.
+	squeezed := d.squeeze()
+	if squeezed {
 		err = d.makeRoom(need)
 	}
+
+	// Step by step, for another program may take what is given back.
 	for err != nil && d.spare.size > 0 {
 		d.setFull(true)
 		left := max(0, d.spare.size-max(need, int64(d.zerosAhead)))
-		if shrinkErr := d.spare.shrink(left); shrinkErr != nil {
+		shrinkErr := d.spare.shrink(left)
+		if shrinkErr != nil {
 			return shrinkErr
 		}
 		err = d.makeRoom(need)
@@ -154,22 +182,33 @@ func (d *Store) roomToFree(need int64) error {
 	return err
 }
 
-// squeeze compacts the log into the room that the spare file gives back, if that is enough, and
-// gives back more than it takes: so Removes go on, too, where there are long keys. Everybody waits
-// for it.
+// squeeze compacts the log into room that SPARE gives back, if that is enough room and gives back
+// more than it takes: so Removes go on, too, where there are long keys, each of which is in the log
+// with every value. It returns whether there is more room now. Everybody waits for it.
 func (d *Store) squeeze() bool {
 	need := d.liveBytes() + 2*headerSize + frameMost
 	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.size < need {
 		return false
 	}
-	if d.count > 0 { // or the snapshot would have what the full files do not
+
+	// The snapshot is of memory, so the full files must have all that memory has.
+	if d.count > 0 {
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
 	}
+
+	// The room first, then a new file. If the log cannot go on there, SPARE stays smaller: what it
+	// gave back is the log's.
 	before := d.number
-	if d.spare.shrink(d.spare.size-need) != nil || d.rotate() != nil || d.number == before {
+	err := d.spare.shrink(d.spare.size - need)
+	if err == nil {
+		err = d.rotate()
+	}
+	if err != nil || d.number == before {
 		return false
 	}
+
+	// Not aside: the room that it makes is wanted now.
 	c := d.newCompaction()
 	bytes, err := c.run()
 	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err})
@@ -178,7 +217,8 @@ func (d *Store) squeeze() bool {
 
 // setFull notes whether the disk is full, and returns whether it was.
 func (d *Store) setFull(isFull bool) (was bool) {
-	if was = d.isFull; was != isFull {
+	was = d.isFull
+	if was != isFull {
 		d.writing <- struct{}{}
 		d.isFull = isFull
 		<-d.writing
@@ -186,23 +226,28 @@ func (d *Store) setFull(isFull bool) (was bool) {
 	return was
 }
 
-// makeRoom makes room for so many bytes in the current file.
+// makeRoom makes room for so many bytes in the current file, and for zerosAhead, if the disk has as
+// much.
 func (d *Store) makeRoom(need int64) error {
 	if d.room >= need {
 		return nil
 	}
+
+	// The timer writes the same file.
 	d.writing <- struct{}{}
 	defer func() { <-d.writing }()
 	err := d.current.makeRoom(max(need, int64(d.zerosAhead)))
-	if d.room = d.current.room(); d.room >= need {
-		return nil
+	d.room = d.current.room()
+	if d.room >= need {
+		return nil // what is missing was wanted, but is not needed
 	}
 	return err
 }
 
-// checkSpare closes a spare file that somebody has removed: the next write makes it anew.
+// checkSpare closes a SPARE that somebody has removed: the next write makes it anew.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
-	if _, isThere := stamps[spareName]; d.spare.file != nil && !isThere {
+	_, isThere := stamps[spareName]
+	if d.spare.file != nil && !isThere {
 		d.spare.close()
 		d.spare = spareFile{}
 	}
