@@ -2,6 +2,7 @@ package durable
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -9,17 +10,15 @@ import (
 	"strings"
 	"time"
 
-	crand "crypto/rand"
-
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
 )
 
 // layout is which of a store's files count.
 type layout struct {
-	snapshot uint64   // the newest snapshot, 0: none
-	segments []uint64 // after it, in order
-	obsolete []string // files that the snapshot stands for, and temporary ones
+	snapshot uint64   // number of the newest snapshot; 0: there is none
+	segments []uint64 // numbers of the segments behind it, in order
+	obsolete []string // names of files that the snapshot stands for, and of temporary ones
 }
 
 // isTmp tells whether a file called name is one of ours that has not got its own name yet.
@@ -29,18 +28,23 @@ func isTmp(name string) bool {
 	return isTmp && (isLog || base == storage.StoreName)
 }
 
-// readLayout sorts the directory's names. Segments must follow one another.
+// readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
+// missing: they follow one another, and a store has at least one behind its snapshot.
 func readLayout(dir storage.Directory) (l layout, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return l, err
 	}
+
+	// The newest snapshot stands for all files of lower numbers.
 	for _, name := range names {
-		if kind, number, ok := parseName(name); ok && kind == kindSnapshot {
+		kind, number, ok := parseName(name)
+		if ok && kind == kindSnapshot {
 			l.snapshot = max(l.snapshot, number)
 		}
 	}
 
+	// A crash in a compaction leaves the files for which the snapshot stands.
 	for _, name := range names {
 		kind, number, ok := parseName(name)
 		switch {
@@ -53,6 +57,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 		}
 	}
 
+	// A store is never taken for an empty one because its log is gone.
 	slices.Sort(l.segments)
 	for i, number := range l.segments {
 		if want := l.snapshot + 1 + uint64(i); number != want {
@@ -82,35 +87,43 @@ func (l layout) names() (names []string) {
 	return names
 }
 
-// majorityID is the id that most of the log files called names bear, how many that
-// are, and of how many whose header can be read.
+// majorityID is the id that most of the log files called names bear, how many bear it, and of how
+// many the header can be read.
 func majorityID(dir storage.Directory, names []string) (id storeID, most, of int) {
 	votes := map[storeID]int{}
 	for _, name := range names {
-		if _, _, ok := parseName(name); !ok {
+		_, _, ok := parseName(name)
+		if !ok {
 			continue
 		}
+
+		// A file that cannot be read has no vote.
 		l, err := openLog(dir, name)
 		if err != nil {
-			continue
+			continue // whoever reads the file will say it
 		}
 		l.f.Close()
-		if l.bad == nil {
-			of++
-			if votes[l.header.id]++; votes[l.header.id] > most {
-				id, most = l.header.id, votes[l.header.id]
-			}
+		if l.bad != nil {
+			continue
+		}
+
+		of++
+		votes[l.header.id]++
+		if votes[l.header.id] > most {
+			id, most = l.header.id, votes[l.header.id]
 		}
 	}
 	return id, most, of
 }
 
-// checkID tells whether STORE's id is that of the log files, or else which is wrong.
+// checkID returns an error if STORE says another id than most of the log files: then STORE is
+// wrong. Where no id has the majority, checkHeader complains of single files.
 func checkID(dir storage.Directory, id storeID, l layout) error {
 	other, most, of := majorityID(dir, l.names())
 	if other == id || 2*most <= of {
-		return nil // checkHeader complains of single files
+		return nil
 	}
+
 	return &storage.DamageError{File: dir.Path(storage.StoreName),
 		What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of,
 			other[:])}
@@ -124,24 +137,32 @@ type files struct {
 	logs []*logReader // for each of names; nil: it is not open
 }
 
-// findFiles finds out which files are the store. One without logs is a new store.
+// findFiles finds out which files are the store. A new store has no logs.
 func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
+
+	// A directory without STORE is no store yet, or one that has lost it.
 	id, found, err := readID(dir)
 	if err != nil {
 		return nil, err
 	}
-	if s.id = id; !found {
-		if err := s.findNew(); err != nil {
+	if !found {
+		err = s.findNew()
+		if err != nil {
 			return nil, err
 		}
 		return s, nil
 	}
 
-	if s.layout, err = readLayout(dir); err != nil {
+	s.id = id
+	s.layout, err = readLayout(dir)
+	if err != nil {
 		return nil, err
 	}
-	if err := checkID(dir, id, s.layout); err != nil {
+
+	// STORE and the files have to be of one store.
+	err = checkID(dir, id, s.layout)
+	if err != nil {
 		return nil, err
 	}
 	s.logs = make([]*logReader, len(s.names()))
@@ -152,23 +173,29 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 // stopped before it was a store.
 var ErrUnfinished = errors.New("an unfinished store")
 
-// findNew is findFiles where there is no STORE: it wants nothing but what a first start leaves that
-// did not get so far, which holds no data.
+// findNew is findFiles where there is no STORE. What a first start leaves that was stopped holds no
+// data, and is obsolete. All else may hold some, and is refused.
 func (s *files) findNew() error {
 	l, err := readLayout(s.dir)
 	var gap *storage.DamageError
 	if err != nil && !errors.As(err, &gap) {
 		return err
 	}
+
+	// A first start makes no snapshot and no second segment.
+	missing := &storage.DamageError{File: s.dir.Path(storage.StoreName),
+		What: "the file is missing", Missing: true}
 	if l.snapshot > 0 || len(l.segments) > 1 || gap != nil {
-		return &storage.DamageError{File: s.dir.Path(storage.StoreName), What: "the file is missing",
-			Missing: true}
+		return missing
 	}
 
+	// At most one segment is left, and temporary files. A first start that was stopped has written
+	// no more than headers; STORE's own temporary file may have a little more.
 	s.obsolete = l.obsolete
 	for _, number := range l.segments {
 		s.obsolete = append(s.obsolete, logName(kindSegment, number))
 	}
+
 	for _, name := range s.obsolete {
 		f, size, err := s.dir.Open(name)
 		if err != nil {
@@ -178,17 +205,16 @@ func (s *files) findNew() error {
 		switch {
 		case !strings.HasPrefix(name, storage.StoreName) && size > headerSize && isTmp(name),
 			size > maxStoreFile:
-			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was broken "+
-				"off", ErrUnfinished, s.dir.Path(name), size)
+			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was "+
+				"broken off", ErrUnfinished, s.dir.Path(name), size)
 		case size > headerSize && !isTmp(name):
-			return &storage.DamageError{File: s.dir.Path(storage.StoreName), What: "the file is missing",
-				Missing: true}
+			return missing
 		}
 	}
 	return nil
 }
 
-// checkObsolete tells whether the segments that the snapshot stands for are what a
+// checkObsolete returns an error unless the segments that the snapshot stands for are what a
 // crash leaves of a compaction: full, to their last frame. Others were put there:
 // somebody restored an older copy over a newer store.
 func (s *files) checkObsolete() error {
@@ -197,16 +223,21 @@ func (s *files) checkObsolete() error {
 		if !ok || kind != kindSegment {
 			continue
 		}
+
 		l, err := openLog(s.dir, name)
 		if err != nil {
 			return err // such as that a compaction beside us has just removed it
 		}
+
+		// Read to its end, for only that says that the next file was there, too.
 		err = l.checkHeader(fileHeader{kind: kind, id: s.id, number: number})
 		var end logEnd
 		if err == nil {
 			end, err = l.scan(ignore)
 		}
 		l.f.Close()
+
+		// A file that cannot be read now is not called an older one.
 		if err != nil && !errors.As(err, new(*storage.DamageError)) {
 			return err
 		}
@@ -237,13 +268,15 @@ func (s *files) close() {
 	clear(s.logs)
 }
 
-// visitor is what walk tells what it reads. Each may be nil but frame.
+// visitor is what walk tells what it reads. Each of its functions may be nil but frame. An error
+// that begin, frame or end returns is taken for one of reading the file.
 type visitor struct {
 	begin func(l *logReader) error
 	frame func(l *logReader, f frame, payload []byte) error
 	end   func(l *logReader, end logEnd, isLast bool) error
 
 	// damage is told what is wrong with a file. If it returns nil the walk goes on with the next.
+	// Without it the walk ends with the error.
 	damage func(error) error
 }
 
@@ -251,17 +284,22 @@ type visitor struct {
 // rotation was stopped between the two.
 func (s *files) walk(v visitor) error {
 	defer s.close()
-	next := uint64(1)
+	next := uint64(1) // the frame with which a file has to begin; 0: with any
 	if s.snapshot > 0 {
 		next = 0 // a snapshot's own header tells what comes behind it
 	}
+
 	for i := range s.logs {
 		end, isLast, err := s.visit(i, next, v)
-		if err != nil && v.damage != nil {
+		switch {
+		case err != nil && v.damage != nil:
 			err, next = v.damage(err), 0 // what follows is read for what it is
-		} else if next = end.next; end.header.kind == kindSnapshot {
+		case end.header.kind == kindSnapshot:
 			next = end.header.first
+		default:
+			next = end.next
 		}
+
 		if err != nil || isLast {
 			return err
 		}
@@ -269,26 +307,35 @@ func (s *files) walk(v visitor) error {
 	return nil
 }
 
-// visit reads one file, which begins with the frame first; 0: with any.
+// visit reads one file, which has to begin with the frame first; 0: with any.
 func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, err error) {
 	l, err := s.open(i)
 	if err != nil {
 		return end, false, err
 	}
+
+	// What is read has to be the file that belongs here.
 	kind, number, _ := parseName(s.names()[i])
-	if err := l.checkHeader(fileHeader{kind, s.id, number, first}); err != nil {
+	err = l.checkHeader(fileHeader{kind, s.id, number, first})
+	if err != nil {
 		return end, false, err
 	}
 
+	// begin is told before any frame, and end only of a file that may end so.
 	if v.begin != nil {
-		if err := v.begin(l); err != nil {
+		err = v.begin(l)
+		if err != nil {
 			return end, false, err
 		}
 	}
-	if end, err = l.scan(v.frame); err != nil {
+	end, err = l.scan(v.frame)
+	if err != nil {
 		return end, false, err
 	}
-	if isLast, err = s.judgeFile(i, end); err != nil {
+
+	// Whether it may end so depends on the files behind it.
+	isLast, err = s.judgeFile(i, end)
+	if err != nil {
 		return end, false, err
 	}
 	if v.end != nil {
@@ -302,13 +349,17 @@ func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 	newest := i == len(s.logs)-1
 	at := &storage.DamageError{File: s.dir.Path(s.names()[i]), Offset: end.offset, Frame: end.next}
 	switch {
+	// A snapshot has its name once all of it is on disk, so it has its end.
 	case end.header.kind == kindSnapshot && !end.isWhole():
-		if at.What = "the snapshot has no proper end"; end.bad != nil {
+		if end.bad != nil {
 			return false, end.bad
 		}
+		at.What = "the snapshot has no proper end"
 		return false, at
 	case end.header.kind == kindSnapshot:
 		return false, nil
+
+	// The newest segment may end anywhere, and be torn, but not say that another one follows.
 	case end.tail == damaged:
 		return false, end.bad
 	case newest && end.goesOn() && s.isFollowed(end.header.number):
@@ -319,21 +370,28 @@ func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 		return false, following
 	case newest:
 		return true, nil
+
+	// All others say so, but for the one before a segment that a rotation made before it was
+	// stopped.
 	case end.goesOn():
 		return false, nil
 	case i == len(s.logs)-2:
-		if isLast, err = s.isEmpty(i+1, end.next); isLast || err != nil {
+		isLast, err = s.isEmpty(i+1, end.next)
+		if isLast || err != nil {
 			return isLast, err
 		}
 	}
-	if at.What = "the frame that says that another file follows is missing"; end.bad != nil {
+
+	if end.bad != nil {
 		return false, end.bad
 	}
+	at.What = "the frame that says that another file follows is missing"
 	return false, at
 }
 
 // isFollowed tells whether there is a log file of a higher number now.
 func (s *files) isFollowed(number uint64) bool {
+	// Where nobody can look, nothing follows: then what is missing is said.
 	names, _ := s.dir.List()
 	return slices.ContainsFunc(names, func(name string) bool {
 		_, other, ok := parseName(name)
@@ -341,21 +399,24 @@ func (s *files) isFollowed(number uint64) bool {
 	})
 }
 
-// isEmpty tells whether the i-th file is a segment without a frame that was made when the one
-// before it held those before next. (With more, that file's end is damaged. Rotation has all of it
-// on disk before it makes the next.)
+// isEmpty tells whether the i-th file is a segment without a frame, and was made when the one
+// before it had no frame from next on. (If it had, that file's end is damaged: a rotation has all
+// of it on disk before it makes the next.)
 func (s *files) isEmpty(i int, next uint64) (bool, error) {
 	l, err := s.open(i)
 	if err != nil {
 		return false, err
 	}
+
+	// Its header counts the frame that was to say that it follows.
 	_, number, _ := parseName(s.names()[i])
 	isIts := l.checkHeader(fileHeader{kind: kindSegment, id: s.id, number: number}) == nil
 	return isIts && l.size == headerSize && l.header.first <= next+1, nil
 }
 
 // load makes the store what the log says, and the log ready to be written, unless ctx is
-// done before.
+// done before. If it refuses what it finds, nothing is changed. A crash in it leaves what the next
+// load takes for the same.
 func (d *Store) load(ctx context.Context) error {
 	s, err := findFiles(d.dir)
 	if err != nil {
@@ -372,7 +433,8 @@ func (d *Store) load(ctx context.Context) error {
 	var ends []logEnd
 	err = s.walk(visitor{
 		frame: func(l *logReader, f frame, payload []byte) error {
-			if err := apply(l, f, payload); err != nil {
+			err := apply(l, f, payload)
+			if err != nil {
 				return err
 			}
 			return p.step(f)
@@ -385,6 +447,7 @@ func (d *Store) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+
 	last := ends[len(ends)-1]
 	for _, end := range ends[:len(ends)-1] {
 		d.fullBytes += end.offset
@@ -393,18 +456,23 @@ func (d *Store) load(ctx context.Context) error {
 	// No frame in an empty file calls the end of the one before synced.
 	if n := len(ends) - 2; n >= 0 && last.offset == headerSize &&
 		ends[n].header.kind == kindSegment {
-		if err := d.renew(ends[n]); err != nil {
+		err = d.renew(ends[n])
+		if err != nil {
 			return err
 		}
 	}
-	if err := d.resume(last); err != nil {
+
+	// From here on the log can be written.
+	err = d.resume(last)
+	if err != nil {
 		return err
 	}
 	p.finish(d.Memory)
 
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
-	if err := d.removeAll(append(s.obsolete, s.names()[len(ends):]...)); err != nil {
+	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+	if err != nil {
 		return err
 	}
 	return d.dir.Sync() // a start before this one may have failed to do so
@@ -413,22 +481,29 @@ func (d *Store) load(ctx context.Context) error {
 // create makes a new store's first files: STORE comes last, so that a
 // directory with a STORE is never without a log.
 func (d *Store) create(obsolete []string) error {
-	if err := d.removeAll(obsolete); err != nil {
+	err := d.removeAll(obsolete)
+	if err != nil {
 		return err
 	}
-	crand.Read(d.id[:])
+
+	// A crash before STORE is there leaves a segment without frames, which findNew takes for
+	// nothing.
+	rand.Read(d.id[:])
 	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: 1, first: 1})
 	if err != nil {
 		return err
 	}
+
 	d.current, d.number, d.first, d.size, d.room, d.vouched = w, 1, 1, w.size, w.room(), true
 	d.log.Info("made a new store", "dir", d.dir.Path(""))
 	return writeID(d.dir, d.id)
 }
 
+// removeAll removes files, up to the first that cannot be removed.
 func (d *Store) removeAll(names []string) error {
 	for _, name := range names {
-		if err := d.dir.Remove(name); err != nil {
+		err := d.dir.Remove(name)
+		if err != nil {
 			return err
 		}
 	}
@@ -448,6 +523,7 @@ func (d *Store) resume(end logEnd) error {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
 			d.dir.Path(name), "offset", end.offset, "bytes", end.bytes, "whole_frames", end.loose)
 	}
+
 	w, err := extendLog(d.dir, name, h, end.offset)
 	if err != nil {
 		return err
@@ -456,13 +532,17 @@ func (d *Store) resume(end logEnd) error {
 
 	// After a clean stop nothing was torn. Else a start before this one may have cleared it, but
 	// in the kernel's memory alone: so all behind the last frame is cleared once more.
-	if end.bytes = end.size - end.offset; end.frames > 0 && end.last == frameCleanStop {
+	end.bytes = end.size - end.offset
+	if end.frames > 0 && end.last == frameCleanStop {
 		end.bytes = 0
 	}
-	if err := rewrite(w, end); err != nil {
+	err = rewrite(w, end)
+	if err != nil {
 		w.f.Close()
 		return err
 	}
+
+	// From here on all that was loaded is on disk.
 	d.number, d.sequence, d.synced = h.number, end.next-1, end.next-1
 	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room, d.first = w, w.size, w.room(), h.first
@@ -475,28 +555,37 @@ func (d *Store) renew(end logEnd) error {
 	if err != nil {
 		return err
 	}
+
+	// Behind a full file's last frame there is nothing that anybody reads.
 	end.bytes = 0
 	return errors.Join(rewrite(w, end), w.f.Close())
 }
 
-// rewrite writes the doubtful end of a segment once more, clears so many bytes behind it, and
-// syncs both.
+// rewrite writes the doubtful end of a segment once more, clears end.bytes behind it, and syncs
+// both. A crash in it leaves the same frames, and of what is cleared any part.
 func rewrite(w *logWriter, end logEnd) error {
 	if end.doubt == end.offset && end.bytes == 0 {
 		return nil
 	}
+
+	// A piece at a time, for there may be megabytes of doubt.
 	buf := make([]byte, readSize(max(end.offset-end.doubt, end.bytes)))
 	for at := end.doubt; at < end.offset+end.bytes; {
 		b := buf[:min(int64(len(buf)), end.offset+end.bytes-at)]
+
+		// Frames as they are, and zeros behind them.
 		if at < end.offset {
 			b = b[:min(int64(len(b)), end.offset-at)]
-			if _, err := w.f.ReadAt(b, at); err != nil {
+			_, err := w.f.ReadAt(b, at)
+			if err != nil {
 				return w.named("read", err)
 			}
 		} else {
 			clear(b)
 		}
-		if _, err := w.f.WriteAt(b, at); err != nil {
+
+		_, err := w.f.WriteAt(b, at)
+		if err != nil {
 			return w.named("write", err)
 		}
 		at += int64(len(b))
@@ -504,15 +593,15 @@ func rewrite(w *logWriter, end logEnd) error {
 	return w.sync()
 }
 
-// progress tells the log, and who looks at status, how far a long load has come. It ends
+// progress tells the log and the status how far a long load has come. It ends
 // the load when ctx is done.
 type progress struct {
 	ctx            context.Context
 	log            *slog.Logger
 	status         *storage.Status
-	start, told    time.Time
-	total, bytes   int64
-	records, files int
+	start, told    time.Time // when the load began, and when the log was told last
+	total, bytes   int64     // of all files, and of the frames that were loaded
+	records, files int       // that were loaded, and that there are
 }
 
 // newProgress prepares to tell of the load of s.
@@ -520,20 +609,25 @@ func newProgress(ctx context.Context, log *slog.Logger, status *storage.Status,
 	s *files) *progress {
 	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
 	for _, name := range s.names() {
-		if f, size, err := s.dir.Open(name); err == nil { // walk will complain
-			p.total += size
-			p.files++
-			f.Close()
+		f, size, err := s.dir.Open(name)
+		if err != nil {
+			continue // walk will complain
 		}
+		p.total += size
+		p.files++
+		f.Close()
 	}
 	return p
 }
 
-// step takes note of a frame that was loaded.
+// step takes note of a frame that was loaded. The error is that ctx is done.
 func (p *progress) step(f frame) error {
 	p.records += int(f.count)
 	p.bytes += f.padded()
-	if now := time.Now(); now.Sub(p.told) >= progressTime {
+
+	// A load of a second or less says nothing but its end.
+	now := time.Now()
+	if now.Sub(p.told) >= progressTime {
 		p.told = now
 		percent := 100 * p.bytes / max(p.total, 1)
 		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", percent)
@@ -542,6 +636,7 @@ func (p *progress) step(f frame) error {
 	return p.ctx.Err()
 }
 
+// finish tells the log what was loaded.
 func (p *progress) finish(m *kvstore.Memory) {
 	keys, values, _ := m.Size()
 	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files,

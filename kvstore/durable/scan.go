@@ -14,18 +14,19 @@ import (
 )
 
 // logReader reads a log file frame by frame. It is the only reader of such files: a start applies
-// what it reads, Check counts it, Backup copies it, and Repair reads on behind what is bad.
+// what it reads, Check counts it, Backup copies it, and Repair reads on behind what is bad. Another
+// process may write the file meanwhile.
 type logReader struct {
 	header fileHeader
 	seed   uint32
 	path   string
 	r      *bufio.Reader
 	f      storage.File
-	size   int64 // of the file, when it was opened or last looked at
-	limit  int64 // the offset at which reading ends, whatever comes behind; 0: there is none
-	offset int64 // of the next frame
-	next   uint64
-	buf    []byte
+	size   int64  // of the file, when it was opened or last looked at
+	limit  int64  // the offset at which reading ends, whatever comes behind; 0: there is none
+	offset int64  // of the next frame
+	next   uint64 // sequence of the next frame
+	buf    []byte // the last payload with its padding, kept for the next one
 
 	bad error // why the header cannot be read: a *storage.DamageError, or a version; nil: it can
 }
@@ -38,13 +39,14 @@ func readerOf(f storage.File, offset int64) io.Reader {
 	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
 }
 
-// openLog opens the file called name and reads its header. The reader of a header that cannot be
-// read is good for nothing but to ask why.
+// openLog opens the file called name and reads its header. A reader whose header is bad is good for
+// nothing but to ask why, until beginBehind gives it another.
 func openLog(d storage.Directory, name string) (*logReader, error) {
 	f, size, err := d.Open(name)
 	if err != nil {
 		return nil, err
 	}
+
 	l := &logReader{path: d.Path(name), f: f, size: size}
 	b := make([]byte, headerSize)
 	n, err := f.ReadAt(b, 0)
@@ -53,6 +55,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 		return nil, err
 	}
 
+	// A bad header is no error yet: Repair reads behind it.
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
@@ -68,7 +71,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 func (l *logReader) beginBehind(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
-		l.next = 1
+		l.next = 1 // a snapshot counts its own frames; first is what comes behind it
 	}
 	l.r = bufio.NewReaderSize(readerOf(l.f, headerSize), readSize(max(l.size, headerSize)))
 }
@@ -78,7 +81,8 @@ func (l *logReader) damageHere(what string) *storage.DamageError {
 	return &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
 }
 
-// checkHeader tells whether a file is the one that its name says.
+// checkHeader returns an error unless the file is the one that its name says. want.first is 0 where
+// it may begin with any frame.
 func (l *logReader) checkHeader(want fileHeader) error {
 	switch {
 	case l.bad != nil:
@@ -109,16 +113,20 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	if l.size-l.offset < frameSize {
 		return f, nil, l.damageHere("the file ends inside a frame's head")
 	}
+
 	var head [frameSize]byte
-	if _, err := io.ReadFull(l.r, head[:]); err != nil {
+	_, err = io.ReadFull(l.r, head[:])
+	if err != nil {
 		return f, nil, readError(l.path, err)
 	}
+
 	f, ok := decodeFrame(head[:], l.seed)
 	switch {
 	case !ok:
 		return f, nil, l.damageHere("the frame's checksum is wrong")
 	case f.sequence != l.next:
-		return f, nil, l.damageHere(fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
+		return f, nil, l.damageHere(
+			fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
 	case l.size-l.offset < f.padded():
 		return f, nil, l.damageHere("the file ends inside a frame")
 	case l.limit > 0 && l.offset+f.padded() > l.limit:
@@ -131,13 +139,17 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 		l.buf = make([]byte, rest)
 	}
 	l.buf = l.buf[:rest]
-	if _, err := io.ReadFull(l.r, l.buf); err != nil {
+	_, err = io.ReadFull(l.r, l.buf)
+	if err != nil {
 		return f, nil, readError(l.path, err)
 	}
+
 	payload = l.buf[:f.length]
 	if crc(l.seed, payload) != f.crc {
 		return f, nil, l.damageHere("the records' checksum is wrong")
 	}
+
+	// Only a good frame is gone behind.
 	l.offset += f.padded()
 	l.next++
 	return f, payload, nil
@@ -147,7 +159,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 // that has the store open cuts off the room behind the last frame of a full file.
 var errShorter = errors.New("it became shorter meanwhile")
 
-// readError names the file that was being read.
+// readError is err, or errShorter of the file at path where err says that it ended too early.
 func readError(path string, err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("read %s: %w", path, errShorter)
@@ -155,26 +167,34 @@ func readError(path string, err error) error {
 	return err
 }
 
-// readAgain reads the frame at which read found damage anew, for another process may
+// readAgain reads anew the frame at which read found damage, for another process may
 // have written it meanwhile. If it is still bad, rest is what followed the good part of
-// the file then. Where a frame in that says that this one was on disk, it is damaged.
+// the file then, and the error is the damage.
 func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 	const tries = 10
 	for n := 1; ; n++ {
-		if rest, err = l.rest(); err != nil {
+		rest, err = l.rest()
+		if err != nil {
 			return f, nil, nil, err
 		}
+
 		l.size = l.offset + int64(len(rest))
+		// What was buffered is from before.
 		l.r.Reset(readerOf(l.f, l.offset))
-		if f, payload, err = l.read(); !errors.As(err, new(*storage.DamageError)) {
+		f, payload, err = l.read()
+		if !errors.As(err, new(*storage.DamageError)) {
 			return f, payload, nil, err
 		}
 
-		// A frame behind it may have come while we looked.
-		if rest, restErr := l.rest(); restErr != nil {
+		// Between the two reads another process may have written this frame, and a later one that
+		// calls it synced: then it is read once more. What is bad still after some tries is damage.
+		again, restErr := l.rest()
+		if restErr != nil {
 			return f, nil, nil, restErr
-		} else if _, synced := l.laterFrames(rest); !synced || n == tries {
-			return f, nil, rest, err
+		}
+		_, synced := l.laterFrames(again)
+		if !synced || n == tries {
+			return f, nil, again, err
 		}
 	}
 }
@@ -189,11 +209,13 @@ func (l *logReader) rest() ([]byte, error) {
 }
 
 // laterFrames looks for frames in rest, whose beginning is bad, at every offset where one
-// could begin. It returns how many there are, and whether one says that the bad one
+// could begin. It returns how many there are, and whether one of them says that the bad one
 // had once been on disk.
 func (l *logReader) laterFrames(rest []byte) (frames int, synced bool) {
 	for ; len(rest) >= frameSize; rest = rest[8:] {
-		if later, ok := decodeFrame(rest, l.seed); ok && later.sequence > l.next {
+		// The head's own CRC is enough: what it says of the bad frame was true when it was written.
+		later, ok := decodeFrame(rest, l.seed)
+		if ok && later.sequence > l.next {
 			frames++
 			synced = synced || later.synced >= l.next
 		}
@@ -204,12 +226,15 @@ func (l *logReader) laterFrames(rest []byte) (frames int, synced bool) {
 // skip moves on to the next whole frame, whatever its sequence. It returns false where there is
 // none.
 func (l *logReader) skip() (found bool, err error) {
+	// Frames begin at multiples of 8, wherever the bad part ends.
 	rest, err := l.rest()
 	if err != nil {
 		return false, err
 	}
+
 	for at := 0; at+frameSize <= len(rest); at += 8 {
 		f, ok := decodeFrame(rest[at:], l.seed)
+		// Of a whole frame the payload's CRC holds, too.
 		if ok && f.padded() <= int64(len(rest)-at) &&
 			crc(l.seed, rest[at+frameSize:at+frameSize+int(f.length)]) == f.crc {
 			l.offset, l.next = l.offset+int64(at), f.sequence
@@ -232,17 +257,17 @@ const (
 // logEnd is where a log file's good part ends.
 type logEnd struct {
 	header fileHeader
-	last   uint32 // the kind of the last frame
+	last   uint32 // the kind of the last good frame
 	frames int    // good ones
 	next   uint64 // sequence of the frame that would follow
-	offset int64
-	doubt  int64 // offset of the first frame that no later one calls synced
+	offset int64  // of the end of the last good frame
+	doubt  int64  // offset of the first good frame that no later one calls synced
 
 	size  int64 // of the file
-	tail  tail  // behind offset
-	bytes int64 // of it, up to the last that is not zero
-	loose int   // whole frames in it, which came to disk before what stands before them
-	bad   error // why it is no part of the log; nil: it is nothing
+	tail  tail  // what is behind offset
+	bytes int64 // of the tail, up to its last that is not zero
+	loose int   // whole frames in the tail, which came to disk before what stands before them
+	bad   error // why the tail is no part of the log; nil: the tail is nothing
 }
 
 // goesOn tells whether the last frame says that another file follows.
@@ -252,7 +277,8 @@ func (e logEnd) goesOn() bool { return e.frames > 0 && e.last == frameNext }
 func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.offset == e.size }
 
 // scan reads the frames from here on, has each told of those that are good, and returns where they
-// end. The error is one of each, or of reading the file.
+// end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
+// of the end.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
 	end := logEnd{header: l.header, size: l.size}
 	var doubts []int64 // offsets of the frames that no later one calls synced
@@ -270,6 +296,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 			end.size = max(end.size, l.size)
 		}
 
+		// A file that goes on elsewhere may lose the zeros behind its last frame meanwhile.
 		var damage *storage.DamageError
 		isLast := end.goesOn() || end.frames > 0 && end.last == frameEnd
 		switch {
@@ -282,44 +309,51 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 			return end, err
 		case isLast:
 			l.offset = end.offset
-			end.tail, end.bad = damaged, l.damageHere("a frame follows the one that should be the last")
+			end.tail = damaged
+			end.bad = l.damageHere("a frame follows the one that should be the last")
 			return end, nil
 		}
 
-		if err := each(l, f, payload); err != nil {
+		err = each(l, f, payload)
+		if err != nil {
 			return end, err
 		}
 		end.frames++
 		end.last = f.kind
+
+		// Of the frames so far, as many may not be on disk as came behind the one that f calls
+		// synced.
 		doubts = append(doubts, end.offset)
 		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
-		if left < len(doubts) {
-			doubts = slices.Delete(doubts, 0, len(doubts)-left)
-		}
+		doubts = slices.Delete(doubts, 0, len(doubts)-left)
 	}
 }
 
-// judgeTail tells what rest is, which follows the good part of the file and begins with damage.
+// judgeTail decides what rest is, which follows the good part of the file and begins with damage.
 func (l *logReader) judgeTail(end *logEnd, damage error, rest []byte) {
+	// Zeros are room for frames, also behind the last frame of a full file: a rotation was killed
+	// there.
 	end.bytes = int64(len(bytes.TrimRight(rest, "\x00")))
 	if end.bytes == 0 {
-		return // a full file may have zeros behind its last frame: a rotation was killed
+		return
 	}
-	end.bad = damage
+
+	// A commit that was never whole on disk was never answered. But what a later frame calls synced
+	// was, and a file that goes on elsewhere was on disk to its last frame.
 	var synced bool
+	end.bad = damage
 	end.loose, synced = l.laterFrames(rest)
-	switch {
-	case synced, end.goesOn():
+	end.tail = torn
+	if synced || end.goesOn() {
 		end.tail = damaged
-	default:
-		end.tail = torn
 	}
 }
 
 // applyTo returns what scan wants to be told for m to become what the file says.
 func applyTo(m *kvstore.Memory) func(*logReader, frame, []byte) error {
 	return func(l *logReader, f frame, payload []byte) error {
-		if err := apply(m, string(payload), f.count); err != nil {
+		err := apply(m, string(payload), f.count)
+		if err != nil {
 			return &storage.DamageError{File: l.path, Offset: l.offset - f.padded(),
 				Frame: f.sequence, What: err.Error()}
 		}
