@@ -13,7 +13,7 @@ import (
 
 // Other processes can remove, empty, replace or add files while the store is open: those that
 // clean up what is called .log, that rotate logs, that copy a backup over what runs. All data is
-// in memory, so what is not there any more is written anew.
+// in memory, so a heal writes it anew.
 
 // ownFiles are the names of the files that make the store now.
 func (d *Store) ownFiles() []string {
@@ -27,9 +27,12 @@ func (d *Store) ownFiles() []string {
 	return names
 }
 
-// learn notes what files look like to which the store has just done something.
+// learn notes what the files called names are now, to which the store has just done something. Of
+// the other files of ours it knows what it knew.
 func (d *Store) learn(names ...string) {
 	stamps, err := d.dir.Stamps()
+
+	// A file that is ours no more is forgotten. One that nobody could look at now is not known.
 	known := map[string]storage.Stamp{}
 	for _, name := range d.ownFiles() {
 		stamp, isKnown := d.known[name]
@@ -43,7 +46,7 @@ func (d *Store) learn(names ...string) {
 	d.known, d.lastSeen = known, seenFrame{}
 }
 
-// seenFrame is where a frame stood in the current file at the last look.
+// seenFrame is where the last frame stood in the current file at the last look.
 type seenFrame struct {
 	offset   int64 // 0: there was none
 	sequence uint64
@@ -56,9 +59,11 @@ type changes struct {
 	strangers []string // log files of higher numbers, which would, too
 }
 
-// changed looks what has changed. It costs a look at each file.
+// changed looks what has changed. It costs a look at each file. An error says that nobody can look
+// now.
 func (d *Store) changed() (c changes, err error) {
-	d.writing <- struct{}{} // the timer does not make the file longer meanwhile
+	// The timer does not make the current file longer meanwhile.
+	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
 	last, end := seenFrame{d.current.last, d.sequence}, d.current.fileSize
 	<-d.writing
@@ -66,18 +71,26 @@ func (d *Store) changed() (c changes, err error) {
 		return c, err
 	}
 	d.checkSpare(stamps)
+
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]
 		was, isKnown := d.known[name]
 		switch {
+		// Nobody could look when it was written, so it is taken for what was written.
 		case isThere && !isKnown && !slices.Contains(d.unhealed, name):
-			d.known[name] = now // nobody could look when it was written
-		case slices.Contains(d.unhealed, name): // what was done about it may not be on disk
+			d.known[name] = now
+
+		// A heal that failed may have written it, but what it wrote may not be on disk.
+		case slices.Contains(d.unhealed, name):
 			c.spoiled = append(c.spoiled, name)
 		case isThere && now.IsSame(was):
+
+		// The current file changes because we write it.
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(was) &&
 			(d.zerosAhead == 0 || now.Size >= end && d.isIntact(last)):
+
+		// STORE may be copied over itself: it says the same.
 		case isThere && name == storage.StoreName && d.isOurs():
 			d.known[name] = now
 		default:
@@ -85,12 +98,14 @@ func (d *Store) changed() (c changes, err error) {
 		}
 	}
 
+	// A start takes log files that are none of ours for ours.
 	for name := range stamps {
-		if _, number, isLog := parseName(name); !isLog || slices.Contains(own, name) {
-			continue
-		} else if number <= d.number {
+		_, number, isLog := parseName(name)
+		switch {
+		case !isLog || slices.Contains(own, name):
+		case number <= d.number:
 			c.leftovers = append(c.leftovers, name)
-		} else {
+		default:
 			c.strangers = append(c.strangers, name)
 		}
 	}
@@ -106,20 +121,25 @@ func (d *Store) isOurs() bool {
 }
 
 // isIntact tells whether the current file begins as it did, and has the frame that was its last one
-// at the last look: what was cut off may have become zeros, in front of what was written since. last
-// is the last one now.
+// at the last look: what was cut off may have become zeros, in front of what was written since.
+// last is the last frame now.
 func (d *Store) isIntact(last seenFrame) bool {
-	f := d.current.f
 	var b [headerSize]byte
-	if _, err := f.ReadAt(b[:], 0); err != nil {
+	_, err := d.current.f.ReadAt(b[:], 0)
+	if err != nil {
 		return false
 	}
+
+	// Not compared byte by byte: an older version may have made the file.
 	want := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
-	if h, err := decodeHeader(b[:]); err != nil || h != want { // an older version has made it, perhaps
+	h, err := decodeHeader(b[:])
+	if err != nil || h != want {
 		return false
 	}
+
+	// Where it stood then, and no other frame: the rest was written since.
 	if d.lastSeen.offset > 0 {
-		_, err := f.ReadAt(b[:frameSize], d.lastSeen.offset)
+		_, err = d.current.f.ReadAt(b[:frameSize], d.lastSeen.offset)
 		head, ok := decodeFrame(b[:], d.current.seed)
 		if err != nil || !ok || head.sequence != d.lastSeen.sequence {
 			return false
@@ -131,15 +151,17 @@ func (d *Store) isIntact(last seenFrame) bool {
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
 // to end, would lose what was answered. A heal that fails is tried again later; until then the
-// store goes on in the file that it has open.
+// store goes on in the file that it has open. An error says that the store has failed.
 func (d *Store) lookForFiles(now time.Time) error {
-	d.isCompacting() // one that has ended does not count
+	// A compaction that runs removes files, too. One that has ended does not count.
+	d.isCompacting()
 	if d.compacted != nil || now.Before(d.healAfter) {
-		return nil // a compaction that runs removes files, too
+		return nil
 	}
+
 	c, err := d.changed()
 	if err != nil {
-		return nil // nobody knows: at the next look
+		return nil // at the next look
 	}
 	d.sayStrangers(c.strangers)
 	if len(c.spoiled)+len(c.leftovers) == 0 {
@@ -147,12 +169,16 @@ func (d *Store) lookForFiles(now time.Time) error {
 	}
 
 	// If another process has the directory now, the files are that one's.
-	if err := d.lock.Look(); errors.Is(err, storage.ErrMoved) {
+	err = d.lock.Look()
+	switch {
+	case errors.Is(err, storage.ErrMoved):
 		return d.fail(err)
-	} else if err != nil {
-		return nil
+	case err != nil:
+		return nil // at the next look
 	}
-	if err := d.mend(c); err != nil {
+
+	err = d.mend(c)
+	if err != nil {
 		d.healAfter = now.Add(compactTime)
 		d.log.Error("cannot write the data anew, so the server's end would lose it: save it with "+
 			"kvserver -c Dump; trying again", "in", compactTime, "error", err)
@@ -163,6 +189,7 @@ func (d *Store) lookForFiles(now time.Time) error {
 
 // sayStrangers tells the log of files that must be taken away by somebody, when they have come.
 func (d *Store) sayStrangers(names []string) {
+	// A line for each change, not one for each look.
 	if !slices.Equal(names, d.toldStrangers) && len(names) > 0 {
 		d.log.Error("files that are none of this store's were put into its directory: take them "+
 			"away, or the next start is refused", "files", names, "dir", d.dir.Path(""))
@@ -172,57 +199,75 @@ func (d *Store) sayStrangers(names []string) {
 
 // mend brings the files back to what they should be, and looks whether they are.
 func (d *Store) mend(c changes) error {
-	if len(c.spoiled) > 0 {
-		d.log.Error("files were removed or changed while the server uses them; all data is written "+
-			"anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
+	switch {
+	case len(c.spoiled) > 0:
+		d.log.Error("files were removed or changed while the server uses them; all data is "+
+			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
 		d.unhealed = c.spoiled
-		if err := d.heal(slices.Concat(c.spoiled, c.leftovers)); err != nil {
+
+		// If this fails, they are not taken for good at the next look because they are there.
+		err := d.heal(slices.Concat(c.spoiled, c.leftovers))
+		if err != nil {
 			return err
 		}
 		d.unhealed = nil
-	} else if !slices.Equal(c.leftovers, d.toldLeftovers) {
-		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
-			"put over it leaves them; they are removed", "files", c.leftovers, "dir",
+	case !slices.Equal(c.leftovers, d.toldLeftovers):
+		d.log.Error("log files that are of no use any more are in the directory, as a copy that "+
+			"is put over it leaves them; they are removed", "files", c.leftovers, "dir",
 			d.dir.Path(""))
 	}
+
+	// They may have come back, as a copy that is put over the directory again and again.
 	d.toldLeftovers = c.leftovers
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has
 	}
 
+	// Whoever changed the files may do so still.
 	left, err := d.changed()
-	if err == nil && len(left.spoiled) > 0 {
-		err = fmt.Errorf("%s is changed by somebody again and again",
+	switch {
+	case err != nil:
+		return err
+	case len(left.spoiled) > 0:
+		return fmt.Errorf("%s is changed by somebody again and again",
 			d.dir.Path(left.spoiled[0]))
-	}
-	if err == nil && len(c.spoiled) > 0 {
+	case len(c.spoiled) > 0:
 		d.log.Info("all data is on disk again", "bytes", d.fullBytes)
 	}
-	return err
+	return nil
 }
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
 // puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// What is useless goes once all of the snapshot is on disk, for it may be good still, as a file that
-// was only touched; and before the snapshot gets its name, for below a snapshot a start wants nothing
-// but full files.
+// What is useless goes once all of the snapshot is on disk, for it may be good still, as a file
+// that was only touched; and before the snapshot gets its name, for below a snapshot a start wants
+// nothing but full files. A crash between the two leaves neither.
 func (d *Store) heal(useless []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
+
+	// A snapshot stands for full files, so the current one has to become full.
 	before := d.number
-	if err := d.rotate(); err != nil {
+	err := d.rotate()
+	if err != nil {
 		return err
-	} else if d.number == before {
+	}
+	if d.number == before {
 		return errors.New("no new file can be made")
 	}
 
+	// It is not stopped while the store closes, for nobody else has the data.
 	c := d.newCompaction()
-	c.stop = nil // also while the store closes: nobody else has the data
+	c.stop = nil
 	c.prepare = func() error { return d.clearAway(useless) }
+
+	// Everybody waits for this, so Syncing names it.
 	path := d.dir.Path(logName(kindSnapshot, c.through))
 	d.syncing.Store(&path)
 	defer d.syncing.Store(nil)
 	size, err := c.run()
+
+	// Once the snapshot has its name it counts, also where an old file could not be removed.
 	if size > 0 {
 		d.snapshot, d.fullBytes = c.through, size
 		d.learn(logName(kindSnapshot, c.through), storage.StoreName)
@@ -233,28 +278,38 @@ func (d *Store) heal(useless []string) error {
 // clearAway removes files, and writes STORE anew if it is one of them, unless the directory is
 // another process's by now: the snapshot took its time.
 func (d *Store) clearAway(useless []string) error {
-	if err := d.lock.Look(); err != nil {
+	err := d.lock.Look()
+	if err != nil {
 		return err
 	}
+
+	// A part of them may be gone already.
 	for _, name := range useless {
-		if err := d.dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err = d.dir.Remove(name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
+
+	// STORE is on disk before the snapshot has its name, for with that the store is whole.
 	if slices.Contains(useless, storage.StoreName) {
 		return writeID(d.dir, d.id)
 	}
 	return nil
 }
 
-// lastLook is lookForFiles at the end, after which nobody has the data in memory: that it
+// lastLook is lookForFiles at the end, after which nobody has the data in memory: that the store
 // cannot be opened again is an error.
 func (d *Store) lastLook() error {
+	// There is no later try.
 	d.healAfter = time.Time{}
 	d.lock.Look() // which tells the directory to look, too
-	if err := d.lookForFiles(time.Now()); err != nil {
+	err := d.lookForFiles(time.Now())
+	if err != nil {
 		return err
 	}
+
+	// Whatever was mended, this is what the next start finds.
 	c, err := d.changed()
 	switch {
 	case err != nil:
@@ -262,6 +317,7 @@ func (d *Store) lastLook() error {
 	case len(c.spoiled) > 0:
 		return fmt.Errorf("%s was removed or changed, and could not be written anew",
 			d.dir.Path(c.spoiled[0]))
+	// Strangers are not ours to remove, and leftovers could not be.
 	case len(c.strangers)+len(c.leftovers) > 0:
 		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
 			d.dir.Path(""), strings.Join(append(c.strangers, c.leftovers...), ", "))
