@@ -18,14 +18,18 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 	err = fillDirectory(out, func() (err error) {
 		for range readTries {
 			c := copier{out: out, step: step}
-			if err = c.copyAll(dir); err == nil {
+			err = c.copyAll(dir)
+			if err == nil {
 				r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
 			}
-			if !errors.Is(err, fs.ErrNotExist) { // in etcd what is open can be removed
+			if !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
-			if err := empty(out); err != nil {
-				return err
+
+			// In etcd a compaction can remove what is open. Then the copy begins again.
+			emptyErr := empty(out)
+			if emptyErr != nil {
+				return emptyErr
 			}
 		}
 		return err
@@ -33,15 +37,17 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 	return r, err
 }
 
-// fillDirectory has write fill a directory that is empty, and locked meanwhile. If it fails, the directory is
-// empty again.
+// fillDirectory has write fill a directory that is empty, and locked meanwhile. If that fails, the
+// directory is empty again.
 func fillDirectory(out storage.Directory, write func() error) error {
 	lock, err := out.Lock(context.Background())
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	names, err := out.List() // only now: nobody else fills it
+
+	// Looked at once it is locked, for nobody else fills it from then on.
+	names, err := out.List()
 	if err != nil {
 		return err
 	}
@@ -52,10 +58,13 @@ func fillDirectory(out storage.Directory, write func() error) error {
 		}
 	}
 
+	// Whoever took the lock meanwhile may have written there, too: then it is no copy.
 	err = write()
 	if err == nil {
 		err = lock.Held()
 	}
+
+	// Half a copy is of no use, and in the way of the next try.
 	if err != nil {
 		err = errors.Join(err, empty(out))
 	}
@@ -64,6 +73,7 @@ func fillDirectory(out storage.Directory, write func() error) error {
 
 // empty removes what there is of a store.
 func empty(out storage.Directory) error {
+	// What cannot be removed is said, but the rest goes.
 	names, err := out.List()
 	for _, name := range names {
 		if !isBeside(name) {
@@ -76,40 +86,45 @@ func empty(out storage.Directory) error {
 // openAll opens all files of a store, so that what others append, or compact away, from now on
 // does not matter: no file is read further than it is long now.
 func openAll(dir storage.Directory) (s *files, err error) {
-	for range readTries { // a compaction may take a file away between its name and its opening
-		if s, err = findFiles(dir); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			return nil, err
-		}
-		if len(s.logs) == 0 {
-			return nil, fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
-		}
-		for i := range s.logs {
-			l, openErr := s.open(i)
-			if openErr != nil {
-				err = openErr
-				break
-			}
-			l.limit = l.size
-		}
-		if err == nil {
-			return s, nil
-		}
-		s.close()
+	for range readTries {
+		s, err = tryOpenAll(dir)
 		if !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return s, err
 		}
 	}
 	return nil, err
+}
+
+// tryOpenAll is openAll, once. It fails with an fs.ErrNotExist if a compaction takes a file away
+// between its name and its opening.
+func tryOpenAll(dir storage.Directory) (s *files, err error) {
+	s, err = findFiles(dir)
+	if err != nil {
+		return nil, err
+	}
+	if len(s.logs) == 0 {
+		return nil, fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
+	}
+
+	// What is open stays readable on a disk, whatever a compaction removes.
+	for i := range s.logs {
+		l, err := s.open(i)
+		if err != nil {
+			s.close()
+			return nil, err
+		}
+
+		// What is written behind this was not answered when the backup began.
+		l.limit = l.size
+	}
+	return s, nil
 }
 
 // copier copies the files of a store.
 type copier struct {
 	*files
 	out           storage.Directory
-	w             *logWriter // the copy of the file that is read
+	w             *logWriter // the copy of the file that is read; nil: none is
 	made          int        // files so far
 	copied, total int64      // bytes
 	step          func(copied, total int64)
@@ -117,15 +132,19 @@ type copier struct {
 
 // copyAll copies the files in their order, and last STORE: before that the copy is no store.
 func (c *copier) copyAll(dir storage.Directory) (err error) {
-	if c.files, err = openAll(dir); err != nil {
+	c.files, err = openAll(dir)
+	if err != nil {
 		return err
 	}
+
 	for _, l := range c.logs {
 		c.total += l.size
 	}
+
+	// A crash before STORE leaves a directory that no start takes for a store.
 	err = c.walk(visitor{begin: c.beginFile, frame: c.copyFrame, end: c.endFile})
 	if c.w != nil {
-		err = errors.Join(err, c.w.f.Close())
+		err = errors.Join(err, c.w.f.Close()) // it was broken off
 	}
 	if err != nil {
 		return err
@@ -133,30 +152,38 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 	return writeID(c.out, c.id)
 }
 
+// beginFile begins the copy of a file.
 func (c *copier) beginFile(l *logReader) (err error) {
 	c.w, err = beginLog(c.out, logName(l.header.kind, l.header.number), l.header)
 	return err
 }
 
+// copyFrame copies a frame.
 func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
-	if c.copied += f.padded(); c.step != nil {
+	c.copied += f.padded()
+	if c.step != nil {
 		c.step(c.copied, c.total)
 	}
+
+	// If the last file goes on, the next one came after we began, and is not in the copy.
 	if f.kind == frameNext && l == c.logs[len(c.logs)-1] {
-		return nil // the next file came after we began
+		return nil
 	}
 	return c.w.append(f, payload, 0)
 }
 
 // endFile ends the copy of a file. The last one's last frame says that all before it is on disk.
 func (c *copier) endFile(l *logReader, end logEnd, isLast bool) (err error) {
+	// A copy ends as a clean stop does: what is damaged in it later is not taken for torn.
 	if isLast {
 		last := frame{sequence: end.next, synced: end.next - 1, kind: frameCleanStop}
 		if end.goesOn() {
-			last.sequence, last.synced = end.next-1, end.next-2
+			last.sequence, last.synced = end.next-1, end.next-2 // in the place of what was left out
 		}
 		err = c.w.append(last, nil, 0)
 	}
+
+	// Nobody may see the name before all of the file is on disk.
 	if err == nil {
 		err = c.w.publish(c.out)
 		c.w = nil

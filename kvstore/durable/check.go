@@ -17,11 +17,12 @@ type Report struct {
 	Lost    bool // by Repair: some of that could not be saved
 }
 
+// say adds a line.
 func (r *Report) say(format string, args ...any) {
 	r.Lines = append(r.Lines, fmt.Sprintf(format, args...))
 }
 
-// damage takes note of err if it is damage; other errors are the caller's.
+// damage takes note of err if it is damage, and returns nil; other errors are the caller's.
 func (r *Report) damage(err error) error {
 	if !errors.As(err, new(*storage.DamageError)) {
 		return err
@@ -36,29 +37,39 @@ const readTries = 20
 
 // Check reads the whole store in dir and says what is there and what is wrong. It changes
 // nothing, and takes no lock but to see who has it: beside a process that has the store open it
-// reads what that has written so far. A compaction of that one may take files away: then Check
-// looks again.
+// reads what that has written so far. A compaction of that process may take files away: then Check
+// begins again.
 func Check(dir storage.Directory) (r Report, err error) {
 	for range readTries {
 		r, err = check(dir)
-		if _, inUse := dir.InUse(); !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
+		_, inUse := dir.InUse()
+
+		// Beside a process that writes, damage may be a file that was removed meanwhile.
+		if !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
 			break
 		}
 	}
 	return r, err
 }
 
+// check is Check, once.
 func check(dir storage.Directory) (r Report, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return r, err
 	}
-	if err := checkNames(dir, names); err != nil {
+	err = checkNames(dir, names)
+	if err != nil {
 		return r, err
 	}
-	if owner, inUse := dir.InUse(); inUse {
+
+	// Whoever reads this has to know that there may be more by now.
+	owner, inUse := dir.InUse()
+	if inUse {
 		r.say("in use  %s: read beside it, up to what is written by now", owner)
 	}
+
+	// Where it is not clear which files are the store, there is nothing to read.
 	s, err := findFiles(dir)
 	switch {
 	case err != nil:
@@ -69,13 +80,14 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, nil
 	}
 
+	// Whatever is wrong with one file, the others are read, too.
 	m := kvstore.NewMemory()
 	err = s.walk(visitor{frame: applyTo(m), damage: r.damage,
 		end: func(l *logReader, end logEnd, _ bool) error {
 			if end.tail == torn {
-				r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole frames, "+
-					"as a crash leaves it: the next start cuts it", l.path, end.offset, end.bytes,
-					end.loose)
+				r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole "+
+					"frames, as a crash leaves it: the next start cuts it", l.path, end.offset,
+					end.bytes, end.loose)
 			} else {
 				r.say("ok      %s, %d bytes", l.path, end.offset)
 			}
@@ -84,9 +96,12 @@ func check(dir storage.Directory) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
+
 	for _, name := range s.obsolete {
 		r.say("unused  %s, the next start removes it", dir.Path(name))
 	}
+
+	// Where something is missing, what was read is not what the store held.
 	if !r.Damaged {
 		keys, values, bytes := m.Size()
 		r.say("holds %d keys, %d values, %d bytes of data", keys, values, bytes)

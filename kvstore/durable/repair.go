@@ -15,7 +15,7 @@ import (
 var ErrNothingRead = errors.New("not one frame can be read")
 
 // Repair makes a store of what can still be read in dir in the directory out, which is empty, and
-// says what could not. It changes nothing in dir.
+// says what could not be read. It changes nothing in dir.
 //
 // It reads as a start does, but goes on behind what is bad: what each file's header says counts,
 // not its name; frames are applied in the order of their sequence, each once; and every gap in
@@ -25,22 +25,30 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	if err := checkNames(dir, names); err != nil {
+	err = checkNames(dir, names)
+	if err != nil {
 		return r, err
 	}
-	if owner, inUse := dir.InUse(); inUse {
+
+	// What a process is writing would be taken for damage.
+	owner, inUse := dir.InUse()
+	if inUse {
 		return r, fmt.Errorf("%w: %s %s", storage.ErrLocked, dir.Path(""), owner)
 	}
 
+	// First all that is whole, and then of that what fits together.
 	s := &salvage{dir: dir, report: &r, m: kvstore.NewMemory()}
 	defer s.close()
-	if err := s.readAll(names); err != nil {
+	err = s.readAll(names)
+	if err != nil {
 		return r, err
 	}
-	if s.restore(); s.err != nil {
+	s.restore()
+	if s.err != nil {
 		return r, s.err
 	}
 
+	// Where not all could be read, a smaller store is made, not none.
 	err = fillDirectory(out, func() error { return s.write(out) })
 	if err != nil {
 		return r, err
@@ -68,12 +76,11 @@ type foundFile struct {
 	log    *logReader
 	number uint64
 	frames []foundFrame
-	whole  bool // a snapshot with its end
+	whole  bool // it is a snapshot, and complete
 	goesOn bool // the last frame says that another file follows
-	rest   tail // what stands behind the last frame
 }
 
-// foundFrame is where a whole frame is.
+// foundFrame is a whole frame, and where it is.
 type foundFrame struct {
 	in       *foundFile
 	frame    frame
@@ -93,9 +100,11 @@ func (s *salvage) sayLost(format string, args ...any) {
 	s.report.say("LOST    "+format, args...)
 }
 
-// findID finds out which store this is: what most of the log files say, or else STORE.
+// findID finds out which store this is: what at least half of the log files say, or else STORE.
 func (s *salvage) findID(names []string) error {
 	id, most, of := majorityID(s.dir, names)
+
+	// What is wrong with STORE is said, but is no reason to give up.
 	said, isThere, err := readID(s.dir)
 	switch {
 	case err != nil && !errors.As(err, new(*storage.DamageError)):
@@ -107,6 +116,8 @@ func (s *salvage) findID(names []string) error {
 	case most > 0 && 2*most >= of && said != id:
 		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
+
+	// The files outvote STORE: they are many, and it may be a copy of another store's.
 	switch {
 	case most > 0 && 2*most >= of:
 		s.id = id
@@ -120,9 +131,11 @@ func (s *salvage) findID(names []string) error {
 
 // readAll finds all whole frames of all log files.
 func (s *salvage) readAll(names []string) error {
-	if err := s.findID(names); err != nil {
+	err := s.findID(names)
+	if err != nil {
 		return err
 	}
+
 	frames := 0
 	for _, name := range names {
 		kind, number, ok := parseName(name)
@@ -136,6 +149,8 @@ func (s *salvage) readAll(names []string) error {
 		if file == nil {
 			continue
 		}
+
+		// What it is, its header says: a file may have a wrong name.
 		frames += len(file.frames)
 		if file.log.header.kind == kindSnapshot {
 			s.snapshots = append(s.snapshots, file)
@@ -146,19 +161,66 @@ func (s *salvage) readAll(names []string) error {
 	if frames == 0 {
 		return ErrNothingRead
 	}
+
+	// Where two segments have the same frame, the newer one counts.
 	newestFirst := func(a, b *foundFile) int { return cmp.Compare(b.number, a.number) }
 	slices.SortStableFunc(s.snapshots, newestFirst)
 	slices.SortStableFunc(s.segments, newestFirst)
 	return nil
 }
 
-// read finds the whole frames of one file. A header that cannot be read is taken to be what the
-// name says; that of another store is none of ours.
+// read finds the whole frames of one file. It returns nil for a file of another store.
 func (s *salvage) read(name string, kind uint32, number uint64) (*foundFile, error) {
+	l, err := s.openFile(name, kind, number)
+	if l == nil {
+		return nil, err
+	}
+
+	// Each turn reads the frames up to what is bad, and goes on behind that.
+	file := &foundFile{log: l, number: l.header.number}
+	for more := true; more; {
+		at := l.offset
+		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
+			file.frames = append(file.frames, foundFrame{file, f, at, f.sequence})
+			at = l.offset
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+
+		// Only the last turn that has frames tells how the file ends.
+		if end.frames > 0 {
+			file.goesOn, file.whole = end.goesOn(), end.isWhole()
+		}
+		if end.offset >= end.size {
+			break
+		}
+		more, err = l.skip()
+		if err != nil {
+			return nil, err
+		}
+		if more {
+			file.whole = false
+		}
+		s.sayBad(l, end, more)
+	}
+
+	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
+		s.sayDamaged("%s has no proper end", l.path)
+	}
+	s.report.say("read    %d frames of %s", len(file.frames), l.path)
+	return file, nil
+}
+
+// openFile opens a log file. A header that cannot be read is taken to be what the name says. It
+// returns nil for a file of another store, which is none of ours.
+func (s *salvage) openFile(name string, kind uint32, number uint64) (*logReader, error) {
 	l, err := openLog(s.dir, name)
 	if err != nil {
 		return nil, err
 	}
+
 	switch {
 	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
 		l.f.Close()
@@ -173,47 +235,21 @@ func (s *salvage) read(name string, kind uint32, number uint64) (*foundFile, err
 	case l.header.kind != kind || l.header.number != number:
 		s.sayDamaged("%s is %s, renamed", l.path, logName(l.header.kind, l.header.number))
 	}
+	return l, nil
+}
 
-	file := &foundFile{log: l, number: l.header.number}
-	for more := true; more; {
-		at := l.offset
-		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
-			file.frames = append(file.frames, foundFrame{file, f, at, f.sequence})
-			at = l.offset
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		if end.frames > 0 {
-			file.goesOn, file.whole = end.goesOn(), end.isWhole()
-		}
-		if file.rest = end.tail; end.offset >= end.size {
-			break
-		}
-
-		// Go on behind what is bad.
-		if more, err = l.skip(); err != nil {
-			return nil, err
-		}
-		switch {
-		case more && l.offset == end.offset:
-			s.sayDamaged("%v", end.bad)
-			file.whole = false
-		case more:
-			s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
-			file.whole = false
-		case end.tail != nothing && file.log.header.kind == kindSnapshot:
-			s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
-		case end.tail != nothing:
-			s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
-		}
+// sayBad says what stands behind end; more: up to the offset of l, where a whole frame is.
+func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
+	switch {
+	case more && l.offset == end.offset: // a whole frame, but not the next one
+		s.sayDamaged("%v", end.bad)
+	case more:
+		s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
+	case end.tail != nothing && l.header.kind == kindSnapshot:
+		s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
+	case end.tail != nothing: // as a crash leaves it
+		s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
 	}
-	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
-		s.sayDamaged("%s has no proper end", l.path)
-	}
-	s.report.say("read    %d frames of %s", len(file.frames), l.path)
-	return file, nil
 }
 
 // close closes all log files.
@@ -227,6 +263,8 @@ func (s *salvage) close() {
 func (s *salvage) restore() {
 	frames := s.inOrder()
 	base := s.base(frames)
+
+	// Without a snapshot the first frame of all is the first.
 	s.next = 1
 	if base != nil {
 		s.applyAll(base.frames, 1)
@@ -236,22 +274,28 @@ func (s *salvage) restore() {
 		s.next = s.firstBehind(base)
 	}
 
-	// Every gap is a loss, whatever was in it.
+	// Every gap is a loss, whatever was in it. Frames for which the snapshot stands are left out.
 	i, _ := slices.BinarySearchFunc(frames, s.next,
 		func(p foundFrame, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
 	s.next = s.applyAll(frames[i:], s.next)
 	s.sayLostEnd(base)
 }
 
-// inOrder are the frames of all segments by their sequence, each once.
+// inOrder are the frames of all segments by their sequence, each once: of two the one in the newer
+// segment.
 func (s *salvage) inOrder() (frames []foundFrame) {
 	for _, file := range s.segments {
 		frames = append(frames, file.frames...)
 	}
-	slices.SortStableFunc(frames, func(a, b foundFrame) int { return cmp.Compare(a.sequence, b.sequence) })
+	slices.SortStableFunc(frames, func(a, b foundFrame) int {
+		return cmp.Compare(a.sequence, b.sequence)
+	})
+
+	// A frame that was applied twice would double its values.
 	once := frames[:0]
 	for _, p := range frames {
-		if n := len(once); n > 0 && once[n-1].sequence == p.sequence {
+		n := len(once)
+		if n > 0 && once[n-1].sequence == p.sequence {
 			s.sayDamaged("frame %d is there twice, at offset %d of %s", p.sequence, p.offset,
 				p.in.log.path)
 			continue
@@ -264,6 +308,7 @@ func (s *salvage) inOrder() (frames []foundFrame) {
 // base is the snapshot to begin with: the newest whole one from which no frame is missing, or none
 // where none is missing from the first; else the newest whole one, or the newest.
 func (s *salvage) base(frames []foundFrame) *foundFile {
+	// A gap at the end cannot be seen: what is missing there has no later frame.
 	isComplete := func(first uint64) bool {
 		next := first
 		for _, p := range frames {
@@ -275,6 +320,8 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 		}
 		return true
 	}
+
+	// First what loses nothing, then what loses least.
 	for _, complete := range []bool{true, false} {
 		for _, file := range s.snapshots {
 			if file.whole && (!complete || isComplete(s.firstBehind(file))) {
@@ -285,6 +332,8 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 			return nil
 		}
 	}
+
+	// No snapshot is whole: a part of one is better than nothing.
 	for _, file := range s.snapshots {
 		if len(file.frames) > 0 {
 			return file
@@ -299,6 +348,7 @@ func (s *salvage) firstBehind(snapshot *foundFile) uint64 {
 	if snapshot.log.bad == nil {
 		return snapshot.log.header.first
 	}
+
 	for _, file := range s.segments {
 		if file.number == snapshot.number+1 && file.log.bad == nil {
 			return file.log.header.first
@@ -311,15 +361,23 @@ func (s *salvage) firstBehind(snapshot *foundFile) uint64 {
 // last.
 func (s *salvage) applyAll(frames []foundFrame, next uint64) uint64 {
 	for _, p := range frames {
+		path := p.in.log.path
 		if p.sequence > next {
-			s.sayLost("frames %d to %d, which came before offset %d of %s", next, p.sequence-1, p.offset,
-				p.in.log.path)
+			s.sayLost("frames %d to %d, which came before offset %d of %s", next, p.sequence-1,
+				p.offset, path)
 		}
+
+		// Read a second time, for all payloads together may be more than memory.
 		payload := make([]byte, p.frame.length)
-		if _, err := p.in.log.f.ReadAt(payload, p.offset+frameSize); err != nil {
-			s.err = cmp.Or(s.err, readError(p.in.log.path, err))
-		} else if err := apply(s.m, string(payload), p.frame.count); err != nil {
-			s.sayLost("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, p.in.log.path, err)
+		_, err := p.in.log.f.ReadAt(payload, p.offset+frameSize)
+		if err != nil {
+			s.err = cmp.Or(s.err, readError(path, err))
+			next = p.sequence + 1
+			continue
+		}
+		err = apply(s.m, string(payload), p.frame.count)
+		if err != nil {
+			s.sayLost("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, path, err)
 		}
 		next = p.sequence + 1
 	}
@@ -328,9 +386,11 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) uint64 {
 
 // sayLostEnd says what may be lost behind the last frame.
 func (s *salvage) sayLostEnd(base *foundFile) {
+	// The newest segment of which anything can be read.
 	i := slices.IndexFunc(s.segments, func(file *foundFile) bool {
 		return file.log.bad == nil || len(file.frames) > 0
 	})
+
 	switch {
 	case i < 0, base != nil && s.segments[i].number <= base.number:
 		s.sayLost("what came after %s: the next file is missing, or cannot be read", base.log.path)
@@ -343,9 +403,12 @@ func (s *salvage) sayLostEnd(base *foundFile) {
 	}
 }
 
-// write writes what was saved to out.
+// write writes what was saved to out: a snapshot, an empty segment behind it, and last STORE, so
+// that before all is there it is no store.
 func (s *salvage) write(out storage.Directory) error {
-	rand.Read(s.id[:]) // it is another store than the damaged one, whose files must not be mixed in
+	// It is another store than the damaged one, whose files must not be mixed in.
+	rand.Read(s.id[:])
+
 	whole := fileHeader{kind: kindSnapshot, id: s.id, number: 1, first: s.next}
 	_, err := createLog(out, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
 		return writeAll(w, s.m.Snapshot(), nil)
@@ -353,9 +416,11 @@ func (s *salvage) write(out storage.Directory) error {
 	if err != nil {
 		return err
 	}
+
+	// A start wants a segment behind each snapshot.
 	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
-	if _, err := createLog(out, logName(segment.kind, segment.number), segment,
-		noFrames); err != nil {
+	_, err = createLog(out, logName(segment.kind, segment.number), segment, noFrames)
+	if err != nil {
 		return err
 	}
 	return writeID(out, s.id)
