@@ -389,7 +389,8 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 }
 
 // Ensure that a rotation that breaks off while room is made for a Remove ends the store, with the
-// error that it was: what is written behind the frame that says that another file follows is damage.
+// error that it was: what is written behind the frame that says that another file follows is
+// damage.
 func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40

@@ -333,8 +333,8 @@ func TestDeadlinesAreKept(t *testing.T) {
 	}
 }
 
-// Ensure that a deadline before 1970, as that of a sum that was too large, is in the log what it is in
-// memory: over.
+// Ensure that a deadline before 1970, as that of a sum that was too large, is in the log what it is
+// in memory: over.
 func TestNegativeDeadlines(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("a", "value")

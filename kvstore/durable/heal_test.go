@@ -425,8 +425,8 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 	}
 }
 
-// Ensure that a log file of somebody else's is told of once, makes nothing be written anew, and that
-// a stop says that it is in the next start's way.
+// Ensure that a log file of somebody else's is told of once, makes nothing be written anew, and
+// that a stop says that it is in the next start's way.
 func TestStrangeLogFile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -506,7 +506,8 @@ func TestCrashesInAHeal(t *testing.T) {
 					continue
 				}
 				opened++
-				// An emptied file looks like one of which nothing has come to disk, and a backup is whole.
+				// An emptied file looks like one of which nothing has come to disk, and a backup is
+				// whole.
 				if !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string]) && (named[i] ||
 					!strings.Contains(what, "emptied") && what != "a backup is put over it") {
 					t.Errorf("%s: image %d of %d opens with other data", what, i, len(images))
@@ -613,8 +614,8 @@ func TestFailedRotationLeavesNoStranger(t *testing.T) {
 	})
 }
 
-// Ensure that until a heal has its snapshot on disk a crash costs nothing where the files are good, and
-// only look changed, as one that was touched.
+// Ensure that until a heal has its snapshot on disk a crash costs nothing where the files are good,
+// and only look changed, as one that was touched.
 func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})

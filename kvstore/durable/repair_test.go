@@ -423,8 +423,8 @@ func TestRepairOfWrongNames(t *testing.T) {
 	}
 }
 
-// Ensure that Repair loses nothing, and applies nothing twice, where only the header of the snapshot
-// cannot be read: also beside a file that a compaction had no time to remove.
+// Ensure that Repair loses nothing, and applies nothing twice, where only the header of the
+// snapshot cannot be read: also beside a file that a compaction had no time to remove.
 func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 	for _, leftover := range []bool{false, true} {
 		dir, d := fourSegments(t, Options{})
