@@ -15,20 +15,24 @@ import (
 )
 
 // Disk is a directory of the file system, held open: if its path comes to mean another
-// one, this stays the one that was opened.
+// one, this stays the one that was opened. Any goroutine may use it.
 type Disk struct {
 	path string
 	log  *slog.Logger
 	root *os.Root
 	self *os.File // for Sync; nil where there is no such call
 
-	isPlain bool        // the directory itself cannot be locked; for tests, which cannot find such a disk
-	notOurs atomic.Bool // the log was told that files cannot be given to the directory's owner
+	// For tests: the directory itself is not locked, as on a disk that cannot do that.
+	isPlain bool
+
+	// The log was told that files cannot be given to the directory's owner.
+	notOurs atomic.Bool
 }
 
 // OpenDisk returns the directory at path, which must exist. log, if not nil, is told what people
 // should know.
 func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
+	// A missing directory is not made: it may be a disk that is not mounted.
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -38,14 +42,19 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	case !info.IsDir():
 		return nil, fmt.Errorf("%w: %s is a file", ErrNotOurs, path)
 	}
+
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+
 	d := &Disk{path: path, log: log}
 	if d.root, err = os.OpenRoot(path); err != nil {
 		return nil, err
 	}
-	if runtime.GOOS != "windows" { // NTFS logs its names itself, and has no such call
+
+	// Kept open, so that a Sync needs no descriptor. (NTFS logs its names itself, and has no such
+	// call.)
+	if runtime.GOOS != "windows" {
 		if d.self, err = d.root.Open("."); err != nil {
 			d.root.Close()
 			return nil, err
@@ -54,10 +63,12 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	return d, nil
 }
 
-// quoteOdd is path, or where it begins or ends in what nobody sees, path in quotes and what that
-// is.
+// quoteOdd is path. Where it begins or ends in a character that nobody sees it is in quotes, with a
+// word on that.
 func quoteOdd(path string) string {
+	// A shell variable or a file often leaves a newline or a blank at the end.
 	odd := strings.TrimRight(path, " \t\r\n")
+
 	switch {
 	case odd == path && strings.TrimLeft(path, " \t\r\n") == path:
 		return path
@@ -74,12 +85,14 @@ func (d *Disk) Sizes() (segment, compact int64, reserve int) {
 	return 64 << 20, 64 << 20, 1 << 20
 }
 
+// Path is the path of the file called name.
 func (d *Disk) Path(name string) string { return filepath.Join(d.path, name) }
 
 // named is err with the whole path: os.Root knows the name alone.
 func (d *Disk) named(name string, err error) error {
 	var path *fs.PathError
 	var link *os.LinkError
+
 	switch {
 	case errors.As(err, &path):
 		return &fs.PathError{Op: path.Op, Path: d.Path(name), Err: path.Err}
@@ -91,24 +104,30 @@ func (d *Disk) named(name string, err error) error {
 
 // open opens a file, and nothing else: a named pipe of that name would hold us up.
 func (d *Disk) open(name string, flag int) (*os.File, error) {
-	if info, err := d.root.Stat(name); err == nil && !info.Mode().IsRegular() {
+	// What cannot be looked at is opened all the same, for that has the better error.
+	info, err := d.root.Stat(name)
+	if err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is no file", ErrNotOurs, d.Path(name))
 	}
+
 	f, err := d.root.OpenFile(name, flag, 0o600)
 	return f, d.named(name, err)
 }
 
-// osFile is a File whose Sync leaves out what nobody will miss, where the system can: when
+// diskFile is a File whose Sync leaves out what nobody will miss, where the system can: when
 // the file was changed. Writing that costs another write of the file system's own.
 type diskFile struct{ *os.File }
 
+// Sync makes what is in the file durable.
 func (f diskFile) Sync() error { return syncData(f.File) }
 
+// List reads the directory.
 func (d *Disk) List() (names []string, err error) {
 	entries, err := fs.ReadDir(d.root.FS(), ".")
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
+
 	slices.Sort(names)
 	return names, d.named("", err)
 }
@@ -119,12 +138,16 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 	if err != nil {
 		return nil, err
 	}
+
+	// What goes while it is looked at is no error: others may remove files.
 	stamps := map[string]Stamp{}
+
 	for _, name := range names {
 		info, err := d.root.Stat(name)
-		if errors.Is(err, fs.ErrNotExist) {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
 			continue // it has gone since
-		} else if err != nil {
+		case err != nil:
 			return nil, d.named(name, err)
 		}
 		stamps[name] = Stamp{info, info.Size(), info.ModTime()}
@@ -132,12 +155,16 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 	return stamps, nil
 }
 
+// Create makes a file that belongs to the directory's owner.
 func (d *Disk) Create(name string) (File, error) {
 	f, err := d.open(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.own(name); err != nil {
+
+	// Or the server, which is that owner, could not open what root's commands write.
+	err = d.own(name)
+	if err != nil {
 		f.Close()
 		return nil, err
 	}
@@ -147,26 +174,33 @@ func (d *Disk) Create(name string) (File, error) {
 // own gives a new file to the directory's owner. Where that may not be done, as in a container
 // that has no CAP_CHOWN, the file stays ours, and the log says so once.
 func (d *Disk) own(name string) error {
+	// The directory may have been given away since it was opened.
 	info, err := d.root.Stat(".")
 	if err != nil {
 		return d.named("", err)
 	}
+
 	err = keepOwner(d.root, name, info)
+
+	// A store that root can use is better than none.
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) {
 		if d.notOurs.CompareAndSwap(false, true) {
-			d.log.Warn("files stay root's, for this process may not give them to the directory's owner",
-				"dir", d.path, "error", err)
+			d.log.Warn("files stay root's, for this process may not give them to the "+
+				"directory's owner", "dir", d.path, "error", err)
 		}
 		return nil
 	}
 	return d.named(name, err)
 }
 
+// Open opens a file to be read.
 func (d *Disk) Open(name string) (File, int64, error) {
 	f, err := d.open(name, os.O_RDONLY)
 	if err != nil {
 		return nil, 0, err
 	}
+
+	// The size is that of the open file, whatever has the name by now.
 	info, err := f.Stat()
 	if err != nil {
 		f.Close()
@@ -175,6 +209,7 @@ func (d *Disk) Open(name string) (File, int64, error) {
 	return diskFile{f}, info.Size(), nil
 }
 
+// Extend opens a file to be read and written.
 func (d *Disk) Extend(name string) (File, error) {
 	f, err := d.open(name, os.O_RDWR)
 	if err != nil {
@@ -183,9 +218,13 @@ func (d *Disk) Extend(name string) (File, error) {
 	return diskFile{f}, nil
 }
 
+// Rename gives a file another name. It takes the place of one that has that name.
 func (d *Disk) Rename(from, to string) error { return d.named(to, d.root.Rename(from, to)) }
-func (d *Disk) Remove(name string) error     { return d.named(name, d.root.Remove(name)) }
 
+// Remove removes a file.
+func (d *Disk) Remove(name string) error { return d.named(name, d.root.Remove(name)) }
+
+// Sync makes the names in the directory durable.
 func (d *Disk) Sync() error {
 	if d.self == nil {
 		return nil
@@ -193,6 +232,7 @@ func (d *Disk) Sync() error {
 	return d.named("", d.self.Sync())
 }
 
+// Close closes the directory. A lock of it, and its files, are closed by those who have them.
 func (d *Disk) Close() error {
 	if d.self != nil {
 		d.self.Close()
@@ -200,16 +240,22 @@ func (d *Disk) Close() error {
 	return d.root.Close()
 }
 
-// MakeDisk makes the directory at path for a copy of the store at from, for the same owner, unless
-// it is there; from is "" for a store that is in no directory. undo removes what was made.
+// MakeDisk opens the directory at path for a copy of the store at from, and makes it if it is not
+// there. If this process may, it gives the directory to the owner of from. from is "" for a store
+// that is in no directory: then it is the directory around path. undo removes a directory that was
+// made, if it is empty but for LOCK.
 func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
+	// Where the directory around it is missing, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
 	if err != nil {
 		return nil, nil, err
 	}
+
+	// A copy inside the store would be a stranger in its directory, which the next start refuses.
 	source := around
 	if from != "" {
-		if source, err = os.Stat(from); err != nil {
+		source, err = os.Stat(from)
+		if err != nil {
 			return nil, nil, err
 		}
 		if os.SameFile(source, around) {
@@ -218,25 +264,33 @@ func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 		}
 	}
 
+	// Only what was made here is undone.
 	undo = func() {}
-	switch err := os.Mkdir(path, 0o700); {
+	err = os.Mkdir(path, 0o700)
+	switch {
+	// A crash after this must not leave a copy in a directory that is not there.
 	case err == nil:
 		undo = func() {
 			os.Remove(filepath.Join(path, LockName))
 			os.Remove(path)
 		}
-		if err := syncParent(path); err != nil {
+		err = syncParent(path)
+		if err != nil {
 			undo()
 			return nil, nil, err
 		}
 	case !errors.Is(err, fs.ErrExist):
 		return nil, nil, err
 	}
-	if d, err = OpenDisk(path, nil); err != nil {
+
+	d, err = OpenDisk(path, nil)
+	if err != nil {
 		undo()
 		return nil, nil, err
 	}
-	keepOwner(d.root, ".", source) // if it may not be done, the copy is root's
+
+	// If that may not be done the copy is root's, and no worse for it.
+	keepOwner(d.root, ".", source)
 	return d, undo, nil
 }
 

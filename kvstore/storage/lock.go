@@ -12,15 +12,19 @@ import (
 	"time"
 )
 
-const LockName = "LOCK" // never removed: a second process would lock another file than the first
+// LockName is the file that says who holds the lock. It is never removed: a second process would
+// lock another file than the first.
+const LockName = "LOCK"
 
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make it anew.
 const noticeTime = 2*heldTime + heldTime/2
 
-// Lock locks the directory, and the file LOCK in it, which says who has it. The directory's own
-// lock cannot be removed under whoever has it; LOCK is for people, for older kvservers, and for
-// file systems that do not lock directories, such as NFS. Asking InUse takes both for moments.
+// Lock locks the directory, and the file LOCK in it, which says who holds it. The directory's own
+// lock cannot be taken away from its holder; LOCK is for people, for older kvservers, and for file
+// systems that do not lock directories, such as NFS. InUse takes both for moments. The lock does
+// not wait for a process that holds it, but ctx ends the wait for one that may have lost LOCK.
 func (d *Disk) Lock(ctx context.Context) (Lock, error) {
+	// The directory first: whoever has it keeps all others out, whatever happens to LOCK.
 	self, err := tryLock(d.lockSelf)
 	if err != nil {
 		return nil, d.lockError(err)
@@ -30,9 +34,13 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 		closeAll(self)
 		return nil, d.lockError(err)
 	}
+
 	l := &diskLock{dir: d, self: self, stop: make(chan struct{}), ended: make(chan struct{}),
 		lost: make(chan struct{})}
-	if err := l.sign(f); err != nil {
+
+	// From here on LOCK is the one at which watch looks.
+	err = l.sign(f)
+	if err != nil {
 		closeAll(self, f)
 		return nil, err
 	}
@@ -41,8 +49,9 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 }
 
 // lockNamed locks LOCK. If it is missing beside a store, somebody has removed it, perhaps under a
-// server that has the store open: then that one gets the time to make it anew.
+// server that has the store open: then that server gets the time to make it anew.
 func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
+	// A directory without STORE has nothing that a server could lose.
 	_, lockErr := d.root.Lstat(LockName)
 	_, storeErr := d.root.Lstat(StoreName)
 	if errors.Is(lockErr, fs.ErrNotExist) && storeErr == nil {
@@ -54,12 +63,16 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+
+	// It may be there again by now, and locked.
 	return tryLock(func() (*os.File, error) { return d.lockFile(0) })
 }
 
-// tryLock locks what others may have locked for a moment, to see whether it is in use.
+// tryLock locks what others may have locked for a moment, to see whether it is in use. It tries for
+// 50 ms.
 func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
 	f, err = lock()
+
 	for tries := 10; tries > 0 && errors.Is(err, ErrLocked); tries-- {
 		time.Sleep(5 * time.Millisecond)
 		f, err = lock()
@@ -67,7 +80,7 @@ func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
 	return f, err
 }
 
-// lockError is err, with who has the lock where it is that.
+// lockError is err, and names who holds the lock if somebody does.
 func (d *Disk) lockError(err error) error {
 	if errors.Is(err, ErrLocked) {
 		return fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
@@ -85,33 +98,42 @@ func closeAll(files ...*os.File) (err error) {
 	return err
 }
 
-// InUse tells whether a process has the lock.
+// InUse tells whether a process holds the lock, also this one.
 func (d *Disk) InUse() (owner string, inUse bool) {
-	if self, err := d.root.Open("."); err == nil && !d.isPlain {
+	// The directory first: LOCK may have been removed under a server.
+	self, err := d.root.Open(".")
+	if err == nil {
 		defer self.Close()
-		inUse = isLocked(self)
+		inUse = !d.isPlain && isLocked(self)
 	}
-	if f, err := d.open(LockName, os.O_RDONLY); err == nil {
+
+	f, err := d.open(LockName, os.O_RDONLY)
+	if err == nil {
 		defer f.Close()
 		inUse = inUse || isLocked(f)
 	}
+
 	if !inUse {
 		return "", false
 	}
 	return d.owner(), true
 }
 
-// owner is what LOCK says of who has it.
+// owner is what LOCK says of who holds it.
 func (d *Disk) owner() string {
 	text := make([]byte, 200)
 	n := 0
-	if f, err := d.open(LockName, os.O_RDONLY); err == nil {
+	f, err := d.open(LockName, os.O_RDONLY)
+	if err == nil {
 		n, _ = f.ReadAt(text, 0)
 		f.Close()
 	}
+
+	// Only a help for people, so nothing depends on it.
 	if n == 0 {
 		return "by another process"
 	}
+
 	return "by " + strings.TrimSpace(string(text[:n]))
 }
 
@@ -120,20 +142,22 @@ type diskLock struct {
 	dir  *Disk
 	self *os.File // the directory, locked; nil where that cannot be
 
-	mu   sync.Mutex // guards what is below: watch looks, and the store's owner
-	file *os.File
-	info os.FileInfo // of file
+	mu   sync.Mutex  // guards file and info: watch looks, and the store's owner
+	file *os.File    // LOCK, locked
+	info os.FileInfo // which file that is
 
-	stop, ended chan struct{} // closed by Close, and by watch when it has ended
-	lost        chan struct{} // closed by watch, and after why was set
-	why         error
+	stop  chan struct{} // closed by Close
+	ended chan struct{} // closed by watch when it has ended
+	lost  chan struct{} // closed by watch, after it has set why
+	why   error         // that the lock is lost
 }
 
 // heldTime is the time between two looks of watch.
 const heldTime = time.Second
 
-// sign makes f, which is locked, the lock's file, and writes into it who has it.
+// sign makes f, which is locked, the lock's file, and writes into it who holds it.
 func (l *diskLock) sign(f *os.File) error {
+	// The server's user must be able to lock it, too.
 	info, err := f.Stat()
 	if err == nil {
 		err = l.dir.own(LockName)
@@ -142,7 +166,10 @@ func (l *diskLock) sign(f *os.File) error {
 		return err
 	}
 	l.file, l.info = f, info
-	if err := f.Truncate(0); err == nil { // only a help for people, so it may fail
+
+	// Only a help for people, so it may fail.
+	err = f.Truncate(0)
+	if err == nil {
 		host, _ := os.Hostname()
 		fmt.Fprintf(f, "process %d on %s since %s\n", os.Getpid(), host,
 			time.Now().UTC().Format(time.RFC3339))
@@ -150,19 +177,23 @@ func (l *diskLock) sign(f *os.File) error {
 	return nil
 }
 
-// watch looks every heldTime whether the lock is still ours. One goroutine for a lock, until
-// it is closed or lost.
+// watch looks every heldTime whether the lock is still ours. It is the lock's goroutine, which ends
+// when the lock is closed or lost.
 func (l *diskLock) watch() {
 	defer close(l.ended)
 	tick := time.NewTicker(heldTime)
 	defer tick.Stop()
+
 	for {
 		select {
 		case <-tick.C:
 		case <-l.stop:
 			return
 		}
-		if err := l.Look(); errors.Is(err, ErrMoved) {
+
+		// What cannot be found out now is looked at again.
+		err := l.Look()
+		if errors.Is(err, ErrMoved) {
 			l.why = err
 			close(l.lost)
 			return
@@ -177,42 +208,55 @@ func (l *diskLock) watch() {
 func (l *diskLock) Look() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	// By the path, not by the directory that is held open: that a start would not find.
 	info, err := os.Stat(l.dir.Path(LockName))
 	if err == nil && os.SameFile(info, l.info) {
 		return nil
 	}
+
+	// LOCK may be gone, or all of the path.
 	if errors.Is(err, fs.ErrNotExist) {
 		isThere, thereErr := l.dir.isThere()
 		if thereErr != nil {
 			return thereErr
 		}
 		if isThere {
-			if err = l.again(); err == nil {
+			err = l.again()
+			if err == nil {
 				return nil
 			}
 		}
 	}
+
+	// Another file that has the name, or another directory, is somebody else's. A path that leads
+	// nowhere is lost, too: what is written there no start would find.
 	switch {
 	case err == nil, errors.Is(err, fs.ErrExist), errors.Is(err, ErrLocked):
-		return fmt.Errorf("%w: %s: another process has it, or another is there", ErrMoved, l.dir.path)
+		return fmt.Errorf("%w: %s: another process has it, or another is there", ErrMoved,
+			l.dir.path)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
 		return fmt.Errorf("%w: %s: %w", ErrMoved, l.dir.path, err)
 	}
 	return err
 }
 
-// again makes and locks the lock's file anew.
+// again makes and locks LOCK anew.
 func (l *diskLock) again() error {
 	f, err := l.dir.lockFile(os.O_EXCL)
 	if err != nil {
 		return err
 	}
+
+	// A LOCK that is not signed the next look would take for another process's.
 	old := l.file
-	if err := l.sign(f); err != nil {
-		l.dir.root.Remove(LockName) // or the next look would take it for another's
+	err = l.sign(f)
+	if err != nil {
+		l.dir.root.Remove(LockName)
 		f.Close()
 		return err
 	}
+
+	// Only now: until the new one is signed the old one still is the lock.
 	old.Close()
 	return nil
 }
@@ -223,6 +267,8 @@ func (d *Disk) isThere() (bool, error) {
 	if err != nil {
 		return false, err
 	}
+
+	// A path that leads nowhere is an answer; one that cannot be looked at is none.
 	theirs, err := os.Stat(d.path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return false, nil
@@ -230,16 +276,19 @@ func (d *Disk) isThere() (bool, error) {
 	return err == nil && os.SameFile(ours, theirs), err
 }
 
-// isThis tells whether f has that name.
+// isThis tells whether f is the file that has the name now.
 func (d *Disk) isThis(f *os.File, name string) bool {
+	// A lock is on the file that was opened, whatever its name leads to.
 	ours, err := f.Stat()
 	if err != nil {
 		return false
 	}
+
 	theirs, err := d.root.Stat(name)
 	return err == nil && os.SameFile(ours, theirs)
 }
 
+// Lost is closed by watch.
 func (l *diskLock) Lost() <-chan struct{} { return l.lost }
 
 // Held returns what watch has found.
@@ -252,8 +301,9 @@ func (l *diskLock) Held() error {
 	}
 }
 
+// Close ends watch, and gives the lock up. LOCK stays.
 func (l *diskLock) Close() error {
 	close(l.stop)
-	<-l.ended
+	<-l.ended // or it would look at files that are closed
 	return closeAll(l.file, l.self)
 }

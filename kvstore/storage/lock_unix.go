@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// lockSelf opens the directory itself and holds an flock on it, for the same time. It returns nil
-// where the file system does not lock directories.
+// lockSelf opens the directory itself and takes an flock on it, which ends with the process however
+// that ends. It returns nil where the file system does not lock directories.
 func (d *Disk) lockSelf() (*os.File, error) {
 	if d.isPlain {
 		return nil, nil
@@ -19,19 +19,22 @@ func (d *Disk) lockSelf() (*os.File, error) {
 	if err != nil {
 		return nil, d.named("", err)
 	}
-	switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err {
-	case nil:
+
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == nil {
 		return f, nil
-	case syscall.EWOULDBLOCK:
-		f.Close()
-		return nil, ErrLocked
 	}
 	f.Close()
+	if err == syscall.EWOULDBLOCK {
+		return nil, ErrLocked
+	}
+
+	// Here only LOCK can be locked.
 	return nil, nil
 }
 
-// lockFile opens LOCK and holds an flock on it, which ends with the process however
-// that ends. With os.O_EXCL it wants to make the file, and then waits for InUse, which may
+// lockFile opens LOCK and takes an flock on it, which ends with the process however
+// that ends. With os.O_EXCL it has to make the file, and then waits for InUse, which may
 // have the flock for a moment.
 func (d *Disk) lockFile(flag int) (*os.File, error) {
 	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE|flag)
@@ -43,15 +46,19 @@ func (d *Disk) lockFile(flag int) (*os.File, error) {
 		time.Sleep(5 * time.Millisecond)
 		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	}
+
+	// A lock on a file that has no name any more keeps nobody out.
 	switch {
 	case err == nil && !d.isThis(f, LockName):
-		err = ErrLocked // somebody has removed it meanwhile, and perhaps made another
+		err = ErrLocked
 	case err == nil:
 		return f, nil
 	case err == syscall.EWOULDBLOCK:
 		err = ErrLocked
 	default:
 		err = fmt.Errorf("flock %s: %w", d.Path(LockName), err)
+
+		// What was made, and cannot be locked, the next look would take for another process's.
 		if flag == os.O_EXCL {
 			d.root.Remove(LockName)
 		}
@@ -60,18 +67,20 @@ func (d *Disk) lockFile(flag int) (*os.File, error) {
 	return nil, err
 }
 
-// isLocked tells whether another process has the lock on f.
+// isLocked tells whether somebody else who has the file open has the lock on it.
 func isLocked(f *os.File) bool {
 	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
 }
 
-// keepOwner gives the file called name to the owner of what info is about, if we are
-// root: the administrator who repairs or copies a store is not who runs the server.
+// keepOwner gives the file called name to the owner of what info is about, if this process is
+// root's: an administrator repairs or copies a store for the user that runs the server.
 func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 	want, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || os.Geteuid() != 0 {
 		return nil
 	}
+
+	// What has that owner already is not asked for: some file systems refuse any change of owner.
 	now, err := root.Lstat(name)
 	if err != nil {
 		return err
@@ -79,5 +88,6 @@ func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 	if has, ok := now.Sys().(*syscall.Stat_t); ok && has.Uid == want.Uid && has.Gid == want.Gid {
 		return nil
 	}
+
 	return root.Lchown(name, int(want.Uid), int(want.Gid))
 }

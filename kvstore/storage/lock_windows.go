@@ -8,17 +8,19 @@ import (
 // lockSelf does nothing: nobody can remove LOCK while it is open.
 func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
-// lockFile opens LOCK for this process alone, which ends with the process however
-// that ends. Others may read who it is. (Nobody can remove it meanwhile, so it is never to be
-// made anew.)
+// lockFile opens LOCK to be written by this process alone, until that ends in whatever way. Others
+// may read who it is. (Nobody can remove it meanwhile, so it is never to be made anew.)
 func (d *Disk) lockFile(int) (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
 	if err != nil {
 		return nil, err
 	}
+
+	// The os package shares what it opens with writers.
 	const sharingViolation = syscall.Errno(32)
 	h, err := syscall.CreateFile(path, syscall.GENERIC_READ|syscall.GENERIC_WRITE,
 		syscall.FILE_SHARE_READ, nil, syscall.OPEN_ALWAYS, syscall.FILE_ATTRIBUTE_NORMAL, 0)
+
 	if err == sharingViolation {
 		return nil, ErrLocked
 	}
@@ -28,8 +30,8 @@ func (d *Disk) lockFile(int) (*os.File, error) {
 	return os.NewFile(uintptr(h), d.Path(LockName)), nil
 }
 
-// isLocked tells whether another process has the lock on f: then it cannot be opened
-// to be written.
+// isLocked tells whether somebody else who has the file open has the lock on it: then it cannot be
+// opened to be written.
 func isLocked(f *os.File) bool {
 	again, err := os.OpenFile(f.Name(), os.O_RDWR, 0)
 	if err != nil {

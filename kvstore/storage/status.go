@@ -6,12 +6,12 @@ import (
 	"time"
 )
 
-// Status is how a store is, from before it is open, for other goroutines to look at. Its
-// zero value is that of a store that is being opened.
+// Status is how a store is, from before it is open. Any goroutine may look at it, and note what has
+// changed. Its zero value is that of a store that is being opened.
 type Status struct {
-	stage     atomic.Pointer[string]
-	confirmed atomic.Pointer[time.Time]
-	takeovers atomic.Int64
+	stage     atomic.Pointer[string]    // Stage; nil: nothing was noted yet
+	confirmed atomic.Pointer[time.Time] // Confirmed; nil: never
+	takeovers atomic.Int64              // Takeovers
 
 	Fsyncs      Histogram    // how long each took, in seconds
 	Compactions atomic.Int64 // that have ended well
@@ -34,29 +34,29 @@ func (s *Status) Confirmed() time.Time {
 	return time.Time{}
 }
 
-// Confirm notes when others have agreed last that the store is ours.
+// Confirm notes when others last agreed that the store is ours.
 func (s *Status) Confirm(at time.Time) { s.confirmed.Store(&at) }
 
-// TakeOver notes how often the store has passed to another process so.
+// TakeOver notes how often the store has been taken over.
 func (s *Status) TakeOver(times int64) { s.takeovers.Store(times) }
 
-// Takeovers is how often the store has passed to another process without being handed
-// over.
+// Takeovers is how often the store has been taken over: another process has got it that it was not
+// handed to.
 func (s *Status) Takeovers() int64 { return s.takeovers.Load() }
 
-// Set notes what is being waited for.
+// Set notes the stage: what is being waited for.
 func (s *Status) Set(stage string) { s.stage.Store(&stage) }
 
-// Histogram counts how often something was how much. Any goroutine may use it; its zero
-// value is empty, and for seconds.
+// Histogram counts amounts, such as how long something took, in buckets. Any goroutine may use it;
+// its zero value is empty, and for seconds.
 type Histogram struct {
-	Counts bool // it is for numbers of things
+	Counts bool // amounts are numbers of things; read-only once it is used
 
-	counts [10]atomic.Int64 // one for each of Bounds, and one for what was more
-	micros atomic.Int64     // together, in millionths
+	counts [10]atomic.Int64 // of each bucket of Bounds, and of what was more
+	micros atomic.Int64     // the sum of all amounts, in millionths
 }
 
-// Upper bounds, each four times, or twice, the one before.
+// Upper bounds, each four times the one before, or twice.
 var (
 	secondBounds = []float64{0.0001, 0.0004, 0.0016, 0.0064, 0.0256, 0.1024, 0.4096, 1.6384, 6.5536}
 	countBounds  = []float64{1, 2, 4, 8, 16, 32, 64, 128, 256}
@@ -70,18 +70,21 @@ func (h *Histogram) Bounds() []float64 {
 	return secondBounds
 }
 
-// Observe counts once more, of so much.
-func (h *Histogram) Observe(much float64) {
-	h.counts[sort.SearchFloat64s(h.Bounds(), much)].Add(1)
-	h.micros.Add(int64(much * 1e6))
+// Observe counts one amount.
+func (h *Histogram) Observe(amount float64) {
+	h.counts[sort.SearchFloat64s(h.Bounds(), amount)].Add(1)
+	h.micros.Add(int64(amount * 1e6))
 }
 
-// Read returns how often it was at most each of Bounds, how often in all, and how much
-// together.
+// Read returns how many amounts were at most each of Bounds, how many there were in all, and their
+// sum.
 func (h *Histogram) Read() (atMost []int64, all int64, sum float64) {
+	// Each bucket counts with those below it.
 	for i := range h.counts {
 		all += h.counts[i].Load()
 		atMost = append(atMost, all)
 	}
+
+	// The last is what was more than all bounds, which is in all alone.
 	return atMost[:len(h.Bounds())], all, float64(h.micros.Load()) / 1e6
 }

@@ -1,6 +1,11 @@
 // Package storage is where a store is kept: a Directory of files that are known by their names.
-// This package has the contract, and the directory of the file system; package etcd has one in an
-// etcd cluster, and package storetest one for tests.
+// Package etcd has a Directory in an etcd cluster, and package storetest one for tests.
+//
+//	storage.go  the contract: Directory, Lock, File, Stamp, and the errors of all directories
+//	disk.go     Disk, a Directory of the file system
+//	lock.go     its lock: who holds it, and how its loss is noticed
+//	status.go   what a store tells others of itself while it is opened and used
+//	lock_*.go, sync_*.go, limit_*.go  what each system does in its own way
 package storage
 
 import (
@@ -15,7 +20,8 @@ import (
 )
 
 // Directory is where a store is kept, as the store needs it: one directory, files known by their
-// names in it.
+// names in it. But for InUse and Path, whatever is asked can fail with the errors below, or with
+// those of the system.
 type Directory interface {
 	// List returns the names of what is in the directory, in order.
 	List() ([]string, error)
@@ -25,24 +31,26 @@ type Directory interface {
 	Open(name string) (File, int64, error)
 	// Extend opens a file to be read and written further.
 	Extend(name string) (File, error)
+	// Rename gives a file another name, in one step; a file that has the name already is gone.
 	Rename(from, to string) error
+	// Remove removes a file; fs.ErrNotExist if there is none of that name.
 	Remove(name string) error
 	// Sync makes creations, renames and removals durable. It needs no descriptor
 	// but those that are open.
 	Sync() error
-	// Lock keeps other processes from the directory until the lock is closed. It fails
-	// with an ErrLocked that names who has it, or waits for that one to go, as suits the
-	// directory: until ctx is done.
+	// Lock keeps other processes from the directory until the lock is closed. Where one of them
+	// holds it, it fails with an ErrLocked that names that process, or waits for it until ctx is
+	// done, as suits the directory.
 	Lock(ctx context.Context) (Lock, error)
-	// InUse tells whether somebody has the lock, and who. It changes nothing.
+	// InUse tells whether a process holds the lock, and which. It changes nothing.
 	InUse() (owner string, inUse bool)
 	// Stamps tells what each file is now, by its name, so that a change by somebody else shows.
 	Stamps() (map[string]Stamp, error)
-	// Path is what people call the file.
+	// Path is what people call the file of that name, or with no name the directory.
 	Path(name string) string
-	// Sizes are what suits the directory, in bytes: the log goes on in a new file when
-	// one has segment, full files are left alone below compact, and a file grows by
-	// reserve bytes of zeros at a time.
+	// Sizes are what suits the directory, in bytes: the log goes on in a new file when one has
+	// segment bytes, full files are not compacted while they have less than compact bytes together,
+	// and a file grows by reserve bytes of zeros at a time; 0: by what is written.
 	Sizes() (segment, compact int64, reserve int)
 	// Close gives back what the directory holds open.
 	Close() error
@@ -50,17 +58,17 @@ type Directory interface {
 
 // Lock is one process's right to a Directory.
 type Lock interface {
-	// Held returns an error when the right is lost: the directory is not where it
-	// was, another one is there, or another process may write it. Until then nobody
-	// else has changed anything. It is called after every batch of requests, by one
-	// goroutine.
+	// Held returns an error once it was noticed that the right is lost: the directory is not where
+	// it was, another one is there, or another process may write it. It is called after every batch
+	// of requests, so it is quick.
 	Held() error
 	// Look is Held with a look of its own, where Held only says what was noticed: ErrMoved if the
 	// right is lost, another error if that cannot be found out now.
 	Look() error
-	// Lost is closed when the right is lost and the lock has noticed by itself. It may be
-	// nil.
+	// Lost is closed when the right is lost and the lock has noticed by itself. It is nil for a
+	// lock that does not notice by itself.
 	Lost() <-chan struct{}
+	// Close gives the right up.
 	Close() error
 }
 
@@ -75,18 +83,20 @@ type File interface {
 
 // Stamp tells a file from another one of its name, and from itself before it was changed.
 type Stamp struct {
-	ID      any // which file: comparable, or an os.FileInfo
-	Size    int64
+	ID      any       // which file: comparable, or an os.FileInfo
+	Size    int64     // bytes
 	Changed time.Time // the last change of what is in it; the zero time where nobody knows
 }
 
 // IsSameFile tells whether both are of one file, whatever is in it.
 func (s Stamp) IsSameFile(other Stamp) bool {
+	// A disk knows which file it is only from both at once.
 	a, isInfo := s.ID.(fs.FileInfo)
 	b, isOtherInfo := other.ID.(fs.FileInfo)
 	if isInfo && isOtherInfo {
 		return os.SameFile(a, b)
 	}
+
 	return s.ID == other.ID
 }
 
@@ -122,19 +132,21 @@ var (
 
 // DamageError says where a file of the store is not as it was written.
 type DamageError struct {
-	File   string
+	File   string // its path
 	Offset int64  // of the bad frame, in bytes
-	Frame  uint64 // its sequence number; 0: no frame, but the file
-	What   string
+	Frame  uint64 // its sequence number; 0: it is no frame that is bad, but the file
+	What   string // what is wrong
 
-	Missing bool // something is not there
+	Missing bool // the file is not there
 }
 
-// Is makes what is missing fs.ErrNotExist as well: beside a process that has the store
+// Is makes a file that is missing an fs.ErrNotExist as well: beside a process that has the store
 // open it may be there at the next look.
 func (e *DamageError) Is(target error) bool { return e.Missing && target == fs.ErrNotExist }
 
+// Error names the file, and the frame if it is one.
 func (e *DamageError) Error() string {
+	// What is wrong with a whole file has no offset.
 	if e.Frame == 0 {
 		return fmt.Sprintf("%s is damaged: %s", e.File, e.What)
 	}

@@ -12,6 +12,8 @@ func syncData(f *os.File) error {
 	if err != nil {
 		return err
 	}
+
+	// A signal may come while the disk works, which is no error of the disk.
 	controlErr := conn.Control(func(fd uintptr) {
 		for {
 			if err = syscall.Fdatasync(int(fd)); err != syscall.EINTR {
@@ -19,6 +21,7 @@ func syncData(f *os.File) error {
 			}
 		}
 	})
+
 	if controlErr != nil {
 		return controlErr
 	}
