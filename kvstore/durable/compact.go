@@ -46,7 +46,6 @@ func (d *Store) liveBytes() int64 {
 func (d *Store) newCompaction() *compaction {
 	// The current file begins behind what the snapshot has.
 	through := d.number - 1
-
 	return &compaction{dir: d.dir, through: through, store: d.Snapshot(), stop: d.stop,
 		header: fileHeader{kind: kindSnapshot, id: d.id, number: through, first: d.first}}
 }

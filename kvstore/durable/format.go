@@ -107,13 +107,14 @@ type fileHeader struct {
 // encode returns the header as it is in a file.
 func (h fileHeader) encode() []byte {
 	b := make([]byte, headerSize)
-	// Bytes 48 to 60 are zeros.
 	copy(b, fileMagic)
 	binary.LittleEndian.PutUint32(b[8:], fileVersion)
 	binary.LittleEndian.PutUint32(b[12:], h.kind)
 	copy(b[16:], h.id[:])
 	binary.LittleEndian.PutUint64(b[32:], h.number)
 	binary.LittleEndian.PutUint64(b[40:], h.first)
+
+	// Of all that stands before it, the zeros from byte 48 on too.
 	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
 	return b
 }
@@ -164,9 +165,8 @@ func (f frame) padded() int64 { return frameSize + (int64(f.length)+7)&^7 }
 
 // appendFrame appends the frame f with its payload, whose length and CRC it takes itself.
 func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
-	start := len(b)
-
 	// The last CRC is of the head alone, which is believed before the payload is read.
+	start := len(b)
 	b = append(b, frameMagic...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
 	b = binary.LittleEndian.AppendUint64(b, f.sequence)
@@ -277,7 +277,8 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 		}
 		op := f.payload[0]
 		f.payload = f.payload[1:]
-		if err := f.applyRecord(m, op); err != nil {
+		err := f.applyRecord(m, op)
+		if err != nil {
 			return err
 		}
 	}
@@ -326,7 +327,8 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		m.RemoveAt(key, value, place)
 	case opList:
 		for range number {
-			if value = f.text(); f.bad {
+			value = f.text()
+			if f.bad {
 				return errBadRecord
 			}
 			m.Put(key, value)
@@ -341,8 +343,8 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	return nil
 }
 
-// errBadRecord is what a record fails with that does not fit its frame, or says a number that none
-// is.
+// errBadRecord is what a record fails with that does not fit its frame, or whose number is too
+// large.
 var errBadRecord = errors.New("a record does not fit its frame")
 
 // logWriter writes a log file. Behind its frames the file may have zeros, which are room for
@@ -368,7 +370,8 @@ func beginLog(d storage.Directory, name string, h fileHeader) (*logWriter, error
 
 	// From here on errors name the file as people will look for it.
 	w := &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed()}
-	if err := w.write(h.encode()); err != nil {
+	err = w.write(h.encode())
+	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return w, nil
@@ -473,8 +476,6 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
-
-	// What could not be written whole is there in part.
 	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.fileSize)
 	w.fileSize += int64(n)
 	return w.named("write", err)
@@ -485,8 +486,11 @@ func (w *logWriter) trim() error {
 	if w.room() == 0 {
 		return nil
 	}
+
+	// The length is on disk before anybody believes that the file ends here.
 	w.fileSize = w.size
-	if err := w.f.Truncate(w.fileSize); err != nil {
+	err := w.f.Truncate(w.fileSize)
+	if err != nil {
 		return w.named("truncate", err)
 	}
 	return w.sync()
@@ -541,7 +545,6 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 	if strings.HasPrefix(string(b), firstStore) {
 		return id, true, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
 	}
-
 	line, _, _ := strings.Cut(string(b), ", check ")
 	if string(b) != line+fmt.Sprintf(storeCheck, crc(0, []byte(line))) {
 		return id, true, damage

@@ -32,7 +32,7 @@ func (d *Store) ownFiles() []string {
 func (d *Store) learn(names ...string) {
 	stamps, err := d.dir.Stamps()
 
-	// A file that is ours no more is forgotten. One that nobody could look at now is not known.
+	// A file that is ours no more is forgotten.
 	known := map[string]storage.Stamp{}
 	for _, name := range d.ownFiles() {
 		stamp, isKnown := d.known[name]
@@ -203,9 +203,9 @@ func (d *Store) mend(c changes) error {
 	case len(c.spoiled) > 0:
 		d.log.Error("files were removed or changed while the server uses them; all data is "+
 			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
-		d.unhealed = c.spoiled
 
-		// If this fails, they are not taken for good at the next look because they are there.
+		// If this fails they stay spoiled, also where the next look finds them as they were.
+		d.unhealed = c.spoiled
 		err := d.heal(slices.Concat(c.spoiled, c.leftovers))
 		if err != nil {
 			return err
@@ -217,7 +217,7 @@ func (d *Store) mend(c changes) error {
 			d.dir.Path(""))
 	}
 
-	// They may have come back, as a copy that is put over the directory again and again.
+	// The log is told once, though a copy may be put over the directory again and again.
 	d.toldLeftovers = c.leftovers
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has

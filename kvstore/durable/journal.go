@@ -189,7 +189,6 @@ func (j *journal) goOn() (full int64, err error) {
 		}
 		return 0, nil
 	}
-
 	if j.noNewFile.over() {
 		j.log.Info("the log goes on in a new file again", "file", w.path)
 	}
@@ -295,6 +294,7 @@ func (j *journal) startTimer(waited time.Duration) {
 // goroutine, which ends with it.
 func (j *journal) tick() {
 	defer j.ticks.Done()
+
 	// From here on awaitTimer can wait for it.
 	ended, began := make(chan struct{}), time.Now()
 	j.mu.Lock()
@@ -319,9 +319,9 @@ func (j *journal) tick() {
 // last frame does not say it. It makes no room for that: on a full disk all room is for what frees,
 // and where the file has none left the next frame says it.
 func (j *journal) vouch() {
+	// A frame written since the sync is not on disk yet: the next tick comes for that.
 	j.writing <- struct{}{}
 	j.mu.Lock()
-	// A frame written since the sync is not on disk yet: the next tick comes for that.
 	due := j.synced == j.sequence && !j.vouched
 	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < frameSize) {
 		due, j.vouched = false, true // or the timer would come again and again
@@ -340,8 +340,8 @@ func (j *journal) vouch() {
 
 // stopTimer ends the timer for good, and waits for what it does, or is about to do.
 func (j *journal) stopTimer() {
-	j.mu.Lock()
 	// A tick that has begun may still want to start the next one.
+	j.mu.Lock()
 	j.timerEnded = true
 	if j.timer != nil {
 		wasStopped := j.timer.Stop()
@@ -349,7 +349,7 @@ func (j *journal) stopTimer() {
 			j.ticks.Done() // in its place
 		}
 	}
-
 	j.mu.Unlock()
+
 	j.ticks.Wait()
 }

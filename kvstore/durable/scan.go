@@ -149,7 +149,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 		return f, nil, l.damageHere("the records' checksum is wrong")
 	}
 
-	// Only a good frame is gone behind.
+	// After damage the offset stays where the bad frame is.
 	l.offset += f.padded()
 	l.next++
 	return f, payload, nil
@@ -178,8 +178,8 @@ func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 			return f, nil, nil, err
 		}
 
-		l.size = l.offset + int64(len(rest))
 		// What was buffered is from before.
+		l.size = l.offset + int64(len(rest))
 		l.r.Reset(readerOf(l.f, l.offset))
 		f, payload, err = l.read()
 		if !errors.As(err, new(*storage.DamageError)) {
@@ -226,15 +226,14 @@ func (l *logReader) laterFrames(rest []byte) (frames int, synced bool) {
 // skip moves on to the next whole frame, whatever its sequence. It returns false where there is
 // none.
 func (l *logReader) skip() (found bool, err error) {
-	// Frames begin at multiples of 8, wherever the bad part ends.
 	rest, err := l.rest()
 	if err != nil {
 		return false, err
 	}
 
+	// Frames begin at multiples of 8, wherever the bad part ends. Of a whole one both CRCs hold.
 	for at := 0; at+frameSize <= len(rest); at += 8 {
 		f, ok := decodeFrame(rest[at:], l.seed)
-		// Of a whole frame the payload's CRC holds, too.
 		if ok && f.padded() <= int64(len(rest)-at) &&
 			crc(l.seed, rest[at+frameSize:at+frameSize+int(f.length)]) == f.crc {
 			l.offset, l.next = l.offset+int64(at), f.sequence

@@ -96,7 +96,6 @@ func (s *spareFile) close() error {
 func (d *Store) toDelete(bytes int64) int64 {
 	// Each Delete is a Commit of its own, and so a frame of its own.
 	keys, _, _ := d.Size()
-
 	return d.KeyBytes() + bytes + int64(keys+1)*deleteExtra +
 		int64(d.zerosAhead/spareShare)
 }

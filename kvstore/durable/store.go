@@ -197,7 +197,6 @@ func (d *Store) tryFile() error {
 	if err == nil {
 		err = errors.Join(f.Close(), d.dir.Remove(name))
 	}
-
 	if err != nil {
 		return fmt.Errorf("no file can be made in the data directory: %w", err)
 	}
@@ -208,7 +207,8 @@ func (d *Store) tryFile() error {
 // else's.
 func checkNames(dir storage.Directory, names []string) error {
 	for _, name := range names {
-		if _, _, isLog := parseName(name); !isLog && name != storage.StoreName &&
+		_, _, isLog := parseName(name)
+		if !isLog && name != storage.StoreName &&
 			name != spareName && !isTmp(name) && !isBeside(name) {
 			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
 		}
@@ -236,7 +236,8 @@ func (d *Store) Put(key, value string) {
 // Delete removes key and returns how many values it had.
 func (d *Store) Delete(key string) (removed int) {
 	// What changes nothing is not in the log.
-	if removed = d.Memory.Delete(key); removed > 0 {
+	removed = d.Memory.Delete(key)
+	if removed > 0 {
 		d.record(opDelete, 0, key)
 	}
 	return removed
@@ -244,9 +245,8 @@ func (d *Store) Delete(key string) (removed int) {
 
 // Update removes the first value equal to oldValue and appends newValue.
 func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
+	// One that finds nothing to replace is a Put.
 	place := d.Memory.UpdateAt(key, oldValue, newValue, -1)
-
-	// An Update that finds nothing to replace is a Put.
 	if place < 0 {
 		d.record(opPut, 0, key, newValue)
 	} else {
@@ -273,7 +273,8 @@ func (d *Store) Remove(key, value string) (removed bool) {
 
 // Take removes key's oldest value.
 func (d *Store) Take(key string) (value string, ok bool) {
-	if value, ok = d.Memory.Take(key); ok {
+	value, ok = d.Memory.Take(key)
+	if ok {
 		d.record(opTake, 0, key)
 	}
 	return value, ok
@@ -282,7 +283,8 @@ func (d *Store) Take(key string) (value string, ok bool) {
 // Expire has key go at a time, in milliseconds of Unix time; 0: it stays.
 func (d *Store) Expire(key string, at int64) (ok bool) {
 	at = writable(at)
-	if ok = d.Memory.Expire(key, at); ok {
+	ok = d.Memory.Expire(key, at)
+	if ok {
 		d.note(appendExpire(d.pending, key, at), 1)
 	}
 	return ok
@@ -296,8 +298,8 @@ func (d *Store) PutUntil(key, value string, at int64) {
 	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
 }
 
-// writable is at, or of the times before 1970, which the log cannot say, the next one that it can:
-// both are over.
+// writable is at, but for times before 1970, which the log cannot say. These are over, and so is the
+// one that takes their place.
 func writable(at int64) int64 {
 	if at < 0 {
 		return 1
@@ -308,7 +310,8 @@ func writable(at int64) int64 {
 // record notes an operation for the next Commit. A record that is too large ends the store: memory
 // has what the log cannot have.
 func (d *Store) record(op byte, place int, fields ...string) {
-	if size := int64(sizeOf(fields)); size > maxRecord {
+	size := int64(sizeOf(fields))
+	if size > maxRecord {
 		d.fail(errTooLarge(size))
 		return
 	}
@@ -320,6 +323,8 @@ func (d *Store) record(op byte, place int, fields ...string) {
 func (d *Store) note(pending []byte, records uint32) {
 	d.pending = pending
 	d.count += records
+
+	// The Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
@@ -342,6 +347,7 @@ func sizeOf(fields []string) (bytes int) {
 // writeFrame writes a frame of what is pending. If that fails the store has failed, which the next
 // sync finds.
 func (d *Store) writeFrame(kind uint32) {
+	// Size and room are copied, for the timer may write as soon as it can.
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
 	d.size, d.room = d.current.size, d.current.room()
@@ -495,10 +501,9 @@ func (d *Store) rotate() error {
 		return nil
 	}
 
-	d.fullBytes += full
-
 	// A file that somebody has changed since the last look is not learned: the next look has to see
-	// it.
+	// that.
+	d.fullBytes += full
 	written := []string{logName(kindSegment, d.number)}
 	if old := logName(kindSegment, d.number-1); !slices.Contains(found.spoiled, old) {
 		written = append(written, old)
