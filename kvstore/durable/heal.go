@@ -30,13 +30,14 @@ func (d *Store) ownFiles() []string {
 // learn notes what the files called names are now, to which the store has just done something. Of
 // the other files of ours it knows what it knew.
 func (d *Store) learn(names ...string) {
-	stamps, err := d.dir.Stamps()
+	stamps, _ := d.dir.Stamps()
 
-	// A file that is ours no more is forgotten.
+	// A file that is ours no more is forgotten. Of one that nobody can look at now nothing is
+	// known.
 	known := map[string]storage.Stamp{}
 	for _, name := range d.ownFiles() {
 		stamp, isKnown := d.known[name]
-		if slices.Contains(names, name) && err == nil {
+		if slices.Contains(names, name) {
 			stamp, isKnown = stamps[name]
 		}
 		if isKnown {

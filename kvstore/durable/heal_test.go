@@ -658,3 +658,38 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a moment in which nobody can look at the files is not taken for a change: not when a file
+// has just become full.
+func TestNoHealOfWhatNobodySaw(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.minCompact = 1 << 40
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "stat" {
+				return syscall.EMFILE
+			}
+			return nil
+		}
+		for d.number == 1 {
+			d.Put("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		dir.Before = nil
+		for range 3 {
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if d.number != 2 || strings.Contains(log.String(), "level=ERROR") {
+			t.Errorf("now in file %d, the log says\n%s", d.number, log)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
