@@ -209,17 +209,6 @@ var (
 	nowFlags = strings.Fields("c out ping stop version")
 )
 
-// Limits of flags.
-const (
-	// With less memory there is no room for data beside what the program and its work take.
-	minMaxMemory = 64_000_000
-
-	minMaxLine = 64      // bytes; with less hardly a request fits
-	maxMaxLine = 1 << 30 // bytes
-
-	minFsync, maxFsync = time.Millisecond, time.Hour
-)
-
 // config is what the command line asks for. What each flag means is in flags.
 type config struct {
 	addr  string // or several, with commas between them
@@ -304,8 +293,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		c.ca = ""
 	}
 
-	// What a flag alone has wrong is told first.
-	err = cmp.Or(c.checkRanges(flags), c.checkRequests(), c.checkTogether(typed))
+	err = cmp.Or(c.checkRequests(), c.checkFlags(flags, typed))
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
 	return c, err
 }
@@ -415,32 +403,6 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
 }
 
-// checkRanges tells which flag's value breaks a rule that the flag package does not know.
-func (c config) checkRanges(flags *flag.FlagSet) error {
-	// The first that is wrong is told.
-	_, isFsync := parseFsync(c.fsync)
-	for _, value := range []struct {
-		flag  string
-		isBad bool
-	}{
-		{"addr", !areAddrs(c.addr, true)},
-		{"data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)},
-		{"fsync", !isFsync},
-		{"http", c.http != "" && !areAddrs(c.http, false)},
-		{"max-clients", c.maxClients < 1},
-		{"max-line", c.maxLine < minMaxLine || c.maxLine > maxMaxLine},
-		{"max-memory", c.maxMemory != 0 && c.maxMemory < minMaxMemory},
-		{"write-timeout", c.writeTimeout < 0},
-		{"log", c.log != "text" && c.log != "json"},
-		{"timeout", c.timeout < 0},
-	} {
-		if f := flags.Lookup(value.flag); value.isBad {
-			return problem{fmt.Sprintf("invalid value %q for flag -%s", f.Value, f.Name), explain(f)}
-		}
-	}
-	return nil
-}
-
 // words are what other programs have in the place of our flags.
 var words = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
 	"server": leaveOut, "version": "Did you mean kvserver -version ?",
@@ -502,13 +464,19 @@ func spread(requests []string) (why string) {
 	return ""
 }
 
-// checkTogether tells which flags do not go together, or are not for what is asked for: to serve,
-// or to be a client. typed are those of the command line, where a flag must fit; the environment
-// may be for both.
-func (c config) checkTogether(typed map[string]bool) error {
+// checkFlags tells which flag's value breaks a rule that the flag package does not know, which
+// flags do not go together, and which are not for what is asked for: to serve, or to be a client.
+// typed are those of the command line, where a flag must fit; the environment may be for both.
+func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
+	bad := func(name string, isBad bool) wrong {
+		f := flags.Lookup(name)
+		return wrong{isBad, fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
+	}
+	_, isFsync := parseFsync(c.fsync)
 	asks, http := c.client || c.ping, fullAddrs(c.http)
-	stray := ""
+
 	// A flag of a server that a client was given.
+	stray := ""
 	for _, name := range serverFlags {
 		if asks && typed[name] {
 			stray = name
@@ -516,6 +484,17 @@ func (c config) checkTogether(typed map[string]bool) error {
 	}
 
 	return firstWrong("", []wrong{
+		bad("addr", !areAddrs(c.addr, true)),
+		bad("data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)),
+		bad("fsync", !isFsync),
+		bad("http", c.http != "" && !areAddrs(c.http, false)),
+		bad("max-clients", c.maxClients < 1),
+		bad("max-line", c.maxLine < 64 || c.maxLine > 1<<30),
+		bad("max-memory", c.maxMemory != 0 && c.maxMemory < 64_000_000),
+		bad("write-timeout", c.writeTimeout < 0),
+		bad("log", c.log != "text" && c.log != "json"),
+		bad("timeout", c.timeout < 0),
+
 		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca " + c.ca},
@@ -559,7 +538,7 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 
 	// Anything else is a time, of which too short a one would be always.
 	when, err := time.ParseDuration(s)
-	return when, err == nil && when >= minFsync && when <= maxFsync
+	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
 // fullAddrs completes addresses, with commas between them, of which some may be a port alone:
@@ -1721,7 +1700,8 @@ type talker struct {
 	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
 	answered atomic.Int64 // of these; added to by the reader only
 
-	mayGo chan struct{} // reader to sender, where stops: the next request may go. One slot
+	// Reader to sender, where stops: the next request may go. Closed when none may. One slot.
+	mayGo chan struct{}
 
 	// Sender to reader: what the input ended in, io.EOF or errQuit if nothing is wrong; behind
 	// errQuit nil if more comes. Two slots.
@@ -1877,10 +1857,7 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 	if silence == 0 && t.answered.Load() == 0 {
 		silence = connectTime
 	}
-	if silence == 0 {
-		t.conn.SetReadDeadline(time.Time{})
-		return t.conn.Read(p)
-	}
+	silence = cmp.Or(silence, math.MaxInt64)
 
 	// The deadline is set first and then looked whether anything is owed, for ask counts first and
 	// then moves the deadline: so none is missed.
@@ -1900,7 +1877,7 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 
 // ask takes note of a line that is about to be sent. If nothing was owed the reader's time begins.
 func (t *talker) ask() {
-	if t.asked.Add(1) == t.answered.Load()+1 && t.silence > 0 {
+	if t.asked.Add(1) == t.answered.Load()+1 {
 		t.conn.SetReadDeadline(time.Now())
 	}
 }
@@ -2068,8 +2045,10 @@ func (t *talker) sendLines() {
 			}
 
 			// With -stop it goes when the one before is answered.
-			if t.stops && (w.Flush() != nil || !t.mayGoOn()) {
-				return
+			if t.stops && w.Flush() == nil {
+				if _, goesOn := <-t.mayGo; !goesOn {
+					return
+				}
 			}
 			t.ask()
 		}
@@ -2089,13 +2068,6 @@ func (t *talker) sendLines() {
 		_, err := r.Peek(1)
 		t.sent <- err
 	}
-}
-
-// mayGoOn waits for the answer to what was sent. It is false if there comes none, or an
-// error.
-func (t *talker) mayGoOn() bool {
-	_, ok := <-t.mayGo
-	return ok
 }
 
 // isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
