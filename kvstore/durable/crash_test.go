@@ -2,6 +2,7 @@ package durable
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"kvserver/kvstore/storage"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -48,6 +50,115 @@ func TestCrashAfterEveryCall(t *testing.T) {
 			}
 			checkKept(t, h, again.Crash(random),
 				fmt.Sprintf("crash after call %d, then %d of the recovery", n, m))
+		}
+	}
+}
+
+// Ensure that after a power failure at any moment all that was answered is there, and what was
+// done since up to some point, where all of these go on side by side: fsyncs that last, before their
+// effect and after it, Commits of several frames, the timer's frames, and compactions while files
+// become full.
+func TestPowerFailsBesideEverything(t *testing.T) {
+	for seed := range uint64(30) {
+		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+			synctest.Test(t, func(t *testing.T) { powerFails(t, seed, fsync) })
+		}
+	}
+}
+
+// powerFails does random things to a store, and looks what power failures meanwhile leave.
+func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
+	random := rand.New(rand.NewPCG(seed, 21))
+	dir, d := newSmall(t, Options{Fsync: fsync})
+	const stall = time.Second / 2
+	var calls atomic.Uint64
+	wait := func(c storetest.Call) { // some Syncs are long, and compactions
+		n := crc(uint32(seed), binary.LittleEndian.AppendUint64(nil, calls.Add(1)))
+		isLong := c.What == "sync" && n%16 == 0 || strings.HasPrefix(c.Name, "snap-")
+		if isLong {
+			<-time.After(stall)
+		} else if n%4 == 0 {
+			<-time.After(time.Millisecond)
+		}
+	}
+	dir.Before = func(c storetest.Call) error { wait(c); return nil }
+	dir.After = wait
+
+	// The power fails, again and again, and what it leaves is looked at later.
+	type failure struct {
+		at               time.Time
+		answered, before int // states: at least what was answered, at most what is being done
+		image            *storetest.Dir
+	}
+	var failures []failure
+	var answered, before atomic.Int64
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		random := rand.New(rand.NewPCG(seed, 22))
+		for {
+			f := failure{at: time.Now(), answered: int(answered.Load())}
+			f.image = dir.Crash(random)
+			f.before = int(before.Load())
+			failures = append(failures, f)
+			select {
+			case <-time.After(time.Duration(random.Int64N(int64(stall)))):
+			case <-stop:
+				return
+			}
+		}
+	}()
+
+	// states are what the store was before each step, and answers when those behind a Commit were
+	// answered.
+	m := storetest.NewModel()
+	states, answers := []storetest.Model{m.Clone()}, map[int]time.Time{}
+	step := func(x func()) {
+		before.Store(int64(len(states)))
+		x()
+		states = append(states, m.Clone())
+	}
+	for range 40 {
+		for range random.IntN(6) {
+			step(func() { storetest.RandomStep(t, random, d, m) })
+		}
+		if random.IntN(3) == 0 { // several frames
+			for range random.IntN(8) {
+				key, value := fmt.Sprint("key", random.IntN(3)), strings.Repeat("v", 700)
+				step(func() { storetest.Step{Op: "Set", Key: key, Value: value}.Do(t, d, m) })
+			}
+		}
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		answered.Store(int64(len(states) - 1))
+		answers[len(states)-1] = time.Now()
+		<-time.After(time.Duration(random.IntN(2)) * time.Duration(random.Int64N(int64(3*stall))))
+	}
+	close(stop)
+	<-stopped
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	for _, f := range failures {
+		if fsync > 0 { // what is lost: since the fsync before the one that runs, and a rotation's
+			least := 0
+			for state, at := range answers {
+				if f.at.Sub(at) >= 2*fsync+6*stall {
+					least = max(least, state)
+				}
+			}
+			f.answered = min(f.answered, least)
+		}
+		again, err := openSmall(f.image, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatalf("seed %d, fsync %v: what a power failure leaves is refused: %v", seed, fsync, err)
+		}
+		isThis := func(m storetest.Model) bool { return m.Equal(again) }
+		if !slices.ContainsFunc(states[f.answered:f.before+1], isThis) {
+			t.Fatalf("seed %d, fsync %v: a power failure leaves state %d (-1: none), want %d to %d", seed,
+				fsync, slices.IndexFunc(states, isThis), f.answered, f.before)
 		}
 	}
 }

@@ -744,7 +744,7 @@ func TestStallsInARow(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				for range 200 {
+				for range 120 {
 					d.Put("key", "value")
 					if err := d.Commit(); err != nil {
 						t.Error(err)
@@ -759,7 +759,7 @@ func TestStallsInARow(t *testing.T) {
 				select {
 				case <-ended:
 					running = false
-				case <-time.After(pause / 2):
+				case <-time.After(pause):
 				}
 				told := int(answered.Load())
 				after, err := openSmall(dir.Crash(rand.New(unsynced{})), Options{Fsync: FsyncNever})
