@@ -174,6 +174,15 @@ func TestRecordsTooLarge(t *testing.T) {
 	}
 }
 
+// Ensure that a store in a log does what every store must do.
+func TestDurableIsAStore(t *testing.T) {
+	storetest.TestStore(t, func() kvstore.Store {
+		_, d := newSmall(t, Options{Fsync: FsyncNever})
+		t.Cleanup(func() { d.Close() })
+		return d
+	})
+}
+
 // Ensure that a store in a log is like one in memory, through any number of
 // restarts, and that its files stay within bounds.
 func TestDurableIsLikeTheModel(t *testing.T) {

@@ -1,0 +1,165 @@
+package storage
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// Ensure that a disk does what a Directory must do, and that its errors name the whole path.
+func TestDisk(t *testing.T) {
+	path := t.TempDir()
+	d := mustOpen(t, path)
+	write := func(name, text string, off int64) {
+		t.Helper()
+		f, err := d.Extend(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			f, err = d.Create(name)
+		}
+		if err == nil {
+			_, err = f.WriteAt([]byte(text), off)
+		}
+		if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(name string) string {
+		t.Helper()
+		f, size, err := d.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		b := make([]byte, size+10)
+		n, err := f.ReadAt(b, 0)
+		if err != io.EOF || int64(n) != size {
+			t.Errorf("%s of %d bytes: %d, %v", name, size, n, err)
+		}
+		if _, err := f.WriteAt([]byte("x"), 0); err == nil {
+			t.Errorf("%s was opened to be read, and is written", name)
+		}
+		return string(b[:n])
+	}
+
+	// Files.
+	write("b", "first", 0)
+	write("b", "THIRD", 8)
+	write("a", "other", 0)
+	if got := read("b"); got != "first\x00\x00\x00THIRD" {
+		t.Errorf("a file is %q", got)
+	}
+	f, _ := d.Extend("b")
+	if err := errors.Join(f.Truncate(3), f.Close()); err != nil || read("b") != "fir" {
+		t.Errorf("cut off it is %q, %v", read("b"), err)
+	}
+	if f, err := d.Create("b"); err != nil || f.Close() != nil || read("b") != "" {
+		t.Errorf("made anew it is %q, %v", read("b"), err)
+	}
+
+	// Names.
+	if err := errors.Join(d.Rename("a", "c"), d.Sync()); err != nil || read("c") != "other" {
+		t.Errorf("renamed: %v", err)
+	}
+	write("a", "another", 0)
+	if err := d.Rename("a", "c"); err != nil || read("c") != "another" {
+		t.Errorf("renamed to a name that is there: %v", err)
+	}
+	if names, err := d.List(); err != nil || !slices.Equal(names, []string{"b", "c"}) {
+		t.Errorf("it has %q, %v", names, err)
+	}
+	if err := d.Remove("b"); err != nil {
+		t.Error(err)
+	}
+	_, _, openErr := d.Open("b")
+	_, extendErr := d.Extend("b")
+	for what, err := range map[string]error{"Open": openErr, "Extend": extendErr,
+		"Remove": d.Remove("b"), "Rename": d.Rename("b", "a")} {
+		if !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s of no file: %v", what, err)
+		}
+	}
+	if d.Path("b") != filepath.Join(path, "b") {
+		t.Errorf("b is called %s", d.Path("b"))
+	}
+}
+
+// Ensure that a change of a file by anybody shows, and nothing else does.
+func TestStampsOfADisk(t *testing.T) {
+	path := t.TempDir()
+	d, other := mustOpen(t, path), mustOpen(t, path)
+	stamps := func(d *Disk) map[string]Stamp {
+		t.Helper()
+		s, err := d.Stamps()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	f, _ := d.Create("file")
+	f.WriteAt([]byte("12345678"), 0)
+	f.Close()
+	was := stamps(d)["file"]
+	if now := stamps(other); len(now) != 1 || !now["file"].IsSame(was) || was.Size != 8 {
+		t.Errorf("it was %v and is %v", was, now)
+	}
+	os.Rename(filepath.Join(path, "file"), filepath.Join(path, "away"))
+	f, _ = d.Create("file")
+	f.WriteAt([]byte("12345678"), 0)
+	f.Close()
+	now := stamps(other)
+	if now["file"].IsSameFile(was) || !now["away"].IsSame(was) {
+		t.Errorf("of %v the other one is %v, and it is %v", was, now["file"], now["away"])
+	}
+	os.Truncate(filepath.Join(path, "away"), 7)
+	if now := stamps(other)["away"]; !now.IsSameFile(was) || now.IsSame(was) || now.Size != 7 {
+		t.Errorf("%v was cut off, and is %v", was, now)
+	}
+}
+
+// Ensure that a directory is made for a copy, or one that is there taken, that undo takes away what
+// was made and no more, and that none is made inside of what is to be copied.
+func TestMakeDisk(t *testing.T) {
+	path := t.TempDir()
+	from, to, there := filepath.Join(path, "from"), filepath.Join(path, "to"), filepath.Join(path, "there")
+	os.Mkdir(from, 0o700)
+	os.Mkdir(there, 0o700)
+	isThere := func(path string) bool {
+		_, err := os.Lstat(path)
+		return err == nil
+	}
+	for _, at := range []string{to, there} {
+		d, undo, err := MakeDisk(at, from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, _ := os.Stat(at); runtime.GOOS != "windows" && info.Mode().Perm() != 0o700 {
+			t.Errorf("%s has mode %v", at, info.Mode())
+		}
+		lock, err := d.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		lock.Close()
+		d.Close()
+		if undo(); isThere(at) != (at == there) {
+			t.Errorf("after undo %s is there: %v", at, isThere(at))
+		}
+	}
+	file := filepath.Join(path, "file")
+	os.WriteFile(file, nil, 0o600)
+	for at, want := range map[string]error{filepath.Join(from, "copy"): ErrNotOurs, file: ErrNotOurs,
+		filepath.Join(path, "none", "copy"): fs.ErrNotExist} {
+		if _, _, err := MakeDisk(at, from); !errors.Is(err, want) || at != file && isThere(at) {
+			t.Errorf("%s: %v, want %v", at, err, want)
+		}
+	}
+	if _, _, err := MakeDisk(to, filepath.Join(path, "none")); !errors.Is(err, fs.ErrNotExist) || isThere(to) {
+		t.Errorf("of no store: %v", err)
+	}
+}
