@@ -780,3 +780,55 @@ func TestStallsInARow(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that the numbers of a store's status are exact: each fsync of the log with the time that it
+// took, also the timer's, and each compaction that has ended well.
+func TestStatusNumbers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		status := &storage.Status{}
+		dir, d := newSmall(t, Options{Status: status})
+		if status.Stage() != "" {
+			t.Errorf("once it is open the store is %q", status.Stage())
+		}
+		dir.Mu.Lock()
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "seg-1.log" {
+				<-time.After(time.Second / 2)
+			}
+			return nil
+		}
+		dir.Mu.Unlock()
+		for range 3 {
+			d.Put("key", "value")
+			d.Get("key")
+			if err := errors.Join(d.Commit(), d.Commit()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, all, sum := status.Fsyncs.Read(); all != 3 || sum != 1.5 {
+			t.Errorf("after three Commits %d fsyncs took %v s", all, sum)
+		}
+		<-time.After(time.Minute) // and then one of the frame that vouches for them
+		if atMost, all, sum := status.Fsyncs.Read(); all != 4 || sum != 2 || atMost[6] != 0 ||
+			atMost[7] != 4 {
+			t.Errorf("a minute later %d fsyncs took %v s, %v at most", all, sum, atMost)
+		}
+
+		for n := range 3 {
+			if err := d.rotate(); err != nil {
+				t.Fatal(err)
+			}
+			d.minCompact, d.waste = 0, 0
+			d.compact()
+			d.AwaitCompaction()
+			if got := status.Compactions.Load(); got != int64(n+1) {
+				t.Errorf("%d compactions, want %d", got, n+1)
+			}
+		}
+		d.noteCompaction(compactionEnd{err: storetest.ErrDisk})
+		if got := status.Compactions.Load(); got != 3 {
+			t.Errorf("%d compactions, and one of them has failed", got)
+		}
+		d.Close()
+	})
+}
