@@ -38,7 +38,7 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 }
 
 // fillDirectory has write fill a directory that is empty, and locked meanwhile. If that fails, the
-// directory is empty again.
+// directory is empty again, unless it is another process's by then.
 func fillDirectory(out storage.Directory, write func() error) error {
 	lock, err := out.Lock(context.Background())
 	if err != nil {
@@ -58,13 +58,16 @@ func fillDirectory(out storage.Directory, write func() error) error {
 		}
 	}
 
-	// Whoever took the lock meanwhile may have written there, too: then it is no copy.
+	// Whoever took the lock meanwhile may have written there, too: then it is no copy, and what is
+	// there is not ours to remove.
 	err = write()
-	if err == nil {
-		err = lock.Held()
+	lost := lock.Held()
+	if lost != nil && !errors.Is(lost, storage.ErrGone) {
+		return errors.Join(err, lost)
 	}
 
 	// Half a copy is of no use, and in the way of the next try.
+	err = errors.Join(err, lost)
 	if err != nil {
 		err = errors.Join(err, empty(out))
 	}

@@ -502,3 +502,24 @@ func TestNoFileCanBeMade(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that a backup whose directory another process has taken removes nothing there.
+func TestBackupIntoAStolenDirectory(t *testing.T) {
+	dir, _, _ := segment(t, 3)
+	out := storetest.New()
+	out.Before = func(c storetest.Call) error {
+		if c.What == "rename" && c.Name == storage.StoreName+tmpSuffix {
+			out.Mu.Lock()
+			out.Moved = storage.ErrMoved
+			out.Names["seg-7.log"] = storetest.FileOf([]byte("theirs"))
+			out.Mu.Unlock()
+		}
+		return nil
+	}
+	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrMoved) {
+		t.Errorf("a backup: %v", err)
+	}
+	if out.Names["seg-7.log"] == nil {
+		t.Error("it has removed what another process has written")
+	}
+}
