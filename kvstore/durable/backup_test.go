@@ -124,7 +124,8 @@ func TestBackupBesideARealStore(t *testing.T) {
 		close(stop)
 		<-stopped
 		d.Close()
-		if _, err := backUpAt(path, filepath.Join(path, "copy"), nil); !errors.Is(err, storage.ErrNotOurs) {
+		_, err := backUpAt(path, filepath.Join(path, "copy"), nil)
+		if !errors.Is(err, storage.ErrNotOurs) {
 			t.Errorf("a backup inside the store: %v", err)
 		}
 	}()

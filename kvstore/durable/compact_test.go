@@ -28,7 +28,8 @@ func TestCompactionMayFail(t *testing.T) {
 	if err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
-	compaction := compaction{dir: dir.With(storage.LockName, nil), through: d.number - 1, store: d.Snapshot()}
+	compaction := compaction{dir: dir.With(storage.LockName, nil), through: d.number - 1,
+		store: d.Snapshot()}
 	compaction.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
 		first: d.first}
 	stop := make(chan struct{})

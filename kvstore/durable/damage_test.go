@@ -319,7 +319,8 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		}
 		image = dir.Kill()
 		image.FailAt, image.Failure = n, syscall.EMFILE
-		if _, err := openSmall(image, Options{}); err != nil && strings.Contains(err.Error(), "damaged") {
+		_, err = openSmall(image, Options{})
+		if err != nil && strings.Contains(err.Error(), "damaged") {
 			t.Errorf("call %d: Open: %v", n, err)
 		}
 	}
@@ -391,7 +392,9 @@ func TestRefusals(t *testing.T) {
 		delete(c.Names, name)
 		return c
 	}
-	cut := func(n int) func(b []byte) []byte { return func(b []byte) []byte { return b[:len(b)-n] } }
+	cut := func(n int) func(b []byte) []byte {
+		return func(b []byte) []byte { return b[:len(b)-n] }
+	}
 	newer := func(b []byte) []byte {
 		b[8]++
 		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
@@ -443,8 +446,8 @@ func TestRefusals(t *testing.T) {
 		"STORE missing":    {without(storage.StoreName), "STORE is damaged: the file is missing"},
 		"STORE cut": {change(storage.StoreName, cut(5)),
 			"STORE is damaged: not as it was written"},
-		"STORE with more": {change(storage.StoreName, func(b []byte) []byte { return append(b, 'x') }),
-			"STORE is damaged"},
+		"STORE with more": {change(storage.StoreName,
+			func(b []byte) []byte { return append(b, 'x') }), "STORE is damaged"},
 		"newer STORE": {change(storage.StoreName, func(b []byte) []byte {
 			line, _, _ := strings.Cut(strings.Replace(string(b), "version 2", "version 9", 1),
 				", check")
@@ -469,10 +472,12 @@ func TestRefusals(t *testing.T) {
 			"the frame that says that another file follows is missing"},
 		"closed segment's end": {change(first,
 			func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
-		"snapshot ends twice": {change(snapshot, again), "a frame follows the one that should be the last"},
-		"newer segment":       {change(last, newer), ErrNewer.Error()},
-		"newer snapshot":      {change(snapshot, newer), ErrNewer.Error()},
-		"a number too far":    {dir.With("seg-9223372036854775808.log", nil), storage.ErrNotOurs.Error()},
+		"snapshot ends twice": {change(snapshot, again),
+			"a frame follows the one that should be the last"},
+		"newer segment":  {change(last, newer), ErrNewer.Error()},
+		"newer snapshot": {change(snapshot, newer), ErrNewer.Error()},
+		"a number too far": {dir.With("seg-9223372036854775808.log", nil),
+			storage.ErrNotOurs.Error()},
 		"empty segment": {change(last, func(b []byte) []byte { return nil }),
 			last + " is damaged: shorter than a header"},
 		"another store's file": {dir.With(last, other.Names["seg-1.log"].Data),
@@ -500,7 +505,8 @@ func TestRefusals(t *testing.T) {
 		if c.dir.Locked || !maps.Equal(before, c.dir.Names) {
 			t.Errorf("%s: something was changed or is still locked", what)
 		}
-		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, ErrNewer) || errors.Is(err, ErrOlder) {
+		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, ErrNewer) ||
+			errors.Is(err, ErrOlder) {
 			_, checkErr := check(c.dir)
 			_, _, repairErr := repaired(t, c.dir)
 			if checkErr == nil || repairErr == nil || !maps.Equal(before, c.dir.Names) {

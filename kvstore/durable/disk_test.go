@@ -38,7 +38,8 @@ func TestRealDirectory(t *testing.T) {
 	}
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path, "GORACE=atexit_sleep_ms=0")
-	if out, err := cmd.Output(); err != nil || !strings.Contains(string(out), storage.ErrLocked.Error()) {
+	out, err := cmd.Output()
+	if err != nil || !strings.Contains(string(out), storage.ErrLocked.Error()) {
 		t.Errorf("a second process opens it: %s, %v", out, err)
 	}
 	if r, err := checkAt(path); err != nil || r.Damaged ||
@@ -101,8 +102,11 @@ func TestWrongPaths(t *testing.T) {
 				_, err := openAt(where, Options{})
 				return err
 			},
-			"Check":  func() error { _, err := checkAt(where); return err },
-			"Repair": func() error { _, err := repairAt(where, filepath.Join(path, "new")); return err },
+			"Check": func() error { _, err := checkAt(where); return err },
+			"Repair": func() error {
+				_, err := repairAt(where, filepath.Join(path, "new"))
+				return err
+			},
 		} {
 			if err := f(); !errors.Is(err, want) || !strings.Contains(err.Error(), where) {
 				t.Errorf("%s(%s): %v, want %v", what, where, err, want)

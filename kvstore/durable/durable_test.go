@@ -220,7 +220,7 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 	}
 }
 
-// Ensure that Durable has each method of a KVStore itself: one that it has of Memory would
+// Ensure that Store has each method of a KVStore itself: one that it has of Memory would
 // write no record, and what it did would be gone after the next start.
 func TestDurableHasEveryMethod(t *testing.T) {
 	store, durable := reflect.TypeFor[kvstore.KVStore](), reflect.TypeFor[*Store]()
@@ -232,7 +232,7 @@ func TestDurableHasEveryMethod(t *testing.T) {
 		method, _ := durable.MethodByName(name)
 		file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer())
 		if isOwn := strings.Contains(file, "/durable/"); isOwn == (name == "Get") {
-			t.Errorf("%s of Durable is in %s", name, file)
+			t.Errorf("%s of Store is in %s", name, file)
 		}
 	}
 }
@@ -332,7 +332,8 @@ func TestDeadlinesAreKept(t *testing.T) {
 			}
 			for i := range 10 {
 				key := fmt.Sprint("key", i)
-				if at, _ := again.Deadline(key); at != want[key] || again.Count(key) != d.Count(key) {
+				at, _ := again.Deadline(key)
+				if at != want[key] || again.Count(key) != d.Count(key) {
 					t.Errorf("%s: %s goes at %d, want %d", what, key, at, want[key])
 				}
 			}

@@ -33,9 +33,11 @@ var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
 		return kind == kindSegment && number == last-1
 	},
 	"the snapshot": func(_ string, kind uint32, _, _ uint64) bool { return kind == kindSnapshot },
-	"STORE":        func(name string, _ uint32, _, _ uint64) bool { return name == storage.StoreName },
-	"all logs":     func(_ string, kind uint32, _, _ uint64) bool { return kind != 0 },
-	"everything":   func(string, uint32, uint64, uint64) bool { return true },
+	"STORE": func(name string, _ uint32, _, _ uint64) bool {
+		return name == storage.StoreName
+	},
+	"all logs":   func(_ string, kind uint32, _, _ uint64) bool { return kind != 0 },
+	"everything": func(string, uint32, uint64, uint64) bool { return true },
 }
 
 // wantAll opens a directory and wants all of this in it.
@@ -508,7 +510,8 @@ func TestCrashesInAHeal(t *testing.T) {
 				opened++
 				// An emptied file looks like one of which nothing has come to disk, and a backup is
 				// whole.
-				if !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string]) && (named[i] ||
+				isAll := maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string])
+				if !isAll && (named[i] ||
 					!strings.Contains(what, "emptied") && what != "a backup is put over it") {
 					t.Errorf("%s: image %d of %d opens with other data", what, i, len(images))
 				}
@@ -659,8 +662,8 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	})
 }
 
-// Ensure that a moment in which nobody can look at the files is not taken for a change: not when a file
-// has just become full.
+// Ensure that a moment in which nobody can look at the files is not taken for a change: not when a
+// file has just become full.
 func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}

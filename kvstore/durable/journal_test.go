@@ -371,8 +371,8 @@ func TestIdleAfterARestart(t *testing.T) {
 			var damage *storage.DamageError
 			again, err := Open(context.Background(), image.With("seg-1.log", data), Options{})
 			if !errors.As(err, &damage) {
-				t.Errorf("restart %v: a flipped bit in an old commit: %v, it has %d values", restart, err,
-					len(again.Get("key")))
+				t.Errorf("restart %v: a flipped bit in an old commit: %v, it has %d values",
+					restart, err, len(again.Get("key")))
 			}
 			d.Close()
 		})
@@ -573,7 +573,7 @@ func TestFsyncInTime(t *testing.T) {
 	})
 }
 
-// slowDir is a disktest.Dir on which, once it is told so, writing takes a time.
+// slowDir is a storetest.Dir on which, once it is told so, writing takes a time.
 type slowDir struct {
 	*storetest.Dir
 	writing, syncing time.Duration
@@ -729,7 +729,8 @@ func (unsynced) Uint64() uint64 { return math.MaxUint64 }
 // Ensure that of a store whose every fsync stalls a power failure takes no more answers than come
 // in twice the time between fsyncs, however long the stalls are.
 func TestStallsInARow(t *testing.T) {
-	for _, stall := range []time.Duration{0, time.Second / 2, 3 * time.Second / 2, 7 * time.Second} {
+	for _, stall := range []time.Duration{0, time.Second / 2, 3 * time.Second / 2,
+		7 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			dir, d := newSmall(t, Options{Fsync: time.Second})
 			d.segmentSize = 1 << 30
@@ -774,8 +775,8 @@ func TestStallsInARow(t *testing.T) {
 				most /= 2
 			}
 			if worst > most+2 { // one at each end of both times
-				t.Errorf("with stalls of %v a power failure takes %d answers, want at most %d", stall,
-					worst, most)
+				t.Errorf("with stalls of %v a power failure takes %d answers, want at most %d",
+					stall, worst, most)
 			}
 		})
 	}

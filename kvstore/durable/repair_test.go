@@ -31,7 +31,8 @@ func repaired(t *testing.T, dir *storetest.Dir) (out *storetest.Dir, r Report, e
 		}
 	}
 	if len(dir.Names) != len(before) {
-		t.Errorf("repair has removed something: %d files are left of %d", len(dir.Names), len(before))
+		t.Errorf("repair has removed something: %d files are left of %d", len(dir.Names),
+			len(before))
 	}
 	return out, r, err
 }
@@ -49,7 +50,8 @@ func TestRepair(t *testing.T) {
 	text := strings.Join(report.Lines, "\n")
 	for _, want := range []string{
 		fmt.Sprintf("DAMAGED bytes %d to %d of dir/seg-1.log", starts[3], starts[4]),
-		fmt.Sprintf("LOST    frames 4 to 4, which came before offset %d of dir/seg-1.log", starts[4]),
+		fmt.Sprintf("LOST    frames 4 to 4, which came before offset %d of dir/seg-1.log",
+			starts[4]),
 		"saved   8 keys, 14 values",
 	} {
 		if !strings.Contains(text, want) {
@@ -255,7 +257,8 @@ func TestRepairOfNothingLost(t *testing.T) {
 		image := dir.With(storage.StoreName, []byte("rubbish"))
 		if zeros { // a rotation that was killed before its trim
 			prev := logName(kindSegment, d.number-1)
-			image = image.With(prev, append(slices.Clone(image.Names[prev].Data), make([]byte, 100)...))
+			image = image.With(prev, append(slices.Clone(image.Names[prev].Data),
+				make([]byte, 100)...))
 		} else {
 			image = image.With(name, image.Names[name].Data[:headerSize])
 			keys-- // its only frame is what we cut off
@@ -312,7 +315,8 @@ func TestRepairIsKilled(t *testing.T) {
 
 // Ensure that Repair is no more trusting than a start: each of these is named, and is a loss.
 func TestRepairNamesEveryGap(t *testing.T) {
-	first := func(image *storetest.Dir, id storeID, name string, number uint64) (f frame, b []byte) {
+	first := func(image *storetest.Dir, id storeID, name string,
+		number uint64) (f frame, b []byte) {
 		b = slices.Clone(image.Names[name].Data)
 		f, ok := decodeFrame(b[headerSize:], fileHeader{kindSegment, id, number, 0}.seed())
 		if !ok {

@@ -115,7 +115,8 @@ func TestRemovedLockStillLocks(t *testing.T) {
 					t.Errorf("plain %v, removed after %v: %v", isPlain, after, err)
 				}
 				if err := lock.Look(); err != nil {
-					t.Errorf("plain %v, removed after %v: the first one says %v", isPlain, after, err)
+					t.Errorf("plain %v, removed after %v: the first one says %v", isPlain, after,
+						err)
 				}
 			})
 		}
