@@ -22,6 +22,7 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 			if err == nil {
 				r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
 			}
+
 			if !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}

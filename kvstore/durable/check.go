@@ -27,6 +27,7 @@ func (r *Report) damage(err error) error {
 	if !errors.As(err, new(*storage.DamageError)) {
 		return err
 	}
+
 	r.Damaged = true
 	r.say("DAMAGED %v", err)
 	return nil

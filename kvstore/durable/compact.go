@@ -222,6 +222,7 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 func listPart(key string, values []string) int {
 	// The key stands in each record, so a long key has large records.
 	most := max(maxFrameSnapshot, 8*len(key))
+
 	for i, v := range values {
 		most -= len(v) + 1
 		if most < 0 {

@@ -430,6 +430,7 @@ func extendLog(d storage.Directory, name string, h fileHeader, size int64) (*log
 	if err != nil {
 		return nil, err
 	}
+
 	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size,
 		fileSize: size}, nil
 }

@@ -112,6 +112,7 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	if kind != frameRecords {
 		zeros = 0
 	}
+
 	err = w.append(f, payload, zeros)
 	if err != nil {
 		j.fail(err)

@@ -202,6 +202,8 @@ func (s *files) findNew() error {
 			return err
 		}
 		f.Close()
+
+		// More than a header may be data: of a copy that was broken off, or of a store.
 		switch {
 		case !strings.HasPrefix(name, storage.StoreName) && size > headerSize && isTmp(name),
 			size > maxStoreFile:
@@ -448,6 +450,7 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 
+	// The walk has told of one end at least, or it had failed.
 	last := ends[len(ends)-1]
 	for _, end := range ends[:len(ends)-1] {
 		d.fullBytes += end.offset
@@ -613,6 +616,7 @@ func newProgress(ctx context.Context, log *slog.Logger, status *storage.Status,
 		if err != nil {
 			continue // walk will complain
 		}
+
 		p.total += size
 		p.files++
 		f.Close()

@@ -53,6 +53,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
+
 	keys, values, bytes := s.m.Size()
 	r.say("saved   %d keys, %d values, %d bytes of data to %s", keys, values, bytes, out.Path(""))
 	return r, nil
@@ -142,6 +143,7 @@ func (s *salvage) readAll(names []string) error {
 		if !ok {
 			continue
 		}
+
 		file, err := s.read(name, kind, number)
 		if err != nil {
 			return err

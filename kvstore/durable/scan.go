@@ -139,6 +139,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 		l.buf = make([]byte, rest)
 	}
 	l.buf = l.buf[:rest]
+
 	_, err = io.ReadFull(l.r, l.buf)
 	if err != nil {
 		return f, nil, readError(l.path, err)
@@ -317,6 +318,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		if err != nil {
 			return end, err
 		}
+
 		end.frames++
 		end.last = f.kind
 

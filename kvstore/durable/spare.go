@@ -123,6 +123,8 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	if d.isFull && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
+
+	// Most often there is room, which this finds without a call.
 	wanted := d.toDelete(bytes)
 	if d.room >= need && d.spare.size >= wanted && !d.isFull {
 		return nil
@@ -135,6 +137,8 @@ func (d *Store) Room(bytes int64, frees bool) error {
 			need += max(0, wanted-d.spare.size)
 		}
 	}
+
+	// The timer has to know whether the disk is full, and the next Room why.
 	err := d.makeRoom(need)
 	wasFull := d.setFull(err != nil)
 	switch {

@@ -125,6 +125,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
 			fsync: opts.Fsync, writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}}
 	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
+
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
@@ -141,6 +142,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	if err != nil {
 		return nil, err
 	}
+
 	d.lock, err = dir.Lock(ctx)
 	if err != nil {
 		return nil, err
@@ -298,8 +300,8 @@ func (d *Store) PutUntil(key, value string, at int64) {
 	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
 }
 
-// writable is at, but for times before 1970, which the log cannot say. These are over, and so is the
-// one that takes their place.
+// writable is at, but for times before 1970, which the log cannot say. These are over, and so is
+// the one that takes their place.
 func writable(at int64) int64 {
 	if at < 0 {
 		return 1
