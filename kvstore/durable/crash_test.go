@@ -54,8 +54,8 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	}
 }
 
-// Ensure that after a power failure at any moment all that was answered is there, and what was
-// done since up to some point, where all of these go on side by side: fsyncs that last, before their
+// Ensure that after a power failure at any moment all that was answered is there, and what was done
+// since up to some point, where all of these go on side by side: fsyncs that last, before their
 // effect and after it, Commits of several frames, the timer's frames, and compactions while files
 // become full.
 func TestPowerFailsBesideEverything(t *testing.T) {
@@ -153,12 +153,13 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 		}
 		again, err := openSmall(f.image, Options{Fsync: FsyncNever})
 		if err != nil {
-			t.Fatalf("seed %d, fsync %v: what a power failure leaves is refused: %v", seed, fsync, err)
+			t.Fatalf("seed %d, fsync %v: what a power failure leaves is refused: %v", seed, fsync,
+				err)
 		}
 		isThis := func(m storetest.Model) bool { return m.Equal(again) }
 		if !slices.ContainsFunc(states[f.answered:f.before+1], isThis) {
-			t.Fatalf("seed %d, fsync %v: a power failure leaves state %d (-1: none), want %d to %d", seed,
-				fsync, slices.IndexFunc(states, isThis), f.answered, f.before)
+			t.Fatalf("seed %d, fsync %v: a power failure leaves state %d (-1: none), want %d to %d",
+				seed, fsync, slices.IndexFunc(states, isThis), f.answered, f.before)
 		}
 	}
 }

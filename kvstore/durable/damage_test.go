@@ -263,7 +263,7 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 			image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
 			d.Close()
 			whole := image.Names["seg-3.log"].Data
-			records := bytes.TrimRight(whole[:len(whole)-frameSize], "\x00") // and behind them padding
+			records := bytes.TrimRight(whole[:len(whole)-frameSize], "\x00") // without padding
 			for n := 1; n <= 700; n++ {
 				data := spoil(slices.Clone(whole), n)
 				bad := image.With("seg-3.log", data)
@@ -276,7 +276,8 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 				isLossless := bytes.HasPrefix(data, records)
 				switch {
 				case err == nil && isLossless:
-					if got := maps.Collect(again.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+					got := maps.Collect(again.All())
+					if !maps.EqualFunc(got, want, slices.Equal[[]string]) {
 						t.Errorf("%s, %d bytes: %d of %d keys", what, n, len(got), len(want))
 					}
 				case !isDamage:

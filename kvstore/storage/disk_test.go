@@ -126,7 +126,8 @@ func TestStampsOfADisk(t *testing.T) {
 // was made and no more, and that none is made inside of what is to be copied.
 func TestMakeDisk(t *testing.T) {
 	path := t.TempDir()
-	from, to, there := filepath.Join(path, "from"), filepath.Join(path, "to"), filepath.Join(path, "there")
+	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")
+	there := filepath.Join(path, "there")
 	os.Mkdir(from, 0o700)
 	os.Mkdir(there, 0o700)
 	isThere := func(path string) bool {
@@ -153,13 +154,15 @@ func TestMakeDisk(t *testing.T) {
 	}
 	file := filepath.Join(path, "file")
 	os.WriteFile(file, nil, 0o600)
-	for at, want := range map[string]error{filepath.Join(from, "copy"): ErrNotOurs, file: ErrNotOurs,
+	for at, want := range map[string]error{
+		filepath.Join(from, "copy"): ErrNotOurs, file: ErrNotOurs,
 		filepath.Join(path, "none", "copy"): fs.ErrNotExist} {
 		if _, _, err := MakeDisk(at, from); !errors.Is(err, want) || at != file && isThere(at) {
 			t.Errorf("%s: %v, want %v", at, err, want)
 		}
 	}
-	if _, _, err := MakeDisk(to, filepath.Join(path, "none")); !errors.Is(err, fs.ErrNotExist) || isThere(to) {
+	_, _, err := MakeDisk(to, filepath.Join(path, "none"))
+	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)
 	}
 }

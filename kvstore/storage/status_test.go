@@ -15,10 +15,12 @@ import (
 func TestHistogram(t *testing.T) {
 	for _, counts := range []bool{false, true} {
 		h := &Histogram{Counts: counts}
-		bounds := h.Bounds()
-		sum := 0.0
+		bounds, sum, step := h.Bounds(), 0.0, 4.0
+		if counts {
+			step = 2
+		}
 		for i, bound := range bounds {
-			if step := 4.0; i > 0 && bound/bounds[i-1] != map[bool]float64{false: step, true: step / 2}[counts] {
+			if i > 0 && bound/bounds[i-1] != step {
 				t.Errorf("counts %v: bound %v is behind %v", counts, bound, bounds[i-1])
 			}
 			for range i + 1 { // each bucket has another number
@@ -41,7 +43,8 @@ func TestHistogram(t *testing.T) {
 			t.Errorf("counts %v: together %v, want %v", counts, total, sum)
 		}
 	}
-	if first, last := secondBounds[0], secondBounds[len(secondBounds)-1]; first != 0.0001 || last < 5 {
+	first, last := secondBounds[0], secondBounds[len(secondBounds)-1]
+	if first != 0.0001 || last < 5 {
 		t.Errorf("from %v to %v seconds", first, last)
 	}
 }
