@@ -474,6 +474,7 @@ func TestCrashesInAHeal(t *testing.T) {
 			d.Commit()
 			spoil(dir, d)
 			<-time.After(lookTime)
+			synctest.Wait() // for the timer, which reads dir.Before
 
 			random := rand.New(rand.NewPCG(5, 5))
 			var images []*storetest.Dir
@@ -640,6 +641,7 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 		f, _ := dir.Extend(name)
 		f.WriteAt(dir.Names[name].Data[:1], 0)
 		f.Close()
+		synctest.Wait() // for the timer, which reads dir.Before
 		random := rand.New(rand.NewPCG(5, 5))
 		var images []*storetest.Dir
 		isWritten := false

@@ -258,7 +258,7 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 		}
 		d.segmentSize = 1 << 30
 		const stall = 15 * time.Second
-		dir.syncing = stall
+		dir.syncing.Store(int64(stall))
 		start := time.Now()
 		var waited time.Duration
 		for time.Since(start) < 10*time.Second {
@@ -278,7 +278,7 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 		if after := time.Since(start) - waited; waited == 0 || after > 2200*time.Millisecond {
 			t.Errorf("Commits went on for %v beside a stalled fsync, then waited %v", after, waited)
 		}
-		dir.syncing = 0
+		dir.syncing.Store(0)
 		d.Close()
 	})
 }
@@ -576,7 +576,7 @@ func TestFsyncInTime(t *testing.T) {
 // slowDir is a storetest.Dir on which, once it is told so, writing takes a time.
 type slowDir struct {
 	*storetest.Dir
-	writing, syncing time.Duration
+	writing, syncing atomic.Int64 // how long each takes: a time.Duration
 	running, most    atomic.Int32 // Syncs at a time
 }
 
@@ -591,7 +591,7 @@ func (d *slowDir) Extend(name string) (storage.File, error) {
 }
 
 func (f slowFile) WriteAt(p []byte, off int64) (int, error) {
-	<-time.After(f.d.writing)
+	<-time.After(time.Duration(f.d.writing.Load()))
 	return f.File.WriteAt(p, off)
 }
 
@@ -599,7 +599,7 @@ func (f slowFile) Sync() error {
 	f.d.most.Store(max(f.d.most.Load(), f.d.running.Add(1)))
 	defer f.d.running.Add(-1)
 	err := f.File.Sync()
-	<-time.After(f.d.syncing)
+	<-time.After(time.Duration(f.d.syncing.Load()))
 	return err
 }
 
@@ -611,7 +611,7 @@ func TestWriteDuringFsync(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		dir.syncing = time.Second
+		dir.syncing.Store(int64(time.Second))
 		d.Put("a", "1")
 		d.Commit()
 		<-time.After(3 * time.Second / 2)
@@ -669,7 +669,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 			}
 			d.Put("a", "1")
 			d.Commit() // begins the second
-			dir.writing = 2 * time.Second
+			dir.writing.Store(int64(2 * time.Second))
 			d.Put("b", value)
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
