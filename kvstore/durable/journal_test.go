@@ -782,8 +782,8 @@ func TestStallsInARow(t *testing.T) {
 	}
 }
 
-// Ensure that the numbers of a store's status are exact: each fsync of the log with the time that it
-// took, also the timer's, and each compaction that has ended well.
+// Ensure that the numbers of a store's status are exact: each fsync of the log with the time that
+// it took, also the timer's, and each compaction that has ended well.
 func TestStatusNumbers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		status := &storage.Status{}
