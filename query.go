@@ -48,6 +48,9 @@ const (
 	update
 	set
 	remove
+	swap
+	add
+	count
 	ack
 	ping
 	stats
@@ -161,6 +164,31 @@ var verbs = [queryTypes]verb{
 		does:  "take the first such value out; it may hold colons",
 		parse: parseKeyValue, effect: frees, searches: true,
 		run: func(q *Query, db kvstore.Store) { q.n = times(db.Remove(q.key, q.value)) }},
+
+	swap: {name: "Swap", form: "Swap:key:old:new",
+		needs: "a key, an old and a new value, none with a colon in it",
+		does:  "Update, but only if old is there: :OK 1, else :OK 0",
+		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
+		run: func(q *Query, db kvstore.Store) {
+			if db.Has(q.key, q.value) {
+				q.n = times(db.Update(q.key, q.value, q.newValue))
+			}
+		}},
+
+	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
+		does:  "Put, but only if the key has no value: :OK 1, else :OK 0",
+		parse: parseKeyValue, effect: adds,
+		run: func(q *Query, db kvstore.Store) {
+			if db.Count(q.key) == 0 {
+				db.Put(q.key, q.value)
+				q.n = 1
+			}
+		}},
+
+	count: {name: "Count", form: "Count:key", needs: needsKey,
+		does:  "answers :OK n: how many values the key has",
+		parse: parseKey, effect: reads, end: endOK,
+		run: func(q *Query, db kvstore.Store) { q.n = db.Count(q.key) }},
 
 	ack: {name: "Ack", form: "Ack", needs: "nothing behind it",
 		does: "from now on every request is answered: :OK n"},
@@ -361,10 +389,12 @@ func quote(s string) string {
 
 // dialects are words that other programs and habits have for our verbs.
 var dialects = map[string]queryType{
-	"add": put, "append": put, "insert": put, "store": put, "push": put, "rpush": put,
+	"append": put, "insert": put, "store": put, "push": put, "rpush": put, "lpush": put,
 	"read": get, "fetch": get, "mget": get, "lrange": get,
 	"rem": remove, "lrem": remove, "del": del, "rm": del, "unset": del, "unlink": del,
 	"replace": update, "assign": set, "change": update,
+	"cas": swap, "incr": swap, "incrby": swap, "decr": swap,
+	"setnx": add, "llen": count, "len": count,
 	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
 	"info": stats, "status": stats, "commands": help, "man": help,
 	"bye": quit, "close": quit, "logout": quit, "q": quit,

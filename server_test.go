@@ -162,6 +162,44 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 6: unknown request "LREM a b"; did you mean Remove:a:b ?`,
 			`:ERROR line 7: unknown request "remove a b"; did you mean Remove:a:b ?`,
 		}, "\n") + "\n"},
+	{"swap replaces, and never adds",
+		"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
+			"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
+		"k:b\nk:a\nk:c\ne:z\n"},
+	{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n",
+		"k:a:b\nk:\n"},
+	{"count is always answered", "Count:k\nPut:k:a\nPut:k:a\ncount:k\nPut:k:c\nGet:k\n",
+		":OK 0\n:OK 2\nk:a\nk:a\nk:c\n"},
+	{"swap, add and count with ack",
+		"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
+		":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
+	{"swap, add and count with more or less",
+		"Swap:k:a\nSwap:k:a:b:c\nSwap::a:b\nAdd:k\nAdd::v\nCount:\nCount:k:1\nCount\nCount:k\n",
+		strings.Join([]string{
+			`:ERROR line 1: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap:k:a"`,
+			`:ERROR line 2: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap:k:a:b:c"`,
+			`:ERROR line 3: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap::a:b"`,
+			`:ERROR line 4: Add needs a key and a value, as in Add:key:value; got "Add:k"`,
+			`:ERROR line 5: Add needs a key and a value, as in Add:key:value; got "Add::v"`,
+			`:ERROR line 6: Count needs a key, without a colon in it, as in Count:key; got "Count:"`,
+			`:ERROR line 7: Count needs a key, without a colon in it, as in Count:key; got "Count:k:1"; ` +
+				`a Put like that wrote to the key "k", for a key ends at its first colon`,
+			`:ERROR line 8: Count needs a key, without a colon in it, as in Count:key; got "Count"`,
+			":OK 0\n"}, "\n")},
+	{"words of other programs",
+		"incr a\ncas a b c\nsetnx a b\nllen a\nlpush a b\nadd a b\nswap a b\n",
+		strings.Join([]string{
+			`:ERROR line 1: unknown request "incr a"; did you mean Swap:key:old:new ?`,
+			`:ERROR line 2: unknown request "cas a b c"; did you mean Swap:a:b:c ?`,
+			`:ERROR line 3: unknown request "setnx a b"; did you mean Add:a:b ?`,
+			`:ERROR line 4: unknown request "llen a"; did you mean Count:a ?`,
+			`:ERROR line 5: unknown request "lpush a b"; did you mean Put:a:b ?`,
+			`:ERROR line 6: unknown request "add a b"; did you mean Add:a:b ?`,
+			`:ERROR line 7: unknown request "swap a b"; did you mean Swap:key:old:new ?`,
+			""}, "\n")},
 	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
 	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
 	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
@@ -495,6 +533,7 @@ func TestStats(t *testing.T) {
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
 			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
+			": swap_requests_total 0", ": add_requests_total 0", ": count_requests_total 0",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
 			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
 			": quit_requests_total 0",
@@ -513,7 +552,8 @@ func TestStats(t *testing.T) {
 		}
 		wantAll()
 		a.want(":OK 0")
-		lines[10], lines[12] = ": ack_requests_total 1", ": stats_requests_total 2"
+		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
+		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
 		wantAll()
 		a.hangUp()
 	})
@@ -7887,6 +7927,18 @@ func (m *model) answer(number int, line string, acked *bool) string {
 		if len(m.lists[f[1]]) == 0 {
 			delete(m.lists, f[1])
 		}
+	case verb == "swap" && len(f) == 4 && f[1] != "":
+		if i := slices.Index(m.lists[f[1]], f[2]); i >= 0 {
+			m.lists[f[1]] = append(slices.Delete(m.lists[f[1]], i, i+1), f[3])
+			n = 1
+		}
+	case verb == "add" && len(f) >= 3 && f[1] != "":
+		if len(m.lists[f[1]]) == 0 {
+			m.lists[f[1]] = []string{strings.Join(f[2:], ":")}
+			n = 1
+		}
+	case verb == "count" && len(f) == 2 && f[1] != "":
+		return ":OK " + strconv.Itoa(len(m.lists[f[1]])) + "\n"
 	case verb == "delete" && len(f) == 2 && f[1] != "":
 		n = len(m.lists[f[1]])
 		delete(m.lists, f[1])
@@ -8031,16 +8083,12 @@ func FuzzParse(f *testing.F) {
 			return
 		case put:
 			again = "Put:" + q.key + ":" + q.value
-		case get:
-			again = "Get:" + q.key
-		case del:
-			again = "Delete:" + q.key
-		case set:
-			again = "Set:" + q.key + ":" + q.value
-		case remove:
-			again = "Remove:" + q.key + ":" + q.value
-		case update:
-			again = "Update:" + q.key + ":" + q.value + ":" + q.newValue
+		case get, del, count:
+			again = verbs[q.queryType].name + ":" + q.key
+		case set, remove, add:
+			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value
+		case update, swap:
+			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value + ":" + q.newValue
 		case ping:
 			again = "Ping:" + q.value
 			line = strings.TrimSuffix(line, ":")
