@@ -1059,12 +1059,20 @@ func (l *listing) replies(found []string) *Query {
 		return &Query{queryType: keys, values: found, bytes: sum(found)}
 	}
 
-	// A Dump: each key with its list is a query of a chain.
-	chain := make([]Query, len(found))
-	for i, key := range found {
-		q := &chain[i]
-		*q = Query{client: l.client, queryType: pair, key: key}
+	// A Dump: each key with its list is a query of a chain, and so is the time after which it goes.
+	chain := make([]Query, 0, 2*len(found))
+	for _, key := range found {
+		chain = append(chain, Query{client: l.client, queryType: pair, key: key})
+		q := &chain[len(chain)-1]
 		q.values = l.snapshot.View(q.few[:0], key)
+
+		if at, goes := l.snapshot.Deadline(key); goes {
+			chain = append(chain, Query{client: l.client, queryType: pairTime, key: key,
+				values: []string{secondsLeft(at, l.client.server.now())}})
+		}
+	}
+	for i := range chain {
+		q := &chain[i]
 		q.bytes = sum(q.values)
 		l.n += len(q.values)
 		if i > 0 {

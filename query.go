@@ -2,8 +2,10 @@ package main
 
 import (
 	"fmt"
+	"iter"
 	"strconv"
 	"strings"
+	"time"
 
 	"kvserver/kvstore"
 )
@@ -15,7 +17,8 @@ type Query struct {
 	key       string // also: the address of a failed TLS handshake
 	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, what is wrong
 	queryType queryType
-	kept      bool // keep was called
+	kept      bool   // keep was called
+	seconds   uint32 // an Expire's or a Lease's
 	client    *Client
 	newValue  string
 
@@ -50,7 +53,9 @@ const (
 	remove
 	swap
 	add
+	lease
 	count
+	expire
 	ack
 	ping
 	stats
@@ -59,7 +64,9 @@ const (
 	help
 	quit
 
+	timeLeft        // an Expire without seconds
 	pair            // a key's list in one, to be formatted for Dump
+	pairTime        // in how many seconds that key goes
 	listEnd         // the end of a Keys or Dump
 	lastWord        // an error that is not dropped, such as a client's last line
 	countActive     // CountActive asks
@@ -85,9 +92,9 @@ type verb struct {
 	searches bool   // it may look through a long list, which takes long
 	lists    bool   // it walks through the store, and is a chain of its own
 
-	// run does it to the store, on workLoop's goroutine, and keeps what comes of it. nil: there
-	// is nothing to do, or the server does it.
-	run func(q *Query, db kvstore.Store)
+	// run does it to the store, on workLoop's goroutine, and keeps what comes of it. now tells the
+	// time. nil: there is nothing to do, or the server does it.
+	run func(q *Query, db kvstore.Store, now clock)
 
 	// shrinks tells whether a write would leave the store no larger than it is. nil: it would
 	// not, unless the effect says so.
@@ -98,13 +105,16 @@ type verb struct {
 	mayDrop         bool   // a slow reader may lose its reply
 }
 
+// clock tells the wall clock's time, which may jump.
+type clock func() time.Time
+
 // effect is what a request does to the list of its key.
 type effect uint8
 
 const (
 	noKey    effect = iota // nothing: it has no key
 	reads                  // its values are the store's, for a short time (kvstore.Store's View)
-	adds                   // it adds value
+	adds                   // it adds value, or a deadline
 	replaces               // it takes value out and adds newValue
 	frees                  // it only takes something away
 )
@@ -138,7 +148,7 @@ var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
 		does:  "add value to the key's list; it may hold colons",
 		parse: parseKeyValue, effect: adds,
-		run: func(q *Query, db kvstore.Store) { db.Put(q.key, q.value); q.n = 1 }},
+		run: func(q *Query, db kvstore.Store, _ clock) { db.Put(q.key, q.value); q.n = 1 }},
 
 	get: {name: "Get", form: "Get:key", needs: needsKey,
 		does:  "the key's values, oldest first, as key:value lines",
@@ -147,40 +157,51 @@ var verbs = [queryTypes]verb{
 	del: {name: "Delete", form: "Delete:key", needs: needsKey,
 		does:  "remove the key and all its values",
 		parse: parseKey, effect: frees,
-		run: func(q *Query, db kvstore.Store) { q.n = db.Delete(q.key) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Delete(q.key) }},
 
 	update: {name: "Update", form: "Update:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "take the first old out, add new at the end",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
-		run: func(q *Query, db kvstore.Store) { q.n = times(db.Update(q.key, q.value, q.newValue)) }},
+		run: runUpdate},
 
 	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
 		does:  "make value the key's only one; it may hold colons",
 		parse: parseKeyValue, effect: adds, shrinks: setShrinks,
-		run: func(q *Query, db kvstore.Store) { q.n = db.Set(q.key, q.value) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Set(q.key, q.value) }},
 
 	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
 		does:  "take the first such value out; it may hold colons",
 		parse: parseKeyValue, effect: frees, searches: true,
-		run: func(q *Query, db kvstore.Store) { q.n = times(db.Remove(q.key, q.value)) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = times(db.Remove(q.key, q.value)) }},
 
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "Update, but only if old is there: :OK 1, else :OK 0",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
-		run: func(q *Query, db kvstore.Store) {
+		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Has(q.key, q.value) {
-				q.n = times(db.Update(q.key, q.value, q.newValue))
+				runUpdate(q, db, nil)
 			}
 		}},
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
 		does:  "Put, but only if the key has no value: :OK 1, else :OK 0",
 		parse: parseKeyValue, effect: adds,
-		run: func(q *Query, db kvstore.Store) {
+		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
 				db.Put(q.key, q.value)
+				q.n = 1
+			}
+		}},
+
+	lease: {name: "Lease", form: "Lease:key:seconds:value",
+		needs: "a key, seconds from 1 to 4000000000, and a value",
+		does:  "Add and Expire in one step: a lock that frees itself",
+		parse: parseLease, effect: adds,
+		run: func(q *Query, db kvstore.Store, now clock) {
+			if q.mayExpire(db) && db.Count(q.key) == 0 {
+				db.PutUntil(q.key, q.value, q.deadline(now))
 				q.n = 1
 			}
 		}},
@@ -188,7 +209,17 @@ var verbs = [queryTypes]verb{
 	count: {name: "Count", form: "Count:key", needs: needsKey,
 		does:  "answers :OK n: how many values the key has",
 		parse: parseKey, effect: reads, end: endOK,
-		run: func(q *Query, db kvstore.Store) { q.n = db.Count(q.key) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Count(q.key) }},
+
+	expire: {name: "Expire", form: "Expire:key:seconds",
+		needs: "a key, and seconds up to 4000000000 or nothing",
+		does:  "the key goes after so many; 0: it stays; none: how many are left",
+		parse: parseExpire, effect: adds, shrinks: expireShrinks,
+		run: func(q *Query, db kvstore.Store, now clock) {
+			if q.mayExpire(db) {
+				q.n = times(db.Expire(q.key, q.deadline(now)))
+			}
+		}},
 
 	ack: {name: "Ack", form: "Ack", needs: "nothing behind it",
 		does: "from now on every request is answered: :OK n"},
@@ -218,7 +249,9 @@ var verbs = [queryTypes]verb{
 
 	malformed: {end: endError, mayDrop: true},
 	foreign:   {end: endForeign},
+	timeLeft:  {effect: reads, run: runTimeLeft, separator: ": ", end: endOK},
 	pair:      {head: ": Put:", separator: ":", end: endFollow},
+	pairTime:  {head: ": Expire:", separator: ":", end: endFollow},
 	listEnd:   {end: endOK},
 	lastWord:  {end: endError},
 }
@@ -240,7 +273,7 @@ var helpLines = func() (lines []string) {
 
 // A Help is made of all rows, so its own gets this when they are there.
 func init() {
-	verbs[help].run = func(q *Query, _ kvstore.Store) { q.answer(helpLines) }
+	verbs[help].run = func(q *Query, _ kvstore.Store, _ clock) { q.answer(helpLines) }
 }
 
 // ---- parsing
@@ -296,6 +329,33 @@ func parseKeyOldNew(q *Query, arguments string) bool {
 	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
 }
 
+// maxSeconds is how long a key may stay that goes: over a hundred years.
+const maxSeconds = 4_000_000_000
+
+func parseLease(q *Query, arguments string) bool {
+	key, rest, one := strings.Cut(arguments, ":")
+	seconds, value, two := strings.Cut(rest, ":")
+	q.key, q.value = key, value
+	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
+}
+
+// parseExpire takes an Expire without seconds for another request.
+func parseExpire(q *Query, arguments string) bool {
+	key, seconds, has := strings.Cut(arguments, ":")
+	q.key = key
+	if !has {
+		q.queryType = timeLeft
+	}
+	return key != "" && (!has || q.parseSeconds(seconds, 0, maxSeconds))
+}
+
+// parseSeconds takes a decimal number from least to most.
+func (q *Query) parseSeconds(text string, least, most uint64) bool {
+	n, err := strconv.ParseUint(text, 10, 32)
+	q.seconds = uint32(n)
+	return err == nil && n >= least && n <= most
+}
+
 // parsePrefix takes no prefix for the empty one.
 func parsePrefix(q *Query, arguments string) bool {
 	q.value = arguments
@@ -311,6 +371,7 @@ func parseToken(q *Query, arguments string) bool {
 // refuse makes q malformed, for the reason why.
 func (q *Query) refuse(why string) {
 	q.queryType, q.key, q.value, q.newValue = malformed, "", why, ""
+	q.seconds = 0
 }
 
 // isKey tells whether s can be a key.
@@ -394,7 +455,8 @@ var dialects = map[string]queryType{
 	"rem": remove, "lrem": remove, "del": del, "rm": del, "unset": del, "unlink": del,
 	"replace": update, "assign": set, "change": update,
 	"cas": swap, "incr": swap, "incrby": swap, "decr": swap,
-	"setnx": add, "llen": count, "len": count,
+	"expireat": expire, "pexpire": expire, "ttl": expire, "persist": expire, "setex": expire,
+	"lock": lease, "setnx": add, "llen": count, "len": count,
 	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
 	"info": stats, "status": stats, "commands": help, "man": help,
 	"bye": quit, "close": quit, "logout": quit, "q": quit,
@@ -440,11 +502,18 @@ func didYouMean(line string) string {
 		}
 
 		try := verbs[t].name + ":" + strings.Join(args, ":")
-		if len(args) == n && len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` {
+		if len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` && isRequest(try) {
 			return "; did you mean " + try + " ?"
 		}
 	}
 	return "; did you mean " + verbs[t].form + " ?"
+}
+
+// isRequest tells whether line, which begins with a verb, is a request.
+func isRequest(line string) bool {
+	var q Query
+	q.parse(line)
+	return q.queryType != malformed
 }
 
 // oneSlip tells whether a becomes b by one letter more, less or other, or by
@@ -474,13 +543,13 @@ func oneSlip(a, b string) bool {
 // ---- running
 
 // run does what a request asks for to db, and keeps what came of it.
-func (q *Query) run(db kvstore.Store) {
+func (q *Query) run(db kvstore.Store, now clock) {
 	if run := q.row().run; run != nil {
-		run(q, db)
+		run(q, db, now)
 	}
 }
 
-func runGet(q *Query, db kvstore.Store) {
+func runGet(q *Query, db kvstore.Store, _ clock) {
 	q.values = db.View(q.few[:0], q.key)
 
 	// The store knows how large a long list is.
@@ -491,10 +560,78 @@ func runGet(q *Query, db kvstore.Store) {
 	}
 }
 
-func runList(q *Query, db kvstore.Store) {
+func runUpdate(q *Query, db kvstore.Store, _ clock) {
+	q.n = times(db.Update(q.key, q.value, q.newValue))
+}
+
+func runList(q *Query, db kvstore.Store, now clock) {
 	q.snapshot = db.Snapshot()
 	q.n, _, _ = db.Size()
+
+	// Keys may be there still though their time is over.
+	taken := now().UnixMilli()
+	if _, isDue := db.NextDue(taken); isDue {
+		q.snapshot = withoutDue{q.snapshot, taken}
+	}
 }
+
+// withoutDue is a snapshot but for the keys whose time was over when it was taken.
+type withoutDue struct {
+	kvstore.Snapshot
+	taken int64 // in milliseconds of Unix time
+}
+
+// All is Snapshot's.
+func (w withoutDue) All() iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		for key, list := range w.Snapshot.All() {
+			if at, goes := w.Deadline(key); goes && at <= w.taken {
+				continue
+			}
+			if !yield(key, list) {
+				return
+			}
+		}
+	}
+}
+
+// mayExpire tells whether keys of db can go when their time is over, and refuses q if not.
+func (q *Query) mayExpire(db kvstore.Store) bool {
+	if db.Expiring() < 0 {
+		q.refuse("this store keeps every key until somebody deletes it")
+		return false
+	}
+	return true
+}
+
+// deadline is when the key goes for which q has given seconds, in milliseconds of Unix time; 0: it
+// stays.
+func (q *Query) deadline(now clock) (at int64) {
+	if q.seconds > 0 {
+		at = toMilli(now()) + int64(q.seconds)*1000
+	}
+	return at
+}
+
+// runTimeLeft answers without the key: it is no data.
+func runTimeLeft(q *Query, db kvstore.Store, now clock) {
+	at, goes := db.Deadline(q.key)
+	q.n = times(goes || db.Count(q.key) > 0)
+	q.key = ""
+	if goes {
+		q.answer([]string{secondsLeft(at, now())})
+	}
+}
+
+// secondsLeft is the time until at, in milliseconds of Unix time, in seconds rounded up: at least
+// one, for 0 would have a key stay.
+func secondsLeft(at int64, now time.Time) string {
+	left := (at - toMilli(now) + 999) / 1000
+	return strconv.FormatInt(max(left, 1), 10)
+}
+
+// toMilli is t in milliseconds of Unix time, rounded up, so that no key goes too early.
+func toMilli(t time.Time) int64 { return t.Add(time.Millisecond - 1).UnixMilli() }
 
 // answer makes lines the reply.
 func (q *Query) answer(lines []string) {
@@ -558,6 +695,12 @@ func updateShrinks(q *Query, db kvstore.Store) bool {
 	return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
 }
 
+// expireShrinks: a deadline takes memory, and another in its place takes no more.
+func expireShrinks(q *Query, db kvstore.Store) bool {
+	_, goes := db.Deadline(q.key)
+	return goes || q.seconds == 0
+}
+
 func setShrinks(q *Query, db kvstore.Store) bool {
 	before := db.Measure(q.key)
 	isThere := before > 0 || db.Has(q.key, "") // a new key would be more
@@ -570,7 +713,7 @@ func setShrinks(q *Query, db kvstore.Store) bool {
 func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
 
 // lineExtra is how many bytes appendLine appends beside the value, at most.
-func (q *Query) lineExtra() int { return len(q.key) + len(": Put:") + len(":") + len("\r\n") }
+func (q *Query) lineExtra() int { return len(q.key) + len(": Expire:") + len(":") + len("\r\n") }
 
 // lineEnd ends the line of value.
 func (q *Query) lineEnd(value string) string {

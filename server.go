@@ -49,6 +49,11 @@ const (
 	searchCost = 8
 	longTime   = maxSlowTurn / 2
 
+	// How often workLoop looks for keys that go, beside a look at each turn, while there are any;
+	// and how many it deletes between two looks at the clock.
+	expireTime   = 50 * time.Millisecond
+	expireStride = 64
+
 	// How much more of workLoop's time a client may have had than those that wait, until its
 	// next chain waits with them. Below that chains are run as they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
@@ -110,6 +115,7 @@ type keyValueServer struct {
 	tls          *tls.Config   // nil: none; unix sockets never have it
 	handshakes   int           // under way at a time, but at least one a listener
 	version      string
+	now          clock // the wall clock, by which keys go: time.Now, but for tests
 	// of the store while it is opened, and of its lock; nil: it needs neither
 	status  *storage.Status
 	log     *slog.Logger
@@ -164,6 +170,8 @@ type keyValueServer struct {
 	badHandshakes seldom // handshakes that failed
 	noRoom        seldom // writes refused because the disk is full
 	noMemory      seldom // and because the memory is
+	due           due    // whether there are keys whose time is over
+	expired       int    // keys that went because their time was over
 	broken        bool   // Commit failed: nothing runs any more
 	closing       bool   // closeSignal was seen
 	welcomed      int    // clients so far
@@ -271,6 +279,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		writeTimeout: defaultWriteTimeout,
 		handshakes:   maxHandshakes,
 		version:      "unknown",
+		now:          time.Now,
 		log:          slog.New(slog.DiscardHandler),
 		queries:      make(chan *Query, maxBatch),
 		connections:  make(chan net.Conn),
@@ -495,12 +504,16 @@ func (s *keyValueServer) workLoop() {
 	connections, closeSignal := s.connections, s.closeSignal
 	always := make(chan struct{}) // always ready
 	close(always)
+	var alarm <-chan time.Time // nil: no key goes
 
 	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
-		var more chan struct{} // nil: no chain waits for its turn
-		if len(s.waiting) > 0 {
+		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
+		if len(s.waiting) > 0 || s.due == someDue {
 			more = always
+		}
+		if alarm == nil && s.db.Expiring() > 0 {
+			alarm = time.After(expireTime)
 		}
 		select {
 		case conn, open := <-connections:
@@ -513,6 +526,9 @@ func (s *keyValueServer) workLoop() {
 		case q := <-s.queries:
 			s.runBatch(q)
 		case <-more:
+			s.runBatch(s.nextQuery())
+		case <-alarm:
+			alarm = nil
 			s.runBatch(nil)
 		case <-closeSignal:
 			closeSignal = nil
@@ -574,6 +590,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 // runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
 // commits it all at once, then answers.
 func (s *keyValueServer) runBatch(q *Query) {
+	s.expire()
 	s.clock.begin()
 	for yields := 0; ; q = s.nextQuery() {
 		switch {
@@ -704,6 +721,9 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 
 	for left := c.share.stride; q != nil && !s.broken; q = q.next {
+		if s.due != noneDue {
+			s.expireKey(q)
+		}
 		if q.writes() {
 			s.admit(q)
 		}
@@ -716,7 +736,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			}
 			q.answer(q.values)
 		default:
-			q.run(s.db)
+			q.run(s.db, s.now)
 		}
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
@@ -764,6 +784,60 @@ func (s *keyValueServer) admit(q *Query) {
 				"error", err)
 		}
 	}
+}
+
+// due says whether there are keys whose time is over.
+type due uint8
+
+const (
+	noneDue  due = iota
+	someDue      // they are deleted in turn with the clients' requests
+	stuckDue     // the disk has no room for that; perhaps it has a little later
+)
+
+// expire deletes keys whose time is over, for a part of a turn. Of those that are left expireKey
+// sees to it that nobody finds them. The next answer waits for the Commit that these Deletes are
+// in; until then, and after a crash, they may be done again.
+func (s *keyValueServer) expire() {
+	s.due = noneDue
+	if s.broken || s.db.Expiring() <= 0 {
+		return
+	}
+
+	now, began := s.now().UnixMilli(), time.Now()
+	for n := 1; s.due == noneDue; n++ {
+		key, isDue := s.db.NextDue(now)
+		switch {
+		case !isDue:
+			return
+		case s.deleteDue(key) != nil:
+			s.due = stuckDue
+		case n%expireStride == 0 && time.Since(began) >= maxSlowTurn:
+			s.due = someDue
+		}
+	}
+}
+
+// expireKey deletes the key that q is about, if its time is over.
+func (s *keyValueServer) expireKey(q *Query) {
+	if q.row().effect == noKey {
+		return
+	}
+	if at, goes := s.db.Deadline(q.key); goes && at <= s.now().UnixMilli() {
+		if err := s.deleteDue(q.key); err != nil {
+			q.refuse(fmt.Sprintf("the key's time is over, but the disk is full: %v", err))
+		}
+	}
+}
+
+// deleteDue deletes a key whose time is over, if the disk has room for that.
+func (s *keyValueServer) deleteDue(key string) error {
+	if err := s.db.Room(int64(len(key)), true); err != nil {
+		return err
+	}
+	s.db.Delete(key)
+	s.expired++
+	return nil
 }
 
 // isFull tells whether there is no memory for q. One that leaves the store no larger may
@@ -1161,7 +1235,7 @@ func (s *keyValueServer) stats() []counter {
 	for t := put; t <= quit; t++ {
 		verb := strings.ToLower(verbs[t].name)
 		rows = append(rows, counter{verb + "_requests_total",
-			"Requests of the kind " + verb + " that were run.", s.requests[t], cumulative})
+			"Requests of the kind " + verb + " that were run.", s.requestsOf(t), cumulative})
 	}
 
 	rows = append(rows, []counter{
@@ -1175,6 +1249,8 @@ func (s *keyValueServer) stats() []counter {
 			s.budget.forQueues(), gauge},
 		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
 			s.noRoom.total + s.noMemory.total, cumulative},
+		{"expired_keys_total", "Keys that have gone because their time was over.", s.expired,
+			cumulative},
 		{"clients_refused_total", "Connections over -max-clients, which were refused.",
 			s.full.total, cumulative},
 		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
@@ -1189,6 +1265,7 @@ func (s *keyValueServer) stats() []counter {
 	return append(rows, []counter{
 		{"keys", "Keys in the store.", keys, gauge},
 		{"values", "Values in the store.", values, gauge},
+		{"expiring_keys", "Keys that go when their time is over.", s.db.Expiring(), gauge},
 		{"data_bytes", "Keys and values together.", bytes, gauge},
 		{"memory_bytes", "What the data and the clients take in memory, but for what is queued.",
 			s.budget.data(), gauge},
@@ -1207,10 +1284,18 @@ func processBytes() uint64 {
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
 
+// requestsOf returns how many requests of a client's kind were run.
+func (s *keyValueServer) requestsOf(t queryType) (n int) {
+	if n = s.requests[t]; t == expire {
+		n += s.requests[timeLeft]
+	}
+	return n
+}
+
 // requestsRun returns how many requests were run or refused.
 func (s *keyValueServer) requestsRun() (n int) {
-	for t := malformed; t <= quit; t++ {
-		n += s.requests[t]
+	for _, some := range s.requests {
+		n += some
 	}
 	return n
 }

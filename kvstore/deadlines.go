@@ -162,6 +162,9 @@ func (v *view) deadline(slot uint64) (deadline int64) {
 	return deadline
 }
 
+// Expiring returns how many keys have a deadline.
+func (m *Memory) Expiring() int { return m.expiring }
+
 // NextDue returns the key with the first deadline, if that is not after now.
 func (m *Memory) NextDue(now int64) (key string, ok bool) {
 	if len(m.deadlines.chunks) == 0 || m.deadlines.chunks[0][0].at > now {

@@ -101,6 +101,9 @@ type Store interface {
 	// Deadline returns when key goes; ok is false if it stays.
 	Deadline(key string) (at int64, ok bool)
 
+	// Expiring returns how many keys have a deadline; it is negative if none can have one.
+	Expiring() int
+
 	// NextDue returns the key that goes first, if its time is not after now.
 	NextDue(now int64) (key string, ok bool)
 
@@ -172,4 +175,5 @@ func (p plain) Count(key string) int                { return len(p.Get(key)) }
 func (p plain) Expire(key string, _ int64) bool     { return len(p.Get(key)) > 0 }
 func (p plain) PutUntil(key, value string, _ int64) { p.Put(key, value) }
 func (plain) Deadline(string) (int64, bool)         { return 0, false }
+func (plain) Expiring() int                         { return -1 }
 func (plain) NextDue(int64) (string, bool)          { return "", false }

@@ -115,6 +115,7 @@ func (m Model) Measure(key string) int64           { return int64(len(strings.Jo
 func (m Model) View(_ []string, k string) []string { return m.Get(k) }
 func (m Model) All() iter.Seq2[string, []string]   { return maps.All(m.lists) }
 func (m Model) Snapshot() kvstore.Snapshot         { return m.Clone() }
+func (m Model) Expiring() int                      { return len(m.ends) }
 func (m Model) Commit() error                      { return nil }
 func (m Model) Room(int64, bool) error             { return nil }
 func (m Model) Footprint() int64                   { return 0 }

@@ -39,7 +39,7 @@ var operations = map[string]func(s kvstore.Store, x Step) []any{
 	"PutUntil": func(s kvstore.Store, x Step) []any { s.PutUntil(x.Key, x.Value, x.At); return nil },
 	"Deadline": func(s kvstore.Store, x Step) []any {
 		at, ok := s.Deadline(x.Key)
-		return []any{at, ok}
+		return []any{at, ok, s.Expiring()}
 	},
 	"NextDue": func(s kvstore.Store, x Step) []any {
 		key, ok := s.NextDue(x.At) // which one, of several that go at that time, is the store's
