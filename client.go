@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"container/list"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -52,6 +54,10 @@ const (
 
 	// For a line that was begun to end, counted in ticks of quietAfter, while we read.
 	lineTime = 30 * time.Second
+
+	// Between two looks whether a connection is there still from which nobody reads, for its Take
+	// waits.
+	probeTime = time.Second / 4
 
 	handshakeTime = 5 * time.Second // for TLS to begin
 	drainTime     = time.Second     // for the client to take our last words and close
@@ -122,16 +128,18 @@ type Client struct {
 	// none for too long. One slot, for only the latest counts.
 	progress chan bool
 
-	index  int    // its place in clients; owned by workLoop
-	share  share  // of workLoop's time; owned by it
-	outbox outbox // owned by the chain's holder
+	index  int           // its place in clients; owned by workLoop
+	share  share         // of workLoop's time; owned by it
+	take   *list.Element // its Take that waits, in takes; owned by workLoop
+	outbox outbox        // owned by the chain's holder
 
 	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
 	// its departure leaves them to workLoop.
 	in       input
-	underWay bool   // a chain is, and has not come back
-	reason   string // why the connection ends, for the log; "" while it does not
-	drain    bool   // it ends by our will: let the client take our last words
+	underWay bool      // a chain is, and has not come back
+	takeEnds time.Time // when it waits no longer, if it is a Take that may wait; zero: it is none
+	reason   string    // why the connection ends, for the log; "" while it does not
+	drain    bool      // it ends by our will: let the client take our last words
 
 	broken error // of the Write that failed; owned by writeToClient, until its departure
 }
@@ -256,12 +264,20 @@ func (c *Client) send(chain *Query) {
 	c.server.queries <- chain
 }
 
+// sendTake is send with a Take that may wait. It has memory of its own, for what comes meanwhile
+// is read into the client's.
+func (c *Client) sendTake(q *Query) {
+	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
+	c.send(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
+		line: q.line})
+}
+
 // await waits for the chain that is under way, if there is one. It returns
 // false, and ends the connection, if that is not known to have run.
 func (c *Client) await() bool {
 	if c.underWay {
 		c.underWay = false
-		if <-c.done == nil {
+		if c.awaitDone() == nil {
 			c.end("the store failed", false)
 			return false
 		}
@@ -269,11 +285,56 @@ func (c *Client) await() bool {
 	return true
 }
 
+// awaitDone waits for the chain that is under way to come back. Where that is a Take that waits,
+// nobody reads: so it looks itself whether the connection is there still.
+func (c *Client) awaitDone() (chain *Query) {
+	for c.mayTakeWait() {
+		left := time.Until(c.takeEnds)
+		if left <= 0 {
+			c.endTake(stopTake)
+			break
+		}
+
+		select {
+		case chain = <-c.done:
+			c.noteTaken()
+			return chain
+		case <-time.After(min(left, probeTime)):
+			if c.paced.isBroken() {
+				c.endTake(dropTake)
+			}
+		case <-c.closed:
+			c.endTake(dropTake)
+		case <-c.server.closeSignal:
+			c.endTake(dropTake)
+		}
+	}
+	return <-c.done
+}
+
+// mayTakeWait tells whether the chain that is under way is a Take that may wait, and has not been
+// told to give up.
+func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
+
+// noteTaken notes that there is no Take that may wait. The read deadline was for its end.
+func (c *Client) noteTaken() { c.takeEnds, c.in.ticking = time.Time{}, false }
+
+// endTake has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
+func (c *Client) endTake(how queryType) {
+	if c.mayTakeWait() {
+		c.noteTaken()
+		c.server.queries <- &Query{queryType: how, client: c}
+	}
+}
+
 // submit has workLoop run chain, and sees to the replies.
 func (c *Client) submit(chain *Query) {
-	if chain.row().lists {
+	switch {
+	case chain.row().lists:
 		c.list(chain)
-	} else {
+	case chain.mayWait():
+		c.sendTake(chain)
+	default:
 		c.send(chain)
 	}
 }
@@ -394,6 +455,10 @@ func tooLong(maxLine int) string {
 // endInput ends the connection because Read ended in err.
 func (c *Client) endInput(err error) {
 	in := &c.in
+	if !errors.Is(err, io.EOF) { // a client that has closed its side may still wait
+		c.endTake(dropTake)
+	}
+
 	switch {
 	case !c.await(): // that is why
 	case errors.Is(err, io.EOF):
@@ -533,7 +598,10 @@ const tlsHandshake = 0x16
 // room, and the chain holds memory, too: so tick waits for that.
 func (c *Client) tick() error {
 	in := &c.in
-	c.await()
+	waits := c.mayTakeWait() && time.Now().Before(c.takeEnds) && len(c.done) == 0
+	if !waits { // a Take that does has memory of its own
+		c.await()
+	}
 
 	// What the client does not need goes.
 	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
@@ -542,7 +610,7 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick has had a tick more.
 	c.limitRead(time.Time{})
-	if in.midLine() && in.whole {
+	if in.midLine() && in.whole && !waits {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
@@ -561,12 +629,18 @@ var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineT
 // serves many Reads: setting one for each would cost every burst.
 func (c *Client) setTick() {
 	in := &c.in
-	if in.ticking || len(in.buf) == quietSize && in.queries == nil && !in.midLine() {
+	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine()
+	if in.ticking || isQuiet && !c.mayTakeWait() {
 		return
 	}
 
+	// A Take's end is looked at, too.
+	end := time.Now().Add(quietAfter)
+	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
+		end = c.takeEnds
+	}
 	in.ticking, in.whole = true, in.midLine()
-	c.limitRead(time.Now().Add(quietAfter))
+	c.limitRead(end)
 }
 
 // limitRead sets the read deadline, unless the server closes: then it has
@@ -697,14 +771,14 @@ func lastNewline(b []byte) int {
 }
 
 // parse makes a chain of the first lines of burst, nil if they are blank, and
-// returns the lines left over. A Keys or Dump is a chain of its own; a Quit is the last of its
-// chain, and of its client.
+// returns the lines left over. A Keys, a Dump, or a Take that may wait, is a chain of its own; a
+// Quit is the last of its chain, and of its client.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	before := in.queries
 	in.queries = in.queries[:0]
 
-	for lists := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !lists; {
+	for alone := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !alone; {
 		end := strings.IndexByte(burst, '\n')
 		line, whole := trimCR(burst[:end]), burst
 		burst = burst[end+1:]
@@ -723,8 +797,8 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			q.parse(line)
 		}
 
-		// What comes before a Keys or Dump is run first.
-		if lists = q.row().lists; lists && len(in.queries) > 1 {
+		// What comes before such a request is answered first.
+		if alone = q.isAlone(); alone && len(in.queries) > 1 {
 			in.queries, in.line, burst = in.queries[:len(in.queries)-1], in.line-1, whole
 			break
 		}
@@ -1635,6 +1709,8 @@ type pacedConn struct {
 	unread int
 	looked time.Time
 
+	writing atomic.Bool // a Write is under way; for isBroken, on any goroutine
+
 	// The other side took bytes again after a pause: it reads. (What it has not read only its
 	// sockets take, and they do so at once.) False again when it is slow.
 	resumed bool
@@ -1644,6 +1720,8 @@ type pacedConn struct {
 // limit has, or the server has been closing for closeTime. It asks for the time only
 // where a deadline has passed: doing so for each Write would cost every reply.
 func (p *pacedConn) Write(b []byte) (n int, err error) {
+	p.writing.Store(true)
+	defer p.writing.Store(false)
 	if p.until.IsZero() {
 		p.setDeadline(time.Now(), tickTime)
 	}
@@ -1690,6 +1768,17 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 
 		p.setDeadline(now, tick)
 	}
+}
+
+// isBroken tells whether the connection is known to be broken. Write tells that itself; where none
+// is under way, writing nothing tells it. Any goroutine may ask.
+func (p *pacedConn) isBroken() bool {
+	if p.writing.Load() {
+		return false
+	}
+	p.Conn.SetWriteDeadline(time.Now().Add(tickTime)) // as a Write's: the last one's has passed
+	_, err := p.Conn.Write(nil)
+	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // errTookNothing ends a client that has taken no byte for -write-timeout.

@@ -18,7 +18,7 @@ type Query struct {
 	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, what is wrong
 	queryType queryType
 	kept      bool   // keep was called
-	seconds   uint32 // an Expire's or a Lease's
+	seconds   uint32 // an Expire's or a Lease's, or for which a Take waits; 0: it does not
 	client    *Client
 	newValue  string
 
@@ -54,6 +54,7 @@ const (
 	swap
 	add
 	lease
+	take
 	count
 	expire
 	ack
@@ -73,6 +74,8 @@ const (
 	countDropped    // CountDropped asks
 	countAll        // who watches asks for every counter
 	depart          // a goroutine of the client's has ended
+	stopTake        // the client's Take is to wait no longer
+	dropTake        // nor to take anything: its client has gone
 	handshakeFailed // a TLS handshake failed, for the reason that value says
 
 	queryTypes = iota
@@ -203,6 +206,17 @@ var verbs = [queryTypes]verb{
 			if q.mayExpire(db) && db.Count(q.key) == 0 {
 				db.PutUntil(q.key, q.value, q.deadline(now))
 				q.n = 1
+			}
+		}},
+
+	take: {name: "Take", form: "Take:key:seconds", needs: "a key, and seconds from 1 to 3600 or nothing",
+		does:  "remove the oldest value, and answer it; wait so long for one",
+		parse: parseTake, effect: frees, separator: ":",
+		run: func(q *Query, db kvstore.Store, _ clock) {
+			value, ok := db.Take(q.key)
+			if q.n = times(ok); ok {
+				q.few[0], q.bytes = value, len(value)
+				q.values = q.few[:1]
 			}
 		}},
 
@@ -339,6 +353,15 @@ func parseLease(q *Query, arguments string) bool {
 	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
 }
 
+// maxTakeSeconds is how long a Take may wait: an hour.
+const maxTakeSeconds = 3600
+
+func parseTake(q *Query, arguments string) bool {
+	key, seconds, has := strings.Cut(arguments, ":")
+	q.key = key
+	return key != "" && (!has || q.parseSeconds(seconds, 1, maxTakeSeconds))
+}
+
 // parseExpire takes an Expire without seconds for another request.
 func parseExpire(q *Query, arguments string) bool {
 	key, seconds, has := strings.Cut(arguments, ":")
@@ -456,6 +479,7 @@ var dialects = map[string]queryType{
 	"replace": update, "assign": set, "change": update,
 	"cas": swap, "incr": swap, "incrby": swap, "decr": swap,
 	"expireat": expire, "pexpire": expire, "ttl": expire, "persist": expire, "setex": expire,
+	"pop": take, "lpop": take, "rpop": take, "blpop": take, "brpop": take, "dequeue": take,
 	"lock": lease, "setnx": add, "llen": count, "len": count,
 	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
 	"info": stats, "status": stats, "commands": help, "man": help,
@@ -645,6 +669,12 @@ func times(done bool) (n int) {
 	}
 	return n
 }
+
+// mayWait tells whether q is a Take that waits for a value if there is none.
+func (q *Query) mayWait() bool { return q.queryType == take && q.seconds > 0 }
+
+// isAlone tells whether q is a chain of its own, so that what comes before it is answered before.
+func (q *Query) isAlone() bool { return q.row().lists || q.mayWait() }
 
 // keep makes values something that may be kept for long: a short list shares memory with
 // others (kvstore.Store).

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"container/heap"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -164,6 +166,7 @@ type keyValueServer struct {
 	batch         []*Query      // chains that have run and wait for Commit
 	waiting       turnQueue     // for their turn
 	floor         time.Duration // what the client with the last turn had spent (share)
+	takes         takeQueues    // Takes that wait for a value
 	clock         turn
 	turningAway   int    // connections that are being turned away
 	full          seldom // turning clients away
@@ -297,6 +300,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 			spare: semaphore{slots: make(chan struct{}, 1)}},
 		cores:     semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
+		takes:     takeQueues{of: map[string]*list.List{}},
 		batches:   storage.Histogram{Counts: true},
 	}
 	s.oneCall <- struct{}{}
@@ -601,7 +605,9 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
 			c := &heap.Pop(&s.waiting).(*Client).share
 			s.floor = max(s.floor, c.spent)
-			s.runChain(c.chain, c.next)
+			chain, next := c.chain, c.next
+			c.chain, c.next = nil, nil // or they would stay in memory until the client's next turn
+			s.runChain(chain, next)
 
 		// The batch may grow.
 		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
@@ -651,6 +657,8 @@ func (s *keyValueServer) take(q *Query) {
 		s.batch = append(s.batch, q)
 	case depart:
 		s.leave(q.client)
+	case stopTake, dropTake:
+		s.endTake(q)
 	case handshakeFailed:
 		if n := s.badHandshakes.happened(); n > 0 {
 			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
@@ -737,6 +745,9 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			q.answer(q.values)
 		default:
 			q.run(s.db, s.now)
+			if s.takes.n > 0 {
+				s.serveTakes(q)
+			}
 		}
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
@@ -752,7 +763,76 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			return
 		}
 	}
-	s.batch = append(s.batch, chain)
+	if chain.mayWait() && chain.n == 0 {
+		s.takes.add(chain)
+	} else {
+		s.batch = append(s.batch, chain)
+	}
+}
+
+// takeQueues are the Takes that wait for a value, for each key in the order in which they came.
+// They are workLoop's. Each is a chain of its own, under way, with memory of its own.
+type takeQueues struct {
+	of map[string]*list.List // of *Query, none is empty
+	n  int                   // Takes in all of them
+}
+
+// add has chain wait behind the others.
+func (t *takeQueues) add(chain *Query) {
+	queue := t.of[chain.key]
+	if queue == nil {
+		queue = list.New()
+		t.of[chain.key] = queue
+	}
+	chain.client.take = queue.PushBack(chain)
+	t.n++
+}
+
+// remove returns c's Take, which waits no longer.
+func (t *takeQueues) remove(c *Client) (chain *Query) {
+	chain = c.take.Value.(*Query)
+	queue := t.of[chain.key]
+	if queue.Remove(c.take); queue.Len() == 0 {
+		delete(t.of, chain.key)
+	}
+	c.take = nil
+	t.n--
+	return chain
+}
+
+// serveTakes gives the value that q has brought to the Take that has waited longest for it.
+func (s *keyValueServer) serveTakes(q *Query) {
+	if effect := q.row().effect; effect != adds && effect != replaces {
+		return
+	}
+
+	// There is one value, for before that the key had none.
+	for queue := s.takes.of[q.key]; queue != nil && queue.Len() > 0 && s.db.Count(q.key) > 0; {
+		chain := s.takes.remove(queue.Front().Value.(*Query).client)
+		s.admit(chain)
+		chain.run(s.db, s.now)
+		s.batch = append(s.batch, chain)
+	}
+}
+
+// endTake has a client's Take wait no longer, as q says. If it has not been answered, it finds
+// nothing; but one that has not had its turn yet has a look, unless its client has gone.
+func (s *keyValueServer) endTake(q *Query) {
+	c := q.client
+	if c.take != nil {
+		s.batch = append(s.batch, s.takes.remove(c))
+		return
+	}
+
+	switch place := slices.Index(s.waiting, c); {
+	case place < 0: // it has been answered
+	case q.queryType == dropTake:
+		heap.Remove(&s.waiting, place)
+		s.batch = append(s.batch, c.share.chain)
+		c.share.chain, c.share.next = nil, nil
+	default:
+		c.share.chain.seconds = 0
+	}
 }
 
 // begin prepares for chain.
@@ -911,6 +991,8 @@ func (s *keyValueServer) giveBack() {
 //	                                                                        that takes nothing, or
 //	                                                                        drips, is cut; what they
 //	                                                                        keep counts as data
+//	a Take that      half a KiB, and its key of    -                        counts as data: in
+//	waits            up to -max-line               lines                    memoryPerClient
 //	goroutines       three, and Client             memoryPerClient each,    one more client is told
 //	                                               for -max-clients; they   that the server is full
 //	                                               count as data
@@ -1249,6 +1331,7 @@ func (s *keyValueServer) stats() []counter {
 			s.budget.forQueues(), gauge},
 		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
 			s.noRoom.total + s.noMemory.total, cumulative},
+		{"waiting_takes", "Takes that wait for a value.", s.takes.n, gauge},
 		{"expired_keys_total", "Keys that have gone because their time was over.", s.expired,
 			cumulative},
 		{"clients_refused_total", "Connections over -max-clients, which were refused.",

@@ -219,12 +219,29 @@ var conversations = []struct{ name, send, want string }{
 			}
 			return want + ":OK 1\n"
 		}()},
+	{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
+		"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
+	{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
+		":OK 0\n:OK 1\nk:a\n:OK 1\n:OK 0\n:OK 1\nk:b\n:OK 1\n:OK 0\n:OK 0\n"},
+	{"take waits behind a half-close", "Take:k:30\nTake:k:3600\nPing:a\nTake:k:1\nPut:k:a\nGet:k\n",
+		":PONG a\nk:a\n"},
+	{"take with more or less",
+		"Put:k:v\nTake:\nTake\nTake:k:\nTake:k:0\nTake:k:3601\nTake:k:1:2\nTake::1\nTake:k:-1\nGet:k\n",
+		func() (want string) {
+			for i, line := range []string{"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601",
+				"Take:k:1:2", "Take::1", "Take:k:-1"} {
+				want += fmt.Sprintf(":ERROR line %d: Take needs a key, and seconds from 1 to 3600 or "+
+					"nothing, as in Take:key:seconds; got %q\n", i+2, line)
+			}
+			return want + "k:v\n"
+		}()},
 	{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
 		": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
 			": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
 	{"words of other programs",
 		"incr a\ncas a b c\nsetnx a b\nllen a\nlpush a b\nadd a b\nswap a b\n" +
-			"expire a 60\nttl a\nlock a\nlease a 60 me\n",
+			"expire a 60\nttl a\nlock a\nlease a 60 me\n" +
+			"brpop a 5\nrpop a\n",
 		strings.Join([]string{
 			`:ERROR line 1: unknown request "incr a"; did you mean Swap:key:old:new ?`,
 			`:ERROR line 2: unknown request "cas a b c"; did you mean Swap:a:b:c ?`,
@@ -237,6 +254,8 @@ var conversations = []struct{ name, send, want string }{
 			`:ERROR line 9: unknown request "ttl a"; did you mean Expire:a ?`,
 			`:ERROR line 10: unknown request "lock a"; did you mean Lease:key:seconds:value ?`,
 			`:ERROR line 11: unknown request "lease a 60 me"; did you mean Lease:a:60:me ?`,
+			`:ERROR line 12: unknown request "brpop a 5"; did you mean Take:a:5 ?`,
+			`:ERROR line 13: unknown request "rpop a"; did you mean Take:a ?`,
 			""}, "\n")},
 	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
 	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
@@ -572,13 +591,13 @@ func TestStats(t *testing.T) {
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
 			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
 			": swap_requests_total 0", ": add_requests_total 0", ": lease_requests_total 0",
-			": count_requests_total 0", ": expire_requests_total 0",
+			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 0",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
 			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
 			": quit_requests_total 0",
 			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
 			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
-			": expired_keys_total 0", ": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1",
+			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1",
 			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
 				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
@@ -1979,6 +1998,353 @@ func TestGoingOnAFullDisk(t *testing.T) {
 		a.ask("Get:k\nPing", ":PONG")
 		a.hangUp()
 	})
+}
+
+// ---- Takes that wait
+
+// Ensure that of the Takes that wait for a key the first gets the next value, whatever request
+// brings it, and that this one value is nobody else's.
+func TestTakesWaitInLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const takers = 6
+		var clients []*testClient
+		for range takers {
+			c := n.dial(t)
+			c.ask("Ack", ":OK 0")
+			c.send("Take:k:60\n")
+			synctest.Wait()
+			clients = append(clients, c)
+		}
+		giver := n.dial(t)
+		if got := giver.stat("waiting_takes"); got != takers {
+			t.Errorf("%d Takes wait, want %d", got, takers)
+		}
+		giver.ask("Ack", ":OK 0")
+		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
+			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
+			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
+			giver.send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
+			giver.want(give.reply, ":OK 0", ":OK 0", ":OK 0")
+			clients[i].want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
+		}
+		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h",
+			":OK 1")
+		for _, c := range append(clients, giver) {
+			c.hangUp()
+		}
+	})
+}
+
+// Ensure that a Take waits for just as long as it says, and that others do not: those with other
+// clients, those for other keys, and what its client has sent before.
+func TestTakeWaitsItsTime(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.writeTimeout = time.Second
+		a, b := n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		for _, seconds := range []int{1, 30, 3600} {
+			a.send("Pu")
+			pass(300 * time.Millisecond)
+			start := time.Now()
+			a.send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
+			a.want(":OK 1", "j:1", ":OK 1")
+			synctest.Wait()
+			b.ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
+			if time.Since(start) > 0 {
+				t.Errorf("others waited %v", time.Since(start))
+			}
+			a.want(":OK 0")
+			if took := time.Since(start); took != time.Duration(seconds)*time.Second {
+				t.Errorf("a Take of %d seconds waits %v", seconds, took)
+			}
+			a.ask("Delete:j", ":OK 1")
+			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
+		}
+		if n := b.stat("waiting_takes"); n != 0 {
+			t.Errorf("%d Takes wait", n)
+		}
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that the Take of a client that has gone is taken out of the line, and that of a client
+// that has only closed its side is not.
+func TestTakersThatGo(t *testing.T) {
+	for what, end := range map[string]func(c *testClient){
+		"breaks": func(c *testClient) { c.conn.(*fakeConn).breakOff() },
+		"breaks behind a half-close": func(c *testClient) {
+			c.conn.CloseWrite()
+			pass(time.Second)
+			c.conn.(*fakeConn).breakOff()
+			pass(probeTime)
+		},
+		"breaks with a request behind it": func(c *testClient) {
+			c.send("Put:late:v\nPing\n")
+			pass(time.Second)
+			c.conn.(*fakeConn).breakOff()
+			pass(probeTime)
+		},
+		"waits too long": func(c *testClient) { pass(time.Minute) },
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a, b, c := n.dial(t), n.dial(t), n.dial(t)
+			a.send("Get:none\nTake:k:60\n")
+			synctest.Wait()
+			b.send("Take:k:600\n")
+			b.conn.CloseWrite()
+			synctest.Wait()
+			end(a)
+			synctest.Wait()
+			if n := c.stat("waiting_takes"); n != 1 {
+				t.Errorf("a client %s, and %d Takes wait, want 1", what, n)
+			}
+			c.ask("Put:k:v\nCount:k", ":OK 0")
+			b.want("k:v")
+			b.wantClosed()
+			a.conn.Close()
+			c.hangUp()
+		})
+	}
+}
+
+// Ensure that a Take which the server comes to late has a look when its time is over, but takes
+// nothing for a client that has gone.
+func TestTakesThatComeLate(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
+		a, b, c, d, e := n.dial(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
+		d.ask("Put:k:1\nPut:k:2\nPing", ":PONG")
+		e.ask("Ack", ":OK 0")
+		c.send("Update:x:a:b\nPing\n")
+		synctest.Wait()
+		b.send("Take:k:600\n")
+		synctest.Wait()
+		a.send("Take:k:1\n")
+		e.send("Take:none:1\n")
+		e.conn.CloseWrite()
+		pass(time.Second)
+		b.conn.(*fakeConn).breakOff()
+		a.want("k:1")
+		e.want(":OK 0")
+		e.wantClosed()
+		d.ask("Get:k\nPing", "k:2", ":PONG")
+		c.want(":PONG")
+		b.conn.Close()
+		for _, x := range []*testClient{a, c, d} {
+			x.hangUp()
+		}
+	})
+}
+
+// Ensure that Close answers the Takes that wait, at once.
+func TestCloseWhileTakesWait(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.ask("Ack\nTake:k:1", ":OK 0", ":OK 0")
+		a.send("Take:k:60\n")
+		b.send("Ack\nTake:k:60\n")
+		b.conn.CloseWrite()
+		c.send("Ack\nTake:k:60\nPut:k:v\nPing\n")
+		synctest.Wait()
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took > busyTime {
+			t.Errorf("Close takes %v", took)
+		}
+		for i, want := range []string{":OK 0\n", ":OK 0\n:OK 0\n", ":OK 0\n:OK 0\n:OK 1\n:PONG\n"} {
+			if got := []*testClient{a, b, c}[i].readAll(); got != want {
+				t.Errorf("got %q, want %q", got, want)
+			}
+		}
+	})
+}
+
+// Ensure that what a client sends while its Take waits is run when that has ended, as it came,
+// whatever its size; and that a line which is begun meanwhile may be ended later.
+func TestSendingWhileATakeWaits(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 300 * kilo
+		a, b := n.dial(t), n.dial(t)
+		a.send(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
+		synctest.Wait()
+		c := n.dial(t)
+		c.send("Take:m:600\nPut:m:be")
+		long := strings.Repeat("x", 200*kilo)
+		go a.send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
+		pass(lineTime + 5*time.Second)
+		b.ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
+		b.send("Put:k:v\n")
+		a.want("k:v", "l:a", "l:"+long, "l:b")
+		pass(lineTime - 5*time.Second)
+		a.ask("gun\nTake:l\nPing", "l:a", ":PONG")
+		b.ask("Count:l\nPut:m:v", ":OK 3")
+		c.want("m:v")
+		c.ask("hind\nTake:m\nPing", "m:behind", ":PONG")
+		c.hangUp()
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that a line which does not end is seen in its time behind a Take that was to wait longer.
+func TestSlowLineBehindATake(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b := n.dial(t), n.dial(t)
+		a.send("Take:k:3600\n")
+		pass(5 * time.Second)
+		b.send("Put:k:v\n")
+		a.want("k:v")
+		start := time.Now()
+		a.send("Put:x")
+		a.want(":ERROR line 2: the line was begun but not ended within 30s")
+		if took := time.Since(start); took > lineTime+2*quietAfter {
+			t.Errorf("it took %v", took)
+		}
+		a.wantClosed()
+		a.conn.Close()
+		b.hangUp()
+	})
+}
+
+// Ensure that a taken value is not lost because its client reads late.
+func TestTakerThatReadsLate(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1000)
+		n.fill("k", value, 1)
+		slow, giver := n.dial(t), n.dial(t)
+		go slow.send(strings.Repeat("Get:k\n", 5000))
+		pass(time.Minute)
+		go slow.send("Take:job:60\nTake:job\nPing\n")
+		pass(time.Second)
+		giver.send("Put:job:1\nPut:job:2\n")
+		pass(time.Minute)
+		jobs := ""
+		for line := slow.read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.read() {
+			if strings.HasPrefix(line, "job:") {
+				jobs += line
+			} else if line != "k:"+value {
+				t.Fatalf("got %.60q", line)
+			}
+		}
+		if jobs != "job:1job:2" {
+			t.Errorf("the slow reader was given %q", jobs)
+		}
+		slow.hangUp()
+		giver.hangUp()
+	})
+}
+
+// Ensure that a Put which is refused wakes nobody, and that one that is taken at once wakes where
+// there is no memory for more.
+func TestTakesOfAFullServer(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
+		n.server.db = db
+		a, b := n.dial(t), n.dial(t)
+		a.send("Ack\nTake:k:60\n")
+		a.want(":OK 0")
+		synctest.Wait()
+		db.full.Store(true)
+		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space",
+			":PONG")
+		db.full.Store(false)
+		b.ask("Put:k:w\nPing", ":PONG")
+		a.want("k:w", ":OK 1")
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that nobody is given a value before that is committed, and that where the Commit fails
+// those who wait are told nothing.
+func TestTakesWaitForCommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
+		n := newFakeNet()
+		n.server.db = store
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.send("Take:k:60\n")
+		b.send("Take:l:60\n")
+		synctest.Wait()
+		c.send("Put:k:v\n")
+		synctest.Wait()
+		store.gate <- errors.New("disk on fire")
+		synctest.Wait()
+		for _, x := range []*testClient{a, b, c} {
+			x.wantClosed()
+		}
+		n.server.Close()
+	})
+}
+
+// Ensure that each job that many clients put is given to one of many others, once, over real
+// connections, whether they wait or ask again and again.
+func TestManyTakers(t *testing.T) {
+	addr := serveTCP(t)
+	const givers, takers, jobs = 4, 12, 200
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	given := map[string]int{}
+	for id := range givers {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			for i := range jobs {
+				c.ask(fmt.Sprintf("Put:jobs:%d-%d", id, i), ":OK 1")
+			}
+		})
+	}
+	left := atomic.Int64{}
+	left.Store(givers * jobs)
+	for id := range takers {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			for left.Load() > 0 {
+				c.send([]string{"Take:jobs:1\n", "Take:jobs\n"}[id%2])
+				for _, job := range c.readList() {
+					mu.Lock()
+					given[job]++
+					mu.Unlock()
+					left.Add(-1)
+				}
+			}
+		})
+	}
+	all.Wait()
+	for job, times := range given {
+		if times != 1 {
+			t.Errorf("%s was given %d times", job, times)
+		}
+	}
+	dialTCP(t, addr).ask("Count:jobs", ":OK 0")
+}
+
+// Ensure that a taker on a real connection, and on a real unix socket, is taken out of the line
+// when that ends, also behind its own half-close.
+func TestRealTakersThatGo(t *testing.T) {
+	addr := serveTCP(t)
+	a := dialTCP(t, addr)
+	waiting := func(want int) {
+		for end := time.Now().Add(time.Minute); a.stat("waiting_takes") != want; {
+			if time.Now().After(end) {
+				t.Fatalf("after a minute %d Takes wait, want %d", a.stat("waiting_takes"), want)
+			}
+		}
+	}
+	for _, half := range []bool{false, true} {
+		c := dialTCP(t, addr)
+		c.send("Take:k:60\n")
+		if half {
+			c.conn.CloseWrite()
+		}
+		waiting(1)
+		c.conn.(*net.TCPConn).SetLinger(0) // so that Close resets it
+		c.conn.Close()
+		waiting(0)
+	}
+	a.ask("Put:k:v\nTake:k", "k:v")
 }
 
 // ---- everything at once
@@ -4225,6 +4591,43 @@ func TestQuietClientsAreSmall(t *testing.T) {
 		}
 		for _, a := range clients {
 			a.hangUp()
+		}
+	})
+}
+
+// Ensure that a client whose Take waits holds little more than a quiet one, whatever it has sent
+// with it.
+func TestWaitingTakesAreSmall(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const takers = 100
+		heap := func() int {
+			pass(3 * quietAfter)
+			runtime.GC()
+			runtime.GC() // what the pools had
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return int(m.HeapAlloc)
+		}
+		var clients []*testClient
+		for range takers {
+			a := n.dial(t)
+			a.ask("Ping", ":PONG")
+			clients = append(clients, a)
+		}
+		burst := strings.Repeat("Delete:k\n", burstSize/16)
+		before := heap()
+		for i, a := range clients {
+			go func() {
+				a.send(burst)
+				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
+			}()
+		}
+		if more := (heap() - before) / takers; more > 1<<10 {
+			t.Errorf("a Take that waits holds %d bytes", more)
+		}
+		for i, a := range clients {
+			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
+			a.conn.Close()
 		}
 	})
 }
@@ -8180,7 +8583,8 @@ func BenchmarkFormat(b *testing.B) {
 // model is the parser's and the store's model: as short as it can be.
 type model struct {
 	lists map[string][]string
-	goes  map[string]string // in how many seconds; no time passes
+	goes  map[string]int // when a key goes; 0: it stays
+	now   int            // in seconds; time passes where a Take waits
 }
 
 // answer returns what the server must reply to one line that is not blank.
@@ -8188,6 +8592,13 @@ func (m *model) answer(number int, line string, acked *bool) string {
 	f := strings.Split(line, ":")
 	verb, n, out := strings.ToLower(f[0]), 0, ""
 	refused := ":ERROR line " + strconv.Itoa(number) + ": "
+	for key, at := range m.goes {
+		if at <= m.now && at > 0 {
+			delete(m.lists, key)
+			delete(m.goes, key)
+		}
+	}
+	left := func(key string) string { return strconv.Itoa(m.goes[key] - m.now) }
 	switch {
 	case len(line) > testMaxLine:
 		return refused
@@ -8221,19 +8632,33 @@ func (m *model) answer(number int, line string, acked *bool) string {
 			m.lists[f[1]] = []string{strings.Join(f[2:], ":")}
 			n = 1
 		}
-	case verb == "lease" && len(f) >= 4 && f[1] != "" && isSeconds(f[2], 1):
+	case verb == "lease" && len(f) >= 4 && f[1] != "" && seconds(f[2], 1, maxSeconds) >= 0:
 		if len(m.lists[f[1]]) == 0 {
-			m.lists[f[1]], m.goes[f[1]] = []string{strings.Join(f[3:], ":")}, f[2]
+			m.lists[f[1]] = []string{strings.Join(f[3:], ":")}
+			m.goes[f[1]] = m.now + seconds(f[2], 1, maxSeconds)
 			n = 1
 		}
 	case verb == "expire" && len(f) == 2 && f[1] != "":
-		if m.goes[f[1]] != "" {
-			out = ": " + strings.TrimLeft(m.goes[f[1]], "0") + "\n"
+		if m.goes[f[1]] > 0 {
+			out = ": " + left(f[1]) + "\n"
 		}
 		return out + ":OK " + strconv.Itoa(times(len(m.lists[f[1]]) > 0)) + "\n"
-	case verb == "expire" && len(f) == 3 && f[1] != "" && isSeconds(f[2], 0):
+	case verb == "expire" && len(f) == 3 && f[1] != "" && seconds(f[2], 0, maxSeconds) >= 0:
 		if n = times(len(m.lists[f[1]]) > 0); n == 1 {
-			m.goes[f[1]] = strings.TrimLeft(f[2], "0")
+			if m.goes[f[1]] = m.now + seconds(f[2], 0, maxSeconds); m.goes[f[1]] == m.now {
+				delete(m.goes, f[1])
+			}
+		}
+	case verb == "take" && f[len(f)-1] != "" && len(f) > 1 && f[1] != "" &&
+		(len(f) == 2 || len(f) == 3 && seconds(f[2], 1, 3600) > 0):
+		if list := m.lists[f[1]]; len(list) > 0 {
+			out, n = f[1]+":"+list[0]+"\n", 1
+			m.lists[f[1]] = list[1:]
+		} else if len(f) == 3 {
+			m.now += seconds(f[2], 1, 3600)
+		}
+		if len(m.lists[f[1]]) == 0 {
+			delete(m.lists, f[1])
 		}
 	case verb == "count" && len(f) == 2 && f[1] != "":
 		return ":OK " + strconv.Itoa(len(m.lists[f[1]])) + "\n"
@@ -8268,8 +8693,8 @@ func (m *model) answer(number int, line string, acked *bool) string {
 				out += ": Put:" + key + ":" + v + "\n"
 				n++
 			}
-			if m.goes[key] != "" {
-				out += ": Expire:" + key + ":" + strings.TrimLeft(m.goes[key], "0") + "\n"
+			if m.goes[key] > 0 {
+				out += ": Expire:" + key + ":" + left(key) + "\n"
 				n++
 			}
 		}
@@ -8293,12 +8718,17 @@ func (m *model) answer(number int, line string, acked *bool) string {
 	return out
 }
 
-// isSeconds tells whether text is a number of seconds, from least on.
-func isSeconds(text string, least int) bool {
-	digits := strings.Trim(text, "0123456789") == "" && text != ""
-	text = strings.TrimLeft(text, "0")
-	return digits && (len(text) < 10 || len(text) == 10 && text <= "4000000000") &&
-		(least == 0 || text != "")
+// seconds returns the number that text is, -1 if it is none from least to most.
+func seconds(text string, least, most int) (n int) {
+	for _, digit := range text {
+		if n = 10*n + int(digit-'0'); digit < '0' || digit > '9' || n > most {
+			return -1
+		}
+	}
+	if text == "" || n < least {
+		return -1
+	}
+	return n
 }
 
 // Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly
@@ -8311,7 +8741,7 @@ func FuzzConversation(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
 		lines := strings.SplitAfter(string(script), "\n")
-		m, acked, want, spoke, quit := model{map[string][]string{}, map[string]string{}}, false, "", false, false
+		m, acked, want, spoke, quit := model{map[string][]string{}, map[string]int{}, 1}, false, "", false, false
 		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
 			want, quit = ":ERROR line 1: \n", true
 		}
@@ -8401,7 +8831,6 @@ func FuzzParse(f *testing.F) {
 		case set, remove, add:
 			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value
 		case lease, expire:
-			// A number may begin with zeros.
 			f := strings.SplitN(line, ":", 4)
 			if n, err := strconv.ParseUint(f[2], 10, 32); err != nil || n != uint64(q.seconds) {
 				t.Fatalf("%q was read as %d seconds", line, q.seconds)
@@ -8412,6 +8841,10 @@ func FuzzParse(f *testing.F) {
 			}
 		case timeLeft:
 			again = "Expire:" + q.key
+		case take:
+			if again = "Take:" + q.key; q.seconds > 0 {
+				again += line[strings.LastIndex(line, ":"):] // a number may begin with zeros
+			}
 		case update, swap:
 			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value + ":" + q.newValue
 		case ping:
