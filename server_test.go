@@ -59,9 +59,13 @@
 //		TestCloseInEveryState, TestCloseAnswersWhatWasRead, TestCloseWithTLS
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
 //		TestFsyncDuringWrite, TestEveryCallFails
-//	A key goes when its time is over, for everybody, by a clock that may jump, and is not seen again
+//	A key goes when its time is over, for everybody, and is not seen again
 //		TestKeysGo, TestClockJumps, TestKeysGoBeforeTheStart, TestManyKeysGoAtOnce,
 //		TestGoingIsCommitted, TestGoingOnAFullDisk
+//	Of the Takes that wait the first gets the next value, and nobody else gets that one
+//		TestTakesWaitInLine, TestTakersThatGo, TestManyTakers, TestTakesWaitForCommit
+//	Locks, counters and queues are right
+//		TestLock, TestCounter, TestQueueWithoutLoss, TestReadmeSession
 //	Every limit holds at its edge
 //		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestLimitAndSplitPoint, TestWatchIsLimited
@@ -2345,6 +2349,129 @@ func TestRealTakersThatGo(t *testing.T) {
 		waiting(0)
 	}
 	a.ask("Put:k:v\nTake:k", "k:v")
+}
+
+// ---- programs that work together, as the README shows
+
+// Ensure that a lock which frees itself is never held by two, whatever its holders do: give it
+// back, renew it, or die, and that it is free again when its time is over.
+func TestLock(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, lease = 10, 5 * time.Second
+		var until atomic.Int64 // the holder has it, in Unix milliseconds; 0: nobody has
+		var held, died atomic.Int64
+		var all sync.WaitGroup
+		for id := range clients {
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(id), 3))
+				for turn := range 30 {
+					c, me := n.dial(t), fmt.Sprintf("%d-%d", id, turn)
+					c.ask("Ack", ":OK 0")
+					for c.send("Lease:lock:5:" + me + "\n"); c.read() == ":OK 0"; {
+						wait(between(random, time.Millisecond, time.Second))
+						c.send("Lease:lock:5:" + me + "\n")
+					}
+					now := time.Now()
+					if free := until.Swap(now.Add(lease).UnixMilli()); now.UnixMilli() < free {
+						t.Errorf("%s has the lock %d ms too early", me, free-now.UnixMilli())
+					}
+					held.Add(1)
+					for range random.IntN(4) {
+						wait(between(random, 0, lease-time.Millisecond))
+						c.ask("Swap:lock:"+me+":"+me+"\nExpire:lock:5", ":OK 1", ":OK 1")
+						until.Store(time.Now().Add(lease).UnixMilli())
+					}
+					if chance(random, 4) { // it dies
+						died.Add(1)
+						c.conn.(*fakeConn).breakOff()
+						continue
+					}
+					wait(between(random, 0, lease-time.Millisecond))
+					until.Store(0)
+					c.ask("Remove:lock:"+me, ":OK 1")
+					c.hangUp()
+				}
+			})
+		}
+		all.Wait()
+		if held.Load() != 30*clients || died.Load() == 0 {
+			t.Errorf("the lock was held %d times, and %d holders died", held.Load(), died.Load())
+		}
+	})
+}
+
+// Ensure that a counter that many clients change by Swap loses no count, over real connections.
+func TestCounter(t *testing.T) {
+	addr := serveTCP(t)
+	const clients, counts = 8, 50
+	var all sync.WaitGroup
+	for range clients {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			c.send("Add:counter:0\n")
+			c.read()
+			for done := 0; done < counts; {
+				c.send("Get:counter\n")
+				before := strings.TrimPrefix(c.readList()[0], "counter:")
+				n, _ := strconv.Atoi(before)
+				c.send(fmt.Sprintf("Swap:counter:%s:%d\n", before, n+1))
+				if c.read() == ":OK 1" {
+					done++
+				}
+			}
+		})
+	}
+	all.Wait()
+	dialTCP(t, addr).ask("Get:counter", fmt.Sprint("counter:", clients*counts))
+}
+
+// Ensure that a queue whose workers look, work and then remove loses no job, though workers die in
+// the middle, and that each job is removed by one.
+func TestQueueWithoutLoss(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const workers, jobs = 6, 100
+		for i := range jobs {
+			n.server.db.Put("jobs", fmt.Sprint("job ", i))
+		}
+		var worked, removed [jobs]atomic.Int64
+		var all sync.WaitGroup
+		for id := range workers {
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(id), 4))
+				for {
+					c := n.dial(t)
+					c.ask("Ack", ":OK 0")
+					c.send("Get:jobs\n")
+					list := c.readList()
+					if len(list) == 0 {
+						c.hangUp()
+						return
+					}
+					job := strings.TrimPrefix(pick(random, list[:min(4, len(list))]...), "jobs:")
+					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
+					wait(between(random, 0, time.Second))
+					if chance(random, 4) { // it dies
+						c.conn.(*fakeConn).breakOff()
+						continue
+					}
+					worked[i].Add(1)
+					c.send("Remove:jobs:" + job + "\n")
+					if c.read() == ":OK 1" {
+						removed[i].Add(1)
+					}
+					c.hangUp()
+				}
+			})
+		}
+		all.Wait()
+		for i := range jobs {
+			if worked[i].Load() == 0 || removed[i].Load() != 1 {
+				t.Errorf("job %d was done %d times, and removed by %d", i, worked[i].Load(),
+					removed[i].Load())
+			}
+		}
+	})
 }
 
 // ---- everything at once
