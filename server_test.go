@@ -31,6 +31,14 @@
 //		TestRemovedFilesAreWrittenAnew, TestHealMayFail, TestRemovedRealFiles
 //	A start copies nothing, and a full disk stops neither it nor reading
 //		TestStartCopiesNothing, TestFullDisk, TestFullDiskRefusesWrites
+//	On a full disk everything can be deleted
+//		TestFullDiskDeletesEverything, TestFullDiskRemovesEverything
+//	One process at a time has a directory, whatever becomes of LOCK
+//		TestRemovedLockStillLocks, TestMissingLock, TestInUseBesideALock
+//	A repair changes nothing that it reads
+//		TestRepair, TestRepairIsKilled
+//	The disk holds at most twice the live data and 128 MiB
+//		TestDiskUseIsBounded
 //	A missing descriptor or a full disk does not end the store where a new file is due
 //		TestMissingDescriptors, TestRotationIsTriedAgain
 //	A Dump is one exact moment, and a compaction writes one
