@@ -255,6 +255,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
 
+	// A client's, and what is only printed.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
 	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
@@ -301,6 +302,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 // helpText is what -h prints.
 func helpText(flags *flag.FlagSet) string {
 	text := usage
+
 	// The others are in the README, as kvserver help flags shows.
 	for _, name := range helpFlags {
 		unit, does := flag.UnquoteUsage(flags.Lookup(name))
@@ -312,6 +314,7 @@ func helpText(flags *flag.FlagSet) string {
 // explain says what to give to a flag.
 func explain(f *flag.Flag) string {
 	unit, does := flag.UnquoteUsage(f)
+
 	// A flag without a unit is there or not.
 	if unit == "" {
 		does = "no value: " + does
@@ -386,6 +389,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 		}
 	})
 	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+
 	// It is the value that is wrong, or missing.
 	if !isUnknown {
 		return problem{err.Error(), todo}
@@ -704,6 +708,8 @@ func (l *queuedLog) flush() {
 	case <-late:
 		return
 	}
+
+	// Then those that were there before.
 	select {
 	case <-written:
 	case <-late:
@@ -726,6 +732,7 @@ func listenFor(c config) (all [][]net.Listener, err error) {
 		}
 		all = append(all, listeners)
 	}
+
 	return all, nil
 }
 
@@ -853,6 +860,7 @@ var errNoSocket = errors.New("there is a file that is no socket")
 // listenUnix listens on a unix socket at path, which its user and group may connect to, in the
 // place of one whose server has died. Close removes it.
 func listenUnix(path string) ([]net.Listener, error) {
+	// What is no socket is somebody's file.
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
 		return nil, errNoSocket
 	}
@@ -940,6 +948,7 @@ func listenProblem(name, addr string, err error) error {
 // anotherPort is a port of host above port that nobody has, and that no flag of ours has unless
 // told.
 func anotherPort(host, port string) string {
+	// Ports below 1024 are the administrator's.
 	n, _ := strconv.Atoi(port)
 	for n = max(n, 1023) + 1; n < 65536; n++ {
 		// Whoever takes it before it is used is told so again.
@@ -949,6 +958,7 @@ func anotherPort(host, port string) string {
 			return free
 		}
 	}
+
 	return "0"
 }
 
@@ -974,6 +984,8 @@ func beServer(c config) error {
 func serve(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
+
+	// What may explain what follows comes first.
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 
@@ -1095,6 +1107,8 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
 	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
+
+	// Near the limit the collector works harder.
 	if c.maxMemory > 0 {
 		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
@@ -1179,6 +1193,7 @@ func (p *pacer) begin() {
 
 // choose sets the collector's percentage, and tells the server what is alive.
 func (p *pacer) choose() {
+	// Both are of the last collection, and cost nothing to read.
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
@@ -1198,6 +1213,7 @@ func (p *pacer) choose() {
 // stop ends s and its data. It logs failure, or that of the end, if that is not nil, and then
 // returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
+	// The cause is told before the end begins, which may take seconds.
 	tell := func() {
 		p := problem{}
 		errors.As(storeProblem(c, failure), &p)
@@ -1211,6 +1227,7 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	// Whatever does not end in time, the process does.
 	defer giveUp(log, data).Stop()
 	s.Close()
+
 	// Then nobody changes the data any more.
 	if data != nil {
 		if err := data.Close(); err != nil && failure == nil {
@@ -1377,6 +1394,7 @@ func (k *keyPair) warn(now time.Time) {
 	}
 	k.warned = now
 
+	// How loud it is told depends on how near the end is.
 	level, text := slog.LevelInfo, "the certificate is read"
 	const mend = "; put a new one into its file, it is read at once"
 	switch {
@@ -1510,6 +1528,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 	defer dir.Close()
+
 	// A check only reads.
 	if command == "check" {
 		report, err = durable.Check(dir)
@@ -1569,6 +1588,7 @@ func backUp(dir, out storage.Directory) (durable.Report, error) {
 		}
 		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
 	}
+
 	return durable.Backup(dir, out, step)
 }
 
@@ -1780,6 +1800,7 @@ func (t *talker) dial(c *config) error {
 // reachable is where a client finds a server that listens at addr.
 func reachable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr) // which was looked at
+
 	// For a server these mean all addresses of the machine.
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
@@ -1793,6 +1814,7 @@ func reachable(addr string) string {
 
 // dialProblem says what to do about the error of connecting to the last of addrs.
 func dialProblem(addrs string, err error) error {
+	// Of several it is the last whose error this is.
 	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
@@ -2006,6 +2028,7 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 // has nothing more to say for now, and then tells how it ended. One goroutine a
 // conversation.
 func (t *talker) sendLines() {
+	// The requests of the command line are lines, too.
 	in := t.in
 	if len(t.requests) > 0 {
 		in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
