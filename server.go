@@ -857,7 +857,9 @@ func (s *keyValueServer) admit(q *Query) {
 		}
 		return
 	}
-	if err := s.db.Room(int64(len(q.key)+len(q.value)+len(q.newValue)), q.frees()); err != nil {
+	// A Lease has its key in the log twice.
+	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
+	if err := s.db.Room(bytes, q.frees()); err != nil {
 		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
 		if n := s.noRoom.happened(); n > 0 {
 			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n,
