@@ -64,6 +64,42 @@ func TestCompactionMayFail(t *testing.T) {
 	}
 }
 
+// Ensure that a compaction that fails is tried again once a minute, and that the log goes on
+// meanwhile.
+func TestFailedCompactionWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		var tries atomic.Int64
+		dir.Before = func(c storetest.Call) error {
+			if c.What != "create" || !strings.HasPrefix(c.Name, "snap") {
+				return nil
+			}
+			tries.Add(1)
+			return storetest.ErrDisk
+		}
+		d, err := openSmall(dir, Options{Fsync: FsyncNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		const minutes = 5
+		for range minutes * 60 {
+			for range 10 {
+				d.Put("key", strings.Repeat("v", 100))
+				d.Delete("key")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				d.AwaitCompaction()
+			}
+			<-time.After(time.Second)
+		}
+		if got := tries.Load(); got < minutes || got > minutes+1 {
+			t.Errorf("in %d minutes it was tried %d times", minutes, got)
+		}
+		d.Close()
+	})
+}
+
 // Ensure that nothing is compacted where there is nothing to leave out, and that the log is when
 // nothing but one Delete comes.
 func TestCompactionIsWorthIt(t *testing.T) {

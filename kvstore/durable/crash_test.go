@@ -575,3 +575,38 @@ func TestSpareCannotBeOpened(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that on a full disk the log goes on in its file: a new one would take room from what frees.
+func TestFullDiskMakesNoFile(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.minCompact = 1 << 40
+	dir.Room = 20_000
+	n := 0
+	for ; d.Room(10, false) == nil; n++ {
+		d.Put(fmt.Sprint("key", n), "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.compactAfter = time.Now().Add(time.Hour) // or the log may be compacted into the spare file
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "create" {
+			t.Errorf("in file %d of %d bytes %s is made", d.number, d.size, c.Name)
+		}
+		return nil
+	}
+	number := d.number
+	for i := range n {
+		if err := d.Room(10, true); err != nil {
+			t.Fatal(err)
+		}
+		d.Delete(fmt.Sprint("key", i))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d.number != number || d.size < d.segmentSize {
+		t.Errorf("it goes on in file %d of %d bytes, and was in file %d", d.number, d.size, number)
+	}
+	d.Close()
+}

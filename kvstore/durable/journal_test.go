@@ -305,11 +305,17 @@ func TestCloseSyncsFirst(t *testing.T) {
 }
 
 // Ensure that a flipped bit is damage, not a torn end, once a second has passed
-// without a Commit, and even in the last frame.
+// without a Commit, and even in the last frame, also where that came while an fsync lasted.
 func TestIdleLogIsVouchedFor(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			dir := storetest.New()
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "sync" {
+					<-time.After(time.Second / 2)
+				}
+				return nil
+			}
 			d, err := Open(context.Background(), dir, Options{Fsync: fsync})
 			if err != nil {
 				t.Fatal(err)
@@ -318,8 +324,11 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 				d.Put("key", fmt.Sprint(i))
 				d.Commit()
 			}
+			<-time.After(vouchTime + time.Second/4)
+			d.Put("key", "beside the timer's fsync")
+			d.Commit()
 			last := d.size - 20
-			<-time.After(3 * time.Second)
+			<-time.After(5 * time.Second)
 			synctest.Wait()
 			calls := dir.Calls
 			<-time.After(time.Hour)
