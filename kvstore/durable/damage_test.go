@@ -437,7 +437,9 @@ func TestRefusals(t *testing.T) {
 			func(b []byte) []byte { b[len(b)-frameSize-12] ^= 1; return b }), "is damaged at " +
 			"offset"},
 		"closed segment cut": {change(first, cut(8)), first + " is damaged at offset"},
-		"snapshot cut":       {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
+		"closed segment with more": {change(first, func(b []byte) []byte { return append(b, "more"...) }),
+			first + " is damaged at offset"},
+		"snapshot cut": {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
 		"snapshot with more": {change(snapshot,
 			func(b []byte) []byte {
 				return append(b, b[headerSize:]...)

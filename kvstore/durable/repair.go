@@ -247,9 +247,9 @@ func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 		s.sayDamaged("%v", end.bad)
 	case more:
 		s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
-	case end.tail != nothing && l.header.kind == kindSnapshot:
+	case end.tail == damaged, end.tail == torn && l.header.kind == kindSnapshot:
 		s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
-	case end.tail != nothing: // as a crash leaves it
+	case end.tail == torn: // as a crash leaves it
 		s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
 	}
 }
