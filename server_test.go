@@ -6679,6 +6679,227 @@ func TestLinearizable(t *testing.T) {
 	}
 }
 
+// asked is a request about one list, and what was answered: all that kvstore's lists can be asked,
+// where operation is enough for Puts and Gets, of which it can check any number.
+type asked struct {
+	simWrite
+	n                 int      // of the ":OK n"
+	got               []string // values
+	invoked, answered int64    // answered is 0 if it was never
+}
+
+// agrees tells whether an answer is what the list says.
+func (a asked) agrees(n int, got []string) bool {
+	return a.answered == 0 || a.n == n && slices.Equal(a.got, got)
+}
+
+// explains tells whether one order of what was asked about a list, in which each request has its
+// place between its beginning and its answer, explains all answers, and what the list holds in the
+// end. A request without an answer may have any place behind its beginning, or none. This is the
+// search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which goes nowhere
+// twice (Lowe, "Testing for Linearizability", 2017); after so many steps it believes what it has
+// not refuted.
+func explains(history []asked, final []string) bool {
+	const mostSteps = 300_000
+	history = append(slices.Clone(history),
+		asked{simWrite{verb: "Get"}, len(final), final, math.MaxInt64 - 1, math.MaxInt64})
+	slices.SortFunc(history, func(a, b asked) int { return cmp.Compare(a.invoked, b.invoked) })
+	been := map[string]bool{}
+	done := make([]byte, len(history))
+	steps := 0
+
+	var search func(first int, list []string) bool
+	search = func(first int, list []string) bool {
+		for first < len(history) && done[first] != 0 {
+			first++
+		}
+		place := fmt.Sprint(first) + string(done[first:]) + strings.Join(list, "\n")
+		if steps++; been[place] || steps > mostSteps {
+			return steps > mostSteps
+		}
+		been[place] = true
+
+		// The next is one that had begun before any other of them was answered.
+		soonest, owed := int64(math.MaxInt64), false
+		for i := first; i < len(history) && history[i].invoked < soonest; i++ {
+			if at := history[i].answered; done[i] == 0 && at > 0 {
+				soonest, owed = min(soonest, at), true
+			}
+		}
+		if !owed {
+			return true
+		}
+		for i := first; i < len(history) && history[i].invoked < soonest; i++ {
+			if done[i] != 0 {
+				continue
+			}
+			after, n, got := history[i].apply(list)
+			if !history[i].agrees(n, got) {
+				continue
+			}
+			done[i] = 1
+			if search(first, after) {
+				return true
+			}
+			done[i] = 0
+		}
+		return false
+	}
+	return search(0, nil)
+}
+
+// Ensure that explains finds what it is for.
+func TestExplains(t *testing.T) {
+	put := func(value string, from, to int64) asked {
+		return asked{simWrite{verb: "Put", new: value}, 1, nil, from, to}
+	}
+	take := func(from, to int64, got ...string) asked {
+		return asked{simWrite{verb: "Take"}, len(got), got, from, to}
+	}
+	request := func(verb, old, new string, n int, from, to int64) asked {
+		return asked{simWrite{verb: verb, old: old, new: new}, n, nil, from, to}
+	}
+	for what, c := range map[string]struct {
+		history []asked
+		final   string
+		good    bool
+	}{
+		"in turn":     {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "a")}, "b", true},
+		"a waiter":    {[]asked{take(1, 4, "a"), put("a", 2, 3)}, "", true},
+		"one of two":  {[]asked{take(1, 4, "a"), take(2, 6, "b"), put("a", 3, 9), put("b", 3, 9)}, "", true},
+		"taken twice": {[]asked{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
+		"not the first": {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")},
+			"a", false},
+		"lost":                  {[]asked{put("a", 1, 2), take(3, 4)}, "", false},
+		"a waiter forgotten":    {[]asked{put("a", 1, 2), take(3, 4)}, "a", false}, // from its end on
+		"taken, and not known":  {[]asked{put("a", 1, 2), take(3, 0)}, "", true},
+		"not taken, nor known":  {[]asked{put("a", 1, 2), take(3, 0)}, "a", true},
+		"taken before it came":  {[]asked{take(1, 2, "a"), put("a", 3, 4)}, "", false},
+		"back again":            {[]asked{put("a", 1, 2), take(3, 4, "a")}, "a", false},
+		"two Adds":              {[]asked{request("Add", "", "a", 1, 1, 4), request("Add", "", "b", 1, 2, 3)}, "a", false},
+		"an Add of two":         {[]asked{request("Add", "", "a", 0, 1, 4), request("Add", "", "b", 1, 2, 3)}, "b", true},
+		"two Swaps of one":      {[]asked{put("a", 1, 2), request("Swap", "a", "b", 1, 3, 6), request("Swap", "a", "c", 1, 4, 5)}, "b", false},
+		"a Swap that adds":      {[]asked{request("Swap", "a", "b", 0, 1, 2)}, "b", false},
+		"a Count before":        {[]asked{put("a", 1, 4), request("Count", "", "", 0, 2, 3)}, "a", true},
+		"a Count of the past":   {[]asked{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
+		"a Remove by two":       {[]asked{put("a", 1, 2), request("Remove", "a", "", 1, 3, 6), request("Remove", "a", "", 1, 4, 5)}, "", false},
+		"unanswered, then seen": {[]asked{put("a", 1, 0), request("Count", "", "", 0, 2, 3), request("Count", "", "", 1, 4, 5)}, "a", true},
+	} {
+		if good := explains(c.history, strings.Fields(c.final)); good != c.good {
+			t.Errorf("%s: %v", what, good)
+		}
+	}
+}
+
+// Ensure that what clients see of lists that all of them change in every way is explained by one
+// order, also when the server is killed and started again while Takes wait.
+func TestEveryVerbIsLinearizable(t *testing.T) {
+	t.Parallel()
+	const rounds, clients, requests, lists = 4, 8, 60, 3
+	dir := t.TempDir()
+	var clock atomic.Int64
+	tick := func() int64 { return clock.Add(1) }
+	var mu sync.Mutex
+	histories := map[string][]asked{}
+	addr := ""
+	for round := range rounds {
+		cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
+		go io.Copy(io.Discard, log)
+		addr = at
+		var all sync.WaitGroup
+		for id := range clients {
+			c := dialTCP(t, addr)
+			c.ask("Ack", ":OK 0")
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
+				for i := range requests {
+					key := fmt.Sprint("mixed", random.IntN(lists))
+					a := asked{simWrite: drawWrite(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
+					err := c.askAbout(key, &a, tick)
+					mu.Lock()
+					histories[key] = append(histories[key], a)
+					mu.Unlock()
+					if err != nil {
+						return
+					}
+					if round < rounds-1 && id == 0 && i == 20+round*10 {
+						cmd.Process.Kill()
+					}
+				}
+			})
+		}
+		all.Wait()
+	}
+	c := dialTCP(t, addr)
+	for key, history := range histories {
+		final := asked{simWrite: simWrite{verb: "Get"}}
+		c.ask("Ack", ":OK 0")
+		if err := c.askAbout(key, &final, tick); err != nil {
+			t.Fatal(err)
+		}
+		if !explains(history, final.got) {
+			t.Errorf("no order explains what was answered about %s, %d requests", key, len(history))
+		}
+	}
+}
+
+// drawWrite draws a request about a list that many clients change, with a value of its own.
+func drawWrite(random *rand.Rand, value string) simWrite {
+	some := fmt.Sprint(random.IntN(2))
+	switch q := (simWrite{verb: pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take",
+		"Take", "Swap", "Update", "Set", "Remove", "Delete", "Get", "Count")}); q.verb {
+	case "Put", "Add", "Set":
+		q.new = pick(random, value, some)
+		return q
+	case "Swap", "Update":
+		q.old, q.new = some, pick(random, value, some)
+		return q
+	case "Remove":
+		q.old = some
+		return q
+	case "Take":
+		if chance(random, 4) {
+			q.seconds = 1
+		}
+		return q
+	default:
+		return q
+	}
+}
+
+// askAbout asks what a says of key, after Ack, and notes the answer. tick is everybody's clock. A
+// Take that has waited in vain has found nothing at its end, so that is where it begins.
+func (c *testClient) askAbout(key string, a *asked, tick func() int64) error {
+	a.invoked = tick()
+	var end atomic.Int64
+	if a.seconds > 0 {
+		defer time.AfterFunc(time.Duration(a.seconds)*time.Second,
+			func() { end.Store(tick()) }).Stop()
+	}
+	io.WriteString(c.conn, a.line(key))
+	for {
+		line, err := c.r.ReadString('\n')
+		if err != nil {
+			return err
+		}
+		if strings.HasPrefix(line, ":ERROR") {
+			return errRefused
+		}
+		if _, err := fmt.Sscanf(line, ":OK %d", &a.n); err == nil {
+			break
+		}
+		a.got = append(a.got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
+	}
+	if a.n == 0 && end.Load() > 0 {
+		a.invoked = end.Load()
+	}
+	a.answered = tick()
+	return nil
+}
+
+// errRefused is askAbout's where the server has refused the request.
+var errRefused = errors.New("it was refused")
+
 // ---- the data on disk
 
 // Ensure that what was answered survives kill -9, round after round, in one
@@ -6979,11 +7200,13 @@ type world struct {
 	mu      sync.Mutex // guards what is below
 	story   []string
 	ids     int
-	clock   int64               // everybody's: it counts what was begun and answered
-	history map[string][]simOp  // of each list that all share
-	sent    map[string]bool     // every value that a request has carried
-	refused map[string]bool     // values of requests that got an error
-	owners  map[string]*simList // of each list that has one writer
+	clock   int64                 // everybody's: it counts what was begun and answered
+	history map[string][]simOp    // of each list that all share
+	mixed   map[string][]simAsked // of each list that all change in every way
+	ends    map[string]time.Time  // when a key goes at the latest
+	sent    map[string]bool       // every value that a request has carried
+	refused map[string]bool       // values of requests that got an error
+	owners  map[string]*simList   // of each list that has one writer
 
 }
 
@@ -6993,11 +7216,19 @@ type simOp struct {
 	at time.Time
 }
 
+// simAsked is a request about a list, and when it was answered in fake time.
+type simAsked struct {
+	asked
+	at time.Time
+}
+
 func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{
 			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
-			dir: storetest.New(), tls: withTLS, history: map[string][]simOp{}, sent: map[string]bool{},
+			dir: storetest.New(), tls: withTLS, history: map[string][]simOp{},
+			mixed: map[string][]simAsked{}, ends: map[string]time.Time{},
+			sent:    map[string]bool{"0": true, "1": true},
 			refused: map[string]bool{}, owners: map[string]*simList{},
 		}
 		hangs := time.AfterFunc(time.Hour, func() {
@@ -7471,6 +7702,13 @@ func (p *process) forget() {
 	for _, l := range w.owners {
 		l.forget(safe)
 	}
+	for _, requests := range w.mixed {
+		for i := range requests {
+			if requests[i].at.After(safe) {
+				requests[i].answered = 0
+			}
+		}
+	}
 }
 
 // rot damages a file of a store that has been on disk for long, in a third of cases.
@@ -7726,6 +7964,7 @@ type visitor struct {
 	id     string
 	random *rand.Rand
 	conn   halfConn
+	raw    *fakeConn // below TLS
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
 	plain  bool // it does not speak TLS, whatever the server does
@@ -7754,6 +7993,9 @@ var kinds = []struct {
 	{"pipelines and reads", (*visitor).pipeline, true},
 	{"pings", (*visitor).ping, true},
 	{"lists", (*visitor).list, false},
+	{"mixes lists", (*visitor).mix, false},
+	{"takes", (*visitor).take, true},
+	{"ends keys", (*visitor).end, false},
 	{"sends garbage", (*visitor).garbage, false},
 }
 
@@ -7787,6 +8029,7 @@ func (v *visitor) dial() bool {
 	up2, down2 := newStream(streamSize), newStream(pick(r, 8*kilo, 64*kilo))
 	far, theirs := newFakeConn(down2, up2), newFakeConn(up2, down2)
 	theirs.gate = v.gate
+	v.raw = ours
 	if v.conn = ours; v.net.server.tls != nil && !v.plain {
 		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
 	}
@@ -7963,36 +8206,52 @@ func (l *simList) forget(safe time.Time) {
 }
 
 // simWrite is a request that changes a list.
-type simWrite struct{ verb, old, new string }
+type simWrite struct {
+	verb, old, new string
+	seconds        int // for which a Take waits
+}
 
-// apply returns list after the request, and the n of its answer.
-func (q simWrite) apply(list []string) ([]string, int) {
+// apply returns list after the request, and what is answered: the n of ":OK n", and values.
+func (q simWrite) apply(list []string) (after []string, n int, got []string) {
 	list = slices.Clone(list)
+	i := slices.Index(list, q.old)
 	switch q.verb {
 	case "Put":
-		return append(list, q.new), 1
+		return append(list, q.new), 1, nil
 	case "Delete":
-		return nil, len(list)
+		return nil, len(list), nil
 	case "Set":
-		return []string{q.new}, len(list)
-	case "Remove":
-		if i := slices.Index(list, q.old); i >= 0 {
-			return slices.Delete(list, i, i+1), 1
+		return []string{q.new}, len(list), nil
+	case "Remove", "Update", "Swap":
+		if i >= 0 {
+			list, n = slices.Delete(list, i, i+1), 1
 		}
-		return list, 0
-	case "Update":
-		if i := slices.Index(list, q.old); i >= 0 {
-			return append(slices.Delete(list, i, i+1), q.new), 1
+		if q.verb == "Update" || q.verb == "Swap" && n == 1 {
+			list = append(list, q.new)
 		}
-		return append(list, q.new), 0
+		return list, n, nil
+	case "Add":
+		if len(list) == 0 {
+			return []string{q.new}, 1, nil
+		}
+		return list, 0, nil
+	case "Take":
+		n = min(len(list), 1)
+		return list[n:], n, list[:n]
+	case "Count":
+		return list, len(list), nil
 	}
-	return list, len(list)
+	return list, len(list), list
 }
 
 // line is the request as it is sent.
 func (q simWrite) line(key string) string {
-	return strings.Join(slices.DeleteFunc([]string{q.verb, key, q.old, q.new},
-		func(s string) bool { return s == "" }), ":") + "\n"
+	fields := slices.DeleteFunc([]string{q.verb, key, q.old, q.new},
+		func(s string) bool { return s == "" })
+	if q.seconds > 0 {
+		fields = append(fields, strconv.Itoa(q.seconds))
+	}
+	return strings.Join(fields, ":") + "\n"
 }
 
 // own writes a list of its own and knows at each step what it holds.
@@ -8012,14 +8271,14 @@ func (v *visitor) own() {
 		for range pick(v.random, 1, 1, 6) {
 			i++
 			q := simWrite{verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get",
-				"Delete", "Set", "Remove", "Remove")}
+				"Delete", "Set", "Remove", "Remove", "Swap", "Add", "Take", "Count")}
 			switch q.verb {
-			case "Update":
+			case "Update", "Swap":
 				if q.old = "absent"; len(list) > 0 && !chance(v.random, 4) {
 					q.old = pick(v.random, list...)
 				}
 				q.new = v.value(i)
-			case "Put", "Set":
+			case "Put", "Set", "Add":
 				q.new = v.value(i)
 			case "Remove":
 				if q.old = "absent"; len(list) > 0 {
@@ -8044,17 +8303,17 @@ func (v *visitor) own() {
 				v.world.mu.Unlock()
 				continue
 			}
-			after, n := q.apply(list)
+			after, n, got := q.apply(list)
 			if want := fmt.Sprint(":OK ", n); last != want {
 				v.fail("%s %s %.30q: got %q, want %q", q.verb, key, q.old, last, want)
 			}
-			if q.verb == "Get" {
-				for k := range lines {
-					lines[k] = strings.TrimPrefix(lines[k], key+":")
-				}
-				if !slices.Equal(lines, after) {
-					v.fail("%s holds %.200q, want %.200q", key, lines, after)
-				}
+			for k := range lines {
+				lines[k] = strings.TrimPrefix(lines[k], key+":")
+			}
+			if !slices.Equal(lines, got) {
+				v.fail("%s %s answers %.200q, want %.200q", q.verb, key, lines, got)
+			}
+			if q.verb == "Get" || q.verb == "Count" {
 				continue
 			}
 			list = after
@@ -8074,12 +8333,180 @@ func (v *visitor) own() {
 	}
 }
 
+// mix changes lists that others change, in every way, and notes what it saw.
+func (v *visitor) mix() {
+	if !v.hello() {
+		return
+	}
+	for i := range 60 {
+		key := fmt.Sprint("mixed", v.random.IntN(3))
+		a := simAsked{asked: asked{simWrite: drawWrite(v.random, v.value(i))}}
+		err := (&testClient{v.t, v.conn, v.r}).askAbout(key, &a.asked, v.tick)
+		if a.at = time.Now(); v.isVain() {
+			a.answered = 0
+		}
+		v.world.mu.Lock()
+		if err == errRefused {
+			v.refused[a.new] = len(a.new) > 1 // or others send it, too
+		} else {
+			v.mixed[key] = append(v.mixed[key], a)
+		}
+		v.world.mu.Unlock()
+		if err != nil && err != errRefused {
+			return
+		}
+		wait(pick(v.random, 0, 0, time.Millisecond, time.Second))
+	}
+}
+
+// also returns another client of the same kind of network, which has said hello.
+func (v *visitor) also() (other *visitor, ok bool) {
+	other = &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+		calm: true}
+	if !other.dial() {
+		return nil, false
+	}
+	if ok = other.hello(); !ok {
+		other.conn.Close()
+	}
+	return other, ok
+}
+
+// take waits for values that it gives itself, on other connections: each comes to the first who
+// waits, in time, once; and none to one that has gone.
+func (v *visitor) take() {
+	r := v.random
+	key := fmt.Sprint("taken", v.id)
+	ask := func(request string) (last string, ok bool) {
+		io.WriteString(v.conn, request+"\n")
+		_, last, err := v.reply()
+		return last, err == nil && !strings.HasPrefix(last, ":ERROR")
+	}
+	if !v.hello() {
+		return
+	}
+	for i := range 1 + r.IntN(5) {
+		taker, ok := v.also()
+		if !ok {
+			return
+		}
+		defer taker.conn.Close()
+		seconds := 2 + r.IntN(5)
+		ends := time.Now().Add(time.Duration(seconds) * time.Second)
+		fmt.Fprintf(taker.conn, "Take:%s:%d\n", key, seconds)
+		if chance(r, 3) {
+			fmt.Fprintf(taker.conn, "Ping\n")
+		}
+		wait(time.Second)
+		what := pick(r, "gives", "gives", "goes", "waits")
+		if what == "goes" {
+			taker.raw.breakOff()
+			wait(probeTime + time.Second)
+		}
+		value, stood := v.value(i), v.slack()
+		if what != "waits" {
+			give := pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
+			if last, ok := ask(fmt.Sprintf(give, key, value)); !ok {
+				v.world.mu.Lock()
+				v.refused[value] = strings.HasPrefix(last, ":ERROR")
+				v.world.mu.Unlock()
+				return
+			}
+		}
+		given := time.Now()
+		if what == "goes" {
+			if last, ok := ask("Count:" + key); ok && v.slack() == 0 && stood == 0 && last != ":OK 1" {
+				v.fail("a Take of a client that has gone took what came: %s", last)
+			}
+			if _, ok := ask("Delete:" + key); !ok {
+				return
+			}
+			continue
+		}
+		if what == "gives" && !given.Before(ends) { // it may have come too late
+			return
+		}
+		lines, last, err := taker.reply()
+		late := v.slack() + time.Second/2
+		switch now := time.Now(); {
+		case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.net.server.closeSignal):
+			return
+		case what == "gives" && (last != ":OK 1" || !slices.Equal(lines, []string{key + ":" + value})):
+			v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
+		case what == "gives" && now.Sub(given) > late:
+			v.fail("%s: a value comes %v after it was given", v.id, now.Sub(given))
+		case what == "waits" && (last != ":OK 0" || now.Before(ends) || now.Sub(ends) > late):
+			v.fail("%s: a Take of %d seconds ends %v after its time, %s", v.id, seconds, now.Sub(ends),
+				last)
+		}
+		if last, ok := ask("Count:" + key); ok && last != ":OK 0" {
+			v.fail("%s: what was taken is there still: %s", v.id, last)
+		}
+	}
+}
+
+// end makes keys that end, and looks that they are there until then, and no longer; also those of
+// processes before.
+func (v *visitor) end() {
+	r := v.random
+	if !v.hello() {
+		return
+	}
+	for i := range 6 {
+		key, value := fmt.Sprintf("ends%s-%d", v.id, i), v.value(i)
+		seconds := 1 + r.IntN(4)
+		lasts := time.Duration(seconds) * time.Second
+		began := time.Now()
+		fmt.Fprintf(v.conn, pick(r, "Lease:%[1]s:%[2]d:%[3]s\n", "Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"),
+			key, seconds, value)
+		io.WriteString(v.conn, "Ping\n")
+		for n, last := 0, ""; last != ":PONG"; n++ {
+			var err error
+			if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
+				v.world.mu.Lock()
+				v.refused[value] = err == nil && n == 0
+				v.world.mu.Unlock()
+				return
+			}
+		}
+		earliest, latest := began.Add(lasts), time.Now().Add(lasts+2*expireTime)
+		v.world.mu.Lock()
+		v.ends[key] = latest
+		v.world.mu.Unlock()
+
+		for range 3 {
+			wait(between(r, 0, lasts))
+			asked := time.Now()
+			fmt.Fprintf(v.conn, "Get:%s\nKeys:ends\n", key)
+			lines, _, err := v.reply()
+			if err != nil {
+				return
+			}
+			if now := time.Now(); len(lines) == 0 && now.Before(earliest) {
+				v.fail("%s goes %v too early", key, earliest.Sub(now))
+			} else if len(lines) > 0 && asked.After(latest) {
+				v.fail("%s is there %v too long", key, asked.Sub(latest))
+			}
+			if lines, _, err = v.reply(); err != nil {
+				return
+			}
+			v.world.mu.Lock()
+			for _, line := range lines {
+				if end, known := v.ends[strings.TrimPrefix(line, ": ")]; known && asked.After(end) {
+					go v.fail("%s is there again, or still, %v after its time", line, asked.Sub(end))
+				}
+			}
+			v.world.mu.Unlock()
+		}
+	}
+}
+
 // possible returns what a list may be when nobody knows which of the writes were run.
 func possible(list []string, writes []simWrite) (lists [][]string) {
 	lists = [][]string{list}
 	for _, q := range writes {
 		for _, l := range lists {
-			after, _ := q.apply(l)
+			after, _, _ := q.apply(l)
 			lists = append(lists, after)
 		}
 	}
@@ -8295,7 +8722,7 @@ func (v *visitor) list() {
 			v.fail("%s: %d lines, then %q", what, len(lines), last)
 		}
 		for _, line := range lines {
-			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 {
+			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 && f[1] == " Put" {
 				v.known(f[2], f[3])
 			}
 		}
@@ -8378,6 +8805,15 @@ func (w *world) judge() {
 		}
 		if err := checkLinearizable(history, db.Get(key)); err != nil {
 			w.fail("%s: %v", key, err)
+		}
+	}
+	for key, requests := range w.mixed {
+		var history []asked
+		for _, a := range requests {
+			history = append(history, a.asked)
+		}
+		if !explains(history, db.Get(key)) {
+			w.fail("%s: no order explains %d requests", key, len(history))
 		}
 	}
 	for key, l := range w.owners {
