@@ -145,7 +145,9 @@ func (c *compaction) run() (size int64, err error) {
 			err = errors.Join(err, c.dir.Remove(name))
 		}
 	}
-	return size, err
+
+	// One that somebody has emptied must not come back: below a snapshot a start wants full files.
+	return size, errors.Join(err, c.dir.Sync())
 }
 
 // fill writes the snapshot's frames, and prepares.

@@ -8,6 +8,7 @@ import (
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -395,4 +396,35 @@ func TestDiskUseIsBounded(t *testing.T) {
 		commit("after a failure")
 		d.Close()
 	})
+}
+
+// Ensure that a file which somebody has emptied does not come back when the power fails after a
+// compaction has removed it: the next start would refuse it.
+func TestCompactionRemovesForGood(t *testing.T) {
+	for seed := range uint64(20) {
+		dir, d := newSmall(t, Options{})
+		d.Put("kept", "value")
+		d.minCompact = 1 << 40
+		for d.number < 4 {
+			d.Set("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		dir.Empty("seg-2.log")
+		d.minCompact = 0
+		for number := d.number; d.number == number; {
+			d.Set("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.AwaitCompaction()
+		again, err := openSmall(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
+		if err != nil || len(again.Get("kept")) != 1 {
+			t.Fatalf("after a power failure: %v", err)
+		}
+		again.Close()
+		d.Close()
+	}
 }
