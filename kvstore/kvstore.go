@@ -1,9 +1,10 @@
 // Package kvstore keeps lists of values under keys.
 //
-// KVStore is what the server asks of a store. Memory lives and dies with the process: memory.go
-// (what it does), index.go (how it finds a key), slab.go (how a key and its list lie in
-// memory), large.go (what is too large for that), deadlines.go (which key ends next) and table.go
-// (arrays that snapshots share), most with a drawing. Other packages build on it:
+// kvstore.go says what is asked of a store: KVStore is the least, and Store is what a fast server
+// asks. Memory is a Store that ends with its process: memory.go (what it does), index.go (how it
+// finds a key), slab.go (how a key and its list lie in memory), large.go (what is too large for
+// that), deadlines.go (which key ends next) and table.go (arrays that snapshots share), most with
+// a drawing. Other packages build on it:
 //
 //	durable       a Memory with a log, from which Open makes it again
 //	storage       where such a log is kept: a directory of the file system
@@ -51,7 +52,7 @@ type KVStore interface {
 }
 
 // Store is what a fast server asks of a store: KVStore, and what would cost it more to find
-// out with that. Memory and Durable are Stores; StoreOf makes one of any KVStore.
+// out with that. Memory and durable.Store are Stores; StoreOf makes one of any KVStore.
 type Store interface {
 	KVStore
 
@@ -92,7 +93,7 @@ type Store interface {
 
 	// Expire has key go at a time, in milliseconds of Unix time; 0: it stays. It returns whether
 	// key is there. A Set, a Delete, and what removes a key's last value end its deadline. The
-	// store does nothing when the time has come: its owner asks NextDue, and Deletes.
+	// store does nothing when the time has come: its owner asks NextDue, and deletes the key.
 	Expire(key string, at int64) (ok bool)
 
 	// PutUntil is Put and Expire in one step: a crash leaves both or neither.
@@ -120,13 +121,14 @@ type Store interface {
 	Snapshot() Snapshot
 }
 
-// ViewMost is how many bytes of values a list has at most that shares memory.
+// ViewMost is how many bytes of values a list that shares memory has at most.
 const ViewMost = ownSize
 
 // Snapshot is what a store held at one moment. Any goroutine may have one, while the
 // store's owner goes on.
 type Snapshot interface {
-	// All yields every key with its list, in no order. A list is good until the next.
+	// All yields every key with its list, in no order. A list is good until the
+	// next one is yielded.
 	All() iter.Seq2[string, []string]
 
 	// View is Store's.
@@ -138,12 +140,14 @@ type Snapshot interface {
 
 // StoreOf returns db as a Store: db itself if it is one, nil if it is nil.
 func StoreOf(db KVStore) Store {
+	// A Store is taken as it is; what is less than that gets the rest from plain.
 	switch store, isStore := db.(Store); {
 	case isStore:
 		return store
 	case db == nil:
 		return nil
 	}
+
 	return plain{db}
 }
 
@@ -168,6 +172,8 @@ func (p plain) Take(key string) (value string, ok bool) {
 	if len(values) == 0 {
 		return "", false
 	}
+
+	// Remove removes the first value that is equal, and that is this one.
 	return values[0], p.Remove(key, values[0])
 }
 
