@@ -33,12 +33,15 @@ func (t *table[T]) at(i int) *T { return &t.pages[uint(i)/tableItems].items[uint
 // own returns item i to be changed: in a copy of its page, if a snapshot has that.
 func (t *table[T]) own(i int, epoch uint64) *T {
 	p := t.pages[i/tableItems]
+
+	// A snapshot may have a page of an earlier epoch, and keeps it: this table goes on with a copy.
 	if p.epoch != epoch {
 		mine := *p
 		mine.epoch = epoch
 		p = &mine
 		t.pages[i/tableItems] = p
 	}
+
 	return &p.items[i%tableItems]
 }
 
@@ -53,8 +56,11 @@ func (t *table[T]) push(epoch uint64) (i int) {
 
 // pop removes the last item, and a page with its last.
 func (t *table[T]) pop(epoch uint64) {
+	// The item that push adds is the zero value, so nothing of this one may stay behind.
 	var none T
 	*t.own(t.len-1, epoch) = none
+
+	// The nil leaves an empty page to the garbage collector.
 	if t.len--; t.len%tableItems == 0 {
 		t.pages[len(t.pages)-1] = nil
 		t.pages = t.pages[:len(t.pages)-1]
