@@ -9,7 +9,7 @@ import (
 
 // deadlines tells which key ends next. A key's deadline itself is in its entry, so a snapshot
 // has it; here are the ends of all keys that have one, sorted, in chunks so that to add
-// or remove one moves 4 KiB at most. They take 16 bytes an end in full chunks, and 43 where
+// or remove one moves 4 KiB of them at most. They take 16 bytes an end in full chunks, and 43 where
 // what was removed has left gaps.
 //
 //	chunks
@@ -40,9 +40,13 @@ func (e end) compare(other end) int {
 func (d *deadlines) find(e end) (chunk, i int) {
 	chunk, found := slices.BinarySearchFunc(d.chunks, e,
 		func(c []end, e end) int { return c[0].compare(e) })
+
+	// An end that no chunk begins with belongs to the chunk before, if there is one.
 	if !found {
 		chunk = max(0, chunk-1)
 	}
+
+	// Before the first end is added there is no chunk to look into.
 	if chunk < len(d.chunks) {
 		i, _ = slices.BinarySearchFunc(d.chunks[chunk], e, end.compare)
 	}
@@ -60,6 +64,7 @@ func (d *deadlines) add(e end) {
 		d.chunks = append(d.chunks, make([]end, 0, chunkMost))
 		chunk, i = len(d.chunks)-1, 0
 	case len(d.chunks[chunk]) == chunkMost:
+		// The second half gets an array of its own, so both halves have room.
 		const half = chunkMost / 2
 		c := d.chunks[chunk]
 		d.chunks = slices.Insert(d.chunks, chunk+1,
@@ -69,6 +74,7 @@ func (d *deadlines) add(e end) {
 			chunk, i = chunk+1, i-half
 		}
 	}
+
 	d.chunks[chunk] = slices.Insert(d.chunks[chunk], i, e)
 }
 
@@ -77,16 +83,19 @@ func (d *deadlines) remove(e end) {
 	chunk, i := d.find(e)
 	c := slices.Delete(d.chunks[chunk], i, i+1)
 	d.chunks[chunk] = c
+
+	// No chunk stays empty, for find looks at the first end of each.
 	if len(c) == 0 {
 		d.chunks = slices.Delete(d.chunks, chunk, chunk+1)
 		return
 	}
 
-	// Two that are nearly empty become one.
+	// Two neighbours that are nearly empty become one.
 	for _, first := range []int{chunk - 1, chunk} {
 		if first < 0 || first+1 >= len(d.chunks) {
 			continue
 		}
+
 		a, b := d.chunks[first], d.chunks[first+1]
 		if len(a)+len(b) <= chunkLess {
 			d.chunks[first] = append(a, b...)
@@ -110,11 +119,18 @@ func (m *Memory) Expire(key string, deadline int64) (ok bool) {
 	if e == nil {
 		return false
 	}
+
+	// Nothing is written for a deadline that stays the same.
 	old := m.deadline(at.slot)
 	if deadline == old {
 		return true
 	}
+
+	// NextDue goes by the ends in m.deadlines.
 	m.noteDeadline(at.h, old, deadline)
+
+	// A snapshot keeps the old deadline: the page of a large entry is copied if the snapshot
+	// has it, and the entry of a short list is written anew.
 	if at.slot&largeBit != 0 {
 		m.large.own(number(at.slot), m.epoch).deadline = deadline
 	} else {
@@ -135,6 +151,7 @@ func (m *Memory) noteDeadline(h uint64, old, at int64) {
 		m.deadlines.remove(end{old, h})
 		m.expiring--
 	}
+
 	if at != 0 {
 		m.deadlines.add(end{at, h})
 		m.expiring++
@@ -143,6 +160,7 @@ func (m *Memory) noteDeadline(h uint64, old, at int64) {
 
 // Deadline returns key's deadline; ok is false if it has none.
 func (v *view) Deadline(key string) (deadline int64, ok bool) {
+	// While no key has a deadline the search is saved.
 	if v.expiring > 0 {
 		at, _ := v.find(key)
 		deadline = v.deadline(at.slot)
@@ -170,6 +188,8 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 	if len(m.deadlines.chunks) == 0 || m.deadlines.chunks[0][0].at > now {
 		return "", false
 	}
+
+	// An end has only the hash of its key, so the index is searched for that.
 	first := m.deadlines.chunks[0][0]
 	p, tag := m.page(first.hash), first.hash<<addrBits
 	for i := home(tag); p.slots[i] != 0; i = next(i) {
@@ -177,9 +197,13 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 		if (slot^tag)>>addrBits != 0 || m.deadline(slot) != first.at {
 			continue
 		}
+
+		// Other hashes may have the same tag: the whole hash decides.
 		if k := m.entry(slot).key(); maphash.Bytes(m.seed, k) == first.hash {
 			return string(k), true
 		}
 	}
+
+	// Each key with a deadline has one end, and loses it with the deadline.
 	panic("kvstore: a deadline of no key")
 }
