@@ -59,7 +59,9 @@ func (p *page) insert(slot uint64) {
 // remove empties slot i. It closes the gap, so that no search ends there too early: a
 // slot behind moves up unless that would be before its home (Knuth, TAOCP 3, 6.4, R).
 func (p *page) remove(i int) {
+	// i is the gap, and j goes through the slots behind it.
 	for j := next(i); p.slots[j] != 0; j = next(j) {
+		// How far j is behind its home and behind the gap: the page is a ring.
 		fromHome, fromGap := j-home(p.slots[j]), j-i
 		if fromHome < 0 {
 			fromHome += pageSlots
@@ -67,11 +69,14 @@ func (p *page) remove(i int) {
 		if fromGap < 0 {
 			fromGap += pageSlots
 		}
+
+		// The gap is not before j's home, so a search for j's key finds it there, too.
 		if fromHome >= fromGap {
 			p.slots[i] = p.slots[j]
 			i = j
 		}
 	}
+
 	p.slots[i] = 0
 	p.used--
 }
@@ -79,9 +84,10 @@ func (p *page) remove(i int) {
 // view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it: what
 // a view has is not changed any more, but replaced.
 type view struct {
-	seed  maphash.Seed
-	dir   table[*page] // by the first bits of the hash; a page of lower depth is there several times
-	shift uint8        // 64 less the number of these bits
+	seed maphash.Seed
+	// by the first bits of the hash; a page of lower depth is there several times
+	dir   table[*page]
+	shift uint8 // 64 less the number of these bits
 	slabs table[*slab]
 	large table[large]
 
@@ -103,6 +109,8 @@ func (v *view) find(key string) (at spot, e entry) {
 	p := v.page(h)
 	tag := h << addrBits
 	i := home(tag)
+
+	// Other keys may have the same tag: the key in the entry decides.
 	for ; p.slots[i] != 0; i = next(i) {
 		if (p.slots[i]^tag)>>addrBits == 0 {
 			if e := v.entry(p.slots[i]); e.hasKey(key) {
@@ -110,6 +118,8 @@ func (v *view) find(key string) (at spot, e entry) {
 			}
 		}
 	}
+
+	// The key is not there, and i is the empty slot that it would get.
 	return spot{h, i, 0}, nil
 }
 
@@ -117,6 +127,8 @@ func (v *view) find(key string) (at spot, e entry) {
 func (v *view) locate(addr uint64) (at spot) {
 	h := maphash.Bytes(v.seed, v.entry(addr).key())
 	p, slot := v.page(h), h<<addrBits|addr
+
+	// No two entries have one address: the slot that has it is this entry's.
 	i := home(slot)
 	for ; p.slots[i] != 0 && p.slots[i] != slot; i = next(i) {
 	}
@@ -126,17 +138,21 @@ func (v *view) locate(addr uint64) (at spot) {
 // own returns h's page to be changed: a copy, if a snapshot has it.
 func (m *Memory) own(h uint64) *page {
 	p := m.page(h)
+
+	// A snapshot may have a page of an earlier epoch, and keeps it: the directory gets a copy.
 	if p.epoch != m.epoch {
 		mine := *p
 		mine.epoch = m.epoch
 		p = &mine
 		m.enter(h, p)
 	}
+
 	return p
 }
 
 // enter puts p in all places of the directory that are h's at p's depth.
 func (m *Memory) enter(h uint64, p *page) {
+	// A page of lower depth than the directory has several places, one behind the other.
 	n := 1 << (64 - m.shift - p.depth)
 	first := int(h>>m.shift) &^ (n - 1)
 	for i := range n {
@@ -151,7 +167,10 @@ func (m *Memory) point(at spot, addr uint64) {
 		p.used++
 		m.keys++
 	}
+
 	p.slots[at.i] = at.h<<addrBits | addr
+
+	// A page is split before the searches in it become long.
 	if p.used >= pageFull {
 		m.split(at.h)
 	}
@@ -161,6 +180,8 @@ func (m *Memory) point(at spot, addr uint64) {
 // slot does not have the bit that tells where it goes.
 func (m *Memory) split(h uint64) {
 	old := m.page(h)
+
+	// The directory has no bit more than the page: it needs one, and becomes twice as long.
 	if 64-m.shift == old.depth {
 		var dir table[*page]
 		for i := range 2 * m.dir.len {
@@ -168,6 +189,8 @@ func (m *Memory) split(h uint64) {
 		}
 		m.dir, m.shift = dir, m.shift-1
 	}
+
+	// The next bit of a key's hash tells which of the new pages it goes to.
 	bit := uint64(1) << (63 - old.depth)
 	low, high := &page{epoch: m.epoch, depth: old.depth + 1}, &page{epoch: m.epoch,
 		depth: old.depth + 1}
@@ -180,6 +203,8 @@ func (m *Memory) split(h uint64) {
 			high.insert(slot)
 		}
 	}
+
+	// A snapshot still has the old page in its own directory.
 	m.enter(h&^bit, low)
 	m.enter(h|bit, high)
 	m.pages++
@@ -191,13 +216,19 @@ func (m *Memory) unpoint(at spot) {
 	h, p := at.h, m.own(at.h)
 	p.remove(at.i)
 	m.keys--
+
+	// A page of depth 0 is the only one, and a page of many keys stays as it is.
 	if p.depth == 0 || p.used > pageEmpty {
 		return
 	}
+
+	// The other half differs in the last bit of the depth. It may have been split further.
 	other := m.page(h ^ 1<<(64-p.depth))
 	if other.depth != p.depth || p.used+other.used > pageEmpty {
 		return
 	}
+
+	// Both become one new page: a snapshot may have the old ones.
 	both := &page{epoch: m.epoch, depth: p.depth - 1}
 	for _, half := range []*page{p, other} {
 		for _, slot := range half.slots {
@@ -206,6 +237,7 @@ func (m *Memory) unpoint(at spot) {
 			}
 		}
 	}
+
 	m.enter(h, both)
 	m.pages--
 }
