@@ -85,6 +85,7 @@ func (v *view) entry(slot uint64) entry {
 
 // parts returns an entry's key, and what follows it.
 func (e entry) parts() (key, rest []byte) {
+	// A length below 128 is one byte, and is read without a call.
 	n, i := uint64(e[0]), 1
 	if n >= 0x80 {
 		n, i = binary.Uvarint(e)
@@ -105,6 +106,7 @@ func (e entry) hasKey(key string) bool { return string(e.key()) == key }
 func (e entry) list() (n int, deadline int64, rest []byte) {
 	_, rest = e.parts()
 	n, rest = int(rest[0]), rest[1:]
+
 	if n >= expires {
 		at, size := binary.Uvarint(rest)
 		n, deadline, rest = n-expires, int64(at), rest[size:]
@@ -118,12 +120,16 @@ func (e entry) values(dst []string) []string {
 	if rest[0] == 1 && rest[1] < 0x80 { // the usual list
 		return append(dst, viewOf(rest[2:2+rest[1]]))
 	}
+
+	// The values begin behind the last of their lengths.
 	n, _, lengths := e.list()
 	values := lengths
 	for range n {
 		_, size := binary.Uvarint(values)
 		values = values[size:]
 	}
+
+	// Each length is taken with its value.
 	for range n {
 		length, size := binary.Uvarint(lengths)
 		lengths = lengths[size:]
@@ -136,12 +142,16 @@ func (e entry) values(dst []string) []string {
 // size is how many bytes the entry takes.
 func (e entry) size() int {
 	n, _, rest := e.list()
+
+	// The lengths are enough: the values are not read.
 	sum := 0
 	for range n {
 		length, size := binary.Uvarint(rest)
 		rest = rest[size:]
 		sum += int(length)
 	}
+
+	// What follows the entry may be in e, too, so the length of e is not the entry's.
 	return len(e) - len(rest) + sum
 }
 
@@ -167,13 +177,18 @@ func entrySize(key string, values []string, deadline int64) int {
 
 // writeEntry writes an entry to the start of b.
 func writeEntry(b []byte, key string, values []string, deadline int64) {
+	// b has room for the entry (entrySize), so no append moves it to other memory.
 	b = binary.AppendUvarint(b[:0], uint64(len(key)))
 	b = append(b, key...)
+
+	// A short list has few values: a number from expires up tells that a deadline follows.
 	if deadline == 0 {
 		b = append(b, byte(len(values)))
 	} else {
 		b = binary.AppendUvarint(append(b, byte(len(values)+expires)), uint64(deadline))
 	}
+
+	// All lengths come first, then all values.
 	for _, v := range values {
 		b = binary.AppendUvarint(b, uint64(len(v)))
 	}
@@ -184,11 +199,15 @@ func writeEntry(b []byte, key string, values []string, deadline int64) {
 
 // grow makes room for an entry of so many bytes in a slab.
 func (m *Memory) grow(size int) (addr uint64, b []byte) {
+	// The entry does not fit into the head, so it begins a new slab.
 	if slabSize-m.accounts[m.head].written < size {
 		full := m.head
 		m.head = m.open()
+
+		// The slab that was the head may be cleaned from now on.
 		m.settle(full)
 	}
+
 	a := &m.accounts[m.head]
 	n := a.written
 	a.written += size
@@ -199,11 +218,14 @@ func (m *Memory) grow(size int) (addr uint64, b []byte) {
 
 // open makes a slab and returns its number.
 func (m *Memory) open() (k int) {
+	// A number is used again, so that the table grows only with the slabs in use.
 	if n := len(m.unused); n > 0 {
 		k, m.unused = m.unused[n-1], m.unused[:n-1]
 	} else {
 		k, m.accounts = m.slabs.push(m.epoch), append(m.accounts, account{})
 	}
+
+	// A snapshot has its own table, in which the number means what it meant before.
 	*m.slabs.own(k, m.epoch) = (*slab)(m.allocate(slabSize)[:slabSize])
 	m.accounts[k] = account{epoch: m.epoch}
 	m.used += slabSize
@@ -213,13 +235,16 @@ func (m *Memory) open() (k int) {
 // allocate returns memory for size bytes, which has no pointers: of what is free, if that
 // is not much more.
 func (m *Memory) allocate(size int) []byte {
+	// What was released last is tried first, for it may be in the processor's cache still.
 	for i := len(m.free) - 1; i >= 0; i-- {
 		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
 			m.free = slices.Delete(m.free, i, i+1)
 			return data[:size]
 		}
 	}
-	var fresh strings.Builder // it does not clear memory that will be written anyway
+
+	// A strings.Builder does not clear the memory, which will be written anyway.
+	var fresh strings.Builder
 	fresh.Grow(size)
 	fresh.WriteByte(0) // or there would be no string to take the memory of
 	return unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:size]
@@ -228,9 +253,11 @@ func (m *Memory) allocate(size int) []byte {
 // release keeps memory that nobody has seen for the next, in the place of what has been
 // free longest.
 func (m *Memory) release(data []byte, epoch uint64, shown bool) {
+	// The garbage collector gets what somebody may still read, and what is too large or small.
 	if shown || epoch < m.epoch || cap(data) > slabSize || cap(data) <= ownSize {
 		return
 	}
+
 	if len(m.free) == freeMost {
 		m.free = slices.Delete(m.free, 0, 1)
 	}
@@ -242,10 +269,13 @@ func (m *Memory) die(slot uint64) (size int) {
 	if slot&largeBit != 0 {
 		return m.dropLarge(number(slot))
 	}
+
 	k := int(slot & addrMask >> slabBits)
 	size = m.entry(slot).size()
 	m.live -= size
 	m.accounts[k].live -= size
+
+	// The slab has more dead bytes now: it may change its bucket, or go.
 	m.settle(k)
 	return size
 }
@@ -253,9 +283,12 @@ func (m *Memory) die(slot uint64) (size int) {
 // settle puts slab k where it belongs: into the bucket of its dead bytes if it may be
 // cleaned, and away if nothing in it is alive.
 func (m *Memory) settle(k int) {
+	// Slab 0 is none, and the head is still being written.
 	if k == 0 || k == m.head {
 		return
 	}
+
+	// The victim is in no bucket, nor is a slab that is about to go.
 	a, bucket := &m.accounts[k], 0
 	if a.live > 0 && k != m.victim {
 		bucket = (a.written - a.live) / bucketSize
@@ -266,6 +299,8 @@ func (m *Memory) settle(k int) {
 	if bucket != a.bucket && !isHeld {
 		m.move(k, bucket)
 	}
+
+	// A snapshot that has the slab keeps its memory: it is not used again (release).
 	if a.live == 0 {
 		m.drop(k)
 	}
@@ -275,10 +310,14 @@ func (m *Memory) settle(k int) {
 func (m *Memory) drop(k int) {
 	a := &m.accounts[k]
 	m.used -= slabSize
+
+	// The memory is used again if nobody can have seen it, and the number in any case.
 	m.release((*m.slabs.at(k))[:], a.epoch, a.shown)
 	*m.slabs.own(k, m.epoch) = nil
 	*a = account{}
 	m.unused = append(m.unused, k)
+
+	// The victim has gone: clean chooses another one when it has to.
 	if k == m.victim {
 		m.victim = 0
 	}
@@ -287,12 +326,15 @@ func (m *Memory) drop(k int) {
 // move takes slab k out of its bucket, if it is in one, and puts it into another; 0: none.
 func (m *Memory) move(k, bucket int) {
 	a := &m.accounts[k]
+
+	// The bucket's last slab takes the place that becomes free.
 	if a.bucket > 0 {
 		old := m.buckets[a.bucket]
 		last := old[len(old)-1]
 		old[a.place], m.accounts[last].place = last, a.place
 		m.buckets[a.bucket] = old[:len(old)-1]
 	}
+
 	if a.bucket = bucket; bucket > 0 {
 		a.place = len(m.buckets[bucket])
 		m.buckets[bucket] = append(m.buckets[bucket], k)
@@ -310,6 +352,8 @@ func (m *Memory) letGo() {
 	if !m.held || m.latest.Value() != nil {
 		return
 	}
+
+	// The slabs that the snapshot had may be cleaned again.
 	m.held = false
 	for k := range m.accounts {
 		if a := &m.accounts[k]; a.live > 0 && a.epoch < m.epoch {
@@ -321,8 +365,10 @@ func (m *Memory) letGo() {
 
 // clean cleans slabs after so many bytes were written or have died.
 func (m *Memory) clean(bytes int) {
+	// One operation cleans no longer than this, whatever it has written.
 	bytes = min(bytes, cleanMost)
 	m.short = max(0, m.short-bytes)
+
 	for bytes > 0 && (m.victim > 0 || m.choose()) {
 		victim, rate := m.victim, m.rate
 		walk := bytes * rate
@@ -340,6 +386,8 @@ func (m *Memory) step() (size int) {
 	e := m.entry(addr)
 	size = e.size()
 	m.at += size
+
+	// The copy is made before the entry dies, for the victim may go with it.
 	if at := m.locate(addr); at.slot != 0 {
 		to, b := m.grow(size)
 		copy(b, e)
@@ -351,6 +399,7 @@ func (m *Memory) step() (size int) {
 
 // choose makes the slab with most dead bytes the victim, if more is dead in all than may be.
 func (m *Memory) choose() bool {
+	// While memory is short, slabs with few dead bytes are worth cleaning, too.
 	least := 1
 	if m.short == 0 {
 		if m.used-m.live <= deadMin+m.used/deadShare {
@@ -358,7 +407,11 @@ func (m *Memory) choose() bool {
 		}
 		least = cleanFrom
 	}
+
+	// Once nobody has the latest snapshot, its slabs can be chosen, too.
 	m.letGo()
+
+	// The rate is such that about two bytes are given back for each that is written or dies.
 	for b := buckets - 1; b >= least; b-- {
 		if n := len(m.buckets[b]); n > 0 {
 			m.victim, m.at, m.rate = m.buckets[b][n-1], 0, 2*buckets/b
@@ -378,5 +431,6 @@ func (m *Memory) Reclaim() (bytes int64) {
 	for b, slabs := range m.buckets {
 		bytes += int64(b * bucketSize * len(slabs))
 	}
+
 	return max(0, bytes-2*slabSize) // what is moved takes room before its slab goes
 }
