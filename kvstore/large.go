@@ -53,12 +53,15 @@ func (v *view) long(slot uint64) *list {
 // ownLong is long, to be changed: in a copy, if a snapshot has it.
 func (m *Memory) ownLong(slot uint64) *list {
 	l := m.long(slot)
+
+	// A snapshot may have a list of an earlier epoch, and keeps it. The copy shares its array.
 	if l != nil && l.epoch != m.epoch {
 		mine := *l
 		mine.epoch, mine.shared = m.epoch, true
 		l = &mine
 		m.large.own(number(slot), m.epoch).list = l
 	}
+
 	return l
 }
 
@@ -72,13 +75,17 @@ func (m *Memory) handOut(l *list) []string {
 // place of the entry that a slot points to, if that is large.
 func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
 	deadline int64) (addr uint64) {
+	// The deadline is not in data but beside it, where Expire can change it.
 	data := m.allocate(entrySize(key, values, 0))
 	writeEntry(data, key, values, 0)
 
+	// A large entry keeps its number, so the index need not be changed.
 	k := number(slot)
 	if slot&largeBit == 0 {
 		k = m.large.push(m.epoch)
 	}
+
+	// The memory of the old data is used again if nobody can have seen it.
 	r := m.large.own(k, m.epoch)
 	m.largeBytes += int64(cap(data) - cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
@@ -93,11 +100,12 @@ func (m *Memory) dropLarge(k int) (size int) {
 	m.largeBytes -= int64(cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
 
-	// The last one takes its number.
+	// The last entry takes the number of this one, so that no number is left out.
 	if last := m.large.len - 1; last != k {
 		m.point(m.locate(largeBit|uint64(last)), largeBit|uint64(k))
 		*r = *m.large.at(last)
 	}
+
 	m.large.pop(m.epoch)
 	return size
 }
@@ -113,10 +121,13 @@ func (m *Memory) newList(values []string) *list {
 
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *list, value string) {
+	// The array is full: the values move to a new one, which no reader has.
 	if len(l.values) == cap(l.values) {
 		l.values = slices.Grow(l.values, 1)
 		m.copied(l)
 	}
+
+	// Readers and snapshots see nothing behind the old end, so a shared array can grow, too.
 	l.values = append(l.values, strings.Clone(value))
 	l.hashes = append(l.hashes, m.hash(value))
 	l.most = max(l.most, len(l.values))
@@ -140,6 +151,7 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
 		return hint
 	}
+
 	hash := m.hash(value)
 	for i, h := range l.hashes {
 		if h == hash && l.values[i] == value {
@@ -174,6 +186,8 @@ func (m *Memory) takeOut(l *list, place int) {
 	default:
 		l.values = slices.Delete(l.values, place, place+1)
 	}
+
+	// No reader looks at the hashes, so they are changed where they are.
 	if place == 0 {
 		l.hashes = l.hashes[1:]
 	} else {
