@@ -9,7 +9,7 @@ import (
 	"weak"
 )
 
-// Memory is a KVStore in memory alone: a process that ends takes it along, and
+// Memory is a Store in memory alone: it ends with its process, and
 // Commit has nothing to do. It is not safe for concurrent access, and starts no
 // goroutine. Make one with NewMemory.
 //
@@ -58,9 +58,13 @@ type Memory struct {
 // NewMemory returns an empty store.
 func NewMemory() *Memory {
 	m := &Memory{view: view{seed: maphash.MakeSeed(), shift: 64}, pages: 1}
+
+	// The index begins as one page, which every hash leads to.
 	m.dir.push(m.epoch)
 	*m.dir.at(0) = &page{}
-	m.slabs.push(m.epoch) // number 0 is none, and full
+
+	// Slab 0 is none. It counts as full, so the first entry opens a slab.
+	m.slabs.push(m.epoch)
 	m.accounts = []account{{written: slabSize}}
 	return m
 }
@@ -69,6 +73,8 @@ func NewMemory() *Memory {
 func (m *Memory) Put(key, value string) {
 	at, e := m.find(key)
 	m.tally(1, value)
+
+	// A long list grows where it is; its entry stays.
 	values := m.edit[:0]
 	if e == nil {
 		m.keyBytes += int64(len(key))
@@ -78,6 +84,8 @@ func (m *Memory) Put(key, value string) {
 	} else {
 		values = e.values(values)
 	}
+
+	// The entry of a new key or of a short list is written, with one value more.
 	m.store(at, key, append(values, value))
 }
 
@@ -94,6 +102,7 @@ func (m *Memory) store(at spot, key string, values []string) {
 
 // storeUntil is store with a new deadline; 0: none.
 func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64) {
+	// A list of too many values or bytes becomes a long one; its entry has the key alone.
 	var l *list
 	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
@@ -108,12 +117,16 @@ func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64
 		addr, b = m.grow(size)
 		writeEntry(b, key, values, deadline)
 	}
+
+	// A large entry that replaces a large one has its number: the index is right already.
 	if addr != at.slot&addrMask {
 		m.point(at, addr)
 		if at.slot != 0 {
 			size += m.die(at.slot)
 		}
 	}
+
+	// Cleaning keeps pace with what is written and what dies.
 	m.clean(size)
 }
 
@@ -123,6 +136,8 @@ func (m *Memory) Get(key string) []string {
 	if e == nil {
 		return nil
 	}
+
+	// A long list is shared, not copied: the store leaves the part that is handed out as it is.
 	if l := m.long(at.slot); l != nil {
 		return m.handOut(l)
 	}
@@ -130,13 +145,15 @@ func (m *Memory) Get(key string) []string {
 }
 
 // View is Get without a copy. A short list is made in scratch, and its strings may be
-// parts of a piece of memory of 256 KiB, which stays as long as one of them does: who
-// keeps such a list for long clones it (CloneAll).
+// parts of a piece of memory of 256 KiB, which stays as long as one of them does: a
+// caller that keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
 	at, e := m.find(key)
 	if e == nil {
 		return nil
 	}
+
+	// Memory of which a part is shown is not used again, for the caller may still read it.
 	if at.slot&largeBit == 0 {
 		m.accounts[at.slot&addrMask>>slabBits].shown = true
 	} else if r := m.large.at(number(at.slot)); r.list != nil {
@@ -144,6 +161,7 @@ func (m *Memory) View(scratch []string, key string) []string {
 	} else if r.epoch == m.epoch { // else it is not used again anyway
 		r.shown = true
 	}
+
 	return e.values(scratch[:0])
 }
 
@@ -153,6 +171,8 @@ func CloneAll(values []string) []string {
 	if len(values) == 1 {
 		all = strings.Clone(all) // Join has not copied it
 	}
+
+	// Each clone is a part of the one copy.
 	clones := make([]string, len(values))
 	for i, v := range values {
 		clones[i], all = all[:len(v)], all[len(v):]
@@ -174,6 +194,8 @@ func (m *Memory) Delete(key string) (removed int) {
 // forget takes all values of the key at a spot out of what is counted, and its deadline.
 func (m *Memory) forget(at spot, e entry) (removed int) {
 	m.noteDeadline(at.h, m.deadline(at.slot), 0)
+
+	// A long list knows its sums, so it is not walked through.
 	bytes := int64(0)
 	if l := m.long(at.slot); l != nil {
 		removed, bytes = len(l.values), l.bytes
@@ -184,6 +206,7 @@ func (m *Memory) forget(at spot, e entry) (removed int) {
 		values := e.values(m.edit[:0])
 		removed, bytes = len(values), int64(sizeOf(values))
 	}
+
 	m.values -= removed
 	m.valueBytes -= bytes
 	return removed
@@ -204,6 +227,8 @@ func (m *Memory) Set(key, value string) (removed int) {
 	} else {
 		removed = m.forget(at, e)
 	}
+
+	// The value is alone, and the key has no deadline any more: a Set ends it.
 	m.tally(1, value)
 	m.storeUntil(at, key, append(m.edit[:0], value), 0)
 	return removed
@@ -220,11 +245,14 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	if e == nil {
 		return -1
 	}
+
+	// A long list has hashes, so that few of its values are compared.
 	if l := m.long(at.slot); l != nil {
 		place = m.index(l, value, hint)
 	} else {
 		place = slices.Index(e.values(m.edit[:0]), value)
 	}
+
 	if place >= 0 {
 		m.takeAt(at, key, e, place)
 	}
@@ -233,6 +261,7 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 
 // takeAt removes value n of the key at a spot, and the key with its last.
 func (m *Memory) takeAt(at spot, key string, e entry, n int) {
+	// While another value is left, the list becomes shorter and the key stays.
 	if l := m.ownLong(at.slot); l != nil {
 		if len(l.values) > 1 {
 			m.takeOut(l, n)
@@ -243,6 +272,8 @@ func (m *Memory) takeAt(at spot, key string, e entry, n int) {
 		m.store(at, key, slices.Delete(values, n, n+1))
 		return
 	}
+
+	// That was the last value: the key goes, and its deadline with it.
 	m.forget(at, e)
 	m.remove(at, key)
 }
@@ -254,11 +285,14 @@ func (m *Memory) Take(key string) (value string, ok bool) {
 	if e == nil {
 		return "", false
 	}
+
+	// A value of a short list is part of its entry, whose memory may be used again: clone it.
 	if l := m.long(at.slot); l != nil {
 		value = l.values[0]
 	} else {
 		value = strings.Clone(e.values(m.edit[:0])[0])
 	}
+
 	m.takeAt(at, key, e, 0)
 	return value, true
 }
@@ -269,6 +303,8 @@ func (m *Memory) Count(key string) (n int) {
 	if e == nil {
 		return 0
 	}
+
+	// The entry of a long list has no values: they are in the list.
 	if l := m.long(at.slot); l != nil {
 		return len(l.values)
 	}
@@ -285,15 +321,18 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 }
 
 // UpdateAt is Update. It returns the place of the value that it removed, -1 if there is
-// none. It looks at the place hint before it searches: who knows the place makes long
-// lists cheap.
+// none. It looks at the place hint before it searches: for a caller that knows the
+// place an Update of a long list is cheap.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
 		m.Put(key, newValue)
 		return -1
 	}
+
 	m.tally(1, newValue)
+
+	// A long list is changed where it is; its entry stays.
 	if l := m.ownLong(at.slot); l != nil {
 		if place = m.index(l, oldValue, hint); place >= 0 {
 			m.takeOut(l, place)
@@ -301,6 +340,8 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		m.append(l, newValue)
 		return place
 	}
+
+	// A short list is written anew, with the deadline that it had.
 	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
 		m.tally(-1, oldValue)
@@ -329,6 +370,8 @@ func (m *Memory) KeyBytes() int64 { return m.keyBytes }
 func (m *Memory) Footprint() int64 {
 	const pageSize = int(unsafe.Sizeof(page{}))
 	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
+
+	// Values that went count as long as a list's array keeps them in memory (longGone).
 	return int64(m.used+m.pages*pageSize+8*m.dir.len+len(m.large.pages)*largePageSize+
 		m.longValues*perLongValue+m.deadlines.bytes()) + m.largeBytes + m.longBytes + m.longGone
 }
@@ -339,6 +382,7 @@ func (m *Memory) Measure(key string) (bytes int64) {
 	if e == nil {
 		return 0
 	}
+
 	if l := m.long(at.slot); l != nil {
 		return l.bytes
 	}
@@ -351,6 +395,7 @@ func (m *Memory) Has(key, value string) bool {
 	if e == nil {
 		return false
 	}
+
 	if l := m.long(at.slot); l != nil {
 		return m.index(l, value, -1) >= 0
 	}
@@ -374,19 +419,27 @@ func (m *Memory) Touch(keys []string) {
 	var hashes, slots [touchMost]uint64
 	for len(keys) > 0 {
 		n := min(len(keys), touchMost)
+
+		// First the hashes, which need nothing of the store but its seed.
 		for i, key := range keys[:n] {
 			hashes[i] = maphash.String(m.seed, key)
 		}
+
+		// Then the slots where the searches begin: the waits for their pages overlap.
 		for i, h := range hashes[:n] {
 			slots[i] = m.page(h).slots[home(h<<addrBits)]
 		}
+
+		// Then the entries that these slots point to, as their addresses are known now.
 		sum := byte(0)
 		for _, slot := range slots[:n] {
 			if slot != 0 {
 				sum += m.entry(slot)[0]
 			}
 		}
-		m.touched += sum // or the compiler would see that nobody needs it
+
+		// Without a use of the sum the compiler could leave out what is read for it.
+		m.touched += sum
 		keys = keys[n:]
 	}
 }
@@ -396,6 +449,7 @@ func (m *Memory) All() iter.Seq2[string, []string] {
 	now := m.snapshot()
 	return func(yield func(string, []string) bool) {
 		for key, values := range now.All() {
+			// The snapshot overwrites its list with the next one, so the caller gets a copy.
 			if !yield(key, slices.Clip(slices.Clone(values))) {
 				return
 			}
@@ -414,9 +468,12 @@ type snapshot struct{ view }
 func (m *Memory) Snapshot() Snapshot { return m.snapshot() }
 
 func (m *Memory) snapshot() *snapshot {
+	// All that there is has a lower epoch now, so the Memory copies it before a change.
 	m.epoch++
 	s := &snapshot{m.view}
 	s.dir, s.slabs, s.large = s.dir.clone(), s.slabs.clone(), s.large.clone()
+
+	// Cleaning slabs that the snapshot has gives nothing back: they are left alone.
 	m.latest = weak.Make(s)
 	m.hold()
 	return s
@@ -438,6 +495,7 @@ func (s *snapshot) list(slot uint64, scratch []string) []string {
 			return slices.Clip(l.values)
 		}
 	}
+
 	return s.entry(slot).values(scratch[:0])
 }
 
@@ -447,15 +505,19 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 		var last *page
 		var scratch [maxShort]string
 		for i := range s.dir.len {
+			// A page of lower depth is in the directory several times in a row: it is listed once.
 			p := *s.dir.at(i)
 			if p == last {
 				continue
 			}
 			last = p
+
 			for _, slot := range p.slots {
 				if slot == 0 {
 					continue
 				}
+
+				// A short list is made in scratch, so it is good until the next one.
 				if !yield(viewOf(s.entry(slot).key()), s.list(slot, scratch[:])) {
 					return
 				}
