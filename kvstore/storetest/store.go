@@ -99,26 +99,39 @@ func TestStore(t *testing.T, open func() kvstore.Store) {
 	}
 }
 
+// handedOut is a list that a store has handed out, and a copy of what it was then.
+type handedOut struct{ list, copy []string }
+
+// taken is a snapshot, and what it should hold.
+type taken struct {
+	snapshot kvstore.Snapshot
+	m        Model
+}
+
+// timedFor returns the operations with deadlines, or nothing if store keeps none. It leaves store
+// without its key "key".
+func timedFor(store kvstore.Store) []string {
+	store.PutUntil("key", "value", 1)
+	_, ok := store.Deadline("key")
+	store.Delete("key")
+	if !ok {
+		return nil
+	}
+
+	return timed
+}
+
+// testStore is TestStore for one store.
 func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	t.Helper()
-	others := timed
-	store.PutUntil("key", "value", 1)
-	if _, ok := store.Deadline("key"); !ok {
-		others = nil
-	}
-	store.Delete("key")
+	others := timedFor(store)
 	value := func() string {
 		sizes := []int{0, 1, 1, 2, 40, 130, 300, kvstore.ViewMost - 8, kvstore.ViewMost, 6000}
 		return strings.Repeat(string(rune('a'+random.IntN(3))), sizes[random.IntN(len(sizes))])
 	}
 
 	m := NewModel()
-	type handedOut struct{ list, copy []string }
 	var lists []handedOut
-	type taken struct {
-		snapshot kvstore.Snapshot
-		m        Model
-	}
 	var snapshots []taken
 	for range 1500 {
 		n := random.IntN(20)
