@@ -321,8 +321,8 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 }
 
 // UpdateAt is Update. It returns the place of the value that it removed, -1 if there is
-// none. It looks at the place hint before it searches: for a caller that knows the
-// place an Update of a long list is cheap.
+// none. It looks at the place hint before it searches: a caller that knows the place
+// saves the search.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
