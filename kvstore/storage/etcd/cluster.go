@@ -227,9 +227,12 @@ func isUntrusted(err error) bool {
 func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, error) {
 	c := &cluster{}
 	c.user, c.password, _ = strings.Cut(os.Getenv("KVSERVER_ETCD_USER"), ":")
+
+	// Idle connections are kept, so that most requests need not dial first.
 	transport := &http.Transport{MaxIdleConnsPerHost: filesAhead,
 		DialContext: (&net.Dialer{Timeout: dialTime}).DialContext}
 	c.http = &http.Client{Transport: transport}
+
 	scheme := "http://"
 	if encrypted {
 		scheme = "https://"
@@ -238,9 +241,12 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 			return nil, err
 		}
 	}
+
 	for _, host := range hosts {
 		c.members = append(c.members, scheme+host)
 	}
+
+	// Pieces begin small, and tookPiece doubles them while the link is fast enough.
 	c.piece.Store(pieceFirst)
 	return c, nil
 }
@@ -248,6 +254,8 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 // tlsConfig reads the files that query names.
 func tlsConfig(query url.Values) (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
+
+	// Without a CA file the system's CAs decide which members we trust.
 	if ca := query.Get("ca"); ca != "" {
 		pem, err := os.ReadFile(ca)
 		if err != nil {
@@ -256,6 +264,8 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 		config.RootCAs = x509.NewCertPool()
 		config.RootCAs.AppendCertsFromPEM(pem)
 	}
+
+	// One file may hold both our certificate and its key.
 	if cert := query.Get("cert"); cert != "" {
 		pair, err := tls.LoadX509KeyPair(cert, cmp.Or(query.Get("key"), cert))
 		if err != nil {
@@ -263,6 +273,7 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
+
 	return config, nil
 }
 
@@ -270,7 +281,10 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 // none if it cannot be smaller. After a failure the next goes to another member.
 func (c *cluster) post(ctx context.Context, at string, request any,
 	size int) (answer response, err error) {
+	// The revision is read before we ask: an answer about keys must not be older.
 	member, known := c.member.Load(), c.revision.Load()
+
+	// Where we have a user, a request needs a token: log in first.
 	if c.user != "" && c.token.Load() == nil && at != "auth/authenticate" {
 		login, err := c.post(ctx, "auth/authenticate",
 			map[string]string{"name": c.user, "password": c.password}, 0)
@@ -279,18 +293,24 @@ func (c *cluster) post(ctx context.Context, at string, request any,
 		}
 		c.token.Store(&login.Token)
 	}
+
+	// A large request may take longer: a slow link is not a member that is down.
 	one, cancel := context.WithTimeout(ctx, limit(size))
 	defer cancel()
 	err = c.exchange(one, c.members[member]+"/v3/"+at, request, &answer)
 	if err == nil {
+		// An answer from another cluster, or from an older state of ours, is an error.
 		err = c.recognize(c.members[member], answer, known, strings.HasPrefix(at, "kv/"))
 	}
 
+	// A bad token is not the member's fault: the next request logs in again. After another
+	// failure the next request goes to another member.
 	if e := (*refusal)(nil); errors.As(err, &e) && e.isExpired() {
 		c.token.Store(nil)
 	} else if err != nil {
 		c.member.CompareAndSwap(member, (member+1)%int32(len(c.members)))
 	}
+
 	return answer, err
 }
 
@@ -303,9 +323,12 @@ func limit(size int) time.Duration {
 // is of all that the cluster knew when it was asked: known is the revision that we knew then.
 func (c *cluster) recognize(member string, answer response, known int64, ofKeys bool) error {
 	h := answer.Header
+	// etcd always names its cluster: what does not is something else.
 	if h.Cluster == "" {
 		return &refusal{member + " answers, and not as etcd does", 12}
 	}
+
+	// The first answer decides which cluster is ours.
 	if c.id.CompareAndSwap(nil, &h.Cluster); *c.id.Load() != h.Cluster {
 		c.warned.Do(func() {
 			c.log.Error("a member is another cluster, so it is not asked", "member", member)
@@ -313,14 +336,19 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 		return fmt.Errorf("%w: %s is of cluster %s, the others are of %s", ErrOther, member,
 			h.Cluster, *c.id.Load())
 	}
+
+	// A revision never goes back: a lower one is of a copy that somebody has restored.
 	if ofKeys && h.Revision < known {
 		return fmt.Errorf("%w: at %s its revision is %d, and was %d", ErrOther, member, h.Revision,
 			known)
 	}
+
+	// Several requests may be answered at the same time: the highest revision stays.
 	for latest := c.revision.Load(); ofKeys && h.Revision > latest &&
 		!c.revision.CompareAndSwap(latest, h.Revision); {
 		latest = c.revision.Load()
 	}
+
 	return nil
 }
 
@@ -330,6 +358,9 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
+
+	// Ask all members at once, so that those that are down cost one requestTime together.
+	// What is written meanwhile counts as not yet in the sizes that they answer.
 	var wg sync.WaitGroup
 	spent, answers := c.spent.Load(), make([]response, len(c.members))
 	for i, member := range c.members {
@@ -339,6 +370,8 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 		})
 	}
 	wg.Wait()
+
+	// A member of another cluster is not asked first, even if it is the leader there.
 	for i, status := range answers {
 		ids = append(ids, status.Header.Cluster)
 		if c.recognize(c.members[i], status, 0, false) == nil && status.Leader != "" &&
@@ -346,7 +379,10 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 			c.member.Store(int32(i))
 		}
 	}
+
+	// Until the next survey, this one decides how much may be written.
 	c.note(answers, spent)
+
 	return ids
 }
 
@@ -355,6 +391,7 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 	var list []string
 	for i, id := range c.survey(ctx) {
+		// A member that does not answer contradicts nobody.
 		if id == "" {
 			continue
 		}
@@ -364,6 +401,8 @@ func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 			err = ErrOther
 		}
 	}
+
+	// The operator must see which member is the wrong one, so name them all.
 	if err != nil {
 		err = fmt.Errorf("%w: %s", err, strings.Join(list, ", "))
 	}
@@ -373,6 +412,7 @@ func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 // adopt takes the cluster for what it is now: another one only if all members are that.
 func (c *cluster) adopt(ctx context.Context) error {
 	was, ids := *c.id.Load(), c.survey(ctx)
+	// Where no member is of the cluster that we knew, all must be of one new cluster.
 	if !slices.Contains(ids, was) {
 		isOther := func(id string) bool { return id != ids[0] }
 		if ids[0] == "" || slices.ContainsFunc(ids, isOther) {
@@ -380,6 +420,8 @@ func (c *cluster) adopt(ctx context.Context) error {
 		}
 		c.id.Store(&ids[0])
 	}
+
+	// A restored copy has a lower revision, and recognize would refuse its answers.
 	c.revision.Store(0)
 	return nil
 }
@@ -391,6 +433,7 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	if err != nil {
 		return err
 	}
+
 	r, err := http.NewRequestWithContext(ctx, "POST", url, bytes.NewReader(body))
 	if err != nil {
 		return err
@@ -398,11 +441,14 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	if token := c.token.Load(); token != nil {
 		r.Header.Set("Authorization", *token)
 	}
+
 	response, err := c.http.Do(r)
 	if err != nil {
 		return err
 	}
 	defer response.Body.Close()
+
+	// The answer is read to its end, so that the connection can be used again.
 	text, err := io.ReadAll(response.Body)
 	switch {
 	case err != nil:
@@ -410,6 +456,9 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	case response.StatusCode == http.StatusOK:
 		return json.Unmarshal(text, answer)
 	}
+
+	// etcd explains a refusal in JSON. Another text is from a proxy, or from no etcd: unless
+	// its status is 4xx it counts as unavailable (14), so that call tries again.
 	refused := &refusal{}
 	if json.Unmarshal(text, refused) != nil || refused.Message == "" {
 		refused.Message, refused.Code = fmt.Sprintf("%s answers %s: %.*q", url, response.Status,
@@ -427,24 +476,32 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 func (c *cluster) call(ctx context.Context, at string, request any, size int,
 	silent func(error)) (response, error) {
 	began := time.Now()
+
+	// Count the final refusals in a row: a member that refuses may be the only one that does.
 	for refused := 0; ; {
 		answer, err := c.post(ctx, at, request, size)
 		switch {
 		case err == nil:
 			return answer, nil
 		case isTooMuch(err) && size > pieceLeast && ctx.Err() == nil:
+			// A part of it may fit, or be in time: the caller asks again for less.
 			return answer, errSmaller
 		case !isFinal(err):
+			// This failure may pass: ask on for as long as ctx allows.
 			refused = 0
 		default:
 			if refused++; refused == len(c.members) {
 				return answer, named(err)
 			}
 		}
+
+		// Tell the caller once why it waits.
 		if silent != nil && time.Since(began) >= tellTime {
 			silent(err)
 			silent = nil
 		}
+
+		// Try on until ctx is done: the caller decides how long that is.
 		if cause := wait(ctx, pauseTime); cause != nil {
 			return answer, fmt.Errorf("%w: %w", cause, err)
 		}
