@@ -90,26 +90,34 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	scheme, rest, _ := strings.Cut(rest, "://")
 	hosts, prefix, _ := strings.Cut(strings.TrimRight(rest, "/"), "/")
 	query, err := url.ParseQuery(text)
+
+	// We assume no port: each member must name its own.
 	members := strings.Split(hosts, ",")
 	for _, host := range members {
 		if _, _, hostErr := net.SplitHostPort(host); hostErr != nil {
 			err = hostErr
 		}
 	}
+
+	// Without a prefix the store would be all of etcd, with the keys of others in it.
 	if err != nil || prefix == "" {
 		return nil, fmt.Errorf("%w: %q", ErrAddress, address)
 	}
+
+	// The zero Options are valid: what we say then goes nowhere.
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	if opts.Status == nil {
 		opts.Status = new(storage.Status)
 	}
+
 	client, err := newCluster(members, scheme == "etcds", query)
 	if err != nil {
 		return nil, err
 	}
 	client.log = opts.Log
+
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
 		client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1),
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
@@ -144,6 +152,8 @@ func below(prefix []byte) (end []byte) {
 // call asks etcd, about or for so many bytes. Without the lock that ends after patienceTime; with
 // it after three times that, but for as long as etcd has no room.
 func (d *directory) call(at string, request any, size int) (response, error) {
+	// Without the lock we are starting, or only looking: give up soon, and say meanwhile why
+	// nothing happens.
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
@@ -153,13 +163,20 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 				d.opts.Status.Set("etcd does not answer yet")
 			})
 	}
+
+	// With the lock, beat gives etcd up after patienceTime. The longer limit here is for a request
+	// that fails while signs of life arrive.
 	for {
 		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
 		answer, err := d.client.call(ctx, at, request, size, nil)
 		cancel()
+
+		// etcd is not the cluster that it was: Held says from now on that files are gone.
 		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 			err = d.lock.miss(err)
 		}
+
+		// A full etcd is waited for: somebody can make room, and the write is not lost.
 		if !errors.Is(err, syscall.ENOSPC) {
 			return answer, err
 		}
@@ -181,13 +198,17 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	for limit := keysMost; ; {
 		kvs, err := d.get(keyRange{Key: from, End: end, Limit: limit, KeysOnly: true}, limit*keySize)
 		if err == errSmaller {
+			// The answer was too large or too slow.
 			limit /= 2
 			continue
 		}
+
 		if err == nil && len(kvs) > 0 {
 			from = append(slices.Clone(kvs[len(kvs)-1].Key), 0)
 			err = do(kvs)
 		}
+
+		// A page that is not full is the last one.
 		if err != nil || len(kvs) < limit {
 			return err
 		}
@@ -200,8 +221,11 @@ func (d *directory) do(size int, op []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
 	}
+
+	// If a comparison fails we get the lock that is there, so that judge can say why.
 	answer, err := d.call("kv/txn", transaction{Compare: append(compare, d.lock.isOurs()),
 		Success: op, Failure: []operation{readKey(d.key("lock"))}}, size)
+
 	switch {
 	case err == errSmaller, errors.Is(err, storage.ErrGone):
 		return err
@@ -210,6 +234,8 @@ func (d *directory) do(size int, op []operation, compare ...comparison) error {
 	case !answer.Succeeded:
 		return d.lock.judge(answer.read(0).KVs)
 	}
+
+	// roomFor counts what was written since the last survey.
 	d.client.spent.Add(int64(size) + pieceExtra)
 	return nil
 }
@@ -229,14 +255,20 @@ func (d *directory) change(ids map[string]string) error {
 	if d.lock == nil {
 		return errors.New("changed without the lock")
 	}
+
+	// Only one change at a time: each one goes on from the step before it.
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+
+	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
 	step, after, names := d.key("step"), d.stepValue(d.step+1), maps.Clone(d.names)
 	t := transaction{
 		Compare: []comparison{d.lock.isOurs(), isValue(step, d.stepValue(d.step))},
 		Success: []operation{putKey(step, after)},
 		Failure: []operation{readKey(d.key("lock")), readKey(step)},
 	}
+
+	// A name that we know must still belong to the file that we know.
 	for name, id := range ids {
 		key := d.key("n/" + name)
 		if old := names[name]; old != "" {
@@ -258,6 +290,7 @@ func (d *directory) change(ids map[string]string) error {
 			t.Success = append(t.Success, d.allPieces(id))
 		}
 	}
+
 	answer, err := d.call("kv/txn", t, 0)
 	switch {
 	case errors.Is(err, storage.ErrGone):
@@ -270,9 +303,15 @@ func (d *directory) change(ids map[string]string) error {
 	default:
 		return d.lock.judge(answer.read(0).KVs)
 	}
+
+	// The change is durable in etcd: take it down. A name that was given anew, or taken away,
+	// is no longer lost.
 	d.step++
 	maps.DeleteFunc(d.lost, func(name string, _ bool) bool { _, isNew := ids[name]; return isNew })
 	d.setNames(names)
+
+	// Remove the pieces that were too many for the transaction. If we die before, they are
+	// removed by the Sync of the next holder.
 	return d.drop(without)
 }
 
@@ -296,6 +335,8 @@ func (d *directory) drop(ids []string) error {
 		if f != nil {
 			f.isDead.Store(true)
 		}
+
+		// A file that we know, with few pieces, has lost them in the transaction of change.
 		if f != nil && f.keys.Load() <= keysMost {
 			d.pieces.Add(-f.keys.Load())
 			d.client.garbage.Add(f.bytes.Load())
@@ -325,14 +366,18 @@ func (d *directory) removePieces(id string) error {
 
 // begin takes down what there is, once the lock is held.
 func (d *directory) begin() error {
+	// A new series of steps makes every change that was sent before fail.
 	if err := d.beginSteps(); err != nil {
 		return err
 	}
+
 	names, pieces, err := d.stock()
+	// A store must not begin empty over pieces that are there: Sync would remove them.
 	if err == nil && len(names) == 0 && pieces > 0 {
 		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
 			"and their pieces are there"}
 	}
+
 	d.setNames(names)
 	d.pieces.Store(int64(pieces))
 	return err
@@ -366,14 +411,18 @@ func (d *directory) stock() (names map[string]string, pieces int, err error) {
 // this process has left there has a new stamp each time; until each of those was removed, or made
 // anew, Held says that files are gone.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
+	// Nothing is gone, so there is nothing to ask etcd.
 	if !d.lock.gone.Load() {
 		return *d.stamps.Load(), nil
 	}
+
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+	// The lock must be ours again first, so that nobody else changes what we compare.
 	if err := d.recover(); err != nil {
 		return nil, err
 	}
+
 	names, pieces, err := d.stock()
 	if err == nil {
 		err = d.compare(names, int64(pieces)-d.pieces.Load())
@@ -386,6 +435,7 @@ func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
 		if d.lost[name] {
+			// A stamp that was never given before says that the file is not as it was left.
 			id = rand.Text()
 		}
 		stamps[name] = storage.Stamp{ID: id}
@@ -398,17 +448,23 @@ func (d *directory) setNames(names map[string]string) {
 func (d *directory) check() {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+
+	// The second round is for what the first one finds gone: recover comes before it.
 	for range 2 {
 		if d.lock.gone.Load() && d.recover() != nil {
 			return
 		}
+
 		names, more, lock, isKnown := d.look()
 		switch {
 		case !isKnown && d.lock.gone.Load():
+			// Something is gone: the next round recovers first.
 			continue
 		case !isKnown:
+			// etcd does not answer, or a file is being written: a later check looks again.
 			return
 		case len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value):
+			// The lock is another one, or missing: judge tells which.
 			d.lock.judge(lock)
 			continue
 		case !maps.Equal(names, d.names) || more != 0:
@@ -421,6 +477,8 @@ func (d *directory) check() {
 // look asks what there is while nothing is being written, if that is so within a short time: the
 // names, how many pieces more than there should be, and the lock. The caller has turn.
 func (d *directory) look() (names map[string]string, more int64, lock []keyValue, isKnown bool) {
+	// Nothing may be written while etcd counts the pieces. Those who write have turn: wait for
+	// them, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
@@ -430,12 +488,16 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 			return nil, 0, nil, false
 		}
 	}
+
+	// One transaction reads all, so that names, number and lock are of the same moment.
 	ctx, cancel := context.WithTimeout(d.lock.ctx, requestTime)
 	defer cancel()
 	answer, err := d.client.call(ctx, "kv/txn", d.stockTxn(), 0, nil)
+	// Another cluster, or an older state of ours, has answered: Held must know.
 	if errors.Is(err, ErrOther) && ctx.Err() == nil {
 		d.lock.miss(err)
 	}
+
 	names, pieces := d.readStock(answer)
 	return names, int64(pieces) - d.pieces.Load(), answer.read(2).KVs, err == nil
 }
@@ -444,6 +506,7 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 // and there are so many pieces more than there should be. It takes what there is for what there
 // should be from then on. The caller has turn.
 func (d *directory) compare(names map[string]string, more int64) error {
+	// Only where the names or the number of pieces differ, look into each open file for holes.
 	isSame := maps.Equal(names, d.names) && more == 0
 	for name, id := range d.names {
 		f := d.files[id]
@@ -454,6 +517,8 @@ func (d *directory) compare(names map[string]string, more int64) error {
 				return err
 			}
 		}
+
+		// A lost file takes no more writes: they would stand behind a hole.
 		if isLost {
 			d.lost[name] = true
 			if f != nil {
@@ -461,6 +526,8 @@ func (d *directory) compare(names map[string]string, more int64) error {
 			}
 		}
 	}
+
+	// From here on what etcd has is what it should have, and only lost files are gone.
 	d.setNames(names)
 	d.pieces.Add(more)
 	d.lock.gone.Store(len(d.lost) > 0)
@@ -472,6 +539,7 @@ func (d *directory) compare(names map[string]string, more int64) error {
 // turn.
 func (d *directory) recover() error {
 	for l := d.lock; ; {
+		// The members may be another cluster now, which counts other revisions.
 		was := *d.client.id.Load()
 		err := d.client.adopt(l.ctx)
 		if err == nil {
@@ -480,12 +548,16 @@ func (d *directory) recover() error {
 			}
 			err = l.retake(l.ctx)
 		}
+
+		// The key step may be older than ours, too, so the steps begin anew.
 		if err == nil {
 			err = d.beginSteps()
 		}
 		if err == nil {
 			return nil
 		}
+
+		// Try on until the lock is lost, which ends its context.
 		if err := wait(l.ctx, pauseTime); err != nil {
 			return err
 		}
@@ -496,6 +568,9 @@ func (d *directory) recover() error {
 func (d *directory) List() (list []string, err error) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+
+	// Without the lock we know no names: ask etcd, and list also the keys that are none of
+	// ours, so that people see them.
 	names := d.names
 	if d.lock == nil {
 		if _, err := d.client.agree(d.ctx); err != nil {
@@ -508,6 +583,7 @@ func (d *directory) List() (list []string, err error) {
 			return nil, err
 		}
 	}
+
 	list = slices.AppendSeq(list, maps.Keys(names))
 	slices.Sort(list)
 	return list, nil
@@ -515,15 +591,19 @@ func (d *directory) List() (list []string, err error) {
 
 // scan returns the ids of files that have pieces, and the keys that are none of ours.
 func (d *directory) scan() (ids, others []string, err error) {
+	// Read one key, then jump behind all that belong with it: there are many pieces, but few
+	// files.
 	for from := d.key(""); len(others) < othersMost; {
 		kvs, err := d.get(keyRange{Key: from, End: below(d.key("")), Limit: 1, KeysOnly: true}, 0)
 		if err != nil || len(kvs) == 0 {
 			return ids, others, err
 		}
+
 		key := strings.TrimPrefix(string(kvs[0].Key), d.prefix)
 		from = append(kvs[0].Key, 0)
 		id, isPiece := pieceID(key)
 		inner, isInner := innerStore(key)
+
 		switch {
 		case isPiece:
 			ids = append(ids, id)
@@ -569,13 +649,18 @@ func innerStore(key string) (inner string, isInner bool) {
 // mayBegin refuses a new store where it may not be made: inside another one's prefix, or where so
 // few members answer that there may be one elsewhere.
 func (d *directory) mayBegin(ctx context.Context) error {
+	// Members that are not one cluster can hold two stores: do not make one there.
 	answered, err := d.client.agree(ctx)
 	if err != nil {
 		return err
 	}
+
+	// The members that do not answer may be a cluster that has the store, unless they are few.
 	if all := len(d.client.members); 2*answered <= all {
 		return fmt.Errorf("only %d of %d members answer, too few for a new store", answered, all)
 	}
+
+	// A store at a shorter prefix would find our keys among its own: look for its lock.
 	for i, char := range d.prefix[:len(d.prefix)-1] {
 		if char != '/' {
 			continue
@@ -585,6 +670,8 @@ func (d *directory) mayBegin(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+
+		// Only a lock of kvserver's says that there is a store.
 		if o, _, err := d.readLock(answer.KVs); err == nil && o.Token != "" {
 			return fmt.Errorf("%w: %s is inside the prefix %s, which is a store", storage.ErrNotOurs,
 				d.name, outer)
@@ -595,6 +682,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 
 // find returns the id of a name. The caller has turn.
 func (d *directory) find(name string) (id string, err error) {
+	// The holder of the lock knows all names. Others ask etcd each time.
 	if id = d.names[name]; d.lock == nil {
 		kvs, err := d.get(keyRange{Key: d.key("n/" + name)}, 0)
 		if err != nil {
@@ -604,6 +692,7 @@ func (d *directory) find(name string) (id string, err error) {
 			id = string(kvs[0].Value)
 		}
 	}
+
 	if id == "" {
 		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
 	}
@@ -622,10 +711,13 @@ func (d *directory) Create(name string) (storage.File, error) {
 	if d.lock == nil {
 		return nil, errors.New("created without the lock")
 	}
+
+	// The owner's token and a counter make an id that no other process gives.
 	id := fmt.Sprintf("%s-%d", d.lock.owner.Token, d.made.Add(1))
 	if err := d.change(map[string]string{name: id}); err != nil {
 		return nil, err
 	}
+
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 	f := newFile(d, id, name)
@@ -638,9 +730,12 @@ func (d *directory) Rename(from, to string) error {
 	if err != nil {
 		return err
 	}
+
 	if err := d.change(map[string]string{to: id, from: ""}); err != nil {
 		return err
 	}
+
+	// Each write compares the file's name, so an open file must know the new one.
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 	if f := d.files[id]; f != nil {
@@ -651,6 +746,7 @@ func (d *directory) Rename(from, to string) error {
 
 func (d *directory) Remove(name string) error {
 	if _, err := d.idOf(name); err != nil {
+		// The name is gone, as the caller wants it: it is no longer lost.
 		d.turn <- struct{}{}
 		delete(d.lost, name)
 		<-d.turn
@@ -668,10 +764,13 @@ func (d *directory) Extend(name string) (storage.File, error) {
 func (d *directory) Open(name string) (storage.File, int64, error) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+
 	id, err := d.find(name)
 	if err != nil {
 		return nil, 0, err
 	}
+
+	// A file that is not open yet: ask etcd which pieces it has.
 	f := d.files[id]
 	if f == nil {
 		f = newFile(d, id, name)
@@ -679,9 +778,13 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 			return nil, 0, err
 		}
 	}
+
+	// With the lock only we write the file, so what we know of it stays true. Without the lock
+	// the next Open must ask again.
 	if d.lock != nil {
 		d.files[id] = f
 	}
+
 	return f, f.end(), nil
 }
 
@@ -690,13 +793,17 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 func (d *directory) Sync() error {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
+	// Only the holder may remove anything, and once is enough: nobody else writes meanwhile.
 	if d.isSwept || d.lock == nil {
 		return nil
 	}
+
+	// A holder that died in the middle of a change may have left pieces without a name.
 	ids, _, err := d.scan()
 	if err != nil {
 		return err
 	}
+
 	for _, id := range ids {
 		if !slices.Contains(slices.Collect(maps.Values(d.names)), id) {
 			if err := d.removePieces(id); err != nil {
@@ -704,6 +811,7 @@ func (d *directory) Sync() error {
 			}
 		}
 	}
+
 	d.isSwept = true
 	return nil
 }
