@@ -107,11 +107,15 @@ func (f *pieceFile) look() error {
 			var p piece
 			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all)), "%x-%x-%x", &p.number,
 				&p.start, &p.size)
+
+			// A key that we cannot have written must not be taken for data.
 			if p.number < 0 || p.start < 0 || p.start > fileMost || p.size < 0 ||
 				p.size > 2*pieceMost || !bytes.Equal(kv.Key, f.key(p)) {
 				return &storage.DamageError{File: f.path(),
 					What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
 			}
+
+			// A piece that begins behind the end shows that one before it is missing.
 			f.keys.Add(1)
 			f.bytes.Add(p.size + pieceExtra)
 			f.hasGap = f.hasGap || p.start > f.size
@@ -125,6 +129,9 @@ func (f *pieceFile) look() error {
 // cuts.
 func (f *pieceFile) lay(p piece) {
 	p.to = p.start + p.size
+
+	// A piece that reaches beyond the start of the new one is cut off there, and those behind
+	// it are left out.
 	i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > p.start })
 	if i < len(f.pieces) && f.pieces[i].start < p.start {
 		f.pieces[i].to = p.start
@@ -134,17 +141,20 @@ func (f *pieceFile) lay(p piece) {
 	if p.size > 0 {
 		f.pieces = append(f.pieces, p)
 	}
+
 	f.size, f.count, f.last = p.to, p.number+1, f.key(p)
 }
 
 // isThere returns an os.ErrNotExist if the file has lost its name.
 func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
+	// Without the lock, another process may have removed the file, or made another of its name.
 	if f.d.lock == nil {
 		var kvs []keyValue
 		kvs, err = f.d.get(keyRange{Key: f.d.key("n/" + *f.name.Load())}, 0)
 		isGone = len(kvs) == 0 || string(kvs[0].Value) != f.id
 	}
+
 	if err == nil && isGone {
 		err = fmt.Errorf("%s: %w", f.path(), os.ErrNotExist)
 	}
@@ -155,6 +165,7 @@ func (f *pieceFile) isThere() (err error) {
 func (f *pieceFile) hasHole() (bool, error) {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
+
 	there := map[string]bool{}
 	all := f.d.key("d/" + f.id + "/")
 	err := f.d.each(all, below(all), func(kvs []keyValue) error {
@@ -163,6 +174,8 @@ func (f *pieceFile) hasHole() (bool, error) {
 		}
 		return nil
 	})
+
+	// A piece that was cut off may be missing: nobody reads it.
 	f.keys.Store(int64(len(there)))
 	return slices.ContainsFunc(f.pieces, func(p piece) bool { return !there[string(f.key(p))] }), err
 }
@@ -170,6 +183,8 @@ func (f *pieceFile) hasHole() (bool, error) {
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
+
+	// What is written must be in pieces first, for read knows only those.
 	if err := f.send(1); err != nil {
 		return 0, err
 	}
@@ -184,11 +199,13 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 // read is ReadAt of what is known. The caller has turn.
 func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 	for n < len(b) && offset < f.size {
+		// Find the first piece that ends behind offset. Before it there may be zeros.
 		i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > offset })
 		part, next := b[n:], f.size
 		if i < len(f.pieces) {
 			next = f.pieces[i].start
 		}
+
 		if next > offset {
 			part = part[:min(int64(len(part)), next-offset)]
 			clear(part)
@@ -202,9 +219,12 @@ func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 			}
 			part = part[:copy(part, data[offset-next:f.pieces[i].to-next])]
 		}
+
 		n += len(part)
 		offset += int64(len(part))
 	}
+
+	// An io.ReaderAt explains each short read with an error.
 	if n < len(b) {
 		err = io.EOF
 	}
@@ -219,6 +239,8 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 	if data := f.page[string(f.key(p))]; data != nil {
 		return data, nil
 	}
+
+	// Reading goes straight on if this piece stands right behind the last page.
 	isNext := p.number == f.next
 	for f.ahead = max(f.ahead, pageFirst); ; {
 		if err := f.fetchPage(i); err == errSmaller {
@@ -229,6 +251,8 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 			break
 		}
 	}
+
+	// A larger page is worth its time only to somebody who reads straight on.
 	if f.ahead *= 2; !isNext || f.ahead > pageMost {
 		f.ahead = min(f.ahead/2, pageMost)
 	}
@@ -240,20 +264,26 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 	if err := f.isThere(); err != nil {
 		return nil, err
 	}
+
+	// The writer may have joined the piece with others: read anew which pieces there are.
 	before := f.pieces
 	f.pieces, f.size, f.count, f.last = nil, 0, 0, nil
 	f.keys.Store(0)
 	if err := f.look(); err != nil {
 		return nil, err
 	}
+
 	if !slices.Equal(before, f.pieces) {
 		return nil, nil
 	}
+
+	// The piece is lost, and the reader finds zeros in its place.
 	return make([]byte, p.size), nil
 }
 
 // fetchPage reads the pieces from i on, as many as ahead says.
 func (f *pieceFile) fetchPage(i int) error {
+	// Ask for as many pieces as fit in ahead, but for at least one.
 	from, to, sum := f.pieces[i], f.pieces[i], int64(0)
 	for k := i; k < len(f.pieces) && k-i < keysMost; k++ {
 		if sum += f.pieces[k].size; sum > f.ahead && k > i {
@@ -261,13 +291,18 @@ func (f *pieceFile) fetchPage(i int) error {
 		}
 		to = f.pieces[k]
 	}
+
 	if to == from {
 		sum = -from.size // there is nothing smaller to ask for
 	}
+
 	kvs, err := f.d.get(keyRange{Key: f.key(from), End: append(f.key(to), 0)}, int(sum))
 	if err != nil {
 		return err
 	}
+
+	// Keep what is whole. A value that does not unpack to the size in its key is left out, as
+	// if etcd did not have it.
 	f.page, f.next = map[string][]byte{}, to.number+1
 	for _, kv := range kvs {
 		text := string(kv.Key[max(0, len(kv.Key)-6):])
@@ -286,17 +321,24 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
 	rest := b
+
+	// The file was removed, or is lost: its bytes go nowhere, as on a disk.
 	if f.isDead.Load() {
 		return len(b), nil
 	}
+
+	// A write in the middle cuts off all that follows, so bytes that are there already are
+	// skipped.
 	if offset != f.size+int64(len(f.buf)) {
 		if err := f.send(1); err != nil {
 			return 0, err
 		}
+
 		there := make([]byte, max(0, min(int64(len(b)), f.size-offset)))
 		if _, err := f.read(there, offset); err != nil {
 			return 0, err
 		}
+
 		same := 0
 		for same < len(there) && there[same] == b[same] {
 			same++
@@ -304,12 +346,15 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		if rest = b[same:]; len(rest) == 0 {
 			return len(b), nil
 		}
+
 		if offset+int64(same) != f.size {
 			if err := f.cut(offset + int64(same)); err != nil {
 				return 0, err
 			}
 		}
 	}
+
+	// Bytes behind the end wait until they fill a piece, or for Sync.
 	f.buf = append(f.buf, rest...)
 	return len(b), f.send(pieceMost) // a whole piece need not wait for Sync
 }
@@ -323,6 +368,7 @@ func (f *pieceFile) send(least int) error {
 		} else if err != errSmaller {
 			return err
 		} else {
+			// The link or etcd wants less at a time: try again with a smaller piece.
 			f.d.client.wasTooMuch()
 		}
 	}
@@ -335,6 +381,9 @@ func (f *pieceFile) send(least int) error {
 func (f *pieceFile) put(b []byte) error {
 	p, before, data := piece{number: f.count, start: f.size, size: int64(len(b))}, f.last, b
 	var ops []operation
+
+	// Once there are enough small pieces this write replaces them by one, and itself: else a
+	// file of small writes would have a key for each.
 	isFull := len(f.tail)+len(b) > joinBytes
 	joins := f.tails >= joinLeast && (isFull || f.tails >= joinMost) &&
 		f.d.client.piece.Load() >= joinBytes
@@ -344,15 +393,21 @@ func (f *pieceFile) put(b []byte) error {
 		p.size = int64(len(data))
 		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count)))
 	}
+
+	// etcd adds the piece only if the one before is there, so no write can leave a hole.
 	began, packed := time.Now(), f.pack(data)
 	if err := f.write(append(ops, putKey(f.key(p), packed)), before, len(packed)); err != nil {
 		return err
 	}
 	f.d.client.tookPiece(len(packed), time.Since(began))
 
+	// Count the pieces, so that check can tell whether one is missing.
 	f.keys.Add(1)
 	f.d.pieces.Add(1)
 	f.bytes.Add(p.size + pieceExtra)
+
+	// Where the small pieces were joined, or are too large for it, the next ones to join
+	// begin behind this piece.
 	switch {
 	case joins:
 		f.keys.Add(-int64(f.tails))
@@ -365,6 +420,7 @@ func (f *pieceFile) put(b []byte) error {
 		f.tail = append(f.tail, b...)
 		f.tails++
 	}
+
 	f.lay(p)
 	return nil
 }
@@ -390,13 +446,17 @@ func (f *pieceFile) cut(size int64) error {
 	if size > f.size {
 		return errors.New("a file in etcd grows only by what is written")
 	}
+
+	// An empty piece marks the new end for everybody who reads the file.
 	p := piece{number: f.count, start: size}
 	if err := f.write([]operation{putKey(f.key(p), nil)}, f.last, 0); err != nil {
 		return err
 	}
+
 	f.keys.Add(1)
 	f.d.pieces.Add(1)
 	f.lay(p)
+	// Pieces are joined only behind the cut: those before it may have lost their ends.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return nil
 }
@@ -407,12 +467,16 @@ func (f *pieceFile) pack(b []byte) []byte {
 	if len(b) < packLeast {
 		return b
 	}
+
+	// A packer is large, and a file that is only read needs none.
 	if f.packer == nil {
 		f.packer, _ = flate.NewWriter(&f.packed, flate.BestSpeed)
 	}
+
 	f.packed.Reset()
 	f.packer.Reset(&f.packed)
 	f.packer.Write(b)
+	// Bytes that do not shrink are sent as they are: unpack sees it by their size.
 	if f.packer.Close(); f.packed.Len() >= len(b) {
 		return b
 	}
