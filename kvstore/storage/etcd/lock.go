@@ -135,6 +135,7 @@ type watch struct {
 // then, nor show signs of life in it, so that time does not count.
 func (w *watch) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
+	// The comparison never holds, so nothing is written, but etcd treats it as a write.
 	answer, err := d.client.post(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, -1)}, // which never is
 		Success: []operation{putKey(key, nil)},
@@ -143,15 +144,20 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 	}, 0)
 	if err != nil {
 		if errors.Is(err, syscall.ENOSPC) {
+			// While etcd is full its holder cannot show a sign of life: the wait begins anew.
 			w.since = time.Time{}
 		}
 		return err
 	}
+
 	o, revision, err := d.readLock(answer.read(0).KVs)
 	now := time.Now()
+	// Count from when we saw this sign of life first, so that only our own clock matters.
 	if w.since.IsZero() || revision != w.revision {
 		w.since = now
 	}
+
+	// The store is new only if no look has found anything: else somebody had the lock.
 	w.isNew = len(answer.read(1).KVs) == 0 && (w.isNew || w.answered.IsZero())
 	w.holder, w.revision, w.answered = o, revision, now
 	return err
@@ -175,6 +181,7 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 			isTaken, err = l.take(ctx, &w)
 		}
 
+		// Go on, give up, or wait and look again.
 		switch {
 		case isTaken:
 			return d.hold(l)
@@ -184,13 +191,16 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 		case err != nil:
 			err = d.mayWait(err, &w, began)
 		case d.opts.Addr == "" && before != 0 && before != w.revision && !w.Released:
+			// A sign of life came between two looks, so the holder lives, and we need not wait.
 			err = fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
 		default:
 			d.standBy(&w)
 		}
+
 		if err != nil {
 			return nil, err
 		}
+
 		wait(ctx, pollTime)
 	}
 }
@@ -198,10 +208,13 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 // standBy says for whom we wait.
 func (d *directory) standBy(w *watch) {
 	w.isTold = false
+	// There is no lock, but perhaps a holder that lives: it will take the lock anew.
 	if w.revision == 0 {
 		d.opts.Status.Set("standby: there is no lock, and who had it may live still")
 		return
 	}
+
+	// Log each holder once, and not at every look.
 	d.opts.Status.Set("standby: the data is in use " + w.holder.String())
 	if w.standsBy != w.Token {
 		w.standsBy = w.Token
@@ -212,12 +225,17 @@ func (d *directory) standBy(w *watch) {
 
 // mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
 func (d *directory) mayWait(err error, w *watch, began time.Time) error {
+	// Refusals count only in a row: one member may refuse what another does.
 	if isFinal(err) && !errors.Is(err, syscall.ENOSPC) {
 		w.refused++
 	} else {
 		w.refused = 0
 	}
+
 	silence := time.Since(later(began, w.answered))
+
+	// No waiting helps where all refuse, or the lock is no lock. And without an address we do
+	// not wait for a full or silent etcd.
 	switch {
 	case w.refused >= len(d.client.members):
 		return named(err)
@@ -228,6 +246,8 @@ func (d *directory) mayWait(err error, w *watch, began time.Time) error {
 	case d.opts.Addr == "" && time.Since(began) >= patienceTime:
 		return fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
+
+	// We do wait: say for what, in the status each time, and once in the log.
 	stage := fmt.Sprintf("standby: etcd does not answer, for %v", silence.Round(time.Second))
 	switch {
 	case errors.Is(err, syscall.ENOSPC):
@@ -237,6 +257,7 @@ func (d *directory) mayWait(err error, w *watch, began time.Time) error {
 	case w.Token != "":
 		stage += "; before that the data was in use " + w.holder.String()
 	}
+
 	if d.opts.Status.Set(stage); !w.isTold {
 		w.isTold = true
 		d.log.Warn(stage, "error", err)
@@ -257,11 +278,14 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.lock = l
 	d.opts.Status.Set("opening the data")
 	d.opts.Status.TakeOver(l.owner.Takeovers)
+
+	// Signs of life come first, for begin may take longer than lockTime.
 	go l.beat()
 	if err := d.begin(); err != nil {
 		l.Close()
 		return nil, err
 	}
+
 	go l.attend()
 	return l, nil
 }
@@ -278,16 +302,21 @@ func (d *directory) newLock() *clusterLock {
 // take takes the lock as w has seen it, unless there was a sign of life since. After an error
 // it is not known whether it has: the next look tells.
 func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error) {
+	// Two stores must not begin at one address, so a new one needs most of the members.
 	if w.isNew {
 		if err := l.d.mayBegin(ctx); err != nil {
 			return false, err
 		}
 	}
+
+	// Since is also when our first sign of life was sent, so take it before we ask.
 	l.owner.Since, l.owner.Takeovers = time.Now(), w.Takeovers
 	if w.revision > 0 && !w.Released && w.Token != l.owner.Token {
 		l.owner.Takeovers++
 	}
 	l.value, _ = json.Marshal(l.owner)
+
+	// Of several servers that have seen this revision only one gets the lock.
 	key := l.d.key("lock")
 	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, w.revision)},
@@ -296,10 +325,14 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 	if err != nil || !answer.Succeeded {
 		return false, err
 	}
+
+	// Another server waits for lockTime only, so each answer must come well before that.
 	if took := time.Since(l.owner.Since); took > slowTime {
 		l.d.log.Error("etcd is too slow: another server may take over at any time", "took", took,
 			"limit", slowTime)
 	}
+
+	// From here on the lock ends with its own context, and not with the caller's.
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
 	l.confirm(l.owner.Since, answer)
 	return true, nil
@@ -309,17 +342,24 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 // has deleted it, or restored an older state. While that sign is fresh nobody else has had it.
 func (l *clusterLock) retake(ctx context.Context) error {
 	key, w := l.d.key("lock"), watch{answered: time.Now()}
+	// It may be ours still, such as where only its answer was lost.
 	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
 		return err
 	}
+
+	// A later revision is the lock of somebody else. And where our sign of life is old, another
+	// server may have had the lock in between.
 	if w.revision > l.revision.Load() || l.age() >= freshTime {
 		return l.lost(ErrTakenOver)
 	}
+
+	// Only the lock that we have seen is replaced: a server that was faster keeps it.
 	sent := time.Now()
 	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, w.revision)},
 		Success: []operation{putKey(key, l.value)},
 	}, 0)
+
 	if err == nil && answer.Succeeded {
 		l.confirm(sent, answer)
 		l.d.log.Error("the lock was deleted in etcd, or an older state restored: taken anew")
@@ -379,6 +419,8 @@ type sign struct {
 // lock is lost or given back. One goroutine for a lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)
+
+	// Signs come late, or not at all: nobody waits here for one before the next is sent.
 	signs := make(chan sign)
 	for due := time.After(0); ; {
 		select {
@@ -387,6 +429,7 @@ func (l *clusterLock) beat() {
 			go l.show(signs)
 		case s := <-signs:
 			if !l.note(s) {
+				// It did not arrive, so the next one does not wait for beatTime.
 				due = time.After(pauseTime)
 			}
 		case <-l.ctx.Done():
@@ -401,17 +444,21 @@ func (l *clusterLock) beat() {
 // with the lock.
 func (l *clusterLock) show(signs chan<- sign) {
 	s := sign{sent: time.Now()}
+
 	t := transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), l.value)},
 		Failure: []operation{readKey(l.d.key("lock"))},
 	}
+
 	s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
 	if s.isFull = errors.Is(s.err, syscall.ENOSPC); s.isFull {
 		// Then nobody can take the lock: that it is ours is as good.
 		t.Success = nil
 		s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
 	}
+
+	// beat takes the sign, unless it has ended.
 	select {
 	case signs <- s:
 	case <-l.ended:
@@ -420,14 +467,18 @@ func (l *clusterLock) show(signs chan<- sign) {
 
 // note takes down what became of a sign of life, and tells whether it has arrived.
 func (l *clusterLock) note(s sign) bool {
+	// The lock is another one, or missing: judge ends it, or retake takes it anew.
 	if s.err == nil && !s.answer.Succeeded {
 		l.judge(s.answer.read(0).KVs)
 		l.retake(l.ctx) // if that fails the next sign of life will fail, too
 		return false
 	}
+
+	// Refusals count only in a row.
 	if !isFinal(s.err) {
 		l.refused = 0
 	}
+
 	switch {
 	case s.err == nil:
 		l.d.client.noteFull(s.isFull)
@@ -436,6 +487,7 @@ func (l *clusterLock) note(s sign) bool {
 	case time.Since(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
 		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, s.err))
 	case isFinal(s.err):
+		// A refusal is final only if every member refuses.
 		if l.refused++; l.refused < len(l.d.client.members) {
 			break
 		}
@@ -448,6 +500,7 @@ func (l *clusterLock) note(s sign) bool {
 		l.silent = true
 		l.d.log.Warn("etcd does not answer, trying again", "error", s.err, "until", patienceTime)
 	}
+
 	return s.err == nil
 }
 
@@ -467,11 +520,16 @@ func (l *clusterLock) release() {
 	if l.value == nil { // take was never tried
 		return
 	}
+
 	released := l.owner
 	released.Released = true
 	value, _ := json.Marshal(released)
+
+	// A server that ends does not wait long for etcd.
 	ctx, cancel := context.WithTimeout(context.Background(), requestTime)
 	defer cancel()
+
+	// A server that has taken the lock meanwhile keeps it.
 	l.d.client.call(ctx, "kv/txn", transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), value)},
