@@ -54,15 +54,19 @@ func (r *room) roomFor(size int64, frees bool) error {
 // note takes down what room the members have, asked when spent was that: until the quota, or
 // in their databases, where what is free may not be in one piece.
 func (r *room) note(members []response, spent int64) {
+	// If no member says its size, nothing is limited.
 	least := int64(math.MaxInt64) - spent
 	for _, m := range members {
 		if m.Quota > 0 {
 			r.quota.Store(m.Quota)
 		}
 		if m.Size > 0 {
+			// A database may grow to its quota, or use what is free in it: half of that, for the
+			// free room is in parts.
 			least = min(least, max(r.quota.Load()-m.Size, (m.Size-m.InUse)/2))
 		}
 	}
+
 	r.limit.Store(spent + least)
 }
 
@@ -70,15 +74,19 @@ func (r *room) note(members []response, spent int64) {
 func (c *cluster) findQuota(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
+
 	r, err := http.NewRequestWithContext(ctx, "GET", c.members[c.member.Load()]+"/metrics", nil)
 	if err != nil {
 		return
 	}
+
 	answer, err := c.http.Do(r)
 	if err != nil {
 		return
 	}
 	defer answer.Body.Close()
+
+	// The quota is written as a floating-point number, such as 2.147483648e+09.
 	for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
 		if text, ok := strings.CutPrefix(lines.Text(), "etcd_server_quota_backend_bytes "); ok {
 			quota, _ := strconv.ParseFloat(text, 64)
