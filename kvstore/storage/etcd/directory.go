@@ -477,8 +477,8 @@ func (d *directory) check() {
 // look asks what there is while nothing is being written, if that is so within a short time: the
 // names, how many pieces more than there should be, and the lock. The caller has turn.
 func (d *directory) look() (names map[string]string, more int64, lock []keyValue, isKnown bool) {
-	// Nothing may be written while etcd counts the pieces. Those who write have turn: wait for
-	// them, but not for long.
+	// Nothing may be written while etcd counts the pieces. A writer has its file's turn: wait
+	// for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
