@@ -382,8 +382,8 @@ func (f *pieceFile) put(b []byte) error {
 	p, before, data := piece{number: f.count, start: f.size, size: int64(len(b))}, f.last, b
 	var ops []operation
 
-	// Once there are enough small pieces this write replaces them by one, and itself: else a
-	// file of small writes would have a key for each.
+	// Once there are enough small pieces, this write and they become one piece: else a file of
+	// small writes would have a key for each.
 	isFull := len(f.tail)+len(b) > joinBytes
 	joins := f.tails >= joinLeast && (isFull || f.tails >= joinMost) &&
 		f.d.client.piece.Load() >= joinBytes
@@ -406,8 +406,8 @@ func (f *pieceFile) put(b []byte) error {
 	f.d.pieces.Add(1)
 	f.bytes.Add(p.size + pieceExtra)
 
-	// Where the small pieces were joined, or are too large for it, the next ones to join
-	// begin behind this piece.
+	// Where the small pieces were joined, or are too large to be joined, the next ones that
+	// may be joined begin behind this piece.
 	switch {
 	case joins:
 		f.keys.Add(-int64(f.tails))
