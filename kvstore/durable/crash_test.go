@@ -610,3 +610,50 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 	}
 	d.Close()
 }
+
+// Ensure that where a process is killed before the directory has a new name on disk, and the power
+// fails at any time in the next start, nothing is lost: what a snapshot stands for is removed only
+// when that has its name on disk.
+func TestKilledThenThePowerFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		random := rand.New(rand.NewPCG(4, 4))
+		type image struct {
+			dir *storetest.Dir
+			h   storetest.History
+		}
+		var images []image
+		dir, d := newSmall(t, Options{})
+		h := storetest.NewHistory()
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "" {
+				synctest.Wait() // for a compaction, that its Commit has returned
+				told := storetest.History{Told: h.Told, Done: h.Done.Clone()}
+				images = append(images, image{dir.Kill(), told})
+			}
+			return nil
+		}
+		if err := storetest.Script(t, d, h); err != nil {
+			t.Fatal(err)
+		}
+		dir.Before = nil
+		d.Close()
+		for n, i := range images {
+			var after []*storetest.Dir
+			i.dir.Before = func(storetest.Call) error {
+				for range 10 {
+					after = append(after, i.dir.Crash(random))
+				}
+				return nil
+			}
+			d, err := openSmall(i.dir, Options{})
+			if err != nil {
+				t.Fatalf("killed before Sync %d of the directory: %v", n, err)
+			}
+			d.Close()
+			for m, dir := range after {
+				checkKept(t, &i.h, dir, fmt.Sprintf("killed before Sync %d of the directory, and the "+
+					"power failed before call %d of the next start", n, m/10))
+			}
+		}
+	})
+}

@@ -472,13 +472,16 @@ func (d *Store) load(ctx context.Context) error {
 	}
 	p.finish(d.Memory)
 
-	// Only now: nothing is touched when we refuse. The files behind the last are those of a
-	// rotation that was stopped.
-	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+	// What was read may have names that are not on disk: who gave them was killed, or failed to.
+	// Before they are, nothing may go that a snapshot stands for.
+	err = d.dir.Sync()
 	if err != nil {
 		return err
 	}
-	return d.dir.Sync() // a start before this one may have failed to do so
+
+	// Only now: nothing is touched when we refuse. The files behind the last are those of a
+	// rotation that was stopped.
+	return d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
 }
 
 // create makes a new store's first files: STORE comes last, so that a
