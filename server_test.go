@@ -7467,7 +7467,7 @@ func (w *world) live() {
 	if rotten {
 		p.plan = simPlan{}
 	}
-	logs := &queuedLog{lines: make(chan logLine, pick(r, 1, 10, logLines))}
+	logs := &queuedLog{lines: make(chan []byte, pick(r, 1, 10, logLines))}
 	logged := make(chan struct{})
 	writer := &simLog{p, pick(r, 0, 0, time.Second, time.Minute), chance(r, 5)}
 	go func() {
