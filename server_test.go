@@ -8807,6 +8807,12 @@ func (w *world) judge() {
 			w.fail("%s: %v", key, err)
 		}
 	}
+	for key, end := range w.ends { // where a power failure costs nothing
+		at, goes := db.Deadline(key)
+		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
+			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
+		}
+	}
 	for key, requests := range w.mixed {
 		var history []asked
 		for _, a := range requests {
