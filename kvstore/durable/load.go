@@ -431,21 +431,7 @@ func (d *Store) load(ctx context.Context) error {
 
 	// Read everything. The last end is the current file's.
 	p := newProgress(ctx, d.log, d.status, s)
-	apply := applyTo(d.Memory)
-	var ends []logEnd
-	err = s.walk(visitor{
-		frame: func(l *logReader, f frame, payload []byte) error {
-			err := apply(l, f, payload)
-			if err != nil {
-				return err
-			}
-			return p.step(f)
-		},
-		end: func(_ *logReader, end logEnd, _ bool) error {
-			ends = append(ends, end)
-			return nil
-		},
-	})
+	ends, err := d.readAll(s, p)
 	if err != nil {
 		return err
 	}
@@ -482,6 +468,25 @@ func (d *Store) load(ctx context.Context) error {
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
 	return d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+}
+
+// readAll applies what the files hold to Memory, and returns where each ends.
+func (d *Store) readAll(s *files, p *progress) (ends []logEnd, err error) {
+	apply := applyTo(d.Memory)
+	err = s.walk(visitor{
+		frame: func(l *logReader, f frame, payload []byte) error {
+			err := apply(l, f, payload)
+			if err != nil {
+				return err
+			}
+			return p.step(f)
+		},
+		end: func(_ *logReader, end logEnd, _ bool) error {
+			ends = append(ends, end)
+			return nil
+		},
+	})
+	return ends, err
 }
 
 // create makes a new store's first files: STORE comes last, so that a
