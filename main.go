@@ -1369,22 +1369,22 @@ func (k *keyPair) load() error {
 // warn logs when the certificate ends, if that is soon and was not said today.
 func (k *keyPair) warn(now time.Time) {
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	isFirst, isSoon := k.warned.IsZero(), now.After(end.Add(-warnAhead))
-	if now.Before(k.warned.Add(warnAgain)) || !isFirst && !isSoon {
-		return
-	}
-	k.warned = now
-
-	// How loud it is told depends on how near the end is.
-	level, text := slog.LevelInfo, "the certificate is read"
+	file, until := slog.String("file", k.paths[0]), slog.Time("until", end)
 	const mend = "; put a new one into its file, it is read at once"
 	switch {
+	case now.Before(k.warned.Add(warnAgain)):
+		return
 	case now.After(end):
-		level, text = slog.LevelError, "the certificate has ended, clients will refuse it"+mend
-	case isSoon:
-		level, text = slog.LevelWarn, "the certificate ends soon"+mend
+		k.log.Error("the certificate has ended, clients will refuse it"+mend, file, until)
+	case now.After(end.Add(-warnAhead)):
+		k.log.Warn("the certificate ends soon"+mend, file, until)
+	case k.warned.IsZero():
+		k.log.Info("the certificate is read", file, until)
+	default:
+		return
 	}
-	k.log.Log(context.Background(), level, text, "file", k.paths[0], "until", end)
+
+	k.warned = now
 }
 
 // watch reads the files anew when they change, or again says so. One goroutine, until again
