@@ -1823,7 +1823,9 @@ func dialProblem(addrs string, err error) error {
 func (t *talker) greet() error {
 	t.r = bufio.NewReaderSize(patientReader{t}, maxWrite)
 	t.asked.Store(1)
-	io.WriteString(t.conn, "Ack\n") // where that fails there may be a word to read
+
+	// A server of TLS answers five bytes, not four. Where Write fails there may be a word to read.
+	io.WriteString(t.conn, "Ack\r\n")
 	line, err := t.r.ReadSlice('\n')
 
 	// Others speak first, or close, or answer something else.

@@ -3192,6 +3192,19 @@ func TestClientCommandOnATerminal(t *testing.T) {
 	})
 }
 
+// Ensure that -c is told at once that a server speaks TLS, which waits for more than a few bytes.
+func TestClientCommandWithoutTLS(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-tls-cert",
+		filepath.Join(dir, "server.pem"), "-tls-key", filepath.Join(dir, "server.key"))
+	go io.Copy(io.Discard, log)
+	out, err := binary("-addr", addr, "-timeout", "3s", "-c", "Get:a").CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("Perhaps it speaks TLS: give the CA")) {
+		t.Errorf("%v, it says %s", err, out)
+	}
+}
+
 // Ensure that -c, when it is interrupted, says how far it has come.
 func TestClientCommandIsInterrupted(t *testing.T) {
 	t.Parallel()
