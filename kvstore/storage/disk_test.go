@@ -166,3 +166,33 @@ func TestMakeDisk(t *testing.T) {
 		t.Errorf("of no store: %v", err)
 	}
 }
+
+// Ensure that a Sync asks the system, and says what that answers: a pipe has nothing to sync, and
+// neither has what is closed.
+func TestSyncAsksTheSystem(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (diskFile{w}).Sync(); err == nil {
+		t.Error("a pipe is synced")
+	}
+	r.Close()
+	w.Close()
+	d, err := OpenDisk(t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := d.Create("file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(), d.Sync()); err != nil {
+		t.Errorf("a file and a directory: %v", err)
+	}
+	f.Close()
+	d.Close()
+	if f.Sync() == nil || runtime.GOOS != "windows" && d.Sync() == nil {
+		t.Error("what is closed is synced")
+	}
+}

@@ -165,3 +165,47 @@ func TestPipeIsNoFile(t *testing.T) {
 		t.Errorf("a named pipe: %v", err)
 	}
 }
+
+// Ensure that a directory is in use whose LOCK is another file, which nobody has locked.
+func TestInUseBesideAnotherLock(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	synctest.Test(t, func(t *testing.T) {
+		path := t.TempDir()
+		lock, err := mustOpen(t, path).Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		name := filepath.Join(path, LockName)
+		os.Remove(name)
+		os.WriteFile(name, []byte("another"), 0o600)
+		if owner, inUse := mustOpen(t, path).InUse(); !inUse || owner != "by another" {
+			t.Errorf("in use %v, %s", inUse, owner)
+		}
+	})
+}
+
+// Ensure that a lock that cannot be had because of LOCK alone, as beside an older kvserver, leaves
+// the directory unlocked.
+func TestFailedLockLeavesNothing(t *testing.T) {
+	path := t.TempDir()
+	older, d := mustOpen(t, path), mustOpen(t, path)
+	f, err := older.lockFile(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Lock(t.Context()); !errors.Is(err, ErrLocked) {
+		t.Errorf("beside an older one: %v", err)
+	}
+	f.Close()
+	if owner, inUse := d.InUse(); inUse {
+		t.Errorf("it is in use %s", owner)
+	}
+	lock, err := d.Lock(t.Context())
+	if err != nil {
+		t.Fatalf("once that has gone: %v", err)
+	}
+	lock.Close()
+}
