@@ -114,16 +114,19 @@ func (s *salvage) findID(names []string) error {
 		s.sayDamaged("%v", err)
 	case !isThere:
 		s.sayDamaged("%s is missing", s.dir.Path(storage.StoreName))
-	case most > 0 && 2*most >= of && said != id:
+	case 2*most > of && said != id:
 		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
 
-	// The files outvote STORE: they are many, and it may be a copy of another store's.
+	// Most of the files outvote STORE, which may be a copy of another store's. Half of them do only
+	// where it says nothing.
 	switch {
-	case most > 0 && 2*most >= of:
+	case 2*most > of:
 		s.id = id
 	case isThere && err == nil:
 		s.id = said
+	case most > 0 && 2*most == of:
+		s.id = id
 	default:
 		return fmt.Errorf("%w: no file says which store this is", ErrNothingRead)
 	}

@@ -454,3 +454,55 @@ func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 		wantAll(t, fmt.Sprint("repaired, leftover ", leftover), out, want)
 	}
 }
+
+// Ensure that Repair takes the log alone where all of it is there and the snapshot is damaged.
+func TestRepairUsesTheLogAlone(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "remove" {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	for i := 0; d.snapshot == 0; i++ {
+		d.Set(fmt.Sprint("key", i%30), strings.Repeat("v", 100))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		d.AwaitCompaction()
+	}
+	name := logName(kindSnapshot, d.snapshot)
+	data := dir.Names[name].Data
+	bad := dir.With(name, data[:len(data)-frameSize]) // without its end
+	want := maps.Collect(d.All())
+	dir.Before = nil
+	d.Close()
+	out, r, err := repaired(t, bad)
+	if err != nil || !r.Damaged || r.Lost {
+		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	}
+	wantAll(t, "of the log", out, want)
+}
+
+// Ensure that where half of the log files are another store's, Repair saves those of the store that
+// STORE says, as a start reads them, and without STORE one half.
+func TestRepairOfHalfAStore(t *testing.T) {
+	dir, d := fourSegments(t, Options{})
+	d.Close()
+	otherDir, other := fourSegments(t, Options{})
+	other.Close()
+	image := dir.With(storage.LockName, nil)
+	for _, name := range []string{"seg-1.log", "seg-2.log"} {
+		image.Names[name] = otherDir.Names[name]
+	}
+	_, r, err := repaired(t, image)
+	if text := strings.Join(r.Lines, "\n"); err != nil || !r.Lost ||
+		!strings.Contains(text, "ignored dir/seg-1.log: it belongs to another store") ||
+		!strings.Contains(text, "frames of dir/seg-4.log") {
+		t.Errorf("%v, and repair says\n%s", err, text)
+	}
+	delete(image.Names, storage.StoreName)
+	if _, r, err := repaired(t, image); err != nil || !r.Lost {
+		t.Errorf("without STORE: %v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	}
+}
