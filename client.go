@@ -57,7 +57,7 @@ const (
 
 	// Between two looks whether a connection is there still from which nobody reads, for its Take
 	// waits.
-	probeTime = time.Second / 4
+	probeTime = time.Second
 
 	handshakeTime = 5 * time.Second // for TLS to begin
 	drainTime     = time.Second     // for the client to take our last words and close
