@@ -33,7 +33,10 @@ const (
 
 // compare orders ends.
 func (e end) compare(other end) int {
-	return cmp.Or(cmp.Compare(e.at, other.at), cmp.Compare(e.hash, other.hash))
+	if e.at != other.at {
+		return cmp.Compare(e.at, other.at)
+	}
+	return cmp.Compare(e.hash, other.hash)
 }
 
 // find returns the chunk that e belongs to, and its place there.
