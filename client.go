@@ -295,6 +295,7 @@ func (c *Client) awaitDone() (chain *Query) {
 			break
 		}
 
+		// For a client that has gone it takes nothing any more.
 		select {
 		case chain = <-c.done:
 			c.noteTaken()
@@ -309,6 +310,7 @@ func (c *Client) awaitDone() (chain *Query) {
 			c.endTake(dropTake)
 		}
 	}
+
 	return <-c.done
 }
 

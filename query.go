@@ -209,7 +209,8 @@ var verbs = [queryTypes]verb{
 			}
 		}},
 
-	take: {name: "Take", form: "Take:key:seconds", needs: "a key, and seconds from 1 to 3600 or nothing",
+	take: {name: "Take", form: "Take:key:seconds",
+		needs: "a key, and seconds from 1 to 3600 or nothing",
 		does:  "remove the oldest value, and answer it; wait so long for one",
 		parse: parseTake, effect: frees, separator: ":",
 		run: func(q *Query, db kvstore.Store, _ clock) {

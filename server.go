@@ -519,6 +519,7 @@ func (s *keyValueServer) workLoop() {
 		if alarm == nil && s.db.Expiring() > 0 {
 			alarm = time.After(expireTime)
 		}
+
 		select {
 		case conn, open := <-connections:
 			if !open {
@@ -539,6 +540,8 @@ func (s *keyValueServer) workLoop() {
 			s.stopReading()
 		}
 	}
+
+	// Nobody is left to be told.
 	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
 		"replies_dropped", s.lost.Load())
 }
@@ -729,26 +732,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 
 	for left := c.share.stride; q != nil && !s.broken; q = q.next {
-		if s.due != noneDue {
-			s.expireKey(q)
-		}
-		if q.writes() {
-			s.admit(q)
-		}
-		s.requests[q.queryType]++
-
-		switch q.queryType {
-		case stats:
-			for _, row := range s.stats() {
-				q.values = append(q.values, row.line())
-			}
-			q.answer(q.values)
-		default:
-			q.run(s.db, s.now)
-			if s.takes.n > 0 {
-				s.serveTakes(q)
-			}
-		}
+		s.run(q)
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
 		if left--; q.row().searches {
@@ -763,10 +747,38 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			return
 		}
 	}
+
+	// A Take that found nothing is not done.
 	if chain.mayWait() && chain.n == 0 {
 		s.takes.add(chain)
 	} else {
 		s.batch = append(s.batch, chain)
+	}
+}
+
+// run runs q, unless it is refused.
+func (s *keyValueServer) run(q *Query) {
+	// It finds no key whose time is over, and adds nothing to what is full.
+	if s.due != noneDue {
+		s.expireKey(q)
+	}
+	if q.writes() {
+		s.admit(q)
+	}
+	s.requests[q.queryType]++
+
+	if q.queryType == stats {
+		for _, row := range s.stats() {
+			q.values = append(q.values, row.line())
+		}
+		q.answer(q.values)
+		return
+	}
+
+	// What it brings may be what others wait for.
+	q.run(s.db, s.now)
+	if s.takes.n > 0 {
+		s.serveTakes(q)
 	}
 }
 
@@ -993,8 +1005,9 @@ func (s *keyValueServer) giveBack() {
 //	                                                                        that takes nothing, or
 //	                                                                        drips, is cut; what they
 //	                                                                        keep counts as data
-//	a Take that      half a KiB, and its key of    -                        counts as data: in
-//	waits            up to -max-line               lines                    memoryPerClient
+//	a Take that      1 KiB, and its key; behind    -                        memoryPerClient counts
+//	waits            a half-close 3 KiB                                     it as data, but for the
+//	                                                                        key
 //	goroutines       three, and Client             memoryPerClient each,    one more client is told
 //	                                               for -max-clients; they   that the server is full
 //	                                               count as data

@@ -204,7 +204,8 @@ var conversations = []struct{ name, send, want string }{
 				`a Put like that wrote to the key "k", for a key ends at its first colon`,
 			`:ERROR line 8: Count needs a key, without a colon in it, as in Count:key; got "Count"`,
 			":OK 0\n"}, "\n")},
-	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\nPut:k:b\nUpdate:k:a:c\nExpire:k\n" +
+	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" +
+		"Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
 		"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
 		"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
 		":OK 1\n: 30\n:OK 1\n: 30\n:OK 1\n:OK 1\n:OK 0\n: 4000000000\n:OK 1\n:OK 1\n: 5\n:OK 1\n" +
@@ -609,7 +610,8 @@ func TestStats(t *testing.T) {
 			": quit_requests_total 0",
 			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
 			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
-			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0", ": tls_handshakes_failed_total 0", ": keys 1",
+			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0",
+			": tls_handshakes_failed_total 0", ": keys 1",
 			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
 				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
@@ -6779,26 +6781,43 @@ func TestExplains(t *testing.T) {
 		final   string
 		good    bool
 	}{
-		"in turn":     {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "a")}, "b", true},
-		"a waiter":    {[]asked{take(1, 4, "a"), put("a", 2, 3)}, "", true},
-		"one of two":  {[]asked{take(1, 4, "a"), take(2, 6, "b"), put("a", 3, 9), put("b", 3, 9)}, "", true},
+		"in turn":  {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "a")}, "b", true},
+		"a waiter": {[]asked{take(1, 4, "a"), put("a", 2, 3)}, "", true},
+		"one of two": {[]asked{
+			take(1, 4, "a"),
+			take(2, 6, "b"),
+			put("a", 3, 9),
+			put("b", 3, 9)}, "", true},
 		"taken twice": {[]asked{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
 		"not the first": {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")},
 			"a", false},
-		"lost":                  {[]asked{put("a", 1, 2), take(3, 4)}, "", false},
-		"a waiter forgotten":    {[]asked{put("a", 1, 2), take(3, 4)}, "a", false}, // from its end on
-		"taken, and not known":  {[]asked{put("a", 1, 2), take(3, 0)}, "", true},
-		"not taken, nor known":  {[]asked{put("a", 1, 2), take(3, 0)}, "a", true},
-		"taken before it came":  {[]asked{take(1, 2, "a"), put("a", 3, 4)}, "", false},
-		"back again":            {[]asked{put("a", 1, 2), take(3, 4, "a")}, "a", false},
-		"two Adds":              {[]asked{request("Add", "", "a", 1, 1, 4), request("Add", "", "b", 1, 2, 3)}, "a", false},
-		"an Add of two":         {[]asked{request("Add", "", "a", 0, 1, 4), request("Add", "", "b", 1, 2, 3)}, "b", true},
-		"two Swaps of one":      {[]asked{put("a", 1, 2), request("Swap", "a", "b", 1, 3, 6), request("Swap", "a", "c", 1, 4, 5)}, "b", false},
-		"a Swap that adds":      {[]asked{request("Swap", "a", "b", 0, 1, 2)}, "b", false},
-		"a Count before":        {[]asked{put("a", 1, 4), request("Count", "", "", 0, 2, 3)}, "a", true},
-		"a Count of the past":   {[]asked{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
-		"a Remove by two":       {[]asked{put("a", 1, 2), request("Remove", "a", "", 1, 3, 6), request("Remove", "a", "", 1, 4, 5)}, "", false},
-		"unanswered, then seen": {[]asked{put("a", 1, 0), request("Count", "", "", 0, 2, 3), request("Count", "", "", 1, 4, 5)}, "a", true},
+		"lost":                 {[]asked{put("a", 1, 2), take(3, 4)}, "", false},
+		"a waiter forgotten":   {[]asked{put("a", 1, 2), take(3, 4)}, "a", false}, // from its end on
+		"taken, and not known": {[]asked{put("a", 1, 2), take(3, 0)}, "", true},
+		"not taken, nor known": {[]asked{put("a", 1, 2), take(3, 0)}, "a", true},
+		"taken before it came": {[]asked{take(1, 2, "a"), put("a", 3, 4)}, "", false},
+		"back again":           {[]asked{put("a", 1, 2), take(3, 4, "a")}, "a", false},
+		"two Adds": {[]asked{
+			request("Add", "", "a", 1, 1, 4),
+			request("Add", "", "b", 1, 2, 3)}, "a", false},
+		"an Add of two": {[]asked{
+			request("Add", "", "a", 0, 1, 4),
+			request("Add", "", "b", 1, 2, 3)}, "b", true},
+		"two Swaps of one": {[]asked{
+			put("a", 1, 2),
+			request("Swap", "a", "b", 1, 3, 6),
+			request("Swap", "a", "c", 1, 4, 5)}, "b", false},
+		"a Swap that adds":    {[]asked{request("Swap", "a", "b", 0, 1, 2)}, "b", false},
+		"a Count before":      {[]asked{put("a", 1, 4), request("Count", "", "", 0, 2, 3)}, "a", true},
+		"a Count of the past": {[]asked{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
+		"a Remove by two": {[]asked{
+			put("a", 1, 2),
+			request("Remove", "a", "", 1, 3, 6),
+			request("Remove", "a", "", 1, 4, 5)}, "", false},
+		"unanswered, then seen": {[]asked{
+			put("a", 1, 0),
+			request("Count", "", "", 0, 2, 3),
+			request("Count", "", "", 1, 4, 5)}, "a", true},
 	} {
 		if good := explains(c.history, strings.Fields(c.final)); good != c.good {
 			t.Errorf("%s: %v", what, good)
@@ -8387,77 +8406,90 @@ func (v *visitor) also() (other *visitor, ok bool) {
 	return other, ok
 }
 
-// take waits for values that it gives itself, on other connections: each comes to the first who
-// waits, in time, once; and none to one that has gone.
+// ask asks for one thing that has no data, and returns the end of the reply; ok is false where it
+// was refused, or the connection has ended.
+func (v *visitor) ask(request string) (last string, ok bool) {
+	io.WriteString(v.conn, request+"\n")
+	_, last, err := v.reply()
+	return last, err == nil && !strings.HasPrefix(last, ":ERROR")
+}
+
+// take has others wait for what it gives, or does not give, and looks what becomes of it.
 func (v *visitor) take() {
-	r := v.random
-	key := fmt.Sprint("taken", v.id)
-	ask := func(request string) (last string, ok bool) {
-		io.WriteString(v.conn, request+"\n")
-		_, last, err := v.reply()
-		return last, err == nil && !strings.HasPrefix(last, ":ERROR")
-	}
 	if !v.hello() {
 		return
 	}
-	for i := range 1 + r.IntN(5) {
+	for i := range 1 + v.random.IntN(5) {
 		taker, ok := v.also()
 		if !ok {
 			return
 		}
-		defer taker.conn.Close()
-		seconds := 2 + r.IntN(5)
-		ends := time.Now().Add(time.Duration(seconds) * time.Second)
-		fmt.Fprintf(taker.conn, "Take:%s:%d\n", key, seconds)
-		if chance(r, 3) {
-			fmt.Fprintf(taker.conn, "Ping\n")
-		}
-		wait(time.Second)
-		what := pick(r, "gives", "gives", "goes", "waits")
-		if what == "goes" {
-			taker.raw.breakOff()
-			wait(probeTime + time.Second)
-		}
-		value, stood := v.value(i), v.slack()
-		if what != "waits" {
-			give := pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
-			if last, ok := ask(fmt.Sprintf(give, key, value)); !ok {
-				v.world.mu.Lock()
-				v.refused[value] = strings.HasPrefix(last, ":ERROR")
-				v.world.mu.Unlock()
-				return
-			}
-		}
-		given := time.Now()
-		if what == "goes" {
-			if last, ok := ask("Count:" + key); ok && v.slack() == 0 && stood == 0 && last != ":OK 1" {
-				v.fail("a Take of a client that has gone took what came: %s", last)
-			}
-			if _, ok := ask("Delete:" + key); !ok {
-				return
-			}
-			continue
-		}
-		if what == "gives" && !given.Before(ends) { // it may have come too late
+		if goesOn := v.takeOnce(i, taker); !goesOn {
+			taker.conn.Close()
 			return
 		}
-		lines, last, err := taker.reply()
-		late := v.slack() + time.Second/2
-		switch now := time.Now(); {
-		case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.net.server.closeSignal):
-			return
-		case what == "gives" && (last != ":OK 1" || !slices.Equal(lines, []string{key + ":" + value})):
-			v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
-		case what == "gives" && now.Sub(given) > late:
-			v.fail("%s: a value comes %v after it was given", v.id, now.Sub(given))
-		case what == "waits" && (last != ":OK 0" || now.Before(ends) || now.Sub(ends) > late):
-			v.fail("%s: a Take of %d seconds ends %v after its time, %s", v.id, seconds, now.Sub(ends),
-				last)
-		}
-		if last, ok := ask("Count:" + key); ok && last != ":OK 0" {
-			v.fail("%s: what was taken is there still: %s", v.id, last)
+		taker.conn.Close()
+	}
+}
+
+// takeOnce has taker wait. What is given comes to it in time, and is nobody else's; nothing comes
+// to one that has gone; and one that is given nothing waits as long as it says.
+func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
+	r := v.random
+	key, seconds := fmt.Sprint("taken", v.id), 2+r.IntN(5)
+	ends := time.Now().Add(time.Duration(seconds) * time.Second)
+	fmt.Fprintf(taker.conn, pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
+	wait(time.Second)
+	what := pick(r, "gives", "gives", "goes", "waits")
+	if what == "goes" {
+		taker.raw.breakOff()
+		wait(probeTime + time.Second)
+	}
+
+	value := v.value(i)
+	if what != "waits" {
+		give := pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
+		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
+			v.world.mu.Lock()
+			v.refused[value] = strings.HasPrefix(last, ":ERROR")
+			v.world.mu.Unlock()
+			return false
 		}
 	}
+	given := time.Now()
+	if what == "goes" {
+		if last, ok := v.ask("Count:" + key); ok && v.slack() == 0 && last != ":OK 1" {
+			v.fail("a Take of a client that has gone took what came: %s", last)
+		}
+		_, goesOn = v.ask("Delete:" + key)
+		return goesOn
+	}
+	if what == "gives" && !given.Before(ends) { // it may have come too late
+		return false
+	}
+	return v.checkTaken(taker, key, value, what == "gives", given, ends)
+}
+
+// checkTaken wants that taker has got value, if that was given, and else nothing at its end.
+func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
+	given, ends time.Time) (goesOn bool) {
+	lines, last, err := taker.reply()
+	late := v.slack() + time.Second/2
+	got := last == ":OK 1" && slices.Equal(lines, []string{key + ":" + value})
+	switch now := time.Now(); {
+	case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.net.server.closeSignal):
+		return false
+	case gives && !got:
+		v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
+	case gives && now.Sub(given) > late:
+		v.fail("%s: a value comes %v after it was given", v.id, now.Sub(given))
+	case !gives && (last != ":OK 0" || now.Before(ends) || now.Sub(ends) > late):
+		v.fail("%s: a Take ends %v after its time, %s", v.id, now.Sub(ends), last)
+	}
+	if last, ok := v.ask("Count:" + key); ok && last != ":OK 0" {
+		v.fail("%s: what was taken is there still: %s", v.id, last)
+	}
+	return true
 }
 
 // end makes keys that end, and looks that they are there until then, and no longer; also those of
@@ -9333,7 +9365,8 @@ func FuzzConversation(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
 		lines := strings.SplitAfter(string(script), "\n")
-		m, acked, want, spoke, quit := model{map[string][]string{}, map[string]int{}, 1}, false, "", false, false
+		m := model{map[string][]string{}, map[string]int{}, 1}
+		acked, want, spoke, quit := false, "", false, false
 		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
 			want, quit = ":ERROR line 1: \n", true
 		}
