@@ -2335,11 +2335,23 @@ func TestManyTakers(t *testing.T) {
 	dialTCP(t, addr).ask("Count:jobs", ":OK 0")
 }
 
-// Ensure that a taker on a real connection, and on a real unix socket, is taken out of the line
-// when that ends, also behind its own half-close.
+// Ensure that a taker on a real connection is taken out of the line when that breaks, and on a unix
+// socket when that is closed, also behind its own half-close.
 func TestRealTakersThatGo(t *testing.T) {
-	addr := serveTCP(t)
-	a := dialTCP(t, addr)
+	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
+	unix, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.serve(tcp, unix); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	a := dialTCP(t, tcp.Addr().String())
 	waiting := func(want int) {
 		for end := time.Now().Add(time.Minute); a.stat("waiting_takes") != want; {
 			if time.Now().After(end) {
@@ -2348,15 +2360,22 @@ func TestRealTakersThatGo(t *testing.T) {
 		}
 	}
 	for _, half := range []bool{false, true} {
-		c := dialTCP(t, addr)
-		c.send("Take:k:60\n")
-		if half {
-			c.conn.CloseWrite()
+		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
+			conn, err := net.Dial(addr.Network(), addr.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(conn, "Take:k:60\n")
+			if half {
+				conn.(halfConn).CloseWrite()
+			}
+			waiting(1)
+			if c, isTCP := conn.(*net.TCPConn); isTCP {
+				c.SetLinger(0) // so that Close resets it
+			}
+			conn.Close()
+			waiting(0)
 		}
-		waiting(1)
-		c.conn.(*net.TCPConn).SetLinger(0) // so that Close resets it
-		c.conn.Close()
-		waiting(0)
 	}
 	a.ask("Put:k:v\nTake:k", "k:v")
 }
