@@ -345,7 +345,8 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
 		m.tally(-1, oldValue)
-		values = slices.Delete(values, place, place+1)
+		copy(values[place:], values[place+1:])
+		values = values[:len(values)-1]
 	}
 	m.store(at, key, append(values, newValue))
 	return place
