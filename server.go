@@ -218,13 +218,15 @@ func (t *turn) begin() {
 	t.looked, t.over = t.began, false
 }
 
-// charge looks at the clock: what has run since it was looked at before was c's, which pays for
-// no more than a turn, for by then it has waited for all others.
+// charge looks at the clock: what has run since it was looked at before was c's. It counts no more
+// than a turn, for by then c has waited for all others, and not much more than was usual for c: what
+// takes far longer once may be the system's doing, which had the processor for others meanwhile.
 func (t *turn) charge(c *share, floor time.Duration) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
-	c.spent = min(c.spent+took, floor+maxTurn)
-	c.cost = (c.cost + took) / 2
+	counted := min(took, 2*c.cost+maxLead)
+	c.spent = min(c.spent+counted, floor+maxTurn)
+	c.cost = (c.cost + counted) / 2
 	c.stride = min(2*max(c.stride, 1), maxStride)
 	if took >= longTime {
 		c.stride = 1

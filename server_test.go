@@ -1664,6 +1664,35 @@ func TestLongRequestsTakeTurns(t *testing.T) {
 	})
 }
 
+// TestStallsAreNobodysFault: when the system lets the process wait in the middle of a client's
+// chain, that client hardly waits longer for its next turn; one whose requests always take long
+// does.
+func TestStallsAreNobodysFault(t *testing.T) {
+	const usual, stall = 50 * time.Microsecond, 3 * time.Millisecond
+	floor := time.Second
+	clock := turn{epoch: time.Now().Add(-time.Hour)}
+	c := share{spent: floor, cost: usual}
+
+	// charge has the clock see that so much time has passed.
+	charge := func() {
+		clock.looked = time.Since(clock.epoch) - stall
+		clock.charge(&c, floor)
+	}
+	charge()
+	if c.due() > floor+4*maxLead+4*usual || c.isSlow() {
+		t.Errorf("after one stall of %v the client is due %v behind, slow: %v", stall,
+			c.due()-floor, c.isSlow())
+	}
+
+	for range 20 {
+		charge()
+	}
+	if c.spent != floor+maxTurn || !c.isSlow() {
+		t.Errorf("after 20 turns of %v the client has spent %v more, slow: %v", stall,
+			c.spent-floor, c.isSlow())
+	}
+}
+
 // Ensure that a client that asks for little waits for a turn or two of the others, not for one
 // of each, whatever these send: one long request at a time, short ones between two long ones,
 // or many in one chain. And that all of these get on, each as much as any other.
