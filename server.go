@@ -219,12 +219,13 @@ func (t *turn) begin() {
 }
 
 // charge looks at the clock: what has run since it was looked at before was c's. It counts no more
-// than a turn, for by then c has waited for all others, and not much more than was usual for c: what
-// takes far longer once may be the system's doing, which had the processor for others meanwhile.
+// than a turn, for by then c has waited for all others. What takes far longer than before, once, may
+// be the system's doing, which has let us wait: it counts little, and in full when it comes again.
 func (t *turn) charge(c *share, floor time.Duration) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
-	counted := min(took, 2*c.cost+maxLead)
+	counted := min(took, max(2*c.cost+maxLead, c.peak))
+	c.peak = max(took, c.peak/8*7)
 	c.spent = min(c.spent+counted, floor+maxTurn)
 	c.cost = (c.cost + counted) / 2
 	c.stride = min(2*max(c.stride, 1), maxStride)
@@ -247,6 +248,7 @@ func (t *turn) charge(c *share, floor time.Duration) {
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock, as of late
+	peak   time.Duration // the most of these, which is forgotten by and by
 	stride int           // requests between these
 
 	chain, next *Query // that waits for its turn, and its first request that has not run
@@ -679,6 +681,9 @@ func (s *keyValueServer) take(q *Query) {
 func (s *keyValueServer) takeChain(chain *Query) {
 	c := &chain.client.share
 	isNew := c.spent == 0
+	if isNew {
+		c.peak = maxTurn // nobody knows what it asks for
+	}
 	c.spent = max(c.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
@@ -688,7 +693,7 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	}
 
 	if isNew {
-		c.spent, c.cost = s.floor+maxLead, maxLead // nobody knows what it asks for
+		c.spent, c.cost = s.floor+maxLead, maxLead
 	}
 	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].share.due()
 	if isFirst && c.due() < s.floor+maxLead && s.mayRun(c) {

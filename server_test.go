@@ -1684,11 +1684,11 @@ func TestStallsAreNobodysFault(t *testing.T) {
 			c.due()-floor, c.isSlow())
 	}
 
-	for range 20 {
+	for range 8 {
 		charge()
 	}
 	if c.spent != floor+maxTurn || !c.isSlow() {
-		t.Errorf("after 20 turns of %v the client has spent %v more, slow: %v", stall,
+		t.Errorf("after 8 turns more of %v the client has spent %v more, slow: %v", stall,
 			c.spent-floor, c.isSlow())
 	}
 }
