@@ -1,7 +1,6 @@
 package kvstore
 
 import (
-	"cmp"
 	"hash/maphash"
 	"slices"
 	"unsafe"
@@ -31,27 +30,35 @@ const (
 	chunkLess = chunkMost / 4 * 3 // in two neighbours that become one
 )
 
-// compare orders ends.
-func (e end) compare(other end) int {
-	if e.at != other.at {
-		return cmp.Compare(e.at, other.at)
-	}
-	return cmp.Compare(e.hash, other.hash)
+// before tells whether e comes before other.
+func (e end) before(other end) bool {
+	return e.at < other.at || e.at == other.at && e.hash < other.hash
 }
 
 // find returns the chunk that e belongs to, and its place there.
 func (d *deadlines) find(e end) (chunk, i int) {
-	chunk, found := slices.BinarySearchFunc(d.chunks, e,
-		func(c []end, e end) int { return c[0].compare(e) })
-
-	// An end that no chunk begins with belongs to the chunk before, if there is one.
-	if !found {
-		chunk = max(0, chunk-1)
+	if len(d.chunks) == 0 {
+		return 0, 0
 	}
 
-	// Before the first end is added there is no chunk to look into.
-	if chunk < len(d.chunks) {
-		i, _ = slices.BinarySearchFunc(d.chunks[chunk], e, end.compare)
+	// The last chunk that does not begin behind e, or the first.
+	for low, high := 1, len(d.chunks); low < high; {
+		if middle := (low + high) / 2; e.before(d.chunks[middle][0]) {
+			high = middle
+		} else {
+			low, chunk = middle+1, middle
+		}
+	}
+
+	// The first end in it that does not come before e. (slices.BinarySearchFunc makes a call for
+	// each comparison, which is a tenth of what an Expire takes.)
+	c := d.chunks[chunk]
+	for high := len(c); i < high; {
+		if middle := (i + high) / 2; c[middle].before(e) {
+			i = middle + 1
+		} else {
+			high = middle
+		}
 	}
 	return chunk, i
 }

@@ -120,7 +120,7 @@ func checkDeadlines(t *testing.T, m *Memory) {
 			t.Fatalf("a chunk has %d ends and room for %d", len(c), cap(c))
 		}
 		for _, e := range c {
-			if n++; e.compare(last) < 0 {
+			if n++; e.before(last) {
 				t.Fatalf("end %v is behind end %v", e, last)
 			}
 			last = e
