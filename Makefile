@@ -17,6 +17,7 @@ check: ## everything that must pass: format, vet, tidy, tests with the race dete
 	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
 	go vet ./...
 	go vet .ci/dist.go
+	go vet .ci/bench.go
 	GOOS=darwin go vet ./...
 	GOOS=windows go vet ./...
 	go mod tidy -diff
@@ -48,8 +49,8 @@ SOAK ?= 2m
 soak: ## mixed traffic, clients and servers killed, for SOAK (2m)
 	KVSERVER_SOAK=$(SOAK) go test -run '^TestSoak$$' -v -timeout 0 .
 
-bench: ## run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./...
+bench: build ## measure it beside redis-server and memcached, where they are installed
+	go run .ci/bench.go
 
 cover: ## show what the tests reach
 	go test -coverprofile=cover.out ./...
