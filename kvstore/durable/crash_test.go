@@ -576,6 +576,63 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	}
 }
 
+// Ensure that SPARE gets back what somebody has cut off or removed, so that everything can be
+// deleted on a full disk all the same.
+func TestSpareIsCut(t *testing.T) {
+	for _, what := range []string{"cut", "removed"} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.minCompact = 1 << 40
+			key := func(i int) string { return strings.Repeat("k", 500) + fmt.Sprint(i) }
+			write := func(i int) {
+				d.Put(key(i), "value")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			const keys = 100
+			for i := range keys {
+				if err := d.Room(510, false); err != nil {
+					t.Fatal(err)
+				}
+				write(i)
+			}
+			if what == "removed" {
+				if err := dir.Remove(spareName); err != nil {
+					t.Fatal(err)
+				}
+			} else if f, err := dir.Extend(spareName); err != nil || f.Truncate(0) != nil {
+				t.Fatal(err)
+			}
+
+			// A Commit looks, the next write makes SPARE whole, and then others fill the disk.
+			time.Sleep(2 * lookTime)
+			write(0)
+			if err := d.Room(0, false); err != nil {
+				t.Fatal(err)
+			}
+			stamps, err := dir.Stamps()
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir.Room = 1
+			for _, stamp := range stamps {
+				dir.Room += int(stamp.Size)
+			}
+			for i := range keys {
+				if err := d.Room(510, true); err != nil {
+					t.Fatalf("SPARE was %s: no room for Delete %d of %d: %v", what, i, keys, err)
+				}
+				d.Delete(key(i))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d.Close()
+		})
+	}
+}
+
 // Ensure that on a full disk the log goes on in its file: a new one would take room from what frees.
 func TestFullDiskMakesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})

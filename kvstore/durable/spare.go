@@ -247,10 +247,15 @@ func (d *Store) makeRoom(need int64) error {
 	return err
 }
 
-// checkSpare closes a SPARE that somebody has removed: the next write makes it anew.
+// checkSpare notes what somebody has done to SPARE: the next write makes one that was removed anew,
+// and gives back to one that was cut.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
-	_, isThere := stamps[spareName]
-	if d.spare.file != nil && !isThere {
+	stamp, isThere := stamps[spareName]
+	switch {
+	case d.spare.file == nil:
+	case isThere:
+		d.spare.size = min(d.spare.size, stamp.Size)
+	default:
 		d.spare.close()
 		d.spare = spareFile{}
 	}

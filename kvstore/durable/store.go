@@ -297,7 +297,9 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 func (d *Store) PutUntil(key, value string, at int64) {
 	at = writable(at)
 	d.Memory.PutUntil(key, value, at)
-	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
+	if d.fits(key, value, key) {
+		d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
+	}
 }
 
 // writable is at, but for times before 1970, which the log cannot say. These are over, and so is
@@ -309,15 +311,22 @@ func writable(at int64) int64 {
 	return at
 }
 
-// record notes an operation for the next Commit. A record that is too large ends the store: memory
-// has what the log cannot have.
+// record notes an operation for the next Commit.
 func (d *Store) record(op byte, place int, fields ...string) {
+	if d.fits(fields...) {
+		d.note(appendRecord(d.pending, op, place, fields...), 1)
+	}
+}
+
+// fits tells whether these can be in one record. Where they cannot the store ends: memory has what
+// the log cannot have.
+func (d *Store) fits(fields ...string) bool {
 	size := int64(sizeOf(fields))
 	if size > maxRecord {
 		d.fail(errTooLarge(size))
-		return
+		return false
 	}
-	d.note(appendRecord(d.pending, op, place, fields...), 1)
+	return true
 }
 
 // note makes pending what is to be in the next frame, which has so many records more. When that is
