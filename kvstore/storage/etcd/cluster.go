@@ -262,7 +262,9 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 			return nil, fmt.Errorf("%w: cannot read its CA: %w", ErrRefused, err)
 		}
 		config.RootCAs = x509.NewCertPool()
-		config.RootCAs.AppendCertsFromPEM(pem)
+		if !config.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%w: its CA: %s has no certificate", ErrRefused, ca)
+		}
 	}
 
 	// One file may hold both our certificate and its key.
@@ -279,14 +281,14 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 
 // post sends one request to one member. It is of so many bytes, or asks for so many: less than
 // none if it cannot be smaller. After a failure the next goes to another member.
-func (c *cluster) post(ctx context.Context, at string, request any,
+func (c *cluster) post(ctx context.Context, member int32, at string, request any,
 	size int) (answer response, err error) {
 	// The revision is read before we ask: an answer about keys must not be older.
-	member, known := c.member.Load(), c.revision.Load()
+	known := c.revision.Load()
 
 	// Where we have a user, a request needs a token: log in first.
 	if c.user != "" && c.token.Load() == nil && at != "auth/authenticate" {
-		login, err := c.post(ctx, "auth/authenticate",
+		login, err := c.post(ctx, member, "auth/authenticate",
 			map[string]string{"name": c.user, "password": c.password}, 0)
 		if err != nil {
 			return answer, err
@@ -477,9 +479,10 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 	silent func(error)) (response, error) {
 	began := time.Now()
 
-	// Count the final refusals in a row: a member that refuses may be the only one that does.
-	for refused := 0; ; {
-		answer, err := c.post(ctx, at, request, size)
+	// A member that refuses for good may be the only one that does.
+	for refused := map[int32]bool{}; ; {
+		member := c.member.Load()
+		answer, err := c.post(ctx, member, at, request, size)
 		switch {
 		case err == nil:
 			return answer, nil
@@ -488,9 +491,9 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 			return answer, errSmaller
 		case !isFinal(err):
 			// This failure may pass: ask on for as long as ctx allows.
-			refused = 0
+			clear(refused)
 		default:
-			if refused++; refused == len(c.members) {
+			if refused[member] = true; len(refused) == len(c.members) {
 				return answer, named(err)
 			}
 		}
@@ -506,6 +509,13 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 			return answer, fmt.Errorf("%w: %w", cause, err)
 		}
 	}
+}
+
+// try is call for so long as one request has; then it ends with an ErrUnreachable.
+func (c *cluster) try(ctx context.Context, at string, request any) (response, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTime, ErrUnreachable)
+	defer cancel()
+	return c.call(ctx, at, request, 0, nil)
 }
 
 // wait waits for so long, or returns why ctx is done before.

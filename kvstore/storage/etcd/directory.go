@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -94,14 +95,16 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	// We assume no port: each member must name its own.
 	members := strings.Split(hosts, ",")
 	for _, host := range members {
-		if _, _, hostErr := net.SplitHostPort(host); hostErr != nil {
-			err = hostErr
-		}
+		_, _, hostErr := net.SplitHostPort(host)
+		err = cmp.Or(err, hostErr)
 	}
 
 	// Without a prefix the store would be all of etcd, with the keys of others in it.
-	if err != nil || prefix == "" {
-		return nil, fmt.Errorf("%w: %q", ErrAddress, address)
+	if prefix == "" || scheme != "etcd" && scheme != "etcds" {
+		err = errors.New("want etcd://HOST:PORT,.../PREFIX or etcds://")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %q: %w", ErrAddress, address, err)
 	}
 
 	// The zero Options are valid: what we say then goes nowhere.
@@ -490,11 +493,9 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	}
 
 	// One transaction reads all, so that names, number and lock are of the same moment.
-	ctx, cancel := context.WithTimeout(d.lock.ctx, requestTime)
-	defer cancel()
-	answer, err := d.client.call(ctx, "kv/txn", d.stockTxn(), 0, nil)
+	answer, err := d.client.try(d.lock.ctx, "kv/txn", d.stockTxn())
 	// Another cluster, or an older state of ours, has answered: Held must know.
-	if errors.Is(err, ErrOther) && ctx.Err() == nil {
+	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		d.lock.miss(err)
 	}
 
@@ -592,8 +593,8 @@ func (d *directory) List() (list []string, err error) {
 // scan returns the ids of files that have pieces, and the keys that are none of ours.
 func (d *directory) scan() (ids, others []string, err error) {
 	// Read one key, then jump behind all that belong with it: there are many pieces, but few
-	// files.
-	for from := d.key(""); len(others) < othersMost; {
+	// files. Who has the lock wants all ids.
+	for from := d.key(""); d.lock != nil || len(others) < othersMost; {
 		kvs, err := d.get(keyRange{Key: from, End: below(d.key("")), Limit: 1, KeysOnly: true}, 0)
 		if err != nil || len(kvs) == 0 {
 			return ids, others, err
@@ -657,7 +658,8 @@ func (d *directory) mayBegin(ctx context.Context) error {
 
 	// The members that do not answer may be a cluster that has the store, unless they are few.
 	if all := len(d.client.members); 2*answered <= all {
-		return fmt.Errorf("only %d of %d members answer, too few for a new store", answered, all)
+		return fmt.Errorf("%w: only %d of %d members answer, too few for a new store", ErrUnreachable,
+			answered, all)
 	}
 
 	// A store at a shorter prefix would find our keys among its own: look for its lock.
@@ -666,7 +668,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 			continue
 		}
 		outer := d.prefix[:i]
-		answer, err := d.client.post(ctx, "kv/range", keyRange{Key: []byte(outer + "/lock")}, 0)
+		answer, err := d.client.try(ctx, "kv/range", keyRange{Key: []byte(outer + "/lock")})
 		if err != nil {
 			return err
 		}

@@ -84,6 +84,7 @@ const (
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
 	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
+	tooLate     etcdFault = "the answer comes when nobody waits for it any more"
 )
 
 func newFakeEtcd() *fakeEtcd {
@@ -162,6 +163,11 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.late = w.late[1:]
 	}
 	switch fault {
+	case tooLate:
+		w.mu.Unlock()
+		<-r.Context().Done()
+		w.mu.Lock()
+		return nil, r.Context().Err()
 	case killedAfter:
 		w.dead = true
 		fallthrough
@@ -534,6 +540,26 @@ func TestEtcdNames(t *testing.T) {
 				t.Errorf("%s of nothing: %v", what, err)
 			}
 		}
+	})
+}
+
+// Ensure that pieces without a name are removed, also where others have put their keys beside them.
+func TestEtcdSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 2 * othersMost {
+			e.put(fmt.Sprint("kv/a", i), "x")
+		}
+		e.put("kv/d/"+strings.Repeat("A", 26)+"-1/00000000-000000000000-000001", "x")
+		if err := dir.Sync(); err != nil || len(e.orphans()) > 0 {
+			t.Errorf("%d pieces without a name stay: %v", len(e.orphans()), err)
+		}
+		lock.Close()
 	})
 }
 
@@ -1135,6 +1161,8 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcd://":                          ErrAddress,
 		"etcd://host:2379":                 ErrAddress,
 		"etcd://host/kv":                   ErrAddress,
+		"etcds:http://host:2379/kv":        ErrAddress,
+		"etcd://host:0x/kv?ca=%":           ErrAddress,
 		"etcd://" + at(plain) + "/kv":      ErrRefused, // something else answers there
 		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
 		"etcds://" + at(plain) + "/kv":     ErrRefused,
@@ -1148,6 +1176,17 @@ func TestEtcdRefusals(t *testing.T) {
 		}
 		if !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", address, err, want)
+		}
+	}
+	for address, word := range map[string]string{
+		"etcd://host/kv":                      "missing port",
+		"etcds://host:1/kv?ca=etcd_test.go":   "etcd_test.go has no certificate",
+		"etcds://host:1/kv?cert=etcd_test.go": "certificate",
+		"etcd://host:1/kv?ca=%":               "invalid URL escape",
+	} {
+		if _, err := Open(t.Context(), address, Options{}); err == nil ||
+			!strings.Contains(err.Error(), word) {
+			t.Errorf("%s: %v, want a word of %q", address, err, word)
 		}
 	}
 	for what, c := range map[string]struct {

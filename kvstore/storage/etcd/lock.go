@@ -51,11 +51,10 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when it arrived
 	gone      atomic.Bool               // etcd does not have what we have left there
 	// beat to Held: look again. One slot, for only the latest counts
-	beaten  chan struct{}
-	stop    chan struct{} // closed by Close
-	ended   chan struct{} // closed by beat
-	silent  bool          // a sign of life has not arrived since one did; beat's
-	refused int           // how many members, one after the other, have refused it; beat's
+	beaten chan struct{}
+	stop   chan struct{} // closed by Close
+	ended  chan struct{} // closed by beat
+	silent bool          // a sign of life has not arrived since one did; beat's
 }
 
 // isOurs is what every transaction compares.
@@ -126,7 +125,6 @@ type watch struct {
 	isNew    bool      // nor is anything else, and never was
 	since    time.Time // when it was so first; zero: it must be seen first
 	answered time.Time // when etcd has answered last
-	refused  int       // how many members, one after the other, have refused
 	isTold   bool      // that etcd does not answer
 	standsBy string    // for whom it was said that we stand by: a token
 }
@@ -136,12 +134,12 @@ type watch struct {
 func (w *watch) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	// The comparison never holds, so nothing is written, but etcd treats it as a write.
-	answer, err := d.client.post(ctx, "kv/txn", transaction{
+	answer, err := d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, -1)}, // which never is
 		Success: []operation{putKey(key, nil)},
 		Failure: []operation{readKey(key), {Range: &keyRange{Key: d.key(""),
 			End: below(d.key("")), Limit: 1, KeysOnly: true}}},
-	}, 0)
+	})
 	if err != nil {
 		if errors.Is(err, syscall.ENOSPC) {
 			// While etcd is full its holder cannot show a sign of life: the wait begins anew.
@@ -225,32 +223,23 @@ func (d *directory) standBy(w *watch) {
 
 // mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
 func (d *directory) mayWait(err error, w *watch, began time.Time) error {
-	// Refusals count only in a row: one member may refuse what another does.
-	if isFinal(err) && !errors.Is(err, syscall.ENOSPC) {
-		w.refused++
-	} else {
-		w.refused = 0
-	}
-
 	silence := time.Since(later(began, w.answered))
+	isFull := errors.Is(err, syscall.ENOSPC)
 
 	// No waiting helps where all refuse, or the lock is no lock. And without an address we do
 	// not wait for a full or silent etcd.
 	switch {
-	case w.refused >= len(d.client.members):
-		return named(err)
-	case errors.Is(err, storage.ErrNotOurs):
-		return err
-	case d.opts.Addr == "" && errors.Is(err, syscall.ENOSPC):
+	case isFull && d.opts.Addr == "":
 		return errFull
-	case d.opts.Addr == "" && time.Since(began) >= patienceTime:
-		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+	case !isFull && !errors.Is(err, ErrUnreachable),
+		!isFull && d.opts.Addr == "" && time.Since(began) >= patienceTime:
+		return err
 	}
 
 	// We do wait: say for what, in the status each time, and once in the log.
 	stage := fmt.Sprintf("standby: etcd does not answer, for %v", silence.Round(time.Second))
 	switch {
-	case errors.Is(err, syscall.ENOSPC):
+	case isFull:
 		stage = "standby: " + errFull.Error()
 	case silence < tellTime:
 		stage = "standby: " + err.Error()
@@ -318,10 +307,10 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 
 	// Of several servers that have seen this revision only one gets the lock.
 	key := l.d.key("lock")
-	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
+	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, w.revision)},
 		Success: []operation{putKey(key, l.value)},
-	}, 0)
+	})
 	if err != nil || !answer.Succeeded {
 		return false, err
 	}
@@ -355,10 +344,10 @@ func (l *clusterLock) retake(ctx context.Context) error {
 
 	// Only the lock that we have seen is replaced: a server that was faster keeps it.
 	sent := time.Now()
-	answer, err := l.d.client.post(ctx, "kv/txn", transaction{
+	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, w.revision)},
 		Success: []operation{putKey(key, l.value)},
-	}, 0)
+	})
 
 	if err == nil && answer.Succeeded {
 		l.confirm(sent, answer)
@@ -451,11 +440,11 @@ func (l *clusterLock) show(signs chan<- sign) {
 		Failure: []operation{readKey(l.d.key("lock"))},
 	}
 
-	s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
+	s.answer, s.err = l.d.client.try(l.ctx, "kv/txn", t)
 	if s.isFull = errors.Is(s.err, syscall.ENOSPC); s.isFull {
 		// Then nobody can take the lock: that it is ours is as good.
 		t.Success = nil
-		s.answer, s.err = l.d.client.post(l.ctx, "kv/txn", t, 0)
+		s.answer, s.err = l.d.client.try(l.ctx, "kv/txn", t)
 	}
 
 	// beat takes the sign, unless it has ended.
@@ -474,11 +463,6 @@ func (l *clusterLock) note(s sign) bool {
 		return false
 	}
 
-	// Refusals count only in a row.
-	if !isFinal(s.err) {
-		l.refused = 0
-	}
-
 	switch {
 	case s.err == nil:
 		l.d.client.noteFull(s.isFull)
@@ -486,19 +470,15 @@ func (l *clusterLock) note(s sign) bool {
 		l.silent = false
 	case time.Since(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
 		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, s.err))
-	case isFinal(s.err):
-		// A refusal is final only if every member refuses.
-		if l.refused++; l.refused < len(l.d.client.members) {
-			break
+	case errors.Is(s.err, ErrUnreachable):
+		if !l.silent {
+			l.silent = true
+			l.d.log.Warn("etcd does not answer, trying again", "error", s.err, "until", patienceTime)
 		}
-		if l.refused = 0; errors.Is(s.err, ErrOther) {
-			l.miss(s.err)
-		} else {
-			l.lost(named(s.err))
-		}
-	case !l.silent:
-		l.silent = true
-		l.d.log.Warn("etcd does not answer, trying again", "error", s.err, "until", patienceTime)
+	case errors.Is(s.err, ErrOther):
+		l.miss(s.err)
+	default:
+		l.lost(s.err)
 	}
 
 	return s.err == nil
@@ -525,13 +505,10 @@ func (l *clusterLock) release() {
 	released.Released = true
 	value, _ := json.Marshal(released)
 
-	// A server that ends does not wait long for etcd.
-	ctx, cancel := context.WithTimeout(context.Background(), requestTime)
-	defer cancel()
-
-	// A server that has taken the lock meanwhile keeps it.
-	l.d.client.call(ctx, "kv/txn", transaction{
+	// A server that ends does not wait long for etcd. One that has taken the lock meanwhile
+	// keeps it.
+	l.d.client.try(context.Background(), "kv/txn", transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), value)},
-	}, 0, nil)
+	})
 }

@@ -3,6 +3,7 @@ package etcd
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -102,8 +103,8 @@ func (c *cluster) forget(ctx context.Context) {
 	if garbage < garbageMost {
 		return
 	}
-	_, err := c.post(ctx, "kv/compaction", map[string]int64{"revision": c.revision.Load()}, 0)
-	if err == nil || isFinal(err) { // such as that it has forgotten it
+	_, err := c.try(ctx, "kv/compaction", map[string]int64{"revision": c.revision.Load()})
+	if !errors.Is(err, ErrUnreachable) { // also where it says that it has forgotten it
 		c.garbage.Add(-garbage)
 	}
 }

@@ -333,6 +333,31 @@ func TestEtcdGone(t *testing.T) {
 	}
 }
 
+// Ensure that a request is refused for good only by all members, and not by one of them twice, as
+// where something else has the same member asked again.
+func TestEtcdRefusedByOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, w := e.open(t)
+		<-time.After(beatTime / 2)
+		w.mu.Lock()
+		e.down, e.stranger = "b:1", true
+		w.mu.Unlock()
+		go func() {
+			for range 30 {
+				w.dir.client.member.Store(1)
+				<-time.After(10 * time.Millisecond)
+			}
+		}()
+		synctest.Wait()
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Errorf("one of two members refuses: %v", err)
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a start without names does not begin anew, and removes nothing.
 func TestEtcdNamesAreGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
