@@ -55,7 +55,6 @@ type directory struct {
 	lost    map[string]bool       // names of files that etcd has not as they were left there
 	isSwept bool                  // pieces without a name were removed
 
-	made   atomic.Int64                             // files, for their ids
 	stamps atomic.Pointer[map[string]storage.Stamp] // of names
 	pieces atomic.Int64                             // that there are, once the lock is held
 }
@@ -218,29 +217,32 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	}
 }
 
-// do makes op happen, at least once, if the lock is ours and so is what else is compared. It
-// writes about so many bytes. After a storage.ErrGone it may have happened or not.
-func (d *directory) do(size int, op []operation, compare ...comparison) error {
+// do makes ops happen, at least once, if the lock is ours and so is what else is compared. They
+// write about so many bytes. If the first one puts a step that is there already, they have
+// happened. After a storage.ErrGone they may have happened or not.
+func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
 	}
 
 	// If a comparison fails we get the lock that is there, so that judge can say why.
+	step := d.key("step")
 	answer, err := d.call("kv/txn", transaction{Compare: append(compare, d.lock.isOurs()),
-		Success: op, Failure: []operation{readKey(d.key("lock"))}}, size)
+		Success: ops, Failure: []operation{readKey(d.key("lock")), readKey(step)}}, size)
 
+	is, first := answer.read(1).KVs, ops[0].Put
 	switch {
 	case err == errSmaller, errors.Is(err, storage.ErrGone):
 		return err
-	case err != nil: // it may yet be done
+	case err != nil: // it may yet be done, and it is not known what the next one goes on from
 		return d.lock.lost(err)
-	case !answer.Succeeded:
-		return d.lock.judge(answer.read(0).KVs)
+	case answer.Succeeded: // now
+		return nil
+	case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
+		bytes.Equal(first.Value, is[0].Value): // the first time
+		return nil
 	}
-
-	// roomFor counts what was written since the last survey.
-	d.client.spent.Add(int64(size) + pieceExtra)
-	return nil
+	return d.lock.judge(answer.read(0).KVs)
 }
 
 // stepValue is what the key step says after n steps.
@@ -253,64 +255,56 @@ func (d *directory) beginSteps() error {
 }
 
 // change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
-// "" takes a name away, and what has no name any more loses its pieces.
+// "" takes a name away, and what has no name any more loses its pieces. The caller has turn.
 func (d *directory) change(ids map[string]string) error {
-	if d.lock == nil {
-		return errors.New("changed without the lock")
-	}
-
-	// Only one change at a time: each one goes on from the step before it.
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
-
 	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
-	step, after, names := d.key("step"), d.stepValue(d.step+1), maps.Clone(d.names)
-	t := transaction{
-		Compare: []comparison{d.lock.isOurs(), isValue(step, d.stepValue(d.step))},
-		Success: []operation{putKey(step, after)},
-		Failure: []operation{readKey(d.key("lock")), readKey(step)},
-	}
+	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
+	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
 
 	// A name that we know must still belong to the file that we know.
+	names := maps.Clone(d.names)
 	for name, id := range ids {
 		key := d.key("n/" + name)
 		if old := names[name]; old != "" {
-			t.Compare = append(t.Compare, isValue(key, []byte(old)))
+			compare = append(compare, isValue(key, []byte(old)))
 		}
 		if names[name] = id; id != "" {
-			t.Success = append(t.Success, putKey(key, []byte(id)))
+			ops = append(ops, putKey(key, []byte(id)))
 		} else {
 			delete(names, name)
-			t.Success = append(t.Success, deleteKeys(key, nil))
+			ops = append(ops, deleteKeys(key, nil))
+		}
+	}
+
+	// A write compares its file's name, so none may be under way while that changes.
+	without := nameless(d.names, names)
+	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
+		if f := d.files[id]; f != nil {
+			f.turn <- struct{}{}
+			defer func() { <-f.turn }()
 		}
 	}
 
 	// In the same step, so that a crash leaves no pieces without a name: unless these are so
 	// many that others would have to wait for it.
-	without := nameless(d.names, names)
 	for _, id := range without {
-		if f := d.files[id]; f != nil && f.keys.Load() <= keysMost {
-			t.Success = append(t.Success, d.allPieces(id))
+		if f := d.files[id]; f != nil && f.keys <= keysMost {
+			ops = append(ops, d.allPieces(id))
 		}
 	}
-
-	answer, err := d.call("kv/txn", t, 0)
-	switch {
-	case errors.Is(err, storage.ErrGone):
+	if err := d.do(0, ops, compare...); err != nil {
 		return err
-	case err != nil: // it is not known whether it was done, and so not what the next step is
-		return d.lock.lost(err)
-	case answer.Succeeded: // now
-	case len(answer.read(1).KVs) == 1 &&
-		bytes.Equal(answer.read(1).KVs[0].Value, after): // the first time
-	default:
-		return d.lock.judge(answer.read(0).KVs)
 	}
 
 	// The change is durable in etcd: take it down. A name that was given anew, or taken away,
 	// is no longer lost.
 	d.step++
-	maps.DeleteFunc(d.lost, func(name string, _ bool) bool { _, isNew := ids[name]; return isNew })
+	for name, id := range ids {
+		delete(d.lost, name)
+		if f := d.files[id]; f != nil {
+			f.name = name
+		}
+	}
 	d.setNames(names)
 
 	// Remove the pieces that were too many for the transaction. If we die before, they are
@@ -330,19 +324,20 @@ func nameless(before, after map[string]string) (ids []string) {
 }
 
 // drop forgets files that have no name, and removes pieces that they have still. The caller has
-// turn.
+// turn, and theirs.
 func (d *directory) drop(ids []string) error {
 	for _, id := range ids {
 		f := d.files[id]
 		delete(d.files, id)
+
 		if f != nil {
 			f.isDead.Store(true)
 		}
 
 		// A file that we know, with few pieces, has lost them in the transaction of change.
-		if f != nil && f.keys.Load() <= keysMost {
-			d.pieces.Add(-f.keys.Load())
-			d.client.garbage.Add(f.bytes.Load())
+		if f != nil && f.keys <= keysMost {
+			d.pieces.Add(-int64(f.keys))
+			d.client.garbage.Add(f.size + int64(f.keys)*pieceExtra)
 		} else if err := d.removePieces(id); err != nil {
 			return err
 		}
@@ -507,16 +502,17 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 // and there are so many pieces more than there should be. It takes what there is for what there
 // should be from then on. The caller has turn.
 func (d *directory) compare(names map[string]string, more int64) error {
-	// Only where the names or the number of pieces differ, look into each open file for holes.
-	isSame := maps.Equal(names, d.names) && more == 0
 	for name, id := range d.names {
 		f := d.files[id]
-		isLost := names[name] != id || f != nil && f.isDead.Load()
-		if f != nil && !isLost && !isSame {
-			var err error
-			if isLost, err = f.hasHole(); err != nil {
+		isLost := names[name] != id
+		if f != nil {
+			f.turn <- struct{}{}
+			changed, err := f.reread()
+			<-f.turn
+			if err != nil {
 				return err
 			}
+			isLost = isLost || changed || f.isDead.Load()
 		}
 
 		// A lost file takes no more writes: they would stand behind a hole.
@@ -623,7 +619,7 @@ func (d *directory) scan() (ids, others []string, err error) {
 // othersMost is how many keys that are none of ours we want to know.
 const othersMost = 10
 
-// pieceID is the id of the file to which a piece belongs: an owner's token, and a number.
+// pieceID is the id of the file to which a piece belongs: a random text, and a number.
 func pieceID(key string) (id string, isPiece bool) {
 	rest, isBelow := strings.CutPrefix(key, "d/")
 	id, _, isPiece = strings.Cut(rest, "/")
@@ -701,57 +697,36 @@ func (d *directory) find(name string) (id string, err error) {
 	return id, err
 }
 
-// idOf is find for who does not have turn.
-func (d *directory) idOf(name string) (string, error) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
-	return d.find(name)
-}
-
 // Create makes a new file. The one that had the name goes.
 func (d *directory) Create(name string) (storage.File, error) {
-	if d.lock == nil {
-		return nil, errors.New("created without the lock")
-	}
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
 
-	// The owner's token and a counter make an id that no other process gives.
-	id := fmt.Sprintf("%s-%d", d.lock.owner.Token, d.made.Add(1))
+	// No other process gives this id.
+	id := rand.Text() + "-0"
 	if err := d.change(map[string]string{name: id}); err != nil {
 		return nil, err
 	}
-
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
-	f := newFile(d, id, name)
-	d.files[id] = f
-	return f, nil
+	d.files[id] = newFile(d, id, name)
+	return d.files[id], nil
 }
 
 func (d *directory) Rename(from, to string) error {
-	id, err := d.idOf(from)
-	if err != nil {
-		return err
-	}
-
-	if err := d.change(map[string]string{to: id, from: ""}); err != nil {
-		return err
-	}
-
-	// Each write compares the file's name, so an open file must know the new one.
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
-	if f := d.files[id]; f != nil {
-		f.name.Store(&to)
+	id, err := d.find(from)
+	if err == nil {
+		err = d.change(map[string]string{to: id, from: ""})
 	}
-	return nil
+	return err
 }
 
 func (d *directory) Remove(name string) error {
-	if _, err := d.idOf(name); err != nil {
-		// The name is gone, as the caller wants it: it is no longer lost.
-		d.turn <- struct{}{}
-		delete(d.lost, name)
-		<-d.turn
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+
+	if _, err := d.find(name); err != nil {
+		delete(d.lost, name) // it is gone, as the caller wants it
 		return err
 	}
 	return d.change(map[string]string{name: ""})

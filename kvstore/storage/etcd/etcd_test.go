@@ -543,6 +543,157 @@ func TestEtcdNames(t *testing.T) {
 	})
 }
 
+// write writes behind what a file has, and wants that done.
+func write(t *testing.T, f storage.File, at *int64, b []byte) {
+	t.Helper()
+	n, err := f.WriteAt(b, *at)
+	if err := errors.Join(err, f.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	*at += int64(n)
+}
+
+// Ensure that a file may be renamed while it is written: nothing of it is gone.
+func TestEtcdRenameBesideWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w := newFakeEtcd().dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := dir.Create("a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		w.slow = 70 * time.Millisecond
+		w.mu.Unlock()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			for i, at := 0, int64(0); i < 50; i++ {
+				write(t, f, &at, []byte{byte(i)})
+				<-time.After(10 * time.Millisecond)
+			}
+		}()
+		for i := range 30 {
+			names := []string{"a", "b", "a"}[i%2:]
+			if err := dir.Rename(names[0], names[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-ended
+		if err := lock.Held(); err != nil || f.(*pieceFile).end() != 50 {
+			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).end())
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that whatever answer comes too late to a file of small writes, what is written is there,
+// and nothing is taken for gone.
+func TestEtcdLateAnswers(t *testing.T) {
+	random := make([]byte, 80<<10)
+	rand.NewChaCha8([32]byte{2}).Read(random)
+	for n, reached := 1, true; reached; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			dir, w := e.dir(t, t.Context(), "")
+			w.at, w.fault = n, tooLate
+			lock, err := dir.Lock(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := int64(0); at < int64(len(random)); {
+				write(t, f, &at, random[at:at+2<<10])
+			}
+			reached = w.count() >= n
+			if err := lock.Held(); err != nil {
+				t.Errorf("request %d: %v", n, err)
+			}
+			reader, _ := e.dir(t, t.Context(), "")
+			again, size, err := reader.Open("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+			if !bytes.Equal(got, random) || err != nil {
+				t.Errorf("request %d: %d bytes are read of %d: %v", n, len(got), len(random), err)
+			}
+			lock.Close()
+		})
+	}
+}
+
+// Ensure that whoever reads a large file from end to end asks for as much at a time as etcd
+// answers.
+func TestEtcdReadAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w := newFakeEtcd().dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		large := make([]byte, 1<<20)
+		rand.NewChaCha8([32]byte{3}).Read(large)
+		for at := int64(0); at < 40<<20; {
+			write(t, f, &at, large)
+		}
+		before := w.count()
+		for at := int64(0); at < 40<<20; at += int64(len(large)) {
+			if n, err := f.ReadAt(large, at); n < len(large) {
+				t.Fatal(err)
+			}
+		}
+		if n := w.count() - before; n > 24 {
+			t.Errorf("40 MB are asked for in %d parts of at most %d bytes", n, pageMost)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a reader beside a writer that joins pieces counts what there is once.
+func TestEtcdJoinedWhileRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := int64(0)
+		for range joinMost {
+			write(t, f, &at, []byte("x"))
+		}
+		reader, _ := e.dir(t, t.Context(), "")
+		was, size, err := reader.Open("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, f, &at, []byte("x"))
+		if n, err := was.ReadAt(make([]byte, size), 0); n != joinMost {
+			t.Errorf("%d bytes are read of %d: %v", n, size, err)
+		}
+		now, _, err := reader.Open("file")
+		if a, b := was.(*pieceFile), now.(*pieceFile); err != nil || a.keys != 1 || b.keys != 1 {
+			t.Errorf("%d pieces are counted, and %d by a new reader: %v", a.keys, b.keys, err)
+		}
+		lock.Close()
+	})
+}
+
 // Ensure that pieces without a name are removed, also where others have put their keys beside them.
 func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -30,17 +30,11 @@ const (
 type pieceFile struct {
 	d      *directory
 	id     string
-	name   atomic.Pointer[string]
-	isDead atomic.Bool  // etcd has not all of it any more: what is written to it goes nowhere
-	keys   atomic.Int64 // pieces that etcd has of it
-	bytes  atomic.Int64 // that were written to it, about
+	isDead atomic.Bool // etcd has not all of it any more: what is written to it goes nowhere
 
-	turn   chan struct{} // one slot, for who uses what is below: a request may take long
-	pieces []piece       // what the file consists of, in order; between them are zeros
-	size   int64         // of the file, in bytes
-	count  int           // the number of the next piece
-	last   []byte        // the key of the last one; nil: there is none
-	hasGap bool          // a piece is missing before the last one
+	turn chan struct{} // one slot, for who uses what is below: a request may take long
+	name string
+	extent
 
 	// For writing.
 	buf    []byte // written, but not sent: it belongs behind what there is
@@ -56,6 +50,16 @@ type pieceFile struct {
 	ahead int64             // how many bytes to ask for, if reading goes straight on
 }
 
+// extent is what there is of a file.
+type extent struct {
+	pieces []piece // what the file consists of, in order; between them are zeros
+	size   int64   // of the file, in bytes
+	keys   int     // how many pieces etcd has, also of those that were cut off
+	count  int     // the number of the next piece
+	last   []byte  // the key of the last one; nil: there is none
+	hasGap bool    // a piece is missing before the last one
+}
+
 // piece is one write.
 type piece struct {
 	number          int
@@ -64,9 +68,7 @@ type piece struct {
 
 // newFile returns the open file with that id, of which nothing is known yet.
 func newFile(d *directory, id, name string) *pieceFile {
-	f := &pieceFile{d: d, id: id, turn: make(chan struct{}, 1)}
-	f.name.Store(&name)
-	return f
+	return &pieceFile{d: d, id: id, name: name, turn: make(chan struct{}, 1)}
 }
 
 // key is the key of a piece.
@@ -80,12 +82,11 @@ func (f *pieceFile) from(number int) []byte {
 }
 
 // path is what people call the file.
-func (f *pieceFile) path() string { return f.d.Path(*f.name.Load()) }
+func (f *pieceFile) path() string { return f.d.Path(f.name) }
 
 // open finds out what there is of a file that was not open.
 func (f *pieceFile) open() error {
-	err := f.look()
-	f.before = f.last
+	_, err := f.reread()
 	if err == nil && (f.hasGap || f.count == 0) { // perhaps it was removed meanwhile
 		err = f.isThere()
 	}
@@ -116,13 +117,25 @@ func (f *pieceFile) look() error {
 			}
 
 			// A piece that begins behind the end shows that one before it is missing.
-			f.keys.Add(1)
-			f.bytes.Add(p.size + pieceExtra)
 			f.hasGap = f.hasGap || p.start > f.size
 			f.lay(p)
 		}
 		return nil
 	})
+}
+
+// reread finds out anew which pieces there are, and tells whether they are others than were known.
+func (f *pieceFile) reread() (changed bool, err error) {
+	was := f.extent
+	f.extent = extent{}
+	if err := f.look(); err != nil {
+		f.extent = was
+		return false, err
+	}
+
+	// What the pieces hold is not known, so that none of them can be joined.
+	f.tail, f.tails, f.before = nil, 0, f.last
+	return !slices.Equal(was.pieces, f.pieces), nil
 }
 
 // lay puts a piece behind what there is, and cuts off what is there already. An empty one only
@@ -143,6 +156,7 @@ func (f *pieceFile) lay(p piece) {
 	}
 
 	f.size, f.count, f.last = p.to, p.number+1, f.key(p)
+	f.keys++
 }
 
 // isThere returns an os.ErrNotExist if the file has lost its name.
@@ -151,7 +165,7 @@ func (f *pieceFile) isThere() (err error) {
 	// Without the lock, another process may have removed the file, or made another of its name.
 	if f.d.lock == nil {
 		var kvs []keyValue
-		kvs, err = f.d.get(keyRange{Key: f.d.key("n/" + *f.name.Load())}, 0)
+		kvs, err = f.d.get(keyRange{Key: f.d.key("n/" + f.name)}, 0)
 		isGone = len(kvs) == 0 || string(kvs[0].Value) != f.id
 	}
 
@@ -159,25 +173,6 @@ func (f *pieceFile) isThere() (err error) {
 		err = fmt.Errorf("%s: %w", f.path(), os.ErrNotExist)
 	}
 	return err
-}
-
-// hasHole tells whether etcd has not all pieces that it should have.
-func (f *pieceFile) hasHole() (bool, error) {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
-
-	there := map[string]bool{}
-	all := f.d.key("d/" + f.id + "/")
-	err := f.d.each(all, below(all), func(kvs []keyValue) error {
-		for _, kv := range kvs {
-			there[string(kv.Key)] = true
-		}
-		return nil
-	})
-
-	// A piece that was cut off may be missing: nobody reads it.
-	f.keys.Store(int64(len(there)))
-	return slices.ContainsFunc(f.pieces, func(p piece) bool { return !there[string(f.key(p))] }), err
 }
 
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
@@ -253,8 +248,8 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 	}
 
 	// A larger page is worth its time only to somebody who reads straight on.
-	if f.ahead *= 2; !isNext || f.ahead > pageMost {
-		f.ahead = min(f.ahead/2, pageMost)
+	if isNext {
+		f.ahead = min(2*f.ahead, pageMost)
 	}
 	if data := f.page[string(f.key(p))]; data != nil {
 		return data, nil
@@ -265,19 +260,12 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 		return nil, err
 	}
 
-	// The writer may have joined the piece with others: read anew which pieces there are.
-	before := f.pieces
-	f.pieces, f.size, f.count, f.last = nil, 0, 0, nil
-	f.keys.Store(0)
-	if err := f.look(); err != nil {
+	// The writer may have joined the piece with others. If not, it is lost, and the reader finds
+	// zeros in its place.
+	changed, err := f.reread()
+	if changed || err != nil {
 		return nil, err
 	}
-
-	if !slices.Equal(before, f.pieces) {
-		return nil, nil
-	}
-
-	// The piece is lost, and the reader finds zeros in its place.
 	return make([]byte, p.size), nil
 }
 
@@ -363,21 +351,50 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n := min(len(f.buf), int(f.d.client.piece.Load()))
-		if err := f.put(f.buf[:n]); err == nil {
-			f.buf = append(f.buf[:0], f.buf[n:]...)
-		} else if err != errSmaller {
-			return err
-		} else {
-			// The link or etcd wants less at a time: try again with a smaller piece.
+		err := f.put(f.buf[:n])
+		if err == errSmaller {
+			// The link or etcd wants less at a time.
 			f.d.client.wasTooMuch()
+			n, err = f.arrived(n)
 		}
+		if err != nil {
+			return f.unlessGone(err)
+		}
+		f.buf = append(f.buf[:0], f.buf[n:]...)
 	}
 	return nil
 }
 
-// put adds a piece. With errSmaller it is to be tried again with fewer bytes: then both may be
-// there, of which the first will be cut off by what follows. If it fails otherwise nobody else
-// adds one.
+// arrived is how many of n bytes, of which the answer is lost, are in etcd: all or none.
+func (f *pieceFile) arrived(n int) (int, error) {
+	before, keys := f.size, f.keys
+	_, err := f.reread()
+	if err != nil {
+		return 0, err
+	}
+
+	// Otherwise somebody has taken pieces away.
+	got := int(f.size - before)
+	if f.hasGap || got != 0 && got != n {
+		return 0, f.d.lock.miss(errors.New("pieces were deleted"))
+	}
+	f.d.pieces.Add(int64(f.keys - keys))
+	return got, nil
+}
+
+// unlessGone is err, but for one that says that the file has not its name, or not all its pieces:
+// nothing that is written to it will be there, as on a disk if it was removed, and the lock says
+// so.
+func (f *pieceFile) unlessGone(err error) error {
+	if errors.Is(err, storage.ErrGone) {
+		f.isDead.Store(true)
+		return nil
+	}
+	return err
+}
+
+// put adds a piece. With errSmaller it is to be tried again with fewer bytes, if it has not
+// arrived. If it fails otherwise nobody else adds one.
 func (f *pieceFile) put(b []byte) error {
 	p, before, data := piece{number: f.count, start: f.size, size: int64(len(b))}, f.last, b
 	var ops []operation
@@ -394,51 +411,46 @@ func (f *pieceFile) put(b []byte) error {
 		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count)))
 	}
 
-	// etcd adds the piece only if the one before is there, so no write can leave a hole.
 	began, packed := time.Now(), f.pack(data)
-	if err := f.write(append(ops, putKey(f.key(p), packed)), before, len(packed)); err != nil {
+	if err := f.add(p, packed, before, ops...); err != nil {
 		return err
 	}
 	f.d.client.tookPiece(len(packed), time.Since(began))
-
-	// Count the pieces, so that check can tell whether one is missing.
-	f.keys.Add(1)
-	f.d.pieces.Add(1)
-	f.bytes.Add(p.size + pieceExtra)
 
 	// Where the small pieces were joined, or are too large to be joined, the next ones that
 	// may be joined begin behind this piece.
 	switch {
 	case joins:
-		f.keys.Add(-int64(f.tails))
+		f.keys -= f.tails
 		f.d.pieces.Add(-int64(f.tails))
 		f.d.client.garbage.Add(int64(len(f.tail)))
 		fallthrough
 	case isFull:
-		f.tail, f.tails, f.before = f.tail[:0], 0, f.key(p)
+		f.tail, f.tails, f.before = f.tail[:0], 0, f.last
 	default:
 		f.tail = append(f.tail, b...)
 		f.tails++
 	}
-
-	f.lay(p)
 	return nil
 }
 
-// write does ops, if the file has its name and the piece before what they add is there. Else
-// nothing that is written to it will be there, as on a disk if it was removed, and the lock says
-// so.
-func (f *pieceFile) write(ops []operation, before []byte, size int) error {
-	compare := []comparison{isValue(f.d.key("n/"+*f.name.Load()), []byte(f.id))}
+// add does ops and puts a piece, if the file has its name and the piece before that one is there:
+// so no write can leave a hole.
+func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
+	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
 	if before != nil {
 		compare = append(compare, isThere(before))
 	}
-	err := f.d.do(size, ops, compare...)
-	if errors.Is(err, storage.ErrGone) {
-		f.isDead.Store(true)
-		err = nil
+	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
+		return err
 	}
-	return err
+
+	// check can tell from their number whether one is missing, and roomFor counts what was written
+	// since the last survey.
+	f.d.pieces.Add(1)
+	f.d.client.spent.Add(int64(len(data)) + pieceExtra)
+	f.lay(p)
+	return nil
 }
 
 // cut ends the file at size.
@@ -448,14 +460,9 @@ func (f *pieceFile) cut(size int64) error {
 	}
 
 	// An empty piece marks the new end for everybody who reads the file.
-	p := piece{number: f.count, start: size}
-	if err := f.write([]operation{putKey(f.key(p), nil)}, f.last, 0); err != nil {
-		return err
+	if err := f.add(piece{number: f.count, start: size}, nil, f.last); err != nil {
+		return f.unlessGone(err)
 	}
-
-	f.keys.Add(1)
-	f.d.pieces.Add(1)
-	f.lay(p)
 	// Pieces are joined only behind the cut: those before it may have lost their ends.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return nil

@@ -333,6 +333,87 @@ func TestEtcdGone(t *testing.T) {
 	}
 }
 
+// Ensure that a cluster that went back to a moment with as many pieces as now is not taken for what
+// it was, also where nobody writes any more.
+func TestEtcdAsManyPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		dir, w := e.dir(t, t.Context(), "first:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		for range 100 {
+			commit(t, d, h, "k", rand.Text())
+		}
+		<-time.After(3 * time.Second) // all is vouched for
+		before := e.copy()
+		count := e.list(pieces).Count
+		for n := 0; n == 0 || e.list(pieces).Count != count-1; n++ {
+			commit(t, d, h, "k", rand.Text())
+		}
+		<-time.After(3 * time.Second)
+		if n := e.list(pieces).Count; n != count {
+			t.Fatalf("there are %d pieces, want %d", n, count)
+		}
+		e.restore(before, e.id)
+		d.Get("k")
+		<-time.After(2 * time.Second)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		dir, _ = e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, dir.directory, "after that")
+	})
+}
+
+// Ensure that after a piece was gone no piece is counted that is not there.
+func TestEtcdCountAfterGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		for name, change := range map[string]func(f storage.File) error{
+			"written": func(f storage.File) error {
+				_, err := f.WriteAt([]byte("x"), 3)
+				return errors.Join(err, f.Sync())
+			},
+			"cut": func(f storage.File) error { return f.Truncate(1) },
+		} {
+			f, err := dir.Create(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := int64(0); at < 3; {
+				write(t, f, &at, []byte("x"))
+			}
+			all := keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}
+			e.delete(string(e.list(all).KVs[2].Key))
+			if err := change(f); err != nil || !errors.Is(lock.Held(), storage.ErrGone) {
+				t.Errorf("a file of which a piece is gone is %s: %v", name, err)
+			}
+			if n := dir.pieces.Load(); n != 3 {
+				t.Errorf("%s: %d pieces are counted after that, want 3", name, n)
+			}
+			_, err = dir.Stamps()
+			if err := errors.Join(err, dir.Remove(name)); err != nil {
+				t.Error(err)
+			}
+			if n := dir.pieces.Load(); n != 0 {
+				t.Errorf("%s: %d pieces are counted after all", name, n)
+			}
+		}
+	})
+}
+
 // Ensure that a request is refused for good only by all members, and not by one of them twice, as
 // where something else has the same member asked again.
 func TestEtcdRefusedByOne(t *testing.T) {
