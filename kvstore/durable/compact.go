@@ -27,7 +27,7 @@ var errStopped = errors.New("the store closes")
 // 184).
 func (d *Store) compact() {
 	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() ||
-		d.roomBeside(d.liveBytes(), true) != nil {
+		d.dir.RoomFor(d.liveBytes(), true) != nil {
 		return
 	}
 
@@ -54,7 +54,7 @@ func (d *Store) newCompaction() *compaction {
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Store) isWasteful() bool {
 	if d.fullBytes+d.size <= d.waste*d.liveBytes()+d.minCompact+d.segmentSize || d.isCompacting() ||
-		d.roomBeside(d.liveBytes(), true) != nil {
+		d.dir.RoomFor(d.liveBytes(), true) != nil {
 		return false
 	}
 

@@ -114,7 +114,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	case d.failure() != nil: // the Commit will say it
 		return nil
 	case d.zerosAhead == 0:
-		return d.roomBeside(need, frees)
+		return d.dir.RoomFor(need, frees)
 	case frees:
 		return d.roomToFree(need)
 	}
@@ -148,15 +148,6 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	}
 	return err
-}
-
-// roomBeside is what a directory says that knows what room it has; nil: it does not know.
-func (d *Store) roomBeside(bytes int64, frees bool) error {
-	dir, knows := d.dir.(interface{ Room(int64, bool) error })
-	if knows {
-		return dir.Room(bytes, frees)
-	}
-	return nil
 }
 
 // roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.

@@ -85,6 +85,9 @@ func (d *Disk) Sizes() (segment, compact int64, reserve int) {
 	return 64 << 20, 64 << 20, 1 << 20
 }
 
+// RoomFor knows nothing: a disk says that it is full when it is written.
+func (d *Disk) RoomFor(int64, bool) error { return nil }
+
 // Path is the path of the file called name.
 func (d *Disk) Path(name string) string { return filepath.Join(d.path, name) }
 

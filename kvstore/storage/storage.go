@@ -52,6 +52,9 @@ type Directory interface {
 	// segment bytes, full files are not compacted while they have less than compact bytes together,
 	// and a file grows by reserve bytes of zeros at a time; 0: by what is written.
 	Sizes() (segment, compact int64, reserve int)
+	// RoomFor returns an error if the directory knows that it may have no room for so many bytes
+	// more. What frees may take the last room.
+	RoomFor(bytes int64, frees bool) error
 	// Close gives back what the directory holds open.
 	Close() error
 }

@@ -274,6 +274,9 @@ func (d *Dir) Sizes() (segment, compact int64, reserve int) {
 		d.Reserve
 }
 
+// RoomFor returns nil: what there is no room for fails when it is written.
+func (d *Dir) RoomFor(int64, bool) error { return nil }
+
 // List returns the names of all files.
 func (d *Dir) List() ([]string, error) {
 	err := d.call("list", "", opens)

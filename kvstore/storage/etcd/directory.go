@@ -130,9 +130,8 @@ func (d *directory) Sizes() (segment, compact int64, reserve int) {
 	return segmentBytes, segmentBytes, 0
 }
 
-// Room returns an error, and nothing has changed, if etcd may have no room for so many bytes
-// more. What frees may take the last room.
-func (d *directory) Room(size int64, frees bool) error { return d.client.roomFor(size, frees) }
+// RoomFor goes by what the last survey has found, and what was written since.
+func (d *directory) RoomFor(size int64, frees bool) error { return d.client.roomFor(size, frees) }
 
 func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }
 

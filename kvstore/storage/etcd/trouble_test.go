@@ -586,7 +586,7 @@ func TestEtcdFull(t *testing.T) {
 			<-time.After(3 * time.Second)
 			e.setFull(true)
 			<-time.After(2 * time.Second)
-			if err := room.Room(100, true); !errors.Is(err, syscall.ENOSPC) ||
+			if err := room.RoomFor(100, true); !errors.Is(err, syscall.ENOSPC) ||
 				!strings.Contains(err.Error(), "alarm disarm") {
 				t.Errorf("a write to a full cluster: %v", err)
 			}
@@ -637,7 +637,7 @@ func TestEtcdFull(t *testing.T) {
 		<-time.After(10 * time.Second)
 		e.setFull(false)
 		<-time.After(2 * time.Second)
-		if err := w.dir.Room(100, false); err != nil {
+		if err := w.dir.RoomFor(100, false); err != nil {
 			t.Errorf("there is room again: %v", err)
 		}
 		commit(t, d, h, "k", "v")
@@ -654,7 +654,7 @@ func TestEtcdQuota(t *testing.T) {
 		d, w := e.open(t)
 		value := make([]byte, 128<<10)
 		n := 0
-		for w.dir.Room(int64(len(value)), false) == nil && n < 200 {
+		for w.dir.RoomFor(int64(len(value)), false) == nil && n < 200 {
 			rand.Read(value)
 			d.Put(fmt.Sprint(n), string(value))
 			if err := d.Commit(); err != nil {
@@ -669,7 +669,7 @@ func TestEtcdQuota(t *testing.T) {
 		}
 		<-time.After(2 * time.Second)
 		for i := range n {
-			if err := w.dir.Room(10, true); err != nil {
+			if err := w.dir.RoomFor(10, true); err != nil {
 				t.Fatalf("Delete number %d of %d: %v", i, n, err)
 			}
 			d.Delete(fmt.Sprint(i))
@@ -679,7 +679,7 @@ func TestEtcdQuota(t *testing.T) {
 			d.AwaitCompaction()
 		}
 		<-time.After(2 * time.Second)
-		if err := w.dir.Room(int64(len(value)), false); err != nil {
+		if err := w.dir.RoomFor(int64(len(value)), false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
 		}
 		if e.forgot == 0 {
