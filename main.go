@@ -168,13 +168,9 @@ func as[E error](err error) bool { return errors.As(err, new(E)) }
 // isTerminal tells whether somebody looks at f.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
-	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
-		return false
-	}
-
-	// What is thrown away goes to a device, too.
-	null, err := os.Stat(os.DevNull)
-	return err != nil || !os.SameFile(info, null)
+	null, nullErr := os.Stat(os.DevNull) // which is a device, too
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 &&
+		(nullErr != nil || !os.SameFile(info, null))
 }
 
 // ---- flags and the environment
@@ -1152,66 +1148,50 @@ const (
 	warnAgain = 24 * time.Hour      // between two warnings
 )
 
-// pems are files in PEM as they were when they were last read: a certificate, its key, and the CA
-// that the other side must have its certificate from. The path of one that is not there is "".
-type pems struct {
-	paths [3]string
-	texts [3][]byte
-	err   error // of reading them
+// credentials are files in PEM: a certificate, its key, and the CA that the other side must have
+// its certificate from. Owned by who made them, and a server's then by watch.
+type credentials struct {
+	paths [3]string // "": there is none
+	texts [3][]byte // as they were when they were last read
+
+	// A server's.
+	log     *slog.Logger
+	current atomic.Pointer[tls.Config] // what it shows, and whom it trusts
+	last    string                     // what the last read came to
+	warned  time.Time                  // when it was logged that the certificate ends; zero: never
 }
 
-// read reads the files, and tells whether one is not as it was. What is no regular file, such
-// as a pipe, is read once: to read it again might last for ever.
-func (p *pems) read() (isNew bool) {
-	before := fmt.Sprint(p.texts, p.err)
-	p.err = nil
-	for i, path := range p.paths {
-		// The second look at a pipe would wait for somebody to write it again.
+// read reads the files, and returns how a server or a client speaks TLS that has them.
+func (k *credentials) read() (*tls.Config, error) {
+	for i, path := range k.paths {
+		// The second look at what is no regular file, such as a pipe, might last for ever.
 		info, err := os.Stat(path)
-		if path == "" || p.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
+		if path == "" || k.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
 			continue
 		}
 
-		if p.texts[i], err = os.ReadFile(path); err != nil {
-			p.err = pemProblem(err)
+		if k.texts[i], err = os.ReadFile(path); err != nil {
+			return nil, pemProblem(err)
 		}
-	}
-	return fmt.Sprint(p.texts, p.err) != before
-}
-
-// pemProblem says what to do about a file in PEM that cannot be read.
-func pemProblem(err error) error {
-	return firstWrong("cannot read a certificate or key: "+err.Error(), []wrong{
-		{errors.Is(err, fs.ErrPermission), "", "Let the user who runs kvserver read it; kvserver " +
-			"help systemd shows how to do that there."},
-		{true, "", "Give a file in PEM format; kvserver help TLS shows how to make one."},
-	})
-}
-
-// config is how a server or a client speaks TLS that has these files.
-func (p *pems) config() (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if p.err != nil {
-		return nil, p.err
 	}
 
 	// What it shows. A server has one, and a client may.
-	if p.paths[0] != "" {
-		pair, err := tls.X509KeyPair(p.texts[0], p.texts[1])
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if k.paths[0] != "" {
+		pair, err := tls.X509KeyPair(k.texts[0], k.texts[1])
 		if err != nil {
 			return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
-				p.paths[0], p.paths[1], err), "Give two files in PEM format that belong together; " +
+				k.paths[0], k.paths[1], err), "Give two files in PEM format that belong together; " +
 				"kvserver help TLS shows how to make them."}
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
 
 	// Whom it trusts. A server does not look at RootCAs, nor a client at the other two.
-	if p.paths[2] != "" {
+	if k.paths[2] != "" {
 		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(p.texts[2]) {
-			return nil, problem{p.paths[2] + " holds no certificate of a CA",
-				"Give a file in PEM format; kvserver help TLS shows how to make one."}
+		if !pool.AppendCertsFromPEM(k.texts[2]) {
+			return nil, problem{k.paths[2] + " holds no certificate of a CA", givePEM}
 		}
 		config.RootCAs, config.ClientCAs = pool, pool
 		config.ClientAuth = tls.RequireAndVerifyClientCert
@@ -1219,33 +1199,23 @@ func (p *pems) config() (*tls.Config, error) {
 	return config, nil
 }
 
-// clientTLS is how -c and -ping speak TLS: nil without -tls-ca.
-func clientTLS(c config) (*tls.Config, error) {
-	if c.ca == "" {
-		return nil, nil
+const givePEM = "Give a file in PEM format; kvserver help TLS shows how to make one."
+
+// pemProblem says what to do about a file in PEM that cannot be read.
+func pemProblem(err error) error {
+	todo := givePEM
+	if errors.Is(err, fs.ErrPermission) {
+		todo = "Let the user who runs kvserver read it; kvserver help systemd shows how."
 	}
-	p := pems{paths: [3]string{c.cert, c.key, c.ca}}
-	p.read()
-	return p.config()
-}
-
-// keyPair is what a server shows, and whom it trusts, as the files say now.
-type keyPair struct {
-	log     *slog.Logger
-	current atomic.Pointer[tls.Config]
-
-	// Owned by serverTLS, then by watch.
-	pems
-	warned time.Time // of the certificate's end
+	return problem{"cannot read a certificate or key: " + err.Error(), todo}
 }
 
 // serverTLS reads the server's certificate and, if clients must show one, whose. From then
 // on it reads them anew when they change, or again says so: connections that are there
 // stay.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	k := &keyPair{log: log, pems: pems{paths: [3]string{c.cert, c.key, c.clientCA}}}
-	k.read()
-	if err := k.load(); err != nil {
+	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
+	if err := k.load(true); err != nil {
 		return nil, err
 	}
 	go k.watch(again)
@@ -1255,23 +1225,28 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load has what was read shown from now on, and warns when the certificate is about to end.
-// If it fails all is as before.
-func (k *keyPair) load() error {
-	config, err := k.config()
-	if err != nil {
+// load has what the files hold shown from now on, if that is not what they held, or anyway. If it
+// fails, all is as before.
+func (k *credentials) load(anyway bool) error {
+	before := k.last
+	config, err := k.read()
+	k.last = fmt.Sprint(k.texts, err)
+	switch {
+	case k.last == before && !anyway: // a bad file is told once
+		return nil
+	case err != nil:
 		return err
 	}
-	k.current.Store(config)
 
 	// Of a new certificate it is told when it ends.
+	k.current.Store(config)
 	k.warned = time.Time{}
 	k.warn(time.Now())
 	return nil
 }
 
 // warn logs when the certificate ends, if that is soon and was not said today.
-func (k *keyPair) warn(now time.Time) {
+func (k *credentials) warn(now time.Time) {
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
 	file, until := slog.String("file", k.paths[0]), slog.Time("until", end)
 	const mend = "; put a new one into its file, it is read at once"
@@ -1293,27 +1268,22 @@ func (k *keyPair) warn(now time.Time) {
 
 // watch reads the files anew when they change, or again says so. One goroutine, until again
 // is closed, or the process ends.
-func (k *keyPair) watch(again <-chan os.Signal) {
+func (k *credentials) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	for {
-		// What has not changed is not loaded again, or a bad file would be told each time, unless
-		// somebody asks for it.
-		isTold, isOpen := false, true
+		isTold := false
 		select {
 		case <-tick.C:
 			k.warn(time.Now())
-		case _, isOpen = <-again:
-			isTold = true
-		}
-		if !isOpen {
-			return
-		}
-		if isNew := k.read(); !isNew && !isTold {
-			continue
+		case _, isTold = <-again:
+			if !isTold { // it is closed
+				return
+			}
 		}
 
-		if err := k.load(); err != nil {
+		// A bad file may be on its way to be a good one.
+		if err := k.load(isTold); err != nil {
 			k.log.Warn("the certificates cannot be read anew, so those from before stay",
 				"error", err)
 		}
@@ -1646,26 +1616,25 @@ var (
 
 // dial connects to the first server at c.addr that answers, which becomes c.addr: one that stands
 // still connects, too.
-func (t *talker) dial(c *config) error {
-	trusted, err := clientTLS(*c)
-	if err != nil {
-		return err
+func (t *talker) dial(c *config) (err error) {
+	plain := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
+	dial := plain.Dial
+	if c.ca != "" {
+		files := credentials{paths: [3]string{c.cert, c.key, c.ca}}
+		trusted, err := files.read()
+		if err != nil {
+			return err
+		}
+		dial = (&tls.Dialer{NetDialer: plain, Config: trusted}).Dial
 	}
 
 	// In their order, so that all clients use the same one.
-	dialer := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	addrs := strings.Split(c.addr, ",")
 	for _, addr := range addrs {
-		path, isUnix := strings.CutPrefix(addr, unixPrefix)
-		switch {
-		case isUnix:
-			t.conn, err = dialer.Dial("unix", path)
-		case trusted == nil:
-			t.conn, err = dialer.Dial("tcp", reachable(addr))
-		default:
-			var conn *tls.Conn
-			conn, err = tls.DialWithDialer(dialer, "tcp", reachable(addr), trusted)
-			t.conn = conn
+		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+			t.conn, err = plain.Dial("unix", path)
+		} else {
+			t.conn, err = dial("tcp", reachable(addr))
 		}
 		if err != nil {
 			continue
