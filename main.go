@@ -265,6 +265,7 @@ func (c *config) flags() *flag.FlagSet {
 func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags := c.flags()
 	err = flags.Parse(args)
+	c.requests = flags.Args() // everything behind the flags is a request for -c
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(out, helpText(flags))
@@ -276,19 +277,12 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, flag.ErrHelp
 	}
 
-	// Everything behind the flags is a request for -c.
-	c.requests = flags.Args()
-
 	// What stands in the environment is there for a server and for a -ping beside it.
 	typed := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
 	if err := readEnvironment(flags, typed); err != nil {
 		return c, err
 	}
-	if !c.client && !c.ping && !typed["tls-ca"] {
-		c.ca = ""
-	}
-
 	err = cmp.Or(c.checkRequests(), c.checkFlags(flags, typed))
 	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
 	return c, err
@@ -344,20 +338,16 @@ func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
 func warnOfVariables(log *slog.Logger, environment []string) {
 	var ours []string
 	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
-	known := append(ours, "KVSERVER_VERSION", "KVSERVER_PORT", "KVSERVER_ETCD_USER")
-
-	// Kubernetes sets the first two for a service that is called kvserver, and our tests the third.
-	notMeant := regexp.MustCompile("^KVSERVER_(SERVICE|PORT|TEST)_")
+	others := regexp.MustCompile("^KVSERVER_((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
-		if !strings.HasPrefix(name, "KVSERVER_") || slices.Contains(known, name) ||
-			notMeant.MatchString(name) {
-			continue
-		}
+		isNone := !slices.Contains(ours, name) && !others.MatchString(name)
 
 		// It is only a warning, for a newer kvserver may know it.
-		log.Warn("a variable in the environment is none of ours, so it does nothing", "name", name,
-			"todo", cmp.Or(suggest("", name, ours), seeHelp))
+		if strings.HasPrefix(name, "KVSERVER_") && isNone {
+			log.Warn("a variable in the environment is none of ours, so it does nothing", "name",
+				name, "todo", cmp.Or(suggest("", name, ours), seeHelp))
+		}
 	}
 }
 
@@ -373,9 +363,8 @@ func suggest(prefix, name string, names []string) string {
 	return ""
 }
 
-// flagProblem says what to do about an error of flags.Parse.
+// flagProblem says what to do about an error of flags.Parse, which names the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	// The flag package names the flag in its error.
 	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
@@ -383,30 +372,29 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 			todo = explain(f)
 		}
 	})
+	// It is the value that is wrong or missing, or the name, which may be another program's.
 	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
-
-	// It is the value that is wrong, or missing.
 	if !isUnknown {
 		return problem{err.Error(), todo}
 	}
-
-	// What other programs call it, or a slip.
-	other := map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
-		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
-		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
-		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}[strings.ToLower(name)]
 	meant := suggest("-", strings.ToLower(name), names)
-	if other != "" {
-		meant = "Did you mean -" + other + " ?"
+	if ours := otherFlags[strings.ToLower(name)]; ours != "" {
+		meant = "Did you mean -" + ours + " ?"
 	}
 	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
 }
 
-// words are what other programs have in the place of our flags.
-var words = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
-	"server": leaveOut, "version": "Did you mean kvserver -version ?",
-	"ping": "Did you mean kvserver -ping ?", "client": "Did you mean kvserver -c ?",
-	"stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+// What other programs call our flags, and what they have in the place of flags.
+var (
+	otherFlags = map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
+		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
+		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
+		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}
+	otherWords = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
+		"server": leaveOut, "version": "Did you mean kvserver -version ?",
+		"ping": "Did you mean kvserver -ping ?", "client": "Did you mean kvserver -c ?",
+		"stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+)
 
 const leaveOut = "Leave it out: kvserver alone serves."
 
@@ -415,7 +403,7 @@ func (c config) checkRequests() error {
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
-		word, isWord := words[strings.ToLower(request)]
+		word, isWord := otherWords[strings.ToLower(request)]
 		slip := suggest("kvserver ", request, commands)
 		why := spread(c.requests[i:])
 
@@ -710,25 +698,6 @@ func listenFor(c config) (all [][]net.Listener, err error) {
 	}
 
 	return all, nil
-}
-
-// watchAt listens at addr for whoever watches s.
-func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
-	listeners, err := listen(addr)
-	if err != nil {
-		return nil, listenProblem("http", addr, err)
-	}
-
-	// It has no password, so it is told where it can be reached.
-	at := listeners[0].Addr().(*net.TCPAddr)
-	if !at.IP.IsLoopback() {
-		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
-	}
-	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
-
-	// Browsers are kept out that another name has brought here.
-	host, _, _ := net.SplitHostPort(addr)
-	return s.watch(listeners, host), nil
 }
 
 // listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
@@ -1297,25 +1266,25 @@ func runCommand(command string, args []string) error {
 	if command == "help" {
 		return printManual(os.Stdout, strings.Join(args, " "))
 	}
-	needs, want, example := "one data directory", 1, "data"
+	needs, example := "one data directory", "data"
 	switch command {
 	case "backup":
-		needs, want, example = "a data directory and a new one for the copy", 2, "data copy"
+		needs, example = "a data directory and a new one for the copy", "data copy"
 	case "repair":
-		needs, want, example = "a data directory, which it only reads, and a new one for what it "+
-			"saves", 2, "data new"
+		needs, example = "a data directory, which it only reads, and a new one for what it saves",
+			"data new"
 	}
 
 	// A flag in their place is a mistake, and never the name of a directory.
 	isFlag := func(arg string) bool { return strings.HasPrefix(arg, "-") }
-	if len(args) != want || slices.ContainsFunc(args, isFlag) {
+	if len(args) != len(strings.Fields(example)) || slices.ContainsFunc(args, isFlag) {
 		return misuse{problem{command + " needs " + needs, "Give the one that the server has, as " +
 			"in kvserver " + command + " " + example + "."}}
 	}
 
 	// What it has found is printed in any case, for it says more than the error.
 	path := args[0]
-	report, err := lookAt(command, path, args[want-1])
+	report, err := lookAt(command, path, args[len(args)-1])
 	for _, line := range report.Lines {
 		fmt.Println(line)
 	}
@@ -1334,33 +1303,31 @@ func runCommand(command string, args []string) error {
 // printManual prints the parts of the README whose heading has word, or, without one, the
 // headings.
 func printManual(w io.Writer, word string) error {
-	var within []string // headings of parts that have the word
-	heading, printed, depth := "", false, 0
+	var headings, within []string // of the part that a line is in, and of those that have the word
+	isPrinted := word == ""
+	has := func(text string) bool { return contains(text, word) }
 	for i, line := range slices.Collect(strings.Lines(readme)) {
-		// A heading begins a part, and ends one of its level, or of a lower one. A single # begins
-		// the first line, and comments in code.
+		// A part begins within the one of the level above. A single # begins the first line, and
+		// comments in code.
 		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 1 || i == 0 {
-			heading = strings.TrimSpace(line[level:])
-			switch {
-			case word == "" && level > 1:
-				fmt.Fprintln(w, strings.Repeat("  ", level-2)+heading)
-			case depth == 0 || level <= depth:
-				if depth = 0; contains(heading, word) {
-					depth, printed = level, true
-				}
+			headings = append(headings[:level-1], strings.TrimSpace(line[level:]))
+			if word == "" && level > 1 {
+				fmt.Fprintln(w, strings.Repeat("  ", level-2)+headings[level-1])
 			}
 		}
 
 		// The part, or where the word is if no heading has it.
-		if word != "" && depth > 0 {
+		heading := headings[len(headings)-1]
+		switch {
+		case word != "" && slices.ContainsFunc(headings, has):
+			isPrinted = true
 			io.WriteString(w, line)
-		}
-		if contains(line, word) && !slices.Contains(within, heading) {
+		case has(line) && !slices.Contains(within, heading):
 			within = append(within, heading)
 		}
 	}
 
-	if printed || word == "" {
+	if isPrinted {
 		return nil
 	}
 	return misuse{firstWrong("", []wrong{
@@ -1402,7 +1369,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	if command == "repair" {
 		report, err = durable.Repair(dir, out)
 	} else {
-		report, err = backUp(dir, out)
+		report, err = durable.Backup(dir, out, tellCopied())
 	}
 	out.Close()
 	if err != nil {
@@ -1429,22 +1396,20 @@ func makeTarget(path, to string) (out storage.Directory, undo func(), err error)
 	return out, func() {}, err
 }
 
-// backUp copies a store, and on a terminal says how far it is.
-func backUp(dir, out storage.Directory) (durable.Report, error) {
-	var step func(copied, total int64)
-	if isTerminal(os.Stderr) {
-		// Four times a second is enough to see that it goes on.
-		told := time.Now()
-		step = func(copied, total int64) {
-			if now := time.Now(); now.Sub(told) >= time.Second/4 {
-				told = now
-				fmt.Fprintf(os.Stderr, "\r%d of about %d MB ", copied>>20, max(total, copied)>>20)
-			}
-		}
-		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
+// tellCopied is told how much of a store is copied, and says so on a terminal, in a line to be
+// written over.
+func tellCopied() func(copied, total int64) {
+	if !isTerminal(os.Stderr) {
+		return nil
 	}
 
-	return durable.Backup(dir, out, step)
+	told := int64(-1)
+	return func(copied, total int64) {
+		if copied>>20 != told {
+			told = copied >> 20
+			fmt.Fprintf(os.Stderr, "%d of about %d MB \r", told, max(total, copied)>>20)
+		}
+	}
 }
 
 // storeProblem says what to do about an error of the store that c asks for.
@@ -1771,38 +1736,33 @@ func (t *talker) converse() (good bool, err error) {
 	go t.sendLines()
 
 	good = true
-	for isStart := true; ; {
+	for {
 		// The next Read may last, and what was answered is to be seen.
 		if t.r.Buffered() == 0 {
 			if err := w.Flush(); err != nil {
 				return false, fmt.Errorf("%w: %w", errOutput, err)
 			}
 		}
-
-		// A line longer than the buffer comes in parts; its first says what it is.
-		part, err := t.r.ReadSlice('\n')
-		if err != nil && err != bufio.ErrBufferFull {
+		line, err := readLine(t.r)
+		if err != nil {
 			w.Flush()
 			return t.ended(err, good)
 		}
 
 		// What begins with a colon is no data, and ends an answer unless it is text.
-		isAnswer := isStart && part[0] == ':' && !bytes.HasPrefix(part, []byte(": "))
-		isError := isAnswer && bytes.HasPrefix(part, []byte(":ERROR line "))
+		text, isText := bytes.CutPrefix(line, []byte(": "))
+		isAnswer := line[0] == ':' && !isText
+		why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
 		switch {
 		case isError:
 			good = false
 			w.Flush()
-			number, why, _ := strings.Cut(string(part[len(":ERROR line "):]), ":")
+			number, why, _ := strings.Cut(string(why), ":")
 			n, _ := strconv.Atoi(number)
 			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
-		case isAnswer && !t.isTyped && !bytes.HasPrefix(part, []byte(":PONG")): // :OK
-		case isAnswer || !isStart:
-			w.Write(part)
-		default:
-			w.Write(bytes.TrimPrefix(part, []byte(": ")))
+		case !isAnswer, t.isTyped, bytes.HasPrefix(line, []byte(":PONG")): // or else an :OK
+			w.Write(text)
 		}
-		isStart = err == nil
 
 		// Each answer is one to the oldest line that has none.
 		switch {
@@ -1834,6 +1794,17 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 }
 
 const prompt = "> "
+
+// readLine reads a line, which is good until the next Read.
+func readLine(r *bufio.Reader) ([]byte, error) {
+	line, err := r.ReadSlice('\n')
+	if err == bufio.ErrBufferFull {
+		line = bytes.Clone(line)
+		rest, err := r.ReadBytes('\n')
+		return append(line, rest...), err
+	}
+	return line, err
+}
 
 // longestEnd is the longest line that is a Quit.
 const longestEnd = len("exit\r\x00\n")
@@ -1892,47 +1863,40 @@ func (t *talker) sendLines() {
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
 	var end error // of the input
-	for isStart := true; end == nil; {
+	for end == nil {
 		// The next Read may last, and the server is not to wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
 			end = io.EOF // the reader finds out why
 			break
 		}
 
-		// A line longer than the buffer goes in parts, too.
-		part, err := r.ReadSlice('\n')
-		if err != nil && err != bufio.ErrBufferFull {
-			end = err
-		}
-		if isStart && t.asked.Load() == 1 && isUTF16(part) {
+		var line []byte
+		line, end = readLine(r)
+		request, isWhole := strings.CutSuffix(string(line[:min(len(line), longestEnd)]), "\n")
+		request = trimCR(request)
+		switch {
+		case t.asked.Load() == 1 && isUTF16(line):
 			end = errUTF16
-			break
+			continue
+		case len(line) == 0: // that is all
+			continue
+		case isWhole && request == "" && t.isTyped: // a prompt is the answer
+			fmt.Fprint(t.errs, prompt)
+			continue
+		case isWhole && request == "": // the server has no answer, but one for an Ack
+			line = []byte("Ack\n")
+		case isWhole && lookUp(request) == quit:
+			end = errQuit
 		}
 
-		// A line begins: it has one answer, or else an Ack goes in its place.
-		if isStart && len(part) > 0 {
-			line, isWhole := strings.CutSuffix(string(part[:min(len(part), longestEnd)]), "\n")
-			line = trimCR(line)
-			switch {
-			case isWhole && line == "" && t.isTyped: // a prompt is the answer
-				fmt.Fprint(t.errs, prompt)
-				continue
-			case isWhole && line == "": // the server has no answer
-				part = []byte("Ack\n")
-			case isWhole && lookUp(line) == quit:
-				end = errQuit
+		// With -stop it goes when the one before is answered.
+		if t.stops && w.Flush() == nil {
+			if _, goesOn := <-t.mayGo; !goesOn {
+				return
 			}
-
-			// With -stop it goes when the one before is answered.
-			if t.stops && w.Flush() == nil {
-				if _, goesOn := <-t.mayGo; !goesOn {
-					return
-				}
-			}
-			t.ask()
 		}
-		w.Write(part)
-		isStart = err == nil
+		t.ask()
+		w.Write(line)
 	}
 
 	// This comes before the server can end the conversation.
@@ -1955,11 +1919,9 @@ func isUTF16(start []byte) bool {
 	if len(start) < 2 {
 		return false
 	}
-
-	// FF FE and FE FF are its byte order marks.
-	a, b := start[0], start[1]
-	isMark := a == 0xff && b == 0xfe || a == 0xfe && b == 0xff
-	return isMark || a|b >= 'A' && (a == 0) != (b == 0)
+	mark := string(start[:2])
+	return mark == "\xff\xfe" || mark == "\xfe\xff" ||
+		start[0]|start[1] >= 'A' && (start[0] == 0) != (start[1] == 0)
 }
 
 // problem says what to do about an error of a conversation, which is its own problem if it was

@@ -1580,6 +1580,25 @@ func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 		name, all, name, sum, name, all)
 }
 
+// watchAt listens at addr for whoever watches s.
+func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
+	listeners, err := listen(addr)
+	if err != nil {
+		return nil, listenProblem("http", addr, err)
+	}
+
+	// It has no password, so it is told where it can be reached.
+	at := listeners[0].Addr().(*net.TCPAddr)
+	if !at.IP.IsLoopback() {
+		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
+	}
+	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
+
+	// Browsers are kept out that another name has brought here.
+	host, _, _ := net.SplitHostPort(addr)
+	return s.watch(listeners, host), nil
+}
+
 // watch serves numbers, health and profiles over HTTP.
 func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Server {
 	server := &http.Server{
