@@ -73,7 +73,7 @@
 //	Of the Takes that wait the first gets the next value, and nobody else gets that one
 //		TestTakesWaitInLine, TestTakersThatGo, TestManyTakers, TestTakesWaitForCommit
 //	Locks, counters and queues are right
-//		TestLock, TestCounter, TestQueueWithoutLoss, TestReadmeSession
+//		TestLock, TestCounter, TestQueueWithoutLoss, TestReadmeConversations
 //	Every limit holds at its edge
 //		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestLimitAndSplitPoint, TestWatchIsLimited
@@ -5052,6 +5052,43 @@ func TestReadmeSession(t *testing.T) {
 			}
 			a.conn.CloseWrite()
 			a.wantClosed()
+		})
+	}
+}
+
+// Ensure that the README's conversations of two clients, on a lock, a counter, a queue and a
+// session, are what happens.
+func TestReadmeConversations(t *testing.T) {
+	_, section, _ := strings.Cut(readme, "\n## A lock, a counter, a queue, a session\n")
+	_, block, _ := strings.Cut(section, "```text\n")
+	block, _, _ = strings.Cut(block, "\n```")
+	talks := strings.Split(block, "\n\n")
+	if len(talks) != 4 {
+		t.Fatalf("the README shows %d conversations", len(talks))
+	}
+	for _, talk := range talks {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			clients := map[string]*testClient{}
+			for line := range strings.Lines(talk) {
+				line = fmt.Sprintf("%-120s", strings.TrimSuffix(line, "\n"))
+				name, request := line[:1], strings.TrimSpace(line[3:31])
+				if clients[name] == nil {
+					clients[name] = n.dial(t)
+					clients[name].ask("Ack", ":OK 0")
+				}
+				if request != "" {
+					clients[name].send(request + "\n")
+				}
+				for answer := range strings.SplitSeq(strings.TrimSpace(line[31:60]), " | ") {
+					if answer != "" {
+						clients[name].want(answer)
+					}
+				}
+				synctest.Wait() // a Take is in line
+			}
+			for _, c := range clients {
+				c.hangUp()
+			}
 		})
 	}
 }
