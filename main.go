@@ -182,7 +182,7 @@ const usage = `Usage:
   kvserver check DIR                     read all data, and say how it is
   kvserver backup DIR NEW                copy it, also while a server uses it
   kvserver repair DIR NEW                make a new one of what can be read
-  kvserver help [WORD]                   the manual, or what it says about WORD
+  kvserver help [WORD]                   the manual's headings, or WORD's part
 
 Flags, of those that most need:
 `
@@ -326,11 +326,16 @@ func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
 		name := variable(f)
 		value := os.Getenv(name)
 		if value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
-			err = problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value,
-				f.Name), explain(f)}
+			err = problem{notForFlag(f), explain(f)}
 		}
 	})
 	return err
+}
+
+// notForFlag says that what is in the environment for f is no value for it.
+func notForFlag(f *flag.Flag) string {
+	name := variable(f)
+	return fmt.Sprintf("%s=%q in the environment is no value for -%s", name, os.Getenv(name), f.Name)
 }
 
 // warnOfVariables logs which variables look like ours and are none, and what they may have
@@ -457,7 +462,11 @@ func spread(requests []string) (why string) {
 func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 	bad := func(name string, isBad bool) wrong {
 		f := flags.Lookup(name)
-		return wrong{isBad, fmt.Sprintf("invalid value %q for flag -%s", f.Value, name), explain(f)}
+		what := notForFlag(f)
+		if typed[name] {
+			what = fmt.Sprintf("invalid value %q for flag -%s", f.Value, name)
+		}
+		return wrong{isBad, what, explain(f)}
 	}
 	_, isFsync := parseFsync(c.fsync)
 	asks, http := c.client || c.ping, fullAddrs(c.http)
@@ -1418,7 +1427,11 @@ func storeProblem(c config, err error) error {
 	isDamage := as[*storage.DamageError](err)
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	return firstWrong(err.Error(), []wrong{
-		// A command, which has not answered anything.
+		// Whoever asks; then a command, which has not answered anything.
+		{is(storage.ErrLocked), "", "Nothing was changed. Stop that process first, or give another " +
+			"directory."},
+		{is(fs.ErrPermission), "", "Start as the user who owns it, or give that user the right to " +
+			"read and write it."},
 		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
 			"empty directory that is not inside it."},
@@ -1450,8 +1463,6 @@ func storeProblem(c config, err error) error {
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},
 		{is(storage.ErrNotOurs), "", "Nothing was changed. Give an empty directory, or one that " +
 			"kvserver made."},
-		{is(storage.ErrLocked), "", "Nothing was changed. Stop that process first, or give another " +
-			"directory."},
 
 		// Data that cannot be read.
 		{is(durable.ErrNothingRead), "", "Restore a backup. Where there is none the data is lost: " +
@@ -1459,8 +1470,6 @@ func storeProblem(c config, err error) error {
 		{is(durable.ErrUnfinished), "", "Nothing was changed. If it was a copy, make it again, " +
 			"into an empty directory; remove what is there only if you want to start empty."},
 		{is(durable.ErrNewer), "", "Nothing was changed. Start the newer kvserver."},
-		{is(fs.ErrPermission), "", "Start as the user who owns it, or give that user the right to " +
-			"read and write it."},
 		{isDamage, "", "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
 			"repair " + c.data + " NEW"},
 
@@ -1644,6 +1653,8 @@ func dialProblem(addrs string, err error) error {
 	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
 			"server: -addr HOST:PORT", host)},
+		{errors.Is(err, fs.ErrPermission), "", "Who may connect is in its mode and its group: " +
+			"ls -l " + strings.TrimPrefix(addrs, unixPrefix)},
 		{as[x509.HostnameError](err), "", "Call the server as its certificate does, or give it a " +
 			"certificate with this name."},
 		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not " +

@@ -3315,6 +3315,14 @@ func TestClientCommandSaysWhatToDo(t *testing.T) {
 			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
 		}
 	}
+
+	// Who may not connect to a socket is not told to start what runs.
+	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	var p problem
+	if err := dialProblem("unix:/run/sock", denied); !errors.As(err, &p) ||
+		!strings.Contains(p.todo, "ls -l /run/sock") {
+		t.Errorf("%+v", p)
+	}
 }
 
 // Ensure that a disk that is full, and an input that cannot be read, are errors.
@@ -5678,6 +5686,9 @@ func TestMistakes(t *testing.T) {
 		{[]string{"-tls-ca", pem("none"), "-ping"}, exitFailure,
 			"kvserver: cannot read a certificate or key: open " + pem("none"),
 			"Give a file in PEM format"},
+		{[]string{"repair", inUse, filepath.Join(certs, "new")}, exitFailure,
+			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
+				os.Getpid()), "Nothing was changed. Stop that process first"},
 		{[]string{"-data", inUse}, exitFailure,
 			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
 				os.Getpid()), "Nothing was changed. Stop that process first"},
@@ -5898,10 +5909,12 @@ func TestEnvironment(t *testing.T) {
 	if c, err = parseFlags([]string{"-ping"}, io.Discard); err != nil || c.ca != "ca.pem" {
 		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
 	}
-	t.Setenv("KVSERVER_MAX_LINE", "many")
-	if _, err = parseFlags(nil, io.Discard); err == nil || !strings.Contains(err.Error(),
-		`KVSERVER_MAX_LINE="many"`) {
-		t.Errorf("a bad value: %v", err)
+	for _, bad := range []string{"many", "1kB2", "1", "2GiB"} {
+		t.Setenv("KVSERVER_MAX_LINE", bad)
+		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() !=
+			`KVSERVER_MAX_LINE="`+bad+`" in the environment is no value for -max-line` {
+			t.Errorf("a bad value: %v", err)
+		}
 	}
 }
 
