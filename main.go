@@ -1227,7 +1227,7 @@ func (k *credentials) load(anyway bool) error {
 func (k *credentials) warn(now time.Time) {
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
 	file, until := slog.String("file", k.paths[0]), slog.Time("until", end)
-	const mend = "; put a new one into its file, it is read at once"
+	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
 	switch {
 	case now.Before(k.warned.Add(warnAgain)):
 		return
@@ -1975,6 +1975,7 @@ func (t *talker) problem(c config, err error) error {
 		{isGiven && t.onlyReads(), "", "Nothing was to be changed: try again."},
 		{isGiven, "", isUnknown + ", then send it again."},
 		{t.isTyped && is(errGone), "", "All that was sent is answered. Start it again, then go on."},
+		{t.isTyped && t.owed() == 0, "", "All that was sent is answered."},
 		{t.isTyped, "", isUnknown + "."},
 		{is(errGone), "", "That is all that was sent. Start it again, then go on: " + goOn},
 		{is(errStopped), "", "Nothing after the line with the error was sent. Mend it, then go " +

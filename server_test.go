@@ -3300,6 +3300,7 @@ func TestClientCommandSaysWhatToDo(t *testing.T) {
 		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
 		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it first."},
 		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
+		{&talker{isTyped: true}, "", errInterrupted, "All that was sent is answered."},
 		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
 			"Nothing was to be changed: try again."},
 		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered,
@@ -4091,7 +4092,7 @@ func TestCertificatesAreReadAnew(t *testing.T) {
 		pass(26 * time.Hour) // the certificates are good for an hour
 		told = log.take()
 		if soon, over := strings.Count(told, "ends soon"), strings.Count(told, "has ended"); soon+
-			over < 1 || soon+over > 2 || over == 0 {
+			over < 1 || soon+over > 2 || over == 0 || strings.Count(told, "within 10s") != soon+over {
 			t.Errorf("in a day it is told %d times that the end is near, and %d times that it was",
 				soon, over)
 		}
