@@ -280,11 +280,18 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	// What stands in the environment is there for a server and for a -ping beside it.
 	typed := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
-	if err := readEnvironment(flags, typed); err != nil {
+	flags.VisitAll(func(f *flag.Flag) {
+		value := os.Getenv(variable(f)) // "" counts as none
+		if value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
+			err = problem{notForFlag(f), explain(f)}
+		}
+	})
+	if err != nil {
 		return c, err
 	}
 	err = cmp.Or(c.checkRequests(), c.checkFlags(flags, typed))
-	c.addr, c.http = fullAddrs(c.addr), fullAddrs(c.http)
+	c.addr, _ = fullAddrs(c.addr, true)
+	c.http, _ = fullAddrs(c.http, false)
 	return c, err
 }
 
@@ -317,19 +324,6 @@ func variable(f *flag.Flag) string {
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-}
-
-// readEnvironment sets the flags that were not typed from the environment. An empty variable
-// counts as none.
-func readEnvironment(flags *flag.FlagSet, typed map[string]bool) (err error) {
-	flags.VisitAll(func(f *flag.Flag) {
-		name := variable(f)
-		value := os.Getenv(name)
-		if value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
-			err = problem{notForFlag(f), explain(f)}
-		}
-	})
-	return err
 }
 
 // notForFlag says that what is in the environment for f is no value for it.
@@ -469,21 +463,16 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		return wrong{isBad, what, explain(f)}
 	}
 	_, isFsync := parseFsync(c.fsync)
-	asks, http := c.client || c.ping, fullAddrs(c.http)
-
-	// A flag of a server that a client was given.
-	stray := ""
-	for _, name := range serverFlags {
-		if asks && typed[name] {
-			stray = name
-		}
-	}
+	addrs, areAddrs := fullAddrs(c.addr, true)
+	http, isHTTP := fullAddrs(c.http, false)
+	asks := c.client || c.ping
+	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
 
 	return firstWrong("", []wrong{
-		bad("addr", !areAddrs(c.addr, true)),
+		bad("addr", !areAddrs),
 		bad("data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)),
 		bad("fsync", !isFsync),
-		bad("http", c.http != "" && !areAddrs(c.http, false)),
+		bad("http", c.http != "" && !isHTTP),
 		bad("max-clients", c.maxClients < 1),
 		bad("max-line", c.maxLine < 64 || c.maxLine > 1<<30),
 		bad("max-memory", c.maxMemory != 0 && c.maxMemory < 64_000_000),
@@ -499,7 +488,7 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
 		{c.client && c.ping, "-c and -ping do not go together", "-ping asks whether a server " +
 			"answers; -c sends requests, as in kvserver -c Ping."},
-		{stray != "", "-" + stray + " is for a server, not for -c and -ping",
+		{stray >= 0, "-" + serverFlags[max(stray, 0)] + " is for a server, not for -c and -ping",
 			"Leave it out, or give it to the server."},
 
 		// Flags that need another, or exclude it.
@@ -517,7 +506,7 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
 		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
-		{slices.Contains(strings.Split(fullAddrs(c.addr), ","), http) && !strings.HasSuffix(http, ":0"),
+		{slices.Contains(strings.Split(addrs, ","), http) && !strings.HasSuffix(http, ":0"),
 			"-addr and -http are both " + http, "Give each a port of its own."},
 		{typed["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
 	})
@@ -537,36 +526,26 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
-// fullAddrs completes addresses, with commas between them, of which some may be a port alone:
-// that is one of localhost.
-func fullAddrs(addrs string) string {
-	all := strings.Split(addrs, ",")
+// fullAddrs completes addresses, with commas between them, of which some may be a port alone,
+// which is one of localhost. It tells whether they are addresses, which may be those of unix
+// sockets.
+func fullAddrs(addrs string, mayBeUnix bool) (full string, areAddrs bool) {
+	all, areAddrs := strings.Split(addrs, ","), true
 	for i, addr := range all {
-		// A host alone looks like a port, and areAddrs refuses it.
+		// A host alone looks like a port, too.
 		if addr != "" && !strings.Contains(addr, ":") {
 			all[i] = "localhost:" + addr
 		}
-	}
-	return strings.Join(all, ",")
-}
 
-// areAddrs tells whether fullAddrs makes addresses of addrs, which may be those of unix sockets.
-func areAddrs(addrs string, mayBeUnix bool) bool {
-	for addr := range strings.SplitSeq(fullAddrs(addrs), ",") {
-		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-			if !mayBeUnix || path == "" || path[0] == '@' { // @ is for one without a file
-				return false
-			}
-			continue
-		}
-
-		// A port is a number: names of services differ between systems.
-		_, port, err := net.SplitHostPort(addr)
-		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
-			return false
-		}
+		// A port is a number: names of services differ between systems. @ is for sockets without a
+		// file.
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		_, port, err := net.SplitHostPort(all[i])
+		_, portErr := strconv.ParseUint(port, 10, 16)
+		areAddrs = areAddrs && (isUnix && mayBeUnix && path != "" && path[0] != '@' ||
+			!isUnix && err == nil && portErr == nil)
 	}
-	return true
+	return strings.Join(all, ","), areAddrs
 }
 
 // size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
@@ -1369,8 +1348,21 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 
-	// The others write, into a directory of their own.
-	out, undo, err := makeTarget(path, to)
+	// The others write, into a directory of their own. A store in etcd is in no directory that it
+	// might be inside.
+	var out storage.Directory
+	undo := func() {}
+	switch {
+	case etcd.IsAddress(to) && etcd.Overlap(path, to):
+		err = fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
+			storage.ErrNotOurs, to)
+	case etcd.IsAddress(to):
+		out, err = etcd.Open(context.Background(), to, etcd.Options{})
+	case etcd.IsAddress(path):
+		out, undo, err = storage.MakeDisk(to, "")
+	default:
+		out, undo, err = storage.MakeDisk(to, path)
+	}
 	if err != nil {
 		return report, err
 	}
@@ -1385,24 +1377,6 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		undo()
 	}
 	return report, err
-}
-
-// makeTarget makes the directory for a copy of the store at path. undo removes what it made.
-func makeTarget(path, to string) (out storage.Directory, undo func(), err error) {
-	if !etcd.IsAddress(to) {
-		// A store in etcd is in no directory that the copy might be inside.
-		if etcd.IsAddress(path) {
-			path = ""
-		}
-		return storage.MakeDisk(to, path)
-	}
-	if etcd.Overlap(path, to) {
-		return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
-			storage.ErrNotOurs, to)
-	}
-
-	out, err = etcd.Open(context.Background(), to, etcd.Options{})
-	return out, func() {}, err
 }
 
 // tellCopied is told how much of a store is copied, and says so on a terminal, in a line to be
@@ -1951,6 +1925,11 @@ func (t *talker) problem(c config, err error) error {
 		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
 	isGiven := len(t.requests) > 0
+	changes := slices.ContainsFunc(t.requests, func(line string) bool {
+		q := Query{}
+		q.parse(line)
+		return q.writes()
+	})
 	if !isGiven && !t.isTyped && t.asked.Load() > 1 {
 		what += upTo
 	}
@@ -1972,7 +1951,7 @@ func (t *talker) problem(c config, err error) error {
 		// On the command line, by hand, and from a file.
 		{isGiven && is(errStopped), "", "Nothing behind the request with the error was sent. " +
 			"Mend it first."},
-		{isGiven && t.onlyReads(), "", "Nothing was to be changed: try again."},
+		{isGiven && !changes, "", "Nothing was to be changed: try again."},
 		{isGiven, "", isUnknown + ", then send it again."},
 		{t.isTyped && is(errGone), "", "All that was sent is answered. Start it again, then go on."},
 		{t.isTyped && t.owed() == 0, "", "All that was sent is answered."},
@@ -1981,14 +1960,5 @@ func (t *talker) problem(c config, err error) error {
 		{is(errStopped), "", "Nothing after the line with the error was sent. Mend it, then go " +
 			"on: " + goOn},
 		{true, "", isUnknown + ", then go on: " + goOn},
-	})
-}
-
-// onlyReads tells whether no request is a write.
-func (t *talker) onlyReads() bool {
-	return !slices.ContainsFunc(t.requests, func(line string) bool {
-		q := Query{}
-		q.parse(line)
-		return q.writes()
 	})
 }
