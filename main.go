@@ -3,10 +3,10 @@
 //
 // The map of the code:
 //
-//	main.go    flags and the environment; the log; listening; start and stop; certificates; the
-//	           commands help, check, repair and backup; the client (kvserver -c, -ping)
-//	server.go  keyValueServer: its accept goroutines and workLoop, which owns everything;
-//	           TLS handshakes; Stats, metrics and health over HTTP
+//	main.go    flags and the environment; the log; start and stop; certificates; the commands
+//	           help, check, repair and backup; the client (kvserver -c, -ping)
+//	server.go  keyValueServer: listening, its accept goroutines, and workLoop, which owns
+//	           everything; -max-memory; TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
 //	           makes lines of bytes; outbox, which makes messages of replies
 //	query.go   Query: parse a line, run it, format the reply
@@ -155,11 +155,6 @@ func firstWrong(what string, all []wrong) error {
 		}
 	}
 	return nil
-}
-
-// isAny tells whether err is one of targets.
-func isAny(err error, targets ...error) bool {
-	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
 
 // as tells whether an error is of a type.
@@ -596,12 +591,6 @@ type queuedLog struct {
 	counts logCounts
 }
 
-// logCounts is what there was in the log so far, for who watches.
-type logCounts struct {
-	lost, errors atomic.Int64
-	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
-}
-
 // newLog returns a log that writes to w.
 func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	l := &queuedLog{lines: make(chan []byte, logLines)}
@@ -621,15 +610,6 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	l.Logger = slog.New(handler(l))
 	go l.writeLog(w, slog.New(handler(w)))
 	return l
-}
-
-// note counts an error, of whose line a is the level. It changes nothing.
-func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
-	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
-		n.errors.Add(1)
-		n.last.Store(time.Now().Unix())
-	}
-	return a
 }
 
 // Write queues a line of log, or counts it as lost. It never waits.
@@ -666,177 +646,6 @@ func (l *queuedLog) flush() {
 	for end := time.Now().Add(flushTime); l.queued.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
-}
-
-// ---- listening
-
-// unixPrefix stands before the path in the address of a unix socket.
-const unixPrefix = "unix:"
-
-// listenFor listens where c says, for clients: it returns the listeners of each address.
-func listenFor(c config) (all [][]net.Listener, err error) {
-	for addr := range strings.SplitSeq(c.addr, ",") {
-		listeners, err := listen(addr)
-		if err != nil {
-			// All or none: a server that is missing at one address would be found out late.
-			closeAll(slices.Concat(all...))
-			return nil, listenProblem("addr", addr, err)
-		}
-		all = append(all, listeners)
-	}
-
-	return all, nil
-}
-
-// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
-// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
-// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
-// clients try only one of the two.
-func listen(addr string) (listeners []net.Listener, err error) {
-	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-		return listenUnix(path)
-	}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	hosts := []string{host}
-	if host == "localhost" {
-		hosts = []string{"127.0.0.1", "::1"}
-	}
-
-	// The kernel asks peers that are silent whether they are there.
-	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
-	}}
-	isAnyPort := port == "0"
-	for _, host := range hosts {
-		var listener net.Listener
-		listener, err = config.Listen(context.Background(), "tcp", net.JoinHostPort(host, port))
-		switch {
-		case err == nil:
-			listeners = append(listeners, listener)
-			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
-
-		// One of the two will do: the machine has no other, or there the port is not free.
-		case isAny(err, noAddress...) || isAnyPort && len(listeners) > 0:
-		default:
-			closeAll(listeners)
-			return nil, err
-		}
-	}
-	if len(listeners) == 0 {
-		return nil, err
-	}
-	return listeners, nil
-}
-
-// errNoSocket is listenUnix's where there is a file of another kind.
-var errNoSocket = errors.New("there is a file that is no socket")
-
-// listenUnix listens on a unix socket at path, which its user and group may connect to, in the
-// place of one whose server has died. Close removes it.
-func listenUnix(path string) ([]net.Listener, error) {
-	// What is no socket is somebody's file.
-	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
-		return nil, errNoSocket
-	}
-
-	// A server that was killed leaves its socket, which nobody listens at.
-	if conn, err := net.Dial("unix", path); err == nil {
-		conn.Close()
-	} else if isAny(err, refused...) {
-		os.Remove(path)
-	}
-
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-
-	// Its mode is all that says who may connect.
-	if err := os.Chmod(path, 0o660); err != nil {
-		listener.Close()
-		return nil, err
-	}
-	return []net.Listener{listener}, nil
-}
-
-// closeAll closes listeners.
-func closeAll(listeners []net.Listener) {
-	for _, listener := range listeners {
-		listener.Close()
-	}
-}
-
-// What listening and connecting fail with, on Windows, too: somebody else listens there
-// (WSAEADDRINUSE); the machine does not have the address (WSAEADDRNOTAVAIL), or none of its kind;
-// nobody listens there (WSAECONNREFUSED).
-var (
-	inUse     = []error{syscall.EADDRINUSE, syscall.Errno(10048)}
-	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049), syscall.EAFNOSUPPORT,
-		syscall.EPROTONOSUPPORT}
-	refused = []error{syscall.ECONNREFUSED, syscall.Errno(10061)}
-)
-
-// listenProblem says what to do about the error of listening where a flag says.
-func listenProblem(name, addr string, err error) error {
-	is := func(targets ...error) bool { return isAny(err, targets...) }
-	path, isUnix := strings.CutPrefix(addr, unixPrefix)
-	dir := filepath.Dir(path)
-	host, port, _ := net.SplitHostPort(addr)
-	free := ""
-	if !isUnix && is(inUse...) {
-		free = anotherPort(host, port)
-	}
-
-	// "listen tcp ADDR:" says again what we say, and "invalid argument" says too little.
-	if op := (*net.OpError)(nil); errors.As(err, &op) {
-		err = op.Err
-	}
-	if isUnix && is(syscall.EINVAL) {
-		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
-			len(path), err)
-	}
-
-	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
-		name + " :" + port
-	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
-		// Of sockets.
-		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
-		{is(errNoSocket), "", "Nothing was changed. Choose another path, or remove the file if " +
-			"nobody needs it."},
-		{isUnix && is(syscall.EINVAL), "", "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
-		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + dir},
-		{isUnix && is(fs.ErrPermission), "", "Start as a user who may write in " + dir +
-			", or choose another path."},
-		{isUnix, "", "Choose another path: kvserver -addr unix:/run/kvserver/sock"},
-
-		// Of ports.
-		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
-		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
-			"kvserver -" + name + " 9999"},
-		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
-		{is(noAddress...), "", "This machine does not have that address." + elsewhere},
-		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
-	})
-}
-
-// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless
-// told.
-func anotherPort(host, port string) string {
-	// Ports below 1024 are the administrator's.
-	n, _ := strconv.Atoi(port)
-	for n = max(n, 1023) + 1; n < 65536; n++ {
-		// Whoever takes it before it is used is told so again.
-		free := strconv.Itoa(n)
-		listeners, err := listen(net.JoinHostPort(host, free))
-		if closeAll(listeners); err == nil && n != 9999 {
-			return free
-		}
-	}
-
-	return "0"
 }
 
 // ---- start and stop
@@ -877,7 +686,7 @@ func serve(c config, log *queuedLog) error {
 	if c.http != "" {
 		web, err := s.watchAt(c.http)
 		if err != nil {
-			return err
+			return listenProblem("http", c.http, err)
 		}
 		defer web.Close()
 	}
@@ -978,6 +787,81 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 		return etcd.Open(ctx, path, opts)
 	}
 	return storage.OpenDisk(path, opts.Log)
+}
+
+// listenFor listens where c says, for clients: it returns the listeners of each address.
+func listenFor(c config) (all [][]net.Listener, err error) {
+	for addr := range strings.SplitSeq(c.addr, ",") {
+		listeners, err := listen(addr)
+		if err != nil {
+			// All or none: a server that is missing at one address would be found out late.
+			closeAll(slices.Concat(all...))
+			return nil, listenProblem("addr", addr, err)
+		}
+		all = append(all, listeners)
+	}
+
+	return all, nil
+}
+
+// listenProblem says what to do about the error of listening where a flag says.
+func listenProblem(name, addr string, err error) error {
+	is := func(targets ...error) bool { return isAny(err, targets...) }
+	path, isUnix := strings.CutPrefix(addr, unixPrefix)
+	dir := filepath.Dir(path)
+	host, port, _ := net.SplitHostPort(addr)
+	free := ""
+	if !isUnix && is(inUse...) {
+		free = anotherPort(host, port)
+	}
+
+	// "listen tcp ADDR:" says again what we say, and "invalid argument" says too little.
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		err = op.Err
+	}
+	if isUnix && is(syscall.EINVAL) {
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
+			len(path), err)
+	}
+
+	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
+		name + " :" + port
+	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
+		// Of sockets.
+		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
+		{is(errNoSocket), "", "Nothing was changed. Choose another path, or remove the file if " +
+			"nobody needs it."},
+		{isUnix && is(syscall.EINVAL), "", "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
+		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + dir},
+		{isUnix && is(fs.ErrPermission), "", "Start as a user who may write in " + dir +
+			", or choose another path."},
+		{isUnix, "", "Choose another path: kvserver -addr unix:/run/kvserver/sock"},
+
+		// Of ports.
+		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
+			"kvserver -" + name + " 9999"},
+		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
+		{is(noAddress...), "", "This machine does not have that address." + elsewhere},
+		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
+	})
+}
+
+// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless
+// told.
+func anotherPort(host, port string) string {
+	// Ports below 1024 are the administrator's.
+	n, _ := strconv.Atoi(port)
+	for n = max(n, 1023) + 1; n < 65536; n++ {
+		// Whoever takes it before it is used is told so again.
+		free := strconv.Itoa(n)
+		listeners, err := listen(net.JoinHostPort(host, free))
+		if closeAll(listeners); err == nil && n != 9999 {
+			return free
+		}
+	}
+
+	return "0"
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may go.

@@ -9,10 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -21,6 +23,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"kvserver/kvstore"
@@ -1444,6 +1447,107 @@ func (s *keyValueServer) requestsRun() (n int) {
 	return n
 }
 
+// ---- listening
+
+// unixPrefix stands before the path in the address of a unix socket.
+const unixPrefix = "unix:"
+
+// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
+// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
+// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
+// clients try only one of the two.
+func listen(addr string) (listeners []net.Listener, err error) {
+	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+		return listenUnix(path)
+	}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{host}
+	if host == "localhost" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
+
+	// The kernel asks peers that are silent whether they are there.
+	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}
+	isAnyPort := port == "0"
+	for _, host := range hosts {
+		var listener net.Listener
+		listener, err = config.Listen(context.Background(), "tcp", net.JoinHostPort(host, port))
+		switch {
+		case err == nil:
+			listeners = append(listeners, listener)
+			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+
+		// One of the two will do: the machine has no other, or there the port is not free.
+		case isAny(err, noAddress...) || isAnyPort && len(listeners) > 0:
+		default:
+			closeAll(listeners)
+			return nil, err
+		}
+	}
+	if len(listeners) == 0 {
+		return nil, err
+	}
+	return listeners, nil
+}
+
+// isAny tells whether err is one of targets.
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
+}
+
+// errNoSocket is listenUnix's where there is a file of another kind.
+var errNoSocket = errors.New("there is a file that is no socket")
+
+// listenUnix listens on a unix socket at path, which its user and group may connect to, in the
+// place of one whose server has died. Close removes it.
+func listenUnix(path string) ([]net.Listener, error) {
+	// What is no socket is somebody's file.
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+		return nil, errNoSocket
+	}
+
+	// A server that was killed leaves its socket, which nobody listens at.
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+	} else if isAny(err, refused...) {
+		os.Remove(path)
+	}
+
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+
+	// Its mode is all that says who may connect.
+	if err := os.Chmod(path, 0o660); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return []net.Listener{listener}, nil
+}
+
+// closeAll closes listeners.
+func closeAll(listeners []net.Listener) {
+	for _, listener := range listeners {
+		listener.Close()
+	}
+}
+
+// What listening and connecting fail with, on Windows, too: somebody else listens there
+// (WSAEADDRINUSE); the machine does not have the address (WSAEADDRNOTAVAIL), or none of its kind;
+// nobody listens there (WSAECONNREFUSED).
+var (
+	inUse     = []error{syscall.EADDRINUSE, syscall.Errno(10048)}
+	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049), syscall.EAFNOSUPPORT,
+		syscall.EPROTONOSUPPORT}
+	refused = []error{syscall.ECONNREFUSED, syscall.Errno(10061)}
+)
+
 // ---- watching: HTTP
 
 const (
@@ -1580,11 +1684,26 @@ func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 		name, all, name, sum, name, all)
 }
 
+// logCounts is what there was in the log so far, for who watches.
+type logCounts struct {
+	lost, errors atomic.Int64
+	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
+}
+
+// note counts an error, of whose line a is the level. It changes nothing.
+func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
+	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
+		n.errors.Add(1)
+		n.last.Store(time.Now().Unix())
+	}
+	return a
+}
+
 // watchAt listens at addr for whoever watches s.
 func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 	listeners, err := listen(addr)
 	if err != nil {
-		return nil, listenProblem("http", addr, err)
+		return nil, err
 	}
 
 	// It has no password, so it is told where it can be reached.
