@@ -88,18 +88,17 @@ const (
 
 func main() {
 	err := run(os.Args[1:])
-	switch {
-	case err == nil || errors.Is(err, flag.ErrHelp): // what was asked for is printed
-		return
-	case !errors.Is(err, errTold):
+	if err != nil && !errors.Is(err, errTold) {
 		printError(os.Stderr, err)
 	}
 
 	// Scripts tell a wrong command line from what has failed.
-	if as[misuse](err) {
+	switch {
+	case as[misuse](err):
 		os.Exit(exitMisuse)
+	case err != nil:
+		os.Exit(exitFailure)
 	}
-	os.Exit(exitFailure)
 }
 
 // run does what the command line says.
@@ -111,6 +110,8 @@ func run(args []string) error {
 	// A server, unless a flag says that it is to be a client.
 	c, err := parseFlags(args, os.Stdout)
 	switch {
+	case errors.Is(err, flag.ErrHelp): // it is printed
+		return nil
 	case err != nil:
 		return misuse{err}
 	case c.client || c.ping:
@@ -224,12 +225,15 @@ func (c *config) flags() *flag.FlagSet {
 	f.SetOutput(io.Discard)
 	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
 
+	// Where it serves, and where it keeps the data.
 	f.StringVar(&c.addr, "addr", "localhost:9999",
 		"`PORT` to 65535, HOST:PORT or unix:PATH (localhost:9999)")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
 	f.StringVar(&c.fsync, "fsync", "always",
 		"`WHEN`: always, never, or a time from 1ms to 1h (always)")
 	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
+
+	// Its limits.
 	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
 		"`N` connections at a time, 1 or more (10000)")
 	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB (1MiB)")
@@ -237,6 +241,8 @@ func (c *config) flags() *flag.FlagSet {
 	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)")
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
 		"`TIME` after which a client that accepts nothing is cut; 0: never (5m)")
+
+	// TLS, which a client speaks, too, and the log.
 	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
 	f.StringVar(&c.clientCA, "tls-client-ca", "",
@@ -245,7 +251,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
 
-	// A client's, and what is only printed.
+	// The flags of a client, and what is only printed.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
 	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
@@ -258,6 +264,7 @@ func (c *config) flags() *flag.FlagSet {
 // parseFlags reads the command line and the environment. It prints what -h and -version
 // ask for and then returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
+	// What is typed comes first.
 	flags := c.flags()
 	err = flags.Parse(args)
 	c.requests = flags.Args() // everything behind the flags is a request for -c
@@ -359,6 +366,7 @@ func suggest(prefix, name string, names []string) string {
 
 // flagProblem says what to do about an error of flags.Parse, which names the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
+	// What the flag takes, if it is one of ours.
 	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
@@ -371,6 +379,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	if !isUnknown {
 		return problem{err.Error(), todo}
 	}
+
 	meant := suggest("-", strings.ToLower(name), names)
 	if ours := otherFlags[strings.ToLower(name)]; ours != "" {
 		meant = "Did you mean -" + ours + " ?"
@@ -457,6 +466,7 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		}
 		return wrong{isBad, what, explain(f)}
 	}
+	// What the flags come to.
 	_, isFsync := parseFsync(c.fsync)
 	addrs, areAddrs := fullAddrs(c.addr, true)
 	http, isHTTP := fullAddrs(c.http, false)
@@ -607,6 +617,7 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 		}
 		return slog.NewTextHandler(w, options)
 	}
+
 	l.Logger = slog.New(handler(l))
 	go l.writeLog(w, slog.New(handler(w)))
 	return l
@@ -699,6 +710,7 @@ func serve(c config, log *queuedLog) error {
 	case err != nil:
 		return err
 	}
+
 	all, err := listenFor(c)
 	if err == nil {
 		applyLimits(s, c)
@@ -771,12 +783,14 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	if err != nil {
 		return nil, storeProblem(c, err)
 	}
+
 	fsync, _ := parseFsync(c.fsync) // which has been looked at
 	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()
 		return nil, storeProblem(c, err)
 	}
+
 	s.db = store
 	return store, nil
 }
@@ -936,14 +950,15 @@ func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 // returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
 	// The cause is told before the end begins, which may take seconds.
-	tell := func() {
+	tell := func(failure error) error {
 		p := problem{}
 		errors.As(storeProblem(c, failure), &p)
 		log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
 			"todo", p.todo)
+		return errTold
 	}
 	if failure != nil {
-		tell()
+		failure = tell(failure)
 	}
 
 	// Whatever does not end in time, the process does.
@@ -953,14 +968,10 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	// Then nobody changes the data any more.
 	if data != nil {
 		if err := data.Close(); err != nil && failure == nil {
-			failure = err
-			tell()
+			failure = tell(err)
 		}
 	}
-	if failure != nil {
-		return errTold
-	}
-	return nil
+	return failure
 }
 
 // giveUp ends the process if it does not end within stopTime, or is writing all data anew.
@@ -1072,6 +1083,7 @@ func (k *credentials) load(anyway bool) error {
 	before := k.last
 	config, err := k.read()
 	k.last = fmt.Sprint(k.texts, err)
+
 	switch {
 	case k.last == before && !anyway: // a bad file is told once
 		return nil
@@ -1091,6 +1103,8 @@ func (k *credentials) warn(now time.Time) {
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
 	file, until := slog.String("file", k.paths[0]), slog.Time("until", end)
 	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
+
+	// Once a day, or the log would be full of it.
 	switch {
 	case now.Before(k.warned.Add(warnAgain)):
 		return
@@ -1114,6 +1128,7 @@ func (k *credentials) watch(again <-chan os.Signal) {
 	defer tick.Stop()
 	for {
 		isTold := false
+		// At each look the end may have come nearer.
 		select {
 		case <-tick.C:
 			k.warn(time.Now())
@@ -1138,6 +1153,8 @@ func runCommand(command string, args []string) error {
 	if command == "help" {
 		return printManual(os.Stdout, strings.Join(args, " "))
 	}
+
+	// What it needs, and an example.
 	needs, example := "one data directory", "data"
 	switch command {
 	case "backup":
@@ -1177,6 +1194,7 @@ func runCommand(command string, args []string) error {
 func printManual(w io.Writer, word string) error {
 	var headings, within []string // of the part that a line is in, and of those that have the word
 	isPrinted := word == ""
+
 	has := func(text string) bool { return contains(text, word) }
 	for i, line := range slices.Collect(strings.Lines(readme)) {
 		// A part begins within the one of the level above. A single # begins the first line, and
@@ -1232,7 +1250,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 
-	// The others write, into a directory of their own. A store in etcd is in no directory that it
+	// The other two write, into a directory of their own. A store in etcd is in no directory that it
 	// might be inside.
 	var out storage.Directory
 	undo := func() {}
@@ -1256,6 +1274,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	} else {
 		report, err = durable.Backup(dir, out, tellCopied())
 	}
+
 	out.Close()
 	if err != nil {
 		undo()
@@ -1376,6 +1395,7 @@ func beClient(c config, errs io.Writer) error {
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
+
 	good, err := t.converse()
 	switch {
 	case ctx.Err() != nil && err != nil:
@@ -1449,6 +1469,7 @@ var (
 // dial connects to the first server at c.addr that answers, which becomes c.addr: one that stands
 // still connects, too.
 func (t *talker) dial(c *config) (err error) {
+	// A unix socket has no TLS.
 	plain := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
 	dial := plain.Dial
 	if c.ca != "" {
@@ -1468,6 +1489,7 @@ func (t *talker) dial(c *config) (err error) {
 		} else {
 			t.conn, err = dial("tcp", reachable(addr))
 		}
+
 		if err != nil {
 			continue
 		}
@@ -1509,12 +1531,15 @@ func dialProblem(addrs string, err error) error {
 	}
 
 	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
+		// What the error says by itself.
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
 			"server: -addr HOST:PORT", host)},
 		{errors.Is(err, fs.ErrPermission), "", "Who may connect is in its mode and its group: " +
 			"ls -l " + strings.TrimPrefix(addrs, unixPrefix)},
 		{as[x509.HostnameError](err), "", "Call the server as its certificate does, or give it a " +
 			"certificate with this name."},
+
+		// Who listens there.
 		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not " +
 			"listen."},
 		{errors.Is(err, context.DeadlineExceeded), "", "Somebody listens there, and does not " +
@@ -1538,7 +1563,7 @@ func (t *talker) greet() error {
 	// Others speak first, or close, or answer something else.
 	why, isFull := bytes.CutPrefix(line, []byte(":ERROR line 0: "))
 	switch {
-	case errors.Is(err, io.EOF), bytes.HasPrefix(line, []byte(tlsAlert)):
+	case errors.Is(err, io.EOF), bytes.HasPrefix(line, []byte("\x15\x03")): // an alert of TLS
 		return errSilent
 	case err != nil && err != bufio.ErrBufferFull:
 		return err
@@ -1549,9 +1574,6 @@ func (t *talker) greet() error {
 	}
 	return nil
 }
-
-// tlsAlert begins what a server of TLS says to who does not speak it (RFC 8446, 5.1).
-const tlsAlert = "\x15\x03"
 
 // owed is how many lines have no answer yet.
 func (t *talker) owed() int64 { return t.asked.Load() - t.answered.Load() }
@@ -1612,6 +1634,7 @@ func (t *talker) converse() (good bool, err error) {
 				return false, fmt.Errorf("%w: %w", errOutput, err)
 			}
 		}
+
 		line, err := readLine(t.r)
 		if err != nil {
 			w.Flush()
@@ -1682,10 +1705,17 @@ const longestEnd = len("exit\r\x00\n")
 // somebody who types has not said so yet.
 const moreTime = 100 * time.Millisecond
 
-// ended is what a conversation comes to whose connection gives err: the server's end if
-// that is io.EOF.
+// ended is what a conversation comes to whose connection gives err, which is io.EOF if the server
+// has ended it.
 func (t *talker) ended(err error, good bool) (bool, error) {
-	// Is all that was sent answered?
+	// Was what was sent all that there is?
+	end := errGone
+	select {
+	case end = <-t.sent:
+	default: // the input goes on
+	}
+
+	// And was that answered?
 	switch {
 	case errors.Is(err, errQuiet):
 		return false, err
@@ -1693,31 +1723,23 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 		return false, errUnanswered
 	case t.owed() > 0: // as where a server was killed
 		return false, fmt.Errorf("%w: %w", errUnanswered, err)
-	}
-
-	// And was that all that there is?
-	select {
-	case err = <-t.sent:
-	default: // the input goes on
+	case end == errGone:
 		return false, errGone
-	}
-	switch err {
-	case errQuit:
-	case io.EOF:
+	case end == io.EOF:
 		return good, nil
-	default:
-		return false, fmt.Errorf("reading the requests: %w", err)
+	case end != errQuit:
+		return false, fmt.Errorf("reading the requests: %w", end)
 	}
 
 	// What comes behind a Quit is lost, and that is told.
 	select {
-	case err = <-t.sent:
+	case end = <-t.sent:
 	case <-time.After(moreTime):
 	}
-	if err == nil {
+	if end == nil {
 		fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
 	}
-	return good && err != nil, nil
+	return good && end != nil, nil
 }
 
 // sendLines sends the input to the server until its end or a Quit, flushes whenever that
@@ -1808,12 +1830,15 @@ func (t *talker) problem(c config, err error) error {
 		upTo = fmt.Sprintf("; answered through line %d of the input", n)
 		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
 	}
+
+	// Of requests on the command line it is known whether they change anything.
 	isGiven := len(t.requests) > 0
 	changes := slices.ContainsFunc(t.requests, func(line string) bool {
 		q := Query{}
 		q.parse(line)
 		return q.writes()
 	})
+
 	if !isGiven && !t.isTyped && t.asked.Load() > 1 {
 		what += upTo
 	}
@@ -1822,6 +1847,7 @@ func (t *talker) problem(c config, err error) error {
 	const isUnknown = "What was answered is done. Of the rest nothing is known: look"
 	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	return firstWrong(what, []wrong{
+		// Where the answers go, what was given, and who answers.
 		{is(errOutput), "", "Make room where the answers go, and look what was done."},
 		{is(errUTF16), "", "Have a Dump written by kvserver -c -out FILE, and other text saved " +
 			"as UTF-8."},
