@@ -131,6 +131,7 @@ import (
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"kvserver/kvstore/storetest/world"
 )
 
 // TestMain lets the test binary be the server: a test that needs a process of
@@ -535,7 +536,7 @@ func TestEndlessLineTakesNoMemory(t *testing.T) {
 		b.ask("Ping", ":PONG")
 		runtime.GC()
 		runtime.ReadMemStats(&after)
-		if took := int(after.HeapAlloc - before.HeapAlloc); took > streamSize+4*testMaxLine {
+		if took := int(after.HeapAlloc - before.HeapAlloc); took > world.StreamSize+4*testMaxLine {
 			t.Errorf("4 MiB of a line take %d bytes", took)
 		}
 		a.send("\n")
@@ -898,7 +899,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 				owed, maxBufferSize)
 		}
 		if most := maxBufferSize +
-			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*streamSize)/len(value); delivered > most {
+			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*world.StreamSize)/len(value); delivered > most {
 			t.Errorf("%d replies were kept, want at most %d", delivered, most)
 		}
 		slow.ask("Ping", ":PONG") // counted once
@@ -945,7 +946,7 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 				delivered < maxBufferSize || delivered == owed {
 				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
 			}
-			network := (streamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
+			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
 			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
 				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
 					delivered, most)
@@ -980,12 +981,11 @@ func TestSlowReaderRecovers(t *testing.T) {
 // always: also right after it was slow and has recovered, and after it was idle for long.
 func TestSlowIsSeenInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up, down := newStream(streamSize), newStream(streamSize)
+		reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 		told := make(chan bool, 1)
-		conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
+		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
 			progress: told}
-		reader := newFakeConn(down, up)
-		message := make([]byte, 2*streamSize)
+		message := make([]byte, 2*world.StreamSize)
 		for round := range 4 {
 			start := time.Now()
 			written := make(chan error)
@@ -1023,7 +1023,7 @@ func TestSlowIsSeenInTime(t *testing.T) {
 func TestPauseOfAReader(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
-			up, down := newStream(streamSize), newStream(streamSize)
+			reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			told := make(chan bool, 1)
 			wasSlow := func() bool { // there may be no word at all
 				select {
@@ -1033,13 +1033,12 @@ func TestPauseOfAReader(t *testing.T) {
 					return false
 				}
 			}
-			conn := &pacedConn{Conn: newFakeConn(up, down), server: New(kvstore.NewMemory()),
+			conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
 				progress: told}
-			reader := newFakeConn(down, up)
-			go conn.Write(make([]byte, 4*streamSize))
+			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {
 				pass(slowAfter - tickTime)
-				io.ReadFull(reader, make([]byte, streamSize))
+				io.ReadFull(reader, make([]byte, world.StreamSize))
 			}
 			pass(1700 * time.Millisecond)
 			slow := wasSlow()
@@ -1312,7 +1311,7 @@ func TestClaim(t *testing.T) {
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = limit
-		o := &newClient(1, newFakeConn(nil, nil), s).outbox
+		o := &newClient(1, new(world.Conn), s).outbox
 		o.piece = maxMessage
 		s.budget.queued.Store(c.queued)
 		want := c.queued
@@ -1335,7 +1334,7 @@ func TestAnswerNeverWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1
-		c := newClient(1, newFakeConn(nil, nil), s)
+		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, maxBufferSize)
 		c.buffer <- nil // one waits already
 		s.budget.queued.Store(1)
@@ -1390,7 +1389,7 @@ func TestTurns(t *testing.T) {
 		var takes time.Duration
 		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
 		s.clock.epoch = time.Now()
-		c := newClient(1, newFakeConn(nil, nil), s)
+		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
 		turn := func() (n int, took time.Duration) {
 			chain := make([]Query, 100*kilo)
@@ -1779,7 +1778,7 @@ func TestSortTakesTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
 		s.cores.slots = make(chan struct{}, 1)
-		c := newClient(1, newFakeConn(nil, nil), s)
+		c := newClient(1, new(world.Conn), s)
 		keys := make([]string, 3*sortSlice)
 		for i := range keys {
 			keys[i] = strconv.Itoa(i * 7919 % len(keys))
@@ -2115,17 +2114,17 @@ func TestTakeWaitsItsTime(t *testing.T) {
 // that has only closed its side is not.
 func TestTakersThatGo(t *testing.T) {
 	for what, end := range map[string]func(c *testClient){
-		"breaks": func(c *testClient) { c.conn.(*fakeConn).breakOff() },
+		"breaks": func(c *testClient) { c.conn.(*world.Conn).BreakOff() },
 		"breaks behind a half-close": func(c *testClient) {
 			c.conn.CloseWrite()
 			pass(time.Second)
-			c.conn.(*fakeConn).breakOff()
+			c.conn.(*world.Conn).BreakOff()
 			pass(probeTime)
 		},
 		"breaks with a request behind it": func(c *testClient) {
 			c.send("Put:late:v\nPing\n")
 			pass(time.Second)
-			c.conn.(*fakeConn).breakOff()
+			c.conn.(*world.Conn).BreakOff()
 			pass(probeTime)
 		},
 		"waits too long": func(c *testClient) { pass(time.Minute) },
@@ -2167,7 +2166,7 @@ func TestTakesThatComeLate(t *testing.T) {
 		e.send("Take:none:1\n")
 		e.conn.CloseWrite()
 		pass(time.Second)
-		b.conn.(*fakeConn).breakOff()
+		b.conn.(*world.Conn).BreakOff()
 		a.want("k:1")
 		e.want(":OK 0")
 		e.wantClosed()
@@ -2396,7 +2395,7 @@ func TestRealTakersThatGo(t *testing.T) {
 			}
 			io.WriteString(conn, "Take:k:60\n")
 			if half {
-				conn.(halfConn).CloseWrite()
+				conn.(world.HalfConn).CloseWrite()
 			}
 			waiting(1)
 			if c, isTCP := conn.(*net.TCPConn); isTCP {
@@ -2441,7 +2440,7 @@ func TestLock(t *testing.T) {
 					}
 					if chance(random, 4) { // it dies
 						died.Add(1)
-						c.conn.(*fakeConn).breakOff()
+						c.conn.(*world.Conn).BreakOff()
 						continue
 					}
 					wait(between(random, 0, lease-time.Millisecond))
@@ -2510,7 +2509,7 @@ func TestQueueWithoutLoss(t *testing.T) {
 					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
 					wait(between(random, 0, time.Second))
 					if chance(random, 4) { // it dies
-						c.conn.(*fakeConn).breakOff()
+						c.conn.(*world.Conn).BreakOff()
 						continue
 					}
 					worked[i].Add(1)
@@ -2540,7 +2539,7 @@ func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := kvstore.NewMemory()
 		db.Put("k", strings.Repeat("v", 100))
-		c := newClient(1, newFakeConn(nil, nil), New(db))
+		c := newClient(1, new(world.Conn), New(db))
 		c.buffer = make(chan []byte, maxBufferSize)
 		for range maxShared {
 			c.buffer <- nil
@@ -2785,7 +2784,7 @@ func TestStopInADump(t *testing.T) {
 				c.send("Dump\n")
 				io.CopyN(io.Discard, c.conn, 4<<20)
 				for !isClosed(ended) {
-					io.CopyN(io.Discard, c.conn, streamSize/2)
+					io.CopyN(io.Discard, c.conn, world.StreamSize/2)
 					<-time.After(slowAfter - tickTime)
 				}
 				c.conn.Close()
@@ -2944,8 +2943,7 @@ func TestClientCommandLosesItsServer(t *testing.T) {
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			up, down := newStream(streamSize), newStream(streamSize)
-			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go func() {
 				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // the welcome, the rest
 					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
@@ -2997,8 +2995,7 @@ func TestClientCommandResumes(t *testing.T) {
 		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			up, down := newStream(streamSize), newStream(streamSize)
-			theirs := newFakeConn(up, down)
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go func() { // a relay to the server, which loses what comes later
 				a := n.dial(t)
 				go func() {
@@ -3019,7 +3016,7 @@ func TestClientCommandResumes(t *testing.T) {
 				a.conn.Close()
 			}()
 			var errs bytes.Buffer
-			talker := &talker{conn: newFakeConn(down, up), in: strings.NewReader(load),
+			talker := &talker{conn: ours, in: strings.NewReader(load),
 				out: io.Discard, errs: &errs, stops: c.stops}
 			good, err := talk(talker)
 			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
@@ -3041,8 +3038,7 @@ func TestClientCommandResumes(t *testing.T) {
 // pause between requests nor an answer that comes in parts.
 func TestClientCommandTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up, down := newStream(streamSize), newStream(streamSize)
-		ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 		in, typed := io.Pipe()
 		go func() {
 			r := bufio.NewReader(theirs)
@@ -3088,8 +3084,7 @@ func TestSilenceOfAServer(t *testing.T) {
 		{config{requests: []string{"Keys"}}, nil, false, connectTime},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			up, down := newStream(streamSize), newStream(streamSize)
-			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go io.Copy(io.Discard, theirs)
 			go func() {
 				for _, answer := range c.answers {
@@ -3120,8 +3115,7 @@ func TestSilenceOfAServer(t *testing.T) {
 func TestUnaskedAnswers(t *testing.T) {
 	for _, stops := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			up, down := newStream(streamSize), newStream(streamSize)
-			ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go io.Copy(io.Discard, theirs)
 			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
 			in, typed := io.Pipe()
@@ -3469,7 +3463,7 @@ func TestClientVanishes(t *testing.T) {
 // Ensure that once a Write has failed no further reply is formatted.
 func TestNothingIsFormattedForTheGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conn := newFakeConn(newStream(streamSize), newStream(streamSize))
+		conn, _ := world.Pipe(world.StreamSize, world.StreamSize)
 		c := newClient(1, conn, New(kvstore.NewMemory()))
 		c.buffer = make(chan []byte, maxBufferSize)
 		conn.Close()
@@ -3704,7 +3698,7 @@ func TestBegunLinesAreBounded(t *testing.T) {
 				var clients []*testClient
 				for range kind.clients {
 					c := n.dial(t)
-					c.conn.(*fakeConn).out.size = kilo // little is on the way
+					c.conn.(*world.Conn).SetWriteBuffer(kilo) // little is on the way
 					clients = append(clients, c)
 				}
 				synctest.Wait()
@@ -4173,7 +4167,7 @@ func TestCloseWithTLS(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
 			n.fill("big", strings.Repeat("v", 1200), 1000)
-			n.fill("small", "v", streamSize/len("small:v\n")) // less than stream and Write hold
+			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
 			n.server.maxClients = 1
 			a := n.dial(t)
 			client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
@@ -4555,7 +4549,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		n := newFakeNet()
-		n.failures = 12
+		n.Failures = 12
 		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		start := time.Now()
 		if err := n.server.serve(n); err != nil {
@@ -4577,7 +4571,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	})
 	synctest.Test(t, func(t *testing.T) { // and Close does not wait for it
 		n := newFakeNet()
-		n.failures = 1 << 30
+		n.Failures = 1 << 30
 		n.server.serve(n)
 		pass(time.Minute)
 		start := time.Now()
@@ -4593,7 +4587,7 @@ func TestAcceptBacksOff(t *testing.T) {
 func TestSeveralListeners(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		other, failing := newFakeNet(), newFakeNet()
-		other.server, failing.failures = n.server, 1<<30
+		other.server, failing.Failures = n.server, 1<<30
 		if err := n.server.serve(n, other, failing); err != nil {
 			t.Fatal(err)
 		}
@@ -4607,7 +4601,7 @@ func TestSeveralListeners(t *testing.T) {
 		a.wantClosed()
 		b.wantClosed()
 		for _, l := range []*fakeNet{n, other, failing} {
-			if !isClosed(l.closed) {
+			if !isClosed(l.Closed()) {
 				t.Error("Close left a listener open")
 			}
 		}
@@ -6521,15 +6515,15 @@ func TestWatchIsLimited(t *testing.T) {
 func TestFewConns(t *testing.T) {
 	n := newFakeNet()
 	few := &fewConns{Listener: n, most: 4}
-	says := map[net.Conn]*fakeConn{}
+	says := map[net.Conn]*world.Conn{}
 	accept := func() net.Conn {
-		up, down := newStream(streamSize), newStream(streamSize)
-		go func() { n.conns <- newFakeConn(up, down) }()
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		go n.Connect(theirs)
 		conn, err := few.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
-		says[conn] = newFakeConn(down, up)
+		says[conn] = ours
 		return conn
 	}
 	isOpen := func(conn net.Conn) bool { return !conn.(*guest).left.Load() }
@@ -7315,8 +7309,8 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
-// world is one simulated run.
-type world struct {
+// simWorld is one simulated run.
+type simWorld struct {
 	t      *testing.T
 	seed   uint64
 	random *rand.Rand // the world's own choices; each client and each wire has others
@@ -7357,7 +7351,7 @@ type simAsked struct {
 
 func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{
+		w := &simWorld{
 			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
 			dir: storetest.New(), tls: withTLS, history: map[string][]simOp{},
 			mixed: map[string][]simAsked{}, ends: map[string]time.Time{},
@@ -7380,7 +7374,7 @@ func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 }
 
 // tell adds a line to the story.
-func (w *world) tell(format string, args ...any) {
+func (w *simWorld) tell(format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.story = append(w.story, fmt.Sprintf("%9.3fs %s", time.Since(w.began).Seconds(),
@@ -7388,7 +7382,7 @@ func (w *world) tell(format string, args ...any) {
 }
 
 // fail says that a promise was broken.
-func (w *world) fail(format string, args ...any) {
+func (w *simWorld) fail(format string, args ...any) {
 	w.tell("BROKEN: "+format, args...)
 	w.t.Errorf("seed %d: "+format, append([]any{w.seed}, args...)...)
 }
@@ -7412,7 +7406,7 @@ func between(random *rand.Rand, least, most time.Duration) time.Duration {
 // pick returns one of what.
 func pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(what))] }
 
-func (w *world) run() {
+func (w *simWorld) run() {
 	r := w.random
 	w.dir.Segment, w.dir.Compact, w.dir.Reserve = int64(pick(r, 3, 10, 100)*kilo), int64(pick(r, 5,
 		20)*kilo), pick(r, 1, 8, 32)*kilo
@@ -7430,7 +7424,7 @@ func (w *world) run() {
 
 // process is the server from its start to its end, however that comes.
 type process struct {
-	*world
+	*simWorld
 	net     *fakeNet
 	dir     *storetest.Dir
 	options durable.Options
@@ -7448,7 +7442,7 @@ type process struct {
 	since   time.Time      // then
 	moved   time.Time      // its directory was; zero: it was not
 	stalled time.Duration  // of the disk and the process, in all
-	conns   []*fakeConn    // the server's sides
+	conns   []*world.Conn  // the server's sides
 	paused  chan struct{}  // closed when the process goes on; nil: it runs
 	told    int            // replies that clients know were dropped
 	unknown int            // clients that ended without knowing
@@ -7584,10 +7578,10 @@ func (p *process) isVain() bool {
 }
 
 // live is a process's life, and the judgement of how it went.
-func (w *world) live() {
+func (w *simWorld) live() {
 	r := w.random
 	rotten, mend := w.rot()
-	p := &process{world: w, dir: w.dir, gone: make(chan struct{}), killed: make(chan struct{}),
+	p := &process{simWorld: w, dir: w.dir, gone: make(chan struct{}), killed: make(chan struct{}),
 		tidying: make(chan struct{}, 1)}
 	p.draw(r)
 	if w.dir.Room = 0; chance(r, 5) && w.dir.Names["STORE"] != nil {
@@ -7634,8 +7628,8 @@ func (w *world) live() {
 	if chance(r, 8) {
 		s.tls = w.tls
 	}
-	p.net = &fakeNet{server: s, conns: make(chan net.Conn), closed: make(chan struct{}),
-		failures: pick(r, 0, 0, 5)}
+	p.net = &fakeNet{Listener: world.NewListener(), server: s}
+	p.net.Failures = pick(r, 0, 0, 5)
 	p.net.start(w.t)
 	w.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
 		"write timeout %v, TLS %v", s.maxClients, s.maxMessage, s.budget.maxQueues,
@@ -7653,7 +7647,7 @@ func (w *world) live() {
 
 // startFailed looks at a start that has failed, which it may where the disk has.
 func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend func()) {
-	w := p.world
+	w := p.simWorld
 	var damage *storage.DamageError
 	switch {
 	case isClosed(p.killed):
@@ -7682,7 +7676,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 
 // repair repairs what is damaged into a new directory, perhaps with a failure in the middle: then it
 // opens, and shows nothing that was not sent.
-func (w *world) repair() {
+func (w *simWorld) repair() {
 	bad := w.dir.Kill()
 	calls, last := 0, pick(w.random, 0, w.random.IntN(100))
 	out := storetest.New()
@@ -7760,7 +7754,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	defer p.mu.Unlock()
 	p.plan = simPlan{} // it may copy itself still
 	if p.after != nil {
-		p.world.dir = p.after
+		p.simWorld.dir = p.after
 		return
 	}
 	p.tell("stopped: %v", err)
@@ -7770,11 +7764,11 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 	p.quiet = err == nil && !p.failed
-	p.world.dir = p.dir.Kill()
+	p.simWorld.dir = p.dir.Kill()
 	if p.failed && chance(r, 2) && p.fsync != durable.FsyncNever {
 		p.tell("then a power failure")
 		p.after, p.power = p.dir.Crash(r), true
-		p.world.dir = p.after
+		p.simWorld.dir = p.after
 		p.forget()
 	}
 }
@@ -7786,7 +7780,7 @@ func (p *process) checkLeft() {
 		p.fail("%d files are left open", n)
 	}
 	for _, c := range p.conns {
-		if !isClosed(c.closed) {
+		if !isClosed(c.Closed()) {
 			p.fail("a connection is left open")
 		}
 	}
@@ -7816,7 +7810,7 @@ func (p *process) forget() {
 	if p.fsync == durable.FsyncAlways {
 		return
 	}
-	w := p.world
+	w := p.simWorld
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	safe := w.exposed
@@ -7845,7 +7839,7 @@ func (p *process) forget() {
 }
 
 // rot damages a file of a store that has been on disk for long, in a third of cases.
-func (w *world) rot() (rotten bool, mend func()) {
+func (w *simWorld) rot() (rotten bool, mend func()) {
 	r := w.random
 	if !w.quiet || !chance(r, 3) {
 		return false, nil
@@ -8011,7 +8005,7 @@ func (p *process) checkMoved() {
 
 // backup copies the store beside the process, and looks into the copy.
 func (p *process) backup() {
-	w := p.world
+	w := p.simWorld
 	w.mu.Lock()
 	least := map[string][]string{}
 	for key, ops := range w.history {
@@ -8060,7 +8054,7 @@ type wire struct {
 }
 
 // carry carries what comes from one connection to another.
-func (w wire) carry(from, to *fakeConn) {
+func (w wire) carry(from, to *world.Conn) {
 	buf := make([]byte, w.piece)
 	for sum := 0; ; {
 		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
@@ -8072,12 +8066,12 @@ func (w wire) carry(from, to *fakeConn) {
 			w.stall = 0
 		}
 		if _, writeErr := to.Write(buf[:n]); writeErr != nil {
-			from.breakOff()
+			from.BreakOff()
 			return
 		}
 		if sum += n; w.cut > 0 && sum >= w.cut {
-			from.breakOff()
-			to.breakOff()
+			from.BreakOff()
+			to.BreakOff()
 			return
 		}
 		if err == io.EOF {
@@ -8085,7 +8079,7 @@ func (w wire) carry(from, to *fakeConn) {
 			return
 		}
 		if err != nil {
-			to.breakOff()
+			to.BreakOff()
 			return
 		}
 	}
@@ -8096,8 +8090,8 @@ type visitor struct {
 	*process
 	id     string
 	random *rand.Rand
-	conn   halfConn
-	raw    *fakeConn // below TLS
+	conn   world.HalfConn
+	raw    *world.Conn // below TLS
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
 	plain  bool // it does not speak TLS, whatever the server does
@@ -8105,7 +8099,7 @@ type visitor struct {
 }
 
 // id returns a number that nobody else has.
-func (w *world) id() int {
+func (w *simWorld) id() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.ids++
@@ -8157,11 +8151,9 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 func (v *visitor) dial() bool {
 	r := v.random
 	size := pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
-	up, down := newStream(streamSize), newStream(size)
-	ours, near := newFakeConn(down, up), newFakeConn(up, down)
-	up2, down2 := newStream(streamSize), newStream(pick(r, 8*kilo, 64*kilo))
-	far, theirs := newFakeConn(down2, up2), newFakeConn(up2, down2)
-	theirs.gate = v.gate
+	ours, near := world.Pipe(world.StreamSize, size)
+	far, theirs := world.Pipe(world.StreamSize, pick(r, 8*kilo, 64*kilo))
+	theirs.Gate = v.gate
 	v.raw = ours
 	if v.conn = ours; v.net.server.tls != nil && !v.plain {
 		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
@@ -8195,14 +8187,12 @@ func (v *visitor) dial() bool {
 	}
 	v.wires.Go(func() { out.carry(near, far) })
 	v.wires.Go(func() { back.carry(far, near) })
-	select {
-	case v.net.conns <- theirs:
-		return true
-	case <-v.net.closed:
+	if !v.net.Connect(theirs) {
 		theirs.Close()
 		ours.Close()
 		return false
 	}
+	return true
 }
 
 // reply reads a reply of an acked request: its data lines, and the line that ends it.
@@ -8228,7 +8218,7 @@ func (v *visitor) hello() bool {
 }
 
 // tick is a moment of everybody's clock.
-func (w *world) tick() int64 {
+func (w *simWorld) tick() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.clock++
@@ -8238,14 +8228,14 @@ func (w *world) tick() int64 {
 // value makes a value that nobody has sent before.
 func (v *visitor) value(i int) string {
 	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", pick(v.random, 0, 0, 10, 300, 1500))
-	v.world.mu.Lock()
-	defer v.world.mu.Unlock()
+	v.simWorld.mu.Lock()
+	defer v.simWorld.mu.Unlock()
 	v.sent[text] = true
 	return text
 }
 
 // known wants that a value was sent, and not refused.
-func (w *world) known(key, value string) {
+func (w *simWorld) known(key, value string) {
 	w.mu.Lock()
 	sent, refused := w.sent[value], w.refused[value]
 	w.mu.Unlock()
@@ -8255,7 +8245,7 @@ func (w *world) known(key, value string) {
 }
 
 // knownAll is known for all that a store holds.
-func (w *world) knownAll(db *durable.Store) {
+func (w *simWorld) knownAll(db *durable.Store) {
 	for key, list := range db.All() {
 		for _, v := range list {
 			w.known(key, v)
@@ -8269,8 +8259,8 @@ func (v *visitor) share() {
 		return
 	}
 	note := func(key string, o simOp) {
-		v.world.mu.Lock()
-		defer v.world.mu.Unlock()
+		v.simWorld.mu.Lock()
+		defer v.simWorld.mu.Unlock()
 		v.history[key] = append(v.history[key], o)
 	}
 	for i := 0; i < 60; {
@@ -8300,9 +8290,9 @@ func (v *visitor) share() {
 				return
 			}
 			if o.answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
+				v.simWorld.mu.Lock()
 				v.refused[o.put] = true
-				v.world.mu.Unlock()
+				v.simWorld.mu.Unlock()
 				continue
 			}
 			for _, line := range lines {
@@ -8391,9 +8381,9 @@ func (q simWrite) line(key string) string {
 func (v *visitor) own() {
 	key := fmt.Sprint("own", v.id)
 	l := &simList{states: []simState{{}}}
-	v.world.mu.Lock()
+	v.simWorld.mu.Lock()
 	v.owners[key] = l
-	v.world.mu.Unlock()
+	v.simWorld.mu.Unlock()
 	if !v.hello() {
 		return
 	}
@@ -8425,15 +8415,15 @@ func (v *visitor) own() {
 		for j, q := range writes {
 			lines, last, err := v.reply()
 			if err != nil {
-				v.world.mu.Lock()
+				v.simWorld.mu.Lock()
 				l.maybe = append(l.maybe, possible(list, writes[j:])...)
-				v.world.mu.Unlock()
+				v.simWorld.mu.Unlock()
 				return
 			}
 			if strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
+				v.simWorld.mu.Lock()
 				v.refused[q.new] = true
-				v.world.mu.Unlock()
+				v.simWorld.mu.Unlock()
 				continue
 			}
 			after, n, got := q.apply(list)
@@ -8454,13 +8444,13 @@ func (v *visitor) own() {
 				v.checkMoved()
 			}
 			vain := v.isVain()
-			v.world.mu.Lock()
+			v.simWorld.mu.Lock()
 			if vain {
 				l.maybe = append(l.maybe, list)
 			} else {
 				l.states = append(l.states, simState{list, time.Now()})
 			}
-			v.world.mu.Unlock()
+			v.simWorld.mu.Unlock()
 		}
 		wait(pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
@@ -8478,13 +8468,13 @@ func (v *visitor) mix() {
 		if a.at = time.Now(); v.isVain() {
 			a.answered = 0
 		}
-		v.world.mu.Lock()
+		v.simWorld.mu.Lock()
 		if err == errRefused {
 			v.refused[a.new] = len(a.new) > 1 // or others send it, too
 		} else {
 			v.mixed[key] = append(v.mixed[key], a)
 		}
-		v.world.mu.Unlock()
+		v.simWorld.mu.Unlock()
 		if err != nil && err != errRefused {
 			return
 		}
@@ -8494,7 +8484,7 @@ func (v *visitor) mix() {
 
 // also returns another client of the same kind of network, which has said hello.
 func (v *visitor) also() (other *visitor, ok bool) {
-	other = &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+	other = &visitor{process: v.process, id: fmt.Sprint("c", v.simWorld.id()), random: v.random,
 		calm: true}
 	if !other.dial() {
 		return nil, false
@@ -8541,7 +8531,7 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 	wait(time.Second)
 	what := pick(r, "gives", "gives", "goes", "waits")
 	if what == "goes" {
-		taker.raw.breakOff()
+		taker.raw.BreakOff()
 		wait(probeTime + time.Second)
 	}
 
@@ -8549,9 +8539,9 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 	if what != "waits" {
 		give := pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
 		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
-			v.world.mu.Lock()
+			v.simWorld.mu.Lock()
 			v.refused[value] = strings.HasPrefix(last, ":ERROR")
-			v.world.mu.Unlock()
+			v.simWorld.mu.Unlock()
 			return false
 		}
 	}
@@ -8609,16 +8599,16 @@ func (v *visitor) end() {
 		for n, last := 0, ""; last != ":PONG"; n++ {
 			var err error
 			if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
+				v.simWorld.mu.Lock()
 				v.refused[value] = err == nil && n == 0
-				v.world.mu.Unlock()
+				v.simWorld.mu.Unlock()
 				return
 			}
 		}
 		earliest, latest := began.Add(lasts), time.Now().Add(lasts+2*expireTime)
-		v.world.mu.Lock()
+		v.simWorld.mu.Lock()
 		v.ends[key] = latest
-		v.world.mu.Unlock()
+		v.simWorld.mu.Unlock()
 
 		for range 3 {
 			wait(between(r, 0, lasts))
@@ -8636,13 +8626,13 @@ func (v *visitor) end() {
 			if lines, _, err = v.reply(); err != nil {
 				return
 			}
-			v.world.mu.Lock()
+			v.simWorld.mu.Lock()
 			for _, line := range lines {
 				if end, known := v.ends[strings.TrimPrefix(line, ": ")]; known && asked.After(end) {
 					go v.fail("%s is there again, or still, %v after its time", line, asked.Sub(end))
 				}
 			}
-			v.world.mu.Unlock()
+			v.simWorld.mu.Unlock()
 		}
 	}
 }
@@ -8668,9 +8658,9 @@ func (v *visitor) pipeline() {
 	var list []string
 	for i := range values {
 		value := v.value(i) + strings.Repeat("+", size)
-		v.world.mu.Lock()
+		v.simWorld.mu.Lock()
 		v.sent[value] = true
-		v.world.mu.Unlock()
+		v.simWorld.mu.Unlock()
 		list = append(list, key+":"+value)
 		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
 	}
@@ -8716,7 +8706,7 @@ func (v *visitor) pipeline() {
 // checkMark wants the last write of a client that reads nothing, behind replies of about so many
 // bytes. A long one that has begun waits while all queues are full.
 func (v *visitor) checkMark(key, mark string, replySize int) {
-	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+	other := &visitor{process: v.process, id: fmt.Sprint("c", v.simWorld.id()), random: v.random,
 		calm: true}
 	if !v.calm || !other.dial() {
 		return
@@ -8933,7 +8923,7 @@ func (v *visitor) garbage() {
 
 // judge starts the server a last time, with nothing that fails, and looks at what is
 // there.
-func (w *world) judge() {
+func (w *simWorld) judge() {
 	w.dir.Before = nil
 	if r, err := durable.Check(w.dir); err != nil || r.Damaged {
 		w.fail("a check of what is left: %v, %v", r.Lines, err)
@@ -9019,7 +9009,7 @@ func TestAllocations(t *testing.T) {
 		db.Put("k1", "v")
 		db.Put("k2", "v")
 		db.Put("k2", "w")
-		client := newClient(1, newFakeConn(nil, nil), New(db))
+		client := newClient(1, new(world.Conn), New(db))
 		client.buffer = make(chan []byte, maxBufferSize)
 		client.in.buf = make([]byte, burstSize)
 		once := func() {
@@ -9045,7 +9035,7 @@ func TestAllocations(t *testing.T) {
 
 // Ensure that the messages of a long reply are used again.
 func TestLongRepliesRecycle(t *testing.T) {
-	c := newClient(1, newFakeConn(nil, nil), New(kvstore.NewMemory()))
+	c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
 	c.buffer = make(chan []byte, maxBufferSize)
 	go func() {
 		for msg := range c.buffer {
@@ -9089,7 +9079,7 @@ func BenchmarkFormat(b *testing.B) {
 	for _, n := range []int{1, 100, 10_000} {
 		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
 			b.ReportAllocs()
-			c := newClient(1, newFakeConn(nil, nil), New(kvstore.NewMemory()))
+			c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
 			c.buffer = make(chan []byte, maxBufferSize)
 			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
@@ -9466,16 +9456,10 @@ func serveTCP(t testing.TB) (addr string) {
 	return s.listener.Addr().String()
 }
 
-// halfConn is a connection whose sending side can be closed alone.
-type halfConn interface {
-	net.Conn
-	CloseWrite() error
-}
-
 // testClient is a client that knows what to expect.
 type testClient struct {
 	t    testing.TB
-	conn halfConn
+	conn world.HalfConn
 	r    *bufio.Reader
 }
 
@@ -9618,10 +9602,8 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 
 // fakeNet is a network of one server: a listener, and dial to reach it.
 type fakeNet struct {
-	server   *keyValueServer
-	conns    chan net.Conn
-	closed   chan struct{}
-	failures int // that Accept returns first
+	*world.Listener
+	server *keyValueServer
 
 	wrap func(net.Conn) net.Conn // makes the server's side of a connection
 	// called by the server's connections when a read deadline in the future is set
@@ -9629,32 +9611,11 @@ type fakeNet struct {
 }
 
 func newFakeNet() *fakeNet {
-	n := &fakeNet{server: New(kvstore.NewMemory()), conns: make(chan net.Conn),
-		closed: make(chan struct{})}
+	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
 	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
 		"test"
 	return n
 }
-
-func (n *fakeNet) Accept() (net.Conn, error) {
-	if n.failures > 0 {
-		n.failures--
-		return nil, syscall.EMFILE
-	}
-	select {
-	case conn := <-n.conns:
-		return conn, nil
-	case <-n.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (n *fakeNet) Close() error {
-	close(n.closed)
-	return nil
-}
-
-func (n *fakeNet) Addr() net.Addr { return fakeAddr{} }
 
 // fill puts value under key so many times, before the server has started.
 func (n *fakeNet) fill(key, value string, times int) {
@@ -9667,7 +9628,7 @@ func (n *fakeNet) fill(key, value string, times int) {
 func (n *fakeNet) inputs() (held int64) {
 	for _, c := range n.server.clients {
 		held += c.in.memory()
-		c.paced.Conn.(*fakeConn).reading.passed() // so that what it does then comes after this
+		c.paced.Conn.(*world.Conn).Unread() // so that what it does then comes after this
 	}
 	n.server.budget.inputs.Add(0)
 	return held
@@ -9683,260 +9644,12 @@ func (n *fakeNet) start(t *testing.T) {
 // dial connects to the server, which it starts.
 func (n *fakeNet) dial(t *testing.T) *testClient {
 	n.start(t)
-	up, down := newStream(streamSize), newStream(streamSize)
-	ours, theirs := newFakeConn(down, up), newFakeConn(up, down)
-	theirs.beforeDeadline = n.beforeDeadline
+	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+	theirs.BeforeDeadline = n.beforeDeadline
 	if n.wrap != nil {
-		n.conns <- n.wrap(theirs)
+		n.Connect(n.wrap(theirs))
 	} else {
-		n.conns <- theirs
+		n.Connect(theirs)
 	}
 	return &testClient{t, ours, bufio.NewReader(ours)}
-}
-
-type fakeAddr struct{}
-
-func (fakeAddr) Network() string { return "fake" }
-func (fakeAddr) String() string  { return "fake" }
-
-// streamSize is what one direction of a fake connection holds, unless it is told
-// otherwise: a little, so that a reader who stops is felt.
-const streamSize = 64 << 10
-
-// stream is one direction of a fake connection.
-type stream struct {
-	mu   sync.Mutex
-	buf  []byte
-	size int // bytes that it holds
-	// it was full, and takes nothing before a lump of it is free: so do receive windows
-	shut    bool
-	ended   bool          // the writer closed
-	broken  bool          // the reader is gone
-	reset   bool          // the writer broke it off: what was not read is lost
-	changed chan struct{} // closed, and made anew, when any of this changes
-}
-
-func newStream(size int) *stream { return &stream{size: size, changed: make(chan struct{})} }
-
-// lump is what must be free of a stream that was full: a sixteenth where it is large,
-// as in Linux.
-func (s *stream) lump() int { return max(s.size/16, min(s.size/2, 32<<10)) }
-
-// change runs f on s, with nobody else there, and wakes who waits. It returns
-// the channel that tells of the next change.
-func (s *stream) change(f func() bool) <-chan struct{} {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if f() {
-		close(s.changed)
-		s.changed = make(chan struct{})
-	}
-	return s.changed
-}
-
-// fakeConn is a net.Conn between goroutines. Unlike net.Pipe it has room for
-// some bytes, its halves close one by one, and closing it with input that was not read, or that
-// comes later, resets it, as kernels do (RFC 1122, 4.2.2.13).
-type fakeConn struct {
-	in, out          *stream
-	reading, writing deadline
-	closed           chan struct{}
-	closeOnce        sync.Once
-	beforeDeadline   func()
-	gate             func() // waits while the whole process stands still; nil: it never does
-}
-
-func newFakeConn(in, out *stream) *fakeConn {
-	return &fakeConn{in: in, out: out, reading: newDeadline(), writing: newDeadline(),
-		closed: make(chan struct{})}
-}
-
-func (c *fakeConn) Read(p []byte) (n int, err error) {
-	for {
-		if c.gate != nil {
-			c.gate()
-		}
-		select {
-		case <-c.closed:
-			return 0, io.ErrClosedPipe
-		case <-c.reading.passed():
-			return 0, os.ErrDeadlineExceeded
-		default:
-		}
-		changed := c.in.change(func() bool {
-			if c.in.reset {
-				err = syscall.ECONNRESET
-				return false
-			}
-			n = copy(p, c.in.buf)
-			if c.in.buf = c.in.buf[n:]; len(c.in.buf) == 0 {
-				c.in.buf = nil // a test measures memory
-			}
-			if n == 0 && c.in.ended {
-				err = io.EOF
-			}
-			return n > 0
-		})
-		if n > 0 || err != nil {
-			return n, err
-		}
-		select {
-		case <-changed:
-		case <-c.closed:
-		case <-c.reading.passed():
-		}
-	}
-}
-
-func (c *fakeConn) Write(p []byte) (n int, err error) {
-	for {
-		if c.gate != nil {
-			c.gate()
-		}
-		select {
-		case <-c.closed:
-			return n, io.ErrClosedPipe
-		case <-c.writing.passed():
-			return n, os.ErrDeadlineExceeded
-		default:
-		}
-		changed := c.out.change(func() bool {
-			if c.out.broken || c.out.ended {
-				err = io.ErrClosedPipe
-				return false
-			}
-			if c.out.shut && c.out.size-len(c.out.buf) < c.out.lump() {
-				return false
-			}
-			m := min(len(p)-n, c.out.size-len(c.out.buf))
-			c.out.buf = append(c.out.buf, p[n:n+m]...)
-			c.out.shut = len(c.out.buf) == c.out.size
-			n += m
-			return m > 0
-		})
-		if err != nil && c.out.broken { // as where nobody has the socket any more
-			c.in.change(func() bool {
-				c.in.reset = true
-				return true
-			})
-		}
-		if n == len(p) || err != nil {
-			return n, err
-		}
-		select {
-		case <-changed:
-		case <-c.closed:
-		case <-c.writing.passed():
-		}
-	}
-}
-
-func (c *fakeConn) CloseWrite() error {
-	c.out.change(func() bool {
-		c.out.ended = true
-		return true
-	})
-	return nil
-}
-
-func (c *fakeConn) Close() error {
-	c.closeOnce.Do(func() {
-		close(c.closed)
-		unread := false
-		c.in.change(func() bool {
-			unread = len(c.in.buf) > 0
-			c.in.broken = true
-			return true
-		})
-		c.out.change(func() bool {
-			c.out.ended = true
-			c.out.reset = c.out.reset || unread
-			return true
-		})
-		c.reading.set(time.Time{})
-		c.writing.set(time.Time{})
-	})
-	return nil
-}
-
-// breakOff resets the connection, as a network does.
-func (c *fakeConn) breakOff() {
-	c.out.change(func() bool {
-		c.out.reset = true
-		return true
-	})
-	c.Close()
-}
-
-func (c *fakeConn) LocalAddr() net.Addr  { return fakeAddr{} }
-func (c *fakeConn) RemoteAddr() net.Addr { return fakeAddr{} }
-func (c *fakeConn) SetDeadline(t time.Time) error {
-	c.SetReadDeadline(t)
-	return c.SetWriteDeadline(t)
-}
-func (c *fakeConn) SetReadDeadline(t time.Time) error {
-	if c.beforeDeadline != nil && time.Until(t) > 0 {
-		c.beforeDeadline()
-	}
-	c.reading.set(t)
-	return nil
-}
-func (c *fakeConn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
-
-// deadline closes its channel when a time has passed.
-type deadline struct {
-	mu    *sync.Mutex
-	state *struct {
-		timer *time.Timer
-		ch    chan struct{}
-	}
-}
-
-func newDeadline() deadline {
-	d := deadline{mu: new(sync.Mutex), state: new(struct {
-		timer *time.Timer
-		ch    chan struct{}
-	})}
-	d.state.ch = make(chan struct{})
-	return d
-}
-
-func (d deadline) passed() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.state.ch
-}
-
-func (d deadline) set(t time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	old := d.state.ch
-	if d.state.timer != nil {
-		d.state.timer.Stop()
-	}
-	d.state.timer = nil
-	select {
-	case <-old:
-		d.state.ch = make(chan struct{})
-	default:
-	}
-	ch := d.state.ch
-	if t.IsZero() {
-		return
-	}
-	if wait := time.Until(t); wait <= 0 {
-		close(ch)
-	} else {
-		d.state.timer = time.AfterFunc(wait, func() {
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			if d.state.ch == ch {
-				select {
-				case <-ch:
-				default:
-					close(ch)
-				}
-			}
-		})
-	}
 }

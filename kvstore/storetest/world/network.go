@@ -1,0 +1,336 @@
+package world
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Listener is a network of one server: what it listens on.
+type Listener struct {
+	Failures int // that Accept returns first
+
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+// NewListener returns one that nobody has closed.
+func NewListener() *Listener {
+	return &Listener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+// Connect hands a connection to the server. It returns false if the server has closed l.
+func (l *Listener) Connect(conn net.Conn) bool {
+	select {
+	case l.conns <- conn:
+		return true
+	case <-l.closed:
+		return false
+	}
+}
+
+// Closed is closed with l.
+func (l *Listener) Closed() <-chan struct{} { return l.closed }
+
+func (l *Listener) Accept() (net.Conn, error) {
+	if l.Failures > 0 {
+		l.Failures--
+		return nil, syscall.EMFILE
+	}
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *Listener) Close() error {
+	close(l.closed)
+	return nil
+}
+
+func (l *Listener) Addr() net.Addr { return addr{} }
+
+// HalfConn is a connection whose sending side can be closed alone.
+type HalfConn interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// Pipe returns the two sides of a connection, which hold so many bytes of what the first
+// and of what the second has written, and the other has not read.
+func Pipe(first, second int) (a, b *Conn) {
+	up, down := newStream(first), newStream(second)
+	return newConn(down, up), newConn(up, down)
+}
+
+// SetWriteBuffer has c's other side hold so many bytes of what c has written.
+func (c *Conn) SetWriteBuffer(bytes int) {
+	c.out.change(func() bool {
+		c.out.size = bytes
+		return true
+	})
+}
+
+// Unread returns how many bytes wait to be read from c.
+func (c *Conn) Unread() (bytes int) {
+	c.in.change(func() bool {
+		bytes = len(c.in.buf)
+		return false
+	})
+	return bytes
+}
+
+type addr struct{}
+
+func (addr) Network() string { return "fake" }
+func (addr) String() string  { return "fake" }
+
+// StreamSize is what one direction of a fake connection holds, unless it is told
+// otherwise: a little, so that a reader who stops is felt.
+const StreamSize = 64 << 10
+
+// stream is one direction of a fake connection.
+type stream struct {
+	mu   sync.Mutex
+	buf  []byte
+	size int // bytes that it holds
+	// it was full, and takes nothing before a lump of it is free: so do receive windows
+	shut    bool
+	ended   bool          // the writer closed
+	broken  bool          // the reader is gone
+	reset   bool          // the writer broke it off: what was not read is lost
+	changed chan struct{} // closed, and made anew, when any of this changes
+}
+
+func newStream(size int) *stream { return &stream{size: size, changed: make(chan struct{})} }
+
+// lump is what must be free of a stream that was full: a sixteenth where it is large,
+// as in Linux.
+func (s *stream) lump() int { return max(s.size/16, min(s.size/2, 32<<10)) }
+
+// change runs f on s, with nobody else there, and wakes who waits. It returns
+// the channel that tells of the next change.
+func (s *stream) change(f func() bool) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f() {
+		close(s.changed)
+		s.changed = make(chan struct{})
+	}
+	return s.changed
+}
+
+// Conn is a net.Conn between goroutines. Unlike net.Pipe it has room for
+// some bytes, its halves close one by one, and closing it with input that was not read, or that
+// comes later, resets it, as kernels do (RFC 1122, 4.2.2.13).
+type Conn struct {
+	in, out          *stream
+	reading, writing deadline
+	closed           chan struct{}
+	closeOnce        sync.Once
+	BeforeDeadline   func()
+	Gate             func() // waits while the whole process stands still; nil: it never does
+}
+
+func newConn(in, out *stream) *Conn {
+	return &Conn{in: in, out: out, reading: newDeadline(), writing: newDeadline(),
+		closed: make(chan struct{})}
+}
+
+func (c *Conn) Read(p []byte) (n int, err error) {
+	for {
+		if c.Gate != nil {
+			c.Gate()
+		}
+		select {
+		case <-c.closed:
+			return 0, io.ErrClosedPipe
+		case <-c.reading.passed():
+			return 0, os.ErrDeadlineExceeded
+		default:
+		}
+		changed := c.in.change(func() bool {
+			if c.in.reset {
+				err = syscall.ECONNRESET
+				return false
+			}
+			n = copy(p, c.in.buf)
+			if c.in.buf = c.in.buf[n:]; len(c.in.buf) == 0 {
+				c.in.buf = nil // a test measures memory
+			}
+			if n == 0 && c.in.ended {
+				err = io.EOF
+			}
+			return n > 0
+		})
+		if n > 0 || err != nil {
+			return n, err
+		}
+		select {
+		case <-changed:
+		case <-c.closed:
+		case <-c.reading.passed():
+		}
+	}
+}
+
+func (c *Conn) Write(p []byte) (n int, err error) {
+	for {
+		if c.Gate != nil {
+			c.Gate()
+		}
+		select {
+		case <-c.closed:
+			return n, io.ErrClosedPipe
+		case <-c.writing.passed():
+			return n, os.ErrDeadlineExceeded
+		default:
+		}
+		changed := c.out.change(func() bool {
+			if c.out.broken || c.out.ended {
+				err = io.ErrClosedPipe
+				return false
+			}
+			if c.out.shut && c.out.size-len(c.out.buf) < c.out.lump() {
+				return false
+			}
+			m := min(len(p)-n, c.out.size-len(c.out.buf))
+			c.out.buf = append(c.out.buf, p[n:n+m]...)
+			c.out.shut = len(c.out.buf) == c.out.size
+			n += m
+			return m > 0
+		})
+		if err != nil && c.out.broken { // as where nobody has the socket any more
+			c.in.change(func() bool {
+				c.in.reset = true
+				return true
+			})
+		}
+		if n == len(p) || err != nil {
+			return n, err
+		}
+		select {
+		case <-changed:
+		case <-c.closed:
+		case <-c.writing.passed():
+		}
+	}
+}
+
+func (c *Conn) CloseWrite() error {
+	c.out.change(func() bool {
+		c.out.ended = true
+		return true
+	})
+	return nil
+}
+
+func (c *Conn) Close() error {
+	c.closeOnce.Do(func() {
+		close(c.closed)
+		unread := false
+		c.in.change(func() bool {
+			unread = len(c.in.buf) > 0
+			c.in.broken = true
+			return true
+		})
+		c.out.change(func() bool {
+			c.out.ended = true
+			c.out.reset = c.out.reset || unread
+			return true
+		})
+		c.reading.set(time.Time{})
+		c.writing.set(time.Time{})
+	})
+	return nil
+}
+
+// Closed is closed with c.
+func (c *Conn) Closed() <-chan struct{} { return c.closed }
+
+// BreakOff resets the connection, as a network does.
+func (c *Conn) BreakOff() {
+	c.out.change(func() bool {
+		c.out.reset = true
+		return true
+	})
+	c.Close()
+}
+
+func (c *Conn) LocalAddr() net.Addr  { return addr{} }
+func (c *Conn) RemoteAddr() net.Addr { return addr{} }
+func (c *Conn) SetDeadline(t time.Time) error {
+	c.SetReadDeadline(t)
+	return c.SetWriteDeadline(t)
+}
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	if c.BeforeDeadline != nil && time.Until(t) > 0 {
+		c.BeforeDeadline()
+	}
+	c.reading.set(t)
+	return nil
+}
+func (c *Conn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
+
+// deadline closes its channel when a time has passed.
+type deadline struct {
+	mu    *sync.Mutex
+	state *struct {
+		timer *time.Timer
+		ch    chan struct{}
+	}
+}
+
+func newDeadline() deadline {
+	d := deadline{mu: new(sync.Mutex), state: new(struct {
+		timer *time.Timer
+		ch    chan struct{}
+	})}
+	d.state.ch = make(chan struct{})
+	return d
+}
+
+func (d deadline) passed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.state.ch
+}
+
+func (d deadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	old := d.state.ch
+	if d.state.timer != nil {
+		d.state.timer.Stop()
+	}
+	d.state.timer = nil
+	select {
+	case <-old:
+		d.state.ch = make(chan struct{})
+	default:
+	}
+	ch := d.state.ch
+	if t.IsZero() {
+		return
+	}
+	if wait := time.Until(t); wait <= 0 {
+		close(ch)
+	} else {
+		d.state.timer = time.AfterFunc(wait, func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if d.state.ch == ch {
+				select {
+				case <-ch:
+				default:
+					close(ch)
+				}
+			}
+		})
+	}
+}
