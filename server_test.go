@@ -86,7 +86,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -6605,115 +6604,6 @@ func TestPingOfAFullServer(t *testing.T) {
 
 // ---- one order
 
-// operation is one of a history: invoked and answered are times of a clock that
-// all clients share; a Put that was never answered has none.
-type operation struct {
-	put               string   // the value, unique in the history; "": a Get
-	got               []string // the Get's
-	invoked, answered int64
-}
-
-// checkLinearizable tells what in a history of one list no order of its
-// operations explains; final is what the list holds in the end. A list to which
-// unique values are appended names the order of its Puts itself, and a Get's
-// length its place among them, so the check is exact and needs no search (the
-// idea of Elle's list-append: Kingsbury and Alvaro, VLDB 2020).
-func checkLinearizable(history []operation, final []string) error {
-	place := map[string]int{}
-	for i, v := range final {
-		if _, twice := place[v]; twice {
-			return fmt.Errorf("%q is there twice", v)
-		}
-		place[v] = i + 1
-	}
-	for i, a := range history {
-		if a.put != "" && a.answered > 0 && place[a.put] == 0 {
-			return fmt.Errorf("the answered Put of %q is lost", a.put)
-		}
-		if a.put == "" && (len(a.got) > len(final) || !slices.Equal(a.got, final[:len(a.got)])) {
-			return fmt.Errorf("Get %d is no beginning of the final list", i)
-		}
-	}
-	// In the order of invocation, an operation's place must not be below that of
-	// any operation answered before.
-	type event struct {
-		time  int64
-		place int
-		put   bool
-		begin bool
-	}
-	var events []event
-	for _, a := range history {
-		p := len(a.got)
-		if a.put != "" {
-			if p = place[a.put]; p == 0 {
-				continue // never answered, never there
-			}
-		}
-		events = append(events, event{a.invoked, p, a.put != "", true})
-		if a.answered > 0 {
-			events = append(events, event{a.answered, p, a.put != "", false})
-		}
-	}
-	slices.SortFunc(events, func(a, b event) int { return cmp.Compare(a.time, b.time) })
-	most := 0 // Puts that everybody invoked from now on must see
-	begun := map[int]bool{}
-	for _, e := range events {
-		switch {
-		case e.begin && e.put:
-			begun[e.place] = true
-			if e.place <= most {
-				return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, "+
-					"was answered", e.place)
-			}
-		case e.begin && e.place < most:
-			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place,
-				most)
-		case !e.begin:
-			for p := e.place; p > most; p-- {
-				if !begun[p] {
-					return fmt.Errorf("Put %d was seen before it was invoked", p)
-				}
-			}
-			most = max(most, e.place)
-		}
-	}
-	return nil
-}
-
-// Ensure that the checker finds what it is for.
-func TestLinearizableChecker(t *testing.T) {
-	ab := []string{"a", "b"}
-	for what, c := range map[string]struct {
-		history []operation
-		good    bool
-	}{
-		"in turn": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
-			{"", ab, 5, 6}}, true},
-		"at once": {[]operation{{"b", nil, 1, 6}, {"a", nil, 2, 5},
-			{"", nil, 3, 4}}, true},
-		"unanswered, but seen": {[]operation{{"a", nil, 1, 0}, {"b", nil, 2, 3},
-			{"", ab, 4, 5}}, true},
-		"unanswered and not there": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
-			{"c", nil, 5, 0}}, true},
-		"lost": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
-			{"c", nil, 5, 6}}, false},
-		"wrong order": {[]operation{{"b", nil, 1, 2}, {"a", nil, 3, 4}}, false},
-		"stale Get": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
-			{"", []string{"a"}, 5, 6}}, false},
-		"Gets go back": {[]operation{{"a", nil, 1, 10}, {"b", nil, 2, 11},
-			{"", ab, 3, 4}, {"", []string{"a"}, 5, 6}}, false},
-		"from the future": {[]operation{{"a", nil, 1, 2}, {"", ab, 3, 4},
-			{"b", nil, 5, 6}}, false},
-		"another list": {[]operation{{"a", nil, 1, 2}, {"b", nil, 3, 4},
-			{"", []string{"b"}, 5, 6}}, false},
-	} {
-		if err := checkLinearizable(c.history, ab); (err == nil) != c.good {
-			t.Errorf("%s: %v", what, err)
-		}
-	}
-}
-
 // Ensure that what clients see at once is explained by one order that agrees
 // with their common clock, also when the server is killed and started again.
 func TestLinearizable(t *testing.T) {
@@ -6725,8 +6615,8 @@ func TestLinearizable(t *testing.T) {
 		}
 		var clock atomic.Int64
 		var mu sync.Mutex
-		histories := map[string][]operation{}
-		record := func(key string, o operation) {
+		histories := map[string][]storetest.Operation{}
+		record := func(key string, o storetest.Operation) {
 			mu.Lock()
 			defer mu.Unlock()
 			histories[key] = append(histories[key], o)
@@ -6744,18 +6634,18 @@ func TestLinearizable(t *testing.T) {
 					random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
 					for i := range 100 {
 						key := fmt.Sprint("key", random.IntN(3))
-						o := operation{}
+						o := storetest.Operation{}
 						request := "Get:" + key
 						if random.IntN(2) == 0 {
-							o.put = fmt.Sprintf("%d-%d-%d", round, id, i)
-							request = "Put:" + key + ":" + o.put
+							o.Put = fmt.Sprintf("%d-%d-%d", round, id, i)
+							request = "Put:" + key + ":" + o.Put
 						}
-						o.invoked = clock.Add(1)
+						o.Invoked = clock.Add(1)
 						io.WriteString(a.conn, request+"\n")
 						for {
 							line, err := a.r.ReadString('\n')
 							if err != nil { // killed
-								if o.put != "" {
+								if o.Put != "" {
 									record(key, o)
 								}
 								return
@@ -6763,9 +6653,9 @@ func TestLinearizable(t *testing.T) {
 							if strings.HasPrefix(line, ":OK") {
 								break
 							}
-							o.got = append(o.got, strings.TrimSuffix(line[len(key)+1:], "\n"))
+							o.Got = append(o.Got, strings.TrimSuffix(line[len(key)+1:], "\n"))
 						}
-						o.answered = clock.Add(1)
+						o.Answered = clock.Add(1)
 						record(key, o)
 						if durable && round < rounds-1 && id == 0 && i == 40+round*20 {
 							cmd.Process.Kill()
@@ -6782,138 +6672,9 @@ func TestLinearizable(t *testing.T) {
 			for line := a.read(); line != ":PONG"; line = a.read() {
 				final = append(final, line[len(key)+1:])
 			}
-			if err := checkLinearizable(history, final); err != nil {
+			if err := storetest.CheckLinearizable(history, final); err != nil {
 				t.Errorf("durable %v, %s, %d operations: %v", durable, key, len(history), err)
 			}
-		}
-	}
-}
-
-// asked is a request about one list, and what was answered: all that kvstore's lists can be asked,
-// where operation is enough for Puts and Gets, of which it can check any number.
-type asked struct {
-	simWrite
-	n                 int      // of the ":OK n"
-	got               []string // values
-	invoked, answered int64    // answered is 0 if it was never
-}
-
-// agrees tells whether an answer is what the list says.
-func (a asked) agrees(n int, got []string) bool {
-	return a.answered == 0 || a.n == n && slices.Equal(a.got, got)
-}
-
-// explains tells whether one order of what was asked about a list, in which each request has its
-// place between its beginning and its answer, explains all answers, and what the list holds in the
-// end. A request without an answer may have any place behind its beginning, or none. This is the
-// search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which goes nowhere
-// twice (Lowe, "Testing for Linearizability", 2017); after so many steps it believes what it has
-// not refuted.
-func explains(history []asked, final []string) bool {
-	const mostSteps = 300_000
-	history = append(slices.Clone(history),
-		asked{simWrite{verb: "Get"}, len(final), final, math.MaxInt64 - 1, math.MaxInt64})
-	slices.SortFunc(history, func(a, b asked) int { return cmp.Compare(a.invoked, b.invoked) })
-	been := map[string]bool{}
-	done := make([]byte, len(history))
-	steps := 0
-
-	var search func(first int, list []string) bool
-	search = func(first int, list []string) bool {
-		for first < len(history) && done[first] != 0 {
-			first++
-		}
-		place := fmt.Sprint(first) + string(done[first:]) + strings.Join(list, "\n")
-		if steps++; been[place] || steps > mostSteps {
-			return steps > mostSteps
-		}
-		been[place] = true
-
-		// The next is one that had begun before any other of them was answered.
-		soonest, owed := int64(math.MaxInt64), false
-		for i := first; i < len(history) && history[i].invoked < soonest; i++ {
-			if at := history[i].answered; done[i] == 0 && at > 0 {
-				soonest, owed = min(soonest, at), true
-			}
-		}
-		if !owed {
-			return true
-		}
-		for i := first; i < len(history) && history[i].invoked < soonest; i++ {
-			if done[i] != 0 {
-				continue
-			}
-			after, n, got := history[i].apply(list)
-			if !history[i].agrees(n, got) {
-				continue
-			}
-			done[i] = 1
-			if search(first, after) {
-				return true
-			}
-			done[i] = 0
-		}
-		return false
-	}
-	return search(0, nil)
-}
-
-// Ensure that explains finds what it is for.
-func TestExplains(t *testing.T) {
-	put := func(value string, from, to int64) asked {
-		return asked{simWrite{verb: "Put", new: value}, 1, nil, from, to}
-	}
-	take := func(from, to int64, got ...string) asked {
-		return asked{simWrite{verb: "Take"}, len(got), got, from, to}
-	}
-	request := func(verb, old, new string, n int, from, to int64) asked {
-		return asked{simWrite{verb: verb, old: old, new: new}, n, nil, from, to}
-	}
-	for what, c := range map[string]struct {
-		history []asked
-		final   string
-		good    bool
-	}{
-		"in turn":  {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "a")}, "b", true},
-		"a waiter": {[]asked{take(1, 4, "a"), put("a", 2, 3)}, "", true},
-		"one of two": {[]asked{
-			take(1, 4, "a"),
-			take(2, 6, "b"),
-			put("a", 3, 9),
-			put("b", 3, 9)}, "", true},
-		"taken twice": {[]asked{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
-		"not the first": {[]asked{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")},
-			"a", false},
-		"lost":                 {[]asked{put("a", 1, 2), take(3, 4)}, "", false},
-		"a waiter forgotten":   {[]asked{put("a", 1, 2), take(3, 4)}, "a", false}, // from its end on
-		"taken, and not known": {[]asked{put("a", 1, 2), take(3, 0)}, "", true},
-		"not taken, nor known": {[]asked{put("a", 1, 2), take(3, 0)}, "a", true},
-		"taken before it came": {[]asked{take(1, 2, "a"), put("a", 3, 4)}, "", false},
-		"back again":           {[]asked{put("a", 1, 2), take(3, 4, "a")}, "a", false},
-		"two Adds": {[]asked{
-			request("Add", "", "a", 1, 1, 4),
-			request("Add", "", "b", 1, 2, 3)}, "a", false},
-		"an Add of two": {[]asked{
-			request("Add", "", "a", 0, 1, 4),
-			request("Add", "", "b", 1, 2, 3)}, "b", true},
-		"two Swaps of one": {[]asked{
-			put("a", 1, 2),
-			request("Swap", "a", "b", 1, 3, 6),
-			request("Swap", "a", "c", 1, 4, 5)}, "b", false},
-		"a Swap that adds":    {[]asked{request("Swap", "a", "b", 0, 1, 2)}, "b", false},
-		"a Count before":      {[]asked{put("a", 1, 4), request("Count", "", "", 0, 2, 3)}, "a", true},
-		"a Count of the past": {[]asked{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
-		"a Remove by two": {[]asked{
-			put("a", 1, 2),
-			request("Remove", "a", "", 1, 3, 6),
-			request("Remove", "a", "", 1, 4, 5)}, "", false},
-		"unanswered, then seen": {[]asked{
-			put("a", 1, 0),
-			request("Count", "", "", 0, 2, 3),
-			request("Count", "", "", 1, 4, 5)}, "a", true},
-	} {
-		if good := explains(c.history, strings.Fields(c.final)); good != c.good {
-			t.Errorf("%s: %v", what, good)
 		}
 	}
 }
@@ -6927,7 +6688,7 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 	var clock atomic.Int64
 	tick := func() int64 { return clock.Add(1) }
 	var mu sync.Mutex
-	histories := map[string][]asked{}
+	histories := map[string][]storetest.Asked{}
 	addr := ""
 	for round := range rounds {
 		cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
@@ -6941,7 +6702,7 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 				random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
 				for i := range requests {
 					key := fmt.Sprint("mixed", random.IntN(lists))
-					a := asked{simWrite: drawWrite(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
+					a := storetest.Asked{Request: drawWrite(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
 					err := c.askAbout(key, &a, tick)
 					mu.Lock()
 					histories[key] = append(histories[key], a)
@@ -6959,34 +6720,34 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 	}
 	c := dialTCP(t, addr)
 	for key, history := range histories {
-		final := asked{simWrite: simWrite{verb: "Get"}}
+		final := storetest.Asked{Request: storetest.Request{Verb: "Get"}}
 		c.ask("Ack", ":OK 0")
 		if err := c.askAbout(key, &final, tick); err != nil {
 			t.Fatal(err)
 		}
-		if !explains(history, final.got) {
+		if !storetest.Explains(history, final.Got) {
 			t.Errorf("no order explains what was answered about %s, %d requests", key, len(history))
 		}
 	}
 }
 
 // drawWrite draws a request about a list that many clients change, with a value of its own.
-func drawWrite(random *rand.Rand, value string) simWrite {
+func drawWrite(random *rand.Rand, value string) storetest.Request {
 	some := fmt.Sprint(random.IntN(2))
-	switch q := (simWrite{verb: pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take",
-		"Take", "Swap", "Update", "Set", "Remove", "Delete", "Get", "Count")}); q.verb {
+	switch q := (storetest.Request{Verb: pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take",
+		"Take", "Swap", "Update", "Set", "Remove", "Delete", "Get", "Count")}); q.Verb {
 	case "Put", "Add", "Set":
-		q.new = pick(random, value, some)
+		q.New = pick(random, value, some)
 		return q
 	case "Swap", "Update":
-		q.old, q.new = some, pick(random, value, some)
+		q.Old, q.New = some, pick(random, value, some)
 		return q
 	case "Remove":
-		q.old = some
+		q.Old = some
 		return q
 	case "Take":
 		if chance(random, 4) {
-			q.seconds = 1
+			q.Seconds = 1
 		}
 		return q
 	default:
@@ -6996,14 +6757,14 @@ func drawWrite(random *rand.Rand, value string) simWrite {
 
 // askAbout asks what a says of key, after Ack, and notes the answer. tick is everybody's clock. A
 // Take that has waited in vain has found nothing at its end, so that is where it begins.
-func (c *testClient) askAbout(key string, a *asked, tick func() int64) error {
-	a.invoked = tick()
+func (c *testClient) askAbout(key string, a *storetest.Asked, tick func() int64) error {
+	a.Invoked = tick()
 	var end atomic.Int64
-	if a.seconds > 0 {
-		defer time.AfterFunc(time.Duration(a.seconds)*time.Second,
+	if a.Seconds > 0 {
+		defer time.AfterFunc(time.Duration(a.Seconds)*time.Second,
 			func() { end.Store(tick()) }).Stop()
 	}
-	io.WriteString(c.conn, a.line(key))
+	io.WriteString(c.conn, a.Line(key))
 	for {
 		line, err := c.r.ReadString('\n')
 		if err != nil {
@@ -7012,15 +6773,15 @@ func (c *testClient) askAbout(key string, a *asked, tick func() int64) error {
 		if strings.HasPrefix(line, ":ERROR") {
 			return errRefused
 		}
-		if _, err := fmt.Sscanf(line, ":OK %d", &a.n); err == nil {
+		if _, err := fmt.Sscanf(line, ":OK %d", &a.N); err == nil {
 			break
 		}
-		a.got = append(a.got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
+		a.Got = append(a.Got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
 	}
-	if a.n == 0 && end.Load() > 0 {
-		a.invoked = end.Load()
+	if a.N == 0 && end.Load() > 0 {
+		a.Invoked = end.Load()
 	}
-	a.answered = tick()
+	a.Answered = tick()
 	return nil
 }
 
@@ -7339,13 +7100,13 @@ type simWorld struct {
 
 // simOp is an operation, and when it was answered in fake time.
 type simOp struct {
-	operation
+	storetest.Operation
 	at time.Time
 }
 
 // simAsked is a request about a list, and when it was answered in fake time.
 type simAsked struct {
-	asked
+	storetest.Asked
 	at time.Time
 }
 
@@ -7817,8 +7578,8 @@ func (p *process) forget() {
 	for key, ops := range w.history {
 		kept := ops[:0]
 		for _, o := range ops {
-			if o.answered > 0 && o.at.After(safe) {
-				if o.answered = 0; o.put == "" {
+			if o.Answered > 0 && o.at.After(safe) {
+				if o.Answered = 0; o.Put == "" {
 					continue
 				}
 			}
@@ -7832,7 +7593,7 @@ func (p *process) forget() {
 	for _, requests := range w.mixed {
 		for i := range requests {
 			if requests[i].at.After(safe) {
-				requests[i].answered = 0
+				requests[i].Answered = 0
 			}
 		}
 	}
@@ -8010,8 +7771,8 @@ func (p *process) backup() {
 	least := map[string][]string{}
 	for key, ops := range w.history {
 		for _, o := range ops {
-			if o.put != "" && o.answered > 0 {
-				least[key] = append(least[key], o.put)
+			if o.Put != "" && o.Answered > 0 {
+				least[key] = append(least[key], o.Put)
 			}
 		}
 	}
@@ -8270,12 +8031,12 @@ func (v *visitor) share() {
 		for range pick(v.random, 1, 1, 8) {
 			key, o := fmt.Sprint("shared", v.random.IntN(3)), simOp{}
 			if i++; chance(v.random, 2) {
-				o.put = v.value(i)
-				fmt.Fprintf(&text, "Put:%s:%s\n", key, o.put)
+				o.Put = v.value(i)
+				fmt.Fprintf(&text, "Put:%s:%s\n", key, o.Put)
 			} else {
 				fmt.Fprintf(&text, "Get:%s\n", key)
 			}
-			o.invoked = v.tick()
+			o.Invoked = v.tick()
 			keys, ops = append(keys, key), append(ops, o)
 		}
 		io.WriteString(v.conn, text.String())
@@ -8283,23 +8044,23 @@ func (v *visitor) share() {
 			lines, last, err := v.reply()
 			if err != nil {
 				for k := j; k < len(ops); k++ {
-					if ops[k].put != "" {
+					if ops[k].Put != "" {
 						note(keys[k], ops[k])
 					}
 				}
 				return
 			}
-			if o.answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
+			if o.Answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
 				v.simWorld.mu.Lock()
-				v.refused[o.put] = true
+				v.refused[o.Put] = true
 				v.simWorld.mu.Unlock()
 				continue
 			}
 			for _, line := range lines {
-				o.got = append(o.got, strings.TrimPrefix(line, keys[j]+":"))
+				o.Got = append(o.Got, strings.TrimPrefix(line, keys[j]+":"))
 			}
 			if v.isVain() {
-				if o.answered = 0; o.put == "" {
+				if o.Answered = 0; o.Put == "" {
 					continue
 				}
 			}
@@ -8328,55 +8089,6 @@ func (l *simList) forget(safe time.Time) {
 	}
 }
 
-// simWrite is a request that changes a list.
-type simWrite struct {
-	verb, old, new string
-	seconds        int // for which a Take waits
-}
-
-// apply returns list after the request, and what is answered: the n of ":OK n", and values.
-func (q simWrite) apply(list []string) (after []string, n int, got []string) {
-	list = slices.Clone(list)
-	i := slices.Index(list, q.old)
-	switch q.verb {
-	case "Put":
-		return append(list, q.new), 1, nil
-	case "Delete":
-		return nil, len(list), nil
-	case "Set":
-		return []string{q.new}, len(list), nil
-	case "Remove", "Update", "Swap":
-		if i >= 0 {
-			list, n = slices.Delete(list, i, i+1), 1
-		}
-		if q.verb == "Update" || q.verb == "Swap" && n == 1 {
-			list = append(list, q.new)
-		}
-		return list, n, nil
-	case "Add":
-		if len(list) == 0 {
-			return []string{q.new}, 1, nil
-		}
-		return list, 0, nil
-	case "Take":
-		n = min(len(list), 1)
-		return list[n:], n, list[:n]
-	case "Count":
-		return list, len(list), nil
-	}
-	return list, len(list), list
-}
-
-// line is the request as it is sent.
-func (q simWrite) line(key string) string {
-	fields := slices.DeleteFunc([]string{q.verb, key, q.old, q.new},
-		func(s string) bool { return s == "" })
-	if q.seconds > 0 {
-		fields = append(fields, strconv.Itoa(q.seconds))
-	}
-	return strings.Join(fields, ":") + "\n"
-}
-
 // own writes a list of its own and knows at each step what it holds.
 func (v *visitor) own() {
 	key := fmt.Sprint("own", v.id)
@@ -8389,27 +8101,27 @@ func (v *visitor) own() {
 	}
 	var list []string
 	for i := 0; i < 100; {
-		var writes []simWrite
+		var writes []storetest.Request
 		var text strings.Builder
 		for range pick(v.random, 1, 1, 6) {
 			i++
-			q := simWrite{verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get",
+			q := storetest.Request{Verb: pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get",
 				"Delete", "Set", "Remove", "Remove", "Swap", "Add", "Take", "Count")}
-			switch q.verb {
+			switch q.Verb {
 			case "Update", "Swap":
-				if q.old = "absent"; len(list) > 0 && !chance(v.random, 4) {
-					q.old = pick(v.random, list...)
+				if q.Old = "absent"; len(list) > 0 && !chance(v.random, 4) {
+					q.Old = pick(v.random, list...)
 				}
-				q.new = v.value(i)
+				q.New = v.value(i)
 			case "Put", "Set", "Add":
-				q.new = v.value(i)
+				q.New = v.value(i)
 			case "Remove":
-				if q.old = "absent"; len(list) > 0 {
-					q.old = pick(v.random, list...)
+				if q.Old = "absent"; len(list) > 0 {
+					q.Old = pick(v.random, list...)
 				}
 			}
 			writes = append(writes, q)
-			text.WriteString(q.line(key))
+			text.WriteString(q.Line(key))
 		}
 		io.WriteString(v.conn, text.String())
 		for j, q := range writes {
@@ -8422,25 +8134,25 @@ func (v *visitor) own() {
 			}
 			if strings.HasPrefix(last, ":ERROR") {
 				v.simWorld.mu.Lock()
-				v.refused[q.new] = true
+				v.refused[q.New] = true
 				v.simWorld.mu.Unlock()
 				continue
 			}
-			after, n, got := q.apply(list)
+			after, n, got := q.Apply(list)
 			if want := fmt.Sprint(":OK ", n); last != want {
-				v.fail("%s %s %.30q: got %q, want %q", q.verb, key, q.old, last, want)
+				v.fail("%s %s %.30q: got %q, want %q", q.Verb, key, q.Old, last, want)
 			}
 			for k := range lines {
 				lines[k] = strings.TrimPrefix(lines[k], key+":")
 			}
 			if !slices.Equal(lines, got) {
-				v.fail("%s %s answers %.200q, want %.200q", q.verb, key, lines, got)
+				v.fail("%s %s answers %.200q, want %.200q", q.Verb, key, lines, got)
 			}
-			if q.verb == "Get" || q.verb == "Count" {
+			if q.Verb == "Get" || q.Verb == "Count" {
 				continue
 			}
 			list = after
-			if q.verb == "Put" && v.calm {
+			if q.Verb == "Put" && v.calm {
 				v.checkMoved()
 			}
 			vain := v.isVain()
@@ -8463,14 +8175,14 @@ func (v *visitor) mix() {
 	}
 	for i := range 60 {
 		key := fmt.Sprint("mixed", v.random.IntN(3))
-		a := simAsked{asked: asked{simWrite: drawWrite(v.random, v.value(i))}}
-		err := (&testClient{v.t, v.conn, v.r}).askAbout(key, &a.asked, v.tick)
+		a := simAsked{Asked: storetest.Asked{Request: drawWrite(v.random, v.value(i))}}
+		err := (&testClient{v.t, v.conn, v.r}).askAbout(key, &a.Asked, v.tick)
 		if a.at = time.Now(); v.isVain() {
-			a.answered = 0
+			a.Answered = 0
 		}
 		v.simWorld.mu.Lock()
 		if err == errRefused {
-			v.refused[a.new] = len(a.new) > 1 // or others send it, too
+			v.refused[a.New] = len(a.New) > 1 // or others send it, too
 		} else {
 			v.mixed[key] = append(v.mixed[key], a)
 		}
@@ -8638,11 +8350,11 @@ func (v *visitor) end() {
 }
 
 // possible returns what a list may be when nobody knows which of the writes were run.
-func possible(list []string, writes []simWrite) (lists [][]string) {
+func possible(list []string, writes []storetest.Request) (lists [][]string) {
 	lists = [][]string{list}
 	for _, q := range writes {
 		for _, l := range lists {
-			after, _, _ := q.apply(l)
+			after, _, _ := q.Apply(l)
 			lists = append(lists, after)
 		}
 	}
@@ -8935,11 +8647,11 @@ func (w *simWorld) judge() {
 	}
 	defer db.Close()
 	for key, ops := range w.history {
-		var history []operation
+		var history []storetest.Operation
 		for _, o := range ops {
-			history = append(history, o.operation)
+			history = append(history, o.Operation)
 		}
-		if err := checkLinearizable(history, db.Get(key)); err != nil {
+		if err := storetest.CheckLinearizable(history, db.Get(key)); err != nil {
 			w.fail("%s: %v", key, err)
 		}
 	}
@@ -8950,11 +8662,11 @@ func (w *simWorld) judge() {
 		}
 	}
 	for key, requests := range w.mixed {
-		var history []asked
+		var history []storetest.Asked
 		for _, a := range requests {
-			history = append(history, a.asked)
+			history = append(history, a.Asked)
 		}
-		if !explains(history, db.Get(key)) {
+		if !storetest.Explains(history, db.Get(key)) {
 			w.fail("%s: no order explains %d requests", key, len(history))
 		}
 	}
