@@ -6634,20 +6634,16 @@ func TestLinearizable(t *testing.T) {
 					random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
 					for i := range 100 {
 						key := fmt.Sprint("key", random.IntN(3))
-						o := storetest.Operation{}
-						request := "Get:" + key
+						o := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
 						if random.IntN(2) == 0 {
-							o.Put = fmt.Sprintf("%d-%d-%d", round, id, i)
-							request = "Put:" + key + ":" + o.Put
+							o.Verb, o.New = "Put", fmt.Sprintf("%d-%d-%d", round, id, i)
 						}
 						o.Invoked = clock.Add(1)
-						io.WriteString(a.conn, request+"\n")
+						io.WriteString(a.conn, o.Line(key))
 						for {
 							line, err := a.r.ReadString('\n')
 							if err != nil { // killed
-								if o.Put != "" {
-									record(key, o)
-								}
+								record(key, o)
 								return
 							}
 							if strings.HasPrefix(line, ":OK") {
@@ -6688,7 +6684,7 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 	var clock atomic.Int64
 	tick := func() int64 { return clock.Add(1) }
 	var mu sync.Mutex
-	histories := map[string][]storetest.Asked{}
+	histories := map[string][]storetest.Operation{}
 	addr := ""
 	for round := range rounds {
 		cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
@@ -6702,7 +6698,7 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 				random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
 				for i := range requests {
 					key := fmt.Sprint("mixed", random.IntN(lists))
-					a := storetest.Asked{Request: drawWrite(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
+					a := storetest.Operation{Request: drawWrite(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
 					err := c.askAbout(key, &a, tick)
 					mu.Lock()
 					histories[key] = append(histories[key], a)
@@ -6720,13 +6716,13 @@ func TestEveryVerbIsLinearizable(t *testing.T) {
 	}
 	c := dialTCP(t, addr)
 	for key, history := range histories {
-		final := storetest.Asked{Request: storetest.Request{Verb: "Get"}}
+		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
 		c.ask("Ack", ":OK 0")
 		if err := c.askAbout(key, &final, tick); err != nil {
 			t.Fatal(err)
 		}
-		if !storetest.Explains(history, final.Got) {
-			t.Errorf("no order explains what was answered about %s, %d requests", key, len(history))
+		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
+			t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
 		}
 	}
 }
@@ -6757,7 +6753,7 @@ func drawWrite(random *rand.Rand, value string) storetest.Request {
 
 // askAbout asks what a says of key, after Ack, and notes the answer. tick is everybody's clock. A
 // Take that has waited in vain has found nothing at its end, so that is where it begins.
-func (c *testClient) askAbout(key string, a *storetest.Asked, tick func() int64) error {
+func (c *testClient) askAbout(key string, a *storetest.Operation, tick func() int64) error {
 	a.Invoked = tick()
 	var end atomic.Int64
 	if a.Seconds > 0 {
@@ -7088,25 +7084,18 @@ type simWorld struct {
 	mu      sync.Mutex // guards what is below
 	story   []string
 	ids     int
-	clock   int64                 // everybody's: it counts what was begun and answered
-	history map[string][]simOp    // of each list that all share
-	mixed   map[string][]simAsked // of each list that all change in every way
-	ends    map[string]time.Time  // when a key goes at the latest
-	sent    map[string]bool       // every value that a request has carried
-	refused map[string]bool       // values of requests that got an error
-	owners  map[string]*simList   // of each list that has one writer
+	clock   int64                // everybody's: it counts what was begun and answered
+	history map[string][]heard   // of each list that all change
+	ends    map[string]time.Time // when a key goes at the latest
+	sent    map[string]bool      // every value that a request has carried
+	refused map[string]bool      // values of requests that got an error
+	owners  map[string]*simList  // of each list that has one writer
 
 }
 
-// simOp is an operation, and when it was answered in fake time.
-type simOp struct {
+// heard is an operation, and when it was answered in fake time.
+type heard struct {
 	storetest.Operation
-	at time.Time
-}
-
-// simAsked is a request about a list, and when it was answered in fake time.
-type simAsked struct {
-	storetest.Asked
 	at time.Time
 }
 
@@ -7114,8 +7103,8 @@ func simulate(t *testing.T, seed uint64, tell bool, withTLS *tls.Config) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &simWorld{
 			t: t, seed: seed, random: rand.New(rand.NewPCG(seed, 1)), began: time.Now(),
-			dir: storetest.New(), tls: withTLS, history: map[string][]simOp{},
-			mixed: map[string][]simAsked{}, ends: map[string]time.Time{},
+			dir: storetest.New(), tls: withTLS, history: map[string][]heard{},
+			ends:    map[string]time.Time{},
 			sent:    map[string]bool{"0": true, "1": true},
 			refused: map[string]bool{}, owners: map[string]*simList{},
 		}
@@ -7575,27 +7564,15 @@ func (p *process) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	safe := w.exposed
-	for key, ops := range w.history {
-		kept := ops[:0]
-		for _, o := range ops {
-			if o.Answered > 0 && o.at.After(safe) {
-				if o.Answered = 0; o.Put == "" {
-					continue
-				}
+	for _, operations := range w.history {
+		for i := range operations {
+			if operations[i].at.After(safe) {
+				operations[i].Answered = 0
 			}
-			kept = append(kept, o)
 		}
-		w.history[key] = kept
 	}
 	for _, l := range w.owners {
 		l.forget(safe)
-	}
-	for _, requests := range w.mixed {
-		for i := range requests {
-			if requests[i].at.After(safe) {
-				requests[i].Answered = 0
-			}
-		}
 	}
 }
 
@@ -7771,8 +7748,8 @@ func (p *process) backup() {
 	least := map[string][]string{}
 	for key, ops := range w.history {
 		for _, o := range ops {
-			if o.Put != "" && o.Answered > 0 {
-				least[key] = append(least[key], o.Put)
+			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
+				least[key] = append(least[key], o.New)
 			}
 		}
 	}
@@ -8014,28 +7991,33 @@ func (w *simWorld) knownAll(db *durable.Store) {
 	}
 }
 
+// note adds what was heard to the history, where it is not in vain.
+func (v *visitor) note(key string, o heard) {
+	if v.isVain() {
+		o.Answered = 0
+	}
+	v.simWorld.mu.Lock()
+	defer v.simWorld.mu.Unlock()
+	v.history[key] = append(v.history[key], o)
+}
+
 // share appends to lists that others append to, reads them, and notes what it saw.
 func (v *visitor) share() {
 	if !v.hello() {
 		return
 	}
-	note := func(key string, o simOp) {
-		v.simWorld.mu.Lock()
-		defer v.simWorld.mu.Unlock()
-		v.history[key] = append(v.history[key], o)
-	}
 	for i := 0; i < 60; {
 		var keys []string
-		var ops []simOp
+		var ops []heard
 		var text strings.Builder
 		for range pick(v.random, 1, 1, 8) {
-			key, o := fmt.Sprint("shared", v.random.IntN(3)), simOp{}
+			key, o := fmt.Sprint("shared", v.random.IntN(3)), heard{}
 			if i++; chance(v.random, 2) {
-				o.Put = v.value(i)
-				fmt.Fprintf(&text, "Put:%s:%s\n", key, o.Put)
+				o.Verb, o.New = "Put", v.value(i)
 			} else {
-				fmt.Fprintf(&text, "Get:%s\n", key)
+				o.Verb = "Get"
 			}
+			text.WriteString(o.Line(key))
 			o.Invoked = v.tick()
 			keys, ops = append(keys, key), append(ops, o)
 		}
@@ -8044,27 +8026,21 @@ func (v *visitor) share() {
 			lines, last, err := v.reply()
 			if err != nil {
 				for k := j; k < len(ops); k++ {
-					if ops[k].Put != "" {
-						note(keys[k], ops[k])
-					}
+					v.note(keys[k], ops[k])
 				}
 				return
 			}
 			if o.Answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
 				v.simWorld.mu.Lock()
-				v.refused[o.Put] = true
+				v.refused[o.New] = true
 				v.simWorld.mu.Unlock()
 				continue
 			}
 			for _, line := range lines {
 				o.Got = append(o.Got, strings.TrimPrefix(line, keys[j]+":"))
 			}
-			if v.isVain() {
-				if o.Answered = 0; o.Put == "" {
-					continue
-				}
-			}
-			note(keys[j], o)
+			fmt.Sscanf(last, ":OK %d", &o.N)
+			v.note(keys[j], o)
 		}
 		wait(pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
@@ -8138,7 +8114,7 @@ func (v *visitor) own() {
 				v.simWorld.mu.Unlock()
 				continue
 			}
-			after, n, got := q.Apply(list)
+			after, n, got := q.After(list)
 			if want := fmt.Sprint(":OK ", n); last != want {
 				v.fail("%s %s %.30q: got %q, want %q", q.Verb, key, q.Old, last, want)
 			}
@@ -8175,18 +8151,15 @@ func (v *visitor) mix() {
 	}
 	for i := range 60 {
 		key := fmt.Sprint("mixed", v.random.IntN(3))
-		a := simAsked{Asked: storetest.Asked{Request: drawWrite(v.random, v.value(i))}}
-		err := (&testClient{v.t, v.conn, v.r}).askAbout(key, &a.Asked, v.tick)
-		if a.at = time.Now(); v.isVain() {
-			a.Answered = 0
-		}
-		v.simWorld.mu.Lock()
-		if err == errRefused {
+		a := heard{Operation: storetest.Operation{Request: drawWrite(v.random, v.value(i))}}
+		err := (&testClient{v.t, v.conn, v.r}).askAbout(key, &a.Operation, v.tick)
+		if a.at = time.Now(); err == errRefused {
+			v.simWorld.mu.Lock()
 			v.refused[a.New] = len(a.New) > 1 // or others send it, too
+			v.simWorld.mu.Unlock()
 		} else {
-			v.mixed[key] = append(v.mixed[key], a)
+			v.note(key, a)
 		}
-		v.simWorld.mu.Unlock()
 		if err != nil && err != errRefused {
 			return
 		}
@@ -8354,7 +8327,7 @@ func possible(list []string, writes []storetest.Request) (lists [][]string) {
 	lists = [][]string{list}
 	for _, q := range writes {
 		for _, l := range lists {
-			after, _, _ := q.Apply(l)
+			after, _, _ := q.After(l)
 			lists = append(lists, after)
 		}
 	}
@@ -8646,28 +8619,19 @@ func (w *simWorld) judge() {
 		return
 	}
 	defer db.Close()
-	for key, ops := range w.history {
+	for key, operations := range w.history {
 		var history []storetest.Operation
-		for _, o := range ops {
+		for _, o := range operations {
 			history = append(history, o.Operation)
 		}
 		if err := storetest.CheckLinearizable(history, db.Get(key)); err != nil {
-			w.fail("%s: %v", key, err)
+			w.fail("%s, of which %d things were asked: %v", key, len(history), err)
 		}
 	}
 	for key, end := range w.ends { // where a power failure costs nothing
 		at, goes := db.Deadline(key)
 		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
 			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
-		}
-	}
-	for key, requests := range w.mixed {
-		var history []storetest.Asked
-		for _, a := range requests {
-			history = append(history, a.Asked)
-		}
-		if !storetest.Explains(history, db.Get(key)) {
-			w.fail("%s: no order explains %d requests", key, len(history))
 		}
 	}
 	for key, l := range w.owners {

@@ -2,195 +2,167 @@ package storetest
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
-	"strconv"
 	"strings"
 )
 
-// Request is a request that changes a list.
-type Request struct {
-	Verb, Old, New string
-	Seconds        int // for which a Take waits
-}
-
-// Apply returns list after the request, and what is answered: the n of ":OK n", and values.
-func (q Request) Apply(list []string) (after []string, n int, got []string) {
-	list = slices.Clone(list)
-	i := slices.Index(list, q.Old)
-	switch q.Verb {
-	case "Put":
-		return append(list, q.New), 1, nil
-	case "Delete":
-		return nil, len(list), nil
-	case "Set":
-		return []string{q.New}, len(list), nil
-	case "Remove", "Update", "Swap":
-		if i >= 0 {
-			list, n = slices.Delete(list, i, i+1), 1
-		}
-		if q.Verb == "Update" || q.Verb == "Swap" && n == 1 {
-			list = append(list, q.New)
-		}
-		return list, n, nil
-	case "Add":
-		if len(list) == 0 {
-			return []string{q.New}, 1, nil
-		}
-		return list, 0, nil
-	case "Take":
-		n = min(len(list), 1)
-		return list[n:], n, list[:n]
-	case "Count":
-		return list, len(list), nil
-	}
-	return list, len(list), list
-}
-
-// Line is the request as it is sent.
-func (q Request) Line(key string) string {
-	fields := slices.DeleteFunc([]string{q.Verb, key, q.Old, q.New},
-		func(s string) bool { return s == "" })
-	if q.Seconds > 0 {
-		fields = append(fields, strconv.Itoa(q.Seconds))
-	}
-	return strings.Join(fields, ":") + "\n"
-}
-
-// Asked is a request about one list, and what was answered: all that kvstore's lists can be asked,
-// where operation is enough for Puts and Gets, of which it can check any number.
-type Asked struct {
+// Operation is a request about a list, and what became of it. Invoked and Answered are times of a
+// clock that all clients share.
+type Operation struct {
 	Request
-	N                 int      // of the ":OK n"
-	Got               []string // values
-	Invoked, Answered int64    // Answered is 0 if it was never
+	N                 int      // of the ":OK n" that was answered
+	Got               []string // and the values
+	Invoked, Answered int64    // Answered is 0 if it never was
 }
 
-// agrees tells whether an answer is what the list says.
-func (a Asked) agrees(n int, got []string) bool {
-	return a.Answered == 0 || a.N == n && slices.Equal(a.Got, got)
+// agrees tells whether what was answered is this.
+func (o Operation) agrees(n int, got []string) bool {
+	return o.Answered == 0 || o.N == n && slices.Equal(o.Got, got)
 }
 
-// Explains tells whether one order of what was asked about a list, in which each request has its
-// place between its beginning and its answer, explains all answers, and what the list holds in the
-// end. A request without an answer may have any place behind its beginning, or none. This is the
-// search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which goes nowhere
-// twice (Lowe, "Testing for Linearizability", 2017); after so many steps it believes what it has
-// not refuted.
-func Explains(history []Asked, final []string) bool {
-	const mostSteps = 300_000
-	history = append(slices.Clone(history),
-		Asked{Request{Verb: "Get"}, len(final), final, math.MaxInt64 - 1, math.MaxInt64})
-	slices.SortFunc(history, func(a, b Asked) int { return cmp.Compare(a.Invoked, b.Invoked) })
-	been := map[string]bool{}
-	done := make([]byte, len(history))
-	steps := 0
+// CheckLinearizable returns an error unless one order of what was asked about a list, in which each
+// request has its place between its beginning and its answer, explains all answers, and what the
+// list holds in the end. A request without an answer may have any place behind its beginning, or
+// none.
+func CheckLinearizable(history []Operation, final []string) error {
+	for _, o := range history {
+		if o.Verb != "Put" && o.Verb != "Get" {
+			return search(history, final)
+		}
+	}
 
-	var search func(first int, list []string) bool
-	search = func(first int, list []string) bool {
-		for first < len(history) && done[first] != 0 {
-			first++
-		}
-		place := fmt.Sprint(first) + string(done[first:]) + strings.Join(list, "\n")
-		if steps++; been[place] || steps > mostSteps {
-			return steps > mostSteps
-		}
-		been[place] = true
+	return checkAppends(history, final)
+}
 
-		// The next is one that had begun before any other of them was answered.
-		soonest, owed := int64(math.MaxInt64), false
-		for i := first; i < len(history) && history[i].Invoked < soonest; i++ {
-			if at := history[i].Answered; done[i] == 0 && at > 0 {
-				soonest, owed = min(soonest, at), true
-			}
+// mostSteps is how many steps a search takes until it believes what it has not refuted.
+const mostSteps = 300_000
+
+// searched is a history that is searched for an order.
+type searched struct {
+	operations []Operation // by Invoked
+	done       []byte      // 1: it has its place
+	been       map[string]bool
+	steps      int
+}
+
+// search is the search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which
+// goes nowhere twice (Lowe, "Testing for Linearizability", 2017).
+func search(history []Operation, final []string) error {
+	s := searched{been: map[string]bool{}}
+	s.operations = append(slices.Clone(history), Operation{Request: Request{Verb: "Get"},
+		N: len(final), Got: final, Invoked: math.MaxInt64 - 1, Answered: math.MaxInt64})
+	slices.SortFunc(s.operations, func(a, b Operation) int {
+		return cmp.Compare(a.Invoked, b.Invoked)
+	})
+	s.done = make([]byte, len(s.operations))
+
+	if !s.explain(0, nil) {
+		return errors.New("no order explains what was answered")
+	}
+	return nil
+}
+
+// explain tells whether an order of the operations that are not done yet explains them, if the list
+// is this. None of them is before first.
+func (s *searched) explain(first int, list []string) bool {
+	for first < len(s.done) && s.done[first] != 0 {
+		first++
+	}
+	place := fmt.Sprint(first) + string(s.done[first:]) + strings.Join(list, "\n")
+	if s.steps++; s.been[place] || s.steps > mostSteps {
+		return s.steps > mostSteps
+	}
+	s.been[place] = true
+
+	// The next is one that had begun before any other of them was answered.
+	soonest, owed := int64(math.MaxInt64), false
+	for i := first; i < len(s.done) && s.operations[i].Invoked < soonest; i++ {
+		if at := s.operations[i].Answered; s.done[i] == 0 && at > 0 {
+			soonest, owed = min(soonest, at), true
 		}
-		if !owed {
+	}
+	if !owed {
+		return true
+	}
+
+	for i := first; i < len(s.done) && s.operations[i].Invoked < soonest; i++ {
+		if s.done[i] != 0 {
+			continue
+		}
+		after, n, got := s.operations[i].After(list)
+		if !s.operations[i].agrees(n, got) {
+			continue
+		}
+		s.done[i] = 1
+		if s.explain(first, after) {
 			return true
 		}
-		for i := first; i < len(history) && history[i].Invoked < soonest; i++ {
-			if done[i] != 0 {
-				continue
-			}
-			after, n, got := history[i].Apply(list)
-			if !history[i].agrees(n, got) {
-				continue
-			}
-			done[i] = 1
-			if search(first, after) {
-				return true
-			}
-			done[i] = 0
-		}
-		return false
+		s.done[i] = 0
 	}
-	return search(0, nil)
+	return false
 }
 
-// Operation is one of a history: Invoked and Answered are times of a clock that
-// all clients share; a Put that was never answered has none.
-type Operation struct {
-	Put               string   // the value, unique in the history; "": a Get
-	Got               []string // the Get's
-	Invoked, Answered int64
+// event is the beginning or the end of an operation of a history of Puts and Gets.
+type event struct {
+	time  int64
+	place int // of a Put in the final list, of a Get behind the last value that it saw
+	put   bool
+	begin bool
 }
 
-// CheckLinearizable tells what in a history of one list no order of its
-// operations explains; final is what the list holds in the end. A list to which
-// unique values are appended names the order of its Puts itself, and a Get's
-// length its place among them, so the check is exact and needs no search (the
-// idea of Elle's list-append: Kingsbury and Alvaro, VLDB 2020).
-func CheckLinearizable(history []Operation, final []string) error {
+// checkAppends is CheckLinearizable for any number of Puts of unique values, and Gets. Such a list
+// names the order of its Puts itself, and a Get's length its place among them, so the check is
+// exact and needs no search (the idea of Elle's list-append: Kingsbury and Alvaro, VLDB 2020).
+func checkAppends(history []Operation, final []string) error {
 	place := map[string]int{}
 	for i, v := range final {
-		if _, twice := place[v]; twice {
+		if place[v] > 0 {
 			return fmt.Errorf("%q is there twice", v)
 		}
 		place[v] = i + 1
 	}
-	for i, a := range history {
-		if a.Put != "" && a.Answered > 0 && place[a.Put] == 0 {
-			return fmt.Errorf("the answered Put of %q is lost", a.Put)
-		}
-		if a.Put == "" && (len(a.Got) > len(final) || !slices.Equal(a.Got, final[:len(a.Got)])) {
-			return fmt.Errorf("Get %d is no beginning of the final list", i)
-		}
-	}
-	// In the order of invocation, an operation's place must not be below that of
-	// any operation answered before.
-	type event struct {
-		time  int64
-		place int
-		put   bool
-		begin bool
-	}
+
+	// Each operation has its place, but for a Put that is not there, and a Get that saw nothing.
 	var events []event
-	for _, a := range history {
-		p := len(a.Got)
-		if a.Put != "" {
-			if p = place[a.Put]; p == 0 {
-				continue // never answered, never there
-			}
+	for _, o := range history {
+		p := len(o.Got)
+		switch isPut := o.Verb == "Put"; {
+		case isPut && place[o.New] == 0 && o.Answered > 0:
+			return fmt.Errorf("the answered Put of %q is lost", o.New)
+		case isPut && place[o.New] == 0, !isPut && o.Answered == 0:
+			continue
+		case isPut:
+			p = place[o.New]
+		case p > len(final) || !slices.Equal(o.Got, final[:p]):
+			return fmt.Errorf("a Get of %d values is no beginning of the final list", p)
 		}
-		events = append(events, event{a.Invoked, p, a.Put != "", true})
-		if a.Answered > 0 {
-			events = append(events, event{a.Answered, p, a.Put != "", false})
+		events = append(events, event{o.Invoked, p, o.Verb == "Put", true})
+		if o.Answered > 0 {
+			events = append(events, event{o.Answered, p, o.Verb == "Put", false})
 		}
 	}
 	slices.SortFunc(events, func(a, b event) int { return cmp.Compare(a.time, b.time) })
+	return checkPlaces(events)
+}
+
+// checkPlaces wants, in the order of invocation, that an operation's place is not before that of
+// any operation that was answered before.
+func checkPlaces(events []event) error {
 	most := 0 // Puts that everybody invoked from now on must see
 	begun := map[int]bool{}
 	for _, e := range events {
 		switch {
+		case e.begin && e.put && e.place <= most:
+			return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, "+
+				"was answered", e.place)
 		case e.begin && e.put:
 			begun[e.place] = true
-			if e.place <= most {
-				return fmt.Errorf("Put %d was invoked after a later one, or a Get that saw it, "+
-					"was answered", e.place)
-			}
 		case e.begin && e.place < most:
-			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place,
-				most)
+			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place, most)
+
 		case !e.begin:
 			for p := e.place; p > most; p-- {
 				if !begun[p] {
