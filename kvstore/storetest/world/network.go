@@ -2,6 +2,7 @@ package world
 
 import (
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"sync"
@@ -332,5 +333,49 @@ func (d deadline) set(t time.Time) {
 				}
 			}
 		})
+	}
+}
+
+// ---- the simulated network
+
+// wire carries bytes one way, as networks do: cut and merged anew, late, and perhaps
+// not to the end. One goroutine for each direction of a connection.
+type wire struct {
+	random *rand.Rand
+	late   time.Duration // at most, of a piece
+	stall  time.Duration // of the whole wire, once; 0: none
+	cut    int           // bytes after which the connection is reset; 0: none
+	piece  int           // bytes at most
+}
+
+// carry carries what comes from one connection to another.
+func (w wire) carry(from, to *Conn) {
+	buf := make([]byte, w.piece)
+	for sum := 0; ; {
+		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
+		if w.late > 0 {
+			Wait(Between(w.random, 0, w.late))
+		}
+		if w.stall > 0 && Chance(w.random, 20) {
+			Wait(w.stall)
+			w.stall = 0
+		}
+		if _, writeErr := to.Write(buf[:n]); writeErr != nil {
+			from.BreakOff()
+			return
+		}
+		if sum += n; w.cut > 0 && sum >= w.cut {
+			from.BreakOff()
+			to.BreakOff()
+			return
+		}
+		if err == io.EOF {
+			to.CloseWrite()
+			return
+		}
+		if err != nil {
+			to.BreakOff()
+			return
+		}
 	}
 }

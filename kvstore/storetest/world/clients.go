@@ -1,0 +1,267 @@
+package world
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+)
+
+// visitor is a client.
+type visitor struct {
+	*process
+	id     string
+	random *rand.Rand
+	conn   HalfConn
+	raw    *Conn // below TLS
+	r      *bufio.Reader
+	calm   bool // its network neither stalls nor breaks
+	plain  bool // it does not speak TLS, whatever the server does
+	junk   int  // lines that it may send after a Quit: none where they would take over a second
+}
+
+// kinds are what clients do.
+var kinds = []struct {
+	name string
+	do   func(*visitor)
+	calm bool // it needs a network that neither stalls nor breaks
+}{
+	{"shares lists", (*visitor).share, false},
+	{"shares lists", (*visitor).share, false},
+	{"owns a list", (*visitor).own, false},
+	{"owns a list", (*visitor).own, false},
+	{"pipelines", (*visitor).pipeline, false},
+	{"pipelines and reads", (*visitor).pipeline, true},
+	{"pings", (*visitor).ping, true},
+	{"lists", (*visitor).list, false},
+	{"mixes lists", (*visitor).mix, false},
+	{"takes", (*visitor).take, true},
+	{"ends keys", (*visitor).end, false},
+	{"sends garbage", (*visitor).garbage, false},
+}
+
+// visit starts a client.
+func (p *process) visit(all *sync.WaitGroup, kind struct {
+	name string
+	do   func(*visitor)
+	calm bool
+}) {
+	number := p.id()
+	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
+	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r,
+		calm: kind.calm || Chance(r, 2), plain: kind.name == "sends garbage" && Chance(r, 2)}
+	all.Go(func() {
+		Wait(Between(r, 0, Pick(r, 0, time.Second, 10*time.Second)))
+		if !v.dial() {
+			return
+		}
+		p.tell("%s %s", v.id, kind.name)
+		kind.do(v)
+		v.conn.Close()
+	})
+}
+
+// dial connects, and tells whether it could.
+func (v *visitor) dial() bool {
+	r := v.random
+	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
+	ours, near := Pipe(StreamSize, size)
+	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
+	theirs.Gate = v.gate
+	v.raw = ours
+	if v.conn = ours; v.settings.TLS != nil && !v.plain {
+		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
+	}
+	v.r = bufio.NewReader(v.conn)
+	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
+		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
+	if out.piece > 3 {
+		out.late = Pick(r, 0, time.Millisecond, 30*time.Millisecond)
+	}
+	if out.late == 0 || out.piece >= 16*kilo {
+		v.junk = r.IntN(20_000)
+	}
+	if !v.calm {
+		out.stall = Pick(r, 0, Between(r, 0, 10*time.Second))
+		out.cut = Pick(r, 0, 0, 1+r.IntN(20*kilo))
+	}
+	back := out
+	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
+	if v.calm {
+		back.late = min(back.late, 5*time.Millisecond)
+	}
+	v.process.mu.Lock()
+	dead := v.after != nil
+	if !dead {
+		v.conns = append(v.conns, theirs)
+	}
+	v.process.mu.Unlock()
+	if dead {
+		return false
+	}
+	v.wires.Go(func() { out.carry(near, far) })
+	v.wires.Go(func() { back.carry(far, near) })
+	if !v.listener.Connect(theirs) {
+		theirs.Close()
+		ours.Close()
+		return false
+	}
+	return true
+}
+
+// reply reads a reply of an acked request: its data lines, and the line that ends it.
+func (v *visitor) reply() (lines []string, last string, err error) {
+	for {
+		line, err := v.r.ReadString('\n')
+		if err != nil {
+			return lines, line, err
+		}
+		line = strings.TrimSuffix(line, "\n")
+		if line[0] == ':' && !strings.HasPrefix(line, ": ") {
+			return lines, line, nil
+		}
+		lines = append(lines, line)
+	}
+}
+
+// hello begins Ack mode. It is false if the server is full, or gone.
+func (v *visitor) hello() bool {
+	io.WriteString(v.conn, "Ack\n")
+	_, last, err := v.reply()
+	return err == nil && last == ":OK 0"
+}
+
+// also returns another client of the same kind of network, which has said hello.
+func (v *visitor) also() (other *visitor, ok bool) {
+	other = &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+		calm: true}
+	if !other.dial() {
+		return nil, false
+	}
+	if ok = other.hello(); !ok {
+		other.conn.Close()
+	}
+	return other, ok
+}
+
+// ask asks for one thing that has no data, and returns the end of the reply; ok is false where it
+// was refused, or the connection has ended.
+func (v *visitor) ask(request string) (last string, ok bool) {
+	io.WriteString(v.conn, request+"\n")
+	_, last, err := v.reply()
+	return last, err == nil && !strings.HasPrefix(last, ":ERROR")
+}
+
+// value makes a value that nobody has sent before.
+func (v *visitor) value(i int) string {
+	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", Pick(v.random, 0, 0, 10, 300, 1500))
+	v.world.mu.Lock()
+	defer v.world.mu.Unlock()
+	v.sent[text] = true
+	return text
+}
+
+// ping asks now and then and wants an answer soon: its waits are those of the disk and
+// of the process alone.
+func (v *visitor) ping() {
+	for i := range 40 {
+		asked := time.Now()
+		fmt.Fprintf(v.conn, "Ping:%d\n", i)
+		if _, last, err := v.reply(); err != nil || last != fmt.Sprint(":PONG ", i) {
+			return
+		}
+		if took, most := time.Since(asked), time.Second/2+v.slack(); took > most {
+			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
+		}
+		Wait(Between(v.random, 0, 300*time.Millisecond))
+	}
+}
+
+// list asks for lists of all there is.
+func (v *visitor) list() {
+	acked := Chance(v.random, 2)
+	if acked && !v.hello() {
+		return
+	}
+	for range 1 + v.random.IntN(4) {
+		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help")
+		io.WriteString(v.conn, what+"\n")
+		if Chance(v.random, 6) {
+			Wait(Between(v.random, 0, 5*time.Second))
+			return
+		}
+		lines, last, err := v.reply()
+		if err != nil || strings.HasPrefix(last, ":ERROR line 0") {
+			return
+		}
+		if last != fmt.Sprint(":OK ", len(lines)) {
+			v.fail("%s: %d lines, then %q", what, len(lines), last)
+		}
+		for _, line := range lines {
+			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 && f[1] == " Put" {
+				v.known(f[2], f[3])
+			}
+		}
+	}
+}
+
+// garbage sends what is no request. None of it may be run.
+func (v *visitor) garbage() {
+	r := v.random
+	evil := strings.Repeat("Put:shared0:evil\n", 3)
+	what := r.IntN(8)
+	if what == 1 && v.settings.TLS != nil &&
+		!v.plain { // inside of TLS it is one bad line, and good ones
+		what = 0
+	}
+	switch what {
+	case 0:
+		junk := make([]byte, r.IntN(2000))
+		for i := range junk {
+			junk[i] = byte(r.Uint32())
+		}
+		v.conn.Write(bytes.ReplaceAll(junk, []byte(":"), nil))
+	case 1:
+		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
+	case 2:
+		io.WriteString(v.conn, Pick(r, "GET / HTTP/1.1",
+			"POST /"+strings.Repeat("a", 2*maxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
+	case 3:
+		for range 5 {
+			if _, err := io.WriteString(v.conn,
+				strings.Repeat("Put:shared0:evil", 1000)); err != nil {
+				break
+			}
+		}
+	case 4:
+		v.conn.Write([]byte("Put:shared0:evil"))
+		v.conn.CloseWrite()
+	case 5:
+		began := time.Now()
+		for {
+			if _, err := io.WriteString(v.conn, "x"); err != nil {
+				return
+			}
+			if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
+				v.fail("%s dribbles a line for %v", v.id, took)
+				return
+			}
+			Wait(Between(r, 0, 2*time.Second))
+		}
+	case 6:
+		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
+	case 7: // a long line that does not end, and waits for its turn beside others
+		io.WriteString(v.conn, Pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+
+			strings.Repeat("x", r.IntN(maxLine)))
+		Wait(Between(r, 0, 2*lineTime))
+	}
+	if Chance(r, 2) {
+		v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		io.Copy(io.Discard, v.r)
+	}
+}

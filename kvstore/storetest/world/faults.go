@@ -1,0 +1,243 @@
+package world
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// rot damages a file of a store that has been on disk for long, in a third of cases.
+func (w *world) rot() (rotten bool, mend func()) {
+	r := w.random
+	if !w.quiet || !Chance(r, 3) {
+		return false, nil
+	}
+	names := slices.Sorted(maps.Keys(w.dir.Names))
+	name := Pick(r, names...)
+	f := w.dir.Names[name]
+	isLog := strings.HasSuffix(name, ".log")
+	if isLog && Chance(r, 5) {
+		delete(w.dir.Names, name)
+		w.tell("%s is lost", name)
+		return true, func() { w.dir.Names[name] = f }
+	}
+	if len(f.Data) == 0 {
+		return false, nil
+	}
+	at, bit := r.IntN(len(f.Data)), byte(1)<<r.IntN(8)
+	if len(f.Disk) != len(f.Data) { // a file that is no part of the store any more
+		return false, nil
+	}
+	flip := func() {
+		f.Data[at] ^= bit
+		f.Disk[at] ^= bit
+	}
+	flip()
+	w.tell("bit %#x at %d of %s flips, of %d bytes", bit, at, name, len(f.Data))
+	return true, flip
+}
+
+// repair repairs what is damaged into a new directory, perhaps with a failure in the middle. What it
+// makes opens, and shows nothing that was not sent.
+func (w *world) repair() {
+	bad := w.dir.Kill()
+	calls, last := 0, Pick(w.random, 0, w.random.IntN(100))
+	out := storetest.New()
+	out.Before = func(storetest.Call) error {
+		if calls++; last > 0 && calls > last {
+			return errors.New("the machine has failed")
+		}
+		return nil
+	}
+	_, err := durable.Repair(bad, out)
+	if last > 0 && err != nil {
+		out = storetest.New()
+		_, err = durable.Repair(bad, out)
+	}
+	out.Before = nil
+	if errors.Is(err, durable.ErrNothingRead) {
+		return
+	}
+	if err != nil {
+		w.fail("repair: %v", err)
+		return
+	}
+	db, err := durable.Open(context.Background(), out, durable.Options{})
+	if err != nil {
+		w.fail("what was repaired does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	w.knownAll(db)
+}
+
+// slowLog is what reads a process's log: slowly, or not at all.
+type slowLog struct {
+	p     *process
+	slow  time.Duration
+	fails bool
+}
+
+func (l *slowLog) Write(line []byte) (int, error) {
+	if m := regexp.MustCompile(`level=(WARN|ERROR).*`).Find(line); m != nil {
+		l.p.tell("log: %s", m)
+	}
+	if l.slow > 0 && !isClosed(l.p.gone) {
+		select {
+		case <-time.After(l.slow):
+		case <-l.p.gone:
+		}
+	}
+	if l.fails {
+		return 0, syscall.EPIPE
+	}
+	return len(line), nil
+}
+
+// operate is what happens to the process beside its clients: pauses, backups, checks,
+// and its counters are asked for. It runs until the process has ended, or for some
+// seconds.
+func (p *process) operate() {
+	r := rand.New(rand.NewPCG(p.seed, uint64(p.began.Nanosecond())+uint64(p.id())<<32))
+	for range r.IntN(5) {
+		select {
+		case <-time.After(Between(r, 0, 5*time.Second)):
+		case <-p.gone:
+			return
+		}
+		switch r.IntN(6) {
+		case 5:
+			p.tidyUp(r)
+		case 4:
+			if Chance(r, 4) {
+				p.move()
+			}
+		case 0:
+			p.pause(Between(r, 0, 4*time.Second))
+		case 1:
+			p.backup()
+		case 2:
+			report, err := durable.Check(p.dir)
+			if !p.isDisturbed() && (err != nil || report.Damaged) {
+				p.fail("a check beside the server: %v, %v", report.Lines, err)
+			}
+		case 3:
+			if n := p.server.CountActive(); n < 0 || n > p.settings.MaxClients {
+				p.fail("%d clients are active", n)
+			}
+		}
+	}
+}
+
+// pause lets the process stand still, as SIGSTOP does: its calls do not return.
+func (p *process) pause(d time.Duration) {
+	p.mu.Lock()
+	p.stalled += d
+	p.paused = make(chan struct{})
+	paused := p.paused
+	p.mu.Unlock()
+	p.tell("stands still for %v", d)
+	Wait(d)
+	p.mu.Lock()
+	p.paused = nil
+	p.mu.Unlock()
+	close(paused)
+}
+
+// tidyUp removes files of the store, as somebody does who takes them for logs, or empties them, as
+// what rotates logs does. Where nothing else befalls the process they are there again after a
+// request a second later.
+func (p *process) tidyUp(r *rand.Rand) {
+	select {
+	case p.tidying <- struct{}{}:
+		defer func() { <-p.tidying }()
+	default: // it ends
+		return
+	}
+	p.mu.Lock()
+	if p.failed || p.after != nil || p.dir.Room > 0 {
+		p.mu.Unlock()
+		return
+	}
+	p.plan = plan{}
+	p.mu.Unlock()
+	names, _ := p.dir.List()
+	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names[:r.IntN(len(names)+1)] {
+		if Chance(r, 2) {
+			p.tell("somebody empties %s", name)
+			p.dir.Empty(name)
+		} else {
+			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		}
+	}
+	for range 5 {
+		Wait(1100 * time.Millisecond)
+		p.server.Look()
+		report, err := durable.Check(p.dir)
+		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
+			"no store") {
+			return
+		}
+	}
+	p.fail("files that were removed are not written anew")
+}
+
+// move puts another directory in the place of the process's, which must find out.
+func (p *process) move() {
+	p.tell("its directory is moved")
+	p.dir.Mu.Lock()
+	p.dir.Moved = storage.ErrMoved
+	p.dir.Mu.Unlock()
+	p.mu.Lock()
+	p.failed, p.moved, p.since = true, time.Now(), time.Now()
+	p.mu.Unlock()
+}
+
+// backup copies the store beside the process, and looks into the copy.
+func (p *process) backup() {
+	w := p.world
+	w.mu.Lock()
+	least := map[string][]string{}
+	for key, ops := range w.history {
+		for _, o := range ops {
+			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
+				least[key] = append(least[key], o.New)
+			}
+		}
+	}
+	w.mu.Unlock()
+	to := storetest.New()
+	_, err := durable.Backup(p.dir, to, nil)
+	if err != nil {
+		if !p.isDisturbed() {
+			p.fail("a backup beside the server: %v", err)
+		}
+		return
+	}
+	db, err := durable.Open(context.Background(), to, durable.Options{})
+	if err != nil {
+		p.fail("a backup does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	for key, values := range least {
+		list := db.Get(key)
+		for _, v := range values {
+			if !slices.Contains(list, v) {
+				p.fail("%s is in no backup, though it was answered before", v)
+			}
+		}
+	}
+	w.knownAll(db)
+}

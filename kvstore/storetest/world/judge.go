@@ -1,0 +1,147 @@
+package world
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storetest"
+)
+
+// What is promised, beside what the requests do.
+const (
+	closeTime  = 3500 * time.Millisecond // Close takes no longer, beside what the disk takes
+	lineTime   = 30 * time.Second        // by when a line that was begun must end
+	goneTime   = time.Second             // a Take of a client that has gone waits no longer
+	expireTime = 100 * time.Millisecond  // a key is there no longer behind its end
+	steadyRate = 256 << 10               // bytes a second: a client that reads them loses nothing
+	shared     = 8                       // messages of a queue that may hold several replies
+)
+
+// heard is an operation, and when it was answered in fake time.
+type heard struct {
+	storetest.Operation
+	at time.Time
+}
+
+// checkMoved is called when a write was answered.
+func (p *process) checkMoved() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() &&
+		time.Since(p.moved) > most {
+		p.fail("a write is answered %v after the directory was moved", time.Since(p.moved))
+	}
+}
+
+// forget has everybody know that what was answered shortly before may be lost: with a
+// time between two fsyncs a power failure may cost two of it.
+func (p *process) forget() {
+	if p.fsync == durable.FsyncAlways {
+		return
+	}
+	w := p.world
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	safe := w.exposed
+	for _, operations := range w.history {
+		for i := range operations {
+			if operations[i].at.After(safe) {
+				operations[i].Answered = 0
+			}
+		}
+	}
+	for _, l := range w.owners {
+		l.forget(safe)
+	}
+}
+
+// forget makes what was answered after safe uncertain.
+func (l *ownList) forget(safe time.Time) {
+	for len(l.states) > 1 && l.states[len(l.states)-1].at.After(safe) {
+		l.maybe = append(l.maybe, l.states[len(l.states)-1].list)
+		l.states = l.states[:len(l.states)-1]
+	}
+}
+
+// known wants that a value was sent, and not refused.
+func (w *world) known(key, value string) {
+	w.mu.Lock()
+	sent, refused := w.sent[value], w.refused[value]
+	w.mu.Unlock()
+	if !sent || refused {
+		w.fail("%q holds %.60q, sent %v, refused %v", key, value, sent, refused)
+	}
+}
+
+// knownAll is known for all that a store holds.
+func (w *world) knownAll(db *durable.Store) {
+	for key, list := range db.All() {
+		for _, v := range list {
+			w.known(key, v)
+		}
+	}
+}
+
+// checkLeft looks at what a process that has ended leaves behind.
+func (p *process) checkLeft() {
+	if n := p.dir.Handles; n != 0 {
+		p.fail("%d files are left open", n)
+	}
+	for _, c := range p.conns {
+		if !isClosed(c.closed) {
+			p.fail("a connection is left open")
+		}
+	}
+	for _, what := range p.server.Left() {
+		p.fail("%s", what)
+	}
+	if lost := p.server.Lost(); lost < p.told || lost > p.told && p.unknown == 0 {
+		p.fail("%d replies were dropped, and clients were told of %d", lost, p.told)
+	}
+}
+
+// judge starts the server a last time, with nothing that fails, and looks at what is
+// there.
+func (w *world) judge() {
+	w.dir.Before = nil
+	if r, err := durable.Check(w.dir); err != nil || r.Damaged {
+		w.fail("a check of what is left: %v, %v", r.Lines, err)
+	}
+	db, err := durable.Open(context.Background(), w.dir, durable.Options{})
+	if err != nil {
+		w.fail("what is left does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	for key, operations := range w.history {
+		var history []storetest.Operation
+		for _, o := range operations {
+			history = append(history, o.Operation)
+		}
+		if err := storetest.CheckLinearizable(history, db.Get(key)); err != nil {
+			w.fail("%s, of which %d things were asked: %v", key, len(history), err)
+		}
+	}
+	for key, end := range w.ends { // where a power failure costs nothing
+		at, goes := db.Deadline(key)
+		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
+			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
+		}
+	}
+	for key, l := range w.owners {
+		list := db.Get(key)
+		good := slices.Equal(list, l.states[len(l.states)-1].list)
+		for _, m := range l.maybe {
+			good = good || slices.Equal(list, m)
+		}
+		if !good {
+			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
+				l.states[len(l.states)-1].list, len(l.maybe))
+		}
+	}
+	w.knownAll(db)
+	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history),
+		len(w.owners))
+}

@@ -1,0 +1,364 @@
+package world
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// process is the server from its start to its end, however that comes.
+type process struct {
+	*world
+	listener *Listener
+	server   Server
+	settings Settings
+	dir      *storetest.Dir
+	closing  chan struct{} // closed when Close is called
+	gone     chan struct{} // closed when the process has ended
+	killed   chan struct{} // closed when it was killed
+	wires    sync.WaitGroup
+	tidying  chan struct{} // taken by what removes files until they are back, and by the end
+
+	mu      sync.Mutex // guards what is below
+	calls   int        // I/O calls
+	plan    plan
+	after   *storetest.Dir // what it left, when it was killed
+	power   bool           // by a power failure
+	failed  bool           // the disk has
+	since   time.Time      // then
+	moved   time.Time      // its directory was; zero: it was not
+	stalled time.Duration  // of the disk and the process, in all
+	conns   []*Conn        // the server's sides
+	paused  chan struct{}  // closed when the process goes on; nil: it runs
+	told    int            // replies that clients know were dropped
+	unknown int            // clients that ended without knowing
+}
+
+// plan is what will happen to the I/O calls of a process; 0: nothing.
+type plan struct {
+	killAt, failAt, stallAt int
+	power                   bool // killAt is a power failure
+	failure                 error
+	stall                   time.Duration
+}
+
+// draw plans a process's life.
+func (p *process) draw(r *rand.Rand) {
+	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
+	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
+	if Chance(r, 3) {
+		p.plan.killAt = at()
+	}
+	if Chance(r, 4) {
+		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
+			syscall.EMFILE)
+	}
+	if Chance(r, 4) {
+		p.plan.stallAt, p.plan.stall = at(), Between(r, time.Millisecond, 4*time.Second)
+	}
+}
+
+// before is what happens to an I/O call of the process.
+func (p *process) before(c storetest.Call) error {
+	p.gate()
+	p.mu.Lock()
+	p.calls++
+	plan, n := p.plan, p.calls
+	fails := plan.failAt > 0 && n >= plan.failAt && mayFail(c.What, plan.failure)
+	if fails {
+		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
+	}
+	if n == plan.stallAt {
+		p.stalled += plan.stall
+	}
+	p.mu.Unlock()
+	if n == plan.stallAt {
+		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
+		Wait(plan.stall)
+	}
+	if n == plan.killAt {
+		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
+	}
+	if isClosed(p.killed) {
+		return errors.New("the process was killed")
+	}
+	if fails {
+		p.tell("%s %s fails: %v", c.What, c.Name, plan.failure)
+		return &os.PathError{Op: c.What, Path: c.Name, Err: plan.failure}
+	}
+	return nil
+}
+
+// mayFail tells whether such a call can fail so.
+func mayFail(what string, failure error) bool {
+	switch failure {
+	case syscall.EMFILE:
+		return slices.Contains([]string{"list", "open", "create", "lock"}, what)
+	case syscall.ENOSPC:
+		return slices.Contains([]string{"write", "create", "rename"}, what)
+	}
+	return true
+}
+
+// gate waits while the process stands still.
+func (p *process) gate() {
+	p.mu.Lock()
+	paused := p.paused
+	p.mu.Unlock()
+	if paused != nil {
+		<-paused
+	}
+}
+
+// kill ends the process in the middle of things, and the machine with it if power.
+// What its goroutines do from then on reaches nobody.
+func (p *process) kill(power bool, when string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.after != nil {
+		return
+	}
+	close(p.killed)
+	for _, c := range p.conns { // before the copy, so that nothing is answered that is not in it
+		c.Close()
+	}
+	p.power = power
+	if power {
+		p.after = p.dir.Crash(rand.New(rand.NewPCG(p.seed, uint64(p.calls))))
+	} else {
+		p.after = p.dir.Kill()
+	}
+	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
+	if end := time.Now(); p.exposed.IsZero() {
+		if p.failed {
+			end = p.since // from then on nothing may have been synced
+		}
+		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
+	}
+	if power {
+		p.forget()
+	}
+}
+
+// slack is how long the disk and the process itself have stood still, or may.
+func (p *process) slack() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stalled + p.plan.stall
+}
+
+// isDisturbed tells whether the process cannot keep promises that need a sound disk, or
+// its life.
+func (p *process) isDisturbed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failed || p.after != nil
+}
+
+// isVain tells whether what is answered now, by bytes that were on their way when the
+// machine failed, may be lost.
+func (p *process) isVain() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.after != nil && p.power && p.fsync != durable.FsyncAlways
+}
+
+// live is a process's life, and the judgement of how it went.
+func (w *world) live() {
+	r := w.random
+	rotten, mend := w.rot()
+	p := &process{world: w, dir: w.dir, closing: make(chan struct{}), gone: make(chan struct{}),
+		killed: make(chan struct{}), tidying: make(chan struct{}, 1)}
+	p.draw(r)
+	p.drawRoom(r)
+	if rotten {
+		p.plan = plan{}
+	}
+	log, flush := w.program.Log(&slowLog{p, Pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
+		Pick(r, 1, 10, 1000))
+	defer flush()
+
+	w.dir.Before = p.before
+	wasQuiet := w.quiet
+	w.quiet = false
+	db, err := durable.Open(context.Background(), p.dir, durable.Options{Fsync: w.fsync, Log: log})
+	if err != nil || isClosed(p.killed) {
+		p.startFailed(db, err, rotten, mend)
+		w.quiet = wasQuiet && rotten
+		return
+	}
+	w.exposed = time.Time{}
+	if !p.start(db, log) {
+		return
+	}
+
+	var clients sync.WaitGroup
+	for range 2 + r.IntN(7) {
+		p.visit(&clients, Pick(r, kinds...))
+	}
+	clients.Go(p.operate)
+	p.end(db, &clients)
+	clients.Wait()
+	p.wires.Wait()
+	p.checkLeft()
+}
+
+// drawRoom gives the disk of a store an end, in a fifth of cases.
+func (p *process) drawRoom(r *rand.Rand) {
+	d := p.dir
+	if d.Room = 0; !Chance(r, 5) || d.Names["STORE"] == nil {
+		return
+	}
+	for _, f := range d.Names {
+		d.Room += len(f.Data)
+	}
+	d.Room += Pick(r, 0, 3*kilo, 50*kilo)
+	p.tell("the disk has %d bytes", d.Room)
+}
+
+// start has a server serve db, and tells whether it does.
+func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
+	r := p.random
+	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
+		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 100*kilo, 1<<30, 1<<30))}
+	if Chance(r, 8) {
+		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
+	}
+	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
+	if Chance(r, 8) {
+		s.TLS = p.program.TLS
+	}
+
+	p.listener, p.settings = NewListener(), s
+	p.listener.Failures = Pick(r, 0, 0, 5)
+	var err error
+	if p.server, err = p.program.Start(p.listener, db, s); err != nil {
+		p.fail("a start: %v", err)
+		db.Close()
+		return false
+	}
+	p.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
+		"write timeout %v, TLS %v", s.MaxClients, s.MaxMessage, s.MaxQueues, s.MaxMemory,
+		s.WriteTimeout, s.TLS != nil)
+	return true
+}
+
+// startFailed looks at a start that has failed, which it may where the disk has.
+func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend func()) {
+	w := p.world
+	var damage *storage.DamageError
+	switch {
+	case isClosed(p.killed):
+		if err == nil {
+			db.Close()
+		}
+		w.dir = p.after
+	case rotten && (errors.As(err, &damage) || errors.Is(err, storage.ErrNotOurs)):
+		w.tell("refused: %v", err)
+		w.dir.Before = nil
+		if r, err := durable.Check(w.dir); err == nil && !r.Damaged {
+			w.fail("a check finds nothing: %v", r.Lines)
+		}
+		w.repair()
+		mend()
+	case p.failed:
+		w.tell("does not start: %v", err)
+		w.dir = p.dir.Kill()
+	default:
+		w.fail("a start refuses what was left: %v", err)
+	}
+	if p.dir.Handles != 0 {
+		w.fail("%d open files are left of a start", p.dir.Handles)
+	}
+}
+
+// end lets the process live for a while, and ends it.
+func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
+	how := Pick(p.random, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
+		"power when quiet")
+	if p.fsync == durable.FsyncNever && strings.HasPrefix(how, "power") {
+		how = "kill"
+	}
+	quiet := strings.HasSuffix(how, "quiet")
+	p.awaitEnd(quiet, clients)
+
+	p.tidying <- struct{}{}
+	switch {
+	case strings.HasPrefix(how, "kill"):
+		p.kill(false, "")
+	case strings.HasPrefix(how, "power"):
+		p.kill(true, "")
+	}
+	p.quiet = quiet && p.fsync != durable.FsyncNever
+	closes := time.Now()
+	close(p.closing)
+	p.server.Close()
+	if took := time.Since(closes); took > closeTime+p.slack() {
+		p.fail("Close takes %v", took)
+	}
+	err := db.Close()
+	close(p.gone)
+	p.leave(err)
+}
+
+// awaitEnd lets clients do what they do: all of it if quiet, and the disk is good from now on.
+func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
+	r := p.random
+	if quiet {
+		p.mu.Lock()
+		p.plan = plan{}
+		p.mu.Unlock()
+		clients.Wait()
+		Wait(3 * time.Second)
+		return
+	}
+
+	select {
+	case <-time.After(Pick(r, Between(r, 0, 100*time.Millisecond), Between(r, 0, 3*time.Second),
+		Between(r, 0, time.Minute))):
+	case <-p.killed:
+	case err := <-p.server.Failed():
+		p.tell("the store has failed: %v", err)
+		if !p.isDisturbed() {
+			p.fail("and nothing had happened to it: %v", err)
+		}
+	}
+}
+
+// leave leaves the directory to the next process; closed is what the store's Close returned.
+func (p *process) leave(closed error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.plan = plan{} // it may copy itself still
+	if p.after != nil {
+		p.world.dir = p.after
+		return
+	}
+
+	p.tell("stopped: %v", closed)
+	if closed != nil && !p.failed {
+		p.fail("a stop: %v", closed)
+	} else if closed != nil && p.exposed.IsZero() {
+		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
+	}
+	p.quiet = closed == nil && !p.failed
+	p.world.dir = p.dir.Kill()
+	if p.failed && Chance(p.random, 2) && p.fsync != durable.FsyncNever {
+		p.tell("then a power failure")
+		p.after, p.power = p.dir.Crash(p.random), true
+		p.world.dir = p.after
+		p.forget()
+	}
+}

@@ -1,0 +1,182 @@
+package world
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+)
+
+// pipeline sends many requests without waiting, reads the replies in a manner of its
+// own, and counts them.
+func (v *visitor) pipeline() {
+	r := v.random
+	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), Pick(r, 1, 100, 3*kilo)
+	var text strings.Builder
+	var list []string
+	for i := range values {
+		value := v.value(i) + strings.Repeat("+", size)
+		v.world.mu.Lock()
+		v.sent[value] = true
+		v.world.mu.Unlock()
+		list = append(list, key+":"+value)
+		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
+	}
+	io.WriteString(v.conn, text.String()+"Ping:begin\n")
+	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
+		return // refused, or gone
+	}
+	gets, most := Pick(r, 100, 1000, 3000), Pick(r, 1, 3, 3, 12)*1000*kilo
+	if gets*values*size > most {
+		gets = most / (values * size)
+	}
+	errors := 0
+	text.Reset()
+	for range gets {
+		if text.WriteString("Get:" + key + "\n"); Chance(r, 20) {
+			text.WriteString("Nonsense\n")
+			errors++
+		}
+	}
+	mark := v.value(values)
+	text.WriteString("Put:" + key + ":" + mark + "\n")
+	asks := Chance(r, 2)
+	if asks {
+		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
+	}
+	manner := Pick(r, "greedily", "steadily", "after a rest", "never")
+	go func() {
+		io.WriteString(v.conn, text.String())
+		v.conn.CloseWrite()
+	}()
+	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
+	got := v.readAs(manner)
+	if manner == "never" {
+		v.process.mu.Lock()
+		v.unknown++
+		v.process.mu.Unlock()
+		v.checkMark(key, mark, values*size)
+		return
+	}
+	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
+}
+
+// checkMark wants the last write of a client that reads nothing, behind replies of about so many
+// bytes. A long one that has begun waits while all queues are full.
+func (v *visitor) checkMark(key, mark string, replySize int) {
+	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
+		calm: true}
+	if !v.calm || !other.dial() {
+		return
+	}
+	defer other.conn.Close()
+	if !other.hello() {
+		return
+	}
+	io.WriteString(other.conn, "Get:"+key+"\n")
+	lines, last, err := other.reply()
+	s := v.settings
+	mayWait := s.MaxQueues < 1<<30 && 2*replySize > shared*s.MaxMessage
+	if err == nil && !mayWait && !v.isDisturbed() && s.MaxMemory == 0 && v.dir.Room == 0 &&
+		!slices.Contains(lines, key+":"+mark) {
+		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
+			len(lines), last)
+	}
+}
+
+// readAs reads to the end.
+func (v *visitor) readAs(manner string) (got whatWasRead) {
+	var all bytes.Buffer
+	switch manner {
+	case "never":
+		select {
+		case <-v.gone:
+		case <-time.After(20 * time.Second):
+		}
+		return whatWasRead{}
+	case "after a rest":
+		Wait(Between(v.random, 0, 8*time.Second))
+	case "steadily":
+		pause := Between(v.random, 10*time.Millisecond, 900*time.Millisecond)
+		piece := int64(pause) * steadyRate * 5 / 4 / int64(time.Second)
+		for got.err == nil {
+			_, got.err = io.CopyN(&all, v.r, piece)
+			Wait(pause)
+		}
+		got.text = all.String()
+		return got
+	}
+	_, got.err = io.Copy(&all, v.r)
+	if got.err == nil {
+		got.err = io.EOF
+	}
+	got.text = all.String()
+	return got
+}
+
+// whatWasRead is what a client has read, and why it read no more.
+type whatWasRead struct {
+	text string
+	err  error
+}
+
+// tally counts replies: each is whole, and what was not delivered was told.
+func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady bool) {
+	v.process.mu.Lock()
+	defer v.process.mu.Unlock()
+	cut := v.settings.WriteTimeout > 0 && !steady && got.err != nil
+	disturbed := v.failed || isClosed(v.closing) || cut &&
+		v.settings.WriteTimeout < time.Minute
+	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
+		v.fail("%s: its connection ends in %v", v.id, got.err)
+	}
+	refusable := 0 // what the client wrote last may have been refused
+	if v.settings.MaxMemory > 0 || v.dir.Room > 0 {
+		refusable = 1
+	}
+	delivered, dropped, place, ended := 0, 0, 0, false
+	lines := strings.SplitAfter(got.text, "\n")
+	for i, line := range lines {
+		text, whole := strings.CutSuffix(line, "\n")
+		switch n := 0; {
+		case !whole && got.err == io.EOF && line != "" && !disturbed:
+			v.fail("%s: the last line is torn: %.60q", v.id, line)
+		case !whole:
+		case text == list[place]:
+			if place++; place == len(list) {
+				place = 0
+				delivered++
+			}
+		case place > 0:
+			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
+			return
+		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"):
+			delivered++
+		case strings.HasPrefix(text, ":PONG end"):
+			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
+			ended = asked
+		case strings.Contains(text, "replies were dropped"):
+			fmt.Sscanf(text[strings.LastIndex(text, ": ")+2:], "%d", &n)
+			dropped += n
+			ended = !asked
+		default:
+			v.fail("%s: line %d is %.60q", v.id, i, text)
+			return
+		}
+	}
+	v.told += dropped
+	if got.err != io.EOF || disturbed {
+		v.unknown++
+		if delivered+dropped > owed+1 {
+			v.fail("%s: %d delivered and %d dropped, of %d", v.id, delivered, dropped, owed)
+		}
+	} else if n := delivered + dropped - owed; (n < 0 || n > refusable) &&
+		(v.after == nil || ended) {
+		v.fail("%s: %d delivered and %d dropped, want %d", v.id, delivered, dropped, owed)
+	}
+	if steady && dropped > 0 {
+		v.fail("%s: %d replies were dropped, though it read", v.id, dropped)
+	}
+}

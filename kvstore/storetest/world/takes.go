@@ -1,0 +1,143 @@
+package world
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+)
+
+// take has others wait for what it gives, or does not give, and looks what becomes of it.
+func (v *visitor) take() {
+	if !v.hello() {
+		return
+	}
+	for i := range 1 + v.random.IntN(5) {
+		taker, ok := v.also()
+		if !ok {
+			return
+		}
+		if goesOn := v.takeOnce(i, taker); !goesOn {
+			taker.conn.Close()
+			return
+		}
+		taker.conn.Close()
+	}
+}
+
+// takeOnce has taker wait. What is given comes to it in time, and is nobody else's; nothing comes
+// to one that has gone; and one that is given nothing waits as long as it says.
+func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
+	r := v.random
+	key, seconds := fmt.Sprint("taken", v.id), 2+r.IntN(5)
+	ends := time.Now().Add(time.Duration(seconds) * time.Second)
+	fmt.Fprintf(taker.conn, Pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
+	Wait(time.Second)
+	what := Pick(r, "gives", "gives", "goes", "waits")
+	if what == "goes" {
+		taker.raw.BreakOff()
+		Wait(goneTime + time.Second)
+	}
+
+	value := v.value(i)
+	if what != "waits" {
+		give := Pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
+		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
+			v.world.mu.Lock()
+			v.refused[value] = strings.HasPrefix(last, ":ERROR")
+			v.world.mu.Unlock()
+			return false
+		}
+	}
+	given := time.Now()
+	if what == "goes" {
+		if last, ok := v.ask("Count:" + key); ok && v.slack() == 0 && last != ":OK 1" {
+			v.fail("a Take of a client that has gone took what came: %s", last)
+		}
+		_, goesOn = v.ask("Delete:" + key)
+		return goesOn
+	}
+	if what == "gives" && !given.Before(ends) { // it may have come too late
+		return false
+	}
+	return v.checkTaken(taker, key, value, what == "gives", given, ends)
+}
+
+// checkTaken wants that taker has got value, if that was given, and else nothing at its end.
+func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
+	given, ends time.Time) (goesOn bool) {
+	lines, last, err := taker.reply()
+	late := v.slack() + time.Second/2
+	got := last == ":OK 1" && slices.Equal(lines, []string{key + ":" + value})
+	switch now := time.Now(); {
+	case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.closing):
+		return false
+	case gives && !got:
+		v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
+	case gives && now.Sub(given) > late:
+		v.fail("%s: a value comes %v after it was given", v.id, now.Sub(given))
+	case !gives && (last != ":OK 0" || now.Before(ends) || now.Sub(ends) > late):
+		v.fail("%s: a Take ends %v after its time, %s", v.id, now.Sub(ends), last)
+	}
+	if last, ok := v.ask("Count:" + key); ok && last != ":OK 0" {
+		v.fail("%s: what was taken is there still: %s", v.id, last)
+	}
+	return true
+}
+
+// end makes keys that end, and looks that they are there until then, and no longer; also those of
+// processes before.
+func (v *visitor) end() {
+	r := v.random
+	if !v.hello() {
+		return
+	}
+	for i := range 6 {
+		key, value := fmt.Sprintf("ends%s-%d", v.id, i), v.value(i)
+		seconds := 1 + r.IntN(4)
+		lasts := time.Duration(seconds) * time.Second
+		began := time.Now()
+		fmt.Fprintf(v.conn, Pick(r, "Lease:%[1]s:%[2]d:%[3]s\n", "Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"),
+			key, seconds, value)
+		io.WriteString(v.conn, "Ping\n")
+		for n, last := 0, ""; last != ":PONG"; n++ {
+			var err error
+			if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
+				v.world.mu.Lock()
+				v.refused[value] = err == nil && n == 0
+				v.world.mu.Unlock()
+				return
+			}
+		}
+		earliest, latest := began.Add(lasts), time.Now().Add(lasts+expireTime)
+		v.world.mu.Lock()
+		v.ends[key] = latest
+		v.world.mu.Unlock()
+
+		for range 3 {
+			Wait(Between(r, 0, lasts))
+			asked := time.Now()
+			fmt.Fprintf(v.conn, "Get:%s\nKeys:ends\n", key)
+			lines, _, err := v.reply()
+			if err != nil {
+				return
+			}
+			if now := time.Now(); len(lines) == 0 && now.Before(earliest) {
+				v.fail("%s goes %v too early", key, earliest.Sub(now))
+			} else if len(lines) > 0 && asked.After(latest) {
+				v.fail("%s is there %v too long", key, asked.Sub(latest))
+			}
+			if lines, _, err = v.reply(); err != nil {
+				return
+			}
+			v.world.mu.Lock()
+			for _, line := range lines {
+				if end, known := v.ends[strings.TrimPrefix(line, ": ")]; known && asked.After(end) {
+					go v.fail("%s is there again, or still, %v after its time", line, asked.Sub(end))
+				}
+			}
+			v.world.mu.Unlock()
+		}
+	}
+}

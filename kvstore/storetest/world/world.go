@@ -1,0 +1,221 @@
+// Package world has worlds for anything that serves a store on a net.Listener. A world is drawn
+// from a seed: a data directory, a server that is started on it again and again, and clients on a
+// network that does what networks may do. What was promised is judged on the way and at the end.
+// (After FoundationDB's simulation: Zhou et al., SIGMOD 2021.) All of it happens in fake time.
+//
+//	world.go    what is asked of the server, seeds, the story
+//	process.go  the server from its start to its end
+//	faults.go   what befalls it beside its clients
+//	network.go  a network in memory, as unkind as a real one
+//	clients.go  clients, and the kinds of them that know nothing of the data:
+//	lists.go    those that know what lists must hold,
+//	takes.go    those that wait for values, and whose keys end,
+//	readers.go  and those that read slowly, or not at all
+//	judge.go    what was promised
+//
+// To add a fault of the disk, see process.before; of the network, wire; of the process,
+// process.operate; a kind of client is a method like (*visitor).ping and its line in kinds.
+package world
+
+import (
+	"crypto/tls"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storetest"
+)
+
+// Program is what worlds are about.
+type Program struct {
+	// Log returns a log of which so many lines may wait until they are written to w, and nobody
+	// waits for them. flush returns when all are written, and nobody logs any more.
+	Log func(w io.Writer, lines int) (log *slog.Logger, flush func())
+
+	// Start serves a store on a listener. It does not block.
+	Start func(listener net.Listener, store kvstore.KVStore, with Settings) (Server, error)
+
+	TLS *tls.Config // of the servers that speak it
+}
+
+// Settings are drawn anew for each start.
+type Settings struct {
+	Log                  *slog.Logger
+	MaxLine, MaxMessage  int // bytes
+	MaxClients           int
+	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: any number
+	WriteTimeout         time.Duration // 0: none
+	TLS                  *tls.Config   // nil: none
+}
+
+// Server is a server that was started.
+type Server interface {
+	CountActive() int
+	Failed() <-chan error
+	Close()
+
+	// Look has the server look whether its files are what they were, as it does when somebody
+	// asks how it is.
+	Look()
+
+	// What it says after Close: how many replies slow readers have lost, and what it keeps though
+	// there is nothing to keep it for.
+	Lost() (replies int)
+	Left() (what []string)
+}
+
+// maxLine is the MaxLine of all.
+const maxLine = 20_000
+
+// How many worlds Run looks at unless it is told, and how many with the race detector, which takes
+// seven times as long.
+const seedsUsual, seedsRace = 100, 5
+
+// Run looks at worlds, and reports where something that was promised does not hold. The
+// environment's KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many (0: until it is stopped);
+// of a single one the whole story is told.
+func Run(t *testing.T, program Program) {
+	first, seeds := uint64(1), uint64(seedsUsual)
+	if info, ok := debug.ReadBuildInfo(); ok &&
+		slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		seeds = seedsRace
+	}
+	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
+		"KVSERVER_SEEDS": &seeds} {
+		if text := os.Getenv(name); text != "" {
+			var err error
+			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+
+	const group = 200
+	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
+		t.Run("seeds", func(t *testing.T) {
+			for i := range uint64(group) {
+				if seed := first + done + i; seeds == 0 || done+i < seeds {
+					t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
+						t.Parallel()
+						run(t, seed, seeds == 1, program)
+					})
+				}
+			}
+		})
+		if seeds == 0 {
+			fmt.Fprintf(os.Stderr, "%d to %d\n", first+done, first+done+group-1)
+		}
+	}
+}
+
+// world is one simulated run.
+type world struct {
+	t       *testing.T
+	program Program
+	seed    uint64
+	random  *rand.Rand // the world's own choices; each client and each wire has others
+	began   time.Time
+	dir     *storetest.Dir
+	fsync   time.Duration
+	quiet   bool // what is in dir is on disk, and nobody has written for over two seconds
+
+	// What was answered after this is not on disk if the machine fails now, where a
+	// process that was killed has left it to a kernel. Zero: it is.
+	exposed time.Time
+
+	mu      sync.Mutex // guards what is below
+	story   []string
+	ids     int
+	clock   int64                // everybody's: it counts what was begun and answered
+	history map[string][]heard   // of each list that all change
+	ends    map[string]time.Time // when a key goes at the latest
+	sent    map[string]bool      // every value that a request has carried
+	refused map[string]bool      // values of requests that got an error
+	owners  map[string]*ownList  // of each list that has one writer
+}
+
+// run looks at one world. If tell, its story is told whatever becomes of it.
+func run(t *testing.T, seed uint64, tell bool, program Program) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{
+			t: t, program: program, seed: seed, random: rand.New(rand.NewPCG(seed, 1)),
+			began: time.Now(), dir: storetest.New(), history: map[string][]heard{},
+			ends: map[string]time.Time{}, sent: map[string]bool{"0": true, "1": true},
+			refused: map[string]bool{}, owners: map[string]*ownList{},
+		}
+		hangs := time.AfterFunc(time.Hour, func() {
+			panic(fmt.Sprintf("seed %d hangs\n%s", seed, strings.Join(w.story, "\n")))
+		})
+		w.run()
+		hangs.Stop()
+
+		if tell && !t.Failed() {
+			fmt.Printf("the story of seed %d:\n%s\n", seed, strings.Join(w.story, "\n"))
+		}
+		if t.Failed() {
+			t.Logf("the story of seed %d (again: make simulate SEED=%d SEEDS=1):\n%s", seed, seed,
+				strings.Join(w.story, "\n"))
+		}
+	})
+}
+
+// run lets servers live one after the other, and judges what they leave.
+func (w *world) run() {
+	r := w.random
+	w.dir.Segment = int64(Pick(r, 3, 10, 100) * kilo)
+	w.dir.Compact, w.dir.Reserve = int64(Pick(r, 5, 20)*kilo), Pick(r, 1, 8, 32)*kilo
+	w.fsync = Pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
+	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
+
+	for range 1 + r.IntN(4) {
+		w.live()
+		if w.t.Failed() {
+			return
+		}
+		Wait(Between(r, 0, 5*time.Second))
+	}
+	w.judge()
+}
+
+// tell adds a line to the story.
+func (w *world) tell(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.story = append(w.story, fmt.Sprintf("%9.3fs %s", time.Since(w.began).Seconds(),
+		fmt.Sprintf(format, args...)))
+}
+
+// fail says that a promise was broken.
+func (w *world) fail(format string, args ...any) {
+	w.tell("BROKEN: "+format, args...)
+	w.t.Errorf("seed %d: "+format, append([]any{w.seed}, args...)...)
+}
+
+// id returns a number that nobody else has.
+func (w *world) id() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ids++
+	return w.ids
+}
+
+// tick is a moment of everybody's clock.
+func (w *world) tick() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.clock++
+	return w.clock
+}
