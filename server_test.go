@@ -4638,74 +4638,31 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 
 // ---- the store behind the server
 
-// plainStore is a KVStore of the test's own that can do nothing else, does not
-// clone, and whose Commit fails when told to.
+// plainStore is a KVStore that can do nothing else, and whose Commit fails when told to.
 type plainStore struct {
-	lists   map[string][]string
+	kvstore.KVStore
 	commits int
 	fail    error
 	last    []string // that Get returned
 }
 
 func (p *plainStore) Get(key string) []string {
-	p.last = slices.Clone(p.lists[key])
+	p.last = p.KVStore.Get(key)
 	return p.last
 }
-func (p *plainStore) Put(key, value string) { p.lists[key] = append(p.lists[key], value) }
-func (p *plainStore) Delete(key string) int {
-	n := len(p.lists[key])
-	delete(p.lists, key)
-	return n
-}
-func (p *plainStore) Update(key, oldValue, newValue string) bool {
-	i := slices.Index(p.lists[key], oldValue)
-	if i >= 0 {
-		p.lists[key] = slices.Delete(p.lists[key], i, i+1)
-	}
-	p.Put(key, newValue)
-	return i >= 0
-}
-func (p *plainStore) Set(key, value string) int {
-	n := p.Delete(key)
-	p.Put(key, value)
-	return n
-}
-func (p *plainStore) Remove(key, value string) bool {
-	i := slices.Index(p.lists[key], value)
-	if i >= 0 {
-		p.lists[key] = slices.Delete(p.lists[key], i, i+1)
-	}
-	if len(p.lists[key]) == 0 {
-		delete(p.lists, key)
-	}
-	return i >= 0
-}
+
 func (p *plainStore) Commit() error {
 	p.commits++
 	return p.fail
 }
 
-// listedStore is a plainStore that the server is given as a Store, and can list.
+// listedStore is a Store made of a KVStore, which can list what that holds.
 type listedStore struct {
 	kvstore.Store
-	lists map[string][]string
+	held *kvstore.Memory
 }
 
-func (l listedStore) Snapshot() kvstore.Snapshot {
-	now := plainSnapshot{}
-	for key, list := range l.lists {
-		now[key] = slices.Clone(list)
-	}
-	return now
-}
-
-// plainSnapshot is a copy of everything.
-type plainSnapshot map[string][]string
-
-func (p plainSnapshot) Deadline(string) (int64, bool) { return 0, false }
-
-func (p plainSnapshot) All() iter.Seq2[string, []string]           { return maps.All(p) }
-func (p plainSnapshot) View(scratch []string, key string) []string { return p[key] }
+func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
 
 // Ensure that the server needs nothing of a store but the KVStore interface, and a Snapshot for
 // Keys and Dump.
@@ -4713,8 +4670,8 @@ func TestAnyStoreWillDo(t *testing.T) {
 	for _, c := range conversations {
 		synctest.Test(t, func(t *testing.T) {
 			n := newFakeNet()
-			store := &plainStore{lists: map[string][]string{}}
-			n.server.db = listedStore{kvstore.StoreOf(store), store.lists}
+			held := kvstore.NewMemory()
+			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
 			n.server.serve(n)
 			defer n.server.Close()
 			a := n.dial(t)
@@ -4739,7 +4696,8 @@ func TestAnyStoreWillDo(t *testing.T) {
 // Ensure that a client that waits for its next request pins nothing of the last.
 func TestQuietClientPinsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &plainStore{lists: map[string][]string{"k": {"v"}}}
+		store := &plainStore{KVStore: kvstore.NewMemory()}
+		store.Put("k", "v")
 		n.server.db = kvstore.StoreOf(store)
 		a := n.dial(t)
 		a.ask("Get:k", "k:v")
@@ -4887,7 +4845,7 @@ func TestBusyClientPinsOneBurst(t *testing.T) {
 // everybody is disconnected, and the owner is told.
 func TestNoReplyWithoutCommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := &plainStore{lists: map[string][]string{}}
+		store := &plainStore{KVStore: kvstore.NewMemory()}
 		n := newFakeNet()
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
@@ -7132,148 +7090,117 @@ func BenchmarkFormat(b *testing.B) {
 
 // ---- fuzzing
 
-// model is the parser's and the store's model: as short as it can be.
+// model is the protocol's model, and storetest.Model the store's.
 type model struct {
-	lists map[string][]string
-	goes  map[string]int // when a key goes; 0: it stays
-	now   int            // in seconds; time passes where a Take waits
+	storetest.Model
+	now   int64 // in seconds; time passes where a Take waits
+	acked bool
 }
 
 // answer returns what the server must reply to one line that is not blank.
-func (m *model) answer(number int, line string, acked *bool) string {
+func (m *model) answer(number int, line string) string {
+	for key, ok := m.NextDue(m.now); ok; key, ok = m.NextDue(m.now) {
+		m.Delete(key)
+	}
+	if len(line) > testMaxLine {
+		return ":ERROR line " + strconv.Itoa(number) + ": "
+	}
+
+	// What is asked of a list. The last field may hold colons in some.
 	f := strings.Split(line, ":")
-	verb, n, out := strings.ToLower(f[0]), 0, ""
-	refused := ":ERROR line " + strconv.Itoa(number) + ": "
-	for key, at := range m.goes {
-		if at <= m.now && at > 0 {
-			delete(m.lists, key)
-			delete(m.goes, key)
+	fields := len(f)
+	f = append(f, "", "", "")
+	verb, key, rest := strings.ToLower(f[0]), f[1], strings.Join(f[2:max(fields, 2)], ":")
+	q, n, out := storetest.Request{}, 0, ""
+	ask := func(v string) {
+		q.Verb = v
+		var got []string
+		n, got = q.Do(m, key)
+		for _, v := range got {
+			out += key + ":" + v + "\n"
 		}
 	}
-	left := func(key string) string { return strconv.Itoa(m.goes[key] - m.now) }
-	switch {
-	case len(line) > testMaxLine:
-		return refused
-	case verb == "put" && len(f) >= 3 && f[1] != "":
-		m.lists[f[1]] = append(m.lists[f[1]], strings.Join(f[2:], ":"))
-		n = 1
-	case verb == "get" && len(f) == 2 && f[1] != "":
-		for _, v := range m.lists[f[1]] {
-			out += f[1] + ":" + v + "\n"
-			n++
-		}
-	case verb == "set" && len(f) >= 3 && f[1] != "":
-		n = len(m.lists[f[1]])
-		delete(m.goes, f[1])
-		m.lists[f[1]] = []string{strings.Join(f[2:], ":")}
-	case verb == "remove" && len(f) >= 3 && f[1] != "":
-		if i := slices.Index(m.lists[f[1]], strings.Join(f[2:], ":")); i >= 0 {
-			m.lists[f[1]] = slices.Delete(m.lists[f[1]], i, i+1)
-			n = 1
-		}
-		if len(m.lists[f[1]]) == 0 {
-			delete(m.lists, f[1])
-		}
-	case verb == "swap" && len(f) == 4 && f[1] != "":
-		if i := slices.Index(m.lists[f[1]], f[2]); i >= 0 {
-			m.lists[f[1]] = append(slices.Delete(m.lists[f[1]], i, i+1), f[3])
-			n = 1
-		}
-	case verb == "add" && len(f) >= 3 && f[1] != "":
-		if len(m.lists[f[1]]) == 0 {
-			m.lists[f[1]] = []string{strings.Join(f[2:], ":")}
-			n = 1
-		}
-	case verb == "lease" && len(f) >= 4 && f[1] != "" && seconds(f[2], 1, maxSeconds) >= 0:
-		if len(m.lists[f[1]]) == 0 {
-			m.lists[f[1]] = []string{strings.Join(f[3:], ":")}
-			m.goes[f[1]] = m.now + seconds(f[2], 1, maxSeconds)
-			n = 1
-		}
-	case verb == "expire" && len(f) == 2 && f[1] != "":
-		if m.goes[f[1]] > 0 {
-			out = ": " + left(f[1]) + "\n"
-		}
-		return out + ":OK " + strconv.Itoa(times(len(m.lists[f[1]]) > 0)) + "\n"
-	case verb == "expire" && len(f) == 3 && f[1] != "" && seconds(f[2], 0, maxSeconds) >= 0:
-		if n = times(len(m.lists[f[1]]) > 0); n == 1 {
-			if m.goes[f[1]] = m.now + seconds(f[2], 0, maxSeconds); m.goes[f[1]] == m.now {
-				delete(m.goes, f[1])
-			}
-		}
-	case verb == "take" && f[len(f)-1] != "" && len(f) > 1 && f[1] != "" &&
-		(len(f) == 2 || len(f) == 3 && seconds(f[2], 1, 3600) > 0):
-		if list := m.lists[f[1]]; len(list) > 0 {
-			out, n = f[1]+":"+list[0]+"\n", 1
-			m.lists[f[1]] = list[1:]
-		} else if len(f) == 3 {
+	always := verb == "count" || verb == "keys" || verb == "dump" || line == "?" || verb == "help"
+	switch has := key != ""; {
+	case has && fields >= 3 && (verb == "put" || verb == "set" || verb == "add"):
+		q.New = rest
+		ask(strings.ToUpper(verb[:1]) + verb[1:])
+	case has && fields >= 3 && verb == "remove":
+		q.Old = rest
+		ask("Remove")
+	case has && fields == 4 && (verb == "update" || verb == "swap"):
+		q.Old, q.New = f[2], f[3]
+		ask(strings.ToUpper(verb[:1]) + verb[1:])
+	case has && fields == 2 && (verb == "get" || verb == "delete" || verb == "count" || verb == "take"):
+		ask(strings.ToUpper(verb[:1]) + verb[1:])
+	case has && fields == 3 && verb == "take" && seconds(f[2], 1, 3600) > 0:
+		if ask("Take"); n == 0 {
 			m.now += seconds(f[2], 1, 3600)
 		}
-		if len(m.lists[f[1]]) == 0 {
-			delete(m.lists, f[1])
+	case has && fields >= 4 && verb == "lease" && seconds(f[2], 1, maxSeconds) > 0:
+		q.New = strings.Join(f[3:fields], ":")
+		if ask("Add"); n == 1 {
+			m.Expire(key, m.now+seconds(f[2], 1, maxSeconds))
 		}
-	case verb == "count" && len(f) == 2 && f[1] != "":
-		return ":OK " + strconv.Itoa(len(m.lists[f[1]])) + "\n"
-	case verb == "delete" && len(f) == 2 && f[1] != "":
-		n = len(m.lists[f[1]])
-		delete(m.lists, f[1])
-	case verb == "update" && len(f) == 4 && f[1] != "":
-		if i := slices.Index(m.lists[f[1]], f[2]); i >= 0 {
-			m.lists[f[1]] = slices.Delete(m.lists[f[1]], i, i+1)
-			n = 1
+	case has && fields == 3 && verb == "expire" && seconds(f[2], 0, maxSeconds) >= 0:
+		at := m.now + seconds(f[2], 0, maxSeconds)
+		if at == m.now {
+			at = 0 // it stays
 		}
-		m.lists[f[1]] = append(m.lists[f[1]], f[3])
-	case line == "?" || verb == "help" && len(f) == 1:
-		n = len(helpLines)
-		out = ": " + strings.Join(helpLines, "\n: ") + "\n"
-	case verb == "keys" && (len(f) == 1 || len(f) == 2):
-		for _, key := range slices.Sorted(maps.Keys(m.lists)) {
-			if strings.HasPrefix(key, strings.Join(f[1:], "")) {
-				out += ": " + key + "\n"
-				n++
-			}
+		n = times(m.Expire(key, at))
+	case has && fields == 2 && verb == "expire":
+		n, always = times(m.Count(key) > 0), true
+		if at, ok := m.Deadline(key); ok {
+			out = fmt.Sprintf(": %d\n", at-m.now)
 		}
-	case verb == "dump" && (len(f) == 1 || len(f) == 2):
-		for _, key := range slices.Sorted(maps.Keys(m.lists)) {
-			if !strings.HasPrefix(key, strings.Join(f[1:], "")) {
-				continue
-			}
-			for _, v := range m.lists[key] {
-				if strings.HasSuffix(v, "\r") || strings.HasSuffix(v, "\r\x00") {
-					v += "\r"
-				}
-				out += ": Put:" + key + ":" + v + "\n"
-				n++
-			}
-			if m.goes[key] > 0 {
-				out += ": Expire:" + key + ":" + left(key) + "\n"
-				n++
-			}
-		}
-	case verb == "ack" && len(f) == 1:
-		*acked = true
+
+	case line == "?" || verb == "help" && fields == 1:
+		n, out = len(helpLines), ": "+strings.Join(helpLines, "\n: ")+"\n"
+	case (verb == "keys" || verb == "dump") && fields <= 2:
+		n, out = m.list(key, verb == "dump")
+	case verb == "ack" && fields == 1:
+		m.acked = true
+	case verb == "ping" && line[4:] != "" && line[4:] != ":":
+		return ":PONG " + line[len("ping:"):] + "\n"
 	case verb == "ping":
-		if token := strings.Join(f[1:], ":"); token != "" {
-			return ":PONG " + token + "\n"
-		}
 		return ":PONG\n"
-	case (verb == "quit" || verb == "exit") && len(f) == 1:
+	case (verb == "quit" || verb == "exit") && fields == 1:
 	default:
-		return refused
+		return ":ERROR line " + strconv.Itoa(number) + ": "
 	}
-	if len(f) > 1 && len(m.lists[f[1]]) == 0 {
-		delete(m.goes, f[1])
-	}
-	if *acked || line == "?" || verb == "help" || verb == "keys" || verb == "dump" {
-		out += ":OK " + strconv.Itoa(n) + "\n"
+	if m.acked || always {
+		out += fmt.Sprintf(":OK %d\n", n)
 	}
 	return out
 }
 
+// list returns what Keys or Dump answers, and of how many lines that is.
+func (m *model) list(prefix string, dumps bool) (n int, out string) {
+	all := maps.Collect(m.All())
+	for _, key := range slices.Sorted(maps.Keys(all)) {
+		switch at, ends := m.Deadline(key); {
+		case !strings.HasPrefix(key, prefix):
+		case !dumps:
+			out += ": " + key + "\n"
+		default:
+			for _, v := range all[key] {
+				if strings.HasSuffix(v, "\r") || strings.HasSuffix(v, "\r\x00") {
+					v += "\r"
+				}
+				out += ": Put:" + key + ":" + v + "\n"
+			}
+			if ends {
+				out += fmt.Sprintf(": Expire:%s:%d\n", key, at-m.now)
+			}
+		}
+	}
+	return strings.Count(out, "\n"), out
+}
+
 // seconds returns the number that text is, -1 if it is none from least to most.
-func seconds(text string, least, most int) (n int) {
+func seconds(text string, least, most int64) (n int64) {
 	for _, digit := range text {
-		if n = 10*n + int(digit-'0'); digit < '0' || digit > '9' || n > most {
+		if n = 10*n + int64(digit-'0'); digit < '0' || digit > '9' || n > most {
 			return -1
 		}
 	}
@@ -7293,8 +7220,8 @@ func FuzzConversation(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
 		lines := strings.SplitAfter(string(script), "\n")
-		m := model{map[string][]string{}, map[string]int{}, 1}
-		acked, want, spoke, quit := false, "", false, false
+		m := model{Model: storetest.NewModel(), now: 1}
+		want, spoke, quit := "", false, false
 		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
 			want, quit = ":ERROR line 1: \n", true
 		}
@@ -7319,7 +7246,7 @@ func FuzzConversation(f *testing.F) {
 				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
 				return // Stats tells the time; and the model folds letters as Unicode does
 			}
-			answer := m.answer(i+1, line, &acked)
+			answer := m.answer(i+1, line)
 			if strings.HasPrefix(answer, ":ERROR") {
 				answer += "\n"
 				switch {
