@@ -46,8 +46,8 @@ windows: ## build for Windows, and try that with wine, which must be installed
 	.ci/windows
 
 SOAK ?= 2m
-soak: ## mixed traffic, clients and servers killed, for SOAK (2m)
-	KVSERVER_SOAK=$(SOAK) go test -run '^TestSoak$$' -v -timeout 0 .
+soak: ## clients of a real server that is killed again and again, for SOAK (2m)
+	KVSERVER_SOAK=$(SOAK) go test -run '^TestKilledServer$$' -v -timeout 0 .
 
 bench: build ## measure it beside redis-server and memcached, where they are installed
 	go run .ci/bench.go

@@ -10,7 +10,6 @@
 //	the store behind the server   failing, stalling and full stores
 //	the binary                    flags, mistakes, signals, the README's programs
 //	the log and the side doors    log, metrics, health, profiles
-//	one order                     linearizability
 //	the data on disk              kills, and what is there then
 //	a real etcd cluster           two servers that take over (make etcd)
 //	the whole server, simulated   worlds drawn from seeds, with faults, and their judge
@@ -23,10 +22,10 @@
 //	Any bytes get exactly the replies of the protocol, wherever the network cuts them
 //		FuzzConversation, TestEverySplitPoint
 //	There is one order of all operations, and it agrees with everybody's clock
-//		TestLinearizable
+//		TestSimulation, TestKilledServer
 //	Nothing a client was told is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
-//		TestKilledServerKeepsWhatItAnswered
+//		TestKilledServer
 //	Files that somebody removes under a running server are written anew
 //		TestRemovedFilesAreWrittenAnew, TestHealMayFail, TestRemovedRealFiles
 //	A start copies nothing, and a full disk stops neither it nor reading
@@ -6558,345 +6557,192 @@ func TestPingOfAFullServer(t *testing.T) {
 	a.hangUp()
 }
 
-// ---- one order
-
-// Ensure that what clients see at once is explained by one order that agrees
-// with their common clock, also when the server is killed and started again.
-func TestLinearizable(t *testing.T) {
-	t.Parallel()
-	for _, durable := range []bool{false, true} {
-		args, rounds := []string{"-addr", "127.0.0.1:0"}, 1
-		if durable {
-			args, rounds = append(args, "-data", t.TempDir()), 3
-		}
-		var clock atomic.Int64
-		var mu sync.Mutex
-		histories := map[string][]storetest.Operation{}
-		record := func(key string, o storetest.Operation) {
-			mu.Lock()
-			defer mu.Unlock()
-			histories[key] = append(histories[key], o)
-		}
-		var addr string
-		for round := range rounds {
-			cmd, at, log := startBinary(t, args...)
-			go io.Copy(io.Discard, log)
-			addr = at
-			var wg sync.WaitGroup
-			for id := range 8 {
-				a := dialTCP(t, addr)
-				a.ask("Ack", ":OK 0")
-				wg.Go(func() {
-					random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
-					for i := range 100 {
-						key := fmt.Sprint("key", random.IntN(3))
-						o := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
-						if random.IntN(2) == 0 {
-							o.Verb, o.New = "Put", fmt.Sprintf("%d-%d-%d", round, id, i)
-						}
-						o.Invoked = clock.Add(1)
-						io.WriteString(a.conn, o.Line(key))
-						for {
-							line, err := a.r.ReadString('\n')
-							if err != nil { // killed
-								record(key, o)
-								return
-							}
-							if strings.HasPrefix(line, ":OK") {
-								break
-							}
-							o.Got = append(o.Got, strings.TrimSuffix(line[len(key)+1:], "\n"))
-						}
-						o.Answered = clock.Add(1)
-						record(key, o)
-						if durable && round < rounds-1 && id == 0 && i == 40+round*20 {
-							cmd.Process.Kill()
-						}
-					}
-				})
-			}
-			wg.Wait()
-		}
-		a := dialTCP(t, addr)
-		for key, history := range histories {
-			a.send("Get:" + key + "\nPing\n")
-			var final []string
-			for line := a.read(); line != ":PONG"; line = a.read() {
-				final = append(final, line[len(key)+1:])
-			}
-			if err := storetest.CheckLinearizable(history, final); err != nil {
-				t.Errorf("durable %v, %s, %d operations: %v", durable, key, len(history), err)
-			}
-		}
-	}
-}
-
-// Ensure that what clients see of lists that all of them change in every way is explained by one
-// order, also when the server is killed and started again while Takes wait.
-func TestEveryVerbIsLinearizable(t *testing.T) {
-	t.Parallel()
-	const rounds, clients, requests, lists = 4, 8, 60, 3
-	dir := t.TempDir()
-	var clock atomic.Int64
-	tick := func() int64 { return clock.Add(1) }
-	var mu sync.Mutex
-	histories := map[string][]storetest.Operation{}
-	addr := ""
-	for round := range rounds {
-		cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
-		go io.Copy(io.Discard, log)
-		addr = at
-		var all sync.WaitGroup
-		for id := range clients {
-			c := dialTCP(t, addr)
-			c.ask("Ack", ":OK 0")
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(uint64(round), uint64(id)))
-				for i := range requests {
-					key := fmt.Sprint("mixed", random.IntN(lists))
-					a := storetest.Operation{Request: world.DrawRequest(random, fmt.Sprintf("%d-%d-%d", round, id, i))}
-					err := world.Ask(c.conn, c.r, key, &a, tick)
-					mu.Lock()
-					histories[key] = append(histories[key], a)
-					mu.Unlock()
-					if err != nil {
-						return
-					}
-					if round < rounds-1 && id == 0 && i == 20+round*10 {
-						cmd.Process.Kill()
-					}
-				}
-			})
-		}
-		all.Wait()
-	}
-	c := dialTCP(t, addr)
-	for key, history := range histories {
-		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
-		c.ask("Ack", ":OK 0")
-		if err := world.Ask(c.conn, c.r, key, &final, tick); err != nil {
-			t.Fatal(err)
-		}
-		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
-			t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
-		}
-	}
-}
-
 // ---- the data on disk
 
-// Ensure that what was answered survives kill -9, round after round, in one
-// directory, and that a clean stop needs no repair.
-func TestKilledServerKeepsWhatItAnswered(t *testing.T) {
+// Ensure that one order of what clients ask explains what is answered, and what is there after
+// kill -9 and after a clean stop, again and again in one directory. `make soak` does it for longer
+// than five starts.
+func TestKilledServer(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	answered := 0 // Puts of the list 0, 1, 2 ... that were answered
-	for round := range 5 {
-		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
-		go io.Copy(io.Discard, log)
-		a := dialTCP(t, addr)
-		a.ask("Ack", ":OK 0")
-		a.send("Get:list\n")
-		list := a.readList()
-		if len(list) < answered {
-			t.Fatalf("round %d: %d values are there of %d answered", round, len(list), answered)
+	starts, length := 5, time.Hour
+	if text := os.Getenv("KVSERVER_SOAK"); text != "" {
+		var err error
+		if length, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
 		}
-		for i, line := range list {
-			if line != fmt.Sprintf("list:%d", i) {
-				t.Fatalf("round %d: value %d is %q", round, i, line)
-			}
+		starts = math.MaxInt
+	}
+	k := killed{t: t, dir: t.TempDir(), asked: map[string][]storetest.Operation{}}
+	for began := time.Now(); starts > 0 && time.Since(began) < length && !t.Failed(); starts-- {
+		k.start()
+		k.check()
+		if k.round++; k.round%2 == 0 { // histories are of two rounds, and short
+			k.forget()
 		}
-		answered = len(list) // one that was not answered may be there
-		start := answered
-		go func() {
-			for i := start; i < start+100_000; i += 100 {
-				var burst strings.Builder
-				for j := range 100 {
-					fmt.Fprintf(&burst, "Put:list:%d\n", i+j)
-				}
-				if _, err := io.WriteString(a.conn, burst.String()); err != nil {
-					return
-				}
-			}
-		}()
-		for {
-			line, err := a.r.ReadString('\n')
-			if err != nil {
-				break
-			}
-			if line != ":OK 1\n" {
-				t.Fatalf("round %d: got %q", round, line)
-			}
-			if answered++; answered == start+500+round*300 {
-				cmd.Process.Kill()
-			}
-		}
-		cmd.Wait()
+		k.work()
 	}
-	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir)
-	a := dialTCP(t, addr)
-	a.send("Get:list\nPing\n")
-	if got := a.count("list:"); got < answered {
-		t.Errorf("in the end %d values are there of %d answered", got, answered)
-	}
-	cmd.Process.Signal(os.Interrupt)
-	io.Copy(io.Discard, log)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("stopping: %v", err)
-	}
-	if out, err := binary("check", dir).CombinedOutput(); err != nil ||
+	k.start()
+	k.check()
+	k.stop()
+	if out, err := binary("check", k.dir).CombinedOutput(); err != nil ||
 		bytes.Contains(out, []byte("torn")) {
 		t.Errorf("check after a clean stop: %v, %s", err, out)
 	}
+	t.Logf("%d starts, %d requests", k.round, k.requests)
 }
 
-// Ensure that a durable server under mixed traffic keeps every client's own keys
-// right while clients vanish in mid-request and the server is killed or stopped,
-// again and again. `make soak` runs it for longer than half a second.
-func TestSoak(t *testing.T) {
-	t.Parallel()
-	length := time.Second / 2
-	if s := os.Getenv("KVSERVER_SOAK"); s != "" {
-		var err error
-		if length, err = time.ParseDuration(s); err != nil {
-			t.Fatal(err)
-		}
-	}
-	const clients = 20
-	dir, stop := t.TempDir(), make(chan struct{})
-	var addr atomic.Value
-	var requests, cuts atomic.Int64
-	cmd, at, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-http", "localhost:0")
-	addr.Store(at)
+// killed is a server that is killed and stopped again and again, and what its clients know.
+type killed struct {
+	t     *testing.T
+	dir   string
+	round int
+	cmd   *exec.Cmd
+	addr  string
+
+	clock atomic.Int64
+	mu    sync.Mutex
+	asked map[string][]storetest.Operation // of each list
+	burst int                              // values of the list that is written in bursts
+
+	requests int // in all
+}
+
+// start starts the server.
+func (k *killed) start() {
+	cmd, addr, log := startBinary(k.t, "-addr", "127.0.0.1:0", "-data", k.dir)
 	go io.Copy(io.Discard, log)
-	var wg sync.WaitGroup
-	for id := range clients {
-		wg.Go(func() {
-			random, key := rand.New(rand.NewPCG(uint64(id), 9)), fmt.Sprint("key", id)
-			var before, after []string // the list; what it is if the request under way has been run
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				conn, err := net.Dial("tcp", addr.Load().(string))
-				if err != nil {
-					runtime.Gosched()
-					continue // it is being started again
-				}
-				conn.SetDeadline(time.Now().Add(time.Minute))
-				a := &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
-				a.sendSome("Ack\n")
-				a.r.ReadString('\n')
-				for more := true; more; {
-					request := "Get:" + key
-					after = slices.Clone(before)
-					value := fmt.Sprint(random.IntN(5), strings.Repeat("v", random.IntN(1000)))
-					switch random.IntN(8) {
-					case 0, 1, 2:
-						request, after = "Put:"+key+":"+value, append(after, value)
-					case 3, 4:
-						if len(before) > 0 {
-							old := before[random.IntN(len(before))]
-							i := slices.Index(after, old)
-							request, after = "Update:"+key+":"+old+":"+value,
-								append(slices.Delete(after, i, i+1), value)
-						}
-					case 5:
-						if len(before) > 30 {
-							request, after = "Delete:"+key, nil
-						}
-					}
-					if random.IntN(2000) == 0 {
-						// Vanish in the middle of things, none of which may
-						// change our key later on, when we have looked again.
-						a.sendSome(strings.Repeat("Get:"+key+"\nPut:other:v\nDelete:other\n",
-							50) + "Put:" + key)
-						conn.Close()
-						after = before
-						cuts.Add(1)
-						break
-					}
-					a.sendSome(request + "\n")
-					var got []string
-					for {
-						line, err := a.r.ReadString('\n')
-						if err != nil {
-							more = false
-							break
-						}
-						if strings.HasPrefix(line, ":") {
-							requests.Add(1)
-							break
-						}
-						got = append(got, strings.TrimSuffix(line[len(key)+1:], "\n"))
-					}
-					if more && request == "Get:"+key && !slices.Equal(got, before) {
-						t.Errorf("%s holds %.100q, want %.100q", key, got, before)
-						return
-					}
-					if more {
-						before = after
-					}
-				}
-				conn.Close()
-				// Was the last request run? Ask, as often as it takes.
-				for known := false; !known; {
-					conn, err := net.Dial("tcp", addr.Load().(string))
-					if err != nil {
-						runtime.Gosched()
-						continue
-					}
-					conn.SetDeadline(time.Now().Add(time.Minute))
-					io.WriteString(conn, "Get:"+key+"\nPing\n")
-					var got []string
-					for r := bufio.NewReader(conn); ; {
-						line, err := r.ReadString('\n')
-						if known = line == ":PONG\n"; known || err != nil {
-							break
-						}
-						got = append(got, strings.TrimSuffix(line[len(key)+1:], "\n"))
-					}
-					conn.Close()
-					switch {
-					case !known:
-					case slices.Equal(got, before):
-					case slices.Equal(got, after):
-						before = after
-					default:
-						t.Errorf("after a break %s holds %.100q, want %.100q or %.100q", key, got,
-							before, after)
-						return
-					}
-				}
+	k.cmd, k.addr = cmd, addr
+}
+
+// stop stops it cleanly.
+func (k *killed) stop() {
+	k.cmd.Process.Signal(os.Interrupt)
+	if err := k.cmd.Wait(); err != nil {
+		k.t.Errorf("a clean stop: %v", err)
+	}
+}
+
+// check looks at what is there after a start.
+func (k *killed) check() {
+	c := dialTCP(k.t, k.addr)
+	c.ask("Ack", ":OK 0")
+	for key, history := range k.asked {
+		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
+		if err := world.Ask(c.conn, c.r, key, &final, k.tick); err != nil {
+			k.t.Fatal(err)
+		}
+		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
+			k.t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
+		}
+	}
+	c.send("Get:burst\n")
+	for i, line := range c.readList() {
+		if line != fmt.Sprintf("burst:%d", i) {
+			k.t.Fatalf("round %d: value %d is %q", k.round, i, line)
+		}
+		k.burst = max(k.burst, i+1) // one that was not answered may be there
+	}
+	c.ask("Count:burst", fmt.Sprint(":OK ", k.burst))
+	c.hangUp()
+}
+
+// forget begins new lists.
+func (k *killed) forget() {
+	for _, operations := range k.asked {
+		k.requests += len(operations)
+	}
+	k.requests += k.burst
+	clear(k.asked)
+
+	c := dialTCP(k.t, k.addr)
+	c.ask("Delete:burst\nCount:burst", ":OK 0")
+	c.hangUp()
+	k.burst = 0
+}
+
+func (k *killed) tick() int64 { return k.clock.Add(1) }
+
+// work has clients ask until the server is killed, or they have asked for enough and it is stopped.
+func (k *killed) work() {
+	var all sync.WaitGroup
+	for id := range 8 {
+		c := dialTCP(k.t, k.addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() { k.mix(c, id) })
+	}
+	ends := make(chan struct{})
+	c := dialTCP(k.t, k.addr)
+	go func() {
+		k.sendBursts(c)
+		close(ends)
+	}()
+	all.Wait()
+	if k.round%3 == 0 {
+		k.stop()
+	} else {
+		k.cmd.Process.Kill()
+		k.cmd.Wait()
+	}
+	<-ends
+}
+
+// mix changes and reads lists that others change. One client kills the server in the middle, in two
+// of three rounds; others hang up in the middle of a request, of which nothing may be run.
+func (k *killed) mix(c *testClient, id int) {
+	defer c.conn.Close()
+	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
+	for i := range 60 {
+		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
+		o := storetest.Operation{Request: world.DrawRequest(random,
+			fmt.Sprintf("%d-%d-%d", k.round, id, i))}
+		err := world.Ask(c.conn, c.r, key, &o, k.tick)
+		k.mu.Lock()
+		k.asked[key] = append(k.asked[key], o)
+		k.mu.Unlock()
+		if err != nil {
+			return
+		}
+		if id == 0 && i == 20+k.round%30 && k.round%3 > 0 {
+			k.cmd.Process.Kill()
+		}
+		if world.Chance(random, 200) {
+			c.sendSome("Delete:other\nSet:" + key)
+			return
+		}
+	}
+}
+
+// sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts what is answered.
+func (k *killed) sendBursts(c *testClient) {
+	defer c.conn.Close()
+	go func(n int) {
+		c.sendSome("Ack\n")
+		for range 200 {
+			var burst strings.Builder
+			for range 100 {
+				fmt.Fprintf(&burst, "Put:burst:%d\n", n)
+				n++
 			}
-		})
+			if _, err := io.WriteString(c.conn, burst.String()); err != nil {
+				return
+			}
+		}
+	}(k.burst)
+
+	want := ":OK 0\n"
+	for {
+		line, err := c.r.ReadString('\n')
+		if err != nil {
+			return
+		}
+		if line != want {
+			k.t.Errorf("a burst is answered with %q", line)
+		}
+		if want == ":OK 1\n" {
+			k.burst++
+		}
+		want = ":OK 1\n"
 	}
-	restarts, began := 0, time.Now()
-	for time.Since(began) < length && !t.Failed() {
-		select {
-		case <-time.After(min(length/4, 5*time.Second)):
-		case <-t.Context().Done():
-		}
-		if restarts++; restarts%2 == 0 {
-			cmd.Process.Signal(os.Interrupt)
-		} else {
-			cmd.Process.Kill()
-		}
-		err := cmd.Wait()
-		if restarts%2 == 0 && err != nil {
-			t.Errorf("a clean stop: %v", err)
-		}
-		cmd, at, log = startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-http", "localhost:0")
-		addr.Store(at)
-		go io.Copy(io.Discard, log)
-	}
-	close(stop)
-	wg.Wait()
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-	t.Logf("%v: %d requests answered, %d clients cut, %d restarts; %s", length, requests.Load(),
-		cuts.Load(), restarts, regexp.MustCompile(`VmRSS:.*`).Find(status))
 }
 
 // freePort is a port that was free a moment ago.
