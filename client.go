@@ -23,45 +23,47 @@ import (
 const (
 	// messages in a client's buffer: what Project 0 keeps for a slow reader
 	maxBufferSize = 500
-	maxShared     = 8         // of these, the first, that may hold several replies each
+	maxShared     = 8         // a message that is begun while fewer wait may hold several replies
 	maxMessage    = 128 << 10 // bytes in one of them
-	maxWrite      = 64 << 10  // bytes after which a Write waits for no more messages
+	maxWrite      = 64 << 10  // bytes from which on a Write takes no more messages along
 
-	// Bytes of the socket's send buffer. Linux lets it grow to 4 MiB if it is left
-	// alone, and a client would be kept that much more.
+	// Bytes that are asked for as the socket's send buffer; Linux gives twice that. Left alone it
+	// may grow to 4 MiB, and the kernel would keep so much for a client that does not read.
 	sendBuffer = 128 << 10
 
-	maxChain  = 256      // queries in one chain, so that no burst keeps workLoop long
+	maxChain  = 256      // queries in one chain, which bounds its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; long lines take more
 	freeLine  = 2 << 10  // bytes of a line that may come however much memory lines take
 	chunkSize = 16 << 10 // bytes of a recycled message, small
 	largeSize = maxMessage
 
-	// The slowest reader that is a steady one, in bytes a second, and what the two
-	// sockets hold for it at most, in bytes (Linux: tcp_rmem, 6 MiB).
+	// The slowest steady reader, in bytes a second; and what the two sockets hold at most, in
+	// bytes: 6 MiB in the reader's (Linux: tcp_rmem), the rest in ours.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	// A client is a slow reader when its connection has taken no byte for so long; a little
-	// longer where its sockets hold much.
+	// A client is a slow reader when its connection has taken no byte for slowAfter, or for up to
+	// six times that where its sockets hold much that it has not read (patience).
 	slowAfter = time.Second
-	tickTime  = slowAfter / 10 // between two looks at how a Write gets on
-	dripTime  = 5 * slowAfter  // of waiting, in which is seen how fast a Keys or Dump is taken
+	tickTime  = slowAfter / 10 // between two looks at a Write, and at memory that is waited for
+	dripTime  = 5 * slowAfter  // of waiting, after which the rate of a Keys or Dump is known
 
-	// A client is quiet when no byte has come for so long, and gives its scratch memory back.
+	// Between two ticks of readFromClient, each of which gives back the memory that the bytes since
+	// the last one did not need.
 	quietAfter = time.Second
 
-	// For a line that was begun to end, counted in ticks of quietAfter, while we read.
+	// How long a line may take from its first byte to its end, in ticks of quietAfter. No tick
+	// counts while replies wait for room. For memory a line waits as long.
 	lineTime = 30 * time.Second
 
-	// Between two looks whether a connection is there still from which nobody reads, for its Take
-	// waits.
+	// readFromClient does not read while it waits for a Take: it looks this often whether the
+	// connection is there still.
 	probeTime = time.Second
 
 	handshakeTime = 5 * time.Second // for TLS to begin
 	drainTime     = time.Second     // for the client to take our last words and close
-	// a client that sends nothing for so long has nothing on its way
+	// while the server closes: of silence, after which nothing more is expected from a client
 	busyTime = 20 * time.Millisecond
 )
 
@@ -73,9 +75,9 @@ const (
 // chain's lines:
 //
 //	readFromClient   makes it (parse), and sends it to workLoop: queries
-//	workLoop         runs it, puts it into batch, commits, and answers it
-//	                 what is short, and finds room, itself: done
-//	                 else it starts deliver, which waits for room: done
+//	workLoop         lets it wait for its turn, runs it, keeps a Take without a value in takes,
+//	                 puts it into batch, and commits. It queues a short answer that has room:
+//	                 done. For any other it starts deliver, which waits for room: done
 //	readFromClient   has it back, and may make the next; a Keys or Dump it answers itself, from
 //	                 the snapshot that comes back with it (listing)
 //
@@ -83,31 +85,34 @@ const (
 // closes), and by which channel it changes hands:
 //
 //	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
-//	connection           R, deadline     deadline  -        W, C           - (a net.Conn)
-//	alive, index         -               RW        -        -              -
+//	connection           R, C            C         C        W, C           - (a net.Conn)
+//	alive, index, share  -               RW        -        -              -
+//	take                 -               RW        -        -              -
 //	buffer               S, C            makes, S  S        T              the chain's holder sends
 //	closed               R               R         R        C              closed once
-//	progress             T               T         T        S (pacedConn)  latest word only
+//	progress             T               -         T        S (pacedConn)  latest word only
 //	done                 T               S         S        -              -
 //	the chain, outbox    RW              RW        RW       -              queries, done
 //	in                   RW              -         -        -              -
 //	  its lines' memory  W               R         R        -              queries, done
-//	underWay             RW              -         -        -              -
+//	underWay, takeEnds   RW              -         -        -              -
 //	reason, drain        RW              R         -        R (drain)      buffer's close, depart
 //	broken               -               R         -        W              depart
 //	pacedConn's fields   -               -         -        RW             - (limit: set before)
 //
-// How a connection ends: readFromClient notes why (end) and makes no more chains; it waits
-// for the one that is under way, and closes buffer; writeToClient writes what is queued,
-// closes the connection, and each tells workLoop that it departs. Where the connection does
-// not take what is written, writeToClient closes it first, and closed tells the chain's holder
-// to spare the replies: what was sent is run nevertheless. Where Commit fails, workLoop closes
-// all connections, without a word.
+// How a connection ends: readFromClient notes why (end) and makes no more chains; it waits for the
+// one that is under way, and closes buffer; writeToClient writes what is queued, closes the
+// connection, and each tells workLoop that it departs. Where the connection does not take what is
+// written, writeToClient closes it first, and closed tells the chain's holder that replies are of
+// no use. Requests that were read are run nevertheless. Where Commit fails, workLoop closes all
+// connections, without a word. Where others need the room that a client's replies take, the chain's
+// holder closes its connection (isCutOff). A client that has asked for nothing has no
+// writeToClient: readFromClient closes its connection.
 type Client struct {
-	// The document's.
+	// Fields of the seed document.
 	connection net.Conn
-	alive      int           // goroutines of the client that run, for workLoop; at 0 it leaves clients
-	closed     chan struct{} // closed by writeToClient when the connection takes no more
+	alive      int           // readFromClient and writeToClient, as far as they run; 0: it has gone
+	closed     chan struct{} // closed by writeToClient when a Write has failed
 
 	// Messages from the chain's holder to writeToClient. readFromClient closes it. workLoop makes
 	// it, and starts writeToClient, at the client's first request: 10,000 idle clients need none.
@@ -119,9 +124,9 @@ type Client struct {
 	server *keyValueServer
 	paced  *pacedConn // connection, or what lies under its TLS
 
-	// workLoop, or deliver, to readFromClient: the chain has run and been answered. nil: the
-	// store failed, and nobody knows whether it has. One chain is under way at a time, so with
-	// one slot nobody waits.
+	// workLoop, or deliver, to readFromClient: the chain has run, and been answered but for a Keys
+	// or Dump. nil: the store failed, and nobody knows whether it has run. One chain is under way
+	// at a time, so with one slot no sender waits.
 	done chan *Query
 
 	// writeToClient to the chain's holder: true, the connection takes bytes, or false, it took
@@ -137,9 +142,9 @@ type Client struct {
 	// its departure leaves them to workLoop.
 	in       input
 	underWay bool      // a chain is, and has not come back
-	takeEnds time.Time // when it waits no longer, if it is a Take that may wait; zero: it is none
+	takeEnds time.Time // when the Take under way stops waiting; zero: none waits, or it was told
 	reason   string    // why the connection ends, for the log; "" while it does not
-	drain    bool      // it ends by our will: let the client take our last words
+	drain    bool      // we close first, as after a Quit: let the client take our last words
 
 	broken error // of the Write that failed; owned by writeToClient, until its departure
 }
@@ -153,7 +158,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		progress: make(chan bool, 1),
 	}
 
-	// What sees how the other side reads lies under TLS; a test may have come without.
+	// The pacedConn lies under TLS, where there is any. A test's connection may have none.
 	under := conn
 	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
 		under = outer.NetConn()
@@ -164,7 +169,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 	c.paced.progress = c.progress
 
-	// The places that it may take.
+	// The semaphores of which the client may take a slot.
 	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
@@ -174,16 +179,15 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 // isPlain tells whether the connection is without TLS.
 func (c *Client) isPlain() bool { return c.connection == c.paced }
 
-// isGone tells whether the connection takes no more. Any goroutine may ask.
+// isGone tells whether a Write has failed. Any goroutine may ask.
 func (c *Client) isGone() bool { return isClosed(c.closed) }
 
 // addr is where the client is, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 
-// readFromClient reads requests and has workLoop run them. One goroutine a
-// client, from the connection's arrival until the client has closed its side or
-// said Quit, the server closes, or the connection breaks. It reads on while a
-// chain is under way, and then waits for that one before it sends the next.
+// readFromClient reads requests and has workLoop run them. One goroutine a client, from the
+// connection's arrival until there is a reason to end. It reads on while a chain is under way, and
+// then waits for that one before it sends the next.
 func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.read()
@@ -206,7 +210,7 @@ func (c *Client) readFromClient() {
 		}
 	}
 
-	// The end: what is under way is answered, and nothing is kept meanwhile.
+	// The end: what is under way is answered. The input gives its memory back meanwhile.
 	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
 	c.countInput()
 	if c.await() {
@@ -216,7 +220,7 @@ func (c *Client) readFromClient() {
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
-		close(c.buffer) // the connection is writeToClient's alone now
+		close(c.buffer) // writeToClient closes the connection now
 	}
 	c.depart()
 }
@@ -224,7 +228,7 @@ func (c *Client) readFromClient() {
 // tellLoss tells a client that goes how many replies it has lost since its last PONG. No chain is
 // under way.
 func (c *Client) tellLoss() {
-	// Only a client that has closed or said Quit may still read.
+	// Otherwise the connection is broken, or ends for a reason that the client was told.
 	lost := c.outbox.lostSincePong
 	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
@@ -235,7 +239,7 @@ func (c *Client) tellLoss() {
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
-// Why a connection ends, where that matters to more than the log.
+// Why a connection ends: texts for the log. tellLoss asks for the first two.
 const (
 	itClosed = "it closed"
 	itQuit   = "it quit"
@@ -249,8 +253,8 @@ const (
 	speaksNothing = "its first line is too long, and none of our requests"
 )
 
-// end has the connection end after what was read, because of why. drain: by our
-// will, so the client gets time to take our last words.
+// end notes why nothing more is read; the first reason stays. drain: the client gets time to take
+// our last words.
 func (c *Client) end(why string, drain bool) {
 	if c.reason == "" {
 		c.reason, c.drain = why, drain
@@ -295,7 +299,7 @@ func (c *Client) awaitDone() (chain *Query) {
 			break
 		}
 
-		// For a client that has gone it takes nothing any more.
+		// The Take takes nothing for a client that has gone, nor while the server closes.
 		select {
 		case chain = <-c.done:
 			c.noteTaken()
@@ -318,7 +322,8 @@ func (c *Client) awaitDone() (chain *Query) {
 // told to give up.
 func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
 
-// noteTaken notes that there is no Take that may wait. The read deadline was for its end.
+// noteTaken notes that there is no Take that may wait. The read deadline may have been for its end,
+// so setTick sets another.
 func (c *Client) noteTaken() { c.takeEnds, c.in.ticking = time.Time{}, false }
 
 // endTake has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
@@ -329,7 +334,7 @@ func (c *Client) endTake(how queryType) {
 	}
 }
 
-// submit has workLoop run chain, and sees to the replies.
+// submit has workLoop run chain. A Keys or Dump it answers itself.
 func (c *Client) submit(chain *Query) {
 	switch {
 	case chain.row().lists:
@@ -350,8 +355,8 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// answerSkipped answers the line that was skipped, now that its end has come. A first line that
-// begins none of our requests ends the connection: what follows may be anything.
+// answerSkipped answers a first line that was skipped and begins none of our requests, now that its
+// end has come. It ends the connection: what follows may be anything.
 func (c *Client) answerSkipped() {
 	in := &c.in
 	in.unanswered = false
@@ -388,9 +393,9 @@ func (c *Client) mayGoOn() {
 	}
 }
 
-// awaitLineMemory waits until the line that has begun may take the memory that it needs now. It gives
-// up after lineTime, in which all that others had begun has ended. Of the lines that wait one may
-// always go on, or all could wait for each other, and so may one of those that free something.
+// awaitLineMemory waits until the line that has begun may take the memory that it needs now. It
+// gives up after lineTime. Of the lines that wait one may always go on, or all could wait for each
+// other, and so may one of those that free something.
 func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
@@ -515,9 +520,9 @@ type input struct {
 	heard    bool    // a byte has come
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // the memory of the chain, used again for the next
-	skipping bool    // a line was too long and its end has not come; pending is 0
+	skipping bool    // a line that cannot be taken in has not ended; pending is 0
 	skipped  []byte  // the last bytes of that line
-	why      string  // it is skipped
+	why      string  // it is skipped: for the client
 	counted  int64   // bytes of buf and lent that are counted in budget.inputs
 	first    slot    // of budget.first
 	spare    slot    // of budget.spare
@@ -526,10 +531,10 @@ type input struct {
 	// of an HTTP request.
 	unanswered bool
 
-	ticking bool          // a read deadline is set
-	whole   bool          // the line in hand was begun before that
-	came    int           // bytes since the last tick
-	waited  time.Duration // for the end of the line in hand
+	ticking  bool          // a read deadline is set
+	hadBegun bool          // the line in hand had begun when it was set
+	came     int           // bytes since the last tick
+	waited   time.Duration // for the end of the line in hand
 }
 
 // memory is how many bytes the input takes, with the chain that was made of it.
@@ -537,8 +542,8 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes of memory long lines need, the one in hand and those of the chain under
-// way: all that is beyond a burst, or the line's buffer and the next if it has begun to be long.
+// need is how many bytes count as long lines: what buf and lent have beyond burstSize or, from
+// freeLine on, the two buffers that the line in hand will take.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
@@ -549,9 +554,9 @@ func (in *input) need(maxLine int) (bytes int64) {
 // midLine tells whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
-// read waits for input and returns its complete lines as one string, of which
-// keys and values will be substrings, and the error that ends the input. The string is good
-// until the next take: who holds the chain holds its memory.
+// read waits for input and returns its complete lines as one string, of which keys and values will
+// be substrings, and the error that ends the input. The string is good until the next take: until
+// then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.resize(in.nextSize(c.server.maxLine))
@@ -612,7 +617,7 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick has had a tick more.
 	c.limitRead(time.Time{})
-	if in.midLine() && in.whole && !waits {
+	if in.midLine() && in.hadBegun && !waits {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errSlowLine
 		}
@@ -641,7 +646,7 @@ func (c *Client) setTick() {
 	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
 		end = c.takeEnds
 	}
-	in.ticking, in.whole = true, in.midLine()
+	in.ticking, in.hadBegun = true, in.midLine()
 	c.limitRead(end)
 }
 
@@ -680,8 +685,8 @@ func (in *input) resize(size int) {
 	}
 }
 
-// shrink gives back what a client does not need that goes on sending as it did since the last
-// tick. No chain is under way.
+// shrink gives back what a client does not need that goes on sending as it did since the last tick.
+// No chain is under way but a Take that waits, which has memory of its own.
 func (in *input) shrink() {
 	// The least size that would have done.
 	size := quietSize
@@ -737,7 +742,7 @@ func (in *input) take(n int) (burst string) {
 		}
 		return ""
 	}
-	in.waited, in.whole = 0, false
+	in.waited, in.hadBegun = 0, false
 
 	// The rest of a line that is skipped is no part of the burst.
 	first := 0
@@ -851,11 +856,11 @@ func trimCR(line string) string {
 
 // ---- Keys and Dump
 
-// partKeys is how many keys are gone through, or sorted about, before others may work.
+// partKeys is how many keys are walked or cloned at a time; a listing of fewer is not broken off.
 const partKeys = 1000
 
-// Keys that are few: a list of so many needs no leave, and how many are looked at to find out where
-// the others lie.
+// A list of fewKeys needs no leave. Of all keys that it walks survey keeps sampleKeys, or up to
+// twice as many, to know where the others lie.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024
@@ -874,7 +879,7 @@ type listing struct {
 	*Query          // the request, with the snapshot, and in n first the keys of the store
 	place  slot     // among the snapshots
 	wanted int      // keys that are asked for, at most; negative: nobody knows yet
-	sample []string // some of them, in order; nil: there are few
+	sample []string // some of them, in order; nil: one part holds them all
 	most   int      // keys in a part
 	listed int64    // bytes that are counted in budget.lists
 	held   int64    // bytes that are counted in budget.queued
@@ -905,7 +910,7 @@ func (c *Client) list(q *Query) {
 		return
 	}
 
-	// From here on awaitRoom sees how it is taken.
+	// From here on wait measures how fast the client takes it. The request counts as waiting.
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.hold(0)()
@@ -929,8 +934,8 @@ func (l *listing) noteSize(bytes int64) {
 	l.held = bytes
 }
 
-// walk calls see with each key that is asked for. They are the store's own strings. It returns
-// false if see does, or nobody wants the keys any more.
+// walk calls see with each key that is asked for, the store's own string. It returns false if see
+// does, the client has gone, or the server closes.
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
@@ -980,14 +985,14 @@ func (l *listing) survey() (wanted bool) {
 	return l.sort(l.sample)
 }
 
-// awaitListMemory waits until there is memory for a part of the keys, and takes it. It is false if the
-// server closes meanwhile.
+// awaitListMemory waits until there is memory for a part of the keys, and takes it. It returns
+// false if the server closes meanwhile.
 func (l *listing) awaitListMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
 
-	// Whoever has the memory is cut if it does not read: the snapshots' rule.
+	// It counts as waiting for a snapshot: a listing that has the memory and is not read is cut.
 	if l.most > fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
@@ -1007,7 +1012,8 @@ func (l *listing) awaitListMemory() bool {
 	return true
 }
 
-// reply queues the replies, part by part. It returns false if nobody wants them any more.
+// reply queues the replies, part by part. It returns false if the client has gone or the server
+// closes.
 func (l *listing) reply() bool {
 	// One piece of memory serves all parts.
 	keys, last, more := make([]string, 0, l.most), "", true
@@ -1071,8 +1077,8 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	return part, more, l.sort(part)
 }
 
-// beyond returns a key before which there is about a part of those that come after last; "": all
-// that come are one. At least one key is before it.
+// beyond returns a key before which there is about a part of those that come after last; "": one
+// part, as far as the sample shows. At least one key is before it.
 func (l *listing) beyond(last string) string {
 	if l.wanted <= l.most || len(l.sample) == 0 {
 		return ""
@@ -1090,7 +1096,7 @@ func (l *listing) beyond(last string) string {
 // copies tells whether the keys may be copied, and the snapshot given up.
 func (l *listing) copies() bool { return l.queryType == keys }
 
-// copy gives the keys memory of their own, if there is so much, and the snapshot up.
+// copy gives the keys memory of their own, if there is enough, and then gives the snapshot up.
 func (l *listing) copy(keys []string) {
 	// Half of the queues is left for replies.
 	b := &l.client.server.budget
@@ -1170,11 +1176,11 @@ func (l *listing) mustStop(n int) bool {
 
 // ---- outbox: replies to messages
 
-// outbox makes replies into messages and queues them for writeToClient. It has
-// one rule for a client that does not read: replies share messages, and while
-// maxShared of these wait the client's own requests wait; but once the connection
-// has taken no byte for slowAfter, each reply is a message of its own, up to
-// maxBufferSize of them, and what comes then is dropped.
+// outbox makes replies into messages and queues them for writeToClient. It has one rule for a
+// client that does not read: replies share messages, and while maxShared of these wait the client's
+// own requests wait; but once the client is slow, up to maxBufferSize messages wait, and each that
+// is begun behind maxShared others holds one reply. What comes then is dropped if it is a Get's
+// reply or an error, before Ack; any other reply waits.
 //
 // The goroutine that holds the client's chain owns it. A Keys or Dump, and what else may take
 // long, needs a slot of cores.
@@ -1229,8 +1235,8 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// hold counts what the chain whose replies wait keeps in memory, its lists beside it: as waiting,
-// and its lines no longer as lines. giveBack ends that.
+// hold counts the chain whose replies wait, with its lines, as waiting and no longer as lines, and
+// its lists as queued. giveBack ends that.
 func (o *outbox) hold(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chain, o.inInputs
 	b.queued.Add(lists)
@@ -1255,9 +1261,8 @@ func (o *outbox) replyAll(chain *Query) {
 const stringSize = 16 // bytes of a string beside its text
 
 // measure returns how many bytes the replies of chain take, and notes the size of each: 0, and
-// nothing, where the connection takes no more. lists is what the lists that chain keeps in
-// memory take beside their values: each Get may have another version of one. measure looks at
-// no value.
+// nothing, where the connection takes no more. lists is what the slices of values take beside their
+// text; each Get may keep another version of a list. measure looks at no value.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.client.isGone() {
 		return 0, 0
@@ -1333,8 +1338,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 // messages is how many messages a reply of so many bytes takes.
 func (o *outbox) messages(size int) int { return (size + o.maxMessage - 1) / o.maxMessage }
 
-// firstMessage returns the first message of q's reply, for which there is room. A client with nothing
-// queued may always begin, but while all queues are full with little at a time.
+// firstMessage returns the first message of q's reply, for which there is room. While all queues
+// together are over their limit the reply's messages are small.
 func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
 	if o.budget.isOver() {
@@ -1344,7 +1349,8 @@ func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	return o.newMessage()
 }
 
-// cloneWaiting has the requests whose replies wait keep nothing but their lists in memory.
+// cloneWaiting clones the short lists of replies that wait, so that they keep no memory of the
+// store.
 func (o *outbox) cloneWaiting() {
 	for q := o.next; q != nil; q = q.next {
 		q.keep()
@@ -1406,9 +1412,9 @@ func (o *outbox) drop(q *Query) {
 	o.client.server.lost.Add(1)
 }
 
-// claim counts a reply of several messages, for which there is room, as queued before
-// it is: once begun it must end, whatever others queue meanwhile. A reply of more than maxShared
-// messages is not claimed, nor one that begins though all queues are full: it waits for room
+// claim counts a reply of several messages, for which there is room, as queued before it is: once
+// begun it must end, whatever others queue meanwhile. A reply of more than maxShared messages is
+// not claimed, nor one that would take the queues a quarter over their limit: it waits for room
 // message by message.
 func (o *outbox) claim(size int) {
 	if size > o.piece && size <= maxShared*o.maxMessage && o.budget.mayBegin(int64(size)) {
@@ -1452,9 +1458,9 @@ const (
 )
 
 // decide returns the fate of a reply of n messages, and why where it is cut off. A client after
-// Ack, or with a Keys or Dump, loses nothing; but the connection of one that takes nothing is cut
-// while all queues are over their limit, and that of a Dump also while others wait for theirs:
-// this one also where it takes less than a steady reader.
+// Ack, or with a Keys or Dump, loses nothing. One that takes nothing is cut while all queues, with
+// the chains that wait, are over their limit; one with a Keys or Dump also while others wait for
+// theirs, and then also where it takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1478,7 +1484,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		return isDropped, ""
 	case o.cut != "": // it is under way
 		return waits, ""
-	case o.slow && (o.acked || l != nil) && (isOver || o.budget.isCrowded()):
+	case o.slow && (o.acked || l != nil) && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.waiting.Load())
 	case isAwaited && o.slow:
@@ -1489,8 +1495,8 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 	return waits, ""
 }
 
-// awaitRoom waits until there is room for n messages, and tells whether there is: not if the
-// client is slow and its reply may be dropped.
+// awaitRoom waits until there is room for n messages. It returns false if the reply is dropped. It
+// returns true also where the connection is gone, which takes out what is queued.
 func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 	for {
 		// What the connection did last; with nothing queued it makes no difference.
@@ -1518,13 +1524,13 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 
 // wait waits for word of how the connection gets on. Others may have the core meanwhile.
 func (o *outbox) wait() {
-	// What waits keeps no core, and nothing of the store's memory.
+	// What waits keeps no core, and shares no memory with the store.
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
 
 	began := time.Now()
-	var look <-chan time.Time // nil: nobody else waits for what the client has
+	var look <-chan time.Time // nil: no Keys or Dump is being answered
 	if o.listing != nil {
 		look = time.After(slowAfter)
 	}
@@ -1549,7 +1555,7 @@ func (o *outbox) wait() {
 func (l *listing) noteWait(d time.Duration) {
 	l.waited += min(d, slowAfter) // if more, perhaps we stood still
 
-	// So long is enough to see it.
+	// After dripTime of waiting the rate is known.
 	if l.waited >= dripTime {
 		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
 		l.waited, l.sent = 0, 0
@@ -1571,9 +1577,9 @@ var (
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for left bytes, or for as many
-// as a message holds. A client that keeps up borrows one; what has to wait
-// in the queue takes no more memory than it needs.
+// newMessage returns an empty message with room for left bytes, or for as many as a message holds.
+// A client that keeps up, or a message that will be full, borrows one; any other takes no more
+// memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
 
@@ -1621,7 +1627,7 @@ func (c *Client) writeToClient() {
 	}
 
 	if c.broken == nil {
-		// TLS says goodbye, and waits 5 s for a client that does not read.
+		// A tls.Conn's Close may wait 5 s for a client that does not read: that is cut short.
 		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
 		if c.drain {
 			c.drainInput()
@@ -1696,10 +1702,10 @@ func (c *Client) drainInput() {
 // TLS, where there is any, for a tls.Conn cannot go on after a Write that timed
 // out, and this one can.
 //
-// Its Write waits as long as the other side takes bytes. It looks at that in ticks
-// of tickTime, and counts those in which no byte was taken: bytes, not Writes, for
-// a Write of 64 KiB to a steady reader of 300 kB/s was seen to take 1.8 s; ticks,
-// not time, for if this whole process stands still for a while, that is one tick.
+// Its Write goes on until all is taken, or one of its limits has passed. It looks in ticks of
+// tickTime, of slowAfter once the client is slow, and counts those in which no byte was taken:
+// bytes, not Writes, for a Write of 64 KiB to a steady reader of 300 kB/s was seen to take 1.8 s;
+// ticks, not time, for if this whole process stands still for a while, that is one tick.
 type pacedConn struct {
 	net.Conn
 	server   *keyValueServer
@@ -1713,14 +1719,14 @@ type pacedConn struct {
 
 	writing atomic.Bool // a Write is under way; for isBroken, on any goroutine
 
-	// The other side took bytes again after a pause: it reads. (What it has not read only its
-	// sockets take, and they do so at once.) False again when it is slow.
+	// Bytes were taken after a pause, so the client reads: had it not, its sockets would have taken
+	// all at once. False again when it is slow.
 	resumed bool
 }
 
-// Write writes b. It fails when -write-timeout has passed without a byte, or
-// limit has, or the server has been closing for closeTime. It asks for the time only
-// where a deadline has passed: doing so for each Write would cost every reply.
+// Write writes b. It fails when -write-timeout has passed without a byte, or limit has, or the
+// server has been closing for closeTime. It asks for the time only at first, and where a deadline
+// has passed: doing so for each Write would cost every reply.
 func (p *pacedConn) Write(b []byte) (n int, err error) {
 	p.writing.Store(true)
 	defer p.writing.Store(false)
@@ -1794,18 +1800,18 @@ func (p *pacedConn) tell(taken bool) {
 	default:
 	}
 
-	// The holder may have taken its word meanwhile.
+	// There is room now, but for a client that is not there yet.
 	select {
 	case p.progress <- taken:
 	default:
 	}
 }
 
-// patience is how long a steady reader may take no byte. That is longer than slowAfter where
-// its socket holds much that it has not read: Linux opens a receive window that was closed when a
+// patience is how long a steady reader may take no byte. That is longer than slowAfter where its
+// socket holds much that it has not read: Linux opens a receive window that was closed when a
 // sixteenth of the buffer is free, 1.5 s later at steadyRate with 6 MiB (__tcp_select_window).
-// Twice that leaves time for its pauses. And it is longer for who is known to read: a window that
-// opens by small steps was seen to stand still for 1.7 s between two reads.
+// Twice that leaves time for its pauses. And it is longer for a client that is known to read: a
+// window that opens by small steps was seen to stand still for 1.7 s between two reads.
 func (p *pacedConn) patience() time.Duration {
 	patience := slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
 	if p.resumed {

@@ -10,12 +10,13 @@ import (
 	"kvserver/kvstore"
 )
 
-// Query is one request on its way: parsed by a client's readFromClient, run by workLoop,
-// and answered by that or, where it takes long, by deliver or listing. One goroutine at a
-// time has it; the queries and done channels pass it on.
+// Query is one request on its way: parsed by a client's readFromClient, run by workLoop, and
+// answered by that or, where it takes long, by deliver or listing. Some are no requests but tell
+// workLoop of something: that a goroutine has ended, that a Take is to wait no longer. One
+// goroutine at a time has it; the queries and done channels pass it on.
 type Query struct {
 	key       string // also: the address of a failed TLS handshake
-	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, what is wrong
+	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
 	queryType queryType
 	kept      bool   // keep was called
 	seconds   uint32 // an Expire's or a Lease's, or for which a Take waits; 0: it does not
@@ -24,7 +25,7 @@ type Query struct {
 
 	line   int       // of the client's input, counted from 1
 	values []string  // what the run found: a key's list, or the lines of a Help, Stats, Keys or Dump
-	few    [2]string // values, where it is short
+	few    [2]string // memory for values, where they are at most two
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
 
@@ -35,7 +36,8 @@ type Query struct {
 	next *Query
 	size int // of the reply, in bytes: an upper bound, or 0 if none is owed
 
-	asker chan<- []counter // of a countAll, which has no client: one slot; closed if there are none
+	// Of a countAll, which has no client: one slot. It is closed if the store has failed.
+	asker chan<- []counter
 }
 
 // queryType says what a Query asks for: it is the number of its row in verbs.
@@ -75,7 +77,7 @@ const (
 	countAll        // who watches asks for every counter
 	depart          // a goroutine of the client's has ended
 	stopTake        // the client's Take is to wait no longer
-	dropTake        // nor to take anything: its client has gone
+	dropTake        // nor to take anything: its client has gone, or the server closes
 	handshakeFailed // a TLS handshake failed, for the reason that value says
 
 	queryTypes = iota
@@ -116,7 +118,7 @@ type effect uint8
 
 const (
 	noKey    effect = iota // nothing: it has no key
-	reads                  // its values are the store's, for a short time (kvstore.Store's View)
+	reads                  // it changes nothing; a Get's values are good for a short time (View)
 	adds                   // it adds value, or a deadline
 	replaces               // it takes value out and adds newValue
 	frees                  // it only takes something away
@@ -127,7 +129,7 @@ type ending uint8
 
 const (
 	endAcked   ending = iota // in ":OK n" after Ack, else in nothing
-	endOK                    // in ":OK n", for nobody can know how long it is
+	endOK                    // in ":OK n", also before Ack: it tells how many lines came
 	endPong                  // in ":PONG"
 	endError                 // in ":ERROR line N: why"
 	endForeign               // in a response of another protocol
@@ -137,7 +139,8 @@ const (
 // needsKey is what a request that has one argument, a key, needs.
 const needsKey = "a key, without a colon in it"
 
-// verbs are all that there is to know about each request. To add one:
+// verbs are what each request needs and does. (Few other places know one by name: Stats in run,
+// Take in mayWait, Quit in parse, Ack and Ping in the outbox.) To add one:
 //
 //   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
 //     counters of Stats are made of these;
@@ -286,7 +289,7 @@ var helpLines = func() (lines []string) {
 		"A line that starts with a colon is from the server: never data.")
 }()
 
-// A Help is made of all rows, so its own gets this when they are there.
+// helpLines are made of verbs, so the row of Help cannot name them there.
 func init() {
 	verbs[help].run = func(q *Query, _ kvstore.Store, _ clock) { q.answer(helpLines) }
 }
@@ -313,7 +316,7 @@ func (q *Query) parse(line string) {
 		return
 	}
 
-	// A key with a colon in it is the usual mistake, and may have been written before.
+	// A key with a colon in it is the usual mistake, and a Put may have written that key before.
 	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
 	key, _, more := strings.Cut(arguments, ":")
 	if more && key != "" && v.needs == needsKey {
@@ -324,8 +327,8 @@ func (q *Query) parse(line string) {
 	q.refuse(why)
 }
 
-// cut is strings.Cut at the first colon. It becomes a part of its caller, where every request
-// would make three calls more.
+// cut is strings.Cut at the first colon. It is inlined: strings.Cut costs every request three calls
+// more.
 func cut(s string) (before, after string, found bool) {
 	if i := strings.IndexByte(s, ':'); i >= 0 {
 		return s[:i], s[i+1:], true
@@ -340,7 +343,7 @@ func parseKey(q *Query, arguments string) bool {
 	return isKey(arguments)
 }
 
-// parseKeyValue has colons in the value.
+// parseKeyValue allows colons in the value.
 func parseKeyValue(q *Query, arguments string) (ok bool) {
 	q.key, q.value, ok = cut(arguments)
 	return ok && q.key != ""
@@ -389,7 +392,7 @@ func (q *Query) parseSeconds(text string, least, most uint64) bool {
 	return err == nil && n >= least && n <= most
 }
 
-// parsePrefix takes no prefix for the empty one.
+// parsePrefix takes a missing prefix for an empty one.
 func parsePrefix(q *Query, arguments string) bool {
 	q.value = arguments
 	return strings.IndexByte(arguments, ':') < 0
@@ -421,7 +424,7 @@ func lookUp(word string) queryType {
 		return quit
 	}
 
-	// A dozen names: a table of hashes would not be faster.
+	// So few names that a table of hashes would not be faster.
 	for t := put; t <= quit; t++ {
 		if equalFold(word, verbs[t].name) {
 			return t
@@ -496,8 +499,8 @@ var dialects = map[string]queryType{
 	"bye": quit, "close": quit, "logout": quit, "q": quit,
 }
 
-// didYouMean completes "unknown request ..." with the request that line may
-// have been meant to be. It looks at no more of a line than a hint can show.
+// didYouMean completes "unknown request ..." with the request that line may have been meant to be.
+// It looks at no more of a line than twice what a hint can show.
 func didYouMean(line string) string {
 	const gap = ": \t"
 	line = strings.TrimPrefix(line, "\ufeff") // with which files of Windows may begin
@@ -615,7 +618,7 @@ type withoutDue struct {
 	taken int64 // in milliseconds of Unix time
 }
 
-// All is Snapshot's.
+// All yields the keys whose time was not over.
 func (w withoutDue) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
 		for key, list := range w.Snapshot.All() {
@@ -647,7 +650,7 @@ func (q *Query) deadline(now clock) (at int64) {
 	return at
 }
 
-// runTimeLeft answers without the key: it is no data.
+// runTimeLeft answers ": seconds", without the key, so that nobody takes it for a value.
 func runTimeLeft(q *Query, db kvstore.Store, now clock) {
 	at, goes := db.Deadline(q.key)
 	q.n = times(goes || db.Count(q.key) > 0)
@@ -672,7 +675,7 @@ func (q *Query) answer(lines []string) {
 	q.values, q.n, q.bytes = lines, len(lines), sum(lines)
 }
 
-// times is how often something was done that was done once, or not.
+// times is 1 if something was done, and 0 if not.
 func times(done bool) (n int) {
 	if done {
 		n = 1
@@ -821,8 +824,7 @@ func (q *Query) endSize() int {
 	return maxOK
 }
 
-// appendEnd appends the last line of q's reply, if it has one: dropped replies
-// are a Ping's to tell.
+// appendEnd appends the last line of q's reply, if it has one.
 func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	if !q.hasEnd(acked) {
 		return b

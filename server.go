@@ -42,14 +42,14 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
-	// How long workLoop works before it commits and answers, the latter where requests take
-	// long, such as Updates of huge lists. A chain with more to do goes on later.
+	// How long workLoop works before it commits and answers: maxSlowTurn for a client whose
+	// requests take long, such as Updates of huge lists. A chain with more to do goes on later.
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
 
-	// Requests of a client between two looks at the clock: one at first, and after longTime
-	// between two looks; then twice as many each time. An Update or a Remove, which may have a
-	// long list to search, counts as several.
+	// Requests of a client between two looks at the clock: one at first, and after longTime between
+	// two looks; then twice as many each time. An Update, a Swap or a Remove, which may have a long
+	// list to search, counts as several.
 	maxStride  = 64
 	searchCost = 8
 	longTime   = maxSlowTurn / 2
@@ -70,7 +70,7 @@ const (
 	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	// of the process's limit, for all but clients: the log, a compaction
+	// open files, of those that the process may have, for all but clients: the log, a compaction
 	spareFiles    = 32
 	maxTurnedAway = 8    // of these, connections over maxClients that get time to hear so
 	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
@@ -107,8 +107,9 @@ var errReplaced = errors.New("others came, and there is no room")
 
 // keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
-// Every acceptClient feeds connections; every client's readFromClient feeds queries;
-// workLoop receives from both and owns everything that they change.
+// Every acceptClient and shakeHands feeds connections. Every client's readFromClient feeds queries,
+// as do writeToClient when it ends, a handshake that fails, and the calls from outside. workLoop
+// receives from both, and it alone changes the store and the list of clients.
 type keyValueServer struct {
 	// Read-only once started.
 	listener     net.Listener   // the first of listeners
@@ -121,7 +122,7 @@ type keyValueServer struct {
 	handshakes   int           // under way at a time, but at least one a listener
 	version      string
 	now          clock // the wall clock, by which keys go: time.Now, but for tests
-	// of the store while it is opened, and of its lock; nil: it needs neither
+	// what opening the store, its lock, fsyncs and compactions report; nil: it is in memory
 	status  *storage.Status
 	log     *slog.Logger
 	started time.Time
@@ -139,10 +140,11 @@ type keyValueServer struct {
 	// slot is free and workLoop never waits.
 	countActive chan int
 
-	// Closed by Close: acceptClient ends, workLoop winds up, who waits for long gives up.
+	// Closed by Close: acceptClient and workLoop end, and readFromClient waits no longer for a
+	// Take, for memory or for a snapshot. isClosing is asked while one reads, lists and writes.
 	closeSignal chan struct{}
 	serving     chan struct{} // closed by serve: workLoop runs
-	ended       chan struct{} // closed by workLoop when every other goroutine has ended
+	ended       chan struct{} // closed by workLoop, last: nobody accepts, and no client is left
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
 	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
 
@@ -158,8 +160,8 @@ type keyValueServer struct {
 	logged  *logCounts        // nil: nobody counts
 
 	budget    budget       // -max-memory and -max-queues
-	cores     semaphore    // for what takes long: the last core is free for short requests
-	snapshots semaphore    // for a Keys or Dump: each keeps in memory what all others change
+	cores     semaphore    // for what takes long: one slot less than cores, but at least one
+	snapshots semaphore    // for Keys and Dumps: each keeps in memory what is changed meanwhile
 	lost      atomic.Int64 // replies that slow readers lost
 
 	// Owned by workLoop.
@@ -168,7 +170,7 @@ type keyValueServer struct {
 	touched       []string      // a chain's keys, while the store is told them
 	batch         []*Query      // chains that have run and wait for Commit
 	waiting       turnQueue     // for their turn
-	floor         time.Duration // what the client with the last turn had spent (share)
+	floor         time.Duration // the most that a client had spent when it left waiting (share)
 	takes         takeQueues    // Takes that wait for a value
 	clock         turn
 	turningAway   int    // connections that are being turned away
@@ -179,7 +181,7 @@ type keyValueServer struct {
 	due           due    // whether there are keys whose time is over
 	expired       int    // keys that went because their time was over
 	broken        bool   // Commit failed: nothing runs any more
-	closing       bool   // closeSignal was seen
+	closing       bool   // stopReading was called
 	welcomed      int    // clients so far
 	departed      int    // of these, gone
 	most          int    // clients at once, since there was none
@@ -244,10 +246,9 @@ func (t *turn) charge(c *share, floor time.Duration) {
 }
 
 // share is what a client has had of workLoop's time. Clients are served as in start-time fair
-// queueing (Goyal, Vin and Cheng, 1996): first is the one that will have had least when its
-// turn ends. All times are counted from floor, which rises with the turns that are given, and
-// nobody is more than maxTurn before or behind it: so who has been quiet goes before who has
-// spent much, and nobody waits for ever.
+// queueing (Goyal, Vin and Cheng, 1996): first is the one that will have had least when its turn
+// ends. spent is kept within maxTurn of floor, which rises with the turns that are given: so a
+// client that was quiet goes before one that has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock, as of late
@@ -279,8 +280,8 @@ func (t *turnQueue) Pop() any {
 	return c
 }
 
-// New returns a server of db, which is its own from Start to Close, and not nil. It logs
-// nothing unless it is given a logger.
+// New returns a server of db, which must not be nil: Start would say so. The server owns it from
+// Start to Close. It logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:           kvstore.StoreOf(db),
@@ -347,7 +348,8 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
-	// Who is to shake hands is a guest first; a unix socket has no TLS.
+	// A TLS connection is a guest of fewConns until its handshake has ended; a unix socket has no
+	// TLS.
 	for _, listener := range listeners {
 		if s.tls != nil && listener.Addr().Network() != "unix" {
 			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
@@ -400,10 +402,9 @@ func (s *keyValueServer) ask(what queryType) int {
 // one fails. From then on the server answers nothing; Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server: requests that were read are run, but for those behind a Keys or
-// Dump that is broken off, and their replies are flushed to clients that take them within
-// closeTime. It returns when all the server's goroutines have ended; the store is the
-// caller's again.
+// Close ends the server: requests that were read are run, but for those behind a Keys or Dump that
+// is broken off, and their replies are flushed to clients that take them within closeTime. It
+// returns when no goroutine uses a client or the store any more: the store is the caller's again.
 func (s *keyValueServer) Close() {
 	<-s.oneCall
 	if !s.closed {
@@ -461,7 +462,7 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 	}
 }
 
-// receive makes conn a client's, at once or after a TLS handshake.
+// receive hands conn over to workLoop, at once or after a TLS handshake.
 func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	guest, mustShake := conn.(*guest)
 	if mustShake {
@@ -477,9 +478,9 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	s.connections <- &pacedConn{Conn: conn, server: s}
 }
 
-// shakeHands begins TLS with guest and hands it over to workLoop. One goroutine for
-// each new connection, for at most handshakeTime, so that a client that does not
-// go on delays nobody, and is not yet one.
+// shakeHands begins TLS with guest and hands it over to workLoop. One goroutine for each new
+// connection, for at most handshakeTime, so that a connection that does not go on delays nobody. It
+// is not counted as a client yet.
 func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
@@ -495,7 +496,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 			value: err.Error()}
 		return
 	}
-	paced.Conn = guest.Conn // what it says from now on makes no difference
+	paced.Conn = guest.Conn // it has given up its place, so whether it speaks is not noted any more
 	s.connections <- outer
 }
 
@@ -515,7 +516,7 @@ func (s *keyValueServer) workLoop() {
 	connections, closeSignal := s.connections, s.closeSignal
 	always := make(chan struct{}) // always ready
 	close(always)
-	var alarm <-chan time.Time // nil: no key goes
+	var alarm <-chan time.Time // nil: not set
 
 	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
@@ -548,7 +549,7 @@ func (s *keyValueServer) workLoop() {
 		}
 	}
 
-	// Nobody is left to be told.
+	// The last words are for the log.
 	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
 		"replies_dropped", s.lost.Load())
 }
@@ -593,7 +594,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	}
 
 	s.turningAway++
-	c.paced.limit = time.Now().Add(closeTime) // so that Close need not know of it
+	c.paced.limit = time.Now().Add(closeTime) // it ends even where nothing is taken
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
 	c.outbox.queue(full)
@@ -611,7 +612,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case q != nil:
 			s.take(q)
 
-		// Nothing more comes: of those that wait, the one that has had least is next.
+		// Nothing more comes: of those that wait, the one that will have had least is next.
 		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
 			c := &heap.Pop(&s.waiting).(*Client).share
 			s.floor = max(s.floor, c.spent)
@@ -713,7 +714,8 @@ func (s *keyValueServer) wait(chain, next *Query) {
 	heap.Push(&s.waiting, c)
 }
 
-// touchLeast is how many requests a chain has at least for whose keys the store prepares.
+// touchLeast is how many requests with keys a chain has for which it pays to tell the store the
+// keys.
 const touchLeast = 8
 
 // touch tells the store which keys chain will need, if it wants to know.
@@ -857,7 +859,7 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 }
 
-// begin prepares for chain.
+// begin starts the client's writeToClient, at its first chain, and tells the store the keys.
 func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
 	if c.buffer == nil {
@@ -944,8 +946,8 @@ func (s *keyValueServer) deleteDue(key string) error {
 	return nil
 }
 
-// isFull tells whether there is no memory for q. One that leaves the store no larger may
-// use half of the reserve: beside a snapshot it takes memory, too.
+// isFull tells whether there is no memory for q. One that leaves the store no larger may use half
+// of the reserve, for beside a snapshot even that takes memory.
 func (s *keyValueServer) isFull(q *Query) bool {
 	if s.budget.limit == 0 {
 		return false
@@ -955,8 +957,8 @@ func (s *keyValueServer) isFull(q *Query) bool {
 		return false
 	}
 
-	// What was freed in the middle of slabs can be used again, and a write that makes nothing more
-	// may use a part of the reserve.
+	// What was freed in the middle of slabs can be used again, and a write that leaves the store no
+	// larger may use half of the reserve.
 	return !s.budget.admits(q.memory()-s.db.Reclaim(), 0) &&
 		!(s.budget.admits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
@@ -984,7 +986,7 @@ func (s *keyValueServer) giveBack() {
 //
 // Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth
 // for queues and an eighth for lines: a client that does not read, or does not end its line, takes
-// nothing from the data. What a client can make the server hold:
+// little from the data. What a client can make the server hold:
 //
 //	what             one client, at most           all clients              at it
 //	values           -                             data                     a write is refused, but
@@ -1024,16 +1026,17 @@ func (s *keyValueServer) giveBack() {
 //	sockets          sendBuffer, twice, and what   -                        not counted: the
 //	                 the kernel takes in                                    kernel's
 //
-// Without -max-memory data and lines have no limit, without -max-queues neither have queues.
+// Without -max-memory data and lines have no limit. Without -max-queues queues have their eighth of
+// -max-memory, and without both no limit.
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: any number
 	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: any number
 
-	queued  atomic.Int64 // replies that wait, and lists
-	lists   atomic.Int64 // of these, keys to be listed
-	waiting atomic.Int64 // chains whose replies wait, with their lines
+	queued  atomic.Int64 // replies, lists and copied keys that wait
+	lists   atomic.Int64 // of queued, keys to be listed
+	waiting atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs  atomic.Int64 // lines that have begun to be long
 	store   atomic.Int64 // store and clients, as of workLoop's last look
 	other   atomic.Int64 // what was alive beside all these after the last collection
@@ -1096,7 +1099,7 @@ func (b *budget) admits(bytes, ofReserve int64) bool {
 // isOver tells whether all queues together take more than they may.
 func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
 
-// isCrowded tells whether they do with the chains that wait.
+// isCrowded tells whether all queues, with the chains that wait, take more than queues may.
 func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.waiting.Load(), 0) }
 
 // mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
@@ -1145,7 +1148,7 @@ func (b *budget) takeLine(bytes int64) bool {
 // semaphore admits so many at a time to something that is scarce.
 type semaphore struct {
 	slots   chan struct{} // holds a token for each that is taken
-	waiting atomic.Int64  // goroutines that wait for one
+	waiting atomic.Int64  // goroutines that wait for a slot, or for the memory of a list
 }
 
 // slot is one holder's place in a semaphore, taken or not. It belongs to the holder's goroutine.
@@ -1154,7 +1157,7 @@ type slot struct {
 	taken bool
 }
 
-// take waits for a slot. It is false if stop is closed meanwhile; nil: it never is.
+// take waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
 func (s *slot) take(stop <-chan struct{}) bool {
 	select {
 	case s.of.slots <- struct{}{}:
@@ -1305,7 +1308,7 @@ func (s *keyValueServer) leave(c *Client) {
 		go debug.FreeOSMemory()
 	}
 
-	// Where writing ended, that is why reading did.
+	// A Write that failed is the reason to log: reading ended because of it, or later.
 	level, reason := slog.LevelDebug, c.reason
 	switch {
 	case c.outbox.cut != "":
@@ -1324,8 +1327,8 @@ func (s *keyValueServer) leave(c *Client) {
 		"reason", reason)
 }
 
-// stopReading begins the end, once: no client is read from any more. Writing ends by closeBy,
-// and a client that is still sending gets drainTime to take our last words.
+// stopReading begins the end, once: no more requests are read. Writing ends by closeBy, and a
+// client that goes on sending, or has much to read, gets drainTime to take our last words.
 func (s *keyValueServer) stopReading() {
 	if s.closing {
 		return
@@ -1571,7 +1574,7 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []coun
 	return nil
 }
 
-// askStats is statsFor where workLoop runs.
+// askStats asks workLoop for the counters; nil: there is no answer in time.
 func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
