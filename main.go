@@ -1165,8 +1165,8 @@ func runCommand(command string, args []string) error {
 	}
 
 	// A flag in their place is a mistake, and never the name of a directory.
-	isFlag := func(arg string) bool { return strings.HasPrefix(arg, "-") }
-	if len(args) != len(strings.Fields(example)) || slices.ContainsFunc(args, isFlag) {
+	isNone := func(arg string) bool { return arg == "" || strings.HasPrefix(arg, "-") }
+	if len(args) != len(strings.Fields(example)) || slices.ContainsFunc(args, isNone) {
 		return misuse{problem{command + " needs " + needs, "Give the one that the server has, as " +
 			"in kvserver " + command + " " + example + "."}}
 	}

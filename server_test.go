@@ -5474,6 +5474,7 @@ func TestMistakes(t *testing.T) {
 			`kvserver: "Put:a:b\nDelete:c" is more than one request`,
 			"Give each as an argument of its own"},
 		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
+		{[]string{"check", ""}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
 		{[]string{"backup", "a"}, exitMisuse,
 			"kvserver: backup needs a data directory and a new one", "Give the one"},
 		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure,
