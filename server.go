@@ -63,6 +63,8 @@ const (
 	// next chain waits with them. Below that chains are run as they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
+	lookTime = time.Second // between two looks of the store at its files while nobody asks
+
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
@@ -518,6 +520,14 @@ func (s *keyValueServer) workLoop() {
 	close(always)
 	var alarm <-chan time.Time // nil: not set
 
+	// Somebody may change the store's files while nobody asks for anything.
+	var look <-chan time.Time // nil: the store is in memory
+	if s.status != nil {
+		ticker := time.NewTicker(lookTime)
+		defer ticker.Stop()
+		look = ticker.C
+	}
+
 	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
 		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
@@ -543,6 +553,8 @@ func (s *keyValueServer) workLoop() {
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)
+		case <-look:
+			s.commitStore()
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
@@ -1242,14 +1254,8 @@ func (p *pacer) choose() {
 // learn what the chains did: every connection ends.
 func (s *keyValueServer) commit() {
 	// Reads are committed, too: they may have seen what is not yet durable.
-	if len(s.batch) > 0 && !s.broken {
-		if err := s.commitStore(); err != nil {
-			s.broken = true
-			s.failed <- err
-			for _, c := range s.clients {
-				c.paced.Close() // without a word: it might not be taken
-			}
-		}
+	if len(s.batch) > 0 {
+		s.commitStore()
 	}
 
 	for i, chain := range s.batch {
@@ -1271,16 +1277,27 @@ func (s *keyValueServer) commit() {
 	s.noteMemory()
 }
 
-// commitStore commits what the batch did. Where that takes its time, it is measured.
-func (s *keyValueServer) commitStore() error {
-	if s.status == nil {
-		return s.db.Commit()
+// commitStore commits what the batch did. Where that takes its time, it is measured. If it fails,
+// nothing runs any more.
+func (s *keyValueServer) commitStore() {
+	if s.broken {
+		return
 	}
 	began := time.Now()
 	err := s.db.Commit()
-	s.commits.Observe(time.Since(began).Seconds())
-	s.batches.Observe(float64(len(s.batch)))
-	return err
+	if s.status != nil && len(s.batch) > 0 {
+		s.commits.Observe(time.Since(began).Seconds())
+		s.batches.Observe(float64(len(s.batch)))
+	}
+
+	// What the clients were to be told is not known to be on disk.
+	if err != nil {
+		s.broken = true
+		s.failed <- err
+		for _, c := range s.clients {
+			c.paced.Close() // without a word: it might not be taken
+		}
+	}
 }
 
 // leave takes note that one of c's goroutines has ended, and with the last of

@@ -1924,6 +1924,46 @@ func TestKeysGoBeforeTheStart(t *testing.T) {
 	})
 }
 
+// Ensure that files which somebody removes under an idle server are written anew without a
+// request, so that kill -9 loses nothing.
+func TestIdleServerMissesItsFiles(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir := storetest.New()
+		n.server.status = &storage.Status{}
+		db, err := durable.Open(t.Context(), dir, durable.Options{Status: n.server.status})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Put:k:v\nPing", ":PONG")
+		names, err := dir.List()
+		for _, name := range names {
+			if strings.HasPrefix(name, "seg-") {
+				err = errors.Join(err, dir.Remove(name))
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		pass(3 * lookTime)
+		killed, err := durable.Open(t.Context(), dir.Kill(), durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := killed.Get("k"); !slices.Equal(got, []string{"v"}) {
+			t.Errorf("after kill -9 k has %q", got)
+		}
+		killed.Close()
+		a.hangUp()
+		n.server.Close()
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // slowDeletes is a Memory whose Deletes take their time.
 type slowDeletes struct {
 	*kvstore.Memory
