@@ -6,10 +6,10 @@ import (
 	"unsafe"
 )
 
-// deadlines tells which key ends next. A key's deadline itself is in its entry, so a snapshot
-// has it; here are the ends of all keys that have one, sorted, in chunks so that to add
-// or remove one moves 4 KiB of them at most. They take 16 bytes an end in full chunks, and 43 where
-// what was removed has left gaps.
+// deadlines tells which key ends next. A key's deadline itself is in its entry, or beside a large
+// one, so a snapshot has it; here are the ends of all keys that have one, sorted, in chunks so that
+// to add or remove one moves 4 KiB of them at most. They take 16 bytes an end in full chunks, and
+// 43 where what was removed has left gaps.
 //
 //	chunks
 //	+---+     +-----------+-----------+-----

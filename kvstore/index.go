@@ -2,10 +2,10 @@ package kvstore
 
 import "hash/maphash"
 
-// The index tells where a key's entry is. It is extendible hashing (Fagin et al., TODS
-// 1979): a directory of pages, which the first bits of a key's hash choose among. A page
-// that becomes full is split in two, so the index grows by 4 KiB at a time and no
-// operation waits until all of it has been moved.
+// The index tells where a key's entry is. It is extendible hashing (Fagin et al., TODS 1979): a
+// directory of pages, which the first bits of a key's hash choose among. A page that becomes full
+// is split in two, so the index grows by 4 KiB at a time. Only the directory, 8 bytes a page, is
+// ever copied as a whole.
 //
 //	directory            page                        slab
 //	+-----+     +------------------------+     +---------------------
@@ -81,8 +81,8 @@ func (p *page) remove(i int) {
 	p.used--
 }
 
-// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it: what
-// a view has is not changed any more, but replaced.
+// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it: what a
+// snapshot's view has is replaced, not changed.
 type view struct {
 	seed maphash.Seed
 	// by the first bits of the hash; a page of lower depth is there several times

@@ -13,9 +13,9 @@ const largeBit = 1 << (addrBits - 1)
 // its hash, what append leaves free, and what malloc rounds up.
 const perLongValue = 45
 
-// large is an entry that has memory of its own: one that is too large for a slab, or one
-// of a long list. They are numbered without gaps: when one goes, the last one takes its
-// number, so what was there before costs nothing.
+// large is an entry that has memory of its own: one that is too large for a slab, or one of a long
+// list. They are numbered without gaps: when one goes, the last one takes its number, so the table
+// has no empty places.
 type large struct {
 	data     entry
 	list     *list  // nil: the values are in data
@@ -34,8 +34,8 @@ type list struct {
 	hashes []uint32 // of the values: a search compares only those whose hash is right
 	bytes  int64    // of the values, so that Delete need not walk through them
 	gone   int64    // bytes of values that went, and that the array keeps in memory
-	most   int      // values since the array was made: room for so many is taken still
-	shared bool     // values were handed out, so the array stays as it is
+	most   int      // the most values since the array was made: it has room for so many
+	shared bool     // readers or a snapshot have values, so the array stays as it is
 	epoch  uint64   // Memory's when this was made: a snapshot taken since has it, too
 }
 
@@ -142,11 +142,12 @@ func (m *Memory) copied(l *list) {
 	l.gone, l.most, l.shared = 0, len(l.values), false
 }
 
-// hash returns a list's hash of value. Nobody outside can make two values that have the same.
+// hash returns a list's hash of value. Nobody outside can foresee which values have the same.
 func (m *Memory) hash(value string) uint32 { return uint32(maphash.String(m.seed, value)) }
 
-// index returns the place of the first value equal to value, -1 if there is none. It looks
-// at the place hint first. Values of other hashes are not looked at, however long they are.
+// index returns the place of the first value equal to value, -1 if there is none. If the place hint
+// has the value, that counts as the first. Values of other hashes are not looked at, however long
+// they are.
 func (m *Memory) index(l *list, value string, hint int) (place int) {
 	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
 		return hint
@@ -179,7 +180,7 @@ func (m *Memory) takeOut(l *list, place int) {
 	case place == 0:
 		l.values[0] = "" // or it would stay in memory
 		l.values = l.values[1:]
-	case l.shared: // a new one, with the room that append would leave beside the new value
+	case l.shared: // a new one, with room for one more, for an Update appends
 		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
 			l.values[place+1:]...)
 		m.copied(l)
@@ -194,8 +195,9 @@ func (m *Memory) takeOut(l *list, place int) {
 		l.hashes = slices.Delete(l.hashes, place, place+1)
 	}
 
-	// What went takes a quarter of what is there, or its place three quarters of the array:
-	// then a copy costs less than what was taken out since the last one.
+	// The array is copied when what went takes over a quarter of what is there, or when three
+	// quarters of the array are unused: a copy costs less than what was taken out since the last
+	// one.
 	n := len(l.values)
 	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
 		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)

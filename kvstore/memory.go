@@ -13,11 +13,11 @@ import (
 // Commit has nothing to do. It is not safe for concurrent access, and starts no
 // goroutine. Make one with NewMemory.
 //
-// Short lists lie with their keys in slabs (slab.go), which an index finds (index.go):
-// neither has pointers that the garbage collector would have to follow. Large values and
-// long lists have memory of their own (large.go). A list that was handed out is never
-// changed: a Put appends beyond the end of every list handed out before, an Update that
-// would change one makes a new one, and bytes that somebody else may see are written once.
+// Short lists lie with their keys in slabs (slab.go), which an index finds (index.go): slabs and
+// the index's pages have no pointers that the garbage collector would have to follow. Large values
+// and long lists have memory of their own (large.go). A list that was handed out is never changed:
+// a Put appends beyond the end of every list handed out before, an Update that would change one
+// makes a new one, and bytes that somebody else may see are written once.
 type Memory struct {
 	view // what a snapshot copies
 
@@ -51,7 +51,7 @@ type Memory struct {
 	keyBytes   int64
 	valueBytes int64
 
-	edit    [maxShort + 1]string // a list in hand
+	edit    [maxShort + 1]string // the short list that is being read or changed
 	touched byte                 // by Touch
 }
 
@@ -238,8 +238,8 @@ func (m *Memory) Set(key, value string) (removed int) {
 // long as an Update.
 func (m *Memory) Remove(key, value string) (removed bool) { return m.RemoveAt(key, value, -1) >= 0 }
 
-// RemoveAt is Remove. It returns the place of the value, -1 if there is none, and looks at
-// the place hint first.
+// RemoveAt is Remove. It returns the place of the value, -1 if there is none. In a long list it
+// looks at the place hint first: if that has the value it counts as the first.
 func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
@@ -320,9 +320,9 @@ func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 	return m.UpdateAt(key, oldValue, newValue, -1) >= 0
 }
 
-// UpdateAt is Update. It returns the place of the value that it removed, -1 if there is
-// none. It looks at the place hint before it searches: a caller that knows the place
-// saves the search.
+// UpdateAt is Update. It returns the place of the value that it removed, -1 if there is none. In a
+// long list it looks at the place hint before it searches: a caller that knows the place saves the
+// search.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
@@ -462,10 +462,10 @@ func (m *Memory) All() iter.Seq2[string, []string] {
 // Memory's owner goes on.
 type snapshot struct{ view }
 
-// Snapshot takes one: a copy of three lists of pages, which takes a fraction of a
-// millisecond whatever is stored. From then on the Memory copies each page before it changes
-// it for the first time; what the snapshot alone still needs stays in memory as long as
-// somebody has the snapshot.
+// Snapshot takes one: a copy of three lists of pages, which have a pointer for 64 items. That takes
+// a fraction of a millisecond for some million keys. From then on the Memory copies each page
+// before it changes it for the first time; what the snapshot alone still needs stays in memory as
+// long as somebody has the snapshot.
 func (m *Memory) Snapshot() Snapshot { return m.snapshot() }
 
 func (m *Memory) snapshot() *snapshot {

@@ -14,9 +14,9 @@ import (
 //	| length | key | n + expires | deadline | n lengths ...      one that has a deadline
 //	| length | key | 0 |                             a long one: the values are elsewhere
 //
-// All numbers are uvarints. Entries lie in slabs, one behind the other, and an address
-// is a slab's number and an offset in it. What is too large for that has memory of its
-// own (large.go).
+// All numbers are uvarints, but for n, which is one byte. Entries lie in slabs, one behind the
+// other, and an address is a slab's number and an offset in it. What is too large for that has
+// memory of its own (large.go).
 type entry []byte
 
 const (
@@ -39,10 +39,10 @@ const (
 	cleanMost  = slabSize           // bytes that one operation cleans for, at most
 )
 
-// slab is a piece of memory without pointers. It is written once, from its start to its
-// end. When nothing in it is alive, and nobody else can have seen it, its memory is used
-// again at once: it is in the processor's cache still. Else it is left to the garbage
-// collector, which waits for everybody who reads it.
+// slab is a piece of memory without pointers. It is written once, from its start to its end. When
+// nothing in it is alive, no string of it was handed out, and no snapshot was taken since it was
+// made, its memory is used again at once: it is in the processor's cache still. Else it is left to
+// the garbage collector, which waits for everybody who reads it.
 type slab [slabSize]byte
 
 // account is what a slab's owner alone knows of it.
@@ -57,9 +57,9 @@ type account struct {
 	place  int // in the bucket
 }
 
-// cleaner keeps the dead bytes of slabs in bounds. With more than may be, it walks through
-// the slab that has most, and moves what lives there to a new one: for each byte that
-// is written or dies past so many bytes that two are given back.
+// cleaner keeps the dead bytes of slabs in bounds. With more than may be, it walks through the slab
+// that has most, and moves what lives there to a new one. For each byte that is written or dies it
+// walks so far that about two bytes are given back.
 //
 //	bucket 31:  slab 7               nearly all of it is dead: cleaned first
 //	...
@@ -341,8 +341,8 @@ func (m *Memory) move(k, bucket int) {
 	}
 }
 
-// hold leaves all slabs alone as long as somebody has the snapshot that is being taken:
-// cleaning them would give nothing back.
+// hold leaves all slabs alone, but for the victim, as long as somebody has the snapshot that is
+// being taken: cleaning them would give nothing back.
 func (m *Memory) hold() {
 	m.buckets, m.held = [buckets][]int{}, true
 }
@@ -422,9 +422,9 @@ func (m *Memory) choose() bool {
 	return false
 }
 
-// Reclaim tells the store that memory is short. It returns how many bytes of the Footprint
-// are dead and can be counted as free: what is written from now on gets them, for slabs
-// with less dead bytes than usual are cleaned as well, until 256 KiB were written.
+// Reclaim tells the store that memory is short. It returns how many bytes of the Footprint are dead
+// and can be counted as free: what is written from now on gets them, for slabs with less dead bytes
+// than usual are cleaned as well, until 256 KiB were written or have died.
 func (m *Memory) Reclaim() (bytes int64) {
 	m.letGo()
 	m.short = slabSize

@@ -5,8 +5,8 @@ import "slices"
 // tableItems is how many items a page of a table holds.
 const tableItems = 64
 
-// table is an array that a snapshot copies in no time, whatever it holds: only the list of its
-// pages is copied, and from then on a page before an item in it is changed for the first time.
+// table is an array that a snapshot copies in little time: only the list of its pages is copied.
+// From then on a page is copied before the first change in it.
 //
 //	Memory's table      pages       snapshot's table
 //	    +---+         +-------+         +---+
