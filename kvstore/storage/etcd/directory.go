@@ -409,20 +409,21 @@ func (d *directory) stock() (names map[string]string, pieces int, err error) {
 // anew, Held says that files are gone.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	// Nothing is gone, so there is nothing to ask etcd.
-	if !d.lock.gone.Load() {
+	if !d.lock.isGone() {
 		return *d.stamps.Load(), nil
 	}
 
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 	// The lock must be ours again first, so that nobody else changes what we compare.
+	missed := d.lock.missed.Load()
 	if err := d.recover(); err != nil {
 		return nil, err
 	}
 
 	names, pieces, err := d.stock()
 	if err == nil {
-		err = d.compare(names, int64(pieces)-d.pieces.Load())
+		err = d.compare(names, int64(pieces)-d.pieces.Load(), missed)
 	}
 	return *d.stamps.Load(), err
 }
@@ -448,13 +449,14 @@ func (d *directory) check() {
 
 	// The second round is for what the first one finds gone: recover comes before it.
 	for range 2 {
-		if d.lock.gone.Load() && d.recover() != nil {
+		missed := d.lock.missed.Load()
+		if d.lock.isGone() && d.recover() != nil {
 			return
 		}
 
 		names, more, lock, isKnown := d.look()
 		switch {
-		case !isKnown && d.lock.gone.Load():
+		case !isKnown && d.lock.isGone():
 			// Something is gone: the next round recovers first.
 			continue
 		case !isKnown:
@@ -465,7 +467,7 @@ func (d *directory) check() {
 			d.lock.judge(lock)
 			continue
 		case !maps.Equal(names, d.names) || more != 0:
-			d.compare(names, more)
+			d.compare(names, more, missed)
 		}
 		return
 	}
@@ -498,9 +500,9 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 }
 
 // compare notes which files etcd does not have as they were left there, where these are the names,
-// and there are so many pieces more than there should be. It takes what there is for what there
-// should be from then on. The caller has turn.
-func (d *directory) compare(names map[string]string, more int64) error {
+// and there are so many pieces more than there should be, as of when so much was missed. It takes
+// what there is for what there should be from then on. The caller has turn.
+func (d *directory) compare(names map[string]string, more, missed int64) error {
 	for name, id := range d.names {
 		f := d.files[id]
 		isLost := names[name] != id
@@ -514,8 +516,9 @@ func (d *directory) compare(names map[string]string, more int64) error {
 			isLost = isLost || changed || f.isDead.Load()
 		}
 
-		// A lost file takes no more writes: they would stand behind a hole.
+		// A lost file takes no more writes: they would stand behind a hole. Held says so first.
 		if isLost {
+			d.lock.missed.Add(1)
 			d.lost[name] = true
 			if f != nil {
 				f.isDead.Store(true)
@@ -526,7 +529,9 @@ func (d *directory) compare(names map[string]string, more int64) error {
 	// From here on what etcd has is what it should have, and only lost files are gone.
 	d.setNames(names)
 	d.pieces.Add(more)
-	d.lock.gone.Store(len(d.lost) > 0)
+	if len(d.lost) == 0 {
+		d.lock.mended.Store(missed)
+	}
 	d.lock.look()
 	return nil
 }

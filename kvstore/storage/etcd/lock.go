@@ -49,7 +49,8 @@ type clusterLock struct {
 
 	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that arrived
 	revision  atomic.Int64              // of etcd when it arrived
-	gone      atomic.Bool               // etcd does not have what we have left there
+	missed    atomic.Int64              // how often something of ours was not in etcd
+	mended    atomic.Int64              // for how many of these it is known that nothing is gone now
 	// beat to Held: look again. One slot, for only the latest counts
 	beaten chan struct{}
 	stop   chan struct{} // closed by Close
@@ -60,6 +61,9 @@ type clusterLock struct {
 // isOurs is what every transaction compares.
 func (l *clusterLock) isOurs() comparison { return isValue(l.d.key("lock"), l.value) }
 
+// isGone tells whether etcd may not have what we have left there.
+func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
+
 // lost notes why the lock is lost, the first time. It returns what was noted.
 func (l *clusterLock) lost(err error) error {
 	l.cancel(err)
@@ -69,7 +73,7 @@ func (l *clusterLock) lost(err error) error {
 // miss notes that etcd does not have what we have left there, as err says, and returns a
 // storage.ErrGone.
 func (l *clusterLock) miss(err error) error {
-	l.gone.Store(true)
+	l.missed.Add(1)
 	l.look()
 	return fmt.Errorf("%w: %w", storage.ErrGone, err)
 }
@@ -377,13 +381,13 @@ func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 // Held tells whether nobody else can have had the lock up to now. Where the last sign of
 // life is too old it waits for one more: if that arrives, nobody had.
 func (l *clusterLock) Held() error {
-	for l.age() >= freshTime && !l.gone.Load() && l.ctx.Err() == nil {
+	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
 		case <-l.beaten:
 		case <-l.ctx.Done():
 		}
 	}
-	if l.ctx.Err() == nil && l.gone.Load() {
+	if l.ctx.Err() == nil && l.isGone() {
 		return storage.ErrGone
 	}
 	return context.Cause(l.ctx)

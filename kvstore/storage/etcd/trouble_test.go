@@ -414,6 +414,52 @@ func TestEtcdCountAfterGone(t *testing.T) {
 	})
 }
 
+// Ensure that what is found to be gone while the directory compares what there is stays gone.
+func TestEtcdGoneMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		files := map[string]*pieceFile{}
+		for _, name := range []string{"a", "b"} {
+			f, err := dir.Create(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files[name], _ = f.(*pieceFile)
+			for at := int64(0); at < 3; {
+				write(t, f, &at, []byte("x"))
+			}
+		}
+		dir.lock.miss(errors.New("a test"))
+		changed := ""
+		w.before = func(int) {
+			for name, f := range files {
+				other := files[map[string]string{"a": "b", "b": "a"}[name]]
+				if changed == "" && len(f.turn) > 0 && other.ahead == 1 { // f is the second one
+					changed = other.name
+					e.delete(string(other.last))
+					at := other.size
+					write(t, other, &at, []byte("x"))
+				}
+				if len(f.turn) > 0 {
+					f.ahead = 1 // it was read
+				}
+			}
+		}
+		if _, err := dir.Stamps(); err != nil || changed == "" {
+			t.Fatalf("%q is changed meanwhile: %v", changed, err)
+		}
+		if err := lock.Held(); !errors.Is(err, storage.ErrGone) {
+			t.Errorf("a piece of %s was deleted, and a write has seen that: %v", changed, err)
+		}
+	})
+}
+
 // Ensure that a request is refused for good only by all members, and not by one of them twice, as
 // where something else has the same member asked again.
 func TestEtcdRefusedByOne(t *testing.T) {
