@@ -225,23 +225,30 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	}
 
 	// If a comparison fails we get the lock that is there, so that judge can say why.
-	step := d.key("step")
-	answer, err := d.call("kv/txn", transaction{Compare: append(compare, d.lock.isOurs()),
-		Success: ops, Failure: []operation{readKey(d.key("lock")), readKey(step)}}, size)
+	step, first := d.key("step"), ops[0].Put
+	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
+		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
+	for {
+		answer, err := d.call("kv/txn", t, size)
+		lock, is := answer.read(0).KVs, answer.read(1).KVs
+		switch {
+		case err == errSmaller, errors.Is(err, storage.ErrGone):
+			return err
+		case err != nil: // it may yet be done, and it is not known what the next one goes on from
+			return d.lock.lost(err)
+		case answer.Succeeded: // now
+			return nil
+		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
+			bytes.Equal(first.Value, is[0].Value): // the first time
+			return nil
+		}
 
-	is, first := answer.read(1).KVs, ops[0].Put
-	switch {
-	case err == errSmaller, errors.Is(err, storage.ErrGone):
-		return err
-	case err != nil: // it may yet be done, and it is not known what the next one goes on from
-		return d.lock.lost(err)
-	case answer.Succeeded: // now
-		return nil
-	case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-		bytes.Equal(first.Value, is[0].Value): // the first time
-		return nil
+		// Where only the lock is gone, and nobody has had it since, it is taken anew.
+		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
+			return err
+		}
+		d.lock.retake(d.lock.ctx)
 	}
-	return d.lock.judge(answer.read(0).KVs)
 }
 
 // stepValue is what the key step says after n steps.
@@ -462,7 +469,7 @@ func (d *directory) check() {
 		case !isKnown:
 			// etcd does not answer, or a file is being written: a later check looks again.
 			return
-		case len(lock) == 0 || !bytes.Equal(lock[0].Value, d.lock.value):
+		case !d.lock.isOursIn(lock):
 			// The lock is another one, or missing: judge tells which.
 			d.lock.judge(lock)
 			continue

@@ -61,6 +61,11 @@ type clusterLock struct {
 // isOurs is what every transaction compares.
 func (l *clusterLock) isOurs() comparison { return isValue(l.d.key("lock"), l.value) }
 
+// isOursIn tells whether what etcd has is our lock.
+func (l *clusterLock) isOursIn(lock []keyValue) bool {
+	return len(lock) > 0 && bytes.Equal(lock[0].Value, l.value)
+}
+
 // isGone tells whether etcd may not have what we have left there.
 func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
@@ -89,8 +94,7 @@ func (l *clusterLock) look() {
 // judge says why a comparison has failed, by the lock that etcd has: somebody has taken it, or
 // something is gone.
 func (l *clusterLock) judge(lock []keyValue) error {
-	if len(lock) > 0 && !bytes.Equal(lock[0].Value, l.value) &&
-		lock[0].Revision > l.revision.Load() {
+	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
 		return l.lost(ErrTakenOver)
 	}
 	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))

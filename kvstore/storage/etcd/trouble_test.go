@@ -141,6 +141,22 @@ func TestEtcdLockDeleted(t *testing.T) {
 	}
 }
 
+// Ensure that a lock that is deleted beside a write is taken anew, and the write goes on: nothing
+// else is gone, so no data is written anew, and a crash then leaves a store.
+func TestEtcdLockDeletedBesideWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, _ := e.open(t)
+		commit(t, d, h, "k", "v")
+		e.delete("kv/lock")
+		commit(t, d, h, "k", "v")
+		if e.kvs["kv/lock"].Key == nil || e.kvs["kv/n/seg-2.log"].Key != nil {
+			t.Error("the lock is not taken anew, or all data is written anew")
+		}
+		d.Close()
+	})
+}
+
 // ---- which cluster it is
 
 // Ensure that a member that is another cluster, or a cluster that knows less than before, is
