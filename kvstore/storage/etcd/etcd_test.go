@@ -60,14 +60,15 @@ type etcdWire struct {
 	*fakeEtcd
 	dir      *smallDir // whose process it is
 	requests int
-	sent     []transaction // that arrived
-	before   func(n int)   // is run before each request; nil: nothing
-	at       int           // the request with which something happens; 0: none
-	fault    etcdFault     // that
-	dead     bool          // the process was killed
-	cut      bool          // nothing arrives, and no answer comes
-	slow     time.Duration // what each answer takes
-	rate     int           // bytes a second of the link; 0: it takes no time
+	sent     []transaction    // that arrived
+	before   func(n int)      // is run before each request; nil: nothing
+	at       int              // the request with which something happens; 0: none
+	fault    etcdFault        // that
+	draw     func() etcdFault // what happens to each; nil: nothing
+	dead     bool             // the process was killed
+	cut      bool             // nothing arrives, and no answer comes
+	slow     time.Duration    // what each answer takes
+	rate     int              // bytes a second of the link; 0: it takes no time
 }
 
 // etcdFault is what happens to one request, or from it on.
@@ -109,6 +110,9 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	fault := etcdFault("")
 	if w.requests == w.at {
 		fault = w.fault
+	}
+	if w.draw != nil {
+		fault = w.draw()
 	}
 	switch fault {
 	case noSpace:
@@ -153,7 +157,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		if other := w.other[r.URL.Host]; other != nil {
 			e = other
 		}
-		if answer, err = e.do(r, text); fault == doneTwice {
+		if answer, err = e.do(r, text, t); fault == doneTwice {
 			w.late = append(w.late, t)
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
@@ -241,7 +245,7 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 }
 
 // do answers a request. The caller has mu.
-func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
+func (e *fakeEtcd) do(r *http.Request, text []byte, t transaction) (a response, err error) {
 	if len(text) > e.most {
 		return a, &refusal{"etcdserver: request is too large", 3}
 	}
@@ -266,8 +270,6 @@ func (e *fakeEtcd) do(r *http.Request, text []byte) (a response, err error) {
 		a.found = e.find(q)
 		return a, nil
 	}
-	var t transaction
-	json.Unmarshal(text, &t)
 	return e.txn(t)
 }
 

@@ -1,0 +1,427 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// world is some servers on one cluster, in fake time, what befalls them, and the judge of what they
+// answer. Each server has a goroutine, and so has each life of one; one makes things happen.
+type world struct {
+	t      *testing.T
+	e      *fakeEtcd
+	random *rand.Rand      // of what happens
+	ctx    context.Context // until the servers are stopped
+	ending sync.WaitGroup  // of the servers, and of their lives
+
+	mu      sync.Mutex
+	began   time.Time
+	log     []string                       // what happened
+	faults  int                            // that go on
+	told    storetest.Model                // what was answered
+	doubts  map[*process][]storetest.Model // what may be there instead, for it has no answer yet
+	serving *process                       // who has opened the store last; nil: nobody
+	latest  time.Time                      // of the answers
+	isLost  bool                           // something was taken away, and then the server ended
+}
+
+// process is one life of a server.
+type process struct {
+	*world
+	name   string
+	wire   *etcdWire
+	random *rand.Rand
+	d      *durable.Store
+	live   context.Context // until it is to end
+	end    func()
+	gone   chan struct{} // closed when the next one may begin
+	ended  bool          // no answer of it counts; under mu
+	wrote  time.Time     // when the last batch began that wrote, and was answered; under mu
+}
+
+// worldDir has files of a size that suits a world.
+type worldDir struct {
+	*directory
+	segment int64
+}
+
+func (d *worldDir) Sizes() (segment, compact int64, reserve int) {
+	return d.segment, 2 * d.segment, 0
+}
+
+// note takes down what happened. The caller has mu.
+func (w *world) note(format string, args ...any) {
+	w.log = append(w.log, fmt.Sprintf("%8.3f ", time.Since(w.began).Seconds())+
+		fmt.Sprintf(format, args...))
+}
+
+// wrong says what must not be, and how it came to that. The caller has mu.
+func (w *world) wrong(format string, args ...any) {
+	w.note("WRONG: "+format, args...)
+	if !w.isLost && !w.t.Failed() {
+		w.t.Error(strings.Join(w.log, "\n"))
+	}
+}
+
+// ---- servers
+
+// server is a server that is started again and again, until all are stopped. It is its goroutine.
+func (w *world) server(name string, random *rand.Rand, segment int64) {
+	for n := 0; w.ctx.Err() == nil; n++ {
+		dir, wire := w.e.dir(w.t, w.ctx, name+":1")
+		p := &process{world: w, name: fmt.Sprint(name, n), wire: wire, random: random,
+			gone: make(chan struct{})}
+		wire.draw = p.draw
+		p.live, p.end = context.WithCancel(w.ctx)
+
+		log := slog.New(slog.NewTextHandler(teller{p}, nil))
+		dir.log, dir.client.log = log, log
+		d, err := durable.Open(w.ctx, &worldDir{dir.directory, segment}, durable.Options{Log: log})
+		if p.d = d; p.opened(err) {
+			p.ending.Go(p.serve)
+			<-p.gone
+		}
+		p.end()
+		wait(w.ctx, time.Duration(random.IntN(3000))*time.Millisecond)
+	}
+}
+
+// teller takes down what a process tells its log.
+type teller struct{ *process }
+
+func (p teller) Write(line []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.note("    %s: %s", p.name, strings.TrimSpace(string(line)))
+	return len(line), nil
+}
+
+// draw is what happens to a request.
+func (p *process) draw() etcdFault {
+	if p.random.IntN(100) > 0 {
+		return ""
+	}
+	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.random.IntN(5)]
+}
+
+// opened judges how a start has ended, and tells whether the server serves.
+func (p *process) opened(err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		p.note("%s does not serve: %v", p.name, err)
+		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, durable.ErrUnfinished) ||
+			errors.As(err, new(*storage.DamageError)) {
+			p.wrong("the store is refused")
+		}
+		return false
+	}
+
+	// It has what was told, and perhaps a batch of which nobody knows.
+	p.note("%s serves", p.name)
+	if !p.isIn(p.told) {
+		for other, doubts := range p.doubts {
+			if i := slices.IndexFunc(doubts, p.isIn); i >= 0 {
+				p.note("it has what %s did last, too", other.name)
+				p.told = doubts[i]
+			}
+		}
+	}
+	if !p.isIn(p.told) {
+		keys, values, _ := p.d.Size()
+		p.wrong("it has not what was told, but %d keys and %d values", keys, values)
+	}
+	p.serving, p.doubts = p, map[*process][]storetest.Model{}
+	return true
+}
+
+// isIn tells whether the store holds what model does.
+func (p *process) isIn(model storetest.Model) bool { return model.Equal(p.d) }
+
+// serve does one batch after the other until one fails, or the process is to end. It is the
+// goroutine of a process that serves, and of one that was killed it remains for some seconds.
+func (p *process) serve() {
+	for p.batch() && wait(p.live, time.Duration(p.random.IntN(600))*time.Millisecond) == nil {
+	}
+
+	p.mu.Lock()
+	isKilled := p.ended
+	p.ended = true
+	p.mu.Unlock()
+	if isKilled {
+		<-p.d.Lost()
+	}
+	p.d.Close()
+	if !isKilled {
+		close(p.gone)
+	}
+}
+
+// batch does some operations and a Commit, and judges the answer. It tells whether the process goes
+// on.
+func (p *process) batch() bool {
+	p.mu.Lock()
+	model, began, writes := p.told.Clone(), time.Now(), false
+	p.mu.Unlock()
+	var steps []func(store kvstore.Store)
+	var doubts []storetest.Model // the log may have the first ones only: a large value is a frame
+	for range p.random.IntN(4) {
+		key, value := fmt.Sprint("key", p.random.IntN(5)), fmt.Sprint(p.name, p.random.IntN(1000))
+		if p.random.IntN(8) == 0 {
+			value += strings.Repeat(" ", 7000) // some of these are joined
+		}
+		kind := p.random.IntN(6)
+		do := func(store kvstore.Store) {
+			switch kind {
+			case 0:
+				store.Delete(key)
+			case 1:
+				store.Put(key, value)
+			default:
+				store.Set(key, value)
+			}
+		}
+		writes = writes || kind > 0 // a Delete may have nothing to delete
+		steps = append(steps, do)
+		do(model)
+		doubts = append(doubts, model.Clone())
+	}
+	p.mu.Lock()
+	p.doubts[p] = doubts
+	p.mu.Unlock()
+	for _, do := range steps {
+		do(p.d)
+	}
+	err := p.d.Commit()
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.ended: // it was killed, so nobody hears the answer
+		return false
+	case err != nil:
+		p.note("%s: Commit: %v", p.name, err)
+		return false
+	case p.serving != p:
+		p.wrong("%s answers, and %s serves", p.name, p.serving.name)
+	case !p.isIn(model):
+		p.wrong("%s answers, and has not what was told", p.name)
+	}
+	p.told, p.latest = model, time.Now()
+	if delete(p.doubts, p); writes {
+		p.wrote = began
+	}
+	return true
+}
+
+// ---- what happens
+
+// stop ends the process that serves: at once, or as it should.
+func (w *world) stop(atOnce bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	p := w.serving
+	if p == nil || p.ended {
+		return
+	}
+	w.note("%s is stopped, at once: %v", p.name, atOnce)
+	if atOnce {
+		p.ended = true
+		p.wire.kill()
+		close(p.gone)
+	}
+	p.end()
+}
+
+// fault makes something be so for some time.
+func (w *world) fault(what string, set func(is bool)) {
+	long := time.Duration(1+w.random.IntN(12)) * time.Second
+	change := func(by int, is bool) {
+		w.mu.Lock()
+		w.faults += by
+		w.mu.Unlock()
+		w.e.mu.Lock()
+		defer w.e.mu.Unlock()
+		set(is)
+	}
+	w.mu.Lock()
+	w.note("for %v %s", long, what)
+	w.mu.Unlock()
+	change(1, true)
+	time.AfterFunc(long, func() { change(-1, false) })
+}
+
+// spoil takes something away under a server that is well. It returns when that must be there
+// again: once a write was answered, if each must see it, or after some seconds.
+func (w *world) spoil(what string, isSeen bool, take func()) {
+	w.mu.Lock()
+	p := w.serving
+	isWell := p != nil && !p.ended && w.faults == 0
+	if isWell {
+		w.note("%s under %s", what, p.name)
+	}
+	w.mu.Unlock()
+	if !isWell {
+		return
+	}
+
+	took := time.Now()
+	for take(); ; {
+		<-time.After(50 * time.Millisecond)
+		w.mu.Lock()
+		switch long := time.Since(took); {
+		case p.ended:
+			w.isLost = true
+		case isSeen && !p.wrote.After(took) && long < time.Minute, !isSeen && long < 6*time.Second:
+			w.mu.Unlock()
+			continue
+		case long >= time.Minute:
+			w.wrong("%s does not answer", p.name)
+		}
+		w.mu.Unlock()
+		return
+	}
+}
+
+// spoilOne has one key deleted.
+func (w *world) spoilOne(what, prefix string) {
+	w.spoil(what, false, func() {
+		kvs := w.e.list(keyRange{Key: []byte(prefix), End: below([]byte(prefix))}).KVs
+		w.e.delete(string(kvs[w.random.IntN(len(kvs))].Key))
+	})
+}
+
+// happen makes things happen. It ends early if what was told is lost with a server.
+func (w *world) happen() {
+	var before *fakeEtcd
+	for range 9 {
+		<-time.After(time.Duration(w.random.IntN(3000)) * time.Millisecond)
+		wire := new(etcdWire)
+		w.mu.Lock()
+		if w.serving != nil {
+			wire = w.serving.wire
+		}
+		isLost := w.isLost
+		w.mu.Unlock()
+		if isLost {
+			return
+		}
+
+		switch w.random.IntN(14) {
+		case 0:
+			w.fault("a:1 is down", func(is bool) { w.e.down = map[bool]string{true: "a:1"}[is] })
+		case 1:
+			other := newFakeEtcd()
+			other.id = "other"
+			w.fault("b:1 is another cluster", func(is bool) {
+				w.e.other = map[bool]map[string]*fakeEtcd{true: {"b:1": other}}[is]
+			})
+		case 2:
+			w.fault("etcd is full", func(is bool) { w.e.full = is })
+		case 3:
+			w.fault("the server is cut off", func(is bool) { wire.cut = is })
+		case 4:
+			w.fault("the server is cut off, and the lock deleted", func(is bool) { wire.cut = is })
+			w.e.delete("kv/lock")
+		case 5:
+			slow := time.Duration(w.random.IntN(1200)) * time.Millisecond
+			w.fault(fmt.Sprint("an answer takes ", slow), func(is bool) {
+				wire.slow = map[bool]time.Duration{true: slow}[is]
+			})
+		case 6, 7:
+			w.stop(w.random.IntN(2) == 0)
+		case 8:
+			w.e.delete("kv/lock")
+		case 9:
+			w.spoilOne("a piece is deleted", "kv/d/")
+		case 10:
+			w.spoilOne("a name is deleted", "kv/n/")
+		case 11:
+			prefix := []string{"kv/n/", "kv/d/", "kv/"}[w.random.IntN(3)]
+			w.spoil(prefix+" is deleted", true, func() { w.e.delete(prefix) })
+			w.stop(true)
+		case 12, 13:
+			if before == nil {
+				before = w.e.copy()
+				break
+			}
+			id := []string{w.e.id, "new"}[w.random.IntN(2)]
+			w.spoil("cluster "+id+" is what it was", true, func() { w.e.restore(before, id) })
+			before = nil
+			w.stop(true)
+		}
+	}
+}
+
+// Ensure that of two or four servers, whatever happens to them and to etcd, one at a time answers,
+// and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many.
+func TestEtcdWorlds(t *testing.T) {
+	first, seeds := uint64(1), uint64(50)
+	if isRace() {
+		seeds = 5
+	}
+	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
+		if text := os.Getenv(name); text != "" {
+			var err error
+			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var lost atomic.Int64
+	for seed := first; seed < first+seeds && !t.Failed(); seed++ {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				if !live(t, seed) {
+					lost.Add(1)
+				}
+			})
+		})
+	}
+	t.Cleanup(func() {
+		t.Logf("in %d of %d worlds a server has ended when something was gone", lost.Load(), seeds)
+	})
+}
+
+// live lets a world live, and tells whether it was judged to its end.
+func live(t *testing.T, seed uint64) bool {
+	ctx, stop := context.WithCancel(t.Context())
+	w := &world{t: t, e: newFakeEtcd(), random: rand.New(rand.NewPCG(seed, 0)), ctx: ctx,
+		began: time.Now(), told: storetest.NewModel(), doubts: map[*process][]storetest.Model{}}
+	for i := range 2 + 2*(seed%2) {
+		w.ending.Go(func() {
+			w.server(string(rune('a'+i)), rand.New(rand.NewPCG(seed, 1+i)),
+				[]int64{1500, 200 << 10}[seed/2%2])
+		})
+	}
+	w.happen()
+
+	// All is well again, and so somebody serves.
+	<-time.After(30 * time.Second)
+	w.mu.Lock()
+	if time.Since(w.latest) > 5*time.Second {
+		w.wrong("nobody serves")
+	}
+	w.mu.Unlock()
+	stop()
+	w.ending.Wait()
+	return !w.isLost
+}
