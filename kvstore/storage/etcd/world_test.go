@@ -184,7 +184,7 @@ func (p *process) batch() bool {
 	var doubts []storetest.Model // the log may have the first ones only: a large value is a frame
 	for range p.random.IntN(4) {
 		key, value := fmt.Sprint("key", p.random.IntN(5)), fmt.Sprint(p.name, p.random.IntN(1000))
-		if p.random.IntN(8) == 0 {
+		if p.random.IntN(3) == 0 {
 			value += strings.Repeat(" ", 7000) // some of these are joined
 		}
 		kind := p.random.IntN(6)
