@@ -480,6 +480,7 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 	began := time.Now()
 
 	// A member that refuses for good may be the only one that does.
+	var why error
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
 		answer, err := c.post(ctx, member, at, request, size)
@@ -492,9 +493,14 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 		case !isFinal(err):
 			// This failure may pass: ask on for as long as ctx allows.
 			clear(refused)
+			why = nil
+		case !errors.Is(err, ErrOther) || why == nil:
+			// It is another cluster only if all members are.
+			why = err
+			fallthrough
 		default:
 			if refused[member] = true; len(refused) == len(c.members) {
-				return answer, named(err)
+				return answer, named(why)
 			}
 		}
 

@@ -234,6 +234,30 @@ func TestEtcdOtherCluster(t *testing.T) {
 	})
 }
 
+// Ensure that it is another cluster only if all members are: where one is, and the other refuses for
+// another reason, nothing is taken for gone.
+func TestEtcdOtherBesideFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		other := newFakeEtcd()
+		other.id = "2"
+		for _, member := range []string{"a:1", "b:1"} {
+			w.mu.Lock()
+			e.other, e.full = map[string]*fakeEtcd{member: other}, true
+			w.mu.Unlock()
+			time.AfterFunc(5*time.Second, func() { e.setFull(false) })
+			commit(t, d, h, "k", "v")
+			<-time.After(2 * time.Second)
+			if err := d.Commit(); err != nil || e.kvs["kv/n/seg-2.log"].Key != nil {
+				t.Errorf("with another cluster at %s: %v, or all data is written anew", member, err)
+			}
+		}
+		d.Close()
+	})
+}
+
 // ---- what is gone
 
 // Ensure that whatever of a store is taken away under a running server, it goes on with all that

@@ -348,14 +348,22 @@ func (w *world) happen() {
 		case 6, 7:
 			w.stop(w.random.IntN(2) == 0)
 		case 8:
+			w.mu.Lock()
+			w.note("the lock is deleted")
+			w.mu.Unlock()
 			w.e.delete("kv/lock")
 		case 9:
 			w.spoilOne("a piece is deleted", "kv/d/")
 		case 10:
 			w.spoilOne("a name is deleted", "kv/n/")
 		case 11:
-			prefix := []string{"kv/n/", "kv/d/", "kv/"}[w.random.IntN(3)]
-			w.spoil(prefix+" is deleted", true, func() { w.e.delete(prefix) })
+			// Not all of it: whoever starts then takes an empty prefix for a new one.
+			prefixes := [][]string{{"kv/n/"}, {"kv/d/"}, {"kv/n/", "kv/d/", "kv/lock"}}[w.random.IntN(3)]
+			w.spoil(fmt.Sprint(prefixes, " are deleted"), true, func() {
+				for _, prefix := range prefixes {
+					w.e.delete(prefix)
+				}
+			})
 			w.stop(true)
 		case 12, 13:
 			if before == nil {
