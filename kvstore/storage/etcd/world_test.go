@@ -31,6 +31,8 @@ type world struct {
 	ctx    context.Context // until the servers are stopped
 	ending sync.WaitGroup  // of the servers, and of their lives
 
+	isCalm atomic.Bool // nothing happens to single requests
+
 	mu      sync.Mutex
 	began   time.Time
 	log     []string                       // what happened
@@ -115,7 +117,7 @@ func (p teller) Write(line []byte) (int, error) {
 
 // draw is what happens to a request.
 func (p *process) draw() etcdFault {
-	if p.random.IntN(100) > 0 {
+	if p.random.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
 	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.random.IntN(5)]
@@ -282,6 +284,8 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 		return
 	}
 
+	w.isCalm.Store(!isSeen) // a request that is lost can take long to be sent again
+	defer w.isCalm.Store(false)
 	took := time.Now()
 	for take(); ; {
 		<-time.After(50 * time.Millisecond)
