@@ -130,6 +130,8 @@ func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err erro
 type watch struct {
 	holder
 	revision int64     // of its last sign of life; 0: there is no lock
+	step     int64     // the revision of the key step; 0: it is not there
+	isEmpty  bool      // there is no file
 	isNew    bool      // nor is anything else, and never was
 	since    time.Time // when it was so first; zero: it must be seen first
 	answered time.Time // when etcd has answered last
@@ -141,18 +143,22 @@ type watch struct {
 // then, nor show signs of life in it, so that time does not count.
 func (w *watch) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
+	oneBelow := func(prefix string) operation {
+		return operation{Range: &keyRange{Key: d.key(prefix), End: below(d.key(prefix)), Limit: 1,
+			KeysOnly: true}}
+	}
+
 	// The comparison never holds, so nothing is written, but etcd treats it as a write.
 	answer, err := d.client.try(ctx, "kv/txn", transaction{
-		Compare: []comparison{isRevision(key, -1)}, // which never is
+		Compare: []comparison{isRevision(key, -1)},
 		Success: []operation{putKey(key, nil)},
-		Failure: []operation{readKey(key), {Range: &keyRange{Key: d.key(""),
-			End: below(d.key("")), Limit: 1, KeysOnly: true}}},
+		Failure: []operation{readKey(key), readKey(d.key("step")), oneBelow("n/"), oneBelow("")},
 	})
+	if errors.Is(err, syscall.ENOSPC) {
+		// While etcd is full its holder cannot show a sign of life: the wait begins anew.
+		w.since = time.Time{}
+	}
 	if err != nil {
-		if errors.Is(err, syscall.ENOSPC) {
-			// While etcd is full its holder cannot show a sign of life: the wait begins anew.
-			w.since = time.Time{}
-		}
 		return err
 	}
 
@@ -164,9 +170,27 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 	}
 
 	// The store is new only if no look has found anything: else somebody had the lock.
-	w.isNew = len(answer.read(1).KVs) == 0 && (w.isNew || w.answered.IsZero())
-	w.holder, w.revision, w.answered = o, revision, now
+	w.isNew = len(answer.read(3).KVs) == 0 && (w.isNew || w.answered.IsZero())
+	w.isEmpty = len(answer.read(2).KVs) == 0
+	w.holder, w.revision, w.step, w.answered = o, revision, 0, now
+	for _, kv := range answer.read(1).KVs {
+		w.step = kv.Revision
+	}
 	return err
+}
+
+// replace puts l in the place of the lock that was seen, if that is there still: of several servers
+// only one does so. Another cluster, which has no lock either, has not the step.
+func (w *watch) replace(ctx context.Context, l *clusterLock) (done bool, err error) {
+	sent, key := time.Now(), l.d.key("lock")
+	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
+		Compare: []comparison{isRevision(key, w.revision), isRevision(l.d.key("step"), w.step)},
+		Success: []operation{putKey(key, l.value)},
+	})
+	if done = err == nil && answer.Succeeded; done {
+		l.confirm(sent, answer)
+	}
+	return done, err
 }
 
 // isFree tells whether somebody who is called token may take the lock: it was given back, or
@@ -300,26 +324,18 @@ func (d *directory) newLock() *clusterLock {
 // it is not known whether it has: the next look tells.
 func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error) {
 	// Two stores must not begin at one address, so a new one needs most of the members.
-	if w.isNew {
+	if w.isEmpty {
 		if err := l.d.mayBegin(ctx); err != nil {
 			return false, err
 		}
 	}
 
-	// Since is also when our first sign of life was sent, so take it before we ask.
 	l.owner.Since, l.owner.Takeovers = time.Now(), w.Takeovers
 	if w.revision > 0 && !w.Released && w.Token != l.owner.Token {
 		l.owner.Takeovers++
 	}
 	l.value, _ = json.Marshal(l.owner)
-
-	// Of several servers that have seen this revision only one gets the lock.
-	key := l.d.key("lock")
-	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
-		Compare: []comparison{isRevision(key, w.revision)},
-		Success: []operation{putKey(key, l.value)},
-	})
-	if err != nil || !answer.Succeeded {
+	if taken, err = w.replace(ctx, l); !taken {
 		return false, err
 	}
 
@@ -331,14 +347,13 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 
 	// From here on the lock ends with its own context, and not with the caller's.
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
-	l.confirm(l.owner.Since, answer)
 	return true, nil
 }
 
 // retake takes the lock anew where it is missing, or older than our last sign of life: somebody
 // has deleted it, or restored an older state. While that sign is fresh nobody else has had it.
 func (l *clusterLock) retake(ctx context.Context) error {
-	key, w := l.d.key("lock"), watch{answered: time.Now()}
+	w := watch{answered: time.Now()}
 	// It may be ours still, such as where only its answer was lost.
 	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
 		return err
@@ -350,15 +365,9 @@ func (l *clusterLock) retake(ctx context.Context) error {
 		return l.lost(ErrTakenOver)
 	}
 
-	// Only the lock that we have seen is replaced: a server that was faster keeps it.
-	sent := time.Now()
-	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
-		Compare: []comparison{isRevision(key, w.revision)},
-		Success: []operation{putKey(key, l.value)},
-	})
-
-	if err == nil && answer.Succeeded {
-		l.confirm(sent, answer)
+	// A server that was faster keeps it.
+	done, err := w.replace(ctx, l)
+	if done {
 		l.d.log.Error("the lock was deleted in etcd, or an older state restored: taken anew")
 	}
 	return err

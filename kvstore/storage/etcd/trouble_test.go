@@ -234,6 +234,43 @@ func TestEtcdOtherCluster(t *testing.T) {
 	})
 }
 
+// Ensure that a lock that is taken anew is not put into another cluster, whichever requests come
+// there; and that where there is a lock but no store, a new one needs most of the members, too.
+func TestEtcdLockElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		other := newFakeEtcd()
+		other.id = "2"
+		w.mu.Lock()
+		w.before = func(n int) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			e.other = []map[string]*fakeEtcd{{"a:1": other}, {}, {"b:1": other}, {}}[n%4]
+		}
+		w.mu.Unlock()
+		for range 20 {
+			e.delete("kv/lock")
+			<-time.After(2 * time.Second)
+		}
+		if len(other.kvs) > 0 {
+			t.Errorf("another cluster has %q", other.keys)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+
+		other.put("kv/lock", "{}")
+		e.mu.Lock()
+		e.other, e.down = map[string]*fakeEtcd{"b:1": other}, "a:1"
+		e.mu.Unlock()
+		if _, err := e.tryOpen(t, time.Minute); err == nil || other.kvs["kv/n/STORE"].Key != nil {
+			t.Errorf("a new store with one member of two: %v", err)
+		}
+	})
+}
+
 // Ensure that it is another cluster only if all members are: where one is, and the other refuses for
 // another reason, nothing is taken for gone.
 func TestEtcdOtherBesideFull(t *testing.T) {
