@@ -163,19 +163,21 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 	}
 
 	o, revision, err := d.readLock(answer.read(0).KVs)
-	now := time.Now()
-	// Count from when we saw this sign of life first, so that only our own clock matters.
-	if w.since.IsZero() || revision != w.revision {
+	step, now := int64(0), time.Now()
+	for _, kv := range answer.read(1).KVs {
+		step = kv.Revision
+	}
+
+	// Count from when we saw this sign of life first, so that only our own clock matters. Where
+	// there is no lock, somebody may have had it since the look before, and has changed the step.
+	if w.since.IsZero() || revision != w.revision || step != w.step {
 		w.since = now
 	}
 
 	// The store is new only if no look has found anything: else somebody had the lock.
 	w.isNew = len(answer.read(3).KVs) == 0 && (w.isNew || w.answered.IsZero())
 	w.isEmpty = len(answer.read(2).KVs) == 0
-	w.holder, w.revision, w.step, w.answered = o, revision, 0, now
-	for _, kv := range answer.read(1).KVs {
-		w.step = kv.Revision
-	}
+	w.holder, w.revision, w.step, w.answered = o, revision, step, now
 	return err
 }
 

@@ -141,6 +141,28 @@ func TestEtcdLockDeleted(t *testing.T) {
 	}
 }
 
+// Ensure that a standby that sees no lock at two looks, between which somebody had it, waits anew.
+func TestEtcdLockDeletedTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, _ := e.open(t)
+		commit(t, d, h, "k", "v")
+		d.Close()
+		e.delete("kv/lock")
+		dir, _ := e.dir(t, t.Context(), "standby:9999")
+		w := watch{}
+		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
+			t.Fatalf("a lock that is missing is free at once: %v", err)
+		}
+		d, _ = e.open(t) // some seconds later
+		e.delete("kv/lock")
+		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
+			t.Errorf("the lock is free beside another server: %v", err)
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a lock that is deleted beside a write is taken anew, and the write goes on: nothing
 // else is gone, so no data is written anew, and a crash then leaves a store.
 func TestEtcdLockDeletedBesideWrite(t *testing.T) {
