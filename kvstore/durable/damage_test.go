@@ -72,16 +72,25 @@ func TestTornEnd(t *testing.T) {
 	}
 }
 
-// Ensure that what a start cut, and could not clear on the disk, does not come back behind what
-// is committed later.
+// Ensure that what a start cut does not come back behind what is committed later, also where the
+// end of the log is a clean stop, and where a start before that one could not clear it on the disk.
 func TestTornEndStaysCut(t *testing.T) {
-	dir := storetest.New()
-	open := func(dir *storetest.Dir) (*Store, error) {
-		return Open(context.Background(), dir, Options{})
+	for _, afterStop := range []bool{false, true} {
+		for _, startFails := range []bool{false, true} {
+			tornEndStaysCut(t, afterStop, startFails)
+		}
 	}
-	d, err := open(dir)
-	if err != nil {
-		t.Fatal(err)
+}
+
+// tornEndStaysCut has a start cut the end of a log, behind a clean stop or not, perhaps after one
+// whose fsync of the log fails, and looks whether what is written then stays alone.
+func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
+	open := func(dir *storetest.Dir) *Store {
+		d, err := Open(context.Background(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
 	}
 	// Frames of whole sectors.
 	put := func(d *Store, key, v string, end int64) {
@@ -94,34 +103,41 @@ func TestTornEndStaysCut(t *testing.T) {
 			t.Fatalf("size %d, want %d", d.current.size, end)
 		}
 	}
-	put(d, "a", "first", 512)
+	dir := storetest.New()
+	d := open(dir)
+	if afterStop {
+		put(d, "a", "first", 512-frameSize)
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d = open(dir)
+	} else {
+		put(d, "a", "first", 512)
+	}
+
 	// What a power failure may leave of one large Commit: its second frame, not the first.
 	d.fsync = FsyncNever
 	put(d, "b", "torn", 1024)
 	put(d, "c", "CUT", 1536)
-	image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
 	data := slices.Clone(dir.Names["seg-1.log"].Data)
 	clear(data[512:1024])
-	image = image.With("seg-1.log", data)
+	image := dir.With("seg-1.log", data)
 
-	// A start whose fsync of the log fails.
-	failed := false
-	image.Before = func(c storetest.Call) error {
-		if c.What == "sync" && c.Name == "seg-1.log" && !failed {
-			failed = true
-			return storetest.ErrDisk
+	if startFails {
+		image.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "seg-1.log" {
+				image.Before = nil
+				return storetest.ErrDisk
+			}
+			return nil
 		}
-		return nil
+		if _, err := Open(context.Background(), image, Options{}); err == nil {
+			t.Fatal("the start does not fail")
+		}
 	}
-	if _, err := open(image); err == nil || !failed {
-		t.Fatal("the start does not fail")
-	}
-	image.Before = nil
+
 	// The next one succeeds, and answers.
-	d, err = open(image)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d = open(image)
 	if len(d.Get("c")) != 0 {
 		t.Fatal("c was not cut")
 	}
@@ -130,12 +146,10 @@ func TestTornEndStaysCut(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	d, err = open(image.Crash(rand.New(rand.NewPCG(1, 1))))
-	if err != nil {
-		t.Fatal(err)
-	}
+	d = open(image.Crash(rand.New(rand.NewPCG(1, 1))))
 	if c := d.Get("c"); len(c) != 0 {
-		t.Errorf("a commit that was cut, and answered as not there, is back: %.10q", c)
+		t.Errorf("behind a clean stop: %v, a start fails: %v: a commit that was cut, and answered "+
+			"as not there, is back: %.10q", afterStop, startFails, c)
 	}
 }
 

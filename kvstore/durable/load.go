@@ -541,12 +541,9 @@ func (d *Store) resume(end logEnd) error {
 	}
 	w.fileSize = end.size
 
-	// After a clean stop nothing was torn. Else a start before this one may have cleared it, but
-	// in the kernel's memory alone: so all behind the last frame is cleared once more.
+	// A start before this one may have cleared what was torn, but in the kernel's memory alone: so
+	// all behind the last frame is cleared once more. (A clean stop leaves nothing there.)
 	end.bytes = end.size - end.offset
-	if end.frames > 0 && end.last == frameCleanStop {
-		end.bytes = 0
-	}
 	err = rewrite(w, end)
 	if err != nil {
 		w.f.Close()
