@@ -279,6 +279,20 @@ func (s *salvage) restore() {
 		s.next = s.firstBehind(base)
 	}
 
+	// Where nothing says what the snapshot stands for, its number does. What came right behind it
+	// is lost.
+	if s.next == 0 {
+		s.sayLost("what came after %s: the next file is missing, or cannot be read", base.log.path)
+		frames = slices.DeleteFunc(frames, func(p foundFrame) bool {
+			return p.in.number <= base.number
+		})
+		s.next = 1
+		if len(frames) == 0 {
+			return
+		}
+		s.next = frames[0].sequence
+	}
+
 	// Every gap is a loss, whatever was in it. Frames for which the snapshot stands are left out.
 	i, _ := slices.BinarySearchFunc(frames, s.next,
 		func(p foundFrame, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
@@ -348,15 +362,20 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 }
 
 // firstBehind is the sequence of the first frame behind what a snapshot stands for. Where its own
-// header cannot be read the next segment's says that, too; 0: none does.
+// header cannot be read the next segment says that, too, by its header or by its first frame; 0:
+// neither does.
 func (s *salvage) firstBehind(snapshot *foundFile) uint64 {
 	if snapshot.log.bad == nil {
 		return snapshot.log.header.first
 	}
 
 	for _, file := range s.segments {
-		if file.number == snapshot.number+1 && file.log.bad == nil {
+		switch {
+		case file.number != snapshot.number+1:
+		case file.log.bad == nil:
 			return file.log.header.first
+		case len(file.frames) > 0 && file.frames[0].offset == headerSize:
+			return file.frames[0].sequence
 		}
 	}
 	return 0

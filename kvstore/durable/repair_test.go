@@ -455,6 +455,88 @@ func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 	}
 }
 
+// Ensure that where the header of the snapshot cannot be read, and the file behind it not or in
+// part, Repair applies nothing twice, tells of what is lost and of nothing else, and makes a store
+// that keeps what it answers.
+func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
+	const gap = "LOST    what came after dir/snap-3.log"
+	for what, c := range map[string]struct {
+		spoil func(image *storetest.Dir)
+		lost  string // "": nothing is
+		gone  []int  // segments whose keys are lost
+	}{
+		"its header is bad": {func(image *storetest.Dir) {
+			image.Names["seg-4.log"].Data[40] ^= 1
+		}, "", nil},
+		"it is missing": {func(image *storetest.Dir) {
+			delete(image.Names, "seg-4.log")
+		}, gap, []int{4}},
+		"all are missing": {func(image *storetest.Dir) {
+			delete(image.Names, "seg-4.log")
+			delete(image.Names, "seg-5.log")
+		}, gap, []int{4, 5}},
+		"it is missing, and the next one is empty": {func(image *storetest.Dir) {
+			delete(image.Names, "seg-4.log")
+			image.Names["seg-5.log"].Data = image.Names["seg-5.log"].Data[:headerSize]
+		}, gap, []int{4, 5}},
+	} {
+		for _, leftover := range []bool{false, true} {
+			what := fmt.Sprintf("%s, leftover %v", what, leftover)
+			dir, d := fourSegments(t, Options{})
+			old := slices.Clone(dir.Names["seg-3.log"].Data)
+			d.minCompact, d.waste = 0, 0
+			d.compact()
+			d.AwaitCompaction()
+			d.minCompact, d.waste = 1<<40, maxWaste
+			for i, more := 0, 5; more > 0; i++ {
+				if d.number == 5 {
+					more--
+				}
+				d.Put(fmt.Sprintf("in%d-%d", d.number, i), strings.Repeat("v", 50))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := maps.Collect(d.All())
+			for _, number := range c.gone {
+				maps.DeleteFunc(want, func(key string, _ []string) bool {
+					return strings.HasPrefix(key, fmt.Sprintf("in%d-", number))
+				})
+			}
+			d.Close()
+
+			image := dir.With(storage.LockName, nil)
+			image.Names["snap-3.log"].Data[40] ^= 1 // in its header
+			if leftover {
+				image.Names["seg-3.log"] = storetest.FileOf(old)
+			}
+			c.spoil(image)
+			out, r, err := repaired(t, image)
+			text := strings.Join(r.Lines, "\n")
+			if err != nil || r.Lost != (c.lost != "") || !strings.Contains(text, c.lost) ||
+				strings.Count(text, "LOST") > 1 {
+				t.Errorf("%s: %v, and repair says\n%s", what, err, text)
+			}
+			wantAll(t, what, out.Kill(), want)
+
+			after, err := openSmall(out, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			after.Put("after", "all")
+			if err := after.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			want["after"] = []string{"all"}
+			for seed := range uint64(10) {
+				wantAll(t, what+", then the power failed",
+					out.Crash(rand.New(rand.NewPCG(seed, 1))), want)
+			}
+			after.Close()
+		}
+	}
+}
+
 // Ensure that Repair takes the log alone where all of it is there and the snapshot is damaged.
 func TestRepairUsesTheLogAlone(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
