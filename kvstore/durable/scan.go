@@ -25,7 +25,7 @@ type logReader struct {
 	size   int64  // of the file, when it was opened or last looked at
 	limit  int64  // the offset at which reading ends, whatever comes behind; 0: there is none
 	offset int64  // of the next frame
-	next   uint64 // sequence of the next frame
+	next   uint64 // sequence of the next frame; 0: any, behind a header that cannot be read
 	buf    []byte // the last payload with its padding, kept for the next one
 
 	bad error // why the header cannot be read: a *storage.DamageError, or a version; nil: it can
@@ -124,7 +124,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	switch {
 	case !ok:
 		return f, nil, l.damageHere("the frame's checksum is wrong")
-	case f.sequence != l.next:
+	case l.next > 0 && f.sequence != l.next:
 		return f, nil, l.damageHere(
 			fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
 	case l.size-l.offset < f.padded():
@@ -152,7 +152,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 
 	// After damage the offset stays where the bad frame is.
 	l.offset += f.padded()
-	l.next++
+	l.next = f.sequence + 1
 	return f, payload, nil
 }
 
