@@ -489,8 +489,8 @@ func TestRefusals(t *testing.T) {
 			"the frame that says that another file follows is missing"},
 		"closed segment's end": {change(first,
 			func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
-		"snapshot ends twice": {change(snapshot, again),
-			"a frame follows the one that should be the last"},
+		"snapshot ends twice": {change(snapshot, again), fmt.Sprintf("offset %d, frame %d: a frame "+
+			"follows the one that should be the last", len(dir.Names[snapshot].Data), frames+1)},
 		"newer segment":  {change(last, newer), ErrNewer.Error()},
 		"newer snapshot": {change(snapshot, newer), ErrNewer.Error()},
 		"a number too far": {dir.With("seg-9223372036854775808.log", nil),

@@ -308,7 +308,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		case err != nil:
 			return end, err
 		case isLast:
-			l.offset = end.offset
+			l.offset, l.next = end.offset, end.next
 			end.tail = damaged
 			end.bad = l.damageHere("a frame follows the one that should be the last")
 			return end, nil
