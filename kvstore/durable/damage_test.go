@@ -243,6 +243,34 @@ func TestFlippedStore(t *testing.T) {
 	}
 }
 
+// Ensure that a store of one file that has lost STORE is damaged, however short that file is, and
+// that repair mends it without a loss. Beside a part of another file it is a broken-off copy.
+func TestLostStore(t *testing.T) {
+	for _, commits := range []int{1, 20} {
+		dir, name, _ := segment(t, commits)
+		delete(dir.Names, storage.StoreName)
+		_, err := Open(context.Background(), dir.Kill(), Options{})
+		var damage *storage.DamageError
+		if !errors.As(err, &damage) || damage.File != "dir/STORE" {
+			t.Errorf("%d bytes: Open: %v", len(dir.Names[name].Data), err)
+		}
+		out, r, err := repaired(t, dir)
+		if err != nil || r.Lost {
+			t.Fatalf("repair says %v, %v", r, err)
+		}
+		d, err := Open(context.Background(), out, Options{})
+		if err != nil || len(d.Get("key")) != commits {
+			t.Errorf("after repair: %v", err)
+		}
+
+		copied := dir.With("seg-2.log"+tmpSuffix, make([]byte, headerSize+1))
+		_, err = Open(context.Background(), copied, Options{})
+		if !errors.Is(err, ErrUnfinished) {
+			t.Errorf("beside a part of a file: Open: %v", err)
+		}
+	}
+}
+
 // fourSegments returns a store that is in its fourth file, and has compacted nothing.
 func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	dir, d := newSmall(t, opts)

@@ -169,8 +169,8 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 	return s, s.checkObsolete()
 }
 
-// ErrUnfinished is returned for what a backup, a repair or a first start has left that was
-// stopped before it was a store.
+// ErrUnfinished is returned where there is a part of a file and no store: a backup, a repair or a
+// first start was stopped.
 var ErrUnfinished = errors.New("an unfinished store")
 
 // findNew is findFiles where there is no STORE. What a first start leaves that was stopped holds no
@@ -203,13 +203,19 @@ func (s *files) findNew() error {
 		}
 		f.Close()
 
-		// More than a header may be data: of a copy that was broken off, or of a store.
+		most := int64(headerSize)
+		if strings.HasPrefix(name, storage.StoreName) {
+			most = maxStoreFile
+		}
+
+		// A segment that has frames is a store's, or all that there is of a copy: Repair can read it.
+		// A part of a file is of no use.
 		switch {
-		case !strings.HasPrefix(name, storage.StoreName) && size > headerSize && isTmp(name),
-			size > maxStoreFile:
+		case size <= most:
+		case isTmp(name):
 			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was "+
 				"broken off", ErrUnfinished, s.dir.Path(name), size)
-		case size > headerSize && !isTmp(name):
+		default:
 			return missing
 		}
 	}
