@@ -37,7 +37,6 @@ type Dir struct {
 	Names   map[string]*File // what it holds, as processes see it
 	Room    int              // bytes that all files may have together; 0: any number
 	Locked  bool             // a process has the lock
-	Busy    error            // what Lock returns meanwhile
 	Moved   error            // what the lock's Held returns; nil: nothing has happened
 	Handles int              // open files
 
@@ -393,7 +392,7 @@ func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	case err != nil:
 		return nil, err
 	case d.Locked:
-		return nil, d.Busy
+		return nil, storage.ErrLocked
 	}
 	d.Locked = true
 	return held{d}, nil

@@ -1,6 +1,9 @@
 package storetest
 
 import (
+	"context"
+	"errors"
+	"kvserver/kvstore/storage"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -75,5 +78,23 @@ func TestOrderOfNames(t *testing.T) {
 		if got := leaves(d, look); !slices.Equal(got, []string{"new"}) {
 			t.Errorf("%s: after a Sync a power failure leaves %q", what, got)
 		}
+	}
+}
+
+// Ensure that the lock is taken once at a time.
+func TestLockedTwice(t *testing.T) {
+	d := New()
+	lock, err := d.Lock(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := d.Lock(context.Background())
+	if second != nil || !errors.Is(err, storage.ErrLocked) {
+		t.Errorf("a second lock: %v, %v", second, err)
+	}
+	lock.Close()
+	_, err = d.Lock(context.Background())
+	if err != nil {
+		t.Errorf("after a Close: %v", err)
 	}
 }
