@@ -66,6 +66,7 @@ type salvage struct {
 	report *Report
 	err    error // the first that is no damage
 
+	logs      []*logReader // all that were opened
 	snapshots []*foundFile // the newest first
 	segments  []*foundFile
 	m         *kvstore.Memory
@@ -225,16 +226,15 @@ func (s *salvage) openFile(name string, kind uint32, number uint64) (*logReader,
 	if err != nil {
 		return nil, err
 	}
+	s.logs = append(s.logs, l)
 
 	switch {
 	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
-		l.f.Close()
 		return nil, l.bad // a version that we do not know
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
 		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
-		l.f.Close()
 		s.report.say("ignored %s: it belongs to another store", l.path)
 		return nil, nil
 	case l.header.kind != kind || l.header.number != number:
@@ -259,8 +259,8 @@ func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 
 // close closes all log files.
 func (s *salvage) close() {
-	for _, file := range slices.Concat(s.snapshots, s.segments) {
-		file.log.f.Close()
+	for _, l := range s.logs {
+		l.f.Close()
 	}
 }
 

@@ -313,6 +313,20 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 }
 
+// Ensure that a Repair that fails leaves no file open.
+func TestFailedRepairClosesItsFiles(t *testing.T) {
+	dir, d := fourSegments(t, Options{})
+	d.Close()
+	for n, reached := 1, true; reached; n++ {
+		image := dir.With(storage.LockName, nil)
+		image.FailAt = n
+		_, err := Repair(image, storetest.New())
+		if reached = image.Calls >= n; image.Handles != 0 {
+			t.Errorf("call %d failed: %v, and %d files are open", n, err, image.Handles)
+		}
+	}
+}
+
 // Ensure that Repair is no more trusting than a start: each of these is named, and is a loss.
 func TestRepairNamesEveryGap(t *testing.T) {
 	first := func(image *storetest.Dir, id storeID, name string,
