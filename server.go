@@ -622,7 +622,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 	for yields := 0; ; q = s.nextQuery() {
 		switch {
 		case q != nil:
-			s.take(q)
+			s.dispatch(q)
 
 		// Nothing more comes: of those that wait, the one that will have had least is next.
 		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
@@ -669,8 +669,8 @@ func (s *keyValueServer) nextQuery() *Query {
 	}
 }
 
-// take does what q asks for, if that is for workLoop itself, or takes the chain that it heads.
-func (s *keyValueServer) take(q *Query) {
+// dispatch does what q asks for, if that is for workLoop itself, or takes the chain that it heads.
+func (s *keyValueServer) dispatch(q *Query) {
 	switch q.queryType {
 	case countActive:
 		s.countActive <- len(s.clients)
