@@ -555,8 +555,8 @@ func (in *input) need(maxLine int) (bytes int64) {
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which keys and values will
-// be substrings, and the error that ends the input. The string is good until the next take: until
-// then the chain's holder may read it.
+// be substrings, and the error that ends the input. The string is good until the next cutLines:
+// until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.resize(in.nextSize(c.server.maxLine))
@@ -576,10 +576,10 @@ func (c *Client) read() (burst string, err error) {
 		}
 		in.heard = true
 
-		// The chain under way is made of the other buffer, which take needs.
+		// The chain under way is made of the other buffer, which cutLines needs.
 		wasUnanswered := in.unanswered
 		c.await()
-		burst = in.take(n)
+		burst = in.cutLines(n)
 		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
 			c.answerSkipped()
 		}
@@ -722,13 +722,13 @@ func (in *input) noteSkipped(b []byte) {
 	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
 }
 
-// take returns the lines that the n bytes behind pending complete. If a line was
+// cutLines returns the lines that the n bytes behind pending complete. If a line was
 // being skipped and ends among them, skipping ends, and skipped is its end.
 //
-// The lines are no copy: they are what was read, which stays as it is until the next take,
+// The lines are no copy: they are what was read, which stays as it is until the next cutLines,
 // for what comes meanwhile is read into another buffer. By then the chains made of them have
 // come back, and who keeps a key or a value, the store, has made a copy.
-func (in *input) take(n int) (burst string) {
+func (in *input) cutLines(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1

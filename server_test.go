@@ -2581,7 +2581,7 @@ func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
 			c.buffer <- nil
 		}
 		c.in.buf = make([]byte, burstSize)
-		chain, _ := c.parse(c.in.take(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
+		chain, _ := c.parse(c.in.cutLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
 		shared := func(q *Query) bool {
 			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
 		}
@@ -6895,7 +6895,7 @@ func TestAllocations(t *testing.T) {
 		client.buffer = make(chan []byte, maxBufferSize)
 		client.in.buf = make([]byte, burstSize)
 		once := func() {
-			chain, _ := client.parse(client.in.take(copy(client.in.buf, c.burst)))
+			chain, _ := client.parse(client.in.cutLines(copy(client.in.buf, c.burst)))
 			for q := chain; q != nil; q = q.next {
 				q.run(db, time.Now)
 			}
