@@ -295,7 +295,7 @@ func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
 		left := time.Until(c.takeEnds)
 		if left <= 0 {
-			c.endTake(stopTake)
+			c.stopWaiting(stopTake)
 			break
 		}
 
@@ -306,12 +306,12 @@ func (c *Client) awaitDone() (chain *Query) {
 			return chain
 		case <-time.After(min(left, probeTime)):
 			if c.paced.isBroken() {
-				c.endTake(dropTake)
+				c.stopWaiting(dropTake)
 			}
 		case <-c.closed:
-			c.endTake(dropTake)
+			c.stopWaiting(dropTake)
 		case <-c.server.closeSignal:
-			c.endTake(dropTake)
+			c.stopWaiting(dropTake)
 		}
 	}
 
@@ -326,8 +326,8 @@ func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
 // so setTick sets another.
 func (c *Client) noteTaken() { c.takeEnds, c.in.ticking = time.Time{}, false }
 
-// endTake has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
-func (c *Client) endTake(how queryType) {
+// stopWaiting has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
+func (c *Client) stopWaiting(how queryType) {
 	if c.mayTakeWait() {
 		c.noteTaken()
 		c.server.queries <- &Query{queryType: how, client: c}
@@ -463,7 +463,7 @@ func tooLong(maxLine int) string {
 func (c *Client) endInput(err error) {
 	in := &c.in
 	if !errors.Is(err, io.EOF) { // a client that has closed its side may still wait
-		c.endTake(dropTake)
+		c.stopWaiting(dropTake)
 	}
 
 	switch {
