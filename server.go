@@ -175,19 +175,19 @@ type keyValueServer struct {
 	floor         time.Duration // the most that a client had spent when it left waiting (share)
 	takes         takeQueues    // Takes that wait for a value
 	clock         turn
-	turningAway   int    // connections that are being turned away
-	full          seldom // turning clients away
-	badHandshakes seldom // handshakes that failed
-	noRoom        seldom // writes refused because the disk is full
-	noMemory      seldom // and because the memory is
-	due           due    // whether there are keys whose time is over
-	expired       int    // keys that went because their time was over
-	broken        bool   // Commit failed: nothing runs any more
-	closing       bool   // stopReading was called
-	welcomed      int    // clients so far
-	departed      int    // of these, gone
-	most          int    // clients at once, since there was none
-	largest       int64  // bytes of the store, since memory was last given back
+	turningAway   int     // connections that are being turned away
+	full          seldom  // turning clients away
+	badHandshakes seldom  // handshakes that failed
+	noRoom        seldom  // writes refused because the disk is full
+	noMemory      seldom  // and because the memory is
+	overdue       overdue // whether there are keys whose time is over
+	expired       int     // keys that went because their time was over
+	broken        bool    // Commit failed: nothing runs any more
+	closing       bool    // stopReading was called
+	welcomed      int     // clients so far
+	departed      int     // of these, gone
+	most          int     // clients at once, since there was none
+	largest       int64   // bytes of the store, since memory was last given back
 	requests      [queryTypes]int
 }
 
@@ -531,7 +531,7 @@ func (s *keyValueServer) workLoop() {
 	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
 		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
-		if len(s.waiting) > 0 || s.due == someDue {
+		if len(s.waiting) > 0 || s.overdue == someOverdue {
 			more = always
 		}
 		if alarm == nil && s.db.Expiring() > 0 {
@@ -783,7 +783,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 // run runs q, unless it is refused.
 func (s *keyValueServer) run(q *Query) {
 	// It finds no key whose time is over, and adds nothing to what is full.
-	if s.due != noneDue {
+	if s.overdue != noneOverdue {
 		s.expireKey(q)
 	}
 	if q.writes() {
@@ -904,34 +904,34 @@ func (s *keyValueServer) admit(q *Query) {
 	}
 }
 
-// due says whether there are keys whose time is over.
-type due uint8
+// overdue says whether there are keys whose time is over.
+type overdue uint8
 
 const (
-	noneDue  due = iota
-	someDue      // they are deleted in turn with the clients' requests
-	stuckDue     // the disk has no room for that; perhaps it has a little later
+	noneOverdue  overdue = iota
+	someOverdue          // they are deleted in turn with the clients' requests
+	stuckOverdue         // the disk has no room for that; perhaps it has a little later
 )
 
 // expire deletes keys whose time is over, for a part of a turn. Of those that are left expireKey
 // sees to it that nobody finds them. The next answer waits for the Commit that these Deletes are
 // in; until then, and after a crash, they may be done again.
 func (s *keyValueServer) expire() {
-	s.due = noneDue
+	s.overdue = noneOverdue
 	if s.broken || s.db.Expiring() <= 0 {
 		return
 	}
 
 	now, began := s.now().UnixMilli(), time.Now()
-	for n := 1; s.due == noneDue; n++ {
+	for n := 1; s.overdue == noneOverdue; n++ {
 		key, isDue := s.db.NextDue(now)
 		switch {
 		case !isDue:
 			return
 		case s.deleteDue(key) != nil:
-			s.due = stuckDue
+			s.overdue = stuckOverdue
 		case n%expireStride == 0 && time.Since(began) >= maxSlowTurn:
-			s.due = someDue
+			s.overdue = someOverdue
 		}
 	}
 }
