@@ -174,7 +174,7 @@ type keyValueServer struct {
 	waiting       turnQueue     // for their turn
 	floor         time.Duration // the most that a client had spent when it left waiting (share)
 	takes         takeQueues    // Takes that wait for a value
-	clock         turn
+	turn          turn
 	turningAway   int     // connections that are being turned away
 	full          seldom  // turning clients away
 	badHandshakes seldom  // handshakes that failed
@@ -346,7 +346,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	}
 
 	s.started = time.Now()
-	s.clock.epoch = s.started
+	s.turn.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
@@ -618,7 +618,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 // commits it all at once, then answers.
 func (s *keyValueServer) runBatch(q *Query) {
 	s.expire()
-	s.clock.begin()
+	s.turn.begin()
 	for yields := 0; ; q = s.nextQuery() {
 		switch {
 		case q != nil:
@@ -637,7 +637,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
-				s.clock.begin() // that was others' time
+				s.turn.begin() // that was others' time
 			}
 
 		default:
@@ -651,7 +651,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 }
 
 // isTurnOver tells whether it is time to commit.
-func (s *keyValueServer) isTurnOver() bool { return s.clock.over || len(s.batch) >= maxBatch }
+func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
 // mayRun tells whether c's chain may run before the Commit. Behind others that have run a slow
 // client's may not: they would wait for it.
@@ -763,10 +763,10 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left -= searchCost - 1
 		}
 		if left <= 0 || q.next == nil {
-			s.clock.charge(&c.share, s.floor)
+			s.turn.charge(&c.share, s.floor)
 			left = c.share.stride
 		}
-		if s.clock.over && q.next != nil {
+		if s.turn.over && q.next != nil {
 			s.wait(chain, q.next)
 			return
 		}

@@ -1384,7 +1384,7 @@ func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var takes time.Duration
 		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
-		s.clock.epoch = time.Now()
+		s.turn.epoch = time.Now()
 		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
 		turn := func() (n int, took time.Duration) {
@@ -1396,7 +1396,7 @@ func TestTurns(t *testing.T) {
 				}
 			}
 			start := time.Now()
-			s.clock.begin()
+			s.turn.begin()
 			s.runChain(&chain[0], &chain[0])
 			s.waiting = nil
 			return c.share.next.line, time.Since(start)
