@@ -182,7 +182,7 @@ type keyValueServer struct {
 	noMemory      seldom  // and because the memory is
 	overdue       overdue // whether there are keys whose time is over
 	expired       int     // keys that went because their time was over
-	broken        bool    // Commit failed: nothing runs any more
+	commitFailed  bool    // nothing runs any more
 	closing       bool    // stopReading was called
 	welcomed      int     // clients so far
 	departed      int     // of these, gone
@@ -568,7 +568,7 @@ func (s *keyValueServer) workLoop() {
 
 // welcome makes a client of conn.
 func (s *keyValueServer) welcome(conn net.Conn) {
-	if s.closing || s.broken {
+	if s.closing || s.commitFailed {
 		conn.Close()
 		return
 	}
@@ -755,7 +755,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		s.begin(chain)
 	}
 
-	for left := c.share.stride; q != nil && !s.broken; q = q.next {
+	for left := c.share.stride; q != nil && !s.commitFailed; q = q.next {
 		s.run(q)
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
@@ -918,7 +918,7 @@ const (
 // in; until then, and after a crash, they may be done again.
 func (s *keyValueServer) expire() {
 	s.overdue = noneOverdue
-	if s.broken || s.db.Expiring() <= 0 {
+	if s.commitFailed || s.db.Expiring() <= 0 {
 		return
 	}
 
@@ -1260,11 +1260,11 @@ func (s *keyValueServer) commit() {
 
 	for i, chain := range s.batch {
 		switch c := chain.client; {
-		case chain.asker != nil && s.broken:
+		case chain.asker != nil && s.commitFailed:
 			close(chain.asker)
 		case chain.asker != nil:
 			chain.asker <- s.stats()
-		case s.broken:
+		case s.commitFailed:
 			c.done <- nil
 		default:
 			c.answer(chain)
@@ -1280,7 +1280,7 @@ func (s *keyValueServer) commit() {
 // commitStore commits what the batch did. Where that takes its time, it is measured. If it fails,
 // nothing runs any more.
 func (s *keyValueServer) commitStore() {
-	if s.broken {
+	if s.commitFailed {
 		return
 	}
 	began := time.Now()
@@ -1292,7 +1292,7 @@ func (s *keyValueServer) commitStore() {
 
 	// What the clients were to be told is not known to be on disk.
 	if err != nil {
-		s.broken = true
+		s.commitFailed = true
 		s.failed <- err
 		for _, c := range s.clients {
 			c.paced.Close() // without a word: it might not be taken
