@@ -97,7 +97,7 @@ const (
 //	  its lines' memory  W               R         R        -              queries, done
 //	underWay, takeEnds   RW              -         -        -              -
 //	reason, drain        RW              R         -        R (drain)      buffer's close, depart
-//	broken               -               R         -        W              depart
+//	writeErr             -               R         -        W              depart
 //	pacedConn's fields   -               -         -        RW             - (limit: set before)
 //
 // How a connection ends: readFromClient notes why (end) and makes no more chains; it waits for the
@@ -146,7 +146,7 @@ type Client struct {
 	reason   string    // why the connection ends, for the log; "" while it does not
 	drain    bool      // we close first, as after a Quit: let the client take our last words
 
-	broken error // of the Write that failed; owned by writeToClient, until its departure
+	writeErr error // of the Write that failed; owned by writeToClient, until its departure
 }
 
 // newClient returns the client at the other end of conn.
@@ -1616,8 +1616,8 @@ func (c *Client) writeToClient() {
 		c.tellRoom()
 
 		// After a Write that failed the rest is only taken out.
-		if c.broken == nil {
-			if _, c.broken = c.connection.Write(msg); c.broken != nil {
+		if c.writeErr == nil {
+			if _, c.writeErr = c.connection.Write(msg); c.writeErr != nil {
 				close(c.closed)
 				c.paced.Close()
 			}
@@ -1626,7 +1626,7 @@ func (c *Client) writeToClient() {
 		c.server.budget.queued.Add(-size)
 	}
 
-	if c.broken == nil {
+	if c.writeErr == nil {
 		// A tls.Conn's Close may wait 5 s for a client that does not read: that is cut short.
 		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
 		if c.drain {

@@ -1330,9 +1330,9 @@ func (s *keyValueServer) leave(c *Client) {
 	switch {
 	case c.outbox.cut != "":
 		level, reason = slog.LevelWarn, c.outbox.cut
-	case c.broken != nil:
-		reason = c.broken.Error()
-		if errors.Is(c.broken, errTookNothing) {
+	case c.writeErr != nil:
+		reason = c.writeErr.Error()
+		if errors.Is(c.writeErr, errTookNothing) {
 			level = slog.LevelWarn
 		}
 	}
