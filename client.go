@@ -898,7 +898,7 @@ func (c *Client) list(q *Query) {
 		c.end(weClose, false)
 		return
 	}
-	defer l.giveBack()
+	defer l.release()
 
 	// workLoop takes the snapshot.
 	if c.send(q); !c.await() {
@@ -919,8 +919,8 @@ func (c *Client) list(q *Query) {
 	}
 }
 
-// giveBack gives up the snapshot and the memory, if there are any.
-func (l *listing) giveBack() {
+// release gives up the snapshot and the memory, if there are any.
+func (l *listing) release() {
 	l.snapshot, l.sample = nil, nil
 	l.place.release()
 	l.noteSize(0)
@@ -1106,7 +1106,7 @@ func (l *listing) copy(keys []string) {
 	}
 
 	// In pieces, for few allocations and none that is large.
-	l.giveBack()
+	l.release()
 	l.noteSize(bytes)
 	for few := range slices.Chunk(keys, partKeys) {
 		copy(few, kvstore.CloneAll(few))
