@@ -980,9 +980,9 @@ func (s *keyValueServer) noteMemory() {
 	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*memoryPerClient))
 }
 
-// giveBack gives memory back to the system when the data has shrunk by a quarter:
+// freeMemory gives memory back to the system when the data has shrunk by a quarter:
 // the collector alone, with nothing new to be kept, would wait for minutes.
-func (s *keyValueServer) giveBack() {
+func (s *keyValueServer) freeMemory() {
 	now := s.db.Footprint()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
 		s.largest = now
@@ -1273,7 +1273,7 @@ func (s *keyValueServer) commit() {
 	}
 	s.batch = s.batch[:0]
 
-	s.giveBack()
+	s.freeMemory()
 	s.noteMemory()
 }
 
