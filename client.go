@@ -1240,12 +1240,12 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 func (o *outbox) hold(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chain, o.inInputs
 	b.queued.Add(lists)
-	b.waiting.Add(chain)
+	b.chains.Add(chain)
 	b.inputs.Add(-lines)
 
 	return func() {
 		b.queued.Add(-lists)
-		b.waiting.Add(-chain)
+		b.chains.Add(-chain)
 		b.inputs.Add(lines)
 	}
 }
@@ -1486,7 +1486,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		return waits, ""
 	case o.slow && (o.acked || l != nil) && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
-			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.waiting.Load())
+			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
 	case isAwaited && l.drips:

@@ -1046,12 +1046,12 @@ type budget struct {
 	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: any number
 
-	queued  atomic.Int64 // replies, lists and copied keys that wait
-	lists   atomic.Int64 // of queued, keys to be listed
-	waiting atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
-	inputs  atomic.Int64 // lines that have begun to be long
-	store   atomic.Int64 // store and clients, as of workLoop's last look
-	other   atomic.Int64 // what was alive beside all these after the last collection
+	queued atomic.Int64 // replies, lists and copied keys that wait
+	lists  atomic.Int64 // of queued, keys to be listed
+	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
+	inputs atomic.Int64 // lines that have begun to be long
+	store  atomic.Int64 // store and clients, as of workLoop's last look
+	other  atomic.Int64 // what was alive beside all these after the last collection
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	first, spare semaphore
@@ -1096,7 +1096,7 @@ func (b *budget) forQueues() int64 {
 
 // known is how many bytes are known to be in use.
 func (b *budget) known() int64 {
-	return b.store.Load() + b.queued.Load() + b.waiting.Load() + b.inputs.Load()
+	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1112,7 +1112,7 @@ func (b *budget) admits(bytes, ofReserve int64) bool {
 func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
 
 // isCrowded tells whether all queues, with the chains that wait, take more than queues may.
-func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.waiting.Load(), 0) }
+func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 
 // mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
 // these there is a quarter more.
