@@ -186,7 +186,7 @@ type keyValueServer struct {
 	closing       bool    // stopReading was called
 	welcomed      int     // clients so far
 	departed      int     // of these, gone
-	most          int     // clients at once, since there was none
+	mostClients   int     // clients at once, since there was none
 	largest       int64   // bytes of the store, since memory was last given back
 	requests      [queryTypes]int
 }
@@ -1319,9 +1319,9 @@ func (s *keyValueServer) leave(c *Client) {
 	s.departed++
 
 	// The collector alone would take minutes to give back what a crowd took.
-	s.most = max(s.most, len(s.clients)+1)
-	if len(s.clients) == 0 && s.most >= crowd {
-		s.most = 0
+	s.mostClients = max(s.mostClients, len(s.clients)+1)
+	if len(s.clients) == 0 && s.mostClients >= crowd {
+		s.mostClients = 0
 		go debug.FreeOSMemory()
 	}
 
