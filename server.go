@@ -225,23 +225,24 @@ func (t *turn) begin() {
 	t.looked, t.over = t.began, false
 }
 
-// charge looks at the clock: what has run since it was looked at before was c's. It counts no more
-// than a turn, for by then c has waited for all others. What takes far longer than before, once, may
-// be the system's doing, which has let us wait: it counts little, and in full when it comes again.
-func (t *turn) charge(c *share, floor time.Duration) {
+// charge looks at the clock: the time since the last look was spent on the client of sh. It counts
+// no more than a turn, for by then the client has waited for all others. A time that is far longer
+// than the ones before may be the system's doing, which has let us wait: it counts little, and in
+// full when it comes again.
+func (t *turn) charge(sh *share, floor time.Duration) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
-	counted := min(took, max(2*c.cost+maxLead, c.peak))
-	c.peak = max(took, c.peak/8*7)
-	c.spent = min(c.spent+counted, floor+maxTurn)
-	c.cost = (c.cost + counted) / 2
-	c.stride = min(2*max(c.stride, 1), maxStride)
+	counted := min(took, max(2*sh.cost+maxLead, sh.peak))
+	sh.peak = max(took, sh.peak/8*7)
+	sh.spent = min(sh.spent+counted, floor+maxTurn)
+	sh.cost = (sh.cost + counted) / 2
+	sh.stride = min(2*max(sh.stride, 1), maxStride)
 	if took >= longTime {
-		c.stride = 1
+		sh.stride = 1
 	}
 
 	limit := maxTurn
-	if c.isSlow() {
+	if sh.isSlow() {
 		limit = maxSlowTurn
 	}
 	t.looked, t.over = now, now-t.began > limit
@@ -626,10 +627,10 @@ func (s *keyValueServer) runBatch(q *Query) {
 
 		// Nothing more comes: of those that wait, the one that will have had least is next.
 		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
-			c := &heap.Pop(&s.waiting).(*Client).share
-			s.floor = max(s.floor, c.spent)
-			chain, next := c.chain, c.next
-			c.chain, c.next = nil, nil // or they would stay in memory until the client's next turn
+			sh := &heap.Pop(&s.waiting).(*Client).share
+			s.floor = max(s.floor, sh.spent)
+			chain, next := sh.chain, sh.next
+			sh.chain, sh.next = nil, nil // or they would stay in memory until its next turn
 			s.runChain(chain, next)
 
 		// The batch may grow.
@@ -653,10 +654,10 @@ func (s *keyValueServer) runBatch(q *Query) {
 // isTurnOver tells whether it is time to commit.
 func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
-// mayRun tells whether c's chain may run before the Commit. Behind others that have run a slow
-// client's may not: they would wait for it.
-func (s *keyValueServer) mayRun(c *share) bool {
-	return !s.isTurnOver() && (len(s.batch) == 0 || !c.isSlow())
+// mayRun tells whether the chain of sh may run before the Commit. A slow client's may not run behind
+// others that have run, for they would wait for it.
+func (s *keyValueServer) mayRun(sh *share) bool {
+	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isSlow())
 }
 
 // nextQuery returns the next query in the queue, or nil if there is none.
@@ -695,12 +696,12 @@ func (s *keyValueServer) dispatch(q *Query) {
 // takeChain runs chain, or has it wait for its turn: where its client has had more of
 // workLoop's time than others.
 func (s *keyValueServer) takeChain(chain *Query) {
-	c := &chain.client.share
-	isNew := c.spent == 0
+	sh := &chain.client.share
+	isNew := sh.spent == 0
 	if isNew {
-		c.peak = maxTurn // nobody knows what it asks for
+		sh.peak = maxTurn // nobody knows what it asks for
 	}
-	c.spent = max(c.spent, s.floor-maxTurn)
+	sh.spent = max(sh.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
 	if len(s.waiting) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
@@ -709,10 +710,10 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	}
 
 	if isNew {
-		c.spent, c.cost = s.floor+maxLead, maxLead
+		sh.spent, sh.cost = s.floor+maxLead, maxLead
 	}
-	isFirst := len(s.waiting) == 0 || c.due() < s.waiting[0].share.due()
-	if isFirst && c.due() < s.floor+maxLead && s.mayRun(c) {
+	isFirst := len(s.waiting) == 0 || sh.due() < s.waiting[0].share.due()
+	if isFirst && sh.due() < s.floor+maxLead && s.mayRun(sh) {
 		s.runChain(chain, chain)
 	} else {
 		s.wait(chain, chain)
