@@ -1016,26 +1016,27 @@ func (l *listing) awaitListMemory() bool {
 // closes.
 func (l *listing) reply() bool {
 	// One piece of memory serves all parts.
-	keys, last, more := make([]string, 0, l.most), "", true
+	part, last, more := make([]string, 0, l.most), "", true
 	for more {
 		var wanted bool
-		if keys, more, wanted = l.next(keys[:0], last); !wanted {
+		if part, more, wanted = l.next(part[:0], last); !wanted {
 			return false
 		}
-		// All there is, so the snapshot may go.
-		if last == "" && !more && l.copies() {
-			l.copy(keys)
+
+		// These are all keys, and a Keys asks for nothing else, so the snapshot may go.
+		if last == "" && !more && l.queryType == keys {
+			l.copy(part)
 		}
 
-		for few := range slices.Chunk(keys, maxChain) {
+		for few := range slices.Chunk(part, maxChain) {
 			l.client.outbox.replyAll(l.replies(few))
-			if l.client.isGone() || l.mustStop(len(keys)) {
+			if l.client.isGone() || l.mustStop(len(part)) {
 				return false
 			}
 		}
 
 		if more {
-			last = keys[len(keys)-1]
+			last = part[len(part)-1]
 		}
 	}
 	return true
@@ -1092,9 +1093,6 @@ func (l *listing) beyond(last string) string {
 	}
 	return ""
 }
-
-// copies tells whether the keys may be copied, and the snapshot given up.
-func (l *listing) copies() bool { return l.queryType == keys }
 
 // copy gives the keys memory of their own, if there is enough, and then gives the snapshot up.
 func (l *listing) copy(keys []string) {
@@ -1301,7 +1299,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			if o.client.isGone() {
 				return
 			}
-			if !hasRoom && !o.awaitRoom(o.messages(q.size), q.mayDrop(o.acked)) {
+			if !hasRoom && !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q.mayDrop(o.acked)) {
 				o.drop(q)
 				left -= q.size
 				continue
@@ -1334,9 +1332,6 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 		o.queue(msg)
 	}
 }
-
-// messages is how many messages a reply of so many bytes takes.
-func (o *outbox) messages(size int) int { return (size + o.maxMessage - 1) / o.maxMessage }
 
 // firstMessage returns the first message of q's reply, for which there is room. While all queues
 // together are over their limit the reply's messages are small.
