@@ -204,10 +204,13 @@ type seldom struct {
 func (s *seldom) happened() (n int) {
 	s.n++
 	s.total++
+
+	// Until a line is due again the times add up, and that line says all of them.
 	now := time.Now()
 	if now.Sub(s.said) < seldomTime {
 		return 0
 	}
+
 	n, s.said, s.n = s.n, now, 0
 	return n
 }
@@ -232,15 +235,20 @@ func (t *turn) begin() {
 func (t *turn) charge(sh *share, floor time.Duration) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
+
+	// A stall of the system, once, must not send the client behind all others.
 	counted := min(took, max(2*sh.cost+maxLead, sh.peak))
 	sh.peak = max(took, sh.peak/8*7)
 	sh.spent = min(sh.spent+counted, floor+maxTurn)
 	sh.cost = (sh.cost + counted) / 2
+
+	// A look at the clock costs time, too, so there are fewer while requests are short.
 	sh.stride = min(2*max(sh.stride, 1), maxStride)
 	if took >= longTime {
 		sh.stride = 1
 	}
 
+	// Others wait until the turn is over, so a slow client gets a shorter one.
 	limit := maxTurn
 	if sh.isSlow() {
 		limit = maxSlowTurn
@@ -287,33 +295,42 @@ func (t *turnQueue) Pop() any {
 // Start to Close. It logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
-		db:           kvstore.StoreOf(db),
+		db:      kvstore.StoreOf(db),
+		floor:   2 * maxTurn, // so a client that has spent 0 is new
+		takes:   takeQueues{of: map[string]*list.List{}},
+		batches: storage.Histogram{Counts: true},
+
+		// What the caller may change before Start.
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
+		maxMessage:   maxMessage,
 		writeTimeout: defaultWriteTimeout,
 		handshakes:   maxHandshakes,
 		version:      "unknown",
 		now:          time.Now,
 		log:          slog.New(slog.DiscardHandler),
-		queries:      make(chan *Query, maxBatch),
-		connections:  make(chan net.Conn),
-		countActive:  make(chan int, 1),
-		closeSignal:  make(chan struct{}),
-		serving:      make(chan struct{}),
-		ended:        make(chan struct{}),
-		failed:       make(chan error, 1),
-		oneCall:      make(chan struct{}, 1),
 
-		floor:      2 * maxTurn, // so a client that has spent 0 is new
-		maxMessage: maxMessage,
+		queries:     make(chan *Query, maxBatch),
+		connections: make(chan net.Conn),
+		closeSignal: make(chan struct{}),
+		serving:     make(chan struct{}),
+		ended:       make(chan struct{}),
+		oneCall:     make(chan struct{}, 1),
+
+		// One slot each, so that workLoop never waits for the goroutine that receives.
+		countActive: make(chan int, 1),
+		failed:      make(chan error, 1),
+
 		budget: budget{maxQueues: defaultMaxQueues,
 			first: semaphore{slots: make(chan struct{}, 1)},
 			spare: semaphore{slots: make(chan struct{}, 1)}},
-		cores:     semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
-		takes:     takeQueues{of: map[string]*list.List{}},
-		batches:   storage.Histogram{Counts: true},
+
+		// One core is left for workLoop, where there are several.
+		cores: semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
 	}
+
+	// The token: no call is under way.
 	s.oneCall <- struct{}{}
 	return s
 }
@@ -337,6 +354,7 @@ func (s *keyValueServer) Start(port int) error {
 func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
+
 	switch {
 	case s.closed:
 		return errClosed
@@ -346,6 +364,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 		return errNoStore
 	}
 
+	// All that the goroutines read is set before they start, so it needs no lock.
 	s.started = time.Now()
 	s.turn.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
@@ -359,6 +378,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 		}
 		s.accepting.Go(func() { s.acceptClient(listener) })
 	}
+
 	go s.endAccepting()
 	go s.workLoop()
 	close(s.serving)
@@ -375,17 +395,20 @@ func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 
 // ask has workLoop answer a count.
 func (s *keyValueServer) ask(what queryType) int {
+	// There is one asker at a time, for the answer has one slot.
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
 	if !isClosed(s.serving) {
 		return 0
 	}
 
+	// workLoop may end at any time, and then nobody receives or answers.
 	select {
 	case s.queries <- &Query{queryType: what}:
 	case <-s.ended:
 		return 0
 	}
+
 	select {
 	case n := <-s.countActive:
 		return n
@@ -416,6 +439,8 @@ func (s *keyValueServer) Close() {
 		closeAll(s.listeners)
 	}
 	s.oneCall <- struct{}{}
+
+	// The last replies take a while, and meanwhile others may ask for the counts.
 	if isClosed(s.serving) {
 		<-s.ended
 	}
@@ -438,8 +463,10 @@ func isClosed(signal <-chan struct{}) bool {
 // Any other error, such as running out of file descriptors, may pass: it waits a little
 // longer each time and tries again.
 func (s *keyValueServer) acceptClient(listener net.Listener) {
+	// The handshakes of its connections end when it does.
 	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel() // which ends the handshakes
+	defer cancel()
+
 	wait := time.Duration(0)
 	for {
 		conn, err := listener.Accept()
@@ -457,6 +484,7 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 			s.log.Error("cannot accept connections, trying again", "error", err)
 		}
 		wait = min(max(2*wait, minAcceptWait), maxAcceptWait)
+
 		select {
 		case <-time.After(wait):
 		case <-s.closeSignal:
@@ -471,9 +499,13 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	if mustShake {
 		conn = guest.Conn
 	}
+
+	// The connection of a test has no such buffer.
 	if socket, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 		socket.SetWriteBuffer(sendBuffer)
 	}
+
+	// The other side may take its time for a handshake, and others want to connect meanwhile.
 	if mustShake {
 		s.accepting.Go(func() { s.shakeHands(ctx, guest) })
 		return
@@ -487,9 +519,13 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
+
+	// Until the handshake ends all goes through the guest, which notes whether a byte has come.
 	paced := &pacedConn{Conn: guest, server: s}
 	outer := tls.Server(paced, s.tls)
 	err := outer.HandshakeContext(ctx)
+
+	// Its place may have gone to another connection, even while the last bytes came.
 	if err == nil && !guest.leave() || errors.Is(err, net.ErrClosed) {
 		err = errReplaced
 	}
@@ -499,7 +535,9 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 			value: err.Error()}
 		return
 	}
-	paced.Conn = guest.Conn // it has given up its place, so whether it speaks is not noted any more
+
+	// It has given up its place, so nobody asks any more whether a byte has come.
+	paced.Conn = guest.Conn
 	s.connections <- outer
 }
 
@@ -516,7 +554,10 @@ func (s *keyValueServer) endAccepting() {
 // has left.
 func (s *keyValueServer) workLoop() {
 	defer close(s.ended)
+
+	// The loop sets each to nil when its case is over: select never chooses a nil channel.
 	connections, closeSignal := s.connections, s.closeSignal
+
 	always := make(chan struct{}) // always ready
 	close(always)
 	var alarm <-chan time.Time // nil: not set
@@ -577,10 +618,13 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 		s.turnAway(conn)
 		return
 	}
+
+	// A client knows its place in the list, so that nobody searches for it when it leaves.
 	s.welcomed++
 	c := newClient(s.welcomed, conn, s)
 	c.index = len(s.clients)
 	s.clients = append(s.clients, c)
+
 	s.log.Debug("client came", "client", c.id, "addr", c.addr())
 	go c.readFromClient()
 }
@@ -592,6 +636,8 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	if n := s.full.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
+
+	// The other side reads an error like any other.
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
@@ -606,6 +652,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 		return
 	}
 
+	// To close at once could reset the connection, and then the message is lost.
 	s.turningAway++
 	c.paced.limit = time.Now().Add(closeTime) // it ends even where nothing is taken
 	c.drain = true
@@ -618,8 +665,10 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 // runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
 // commits it all at once, then answers.
 func (s *keyValueServer) runBatch(q *Query) {
+	// A turn is for requests: expire has a time limit of its own.
 	s.expire()
 	s.turn.begin()
+
 	for yields := 0; ; q = s.nextQuery() {
 		switch {
 		case q != nil:
@@ -654,8 +703,8 @@ func (s *keyValueServer) runBatch(q *Query) {
 // isTurnOver tells whether it is time to commit.
 func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
-// mayRun tells whether the chain of sh may run before the Commit. A slow client's may not run behind
-// others that have run, for they would wait for it.
+// mayRun tells whether the chain of sh may run before the Commit. A slow client's may not run
+// behind others that have run, for they would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isSlow())
 }
@@ -677,17 +726,23 @@ func (s *keyValueServer) dispatch(q *Query) {
 		s.countActive <- len(s.clients)
 	case countDropped:
 		s.countActive <- s.departed
+
+	// Whether the server is well is asked with it: while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
+
 	case depart:
 		s.leave(q.client)
 	case stopTake, dropTake:
 		s.endTake(q)
+
+	// Anybody can make handshakes fail, as often as he likes: a line a minute says so.
 	case handshakeFailed:
 		if n := s.badHandshakes.happened(); n > 0 {
 			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
 				"reason", q.value)
 		}
+
 	default:
 		s.takeChain(q)
 	}
@@ -701,6 +756,8 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	if isNew {
 		sh.peak = maxTurn // nobody knows what it asks for
 	}
+
+	// A client that was quiet has no claim to all the time that it did not use.
 	sh.spent = max(sh.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
@@ -709,9 +766,12 @@ func (s *keyValueServer) takeChain(chain *Query) {
 		return
 	}
 
+	// A new client waits for its first turn, for its requests may take long.
 	if isNew {
 		sh.spent, sh.cost = s.floor+maxLead, maxLead
 	}
+
+	// While clients have had about as much, to run chains as they come costs least.
 	isFirst := len(s.waiting) == 0 || sh.due() < s.waiting[0].share.due()
 	if isFirst && sh.due() < s.floor+maxLead && s.mayRun(sh) {
 		s.runChain(chain, chain)
@@ -736,6 +796,7 @@ func (s *keyValueServer) touch(chain *Query) {
 	if !s.db.TouchPays() {
 		return
 	}
+
 	s.touched = s.touched[:0]
 	for q := chain; q != nil; q = q.next {
 		if q.row().effect != noKey {
@@ -745,6 +806,8 @@ func (s *keyValueServer) touch(chain *Query) {
 	if len(s.touched) >= touchLeast {
 		s.db.Touch(s.touched)
 	}
+
+	// Otherwise the keys would keep the lines that they are parts of.
 	clear(s.touched)
 }
 
@@ -752,6 +815,8 @@ func (s *keyValueServer) touch(chain *Query) {
 // run waits in batch for its Commit.
 func (s *keyValueServer) runChain(chain, q *Query) {
 	c := chain.client
+
+	// A chain that goes on has begun in another turn.
 	if q == chain {
 		s.begin(chain)
 	}
@@ -792,6 +857,7 @@ func (s *keyValueServer) run(q *Query) {
 	}
 	s.requests[q.queryType]++
 
+	// The store knows nothing of the server's counters.
 	if q.queryType == stats {
 		for _, row := range s.stats() {
 			q.values = append(q.values, row.line())
@@ -856,11 +922,14 @@ func (s *keyValueServer) serveTakes(q *Query) {
 // nothing; but one that has not had its turn yet has a look, unless its client has gone.
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
+
+	// It has had its turn, and waits for a value.
 	if c.take != nil {
 		s.batch = append(s.batch, s.takes.remove(c))
 		return
 	}
 
+	// Else it waits for its turn, or its answer and q have crossed.
 	switch place := slices.Index(s.waiting, c); {
 	case place < 0: // it has been answered
 	case q.queryType == dropTake:
@@ -885,6 +954,7 @@ func (s *keyValueServer) begin(chain *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
+	// What frees is always let in, or a full memory would stay full.
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
@@ -894,6 +964,7 @@ func (s *keyValueServer) admit(q *Query) {
 		}
 		return
 	}
+
 	// A Lease has its key in the log twice.
 	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
@@ -918,11 +989,13 @@ const (
 // sees to it that nobody finds them. The next answer waits for the Commit that these Deletes are
 // in; until then, and after a crash, they may be done again.
 func (s *keyValueServer) expire() {
+	// The disk may have room by now, so what was stuck is tried again.
 	s.overdue = noneOverdue
 	if s.commitFailed || s.db.Expiring() <= 0 {
 		return
 	}
 
+	// Many may go at one time: clients wait no longer for them than for a slow client.
 	now, began := s.now().UnixMilli(), time.Now()
 	for n := 1; s.overdue == noneOverdue; n++ {
 		key, isDue := s.db.NextDue(now)
@@ -942,6 +1015,7 @@ func (s *keyValueServer) expireKey(q *Query) {
 	if q.row().effect == noKey {
 		return
 	}
+
 	if at, goes := s.db.Deadline(q.key); goes && at <= s.now().UnixMilli() {
 		if err := s.deleteDue(q.key); err != nil {
 			q.refuse(fmt.Sprintf("the key's time is over, but the disk is full: %v", err))
@@ -954,6 +1028,7 @@ func (s *keyValueServer) deleteDue(key string) error {
 	if err := s.db.Room(int64(len(key)), true); err != nil {
 		return err
 	}
+
 	s.db.Delete(key)
 	s.expired++
 	return nil
@@ -965,6 +1040,7 @@ func (s *keyValueServer) isFull(q *Query) bool {
 	if s.budget.limit == 0 {
 		return false
 	}
+
 	s.noteMemory()
 	if s.budget.admits(q.memory(), 0) {
 		return false
@@ -1172,14 +1248,18 @@ type slot struct {
 
 // take waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
 func (s *slot) take(stop <-chan struct{}) bool {
+	// Most often a slot is free, and then the holder does not count as waiting.
 	select {
 	case s.of.slots <- struct{}{}:
 		s.taken = true
 		return true
 	default:
 	}
+
+	// A holder that is too slow loses its slot only while others wait.
 	s.of.waiting.Add(1)
 	defer s.of.waiting.Add(-1)
+
 	select {
 	case s.of.slots <- struct{}{}:
 		s.taken = true
@@ -1259,6 +1339,7 @@ func (s *keyValueServer) commit() {
 		s.commitStore()
 	}
 
+	// Nobody learns before this what the chains have done.
 	for i, chain := range s.batch {
 		switch c := chain.client; {
 		case chain.asker != nil && s.commitFailed:
@@ -1275,6 +1356,8 @@ func (s *keyValueServer) commit() {
 	s.batch = s.batch[:0]
 
 	s.freeMemory()
+
+	// The pacer asks at any time what the store takes, and only workLoop can see that.
 	s.noteMemory()
 }
 
@@ -1284,8 +1367,11 @@ func (s *keyValueServer) commitStore() {
 	if s.commitFailed {
 		return
 	}
+
 	began := time.Now()
 	err := s.db.Commit()
+
+	// Without a batch it was but a look at the files, for which nobody has waited.
 	if s.status != nil && len(s.batch) > 0 {
 		s.commits.Observe(time.Since(began).Seconds())
 		s.batches.Observe(float64(len(s.batch)))
@@ -1304,6 +1390,7 @@ func (s *keyValueServer) commitStore() {
 // leave takes note that one of c's goroutines has ended, and with the last of
 // them that c has gone.
 func (s *keyValueServer) leave(c *Client) {
+	// One that was turned away is in no list.
 	if c.id == 0 {
 		s.turningAway--
 		return
@@ -1337,10 +1424,12 @@ func (s *keyValueServer) leave(c *Client) {
 			level = slog.LevelWarn
 		}
 	}
+
 	if c.outbox.lost > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s",
 			c.outbox.lost, reason)
 	}
+
 	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(),
 		"reason", reason)
 }
@@ -1353,9 +1442,11 @@ func (s *keyValueServer) stopReading() {
 	}
 	s.closing = true
 	s.log.Info("stopping", "clients", len(s.clients))
+
+	// Reads that wait end now. Writes ask for closeBy themselves (pacedConn).
 	now := time.Now()
 	for _, c := range s.clients {
-		c.connection.SetReadDeadline(now) // pacedConn sees to writing
+		c.connection.SetReadDeadline(now)
 	}
 }
 
@@ -1390,7 +1481,9 @@ func (c counter) write(w io.Writer) {
 
 // stats returns what Stats and /metrics both show.
 func (s *keyValueServer) stats() []counter {
+	// The bytes below are to be those of now.
 	s.noteMemory()
+
 	rows := []counter{
 		{"version", "Always 1; its label is the version.", s.version, gauge},
 		{"uptime_seconds", "Since the server began to serve.",
@@ -1485,6 +1578,7 @@ func listen(addr string) (listeners []net.Listener, err error) {
 	if err != nil {
 		return nil, err
 	}
+
 	hosts := []string{host}
 	if host == "localhost" {
 		hosts = []string{"127.0.0.1", "::1"}
@@ -1494,6 +1588,8 @@ func listen(addr string) (listeners []net.Listener, err error) {
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
+
+	// The first address tells which port is free, and the second is to have the same.
 	isAnyPort := port == "0"
 	for _, host := range hosts {
 		var listener net.Listener
@@ -1501,15 +1597,18 @@ func listen(addr string) (listeners []net.Listener, err error) {
 		switch {
 		case err == nil:
 			listeners = append(listeners, listener)
-			_, port, _ = net.SplitHostPort(listener.Addr().String()) // the same for the next
+			_, port, _ = net.SplitHostPort(listener.Addr().String())
 
 		// One of the two will do: the machine has no other, or there the port is not free.
 		case isAny(err, noAddress...) || isAnyPort && len(listeners) > 0:
+
 		default:
 			closeAll(listeners)
 			return nil, err
 		}
 	}
+
+	// No address will do, and err is the last one's.
 	if len(listeners) == 0 {
 		return nil, err
 	}
@@ -1582,12 +1681,14 @@ const (
 // statsFor has workLoop give stats to an HTTP request, once all that was asked before is
 // durable. If there is no answer in time it says so there, and returns nil.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
+	// Before the data is open there is no workLoop to ask.
 	why := s.stage()
 	if why == "" && isClosed(s.serving) {
 		if rows := s.askStats(r.Context()); rows != nil {
 			return rows
 		}
 	}
+
 	http.Error(w, cmp.Or(why, "the server does not answer"), http.StatusServiceUnavailable)
 	return nil
 }
@@ -1596,12 +1697,15 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []coun
 func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
+
+	// There is a slot for the answer, so workLoop need not know that it comes too late.
 	asker := make(chan []counter, 1)
 	select {
 	case s.queries <- &Query{queryType: countAll, asker: asker}:
 	case <-s.ended:
 	case <-ctx.Done():
 	}
+
 	select {
 	case rows := <-asker:
 		return rows
@@ -1631,6 +1735,7 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 		}
 		active = 1
 	}
+
 	rows = append(rows, counter{"active",
 		"1 if it serves; 0 while it opens its data, or stands by.", active, gauge})
 	rows = append(rows, s.watched()...)
@@ -1644,6 +1749,7 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	if s.status == nil {
 		return
 	}
+
 	writeHistogram(w, "commit_seconds", "How long it took until what a batch did was durable.",
 		&s.commits)
 	writeHistogram(w, "batch_chains", "How many chains of requests were committed together.",
@@ -1654,6 +1760,7 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 
 // watched are the counters that are no part of Stats.
 func (s *keyValueServer) watched() (rows []counter) {
+	// A store in memory is taken over from nobody, and has no log.
 	if s.status != nil {
 		rows = append(rows,
 			counter{"takeovers_total",
@@ -1661,12 +1768,16 @@ func (s *keyValueServer) watched() (rows []counter) {
 				s.status.Takeovers(), cumulative},
 			counter{"compactions_total", "How often the log was compacted, since the start.",
 				s.status.Compactions.Load(), cumulative})
+
+		// A lock on files of our own needs nobody to confirm it.
 		if at := s.status.Confirmed(); !at.IsZero() {
 			rows = append(rows, counter{"lock_age_seconds",
-				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(), gauge})
+				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(),
+				gauge})
 		}
 	}
 
+	// A log that cannot be written cannot say so itself.
 	if s.logged != nil {
 		rows = append(rows,
 			counter{"log_lines_lost_total", "Lines of log that could not be written.",
@@ -1686,6 +1797,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 		{Name: "/gc/cycles/total:gc-cycles"},
 	}
 	metrics.Read(runtimes)
+
 	return append(rows,
 		counter{"go_goroutines", "Goroutines now.", runtimes[0].Value.Uint64(), gauge},
 		counter{"go_heap_bytes", "Objects in Go's heap.", runtimes[1].Value.Uint64(), gauge},
@@ -1697,6 +1809,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 // writeHistogram writes h as Prometheus wants it.
 func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, help, name)
+
 	atMost, all, sum := h.Read()
 	for i, n := range atMost {
 		fmt.Fprintf(w, "kvserver_%s_bucket{le=\"%g\"} %d\n", name, h.Bounds()[i], n)
@@ -1747,7 +1860,9 @@ func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Serv
 		WriteTimeout: answerTime,
 		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
-	server.SetKeepAlivesEnabled(false) // an idle connection would hold one of maxWatchers
+
+	// An idle connection would hold one of maxWatchers.
+	server.SetKeepAlivesEnabled(false)
 	for _, listener := range listeners {
 		go server.Serve(&fewConns{Listener: listener, most: maxWatchers / len(listeners)})
 	}
@@ -1776,10 +1891,12 @@ func (f *fewConns) Accept() (net.Conn, error) {
 		return nil, err
 	}
 
-	// Make room: first the places of those that have gone, then of one that is there.
+	// Where there is no room, those that have gone make some.
 	if len(f.guests) == f.most {
 		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
 	}
+
+	// If that was not enough, one that is there goes: the oldest that has said nothing, if any.
 	if len(f.guests) == f.most {
 		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
 		f.guests[max(i, 0)].Close()
@@ -1815,23 +1932,31 @@ func (g *guest) Close() error {
 func (s *keyValueServer) watchHandler(host string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.metrics)
+
+	// It goes through workLoop and the disk, so it fails where one of them hangs.
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		if s.statsFor(w, r) != nil {
 			io.WriteString(w, "ok\n")
 		}
 	})
+
+	// A server that loads its data, or stands by, is to be left alone: it is alive.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
-		io.WriteString(w, "alive\n") // as long as the process runs, also before it serves
+		io.WriteString(w, "alive\n")
 	})
+
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, "/metrics\n/healthz\n/livez\n/debug/pprof/\n")
 	})
+
+	// They share a handler, for only one of them may run at a time.
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)
 	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	profiles.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	profiles.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	mux.Handle("GET /debug/pprof/", oneAtATime(profiles))
+
 	return onlyFor(host, mux)
 }
 
@@ -1840,11 +1965,14 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 // it read what we answer (DNS rebinding).
 func onlyFor(host string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The port may be missing, and an IPv6 address is in brackets.
 		name, _, err := net.SplitHostPort(r.Host)
 		if err != nil {
 			name = r.Host
 		}
 		name = strings.Trim(name, "[]")
+
+		// A page from elsewhere comes with its own name, never with an address or localhost.
 		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") &&
 			!strings.EqualFold(name, host) {
 			http.Error(w,
@@ -1852,6 +1980,7 @@ func onlyFor(host string, next http.Handler) http.Handler {
 					"name in -http", name), http.StatusForbidden)
 			return
 		}
+
 		next.ServeHTTP(w, r)
 	})
 }
@@ -1862,15 +1991,18 @@ func onlyFor(host string, next http.Handler) http.Handler {
 func oneAtATime(next http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	free <- struct{}{}
+
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.Body = http.NoBody // or FormValue would take in 32 MiB of a form, and put more into files
-		if seconds, _ := strconv.ParseFloat(r.FormValue("seconds"),
-			64); seconds > profileTime.Seconds() {
+		// With a body FormValue would take in 32 MiB of a form, and put more into files.
+		r.Body = http.NoBody
+		seconds, _ := strconv.ParseFloat(r.FormValue("seconds"), 64)
+		if seconds > profileTime.Seconds() {
 			http.Error(w, fmt.Sprintf("seconds=%v is too long: at most %v", seconds,
 				profileTime.Seconds()), http.StatusBadRequest)
 			return
 		}
 
+		// A request that waited here would hold a connection that others can use.
 		select {
 		case <-free:
 		default:
@@ -1879,7 +2011,7 @@ func oneAtATime(next http.Handler) http.Handler {
 			return
 		}
 
-		// Then a rest.
+		// The rest leaves clients as much time as the profile took from them.
 		began := time.Now()
 		defer func() {
 			time.AfterFunc(min(time.Since(began), time.Second), func() { free <- struct{}{} })
