@@ -24,7 +24,7 @@ type Query struct {
 	newValue  string
 
 	line   int       // of the client's input, counted from 1
-	values []string  // what the run found: a key's list, or the lines of a Help, Stats, Keys or Dump
+	values []string  // what the run found: a key's list, or lines of a Help, Stats, Keys or Dump
 	few    [2]string // memory for values, where they are at most two
 	bytes  int       // of values, together
 	n      int       // what the run did: the n of ":OK n"
@@ -304,6 +304,8 @@ const maxQuoted = 40
 // substrings of line.
 func (q *Query) parse(line string) {
 	word, arguments, colon := cut(line)
+
+	// A word that is no verb may be a slip, or another program's, so the error has a hint.
 	q.queryType = lookUp(word)
 	if q.queryType == malformed {
 		q.value = "unknown request " + quote(line) + didYouMean(line)
@@ -352,6 +354,8 @@ func parseKeyValue(q *Query, arguments string) (ok bool) {
 func parseKeyOldNew(q *Query, arguments string) bool {
 	key, values, one := cut(arguments)
 	oldValue, newValue, two := cut(values)
+
+	// With a third colon nobody could tell where the old value ends.
 	q.key, q.value, q.newValue = key, oldValue, newValue
 	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
 }
@@ -362,6 +366,7 @@ const maxSeconds = 4_000_000_000
 func parseLease(q *Query, arguments string) bool {
 	key, rest, one := cut(arguments)
 	seconds, value, two := cut(rest)
+
 	q.key, q.value = key, value
 	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
 }
@@ -451,6 +456,7 @@ func equalFold(a, b string) bool {
 
 // begun returns the kind of request that a line begins, malformed if it begins none.
 func begun[T string | []byte](line T) queryType {
+	// A line may be long, and no verb is.
 	word, _, _ := strings.Cut(string(line[:min(len(line), maxQuoted)]), ":")
 	return lookUp(word)
 }
@@ -503,8 +509,11 @@ var dialects = map[string]queryType{
 // It looks at no more of a line than twice what a hint can show.
 func didYouMean(line string) string {
 	const gap = ": \t"
-	line = strings.TrimPrefix(line, "\ufeff") // with which files of Windows may begin
 
+	// Files of Windows may begin with a byte order mark.
+	line = strings.TrimPrefix(line, "\ufeff")
+
+	// What a client sends may be long, and each line that is no request comes here.
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
@@ -538,11 +547,13 @@ func didYouMean(line string) string {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 
+		// A hint that is itself refused, or that cannot be typed as it stands, helps nobody.
 		try := verbs[t].name + ":" + strings.Join(args, ":")
 		if len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` && isRequest(try) {
 			return "; did you mean " + try + " ?"
 		}
 	}
+
 	return "; did you mean " + verbs[t].form + " ?"
 }
 
@@ -574,6 +585,7 @@ func oneSlip(a, b string) bool {
 		return a != "" && (a[1:] == b[1:] || len(a) > 1 && a[0] == b[1] && a[1] == b[0] &&
 			a[2:] == b[2:])
 	}
+
 	return false
 }
 
@@ -602,6 +614,7 @@ func runUpdate(q *Query, db kvstore.Store, _ clock) {
 }
 
 func runList(q *Query, db kvstore.Store, now clock) {
+	// Until the snapshot is walked, all that is known is how many keys there are at most.
 	q.snapshot = db.Snapshot()
 	q.n, _, _ = db.Size()
 
@@ -622,9 +635,11 @@ type withoutDue struct {
 func (w withoutDue) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
 		for key, list := range w.Snapshot.All() {
+			// It is there only because workLoop has not got to delete it yet.
 			if at, goes := w.Deadline(key); goes && at <= w.taken {
 				continue
 			}
+
 			if !yield(key, list) {
 				return
 			}
@@ -652,9 +667,11 @@ func (q *Query) deadline(now clock) (at int64) {
 
 // runTimeLeft answers ": seconds", without the key, so that nobody takes it for a value.
 func runTimeLeft(q *Query, db kvstore.Store, now clock) {
+	// Without a deadline 1 tells a key that stays from one that is not there.
 	at, goes := db.Deadline(q.key)
 	q.n = times(goes || db.Count(q.key) > 0)
 	q.key = ""
+
 	if goes {
 		q.answer([]string{secondsLeft(at, now())})
 	}
@@ -721,10 +738,12 @@ func (q *Query) frees() bool { return q.row().effect == frees }
 
 // memory is about how many bytes more a write may take.
 func (q *Query) memory() int64 {
+	// The value of an Update goes, and what comes is the other.
 	added := q.value
 	if q.row().effect == replaces {
 		added = q.newValue
 	}
+
 	return int64(len(q.key)+len(added)) + memoryPerPair
 }
 
@@ -746,7 +765,9 @@ func expireShrinks(q *Query, db kvstore.Store) bool {
 
 func setShrinks(q *Query, db kvstore.Store) bool {
 	before := db.Measure(q.key)
-	isThere := before > 0 || db.Has(q.key, "") // a new key would be more
+
+	// A new key takes memory itself, even if its value is empty.
+	isThere := before > 0 || db.Has(q.key, "")
 	return isThere && int64(len(q.value)) <= before
 }
 
@@ -798,6 +819,7 @@ const (
 // replySize is how many bytes q's reply takes at most: 0 if it is owed none.
 func (q *Query) replySize(acked bool) (size int) {
 	size = q.bytes + len(q.values)*q.lineExtra()
+
 	if q.hasEnd(acked) {
 		size += q.endSize()
 	}
@@ -809,9 +831,12 @@ func (q *Query) hasEnd(acked bool) bool {
 	switch q.row().end {
 	case endAcked:
 		return acked
-	case endFollow: // what follows has one
+
+	// What follows it has one, for all of them.
+	case endFollow:
 		return false
 	}
+
 	return true
 }
 
@@ -821,6 +846,7 @@ func (q *Query) endSize() int {
 	case endForeign, endError, endPong:
 		return maxNumbers + len(q.value)
 	}
+
 	return maxOK
 }
 
@@ -848,6 +874,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 			b = append(b, ' ')
 			b = append(b, q.value...)
 		}
+
 		if dropped > 0 {
 			b = append(b, " dropped "...)
 			b = strconv.AppendInt(b, int64(dropped), 10)
@@ -857,6 +884,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 		b = append(b, ":OK "...)
 		b = strconv.AppendInt(b, int64(q.n), 10)
 	}
+
 	return append(b, '\n')
 }
 
