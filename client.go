@@ -217,6 +217,7 @@ func (c *Client) readFromClient() {
 		c.tellLoss()
 	}
 
+	// A client that has asked for nothing has no writeToClient.
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
@@ -293,6 +294,7 @@ func (c *Client) await() bool {
 // nobody reads: so it looks itself whether the connection is there still.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
+		// Its time is over, but a value may have come before workLoop hears of that.
 		left := time.Until(c.takeEnds)
 		if left <= 0 {
 			c.stopWaiting(stopTake)
@@ -377,6 +379,7 @@ func (c *Client) answerSkipped() {
 // mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits for its
 // turn where lines take all the memory that there is for them.
 func (c *Client) mayGoOn() {
+	// The limit is for the line alone: a line end of telnet's may stand behind it.
 	why := ""
 	switch {
 	case c.in.pending > c.server.maxLine+len("\r\x00"):
@@ -399,13 +402,17 @@ func (c *Client) mayGoOn() {
 func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
+
 	switch {
 	case more <= 0:
 		return true
-	case in.first.taken || in.spare.taken: // it has its turn, however much there is
+
+	// It has its turn, so it may end, however much others take.
+	case in.first.taken || in.spare.taken:
 		b.inputs.Add(more)
 		in.counted += more
 		return true
+
 	case b.takeLine(more):
 		in.counted += more
 		return true
@@ -413,6 +420,8 @@ func (c *Client) awaitLineMemory() bool {
 
 	// A client that waits for its own replies must not keep others from a slot.
 	c.await()
+
+	// What frees makes room for all others, so it has a slot of its own.
 	var spare chan struct{} // nil: it is not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		spare = b.spare.slots
@@ -434,6 +443,8 @@ func (c *Client) awaitLineMemory() bool {
 			c.end(weClose, true)
 			return true
 		}
+
+		// With a slot, or with the memory, the rules above let it on.
 		return c.awaitLineMemory()
 	}
 	return false
@@ -462,7 +473,9 @@ func tooLong(maxLine int) string {
 // endInput ends the connection because Read ended in err.
 func (c *Client) endInput(err error) {
 	in := &c.in
-	if !errors.Is(err, io.EOF) { // a client that has closed its side may still wait
+
+	// A client that has only closed its side may still wait for a Take's answer.
+	if !errors.Is(err, io.EOF) {
 		c.stopWaiting(dropTake)
 	}
 
@@ -488,6 +501,7 @@ func (c *Client) endInput(err error) {
 	case c.server.isClosing(): // that is why Read has ended
 		c.end(weClose, true)
 
+	// A line that is skipped was counted when that began, and mostly answered.
 	case err == errSlowLine:
 		if !in.skipping {
 			in.line++
@@ -561,6 +575,8 @@ func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.resize(in.nextSize(c.server.maxLine))
 	c.countInput()
+
+	// Read may wait for hours, but a tick ends it as long as the client holds memory.
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
 
@@ -580,7 +596,9 @@ func (c *Client) read() (burst string, err error) {
 		wasUnanswered := in.unanswered
 		c.await()
 		burst = in.cutLines(n)
-		if wasUnanswered && !in.skipping { // now it is known what the skipped line is
+
+		// With its end it is known what the skipped line is.
+		if wasUnanswered && !in.skipping {
 			c.answerSkipped()
 		}
 	}
@@ -589,6 +607,7 @@ func (c *Client) read() (burst string, err error) {
 	if !in.midLine() {
 		in.waited = 0
 	}
+
 	// The deadline is a tick, but where the server closes.
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
 		err = c.tick()
@@ -605,8 +624,10 @@ const tlsHandshake = 0x16
 // room, and the chain holds memory, too: so tick waits for that.
 func (c *Client) tick() error {
 	in := &c.in
+
+	// A Take that waits has memory of its own, so nothing below touches it.
 	waits := c.mayTakeWait() && time.Now().Before(c.takeEnds) && len(c.done) == 0
-	if !waits { // a Take that does has memory of its own
+	if !waits {
 		c.await()
 	}
 
@@ -636,6 +657,8 @@ var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineT
 // serves many Reads: setting one for each would cost every burst.
 func (c *Client) setTick() {
 	in := &c.in
+
+	// A client that holds nothing may be silent for as long as it likes.
 	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine()
 	if in.ticking || isQuiet && !c.mayTakeWait() {
 		return
@@ -668,12 +691,15 @@ func (in *input) nextSize(maxLine int) (size int) {
 		return quietSize
 	case in.full && size < burstSize: // a burst
 		return min(4*size, burstSize)
+
 	// Lines are long, and the rest of one is copied each time.
 	case in.full && in.pending > size/8 && size < 4*burstSize:
 		return 2 * size
+
 	case in.pending == size: // a line
 		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	}
+
 	return size
 }
 
@@ -706,9 +732,12 @@ func (in *input) shrink() {
 // end if it is the first line and may be HTTP's.
 func (in *input) skip(why string) {
 	in.why = why
+
+	// Once a client has spoken, HTTP cannot begin any more.
 	in.unanswered = !in.spoke && begun(in.buf[:in.pending]) == malformed
 	in.spoke = true
 
+	// Its last bytes tell whether it was HTTP's.
 	in.skipped = in.skipped[:0]
 	in.noteSkipped(in.buf[:in.pending])
 	in.pending, in.skipping = 0, true
@@ -742,6 +771,8 @@ func (in *input) cutLines(n int) (burst string) {
 		}
 		return ""
 	}
+
+	// The next line has time of its own.
 	in.waited, in.hadBegun = 0, false
 
 	// The rest of a line that is skipped is no part of the burst.
@@ -894,6 +925,8 @@ type listing struct {
 // list answers a Keys or Dump. No chain is under way.
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
+
+	// A snapshot keeps what others remove meanwhile, so there are few at a time.
 	if !l.place.take(c.server.closeSignal) {
 		c.end(weClose, false)
 		return
@@ -914,6 +947,7 @@ func (c *Client) list(q *Query) {
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.hold(0)()
+
 	if l.survey() && l.awaitListMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 	}
@@ -955,16 +989,18 @@ func (l *listing) walk(see func(key string) bool) bool {
 
 // survey finds out how many keys are asked for, and where they lie, if that is not plain.
 func (l *listing) survey() (wanted bool) {
+	// With few keys, or where all are asked for and fit, there is nothing to find out.
 	l.wanted, l.n = l.n, 0
 	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
 	if l.wanted >= 0 && (l.wanted <= fewKeys || fits && l.value == "") {
 		return true
 	}
 
-	// Where the sample is full, it becomes half as dense: each key in it stands for as many.
+	// Walking takes long where there are many keys, so it needs a core.
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
+
 	l.wanted = 0
 	every := 1 // how many keys one of sample stands for
 	if !l.walk(func(key string) bool {
@@ -972,6 +1008,8 @@ func (l *listing) survey() (wanted bool) {
 			l.sample = append(l.sample, key)
 		}
 		l.wanted++
+
+		// The sample is full, and nobody knows how many keys are left: it gets half as dense.
 		if len(l.sample) == 2*sampleKeys {
 			for i := range sampleKeys {
 				l.sample[i] = l.sample[2*i]
@@ -982,6 +1020,8 @@ func (l *listing) survey() (wanted bool) {
 	}) {
 		return false
 	}
+
+	// The store has its keys in no order.
 	return l.sort(l.sample)
 }
 
@@ -997,6 +1037,8 @@ func (l *listing) awaitListMemory() bool {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
 		defer waiting.Add(-1)
+
+		// Nobody tells when a list is given up, so it looks now and then.
 		for !b.takeList(bytes) {
 			select {
 			case <-time.After(tickTime):
@@ -1045,6 +1087,7 @@ func (l *listing) reply() bool {
 // next appends to part the keys that come after last, in order, up to as many as there is memory
 // for, and tells whether there are more. wanted is false if nobody wants them.
 func (l *listing) next(part []string, last string) (keys []string, more, wanted bool) {
+	// Walking and sorting take long, so they need a core.
 	core := &l.client.outbox.core
 	core.take(nil)
 	defer core.release()
@@ -1075,6 +1118,7 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	}) {
 		return nil, false, false
 	}
+
 	return part, more, l.sort(part)
 }
 
@@ -1151,6 +1195,8 @@ func (l *listing) replies(found []string) *Query {
 				values: []string{secondsLeft(at, l.client.server.now())}})
 		}
 	}
+
+	// They are linked when their memory moves no more.
 	for i := range chain {
 		q := &chain[i]
 		q.bytes = sum(q.values)
@@ -1225,11 +1271,13 @@ func (c *Client) answer(chain *Query) {
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
 	giveBack := c.outbox.hold(lists)
+
 	c.outbox.core.take(nil)
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
 	giveBack()
 
+	// From here on the chain is readFromClient's.
 	c.done <- chain
 }
 
@@ -1295,6 +1343,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			o.queue(msg)
 			msg = nil
 		}
+
+		// It needs room where it begins a message: nothing is formatted only to be dropped.
 		if msg == nil {
 			if o.client.isGone() {
 				return
@@ -1314,6 +1364,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			msg = o.firstMessage(q)
 		}
 
+		// The sizes are upper bounds, so more may be claimed than the reply has taken.
 		msg = o.format(msg, q)
 		o.unclaim()
 		if msg == nil {
@@ -1340,6 +1391,7 @@ func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	if o.budget.isOver() {
 		o.piece = min(o.maxMessage, chunkSize)
 	}
+
 	o.claim(q.size)
 	return o.newMessage()
 }
@@ -1356,8 +1408,9 @@ func (o *outbox) cloneWaiting() {
 // format appends q's reply to msg. It queues what is full, and returns the message
 // that the reply ends in: nil if the connection takes no more.
 func (o *outbox) format(msg []byte, q *Query) []byte {
+	// A client that sends nothing more is to pin no list.
 	values := q.values
-	q.values = nil // a client that sends nothing more pins no list
+	q.values = nil
 
 	for _, v := range values {
 		if len(msg)+q.lineSize(v) <= o.piece {
@@ -1373,6 +1426,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 		}
 	}
 
+	// Almost always the end fits, and needs no memory of its own.
 	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
@@ -1439,6 +1493,8 @@ func (o *outbox) queue(msg []byte) {
 	if o.listing != nil {
 		o.listing.sent += len(msg)
 	}
+
+	// A reply of many messages takes long, and others may want the core.
 	o.core.yield()
 }
 
@@ -1471,14 +1527,19 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 	isAwaited := l != nil && l.place.isAwaited()
 
 	switch {
-	case waiting == 0: // it may always begin
+	// With nothing queued it may always begin: no Write is under way that could tell of room.
+	case waiting == 0:
 		return isQueued, ""
+
 	case hasRoom && !isOver:
 		return isQueued, ""
 	case o.slow && mayDrop:
 		return isDropped, ""
-	case o.cut != "": // it is under way
+
+	// The connection is closed, and what is queued has yet to be taken out.
+	case o.cut != "":
 		return waits, ""
+
 	case o.slow && (o.acked || l != nil) && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
@@ -1513,6 +1574,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 			o.client.paced.Close()
 		}
 
+		// writeToClient tells when it has taken something out, also of a connection that is gone.
 		o.wait()
 	}
 }
@@ -1537,6 +1599,7 @@ func (o *outbox) wait() {
 	case <-look:
 	}
 
+	// A client that drips is cut by its rate, which counts only the time without room.
 	if o.listing != nil {
 		o.listing.noteWait(time.Since(began))
 	}
@@ -1654,6 +1717,8 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 			}
 			msg = append(msg, more...)
 			recycle(more)
+
+		// A Write of little is better than one that waits for more.
 		default:
 			return msg, size
 		}
