@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"time"
 
@@ -63,6 +64,56 @@ func (l *ownList) forget(safe time.Time) {
 		l.maybe = append(l.maybe, l.states[len(l.states)-1].list)
 		l.states = l.states[:len(l.states)-1]
 	}
+}
+
+// look is a client that only reads: what it sees is there from now on, also if nobody was told of it
+// before.
+func (p *process) look(db *durable.Store) {
+	w := p.world
+	w.mu.Lock()
+	keys := slices.Concat(slices.Collect(maps.Keys(w.history)), slices.Collect(maps.Keys(w.owners)))
+	w.mu.Unlock()
+
+	o := heard{Operation: storetest.Operation{Request: storetest.Request{Verb: "Get"}}}
+	o.Invoked = w.tick()
+	lists := map[string][]string{}
+	for _, key := range keys {
+		lists[key] = db.Get(key)
+	}
+	if err := db.Commit(); err != nil || p.isDisturbed() {
+		return
+	}
+	o.Answered, o.at = w.tick(), time.Now()
+
+	for key, list := range lists {
+		w.checkOwned(key, list)
+		w.mu.Lock()
+		if l := w.owners[key]; l == nil {
+			o.N, o.Got = len(list), list
+			w.history[key] = append(w.history[key], o)
+		} else if l.states = append(l.states, state{list, o.at}); w.fsync == durable.FsyncAlways {
+			l.maybe = nil // it is this, and nothing else
+		}
+		w.mu.Unlock()
+	}
+}
+
+// checkOwned wants that a list of one writer is what the writer knows, if it is one.
+func (w *world) checkOwned(key string, list []string) {
+	w.mu.Lock()
+	l := w.owners[key]
+	good := l == nil || l.mayBe(list)
+	w.mu.Unlock()
+	if !good {
+		w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
+			l.states[len(l.states)-1].list, len(l.maybe))
+	}
+}
+
+// mayBe tells whether the list can be this.
+func (l *ownList) mayBe(list []string) bool {
+	isThis := func(other []string) bool { return slices.Equal(list, other) }
+	return isThis(l.states[len(l.states)-1].list) || slices.ContainsFunc(l.maybe, isThis)
 }
 
 // known wants that a value was sent, and not refused.
@@ -130,16 +181,8 @@ func (w *world) judge() {
 			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
 		}
 	}
-	for key, l := range w.owners {
-		list := db.Get(key)
-		good := slices.Equal(list, l.states[len(l.states)-1].list)
-		for _, m := range l.maybe {
-			good = good || slices.Equal(list, m)
-		}
-		if !good {
-			w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
-				l.states[len(l.states)-1].list, len(l.maybe))
-		}
+	for key := range w.owners {
+		w.checkOwned(key, db.Get(key))
 	}
 	w.knownAll(db)
 	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history),

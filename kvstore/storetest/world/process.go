@@ -49,7 +49,8 @@ type process struct {
 // plan is what will happen to the I/O calls of a process; 0: nothing.
 type plan struct {
 	killAt, failAt, stallAt int
-	power                   bool // killAt is a power failure
+	kind                    string // of call that killAt waits for; "": any
+	power                   bool   // killAt is a power failure
 	failure                 error
 	stall                   time.Duration
 }
@@ -58,8 +59,8 @@ type plan struct {
 func (p *process) draw(r *rand.Rand) {
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
 	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
-	if Chance(r, 3) {
-		p.plan.killAt = at()
+	if Chance(r, 2) {
+		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
 	}
 	if Chance(r, 4) {
 		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
@@ -88,7 +89,7 @@ func (p *process) before(c storetest.Call) error {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
 		Wait(plan.stall)
 	}
-	if n == plan.killAt {
+	if plan.killAt > 0 && n >= plan.killAt && (plan.kind == "" || plan.kind == c.What) {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
 	}
 	if isClosed(p.killed) {
@@ -175,16 +176,20 @@ func (p *process) isVain() bool {
 	return p.after != nil && p.power && p.fsync != durable.FsyncAlways
 }
 
-// live is a process's life, and the judgement of how it went.
-func (w *world) live() {
+// live is a process's life, and the judgement of how it went. It is a short one if it dies in its
+// start.
+func (w *world) live(dies bool) {
 	r := w.random
 	rotten, mend := w.rot()
 	p := &process{world: w, dir: w.dir, closing: make(chan struct{}), gone: make(chan struct{}),
 		killed: make(chan struct{}), tidying: make(chan struct{}, 1)}
 	p.draw(r)
 	p.drawRoom(r)
-	if rotten {
+	switch {
+	case rotten:
 		p.plan = plan{}
+	case dies:
+		p.plan.killAt = Pick(r, 0, 0, 1+r.IntN(40))
 	}
 	log, flush := w.program.Log(&slowLog{p, Pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
 		Pick(r, 1, 10, 1000))
@@ -194,6 +199,10 @@ func (w *world) live() {
 	wasQuiet := w.quiet
 	w.quiet = false
 	db, err := durable.Open(context.Background(), p.dir, durable.Options{Fsync: w.fsync, Log: log})
+	if err == nil && dies {
+		p.look(db)
+		p.kill(p.plan.power, "once it has started")
+	}
 	if err != nil || isClosed(p.killed) {
 		p.startFailed(db, err, rotten, mend)
 		w.quiet = wasQuiet && rotten

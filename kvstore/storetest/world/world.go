@@ -181,7 +181,10 @@ func (w *world) run() {
 	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
 
 	for range 1 + r.IntN(4) {
-		w.live()
+		// What one has left is what others after it may begin to recover.
+		for w.live(false); Chance(r, 2) && !w.t.Failed(); {
+			w.live(true)
+		}
 		if w.t.Failed() {
 			return
 		}
