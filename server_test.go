@@ -522,17 +522,13 @@ func TestEndlessLineTakesNoMemory(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a, b := n.dial(t), n.dial(t)
 		big := bytes.Repeat([]byte("x"), 1<<20)
-		var before, after runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&before)
+		before := heapBytes()
 		a.sendSome("Put:k:")
 		for range 4 {
 			a.conn.Write(big)
 		}
 		b.ask("Ping", ":PONG")
-		runtime.GC()
-		runtime.ReadMemStats(&after)
-		if took := int(after.HeapAlloc - before.HeapAlloc); took > world.StreamSize+4*testMaxLine {
+		if took := heapBytes() - before; took > world.StreamSize+4*testMaxLine {
 			t.Errorf("4 MiB of a line take %d bytes", took)
 		}
 		a.send("\n")
@@ -644,10 +640,7 @@ func TestCounters(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Put:key:value\nGet:key", "key:value")
 		synctest.Wait()
-		answer := httptest.NewRecorder()
-		n.server.watchHandler("").ServeHTTP(answer,
-			httptest.NewRequest("GET", "http://localhost/metrics", nil))
-		body := answer.Body.String()
+		_, body := look(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
 		a.send("Stats\n")
 		for _, line := range a.readList() {
@@ -3637,12 +3630,6 @@ func TestBegunLinesAreBounded(t *testing.T) {
 				if kind.clients > 100 {
 					n.server.budget.limit, share = n.server.budget.limit/4, share/4
 				}
-				heap := func() int {
-					var m runtime.MemStats
-					runtime.GC()
-					runtime.ReadMemStats(&m)
-					return int(m.HeapAlloc)
-				}
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
 				var clients []*testClient
 				for range kind.clients {
@@ -3651,7 +3638,7 @@ func TestBegunLinesAreBounded(t *testing.T) {
 					clients = append(clients, c)
 				}
 				synctest.Wait()
-				before := heap()
+				before := heapBytes()
 				mayEnd := make(chan struct{})
 				for _, c := range clients {
 					go func() {
@@ -3662,7 +3649,7 @@ func TestBegunLinesAreBounded(t *testing.T) {
 					}()
 				}
 				pass(2 * quietAfter)
-				if held, most := heap()-before, share+kind.clients*4*freeLine; held > most {
+				if held, most := heapBytes()-before, share+kind.clients*4*freeLine; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
@@ -4106,20 +4093,15 @@ func TestLocalhostIsBoth(t *testing.T) {
 // Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
 // not for a client that does not read, nor for one turned away that is silent.
 func TestCloseWithTLS(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	withTLS := serverConfig(t)
 	for _, request := range []string{"Get:big\n", "Get:big\nQuit\n", "Get:small\nQuit\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
+			n.server.tls = withTLS
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
 			n.server.maxClients = 1
 			a := n.dial(t)
-			client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			client := overTLS(a.conn)
 			io.WriteString(client, request)
 			synctest.Wait()
 			silent := n.dial(t)
@@ -4135,13 +4117,13 @@ func TestCloseWithTLS(t *testing.T) {
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		deaf := &deafConn{closed: make(chan struct{})}
-		n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
+		n.server.tls = withTLS
 		n.wrap = func(conn net.Conn) net.Conn {
 			deaf.Conn = conn
 			return deaf
 		}
 		a := n.dial(t)
-		client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+		client := overTLS(a.conn)
 		io.WriteString(client, "Ping\n")
 		io.ReadFull(client, make([]byte, len(":PONG\n")))
 		deaf.on.Store(true)
@@ -4221,15 +4203,10 @@ func TestTLS(t *testing.T) {
 // Ensure that a handshake that does not go on ends in time, and that Close does
 // not wait for it.
 func TestHandshakeIsLimited(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	withTLS := serverConfig(t)
 	for _, closing := range []bool{false, true} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
+			n.server.tls = withTLS
 			start, want := time.Now(), handshakeTime
 			a := n.dial(t)
 			synctest.Wait()
@@ -4323,21 +4300,12 @@ func TestCloseAnswersWhatWasRead(t *testing.T) {
 // Ensure that a stop waits for a client that goes on sending while it reads: until it has taken
 // everything, or its second is over. Its answers are not lost to a reset.
 func TestCloseUnderASteadyReader(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, withTLS := range []bool{false, true} {
+	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			if withTLS {
-				n.server.tls = &tls.Config{Certificates: []tls.Certificate{pair}}
-			}
-			a := n.dial(t)
-			var conn net.Conn = a.conn
-			if withTLS {
-				conn = tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+			n.server.tls = config
+			var conn net.Conn = n.dial(t).conn
+			if config != nil {
+				conn = overTLS(conn)
 			}
 			readAndSend(t, conn, n.server, 9*kilo, synctest.Wait)
 		})
@@ -4668,14 +4636,6 @@ func TestQuietClientPinsNothing(t *testing.T) {
 func TestQuietClientsAreSmall(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
-		heap := func() int {
-			pass(3 * quietAfter)
-			runtime.GC()
-			runtime.GC() // what the pools had
-			var m runtime.MemStats
-			runtime.ReadMemStats(&m)
-			return int(m.HeapAlloc)
-		}
 		speak := func(a *testClient, request string, times int) {
 			go a.send(strings.Repeat(request+"\n", times))
 			for range times {
@@ -4688,13 +4648,13 @@ func TestQuietClientsAreSmall(t *testing.T) {
 			speak(a, "Get:k", 1)
 			clients = append(clients, a)
 		}
-		before := heap()
+		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
 			for _, a := range clients {
 				speak(a, "Get:k", burst)
 			}
-			if more := (heap() - before) / len(clients); more > 2<<10 {
+			if more := (heapOfQuiet() - before) / len(clients); more > 2<<10 {
 				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
 					burst, more)
 			}
@@ -4710,14 +4670,6 @@ func TestQuietClientsAreSmall(t *testing.T) {
 func TestWaitingTakesAreSmall(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 100
-		heap := func() int {
-			pass(3 * quietAfter)
-			runtime.GC()
-			runtime.GC() // what the pools had
-			var m runtime.MemStats
-			runtime.ReadMemStats(&m)
-			return int(m.HeapAlloc)
-		}
 		var clients []*testClient
 		for range takers {
 			a := n.dial(t)
@@ -4725,14 +4677,14 @@ func TestWaitingTakesAreSmall(t *testing.T) {
 			clients = append(clients, a)
 		}
 		burst := strings.Repeat("Delete:k\n", burstSize/16)
-		before := heap()
+		before := heapOfQuiet()
 		for i, a := range clients {
 			go func() {
 				a.send(burst)
 				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
 			}()
 		}
-		if more := (heap() - before) / takers; more > 1<<10 {
+		if more := (heapOfQuiet() - before) / takers; more > 1<<10 {
 			t.Errorf("a Take that waits holds %d bytes", more)
 		}
 		for i, a := range clients {
@@ -4746,10 +4698,8 @@ func TestWaitingTakesAreSmall(t *testing.T) {
 // longer it is waited for.
 func TestUnfinishedLineStaysSmall(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var before, after runtime.MemStats
 		n.start(t)
-		runtime.GC()
-		runtime.ReadMemStats(&before)
+		before := heapBytes()
 		var clients []*testClient
 		for range 10 {
 			a := n.dial(t)
@@ -4757,9 +4707,7 @@ func TestUnfinishedLineStaysSmall(t *testing.T) {
 			clients = append(clients, a)
 		}
 		pass(lineTime / 2)
-		runtime.GC()
-		runtime.ReadMemStats(&after)
-		if each := int(after.HeapAlloc-before.HeapAlloc) / len(clients); each > burstSize/4 {
+		if each := (heapBytes() - before) / len(clients); each > burstSize/4 {
 			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
 		}
 		for _, a := range clients {
@@ -4773,20 +4721,14 @@ func TestUnfinishedLineStaysSmall(t *testing.T) {
 func TestBusyClientPinsOneBurst(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
-		heap := func() int {
-			runtime.GC()
-			var m runtime.MemStats
-			runtime.ReadMemStats(&m)
-			return int(m.HeapAlloc)
-		}
 		a.ask("Ping", ":PONG")
-		before := heap()
+		before := heapBytes()
 		for lines := maxChain; lines > 0; lines -= 8 {
 			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a",
 				lines-1) + "\n")
 			a.ask("Ping", ":PONG")
 		}
-		if more := heap() - before; more > 10*testMaxLine {
+		if more := heapBytes() - before; more > 10*testMaxLine {
 			t.Errorf("a busy client holds %d bytes", more)
 		}
 		a.hangUp()
@@ -6027,15 +5969,9 @@ func TestFailingHandshakesAreCounted(t *testing.T) {
 // however many they are: one more takes the place of the oldest that has said nothing, so a
 // client that has sent its hello stays, however long the rest takes.
 func TestHandshakesHoldNoPlace(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	withTLS := serverConfig(t)
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.maxClients = &tls.Config{Certificates: []tls.Certificate{pair}}, 1
-		n.server.handshakes = 10
+		n.server.tls, n.server.maxClients, n.server.handshakes = withTLS, 1, 10
 		const interval = time.Second / 400
 		done := make(chan struct{})
 		var flood sync.WaitGroup
@@ -6049,7 +5985,7 @@ func TestHandshakesHoldNoPlace(t *testing.T) {
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			start := time.Now()
 			a := n.dial(t)
-			client := tls.Client(&farConn{a.conn, trip}, &tls.Config{InsecureSkipVerify: true})
+			client := overTLS(&farConn{a.conn, trip})
 			io.WriteString(client, "Ping\n")
 			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
 				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
@@ -6082,14 +6018,9 @@ func (f *farConn) Read(p []byte) (int, error) {
 // where there are few places.
 func TestHandshakesBesideSilentConnects(t *testing.T) {
 	t.Parallel()
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	withTLS := serverConfig(t)
 	s := New(kvstore.NewMemory())
-	s.tls, s.handshakes = &tls.Config{Certificates: []tls.Certificate{pair}}, 20
+	s.tls, s.handshakes = withTLS, 20
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}
@@ -6103,7 +6034,7 @@ func TestHandshakesBesideSilentConnects(t *testing.T) {
 		// With more time one of the silent ends, and its place is free.
 		conn := dialTCP(t, addr).conn
 		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
-		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
+		client := overTLS(conn)
 		io.WriteString(client, "Ping\n")
 		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
 			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
@@ -6114,18 +6045,12 @@ func TestHandshakesBesideSilentConnects(t *testing.T) {
 
 // Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
 func TestWriteTimeoutUnderTLS(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	withTLS := serverConfig(t)
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.writeTimeout = &tls.Config{Certificates: []tls.Certificate{pair}},
-			2*time.Second
+		n.server.tls, n.server.writeTimeout = withTLS, 2*time.Second
 		n.fill("big", strings.Repeat("v", 1000), 1000)
 		a := n.dial(t)
-		client := tls.Client(a.conn, &tls.Config{InsecureSkipVerify: true})
+		client := overTLS(a.conn)
 		io.WriteString(client, "Get:big\nPing:end\n")
 		r := bufio.NewReader(client)
 		for range 1000 / 50 { // 50 kB a second
@@ -6161,27 +6086,23 @@ func TestWatchingAStalledStore(t *testing.T) {
 		a.send("Put:k:v\n")
 		synctest.Wait()
 		for _, path := range []string{"/healthz", "/metrics"} {
-			start, answer := time.Now(), httptest.NewRecorder()
-			handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
-			if took := time.Since(start); answer.Code != 503 || took != watchTime {
-				t.Errorf("%s answers %d after %v, want 503 after %v", path, answer.Code, took,
-					watchTime)
+			start := time.Now()
+			code, _ := look(handler, path)
+			if took := time.Since(start); code != 503 || took != watchTime {
+				t.Errorf("%s answers %d after %v, want 503 after %v", path, code, took, watchTime)
 			}
 		}
-		start, answer := time.Now(), httptest.NewRecorder()
-		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost/livez", nil))
-		if took := time.Since(start); answer.Code != 200 || took != 0 {
-			t.Errorf("/livez answers %d after %v, want 200 at once", answer.Code, took)
+		start := time.Now()
+		code, _ := look(handler, "/livez")
+		if took := time.Since(start); code != 200 || took != 0 {
+			t.Errorf("/livez answers %d after %v, want 200 at once", code, took)
 		}
 		close(store.gate)
 		a.hangUp()
 		n.server.Close()
 	})
-	before := httptest.NewRecorder()
-	New(kvstore.NewMemory()).watchHandler("").ServeHTTP(before,
-		httptest.NewRequest("GET", "http://localhost/healthz", nil))
-	if before.Code != 503 {
-		t.Errorf("before Start /healthz answers %d", before.Code)
+	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
+		t.Errorf("before Start /healthz answers %d", code)
 	}
 }
 
@@ -6193,11 +6114,7 @@ func TestWatchingBeforeTheData(t *testing.T) {
 	s := New(nil)
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	handler := s.watchHandler("")
-	ask := func(path string) (int, string) {
-		answer := httptest.NewRecorder()
-		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
-		return answer.Code, answer.Body.String()
-	}
+	ask := func(path string) (int, string) { return look(handler, path) }
 	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
 		t.Errorf("before the data is open /healthz answers %d %q", code, text)
 	}
@@ -6405,10 +6322,9 @@ func TestWatchIsLimited(t *testing.T) {
 		}
 	}
 	handler := s.watchHandler("")
-	ask := func(path string) int {
-		answer := httptest.NewRecorder()
-		handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
-		return answer.Code
+	ask := func(path string) (code int) {
+		code, _ = look(handler, path)
+		return code
 	}
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace",
 		"/debug/pprof/heap"} {
@@ -6472,10 +6388,9 @@ func TestOneProfileAtATime(t *testing.T) {
 			r *http.Request) {
 			<-time.After(time.Second / 2)
 		}))
-		ask := func() int {
-			answer := httptest.NewRecorder()
-			handler.ServeHTTP(answer, httptest.NewRequest("GET", "/", nil))
-			return answer.Code
+		ask := func() (code int) {
+			code, _ = look(handler, "/")
+			return code
 		}
 		go ask()
 		synctest.Wait()
@@ -6713,13 +6628,6 @@ func freePort(t *testing.T) int {
 
 // Ensure that whatever happens to the server, what was promised holds: see storetest/world.
 func TestSimulation(t *testing.T) {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
-
 	world.Run(t, world.Program{
 		Log: func(w io.Writer, lines int) (log *slog.Logger, flush func()) {
 			logs, done := &queuedLog{lines: make(chan []byte, lines)}, make(chan struct{})
@@ -6739,7 +6647,7 @@ func TestSimulation(t *testing.T) {
 			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
 			return simulated{s}, s.serve(l)
 		},
-		TLS: &tls.Config{Certificates: []tls.Certificate{pair}},
+		TLS: serverConfig(t),
 	})
 }
 
@@ -6748,10 +6656,7 @@ type simulated struct{ *keyValueServer }
 
 func (s simulated) Lost() (replies int) { return int(s.lost.Load()) }
 
-func (s simulated) Look() {
-	s.watchHandler("").ServeHTTP(httptest.NewRecorder(),
-		httptest.NewRequest("GET", "http://localhost/healthz", nil))
-}
+func (s simulated) Look() { look(s.watchHandler(""), "/healthz") }
 
 func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
@@ -7157,6 +7062,44 @@ func FuzzParse(f *testing.F) {
 func pass(d time.Duration) {
 	<-time.After(d)
 	synctest.Wait()
+}
+
+// heapBytes is how many bytes of memory are in use.
+func heapBytes() int {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // what the pools had
+	runtime.ReadMemStats(&m)
+	return int(m.HeapAlloc)
+}
+
+// heapOfQuiet is heapBytes where all clients are quiet, and have given back what they can.
+func heapOfQuiet() int {
+	pass(3 * quietAfter)
+	return heapBytes()
+}
+
+// look asks for a page.
+func look(handler http.Handler, path string) (code int, body string) {
+	answer := httptest.NewRecorder()
+	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
+	return answer.Code, answer.Body.String()
+}
+
+// serverConfig is what a server needs for TLS.
+func serverConfig(t *testing.T) *tls.Config {
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}}
+}
+
+// overTLS is a client that takes any server.
+func overTLS(conn net.Conn) *tls.Conn {
+	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
 }
 
 // binary is a command that runs the server as a process of its own.
