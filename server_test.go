@@ -1921,9 +1921,8 @@ func TestManyKeysGoAtOnce(t *testing.T) {
 
 // Ensure that nobody is told that a key has gone before that is committed.
 func TestGoingIsCommitted(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n := newFakeNet()
 		n.server.db = store
 		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
 		a := n.dial(t)
@@ -1944,7 +1943,6 @@ func TestGoingIsCommitted(t *testing.T) {
 			t.Errorf("got %q", line)
 		}
 		a.conn.Close()
-		n.server.Close()
 	})
 }
 
@@ -2243,9 +2241,8 @@ func TestTakesOfAFullServer(t *testing.T) {
 // Ensure that nobody is given a value before that is committed, and that where the Commit fails
 // those who wait are told nothing.
 func TestTakesWaitForCommit(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n := newFakeNet()
 		n.server.db = store
 		a, b, c := n.dial(t), n.dial(t), n.dial(t)
 		a.send("Take:k:60\n")
@@ -2258,7 +2255,6 @@ func TestTakesWaitForCommit(t *testing.T) {
 		for _, x := range []*testClient{a, b, c} {
 			x.wantClosed()
 		}
-		n.server.Close()
 	})
 }
 
@@ -4463,9 +4459,8 @@ func TestStart(t *testing.T) {
 // Ensure that failing Accepts are tried again, less and less often, with one
 // line in the log for each change.
 func TestAcceptBacksOff(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		var log bytes.Buffer
-		n := newFakeNet()
 		n.Failures = 12
 		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		start := time.Now()
@@ -4486,8 +4481,7 @@ func TestAcceptBacksOff(t *testing.T) {
 			}
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // and Close does not wait for it
-		n := newFakeNet()
+	inBubble(t, func(t *testing.T, n *fakeNet) { // and Close does not wait for it
 		n.Failures = 1 << 30
 		n.server.serve(n)
 		pass(time.Minute)
@@ -4531,8 +4525,7 @@ func TestSeveralListeners(t *testing.T) {
 // worth a warning, and that comings and goings alone are not.
 func TestLogSaysWhyAClientLeft(t *testing.T) {
 	var log bytes.Buffer
-	synctest.Test(t, func(t *testing.T) {
-		n := newFakeNet()
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		n.fill("big", strings.Repeat("v", 1200), 2000)
 		n.dial(t).hangUp()
@@ -4547,7 +4540,6 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 			t.Errorf("Stats counts %d dropped replies, want 1", got)
 		}
 		b.hangUp()
-		n.server.Close()
 	})
 	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
 	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
@@ -4588,12 +4580,9 @@ func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
 // Keys and Dump.
 func TestAnyStoreWillDo(t *testing.T) {
 	for _, c := range conversations {
-		synctest.Test(t, func(t *testing.T) {
-			n := newFakeNet()
+		inBubble(t, func(t *testing.T, n *fakeNet) {
 			held := kvstore.NewMemory()
 			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
-			n.server.serve(n)
-			defer n.server.Close()
 			a := n.dial(t)
 			go a.sendAll(c.send)
 			got := a.readAll()
@@ -4738,14 +4727,12 @@ func TestBusyClientPinsOneBurst(t *testing.T) {
 // Ensure that no reply leaves when Commit fails: not of a write, not of a read;
 // everybody is disconnected, and the owner is told.
 func TestNoReplyWithoutCommit(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
-		n := newFakeNet()
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log,
 			&slog.HandlerOptions{Level: slog.LevelDebug}))
-		n.server.serve(n)
 		a, b, c := n.dial(t), n.dial(t), n.dial(t)
 		a.ask("Ack", ":OK 0")
 		a.ask("Put:k:v", ":OK 1")
@@ -4785,11 +4772,9 @@ func (g gatedStore) Commit() error { return <-g.gate }
 // is committed.
 func TestGetWaitsForCommit(t *testing.T) {
 	for _, failure := range []error{nil, errors.New("disk on fire")} {
-		synctest.Test(t, func(t *testing.T) {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
 			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
-			n := newFakeNet()
 			n.server.db = kvstore.StoreOf(store)
-			n.server.serve(n)
 			a, b, c := n.dial(t), n.dial(t), n.dial(t)
 			for _, x := range []*testClient{a, b, c} {
 				store.gate <- nil
@@ -4823,7 +4808,6 @@ func TestGetWaitsForCommit(t *testing.T) {
 			for range cap(store.gate) {
 				store.gate <- nil
 			}
-			n.server.Close()
 		})
 	}
 }
@@ -6076,11 +6060,9 @@ func TestWriteTimeoutUnderTLS(t *testing.T) {
 // Ensure that a store that does not answer makes /healthz and /metrics say so in
 // time, and leaves nothing behind.
 func TestWatchingAStalledStore(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := newFakeNet()
+	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error)}
 		n.server.db = kvstore.StoreOf(store)
-		n.server.serve(n)
 		handler := n.server.watchHandler("")
 		a := n.dial(t)
 		a.send("Put:k:v\n")
@@ -6099,7 +6081,6 @@ func TestWatchingAStalledStore(t *testing.T) {
 		}
 		close(store.gate)
 		a.hangUp()
-		n.server.Close()
 	})
 	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
 		t.Errorf("before Start /healthz answers %d", code)
