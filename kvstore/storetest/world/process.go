@@ -50,6 +50,7 @@ type process struct {
 type plan struct {
 	killAt, failAt, stallAt int
 	kind                    string // of call that killAt waits for; "": any
+	behind                  int    // so many calls behind that one it comes
 	power                   bool   // killAt is a power failure
 	failure                 error
 	stall                   time.Duration
@@ -60,7 +61,8 @@ func (p *process) draw(r *rand.Rand) {
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
 	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
 	if Chance(r, 2) {
-		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
+		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync", "rename")
+		p.plan.behind = Pick(r, 0, r.IntN(6)) // a file with a new name is not used at once
 	}
 	if Chance(r, 4) {
 		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
@@ -81,6 +83,11 @@ func (p *process) before(c storetest.Call) error {
 	if fails {
 		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
 	}
+	kills := plan.killAt > 0 && n >= plan.killAt && (plan.kind == "" || plan.kind == c.What)
+	if kills && plan.behind > 0 {
+		p.plan.killAt, p.plan.kind, p.plan.behind = n+plan.behind, "", 0
+		kills = false
+	}
 	if n == plan.stallAt {
 		p.stalled += plan.stall
 	}
@@ -89,7 +96,7 @@ func (p *process) before(c storetest.Call) error {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
 		Wait(plan.stall)
 	}
-	if plan.killAt > 0 && n >= plan.killAt && (plan.kind == "" || plan.kind == c.What) {
+	if kills {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
 	}
 	if isClosed(p.killed) {
