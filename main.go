@@ -706,6 +706,7 @@ func serve(c config, log *queuedLog) error {
 	data, err := openStore(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
+		log.Info("stopped while opening the data")
 		return nil
 	case err != nil:
 		return err
@@ -754,8 +755,8 @@ func stopSignals() []os.Signal {
 func openStore(ctx context.Context, c config, s *keyValueServer,
 	log *queuedLog) (store *durable.Store, err error) {
 	defer context.AfterFunc(ctx, func() {
-		log.Info("stopped while opening the data")
-		time.AfterFunc(stopTime/5, func() { // the disk does not answer
+		time.AfterFunc(stopTime/5, func() {
+			log.Warn("stopped while opening the data, for the disk does not answer")
 			log.flush()
 			os.Exit(0)
 		})
