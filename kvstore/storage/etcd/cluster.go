@@ -115,7 +115,7 @@ type (
 	// found is what a range holds.
 	found struct {
 		KVs   []keyValue `json:"kvs"`
-		Count int        `json:"count,string"`
+		Count int64      `json:"count,string"`
 	}
 	// response is the answer to any request.
 	response struct {

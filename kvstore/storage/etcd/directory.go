@@ -150,6 +150,11 @@ func below(prefix []byte) (end []byte) {
 	return end
 }
 
+// all are the keys below the prefix that begin with name.
+func (d *directory) all(name string) *keyRange {
+	return &keyRange{Key: d.key(name), End: below(d.key(name))}
+}
+
 // call asks etcd, about or for so many bytes. Without the lock that ends after patienceTime; with
 // it after three times that, but for as long as etcd has no room.
 func (d *directory) call(at string, request any, size int) (response, error) {
@@ -295,7 +300,7 @@ func (d *directory) change(ids map[string]string) error {
 	// many that others would have to wait for it.
 	for _, id := range without {
 		if f := d.files[id]; f != nil && f.keys <= keysMost {
-			ops = append(ops, d.allPieces(id))
+			ops = append(ops, operation{Delete: d.all("d/" + id + "/")})
 		}
 	}
 	if err := d.do(0, ops, compare...); err != nil {
@@ -351,20 +356,14 @@ func (d *directory) drop(ids []string) error {
 	return nil
 }
 
-// allPieces removes the pieces of a file.
-func (d *directory) allPieces(id string) operation {
-	all := d.key("d/" + id + "/")
-	return deleteKeys(all, below(all))
-}
-
 // removePieces removes the pieces of a file, some at a time: a transaction stops the cluster
 // for as long as it takes.
 func (d *directory) removePieces(id string) error {
-	all := d.key("d/" + id + "/")
-	return d.each(all, below(all), func(kvs []keyValue) error {
+	all := d.all("d/" + id + "/")
+	return d.each(all.Key, all.End, func(kvs []keyValue) error {
 		d.client.garbage.Add(int64(len(kvs)) * pieceExtra)
 		d.pieces.Add(-int64(len(kvs)))
-		return d.do(0, []operation{deleteKeys(all, append(slices.Clone(kvs[len(kvs)-1].Key), 0))})
+		return d.do(0, []operation{deleteKeys(all.Key, append(slices.Clone(kvs[len(kvs)-1].Key), 0))})
 	})
 }
 
@@ -383,31 +382,30 @@ func (d *directory) begin() error {
 	}
 
 	d.setNames(names)
-	d.pieces.Store(int64(pieces))
+	d.pieces.Store(pieces)
 	return err
 }
 
 // stockTxn asks for the names and their ids, how many pieces there are, and the lock.
 func (d *directory) stockTxn() transaction {
 	return transaction{Success: []operation{
-		{Range: &keyRange{Key: d.key("n/"), End: below(d.key("n/"))}},
-		{Range: &keyRange{Key: d.key("d/"), End: below(d.key("d/")), CountOnly: true}},
+		{Range: d.all("n/")}, {Range: &keyRange{Key: d.key("d/"), End: d.all("d/").End, CountOnly: true}},
 		readKey(d.key("lock"))}}
 }
 
-// readStock reads the answer to that.
-func (d *directory) readStock(answer response) (names map[string]string, pieces int) {
+// readStock reads the answer to that: the id of each name, how many pieces there are, and the lock.
+func (d *directory) readStock(answer response, err error) (names map[string]string, pieces int64,
+	lock []keyValue, _ error) {
 	names = map[string]string{}
 	for _, kv := range answer.read(0).KVs {
 		names[strings.TrimPrefix(string(kv.Key), d.prefix+"n/")] = string(kv.Value)
 	}
-	return names, answer.read(1).Count
+	return names, answer.read(1).Count, answer.read(2).KVs, err
 }
 
-// stock returns the id of each name, and how many pieces there are.
-func (d *directory) stock() (names map[string]string, pieces int, err error) {
-	answer, err := d.call("kv/txn", d.stockTxn(), 0)
-	names, pieces = d.readStock(answer)
+// stock asks that for as long as call does.
+func (d *directory) stock() (names map[string]string, pieces int64, err error) {
+	names, pieces, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0))
 	return names, pieces, err
 }
 
@@ -430,7 +428,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 
 	names, pieces, err := d.stock()
 	if err == nil {
-		err = d.compare(names, int64(pieces)-d.pieces.Load(), missed)
+		err = d.compare(names, pieces-d.pieces.Load(), missed)
 	}
 	return *d.stamps.Load(), err
 }
@@ -496,14 +494,12 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	}
 
 	// One transaction reads all, so that names, number and lock are of the same moment.
-	answer, err := d.client.try(d.lock.ctx, "kv/txn", d.stockTxn())
+	names, pieces, lock, err := d.readStock(d.client.try(d.lock.ctx, "kv/txn", d.stockTxn()))
 	// Another cluster, or an older state of ours, has answered: Held must know.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		d.lock.miss(err)
 	}
-
-	names, pieces := d.readStock(answer)
-	return names, int64(pieces) - d.pieces.Load(), answer.read(2).KVs, err == nil
+	return names, pieces - d.pieces.Load(), lock, err == nil
 }
 
 // compare notes which files etcd does not have as they were left there, where these are the names,
@@ -602,7 +598,7 @@ func (d *directory) scan() (ids, others []string, err error) {
 	// Read one key, then jump behind all that belong with it: there are many pieces, but few
 	// files. Who has the lock wants all ids.
 	for from := d.key(""); d.lock != nil || len(others) < othersMost; {
-		kvs, err := d.get(keyRange{Key: from, End: below(d.key("")), Limit: 1, KeysOnly: true}, 0)
+		kvs, err := d.get(keyRange{Key: from, End: d.all("").End, Limit: 1, KeysOnly: true}, 0)
 		if err != nil || len(kvs) == 0 {
 			return ids, others, err
 		}
@@ -615,11 +611,11 @@ func (d *directory) scan() (ids, others []string, err error) {
 		switch {
 		case isPiece:
 			ids = append(ids, id)
-			from = below(d.key("d/" + id + "/"))
+			from = d.all("d/" + id + "/").End
 		case strings.HasPrefix(key, "n/"):
-			from = below(d.key("n/"))
+			from = d.all("n/").End
 		case isInner: // it is not ours to judge
-			from = below(d.key(inner + "/"))
+			from = d.all(inner + "/").End
 		case key != "lock" && key != "step":
 			others = append(others, strconv.Quote(key)) // so that it is no file's name
 		}

@@ -281,7 +281,7 @@ func (e *fakeEtcd) find(q keyRange) (f found) {
 	}
 	first, _ := slices.BinarySearch(e.keys, string(q.Key))
 	last, _ := slices.BinarySearch(e.keys, end)
-	if f.Count = last - first; q.CountOnly {
+	if f.Count = int64(last - first); q.CountOnly {
 		return f
 	}
 	if q.Limit > 0 {

@@ -102,11 +102,11 @@ func (f *pieceFile) end() int64 {
 
 // look finds out which pieces there are behind those that are known.
 func (f *pieceFile) look() error {
-	all := f.d.key("d/" + f.id + "/")
-	return f.d.each(f.from(f.count), below(all), func(kvs []keyValue) error {
+	all := f.d.all("d/" + f.id + "/")
+	return f.d.each(f.from(f.count), all.End, func(kvs []keyValue) error {
 		for _, kv := range kvs {
 			var p piece
-			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all)), "%x-%x-%x", &p.number,
+			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all.Key)), "%x-%x-%x", &p.number,
 				&p.start, &p.size)
 
 			// A key that we cannot have written must not be taken for data.

@@ -102,17 +102,12 @@ func (l *clusterLock) judge(lock []keyValue) error {
 
 // InUse says who has the lock, or had it and ended without a word.
 func (d *directory) InUse() (owner string, inUse bool) {
-	o, revision, err := d.owner()
-	return o.String() + ", unless that has died", err == nil && revision > 0 && !o.Released
-}
-
-// owner is who has the lock, and the revision of its last sign of life; 0: nobody had it.
-func (d *directory) owner() (o holder, revision int64, err error) {
 	kvs, err := d.get(keyRange{Key: d.key("lock")}, 0)
 	if err != nil {
-		return o, 0, err
+		return "", false
 	}
-	return d.readLock(kvs)
+	o, revision, err := d.readLock(kvs)
+	return o.String() + ", unless that has died", err == nil && revision > 0 && !o.Released
 }
 
 // readLock reads what a range of the lock holds.
@@ -143,8 +138,8 @@ type watch struct {
 // then, nor show signs of life in it, so that time does not count.
 func (w *watch) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
-	oneBelow := func(prefix string) operation {
-		return operation{Range: &keyRange{Key: d.key(prefix), End: below(d.key(prefix)), Limit: 1,
+	one := func(prefix string) operation {
+		return operation{Range: &keyRange{Key: d.key(prefix), End: d.all(prefix).End, Limit: 1,
 			KeysOnly: true}}
 	}
 
@@ -152,7 +147,7 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 	answer, err := d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, -1)},
 		Success: []operation{putKey(key, nil)},
-		Failure: []operation{readKey(key), readKey(d.key("step")), oneBelow("n/"), oneBelow("")},
+		Failure: []operation{readKey(key), readKey(d.key("step")), one("n/"), one("")},
 	})
 	if errors.Is(err, syscall.ENOSPC) {
 		// While etcd is full its holder cannot show a sign of life: the wait begins anew.
@@ -257,7 +252,7 @@ func (d *directory) standBy(w *watch) {
 
 // mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
 func (d *directory) mayWait(err error, w *watch, began time.Time) error {
-	silence := time.Since(later(began, w.answered))
+	silence := min(time.Since(began), time.Since(w.answered))
 	isFull := errors.Is(err, syscall.ENOSPC)
 
 	// No waiting helps where all refuse, or the lock is no lock. And without an address we do
@@ -286,14 +281,6 @@ func (d *directory) mayWait(err error, w *watch, began time.Time) error {
 		d.log.Warn(stage, "error", err)
 	}
 	return nil
-}
-
-// later is the later one of two times.
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
 }
 
 // hold makes the lock that was taken the directory's.

@@ -293,8 +293,8 @@ func TestEtcdLockElsewhere(t *testing.T) {
 	})
 }
 
-// Ensure that it is another cluster only if all members are: where one is, and the other refuses for
-// another reason, nothing is taken for gone.
+// Ensure that it is another cluster only if all members are: where one is, and the other refuses
+// for another reason, nothing is taken for gone.
 func TestEtcdOtherBesideFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
