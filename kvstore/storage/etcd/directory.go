@@ -296,13 +296,6 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// In the same step, so that a crash leaves no pieces without a name: unless these are so
-	// many that others would have to wait for it.
-	for _, id := range without {
-		if f := d.files[id]; f != nil && f.keys <= keysMost {
-			ops = append(ops, operation{Delete: d.all("d/" + id + "/")})
-		}
-	}
 	if err := d.do(0, ops, compare...); err != nil {
 		return err
 	}
@@ -318,8 +311,7 @@ func (d *directory) change(ids map[string]string) error {
 	}
 	d.setNames(names)
 
-	// Remove the pieces that were too many for the transaction. If we die before, they are
-	// removed by the Sync of the next holder.
+	// If we die here, the pieces are removed by the Sync of the next holder.
 	return d.drop(without)
 }
 
@@ -334,22 +326,15 @@ func nameless(before, after map[string]string) (ids []string) {
 	return ids
 }
 
-// drop forgets files that have no name, and removes pieces that they have still. The caller has
-// turn, and theirs.
+// drop forgets files that have no name, and removes their pieces. The caller has turn, and theirs.
 func (d *directory) drop(ids []string) error {
 	for _, id := range ids {
-		f := d.files[id]
-		delete(d.files, id)
-
-		if f != nil {
+		if f := d.files[id]; f != nil {
 			f.isDead.Store(true)
+			d.client.garbage.Add(f.size)
 		}
-
-		// A file that we know, with few pieces, has lost them in the transaction of change.
-		if f != nil && f.keys <= keysMost {
-			d.pieces.Add(-int64(f.keys))
-			d.client.garbage.Add(f.size + int64(f.keys)*pieceExtra)
-		} else if err := d.removePieces(id); err != nil {
+		delete(d.files, id)
+		if err := d.removePieces(id); err != nil {
 			return err
 		}
 	}
@@ -374,7 +359,7 @@ func (d *directory) begin() error {
 		return err
 	}
 
-	names, pieces, err := d.stock()
+	names, pieces, _, err := d.readStock(d.call("kv/txn", d.stockTxn(), 0))
 	// A store must not begin empty over pieces that are there: Sync would remove them.
 	if err == nil && len(names) == 0 && pieces > 0 {
 		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
@@ -403,12 +388,6 @@ func (d *directory) readStock(answer response, err error) (names map[string]stri
 	return names, answer.read(1).Count, answer.read(2).KVs, err
 }
 
-// stock asks that for as long as call does.
-func (d *directory) stock() (names map[string]string, pieces int64, err error) {
-	names, pieces, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0))
-	return names, pieces, err
-}
-
 // Stamps tells which file has each name, as check has found it. One of which etcd has not all that
 // this process has left there has a new stamp each time; until each of those was removed, or made
 // anew, Held says that files are gone.
@@ -418,19 +397,13 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 		return *d.stamps.Load(), nil
 	}
 
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
-	// The lock must be ours again first, so that nobody else changes what we compare.
-	missed := d.lock.missed.Load()
-	if err := d.recover(); err != nil {
-		return nil, err
+	// The caller must not go on before it is known what is gone.
+	for !d.check() {
+		if err := wait(d.lock.ctx, pauseTime); err != nil {
+			return nil, err
+		}
 	}
-
-	names, pieces, err := d.stock()
-	if err == nil {
-		err = d.compare(names, pieces-d.pieces.Load(), missed)
-	}
-	return *d.stamps.Load(), err
+	return *d.stamps.Load(), nil
 }
 
 // setNames notes what names there are. The caller has turn.
@@ -447,40 +420,35 @@ func (d *directory) setNames(names map[string]string) {
 	d.stamps.Store(&stamps)
 }
 
-// check looks whether etcd has all that this process has left there, as far as it answers at once.
-func (d *directory) check() {
+// check looks whether etcd has all that this process has left there, and tells whether it knows: not
+// if etcd does not answer at once, or a file is being written.
+func (d *directory) check() (isKnown bool) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 
-	// The second round is for what the first one finds gone: recover comes before it.
-	for range 2 {
-		missed := d.lock.missed.Load()
-		if d.lock.isGone() && d.recover() != nil {
-			return
-		}
-
-		names, more, lock, isKnown := d.look()
-		switch {
-		case !isKnown && d.lock.isGone():
-			// Something is gone: the next round recovers first.
-			continue
-		case !isKnown:
-			// etcd does not answer, or a file is being written: a later check looks again.
-			return
-		case !d.lock.isOursIn(lock):
-			// The lock is another one, or missing: judge tells which.
-			d.lock.judge(lock)
-			continue
-		case !maps.Equal(names, d.names) || more != 0:
-			d.compare(names, more, missed)
-		}
-		return
+	// The lock must be ours again first, so that nobody else changes what we compare.
+	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
+	if isGone && d.recover() != nil {
+		return false
 	}
+
+	names, more, lock, err := d.look()
+	switch {
+	case err != nil:
+		return false
+	case !d.lock.isOursIn(lock):
+		// It is another one, or missing: judge tells which.
+		d.lock.judge(lock)
+		return false
+	case isGone || !maps.Equal(names, d.names) || more != 0:
+		return d.compare(names, more, missed) == nil
+	}
+	return true
 }
 
 // look asks what there is while nothing is being written, if that is so within a short time: the
 // names, how many pieces more than there should be, and the lock. The caller has turn.
-func (d *directory) look() (names map[string]string, more int64, lock []keyValue, isKnown bool) {
+func (d *directory) look() (names map[string]string, more int64, lock []keyValue, err error) {
 	// Nothing may be written while etcd counts the pieces. A writer has its file's turn: wait
 	// for that, but not for long.
 	late := time.After(pauseTime)
@@ -489,7 +457,7 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 		case f.turn <- struct{}{}:
 			defer func() { <-f.turn }()
 		case <-late:
-			return nil, 0, nil, false
+			return nil, 0, nil, errors.New("a file is being written")
 		}
 	}
 
@@ -497,9 +465,9 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	names, pieces, lock, err := d.readStock(d.client.try(d.lock.ctx, "kv/txn", d.stockTxn()))
 	// Another cluster, or an older state of ours, has answered: Held must know.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
-		d.lock.miss(err)
+		err = d.lock.miss(err)
 	}
-	return names, pieces - d.pieces.Load(), lock, err == nil
+	return names, pieces - d.pieces.Load(), lock, err
 }
 
 // compare notes which files etcd does not have as they were left there, where these are the names,
@@ -542,30 +510,22 @@ func (d *directory) compare(names map[string]string, more, missed int64) error {
 // recover goes on from what there is now, if the lock is ours still, or nobody's. The caller has
 // turn.
 func (d *directory) recover() error {
-	for l := d.lock; ; {
-		// The members may be another cluster now, which counts other revisions.
-		was := *d.client.id.Load()
-		err := d.client.adopt(l.ctx)
-		if err == nil {
-			if *d.client.id.Load() != was {
-				l.revision.Store(0) // a lock there that is not ours is somebody's
-			}
-			err = l.retake(l.ctx)
-		}
-
-		// The key step may be older than ours, too, so the steps begin anew.
-		if err == nil {
-			err = d.beginSteps()
-		}
-		if err == nil {
-			return nil
-		}
-
-		// Try on until the lock is lost, which ends its context.
-		if err := wait(l.ctx, pauseTime); err != nil {
-			return err
-		}
+	// The members may be another cluster now, which counts other revisions: a lock there that is
+	// not ours is somebody's.
+	l, was := d.lock, *d.client.id.Load()
+	err := d.client.adopt(l.ctx)
+	if err == nil && *d.client.id.Load() != was {
+		l.revision.Store(0)
 	}
+	if err == nil {
+		err = l.retake(l.ctx)
+	}
+
+	// The key step may be older than ours, too, so the steps begin anew.
+	if err == nil {
+		err = d.beginSteps()
+	}
+	return err
 }
 
 // List returns names of files, and of keys that are none of ours.
@@ -580,7 +540,7 @@ func (d *directory) List() (list []string, err error) {
 		if _, err := d.client.agree(d.ctx); err != nil {
 			return nil, err
 		}
-		if names, _, err = d.stock(); err != nil {
+		if names, _, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0)); err != nil {
 			return nil, err
 		}
 		if _, list, err = d.scan(); err != nil {

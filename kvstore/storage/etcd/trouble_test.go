@@ -539,14 +539,14 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 		w.before = func(int) {
 			for name, f := range files {
 				other := files[map[string]string{"a": "b", "b": "a"}[name]]
-				if changed == "" && len(f.turn) > 0 && other.ahead == 1 { // f is the second one
+				if len(f.turn) == 0 || len(other.turn) > 0 { // f is not reread now
+					continue
+				}
+				if f.ahead = 1; changed == "" && other.ahead == 1 { // other was reread
 					changed = other.name
 					e.delete(string(other.last))
 					at := other.size
 					write(t, other, &at, []byte("x"))
-				}
-				if len(f.turn) > 0 {
-					f.ahead = 1 // it was read
 				}
 			}
 		}
