@@ -53,7 +53,7 @@ type journal struct {
 	timerEnded bool          // none is to become due any more
 
 	ticks   sync.WaitGroup         // ticks that are due, or run
-	syncing atomic.Pointer[string] // path of the file whose Sync has not returned; nil: none
+	syncing atomic.Pointer[string] // path of the file that the disk is waited for; nil: none
 }
 
 // trouble is something that does not work for a while. It is worth a line of log when it begins,
@@ -141,11 +141,12 @@ func (j *journal) syncRest() error {
 		return err
 	}
 
-	j.syncing.Store(&w.path)
+	// The owner may wait for another file while the timer syncs this one.
+	before := j.syncing.Swap(&w.path)
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
-	j.syncing.Store(nil)
+	j.syncing.CompareAndSwap(&w.path, before)
 
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would say nothing of it. What was written meanwhile is not

@@ -247,6 +247,43 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	}
 }
 
+// Ensure that while Close waits for a compaction that the disk holds up, Syncing names its snapshot,
+// also when the timer has synced something meanwhile.
+func TestSyncingNamesTheSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		stall := make(chan struct{})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
+				<-stall
+			}
+			return nil
+		}
+		for i := 0; d.compacted == nil; i++ {
+			d.Set("key", strings.Repeat("v", i%200))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Put("key", "value")
+		synctest.Wait() // for the compaction to be held up
+		closed := make(chan error)
+		go func() { closed <- d.Close() }()
+
+		for range 3 {
+			synctest.Wait()
+			if name := d.Syncing(); !strings.Contains(name, "snapshot") {
+				t.Errorf("a compaction is waited for, and Syncing names %q", name)
+			}
+			time.Sleep(vouchTime)
+		}
+		close(stall)
+		if err := <-closed; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Ensure that a stalled fsync bounds what is answered without it, with one goroutine
 // waiting.
 func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
