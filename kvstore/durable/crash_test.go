@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -630,6 +631,24 @@ func TestSpareIsCut(t *testing.T) {
 			}
 			d.Close()
 		})
+	}
+}
+
+// Ensure that a Close after a failed Commit leaves SPARE alone: it may be another process's by then.
+func TestSpareOfAnotherProcess(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("key", "value")
+	d.setFull(true)
+	dir.Moved = storage.ErrMoved
+	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+		t.Fatal(err)
+	}
+
+	theirs := []byte("theirs")
+	dir.Names[spareName] = storetest.FileOf(theirs)
+	d.Close()
+	if got := dir.Names[spareName].Data; !bytes.Equal(got, theirs) {
+		t.Errorf("Close has made SPARE one of %d bytes", len(got))
 	}
 }
 

@@ -554,7 +554,7 @@ func (d *Store) Close() error {
 	if err == nil {
 		err = d.current.trim()
 	}
-	if d.isFull {
+	if err == nil && d.isFull {
 		d.spare.grow(d.dir, d.toDelete(0), int64(d.zerosAhead))
 	}
 	return errors.Join(err, d.current.f.Close(), d.spare.close(), d.lock.Close(), d.dir.Close())
