@@ -38,8 +38,10 @@ func (d *Store) compact() {
 
 // liveBytes is how many bytes a snapshot of the store would take, about.
 func (d *Store) liveBytes() int64 {
+	// A key that has a deadline stands there twice.
 	keys, values, bytes := d.Size()
-	return bytes + int64(keys+values)*recordExtra
+	twice := int64(d.Expiring()) * (d.KeyBytes()/int64(max(keys, 1)) + recordExtra)
+	return bytes + int64(keys+values)*recordExtra + twice
 }
 
 // newCompaction is one of all full files, at a moment when these make what Memory holds.

@@ -101,6 +101,37 @@ func TestFailedCompactionWaits(t *testing.T) {
 	})
 }
 
+// Ensure that a snapshot is about as large as what liveBytes says, also with long keys, which stand
+// there twice where they have deadlines.
+func TestLiveBytes(t *testing.T) {
+	for _, length := range []int{10, 500} {
+		for _, every := range []int{1, 3, 1000} { // of so many keys one has a deadline
+			_, d := newSmall(t, Options{Fsync: FsyncNever})
+			for i := range 900 {
+				key := fmt.Sprintf("%0*d", length, i)
+				d.Put(key, "value")
+				if i%every == 0 {
+					d.Expire(key, time.Now().UnixMilli()+1000)
+				}
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+			if err := d.rotate(); err != nil {
+				t.Fatal(err)
+			}
+
+			size, err := d.newCompaction().run()
+			if live := d.liveBytes(); err != nil || size > live*11/10 || size < live/2 {
+				t.Errorf("keys of %d bytes, one in %d with a deadline: a snapshot of %d bytes, %v, "+
+					"and liveBytes says %d", length, every, size, err, live)
+			}
+			d.Close()
+		}
+	}
+}
+
 // Ensure that nothing is compacted where there is nothing to leave out, and that the log is when
 // nothing but one Delete comes.
 func TestCompactionIsWorthIt(t *testing.T) {
