@@ -564,31 +564,47 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 	}
 }
 
-// Ensure that a store goes on in the file of an older version, and does not take that for changed.
-func TestNoHealOfAnOlderVersion(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, d := newSmall(t, Options{})
-		d.Put("k", "v")
-		d.Close()
-		b := dir.Names["seg-1.log"].Data
-		binary.LittleEndian.PutUint32(b[8:], oldestVersion)
-		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+// Ensure that behind a file of an older version a store goes on in a new file, for an older kvserver
+// would take new kinds of records for damage; or in the old one, where no new one can be made; and
+// that it takes neither for changed.
+func TestFileOfAnOlderVersion(t *testing.T) {
+	for _, isFull := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.Put("k", "v")
+			d.Close()
+			b := dir.Names["seg-1.log"].Data
+			binary.LittleEndian.PutUint32(b[8:], oldestVersion)
+			binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 
-		log := &strings.Builder{}
-		d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
-		<-time.After(2 * lookTime)
-		d.Put("k", "w")
-		if err := errors.Join(d.Commit(), d.Close()); err != nil {
-			t.Fatal(err)
-		}
-		if d.number != 1 || strings.Contains(log.String(), "level=ERROR") {
-			t.Errorf("now in file %d, the log says\n%s", d.number, log)
-		}
-		wantAll(t, "opened again", dir, map[string][]string{"k": {"v", "w"}})
-	})
+			if isFull {
+				dir.Before = func(c storetest.Call) error {
+					if c.What == "create" && c.Name == "seg-2.log.tmp" {
+						return syscall.ENOSPC
+					}
+					return nil
+				}
+			}
+			log := &strings.Builder{}
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			size := len(dir.Names["seg-1.log"].Data)
+			<-time.After(2 * lookTime)
+			d.Put("k", "w")
+			d.Take("k")
+			if err := errors.Join(d.Commit(), d.Close()); err != nil {
+				t.Fatal(err)
+			}
+			isNew := d.number == 2 && len(dir.Names["seg-1.log"].Data) == size
+			if isNew == isFull || strings.Contains(log.String(), "written anew") {
+				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number, log)
+			}
+			dir.Before = nil
+			wantAll(t, "opened again", dir, map[string][]string{"k": {"w"}})
+		})
+	}
 }
 
 // Ensure that a rotation that fails leaves no file that is then taken for somebody else's.

@@ -473,7 +473,16 @@ func (d *Store) load(ctx context.Context) error {
 
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
-	return d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+	if err != nil || !last.isOld {
+		return err
+	}
+
+	// An older kvserver would take new kinds of records in its file for damage. It does not open
+	// a newer file. (On a full disk the log goes on in the old one.)
+	full, err := d.goOn()
+	d.fullBytes += full
+	return err
 }
 
 // readAll applies what the files hold to Memory, and returns where each ends.

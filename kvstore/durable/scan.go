@@ -3,6 +3,7 @@ package durable
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 // process may write the file meanwhile.
 type logReader struct {
 	header fileHeader
+	isOld  bool // the file is of a version before fileVersion
 	seed   uint32
 	path   string
 	r      *bufio.Reader
@@ -56,6 +58,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	}
 
 	// A bad header is no error yet: Repair reads behind it.
+	l.isOld = binary.LittleEndian.Uint32(b[8:]) < fileVersion
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
@@ -257,6 +260,7 @@ const (
 // logEnd is where a log file's good part ends.
 type logEnd struct {
 	header fileHeader
+	isOld  bool   // the file is of a version before fileVersion
 	last   uint32 // the kind of the last good frame
 	frames int    // good ones
 	next   uint64 // sequence of the frame that would follow
@@ -280,7 +284,7 @@ func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.
 // end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
 // of the end.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
-	end := logEnd{header: l.header, size: l.size}
+	end := logEnd{header: l.header, isOld: l.isOld, size: l.size}
 	var doubts []int64 // offsets of the frames that no later one calls synced
 	for {
 		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
