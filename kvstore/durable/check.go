@@ -86,7 +86,7 @@ func check(dir storage.Directory) (r Report, err error) {
 	err = s.walk(visitor{frame: applyTo(m), damage: r.damage,
 		end: func(l *logReader, end logEnd, _ bool) error {
 			if end.tail == torn {
-				r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d whole "+
+				r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d later "+
 					"frames, as a crash leaves it: the next start cuts it", l.path, end.offset,
 					end.bytes, end.loose)
 			} else {

@@ -384,7 +384,7 @@ func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 	case end.goesOn():
 		return false, nil
 	case i == len(s.logs)-2:
-		isLast, err = s.isEmpty(i+1, end.next)
+		isLast, err = s.isUnused(i+1, end.next)
 		if isLast || err != nil {
 			return isLast, err
 		}
@@ -407,10 +407,10 @@ func (s *files) isFollowed(number uint64) bool {
 	})
 }
 
-// isEmpty tells whether the i-th file is a segment without a frame, and was made when the one
+// isUnused tells whether the i-th file is a segment without a frame, and was made when the one
 // before it had no frame from next on. (If it had, that file's end is damaged: a rotation has all
 // of it on disk before it makes the next.)
-func (s *files) isEmpty(i int, next uint64) (bool, error) {
+func (s *files) isUnused(i int, next uint64) (bool, error) {
 	l, err := s.open(i)
 	if err != nil {
 		return false, err
@@ -547,7 +547,7 @@ func (d *Store) resume(end logEnd) error {
 	name := logName(h.kind, h.number)
 	if end.tail == torn {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
-			d.dir.Path(name), "offset", end.offset, "bytes", end.bytes, "whole_frames", end.loose)
+			d.dir.Path(name), "offset", end.offset, "bytes", end.bytes, "later_frames", end.loose)
 	}
 
 	w, err := extendLog(d.dir, name, h, end.offset)
