@@ -19,12 +19,12 @@ type compactionEnd struct {
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact puts a snapshot in the place of all full files, in the background, when they hold more
-// than twice what there is. It is called when a file has become full, or the current one is empty,
-// and the snapshot is what Memory holds then: no file is read again, and a bit that has rotted in
-// one goes with it. It always takes the whole prefix of the log: a part of it, merged without what
-// came before, would bring deleted keys back (bitcask issue 82, badger issue 2143, leveldb issue
-// 184).
+// compact puts a snapshot in the place of all full files, in the background, when they have
+// minCompact bytes, and more than waste times those of the live data. It is called when a file has
+// become full, or the current one is empty, and the snapshot is what Memory holds then: no file is
+// read again, and a bit that has rotted in one goes with it. It always takes the whole prefix of
+// the log: a part of it, merged without what came before, would bring deleted keys back (bitcask
+// issue 82, badger issue 2143, leveldb issue 184).
 func (d *Store) compact() {
 	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() ||
 		d.dir.RoomFor(d.liveBytes(), true) != nil {

@@ -634,7 +634,7 @@ func TestSpareIsCut(t *testing.T) {
 	}
 }
 
-// Ensure that a Close after a failed Commit leaves SPARE alone: it may be another process's by then.
+// Ensure that a Close after a failed Commit leaves SPARE alone: it may be another process's by now.
 func TestSpareOfAnotherProcess(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("key", "value")

@@ -270,7 +270,8 @@ func (f *fields) text() (s string) {
 func apply(m *kvstore.Memory, payload string, count uint32) error {
 	f := fields{payload: payload}
 
-	// The count is in the frame's head. Where it and the payload disagree, neither is believed.
+	// The count is in the frame's head. Where it and the payload disagree that is an error, but the
+	// records that were done by then stay done.
 	for range count {
 		if f.payload == "" {
 			return errors.New("fewer records than counted")
@@ -424,15 +425,15 @@ func createLog(d storage.Directory, name string, h fileHeader,
 	return w.size, nil
 }
 
-// extendLog opens a log file, which has size bytes, to be written further.
-func extendLog(d storage.Directory, name string, h fileHeader, size int64) (*logWriter, error) {
+// extendLog opens a log file to be written further, from end on: there its last frame ends.
+func extendLog(d storage.Directory, name string, h fileHeader, end int64) (*logWriter, error) {
 	f, err := d.Extend(name)
 	if err != nil {
 		return nil, err
 	}
 
-	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: size,
-		fileSize: size}, nil
+	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: end,
+		fileSize: end}, nil
 }
 
 // noFrames fills a new segment, which begins empty.

@@ -299,8 +299,9 @@ func (d *Store) clearAway(useless []string) error {
 	return nil
 }
 
-// lastLook is lookForFiles at the end, after which nobody has the data in memory: that the store
-// cannot be opened again is an error.
+// lastLook is lookForFiles where there is no later try: at the end, after which nobody has the data
+// in memory, and when the lock says that files are gone, for before they are back nothing may be
+// answered. That the store could not be opened again is an error.
 func (d *Store) lastLook() error {
 	// There is no later try.
 	d.healAfter = time.Time{}

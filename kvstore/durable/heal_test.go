@@ -564,9 +564,9 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 	}
 }
 
-// Ensure that behind a file of an older version a store goes on in a new file, for an older kvserver
-// would take new kinds of records for damage; or in the old one, where no new one can be made; and
-// that it takes neither for changed.
+// Ensure that behind a file of an older version a store goes on in a new file, for an older
+// kvserver would take new kinds of records for damage; or in the old one, where no new one can be
+// made; and that it takes neither for changed.
 func TestFileOfAnOlderVersion(t *testing.T) {
 	for _, isFull := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {

@@ -25,7 +25,7 @@ type journal struct {
 	// The owner's.
 	number      uint64    // of the current file
 	first       uint64    // sequence of its first frame
-	size, room  int64     // bytes of its frames, and of zeros behind them, as of the owner's last
+	size, room  int64     // bytes of its frames, and of zeros behind them, when the owner wrote last
 	rotateAfter time.Time // before then no new file is tried
 	noNewFile   trouble
 
@@ -53,7 +53,7 @@ type journal struct {
 	timerEnded bool          // none is to become due any more
 
 	ticks   sync.WaitGroup         // ticks that are due, or run
-	syncing atomic.Pointer[string] // path of the file that the disk is waited for; nil: none
+	syncing atomic.Pointer[string] // what Syncing returns; nil: nothing
 }
 
 // trouble is something that does not work for a while. It is worth a line of log when it begins,

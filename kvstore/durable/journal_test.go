@@ -247,8 +247,8 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	}
 }
 
-// Ensure that while Close waits for a compaction that the disk holds up, Syncing names its snapshot,
-// also when the timer has synced something meanwhile.
+// Ensure that while Close waits for a compaction that the disk holds up, Syncing names that one's
+// snapshot, also when the timer has synced something meanwhile.
 func TestSyncingNamesTheSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})

@@ -102,7 +102,8 @@ func (s *salvage) sayLost(format string, args ...any) {
 	s.report.say("LOST    "+format, args...)
 }
 
-// findID finds out which store this is: what at least half of the log files say, or else STORE.
+// findID finds out which store this is: what more than half of the log files say, or else STORE, or
+// else exactly half of them.
 func (s *salvage) findID(names []string) error {
 	id, most, of := majorityID(s.dir, names)
 

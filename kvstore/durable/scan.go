@@ -14,9 +14,8 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// logReader reads a log file frame by frame. It is the only reader of such files: a start applies
-// what it reads, Check counts it, Backup copies it, and Repair reads on behind what is bad. Another
-// process may write the file meanwhile.
+// logReader reads a log file frame by frame: a start applies what it reads, Check counts it, Backup
+// copies it, and Repair reads on behind what is bad. Another process may write the file meanwhile.
 type logReader struct {
 	header fileHeader
 	isOld  bool // the file is of a version before fileVersion
@@ -270,7 +269,7 @@ type logEnd struct {
 	size  int64 // of the file
 	tail  tail  // what is behind offset
 	bytes int64 // of the tail, up to its last that is not zero
-	loose int   // whole frames in the tail, which came to disk before what stands before them
+	loose int   // frames in the tail, by their heads: later ones than the bad one
 	bad   error // why the tail is no part of the log; nil: the tail is nothing
 }
 

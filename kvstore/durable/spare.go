@@ -8,8 +8,9 @@ import (
 )
 
 // spareFile is SPARE, a file of zeros that keeps room on the disk for what frees: when the disk is
-// full it gives as much back as the log needs to go on. It is as large as it takes to delete every
-// key, one at a time. It belongs to the store's owner.
+// full it gives as much back as the log needs to go on. It has at least what it takes to delete
+// every key, one at a time, and after a compaction at most twice that and twice zerosAhead. It
+// belongs to the store's owner.
 type spareFile struct {
 	file storage.File // nil: there is none
 	size int64        // bytes

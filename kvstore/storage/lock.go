@@ -12,8 +12,9 @@ import (
 	"time"
 )
 
-// LockName is the file that says who holds the lock. It is never removed: a second process would
-// lock another file than the first.
+// LockName is the file that says who holds the lock. It stays when the lock is given up, or a
+// second process could lock another file than the first. One that was just made is removed where it
+// could not be locked or signed, and with a directory that MakeDisk undoes.
 const LockName = "LOCK"
 
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make it anew.

@@ -20,8 +20,8 @@ import (
 )
 
 // Directory is where a store is kept, as the store needs it: one directory, files known by their
-// names in it. But for InUse and Path, whatever is asked can fail with the errors below, or with
-// those of the system.
+// names in it. But for InUse, Path and Sizes, whatever is asked can fail with the errors below, or
+// with those of the system.
 type Directory interface {
 	// List returns the names of what is in the directory, in order.
 	List() ([]string, error)
