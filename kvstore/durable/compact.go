@@ -14,6 +14,9 @@ type compactionEnd struct {
 	bytes   int64  // of the snapshot; 0: there is none
 	freed   int64  // of the files that it stands for
 	err     error
+
+	// What the snapshot was when it had its name. The zero Stamp: nobody could look.
+	written storage.Stamp
 }
 
 // errStopped ends a compaction because the store closes.
@@ -90,6 +93,11 @@ func (d *Store) noteCompaction(c compactionEnd) {
 		d.snapshot = c.through
 		d.fullBytes += c.bytes - c.freed
 		d.learn(logName(kindSnapshot, c.through))
+
+		// It may have been changed since then.
+		if c.written.ID != nil {
+			d.known[logName(kindSnapshot, c.through)] = c.written
+		}
 	}
 
 	switch c.err {
@@ -121,13 +129,15 @@ type compaction struct {
 	// prepare is run when all of the snapshot is on disk, before it gets its name. If it fails
 	// there is no snapshot. nil: nothing is to be prepared.
 	prepare func() error
+
+	written storage.Stamp // of the snapshot, once run has written it
 }
 
 // runAside runs the compaction and sends its end, with the bytes of the files that it is about. It
 // is the compaction's goroutine; ended has a slot for what it sends.
 func (c *compaction) runAside(ended chan<- compactionEnd, freed int64) {
 	bytes, err := c.run()
-	ended <- compactionEnd{c.through, bytes, freed, err}
+	ended <- compactionEnd{c.through, bytes, freed, err, c.written}
 }
 
 // run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
@@ -138,6 +148,10 @@ func (c *compaction) run() (size int64, err error) {
 	if err != nil {
 		return 0, err
 	}
+
+	// From here on a change to it is somebody else's.
+	stamps, _ := c.dir.Stamps()
+	c.written = stamps[logName(kindSnapshot, c.through)]
 
 	// Only now: the snapshot has its name on disk.
 	names, err := c.dir.List()

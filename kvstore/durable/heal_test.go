@@ -714,3 +714,27 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 		}
 	})
 }
+
+// Ensure that a snapshot which somebody empties between the end of its compaction and the moment in
+// which the store takes note of that is written anew.
+func TestSnapshotEmptiedUnnoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		for d.compacted == nil {
+			d.Set("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		dir.Empty(logName(kindSnapshot, d.number-1))
+		want := maps.Collect(d.All())
+
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		wantAll(t, "a snapshot was emptied", dir.Crash(rand.New(rand.NewPCG(1, 1))), want)
+		d.Close()
+	})
+}

@@ -206,7 +206,7 @@ func (d *Store) squeeze() bool {
 	// Not aside: the room that it makes is wanted now.
 	c := d.newCompaction()
 	bytes, err := c.run()
-	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err})
+	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err, c.written})
 	return err == nil
 }
 
