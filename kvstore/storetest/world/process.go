@@ -61,8 +61,10 @@ func (p *process) draw(r *rand.Rand) {
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
 	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
 	if Chance(r, 2) {
-		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync", "rename")
-		p.plan.behind = Pick(r, 0, r.IntN(6)) // a file with a new name is not used at once
+		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
+	}
+	if Chance(r, 4) { // where a file has a new name, and is not used yet
+		p.plan.killAt, p.plan.kind, p.plan.behind = 1+r.IntN(100), "rename", 1+r.IntN(6)
 	}
 	if Chance(r, 4) {
 		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
