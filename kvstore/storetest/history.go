@@ -28,10 +28,13 @@ func (o Operation) agrees(n int, got []string) bool {
 // list holds in the end. A request without an answer may have any place behind its beginning, or
 // none.
 func CheckLinearizable(history []Operation, final []string) error {
+	put := map[string]bool{}
 	for _, o := range history {
-		if o.Verb != "Put" && o.Verb != "Get" {
+		isPut := o.Verb == "Put"
+		if !isPut && o.Verb != "Get" || isPut && put[o.New] {
 			return search(history, final)
 		}
+		put[o.New] = put[o.New] || isPut
 	}
 
 	return checkAppends(history, final)

@@ -38,6 +38,7 @@ func TestLinearizable(t *testing.T) {
 		"an unanswered Get": {history{put("a", 1, 2), get(3, 0)}, "a", true},
 		"an answered Put lost": {history{put("a", 1, 2), put("b", 3, 4), put("c", 5, 6)},
 			"a b", false},
+		"put twice":   {history{put("a", 1, 2), put("a", 3, 4), get(5, 6, "a", "a")}, "a a", true},
 		"there twice": {history{put("a", 1, 2)}, "a a", false},
 		"wrong order": {history{put("b", 1, 2), put("a", 3, 4)}, "a b", false},
 		"stale Get": {history{put("a", 1, 2), put("b", 3, 4), get(5, 6, "a")},
