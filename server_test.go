@@ -6626,6 +6626,7 @@ func TestSimulation(t *testing.T) {
 			s.log, s.tls, s.writeTimeout = with.Log, with.TLS, with.WriteTimeout
 			s.maxLine, s.maxMessage, s.maxClients = with.MaxLine, with.MaxMessage, with.MaxClients
 			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
+			s.handshakes = with.Handshakes
 			return simulated{s}, s.serve(l)
 		},
 		TLS: serverConfig(t),

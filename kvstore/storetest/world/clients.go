@@ -39,6 +39,8 @@ var kinds = []struct {
 	{"pipelines and reads", (*visitor).pipeline, true},
 	{"pings", (*visitor).ping, true},
 	{"lists", (*visitor).list, false},
+	{"lists side by side", (*visitor).listMany, false},
+	{"says nothing", (*visitor).silence, false},
 	{"mixes lists", (*visitor).mix, false},
 	{"takes", (*visitor).take, true},
 	{"ends keys", (*visitor).end, false},
@@ -207,6 +209,39 @@ func (v *visitor) list() {
 				v.known(f[2], f[3])
 			}
 		}
+	}
+}
+
+// listMany is several that ask for lists at the same time.
+func (v *visitor) listMany() {
+	var all sync.WaitGroup
+	defer all.Wait()
+	for range 2 + v.random.IntN(8) {
+		other, ok := v.also()
+		if !ok {
+			return
+		}
+		other.random = rand.New(rand.NewPCG(v.random.Uint64(), 3))
+		all.Go(func() {
+			defer other.conn.Close()
+			other.list()
+		})
+	}
+}
+
+// silence connects again and again to a server that speaks TLS, and says nothing: these hold
+// nobody's place, and keep nobody out.
+func (v *visitor) silence() {
+	if v.settings.TLS == nil {
+		return
+	}
+	for range 50 {
+		other := &visitor{process: v.process, random: v.random, plain: true}
+		if !other.dial() {
+			return
+		}
+		defer other.conn.Close()
+		Wait(Between(v.random, 0, 200*time.Millisecond))
 	}
 }
 

@@ -125,7 +125,7 @@ func (p *process) operate() {
 		case 0:
 			p.pause(Between(r, 0, 4*time.Second))
 		case 1:
-			p.backup()
+			p.backup(r)
 		case 2:
 			report, err := durable.Check(p.dir)
 			if !p.isDisturbed() && (err != nil || report.Damaged) {
@@ -204,38 +204,70 @@ func (p *process) move() {
 	p.mu.Unlock()
 }
 
-// backup copies the store beside the process, and looks into the copy.
-func (p *process) backup() {
-	w := p.world
-	w.mu.Lock()
-	least := map[string][]string{}
-	for key, ops := range w.history {
-		for _, o := range ops {
-			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
-				least[key] = append(least[key], o.New)
-			}
+// backup copies the store beside the process, perhaps to a slow place, and looks into the copy. A
+// copy that was broken off is never taken for a store that is empty.
+func (p *process) backup(r *rand.Rand) {
+	least := p.answered()
+	to, late := storetest.New(), Pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
+	calls, last := 0, Pick(r, 0, 0, 1+r.IntN(40))
+	to.Before = func(storetest.Call) error {
+		Wait(late)
+		if calls++; last > 0 && calls > last {
+			return errors.New("the backup was killed")
 		}
+		return nil
 	}
-	w.mu.Unlock()
-	to := storetest.New()
 	_, err := durable.Backup(p.dir, to, nil)
-	if err != nil {
+	to.Before = nil
+	isBroken := err != nil && last > 0 && calls > last
+	if err != nil && !isBroken {
 		if !p.isDisturbed() {
 			p.fail("a backup beside the server: %v", err)
 		}
 		return
 	}
-	db, err := durable.Open(context.Background(), to, durable.Options{})
-	if err != nil {
-		p.fail("a backup does not open: %v", err)
-		return
+
+	to = to.Kill()
+	bytes := 0
+	for _, f := range to.Names {
+		bytes = max(bytes, len(f.Data))
 	}
-	defer db.Close()
+	db, err := durable.Open(context.Background(), to, durable.Options{})
+	switch keys := 0; {
+	case err == nil:
+		defer db.Close()
+		if keys, _, _ = db.Size(); keys > 0 || !isBroken {
+			p.checkCopy(db, least)
+		} else if bytes > 1000 { // of no more than headers a start makes a new store
+			p.fail("a backup that was broken off is served as an empty store")
+		}
+	case !isBroken:
+		p.fail("a backup does not open: %v", err)
+	}
+}
+
+// answered returns what was put into shared lists, and answered.
+func (w *world) answered() map[string][]string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	least := map[string][]string{}
+	for key, operations := range w.history {
+		for _, o := range operations {
+			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
+				least[key] = append(least[key], o.New)
+			}
+		}
+	}
+	return least
+}
+
+// checkCopy wants that a copy of the store has these values, and none that was not sent.
+func (w *world) checkCopy(db *durable.Store, least map[string][]string) {
 	for key, values := range least {
 		list := db.Get(key)
 		for _, v := range values {
 			if !slices.Contains(list, v) {
-				p.fail("%s is in no backup, though it was answered before", v)
+				w.fail("%s is in no backup, though it was answered before", v)
 			}
 		}
 	}

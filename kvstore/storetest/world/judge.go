@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"time"
@@ -165,7 +166,6 @@ func (w *world) judge() {
 		w.fail("what is left does not open: %v", err)
 		return
 	}
-	defer db.Close()
 	for key, operations := range w.history {
 		var history []storetest.Operation
 		for _, o := range operations {
@@ -185,6 +185,41 @@ func (w *world) judge() {
 		w.checkOwned(key, db.Get(key))
 	}
 	w.knownAll(db)
-	w.tell("in the end there are %d shared operations, %d lists of clients", len(w.history),
-		len(w.owners))
+
+	held := storetest.NewModel()
+	for key, list := range db.All() {
+		for _, v := range list {
+			held.Put(key, v)
+		}
+		if at, ends := db.Deadline(key); ends {
+			held.Expire(key, at)
+		}
+	}
+	if err := db.Close(); err != nil {
+		w.fail("the last stop: %v", err)
+	}
+	w.checkRepaired(held)
+	w.tell("in the end there are %d lists of many clients, %d of one", len(w.history), len(w.owners))
+}
+
+// checkRepaired wants that a repair of what is whole makes the same of it.
+func (w *world) checkRepaired(held storetest.Model) {
+	to := storetest.New()
+	keys, _, _ := held.Size()
+	switch r, err := durable.Repair(w.dir, to); {
+	case errors.Is(err, durable.ErrNothingRead) && keys == 0:
+		return
+	case err != nil || r.Damaged:
+		w.fail("a repair of what is whole: %v, %v", r.Lines, err)
+		return
+	}
+	db, err := durable.Open(context.Background(), to, durable.Options{})
+	if err != nil {
+		w.fail("what was repaired does not open: %v", err)
+		return
+	}
+	defer db.Close()
+	if !held.Equal(db) {
+		w.fail("a repair makes %d keys of %v", len(maps.Collect(db.All())), held)
+	}
 }

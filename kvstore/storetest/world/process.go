@@ -258,6 +258,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	if Chance(r, 8) {
 		s.TLS = p.program.TLS
 	}
+	s.Handshakes = Pick(r, 10, 1000)
 
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
@@ -339,7 +340,7 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 		p.plan = plan{}
 		p.mu.Unlock()
 		clients.Wait()
-		Wait(3 * time.Second)
+		Wait(Pick(r, 3*time.Second, 3*time.Second, 3*time.Minute))
 		return
 	}
 

@@ -56,6 +56,7 @@ type Settings struct {
 	Log                  *slog.Logger
 	MaxLine, MaxMessage  int // bytes
 	MaxClients           int
+	Handshakes           int           // of TLS at a time
 	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: any number
 	WriteTimeout         time.Duration // 0: none
 	TLS                  *tls.Config   // nil: none
