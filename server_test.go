@@ -814,6 +814,17 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	})
 }
 
+// Ensure that an error names its line also behind a Keys in the middle of what was sent, which
+// begins a chain of its own.
+func TestLineBehindAKeys(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask("Get:none\nKeys\nnone", ":OK 0",
+			`:ERROR line 3: unknown request "none"; Help lists the requests`)
+		a.hangUp()
+	})
+}
+
 // Ensure that small replies, one by one, fill a slow reader's queue without
 // delaying anybody either, that about 500 of them are kept, however small they
 // are, and that the others are counted.
@@ -917,6 +928,64 @@ func TestSlowIsSeenInTime(t *testing.T) {
 				pass(time.Hour)
 			}
 		}
+	})
+}
+
+// Ensure that a reply waits, is dropped, or costs its client the connection as the outbox's rules
+// say, to the message.
+func TestSlowReaderFate(t *testing.T) {
+	const all = maxBufferSize
+	for _, c := range []struct {
+		queued, messages           int
+		slow, acked, mayDrop, over bool
+		want                       fate
+	}{
+		{0, all + 1, true, true, false, true, isQueued},
+		{maxShared - 1, 1, false, false, true, false, isQueued},
+		{maxShared, 1, false, false, true, false, waits},
+		{all - 1, 1, true, false, true, false, isQueued},
+		{all, 1, true, false, true, false, isDropped},
+		{all - 1, 2, true, false, true, false, isDropped},
+		{all, 1, true, false, false, false, waits},
+		{all, 1, true, true, false, false, waits},
+		{1, 1, true, false, true, true, isDropped},
+		{1, 1, true, true, false, true, isCutOff},
+		{1, 1, false, true, false, true, waits},
+	} {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = 1000
+		client := newClient(1, new(world.Conn), s)
+		client.buffer = make(chan []byte, maxBufferSize)
+		for range c.queued {
+			client.buffer <- nil
+		}
+		if c.over {
+			s.budget.queued.Store(1000)
+		}
+		client.outbox.slow, client.outbox.acked = c.slow, c.acked
+		if got, why := client.outbox.decide(c.messages, c.mayDrop); got != c.want {
+			t.Errorf("%+v: fate %d (%q)", c, got, why)
+		}
+	}
+}
+
+// Ensure that a client is not slow too early where the deadline that ends the first tick of a Write
+// was set by the Write before.
+func TestSlowIsNotSeenTooEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		told := make(chan bool, 1)
+		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}
+		conn.Write(make([]byte, world.StreamSize))
+		pass(tickTime / 2)
+
+		start := time.Now()
+		go conn.Write([]byte{0})
+		if taken, took := <-told, time.Since(start); taken || took < slowAfter {
+			t.Errorf("after %v it is told that bytes are taken: %v", took, taken)
+		}
+		conn.Close()
+		synctest.Wait()
 	})
 }
 
