@@ -603,11 +603,6 @@ func (c *Client) read() (burst string, err error) {
 		}
 	}
 
-	// The time of a line runs from its first byte.
-	if !in.midLine() {
-		in.waited = 0
-	}
-
 	// The deadline is a tick, but where the server closes.
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
 		err = c.tick()
