@@ -398,7 +398,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	}
 
 	// The caller must not go on before it is known what is gone.
-	for !d.check() {
+	for !d.check(true) {
 		if err := wait(d.lock.ctx, pauseTime); err != nil {
 			return nil, err
 		}
@@ -421,8 +421,9 @@ func (d *directory) setNames(names map[string]string) {
 }
 
 // check looks whether etcd has all that this process has left there, and tells whether it knows: not
-// if etcd does not answer at once, or a file is being written.
-func (d *directory) check() (isKnown bool) {
+// if etcd does not answer at once, or a file is being written. If something is gone, and all is to
+// be looked at, it rereads each file also where there are as many pieces as there should be.
+func (d *directory) check(all bool) (isKnown bool) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 
@@ -440,7 +441,7 @@ func (d *directory) check() (isKnown bool) {
 		// It is another one, or missing: judge tells which.
 		d.lock.judge(lock)
 		return false
-	case isGone || !maps.Equal(names, d.names) || more != 0:
+	case isGone && all || !maps.Equal(names, d.names) || more != 0:
 		return d.compare(names, more, missed) == nil
 	}
 	return true

@@ -128,7 +128,7 @@ func (l *clusterLock) attend() {
 	c.findQuota(l.ctx)
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
-		l.d.check()
+		l.d.check(false)
 		c.forget(l.ctx)
 		wait(l.ctx, surveyTime)
 	}

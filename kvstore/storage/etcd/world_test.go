@@ -40,6 +40,7 @@ type world struct {
 	told    storetest.Model                // what was answered
 	doubts  map[*process][]storetest.Model // what may be there instead, for it has no answer yet
 	serving *process                       // who has opened the store last; nil: nobody
+	spoiled *process                       // from which something is taken away now; nil: from none
 	latest  time.Time                      // of the answers
 	isLost  bool                           // something was taken away, and then the server ended
 }
@@ -138,6 +139,9 @@ func (p *process) opened(err error) bool {
 
 	// It has what was told, and perhaps a batch of which nobody knows.
 	p.note("%s serves", p.name)
+	if p.spoiled != nil && p.spoiled == p.serving { // which has not written it anew yet
+		p.isLost = true
+	}
 	if !p.isIn(p.told) {
 		for other, doubts := range p.doubts {
 			if i := slices.IndexFunc(doubts, p.isIn); i >= 0 {
@@ -278,6 +282,7 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 	isWell := p != nil && !p.ended && w.faults == 0
 	if isWell {
 		w.note("%s under %s", what, p.name)
+		w.spoiled = p
 	}
 	w.mu.Unlock()
 	if !isWell {
@@ -299,6 +304,7 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 		case long >= time.Minute:
 			w.wrong("%s does not answer", p.name)
 		}
+		w.spoiled = nil
 		w.mu.Unlock()
 		return
 	}
