@@ -73,13 +73,17 @@ func (v *visitor) dial() bool {
 	r := v.random
 	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
 	ours, near := Pipe(StreamSize, size)
+
 	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
 	theirs.Gate = v.gate
+
 	v.raw = ours
 	if v.conn = ours; v.settings.TLS != nil && !v.plain {
 		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
 	}
 	v.r = bufio.NewReader(v.conn)
+
+	// Bytes are cut, late, and may stop.
 	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
 		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
 	if out.piece > 3 {
@@ -92,11 +96,14 @@ func (v *visitor) dial() bool {
 		out.stall = Pick(r, 0, Between(r, 0, 10*time.Second))
 		out.cut = Pick(r, 0, 0, 1+r.IntN(20*kilo))
 	}
+
 	back := out
 	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
 	if v.calm {
 		back.late = min(back.late, 5*time.Millisecond)
 	}
+
+	// A process that was killed takes nobody.
 	v.process.mu.Lock()
 	dead := v.after != nil
 	if !dead {
@@ -106,6 +113,7 @@ func (v *visitor) dial() bool {
 	if dead {
 		return false
 	}
+
 	v.wires.Go(func() { out.carry(near, far) })
 	v.wires.Go(func() { back.carry(far, near) })
 	if !v.listener.Connect(theirs) {
@@ -193,6 +201,8 @@ func (v *visitor) list() {
 	for range 1 + v.random.IntN(4) {
 		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help")
 		io.WriteString(v.conn, what+"\n")
+
+		// Some go before the answer has come.
 		if Chance(v.random, 6) {
 			Wait(Between(v.random, 0, 5*time.Second))
 			return
@@ -201,6 +211,7 @@ func (v *visitor) list() {
 		if err != nil || strings.HasPrefix(last, ":ERROR line 0") {
 			return
 		}
+
 		if last != fmt.Sprint(":OK ", len(lines)) {
 			v.fail("%s: %d lines, then %q", what, len(lines), last)
 		}
@@ -249,6 +260,7 @@ func (v *visitor) silence() {
 func (v *visitor) garbage() {
 	r := v.random
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
+
 	what := r.IntN(8)
 	if what == 1 && v.settings.TLS != nil &&
 		!v.plain { // inside of TLS it is one bad line, and good ones
@@ -295,6 +307,8 @@ func (v *visitor) garbage() {
 			strings.Repeat("x", r.IntN(maxLine)))
 		Wait(Between(r, 0, 2*lineTime))
 	}
+
+	// It may read what it is told.
 	if Chance(r, 2) {
 		v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 		io.Copy(io.Discard, v.r)

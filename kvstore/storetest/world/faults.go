@@ -22,6 +22,7 @@ func (w *world) rot() (rotten bool, mend func()) {
 	if !w.quiet || !Chance(r, 3) {
 		return false, nil
 	}
+
 	names := slices.Sorted(maps.Keys(w.dir.Names))
 	name := Pick(r, names...)
 	f := w.dir.Names[name]
@@ -34,6 +35,8 @@ func (w *world) rot() (rotten bool, mend func()) {
 	if len(f.Data) == 0 {
 		return false, nil
 	}
+
+	// One bit, in memory and on the disk.
 	at, bit := r.IntN(len(f.Data)), byte(1)<<r.IntN(8)
 	if len(f.Disk) != len(f.Data) { // a file that is no part of the store any more
 		return false, nil
@@ -59,6 +62,8 @@ func (w *world) repair() {
 		}
 		return nil
 	}
+
+	// A repair that was killed is begun anew.
 	_, err := durable.Repair(bad, out)
 	if last > 0 && err != nil {
 		out = storetest.New()
@@ -72,6 +77,7 @@ func (w *world) repair() {
 		w.fail("repair: %v", err)
 		return
 	}
+
 	db, err := durable.Open(context.Background(), out, durable.Options{})
 	if err != nil {
 		w.fail("what was repaired does not open: %v", err)
@@ -92,6 +98,7 @@ func (l *slowLog) Write(line []byte) (int, error) {
 	if m := regexp.MustCompile(`level=(WARN|ERROR).*`).Find(line); m != nil {
 		l.p.tell("log: %s", m)
 	}
+
 	if l.slow > 0 && !isClosed(l.p.gone) {
 		select {
 		case <-time.After(l.slow):
@@ -115,6 +122,7 @@ func (p *process) operate() {
 		case <-p.gone:
 			return
 		}
+
 		switch r.IntN(6) {
 		case 5:
 			p.tidyUp(r)
@@ -169,6 +177,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 		p.mu.Unlock()
 		return
 	}
+
 	p.plan = plan{}
 	p.mu.Unlock()
 	names, _ := p.dir.List()
@@ -181,6 +190,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
 		}
 	}
+
 	for range 5 {
 		Wait(1100 * time.Millisecond)
 		p.server.Look()
@@ -217,6 +227,7 @@ func (p *process) backup(r *rand.Rand) {
 		}
 		return nil
 	}
+
 	_, err := durable.Backup(p.dir, to, nil)
 	to.Before = nil
 	isBroken := err != nil && last > 0 && calls > last
@@ -227,6 +238,7 @@ func (p *process) backup(r *rand.Rand) {
 		return
 	}
 
+	// Nobody has the copy open any more.
 	to = to.Kill()
 	bytes := 0
 	for _, f := range to.Names {

@@ -46,6 +46,7 @@ func (p *process) forget() {
 	w := p.world
 	w.mu.Lock()
 	defer w.mu.Unlock()
+
 	safe := w.exposed
 	for _, operations := range w.history {
 		for i := range operations {
@@ -54,6 +55,7 @@ func (p *process) forget() {
 			}
 		}
 	}
+
 	for _, l := range w.owners {
 		l.forget(safe)
 	}
@@ -141,6 +143,7 @@ func (p *process) checkLeft() {
 	if n := p.dir.Handles; n != 0 {
 		p.fail("%d files are left open", n)
 	}
+
 	for _, c := range p.conns {
 		if !isClosed(c.closed) {
 			p.fail("a connection is left open")
@@ -161,11 +164,14 @@ func (w *world) judge() {
 	if r, err := durable.Check(w.dir); err != nil || r.Damaged {
 		w.fail("a check of what is left: %v, %v", r.Lines, err)
 	}
+
 	db, err := durable.Open(context.Background(), w.dir, durable.Options{})
 	if err != nil {
 		w.fail("what is left does not open: %v", err)
 		return
 	}
+
+	// Lists that many have changed.
 	for key, operations := range w.history {
 		var history []storetest.Operation
 		for _, o := range operations {
@@ -175,12 +181,16 @@ func (w *world) judge() {
 			w.fail("%s, of which %d things were asked: %v", key, len(history), err)
 		}
 	}
+
+	// Keys that end.
 	for key, end := range w.ends { // where a power failure costs nothing
 		at, goes := db.Deadline(key)
 		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
 			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
 		}
 	}
+
+	// Lists of one, and all the rest.
 	for key := range w.owners {
 		w.checkOwned(key, db.Get(key))
 	}
@@ -195,6 +205,7 @@ func (w *world) judge() {
 			held.Expire(key, at)
 		}
 	}
+
 	if err := db.Close(); err != nil {
 		w.fail("the last stop: %v", err)
 	}

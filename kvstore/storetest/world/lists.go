@@ -44,6 +44,8 @@ func (v *visitor) share() {
 			o.Invoked = v.tick()
 			keys, ops = append(keys, key), append(ops, o)
 		}
+
+		// Those that are not answered may have been run or not.
 		io.WriteString(v.conn, text.String())
 		for j, o := range ops {
 			lines, last, err := v.reply()
@@ -54,11 +56,10 @@ func (v *visitor) share() {
 				return
 			}
 			if o.Answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
-				v.refused[o.New] = true
-				v.world.mu.Unlock()
+				v.refuse(o.New)
 				continue
 			}
+
 			for _, line := range lines {
 				o.Got = append(o.Got, strings.TrimPrefix(line, keys[j]+":"))
 			}
@@ -90,33 +91,24 @@ func (v *visitor) own() {
 	if !v.hello() {
 		return
 	}
+
+	// One request at a time, or some at once.
 	var list []string
 	for i := 0; i < 100; {
 		var writes []storetest.Request
 		var text strings.Builder
 		for range Pick(v.random, 1, 1, 6) {
 			i++
-			q := storetest.Request{Verb: Pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get",
-				"Delete", "Set", "Remove", "Remove", "Swap", "Add", "Take", "Count")}
-			switch q.Verb {
-			case "Update", "Swap":
-				if q.Old = "absent"; len(list) > 0 && !Chance(v.random, 4) {
-					q.Old = Pick(v.random, list...)
-				}
-				q.New = v.value(i)
-			case "Put", "Set", "Add":
-				q.New = v.value(i)
-			case "Remove":
-				if q.Old = "absent"; len(list) > 0 {
-					q.Old = Pick(v.random, list...)
-				}
-			}
+			q := v.drawOwn(i, list)
 			writes = append(writes, q)
 			text.WriteString(q.Line(key))
 		}
 		io.WriteString(v.conn, text.String())
+
 		for j, q := range writes {
 			lines, last, err := v.reply()
+
+			// Nobody knows which of those that are not answered were run.
 			if err != nil {
 				v.world.mu.Lock()
 				l.maybe = append(l.maybe, possible(list, writes[j:])...)
@@ -124,39 +116,74 @@ func (v *visitor) own() {
 				return
 			}
 			if strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
-				v.refused[q.New] = true
-				v.world.mu.Unlock()
+				v.refuse(q.New)
 				continue
 			}
-			after, n, got := q.After(list)
-			if want := fmt.Sprint(":OK ", n); last != want {
-				v.fail("%s %s %.30q: got %q, want %q", q.Verb, key, q.Old, last, want)
+			list = v.checkOwn(key, q, list, lines, last)
+			if q.Verb != "Get" && q.Verb != "Count" {
+				v.learn(l, list)
 			}
-			for k := range lines {
-				lines[k] = strings.TrimPrefix(lines[k], key+":")
-			}
-			if !slices.Equal(lines, got) {
-				v.fail("%s %s answers %.200q, want %.200q", q.Verb, key, lines, got)
-			}
-			if q.Verb == "Get" || q.Verb == "Count" {
-				continue
-			}
-			list = after
-			if q.Verb == "Put" && v.calm {
-				v.checkMoved()
-			}
-			vain := v.isVain()
-			v.world.mu.Lock()
-			if vain {
-				l.maybe = append(l.maybe, list)
-			} else {
-				l.states = append(l.states, state{list, time.Now()})
-			}
-			v.world.mu.Unlock()
 		}
 		Wait(Pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
+}
+
+// drawOwn draws a request about a list that the client alone writes.
+func (v *visitor) drawOwn(i int, list []string) (q storetest.Request) {
+	q.Verb = Pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get", "Delete", "Set", "Remove",
+		"Remove", "Swap", "Add", "Take", "Count")
+	switch q.Verb {
+	case "Update", "Swap", "Remove":
+		if q.Old = "absent"; len(list) > 0 && !Chance(v.random, 4) {
+			q.Old = Pick(v.random, list...)
+		}
+	}
+	switch q.Verb {
+	case "Update", "Swap", "Put", "Set", "Add":
+		q.New = v.value(i)
+	}
+	return q
+}
+
+// checkOwn wants that q is answered as the model says, and returns what the list is then.
+func (v *visitor) checkOwn(key string, q storetest.Request, list, lines []string,
+	last string) (after []string) {
+	after, n, got := q.After(list)
+	if want := fmt.Sprint(":OK ", n); last != want {
+		v.fail("%s %s %.30q: got %q, want %q", q.Verb, key, q.Old, last, want)
+	}
+
+	for k := range lines {
+		lines[k] = strings.TrimPrefix(lines[k], key+":")
+	}
+	if !slices.Equal(lines, got) {
+		v.fail("%s %s answers %.200q, want %.200q", q.Verb, key, lines, got)
+	}
+
+	// A write of a client whose network does not stall is answered at once.
+	if q.Verb == "Put" && v.calm {
+		v.checkMoved()
+	}
+	return after
+}
+
+// learn notes that the list is this, as far as that can be believed.
+func (v *visitor) learn(l *ownList, list []string) {
+	isVain := v.isVain()
+	v.world.mu.Lock()
+	defer v.world.mu.Unlock()
+	if isVain {
+		l.maybe = append(l.maybe, list)
+	} else {
+		l.states = append(l.states, state{list, time.Now()})
+	}
+}
+
+// refuse notes that a value was refused, so that it must not be there.
+func (v *visitor) refuse(value string) {
+	v.world.mu.Lock()
+	defer v.world.mu.Unlock()
+	v.refused[value] = true
 }
 
 // possible returns what a list may be when nobody knows which of the writes were run.
@@ -180,6 +207,8 @@ func (v *visitor) mix() {
 		key := fmt.Sprint("mixed", v.random.IntN(3))
 		a := heard{Operation: storetest.Operation{Request: DrawRequest(v.random, v.value(i))}}
 		err := Ask(v.conn, v.r, key, &a.Operation, v.tick)
+
+		// What was refused is no part of the history.
 		if a.at = time.Now(); err == ErrRefused {
 			v.world.mu.Lock()
 			v.refused[a.New] = len(a.New) > 1 // or others send it, too
@@ -223,6 +252,8 @@ func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 			func() { end.Store(tick()) }).Stop()
 	}
 	io.WriteString(conn, a.Line(key))
+
+	// Values, and then the end of the reply.
 	for {
 		line, err := r.ReadString('\n')
 		if err != nil {
@@ -236,6 +267,7 @@ func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 		}
 		a.Got = append(a.Got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
 	}
+
 	if a.N == 0 && end.Load() > 0 {
 		a.Invoked = end.Load()
 	}

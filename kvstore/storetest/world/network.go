@@ -139,8 +139,8 @@ type Conn struct {
 }
 
 func newConn(in, out *stream) *Conn {
-	return &Conn{in: in, out: out, reading: newDeadline(), writing: newDeadline(),
-		closed: make(chan struct{})}
+	return &Conn{in: in, out: out, closed: make(chan struct{}),
+		reading: deadline{ch: make(chan struct{})}, writing: deadline{ch: make(chan struct{})}}
 }
 
 func (c *Conn) Read(p []byte) (n int, err error) {
@@ -155,6 +155,7 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 			return 0, os.ErrDeadlineExceeded
 		default:
 		}
+
 		changed := c.in.change(func() bool {
 			if c.in.reset {
 				err = syscall.ECONNRESET
@@ -169,6 +170,8 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 			}
 			return n > 0
 		})
+
+		// Nothing was there: wait until that may be otherwise.
 		if n > 0 || err != nil {
 			return n, err
 		}
@@ -192,6 +195,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			return n, os.ErrDeadlineExceeded
 		default:
 		}
+
+		// A window that was full opens when a lump of it is free.
 		changed := c.out.change(func() bool {
 			if c.out.broken || c.out.ended {
 				err = io.ErrClosedPipe
@@ -206,12 +211,14 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			n += m
 			return m > 0
 		})
+
 		if err != nil && c.out.broken { // as where nobody has the socket any more
 			c.in.change(func() bool {
 				c.in.reset = true
 				return true
 			})
 		}
+
 		if n == len(p) || err != nil {
 			return n, err
 		}
@@ -234,6 +241,8 @@ func (c *Conn) CloseWrite() error {
 func (c *Conn) Close() error {
 	c.closeOnce.Do(func() {
 		close(c.closed)
+
+		// What was not read resets the connection.
 		unread := false
 		c.in.change(func() bool {
 			unread = len(c.in.buf) > 0
@@ -278,65 +287,52 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 }
 func (c *Conn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
 
-// deadline closes its channel when a time has passed.
+// deadline is a channel that is closed when a time has passed. Another time has another channel,
+// unless the old one is open still.
 type deadline struct {
-	mu    *sync.Mutex
-	state *struct {
-		timer *time.Timer
-		ch    chan struct{}
-	}
+	mu    sync.Mutex
+	timer *time.Timer // that closes ch; nil: none does
+	ch    chan struct{}
 }
 
-func newDeadline() deadline {
-	d := deadline{mu: new(sync.Mutex), state: new(struct {
-		timer *time.Timer
-		ch    chan struct{}
-	})}
-	d.state.ch = make(chan struct{})
-	return d
-}
-
-func (d deadline) passed() <-chan struct{} {
+func (d *deadline) passed() <-chan struct{} {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.state.ch
+	return d.ch
 }
 
-func (d deadline) set(t time.Time) {
+// set sets the time; the zero time never passes.
+func (d *deadline) set(t time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	old := d.state.ch
-	if d.state.timer != nil {
-		d.state.timer.Stop()
+	if d.timer != nil {
+		d.timer.Stop()
+		d.timer = nil
 	}
-	d.state.timer = nil
-	select {
-	case <-old:
-		d.state.ch = make(chan struct{})
-	default:
+	if isClosed(d.ch) {
+		d.ch = make(chan struct{})
 	}
-	ch := d.state.ch
-	if t.IsZero() {
-		return
-	}
-	if wait := time.Until(t); wait <= 0 {
+
+	ch := d.ch
+	switch wait := time.Until(t); {
+	case t.IsZero():
+	case wait <= 0:
 		close(ch)
-	} else {
-		d.state.timer = time.AfterFunc(wait, func() {
+
+	// One that could not be stopped in time has nothing to close any more.
+	default:
+		var timer *time.Timer
+		timer = time.AfterFunc(wait, func() {
 			d.mu.Lock()
 			defer d.mu.Unlock()
-			if d.state.ch == ch {
-				select {
-				case <-ch:
-				default:
-					close(ch)
-				}
+			if d.timer == timer {
+				d.timer = nil
+				close(ch)
 			}
 		})
+		d.timer = timer
 	}
 }
-
-// ---- the simulated network
 
 // wire carries bytes one way, as networks do: cut and merged anew, late, and perhaps
 // not to the end. One goroutine for each direction of a connection.
@@ -353,6 +349,7 @@ func (w wire) carry(from, to *Conn) {
 	buf := make([]byte, w.piece)
 	for sum := 0; ; {
 		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
+
 		if w.late > 0 {
 			Wait(Between(w.random, 0, w.late))
 		}
@@ -360,6 +357,8 @@ func (w wire) carry(from, to *Conn) {
 			Wait(w.stall)
 			w.stall = 0
 		}
+
+		// What was read goes on, and the end of it, too.
 		if _, writeErr := to.Write(buf[:n]); writeErr != nil {
 			from.BreakOff()
 			return
@@ -369,6 +368,7 @@ func (w wire) carry(from, to *Conn) {
 			to.BreakOff()
 			return
 		}
+
 		if err == io.EOF {
 			to.CloseWrite()
 			return

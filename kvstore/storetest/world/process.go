@@ -66,6 +66,8 @@ func (p *process) draw(r *rand.Rand) {
 	if Chance(r, 4) { // where a file has a new name, and is not used yet
 		p.plan.killAt, p.plan.kind, p.plan.behind = 1+r.IntN(100), "rename", 1+r.IntN(6)
 	}
+
+	// An error, or a long call.
 	if Chance(r, 4) {
 		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
 			syscall.EMFILE)
@@ -78,6 +80,8 @@ func (p *process) draw(r *rand.Rand) {
 // before is what happens to an I/O call of the process.
 func (p *process) before(c storetest.Call) error {
 	p.gate()
+
+	// What was planned for this call.
 	p.mu.Lock()
 	p.calls++
 	plan, n := p.plan, p.calls
@@ -85,6 +89,8 @@ func (p *process) before(c storetest.Call) error {
 	if fails {
 		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
 	}
+
+	// The end may come some calls behind the one that was waited for.
 	kills := plan.killAt > 0 && n >= plan.killAt && (plan.kind == "" || plan.kind == c.What)
 	if kills && plan.behind > 0 {
 		p.plan.killAt, p.plan.kind, p.plan.behind = n+plan.behind, "", 0
@@ -94,6 +100,8 @@ func (p *process) before(c storetest.Call) error {
 		p.stalled += plan.stall
 	}
 	p.mu.Unlock()
+
+	// First it takes its time, and may be the last.
 	if n == plan.stallAt {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
 		Wait(plan.stall)
@@ -104,6 +112,7 @@ func (p *process) before(c storetest.Call) error {
 	if isClosed(p.killed) {
 		return errors.New("the process was killed")
 	}
+
 	if fails {
 		p.tell("%s %s fails: %v", c.What, c.Name, plan.failure)
 		return &os.PathError{Op: c.What, Path: c.Name, Err: plan.failure}
@@ -140,16 +149,19 @@ func (p *process) kill(power bool, when string) {
 	if p.after != nil {
 		return
 	}
+
 	close(p.killed)
 	for _, c := range p.conns { // before the copy, so that nothing is answered that is not in it
 		c.Close()
 	}
+
 	p.power = power
 	if power {
 		p.after = p.dir.Crash(rand.New(rand.NewPCG(p.seed, uint64(p.calls))))
 	} else {
 		p.after = p.dir.Kill()
 	}
+
 	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
 	if end := time.Now(); p.exposed.IsZero() {
 		if p.failed {
@@ -200,10 +212,13 @@ func (w *world) live(dies bool) {
 	case dies:
 		p.plan.killAt = Pick(r, 0, 0, 1+r.IntN(40))
 	}
+
+	// Its log is read slowly, or by nobody.
 	log, flush := w.program.Log(&slowLog{p, Pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
 		Pick(r, 1, 10, 1000))
 	defer flush()
 
+	// A start may be refused, or be its end.
 	w.dir.Before = p.before
 	wasQuiet := w.quiet
 	w.quiet = false
@@ -217,6 +232,8 @@ func (w *world) live(dies bool) {
 		w.quiet = wasQuiet && rotten
 		return
 	}
+
+	// From here on all that was there is on disk.
 	w.exposed = time.Time{}
 	if !p.start(db, log) {
 		return
@@ -260,6 +277,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	}
 	s.Handshakes = Pick(r, 10, 1000)
 
+	// Accept may fail at first.
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
 	var err error
@@ -298,6 +316,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 	default:
 		w.fail("a start refuses what was left: %v", err)
 	}
+
 	if p.dir.Handles != 0 {
 		w.fail("%d open files are left of a start", p.dir.Handles)
 	}
@@ -310,9 +329,11 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	if p.fsync == durable.FsyncNever && strings.HasPrefix(how, "power") {
 		how = "kill"
 	}
+
 	quiet := strings.HasSuffix(how, "quiet")
 	p.awaitEnd(quiet, clients)
 
+	// Files that somebody has removed are back by now.
 	p.tidying <- struct{}{}
 	switch {
 	case strings.HasPrefix(how, "kill"):
@@ -321,12 +342,14 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 		p.kill(true, "")
 	}
 	p.quiet = quiet && p.fsync != durable.FsyncNever
+
 	closes := time.Now()
 	close(p.closing)
 	p.server.Close()
 	if took := time.Since(closes); took > closeTime+p.slack() {
 		p.fail("Close takes %v", took)
 	}
+
 	err := db.Close()
 	close(p.gone)
 	p.leave(err)
@@ -372,6 +395,8 @@ func (p *process) leave(closed error) {
 	} else if closed != nil && p.exposed.IsZero() {
 		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
+
+	// What a kernel still has may be lost, where the disk had failed.
 	p.quiet = closed == nil && !p.failed
 	p.world.dir = p.dir.Kill()
 	if p.failed && Chance(p.random, 2) && p.fsync != durable.FsyncNever {

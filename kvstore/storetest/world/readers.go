@@ -28,10 +28,14 @@ func (v *visitor) pipeline() {
 	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
 		return // refused, or gone
 	}
+
+	// Not more than so many bytes in all.
 	gets, most := Pick(r, 100, 1000, 3000), Pick(r, 1, 3, 3, 12)*1000*kilo
 	if gets*values*size > most {
 		gets = most / (values * size)
 	}
+
+	// Gets, with some errors among them, and a last write as a mark.
 	errors := 0
 	text.Reset()
 	for range gets {
@@ -46,12 +50,15 @@ func (v *visitor) pipeline() {
 	if asks {
 		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
 	}
+
 	manner := Pick(r, "greedily", "steadily", "after a rest", "never")
 	go func() {
 		io.WriteString(v.conn, text.String())
 		v.conn.CloseWrite()
 	}()
 	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
+
+	// Who reads nothing cannot count, but the mark is written.
 	got := v.readAs(manner)
 	if manner == "never" {
 		v.process.mu.Lock()
@@ -71,12 +78,15 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	if !v.calm || !other.dial() {
 		return
 	}
+
 	defer other.conn.Close()
 	if !other.hello() {
 		return
 	}
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
+
+	// A reply that has begun may wait for others, and a full memory or disk refuse the mark.
 	s := v.settings
 	mayWait := s.MaxQueues < 1<<30 && 2*replySize > shared*s.MaxMessage
 	if err == nil && !mayWait && !v.isDisturbed() && s.MaxMemory == 0 && v.dir.Room == 0 &&
@@ -108,6 +118,7 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 		got.text = all.String()
 		return got
 	}
+
 	_, got.err = io.Copy(&all, v.r)
 	if got.err == nil {
 		got.err = io.EOF
@@ -122,20 +133,28 @@ type whatWasRead struct {
 	err  error
 }
 
+// mayEnd tells whether a connection may have ended in err: not that of a client that reads steadily,
+// while nothing has happened to the server. The caller has the process's mu.
+func (v *visitor) mayEnd(err error, steady bool) bool {
+	isCut := v.settings.WriteTimeout > 0 && v.settings.WriteTimeout < time.Minute && !steady
+	return v.failed || isClosed(v.closing) || isCut && err != nil
+}
+
 // tally counts replies: each is whole, and what was not delivered was told.
 func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady bool) {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
-	cut := v.settings.WriteTimeout > 0 && !steady && got.err != nil
-	disturbed := v.failed || isClosed(v.closing) || cut &&
-		v.settings.WriteTimeout < time.Minute
+	disturbed := v.mayEnd(got.err, steady)
 	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
 		v.fail("%s: its connection ends in %v", v.id, got.err)
 	}
+
 	refusable := 0 // what the client wrote last may have been refused
 	if v.settings.MaxMemory > 0 || v.dir.Room > 0 {
 		refusable = 1
 	}
+
+	// Each line is the next one of a reply, an error, or tells what was lost.
 	delivered, dropped, place, ended := 0, 0, 0, false
 	lines := strings.SplitAfter(got.text, "\n")
 	for i, line := range lines {
@@ -166,6 +185,8 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 			return
 		}
 	}
+
+	// What was not delivered was told, where the connection has ended well.
 	v.told += dropped
 	if got.err != io.EOF || disturbed {
 		v.unknown++
@@ -176,6 +197,7 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 		(v.after == nil || ended) {
 		v.fail("%s: %d delivered and %d dropped, want %d", v.id, delivered, dropped, owed)
 	}
+
 	if steady && dropped > 0 {
 		v.fail("%s: %d replies were dropped, though it read", v.id, dropped)
 	}

@@ -50,6 +50,8 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 			return false
 		}
 	}
+
+	// What comes when its client has gone stays.
 	given := time.Now()
 	if what == "goes" {
 		if last, ok := v.ask("Count:" + key); ok && v.slack() == 0 && last != ":OK 1" {
@@ -58,6 +60,7 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 		_, goesOn = v.ask("Delete:" + key)
 		return goesOn
 	}
+
 	if what == "gives" && !given.Before(ends) { // it may have come too late
 		return false
 	}
@@ -68,6 +71,7 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	given, ends time.Time) (goesOn bool) {
 	lines, last, err := taker.reply()
+
 	late := v.slack() + time.Second/2
 	got := last == ":OK 1" && slices.Equal(lines, []string{key + ":" + value})
 	switch now := time.Now(); {
@@ -80,6 +84,7 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	case !gives && (last != ":OK 0" || now.Before(ends) || now.Sub(ends) > late):
 		v.fail("%s: a Take ends %v after its time, %s", v.id, now.Sub(ends), last)
 	}
+
 	if last, ok := v.ask("Count:" + key); ok && last != ":OK 0" {
 		v.fail("%s: what was taken is there still: %s", v.id, last)
 	}
@@ -100,6 +105,7 @@ func (v *visitor) end() {
 		began := time.Now()
 		fmt.Fprintf(v.conn, Pick(r, "Lease:%[1]s:%[2]d:%[3]s\n", "Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"),
 			key, seconds, value)
+
 		io.WriteString(v.conn, "Ping\n")
 		for n, last := 0, ""; last != ":PONG"; n++ {
 			var err error
@@ -110,6 +116,7 @@ func (v *visitor) end() {
 				return
 			}
 		}
+
 		earliest, latest := began.Add(lasts), time.Now().Add(lasts+expireTime)
 		v.world.mu.Lock()
 		v.ends[key] = latest
@@ -128,6 +135,8 @@ func (v *visitor) end() {
 			} else if len(lines) > 0 && asked.After(latest) {
 				v.fail("%s is there %v too long", key, asked.Sub(latest))
 			}
+
+			// Keys of others, and of processes before, are not seen longer either.
 			if lines, _, err = v.reply(); err != nil {
 				return
 			}

@@ -157,6 +157,7 @@ func run(t *testing.T, seed uint64, tell bool, program Program) {
 			ends: map[string]time.Time{}, sent: map[string]bool{"0": true, "1": true},
 			refused: map[string]bool{}, owners: map[string]*ownList{},
 		}
+
 		hangs := time.AfterFunc(time.Hour, func() {
 			panic(fmt.Sprintf("seed %d hangs\n%s", seed, strings.Join(w.story, "\n")))
 		})
