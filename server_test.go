@@ -1,26 +1,21 @@
-// What is shown where:
+// What is shown where, in the order of the source files. The first words of a test's name are its
+// subject: go test -run Dump -v shows what there is about Dump.
 //
-//	the protocol                  conversations, to the last byte; the README's sessions
-//	many clients, slow readers    what is kept for whom, and that nobody waits for another
-//	the client in the binary      kvserver -c: errors, resuming, time limits, a terminal
-//	the ends of a connection      half-closes, Quit, lines and peers that do not end
-//	limits                        clients, lines, memory, queues
-//	TLS                           handshakes, certificates that change
-//	the life of the server        Start, Close, and what both leave
-//	the store behind the server   failing, stalling and full stores
-//	the binary                    flags, mistakes, signals, the README's programs
-//	the log and the side doors    log, metrics, health, profiles
-//	the data on disk              kills, and what is there then
-//	a real etcd cluster           two servers that take over (make etcd)
-//	the whole server, simulated   worlds drawn from seeds, with faults, and their judge
-//	speed, fuzzing, helpers       benchmarks; what is read from strangers; the fake network
+//	main.go    Flags, Manual, Readme, Log, Signals, KilledServer, TLS, Command (kvserver -c)
+//	server.go  Start, Counts, Close, Accept, MaxClients, Turns, Store, Commit, Expire, Take,
+//	           MemoryLimit, MaxQueues, MemoryOf (what one client takes), Listen, Stats,
+//	           Watch (-http)
+//	client.go  Input, SlowLine, Dump (and Keys), Outbox, SlowReader, SteadyReader,
+//	           End (of a connection), WriteTimeout
+//	query.go   Conversations, EveryRequest, Hints, and what is fuzzed
+//	all of it  Simulation, of whose worlds kvstore/storetest/world tells
 //
 // The store has its own tests in kvstore/.
 //
 // What the README promises, and more, with the tests that show it:
 //
 //	Any bytes get exactly the replies of the protocol, wherever the network cuts them
-//		FuzzConversation, TestEverySplitPoint
+//		FuzzConversation, TestInputAtEverySplitPoint
 //	There is one order of all operations, and it agrees with everybody's clock
 //		TestSimulation, TestKilledServer
 //	Nothing a client was told is lost
@@ -47,39 +42,39 @@
 //	A backup beside a running server holds what was answered before it
 //		TestBackup, TestBackupBesideARealStore
 //	No reply leaves before its Commit
-//		TestNoReplyWithoutCommit
+//		TestCommitBeforeReplies
 //	Damage is refused by name, never guessed at, never overwritten
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
 //	A slow reader is kept 500 replies, not many more, is told what it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
-//		TestProject0SlowReaders, TestLossIsToldAtTheEnd
+//		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing, and after Ack nobody does
-//		TestSteadyReaderOnRealSocket, TestPausedServerDropsNothing,
-//		TestAckedSlowReaderLosesNothing
+//		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
+//		TestSlowReaderWithAck
 //	Nobody waits for what another asks
-//		TestLightClientsGoFirst, TestLongRequestsTakeTurns, TestSortTakesTurns,
-//		TestHintsForLongLinesAreCheap, TestLongRepliesAreNotMeasured
+//		TestTurnsOfLightClients, TestTurnsOfLongRequests, TestDumpSortTakesTurns,
+//		TestHintsAreCheap, TestOutboxMeasuresNoLongReply
 //	The log can neither stop nor kill the server
-//		TestLogNeverBlocks, TestServerOutlivesItsLog, TestFailingDiskIsLogged
+//		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
 //		TestCloseInEveryState, TestCloseAnswersWhatWasRead, TestCloseWithTLS
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
 //		TestFsyncDuringWrite, TestEveryCallFails
 //	A key goes when its time is over, for everybody, and is not seen again
-//		TestKeysGo, TestClockJumps, TestKeysGoBeforeTheStart, TestManyKeysGoAtOnce,
-//		TestGoingIsCommitted, TestGoingOnAFullDisk
+//		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
+//		TestExpireIsCommitted, TestExpireOnAFullDisk
 //	Of the Takes that wait the first gets the next value, and nobody else gets that one
-//		TestTakesWaitInLine, TestTakersThatGo, TestManyTakers, TestTakesWaitForCommit
+//		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeByMany, TestTakeWaitsForCommit
 //	Locks, counters and queues are right
-//		TestLock, TestCounter, TestQueueWithoutLoss, TestReadmeConversations
+//		TestReadmeLock, TestReadmeCounter, TestReadmeQueue, TestReadmeConversations
 //	Every limit holds at its edge
-//		TestMaxClients, TestMaxMemory, TestMaxQueues, TestSlowLine, TestWriteTimeout,
-//		TestLimitAndSplitPoint, TestWatchIsLimited
+//		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
+//		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
 //	Only who has a certificate of the CA gets in
 //		TestTLS
 //	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
-//		TestHandshakesHoldNoPlace, TestHandshakesBesideSilentConnects, TestFewConns
+//		TestTLSHandshakesHoldNoPlace, TestTLSBesideSilentConnects, TestWatchFewConnections
 package main
 
 import (
@@ -130,4776 +125,451 @@ import (
 	"kvserver/kvstore/storetest/world"
 )
 
-// TestMain lets the test binary be the server: a test that needs a process of
-// its own starts this one again.
-func TestMain(m *testing.M) {
-	if os.Getenv("KVSERVER_TEST_MAIN") != "" {
-		main()
-		return
+// ---- main.go: flags and the environment
+
+// Ensure that the help text fits a screen, and that the README's table has each flag as the
+// flag's own words say it.
+func TestFlagsAreDocumented(t *testing.T) {
+	flags := new(config).flags()
+	lines := strings.Split(strings.TrimSuffix(helpText(flags), "\n"), "\n")
+	if len(lines) > 24 {
+		t.Errorf("the help text has %d lines, want at most 24", len(lines))
 	}
-	os.Exit(m.Run())
-}
-
-// ---- the protocol
-
-// conversations are what clients send and what they must read, to the last
-// byte, before the server closes. Every client ends its own side first.
-var conversations = []struct{ name, send, want string }{
-	{"nothing", "", ""},
-	{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
-	{"put appends", "Put:k:a\nPut:k:b\nPut:k:a\nGet:k\n", "k:a\nk:b\nk:a\n"},
-	{"miss", "Get:k\nDelete:k\n", ""},
-	{"value with colons", "Put:k:a:b::\nGet:k\n", "k:a:b::\n"},
-	{"empty value", "Put:k:\nGet:k\n", "k:\n"},
-	{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
-	{"update replaces the first and appends",
-		"Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
-	{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
-	{"remove takes the first",
-		"Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n",
-		"k:b\nk:a:\nk:b\nk:a:\n"},
-	{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n",
-		":OK 0\nk:b\n"},
-	{"set and remove with ack",
-		"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
-		":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
-	{"set and remove with less",
-		"Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
-		strings.Join([]string{
-			`:ERROR line 1: Set needs a key and a value, as in Set:key:value; got "Set:k"`,
-			`:ERROR line 2: Set needs a key and a value, as in Set:key:value; got "Set::v"`,
-			`:ERROR line 3: Remove needs a key and a value, as in Remove:key:value; got "Remove:k"`,
-			`:ERROR line 4: Remove needs a key and a value, as in Remove:key:value; got "remove"`,
-			`:ERROR line 5: unknown request "rem a b c"; did you mean Remove:a:b c ?`,
-			`:ERROR line 6: unknown request "LREM a b"; did you mean Remove:a:b ?`,
-			`:ERROR line 7: unknown request "remove a b"; did you mean Remove:a:b ?`,
-		}, "\n") + "\n"},
-	{"swap replaces, and never adds",
-		"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
-			"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
-		"k:b\nk:a\nk:c\ne:z\n"},
-	{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n",
-		"k:a:b\nk:\n"},
-	{"count is always answered", "Count:k\nPut:k:a\nPut:k:a\ncount:k\nPut:k:c\nGet:k\n",
-		":OK 0\n:OK 2\nk:a\nk:a\nk:c\n"},
-	{"swap, add and count with ack",
-		"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
-		":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
-	{"swap, add and count with more or less",
-		"Swap:k:a\nSwap:k:a:b:c\nSwap::a:b\nAdd:k\nAdd::v\nCount:\nCount:k:1\nCount\nCount:k\n",
-		strings.Join([]string{
-			`:ERROR line 1: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap:k:a"`,
-			`:ERROR line 2: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap:k:a:b:c"`,
-			`:ERROR line 3: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap::a:b"`,
-			`:ERROR line 4: Add needs a key and a value, as in Add:key:value; got "Add:k"`,
-			`:ERROR line 5: Add needs a key and a value, as in Add:key:value; got "Add::v"`,
-			`:ERROR line 6: Count needs a key, without a colon in it, as in Count:key; got "Count:"`,
-			`:ERROR line 7: Count needs a key, without a colon in it, as in Count:key; got "Count:k:1"; ` +
-				`a Put like that wrote to the key "k", for a key ends at its first colon`,
-			`:ERROR line 8: Count needs a key, without a colon in it, as in Count:key; got "Count"`,
-			":OK 0\n"}, "\n")},
-	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" +
-		"Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
-		"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
-		"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
-		":OK 1\n: 30\n:OK 1\n: 30\n:OK 1\n:OK 1\n:OK 0\n: 4000000000\n:OK 1\n:OK 1\n: 5\n:OK 1\n" +
-			"l:f:g\n:OK 1\n"},
-	{"expire and lease with ack",
-		"Ack\nPut:k:a\nExpire:k:30\nExpire:none:30\nExpire:k\nExpire:none\nLease:k:30:b\n" +
-			"Lease:l:1:\nLease:l:1:c\nGet:l\nDelete:l\nPut:l:x\nExpire:l\n",
-		":OK 0\n:OK 1\n:OK 1\n:OK 0\n: 30\n:OK 1\n:OK 0\n:OK 0\n:OK 1\n:OK 0\nl:\n:OK 1\n:OK 1\n" +
-			":OK 1\n:OK 1\n"},
-	{"expire and lease with more or less",
-		"Put:k:v\nExpire:k:\nExpire:k:4000000001\nExpire:k:-1\nExpire:k:1:2\nExpire::1\nExpire\n" +
-			"Expire:k:1.5\nLease:k:5\nLease:l:0:v\nLease:l:x:v\nLease::5:v\nLease:l:4000000001:v\n" +
-			"Expire:k\nGet:l\n",
-		func() (want string) {
-			for i, line := range []string{"Expire:k:", "Expire:k:4000000001", "Expire:k:-1",
-				"Expire:k:1:2", "Expire::1", "Expire", "Expire:k:1.5"} {
-				want += fmt.Sprintf(":ERROR line %d: Expire needs a key, and seconds up to 4000000000 "+
-					"or nothing, as in Expire:key:seconds; got %q\n", i+2, line)
-			}
-			for i, line := range []string{"Lease:k:5", "Lease:l:0:v", "Lease:l:x:v", "Lease::5:v",
-				"Lease:l:4000000001:v"} {
-				want += fmt.Sprintf(":ERROR line %d: Lease needs a key, seconds from 1 to 4000000000, "+
-					"and a value, as in Lease:key:seconds:value; got %q\n", i+9, line)
-			}
-			return want + ":OK 1\n"
-		}()},
-	{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
-		"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
-	{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
-		":OK 0\n:OK 1\nk:a\n:OK 1\n:OK 0\n:OK 1\nk:b\n:OK 1\n:OK 0\n:OK 0\n"},
-	{"take waits behind a half-close", "Take:k:30\nTake:k:3600\nPing:a\nTake:k:1\nPut:k:a\nGet:k\n",
-		":PONG a\nk:a\n"},
-	{"take with more or less",
-		"Put:k:v\nTake:\nTake\nTake:k:\nTake:k:0\nTake:k:3601\nTake:k:1:2\nTake::1\nTake:k:-1\nGet:k\n",
-		func() (want string) {
-			for i, line := range []string{"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601",
-				"Take:k:1:2", "Take::1", "Take:k:-1"} {
-				want += fmt.Sprintf(":ERROR line %d: Take needs a key, and seconds from 1 to 3600 or "+
-					"nothing, as in Take:key:seconds; got %q\n", i+2, line)
-			}
-			return want + "k:v\n"
-		}()},
-	{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
-		": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
-			": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
-	{"words of other programs",
-		"incr a\ncas a b c\nsetnx a b\nllen a\nlpush a b\nadd a b\nswap a b\n" +
-			"expire a 60\nttl a\nlock a\nlease a 60 me\n" +
-			"brpop a 5\nrpop a\n",
-		strings.Join([]string{
-			`:ERROR line 1: unknown request "incr a"; did you mean Swap:key:old:new ?`,
-			`:ERROR line 2: unknown request "cas a b c"; did you mean Swap:a:b:c ?`,
-			`:ERROR line 3: unknown request "setnx a b"; did you mean Add:a:b ?`,
-			`:ERROR line 4: unknown request "llen a"; did you mean Count:a ?`,
-			`:ERROR line 5: unknown request "lpush a b"; did you mean Put:a:b ?`,
-			`:ERROR line 6: unknown request "add a b"; did you mean Add:a:b ?`,
-			`:ERROR line 7: unknown request "swap a b"; did you mean Swap:key:old:new ?`,
-			`:ERROR line 8: unknown request "expire a 60"; did you mean Expire:a:60 ?`,
-			`:ERROR line 9: unknown request "ttl a"; did you mean Expire:a ?`,
-			`:ERROR line 10: unknown request "lock a"; did you mean Lease:key:seconds:value ?`,
-			`:ERROR line 11: unknown request "lease a 60 me"; did you mean Lease:a:60:me ?`,
-			`:ERROR line 12: unknown request "brpop a 5"; did you mean Take:a:5 ?`,
-			`:ERROR line 13: unknown request "rpop a"; did you mean Take:a ?`,
-			""}, "\n")},
-	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
-	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
-	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
-	{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
-	{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
-	{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n",
-		"k:a\nk:b\nk:a\nk:b\nk:y\n"},
-	{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
-	{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
-	{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
-	{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
-	{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
-	{"blank lines count", "\n\r\n\r\x00\nfoo\n",
-		":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
-
-	{"ack",
-		"Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
-			"foo\nAck\nQuit\n",
-		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
-			"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
-	{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
-	{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
-	{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
-	{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
-	{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
-	{"help", "?\n", ": " + strings.Join(helpLines,
-		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
-	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
-		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
-
-	{"put without value", "Put:k\nPut\nPut:\nPut::v\nGet:k\n",
-		":ERROR line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n" +
-			":ERROR line 2: Put needs a key and a value, as in Put:key:value; got \"Put\"\n" +
-			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
-			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
-	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
-		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; " +
-			"a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
-			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got " +
-			"\"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
-			"colon\n" +
-			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
-			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
-	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
-		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got " +
-			"\"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
-			"colon\n" +
-			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got " +
-			"\"Delete:\"\na:1\n"},
-	{"update with more or less",
-		"Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
-		strings.Join([]string{
-			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k:a"`,
-			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k"`,
-			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k:a:b:c"`,
-			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update::a:b"`,
-			"k:a\n"}, "\n")},
-	{"arguments that nobody takes", "Quit:\nAck:on\nStats:\nHelp:me\nPut:k:a\nGet:k\n",
-		strings.Join([]string{
-			`:ERROR line 1: Quit needs nothing behind it, as in Quit; got "Quit:"`,
-			`:ERROR line 2: Ack needs nothing behind it, as in Ack; got "Ack:on"`,
-			`:ERROR line 3: Stats needs nothing behind it, as in Stats; got "Stats:"`,
-			`:ERROR line 4: Help needs nothing behind it, as in Help; got "Help:me"`,
-			"k:a\n"}, "\n")},
-	{"hints",
-		"get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\n" +
-			"get\ta\nset a\nget a\x1b\n",
-		strings.Join([]string{
-			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
-			`:ERROR line 2: unknown request "set a b"; did you mean Set:a:b ?`,
-			`:ERROR line 3: unknown request "SET a b c"; did you mean Set:a:b c ?`,
-			`:ERROR line 4: unknown request "del a"; did you mean Delete:a ?`,
-			`:ERROR line 5: unknown request "Gett:a"; did you mean Get:a ?`,
-			`:ERROR line 6: unknown request "Ptu:a:b:c"; did you mean Put:a:b:c ?`,
-			`:ERROR line 7: unknown request "update a b c"; did you mean Update:a:b:c ?`,
-			`:ERROR line 8: unknown request " Get:a"; did you mean Get:a ?`,
-			`:ERROR line 9: unknown request "Get :a"; did you mean Get:a ?`,
-			`:ERROR line 10: unknown request "get\ta"; did you mean Get:a ?`,
-			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
-			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
-			""}, "\n")},
-	{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
-		":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
-	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
-		":ERROR line 1: unknown request \"" + strings.Repeat("x",
-			40) + "\"...; Help lists the requests\n"},
-	{"nonsense", "\x00\n:\n::\nk:v\n\xff\xfe\n", strings.Join([]string{
-		`:ERROR line 1: unknown request "\x00"; Help lists the requests`,
-		`:ERROR line 2: unknown request ":"; Help lists the requests`,
-		`:ERROR line 3: unknown request "::"; Help lists the requests`,
-		`:ERROR line 4: unknown request "k:v"; Help lists the requests`,
-		`:ERROR line 5: unknown request "\xff\xfe"; Help lists the requests`,
-		""}, "\n")},
-	{"kelvin is no k", "Ac\u212a\n",
-		":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
-
-	{"keys",
-		"Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
-		": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
-			"ab\n:OK 2\nb:1\n:OK 1\n"},
-	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
-		": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
-	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
-		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
-	{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
-		": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
-	{"keys and dump with more", "Keys:a:b\nDump:a:b\n",
-		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in " +
-			"Keys:prefix; got \"Keys:a:b\"\n" +
-			":ERROR line 2: Dump needs nothing behind it or a prefix, without a colon in it, as in " +
-			"Dump:prefix; got \"Dump:a:b\"\n"},
-	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
-		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
-	{"torn write is not run", "Ack\nPut:k:a",
-		":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
-
-	{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
-	{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
-	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
-	{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
-	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
-		":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" +
-			":PONG\n"},
-
-	{"HTTP over the limit", "POST /" + strings.Repeat("a",
-		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
-	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
-		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
-	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
-		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", badRequest},
-	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
-		3*testMaxLine) +
-		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPut:k:a\nPing\n",
-		":ERROR line 1: longer than 20000 bytes, skipped\n"},
-	{"first line one over the limit", "\n" + strings.Repeat("a", testMaxLine+1) +
-		"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
-	{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
-	{"RESP without an array", "\n$4\nPing\n", badRESP},
-	{"not RESP", "*\nPing\n",
-		":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
-	{"RESP too late", "Ping\n*1\nPing\n",
-		":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
-	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
-		":ERROR line 1: longer than 20000 bytes, skipped\n"},
-	{"torn line of the limit", strings.Repeat("a", testMaxLine),
-		":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
-	{"torn line one over the limit", strings.Repeat("a", testMaxLine+1),
-		":ERROR line 1: longer than 20000 bytes, skipped\n"},
-	{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2),
-		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
-
-	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n",
-		":ERROR line 1: this port speaks no TLS\n"},
-	{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
-		":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
-	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a",
-		3*testMaxLine) +
-		" HTTP/1.0\r\n\r\nPing\n",
-		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
-
-	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n",
-		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n",
-		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n",
-		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
-	{"over the limit", "Put:k:" + strings.Repeat("v", testMaxLine-5) + "\nGet:k\nPing\n",
-		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
-		":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
-	{"two over the limit", "Put:" + strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
-		30_000) + "\nPing\n",
-		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 " +
-			"bytes, skipped\n:PONG\n"},
-	{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000),
-		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
-}
-
-// testMaxLine is small enough to try, and larger than every buffer a client
-// starts with.
-const testMaxLine = 20_000
-
-// testMaxMessage makes a client's whole queue 4 MiB instead of 64.
-const testMaxMessage = 8 << 10
-
-// Ensure that every request is answered as the protocol says.
-func TestConversations(t *testing.T) {
-	for _, c := range conversations {
-		t.Run(c.name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, n *fakeNet) {
-				a := n.dial(t)
-				go a.sendAll(c.send)
-				if got := a.readAll(); got != c.want {
-					t.Errorf("sent %.300q\n got %.600q\nwant %.600q", c.send, got, c.want)
-				}
-			})
+	for _, line := range lines {
+		if len(line) > 80 {
+			t.Errorf("%d columns: %s", len(line), line)
+		}
+	}
+	_, table, _ := strings.Cut(readme,
+		"\n| flag | environment | is |\n|---|---|---|\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	rows := strings.Split(table, "\n")
+	flags.VisitAll(func(f *flag.Flag) {
+		_, said, _ := strings.Cut(strings.TrimSuffix(f.Usage, ")"), "(")
+		if f.Value.Set(said) == nil && f.Value.String() != f.DefValue || said == "" &&
+			!slices.Contains([]string{"", "0", "0s", "false"}, f.DefValue) {
+			t.Errorf("-%s has the default %s, and is said to have %q", f.Name, f.DefValue, said)
+		}
+		want := row(f)
+		at := slices.IndexFunc(rows, func(row string) bool {
+			rest, ok := strings.CutPrefix(row, want)
+			return ok && (strings.HasPrefix(rest, " |") || strings.HasPrefix(rest, ". "))
 		})
+		if at < 0 {
+			t.Errorf("the README's table of flags has no row that begins\n%s", want)
+			return
+		}
+		rows = slices.Delete(rows, at, at+1)
+	})
+	if len(rows) > 0 {
+		t.Errorf("the README's table of flags has a row for no flag:\n%s", rows[0])
 	}
 }
 
-// Ensure that it does not matter where the network cuts what a client sends.
-func TestEverySplitPoint(t *testing.T) {
-	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
-		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
-	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
-		"requests\n" +
-		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
-		"its end, so it was not run\n"
-	play := func(t *testing.T, pieces ...string) {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
-			go func() {
-				for _, p := range pieces {
-					a.send(p)
-					synctest.Wait() // until the server has read it and waits for more
-				}
-				a.conn.CloseWrite()
-			}()
-			if got := a.readAll(); got != want {
-				t.Errorf("in pieces %q\n got %q\nwant %q", pieces, got, want)
-			}
-		})
+// row is how a flag's row in the README begins.
+func row(f *flag.Flag) string {
+	code := func(text string) string {
+		if text == "" {
+			return ""
+		}
+		return "`" + text + "`"
 	}
-	for i := range script {
-		play(t, script[:i], script[i:])
-	}
-	play(t, strings.Split(script, "")...)
+	unit, does := flag.UnquoteUsage(f)
+	return fmt.Sprintf("| %s | %s | %s", code(strings.TrimSpace("-"+f.Name+" "+unit)),
+		code(variable(f)), does)
 }
 
-// Ensure that a burst of many chains is answered in order.
-func TestTenThousandRequestsInOneWrite(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var send, want strings.Builder
-		for i := range 10_000 {
-			fmt.Fprintf(&send, "Put:k%d:v%d\nGet:k%d\nPing:%d\n", i, i, i, i)
-			fmt.Fprintf(&want, "k%d:v%d\n:PONG %d\n", i, i, i)
-		}
-		a := n.dial(t)
-		go a.sendAll(send.String())
-		if got := a.readAll(); got != want.String() {
-			t.Errorf("got %d bytes that begin %.100q, want %d", len(got), got, want.Len())
-		}
-	})
-}
-
-// Ensure that a line that is far too long costs no more memory than the limit.
-func TestEndlessLineTakesNoMemory(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.dial(t), n.dial(t)
-		big := bytes.Repeat([]byte("x"), 1<<20)
-		before := heapBytes()
-		a.sendSome("Put:k:")
-		for range 4 {
-			a.conn.Write(big)
-		}
-		b.ask("Ping", ":PONG")
-		if took := heapBytes() - before; took > world.StreamSize+4*testMaxLine {
-			t.Errorf("4 MiB of a line take %d bytes", took)
-		}
-		a.send("\n")
-		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
-		for _, c := range []*testClient{a, b} {
-			c.hangUp()
-		}
-	})
-}
-
-// Ensure that a line of just the limit is taken wherever its end is cut.
-func TestLimitAndSplitPoint(t *testing.T) {
-	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
-		for over := range 2 {
-			line := "Put:k:" + strings.Repeat("v", testMaxLine-6+over) + end
-			for cut := len(line) - 4; cut < len(line); cut++ {
-				inBubble(t, func(t *testing.T, n *fakeNet) {
-					a := n.dial(t)
-					a.send(line[:cut])
-					synctest.Wait()
-					a.send(line[cut:])
-					if over > 0 {
-						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
-					}
-					a.ask("Ping", ":PONG")
-					a.hangUp()
-				})
-			}
-		}
-	}
-}
-
-// Ensure that what follows a goodbye is not even looked at.
-func TestNothingIsAnsweredAfterGoodbye(t *testing.T) {
-	for send, want := range map[string]string{
-		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
-		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
-		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 badRequest,
-		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 20
-			a := n.dial(t)
-			go a.sendAll(send)
-			if got := a.readAll(); got != want {
-				t.Errorf("sent %q, got %q, want %q", send, got, want)
-			}
-		})
-	}
-}
-
-// Ensure that Stats counts what was done, in the order in which it was done.
-func TestStats(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.dial(t).hangUp()
-		synctest.Wait()
-		pass(3 * time.Second)
-		a := n.dial(t)
-		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
-			"Ping\nStats\nAck\nStats\n")
-		a.want("key:value", "key:v2",
-			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
-		synctest.Wait()
-		lines := []string{
-			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
-			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
-			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
-			": swap_requests_total 0", ": add_requests_total 0", ": lease_requests_total 0",
-			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 0",
-			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
-			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
-			": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
-			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
-			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0",
-			": tls_handshakes_failed_total 0", ": keys 1",
-			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
-				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
-		}
-		wantAll := func() {
-			a.want(lines...)
-			if line := a.read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
-				t.Errorf("got %q", line)
-			}
-			a.want(":OK " + strconv.Itoa(len(lines)+1))
-		}
-		wantAll()
-		a.want(":OK 0")
-		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
-		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
-		wantAll()
-		a.hangUp()
-	})
-}
-
-// Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
-// that no two have one name; and that each says what it is.
-func TestCounters(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
-		db, err := durable.Open(t.Context(), storetest.New(),
-			durable.Options{Status: n.server.status})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer db.Close()
-		defer n.server.Close()
-		n.server.db = db
-		a := n.dial(t)
-		a.ask("Put:key:value\nGet:key", "key:value")
-		synctest.Wait()
-		_, body := look(n.server.watchHandler(""), "/metrics")
-		checkMetrics(t, body)
-		a.send("Stats\n")
-		for _, line := range a.readList() {
-			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
-			want := "\nkvserver_" + name + " " + value + "\n"
-			switch name {
-			case "version":
-				want = "\nkvserver_info{version=\"test\"} 1\n"
-			case "stats_requests_total": // this one is the first
-				want = "\nkvserver_" + name + " 0\n"
-			case "process_bytes", "memory_bytes": // they change by themselves
-				want = "\nkvserver_" + name + " "
-			}
-			if !strings.Contains(body, want) {
-				t.Errorf("Stats says %q, and /metrics not %q", line, want)
-			}
-		}
-		for _, name := range []string{"active", "takeovers_total", "compactions_total",
-			"log_lines_lost_total", "log_errors_total",
-			"last_error_timestamp_seconds", "go_goroutines", "go_heap_bytes",
-			"go_memory_bytes", "go_gc_cycles_total"} {
-			if !strings.Contains(body, "\nkvserver_"+name+" ") {
-				t.Errorf("/metrics has no %s", name)
-			}
-		}
-
-		kinds := map[string]string{}
-		for _, m := range regexp.MustCompile(`# TYPE (\S+) (\S+)`).FindAllStringSubmatch(body, -1) {
-			if kinds[m[1]] != "" {
-				t.Errorf("%s is there twice", m[1])
-			}
-			kinds[m[1]] = m[2]
-			if m[2] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[2] == "counter") {
-				t.Errorf("%s is a %s", m[1], m[2])
-			}
-		}
-		a.hangUp()
-	})
-}
-
-// Ensure that each request is in Help, in the README's table and in the conversations, has a
-// counter in Stats, and is found when its name is slightly wrong.
-func TestEveryRequest(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var said strings.Builder
-	for _, c := range conversations {
-		said.WriteString("\n" + c.send)
-	}
-	stats := fmt.Sprint(New(kvstore.NewMemory()).stats())
-	for what := put; what <= quit; what++ {
-		v := verbs[what]
-		if v.name == "" || v.does == "" || v.form == "" {
-			t.Fatalf("request %d has no line in verbs", what)
-		}
-		for where, has := range map[string]bool{
-			"Help":               strings.Contains(strings.Join(helpLines, "\n"), v.form),
-			"the README's table": strings.Contains(string(readme), "| `"+v.name),
-			"conversations": strings.Contains(strings.ToLower(said.String()),
-				"\n"+strings.ToLower(v.name)),
-			"Stats":     strings.Contains(stats, strings.ToLower(v.name)+"_requests_total "),
-			"the hints": strings.Contains(didYouMean(v.name+"x"), "did you mean "+v.name),
-		} {
-			if !has {
-				t.Errorf("%s is not in %s", v.name, where)
-			}
-		}
-	}
-}
-
-// ---- many clients
-
-// Ensure that the counts are right while clients come and go, whoever asks.
-func TestCounts(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		check := func(active, dropped int) {
-			t.Helper()
-			synctest.Wait()
-			var wg sync.WaitGroup
-			for range 10 { // at once, and never one the other's number
-				wg.Go(func() {
-					if got := n.server.CountActive(); got != active {
-						t.Errorf("CountActive() = %d, want %d", got, active)
-					}
-				})
-				wg.Go(func() {
-					if got := n.server.CountDropped(); got != dropped {
-						t.Errorf("CountDropped() = %d, want %d", got, dropped)
-					}
-				})
-			}
-			wg.Wait()
-		}
-		n.start(t)
-		check(0, 0)
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		check(3, 0)
-		a.ask("Ping", ":PONG")
-		check(3, 0)
-		a.hangUp()
-		check(2, 1)
-		b.conn.Close()
-		check(1, 2)
-		c.send("Quit\n")
-		c.wantClosed()
-		c.conn.Close()
-		check(0, 3)
-		n.dial(t).hangUp()
-		check(0, 4)
-	})
-}
-
-// ---- slow readers, in fake time
-
-const kilo = 1000
-
-// seenSlow is the time in which a client that reads nothing is seen to be slow.
-const seenSlow = slowAfter + 2*tickTime
-
-// Ensure that a client that reads nothing keeps at least the queue that it was
-// promised, loses the rest, is told how much, and delays nobody.
-func TestSlowReaderDelaysOnlyItself(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 625)
-		n.fill("k", value, 1)
-		other, slow := n.dial(t), n.dial(t)
-		const owed = 10 * kilo // more than the queue holds
-		start := time.Now()
-		go slow.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
-		for i := range 100 {
-			other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
-		}
-		if took := time.Since(start); took != 0 {
-			t.Errorf("others waited %v", took)
-		}
-		synctest.Wait()
-		other.ask("Get:after") // not run yet: the slow one waits for itself
-		other.ask("Ping", ":PONG")
-		pass(slowAfter - 1)
-		other.ask("Get:after")
-		pass(1 + seenSlow - slowAfter)
-		other.ask("Get:after", "after:1") // its writes take effect
-		delivered := 0
-		for {
-			line := slow.read()
-			if line != "k:"+value {
-				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
-					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
-				}
-				break
-			}
-			delivered++
-		}
-		if delivered < maxBufferSize || delivered == owed {
-			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered,
-				owed, maxBufferSize)
-		}
-		if most := maxBufferSize +
-			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*world.StreamSize)/len(value); delivered > most {
-			t.Errorf("%d replies were kept, want at most %d", delivered, most)
-		}
-		slow.ask("Ping", ":PONG") // counted once
-		if dropped := other.stat("replies_dropped_total"); dropped != owed-delivered {
-			t.Errorf("Stats counted %d dropped replies, want %d", dropped, owed-delivered)
-		}
-		slow.ask("Get:after", "after:1")
-		slow.hangUp()
-		other.hangUp()
-	})
-}
-
-// Ensure that an error names its line also behind a Keys in the middle of what was sent, which
-// begins a chain of its own.
-func TestLineBehindAKeys(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask("Get:none\nKeys\nnone", ":OK 0",
-			`:ERROR line 3: unknown request "none"; Help lists the requests`)
-		a.hangUp()
-	})
-}
-
-// Ensure that small replies, one by one, fill a slow reader's queue without
-// delaying anybody either, that about 500 of them are kept, however small they
-// are, and that the others are counted.
-func TestSlowReaderOfSmallReplies(t *testing.T) {
-	for _, size := range []int{1, 1200} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			reply := "k:" + strings.Repeat("v", size)
-			n.fill("k", reply[2:], 1)
-			other, slow := n.dial(t), n.dial(t)
-			const chains = 500
-			owed := 2 * chains * max(1, maxChain/size)
-			go func() {
-				for range chains {
-					slow.send(strings.Repeat("Get:k\n", owed/chains))
-				}
-				slow.send("Ping\n")
-			}()
-			for range 100 {
-				pass(2 * seenSlow / 100)
-				start := time.Now()
-				other.ask("Ping", ":PONG")
-				if took := time.Since(start); took != 0 {
-					t.Errorf("others waited %v", took)
-				}
-			}
-			delivered := 0
-			line := slow.read()
-			for ; line == reply; line = slow.read() {
-				delivered++
-			}
-			if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want ||
-				delivered < maxBufferSize || delivered == owed {
-				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
-			}
-			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
-			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
-				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
-					delivered, most)
-			}
-			slow.hangUp()
-			other.hangUp()
-		})
-	}
-}
-
-// Ensure that a slow reader that begins to read again loses nothing more.
-func TestSlowReaderRecovers(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("list", strings.Repeat("v", 625), 30) // three messages
-		a := n.dial(t)
-		ask := func() { a.send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
-		go ask()
-		pass(2 * slowAfter)
-		delivered := a.count("list:")
-		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
-			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
-		}
-		go ask()
-		if delivered := a.count("list:"); delivered != 300*30 {
-			t.Errorf("reading at once, %d lines were delivered, want all %d", delivered, 300*30)
-		}
-		a.hangUp()
-	})
-}
-
-// Ensure that a connection which stops taking bytes is seen to be slow in the same time
-// always: also right after it was slow and has recovered, and after it was idle for long.
-func TestSlowIsSeenInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		told := make(chan bool, 1)
-		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
-			progress: told}
-		message := make([]byte, 2*world.StreamSize)
-		for round := range 4 {
-			start := time.Now()
-			written := make(chan error)
-			go func() {
-				_, err := conn.Write(message)
-				written <- err
-			}()
-			if <-told {
-				t.Fatalf("round %d: a reader that reads nothing is told to be taking", round)
-			}
-			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
-			if round > 0 { // it is known to read
-				most += slowAfter
-			}
-			if took := time.Since(start); took < slowAfter || took > most {
-				t.Errorf("round %d: it took %v to see that nothing is read, want %v to %v", round,
-					took, slowAfter, most)
-			}
-			go io.ReadFull(reader, message)
-			if !<-told {
-				t.Errorf("round %d: a reader that reads again is not told to", round)
-			}
-			if err := <-written; err != nil {
-				t.Fatal(err)
-			}
-			if round == 2 {
-				pass(time.Hour)
-			}
-		}
-	})
-}
-
-// Ensure that a reply waits, is dropped, or costs its client the connection as the outbox's rules
-// say, to the message.
-func TestSlowReaderFate(t *testing.T) {
-	const all = maxBufferSize
-	for _, c := range []struct {
-		queued, messages           int
-		slow, acked, mayDrop, over bool
-		want                       fate
-	}{
-		{0, all + 1, true, true, false, true, isQueued},
-		{maxShared - 1, 1, false, false, true, false, isQueued},
-		{maxShared, 1, false, false, true, false, waits},
-		{all - 1, 1, true, false, true, false, isQueued},
-		{all, 1, true, false, true, false, isDropped},
-		{all - 1, 2, true, false, true, false, isDropped},
-		{all, 1, true, false, false, false, waits},
-		{all, 1, true, true, false, false, waits},
-		{1, 1, true, false, true, true, isDropped},
-		{1, 1, true, true, false, true, isCutOff},
-		{1, 1, false, true, false, true, waits},
-	} {
-		s := New(kvstore.NewMemory())
-		s.budget.maxQueues = 1000
-		client := newClient(1, new(world.Conn), s)
-		client.buffer = make(chan []byte, maxBufferSize)
-		for range c.queued {
-			client.buffer <- nil
-		}
-		if c.over {
-			s.budget.queued.Store(1000)
-		}
-		client.outbox.slow, client.outbox.acked = c.slow, c.acked
-		if got, why := client.outbox.decide(c.messages, c.mayDrop); got != c.want {
-			t.Errorf("%+v: fate %d (%q)", c, got, why)
-		}
-	}
-}
-
-// Ensure that a client is not slow too early where the deadline that ends the first tick of a Write
-// was set by the Write before.
-func TestSlowIsNotSeenTooEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		_, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		told := make(chan bool, 1)
-		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}
-		conn.Write(make([]byte, world.StreamSize))
-		pass(tickTime / 2)
-
-		start := time.Now()
-		go conn.Write([]byte{0})
-		if taken, took := <-told, time.Since(start); taken || took < slowAfter {
-			t.Errorf("after %v it is told that bytes are taken: %v", took, taken)
-		}
-		conn.Close()
-		synctest.Wait()
-	})
-}
-
-// Ensure that who has taken bytes after a pause is not slow in a pause of 1.7 s, as a kernel
-// makes them between two reads, and that who has not is.
-func TestPauseOfAReader(t *testing.T) {
-	for _, reads := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			told := make(chan bool, 1)
-			wasSlow := func() bool { // there may be no word at all
-				select {
-				case taken := <-told:
-					return !taken
-				default:
-					return false
-				}
-			}
-			conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
-				progress: told}
-			go conn.Write(make([]byte, 4*world.StreamSize))
-			if reads {
-				pass(slowAfter - tickTime)
-				io.ReadFull(reader, make([]byte, world.StreamSize))
-			}
-			pass(1700 * time.Millisecond)
-			slow := wasSlow()
-			if slow == reads {
-				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow)
-			}
-			pass(3 * slowAfter)
-			if slow = slow || wasSlow(); !slow {
-				t.Errorf("reads: %v, and is not slow in the end", reads)
-			}
-			conn.Close()
-			synctest.Wait()
-		})
-	}
-}
-
-// Ensure that a slow but steady reader is not taken for one that stopped,
-// whatever it pipelines.
-func TestSteadyReaderLosesNothing(t *testing.T) {
-	for _, rate := range []int{80 * kilo, 1000 * kilo} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			value := strings.Repeat("v", 1200)
-			n.fill("k", value, 10)
-			a := n.dial(t)
-			const gets = 500 // 6 MB
-			go a.send(strings.Repeat("Get:k\n", gets))
-			want := gets * 10 * len("k:"+value+"\n")
-			for got := 0; got < want; got += rate / 10 {
-				pass(100 * time.Millisecond)
-				if _, err := io.CopyN(io.Discard, a.r, int64(min(rate/10, want-got))); err != nil {
-					t.Fatal(err)
-				}
-			}
-			a.ask("Ping", ":PONG")
-			a.hangUp()
-		})
-	}
-}
-
-// Ensure that clients which do not read for some seconds get what the queue keeps
-// for them, and the others everything, as Project 0's own tests want it: six
-// clients on one goroutine, four of them slow, Gets of lists of large values.
-func TestProject0SlowReaders(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, slow, gets, values = 6, 4, 1900, 3
-		value := strings.Repeat("v", 4096)
-		n.fill("list", value, values)
-		var all []*testClient
-		for range clients {
-			all = append(all, n.dial(t))
-		}
-		lines := make(chan int, clients)
-		for i, c := range all {
-			go func() {
-				if i < slow {
-					<-time.After(5 * time.Second)
-				}
-				// and then nothing comes any more
-				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
-				got := 0
-				for {
-					line, err := c.r.ReadString('\n')
-					if err != nil {
-						break
-					}
-					if line != "list:"+value+"\n" {
-						t.Errorf("client %d got %.40q", i, line)
-					}
-					got++
-				}
-				lines <- i*10*gets*values + got
-			}()
-		}
-		for range gets {
-			for _, c := range all {
-				c.send("Get:list\n")
-			}
-			synctest.Wait()
-		}
-		for range clients {
-			got := <-lines
-			i, got := got/(10*gets*values), got%(10*gets*values)
-			switch {
-			case i >= slow && got != gets*values:
-				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
-			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
-				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
-					"and not all", i, got, gets*values, maxBufferSize)
-			}
-		}
-		for _, c := range all {
-			c.conn.Close()
-		}
-	})
-}
-
-// Ensure that who lost replies, and does not ask with Ping, is told in the last
-// line: at a half-close and at a Quit, and once.
-func TestLossIsToldAtTheEnd(t *testing.T) {
-	for end, want := range map[string]string{
-		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
-			"read for over a second; after Ack none is\n",
-		"Quit\n": ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was " +
-			"read for over a second; after Ack none is\n",
-		"Ack\nQuit\n": ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for " +
-			"nothing was read for over a second; after Ack none is\n",
-		"Ping\n":              ":PONG dropped %[1]d\n",
-		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.fill("big", strings.Repeat("v", 1200), 1)
-			n.fill("k", "v", 1)
-			a, other := n.dial(t), n.dial(t)
-			const gets = 2000
-			go a.send(strings.Repeat("Get:big\n", gets))
-			pass(2 * seenSlow)
-			dropped := other.stat("replies_dropped_total")
-			got := 0
-			for ; got < gets-dropped; got++ {
-				a.read()
-			}
-			go a.sendAll(end)
-			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1,
-				gets+2); rest != want || dropped == 0 {
-				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
-			}
-			a.conn.Close()
-			other.hangUp()
-		})
-	}
-}
-
-// Ensure that a dropped reply is counted at once, not with its client's next
-// request.
-func TestDropsAreCountedAtOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", strings.Repeat("v", 1200), 1)
-		n.fill("huge", strings.Repeat("v", 1200), 4000)
-		a, other := n.dial(t), n.dial(t)
-		const gets = 1000
-		go a.send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
-		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
-		dropped := other.stat("replies_dropped_total")
-		delivered := a.count("k:")
-		if delivered+dropped != gets+1 || dropped == 0 {
-			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped,
-				gets+1)
-		}
-		a.hangUp()
-		other.hangUp()
-	})
-}
-
-// Ensure that all queues together stay below their limit: clients that take
-// nothing lose replies, or after Ack their connection, and others lose nothing.
-func TestMaxQueues(t *testing.T) {
-	var log bytes.Buffer
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 7*kilo)
-		n.fill("k", value, 1)
-		const limit = 1 << 20
-		n.server.budget.maxQueues = limit
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		var slow []*testClient
-		for i := range 10 { // each could queue 3.5 MB
-			c := n.dial(t)
-			if i%2 == 0 {
-				c.ask("Ack", ":OK 0")
-			}
-			go c.sendSome(strings.Repeat("Get:k\n", 600))
-			slow = append(slow, c)
-		}
-		honest := n.dial(t)
-		for range 40 {
-			pass(seenSlow / 10)
-			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
-			if got := honest.count("k:"); got != 100 {
-				t.Fatalf("a client that reads got %d replies of 100", got)
-			}
-			if queued := honest.stat("queued_bytes"); queued >
-				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
-				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
-			}
-		}
-		for i, c := range slow {
-			if i%2 != 0 {
-				c.send("Ping\n")
-				if got := c.count("k:"); got == 0 || got == 600 {
-					t.Errorf("a slow reader got %d replies, want some", got)
-				}
-			}
-			c.conn.Close()
-		}
-		synctest.Wait()
-		if queued := honest.stat("queued_bytes"); queued != 0 {
-			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
-		}
-		honest.hangUp()
-	})
-	if got := strings.Count(log.String(), "(-max-queues)"); got == 0 || got > 5 {
-		t.Errorf("%d clients were cut, says the log, want some of 5:\n%s", got, &log)
-	}
-}
-
-// Ensure that clients which read nothing fill their own share of the memory, and that nobody's
-// writes are refused for them.
-func TestQueuesHaveTheirShare(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
-		n.fill("big", strings.Repeat("v", 120*kilo), 1)
-		writer := n.dial(t)
-		writer.ask("Ack", ":OK 0")
-		var mute []*testClient
-		for _, hello := range []string{"", "Ack\n", "", "Ack\n", ""} {
-			c := n.dial(t)
-			go c.sendSome(hello + strings.Repeat("Get:big\n", 700))
-			mute = append(mute, c)
-		}
-		for range 50 {
-			pass(seenSlow / 10)
-			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
-		}
-		if queued := writer.stat("queued_bytes"); queued > 1<<20 {
-			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
-		}
-		for _, c := range mute {
-			c.conn.Close()
-		}
-		writer.hangUp()
-	})
-}
-
-// Ensure that a reply of several messages, once begun, is queued to its end though the
-// queues come over their limit meanwhile: what its client wrote behind it has its effect.
-func TestBegunReplyEnds(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", strings.Repeat("v", 7*kilo), 4)
-		n.server.budget.maxQueues = 1 << 20
-		a, b, other := n.dial(t), n.dial(t), n.dial(t)
-		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
-		pass(time.Minute)
-		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
-		pass(time.Minute)
-		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
-		if queued := other.stat("queued_bytes"); queued > 5<<18 {
-			t.Errorf("%d bytes are queued", queued)
-		}
-		a.conn.Close()
-		b.conn.Close()
-		synctest.Wait()
-		if queued := other.stat("queued_bytes"); queued != 0 {
-			t.Errorf("%d bytes are queued for nobody", queued)
-		}
-		other.hangUp()
-	})
-}
-
-// Ensure that a reply of several messages for which there was room is counted at once, though
-// others have come over the limit of all queues in the moment between; but not a long one, nor
-// more than a quarter beyond the limit.
-func TestClaim(t *testing.T) {
-	const limit = 16 * maxMessage
-	for _, c := range []struct {
-		queued   int64
-		messages int
-		counted  bool
-	}{
-		{0, 1, false}, {0, 2, true}, {0, maxShared, true}, {0, maxShared + 1, false},
-		{limit, 1, false}, {limit, 2, true}, {limit, 4, false}, {limit + limit/4, 2, false},
-	} {
-		s := New(kvstore.NewMemory())
-		s.budget.maxQueues = limit
-		o := &newClient(1, new(world.Conn), s).outbox
-		o.piece = maxMessage
-		s.budget.queued.Store(c.queued)
-		want := c.queued
-		if c.counted {
-			want += int64(c.messages) * maxMessage
-		}
-		if o.claim(c.messages * maxMessage); s.budget.queued.Load() != want {
-			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
-				c.queued, c.messages, s.budget.queued.Load(), want)
-		}
-		if o.unclaim(); s.budget.queued.Load() != c.queued {
-			t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
-		}
-	}
-}
-
-// Ensure that workLoop does not wait where the queues come over their limit while it
-// answers: it queues what it has begun to.
-func TestAnswerNeverWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := New(kvstore.NewMemory())
-		s.budget.maxQueues = 1
-		c := newClient(1, new(world.Conn), s)
-		c.buffer = make(chan []byte, maxBufferSize)
-		c.buffer <- nil // one waits already
-		s.budget.queued.Store(1)
-		q := &Query{queryType: ping}
-		size, _ := c.outbox.measure(q)
-		c.outbox.reply(q, size, true) // as answer does when it found the queues below their limit
-		if len(c.buffer) != 2 {
-			t.Errorf("%d messages are queued, want 2", len(c.buffer))
-		}
-	})
-}
-
-// Ensure that what a waiting chain, or a Keys, keeps in memory counts like messages, and
-// that all of it is given back; who is turned away takes nothing.
-func TestQueuedBytesCountLists(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const values, keys = 20 * kilo, 5 * kilo
-		n.fill("list", "v", values)
-		for i := range keys {
-			n.fill(fmt.Sprint("key", i), strings.Repeat("v", 100), 1)
-		}
-		n.server.maxClients = 3
-		watch, a, b := n.dial(t), n.dial(t), n.dial(t)
-		synctest.Wait()
-		c := n.dial(t)
-		c.want(":ERROR line 0: server is full (3 clients)")
-		c.conn.Close()
-		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
-		pass(tickTime) // not yet slow, so hardly anything is queued
-		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
-			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
-		}
-		a.conn.Close()
-		synctest.Wait()
-		go b.sendSome("Dump\n")
-		pass(seenSlow)
-		if got := watch.stat("queued_bytes"); got < keys*stringSize {
-			t.Errorf("a Dump of %d keys counts as %d bytes", keys, got)
-		}
-		b.conn.Close()
-		pass(2 * seenSlow)
-		if got := watch.stat("queued_bytes"); got != 0 {
-			t.Errorf("in the end %d bytes are queued, want 0", got)
-		}
-		watch.hangUp()
-	})
-}
-
-// Ensure that a turn is short only while requests take long.
-func TestTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var takes time.Duration
-		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
-		s.turn.epoch = time.Now()
-		c := newClient(1, new(world.Conn), s)
-		c.buffer = make(chan []byte, 1) // so that nobody writes
-		turn := func() (n int, took time.Duration) {
-			chain := make([]Query, 100*kilo)
-			for i := range chain {
-				chain[i] = Query{queryType: update, client: c, key: "k", line: i}
-				if i > 0 {
-					chain[i-1].next = &chain[i]
-				}
-			}
-			start := time.Now()
-			s.turn.begin()
-			s.runChain(&chain[0], &chain[0])
-			s.waiting = nil
-			return c.share.next.line, time.Since(start)
-		}
-		takes = 2 * time.Millisecond
-		if n, took := turn(); n > maxStride/searchCost {
-			t.Errorf("the first long Updates: %d of them, %v", n, took)
-		}
-		if n, took := turn(); n > 1 {
-			t.Errorf("long Updates: %d of them, %v", n, took)
-		}
-		takes = time.Microsecond
-		turn()
-		if _, took := turn(); took < maxTurn || took > maxTurn+maxStride*takes {
-			t.Errorf("short Updates after long ones: a turn of %v, want %v", took, maxTurn)
-		}
-	})
-}
-
-// Ensure that a steady reader of a real socket loses nothing while it pipelines,
-// in whatever pieces it reads: there receive windows open late, and in lumps.
-func TestSteadyReaderOnRealSocket(t *testing.T) {
+// Ensure that misuse and failure say what and what to do, in two lines, with
+// the right exit code.
+func TestFlagMistakes(t *testing.T) {
 	t.Parallel()
-	const size, gets = kilo, 12 * kilo
-	addr := serveTCP(t)
-	fill := dialTCP(t, addr)
-	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
-	fill.ask("Put:"+reply+"\nPing", ":PONG")
-	fill.hangUp()
-	var wg sync.WaitGroup
-	for _, p := range []struct {
-		piece int
-		every time.Duration
+	taken, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	port := taken.Addr().(*net.TCPAddr).Port
+	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
+	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
+	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+	store := mustOpen(t, inUse)
+	defer store.Close()
+	certs := certificates(t, "server", "other")
+	pem := func(name string) string { return filepath.Join(certs, name) }
+	for _, m := range []struct {
+		args       []string
+		code       int
+		what, todo string // how they begin
 	}{
-		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
-			500 * time.Millisecond},
-		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
-			900 * time.Millisecond},
+		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo",
+			"kvserver help flags lists the flags."},
+		{[]string{"-port", "1"}, exitMisuse, "kvserver: unknown flag -port",
+			"Did you mean -addr ? kvserver help flags"},
+		{[]string{"-dta", "x"}, exitMisuse, "kvserver: unknown flag -dta", "Did you mean -data ?"},
+		{[]string{"-log", "xml"}, exitMisuse, `kvserver: invalid value "xml" for flag -log`,
+			"-log takes FORMAT of the log: text or json"},
+		{[]string{"-http", "x"}, exitMisuse, `kvserver: invalid value "x" for flag -http`,
+			"-http takes PORT, :PORT"},
+		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure,
+			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
+			"Stop what listens there, or choose another port: -http "},
+		{[]string{"-addr", "9998", "-http", "9998"}, exitMisuse,
+			"kvserver: -addr and -http are both localhost:9998", "Give each a port of its own."},
+		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ",
+			"Start a server: kvserver -addr localhost:1"},
+		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure,
+			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
+		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: " +
+			"kvserver -c foo"},
+		{[]string{"chekc", "data"}, exitMisuse, `kvserver: unexpected argument "chekc"`,
+			"Did you mean kvserver check ? kvserver help flags"},
+		{[]string{"version"}, exitMisuse, `kvserver: unexpected argument "version"`,
+			"Did you mean kvserver -version ?"},
+		{[]string{"-c", ""}, exitMisuse, `kvserver: "" is no request`, "Give one, as in"},
+		{[]string{"-max-line", "many"}, exitMisuse,
+			`kvserver: invalid value "many" for flag -max-line`,
+			"-max-line takes SIZE of the longest request line, from 64 to 1GiB (1MiB)."},
+		{[]string{"-max-line", "0"}, exitMisuse, `kvserver: invalid value "0" for flag -max-line`,
+			"-max-line takes SIZE of the longest request line, from 64 to 1GiB"},
+		{[]string{"-max-line", "1"}, exitMisuse, `kvserver: invalid value "1" for flag -max-line`,
+			"-max-line takes SIZE of the longest request line, from 64 to 1GiB"},
+		{[]string{"-max-memory", "-5"}, exitMisuse,
+			`kvserver: invalid value "-5" for flag -max-memory`,
+			"-max-memory takes SIZE of the process, as 500MB, from 64MB on; 0: no limit."},
+		{[]string{"-max-queues", "5PB"}, exitMisuse,
+			`kvserver: invalid value "5PB" for flag -max-queues`,
+			"-max-queues takes SIZE of all replies that wait; 0: no limit (1GiB)."},
+		{[]string{"-fsync", "1s"}, exitMisuse,
+			"kvserver: -fsync is for data on disk, and there is none",
+			"Give a directory, as in -data data -fsync 1s."},
+		{[]string{"-write-timeout", "5"}, exitMisuse,
+			`kvserver: invalid value "5" for flag -write-timeout`,
+			"-write-timeout takes TIME after which a client"},
+		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
+		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping",
+			"To let in only who has a certificate: -tls-client-ca ca.pem"},
+		{[]string{"-tls-cert", "c.pem", "-tls-key", "c.key", "-ping"}, exitMisuse,
+			"kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
+		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`,
+			"Flags go before the requests"},
+		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse,
+			`kvserver: "Put:a:b\nDelete:c" is more than one request`,
+			"Give each as an argument of its own"},
+		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
+		{[]string{"check", ""}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
+		{[]string{"backup", "a"}, exitMisuse,
+			"kvserver: backup needs a data directory and a new one", "Give the one"},
+		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure,
+			"kvserver: not a data directory: ", "Nothing was copied."},
+		{[]string{"repair", "a"}, exitMisuse, "kvserver: repair needs a data directory, which it only reads,",
+			"Give the one"},
+		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse,
+			`kvserver: invalid value "sometimes" for flag -fsync`,
+			"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
+		{[]string{"-data", "/no/such/dir"}, exitFailure,
+			"kvserver: the data directory does not exist: /no/such/dir",
+			"Create it: mkdir -m 700 /no/such/dir"},
+		{[]string{"-data", os.Args[0]}, exitFailure,
+			"kvserver: not a data directory: " + os.Args[0] + " is a file",
+			"Nothing was changed. Give an empty directory"},
+		{[]string{"-data", foreign}, exitFailure,
+			"kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"),
+			"Nothing was changed. Give an empty directory"},
+		{[]string{"-data", damaged}, exitFailure,
+			"kvserver: " + filepath.Join(damaged, "STORE") + " is damaged",
+			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
+				damaged},
+		{[]string{"-max-memory", "1KiB"}, exitMisuse,
+			`kvserver: invalid value "1024" for flag -max-memory`,
+			"-max-memory takes SIZE of the process, as 500MB, from 64MB on"},
+		{[]string{"-timeout", "1", "-ping"}, exitMisuse,
+			"kvserver: invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s"},
+		{[]string{"-data", "http://localhost:2379/kv"}, exitMisuse,
+			`kvserver: invalid value "http://localhost:2379/kv" for flag -data`,
+			"-data takes DIR for the data, or etcd://HOST:PORT,.../PREFIX."},
+		{[]string{"-data", "d", "check"}, exitMisuse,
+			`kvserver: unexpected argument "check"`,
+			"check goes first, without flags: kvserver check ..."},
+		{[]string{"-addr", "1,x"}, exitMisuse, `kvserver: invalid value "1,x" for flag -addr`,
+			"-addr takes PORT"},
+		{[]string{"-addr", "9998,9997", "-http", "9997"}, exitMisuse,
+			"kvserver: -addr and -http are both localhost:9997", "Give each a port of its own."},
+		{[]string{"-http", "unix:/tmp/x"}, exitMisuse,
+			`kvserver: invalid value "unix:/tmp/x" for flag -http`, "-http takes PORT"},
+		{[]string{"-addr", "unix:"}, exitMisuse, `kvserver: invalid value "unix:" for flag -addr`,
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH"},
+		{[]string{"-addr", "unix:" + foreign + strings.Repeat("/x", 60)}, exitFailure,
+			"kvserver: cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
+				": the path of a socket may have about 100 bytes, and this has ",
+			"Choose a shorter one"},
+		{[]string{"-addr", "unix:" + filepath.Join(foreign, "photo.jpg")}, exitFailure,
+			"kvserver: cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
+				": there is a file that is no socket", "Nothing was changed."},
+		{[]string{"-addr", "unix:/no/such/sock"}, exitFailure,
+			"kvserver: cannot listen on unix:/no/such/sock: ", "Create the directory: mkdir -p /no/such"},
+		{[]string{"-addr", "unix:/no/such/sock", "-ping"}, exitFailure,
+			"kvserver: cannot connect to unix:/no/such/sock: ", "Start a server: kvserver -addr unix:"},
+		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
+			"Give both: kvserver -c -stop < FILE"},
+		{[]string{"serve"}, exitMisuse, `kvserver: unexpected argument "serve"`, "Leave it out"},
+		{[]string{"start", "-addr", "1"}, exitMisuse, `kvserver: unexpected argument "start"`,
+			"Leave it out"},
+		{[]string{"-addr", "1", "run"}, exitMisuse, `kvserver: unexpected argument "run"`,
+			"Leave it out"},
+		{[]string{"stop"}, exitMisuse, `kvserver: unexpected argument "stop"`, "Press Ctrl-C"},
+		{[]string{"ping"}, exitMisuse, `kvserver: unexpected argument "ping"`,
+			"Did you mean kvserver -ping ?"},
+		{[]string{"client"}, exitMisuse, `kvserver: unexpected argument "client"`,
+			"Did you mean kvserver -c ?"},
+		{[]string{"bakup", "a", "b"}, exitMisuse, `kvserver: unexpected argument "bakup"`,
+			"Did you mean kvserver backup ?"},
+		{[]string{"hlep"}, exitMisuse, `kvserver: unexpected argument "hlep"`,
+			"Did you mean kvserver help ?"},
+		{[]string{"help", "no such word"}, exitMisuse,
+			`kvserver: the manual has no "no such word"`, "kvserver help lists its headings."},
+		{[]string{"Get:a"}, exitMisuse, `kvserver: unexpected argument "Get:a"`,
+			"To send a request: kvserver -c Get:a"},
+		{[]string{"-c", "get", "fruit"}, exitMisuse,
+			`kvserver: unknown request "get fruit"; did you mean Get:fruit ?`,
+			"Each argument is one request"},
+		{[]string{"-c", "set", "a", "b"}, exitMisuse,
+			`kvserver: unknown request "set a b"; did you mean Set:a:b ?`,
+			"Each argument is one request"},
+		{[]string{"-c", "Ping", "del", "a"}, exitMisuse,
+			`kvserver: unknown request "del a"; did you mean Delete:a ?`,
+			"Each argument is one request"},
+		{[]string{"-c", "-ping", "Get:x"}, exitMisuse,
+			`kvserver: -ping sends no requests, so "Get:x" would be lost`,
+			"To send requests: kvserver -c Get:x"},
+		{[]string{"-ping", "localhost:9999"}, exitMisuse,
+			`kvserver: -ping sends no requests, so "localhost:9999" would be lost`,
+			"To send requests:"},
+		{[]string{"-c", "-ping"}, exitMisuse, "kvserver: -c and -ping do not go together",
+			"-ping asks whether a server answers"},
+		{[]string{"-c", "-data", "x", "Ping"}, exitMisuse,
+			"kvserver: -data is for a server, not for -c and -ping", "Leave it out"},
+		{[]string{"-ping", "-max-line", "100"}, exitMisuse,
+			"kvserver: -max-line is for a server, not for -c and -ping", "Leave it out"},
+		{[]string{"-ping", "-v"}, exitMisuse, "kvserver: -v is for a server", "Leave it out"},
+		{[]string{"-c", "-tls-client-ca", "x", "Ping"}, exitMisuse,
+			"kvserver: -tls-client-ca is for a server, not for -c and -ping", "Leave it out"},
+		{[]string{"-ping", "-stop"}, exitMisuse, "kvserver: -stop is for -c", "Give both"},
+		{[]string{"-ping", "-out", "x"}, exitMisuse, "kvserver: -out is for -c", "Give both"},
+		{[]string{"-timeout", "5s"}, exitMisuse, "kvserver: -timeout is for -c and -ping",
+			"Give both"},
+		{[]string{"-c", "-out", "", "Dump"}, exitMisuse, "kvserver: -out is empty",
+			"Give a file, as in -out dump."},
+		{[]string{"-output", "x", "-c"}, exitMisuse, "kvserver: unknown flag -output",
+			"Did you mean -out ?"},
+		{[]string{"--PORT=1"}, exitMisuse, "kvserver: unknown flag -PORT", "Did you mean -addr ?"},
+		{[]string{"-addr"}, exitMisuse, "kvserver: flag needs an argument: -addr",
+			"-addr takes PORT to 65535"},
+		{[]string{"-v=maybe"}, exitMisuse,
+			`kvserver: invalid boolean value "maybe" for -v: parse error`,
+			"-v takes no value: log every connection as well."},
+		{[]string{"---data"}, exitMisuse, "kvserver: bad flag syntax: ---data", "kvserver help"},
+		{[]string{"-max-clients", "0"}, exitMisuse,
+			`kvserver: invalid value "0" for flag -max-clients`,
+			"-max-clients takes N connections at a time, 1 or more (10000)."},
+		{[]string{"-max-clients", "1e3"}, exitMisuse,
+			`kvserver: invalid value "1e3" for flag -max-clients`, "-max-clients takes N"},
+		{[]string{"-fsync", "0s", "-data", "x"}, exitMisuse,
+			`kvserver: invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
+		{[]string{"-data", "etcd://a:1/kv", "-fsync", "1s"}, exitMisuse,
+			"kvserver: -fsync 1s is for data on a disk, not in etcd", "Leave it out"},
+		{[]string{"-data", "etcd://nowhere"}, exitFailure, "kvserver: no address of data in etcd",
+			"Give the members and a prefix"},
+		{[]string{"-write-timeout", "-5s"}, exitMisuse,
+			`kvserver: invalid value "-5s" for flag -write-timeout`, "-write-timeout takes TIME"},
+		{[]string{"-tls-cert", "c.pem"}, exitMisuse,
+			"kvserver: -tls-cert and -tls-key go together", "Give the certificate and its key"},
+		{[]string{"-tls-client-ca", "ca.pem"}, exitMisuse,
+			"kvserver: -tls-cert and -tls-key go together", "Give the certificate and its key"},
+		{[]string{"-http", "1,2"}, exitMisuse, `kvserver: -http "1,2" is no address`, "Give one."},
+		{[]string{"-addr", "a:b"}, exitMisuse, `kvserver: invalid value "a:b" for flag -addr`,
+			"-addr takes PORT"},
+		{[]string{"-addr", "::1"}, exitMisuse, `kvserver: invalid value "::1" for flag -addr`,
+			"-addr takes PORT"},
+		{[]string{"-addr", "no.such.host.invalid:1", "-ping"}, exitFailure,
+			"kvserver: cannot connect to no.such.host.invalid:1: ",
+			`Nobody knows the host "no.such.host.invalid".`},
+		{[]string{"-addr", "1", "-tls-ca", pem("ca.pem"), "-ping"}, exitFailure,
+			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
+		{[]string{"-addr", strconv.Itoa(port), "-tls-ca", pem("ca.pem"), "-timeout", "100ms",
+			"-ping"}, exitFailure, fmt.Sprintf("kvserver: cannot connect to localhost:%d: ", port),
+			"Somebody listens there, and does not answer."},
+		{[]string{"-addr", strconv.Itoa(port), "-timeout", "100ms", "-ping"}, exitFailure,
+			fmt.Sprintf("kvserver: localhost:%d: no answer for 100ms", port),
+			"Nothing was to be changed"},
+		{[]string{"-addr", "1", "-c", "-out", "x", "Dump"}, exitFailure,
+			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
+		{[]string{"check", "-v", "data"}, exitMisuse, "kvserver: check needs one data directory",
+			"Give the one"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("none")}, exitFailure,
+			"kvserver: cannot read a certificate or key: open " + pem("none"),
+			"Give a file in PEM format"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("other.key")}, exitFailure,
+			"kvserver: cannot use the certificate " + pem("server.pem"),
+			"Give two files in PEM format that belong together"},
+		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("server.key"),
+			"-tls-client-ca", pem("ca.key")}, exitFailure,
+			"kvserver: " + pem("ca.key") + " holds no certificate of a CA",
+			"Give a file in PEM format"},
+		{[]string{"-tls-ca", pem("none"), "-ping"}, exitFailure,
+			"kvserver: cannot read a certificate or key: open " + pem("none"),
+			"Give a file in PEM format"},
+		{[]string{"repair", inUse, filepath.Join(certs, "new")}, exitFailure,
+			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
+				os.Getpid()), "Nothing was changed. Stop that process first"},
+		{[]string{"-data", inUse}, exitFailure,
+			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
+				os.Getpid()), "Nothing was changed. Stop that process first"},
+		{[]string{"check", "/no/such/dir"}, exitFailure,
+			"kvserver: the data directory does not exist", "Give the directory that"},
+		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: invalid value "70000" for flag -addr`,
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
+		{[]string{"-addr", "localhost"}, exitMisuse,
+			`kvserver: invalid value "localhost" for flag -addr`,
+			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
+		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
+			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
+			"Stop what listens there, or choose another port: -addr "},
+		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure,
+			"kvserver: cannot listen on 192.0.2.1:9999: ",
+			"This machine does not have that address."},
+		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen " +
+			"on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
 	} {
-		wg.Go(func() {
-			a := dialTCP(t, addr)
-			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
-			ticks := time.NewTicker(p.every)
-			defer ticks.Stop()
-			piece := make([]byte,
-				p.piece) // read at once: then the kernel makes its receive buffer larger
-			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
-				<-ticks.C
-				io.ReadFull(a.conn, piece)
-			}
-			last := ""
-			for !strings.HasPrefix(last, ":") {
-				last = a.read()
-			}
-			if last != ":PONG end" {
-				t.Errorf("%d bytes every %v: %q", p.piece, p.every, last)
-			}
-			a.hangUp()
-		})
-	}
-	wg.Wait()
-}
-
-// Ensure that a pause of the whole server is not taken for one of its clients.
-func TestPausedServerDropsNothing(t *testing.T) {
-	t.Parallel()
-	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-	go io.Copy(io.Discard, log)
-	a := dialTCP(t, addr)
-	const gets = 10 * kilo
-	reply := "k:" + strings.Repeat("v", 16*kilo)
-	a.ask("Put:"+reply+"\nPing", ":PONG")
-	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
-	for i := range gets {
-		switch i {
-		case gets / 2:
-			signalTo(t, cmd, "STOP")
-			time.AfterFunc(slowAfter+slowAfter/4, func() { signalTo(t, cmd, "CONT") })
-		}
-		if line := a.read(); line != reply {
-			t.Fatalf("reply %d is %.40q", i, line)
+		cmd := binary(m.args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(
+			stderr.String(), ""), "\n")
+		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
+			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
+			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
+				cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
 		}
 	}
-	a.want(":PONG end")
-	a.hangUp()
-}
-
-// Ensure that a Write which is looked at late, for nothing ran meanwhile, does not
-// make its client slow.
-func TestLateTicksAreNotTheClients(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.wrap = func(conn net.Conn) net.Conn { return lateConn{conn} }
-		n.fill("k", strings.Repeat("v", 1200), 1)
-		a := n.dial(t)
-		go a.send(strings.Repeat("Get:k\n", 2000) + "Ping\n")
-		for got := 0; got < 2000; got += 100 { // a lot, but seldom
-			pass(5 * slowAfter)
-			for range 100 {
-				if line := a.read(); !strings.HasPrefix(line, "k:") {
-					t.Fatalf("got %.40q", line)
-				}
-			}
-		}
-		a.want(":PONG")
-		a.hangUp()
-	})
-}
-
-// lateConn is a connection of a server that stands still for 2 s whenever it has to
-// wait for a Write.
-type lateConn struct{ net.Conn }
-
-func (l lateConn) SetWriteDeadline(t time.Time) error {
-	if !t.IsZero() {
-		t = t.Add(2 * slowAfter)
-	}
-	return l.Conn.SetWriteDeadline(t)
-}
-
-// Ensure that a client that pipelines without limit, but reads, loses nothing.
-func TestPipeliningLosesNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		a := n.dial(t)
-		const gets = 100 * kilo
-		go a.send(strings.Repeat("Get:k\n", gets))
-		for i := range gets {
-			if line := a.read(); line != "k:v" {
-				t.Fatalf("reply %d is %q", i, line)
-			}
-		}
-		a.ask("Ping", ":PONG")
-		a.hangUp()
-	})
-}
-
-// Ensure that after Ack nothing is dropped, however long a client does not read,
-// and that its later requests wait.
-func TestAckedSlowReaderLosesNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1200)
-		n.fill("k", value, 1)
-		a, other := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
-		const owed = 5000
-		go a.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
-		pass(time.Minute)
-		other.ask("Get:after")
-		other.ask("Ping", ":PONG")
-		for i := range owed {
-			a.want("k:"+value, ":OK 1")
-			if t.Failed() {
-				t.Fatalf("at reply %d", i)
-			}
-		}
-		a.want(":OK 1")
-		a.ask("Ping", ":PONG")
-		a.hangUp()
-		other.hangUp()
-	})
-}
-
-// Ensure that a reply larger than the whole queue arrives whole: it begins when
-// nothing else is queued, and once begun it ends, if the reader stops or not.
-func TestReplyLargerThanTheQueueArrivesWhole(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1200)
-		n.fill("k", value, 4000) // 4.8 MB
-		a := n.dial(t)
-		go a.send("Ping:before\nGet:k\n")
-		pass(time.Minute)
-		a.want(":PONG before")
-		for range 4000 {
-			a.want("k:" + value)
-		}
-		a.ask("Ping", ":PONG")
-		a.hangUp()
-	})
-}
-
-// Ensure that a reply that needs more room than there is waits or is dropped
-// whole, and that smaller ones still find room.
-func TestRoomIsForWholeReplies(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1200)
-		n.fill("big", value, 2000) // 290 messages
-		a := n.dial(t)
-		a.send("Put:small:s\nGet:big\nGet:big\nGet:small\n")
-		pass(2 * slowAfter)
-		a.send("Ping\n")
-		for range 2000 {
-			a.want("big:" + value)
-		}
-		a.want("small:s", ":PONG dropped 1")
-		a.hangUp()
-	})
-}
-
-// Ensure that errors may be dropped like data, and are counted.
-func TestDroppedErrorsAreCounted(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", strings.Repeat("v", 1100), 7) // a message
-		a := n.dial(t)
-		const owed = 700
-		go a.send(strings.Repeat("Get:k\n", owed) + strings.Repeat("nonsense\n", 10) + "Ping\n")
-		pass(time.Minute)
-		lines := 0
-		for strings.HasPrefix(a.peek(), "k:") {
-			a.read()
-			lines++
-		}
-		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
-		a.hangUp()
-	})
-}
-
-// ---- nobody waits for another
-
-// lazyStore is a Memory whose Updates take their time, as those of huge lists do.
-type lazyStore struct {
-	*kvstore.Memory
-	takes func() time.Duration
-}
-
-func (l lazyStore) Update(key, oldValue, newValue string) bool {
-	<-time.After(l.takes())
-	return l.Memory.Update(key, oldValue, newValue)
-}
-
-// Ensure that a client waits for one long request of each other client, not for
-// all that they have sent, and that long chains end all the same, in order.
-func TestLongRequestsTakeTurns(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const others, updates, takes = 4, 500, 2 * time.Millisecond
-		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
-		victim := n.dial(t)
-		var clients []*testClient
-		for i := range others {
-			c := n.dial(t)
-			var script strings.Builder
-			for j := range updates {
-				fmt.Fprintf(&script, "Update:k%d:%d:%d\n", i, j-1, j)
-			}
-			go c.send(script.String() + fmt.Sprintf("Get:k%d\nPing\n", i))
-			clients = append(clients, c)
-		}
-		for range 100 {
-			pass(3 * time.Millisecond)
-			start := time.Now()
-			victim.ask("Ping", ":PONG")
-			if took := time.Since(start); took > (2*others+2)*takes {
-				t.Fatalf("waited %v beside requests of %v", took, takes)
-			}
-		}
-		for i, c := range clients {
-			c.want(fmt.Sprintf("k%d:%d", i, updates-1), ":PONG")
-			c.hangUp()
-		}
-		victim.hangUp()
-	})
-}
-
-// TestStallsAreNobodysFault: when the system lets the process wait in the middle of a client's
-// chain, that client hardly waits longer for its next turn; one whose requests always take long
-// does.
-func TestStallsAreNobodysFault(t *testing.T) {
-	const usual, stall = 50 * time.Microsecond, 3 * time.Millisecond
-	floor := time.Second
-	clock := turn{epoch: time.Now().Add(-time.Hour)}
-	c := share{spent: floor, cost: usual}
-
-	// charge has the clock see that so much time has passed.
-	charge := func() {
-		clock.looked = time.Since(clock.epoch) - stall
-		clock.charge(&c, floor)
-	}
-	charge()
-	if c.due() > floor+4*maxLead+4*usual || c.isSlow() {
-		t.Errorf("after one stall of %v the client is due %v behind, slow: %v", stall,
-			c.due()-floor, c.isSlow())
-	}
-
-	for range 8 {
-		charge()
-	}
-	if c.spent != floor+maxTurn || !c.isSlow() {
-		t.Errorf("after 8 turns more of %v the client has spent %v more, slow: %v", stall,
-			c.spent-floor, c.isSlow())
-	}
-}
-
-// Ensure that a client that asks for little waits for a turn or two of the others, not for one
-// of each, whatever these send: one long request at a time, short ones between two long ones,
-// or many in one chain. And that all of these get on, each as much as any other.
-func TestLightClientsGoFirst(t *testing.T) {
-	const others, takes = 300, 2 * time.Millisecond
-	for _, script := range []string{"Update:k:a:b\nPing\n",
-		"Get:none\nPing\n|Update:k:a:b\nPing\n", strings.Repeat("Update:k:a:b\n", 10) + "Ping\n"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			random := rand.New(rand.NewPCG(1, 2))
-			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
-				return world.Between(random, takes/2, takes)
-			}}
-			victim := n.dial(t)
-			victim.ask("Ping", ":PONG")
-			parts := strings.Split(script, "|")
-			var stop atomic.Bool
-			var all sync.WaitGroup
-			rounds := make([]atomic.Int64, others)
-			span := func() (least, most int64) {
-				least = math.MaxInt64
-				for i := range rounds {
-					n := rounds[i].Load()
-					least, most = min(least, n), max(most, n)
-				}
-				return least, most
-			}
-			clients := make([]*testClient, others)
-			for i := range clients {
-				clients[i] = n.dial(t)
-			}
-			for i, c := range clients {
-				all.Go(func() {
-					defer c.hangUp()
-					for ; !stop.Load(); rounds[i].Add(1) {
-						for _, part := range parts {
-							c.ask(strings.TrimSuffix(part, "\n"), ":PONG")
-						}
-					}
-				})
-			}
-			updates := strings.Count(script, "Update")
-			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
-				pass(takes) // until it is known of each that it does not ask for little only
-			}
-			for range 200 {
-				pass(3 * takes / 7)
-				start := time.Now()
-				victim.ask("Put:x:y\nDelete:x\nPing", ":PONG")
-				if took := time.Since(start); took > 2*takes {
-					t.Errorf("waited %v beside requests of %v (%q)", took, takes, script)
-					break
-				}
-			}
-			pass(time.Duration(5*others*updates) * takes)
-			least, most := span()
-			if least < 4 || most > 3*least { // none starves
-				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
-			}
-			stop.Store(true)
-			all.Wait()
-			victim.hangUp()
-		})
-	}
-}
-
-// Ensure that the hint for a line that is no request costs no more than what it
-// shows of it.
-func TestHintsForLongLinesAreCheap(t *testing.T) {
-	for _, piece := range []string{"x", "get a ", " ", "set:", ":\t"} {
-		line := strings.Repeat(piece, 1<<20/len(piece))
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		var q Query
-		q.parse(line)
-		runtime.ReadMemStats(&after)
-		if took := after.TotalAlloc - before.TotalAlloc; took > 8<<10 {
-			t.Errorf("1 MiB of %q: %d bytes for %q", piece, took, q.value)
+	for _, arg := range []string{"-h", "-help", "-version"} {
+		cmd := binary(arg)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		if out, err := cmd.Output(); err != nil || stderr.Len() > 0 ||
+			!bytes.Contains(out, []byte("kvserver")) {
+			t.Errorf("%s: %v, prints %q and %q", arg, err, out, stderr.String())
 		}
 	}
 }
 
-// Ensure that sorting many keys lets others have the core now and then.
-func TestSortTakesTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := New(kvstore.NewMemory())
-		s.cores.slots = make(chan struct{}, 1)
-		c := newClient(1, new(world.Conn), s)
-		keys := make([]string, 3*sortSlice)
-		for i := range keys {
-			keys[i] = strconv.Itoa(i * 7919 % len(keys))
-		}
-		s.cores.slots <- struct{}{} // until both wait, the sort first
-		ended := make(chan string, 2)
-		go func() {
-			c.outbox.core.take(nil)
-			(&listing{Query: &Query{client: c}}).sort(keys)
-			c.outbox.core.release()
-			ended <- "the sort"
-		}()
-		synctest.Wait()
-		go func() {
-			s.cores.slots <- struct{}{}
-			ended <- "the other"
-			<-s.cores.slots
-		}()
-		synctest.Wait()
-		<-s.cores.slots
-		if first := <-ended; first != "the other" {
-			t.Errorf("%s was over before anybody else had a turn", first)
-		}
-		if <-ended; !slices.IsSorted(keys) {
-			t.Error("the keys are not sorted")
-		}
-	})
-}
-
-// ---- keys that go
-
-// jump has n's server go by a wall clock that is so much ahead of the true one, or behind.
-func jump(n *fakeNet) (by func(time.Duration)) {
-	var ahead atomic.Int64
-	n.server.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
-	return func(d time.Duration) { ahead.Add(int64(d)) }
-}
-
-// Ensure that a key goes when its time is over, not before, for all requests.
-func TestKeysGo(t *testing.T) {
-	for _, ask := range []struct{ request, before, after string }{
-		{"Get:k\nPing", "k:v\n:PONG", ":PONG"},
-		{"Count:k", ":OK 1", ":OK 0"},
-		{"Expire:k", ": 1\n:OK 1", ":OK 0"},
-		{"Ack\nExpire:k:5", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Ack\nAdd:k:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
-		{"Ack\nLease:k:5:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
-		{"Ack\nSwap:k:v:w", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Ack\nRemove:k:v", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Put:k:w\nGet:k\nExpire:k", "k:v\nk:w\n: 1\n:OK 1", "k:w\n:OK 1"},
-		{"Keys", ": k\n:OK 1", ":OK 0"},
-		{"Dump", ": Put:k:v\n: Expire:k:1\n:OK 2", ":OK 0"},
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			for _, when := range []struct {
-				after time.Duration
-				want  string
-			}{{5*time.Second - time.Microsecond, ask.before},
-				{5*time.Second + time.Millisecond, ask.after}} {
-				a := n.dial(t)
-				pass(300 * time.Microsecond)
-				a.ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
-				pass(when.after)
-				a.ask(ask.request, strings.Split(when.want, "\n")...)
-				a.hangUp()
-			}
-		})
-	}
-}
-
-// Ensure that a key goes though nobody asks for it, soon after its time.
-func TestKeysGoUnasked(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := kvstore.NewMemory()
-		n.server.db = db
-		a := n.dial(t)
-		a.ask("Lease:k:3600:v\nLease:l:7200:v\nPut:stays:v\nPing", ":PONG")
-		pass(time.Hour + 2*expireTime)
-		if keys, _, _ := db.Size(); keys != 2 { // workLoop waits for its alarm
-			t.Errorf("%d keys are there, want 2", keys)
-		}
-		if got := a.stat("expired_keys_total") + 10*a.stat("expiring_keys"); got != 11 {
-			t.Errorf("Stats says %d, want 11", got)
-		}
-		pass(time.Hour)
-		a.ask("Keys", ": stays", ":OK 1")
-		a.hangUp()
-	})
-}
-
-// Ensure that a deadline is a time of the wall clock, and goes with it where that jumps.
-func TestClockJumps(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		by := jump(n)
-		a := n.dial(t)
-		a.ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
-		by(-time.Hour)
-		a.ask("Expire:k", ": 7200", ":OK 1")
-		pass(time.Hour + time.Minute)
-		a.ask("Expire:k", ": 3540", ":OK 1")
-		by(time.Hour)
-		a.ask("Get:k\nExpire:k", ":OK 0")
-		a.ask("Expire:l", ": 5340", ":OK 1")
-		by(-2 * time.Hour)
-		a.ask("Get:k\nExpire:l", ": 12540", ":OK 1") // what is gone does not come back
-		by(4 * time.Hour)
-		pass(2 * expireTime)
-		a.ask("Keys", ":OK 0")
-		a.hangUp()
-	})
-}
-
-// Ensure that what has ended while no server ran is never seen.
-func TestKeysGoBeforeTheStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := storetest.New()
-		for round := range 3 {
-			n := newFakeNet()
-			db, err := durable.Open(t.Context(), dir, durable.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			n.server.db = db
-			a := n.dial(t)
-			switch round {
-			case 0:
-				a.ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
-			case 1:
-				if keys := a.stat("keys"); keys != 2 {
-					t.Errorf("%d keys are there at first, want 2", keys)
-				}
-				a.ask("Keys\nDump\nGet:k\nGet:l", ": l", ": stays", ":OK 2", ": Put:l:v", ": Expire:l:30",
-					": Put:stays:v", ":OK 3", "l:v")
-			case 2: // nobody asks
-			}
-			a.hangUp()
-			n.server.Close()
-			if err := db.Close(); err != nil {
-				t.Error(err)
-			}
-			pass(time.Minute)
-		}
-		if report, err := durable.Check(dir); err != nil ||
-			!strings.Contains(strings.Join(report.Lines, "\n"), "1 key") {
-			t.Errorf("a check says %q, %v", report.Lines, err)
-		}
-	})
-}
-
-// Ensure that files which somebody removes under an idle server are written anew without a
-// request, so that kill -9 loses nothing.
-func TestIdleServerMissesItsFiles(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		dir := storetest.New()
-		n.server.status = &storage.Status{}
-		db, err := durable.Open(t.Context(), dir, durable.Options{Status: n.server.status})
-		if err != nil {
-			t.Fatal(err)
-		}
-		n.server.db = db
-		a := n.dial(t)
-		a.ask("Put:k:v\nPing", ":PONG")
-		names, err := dir.List()
-		for _, name := range names {
-			if strings.HasPrefix(name, "seg-") {
-				err = errors.Join(err, dir.Remove(name))
-			}
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-
-		pass(3 * lookTime)
-		killed, err := durable.Open(t.Context(), dir.Kill(), durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := killed.Get("k"); !slices.Equal(got, []string{"v"}) {
-			t.Errorf("after kill -9 k has %q", got)
-		}
-		killed.Close()
-		a.hangUp()
-		n.server.Close()
-		if err := db.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// slowDeletes is a Memory whose Deletes take their time.
-type slowDeletes struct {
-	*kvstore.Memory
-	takes time.Duration
-}
-
-func (s slowDeletes) Delete(key string) int {
-	<-time.After(s.takes)
-	return s.Memory.Delete(key)
-}
-
-// Ensure that many keys that end at once take turns with the clients, and that nobody finds those
-// that are there still.
-func TestManyKeysGoAtOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const many, takes = 20_000, 10 * time.Microsecond
-		db := slowDeletes{kvstore.NewMemory(), takes}
-		n.server.db = db
-		for i := range many {
-			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
-		}
-		db.Put("stays", "v")
-		a := n.dial(t)
-		pass(time.Second - time.Millisecond)
-		a.ask("Count:k1", ":OK 1")
-		if n := a.stat("expiring_keys"); n != many {
-			t.Errorf("%d keys wait, want %d", n, many)
-		}
-		<-time.After(time.Millisecond)
-		left, turns := many, 0
-		for ; left > 0; turns++ {
-			start := time.Now()
-			left = a.stat("expiring_keys")
-			key := fmt.Sprint("k", many-1-turns)
-			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0",
-				key+":w")
-			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
-			const chains, most = 4, maxSlowTurn + (expireStride+2)*takes
-			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
-				t.Fatalf("with %d keys to go a client waits %v", left, took)
-			}
-		}
-		if turns < 10 {
-			t.Errorf("%d keys went in %d turns", many, turns)
-		}
-		a.hangUp()
-	})
-}
-
-// Ensure that nobody is told that a key has gone before that is committed.
-func TestGoingIsCommitted(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n.server.db = store
-		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
-		a := n.dial(t)
-		store.gate <- nil
-		a.ask("Get:k", "k:v")
-		pass(time.Second + 2*expireTime)
-		a.send("Get:k\nPing\n")
-		got := make(chan string)
-		go func() { got <- a.read() }()
-		synctest.Wait()
-		select {
-		case line := <-got:
-			t.Errorf("before the Commit there is an answer: %q", line)
-		default:
-		}
-		store.gate <- nil
-		if line := <-got; line != ":PONG" {
-			t.Errorf("got %q", line)
-		}
-		a.conn.Close()
-	})
-}
-
-// roomless is a Memory on a disk without room for anything, while it is full.
-type roomless struct {
-	*kvstore.Memory
-	full *atomic.Bool
-}
-
-func (r roomless) Room(int64, bool) error {
-	if r.full.Load() {
-		return errors.New("no space")
-	}
-	return nil
-}
-
-// Ensure that a key whose time is over is not shown where the disk has no room for its Delete, and
-// goes when it has.
-func TestGoingOnAFullDisk(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
-		n.server.db = db
-		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
-		db.full.Store(true)
-		a := n.dial(t)
-		a.ask("Get:k", "k:v")
-		pass(time.Hour)
-		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space",
-			":OK 0")
-		db.full.Store(false)
-		pass(2 * expireTime)
-		if keys, _, _ := db.Size(); keys != 0 {
-			t.Error("the key is there still")
-		}
-		a.ask("Get:k\nPing", ":PONG")
-		a.hangUp()
-	})
-}
-
-// ---- Takes that wait
-
-// Ensure that of the Takes that wait for a key the first gets the next value, whatever request
-// brings it, and that this one value is nobody else's.
-func TestTakesWaitInLine(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const takers = 6
-		var clients []*testClient
-		for range takers {
-			c := n.dial(t)
-			c.ask("Ack", ":OK 0")
-			c.send("Take:k:60\n")
-			synctest.Wait()
-			clients = append(clients, c)
-		}
-		giver := n.dial(t)
-		if got := giver.stat("waiting_takes"); got != takers {
-			t.Errorf("%d Takes wait, want %d", got, takers)
-		}
-		giver.ask("Ack", ":OK 0")
-		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
-			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
-			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
-			giver.send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
-			giver.want(give.reply, ":OK 0", ":OK 0", ":OK 0")
-			clients[i].want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
-		}
-		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h",
-			":OK 1")
-		for _, c := range append(clients, giver) {
-			c.hangUp()
-		}
-	})
-}
-
-// Ensure that a Take waits for just as long as it says, and that others do not: those with other
-// clients, those for other keys, and what its client has sent before.
-func TestTakeWaitsItsTime(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.writeTimeout = time.Second
-		a, b := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
-		for _, seconds := range []int{1, 30, 3600} {
-			a.send("Pu")
-			pass(300 * time.Millisecond)
-			start := time.Now()
-			a.send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
-			a.want(":OK 1", "j:1", ":OK 1")
-			synctest.Wait()
-			b.ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
-			if time.Since(start) > 0 {
-				t.Errorf("others waited %v", time.Since(start))
-			}
-			a.want(":OK 0")
-			if took := time.Since(start); took != time.Duration(seconds)*time.Second {
-				t.Errorf("a Take of %d seconds waits %v", seconds, took)
-			}
-			a.ask("Delete:j", ":OK 1")
-			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
-		}
-		if n := b.stat("waiting_takes"); n != 0 {
-			t.Errorf("%d Takes wait", n)
-		}
-		a.hangUp()
-		b.hangUp()
-	})
-}
-
-// Ensure that the Take of a client that has gone is taken out of the line, and that of a client
-// that has only closed its side is not.
-func TestTakersThatGo(t *testing.T) {
-	for what, end := range map[string]func(c *testClient){
-		"breaks": func(c *testClient) { c.conn.(*world.Conn).BreakOff() },
-		"breaks behind a half-close": func(c *testClient) {
-			c.conn.CloseWrite()
-			pass(time.Second)
-			c.conn.(*world.Conn).BreakOff()
-			pass(probeTime)
-		},
-		"breaks with a request behind it": func(c *testClient) {
-			c.send("Put:late:v\nPing\n")
-			pass(time.Second)
-			c.conn.(*world.Conn).BreakOff()
-			pass(probeTime)
-		},
-		"waits too long": func(c *testClient) { pass(time.Minute) },
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a, b, c := n.dial(t), n.dial(t), n.dial(t)
-			a.send("Get:none\nTake:k:60\n")
-			synctest.Wait()
-			b.send("Take:k:600\n")
-			b.conn.CloseWrite()
-			synctest.Wait()
-			end(a)
-			synctest.Wait()
-			if n := c.stat("waiting_takes"); n != 1 {
-				t.Errorf("a client %s, and %d Takes wait, want 1", what, n)
-			}
-			c.ask("Put:k:v\nCount:k", ":OK 0")
-			b.want("k:v")
-			b.wantClosed()
-			a.conn.Close()
-			c.hangUp()
-		})
-	}
-}
-
-// Ensure that a Take which the server comes to late has a look when its time is over, but takes
-// nothing for a client that has gone.
-func TestTakesThatComeLate(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
-		a, b, c, d, e := n.dial(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
-		d.ask("Put:k:1\nPut:k:2\nPing", ":PONG")
-		e.ask("Ack", ":OK 0")
-		c.send("Update:x:a:b\nPing\n")
-		synctest.Wait()
-		b.send("Take:k:600\n")
-		synctest.Wait()
-		a.send("Take:k:1\n")
-		e.send("Take:none:1\n")
-		e.conn.CloseWrite()
-		pass(time.Second)
-		b.conn.(*world.Conn).BreakOff()
-		a.want("k:1")
-		e.want(":OK 0")
-		e.wantClosed()
-		d.ask("Get:k\nPing", "k:2", ":PONG")
-		c.want(":PONG")
-		b.conn.Close()
-		for _, x := range []*testClient{a, c, d} {
-			x.hangUp()
-		}
-	})
-}
-
-// Ensure that Close answers the Takes that wait, at once.
-func TestCloseWhileTakesWait(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.ask("Ack\nTake:k:1", ":OK 0", ":OK 0")
-		a.send("Take:k:60\n")
-		b.send("Ack\nTake:k:60\n")
-		b.conn.CloseWrite()
-		c.send("Ack\nTake:k:60\nPut:k:v\nPing\n")
-		synctest.Wait()
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took > busyTime {
-			t.Errorf("Close takes %v", took)
-		}
-		for i, want := range []string{":OK 0\n", ":OK 0\n:OK 0\n", ":OK 0\n:OK 0\n:OK 1\n:PONG\n"} {
-			if got := []*testClient{a, b, c}[i].readAll(); got != want {
-				t.Errorf("got %q, want %q", got, want)
-			}
-		}
-	})
-}
-
-// Ensure that what a client sends while its Take waits is run when that has ended, as it came,
-// whatever its size; and that a line which is begun meanwhile may be ended later.
-func TestSendingWhileATakeWaits(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 300 * kilo
-		a, b := n.dial(t), n.dial(t)
-		a.send(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
-		synctest.Wait()
-		c := n.dial(t)
-		c.send("Take:m:600\nPut:m:be")
-		long := strings.Repeat("x", 200*kilo)
-		go a.send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
-		pass(lineTime + 5*time.Second)
-		b.ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
-		b.send("Put:k:v\n")
-		a.want("k:v", "l:a", "l:"+long, "l:b")
-		pass(lineTime - 5*time.Second)
-		a.ask("gun\nTake:l\nPing", "l:a", ":PONG")
-		b.ask("Count:l\nPut:m:v", ":OK 3")
-		c.want("m:v")
-		c.ask("hind\nTake:m\nPing", "m:behind", ":PONG")
-		c.hangUp()
-		a.hangUp()
-		b.hangUp()
-	})
-}
-
-// Ensure that a line which does not end is seen in its time behind a Take that was to wait longer.
-func TestSlowLineBehindATake(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.dial(t), n.dial(t)
-		a.send("Take:k:3600\n")
-		pass(5 * time.Second)
-		b.send("Put:k:v\n")
-		a.want("k:v")
-		start := time.Now()
-		a.send("Put:x")
-		a.want(":ERROR line 2: the line was begun but not ended within 30s")
-		if took := time.Since(start); took > lineTime+2*quietAfter {
-			t.Errorf("it took %v", took)
-		}
-		a.wantClosed()
-		a.conn.Close()
-		b.hangUp()
-	})
-}
-
-// Ensure that a taken value is not lost because its client reads late.
-func TestTakerThatReadsLate(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1000)
-		n.fill("k", value, 1)
-		slow, giver := n.dial(t), n.dial(t)
-		go slow.send(strings.Repeat("Get:k\n", 5000))
-		pass(time.Minute)
-		go slow.send("Take:job:60\nTake:job\nPing\n")
-		pass(time.Second)
-		giver.send("Put:job:1\nPut:job:2\n")
-		pass(time.Minute)
-		jobs := ""
-		for line := slow.read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.read() {
-			if strings.HasPrefix(line, "job:") {
-				jobs += line
-			} else if line != "k:"+value {
-				t.Fatalf("got %.60q", line)
-			}
-		}
-		if jobs != "job:1job:2" {
-			t.Errorf("the slow reader was given %q", jobs)
-		}
-		slow.hangUp()
-		giver.hangUp()
-	})
-}
-
-// Ensure that a Put which is refused wakes nobody, and that one that is taken at once wakes where
-// there is no memory for more.
-func TestTakesOfAFullServer(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
-		n.server.db = db
-		a, b := n.dial(t), n.dial(t)
-		a.send("Ack\nTake:k:60\n")
-		a.want(":OK 0")
-		synctest.Wait()
-		db.full.Store(true)
-		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space",
-			":PONG")
-		db.full.Store(false)
-		b.ask("Put:k:w\nPing", ":PONG")
-		a.want("k:w", ":OK 1")
-		a.hangUp()
-		b.hangUp()
-	})
-}
-
-// Ensure that nobody is given a value before that is committed, and that where the Commit fails
-// those who wait are told nothing.
-func TestTakesWaitForCommit(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n.server.db = store
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.send("Take:k:60\n")
-		b.send("Take:l:60\n")
-		synctest.Wait()
-		c.send("Put:k:v\n")
-		synctest.Wait()
-		store.gate <- errors.New("disk on fire")
-		synctest.Wait()
-		for _, x := range []*testClient{a, b, c} {
-			x.wantClosed()
-		}
-	})
-}
-
-// Ensure that each job that many clients put is given to one of many others, once, over real
-// connections, whether they wait or ask again and again.
-func TestManyTakers(t *testing.T) {
-	addr := serveTCP(t)
-	const givers, takers, jobs = 4, 12, 200
-	var all sync.WaitGroup
-	var mu sync.Mutex
-	given := map[string]int{}
-	for id := range givers {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			for i := range jobs {
-				c.ask(fmt.Sprintf("Put:jobs:%d-%d", id, i), ":OK 1")
-			}
-		})
-	}
-	left := atomic.Int64{}
-	left.Store(givers * jobs)
-	for id := range takers {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			for left.Load() > 0 {
-				c.send([]string{"Take:jobs:1\n", "Take:jobs\n"}[id%2])
-				for _, job := range c.readList() {
-					mu.Lock()
-					given[job]++
-					mu.Unlock()
-					left.Add(-1)
-				}
-			}
-		})
-	}
-	all.Wait()
-	for job, times := range given {
-		if times != 1 {
-			t.Errorf("%s was given %d times", job, times)
-		}
-	}
-	dialTCP(t, addr).ask("Count:jobs", ":OK 0")
-}
-
-// Ensure that a taker on a real connection is taken out of the line when that breaks, and on a unix
-// socket when that is closed, also behind its own half-close.
-func TestRealTakersThatGo(t *testing.T) {
-	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
-	unix, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.serve(tcp, unix); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	a := dialTCP(t, tcp.Addr().String())
-	waiting := func(want int) {
-		for end := time.Now().Add(time.Minute); a.stat("waiting_takes") != want; {
-			if time.Now().After(end) {
-				t.Fatalf("after a minute %d Takes wait, want %d", a.stat("waiting_takes"), want)
-			}
-		}
-	}
-	for _, half := range []bool{false, true} {
-		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
-			conn, err := net.Dial(addr.Network(), addr.String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			io.WriteString(conn, "Take:k:60\n")
-			if half {
-				conn.(world.HalfConn).CloseWrite()
-			}
-			waiting(1)
-			if c, isTCP := conn.(*net.TCPConn); isTCP {
-				c.SetLinger(0) // so that Close resets it
-			}
-			conn.Close()
-			waiting(0)
-		}
-	}
-	a.ask("Put:k:v\nTake:k", "k:v")
-}
-
-// ---- programs that work together, as the README shows
-
-// Ensure that a lock which frees itself is never held by two, whatever its holders do: give it
-// back, renew it, or die, and that it is free again when its time is over.
-func TestLock(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, lease = 10, 5 * time.Second
-		var until atomic.Int64 // the holder has it, in Unix milliseconds; 0: nobody has
-		var held, died atomic.Int64
-		var all sync.WaitGroup
-		for id := range clients {
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(uint64(id), 3))
-				for turn := range 30 {
-					c, me := n.dial(t), fmt.Sprintf("%d-%d", id, turn)
-					c.ask("Ack", ":OK 0")
-					for c.send("Lease:lock:5:" + me + "\n"); c.read() == ":OK 0"; {
-						world.Wait(world.Between(random, time.Millisecond, time.Second))
-						c.send("Lease:lock:5:" + me + "\n")
-					}
-					now := time.Now()
-					if free := until.Swap(now.Add(lease).UnixMilli()); now.UnixMilli() < free {
-						t.Errorf("%s has the lock %d ms too early", me, free-now.UnixMilli())
-					}
-					held.Add(1)
-					for range random.IntN(4) {
-						world.Wait(world.Between(random, 0, lease-time.Millisecond))
-						c.ask("Swap:lock:"+me+":"+me+"\nExpire:lock:5", ":OK 1", ":OK 1")
-						until.Store(time.Now().Add(lease).UnixMilli())
-					}
-					if world.Chance(random, 4) { // it dies
-						died.Add(1)
-						c.conn.(*world.Conn).BreakOff()
-						continue
-					}
-					world.Wait(world.Between(random, 0, lease-time.Millisecond))
-					until.Store(0)
-					c.ask("Remove:lock:"+me, ":OK 1")
-					c.hangUp()
-				}
-			})
-		}
-		all.Wait()
-		if held.Load() != 30*clients || died.Load() == 0 {
-			t.Errorf("the lock was held %d times, and %d holders died", held.Load(), died.Load())
-		}
-	})
-}
-
-// Ensure that a counter that many clients change by Swap loses no count, over real connections.
-func TestCounter(t *testing.T) {
-	addr := serveTCP(t)
-	const clients, counts = 8, 50
-	var all sync.WaitGroup
-	for range clients {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			c.send("Add:counter:0\n")
-			c.read()
-			for done := 0; done < counts; {
-				c.send("Get:counter\n")
-				before := strings.TrimPrefix(c.readList()[0], "counter:")
-				n, _ := strconv.Atoi(before)
-				c.send(fmt.Sprintf("Swap:counter:%s:%d\n", before, n+1))
-				if c.read() == ":OK 1" {
-					done++
-				}
-			}
-		})
-	}
-	all.Wait()
-	dialTCP(t, addr).ask("Get:counter", fmt.Sprint("counter:", clients*counts))
-}
-
-// Ensure that a queue whose workers look, work and then remove loses no job, though workers die in
-// the middle, and that each job is removed by one.
-func TestQueueWithoutLoss(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const workers, jobs = 6, 100
-		for i := range jobs {
-			n.server.db.Put("jobs", fmt.Sprint("job ", i))
-		}
-		var worked, removed [jobs]atomic.Int64
-		var all sync.WaitGroup
-		for id := range workers {
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(uint64(id), 4))
-				for {
-					c := n.dial(t)
-					c.ask("Ack", ":OK 0")
-					c.send("Get:jobs\n")
-					list := c.readList()
-					if len(list) == 0 {
-						c.hangUp()
-						return
-					}
-					job := strings.TrimPrefix(world.Pick(random, list[:min(4, len(list))]...), "jobs:")
-					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
-					world.Wait(world.Between(random, 0, time.Second))
-					if world.Chance(random, 4) { // it dies
-						c.conn.(*world.Conn).BreakOff()
-						continue
-					}
-					worked[i].Add(1)
-					c.send("Remove:jobs:" + job + "\n")
-					if c.read() == ":OK 1" {
-						removed[i].Add(1)
-					}
-					c.hangUp()
-				}
-			})
-		}
-		all.Wait()
-		for i := range jobs {
-			if worked[i].Load() == 0 || removed[i].Load() != 1 {
-				t.Errorf("job %d was done %d times, and removed by %d", i, worked[i].Load(),
-					removed[i].Load())
-			}
-		}
-	})
-}
-
-// ---- everything at once
-
-// Ensure that a chain that waits for its slow reader keeps no memory of the store but its
-// lists.
-func TestWaitingChainKeepsOnlyItsLists(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		db := kvstore.NewMemory()
-		db.Put("k", strings.Repeat("v", 100))
-		c := newClient(1, new(world.Conn), New(db))
-		c.buffer = make(chan []byte, maxBufferSize)
-		for range maxShared {
-			c.buffer <- nil
-		}
-		c.in.buf = make([]byte, burstSize)
-		chain, _ := c.parse(c.in.cutLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
-		shared := func(q *Query) bool {
-			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
-		}
-		for q := chain; q != nil; q = q.next {
-			if q.run(db, time.Now); !shared(q) {
-				t.Error("a list is copied before that is needed")
-			}
-		}
-		c.answer(chain)
-		synctest.Wait()
-		for q := chain; q != nil; q = q.next {
-			if shared(q) || q.few[0] != "" {
-				t.Error("a list that waits shares the store's memory")
-			}
-		}
-		for range maxShared {
-			<-c.buffer
-		}
-		c.tellRoom()
-		<-c.done
-		if got := string(<-c.buffer); got != strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3) {
-			t.Errorf("got %q", got)
-		}
-	})
-}
-
-// Ensure that a Dump is one exact moment, also when it is read slowly, and that others
-// write meanwhile: the moves of a coin from purse to purse are never seen half.
-func TestDumpIsOneMoment(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const purses, coins = 3000, 1000
-		for i := range purses {
-			n.fill(fmt.Sprint("purse", i), "begin", 1+i%20) // short lists and long ones
-		}
-		for i := range coins {
-			n.fill(fmt.Sprint("purse", i), fmt.Sprint("coin", i), 1)
-		}
-		a, b := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
-		b.ask("Ack", ":OK 0")
-		a.send("Put:begun:1\nDump\n")
-		a.want(":OK 1")
-		if line := a.read(); line != ": Put:begun:1" {
-			t.Errorf("the Dump begins with %q", line)
-		}
-		synctest.Wait()
-		for i := range coins { // while it waits for its reader
-			to := fmt.Sprint("purse", (i*7)%purses)
-			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
-				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
-			for range 4 {
-				b.read()
-			}
-		}
-		lists, last := map[string][]string{}, ""
-		line := a.read()
-		for ; !strings.HasPrefix(line, ":OK "); line = a.read() {
-			f := strings.Split(line, ":")
-			if f[2] < last {
-				t.Fatalf("%q comes after %q", f[2], last)
-			}
-			last = f[2]
-			lists[f[2]] = append(lists[f[2]], f[3])
-		}
-		for i := range purses {
-			want := slices.Repeat([]string{"begin"}, 1+i%20)
-			if i < coins {
-				want = append(want, fmt.Sprint("coin", i))
-			}
-			if got := lists[fmt.Sprint("purse", i)]; !slices.Equal(got, want) {
-				t.Fatalf("purse%d held %q, want %q", i, got, want)
-			}
-		}
-		if len(lists) != purses {
-			t.Errorf("%d keys, want %d", len(lists), purses)
-		}
-		a.hangUp()
-		b.hangUp()
-	})
-}
-
-// Ensure that snapshots are bounded in number, that who waits for one gets it when
-// another is given up, and that whoever takes nothing of his Dump has to.
-func TestSnapshotsAreBounded(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 2000 {
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
-		}
-		var idle []*testClient
-		for range maxSnapshots {
-			c := n.dial(t)
-			c.send("Dump\n")
-			idle = append(idle, c)
-		}
-		pass(time.Second / 10)
-		began := time.Now()
-		a := n.dial(t)
-		a.send("Keys:1999\nPing\n")
-		synctest.Wait()
-		if used := len(n.server.snapshots.slots); used != maxSnapshots {
-			t.Errorf("%d snapshots, want %d", used, maxSnapshots)
-		}
-		a.want(": 1999", ":OK 1", ":PONG")
-		if waited := time.Since(began); waited >= defaultWriteTimeout/10 {
-			t.Errorf("those who take nothing kept one who waits from a snapshot for %v", waited)
-		}
-		a.hangUp()
-		for _, c := range idle {
-			c.conn.Close()
-		}
-		synctest.Wait()
-		if used := len(n.server.snapshots.slots); used != 0 {
-			t.Errorf("%d snapshots are left", used)
-		}
-	})
-}
-
-// Ensure that the lists of many a Keys and Dump of many keys keep to the memory that there is for
-// queues, that all are answered whole, and that one which is not read does not hold them up.
-func TestListsAreBounded(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const keys, askers, limit = 5 * kilo, 12, 1 << 20
-		n.server.budget.maxQueues = limit
-		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
-		for i := range keys {
-			key := fmt.Sprintf("key%07d%s", i*7919%keys, strings.Repeat("k", 100))
-			n.fill(key, "v", 1)
-			key = fmt.Sprintf("key%07d%s", i, strings.Repeat("k", 100))
-			fmt.Fprintf(wantKeys, ": %s\n", key)
-			fmt.Fprintf(wantDump, ": Put:%s:v\n", key)
-		}
-		mute := n.dial(t)
-		mute.send("Keys\n")
-		var all sync.WaitGroup
-		for i := range askers {
-			request, want := "Keys\n", wantKeys
-			if i%2 == 0 {
-				request, want = "Dump:k\n", wantDump
-			}
-			c := n.dial(t)
-			all.Go(func() {
-				c.sendAll(request)
-				got := new(strings.Builder)
-				for err := error(nil); err == nil; _, err = io.CopyN(got, c.r, 100*kilo) {
-					<-time.After(tickTime)
-				}
-				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
-					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
-				}
-				c.conn.Close()
-			})
-		}
-		ended := make(chan struct{})
-		go func() {
-			all.Wait()
-			close(ended)
-		}()
-		watch := n.dial(t)
-		for began := time.Now(); !isClosed(ended); pass(tickTime) {
-			queued := watch.stat("queued_bytes")
-			if most := limit + (askers+2)*(2*testMaxMessage+8*kilo); queued > most {
-				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
-			}
-			if time.Since(began) > time.Minute {
-				t.Fatal("they are not answered")
-			}
-		}
-		watch.hangUp()
-		mute.conn.Close()
-	})
-}
-
-// Ensure that who does not read its Keys keeps nobody from a snapshot, and that a Dump which is
-// taken by drips does not for long.
-func TestSnapshotsAreGivenBack(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 8000 { // 16 MB
-			n.fill(fmt.Sprint(strings.Repeat("k", 500), i), strings.Repeat("v", 1500), 1)
-		}
-		for range maxSnapshots {
-			c := n.dial(t)
-			c.send("Keys\n")
-			synctest.Wait()
-			if used := len(n.server.snapshots.slots); used != 0 {
-				t.Errorf("a Keys that is not read has a snapshot")
-			}
-			c.conn.Close()
-		}
-		ended := make(chan struct{})
-		var readers sync.WaitGroup
-		for range maxSnapshots {
-			c := n.dial(t)
-			readers.Go(func() {
-				c.send("Dump\n")
-				for {
-					select {
-					case <-time.After(time.Second / 10):
-						io.CopyN(io.Discard, c.r, 10*kilo)
-					case <-ended:
-						c.conn.Close()
-						return
-					}
-				}
-			})
-		}
-		pass(time.Second)
-		if used := len(n.server.snapshots.slots); used != maxSnapshots {
-			t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
-		}
-		began := time.Now()
-		a := n.dial(t)
-		a.send("Keys:none\n")
-		a.want(":OK 0")
-		if waited := time.Since(began); waited > time.Minute {
-			t.Errorf("four Dumps at 100 kB a second kept one who waits for %v", waited)
-		}
-		close(ended)
-		readers.Wait()
-		a.hangUp()
-	})
-}
-
-// Ensure that clients which take much of their Dumps at once, and then stop but for drips, do not
-// keep another's Keys waiting for long.
-func TestStopInADump(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxMessage = maxMessage
-		for i := range 8000 { // 12 MB
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1500), 1)
-		}
-		ended := make(chan struct{})
-		var readers sync.WaitGroup
-		for range maxSnapshots {
-			c := n.dial(t)
-			readers.Go(func() {
-				c.send("Dump\n")
-				io.CopyN(io.Discard, c.conn, 4<<20)
-				for !isClosed(ended) {
-					io.CopyN(io.Discard, c.conn, world.StreamSize/2)
-					<-time.After(slowAfter - tickTime)
-				}
-				c.conn.Close()
-			})
-		}
-		pass(slowAfter)
-		began := time.Now()
-		a := n.dial(t)
-		a.send("Keys:none\n")
-		a.want(":OK 0")
-		if waited := time.Since(began); waited > 2*dripTime+3*slowAfter {
-			t.Errorf("it waited for %v", waited)
-		}
-		close(ended)
-		readers.Wait()
-		a.hangUp()
-	})
-}
-
-// Ensure that Close ends a client that waits for a snapshot.
-func TestCloseWhileWaitingForSnapshot(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for range maxSnapshots {
-			n.server.snapshots.slots <- struct{}{}
-		}
-		a := n.dial(t)
-		a.send("Keys\n")
-		synctest.Wait()
-		n.server.Close()
-		a.wantClosed()
-	})
-}
-
-// Ensure that a client that vanishes in the middle of a Dump leaves nothing.
-func TestDumpToNobody(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 5000 {
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
-		}
-		for _, request := range []string{"Dump\n", "Keys\n"} {
-			a := n.dial(t)
-			a.send(request)
-			a.conn.Close()
-			b := n.dial(t)
-			b.send(request)
-			b.read()
-			b.conn.Close()
-		}
-		synctest.Wait()
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients are left", got)
-		}
-	})
-}
-
-// Ensure that a store that cannot list says so.
-func TestStoreThatCannotList(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
-		a := n.dial(t)
-		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
-		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
-		a.ask("Ping", ":PONG")
-		a.hangUp()
-	})
-}
-
-// ---- the client in the binary
-
-// converseWith plays kvserver -c against the server.
-func converseWith(t *testing.T, n *fakeNet, in string,
-	requests ...string) (out, errs string, good bool, err error) {
+// mustOpen opens the store in the directory at path.
+func mustOpen(t *testing.T, path string) *durable.Store {
 	t.Helper()
-	var o, e strings.Builder
-	c := n.dial(t)
-	good, err = talk(&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
-		errs: &e})
-	c.conn.Close()
-	return o.String(), e.String(), good, err
-}
-
-// talk has the conversation from its beginning.
-func talk(t *talker) (good bool, err error) {
-	if err := t.greet(); err != nil {
-		return false, err
-	}
-	return t.converse()
-}
-
-// Ensure that kvserver -c prints data and errors where they belong, counts lines
-// as its user does, and knows whether all was answered.
-func TestClientCommand(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for _, c := range []struct {
-			requests  []string
-			in        string
-			out, errs string
-			good      bool
-		}{
-			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n",
-				errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
-			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
-				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
-			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n",
-				errs: "line 4: not sent, for it comes after a Quit\n"},
-			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n",
-				errs: fmt.Sprintf("line %d: not sent, for it comes after a Quit\n",
-					maxWrite-len("Quit\n")+2)},
-			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\n", good: true},
-			{requests: []string{"Keys"}, out: "k\n", good: true},
-			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
-			{good: true},
-		} {
-			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
-			if out != c.out || errs != c.errs || good != c.good || err != nil {
-				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in,
-					out, errs, good, err, c.out, c.errs, c.good)
-			}
-		}
-		a := n.dial(t)
-		go func() {
-			<-time.After(time.Second)
-			n.server.Close()
-		}()
-		r, _ := io.Pipe() // an input that never ends
-		if _, err := talk(&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
-			out: io.Discard, errs: io.Discard}); err != nil {
-			t.Errorf("with no input: %v", err)
-		}
-		<-time.After(2 * time.Second)
-	})
-}
-
-// Ensure that an answer that never came is an error, wherever the server was
-// lost, and that what is no kvserver is found out.
-func TestClientCommandLosesItsServer(t *testing.T) {
-	for _, c := range []struct {
-		in      string // "": nothing, and no end
-		answers string
-		want    error
-		text    string
-	}{
-		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
-		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
-		{"", ":OK 0\n", errGone, ""},
-		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
-			""}, // a TLS server's unexpected_message
-		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
-			errUnanswered, ""},
-		{"Get:a\n", "", errSilent, ""},
-		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
-			"server is full (3 clients)"},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // the welcome, the rest
-					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
-					io.WriteString(theirs, some)
-				}
-				synctest.Wait()
-				if c.want == errSilent {
-					theirs.Read(make([]byte, 100))
-				}
-				theirs.Close()
-			}()
-			in, end := io.Pipe()
-			if c.in != "" {
-				go func() {
-					io.WriteString(end, c.in)
-					end.Close()
-				}()
-			}
-			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard})
-			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
-			}
-			ours.Close()
-			end.Close()
-			in.Close()
-			pass(2)
-		})
-	}
-}
-
-// Ensure that -c says through which line of its input all was answered, whatever ended it,
-// so that a load can be resumed: blank lines count, and what was answered need not be sent
-// again. With -stop nothing after an error is sent.
-func TestClientCommandResumes(t *testing.T) {
-	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
-	for _, c := range []struct {
-		answers int // that come before the connection ends; -1: all, and it goes on
-		stops   bool
-		want    error
-		through int
-		errs    string
-	}{
-		{0, false, errUnanswered, 0, ""},
-		{1, false, errUnanswered, 1, ""},
-		{3, false, errUnanswered, 3, ""},
-		{4, false, errUnanswered, 4, ""},
-		{7, false, errUnanswered, 7, "line 5: Put needs"},
-		{-1, false, nil, 9, "line 5: Put needs"},
-		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() { // a relay to the server, which loses what comes later
-				a := n.dial(t)
-				go func() {
-					io.Copy(a.conn, theirs)
-					a.conn.CloseWrite()
-				}()
-				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
-					line, err := a.r.ReadString('\n')
-					if err != nil {
-						break
-					}
-					io.WriteString(theirs, line)
-				}
-				if c.answers >= 0 {
-					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
-				}
-				theirs.Close()
-				a.conn.Close()
-			}()
-			var errs bytes.Buffer
-			talker := &talker{conn: ours, in: strings.NewReader(load),
-				out: io.Discard, errs: &errs, stops: c.stops}
-			good, err := talk(talker)
-			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
-				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
-				!strings.HasPrefix(errs.String(), c.errs) {
-				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
-					"%d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
-			}
-			talker.conn.Close()
-			synctest.Wait()
-			if list := n.server.db.Get("k"); c.stops && len(list) != 2 {
-				t.Errorf("with -stop %q were put, want the two before the error", list)
-			}
-		})
-	}
-}
-
-// Ensure that -timeout ends a conversation with a server that has stopped, but neither a
-// pause between requests nor an answer that comes in parts.
-func TestClientCommandTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, typed := io.Pipe()
-		go func() {
-			r := bufio.NewReader(theirs)
-			r.ReadString('\n')
-			io.WriteString(theirs, ":OK 0\n")
-			for range 3 {
-				<-time.After(time.Minute)
-				io.WriteString(typed, "Ping\n")
-				r.ReadString('\n')
-				<-time.After(4 * time.Second)
-				io.WriteString(theirs, ":PONG\n")
-			}
-			io.WriteString(typed, "Ping\n")
-		}()
-		began := time.Now()
-		_, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-			silence: 5 * time.Second})
-		if took := time.Since(began); !errors.Is(err, errQuiet) ||
-			took != 3*64*time.Second+5*time.Second {
-			t.Errorf("%v after %v", err, took)
-		}
-		ours.Close()
-		theirs.Close()
-		in.Close()
-	})
-}
-
-// Ensure that the time limit is for a silence: not for an answer that lasts as long as it flows;
-// and that -ping has one by itself, when a server stalls behind its welcome.
-func TestSilenceOfAServer(t *testing.T) {
-	for _, c := range []struct {
-		config  config
-		answers []string // one every 4 s
-		good    bool
-		took    time.Duration
-	}{
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, 20 * time.Second},
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a"}, false, 13 * time.Second},
-		{config{ping: true}, []string{":OK 0\n"}, false, 9 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, 8 * time.Second},
-		{config{requests: []string{"Keys"}}, nil, false, connectTime},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go io.Copy(io.Discard, theirs)
-			go func() {
-				for _, answer := range c.answers {
-					<-time.After(4 * time.Second)
-					io.WriteString(theirs, answer)
-				}
-				if c.good {
-					theirs.Close()
-				}
-			}()
-			talker := newTalker(c.config, io.Discard)
-			talker.conn, talker.out = ours, io.Discard
-			began := time.Now()
-			good, err := talk(talker)
-			if took := time.Since(began); good != c.good || took != c.took ||
-				!good && !errors.Is(err, errQuiet) {
-				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
-					c.good, c.took)
-			}
-			ours.Close()
-			theirs.Close()
-		})
-	}
-}
-
-// Ensure that a server that answers more than it was asked is found out, with -stop as well,
-// where each answer lets a request go.
-func TestUnaskedAnswers(t *testing.T) {
-	for _, stops := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go io.Copy(io.Discard, theirs)
-			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
-			in, typed := io.Pipe()
-			go io.WriteString(typed, "Put:a:b\n")
-			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-				stops: stops})
-			if good || !errors.Is(err, errUnasked) {
-				t.Errorf("with -stop %v: %v, %v", stops, good, err)
-			}
-			ours.Close()
-			theirs.Close()
-			typed.Close()
-			in.Close()
-		})
-	}
-}
-
-// Ensure that text in UTF-16, as PowerShell writes it, is named as such, and not run.
-func TestUTF16IsNotRun(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for _, in := range []string{"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00",
-			"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n", "P\x00i\x00n\x00g\x00\n\x00",
-			"\xff\xfe", "\xff\xfe\n\x00Put:a:b\n"} {
-			out, errs, good, err := converseWith(t, n, in)
-			if good || !errors.Is(err, errUTF16) || out+errs != "" {
-				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
-			}
-		}
-		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
-			if _, _, _, err := converseWith(t, n, in); err != nil {
-				t.Errorf("%q: %v", in, err)
-			}
-		}
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients are left", got)
-		}
-	})
-}
-
-// Ensure that -out writes the answers into a file, byte for byte, and says where it cannot.
-func TestOut(t *testing.T) {
-	t.Parallel()
-	addr := serveTCP(t)
-	a := dialTCP(t, addr)
-	a.ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
-	a.hangUp()
-	file := filepath.Join(t.TempDir(), "dump")
-	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
-	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 ||
-		string(text) != "Put:k:\xff\xfe\r\r\n" {
-		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
-	}
-	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
-		"/dev/full": "cannot write the answers: write "} {
-		if name == "/dev/full" && runtime.GOOS != "linux" {
-			continue
-		}
-		out, err := binary("-addr", addr, "-c", "-out", name, "Dump").CombinedOutput()
-		if err == nil || !bytes.Contains(out, []byte(want)) {
-			t.Errorf("-out %s: %v, %s", name, err, out)
-		}
-	}
-}
-
-// screen is what a terminal shows, whoever writes.
-type screen struct {
-	mu sync.Mutex
-	bytes.Buffer
-}
-
-func (s *screen) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.Buffer.Write(b)
-}
-
-// take returns what it shows, and wipes it.
-func (s *screen) take() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer s.Reset()
-	return s.String()
-}
-
-// Ensure that who types sees a prompt and that each write was done, and that nothing else is
-// printed in a line about progress.
-func TestClientCommandOnATerminal(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var screen screen
-		in, typed := io.Pipe()
-		go func() {
-			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
-				<-time.After(time.Second)
-				io.WriteString(typed, line)
-			}
-			<-time.After(time.Second)
-			typed.Close()
-		}()
-		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
-		if good, err := talk(&typist); !good || err != nil ||
-			screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
-			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
-		}
-		screen.Reset()
-		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
-			250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
-		talk(&load)
-		for _, line := range strings.Split(screen.String(), "\n") {
-			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
-				!strings.HasPrefix(line[i:], "answered\r") {
-				t.Errorf("the screen shows %q", line)
-			}
-		}
-		if !strings.Contains(screen.String(), "200000 requests answered") ||
-			!strings.HasSuffix(screen.String(), ":PONG\n") {
-			t.Errorf("the screen shows %q", &screen)
-		}
-	})
-}
-
-// Ensure that -c is told at once that a server speaks TLS, which waits for more than a few bytes.
-func TestClientCommandWithoutTLS(t *testing.T) {
-	t.Parallel()
-	dir := certificates(t, "server")
-	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-tls-cert",
-		filepath.Join(dir, "server.pem"), "-tls-key", filepath.Join(dir, "server.key"))
-	go io.Copy(io.Discard, log)
-	out, err := binary("-addr", addr, "-timeout", "3s", "-c", "Get:a").CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("Perhaps it speaks TLS: give the CA")) {
-		t.Errorf("%v, it says %s", err, out)
-	}
-}
-
-// Ensure that -c, when it is interrupted, says how far it has come.
-func TestClientCommandIsInterrupted(t *testing.T) {
-	t.Parallel()
-	cmd := binary("-addr", serveTCP(t), "-c")
-	in, _ := cmd.StdinPipe()
-	out, _ := cmd.StdoutPipe()
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	if err := cmd.Start(); err != nil {
+	dir, err := storage.OpenDisk(path, nil)
+	if err != nil {
 		t.Fatal(err)
 	}
-	io.WriteString(in, "Put:k:v\n\nPing:there\n")
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
-		t.Errorf("it answers %q, %v", line, err)
+	store, err := durable.Open(t.Context(), dir, durable.Options{})
+	if err != nil {
+		t.Fatal(err)
 	}
-	cmd.Process.Signal(os.Interrupt)
-	cmd.Wait()
-	want := "interrupted; answered through line 3 of the input\n"
-	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
-		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
-	}
+	return store
 }
 
-// Ensure that what -c says to do next is what is to be done: with the flags that it was given,
-// and only where something may have been changed.
-func TestClientCommandSaysWhatToDo(t *testing.T) {
-	answered := func(t *talker) *talker { // two lines, and our Ack
-		t.answered.Store(3)
-		return t
+// Ensure that flags can come from the environment, and the command line wins.
+func TestFlagsInTheEnvironment(t *testing.T) {
+	t.Setenv("KVSERVER_ADDR", ":1234")
+	t.Setenv("KVSERVER_MAX_LINE", "77")
+	c, err := parseFlags(nil, io.Discard)
+	if err != nil || c.addr != ":1234" || c.maxLine != 77 {
+		t.Errorf("from the environment: %+v, %v", c, err)
 	}
-	for _, c := range []struct {
-		talker *talker
-		cert   string
-		err    error
-		want   string
-	}{
-		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
-			"go on: kvserver -addr 7000 -c -stop < FILE"},
-		{answered(&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}), "",
-			errStopped, "go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
-		{answered(&talker{flags: []string{"-c"}}), "", errUnanswered,
-			"look, then go on: tail -n +3 FILE | kvserver -c"},
-		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
-		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it first."},
-		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
-		{&talker{isTyped: true}, "", errInterrupted, "All that was sent is answered."},
-		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
-			"Nothing was to be changed: try again."},
-		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered,
-			"look, then send it again."},
-		{&talker{}, "", errOutput, "Make room where the answers go"},
-		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
-		{&talker{}, "mine.pem", tls.AlertError(42),
-			"It does not trust the certificate in mine.pem"},
-	} {
-		var p problem
-		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err,
-			&p) || !strings.Contains(p.todo, c.want) {
-			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
-		}
+	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil ||
+		c.addr != "localhost:5" || c.maxLine != 77 {
+		t.Errorf("with a flag: %+v, %v", c, err)
 	}
-
-	// Who may not connect to a socket is not told to start what runs.
-	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
-	var p problem
-	if err := dialProblem("unix:/run/sock", denied); !errors.As(err, &p) ||
-		!strings.Contains(p.todo, "ls -l /run/sock") {
-		t.Errorf("%+v", p)
+	t.Setenv("KVSERVER_MAX_LINE", "many")
+	t.Setenv("KVSERVER_MAX_LINE", "")
+	t.Setenv("KVSERVER_VERSION", "1.2")
+	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
+		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
-}
-
-// Ensure that a disk that is full, and an input that cannot be read, are errors.
-func TestClientCommandFailsWithItsFiles(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		broken := errors.New("broken")
-		in, end := io.Pipe()
-		go func() {
-			io.WriteString(end, "Get:k\n")
-			end.CloseWithError(broken)
-		}()
-		a := n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, in: in, out: io.Discard,
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the input fails: %v", err)
-		}
-		a.conn.Close()
-		none, out := io.Pipe()
-		none.CloseWithError(broken)
-		a = n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the output fails: %v", err)
-		}
-		a.conn.Close()
-	})
-}
-
-// Ensure that a Dump, sent back line by line, restores every value, whatever
-// bytes it holds.
-func TestDumpRestores(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		want := map[string][]string{}
-		random := rand.New(rand.NewPCG(1, 2))
-		for range 3000 {
-			b := make([]byte, random.IntN(6))
-			for i := range b {
-				b[i] = "\r\x00a:\xff "[random.IntN(6)]
-			}
-			key := strings.ReplaceAll("k"+string(b), ":", ";")
-			want[key] = append(want[key], string(b))
-			n.server.db.Put(key, string(b))
-		}
-		end := time.Now().Add(90 * time.Second).UnixMilli()
-		n.server.db.Expire("k\r", end)
-		dump, _, _, _ := converseWith(t, n, "", "Dump")
-		other := newFakeNet()
-		defer other.server.Close()
-		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good ||
-			err != nil {
-			t.Errorf("restoring prints %q and %q: %v", out, errs, err)
-		}
-		other.server.Close()
-		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want,
-			slices.Equal[[]string]) {
-			t.Errorf("%d keys are restored of %d, or with other values", len(got), len(want))
-		}
-		if at, _ := other.server.db.Deadline("k\r"); at != end || other.server.db.Expiring() != 1 {
-			t.Errorf("a key goes at %d, want %d", at, end)
-		}
-	})
-}
-
-// endless is a store, and a snapshot, whose keys never end.
-type endless struct{ kvstore.Store }
-
-func (e endless) Snapshot() kvstore.Snapshot { return e }
-
-func (endless) View([]string, string) []string { return nil }
-
-func (endless) All() iter.Seq2[string, []string] {
-	return func(yield func(string, []string) bool) {
-		for i := 0; yield(strconv.Itoa(i), nil); i++ {
+	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, where a server is
+	if _, err = parseFlags(nil, io.Discard); err != nil {
+		t.Errorf("a server with a CA for -ping beside it: %v", err)
+	}
+	if c, err = parseFlags([]string{"-ping"}, io.Discard); err != nil || c.ca != "ca.pem" {
+		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
+	}
+	for _, bad := range []string{"many", "1kB2", "1", "2GiB"} {
+		t.Setenv("KVSERVER_MAX_LINE", bad)
+		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() !=
+			`KVSERVER_MAX_LINE="`+bad+`" in the environment is no value for -max-line` {
+			t.Errorf("a bad value: %v", err)
 		}
 	}
 }
 
-// Ensure that Close does not wait for a walk that goes on and on.
-func TestCloseDuringKeys(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = endless{kvstore.NewMemory()}
-		a := n.dial(t)
-		a.send("Keys\n")
-		for len(n.server.snapshots.slots) == 0 { // until it walks
-			runtime.Gosched()
-		}
-		go n.server.Close()
-		if got := a.readAll(); got != "" {
-			t.Errorf("got %.100q", got)
-		}
-	})
-}
-
-// Ensure that Close does not wait for a walk through very many keys.
-func TestCloseDuringDump(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const pairs = 10_000
-		for i := range pairs {
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
-		}
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
-		a.send("Dump\n")
-		synctest.Wait() // until its queue is full
-		closed := make(chan struct{})
-		go func() {
-			n.server.Close()
-			close(closed)
-		}()
-		if lines := strings.Count(a.readAll(), ": Put:"); lines == 0 || lines == pairs {
-			t.Errorf("%d of %d pairs came", lines, pairs)
-		}
-		<-closed
-	})
-}
-
-// ---- the ends of a connection
-
-// Ensure that a client that vanishes leaves nothing behind, in whatever state.
-func TestClientVanishes(t *testing.T) {
-	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n",
-		"Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.fill("big", strings.Repeat("v", 1200), 1000)
-			a, b := n.dial(t), n.dial(t)
-			go b.sendSome(send)
-			synctest.Wait()
-			b.conn.Close()
-			synctest.Wait()
-			if send == "Quit\n" {
-				pass(drainTime)
-			}
-			if got := n.server.CountActive(); got != 1 {
-				t.Errorf("after %.20q and Close: %d clients, want 1", send, got)
-			}
-			a.ask("Ping", ":PONG")
-			a.hangUp()
-		})
-	}
-}
-
-// Ensure that once a Write has failed no further reply is formatted.
-func TestNothingIsFormattedForTheGone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		conn, _ := world.Pipe(world.StreamSize, world.StreamSize)
-		c := newClient(1, conn, New(kvstore.NewMemory()))
-		c.buffer = make(chan []byte, maxBufferSize)
-		conn.Close()
-		c.buffer <- []byte("too late")
-		go c.writeToClient()
-		synctest.Wait()
-		long := &Query{queryType: get, key: "k",
-			values: []string{strings.Repeat("v", 10*maxMessage)}}
-		if allocs := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }); allocs > 0 {
-			t.Errorf("a reply to nobody made %v allocations", allocs)
-		}
-		close(c.buffer)
-	})
-}
-
-// Ensure that after Quit the server ends its side, and waits for the client to
-// end its own, but not for long.
-func TestQuitDrains(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		start := time.Now()
-		a.send("Ping\nQuit\nPut:k:v\n")
-		a.want(":PONG")
-		a.wantClosed()
-		if took := time.Since(start); took != 0 {
-			t.Errorf("our side ended after %v", took)
-		}
-		a.send("Put:k:v\nGet:k\n") // taken in, not run
-		pass(drainTime)
-		if _, err := a.conn.Write([]byte("x")); err == nil {
-			t.Errorf("the connection is open %v after Quit", drainTime)
-		}
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients, want 0", got)
-		}
-	})
-}
-
-// Ensure that what was read is run and answered when the client half-closes on a
-// real connection.
-func TestHalfClose(t *testing.T) {
-	addr := serveTCP(t)
-	a := dialTCP(t, addr)
-	var send, want strings.Builder
-	for i := range 20_000 {
-		fmt.Fprintf(&send, "Put:h:%d\n", i)
-		fmt.Fprintf(&want, "h:%d\n", i)
-	}
-	go a.sendAll(send.String() + "Get:h\n")
-	if got := a.readAll(); got != want.String() {
-		t.Errorf("got %d bytes, want %d", len(got), want.Len())
-	}
-}
-
-// ---- limits
-
-// Ensure that one client too many is told so, that the others do not notice,
-// and that there is room when one leaves.
-func TestMaxClients(t *testing.T) {
+// Ensure that a variable with a slip in its name is noticed, and that those of others
+// are not.
+func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 	var log bytes.Buffer
-	defer func() {
-		if got := strings.Count(log.String(), "turning clients away"); got != 2 {
-			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
-		}
-	}()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxClients, n.server.log = 2, slog.New(slog.NewTextHandler(&log, nil))
-		a, b := n.dial(t), n.dial(t)
-		for range 3 {
-			c := n.dial(t)
-			c.want(":ERROR line 0: server is full (2 clients)")
-			c.wantClosed()
-			c.conn.Close()
-		}
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients, want 2", got)
-		}
-		a.ask("Ping", ":PONG")
-		b.hangUp()
-		synctest.Wait()
-		c := n.dial(t)
-		c.ask("Ping", ":PONG")
-		pass(time.Minute)
-		for range maxTurnedAway { // and none of them goes on
-			n.dial(t)
-		}
-		d := n.dial(t)
-		d.want(":ERROR line 0: server is full (2 clients)")
-		d.wantClosed()
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took > drainTime {
-			t.Errorf("Close took %v", took)
-		}
+	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
+		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
+		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
+		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
+		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
 	})
-}
-
-// Ensure that writes are refused just beyond the limit, in both modes, that all
-// else goes on, and that Delete makes room.
-func TestMaxMemory(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		long := strings.Repeat("v", 10*kilo) // that has memory of its own
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
-		a.ask("Put:short:1", ":OK 1")
-		n.server.budget.reserve = kilo
-		n.server.budget.limit = (int64(a.stat("memory_bytes"))+40*kilo)*4/3 + kilo
-		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
-			n.server.budget.limit)
-		for i := range 3 {
-			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
-			synctest.Wait() // the reply is written, and takes no memory any more
-		}
-		a.send("Put:3:" + long + "\nUpdate:short:1:" + long + "\n")
-		for range 2 {
-			if line := a.read(); !strings.HasSuffix(line, full) {
-				t.Errorf("got %q, want %q", line, full)
-			}
-		}
-		synctest.Wait()
-		for n.server.budget.data() < n.server.budget.forData() {
-			n.server.budget.other.Add(100)
-		}
-		a.send("Put:short:2\n")
-		if line := a.read(); !strings.HasSuffix(line, full) {
-			t.Errorf("where nothing is left: got %q, want %q", line, full)
-		}
-		a.ask("Get:short", "short:1", ":OK 1")
-		synctest.Wait()
-		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
-		a.ask("Set:short:", ":OK 1")
-		a.ask("Set:short:", ":OK 1")
-		a.send("Set:new:\n") // but a key is something
-		if line := a.read(); !strings.HasSuffix(line, full) {
-			t.Errorf("a Set of a new key: got %q, want %q", line, full)
-		}
-		n.server.budget.other.Store(0)
-		a.ask("Delete:1", ":OK 1")
-		synctest.Wait()
-		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) ||
-			a.stat("process_bytes") == 0 {
-			t.Error("Stats does not tell the limit, and what the process takes")
-		}
-		a.hangUp()
-		if got := strings.Count(log.String(), "the memory is full"); got != 1 {
-			t.Errorf("the log says so %d times:\n%s", got, &log)
-		}
-	})
-}
-
-// Ensure that what Deletes free can be used again where the memory is full: of every fourth of many
-// short values the room is filled with longer ones.
-func TestMaxMemoryIsUsedAgain(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		n.server.budget.limit, n.server.budget.reserve = 32<<20, 0
-		put := func(name string, size int) (stored int) {
-			value := strings.Repeat("v", size)
-			for ; ; stored += 100 {
-				var b strings.Builder
-				for i := range 100 {
-					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
-				}
-				a.send(b.String() + "Ping\n")
-				refused := false
-				for line := a.read(); line != ":PONG"; line = a.read() {
-					refused = true
-				}
-				if refused {
-					return stored
-				}
-			}
-		}
-		stored := put("short", 100)
-		var b strings.Builder
-		for i := 0; i < stored; i += 4 {
-			fmt.Fprintf(&b, "Delete:short%d\n", i)
-		}
-		a.send(b.String() + "Ping\n")
-		a.want(":PONG")
-		if again := put("longer", 200); again < stored/4/2*8/10 {
-			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
-		}
-	})
-}
-
-// Ensure that what the last collection found alive, and is no data, counts: a snapshot
-// keeps what has been changed since.
-func TestMemoryUsedCountsWhatIsAlive(t *testing.T) {
-	s := New(kvstore.NewMemory())
-	used := func() int64 {
-		s.noteMemory()
-		return s.budget.data()
-	}
-	before := used()
-	s.budget.other.Store(10 * kilo)
-	if got := used(); got != before+10*kilo {
-		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
-	}
-	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
-	if got := used(); got < before+15*kilo || got > before+20*kilo {
-		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
-	}
-	s.budget.other.Store(0)
-	if got := used(); got < before || got > before+10*kilo {
-		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	if len(lines) != 2 || !strings.Contains(lines[0],
+		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") ||
+		!strings.Contains(lines[1],
+			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
+		t.Errorf("the log says\n%s", &log)
 	}
 }
 
-// Ensure that lines which have begun have a share of the memory that they keep to, whether they
-// are many or long; that all are taken in where each ends in its turn; that what they took is given
-// back; and that one which finds no room in time is refused.
-func TestBegunLinesAreBounded(t *testing.T) {
-	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
-		for _, end := range []bool{true, false} {
-			inBubble(t, func(t *testing.T, n *fakeNet) {
-				n.server.maxLine, n.server.budget.limit = 1<<20, 64<<20
-				share := 64 << 20 / linesShare
-				if kind.clients > 100 {
-					n.server.budget.limit, share = n.server.budget.limit/4, share/4
-				}
-				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
-				var clients []*testClient
-				for range kind.clients {
-					c := n.dial(t)
-					c.conn.(*world.Conn).SetWriteBuffer(kilo) // little is on the way
-					clients = append(clients, c)
-				}
-				synctest.Wait()
-				before := heapBytes()
-				mayEnd := make(chan struct{})
-				for _, c := range clients {
-					go func() {
-						c.conn.Write(line)
-						if <-mayEnd; end {
-							c.sendSome("\nPing\n")
-						}
-					}()
-				}
-				pass(2 * quietAfter)
-				if held, most := heapBytes()-before, share+kind.clients*4*freeLine; held > most {
-					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
-						held, most)
-				}
-				if n.server.budget.inputs.Load() == 0 {
-					t.Error("lines that have begun do not count")
-				}
-				a := n.dial(t)
-				a.ask("Ack", ":OK 0")
-				a.ask("Put:other:v", ":OK 1")
-				a.hangUp()
-
-				close(mayEnd)
-				if end {
-					for _, c := range clients {
-						c.want(":PONG")
-						c.hangUp()
-					}
-				} else {
-					got := map[string]int{}
-					for _, c := range clients {
-						got[c.read()]++
-						c.conn.Close()
-					}
-					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
-					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
-					if refused == 0 || slow == 0 || refused+slow != kind.clients {
-						t.Errorf("lines that do not end are answered %v", got)
-					}
-				}
-				synctest.Wait()
-				if held := n.server.budget.inputs.Load(); held != 0 {
-					t.Errorf("%d bytes are counted when all have gone", held)
-				}
-			})
-		}
-	}
-}
-
-// Ensure that a Remove or Delete of any length is taken in and run, though the memory is full,
-// and though others fill all that there is for lines.
-func TestWhatFreesIsTakenIn(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
-		long := strings.Repeat("l", 900*kilo)
-		n.fill("k", long, 2)
-		n.fill(long, "v", 1)
-		var mute []*testClient
-		for range 40 {
-			c := n.dial(t)
-			go c.sendSome("Put:k:" + strings.Repeat("v", 100*kilo))
-			mute = append(mute, c)
-		}
-		pass(quietAfter)
-		n.server.budget.other.Store(1 << 40)
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
-		a.send("Put:x:y\n")
-		if line := a.read(); !strings.Contains(line, "memory is full") {
-			t.Errorf("the memory is not full: %q", line)
-		}
-		began := time.Now()
-		a.ask("Remove:k:"+long, ":OK 1")
-		a.ask("delete:"+long, ":OK 1")
-		a.ask("Remove:k:"+long, ":OK 1")
-		if took := time.Since(began); took > time.Second {
-			t.Errorf("they took %v", took)
-		}
-		a.hangUp()
-		for _, c := range mute {
-			c.conn.Close()
-		}
-	})
-}
-
-// Ensure that a client has no more memory for its bursts than it has sent bytes in the last
-// second or two, and keeps none for requests.
-func TestTricklePinsNoBurst(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
-		synctest.Wait()
-		if got := n.inputs(); got < burstSize {
-			t.Errorf("a burst is read into %d bytes", got)
-		}
-		for range 8 {
-			a.send("P") // a line that does not end
-			pass(quietAfter / 2)
-		}
-		if got := n.inputs(); got > 2*quietSize {
-			t.Errorf("a client that sends a byte now and then has %d bytes for it", got)
-		}
-		a.conn.Close()
-	})
-}
-
-// Ensure that data which is there at the start counts once, whenever a collection comes.
-func TestLoadedDataCountsOnce(t *testing.T) {
-	s := New(kvstore.NewMemory())
-	for i := range 1000 {
-		s.db.Put(fmt.Sprint(i), strings.Repeat("v", kilo))
-	}
-	loaded := s.db.Footprint()
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	if used := s.budget.store.Load(); used < loaded {
-		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
-	}
-}
-
-// Ensure that a line's time does not begin before it, with one that is skipped.
-func TestSlowLineAfterSkippedOne(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
-		pass(lineTime - 5*time.Second)
-		a.sendSome("\nPing:")
-		pass(lineTime - 5*time.Second)
-		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
-		a.hangUp()
-	})
-}
-
-// Ensure that a line that was begun must end in time, however it trickles in,
-// and that waiting between lines takes as long as it likes.
-func TestSlowLine(t *testing.T) {
-	for what, trickle := range map[string]string{"silence": "", "a byte a second": "x"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
-			a.ask("Ping", ":PONG")
-			<-time.After(time.Hour)
-			a.ask("Ping", ":PONG")
-			for range 3 { // lines that take their time, but end
-				a.send("Pi")
-				pass(lineTime - time.Second)
-				a.send("ng\n")
-				a.want(":PONG")
-			}
-			start := time.Now()
-			a.send("Put:k:")
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				for range 100 {
-					<-time.After(time.Second)
-					a.sendSome(trickle)
-				}
-			}()
-			a.want(":ERROR line 6: the line was begun but not ended within 30s")
-			if took := time.Since(start); took < lineTime || took > lineTime+2*quietAfter {
-				t.Errorf("%s: cut after %v, want %v", what, took, lineTime)
-			}
-			a.wantClosed()
-			a.conn.Close()
-			<-done
-		})
-	}
-}
-
-// Ensure that a line that is too long and does not end is answered once.
-func TestSlowLongLineIsAnsweredOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		go a.sendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
-		a.want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
-		if rest := a.readAll(); rest != "" {
-			t.Errorf("then came %q", rest)
-		}
-		a.conn.Close()
-	})
-}
-
-// Ensure that the time of a line is what is said, to the tick.
-func TestSlowLineEndsInTime(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.send("Put:k:")
-		pass(lineTime - 1)
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("cut before %v", lineTime)
-		}
-		start := time.Now()
-		a.want(":ERROR line 1: the line was begun but not ended within 30s")
-		if took := time.Since(start); took != 1 {
-			t.Errorf("cut %v after %v", took, lineTime-1)
-		}
-		a.conn.Close()
-	})
-}
-
-// Ensure that a line's time does not run while the replies before it wait for
-// their client to read.
-func TestSlowLineBehindReplies(t *testing.T) {
-	for _, trickle := range []string{"", "x"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			value := strings.Repeat("v", 1200)
-			n.fill("big", value, 4000) // more than the queue holds
-			a := n.dial(t)
-			go a.send("Get:big\nPut:late:")
-			for range 2 * lineTime / quietAfter {
-				pass(quietAfter)
-				a.send(trickle)
-			}
-			for range 4000 {
-				a.want("big:" + value)
-			}
-			a.send("\n")
-			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
-			a.hangUp()
-		})
-	}
-}
-
-// Ensure that a client that accepts nothing is cut, not before its time, and that
-// one that accepts a little is not.
-func TestWriteTimeout(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("big", strings.Repeat("v", 1200), 1000)
-		n.server.writeTimeout = time.Minute
-		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		a, b := n.dial(t), n.dial(t)
-		b.ask("Ack", ":OK 0")
-		a.send("Get:big\n")
-		b.send("Get:big\n")
-		pass(time.Minute - 1)
-		io.CopyN(io.Discard, b.r, 4*maxWrite)
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients just before the timeout, want 2", got)
-		}
-		pass(1)
-		io.CopyN(io.Discard, b.r, 10_000)
-		pass(time.Minute) // a may have accepted a part of the Write that did not end
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("%d clients after the timeout, want 1", got)
-		}
-		if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(), want) {
-			t.Errorf("the log does not say %q:\n%s", want, &log)
-		}
-		for range 10 { // less than one Write in a minute
-			io.CopyN(io.Discard, b.r, 40_000)
-			pass(time.Minute - 1)
-		}
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
-		}
-		a.conn.Close()
-		b.conn.Close()
-	})
-}
-
-// ---- TLS
-
-// certificates makes a CA in a directory, and a pair of files for each name.
-func certificates(t *testing.T, names ...string) (dir string) {
-	dir = t.TempDir()
-	write := func(name, kind string, der []byte) {
-		os.WriteFile(filepath.Join(dir, name),
-			pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
-	}
-	var ca *x509.Certificate
-	var caKey *ecdsa.PrivateKey
-	for i, name := range append([]string{"ca"}, names...) {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := &x509.Certificate{
-			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
-			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-			DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		}
-		if strings.HasPrefix(name, "expired") {
-			c.NotAfter = time.Now().Add(-time.Minute)
-		}
-		if ca == nil {
-			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
-			ca, caKey = c, key
-		}
-		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		write(name+".pem", "CERTIFICATE", der)
-		keyDER, _ := x509.MarshalECPrivateKey(key)
-		write(name+".key", "EC PRIVATE KEY", keyDER)
-	}
-	return dir
-}
-
-// Ensure that certificates are read anew when what is in their files changes, though size and
-// time stay, or when the server is told to; that bad ones change nothing, nor what is no file
-// any more; and that the end of one is told in time, once a day.
-func TestCertificatesAreReadAnew(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, others := certificates(t, "server"), certificates(t, "server")
-		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
-			clientCA: filepath.Join(dir, "ca.pem")}
-		var log screen
-		again := make(chan os.Signal)
-		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
-		if err != nil {
-			t.Fatal(err)
-		}
-		shown := func() string {
-			now, _ := served.GetConfigForClient(nil)
-			return string(now.Certificates[0].Leaf.Raw)
-		}
-		at := time.Now()
-		put := func(name string, data []byte) {
-			file := filepath.Join(dir, name)
-			if old, err := os.ReadFile(file); err == nil && len(old) > len(data) {
-				data = append(data, bytes.Repeat([]byte("\n"), len(old)-len(data))...)
-			}
-			os.WriteFile(file, data, 0o600)
-			os.Chtimes(file, at, at)
-		}
-		for _, name := range []string{"server.pem", "server.key"} {
-			data, _ := os.ReadFile(filepath.Join(dir, name))
-			put(name, append(data, "\n\n\n\n"...)) // certificates differ by some bytes
-		}
-		pass(lookAgain + time.Second)
-		first := shown()
-		read := func(name string) []byte {
-			data, _ := os.ReadFile(filepath.Join(others, name))
-			return data
-		}
-		put("server.pem", read("server.pem")) // its key is not there yet
-		pass(2*lookAgain + time.Second)
-		told := log.take()
-		if got := strings.Count(told, "cannot be read anew"); shown() != first || got != 1 {
-			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
-				got, shown() != first, told)
-		}
-		put("server.key", read("server.key"))
-		pass(lookAgain + time.Second)
-		second := shown()
-		if second == first {
-			t.Error("a new pair is not shown")
-		}
-		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
-		put("server.key", old)
-		again <- syscall.SIGHUP
-		synctest.Wait()
-		told = log.take()
-		if shown() != second || strings.Count(told, "cannot be read anew") != 1 {
-			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second,
-				told)
-		}
-		put("server.key", read("server.key"))
-		pass(lookAgain + time.Second)
-
-		// A key that is a pipe now, of which nobody writes the other end, stays as it was.
-		key := filepath.Join(dir, "server.key")
-		os.Remove(key)
-		if err := exec.Command("mkfifo", key).Run(); err != nil {
-			t.Logf("without mkfifo there is no pipe to try: %v", err)
-		}
-		put("server.pem", read("server.pem")[1:]) // a torn one, which is told
-		log.take()
-		pass(lookAgain + time.Second)
-		told = log.take()
-		if got := strings.Count(told, "cannot be read anew"); shown() != second || got != 1 {
-			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
-		}
-		put("server.pem", read("server.pem"))
-		pass(lookAgain + time.Second)
-		log.take()
-		pass(26 * time.Hour) // the certificates are good for an hour
-		told = log.take()
-		if soon, over := strings.Count(told, "ends soon"), strings.Count(told, "has ended"); soon+
-			over < 1 || soon+over > 2 || over == 0 || strings.Count(told, "within 10s") != soon+over {
-			t.Errorf("in a day it is told %d times that the end is near, and %d times that it was",
-				soon, over)
-		}
-		close(again)
-	})
-}
-
-// Ensure that who may not read a key is told so, and not to look for another.
-func TestUnreadableKey(t *testing.T) {
-	var p problem
-	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) || !strings.Contains(p.todo,
-		"Let the user who runs kvserver read it") {
-		t.Errorf("%+v", p)
-	}
-}
-
-// Ensure that SIGHUP, where the log goes to no terminal, ends nothing.
-func TestHangup(t *testing.T) {
-	t.Parallel()
-	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-	a := dialTCP(t, addr)
-	cmd.Process.Signal(syscall.SIGHUP)
-	cmd.Process.Signal(syscall.SIGHUP)
-	a.ask("Ping", ":PONG")
-	cmd.Process.Signal(syscall.SIGTERM)
-	io.ReadAll(log)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after SIGHUP and SIGTERM: %v", err)
-	}
-}
-
-// Ensure that localhost is both its addresses, and that a port that somebody has is refused
-// with one that is free.
-func TestLocalhostIsBoth(t *testing.T) {
-	t.Parallel()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
-	hosts := []string{"127.0.0.1"}
-	if len(s.listeners) == 2 {
-		hosts = append(hosts, "::1")
-	} else if other, err := net.Listen("tcp6", "[::1]:0"); err == nil {
-		other.Close()
-		t.Error("this machine has ::1, and localhost does not mean it")
-	}
-	for _, host := range hosts {
-		a := dialTCP(t, net.JoinHostPort(host, port))
-		a.ask("Ping:"+host, ":PONG "+host)
-	}
-	out, err := binary("-addr", port).CombinedOutput()
-	text := string(out)
-	free := regexp.MustCompile("or choose another port: -addr ([0-9]+)\n").FindStringSubmatch(text)
-	if err == nil || free == nil || !strings.Contains(text,
-		"cannot listen on localhost:"+port+": ") {
-		t.Fatalf("a port in use: %v\n%s", err, text)
-	}
-	if free[1] == "9999" || free[1] == port {
-		t.Errorf("another port is %s", free[1])
-	}
-	if got := anotherPort("localhost", "9998"); got == "9999" {
-		t.Errorf("-http is told to take -addr's port: %s", got)
-	}
-}
-
-// Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
-// not for a client that does not read, nor for one turned away that is silent.
-func TestCloseWithTLS(t *testing.T) {
-	withTLS := serverConfig(t)
-	for _, request := range []string{"Get:big\n", "Get:big\nQuit\n", "Get:small\nQuit\n"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.tls = withTLS
-			n.fill("big", strings.Repeat("v", 1200), 1000)
-			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
-			n.server.maxClients = 1
-			a := n.dial(t)
-			client := overTLS(a.conn)
-			io.WriteString(client, request)
-			synctest.Wait()
-			silent := n.dial(t)
-			synctest.Wait()
-			start := time.Now()
-			n.server.Close()
-			if took := time.Since(start); took > closeTime+drainTime+closeTime {
-				t.Errorf("%q: Close took %v", request, took)
-			}
-			client.Close()
-			silent.conn.Close()
-		})
-	}
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		deaf := &deafConn{closed: make(chan struct{})}
-		n.server.tls = withTLS
-		n.wrap = func(conn net.Conn) net.Conn {
-			deaf.Conn = conn
-			return deaf
-		}
-		a := n.dial(t)
-		client := overTLS(a.conn)
-		io.WriteString(client, "Ping\n")
-		io.ReadFull(client, make([]byte, len(":PONG\n")))
-		deaf.on.Store(true)
-		start := time.Now()
-		go io.WriteString(client, "Quit\n")
-		<-deaf.closed
-		if took := time.Since(start); took != drainTime+closeTime {
-			t.Errorf("the goodbye of TLS took %v, want %v", took, drainTime+closeTime)
-		}
-		client.Close()
-	})
-}
-
-// deafConn takes no more bytes once it is on, and has no deadline.
-type deafConn struct {
-	net.Conn
-	on     atomic.Bool
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (d *deafConn) Write(p []byte) (int, error) {
-	if d.on.Load() {
-		<-d.closed
-	}
-	return d.Conn.Write(p)
-}
-
-func (d *deafConn) Close() error {
-	d.once.Do(func() { close(d.closed) })
-	return d.Conn.Close()
-}
-
-// Ensure that with a client CA only its clients get in, that half-close works
-// as without TLS, and that who does not get on with the handshake is cut.
-func TestTLS(t *testing.T) {
-	t.Parallel()
-	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
-	in := func(name string) string { return filepath.Join(dir, name) }
-	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"),
-		"-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
-	go io.Copy(io.Discard, log)
-	for what, c := range map[string]struct {
-		args   []string
-		stdout string
-	}{
-		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
-			"-tls-key", in("client.key")}, "k:v\n"},
-		"no certificate": {[]string{"-tls-ca", in("ca.pem")}, ""},
-		"another CA's": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert",
-			filepath.Join(other, "client.pem"), "-tls-key",
-			filepath.Join(other, "client.key")}, ""},
-		"an expired one": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"),
-			"-tls-key", in("expired.key")}, ""},
-		"another server": {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert",
-			in("client.pem"), "-tls-key", in("client.key")}, ""},
-		"plain text": {nil, ""},
+// Ensure that sizes are read as people write them.
+func TestFlagSizes(t *testing.T) {
+	for text, want := range map[string]size{
+		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000,
+		"1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
+		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1,
+		"0x10": -1,
 	} {
-		cmd := binary(append(append([]string{"-addr", addr}, c.args...), "-c", "Delete:k",
-			"Put:k:v", "Get:k")...)
-		out, err := cmd.Output()
-		if string(out) != c.stdout || (err == nil) != (c.stdout != "") {
-			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.stdout)
-		}
-	}
-	_, port, _ := net.SplitHostPort(addr)
-	for _, everywhere := range []string{":" + port,
-		"0.0.0.0:" + port} { // as the server's own -addr may say
-		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
-			"-tls-key", in("client.key"), "-ping")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("-ping to %s: %v, %s", everywhere, err, out)
+		s := size(-1)
+		if err := s.Set(text); s != want || (err != nil) != (want < 0) {
+			t.Errorf("%q is %d, %v, want %d", text, s, err, want)
 		}
 	}
 }
 
-// Ensure that a handshake that does not go on ends in time, and that Close does
-// not wait for it.
-func TestHandshakeIsLimited(t *testing.T) {
-	withTLS := serverConfig(t)
-	for _, closing := range []bool{false, true} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.tls = withTLS
-			start, want := time.Now(), handshakeTime
-			a := n.dial(t)
-			synctest.Wait()
-			if closing {
-				want = 0
-				n.server.Close()
-			}
-			a.wantClosed()
-			if took := time.Since(start); took != want {
-				t.Errorf("a silent client was cut after %v, want %v", took, want)
-			}
-			a.conn.Close()
-		})
+// Ensure that the binary prints its manual: the headings, and the parts whose heading has a word.
+func TestManual(t *testing.T) {
+	var all, part bytes.Buffer
+	if err := printManual(&all, ""); err != nil || strings.Contains(all.String(), "#") {
+		t.Errorf("without a word: %v, %s", err, &all)
+	}
+	for _, word := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair"} {
+		part.Reset()
+		err := printManual(&part, word)
+		if heading, _, _ := strings.Cut(part.String(), "\n"); err != nil ||
+			!strings.HasPrefix(heading, "#") || !contains(heading, word) {
+			t.Errorf("help %s: %v, it begins with %q", word, err, heading)
+		}
+		if text := part.String(); !strings.Contains(readme, text) || len(text) < 100 {
+			t.Errorf("help %s prints no part of the README: %s", word, text)
+		}
+	}
+	err := printManual(&part, "ulimit")
+	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo,
+		"Its parts that have it: ") {
+		t.Errorf("a word that no heading has: %+v", err)
 	}
 }
 
-// ---- the life of the server
-
-// Ensure that Close is bounded in time in every state of the clients, and that
-// it ends every goroutine (a bubble does not end while one is left).
-func TestCloseInEveryState(t *testing.T) {
-	states := []struct {
-		name  string
-		begin func(a *testClient)
-		most  time.Duration
-	}{
-		{"idle", func(a *testClient) {}, 0},
-		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
-		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) },
-			busyTime},
-		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) },
-			2 * busyTime},
-		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
-		{"gone", func(a *testClient) { a.conn.Close() }, 0},
-		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
-		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
-		{"not reading, ack", func(a *testClient) {
-			a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
-		}, closeTime + busyTime},
-		{"sending on and on", func(a *testClient) {
-			go func() {
-				for {
-					if _, err := a.conn.Write([]byte("Put:on:on\n")); err != nil {
-						return
-					}
-					<-time.After(busyTime / 2)
-				}
-			}()
-		}, busyTime + drainTime},
-	}
-	for _, s := range states {
-		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
-			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
-				inBubble(t, func(t *testing.T, n *fakeNet) {
-					n.fill("big", strings.Repeat("v", 1200), 1000)
-					b, a := n.dial(t), n.dial(t)
-					s.begin(a)
-					if after > 0 {
-						pass(after)
-					}
-					start := time.Now()
-					n.server.Close()
-					if took := time.Since(start); took > s.most+busyTime {
-						t.Errorf("Close took %v, want at most %v", took, s.most+busyTime)
-					}
-					b.wantClosed()
-					a.conn.Close()
-					pass(busyTime) // for whoever still sends to notice
-				})
-			})
-		}
-	}
-}
-
-// Ensure that requests that were read before Close are run and answered.
-func TestCloseAnswersWhatWasRead(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.send(strings.Repeat("Put:k:v\n", 100) + "Get:k\nPing:last\n")
-		synctest.Wait()
-		go n.server.Close()
-		for range 100 {
-			a.want("k:v")
-		}
-		a.want(":PONG last")
-		a.wantClosed()
-	})
-}
-
-// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken
-// everything, or its second is over. Its answers are not lost to a reset.
-func TestCloseUnderASteadyReader(t *testing.T) {
-	for _, config := range []*tls.Config{nil, serverConfig(t)} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.tls = config
-			var conn net.Conn = n.dial(t).conn
-			if config != nil {
-				conn = overTLS(conn)
-			}
-			readAndSend(t, conn, n.server, 9*kilo, synctest.Wait)
-		})
-	}
-}
-
-// Ensure the same of a real socket.
-func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
-	t.Parallel()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	addr := s.listener.Addr().String()
-	a, watch := dialTCP(t, addr), dialTCP(t, addr)
-	a.conn.(*net.TCPConn).SetReadBuffer(16 * kilo) // the rest waits at the server's side
-	const puts = 10 * kilo
-	readAndSend(t, a.conn, s, puts, func() {
-		for watch.stat("put_requests_total") < puts {
-			runtime.Gosched()
-		}
-		watch.hangUp()
-	})
-}
-
-// readAndSend has a client read its answers to so many Puts bit by bit, with a Put between any
-// two, while the server closes. taken waits until the server has read all that was sent before.
-func readAndSend(t *testing.T, conn net.Conn, s *keyValueServer, puts int, taken func()) {
-	const answer = ":OK 1\n"
-	if _, err := io.WriteString(conn, "Ack\n"+strings.Repeat("Put:k:v\n", puts)); err != nil {
-		t.Fatal(err)
-	}
-	taken()
-	var got []byte
-	closed := make(chan struct{})
-	go func() {
-		s.Close()
-		close(closed)
-	}()
-	ticks := time.NewTicker(50 * time.Millisecond)
-	defer ticks.Stop()
-	piece := make([]byte, 15*kilo)
-	for {
-		<-ticks.C
-		n, err := io.ReadFull(conn, piece)
-		got = append(got, piece[:n]...)
-		if err == io.EOF || err == io.ErrUnexpectedEOF {
-			break
-		} else if err != nil {
-			t.Errorf("after %d bytes: %v", len(got), err)
-			break
-		}
-		io.WriteString(conn, "Put:k:w\n")
-	}
-	if want := ":OK 0\n" + strings.Repeat(answer, puts); string(got) != want {
-		t.Errorf("%T: %d bytes of %d came", conn, len(got), len(want))
-	}
-	conn.Close()
-	<-closed
-}
-
-// Ensure that Close ends a reader that is just setting a deadline of its own.
-func TestCloseMeetsADeadline(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var once sync.Once
-		n.beforeDeadline = func() {
-			once.Do(func() {
-				go n.server.Close()
-				synctest.Wait() // until workLoop has set its own
-			})
-		}
-		a := n.dial(t)
-		start := time.Now()
-		a.send(strings.Repeat("Put:k:v\n", 1000))
-		a.wantClosed()
-		if took := time.Since(start); took > 2*busyTime {
-			t.Errorf("Close took %v", took)
-		}
-	})
-}
-
-// Ensure that every call can come twice, early, late and at once.
-func TestCallsInAnyOrder(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		s := New(kvstore.NewMemory())
-		if s.CountActive() != 0 || s.CountDropped() != 0 {
-			t.Error("before Start the counts are not 0")
-		}
-		s.Close()
-		s.Close()
-		if err := s.Start(0); !errors.Is(err, errClosed) {
-			t.Errorf("Start after Close: %v, want %v", err, errClosed)
-		}
-		if s.CountActive() != 0 || s.CountDropped() != 0 {
-			t.Error("after Close the counts are not 0")
-		}
-
-		a := n.dial(t)
-		if err := n.server.serve(newFakeNet()); !errors.Is(err, errStarted) {
-			t.Errorf("second start: %v, want %v", err, errStarted)
-		}
-		a.send("Get:k\n")
-		var wg sync.WaitGroup
-		for range 10 {
-			wg.Go(n.server.Close)
-			wg.Go(func() { n.server.CountActive() })
-			wg.Go(func() { n.server.CountDropped() })
-		}
-		wg.Wait()
-		if n.server.CountActive() != 0 {
-			t.Error("after Close CountActive is not 0")
-		}
-		if err := n.server.serve(newFakeNet()); !errors.Is(err, errClosed) {
-			t.Errorf("start after Close: %v, want %v", err, errClosed)
-		}
-	})
-}
-
-// Ensure that a server without a store says so at its start, and that Close ends it.
-func TestNoStore(t *testing.T) {
-	s := New(nil)
-	if err := s.Start(0); !errors.Is(err, errNoStore) {
-		t.Errorf("Start without a store: %v, want %v", err, errNoStore)
-	}
-	if s.CountActive() != 0 || s.CountDropped() != 0 {
-		t.Error("without a store the counts are not 0")
-	}
-	s.Close()
-}
-
-// Ensure that Start serves its port, and says so when it cannot.
-func TestStart(t *testing.T) {
-	first := New(kvstore.NewMemory())
-	if err := first.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer first.Close()
-	port := first.listener.Addr().(*net.TCPAddr).Port
-	a := dialTCP(t, first.listener.Addr().String())
-	a.ask("Ping", ":PONG")
-	a.hangUp()
-	second := New(kvstore.NewMemory())
-	if err := second.Start(port); !errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("a taken port: %v, want %v", err, syscall.EADDRINUSE)
-	}
-	if err := second.Start(0); err != nil {
-		t.Errorf("a free port after a taken one: %v", err)
-	}
-	second.Close()
-	if err := first.Start(0); !errors.Is(err, errStarted) {
-		t.Errorf("second Start: %v, want %v", err, errStarted)
-	}
-}
-
-// Ensure that failing Accepts are tried again, less and less often, with one
-// line in the log for each change.
-func TestAcceptBacksOff(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var log bytes.Buffer
-		n.Failures = 12
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		start := time.Now()
-		if err := n.server.serve(n); err != nil {
-			t.Fatal(err)
-		}
-		a := n.dial(t)
-		a.ask("Ping", ":PONG")
-		// 5, 10, 20 ... 640 ms, then 1 s four times
-		if took, want := time.Since(start), 1275*time.Millisecond+4*time.Second; took != want {
-			t.Errorf("served after %v, want %v", took, want)
-		}
-		a.hangUp()
-		n.server.Close()
-		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
-			if got := strings.Count(log.String(), line); got != 1 {
-				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log.String())
-			}
-		}
-	})
-	inBubble(t, func(t *testing.T, n *fakeNet) { // and Close does not wait for it
-		n.Failures = 1 << 30
-		n.server.serve(n)
-		pass(time.Minute)
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took != 0 {
-			t.Errorf("Close took %v", took)
-		}
-	})
-}
-
-// Ensure that clients of several listeners are one server's, that one listener which fails
-// keeps nobody from another, and that Close ends all.
-func TestSeveralListeners(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		other, failing := newFakeNet(), newFakeNet()
-		other.server, failing.Failures = n.server, 1<<30
-		if err := n.server.serve(n, other, failing); err != nil {
-			t.Fatal(err)
-		}
-		a, b := n.dial(t), other.dial(t)
-		a.ask("Put:k:v\nPing", ":PONG")
-		b.ask("Get:k", "k:v")
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients, want 2", got)
-		}
-		n.server.Close()
-		a.wantClosed()
-		b.wantClosed()
-		for _, l := range []*fakeNet{n, other, failing} {
-			if !isClosed(l.Closed()) {
-				t.Error("Close left a listener open")
-			}
-		}
-		a.conn.Close()
-		b.conn.Close()
-	})
-}
-
-// Ensure that a goodbye has its reason in the log, that dropped replies are
-// worth a warning, and that comings and goings alone are not.
-func TestLogSaysWhyAClientLeft(t *testing.T) {
-	var log bytes.Buffer
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		n.fill("big", strings.Repeat("v", 1200), 2000)
-		n.dial(t).hangUp()
-		n.dial(t).conn.Close()
-		a := n.dial(t)
-		a.send("Get:big\nGet:big\n")
-		pass(2 * slowAfter)
-		a.conn.Close()
-		synctest.Wait()
-		b := n.dial(t)
-		if got := b.stat("replies_dropped_total"); got != 1 {
-			t.Errorf("Stats counts %d dropped replies, want 1", got)
-		}
-		b.hangUp()
-	})
-	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
-	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
-	if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
-		t.Errorf("the log is\n%s\nwant first %s", text, want)
-	}
-}
-
-// ---- the store behind the server
-
-// plainStore is a KVStore that can do nothing else, and whose Commit fails when told to.
-type plainStore struct {
-	kvstore.KVStore
-	commits int
-	fail    error
-	last    []string // that Get returned
-}
-
-func (p *plainStore) Get(key string) []string {
-	p.last = p.KVStore.Get(key)
-	return p.last
-}
-
-func (p *plainStore) Commit() error {
-	p.commits++
-	return p.fail
-}
-
-// listedStore is a Store made of a KVStore, which can list what that holds.
-type listedStore struct {
-	kvstore.Store
-	held *kvstore.Memory
-}
-
-func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
-
-// Ensure that the server needs nothing of a store but the KVStore interface, and a Snapshot for
-// Keys and Dump.
-func TestAnyStoreWillDo(t *testing.T) {
-	for _, c := range conversations {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			held := kvstore.NewMemory()
-			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
-			a := n.dial(t)
-			go a.sendAll(c.send)
-			got := a.readAll()
-			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
-			if got != c.want && !(keeps && strings.Contains(c.send, "Expire:")) {
-				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
-			}
-			b := n.dial(t)
-			b.send("Stats\n")
-			for line := b.read(); !strings.HasPrefix(line, ":OK "); line = b.read() {
-				if strings.HasPrefix(line, ": keys ") {
-					t.Errorf("Stats says %q of a store that cannot know", line)
-				}
-			}
-			b.hangUp()
-		})
-	}
-}
-
-// Ensure that a client that waits for its next request pins nothing of the last.
-func TestQuietClientPinsNothing(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &plainStore{KVStore: kvstore.NewMemory()}
-		store.Put("k", "v")
-		n.server.db = kvstore.StoreOf(store)
-		a := n.dial(t)
-		a.ask("Get:k", "k:v")
-		synctest.Wait()
-		list := weak.Make(&store.last[0])
-		store.last = nil
-		runtime.GC()
-		if list.Value() != nil {
-			t.Error("the list of the last Get is still in memory")
-		}
-		a.hangUp()
-	})
-}
-
-// Ensure that clients which were busy, and are quiet, give back what they needed.
-func TestQuietClientsAreSmall(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		speak := func(a *testClient, request string, times int) {
-			go a.send(strings.Repeat(request+"\n", times))
-			for range times {
-				a.want("k:v")
-			}
-		}
-		var clients []*testClient
-		for range 10 {
-			a := n.dial(t)
-			speak(a, "Get:k", 1)
-			clients = append(clients, a)
-		}
-		before := heapOfQuiet()
-		for _, burst := range []int{80, maxChain,
-			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
-			for _, a := range clients {
-				speak(a, "Get:k", burst)
-			}
-			if more := (heapOfQuiet() - before) / len(clients); more > 2<<10 {
-				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
-					burst, more)
-			}
-		}
-		for _, a := range clients {
-			a.hangUp()
-		}
-	})
-}
-
-// Ensure that a client whose Take waits holds little more than a quiet one, whatever it has sent
-// with it.
-func TestWaitingTakesAreSmall(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const takers = 100
-		var clients []*testClient
-		for range takers {
-			a := n.dial(t)
-			a.ask("Ping", ":PONG")
-			clients = append(clients, a)
-		}
-		burst := strings.Repeat("Delete:k\n", burstSize/16)
-		before := heapOfQuiet()
-		for i, a := range clients {
-			go func() {
-				a.send(burst)
-				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
-			}()
-		}
-		if more := (heapOfQuiet() - before) / takers; more > 1<<10 {
-			t.Errorf("a Take that waits holds %d bytes", more)
-		}
-		for i, a := range clients {
-			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
-			a.conn.Close()
-		}
-	})
-}
-
-// Ensure that a line that was begun, and does not go on, takes no more memory the
-// longer it is waited for.
-func TestUnfinishedLineStaysSmall(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.start(t)
-		before := heapBytes()
-		var clients []*testClient
-		for range 10 {
-			a := n.dial(t)
-			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
-			clients = append(clients, a)
-		}
-		pass(lineTime / 2)
-		if each := (heapBytes() - before) / len(clients); each > burstSize/4 {
-			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
-		}
-		for _, a := range clients {
-			a.send("\n")
-			a.hangUp()
-		}
-	})
-}
-
-// Ensure that a client that goes on pins one burst, not every one before it.
-func TestBusyClientPinsOneBurst(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask("Ping", ":PONG")
-		before := heapBytes()
-		for lines := maxChain; lines > 0; lines -= 8 {
-			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a",
-				lines-1) + "\n")
-			a.ask("Ping", ":PONG")
-		}
-		if more := heapBytes() - before; more > 10*testMaxLine {
-			t.Errorf("a busy client holds %d bytes", more)
-		}
-		a.hangUp()
-	})
-}
-
-// Ensure that no reply leaves when Commit fails: not of a write, not of a read;
-// everybody is disconnected, and the owner is told.
-func TestNoReplyWithoutCommit(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &plainStore{KVStore: kvstore.NewMemory()}
-		n.server.db = kvstore.StoreOf(store)
-		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log,
-			&slog.HandlerOptions{Level: slog.LevelDebug}))
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
-		a.ask("Put:k:v", ":OK 1")
-		b.ask("Get:k", "k:v")
-		synctest.Wait()
-		store.fail = errors.New("disk on fire")
-		a.send("Put:k:w\n")
-		synctest.Wait()
-		for _, x := range []*testClient{a, b, c} {
-			x.wantClosed()
-		}
-		if err := <-n.server.Failed(); err != store.fail {
-			t.Errorf("Failed says %v, want %v", err, store.fail)
-		}
-		commits := store.commits
-		n.dial(t).wantClosed()
-		n.server.Close()
-		if store.commits != commits {
-			t.Error("after a failed Commit there was another")
-		}
-		if n := strings.Count(log.String(), `reason="the store failed"`); n != 1 {
-			t.Errorf("the log says of %d clients that they left because the store failed, want "+
-				"1:\n%s", n, &log)
-		}
-	})
-}
-
-// gatedStore is a Memory whose Commit waits for what it is to return.
-type gatedStore struct {
-	*kvstore.Memory
-	gate chan error
-}
-
-func (g gatedStore) Commit() error { return <-g.gate }
-
-// Ensure that a Get that sees another client's Put is not answered before that
-// is committed.
-func TestGetWaitsForCommit(t *testing.T) {
-	for _, failure := range []error{nil, errors.New("disk on fire")} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
-			n.server.db = kvstore.StoreOf(store)
-			a, b, c := n.dial(t), n.dial(t), n.dial(t)
-			for _, x := range []*testClient{a, b, c} {
-				store.gate <- nil
-				x.ask("Ping", ":PONG")
-			}
-			c.send("Ping\n") // workLoop waits, and the next two are committed together
-			synctest.Wait()
-			a.send("Put:k:v\n")
-			synctest.Wait()
-			b.send("Get:k\n")
-			synctest.Wait()
-			store.gate <- nil
-			c.want(":PONG")
-			synctest.Wait()
-			got := make(chan string)
-			go func() {
-				line, _ := b.r.ReadString('\n')
-				got <- line
-			}()
-			synctest.Wait()
-			select {
-			case line := <-got:
-				t.Errorf("before Commit returned b got %q", line)
-				return
-			default:
-			}
-			store.gate <- failure
-			if line := <-got; (line == "k:v\n") != (failure == nil) {
-				t.Errorf("after Commit returned %v b got %q", failure, line)
-			}
-			for range cap(store.gate) {
-				store.gate <- nil
-			}
-		})
-	}
-}
-
-// ---- the binary
-
-// Ensure that a profile does not take in what somebody sends along, and is only for GET.
-func TestProfilesTakeNothing(t *testing.T) {
-	handler := New(kvstore.NewMemory()).watchHandler("localhost")
-	for method, want := range map[string]int{"GET": http.StatusOK, "POST": http.StatusMethodNotAllowed} {
-		sent := &io.LimitedReader{R: strings.NewReader(strings.Repeat("a=b&", 1000)), N: 4000}
-		r := httptest.NewRequest(method, "http://localhost/debug/pprof/cmdline?debug=1", sent)
-		r.Header.Set("Content-Type", "multipart/form-data; boundary=x")
-		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, r)
-		if method == "GET" && w.Code == http.StatusNotFound { // this profile is not served
-			w.Code = http.StatusOK
-		}
-		if w.Code != want || sent.N < 4000 {
-			t.Errorf("%s: %d, want %d; %d bytes were taken in", method, w.Code, want, 4000-sent.N)
-		}
-	}
-}
+// ---- main.go: the README
 
 // Ensure that the tests which the first page names are there.
 func TestPromisesHaveTests(t *testing.T) {
@@ -5279,382 +949,259 @@ func metricsAtStart(t *testing.T) map[string]string {
 	return series
 }
 
-// Ensure that the help text fits a screen, and that the README's table has each flag as the
-// flag's own words say it.
-func TestFlagsAreDocumented(t *testing.T) {
-	flags := new(config).flags()
-	lines := strings.Split(strings.TrimSuffix(helpText(flags), "\n"), "\n")
-	if len(lines) > 24 {
-		t.Errorf("the help text has %d lines, want at most 24", len(lines))
-	}
-	for _, line := range lines {
-		if len(line) > 80 {
-			t.Errorf("%d columns: %s", len(line), line)
+// Ensure that a lock which frees itself is never held by two, whatever its holders do: give it
+// back, renew it, or die, and that it is free again when its time is over.
+func TestReadmeLock(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, lease = 10, 5 * time.Second
+		var until atomic.Int64 // the holder has it, in Unix milliseconds; 0: nobody has
+		var held, died atomic.Int64
+		var all sync.WaitGroup
+		for id := range clients {
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(id), 3))
+				for turn := range 30 {
+					c, me := n.dial(t), fmt.Sprintf("%d-%d", id, turn)
+					c.ask("Ack", ":OK 0")
+					for c.send("Lease:lock:5:" + me + "\n"); c.read() == ":OK 0"; {
+						world.Wait(world.Between(random, time.Millisecond, time.Second))
+						c.send("Lease:lock:5:" + me + "\n")
+					}
+					now := time.Now()
+					if free := until.Swap(now.Add(lease).UnixMilli()); now.UnixMilli() < free {
+						t.Errorf("%s has the lock %d ms too early", me, free-now.UnixMilli())
+					}
+					held.Add(1)
+					for range random.IntN(4) {
+						world.Wait(world.Between(random, 0, lease-time.Millisecond))
+						c.ask("Swap:lock:"+me+":"+me+"\nExpire:lock:5", ":OK 1", ":OK 1")
+						until.Store(time.Now().Add(lease).UnixMilli())
+					}
+					if world.Chance(random, 4) { // it dies
+						died.Add(1)
+						c.conn.(*world.Conn).BreakOff()
+						continue
+					}
+					world.Wait(world.Between(random, 0, lease-time.Millisecond))
+					until.Store(0)
+					c.ask("Remove:lock:"+me, ":OK 1")
+					c.hangUp()
+				}
+			})
 		}
-	}
-	_, table, _ := strings.Cut(readme,
-		"\n| flag | environment | is |\n|---|---|---|\n")
-	table, _, _ = strings.Cut(table, "\n\n")
-	rows := strings.Split(table, "\n")
-	flags.VisitAll(func(f *flag.Flag) {
-		_, said, _ := strings.Cut(strings.TrimSuffix(f.Usage, ")"), "(")
-		if f.Value.Set(said) == nil && f.Value.String() != f.DefValue || said == "" &&
-			!slices.Contains([]string{"", "0", "0s", "false"}, f.DefValue) {
-			t.Errorf("-%s has the default %s, and is said to have %q", f.Name, f.DefValue, said)
+		all.Wait()
+		if held.Load() != 30*clients || died.Load() == 0 {
+			t.Errorf("the lock was held %d times, and %d holders died", held.Load(), died.Load())
 		}
-		want := row(f)
-		at := slices.IndexFunc(rows, func(row string) bool {
-			rest, ok := strings.CutPrefix(row, want)
-			return ok && (strings.HasPrefix(rest, " |") || strings.HasPrefix(rest, ". "))
-		})
-		if at < 0 {
-			t.Errorf("the README's table of flags has no row that begins\n%s", want)
-			return
-		}
-		rows = slices.Delete(rows, at, at+1)
 	})
-	if len(rows) > 0 {
-		t.Errorf("the README's table of flags has a row for no flag:\n%s", rows[0])
-	}
 }
 
-// row is how a flag's row in the README begins.
-func row(f *flag.Flag) string {
-	code := func(text string) string {
-		if text == "" {
-			return ""
+// Ensure that a counter that many clients change by Swap loses no count, over real connections.
+func TestReadmeCounter(t *testing.T) {
+	addr := serveTCP(t)
+	const clients, counts = 8, 50
+	var all sync.WaitGroup
+	for range clients {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			c.send("Add:counter:0\n")
+			c.read()
+			for done := 0; done < counts; {
+				c.send("Get:counter\n")
+				before := strings.TrimPrefix(c.readList()[0], "counter:")
+				n, _ := strconv.Atoi(before)
+				c.send(fmt.Sprintf("Swap:counter:%s:%d\n", before, n+1))
+				if c.read() == ":OK 1" {
+					done++
+				}
+			}
+		})
+	}
+	all.Wait()
+	dialTCP(t, addr).ask("Get:counter", fmt.Sprint("counter:", clients*counts))
+}
+
+// Ensure that a queue whose workers look, work and then remove loses no job, though workers die in
+// the middle, and that each job is removed by one.
+func TestReadmeQueue(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const workers, jobs = 6, 100
+		for i := range jobs {
+			n.server.db.Put("jobs", fmt.Sprint("job ", i))
 		}
-		return "`" + text + "`"
-	}
-	unit, does := flag.UnquoteUsage(f)
-	return fmt.Sprintf("| %s | %s | %s", code(strings.TrimSpace("-"+f.Name+" "+unit)),
-		code(variable(f)), does)
+		var worked, removed [jobs]atomic.Int64
+		var all sync.WaitGroup
+		for id := range workers {
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(id), 4))
+				for {
+					c := n.dial(t)
+					c.ask("Ack", ":OK 0")
+					c.send("Get:jobs\n")
+					list := c.readList()
+					if len(list) == 0 {
+						c.hangUp()
+						return
+					}
+					job := strings.TrimPrefix(world.Pick(random, list[:min(4, len(list))]...), "jobs:")
+					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
+					world.Wait(world.Between(random, 0, time.Second))
+					if world.Chance(random, 4) { // it dies
+						c.conn.(*world.Conn).BreakOff()
+						continue
+					}
+					worked[i].Add(1)
+					c.send("Remove:jobs:" + job + "\n")
+					if c.read() == ":OK 1" {
+						removed[i].Add(1)
+					}
+					c.hangUp()
+				}
+			})
+		}
+		all.Wait()
+		for i := range jobs {
+			if worked[i].Load() == 0 || removed[i].Load() != 1 {
+				t.Errorf("job %d was done %d times, and removed by %d", i, worked[i].Load(),
+					removed[i].Load())
+			}
+		}
+	})
 }
 
-// mustOpen opens the store in the directory at path.
-func mustOpen(t *testing.T, path string) *durable.Store {
-	t.Helper()
-	dir, err := storage.OpenDisk(path, nil)
-	if err != nil {
-		t.Fatal(err)
+// ---- main.go: the log
+
+// Ensure that nobody waits for whoever reads the log: lines wait in a queue, then
+// are counted, and what was lost is told.
+func TestLogNeverBlocks(t *testing.T) {
+	for _, json := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			r, w := io.Pipe()
+			log := newLog(w, json, false)
+			for i := range logLines + 100 { // one is being written
+				log.Info("a line", "number", i)
+			}
+			start := time.Now()
+			log.flush()
+			if took := time.Since(start); took != flushTime {
+				t.Errorf("flush waited %v for somebody who does not read, want %v", took, flushTime)
+			}
+			var text strings.Builder
+			done := make(chan struct{})
+			go func() {
+				io.Copy(&text, r)
+				close(done)
+			}()
+			synctest.Wait()
+			log.Info("the last line")
+			log.flush()
+			close(log.lines)
+			w.Close()
+			<-done
+			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
+			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(
+				text.String(), -1)
+			if len(lines) < logLines || len(lines) > logLines+4 || len(lost) != 1 ||
+				!strings.Contains(lines[len(lines)-1], "the last line") {
+				t.Errorf("%d lines, of which %q tell of lost ones; the last is %s", len(lines),
+					lost, lines[len(lines)-1])
+			}
+		})
 	}
-	store, err := durable.Open(t.Context(), dir, durable.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return store
 }
 
-// Ensure that misuse and failure say what and what to do, in two lines, with
-// the right exit code.
-func TestMistakes(t *testing.T) {
+// Ensure that the server goes on when the reader of its log pauses, and when it has
+// gone, and that it still stops when told to.
+func TestLogMayEnd(t *testing.T) {
 	t.Parallel()
-	taken, err := net.Listen("tcp", "localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	port := taken.Addr().(*net.TCPAddr).Port
-	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
-	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
-	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
-	store := mustOpen(t, inUse)
-	defer store.Close()
-	certs := certificates(t, "server", "other")
-	pem := func(name string) string { return filepath.Join(certs, name) }
-	for _, m := range []struct {
-		args       []string
-		code       int
-		what, todo string // how they begin
-	}{
-		{[]string{"-foo"}, exitMisuse, "kvserver: unknown flag -foo",
-			"kvserver help flags lists the flags."},
-		{[]string{"-port", "1"}, exitMisuse, "kvserver: unknown flag -port",
-			"Did you mean -addr ? kvserver help flags"},
-		{[]string{"-dta", "x"}, exitMisuse, "kvserver: unknown flag -dta", "Did you mean -data ?"},
-		{[]string{"-log", "xml"}, exitMisuse, `kvserver: invalid value "xml" for flag -log`,
-			"-log takes FORMAT of the log: text or json"},
-		{[]string{"-http", "x"}, exitMisuse, `kvserver: invalid value "x" for flag -http`,
-			"-http takes PORT, :PORT"},
-		{[]string{"-addr", "localhost:0", "-http", strconv.Itoa(port)}, exitFailure,
-			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
-			"Stop what listens there, or choose another port: -http "},
-		{[]string{"-addr", "9998", "-http", "9998"}, exitMisuse,
-			"kvserver: -addr and -http are both localhost:9998", "Give each a port of its own."},
-		{[]string{"-addr", "1", "-ping"}, exitFailure, "kvserver: cannot connect to localhost:1: ",
-			"Start a server: kvserver -addr localhost:1"},
-		{[]string{"-addr", "1", "-c", "Get:a"}, exitFailure,
-			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
-		{[]string{"foo"}, exitMisuse, `kvserver: unexpected argument "foo"`, "To send a request: " +
-			"kvserver -c foo"},
-		{[]string{"chekc", "data"}, exitMisuse, `kvserver: unexpected argument "chekc"`,
-			"Did you mean kvserver check ? kvserver help flags"},
-		{[]string{"version"}, exitMisuse, `kvserver: unexpected argument "version"`,
-			"Did you mean kvserver -version ?"},
-		{[]string{"-c", ""}, exitMisuse, `kvserver: "" is no request`, "Give one, as in"},
-		{[]string{"-max-line", "many"}, exitMisuse,
-			`kvserver: invalid value "many" for flag -max-line`,
-			"-max-line takes SIZE of the longest request line, from 64 to 1GiB (1MiB)."},
-		{[]string{"-max-line", "0"}, exitMisuse, `kvserver: invalid value "0" for flag -max-line`,
-			"-max-line takes SIZE of the longest request line, from 64 to 1GiB"},
-		{[]string{"-max-line", "1"}, exitMisuse, `kvserver: invalid value "1" for flag -max-line`,
-			"-max-line takes SIZE of the longest request line, from 64 to 1GiB"},
-		{[]string{"-max-memory", "-5"}, exitMisuse,
-			`kvserver: invalid value "-5" for flag -max-memory`,
-			"-max-memory takes SIZE of the process, as 500MB, from 64MB on; 0: no limit."},
-		{[]string{"-max-queues", "5PB"}, exitMisuse,
-			`kvserver: invalid value "5PB" for flag -max-queues`,
-			"-max-queues takes SIZE of all replies that wait; 0: no limit (1GiB)."},
-		{[]string{"-fsync", "1s"}, exitMisuse,
-			"kvserver: -fsync is for data on disk, and there is none",
-			"Give a directory, as in -data data -fsync 1s."},
-		{[]string{"-write-timeout", "5"}, exitMisuse,
-			`kvserver: invalid value "5" for flag -write-timeout`,
-			"-write-timeout takes TIME after which a client"},
-		{[]string{"-data", ""}, exitMisuse, "kvserver: -data is empty", "Give a directory,"},
-		{[]string{"-tls-ca", "ca.pem"}, exitMisuse, "kvserver: -tls-ca is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca ca.pem"},
-		{[]string{"-tls-cert", "c.pem", "-tls-key", "c.key", "-ping"}, exitMisuse,
-			"kvserver: -tls-cert with -c or -ping needs -tls-ca", "Say whose"},
-		{[]string{"-c", "Get:a", "-addr", "1"}, exitMisuse, `kvserver: "-addr" is no request`,
-			"Flags go before the requests"},
-		{[]string{"-c", "Put:a:b\nDelete:c"}, exitMisuse,
-			`kvserver: "Put:a:b\nDelete:c" is more than one request`,
-			"Give each as an argument of its own"},
-		{[]string{"check"}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
-		{[]string{"check", ""}, exitMisuse, "kvserver: check needs one data directory", "Give the one"},
-		{[]string{"backup", "a"}, exitMisuse,
-			"kvserver: backup needs a data directory and a new one", "Give the one"},
-		{[]string{"backup", foreign, filepath.Join(foreign, "copy")}, exitFailure,
-			"kvserver: not a data directory: ", "Nothing was copied."},
-		{[]string{"repair", "a"}, exitMisuse, "kvserver: repair needs a data directory, which it only reads,",
-			"Give the one"},
-		{[]string{"-data", "data", "-fsync", "sometimes"}, exitMisuse,
-			`kvserver: invalid value "sometimes" for flag -fsync`,
-			"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
-		{[]string{"-data", "/no/such/dir"}, exitFailure,
-			"kvserver: the data directory does not exist: /no/such/dir",
-			"Create it: mkdir -m 700 /no/such/dir"},
-		{[]string{"-data", os.Args[0]}, exitFailure,
-			"kvserver: not a data directory: " + os.Args[0] + " is a file",
-			"Nothing was changed. Give an empty directory"},
-		{[]string{"-data", foreign}, exitFailure,
-			"kvserver: not a data directory: " + filepath.Join(foreign, "photo.jpg"),
-			"Nothing was changed. Give an empty directory"},
-		{[]string{"-data", damaged}, exitFailure,
-			"kvserver: " + filepath.Join(damaged, "STORE") + " is damaged",
-			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
-				damaged},
-		{[]string{"-max-memory", "1KiB"}, exitMisuse,
-			`kvserver: invalid value "1024" for flag -max-memory`,
-			"-max-memory takes SIZE of the process, as 500MB, from 64MB on"},
-		{[]string{"-timeout", "1", "-ping"}, exitMisuse,
-			"kvserver: invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s"},
-		{[]string{"-data", "http://localhost:2379/kv"}, exitMisuse,
-			`kvserver: invalid value "http://localhost:2379/kv" for flag -data`,
-			"-data takes DIR for the data, or etcd://HOST:PORT,.../PREFIX."},
-		{[]string{"-data", "d", "check"}, exitMisuse,
-			`kvserver: unexpected argument "check"`,
-			"check goes first, without flags: kvserver check ..."},
-		{[]string{"-addr", "1,x"}, exitMisuse, `kvserver: invalid value "1,x" for flag -addr`,
-			"-addr takes PORT"},
-		{[]string{"-addr", "9998,9997", "-http", "9997"}, exitMisuse,
-			"kvserver: -addr and -http are both localhost:9997", "Give each a port of its own."},
-		{[]string{"-http", "unix:/tmp/x"}, exitMisuse,
-			`kvserver: invalid value "unix:/tmp/x" for flag -http`, "-http takes PORT"},
-		{[]string{"-addr", "unix:"}, exitMisuse, `kvserver: invalid value "unix:" for flag -addr`,
-			"-addr takes PORT to 65535, HOST:PORT or unix:PATH"},
-		{[]string{"-addr", "unix:" + foreign + strings.Repeat("/x", 60)}, exitFailure,
-			"kvserver: cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
-				": the path of a socket may have about 100 bytes, and this has ",
-			"Choose a shorter one"},
-		{[]string{"-addr", "unix:" + filepath.Join(foreign, "photo.jpg")}, exitFailure,
-			"kvserver: cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
-				": there is a file that is no socket", "Nothing was changed."},
-		{[]string{"-addr", "unix:/no/such/sock"}, exitFailure,
-			"kvserver: cannot listen on unix:/no/such/sock: ", "Create the directory: mkdir -p /no/such"},
-		{[]string{"-addr", "unix:/no/such/sock", "-ping"}, exitFailure,
-			"kvserver: cannot connect to unix:/no/such/sock: ", "Start a server: kvserver -addr unix:"},
-		{[]string{"-addr", "1", "-stop"}, exitMisuse, "kvserver: -stop is for -c",
-			"Give both: kvserver -c -stop < FILE"},
-		{[]string{"serve"}, exitMisuse, `kvserver: unexpected argument "serve"`, "Leave it out"},
-		{[]string{"start", "-addr", "1"}, exitMisuse, `kvserver: unexpected argument "start"`,
-			"Leave it out"},
-		{[]string{"-addr", "1", "run"}, exitMisuse, `kvserver: unexpected argument "run"`,
-			"Leave it out"},
-		{[]string{"stop"}, exitMisuse, `kvserver: unexpected argument "stop"`, "Press Ctrl-C"},
-		{[]string{"ping"}, exitMisuse, `kvserver: unexpected argument "ping"`,
-			"Did you mean kvserver -ping ?"},
-		{[]string{"client"}, exitMisuse, `kvserver: unexpected argument "client"`,
-			"Did you mean kvserver -c ?"},
-		{[]string{"bakup", "a", "b"}, exitMisuse, `kvserver: unexpected argument "bakup"`,
-			"Did you mean kvserver backup ?"},
-		{[]string{"hlep"}, exitMisuse, `kvserver: unexpected argument "hlep"`,
-			"Did you mean kvserver help ?"},
-		{[]string{"help", "no such word"}, exitMisuse,
-			`kvserver: the manual has no "no such word"`, "kvserver help lists its headings."},
-		{[]string{"Get:a"}, exitMisuse, `kvserver: unexpected argument "Get:a"`,
-			"To send a request: kvserver -c Get:a"},
-		{[]string{"-c", "get", "fruit"}, exitMisuse,
-			`kvserver: unknown request "get fruit"; did you mean Get:fruit ?`,
-			"Each argument is one request"},
-		{[]string{"-c", "set", "a", "b"}, exitMisuse,
-			`kvserver: unknown request "set a b"; did you mean Set:a:b ?`,
-			"Each argument is one request"},
-		{[]string{"-c", "Ping", "del", "a"}, exitMisuse,
-			`kvserver: unknown request "del a"; did you mean Delete:a ?`,
-			"Each argument is one request"},
-		{[]string{"-c", "-ping", "Get:x"}, exitMisuse,
-			`kvserver: -ping sends no requests, so "Get:x" would be lost`,
-			"To send requests: kvserver -c Get:x"},
-		{[]string{"-ping", "localhost:9999"}, exitMisuse,
-			`kvserver: -ping sends no requests, so "localhost:9999" would be lost`,
-			"To send requests:"},
-		{[]string{"-c", "-ping"}, exitMisuse, "kvserver: -c and -ping do not go together",
-			"-ping asks whether a server answers"},
-		{[]string{"-c", "-data", "x", "Ping"}, exitMisuse,
-			"kvserver: -data is for a server, not for -c and -ping", "Leave it out"},
-		{[]string{"-ping", "-max-line", "100"}, exitMisuse,
-			"kvserver: -max-line is for a server, not for -c and -ping", "Leave it out"},
-		{[]string{"-ping", "-v"}, exitMisuse, "kvserver: -v is for a server", "Leave it out"},
-		{[]string{"-c", "-tls-client-ca", "x", "Ping"}, exitMisuse,
-			"kvserver: -tls-client-ca is for a server, not for -c and -ping", "Leave it out"},
-		{[]string{"-ping", "-stop"}, exitMisuse, "kvserver: -stop is for -c", "Give both"},
-		{[]string{"-ping", "-out", "x"}, exitMisuse, "kvserver: -out is for -c", "Give both"},
-		{[]string{"-timeout", "5s"}, exitMisuse, "kvserver: -timeout is for -c and -ping",
-			"Give both"},
-		{[]string{"-c", "-out", "", "Dump"}, exitMisuse, "kvserver: -out is empty",
-			"Give a file, as in -out dump."},
-		{[]string{"-output", "x", "-c"}, exitMisuse, "kvserver: unknown flag -output",
-			"Did you mean -out ?"},
-		{[]string{"--PORT=1"}, exitMisuse, "kvserver: unknown flag -PORT", "Did you mean -addr ?"},
-		{[]string{"-addr"}, exitMisuse, "kvserver: flag needs an argument: -addr",
-			"-addr takes PORT to 65535"},
-		{[]string{"-v=maybe"}, exitMisuse,
-			`kvserver: invalid boolean value "maybe" for -v: parse error`,
-			"-v takes no value: log every connection as well."},
-		{[]string{"---data"}, exitMisuse, "kvserver: bad flag syntax: ---data", "kvserver help"},
-		{[]string{"-max-clients", "0"}, exitMisuse,
-			`kvserver: invalid value "0" for flag -max-clients`,
-			"-max-clients takes N connections at a time, 1 or more (10000)."},
-		{[]string{"-max-clients", "1e3"}, exitMisuse,
-			`kvserver: invalid value "1e3" for flag -max-clients`, "-max-clients takes N"},
-		{[]string{"-fsync", "0s", "-data", "x"}, exitMisuse,
-			`kvserver: invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
-		{[]string{"-data", "etcd://a:1/kv", "-fsync", "1s"}, exitMisuse,
-			"kvserver: -fsync 1s is for data on a disk, not in etcd", "Leave it out"},
-		{[]string{"-data", "etcd://nowhere"}, exitFailure, "kvserver: no address of data in etcd",
-			"Give the members and a prefix"},
-		{[]string{"-write-timeout", "-5s"}, exitMisuse,
-			`kvserver: invalid value "-5s" for flag -write-timeout`, "-write-timeout takes TIME"},
-		{[]string{"-tls-cert", "c.pem"}, exitMisuse,
-			"kvserver: -tls-cert and -tls-key go together", "Give the certificate and its key"},
-		{[]string{"-tls-client-ca", "ca.pem"}, exitMisuse,
-			"kvserver: -tls-cert and -tls-key go together", "Give the certificate and its key"},
-		{[]string{"-http", "1,2"}, exitMisuse, `kvserver: -http "1,2" is no address`, "Give one."},
-		{[]string{"-addr", "a:b"}, exitMisuse, `kvserver: invalid value "a:b" for flag -addr`,
-			"-addr takes PORT"},
-		{[]string{"-addr", "::1"}, exitMisuse, `kvserver: invalid value "::1" for flag -addr`,
-			"-addr takes PORT"},
-		{[]string{"-addr", "no.such.host.invalid:1", "-ping"}, exitFailure,
-			"kvserver: cannot connect to no.such.host.invalid:1: ",
-			`Nobody knows the host "no.such.host.invalid".`},
-		{[]string{"-addr", "1", "-tls-ca", pem("ca.pem"), "-ping"}, exitFailure,
-			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
-		{[]string{"-addr", strconv.Itoa(port), "-tls-ca", pem("ca.pem"), "-timeout", "100ms",
-			"-ping"}, exitFailure, fmt.Sprintf("kvserver: cannot connect to localhost:%d: ", port),
-			"Somebody listens there, and does not answer."},
-		{[]string{"-addr", strconv.Itoa(port), "-timeout", "100ms", "-ping"}, exitFailure,
-			fmt.Sprintf("kvserver: localhost:%d: no answer for 100ms", port),
-			"Nothing was to be changed"},
-		{[]string{"-addr", "1", "-c", "-out", "x", "Dump"}, exitFailure,
-			"kvserver: cannot connect to localhost:1: ", "Start a server:"},
-		{[]string{"check", "-v", "data"}, exitMisuse, "kvserver: check needs one data directory",
-			"Give the one"},
-		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("none")}, exitFailure,
-			"kvserver: cannot read a certificate or key: open " + pem("none"),
-			"Give a file in PEM format"},
-		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("other.key")}, exitFailure,
-			"kvserver: cannot use the certificate " + pem("server.pem"),
-			"Give two files in PEM format that belong together"},
-		{[]string{"-tls-cert", pem("server.pem"), "-tls-key", pem("server.key"),
-			"-tls-client-ca", pem("ca.key")}, exitFailure,
-			"kvserver: " + pem("ca.key") + " holds no certificate of a CA",
-			"Give a file in PEM format"},
-		{[]string{"-tls-ca", pem("none"), "-ping"}, exitFailure,
-			"kvserver: cannot read a certificate or key: open " + pem("none"),
-			"Give a file in PEM format"},
-		{[]string{"repair", inUse, filepath.Join(certs, "new")}, exitFailure,
-			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
-				os.Getpid()), "Nothing was changed. Stop that process first"},
-		{[]string{"-data", inUse}, exitFailure,
-			fmt.Sprintf("kvserver: the data directory is in use: %s by process %d", inUse,
-				os.Getpid()), "Nothing was changed. Stop that process first"},
-		{[]string{"check", "/no/such/dir"}, exitFailure,
-			"kvserver: the data directory does not exist", "Give the directory that"},
-		{[]string{"-addr", "70000"}, exitMisuse, `kvserver: invalid value "70000" for flag -addr`,
-			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
-		{[]string{"-addr", "localhost"}, exitMisuse,
-			`kvserver: invalid value "localhost" for flag -addr`,
-			"-addr takes PORT to 65535, HOST:PORT or unix:PATH (localhost:9999)."},
-		{[]string{"-addr", strconv.Itoa(port)}, exitFailure,
-			fmt.Sprintf("kvserver: cannot listen on localhost:%d: ", port),
-			"Stop what listens there, or choose another port: -addr "},
-		{[]string{"-addr", "192.0.2.1:9999"}, exitFailure,
-			"kvserver: cannot listen on 192.0.2.1:9999: ",
-			"This machine does not have that address."},
-		{[]string{"-addr", "no.such.host.invalid:9999"}, exitFailure, "kvserver: cannot listen " +
-			"on no.such.host.invalid:9999: ", `Nobody knows the host "no.such.host.invalid".`},
-	} {
-		cmd := binary(m.args...)
-		var stdout, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		cmd.Run()
-		lines := strings.Split(regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(
-			stderr.String(), ""), "\n")
-		if cmd.ProcessState.ExitCode() != m.code || stdout.Len() > 0 || len(lines) != 3 ||
-			!strings.HasPrefix(lines[0], m.what) || !strings.HasPrefix(lines[1], m.todo) {
-			t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
-				cmd.ProcessState.ExitCode(), m.code, stderr.String(), m.what, m.todo)
+	for _, gone := range []bool{false, true} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	for _, arg := range []string{"-h", "-help", "-version"} {
-		cmd := binary(arg)
-		var stderr bytes.Buffer
-		cmd.Stderr = &stderr
-		if out, err := cmd.Output(); err != nil || stderr.Len() > 0 ||
-			!bytes.Contains(out, []byte("kvserver")) {
-			t.Errorf("%s: %v, prints %q and %q", arg, err, out, stderr.String())
+		cmd := binary("-addr", "127.0.0.1:0", "-v")
+		cmd.Stderr = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		defer cmd.Process.Kill()
+		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more
+		if gone {
+			r.Close()
+		}
+		for range 700 { // of which each is two lines: more than the pipe holds
+			dialTCP(t, addr).hangUp()
+		}
+		a := dialTCP(t, addr)
+		a.ask("Put:k:v\nGet:k", "k:v")
+		a.hangUp()
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("log gone: %v; the server ended with %v", gone, err)
 		}
 	}
 }
 
-// Ensure that the binary prints its manual: the headings, and the parts whose heading has a word.
-func TestManual(t *testing.T) {
-	var all, part bytes.Buffer
-	if err := printManual(&all, ""); err != nil || strings.Contains(all.String(), "#") {
-		t.Errorf("without a word: %v, %s", err, &all)
-	}
-	for _, word := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair"} {
-		part.Reset()
-		err := printManual(&part, word)
-		if heading, _, _ := strings.Cut(part.String(), "\n"); err != nil ||
-			!strings.HasPrefix(heading, "#") || !contains(heading, word) {
-			t.Errorf("help %s: %v, it begins with %q", word, err, heading)
-		}
-		if text := part.String(); !strings.Contains(readme, text) || len(text) < 100 {
-			t.Errorf("help %s prints no part of the README: %s", word, text)
-		}
-	}
-	err := printManual(&part, "ulimit")
-	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo,
-		"Its parts that have it: ") {
-		t.Errorf("a word that no heading has: %+v", err)
+// Ensure that a disk that fails is an error in the log, in its format, before the
+// server stops.
+func TestLogTellsOfAFailingDisk(t *testing.T) {
+	t.Parallel()
+	for format, want := range map[string]string{
+		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" ` +
+			`error="the data directory is not where it was: .*" todo=`,
+		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",` +
+			`"error":"the data directory is not where it was: .*","todo":`,
+	} {
+		t.Run(format, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "data")
+			os.Mkdir(dir, 0o700)
+			cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
+			os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
+			rest, _ := io.ReadAll(log)
+			cmd.Wait()
+			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
+				[]byte("stopping"))
+			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
+				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
+			}
+		})
 	}
 }
+
+// Ensure that a goodbye has its reason in the log, that dropped replies are
+// worth a warning, and that comings and goings alone are not.
+func TestLogSaysWhyAClientLeft(t *testing.T) {
+	var log bytes.Buffer
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		n.fill("big", strings.Repeat("v", 1200), 2000)
+		n.dial(t).hangUp()
+		n.dial(t).conn.Close()
+		a := n.dial(t)
+		a.send("Get:big\nGet:big\n")
+		pass(2 * slowAfter)
+		a.conn.Close()
+		synctest.Wait()
+		b := n.dial(t)
+		if got := b.stat("replies_dropped_total"); got != 1 {
+			t.Errorf("Stats counts %d dropped replies, want 1", got)
+		}
+		b.hangUp()
+	})
+	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
+	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
+	if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
+		t.Errorf("the log is\n%s\nwant first %s", text, want)
+	}
+}
+
+// ---- main.go: start and stop
 
 // Ensure that a signal ends the process while the data loads.
-func TestSignalWhileLoading(t *testing.T) {
+func TestSignalsWhileLoading(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	if err := exec.Command("mkfifo", filepath.Join(dir, "STORE")).Run(); err != nil {
@@ -5705,249 +1252,18 @@ func TestSignalsStopCleanly(t *testing.T) {
 	}
 }
 
-// checkMetrics wants the text format of Prometheus, with a help text for each metric, and
-// Prometheus's own tool, where it is installed, to find nothing.
-func checkMetrics(t *testing.T, body string) {
-	t.Helper()
-	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
-		if !regexp.MustCompile(`^(# HELP kvserver_[a-z_]+ [A-Z0-9].*\.|` +
-			`# TYPE kvserver_[a-z_]+ (gauge|counter|histogram)|` +
-			`kvserver_[a-z_]+(\{(version|le)="[^"]*"\})? [0-9.e+-]+)$`).MatchString(line) {
-			t.Errorf("/metrics: %q is not of its format", line)
-		}
-	}
-	if tool, err := exec.LookPath("promtool"); err == nil {
-		cmd := exec.Command(tool, "check", "metrics")
-		cmd.Stdin = strings.NewReader(body)
-		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
-			t.Errorf("promtool check metrics: %v, %s", err, out)
-		}
-	}
-}
-
-// Ensure that the numbers, health and profiles are served over HTTP, and that
-// they end with the server.
-func TestWatch(t *testing.T) {
+// Ensure that SIGHUP, where the log goes to no terminal, ends nothing.
+func TestSignalsHangup(t *testing.T) {
 	t.Parallel()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	listeners, err := listen("localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	web := s.watch(listeners, "metrics.example")
-	defer web.Close()
-	get := func(path string) (int, string) {
-		answer, err := http.Get("http://" + listeners[0].Addr().String() + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer answer.Body.Close()
-		body, _ := io.ReadAll(answer.Body)
-		return answer.StatusCode, string(body)
-	}
-	a := dialTCP(t, s.listener.Addr().String())
-	a.ask("Put:k:v\nPing", ":PONG")
-	code, body := get("/metrics")
-	for _, want := range []string{"# TYPE kvserver_clients gauge\nkvserver_clients 1\n",
-		"# TYPE kvserver_put_requests_total counter\nkvserver_put_requests_total 1\n",
-		"kvserver_info{version=\"unknown\"} 1\n", "kvserver_data_bytes 2\n",
-		"kvserver_go_goroutines "} {
-		if code != 200 || !strings.Contains(body, want) {
-			t.Errorf("/metrics: %d, without %q:\n%s", code, want, body)
-		}
-	}
-	checkMetrics(t, body)
-	if code, body := get("/healthz"); code != 200 || body != "ok\n" {
-		t.Errorf("/healthz: %d, %q", code, body)
-	}
-	if _, body := get("/metrics"); !strings.Contains(body, "kvserver_stats_requests_total 0\n") {
-		t.Error("to watch counts as a request")
-	}
-	if code, body := get("/"); code != 200 || !strings.Contains(body, "/metrics\n") {
-		t.Errorf("/: %d, %q", code, body)
-	}
-	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 ||
-		!strings.Contains(body, "workLoop") {
-		t.Errorf("pprof: %d, %.100q", code, body)
-	}
-	s.Close()
-	if code, _ := get("/healthz"); code != 503 {
-		t.Errorf("/healthz after Close: %d", code)
-	}
-	if code, _ := get("/metrics"); code != 503 {
-		t.Errorf("/metrics after Close: %d", code)
-	}
-}
-
-// Ensure that flags can come from the environment, and the command line wins.
-func TestEnvironment(t *testing.T) {
-	t.Setenv("KVSERVER_ADDR", ":1234")
-	t.Setenv("KVSERVER_MAX_LINE", "77")
-	c, err := parseFlags(nil, io.Discard)
-	if err != nil || c.addr != ":1234" || c.maxLine != 77 {
-		t.Errorf("from the environment: %+v, %v", c, err)
-	}
-	if c, err = parseFlags([]string{"-addr", "5"}, io.Discard); err != nil ||
-		c.addr != "localhost:5" || c.maxLine != 77 {
-		t.Errorf("with a flag: %+v, %v", c, err)
-	}
-	t.Setenv("KVSERVER_MAX_LINE", "many")
-	t.Setenv("KVSERVER_MAX_LINE", "")
-	t.Setenv("KVSERVER_VERSION", "1.2")
-	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
-		t.Errorf("with an empty value and a version: %+v, %v", c, err)
-	}
-	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, where a server is
-	if _, err = parseFlags(nil, io.Discard); err != nil {
-		t.Errorf("a server with a CA for -ping beside it: %v", err)
-	}
-	if c, err = parseFlags([]string{"-ping"}, io.Discard); err != nil || c.ca != "ca.pem" {
-		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
-	}
-	for _, bad := range []string{"many", "1kB2", "1", "2GiB"} {
-		t.Setenv("KVSERVER_MAX_LINE", bad)
-		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() !=
-			`KVSERVER_MAX_LINE="`+bad+`" in the environment is no value for -max-line` {
-			t.Errorf("a bad value: %v", err)
-		}
-	}
-}
-
-// Ensure that sizes are read as people write them.
-func TestSizes(t *testing.T) {
-	for text, want := range map[string]size{
-		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000,
-		"1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
-		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1,
-		"0x10": -1,
-	} {
-		s := size(-1)
-		if err := s.Set(text); s != want || (err != nil) != (want < 0) {
-			t.Errorf("%q is %d, %v, want %d", text, s, err, want)
-		}
-	}
-}
-
-// Ensure that a variable with a slip in its name is noticed, and that those of others
-// are not.
-func TestUnknownVariables(t *testing.T) {
-	var log bytes.Buffer
-	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
-		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
-		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
-		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
-		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
-	})
-	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.Contains(lines[0],
-		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") ||
-		!strings.Contains(lines[1],
-			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
-		t.Errorf("the log says\n%s", &log)
-	}
-}
-
-// ---- the log and the side doors
-
-// Ensure that nobody waits for whoever reads the log: lines wait in a queue, then
-// are counted, and what was lost is told.
-func TestLogNeverBlocks(t *testing.T) {
-	for _, json := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			r, w := io.Pipe()
-			log := newLog(w, json, false)
-			for i := range logLines + 100 { // one is being written
-				log.Info("a line", "number", i)
-			}
-			start := time.Now()
-			log.flush()
-			if took := time.Since(start); took != flushTime {
-				t.Errorf("flush waited %v for somebody who does not read, want %v", took, flushTime)
-			}
-			var text strings.Builder
-			done := make(chan struct{})
-			go func() {
-				io.Copy(&text, r)
-				close(done)
-			}()
-			synctest.Wait()
-			log.Info("the last line")
-			log.flush()
-			close(log.lines)
-			w.Close()
-			<-done
-			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
-			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(
-				text.String(), -1)
-			if len(lines) < logLines || len(lines) > logLines+4 || len(lost) != 1 ||
-				!strings.Contains(lines[len(lines)-1], "the last line") {
-				t.Errorf("%d lines, of which %q tell of lost ones; the last is %s", len(lines),
-					lost, lines[len(lines)-1])
-			}
-		})
-	}
-}
-
-// Ensure that the server goes on when the reader of its log pauses, and when it has
-// gone, and that it still stops when told to.
-func TestServerOutlivesItsLog(t *testing.T) {
-	t.Parallel()
-	for _, gone := range []bool{false, true} {
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := binary("-addr", "127.0.0.1:0", "-v")
-		cmd.Stderr = w
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		w.Close()
-		defer cmd.Process.Kill()
-		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more
-		if gone {
-			r.Close()
-		}
-		for range 700 { // of which each is two lines: more than the pipe holds
-			dialTCP(t, addr).hangUp()
-		}
-		a := dialTCP(t, addr)
-		a.ask("Put:k:v\nGet:k", "k:v")
-		a.hangUp()
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("log gone: %v; the server ended with %v", gone, err)
-		}
-	}
-}
-
-// Ensure that a disk that fails is an error in the log, in its format, before the
-// server stops.
-func TestFailingDiskIsLogged(t *testing.T) {
-	t.Parallel()
-	for format, want := range map[string]string{
-		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" ` +
-			`error="the data directory is not where it was: .*" todo=`,
-		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",` +
-			`"error":"the data directory is not where it was: .*","todo":`,
-	} {
-		t.Run(format, func(t *testing.T) {
-			t.Parallel()
-			dir := filepath.Join(t.TempDir(), "data")
-			os.Mkdir(dir, 0o700)
-			cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
-			os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
-			rest, _ := io.ReadAll(log)
-			cmd.Wait()
-			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
-				[]byte("stopping"))
-			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
-				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
-			}
-		})
+	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+	a := dialTCP(t, addr)
+	cmd.Process.Signal(syscall.SIGHUP)
+	cmd.Process.Signal(syscall.SIGHUP)
+	a.ask("Ping", ":PONG")
+	cmd.Process.Signal(syscall.SIGTERM)
+	io.ReadAll(log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGHUP and SIGTERM: %v", err)
 	}
 }
 
@@ -5993,490 +1309,6 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 		t.Errorf("stopped: %v, the log is %s", err, rest)
 	}
 }
-
-// Ensure that failing handshakes are counted, not logged one by one.
-func TestFailingHandshakesAreCounted(t *testing.T) {
-	var log bytes.Buffer
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.log = new(tls.Config), slog.New(slog.NewTextHandler(&log, nil))
-		flood := func() {
-			for range 100 {
-				a := n.dial(t)
-				a.send("garbage, not a handshake\n")
-				io.Copy(io.Discard, a.r)
-				a.conn.Close()
-			}
-		}
-		flood()
-		pass(seldomTime)
-		flood()
-	})
-	lines := regexp.MustCompile(
-		`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(log.String(), -1)
-	if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
-		t.Errorf("200 failing handshakes are told as %q", lines)
-	}
-}
-
-// Ensure that handshakes which do not go on hold no client's place and keep nobody out,
-// however many they are: one more takes the place of the oldest that has said nothing, so a
-// client that has sent its hello stays, however long the rest takes.
-func TestHandshakesHoldNoPlace(t *testing.T) {
-	withTLS := serverConfig(t)
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.maxClients, n.server.handshakes = withTLS, 1, 10
-		const interval = time.Second / 400
-		done := make(chan struct{})
-		var flood sync.WaitGroup
-		flood.Go(func() {
-			for !isClosed(done) {
-				n.dial(t) // and says nothing
-				<-time.After(interval)
-			}
-		})
-		pass(2 * handshakeTime)
-		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
-			start := time.Now()
-			a := n.dial(t)
-			client := overTLS(&farConn{a.conn, trip})
-			io.WriteString(client, "Ping\n")
-			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
-			}
-			if took := time.Since(start); took > 5*trip {
-				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
-			}
-			client.Close()
-			a.conn.Close()
-			synctest.Wait()
-		}
-		close(done)
-		flood.Wait()
-	})
-}
-
-// farConn is a client's connection on which each answer takes its time.
-type farConn struct {
-	net.Conn
-	trip time.Duration
-}
-
-func (f *farConn) Read(p []byte) (int, error) {
-	n, err := f.Conn.Read(p)
-	<-time.After(f.trip)
-	return n, err
-}
-
-// Ensure that an honest client is served at once beside silent connects on real sockets, also
-// where there are few places.
-func TestHandshakesBesideSilentConnects(t *testing.T) {
-	t.Parallel()
-	withTLS := serverConfig(t)
-	s := New(kvstore.NewMemory())
-	s.tls, s.handshakes = withTLS, 20
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	addr := s.listener.Addr().String()
-	for i := range 100 {
-		dialTCP(t, addr)
-		if i%10 > 0 {
-			continue
-		}
-		// With more time one of the silent ends, and its place is free.
-		conn := dialTCP(t, addr).conn
-		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
-		client := overTLS(conn)
-		io.WriteString(client, "Ping\n")
-		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
-		}
-		client.Close()
-	}
-}
-
-// Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
-func TestWriteTimeoutUnderTLS(t *testing.T) {
-	withTLS := serverConfig(t)
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.writeTimeout = withTLS, 2*time.Second
-		n.fill("big", strings.Repeat("v", 1000), 1000)
-		a := n.dial(t)
-		client := overTLS(a.conn)
-		io.WriteString(client, "Get:big\nPing:end\n")
-		r := bufio.NewReader(client)
-		for range 1000 / 50 { // 50 kB a second
-			pass(time.Second)
-			for range 50 {
-				if line, err := r.ReadString('\n'); err != nil || !strings.HasPrefix(line, "big:") {
-					t.Fatalf("got %.40q, %v", line, err)
-				}
-			}
-		}
-		if line, _ := r.ReadString('\n'); line != ":PONG end\n" {
-			t.Errorf("got %.40q", line)
-		}
-		io.WriteString(client, "Get:big\n")
-		pass(10 * time.Second) // and nothing is accepted
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients, want 0", got)
-		}
-		a.conn.Close()
-	})
-}
-
-// Ensure that a store that does not answer makes /healthz and /metrics say so in
-// time, and leaves nothing behind.
-func TestWatchingAStalledStore(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error)}
-		n.server.db = kvstore.StoreOf(store)
-		handler := n.server.watchHandler("")
-		a := n.dial(t)
-		a.send("Put:k:v\n")
-		synctest.Wait()
-		for _, path := range []string{"/healthz", "/metrics"} {
-			start := time.Now()
-			code, _ := look(handler, path)
-			if took := time.Since(start); code != 503 || took != watchTime {
-				t.Errorf("%s answers %d after %v, want 503 after %v", path, code, took, watchTime)
-			}
-		}
-		start := time.Now()
-		code, _ := look(handler, "/livez")
-		if took := time.Since(start); code != 200 || took != 0 {
-			t.Errorf("/livez answers %d after %v, want 200 at once", code, took)
-		}
-		close(store.gate)
-		a.hangUp()
-	})
-	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
-		t.Errorf("before Start /healthz answers %d", code)
-	}
-}
-
-// Ensure that who watches sees how the data is opened, or what it waits for, and then who
-// serves.
-func TestWatchingBeforeTheData(t *testing.T) {
-	t.Parallel()
-	log := newLog(io.Discard, false, false)
-	s := New(nil)
-	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
-	handler := s.watchHandler("")
-	ask := func(path string) (int, string) { return look(handler, path) }
-	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
-		t.Errorf("before the data is open /healthz answers %d %q", code, text)
-	}
-	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
-		t.Errorf("before the data is open /livez answers %d %q", code, text)
-	}
-	if code, text := ask("/metrics"); code != 200 ||
-		!strings.Contains(text, "\nkvserver_active 0\n") ||
-		strings.Contains(text, "kvserver_keys") {
-		t.Errorf("before the data is open /metrics answers %d %q", code, text)
-	}
-	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.db = db
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
-		t.Errorf("then /healthz answers %d %q", code, text)
-	}
-	a := dialTCP(t, s.listener.Addr().String())
-	a.ask("Put:k:v\nPing", ":PONG")
-	s.log.Error("the test has failed")
-	code, text := ask("/metrics")
-	checkMetrics(t, text)
-	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0",
-		"commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ",
-		"log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824",
-		"clients_refused_total 0"} {
-		if code != 200 || !strings.Contains(text, "\nkvserver_"+want) {
-			t.Errorf("then /metrics answers %d without %q: %s", code, want, text)
-		}
-	}
-}
-
-// Ensure that of several addresses -c and -ping take the first where a server is, and that a
-// server serves all, or does not start.
-func TestSeveralAddresses(t *testing.T) {
-	t.Parallel()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
-		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
-			if out, err := binary(append([]string{"-addr", addr},
-				args...)...).CombinedOutput(); err != nil {
-				t.Errorf("%s -addr %s: %v, %s", args, addr, err, out)
-			}
-		}
-	}
-	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer frozen.Close()
-	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "100ms",
-		"-ping").CombinedOutput(); err != nil {
-		t.Errorf("beside a server that stands still: %v, %s", err, out)
-	}
-	out, err := binary("-addr", nowhere+","+nowhere, "-ping").CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) ||
-		!bytes.Contains(out, []byte("None of them serves.")) {
-		t.Errorf("where nobody serves: %v, %s", err, out)
-	}
-	out, err = binary("-addr", nowhere+","+here).CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+here+": ")) {
-		t.Errorf("a server at two addresses, of which one is taken: %v, %s", err, out)
-	}
-
-	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
-	second := listeningAddr(t, log)
-	if addr != nowhere || second == nowhere {
-		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
-	}
-	a, b := dialTCP(t, addr), dialTCP(t, second)
-	a.ask("Put:k:v\nPing", ":PONG")
-	b.ask("Get:k", "k:v")
-	cmd.Process.Signal(syscall.SIGTERM)
-	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
-		t.Errorf("it does not stop cleanly: %s", rest)
-	}
-}
-
-// Ensure that a server at a unix socket is reached there, by its user and group alone and
-// without TLS; that it takes the place of one that was killed, but not of one that lives; and
-// that it removes the socket.
-func TestUnixSocket(t *testing.T) {
-	t.Parallel()
-	dir := certificates(t, "server")
-	path := filepath.Join(t.TempDir(), "sock")
-	at := "unix:" + path
-	args := []string{"-addr", "127.0.0.1:0," + at, "-tls-cert", filepath.Join(dir, "server.pem"),
-		"-tls-key", filepath.Join(dir, "server.key")}
-	start := func() (*exec.Cmd, *bufio.Reader) {
-		t.Helper()
-		cmd, _, log := startBinary(t, args...)
-		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
-			!strings.Contains(line, `try="nc -U `+path+`"`) {
-			t.Errorf("the log says %s", line)
-		}
-		return cmd, log
-	}
-	run := func(want string, args ...string) {
-		t.Helper()
-		if out, err := binary(args...).CombinedOutput(); string(out) != want || err != nil {
-			t.Errorf("%s: %v, %q, want %q", args, err, out, want)
-		}
-	}
-
-	cmd, log := start()
-	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
-		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
-	}
-	run(":PONG\n", "-addr", at, "-ping")
-	run("k:v\n", "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
-	conn, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
-	a.sendAll("Get:k\n")
-	if got := a.readAll(); got != "k:v\n" {
-		t.Errorf("after a half-close: %q", got)
-	}
-	if conn, err = net.Dial("unix", path); err != nil {
-		t.Fatal(err)
-	}
-	hello := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
-	hello.send("\x16\x03\x01\nPut:k:w\n")
-	hello.want(":ERROR line 1: this port speaks no TLS")
-
-	out, err := binary("-addr", at).CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+at+": ")) ||
-		!bytes.Contains(out, []byte("Stop the server that has it")) {
-		t.Errorf("a second server: %v, %s", err, out)
-	}
-	run("k:v\n", "-addr", at, "-c", "Get:k")
-
-	cmd.Process.Kill()
-	cmd.Wait()
-	if _, err := os.Lstat(path); err != nil {
-		t.Errorf("the socket of a killed server: %v", err)
-	}
-	cmd, log = start()
-	run(":PONG\n", "-addr", at, "-ping")
-	cmd.Process.Signal(syscall.SIGTERM)
-	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
-		t.Errorf("it does not stop cleanly: %s", rest)
-	}
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the socket of a server that has stopped: %v", err)
-	}
-}
-
-// Ensure that the HTTP side has limits like the front: few connections, one profile
-// at a time and not for long, and none for a page that another name brought here.
-func TestWatchIsLimited(t *testing.T) {
-	t.Parallel()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	listeners, err := listen("localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.watch(listeners, "metrics.example").Close()
-	addr := listeners[0].Addr().String()
-	var idle []*testClient
-	for range 3 * maxWatchers {
-		idle = append(idle, dialTCP(t, addr))
-	}
-	get := func(host, path string) (int, string) {
-		t.Helper()
-		a := dialTCP(t, addr)
-		a.send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
-		answer, err := http.ReadResponse(a.r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(answer.Body)
-		if a.r.Buffered() > 0 || a.conn.CloseWrite() != nil {
-			t.Errorf("%s: more than an answer", path)
-		}
-		return answer.StatusCode, string(body)
-	}
-	if code, _ := get("localhost", "/healthz"); code != 200 {
-		t.Errorf("beside %d idle connections: %d", len(idle), code)
-	}
-	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
-		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
-		"metrics.example:1": 200, "192.0.2.1": 200} {
-		if code, body := get(host, "/debug/pprof/symbol"); code != want && code != 503 {
-			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
-		}
-		if code, body := get(host, "/metrics"); code != want {
-			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
-		}
-	}
-	handler := s.watchHandler("")
-	ask := func(path string) (code int) {
-		code, _ = look(handler, path)
-		return code
-	}
-	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace",
-		"/debug/pprof/heap"} {
-		if code := ask(path + "?seconds=61"); code != 400 {
-			t.Errorf("%s of 61 seconds: %d, want 400", path, code)
-		}
-	}
-}
-
-// Ensure that one connection too many takes the place of the oldest that has said nothing,
-// or else of the oldest; but not of one that has gone on.
-func TestFewConns(t *testing.T) {
-	n := newFakeNet()
-	few := &fewConns{Listener: n, most: 4}
-	says := map[net.Conn]*world.Conn{}
-	accept := func() net.Conn {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		go n.Connect(theirs)
-		conn, err := few.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		says[conn] = ours
-		return conn
-	}
-	isOpen := func(conn net.Conn) bool { return !conn.(*guest).left.Load() }
-	var conns []net.Conn
-	for range few.most {
-		conns = append(conns, accept())
-	}
-	conns[3].Close()
-	conns = append(conns, accept())
-	if !isOpen(conns[0]) {
-		t.Error("where one had gone, another lost its place")
-	}
-	says[conns[0]].Write([]byte("x"))
-	conns[0].Read(make([]byte, 1))
-	conns = append(conns, accept())
-	if !isOpen(conns[0]) || isOpen(conns[1]) || !isOpen(conns[2]) {
-		t.Error("one too many did not take the place of the oldest that has said nothing")
-	}
-	for _, conn := range conns[2:] {
-		says[conn].Write([]byte("x"))
-		conn.Read(make([]byte, 1))
-	}
-	conns = append(conns, accept())
-	if isOpen(conns[0]) || !isOpen(conns[2]) {
-		t.Error("where all have said something, one too many did not take the oldest's place")
-	}
-	if last := conns[6].(*guest); !last.leave() || last.Close() != nil || last.leave() {
-		t.Error("one that has gone on has a place")
-	} else if _, err := last.Conn.Write([]byte("x")); err != nil {
-		t.Errorf("one that has gone on is closed: %v", err)
-	}
-}
-
-// Ensure that one profile at a time is taken, and that there is a rest between two.
-func TestOneProfileAtATime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter,
-			r *http.Request) {
-			<-time.After(time.Second / 2)
-		}))
-		ask := func() (code int) {
-			code, _ = look(handler, "/")
-			return code
-		}
-		go ask()
-		synctest.Wait()
-		if code := ask(); code != 503 {
-			t.Errorf("beside another: %d, want 503", code)
-		}
-		pass(time.Second - 1)
-		if code := ask(); code != 503 {
-			t.Errorf("right behind another: %d, want 503", code)
-		}
-		pass(1)
-		if code := ask(); code != 200 {
-			t.Errorf("after a rest: %d, want 200", code)
-		}
-		pass(time.Second)
-	})
-}
-
-// Ensure that a server that is full is healthy.
-func TestPingOfAFullServer(t *testing.T) {
-	t.Parallel()
-	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-max-clients", "1")
-	go io.Copy(io.Discard, log)
-	a := dialTCP(t, addr)
-	a.ask("Ping", ":PONG")
-	if out, err := binary("-addr", addr, "-ping").CombinedOutput(); err != nil {
-		t.Errorf("-ping to a full server: %v, %s", err, out)
-	}
-	if out, err := binary("-addr", addr, "-c", "Get:k").CombinedOutput(); err == nil ||
-		!bytes.Contains(out, []byte("server is full (1 clients)")) {
-		t.Errorf("-c to a full server: %v, %s", err, out)
-	}
-	a.hangUp()
-}
-
-// ---- the data on disk
 
 // Ensure that one order of what clients ask explains what is answered, and what is there after
 // kill -9 and after a clean stop, again and again in one directory. `make soak` does it for longer
@@ -6664,71 +1496,4034 @@ func (k *killed) sendBursts(c *testClient) {
 	}
 }
 
-// freePort is a port that was free a moment ago.
-func freePort(t *testing.T) int {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+// ---- main.go: certificates, and server.go: TLS
+
+// Ensure that with a client CA only its clients get in, that half-close works
+// as without TLS, and that who does not get on with the handshake is cut.
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
+	in := func(name string) string { return filepath.Join(dir, name) }
+	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"),
+		"-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
+	go io.Copy(io.Discard, log)
+	for what, c := range map[string]struct {
+		args   []string
+		stdout string
+	}{
+		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
+			"-tls-key", in("client.key")}, "k:v\n"},
+		"no certificate": {[]string{"-tls-ca", in("ca.pem")}, ""},
+		"another CA's": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert",
+			filepath.Join(other, "client.pem"), "-tls-key",
+			filepath.Join(other, "client.key")}, ""},
+		"an expired one": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"),
+			"-tls-key", in("expired.key")}, ""},
+		"another server": {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert",
+			in("client.pem"), "-tls-key", in("client.key")}, ""},
+		"plain text": {nil, ""},
+	} {
+		cmd := binary(append(append([]string{"-addr", addr}, c.args...), "-c", "Delete:k",
+			"Put:k:v", "Get:k")...)
+		out, err := cmd.Output()
+		if string(out) != c.stdout || (err == nil) != (c.stdout != "") {
+			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.stdout)
+		}
 	}
-	defer listener.Close()
-	return listener.Addr().(*net.TCPAddr).Port
+	_, port, _ := net.SplitHostPort(addr)
+	for _, everywhere := range []string{":" + port,
+		"0.0.0.0:" + port} { // as the server's own -addr may say
+		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
+			"-tls-key", in("client.key"), "-ping")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("-ping to %s: %v, %s", everywhere, err, out)
+		}
+	}
 }
 
-// ---- the whole server, simulated
-
-// Ensure that whatever happens to the server, what was promised holds: see storetest/world.
-func TestSimulation(t *testing.T) {
-	world.Run(t, world.Program{
-		Log: func(w io.Writer, lines int) (log *slog.Logger, flush func()) {
-			logs, done := &queuedLog{lines: make(chan []byte, lines)}, make(chan struct{})
-			go func() {
-				logs.writeLog(w, slog.New(slog.NewTextHandler(w, nil)))
-				close(done)
-			}()
-			return slog.New(slog.NewTextHandler(logs, nil)), func() {
-				close(logs.lines)
-				<-done
+// Ensure that certificates are read anew when what is in their files changes, though size and
+// time stay, or when the server is told to; that bad ones change nothing, nor what is no file
+// any more; and that the end of one is told in time, once a day.
+func TestTLSCertificatesAreReadAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, others := certificates(t, "server"), certificates(t, "server")
+		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
+			clientCA: filepath.Join(dir, "ca.pem")}
+		var log screen
+		again := make(chan os.Signal)
+		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown := func() string {
+			now, _ := served.GetConfigForClient(nil)
+			return string(now.Certificates[0].Leaf.Raw)
+		}
+		at := time.Now()
+		put := func(name string, data []byte) {
+			file := filepath.Join(dir, name)
+			if old, err := os.ReadFile(file); err == nil && len(old) > len(data) {
+				data = append(data, bytes.Repeat([]byte("\n"), len(old)-len(data))...)
 			}
-		},
-		Start: func(l net.Listener, db kvstore.KVStore, with world.Settings) (world.Server, error) {
-			s := New(db)
-			s.log, s.tls, s.writeTimeout = with.Log, with.TLS, with.WriteTimeout
-			s.maxLine, s.maxMessage, s.maxClients = with.MaxLine, with.MaxMessage, with.MaxClients
-			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
-			s.handshakes = with.Handshakes
-			return simulated{s}, s.serve(l)
-		},
-		TLS: serverConfig(t),
+			os.WriteFile(file, data, 0o600)
+			os.Chtimes(file, at, at)
+		}
+		for _, name := range []string{"server.pem", "server.key"} {
+			data, _ := os.ReadFile(filepath.Join(dir, name))
+			put(name, append(data, "\n\n\n\n"...)) // certificates differ by some bytes
+		}
+		pass(lookAgain + time.Second)
+		first := shown()
+		read := func(name string) []byte {
+			data, _ := os.ReadFile(filepath.Join(others, name))
+			return data
+		}
+		put("server.pem", read("server.pem")) // its key is not there yet
+		pass(2*lookAgain + time.Second)
+		told := log.take()
+		if got := strings.Count(told, "cannot be read anew"); shown() != first || got != 1 {
+			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
+				got, shown() != first, told)
+		}
+		put("server.key", read("server.key"))
+		pass(lookAgain + time.Second)
+		second := shown()
+		if second == first {
+			t.Error("a new pair is not shown")
+		}
+		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
+		put("server.key", old)
+		again <- syscall.SIGHUP
+		synctest.Wait()
+		told = log.take()
+		if shown() != second || strings.Count(told, "cannot be read anew") != 1 {
+			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second,
+				told)
+		}
+		put("server.key", read("server.key"))
+		pass(lookAgain + time.Second)
+
+		// A key that is a pipe now, of which nobody writes the other end, stays as it was.
+		key := filepath.Join(dir, "server.key")
+		os.Remove(key)
+		if err := exec.Command("mkfifo", key).Run(); err != nil {
+			t.Logf("without mkfifo there is no pipe to try: %v", err)
+		}
+		put("server.pem", read("server.pem")[1:]) // a torn one, which is told
+		log.take()
+		pass(lookAgain + time.Second)
+		told = log.take()
+		if got := strings.Count(told, "cannot be read anew"); shown() != second || got != 1 {
+			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
+		}
+		put("server.pem", read("server.pem"))
+		pass(lookAgain + time.Second)
+		log.take()
+		pass(26 * time.Hour) // the certificates are good for an hour
+		told = log.take()
+		if soon, over := strings.Count(told, "ends soon"), strings.Count(told, "has ended"); soon+
+			over < 1 || soon+over > 2 || over == 0 || strings.Count(told, "within 10s") != soon+over {
+			t.Errorf("in a day it is told %d times that the end is near, and %d times that it was",
+				soon, over)
+		}
+		close(again)
 	})
 }
 
-// simulated is a server of a world.
-type simulated struct{ *keyValueServer }
-
-func (s simulated) Lost() (replies int) { return int(s.lost.Load()) }
-
-func (s simulated) Look() { look(s.watchHandler(""), "/healthz") }
-
-func (s simulated) Left() (what []string) {
-	for name, n := range map[string]int64{
-		"bytes are still queued":  s.budget.queued.Load(),
-		"bytes of lists are kept": s.budget.lists.Load(),
-		"bytes of lines are kept": s.budget.inputs.Load(),
-		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
-			len(s.budget.first.slots) + len(s.budget.spare.slots)),
-		"clients have not left": int64(s.welcomed - s.departed),
-	} {
-		if n != 0 {
-			what = append(what, fmt.Sprint(n, " ", name))
-		}
+// Ensure that who may not read a key is told so, and not to look for another.
+func TestTLSUnreadableKey(t *testing.T) {
+	var p problem
+	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) || !strings.Contains(p.todo,
+		"Let the user who runs kvserver read it") {
+		t.Errorf("%+v", p)
 	}
-	return what
 }
 
-// ---- speed
+// Ensure that a handshake that does not go on ends in time, and that Close does
+// not wait for it.
+func TestTLSHandshakeIsLimited(t *testing.T) {
+	withTLS := serverConfig(t)
+	for _, closing := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.tls = withTLS
+			start, want := time.Now(), handshakeTime
+			a := n.dial(t)
+			synctest.Wait()
+			if closing {
+				want = 0
+				n.server.Close()
+			}
+			a.wantClosed()
+			if took := time.Since(start); took != want {
+				t.Errorf("a silent client was cut after %v, want %v", took, want)
+			}
+			a.conn.Close()
+		})
+	}
+}
+
+// Ensure that failing handshakes are counted, not logged one by one.
+func TestTLSFailuresAreCounted(t *testing.T) {
+	var log bytes.Buffer
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls, n.server.log = new(tls.Config), slog.New(slog.NewTextHandler(&log, nil))
+		flood := func() {
+			for range 100 {
+				a := n.dial(t)
+				a.send("garbage, not a handshake\n")
+				io.Copy(io.Discard, a.r)
+				a.conn.Close()
+			}
+		}
+		flood()
+		pass(seldomTime)
+		flood()
+	})
+	lines := regexp.MustCompile(
+		`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(log.String(), -1)
+	if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
+		t.Errorf("200 failing handshakes are told as %q", lines)
+	}
+}
+
+// Ensure that handshakes which do not go on hold no client's place and keep nobody out,
+// however many they are: one more takes the place of the oldest that has said nothing, so a
+// client that has sent its hello stays, however long the rest takes.
+func TestTLSHandshakesHoldNoPlace(t *testing.T) {
+	withTLS := serverConfig(t)
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls, n.server.maxClients, n.server.handshakes = withTLS, 1, 10
+		const interval = time.Second / 400
+		done := make(chan struct{})
+		var flood sync.WaitGroup
+		flood.Go(func() {
+			for !isClosed(done) {
+				n.dial(t) // and says nothing
+				<-time.After(interval)
+			}
+		})
+		pass(2 * handshakeTime)
+		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
+			start := time.Now()
+			a := n.dial(t)
+			client := overTLS(&farConn{a.conn, trip})
+			io.WriteString(client, "Ping\n")
+			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
+				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
+			}
+			if took := time.Since(start); took > 5*trip {
+				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
+			}
+			client.Close()
+			a.conn.Close()
+			synctest.Wait()
+		}
+		close(done)
+		flood.Wait()
+	})
+}
+
+// farConn is a client's connection on which each answer takes its time.
+type farConn struct {
+	net.Conn
+	trip time.Duration
+}
+
+func (f *farConn) Read(p []byte) (int, error) {
+	n, err := f.Conn.Read(p)
+	<-time.After(f.trip)
+	return n, err
+}
+
+// Ensure that an honest client is served at once beside silent connects on real sockets, also
+// where there are few places.
+func TestTLSBesideSilentConnects(t *testing.T) {
+	t.Parallel()
+	withTLS := serverConfig(t)
+	s := New(kvstore.NewMemory())
+	s.tls, s.handshakes = withTLS, 20
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	addr := s.listener.Addr().String()
+	for i := range 100 {
+		dialTCP(t, addr)
+		if i%10 > 0 {
+			continue
+		}
+		// With more time one of the silent ends, and its place is free.
+		conn := dialTCP(t, addr).conn
+		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
+		client := overTLS(conn)
+		io.WriteString(client, "Ping\n")
+		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
+			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
+		}
+		client.Close()
+	}
+}
+
+// Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
+func TestTLSWriteTimeout(t *testing.T) {
+	withTLS := serverConfig(t)
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls, n.server.writeTimeout = withTLS, 2*time.Second
+		n.fill("big", strings.Repeat("v", 1000), 1000)
+		a := n.dial(t)
+		client := overTLS(a.conn)
+		io.WriteString(client, "Get:big\nPing:end\n")
+		r := bufio.NewReader(client)
+		for range 1000 / 50 { // 50 kB a second
+			pass(time.Second)
+			for range 50 {
+				if line, err := r.ReadString('\n'); err != nil || !strings.HasPrefix(line, "big:") {
+					t.Fatalf("got %.40q, %v", line, err)
+				}
+			}
+		}
+		if line, _ := r.ReadString('\n'); line != ":PONG end\n" {
+			t.Errorf("got %.40q", line)
+		}
+		io.WriteString(client, "Get:big\n")
+		pass(10 * time.Second) // and nothing is accepted
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients, want 0", got)
+		}
+		a.conn.Close()
+	})
+}
+
+// ---- main.go: the client in the binary
+
+// Ensure that kvserver -c prints data and errors where they belong, counts lines
+// as its user does, and knows whether all was answered.
+func TestCommand(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for _, c := range []struct {
+			requests  []string
+			in        string
+			out, errs string
+			good      bool
+		}{
+			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
+			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n",
+				errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
+			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
+				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
+			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
+			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n",
+				errs: "line 4: not sent, for it comes after a Quit\n"},
+			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n",
+				errs: fmt.Sprintf("line %d: not sent, for it comes after a Quit\n",
+					maxWrite-len("Quit\n")+2)},
+			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\n", good: true},
+			{requests: []string{"Keys"}, out: "k\n", good: true},
+			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
+			{good: true},
+		} {
+			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
+			if out != c.out || errs != c.errs || good != c.good || err != nil {
+				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in,
+					out, errs, good, err, c.out, c.errs, c.good)
+			}
+		}
+		a := n.dial(t)
+		go func() {
+			<-time.After(time.Second)
+			n.server.Close()
+		}()
+		r, _ := io.Pipe() // an input that never ends
+		if _, err := talk(&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
+			out: io.Discard, errs: io.Discard}); err != nil {
+			t.Errorf("with no input: %v", err)
+		}
+		<-time.After(2 * time.Second)
+	})
+}
+
+// Ensure that an answer that never came is an error, wherever the server was
+// lost, and that what is no kvserver is found out.
+func TestCommandLosesItsServer(t *testing.T) {
+	for _, c := range []struct {
+		in      string // "": nothing, and no end
+		answers string
+		want    error
+		text    string
+	}{
+		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
+		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
+		{"", ":OK 0\n", errGone, ""},
+		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
+			""}, // a TLS server's unexpected_message
+		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
+			errUnanswered, ""},
+		{"Get:a\n", "", errSilent, ""},
+		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
+		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
+			"server is full (3 clients)"},
+		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			go func() {
+				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // the welcome, the rest
+					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+					io.WriteString(theirs, some)
+				}
+				synctest.Wait()
+				if c.want == errSilent {
+					theirs.Read(make([]byte, 100))
+				}
+				theirs.Close()
+			}()
+			in, end := io.Pipe()
+			if c.in != "" {
+				go func() {
+					io.WriteString(end, c.in)
+					end.Close()
+				}()
+			}
+			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard})
+			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
+			}
+			ours.Close()
+			end.Close()
+			in.Close()
+			pass(2)
+		})
+	}
+}
+
+// Ensure that -c says through which line of its input all was answered, whatever ended it,
+// so that a load can be resumed: blank lines count, and what was answered need not be sent
+// again. With -stop nothing after an error is sent.
+func TestCommandResumes(t *testing.T) {
+	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
+	for _, c := range []struct {
+		answers int // that come before the connection ends; -1: all, and it goes on
+		stops   bool
+		want    error
+		through int
+		errs    string
+	}{
+		{0, false, errUnanswered, 0, ""},
+		{1, false, errUnanswered, 1, ""},
+		{3, false, errUnanswered, 3, ""},
+		{4, false, errUnanswered, 4, ""},
+		{7, false, errUnanswered, 7, "line 5: Put needs"},
+		{-1, false, nil, 9, "line 5: Put needs"},
+		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			go func() { // a relay to the server, which loses what comes later
+				a := n.dial(t)
+				go func() {
+					io.Copy(a.conn, theirs)
+					a.conn.CloseWrite()
+				}()
+				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
+					line, err := a.r.ReadString('\n')
+					if err != nil {
+						break
+					}
+					io.WriteString(theirs, line)
+				}
+				if c.answers >= 0 {
+					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+				}
+				theirs.Close()
+				a.conn.Close()
+			}()
+			var errs bytes.Buffer
+			talker := &talker{conn: ours, in: strings.NewReader(load),
+				out: io.Discard, errs: &errs, stops: c.stops}
+			good, err := talk(talker)
+			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
+				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
+				!strings.HasPrefix(errs.String(), c.errs) {
+				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
+					"%d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
+			}
+			talker.conn.Close()
+			synctest.Wait()
+			if list := n.server.db.Get("k"); c.stops && len(list) != 2 {
+				t.Errorf("with -stop %q were put, want the two before the error", list)
+			}
+		})
+	}
+}
+
+// Ensure that -timeout ends a conversation with a server that has stopped, but neither a
+// pause between requests nor an answer that comes in parts.
+func TestCommandTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		in, typed := io.Pipe()
+		go func() {
+			r := bufio.NewReader(theirs)
+			r.ReadString('\n')
+			io.WriteString(theirs, ":OK 0\n")
+			for range 3 {
+				<-time.After(time.Minute)
+				io.WriteString(typed, "Ping\n")
+				r.ReadString('\n')
+				<-time.After(4 * time.Second)
+				io.WriteString(theirs, ":PONG\n")
+			}
+			io.WriteString(typed, "Ping\n")
+		}()
+		began := time.Now()
+		_, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+			silence: 5 * time.Second})
+		if took := time.Since(began); !errors.Is(err, errQuiet) ||
+			took != 3*64*time.Second+5*time.Second {
+			t.Errorf("%v after %v", err, took)
+		}
+		ours.Close()
+		theirs.Close()
+		in.Close()
+	})
+}
+
+// Ensure that the time limit is for a silence: not for an answer that lasts as long as it flows;
+// and that -ping has one by itself, when a server stalls behind its welcome.
+func TestCommandBesideASilentServer(t *testing.T) {
+	for _, c := range []struct {
+		config  config
+		answers []string // one every 4 s
+		good    bool
+		took    time.Duration
+	}{
+		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
+			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, 20 * time.Second},
+		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
+			[]string{":OK 0\n", ": a"}, false, 13 * time.Second},
+		{config{ping: true}, []string{":OK 0\n"}, false, 9 * time.Second},
+		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, 8 * time.Second},
+		{config{requests: []string{"Keys"}}, nil, false, connectTime},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			go io.Copy(io.Discard, theirs)
+			go func() {
+				for _, answer := range c.answers {
+					<-time.After(4 * time.Second)
+					io.WriteString(theirs, answer)
+				}
+				if c.good {
+					theirs.Close()
+				}
+			}()
+			talker := newTalker(c.config, io.Discard)
+			talker.conn, talker.out = ours, io.Discard
+			began := time.Now()
+			good, err := talk(talker)
+			if took := time.Since(began); good != c.good || took != c.took ||
+				!good && !errors.Is(err, errQuiet) {
+				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
+					c.good, c.took)
+			}
+			ours.Close()
+			theirs.Close()
+		})
+	}
+}
+
+// Ensure that a server that answers more than it was asked is found out, with -stop as well,
+// where each answer lets a request go.
+func TestCommandGetsUnaskedAnswers(t *testing.T) {
+	for _, stops := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			go io.Copy(io.Discard, theirs)
+			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
+			in, typed := io.Pipe()
+			go io.WriteString(typed, "Put:a:b\n")
+			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+				stops: stops})
+			if good || !errors.Is(err, errUnasked) {
+				t.Errorf("with -stop %v: %v, %v", stops, good, err)
+			}
+			ours.Close()
+			theirs.Close()
+			typed.Close()
+			in.Close()
+		})
+	}
+}
+
+// Ensure that text in UTF-16, as PowerShell writes it, is named as such, and not run.
+func TestCommandRefusesUTF16(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for _, in := range []string{"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00",
+			"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n", "P\x00i\x00n\x00g\x00\n\x00",
+			"\xff\xfe", "\xff\xfe\n\x00Put:a:b\n"} {
+			out, errs, good, err := converseWith(t, n, in)
+			if good || !errors.Is(err, errUTF16) || out+errs != "" {
+				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
+			}
+		}
+		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
+			if _, _, _, err := converseWith(t, n, in); err != nil {
+				t.Errorf("%q: %v", in, err)
+			}
+		}
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients are left", got)
+		}
+	})
+}
+
+// Ensure that -out writes the answers into a file, byte for byte, and says where it cannot.
+func TestCommandOutput(t *testing.T) {
+	t.Parallel()
+	addr := serveTCP(t)
+	a := dialTCP(t, addr)
+	a.ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
+	a.hangUp()
+	file := filepath.Join(t.TempDir(), "dump")
+	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
+	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 ||
+		string(text) != "Put:k:\xff\xfe\r\r\n" {
+		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
+	}
+	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
+		"/dev/full": "cannot write the answers: write "} {
+		if name == "/dev/full" && runtime.GOOS != "linux" {
+			continue
+		}
+		out, err := binary("-addr", addr, "-c", "-out", name, "Dump").CombinedOutput()
+		if err == nil || !bytes.Contains(out, []byte(want)) {
+			t.Errorf("-out %s: %v, %s", name, err, out)
+		}
+	}
+}
+
+// screen is what a terminal shows, whoever writes.
+type screen struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (s *screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Buffer.Write(b)
+}
+
+// take returns what it shows, and wipes it.
+func (s *screen) take() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.Reset()
+	return s.String()
+}
+
+// Ensure that who types sees a prompt and that each write was done, and that nothing else is
+// printed in a line about progress.
+func TestCommandOnATerminal(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var screen screen
+		in, typed := io.Pipe()
+		go func() {
+			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
+				<-time.After(time.Second)
+				io.WriteString(typed, line)
+			}
+			<-time.After(time.Second)
+			typed.Close()
+		}()
+		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
+		if good, err := talk(&typist); !good || err != nil ||
+			screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
+			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
+		}
+		screen.Reset()
+		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
+			250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
+		talk(&load)
+		for _, line := range strings.Split(screen.String(), "\n") {
+			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
+				!strings.HasPrefix(line[i:], "answered\r") {
+				t.Errorf("the screen shows %q", line)
+			}
+		}
+		if !strings.Contains(screen.String(), "200000 requests answered") ||
+			!strings.HasSuffix(screen.String(), ":PONG\n") {
+			t.Errorf("the screen shows %q", &screen)
+		}
+	})
+}
+
+// Ensure that -c is told at once that a server speaks TLS, which waits for more than a few bytes.
+func TestCommandWithoutTLS(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-tls-cert",
+		filepath.Join(dir, "server.pem"), "-tls-key", filepath.Join(dir, "server.key"))
+	go io.Copy(io.Discard, log)
+	out, err := binary("-addr", addr, "-timeout", "3s", "-c", "Get:a").CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("Perhaps it speaks TLS: give the CA")) {
+		t.Errorf("%v, it says %s", err, out)
+	}
+}
+
+// Ensure that -c, when it is interrupted, says how far it has come.
+func TestCommandIsInterrupted(t *testing.T) {
+	t.Parallel()
+	cmd := binary("-addr", serveTCP(t), "-c")
+	in, _ := cmd.StdinPipe()
+	out, _ := cmd.StdoutPipe()
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(in, "Put:k:v\n\nPing:there\n")
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
+		t.Errorf("it answers %q, %v", line, err)
+	}
+	cmd.Process.Signal(os.Interrupt)
+	cmd.Wait()
+	want := "interrupted; answered through line 3 of the input\n"
+	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
+		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
+	}
+}
+
+// Ensure that what -c says to do next is what is to be done: with the flags that it was given,
+// and only where something may have been changed.
+func TestCommandSaysWhatToDo(t *testing.T) {
+	answered := func(t *talker) *talker { // two lines, and our Ack
+		t.answered.Store(3)
+		return t
+	}
+	for _, c := range []struct {
+		talker *talker
+		cert   string
+		err    error
+		want   string
+	}{
+		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
+			"go on: kvserver -addr 7000 -c -stop < FILE"},
+		{answered(&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}), "",
+			errStopped, "go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
+		{answered(&talker{flags: []string{"-c"}}), "", errUnanswered,
+			"look, then go on: tail -n +3 FILE | kvserver -c"},
+		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
+		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it first."},
+		{&talker{isTyped: true}, "", errGone, "All that was sent is answered."},
+		{&talker{isTyped: true}, "", errInterrupted, "All that was sent is answered."},
+		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
+			"Nothing was to be changed: try again."},
+		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered,
+			"look, then send it again."},
+		{&talker{}, "", errOutput, "Make room where the answers go"},
+		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
+		{&talker{}, "mine.pem", tls.AlertError(42),
+			"It does not trust the certificate in mine.pem"},
+	} {
+		var p problem
+		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err,
+			&p) || !strings.Contains(p.todo, c.want) {
+			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
+		}
+	}
+
+	// Who may not connect to a socket is not told to start what runs.
+	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	var p problem
+	if err := dialProblem("unix:/run/sock", denied); !errors.As(err, &p) ||
+		!strings.Contains(p.todo, "ls -l /run/sock") {
+		t.Errorf("%+v", p)
+	}
+}
+
+// Ensure that a disk that is full, and an input that cannot be read, are errors.
+func TestCommandFailsWithItsFiles(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		broken := errors.New("broken")
+		in, end := io.Pipe()
+		go func() {
+			io.WriteString(end, "Get:k\n")
+			end.CloseWithError(broken)
+		}()
+		a := n.dial(t)
+		if _, err := talk(&talker{conn: a.conn, in: in, out: io.Discard,
+			errs: io.Discard}); !errors.Is(err, broken) {
+			t.Errorf("the input fails: %v", err)
+		}
+		a.conn.Close()
+		none, out := io.Pipe()
+		none.CloseWithError(broken)
+		a = n.dial(t)
+		if _, err := talk(&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
+			errs: io.Discard}); !errors.Is(err, broken) {
+			t.Errorf("the output fails: %v", err)
+		}
+		a.conn.Close()
+	})
+}
+
+// ---- server.go: start, counts and close
+
+// Ensure that Start serves its port, and says so when it cannot.
+func TestStart(t *testing.T) {
+	first := New(kvstore.NewMemory())
+	if err := first.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	port := first.listener.Addr().(*net.TCPAddr).Port
+	a := dialTCP(t, first.listener.Addr().String())
+	a.ask("Ping", ":PONG")
+	a.hangUp()
+	second := New(kvstore.NewMemory())
+	if err := second.Start(port); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a taken port: %v, want %v", err, syscall.EADDRINUSE)
+	}
+	if err := second.Start(0); err != nil {
+		t.Errorf("a free port after a taken one: %v", err)
+	}
+	second.Close()
+	if err := first.Start(0); !errors.Is(err, errStarted) {
+		t.Errorf("second Start: %v, want %v", err, errStarted)
+	}
+}
+
+// Ensure that every call can come twice, early, late and at once.
+func TestStartAndCloseInAnyOrder(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		s := New(kvstore.NewMemory())
+		if s.CountActive() != 0 || s.CountDropped() != 0 {
+			t.Error("before Start the counts are not 0")
+		}
+		s.Close()
+		s.Close()
+		if err := s.Start(0); !errors.Is(err, errClosed) {
+			t.Errorf("Start after Close: %v, want %v", err, errClosed)
+		}
+		if s.CountActive() != 0 || s.CountDropped() != 0 {
+			t.Error("after Close the counts are not 0")
+		}
+
+		a := n.dial(t)
+		if err := n.server.serve(newFakeNet()); !errors.Is(err, errStarted) {
+			t.Errorf("second start: %v, want %v", err, errStarted)
+		}
+		a.send("Get:k\n")
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(n.server.Close)
+			wg.Go(func() { n.server.CountActive() })
+			wg.Go(func() { n.server.CountDropped() })
+		}
+		wg.Wait()
+		if n.server.CountActive() != 0 {
+			t.Error("after Close CountActive is not 0")
+		}
+		if err := n.server.serve(newFakeNet()); !errors.Is(err, errClosed) {
+			t.Errorf("start after Close: %v, want %v", err, errClosed)
+		}
+	})
+}
+
+// Ensure that a server without a store says so at its start, and that Close ends it.
+func TestStartWithoutAStore(t *testing.T) {
+	s := New(nil)
+	if err := s.Start(0); !errors.Is(err, errNoStore) {
+		t.Errorf("Start without a store: %v, want %v", err, errNoStore)
+	}
+	if s.CountActive() != 0 || s.CountDropped() != 0 {
+		t.Error("without a store the counts are not 0")
+	}
+	s.Close()
+}
+
+// Ensure that clients of several listeners are one server's, that one listener which fails
+// keeps nobody from another, and that Close ends all.
+func TestStartOnSeveralListeners(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		other, failing := newFakeNet(), newFakeNet()
+		other.server, failing.Failures = n.server, 1<<30
+		if err := n.server.serve(n, other, failing); err != nil {
+			t.Fatal(err)
+		}
+		a, b := n.dial(t), other.dial(t)
+		a.ask("Put:k:v\nPing", ":PONG")
+		b.ask("Get:k", "k:v")
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients, want 2", got)
+		}
+		n.server.Close()
+		a.wantClosed()
+		b.wantClosed()
+		for _, l := range []*fakeNet{n, other, failing} {
+			if !isClosed(l.Closed()) {
+				t.Error("Close left a listener open")
+			}
+		}
+		a.conn.Close()
+		b.conn.Close()
+	})
+}
+
+// Ensure that the counts are right while clients come and go, whoever asks.
+func TestCounts(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		check := func(active, dropped int) {
+			t.Helper()
+			synctest.Wait()
+			var wg sync.WaitGroup
+			for range 10 { // at once, and never one the other's number
+				wg.Go(func() {
+					if got := n.server.CountActive(); got != active {
+						t.Errorf("CountActive() = %d, want %d", got, active)
+					}
+				})
+				wg.Go(func() {
+					if got := n.server.CountDropped(); got != dropped {
+						t.Errorf("CountDropped() = %d, want %d", got, dropped)
+					}
+				})
+			}
+			wg.Wait()
+		}
+		n.start(t)
+		check(0, 0)
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		check(3, 0)
+		a.ask("Ping", ":PONG")
+		check(3, 0)
+		a.hangUp()
+		check(2, 1)
+		b.conn.Close()
+		check(1, 2)
+		c.send("Quit\n")
+		c.wantClosed()
+		c.conn.Close()
+		check(0, 3)
+		n.dial(t).hangUp()
+		check(0, 4)
+	})
+}
+
+// Ensure that Close is bounded in time in every state of the clients, and that
+// it ends every goroutine (a bubble does not end while one is left).
+func TestCloseInEveryState(t *testing.T) {
+	states := []struct {
+		name  string
+		begin func(a *testClient)
+		most  time.Duration
+	}{
+		{"idle", func(a *testClient) {}, 0},
+		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
+		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
+		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) },
+			busyTime},
+		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) },
+			2 * busyTime},
+		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
+		{"gone", func(a *testClient) { a.conn.Close() }, 0},
+		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
+		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
+		{"not reading, ack", func(a *testClient) {
+			a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
+		}, closeTime + busyTime},
+		{"sending on and on", func(a *testClient) {
+			go func() {
+				for {
+					if _, err := a.conn.Write([]byte("Put:on:on\n")); err != nil {
+						return
+					}
+					<-time.After(busyTime / 2)
+				}
+			}()
+		}, busyTime + drainTime},
+	}
+	for _, s := range states {
+		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
+			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
+				inBubble(t, func(t *testing.T, n *fakeNet) {
+					n.fill("big", strings.Repeat("v", 1200), 1000)
+					b, a := n.dial(t), n.dial(t)
+					s.begin(a)
+					if after > 0 {
+						pass(after)
+					}
+					start := time.Now()
+					n.server.Close()
+					if took := time.Since(start); took > s.most+busyTime {
+						t.Errorf("Close took %v, want at most %v", took, s.most+busyTime)
+					}
+					b.wantClosed()
+					a.conn.Close()
+					pass(busyTime) // for whoever still sends to notice
+				})
+			})
+		}
+	}
+}
+
+// Ensure that requests that were read before Close are run and answered.
+func TestCloseAnswersWhatWasRead(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.send(strings.Repeat("Put:k:v\n", 100) + "Get:k\nPing:last\n")
+		synctest.Wait()
+		go n.server.Close()
+		for range 100 {
+			a.want("k:v")
+		}
+		a.want(":PONG last")
+		a.wantClosed()
+	})
+}
+
+// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken
+// everything, or its second is over. Its answers are not lost to a reset.
+func TestCloseUnderASteadyReader(t *testing.T) {
+	for _, config := range []*tls.Config{nil, serverConfig(t)} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.tls = config
+			var conn net.Conn = n.dial(t).conn
+			if config != nil {
+				conn = overTLS(conn)
+			}
+			readAndSend(t, conn, n.server, 9*kilo, synctest.Wait)
+		})
+	}
+}
+
+// Ensure the same of a real socket.
+func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	addr := s.listener.Addr().String()
+	a, watch := dialTCP(t, addr), dialTCP(t, addr)
+	a.conn.(*net.TCPConn).SetReadBuffer(16 * kilo) // the rest waits at the server's side
+	const puts = 10 * kilo
+	readAndSend(t, a.conn, s, puts, func() {
+		for watch.stat("put_requests_total") < puts {
+			runtime.Gosched()
+		}
+		watch.hangUp()
+	})
+}
+
+// readAndSend has a client read its answers to so many Puts bit by bit, with a Put between any
+// two, while the server closes. taken waits until the server has read all that was sent before.
+func readAndSend(t *testing.T, conn net.Conn, s *keyValueServer, puts int, taken func()) {
+	const answer = ":OK 1\n"
+	if _, err := io.WriteString(conn, "Ack\n"+strings.Repeat("Put:k:v\n", puts)); err != nil {
+		t.Fatal(err)
+	}
+	taken()
+	var got []byte
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	ticks := time.NewTicker(50 * time.Millisecond)
+	defer ticks.Stop()
+	piece := make([]byte, 15*kilo)
+	for {
+		<-ticks.C
+		n, err := io.ReadFull(conn, piece)
+		got = append(got, piece[:n]...)
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			break
+		} else if err != nil {
+			t.Errorf("after %d bytes: %v", len(got), err)
+			break
+		}
+		io.WriteString(conn, "Put:k:w\n")
+	}
+	if want := ":OK 0\n" + strings.Repeat(answer, puts); string(got) != want {
+		t.Errorf("%T: %d bytes of %d came", conn, len(got), len(want))
+	}
+	conn.Close()
+	<-closed
+}
+
+// Ensure that Close ends a reader that is just setting a deadline of its own.
+func TestCloseMeetsADeadline(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var once sync.Once
+		n.beforeDeadline = func() {
+			once.Do(func() {
+				go n.server.Close()
+				synctest.Wait() // until workLoop has set its own
+			})
+		}
+		a := n.dial(t)
+		start := time.Now()
+		a.send(strings.Repeat("Put:k:v\n", 1000))
+		a.wantClosed()
+		if took := time.Since(start); took > 2*busyTime {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+// Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
+// not for a client that does not read, nor for one turned away that is silent.
+func TestCloseWithTLS(t *testing.T) {
+	withTLS := serverConfig(t)
+	for _, request := range []string{"Get:big\n", "Get:big\nQuit\n", "Get:small\nQuit\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.tls = withTLS
+			n.fill("big", strings.Repeat("v", 1200), 1000)
+			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
+			n.server.maxClients = 1
+			a := n.dial(t)
+			client := overTLS(a.conn)
+			io.WriteString(client, request)
+			synctest.Wait()
+			silent := n.dial(t)
+			synctest.Wait()
+			start := time.Now()
+			n.server.Close()
+			if took := time.Since(start); took > closeTime+drainTime+closeTime {
+				t.Errorf("%q: Close took %v", request, took)
+			}
+			client.Close()
+			silent.conn.Close()
+		})
+	}
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		deaf := &deafConn{closed: make(chan struct{})}
+		n.server.tls = withTLS
+		n.wrap = func(conn net.Conn) net.Conn {
+			deaf.Conn = conn
+			return deaf
+		}
+		a := n.dial(t)
+		client := overTLS(a.conn)
+		io.WriteString(client, "Ping\n")
+		io.ReadFull(client, make([]byte, len(":PONG\n")))
+		deaf.on.Store(true)
+		start := time.Now()
+		go io.WriteString(client, "Quit\n")
+		<-deaf.closed
+		if took := time.Since(start); took != drainTime+closeTime {
+			t.Errorf("the goodbye of TLS took %v, want %v", took, drainTime+closeTime)
+		}
+		client.Close()
+	})
+}
+
+// deafConn takes no more bytes once it is on, and has no deadline.
+type deafConn struct {
+	net.Conn
+	on     atomic.Bool
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (d *deafConn) Write(p []byte) (int, error) {
+	if d.on.Load() {
+		<-d.closed
+	}
+	return d.Conn.Write(p)
+}
+
+func (d *deafConn) Close() error {
+	d.once.Do(func() { close(d.closed) })
+	return d.Conn.Close()
+}
+
+// Ensure that Close answers the Takes that wait, at once.
+func TestCloseWhileTakesWait(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.ask("Ack\nTake:k:1", ":OK 0", ":OK 0")
+		a.send("Take:k:60\n")
+		b.send("Ack\nTake:k:60\n")
+		b.conn.CloseWrite()
+		c.send("Ack\nTake:k:60\nPut:k:v\nPing\n")
+		synctest.Wait()
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took > busyTime {
+			t.Errorf("Close takes %v", took)
+		}
+		for i, want := range []string{":OK 0\n", ":OK 0\n:OK 0\n", ":OK 0\n:OK 0\n:OK 1\n:PONG\n"} {
+			if got := []*testClient{a, b, c}[i].readAll(); got != want {
+				t.Errorf("got %q, want %q", got, want)
+			}
+		}
+	})
+}
+
+// Ensure that Close does not wait for a walk that goes on and on.
+func TestCloseDuringKeys(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = endless{kvstore.NewMemory()}
+		a := n.dial(t)
+		a.send("Keys\n")
+		for len(n.server.snapshots.slots) == 0 { // until it walks
+			runtime.Gosched()
+		}
+		go n.server.Close()
+		if got := a.readAll(); got != "" {
+			t.Errorf("got %.100q", got)
+		}
+	})
+}
+
+// Ensure that Close does not wait for a walk through very many keys.
+func TestCloseDuringDump(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const pairs = 10_000
+		for i := range pairs {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.send("Dump\n")
+		synctest.Wait() // until its queue is full
+		closed := make(chan struct{})
+		go func() {
+			n.server.Close()
+			close(closed)
+		}()
+		if lines := strings.Count(a.readAll(), ": Put:"); lines == 0 || lines == pairs {
+			t.Errorf("%d of %d pairs came", lines, pairs)
+		}
+		<-closed
+	})
+}
+
+// endless is a store, and a snapshot, whose keys never end.
+type endless struct{ kvstore.Store }
+
+func (e endless) Snapshot() kvstore.Snapshot { return e }
+
+func (endless) View([]string, string) []string { return nil }
+
+func (endless) All() iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		for i := 0; yield(strconv.Itoa(i), nil); i++ {
+		}
+	}
+}
+
+// Ensure that Close ends a client that waits for a snapshot.
+func TestCloseWhileWaitingForSnapshot(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for range maxSnapshots {
+			n.server.snapshots.slots <- struct{}{}
+		}
+		a := n.dial(t)
+		a.send("Keys\n")
+		synctest.Wait()
+		n.server.Close()
+		a.wantClosed()
+	})
+}
+
+// ---- server.go: accepting clients
+
+// Ensure that failing Accepts are tried again, less and less often, with one
+// line in the log for each change.
+func TestAcceptBacksOff(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var log bytes.Buffer
+		n.Failures = 12
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		start := time.Now()
+		if err := n.server.serve(n); err != nil {
+			t.Fatal(err)
+		}
+		a := n.dial(t)
+		a.ask("Ping", ":PONG")
+		// 5, 10, 20 ... 640 ms, then 1 s four times
+		if took, want := time.Since(start), 1275*time.Millisecond+4*time.Second; took != want {
+			t.Errorf("served after %v, want %v", took, want)
+		}
+		a.hangUp()
+		n.server.Close()
+		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
+			if got := strings.Count(log.String(), line); got != 1 {
+				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log.String())
+			}
+		}
+	})
+	inBubble(t, func(t *testing.T, n *fakeNet) { // and Close does not wait for it
+		n.Failures = 1 << 30
+		n.server.serve(n)
+		pass(time.Minute)
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took != 0 {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+// Ensure that one client too many is told so, that the others do not notice,
+// and that there is room when one leaves.
+func TestMaxClients(t *testing.T) {
+	var log bytes.Buffer
+	defer func() {
+		if got := strings.Count(log.String(), "turning clients away"); got != 2 {
+			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
+		}
+	}()
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxClients, n.server.log = 2, slog.New(slog.NewTextHandler(&log, nil))
+		a, b := n.dial(t), n.dial(t)
+		for range 3 {
+			c := n.dial(t)
+			c.want(":ERROR line 0: server is full (2 clients)")
+			c.wantClosed()
+			c.conn.Close()
+		}
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients, want 2", got)
+		}
+		a.ask("Ping", ":PONG")
+		b.hangUp()
+		synctest.Wait()
+		c := n.dial(t)
+		c.ask("Ping", ":PONG")
+		pass(time.Minute)
+		for range maxTurnedAway { // and none of them goes on
+			n.dial(t)
+		}
+		d := n.dial(t)
+		d.want(":ERROR line 0: server is full (2 clients)")
+		d.wantClosed()
+		start := time.Now()
+		n.server.Close()
+		if took := time.Since(start); took > drainTime {
+			t.Errorf("Close took %v", took)
+		}
+	})
+}
+
+// Ensure that a server that is full is healthy.
+func TestMaxClientsAndPing(t *testing.T) {
+	t.Parallel()
+	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-max-clients", "1")
+	go io.Copy(io.Discard, log)
+	a := dialTCP(t, addr)
+	a.ask("Ping", ":PONG")
+	if out, err := binary("-addr", addr, "-ping").CombinedOutput(); err != nil {
+		t.Errorf("-ping to a full server: %v, %s", err, out)
+	}
+	if out, err := binary("-addr", addr, "-c", "Get:k").CombinedOutput(); err == nil ||
+		!bytes.Contains(out, []byte("server is full (1 clients)")) {
+		t.Errorf("-c to a full server: %v, %s", err, out)
+	}
+	a.hangUp()
+}
+
+// ---- server.go: turns of clients
+
+// Ensure that a client waits for one long request of each other client, not for
+// all that they have sent, and that long chains end all the same, in order.
+func TestTurnsOfLongRequests(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const others, updates, takes = 4, 500, 2 * time.Millisecond
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
+		victim := n.dial(t)
+		var clients []*testClient
+		for i := range others {
+			c := n.dial(t)
+			var script strings.Builder
+			for j := range updates {
+				fmt.Fprintf(&script, "Update:k%d:%d:%d\n", i, j-1, j)
+			}
+			go c.send(script.String() + fmt.Sprintf("Get:k%d\nPing\n", i))
+			clients = append(clients, c)
+		}
+		for range 100 {
+			pass(3 * time.Millisecond)
+			start := time.Now()
+			victim.ask("Ping", ":PONG")
+			if took := time.Since(start); took > (2*others+2)*takes {
+				t.Fatalf("waited %v beside requests of %v", took, takes)
+			}
+		}
+		for i, c := range clients {
+			c.want(fmt.Sprintf("k%d:%d", i, updates-1), ":PONG")
+			c.hangUp()
+		}
+		victim.hangUp()
+	})
+}
+
+// lazyStore is a Memory whose Updates take their time, as those of huge lists do.
+type lazyStore struct {
+	*kvstore.Memory
+	takes func() time.Duration
+}
+
+func (l lazyStore) Update(key, oldValue, newValue string) bool {
+	<-time.After(l.takes())
+	return l.Memory.Update(key, oldValue, newValue)
+}
+
+// TestTurnsBesideStalls: when the system lets the process wait in the middle of a client's
+// chain, that client hardly waits longer for its next turn; one whose requests always take long
+// does.
+func TestTurnsBesideStalls(t *testing.T) {
+	const usual, stall = 50 * time.Microsecond, 3 * time.Millisecond
+	floor := time.Second
+	clock := turn{epoch: time.Now().Add(-time.Hour)}
+	c := share{spent: floor, cost: usual}
+
+	// charge has the clock see that so much time has passed.
+	charge := func() {
+		clock.looked = time.Since(clock.epoch) - stall
+		clock.charge(&c, floor)
+	}
+	charge()
+	if c.due() > floor+4*maxLead+4*usual || c.isSlow() {
+		t.Errorf("after one stall of %v the client is due %v behind, slow: %v", stall,
+			c.due()-floor, c.isSlow())
+	}
+
+	for range 8 {
+		charge()
+	}
+	if c.spent != floor+maxTurn || !c.isSlow() {
+		t.Errorf("after 8 turns more of %v the client has spent %v more, slow: %v", stall,
+			c.spent-floor, c.isSlow())
+	}
+}
+
+// Ensure that a client that asks for little waits for a turn or two of the others, not for one
+// of each, whatever these send: one long request at a time, short ones between two long ones,
+// or many in one chain. And that all of these get on, each as much as any other.
+func TestTurnsOfLightClients(t *testing.T) {
+	const others, takes = 300, 2 * time.Millisecond
+	for _, script := range []string{"Update:k:a:b\nPing\n",
+		"Get:none\nPing\n|Update:k:a:b\nPing\n", strings.Repeat("Update:k:a:b\n", 10) + "Ping\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			random := rand.New(rand.NewPCG(1, 2))
+			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
+				return world.Between(random, takes/2, takes)
+			}}
+			victim := n.dial(t)
+			victim.ask("Ping", ":PONG")
+			parts := strings.Split(script, "|")
+			var stop atomic.Bool
+			var all sync.WaitGroup
+			rounds := make([]atomic.Int64, others)
+			span := func() (least, most int64) {
+				least = math.MaxInt64
+				for i := range rounds {
+					n := rounds[i].Load()
+					least, most = min(least, n), max(most, n)
+				}
+				return least, most
+			}
+			clients := make([]*testClient, others)
+			for i := range clients {
+				clients[i] = n.dial(t)
+			}
+			for i, c := range clients {
+				all.Go(func() {
+					defer c.hangUp()
+					for ; !stop.Load(); rounds[i].Add(1) {
+						for _, part := range parts {
+							c.ask(strings.TrimSuffix(part, "\n"), ":PONG")
+						}
+					}
+				})
+			}
+			updates := strings.Count(script, "Update")
+			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
+				pass(takes) // until it is known of each that it does not ask for little only
+			}
+			for range 200 {
+				pass(3 * takes / 7)
+				start := time.Now()
+				victim.ask("Put:x:y\nDelete:x\nPing", ":PONG")
+				if took := time.Since(start); took > 2*takes {
+					t.Errorf("waited %v beside requests of %v (%q)", took, takes, script)
+					break
+				}
+			}
+			pass(time.Duration(5*others*updates) * takes)
+			least, most := span()
+			if least < 4 || most > 3*least { // none starves
+				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
+			}
+			stop.Store(true)
+			all.Wait()
+			victim.hangUp()
+		})
+	}
+}
+
+// Ensure that a turn is short only while requests take long.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var takes time.Duration
+		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		s.turn.epoch = time.Now()
+		c := newClient(1, new(world.Conn), s)
+		c.buffer = make(chan []byte, 1) // so that nobody writes
+		turn := func() (n int, took time.Duration) {
+			chain := make([]Query, 100*kilo)
+			for i := range chain {
+				chain[i] = Query{queryType: update, client: c, key: "k", line: i}
+				if i > 0 {
+					chain[i-1].next = &chain[i]
+				}
+			}
+			start := time.Now()
+			s.turn.begin()
+			s.runChain(&chain[0], &chain[0])
+			s.waiting = nil
+			return c.share.next.line, time.Since(start)
+		}
+		takes = 2 * time.Millisecond
+		if n, took := turn(); n > maxStride/searchCost {
+			t.Errorf("the first long Updates: %d of them, %v", n, took)
+		}
+		if n, took := turn(); n > 1 {
+			t.Errorf("long Updates: %d of them, %v", n, took)
+		}
+		takes = time.Microsecond
+		turn()
+		if _, took := turn(); took < maxTurn || took > maxTurn+maxStride*takes {
+			t.Errorf("short Updates after long ones: a turn of %v, want %v", took, maxTurn)
+		}
+	})
+}
+
+// ---- server.go: the store, and Commit
+
+// Ensure that the server needs nothing of a store but the KVStore interface, and a Snapshot for
+// Keys and Dump.
+func TestStoreOfAnyKind(t *testing.T) {
+	for _, c := range conversations {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			held := kvstore.NewMemory()
+			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
+			a := n.dial(t)
+			go a.sendAll(c.send)
+			got := a.readAll()
+			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
+			if got != c.want && !(keeps && strings.Contains(c.send, "Expire:")) {
+				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
+			}
+			b := n.dial(t)
+			b.send("Stats\n")
+			for line := b.read(); !strings.HasPrefix(line, ":OK "); line = b.read() {
+				if strings.HasPrefix(line, ": keys ") {
+					t.Errorf("Stats says %q of a store that cannot know", line)
+				}
+			}
+			b.hangUp()
+		})
+	}
+}
+
+// plainStore is a KVStore that can do nothing else, and whose Commit fails when told to.
+type plainStore struct {
+	kvstore.KVStore
+	commits int
+	fail    error
+	last    []string // that Get returned
+}
+
+func (p *plainStore) Get(key string) []string {
+	p.last = p.KVStore.Get(key)
+	return p.last
+}
+
+func (p *plainStore) Commit() error {
+	p.commits++
+	return p.fail
+}
+
+// listedStore is a Store made of a KVStore, which can list what that holds.
+type listedStore struct {
+	kvstore.Store
+	held *kvstore.Memory
+}
+
+func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
+
+// Ensure that files which somebody removes under an idle server are written anew without a
+// request, so that kill -9 loses nothing.
+func TestStoreMissesItsFiles(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir := storetest.New()
+		n.server.status = &storage.Status{}
+		db, err := durable.Open(t.Context(), dir, durable.Options{Status: n.server.status})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Put:k:v\nPing", ":PONG")
+		names, err := dir.List()
+		for _, name := range names {
+			if strings.HasPrefix(name, "seg-") {
+				err = errors.Join(err, dir.Remove(name))
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		pass(3 * lookTime)
+		killed, err := durable.Open(t.Context(), dir.Kill(), durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := killed.Get("k"); !slices.Equal(got, []string{"v"}) {
+			t.Errorf("after kill -9 k has %q", got)
+		}
+		killed.Close()
+		a.hangUp()
+		n.server.Close()
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Ensure that no reply leaves when Commit fails: not of a write, not of a read;
+// everybody is disconnected, and the owner is told.
+func TestCommitBeforeReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := &plainStore{KVStore: kvstore.NewMemory()}
+		n.server.db = kvstore.StoreOf(store)
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log,
+			&slog.HandlerOptions{Level: slog.LevelDebug}))
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.ask("Put:k:v", ":OK 1")
+		b.ask("Get:k", "k:v")
+		synctest.Wait()
+		store.fail = errors.New("disk on fire")
+		a.send("Put:k:w\n")
+		synctest.Wait()
+		for _, x := range []*testClient{a, b, c} {
+			x.wantClosed()
+		}
+		if err := <-n.server.Failed(); err != store.fail {
+			t.Errorf("Failed says %v, want %v", err, store.fail)
+		}
+		commits := store.commits
+		n.dial(t).wantClosed()
+		n.server.Close()
+		if store.commits != commits {
+			t.Error("after a failed Commit there was another")
+		}
+		if n := strings.Count(log.String(), `reason="the store failed"`); n != 1 {
+			t.Errorf("the log says of %d clients that they left because the store failed, want "+
+				"1:\n%s", n, &log)
+		}
+	})
+}
+
+// Ensure that a Get that sees another client's Put is not answered before that
+// is committed.
+func TestCommitBeforeGets(t *testing.T) {
+	for _, failure := range []error{nil, errors.New("disk on fire")} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
+			n.server.db = kvstore.StoreOf(store)
+			a, b, c := n.dial(t), n.dial(t), n.dial(t)
+			for _, x := range []*testClient{a, b, c} {
+				store.gate <- nil
+				x.ask("Ping", ":PONG")
+			}
+			c.send("Ping\n") // workLoop waits, and the next two are committed together
+			synctest.Wait()
+			a.send("Put:k:v\n")
+			synctest.Wait()
+			b.send("Get:k\n")
+			synctest.Wait()
+			store.gate <- nil
+			c.want(":PONG")
+			synctest.Wait()
+			got := make(chan string)
+			go func() {
+				line, _ := b.r.ReadString('\n')
+				got <- line
+			}()
+			synctest.Wait()
+			select {
+			case line := <-got:
+				t.Errorf("before Commit returned b got %q", line)
+				return
+			default:
+			}
+			store.gate <- failure
+			if line := <-got; (line == "k:v\n") != (failure == nil) {
+				t.Errorf("after Commit returned %v b got %q", failure, line)
+			}
+			for range cap(store.gate) {
+				store.gate <- nil
+			}
+		})
+	}
+}
+
+// gatedStore is a Memory whose Commit waits for what it is to return.
+type gatedStore struct {
+	*kvstore.Memory
+	gate chan error
+}
+
+func (g gatedStore) Commit() error { return <-g.gate }
+
+// ---- server.go: keys that expire
+
+// Ensure that a key goes when its time is over, not before, for all requests.
+func TestExpire(t *testing.T) {
+	for _, ask := range []struct{ request, before, after string }{
+		{"Get:k\nPing", "k:v\n:PONG", ":PONG"},
+		{"Count:k", ":OK 1", ":OK 0"},
+		{"Expire:k", ": 1\n:OK 1", ":OK 0"},
+		{"Ack\nExpire:k:5", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Ack\nAdd:k:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
+		{"Ack\nLease:k:5:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
+		{"Ack\nSwap:k:v:w", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Ack\nRemove:k:v", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Put:k:w\nGet:k\nExpire:k", "k:v\nk:w\n: 1\n:OK 1", "k:w\n:OK 1"},
+		{"Keys", ": k\n:OK 1", ":OK 0"},
+		{"Dump", ": Put:k:v\n: Expire:k:1\n:OK 2", ":OK 0"},
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			for _, when := range []struct {
+				after time.Duration
+				want  string
+			}{{5*time.Second - time.Microsecond, ask.before},
+				{5*time.Second + time.Millisecond, ask.after}} {
+				a := n.dial(t)
+				pass(300 * time.Microsecond)
+				a.ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
+				pass(when.after)
+				a.ask(ask.request, strings.Split(when.want, "\n")...)
+				a.hangUp()
+			}
+		})
+	}
+}
+
+// Ensure that a key goes though nobody asks for it, soon after its time.
+func TestExpireUnasked(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		db := kvstore.NewMemory()
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Lease:k:3600:v\nLease:l:7200:v\nPut:stays:v\nPing", ":PONG")
+		pass(time.Hour + 2*expireTime)
+		if keys, _, _ := db.Size(); keys != 2 { // workLoop waits for its alarm
+			t.Errorf("%d keys are there, want 2", keys)
+		}
+		if got := a.stat("expired_keys_total") + 10*a.stat("expiring_keys"); got != 11 {
+			t.Errorf("Stats says %d, want 11", got)
+		}
+		pass(time.Hour)
+		a.ask("Keys", ": stays", ":OK 1")
+		a.hangUp()
+	})
+}
+
+// Ensure that a deadline is a time of the wall clock, and goes with it where that jumps.
+func TestExpireWhileTheClockJumps(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		by := jump(n)
+		a := n.dial(t)
+		a.ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
+		by(-time.Hour)
+		a.ask("Expire:k", ": 7200", ":OK 1")
+		pass(time.Hour + time.Minute)
+		a.ask("Expire:k", ": 3540", ":OK 1")
+		by(time.Hour)
+		a.ask("Get:k\nExpire:k", ":OK 0")
+		a.ask("Expire:l", ": 5340", ":OK 1")
+		by(-2 * time.Hour)
+		a.ask("Get:k\nExpire:l", ": 12540", ":OK 1") // what is gone does not come back
+		by(4 * time.Hour)
+		pass(2 * expireTime)
+		a.ask("Keys", ":OK 0")
+		a.hangUp()
+	})
+}
+
+// Ensure that what has ended while no server ran is never seen.
+func TestExpireBeforeTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		for round := range 3 {
+			n := newFakeNet()
+			db, err := durable.Open(t.Context(), dir, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.server.db = db
+			a := n.dial(t)
+			switch round {
+			case 0:
+				a.ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
+			case 1:
+				if keys := a.stat("keys"); keys != 2 {
+					t.Errorf("%d keys are there at first, want 2", keys)
+				}
+				a.ask("Keys\nDump\nGet:k\nGet:l", ": l", ": stays", ":OK 2", ": Put:l:v", ": Expire:l:30",
+					": Put:stays:v", ":OK 3", "l:v")
+			case 2: // nobody asks
+			}
+			a.hangUp()
+			n.server.Close()
+			if err := db.Close(); err != nil {
+				t.Error(err)
+			}
+			pass(time.Minute)
+		}
+		if report, err := durable.Check(dir); err != nil ||
+			!strings.Contains(strings.Join(report.Lines, "\n"), "1 key") {
+			t.Errorf("a check says %q, %v", report.Lines, err)
+		}
+	})
+}
+
+// Ensure that many keys that end at once take turns with the clients, and that nobody finds those
+// that are there still.
+func TestExpireManyAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const many, takes = 20_000, 10 * time.Microsecond
+		db := slowDeletes{kvstore.NewMemory(), takes}
+		n.server.db = db
+		for i := range many {
+			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
+		}
+		db.Put("stays", "v")
+		a := n.dial(t)
+		pass(time.Second - time.Millisecond)
+		a.ask("Count:k1", ":OK 1")
+		if n := a.stat("expiring_keys"); n != many {
+			t.Errorf("%d keys wait, want %d", n, many)
+		}
+		<-time.After(time.Millisecond)
+		left, turns := many, 0
+		for ; left > 0; turns++ {
+			start := time.Now()
+			left = a.stat("expiring_keys")
+			key := fmt.Sprint("k", many-1-turns)
+			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0",
+				key+":w")
+			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
+			const chains, most = 4, maxSlowTurn + (expireStride+2)*takes
+			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
+				t.Fatalf("with %d keys to go a client waits %v", left, took)
+			}
+		}
+		if turns < 10 {
+			t.Errorf("%d keys went in %d turns", many, turns)
+		}
+		a.hangUp()
+	})
+}
+
+// slowDeletes is a Memory whose Deletes take their time.
+type slowDeletes struct {
+	*kvstore.Memory
+	takes time.Duration
+}
+
+func (s slowDeletes) Delete(key string) int {
+	<-time.After(s.takes)
+	return s.Memory.Delete(key)
+}
+
+// Ensure that nobody is told that a key has gone before that is committed.
+func TestExpireIsCommitted(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
+		n.server.db = store
+		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
+		a := n.dial(t)
+		store.gate <- nil
+		a.ask("Get:k", "k:v")
+		pass(time.Second + 2*expireTime)
+		a.send("Get:k\nPing\n")
+		got := make(chan string)
+		go func() { got <- a.read() }()
+		synctest.Wait()
+		select {
+		case line := <-got:
+			t.Errorf("before the Commit there is an answer: %q", line)
+		default:
+		}
+		store.gate <- nil
+		if line := <-got; line != ":PONG" {
+			t.Errorf("got %q", line)
+		}
+		a.conn.Close()
+	})
+}
+
+// Ensure that a key whose time is over is not shown where the disk has no room for its Delete, and
+// goes when it has.
+func TestExpireOnAFullDisk(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
+		n.server.db = db
+		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
+		db.full.Store(true)
+		a := n.dial(t)
+		a.ask("Get:k", "k:v")
+		pass(time.Hour)
+		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space",
+			":OK 0")
+		db.full.Store(false)
+		pass(2 * expireTime)
+		if keys, _, _ := db.Size(); keys != 0 {
+			t.Error("the key is there still")
+		}
+		a.ask("Get:k\nPing", ":PONG")
+		a.hangUp()
+	})
+}
+
+// roomless is a Memory on a disk without room for anything, while it is full.
+type roomless struct {
+	*kvstore.Memory
+	full *atomic.Bool
+}
+
+func (r roomless) Room(int64, bool) error {
+	if r.full.Load() {
+		return errors.New("no space")
+	}
+	return nil
+}
+
+// jump has n's server go by a wall clock that is so much ahead of the true one, or behind.
+func jump(n *fakeNet) (by func(time.Duration)) {
+	var ahead atomic.Int64
+	n.server.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	return func(d time.Duration) { ahead.Add(int64(d)) }
+}
+
+// ---- server.go: Takes that wait
+
+// Ensure that of the Takes that wait for a key the first gets the next value, whatever request
+// brings it, and that this one value is nobody else's.
+func TestTakeWaitsInLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const takers = 6
+		var clients []*testClient
+		for range takers {
+			c := n.dial(t)
+			c.ask("Ack", ":OK 0")
+			c.send("Take:k:60\n")
+			synctest.Wait()
+			clients = append(clients, c)
+		}
+		giver := n.dial(t)
+		if got := giver.stat("waiting_takes"); got != takers {
+			t.Errorf("%d Takes wait, want %d", got, takers)
+		}
+		giver.ask("Ack", ":OK 0")
+		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
+			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
+			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
+			giver.send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
+			giver.want(give.reply, ":OK 0", ":OK 0", ":OK 0")
+			clients[i].want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
+		}
+		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h",
+			":OK 1")
+		for _, c := range append(clients, giver) {
+			c.hangUp()
+		}
+	})
+}
+
+// Ensure that a Take waits for just as long as it says, and that others do not: those with other
+// clients, those for other keys, and what its client has sent before.
+func TestTakeWaitsItsTime(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.writeTimeout = time.Second
+		a, b := n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		for _, seconds := range []int{1, 30, 3600} {
+			a.send("Pu")
+			pass(300 * time.Millisecond)
+			start := time.Now()
+			a.send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
+			a.want(":OK 1", "j:1", ":OK 1")
+			synctest.Wait()
+			b.ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
+			if time.Since(start) > 0 {
+				t.Errorf("others waited %v", time.Since(start))
+			}
+			a.want(":OK 0")
+			if took := time.Since(start); took != time.Duration(seconds)*time.Second {
+				t.Errorf("a Take of %d seconds waits %v", seconds, took)
+			}
+			a.ask("Delete:j", ":OK 1")
+			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
+		}
+		if n := b.stat("waiting_takes"); n != 0 {
+			t.Errorf("%d Takes wait", n)
+		}
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that the Take of a client that has gone is taken out of the line, and that of a client
+// that has only closed its side is not.
+func TestTakeOfClientsThatGo(t *testing.T) {
+	for what, end := range map[string]func(c *testClient){
+		"breaks": func(c *testClient) { c.conn.(*world.Conn).BreakOff() },
+		"breaks behind a half-close": func(c *testClient) {
+			c.conn.CloseWrite()
+			pass(time.Second)
+			c.conn.(*world.Conn).BreakOff()
+			pass(probeTime)
+		},
+		"breaks with a request behind it": func(c *testClient) {
+			c.send("Put:late:v\nPing\n")
+			pass(time.Second)
+			c.conn.(*world.Conn).BreakOff()
+			pass(probeTime)
+		},
+		"waits too long": func(c *testClient) { pass(time.Minute) },
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a, b, c := n.dial(t), n.dial(t), n.dial(t)
+			a.send("Get:none\nTake:k:60\n")
+			synctest.Wait()
+			b.send("Take:k:600\n")
+			b.conn.CloseWrite()
+			synctest.Wait()
+			end(a)
+			synctest.Wait()
+			if n := c.stat("waiting_takes"); n != 1 {
+				t.Errorf("a client %s, and %d Takes wait, want 1", what, n)
+			}
+			c.ask("Put:k:v\nCount:k", ":OK 0")
+			b.want("k:v")
+			b.wantClosed()
+			a.conn.Close()
+			c.hangUp()
+		})
+	}
+}
+
+// Ensure that a Take which the server comes to late has a look when its time is over, but takes
+// nothing for a client that has gone.
+func TestTakeThatComesLate(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
+		a, b, c, d, e := n.dial(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
+		d.ask("Put:k:1\nPut:k:2\nPing", ":PONG")
+		e.ask("Ack", ":OK 0")
+		c.send("Update:x:a:b\nPing\n")
+		synctest.Wait()
+		b.send("Take:k:600\n")
+		synctest.Wait()
+		a.send("Take:k:1\n")
+		e.send("Take:none:1\n")
+		e.conn.CloseWrite()
+		pass(time.Second)
+		b.conn.(*world.Conn).BreakOff()
+		a.want("k:1")
+		e.want(":OK 0")
+		e.wantClosed()
+		d.ask("Get:k\nPing", "k:2", ":PONG")
+		c.want(":PONG")
+		b.conn.Close()
+		for _, x := range []*testClient{a, c, d} {
+			x.hangUp()
+		}
+	})
+}
+
+// Ensure that what a client sends while its Take waits is run when that has ended, as it came,
+// whatever its size; and that a line which is begun meanwhile may be ended later.
+func TestTakeWaitsWhileItsClientSends(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 300 * kilo
+		a, b := n.dial(t), n.dial(t)
+		a.send(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
+		synctest.Wait()
+		c := n.dial(t)
+		c.send("Take:m:600\nPut:m:be")
+		long := strings.Repeat("x", 200*kilo)
+		go a.send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
+		pass(lineTime + 5*time.Second)
+		b.ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
+		b.send("Put:k:v\n")
+		a.want("k:v", "l:a", "l:"+long, "l:b")
+		pass(lineTime - 5*time.Second)
+		a.ask("gun\nTake:l\nPing", "l:a", ":PONG")
+		b.ask("Count:l\nPut:m:v", ":OK 3")
+		c.want("m:v")
+		c.ask("hind\nTake:m\nPing", "m:behind", ":PONG")
+		c.hangUp()
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that a line which does not end is seen in its time behind a Take that was to wait longer.
+func TestTakeBeforeASlowLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b := n.dial(t), n.dial(t)
+		a.send("Take:k:3600\n")
+		pass(5 * time.Second)
+		b.send("Put:k:v\n")
+		a.want("k:v")
+		start := time.Now()
+		a.send("Put:x")
+		a.want(":ERROR line 2: the line was begun but not ended within 30s")
+		if took := time.Since(start); took > lineTime+2*quietAfter {
+			t.Errorf("it took %v", took)
+		}
+		a.wantClosed()
+		a.conn.Close()
+		b.hangUp()
+	})
+}
+
+// Ensure that a taken value is not lost because its client reads late.
+func TestTakeOfALateReader(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1000)
+		n.fill("k", value, 1)
+		slow, giver := n.dial(t), n.dial(t)
+		go slow.send(strings.Repeat("Get:k\n", 5000))
+		pass(time.Minute)
+		go slow.send("Take:job:60\nTake:job\nPing\n")
+		pass(time.Second)
+		giver.send("Put:job:1\nPut:job:2\n")
+		pass(time.Minute)
+		jobs := ""
+		for line := slow.read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.read() {
+			if strings.HasPrefix(line, "job:") {
+				jobs += line
+			} else if line != "k:"+value {
+				t.Fatalf("got %.60q", line)
+			}
+		}
+		if jobs != "job:1job:2" {
+			t.Errorf("the slow reader was given %q", jobs)
+		}
+		slow.hangUp()
+		giver.hangUp()
+	})
+}
+
+// Ensure that a Put which is refused wakes nobody, and that one that is taken at once wakes where
+// there is no memory for more.
+func TestTakeOnAFullServer(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
+		n.server.db = db
+		a, b := n.dial(t), n.dial(t)
+		a.send("Ack\nTake:k:60\n")
+		a.want(":OK 0")
+		synctest.Wait()
+		db.full.Store(true)
+		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space",
+			":PONG")
+		db.full.Store(false)
+		b.ask("Put:k:w\nPing", ":PONG")
+		a.want("k:w", ":OK 1")
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that nobody is given a value before that is committed, and that where the Commit fails
+// those who wait are told nothing.
+func TestTakeWaitsForCommit(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
+		n.server.db = store
+		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a.send("Take:k:60\n")
+		b.send("Take:l:60\n")
+		synctest.Wait()
+		c.send("Put:k:v\n")
+		synctest.Wait()
+		store.gate <- errors.New("disk on fire")
+		synctest.Wait()
+		for _, x := range []*testClient{a, b, c} {
+			x.wantClosed()
+		}
+	})
+}
+
+// Ensure that each job that many clients put is given to one of many others, once, over real
+// connections, whether they wait or ask again and again.
+func TestTakeByMany(t *testing.T) {
+	addr := serveTCP(t)
+	const givers, takers, jobs = 4, 12, 200
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	given := map[string]int{}
+	for id := range givers {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			for i := range jobs {
+				c.ask(fmt.Sprintf("Put:jobs:%d-%d", id, i), ":OK 1")
+			}
+		})
+	}
+	left := atomic.Int64{}
+	left.Store(givers * jobs)
+	for id := range takers {
+		c := dialTCP(t, addr)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			for left.Load() > 0 {
+				c.send([]string{"Take:jobs:1\n", "Take:jobs\n"}[id%2])
+				for _, job := range c.readList() {
+					mu.Lock()
+					given[job]++
+					mu.Unlock()
+					left.Add(-1)
+				}
+			}
+		})
+	}
+	all.Wait()
+	for job, times := range given {
+		if times != 1 {
+			t.Errorf("%s was given %d times", job, times)
+		}
+	}
+	dialTCP(t, addr).ask("Count:jobs", ":OK 0")
+}
+
+// Ensure that a taker on a real connection is taken out of the line when that breaks, and on a unix
+// socket when that is closed, also behind its own half-close.
+func TestTakeOnRealSockets(t *testing.T) {
+	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
+	unix, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.serve(tcp, unix); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	a := dialTCP(t, tcp.Addr().String())
+	waiting := func(want int) {
+		for end := time.Now().Add(time.Minute); a.stat("waiting_takes") != want; {
+			if time.Now().After(end) {
+				t.Fatalf("after a minute %d Takes wait, want %d", a.stat("waiting_takes"), want)
+			}
+		}
+	}
+	for _, half := range []bool{false, true} {
+		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
+			conn, err := net.Dial(addr.Network(), addr.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(conn, "Take:k:60\n")
+			if half {
+				conn.(world.HalfConn).CloseWrite()
+			}
+			waiting(1)
+			if c, isTCP := conn.(*net.TCPConn); isTCP {
+				c.SetLinger(0) // so that Close resets it
+			}
+			conn.Close()
+			waiting(0)
+		}
+	}
+	a.ask("Put:k:v\nTake:k", "k:v")
+}
+
+// Ensure that a client whose Take waits holds little more than a quiet one, whatever it has sent
+// with it.
+func TestTakeIsSmallWhileItWaits(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const takers = 100
+		var clients []*testClient
+		for range takers {
+			a := n.dial(t)
+			a.ask("Ping", ":PONG")
+			clients = append(clients, a)
+		}
+		burst := strings.Repeat("Delete:k\n", burstSize/16)
+		before := heapOfQuiet()
+		for i, a := range clients {
+			go func() {
+				a.send(burst)
+				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
+			}()
+		}
+		if more := (heapOfQuiet() - before) / takers; more > 1<<10 {
+			t.Errorf("a Take that waits holds %d bytes", more)
+		}
+		for i, a := range clients {
+			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
+			a.conn.Close()
+		}
+	})
+}
+
+// ---- server.go: -max-memory and -max-queues
+
+// Ensure that writes are refused just beyond the limit, in both modes, that all
+// else goes on, and that Delete makes room.
+func TestMemoryLimit(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		long := strings.Repeat("v", 10*kilo) // that has memory of its own
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.ask("Put:short:1", ":OK 1")
+		n.server.budget.reserve = kilo
+		n.server.budget.limit = (int64(a.stat("memory_bytes"))+40*kilo)*4/3 + kilo
+		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
+			n.server.budget.limit)
+		for i := range 3 {
+			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
+			synctest.Wait() // the reply is written, and takes no memory any more
+		}
+		a.send("Put:3:" + long + "\nUpdate:short:1:" + long + "\n")
+		for range 2 {
+			if line := a.read(); !strings.HasSuffix(line, full) {
+				t.Errorf("got %q, want %q", line, full)
+			}
+		}
+		synctest.Wait()
+		for n.server.budget.data() < n.server.budget.forData() {
+			n.server.budget.other.Add(100)
+		}
+		a.send("Put:short:2\n")
+		if line := a.read(); !strings.HasSuffix(line, full) {
+			t.Errorf("where nothing is left: got %q, want %q", line, full)
+		}
+		a.ask("Get:short", "short:1", ":OK 1")
+		synctest.Wait()
+		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
+		a.ask("Set:short:", ":OK 1")
+		a.ask("Set:short:", ":OK 1")
+		a.send("Set:new:\n") // but a key is something
+		if line := a.read(); !strings.HasSuffix(line, full) {
+			t.Errorf("a Set of a new key: got %q, want %q", line, full)
+		}
+		n.server.budget.other.Store(0)
+		a.ask("Delete:1", ":OK 1")
+		synctest.Wait()
+		a.ask("Put:3:"+long, ":OK 1")
+		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) ||
+			a.stat("process_bytes") == 0 {
+			t.Error("Stats does not tell the limit, and what the process takes")
+		}
+		a.hangUp()
+		if got := strings.Count(log.String(), "the memory is full"); got != 1 {
+			t.Errorf("the log says so %d times:\n%s", got, &log)
+		}
+	})
+}
+
+// Ensure that what Deletes free can be used again where the memory is full: of every fourth of many
+// short values the room is filled with longer ones.
+func TestMemoryLimitIsUsedAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		n.server.budget.limit, n.server.budget.reserve = 32<<20, 0
+		put := func(name string, size int) (stored int) {
+			value := strings.Repeat("v", size)
+			for ; ; stored += 100 {
+				var b strings.Builder
+				for i := range 100 {
+					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
+				}
+				a.send(b.String() + "Ping\n")
+				refused := false
+				for line := a.read(); line != ":PONG"; line = a.read() {
+					refused = true
+				}
+				if refused {
+					return stored
+				}
+			}
+		}
+		stored := put("short", 100)
+		var b strings.Builder
+		for i := 0; i < stored; i += 4 {
+			fmt.Fprintf(&b, "Delete:short%d\n", i)
+		}
+		a.send(b.String() + "Ping\n")
+		a.want(":PONG")
+		if again := put("longer", 200); again < stored/4/2*8/10 {
+			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
+		}
+	})
+}
+
+// Ensure that what the last collection found alive, and is no data, counts: a snapshot
+// keeps what has been changed since.
+func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	used := func() int64 {
+		s.noteMemory()
+		return s.budget.data()
+	}
+	before := used()
+	s.budget.other.Store(10 * kilo)
+	if got := used(); got != before+10*kilo {
+		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
+	}
+	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
+	if got := used(); got < before+15*kilo || got > before+20*kilo {
+		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
+	}
+	s.budget.other.Store(0)
+	if got := used(); got < before || got > before+10*kilo {
+		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
+	}
+}
+
+// Ensure that data which is there at the start counts once, whenever a collection comes.
+func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	for i := range 1000 {
+		s.db.Put(fmt.Sprint(i), strings.Repeat("v", kilo))
+	}
+	loaded := s.db.Footprint()
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if used := s.budget.store.Load(); used < loaded {
+		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
+	}
+}
+
+// Ensure that lines which have begun have a share of the memory that they keep to, whether they
+// are many or long; that all are taken in where each ends in its turn; that what they took is given
+// back; and that one which finds no room in time is refused.
+func TestMemoryLimitOfBegunLines(t *testing.T) {
+	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
+		for _, end := range []bool{true, false} {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				n.server.maxLine, n.server.budget.limit = 1<<20, 64<<20
+				share := 64 << 20 / linesShare
+				if kind.clients > 100 {
+					n.server.budget.limit, share = n.server.budget.limit/4, share/4
+				}
+				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
+				var clients []*testClient
+				for range kind.clients {
+					c := n.dial(t)
+					c.conn.(*world.Conn).SetWriteBuffer(kilo) // little is on the way
+					clients = append(clients, c)
+				}
+				synctest.Wait()
+				before := heapBytes()
+				mayEnd := make(chan struct{})
+				for _, c := range clients {
+					go func() {
+						c.conn.Write(line)
+						if <-mayEnd; end {
+							c.sendSome("\nPing\n")
+						}
+					}()
+				}
+				pass(2 * quietAfter)
+				if held, most := heapBytes()-before, share+kind.clients*4*freeLine; held > most {
+					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
+						held, most)
+				}
+				if n.server.budget.inputs.Load() == 0 {
+					t.Error("lines that have begun do not count")
+				}
+				a := n.dial(t)
+				a.ask("Ack", ":OK 0")
+				a.ask("Put:other:v", ":OK 1")
+				a.hangUp()
+
+				close(mayEnd)
+				if end {
+					for _, c := range clients {
+						c.want(":PONG")
+						c.hangUp()
+					}
+				} else {
+					got := map[string]int{}
+					for _, c := range clients {
+						got[c.read()]++
+						c.conn.Close()
+					}
+					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
+					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
+					if refused == 0 || slow == 0 || refused+slow != kind.clients {
+						t.Errorf("lines that do not end are answered %v", got)
+					}
+				}
+				synctest.Wait()
+				if held := n.server.budget.inputs.Load(); held != 0 {
+					t.Errorf("%d bytes are counted when all have gone", held)
+				}
+			})
+		}
+	}
+}
+
+// Ensure that a Remove or Delete of any length is taken in and run, though the memory is full,
+// and though others fill all that there is for lines.
+func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
+		long := strings.Repeat("l", 900*kilo)
+		n.fill("k", long, 2)
+		n.fill(long, "v", 1)
+		var mute []*testClient
+		for range 40 {
+			c := n.dial(t)
+			go c.sendSome("Put:k:" + strings.Repeat("v", 100*kilo))
+			mute = append(mute, c)
+		}
+		pass(quietAfter)
+		n.server.budget.other.Store(1 << 40)
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.send("Put:x:y\n")
+		if line := a.read(); !strings.Contains(line, "memory is full") {
+			t.Errorf("the memory is not full: %q", line)
+		}
+		began := time.Now()
+		a.ask("Remove:k:"+long, ":OK 1")
+		a.ask("delete:"+long, ":OK 1")
+		a.ask("Remove:k:"+long, ":OK 1")
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("they took %v", took)
+		}
+		a.hangUp()
+		for _, c := range mute {
+			c.conn.Close()
+		}
+	})
+}
+
+// Ensure that all queues together stay below their limit: clients that take
+// nothing lose replies, or after Ack their connection, and others lose nothing.
+func TestMaxQueues(t *testing.T) {
+	var log bytes.Buffer
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 7*kilo)
+		n.fill("k", value, 1)
+		const limit = 1 << 20
+		n.server.budget.maxQueues = limit
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		var slow []*testClient
+		for i := range 10 { // each could queue 3.5 MB
+			c := n.dial(t)
+			if i%2 == 0 {
+				c.ask("Ack", ":OK 0")
+			}
+			go c.sendSome(strings.Repeat("Get:k\n", 600))
+			slow = append(slow, c)
+		}
+		honest := n.dial(t)
+		for range 40 {
+			pass(seenSlow / 10)
+			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
+			if got := honest.count("k:"); got != 100 {
+				t.Fatalf("a client that reads got %d replies of 100", got)
+			}
+			if queued := honest.stat("queued_bytes"); queued >
+				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
+				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
+			}
+		}
+		for i, c := range slow {
+			if i%2 != 0 {
+				c.send("Ping\n")
+				if got := c.count("k:"); got == 0 || got == 600 {
+					t.Errorf("a slow reader got %d replies, want some", got)
+				}
+			}
+			c.conn.Close()
+		}
+		synctest.Wait()
+		if queued := honest.stat("queued_bytes"); queued != 0 {
+			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
+		}
+		honest.hangUp()
+	})
+	if got := strings.Count(log.String(), "(-max-queues)"); got == 0 || got > 5 {
+		t.Errorf("%d clients were cut, says the log, want some of 5:\n%s", got, &log)
+	}
+}
+
+// Ensure that clients which read nothing fill their own share of the memory, and that nobody's
+// writes are refused for them.
+func TestMaxQueuesHaveTheirShare(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
+		n.fill("big", strings.Repeat("v", 120*kilo), 1)
+		writer := n.dial(t)
+		writer.ask("Ack", ":OK 0")
+		var mute []*testClient
+		for _, hello := range []string{"", "Ack\n", "", "Ack\n", ""} {
+			c := n.dial(t)
+			go c.sendSome(hello + strings.Repeat("Get:big\n", 700))
+			mute = append(mute, c)
+		}
+		for range 50 {
+			pass(seenSlow / 10)
+			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
+		}
+		if queued := writer.stat("queued_bytes"); queued > 1<<20 {
+			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
+		}
+		for _, c := range mute {
+			c.conn.Close()
+		}
+		writer.hangUp()
+	})
+}
+
+// Ensure that what a waiting chain, or a Keys, keeps in memory counts like messages, and
+// that all of it is given back; who is turned away takes nothing.
+func TestMaxQueuesCountLists(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const values, keys = 20 * kilo, 5 * kilo
+		n.fill("list", "v", values)
+		for i := range keys {
+			n.fill(fmt.Sprint("key", i), strings.Repeat("v", 100), 1)
+		}
+		n.server.maxClients = 3
+		watch, a, b := n.dial(t), n.dial(t), n.dial(t)
+		synctest.Wait()
+		c := n.dial(t)
+		c.want(":ERROR line 0: server is full (3 clients)")
+		c.conn.Close()
+		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
+		pass(tickTime) // not yet slow, so hardly anything is queued
+		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
+			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
+		}
+		a.conn.Close()
+		synctest.Wait()
+		go b.sendSome("Dump\n")
+		pass(seenSlow)
+		if got := watch.stat("queued_bytes"); got < keys*stringSize {
+			t.Errorf("a Dump of %d keys counts as %d bytes", keys, got)
+		}
+		b.conn.Close()
+		pass(2 * seenSlow)
+		if got := watch.stat("queued_bytes"); got != 0 {
+			t.Errorf("in the end %d bytes are queued, want 0", got)
+		}
+		watch.hangUp()
+	})
+}
+
+// Ensure that a client that waits for its next request pins nothing of the last.
+func TestMemoryOfALastRequest(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := &plainStore{KVStore: kvstore.NewMemory()}
+		store.Put("k", "v")
+		n.server.db = kvstore.StoreOf(store)
+		a := n.dial(t)
+		a.ask("Get:k", "k:v")
+		synctest.Wait()
+		list := weak.Make(&store.last[0])
+		store.last = nil
+		runtime.GC()
+		if list.Value() != nil {
+			t.Error("the list of the last Get is still in memory")
+		}
+		a.hangUp()
+	})
+}
+
+// Ensure that clients which were busy, and are quiet, give back what they needed.
+func TestMemoryOfQuietClients(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		speak := func(a *testClient, request string, times int) {
+			go a.send(strings.Repeat(request+"\n", times))
+			for range times {
+				a.want("k:v")
+			}
+		}
+		var clients []*testClient
+		for range 10 {
+			a := n.dial(t)
+			speak(a, "Get:k", 1)
+			clients = append(clients, a)
+		}
+		before := heapOfQuiet()
+		for _, burst := range []int{80, maxChain,
+			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
+			for _, a := range clients {
+				speak(a, "Get:k", burst)
+			}
+			if more := (heapOfQuiet() - before) / len(clients); more > 2<<10 {
+				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
+					burst, more)
+			}
+		}
+		for _, a := range clients {
+			a.hangUp()
+		}
+	})
+}
+
+// Ensure that a line that was begun, and does not go on, takes no more memory the
+// longer it is waited for.
+func TestMemoryOfAnUnfinishedLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.start(t)
+		before := heapBytes()
+		var clients []*testClient
+		for range 10 {
+			a := n.dial(t)
+			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
+			clients = append(clients, a)
+		}
+		pass(lineTime / 2)
+		if each := (heapBytes() - before) / len(clients); each > burstSize/4 {
+			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
+		}
+		for _, a := range clients {
+			a.send("\n")
+			a.hangUp()
+		}
+	})
+}
+
+// Ensure that a client that goes on pins one burst, not every one before it.
+func TestMemoryOfABusyClient(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask("Ping", ":PONG")
+		before := heapBytes()
+		for lines := maxChain; lines > 0; lines -= 8 {
+			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a",
+				lines-1) + "\n")
+			a.ask("Ping", ":PONG")
+		}
+		if more := heapBytes() - before; more > 10*testMaxLine {
+			t.Errorf("a busy client holds %d bytes", more)
+		}
+		a.hangUp()
+	})
+}
+
+// Ensure that a client has no more memory for its bursts than it has sent bytes in the last
+// second or two, and keeps none for requests.
+func TestMemoryOfATrickle(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
+		synctest.Wait()
+		if got := n.inputs(); got < burstSize {
+			t.Errorf("a burst is read into %d bytes", got)
+		}
+		for range 8 {
+			a.send("P") // a line that does not end
+			pass(quietAfter / 2)
+		}
+		if got := n.inputs(); got > 2*quietSize {
+			t.Errorf("a client that sends a byte now and then has %d bytes for it", got)
+		}
+		a.conn.Close()
+	})
+}
+
+// Ensure that a line that is far too long costs no more memory than the limit.
+func TestMemoryOfAnEndlessLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b := n.dial(t), n.dial(t)
+		big := bytes.Repeat([]byte("x"), 1<<20)
+		before := heapBytes()
+		a.sendSome("Put:k:")
+		for range 4 {
+			a.conn.Write(big)
+		}
+		b.ask("Ping", ":PONG")
+		if took := heapBytes() - before; took > world.StreamSize+4*testMaxLine {
+			t.Errorf("4 MiB of a line take %d bytes", took)
+		}
+		a.send("\n")
+		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
+		for _, c := range []*testClient{a, b} {
+			c.hangUp()
+		}
+	})
+}
+
+// ---- server.go: listening
+
+// Ensure that localhost is both its addresses, and that a port that somebody has is refused
+// with one that is free.
+func TestListenOnLocalhost(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
+	hosts := []string{"127.0.0.1"}
+	if len(s.listeners) == 2 {
+		hosts = append(hosts, "::1")
+	} else if other, err := net.Listen("tcp6", "[::1]:0"); err == nil {
+		other.Close()
+		t.Error("this machine has ::1, and localhost does not mean it")
+	}
+	for _, host := range hosts {
+		a := dialTCP(t, net.JoinHostPort(host, port))
+		a.ask("Ping:"+host, ":PONG "+host)
+	}
+	out, err := binary("-addr", port).CombinedOutput()
+	text := string(out)
+	free := regexp.MustCompile("or choose another port: -addr ([0-9]+)\n").FindStringSubmatch(text)
+	if err == nil || free == nil || !strings.Contains(text,
+		"cannot listen on localhost:"+port+": ") {
+		t.Fatalf("a port in use: %v\n%s", err, text)
+	}
+	if free[1] == "9999" || free[1] == port {
+		t.Errorf("another port is %s", free[1])
+	}
+	if got := anotherPort("localhost", "9998"); got == "9999" {
+		t.Errorf("-http is told to take -addr's port: %s", got)
+	}
+}
+
+// Ensure that of several addresses -c and -ping take the first where a server is, and that a
+// server serves all, or does not start.
+func TestListenOnSeveralAddresses(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
+		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
+			if out, err := binary(append([]string{"-addr", addr},
+				args...)...).CombinedOutput(); err != nil {
+				t.Errorf("%s -addr %s: %v, %s", args, addr, err, out)
+			}
+		}
+	}
+	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer frozen.Close()
+	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "100ms",
+		"-ping").CombinedOutput(); err != nil {
+		t.Errorf("beside a server that stands still: %v, %s", err, out)
+	}
+	out, err := binary("-addr", nowhere+","+nowhere, "-ping").CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) ||
+		!bytes.Contains(out, []byte("None of them serves.")) {
+		t.Errorf("where nobody serves: %v, %s", err, out)
+	}
+	out, err = binary("-addr", nowhere+","+here).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+here+": ")) {
+		t.Errorf("a server at two addresses, of which one is taken: %v, %s", err, out)
+	}
+
+	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
+	second := listeningAddr(t, log)
+	if addr != nowhere || second == nowhere {
+		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
+	}
+	a, b := dialTCP(t, addr), dialTCP(t, second)
+	a.ask("Put:k:v\nPing", ":PONG")
+	b.ask("Get:k", "k:v")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+}
+
+// Ensure that a server at a unix socket is reached there, by its user and group alone and
+// without TLS; that it takes the place of one that was killed, but not of one that lives; and
+// that it removes the socket.
+func TestListenOnAUnixSocket(t *testing.T) {
+	t.Parallel()
+	dir := certificates(t, "server")
+	path := filepath.Join(t.TempDir(), "sock")
+	at := "unix:" + path
+	args := []string{"-addr", "127.0.0.1:0," + at, "-tls-cert", filepath.Join(dir, "server.pem"),
+		"-tls-key", filepath.Join(dir, "server.key")}
+	start := func() (*exec.Cmd, *bufio.Reader) {
+		t.Helper()
+		cmd, _, log := startBinary(t, args...)
+		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
+			!strings.Contains(line, `try="nc -U `+path+`"`) {
+			t.Errorf("the log says %s", line)
+		}
+		return cmd, log
+	}
+	run := func(want string, args ...string) {
+		t.Helper()
+		if out, err := binary(args...).CombinedOutput(); string(out) != want || err != nil {
+			t.Errorf("%s: %v, %q, want %q", args, err, out, want)
+		}
+	}
+
+	cmd, log := start()
+	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
+		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
+	}
+	run(":PONG\n", "-addr", at, "-ping")
+	run("k:v\n", "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	a.sendAll("Get:k\n")
+	if got := a.readAll(); got != "k:v\n" {
+		t.Errorf("after a half-close: %q", got)
+	}
+	if conn, err = net.Dial("unix", path); err != nil {
+		t.Fatal(err)
+	}
+	hello := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	hello.send("\x16\x03\x01\nPut:k:w\n")
+	hello.want(":ERROR line 1: this port speaks no TLS")
+
+	out, err := binary("-addr", at).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+at+": ")) ||
+		!bytes.Contains(out, []byte("Stop the server that has it")) {
+		t.Errorf("a second server: %v, %s", err, out)
+	}
+	run("k:v\n", "-addr", at, "-c", "Get:k")
+
+	cmd.Process.Kill()
+	cmd.Wait()
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket of a killed server: %v", err)
+	}
+	cmd, log = start()
+	run(":PONG\n", "-addr", at, "-ping")
+	cmd.Process.Signal(syscall.SIGTERM)
+	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
+		t.Errorf("it does not stop cleanly: %s", rest)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the socket of a server that has stopped: %v", err)
+	}
+}
+
+// ---- server.go: watching
+
+// Ensure that Stats counts what was done, in the order in which it was done.
+func TestStats(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.dial(t).hangUp()
+		synctest.Wait()
+		pass(3 * time.Second)
+		a := n.dial(t)
+		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
+			"Ping\nStats\nAck\nStats\n")
+		a.want("key:value", "key:v2",
+			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		synctest.Wait()
+		lines := []string{
+			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
+			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
+			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
+			": swap_requests_total 0", ": add_requests_total 0", ": lease_requests_total 0",
+			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 0",
+			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
+			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
+			": quit_requests_total 0",
+			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
+			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
+			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0",
+			": tls_handshakes_failed_total 0", ": keys 1",
+			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
+				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
+		}
+		wantAll := func() {
+			a.want(lines...)
+			if line := a.read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
+				t.Errorf("got %q", line)
+			}
+			a.want(":OK " + strconv.Itoa(len(lines)+1))
+		}
+		wantAll()
+		a.want(":OK 0")
+		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
+		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
+		wantAll()
+		a.hangUp()
+	})
+}
+
+// Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
+// that no two have one name; and that each says what it is.
+func TestWatchHasTheCountersOfStats(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
+		db, err := durable.Open(t.Context(), storetest.New(),
+			durable.Options{Status: n.server.status})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		defer n.server.Close()
+		n.server.db = db
+		a := n.dial(t)
+		a.ask("Put:key:value\nGet:key", "key:value")
+		synctest.Wait()
+		_, body := look(n.server.watchHandler(""), "/metrics")
+		checkMetrics(t, body)
+		a.send("Stats\n")
+		for _, line := range a.readList() {
+			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
+			want := "\nkvserver_" + name + " " + value + "\n"
+			switch name {
+			case "version":
+				want = "\nkvserver_info{version=\"test\"} 1\n"
+			case "stats_requests_total": // this one is the first
+				want = "\nkvserver_" + name + " 0\n"
+			case "process_bytes", "memory_bytes": // they change by themselves
+				want = "\nkvserver_" + name + " "
+			}
+			if !strings.Contains(body, want) {
+				t.Errorf("Stats says %q, and /metrics not %q", line, want)
+			}
+		}
+		for _, name := range []string{"active", "takeovers_total", "compactions_total",
+			"log_lines_lost_total", "log_errors_total",
+			"last_error_timestamp_seconds", "go_goroutines", "go_heap_bytes",
+			"go_memory_bytes", "go_gc_cycles_total"} {
+			if !strings.Contains(body, "\nkvserver_"+name+" ") {
+				t.Errorf("/metrics has no %s", name)
+			}
+		}
+
+		kinds := map[string]string{}
+		for _, m := range regexp.MustCompile(`# TYPE (\S+) (\S+)`).FindAllStringSubmatch(body, -1) {
+			if kinds[m[1]] != "" {
+				t.Errorf("%s is there twice", m[1])
+			}
+			kinds[m[1]] = m[2]
+			if m[2] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[2] == "counter") {
+				t.Errorf("%s is a %s", m[1], m[2])
+			}
+		}
+		a.hangUp()
+	})
+}
+
+// Ensure that the numbers, health and profiles are served over HTTP, and that
+// they end with the server.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	listeners, err := listen("localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := s.watch(listeners, "metrics.example")
+	defer web.Close()
+	get := func(path string) (int, string) {
+		answer, err := http.Get("http://" + listeners[0].Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		body, _ := io.ReadAll(answer.Body)
+		return answer.StatusCode, string(body)
+	}
+	a := dialTCP(t, s.listener.Addr().String())
+	a.ask("Put:k:v\nPing", ":PONG")
+	code, body := get("/metrics")
+	for _, want := range []string{"# TYPE kvserver_clients gauge\nkvserver_clients 1\n",
+		"# TYPE kvserver_put_requests_total counter\nkvserver_put_requests_total 1\n",
+		"kvserver_info{version=\"unknown\"} 1\n", "kvserver_data_bytes 2\n",
+		"kvserver_go_goroutines "} {
+		if code != 200 || !strings.Contains(body, want) {
+			t.Errorf("/metrics: %d, without %q:\n%s", code, want, body)
+		}
+	}
+	checkMetrics(t, body)
+	if code, body := get("/healthz"); code != 200 || body != "ok\n" {
+		t.Errorf("/healthz: %d, %q", code, body)
+	}
+	if _, body := get("/metrics"); !strings.Contains(body, "kvserver_stats_requests_total 0\n") {
+		t.Error("to watch counts as a request")
+	}
+	if code, body := get("/"); code != 200 || !strings.Contains(body, "/metrics\n") {
+		t.Errorf("/: %d, %q", code, body)
+	}
+	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 ||
+		!strings.Contains(body, "workLoop") {
+		t.Errorf("pprof: %d, %.100q", code, body)
+	}
+	s.Close()
+	if code, _ := get("/healthz"); code != 503 {
+		t.Errorf("/healthz after Close: %d", code)
+	}
+	if code, _ := get("/metrics"); code != 503 {
+		t.Errorf("/metrics after Close: %d", code)
+	}
+}
+
+// checkMetrics wants the text format of Prometheus, with a help text for each metric, and
+// Prometheus's own tool, where it is installed, to find nothing.
+func checkMetrics(t *testing.T, body string) {
+	t.Helper()
+	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
+		if !regexp.MustCompile(`^(# HELP kvserver_[a-z_]+ [A-Z0-9].*\.|` +
+			`# TYPE kvserver_[a-z_]+ (gauge|counter|histogram)|` +
+			`kvserver_[a-z_]+(\{(version|le)="[^"]*"\})? [0-9.e+-]+)$`).MatchString(line) {
+			t.Errorf("/metrics: %q is not of its format", line)
+		}
+	}
+	if tool, err := exec.LookPath("promtool"); err == nil {
+		cmd := exec.Command(tool, "check", "metrics")
+		cmd.Stdin = strings.NewReader(body)
+		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool check metrics: %v, %s", err, out)
+		}
+	}
+}
+
+// Ensure that a store that does not answer makes /healthz and /metrics say so in
+// time, and leaves nothing behind.
+func TestWatchAStalledStore(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := gatedStore{kvstore.NewMemory(), make(chan error)}
+		n.server.db = kvstore.StoreOf(store)
+		handler := n.server.watchHandler("")
+		a := n.dial(t)
+		a.send("Put:k:v\n")
+		synctest.Wait()
+		for _, path := range []string{"/healthz", "/metrics"} {
+			start := time.Now()
+			code, _ := look(handler, path)
+			if took := time.Since(start); code != 503 || took != watchTime {
+				t.Errorf("%s answers %d after %v, want 503 after %v", path, code, took, watchTime)
+			}
+		}
+		start := time.Now()
+		code, _ := look(handler, "/livez")
+		if took := time.Since(start); code != 200 || took != 0 {
+			t.Errorf("/livez answers %d after %v, want 200 at once", code, took)
+		}
+		close(store.gate)
+		a.hangUp()
+	})
+	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
+		t.Errorf("before Start /healthz answers %d", code)
+	}
+}
+
+// Ensure that who watches sees how the data is opened, or what it waits for, and then who
+// serves.
+func TestWatchBeforeTheData(t *testing.T) {
+	t.Parallel()
+	log := newLog(io.Discard, false, false)
+	s := New(nil)
+	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
+	handler := s.watchHandler("")
+	ask := func(path string) (int, string) { return look(handler, path) }
+	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
+		t.Errorf("before the data is open /healthz answers %d %q", code, text)
+	}
+	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
+		t.Errorf("before the data is open /livez answers %d %q", code, text)
+	}
+	if code, text := ask("/metrics"); code != 200 ||
+		!strings.Contains(text, "\nkvserver_active 0\n") ||
+		strings.Contains(text, "kvserver_keys") {
+		t.Errorf("before the data is open /metrics answers %d %q", code, text)
+	}
+	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.db = db
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
+		t.Errorf("then /healthz answers %d %q", code, text)
+	}
+	a := dialTCP(t, s.listener.Addr().String())
+	a.ask("Put:k:v\nPing", ":PONG")
+	s.log.Error("the test has failed")
+	code, text := ask("/metrics")
+	checkMetrics(t, text)
+	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0",
+		"commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ",
+		"log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824",
+		"clients_refused_total 0"} {
+		if code != 200 || !strings.Contains(text, "\nkvserver_"+want) {
+			t.Errorf("then /metrics answers %d without %q: %s", code, want, text)
+		}
+	}
+}
+
+// Ensure that the HTTP side has limits like the front: few connections, one profile
+// at a time and not for long, and none for a page that another name brought here.
+func TestWatchIsLimited(t *testing.T) {
+	t.Parallel()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	listeners, err := listen("localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.watch(listeners, "metrics.example").Close()
+	addr := listeners[0].Addr().String()
+	var idle []*testClient
+	for range 3 * maxWatchers {
+		idle = append(idle, dialTCP(t, addr))
+	}
+	get := func(host, path string) (int, string) {
+		t.Helper()
+		a := dialTCP(t, addr)
+		a.send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
+		answer, err := http.ReadResponse(a.r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(answer.Body)
+		if a.r.Buffered() > 0 || a.conn.CloseWrite() != nil {
+			t.Errorf("%s: more than an answer", path)
+		}
+		return answer.StatusCode, string(body)
+	}
+	if code, _ := get("localhost", "/healthz"); code != 200 {
+		t.Errorf("beside %d idle connections: %d", len(idle), code)
+	}
+	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
+		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
+		"metrics.example:1": 200, "192.0.2.1": 200} {
+		if code, body := get(host, "/debug/pprof/symbol"); code != want && code != 503 {
+			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
+		}
+		if code, body := get(host, "/metrics"); code != want {
+			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
+		}
+	}
+	handler := s.watchHandler("")
+	ask := func(path string) (code int) {
+		code, _ = look(handler, path)
+		return code
+	}
+	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace",
+		"/debug/pprof/heap"} {
+		if code := ask(path + "?seconds=61"); code != 400 {
+			t.Errorf("%s of 61 seconds: %d, want 400", path, code)
+		}
+	}
+}
+
+// Ensure that one connection too many takes the place of the oldest that has said nothing,
+// or else of the oldest; but not of one that has gone on.
+func TestWatchFewConnections(t *testing.T) {
+	n := newFakeNet()
+	few := &fewConns{Listener: n, most: 4}
+	says := map[net.Conn]*world.Conn{}
+	accept := func() net.Conn {
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		go n.Connect(theirs)
+		conn, err := few.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		says[conn] = ours
+		return conn
+	}
+	isOpen := func(conn net.Conn) bool { return !conn.(*guest).left.Load() }
+	var conns []net.Conn
+	for range few.most {
+		conns = append(conns, accept())
+	}
+	conns[3].Close()
+	conns = append(conns, accept())
+	if !isOpen(conns[0]) {
+		t.Error("where one had gone, another lost its place")
+	}
+	says[conns[0]].Write([]byte("x"))
+	conns[0].Read(make([]byte, 1))
+	conns = append(conns, accept())
+	if !isOpen(conns[0]) || isOpen(conns[1]) || !isOpen(conns[2]) {
+		t.Error("one too many did not take the place of the oldest that has said nothing")
+	}
+	for _, conn := range conns[2:] {
+		says[conn].Write([]byte("x"))
+		conn.Read(make([]byte, 1))
+	}
+	conns = append(conns, accept())
+	if isOpen(conns[0]) || !isOpen(conns[2]) {
+		t.Error("where all have said something, one too many did not take the oldest's place")
+	}
+	if last := conns[6].(*guest); !last.leave() || last.Close() != nil || last.leave() {
+		t.Error("one that has gone on has a place")
+	} else if _, err := last.Conn.Write([]byte("x")); err != nil {
+		t.Errorf("one that has gone on is closed: %v", err)
+	}
+}
+
+// Ensure that one profile at a time is taken, and that there is a rest between two.
+func TestWatchOneProfileAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter,
+			r *http.Request) {
+			<-time.After(time.Second / 2)
+		}))
+		ask := func() (code int) {
+			code, _ = look(handler, "/")
+			return code
+		}
+		go ask()
+		synctest.Wait()
+		if code := ask(); code != 503 {
+			t.Errorf("beside another: %d, want 503", code)
+		}
+		pass(time.Second - 1)
+		if code := ask(); code != 503 {
+			t.Errorf("right behind another: %d, want 503", code)
+		}
+		pass(1)
+		if code := ask(); code != 200 {
+			t.Errorf("after a rest: %d, want 200", code)
+		}
+		pass(time.Second)
+	})
+}
+
+// Ensure that a profile does not take in what somebody sends along, and is only for GET.
+func TestWatchProfilesTakeNothing(t *testing.T) {
+	handler := New(kvstore.NewMemory()).watchHandler("localhost")
+	for method, want := range map[string]int{"GET": http.StatusOK, "POST": http.StatusMethodNotAllowed} {
+		sent := &io.LimitedReader{R: strings.NewReader(strings.Repeat("a=b&", 1000)), N: 4000}
+		r := httptest.NewRequest(method, "http://localhost/debug/pprof/cmdline?debug=1", sent)
+		r.Header.Set("Content-Type", "multipart/form-data; boundary=x")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		if method == "GET" && w.Code == http.StatusNotFound { // this profile is not served
+			w.Code = http.StatusOK
+		}
+		if w.Code != want || sent.N < 4000 {
+			t.Errorf("%s: %d, want %d; %d bytes were taken in", method, w.Code, want, 4000-sent.N)
+		}
+	}
+}
+
+// ---- client.go: input, bytes to lines
+
+// Ensure that it does not matter where the network cuts what a client sends.
+func TestInputAtEverySplitPoint(t *testing.T) {
+	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
+		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
+	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
+		"requests\n" +
+		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
+		"its end, so it was not run\n"
+	play := func(t *testing.T, pieces ...string) {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			go func() {
+				for _, p := range pieces {
+					a.send(p)
+					synctest.Wait() // until the server has read it and waits for more
+				}
+				a.conn.CloseWrite()
+			}()
+			if got := a.readAll(); got != want {
+				t.Errorf("in pieces %q\n got %q\nwant %q", pieces, got, want)
+			}
+		})
+	}
+	for i := range script {
+		play(t, script[:i], script[i:])
+	}
+	play(t, strings.Split(script, "")...)
+}
+
+// Ensure that a burst of many chains is answered in order.
+func TestInputOfTenThousandRequests(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		var send, want strings.Builder
+		for i := range 10_000 {
+			fmt.Fprintf(&send, "Put:k%d:v%d\nGet:k%d\nPing:%d\n", i, i, i, i)
+			fmt.Fprintf(&want, "k%d:v%d\n:PONG %d\n", i, i, i)
+		}
+		a := n.dial(t)
+		go a.sendAll(send.String())
+		if got := a.readAll(); got != want.String() {
+			t.Errorf("got %d bytes that begin %.100q, want %d", len(got), got, want.Len())
+		}
+	})
+}
+
+// Ensure that a line of just the limit is taken wherever its end is cut.
+func TestInputLimitAtEverySplitPoint(t *testing.T) {
+	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
+		for over := range 2 {
+			line := "Put:k:" + strings.Repeat("v", testMaxLine-6+over) + end
+			for cut := len(line) - 4; cut < len(line); cut++ {
+				inBubble(t, func(t *testing.T, n *fakeNet) {
+					a := n.dial(t)
+					a.send(line[:cut])
+					synctest.Wait()
+					a.send(line[cut:])
+					if over > 0 {
+						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
+					}
+					a.ask("Ping", ":PONG")
+					a.hangUp()
+				})
+			}
+		}
+	}
+}
+
+// Ensure that an error names its line also behind a Keys in the middle of what was sent, which
+// begins a chain of its own.
+func TestInputLineBehindAKeys(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask("Get:none\nKeys\nnone", ":OK 0",
+			`:ERROR line 3: unknown request "none"; Help lists the requests`)
+		a.hangUp()
+	})
+}
+
+// Ensure that a line that was begun must end in time, however it trickles in,
+// and that waiting between lines takes as long as it likes.
+func TestSlowLine(t *testing.T) {
+	for what, trickle := range map[string]string{"silence": "", "a byte a second": "x"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			a.ask("Ping", ":PONG")
+			<-time.After(time.Hour)
+			a.ask("Ping", ":PONG")
+			for range 3 { // lines that take their time, but end
+				a.send("Pi")
+				pass(lineTime - time.Second)
+				a.send("ng\n")
+				a.want(":PONG")
+			}
+			start := time.Now()
+			a.send("Put:k:")
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for range 100 {
+					<-time.After(time.Second)
+					a.sendSome(trickle)
+				}
+			}()
+			a.want(":ERROR line 6: the line was begun but not ended within 30s")
+			if took := time.Since(start); took < lineTime || took > lineTime+2*quietAfter {
+				t.Errorf("%s: cut after %v, want %v", what, took, lineTime)
+			}
+			a.wantClosed()
+			a.conn.Close()
+			<-done
+		})
+	}
+}
+
+// Ensure that a line's time does not begin before it, with one that is skipped.
+func TestSlowLineAfterSkippedOne(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
+		pass(lineTime - 5*time.Second)
+		a.sendSome("\nPing:")
+		pass(lineTime - 5*time.Second)
+		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
+		a.hangUp()
+	})
+}
+
+// Ensure that a line that is too long and does not end is answered once.
+func TestSlowLineIsAnsweredOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		go a.sendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
+		a.want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
+		if rest := a.readAll(); rest != "" {
+			t.Errorf("then came %q", rest)
+		}
+		a.conn.Close()
+	})
+}
+
+// Ensure that the time of a line is what is said, to the tick.
+func TestSlowLineEndsInTime(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.send("Put:k:")
+		pass(lineTime - 1)
+		if got := n.server.CountActive(); got != 1 {
+			t.Errorf("cut before %v", lineTime)
+		}
+		start := time.Now()
+		a.want(":ERROR line 1: the line was begun but not ended within 30s")
+		if took := time.Since(start); took != 1 {
+			t.Errorf("cut %v after %v", took, lineTime-1)
+		}
+		a.conn.Close()
+	})
+}
+
+// Ensure that a line's time does not run while the replies before it wait for
+// their client to read.
+func TestSlowLineBehindReplies(t *testing.T) {
+	for _, trickle := range []string{"", "x"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			value := strings.Repeat("v", 1200)
+			n.fill("big", value, 4000) // more than the queue holds
+			a := n.dial(t)
+			go a.send("Get:big\nPut:late:")
+			for range 2 * lineTime / quietAfter {
+				pass(quietAfter)
+				a.send(trickle)
+			}
+			for range 4000 {
+				a.want("big:" + value)
+			}
+			a.send("\n")
+			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
+			a.hangUp()
+		})
+	}
+}
+
+// ---- client.go: Keys and Dump
+
+// Ensure that a Dump is one exact moment, also when it is read slowly, and that others
+// write meanwhile: the moves of a coin from purse to purse are never seen half.
+func TestDumpIsOneMoment(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const purses, coins = 3000, 1000
+		for i := range purses {
+			n.fill(fmt.Sprint("purse", i), "begin", 1+i%20) // short lists and long ones
+		}
+		for i := range coins {
+			n.fill(fmt.Sprint("purse", i), fmt.Sprint("coin", i), 1)
+		}
+		a, b := n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		b.ask("Ack", ":OK 0")
+		a.send("Put:begun:1\nDump\n")
+		a.want(":OK 1")
+		if line := a.read(); line != ": Put:begun:1" {
+			t.Errorf("the Dump begins with %q", line)
+		}
+		synctest.Wait()
+		for i := range coins { // while it waits for its reader
+			to := fmt.Sprint("purse", (i*7)%purses)
+			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
+				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
+			for range 4 {
+				b.read()
+			}
+		}
+		lists, last := map[string][]string{}, ""
+		line := a.read()
+		for ; !strings.HasPrefix(line, ":OK "); line = a.read() {
+			f := strings.Split(line, ":")
+			if f[2] < last {
+				t.Fatalf("%q comes after %q", f[2], last)
+			}
+			last = f[2]
+			lists[f[2]] = append(lists[f[2]], f[3])
+		}
+		for i := range purses {
+			want := slices.Repeat([]string{"begin"}, 1+i%20)
+			if i < coins {
+				want = append(want, fmt.Sprint("coin", i))
+			}
+			if got := lists[fmt.Sprint("purse", i)]; !slices.Equal(got, want) {
+				t.Fatalf("purse%d held %q, want %q", i, got, want)
+			}
+		}
+		if len(lists) != purses {
+			t.Errorf("%d keys, want %d", len(lists), purses)
+		}
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that snapshots are bounded in number, that who waits for one gets it when
+// another is given up, and that whoever takes nothing of his Dump has to.
+func TestDumpSnapshotsAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 2000 {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		var idle []*testClient
+		for range maxSnapshots {
+			c := n.dial(t)
+			c.send("Dump\n")
+			idle = append(idle, c)
+		}
+		pass(time.Second / 10)
+		began := time.Now()
+		a := n.dial(t)
+		a.send("Keys:1999\nPing\n")
+		synctest.Wait()
+		if used := len(n.server.snapshots.slots); used != maxSnapshots {
+			t.Errorf("%d snapshots, want %d", used, maxSnapshots)
+		}
+		a.want(": 1999", ":OK 1", ":PONG")
+		if waited := time.Since(began); waited >= defaultWriteTimeout/10 {
+			t.Errorf("those who take nothing kept one who waits from a snapshot for %v", waited)
+		}
+		a.hangUp()
+		for _, c := range idle {
+			c.conn.Close()
+		}
+		synctest.Wait()
+		if used := len(n.server.snapshots.slots); used != 0 {
+			t.Errorf("%d snapshots are left", used)
+		}
+	})
+}
+
+// Ensure that the lists of many a Keys and Dump of many keys keep to the memory that there is for
+// queues, that all are answered whole, and that one which is not read does not hold them up.
+func TestDumpListsAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const keys, askers, limit = 5 * kilo, 12, 1 << 20
+		n.server.budget.maxQueues = limit
+		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
+		for i := range keys {
+			key := fmt.Sprintf("key%07d%s", i*7919%keys, strings.Repeat("k", 100))
+			n.fill(key, "v", 1)
+			key = fmt.Sprintf("key%07d%s", i, strings.Repeat("k", 100))
+			fmt.Fprintf(wantKeys, ": %s\n", key)
+			fmt.Fprintf(wantDump, ": Put:%s:v\n", key)
+		}
+		mute := n.dial(t)
+		mute.send("Keys\n")
+		var all sync.WaitGroup
+		for i := range askers {
+			request, want := "Keys\n", wantKeys
+			if i%2 == 0 {
+				request, want = "Dump:k\n", wantDump
+			}
+			c := n.dial(t)
+			all.Go(func() {
+				c.sendAll(request)
+				got := new(strings.Builder)
+				for err := error(nil); err == nil; _, err = io.CopyN(got, c.r, 100*kilo) {
+					<-time.After(tickTime)
+				}
+				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
+					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
+				}
+				c.conn.Close()
+			})
+		}
+		ended := make(chan struct{})
+		go func() {
+			all.Wait()
+			close(ended)
+		}()
+		watch := n.dial(t)
+		for began := time.Now(); !isClosed(ended); pass(tickTime) {
+			queued := watch.stat("queued_bytes")
+			if most := limit + (askers+2)*(2*testMaxMessage+8*kilo); queued > most {
+				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
+			}
+			if time.Since(began) > time.Minute {
+				t.Fatal("they are not answered")
+			}
+		}
+		watch.hangUp()
+		mute.conn.Close()
+	})
+}
+
+// Ensure that who does not read its Keys keeps nobody from a snapshot, and that a Dump which is
+// taken by drips does not for long.
+func TestDumpGivesSnapshotsBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 8000 { // 16 MB
+			n.fill(fmt.Sprint(strings.Repeat("k", 500), i), strings.Repeat("v", 1500), 1)
+		}
+		for range maxSnapshots {
+			c := n.dial(t)
+			c.send("Keys\n")
+			synctest.Wait()
+			if used := len(n.server.snapshots.slots); used != 0 {
+				t.Errorf("a Keys that is not read has a snapshot")
+			}
+			c.conn.Close()
+		}
+		ended := make(chan struct{})
+		var readers sync.WaitGroup
+		for range maxSnapshots {
+			c := n.dial(t)
+			readers.Go(func() {
+				c.send("Dump\n")
+				for {
+					select {
+					case <-time.After(time.Second / 10):
+						io.CopyN(io.Discard, c.r, 10*kilo)
+					case <-ended:
+						c.conn.Close()
+						return
+					}
+				}
+			})
+		}
+		pass(time.Second)
+		if used := len(n.server.snapshots.slots); used != maxSnapshots {
+			t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
+		}
+		began := time.Now()
+		a := n.dial(t)
+		a.send("Keys:none\n")
+		a.want(":OK 0")
+		if waited := time.Since(began); waited > time.Minute {
+			t.Errorf("four Dumps at 100 kB a second kept one who waits for %v", waited)
+		}
+		close(ended)
+		readers.Wait()
+		a.hangUp()
+	})
+}
+
+// Ensure that clients which take much of their Dumps at once, and then stop but for drips, do not
+// keep another's Keys waiting for long.
+func TestDumpIsStopped(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxMessage = maxMessage
+		for i := range 8000 { // 12 MB
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1500), 1)
+		}
+		ended := make(chan struct{})
+		var readers sync.WaitGroup
+		for range maxSnapshots {
+			c := n.dial(t)
+			readers.Go(func() {
+				c.send("Dump\n")
+				io.CopyN(io.Discard, c.conn, 4<<20)
+				for !isClosed(ended) {
+					io.CopyN(io.Discard, c.conn, world.StreamSize/2)
+					<-time.After(slowAfter - tickTime)
+				}
+				c.conn.Close()
+			})
+		}
+		pass(slowAfter)
+		began := time.Now()
+		a := n.dial(t)
+		a.send("Keys:none\n")
+		a.want(":OK 0")
+		if waited := time.Since(began); waited > 2*dripTime+3*slowAfter {
+			t.Errorf("it waited for %v", waited)
+		}
+		close(ended)
+		readers.Wait()
+		a.hangUp()
+	})
+}
+
+// Ensure that a client that vanishes in the middle of a Dump leaves nothing.
+func TestDumpToNobody(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		for i := range 5000 {
+			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
+		}
+		for _, request := range []string{"Dump\n", "Keys\n"} {
+			a := n.dial(t)
+			a.send(request)
+			a.conn.Close()
+			b := n.dial(t)
+			b.send(request)
+			b.read()
+			b.conn.Close()
+		}
+		synctest.Wait()
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients are left", got)
+		}
+	})
+}
+
+// Ensure that a store that cannot list says so.
+func TestDumpOfAStoreThatCannotList(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
+		a := n.dial(t)
+		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
+		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// Ensure that a Dump, sent back line by line, restores every value, whatever
+// bytes it holds.
+func TestDumpRestores(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		want := map[string][]string{}
+		random := rand.New(rand.NewPCG(1, 2))
+		for range 3000 {
+			b := make([]byte, random.IntN(6))
+			for i := range b {
+				b[i] = "\r\x00a:\xff "[random.IntN(6)]
+			}
+			key := strings.ReplaceAll("k"+string(b), ":", ";")
+			want[key] = append(want[key], string(b))
+			n.server.db.Put(key, string(b))
+		}
+		end := time.Now().Add(90 * time.Second).UnixMilli()
+		n.server.db.Expire("k\r", end)
+		dump, _, _, _ := converseWith(t, n, "", "Dump")
+		other := newFakeNet()
+		defer other.server.Close()
+		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good ||
+			err != nil {
+			t.Errorf("restoring prints %q and %q: %v", out, errs, err)
+		}
+		other.server.Close()
+		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want,
+			slices.Equal[[]string]) {
+			t.Errorf("%d keys are restored of %d, or with other values", len(got), len(want))
+		}
+		if at, _ := other.server.db.Deadline("k\r"); at != end || other.server.db.Expiring() != 1 {
+			t.Errorf("a key goes at %d, want %d", at, end)
+		}
+	})
+}
+
+// Ensure that sorting many keys lets others have the core now and then.
+func TestDumpSortTakesTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(kvstore.NewMemory())
+		s.cores.slots = make(chan struct{}, 1)
+		c := newClient(1, new(world.Conn), s)
+		keys := make([]string, 3*sortSlice)
+		for i := range keys {
+			keys[i] = strconv.Itoa(i * 7919 % len(keys))
+		}
+		s.cores.slots <- struct{}{} // until both wait, the sort first
+		ended := make(chan string, 2)
+		go func() {
+			c.outbox.core.take(nil)
+			(&listing{Query: &Query{client: c}}).sort(keys)
+			c.outbox.core.release()
+			ended <- "the sort"
+		}()
+		synctest.Wait()
+		go func() {
+			s.cores.slots <- struct{}{}
+			ended <- "the other"
+			<-s.cores.slots
+		}()
+		synctest.Wait()
+		<-s.cores.slots
+		if first := <-ended; first != "the other" {
+			t.Errorf("%s was over before anybody else had a turn", first)
+		}
+		if <-ended; !slices.IsSorted(keys) {
+			t.Error("the keys are not sorted")
+		}
+	})
+}
+
+// ---- client.go: outbox, replies to messages
+
+// Ensure that a reply of several messages for which there was room is counted at once, though
+// others have come over the limit of all queues in the moment between; but not a long one, nor
+// more than a quarter beyond the limit.
+func TestOutboxClaim(t *testing.T) {
+	const limit = 16 * maxMessage
+	for _, c := range []struct {
+		queued   int64
+		messages int
+		counted  bool
+	}{
+		{0, 1, false}, {0, 2, true}, {0, maxShared, true}, {0, maxShared + 1, false},
+		{limit, 1, false}, {limit, 2, true}, {limit, 4, false}, {limit + limit/4, 2, false},
+	} {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = limit
+		o := &newClient(1, new(world.Conn), s).outbox
+		o.piece = maxMessage
+		s.budget.queued.Store(c.queued)
+		want := c.queued
+		if c.counted {
+			want += int64(c.messages) * maxMessage
+		}
+		if o.claim(c.messages * maxMessage); s.budget.queued.Load() != want {
+			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
+				c.queued, c.messages, s.budget.queued.Load(), want)
+		}
+		if o.unclaim(); s.budget.queued.Load() != c.queued {
+			t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
+		}
+	}
+}
+
+// Ensure that workLoop does not wait where the queues come over their limit while it
+// answers: it queues what it has begun to.
+func TestOutboxNeverWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = 1
+		c := newClient(1, new(world.Conn), s)
+		c.buffer = make(chan []byte, maxBufferSize)
+		c.buffer <- nil // one waits already
+		s.budget.queued.Store(1)
+		q := &Query{queryType: ping}
+		size, _ := c.outbox.measure(q)
+		c.outbox.reply(q, size, true) // as answer does when it found the queues below their limit
+		if len(c.buffer) != 2 {
+			t.Errorf("%d messages are queued, want 2", len(c.buffer))
+		}
+	})
+}
+
+// Ensure that a reply larger than the whole queue arrives whole: it begins when
+// nothing else is queued, and once begun it ends, if the reader stops or not.
+func TestOutboxReplyLargerThanTheQueue(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1200)
+		n.fill("k", value, 4000) // 4.8 MB
+		a := n.dial(t)
+		go a.send("Ping:before\nGet:k\n")
+		pass(time.Minute)
+		a.want(":PONG before")
+		for range 4000 {
+			a.want("k:" + value)
+		}
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// Ensure that a reply that needs more room than there is waits or is dropped
+// whole, and that smaller ones still find room.
+func TestOutboxRoomIsForWholeReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1200)
+		n.fill("big", value, 2000) // 290 messages
+		a := n.dial(t)
+		a.send("Put:small:s\nGet:big\nGet:big\nGet:small\n")
+		pass(2 * slowAfter)
+		a.send("Ping\n")
+		for range 2000 {
+			a.want("big:" + value)
+		}
+		a.want("small:s", ":PONG dropped 1")
+		a.hangUp()
+	})
+}
+
+// Ensure that a reply of several messages, once begun, is queued to its end though the
+// queues come over their limit meanwhile: what its client wrote behind it has its effect.
+func TestOutboxBegunReplyEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 7*kilo), 4)
+		n.server.budget.maxQueues = 1 << 20
+		a, b, other := n.dial(t), n.dial(t), n.dial(t)
+		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
+		pass(time.Minute)
+		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
+		pass(time.Minute)
+		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
+		if queued := other.stat("queued_bytes"); queued > 5<<18 {
+			t.Errorf("%d bytes are queued", queued)
+		}
+		a.conn.Close()
+		b.conn.Close()
+		synctest.Wait()
+		if queued := other.stat("queued_bytes"); queued != 0 {
+			t.Errorf("%d bytes are queued for nobody", queued)
+		}
+		other.hangUp()
+	})
+}
+
+// Ensure that a chain that waits for its slow reader keeps no memory of the store but its
+// lists.
+func TestOutboxKeepsOnlyItsLists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := kvstore.NewMemory()
+		db.Put("k", strings.Repeat("v", 100))
+		c := newClient(1, new(world.Conn), New(db))
+		c.buffer = make(chan []byte, maxBufferSize)
+		for range maxShared {
+			c.buffer <- nil
+		}
+		c.in.buf = make([]byte, burstSize)
+		chain, _ := c.parse(c.in.cutLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
+		shared := func(q *Query) bool {
+			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
+		}
+		for q := chain; q != nil; q = q.next {
+			if q.run(db, time.Now); !shared(q) {
+				t.Error("a list is copied before that is needed")
+			}
+		}
+		c.answer(chain)
+		synctest.Wait()
+		for q := chain; q != nil; q = q.next {
+			if shared(q) || q.few[0] != "" {
+				t.Error("a list that waits shares the store's memory")
+			}
+		}
+		for range maxShared {
+			<-c.buffer
+		}
+		c.tellRoom()
+		<-c.done
+		if got := string(<-c.buffer); got != strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3) {
+			t.Errorf("got %q", got)
+		}
+	})
+}
 
 // Ensure that nobody walks through a long list to find how long its reply is.
-func TestLongRepliesAreNotMeasured(t *testing.T) {
+func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	db := kvstore.NewMemory()
 	for range 1000 {
 		db.Put("k", "value")
@@ -6743,9 +5538,37 @@ func TestLongRepliesAreNotMeasured(t *testing.T) {
 	}
 }
 
+// Ensure that the messages of a long reply are used again.
+func TestOutboxUsesMessagesAgain(t *testing.T) {
+	c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
+	c.buffer = make(chan []byte, maxBufferSize)
+	go func() {
+		for msg := range c.buffer {
+			recycle(msg)
+			c.tellRoom()
+		}
+	}()
+	defer close(c.buffer)
+	values := slices.Repeat([]string{strings.Repeat("v", 1000)}, 2000) // 2 MB
+	fewest := uint64(math.MaxUint64)
+	for range 30 { // the race detector makes sync.Pool forgetful, now and then
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for len(c.buffer) > 0 {
+			runtime.Gosched()
+		}
+		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: sum(values)})
+		runtime.ReadMemStats(&after)
+		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
+	}
+	if fewest > 1<<20 {
+		t.Errorf("a reply of 2 MB allocates %d bytes", fewest)
+	}
+}
+
 // Ensure that a chain costs one allocation, whatever it holds, and an Update the
 // two that it keeps.
-func TestAllocations(t *testing.T) {
+func TestOutboxAllocations(t *testing.T) {
 	for _, c := range []struct {
 		name, burst string
 		most        float64
@@ -6784,67 +5607,1215 @@ func TestAllocations(t *testing.T) {
 	}
 }
 
-// Ensure that the messages of a long reply are used again.
-func TestLongRepliesRecycle(t *testing.T) {
-	c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
-	c.buffer = make(chan []byte, maxBufferSize)
-	go func() {
-		for msg := range c.buffer {
-			recycle(msg)
-			c.tellRoom()
-		}
-	}()
-	defer close(c.buffer)
-	values := slices.Repeat([]string{strings.Repeat("v", 1000)}, 2000) // 2 MB
-	fewest := uint64(math.MaxUint64)
-	for range 30 { // the race detector makes sync.Pool forgetful, now and then
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		for len(c.buffer) > 0 {
-			runtime.Gosched()
-		}
-		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: sum(values)})
-		runtime.ReadMemStats(&after)
-		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
-	}
-	if fewest > 1<<20 {
-		t.Errorf("a reply of 2 MB allocates %d bytes", fewest)
-	}
-}
+// ---- client.go: slow readers and steady ones
 
-// BenchmarkParse and BenchmarkFormat are the two ends of a Get's way.
-func BenchmarkParse(b *testing.B) {
-	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv",
-		"Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
-		b.Run(line[:strings.IndexByte(line, ':')], func(b *testing.B) {
-			b.ReportAllocs()
-			var q Query
-			for b.Loop() {
-				q.parse(line)
+// seenSlow is the time in which a client that reads nothing is seen to be slow.
+const seenSlow = slowAfter + 2*tickTime
+
+// Ensure that a client that reads nothing keeps at least the queue that it was
+// promised, loses the rest, is told how much, and delays nobody.
+func TestSlowReaderDelaysOnlyItself(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 625)
+		n.fill("k", value, 1)
+		other, slow := n.dial(t), n.dial(t)
+		const owed = 10 * kilo // more than the queue holds
+		start := time.Now()
+		go slow.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
+		for i := range 100 {
+			other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("others waited %v", took)
+		}
+		synctest.Wait()
+		other.ask("Get:after") // not run yet: the slow one waits for itself
+		other.ask("Ping", ":PONG")
+		pass(slowAfter - 1)
+		other.ask("Get:after")
+		pass(1 + seenSlow - slowAfter)
+		other.ask("Get:after", "after:1") // its writes take effect
+		delivered := 0
+		for {
+			line := slow.read()
+			if line != "k:"+value {
+				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
+					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
+				}
+				break
 			}
-		})
-	}
+			delivered++
+		}
+		if delivered < maxBufferSize || delivered == owed {
+			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered,
+				owed, maxBufferSize)
+		}
+		if most := maxBufferSize +
+			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*world.StreamSize)/len(value); delivered > most {
+			t.Errorf("%d replies were kept, want at most %d", delivered, most)
+		}
+		slow.ask("Ping", ":PONG") // counted once
+		if dropped := other.stat("replies_dropped_total"); dropped != owed-delivered {
+			t.Errorf("Stats counted %d dropped replies, want %d", dropped, owed-delivered)
+		}
+		slow.ask("Get:after", "after:1")
+		slow.hangUp()
+		other.hangUp()
+	})
 }
 
-func BenchmarkFormat(b *testing.B) {
-	for _, n := range []int{1, 100, 10_000} {
-		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
-			b.ReportAllocs()
-			c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
-			c.buffer = make(chan []byte, maxBufferSize)
-			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
-			for b.Loop() {
-				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
-					bytes: sum(values)})
-				for len(c.buffer) > 0 {
-					recycle(<-c.buffer)
+// Ensure that small replies, one by one, fill a slow reader's queue without
+// delaying anybody either, that about 500 of them are kept, however small they
+// are, and that the others are counted.
+func TestSlowReaderOfSmallReplies(t *testing.T) {
+	for _, size := range []int{1, 1200} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			reply := "k:" + strings.Repeat("v", size)
+			n.fill("k", reply[2:], 1)
+			other, slow := n.dial(t), n.dial(t)
+			const chains = 500
+			owed := 2 * chains * max(1, maxChain/size)
+			go func() {
+				for range chains {
+					slow.send(strings.Repeat("Get:k\n", owed/chains))
+				}
+				slow.send("Ping\n")
+			}()
+			for range 100 {
+				pass(2 * seenSlow / 100)
+				start := time.Now()
+				other.ask("Ping", ":PONG")
+				if took := time.Since(start); took != 0 {
+					t.Errorf("others waited %v", took)
 				}
 			}
+			delivered := 0
+			line := slow.read()
+			for ; line == reply; line = slow.read() {
+				delivered++
+			}
+			if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want ||
+				delivered < maxBufferSize || delivered == owed {
+				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
+			}
+			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
+			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
+				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
+					delivered, most)
+			}
+			slow.hangUp()
+			other.hangUp()
 		})
 	}
 }
 
-// ---- fuzzing
+// Ensure that a slow reader that begins to read again loses nothing more.
+func TestSlowReaderRecovers(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("list", strings.Repeat("v", 625), 30) // three messages
+		a := n.dial(t)
+		ask := func() { a.send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
+		go ask()
+		pass(2 * slowAfter)
+		delivered := a.count("list:")
+		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
+			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
+		}
+		go ask()
+		if delivered := a.count("list:"); delivered != 300*30 {
+			t.Errorf("reading at once, %d lines were delivered, want all %d", delivered, 300*30)
+		}
+		a.hangUp()
+	})
+}
+
+// Ensure that a connection which stops taking bytes is seen to be slow in the same time
+// always: also right after it was slow and has recovered, and after it was idle for long.
+func TestSlowReaderIsSeenInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		told := make(chan bool, 1)
+		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
+			progress: told}
+		message := make([]byte, 2*world.StreamSize)
+		for round := range 4 {
+			start := time.Now()
+			written := make(chan error)
+			go func() {
+				_, err := conn.Write(message)
+				written <- err
+			}()
+			if <-told {
+				t.Fatalf("round %d: a reader that reads nothing is told to be taking", round)
+			}
+			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
+			if round > 0 { // it is known to read
+				most += slowAfter
+			}
+			if took := time.Since(start); took < slowAfter || took > most {
+				t.Errorf("round %d: it took %v to see that nothing is read, want %v to %v", round,
+					took, slowAfter, most)
+			}
+			go io.ReadFull(reader, message)
+			if !<-told {
+				t.Errorf("round %d: a reader that reads again is not told to", round)
+			}
+			if err := <-written; err != nil {
+				t.Fatal(err)
+			}
+			if round == 2 {
+				pass(time.Hour)
+			}
+		}
+	})
+}
+
+// Ensure that a client is not slow too early where the deadline that ends the first tick of a Write
+// was set by the Write before.
+func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		told := make(chan bool, 1)
+		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}
+		conn.Write(make([]byte, world.StreamSize))
+		pass(tickTime / 2)
+
+		start := time.Now()
+		go conn.Write([]byte{0})
+		if taken, took := <-told, time.Since(start); taken || took < slowAfter {
+			t.Errorf("after %v it is told that bytes are taken: %v", took, taken)
+		}
+		conn.Close()
+		synctest.Wait()
+	})
+}
+
+// Ensure that a reply waits, is dropped, or costs its client the connection as the outbox's rules
+// say, to the message.
+func TestSlowReaderFate(t *testing.T) {
+	const all = maxBufferSize
+	for _, c := range []struct {
+		queued, messages           int
+		slow, acked, mayDrop, over bool
+		want                       fate
+	}{
+		{0, all + 1, true, true, false, true, isQueued},
+		{maxShared - 1, 1, false, false, true, false, isQueued},
+		{maxShared, 1, false, false, true, false, waits},
+		{all - 1, 1, true, false, true, false, isQueued},
+		{all, 1, true, false, true, false, isDropped},
+		{all - 1, 2, true, false, true, false, isDropped},
+		{all, 1, true, false, false, false, waits},
+		{all, 1, true, true, false, false, waits},
+		{1, 1, true, false, true, true, isDropped},
+		{1, 1, true, true, false, true, isCutOff},
+		{1, 1, false, true, false, true, waits},
+	} {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = 1000
+		client := newClient(1, new(world.Conn), s)
+		client.buffer = make(chan []byte, maxBufferSize)
+		for range c.queued {
+			client.buffer <- nil
+		}
+		if c.over {
+			s.budget.queued.Store(1000)
+		}
+		client.outbox.slow, client.outbox.acked = c.slow, c.acked
+		if got, why := client.outbox.decide(c.messages, c.mayDrop); got != c.want {
+			t.Errorf("%+v: fate %d (%q)", c, got, why)
+		}
+	}
+}
+
+// Ensure that who has taken bytes after a pause is not slow in a pause of 1.7 s, as a kernel
+// makes them between two reads, and that who has not is.
+func TestSlowReaderAfterAPause(t *testing.T) {
+	for _, reads := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			told := make(chan bool, 1)
+			wasSlow := func() bool { // there may be no word at all
+				select {
+				case taken := <-told:
+					return !taken
+				default:
+					return false
+				}
+			}
+			conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
+				progress: told}
+			go conn.Write(make([]byte, 4*world.StreamSize))
+			if reads {
+				pass(slowAfter - tickTime)
+				io.ReadFull(reader, make([]byte, world.StreamSize))
+			}
+			pass(1700 * time.Millisecond)
+			slow := wasSlow()
+			if slow == reads {
+				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow)
+			}
+			pass(3 * slowAfter)
+			if slow = slow || wasSlow(); !slow {
+				t.Errorf("reads: %v, and is not slow in the end", reads)
+			}
+			conn.Close()
+			synctest.Wait()
+		})
+	}
+}
+
+// Ensure that clients which do not read for some seconds get what the queue keeps
+// for them, and the others everything, as Project 0's own tests want it: six
+// clients on one goroutine, four of them slow, Gets of lists of large values.
+func TestSlowReaderOfProject0(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, slow, gets, values = 6, 4, 1900, 3
+		value := strings.Repeat("v", 4096)
+		n.fill("list", value, values)
+		var all []*testClient
+		for range clients {
+			all = append(all, n.dial(t))
+		}
+		lines := make(chan int, clients)
+		for i, c := range all {
+			go func() {
+				if i < slow {
+					<-time.After(5 * time.Second)
+				}
+				// and then nothing comes any more
+				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
+				got := 0
+				for {
+					line, err := c.r.ReadString('\n')
+					if err != nil {
+						break
+					}
+					if line != "list:"+value+"\n" {
+						t.Errorf("client %d got %.40q", i, line)
+					}
+					got++
+				}
+				lines <- i*10*gets*values + got
+			}()
+		}
+		for range gets {
+			for _, c := range all {
+				c.send("Get:list\n")
+			}
+			synctest.Wait()
+		}
+		for range clients {
+			got := <-lines
+			i, got := got/(10*gets*values), got%(10*gets*values)
+			switch {
+			case i >= slow && got != gets*values:
+				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
+			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
+					"and not all", i, got, gets*values, maxBufferSize)
+			}
+		}
+		for _, c := range all {
+			c.conn.Close()
+		}
+	})
+}
+
+// Ensure that who lost replies, and does not ask with Ping, is told in the last
+// line: at a half-close and at a Quit, and once.
+func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
+	for end, want := range map[string]string{
+		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Quit\n": ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Ack\nQuit\n": ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for " +
+			"nothing was read for over a second; after Ack none is\n",
+		"Ping\n":              ":PONG dropped %[1]d\n",
+		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fill("big", strings.Repeat("v", 1200), 1)
+			n.fill("k", "v", 1)
+			a, other := n.dial(t), n.dial(t)
+			const gets = 2000
+			go a.send(strings.Repeat("Get:big\n", gets))
+			pass(2 * seenSlow)
+			dropped := other.stat("replies_dropped_total")
+			got := 0
+			for ; got < gets-dropped; got++ {
+				a.read()
+			}
+			go a.sendAll(end)
+			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1,
+				gets+2); rest != want || dropped == 0 {
+				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
+			}
+			a.conn.Close()
+			other.hangUp()
+		})
+	}
+}
+
+// Ensure that a dropped reply is counted at once, not with its client's next
+// request.
+func TestSlowReaderIsCountedAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 1200), 1)
+		n.fill("huge", strings.Repeat("v", 1200), 4000)
+		a, other := n.dial(t), n.dial(t)
+		const gets = 1000
+		go a.send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
+		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
+		dropped := other.stat("replies_dropped_total")
+		delivered := a.count("k:")
+		if delivered+dropped != gets+1 || dropped == 0 {
+			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped,
+				gets+1)
+		}
+		a.hangUp()
+		other.hangUp()
+	})
+}
+
+// Ensure that errors may be dropped like data, and are counted.
+func TestSlowReaderLosesErrors(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", strings.Repeat("v", 1100), 7) // a message
+		a := n.dial(t)
+		const owed = 700
+		go a.send(strings.Repeat("Get:k\n", owed) + strings.Repeat("nonsense\n", 10) + "Ping\n")
+		pass(time.Minute)
+		lines := 0
+		for strings.HasPrefix(a.peek(), "k:") {
+			a.read()
+			lines++
+		}
+		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
+		a.hangUp()
+	})
+}
+
+// Ensure that after Ack nothing is dropped, however long a client does not read,
+// and that its later requests wait.
+func TestSlowReaderWithAck(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		value := strings.Repeat("v", 1200)
+		n.fill("k", value, 1)
+		a, other := n.dial(t), n.dial(t)
+		a.ask("Ack", ":OK 0")
+		const owed = 5000
+		go a.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
+		pass(time.Minute)
+		other.ask("Get:after")
+		other.ask("Ping", ":PONG")
+		for i := range owed {
+			a.want("k:"+value, ":OK 1")
+			if t.Failed() {
+				t.Fatalf("at reply %d", i)
+			}
+		}
+		a.want(":OK 1")
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+		other.hangUp()
+	})
+}
+
+// Ensure that a slow but steady reader is not taken for one that stopped,
+// whatever it pipelines.
+func TestSteadyReaderLosesNothing(t *testing.T) {
+	for _, rate := range []int{80 * kilo, 1000 * kilo} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			value := strings.Repeat("v", 1200)
+			n.fill("k", value, 10)
+			a := n.dial(t)
+			const gets = 500 // 6 MB
+			go a.send(strings.Repeat("Get:k\n", gets))
+			want := gets * 10 * len("k:"+value+"\n")
+			for got := 0; got < want; got += rate / 10 {
+				pass(100 * time.Millisecond)
+				if _, err := io.CopyN(io.Discard, a.r, int64(min(rate/10, want-got))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a.ask("Ping", ":PONG")
+			a.hangUp()
+		})
+	}
+}
+
+// Ensure that a steady reader of a real socket loses nothing while it pipelines,
+// in whatever pieces it reads: there receive windows open late, and in lumps.
+func TestSteadyReaderOnRealSocket(t *testing.T) {
+	t.Parallel()
+	const size, gets = kilo, 12 * kilo
+	addr := serveTCP(t)
+	fill := dialTCP(t, addr)
+	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
+	fill.ask("Put:"+reply+"\nPing", ":PONG")
+	fill.hangUp()
+	var wg sync.WaitGroup
+	for _, p := range []struct {
+		piece int
+		every time.Duration
+	}{
+		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
+			500 * time.Millisecond},
+		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
+			900 * time.Millisecond},
+	} {
+		wg.Go(func() {
+			a := dialTCP(t, addr)
+			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+			ticks := time.NewTicker(p.every)
+			defer ticks.Stop()
+			piece := make([]byte,
+				p.piece) // read at once: then the kernel makes its receive buffer larger
+			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
+				<-ticks.C
+				io.ReadFull(a.conn, piece)
+			}
+			last := ""
+			for !strings.HasPrefix(last, ":") {
+				last = a.read()
+			}
+			if last != ":PONG end" {
+				t.Errorf("%d bytes every %v: %q", p.piece, p.every, last)
+			}
+			a.hangUp()
+		})
+	}
+	wg.Wait()
+}
+
+// Ensure that a pause of the whole server is not taken for one of its clients.
+func TestSteadyReaderOfAPausedServer(t *testing.T) {
+	t.Parallel()
+	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+	go io.Copy(io.Discard, log)
+	a := dialTCP(t, addr)
+	const gets = 10 * kilo
+	reply := "k:" + strings.Repeat("v", 16*kilo)
+	a.ask("Put:"+reply+"\nPing", ":PONG")
+	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+	for i := range gets {
+		switch i {
+		case gets / 2:
+			signalTo(t, cmd, "STOP")
+			time.AfterFunc(slowAfter+slowAfter/4, func() { signalTo(t, cmd, "CONT") })
+		}
+		if line := a.read(); line != reply {
+			t.Fatalf("reply %d is %.40q", i, line)
+		}
+	}
+	a.want(":PONG end")
+	a.hangUp()
+}
+
+// Ensure that a Write which is looked at late, for nothing ran meanwhile, does not
+// make its client slow.
+func TestSteadyReaderBesideLateTicks(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.wrap = func(conn net.Conn) net.Conn { return lateConn{conn} }
+		n.fill("k", strings.Repeat("v", 1200), 1)
+		a := n.dial(t)
+		go a.send(strings.Repeat("Get:k\n", 2000) + "Ping\n")
+		for got := 0; got < 2000; got += 100 { // a lot, but seldom
+			pass(5 * slowAfter)
+			for range 100 {
+				if line := a.read(); !strings.HasPrefix(line, "k:") {
+					t.Fatalf("got %.40q", line)
+				}
+			}
+		}
+		a.want(":PONG")
+		a.hangUp()
+	})
+}
+
+// lateConn is a connection of a server that stands still for 2 s whenever it has to
+// wait for a Write.
+type lateConn struct{ net.Conn }
+
+func (l lateConn) SetWriteDeadline(t time.Time) error {
+	if !t.IsZero() {
+		t = t.Add(2 * slowAfter)
+	}
+	return l.Conn.SetWriteDeadline(t)
+}
+
+// Ensure that a client that pipelines without limit, but reads, loses nothing.
+func TestSteadyReaderPipelines(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("k", "v", 1)
+		a := n.dial(t)
+		const gets = 100 * kilo
+		go a.send(strings.Repeat("Get:k\n", gets))
+		for i := range gets {
+			if line := a.read(); line != "k:v" {
+				t.Fatalf("reply %d is %q", i, line)
+			}
+		}
+		a.ask("Ping", ":PONG")
+		a.hangUp()
+	})
+}
+
+// ---- client.go: the ends of a connection
+
+// Ensure that after Quit the server ends its side, and waits for the client to
+// end its own, but not for long.
+func TestEndByQuit(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		start := time.Now()
+		a.send("Ping\nQuit\nPut:k:v\n")
+		a.want(":PONG")
+		a.wantClosed()
+		if took := time.Since(start); took != 0 {
+			t.Errorf("our side ended after %v", took)
+		}
+		a.send("Put:k:v\nGet:k\n") // taken in, not run
+		pass(drainTime)
+		if _, err := a.conn.Write([]byte("x")); err == nil {
+			t.Errorf("the connection is open %v after Quit", drainTime)
+		}
+		if got := n.server.CountActive(); got != 0 {
+			t.Errorf("%d clients, want 0", got)
+		}
+	})
+}
+
+// Ensure that what was read is run and answered when the client half-closes on a
+// real connection.
+func TestEndByHalfClose(t *testing.T) {
+	addr := serveTCP(t)
+	a := dialTCP(t, addr)
+	var send, want strings.Builder
+	for i := range 20_000 {
+		fmt.Fprintf(&send, "Put:h:%d\n", i)
+		fmt.Fprintf(&want, "h:%d\n", i)
+	}
+	go a.sendAll(send.String() + "Get:h\n")
+	if got := a.readAll(); got != want.String() {
+		t.Errorf("got %d bytes, want %d", len(got), want.Len())
+	}
+}
+
+// Ensure that a client that vanishes leaves nothing behind, in whatever state.
+func TestEndByVanishing(t *testing.T) {
+	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n",
+		"Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fill("big", strings.Repeat("v", 1200), 1000)
+			a, b := n.dial(t), n.dial(t)
+			go b.sendSome(send)
+			synctest.Wait()
+			b.conn.Close()
+			synctest.Wait()
+			if send == "Quit\n" {
+				pass(drainTime)
+			}
+			if got := n.server.CountActive(); got != 1 {
+				t.Errorf("after %.20q and Close: %d clients, want 1", send, got)
+			}
+			a.ask("Ping", ":PONG")
+			a.hangUp()
+		})
+	}
+}
+
+// Ensure that what follows a goodbye is not even looked at.
+func TestEndAnswersNothingMore(t *testing.T) {
+	for send, want := range map[string]string{
+		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
+		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 badRequest,
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 20
+			a := n.dial(t)
+			go a.sendAll(send)
+			if got := a.readAll(); got != want {
+				t.Errorf("sent %q, got %q, want %q", send, got, want)
+			}
+		})
+	}
+}
+
+// Ensure that once a Write has failed no further reply is formatted.
+func TestEndFormatsNothingMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn, _ := world.Pipe(world.StreamSize, world.StreamSize)
+		c := newClient(1, conn, New(kvstore.NewMemory()))
+		c.buffer = make(chan []byte, maxBufferSize)
+		conn.Close()
+		c.buffer <- []byte("too late")
+		go c.writeToClient()
+		synctest.Wait()
+		long := &Query{queryType: get, key: "k",
+			values: []string{strings.Repeat("v", 10*maxMessage)}}
+		if allocs := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }); allocs > 0 {
+			t.Errorf("a reply to nobody made %v allocations", allocs)
+		}
+		close(c.buffer)
+	})
+}
+
+// Ensure that a client that accepts nothing is cut, not before its time, and that
+// one that accepts a little is not.
+func TestWriteTimeout(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fill("big", strings.Repeat("v", 1200), 1000)
+		n.server.writeTimeout = time.Minute
+		var log bytes.Buffer
+		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+		a, b := n.dial(t), n.dial(t)
+		b.ask("Ack", ":OK 0")
+		a.send("Get:big\n")
+		b.send("Get:big\n")
+		pass(time.Minute - 1)
+		io.CopyN(io.Discard, b.r, 4*maxWrite)
+		if got := n.server.CountActive(); got != 2 {
+			t.Errorf("%d clients just before the timeout, want 2", got)
+		}
+		pass(1)
+		io.CopyN(io.Discard, b.r, 10_000)
+		pass(time.Minute) // a may have accepted a part of the Write that did not end
+		if got := n.server.CountActive(); got != 1 {
+			t.Errorf("%d clients after the timeout, want 1", got)
+		}
+		if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q:\n%s", want, &log)
+		}
+		for range 10 { // less than one Write in a minute
+			io.CopyN(io.Discard, b.r, 40_000)
+			pass(time.Minute - 1)
+		}
+		if got := n.server.CountActive(); got != 1 {
+			t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
+		}
+		a.conn.Close()
+		b.conn.Close()
+	})
+}
+
+// ---- query.go: the protocol
+
+// conversations are what clients send and what they must read, to the last
+// byte, before the server closes. Every client ends its own side first.
+var conversations = []struct{ name, send, want string }{
+	{"nothing", "", ""},
+	{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
+	{"put appends", "Put:k:a\nPut:k:b\nPut:k:a\nGet:k\n", "k:a\nk:b\nk:a\n"},
+	{"miss", "Get:k\nDelete:k\n", ""},
+	{"value with colons", "Put:k:a:b::\nGet:k\n", "k:a:b::\n"},
+	{"empty value", "Put:k:\nGet:k\n", "k:\n"},
+	{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
+	{"update replaces the first and appends",
+		"Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
+	{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
+	{"remove takes the first",
+		"Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n",
+		"k:b\nk:a:\nk:b\nk:a:\n"},
+	{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n",
+		":OK 0\nk:b\n"},
+	{"set and remove with ack",
+		"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
+		":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
+	{"set and remove with less",
+		"Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
+		strings.Join([]string{
+			`:ERROR line 1: Set needs a key and a value, as in Set:key:value; got "Set:k"`,
+			`:ERROR line 2: Set needs a key and a value, as in Set:key:value; got "Set::v"`,
+			`:ERROR line 3: Remove needs a key and a value, as in Remove:key:value; got "Remove:k"`,
+			`:ERROR line 4: Remove needs a key and a value, as in Remove:key:value; got "remove"`,
+			`:ERROR line 5: unknown request "rem a b c"; did you mean Remove:a:b c ?`,
+			`:ERROR line 6: unknown request "LREM a b"; did you mean Remove:a:b ?`,
+			`:ERROR line 7: unknown request "remove a b"; did you mean Remove:a:b ?`,
+		}, "\n") + "\n"},
+	{"swap replaces, and never adds",
+		"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
+			"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
+		"k:b\nk:a\nk:c\ne:z\n"},
+	{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n",
+		"k:a:b\nk:\n"},
+	{"count is always answered", "Count:k\nPut:k:a\nPut:k:a\ncount:k\nPut:k:c\nGet:k\n",
+		":OK 0\n:OK 2\nk:a\nk:a\nk:c\n"},
+	{"swap, add and count with ack",
+		"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
+		":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
+	{"swap, add and count with more or less",
+		"Swap:k:a\nSwap:k:a:b:c\nSwap::a:b\nAdd:k\nAdd::v\nCount:\nCount:k:1\nCount\nCount:k\n",
+		strings.Join([]string{
+			`:ERROR line 1: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap:k:a"`,
+			`:ERROR line 2: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap:k:a:b:c"`,
+			`:ERROR line 3: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Swap:key:old:new; got "Swap::a:b"`,
+			`:ERROR line 4: Add needs a key and a value, as in Add:key:value; got "Add:k"`,
+			`:ERROR line 5: Add needs a key and a value, as in Add:key:value; got "Add::v"`,
+			`:ERROR line 6: Count needs a key, without a colon in it, as in Count:key; got "Count:"`,
+			`:ERROR line 7: Count needs a key, without a colon in it, as in Count:key; got "Count:k:1"; ` +
+				`a Put like that wrote to the key "k", for a key ends at its first colon`,
+			`:ERROR line 8: Count needs a key, without a colon in it, as in Count:key; got "Count"`,
+			":OK 0\n"}, "\n")},
+	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" +
+		"Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
+		"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
+		"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
+		":OK 1\n: 30\n:OK 1\n: 30\n:OK 1\n:OK 1\n:OK 0\n: 4000000000\n:OK 1\n:OK 1\n: 5\n:OK 1\n" +
+			"l:f:g\n:OK 1\n"},
+	{"expire and lease with ack",
+		"Ack\nPut:k:a\nExpire:k:30\nExpire:none:30\nExpire:k\nExpire:none\nLease:k:30:b\n" +
+			"Lease:l:1:\nLease:l:1:c\nGet:l\nDelete:l\nPut:l:x\nExpire:l\n",
+		":OK 0\n:OK 1\n:OK 1\n:OK 0\n: 30\n:OK 1\n:OK 0\n:OK 0\n:OK 1\n:OK 0\nl:\n:OK 1\n:OK 1\n" +
+			":OK 1\n:OK 1\n"},
+	{"expire and lease with more or less",
+		"Put:k:v\nExpire:k:\nExpire:k:4000000001\nExpire:k:-1\nExpire:k:1:2\nExpire::1\nExpire\n" +
+			"Expire:k:1.5\nLease:k:5\nLease:l:0:v\nLease:l:x:v\nLease::5:v\nLease:l:4000000001:v\n" +
+			"Expire:k\nGet:l\n",
+		func() (want string) {
+			for i, line := range []string{"Expire:k:", "Expire:k:4000000001", "Expire:k:-1",
+				"Expire:k:1:2", "Expire::1", "Expire", "Expire:k:1.5"} {
+				want += fmt.Sprintf(":ERROR line %d: Expire needs a key, and seconds up to 4000000000 "+
+					"or nothing, as in Expire:key:seconds; got %q\n", i+2, line)
+			}
+			for i, line := range []string{"Lease:k:5", "Lease:l:0:v", "Lease:l:x:v", "Lease::5:v",
+				"Lease:l:4000000001:v"} {
+				want += fmt.Sprintf(":ERROR line %d: Lease needs a key, seconds from 1 to 4000000000, "+
+					"and a value, as in Lease:key:seconds:value; got %q\n", i+9, line)
+			}
+			return want + ":OK 1\n"
+		}()},
+	{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
+		"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
+	{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
+		":OK 0\n:OK 1\nk:a\n:OK 1\n:OK 0\n:OK 1\nk:b\n:OK 1\n:OK 0\n:OK 0\n"},
+	{"take waits behind a half-close", "Take:k:30\nTake:k:3600\nPing:a\nTake:k:1\nPut:k:a\nGet:k\n",
+		":PONG a\nk:a\n"},
+	{"take with more or less",
+		"Put:k:v\nTake:\nTake\nTake:k:\nTake:k:0\nTake:k:3601\nTake:k:1:2\nTake::1\nTake:k:-1\nGet:k\n",
+		func() (want string) {
+			for i, line := range []string{"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601",
+				"Take:k:1:2", "Take::1", "Take:k:-1"} {
+				want += fmt.Sprintf(":ERROR line %d: Take needs a key, and seconds from 1 to 3600 or "+
+					"nothing, as in Take:key:seconds; got %q\n", i+2, line)
+			}
+			return want + "k:v\n"
+		}()},
+	{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
+		": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
+			": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
+	{"words of other programs",
+		"incr a\ncas a b c\nsetnx a b\nllen a\nlpush a b\nadd a b\nswap a b\n" +
+			"expire a 60\nttl a\nlock a\nlease a 60 me\n" +
+			"brpop a 5\nrpop a\n",
+		strings.Join([]string{
+			`:ERROR line 1: unknown request "incr a"; did you mean Swap:key:old:new ?`,
+			`:ERROR line 2: unknown request "cas a b c"; did you mean Swap:a:b:c ?`,
+			`:ERROR line 3: unknown request "setnx a b"; did you mean Add:a:b ?`,
+			`:ERROR line 4: unknown request "llen a"; did you mean Count:a ?`,
+			`:ERROR line 5: unknown request "lpush a b"; did you mean Put:a:b ?`,
+			`:ERROR line 6: unknown request "add a b"; did you mean Add:a:b ?`,
+			`:ERROR line 7: unknown request "swap a b"; did you mean Swap:key:old:new ?`,
+			`:ERROR line 8: unknown request "expire a 60"; did you mean Expire:a:60 ?`,
+			`:ERROR line 9: unknown request "ttl a"; did you mean Expire:a ?`,
+			`:ERROR line 10: unknown request "lock a"; did you mean Lease:key:seconds:value ?`,
+			`:ERROR line 11: unknown request "lease a 60 me"; did you mean Lease:a:60:me ?`,
+			`:ERROR line 12: unknown request "brpop a 5"; did you mean Take:a:5 ?`,
+			`:ERROR line 13: unknown request "rpop a"; did you mean Take:a ?`,
+			""}, "\n")},
+	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
+	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
+	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
+	{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
+	{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
+	{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n",
+		"k:a\nk:b\nk:a\nk:b\nk:y\n"},
+	{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
+	{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
+	{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
+	{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
+	{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
+	{"blank lines count", "\n\r\n\r\x00\nfoo\n",
+		":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
+
+	{"ack",
+		"Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
+			"foo\nAck\nQuit\n",
+		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
+			"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
+	{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
+	{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
+	{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
+	{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
+	{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
+	{"help", "?\n", ": " + strings.Join(helpLines,
+		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
+		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+
+	{"put without value", "Put:k\nPut\nPut:\nPut::v\nGet:k\n",
+		":ERROR line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n" +
+			":ERROR line 2: Put needs a key and a value, as in Put:key:value; got \"Put\"\n" +
+			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
+			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
+	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
+		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; " +
+			"a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
+			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got " +
+			"\"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
+			"colon\n" +
+			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
+			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
+	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
+		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got " +
+			"\"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
+			"colon\n" +
+			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got " +
+			"\"Delete:\"\na:1\n"},
+	{"update with more or less",
+		"Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
+		strings.Join([]string{
+			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k:a"`,
+			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k"`,
+			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update:k:a:b:c"`,
+			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in ` +
+				`Update:key:old:new; got "Update::a:b"`,
+			"k:a\n"}, "\n")},
+	{"arguments that nobody takes", "Quit:\nAck:on\nStats:\nHelp:me\nPut:k:a\nGet:k\n",
+		strings.Join([]string{
+			`:ERROR line 1: Quit needs nothing behind it, as in Quit; got "Quit:"`,
+			`:ERROR line 2: Ack needs nothing behind it, as in Ack; got "Ack:on"`,
+			`:ERROR line 3: Stats needs nothing behind it, as in Stats; got "Stats:"`,
+			`:ERROR line 4: Help needs nothing behind it, as in Help; got "Help:me"`,
+			"k:a\n"}, "\n")},
+	{"hints",
+		"get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\n" +
+			"get\ta\nset a\nget a\x1b\n",
+		strings.Join([]string{
+			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
+			`:ERROR line 2: unknown request "set a b"; did you mean Set:a:b ?`,
+			`:ERROR line 3: unknown request "SET a b c"; did you mean Set:a:b c ?`,
+			`:ERROR line 4: unknown request "del a"; did you mean Delete:a ?`,
+			`:ERROR line 5: unknown request "Gett:a"; did you mean Get:a ?`,
+			`:ERROR line 6: unknown request "Ptu:a:b:c"; did you mean Put:a:b:c ?`,
+			`:ERROR line 7: unknown request "update a b c"; did you mean Update:a:b:c ?`,
+			`:ERROR line 8: unknown request " Get:a"; did you mean Get:a ?`,
+			`:ERROR line 9: unknown request "Get :a"; did you mean Get:a ?`,
+			`:ERROR line 10: unknown request "get\ta"; did you mean Get:a ?`,
+			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
+			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
+			""}, "\n")},
+	{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
+		":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
+	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
+		":ERROR line 1: unknown request \"" + strings.Repeat("x",
+			40) + "\"...; Help lists the requests\n"},
+	{"nonsense", "\x00\n:\n::\nk:v\n\xff\xfe\n", strings.Join([]string{
+		`:ERROR line 1: unknown request "\x00"; Help lists the requests`,
+		`:ERROR line 2: unknown request ":"; Help lists the requests`,
+		`:ERROR line 3: unknown request "::"; Help lists the requests`,
+		`:ERROR line 4: unknown request "k:v"; Help lists the requests`,
+		`:ERROR line 5: unknown request "\xff\xfe"; Help lists the requests`,
+		""}, "\n")},
+	{"kelvin is no k", "Ac\u212a\n",
+		":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
+
+	{"keys",
+		"Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
+		": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
+			"ab\n:OK 2\nb:1\n:OK 1\n"},
+	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
+		": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
+	{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
+		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
+	{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
+		": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
+	{"keys and dump with more", "Keys:a:b\nDump:a:b\n",
+		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in " +
+			"Keys:prefix; got \"Keys:a:b\"\n" +
+			":ERROR line 2: Dump needs nothing behind it or a prefix, without a colon in it, as in " +
+			"Dump:prefix; got \"Dump:a:b\"\n"},
+	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
+		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
+	{"torn write is not run", "Ack\nPut:k:a",
+		":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
+
+	{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
+	{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
+	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
+	{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
+	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" +
+			":PONG\n"},
+
+	{"HTTP over the limit", "POST /" + strings.Repeat("a",
+		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
+	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
+		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
+	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
+		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", badRequest},
+	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
+		3*testMaxLine) +
+		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPut:k:a\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"first line one over the limit", "\n" + strings.Repeat("a", testMaxLine+1) +
+		"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
+	{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
+	{"RESP without an array", "\n$4\nPing\n", badRESP},
+	{"not RESP", "*\nPing\n",
+		":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
+	{"RESP too late", "Ping\n*1\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
+	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"torn line of the limit", strings.Repeat("a", testMaxLine),
+		":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
+	{"torn line one over the limit", strings.Repeat("a", testMaxLine+1),
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2),
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+
+	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n",
+		":ERROR line 1: this port speaks no TLS\n"},
+	{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
+		":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
+	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a",
+		3*testMaxLine) +
+		" HTTP/1.0\r\n\r\nPing\n",
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
+
+	{"at the limit", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"at the limit, CR NUL", "Put:k:" + strings.Repeat("v", testMaxLine-6) + "\r\x00\nGet:k\n",
+		"k:" + strings.Repeat("v", testMaxLine-6) + "\n"},
+	{"over the limit", "Put:k:" + strings.Repeat("v", testMaxLine-5) + "\nGet:k\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
+	{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
+		":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
+	{"two over the limit", "Put:" + strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
+		30_000) + "\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 " +
+			"bytes, skipped\n:PONG\n"},
+	{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000),
+		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+}
+
+// Ensure that every request is answered as the protocol says.
+func TestConversations(t *testing.T) {
+	for _, c := range conversations {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				a := n.dial(t)
+				go a.sendAll(c.send)
+				if got := a.readAll(); got != c.want {
+					t.Errorf("sent %.300q\n got %.600q\nwant %.600q", c.send, got, c.want)
+				}
+			})
+		})
+	}
+}
+
+// Ensure that each request is in Help, in the README's table and in the conversations, has a
+// counter in Stats, and is found when its name is slightly wrong.
+func TestEveryRequest(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	for _, c := range conversations {
+		said.WriteString("\n" + c.send)
+	}
+	stats := fmt.Sprint(New(kvstore.NewMemory()).stats())
+	for what := put; what <= quit; what++ {
+		v := verbs[what]
+		if v.name == "" || v.does == "" || v.form == "" {
+			t.Fatalf("request %d has no line in verbs", what)
+		}
+		for where, has := range map[string]bool{
+			"Help":               strings.Contains(strings.Join(helpLines, "\n"), v.form),
+			"the README's table": strings.Contains(string(readme), "| `"+v.name),
+			"conversations": strings.Contains(strings.ToLower(said.String()),
+				"\n"+strings.ToLower(v.name)),
+			"Stats":     strings.Contains(stats, strings.ToLower(v.name)+"_requests_total "),
+			"the hints": strings.Contains(didYouMean(v.name+"x"), "did you mean "+v.name),
+		} {
+			if !has {
+				t.Errorf("%s is not in %s", v.name, where)
+			}
+		}
+	}
+}
+
+// Ensure that the hint for a line that is no request costs no more than what it
+// shows of it.
+func TestHintsAreCheap(t *testing.T) {
+	for _, piece := range []string{"x", "get a ", " ", "set:", ":\t"} {
+		line := strings.Repeat(piece, 1<<20/len(piece))
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		var q Query
+		q.parse(line)
+		runtime.ReadMemStats(&after)
+		if took := after.TotalAlloc - before.TotalAlloc; took > 8<<10 {
+			t.Errorf("1 MiB of %q: %d bytes for %q", piece, took, q.value)
+		}
+	}
+}
+
+// Ensure that parse never panics, never reads a line as a larger request than
+// it is, and loses no byte of what it takes.
+func FuzzParse(f *testing.F) {
+	for _, c := range conversations {
+		for line := range strings.Lines(c.send) {
+			f.Add(strings.TrimRight(line, "\r\n\x00"))
+		}
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		if line == "" || strings.Contains(line, "\n") {
+			return
+		}
+		var q Query
+		q.parse(line)
+		var again string
+		switch q.queryType {
+		case malformed:
+			if q.value == "" || strings.ContainsAny(q.value, "\r\n\x00\x1b") {
+				t.Fatalf("%q: the error %q is no good line", line, q.value)
+			}
+			return
+		case put:
+			again = "Put:" + q.key + ":" + q.value
+		case get, del, count:
+			again = verbs[q.queryType].name + ":" + q.key
+		case set, remove, add:
+			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value
+		case lease, expire:
+			f := strings.SplitN(line, ":", 4)
+			if n, err := strconv.ParseUint(f[2], 10, 32); err != nil || n != uint64(q.seconds) {
+				t.Fatalf("%q was read as %d seconds", line, q.seconds)
+			}
+			again = verbs[q.queryType].name + ":" + q.key + ":" + f[2]
+			if q.queryType == lease {
+				again += ":" + q.value
+			}
+		case timeLeft:
+			again = "Expire:" + q.key
+		case take:
+			if again = "Take:" + q.key; q.seconds > 0 {
+				again += line[strings.LastIndex(line, ":"):] // a number may begin with zeros
+			}
+		case update, swap:
+			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value + ":" + q.newValue
+		case ping:
+			again = "Ping:" + q.value
+			line = strings.TrimSuffix(line, ":")
+			again = strings.TrimSuffix(again, ":")
+		case keys, dump:
+			again = verbs[q.queryType].name + ":" + q.value
+			line = strings.TrimSuffix(line, ":")
+			again = strings.TrimSuffix(again, ":")
+		case ack, stats, help, quit:
+			again = verbs[q.queryType].name
+			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
+		}
+		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping &&
+			!verbs[q.queryType].lists {
+			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
+		}
+		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) ||
+			len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] &&
+			q.key != "" {
+			t.Fatalf("%q was read as %q", line, again)
+		}
+	})
+}
+
+// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly
+// the replies that the model gives.
+func FuzzConversation(f *testing.F) {
+	for i, c := range conversations {
+		if len(c.send) < 10_000 {
+			f.Add([]byte(c.send), uint16(i))
+		}
+	}
+	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
+		lines := strings.SplitAfter(string(script), "\n")
+		m := model{Model: storetest.NewModel(), now: 1}
+		want, spoke, quit := "", false, false
+		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
+			want, quit = ":ERROR line 1: \n", true
+		}
+		for i, line := range lines {
+			if line == "" || quit {
+				continue
+			}
+			if !strings.HasSuffix(line, "\n") {
+				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
+				continue
+			}
+			line = strings.TrimSuffix(line, "\n")
+			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
+				line = short
+			} else {
+				line = strings.TrimSuffix(line, "\r")
+			}
+			if line == "" {
+				continue
+			}
+			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
+				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
+				return // Stats tells the time; and the model folds letters as Unicode does
+			}
+			answer := m.answer(i+1, line)
+			if strings.HasPrefix(answer, ":ERROR") {
+				answer += "\n"
+				switch {
+				case spoke:
+				case isHTTP(line):
+					answer, quit = badRequest, true
+				case isRESP(line):
+					answer, quit = badRESP, true
+				case len(line) > testMaxLine:
+					quit = begun(line) == malformed
+				}
+			}
+			spoke = true
+			want += answer
+			verb := strings.ToLower(line)
+			quit = quit || verb == "quit" || verb == "exit"
+		}
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			a := n.dial(t)
+			go func() {
+				at := min(int(cut), len(script))
+				a.conn.Write(script[:at])
+				synctest.Wait()
+				a.conn.Write(script[at:])
+				a.conn.CloseWrite()
+			}()
+			// The reason in an error is for people: here only its place counts.
+			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: ).*$`).ReplaceAllString(a.readAll(),
+				"$1")
+			if got != want {
+				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
+			}
+		})
+	})
+}
 
 // model is the protocol's model, and storetest.Model the store's.
 type model struct {
@@ -6966,148 +6937,119 @@ func seconds(text string, least, most int64) (n int64) {
 	return n
 }
 
-// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly
-// the replies that the model gives.
-func FuzzConversation(f *testing.F) {
-	for i, c := range conversations {
-		if len(c.send) < 10_000 {
-			f.Add([]byte(c.send), uint16(i))
-		}
-	}
-	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
-		lines := strings.SplitAfter(string(script), "\n")
-		m := model{Model: storetest.NewModel(), now: 1}
-		want, spoke, quit := "", false, false
-		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
-			want, quit = ":ERROR line 1: \n", true
-		}
-		for i, line := range lines {
-			if line == "" || quit {
-				continue
-			}
-			if !strings.HasSuffix(line, "\n") {
-				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
-				continue
-			}
-			line = strings.TrimSuffix(line, "\n")
-			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
-				line = short
-			} else {
-				line = strings.TrimSuffix(line, "\r")
-			}
-			if line == "" {
-				continue
-			}
-			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
-				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
-				return // Stats tells the time; and the model folds letters as Unicode does
-			}
-			answer := m.answer(i+1, line)
-			if strings.HasPrefix(answer, ":ERROR") {
-				answer += "\n"
-				switch {
-				case spoke:
-				case isHTTP(line):
-					answer, quit = badRequest, true
-				case isRESP(line):
-					answer, quit = badRESP, true
-				case len(line) > testMaxLine:
-					quit = begun(line) == malformed
-				}
-			}
-			spoke = true
-			want += answer
-			verb := strings.ToLower(line)
-			quit = quit || verb == "quit" || verb == "exit"
-		}
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
-			go func() {
-				at := min(int(cut), len(script))
-				a.conn.Write(script[:at])
-				synctest.Wait()
-				a.conn.Write(script[at:])
-				a.conn.CloseWrite()
-			}()
-			// The reason in an error is for people: here only its place counts.
-			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: ).*$`).ReplaceAllString(a.readAll(),
-				"$1")
-			if got != want {
-				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
+// BenchmarkParse and BenchmarkFormat are the two ends of a Get's way.
+func BenchmarkParse(b *testing.B) {
+	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv",
+		"Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
+		b.Run(line[:strings.IndexByte(line, ':')], func(b *testing.B) {
+			b.ReportAllocs()
+			var q Query
+			for b.Loop() {
+				q.parse(line)
 			}
 		})
+	}
+}
+
+func BenchmarkFormat(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
+			b.ReportAllocs()
+			c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
+			c.buffer = make(chan []byte, maxBufferSize)
+			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
+			for b.Loop() {
+				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
+					bytes: sum(values)})
+				for len(c.buffer) > 0 {
+					recycle(<-c.buffer)
+				}
+			}
+		})
+	}
+}
+
+// ---- the whole server, simulated
+
+// Ensure that whatever happens to the server, what was promised holds: see storetest/world.
+func TestSimulation(t *testing.T) {
+	world.Run(t, world.Program{
+		Log: func(w io.Writer, lines int) (log *slog.Logger, flush func()) {
+			logs, done := &queuedLog{lines: make(chan []byte, lines)}, make(chan struct{})
+			go func() {
+				logs.writeLog(w, slog.New(slog.NewTextHandler(w, nil)))
+				close(done)
+			}()
+			return slog.New(slog.NewTextHandler(logs, nil)), func() {
+				close(logs.lines)
+				<-done
+			}
+		},
+		Start: func(l net.Listener, db kvstore.KVStore, with world.Settings) (world.Server, error) {
+			s := New(db)
+			s.log, s.tls, s.writeTimeout = with.Log, with.TLS, with.WriteTimeout
+			s.maxLine, s.maxMessage, s.maxClients = with.MaxLine, with.MaxMessage, with.MaxClients
+			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
+			s.handshakes = with.Handshakes
+			return simulated{s}, s.serve(l)
+		},
+		TLS: serverConfig(t),
 	})
 }
 
-// Ensure that parse never panics, never reads a line as a larger request than
-// it is, and loses no byte of what it takes.
-func FuzzParse(f *testing.F) {
-	for _, c := range conversations {
-		for line := range strings.Lines(c.send) {
-			f.Add(strings.TrimRight(line, "\r\n\x00"))
+// simulated is a server of a world.
+type simulated struct{ *keyValueServer }
+
+func (s simulated) Lost() (replies int) { return int(s.lost.Load()) }
+
+func (s simulated) Look() { look(s.watchHandler(""), "/healthz") }
+
+func (s simulated) Left() (what []string) {
+	for name, n := range map[string]int64{
+		"bytes are still queued":  s.budget.queued.Load(),
+		"bytes of lists are kept": s.budget.lists.Load(),
+		"bytes of lines are kept": s.budget.inputs.Load(),
+		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
+			len(s.budget.first.slots) + len(s.budget.spare.slots)),
+		"clients have not left": int64(s.welcomed - s.departed),
+	} {
+		if n != 0 {
+			what = append(what, fmt.Sprint(n, " ", name))
 		}
 	}
-	f.Fuzz(func(t *testing.T, line string) {
-		if line == "" || strings.Contains(line, "\n") {
-			return
-		}
-		var q Query
-		q.parse(line)
-		var again string
-		switch q.queryType {
-		case malformed:
-			if q.value == "" || strings.ContainsAny(q.value, "\r\n\x00\x1b") {
-				t.Fatalf("%q: the error %q is no good line", line, q.value)
-			}
-			return
-		case put:
-			again = "Put:" + q.key + ":" + q.value
-		case get, del, count:
-			again = verbs[q.queryType].name + ":" + q.key
-		case set, remove, add:
-			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value
-		case lease, expire:
-			f := strings.SplitN(line, ":", 4)
-			if n, err := strconv.ParseUint(f[2], 10, 32); err != nil || n != uint64(q.seconds) {
-				t.Fatalf("%q was read as %d seconds", line, q.seconds)
-			}
-			again = verbs[q.queryType].name + ":" + q.key + ":" + f[2]
-			if q.queryType == lease {
-				again += ":" + q.value
-			}
-		case timeLeft:
-			again = "Expire:" + q.key
-		case take:
-			if again = "Take:" + q.key; q.seconds > 0 {
-				again += line[strings.LastIndex(line, ":"):] // a number may begin with zeros
-			}
-		case update, swap:
-			again = verbs[q.queryType].name + ":" + q.key + ":" + q.value + ":" + q.newValue
-		case ping:
-			again = "Ping:" + q.value
-			line = strings.TrimSuffix(line, ":")
-			again = strings.TrimSuffix(again, ":")
-		case keys, dump:
-			again = verbs[q.queryType].name + ":" + q.value
-			line = strings.TrimSuffix(line, ":")
-			again = strings.TrimSuffix(again, ":")
-		case ack, stats, help, quit:
-			again = verbs[q.queryType].name
-			line = strings.NewReplacer("?", "Help", "exit", "Quit").Replace(strings.ToLower(line))
-		}
-		if _, _, colon := strings.Cut(line, ":"); colon && q.key == "" && q.queryType != ping &&
-			!verbs[q.queryType].lists {
-			t.Fatalf("%q: a %s without a key", line, verbs[q.queryType].name)
-		}
-		if !equalFold(again[:min(len(again), 6)], line[:min(len(line), 6)]) ||
-			len(again) != len(line) || again[min(len(again), 7):] != line[min(len(line), 7):] &&
-			q.key != "" {
-			t.Fatalf("%q was read as %q", line, again)
-		}
-	})
+	return what
 }
 
 // ---- helpers
+
+// TestMain lets the test binary be the server: a test that needs a process of
+// its own starts this one again.
+func TestMain(m *testing.M) {
+	if os.Getenv("KVSERVER_TEST_MAIN") != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// testMaxLine is small enough to try, and larger than every buffer a client
+// starts with.
+const testMaxLine = 20_000
+
+// testMaxMessage makes a client's whole queue 4 MiB instead of 64.
+const testMaxMessage = 8 << 10
+
+const kilo = 1000
+
+// inBubble runs test in fake time against an empty server on a fake network.
+func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNet()
+		defer n.server.Close()
+		test(t, n)
+	})
+}
 
 // pass lets d of fake time pass, and everybody do what they do until then.
 func pass(d time.Duration) {
@@ -7115,103 +7057,58 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
-// heapBytes is how many bytes of memory are in use.
-func heapBytes() int {
-	var m runtime.MemStats
-	runtime.GC()
-	runtime.GC() // what the pools had
-	runtime.ReadMemStats(&m)
-	return int(m.HeapAlloc)
+// fakeNet is a network of one server: a listener, and dial to reach it.
+type fakeNet struct {
+	*world.Listener
+	server *keyValueServer
+
+	wrap func(net.Conn) net.Conn // makes the server's side of a connection
+	// called by the server's connections when a read deadline in the future is set
+	beforeDeadline func()
 }
 
-// heapOfQuiet is heapBytes where all clients are quiet, and have given back what they can.
-func heapOfQuiet() int {
-	pass(3 * quietAfter)
-	return heapBytes()
+// fill puts value under key so many times, before the server has started.
+func (n *fakeNet) fill(key, value string, times int) {
+	for range times {
+		n.server.db.Put(key, value)
+	}
 }
 
-// look asks for a page.
-func look(handler http.Handler, path string) (code int, body string) {
-	answer := httptest.NewRecorder()
-	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
-	return answer.Code, answer.Body.String()
+// inputs is how many bytes all clients' inputs take, while they all wait.
+func (n *fakeNet) inputs() (held int64) {
+	for _, c := range n.server.clients {
+		held += c.in.memory()
+		c.paced.Conn.(*world.Conn).Unread() // so that what it does then comes after this
+	}
+	n.server.budget.inputs.Add(0)
+	return held
 }
 
-// serverConfig is what a server needs for TLS.
-func serverConfig(t *testing.T) *tls.Config {
-	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
-	if err != nil {
+// start starts the server unless it has been started.
+func (n *fakeNet) start(t *testing.T) {
+	if err := n.server.serve(n); err != nil && err != errStarted {
 		t.Fatal(err)
 	}
-	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
-// overTLS is a client that takes any server.
-func overTLS(conn net.Conn) *tls.Conn {
-	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
-}
-
-// binary is a command that runs the server as a process of its own.
-func binary(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
-	return cmd
-}
-
-// startBinary starts the server and returns its address, when it listens, and
-// the rest of its log.
-func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
-	t.Helper()
-	cmd = binary(args...)
-	pipe, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
+// dial connects to the server, which it starts.
+func (n *fakeNet) dial(t *testing.T) *testClient {
+	n.start(t)
+	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+	theirs.BeforeDeadline = n.beforeDeadline
+	if n.wrap != nil {
+		n.Connect(n.wrap(theirs))
+	} else {
+		n.Connect(theirs)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	log = bufio.NewReader(pipe)
-	return cmd, listeningAddr(t, log), log
+	return &testClient{t, ours, bufio.NewReader(ours)}
 }
 
-// signalTo sends a signal that Windows has no name for.
-func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
-	if err := exec.Command("kill", "-"+name, strconv.Itoa(cmd.Process.Pid)).Run(); err != nil {
-		t.Errorf("kill -%s: %v", name, err)
-	}
-}
-
-// listeningAddr reads a server's log up to where it says where it listens.
-func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
-	t.Helper()
-	for {
-		line, err := log.ReadString('\n')
-		if err != nil {
-			t.Fatalf("the server ended: %q, %v", line, err)
-		}
-		if m := regexp.MustCompile(
-			`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(
-			line); m != nil {
-			return m[1]
-		}
-	}
-}
-
-// serveTCP serves an empty store on a real port until the test ends.
-func serveTCP(t testing.TB) (addr string) {
-	t.Helper()
-	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.Close)
-	return s.listener.Addr().String()
+func newFakeNet() *fakeNet {
+	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
+	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
+		"test"
+	return n
 }
 
 // testClient is a client that knows what to expect.
@@ -7219,19 +7116,6 @@ type testClient struct {
 	t    testing.TB
 	conn world.HalfConn
 	r    *bufio.Reader
-}
-
-// dialTCP connects to a real port. Its deadline only ends a test that has
-// failed already.
-func dialTCP(t testing.TB, addr string) *testClient {
-	t.Helper()
-	conn, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(time.Minute))
-	return &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
 }
 
 // send sends text.
@@ -7348,66 +7232,181 @@ func (c *testClient) hangUp() {
 	c.conn.Close()
 }
 
-// inBubble runs test in fake time against an empty server on a fake network.
-func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
+// dialTCP connects to a real port. Its deadline only ends a test that has
+// failed already.
+func dialTCP(t testing.TB, addr string) *testClient {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		n := newFakeNet()
-		defer n.server.Close()
-		test(t, n)
-	})
-}
-
-// fakeNet is a network of one server: a listener, and dial to reach it.
-type fakeNet struct {
-	*world.Listener
-	server *keyValueServer
-
-	wrap func(net.Conn) net.Conn // makes the server's side of a connection
-	// called by the server's connections when a read deadline in the future is set
-	beforeDeadline func()
-}
-
-func newFakeNet() *fakeNet {
-	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
-	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
-		"test"
-	return n
-}
-
-// fill puts value under key so many times, before the server has started.
-func (n *fakeNet) fill(key, value string, times int) {
-	for range times {
-		n.server.db.Put(key, value)
-	}
-}
-
-// inputs is how many bytes all clients' inputs take, while they all wait.
-func (n *fakeNet) inputs() (held int64) {
-	for _, c := range n.server.clients {
-		held += c.in.memory()
-		c.paced.Conn.(*world.Conn).Unread() // so that what it does then comes after this
-	}
-	n.server.budget.inputs.Add(0)
-	return held
-}
-
-// start starts the server unless it has been started.
-func (n *fakeNet) start(t *testing.T) {
-	if err := n.server.serve(n); err != nil && err != errStarted {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	return &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
 }
 
-// dial connects to the server, which it starts.
-func (n *fakeNet) dial(t *testing.T) *testClient {
-	n.start(t)
-	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-	theirs.BeforeDeadline = n.beforeDeadline
-	if n.wrap != nil {
-		n.Connect(n.wrap(theirs))
-	} else {
-		n.Connect(theirs)
+// serveTCP serves an empty store on a real port until the test ends.
+func serveTCP(t testing.TB) (addr string) {
+	t.Helper()
+	s := New(kvstore.NewMemory())
+	if err := s.Start(0); err != nil {
+		t.Fatal(err)
 	}
-	return &testClient{t, ours, bufio.NewReader(ours)}
+	t.Cleanup(s.Close)
+	return s.listener.Addr().String()
+}
+
+// serverConfig is what a server needs for TLS.
+func serverConfig(t *testing.T) *tls.Config {
+	dir := certificates(t, "server")
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
+		filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{pair}}
+}
+
+// overTLS is a client that takes any server.
+func overTLS(conn net.Conn) *tls.Conn {
+	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
+}
+
+// look asks for a page.
+func look(handler http.Handler, path string) (code int, body string) {
+	answer := httptest.NewRecorder()
+	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
+	return answer.Code, answer.Body.String()
+}
+
+// heapBytes is how many bytes of memory are in use.
+func heapBytes() int {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // what the pools had
+	runtime.ReadMemStats(&m)
+	return int(m.HeapAlloc)
+}
+
+// heapOfQuiet is heapBytes where all clients are quiet, and have given back what they can.
+func heapOfQuiet() int {
+	pass(3 * quietAfter)
+	return heapBytes()
+}
+
+// binary is a command that runs the server as a process of its own.
+func binary(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
+	return cmd
+}
+
+// startBinary starts the server and returns its address, when it listens, and
+// the rest of its log.
+func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
+	t.Helper()
+	cmd = binary(args...)
+	pipe, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	log = bufio.NewReader(pipe)
+	return cmd, listeningAddr(t, log), log
+}
+
+// listeningAddr reads a server's log up to where it says where it listens.
+func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
+	t.Helper()
+	for {
+		line, err := log.ReadString('\n')
+		if err != nil {
+			t.Fatalf("the server ended: %q, %v", line, err)
+		}
+		if m := regexp.MustCompile(
+			`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(
+			line); m != nil {
+			return m[1]
+		}
+	}
+}
+
+// signalTo sends a signal that Windows has no name for.
+func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
+	if err := exec.Command("kill", "-"+name, strconv.Itoa(cmd.Process.Pid)).Run(); err != nil {
+		t.Errorf("kill -%s: %v", name, err)
+	}
+}
+
+// certificates makes a CA in a directory, and a pair of files for each name.
+func certificates(t *testing.T, names ...string) (dir string) {
+	dir = t.TempDir()
+	write := func(name, kind string, der []byte) {
+		os.WriteFile(filepath.Join(dir, name),
+			pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+	}
+	var ca *x509.Certificate
+	var caKey *ecdsa.PrivateKey
+	for i, name := range append([]string{"ca"}, names...) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &x509.Certificate{
+			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
+			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+			DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		}
+		if strings.HasPrefix(name, "expired") {
+			c.NotAfter = time.Now().Add(-time.Minute)
+		}
+		if ca == nil {
+			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
+			ca, caKey = c, key
+		}
+		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(name+".pem", "CERTIFICATE", der)
+		keyDER, _ := x509.MarshalECPrivateKey(key)
+		write(name+".key", "EC PRIVATE KEY", keyDER)
+	}
+	return dir
+}
+
+// freePort is a port that was free a moment ago.
+func freePort(t *testing.T) int {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().(*net.TCPAddr).Port
+}
+
+// converseWith plays kvserver -c against the server.
+func converseWith(t *testing.T, n *fakeNet, in string,
+	requests ...string) (out, errs string, good bool, err error) {
+	t.Helper()
+	var o, e strings.Builder
+	c := n.dial(t)
+	good, err = talk(&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
+		errs: &e})
+	c.conn.Close()
+	return o.String(), e.String(), good, err
+}
+
+// talk has the conversation from its beginning.
+func talk(t *talker) (good bool, err error) {
+	if err := t.greet(); err != nil {
+		return false, err
+	}
+	return t.converse()
 }
