@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -535,22 +536,33 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 			}
 		}
 		dir.lock.miss(errors.New("a test"))
-		changed := ""
+		var mu sync.Mutex
+		changed, reread := "", map[string]bool{}
+		w.mu.Lock()
 		w.before = func(int) {
+			if !mu.TryLock() { // it is a request of this function's own, or of nobody's concern
+				return
+			}
+			defer mu.Unlock()
 			for name, f := range files {
-				other := files[map[string]string{"a": "b", "b": "a"}[name]]
+				first := map[string]string{"a": "b", "b": "a"}[name]
+				other := files[first]
 				if len(f.turn) == 0 || len(other.turn) > 0 { // f is not reread now
 					continue
 				}
-				if f.ahead = 1; changed == "" && other.ahead == 1 { // other was reread
-					changed = other.name
+				if reread[name] = true; changed == "" && reread[first] {
+					changed = first
 					e.delete(string(other.last))
 					at := other.size
 					write(t, other, &at, []byte("x"))
 				}
 			}
 		}
-		if _, err := dir.Stamps(); err != nil || changed == "" {
+		w.mu.Unlock()
+		_, err = dir.Stamps()
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil || changed == "" {
 			t.Fatalf("%q is changed meanwhile: %v", changed, err)
 		}
 		if err := lock.Held(); !errors.Is(err, storage.ErrGone) {

@@ -50,7 +50,8 @@ type process struct {
 	*world
 	name   string
 	wire   *etcdWire
-	random *rand.Rand
+	random *rand.Rand // of what it does
+	draws  *rand.Rand // of what happens to its requests
 	d      *durable.Store
 	live   context.Context // until it is to end
 	end    func()
@@ -89,8 +90,9 @@ func (w *world) wrong(format string, args ...any) {
 func (w *world) server(name string, random *rand.Rand, segment int64) {
 	for n := 0; w.ctx.Err() == nil; n++ {
 		dir, wire := w.e.dir(w.t, w.ctx, name+":1")
-		p := &process{world: w, name: fmt.Sprint(name, n), wire: wire, random: random,
-			gone: make(chan struct{})}
+		p := &process{world: w, name: fmt.Sprint(name, n), wire: wire, gone: make(chan struct{}),
+			random: rand.New(rand.NewPCG(random.Uint64(), 0)),
+			draws:  rand.New(rand.NewPCG(random.Uint64(), 0))}
 		wire.draw = p.draw
 		p.live, p.end = context.WithCancel(w.ctx)
 
@@ -118,10 +120,10 @@ func (p teller) Write(line []byte) (int, error) {
 
 // draw is what happens to a request.
 func (p *process) draw() etcdFault {
-	if p.random.IntN(100) > 0 || p.isCalm.Load() {
+	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.random.IntN(5)]
+	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.draws.IntN(5)]
 }
 
 // opened judges how a start has ended, and tells whether the server serves.
