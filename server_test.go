@@ -4485,6 +4485,20 @@ func TestStats(t *testing.T) {
 	})
 }
 
+// Ensure that a line of another protocol counts as refused, as one that is no request does.
+func TestStatsOfRefusedLines(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a, b := n.dial(t), n.dial(t)
+		a.ask("none", `:ERROR line 1: unknown request "none"; Help lists the requests`)
+		b.send("GET / HTTP/1.1\r\n\r\n")
+		io.Copy(io.Discard, b.r)
+		if refused := a.stat("refused_requests_total"); refused != 2 {
+			t.Errorf("%d lines are counted as refused, want 2", refused)
+		}
+		a.hangUp()
+	})
+}
+
 // Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
 // that no two have one name; and that each says what it is.
 func TestWatchHasTheCountersOfStats(t *testing.T) {
