@@ -3221,6 +3221,21 @@ func TestExpire(t *testing.T) {
 	}
 }
 
+// Ensure that the seconds that are left are rounded up, so that they never say that a key has gone.
+func TestExpireTellsWholeSeconds(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.ask("Put:k:v\nExpire:k:2\nExpire:k", ": 2", ":OK 1")
+		pass(time.Second / 2)
+		a.ask("Expire:k", ": 2", ":OK 1")
+		pass(time.Second/2 + time.Millisecond)
+		a.ask("Expire:k", ": 1", ":OK 1")
+		pass(time.Second - 2*time.Millisecond)
+		a.ask("Expire:k", ": 1", ":OK 1")
+		a.hangUp()
+	})
+}
+
 // Ensure that a key goes though nobody asks for it, soon after its time.
 func TestExpireUnasked(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
