@@ -420,9 +420,9 @@ func (d *directory) setNames(names map[string]string) {
 	d.stamps.Store(&stamps)
 }
 
-// check looks whether etcd has all that this process has left there, and tells whether it knows: not
-// if etcd does not answer at once, or a file is being written. If something is gone, and all is to
-// be looked at, it rereads each file also where there are as many pieces as there should be.
+// check looks whether etcd has all that this process has left there, and tells whether it knows:
+// not if etcd does not answer at once, or a file is being written. If something is gone, and all is
+// to be looked at, it rereads each file also where there are as many pieces as there should be.
 func (d *directory) check(all bool) (isKnown bool) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()

@@ -378,16 +378,20 @@ func (w *world) happen() {
 			})
 			w.stop(true)
 		case 12, 13:
-			if before == nil {
-				before = w.e.copy()
-				break
-			}
-			id := []string{w.e.id, "new"}[w.random.IntN(2)]
-			w.spoil("cluster "+id+" is what it was", true, func() { w.e.restore(before, id) })
-			before = nil
-			w.stop(true)
+			before = w.restore(before)
 		}
 	}
+}
+
+// restore has the cluster be what it was before, or returns what it is, for later.
+func (w *world) restore(before *fakeEtcd) *fakeEtcd {
+	if before == nil {
+		return w.e.copy()
+	}
+	id := []string{w.e.id, "new"}[w.random.IntN(2)]
+	w.spoil("cluster "+id+" is what it was", true, func() { w.e.restore(before, id) })
+	w.stop(true)
+	return nil
 }
 
 // Ensure that of two or four servers, whatever happens to them and to etcd, one at a time answers,
