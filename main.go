@@ -754,13 +754,13 @@ func stopSignals() []os.Signal {
 // is to be closed: nil where nothing is kept.
 func openStore(ctx context.Context, c config, s *keyValueServer,
 	log *queuedLog) (store *durable.Store, err error) {
-	defer context.AfterFunc(ctx, func() {
-		time.AfterFunc(stopTime/5, func() {
-			log.Warn("stopped while opening the data, for the disk does not answer")
-			log.flush()
-			os.Exit(0)
-		})
-	})()
+	stuck := time.AfterFunc(math.MaxInt64, func() {
+		log.Warn("stopped while opening the data, for the disk does not answer")
+		log.flush()
+		os.Exit(0)
+	})
+	defer stuck.Stop()
+	defer context.AfterFunc(ctx, func() { stuck.Reset(stopTime / 5) })()
 
 	// A bad certificate is told before the data is read, for that may take minutes.
 	again := make(chan os.Signal, 1)
@@ -1699,6 +1699,17 @@ func readLine(r *bufio.Reader) ([]byte, error) {
 	return line, err
 }
 
+// sendRest sends the rest of a line that is longer than r's buffer, as err says, in parts, however
+// long it is. It returns how that, or the line before, has ended.
+func sendRest(w *bufio.Writer, r *bufio.Reader, err error) error {
+	for err == bufio.ErrBufferFull {
+		var part []byte
+		part, err = r.ReadSlice('\n')
+		w.Write(part)
+	}
+	return err
+}
+
 // longestEnd is the longest line that is a Quit.
 const longestEnd = len("exit\r\x00\n")
 
@@ -1763,7 +1774,7 @@ func (t *talker) sendLines() {
 		}
 
 		var line []byte
-		line, end = readLine(r)
+		line, end = r.ReadSlice('\n')
 		request, isWhole := strings.CutSuffix(string(line[:min(len(line), longestEnd)]), "\n")
 		request = trimCR(request)
 		switch {
@@ -1789,6 +1800,7 @@ func (t *talker) sendLines() {
 		}
 		t.ask()
 		w.Write(line)
+		end = sendRest(w, r, end)
 	}
 
 	// This comes before the server can end the conversation.

@@ -228,17 +228,18 @@ func (t *turn) begin() {
 	t.looked, t.over = t.began, false
 }
 
-// charge looks at the clock: the time since the last look was spent on the client of sh. It counts
-// no more than a turn, for by then the client has waited for all others. A time that is far longer
-// than the ones before may be the system's doing, which has let us wait: it counts little, and in
-// full when it comes again.
-func (t *turn) charge(sh *share, floor time.Duration) {
+// charge adds the time since the last look at the clock to what the client of sh has spent. If no
+// request in it can have searched a long list, a time that is far longer than usual is a stall of
+// the system, which is not the client's fault: it counts little.
+func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
+	counted := took
+	if !searched {
+		counted = min(took, 2*sh.cost+maxLead)
+	}
 
-	// A stall of the system, once, must not send the client behind all others.
-	counted := min(took, max(2*sh.cost+maxLead, sh.peak))
-	sh.peak = max(took, sh.peak/8*7)
+	// No more than a turn counts, for by then the client has waited for all others.
 	sh.spent = min(sh.spent+counted, floor+maxTurn)
 	sh.cost = (sh.cost + counted) / 2
 
@@ -263,7 +264,6 @@ func (t *turn) charge(sh *share, floor time.Duration) {
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock, as of late
-	peak   time.Duration // the most of these, which is forgotten by and by
 	stride int           // requests between these
 
 	chain, next *Query // that waits for its turn, and its first request that has not run
@@ -753,11 +753,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 func (s *keyValueServer) takeChain(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
-	if isNew {
-		sh.peak = maxTurn // nobody knows what it asks for
-	}
 
-	// A client that was quiet has no claim to all the time that it did not use.
+	// A quiet client may catch up on at most maxTurn of the time that it did not use.
 	sh.spent = max(sh.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
@@ -821,16 +818,18 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		s.begin(chain)
 	}
 
-	for left := c.share.stride; q != nil && !s.commitFailed; q = q.next {
+	left, searched := c.share.stride, false // until the next look at the clock, and since the last
+	for ; q != nil && !s.commitFailed; q = q.next {
 		s.run(q)
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
 		if left--; q.row().searches {
 			left -= searchCost - 1
+			searched = true
 		}
 		if left <= 0 || q.next == nil {
-			s.turn.charge(&c.share, s.floor)
-			left = c.share.stride
+			s.turn.charge(&c.share, s.floor, searched)
+			left, searched = c.share.stride, false
 		}
 		if s.turn.over && q.next != nil {
 			s.wait(chain, q.next)

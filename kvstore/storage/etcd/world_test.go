@@ -130,6 +130,9 @@ func (p *process) draw() etcdFault {
 func (p *process) opened(err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.spoiled != nil && p.spoiled == p.serving { // which has not written it anew yet
+		p.isLost = true
+	}
 	if err != nil {
 		p.note("%s does not serve: %v", p.name, err)
 		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, durable.ErrUnfinished) ||
@@ -141,9 +144,6 @@ func (p *process) opened(err error) bool {
 
 	// It has what was told, and perhaps a batch of which nobody knows.
 	p.note("%s serves", p.name)
-	if p.spoiled != nil && p.spoiled == p.serving { // which has not written it anew yet
-		p.isLost = true
-	}
 	if !p.isIn(p.told) {
 		for other, doubts := range p.doubts {
 			if i := slices.IndexFunc(doubts, p.isIn); i >= 0 {
@@ -438,7 +438,8 @@ func live(t *testing.T, seed uint64) bool {
 	}
 	w.happen()
 
-	// All is well again, and so somebody serves.
+	// All is well again, no request is lost any more, and so somebody serves.
+	w.isCalm.Store(true)
 	<-time.After(30 * time.Second)
 	w.mu.Lock()
 	if time.Since(w.latest) > 5*time.Second {
