@@ -296,6 +296,11 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
+	// Without any name all pieces go with the last one: pieces alone are taken for damage (begin).
+	if len(names) == 0 {
+		ops = append(ops, operation{Delete: d.all("d/")})
+	}
+
 	if err := d.do(0, ops, compare...); err != nil {
 		return err
 	}
@@ -303,6 +308,9 @@ func (d *directory) change(ids map[string]string) error {
 	// The change is durable in etcd: take it down. A name that was given anew, or taken away,
 	// is no longer lost.
 	d.step++
+	if len(names) == 0 {
+		d.pieces.Store(0)
+	}
 	for name, id := range ids {
 		delete(d.lost, name)
 		if f := d.files[id]; f != nil {
@@ -335,6 +343,7 @@ func (d *directory) drop(ids []string) error {
 		}
 		delete(d.files, id)
 		if err := d.removePieces(id); err != nil {
+			d.isSwept = false // the next sweep removes them
 			return err
 		}
 	}

@@ -1406,3 +1406,42 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 		t.Fatalf("%s: Close: %v", what, err)
 	}
 }
+
+// Ensure that a first start may be killed at any request, and the one after it, too: there is no data,
+// so nothing is refused. A fifth of all pairs is tried.
+func TestEtcdStartIsKilledTwice(t *testing.T) {
+	// start starts a server, kills it at request n, and tells whether it got so far.
+	start := func(t *testing.T, e *fakeEtcd, n int) bool {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		dir, wire := e.dir(t, ctx, "x:9999")
+		wire.at, wire.fault = n, killed
+		d, _ := durable.Open(ctx, dir, durable.Options{})
+		isReached := wire.count() >= n
+		wire.kill()
+		if d != nil {
+			<-d.Lost()
+			d.Close()
+		}
+		return isReached
+	}
+
+	for first, more := 1, true; more; first++ {
+		for second, isReached := 1+first%5, true; isReached; second += 5 {
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				if more = start(t, e, first); !more {
+					isReached = false
+					return
+				}
+				isReached = start(t, e, second)
+				dir, _ := e.dir(t, t.Context(), "x:9999")
+				d, err := durable.Open(t.Context(), dir, durable.Options{})
+				if err != nil {
+					t.Fatalf("killed at request %d, and the next start at %d: %v", first, second, err)
+				}
+				d.Close()
+			})
+		}
+	}
+}
