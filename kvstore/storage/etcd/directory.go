@@ -253,6 +253,11 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 			return err
 		}
 		d.lock.retake(d.lock.ctx)
+
+		// It may fail for a while, such as in a full etcd, until beat gives up.
+		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
+			return cause
+		}
 	}
 }
 

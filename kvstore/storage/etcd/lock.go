@@ -465,7 +465,10 @@ func (l *clusterLock) note(s sign) bool {
 	// The lock is another one, or missing: judge ends it, or retake takes it anew.
 	if s.err == nil && !s.answer.Succeeded {
 		l.judge(s.answer.read(0).KVs)
-		l.retake(l.ctx) // if that fails the next sign of life will fail, too
+		err := l.retake(l.ctx)
+		if err != nil && time.Since(*l.confirmed.Load()) >= patienceTime {
+			l.lost(err) // else the next sign of life will fail, too
+		}
 		return false
 	}
 

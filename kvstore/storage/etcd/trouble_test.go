@@ -722,6 +722,28 @@ func TestEtcdSlow(t *testing.T) {
 
 // ---- a full cluster
 
+// Ensure that a server whose lock is deleted in a full cluster asks now and then whether it can be
+// taken anew, and gives up when etcd would have been silent for too long.
+func TestEtcdFullWithoutALock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		e.setFull(true)
+		e.delete("kv/lock")
+
+		const most = 1000
+		before, began := w.count(), time.Now()
+		w.at, w.fault = before+most, killed
+		err := w.dir.do(0, []operation{deleteKeys(w.dir.key("none"), nil)})
+		asked, took := w.count()-before, time.Since(began)
+		if err == nil || asked >= most || took < patienceTime/2 || took > 2*patienceTime {
+			t.Errorf("after %v and %d requests it ends with %v", took, asked, err)
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a server goes on answering reads beside a standby while etcd refuses all that
 // writes, that writes are refused with what to do, and go on by themselves when there is room;
 // and that of the two never both serve, whenever who serves is cut off.
