@@ -57,8 +57,8 @@ const (
 	// counts while replies wait for room. For memory a line waits as long.
 	lineTime = 30 * time.Second
 
-	// readFromClient does not read while it waits for a Take: it looks this often whether the
-	// connection is there still.
+	// Once a client has sent more behind its Take, readFromClient reads no further until that ends.
+	// It checks this often whether the connection is still open.
 	probeTime = time.Second
 
 	handshakeTime = 5 * time.Second // for TLS to begin
@@ -85,20 +85,20 @@ const (
 // closes), and by which channel it changes hands:
 //
 //	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
-//	connection           R, C            C         C        W, C           - (a net.Conn)
+//	connection           R, C            C         C        W, R, C        - (a net.Conn)
 //	alive, index, share  -               RW        -        -              -
 //	take                 -               RW        -        -              -
 //	buffer               S, C            makes, S  S        T              the chain's holder sends
 //	closed               R               R         R        C              closed once
 //	progress             T               -         T        S (pacedConn)  latest word only
 //	done                 T               S         S        -              -
-//	the chain, outbox    RW              RW        RW       -              queries, done
+//	the chain, outbox    RW              RW        RW       -              queries, go, done
 //	in                   RW              -         -        -              -
 //	  its lines' memory  W               R         R        -              queries, done
 //	underWay, takeEnds   RW              -         -        -              -
 //	reason, drain        RW              R         -        R (drain)      buffer's close, depart
 //	writeErr             -               R         -        W              depart
-//	pacedConn's fields   -               -         -        RW             - (limit: set before)
+//	pacedConn's fields   R (writing)     -         -        RW             - (limit: set before)
 //
 // How a connection ends: readFromClient notes why (end) and makes no more chains; it waits for the
 // one that is under way, and closes buffer; writeToClient writes what is queued, closes the
@@ -290,8 +290,8 @@ func (c *Client) await() bool {
 	return true
 }
 
-// awaitDone waits for the chain that is under way to come back. Where that is a Take that waits,
-// nobody reads: so it looks itself whether the connection is there still.
+// awaitDone waits for the chain that is under way to come back. While a Take waits nobody reads the
+// connection, so awaitDone itself checks whether it is still open.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
 		// Its time is over, but a value may have come before workLoop hears of that.
@@ -397,8 +397,8 @@ func (c *Client) mayGoOn() {
 }
 
 // awaitLineMemory waits until the line that has begun may take the memory that it needs now. It
-// gives up after lineTime. Of the lines that wait one may always go on, or all could wait for each
-// other, and so may one of those that free something.
+// gives up after lineTime. One waiting line may always go on, or all could wait for each other for
+// ever; and so may one line whose request frees memory.
 func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
@@ -556,8 +556,8 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes count as long lines: what buf and lent have beyond burstSize or, from
-// freeLine on, the two buffers that the line in hand will take.
+// need is how many bytes of buf and lent count in budget.inputs: the part of each beyond burstSize
+// or, once a line has freeLine bytes, both buffers at their next size if that is more.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
@@ -614,9 +614,9 @@ func (c *Client) read() (burst string, err error) {
 // (RFC 8446, 5.1).
 const tlsHandshake = 0x16
 
-// tick gives back what a quiet client does not need, and ends one whose line does
-// not end. Its time does not run while the replies to what came before wait for
-// room, and the chain holds memory, too: so tick waits for that.
+// tick gives back what a quiet client does not need, and ends one whose line does not end. A line's
+// time stands still while replies to earlier requests wait for room. Their chain holds memory, so
+// tick waits for it first.
 func (c *Client) tick() error {
 	in := &c.in
 
@@ -1276,8 +1276,8 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// hold counts the chain whose replies wait, with its lines, as waiting and no longer as lines, and
-// its lists as queued. giveBack ends that.
+// hold moves the memory of the chain's lines from budget.inputs to budget.chains, which also gets
+// the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
 func (o *outbox) hold(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chain, o.inInputs
 	b.queued.Add(lists)
@@ -1301,9 +1301,9 @@ func (o *outbox) replyAll(chain *Query) {
 
 const stringSize = 16 // bytes of a string beside its text
 
-// measure returns how many bytes the replies of chain take, and notes the size of each: 0, and
-// nothing, where the connection takes no more. lists is what the slices of values take beside their
-// text; each Get may keep another version of a list. measure looks at no value.
+// measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
+// broken connection it returns 0 and notes nothing. lists is what the slices of values take beside
+// their text; each Get may keep another version of a list. measure looks at no value.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.client.isGone() {
 		return 0, 0
@@ -1603,8 +1603,8 @@ func (o *outbox) wait() {
 	}
 }
 
-// noteWait notes that there was no room for so long. A steady reader may take nothing until a
-// sixteenth of what its sockets hold is free.
+// noteWait adds d to the time without room. The rate allows for socketMost/16 bytes more: a steady
+// reader may take nothing until a sixteenth of its socket's buffer is free.
 func (l *listing) noteWait(d time.Duration) {
 	l.waited += min(d, slowAfter) // if more, perhaps we stood still
 

@@ -22,7 +22,7 @@
 //	message   bytes of replies, as they wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
-//	slow      of a client whose connection has taken no byte for a second, or two if it has read
+//	slow      of a client whose connection took no byte for 1 to 6 s (patience in client.go)
 //	turn      the time for which workLoop runs requests before it commits and answers
 //	share     what a client has had of workLoop's time: who has had much waits for a turn
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and

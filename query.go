@@ -10,10 +10,9 @@ import (
 	"kvserver/kvstore"
 )
 
-// Query is one request on its way: parsed by a client's readFromClient, run by workLoop, and
-// answered by that or, where it takes long, by deliver or listing. Some are no requests but tell
-// workLoop of something: that a goroutine has ended, that a Take is to wait no longer. One
-// goroutine at a time has it; the queries and done channels pass it on.
+// Query is one request on its way: readFromClient parses it, workLoop runs it, and workLoop,
+// deliver or listing answers it. Other Queries tell workLoop that a goroutine has ended, or that a
+// Take is to stop waiting. One goroutine at a time owns a Query; queries and done pass it on.
 type Query struct {
 	key       string // also: the address of a failed TLS handshake
 	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
@@ -76,8 +75,8 @@ const (
 	countDropped    // CountDropped asks
 	countAll        // who watches asks for every counter
 	depart          // a goroutine of the client's has ended
-	stopTake        // the client's Take is to wait no longer
-	dropTake        // nor to take anything: its client has gone, or the server closes
+	stopTake        // a Take's time is over; if its turn has not come, it may still look once
+	dropTake        // a Take is to take nothing: its client has gone, or the server closes
 	handshakeFailed // a TLS handshake failed, for the reason that value says
 
 	queryTypes = iota
@@ -703,7 +702,7 @@ func times(done bool) (n int) {
 // mayWait tells whether q is a Take that waits for a value if there is none.
 func (q *Query) mayWait() bool { return q.queryType == take && q.seconds > 0 }
 
-// isAlone tells whether q is a chain of its own, so that what comes before it is answered before.
+// isAlone tells whether q must be a chain of its own: requests before it are then answered first.
 func (q *Query) isAlone() bool { return q.row().lists || q.mayWait() }
 
 // keep makes values something that may be kept for long: a short list shares memory with

@@ -47,9 +47,9 @@ const (
 	maxTurn     = 5 * time.Millisecond
 	maxSlowTurn = time.Millisecond / 2
 
-	// Requests of a client between two looks at the clock: one at first, and after longTime between
-	// two looks; then twice as many each time. An Update, a Swap or a Remove, which may have a long
-	// list to search, counts as several.
+	// Requests of a client between two looks at the clock: one at first, then twice as many after
+	// each look, up to maxStride; one again when two looks lay longTime apart. An Update, a Swap or
+	// a Remove, which may have a long list to search, counts as several.
 	maxStride  = 64
 	searchCost = 8
 	longTime   = maxSlowTurn / 2
@@ -59,8 +59,8 @@ const (
 	expireTime   = 50 * time.Millisecond
 	expireStride = 64
 
-	// How much more of workLoop's time a client may have had than those that wait, until its
-	// next chain waits with them. Below that chains are run as they come, which costs nothing.
+	// How far beyond the floor a client's time may be before its next chain waits for a turn. Up to
+	// there chains run in the order in which they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
 	lookTime = time.Second // between two looks of the store at its files while nobody asks
@@ -908,7 +908,8 @@ func (s *keyValueServer) serveTakes(q *Query) {
 		return
 	}
 
-	// There is one value, for before that the key had none.
+	// A Take waited, so the key had no value before q. If admit refuses a Take, the value is still
+	// there, and the next Take is tried.
 	for queue := s.takes.of[q.key]; queue != nil && queue.Len() > 0 && s.db.Count(q.key) > 0; {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
@@ -917,8 +918,8 @@ func (s *keyValueServer) serveTakes(q *Query) {
 	}
 }
 
-// endTake has a client's Take wait no longer, as q says. If it has not been answered, it finds
-// nothing; but one that has not had its turn yet has a look, unless its client has gone.
+// endTake ends a client's Take. One that waits for a value is answered without one. One that still
+// waits for its turn may look once (stopTake), or is answered without a value (dropTake).
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
@@ -984,9 +985,8 @@ const (
 	stuckOverdue         // the disk has no room for that; perhaps it has a little later
 )
 
-// expire deletes keys whose time is over, for a part of a turn. Of those that are left expireKey
-// sees to it that nobody finds them. The next answer waits for the Commit that these Deletes are
-// in; until then, and after a crash, they may be done again.
+// expire deletes keys whose time is over, for about maxSlowTurn; expireKey hides the others. The
+// next Commit makes these Deletes durable; after a crash before it they are done again.
 func (s *keyValueServer) expire() {
 	// The disk may have room by now, so what was stuck is tried again.
 	s.overdue = noneOverdue

@@ -52,7 +52,7 @@
 //	A steady reader loses nothing, and after Ack nobody does
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	Nobody waits for what another asks
+//	A client waits for a turn or two of others, not for all that they have sent
 //		TestTurnsOfLightClients, TestTurnsOfLongRequests, TestDumpSortTakesTurns,
 //		TestHintsAreCheap, TestOutboxMeasuresNoLongReply
 //	The log can neither stop nor kill the server

@@ -27,8 +27,8 @@ func (d *Store) ownFiles() []string {
 	return names
 }
 
-// learn notes what the files called names are now, to which the store has just done something. Of
-// the other files of ours it knows what it knew.
+// learn notes the stamps of the files called names, which the store has just written. Of its other
+// files it keeps the stamps that it had.
 func (d *Store) learn(names ...string) {
 	stamps, _ := d.dir.Stamps()
 
@@ -240,9 +240,9 @@ func (d *Store) mend(c changes) error {
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
 // puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// What is useless goes once all of the snapshot is on disk, for it may be good still, as a file
-// that was only touched; and before the snapshot gets its name, for below a snapshot a start wants
-// nothing but full files. A crash between the two leaves neither.
+// The order is: sync the temporary snapshot, remove the useless files, rename the snapshot. Below a
+// snapshot a start accepts only full files. After a crash before the rename a start may refuse what
+// it finds.
 func (d *Store) heal(useless []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)

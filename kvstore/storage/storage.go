@@ -124,9 +124,9 @@ var (
 	ErrNotOurs = errors.New("not a data directory")
 	// ErrLocked is returned when another process has the store open.
 	ErrLocked = errors.New("the data directory is in use")
-	// ErrGone is returned by Held when the directory has not all files any more as they were
-	// written: the right to write there is not lost, but nothing may be answered before they were
-	// written anew.
+	// ErrGone is returned by Held of a lock in etcd, never of a disk's, when the directory has not
+	// all files any more as they were written: the right to write there is not lost, but nothing
+	// may be answered before they were written anew.
 	ErrGone = errors.New("files of the data directory were removed or replaced")
 	// ErrMoved is returned by Commit when the directory was moved, removed or
 	// replaced while the store was open.
