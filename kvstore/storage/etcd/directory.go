@@ -229,6 +229,12 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		return errors.New("written without the lock")
 	}
 
+	// Nothing may follow a change of which it is not known whether it was made: for that the lock is
+	// lost, and a next step would be taken for its.
+	if err := context.Cause(d.lock.ctx); err != nil {
+		return err
+	}
+
 	// If a comparison fails we get the lock that is there, so that judge can say why.
 	step, first := d.key("step"), ops[0].Put
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,

@@ -730,7 +730,7 @@ func TestEtcdFaults(t *testing.T) {
 			switch {
 			case isRace():
 				step = 13
-			case os.Getenv("KVSTORE_STEPS") == "":
+			case os.Getenv("KVSTORE_STEPS") == "" && fault != doubtful:
 				step = 5
 			}
 			for n, reached := 1+i%step, true; reached; n += step {
