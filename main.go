@@ -596,14 +596,20 @@ const (
 // ever: what then finds no room in the queue is counted, and dropped.
 type queuedLog struct {
 	*slog.Logger
-	lines  chan []byte  // Write to writeLog; never closed
-	queued atomic.Int64 // of lines, with the one that is being written
+	lines  chan logLine // Write and flush to writeLog; never closed
 	counts logCounts
+}
+
+// logLine is a line of log, or, if written is not nil, flush's question: it is closed
+// when all lines before it have been written.
+type logLine struct {
+	text    []byte
+	written chan struct{}
 }
 
 // newLog returns a log that writes to w.
 func newLog(w io.Writer, json, verbose bool) *queuedLog {
-	l := &queuedLog{lines: make(chan []byte, logLines)}
+	l := &queuedLog{lines: make(chan logLine, logLines)}
 	options := &slog.HandlerOptions{ReplaceAttr: l.counts.note}
 	if verbose {
 		options.Level = slog.LevelDebug
@@ -625,11 +631,9 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 
 // Write queues a line of log, or counts it as lost. It never waits.
 func (l *queuedLog) Write(line []byte) (int, error) {
-	l.queued.Add(1)
 	select {
-	case l.lines <- bytes.Clone(line):
+	case l.lines <- logLine{text: bytes.Clone(line)}:
 	default:
-		l.queued.Add(-1)
 		l.counts.lost.Add(1)
 	}
 	return len(line), nil
@@ -641,21 +645,35 @@ func (l *queuedLog) Write(line []byte) (int, error) {
 func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 	told := int64(0) // of those that were lost
 	for line := range l.lines {
+		if line.written != nil {
+			close(line.written)
+			continue
+		}
+
 		// Where nobody reads the log any more, all is lost, and the server goes on.
-		if _, err := w.Write(line); err != nil {
+		if _, err := w.Write(line.text); err != nil {
 			l.counts.lost.Add(1)
 		} else if n := l.counts.lost.Load() - told; n > 0 {
 			told += n
 			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
 		}
-		l.queued.Add(-1)
 	}
 }
 
 // flush gives the lines that wait a little time to be written, at the end.
 func (l *queuedLog) flush() {
-	for end := time.Now().Add(flushTime); l.queued.Load() > 0 && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
+	// Room in the queue may take as long as the writing.
+	late := time.After(flushTime)
+	written := make(chan struct{})
+	select {
+	case l.lines <- logLine{written: written}:
+	case <-late:
+		return
+	}
+
+	select {
+	case <-written:
+	case <-late:
 	}
 }
 

@@ -610,7 +610,8 @@ func TestPromisesHaveTests(t *testing.T) {
 
 // Ensure that the session in the README is what happens.
 func TestReadmeSession(t *testing.T) {
-	sessions := regexp.MustCompile("(?s)```text\n\\$ nc localhost 9999\n(.*?)```").FindAllStringSubmatch(readme, -1)
+	pattern := regexp.MustCompile("(?s)```text\n\\$ nc localhost 9999\n(.*?)```")
+	sessions := pattern.FindAllStringSubmatch(readme, -1)
 	if len(sessions) == 0 {
 		t.Fatal("the README shows no session")
 	}
@@ -929,10 +930,7 @@ func metricsAtStart(t *testing.T) map[string]string {
 		t.Fatal(err)
 	}
 	s.db = db
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	answer := httptest.NewRecorder()
 	ask := httptest.NewRequest("GET", "http://localhost/metrics", nil)
 	s.watchHandler("").ServeHTTP(answer, ask)
@@ -1742,11 +1740,7 @@ func TestTLSBesideSilentConnects(t *testing.T) {
 	withTLS := serverConfig(t)
 	s := New(kvstore.NewMemory())
 	s.tls, s.handshakes = withTLS, 20
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	addr := s.listener.Addr().String()
+	addr := startTCP(t, s)
 	for i := range 100 {
 		dialTCP(t, addr)
 		if i%10 > 0 {
@@ -2503,10 +2497,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	addr := s.listener.Addr().String()
+	addr := startTCP(t, s)
 	a, watch := dialTCP(t, addr), dialTCP(t, addr)
 	a.conn.(*net.TCPConn).SetReadBuffer(16 * kilo) // the rest waits at the server's side
 	const puts = 10 * kilo
@@ -3918,10 +3909,7 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 		s.db.Put(fmt.Sprint(i), strings.Repeat("v", kilo))
 	}
 	loaded := s.db.Footprint()
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	if used := s.budget.store.Load(); used < loaded {
 		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
 	}
@@ -4291,10 +4279,7 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 func TestListenOnLocalhost(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	_, port, _ := net.SplitHostPort(s.listener.Addr().String())
 	hosts := []string{"127.0.0.1"}
 	if len(s.listeners) == 2 {
@@ -4327,10 +4312,7 @@ func TestListenOnLocalhost(t *testing.T) {
 func TestListenOnSeveralAddresses(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
 		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
@@ -4566,9 +4548,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
+	startTCP(t, s)
 	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
@@ -4693,10 +4673,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.db = db
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
 		t.Errorf("then /healthz answers %d %q", code, text)
 	}
@@ -4720,10 +4697,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 func TestWatchIsLimited(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
+	startTCP(t, s)
 	listeners, err := listen("localhost:0")
 	if err != nil {
 		t.Fatal(err)
@@ -5669,8 +5643,8 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered,
 				owed, maxBufferSize)
 		}
-		if most := maxBufferSize +
-			(maxShared*testMaxMessage+maxWrite+testMaxMessage+2*world.StreamSize)/len(value); delivered > most {
+		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
+		if most := maxBufferSize + onTheWay/len(value); delivered > most {
 			t.Errorf("%d replies were kept, want at most %d", delivered, most)
 		}
 		slow.ask("Ping", ":PONG") // counted once
@@ -6994,7 +6968,7 @@ func BenchmarkFormat(b *testing.B) {
 func TestSimulation(t *testing.T) {
 	world.Run(t, world.Program{
 		Log: func(w io.Writer, lines int) (log *slog.Logger, flush func()) {
-			logs, done := &queuedLog{lines: make(chan []byte, lines)}, make(chan struct{})
+			logs, done := &queuedLog{lines: make(chan logLine, lines)}, make(chan struct{})
 			go func() {
 				logs.writeLog(w, slog.New(slog.NewTextHandler(w, nil)))
 				close(done)
@@ -7267,7 +7241,12 @@ func dialTCP(t testing.TB, addr string) *testClient {
 // serveTCP serves an empty store on a real port until the test ends.
 func serveTCP(t testing.TB) (addr string) {
 	t.Helper()
-	s := New(kvstore.NewMemory())
+	return startTCP(t, New(kvstore.NewMemory()))
+}
+
+// startTCP starts s on a real port, until the test ends.
+func startTCP(t testing.TB, s *keyValueServer) (addr string) {
+	t.Helper()
 	if err := s.Start(0); err != nil {
 		t.Fatal(err)
 	}

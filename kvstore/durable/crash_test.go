@@ -607,7 +607,7 @@ func TestSpareIsCut(t *testing.T) {
 			}
 
 			// A Commit looks, the next write makes SPARE whole, and then others fill the disk.
-			time.Sleep(2 * lookTime)
+			<-time.After(2 * lookTime)
 			write(0)
 			if err := d.Room(0, false); err != nil {
 				t.Fatal(err)

@@ -275,7 +275,7 @@ func TestSyncingNamesTheSnapshot(t *testing.T) {
 			if name := d.Syncing(); !strings.Contains(name, "snapshot") {
 				t.Errorf("a compaction is waited for, and Syncing names %q", name)
 			}
-			time.Sleep(vouchTime)
+			<-time.After(vouchTime)
 		}
 		close(stall)
 		if err := <-closed; err != nil {

@@ -387,6 +387,17 @@ func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*smallDi
 	return d, w
 }
 
+// locked returns the directory as a new process sees it that has the lock.
+func (e *fakeEtcd) locked(t testing.TB) (*smallDir, *etcdWire, storage.Lock) {
+	t.Helper()
+	dir, w := e.dir(t, t.Context(), "")
+	lock, err := dir.Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, w, lock
+}
+
 // smallDir has files that are full soon.
 type smallDir struct{ *directory }
 
@@ -423,11 +434,7 @@ func (w *etcdWire) kill() {
 func TestEtcdFile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, _ := e.dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, _, lock := e.locked(t)
 		defer lock.Close()
 		random := rand.New(rand.NewPCG(1, 1))
 		for round := range 30 {
@@ -487,11 +494,7 @@ func TestEtcdFile(t *testing.T) {
 // Ensure that names do what a directory's names do.
 func TestEtcdNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, _ := newFakeEtcd().dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, _, lock := newFakeEtcd().locked(t)
 		defer lock.Close()
 		write := func(name, text string) {
 			t.Helper()
@@ -558,11 +561,7 @@ func write(t *testing.T, f storage.File, at *int64, b []byte) {
 // Ensure that a file may be renamed while it is written: nothing of it is gone.
 func TestEtcdRenameBesideWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, w := newFakeEtcd().dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, w, lock := newFakeEtcd().locked(t)
 		f, err := dir.Create("a")
 		if err != nil {
 			t.Fatal(err)
@@ -635,11 +634,7 @@ func TestEtcdLateAnswers(t *testing.T) {
 // answers.
 func TestEtcdReadAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, w := newFakeEtcd().dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, w, lock := newFakeEtcd().locked(t)
 		f, err := dir.Create("file")
 		if err != nil {
 			t.Fatal(err)
@@ -666,11 +661,7 @@ func TestEtcdReadAhead(t *testing.T) {
 func TestEtcdJoinedWhileRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, _ := e.dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, _, lock := e.locked(t)
 		f, err := dir.Create("file")
 		if err != nil {
 			t.Fatal(err)
@@ -700,11 +691,7 @@ func TestEtcdJoinedWhileRead(t *testing.T) {
 func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, _ := e.dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, _, lock := e.locked(t)
 		for i := range 2 * othersMost {
 			e.put(fmt.Sprint("kv/a", i), "x")
 		}

@@ -475,11 +475,7 @@ func TestEtcdAsManyPieces(t *testing.T) {
 func TestEtcdCountAfterGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, _ := e.dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, _, lock := e.locked(t)
 		defer lock.Close()
 		for name, change := range map[string]func(f storage.File) error{
 			"written": func(f storage.File) error {
@@ -518,11 +514,7 @@ func TestEtcdCountAfterGone(t *testing.T) {
 func TestEtcdGoneMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, w := e.dir(t, t.Context(), "")
-		lock, err := dir.Lock(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir, w, lock := e.locked(t)
 		defer lock.Close()
 		files := map[string]*pieceFile{}
 		for _, name := range []string{"a", "b"} {
@@ -559,7 +551,7 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 			}
 		}
 		w.mu.Unlock()
-		_, err = dir.Stamps()
+		_, err := dir.Stamps()
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil || changed == "" {
