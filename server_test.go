@@ -3296,6 +3296,24 @@ func TestExpireBeforeTheStart(t *testing.T) {
 	})
 }
 
+// Ensure that a key goes in the very millisecond that is its end, also where so many go that it has
+// not been deleted yet.
+func TestExpireInTheMillisecond(t *testing.T) {
+	db := kvstore.NewMemory()
+	s := New(db)
+	end := time.UnixMilli(5000)
+	for after, want := range map[time.Duration]int{-time.Millisecond: 1, 0: 0} {
+		db.Delete("k")
+		db.PutUntil("k", "v", end.UnixMilli())
+		s.now = func() time.Time { return end.Add(after) }
+		s.overdue = someOverdue
+		q := &Query{queryType: get, key: "k"}
+		if s.run(q); q.n != want {
+			t.Errorf("%v after its end a key has %d values, want %d", after, q.n, want)
+		}
+	}
+}
+
 // Ensure that many keys that end at once take turns with the clients, and that nobody finds those
 // that are there still.
 func TestExpireManyAtOnce(t *testing.T) {
@@ -3477,6 +3495,65 @@ func TestTakeWaitsItsTime(t *testing.T) {
 		}
 		if n := b.stat("waiting_takes"); n != 0 {
 			t.Errorf("%d Takes wait", n)
+		}
+		a.hangUp()
+		b.hangUp()
+	})
+}
+
+// Ensure that a Take is to take nothing any more, not only to wait no longer, where nobody could be
+// told of what it takes.
+func TestTakeIsDropped(t *testing.T) {
+	for what, end := range map[string]func(c *Client){
+		"a Write fails":     func(c *Client) { close(c.closed) },
+		"the server closes": func(c *Client) { close(c.server.closeSignal) },
+		"the connection breaks": func(c *Client) {
+			c.connection.Close()
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, _ := world.Pipe(world.StreamSize, world.StreamSize)
+			c := newClient(1, ours, New(kvstore.NewMemory()))
+			c.takeEnds = time.Now().Add(time.Hour)
+			end(c)
+			go func() {
+				if q := <-c.server.queries; q.queryType != dropTake {
+					t.Errorf("%s: workLoop is sent a query of type %d, want %d", what, q.queryType, dropTake)
+				}
+				c.done <- &Query{}
+			}()
+			c.awaitDone()
+		})
+	}
+}
+
+// roomyStore is a Memory that counts how often it was asked for room for what frees.
+type roomyStore struct {
+	*kvstore.Memory
+	frees int
+}
+
+func (r *roomyStore) Room(_ int64, frees bool) error {
+	if frees {
+		r.frees++
+	}
+	return nil
+}
+
+// Ensure that room is asked for also for a Take that waited: on a full disk what frees needs some.
+func TestTakeNeedsRoom(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := &roomyStore{Memory: kvstore.NewMemory()}
+		n.server.db = store
+		a, b := n.dial(t), n.dial(t)
+		a.send("Take:k:10\n")
+		synctest.Wait()
+		before := store.frees
+		b.send("Put:k:v\n")
+		a.want("k:v")
+		synctest.Wait()
+		if store.frees != before+1 {
+			t.Errorf("room is asked for %d times more, want once", store.frees-before)
 		}
 		a.hangUp()
 		b.hangUp()

@@ -524,3 +524,30 @@ func TestBackupIntoAStolenDirectory(t *testing.T) {
 		t.Error("it has removed what another process has written")
 	}
 }
+
+// Ensure that a backup ends beside a writer that is as fast: it copies what was there when it began.
+func TestBackupDoesNotFollow(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.segmentSize = 1 << 20
+	write := func() {
+		d.Put("k", strings.Repeat("v", 300))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const first, most = 10, 500
+	for range first {
+		write()
+	}
+
+	frames := 0
+	_, err := Backup(dir, storetest.New(), func(int64, int64) {
+		if frames++; frames < most {
+			write()
+		}
+	})
+	if err != nil || frames > 2*first {
+		t.Errorf("%d frames are copied where %d were there at first: %v", frames, first, err)
+	}
+	d.Close()
+}
