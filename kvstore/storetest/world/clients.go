@@ -53,15 +53,19 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 	do   func(*visitor)
 	calm bool
 }) {
+	// A client has random numbers of its own, and what it does depends on no turn of others.
 	number := p.id()
 	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
 	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r,
 		calm: kind.calm || Chance(r, 2), plain: kind.name == "sends garbage" && Chance(r, 2)}
+
 	all.Go(func() {
+		// Clients do not come all at once: some meet a server that is busy, or that ends.
 		Wait(Between(r, 0, Pick(r, 0, time.Second, 10*time.Second)))
 		if !v.dial() {
 			return
 		}
+
 		p.tell("%s %s", v.id, kind.name)
 		kind.do(v)
 		v.conn.Close()
@@ -71,12 +75,15 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 // dial connects, and tells whether it could.
 func (v *visitor) dial() bool {
 	r := v.random
+
+	// Where the network holds little of a reply, the server feels at once that its reader is slow.
 	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
 	ours, near := Pipe(StreamSize, size)
 
 	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
 	theirs.Gate = v.gate
 
+	// What breaks off a connection does so below TLS, without a word to the other side.
 	v.raw = ours
 	if v.conn = ours; v.settings.TLS != nil && !v.plain {
 		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
@@ -86,19 +93,27 @@ func (v *visitor) dial() bool {
 	// Bytes are cut, late, and may stop.
 	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
 		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
+
+	// A wire that carries three bytes at a time is not late as well: that would take minutes.
 	if out.piece > 3 {
 		out.late = Pick(r, 0, time.Millisecond, 30*time.Millisecond)
 	}
+
 	if out.late == 0 || out.piece >= 16*kilo {
 		v.junk = r.IntN(20_000)
 	}
+
+	// What a calm network did not do is the server's doing.
 	if !v.calm {
 		out.stall = Pick(r, 0, Between(r, 0, 10*time.Second))
 		out.cut = Pick(r, 0, 0, 1+r.IntN(20*kilo))
 	}
 
+	// Replies are up to 12 MB, which would take too long in pieces of three bytes.
 	back := out
 	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
+
+	// Without this the network itself would be slower than a client that reads steadily.
 	if v.calm {
 		back.late = min(back.late, 5*time.Millisecond)
 	}
@@ -132,6 +147,8 @@ func (v *visitor) reply() (lines []string, last string, err error) {
 			return lines, line, err
 		}
 		line = strings.TrimSuffix(line, "\n")
+
+		// Lines of Keys and Dump begin with a colon as well, but a space follows it.
 		if line[0] == ':' && !strings.HasPrefix(line, ": ") {
 			return lines, line, nil
 		}
@@ -170,6 +187,8 @@ func (v *visitor) ask(request string) (last string, ok bool) {
 // value makes a value that nobody has sent before.
 func (v *visitor) value(i int) string {
 	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", Pick(v.random, 0, 0, 10, 300, 1500))
+
+	// It is noted before it is sent, for a backup may hold it before its sender has an answer.
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	v.sent[text] = true
@@ -185,9 +204,12 @@ func (v *visitor) ping() {
 		if _, last, err := v.reply(); err != nil || last != fmt.Sprint(":PONG ", i) {
 			return
 		}
+
+		// A calm network takes far less than half a second.
 		if took, most := time.Since(asked), time.Second/2+v.slack(); took > most {
 			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
 		}
+
 		Wait(Between(v.random, 0, 300*time.Millisecond))
 	}
 }
@@ -198,6 +220,7 @@ func (v *visitor) list() {
 	if acked && !v.hello() {
 		return
 	}
+
 	for range 1 + v.random.IntN(4) {
 		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help")
 		io.WriteString(v.conn, what+"\n")
@@ -207,7 +230,10 @@ func (v *visitor) list() {
 			Wait(Between(v.random, 0, 5*time.Second))
 			return
 		}
+
 		lines, last, err := v.reply()
+
+		// An error of line 0 is about the connection, not about the request.
 		if err != nil || strings.HasPrefix(last, ":ERROR line 0") {
 			return
 		}
@@ -215,6 +241,8 @@ func (v *visitor) list() {
 		if last != fmt.Sprint(":OK ", len(lines)) {
 			v.fail("%s: %d lines, then %q", what, len(lines), last)
 		}
+
+		// Only what was sent, and not refused, may be there.
 		for _, line := range lines {
 			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 && f[1] == " Put" {
 				v.known(f[2], f[3])
@@ -227,11 +255,14 @@ func (v *visitor) list() {
 func (v *visitor) listMany() {
 	var all sync.WaitGroup
 	defer all.Wait()
+
 	for range 2 + v.random.IntN(8) {
 		other, ok := v.also()
 		if !ok {
 			return
 		}
+
+		// A source of random numbers must not be used by two goroutines at once.
 		other.random = rand.New(rand.NewPCG(v.random.Uint64(), 3))
 		all.Go(func() {
 			defer other.conn.Close()
@@ -246,11 +277,14 @@ func (v *visitor) silence() {
 	if v.settings.TLS == nil {
 		return
 	}
+
 	for range 50 {
 		other := &visitor{process: v.process, random: v.random, plain: true}
 		if !other.dial() {
 			return
 		}
+
+		// Each stays open until the client ends, so that there are many at a time.
 		defer other.conn.Close()
 		Wait(Between(v.random, 0, 200*time.Millisecond))
 	}
@@ -259,26 +293,35 @@ func (v *visitor) silence() {
 // garbage sends what is no request. None of it may be run.
 func (v *visitor) garbage() {
 	r := v.random
+
+	// This value is in nobody's notes, so a store that holds it is found out.
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
 
 	what := r.IntN(8)
-	if what == 1 && v.settings.TLS != nil &&
-		!v.plain { // inside of TLS it is one bad line, and good ones
+
+	// Inside of TLS a record's first bytes are one bad line, and good ones follow it.
+	if what == 1 && v.settings.TLS != nil && !v.plain {
 		what = 0
 	}
+
 	switch what {
 	case 0:
 		junk := make([]byte, r.IntN(2000))
 		for i := range junk {
 			junk[i] = byte(r.Uint32())
 		}
+
+		// Without a colon no junk can be a request that changes a list.
 		v.conn.Write(bytes.ReplaceAll(junk, []byte(":"), nil))
 	case 1:
+		// A TLS record begins so: the good lines behind it must not be run.
 		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
 	case 2:
+		// A web page can have a browser send this: the lines behind the head must not be run.
 		io.WriteString(v.conn, Pick(r, "GET / HTTP/1.1",
 			"POST /"+strings.Repeat("a", 2*maxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
 	case 3:
+		// A line longer than any may be is skipped, and not run in parts.
 		for range 5 {
 			if _, err := io.WriteString(v.conn,
 				strings.Repeat("Put:shared0:evil", 1000)); err != nil {
@@ -286,14 +329,17 @@ func (v *visitor) garbage() {
 			}
 		}
 	case 4:
+		// A line without its end may be the half of a longer one.
 		v.conn.Write([]byte("Put:shared0:evil"))
 		v.conn.CloseWrite()
 	case 5:
+		// Each byte comes in good time, and the line as a whole does not.
 		began := time.Now()
 		for {
 			if _, err := io.WriteString(v.conn, "x"); err != nil {
 				return
 			}
+
 			if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
 				v.fail("%s dribbles a line for %v", v.id, took)
 				return
@@ -301,6 +347,7 @@ func (v *visitor) garbage() {
 			Wait(Between(r, 0, 2*time.Second))
 		}
 	case 6:
+		// A client of Redis begins so: lines behind it must not be run, as behind a browser's.
 		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
 	case 7: // a long line that does not end, and waits for its turn beside others
 		io.WriteString(v.conn, Pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+

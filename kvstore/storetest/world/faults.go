@@ -27,11 +27,14 @@ func (w *world) rot() (rotten bool, mend func()) {
 	name := Pick(r, names...)
 	f := w.dir.Names[name]
 	isLog := strings.HasSuffix(name, ".log")
+
+	// A log file that is gone must be missed, as one that is damaged must be refused.
 	if isLog && Chance(r, 5) {
 		delete(w.dir.Names, name)
 		w.tell("%s is lost", name)
 		return true, func() { w.dir.Names[name] = f }
 	}
+
 	if len(f.Data) == 0 {
 		return false, nil
 	}
@@ -41,20 +44,26 @@ func (w *world) rot() (rotten bool, mend func()) {
 	if len(f.Disk) != len(f.Data) { // a file that is no part of the store any more
 		return false, nil
 	}
+
 	flip := func() {
 		f.Data[at] ^= bit
 		f.Disk[at] ^= bit
 	}
 	flip()
+
 	w.tell("bit %#x at %d of %s flips, of %d bytes", bit, at, name, len(f.Data))
+
+	// The same flip again mends the file, and the world goes on with it.
 	return true, flip
 }
 
 // repair repairs what is damaged into a new directory, perhaps with a failure in the middle. What it
 // makes opens, and shows nothing that was not sent.
 func (w *world) repair() {
+	// A copy is repaired: the world goes on with the directory itself.
 	bad := w.dir.Kill()
 	calls, last := 0, Pick(w.random, 0, w.random.IntN(100))
+
 	out := storetest.New()
 	out.Before = func(storetest.Call) error {
 		if calls++; last > 0 && calls > last {
@@ -69,7 +78,10 @@ func (w *world) repair() {
 		out = storetest.New()
 		_, err = durable.Repair(bad, out)
 	}
+
 	out.Before = nil
+
+	// Where nothing could be read there is nothing to open.
 	if errors.Is(err, durable.ErrNothingRead) {
 		return
 	}
@@ -95,16 +107,20 @@ type slowLog struct {
 }
 
 func (l *slowLog) Write(line []byte) (int, error) {
+	// The story would be too long with more than warnings and errors.
 	if m := regexp.MustCompile(`level=(WARN|ERROR).*`).Find(line); m != nil {
 		l.p.tell("log: %s", m)
 	}
 
+	// When the process has gone nothing waits any more, or its last lines would take hours.
 	if l.slow > 0 && !isClosed(l.p.gone) {
 		select {
 		case <-time.After(l.slow):
 		case <-l.p.gone:
 		}
 	}
+
+	// A log whose reader has gone must not harm the server.
 	if l.fails {
 		return 0, syscall.EPIPE
 	}
@@ -127,6 +143,7 @@ func (p *process) operate() {
 		case 5:
 			p.tidyUp(r)
 		case 4:
+			// A directory that has been moved ends what the server can do, so that is rare.
 			if Chance(r, 4) {
 				p.move()
 			}
@@ -135,6 +152,7 @@ func (p *process) operate() {
 		case 1:
 			p.backup(r)
 		case 2:
+			// A check only reads, and must not take what is being written for damage.
 			report, err := durable.Check(p.dir)
 			if !p.isDisturbed() && (err != nil || report.Damaged) {
 				p.fail("a check beside the server: %v, %v", report.Lines, err)
@@ -149,13 +167,17 @@ func (p *process) operate() {
 
 // pause lets the process stand still, as SIGSTOP does: its calls do not return.
 func (p *process) pause(d time.Duration) {
+	// The pause counts before it begins, so that clients that wait meanwhile allow for it.
 	p.mu.Lock()
 	p.stalled += d
 	p.paused = make(chan struct{})
 	paused := p.paused
 	p.mu.Unlock()
+
 	p.tell("stands still for %v", d)
 	Wait(d)
+
+	// Calls that wait in gate read this channel before, and go on when it is closed.
 	p.mu.Lock()
 	p.paused = nil
 	p.mu.Unlock()
@@ -172,14 +194,18 @@ func (p *process) tidyUp(r *rand.Rand) {
 	default: // it ends
 		return
 	}
+
+	// Where the disk has failed, or may be full, nobody promises that the files come back.
 	p.mu.Lock()
 	if p.failed || p.after != nil || p.dir.Room > 0 {
 		p.mu.Unlock()
 		return
 	}
 
+	// No other fault may keep the server from writing them anew.
 	p.plan = plan{}
 	p.mu.Unlock()
+
 	names, _ := p.dir.List()
 	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for _, name := range names[:r.IntN(len(names)+1)] {
@@ -193,7 +219,10 @@ func (p *process) tidyUp(r *rand.Rand) {
 
 	for range 5 {
 		Wait(1100 * time.Millisecond)
+
+		// There may be no client left whose request would have the server look.
 		p.server.Look()
+
 		report, err := durable.Check(p.dir)
 		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
 			"no store") {
@@ -206,9 +235,12 @@ func (p *process) tidyUp(r *rand.Rand) {
 // move puts another directory in the place of the process's, which must find out.
 func (p *process) move() {
 	p.tell("its directory is moved")
+
 	p.dir.Mu.Lock()
 	p.dir.Moved = storage.ErrMoved
 	p.dir.Mu.Unlock()
+
+	// From now on writes may fail, and soon they must: checkMoved wants that.
 	p.mu.Lock()
 	p.failed, p.moved, p.since = true, time.Now(), time.Now()
 	p.mu.Unlock()
@@ -217,8 +249,10 @@ func (p *process) move() {
 // backup copies the store beside the process, perhaps to a slow place, and looks into the copy. A
 // copy that was broken off is never taken for a store that is empty.
 func (p *process) backup(r *rand.Rand) {
+	// What is answered before the copy begins must be in it.
 	least := p.answered()
 	to, late := storetest.New(), Pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
+
 	calls, last := 0, Pick(r, 0, 0, 1+r.IntN(40))
 	to.Before = func(storetest.Call) error {
 		Wait(late)
@@ -232,6 +266,7 @@ func (p *process) backup(r *rand.Rand) {
 	to.Before = nil
 	isBroken := err != nil && last > 0 && calls > last
 	if err != nil && !isBroken {
+		// A disk that has failed may fail the backup as well.
 		if !p.isDisturbed() {
 			p.fail("a backup beside the server: %v", err)
 		}
@@ -244,13 +279,15 @@ func (p *process) backup(r *rand.Rand) {
 	for _, f := range to.Names {
 		bytes = max(bytes, len(f.Data))
 	}
+
 	db, err := durable.Open(context.Background(), to, durable.Options{})
 	switch keys := 0; {
 	case err == nil:
 		defer db.Close()
 		if keys, _, _ = db.Size(); keys > 0 || !isBroken {
 			p.checkCopy(db, least)
-		} else if bytes > 1000 { // of no more than headers a start makes a new store
+		} else if bytes > 1000 {
+			// Of no more than headers a start makes a new store; this copy held data.
 			p.fail("a backup that was broken off is served as an empty store")
 		}
 	case !isBroken:
@@ -262,9 +299,11 @@ func (p *process) backup(r *rand.Rand) {
 func (w *world) answered() map[string][]string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+
 	least := map[string][]string{}
 	for key, operations := range w.history {
 		for _, o := range operations {
+			// Nobody removes anything from shared lists, so what was put there stays.
 			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
 				least[key] = append(least[key], o.New)
 			}

@@ -31,6 +31,8 @@ type heard struct {
 func (p *process) checkMoved() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+
+	// A call that stands still in the disk may have begun before the move.
 	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() &&
 		time.Since(p.moved) > most {
 		p.fail("a write is answered %v after the directory was moved", time.Since(p.moved))
@@ -40,9 +42,11 @@ func (p *process) checkMoved() {
 // forget has everybody know that what was answered shortly before may be lost: with a
 // time between two fsyncs a power failure may cost two of it.
 func (p *process) forget() {
+	// With an fsync before each answer nothing that was answered can be lost.
 	if p.fsync == durable.FsyncAlways {
 		return
 	}
+
 	w := p.world
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -50,6 +54,7 @@ func (p *process) forget() {
 	safe := w.exposed
 	for _, operations := range w.history {
 		for i := range operations {
+			// It may have been run or not, as one that was never answered.
 			if operations[i].at.After(safe) {
 				operations[i].Answered = 0
 			}
@@ -63,6 +68,7 @@ func (p *process) forget() {
 
 // forget makes what was answered after safe uncertain.
 func (l *ownList) forget(safe time.Time) {
+	// One state always stays: the empty list with which each begins.
 	for len(l.states) > 1 && l.states[len(l.states)-1].at.After(safe) {
 		l.maybe = append(l.maybe, l.states[len(l.states)-1].list)
 		l.states = l.states[:len(l.states)-1]
@@ -83,6 +89,8 @@ func (p *process) look(db *durable.Store) {
 	for _, key := range keys {
 		lists[key] = db.Get(key)
 	}
+
+	// Values count as seen once a commit has come back, for only then would a client see them.
 	if err := db.Commit(); err != nil || p.isDisturbed() {
 		return
 	}
@@ -107,6 +115,8 @@ func (w *world) checkOwned(key string, list []string) {
 	l := w.owners[key]
 	good := l == nil || l.mayBe(list)
 	w.mu.Unlock()
+
+	// This is outside of mu, which fail takes itself.
 	if !good {
 		w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
 			l.states[len(l.states)-1].list, len(l.maybe))
@@ -124,6 +134,7 @@ func (w *world) known(key, value string) {
 	w.mu.Lock()
 	sent, refused := w.sent[value], w.refused[value]
 	w.mu.Unlock()
+
 	if !sent || refused {
 		w.fail("%q holds %.60q, sent %v, refused %v", key, value, sent, refused)
 	}
@@ -149,9 +160,13 @@ func (p *process) checkLeft() {
 			p.fail("a connection is left open")
 		}
 	}
+
 	for _, what := range p.server.Left() {
 		p.fail("%s", what)
 	}
+
+	// Clients cannot know of more than was dropped, and of less only where one of them ended
+	// without being told.
 	if lost := p.server.Lost(); lost < p.told || lost > p.told && p.unknown == 0 {
 		p.fail("%d replies were dropped, and clients were told of %d", lost, p.told)
 	}
@@ -183,7 +198,8 @@ func (w *world) judge() {
 	}
 
 	// Keys that end.
-	for key, end := range w.ends { // where a power failure costs nothing
+	for key, end := range w.ends {
+		// A deadline may be lost where a power failure may cost what was answered.
 		at, goes := db.Deadline(key)
 		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
 			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
@@ -196,6 +212,7 @@ func (w *world) judge() {
 	}
 	w.knownAll(db)
 
+	// The repair below needs the store closed, so a copy is kept to compare with.
 	held := storetest.NewModel()
 	for key, list := range db.All() {
 		for _, v := range list {
@@ -210,6 +227,7 @@ func (w *world) judge() {
 		w.fail("the last stop: %v", err)
 	}
 	w.checkRepaired(held)
+
 	w.tell("in the end there are %d lists of many clients, %d of one", len(w.history), len(w.owners))
 }
 
@@ -217,6 +235,8 @@ func (w *world) judge() {
 func (w *world) checkRepaired(held storetest.Model) {
 	to := storetest.New()
 	keys, _, _ := held.Size()
+
+	// A repair of an empty store finds nothing, and says so.
 	switch r, err := durable.Repair(w.dir, to); {
 	case errors.Is(err, durable.ErrNothingRead) && keys == 0:
 		return
@@ -224,12 +244,14 @@ func (w *world) checkRepaired(held storetest.Model) {
 		w.fail("a repair of what is whole: %v, %v", r.Lines, err)
 		return
 	}
+
 	db, err := durable.Open(context.Background(), to, durable.Options{})
 	if err != nil {
 		w.fail("what was repaired does not open: %v", err)
 		return
 	}
 	defer db.Close()
+
 	if !held.Equal(db) {
 		w.fail("a repair makes %d keys of %v", len(maps.Collect(db.All())), held)
 	}

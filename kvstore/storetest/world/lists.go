@@ -19,6 +19,8 @@ func (v *visitor) note(key string, o heard) {
 	if v.isVain() {
 		o.Answered = 0
 	}
+
+	// isVain takes the process's mutex, which kill takes before the world's: never the other way.
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	v.history[key] = append(v.history[key], o)
@@ -29,10 +31,13 @@ func (v *visitor) share() {
 	if !v.hello() {
 		return
 	}
+
 	for i := 0; i < 60; {
 		var keys []string
 		var ops []heard
 		var text strings.Builder
+
+		// Several requests at once are answered in their order, though others' run between them.
 		for range Pick(v.random, 1, 1, 8) {
 			key, o := fmt.Sprint("shared", v.random.IntN(3)), heard{}
 			if i++; Chance(v.random, 2) {
@@ -41,6 +46,8 @@ func (v *visitor) share() {
 				o.Verb = "Get"
 			}
 			text.WriteString(o.Line(key))
+
+			// It counts as begun before it is sent: no server can have run it earlier.
 			o.Invoked = v.tick()
 			keys, ops = append(keys, key), append(ops, o)
 		}
@@ -55,6 +62,8 @@ func (v *visitor) share() {
 				}
 				return
 			}
+
+			// A refused request has changed nothing and seen nothing.
 			if o.Answered, o.at = v.tick(), time.Now(); strings.HasPrefix(last, ":ERROR") {
 				v.refuse(o.New)
 				continue
@@ -66,6 +75,7 @@ func (v *visitor) share() {
 			fmt.Sscanf(last, ":OK %d", &o.N)
 			v.note(keys[j], o)
 		}
+
 		Wait(Pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
 }
@@ -84,10 +94,13 @@ type state struct {
 // own writes a list of its own and knows at each step what it holds.
 func (v *visitor) own() {
 	key := fmt.Sprint("own", v.id)
+
+	// Every look at the store compares this list, so it is known before the first request.
 	l := &ownList{states: []state{{}}}
 	v.world.mu.Lock()
 	v.owners[key] = l
 	v.world.mu.Unlock()
+
 	if !v.hello() {
 		return
 	}
@@ -99,6 +112,8 @@ func (v *visitor) own() {
 		var text strings.Builder
 		for range Pick(v.random, 1, 1, 6) {
 			i++
+
+			// The list is that before the batch: an earlier request of it may take the value away.
 			q := v.drawOwn(i, list)
 			writes = append(writes, q)
 			text.WriteString(q.Line(key))
@@ -115,15 +130,19 @@ func (v *visitor) own() {
 				v.world.mu.Unlock()
 				return
 			}
+
+			// A refused request leaves the list as it was.
 			if strings.HasPrefix(last, ":ERROR") {
 				v.refuse(q.New)
 				continue
 			}
+
 			list = v.checkOwn(key, q, list, lines, last)
 			if q.Verb != "Get" && q.Verb != "Count" {
 				v.learn(l, list)
 			}
 		}
+
 		Wait(Pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
 }
@@ -132,12 +151,15 @@ func (v *visitor) own() {
 func (v *visitor) drawOwn(i int, list []string) (q storetest.Request) {
 	q.Verb = Pick(v.random, "Put", "Put", "Put", "Update", "Get", "Get", "Delete", "Set", "Remove",
 		"Remove", "Swap", "Add", "Take", "Count")
+
 	switch q.Verb {
 	case "Update", "Swap", "Remove":
+		// Some requests name a value that is not there, so that they find nothing.
 		if q.Old = "absent"; len(list) > 0 && !Chance(v.random, 4) {
 			q.Old = Pick(v.random, list...)
 		}
 	}
+
 	switch q.Verb {
 	case "Update", "Swap", "Put", "Set", "Add":
 		q.New = v.value(i)
@@ -170,9 +192,11 @@ func (v *visitor) checkOwn(key string, q storetest.Request, list, lines []string
 // learn notes that the list is this, as far as that can be believed.
 func (v *visitor) learn(l *ownList, list []string) {
 	isVain := v.isVain()
+
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	if isVain {
+		// What is answered now may be gone after the power failure.
 		l.maybe = append(l.maybe, list)
 	} else {
 		l.states = append(l.states, state{list, time.Now()})
@@ -190,6 +214,7 @@ func (v *visitor) refuse(value string) {
 func possible(list []string, writes []storetest.Request) (lists [][]string) {
 	lists = [][]string{list}
 	for _, q := range writes {
+		// The range is over the lists of before: each is kept, as if this write had not been run.
 		for _, l := range lists {
 			after, _, _ := q.After(l)
 			lists = append(lists, after)
@@ -203,6 +228,7 @@ func (v *visitor) mix() {
 	if !v.hello() {
 		return
 	}
+
 	for i := range 60 {
 		key := fmt.Sprint("mixed", v.random.IntN(3))
 		a := heard{Operation: storetest.Operation{Request: DrawRequest(v.random, v.value(i))}}
@@ -219,13 +245,16 @@ func (v *visitor) mix() {
 		if err != nil && err != ErrRefused {
 			return
 		}
+
 		Wait(Pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
 }
 
 // DrawRequest draws a request about a list that many clients change, with a value of its own.
 func DrawRequest(random *rand.Rand, value string) (q storetest.Request) {
+	// Many clients send the same two values, so that a Swap or a Remove finds one now and then.
 	some := fmt.Sprint(random.IntN(2)) // or one that others have as well
+
 	q.Verb = Pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take", "Take", "Swap",
 		"Update", "Set", "Remove", "Delete", "Get", "Count")
 	switch q.Verb {
@@ -246,11 +275,14 @@ func DrawRequest(random *rand.Rand, value string) (q storetest.Request) {
 func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 	tick func() int64) error {
 	a.Invoked = tick()
+
+	// A timer marks the end of the wait: the answer comes later, and says nothing of when.
 	var end atomic.Int64
 	if a.Seconds > 0 {
 		defer time.AfterFunc(time.Duration(a.Seconds)*time.Second,
 			func() { end.Store(tick()) }).Stop()
 	}
+
 	io.WriteString(conn, a.Line(key))
 
 	// Values, and then the end of the reply.
@@ -259,12 +291,14 @@ func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 		if err != nil {
 			return err
 		}
+
 		if strings.HasPrefix(line, ":ERROR") {
 			return ErrRefused
 		}
 		if _, err := fmt.Sscanf(line, ":OK %d", &a.N); err == nil {
 			break
 		}
+
 		a.Got = append(a.Got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
 	}
 

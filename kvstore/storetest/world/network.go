@@ -38,9 +38,11 @@ func (l *Listener) Closed() <-chan struct{} { return l.closed }
 
 func (l *Listener) Accept() (net.Conn, error) {
 	if l.Failures > 0 {
+		// A server that has no descriptor left must try again, and not end.
 		l.Failures--
 		return nil, syscall.EMFILE
 	}
+
 	select {
 	case conn := <-l.conns:
 		return conn, nil
@@ -145,9 +147,12 @@ func newConn(in, out *stream) *Conn {
 
 func (c *Conn) Read(p []byte) (n int, err error) {
 	for {
+		// A process that stands still reads nothing, even where bytes are there.
 		if c.Gate != nil {
 			c.Gate()
 		}
+
+		// A deadline that has passed comes before bytes that are there, as with sockets.
 		select {
 		case <-c.closed:
 			return 0, io.ErrClosedPipe
@@ -158,6 +163,7 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 
 		changed := c.in.change(func() bool {
 			if c.in.reset {
+				// What was not read by now is lost with a reset.
 				err = syscall.ECONNRESET
 				return false
 			}
@@ -165,6 +171,8 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 			if c.in.buf = c.in.buf[n:]; len(c.in.buf) == 0 {
 				c.in.buf = nil // a test measures memory
 			}
+
+			// The end comes only when all before it was read.
 			if n == 0 && c.in.ended {
 				err = io.EOF
 			}
@@ -185,9 +193,11 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 
 func (c *Conn) Write(p []byte) (n int, err error) {
 	for {
+		// A process that stands still sends nothing.
 		if c.Gate != nil {
 			c.Gate()
 		}
+
 		select {
 		case <-c.closed:
 			return n, io.ErrClosedPipe
@@ -205,6 +215,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			if c.out.shut && c.out.size-len(c.out.buf) < c.out.lump() {
 				return false
 			}
+
+			// Some of the bytes may fit, and the rest waits, as in a kernel's buffer.
 			m := min(len(p)-n, c.out.size-len(c.out.buf))
 			c.out.buf = append(c.out.buf, p[n:n+m]...)
 			c.out.shut = len(c.out.buf) == c.out.size
@@ -212,7 +224,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			return m > 0
 		})
 
-		if err != nil && c.out.broken { // as where nobody has the socket any more
+		// Nobody has the other side's socket any more, so its kernel answers with a reset.
+		if err != nil && c.out.broken {
 			c.in.change(func() bool {
 				c.in.reset = true
 				return true
@@ -254,6 +267,8 @@ func (c *Conn) Close() error {
 			c.out.reset = c.out.reset || unread
 			return true
 		})
+
+		// No timer stays behind for a connection that has gone.
 		c.reading.set(time.Time{})
 		c.writing.set(time.Time{})
 	})
@@ -265,6 +280,7 @@ func (c *Conn) Closed() <-chan struct{} { return c.closed }
 
 // BreakOff resets the connection, as a network does.
 func (c *Conn) BreakOff() {
+	// The reset comes first, or a reader could see a good end before it.
 	c.out.change(func() bool {
 		c.out.reset = true
 		return true
@@ -309,6 +325,8 @@ func (d *deadline) set(t time.Time) {
 		d.timer.Stop()
 		d.timer = nil
 	}
+
+	// A closed channel tells of the old time; those who wait for the new one need another.
 	if isClosed(d.ch) {
 		d.ch = make(chan struct{})
 	}
@@ -348,11 +366,14 @@ type wire struct {
 func (w wire) carry(from, to *Conn) {
 	buf := make([]byte, w.piece)
 	for sum := 0; ; {
+		// Lines are cut anywhere, and several of them come at once.
 		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
 
+		// Late bytes hold up all that follow, as TCP keeps their order.
 		if w.late > 0 {
 			Wait(Between(w.random, 0, w.late))
 		}
+
 		if w.stall > 0 && Chance(w.random, 20) {
 			Wait(w.stall)
 			w.stall = 0
@@ -363,12 +384,15 @@ func (w wire) carry(from, to *Conn) {
 			from.BreakOff()
 			return
 		}
+
+		// A network that breaks off a connection does so for both sides.
 		if sum += n; w.cut > 0 && sum >= w.cut {
 			from.BreakOff()
 			to.BreakOff()
 			return
 		}
 
+		// An end goes on as an end, and a reset as a reset: the server must tell them apart.
 		if err == io.EOF {
 			to.CloseWrite()
 			return

@@ -58,12 +58,18 @@ type plan struct {
 
 // draw plans a process's life.
 func (p *process) draw(r *rand.Rand) {
+	// With -fsync never a power failure may cost everything, and nothing would be left to judge.
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
+
+	// Low numbers hit a start, and higher ones the work behind it.
 	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
+
 	if Chance(r, 2) {
 		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
 	}
-	if Chance(r, 4) { // where a file has a new name, and is not used yet
+
+	// A few calls behind a rename a file has its new name, and nothing uses it yet.
+	if Chance(r, 4) {
 		p.plan.killAt, p.plan.kind, p.plan.behind = 1+r.IntN(100), "rename", 1+r.IntN(6)
 	}
 
@@ -96,6 +102,8 @@ func (p *process) before(c storetest.Call) error {
 		p.plan.killAt, p.plan.kind, p.plan.behind = n+plan.behind, "", 0
 		kills = false
 	}
+
+	// The stall counts before it comes, so that those who wait meanwhile allow for it.
 	if n == plan.stallAt {
 		p.stalled += plan.stall
 	}
@@ -109,6 +117,8 @@ func (p *process) before(c storetest.Call) error {
 	if kills {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
 	}
+
+	// What a dead process still asks for has no effect.
 	if isClosed(p.killed) {
 		return errors.New("the process was killed")
 	}
@@ -146,12 +156,16 @@ func (p *process) gate() {
 func (p *process) kill(power bool, when string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+
+	// A process dies once: what it left then is not touched any more.
 	if p.after != nil {
 		return
 	}
 
 	close(p.killed)
-	for _, c := range p.conns { // before the copy, so that nothing is answered that is not in it
+
+	// Connections end before the copy is made, so that nothing is answered that is not in it.
+	for _, c := range p.conns {
 		c.Close()
 	}
 
@@ -163,10 +177,14 @@ func (p *process) kill(power bool, when string) {
 	}
 
 	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
+
+	// A process before this one may have left more to the kernel: then its time stands.
 	if end := time.Now(); p.exposed.IsZero() {
+		// Once the disk has failed nothing more may have been synced.
 		if p.failed {
-			end = p.since // from then on nothing may have been synced
+			end = p.since
 		}
+
 		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 	if power {
@@ -204,8 +222,11 @@ func (w *world) live(dies bool) {
 	rotten, mend := w.rot()
 	p := &process{world: w, dir: w.dir, closing: make(chan struct{}), gone: make(chan struct{}),
 		killed: make(chan struct{}), tidying: make(chan struct{}, 1)}
+
 	p.draw(r)
 	p.drawRoom(r)
+
+	// A store that is rotten gets no other fault, so that one alone explains the refusal.
 	switch {
 	case rotten:
 		p.plan = plan{}
@@ -222,13 +243,19 @@ func (w *world) live(dies bool) {
 	w.dir.Before = p.before
 	wasQuiet := w.quiet
 	w.quiet = false
+
 	db, err := durable.Open(context.Background(), p.dir, durable.Options{Fsync: w.fsync, Log: log})
+
+	// A client that has seen what was recovered counts on it, even if the process dies at once.
 	if err == nil && dies {
 		p.look(db)
 		p.kill(p.plan.power, "once it has started")
 	}
+
 	if err != nil || isClosed(p.killed) {
 		p.startFailed(db, err, rotten, mend)
+
+		// A start that refuses the store has written nothing to it.
 		w.quiet = wasQuiet && rotten
 		return
 	}
@@ -243,8 +270,11 @@ func (w *world) live(dies bool) {
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, Pick(r, kinds...))
 	}
+
 	clients.Go(p.operate)
 	p.end(db, &clients)
+
+	// All that belongs to the process ends before what it leaves is judged.
 	clients.Wait()
 	p.wires.Wait()
 	p.checkLeft()
@@ -253,9 +283,12 @@ func (w *world) live(dies bool) {
 // drawRoom gives the disk of a store an end, in a fifth of cases.
 func (p *process) drawRoom(r *rand.Rand) {
 	d := p.dir
+
+	// Before there is a store a full disk would only keep it from being made.
 	if d.Room = 0; !Chance(r, 5) || d.Names["STORE"] == nil {
 		return
 	}
+
 	for _, f := range d.Names {
 		d.Room += len(f.Data)
 	}
@@ -266,11 +299,14 @@ func (p *process) drawRoom(r *rand.Rand) {
 // start has a server serve db, and tells whether it does.
 func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	r := p.random
+
+	// Limits are low now and then, so that clients meet them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
 		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 100*kilo, 1<<30, 1<<30))}
 	if Chance(r, 8) {
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
 	}
+
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
 	if Chance(r, 8) {
 		s.TLS = p.program.TLS
@@ -280,12 +316,14 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	// Accept may fail at first.
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
+
 	var err error
 	if p.server, err = p.program.Start(p.listener, db, s); err != nil {
 		p.fail("a start: %v", err)
 		db.Close()
 		return false
 	}
+
 	p.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
 		"write timeout %v, TLS %v", s.MaxClients, s.MaxMessage, s.MaxQueues, s.MaxMemory,
 		s.WriteTimeout, s.TLS != nil)
@@ -296,13 +334,16 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend func()) {
 	w := p.world
 	var damage *storage.DamageError
+
 	switch {
 	case isClosed(p.killed):
+		// It may have opened the store all the same, whose files would be taken for left open.
 		if err == nil {
 			db.Close()
 		}
 		w.dir = p.after
 	case rotten && (errors.As(err, &damage) || errors.Is(err, storage.ErrNotOurs)):
+		// A check must find what the start has refused.
 		w.tell("refused: %v", err)
 		w.dir.Before = nil
 		if r, err := durable.Check(w.dir); err == nil && !r.Damaged {
@@ -317,6 +358,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 		w.fail("a start refuses what was left: %v", err)
 	}
 
+	// However a start ends, it keeps no file open.
 	if p.dir.Handles != 0 {
 		w.fail("%d open files are left of a start", p.dir.Handles)
 	}
@@ -326,6 +368,8 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	how := Pick(p.random, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
 		"power when quiet")
+
+	// With -fsync never a power failure may cost everything there is.
 	if p.fsync == durable.FsyncNever && strings.HasPrefix(how, "power") {
 		how = "kill"
 	}
@@ -350,6 +394,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 		p.fail("Close takes %v", took)
 	}
 
+	// The server is the store's last user, so the store is closed behind it.
 	err := db.Close()
 	close(p.gone)
 	p.leave(err)
@@ -362,7 +407,10 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 		p.mu.Lock()
 		p.plan = plan{}
 		p.mu.Unlock()
+
 		clients.Wait()
+
+		// Two fsyncs a second apart are over by then, so all is on disk.
 		Wait(Pick(r, 3*time.Second, 3*time.Second, 3*time.Minute))
 		return
 	}
@@ -373,6 +421,8 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 	case <-p.killed:
 	case err := <-p.server.Failed():
 		p.tell("the store has failed: %v", err)
+
+		// A store fails only where its disk has failed, or the process was killed.
 		if !p.isDisturbed() {
 			p.fail("and nothing had happened to it: %v", err)
 		}
@@ -384,6 +434,7 @@ func (p *process) leave(closed error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.plan = plan{} // it may copy itself still
+
 	if p.after != nil {
 		p.world.dir = p.after
 		return
@@ -393,6 +444,7 @@ func (p *process) leave(closed error) {
 	if closed != nil && !p.failed {
 		p.fail("a stop: %v", closed)
 	} else if closed != nil && p.exposed.IsZero() {
+		// Of what came after the disk had failed, nothing need be on it.
 		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 

@@ -18,12 +18,17 @@ func (v *visitor) pipeline() {
 	var list []string
 	for i := range values {
 		value := v.value(i) + strings.Repeat("+", size)
+
+		// The world must know the value as it is sent, with what makes it long.
 		v.world.mu.Lock()
 		v.sent[value] = true
 		v.world.mu.Unlock()
+
 		list = append(list, key+":"+value)
 		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
 	}
+
+	// The answer says that all Puts have been done, so that each Get returns all values.
 	io.WriteString(v.conn, text.String()+"Ping:begin\n")
 	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
 		return // refused, or gone
@@ -44,18 +49,24 @@ func (v *visitor) pipeline() {
 			errors++
 		}
 	}
+
 	mark := v.value(values)
 	text.WriteString("Put:" + key + ":" + mark + "\n")
+
+	// Some ask at the end how many replies were dropped; others rely on what they are told.
 	asks := Chance(r, 2)
 	if asks {
 		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
 	}
 
 	manner := Pick(r, "greedily", "steadily", "after a rest", "never")
+
+	// The requests go out beside the reading, or both sides could wait for each other for ever.
 	go func() {
 		io.WriteString(v.conn, text.String())
 		v.conn.CloseWrite()
 	}()
+
 	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
 
 	// Who reads nothing cannot count, but the mark is written.
@@ -67,6 +78,7 @@ func (v *visitor) pipeline() {
 		v.checkMark(key, mark, values*size)
 		return
 	}
+
 	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
@@ -83,6 +95,7 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	if !other.hello() {
 		return
 	}
+
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
 
@@ -101,6 +114,7 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 	var all bytes.Buffer
 	switch manner {
 	case "never":
+		// It stays long enough for the server to have to deal with replies that nobody reads.
 		select {
 		case <-v.gone:
 		case <-time.After(20 * time.Second):
@@ -109,8 +123,10 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 	case "after a rest":
 		Wait(Between(v.random, 0, 8*time.Second))
 	case "steadily":
+		// Pieces make a quarter more than the least rate, for the network takes time as well.
 		pause := Between(v.random, 10*time.Millisecond, 900*time.Millisecond)
 		piece := int64(pause) * steadyRate * 5 / 4 / int64(time.Second)
+
 		for got.err == nil {
 			_, got.err = io.CopyN(&all, v.r, piece)
 			Wait(pause)
@@ -120,6 +136,8 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 	}
 
 	_, got.err = io.Copy(&all, v.r)
+
+	// Copy does not return the end, but tally tells by it that nothing broke.
 	if got.err == nil {
 		got.err = io.EOF
 	}
@@ -136,6 +154,7 @@ type whatWasRead struct {
 // mayEnd tells whether a connection may have ended in err: not that of a client that reads steadily,
 // while nothing has happened to the server. The caller has the process's mu.
 func (v *visitor) mayEnd(err error, steady bool) bool {
+	// A server with a short write timeout disconnects a client that does not read steadily.
 	isCut := v.settings.WriteTimeout > 0 && v.settings.WriteTimeout < time.Minute && !steady
 	return v.failed || isClosed(v.closing) || isCut && err != nil
 }
@@ -144,12 +163,16 @@ func (v *visitor) mayEnd(err error, steady bool) bool {
 func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady bool) {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
+
 	disturbed := v.mayEnd(got.err, steady)
+
+	// A calm network breaks nothing off, and the server ends connections in good order.
 	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
 		v.fail("%s: its connection ends in %v", v.id, got.err)
 	}
 
-	refusable := 0 // what the client wrote last may have been refused
+	// What the client wrote last may have been refused, and that is told in a line.
+	refusable := 0
 	if v.settings.MaxMemory > 0 || v.dir.Room > 0 {
 		refusable = 1
 	}
@@ -162,6 +185,7 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 		switch n := 0; {
 		case !whole && got.err == io.EOF && line != "" && !disturbed:
 			v.fail("%s: the last line is torn: %.60q", v.id, line)
+		// Nothing stands behind the last newline, or the connection broke in a line.
 		case !whole:
 		case text == list[place]:
 			if place++; place == len(list) {
@@ -198,6 +222,7 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 		v.fail("%s: %d delivered and %d dropped, want %d", v.id, delivered, dropped, owed)
 	}
 
+	// No fault excuses this: a client that reads as fast as promised loses nothing.
 	if steady && dropped > 0 {
 		v.fail("%s: %d replies were dropped, though it read", v.id, dropped)
 	}

@@ -13,11 +13,13 @@ func (v *visitor) take() {
 	if !v.hello() {
 		return
 	}
+
 	for i := range 1 + v.random.IntN(5) {
 		taker, ok := v.also()
 		if !ok {
 			return
 		}
+
 		if goesOn := v.takeOnce(i, taker); !goesOn {
 			taker.conn.Close()
 			return
@@ -33,17 +35,23 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 	key, seconds := fmt.Sprint("taken", v.id), 2+r.IntN(5)
 	ends := time.Now().Add(time.Duration(seconds) * time.Second)
 	fmt.Fprintf(taker.conn, Pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
+
+	// By then the Take has come to the server, for its network is calm.
 	Wait(time.Second)
+
 	what := Pick(r, "gives", "gives", "goes", "waits")
 	if what == "goes" {
+		// The break is below TLS, so that the server hears no goodbye.
 		taker.raw.BreakOff()
 		Wait(goneTime + time.Second)
 	}
 
 	value := v.value(i)
 	if what != "waits" {
+		// Each of these can give to a Take that waits.
 		give := Pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
 		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
+			// An error says that the value is not there; without an answer it may be.
 			v.world.mu.Lock()
 			v.refused[value] = strings.HasPrefix(last, ":ERROR")
 			v.world.mu.Unlock()
@@ -57,11 +65,14 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 		if last, ok := v.ask("Count:" + key); ok && v.slack() == 0 && last != ":OK 1" {
 			v.fail("a Take of a client that has gone took what came: %s", last)
 		}
+
+		// The next Take of this client waits for the same key, so it has to be empty.
 		_, goesOn = v.ask("Delete:" + key)
 		return goesOn
 	}
 
-	if what == "gives" && !given.Before(ends) { // it may have come too late
+	// The Take may have ended just before the value came, or just after: both are right.
+	if what == "gives" && !given.Before(ends) {
 		return false
 	}
 	return v.checkTaken(taker, key, value, what == "gives", given, ends)
@@ -76,6 +87,7 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	got := last == ":OK 1" && slices.Equal(lines, []string{key + ":" + value})
 	switch now := time.Now(); {
 	case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.closing):
+		// A server that ends, or that has refused the Take, owes it nothing.
 		return false
 	case gives && !got:
 		v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
@@ -85,6 +97,7 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 		v.fail("%s: a Take ends %v after its time, %s", v.id, now.Sub(ends), last)
 	}
 
+	// What a Take has answered with is nobody else's.
 	if last, ok := v.ask("Count:" + key); ok && last != ":OK 0" {
 		v.fail("%s: what was taken is there still: %s", v.id, last)
 	}
@@ -98,25 +111,31 @@ func (v *visitor) end() {
 	if !v.hello() {
 		return
 	}
+
 	for i := range 6 {
 		key, value := fmt.Sprintf("ends%s-%d", v.id, i), v.value(i)
 		seconds := 1 + r.IntN(4)
 		lasts := time.Duration(seconds) * time.Second
+
 		began := time.Now()
 		fmt.Fprintf(v.conn, Pick(r, "Lease:%[1]s:%[2]d:%[3]s\n", "Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"),
 			key, seconds, value)
 
+		// A Set and an Expire have two answers, and a Lease has one: the PONG ends both.
 		io.WriteString(v.conn, "Ping\n")
 		for n, last := 0, ""; last != ":PONG"; n++ {
 			var err error
 			if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
 				v.world.mu.Lock()
+
+				// Only the first request carries the value: a refused Expire leaves it there.
 				v.refused[value] = err == nil && n == 0
 				v.world.mu.Unlock()
 				return
 			}
 		}
 
+		// The server has begun to count somewhere between the request and its answer.
 		earliest, latest := began.Add(lasts), time.Now().Add(lasts+expireTime)
 		v.world.mu.Lock()
 		v.ends[key] = latest
@@ -130,6 +149,7 @@ func (v *visitor) end() {
 			if err != nil {
 				return
 			}
+
 			if now := time.Now(); len(lines) == 0 && now.Before(earliest) {
 				v.fail("%s goes %v too early", key, earliest.Sub(now))
 			} else if len(lines) > 0 && asked.After(latest) {
@@ -143,6 +163,7 @@ func (v *visitor) end() {
 			v.world.mu.Lock()
 			for _, line := range lines {
 				if end, known := v.ends[strings.TrimPrefix(line, ": ")]; known && asked.After(end) {
+					// fail takes mu itself, so it has to wait for this goroutine.
 					go v.fail("%s is there again, or still, %v after its time", line, asked.Sub(end))
 				}
 			}

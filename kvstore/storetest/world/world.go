@@ -94,6 +94,7 @@ func Run(t *testing.T, program Program) {
 		slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		seeds = seedsRace
 	}
+
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
 		"KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
@@ -106,6 +107,7 @@ func Run(t *testing.T, program Program) {
 
 	const group = 200
 	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
+		// Worlds of a group run side by side; a run without an end tells after each how far it is.
 		t.Run("seeds", func(t *testing.T) {
 			for i := range uint64(group) {
 				if seed := first + done + i; seeds == 0 || done+i < seeds {
@@ -116,6 +118,7 @@ func Run(t *testing.T, program Program) {
 				}
 			}
 		})
+
 		if seeds == 0 {
 			fmt.Fprintf(os.Stderr, "%d to %d\n", first+done, first+done+group-1)
 		}
@@ -151,6 +154,7 @@ type world struct {
 // run looks at one world. If tell, its story is told whatever becomes of it.
 func run(t *testing.T, seed uint64, tell bool, program Program) {
 	synctest.Test(t, func(t *testing.T) {
+		// Clients that change lists of others all send the values 0 and 1.
 		w := &world{
 			t: t, program: program, seed: seed, random: rand.New(rand.NewPCG(seed, 1)),
 			began: time.Now(), dir: storetest.New(), history: map[string][]heard{},
@@ -158,6 +162,7 @@ func run(t *testing.T, seed uint64, tell bool, program Program) {
 			refused: map[string]bool{}, owners: map[string]*ownList{},
 		}
 
+		// Fake time passes only where all wait, so an hour of it means that something never comes.
 		hangs := time.AfterFunc(time.Hour, func() {
 			panic(fmt.Sprintf("seed %d hangs\n%s", seed, strings.Join(w.story, "\n")))
 		})
@@ -177,6 +182,8 @@ func run(t *testing.T, seed uint64, tell bool, program Program) {
 // run lets servers live one after the other, and judges what they leave.
 func (w *world) run() {
 	r := w.random
+
+	// Files are so small that even a short life has many of them, and compactions.
 	w.dir.Segment = int64(Pick(r, 3, 10, 100) * kilo)
 	w.dir.Compact, w.dir.Reserve = int64(Pick(r, 5, 20)*kilo), Pick(r, 1, 8, 32)*kilo
 	w.fsync = Pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
@@ -187,9 +194,11 @@ func (w *world) run() {
 		for w.live(false); Chance(r, 2) && !w.t.Failed(); {
 			w.live(true)
 		}
+
 		if w.t.Failed() {
 			return
 		}
+
 		Wait(Between(r, 0, 5*time.Second))
 	}
 	w.judge()
