@@ -75,6 +75,8 @@ func (c change) apply(names map[string]*File) {
 		f = names[c.from]
 	}
 	delete(names, c.from)
+
+	// The new name may have been another file's, which is replaced, as a rename does it.
 	if f != nil && c.to != "" {
 		names[c.to] = f
 	}
@@ -97,19 +99,25 @@ type File struct {
 // sync begins a Sync. end ends it: if that has not failed, what f held when it began is on disk.
 // If it has, that is taken for written as well.
 func (f *File) sync() (end func(err error)) {
+	// What is written while the Sync waits is not part of it, so the sectors are copied now.
 	began, size, sectors, dirty := f.changes, len(f.Data), map[int][]byte{}, maps.Clone(f.dirty)
 	for at := range dirty {
 		if at*sector < size {
 			sectors[at] = slices.Clone(f.Data[at*sector : min(size, (at+1)*sector)])
 		}
 	}
+
 	return func(err error) {
+		// A sector that was written again meanwhile waits for the next Sync.
 		maps.DeleteFunc(f.dirty, func(at int, change int64) bool { return dirty[at] == change })
+		// A Sync that began later, and is over, has put more on disk than this one may.
 		if err != nil || began < f.synced {
 			return
 		}
+
 		f.synced = began
 		f.Disk = append(f.Disk, make([]byte, max(0, size-len(f.Disk)))...)[:size]
+
 		for at, data := range sectors {
 			copy(f.Disk[at*sector:], data)
 		}
@@ -119,9 +127,12 @@ func (f *File) sync() (end func(err error)) {
 // resize makes f so many bytes long.
 func (f *File) resize(size int) {
 	f.changes++
+
 	if size < len(f.Data) {
-		clear(f.Data[size:]) // or what is cut off would come back
+		// Without this what is cut off would come back when the file grows again.
+		clear(f.Data[size:])
 	}
+
 	f.Data = append(f.Data, make([]byte, max(0, size-len(f.Data)))...)[:size]
 }
 
@@ -150,7 +161,10 @@ func (d *Dir) With(name string, data []byte) *Dir {
 	for n, f := range d.Names {
 		c.Names[n] = FileOf(f.Data)
 	}
+
 	c.Names[name] = FileOf(data)
+
+	// All of it is on disk, so that a power failure takes nothing away.
 	c.durable = maps.Clone(c.Names)
 	return c
 }
@@ -162,14 +176,19 @@ const opens, writes = 1, 2
 // call counts an I/O call and returns with Mu locked. It tells whether the call
 // fails.
 func (d *Dir) call(what, name string, kind int) (err error) {
+	// Before may look at d, and wait for others that do, so it is run without Mu.
 	if d.Before != nil {
 		err = d.Before(Call{what, name})
 	}
+
+	// Every call is counted, or FailAt would not name the same one each time.
 	d.Mu.Lock()
 	d.Calls++
 	if err != nil || d.FailAt == 0 || d.Calls < d.FailAt || d.Calls > d.FailAt && !d.Forever {
 		return err
 	}
+
+	// A call fails in no way in which it could not fail on a real disk.
 	switch {
 	case d.Failure == nil:
 		return ErrDisk
@@ -210,8 +229,11 @@ func (d *Dir) Empty(name string) {
 func (d *Dir) Crash(random *rand.Rand) *Dir {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
+
 	after := d.empty()
 	names := maps.Clone(d.durable)
+
+	// All, half or none of the last changes of names are lost, with later ones of the same names.
 	first, odds := random.IntN(len(d.journal)+1), random.IntN(3) // those after first: 0 to 2 of 2
 	lost := map[string]bool{}
 	for i, c := range d.journal {
@@ -221,18 +243,24 @@ func (d *Dir) Crash(random *rand.Rand) *Dir {
 		}
 		c.apply(names)
 	}
+
+	// A file is as long as on disk, as in memory, or anything between.
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		f := names[name]
 		least, most := min(len(f.Disk), len(f.Data)), max(len(f.Disk), len(f.Data))
 		data := make([]byte, least+random.IntN(most-least+1))
 		copy(data, f.Disk)
+
+		// Of what was not synced each sector is there or not, in no order.
 		for at := 0; at < min(len(data), len(f.Data)); at += sector {
 			if f.dirty[at/sector] > 0 && random.IntN(2) == 0 {
 				copy(data[at:min(len(data), at+sector)], f.Data[at:])
 			}
 		}
+
 		after.Names[name] = FileOf(data)
 	}
+
 	after.durable = maps.Clone(after.Names)
 	return after
 }
@@ -242,22 +270,29 @@ func (d *Dir) Crash(random *rand.Rand) *Dir {
 func (d *Dir) Kill() *Dir {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
+
 	after := d.empty()
+
+	// A file that has several entries here is one file afterwards as well.
 	copies := map[*File]*File{nil: nil}
 	clone := func(f *File) *File {
 		if copies[f] == nil && f != nil {
+			// Those that have the old file open may write on: nothing of it may be shared.
 			c := *f
 			c.Data, c.Disk, c.dirty = slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty)
 			copies[f] = &c
 		}
 		return copies[f]
 	}
+
 	for name, f := range d.Names {
 		after.Names[name] = clone(f)
 	}
 	for name, f := range d.durable {
 		after.durable[name] = clone(f)
 	}
+
+	// What was not synced stays so: a power failure later may still take it.
 	for _, c := range d.journal {
 		after.journal = append(after.journal, change{clone(c.file), c.from, c.to})
 	}
@@ -299,11 +334,14 @@ func (d *Dir) Create(name string) (storage.File, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	f := d.Names[name]
 	if f == nil {
 		f = FileOf(nil)
 		d.change(change{f, "", name})
 	}
+
+	// A file that was there is emptied, and not replaced: whoever has it open sees that.
 	f.resize(0)
 	return d.open(name, f), nil
 }
@@ -315,6 +353,7 @@ func (d *Dir) Open(name string) (storage.File, int64, error) {
 	if err != nil {
 		return nil, 0, err
 	}
+
 	f := d.Names[name]
 	if f == nil {
 		return nil, 0, &os.PathError{Op: "open", Path: d.Path(name), Err: os.ErrNotExist}
@@ -335,9 +374,11 @@ func (d *Dir) Rename(from, to string) error {
 	if err != nil {
 		return err
 	}
+
 	if d.Names[from] == nil {
 		return &os.LinkError{Op: "rename", Old: from, New: to, Err: os.ErrNotExist}
 	}
+
 	d.change(change{nil, from, to})
 	return nil
 }
@@ -349,9 +390,11 @@ func (d *Dir) Remove(name string) error {
 	if err != nil {
 		return err
 	}
+
 	if d.Names[name] == nil {
 		return &os.PathError{Op: "remove", Path: d.Path(name), Err: os.ErrNotExist}
 	}
+
 	d.change(change{nil, name, ""})
 	return nil
 }
@@ -363,8 +406,10 @@ func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	stamps := map[string]storage.Stamp{}
 	for name, f := range d.Names {
+		// The number of changes serves as a time: two contents of a file never have the same.
 		stamps[name] = storage.Stamp{ID: f, Size: int64(len(f.Data)), Changed: time.Unix(f.changes, 0)}
 	}
 	return stamps, nil
@@ -373,13 +418,19 @@ func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
 // Sync puts the names on disk.
 func (d *Dir) Sync() error {
 	d.Mu.Lock()
+
+	// The names are those of now: the call may wait while others come.
 	names, began := maps.Clone(d.Names), d.synced+len(d.journal)
 	d.Mu.Unlock()
 	err := d.call("sync", "", writes)
+
+	// A Sync that began later, and is over, has put more on disk than this one may.
 	if err == nil && began >= d.synced {
 		d.durable, d.journal, d.synced = names, d.journal[began-d.synced:], began
 	}
 	d.Mu.Unlock()
+
+	// After may look at d, so it is run without Mu.
 	d.after(Call{"sync", ""})
 	return err
 }
@@ -394,6 +445,7 @@ func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	case d.Locked:
 		return nil, storage.ErrLocked
 	}
+
 	d.Locked = true
 	return held{d}, nil
 }
@@ -453,7 +505,10 @@ func (h *handle) ReadAt(p []byte, off int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+
 	n := copy(p, h.f.Data[min(int(off), len(h.f.Data)):])
+
+	// An io.ReaderAt has an error wherever there is less than was asked for.
 	if n < len(p) {
 		return n, io.EOF
 	}
@@ -463,10 +518,14 @@ func (h *handle) ReadAt(p []byte, off int64) (int, error) {
 func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	err := h.call("write", writes)
 	defer h.d.Mu.Unlock()
+
+	// A write that fails may have written a part.
 	n := len(p)
 	if err != nil {
-		n /= 2 // it failed in the middle
+		n /= 2
 	}
+
+	// What replaces bytes of the file needs no room that is free.
 	if h.d.Room > 0 {
 		free := h.d.Room
 		for _, f := range h.d.Names {
@@ -476,9 +535,12 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 			n, err = most, &os.PathError{Op: "write", Path: h.d.Path(h.name), Err: syscall.ENOSPC}
 		}
 	}
+
 	if n > 0 {
 		h.f.resize(max(len(h.f.Data), int(off)+n))
 		copy(h.f.Data[off:], p[:n])
+
+		// A power failure may take these sectors until the next Sync.
 		for at := int(off) / sector; at <= (int(off)+n-1)/sector; at++ {
 			h.f.dirty[at] = h.f.changes
 		}
@@ -497,11 +559,15 @@ func (h *handle) Truncate(size int64) error {
 
 func (h *handle) Sync() error {
 	h.d.Mu.Lock()
+
+	// What is written while the call waits is not part of this Sync.
 	end := h.f.sync()
 	h.d.Mu.Unlock()
+
 	err := h.call("sync", writes)
 	end(err)
 	h.d.Mu.Unlock()
+
 	h.d.after(Call{"sync", h.name})
 	return err
 }
@@ -509,6 +575,8 @@ func (h *handle) Sync() error {
 func (h *handle) Close() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
+
+	// A second Close is a mistake of the caller's, which a real file tells as well.
 	if h.closed {
 		return os.ErrClosed
 	}

@@ -28,6 +28,7 @@ func (o Operation) agrees(n int, got []string) bool {
 // list holds in the end. A request without an answer may have any place behind its beginning, or
 // none.
 func CheckLinearizable(history []Operation, final []string) error {
+	// Puts of unique values and Gets have an exact check; all else has to be searched.
 	put := map[string]bool{}
 	for _, o := range history {
 		isPut := o.Verb == "Put"
@@ -55,6 +56,8 @@ type searched struct {
 // goes nowhere twice (Lowe, "Testing for Linearizability", 2017).
 func search(history []Operation, final []string) error {
 	s := searched{been: map[string]bool{}}
+
+	// What the list holds in the end is a last Get, which begins when all others are over.
 	s.operations = append(slices.Clone(history), Operation{Request: Request{Verb: "Get"},
 		N: len(final), Got: final, Invoked: math.MaxInt64 - 1, Answered: math.MaxInt64})
 	slices.SortFunc(s.operations, func(a, b Operation) int {
@@ -74,6 +77,8 @@ func (s *searched) explain(first int, list []string) bool {
 	for first < len(s.done) && s.done[first] != 0 {
 		first++
 	}
+
+	// From the same place with the same list the search finds nothing that it has not found.
 	place := fmt.Sprint(first) + string(s.done[first:]) + strings.Join(list, "\n")
 	if s.steps++; s.been[place] || s.steps > mostSteps {
 		return s.steps > mostSteps
@@ -87,6 +92,8 @@ func (s *searched) explain(first int, list []string) bool {
 			soonest, owed = min(soonest, at), true
 		}
 	}
+
+	// What is left was never answered, and so need not have been run.
 	if !owed {
 		return true
 	}
@@ -99,6 +106,8 @@ func (s *searched) explain(first int, list []string) bool {
 		if !s.operations[i].agrees(n, got) {
 			continue
 		}
+
+		// One that does not lead to the end is taken back, and the next is tried.
 		s.done[i] = 1
 		if s.explain(first, after) {
 			return true
@@ -125,6 +134,7 @@ func checkAppends(history []Operation, final []string) error {
 		if place[v] > 0 {
 			return fmt.Errorf("%q is there twice", v)
 		}
+
 		place[v] = i + 1
 	}
 
@@ -142,11 +152,13 @@ func checkAppends(history []Operation, final []string) error {
 		case p > len(final) || !slices.Equal(o.Got, final[:p]):
 			return fmt.Errorf("a Get of %d values is no beginning of the final list", p)
 		}
+
 		events = append(events, event{o.Invoked, p, o.Verb == "Put", true})
 		if o.Answered > 0 {
 			events = append(events, event{o.Answered, p, o.Verb == "Put", false})
 		}
 	}
+
 	slices.SortFunc(events, func(a, b event) int { return cmp.Compare(a.time, b.time) })
 	return checkPlaces(events)
 }
@@ -156,6 +168,7 @@ func checkAppends(history []Operation, final []string) error {
 func checkPlaces(events []event) error {
 	most := 0 // Puts that everybody invoked from now on must see
 	begun := map[int]bool{}
+
 	for _, e := range events {
 		switch {
 		case e.begin && e.put && e.place <= most:
@@ -167,6 +180,7 @@ func checkPlaces(events []event) error {
 			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place, most)
 
 		case !e.begin:
+			// The answer showed all Puts up to this place, so all of them must have begun.
 			for p := e.place; p > most; p-- {
 				if !begun[p] {
 					return fmt.Errorf("Put %d was seen before it was invoked", p)

@@ -21,6 +21,7 @@ func NewModel() Model { return Model{map[string][]string{}, map[string]int64{}} 
 // Clone returns a copy of m that changes of m leave alone.
 func (m Model) Clone() Model {
 	c := Model{map[string][]string{}, maps.Clone(m.ends)}
+
 	for key, list := range m.lists {
 		c.lists[key] = slices.Clone(list)
 	}
@@ -40,8 +41,11 @@ func (m Model) Delete(key string) (removed int) {
 func (m Model) Update(key, oldValue, newValue string) (replaced bool) {
 	i := slices.Index(m.lists[key], oldValue)
 	if i >= 0 {
+		// The list is copied, because a Get may have handed it out.
 		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
 	}
+
+	// A value that was not there is put there all the same.
 	m.Put(key, newValue)
 	return i >= 0
 }
@@ -55,8 +59,11 @@ func (m Model) Set(key, value string) (removed int) {
 func (m Model) Remove(key, value string) (removed bool) {
 	i := slices.Index(m.lists[key], value)
 	if i >= 0 {
+		// The list is copied, because a Get may have handed it out.
 		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
 	}
+
+	// A key without values is no key, and its deadline goes with it.
 	if m.Count(key) == 0 {
 		m.Delete(key)
 	}
@@ -67,6 +74,7 @@ func (m Model) Take(key string) (value string, ok bool) {
 	if m.Count(key) == 0 {
 		return "", false
 	}
+
 	value = m.lists[key][0]
 	return value, m.Remove(key, value)
 }
@@ -75,6 +83,7 @@ func (m Model) Expire(key string, at int64) (ok bool) {
 	if m.Count(key) == 0 {
 		return false
 	}
+
 	if m.ends[key] = at; at == 0 {
 		delete(m.ends, key)
 	}
@@ -93,6 +102,7 @@ func (m Model) Deadline(key string) (at int64, ok bool) {
 
 func (m Model) NextDue(now int64) (key string, ok bool) {
 	for k, at := range m.ends {
+		// Of several with the same deadline any may be the first.
 		if at <= now && (!ok || at < m.ends[key]) {
 			key, ok = k, true
 		}
@@ -136,5 +146,7 @@ func (m Model) Equal(s interface {
 			return false
 		}
 	}
+
+	// The loop cannot see a key that only m has, but the number of keys tells.
 	return keys == len(m.lists)
 }

@@ -31,6 +31,7 @@ func (q Request) Do(store kvstore.Store, key string) (n int, got []string) {
 	case "Update":
 		return once(store.Update(key, q.Old, q.New)), nil
 	case "Swap":
+		// An Update puts the new value there where it finds no old one; a Swap does not.
 		return once(store.Has(key, q.Old) && store.Update(key, q.Old, q.New)), nil
 
 	case "Add":
@@ -69,6 +70,7 @@ func once(done bool) int {
 func (q Request) After(list []string) (after []string, n int, got []string) {
 	m := NewModel()
 	if len(list) > 0 {
+		// The list is clipped, so that what is put behind it leaves the caller's alone.
 		m.lists[""] = slices.Clip(list)
 	}
 	n, got = q.Do(m, "")
@@ -77,6 +79,7 @@ func (q Request) After(list []string) (after []string, n int, got []string) {
 
 // Line returns the request as it is sent.
 func (q Request) Line(key string) string {
+	// A request has fewer fields than this: those that it lacks are empty here.
 	fields := slices.DeleteFunc([]string{q.Verb, key, q.Old, q.New},
 		func(s string) bool { return s == "" })
 	if q.Seconds > 0 {

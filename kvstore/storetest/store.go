@@ -58,6 +58,8 @@ var (
 // is used for something else then, as the server's is.
 func (x Step) Do(t *testing.T, store kvstore.Store, m Model) {
 	t.Helper()
+
+	// A store that keeps a string without copying it is found out: its memory is overwritten below.
 	lent, memory := x, []byte(x.Key+x.Value+x.Other)
 	all := unsafe.String(unsafe.SliceData(memory), len(memory))
 	lent.Key, all = all[:len(x.Key)], all[len(x.Key):]
@@ -68,6 +70,7 @@ func (x Step) Do(t *testing.T, store kvstore.Store, m Model) {
 		t.Fatalf("%s of %.40q, %.40q, %.40q, %d: %.100q, want %.100q", x.Op, x.Key, x.Value, x.Other,
 			x.At, got, want)
 	}
+
 	for i := range memory {
 		memory[i] = '!'
 	}
@@ -77,6 +80,7 @@ func (x Step) Do(t *testing.T, store kvstore.Store, m Model) {
 // it has done. Keys are few, and all is short.
 func RandomStep(t *testing.T, random *rand.Rand, store kvstore.Store, m Model) {
 	t.Helper()
+	// There are few values, so that an Update or a Remove finds one now and then.
 	value := func() string { return strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4)) }
 	draw(random, timed, fmt.Sprint("key", random.IntN(20)), value).Do(t, store, m)
 }
@@ -85,6 +89,8 @@ func RandomStep(t *testing.T, random *rand.Rand, store kvstore.Store, m Model) {
 func draw(random *rand.Rand, others []string, key string, value func() string) Step {
 	op := random.IntN(len(usual) + len(others))
 	name := slices.Concat(usual, others)[op]
+
+	// There are few times, so that several keys have the same one; 0 is none.
 	return Step{name, key, value(), value(), random.Int64N(5) * 1_000_000_000_000}
 }
 
@@ -125,6 +131,8 @@ func timedFor(store kvstore.Store) []string {
 func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	t.Helper()
 	others := timedFor(store)
+
+	// Some sizes are about ViewMost, behind which Memory keeps a list in another way.
 	value := func() string {
 		sizes := []int{0, 1, 1, 2, 40, 130, 300, kvstore.ViewMost - 8, kvstore.ViewMost, 6000}
 		return strings.Repeat(string(rune('a'+random.IntN(3))), sizes[random.IntN(len(sizes))])
@@ -136,11 +144,13 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	for range 1500 {
 		n := random.IntN(20)
 		key := strings.Repeat(fmt.Sprint("key", n), []int{1, 1, 1, 60, 600}[n%5]) // up to 3,000 bytes
+
 		x := draw(random, others, key, value)
 		x.Do(t, store, m)
 
 		switch random.IntN(20) {
 		case 0, 1:
+			// A caller that appends to its list must not write into the store's memory.
 			list := store.Get(key)
 			if cap(list) > len(list) {
 				t.Fatalf("a list of %d leaves room to append to", len(list))
@@ -150,10 +160,12 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 			lists = append(lists, handedOut{store.View(nil, key), slices.Clone(m.Get(key))})
 		case 4:
 			if s := store.Snapshot(); s != nil {
+				// A few snapshots live at a time, while the store changes under them.
 				snapshots = append(snapshots, taken{s, m.Clone()})
 				snapshots = snapshots[max(0, len(snapshots)-3):]
 			}
 		case 5:
+			// What the server does with a key whose time has come is a Delete.
 			if due, ok := store.NextDue(x.At); ok {
 				Step{Op: "Delete", Key: due}.Do(t, store, m)
 			}
@@ -170,6 +182,8 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	for _, s := range snapshots {
 		CheckSnapshot(t, s.snapshot, s.m)
 	}
+
+	// Whatever the store has done since, a list that it has handed out is the caller's.
 	for _, h := range lists {
 		if !slices.Equal(h.list, h.copy) {
 			t.Fatalf("a list that was %.100q became %.100q", h.copy, h.list)
@@ -183,10 +197,13 @@ func CheckSame(t *testing.T, store kvstore.Store, m Model) {
 	for key := range m.lists {
 		Step{Op: "look", Key: key}.Do(t, store, m)
 	}
+
+	// A store that does not know its size says -1.
 	keys, values, bytes := store.Size()
 	if k, v, b := m.Size(); keys >= 0 && (keys != k || values != v || bytes != b) {
 		t.Fatalf("Size() = %d, %d, %d, want %d, %d, %d", keys, values, bytes, k, v, b)
 	}
+
 	if s := store.Snapshot(); s != nil {
 		CheckSnapshot(t, s, m)
 	}
@@ -198,11 +215,13 @@ func CheckSnapshot(t *testing.T, s kvstore.Snapshot, m Model) {
 	if !m.Equal(s) {
 		t.Fatalf("a snapshot has\n%.1000q\nwant\n%.1000q", maps.Collect(s.All()), m)
 	}
+
 	for key, list := range m.lists {
 		if got := s.View(nil, key); !slices.Equal(got, list) {
 			t.Fatalf("a snapshot has %.100q under %.40q, want %.100q", got, key, list)
 		}
 	}
+
 	if got := s.View(nil, "none"); got != nil {
 		t.Fatalf("a snapshot has %q under no key", got)
 	}
@@ -228,10 +247,15 @@ func Script(t *testing.T, d Compacting, h *History) error {
 		for range random.IntN(8) {
 			RandomStep(t, random, d, h.Done)
 		}
+
 		if err := d.Commit(); err != nil {
 			return err
 		}
+
+		// From here on nothing of this may be lost.
 		h.Told = h.Done.Clone()
+
+		// A compaction makes calls of its own: only with this their order is always the same.
 		d.AwaitCompaction()
 	}
 	return nil
