@@ -43,9 +43,12 @@ type room struct {
 func (r *room) roomFor(size int64, frees bool) error {
 	quota := r.quota.Load()
 	margin := min(quota/8, marginMost)
+
+	// A quarter stays even so, for a quota that is used up stops our signs of life as well.
 	if frees {
 		margin /= 4
 	}
+
 	if r.full.Load() || quota > 0 && r.spent.Load()+size+margin > r.limit.Load() {
 		return errFull
 	}
@@ -103,8 +106,11 @@ func (c *cluster) forget(ctx context.Context) {
 	if garbage < garbageMost {
 		return
 	}
+
 	_, err := c.try(ctx, "kv/compaction", map[string]int64{"revision": c.revision.Load()})
-	if !errors.Is(err, ErrUnreachable) { // also where it says that it has forgotten it
+
+	// An error of etcd's own counts as well: it may have forgotten all of this before.
+	if !errors.Is(err, ErrUnreachable) {
 		c.garbage.Add(-garbage)
 	}
 }
@@ -114,6 +120,7 @@ func (c *cluster) noteFull(isFull bool) {
 	if c.full.Swap(isFull) == isFull {
 		return
 	}
+
 	if isFull {
 		c.log.Error("writes are refused, and reads go on", "error", errFull)
 	} else {
@@ -126,6 +133,7 @@ func (c *cluster) noteFull(isFull bool) {
 func (l *clusterLock) attend() {
 	c := l.d.client
 	c.findQuota(l.ctx)
+
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
 		l.d.check(false)
@@ -136,6 +144,7 @@ func (l *clusterLock) attend() {
 
 // tookPiece makes the next piece as large as the link can do it: this one of size took so long.
 func (c *cluster) tookPiece(size int, took time.Duration) {
+	// A piece much smaller than the most says nothing of what the link can do.
 	if most := c.piece.Load(); int64(size) >= most/2 && most < pieceMost && took < limit(size)*2/3 {
 		c.piece.CompareAndSwap(most, 2*most)
 	}
