@@ -292,16 +292,20 @@ type visitor struct {
 // rotation was stopped between the two.
 func (s *files) walk(v visitor) error {
 	defer s.close()
+
 	next := uint64(1) // the frame with which a file has to begin; 0: with any
+
+	// A snapshot's own header tells what comes behind it.
 	if s.snapshot > 0 {
-		next = 0 // a snapshot's own header tells what comes behind it
+		next = 0
 	}
 
 	for i := range s.logs {
 		end, isLast, err := s.visit(i, next, v)
 		switch {
+		// What follows damage is read for what it is, as nothing says how it has to begin.
 		case err != nil && v.damage != nil:
-			err, next = v.damage(err), 0 // what follows is read for what it is
+			err, next = v.damage(err), 0
 		case end.header.kind == kindSnapshot:
 			next = end.header.first
 		default:
