@@ -87,7 +87,7 @@ const (
 //	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
 //	connection           R, C            C         C        W, R, C        - (a net.Conn)
 //	alive, index, share  -               RW        -        -              -
-//	take                 -               RW        -        -              -
+//	parked               -               RW        -        -              -
 //	buffer               S, C            makes, S  S        T              the chain's holder sends
 //	closed               R               R         R        C              closed once
 //	progress             T               -         T        S (pacedConn)  latest word only
@@ -135,7 +135,7 @@ type Client struct {
 
 	index  int           // its place in clients; owned by workLoop
 	share  share         // of workLoop's time; owned by it
-	take   *list.Element // its Take that waits, in takes; owned by workLoop
+	parked *list.Element // its Take that waits, in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
 	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
@@ -413,7 +413,7 @@ func (c *Client) awaitLineMemory() bool {
 		in.counted += more
 		return true
 
-	case b.takeLine(more):
+	case b.acquireLine(more):
 		in.counted += more
 		return true
 	}
@@ -435,7 +435,7 @@ func (c *Client) awaitLineMemory() bool {
 		case spare <- struct{}{}:
 			in.spare.taken = true
 		case <-time.After(tickTime):
-			if !b.takeLine(more) {
+			if !b.acquireLine(more) {
 				continue
 			}
 			in.counted += more
@@ -502,7 +502,7 @@ func (c *Client) endInput(err error) {
 		c.end(weClose, true)
 
 	// A line that is skipped was counted when that began, and mostly answered.
-	case err == errSlowLine:
+	case err == errUnended:
 		if !in.skipping {
 			in.line++
 		}
@@ -569,7 +569,7 @@ func (in *input) need(maxLine int) (bytes int64) {
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input and returns its complete lines as one string, of which keys and values will
-// be substrings, and the error that ends the input. The string is good until the next cutLines:
+// be substrings, and the error that ends the input. The string is good until the next wholeLines:
 // until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
@@ -592,10 +592,10 @@ func (c *Client) read() (burst string, err error) {
 		}
 		in.heard = true
 
-		// The chain under way is made of the other buffer, which cutLines needs.
+		// The chain under way is made of the other buffer, which wholeLines needs.
 		wasUnanswered := in.unanswered
 		c.await()
-		burst = in.cutLines(n)
+		burst = in.wholeLines(n)
 
 		// With its end it is known what the skipped line is.
 		if wasUnanswered && !in.skipping {
@@ -635,7 +635,7 @@ func (c *Client) tick() error {
 	c.limitRead(time.Time{})
 	if in.midLine() && in.hadBegun && !waits {
 		if in.waited += quietAfter; in.waited >= lineTime {
-			return errSlowLine
+			return errUnended
 		}
 	}
 
@@ -643,9 +643,9 @@ func (c *Client) tick() error {
 	return nil
 }
 
-// errSlowLine ends a client whose line does not end: otherwise a few bytes
+// errUnended ends a client whose line does not end: otherwise a few bytes
 // would hold a connection for ever (the Slowloris attack, 2009).
-var errSlowLine = fmt.Errorf("the line was begun but not ended within %v", lineTime)
+var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTime)
 
 // setTick sees to it that a Read which waits while the client holds memory, or has
 // begun a line, ends within quietAfter, so that tick can look at that. One deadline
@@ -746,13 +746,13 @@ func (in *input) noteSkipped(b []byte) {
 	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
 }
 
-// cutLines returns the lines that the n bytes behind pending complete. If a line was
+// wholeLines returns the lines that the n bytes behind pending complete. If a line was
 // being skipped and ends among them, skipping ends, and skipped is its end.
 //
-// The lines are no copy: they are what was read, which stays as it is until the next cutLines,
+// The lines are no copy: they are what was read, which stays as it is until the next wholeLines,
 // for what comes meanwhile is read into another buffer. By then the chains made of them have
 // come back, and who keeps a key or a value, the store, has made a copy.
-func (in *input) cutLines(n int) (burst string) {
+func (in *input) wholeLines(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
@@ -922,7 +922,7 @@ func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
 	// A snapshot keeps what others remove meanwhile, so there are few at a time.
-	if !l.place.take(c.server.closeSignal) {
+	if !l.place.acquire(c.server.closeSignal) {
 		c.end(weClose, false)
 		return
 	}
@@ -941,7 +941,7 @@ func (c *Client) list(q *Query) {
 	// From here on wait measures how fast the client takes it. The request counts as waiting.
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
-	defer c.outbox.hold(0)()
+	defer c.outbox.countAsWaiting(0)()
 
 	if l.survey() && l.awaitListMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
@@ -993,7 +993,7 @@ func (l *listing) survey() (wanted bool) {
 
 	// Walking takes long where there are many keys, so it needs a core.
 	core := &l.client.outbox.core
-	core.take(nil)
+	core.acquire(nil)
 	defer core.release()
 
 	l.wanted = 0
@@ -1034,7 +1034,7 @@ func (l *listing) awaitListMemory() bool {
 		defer waiting.Add(-1)
 
 		// Nobody tells when a list is given up, so it looks now and then.
-		for !b.takeList(bytes) {
+		for !b.acquireList(bytes) {
 			select {
 			case <-time.After(tickTime):
 			case <-l.client.server.closeSignal:
@@ -1084,7 +1084,7 @@ func (l *listing) reply() bool {
 func (l *listing) next(part []string, last string) (keys []string, more, wanted bool) {
 	// Walking and sorting take long, so they need a core.
 	core := &l.client.outbox.core
-	core.take(nil)
+	core.acquire(nil)
 	defer core.release()
 
 	// What comes before last was in other parts, and what comes beyond will be.
@@ -1242,7 +1242,7 @@ type outbox struct {
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
-	cut           string // why the outbox ended the connection, if it did
+	cutFor        string // why the outbox ended the connection, if it did
 }
 
 // answer sees to the replies of chain, which has run, and to its way back. It
@@ -1265,9 +1265,9 @@ func (c *Client) answer(chain *Query) {
 // deliver is answer where that takes time. One goroutine for a chain that needs
 // it, until the replies are queued, or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
-	giveBack := c.outbox.hold(lists)
+	giveBack := c.outbox.countAsWaiting(lists)
 
-	c.outbox.core.take(nil)
+	c.outbox.core.acquire(nil)
 	c.outbox.reply(chain, size, false)
 	c.outbox.core.release()
 	giveBack()
@@ -1276,9 +1276,9 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// hold moves the memory of the chain's lines from budget.inputs to budget.chains, which also gets
+// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, which also gets
 // the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
-func (o *outbox) hold(lists int64) (giveBack func()) {
+func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chain, o.inInputs
 	b.queued.Add(lists)
 	b.chains.Add(chain)
@@ -1293,7 +1293,7 @@ func (o *outbox) hold(lists int64) (giveBack func()) {
 
 // replyAll queues the replies of chain, however large they are. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
-	o.core.take(nil)
+	o.core.acquire(nil)
 	size, _ := o.measure(chain)
 	o.reply(chain, size, false)
 	o.core.release()
@@ -1532,7 +1532,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 		return isDropped, ""
 
 	// The connection is closed, and what is queued has yet to be taken out.
-	case o.cut != "":
+	case o.cutFor != "":
 		return waits, ""
 
 	case o.slow && (o.acked || l != nil) && o.budget.isCrowded():
@@ -1565,17 +1565,17 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 		case isDropped:
 			return false
 		case isCutOff:
-			o.cut = why
+			o.cutFor = why
 			o.client.paced.Close()
 		}
 
 		// writeToClient tells when it has taken something out, also of a connection that is gone.
-		o.wait()
+		o.awaitProgress()
 	}
 }
 
-// wait waits for word of how the connection gets on. Others may have the core meanwhile.
-func (o *outbox) wait() {
+// awaitProgress waits for word of how the connection gets on. Others may have the core meanwhile.
+func (o *outbox) awaitProgress() {
 	// What waits keeps no core, and shares no memory with the store.
 	had := o.core.taken
 	o.core.release()
@@ -1599,7 +1599,7 @@ func (o *outbox) wait() {
 		o.listing.noteWait(time.Since(began))
 	}
 	if had {
-		o.core.take(nil)
+		o.core.acquire(nil)
 	}
 }
 

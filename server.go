@@ -42,17 +42,17 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
-	// How long workLoop works before it commits and answers: maxSlowTurn for a client whose
+	// How long workLoop works before it commits and answers: maxHeavyTurn for a client whose
 	// requests take long, such as Updates of huge lists. A chain with more to do goes on later.
-	maxTurn     = 5 * time.Millisecond
-	maxSlowTurn = time.Millisecond / 2
+	maxTurn      = 5 * time.Millisecond
+	maxHeavyTurn = time.Millisecond / 2
 
 	// Requests of a client between two looks at the clock: one at first, then twice as many after
 	// each look, up to maxStride; one again when two looks lay longTime apart. An Update, a Swap or
 	// a Remove, which may have a long list to search, counts as several.
 	maxStride  = 64
 	searchCost = 8
-	longTime   = maxSlowTurn / 2
+	longTime   = maxHeavyTurn / 2
 
 	// How often workLoop looks for keys that go, beside a look at each turn, while there are any;
 	// and how many it deletes between two looks at the clock.
@@ -249,10 +249,10 @@ func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 		sh.stride = 1
 	}
 
-	// Others wait until the turn is over, so a slow client gets a shorter one.
+	// Others wait until the turn is over, so a heavy client gets a shorter one.
 	limit := maxTurn
-	if sh.isSlow() {
-		limit = maxSlowTurn
+	if sh.isHeavy() {
+		limit = maxHeavyTurn
 	}
 	t.looked, t.over = now, now-t.began > limit
 }
@@ -272,8 +272,8 @@ type share struct {
 // due is how much the client will have spent if the next turn costs as much as the last.
 func (s *share) due() time.Duration { return s.spent + s.cost }
 
-// isSlow tells whether the client's requests take long, as of late.
-func (s *share) isSlow() bool { return s.cost >= longTime }
+// isHeavy tells whether the client's requests take long, as of late.
+func (s *share) isHeavy() bool { return s.cost >= longTime }
 
 // turnQueue are the clients whose chains wait, as a heap (container/heap) by due.
 type turnQueue []*Client
@@ -703,10 +703,10 @@ func (s *keyValueServer) runBatch(q *Query) {
 // isTurnOver tells whether it is time to commit.
 func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
-// mayRun tells whether the chain of sh may run before the Commit. A slow client's may not run
+// mayRun tells whether the chain of sh may run before the Commit. A heavy client's may not run
 // behind others that have run, for they would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
-	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isSlow())
+	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
 
 // nextQuery returns the next query in the queue, or nil if there is none.
@@ -773,12 +773,12 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	if isFirst && sh.due() < s.floor+maxLead && s.mayRun(sh) {
 		s.runChain(chain, chain)
 	} else {
-		s.wait(chain, chain)
+		s.lineUp(chain, chain)
 	}
 }
 
-// wait has chain, of which next is the first request that has not run, wait for its turn.
-func (s *keyValueServer) wait(chain, next *Query) {
+// lineUp has chain, of which next is the first request that has not run, wait for its turn.
+func (s *keyValueServer) lineUp(chain, next *Query) {
 	c := chain.client
 	c.share.chain, c.share.next = chain, next
 	heap.Push(&s.waiting, c)
@@ -832,7 +832,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left, searched = c.share.stride, false
 		}
 		if s.turn.over && q.next != nil {
-			s.wait(chain, q.next)
+			s.lineUp(chain, q.next)
 			return
 		}
 	}
@@ -886,18 +886,18 @@ func (t *takeQueues) add(chain *Query) {
 		queue = list.New()
 		t.of[chain.key] = queue
 	}
-	chain.client.take = queue.PushBack(chain)
+	chain.client.parked = queue.PushBack(chain)
 	t.n++
 }
 
 // remove returns c's Take, which waits no longer.
 func (t *takeQueues) remove(c *Client) (chain *Query) {
-	chain = c.take.Value.(*Query)
+	chain = c.parked.Value.(*Query)
 	queue := t.of[chain.key]
-	if queue.Remove(c.take); queue.Len() == 0 {
+	if queue.Remove(c.parked); queue.Len() == 0 {
 		delete(t.of, chain.key)
 	}
-	c.take = nil
+	c.parked = nil
 	t.n--
 	return chain
 }
@@ -924,7 +924,7 @@ func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
 	// It has had its turn, and waits for a value.
-	if c.take != nil {
+	if c.parked != nil {
 		s.batch = append(s.batch, s.takes.remove(c))
 		return
 	}
@@ -985,7 +985,7 @@ const (
 	stuckOverdue         // the disk has no room for that; perhaps it has a little later
 )
 
-// expire deletes keys whose time is over, for about maxSlowTurn; expireKey hides the others. The
+// expire deletes keys whose time is over, for about maxHeavyTurn; expireKey hides the others. The
 // next Commit makes these Deletes durable; after a crash before it they are done again.
 func (s *keyValueServer) expire() {
 	// The disk may have room by now, so what was stuck is tried again.
@@ -994,7 +994,7 @@ func (s *keyValueServer) expire() {
 		return
 	}
 
-	// Many may go at one time: clients wait no longer for them than for a slow client.
+	// Many may go at one time: clients wait no longer for them than for a heavy client.
 	now, began := s.now().UnixMilli(), time.Now()
 	for n := 1; s.overdue == noneOverdue; n++ {
 		key, isDue := s.db.NextDue(now)
@@ -1003,7 +1003,7 @@ func (s *keyValueServer) expire() {
 			return
 		case s.deleteDue(key) != nil:
 			s.overdue = stuckOverdue
-		case n%expireStride == 0 && time.Since(began) >= maxSlowTurn:
+		case n%expireStride == 0 && time.Since(began) >= maxHeavyTurn:
 			s.overdue = someOverdue
 		}
 	}
@@ -1215,8 +1215,8 @@ func (b *budget) forList() int64 {
 	return maxList
 }
 
-// takeList counts so many bytes more for the list of a Keys or Dump, if there are so many.
-func (b *budget) takeList(bytes int64) bool {
+// acquireList counts so many bytes more for the list of a Keys or Dump, if there are so many.
+func (b *budget) acquireList(bytes int64) bool {
 	if most := b.forQueues(); b.lists.Add(bytes) > most/listsShare && most > 0 {
 		b.lists.Add(-bytes)
 		return false
@@ -1224,8 +1224,8 @@ func (b *budget) takeList(bytes int64) bool {
 	return true
 }
 
-// takeLine counts so many bytes more for lines that have begun, if there are so many.
-func (b *budget) takeLine(bytes int64) bool {
+// acquireLine counts so many bytes more for lines that have begun, if there are so many.
+func (b *budget) acquireLine(bytes int64) bool {
 	if b.inputs.Add(bytes) > b.shared()/linesShare && b.limit > 0 {
 		b.inputs.Add(-bytes)
 		return false
@@ -1245,8 +1245,8 @@ type slot struct {
 	taken bool
 }
 
-// take waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
-func (s *slot) take(stop <-chan struct{}) bool {
+// acquire waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
+func (s *slot) acquire(stop <-chan struct{}) bool {
 	// Most often a slot is free, and then the holder does not count as waiting.
 	select {
 	case s.of.slots <- struct{}{}:
@@ -1255,7 +1255,7 @@ func (s *slot) take(stop <-chan struct{}) bool {
 	default:
 	}
 
-	// A holder that is too slow loses its slot only while others wait.
+	// A listing that its client reads too slowly loses its slot only while others wait.
 	s.of.waiting.Add(1)
 	defer s.of.waiting.Add(-1)
 
@@ -1282,7 +1282,7 @@ func (s *slot) yield() {
 	if s.taken {
 		s.release()
 		runtime.Gosched()
-		s.take(nil)
+		s.acquire(nil)
 	}
 }
 
@@ -1415,8 +1415,8 @@ func (s *keyValueServer) leave(c *Client) {
 	// A Write that failed is the reason to log: reading ended because of it, or later.
 	level, reason := slog.LevelDebug, c.reason
 	switch {
-	case c.outbox.cut != "":
-		level, reason = slog.LevelWarn, c.outbox.cut
+	case c.outbox.cutFor != "":
+		level, reason = slog.LevelWarn, c.outbox.cutFor
 	case c.writeErr != nil:
 		reason = c.writeErr.Error()
 		if errors.Is(c.writeErr, errTookNothing) {

@@ -2877,9 +2877,9 @@ func TestTurnsBesideStalls(t *testing.T) {
 		clock.looked = time.Since(clock.epoch) - stall
 		clock.charge(&sh, floor, searched)
 		if isBehind := sh.due() > floor+4*maxLead+4*usual; isBehind != searched ||
-			sh.isSlow() != searched {
+			sh.isHeavy() != searched {
 			t.Errorf("after %v, searched: %v, the client is due %v behind, slow: %v", stall, searched,
-				sh.due()-floor, sh.isSlow())
+				sh.due()-floor, sh.isHeavy())
 		}
 	}
 }
@@ -3340,7 +3340,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0",
 				key+":w")
 			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
-			const chains, most = 4, maxSlowTurn + (expireStride+2)*takes
+			const chains, most = 4, maxHeavyTurn + (expireStride+2)*takes
 			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
 			}
@@ -5417,7 +5417,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		s.cores.slots <- struct{}{} // until both wait, the sort first
 		ended := make(chan string, 2)
 		go func() {
-			c.outbox.core.take(nil)
+			c.outbox.core.acquire(nil)
 			(&listing{Query: &Query{client: c}}).sort(keys)
 			c.outbox.core.release()
 			ended <- "the sort"
@@ -5565,7 +5565,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 			c.buffer <- nil
 		}
 		c.in.buf = make([]byte, burstSize)
-		chain, _ := c.parse(c.in.cutLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
+		chain, _ := c.parse(c.in.wholeLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
 		shared := func(q *Query) bool {
 			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
 		}
@@ -5657,7 +5657,7 @@ func TestOutboxAllocations(t *testing.T) {
 		client.buffer = make(chan []byte, maxBufferSize)
 		client.in.buf = make([]byte, burstSize)
 		once := func() {
-			chain, _ := client.parse(client.in.cutLines(copy(client.in.buf, c.burst)))
+			chain, _ := client.parse(client.in.wholeLines(copy(client.in.buf, c.burst)))
 			for q := chain; q != nil; q = q.next {
 				q.run(db, time.Now)
 			}
