@@ -1276,8 +1276,8 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, which also gets
-// the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
+// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, which
+// also gets the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
 func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chain, o.inInputs
 	b.queued.Add(lists)

@@ -328,8 +328,8 @@ func (q *Query) parse(line string) {
 	q.refuse(why)
 }
 
-// cutColon is strings.Cut at the first colon. It is inlined: strings.Cut costs every request three calls
-// more.
+// cutColon is strings.Cut at the first colon. It is inlined: strings.Cut costs every request three
+// calls more.
 func cutColon(s string) (before, after string, found bool) {
 	if i := strings.IndexByte(s, ':'); i >= 0 {
 		return s[:i], s[i+1:], true
