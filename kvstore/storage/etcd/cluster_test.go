@@ -21,6 +21,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"kvserver/kvstore/storetest"
 )
 
 // etcdCluster is three members of etcd on this machine, and two servers on one prefix.
@@ -397,6 +399,8 @@ func TestEtcdCluster(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.write(ctx) })
 	wg.Go(func() { c.read(ctx) })
+	mixed := &mixed{t: t, addrs: c.addrs[:], asked: map[string][]*storetest.Operation{}}
+	wg.Go(func() { mixed.run(ctx) })
 	pause := func(long time.Duration, which ...*exec.Cmd) {
 		send("STOP", which...)
 		<-time.After(long)
@@ -473,6 +477,7 @@ func TestEtcdCluster(t *testing.T) {
 		c.mu.Unlock()
 		event.do()
 		c.settle()
+		mixed.check(c.addrs[c.active()])
 		c.mu.Lock()
 		t.Logf("%-45s longest time without an answer %5.2f s, %d writes so far", event.what,
 			c.longest.Seconds(), len(c.acked))
@@ -503,7 +508,8 @@ func TestEtcdCluster(t *testing.T) {
 		t.Error(err)
 	}
 	c.check("at the end", list, c.acked)
-	t.Logf("%d writes were answered, and %d reads", len(c.acked), c.reads)
+	t.Logf("%d writes were answered, and %d reads; %d requests of all verbs have one order",
+		len(c.acked), c.reads, mixed.checked)
 }
 
 // send sends a signal to processes; package syscall does not know all of them everywhere.
