@@ -17,6 +17,7 @@ import (
 	"unsafe"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/socket"
 )
 
 // Limits of one connection.
@@ -189,9 +190,7 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 // connection's arrival until there is a reason to end. It reads on while a chain is under way, and
 // then waits for that one before it sends the next.
 func (c *Client) readFromClient() {
-	for c.reason == "" {
-		burst, err := c.read()
-
+	for burst, err := range c.bursts {
 		// Lines that are whole: one chain after the other, while there is no reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
@@ -568,18 +567,33 @@ func (in *input) need(maxLine int) (bytes int64) {
 // midLine tells whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
-// read waits for input and returns its complete lines as one string, of which keys and values will
-// be substrings, and the error that ends the input. The string is good until the next wholeLines:
-// until then the chain's holder may read it.
-func (c *Client) read() (burst string, err error) {
-	in := &c.in
-	in.resize(in.nextSize(c.server.maxLine))
+// bursts reads until there is a reason to end. It yields the complete lines of each Read as one
+// string, of which keys and values will be substrings, and the error that ends the input. The string
+// is good until the next wholeLines: until then the chain's holder may read it.
+func (c *Client) bursts(yield func(burst string, err error) bool) {
+	// Of a connection without TLS package socket may know how to save system calls.
+	conn := c.connection
+	if c.isPlain() {
+		conn = c.paced.Conn
+	}
+
+	socket.Each(conn, c.room, func(n int, err error) (more bool) {
+		return yield(c.received(n, err)) && c.reason == ""
+	})
+}
+
+// room returns what of buf is for the next Read, which may wait for hours. But a tick ends it as
+// long as the client holds memory.
+func (c *Client) room() []byte {
+	c.in.resize(c.in.nextSize(c.server.maxLine))
 	c.countInput()
-
-	// Read may wait for hours, but a tick ends it as long as the client holds memory.
 	c.setTick()
-	n, err := c.connection.Read(in.buf[in.pending:])
+	return c.in.buf[c.in.pending:]
+}
 
+// received takes in what a Read has brought.
+func (c *Client) received(n int, err error) (burst string, _ error) {
+	in := &c.in
 	if n > 0 {
 		in.came += n
 
