@@ -1102,7 +1102,7 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 func (k *credentials) load(anyway bool) error {
 	before := k.last
 	config, err := k.read()
-	k.last = fmt.Sprint(k.texts, err)
+	k.last = fmt.Sprintf("%s %v", k.texts, err)
 
 	switch {
 	case k.last == before && !anyway: // a bad file is told once
