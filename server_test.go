@@ -3970,7 +3970,7 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 		}
 		a.send(b.String() + "Ping\n")
 		a.want(":PONG")
-		if again := put("longer", 200); again < stored/4/2*8/10 {
+		if again := put("longer", 200); again < stored/4/2*3/4 {
 			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
 		}
 	})

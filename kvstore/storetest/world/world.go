@@ -83,7 +83,7 @@ const maxLine = 20_000
 
 // How many worlds Run looks at unless it is told, and how many with the race detector, which takes
 // seven times as long.
-const seedsUsual, seedsRace = 100, 5
+const seedsUsual, seedsRace = 50, 5
 
 // Run looks at worlds, and reports where something that was promised does not hold. The
 // environment's KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many (0: until it is stopped);
