@@ -772,7 +772,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 // Ensure that a Take from a long list looks at no value but the first, also where readers have
 // the list.
 func TestTakeFromALongList(t *testing.T) {
-	const values = 200_000
+	const values = 50_000
 	for _, every := range []int{0, 1} { // Takes, between two Gets
 		store := NewMemory()
 		for i := range values {
