@@ -662,9 +662,6 @@ func TestReadmeConversations(t *testing.T) {
 				}
 				synctest.Wait() // a Take is in line
 			}
-			for _, c := range clients {
-				c.hangUp()
-			}
 		})
 	}
 }
@@ -978,7 +975,7 @@ func TestReadmeLock(t *testing.T) {
 					}
 					if world.Chance(random, 4) { // it dies
 						died.Add(1)
-						c.conn.(*world.Conn).BreakOff()
+						c.breakOff()
 						continue
 					}
 					world.Wait(world.Between(random, 0, lease-time.Millisecond))
@@ -1047,7 +1044,7 @@ func TestReadmeQueue(t *testing.T) {
 					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
 					world.Wait(world.Between(random, 0, time.Second))
 					if world.Chance(random, 4) { // it dies
-						c.conn.(*world.Conn).BreakOff()
+						c.breakOff()
 						continue
 					}
 					worked[i].Add(1)
@@ -1178,17 +1175,16 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		n.fill("big", strings.Repeat("v", 1200), 2000)
 		n.dial(t).hangUp()
-		n.dial(t).conn.Close()
+		n.dial(t).close()
 		a := n.dial(t)
 		a.send("Get:big\nGet:big\n")
 		pass(2 * slowAfter)
-		a.conn.Close()
+		a.close()
 		synctest.Wait()
 		b := n.dial(t)
 		if got := b.stat("replies_dropped_total"); got != 1 {
 			t.Errorf("Stats counts %d dropped replies, want 1", got)
 		}
-		b.hangUp()
 	})
 	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
 	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
@@ -1439,7 +1435,7 @@ func (k *killed) work() {
 // mix changes and reads lists that others change. One client kills the server in the middle, in two
 // of three rounds; others hang up in the middle of a request, of which nothing may be run.
 func (k *killed) mix(c *testClient, id int) {
-	defer c.conn.Close()
+	defer c.close()
 	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
 	for i := range 60 {
 		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
@@ -1464,7 +1460,7 @@ func (k *killed) mix(c *testClient, id int) {
 
 // sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts what is answered.
 func (k *killed) sendBursts(c *testClient) {
-	defer c.conn.Close()
+	defer c.close()
 	go func(n int) {
 		c.sendSome("Ack\n")
 		for range 200 {
@@ -1659,7 +1655,7 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 			if took := time.Since(start); took != want {
 				t.Errorf("a silent client was cut after %v, want %v", took, want)
 			}
-			a.conn.Close()
+			a.close()
 		})
 	}
 }
@@ -1674,7 +1670,7 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 				a := n.dial(t)
 				a.send("garbage, not a handshake\n")
 				io.Copy(io.Discard, a.r)
-				a.conn.Close()
+				a.close()
 			}
 		}
 		flood()
@@ -1718,7 +1714,7 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
 			}
 			client.Close()
-			a.conn.Close()
+			a.close()
 			synctest.Wait()
 		}
 		close(done)
@@ -1789,7 +1785,7 @@ func TestTLSWriteTimeout(t *testing.T) {
 		if got := n.server.CountActive(); got != 0 {
 			t.Errorf("%d clients, want 0", got)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -1934,7 +1930,7 @@ func TestCommandResumes(t *testing.T) {
 					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
 				}
 				theirs.Close()
-				a.conn.Close()
+				a.close()
 			}()
 			var errs bytes.Buffer
 			talker := &talker{conn: ours, in: strings.NewReader(load),
@@ -2257,7 +2253,7 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
-		a.conn.Close()
+		a.close()
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
@@ -2265,7 +2261,7 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -2367,8 +2363,8 @@ func TestStartOnSeveralListeners(t *testing.T) {
 				t.Error("Close left a listener open")
 			}
 		}
-		a.conn.Close()
-		b.conn.Close()
+		a.close()
+		b.close()
 	})
 }
 
@@ -2401,11 +2397,11 @@ func TestCounts(t *testing.T) {
 		check(3, 0)
 		a.hangUp()
 		check(2, 1)
-		b.conn.Close()
+		b.close()
 		check(1, 2)
 		c.send("Quit\n")
 		c.wantClosed()
-		c.conn.Close()
+		c.close()
 		check(0, 3)
 		n.dial(t).hangUp()
 		check(0, 4)
@@ -2428,7 +2424,7 @@ func TestCloseInEveryState(t *testing.T) {
 		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) },
 			2 * busyTime},
 		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
-		{"gone", func(a *testClient) { a.conn.Close() }, 0},
+		{"gone", func(a *testClient) { a.close() }, 0},
 		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
 		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
 		{"not reading, ack", func(a *testClient) {
@@ -2461,7 +2457,7 @@ func TestCloseInEveryState(t *testing.T) {
 						t.Errorf("Close took %v, want at most %v", took, s.most+busyTime)
 					}
 					b.wantClosed()
-					a.conn.Close()
+					a.close()
 					pass(busyTime) // for whoever still sends to notice
 				})
 			})
@@ -2783,7 +2779,7 @@ func TestMaxClients(t *testing.T) {
 			c := n.dial(t)
 			c.want(":ERROR line 0: server is full (2 clients)")
 			c.wantClosed()
-			c.conn.Close()
+			c.close()
 		}
 		if got := n.server.CountActive(); got != 2 {
 			t.Errorf("%d clients, want 2", got)
@@ -2795,7 +2791,7 @@ func TestMaxClients(t *testing.T) {
 		c.ask("Ping", ":PONG")
 		pass(time.Minute)
 		for range maxTurnedAway { // and none of them goes on
-			n.dial(t)
+			defer n.dial(t).close()
 		}
 		d := n.dial(t)
 		d.want(":ERROR line 0: server is full (2 clients)")
@@ -2856,7 +2852,6 @@ func TestTurnsOfLongRequests(t *testing.T) {
 			c.want(fmt.Sprintf("k%d:%d", i, updates-1), ":PONG")
 			c.hangUp()
 		}
-		victim.hangUp()
 	})
 }
 
@@ -2951,7 +2946,6 @@ func TestTurnsOfLightClients(t *testing.T) {
 			}
 			stop.Store(true)
 			all.Wait()
-			victim.hangUp()
 		})
 	}
 }
@@ -3017,7 +3011,6 @@ func TestStoreOfAnyKind(t *testing.T) {
 					t.Errorf("Stats says %q of a store that cannot know", line)
 				}
 			}
-			b.hangUp()
 		})
 	}
 }
@@ -3221,7 +3214,6 @@ func TestExpireTellsWholeSeconds(t *testing.T) {
 		a.ask("Expire:k", ": 1", ":OK 1")
 		pass(time.Second - 2*time.Millisecond)
 		a.ask("Expire:k", ": 1", ":OK 1")
-		a.hangUp()
 	})
 }
 
@@ -3242,7 +3234,6 @@ func TestExpireUnasked(t *testing.T) {
 		}
 		pass(5 * time.Minute)
 		a.ask("Keys", ": stays", ":OK 1")
-		a.hangUp()
 	})
 }
 
@@ -3265,7 +3256,6 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		by(4 * time.Hour)
 		pass(2 * expireTime)
 		a.ask("Keys", ":OK 0")
-		a.hangUp()
 	})
 }
 
@@ -3359,7 +3349,6 @@ func TestExpireManyAtOnce(t *testing.T) {
 		if turns < 10 {
 			t.Errorf("%d keys went in %d turns", many, turns)
 		}
-		a.hangUp()
 	})
 }
 
@@ -3397,7 +3386,7 @@ func TestExpireIsCommitted(t *testing.T) {
 		if line := <-got; line != ":PONG" {
 			t.Errorf("got %q", line)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -3421,7 +3410,6 @@ func TestExpireOnAFullDisk(t *testing.T) {
 			t.Error("the key is there still")
 		}
 		a.ask("Get:k\nPing", ":PONG")
-		a.hangUp()
 	})
 }
 
@@ -3474,9 +3462,6 @@ func TestTakeWaitsInLine(t *testing.T) {
 		}
 		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h",
 			":OK 1")
-		for _, c := range append(clients, giver) {
-			c.hangUp()
-		}
 	})
 }
 
@@ -3508,8 +3493,6 @@ func TestTakeWaitsItsTime(t *testing.T) {
 		if n := b.stat("waiting_takes"); n != 0 {
 			t.Errorf("%d Takes wait", n)
 		}
-		a.hangUp()
-		b.hangUp()
 	})
 }
 
@@ -3567,8 +3550,6 @@ func TestTakeNeedsRoom(t *testing.T) {
 		if store.frees != before+1 {
 			t.Errorf("room is asked for %d times more, want once", store.frees-before)
 		}
-		a.hangUp()
-		b.hangUp()
 	})
 }
 
@@ -3576,17 +3557,17 @@ func TestTakeNeedsRoom(t *testing.T) {
 // that has only closed its side is not.
 func TestTakeOfClientsThatGo(t *testing.T) {
 	for what, end := range map[string]func(c *testClient){
-		"breaks": func(c *testClient) { c.conn.(*world.Conn).BreakOff() },
+		"breaks": func(c *testClient) { c.breakOff() },
 		"breaks behind a half-close": func(c *testClient) {
 			c.conn.CloseWrite()
 			pass(time.Second)
-			c.conn.(*world.Conn).BreakOff()
+			c.breakOff()
 			pass(probeTime)
 		},
 		"breaks with a request behind it": func(c *testClient) {
 			c.send("Put:late:v\nPing\n")
 			pass(time.Second)
-			c.conn.(*world.Conn).BreakOff()
+			c.breakOff()
 			pass(probeTime)
 		},
 		"waits too long": func(c *testClient) { pass(time.Minute) },
@@ -3606,8 +3587,7 @@ func TestTakeOfClientsThatGo(t *testing.T) {
 			c.ask("Put:k:v\nCount:k", ":OK 0")
 			b.want("k:v")
 			b.wantClosed()
-			a.conn.Close()
-			c.hangUp()
+			a.close()
 		})
 	}
 }
@@ -3628,16 +3608,13 @@ func TestTakeThatComesLate(t *testing.T) {
 		e.send("Take:none:1\n")
 		e.conn.CloseWrite()
 		pass(time.Second)
-		b.conn.(*world.Conn).BreakOff()
+		b.breakOff()
 		a.want("k:1")
 		e.want(":OK 0")
 		e.wantClosed()
 		d.ask("Get:k\nPing", "k:2", ":PONG")
 		c.want(":PONG")
-		b.conn.Close()
-		for _, x := range []*testClient{a, c, d} {
-			x.hangUp()
-		}
+		b.close()
 	})
 }
 
@@ -3662,9 +3639,6 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 		b.ask("Count:l\nPut:m:v", ":OK 3")
 		c.want("m:v")
 		c.ask("hind\nTake:m\nPing", "m:behind", ":PONG")
-		c.hangUp()
-		a.hangUp()
-		b.hangUp()
 	})
 }
 
@@ -3683,8 +3657,7 @@ func TestTakeBeforeASlowLine(t *testing.T) {
 			t.Errorf("it took %v", took)
 		}
 		a.wantClosed()
-		a.conn.Close()
-		b.hangUp()
+		a.close()
 	})
 }
 
@@ -3711,8 +3684,6 @@ func TestTakeOfALateReader(t *testing.T) {
 		if jobs != "job:1job:2" {
 			t.Errorf("the slow reader was given %q", jobs)
 		}
-		slow.hangUp()
-		giver.hangUp()
 	})
 }
 
@@ -3732,8 +3703,6 @@ func TestTakeOnAFullServer(t *testing.T) {
 		db.full.Store(false)
 		b.ask("Put:k:w\nPing", ":PONG")
 		a.want("k:w", ":OK 1")
-		a.hangUp()
-		b.hangUp()
 	})
 }
 
@@ -3877,7 +3846,7 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 		}
 		for i, a := range clients {
 			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
-			a.conn.Close()
+			a.close()
 		}
 	})
 }
@@ -4069,7 +4038,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					got := map[string]int{}
 					for _, c := range clients {
 						got[c.read()]++
-						c.conn.Close()
+						c.close()
 					}
 					n.server.budget.inputs.Add(-others)
 					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
@@ -4118,7 +4087,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 		}
 		a.hangUp()
 		for _, c := range mute {
-			c.conn.Close()
+			c.close()
 		}
 	})
 }
@@ -4161,13 +4130,12 @@ func TestMaxQueues(t *testing.T) {
 					t.Errorf("a slow reader got %d replies, want some", got)
 				}
 			}
-			c.conn.Close()
+			c.close()
 		}
 		synctest.Wait()
 		if queued := honest.stat("queued_bytes"); queued != 0 {
 			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
 		}
-		honest.hangUp()
 	})
 	if got := strings.Count(log.String(), "(-max-queues)"); got == 0 || got > 5 {
 		t.Errorf("%d clients were cut, says the log, want some of 5:\n%s", got, &log)
@@ -4196,9 +4164,8 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
 		}
 		for _, c := range mute {
-			c.conn.Close()
+			c.close()
 		}
-		writer.hangUp()
 	})
 }
 
@@ -4216,25 +4183,24 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		synctest.Wait()
 		c := n.dial(t)
 		c.want(":ERROR line 0: server is full (3 clients)")
-		c.conn.Close()
+		c.close()
 		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
 		pass(tickTime) // not yet slow, so hardly anything is queued
 		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
 			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
 		}
-		a.conn.Close()
+		a.close()
 		synctest.Wait()
 		go b.sendSome("Dump\n")
 		pass(seenSlow)
 		if got := watch.stat("queued_bytes"); got < keys*stringSize {
 			t.Errorf("a Dump of %d keys counts as %d bytes", keys, got)
 		}
-		b.conn.Close()
+		b.close()
 		pass(2 * seenSlow)
 		if got := watch.stat("queued_bytes"); got != 0 {
 			t.Errorf("in the end %d bytes are queued, want 0", got)
 		}
-		watch.hangUp()
 	})
 }
 
@@ -4253,7 +4219,6 @@ func TestMemoryOfALastRequest(t *testing.T) {
 		if list.Value() != nil {
 			t.Error("the list of the last Get is still in memory")
 		}
-		a.hangUp()
 	})
 }
 
@@ -4283,9 +4248,6 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
 					burst, more)
 			}
-		}
-		for _, a := range clients {
-			a.hangUp()
 		}
 	})
 }
@@ -4327,7 +4289,6 @@ func TestMemoryOfABusyClient(t *testing.T) {
 		if more := heapBytes() - before; more > 10*testMaxLine {
 			t.Errorf("a busy client holds %d bytes", more)
 		}
-		a.hangUp()
 	})
 }
 
@@ -4348,7 +4309,7 @@ func TestMemoryOfATrickle(t *testing.T) {
 		if got := n.inputs(); got > 2*quietSize {
 			t.Errorf("a client that sends a byte now and then has %d bytes for it", got)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -4368,9 +4329,6 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 		}
 		a.send("\n")
 		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
-		for _, c := range []*testClient{a, b} {
-			c.hangUp()
-		}
 	})
 }
 
@@ -4493,7 +4451,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	a := newTestClient(t, conn)
 	a.sendAll("Get:k\n")
 	if got := a.readAll(); got != "k:v\n" {
 		t.Errorf("after a half-close: %q", got)
@@ -4501,7 +4459,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	if conn, err = net.Dial("unix", path); err != nil {
 		t.Fatal(err)
 	}
-	hello := &testClient{t, conn.(*net.UnixConn), bufio.NewReader(conn)}
+	hello := newTestClient(t, conn)
 	hello.send("\x16\x03\x01\nPut:k:w\n")
 	hello.want(":ERROR line 1: this port speaks no TLS")
 
@@ -4570,7 +4528,6 @@ func TestStats(t *testing.T) {
 		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
 		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
 		wantAll()
-		a.hangUp()
 	})
 }
 
@@ -4584,7 +4541,6 @@ func TestStatsOfRefusedLines(t *testing.T) {
 		if refused := a.stat("refused_requests_total"); refused != 2 {
 			t.Errorf("%d lines are counted as refused, want 2", refused)
 		}
-		a.hangUp()
 	})
 }
 
@@ -4641,7 +4597,6 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 				t.Errorf("%s is a %s", m[1], m[2])
 			}
 		}
-		a.hangUp()
 	})
 }
 
@@ -4743,7 +4698,6 @@ func TestWatchAStalledStore(t *testing.T) {
 			t.Errorf("/livez answers %d after %v, want 200 at once", code, took)
 		}
 		close(store.gate)
-		a.hangUp()
 	})
 	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
 		t.Errorf("before Start /healthz answers %d", code)
@@ -5005,7 +4959,6 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
 					}
 					a.ask("Ping", ":PONG")
-					a.hangUp()
 				})
 			}
 		}
@@ -5019,7 +4972,6 @@ func TestInputLineBehindAKeys(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Get:none\nKeys\nnone", ":OK 0",
 			`:ERROR line 3: unknown request "none"; Help lists the requests`)
-		a.hangUp()
 	})
 }
 
@@ -5053,7 +5005,7 @@ func TestSlowLine(t *testing.T) {
 				t.Errorf("%s: cut after %v, want %v", what, took, lineTime)
 			}
 			a.wantClosed()
-			a.conn.Close()
+			a.close()
 			<-done
 		})
 	}
@@ -5068,7 +5020,6 @@ func TestSlowLineAfterSkippedOne(t *testing.T) {
 		a.sendSome("\nPing:")
 		pass(lineTime - 5*time.Second)
 		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
-		a.hangUp()
 	})
 }
 
@@ -5081,7 +5032,7 @@ func TestSlowLineIsAnsweredOnce(t *testing.T) {
 		if rest := a.readAll(); rest != "" {
 			t.Errorf("then came %q", rest)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -5099,7 +5050,7 @@ func TestSlowLineEndsInTime(t *testing.T) {
 		if took := time.Since(start); took != 1 {
 			t.Errorf("cut %v after %v", took, lineTime-1)
 		}
-		a.conn.Close()
+		a.close()
 	})
 }
 
@@ -5121,7 +5072,6 @@ func TestSlowLineBehindReplies(t *testing.T) {
 			}
 			a.send("\n")
 			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
-			a.hangUp()
 		})
 	}
 }
@@ -5178,8 +5128,6 @@ func TestDumpIsOneMoment(t *testing.T) {
 		if len(lists) != purses {
 			t.Errorf("%d keys, want %d", len(lists), purses)
 		}
-		a.hangUp()
-		b.hangUp()
 	})
 }
 
@@ -5210,7 +5158,7 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 		}
 		a.hangUp()
 		for _, c := range idle {
-			c.conn.Close()
+			c.close()
 		}
 		synctest.Wait()
 		if used := len(n.server.snapshots.slots); used != 0 {
@@ -5251,7 +5199,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
 					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
 				}
-				c.conn.Close()
+				c.close()
 			})
 		}
 		ended := make(chan struct{})
@@ -5270,7 +5218,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 			}
 		}
 		watch.hangUp()
-		mute.conn.Close()
+		mute.close()
 	})
 }
 
@@ -5289,7 +5237,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 			if used := len(n.server.snapshots.slots); used != 0 {
 				t.Errorf("a Keys that is not read has a snapshot")
 			}
-			c.conn.Close()
+			c.close()
 		}
 		ended := make(chan struct{})
 		var readers sync.WaitGroup
@@ -5302,7 +5250,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 					case <-time.After(time.Second / 10):
 						io.CopyN(io.Discard, c.r, 10*kilo)
 					case <-ended:
-						c.conn.Close()
+						c.close()
 						return
 					}
 				}
@@ -5321,7 +5269,6 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 		}
 		close(ended)
 		readers.Wait()
-		a.hangUp()
 	})
 }
 
@@ -5344,7 +5291,7 @@ func TestDumpIsStopped(t *testing.T) {
 					io.CopyN(io.Discard, c.conn, world.StreamSize/2)
 					<-time.After(slowAfter - tickTime)
 				}
-				c.conn.Close()
+				c.close()
 			})
 		}
 		pass(slowAfter)
@@ -5357,7 +5304,6 @@ func TestDumpIsStopped(t *testing.T) {
 		}
 		close(ended)
 		readers.Wait()
-		a.hangUp()
 	})
 }
 
@@ -5370,11 +5316,11 @@ func TestDumpToNobody(t *testing.T) {
 		for _, request := range []string{"Dump\n", "Keys\n"} {
 			a := n.dial(t)
 			a.send(request)
-			a.conn.Close()
+			a.close()
 			b := n.dial(t)
 			b.send(request)
 			b.read()
-			b.conn.Close()
+			b.close()
 		}
 		synctest.Wait()
 		if got := n.server.CountActive(); got != 0 {
@@ -5391,7 +5337,6 @@ func TestDumpOfAStoreThatCannotList(t *testing.T) {
 		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
 		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
 		a.ask("Ping", ":PONG")
-		a.hangUp()
 	})
 }
 
@@ -5532,7 +5477,6 @@ func TestOutboxReplyLargerThanTheQueue(t *testing.T) {
 			a.want("k:" + value)
 		}
 		a.ask("Ping", ":PONG")
-		a.hangUp()
 	})
 }
 
@@ -5550,7 +5494,6 @@ func TestOutboxRoomIsForWholeReplies(t *testing.T) {
 			a.want("big:" + value)
 		}
 		a.want("small:s", ":PONG dropped 1")
-		a.hangUp()
 	})
 }
 
@@ -5569,13 +5512,12 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 		if queued := other.stat("queued_bytes"); queued > 5<<18 {
 			t.Errorf("%d bytes are queued", queued)
 		}
-		a.conn.Close()
-		b.conn.Close()
+		a.close()
+		b.close()
 		synctest.Wait()
 		if queued := other.stat("queued_bytes"); queued != 0 {
 			t.Errorf("%d bytes are queued for nobody", queued)
 		}
-		other.hangUp()
 	})
 }
 
@@ -5755,8 +5697,6 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			t.Errorf("Stats counted %d dropped replies, want %d", dropped, owed-delivered)
 		}
 		slow.ask("Get:after", "after:1")
-		slow.hangUp()
-		other.hangUp()
 	})
 }
 
@@ -5799,8 +5739,6 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
 					delivered, most)
 			}
-			slow.hangUp()
-			other.hangUp()
 		})
 	}
 }
@@ -5821,7 +5759,6 @@ func TestSlowReaderRecovers(t *testing.T) {
 		if delivered := a.count("list:"); delivered != 300*30 {
 			t.Errorf("reading at once, %d lines were delivered, want all %d", delivered, 300*30)
 		}
-		a.hangUp()
 	})
 }
 
@@ -6014,7 +5951,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 			}
 		}
 		for _, c := range all {
-			c.conn.Close()
+			c.close()
 		}
 	})
 }
@@ -6049,8 +5986,7 @@ func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
 				gets+2); rest != want || dropped == 0 {
 				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
 			}
-			a.conn.Close()
-			other.hangUp()
+			a.close()
 		})
 	}
 }
@@ -6071,8 +6007,6 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped,
 				gets+1)
 		}
-		a.hangUp()
-		other.hangUp()
 	})
 }
 
@@ -6090,7 +6024,6 @@ func TestSlowReaderLosesErrors(t *testing.T) {
 			lines++
 		}
 		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
-		a.hangUp()
 	})
 }
 
@@ -6115,8 +6048,6 @@ func TestSlowReaderWithAck(t *testing.T) {
 		}
 		a.want(":OK 1")
 		a.ask("Ping", ":PONG")
-		a.hangUp()
-		other.hangUp()
 	})
 }
 
@@ -6138,7 +6069,6 @@ func TestSteadyReaderLosesNothing(t *testing.T) {
 				}
 			}
 			a.ask("Ping", ":PONG")
-			a.hangUp()
 		})
 	}
 }
@@ -6228,7 +6158,6 @@ func TestSteadyReaderBesideLateTicks(t *testing.T) {
 			}
 		}
 		a.want(":PONG")
-		a.hangUp()
 	})
 }
 
@@ -6256,7 +6185,6 @@ func TestSteadyReaderPipelines(t *testing.T) {
 			}
 		}
 		a.ask("Ping", ":PONG")
-		a.hangUp()
 	})
 }
 
@@ -6279,6 +6207,7 @@ func TestEndByQuit(t *testing.T) {
 		if _, err := a.conn.Write([]byte("x")); err == nil {
 			t.Errorf("the connection is open %v after Quit", drainTime)
 		}
+		a.close()
 		if got := n.server.CountActive(); got != 0 {
 			t.Errorf("%d clients, want 0", got)
 		}
@@ -6310,7 +6239,7 @@ func TestEndByVanishing(t *testing.T) {
 			a, b := n.dial(t), n.dial(t)
 			go b.sendSome(send)
 			synctest.Wait()
-			b.conn.Close()
+			b.close()
 			synctest.Wait()
 			if send == "Quit\n" {
 				pass(drainTime)
@@ -6319,7 +6248,6 @@ func TestEndByVanishing(t *testing.T) {
 				t.Errorf("after %.20q and Close: %d clients, want 1", send, got)
 			}
 			a.ask("Ping", ":PONG")
-			a.hangUp()
 		})
 	}
 }
@@ -6395,8 +6323,8 @@ func TestWriteTimeout(t *testing.T) {
 		if got := n.server.CountActive(); got != 1 {
 			t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
 		}
-		a.conn.Close()
-		b.conn.Close()
+		a.close()
+		b.close()
 	})
 }
 
@@ -7134,13 +7062,19 @@ const testMaxMessage = 8 << 10
 
 const kilo = 1000
 
-// inBubble runs test in fake time against an empty server on a fake network.
+// inBubble runs test in fake time against an empty server on a fake network. The clients that are
+// left in the end hang up, and must not have been sent more than they have read.
 func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		n := newFakeNet()
 		defer n.server.Close()
 		test(t, n)
+		for _, c := range n.clients {
+			if !c.gone {
+				c.hangUp()
+			}
+		}
 	})
 }
 
@@ -7153,7 +7087,9 @@ func pass(d time.Duration) {
 // fakeNet is a network of one server: a listener, and dial to reach it.
 type fakeNet struct {
 	*world.Listener
-	server *keyValueServer
+	server  *keyValueServer
+	mu      sync.Mutex
+	clients []*testClient // that have dialed; guarded by mu
 
 	wrap func(net.Conn) net.Conn // makes the server's side of a connection
 	// called by the server's connections when a read deadline in the future is set
@@ -7194,7 +7130,12 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	} else {
 		n.Connect(theirs)
 	}
-	return &testClient{t, ours, bufio.NewReader(ours)}
+
+	c := newTestClient(t, ours)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.clients = append(n.clients, c)
+	return c
 }
 
 func newFakeNet() *fakeNet {
@@ -7209,6 +7150,23 @@ type testClient struct {
 	t    testing.TB
 	conn world.HalfConn
 	r    *bufio.Reader
+	gone bool // it has ended the connection
+}
+
+func newTestClient(t testing.TB, conn net.Conn) *testClient {
+	return &testClient{t: t, conn: conn.(world.HalfConn), r: bufio.NewReader(conn)}
+}
+
+// close ends the connection, whatever has not been read.
+func (c *testClient) close() {
+	c.gone = true
+	c.conn.Close()
+}
+
+// breakOff breaks the connection off, as a network does.
+func (c *testClient) breakOff() {
+	c.gone = true
+	c.conn.(*world.Conn).BreakOff()
 }
 
 // send sends text.
@@ -7322,7 +7280,7 @@ func (c *testClient) hangUp() {
 	c.t.Helper()
 	c.conn.CloseWrite()
 	c.wantClosed()
-	c.conn.Close()
+	c.close()
 }
 
 // dialTCP connects to a real port. Its deadline only ends a test that has
@@ -7335,7 +7293,7 @@ func dialTCP(t testing.TB, addr string) *testClient {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(time.Minute))
-	return &testClient{t, conn.(*net.TCPConn), bufio.NewReader(conn)}
+	return newTestClient(t, conn)
 }
 
 // serveTCP serves an empty store on a real port until the test ends.
@@ -7497,7 +7455,7 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	c := n.dial(t)
 	good, err = talk(&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
 		errs: &e})
-	c.conn.Close()
+	c.close()
 	return o.String(), e.String(), good, err
 }
 
