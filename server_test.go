@@ -2642,7 +2642,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		a.send("Take:k:60\n")
 		b.send("Ack\nTake:k:60\n")
 		b.conn.CloseWrite()
-		c.send("Ack\nTake:k:60\nPut:k:v\nPing\n")
+		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // for k another might be waiting still
 		synctest.Wait()
 		start := time.Now()
 		n.server.Close()
