@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -41,8 +42,6 @@ type pieceFile struct {
 	tail   []byte // what the last, small pieces hold
 	tails  int    // how many they are
 	before []byte // the key of the piece before them; nil: there is none
-	packed bytes.Buffer
-	packer *flate.Writer // to packed; nil: not needed yet
 
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
@@ -411,7 +410,7 @@ func (f *pieceFile) put(b []byte) error {
 		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count)))
 	}
 
-	began, packed := time.Now(), f.pack(data)
+	began, packed := time.Now(), pack(data)
 	if err := f.add(p, packed, before, ops...); err != nil {
 		return err
 	}
@@ -468,26 +467,30 @@ func (f *pieceFile) cut(size int64) error {
 	return nil
 }
 
+// packers are for whoever compresses next: each is large, and no file needs one for itself.
+var packers = sync.Pool{New: func() any {
+	packer, _ := flate.NewWriter(nil, flate.BestSpeed)
+	return packer
+}}
+
 // pack returns b, or the same compressed if that is smaller: base64, and the members' copies
 // and logs, make each byte dear.
-func (f *pieceFile) pack(b []byte) []byte {
+func pack(b []byte) []byte {
 	if len(b) < packLeast {
 		return b
 	}
 
-	// A packer is large, and a file that is only read needs none.
-	if f.packer == nil {
-		f.packer, _ = flate.NewWriter(&f.packed, flate.BestSpeed)
-	}
+	packer := packers.Get().(*flate.Writer)
+	defer packers.Put(packer)
+	var packed bytes.Buffer
+	packer.Reset(&packed)
+	packer.Write(b)
 
-	f.packed.Reset()
-	f.packer.Reset(&f.packed)
-	f.packer.Write(b)
 	// Bytes that do not shrink are sent as they are: unpack sees it by their size.
-	if f.packer.Close(); f.packed.Len() >= len(b) {
+	if packer.Close(); packed.Len() >= len(b) {
 		return b
 	}
-	return f.packed.Bytes()
+	return packed.Bytes()
 }
 
 // unpack is the inverse. What is none of ours is no piece of that size.
