@@ -74,7 +74,7 @@ func (c *etcdCluster) startMember(i int) {
 		"--listen-client-urls", "http://"+c.client(i), "--advertise-client-urls", "http://"+c.client(i),
 		"--listen-peer-urls", c.peer(i), "--initial-advertise-peer-urls", c.peer(i),
 		"--initial-cluster", strings.Join(all, ","), "--initial-cluster-state", "new",
-		"--quota-backend-bytes", fmt.Sprint(128<<20), "--snapshot-count", "1000")
+		"--quota-backend-bytes", fmt.Sprint(64<<20), "--snapshot-count", "1000")
 	if err := c.members[i].Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -430,9 +430,9 @@ func TestEtcdCluster(t *testing.T) {
 			c.settle()
 			c.startServer(i)
 		}},
-		{"the server stands still for 20 s", func() {
+		{"the server stands still for 12 s", func() {
 			i := c.active()
-			pause(20*time.Second, c.servers[i])
+			pause(12*time.Second, c.servers[i])
 			c.settle()
 			c.startServer(i)
 		}},
@@ -452,9 +452,9 @@ func TestEtcdCluster(t *testing.T) {
 		}},
 		{"the leader stands still for 8 s", func() { pause(8*time.Second, c.members[c.leader()]) }},
 		{"all members stand still for 3 s", func() { pause(3*time.Second, c.members[:]...) }},
-		{"all members stand still for 15 s", func() {
+		{"all members stand still for 12 s", func() {
 			i := c.active()
-			pause(15*time.Second, c.members[:]...)
+			pause(12*time.Second, c.members[:]...)
 			c.startServer(i) // it has ended; the one that stands by has not
 		}},
 		{"all members are killed and started again", func() { c.killMembers(func() {}) }},
@@ -519,9 +519,9 @@ func send(signal string, which ...*exec.Cmd) {
 	}
 }
 
-// settle waits until writes have been answered for two seconds.
+// settle waits until writes have been answered for a second.
 func (c *etcdCluster) settle() {
-	for good := 0; good < 8; good++ {
+	for good := 0; good < 4; good++ {
 		c.mu.Lock()
 		before := len(c.acked)
 		c.mu.Unlock()
