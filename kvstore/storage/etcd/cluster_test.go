@@ -452,9 +452,9 @@ func TestEtcdCluster(t *testing.T) {
 		}},
 		{"the leader stands still for 8 s", func() { pause(8*time.Second, c.members[c.leader()]) }},
 		{"all members stand still for 3 s", func() { pause(3*time.Second, c.members[:]...) }},
-		{"all members stand still for 12 s", func() {
+		{"all members stand still for 15 s", func() {
 			i := c.active()
-			pause(12*time.Second, c.members[:]...)
+			pause(15*time.Second, c.members[:]...)
 			c.startServer(i) // it has ended; the one that stands by has not
 		}},
 		{"all members are killed and started again", func() { c.killMembers(func() {}) }},

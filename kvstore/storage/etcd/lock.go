@@ -52,10 +52,11 @@ type clusterLock struct {
 	missed    atomic.Int64              // how often something of ours was not in etcd
 	mended    atomic.Int64              // for how many of these it is known that nothing is gone now
 	// beat to Held: look again. One slot, for only the latest counts
-	beaten chan struct{}
-	stop   chan struct{} // closed by Close
-	ended  chan struct{} // closed by beat
-	silent bool          // a sign of life has not arrived since one did; beat's
+	beaten  chan struct{}
+	beating context.Context // until Close, or until the lock is lost: ended by stop
+	stop    context.CancelFunc
+	ended   chan struct{} // closed by beat
+	silent  bool          // a sign of life has not arrived since one did; beat's
 }
 
 // isOurs is what every transaction compares.
@@ -305,7 +306,7 @@ func (d *directory) newLock() *clusterLock {
 	host, _ := os.Hostname()
 	owner := holder{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host),
 		Token: rand.Text()}
-	return &clusterLock{d: d, owner: owner, beaten: make(chan struct{}, 1), stop: make(chan struct{}),
+	return &clusterLock{d: d, owner: owner, beaten: make(chan struct{}, 1),
 		ended: make(chan struct{})}
 }
 
@@ -336,6 +337,7 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 
 	// From here on the lock ends with its own context, and not with the caller's.
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
+	l.beating, l.stop = context.WithCancel(l.ctx)
 	return true, nil
 }
 
@@ -402,100 +404,68 @@ func (l *clusterLock) Look() error {
 	return context.Cause(l.ctx)
 }
 
-// sign is what became of a sign of life.
-type sign struct {
-	sent   time.Time
-	answer response
-	isFull bool // etcd refuses all that writes
-	err    error
-}
-
-// beat shows a sign of life every beatTime, whether the one before was answered or not, until the
-// lock is lost or given back. One goroutine for a lock.
+// beat shows a sign of life every beatTime, until the lock is lost or given back. One goroutine for
+// a lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)
-
-	// Signs come late, or not at all: nobody waits here for one before the next is sent.
-	signs := make(chan sign)
-	for due := time.After(0); ; {
-		select {
-		case <-due:
-			due = time.After(beatTime)
-			go l.show(signs)
-		case s := <-signs:
-			if !l.note(s) {
-				// It did not arrive, so the next one does not wait for beatTime.
-				due = time.After(pauseTime)
-			}
-		case <-l.ctx.Done():
-			return
-		case <-l.stop:
-			return
+	for l.beating.Err() == nil {
+		// After one that does not arrive the next does not wait for beatTime.
+		sent, pause := time.Now(), pauseTime
+		if l.show(sent) {
+			pause = time.Until(sent.Add(beatTime))
 		}
+		wait(l.beating, pause)
 	}
 }
 
-// show shows one sign of life. It is a goroutine of beat's, and ends when that was answered, or
-// with the lock.
-func (l *clusterLock) show(signs chan<- sign) {
-	s := sign{sent: time.Now()}
-
+// show shows one sign of life, and tells whether it has arrived.
+func (l *clusterLock) show(sent time.Time) bool {
 	t := transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), l.value)},
 		Failure: []operation{readKey(l.d.key("lock"))},
 	}
 
-	s.answer, s.err = l.d.client.try(l.ctx, "kv/txn", t)
-	if s.isFull = errors.Is(s.err, syscall.ENOSPC); s.isFull {
+	answer, err := l.d.client.try(l.beating, "kv/txn", t)
+	isFull := errors.Is(err, syscall.ENOSPC)
+	if isFull {
 		// Then nobody can take the lock: that it is ours is as good.
 		t.Success = nil
-		s.answer, s.err = l.d.client.try(l.ctx, "kv/txn", t)
+		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// beat takes the sign, unless it has ended.
-	select {
-	case signs <- s:
-	case <-l.ended:
-	}
-}
-
-// note takes down what became of a sign of life, and tells whether it has arrived.
-func (l *clusterLock) note(s sign) bool {
-	// The lock is another one, or missing: judge ends it, or retake takes it anew.
-	if s.err == nil && !s.answer.Succeeded {
-		l.judge(s.answer.read(0).KVs)
-		err := l.retake(l.ctx)
-		if err != nil && time.Since(*l.confirmed.Load()) >= patienceTime {
+	// By the clock that nobody sets, and not before a sign that was sent then has failed, too.
+	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
+	case l.beating.Err() != nil: // nobody wants to know any more
+	case err == nil && answer.Succeeded:
+		l.d.client.noteFull(isFull)
+		l.confirm(sent, answer)
+		l.silent = false
+		return true
+	case err == nil:
+		// The lock is another one, or missing: judge ends it, or retake takes it anew.
+		l.judge(answer.read(0).KVs)
+		if err := l.retake(l.beating); err != nil && isLate {
 			l.lost(err) // else the next sign of life will fail, too
 		}
-		return false
-	}
-
-	switch {
-	case s.err == nil:
-		l.d.client.noteFull(s.isFull)
-		l.confirm(s.sent, s.answer)
-		l.silent = false
-	case time.Since(*l.confirmed.Load()) >= patienceTime: // by the clock that nobody sets
-		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, s.err))
-	case errors.Is(s.err, ErrUnreachable):
+	case isLate:
+		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
+	case errors.Is(err, ErrUnreachable):
 		if !l.silent {
 			l.silent = true
-			l.d.log.Warn("etcd does not answer, trying again", "error", s.err, "until", patienceTime)
+			l.d.log.Warn("etcd does not answer, trying again", "error", err, "until", patienceTime)
 		}
-	case errors.Is(s.err, ErrOther):
-		l.miss(s.err)
+	case errors.Is(err, ErrOther):
+		l.miss(err)
 	default:
-		l.lost(s.err)
+		l.lost(err)
 	}
-
-	return s.err == nil
+	return false
 }
 
 // Close gives the lock back, if it is not lost: then another one can have it at once.
 func (l *clusterLock) Close() error {
-	close(l.stop)
+	l.stop()
 	<-l.ended
 	if l.ctx.Err() == nil {
 		l.release()
