@@ -201,21 +201,16 @@ func (d *directory) get(r keyRange, size int) ([]keyValue, error) {
 
 // each calls do with the keys, without their values, from one on that is before end.
 func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
-	for limit := keysMost; ; {
-		kvs, err := d.get(keyRange{Key: from, End: end, Limit: limit, KeysOnly: true}, limit*keySize)
-		if err == errSmaller {
-			// The answer was too large or too slow.
-			limit /= 2
-			continue
-		}
-
+	for {
+		kvs, err := d.get(keyRange{Key: from, End: end, Limit: keysMost, KeysOnly: true},
+			-keysMost*keySize)
 		if err == nil && len(kvs) > 0 {
 			from = append(slices.Clone(kvs[len(kvs)-1].Key), 0)
 			err = do(kvs)
 		}
 
 		// A page that is not full is the last one.
-		if err != nil || len(kvs) < limit {
+		if err != nil || len(kvs) < keysMost {
 			return err
 		}
 	}

@@ -45,8 +45,7 @@ type pieceFile struct {
 
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
-	next  int               // the number of the piece behind them
-	ahead int64             // how many bytes to ask for, if reading goes straight on
+	ahead int64             // how many bytes to ask for next
 }
 
 // extent is what there is of a file.
@@ -234,21 +233,16 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 		return data, nil
 	}
 
-	// Reading goes straight on if this piece stands right behind the last page.
-	isNext := p.number == f.next
-	for f.ahead = max(f.ahead, pageFirst); ; {
-		if err := f.fetchPage(i); err == errSmaller {
-			f.ahead /= 2
-		} else if err != nil {
-			return nil, err
-		} else {
-			break
-		}
+	// Files are read from end to end, so each page is larger than the one before, while the link
+	// can do it.
+	f.ahead = min(max(2*f.ahead, pageFirst), pageMost)
+	err := f.fetchPage(i)
+	for err == errSmaller {
+		f.ahead /= 2
+		err = f.fetchPage(i)
 	}
-
-	// A larger page is worth its time only to somebody who reads straight on.
-	if isNext {
-		f.ahead = min(2*f.ahead, pageMost)
+	if err != nil {
+		return nil, err
 	}
 	if data := f.page[string(f.key(p))]; data != nil {
 		return data, nil
@@ -290,7 +284,7 @@ func (f *pieceFile) fetchPage(i int) error {
 
 	// Keep what is whole. A value that does not unpack to the size in its key is left out, as
 	// if etcd did not have it.
-	f.page, f.next = map[string][]byte{}, to.number+1
+	f.page = map[string][]byte{}
 	for _, kv := range kvs {
 		text := string(kv.Key[max(0, len(kv.Key)-6):])
 		var size int64
