@@ -272,7 +272,7 @@ func (d *directory) beginSteps() error {
 }
 
 // change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
-// "" takes a name away, and what has no name any more loses its pieces. The caller has turn.
+// "" takes a name away, and a file without a name is no more. The caller has turn.
 func (d *directory) change(ids map[string]string) error {
 	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
@@ -302,20 +302,25 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// Without any name all pieces go with the last one: pieces alone are taken for damage (begin).
-	if len(names) == 0 {
-		ops = append(ops, operation{Delete: d.all("d/")})
+	// What has no name any more loses its pieces in the same step.
+	clear, pieces, err := d.clear(without)
+	if err == nil {
+		err = d.do(0, append(ops, clear...), compare...)
 	}
-
-	if err := d.do(0, ops, compare...); err != nil {
+	if err != nil {
 		return err
 	}
 
 	// The change is durable in etcd: take it down. A name that was given anew, or taken away,
 	// is no longer lost.
 	d.step++
-	if len(names) == 0 {
-		d.pieces.Store(0)
+	d.pieces.Add(-pieces)
+	for _, id := range without {
+		if f := d.files[id]; f != nil {
+			f.isDead.Store(true)
+			d.client.garbage.Add(f.size)
+		}
+		delete(d.files, id)
 	}
 	for name, id := range ids {
 		delete(d.lost, name)
@@ -324,9 +329,7 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 	d.setNames(names)
-
-	// If we die here, the pieces are removed by the Sync of the next holder.
-	return d.drop(without)
+	return nil
 }
 
 // nameless returns the ids that have a name before, and none after.
@@ -340,31 +343,19 @@ func nameless(before, after map[string]string) (ids []string) {
 	return ids
 }
 
-// drop forgets files that have no name, and removes their pieces. The caller has turn, and theirs.
-func (d *directory) drop(ids []string) error {
+// clear returns what removes the pieces of files, and how many these are. Nobody may write to them.
+func (d *directory) clear(ids []string) (ops []operation, pieces int64, err error) {
 	for _, id := range ids {
-		if f := d.files[id]; f != nil {
-			f.isDead.Store(true)
-			d.client.garbage.Add(f.size)
+		all := d.all("d/" + id + "/")
+		answer, err := d.call("kv/range", keyRange{Key: all.Key, End: all.End, CountOnly: true}, 0)
+		if err != nil {
+			return nil, 0, err
 		}
-		delete(d.files, id)
-		if err := d.removePieces(id); err != nil {
-			d.isSwept = false // the next sweep removes them
-			return err
-		}
+		ops = append(ops, operation{Delete: all})
+		pieces += answer.Count
 	}
-	return nil
-}
-
-// removePieces removes the pieces of a file, some at a time: a transaction stops the cluster
-// for as long as it takes.
-func (d *directory) removePieces(id string) error {
-	all := d.all("d/" + id + "/")
-	return d.each(all.Key, all.End, func(kvs []keyValue) error {
-		d.client.garbage.Add(int64(len(kvs)) * pieceExtra)
-		d.pieces.Add(-int64(len(kvs)))
-		return d.do(0, []operation{deleteKeys(all.Key, append(slices.Clone(kvs[len(kvs)-1].Key), 0))})
-	})
+	d.client.garbage.Add(pieces * pieceExtra)
+	return ops, pieces, nil
 }
 
 // begin takes down what there is, once the lock is held.
@@ -664,17 +655,12 @@ func (d *directory) mayBegin(ctx context.Context) error {
 // find returns the id of a name. The caller has turn.
 func (d *directory) find(name string) (id string, err error) {
 	// The holder of the lock knows all names. Others ask etcd each time.
-	if id = d.names[name]; d.lock == nil {
-		kvs, err := d.get(keyRange{Key: d.key("n/" + name)}, 0)
-		if err != nil {
-			return "", err
-		}
-		if len(kvs) > 0 {
-			id = string(kvs[0].Value)
-		}
+	names := d.names
+	if d.lock == nil {
+		names, _, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0))
 	}
 
-	if id == "" {
+	if id = names[name]; err == nil && id == "" {
 		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
 	}
 	return id, err
@@ -748,8 +734,8 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 	return f, f.end(), nil
 }
 
-// Sync has the first time, after a load, the pieces removed that have no name. Otherwise every
-// change of names is durable when it is done.
+// Sync has the first time, after a load, the pieces removed that have no name, as where somebody
+// has deleted names. Otherwise every change of names is durable when it is done.
 func (d *directory) Sync() error {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
@@ -758,18 +744,25 @@ func (d *directory) Sync() error {
 		return nil
 	}
 
-	// A holder that died in the middle of a change may have left pieces without a name.
 	ids, _, err := d.scan()
 	if err != nil {
 		return err
 	}
 
+	// One at a time: a transaction stops the cluster for as long as it takes.
+	named := slices.Collect(maps.Values(d.names))
 	for _, id := range ids {
-		if !slices.Contains(slices.Collect(maps.Values(d.names)), id) {
-			if err := d.removePieces(id); err != nil {
-				return err
-			}
+		if slices.Contains(named, id) {
+			continue
 		}
+		ops, pieces, err := d.clear([]string{id})
+		if err == nil {
+			err = d.do(0, ops)
+		}
+		if err != nil {
+			return err
+		}
+		d.pieces.Add(-pieces)
 	}
 
 	d.isSwept = true

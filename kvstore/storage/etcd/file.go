@@ -162,9 +162,8 @@ func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
 	// Without the lock, another process may have removed the file, or made another of its name.
 	if f.d.lock == nil {
-		var kvs []keyValue
-		kvs, err = f.d.get(keyRange{Key: f.d.key("n/" + f.name)}, 0)
-		isGone = len(kvs) == 0 || string(kvs[0].Value) != f.id
+		id, findErr := f.d.find(f.name)
+		err, isGone = findErr, id != f.id
 	}
 
 	if err == nil && isGone {
