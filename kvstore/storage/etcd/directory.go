@@ -10,6 +10,7 @@ import (
 	"kvserver/kvstore/storage"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -52,7 +53,8 @@ type directory struct {
 	step    int                   // the last change
 	names   map[string]string     // the id of each name, once the lock is held
 	files   map[string]*pieceFile // by id, those that were opened since
-	lost    map[string]bool       // names of files that etcd has not as they were left there
+	lost    map[string]bool       // names of files that etcd may not have as they were left there
+	known   int64                 // the revision before etcd was perhaps put back; 0: it was not
 	isSwept bool                  // pieces without a name were removed
 
 	stamps atomic.Pointer[map[string]storage.Stamp] // of names
@@ -311,8 +313,8 @@ func (d *directory) change(ids map[string]string) error {
 		return err
 	}
 
-	// The change is durable in etcd: take it down. A name that was given anew, or taken away,
-	// is no longer lost.
+	// The change is durable in etcd: take it down. A name that was given to another file, or taken
+	// away, is no longer lost.
 	d.step++
 	d.pieces.Add(-pieces)
 	for _, id := range without {
@@ -325,7 +327,7 @@ func (d *directory) change(ids map[string]string) error {
 	for name, id := range ids {
 		delete(d.lost, name)
 		if f := d.files[id]; f != nil {
-			f.name = name
+			f.name = name // if it is dead check finds it under that name, too
 		}
 	}
 	d.setNames(names)
@@ -394,9 +396,9 @@ func (d *directory) readStock(answer response, err error) (names map[string]stri
 	return names, answer.read(1).Count, answer.read(2).KVs, err
 }
 
-// Stamps tells which file has each name, as check has found it. One of which etcd has not all that
-// this process has left there has a new stamp each time; until each of those was removed, or made
-// anew, Held says that files are gone.
+// Stamps tells which file has each name. If check has found that something of ours is gone, all
+// files are lost: they have new stamps each time, and until each of them was removed, or made anew,
+// Held says that files are gone.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	// Nothing is gone, so there is nothing to ask etcd.
 	if !d.lock.isGone() {
@@ -404,7 +406,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	}
 
 	// The caller must not go on before it is known what is gone.
-	for !d.check(true) {
+	for !d.check() {
 		if err := wait(d.lock.ctx, pauseTime); err != nil {
 			return nil, err
 		}
@@ -427,9 +429,9 @@ func (d *directory) setNames(names map[string]string) {
 }
 
 // check looks whether etcd has all that this process has left there, and tells whether it knows:
-// not if etcd does not answer at once, or a file is being written. If something is gone, and all is
-// to be looked at, it rereads each file also where there are as many pieces as there should be.
-func (d *directory) check(all bool) (isKnown bool) {
+// not if etcd does not answer at once, or a file is being written. If not, all files are lost: what
+// is left of them is of no use, for the data is then written anew as a whole.
+func (d *directory) check() (isKnown bool) {
 	d.turn <- struct{}{}
 	defer func() { <-d.turn }()
 
@@ -447,10 +449,42 @@ func (d *directory) check(all bool) (isKnown bool) {
 		// It is another one, or missing: judge tells which.
 		d.lock.judge(lock)
 		return false
-	case isGone && all || !maps.Equal(names, d.names) || more != 0:
-		return d.compare(names, more, missed) == nil
 	}
+
+	// A piece more than were counted is of a request that has come late: it does no harm.
+	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
+	for name, id := range names {
+		f := d.files[id]
+		isLost = isLost || f != nil && f.isDead.Load() && !d.lost[name]
+	}
+	if isLost {
+		d.lose(names)
+	}
+
+	// From here on what etcd has is what it should have, and only lost files are gone.
+	d.known = 0
+	d.setNames(names)
+	d.pieces.Add(more)
+	if len(d.lost) == 0 {
+		d.lock.mended.Store(missed)
+	}
+	d.lock.look()
 	return true
+}
+
+// lose notes that all files are lost, those that etcd has and those that we know. The caller has
+// turn.
+func (d *directory) lose(names map[string]string) {
+	// Held says so before a file takes no more writes: they would stand behind a hole.
+	d.lock.missed.Add(1)
+	for _, known := range []map[string]string{names, d.names} {
+		for name := range known {
+			d.lost[name] = true
+		}
+	}
+	for _, f := range d.files {
+		f.isDead.Store(true)
+	}
 }
 
 // look asks what there is while nothing is being written, if that is so within a short time: the
@@ -477,51 +511,16 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	return names, pieces - d.pieces.Load(), lock, err
 }
 
-// compare notes which files etcd does not have as they were left there, where these are the names,
-// and there are so many pieces more than there should be, as of when so much was missed. It takes
-// what there is for what there should be from then on. The caller has turn.
-func (d *directory) compare(names map[string]string, more, missed int64) error {
-	for name, id := range d.names {
-		f := d.files[id]
-		isLost := names[name] != id
-		if f != nil {
-			f.turn <- struct{}{}
-			changed, err := f.reread()
-			<-f.turn
-			if err != nil {
-				return err
-			}
-			isLost = isLost || changed || f.isDead.Load()
-		}
-
-		// A lost file takes no more writes: they would stand behind a hole. Held says so first.
-		if isLost {
-			d.lock.missed.Add(1)
-			d.lost[name] = true
-			if f != nil {
-				f.isDead.Store(true)
-			}
-		}
-	}
-
-	// From here on what etcd has is what it should have, and only lost files are gone.
-	d.setNames(names)
-	d.pieces.Add(more)
-	if len(d.lost) == 0 {
-		d.lock.mended.Store(missed)
-	}
-	d.lock.look()
-	return nil
-}
-
 // recover goes on from what there is now, if the lock is ours still, or nobody's. The caller has
 // turn.
 func (d *directory) recover() error {
-	// The members may be another cluster now, which counts other revisions: a lock there that is
-	// not ours is somebody's.
+	// etcd may know less than before, or be another cluster now, which counts other revisions: a
+	// lock there that is not ours is somebody's.
 	l, was := d.lock, *d.client.id.Load()
+	d.known = max(d.known, d.client.revision.Load())
 	err := d.client.adopt(l.ctx)
 	if err == nil && *d.client.id.Load() != was {
+		d.known = math.MaxInt64
 		l.revision.Store(0)
 	}
 	if err == nil {

@@ -176,6 +176,11 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
 
+	// What is left of a file that was removed, or is lost, is of no use.
+	if f.isDead.Load() {
+		return 0, f.isThere()
+	}
+
 	// What is written must be in pieces first, for read knows only those.
 	if err := f.send(1); err != nil {
 		return 0, err

@@ -400,7 +400,7 @@ func (l *clusterLock) Held() error {
 // Look asks etcd whether all is there that we have left there, and then is Held but for that:
 // whether the lock is ours every change asks.
 func (l *clusterLock) Look() error {
-	l.d.check(false)
+	l.d.check()
 	return context.Cause(l.ctx)
 }
 

@@ -136,7 +136,7 @@ func (l *clusterLock) attend() {
 
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
-		l.d.check(false)
+		l.d.check()
 		c.forget(l.ctx)
 		wait(l.ctx, surveyTime)
 	}

@@ -511,55 +511,54 @@ func TestEtcdCountAfterGone(t *testing.T) {
 	})
 }
 
-// Ensure that what is found to be gone while the directory compares what there is stays gone.
+// Ensure that what is found to be gone while the directory looks what is gone stays gone, until all
+// was made anew.
 func TestEtcdGoneMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
-		files := map[string]*pieceFile{}
-		for _, name := range []string{"a", "b"} {
-			f, err := dir.Create(name)
-			if err != nil {
-				t.Fatal(err)
-			}
-			files[name], _ = f.(*pieceFile)
-			for at := int64(0); at < 3; {
-				write(t, f, &at, []byte("x"))
-			}
+		file, err := dir.Create("a")
+		_, otherErr := dir.Create("b")
+		if err := errors.Join(err, otherErr); err != nil {
+			t.Fatal(err)
+		}
+		f := file.(*pieceFile)
+		for at := int64(0); at < 3; {
+			write(t, f, &at, []byte("x"))
 		}
 		dir.lock.miss(errors.New("a test"))
-		var mu sync.Mutex
-		changed, reread := "", map[string]bool{}
+		var once sync.Once
 		w.mu.Lock()
-		w.before = func(int) {
-			if !mu.TryLock() { // it is a request of this function's own, or of nobody's concern
+		w.before = func(n int) {
+			if isOurs := len(f.turn) > 0; isOurs { // it is a request of the write below
 				return
 			}
-			defer mu.Unlock()
-			for name, f := range files {
-				first := map[string]string{"a": "b", "b": "a"}[name]
-				other := files[first]
-				if len(f.turn) == 0 || len(other.turn) > 0 { // f is not reread now
-					continue
-				}
-				if reread[name] = true; changed == "" && reread[first] {
-					changed = first
-					e.delete(string(other.last))
-					at := other.size
-					write(t, other, &at, []byte("x"))
-				}
-			}
+			once.Do(func() {
+				e.delete(string(f.last))
+				at := f.size
+				write(t, f, &at, []byte("x"))
+			})
 		}
 		w.mu.Unlock()
-		_, err := dir.Stamps()
-		mu.Lock()
-		defer mu.Unlock()
-		if err != nil || changed == "" {
-			t.Fatalf("%q is changed meanwhile: %v", changed, err)
+		was, err := dir.Stamps()
+		if err != nil {
+			t.Fatal(err)
 		}
-		if err := lock.Held(); !errors.Is(err, storage.ErrGone) {
-			t.Errorf("a piece of %s was deleted, and a write has seen that: %v", changed, err)
+		for _, name := range []string{"a", "b"} {
+			if err := lock.Held(); !errors.Is(err, storage.ErrGone) {
+				t.Errorf("before %s is made anew: %v", name, err)
+			}
+			now, err := dir.Stamps()
+			if err != nil || now[name].IsSame(was[name]) {
+				t.Errorf("%s is lost, and has the stamp that it had: %v", name, err)
+			}
+			if _, err := dir.Create(name); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := dir.Stamps(); err != nil || lock.Held() != nil {
+			t.Errorf("once all was made anew: %v, %v", err, lock.Held())
 		}
 	})
 }
