@@ -27,7 +27,8 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 				return err
 			}
 
-			// In etcd a compaction can remove what is open. Then the copy begins again.
+			// A compaction can remove a file before it is open, and in etcd also later. Then the
+			// copy begins again.
 			emptyErr := empty(out)
 			if emptyErr != nil {
 				return emptyErr
@@ -87,43 +88,6 @@ func empty(out storage.Directory) error {
 	return err
 }
 
-// openAll opens all files of a store, so that what others append, or compact away, from now on
-// does not matter: no file is read further than it is long now.
-func openAll(dir storage.Directory) (s *files, err error) {
-	for range readTries {
-		s, err = tryOpenAll(dir)
-		if !errors.Is(err, fs.ErrNotExist) {
-			return s, err
-		}
-	}
-	return nil, err
-}
-
-// tryOpenAll is openAll, once. It fails with an fs.ErrNotExist if a compaction takes a file away
-// between its name and its opening.
-func tryOpenAll(dir storage.Directory) (s *files, err error) {
-	s, err = findFiles(dir)
-	if err != nil {
-		return nil, err
-	}
-	if len(s.logs) == 0 {
-		return nil, fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
-	}
-
-	// What is open stays readable on a disk, whatever a compaction removes.
-	for i := range s.logs {
-		l, err := s.open(i)
-		if err != nil {
-			s.close()
-			return nil, err
-		}
-
-		// What is written behind this was not answered when the backup began.
-		l.limit = l.size
-	}
-	return s, nil
-}
-
 // copier copies the files of a store.
 type copier struct {
 	*files
@@ -134,14 +98,20 @@ type copier struct {
 	step          func(copied, total int64)
 }
 
-// copyAll copies the files in their order, and last STORE: before that the copy is no store.
+// copyAll copies the files in their order, and last STORE: before that the copy is no store. It
+// fails with an fs.ErrNotExist if a compaction takes a file away before it is open.
 func (c *copier) copyAll(dir storage.Directory) (err error) {
-	c.files, err = openAll(dir)
+	c.files, err = findFiles(dir)
 	if err != nil {
 		return err
 	}
+	if len(c.logs) == 0 {
+		return fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
+	}
 
+	// What is written behind this was not answered when the backup began.
 	for _, l := range c.logs {
+		l.limit = l.size
 		c.total += l.size
 	}
 
@@ -158,7 +128,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 
 // beginFile begins the copy of a file.
 func (c *copier) beginFile(l *logReader) (err error) {
-	c.w, err = beginLog(c.out, logName(l.header.kind, l.header.number), l.header)
+	c.w, err = beginLog(c.out, l.header)
 	return err
 }
 

@@ -144,7 +144,7 @@ func (c *compaction) runAside(ended chan<- compactionEnd, freed int64) {
 // so that what a failed compaction has left goes, too. It returns the snapshot's size, 0 if there
 // is none. A crash leaves the old files, or the snapshot and any of the old files.
 func (c *compaction) run() (size int64, err error) {
-	size, err = createLog(c.dir, logName(kindSnapshot, c.through), c.header, c.fill)
+	size, err = createLog(c.dir, c.header, c.fill)
 	if err != nil {
 		return 0, err
 	}

@@ -261,7 +261,7 @@ func TestLoadTellsProgress(t *testing.T) {
 // fixedDir is a store with an id that does not change from run to run.
 func fixedDir(t testing.TB, commits int) *storetest.Dir {
 	dir, id := storetest.New(), storeID{1, 2, 3}
-	_, err := createLog(dir, "seg-1.log", fileHeader{kind: kindSegment, id: id, number: 1,
+	_, err := createLog(dir, fileHeader{kind: kindSegment, id: id, number: 1,
 		first: 1}, func(w *logWriter) error {
 		for i := range commits {
 			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))

@@ -104,6 +104,9 @@ type fileHeader struct {
 	first uint64
 }
 
+// name is the name of the file.
+func (h fileHeader) name() string { return logName(h.kind, h.number) }
+
 // encode returns the header as it is in a file.
 func (h fileHeader) encode() []byte {
 	b := make([]byte, headerSize)
@@ -363,7 +366,8 @@ type logWriter struct {
 }
 
 // beginLog makes a log file under a temporary name. It has its own once publish has returned.
-func beginLog(d storage.Directory, name string, h fileHeader) (*logWriter, error) {
+func beginLog(d storage.Directory, h fileHeader) (*logWriter, error) {
+	name := h.name()
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
 		return nil, err
@@ -405,9 +409,9 @@ func (w *logWriter) publish(d storage.Directory) error {
 
 // createLog makes a log file of fill's frames, and returns its size. It fails as publish does, and
 // leaves nothing under the temporary name.
-func createLog(d storage.Directory, name string, h fileHeader,
-	fill func(w *logWriter) error) (size int64, err error) {
-	w, err := beginLog(d, name, h)
+func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
+	err error) {
+	w, err := beginLog(d, h)
 	if err == nil {
 		err = fill(w)
 		if err != nil {
@@ -419,14 +423,15 @@ func createLog(d storage.Directory, name string, h fileHeader,
 
 	// Where the disk is full, what was written of the file is in the way of all that comes.
 	if err != nil {
-		d.Remove(name + tmpSuffix)
+		d.Remove(h.name() + tmpSuffix)
 		return 0, err
 	}
 	return w.size, nil
 }
 
 // extendLog opens a log file to be written further, from end on: there its last frame ends.
-func extendLog(d storage.Directory, name string, h fileHeader, end int64) (*logWriter, error) {
+func extendLog(d storage.Directory, h fileHeader, end int64) (*logWriter, error) {
+	name := h.name()
 	f, err := d.Extend(name)
 	if err != nil {
 		return nil, err

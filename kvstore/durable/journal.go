@@ -239,16 +239,15 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 // newSegment makes an empty segment. If it fails there is none, or one that the next start takes
 // for what a broken-off rotation leaves, and removes.
 func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
-	name := logName(h.kind, h.number)
-	size, err := createLog(j.dir, name, h, noFrames)
+	size, err := createLog(j.dir, h, noFrames)
 	if err != nil {
 		return nil, err
 	}
 
 	// It has its name on disk by now, but no frame, so it can still be taken back.
-	w, err := extendLog(j.dir, name, h, size)
+	w, err := extendLog(j.dir, h, size)
 	if err != nil {
-		return nil, errors.Join(err, j.dir.Remove(name), j.dir.Sync())
+		return nil, errors.Join(err, j.dir.Remove(h.name()), j.dir.Sync())
 	}
 	return w, nil
 }

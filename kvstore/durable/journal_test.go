@@ -693,14 +693,17 @@ func TestLargeCommitIsSplit(t *testing.T) {
 	}
 	d.Close()
 	l, err := openLog(dir, "seg-1.log")
-	for err == nil {
-		var f frame
-		if f, _, err = l.read(); f.length > maxFramePut+2000 {
+	if err != nil {
+		t.Fatal(err)
+	}
+	end, err := l.scan(func(_ *logReader, f frame, _ []byte) error {
+		if f.length > maxFramePut+2000 {
 			t.Errorf("a frame has %d bytes", f.length)
 		}
-	}
-	if err != errEnd || l.next < 5 {
-		t.Errorf("after %d frames: %v", l.next-1, err)
+		return nil
+	})
+	if err != nil || end.tail != nothing || end.frames < 5 {
+		t.Errorf("after %d frames: %v, %v", end.frames, err, end.bad)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -87,86 +88,60 @@ func (l layout) names() (names []string) {
 	return names
 }
 
-// majorityID is the id that most of the log files called names bear, how many bear it, and of how
-// many the header can be read.
-func majorityID(dir storage.Directory, names []string) (id storeID, most, of int) {
-	votes := map[storeID]int{}
-	for _, name := range names {
-		_, _, ok := parseName(name)
-		if !ok {
-			continue
-		}
-
-		// A file that cannot be read has no vote.
-		l, err := openLog(dir, name)
-		if err != nil {
-			continue // whoever reads the file will say it
-		}
-		l.f.Close()
-		if l.bad != nil {
-			continue
-		}
-
-		of++
-		votes[l.header.id]++
-		if votes[l.header.id] > most {
-			id, most = l.header.id, votes[l.header.id]
-		}
-	}
-	return id, most, of
-}
-
-// checkID returns an error if STORE says another id than most of the log files: then STORE is
-// wrong. Where no id has the majority, checkHeader complains of single files.
-func checkID(dir storage.Directory, id storeID, l layout) error {
-	other, most, of := majorityID(dir, l.names())
-	if other == id || 2*most <= of {
-		return nil
-	}
-
-	return &storage.DamageError{File: dir.Path(storage.StoreName),
-		What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of,
-			other[:])}
-}
-
-// files are the log files of a store, to be read in their order.
+// files are the log files of a store, open, to be read in their order.
 type files struct {
 	layout
 	dir  storage.Directory
 	id   storeID
-	logs []*logReader // for each of names; nil: it is not open
+	logs []*logReader // for each of names
 }
 
-// findFiles finds out which files are the store. A new store has no logs.
+// findFiles finds out which files are the store, and opens them: what a compaction beside us
+// removes from now on stays readable on a disk. A new store has none. They are open only where
+// there is no error.
 func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 
 	// A directory without STORE is no store yet, or one that has lost it.
-	id, found, err := readID(dir)
+	var found bool
+	s.id, found, err = readID(dir)
 	if err != nil {
 		return nil, err
 	}
 	if !found {
-		err = s.findNew()
-		if err != nil {
-			return nil, err
-		}
-		return s, nil
+		return s, s.findNew()
 	}
 
-	s.id = id
 	s.layout, err = readLayout(dir)
 	if err != nil {
 		return nil, err
 	}
-
-	// STORE and the files have to be of one store.
-	err = checkID(dir, id, s.layout)
+	s.logs, err = openLogs(dir, s.names())
 	if err != nil {
 		return nil, err
 	}
-	s.logs = make([]*logReader, len(s.names()))
-	return s, s.checkObsolete()
+
+	err = s.checkID()
+	if err == nil {
+		err = s.checkObsolete()
+	}
+	if err != nil {
+		closeLogs(s.logs)
+	}
+	return s, err
+}
+
+// checkID returns an error if STORE says another id than most of the log files: then STORE is
+// wrong. Where no id has the majority, checkHeader complains of single files.
+func (s *files) checkID() error {
+	other, most, of := majorityID(s.logs)
+	if other == s.id || 2*most <= of {
+		return nil
+	}
+
+	return &storage.DamageError{File: s.dir.Path(storage.StoreName),
+		What: fmt.Sprintf("it is another store's: %d of %d log files belong to store %x", most, of,
+			other[:])}
 }
 
 // ErrUnfinished is returned where there is a part of a file and no store: a backup, a repair or a
@@ -227,7 +202,7 @@ func (s *files) findNew() error {
 // somebody restored an older copy over a newer store.
 func (s *files) checkObsolete() error {
 	for _, name := range s.obsolete {
-		kind, number, ok := parseName(name)
+		kind, _, ok := parseName(name)
 		if !ok || kind != kindSegment {
 			continue
 		}
@@ -238,7 +213,7 @@ func (s *files) checkObsolete() error {
 		}
 
 		// Read to its end, for only that says that the next file was there, too.
-		err = l.checkHeader(fileHeader{kind: kind, id: s.id, number: number})
+		err = l.checkHeader(s.id, 0)
 		var end logEnd
 		if err == nil {
 			end, err = l.scan(ignore)
@@ -258,24 +233,6 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// open opens the i-th file, if it is not open.
-func (s *files) open(i int) (l *logReader, err error) {
-	if s.logs[i] == nil {
-		s.logs[i], err = openLog(s.dir, s.names()[i])
-	}
-	return s.logs[i], err
-}
-
-// close closes the files that are open.
-func (s *files) close() {
-	for _, l := range s.logs {
-		if l != nil {
-			l.f.Close()
-		}
-	}
-	clear(s.logs)
-}
-
 // visitor is what walk tells what it reads. Each of its functions may be nil but frame. An error
 // that begin, frame or end returns is taken for one of reading the file.
 type visitor struct {
@@ -288,10 +245,10 @@ type visitor struct {
 	damage func(error) error
 }
 
-// walk reads the files in their order. It ends with the newest, or with the one before that if a
-// rotation was stopped between the two.
+// walk reads the files in their order, and closes them. It ends with the newest, or with the one
+// before that if a rotation was stopped between the two.
 func (s *files) walk(v visitor) error {
-	defer s.close()
+	defer closeLogs(s.logs)
 
 	next := uint64(1) // the frame with which a file has to begin; 0: with any
 
@@ -321,14 +278,9 @@ func (s *files) walk(v visitor) error {
 
 // visit reads one file, which has to begin with the frame first; 0: with any.
 func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, err error) {
-	l, err := s.open(i)
-	if err != nil {
-		return end, false, err
-	}
-
 	// What is read has to be the file that belongs here.
-	kind, number, _ := parseName(s.names()[i])
-	err = l.checkHeader(fileHeader{kind, s.id, number, first})
+	l := s.logs[i]
+	err = l.checkHeader(s.id, first)
 	if err != nil {
 		return end, false, err
 	}
@@ -359,7 +311,7 @@ func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, 
 // judgeFile decides whether the i-th file may end so. isLast: nothing is to be read behind it.
 func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 	newest := i == len(s.logs)-1
-	at := &storage.DamageError{File: s.dir.Path(s.names()[i]), Offset: end.offset, Frame: end.next}
+	at := &storage.DamageError{File: s.logs[i].path, Offset: end.offset, Frame: end.next}
 	switch {
 	// A snapshot has its name once all of it is on disk, so it has its end.
 	case end.header.kind == kindSnapshot && !end.isWhole():
@@ -387,11 +339,8 @@ func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
 	// stopped.
 	case end.goesOn():
 		return false, nil
-	case i == len(s.logs)-2:
-		isLast, err = s.isUnused(i+1, end.next)
-		if isLast || err != nil {
-			return isLast, err
-		}
+	case i == len(s.logs)-2 && s.isUnused(s.logs[i+1], end.next):
+		return true, nil
 	}
 
 	if end.bad != nil {
@@ -411,19 +360,12 @@ func (s *files) isFollowed(number uint64) bool {
 	})
 }
 
-// isUnused tells whether the i-th file is a segment without a frame, and was made when the one
-// before it had no frame from next on. (If it had, that file's end is damaged: a rotation has all
-// of it on disk before it makes the next.)
-func (s *files) isUnused(i int, next uint64) (bool, error) {
-	l, err := s.open(i)
-	if err != nil {
-		return false, err
-	}
-
+// isUnused tells whether a file is a segment without a frame, and was made when the one before it
+// had no frame from next on. (If it had, that file's end is damaged: a rotation has all of it on
+// disk before it makes the next.)
+func (s *files) isUnused(l *logReader, next uint64) bool {
 	// Its header counts the frame that was to say that it follows.
-	_, number, _ := parseName(s.names()[i])
-	isIts := l.checkHeader(fileHeader{kind: kindSegment, id: s.id, number: number}) == nil
-	return isIts && l.size == headerSize && l.header.first <= next+1, nil
+	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1
 }
 
 // load makes the store what the log says, and the log ready to be written, unless ctx is
@@ -440,7 +382,8 @@ func (d *Store) load(ctx context.Context) error {
 	}
 
 	// Read everything. The last end is the current file's.
-	p := newProgress(ctx, d.log, d.status, s)
+	p := &progress{ctx: ctx, log: d.log, status: d.status, start: time.Now(), told: time.Now(),
+		files: len(s.logs)}
 	ends, err := d.readAll(s, p)
 	if err != nil {
 		return err
@@ -455,7 +398,10 @@ func (d *Store) load(ctx context.Context) error {
 	// No frame in an empty file calls the end of the one before synced.
 	if n := len(ends) - 2; n >= 0 && last.offset == headerSize &&
 		ends[n].header.kind == kindSegment {
-		err = d.renew(ends[n])
+		w, err := reopen(d.dir, ends[n])
+		if err == nil {
+			err = w.f.Close()
+		}
 		if err != nil {
 			return err
 		}
@@ -491,6 +437,10 @@ func (d *Store) load(ctx context.Context) error {
 
 // readAll applies what the files hold to Memory, and returns where each ends.
 func (d *Store) readAll(s *files, p *progress) (ends []logEnd, err error) {
+	for _, l := range s.logs {
+		p.total += l.size
+	}
+
 	apply := applyTo(d.Memory)
 	err = s.walk(visitor{
 		frame: func(l *logReader, f frame, payload []byte) error {
@@ -540,84 +490,60 @@ func (d *Store) removeAll(names []string) error {
 	return nil
 }
 
-// resume makes a segment the current one, at its end. Nothing is copied: but the
-// frames that no later one calls synced are written once more where they are, and
-// what was torn is cleared. After a failed fsync the kernel may serve
-// from memory what is not on disk, and take it for written (Rebello et al., "Can
-// Applications Recover from fsync Failures?", 2020); what is written anew it has to
-// write.
+// resume makes a segment the current one, at its end.
 func (d *Store) resume(end logEnd) error {
-	h := end.header
-	name := logName(h.kind, h.number)
+	w, err := reopen(d.dir, end)
+	if err != nil {
+		return err
+	}
 	if end.tail == torn {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
-			d.dir.Path(name), "offset", end.offset, "bytes", end.bytes, "later_frames", end.loose)
-	}
-
-	w, err := extendLog(d.dir, name, h, end.offset)
-	if err != nil {
-		return err
-	}
-	w.fileSize = end.size
-
-	// A start before this one may have cleared what was torn, but in the kernel's memory alone: so
-	// all behind the last frame is cleared once more. (A clean stop leaves nothing there.)
-	end.bytes = end.size - end.offset
-	err = rewrite(w, end)
-	if err != nil {
-		w.f.Close()
-		return err
+			w.path, "offset", end.offset, "bytes", end.bytes, "later_frames", end.loose)
 	}
 
 	// From here on all that was loaded is on disk.
-	d.number, d.sequence, d.synced = h.number, end.next-1, end.next-1
+	d.number, d.sequence, d.synced = end.header.number, end.next-1, end.next-1
 	d.vouched = end.frames == 0 || end.last != frameRecords
-	d.current, d.size, d.room, d.first = w, w.size, w.room(), h.first
+	d.current, d.size, d.room, d.first = w, w.size, w.room(), end.header.first
 	return nil
 }
 
-// renew writes the doubtful end of a full segment once more.
-func (d *Store) renew(end logEnd) error {
-	w, err := extendLog(d.dir, logName(kindSegment, end.header.number), end.header, end.offset)
+// reopen opens a segment to be written further, from its end on. Nothing is copied: but the frames
+// that no later one calls synced are written once more where they are. After a failed fsync the
+// kernel may serve from memory what is not on disk, and take it for written (Rebello et al., "Can
+// Applications Recover from fsync Failures?", 2020); what is written anew it has to write. What is
+// behind the frames is cleared, also where it reads as zeros, for an earlier start may have cleared
+// it in the kernel's memory alone. A crash in it leaves the same frames, and of what is cleared any
+// part.
+func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
+	w, err := extendLog(dir, end.header, end.offset)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	w.fileSize = end.size
+	if end.doubt == end.size {
+		return w, nil // as after a clean stop
 	}
 
-	// Behind a full file's last frame there is nothing that anybody reads.
-	end.bytes = 0
-	return errors.Join(rewrite(w, end), w.f.Close())
+	frames := io.NewSectionReader(w.f, end.doubt, end.offset-end.doubt)
+	behind := io.LimitReader(zeros{}, end.size-end.offset)
+	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), io.MultiReader(frames, behind))
+	if err == nil {
+		err = w.f.Sync()
+	}
+	if err != nil {
+		return nil, errors.Join(w.named("rewrite", err), w.f.Close())
+	}
+	return w, nil
 }
 
-// rewrite writes the doubtful end of a segment once more, clears end.bytes behind it, and syncs
-// both. A crash in it leaves the same frames, and of what is cleared any part.
-func rewrite(w *logWriter, end logEnd) error {
-	if end.doubt == end.offset && end.bytes == 0 {
-		return nil
-	}
+// zeros reads as zeros without end.
+type zeros struct{}
 
-	// A piece at a time, for there may be megabytes of doubt.
-	buf := make([]byte, readSize(max(end.offset-end.doubt, end.bytes)))
-	for at := end.doubt; at < end.offset+end.bytes; {
-		b := buf[:min(int64(len(buf)), end.offset+end.bytes-at)]
-
-		// Frames as they are, and zeros behind them.
-		if at < end.offset {
-			b = b[:min(int64(len(b)), end.offset-at)]
-			_, err := w.f.ReadAt(b, at)
-			if err != nil {
-				return w.named("read", err)
-			}
-		} else {
-			clear(b)
-		}
-
-		_, err := w.f.WriteAt(b, at)
-		if err != nil {
-			return w.named("write", err)
-		}
-		at += int64(len(b))
-	}
-	return w.sync()
+// Read fills b.
+func (zeros) Read(b []byte) (n int, err error) {
+	clear(b)
+	return len(b), nil
 }
 
 // progress tells the log and the status how far a long load has come. It ends
@@ -629,23 +555,6 @@ type progress struct {
 	start, told    time.Time // when the load began, and when the log was told last
 	total, bytes   int64     // of all files, and of the frames that were loaded
 	records, files int       // that were loaded, and that there are
-}
-
-// newProgress prepares to tell of the load of s.
-func newProgress(ctx context.Context, log *slog.Logger, status *storage.Status,
-	s *files) *progress {
-	p := &progress{ctx: ctx, log: log, status: status, start: time.Now(), told: time.Now()}
-	for _, name := range s.names() {
-		f, size, err := s.dir.Open(name)
-		if err != nil {
-			continue // walk will complain
-		}
-
-		p.total += size
-		p.files++
-		f.Close()
-	}
-	return p
 }
 
 // step takes note of a frame that was loaded. The error is that ctx is done.

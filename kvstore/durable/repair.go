@@ -38,8 +38,12 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 
 	// First all that is whole, and then of that what fits together.
 	s := &salvage{dir: dir, report: &r, m: kvstore.NewMemory()}
-	defer s.close()
-	err = s.readAll(names)
+	s.logs, err = openLogs(dir, names)
+	if err != nil {
+		return r, err
+	}
+	defer closeLogs(s.logs)
+	err = s.readAll()
 	if err != nil {
 		return r, err
 	}
@@ -66,7 +70,7 @@ type salvage struct {
 	report *Report
 	err    error // the first that is no damage
 
-	logs      []*logReader // all that were opened
+	logs      []*logReader // all there are
 	snapshots []*foundFile // the newest first
 	segments  []*foundFile
 	m         *kvstore.Memory
@@ -104,8 +108,8 @@ func (s *salvage) sayLost(format string, args ...any) {
 
 // findID finds out which store this is: what more than half of the log files say, or else STORE, or
 // else exactly half of them.
-func (s *salvage) findID(names []string) error {
-	id, most, of := majorityID(s.dir, names)
+func (s *salvage) findID() error {
+	id, most, of := majorityID(s.logs)
 
 	// What is wrong with STORE is said, but is no reason to give up.
 	said, isThere, err := readID(s.dir)
@@ -136,25 +140,24 @@ func (s *salvage) findID(names []string) error {
 }
 
 // readAll finds all whole frames of all log files.
-func (s *salvage) readAll(names []string) error {
-	err := s.findID(names)
+func (s *salvage) readAll() error {
+	err := s.findID()
 	if err != nil {
 		return err
 	}
 
 	frames := 0
-	for _, name := range names {
-		kind, number, ok := parseName(name)
-		if !ok {
-			continue
-		}
-
-		file, err := s.read(name, kind, number)
+	for _, l := range s.logs {
+		isOurs, err := s.accept(l)
 		if err != nil {
 			return err
 		}
-		if file == nil {
+		if !isOurs {
 			continue
+		}
+		file, err := s.read(l)
+		if err != nil {
+			return err
 		}
 
 		// What it is, its header says: a file may have a wrong name.
@@ -176,13 +179,8 @@ func (s *salvage) readAll(names []string) error {
 	return nil
 }
 
-// read finds the whole frames of one file. It returns nil for a file of another store.
-func (s *salvage) read(name string, kind uint32, number uint64) (*foundFile, error) {
-	l, err := s.openFile(name, kind, number)
-	if l == nil {
-		return nil, err
-	}
-
+// read finds the whole frames of one file.
+func (s *salvage) read(l *logReader) (*foundFile, error) {
 	// Each turn reads the frames up to what is bad, and goes on behind that.
 	file := &foundFile{log: l, number: l.header.number}
 	for more := true; more; {
@@ -220,28 +218,23 @@ func (s *salvage) read(name string, kind uint32, number uint64) (*foundFile, err
 	return file, nil
 }
 
-// openFile opens a log file. A header that cannot be read is taken to be what the name says. It
-// returns nil for a file of another store, which is none of ours.
-func (s *salvage) openFile(name string, kind uint32, number uint64) (*logReader, error) {
-	l, err := openLog(s.dir, name)
-	if err != nil {
-		return nil, err
-	}
-	s.logs = append(s.logs, l)
-
+// accept tells whether a log file is of the store. A header that cannot be read is taken to be what
+// the name says.
+func (s *salvage) accept(l *logReader) (isOurs bool, err error) {
 	switch {
 	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
-		return nil, l.bad // a version that we do not know
+		return false, l.bad // a version that we do not know
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
+		kind, number, _ := parseName(l.name)
 		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
 		s.report.say("ignored %s: it belongs to another store", l.path)
-		return nil, nil
-	case l.header.kind != kind || l.header.number != number:
-		s.sayDamaged("%s is %s, renamed", l.path, logName(l.header.kind, l.header.number))
+		return false, nil
+	case l.header.name() != l.name:
+		s.sayDamaged("%s is %s, renamed", l.path, l.header.name())
 	}
-	return l, nil
+	return true, nil
 }
 
 // sayBad says what stands behind end; more: up to the offset of l, where a whole frame is.
@@ -255,13 +248,6 @@ func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 		s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
 	case end.tail == torn: // as a crash leaves it
 		s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
-	}
-}
-
-// close closes all log files.
-func (s *salvage) close() {
-	for _, l := range s.logs {
-		l.f.Close()
 	}
 }
 
@@ -435,7 +421,7 @@ func (s *salvage) write(out storage.Directory) error {
 	rand.Read(s.id[:])
 
 	whole := fileHeader{kind: kindSnapshot, id: s.id, number: 1, first: s.next}
-	_, err := createLog(out, logName(whole.kind, whole.number), whole, func(w *logWriter) error {
+	_, err := createLog(out, whole, func(w *logWriter) error {
 		return writeAll(w, s.m.Snapshot(), nil)
 	})
 	if err != nil {
@@ -444,7 +430,7 @@ func (s *salvage) write(out storage.Directory) error {
 
 	// A start wants a segment behind each snapshot.
 	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
-	_, err = createLog(out, logName(segment.kind, segment.number), segment, noFrames)
+	_, err = createLog(out, segment, noFrames)
 	if err != nil {
 		return err
 	}

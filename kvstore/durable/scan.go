@@ -20,7 +20,8 @@ type logReader struct {
 	header fileHeader
 	isOld  bool // the file is of a version before fileVersion
 	seed   uint32
-	path   string
+	name   string
+	path   string // the name as people call it
 	r      *bufio.Reader
 	f      storage.File
 	size   int64  // of the file, when it was opened or last looked at
@@ -48,7 +49,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 		return nil, err
 	}
 
-	l := &logReader{path: d.Path(name), f: f, size: size}
+	l := &logReader{name: name, path: d.Path(name), f: f, size: size}
 	b := make([]byte, headerSize)
 	n, err := f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
@@ -75,7 +76,49 @@ func (l *logReader) beginBehind(h fileHeader) {
 	if h.kind == kindSnapshot {
 		l.next = 1 // a snapshot counts its own frames; first is what comes behind it
 	}
-	l.r = bufio.NewReaderSize(readerOf(l.f, headerSize), readSize(max(l.size, headerSize)))
+}
+
+// openLogs opens the log files among names, in their order. They are the caller's to close.
+func openLogs(d storage.Directory, names []string) (logs []*logReader, err error) {
+	for _, name := range names {
+		_, _, isLog := parseName(name)
+		if !isLog {
+			continue
+		}
+
+		l, err := openLog(d, name)
+		if err != nil {
+			closeLogs(logs)
+			return nil, err
+		}
+		logs = append(logs, l)
+	}
+	return logs, nil
+}
+
+// closeLogs closes log files.
+func closeLogs(logs []*logReader) {
+	for _, l := range logs {
+		l.f.Close()
+	}
+}
+
+// majorityID is the id that most log files bear, how many bear it, and of how many the header can
+// be read.
+func majorityID(logs []*logReader) (id storeID, most, of int) {
+	votes := map[storeID]int{}
+	for _, l := range logs {
+		if l.bad != nil {
+			continue
+		}
+
+		of++
+		votes[l.header.id]++
+		if votes[l.header.id] > most {
+			id, most = l.header.id, votes[l.header.id]
+		}
+	}
+	return id, most, of
 }
 
 // damageHere is damage at the next frame.
@@ -83,22 +126,23 @@ func (l *logReader) damageHere(what string) *storage.DamageError {
 	return &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
 }
 
-// checkHeader returns an error unless the file is the one that its name says. want.first is 0 where
-// it may begin with any frame.
-func (l *logReader) checkHeader(want fileHeader) error {
+// checkHeader returns an error unless the file is of the store id, and the one that its name says.
+// first is the frame with which it has to begin; 0: with any.
+func (l *logReader) checkHeader(id storeID, first uint64) error {
+	what := ""
 	switch {
 	case l.bad != nil:
 		return l.bad
-	case l.header.id != want.id:
-		return &storage.DamageError{File: l.path, What: "the file belongs to another store"}
-	case l.header.kind != want.kind || l.header.number != want.number:
-		return &storage.DamageError{File: l.path, What: "the file is another one, renamed"}
-	case want.first != 0 && l.header.first != want.first:
-		return &storage.DamageError{File: l.path,
-			What: fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first,
-				want.first)}
+	case l.header.id != id:
+		what = "the file belongs to another store"
+	case l.header.name() != l.name:
+		what = "the file is another one, renamed"
+	case first != 0 && l.header.first != first:
+		what = fmt.Sprintf("the file begins with frame %d instead of %d", l.header.first, first)
+	default:
+		return nil
 	}
-	return nil
+	return &storage.DamageError{File: l.path, What: what}
 }
 
 // errEnd is the end of a log file, after its last frame.
@@ -240,7 +284,6 @@ func (l *logReader) skip() (found bool, err error) {
 		if ok && f.padded() <= int64(len(rest)-at) &&
 			crc(l.seed, rest[at+frameSize:at+frameSize+int(f.length)]) == f.crc {
 			l.offset, l.next = l.offset+int64(at), f.sequence
-			l.r.Reset(readerOf(l.f, l.offset))
 			return true, nil
 		}
 	}
@@ -283,6 +326,10 @@ func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.
 // end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
 // of the end.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
+	// The buffers are given back, for many files may be open.
+	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), readSize(l.size))
+	defer func() { l.r, l.buf = nil, nil }()
+
 	end := logEnd{header: l.header, isOld: l.isOld, size: l.size}
 	var doubts []int64 // offsets of the frames that no later one calls synced
 	for {
