@@ -8,17 +8,6 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// compactionEnd is how a compaction ended.
-type compactionEnd struct {
-	through uint64 // the last segment that the snapshot stands for
-	bytes   int64  // of the snapshot; 0: there is none
-	freed   int64  // of the files that it stands for
-	err     error
-
-	// What the snapshot was when it had its name. The zero Stamp: nobody could look.
-	written storage.Stamp
-}
-
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
@@ -29,14 +18,18 @@ var errStopped = errors.New("the store closes")
 // the log: a part of it, merged without what came before, would bring deleted keys back (bitcask
 // issue 82, badger issue 2143, leveldb issue 184).
 func (d *Store) compact() {
-	if d.isCompacting() || d.fullBytes < d.minCompact || d.fullBytes <= d.waste*d.liveBytes() ||
-		d.dir.RoomFor(d.liveBytes(), true) != nil {
+	if d.isCompacting() || d.fullBytes < d.minCompact ||
+		d.fullBytes <= d.waste*d.liveBytes() || !d.mayCompact() {
 		return
 	}
 
 	// The snapshot is taken here, by the owner: from now on it stays what it is.
-	d.compacted = make(chan compactionEnd, 1)
-	go d.newCompaction().runAside(d.compacted, d.fullBytes)
+	c, ended := d.newCompaction(), make(chan *compaction, 1)
+	d.compacted = ended
+	go func() {
+		c.run()
+		ended <- c
+	}()
 }
 
 // liveBytes is how many bytes a snapshot of the store would take, about.
@@ -47,32 +40,25 @@ func (d *Store) liveBytes() int64 {
 	return bytes + int64(keys+values)*recordExtra + twice
 }
 
-// newCompaction is one of all full files, at a moment when these make what Memory holds.
-func (d *Store) newCompaction() *compaction {
-	// The current file begins behind what the snapshot has.
-	through := d.number - 1
-	return &compaction{dir: d.dir, through: through, store: d.Snapshot(), stop: d.stop,
-		header: fileHeader{kind: kindSnapshot, id: d.id, number: through, first: d.first}}
-}
-
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Store) isWasteful() bool {
-	if d.fullBytes+d.size <= d.waste*d.liveBytes()+d.minCompact+d.segmentSize || d.isCompacting() ||
-		d.dir.RoomFor(d.liveBytes(), true) != nil {
-		return false
-	}
+	return !d.isCompacting() &&
+		d.fullBytes+d.size > d.waste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
+}
 
+// mayCompact tells whether a compaction may begin, if none runs: none has failed a short time ago,
+// the store does not close, and its directory knows of no lack of room.
+func (d *Store) mayCompact() bool {
 	select {
-	case <-d.stop: // a compaction would give up at once
-		return false
+	case <-d.stop:
+		return false // it would give up at once
 	default:
-		return true
+		return !time.Now().Before(d.compactAfter) && d.dir.RoomFor(d.liveBytes(), true) == nil
 	}
 }
 
-// isCompacting tells whether a compaction runs, or has failed a short time ago. If one has
-// ended it takes that into account first.
+// isCompacting tells whether a compaction runs. If one has ended it takes that into account first.
 func (d *Store) isCompacting() bool {
 	// Nobody waits for it here, so its end is noticed by whoever asks.
 	select {
@@ -80,35 +66,21 @@ func (d *Store) isCompacting() bool {
 		d.noteCompaction(c)
 	default:
 	}
-	return d.compacted != nil || time.Now().Before(d.compactAfter)
+	return d.compacted != nil
 }
 
 // noteCompaction takes the end of a compaction into account. One that failed may have
 // left files that are of no use any more: the next one removes them.
-func (d *Store) noteCompaction(c compactionEnd) {
+func (d *Store) noteCompaction(c *compaction) {
 	d.compacted = nil
-
-	// The snapshot may be there also where an error says that an old file could not be removed.
-	if c.bytes > 0 {
-		d.snapshot = c.through
-		d.fullBytes += c.bytes - c.freed
-		d.learn(logName(kindSnapshot, c.through))
-
-		// It may have been changed since then.
-		if c.written.ID != nil {
-			d.known[logName(kindSnapshot, c.through)] = c.written
-		}
-	}
+	d.noteSnapshot(c)
 
 	switch c.err {
 	case nil:
 		// SPARE follows what the store holds, but not each change of it.
-		most := 2 * (d.toDelete(0) + int64(d.zerosAhead))
-		if d.spare.size > most {
-			d.spare.shrink(most)
-		}
+		d.spare.shrink(2 * (d.toDelete(0) + int64(d.zerosAhead)))
 		d.status.Compactions.Add(1)
-		d.log.Info("compacted the log", "freed", c.freed-c.bytes, "snapshot", c.bytes)
+		d.log.Info("compacted the log", "freed", c.replaced-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:
 		d.compactAfter = time.Now().Add(compactTime)
@@ -117,53 +89,73 @@ func (d *Store) noteCompaction(c compactionEnd) {
 	}
 }
 
-// compaction is one that is to run, or runs. It touches nothing of the Store's, so it may run on a
-// goroutine of its own.
+// noteSnapshot takes the snapshot of a compaction into account. It may be there also where an error
+// says that an old file could not be removed.
+func (d *Store) noteSnapshot(c *compaction) {
+	if c.bytes == 0 {
+		return
+	}
+	d.snapshot = c.header.number
+	d.fullBytes += c.bytes - c.replaced
+
+	// It may have been changed since it was written.
+	d.learn()
+	if c.written.ID != nil {
+		d.known[c.header.name()] = c.written
+	}
+}
+
+// compaction is one that is to run, runs, or has ended. It touches nothing of the Store's, so it
+// may run on a goroutine of its own.
 type compaction struct {
-	dir     storage.Directory
-	header  fileHeader
-	through uint64           // the last segment that the snapshot stands for
-	store   kvstore.Snapshot // what all segments through that one make
-	stop    <-chan struct{}  // closed when it is to give up; nil: it does not
+	dir      storage.Directory
+	header   fileHeader       // the snapshot's; it stands for all segments up to its number
+	store    kvstore.Snapshot // what these make
+	replaced int64            // bytes of the files that it stands for
+	stop     <-chan struct{}  // closed when it is to give up; nil: it does not
 
 	// prepare is run when all of the snapshot is on disk, before it gets its name. If it fails
 	// there is no snapshot. nil: nothing is to be prepared.
 	prepare func() error
 
-	written storage.Stamp // of the snapshot, once run has written it
+	// How it ended.
+	bytes   int64         // of the snapshot; 0: there is none
+	written storage.Stamp // what it was when it had its name; the zero Stamp: nobody could look
+	err     error
 }
 
-// runAside runs the compaction and sends its end, with the bytes of the files that it is about. It
-// is the compaction's goroutine; ended has a slot for what it sends.
-func (c *compaction) runAside(ended chan<- compactionEnd, freed int64) {
-	bytes, err := c.run()
-	ended <- compactionEnd{c.through, bytes, freed, err, c.written}
+// newCompaction is one of all full files, at a moment when these make what Memory holds.
+func (d *Store) newCompaction() *compaction {
+	// The current file begins behind what the snapshot has.
+	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
+		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1, first: d.first}}
 }
 
 // run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
-// so that what a failed compaction has left goes, too. It returns the snapshot's size, 0 if there
-// is none. A crash leaves the old files, or the snapshot and any of the old files.
-func (c *compaction) run() (size int64, err error) {
-	size, err = createLog(c.dir, c.header, c.fill)
-	if err != nil {
-		return 0, err
+// so that what a failed compaction has left goes, too. A crash leaves the old files, or the
+// snapshot and any of the old files.
+func (c *compaction) run() {
+	c.bytes, c.err = createLog(c.dir, c.header, c.fill)
+	if c.err != nil {
+		return
 	}
 
 	// From here on a change to it is somebody else's.
 	stamps, _ := c.dir.Stamps()
-	c.written = stamps[logName(kindSnapshot, c.through)]
+	c.written = stamps[c.header.name()]
 
 	// Only now: the snapshot has its name on disk.
 	names, err := c.dir.List()
 	for _, name := range names {
 		kind, number, isLog := parseName(name)
-		if isLog && (number < c.through || number == c.through && kind == kindSegment) {
+		through := c.header.number
+		if isLog && (number < through || number == through && kind == kindSegment) {
 			err = errors.Join(err, c.dir.Remove(name))
 		}
 	}
 
 	// One that somebody has emptied must not come back: below a snapshot a start wants full files.
-	return size, errors.Join(err, c.dir.Sync())
+	c.err = errors.Join(err, c.dir.Sync())
 }
 
 // fill writes the snapshot's frames, and prepares.

@@ -29,37 +29,34 @@ func TestCompactionMayFail(t *testing.T) {
 	if err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
-	compaction := compaction{dir: dir.With(storage.LockName, nil), through: d.number - 1,
-		store: d.Snapshot()}
-	compaction.header = fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
-		first: d.first}
+	c := d.newCompaction()
 	stop := make(chan struct{})
 	close(stop)
-	stopped := compaction
-	stopped.stop = stop
-	if _, err := stopped.run(); err != errStopped {
-		t.Errorf("stopped, a compaction returns %v", err)
+	c.dir, c.stop = dir.With(storage.LockName, nil), stop
+	if c.run(); c.err != errStopped {
+		t.Errorf("stopped, a compaction ends with %v", c.err)
 	}
+	c.stop = nil
 	for n, failed := 1, true; failed; n++ {
-		c := dir.With(storage.LockName, nil)
-		c.FailAt = n
-		compaction.dir = c
-		_, err := compaction.run()
-		failed = c.Calls >= n
-		c.FailAt = 0
-		if failed && !errors.Is(err, storetest.ErrDisk) && err != nil {
-			t.Fatalf("call %d: %v", n, err)
+		failing := dir.With(storage.LockName, nil)
+		failing.FailAt = n
+		c.dir = failing
+		c.run()
+		failed = failing.Calls >= n
+		failing.FailAt = 0
+		if failed && !errors.Is(c.err, storetest.ErrDisk) && c.err != nil {
+			t.Fatalf("call %d: %v", n, c.err)
 		}
-		for name := range c.Names { // perhaps the disk is full
+		for name := range failing.Names { // perhaps the disk is full
 			if strings.HasPrefix(name, "snap") && strings.HasSuffix(name, tmpSuffix) {
 				t.Fatalf("call %d failed: %s is left", n, name)
 			}
 		}
-		checkKept(t, h, c, fmt.Sprint("compaction whose call failed: ", n))
+		checkKept(t, h, failing, fmt.Sprint("compaction whose call failed: ", n))
 	}
 	var log bytes.Buffer
 	d.log = slog.New(slog.NewTextHandler(&log, nil))
-	d.noteCompaction(compactionEnd{err: storetest.ErrDisk})
+	d.noteCompaction(&compaction{err: storetest.ErrDisk})
 	if !strings.Contains(log.String(), "cannot compact the log") {
 		t.Errorf("the log says %q", log.String())
 	}
@@ -122,10 +119,11 @@ func TestLiveBytes(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			size, err := d.newCompaction().run()
-			if live := d.liveBytes(); err != nil || size > live*11/10 || size < live/2 {
+			c := d.newCompaction()
+			c.run()
+			if live := d.liveBytes(); c.err != nil || c.bytes > live*11/10 || c.bytes < live/2 {
 				t.Errorf("keys of %d bytes, one in %d with a deadline: a snapshot of %d bytes, %v, "+
-					"and liveBytes says %d", length, every, size, err, live)
+					"and liveBytes says %d", length, every, c.bytes, c.err, live)
 			}
 			d.Close()
 		}

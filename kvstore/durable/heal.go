@@ -263,17 +263,13 @@ func (d *Store) heal(useless []string) error {
 	c.prepare = func() error { return d.clearAway(useless) }
 
 	// Everybody waits for this, so Syncing names it.
-	path := d.dir.Path(logName(kindSnapshot, c.through))
+	path := d.dir.Path(c.header.name())
 	d.syncing.Store(&path)
 	defer d.syncing.Store(nil)
-	size, err := c.run()
-
-	// Once the snapshot has its name it counts, also where an old file could not be removed.
-	if size > 0 {
-		d.snapshot, d.fullBytes = c.through, size
-		d.learn(logName(kindSnapshot, c.through), storage.StoreName)
-	}
-	return err
+	c.run()
+	d.noteSnapshot(c)
+	d.learn(storage.StoreName)
+	return c.err
 }
 
 // clearAway removes files, and writes STORE anew if it is one of them, unless the directory is

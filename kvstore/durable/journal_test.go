@@ -330,14 +330,14 @@ func TestCloseSyncsFirst(t *testing.T) {
 		}
 		d.Put("k", "v")
 		d.Commit()
-		d.compacted = make(chan compactionEnd, 1)
+		d.compacted = make(chan *compaction, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
 		if again, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
 			Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
 		}
-		d.compacted <- compactionEnd{err: errStopped}
+		d.compacted <- &compaction{err: errStopped}
 	})
 }
 
@@ -875,7 +875,7 @@ func TestStatusNumbers(t *testing.T) {
 				t.Errorf("%d compactions, want %d", got, n+1)
 			}
 		}
-		d.noteCompaction(compactionEnd{err: storetest.ErrDisk})
+		d.noteCompaction(&compaction{err: storetest.ErrDisk})
 		if got := status.Compactions.Load(); got != 3 {
 			t.Errorf("%d compactions, and one of them has failed", got)
 		}

@@ -182,7 +182,8 @@ func (d *Store) roomToFree(need int64) error {
 // with every value. It returns whether there is more room now. Everybody waits for it.
 func (d *Store) squeeze() bool {
 	need := d.liveBytes() + 2*headerSize + frameMost
-	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.size < need {
+	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.size < need ||
+		!d.mayCompact() {
 		return false
 	}
 
@@ -205,9 +206,9 @@ func (d *Store) squeeze() bool {
 
 	// Not aside: the room that it makes is wanted now.
 	c := d.newCompaction()
-	bytes, err := c.run()
-	d.noteCompaction(compactionEnd{c.through, bytes, d.fullBytes, err, c.written})
-	return err == nil
+	c.run()
+	d.noteCompaction(c)
+	return c.err == nil
 }
 
 // setFull notes whether the disk is full, and returns whether it was.

@@ -98,13 +98,13 @@ type Store struct {
 	roomAfter time.Time // before then no write is tried that is as large
 
 	// Compaction.
-	segmentSize, minCompact int64              // the directory's Sizes
-	waste                   int64              // maxWaste, but in tests
-	fullBytes               int64              // bytes in full files and the snapshot
-	snapshot                uint64             // number of the snapshot; 0: none
-	compacted               chan compactionEnd // of the compaction that runs, one slot; nil: none
-	compactAfter            time.Time          // before then none is tried
-	stop                    chan struct{}      // closed by Close: the compaction gives up
+	segmentSize, minCompact int64            // the directory's Sizes
+	waste                   int64            // maxWaste, but in tests
+	fullBytes               int64            // bytes in full files and the snapshot
+	snapshot                uint64           // number of the snapshot; 0: none
+	compacted               chan *compaction // is sent the one that runs at its end; nil: none runs
+	compactAfter            time.Time        // before then none is tried
+	stop                    chan struct{}    // closed by Close: the compaction gives up
 
 	// Looking whether others have changed the files.
 	looked    time.Time                // when that was done last
