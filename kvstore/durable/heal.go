@@ -262,10 +262,6 @@ func (d *Store) heal(useless []string) error {
 	c.stop = nil
 	c.prepare = func() error { return d.clearAway(useless) }
 
-	// Everybody waits for this, so Syncing names it.
-	path := d.dir.Path(c.header.name())
-	d.syncing.Store(&path)
-	defer d.syncing.Store(nil)
 	c.run()
 	d.noteSnapshot(c)
 	d.learn(storage.StoreName)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"kvserver/kvstore/storage"
@@ -27,7 +26,7 @@ type journal struct {
 	first       uint64    // sequence of its first frame
 	size, room  int64     // bytes of its frames, and of zeros behind them, when the owner wrote last
 	rotateAfter time.Time // before then no new file is tried
-	noNewFile   trouble
+	toldNoFile  time.Time // when the log was told last that none can be made; zero: one can
 
 	// The owner's, but the timer reads it: to change it takes writing. The disk is full, so all
 	// room is kept for what frees.
@@ -52,30 +51,7 @@ type journal struct {
 	since      time.Time     // when that began
 	timerEnded bool          // none is to become due any more
 
-	ticks   sync.WaitGroup         // ticks that are due, or run
-	syncing atomic.Pointer[string] // what Syncing returns; nil: nothing
-}
-
-// trouble is something that does not work for a while. It is worth a line of log when it begins,
-// one each minute, and one when it is over.
-type trouble struct {
-	said time.Time // when the log was told last; the zero time: there is no trouble
-}
-
-// again tells whether the log is to be told now that it does not work.
-func (t *trouble) again(now time.Time) bool {
-	if !t.said.IsZero() && now.Sub(t.said) < time.Minute {
-		return false
-	}
-	t.said = now
-	return true
-}
-
-// over ends the trouble, and tells whether there was any.
-func (t *trouble) over() bool {
-	was := !t.said.IsZero()
-	t.said = time.Time{}
-	return was
+	ticks sync.WaitGroup // ticks that are due, or run
 }
 
 // fail ends all writing with err, unless an error has ended it before. It returns the first.
@@ -141,12 +117,9 @@ func (j *journal) syncRest() error {
 		return err
 	}
 
-	// The owner may wait for another file while the timer syncs this one.
-	before := j.syncing.Swap(&w.path)
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
-	j.syncing.CompareAndSwap(&w.path, before)
 
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would say nothing of it. What was written meanwhile is not
@@ -169,7 +142,6 @@ func (j *journal) syncRest() error {
 func (j *journal) goOn() (full int64, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
-	defer j.syncing.Store(nil)
 
 	// The timer may have written a frame since the owner's sync.
 	err = j.syncRest()
@@ -178,20 +150,20 @@ func (j *journal) goOn() (full int64, err error) {
 	}
 
 	// Its first frame comes behind the one that says that it follows.
-	next := j.dir.Path(logName(kindSegment, j.number+1))
-	j.syncing.Store(&next)
 	h := fileHeader{kind: kindSegment, id: j.id, number: j.number + 1, first: j.sequence + 2}
 	w, err := j.nextSegment(h)
 	now := time.Now()
 	if err != nil {
 		j.rotateAfter = now.Add(rotateTime)
-		if j.noNewFile.again(now) {
+		if now.Sub(j.toldNoFile) >= time.Minute {
+			j.toldNoFile = now
 			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
 				err)
 		}
 		return 0, nil
 	}
-	if j.noNewFile.over() {
+	if !j.toldNoFile.IsZero() {
+		j.toldNoFile = time.Time{}
 		j.log.Info("the log goes on in a new file again", "file", w.path)
 	}
 
@@ -208,7 +180,6 @@ func (j *journal) goOn() (full int64, err error) {
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	old := j.current
-	j.syncing.Store(&old.path)
 	err = errors.Join(old.trim(), old.f.Close())
 	if err != nil {
 		return 0, errors.Join(err, w.f.Close())

@@ -113,6 +113,7 @@ type Store struct {
 	lastSeen  seenFrame                // in the current file
 	unhealed  []string                 // files of ours whose heal has failed
 	healing   atomic.Bool              // a heal runs; any goroutine may look
+	awaiting  atomic.Bool              // a compaction is waited for; any goroutine may look
 
 	// Files that the log was told of, so that it need not be told again.
 	toldStrangers, toldLeftovers []string
@@ -298,9 +299,7 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 func (d *Store) PutUntil(key, value string, at int64) {
 	at = writable(at)
 	d.Memory.PutUntil(key, value, at)
-	if d.fits(key, value, key) {
-		d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
-	}
+	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
 }
 
 // writable is at, but for times before 1970, which the log cannot say. These are over, and so is
@@ -314,25 +313,17 @@ func writable(at int64) int64 {
 
 // record notes an operation for the next Commit.
 func (d *Store) record(op byte, place int, fields ...string) {
-	if d.fits(fields...) {
-		d.note(appendRecord(d.pending, op, place, fields...), 1)
-	}
-}
-
-// fits tells whether these can be in one record. Where they cannot the store ends: memory has what
-// the log cannot have.
-func (d *Store) fits(fields ...string) bool {
-	size := int64(sizeOf(fields))
-	if size > maxRecord {
-		d.fail(errTooLarge(size))
-		return false
-	}
-	return true
+	d.note(appendRecord(d.pending, op, place, fields...), 1)
 }
 
 // note makes pending what is to be in the next frame, which has so many records more. When that is
-// much it is written before the Commit: a frame is bounded.
+// much it is written before the Commit: a frame is bounded. Where one cannot have it the store
+// ends, for memory has what the log cannot have.
 func (d *Store) note(pending []byte, records uint32) {
+	size := int64(len(pending) - len(d.pending))
+	if size > maxRecord {
+		d.fail(errTooLarge(size))
+	}
 	d.pending = pending
 	d.count += records
 
@@ -346,14 +337,6 @@ func (d *Store) note(pending []byte, records uint32) {
 // errTooLarge is the error of a record that does not fit a frame.
 func errTooLarge(bytes int64) error {
 	return fmt.Errorf("a record of %d bytes is too large", bytes)
-}
-
-// sizeOf is how many bytes fields have together.
-func sizeOf(fields []string) (bytes int) {
-	for _, f := range fields {
-		bytes += len(f)
-	}
-	return bytes
 }
 
 // writeFrame writes a frame of what is pending. If that fails the store has failed, which the next
@@ -371,14 +354,19 @@ func (d *Store) writeFrame(kind uint32) {
 	}
 }
 
-// Syncing returns the path of a file that the disk has not confirmed yet, or "". Any goroutine may
-// call it. A nil Store has none.
+// Syncing returns the path of a file for which the store waits: the disk has not confirmed what was
+// done to it, or once Close has ended, what was done last. "" is none. Any goroutine may call it. A
+// nil Store has none.
 func (d *Store) Syncing() string {
-	if d == nil {
+	switch {
+	case d == nil:
 		return ""
-	}
-	if path := d.syncing.Load(); path != nil {
-		return *path
+	case d.healing.Load() || d.awaiting.Load():
+		return d.dir.Path("the snapshot of a compaction")
+	case len(d.writing)+len(d.fsyncs) > 0:
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.current.path
 	}
 	return ""
 }
@@ -534,7 +522,7 @@ func (d *Store) Close() error {
 	if err == nil {
 		err = d.syncRest()
 	}
-	d.endCompaction()
+	d.AwaitCompaction()
 
 	// The last moment at which a heal has the data. The timer ends after it, for a heal syncs.
 	if err == nil {
@@ -550,8 +538,9 @@ func (d *Store) Close() error {
 		err = d.writeCleanStop()
 	}
 
-	// Room that is cut off is the next start's to delete with, if the disk is full.
-	d.syncing.Store(&d.current.path)
+	// Room that is cut off is the next start's to delete with, if the disk is full. From here on
+	// nobody writes.
+	d.writing <- struct{}{}
 	if err == nil {
 		err = d.current.trim()
 	}
@@ -581,17 +570,11 @@ func (d *Store) writeCleanStop() error {
 
 // AwaitCompaction waits for the compaction that runs, if one does, and takes it into account.
 func (d *Store) AwaitCompaction() {
-	if d.compacted != nil {
-		d.noteCompaction(<-d.compacted)
+	if d.compacted == nil {
+		return
 	}
-}
 
-// endCompaction is AwaitCompaction at the end of the store, where Syncing names what is waited for.
-func (d *Store) endCompaction() {
-	if d.compacted != nil {
-		snapshot := d.dir.Path("the snapshot of a compaction")
-		d.syncing.Store(&snapshot)
-		d.noteCompaction(<-d.compacted)
-		d.syncing.Store(nil)
-	}
+	d.awaiting.Store(true)
+	defer d.awaiting.Store(false)
+	d.noteCompaction(<-d.compacted)
 }
