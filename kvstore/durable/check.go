@@ -55,11 +55,7 @@ func Check(dir storage.Directory) (r Report, err error) {
 
 // check is Check, once.
 func check(dir storage.Directory) (r Report, err error) {
-	names, err := dir.List()
-	if err != nil {
-		return r, err
-	}
-	err = checkNames(dir, names)
+	_, err = listOurs(dir)
 	if err != nil {
 		return r, err
 	}

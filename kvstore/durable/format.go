@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -365,24 +364,34 @@ type logWriter struct {
 	buf      []byte // the frame that is written, kept for the next one
 }
 
-// beginLog makes a log file under a temporary name. It has its own once publish has returned.
+// beginLog makes a log file under a temporary name.
 func beginLog(d storage.Directory, h fileHeader) (*logWriter, error) {
-	name := h.name()
+	w, err := beginFile(d, h.name(), h.encode())
+	if err != nil {
+		return nil, err
+	}
+	w.seed = h.seed()
+	return w, nil
+}
+
+// beginFile makes a file that begins with head under a temporary name. It has its own once publish
+// has returned.
+func beginFile(d storage.Directory, name string, head []byte) (*logWriter, error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
 		return nil, err
 	}
 
 	// From here on errors name the file as people will look for it.
-	w := &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed()}
-	err = w.write(h.encode())
+	w := &logWriter{f: f, name: name, path: d.Path(name)}
+	err = w.write(head)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return w, nil
 }
 
-// publish gives a file that beginLog made its name, once all of it is on disk: a crash leaves the
+// publish gives a file that beginFile made its name, once all of it is on disk: a crash leaves the
 // whole file, or none of that name. It closes the file. If it fails there is none of that name, but
 // a crash may bring a whole one back.
 func (w *logWriter) publish(d storage.Directory) error {
@@ -530,78 +539,53 @@ const (
 // readID reads the STORE file. found is false in a directory that has none. The error is ErrOlder,
 // ErrNewer, a *storage.DamageError, or what reading the file failed with.
 func readID(dir storage.Directory) (id storeID, found bool, err error) {
-	names, err := dir.List()
-	if err != nil || !slices.Contains(names, storage.StoreName) {
-		return id, false, err
-	}
 	f, size, err := dir.Open(storage.StoreName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return id, false, nil
+	}
 	if err != nil {
 		return id, true, err
 	}
 	defer f.Close()
 
-	path := dir.Path(storage.StoreName)
-	damage := &storage.DamageError{File: path, What: "not as it was written"}
 	b := make([]byte, min(size, maxStoreFile))
 	_, err = f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
-		return id, true, readError(path, err)
+		return id, true, err
 	}
 
 	// Nothing is believed before the checksum holds, but version 1 has none.
+	path := dir.Path(storage.StoreName)
 	if strings.HasPrefix(string(b), firstStore) {
 		return id, true, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
 	}
 	line, _, _ := strings.Cut(string(b), ", check ")
-	if string(b) != line+fmt.Sprintf(storeCheck, crc(0, []byte(line))) {
-		return id, true, damage
-	}
+	isWhole := string(b) == line+fmt.Sprintf(storeCheck, crc(0, []byte(line)))
 
-	// From here on it is as some kvserver wrote it, perhaps another version.
+	// A whole one is as some kvserver wrote it, perhaps another version.
 	var version int
 	var text string
 	_, scanErr := fmt.Sscanf(line, storeFormat, &version, &text)
+	said, hexErr := hex.DecodeString(text)
 	switch {
-	case scanErr == nil && version > storeVersion:
+	case isWhole && scanErr == nil && version > storeVersion:
 		return id, true, fmt.Errorf("%s: %w: version %d", path, ErrNewer, version)
-	case scanErr == nil && version < storeVersion:
-		return id, true, fmt.Errorf("%s: %w: version %d", path, ErrOlder, version)
-	case len(text) != hex.EncodedLen(len(id)):
-		return id, true, damage
+	case !isWhole || hexErr != nil || len(said) != len(id):
+		return id, true, &storage.DamageError{File: path, What: "not as it was written"}
 	}
-
-	_, err = hex.Decode(id[:], []byte(text))
-	if err != nil {
-		return id, true, damage
-	}
-	return id, true, nil
+	return storeID(said), true, nil
 }
 
 // writeID writes the STORE file. It has its name once all of it is on disk, so a crash leaves the
 // old one, the new one, or none where there was none.
 func writeID(dir storage.Directory, id storeID) error {
-	f, err := dir.Create(storage.StoreName + tmpSuffix)
-	if err != nil {
-		return err
-	}
-
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
-	_, err = f.WriteAt([]byte(line), 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	err = errors.Join(err, f.Close())
+	w, err := beginFile(dir, storage.StoreName, []byte(line))
 	if err != nil {
 		return err
 	}
-
-	// The bytes are on disk before the name is.
-	err = dir.Rename(storage.StoreName+tmpSuffix, storage.StoreName)
-	if err != nil {
-		return err
-	}
-	return dir.Sync()
+	return w.publish(dir)
 }
 
 // logName is the name of a log file.

@@ -21,11 +21,7 @@ var ErrNothingRead = errors.New("not one frame can be read")
 // not its name; frames are applied in the order of their sequence, each once; and every gap in
 // that order is named, for nobody knows what was in it.
 func Repair(dir, out storage.Directory) (r Report, err error) {
-	names, err := dir.List()
-	if err != nil {
-		return r, err
-	}
-	err = checkNames(dir, names)
+	names, err := listOurs(dir)
 	if err != nil {
 		return r, err
 	}
@@ -382,7 +378,7 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) uint64 {
 		payload := make([]byte, p.frame.length)
 		_, err := p.in.log.f.ReadAt(payload, p.offset+frameSize)
 		if err != nil {
-			s.err = cmp.Or(s.err, readError(path, err))
+			s.err = cmp.Or(s.err, fmt.Errorf("read %s: %w", path, err))
 			next = p.sequence + 1
 			continue
 		}

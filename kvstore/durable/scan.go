@@ -163,7 +163,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	var head [frameSize]byte
 	_, err = io.ReadFull(l.r, head[:])
 	if err != nil {
-		return f, nil, readError(l.path, err)
+		return f, nil, l.readError(err)
 	}
 
 	f, ok := decodeFrame(head[:], l.seed)
@@ -188,7 +188,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 
 	_, err = io.ReadFull(l.r, l.buf)
 	if err != nil {
-		return f, nil, readError(l.path, err)
+		return f, nil, l.readError(err)
 	}
 
 	payload = l.buf[:f.length]
@@ -202,14 +202,11 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	return f, payload, nil
 }
 
-// errShorter is what reading a file fails with whose end is cut off meanwhile: a process
-// that has the store open cuts off the room behind the last frame of a full file.
-var errShorter = errors.New("it became shorter meanwhile")
-
-// readError is err, or errShorter of the file at path where err says that it ended too early.
-func readError(path string, err error) error {
+// readError is err, or damage where err says that the file became shorter meanwhile: a process that
+// has the store open cuts off the room behind the last frame of a full file.
+func (l *logReader) readError(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("read %s: %w", path, errShorter)
+		return l.damageHere("the file became shorter meanwhile")
 	}
 	return err
 }
@@ -227,32 +224,24 @@ func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 
 		// What was buffered is from before.
 		l.size = l.offset + int64(len(rest))
-		l.r.Reset(readerOf(l.f, l.offset))
+		l.r.Reset(bytes.NewReader(rest))
 		f, payload, err = l.read()
 		if !errors.As(err, new(*storage.DamageError)) {
 			return f, payload, nil, err
 		}
 
-		// Between the two reads another process may have written this frame, and a later one that
+		// While rest was read another process may have written this frame, and a later one that
 		// calls it synced: then it is read once more. What is bad still after some tries is damage.
-		again, restErr := l.rest()
-		if restErr != nil {
-			return f, nil, nil, restErr
-		}
-		_, synced := l.laterFrames(again)
+		_, synced := l.laterFrames(rest)
 		if !synced || n == tries {
-			return f, nil, again, err
+			return f, nil, rest, err
 		}
 	}
 }
 
 // rest returns what follows the good part of the file.
 func (l *logReader) rest() ([]byte, error) {
-	rest, err := io.ReadAll(readerOf(l.f, l.offset))
-	if err != nil {
-		return nil, readError(l.path, err)
-	}
-	return rest, nil
+	return io.ReadAll(readerOf(l.f, l.offset))
 }
 
 // laterFrames looks for frames in rest, whose beginning is bad, at every offset where one
@@ -341,16 +330,15 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		// What is bad is read once more: beside a process that writes it may be good by now.
 		f, payload, err := l.read()
 		var rest []byte
-		if errors.As(err, new(*storage.DamageError)) || errors.Is(err, errShorter) {
+		if errors.As(err, new(*storage.DamageError)) {
 			f, payload, rest, err = l.readAgain()
 			end.size = max(end.size, l.size)
 		}
 
-		// A file that goes on elsewhere may lose the zeros behind its last frame meanwhile.
 		var damage *storage.DamageError
 		isLast := end.goesOn() || end.frames > 0 && end.last == frameEnd
 		switch {
-		case err == errEnd, errors.Is(err, errShorter) && end.goesOn():
+		case err == errEnd:
 			return end, nil
 		case errors.As(err, &damage):
 			l.judgeTail(&end, damage, rest)

@@ -136,11 +136,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	}
 
 	// Before the lock: what is none of ours is not even locked.
-	names, err := dir.List()
-	if err != nil {
-		return nil, err
-	}
-	err = checkNames(dir, names)
+	_, err := listOurs(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -207,17 +203,19 @@ func (d *Store) tryFile() error {
 	return nil
 }
 
-// checkNames refuses a directory in which there is anything that is no store's: it is somebody
-// else's.
-func checkNames(dir storage.Directory, names []string) error {
+// listOurs lists the directory. Where there is anything that is no store's it is somebody else's,
+// and refused.
+func listOurs(dir storage.Directory) (names []string, err error) {
+	names, err = dir.List()
 	for _, name := range names {
 		_, _, isLog := parseName(name)
 		if !isLog && name != storage.StoreName &&
 			name != spareName && !isTmp(name) && !isBeside(name) {
-			return fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs, dir.Path(name))
+			return nil, fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs,
+				dir.Path(name))
 		}
 	}
-	return nil
+	return names, err
 }
 
 // isBeside tells whether a file may be in a store's directory that is no part of the store: the
