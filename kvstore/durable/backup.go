@@ -92,7 +92,7 @@ func empty(out storage.Directory) error {
 type copier struct {
 	*files
 	out           storage.Directory
-	w             *logWriter // the copy of the file that is read; nil: none is
+	w             *logWriter // the copy of the file that is read
 	made          int        // files so far
 	copied, total int64      // bytes
 	step          func(copied, total int64)
@@ -116,20 +116,32 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 	}
 
 	// A crash before STORE leaves a directory that no start takes for a store.
-	err = c.walk(visitor{begin: c.beginFile, frame: c.copyFrame, end: c.endFile})
-	if c.w != nil {
-		err = errors.Join(err, c.w.f.Close()) // it was broken off
-	}
-	if err != nil {
-		return err
+	defer closeLogs(c.logs)
+	for !c.done {
+		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)
+		if err != nil {
+			return err
+		}
+		c.made++
 	}
 	return writeID(c.out, c.id)
 }
 
-// beginFile begins the copy of a file.
-func (c *copier) beginFile(l *logReader) (err error) {
-	c.w, err = beginLog(c.out, l.header)
-	return err
+// copyFile copies the frames of the next file to w. The last one's last frame says that all before
+// it is on disk.
+func (c *copier) copyFile(w *logWriter) error {
+	c.w = w
+	end, err := c.read(c.copyFrame)
+	if err != nil || !c.done {
+		return err
+	}
+
+	// A copy ends as a clean stop does: what is damaged in it later is not taken for torn.
+	last := frame{sequence: end.next, synced: end.next - 1, kind: frameCleanStop}
+	if end.goesOn() {
+		last.sequence, last.synced = end.next-1, end.next-2 // in the place of what was left out
+	}
+	return w.append(last, nil, 0)
 }
 
 // copyFrame copies a frame.
@@ -144,24 +156,4 @@ func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
 		return nil
 	}
 	return c.w.append(f, payload, 0)
-}
-
-// endFile ends the copy of a file. The last one's last frame says that all before it is on disk.
-func (c *copier) endFile(l *logReader, end logEnd, isLast bool) (err error) {
-	// A copy ends as a clean stop does: what is damaged in it later is not taken for torn.
-	if isLast {
-		last := frame{sequence: end.next, synced: end.next - 1, kind: frameCleanStop}
-		if end.goesOn() {
-			last.sequence, last.synced = end.next-1, end.next-2 // in the place of what was left out
-		}
-		err = c.w.append(last, nil, 0)
-	}
-
-	// Nobody may see the name before all of the file is on disk.
-	if err == nil {
-		err = c.w.publish(c.out)
-		c.w = nil
-		c.made++
-	}
-	return err
 }

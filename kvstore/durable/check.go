@@ -79,19 +79,22 @@ func check(dir storage.Directory) (r Report, err error) {
 
 	// Whatever is wrong with one file, the others are read, too.
 	m := kvstore.NewMemory()
-	err = s.walk(visitor{frame: applyTo(m), damage: r.damage,
-		end: func(l *logReader, end logEnd, _ bool) error {
-			if end.tail == torn {
-				r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d later "+
-					"frames, as a crash leaves it: the next start cuts it", l.path, end.offset,
-					end.bytes, end.loose)
-			} else {
-				r.say("ok      %s, %d bytes", l.path, end.offset)
+	defer closeLogs(s.logs)
+	for !s.done {
+		end, err := s.read(applyTo(m))
+		path := dir.Path(end.header.name())
+		switch {
+		case err != nil:
+			err = r.damage(err)
+			if err != nil {
+				return r, err
 			}
-			return nil
-		}})
-	if err != nil {
-		return r, err
+		case end.tail == torn:
+			r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d later frames, as "+
+				"a crash leaves it: the next start cuts it", path, end.offset, end.bytes, end.loose)
+		default:
+			r.say("ok      %s, %d bytes", path, end.offset)
+		}
 	}
 
 	for _, name := range s.obsolete {

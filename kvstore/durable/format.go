@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -355,8 +356,7 @@ var errBadRecord = errors.New("a record does not fit its frame")
 // system has nothing of its own to write. (etcd and SQLite write their logs that way, too.)
 type logWriter struct {
 	f        storage.File
-	name     string
-	path     string // the name as people call it
+	path     string // what people call it
 	seed     uint32 // of its frames' CRCs
 	size     int64  // bytes up to the end of the last frame
 	last     int64  // offset of the last frame that this writer has written; 0: none
@@ -364,90 +364,63 @@ type logWriter struct {
 	buf      []byte // the frame that is written, kept for the next one
 }
 
-// beginLog makes a log file under a temporary name.
-func beginLog(d storage.Directory, h fileHeader) (*logWriter, error) {
-	w, err := beginFile(d, h.name(), h.encode())
-	if err != nil {
-		return nil, err
-	}
-	w.seed = h.seed()
-	return w, nil
-}
-
-// beginFile makes a file that begins with head under a temporary name. It has its own once publish
-// has returned.
-func beginFile(d storage.Directory, name string, head []byte) (*logWriter, error) {
+// createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
+// leaves the whole file, or none of that name. If it fails there is none, but a crash may bring a
+// whole one back.
+func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (size int64,
+	err error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 
-	// From here on errors name the file as people will look for it.
-	w := &logWriter{f: f, name: name, path: d.Path(name)}
-	err = w.write(head)
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
+	// Errors name the file as people will look for it. Its bytes are on disk before the name is.
+	w := &logWriter{f: f, path: d.Path(name)}
+	err = fill(w)
+	if err == nil {
+		err = w.sync()
 	}
-	return w, nil
-}
+	err = cmp.Or(err, f.Close()) // before the rename: Windows wants it so
+	if err == nil {
+		err = d.Rename(name+tmpSuffix, name)
+	}
 
-// publish gives a file that beginFile made its name, once all of it is on disk: a crash leaves the
-// whole file, or none of that name. It closes the file. If it fails there is none of that name, but
-// a crash may bring a whole one back.
-func (w *logWriter) publish(d storage.Directory) error {
-	// The bytes are on disk before the name is.
-	err := w.sync()
-	closeErr := w.f.Close() // before the rename: Windows wants it so
-	if err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = d.Rename(w.name+tmpSuffix, w.name)
-	}
+	// Where the disk is full, what was written of the file is in the way of all that comes.
 	if err != nil {
-		return err
+		d.Remove(name + tmpSuffix)
+		return 0, err
 	}
 
 	// The name is on disk before anybody builds upon it.
 	err = d.Sync()
 	if err != nil {
-		d.Remove(w.name) // or it would be taken for somebody else's
-	}
-	return err
-}
-
-// createLog makes a log file of fill's frames, and returns its size. It fails as publish does, and
-// leaves nothing under the temporary name.
-func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
-	err error) {
-	w, err := beginLog(d, h)
-	if err == nil {
-		err = fill(w)
-		if err != nil {
-			w.f.Close()
-		} else {
-			err = w.publish(d)
-		}
-	}
-
-	// Where the disk is full, what was written of the file is in the way of all that comes.
-	if err != nil {
-		d.Remove(h.name() + tmpSuffix)
+		d.Remove(name) // or it would be taken for somebody else's
 		return 0, err
 	}
 	return w.size, nil
 }
 
+// createLog makes a log file of fill's frames, as createFile does, and returns its size.
+func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
+	err error) {
+	return createFile(d, h.name(), func(w *logWriter) error {
+		w.seed = h.seed()
+		err := w.write(h.encode())
+		if err != nil {
+			return err
+		}
+		return fill(w)
+	})
+}
+
 // extendLog opens a log file to be written further, from end on: there its last frame ends.
 func extendLog(d storage.Directory, h fileHeader, end int64) (*logWriter, error) {
-	name := h.name()
-	f, err := d.Extend(name)
+	f, err := d.Extend(h.name())
 	if err != nil {
 		return nil, err
 	}
 
-	return &logWriter{f: f, name: name, path: d.Path(name), seed: h.seed(), size: end,
-		fileSize: end}, nil
+	return &logWriter{f: f, path: d.Path(h.name()), seed: h.seed(), size: end, fileSize: end}, nil
 }
 
 // noFrames fills a new segment, which begins empty.
@@ -581,11 +554,10 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 func writeID(dir storage.Directory, id storeID) error {
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
-	w, err := beginFile(dir, storage.StoreName, []byte(line))
-	if err != nil {
-		return err
-	}
-	return w.publish(dir)
+	_, err := createFile(dir, storage.StoreName, func(w *logWriter) error {
+		return w.write([]byte(line))
+	})
+	return err
 }
 
 // logName is the name of a log file.

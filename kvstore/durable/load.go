@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -72,7 +73,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 }
 
 // missingFile is the damage that a segment is missing.
-func missingFile(dir storage.Directory, number uint64) error {
+func missingFile(dir storage.Directory, number uint64) *storage.DamageError {
 	return &storage.DamageError{File: dir.Path(logName(kindSegment, number)),
 		What: "the file is missing", Missing: true}
 }
@@ -94,6 +95,11 @@ type files struct {
 	dir  storage.Directory
 	id   storeID
 	logs []*logReader // for each of names
+
+	// What comes next.
+	at    int    // which of logs
+	first uint64 // the frame with which it has to begin; 0: with any
+	done  bool   // nothing is to be read any more
 }
 
 // findFiles finds out which files are the store, and opens them: what a compaction beside us
@@ -119,6 +125,9 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 	s.logs, err = openLogs(dir, s.names())
 	if err != nil {
 		return nil, err
+	}
+	if s.snapshot == 0 {
+		s.first = 1
 	}
 
 	err = s.checkID()
@@ -233,121 +242,68 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// visitor is what walk tells what it reads. Each of its functions may be nil but frame. An error
-// that begin, frame or end returns is taken for one of reading the file.
-type visitor struct {
-	begin func(l *logReader) error
-	frame func(l *logReader, f frame, payload []byte) error
-	end   func(l *logReader, end logEnd, isLast bool) error
+// read reads the next file, and has each told of its frames. The last is the newest, or the one
+// before that if a rotation was stopped between the two. After an error it can go on with the next
+// file.
+func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
+	err error) {
+	l, first := s.logs[s.at], s.first
+	s.at++
+	s.done = s.at == len(s.logs)
+	s.first = 0 // nothing says how what follows damage has to begin
 
-	// damage is told what is wrong with a file. If it returns nil the walk goes on with the next.
-	// Without it the walk ends with the error.
-	damage func(error) error
-}
-
-// walk reads the files in their order, and closes them. It ends with the newest, or with the one
-// before that if a rotation was stopped between the two.
-func (s *files) walk(v visitor) error {
-	defer closeLogs(s.logs)
-
-	next := uint64(1) // the frame with which a file has to begin; 0: with any
-
-	// A snapshot's own header tells what comes behind it.
-	if s.snapshot > 0 {
-		next = 0
-	}
-
-	for i := range s.logs {
-		end, isLast, err := s.visit(i, next, v)
-		switch {
-		// What follows damage is read for what it is, as nothing says how it has to begin.
-		case err != nil && v.damage != nil:
-			err, next = v.damage(err), 0
-		case end.header.kind == kindSnapshot:
-			next = end.header.first
-		default:
-			next = end.next
-		}
-
-		if err != nil || isLast {
-			return err
-		}
-	}
-	return nil
-}
-
-// visit reads one file, which has to begin with the frame first; 0: with any.
-func (s *files) visit(i int, first uint64, v visitor) (end logEnd, isLast bool, err error) {
 	// What is read has to be the file that belongs here.
-	l := s.logs[i]
 	err = l.checkHeader(s.id, first)
-	if err != nil {
-		return end, false, err
+	if err == nil {
+		end, err = l.scan(each)
 	}
-
-	// begin is told before any frame, and end only of a file that may end so.
-	if v.begin != nil {
-		err = v.begin(l)
-		if err != nil {
-			return end, false, err
-		}
-	}
-	end, err = l.scan(v.frame)
 	if err != nil {
-		return end, false, err
+		return end, err
 	}
 
 	// Whether it may end so depends on the files behind it.
-	isLast, err = s.judgeFile(i, end)
+	err = s.judgeFile(end)
 	if err != nil {
-		return end, false, err
+		return end, err
 	}
-	if v.end != nil {
-		err = v.end(l, end, isLast)
+	s.first = end.next
+	if end.header.kind == kindSnapshot {
+		s.first = end.header.first // a snapshot counts its own frames
 	}
-	return end, isLast, err
+	return end, nil
 }
 
-// judgeFile decides whether the i-th file may end so. isLast: nothing is to be read behind it.
-func (s *files) judgeFile(i int, end logEnd) (isLast bool, err error) {
-	newest := i == len(s.logs)-1
-	at := &storage.DamageError{File: s.logs[i].path, Offset: end.offset, Frame: end.next}
+// judgeFile decides whether the file that was read may end so, and whether it is the last.
+func (s *files) judgeFile(end logEnd) error {
+	at := &storage.DamageError{File: s.dir.Path(end.header.name()), Offset: end.offset,
+		Frame: end.next}
 	switch {
 	// A snapshot has its name once all of it is on disk, so it has its end.
 	case end.header.kind == kindSnapshot && !end.isWhole():
-		if end.bad != nil {
-			return false, end.bad
-		}
 		at.What = "the snapshot has no proper end"
-		return false, at
+		return cmp.Or(end.bad, error(at))
 	case end.header.kind == kindSnapshot:
-		return false, nil
+		return nil
 
 	// The newest segment may end anywhere, and be torn, but not say that another one follows.
 	case end.tail == damaged:
-		return false, end.bad
-	case newest && end.goesOn() && s.isFollowed(end.header.number):
-		return true, nil // a rotation came since we looked
-	case newest && end.goesOn():
-		following := missingFile(s.dir, end.header.number+1).(*storage.DamageError)
+		return end.bad
+	case s.done && end.goesOn() && !s.isFollowed(end.header.number): // or a rotation came meanwhile
+		following := missingFile(s.dir, end.header.number+1)
 		following.What += ": " + at.File + " says that it follows"
-		return false, following
-	case newest:
-		return true, nil
+		return following
 
 	// All others say so, but for the one before a segment that a rotation made before it was
 	// stopped.
-	case end.goesOn():
-		return false, nil
-	case i == len(s.logs)-2 && s.isUnused(s.logs[i+1], end.next):
-		return true, nil
+	case s.done, end.goesOn():
+		return nil
+	case s.at == len(s.logs)-1 && s.isUnused(s.logs[s.at], end.next):
+		s.done = true
+		return nil
 	}
 
-	if end.bad != nil {
-		return false, end.bad
-	}
 	at.What = "the frame that says that another file follows is missing"
-	return false, at
+	return cmp.Or(end.bad, error(at))
 }
 
 // isFollowed tells whether there is a log file of a higher number now.
@@ -389,7 +345,7 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 
-	// The walk has told of one end at least, or it had failed.
+	// There is one at least.
 	last := ends[len(ends)-1]
 	for _, end := range ends[:len(ends)-1] {
 		d.fullBytes += end.offset
@@ -435,27 +391,28 @@ func (d *Store) load(ctx context.Context) error {
 	return err
 }
 
-// readAll applies what the files hold to Memory, and returns where each ends.
+// readAll applies what the files hold to Memory, closes them, and returns where each ends.
 func (d *Store) readAll(s *files, p *progress) (ends []logEnd, err error) {
+	defer closeLogs(s.logs)
 	for _, l := range s.logs {
 		p.total += l.size
 	}
 
 	apply := applyTo(d.Memory)
-	err = s.walk(visitor{
-		frame: func(l *logReader, f frame, payload []byte) error {
+	for !s.done {
+		end, err := s.read(func(l *logReader, f frame, payload []byte) error {
 			err := apply(l, f, payload)
 			if err != nil {
 				return err
 			}
 			return p.step(f)
-		},
-		end: func(_ *logReader, end logEnd, _ bool) error {
-			ends = append(ends, end)
-			return nil
-		},
-	})
-	return ends, err
+		})
+		if err != nil {
+			return nil, err
+		}
+		ends = append(ends, end)
+	}
+	return ends, nil
 }
 
 // create makes a new store's first files: STORE comes last, so that a
