@@ -40,12 +40,11 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	}
 	defer closeLogs(s.logs)
 	err = s.readAll()
+	if err == nil {
+		err = s.restore()
+	}
 	if err != nil {
 		return r, err
-	}
-	s.restore()
-	if s.err != nil {
-		return r, s.err
 	}
 
 	// Where not all could be read, a smaller store is made, not none.
@@ -64,7 +63,6 @@ type salvage struct {
 	dir    storage.Directory
 	id     storeID
 	report *Report
-	err    error // the first that is no damage
 
 	logs      []*logReader // all there are
 	snapshots []*foundFile // the newest first
@@ -75,8 +73,7 @@ type salvage struct {
 
 // foundFile is a log file, and what is whole in it.
 type foundFile struct {
-	log    *logReader
-	number uint64
+	*logReader
 	frames []foundFrame
 	whole  bool // it is a snapshot, and complete
 	goesOn bool // the last frame says that another file follows
@@ -84,10 +81,9 @@ type foundFile struct {
 
 // foundFrame is a whole frame, and where it is.
 type foundFrame struct {
-	in       *foundFile
-	frame    frame
-	offset   int64 // of the frame
-	sequence uint64
+	frame
+	in     *foundFile
+	offset int64
 }
 
 // sayDamaged says what is not as it was written.
@@ -122,13 +118,12 @@ func (s *salvage) findID() error {
 
 	// Most of the files outvote STORE, which may be a copy of another store's. Half of them do only
 	// where it says nothing.
+	saysWho := isThere && err == nil
 	switch {
-	case 2*most > of:
+	case 2*most > of, !saysWho && most > 0 && 2*most == of:
 		s.id = id
-	case isThere && err == nil:
+	case saysWho:
 		s.id = said
-	case most > 0 && 2*most == of:
-		s.id = id
 	default:
 		return fmt.Errorf("%w: no file says which store this is", ErrNothingRead)
 	}
@@ -158,7 +153,7 @@ func (s *salvage) readAll() error {
 
 		// What it is, its header says: a file may have a wrong name.
 		frames += len(file.frames)
-		if file.log.header.kind == kindSnapshot {
+		if file.header.kind == kindSnapshot {
 			s.snapshots = append(s.snapshots, file)
 		} else {
 			s.segments = append(s.segments, file)
@@ -169,7 +164,9 @@ func (s *salvage) readAll() error {
 	}
 
 	// Where two segments have the same frame, the newer one counts.
-	newestFirst := func(a, b *foundFile) int { return cmp.Compare(b.number, a.number) }
+	newestFirst := func(a, b *foundFile) int {
+		return cmp.Compare(b.header.number, a.header.number)
+	}
 	slices.SortStableFunc(s.snapshots, newestFirst)
 	slices.SortStableFunc(s.segments, newestFirst)
 	return nil
@@ -178,11 +175,11 @@ func (s *salvage) readAll() error {
 // read finds the whole frames of one file.
 func (s *salvage) read(l *logReader) (*foundFile, error) {
 	// Each turn reads the frames up to what is bad, and goes on behind that.
-	file := &foundFile{log: l, number: l.header.number}
+	file := &foundFile{logReader: l}
 	for more := true; more; {
 		at := l.offset
 		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
-			file.frames = append(file.frames, foundFrame{file, f, at, f.sequence})
+			file.frames = append(file.frames, foundFrame{f, file, at})
 			at = l.offset
 			return nil
 		})
@@ -209,6 +206,12 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 
 	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
 		s.sayDamaged("%s has no proper end", l.path)
+	}
+
+	// Where a segment's header cannot be read its first frame says with which it begins.
+	if l.header.kind == kindSegment && l.bad != nil && len(file.frames) > 0 &&
+		file.frames[0].offset == headerSize {
+		l.header.first = file.frames[0].sequence
 	}
 	s.report.say("read    %d frames of %s", len(file.frames), l.path)
 	return file, nil
@@ -248,39 +251,37 @@ func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 }
 
 // restore makes m of the best snapshot and the frames behind it.
-func (s *salvage) restore() {
+func (s *salvage) restore() error {
 	frames := s.inOrder()
 	base := s.base(frames)
 
-	// Without a snapshot the first frame of all is the first.
-	s.next = 1
-	if base != nil {
-		s.applyAll(base.frames, 1)
-		if !base.whole {
-			s.sayLost("a part of %s: it has no proper end", base.log.path)
-		}
-		s.next = s.firstBehind(base)
+	_, err := s.applyAll(base.frames, 1)
+	if err != nil {
+		return err
+	}
+	if !base.whole {
+		s.sayLost("a part of %s: it has no proper end", base.path)
 	}
 
 	// Where nothing says what the snapshot stands for, its number does. What came right behind it
 	// is lost.
+	s.next = s.firstBehind(base)
 	if s.next == 0 {
-		s.sayLost("what came after %s: the next file is missing, or cannot be read", base.log.path)
-		frames = slices.DeleteFunc(frames, func(p foundFrame) bool {
-			return p.in.number <= base.number
+		s.sayLostBehind(base)
+		frames = slices.DeleteFunc(frames, func(f foundFrame) bool {
+			return f.in.header.number <= base.header.number
 		})
 		s.next = 1
 		if len(frames) == 0 {
-			return
+			return nil
 		}
 		s.next = frames[0].sequence
 	}
 
 	// Every gap is a loss, whatever was in it. Frames for which the snapshot stands are left out.
-	i, _ := slices.BinarySearchFunc(frames, s.next,
-		func(p foundFrame, sequence uint64) int { return cmp.Compare(p.sequence, sequence) })
-	s.next = s.applyAll(frames[i:], s.next)
+	s.next, err = s.applyAll(from(frames, s.next), s.next)
 	s.sayLostEnd(base)
+	return err
 }
 
 // inOrder are the frames of all segments by their sequence, each once: of two the one in the newer
@@ -295,119 +296,117 @@ func (s *salvage) inOrder() (frames []foundFrame) {
 
 	// A frame that was applied twice would double its values.
 	once := frames[:0]
-	for _, p := range frames {
+	for _, f := range frames {
 		n := len(once)
-		if n > 0 && once[n-1].sequence == p.sequence {
-			s.sayDamaged("frame %d is there twice, at offset %d of %s", p.sequence, p.offset,
-				p.in.log.path)
+		if n > 0 && once[n-1].sequence == f.sequence {
+			s.sayDamaged("frame %d is there twice, at offset %d of %s", f.sequence, f.offset,
+				f.in.path)
 			continue
 		}
-		once = append(once, p)
+		once = append(once, f)
 	}
 	return once
 }
 
-// base is the snapshot to begin with: the newest whole one from which no frame is missing, or none
-// where none is missing from the first; else the newest whole one, or the newest.
+// from are those of frames, which are in order, that have no lower sequence than first.
+func from(frames []foundFrame, first uint64) []foundFrame {
+	i, _ := slices.BinarySearchFunc(frames, first,
+		func(f foundFrame, first uint64) int { return cmp.Compare(f.sequence, first) })
+	return frames[i:]
+}
+
+// base is the snapshot to begin with: the newest whole one from which no frame is missing, or an
+// empty one where none is missing from the first; else the newest whole one, or the newest.
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// A gap at the end cannot be seen: what is missing there has no later frame.
-	isComplete := func(first uint64) bool {
-		next := first
-		for _, p := range frames {
-			if p.sequence == next {
-				next++
-			} else if p.sequence > next {
-				return false
-			}
-		}
-		return true
+	isComplete := func(file *foundFile) bool {
+		first := s.firstBehind(file)
+		rest := from(frames, first)
+		n := len(rest)
+		return file.whole && (n == 0 || rest[n-1].sequence-first == uint64(n-1))
+	}
+
+	empty := &foundFile{logReader: &logReader{header: fileHeader{first: 1}}, whole: true}
+	candidates := s.snapshots
+	if len(frames) > 0 {
+		candidates = append(candidates, empty)
 	}
 
 	// First what loses nothing, then what loses least.
-	for _, complete := range []bool{true, false} {
-		for _, file := range s.snapshots {
-			if file.whole && (!complete || isComplete(s.firstBehind(file))) {
-				return file
-			}
-		}
-		if complete && len(frames) > 0 && isComplete(1) {
-			return nil
-		}
-	}
-
-	// No snapshot is whole: a part of one is better than nothing.
-	for _, file := range s.snapshots {
-		if len(file.frames) > 0 {
-			return file
+	for _, isGood := range []func(*foundFile) bool{
+		isComplete,
+		func(file *foundFile) bool { return file.whole && file != empty },
+		func(file *foundFile) bool { return len(file.frames) > 0 },
+	} {
+		i := slices.IndexFunc(candidates, isGood)
+		if i >= 0 {
+			return candidates[i]
 		}
 	}
-	return nil
+	return empty
 }
 
 // firstBehind is the sequence of the first frame behind what a snapshot stands for. Where its own
-// header cannot be read the next segment says that, too, by its header or by its first frame; 0:
-// neither does.
-func (s *salvage) firstBehind(snapshot *foundFile) uint64 {
-	if snapshot.log.bad == nil {
-		return snapshot.log.header.first
-	}
-
+// header cannot be read the next segment says that, too; 0: it does not.
+func (s *salvage) firstBehind(snapshot *foundFile) (first uint64) {
+	first = snapshot.header.first
 	for _, file := range s.segments {
-		switch {
-		case file.number != snapshot.number+1:
-		case file.log.bad == nil:
-			return file.log.header.first
-		case len(file.frames) > 0 && file.frames[0].offset == headerSize:
-			return file.frames[0].sequence
+		if snapshot.bad != nil && file.header.number == snapshot.header.number+1 {
+			first = max(first, file.header.first)
 		}
 	}
-	return 0
+	return first
 }
 
 // applyAll applies frames, of which the first should be next, and returns the sequence behind the
 // last.
-func (s *salvage) applyAll(frames []foundFrame, next uint64) uint64 {
-	for _, p := range frames {
-		path := p.in.log.path
-		if p.sequence > next {
-			s.sayLost("frames %d to %d, which came before offset %d of %s", next, p.sequence-1,
-				p.offset, path)
+func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
+	for _, f := range frames {
+		if f.sequence > next {
+			s.sayLost("frames %d to %d, which came before offset %d of %s", next, f.sequence-1,
+				f.offset, f.in.path)
 		}
+		next = f.sequence + 1
 
 		// Read a second time, for all payloads together may be more than memory.
-		payload := make([]byte, p.frame.length)
-		_, err := p.in.log.f.ReadAt(payload, p.offset+frameSize)
+		payload := make([]byte, f.length)
+		_, err := f.in.f.ReadAt(payload, f.offset+frameSize)
 		if err != nil {
-			s.err = cmp.Or(s.err, fmt.Errorf("read %s: %w", path, err))
-			next = p.sequence + 1
-			continue
+			return next, fmt.Errorf("read %s: %w", f.in.path, err)
 		}
-		err = apply(s.m, string(payload), p.frame.count)
+		err = apply(s.m, string(payload), f.count)
 		if err != nil {
-			s.sayLost("a part of frame %d at offset %d of %s: %v", p.sequence, p.offset, path, err)
+			s.sayLost("a part of frame %d at offset %d of %s: %v", f.sequence, f.offset, f.in.path,
+				err)
 		}
-		next = p.sequence + 1
 	}
-	return next
+	return next, nil
 }
 
 // sayLostEnd says what may be lost behind the last frame.
 func (s *salvage) sayLostEnd(base *foundFile) {
 	// The newest segment of which anything can be read.
 	i := slices.IndexFunc(s.segments, func(file *foundFile) bool {
-		return file.log.bad == nil || len(file.frames) > 0
+		return file.bad == nil || len(file.frames) > 0
 	})
-
-	switch {
-	case i < 0, base != nil && s.segments[i].number <= base.number:
-		s.sayLost("what came after %s: the next file is missing, or cannot be read", base.log.path)
-	case s.segments[i].goesOn:
-		s.sayLost("what came after %s: the next file is missing, or cannot be read",
-			s.segments[i].log.path)
-	case len(s.segments[i].frames) == 0 && s.segments[i].log.header.first > s.next+1:
-		s.sayLost("frames %d to %d, which came before %s", s.next, s.segments[i].log.header.first-1,
-			s.segments[i].log.path)
+	if i < 0 || s.segments[i].header.number <= base.header.number {
+		s.sayLostBehind(base)
+		return
 	}
+
+	newest := s.segments[i]
+	switch {
+	case newest.goesOn:
+		s.sayLostBehind(newest)
+	case len(newest.frames) == 0 && newest.header.first > s.next+1:
+		s.sayLost("frames %d to %d, which came before %s", s.next, newest.header.first-1,
+			newest.path)
+	}
+}
+
+// sayLostBehind says that what came after a file is lost.
+func (s *salvage) sayLostBehind(file *foundFile) {
+	s.sayLost("what came after %s: the next file is missing, or cannot be read", file.path)
 }
 
 // write writes what was saved to out: a snapshot, an empty segment behind it, and last STORE, so
