@@ -79,12 +79,8 @@ func (d *Store) changed() (c changes, err error) {
 		was, isKnown := d.known[name]
 		switch {
 		// Nobody could look when it was written, so it is taken for what was written.
-		case isThere && !isKnown && !slices.Contains(d.unhealed, name):
+		case isThere && !isKnown:
 			d.known[name] = now
-
-		// A heal that failed may have written it, but what it wrote may not be on disk.
-		case slices.Contains(d.unhealed, name):
-			c.spoiled = append(c.spoiled, name)
 		case isThere && now.IsSame(was):
 
 		// The current file changes because we write it.
@@ -92,7 +88,7 @@ func (d *Store) changed() (c changes, err error) {
 			(d.zerosAhead == 0 || now.Size >= end && d.isIntact(last)):
 
 		// STORE may be copied over itself: it says the same.
-		case isThere && name == storage.StoreName && d.isOurs():
+		case isThere && name == storage.StoreName && was.ID != nil && d.isOurs():
 			d.known[name] = now
 		default:
 			c.spoiled = append(c.spoiled, name)
@@ -152,11 +148,11 @@ func (d *Store) isIntact(last seenFrame) bool {
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
 // to end, would lose what was answered. A heal that fails is tried again later; until then the
-// store goes on in the file that it has open. An error says that the store has failed.
+// store goes on in the file that it has open. The error is what keeps the next start from opening
+// the store as it is.
 func (d *Store) lookForFiles(now time.Time) error {
 	// A compaction that runs removes files, too. One that has ended does not count.
-	d.isCompacting()
-	if d.compacted != nil || now.Before(d.healAfter) {
+	if d.isCompacting() || now.Before(d.healAfter) {
 		return nil
 	}
 
@@ -164,78 +160,89 @@ func (d *Store) lookForFiles(now time.Time) error {
 	if err != nil {
 		return nil // at the next look
 	}
-	d.sayStrangers(c.strangers)
-	if len(c.spoiled)+len(c.leftovers) == 0 {
-		return nil
+	d.tellFiles(&d.toldStrangers, c.strangers, "files that are none of this store's were put into "+
+		"its directory: take them away, or the next start is refused")
+
+	if len(c.spoiled)+len(c.leftovers) > 0 {
+		// If another process has the directory now, the files are that one's.
+		err = d.lock.Look()
+		if errors.Is(err, storage.ErrMoved) {
+			return d.fail(err)
+		}
+		if err != nil {
+			return err // at the next look
+		}
+
+		c, err = d.mend(c)
+		if err != nil {
+			d.healAfter = now.Add(compactTime)
+			d.log.Error("cannot write the data anew, so the server's end would lose it: save it "+
+				"with kvserver -c Dump; trying again", "in", compactTime, "error", err)
+			return err
+		}
 	}
 
-	// If another process has the directory now, the files are that one's.
-	err = d.lock.Look()
-	switch {
-	case errors.Is(err, storage.ErrMoved):
-		return d.fail(err)
-	case err != nil:
-		return nil // at the next look
-	}
-
-	err = d.mend(c)
-	if err != nil {
-		d.healAfter = now.Add(compactTime)
-		d.log.Error("cannot write the data anew, so the server's end would lose it: save it with "+
-			"kvserver -c Dump; trying again", "in", compactTime, "error", err)
-		return d.failure()
+	// Strangers are not ours to remove, and leftovers could not be.
+	if len(c.strangers)+len(c.leftovers) > 0 {
+		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
+			d.dir.Path(""), strings.Join(append(c.strangers, c.leftovers...), ", "))
 	}
 	return nil
 }
 
-// sayStrangers tells the log of files that must be taken away by somebody, when they have come.
-func (d *Store) sayStrangers(names []string) {
-	// A line for each change, not one for each look.
-	if !slices.Equal(names, d.toldStrangers) && len(names) > 0 {
-		d.log.Error("files that are none of this store's were put into its directory: take them "+
-			"away, or the next start is refused", "files", names, "dir", d.dir.Path(""))
-	}
-	d.toldStrangers = names
+// lastLook is lookForFiles where there is no later try: at the end, after which nobody has the data
+// in memory, and when the lock says that files are gone, for before they are back nothing may be
+// answered.
+func (d *Store) lastLook() error {
+	d.healAfter = time.Time{}
+	d.lock.Look() // which tells the directory to look, too
+	return d.lookForFiles(time.Now())
 }
 
-// mend brings the files back to what they should be, and looks whether they are.
-func (d *Store) mend(c changes) error {
-	switch {
-	case len(c.spoiled) > 0:
+// tellFiles tells the log of files, when they are others than it was told of last.
+func (d *Store) tellFiles(told *[]string, names []string, what string) {
+	// A line for each change, not one for each look.
+	if !slices.Equal(names, *told) && len(names) > 0 {
+		d.log.Error(what, "files", names, "dir", d.dir.Path(""))
+	}
+	*told = names
+}
+
+// mend brings the files back to what they should be, looks whether they are, and returns what is
+// left.
+func (d *Store) mend(c changes) (left changes, err error) {
+	if len(c.spoiled) > 0 {
 		d.log.Error("files were removed or changed while the server uses them; all data is "+
 			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
 
-		// If this fails they stay spoiled, also where the next look finds them as they were.
-		d.unhealed = c.spoiled
-		err := d.heal(slices.Concat(c.spoiled, c.leftovers))
-		if err != nil {
-			return err
+		// If this fails they stay spoiled, whatever it has written: that may not be on disk.
+		for _, name := range c.spoiled {
+			d.known[name] = storage.Stamp{}
 		}
-		d.unhealed = nil
-	case !slices.Equal(c.leftovers, d.toldLeftovers):
-		d.log.Error("log files that are of no use any more are in the directory, as a copy that "+
-			"is put over it leaves them; they are removed", "files", c.leftovers, "dir",
-			d.dir.Path(""))
+		err = d.heal(slices.Concat(c.spoiled, c.leftovers))
+		if err != nil {
+			return c, err
+		}
+	} else {
+		d.tellFiles(&d.toldLeftovers, c.leftovers, "log files that are of no use any more are in "+
+			"the directory, as a copy that is put over it leaves them; they are removed")
 	}
-
-	// The log is told once, though a copy may be put over the directory again and again.
-	d.toldLeftovers = c.leftovers
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has
 	}
 
 	// Whoever changed the files may do so still.
-	left, err := d.changed()
+	left, err = d.changed()
 	switch {
 	case err != nil:
-		return err
+		return left, err
 	case len(left.spoiled) > 0:
-		return fmt.Errorf("%s is changed by somebody again and again",
+		return left, fmt.Errorf("%s is changed by somebody again and again",
 			d.dir.Path(left.spoiled[0]))
 	case len(c.spoiled) > 0:
 		d.log.Info("all data is on disk again", "bytes", d.fullBytes)
 	}
-	return nil
+	return left, nil
 }
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
@@ -264,7 +271,9 @@ func (d *Store) heal(useless []string) error {
 
 	c.run()
 	d.noteSnapshot(c)
-	d.learn(storage.StoreName)
+	if c.bytes > 0 {
+		d.learn(storage.StoreName)
+	}
 	return c.err
 }
 
@@ -287,34 +296,6 @@ func (d *Store) clearAway(useless []string) error {
 	// STORE is on disk before the snapshot has its name, for with that the store is whole.
 	if slices.Contains(useless, storage.StoreName) {
 		return writeID(d.dir, d.id)
-	}
-	return nil
-}
-
-// lastLook is lookForFiles where there is no later try: at the end, after which nobody has the data
-// in memory, and when the lock says that files are gone, for before they are back nothing may be
-// answered. That the store could not be opened again is an error.
-func (d *Store) lastLook() error {
-	// There is no later try.
-	d.healAfter = time.Time{}
-	d.lock.Look() // which tells the directory to look, too
-	err := d.lookForFiles(time.Now())
-	if err != nil {
-		return err
-	}
-
-	// Whatever was mended, this is what the next start finds.
-	c, err := d.changed()
-	switch {
-	case err != nil:
-		return nil // nobody knows
-	case len(c.spoiled) > 0:
-		return fmt.Errorf("%s was removed or changed, and could not be written anew",
-			d.dir.Path(c.spoiled[0]))
-	// Strangers are not ours to remove, and leftovers could not be.
-	case len(c.strangers)+len(c.leftovers) > 0:
-		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
-			d.dir.Path(""), strings.Join(append(c.strangers, c.leftovers...), ", "))
 	}
 	return nil
 }

@@ -109,9 +109,8 @@ type Store struct {
 	// Looking whether others have changed the files.
 	looked    time.Time                // when that was done last
 	healAfter time.Time                // before then no heal is tried
-	known     map[string]storage.Stamp // what our files were when we had last written them
+	known     map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
 	lastSeen  seenFrame                // in the current file
-	unhealed  []string                 // files of ours whose heal has failed
 	healing   atomic.Bool              // a heal runs; any goroutine may look
 	awaiting  atomic.Bool              // a compaction is waited for; any goroutine may look
 
@@ -399,7 +398,8 @@ func (d *Store) Commit() error {
 	now := time.Now()
 	if now.Sub(d.looked) >= lookTime {
 		d.looked = now
-		err = d.lookForFiles(now)
+		d.lookForFiles(now)
+		err = d.failure()
 		if err != nil {
 			return err
 		}
