@@ -90,8 +90,8 @@ func check(dir storage.Directory) (r Report, err error) {
 				return r, err
 			}
 		case end.tail == torn:
-			r.say("torn    %s, %d bytes, then %d of an incomplete commit with %d later frames, as "+
-				"a crash leaves it: the next start cuts it", path, end.offset, end.bytes, end.loose)
+			r.say("torn    %s, %d bytes, then %d of an incomplete commit, as a crash leaves it: the "+
+				"next start cuts it", path, end.offset, end.bytes)
 		default:
 			r.say("ok      %s, %d bytes", path, end.offset)
 		}

@@ -400,13 +400,14 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	return w.size, nil
 }
 
-// createLog makes a log file of fill's frames, as createFile does, and returns its size.
+// createLog makes a log file of fill's frames, or without a frame, as createFile does, and returns
+// its size.
 func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
 	err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
 		w.seed = h.seed()
 		err := w.write(h.encode())
-		if err != nil {
+		if err != nil || fill == nil {
 			return err
 		}
 		return fill(w)
@@ -422,9 +423,6 @@ func extendLog(d storage.Directory, h fileHeader, end int64) (*logWriter, error)
 
 	return &logWriter{f: f, path: d.Path(h.name()), seed: h.seed(), size: end, fileSize: end}, nil
 }
-
-// noFrames fills a new segment, which begins empty.
-func noFrames(*logWriter) error { return nil }
 
 // append writes one frame, and so many zeros behind it where the file must grow for it.
 func (w *logWriter) append(f frame, payload []byte, zeros int) error {

@@ -210,7 +210,7 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 // newSegment makes an empty segment. If it fails there is none, or one that the next start takes
 // for what a broken-off rotation leaves, and removes.
 func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
-	size, err := createLog(j.dir, h, noFrames)
+	size, err := createLog(j.dir, h, nil)
 	if err != nil {
 		return nil, err
 	}

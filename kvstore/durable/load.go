@@ -210,31 +210,31 @@ func (s *files) findNew() error {
 // crash leaves of a compaction: full, to their last frame. Others were put there:
 // somebody restored an older copy over a newer store.
 func (s *files) checkObsolete() error {
-	for _, name := range s.obsolete {
-		kind, _, ok := parseName(name)
-		if !ok || kind != kindSegment {
+	logs, err := openLogs(s.dir, s.obsolete)
+	if err != nil {
+		return err // such as that a compaction beside us has just removed one
+	}
+	defer closeLogs(logs)
+
+	for _, l := range logs {
+		kind, _, _ := parseName(l.name)
+		if kind != kindSegment {
 			continue
 		}
 
-		l, err := openLog(s.dir, name)
-		if err != nil {
-			return err // such as that a compaction beside us has just removed it
-		}
-
 		// Read to its end, for only that says that the next file was there, too.
-		err = l.checkHeader(s.id, 0)
 		var end logEnd
+		err = l.checkHeader(s.id, 0)
 		if err == nil {
-			end, err = l.scan(ignore)
+			end, err = l.scan(func(*logReader, frame, []byte) error { return nil })
 		}
-		l.f.Close()
 
 		// A file that cannot be read now is not called an older one.
 		if err != nil && !errors.As(err, new(*storage.DamageError)) {
 			return err
 		}
 		if err != nil || !end.goesOn() || end.tail == damaged {
-			return &storage.DamageError{File: s.dir.Path(name), What: fmt.Sprintf(
+			return &storage.DamageError{File: l.path, What: fmt.Sprintf(
 				"it is older than snap-%d.log and no full file: an older copy was put over a "+
 					"newer store, or writing removed files anew was stopped", s.snapshot)}
 		}
@@ -455,7 +455,7 @@ func (d *Store) resume(end logEnd) error {
 	}
 	if end.tail == torn {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",
-			w.path, "offset", end.offset, "bytes", end.bytes, "later_frames", end.loose)
+			w.path, "offset", end.offset, "bytes", end.bytes)
 	}
 
 	// From here on all that was loaded is on disk.

@@ -425,7 +425,7 @@ func (s *salvage) write(out storage.Directory) error {
 
 	// A start wants a segment behind each snapshot.
 	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
-	_, err = createLog(out, segment, noFrames)
+	_, err = createLog(out, segment, nil)
 	if err != nil {
 		return err
 	}

@@ -232,8 +232,7 @@ func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 
 		// While rest was read another process may have written this frame, and a later one that
 		// calls it synced: then it is read once more. What is bad still after some tries is damage.
-		_, synced := l.laterFrames(rest)
-		if !synced || n == tries {
+		if !l.wasSynced(rest) || n == tries {
 			return f, nil, rest, err
 		}
 	}
@@ -244,19 +243,17 @@ func (l *logReader) rest() ([]byte, error) {
 	return io.ReadAll(readerOf(l.f, l.offset))
 }
 
-// laterFrames looks for frames in rest, whose beginning is bad, at every offset where one
-// could begin. It returns how many there are, and whether one of them says that the bad one
-// had once been on disk.
-func (l *logReader) laterFrames(rest []byte) (frames int, synced bool) {
+// wasSynced tells whether rest, whose beginning is bad, has a later frame that says that the bad one
+// had once been on disk. It looks at every offset where a frame could begin.
+func (l *logReader) wasSynced(rest []byte) bool {
 	for ; len(rest) >= frameSize; rest = rest[8:] {
 		// The head's own CRC is enough: what it says of the bad frame was true when it was written.
 		later, ok := decodeFrame(rest, l.seed)
-		if ok && later.sequence > l.next {
-			frames++
-			synced = synced || later.synced >= l.next
+		if ok && later.sequence > l.next && later.synced >= l.next {
+			return true
 		}
 	}
-	return frames, synced
+	return false
 }
 
 // skip moves on to the next whole frame, whatever its sequence. It returns false where there is
@@ -301,7 +298,6 @@ type logEnd struct {
 	size  int64 // of the file
 	tail  tail  // what is behind offset
 	bytes int64 // of the tail, up to its last that is not zero
-	loose int   // frames in the tail, by their heads: later ones than the bad one
 	bad   error // why the tail is no part of the log; nil: the tail is nothing
 }
 
@@ -379,11 +375,9 @@ func (l *logReader) judgeTail(end *logEnd, damage error, rest []byte) {
 
 	// A commit that was never whole on disk was never answered. But what a later frame calls synced
 	// was, and a file that goes on elsewhere was on disk to its last frame.
-	var synced bool
 	end.bad = damage
-	end.loose, synced = l.laterFrames(rest)
 	end.tail = torn
-	if synced || end.goesOn() {
+	if l.wasSynced(rest) || end.goesOn() {
 		end.tail = damaged
 	}
 }
@@ -399,6 +393,3 @@ func applyTo(m *kvstore.Memory) func(*logReader, frame, []byte) error {
 		return nil
 	}
 }
-
-// ignore is for a scan that wants only the end.
-func ignore(*logReader, frame, []byte) error { return nil }

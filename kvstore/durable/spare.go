@@ -1,7 +1,6 @@
 package durable
 
 import (
-	"slices"
 	"time"
 
 	"kvserver/kvstore/storage"
@@ -30,23 +29,17 @@ const (
 
 // openSpare opens SPARE, if there is one. After an error the store goes on without it.
 func openSpare(dir storage.Directory) (s spareFile, err error) {
-	names, err := dir.List()
-	if err != nil || !slices.Contains(names, spareName) {
+	stamps, err := dir.Stamps()
+	stamp, isThere := stamps[spareName]
+	if err != nil || !isThere {
 		return s, err
 	}
 
-	// Only Open tells how large a file is, and only Extend opens one to be cut.
-	f, size, err := dir.Open(spareName)
+	f, err := dir.Extend(spareName)
 	if err != nil {
 		return s, err
 	}
-	f.Close()
-	s.file, err = dir.Extend(spareName)
-	if err != nil {
-		return spareFile{}, err
-	}
-	s.size = size
-	return s, nil
+	return spareFile{f, stamp.Size}, nil
 }
 
 // grow makes SPARE have at least so many bytes, in steps. What it could have before an error it
