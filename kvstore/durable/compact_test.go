@@ -26,7 +26,7 @@ func TestCompactionMayFail(t *testing.T) {
 	h := storetest.NewHistory()
 	storetest.Script(t, d, h)
 	dir.Locked = false
-	if err := d.rotate(); err != nil {
+	if _, err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
 	c := d.newCompaction()
@@ -115,7 +115,7 @@ func TestLiveBytes(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.AwaitCompaction()
-			if err := d.rotate(); err != nil {
+			if _, err := d.rotate(); err != nil {
 				t.Fatal(err)
 			}
 

@@ -255,12 +255,11 @@ func (d *Store) heal(useless []string) error {
 	defer d.healing.Store(false)
 
 	// A snapshot stands for full files, so the current one has to become full.
-	before := d.number
-	err := d.rotate()
+	isNew, err := d.rotate()
 	if err != nil {
 		return err
 	}
-	if d.number == before {
+	if !isNew {
 		return errors.New("no new file can be made")
 	}
 

@@ -865,7 +865,7 @@ func TestStatusNumbers(t *testing.T) {
 		}
 
 		for n := range 3 {
-			if err := d.rotate(); err != nil {
+			if _, err := d.rotate(); err != nil {
 				t.Fatal(err)
 			}
 			d.minCompact, d.waste = 0, 0

@@ -63,19 +63,18 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 	slices.Sort(l.segments)
 	for i, number := range l.segments {
 		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, missingFile(dir, want)
+			return l, missingFile(dir, logName(kindSegment, want))
 		}
 	}
 	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storage.StoreName)) {
-		return l, missingFile(dir, l.snapshot+1)
+		return l, missingFile(dir, logName(kindSegment, l.snapshot+1))
 	}
 	return l, nil
 }
 
-// missingFile is the damage that a segment is missing.
-func missingFile(dir storage.Directory, number uint64) *storage.DamageError {
-	return &storage.DamageError{File: dir.Path(logName(kindSegment, number)),
-		What: "the file is missing", Missing: true}
+// missingFile is the damage that a file is missing.
+func missingFile(dir storage.Directory, name string) *storage.DamageError {
+	return &storage.DamageError{File: dir.Path(name), What: "the file is missing", Missing: true}
 }
 
 // names are the names of the files that count, in the order in which they are read.
@@ -167,19 +166,14 @@ func (s *files) findNew() error {
 	}
 
 	// A first start makes no snapshot and no second segment.
-	missing := &storage.DamageError{File: s.dir.Path(storage.StoreName),
-		What: "the file is missing", Missing: true}
+	missing := missingFile(s.dir, storage.StoreName)
 	if l.snapshot > 0 || len(l.segments) > 1 || gap != nil {
 		return missing
 	}
 
 	// At most one segment is left, and temporary files. A first start that was stopped has written
 	// no more than headers; STORE's own temporary file may have a little more.
-	s.obsolete = l.obsolete
-	for _, number := range l.segments {
-		s.obsolete = append(s.obsolete, logName(kindSegment, number))
-	}
-
+	s.obsolete = append(l.obsolete, l.names()...)
 	for _, name := range s.obsolete {
 		f, size, err := s.dir.Open(name)
 		if err != nil {
@@ -289,7 +283,7 @@ func (s *files) judgeFile(end logEnd) error {
 	case end.tail == damaged:
 		return end.bad
 	case s.done && end.goesOn() && !s.isFollowed(end.header.number): // or a rotation came meanwhile
-		following := missingFile(s.dir, end.header.number+1)
+		following := missingFile(s.dir, logName(kindSegment, end.header.number+1))
 		following.What += ": " + at.File + " says that it follows"
 		return following
 

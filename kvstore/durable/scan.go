@@ -30,7 +30,9 @@ type logReader struct {
 	next   uint64 // sequence of the next frame; 0: any, behind a header that cannot be read
 	buf    []byte // the last payload with its padding, kept for the next one
 
-	bad error // why the header cannot be read: a *storage.DamageError, or a version; nil: it can
+	// Why the header cannot be read: a *storage.DamageError, a version, or what reading it failed
+	// with; nil: it can.
+	bad error
 }
 
 // readSize is a good size for reading a file of so many bytes, or a part of it.
@@ -53,8 +55,8 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	b := make([]byte, headerSize)
 	n, err := f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
-		f.Close()
-		return nil, err
+		l.bad = err
+		return l, nil
 	}
 
 	// A bad header is no error yet: Repair reads behind it.

@@ -188,12 +188,12 @@ func (d *Store) squeeze() bool {
 
 	// The room first, then a new file. If the log cannot go on there, SPARE stays smaller: what it
 	// gave back is the log's.
-	before := d.number
 	err := d.spare.shrink(d.spare.size - need)
-	if err == nil {
-		err = d.rotate()
+	if err != nil {
+		return false
 	}
-	if err != nil || d.number == before {
+	isNew, err := d.rotate()
+	if err != nil || !isNew {
 		return false
 	}
 

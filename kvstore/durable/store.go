@@ -465,12 +465,11 @@ func (d *Store) commit() error {
 
 	// Go on in a new file. Then all that the store holds is in full ones, and can be compacted.
 	if full {
-		before := d.number
-		err = d.rotate()
+		isNew, err := d.rotate()
 		if err != nil {
 			return err
 		}
-		if d.number > before {
+		if isNew {
 			d.compact()
 		}
 	}
@@ -480,23 +479,22 @@ func (d *Store) commit() error {
 	return nil
 }
 
-// rotate goes on in a new file. Where none can be made it returns nil, and the log goes on in the
-// old one. After an error the store has failed: the old file may be closed, and end with a frame
-// behind which nothing may stand.
-func (d *Store) rotate() error {
+// rotate goes on in a new file, or where none can be made in the old one. After an error the store
+// has failed: the old file may be closed, and end with a frame behind which nothing may stand.
+func (d *Store) rotate() (isNew bool, err error) {
 	// Files that are gone do not keep it from that: a heal begins with a rotation.
-	err := d.lock.Held()
+	err = d.lock.Held()
 	if err != nil && !errors.Is(err, storage.ErrGone) {
-		return d.fail(err)
+		return false, d.fail(err)
 	}
 	found, _ := d.changed() // where nobody can look, nothing is known to be changed
 
 	full, err := d.goOn()
 	if err != nil {
-		return d.fail(err)
+		return false, d.fail(err)
 	}
 	if full == 0 {
-		return nil
+		return false, nil
 	}
 
 	// A file that somebody has changed since the last look is not learned: the next look has to see
@@ -507,7 +505,7 @@ func (d *Store) rotate() error {
 		written = append(written, old)
 	}
 	d.learn(written...)
-	return nil
+	return true, nil
 }
 
 // Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
