@@ -452,8 +452,10 @@ func (d *Store) resume(end logEnd) error {
 			w.path, "offset", end.offset, "bytes", end.bytes)
 	}
 
-	// From here on all that was loaded is on disk.
-	d.number, d.sequence, d.synced = end.header.number, end.next-1, end.next-1
+	// From here on all that was loaded is on disk. (Behind a header of an older Repair, which has no
+	// first, the first frame is the first of all.)
+	last := max(end.next, 1) - 1
+	d.number, d.sequence, d.synced = end.header.number, last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room, d.first = w, w.size, w.room(), end.header.first
 	return nil

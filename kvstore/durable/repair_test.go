@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 	"maps"
@@ -600,5 +601,48 @@ func TestRepairOfHalfAStore(t *testing.T) {
 	delete(image.Names, storage.StoreName)
 	if _, r, err := repaired(t, image); err != nil || !r.Lost {
 		t.Errorf("without STORE: %v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	}
+}
+
+// Ensure that a store whose headers do not say with which frame the log begins, as an older Repair
+// made them, keeps what it answers: in its first run, and in the one after a crash of that.
+func TestStoreOfAnOlderRepair(t *testing.T) {
+	m := kvstore.NewMemory()
+	m.Put("saved", "value")
+	dir, id := storetest.New(), storeID{1, 2, 3}
+	for _, h := range []fileHeader{{kindSnapshot, id, 1, 0}, {kindSegment, id, 2, 0}} {
+		_, err := createLog(dir, h, func(w *logWriter) error {
+			if h.kind == kindSegment {
+				return nil
+			}
+			return writeAll(w, m.Snapshot(), nil)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := writeID(dir, id); err != nil {
+		t.Fatal(err)
+	}
+
+	want := map[string][]string{"saved": {"value"}}
+	for run := range 3 {
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatalf("run %d: %v", run, err)
+		}
+		for i := range 3 {
+			key := fmt.Sprintf("key%d-%d", run, i)
+			d.Put(key, "value")
+			want[key] = []string{"value"}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.stopTimer()
+		for seed := range uint64(10) {
+			dir = dir.Crash(rand.New(rand.NewPCG(seed, 1)))
+			wantAll(t, fmt.Sprintf("run %d, then the power failed", run), dir.Kill(), want)
+		}
 	}
 }
