@@ -247,7 +247,7 @@ func (d *Disk) Close() error {
 // MakeDisk opens the directory at path for a copy of the store at from, and makes it if it is not
 // there. If this process may, it gives the directory to the owner of from. from is "" for a store
 // that is in no directory: then it is the directory around path. undo removes a directory that was
-// made, if it is empty but for LOCK.
+// made, if it is empty but for LOCK, and gives one that was there back to its owner.
 func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 	// Where the directory around it is missing, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
@@ -268,33 +268,42 @@ func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 		}
 	}
 
-	// Only what was made here is undone.
-	undo = func() {}
-	err = os.Mkdir(path, 0o700)
-	switch {
 	// A crash after this must not leave a copy in a directory that is not there.
-	case err == nil:
-		undo = func() {
+	err = os.Mkdir(path, 0o700)
+	isNew := err == nil
+	switch {
+	case isNew:
+		err = syncParent(path)
+	case errors.Is(err, fs.ErrExist):
+		err = nil
+	}
+	if err == nil {
+		d, err = OpenDisk(path, nil)
+	}
+
+	// Only what was done here is undone.
+	undo = func() {
+		if isNew {
 			os.Remove(filepath.Join(path, LockName))
 			os.Remove(path)
 		}
-		err = syncParent(path)
-		if err != nil {
-			undo()
-			return nil, nil, err
-		}
-	case !errors.Is(err, fs.ErrExist):
-		return nil, nil, err
 	}
-
-	d, err = OpenDisk(path, nil)
 	if err != nil {
 		undo()
 		return nil, nil, err
 	}
 
 	// If that may not be done the copy is root's, and no worse for it.
-	keepOwner(d.root, ".", source)
+	was, err := d.root.Stat(".")
+	if err == nil && keepOwner(d.root, ".", source) == nil && !isNew {
+		undo = func() {
+			root, err := os.OpenRoot(path) // d may be closed by now
+			if err == nil {
+				keepOwner(root, ".", was)
+				root.Close()
+			}
+		}
+	}
 	return d, undo, nil
 }
 

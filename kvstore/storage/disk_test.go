@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -130,6 +131,8 @@ func TestMakeDisk(t *testing.T) {
 	there := filepath.Join(path, "there")
 	os.Mkdir(from, 0o700)
 	os.Mkdir(there, 0o700)
+	os.Chown(from, 12345, 12345) // where this process is root's
+	before, _ := os.Stat(there)
 	isThere := func(path string) bool {
 		_, err := os.Lstat(path)
 		return err == nil
@@ -151,6 +154,9 @@ func TestMakeDisk(t *testing.T) {
 		if undo(); isThere(at) != (at == there) {
 			t.Errorf("after undo %s is there: %v", at, isThere(at))
 		}
+		if after, _ := os.Stat(there); ownerOf(after) != ownerOf(before) {
+			t.Errorf("after undo %s is %v's, and was %v's", there, ownerOf(after), ownerOf(before))
+		}
 	}
 	file := filepath.Join(path, "file")
 	os.WriteFile(file, nil, 0o600)
@@ -165,6 +171,17 @@ func TestMakeDisk(t *testing.T) {
 	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)
 	}
+}
+
+// ownerOf is the owner of a file, where the system has such.
+func ownerOf(info os.FileInfo) (owner [2]uint64) {
+	sys := reflect.Indirect(reflect.ValueOf(info.Sys()))
+	for i, field := range []string{"Uid", "Gid"} {
+		if v := sys.FieldByName(field); v.IsValid() {
+			owner[i] = v.Uint()
+		}
+	}
+	return owner
 }
 
 // Ensure that a Sync asks the system, and says what that answers: a pipe has nothing to sync, and
