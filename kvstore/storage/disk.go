@@ -63,21 +63,13 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	return d, nil
 }
 
-// quoteOdd is path. Where it begins or ends in a character that nobody sees it is in quotes, with a
-// word on that.
+// quoteOdd is path. Where it begins or ends in a character that nobody sees, as a shell variable or
+// a file often leaves it there, it is in quotes, with a word on that.
 func quoteOdd(path string) string {
-	// A shell variable or a file often leaves a newline or a blank at the end.
-	odd := strings.TrimRight(path, " \t\r\n")
-
-	switch {
-	case odd == path && strings.TrimLeft(path, " \t\r\n") == path:
+	if path == strings.TrimSpace(path) {
 		return path
-	case odd == path:
-		return fmt.Sprintf("%q (it begins with a blank)", path)
-	case strings.HasSuffix(path, "\n"):
-		return fmt.Sprintf("%q (it ends in a newline)", path)
 	}
-	return fmt.Sprintf("%q (it ends in a blank)", path)
+	return fmt.Sprintf("%q (it begins or ends in a blank or a newline)", path)
 }
 
 // Sizes are those of a disk, which is large, and slow to make a file longer.

@@ -140,9 +140,9 @@ func TestMissingLock(t *testing.T) {
 func TestOddPaths(t *testing.T) {
 	for path, want := range map[string]string{
 		"/none":   "does not exist: /none",
-		"/none\n": "does not exist: \"/none\\n\" (it ends in a newline)",
-		"/none ":  "does not exist: \"/none \" (it ends in a blank)",
-		" /none":  "does not exist: \" /none\" (it begins with a blank)",
+		"/none\n": "does not exist: \"/none\\n\" (it begins or ends in a blank or a newline)",
+		"/none ":  "does not exist: \"/none \" (it begins or ends in a blank or a newline)",
+		" /none":  "does not exist: \" /none\" (it begins or ends in a blank or a newline)",
 	} {
 		if _, err := OpenDisk(path, nil); !errors.Is(err, ErrMissing) ||
 			!strings.Contains(err.Error(), want) {
