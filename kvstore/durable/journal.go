@@ -42,14 +42,13 @@ type journal struct {
 	// changes current and sequence, and may read them without mu.
 	mu         sync.Mutex
 	current    *logWriter
-	sequence   uint64        // of the last frame written
-	synced     uint64        // of the last frame known to be on disk
-	vouched    bool          // no frame is due that says that all before it is on disk
-	err        error         // the first failure; from then on nothing is written
-	timer      *time.Timer   // that is to tick; nil: none is
-	underWay   chan struct{} // of the tick that runs, closed when it ends; nil: none runs
-	since      time.Time     // when that began
-	timerEnded bool          // none is to become due any more
+	sequence   uint64      // of the last frame written
+	synced     uint64      // of the last frame known to be on disk
+	vouched    bool        // no frame is due that says that all before it is on disk
+	err        error       // the first failure; from then on nothing is written
+	timer      *time.Timer // that is to tick; nil: none is
+	since      time.Time   // when the tick that runs began; zero: none runs
+	timerEnded bool        // none is to become due any more
 
 	ticks sync.WaitGroup // ticks that are due, or run
 }
@@ -227,11 +226,12 @@ func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
 // stalled disk would let Commits return without bound. It returns what all writing has failed with.
 func (j *journal) awaitTimer(now time.Time) error {
 	j.mu.Lock()
-	underWay, since := j.underWay, j.since
+	since := j.since
 	j.mu.Unlock()
 
-	if j.fsync > 0 && underWay != nil && now.Sub(since) > j.fsync {
-		<-underWay
+	if j.fsync > 0 && !since.IsZero() && now.Sub(since) > j.fsync {
+		j.fsyncs <- struct{}{}
+		<-j.fsyncs
 	}
 	return j.failure()
 }
@@ -254,7 +254,7 @@ func (j *journal) startTimer(waited time.Duration) {
 	}
 
 	// One tick is due at most, and none while one runs: that one calls this at its end.
-	if j.timer == nil && j.underWay == nil && j.err == nil && !j.timerEnded &&
+	if j.timer == nil && j.since.IsZero() && j.err == nil && !j.timerEnded &&
 		(j.synced < j.sequence || !j.vouched) {
 		j.ticks.Add(1)
 		j.timer = time.AfterFunc(wait, j.tick)
@@ -268,9 +268,9 @@ func (j *journal) tick() {
 	defer j.ticks.Done()
 
 	// From here on awaitTimer can wait for it.
-	ended, began := make(chan struct{}), time.Now()
+	began := time.Now()
 	j.mu.Lock()
-	j.timer, j.underWay, j.since = nil, ended, began
+	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
 	err := j.syncRest()
@@ -278,13 +278,11 @@ func (j *journal) tick() {
 		j.vouch()
 	}
 
-	// What was written meanwhile has waited since then. The timer runs again before a Commit that
-	// waited for this one goes on.
+	// What was written meanwhile has waited since then.
 	j.mu.Lock()
-	j.underWay = nil
+	defer j.mu.Unlock()
+	j.since = time.Time{}
 	j.startTimer(time.Since(began))
-	j.mu.Unlock()
-	close(ended)
 }
 
 // vouch writes a frame that says that all before it is on disk, and syncs it, if that is so and the

@@ -35,9 +35,6 @@ type logReader struct {
 	bad error
 }
 
-// readSize is a good size for reading a file of so many bytes, or a part of it.
-func readSize(size int64) int { return int(min(size, 1<<18)) }
-
 // readerOf reads f from offset on to its end, wherever that is by then.
 func readerOf(f storage.File, offset int64) io.Reader {
 	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
@@ -314,7 +311,7 @@ func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.
 // of the end.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
 	// The buffers are given back, for many files may be open.
-	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), readSize(l.size))
+	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, 1<<18)))
 	defer func() { l.r, l.buf = nil, nil }()
 
 	end := logEnd{header: l.header, isOld: l.isOld, size: l.size}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -122,8 +121,6 @@ func (d *Disk) List() (names []string, err error) {
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
-
-	slices.Sort(names)
 	return names, d.named("", err)
 }
 
