@@ -361,6 +361,7 @@ type logWriter struct {
 	size     int64  // bytes up to the end of the last frame
 	last     int64  // offset of the last frame that this writer has written; 0: none
 	fileSize int64  // bytes of the file
+	wasCut   bool   // somebody else has made the file shorter
 	buf      []byte // the frame that is written, kept for the next one
 }
 
@@ -430,7 +431,8 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 
 	// One write has both, so the file grows once for many frames.
 	size := w.size + int64(len(w.buf))
-	if size > w.fileSize {
+	if size > w.fileSize && zeros > 0 {
+		w.noteCut()
 		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
 
@@ -463,9 +465,18 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
+	w.noteCut()
 	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.fileSize)
 	w.fileSize += int64(n)
 	return w.named("write", err)
+}
+
+// noteCut notes whether somebody has made the file shorter. It is called before the file grows, for
+// then that cannot be seen any more.
+func (w *logWriter) noteCut() {
+	var last [1]byte
+	_, err := w.f.ReadAt(last[:], w.fileSize-1)
+	w.wasCut = w.wasCut || err == io.EOF
 }
 
 // trim cuts off the room that is left, and has that on disk.

@@ -67,6 +67,7 @@ func (d *Store) changed() (c changes, err error) {
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
 	last, end := seenFrame{d.current.last, d.sequence}, d.current.fileSize
+	wasCut := d.current.wasCut
 	<-d.writing
 	if err != nil {
 		return c, err
@@ -85,7 +86,7 @@ func (d *Store) changed() (c changes, err error) {
 
 		// The current file changes because we write it.
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(was) &&
-			(d.zerosAhead == 0 || now.Size >= end && d.isIntact(last)):
+			(d.zerosAhead == 0 || now.Size >= end && !wasCut && d.isIntact(last)):
 
 		// STORE may be copied over itself: it says the same.
 		case isThere && name == storage.StoreName && was.ID != nil && d.isOurs():

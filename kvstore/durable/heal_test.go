@@ -738,3 +738,40 @@ func TestSnapshotEmptiedUnnoticed(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a copy which is put over the only segment of a busy store is noticed, though the last
+// frame that was looked at is in the copy, and though the file has grown since.
+func TestHealOfACopyBetweenWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.segmentSize, d.minCompact = 1<<40, 1<<40
+		write := func(key string) {
+			t.Helper()
+			d.Put(key, strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(2 * lookTime)
+		write("before")
+
+		out := storetest.New()
+		if _, err := Backup(dir, out, nil); err != nil {
+			t.Fatal(err)
+		}
+		write("since")
+		for name, file := range out.Names {
+			dir.Empty(name)
+			f, _ := dir.Create(name)
+			f.WriteAt(file.Data, 0)
+			f.Close()
+		}
+		for i := range 20 {
+			write(fmt.Sprint("meanwhile", i))
+		}
+		<-time.After(lookTime)
+		write("after")
+		wantAll(t, "a copy was put over it", dir.Kill(), maps.Collect(d.All()))
+		d.Close()
+	})
+}
