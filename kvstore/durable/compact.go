@@ -78,7 +78,7 @@ func (d *Store) noteCompaction(c *compaction) {
 	switch c.err {
 	case nil:
 		// SPARE follows what the store holds, but not each change of it.
-		d.spare.shrink(2 * (d.toDelete(0) + int64(d.zerosAhead)))
+		d.spare.cut(2 * (d.toDelete(0) + int64(d.zerosAhead)))
 		d.status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.replaced-c.bytes, "snapshot", c.bytes)
 	case errStopped:

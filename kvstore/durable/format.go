@@ -466,16 +466,24 @@ func (w *logWriter) makeRoom(bytes int64) error {
 		return nil
 	}
 	w.noteCut()
-	n, err := w.f.WriteAt(make([]byte, bytes-w.room()), w.fileSize)
-	w.fileSize += int64(n)
-	return w.named("write", err)
+
+	// Written, not only made longer: a hole keeps no room.
+	zeros := make([]byte, min(bytes-w.room(), 1<<20))
+	for w.room() < bytes {
+		n, err := w.f.WriteAt(zeros[:min(bytes-w.room(), 1<<20)], w.fileSize)
+		w.fileSize += int64(n)
+		if err != nil {
+			return w.named("write", err)
+		}
+	}
+	return nil
 }
 
 // noteCut notes whether somebody has made the file shorter. It is called before the file grows, for
 // then that cannot be seen any more.
 func (w *logWriter) noteCut() {
 	var last [1]byte
-	_, err := w.f.ReadAt(last[:], w.fileSize-1)
+	_, err := w.f.ReadAt(last[:], max(w.fileSize-1, 0))
 	w.wasCut = w.wasCut || err == io.EOF
 }
 
@@ -486,12 +494,25 @@ func (w *logWriter) trim() error {
 	}
 
 	// The length is on disk before anybody believes that the file ends here.
-	w.fileSize = w.size
-	err := w.f.Truncate(w.fileSize)
+	err := w.cut(w.size)
+	if err != nil {
+		return err
+	}
+	return w.sync()
+}
+
+// cut cuts off what the file has more than so many bytes.
+func (w *logWriter) cut(size int64) error {
+	if w.fileSize <= size {
+		return nil
+	}
+
+	err := w.f.Truncate(size)
 	if err != nil {
 		return w.named("truncate", err)
 	}
-	return w.sync()
+	w.fileSize = size
+	return nil
 }
 
 // sync makes what was written durable.

@@ -193,8 +193,9 @@ func (j *journal) goOn() (full int64, err error) {
 	return old.size, nil
 }
 
-// nextSegment makes the segment behind the current one, once that has room for the frame that
-// says that another follows.
+// nextSegment makes the segment behind the current one, once that has room for the frame that says
+// that another follows. If it fails there is none, or one that the next start takes for what a
+// broken-off rotation leaves, and removes.
 func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 	if j.zerosAhead > 0 {
 		err := j.current.makeRoom(frameSize)
@@ -203,12 +204,6 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 			return nil, err
 		}
 	}
-	return j.newSegment(h)
-}
-
-// newSegment makes an empty segment. If it fails there is none, or one that the next start takes
-// for what a broken-off rotation leaves, and removes.
-func (j *journal) newSegment(h fileHeader) (*logWriter, error) {
 	size, err := createLog(j.dir, h, nil)
 	if err != nil {
 		return nil, err

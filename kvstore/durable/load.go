@@ -323,13 +323,16 @@ func (s *files) isUnused(l *logReader, next uint64) bool {
 // load takes for the same.
 func (d *Store) load(ctx context.Context) error {
 	s, err := findFiles(d.dir)
+	if err == nil && len(s.logs) == 0 {
+		err = d.create(s.obsolete)
+		if err == nil {
+			s, err = findFiles(d.dir)
+		}
+	}
 	if err != nil {
 		return err
 	}
 	d.id, d.snapshot = s.id, s.snapshot
-	if len(s.logs) == 0 {
-		return d.create(s.obsolete)
-	}
 
 	// Read everything. The last end is the current file's.
 	p := &progress{ctx: ctx, log: d.log, status: d.status, start: time.Now(), told: time.Now(),
@@ -419,15 +422,14 @@ func (d *Store) create(obsolete []string) error {
 
 	// A crash before STORE is there leaves a segment without frames, which findNew takes for
 	// nothing.
-	rand.Read(d.id[:])
-	w, err := d.newSegment(fileHeader{kind: kindSegment, id: d.id, number: 1, first: 1})
+	var id storeID
+	rand.Read(id[:])
+	_, err = createLog(d.dir, fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, nil)
 	if err != nil {
 		return err
 	}
-
-	d.current, d.number, d.first, d.size, d.room, d.vouched = w, 1, 1, w.size, w.room(), true
 	d.log.Info("made a new store", "dir", d.dir.Path(""))
-	return writeID(d.dir, d.id)
+	return writeID(d.dir, id)
 }
 
 // removeAll removes files, up to the first that cannot be removed.

@@ -6,14 +6,10 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// spareFile is SPARE, a file of zeros that keeps room on the disk for what frees: when the disk is
-// full it gives as much back as the log needs to go on. It has at least what it takes to delete
-// every key, one at a time, and after a compaction at most twice that and twice zerosAhead. It
-// belongs to the store's owner.
-type spareFile struct {
-	file storage.File // nil: there is none
-	size int64        // bytes
-}
+// SPARE is a file of zeros that keeps room on the disk for what frees: when the disk is full it gives
+// as much back as the log needs to go on. It has at least what it takes to delete every key, one at
+// a time, and after a compaction at most twice that and twice zerosAhead. It belongs to the store's
+// owner, who knows it as a logWriter without frames, and without a file where there is none.
 
 const (
 	spareName = "SPARE"
@@ -28,61 +24,33 @@ const (
 )
 
 // openSpare opens SPARE, if there is one. After an error the store goes on without it.
-func openSpare(dir storage.Directory) (s spareFile, err error) {
+func openSpare(dir storage.Directory) (w logWriter, err error) {
 	stamps, err := dir.Stamps()
 	stamp, isThere := stamps[spareName]
 	if err != nil || !isThere {
-		return s, err
+		return w, err
 	}
 
 	f, err := dir.Extend(spareName)
 	if err != nil {
-		return s, err
+		return w, err
 	}
-	return spareFile{f, stamp.Size}, nil
+	return logWriter{f: f, path: dir.Path(spareName), fileSize: stamp.Size}, nil
 }
 
-// grow makes SPARE have at least so many bytes, in steps. What it could have before an error it
-// has.
-func (s *spareFile) grow(dir storage.Directory, size, step int64) (err error) {
-	if s.file == nil {
-		s.file, err = dir.Create(spareName)
+// growSpare makes SPARE have at least so many bytes, in steps of zerosAhead. What it could have
+// before an error it has.
+func (d *Store) growSpare(bytes int64) error {
+	if d.spare.f == nil {
+		f, err := d.dir.Create(spareName)
 		if err != nil {
 			return err
 		}
-		s.size = 0
+		d.spare = logWriter{f: f, path: d.dir.Path(spareName)}
 	}
 
-	// Written, not only made longer: a hole keeps no room.
-	size += step - size%step
-	zeros := make([]byte, step)
-	for s.size < size && err == nil {
-		var n int
-		n, err = s.file.WriteAt(zeros[:min(size-s.size, step)], s.size)
-		s.size += int64(n)
-	}
-	return err
-}
-
-// shrink gives back what SPARE has more than so many bytes.
-func (s *spareFile) shrink(size int64) error {
-	if s.size <= size {
-		return nil
-	}
-
-	err := s.file.Truncate(size)
-	if err == nil {
-		s.size = size
-	}
-	return err
-}
-
-// close closes the file.
-func (s *spareFile) close() error {
-	if s.file == nil {
-		return nil
-	}
-	return s.file.Close()
+	step := int64(d.zerosAhead)
+	return d.spare.makeRoom(bytes + step - bytes%step)
 }
 
 // toDelete is how many bytes of log it takes to delete every key, one at a time, and a new key of
@@ -120,15 +88,15 @@ func (d *Store) Room(bytes int64, frees bool) error {
 
 	// Most often there is room, which this finds without a call.
 	wanted := d.toDelete(bytes)
-	if d.room >= need && d.spare.size >= wanted && !d.isFull {
+	if d.room >= need && d.spare.fileSize >= wanted && !d.isFull {
 		return nil
 	}
 
 	// What SPARE cannot have must be in the log. It grows in steps, and may have got enough.
-	if d.spare.size < wanted {
-		err := d.spare.grow(d.dir, wanted, int64(d.zerosAhead))
+	if d.spare.fileSize < wanted {
+		err := d.growSpare(wanted)
 		if err != nil {
-			need += max(0, wanted-d.spare.size)
+			need += max(0, wanted-d.spare.fileSize)
 		}
 	}
 
@@ -158,10 +126,10 @@ func (d *Store) roomToFree(need int64) error {
 	}
 
 	// Step by step, for another program may take what is given back.
-	for err != nil && d.spare.size > 0 {
+	for err != nil && d.spare.fileSize > 0 {
 		d.setFull(true)
-		left := max(0, d.spare.size-max(need, int64(d.zerosAhead)))
-		shrinkErr := d.spare.shrink(left)
+		left := max(0, d.spare.fileSize-max(need, int64(d.zerosAhead)))
+		shrinkErr := d.spare.cut(left)
 		if shrinkErr != nil {
 			return shrinkErr
 		}
@@ -175,7 +143,7 @@ func (d *Store) roomToFree(need int64) error {
 // with every value. It returns whether there is more room now. Everybody waits for it.
 func (d *Store) squeeze() bool {
 	need := d.liveBytes() + 2*headerSize + frameMost
-	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.size < need ||
+	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.fileSize < need ||
 		!d.mayCompact() {
 		return false
 	}
@@ -188,7 +156,7 @@ func (d *Store) squeeze() bool {
 
 	// The room first, then a new file. If the log cannot go on there, SPARE stays smaller: what it
 	// gave back is the log's.
-	err := d.spare.shrink(d.spare.size - need)
+	err := d.spare.cut(d.spare.fileSize - need)
 	if err != nil {
 		return false
 	}
@@ -238,11 +206,11 @@ func (d *Store) makeRoom(need int64) error {
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	stamp, isThere := stamps[spareName]
 	switch {
-	case d.spare.file == nil:
+	case d.spare.f == nil:
 	case isThere:
-		d.spare.size = min(d.spare.size, stamp.Size)
+		d.spare.fileSize = min(d.spare.fileSize, stamp.Size)
 	default:
-		d.spare.close()
-		d.spare = spareFile{}
+		d.spare.f.Close()
+		d.spare = logWriter{}
 	}
 }

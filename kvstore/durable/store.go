@@ -92,7 +92,7 @@ type Store struct {
 	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
 
 	// Room on the disk.
-	spare     spareFile
+	spare     logWriter // SPARE
 	noRoom    error     // why the last write was refused
 	refused   int64     // bytes of that write's key and values
 	roomAfter time.Time // before then no write is tried that is as large
@@ -541,9 +541,12 @@ func (d *Store) Close() error {
 		err = d.current.trim()
 	}
 	if err == nil && d.isFull {
-		d.spare.grow(d.dir, d.toDelete(0), int64(d.zerosAhead))
+		d.growSpare(d.toDelete(0))
 	}
-	return errors.Join(err, d.current.f.Close(), d.spare.close(), d.lock.Close(), d.dir.Close())
+	if d.spare.f != nil {
+		err = errors.Join(err, d.spare.f.Close())
+	}
+	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
 }
 
 // writeCleanStop writes the frame that says that the store was closed, syncs it, and looks once
