@@ -1450,9 +1450,9 @@ type talker struct {
 	// Reader to sender, where stops: the next request may go. Closed when none may. One slot.
 	mayGo chan struct{}
 
-	// Sender to reader: what the input ended in, io.EOF or errQuit if nothing is wrong; behind
-	// errQuit nil if more comes. Two slots.
-	sent chan error
+	// Sender to reader: what the input ended in, io.EOF if nothing is wrong. One slot.
+	sent  chan error
+	quits atomic.Bool // a Quit is sent, so the server ends the conversation
 }
 
 // newTalker returns the conversation that c asks for.
@@ -1482,7 +1482,7 @@ var (
 	errOutput     = errors.New("cannot write the answers")
 	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
 		"was run")
-	errQuit        = errors.New("the input ends with a Quit")
+	errQuit        = errors.New("nothing after the Quit was sent")
 	errInterrupted = errors.New("interrupted")
 )
 
@@ -1640,7 +1640,7 @@ func (t *talker) ask() {
 // answered, none with an error.
 func (t *talker) converse() (good bool, err error) {
 	// Our Ack has been answered.
-	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 2)
+	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 1)
 	defer close(t.mayGo) // a sender that waits ends
 	w := bufio.NewWriterSize(t.out, maxWrite)
 	t.takeAnswer(w)
@@ -1655,7 +1655,7 @@ func (t *talker) converse() (good bool, err error) {
 			}
 		}
 
-		line, err := readLine(t.r)
+		line, err := t.r.ReadBytes('\n')
 		if err != nil {
 			w.Flush()
 			return t.ended(err, good)
@@ -1707,70 +1707,37 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 
 const prompt = "> "
 
-// readLine reads a line, which is good until the next Read.
-func readLine(r *bufio.Reader) ([]byte, error) {
-	line, err := r.ReadSlice('\n')
-	if err == bufio.ErrBufferFull {
-		line = bytes.Clone(line)
-		rest, err := r.ReadBytes('\n')
-		return append(line, rest...), err
-	}
-	return line, err
-}
-
-// sendRest sends the rest of a line that is longer than r's buffer, as err says, in parts, however
-// long it is. It returns how that, or the line before, has ended.
-func sendRest(w *bufio.Writer, r *bufio.Reader, err error) error {
-	for err == bufio.ErrBufferFull {
-		var part []byte
-		part, err = r.ReadSlice('\n')
-		w.Write(part)
-	}
-	return err
-}
-
-// longestEnd is the longest line that is a Quit.
-const longestEnd = len("exit\r\x00\n")
-
-// moreTime is how long to wait for the sender to find out whether there is more behind a Quit:
-// somebody who types has not said so yet.
-const moreTime = 100 * time.Millisecond
+// inputTime is how long the sender may take to find out whether there is more input: somebody who
+// types has not said so yet.
+const inputTime = 100 * time.Millisecond
 
 // ended is what a conversation comes to whose connection gives err, which is io.EOF if the server
 // has ended it.
 func (t *talker) ended(err error, good bool) (bool, error) {
+	if errors.Is(err, errQuiet) {
+		return false, err
+	}
+
 	// Was what was sent all that there is?
 	end := errGone
+	if t.quits.Load() {
+		end = io.EOF
+	}
 	select {
 	case end = <-t.sent:
-	default: // the input goes on
+	case <-time.After(inputTime):
 	}
 
 	// And was that answered?
 	switch {
-	case errors.Is(err, errQuiet):
-		return false, err
 	case t.owed() > 0 && err == io.EOF:
 		return false, errUnanswered
 	case t.owed() > 0: // as where a server was killed
 		return false, fmt.Errorf("%w: %w", errUnanswered, err)
-	case end == errGone:
-		return false, errGone
-	case end == io.EOF:
-		return good, nil
-	case end != errQuit:
-		return false, fmt.Errorf("reading the requests: %w", end)
+	case end != io.EOF:
+		return false, end
 	}
-
-	// What comes behind a Quit is lost, and that is told.
-	select {
-	case end = <-t.sent:
-	case <-time.After(moreTime):
-	}
-	if end == nil {
-		fmt.Fprintf(t.errs, "line %d: not sent, for it comes after a Quit\n", t.through()+1)
-	}
-	return good && end != nil, nil
+	return good, nil
 }
 
 // sendLines sends the input to the server until its end or a Quit, flushes whenever that
@@ -1784,19 +1751,26 @@ func (t *talker) sendLines() {
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	var end error // of the input
-	for end == nil {
+	var end error    // of the input
+	isBegun := false // a line that is longer than what r holds is sent in parts
+	for end == nil && !t.quits.Load() {
 		// The next Read may last, and the server is not to wait for it.
-		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 && w.Flush() != nil {
-			end = io.EOF // the reader finds out why
-			break
+		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
+			w.Flush() // if that fails, the reader finds out why
 		}
 
-		var line []byte
-		line, end = r.ReadSlice('\n')
-		request, isWhole := strings.CutSuffix(string(line[:min(len(line), longestEnd)]), "\n")
+		isRest := isBegun
+		line, err := r.ReadSlice('\n')
+		if isBegun = err == bufio.ErrBufferFull; !isBegun {
+			end = err
+		}
+
+		request, isWhole := strings.CutSuffix(string(line), "\n")
 		request = trimCR(request)
 		switch {
+		case isRest:
+			w.Write(line)
+			continue
 		case t.asked.Load() == 1 && isUTF16(line):
 			end = errUTF16
 			continue
@@ -1808,7 +1782,7 @@ func (t *talker) sendLines() {
 		case isWhole && request == "": // the server has no answer, but one for an Ack
 			line = []byte("Ack\n")
 		case isWhole && lookUp(request) == quit:
-			end = errQuit
+			t.quits.Store(true)
 		}
 
 		// With -stop it goes when the one before is answered.
@@ -1819,20 +1793,23 @@ func (t *talker) sendLines() {
 		}
 		t.ask()
 		w.Write(line)
-		end = sendRest(w, r, end)
 	}
-
-	// This comes before the server can end the conversation.
-	t.sent <- end
 	w.Flush()
+
+	// What comes after a Quit is lost, and that is told.
+	if t.quits.Load() {
+		if _, end = r.Peek(1); end == nil {
+			end = errQuit
+		}
+	}
+	if end != io.EOF && end != errQuit {
+		end = fmt.Errorf("reading the requests: %w", end)
+	}
+	t.sent <- end
 
 	// The server ends the conversation when it has answered all of it.
 	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
-	}
-	if end == errQuit {
-		_, err := r.Peek(1)
-		t.sent <- err
 	}
 }
 
@@ -1889,6 +1866,7 @@ func (t *talker) problem(c config, err error) error {
 			": give one of the CA that it wants."},
 		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
+		{is(errQuit), "", "Leave the Quit out, or go on: " + goOn},
 
 		// On the command line, by hand, and from a file.
 		{isGiven && is(errStopped), "", "Nothing behind the request with the error was sent. " +

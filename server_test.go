@@ -1800,6 +1800,7 @@ func TestCommand(t *testing.T) {
 			in        string
 			out, errs string
 			good      bool
+			err       error
 		}{
 			{requests: []string{"Put:k:v", "Put:k:w", "Get:k"}, out: "k:v\nk:w\n", good: true},
 			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n",
@@ -1807,20 +1808,17 @@ func TestCommand(t *testing.T) {
 			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
 				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
 			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n",
-				errs: "line 4: not sent, for it comes after a Quit\n"},
-			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n",
-				errs: fmt.Sprintf("line %d: not sent, for it comes after a Quit\n",
-					maxWrite-len("Quit\n")+2)},
+			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", err: errQuit},
+			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n", err: errQuit},
 			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\n", good: true},
 			{requests: []string{"Keys"}, out: "k\n", good: true},
 			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
 			{good: true},
 		} {
 			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
-			if out != c.out || errs != c.errs || good != c.good || err != nil {
-				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v", c.requests, c.in,
-					out, errs, good, err, c.out, c.errs, c.good)
+			if out != c.out || errs != c.errs || good != c.good || err != c.err {
+				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v, %v", c.requests,
+					c.in, out, errs, good, err, c.out, c.errs, c.good, c.err)
 			}
 		}
 		a := n.dial(t)
