@@ -1824,36 +1824,39 @@ func isUTF16(start []byte) bool {
 		start[0]|start[1] >= 'A' && (start[0] == 0) != (start[1] == 0)
 }
 
-// problem says what to do about an error of a conversation, which is its own problem if it was
-// not begun.
+// problem says what to do about an error of a conversation, or of beginning it.
 func (t *talker) problem(c config, err error) error {
 	if as[problem](err) {
 		return err
 	}
 
-	// Of an input it is told how far it was answered, and how to send the rest.
+	// Where it failed. Of an input it is told how far it was answered, and how to send the rest.
 	what := fmt.Sprintf("%s: %v", c.addr, err)
 	command := "kvserver " + strings.Join(t.flags, " ")
-	upTo, goOn := "; nothing of the input was answered", command+" < FILE"
+	upTo, goOn := "; nothing of the input was answered", "go on: "+command+" < FILE"
 	if n := t.through(); n > 0 {
 		upTo = fmt.Sprintf("; answered through line %d of the input", n)
-		goOn = fmt.Sprintf("tail -n +%d FILE | %s", n+1, command)
+		goOn = fmt.Sprintf("go on: tail -n +%d FILE | %s", n+1, command)
+	}
+
+	isGiven := len(t.requests) > 0
+	switch {
+	case isGiven:
+		goOn = "send it again."
+	case t.isTyped:
+		goOn = "start it again."
+	case t.asked.Load() > 1:
+		what += upTo
 	}
 
 	// Of requests on the command line it is known whether they change anything.
-	isGiven := len(t.requests) > 0
 	changes := slices.ContainsFunc(t.requests, func(line string) bool {
 		q := Query{}
 		q.parse(line)
 		return q.writes()
 	})
 
-	if !isGiven && !t.isTyped && t.asked.Load() > 1 {
-		what += upTo
-	}
-
 	is := func(targets ...error) bool { return isAny(err, targets...) }
-	const isUnknown = "What was answered is done. Of the rest nothing is known: look"
 	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	return firstWrong(what, []wrong{
 		// Where the answers go, what was given, and who answers.
@@ -1866,19 +1869,12 @@ func (t *talker) problem(c config, err error) error {
 			": give one of the CA that it wants."},
 		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
-		{is(errQuit), "", "Leave the Quit out, or go on: " + goOn},
 
-		// On the command line, by hand, and from a file.
-		{isGiven && is(errStopped), "", "Nothing behind the request with the error was sent. " +
-			"Mend it first."},
+		// How far it has come.
+		{is(errQuit), "", "Leave the Quit out, or " + goOn},
+		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
-		{isGiven, "", isUnknown + ", then send it again."},
-		{t.isTyped && is(errGone), "", "All that was sent is answered. Start it again, then go on."},
-		{t.isTyped && t.owed() == 0, "", "All that was sent is answered."},
-		{t.isTyped, "", isUnknown + "."},
-		{is(errGone), "", "That is all that was sent. Start it again, then go on: " + goOn},
-		{is(errStopped), "", "Nothing after the line with the error was sent. Mend it, then go " +
-			"on: " + goOn},
-		{true, "", isUnknown + ", then go on: " + goOn},
+		{!isGiven && t.owed() == 0, "", "All that was sent is answered, so " + goOn},
+		{true, "", "What was answered is done. Of the rest nothing is known: look, then " + goOn},
 	})
 }
