@@ -842,20 +842,14 @@ func listenFor(c config) (all [][]net.Listener, err error) {
 func listenProblem(name, addr string, err error) error {
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	path, isUnix := strings.CutPrefix(addr, unixPrefix)
-	dir := filepath.Dir(path)
 	host, port, _ := net.SplitHostPort(addr)
-	free := ""
-	if !isUnix && is(inUse...) {
-		free = anotherPort(host, port)
-	}
 
 	// "listen tcp ADDR:" says again what we say, and "invalid argument" says too little.
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		err = op.Err
 	}
 	if isUnix && is(syscall.EINVAL) {
-		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d: %w",
-			len(path), err)
+		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
 	}
 
 	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
@@ -863,16 +857,13 @@ func listenProblem(name, addr string, err error) error {
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
 		// Of sockets.
 		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
-		{is(errNoSocket), "", "Nothing was changed. Choose another path, or remove the file if " +
-			"nobody needs it."},
-		{isUnix && is(syscall.EINVAL), "", "Choose a shorter one, as in -addr unix:/run/kvserver/sock"},
-		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + dir},
-		{isUnix && is(fs.ErrPermission), "", "Start as a user who may write in " + dir +
-			", or choose another path."},
-		{isUnix, "", "Choose another path: kvserver -addr unix:/run/kvserver/sock"},
+		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + filepath.Dir(path)},
+		{isUnix, "", "Nothing was changed. Choose another path, as in -addr unix:/run/kvserver/sock, " +
+			"where you may write and nothing else is."},
 
 		// Of ports.
-		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " + free},
+		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
+			anotherPort(host)},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
 			"kvserver -" + name + " 9999"},
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
@@ -881,21 +872,15 @@ func listenProblem(name, addr string, err error) error {
 	})
 }
 
-// anotherPort is a port of host above port that nobody has, and that no flag of ours has unless
-// told.
-func anotherPort(host, port string) string {
-	// Ports below 1024 are the administrator's.
-	n, _ := strconv.Atoi(port)
-	for n = max(n, 1023) + 1; n < 65536; n++ {
-		// Whoever takes it before it is used is told so again.
-		free := strconv.Itoa(n)
-		listeners, err := listen(net.JoinHostPort(host, free))
-		if closeAll(listeners); err == nil && n != 9999 {
-			return free
-		}
+// anotherPort is a port of host that nobody has, unless somebody takes it before it is used.
+func anotherPort(host string) string {
+	listeners, err := listen(net.JoinHostPort(host, "0"))
+	if err != nil {
+		return "0"
 	}
-
-	return "0"
+	closeAll(listeners)
+	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
+	return port
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may go.
