@@ -46,6 +46,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"os"
@@ -73,8 +74,13 @@ import (
 //go:embed README.md
 var readme string
 
-// commands are what can stand in the place of flags.
-var commands = []string{"check", "repair", "backup", "help"}
+// commands are what can stand in the place of flags: what each needs, and an example.
+var commands = map[string]struct{ needs, example string }{
+	"check":  {"one data directory", "data"},
+	"backup": {"a data directory and a new one for the copy", "data copy"},
+	"repair": {"a data directory, which it only reads, and a new one for what it saves", "data new"},
+	"help":   {},
+}
 
 // Exit codes.
 const (
@@ -104,8 +110,10 @@ func main() {
 
 // run does what the command line says.
 func run(args []string) error {
-	if len(args) > 0 && slices.Contains(commands, args[0]) { // in the place of flags
-		return runCommand(args[0], args[1:])
+	if len(args) > 0 {
+		if _, isCommand := commands[args[0]]; isCommand {
+			return runCommand(args[0], args[1:])
+		}
 	}
 
 	// A server, unless a flag says that it is to be a client.
@@ -408,7 +416,8 @@ func (c config) checkRequests() error {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
 		word, isWord := otherWords[strings.ToLower(request)]
-		slip := suggest("kvserver ", request, commands)
+		_, isCommand := commands[request]
+		slip := suggest("kvserver ", request, slices.Sorted(maps.Keys(commands)))
 		why := spread(c.requests[i:])
 
 		if err := firstWrong("", []wrong{
@@ -417,7 +426,7 @@ func (c config) checkRequests() error {
 
 			// Nothing to send: a word that another program would understand, or a command.
 			{!c.client && isWord, isUnexpected, word},
-			{!c.client && slices.Contains(commands, request), isUnexpected,
+			{!c.client && isCommand, isUnexpected,
 				request + " goes first, without flags: kvserver " + request + " ..."},
 			{!c.client && slip != "", isUnexpected, slip + " " + seeHelp},
 			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
@@ -1159,21 +1168,12 @@ func runCommand(command string, args []string) error {
 		return printManual(os.Stdout, strings.Join(args, " "))
 	}
 
-	// What it needs, and an example.
-	needs, example := "one data directory", "data"
-	switch command {
-	case "backup":
-		needs, example = "a data directory and a new one for the copy", "data copy"
-	case "repair":
-		needs, example = "a data directory, which it only reads, and a new one for what it saves",
-			"data new"
-	}
-
 	// A flag in their place is a mistake, and never the name of a directory.
 	isNone := func(arg string) bool { return arg == "" || strings.HasPrefix(arg, "-") }
-	if len(args) != len(strings.Fields(example)) || slices.ContainsFunc(args, isNone) {
-		return misuse{problem{command + " needs " + needs, "Give the one that the server has, as " +
-			"in kvserver " + command + " " + example + "."}}
+	c := commands[command]
+	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
+		return misuse{problem{command + " needs " + c.needs, "Give the one that the server has, as " +
+			"in kvserver " + command + " " + c.example + "."}}
 	}
 
 	// What it has found is printed in any case, for it says more than the error.
@@ -1197,28 +1197,26 @@ func runCommand(command string, args []string) error {
 // printManual prints the parts of the README whose heading has word, or, without one, the
 // headings.
 func printManual(w io.Writer, word string) error {
-	var headings, within []string // of the part that a line is in, and of those that have the word
+	level := math.MaxInt // of a heading that has the word, where its part goes on
 	isPrinted := word == ""
+	var within []string // of the parts that have the word elsewhere
+	for _, part := range strings.Split("\n#"+readme, "\n##")[1:] {
+		title, _, _ := strings.Cut(part, "\n")
+		heading := strings.TrimLeft(title, "# ")
+		depth := len(title) - len(heading)
 
-	has := func(text string) bool { return contains(text, word) }
-	for i, line := range slices.Collect(strings.Lines(readme)) {
-		// A part begins within the one of the level above. A single # begins the first line, and
-		// comments in code.
-		if level := len(line) - len(strings.TrimLeft(line, "#")); level > 1 || i == 0 {
-			headings = append(headings[:level-1], strings.TrimSpace(line[level:]))
-			if word == "" && level > 1 {
-				fmt.Fprintln(w, strings.Repeat("  ", level-2)+headings[level-1])
-			}
-		}
-
-		// The part, or where the word is if no heading has it.
-		heading := headings[len(headings)-1]
+		// A part has those of the levels below in it.
 		switch {
-		case word != "" && slices.ContainsFunc(headings, has):
-			isPrinted = true
-			io.WriteString(w, line)
-		case has(line) && !slices.Contains(within, heading):
-			within = append(within, heading)
+		case word == "":
+			fmt.Fprintf(w, "%*s%s\n", 2*depth-2, "", heading)
+		case depth > level || contains(heading, word):
+			level, isPrinted = min(level, depth), true
+			fmt.Fprintln(w, "##"+part)
+		default:
+			level = math.MaxInt
+			if contains(part, word) {
+				within = append(within, heading)
+			}
 		}
 	}
 
@@ -1287,16 +1285,12 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	return report, err
 }
 
-// tellCopied is told how much of a store is copied, and says so on a terminal, in a line to be
+// tellCopied returns what says on a terminal how much of a store is copied, in a line to be
 // written over.
 func tellCopied() func(copied, total int64) {
-	if !isTerminal(os.Stderr) {
-		return nil
-	}
-
 	told := int64(-1)
 	return func(copied, total int64) {
-		if copied>>20 != told {
+		if copied>>20 != told && isTerminal(os.Stderr) {
 			told = copied >> 20
 			fmt.Fprintf(os.Stderr, "%d of about %d MB \r", told, max(total, copied)>>20)
 		}
