@@ -33,11 +33,11 @@ type etcdCluster struct {
 	ports   [3]int // where the members are asked
 	peers   [3]int // where they ask each other
 	members [3]*exec.Cmd
-	servers [2]*exec.Cmd
-	addrs   [2]string
+	addrs   [2]string // the servers'
 	https   [2]string
 
 	mu      sync.Mutex
+	servers [2]*exec.Cmd
 	acked   []string      // values that were answered, in order
 	refused int           // values that were not taken
 	reads   int           // that were answered
@@ -80,13 +80,29 @@ func (c *etcdCluster) startMember(i int) {
 	}
 }
 
-// startServer starts a server, or starts it again.
-func (c *etcdCluster) startServer(i int) {
-	c.servers[i] = exec.Command(c.binary, "-addr", c.addrs[i], "-data", c.data(), "-http", c.https[i])
-	if err := c.servers[i].Start(); err != nil {
-		c.t.Fatal(err)
+// keepServer starts a server, and again whenever it has ended, as an init system does. One goroutine
+// for each server, until ctx is done.
+func (c *etcdCluster) keepServer(ctx context.Context, i int) {
+	for ctx.Err() == nil {
+		cmd := exec.CommandContext(ctx, c.binary, "-addr", c.addrs[i], "-data", c.data(), "-http",
+			c.https[i])
+		if err := cmd.Start(); err != nil {
+			c.t.Error(err)
+			return
+		}
+		c.mu.Lock()
+		c.servers[i] = cmd
+		c.mu.Unlock()
+		cmd.Wait()
+		<-time.After(100 * time.Millisecond)
 	}
-	go c.servers[i].Wait()
+}
+
+// server is the process of a server that was started last.
+func (c *etcdCluster) server(i int) *exec.Cmd {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.servers[i]
 }
 
 // active is the server that serves.
@@ -249,9 +265,6 @@ func (c *etcdCluster) putBack() {
 			}
 		}
 	})
-	i := 1 - c.active() // who stands by has ended: it is not the cluster that it knew
-	send("KILL", c.servers[i])
-	c.startServer(i)
 }
 
 // writeSmall makes many small commits, and wants few pieces of them.
@@ -386,15 +399,18 @@ func TestEtcdCluster(t *testing.T) {
 		c.https[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	}
 	defer func() {
-		for _, cmd := range slices.Concat(c.members[:], c.servers[:]) {
+		for _, cmd := range c.members {
 			send("CONT", cmd)
 			cmd.Process.Kill()
 		}
 	}()
 	c.leader()
-	c.startServer(0)
-	c.active()
-	c.startServer(1)
+	var servers sync.WaitGroup
+	t.Cleanup(servers.Wait)
+	for i := range c.servers {
+		servers.Go(func() { c.keepServer(t.Context(), i) })
+		c.active()
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { c.write(ctx) })
@@ -411,31 +427,11 @@ func TestEtcdCluster(t *testing.T) {
 		do   func()
 	}{
 		{"nothing", func() {}},
-		{"the server is killed", func() {
-			i := c.active()
-			send("KILL", c.servers[i])
-			c.settle()
-			c.startServer(i)
-		}},
-		{"the server is stopped", func() {
-			i := c.active()
-			send("TERM", c.servers[i])
-			c.settle()
-			c.startServer(i)
-		}},
-		{"the server stands still for 3 s", func() { pause(3*time.Second, c.servers[c.active()]) }},
-		{"the server stands still for 8 s", func() {
-			i := c.active()
-			pause(8*time.Second, c.servers[i])
-			c.settle()
-			c.startServer(i)
-		}},
-		{"the server stands still for 12 s", func() {
-			i := c.active()
-			pause(12*time.Second, c.servers[i])
-			c.settle()
-			c.startServer(i)
-		}},
+		{"the server is killed", func() { send("KILL", c.server(c.active())) }},
+		{"the server is stopped", func() { send("TERM", c.server(c.active())) }},
+		{"the server stands still for 3 s", func() { pause(3*time.Second, c.server(c.active())) }},
+		{"the server stands still for 8 s", func() { pause(8*time.Second, c.server(c.active())) }},
+		{"the server stands still for 12 s", func() { pause(12*time.Second, c.server(c.active())) }},
 		{"a member is killed", func() {
 			i := (c.leader() + 1) % 3
 			send("KILL", c.members[i])
@@ -452,11 +448,7 @@ func TestEtcdCluster(t *testing.T) {
 		}},
 		{"the leader stands still for 8 s", func() { pause(8*time.Second, c.members[c.leader()]) }},
 		{"all members stand still for 3 s", func() { pause(3*time.Second, c.members[:]...) }},
-		{"all members stand still for 15 s", func() {
-			i := c.active()
-			pause(15*time.Second, c.members[:]...)
-			c.startServer(i) // it has ended; the one that stands by has not
-		}},
+		{"all members stand still for 15 s", func() { pause(15*time.Second, c.members[:]...) }},
 		{"all members are killed and started again", func() { c.killMembers(func() {}) }},
 		{"the lock is deleted", func() { c.delete("kv/lock") }},
 		{"the names are deleted", func() { c.delete("kv/n/") }},
@@ -464,12 +456,7 @@ func TestEtcdCluster(t *testing.T) {
 		{"all is deleted", func() { c.delete("kv/") }},
 		{"the members are put back by a few seconds", c.putBack},
 		{"many small commits", c.writeSmall},
-		{"the server is killed, after these", func() {
-			i := c.active()
-			send("KILL", c.servers[i])
-			c.settle()
-			c.startServer(i)
-		}},
+		{"the server is killed, after these", func() { send("KILL", c.server(c.active())) }},
 		{"the cluster is full", c.fill},
 	} {
 		c.mu.Lock()
