@@ -1081,9 +1081,10 @@ func pemProblem(err error) error {
 // stay.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
-	if err := k.load(true); err != nil {
+	if err := k.load(); err != nil {
 		return nil, err
 	}
+	k.warn(time.Now())
 	go k.watch(again)
 
 	// Each handshake takes what is there by then.
@@ -1091,48 +1092,39 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load has what the files hold shown from now on, if that is not what they held, or anyway. If it
-// fails, all is as before.
-func (k *credentials) load(anyway bool) error {
+// load has what the files hold shown from now on, if that is not what they held. If it fails, all
+// is as before.
+func (k *credentials) load() error {
 	before := k.last
 	config, err := k.read()
 	k.last = fmt.Sprintf("%s %v", k.texts, err)
-
-	switch {
-	case k.last == before && !anyway: // a bad file is told once
+	if k.last == before { // a bad file is told once
 		return nil
-	case err != nil:
-		return err
 	}
 
-	// Of a new certificate it is told when it ends.
-	k.current.Store(config)
-	k.warned = time.Time{}
-	k.warn(time.Now())
-	return nil
+	if err == nil {
+		k.current.Store(config)
+		k.warned = time.Time{}
+	}
+	return err
 }
 
-// warn logs when the certificate ends, if that is soon and was not said today.
+// warn logs when the certificate ends: of a new one at once, and of one that ends soon once a day.
 func (k *credentials) warn(now time.Time) {
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	file, until := slog.String("file", k.paths[0]), slog.Time("until", end)
 	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
-
-	// Once a day, or the log would be full of it.
+	level, what := slog.LevelInfo, "the certificate is read"
 	switch {
-	case now.Before(k.warned.Add(warnAgain)):
-		return
 	case now.After(end):
-		k.log.Error("the certificate has ended, clients will refuse it"+mend, file, until)
+		level, what = slog.LevelError, "the certificate has ended, clients will refuse it"+mend
 	case now.After(end.Add(-warnAhead)):
-		k.log.Warn("the certificate ends soon"+mend, file, until)
-	case k.warned.IsZero():
-		k.log.Info("the certificate is read", file, until)
-	default:
-		return
+		level, what = slog.LevelWarn, "the certificate ends soon"+mend
 	}
 
-	k.warned = now
+	if k.warned.IsZero() || level > slog.LevelInfo && !now.Before(k.warned.Add(warnAgain)) {
+		k.warned = now
+		k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
+	}
 }
 
 // watch reads the files anew when they change, or again says so. One goroutine, until again
@@ -1140,23 +1132,20 @@ func (k *credentials) warn(now time.Time) {
 func (k *credentials) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
-	for {
-		isTold := false
-		// At each look the end may have come nearer.
+	for isOpen := true; isOpen; {
+		// Who has it look again is to see in the log that it does.
 		select {
 		case <-tick.C:
-			k.warn(time.Now())
-		case _, isTold = <-again:
-			if !isTold { // it is closed
-				return
-			}
+		case _, isOpen = <-again:
+			k.last = ""
 		}
 
 		// A bad file may be on its way to be a good one.
-		if err := k.load(isTold); err != nil {
+		if err := k.load(); err != nil {
 			k.log.Warn("the certificates cannot be read anew, so those from before stay",
 				"error", err)
 		}
+		k.warn(time.Now())
 	}
 }
 
