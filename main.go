@@ -301,8 +301,8 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, err
 	}
 	err = cmp.Or(c.checkRequests(), c.checkFlags(flags, typed))
-	c.addr, _ = fullAddrs(c.addr, true)
-	c.http, _ = fullAddrs(c.http, false)
+	c.addr, _ = fullAddrs(c.addr)
+	c.http, _ = fullAddrs(c.http)
 	return c, err
 }
 
@@ -321,9 +321,7 @@ func helpText(flags *flag.FlagSet) string {
 // explain says what to give to a flag.
 func explain(f *flag.Flag) string {
 	unit, does := flag.UnquoteUsage(f)
-
-	// A flag without a unit is there or not.
-	if unit == "" {
+	if unit == "" { // it is there or not
 		does = "no value: " + does
 	}
 	return "-" + f.Name + " takes " + does + "."
@@ -365,7 +363,6 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 // one slip from it, or only names that are too short to tell.
 func suggest(prefix, name string, names []string) string {
 	for _, near := range names {
-		// Two letters are one slip from too much.
 		if len(near) > 2 && oneSlip(name, near) {
 			return "Did you mean " + prefix + near + " ?"
 		}
@@ -375,22 +372,22 @@ func suggest(prefix, name string, names []string) string {
 
 // flagProblem says what to do about an error of flags.Parse, which names the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	// What the flag takes, if it is one of ours.
+	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
-		if strings.Contains(err.Error()+":", " -"+f.Name+":") {
+		if strings.Contains(err.Error()+":", " -"+f.Name+":") { // its value is wrong, or missing
 			todo = explain(f)
 		}
 	})
-	// It is the value that is wrong or missing, or the name, which may be another program's.
-	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	if !isUnknown {
 		return problem{err.Error(), todo}
 	}
 
-	meant := suggest("-", strings.ToLower(name), names)
-	if ours := otherFlags[strings.ToLower(name)]; ours != "" {
+	// It may be the name of another program's flag.
+	lower := strings.ToLower(name)
+	meant := suggest("-", lower, names)
+	if ours := otherFlags[lower]; ours != "" {
 		meant = "Did you mean -" + ours + " ?"
 	}
 	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
@@ -415,17 +412,21 @@ func (c config) checkRequests() error {
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
-		word, isWord := otherWords[strings.ToLower(request)]
+		word := otherWords[strings.ToLower(request)]
 		_, isCommand := commands[request]
 		slip := suggest("kvserver ", request, slices.Sorted(maps.Keys(commands)))
-		why := spread(c.requests[i:])
+
+		// Where two arguments are no requests, they may be the words of one.
+		why := refusal(strings.Join(c.requests[i:], " "))
+		isSpread := why != "" && i+1 < len(c.requests) && !strings.Contains(request, ":") &&
+			refusal(request) != "" && refusal(c.requests[i+1]) != ""
 
 		if err := firstWrong("", []wrong{
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
 				"To send requests: kvserver -c " + request},
 
 			// Nothing to send: a word that another program would understand, or a command.
-			{!c.client && isWord, isUnexpected, word},
+			{!c.client && word != "", isUnexpected, word},
 			{!c.client && isCommand, isUnexpected,
 				request + " goes first, without flags: kvserver " + request + " ..."},
 			{!c.client && slip != "", isUnexpected, slip + " " + seeHelp},
@@ -438,7 +439,7 @@ func (c config) checkRequests() error {
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
 			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
 				"Give each as an argument of its own; no key and no value holds a newline."},
-			{why != "", why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
+			{isSpread, why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
 		}); err != nil {
 			return err
 		}
@@ -446,22 +447,13 @@ func (c config) checkRequests() error {
 	return nil
 }
 
-// spread tells what is wrong if the first two of requests are none, but rather the words of
-// one: what the server says to that.
-func spread(requests []string) (why string) {
-	isNone := func(line string) bool {
-		q := Query{}
-		q.parse(line)
-		why = q.value
-		return q.queryType == malformed
+// refusal is what the server answers to a line that is no request; "": it is one.
+func refusal(line string) string {
+	q := Query{}
+	if q.parse(line); q.queryType != malformed {
+		return ""
 	}
-
-	// Where each of the two is a request by itself, that is what they are.
-	if len(requests) > 1 && !strings.Contains(requests[0], ":") && isNone(requests[0]) &&
-		isNone(requests[1]) && isNone(strings.Join(requests, " ")) {
-		return why
-	}
-	return ""
+	return q.value
 }
 
 // checkFlags tells which flag's value breaks a rule that the flag package does not know, which
@@ -478,22 +470,25 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 	}
 	// What the flags come to.
 	_, isFsync := parseFsync(c.fsync)
-	addrs, areAddrs := fullAddrs(c.addr, true)
-	http, isHTTP := fullAddrs(c.http, false)
+	addrs, areAddrs := fullAddrs(c.addr)
+	http, isHTTP := fullAddrs(c.http)
+	isOne := isHTTP && !strings.Contains(http, ",") && !strings.HasPrefix(http, unixPrefix)
 	asks := c.client || c.ping
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
 
 	return firstWrong("", []wrong{
 		bad("addr", !areAddrs),
-		bad("data", strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)),
+		bad("data", typed["data"] && c.data == "" ||
+			strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)),
 		bad("fsync", !isFsync),
-		bad("http", c.http != "" && !isHTTP),
+		bad("http", c.http != "" && !isOne),
 		bad("max-clients", c.maxClients < 1),
 		bad("max-line", c.maxLine < 64 || c.maxLine > 1<<30),
 		bad("max-memory", c.maxMemory != 0 && c.maxMemory < 64_000_000),
 		bad("write-timeout", c.writeTimeout < 0),
 		bad("log", c.log != "text" && c.log != "json"),
 		bad("timeout", c.timeout < 0),
+		bad("out", typed["out"] && c.out == ""),
 
 		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
@@ -510,8 +505,6 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
-		{typed["data"] && c.data == "", "-data is empty",
-			"Give a directory, or leave -data out to keep the data in memory only."},
 		{(typed["fsync"] || c.fsync != "always") && c.data == "" && !asks,
 			"-fsync is for data on disk, and there is none",
 			"Give a directory, as in -data data -fsync " + c.fsync + "."},
@@ -520,10 +513,8 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
-		{strings.Contains(c.http, ","), fmt.Sprintf("-http %q is no address", c.http), "Give one."},
 		{slices.Contains(strings.Split(addrs, ","), http) && !strings.HasSuffix(http, ":0"),
 			"-addr and -http are both " + http, "Give each a port of its own."},
-		{typed["out"] && c.out == "", "-out is empty", "Give a file, as in -out dump."},
 	})
 }
 
@@ -541,24 +532,25 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
-// fullAddrs completes addresses, with commas between them, of which some may be a port alone,
-// which is one of localhost. It tells whether they are addresses, which may be those of unix
-// sockets.
-func fullAddrs(addrs string, mayBeUnix bool) (full string, areAddrs bool) {
+// fullAddrs completes addresses, with commas between them: a port alone is one of localhost. It
+// tells whether they are addresses, of which some may be those of unix sockets.
+func fullAddrs(addrs string) (full string, areAddrs bool) {
 	all, areAddrs := strings.Split(addrs, ","), true
 	for i, addr := range all {
+		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
+			areAddrs = areAddrs && path != "" && path[0] != '@' // which has no file
+			continue
+		}
+
 		// A host alone looks like a port, too.
 		if addr != "" && !strings.Contains(addr, ":") {
 			all[i] = "localhost:" + addr
 		}
 
-		// A port is a number: names of services differ between systems. @ is for sockets without a
-		// file.
-		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		// A port is a number: names of services differ between systems.
 		_, port, err := net.SplitHostPort(all[i])
 		_, portErr := strconv.ParseUint(port, 10, 16)
-		areAddrs = areAddrs && (isUnix && mayBeUnix && path != "" && path[0] != '@' ||
-			!isUnix && err == nil && portErr == nil)
+		areAddrs = areAddrs && err == nil && portErr == nil
 	}
 	return strings.Join(all, ","), areAddrs
 }
@@ -672,17 +664,13 @@ func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 
 // flush gives the lines that wait a little time to be written, at the end.
 func (l *queuedLog) flush() {
-	// Room in the queue may take as long as the writing.
-	late := time.After(flushTime)
-	written := make(chan struct{})
+	late, written := time.After(flushTime), make(chan struct{})
 	select {
-	case l.lines <- logLine{written: written}:
-	case <-late:
-		return
-	}
-
-	select {
-	case <-written:
+	case l.lines <- logLine{written: written}: // room may take as long as the writing
+		select {
+		case <-written:
+		case <-late:
+		}
 	case <-late:
 	}
 }
