@@ -220,11 +220,12 @@ type config struct {
 	maxClients                    int
 	maxLine, maxMemory, maxQueues size
 	writeTimeout, timeout         time.Duration
-	cert, key, clientCA, ca, out  string // files; "": none
+	cert, key, clientCA, ca       string // files; "": none
+	answers                       string // a file for them; "": standard output
 	verbose, client, stop, ping   bool
-	version                       bool   // print it, and do nothing else
-	command                       string // that stands in the place of flags; "": none
-	requests                      []string
+	version                       bool     // print it, and do nothing else
+	command                       string   // that stands in the place of flags; "": none
+	requests, args                []string // what stands behind the flags; all of the command line
 }
 
 // flags returns what reads a command line into c, where it puts the defaults. A flag's one line,
@@ -264,7 +265,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
 	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
-	f.StringVar(&c.out, "out", "", "`FILE` for the answers to -c, byte for byte")
+	f.StringVar(&c.answers, "out", "", "`FILE` for the answers to -c, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	return f
@@ -276,7 +277,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	// What is typed comes first.
 	flags := c.flags()
 	err = flags.Parse(args)
-	c.requests = flags.Args() // everything behind the flags is a request for -c
+	c.requests, c.args = flags.Args(), args // everything behind the flags is a request for -c
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(out, helpText(flags))
@@ -488,7 +489,7 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		bad("write-timeout", c.writeTimeout < 0),
 		bad("log", c.log != "text" && c.log != "json"),
 		bad("timeout", c.timeout < 0),
-		bad("out", typed["out"] && c.out == ""),
+		bad("out", typed["out"] && c.answers == ""),
 
 		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
@@ -1342,19 +1343,19 @@ func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
 	// A server without room for one more is healthy.
-	err := t.dial(&c)
+	err := t.dial()
 	switch {
 	case c.ping && errors.Is(err, errFull):
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
 	case err != nil:
-		return t.problem(c, err)
+		return t.problem(err)
 	}
 	defer t.conn.Close()
 
 	// The answers go where -out says, or to the terminal where somebody types.
-	if c.out != "" {
-		file, err := os.Create(c.out)
+	if c.answers != "" {
+		file, err := os.Create(c.answers)
 		if err != nil {
 			return problem{"cannot write the answers: " + err.Error(),
 				"Nothing was sent. Give a file that can be written."}
@@ -1363,7 +1364,7 @@ func beClient(c config, errs io.Writer) error {
 		t.out = file
 	}
 	if t.isTyped {
-		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", c.addr)
+		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", t.addr)
 		defer fmt.Fprintln(errs)
 	}
 
@@ -1375,9 +1376,9 @@ func beClient(c config, errs io.Writer) error {
 	good, err := t.converse()
 	switch {
 	case ctx.Err() != nil && err != nil:
-		return t.problem(c, errInterrupted)
+		return t.problem(errInterrupted)
 	case err != nil:
-		return t.problem(c, err)
+		return t.problem(err)
 	case !good:
 		return errTold
 	}
@@ -1388,17 +1389,14 @@ func beClient(c config, errs io.Writer) error {
 // answers. One goroutine sends and one reads, so neither side waits for the other to finish.
 // Every line that is sent has one answer, so answers count lines.
 type talker struct {
-	conn     net.Conn
-	r        *bufio.Reader // from conn; made by greet
-	requests []string      // what to send; none: the lines of in
-	in       io.Reader
-	out      io.Writer     // for data
-	errs     io.Writer     // for all that is none
-	isTyped  bool          // somebody types: there is a prompt, and a write is confirmed
-	tells    bool          // on errs, now and then, how many requests are answered
-	stops    bool          // at the first error: each request waits for the one before
-	flags    []string      // that we were started with, for what to do next
-	silence  time.Duration // without a byte of an answer that is too much; 0: none is
+	config
+	conn    net.Conn
+	r       *bufio.Reader // from conn; made by greet
+	in      io.Reader     // lines to send, where there are no requests
+	out     io.Writer     // for data
+	errs    io.Writer     // for all that is none
+	isTyped bool          // somebody types: there is a prompt, and a write is confirmed
+	tells   bool          // on errs, now and then, how many requests are answered
 
 	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
 	answered atomic.Int64 // of these; added to by the reader only
@@ -1413,14 +1411,13 @@ type talker struct {
 
 // newTalker returns the conversation that c asks for.
 func newTalker(c config, errs io.Writer) *talker {
-	t := &talker{requests: c.requests, in: os.Stdin, out: os.Stdout, errs: errs, stops: c.stop,
-		flags: os.Args[1:], silence: c.timeout}
+	t := &talker{config: c, in: os.Stdin, out: os.Stdout, errs: errs}
 	if c.ping {
-		t.requests, t.silence = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
+		t.requests, t.timeout = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
 	}
 
 	// In a pipe nobody wants to see a prompt.
-	t.isTyped = len(t.requests) == 0 && c.out == "" && isTerminal(os.Stdin)
+	t.isTyped = len(t.requests) == 0 && c.answers == "" && isTerminal(os.Stdin)
 	t.tells = !t.isTyped && isTerminal(os.Stderr)
 	return t
 }
@@ -1442,14 +1439,14 @@ var (
 	errInterrupted = errors.New("interrupted")
 )
 
-// dial connects to the first server at c.addr that answers, which becomes c.addr: one that stands
+// dial connects to the first server at t.addr that answers, which becomes t.addr: one that stands
 // still connects, too.
-func (t *talker) dial(c *config) (err error) {
+func (t *talker) dial() (err error) {
 	// A unix socket has no TLS.
-	plain := &net.Dialer{Timeout: cmp.Or(c.timeout, connectTime)}
+	plain := &net.Dialer{Timeout: cmp.Or(t.timeout, connectTime)}
 	dial := plain.Dial
-	if c.ca != "" {
-		files := credentials{paths: [3]string{c.cert, c.key, c.ca}}
+	if t.ca != "" {
+		files := credentials{paths: [3]string{t.cert, t.key, t.ca}}
 		trusted, err := files.read()
 		if err != nil {
 			return err
@@ -1458,7 +1455,7 @@ func (t *talker) dial(c *config) (err error) {
 	}
 
 	// In their order, so that all clients use the same one.
-	addrs := strings.Split(c.addr, ",")
+	addrs := strings.Split(t.addr, ",")
 	for _, addr := range addrs {
 		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
 			t.conn, err = plain.Dial("unix", path)
@@ -1473,12 +1470,12 @@ func (t *talker) dial(c *config) (err error) {
 		// Of one alone the error is told as it is, of several that none serves.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
-			c.addr = addr
+			t.addr = addr
 			return err
 		}
 		t.conn.Close()
 	}
-	return dialProblem(c.addr, err)
+	return dialProblem(t.addr, err)
 }
 
 // reachable is where a client finds a server that listens at addr.
@@ -1563,7 +1560,7 @@ type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
 	// Whoever does not answer the first request is no server, or stands still.
-	silence := t.silence
+	silence := t.timeout
 	if silence == 0 && t.answered.Load() == 0 {
 		silence = connectTime
 	}
@@ -1636,7 +1633,7 @@ func (t *talker) converse() (good bool, err error) {
 		switch {
 		case isAnswer && t.owed() <= 0:
 			return false, errUnasked
-		case isError && t.stops:
+		case isError && t.stop:
 			return false, errStopped
 		case isAnswer:
 			t.takeAnswer(w)
@@ -1647,7 +1644,7 @@ func (t *talker) converse() (good bool, err error) {
 // takeAnswer takes note of an answer.
 func (t *talker) takeAnswer(w *bufio.Writer) {
 	n := t.answered.Add(1) - 1 // but for our Ack
-	if t.stops {
+	if t.stop {
 		t.mayGo <- struct{}{}
 	}
 
@@ -1742,7 +1739,7 @@ func (t *talker) sendLines() {
 		}
 
 		// With -stop it goes when the one before is answered.
-		if t.stops && w.Flush() == nil {
+		if t.stop && w.Flush() == nil {
 			if _, goesOn := <-t.mayGo; !goesOn {
 				return
 			}
@@ -1781,14 +1778,14 @@ func isUTF16(start []byte) bool {
 }
 
 // problem says what to do about an error of a conversation, or of beginning it.
-func (t *talker) problem(c config, err error) error {
+func (t *talker) problem(err error) error {
 	if as[problem](err) {
 		return err
 	}
 
 	// Where it failed. Of an input it is told how far it was answered, and how to send the rest.
-	what := fmt.Sprintf("%s: %v", c.addr, err)
-	command := "kvserver " + strings.Join(t.flags, " ")
+	what := fmt.Sprintf("%s: %v", t.addr, err)
+	command := "kvserver " + strings.Join(t.args, " ")
 	upTo, goOn := "; nothing of the input was answered", "go on: "+command+" < FILE"
 	if n := t.through(); n > 0 {
 		upTo = fmt.Sprintf("; answered through line %d of the input", n)
@@ -1821,7 +1818,7 @@ func (t *talker) problem(c config, err error) error {
 			"as UTF-8."},
 		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
-		{isTLS && c.cert != "", "", "It does not trust the certificate in " + c.cert +
+		{isTLS && t.cert != "", "", "It does not trust the certificate in " + t.cert +
 			": give one of the CA that it wants."},
 		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},

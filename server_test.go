@@ -1934,7 +1934,7 @@ func TestCommandResumes(t *testing.T) {
 			}()
 			var errs bytes.Buffer
 			talker := &talker{conn: ours, in: strings.NewReader(load),
-				out: io.Discard, errs: &errs, stops: c.stops}
+				out: io.Discard, errs: &errs, config: config{stop: c.stops}}
 			good, err := talk(talker)
 			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
 				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
@@ -1972,7 +1972,7 @@ func TestCommandTimeout(t *testing.T) {
 		}()
 		began := time.Now()
 		_, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-			silence: 5 * time.Second})
+			config: config{timeout: 5 * time.Second}})
 		if took := time.Since(began); !errors.Is(err, errQuiet) ||
 			took != 3*64*time.Second+5*time.Second {
 			t.Errorf("%v after %v", err, took)
@@ -2038,7 +2038,7 @@ func TestCommandGetsUnaskedAnswers(t *testing.T) {
 			in, typed := io.Pipe()
 			go io.WriteString(typed, "Put:a:b\n")
 			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-				stops: stops})
+				config: config{stop: stops}})
 			if good || !errors.Is(err, errUnasked) {
 				t.Errorf("with -stop %v: %v, %v", stops, good, err)
 			}
@@ -2203,19 +2203,19 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		err    error
 		want   string
 	}{
-		{&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}, "", errStopped,
+		{&talker{config: config{args: []string{"-addr", "7000", "-c", "-stop"}}}, "", errStopped,
 			"go on: kvserver -addr 7000 -c -stop < FILE"},
-		{answered(&talker{flags: []string{"-addr", "7000", "-c", "-stop"}}), "",
+		{answered(&talker{config: config{args: []string{"-addr", "7000", "-c", "-stop"}}}), "",
 			errStopped, "go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
-		{answered(&talker{flags: []string{"-c"}}), "", errUnanswered,
+		{answered(&talker{config: config{args: []string{"-c"}}}), "", errUnanswered,
 			"look, then go on: tail -n +3 FILE | kvserver -c"},
-		{&talker{flags: []string{"-c"}}, "", errGone, "go on: kvserver -c < FILE"},
-		{&talker{requests: []string{"Foo"}}, "", errStopped, "Mend it, then send it again."},
+		{&talker{config: config{args: []string{"-c"}}}, "", errGone, "go on: kvserver -c < FILE"},
+		{&talker{config: config{requests: []string{"Foo"}}}, "", errStopped, "Mend it, then send it again."},
 		{&talker{isTyped: true}, "", errGone, "All that was sent is answered, so start it again."},
 		{&talker{isTyped: true}, "", errInterrupted, "All that was sent is answered, so start it again."},
-		{&talker{requests: []string{"Get:a", "Ping"}}, "", errUnanswered,
+		{&talker{config: config{requests: []string{"Get:a", "Ping"}}}, "", errUnanswered,
 			"Nothing was to be changed: try again."},
-		{&talker{requests: []string{"Get:a", "set:a:b"}}, "", errUnanswered,
+		{&talker{config: config{requests: []string{"Get:a", "set:a:b"}}}, "", errUnanswered,
 			"look, then send it again."},
 		{&talker{}, "", errOutput, "Make room where the answers go"},
 		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
@@ -2223,8 +2223,8 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 			"It does not trust the certificate in mine.pem"},
 	} {
 		var p problem
-		if err := c.talker.problem(config{addr: "host:1", cert: c.cert}, c.err); !errors.As(err,
-			&p) || !strings.Contains(p.todo, c.want) {
+		c.talker.addr, c.talker.cert = "host:1", c.cert
+		if err := c.talker.problem(c.err); !errors.As(err, &p) || !strings.Contains(p.todo, c.want) {
 			t.Errorf("%v of %+v: %+v, want %q", c.err, c.talker.requests, p, c.want)
 		}
 	}
@@ -2257,7 +2257,7 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, requests: []string{"Get:k"}, out: out,
+		if _, err := talk(&talker{conn: a.conn, config: config{requests: []string{"Get:k"}}, out: out,
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
@@ -7450,7 +7450,7 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	t.Helper()
 	var o, e strings.Builder
 	c := n.dial(t)
-	good, err = talk(&talker{conn: c.conn, requests: requests, in: strings.NewReader(in), out: &o,
+	good, err = talk(&talker{conn: c.conn, config: config{requests: requests}, in: strings.NewReader(in), out: &o,
 		errs: &e})
 	c.close()
 	return o.String(), e.String(), good, err
