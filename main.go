@@ -1277,61 +1277,47 @@ func tellCopied() func(copied, total int64) {
 
 // storeProblem says what to do about an error of the store that c asks for.
 func storeProblem(c config, err error) error {
+	const unchanged = "Nothing was changed. "
 	is := func(targets ...error) bool { return isAny(err, targets...) }
-	isDamage := as[*storage.DamageError](err)
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	return firstWrong(err.Error(), []wrong{
 		// Whoever asks; then a command, which has not answered anything.
-		{is(storage.ErrLocked), "", "Nothing was changed. Stop that process first, or give another " +
-			"directory."},
-		{is(fs.ErrPermission), "", "Start as the user who owns it, or give that user the right to " +
-			"read and write it."},
+		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
+		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
 		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
 			"empty directory that is not inside it."},
-		{isCopy && !isDamage && !is(durable.ErrNothingRead), "", "Nothing was copied. Mend the " +
-			"cause, then try again."},
 
 		// What the data is kept in.
-		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start again, to stand by. This server was too " +
-			"slow to show that it lives: was it paused, or cut off?"},
-		{is(etcd.ErrUnreachable), "", "Everything that was answered is in etcd. Look whether the " +
-			"cluster runs, has a leader, and is at these addresses (with TLS: etcds://): " +
-			"etcdctl endpoint status --cluster"},
+		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused, or cut off?"},
+		{is(etcd.ErrUnreachable), "", "Nothing is lost. Look whether etcd runs at these addresses, " +
+			"with TLS (etcds://) or without, and has a leader: etcdctl endpoint status --cluster"},
 		{is(etcd.ErrOther), "", "Nothing was written there. Look whether all members in -data are " +
-			"one cluster: etcdctl endpoint status --cluster. If somebody has restored it, start again: " +
-			"this goes on with what is there now."},
+			"one cluster. If somebody has restored it, start again, to go on with what is there."},
 		{is(etcd.ErrTooLarge), "", "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
 		{is(etcd.ErrRefused), "", "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
-		{etcd.IsAddress(c.data) && is(syscall.ENOSPC), "", "Nothing is lost. Once there is room, " +
-			"start again."},
-		{is(etcd.ErrAddress), "", "Give the members and a prefix, as in -data " +
-			"etcd://host1:2379,host2:2379,host3:2379/kv"},
+		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
 		// A directory that is not as the server needs it.
-		{is(storage.ErrMoved), "", "Put the directory back, or look who took it, before you start " +
-			"again. What was answered is in the directory that was moved."},
-		{is(durable.ErrOlder), "", "Nothing was changed. Start that kvserver, and bring its data " +
-			"here with kvserver -c Dump."},
+		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
+		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},
-		{is(storage.ErrNotOurs), "", "Nothing was changed. Give an empty directory, or one that " +
-			"kvserver made."},
+		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one of kvserver's."},
 
 		// Data that cannot be read.
-		{is(durable.ErrNothingRead), "", "Restore a backup. Where there is none the data is lost: " +
-			"start with an empty directory."},
-		{is(durable.ErrUnfinished), "", "Nothing was changed. If it was a copy, make it again, " +
-			"into an empty directory; remove what is there only if you want to start empty."},
-		{is(durable.ErrNewer), "", "Nothing was changed. Start the newer kvserver."},
-		{isDamage, "", "Nothing was changed. Restore a backup, or save what can be saved: kvserver " +
-			"repair " + c.data + " NEW"},
+		{is(durable.ErrNothingRead), "", "The data is lost. Restore a backup, or start empty."},
+		{is(durable.ErrUnfinished), "", unchanged + "If it was a copy, make it again, into an empty " +
+			"directory; remove what is there only if you want to start empty."},
+		{is(durable.ErrNewer), "", unchanged + "Start the newer kvserver."},
+		{as[*storage.DamageError](err), "", unchanged + "Restore a backup, or save what can be saved: " +
+			"kvserver repair " + c.data + " NEW"},
 
 		// All else is the disk's, or the process's.
 		{!isServer, "", "Mend the cause, then try again."},
 		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."},
-		{true, "", "Mend the cause, then start again: everything that was answered is on disk."},
+		{true, "", "Mend the cause, then start again: everything that was answered is kept."},
 	})
 }
 
