@@ -729,10 +729,10 @@ func serve(c config, log *queuedLog) error {
 		return err
 	}
 
-	all, err := listenFor(c)
+	listeners, err := listenFor(c)
 	if err == nil {
 		applyLimits(s, c)
-		err = s.serve(slices.Concat(all...)...)
+		err = s.serve(listeners...)
 	}
 	if err != nil {
 		if data != nil {
@@ -742,7 +742,7 @@ func serve(c config, log *queuedLog) error {
 	}
 
 	// It serves.
-	tellStart(c, s, all)
+	tellStart(c, s, listeners)
 	(&pacer{server: s}).begin()
 
 	// Until it is told to stop, or the data is lost, or the store fails.
@@ -821,18 +821,17 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// listenFor listens where c says, for clients: it returns the listeners of each address.
-func listenFor(c config) (all [][]net.Listener, err error) {
+// listenFor listens where c says, for clients, at all its addresses or at none: a server that is
+// missing at one of them would be found out late.
+func listenFor(c config) (all []net.Listener, err error) {
 	for addr := range strings.SplitSeq(c.addr, ",") {
 		listeners, err := listen(addr)
 		if err != nil {
-			// All or none: a server that is missing at one address would be found out late.
-			closeAll(slices.Concat(all...))
+			closeAll(all)
 			return nil, listenProblem("addr", addr, err)
 		}
-		all = append(all, listeners)
+		all = append(all, listeners...)
 	}
-
 	return all, nil
 }
 
@@ -910,9 +909,8 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// tellStart logs what an operator should know of a server that begins to serve. all are its
-// listeners, those of each address together.
-func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
+// tellStart logs what an operator should know of a server that begins to serve at listeners.
+func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 	// Whether the data stays.
 	switch {
 	case c.data == "":
@@ -924,9 +922,9 @@ func tellStart(c config, s *keyValueServer, all [][]net.Listener) {
 	}
 
 	// Where it listens, and what to type there.
-	for _, listeners := range all {
-		addr := listeners[0].Addr().String()
-		tcp, isTCP := listeners[0].Addr().(*net.TCPAddr)
+	for _, listener := range listeners {
+		addr := listener.Addr().String()
+		tcp, isTCP := listener.Addr().(*net.TCPAddr)
 		if !isTCP {
 			s.log.Info("listening", "addr", unixPrefix+addr, "try", "nc -U "+addr)
 			continue
