@@ -1479,7 +1479,6 @@ func reachable(addr string) string {
 
 // dialProblem says what to do about the error of connecting to the last of addrs.
 func dialProblem(addrs string, err error) error {
-	// Of several it is the last whose error this is.
 	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
@@ -1491,14 +1490,12 @@ func dialProblem(addrs string, err error) error {
 		// What the error says by itself.
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
 			"server: -addr HOST:PORT", host)},
-		{errors.Is(err, fs.ErrPermission), "", "Who may connect is in its mode and its group: " +
-			"ls -l " + strings.TrimPrefix(addrs, unixPrefix)},
-		{as[x509.HostnameError](err), "", "Call the server as its certificate does, or give it a " +
-			"certificate with this name."},
+		{errors.Is(err, fs.ErrPermission), "", "Its mode and its group say who may connect: ls -l " +
+			strings.TrimPrefix(addrs, unixPrefix)},
+		{as[x509.HostnameError](err), "", "Call the server by a name that is in its certificate."},
 
 		// Who listens there.
-		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not " +
-			"listen."},
+		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not listen."},
 		{errors.Is(err, context.DeadlineExceeded), "", "Somebody listens there, and does not " +
 			"answer. Look at its log, or try again with a longer -timeout."},
 		{!isDial, "", "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
@@ -1635,14 +1632,12 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 	// Somebody who types, or waits, sees that it goes on.
 	if t.isTyped && t.owed() == 0 {
 		w.Flush()
-		fmt.Fprint(t.errs, prompt)
+		fmt.Fprint(t.errs, "> ")
 	}
 	if t.tells && n > 0 && n%100_000 == 0 {
 		fmt.Fprintf(t.errs, "%d requests answered\n", n)
 	}
 }
-
-const prompt = "> "
 
 // inputTime is how long the sender may take to find out whether there is more input: somebody who
 // types has not said so yet.
@@ -1712,9 +1707,6 @@ func (t *talker) sendLines() {
 			end = errUTF16
 			continue
 		case len(line) == 0: // that is all
-			continue
-		case isWhole && request == "" && t.isTyped: // a prompt is the answer
-			fmt.Fprint(t.errs, prompt)
 			continue
 		case isWhole && request == "": // the server has no answer, but one for an Ack
 			line = []byte("Ack\n")

@@ -2134,7 +2134,7 @@ func TestCommandOnATerminal(t *testing.T) {
 		}()
 		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
 		if good, err := talk(&typist); !good || err != nil ||
-			screen.String() != "> :OK 1\n> > k:v\n:OK 1\n> " {
+			screen.String() != "> :OK 1\n> :OK 0\n> k:v\n:OK 1\n> " {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
 		screen.Reset()
