@@ -1326,13 +1326,12 @@ func storeProblem(c config, err error) error {
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
-	// A server without room for one more is healthy.
 	err := t.dial()
-	switch {
-	case c.ping && errors.Is(err, errFull):
+	if c.ping && errors.Is(err, errFull) { // which is healthy
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
-	case err != nil:
+	}
+	if err != nil {
 		return t.problem(err)
 	}
 	defer t.conn.Close()
@@ -1357,16 +1356,14 @@ func beClient(c config, errs io.Writer) error {
 	defer restore()
 	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
 
-	good, err := t.converse()
+	err = t.converse()
 	switch {
-	case ctx.Err() != nil && err != nil:
-		return t.problem(errInterrupted)
-	case err != nil:
-		return t.problem(err)
-	case !good:
-		return errTold
+	case err == nil || err == errTold:
+		return err
+	case ctx.Err() != nil:
+		err = errInterrupted
 	}
-	return nil
+	return t.problem(err)
 }
 
 // talker is one conversation of kvserver -c: it sends requests to a server and shows the
@@ -1446,7 +1443,6 @@ func (t *talker) dial() (err error) {
 		} else {
 			t.conn, err = dial("tcp", reachable(addr))
 		}
-
 		if err != nil {
 			continue
 		}
@@ -1470,9 +1466,10 @@ func reachable(addr string) string {
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-
-	if _, err := net.LookupHost(host); err != nil && host == "localhost" { // no /etc/hosts
-		host = "127.0.0.1"
+	if host == "localhost" {
+		if _, err := net.LookupHost(host); err != nil { // no /etc/hosts
+			host = "127.0.0.1"
+		}
 	}
 	return net.JoinHostPort(host, port)
 }
@@ -1570,9 +1567,9 @@ func (t *talker) ask() {
 	}
 }
 
-// converse has the conversation, once greet has begun it. It returns whether all requests were
-// answered, none with an error.
-func (t *talker) converse() (good bool, err error) {
+// converse has the conversation, once greet has begun it. It returns errTold if all requests were
+// answered, and some with an error.
+func (t *talker) converse() (told error) {
 	// Our Ack has been answered.
 	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 1)
 	defer close(t.mayGo) // a sender that waits ends
@@ -1580,45 +1577,46 @@ func (t *talker) converse() (good bool, err error) {
 	t.takeAnswer(w)
 	go t.sendLines()
 
-	good = true
 	for {
 		// The next Read may last, and what was answered is to be seen.
 		if t.r.Buffered() == 0 {
 			if err := w.Flush(); err != nil {
-				return false, fmt.Errorf("%w: %w", errOutput, err)
+				return fmt.Errorf("%w: %w", errOutput, err)
 			}
 		}
 
 		line, err := t.r.ReadBytes('\n')
 		if err != nil {
 			w.Flush()
-			return t.ended(err, good)
+			return cmp.Or(t.ended(err), told)
 		}
 
 		// What begins with a colon is no data, and ends an answer unless it is text.
 		text, isText := bytes.CutPrefix(line, []byte(": "))
-		isAnswer := line[0] == ':' && !isText
+		if isText || line[0] != ':' {
+			w.Write(text)
+			continue
+		}
+
+		// Each answer is one to the oldest line that has none.
+		if t.owed() <= 0 {
+			return errUnasked
+		}
 		why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
 		switch {
 		case isError:
-			good = false
+			told = errTold
 			w.Flush()
 			number, why, _ := strings.Cut(string(why), ":")
 			n, _ := strconv.Atoi(number)
 			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
-		case !isAnswer, t.isTyped, bytes.HasPrefix(line, []byte(":PONG")): // or else an :OK
-			w.Write(text)
+			if t.stop {
+				return errStopped
+			}
+		case t.isTyped, bytes.HasPrefix(line, []byte(":PONG")):
+			w.Write(line)
 		}
-
-		// Each answer is one to the oldest line that has none.
-		switch {
-		case isAnswer && t.owed() <= 0:
-			return false, errUnasked
-		case isError && t.stop:
-			return false, errStopped
-		case isAnswer:
-			t.takeAnswer(w)
-		}
+		t.takeAnswer(w)
 	}
 }
 
@@ -1643,11 +1641,11 @@ func (t *talker) takeAnswer(w *bufio.Writer) {
 // types has not said so yet.
 const inputTime = 100 * time.Millisecond
 
-// ended is what a conversation comes to whose connection gives err, which is io.EOF if the server
-// has ended it.
-func (t *talker) ended(err error, good bool) (bool, error) {
+// ended tells what is wrong if the connection gives err, which is io.EOF if the server has ended
+// it.
+func (t *talker) ended(err error) error {
 	if errors.Is(err, errQuiet) {
-		return false, err
+		return err
 	}
 
 	// Was what was sent all that there is?
@@ -1663,13 +1661,13 @@ func (t *talker) ended(err error, good bool) (bool, error) {
 	// And was that answered?
 	switch {
 	case t.owed() > 0 && err == io.EOF:
-		return false, errUnanswered
+		return errUnanswered
 	case t.owed() > 0: // as where a server was killed
-		return false, fmt.Errorf("%w: %w", errUnanswered, err)
-	case end != io.EOF:
-		return false, end
+		return fmt.Errorf("%w: %w", errUnanswered, err)
+	case end == io.EOF:
+		return nil
 	}
-	return good, nil
+	return end
 }
 
 // sendLines sends the input to the server until its end or a Quit, flushes whenever that

@@ -7458,8 +7458,12 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 
 // talk has the conversation from its beginning.
 func talk(t *talker) (good bool, err error) {
-	if err := t.greet(); err != nil {
+	if err = t.greet(); err != nil {
 		return false, err
 	}
-	return t.converse()
+	err = t.converse()
+	if err == errTold {
+		return false, nil
+	}
+	return err == nil, err
 }
