@@ -1011,7 +1011,7 @@ type credentials struct {
 	log     *slog.Logger
 	current atomic.Pointer[tls.Config] // what it shows, and whom it trusts
 	last    string                     // what the last read came to
-	warned  time.Time                  // when it was logged that the certificate ends; zero: never
+	next    time.Time                  // when to log again when the certificate ends
 }
 
 // read reads the files, and returns how a server or a client speaks TLS that has them.
@@ -1091,27 +1091,32 @@ func (k *credentials) load() error {
 
 	if err == nil {
 		k.current.Store(config)
-		k.warned = time.Time{}
+		k.next = time.Time{}
 	}
 	return err
 }
 
-// warn logs when the certificate ends: of a new one at once, and of one that ends soon once a day.
+// warn logs when the certificate ends: of a new one at once, of one that ends soon once a day, and
+// when it has ended.
 func (k *credentials) warn(now time.Time) {
-	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
-	level, what := slog.LevelInfo, "the certificate is read"
-	switch {
-	case now.After(end):
-		level, what = slog.LevelError, "the certificate has ended, clients will refuse it"+mend
-	case now.After(end.Add(-warnAhead)):
-		level, what = slog.LevelWarn, "the certificate ends soon"+mend
+	if now.Before(k.next) {
+		return
 	}
 
-	if k.warned.IsZero() || level > slog.LevelInfo && !now.Before(k.warned.Add(warnAgain)) {
-		k.warned = now
-		k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
+	end := k.current.Load().Certificates[0].Leaf.NotAfter
+	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
+	level, what, pause := slog.LevelInfo, "the certificate is read", end.Add(-warnAhead).Sub(now)
+	switch {
+	case !now.Before(end):
+		level, what, pause = slog.LevelError,
+			"the certificate has ended, clients will refuse it"+mend, warnAgain
+	case pause <= 0:
+		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend,
+			min(warnAgain, end.Sub(now))
 	}
+
+	k.next = now.Add(pause)
+	k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
 }
 
 // watch reads the files anew when they change, or again says so. One goroutine, until again
