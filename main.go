@@ -1331,12 +1331,13 @@ func storeProblem(c config, err error) error {
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
+	// A server without room for one more is healthy.
 	err := t.dial()
-	if c.ping && errors.Is(err, errFull) { // which is healthy
+	switch {
+	case c.ping && errors.Is(err, errFull):
 		fmt.Fprintln(errs, "it answers, and has no room for a client")
 		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return t.problem(err)
 	}
 	defer t.conn.Close()
@@ -1387,7 +1388,7 @@ type talker struct {
 	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
 	answered atomic.Int64 // of these; added to by the reader only
 
-	// Reader to sender, where stops: the next request may go. Closed when none may. One slot.
+	// Reader to sender, with -stop: the next request may go. Closed when none may. One slot.
 	mayGo chan struct{}
 
 	// Sender to reader: what the input ended in, io.EOF if nothing is wrong. One slot.
@@ -1774,7 +1775,7 @@ func (t *talker) problem(err error) error {
 	isGiven := len(t.requests) > 0
 	switch {
 	case isGiven:
-		goOn = "send it again."
+		goOn = "send the rest."
 	case t.isTyped:
 		goOn = "start it again."
 	case t.asked.Load() > 1:
@@ -1803,10 +1804,10 @@ func (t *talker) problem(err error) error {
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far it has come.
-		{is(errQuit), "", "Leave the Quit out, or " + goOn},
+		{is(errQuit), "", "Leave the Quit out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
-		{!isGiven && t.owed() == 0, "", "All that was sent is answered, so " + goOn},
+		{!isGiven && t.owed() == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
 		{true, "", "What was answered is done. Of the rest nothing is known: look, then " + goOn},
 	})
 }
