@@ -1749,12 +1749,9 @@ func (t *talker) sendLines() {
 // isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
 // letter in two bytes.
 func isUTF16(start []byte) bool {
-	if len(start) < 2 {
-		return false
-	}
-	mark := string(start[:2])
+	mark := string(start[:min(2, len(start))])
 	return mark == "\xff\xfe" || mark == "\xfe\xff" ||
-		start[0]|start[1] >= 'A' && (start[0] == 0) != (start[1] == 0)
+		len(mark) == 2 && mark[0]|mark[1] >= 'A' && (mark[0] == 0) != (mark[1] == 0)
 }
 
 // problem says what to do about an error of a conversation, or of beginning it.
@@ -1764,22 +1761,17 @@ func (t *talker) problem(err error) error {
 	}
 
 	// Where it failed. Of an input it is told how far it was answered, and how to send the rest.
-	what := fmt.Sprintf("%s: %v", t.addr, err)
-	command := "kvserver " + strings.Join(t.args, " ")
-	upTo, goOn := "; nothing of the input was answered", "go on: "+command+" < FILE"
-	if n := t.through(); n > 0 {
-		upTo = fmt.Sprintf("; answered through line %d of the input", n)
-		goOn = fmt.Sprintf("go on: tail -n +%d FILE | %s", n+1, command)
-	}
-
-	isGiven := len(t.requests) > 0
+	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
+	isGiven, n, command := len(t.requests) > 0, t.through(), "kvserver "+strings.Join(t.args, " ")
 	switch {
 	case isGiven:
-		goOn = "send the rest."
 	case t.isTyped:
 		goOn = "start it again."
-	case t.asked.Load() > 1:
-		what += upTo
+	case n == 0:
+		what, goOn = what+"; nothing of the input was answered", "go on: "+command+" < FILE"
+	default:
+		what += fmt.Sprintf("; answered through line %d of the input", n)
+		goOn = fmt.Sprintf("go on: tail -n +%d FILE | %s", n+1, command)
 	}
 
 	// Of requests on the command line it is known whether they change anything.
