@@ -849,8 +849,6 @@ func listenProblem(name, addr string, err error) error {
 		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
 	}
 
-	elsewhere := " Choose localhost, or leave the host out to listen everywhere: kvserver -" +
-		name + " :" + port
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
 		// Of sockets.
 		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
@@ -863,8 +861,8 @@ func listenProblem(name, addr string, err error) error {
 			anotherPort(host)},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
 			"kvserver -" + name + " 9999"},
-		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q.", host) + elsewhere},
-		{is(noAddress...), "", "This machine does not have that address." + elsewhere},
+		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
+			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
 		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
 	})
 }
