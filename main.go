@@ -1391,7 +1391,7 @@ type talker struct {
 
 	// Sender to reader: what the input ended in, io.EOF if nothing is wrong. One slot.
 	sent  chan error
-	quits atomic.Bool // a Quit is sent, so the server ends the conversation
+	quits atomic.Int64 // the line that was a Quit, behind which nothing is answered; 0: none
 }
 
 // newTalker returns the conversation that c asks for.
@@ -1420,7 +1420,6 @@ var (
 	errOutput     = errors.New("cannot write the answers")
 	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
 		"was run")
-	errQuit        = errors.New("nothing after the Quit was sent")
 	errInterrupted = errors.New("interrupted")
 )
 
@@ -1654,7 +1653,7 @@ func (t *talker) ended(err error) error {
 
 	// Was what was sent all that there is?
 	end := errGone
-	if t.quits.Load() {
+	if t.quits.Load() > 0 {
 		end = io.EOF
 	}
 	select {
@@ -1674,9 +1673,8 @@ func (t *talker) ended(err error) error {
 	return end
 }
 
-// sendLines sends the input to the server until its end or a Quit, flushes whenever that
-// has nothing more to say for now, and then tells how it ended. One goroutine a
-// conversation.
+// sendLines sends the input to the server, flushes whenever there is no more of it for now, and
+// then tells how it ended. One goroutine a conversation.
 func (t *talker) sendLines() {
 	// The requests of the command line are lines, too.
 	in := t.in
@@ -1687,7 +1685,7 @@ func (t *talker) sendLines() {
 
 	var end error    // of the input
 	isBegun := false // a line that is longer than what r holds is sent in parts
-	for end == nil && !t.quits.Load() {
+	for end == nil {
 		// The next Read may last, and the server is not to wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
 			w.Flush() // if that fails, the reader finds out why
@@ -1713,7 +1711,7 @@ func (t *talker) sendLines() {
 		case isWhole && request == "": // the server has no answer, but one for an Ack
 			line = []byte("Ack\n")
 		case isWhole && lookUp(request) == quit:
-			t.quits.Store(true)
+			t.quits.Store(t.asked.Load()) // our Ack was no line of the input
 		}
 
 		// With -stop it goes when the one before is answered.
@@ -1727,13 +1725,7 @@ func (t *talker) sendLines() {
 	}
 	w.Flush()
 
-	// What comes after a Quit is lost, and that is told.
-	if t.quits.Load() {
-		if _, end = r.Peek(1); end == nil {
-			end = errQuit
-		}
-	}
-	if end != io.EOF && end != errQuit {
+	if end != io.EOF {
 		end = fmt.Errorf("reading the requests: %w", end)
 	}
 	t.sent <- end
@@ -1794,7 +1786,7 @@ func (t *talker) problem(err error) error {
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far it has come.
-		{is(errQuit), "", "Leave the Quit out, and " + goOn},
+		{n > 0 && int64(n) == t.quits.Load(), "", "Nothing after a Quit is run. Leave it out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
 		{!isGiven && t.owed() == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},

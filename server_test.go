@@ -1732,15 +1732,16 @@ func TestCommand(t *testing.T) {
 			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
 				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
 			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
-			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", err: errQuit},
-			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n", err: errQuit},
+			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", err: errUnanswered},
+			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\nDelete:k\n", err: errUnanswered},
 			{in: strings.Repeat("\n", maxWrite-len("Quit\n")) + "Quit\n", good: true},
 			{requests: []string{"Keys"}, out: "k\n", good: true},
 			{requests: []string{"Dump"}, out: "Put:k:v\nPut:k:w\n", good: true},
 			{good: true},
 		} {
 			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
-			if out != c.out || errs != c.errs || good != c.good || err != c.err {
+			if out != c.out || errs != c.errs || good != c.good ||
+				!errors.Is(err, c.err) {
 				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v, %v", c.requests,
 					c.in, out, errs, good, err, c.out, c.errs, c.good, c.err)
 			}
@@ -2119,6 +2120,8 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		t.answered.Store(3)
 		return t
 	}
+	quits := answered(new(talker))
+	quits.quits.Store(2)
 	for _, c := range []struct {
 		talker *talker
 		cert   string
@@ -2140,6 +2143,7 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 			"Nothing was to be changed: try again."},
 		{&talker{config: config{requests: []string{"Get:a", "set:a:b"}}}, "", errUnanswered,
 			"look, then send the rest."},
+		{quits, "", errUnanswered, "Nothing after a Quit is run."},
 		{&talker{}, "", errUnasked, "nothing is known: look, then go on"},
 		{&talker{}, "", errOutput, "Make room where the answers go"},
 		{&talker{}, "", tls.AlertError(42), "give -tls-cert and -tls-key."},
