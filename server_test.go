@@ -1630,15 +1630,11 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			start := time.Now()
 			a := n.dial(t)
-			client := overTLS(&farConn{a.conn, trip})
-			io.WriteString(client, "Ping\n")
-			if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-				t.Errorf("an answer took %v: %q, %v", trip, answer, err)
-			}
+			a.conn = &farConn{a.conn, trip}
+			a.overTLS().ask("Ping", ":PONG")
 			if took := time.Since(start); took > 5*trip {
 				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
 			}
-			client.Close()
 			a.close()
 			synctest.Wait()
 		}
@@ -1649,12 +1645,12 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 
 // farConn is a client's connection on which each answer takes its time.
 type farConn struct {
-	net.Conn
+	world.HalfConn
 	trip time.Duration
 }
 
 func (f *farConn) Read(p []byte) (int, error) {
-	n, err := f.Conn.Read(p)
+	n, err := f.HalfConn.Read(p)
 	<-time.After(f.trip)
 	return n, err
 }
@@ -1673,45 +1669,11 @@ func TestTLSBesideSilentConnects(t *testing.T) {
 			continue
 		}
 		// With more time one of the silent ends, and its place is free.
-		conn := dialTCP(t, addr).conn
-		conn.SetDeadline(time.Now().Add(handshakeTime / 2))
-		client := overTLS(conn)
-		io.WriteString(client, "Ping\n")
-		if answer, err := bufio.NewReader(client).ReadString('\n'); answer != ":PONG\n" {
-			t.Fatalf("beside %d silent connections: %q, %v", i, answer, err)
-		}
-		client.Close()
-	}
-}
-
-// Ensure that under TLS, too, who accepts a little is not cut by -write-timeout.
-func TestTLSWriteTimeout(t *testing.T) {
-	withTLS := serverConfig(t)
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.writeTimeout = withTLS, 2*time.Second
-		n.fill("big", strings.Repeat("v", 1000), 1000)
-		a := n.dial(t)
-		client := overTLS(a.conn)
-		io.WriteString(client, "Get:big\nPing:end\n")
-		r := bufio.NewReader(client)
-		for range 1000 / 50 { // 50 kB a second
-			pass(time.Second)
-			for range 50 {
-				if line, err := r.ReadString('\n'); err != nil || !strings.HasPrefix(line, "big:") {
-					t.Fatalf("got %.40q, %v", line, err)
-				}
-			}
-		}
-		if line, _ := r.ReadString('\n'); line != ":PONG end\n" {
-			t.Errorf("got %.40q", line)
-		}
-		io.WriteString(client, "Get:big\n")
-		pass(10 * time.Second) // and nothing is accepted
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients, want 0", got)
-		}
+		a := dialTCP(t, addr)
+		a.conn.SetDeadline(time.Now().Add(handshakeTime / 2))
+		a.overTLS().ask("Ping", ":PONG")
 		a.close()
-	})
+	}
 }
 
 // ---- main.go: the client in the binary
@@ -2397,14 +2359,14 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = config
-			var conn net.Conn = n.dial(t).conn
+			a := n.dial(t)
 			if config != nil {
-				conn = overTLS(conn)
+				a.overTLS()
 			}
 			const puts = 9 * kilo
-			io.WriteString(conn, "Ack\n"+strings.Repeat("Put:k:v\n", puts))
+			a.send("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			synctest.Wait()
-			readAndSend(t, conn, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts),
+			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts),
 				func() { pass(50 * time.Millisecond) })
 		})
 	}
@@ -2428,13 +2390,13 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 		runtime.Gosched()
 	}
 	watch.hangUp()
-	readAndSend(t, a.conn, s, strings.Repeat("k:"+value+"\n", kilo),
+	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo),
 		func() { <-time.After(time.Millisecond) })
 }
 
 // readAndSend has a client read what it is answered, bit by bit, with a Put and a pause between any
 // two, while the server closes, and wants it to be this. The server has read all that was sent.
-func readAndSend(t *testing.T, conn net.Conn, s *keyValueServer, want string, pause func()) {
+func readAndSend(a *testClient, s *keyValueServer, want string, pause func()) {
 	closed := make(chan struct{})
 	go func() {
 		s.Close()
@@ -2447,14 +2409,14 @@ func readAndSend(t *testing.T, conn net.Conn, s *keyValueServer, want string, pa
 	for err := error(nil); err == nil; {
 		pause()
 		var n int
-		n, err = io.ReadFull(conn, piece)
+		n, err = io.ReadFull(a.conn, piece)
 		got = append(got, piece[:n]...)
-		io.WriteString(conn, "Put:k:w\n")
+		a.sendSome("Put:k:w\n")
 	}
 	if string(got) != want {
-		t.Errorf("%T: %d bytes of %d came", conn, len(got), len(want))
+		a.t.Errorf("%T: %d bytes of %d came", a.conn, len(got), len(want))
 	}
-	conn.Close()
+	a.close()
 	<-closed
 }
 
@@ -2488,9 +2450,8 @@ func TestCloseWithTLS(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
 			n.server.maxClients = 1
-			a := n.dial(t)
-			client := overTLS(a.conn)
-			io.WriteString(client, request)
+			a := n.dial(t).overTLS()
+			a.send(request)
 			synctest.Wait()
 			silent := n.dial(t)
 			synctest.Wait()
@@ -2499,8 +2460,8 @@ func TestCloseWithTLS(t *testing.T) {
 			if took := time.Since(start); took > closeTime+drainTime+closeTime {
 				t.Errorf("%q: Close took %v", request, took)
 			}
-			client.Close()
-			silent.conn.Close()
+			a.close()
+			silent.close()
 		})
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2510,18 +2471,16 @@ func TestCloseWithTLS(t *testing.T) {
 			deaf.Conn = conn
 			return deaf
 		}
-		a := n.dial(t)
-		client := overTLS(a.conn)
-		io.WriteString(client, "Ping\n")
-		io.ReadFull(client, make([]byte, len(":PONG\n")))
+		a := n.dial(t).overTLS()
+		a.ask("Ping", ":PONG")
 		deaf.on.Store(true)
 		start := time.Now()
-		go io.WriteString(client, "Quit\n")
+		go a.send("Quit\n")
 		<-deaf.closed
 		if took := time.Since(start); took != drainTime+closeTime {
 			t.Errorf("the goodbye of TLS took %v, want %v", took, drainTime+closeTime)
 		}
-		client.Close()
+		a.close()
 	})
 }
 
@@ -6199,41 +6158,49 @@ func TestEndFormatsNothingMore(t *testing.T) {
 }
 
 // Ensure that a client that accepts nothing is cut, not before its time, and that
-// one that accepts a little is not.
+// one that accepts a little is not, also under TLS.
 func TestWriteTimeout(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("big", strings.Repeat("v", 1200), 1000)
-		n.server.writeTimeout = time.Minute
-		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
-		a, b := n.dial(t), n.dial(t)
-		b.ask("Ack", ":OK 0")
-		a.send("Get:big\n")
-		b.send("Get:big\n")
-		pass(time.Minute - 1)
-		io.CopyN(io.Discard, b.r, 4*maxWrite)
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients just before the timeout, want 2", got)
-		}
-		pass(1)
-		io.CopyN(io.Discard, b.r, 10_000)
-		pass(time.Minute) // a may have accepted a part of the Write that did not end
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("%d clients after the timeout, want 1", got)
-		}
-		if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(), want) {
-			t.Errorf("the log does not say %q:\n%s", want, &log)
-		}
-		for range 10 { // less than one Write in a minute
-			io.CopyN(io.Discard, b.r, 40_000)
+	for _, config := range []*tls.Config{nil, serverConfig(t)} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fill("big", strings.Repeat("v", 1200), 1000)
+			n.server.writeTimeout = time.Minute
+			n.server.tls = config
+			var log bytes.Buffer
+			n.server.log = slog.New(slog.NewTextHandler(&log, nil))
+			a, b := n.dial(t), n.dial(t)
+			if config != nil {
+				a.overTLS()
+				b.overTLS()
+			}
+			b.ask("Ack", ":OK 0")
+			a.send("Get:big\n")
+			b.send("Get:big\n")
 			pass(time.Minute - 1)
-		}
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
-		}
-		a.close()
-		b.close()
-	})
+			io.CopyN(io.Discard, b.r, 4*maxWrite)
+			if got := n.server.CountActive(); got != 2 {
+				t.Errorf("%d clients just before the timeout, want 2", got)
+			}
+			pass(1)
+			io.CopyN(io.Discard, b.r, 10_000)
+			pass(time.Minute) // a may have accepted a part of the Write that did not end
+			if got := n.server.CountActive(); got != 1 {
+				t.Errorf("%d clients after the timeout, want 1", got)
+			}
+			if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(),
+				want) {
+				t.Errorf("the log does not say %q:\n%s", want, &log)
+			}
+			for range 10 { // less than one Write in a minute
+				io.CopyN(io.Discard, b.r, 40_000)
+				pass(time.Minute - 1)
+			}
+			if got := n.server.CountActive(); got != 1 {
+				t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
+			}
+			a.close()
+			b.close()
+		})
+	}
 }
 
 // ---- query.go: the protocol
@@ -7071,6 +7038,13 @@ func (c *testClient) close() {
 	c.conn.Close()
 }
 
+// overTLS goes on over TLS, with whatever server.
+func (c *testClient) overTLS() *testClient {
+	c.conn = tls.Client(c.conn, &tls.Config{InsecureSkipVerify: true})
+	c.r = bufio.NewReader(c.conn)
+	return c
+}
+
 // breakOff breaks the connection off, as a network does.
 func (c *testClient) breakOff() {
 	c.gone = true
@@ -7229,11 +7203,6 @@ func serverConfig(t *testing.T) *tls.Config {
 		t.Fatal(err)
 	}
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
-}
-
-// overTLS is a client that takes any server.
-func overTLS(conn net.Conn) *tls.Conn {
-	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
 }
 
 // look asks for a page.
