@@ -6205,9 +6205,43 @@ func TestWriteTimeout(t *testing.T) {
 
 // ---- query.go: the protocol
 
+// conversation is what a client sends, and what it must read.
+type conversation struct{ name, send, want string }
+
+// mistakes is a conversation of lines that are all refused, for such a request needs something
+// else, and change nothing.
+func mistakes(verb, needs string, lines ...string) conversation {
+	c := conversation{verb + " with more or less", "Put:k:a\n" + strings.Join(lines, "\n") +
+		"\nKeys\nGet:k\n", ""}
+	for i, line := range lines {
+		c.want += fmt.Sprintf(":ERROR line %d: %s needs %s; got %q", i+2, verb, needs, line)
+		if strings.HasPrefix(needs, "a key, without") && strings.HasPrefix(line, verb+":k:") {
+			c.want += `; a Put like that wrote to the key "k", for a key ends at its first colon`
+		}
+		c.want += "\n"
+	}
+	c.want += ": k\n:OK 1\nk:a\n"
+	return c
+}
+
+// hints is a conversation of lines that are no requests, each with what it is told; "": where to
+// find what is one.
+func hints(name string, lines [][2]string) (c conversation) {
+	c.name = name
+	for i, l := range lines {
+		c.send += l[0] + "\n"
+		hint := "Help lists the requests"
+		if l[1] != "" {
+			hint = "did you mean " + l[1] + " ?"
+		}
+		c.want += fmt.Sprintf(":ERROR line %d: unknown request %q; %s\n", i+1, l[0], hint)
+	}
+	return c
+}
+
 // conversations are what clients send and what they must read, to the last
 // byte, before the server closes. Every client ends its own side first.
-var conversations = []struct{ name, send, want string }{
+var conversations = []conversation{
 	{"nothing", "", ""},
 	{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
 	{"put appends", "Put:k:a\nPut:k:b\nPut:k:a\nGet:k\n", "k:a\nk:b\nk:a\n"},
@@ -6226,17 +6260,6 @@ var conversations = []struct{ name, send, want string }{
 	{"set and remove with ack",
 		"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
 		":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
-	{"set and remove with less",
-		"Set:k\nSet::v\nRemove:k\nremove\nrem a b c\nLREM a b\nremove a b\n",
-		strings.Join([]string{
-			`:ERROR line 1: Set needs a key and a value, as in Set:key:value; got "Set:k"`,
-			`:ERROR line 2: Set needs a key and a value, as in Set:key:value; got "Set::v"`,
-			`:ERROR line 3: Remove needs a key and a value, as in Remove:key:value; got "Remove:k"`,
-			`:ERROR line 4: Remove needs a key and a value, as in Remove:key:value; got "remove"`,
-			`:ERROR line 5: unknown request "rem a b c"; did you mean Remove:a:b c ?`,
-			`:ERROR line 6: unknown request "LREM a b"; did you mean Remove:a:b ?`,
-			`:ERROR line 7: unknown request "remove a b"; did you mean Remove:a:b ?`,
-		}, "\n") + "\n"},
 	{"swap replaces, and never adds",
 		"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
 			"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
@@ -6248,22 +6271,6 @@ var conversations = []struct{ name, send, want string }{
 	{"swap, add and count with ack",
 		"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
 		":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
-	{"swap, add and count with more or less",
-		"Swap:k:a\nSwap:k:a:b:c\nSwap::a:b\nAdd:k\nAdd::v\nCount:\nCount:k:1\nCount\nCount:k\n",
-		strings.Join([]string{
-			`:ERROR line 1: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap:k:a"`,
-			`:ERROR line 2: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap:k:a:b:c"`,
-			`:ERROR line 3: Swap needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Swap:key:old:new; got "Swap::a:b"`,
-			`:ERROR line 4: Add needs a key and a value, as in Add:key:value; got "Add:k"`,
-			`:ERROR line 5: Add needs a key and a value, as in Add:key:value; got "Add::v"`,
-			`:ERROR line 6: Count needs a key, without a colon in it, as in Count:key; got "Count:"`,
-			`:ERROR line 7: Count needs a key, without a colon in it, as in Count:key; got "Count:k:1"; ` +
-				`a Put like that wrote to the key "k", for a key ends at its first colon`,
-			`:ERROR line 8: Count needs a key, without a colon in it, as in Count:key; got "Count"`,
-			":OK 0\n"}, "\n")},
 	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" +
 		"Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
 		"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
@@ -6275,61 +6282,21 @@ var conversations = []struct{ name, send, want string }{
 			"Lease:l:1:\nLease:l:1:c\nGet:l\nDelete:l\nPut:l:x\nExpire:l\n",
 		":OK 0\n:OK 1\n:OK 1\n:OK 0\n: 30\n:OK 1\n:OK 0\n:OK 0\n:OK 1\n:OK 0\nl:\n:OK 1\n:OK 1\n" +
 			":OK 1\n:OK 1\n"},
-	{"expire and lease with more or less",
-		"Put:k:v\nExpire:k:\nExpire:k:4000000001\nExpire:k:-1\nExpire:k:1:2\nExpire::1\nExpire\n" +
-			"Expire:k:1.5\nLease:k:5\nLease:l:0:v\nLease:l:x:v\nLease::5:v\nLease:l:4000000001:v\n" +
-			"Expire:k\nGet:l\n",
-		func() (want string) {
-			for i, line := range []string{"Expire:k:", "Expire:k:4000000001", "Expire:k:-1",
-				"Expire:k:1:2", "Expire::1", "Expire", "Expire:k:1.5"} {
-				want += fmt.Sprintf(":ERROR line %d: Expire needs a key, and seconds up to 4000000000 "+
-					"or nothing, as in Expire:key:seconds; got %q\n", i+2, line)
-			}
-			for i, line := range []string{"Lease:k:5", "Lease:l:0:v", "Lease:l:x:v", "Lease::5:v",
-				"Lease:l:4000000001:v"} {
-				want += fmt.Sprintf(":ERROR line %d: Lease needs a key, seconds from 1 to 4000000000, "+
-					"and a value, as in Lease:key:seconds:value; got %q\n", i+9, line)
-			}
-			return want + ":OK 1\n"
-		}()},
 	{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
 		"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
 	{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
 		":OK 0\n:OK 1\nk:a\n:OK 1\n:OK 0\n:OK 1\nk:b\n:OK 1\n:OK 0\n:OK 0\n"},
 	{"take waits behind a half-close", "Take:k:30\nTake:k:3600\nPing:a\nTake:k:1\nPut:k:a\nGet:k\n",
 		":PONG a\nk:a\n"},
-	{"take with more or less",
-		"Put:k:v\nTake:\nTake\nTake:k:\nTake:k:0\nTake:k:3601\nTake:k:1:2\nTake::1\nTake:k:-1\nGet:k\n",
-		func() (want string) {
-			for i, line := range []string{"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601",
-				"Take:k:1:2", "Take::1", "Take:k:-1"} {
-				want += fmt.Sprintf(":ERROR line %d: Take needs a key, and seconds from 1 to 3600 or "+
-					"nothing, as in Take:key:seconds; got %q\n", i+2, line)
-			}
-			return want + "k:v\n"
-		}()},
 	{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
 		": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
 			": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
-	{"words of other programs",
-		"incr a\ncas a b c\nsetnx a b\nllen a\nlpush a b\nadd a b\nswap a b\n" +
-			"expire a 60\nttl a\nlock a\nlease a 60 me\n" +
-			"brpop a 5\nrpop a\n",
-		strings.Join([]string{
-			`:ERROR line 1: unknown request "incr a"; did you mean Swap:key:old:new ?`,
-			`:ERROR line 2: unknown request "cas a b c"; did you mean Swap:a:b:c ?`,
-			`:ERROR line 3: unknown request "setnx a b"; did you mean Add:a:b ?`,
-			`:ERROR line 4: unknown request "llen a"; did you mean Count:a ?`,
-			`:ERROR line 5: unknown request "lpush a b"; did you mean Put:a:b ?`,
-			`:ERROR line 6: unknown request "add a b"; did you mean Add:a:b ?`,
-			`:ERROR line 7: unknown request "swap a b"; did you mean Swap:key:old:new ?`,
-			`:ERROR line 8: unknown request "expire a 60"; did you mean Expire:a:60 ?`,
-			`:ERROR line 9: unknown request "ttl a"; did you mean Expire:a ?`,
-			`:ERROR line 10: unknown request "lock a"; did you mean Lease:key:seconds:value ?`,
-			`:ERROR line 11: unknown request "lease a 60 me"; did you mean Lease:a:60:me ?`,
-			`:ERROR line 12: unknown request "brpop a 5"; did you mean Take:a:5 ?`,
-			`:ERROR line 13: unknown request "rpop a"; did you mean Take:a ?`,
-			""}, "\n")},
+	hints("words of other programs", [][2]string{{"incr a", "Swap:key:old:new"},
+		{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
+		{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
+		{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
+		{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
+		{"rem a b c", "Remove:a:b c"}, {"LREM a b", "Remove:a:b"}, {"remove a b", "Remove:a:b"}}),
 	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
 	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
 	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
@@ -6360,75 +6327,43 @@ var conversations = []struct{ name, send, want string }{
 	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
 		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
 
-	{"put without value", "Put:k\nPut\nPut:\nPut::v\nGet:k\n",
-		":ERROR line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n" +
-			":ERROR line 2: Put needs a key and a value, as in Put:key:value; got \"Put\"\n" +
-			":ERROR line 3: Put needs a key and a value, as in Put:key:value; got \"Put:\"\n" +
-			":ERROR line 4: Put needs a key and a value, as in Put:key:value; got \"Put::v\"\n"},
-	{"get with more or less", "Put:a:1\nGet:a:b\nGet:a:\nGet:\nget\n",
-		":ERROR line 2: Get needs a key, without a colon in it, as in Get:key; got \"Get:a:b\"; " +
-			"a Put like that wrote to the key \"a\", for a key ends at its first colon\n" +
-			":ERROR line 3: Get needs a key, without a colon in it, as in Get:key; got " +
-			"\"Get:a:\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
-			"colon\n" +
-			":ERROR line 4: Get needs a key, without a colon in it, as in Get:key; got \"Get:\"\n" +
-			":ERROR line 5: Get needs a key, without a colon in it, as in Get:key; got \"get\"\n"},
-	{"delete with more", "Put:a:1\nDelete:a:1\nDelete:\nGet:a\n",
-		":ERROR line 2: Delete needs a key, without a colon in it, as in Delete:key; got " +
-			"\"Delete:a:1\"; a Put like that wrote to the key \"a\", for a key ends at its first " +
-			"colon\n" +
-			":ERROR line 3: Delete needs a key, without a colon in it, as in Delete:key; got " +
-			"\"Delete:\"\na:1\n"},
-	{"update with more or less",
-		"Put:k:a\nUpdate:k:a\nUpdate:k\nUpdate:k:a:b:c\nUpdate::a:b\nGet:k\n",
-		strings.Join([]string{
-			`:ERROR line 2: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k:a"`,
-			`:ERROR line 3: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k"`,
-			`:ERROR line 4: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update:k:a:b:c"`,
-			`:ERROR line 5: Update needs a key, an old and a new value, none with a colon in it, as in ` +
-				`Update:key:old:new; got "Update::a:b"`,
-			"k:a\n"}, "\n")},
-	{"arguments that nobody takes", "Quit:\nAck:on\nStats:\nHelp:me\nPut:k:a\nGet:k\n",
-		strings.Join([]string{
-			`:ERROR line 1: Quit needs nothing behind it, as in Quit; got "Quit:"`,
-			`:ERROR line 2: Ack needs nothing behind it, as in Ack; got "Ack:on"`,
-			`:ERROR line 3: Stats needs nothing behind it, as in Stats; got "Stats:"`,
-			`:ERROR line 4: Help needs nothing behind it, as in Help; got "Help:me"`,
-			"k:a\n"}, "\n")},
-	{"hints",
-		"get fruit\nset a b\nSET a b c\ndel a\nGett:a\nPtu:a:b:c\nupdate a b c\n Get:a\nGet :a\n" +
-			"get\ta\nset a\nget a\x1b\n",
-		strings.Join([]string{
-			`:ERROR line 1: unknown request "get fruit"; did you mean Get:fruit ?`,
-			`:ERROR line 2: unknown request "set a b"; did you mean Set:a:b ?`,
-			`:ERROR line 3: unknown request "SET a b c"; did you mean Set:a:b c ?`,
-			`:ERROR line 4: unknown request "del a"; did you mean Delete:a ?`,
-			`:ERROR line 5: unknown request "Gett:a"; did you mean Get:a ?`,
-			`:ERROR line 6: unknown request "Ptu:a:b:c"; did you mean Put:a:b:c ?`,
-			`:ERROR line 7: unknown request "update a b c"; did you mean Update:a:b:c ?`,
-			`:ERROR line 8: unknown request " Get:a"; did you mean Get:a ?`,
-			`:ERROR line 9: unknown request "Get :a"; did you mean Get:a ?`,
-			`:ERROR line 10: unknown request "get\ta"; did you mean Get:a ?`,
-			`:ERROR line 11: unknown request "set a"; did you mean Set:key:value ?`,
-			`:ERROR line 12: unknown request "get a\x1b"; did you mean Get:key ?`,
-			""}, "\n")},
+	mistakes("Put", "a key and a value, as in Put:key:value", "Put:k", "Put", "Put:", "Put::v"),
+	mistakes("Set", "a key and a value, as in Set:key:value", "Set:k", "Set::v"),
+	mistakes("Remove", "a key and a value, as in Remove:key:value", "Remove:k", "remove"),
+	mistakes("Add", "a key and a value, as in Add:key:value", "Add:k", "Add::v"),
+	mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get"),
+	mistakes("Delete", "a key, without a colon in it, as in Delete:key", "Delete:k:1", "Delete:"),
+	mistakes("Count", "a key, without a colon in it, as in Count:key", "Count:", "Count:k:1", "Count"),
+	mistakes("Swap", "a key, an old and a new value, none with a colon in it, as in "+
+		"Swap:key:old:new", "Swap:k:a", "Swap:k:a:b:c", "Swap::a:b"),
+	mistakes("Update", "a key, an old and a new value, none with a colon in it, as in "+
+		"Update:key:old:new", "Update:k:a", "Update:k", "Update:k:a:b:c", "Update::a:b"),
+	mistakes("Expire", "a key, and seconds up to 4000000000 or nothing, as in Expire:key:seconds",
+		"Expire:k:", "Expire:k:4000000001", "Expire:k:-1", "Expire:k:1:2", "Expire::1", "Expire",
+		"Expire:k:1.5"),
+	mistakes("Lease", "a key, seconds from 1 to 4000000000, and a value, as in "+
+		"Lease:key:seconds:value", "Lease:l:5", "Lease:l:0:v", "Lease:l:x:v", "Lease::5:v",
+		"Lease:l:4000000001:v"),
+	mistakes("Take", "a key, and seconds from 1 to 3600 or nothing, as in Take:key:seconds",
+		"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601", "Take:k:1:2", "Take::1", "Take:k:-1"),
+	mistakes("Keys", "nothing behind it or a prefix, without a colon in it, as in Keys:prefix",
+		"Keys:a:b"),
+	mistakes("Dump", "nothing behind it or a prefix, without a colon in it, as in Dump:prefix",
+		"Dump:a:b"),
+	mistakes("Quit", "nothing behind it, as in Quit", "Quit:"),
+	mistakes("Ack", "nothing behind it, as in Ack", "Ack:on"),
+	mistakes("Stats", "nothing behind it, as in Stats", "Stats:"),
+	mistakes("Help", "nothing behind it, as in Help", "Help:me"),
+	hints("hints", [][2]string{{"get fruit", "Get:fruit"}, {"set a b", "Set:a:b"},
+		{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
+		{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
+		{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
+		{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
 	{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
 		":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
 		":ERROR line 1: unknown request \"" + strings.Repeat("x",
 			40) + "\"...; Help lists the requests\n"},
-	{"nonsense", "\x00\n:\n::\nk:v\n\xff\xfe\n", strings.Join([]string{
-		`:ERROR line 1: unknown request "\x00"; Help lists the requests`,
-		`:ERROR line 2: unknown request ":"; Help lists the requests`,
-		`:ERROR line 3: unknown request "::"; Help lists the requests`,
-		`:ERROR line 4: unknown request "k:v"; Help lists the requests`,
-		`:ERROR line 5: unknown request "\xff\xfe"; Help lists the requests`,
-		""}, "\n")},
-	{"kelvin is no k", "Ac\u212a\n",
-		":ERROR line 1: unknown request \"Ac\u212a\"; Help lists the requests\n"},
 
 	{"keys",
 		"Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
@@ -6440,11 +6375,6 @@ var conversations = []struct{ name, send, want string }{
 		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
 	{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
 		": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
-	{"keys and dump with more", "Keys:a:b\nDump:a:b\n",
-		":ERROR line 1: Keys needs nothing behind it or a prefix, without a colon in it, as in " +
-			"Keys:prefix; got \"Keys:a:b\"\n" +
-			":ERROR line 2: Dump needs nothing behind it or a prefix, without a colon in it, as in " +
-			"Dump:prefix; got \"Dump:a:b\"\n"},
 	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
 		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
 	{"torn write is not run", "Ack\nPut:k:a",
