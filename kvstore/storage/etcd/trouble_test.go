@@ -538,6 +538,7 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 				e.delete(string(f.last))
 				at := f.size
 				write(t, f, &at, []byte("x"))
+				e.put(string(f.last)+"-", "") // so that there are as many as there should be
 			})
 		}
 		w.mu.Unlock()
