@@ -473,12 +473,8 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 }
 
 // call sends a request until it is answered, every member has refused it, or ctx is done. One
-// that is larger than need be ends with errSmaller if that may be why it fails. silent, if not
-// nil, is told once why there is no answer for tellTime.
-func (c *cluster) call(ctx context.Context, at string, request any, size int,
-	silent func(error)) (response, error) {
-	began := time.Now()
-
+// that is larger than need be ends with errSmaller if that may be why it fails.
+func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
 	// A member that refuses for good may be the only one that does.
 	var why error
 	for refused := map[int32]bool{}; ; {
@@ -504,12 +500,6 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 			}
 		}
 
-		// Tell the caller once why it waits.
-		if silent != nil && time.Since(began) >= tellTime {
-			silent(err)
-			silent = nil
-		}
-
 		// Try on until ctx is done: the caller decides how long that is.
 		if cause := wait(ctx, pauseTime); cause != nil {
 			return answer, fmt.Errorf("%w: %w", cause, err)
@@ -521,7 +511,7 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int,
 func (c *cluster) try(ctx context.Context, at string, request any) (response, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTime, ErrUnreachable)
 	defer cancel()
-	return c.call(ctx, at, request, 0, nil)
+	return c.call(ctx, at, request, 0)
 }
 
 // wait waits for so long, or returns why ctx is done before.

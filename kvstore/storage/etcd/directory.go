@@ -165,18 +165,18 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
-		return d.client.call(ctx, at, request, size,
-			func(err error) {
-				d.log.Warn("etcd does not answer yet, trying on", "error", err)
-				d.opts.Status.Set("etcd does not answer yet")
-			})
+		defer time.AfterFunc(tellTime, func() {
+			d.log.Warn("etcd does not answer yet, trying on")
+			d.opts.Status.Set("etcd does not answer yet")
+		}).Stop()
+		return d.client.call(ctx, at, request, size)
 	}
 
 	// With the lock, beat gives etcd up after patienceTime. The longer limit here is for a request
 	// that fails while signs of life arrive.
 	for {
 		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
-		answer, err := d.client.call(ctx, at, request, size, nil)
+		answer, err := d.client.call(ctx, at, request, size)
 		cancel()
 
 		// etcd is not the cluster that it was: Held says from now on that files are gone.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"kvserver/kvstore/storage"
 	"os"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -131,8 +132,8 @@ type watch struct {
 	isNew    bool      // nor is anything else, and never was
 	since    time.Time // when it was so first; zero: it must be seen first
 	answered time.Time // when etcd has answered last
-	isTold   bool      // that etcd does not answer
-	standsBy string    // for whom it was said that we stand by: a token
+	began    time.Time // when the wait began
+	told     string    // for what the log knows that we wait
 }
 
 // look looks at the lock. It asks in a way that a full etcd refuses: nobody can take the lock
@@ -201,7 +202,7 @@ func (w *watch) isFree(token string) bool {
 // Lock waits for the lock, if others are told where the store is served: whoever has it is
 // robbed of it once it has shown no sign of life for lockTime.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
-	l, w, began := d.newLock(), watch{}, time.Now()
+	l, w := d.newLock(), watch{began: time.Now()}
 	for {
 		before, isTaken := w.revision, false
 		err := w.look(ctx, d)
@@ -209,77 +210,57 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 			isTaken, err = l.take(ctx, &w)
 		}
 
-		// Go on, give up, or wait and look again.
 		switch {
 		case isTaken:
 			return d.hold(l)
 		case ctx.Err() != nil:
 			l.release() // what take has sent may have arrived
 			return nil, ctx.Err()
-		case err != nil:
-			err = d.mayWait(err, &w, began)
-		case d.opts.Addr == "" && before != 0 && before != w.revision && !w.Released:
-			// A sign of life came between two looks, so the holder lives, and we need not wait.
-			err = fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
-		default:
-			d.standBy(&w)
 		}
 
-		if err != nil {
+		if err := d.standBy(&w, before, err); err != nil {
 			return nil, err
 		}
-
 		wait(ctx, pollTime)
 	}
 }
 
-// standBy says for whom we wait.
-func (d *directory) standBy(w *watch) {
-	w.isTold = false
-	// There is no lock, but perhaps a holder that lives: it will take the lock anew.
-	if w.revision == 0 {
-		d.opts.Status.Set("standby: there is no lock, and who had it may live still")
-		return
-	}
+// standBy says for what we wait, or returns why we do not. before is the lock's revision at the look
+// before the last one, which ended with err.
+func (d *directory) standBy(w *watch, before int64, err error) error {
+	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
+	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
+	silence := min(waited, time.Since(w.answered))
+	stage := "the data is in use " + w.holder.String()
 
-	// Log each holder once, and not at every look.
-	d.opts.Status.Set("standby: the data is in use " + w.holder.String())
-	if w.standsBy != w.Token {
-		w.standsBy = w.Token
-		d.log.Info("standing by: another server has the data", "addr", w.Addr,
-			"process", w.Process, "since", w.Since)
-	}
-}
-
-// mayWait returns nil if somebody who waits for the lock may go on after err, and says so.
-func (d *directory) mayWait(err error, w *watch, began time.Time) error {
-	silence := min(time.Since(began), time.Since(w.answered))
-	isFull := errors.Is(err, syscall.ENOSPC)
-
-	// No waiting helps where all refuse, or the lock is no lock. And without an address we do
-	// not wait for a full or silent etcd.
 	switch {
-	case isFull && d.opts.Addr == "":
+	case isFull && isImpatient:
 		return errFull
-	case !isFull && !errors.Is(err, ErrUnreachable),
-		!isFull && d.opts.Addr == "" && time.Since(began) >= patienceTime:
-		return err
-	}
-
-	// We do wait: say for what, in the status each time, and once in the log.
-	stage := fmt.Sprintf("standby: etcd does not answer, for %v", silence.Round(time.Second))
-	switch {
 	case isFull:
-		stage = "standby: " + errFull.Error()
-	case silence < tellTime:
-		stage = "standby: " + err.Error()
-	case w.Token != "":
-		stage += "; before that the data was in use " + w.holder.String()
+		stage = errFull.Error()
+	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
+		// No waiting helps where all refuse, or the lock is no lock.
+		return err
+	case isSilent && silence < tellTime: // such as where a few members answer
+		stage = err.Error()
+	case isSilent:
+		was := stage
+		stage = fmt.Sprintf("etcd does not answer, for %v", silence.Round(time.Second))
+		if w.Token != "" {
+			stage += "; before that " + was
+		}
+	case isImpatient && before != 0 && before != w.revision && !w.Released:
+		// A sign of life came between two looks, so the holder lives, and we need not wait.
+		return fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
+	case w.revision == 0: // but perhaps there is a holder that lives: it will take the lock anew
+		stage = "there is no lock, and who had it may live still"
 	}
 
-	if d.opts.Status.Set(stage); !w.isTold {
-		w.isTold = true
-		d.log.Warn(stage, "error", err)
+	// The log is told once, and not how long it takes.
+	d.opts.Status.Set("standby: " + stage)
+	if what, _, _ := strings.Cut(stage, ","); what != w.told {
+		w.told = what
+		d.log.Info("standing by: "+stage, "error", err)
 	}
 	return nil
 }
