@@ -132,9 +132,6 @@ func (d *directory) Sizes() (segment, compact int64, reserve int) {
 	return segmentBytes, segmentBytes, 0
 }
 
-// RoomFor goes by what the last survey has found, and what was written since.
-func (d *directory) RoomFor(size int64, frees bool) error { return d.client.roomFor(size, frees) }
-
 func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }
 
 // Close has nothing to do.
@@ -367,7 +364,7 @@ func (d *directory) begin() error {
 		return err
 	}
 
-	names, pieces, _, err := d.readStock(d.call("kv/txn", d.stockTxn(), 0))
+	names, pieces, _, err := d.stock(d.call)
 	// A store must not begin empty over pieces that are there: Sync would remove them.
 	if err == nil && len(names) == 0 && pieces > 0 {
 		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
@@ -379,16 +376,13 @@ func (d *directory) begin() error {
 	return err
 }
 
-// stockTxn asks for the names and their ids, how many pieces there are, and the lock.
-func (d *directory) stockTxn() transaction {
-	return transaction{Success: []operation{
-		{Range: d.all("n/")}, {Range: &keyRange{Key: d.key("d/"), End: d.all("d/").End, CountOnly: true}},
-		readKey(d.key("lock"))}}
-}
+// stock asks etcd for the id of each name, how many pieces there are, and the lock.
+func (d *directory) stock(ask func(at string, request any, size int) (response, error)) (
+	names map[string]string, pieces int64, lock []keyValue, err error) {
+	answer, err := ask("kv/txn", transaction{Success: []operation{{Range: d.all("n/")},
+		{Range: &keyRange{Key: d.key("d/"), End: d.all("d/").End, CountOnly: true}},
+		readKey(d.key("lock"))}}, 0)
 
-// readStock reads the answer to that: the id of each name, how many pieces there are, and the lock.
-func (d *directory) readStock(answer response, err error) (names map[string]string, pieces int64,
-	lock []keyValue, _ error) {
 	names = map[string]string{}
 	for _, kv := range answer.read(0).KVs {
 		names[strings.TrimPrefix(string(kv.Key), d.prefix+"n/")] = string(kv.Value)
@@ -503,7 +497,9 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	}
 
 	// One transaction reads all, so that names, number and lock are of the same moment.
-	names, pieces, lock, err := d.readStock(d.client.try(d.lock.ctx, "kv/txn", d.stockTxn()))
+	names, pieces, lock, err := d.stock(func(at string, t any, _ int) (response, error) {
+		return d.client.try(d.lock.ctx, at, t)
+	})
 	// Another cluster, or an older state of ours, has answered: Held must know.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		err = d.lock.miss(err)
@@ -546,7 +542,7 @@ func (d *directory) List() (list []string, err error) {
 		if _, err := d.client.agree(d.ctx); err != nil {
 			return nil, err
 		}
-		if names, _, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0)); err != nil {
+		if names, _, _, err = d.stock(d.call); err != nil {
 			return nil, err
 		}
 		if _, list, err = d.scan(); err != nil {
@@ -656,7 +652,7 @@ func (d *directory) find(name string) (id string, err error) {
 	// The holder of the lock knows all names. Others ask etcd each time.
 	names := d.names
 	if d.lock == nil {
-		names, _, _, err = d.readStock(d.call("kv/txn", d.stockTxn(), 0))
+		names, _, _, err = d.stock(d.call)
 	}
 
 	if id = names[name]; err == nil && id == "" {

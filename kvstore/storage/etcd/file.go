@@ -442,7 +442,7 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 		return err
 	}
 
-	// check can tell from their number whether one is missing, and roomFor counts what was written
+	// check can tell from their number whether one is missing, and RoomFor counts what was written
 	// since the last survey.
 	f.d.pieces.Add(1)
 	f.d.client.spent.Add(int64(len(data)) + pieceExtra)

@@ -38,9 +38,9 @@ type room struct {
 	garbage atomic.Int64 // bytes that etcd keeps of the past, and nobody needs
 }
 
-// roomFor returns an error if so many bytes more might be one too many. What frees may take
-// the last room.
-func (r *room) roomFor(size int64, frees bool) error {
+// RoomFor goes by what the last survey has found, and what was written since.
+func (d *directory) RoomFor(size int64, frees bool) error {
+	r := &d.client.room
 	quota := r.quota.Load()
 	margin := min(quota/8, marginMost)
 
