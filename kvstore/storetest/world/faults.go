@@ -185,8 +185,8 @@ func (p *process) pause(d time.Duration) {
 }
 
 // tidyUp removes files of the store, as somebody does who takes them for logs, or empties them, as
-// what rotates logs does. Where nothing else befalls the process they are there again after a
-// request a second later.
+// what rotates logs does, or puts a copy over them. Where nothing else befalls the process they are
+// there again after a request a second later.
 func (p *process) tidyUp(r *rand.Rand) {
 	select {
 	case p.tidying <- struct{}{}:
@@ -206,15 +206,10 @@ func (p *process) tidyUp(r *rand.Rand) {
 	p.plan = plan{}
 	p.mu.Unlock()
 
-	names, _ := p.dir.List()
-	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
-	for _, name := range names[:r.IntN(len(names)+1)] {
-		if Chance(r, 2) {
-			p.tell("somebody empties %s", name)
-			p.dir.Empty(name)
-		} else {
-			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
-		}
+	if Chance(r, 3) {
+		p.restore(r)
+	} else {
+		p.removeSome(r)
 	}
 
 	for range 5 {
@@ -230,6 +225,41 @@ func (p *process) tidyUp(r *rand.Rand) {
 		}
 	}
 	p.fail("files that were removed are not written anew")
+}
+
+// removeSome removes or empties some files of the store, perhaps all.
+func (p *process) removeSome(r *rand.Rand) {
+	names, _ := p.dir.List()
+	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names[:r.IntN(len(names)+1)] {
+		if Chance(r, 2) {
+			p.tell("somebody empties %s", name)
+			p.dir.Empty(name)
+		} else {
+			p.tell("somebody removes %s: %v", name, p.dir.Remove(name))
+		}
+	}
+}
+
+// restore puts a copy of the store that is some time old over it, file by file, as cp does.
+func (p *process) restore(r *rand.Rand) {
+	copied := storetest.New()
+	_, err := durable.Backup(p.dir, copied, nil)
+	if err != nil {
+		p.fail("a backup beside the server: %v", err)
+		return
+	}
+
+	// What is written meanwhile is not in the copy.
+	Wait(Between(r, 0, 2*time.Second))
+	for _, name := range slices.Sorted(maps.Keys(copied.Names)) {
+		p.tell("somebody puts a copy over %s", name)
+		f, err := p.dir.Create(name)
+		if err == nil {
+			f.WriteAt(copied.Names[name].Data, 0)
+			f.Close()
+		}
+	}
 }
 
 // move puts another directory in the place of the process's, which must find out.
