@@ -24,6 +24,7 @@
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
 //	slow      of a client whose connection took no byte for 1 to 6 s (patience in client.go)
+//	heavy     of a client whose requests take long (isHeavy in server.go)
 //	turn      the time for which workLoop runs requests before it commits and answers
 //	share     what a client has had of workLoop's time: who has had much waits for a turn
 //	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
