@@ -17,7 +17,6 @@ import (
 	"unsafe"
 
 	"kvserver/kvstore"
-	"kvserver/kvstore/socket"
 )
 
 // Limits of one connection.
@@ -190,7 +189,9 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 // connection's arrival until there is a reason to end. It reads on while a chain is under way, and
 // then waits for that one before it sends the next.
 func (c *Client) readFromClient() {
-	for burst, err := range c.bursts {
+	for c.reason == "" {
+		burst, err := c.read()
+
 		// Lines that are whole: one chain after the other, while there is no reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
@@ -271,6 +272,17 @@ func (c *Client) send(chain *Query) {
 // sendTake is send with a Take that may wait. It has memory of its own, for what comes meanwhile
 // is read into the client's.
 func (c *Client) sendTake(q *Query) {
+	// Its key stays in memory while it waits. A long one counts as a line that has begun.
+	if bytes := int64(len(q.key)); bytes > freeLine {
+		if !c.server.budget.acquireLine(bytes) {
+			q.refuse("no memory is left for so long a key to wait with")
+			c.send(q)
+			return
+		}
+		c.in.parked = bytes
+		c.in.counted += bytes
+	}
+
 	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
 	c.send(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
 		line: q.line})
@@ -325,7 +337,9 @@ func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
 
 // noteTaken notes that there is no Take that may wait. The read deadline may have been for its end,
 // so setTick sets another.
-func (c *Client) noteTaken() { c.takeEnds, c.in.ticking = time.Time{}, false }
+func (c *Client) noteTaken() {
+	c.takeEnds, c.in.ticking, c.in.parked = time.Time{}, false, 0
+}
 
 // stopWaiting has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
 func (c *Client) stopWaiting(how queryType) {
@@ -356,25 +370,6 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// answerSkipped answers a first line that was skipped and begins none of our requests, now that its
-// end has come. It ends the connection: what follows may be anything.
-func (c *Client) answerSkipped() {
-	in := &c.in
-	in.unanswered = false
-
-	if !isHTTP(trimCR(string(in.skipped))) {
-		c.answerFault(in.why)
-		c.end(speaksNothing, true)
-		return
-	}
-
-	// It has headers behind it, which must not be run.
-	if c.await() {
-		c.submit(&Query{client: c, line: in.line, queryType: foreign, value: badRequest})
-	}
-	c.end(speaksHTTP, true)
-}
-
 // mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits for its
 // turn where lines take all the memory that there is for them.
 func (c *Client) mayGoOn() {
@@ -387,11 +382,16 @@ func (c *Client) mayGoOn() {
 		why = "too long for the memory that is left, skipped"
 	}
 
-	// A first line may turn out to be HTTP's, so its answer waits.
-	if why != "" {
-		if c.in.skip(why); !c.in.unanswered {
-			c.answerFault(why)
-		}
+	if why == "" {
+		return
+	}
+
+	// A first line may be of another protocol: what follows it may be anything.
+	isOurs := c.in.spoke || begun(c.in.buf[:c.in.pending]) != malformed
+	c.in.skip()
+	c.answerFault(why)
+	if !isOurs {
+		c.end(speaksNothing, true)
 	}
 }
 
@@ -481,13 +481,8 @@ func (c *Client) endInput(err error) {
 	switch {
 	case !c.await(): // that is why
 	case errors.Is(err, io.EOF):
-		switch {
-		// One that was skipped did not turn out to be HTTP's.
-		case in.skipping && in.unanswered:
-			c.answerFault(in.why)
-
 		// The last line may be torn, so it is not run.
-		case in.pending > 0:
+		if in.pending > 0 {
 			in.line++
 			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
 				c.answerFault(tooLong(c.server.maxLine))
@@ -500,12 +495,10 @@ func (c *Client) endInput(err error) {
 	case c.server.isClosing(): // that is why Read has ended
 		c.end(weClose, true)
 
-	// A line that is skipped was counted when that began, and mostly answered.
+	// A line that is skipped was counted and answered when that began.
 	case err == errUnended:
 		if !in.skipping {
 			in.line++
-		}
-		if !in.skipping || in.unanswered {
 			c.answerFault(err.Error())
 		}
 		c.end(err.Error(), true)
@@ -534,15 +527,10 @@ type input struct {
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // the memory of the chain, used again for the next
 	skipping bool    // a line that cannot be taken in has not ended; pending is 0
-	skipped  []byte  // the last bytes of that line
-	why      string  // it is skipped: for the client
-	counted  int64   // bytes of buf and lent that are counted in budget.inputs
+	counted  int64   // bytes of buf, lent and parked that are counted in budget.inputs
+	parked   int64   // bytes of a long key with which a Take waits
 	first    slot    // of budget.first
 	spare    slot    // of budget.spare
-
-	// The line that is skipped got no answer yet: it may turn out to be the first
-	// of an HTTP request.
-	unanswered bool
 
 	ticking  bool          // a read deadline is set
 	hadBegun bool          // the line in hand had begun when it was set
@@ -555,45 +543,31 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes of buf and lent count in budget.inputs: the part of each beyond burstSize
-// or, once a line has freeLine bytes, both buffers at their next size if that is more.
+// need is how many bytes count in budget.inputs: of buf and lent the part beyond burstSize or, once a
+// line has freeLine bytes, both at their next size if that is more; and parked.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
 	}
-	return max(bytes, int64(max(0, len(in.buf)-burstSize)+max(0, len(in.lent)-burstSize)))
+	beyond := max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize)
+	return max(bytes, int64(beyond)) + in.parked
 }
 
 // midLine tells whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
-// bursts reads until there is a reason to end. It yields the complete lines of each Read as one
-// string, of which keys and values will be substrings, and the error that ends the input. The string
-// is good until the next wholeLines: until then the chain's holder may read it.
-func (c *Client) bursts(yield func(burst string, err error) bool) {
-	// Of a connection without TLS package socket may know how to save system calls.
-	conn := c.connection
-	if c.isPlain() {
-		conn = c.paced.Conn
-	}
-
-	socket.Each(conn, c.room, func(n int, err error) (more bool) {
-		return yield(c.received(n, err)) && c.reason == ""
-	})
-}
-
-// room returns what of buf is for the next Read, which may wait for hours. But a tick ends it as
-// long as the client holds memory.
-func (c *Client) room() []byte {
-	c.in.resize(c.in.nextSize(c.server.maxLine))
-	c.countInput()
-	c.setTick()
-	return c.in.buf[c.in.pending:]
-}
-
-// received takes in what a Read has brought.
-func (c *Client) received(n int, err error) (burst string, _ error) {
+// read waits for input and returns its complete lines as one string, of which keys and values will
+// be substrings, and the error that ends the input. The string is good until the next wholeLines:
+// until then the chain's holder may read it.
+func (c *Client) read() (burst string, err error) {
 	in := &c.in
+	in.resize(in.nextSize(c.server.maxLine))
+	c.countInput()
+
+	// Read may wait for hours, but a tick ends it as long as the client holds memory.
+	c.setTick()
+	n, err := c.connection.Read(in.buf[in.pending:])
+
 	if n > 0 {
 		in.came += n
 
@@ -607,14 +581,8 @@ func (c *Client) received(n int, err error) (burst string, _ error) {
 		in.heard = true
 
 		// The chain under way is made of the other buffer, which wholeLines needs.
-		wasUnanswered := in.unanswered
 		c.await()
 		burst = in.wholeLines(n)
-
-		// With its end it is known what the skipped line is.
-		if wasUnanswered && !in.skipping {
-			c.answerSkipped()
-		}
 	}
 
 	// The deadline is a tick, but where the server closes.
@@ -737,31 +705,14 @@ func (in *input) shrink() {
 	}
 }
 
-// skip gives up the line in pending, for the reason why. Its answer waits for its
-// end if it is the first line and may be HTTP's.
-func (in *input) skip(why string) {
-	in.why = why
-
-	// Once a client has spoken, HTTP cannot begin any more.
-	in.unanswered = !in.spoke && begun(in.buf[:in.pending]) == malformed
-	in.spoke = true
-
-	// Its last bytes tell whether it was HTTP's.
-	in.skipped = in.skipped[:0]
-	in.noteSkipped(in.buf[:in.pending])
-	in.pending, in.skipping = 0, true
+// skip gives up the line in pending.
+func (in *input) skip() {
+	in.pending, in.skipping, in.spoke = 0, true, true
 	in.line++
 }
 
-// noteSkipped notes the end of what is skipped: it tells HTTP from a mere mistake.
-func (in *input) noteSkipped(b []byte) {
-	const enough = len(" HTTP/1.1\r\x00")
-	in.skipped = append(in.skipped, b[max(0, len(b)-enough):]...)
-	in.skipped = in.skipped[max(0, len(in.skipped)-enough):]
-}
-
 // wholeLines returns the lines that the n bytes behind pending complete. If a line was
-// being skipped and ends among them, skipping ends, and skipped is its end.
+// being skipped and ends among them, skipping ends.
 //
 // The lines are no copy: they are what was read, which stays as it is until the next wholeLines,
 // for what comes meanwhile is read into another buffer. By then the chains made of them have
@@ -773,9 +724,7 @@ func (in *input) wholeLines(n int) (burst string) {
 
 	// No line has ended.
 	if last == in.pending {
-		if in.skipping {
-			in.noteSkipped(in.buf[:end])
-		} else {
+		if !in.skipping {
 			in.pending = end
 		}
 		return ""
@@ -788,7 +737,6 @@ func (in *input) wholeLines(n int) (burst string) {
 	first := 0
 	if in.skipping {
 		first = bytes.IndexByte(in.buf[:end], '\n') + 1
-		in.noteSkipped(in.buf[:first-1])
 		in.skipping = false
 	}
 
@@ -856,14 +804,14 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			c.end(itQuit, true)
 		case in.spoke || q.queryType != malformed || isLong && begun(line) != malformed:
 			// a request, or a mistake in one
+		case isLong:
+			c.end(speaksNothing, true)
 		case isHTTP(line):
 			q.queryType, q.value = foreign, badRequest
 			c.end(speaksHTTP, true)
 		case isRESP(line):
 			q.queryType, q.value = foreign, badRESP
 			c.end(speaksRESP, true)
-		case isLong:
-			c.end(speaksNothing, true)
 		}
 		in.spoke = true
 	}
@@ -1358,7 +1306,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			if o.client.isGone() {
 				return
 			}
-			if !hasRoom && !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q.mayDrop(o.acked)) {
+			if !hasRoom && !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q, false) {
 				o.drop(q)
 				left -= q.size
 				continue
@@ -1429,7 +1377,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 
 		// The line goes on in other messages.
 		for _, text := range q.parts(v) {
-			if msg = o.split(msg, text); msg == nil {
+			if msg = o.split(msg, q, text); msg == nil {
 				return nil
 			}
 		}
@@ -1439,13 +1387,13 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
-	return o.split(msg, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
+	return o.split(msg, q, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
 }
 
-// split appends text to msg where it does not fit: the message is filled and
+// split appends text of q's reply to msg where it does not fit: the message is filled and
 // queued, and the text goes on in the next. A reply that was begun always ends, so
 // it waits for room.
-func (o *outbox) split(msg []byte, text string) []byte {
+func (o *outbox) split(msg []byte, q *Query, text string) []byte {
 	for {
 		n := min(len(text), o.piece-len(msg))
 		msg = append(msg, text[:n]...)
@@ -1455,7 +1403,7 @@ func (o *outbox) split(msg []byte, text string) []byte {
 
 		// The message is full.
 		o.queue(msg)
-		if o.awaitRoom(1, false); o.client.isGone() {
+		if o.awaitRoom(1, q, true); o.client.isGone() {
 			return nil
 		}
 		msg = o.newMessage()
@@ -1517,11 +1465,11 @@ const (
 	isCutOff              // its client's connection ends, for others need the room
 )
 
-// decide returns the fate of a reply of n messages, and why where it is cut off. A client after
-// Ack, or with a Keys or Dump, loses nothing. One that takes nothing is cut while all queues, with
-// the chains that wait, are over their limit; one with a Keys or Dump also while others wait for
-// theirs, and then also where it takes less than a steady reader.
-func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
+// decide returns the fate of a reply of n messages, and why where it is cut off. A client that takes
+// nothing loses it, if mayDrop, or is cut, if mayCut, while all queues, with the chains that wait, are
+// over their limit. One with a Keys or Dump is cut also while others wait for theirs, and then also
+// where it takes less than a steady reader.
+func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
 	hasRoom := waiting < maxShared
@@ -1549,7 +1497,7 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 	case o.cutFor != "":
 		return waits, ""
 
-	case o.slow && (o.acked || l != nil) && o.budget.isCrowded():
+	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
 	case isAwaited && o.slow:
@@ -1560,9 +1508,15 @@ func (o *outbox) decide(n int, mayDrop bool) (what fate, why string) {
 	return waits, ""
 }
 
-// awaitRoom waits until there is room for n messages. It returns false if the reply is dropped. It
-// returns true also where the connection is gone, which takes out what is queued.
-func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
+// awaitRoom waits until there is room for n messages of q's reply, which has begun or not. It returns
+// false if the reply is dropped. It returns true also where the connection is gone, which takes out
+// what is queued.
+func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
+	// What has begun always ends. Before Ack a client is cut only with a long line, as of a Ping, that
+	// waits for a reply which is not dropped.
+	mayDrop := q.mayDrop(o.acked) && !hasBegun
+	mayCut := o.acked || o.listing != nil || o.inInputs > 0 && !q.row().mayDrop
+
 	for {
 		// What the connection did last; with nothing queued it makes no difference.
 		if len(o.client.buffer) > 0 {
@@ -1573,7 +1527,7 @@ func (o *outbox) awaitRoom(n int, mayDrop bool) bool {
 			}
 		}
 
-		switch what, why := o.decide(n, mayDrop); what {
+		switch what, why := o.decide(n, mayDrop, mayCut); what {
 		case isQueued:
 			return true
 		case isDropped:

@@ -10,8 +10,7 @@
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which
 //	           makes lines of bytes; outbox, which makes messages of replies
 //	query.go   Query: parse a line, run it, format the reply
-//	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd; and
-//	           kvstore/socket, which reads from a TCP socket
+//	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
 //
 // The words, each for one thing:
 //

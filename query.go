@@ -183,7 +183,7 @@ var verbs = [queryTypes]verb{
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "Update, but only if old is there: :OK 1, else :OK 0",
-		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
+		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Has(q.key, q.value) {
 				runUpdate(q, db, nil)
@@ -192,7 +192,7 @@ var verbs = [queryTypes]verb{
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
 		does:  "Put, but only if the key has no value: :OK 1, else :OK 0",
-		parse: parseKeyValue, effect: adds,
+		parse: parseKeyValue, effect: adds, shrinks: addShrinks,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
 				db.Put(q.key, q.value)
@@ -203,7 +203,7 @@ var verbs = [queryTypes]verb{
 	lease: {name: "Lease", form: "Lease:key:seconds:value",
 		needs: "a key, seconds from 1 to 4000000000, and a value",
 		does:  "Add and Expire in one step: a lock that frees itself",
-		parse: parseLease, effect: adds,
+		parse: parseLease, effect: adds, shrinks: addShrinks,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) && db.Count(q.key) == 0 {
 				db.PutUntil(q.key, q.value, q.deadline(now))
@@ -493,10 +493,10 @@ func quote(s string) string {
 var dialects = map[string]queryType{
 	"append": put, "insert": put, "store": put, "push": put, "rpush": put, "lpush": put,
 	"read": get, "fetch": get, "mget": get, "lrange": get,
-	"rem": remove, "lrem": remove, "del": del, "rm": del, "unset": del, "unlink": del,
+	"rem": remove, "del": del, "rm": del, "unset": del, "unlink": del,
 	"replace": update, "assign": set, "change": update,
 	"cas": swap, "incr": swap, "incrby": swap, "decr": swap,
-	"expireat": expire, "pexpire": expire, "ttl": expire, "persist": expire, "setex": expire,
+	"ttl": expire, "setex": expire,
 	"pop": take, "lpop": take, "rpop": take, "blpop": take, "brpop": take, "dequeue": take,
 	"lock": lease, "setnx": add, "llen": count, "len": count,
 	"list": keys, "ls": keys, "scan": keys, "export": dump, "backup": dump,
@@ -756,10 +756,18 @@ func updateShrinks(q *Query, db kvstore.Store) bool {
 	return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
 }
 
+// swapShrinks: without the old value a Swap does nothing.
+func swapShrinks(q *Query, db kvstore.Store) bool {
+	return len(q.newValue) <= len(q.value) || !db.Has(q.key, q.value)
+}
+
+// addShrinks: where there is a value already, an Add or a Lease does nothing.
+func addShrinks(q *Query, db kvstore.Store) bool { return db.Count(q.key) > 0 }
+
 // expireShrinks: a deadline takes memory, and another in its place takes no more.
 func expireShrinks(q *Query, db kvstore.Store) bool {
 	_, goes := db.Deadline(q.key)
-	return goes || q.seconds == 0
+	return goes || q.seconds == 0 || db.Count(q.key) == 0
 }
 
 func setShrinks(q *Query, db kvstore.Store) bool {

@@ -645,9 +645,7 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 	// No more than some at a time cost a goroutine.
 	c := newClient(0, conn, s)
 	if s.turningAway == maxTurnedAway {
-		if c.isPlain() {
-			conn.Write(full) // into an empty send buffer, so without waiting
-		}
+		c.connection.Write(full) // into an empty send buffer, so without waiting
 		c.paced.Close()
 		return
 	}
@@ -1084,9 +1082,9 @@ func (s *keyValueServer) freeMemory() {
 //	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
 //	                 queries                       second or two
 //	a chain that     the same, and lines of up to  -                        over queues, with all
-//	waits            -max-line                                              replies, a client is
-//	                                                                        cut after Ack, or in a
-//	                                                                        Keys or Dump
+//	waits            -max-line                                              replies, a client that
+//	                                                                        takes nothing is cut, or
+//	                                                                        loses a Get's reply
 //	replies          maxBufferSize of maxMessage,  queues, a quarter more   of a client that takes
 //	                 one being made, one written   for replies that have    nothing they are
 //	                                               begun, and two of        dropped; after Ack, or
@@ -1105,9 +1103,9 @@ func (s *keyValueServer) freeMemory() {
 //	                                                                        that takes nothing, or
 //	                                                                        drips, is cut; what they
 //	                                                                        keep counts as data
-//	a Take that      1 KiB, and its key; behind    -                        memoryPerClient counts
-//	waits            a half-close 3 KiB                                     it as data, but for the
-//	                                                                        key
+//	a Take that      1 KiB, and its key; behind    long keys: as begun      it is refused;
+//	waits            a half-close 3 KiB            lines, beside those      memoryPerClient counts
+//	                                                                        the rest as data
 //	goroutines       three, and Client             memoryPerClient each,    one more client is told
 //	                                               for -max-clients; they   that the server is full
 //	                                               count as data

@@ -3758,6 +3758,8 @@ func TestMemoryLimit(t *testing.T) {
 		a.ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
+		a.ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
+			":OK 0", ":OK 0", ":OK 0", ":OK 0")
 		a.ask("Set:short:", ":OK 1")
 		a.ask("Set:short:", ":OK 1")
 		a.send("Set:new:\n") // but a key is something
@@ -3923,6 +3925,44 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Ensure that keys with which Takes wait, and lines whose answers nobody reads, before Ack, too, have
+// a bound, and that nobody's writes are refused for them.
+func TestMemoryLimitOfWaitingLines(t *testing.T) {
+	long := strings.Repeat("k", 900*kilo)
+	for _, line := range []string{"Take:" + long + ":60\n", "Ping:" + long + "\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(64<<20, 0)
+			share := n.server.budget.shared() / linesShare
+			var clients []*testClient
+			for range 50 {
+				c := n.dial(t)
+				go c.sendSome(strings.Repeat(line, 1+20*strings.Count(line, "Ping")))
+				clients = append(clients, c)
+			}
+			pass(slowAfter + lineTime)
+
+			b := &n.server.budget
+			if held := b.chains.Load() + b.inputs.Load(); held > 3*share {
+				t.Errorf("%.4s: they hold %d bytes, and the share is %d", line, held, share)
+			}
+			b.collected(int64(heapBytes()))
+			a := n.dial(t)
+			a.ask("Ack", ":OK 0")
+			a.ask("Put:other:v", ":OK 1")
+			a.hangUp()
+
+			for _, c := range clients {
+				c.close()
+			}
+			pass(2 * probeTime) // for it to be seen that who waits has gone
+			if held := b.chains.Load() + b.inputs.Load(); held != 0 {
+				t.Errorf("%.4s: %d bytes are counted when all have gone", line, held)
+			}
+		})
 	}
 }
 
@@ -5695,21 +5735,22 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 func TestSlowReaderFate(t *testing.T) {
 	const all = maxBufferSize
 	for _, c := range []struct {
-		queued, messages           int
-		slow, acked, mayDrop, over bool
-		want                       fate
+		queued, messages            int
+		slow, mayDrop, mayCut, over bool
+		want                        fate
 	}{
-		{0, all + 1, true, true, false, true, isQueued},
-		{maxShared - 1, 1, false, false, true, false, isQueued},
-		{maxShared, 1, false, false, true, false, waits},
-		{all - 1, 1, true, false, true, false, isQueued},
-		{all, 1, true, false, true, false, isDropped},
-		{all - 1, 2, true, false, true, false, isDropped},
+		{0, all + 1, true, false, true, true, isQueued},
+		{maxShared - 1, 1, false, true, false, false, isQueued},
+		{maxShared, 1, false, true, false, false, waits},
+		{all - 1, 1, true, true, false, false, isQueued},
+		{all, 1, true, true, false, false, isDropped},
+		{all - 1, 2, true, true, false, false, isDropped},
 		{all, 1, true, false, false, false, waits},
-		{all, 1, true, true, false, false, waits},
-		{1, 1, true, false, true, true, isDropped},
-		{1, 1, true, true, false, true, isCutOff},
-		{1, 1, false, true, false, true, waits},
+		{all, 1, true, false, true, false, waits},
+		{1, 1, true, true, false, true, isDropped},
+		{1, 1, true, false, true, true, isCutOff},
+		{1, 1, true, false, false, true, waits},
+		{1, 1, false, false, true, true, waits},
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1000
@@ -5721,8 +5762,9 @@ func TestSlowReaderFate(t *testing.T) {
 		if c.over {
 			s.budget.queued.Store(1000)
 		}
-		client.outbox.slow, client.outbox.acked = c.slow, c.acked
-		if got, why := client.outbox.decide(c.messages, c.mayDrop); got != c.want {
+		client.outbox.slow = c.slow
+		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
+		if got != c.want {
 			t.Errorf("%+v: fate %d (%q)", c, got, why)
 		}
 	}
@@ -6124,7 +6166,7 @@ func TestEndAnswersNothingMore(t *testing.T) {
 	for send, want := range map[string]string{
 		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
 		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
-		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 badRequest,
+		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 ":ERROR line 1: longer than 20 bytes, skipped\n",
 		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -6296,7 +6338,7 @@ var conversations = []conversation{
 		{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
 		{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
 		{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
-		{"rem a b c", "Remove:a:b c"}, {"LREM a b", "Remove:a:b"}, {"remove a b", "Remove:a:b"}}),
+		{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"}}),
 	{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
 	{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
 	{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
@@ -6389,11 +6431,16 @@ var conversations = []conversation{
 			":PONG\n"},
 
 	{"HTTP over the limit", "POST /" + strings.Repeat("a",
-		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n", badRequest},
+		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
 	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
-		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
+		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n",
+		":ERROR line 1: longer than 20000 bytes, skipped\n"},
+	{"HTTP at the limit", "POST /" + strings.Repeat("a",
+		testMaxLine-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
 	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
-		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n", badRequest},
+		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n",
+		":ERROR line 2: longer than 20000 bytes, skipped\n"},
 	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
 		3*testMaxLine) +
 		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
