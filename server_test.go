@@ -1723,27 +1723,32 @@ func TestCommand(t *testing.T) {
 	})
 }
 
-// Ensure that an answer that never came is an error, wherever the server was
-// lost, and that what is no kvserver is found out.
+// Ensure that an answer that never came is an error, wherever the server was lost, as is one that
+// nobody asked for, and that what is no kvserver is found out; with -stop as well, where each answer
+// lets a request go.
 func TestCommandLosesItsServer(t *testing.T) {
 	for _, c := range []struct {
 		in      string // "": nothing, and no end
 		answers string
 		want    error
 		text    string
+		stops   bool
 	}{
-		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, ""},
-		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, ""},
-		{"", ":OK 0\n", errGone, ""},
+		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, "", false},
+		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, "", false},
+		{"", ":OK 0\n", errGone, "", false},
 		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
-			""}, // a TLS server's unexpected_message
+			"", false}, // a TLS server's unexpected_message
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
-			errUnanswered, ""},
-		{"Get:a\n", "", errSilent, ""},
-		{"Get:a\n", "", syscall.ECONNRESET, ""}, // for the Ack was not read
+			errUnanswered, "", false},
+		{"Get:a\n", "", errSilent, "", false},
+		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // for the Ack was not read
 		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
-			"server is full (3 clients)"},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`},
+			"server is full (3 clients)", false},
+		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`,
+			false},
+		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", false},
+		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", true},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -1765,7 +1770,8 @@ func TestCommandLosesItsServer(t *testing.T) {
 					end.Close()
 				}()
 			}
-			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard})
+			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+				config: config{stop: c.stops}})
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
 			}
@@ -1909,29 +1915,6 @@ func TestCommandBesideASilentServer(t *testing.T) {
 			}
 			ours.Close()
 			theirs.Close()
-		})
-	}
-}
-
-// Ensure that a server that answers more than it was asked is found out, with -stop as well,
-// where each answer lets a request go.
-func TestCommandGetsUnaskedAnswers(t *testing.T) {
-	for _, stops := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go io.Copy(io.Discard, theirs)
-			io.WriteString(theirs, strings.Repeat(":OK 0\n", 5))
-			in, typed := io.Pipe()
-			go io.WriteString(typed, "Put:a:b\n")
-			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
-				config: config{stop: stops}})
-			if good || !errors.Is(err, errUnasked) {
-				t.Errorf("with -stop %v: %v, %v", stops, good, err)
-			}
-			ours.Close()
-			theirs.Close()
-			typed.Close()
-			in.Close()
 		})
 	}
 }
