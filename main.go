@@ -469,6 +469,7 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 		}
 		return wrong{isBad, what, explain(f)}
 	}
+
 	// What the flags come to.
 	_, isFsync := parseFsync(c.fsync)
 	addrs, areAddrs := fullAddrs(c.addr)
@@ -1080,6 +1081,7 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 // load has what the files hold shown from now on, if that is not what they held. If it fails, all
 // is as before.
 func (k *credentials) load() error {
+	// Files are compared by what is in them, for a new one may have the old one's size and time.
 	before := k.last
 	config, err := k.read()
 	k.last = fmt.Sprintf("%s %v", k.texts, err)
@@ -1257,6 +1259,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		report, err = durable.Backup(dir, out, tellCopied())
 	}
 
+	// Half a copy must not look like a store.
 	out.Close()
 	if err != nil {
 		undo()
@@ -1605,6 +1608,8 @@ func (t *talker) converse() (told error) {
 		if t.owed() <= 0 {
 			return errUnasked
 		}
+
+		// What is refused is shown always, and that something is done only to somebody who types.
 		why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
 		switch {
 		case isError:
@@ -1697,6 +1702,7 @@ func (t *talker) sendLines() {
 			end = err
 		}
 
+		// Most lines go as they are.
 		request, isWhole := strings.CutSuffix(string(line), "\n")
 		request = trimCR(request)
 		switch {
@@ -1725,6 +1731,7 @@ func (t *talker) sendLines() {
 	}
 	w.Flush()
 
+	// The reader is to know why no more comes before the server ends the conversation.
 	if end != io.EOF {
 		end = fmt.Errorf("reading the requests: %w", end)
 	}
@@ -1750,7 +1757,7 @@ func (t *talker) problem(err error) error {
 		return err
 	}
 
-	// Where it failed. Of an input it is told how far it was answered, and how to send the rest.
+	// Of an input it is told how far it was answered, and how to send the rest.
 	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
 	isGiven, n, command := len(t.requests) > 0, t.through(), "kvserver "+strings.Join(t.args, " ")
 	switch {
@@ -1786,7 +1793,8 @@ func (t *talker) problem(err error) error {
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far it has come.
-		{n > 0 && int64(n) == t.quits.Load(), "", "Nothing after a Quit is run. Leave it out, and " + goOn},
+		{n > 0 && int64(n) == t.quits.Load(), "", "Nothing after a Quit is run. Leave it out, and " +
+			goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
 		{!isGiven && t.owed() == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
