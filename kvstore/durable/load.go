@@ -324,10 +324,7 @@ func (s *files) isUnused(l *logReader, next uint64) bool {
 func (d *Store) load(ctx context.Context) error {
 	s, err := findFiles(d.dir)
 	if err == nil && len(s.logs) == 0 {
-		err = d.create(s.obsolete)
-		if err == nil {
-			s, err = findFiles(d.dir)
-		}
+		s, err = d.create(s.obsolete)
 	}
 	if err != nil {
 		return err
@@ -335,37 +332,16 @@ func (d *Store) load(ctx context.Context) error {
 	d.id, d.snapshot = s.id, s.snapshot
 
 	// Read everything. The last end is the current file's.
-	p := &progress{ctx: ctx, log: d.log, status: d.status, start: time.Now(), told: time.Now(),
-		files: len(s.logs)}
-	ends, err := d.readAll(s, p)
+	ends, err := d.readAll(ctx, s)
 	if err != nil {
 		return err
-	}
-
-	// There is one at least.
-	last := ends[len(ends)-1]
-	for _, end := range ends[:len(ends)-1] {
-		d.fullBytes += end.offset
-	}
-
-	// No frame in an empty file calls the end of the one before synced.
-	if n := len(ends) - 2; n >= 0 && last.offset == headerSize &&
-		ends[n].header.kind == kindSegment {
-		w, err := reopen(d.dir, ends[n])
-		if err == nil {
-			err = w.f.Close()
-		}
-		if err != nil {
-			return err
-		}
 	}
 
 	// From here on the log can be written.
-	err = d.resume(last)
+	err = d.resume(ends)
 	if err != nil {
 		return err
 	}
-	p.finish(d.Memory)
 
 	// What was read may have names that are not on disk: who gave them was killed, or failed to.
 	// Before they are, nothing may go that a snapshot stands for.
@@ -377,7 +353,7 @@ func (d *Store) load(ctx context.Context) error {
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
 	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
-	if err != nil || !last.isOld {
+	if err != nil || !ends[len(ends)-1].isOld {
 		return err
 	}
 
@@ -389,8 +365,10 @@ func (d *Store) load(ctx context.Context) error {
 }
 
 // readAll applies what the files hold to Memory, closes them, and returns where each ends.
-func (d *Store) readAll(s *files, p *progress) (ends []logEnd, err error) {
+func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error) {
 	defer closeLogs(s.logs)
+	p := &progress{ctx: ctx, log: d.log, status: d.status, start: time.Now(), told: time.Now(),
+		files: len(s.logs)}
 	for _, l := range s.logs {
 		p.total += l.size
 	}
@@ -409,15 +387,16 @@ func (d *Store) readAll(s *files, p *progress) (ends []logEnd, err error) {
 		}
 		ends = append(ends, end)
 	}
+	p.finish(d.Memory)
 	return ends, nil
 }
 
-// create makes a new store's first files: STORE comes last, so that a
-// directory with a STORE is never without a log.
-func (d *Store) create(obsolete []string) error {
+// create makes a new store's files: STORE comes last, so that a directory with a STORE is never
+// without a log.
+func (d *Store) create(obsolete []string) (*files, error) {
 	err := d.removeAll(obsolete)
 	if err != nil {
-		return err
+		return nil, err
 	}
 
 	// A crash before STORE is there leaves a segment without frames, which findNew takes for
@@ -425,11 +404,14 @@ func (d *Store) create(obsolete []string) error {
 	var id storeID
 	rand.Read(id[:])
 	_, err = createLog(d.dir, fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, nil)
+	if err == nil {
+		err = writeID(d.dir, id)
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d.log.Info("made a new store", "dir", d.dir.Path(""))
-	return writeID(d.dir, id)
+	return findFiles(d.dir)
 }
 
 // removeAll removes files, up to the first that cannot be removed.
@@ -443,8 +425,24 @@ func (d *Store) removeAll(names []string) error {
 	return nil
 }
 
-// resume makes a segment the current one, at its end.
-func (d *Store) resume(end logEnd) error {
+// resume makes the last segment the current one, at its end.
+func (d *Store) resume(ends []logEnd) error {
+	full, end := ends[:len(ends)-1], ends[len(ends)-1]
+	for _, e := range full {
+		d.fullBytes += e.offset
+	}
+
+	// No frame in an empty file calls the end of the one before synced.
+	if n := len(full); n > 0 && end.frames == 0 && full[n-1].header.kind == kindSegment {
+		w, err := reopen(d.dir, full[n-1])
+		if err == nil {
+			err = w.f.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+
 	w, err := reopen(d.dir, end)
 	if err != nil {
 		return err

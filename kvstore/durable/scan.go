@@ -242,8 +242,8 @@ func (l *logReader) rest() ([]byte, error) {
 	return io.ReadAll(readerOf(l.f, l.offset))
 }
 
-// wasSynced tells whether rest, whose beginning is bad, has a later frame that says that the bad one
-// had once been on disk. It looks at every offset where a frame could begin.
+// wasSynced tells whether rest, whose beginning is bad, has a later frame that says that the bad
+// one had once been on disk. It looks at every offset where a frame could begin.
 func (l *logReader) wasSynced(rest []byte) bool {
 	for ; len(rest) >= frameSize; rest = rest[8:] {
 		// The head's own CRC is enough: what it says of the bad frame was true when it was written.

@@ -6,10 +6,11 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// SPARE is a file of zeros that keeps room on the disk for what frees: when the disk is full it gives
-// as much back as the log needs to go on. It has at least what it takes to delete every key, one at
-// a time, and after a compaction at most twice that and twice zerosAhead. It belongs to the store's
-// owner, who knows it as a logWriter without frames, and without a file where there is none.
+// SPARE is a file of zeros that keeps room on the disk for what frees: when the disk is full it
+// gives as much back as the log needs to go on. It has at least what it takes to delete every key,
+// one at a time, and after a compaction at most twice that and twice zerosAhead. It belongs to the
+// store's owner, who knows it as a logWriter without frames, and without a file where there is
+// none.
 
 const (
 	spareName = "SPARE"
