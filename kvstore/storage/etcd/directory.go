@@ -271,7 +271,7 @@ func (d *directory) beginSteps() error {
 }
 
 // change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
-// "" takes a name away, and a file without a name is no more. The caller has turn.
+// "" takes a name away, and what has no name any more loses its pieces. The caller has turn.
 func (d *directory) change(ids map[string]string) error {
 	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
@@ -293,7 +293,7 @@ func (d *directory) change(ids map[string]string) error {
 	}
 
 	// A write compares its file's name, so none may be under way while that changes.
-	without := nameless(d.names, names)
+	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
 			f.turn <- struct{}{}
@@ -301,19 +301,20 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// What has no name any more loses its pieces in the same step.
-	clear, pieces, err := d.clear(without)
-	if err == nil {
-		err = d.do(0, append(ops, clear...), compare...)
+	// Without any name all pieces go with the last one: pieces alone are taken for damage (begin).
+	if len(names) == 0 {
+		ops = append(ops, operation{Delete: d.all("d/")})
 	}
-	if err != nil {
+	if err := d.do(0, ops, compare...); err != nil {
 		return err
 	}
 
 	// The change is durable in etcd: take it down. A name that was given to another file, or taken
 	// away, is no longer lost.
 	d.step++
-	d.pieces.Add(-pieces)
+	if len(names) == 0 {
+		d.pieces.Store(0)
+	}
 	for _, id := range without {
 		if f := d.files[id]; f != nil {
 			f.isDead.Store(true)
@@ -328,33 +329,32 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 	d.setNames(names)
-	return nil
+	return d.sweep(without)
 }
 
-// nameless returns the ids that have a name before, and none after.
-func nameless(before, after map[string]string) (ids []string) {
-	left := slices.Collect(maps.Values(after))
-	for _, id := range before {
-		if !slices.Contains(left, id) {
-			ids = append(ids, id)
-		}
-	}
-	return ids
+// nameless returns those ids that have no name.
+func nameless(ids []string, names map[string]string) []string {
+	named := slices.Collect(maps.Values(names))
+	return slices.DeleteFunc(ids, func(id string) bool { return slices.Contains(named, id) })
 }
 
-// clear returns what removes the pieces of files, and how many these are. Nobody may write to them.
-func (d *directory) clear(ids []string) (ops []operation, pieces int64, err error) {
-	for _, id := range ids {
+// sweep removes the pieces of those files that have no name, some at a time: a transaction stops
+// the cluster for as long as it takes. What it leaves the next Sync finds. The caller has turn.
+func (d *directory) sweep(ids []string) error {
+	for _, id := range nameless(ids, d.names) {
 		all := d.all("d/" + id + "/")
-		answer, err := d.call("kv/range", keyRange{Key: all.Key, End: all.End, CountOnly: true}, 0)
+		err := d.each(all.Key, all.End, func(kvs []keyValue) error {
+			d.client.garbage.Add(int64(len(kvs)) * pieceExtra)
+			d.pieces.Add(-int64(len(kvs)))
+			end := append(slices.Clone(kvs[len(kvs)-1].Key), 0)
+			return d.do(0, []operation{deleteKeys(all.Key, end)})
+		})
 		if err != nil {
-			return nil, 0, err
+			d.isSwept = false
+			return err
 		}
-		ops = append(ops, operation{Delete: all})
-		pieces += answer.Count
 	}
-	d.client.garbage.Add(pieces * pieceExtra)
-	return ops, pieces, nil
+	return nil
 }
 
 // begin takes down what there is, once the lock is held.
@@ -740,26 +740,9 @@ func (d *directory) Sync() error {
 	}
 
 	ids, _, err := d.scan()
-	if err != nil {
-		return err
+	if err == nil {
+		d.isSwept = true
+		err = d.sweep(ids)
 	}
-
-	// One at a time: a transaction stops the cluster for as long as it takes.
-	named := slices.Collect(maps.Values(d.names))
-	for _, id := range ids {
-		if slices.Contains(named, id) {
-			continue
-		}
-		ops, pieces, err := d.clear([]string{id})
-		if err == nil {
-			err = d.do(0, ops)
-		}
-		if err != nil {
-			return err
-		}
-		d.pieces.Add(-pieces)
-	}
-
-	d.isSwept = true
-	return nil
+	return err
 }
