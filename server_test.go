@@ -53,8 +53,8 @@
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
 //	A client waits for a turn or two of others, not for all that they have sent
-//		TestTurnsOfLightClients, TestTurnsOfLongRequests, TestDumpSortTakesTurns,
-//		TestHintsAreCheap, TestOutboxMeasuresNoLongReply
+//		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
+//		TestOutboxMeasuresNoLongReply
 //	The log can neither stop nor kill the server
 //		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
@@ -65,9 +65,9 @@
 //		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
 //		TestExpireIsCommitted, TestExpireOnAFullDisk
 //	Of the Takes that wait the first gets the next value, and nobody else gets that one
-//		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeByMany, TestTakeWaitsForCommit
+//		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeWaitsForCommit, TestKilledServer
 //	Locks, counters and queues are right
-//		TestReadmeLock, TestReadmeCounter, TestReadmeQueue, TestReadmeConversations
+//		TestReadmeLock, TestReadmeQueue, TestReadmeConversations, TestKilledServer
 //	Every limit holds at its edge
 //		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
@@ -911,32 +911,6 @@ func TestReadmeLock(t *testing.T) {
 			t.Errorf("the lock was held %d times, and %d holders died", held.Load(), died.Load())
 		}
 	})
-}
-
-// Ensure that a counter that many clients change by Swap loses no count, over real connections.
-func TestReadmeCounter(t *testing.T) {
-	addr := serveTCP(t)
-	const clients, counts = 8, 50
-	var all sync.WaitGroup
-	for range clients {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			c.send("Add:counter:0\n")
-			c.read()
-			for done := 0; done < counts; {
-				c.send("Get:counter\n")
-				before := strings.TrimPrefix(c.readList()[0], "counter:")
-				n, _ := strconv.Atoi(before)
-				c.send(fmt.Sprintf("Swap:counter:%s:%d\n", before, n+1))
-				if c.read() == ":OK 1" {
-					done++
-				}
-			}
-		})
-	}
-	all.Wait()
-	dialTCP(t, addr).ask("Get:counter", fmt.Sprint("counter:", clients*counts))
 }
 
 // Ensure that a queue whose workers look, work and then remove loses no job, though workers die in
@@ -2676,38 +2650,6 @@ func TestMaxClientsAndPing(t *testing.T) {
 
 // ---- server.go: turns of clients
 
-// Ensure that a client waits for one long request of each other client, not for
-// all that they have sent, and that long chains end all the same, in order.
-func TestTurnsOfLongRequests(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const others, updates, takes = 4, 500, 2 * time.Millisecond
-		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
-		victim := n.dial(t)
-		var clients []*testClient
-		for i := range others {
-			c := n.dial(t)
-			var script strings.Builder
-			for j := range updates {
-				fmt.Fprintf(&script, "Update:k%d:%d:%d\n", i, j-1, j)
-			}
-			go c.send(script.String() + fmt.Sprintf("Get:k%d\nPing\n", i))
-			clients = append(clients, c)
-		}
-		for range 100 {
-			pass(3 * time.Millisecond)
-			start := time.Now()
-			victim.ask("Ping", ":PONG")
-			if took := time.Since(start); took > (2*others+2)*takes {
-				t.Fatalf("waited %v beside requests of %v", took, takes)
-			}
-		}
-		for i, c := range clients {
-			c.want(fmt.Sprintf("k%d:%d", i, updates-1), ":PONG")
-			c.hangUp()
-		}
-	})
-}
-
 // lazyStore is a Memory whose Updates take their time, as those of huge lists do.
 type lazyStore struct {
 	*kvstore.Memory
@@ -3577,50 +3519,6 @@ func TestTakeWaitsForCommit(t *testing.T) {
 			x.wantClosed()
 		}
 	})
-}
-
-// Ensure that each job that many clients put is given to one of many others, once, over real
-// connections, whether they wait or ask again and again.
-func TestTakeByMany(t *testing.T) {
-	t.Parallel()
-	addr := serveTCP(t)
-	const givers, takers, jobs = 4, 12, 200
-	var all sync.WaitGroup
-	var mu sync.Mutex
-	given := map[string]int{}
-	for id := range givers {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			for i := range jobs {
-				c.ask(fmt.Sprintf("Put:jobs:%d-%d", id, i), ":OK 1")
-			}
-		})
-	}
-	left := atomic.Int64{}
-	left.Store(givers * jobs)
-	for id := range takers {
-		c := dialTCP(t, addr)
-		c.ask("Ack", ":OK 0")
-		all.Go(func() {
-			for left.Load() > 0 {
-				c.send([]string{"Take:jobs:1\n", "Take:jobs\n"}[id%2])
-				for _, job := range c.readList() {
-					mu.Lock()
-					given[job]++
-					mu.Unlock()
-					left.Add(-1)
-				}
-			}
-		})
-	}
-	all.Wait()
-	for job, times := range given {
-		if times != 1 {
-			t.Errorf("%s was given %d times", job, times)
-		}
-	}
-	dialTCP(t, addr).ask("Count:jobs", ":OK 0")
 }
 
 // Ensure that a taker on a real connection is taken out of the line when that breaks, and on a unix
@@ -4818,22 +4716,6 @@ func TestInputAtEverySplitPoint(t *testing.T) {
 	play(t, strings.Split(script, "")...)
 }
 
-// Ensure that a burst of many chains is answered in order.
-func TestInputOfTenThousandRequests(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var send, want strings.Builder
-		for i := range 10_000 {
-			fmt.Fprintf(&send, "Put:k%d:v%d\nGet:k%d\nPing:%d\n", i, i, i, i)
-			fmt.Fprintf(&want, "k%d:v%d\n:PONG %d\n", i, i, i)
-		}
-		a := n.dial(t)
-		go a.sendAll(send.String())
-		if got := a.readAll(); got != want.String() {
-			t.Errorf("got %d bytes that begin %.100q, want %d", len(got), got, want.Len())
-		}
-	})
-}
-
 // Ensure that a line of just the limit is taken wherever its end is cut.
 func TestInputLimitAtEverySplitPoint(t *testing.T) {
 	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
@@ -5194,28 +5076,6 @@ func TestDumpIsStopped(t *testing.T) {
 		}
 		close(ended)
 		readers.Wait()
-	})
-}
-
-// Ensure that a client that vanishes in the middle of a Dump leaves nothing.
-func TestDumpToNobody(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 5000 {
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
-		}
-		for _, request := range []string{"Dump\n", "Keys\n"} {
-			a := n.dial(t)
-			a.send(request)
-			a.close()
-			b := n.dial(t)
-			b.send(request)
-			b.read()
-			b.close()
-		}
-		synctest.Wait()
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients are left", got)
-		}
 	})
 }
 
@@ -5902,23 +5762,6 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 	})
 }
 
-// Ensure that errors may be dropped like data, and are counted.
-func TestSlowReaderLosesErrors(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", strings.Repeat("v", 1100), 7) // a message
-		a := n.dial(t)
-		const owed = 700
-		go a.send(strings.Repeat("Get:k\n", owed) + strings.Repeat("nonsense\n", 10) + "Ping\n")
-		pass(time.Minute)
-		lines := 0
-		for strings.HasPrefix(a.peek(), "k:") {
-			a.read()
-			lines++
-		}
-		a.want(fmt.Sprintf(":PONG dropped %d", owed-lines/7+10))
-	})
-}
-
 // Ensure that after Ack nothing is dropped, however long a client does not read,
 // and that its later requests wait.
 func TestSlowReaderWithAck(t *testing.T) {
@@ -6064,22 +5907,6 @@ func (l lateConn) SetWriteDeadline(t time.Time) error {
 	return l.Conn.SetWriteDeadline(t)
 }
 
-// Ensure that a client that pipelines without limit, but reads, loses nothing.
-func TestSteadyReaderPipelines(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		a := n.dial(t)
-		const gets = 100 * kilo
-		go a.send(strings.Repeat("Get:k\n", gets))
-		for i := range gets {
-			if line := a.read(); line != "k:v" {
-				t.Fatalf("reply %d is %q", i, line)
-			}
-		}
-		a.ask("Ping", ":PONG")
-	})
-}
-
 // ---- client.go: the ends of a connection
 
 // Ensure that after Quit the server ends its side, and waits for the client to
@@ -6119,28 +5946,6 @@ func TestEndByHalfClose(t *testing.T) {
 	go a.sendAll(send.String() + "Get:h\n")
 	if got := a.readAll(); got != want.String() {
 		t.Errorf("got %d bytes, want %d", len(got), want.Len())
-	}
-}
-
-// Ensure that a client that vanishes leaves nothing behind, in whatever state.
-func TestEndByVanishing(t *testing.T) {
-	for _, send := range []string{"", "Put:k", "Put:k:v\n", "Get:big\nGet:big\nGet:big\n",
-		"Ack\n" + strings.Repeat("Get:big\n", 1000), "Quit\n", "Quit"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.fill("big", strings.Repeat("v", 1200), 1000)
-			a, b := n.dial(t), n.dial(t)
-			go b.sendSome(send)
-			synctest.Wait()
-			b.close()
-			synctest.Wait()
-			if send == "Quit\n" {
-				pass(drainTime)
-			}
-			if got := n.server.CountActive(); got != 1 {
-				t.Errorf("after %.20q and Close: %d clients, want 1", send, got)
-			}
-			a.ask("Ping", ":PONG")
-		})
 	}
 }
 
@@ -7043,12 +6848,6 @@ func (c *testClient) read() string {
 		c.t.Fatalf("reading: %q, %v", line, err)
 	}
 	return strings.TrimSuffix(line, "\n")
-}
-
-// peek returns the beginning of what comes next.
-func (c *testClient) peek() string {
-	b, _ := c.r.Peek(2)
-	return string(b)
 }
 
 // readList returns the lines up to an OK.
