@@ -3190,7 +3190,7 @@ func TestExpireIsCommitted(t *testing.T) {
 func TestExpireOnAFullDisk(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
+		db := &roomless{Memory: kvstore.NewMemory()}
 		n.server.db = db
 		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
 		db.full.Store(true)
@@ -3208,13 +3208,18 @@ func TestExpireOnAFullDisk(t *testing.T) {
 	})
 }
 
-// roomless is a Memory on a disk without room for anything, while it is full.
+// roomless is a Memory on a disk without room for anything, while it is full. It counts how often it
+// was asked for room for what frees.
 type roomless struct {
 	*kvstore.Memory
-	full *atomic.Bool
+	full  atomic.Bool
+	frees atomic.Int64
 }
 
-func (r roomless) Room(int64, bool) error {
+func (r *roomless) Room(_ int64, frees bool) error {
+	if frees {
+		r.frees.Add(1)
+	}
 	if r.full.Load() {
 		return errors.New("no space")
 	}
@@ -3317,33 +3322,20 @@ func TestTakeIsDropped(t *testing.T) {
 	}
 }
 
-// roomyStore is a Memory that counts how often it was asked for room for what frees.
-type roomyStore struct {
-	*kvstore.Memory
-	frees int
-}
-
-func (r *roomyStore) Room(_ int64, frees bool) error {
-	if frees {
-		r.frees++
-	}
-	return nil
-}
-
 // Ensure that room is asked for also for a Take that waited: on a full disk what frees needs some.
 func TestTakeNeedsRoom(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &roomyStore{Memory: kvstore.NewMemory()}
+		store := &roomless{Memory: kvstore.NewMemory()}
 		n.server.db = store
 		a, b := n.dial(t), n.dial(t)
 		a.send("Take:k:10\n")
 		synctest.Wait()
-		before := store.frees
+		before := store.frees.Load()
 		b.send("Put:k:v\n")
 		a.want("k:v")
 		synctest.Wait()
-		if store.frees != before+1 {
-			t.Errorf("room is asked for %d times more, want once", store.frees-before)
+		if more := store.frees.Load() - before; more != 1 {
+			t.Errorf("room is asked for %d times more, want once", more)
 		}
 	})
 }
@@ -3486,7 +3478,7 @@ func TestTakeOfALateReader(t *testing.T) {
 // there is no memory for more.
 func TestTakeOnAFullServer(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := roomless{kvstore.NewMemory(), new(atomic.Bool)}
+		db := &roomless{Memory: kvstore.NewMemory()}
 		n.server.db = db
 		a, b := n.dial(t), n.dial(t)
 		a.send("Ack\nTake:k:60\n")
