@@ -391,7 +391,13 @@ func mustOpen(t *testing.T, path string) *durable.Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := durable.Open(t.Context(), dir, durable.Options{})
+	return storeIn(t, dir, nil)
+}
+
+// storeIn opens the store in dir.
+func storeIn(t *testing.T, dir storage.Directory, status *storage.Status) *durable.Store {
+	t.Helper()
+	store, err := durable.Open(t.Context(), dir, durable.Options{Status: status})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -843,11 +849,7 @@ func metricsAtStart(t *testing.T) map[string]string {
 	log := newLog(io.Discard, false, false)
 	s := New(nil)
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
-	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.db = db
+	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
 	answer := httptest.NewRecorder()
 	ask := httptest.NewRequest("GET", "http://localhost/metrics", nil)
@@ -2842,10 +2844,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		dir := storetest.New()
 		n.server.status = &storage.Status{}
-		db, err := durable.Open(t.Context(), dir, durable.Options{Status: n.server.status})
-		if err != nil {
-			t.Fatal(err)
-		}
+		db := storeIn(t, dir, n.server.status)
 		n.server.db = db
 		a := n.dial(t)
 		a.ask("Put:k:v\nPing", ":PONG")
@@ -2860,10 +2859,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 		}
 
 		pass(3 * lookTime)
-		killed, err := durable.Open(t.Context(), dir.Kill(), durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		killed := storeIn(t, dir.Kill(), nil)
 		if got := killed.Get("k"); !slices.Equal(got, []string{"v"}) {
 			t.Errorf("after kill -9 k has %q", got)
 		}
@@ -3060,10 +3056,7 @@ func TestExpireBeforeTheStart(t *testing.T) {
 		dir := storetest.New()
 		for round := range 3 {
 			n := newFakeNet()
-			db, err := durable.Open(t.Context(), dir, durable.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			db := storeIn(t, dir, nil)
 			n.server.db = db
 			a := n.dial(t)
 			switch round {
@@ -4329,11 +4322,7 @@ func TestStatsOfRefusedLines(t *testing.T) {
 func TestWatchHasTheCountersOfStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
-		db, err := durable.Open(t.Context(), storetest.New(),
-			durable.Options{Status: n.server.status})
-		if err != nil {
-			t.Fatal(err)
-		}
+		db := storeIn(t, storetest.New(), n.server.status)
 		defer db.Close()
 		defer n.server.Close()
 		n.server.db = db
@@ -4493,11 +4482,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 		strings.Contains(text, "kvserver_keys") {
 		t.Errorf("before the data is open /metrics answers %d %q", code, text)
 	}
-	db, err := durable.Open(t.Context(), storetest.New(), durable.Options{Status: s.status})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.db = db
+	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
 	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
 		t.Errorf("then /healthz answers %d %q", code, text)
@@ -5127,8 +5112,7 @@ func TestOutboxNeverWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1
-		c := newClient(1, new(world.Conn), s)
-		c.buffer = make(chan []byte, maxBufferSize)
+		c := unwritten(s)
 		c.buffer <- nil // one waits already
 		s.budget.queued.Store(1)
 		q := &Query{queryType: ping}
@@ -5170,8 +5154,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := kvstore.NewMemory()
 		db.Put("k", strings.Repeat("v", 100))
-		c := newClient(1, new(world.Conn), New(db))
-		c.buffer = make(chan []byte, maxBufferSize)
+		c := unwritten(New(db))
 		for range maxShared {
 			c.buffer <- nil
 		}
@@ -5221,8 +5204,7 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 
 // Ensure that the messages of a long reply are used again.
 func TestOutboxUsesMessagesAgain(t *testing.T) {
-	c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
-	c.buffer = make(chan []byte, maxBufferSize)
+	c := unwritten(New(kvstore.NewMemory()))
 	go func() {
 		for msg := range c.buffer {
 			recycle(msg)
@@ -5264,8 +5246,7 @@ func TestOutboxAllocations(t *testing.T) {
 		db.Put("k1", "v")
 		db.Put("k2", "v")
 		db.Put("k2", "w")
-		client := newClient(1, new(world.Conn), New(db))
-		client.buffer = make(chan []byte, maxBufferSize)
+		client := unwritten(New(db))
 		client.in.buf = make([]byte, burstSize)
 		once := func() {
 			chain, _ := client.parse(client.in.wholeLines(copy(client.in.buf, c.burst)))
@@ -5490,8 +5471,7 @@ func TestSlowReaderFate(t *testing.T) {
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1000
-		client := newClient(1, new(world.Conn), s)
-		client.buffer = make(chan []byte, maxBufferSize)
+		client := unwritten(s)
 		for range c.queued {
 			client.buffer <- nil
 		}
@@ -6408,8 +6388,7 @@ func BenchmarkFormat(b *testing.B) {
 	for _, n := range []int{1, 100, 10_000} {
 		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
 			b.ReportAllocs()
-			c := newClient(1, new(world.Conn), New(kvstore.NewMemory()))
-			c.buffer = make(chan []byte, maxBufferSize)
+			c := unwritten(New(kvstore.NewMemory()))
 			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
 				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
@@ -6762,6 +6741,13 @@ func look(handler http.Handler, path string) (code int, body string) {
 	answer := httptest.NewRecorder()
 	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 	return answer.Code, answer.Body.String()
+}
+
+// unwritten is a client of s whose messages nobody writes.
+func unwritten(s *keyValueServer) *Client {
+	c := newClient(1, new(world.Conn), s)
+	c.buffer = make(chan []byte, maxBufferSize)
+	return c
 }
 
 // heapBytes is how many bytes of memory are in use.
