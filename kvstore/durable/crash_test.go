@@ -444,6 +444,55 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 	}
 }
 
+// Ensure that everything can be deleted where no file may become larger, also behind a start.
+func TestLargestFileDeletesEverything(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		dir, d := newSmall(t, Options{})
+		d.segmentSize, dir.Segment, dir.Largest = 1<<20, 1<<20, 100_000
+		n := 0
+		var err error
+		for ; err == nil; n++ {
+			if err = d.Room(1010, false); err == nil {
+				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if !errors.Is(err, syscall.EFBIG) || n < 50 {
+			t.Fatalf("the file is not full after %d: %v", n, err)
+		}
+		if restarted {
+			d.Close()
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatal(err)
+			}
+			d.segmentSize = 1 << 20
+		}
+
+		for i := range n - 1 {
+			key := fmt.Sprintf("key%07d", i)
+			if err := d.Room(int64(len(key)), true); err != nil {
+				t.Fatalf("restarted %v, Delete %d of %d: %v", restarted, i, n, err)
+			}
+			d.Delete(key)
+			if i%3 > 0 { // the others are committed with the next
+				continue
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		again, err := openSmall(dir, Options{})
+		if err != nil || keysOf(again) != 0 {
+			t.Errorf("opened again: %v, %d keys", err, keysOf(again))
+		}
+	}
+}
+
 // Ensure that what Room admits is written, whatever little room there is.
 func TestRoomIsThere(t *testing.T) {
 	for room := 500; room < 12_000; room += 37 {

@@ -1,6 +1,8 @@
 package durable
 
 import (
+	"errors"
+	"syscall"
 	"time"
 
 	"kvserver/kvstore/storage"
@@ -120,6 +122,14 @@ func (d *Store) roomToFree(need int64) error {
 		return nil
 	}
 
+	// A file may have all that one may have (RLIMIT_FSIZE), and the next has none of it.
+	if errors.Is(err, syscall.EFBIG) && d.rotateEarly() {
+		err = d.makeRoom(need)
+	}
+	if err == nil {
+		return nil
+	}
+
 	// A log that is much larger than the data gives back more than SPARE has.
 	squeezed := d.squeeze()
 	if squeezed {
@@ -149,20 +159,10 @@ func (d *Store) squeeze() bool {
 		return false
 	}
 
-	// The snapshot is of memory, so the full files must have all that memory has.
-	if d.count > 0 {
-		d.writeFrame(frameRecords)
-		d.wroteEarly = true
-	}
-
 	// The room first, then a new file. If the log cannot go on there, SPARE stays smaller: what it
 	// gave back is the log's.
 	err := d.spare.cut(d.spare.fileSize - need)
-	if err != nil {
-		return false
-	}
-	isNew, err := d.rotate()
-	if err != nil || !isNew {
+	if err != nil || !d.rotateEarly() {
 		return false
 	}
 
@@ -171,6 +171,18 @@ func (d *Store) squeeze() bool {
 	c.run()
 	d.noteCompaction(c)
 	return c.err == nil
+}
+
+// rotateEarly goes on in a new file before the Commit. It returns whether there is one.
+func (d *Store) rotateEarly() bool {
+	// The old file has all that memory has: a snapshot of that may take its place.
+	if d.count > 0 {
+		d.writeFrame(frameRecords)
+		d.wroteEarly = true
+	}
+
+	isNew, err := d.rotate()
+	return err == nil && isNew
 }
 
 // setFull notes whether the disk is full, and returns whether it was.

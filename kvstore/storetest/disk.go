@@ -36,6 +36,7 @@ type Dir struct {
 	Mu      sync.Mutex       // guards the fields
 	Names   map[string]*File // what it holds, as processes see it
 	Room    int              // bytes that all files may have together; 0: any number
+	Largest int              // bytes that one file may have (RLIMIT_FSIZE); 0: any number
 	Locked  bool             // a process has the lock
 	Moved   error            // what the lock's Held returns; nil: nothing has happened
 	Handles int              // open files
@@ -151,6 +152,7 @@ func New() *Dir {
 func (d *Dir) empty() *Dir {
 	e := New()
 	e.Room, e.Segment, e.Compact, e.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
+	e.Largest = d.Largest
 	return e
 }
 
@@ -534,6 +536,10 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		if most := max(0, len(h.f.Data)+max(0, free)-int(off)); n > most {
 			n, err = most, &os.PathError{Op: "write", Path: h.d.Path(h.name), Err: syscall.ENOSPC}
 		}
+	}
+
+	if most := max(0, h.d.Largest-int(off)); h.d.Largest > 0 && n > most {
+		n, err = most, &os.PathError{Op: "write", Path: h.d.Path(h.name), Err: syscall.EFBIG}
 	}
 
 	if n > 0 {
