@@ -543,8 +543,8 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes count in budget.inputs: of buf and lent the part beyond burstSize or, once a
-// line has freeLine bytes, both at their next size if that is more; and parked.
+// need is how many bytes count in budget.inputs: of buf and lent the part beyond burstSize or, once
+// a line has freeLine bytes, both at their next size if that is more; and parked.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
@@ -1099,7 +1099,7 @@ func (l *listing) beyond(last string) string {
 func (l *listing) copy(keys []string) {
 	// Half of the queues is left for replies.
 	b := &l.client.server.budget
-	bytes := int64(sum(keys) + len(keys)*stringSize)
+	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
 	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
 		return
 	}
@@ -1137,7 +1137,7 @@ func (l *listing) sort(keys []string) bool {
 func (l *listing) replies(found []string) *Query {
 	if l.queryType == keys {
 		l.n += len(found)
-		return &Query{queryType: keys, values: found, bytes: sum(found)}
+		return &Query{queryType: keys, values: found, bytes: kvstore.SizeOf(found)}
 	}
 
 	// A Dump: each key with its list is a query of a chain, and so is the time after which it goes.
@@ -1156,7 +1156,7 @@ func (l *listing) replies(found []string) *Query {
 	// They are linked when their memory moves no more.
 	for i := range chain {
 		q := &chain[i]
-		q.bytes = sum(q.values)
+		q.bytes = kvstore.SizeOf(q.values)
 		l.n += len(q.values)
 		if i > 0 {
 			chain[i-1].next = q
@@ -1465,10 +1465,10 @@ const (
 	isCutOff              // its client's connection ends, for others need the room
 )
 
-// decide returns the fate of a reply of n messages, and why where it is cut off. A client that takes
-// nothing loses it, if mayDrop, or is cut, if mayCut, while all queues, with the chains that wait, are
-// over their limit. One with a Keys or Dump is cut also while others wait for theirs, and then also
-// where it takes less than a steady reader.
+// decide returns the fate of a reply of n messages, and why where it is cut off. A client that
+// takes nothing loses it, if mayDrop, or is cut, if mayCut, while all queues, with the chains that
+// wait, are over their limit. One with a Keys or Dump is cut also while others wait for theirs, and
+// then also where it takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1508,9 +1508,9 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	return waits, ""
 }
 
-// awaitRoom waits until there is room for n messages of q's reply, which has begun or not. It returns
-// false if the reply is dropped. It returns true also where the connection is gone, which takes out
-// what is queued.
+// awaitRoom waits until there is room for n messages of q's reply, which has begun or not. It
+// returns false if the reply is dropped. It returns true also where the connection is gone, which
+// takes out what is queued.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	// What has begun always ends. Before Ack a client is cut only with a long line, as of a Ping, that
 	// waits for a reply which is not dropped.

@@ -602,7 +602,7 @@ func runGet(q *Query, db kvstore.Store, _ clock) {
 
 	// The store knows how large a long list is.
 	if q.n = len(q.values); q.n <= fewValues {
-		q.bytes = sum(q.values)
+		q.bytes = kvstore.SizeOf(q.values)
 	} else {
 		q.bytes = int(db.Measure(q.key))
 	}
@@ -688,7 +688,7 @@ func toMilli(t time.Time) int64 { return t.Add(time.Millisecond - 1).UnixMilli()
 
 // answer makes lines the reply.
 func (q *Query) answer(lines []string) {
-	q.values, q.n, q.bytes = lines, len(lines), sum(lines)
+	q.values, q.n, q.bytes = lines, len(lines), kvstore.SizeOf(lines)
 }
 
 // times is 1 if something was done, and 0 if not.
@@ -720,14 +720,6 @@ func (q *Query) keep() {
 // is asked: to measure a hundred thousand values, only to drop the reply, would
 // make everybody wait.
 const fewValues = 16
-
-// sum returns how many bytes values have together.
-func sum(values []string) (bytes int) {
-	for _, v := range values {
-		bytes += len(v)
-	}
-	return bytes
-}
 
 // writes tells whether q may change the store.
 func (q *Query) writes() bool { return q.row().effect >= adds }

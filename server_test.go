@@ -5220,7 +5220,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 		for len(c.buffer) > 0 {
 			runtime.Gosched()
 		}
-		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: sum(values)})
+		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
 		runtime.ReadMemStats(&after)
 		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
 	}
@@ -6392,7 +6392,7 @@ func BenchmarkFormat(b *testing.B) {
 			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
 			for b.Loop() {
 				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
-					bytes: sum(values)})
+					bytes: kvstore.SizeOf(values)})
 				for len(c.buffer) > 0 {
 					recycle(<-c.buffer)
 				}

@@ -268,7 +268,7 @@ func checkLarge(t *testing.T, m *Memory) {
 			continue
 		}
 		l := r.list
-		if len(l.values) == 0 || l.bytes != int64(sizeOf(l.values)) ||
+		if len(l.values) == 0 || l.bytes != int64(SizeOf(l.values)) ||
 			len(l.hashes) != len(l.values) {
 			t.Fatalf("a list of %d values counts %d bytes and has %d hashes", len(l.values), l.bytes,
 				len(l.hashes))
@@ -483,14 +483,14 @@ func TestSnapshotBesideChanges(t *testing.T) {
 	}
 	want := 0
 	for key, list := range maps.Collect(store.All()) {
-		want += len(key) + sizeOf(list) + len(list)
+		want += len(key) + SizeOf(list) + len(list)
 	}
 	s := store.Snapshot()
 	walked := make(chan int)
 	go func() {
 		sum := 0
 		for key, list := range s.All() {
-			if sum += len(key) + sizeOf(list) + len(s.View(nil, key)); sum%1000 == 0 {
+			if sum += len(key) + SizeOf(list) + len(s.View(nil, key)); sum%1000 == 0 {
 				runtime.Gosched()
 			}
 		}
@@ -540,7 +540,7 @@ func TestWhatIsHandedOut(t *testing.T) {
 			t.Errorf("a Get of %d values keeps a slab", n)
 		}
 		if values := store.View(nil, "many"); slices.ContainsFunc(values, inSlab) &&
-			sizeOf(values) > ViewMost {
+			SizeOf(values) > ViewMost {
 			t.Errorf("a View of %d values keeps a slab", n)
 		}
 	}

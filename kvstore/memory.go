@@ -104,7 +104,7 @@ func (m *Memory) store(at spot, key string, values []string) {
 func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64) {
 	// A list of too many values or bytes becomes a long one; its entry has the key alone.
 	var l *list
-	if len(values) > maxShort || len(values) > 1 && sizeOf(values) > maxShortBytes {
+	if len(values) > maxShort || len(values) > 1 && SizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
 	}
 
@@ -204,7 +204,7 @@ func (m *Memory) forget(at spot, e entry) (removed int) {
 		m.longGone -= l.gone
 	} else {
 		values := e.values(m.edit[:0])
-		removed, bytes = len(values), int64(sizeOf(values))
+		removed, bytes = len(values), int64(SizeOf(values))
 	}
 
 	m.values -= removed
@@ -387,7 +387,7 @@ func (m *Memory) Measure(key string) (bytes int64) {
 	if l := m.long(at.slot); l != nil {
 		return l.bytes
 	}
-	return int64(sizeOf(e.values(m.edit[:0])))
+	return int64(SizeOf(e.values(m.edit[:0])))
 }
 
 // Has tells whether key's list has value. It hands nothing out.
@@ -527,10 +527,10 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 	}
 }
 
-// sizeOf is how many bytes fields have together.
-func sizeOf(fields []string) (bytes int) {
-	for _, f := range fields {
-		bytes += len(f)
+// SizeOf returns how many bytes the text of values takes together.
+func SizeOf(values []string) (bytes int) {
+	for _, v := range values {
+		bytes += len(v)
 	}
 	return bytes
 }
