@@ -201,7 +201,11 @@ func (v *visitor) ping() {
 	for i := range 40 {
 		asked := time.Now()
 		fmt.Fprintf(v.conn, "Ping:%d\n", i)
-		if _, last, err := v.reply(); err != nil || last != fmt.Sprint(":PONG ", i) {
+		_, last, err := v.reply()
+		if err != nil && i == 0 && !v.mayBeRefused() {
+			v.fail("%s does not get in: %v", v.id, err)
+		}
+		if err != nil || last != fmt.Sprint(":PONG ", i) {
 			return
 		}
 
@@ -212,6 +216,13 @@ func (v *visitor) ping() {
 
 		Wait(Between(v.random, 0, 300*time.Millisecond))
 	}
+}
+
+// mayBeRefused tells whether the server may end a connection that has asked for nothing yet.
+func (v *visitor) mayBeRefused() bool {
+	v.process.mu.Lock()
+	defer v.process.mu.Unlock()
+	return isClosed(v.closing) || isClosed(v.killed) || v.failed || v.stalled > 0
 }
 
 // list asks for lists of all there is.
@@ -271,8 +282,8 @@ func (v *visitor) listMany() {
 	}
 }
 
-// silence connects again and again to a server that speaks TLS, and says nothing: these hold
-// nobody's place, and keep nobody out.
+// silence connects again and again to a server that speaks TLS, and says nothing, or no more than how
+// a hello begins: these hold nobody's place, and keep nobody out.
 func (v *visitor) silence() {
 	if v.settings.TLS == nil {
 		return
@@ -286,6 +297,9 @@ func (v *visitor) silence() {
 
 		// Each stays open until the client ends, so that there are many at a time.
 		defer other.conn.Close()
+		if Chance(v.random, 3) {
+			io.WriteString(other.conn, "\x16\x03\x01\x02\x00\x01")
+		}
 		Wait(Between(v.random, 0, 200*time.Millisecond))
 	}
 }
