@@ -1067,9 +1067,7 @@ func TestLogTellsOfAFailingDisk(t *testing.T) {
 // Ensure that a goodbye has its reason in the log, that dropped replies are
 // worth a warning, and that comings and goings alone are not.
 func TestLogSaysWhyAClientLeft(t *testing.T) {
-	var log bytes.Buffer
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		n.fill("big", strings.Repeat("v", 1200), 2000)
 		n.dial(t).hangUp()
 		n.dial(t).close()
@@ -1082,12 +1080,16 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		if got := b.stat("replies_dropped_total"); got != 1 {
 			t.Errorf("Stats counts %d dropped replies, want 1", got)
 		}
+		b.hangUp()
+		n.server.Close()
+
+		text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(n.log.take(), "")
+		want := `level=WARN msg="client left" client=3 addr=fake ` +
+			`reason="slow reader, 1 replies dropped; then `
+		if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
+			t.Errorf("the log is\n%s\nwant first %s", text, want)
+		}
 	})
-	text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(log.String(), "")
-	want := `level=WARN msg="client left" client=3 addr=fake reason="slow reader, 1 replies dropped; then `
-	if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
-		t.Errorf("the log is\n%s\nwant first %s", text, want)
-	}
 }
 
 // ---- main.go: start and stop
@@ -1563,9 +1565,8 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 
 // Ensure that failing handshakes are counted, not logged one by one.
 func TestTLSFailuresAreCounted(t *testing.T) {
-	var log bytes.Buffer
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.tls, n.server.log = new(tls.Config), slog.New(slog.NewTextHandler(&log, nil))
+		n.server.tls = new(tls.Config)
 		flood := func() {
 			for range 100 {
 				a := n.dial(t)
@@ -1577,12 +1578,12 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 		flood()
 		pass(seldomTime)
 		flood()
+		lines := regexp.MustCompile(
+			`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(n.log.take(), -1)
+		if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
+			t.Errorf("200 failing handshakes are told as %q", lines)
+		}
 	})
-	lines := regexp.MustCompile(
-		`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(log.String(), -1)
-	if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
-		t.Errorf("200 failing handshakes are told as %q", lines)
-	}
 }
 
 // Ensure that handshakes which do not go on hold no client's place and keep nobody out,
@@ -2559,9 +2560,7 @@ func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 // line in the log for each change.
 func TestAcceptBacksOff(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var log bytes.Buffer
 		n.Failures = 12
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		start := time.Now()
 		if err := n.server.serve(n); err != nil {
 			t.Fatal(err)
@@ -2574,9 +2573,10 @@ func TestAcceptBacksOff(t *testing.T) {
 		}
 		a.hangUp()
 		n.server.Close()
+		log := n.log.take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
-			if got := strings.Count(log.String(), line); got != 1 {
-				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log.String())
+			if got := strings.Count(log, line); got != 1 {
+				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log)
 			}
 		}
 	})
@@ -2595,14 +2595,8 @@ func TestAcceptBacksOff(t *testing.T) {
 // Ensure that one client too many is told so, that the others do not notice,
 // and that there is room when one leaves.
 func TestMaxClients(t *testing.T) {
-	var log bytes.Buffer
-	defer func() {
-		if got := strings.Count(log.String(), "turning clients away"); got != 2 {
-			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
-		}
-	}()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxClients, n.server.log = 2, slog.New(slog.NewTextHandler(&log, nil))
+		n.server.maxClients = 2
 		a, b := n.dial(t), n.dial(t)
 		for range 3 {
 			c := n.dial(t)
@@ -2629,6 +2623,9 @@ func TestMaxClients(t *testing.T) {
 		n.server.Close()
 		if took := time.Since(start); took > drainTime {
 			t.Errorf("Close took %v", took)
+		}
+		if got := strings.Count(n.log.take(), "turning clients away"); got != 2 {
+			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
 		}
 	})
 }
@@ -3437,7 +3434,6 @@ func TestTakeBeforeASlowLine(t *testing.T) {
 			t.Errorf("it took %v", took)
 		}
 		a.wantClosed()
-		a.close()
 	})
 }
 
@@ -3593,8 +3589,6 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 // else goes on, and that Delete makes room.
 func TestMemoryLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		long := strings.Repeat("v", 10*kilo) // that has memory of its own
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
@@ -3641,8 +3635,8 @@ func TestMemoryLimit(t *testing.T) {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.hangUp()
-		if got := strings.Count(log.String(), "the memory is full"); got != 1 {
-			t.Errorf("the log says so %d times:\n%s", got, &log)
+		if got := strings.Count(n.log.take(), "the memory is full"); got != 1 {
+			t.Errorf("the log says so %d times", got)
 		}
 	})
 }
@@ -3871,13 +3865,11 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 // Ensure that all queues together stay below their limit: clients that take
 // nothing lose replies, or after Ack their connection, and others lose nothing.
 func TestMaxQueues(t *testing.T) {
-	var log bytes.Buffer
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 7*kilo)
 		n.fill("k", value, 1)
 		const limit = 1 << 20
 		n.server.budget.maxQueues = limit
-		n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 		var slow []*testClient
 		for i := range 10 { // each could queue 3.5 MB
 			c := n.dial(t)
@@ -3912,10 +3904,10 @@ func TestMaxQueues(t *testing.T) {
 		if queued := honest.stat("queued_bytes"); queued != 0 {
 			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
 		}
+		if got := strings.Count(n.log.take(), "(-max-queues)"); got == 0 || got > 5 {
+			t.Errorf("%d clients were cut, says the log, want some of 5", got)
+		}
 	})
-	if got := strings.Count(log.String(), "(-max-queues)"); got == 0 || got > 5 {
-		t.Errorf("%d clients were cut, says the log, want some of 5:\n%s", got, &log)
-	}
 }
 
 // Ensure that clients which read nothing fill their own share of the memory, and that nobody's
@@ -5843,8 +5835,6 @@ func TestWriteTimeout(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.server.writeTimeout = time.Minute
 			n.server.tls = config
-			var log bytes.Buffer
-			n.server.log = slog.New(slog.NewTextHandler(&log, nil))
 			a, b := n.dial(t), n.dial(t)
 			if config != nil {
 				a.overTLS()
@@ -5864,9 +5854,9 @@ func TestWriteTimeout(t *testing.T) {
 			if got := n.server.CountActive(); got != 1 {
 				t.Errorf("%d clients after the timeout, want 1", got)
 			}
-			if want := "it took nothing for 1m0s (-write-timeout)"; !strings.Contains(log.String(),
-				want) {
-				t.Errorf("the log does not say %q:\n%s", want, &log)
+			want := "it took nothing for 1m0s (-write-timeout)"
+			if log := n.log.take(); !strings.Contains(log, want) {
+				t.Errorf("the log does not say %q:\n%s", want, log)
 			}
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.r, 40_000)
@@ -6500,6 +6490,7 @@ func pass(d time.Duration) {
 type fakeNet struct {
 	*world.Listener
 	server  *keyValueServer
+	log     screen // of the server
 	mu      sync.Mutex
 	clients []*testClient // that have dialed; guarded by mu
 
@@ -6554,6 +6545,7 @@ func newFakeNet() *fakeNet {
 	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
 	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
 		"test"
+	n.server.log = slog.New(slog.NewTextHandler(&n.log, nil))
 	return n
 }
 
