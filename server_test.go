@@ -4152,7 +4152,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer frozen.Close()
-	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "100ms",
+	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "1s",
 		"-ping").CombinedOutput(); err != nil {
 		t.Errorf("beside a server that stands still: %v, %s", err, out)
 	}
