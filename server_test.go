@@ -5378,14 +5378,18 @@ func TestSlowReaderRecovers(t *testing.T) {
 	})
 }
 
+// paced returns a connection, its reader, and what is told of it: whether it takes bytes.
+func paced() (conn *pacedConn, reader *world.Conn, told chan bool) {
+	reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+	told = make(chan bool, 1)
+	return &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}, reader, told
+}
+
 // Ensure that a connection which stops taking bytes is seen to be slow in the same time
 // always: also right after it was slow and has recovered, and after it was idle for long.
 func TestSlowReaderIsSeenInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		told := make(chan bool, 1)
-		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
-			progress: told}
+		conn, reader, told := paced()
 		message := make([]byte, 2*world.StreamSize)
 		for round := range 4 {
 			start := time.Now()
@@ -5423,9 +5427,7 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 // was set by the Write before.
 func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		told := make(chan bool, 1)
-		conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}
+		conn, _, told := paced()
 		conn.Write(make([]byte, world.StreamSize))
 		pass(tickTime / 2)
 
@@ -5483,8 +5485,7 @@ func TestSlowReaderFate(t *testing.T) {
 func TestSlowReaderAfterAPause(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
-			reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			told := make(chan bool, 1)
+			conn, reader, told := paced()
 			wasSlow := func() bool { // there may be no word at all
 				select {
 				case taken := <-told:
@@ -5493,8 +5494,6 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 					return false
 				}
 			}
-			conn := &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()),
-				progress: told}
 			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {
 				pass(slowAfter - tickTime)
