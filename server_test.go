@@ -3198,8 +3198,8 @@ func TestExpireOnAFullDisk(t *testing.T) {
 	})
 }
 
-// roomless is a Memory on a disk without room for anything, while it is full. It counts how often it
-// was asked for room for what frees.
+// roomless is a Memory on a disk without room for anything, while it is full. It counts how often
+// it was asked for room for what frees.
 type roomless struct {
 	*kvstore.Memory
 	full  atomic.Bool
@@ -4378,8 +4378,9 @@ func TestWatch(t *testing.T) {
 	a := dialTCP(t, s.listener.Addr().String())
 	a.ask("Put:k:v\nPing", ":PONG")
 	for path, want := range map[string]string{"/healthz": "ok\n", "/": "/metrics\n",
-		"/metrics":                       "kvserver_stats_requests_total 0\n", // to watch counts as no request
-		"/debug/pprof/goroutine?debug=1": "workLoop"} {
+		"/debug/pprof/goroutine?debug=1": "workLoop",
+		// To watch counts as no request.
+		"/metrics": "kvserver_stats_requests_total 0\n"} {
 		if code, body := get(path); code != 200 || !strings.Contains(body, want) {
 			t.Errorf("%s: %d, without %q:\n%s", path, code, want, body)
 		}
