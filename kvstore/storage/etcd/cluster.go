@@ -39,7 +39,7 @@ const (
 	pieceMost  = 1 << 20  // bytes of a piece: etcd takes requests of 1.5 MiB
 	pageFirst  = 64 << 10 // bytes of the pieces that are asked for together, at first
 	pageMost   = 3 << 20  // the same at last: gateways before 3.4.17 answer at most 4 MiB
-	keysMost   = 1000     // keys that are asked for together: few enough for any link
+	keysMost   = 4 << 10  // keys that are asked for together: etcd counts all behind them, too
 	keySize    = 250      // bytes that a key takes in an answer, about
 	replyMost  = 100      // bytes of an answer that is none of etcd's, in an error
 	filesAhead = 16       // connections to a member that are kept
