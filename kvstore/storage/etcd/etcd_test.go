@@ -1406,8 +1406,8 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	}
 }
 
-// Ensure that a first start may be killed at any request, and the one after it, too: there is no data,
-// so nothing is refused. A fifth of all pairs is tried.
+// Ensure that a first start may be killed at any request, and the one after it, too: there is no
+// data, so nothing is refused. A fifth of all pairs is tried.
 func TestEtcdStartIsKilledTwice(t *testing.T) {
 	t.Parallel()
 	// start starts a server, kills it at request n, and tells whether it got so far.

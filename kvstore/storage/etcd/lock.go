@@ -225,8 +225,8 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	}
 }
 
-// standBy says for what we wait, or returns why we do not. before is the lock's revision at the look
-// before the last one, which ended with err.
+// standBy says for what we wait, or returns why we do not. The last look ended with err, and before
+// is the lock's revision at the one before it.
 func (d *directory) standBy(w *watch, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
 	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
