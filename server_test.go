@@ -2158,6 +2158,7 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 		if err := n.server.serve(newFakeNet()); !errors.Is(err, errClosed) {
 			t.Errorf("start after Close: %v, want %v", err, errClosed)
 		}
+		a.close() // its Get may have come too late, and then the server's end is no good one
 	})
 }
 
