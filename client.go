@@ -57,8 +57,8 @@ const (
 	// counts while replies wait for room. For memory a line waits as long.
 	lineTime = 30 * time.Second
 
-	// Once a client has sent more behind its Take, readFromClient reads no further until that ends.
-	// It checks this often whether the connection is still open.
+	// A client that has half-closed behind its Take, or sent more, is read no further until that
+	// ends. readFromClient checks this often whether the connection is still open.
 	probeTime = time.Second
 
 	handshakeTime = 5 * time.Second // for TLS to begin
@@ -262,10 +262,13 @@ func (c *Client) end(why string, drain bool) {
 	}
 }
 
-// send sends chain to workLoop. None may be under way.
-func (c *Client) send(chain *Query) {
+// send sends chain, which is made of the client's input, to workLoop. None may be under way.
+func (c *Client) send(chain *Query) { c.sendOf(chain, c.in.memory(), c.in.counted) }
+
+// sendOf is send with a chain that takes so many bytes, of which some are counted in budget.inputs.
+func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
 	c.underWay = true
-	c.outbox.chain, c.outbox.inInputs = c.in.memory(), c.in.counted
+	c.outbox.chain, c.outbox.inInputs = bytes, inInputs
 	c.server.queries <- chain
 }
 
@@ -279,13 +282,13 @@ func (c *Client) sendTake(q *Query) {
 			c.send(q)
 			return
 		}
-		c.in.parked = bytes
+		c.in.takeKey = bytes
 		c.in.counted += bytes
 	}
 
 	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
-	c.send(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
-		line: q.line})
+	c.sendOf(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
+		line: q.line}, c.in.takeKey, c.in.takeKey)
 }
 
 // await waits for the chain that is under way, if there is one. It returns
@@ -301,8 +304,8 @@ func (c *Client) await() bool {
 	return true
 }
 
-// awaitDone waits for the chain that is under way to come back. While a Take waits nobody reads the
-// connection, so awaitDone itself checks whether it is still open.
+// awaitDone waits for the chain that is under way to come back. If that is a Take, which may wait
+// long, awaitDone checks whether the connection is still open, for meanwhile nobody reads it.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
 		// Its time is over, but a value may have come before workLoop hears of that.
@@ -338,7 +341,7 @@ func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
 // noteTaken notes that there is no Take that may wait. The read deadline may have been for its end,
 // so setTick sets another.
 func (c *Client) noteTaken() {
-	c.takeEnds, c.in.ticking, c.in.parked = time.Time{}, false, 0
+	c.takeEnds, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
 }
 
 // stopWaiting has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
@@ -527,8 +530,8 @@ type input struct {
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // the memory of the chain, used again for the next
 	skipping bool    // a line that cannot be taken in has not ended; pending is 0
-	counted  int64   // bytes of buf, lent and parked that are counted in budget.inputs
-	parked   int64   // bytes of a long key with which a Take waits
+	counted  int64   // bytes of buf, lent and takeKey that are counted in budget.inputs
+	takeKey  int64   // bytes of a long key with which a Take waits
 	first    slot    // of budget.first
 	spare    slot    // of budget.spare
 
@@ -543,14 +546,14 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes count in budget.inputs: of buf and lent the part beyond burstSize or, once
-// a line has freeLine bytes, both at their next size if that is more; and parked.
+// need is how many bytes count in budget.inputs: takeKey, and the larger of two numbers: how much
+// buf and lent have beyond burstSize; and, once a line has freeLine bytes, twice their next size.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
 	}
 	beyond := max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize)
-	return max(bytes, int64(beyond)) + in.parked
+	return max(bytes, int64(beyond)) + in.takeKey
 }
 
 // midLine tells whether a line has begun and not ended.
@@ -636,7 +639,7 @@ func (c *Client) setTick() {
 	in := &c.in
 
 	// A client that holds nothing may be silent for as long as it likes.
-	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine()
+	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine() && in.takeKey == 0
 	if in.ticking || isQuiet && !c.mayTakeWait() {
 		return
 	}
@@ -1199,8 +1202,8 @@ type outbox struct {
 	left     int      // bytes still to be formatted, at most: newMessage chooses a size by it
 	piece    int      // bytes in a message now: less than maxMessage while all queues are full
 	claimed  int64    // bytes of the reply in hand that count as queued, and are not queued yet
-	chain    int64    // bytes that the chain under way and its lines take
-	inInputs int64    // of these, counted in budget.inputs
+	chain    int64    // bytes that the chain under way and its lines took when it was sent
+	inInputs int64    // of these, counted in budget.inputs then
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
@@ -1465,10 +1468,10 @@ const (
 	isCutOff              // its client's connection ends, for others need the room
 )
 
-// decide returns the fate of a reply of n messages, and why where it is cut off. A client that
-// takes nothing loses it, if mayDrop, or is cut, if mayCut, while all queues, with the chains that
-// wait, are over their limit. One with a Keys or Dump is cut also while others wait for theirs, and
-// then also where it takes less than a steady reader.
+// decide returns the fate of a reply of n messages, and why where it is cut off. Without room a
+// slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off while all queues and
+// the chains that wait are together over the limit. One with a Keys or Dump is also cut off while
+// others wait for theirs: if it is slow, or takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1512,8 +1515,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 // returns false if the reply is dropped. It returns true also where the connection is gone, which
 // takes out what is queued.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
-	// What has begun always ends. Before Ack a client is cut only with a long line, as of a Ping, that
-	// waits for a reply which is not dropped.
+	// A reply that has begun is not dropped. Before Ack only a client is cut off that has sent a long
+	// line, such as a Ping, whose reply may not be dropped.
 	mayDrop := q.mayDrop(o.acked) && !hasBegun
 	mayCut := o.acked || o.listing != nil || o.inInputs > 0 && !q.row().mayDrop
 

@@ -128,7 +128,7 @@ type ending uint8
 
 const (
 	endAcked   ending = iota // in ":OK n" after Ack, else in nothing
-	endOK                    // in ":OK n", also before Ack: it tells how many lines came
+	endOK                    // in ":OK n", also before Ack: n lines came, or n values are there
 	endPong                  // in ":PONG"
 	endError                 // in ":ERROR line N: why"
 	endForeign               // in a response of another protocol
@@ -138,14 +138,17 @@ const (
 // needsKey is what a request that has one argument, a key, needs.
 const needsKey = "a key, without a colon in it"
 
-// verbs are what each request needs and does. (Few other places know one by name: Stats in run,
-// Take in mayWait, Quit in parse, Ack and Ping in the outbox.) To add one:
+// verbs are what each request needs and does. (Other places that know one by name: Stats in run,
+// Take in mayWait, Quit in parse, Ack and Ping in the outbox, Keys in listing, Get in appendLine,
+// Help in init.) To add one:
 //
 //   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
 //     counters of Stats are made of these;
-//   - if it writes: a method of KVStore, in Memory and in Durable (TestDurableHasEveryMethod
-//     fails without), with a record of its own in the log (apply) and a fileVersion of its own,
-//     so that an older program says that it is older;
+//   - if it writes what no method of kvstore.Store does: a method there, in Memory and in
+//     durable.Store, with a record of its own in the log (apply) and a fileVersion of its own, so
+//     that an older program says that it is older;
+//   - the model of the tests: storetest's Request.Do, and model.answer in server_test.go
+//     (FuzzConversation fails without);
 //   - words that others have for it: dialects;
 //   - a line in the README's table and in conversations of the tests (TestEveryRequest fails
 //     without): the conversations are what tries the rest.

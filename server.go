@@ -1563,10 +1563,10 @@ func (s *keyValueServer) requestsRun() (n int) {
 // unixPrefix stands before the path in the address of a unix socket.
 const unixPrefix = "unix:"
 
-// listen listens on addr. Peers that vanish are noticed within 35 s: keep-alive
-// asks after 15 s of silence, then three times at intervals of 5 s. The host localhost
-// means 127.0.0.1 and ::1, where both exist, whatever the system makes of that name: many
-// clients try only one of the two.
+// listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks after
+// 15 s of silence, then three times at intervals of 5 s. (If it has not confirmed what was written
+// to it, the kernel tries that again instead, for minutes.) The host localhost means 127.0.0.1 and
+// ::1, where both exist, whatever the system makes of that name: many clients try only one of them.
 func listen(addr string) (listeners []net.Listener, err error) {
 	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
 		return listenUnix(path)

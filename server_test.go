@@ -3827,6 +3827,24 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	}
 }
 
+// Ensure that a long key with which a Take has waited is given back soon, though its client says
+// nothing more.
+func TestMemoryLimitAfterALongTake(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		long := strings.Repeat("k", 900*kilo)
+		a, b := n.dial(t), n.dial(t)
+		a.send("Take:" + long + ":3600\n")
+		pass(2 * quietAfter)
+		b.send("Put:" + long + ":v\n")
+		a.want(long + ":v")
+		pass(3 * quietAfter)
+		if held := n.server.budget.inputs.Load(); held != 0 {
+			t.Errorf("%d bytes are counted for a Take that has ended", held)
+		}
+	})
+}
+
 // Ensure that a Remove or Delete of any length is taken in and run, though the memory is full,
 // and though others fill all that there is for lines.
 func TestMemoryLimitTakesInWhatFrees(t *testing.T) {

@@ -149,8 +149,8 @@ func (d *Store) isIntact(last seenFrame) bool {
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
 // to end, would lose what was answered. A heal that fails is tried again later; until then the
-// store goes on in the file that it has open. The error is what keeps the next start from opening
-// the store as it is.
+// store goes on in the file that it has open. It returns an error if the next start would refuse
+// the files as they are.
 func (d *Store) lookForFiles(now time.Time) error {
 	// A compaction that runs removes files, too. One that has ended does not count.
 	if d.isCompacting() || now.Before(d.healAfter) {

@@ -287,8 +287,8 @@ func (s *files) judgeFile(end logEnd) error {
 		following.What += ": " + at.File + " says that it follows"
 		return following
 
-	// All others say so, but for the one before a segment that a rotation made before it was
-	// stopped.
+	// Every earlier one must say that another follows. There is one exception: the next is the last
+	// and has no frame, for the rotation that made it was stopped.
 	case s.done, end.goesOn():
 		return nil
 	case s.at == len(s.logs)-1 && s.isUnused(s.logs[s.at], end.next):

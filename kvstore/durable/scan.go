@@ -355,8 +355,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		end.frames++
 		end.last = f.kind
 
-		// Of the frames so far, as many may not be on disk as came behind the one that f calls
-		// synced.
+		// The frame that f calls synced is on disk. Only those behind it may be missing there.
 		doubts = append(doubts, end.offset)
 		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
 		doubts = slices.Delete(doubts, 0, len(doubts)-left)

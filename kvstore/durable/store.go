@@ -42,9 +42,9 @@ const (
 
 // Options are how a store is kept. The zero value is the safest.
 type Options struct {
-	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. (While an fsync
-	// takes longer, Commits wait: those of twice the time at most are not on disk yet. By the clock
-	// they may be older than that, by as long as the last two fsyncs took.)
+	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. If an fsync takes
+	// longer, Commits wait for it. So a power failure takes the Commits of at most twice this time.
+	// (They may be older than that by the clock, for nothing is committed while the disk stalls.)
 	Fsync  time.Duration
 	Log    *slog.Logger    // is told what happened to the files; nil: nobody is
 	Status *storage.Status // is told how far Open is, and of fsyncs and compactions; nil: nobody is

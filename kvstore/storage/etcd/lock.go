@@ -193,8 +193,8 @@ func (w *watch) replace(ctx context.Context, l *clusterLock) (done bool, err err
 }
 
 // isFree tells whether somebody who is called token may take the lock: it was given back, or
-// never was there, or there was no sign of life for lockTime, by our clock. (It is token's where
-// the answer was lost that said so.)
+// never was there, or there was no sign of life for lockTime, by our clock. (It may be token's own
+// already: it has taken the lock, and only the answer was lost.)
 func (w *watch) isFree(token string) bool {
 	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
 }
@@ -378,8 +378,8 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
-// Look asks etcd whether all is there that we have left there, and then is Held but for that:
-// whether the lock is ours every change asks.
+// Look has etcd asked for what is gone of ours. It returns an error only if the lock is lost, and
+// does not ask whose the lock is: every change does.
 func (l *clusterLock) Look() error {
 	l.d.check()
 	return context.Cause(l.ctx)
@@ -415,7 +415,8 @@ func (l *clusterLock) show(sent time.Time) bool {
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// By the clock that nobody sets, and not before a sign that was sent then has failed, too.
+	// We give up only when a sign has failed that was sent patienceTime after the last confirmed one,
+	// by the monotonic clock.
 	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
 	case l.beating.Err() != nil: // nobody wants to know any more
 	case err == nil && answer.Succeeded:
