@@ -366,8 +366,8 @@ type logWriter struct {
 }
 
 // createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
-// leaves the whole file, or none of that name. If it fails there is none, but a crash may bring a
-// whole one back.
+// leaves the whole file, or none of that name. If it fails there is none but STORE, which stays
+// where only its name may not be on disk; and a crash may bring a whole one back.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (size int64,
 	err error) {
 	f, err := d.Create(name + tmpSuffix)
@@ -395,7 +395,10 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// The name is on disk before anybody builds upon it.
 	err = d.Sync()
 	if err != nil {
-		d.Remove(name) // or it would be taken for somebody else's
+		// A log file would be taken for somebody else's. Without STORE there would be no store.
+		if name != storage.StoreName {
+			d.Remove(name)
+		}
 		return 0, err
 	}
 	return w.size, nil
@@ -431,8 +434,10 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 
 	// One write has both, so the file grows once for many frames.
 	size := w.size + int64(len(w.buf))
-	if size > w.fileSize && zeros > 0 {
+	if size >= w.fileSize && (zeros > 0 || w.room() > 0) {
 		w.noteCut()
+	}
+	if size > w.fileSize {
 		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
 
@@ -459,6 +464,9 @@ func (w *logWriter) write(b []byte) error {
 // room is how many bytes of zeros there are behind the last frame.
 func (w *logWriter) room() int64 { return w.fileSize - w.size }
 
+// leastZeros is how many bytes of zeros a full disk is tried with at last.
+const leastZeros = 512
+
 // makeRoom writes zeros until there is room for so many bytes. What it could write before an error
 // is room.
 func (w *logWriter) makeRoom(bytes int64) error {
@@ -470,8 +478,14 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	// Written, not only made longer: a hole keeps no room.
 	zeros := make([]byte, min(bytes-w.room(), 1<<20))
 	for w.room() < bytes {
-		n, err := w.f.WriteAt(zeros[:min(bytes-w.room(), 1<<20)], w.fileSize)
+		n, err := w.f.WriteAt(zeros[:min(bytes-w.room(), int64(len(zeros)))], w.fileSize)
 		w.fileSize += int64(n)
+
+		// os.File does not tell which part of a write the disk has taken before it was full.
+		if storage.IsFull(err) && len(zeros) > leastZeros {
+			zeros = zeros[:len(zeros)/2]
+			continue
+		}
 		if err != nil {
 			return w.named("write", err)
 		}

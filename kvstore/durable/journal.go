@@ -288,7 +288,7 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < frameSize) {
+	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < 2*frameSize) {
 		due, j.vouched = false, true // or the timer would come again and again
 	}
 	j.mu.Unlock()

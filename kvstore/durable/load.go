@@ -296,6 +296,11 @@ func (s *files) judgeFile(end logEnd) error {
 		return nil
 	}
 
+	// Whether the next one is unused cannot be told where its header cannot be read.
+	var damage *storage.DamageError
+	if s.at < len(s.logs) && s.logs[s.at].bad != nil && !errors.As(s.logs[s.at].bad, &damage) {
+		return s.logs[s.at].bad
+	}
 	at.What = "the frame that says that another file follows is missing"
 	return cmp.Or(end.bad, error(at))
 }

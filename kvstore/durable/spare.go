@@ -74,7 +74,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	// What waits for the Commit, this record, and a frame around both.
 	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
 	switch {
-	case bytes > maxRecord:
+	case bytes+4*recordExtra > maxRecord:
 		return errTooLarge(bytes)
 	case d.failure() != nil: // the Commit will say it
 		return nil
@@ -117,15 +117,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 
 // roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.
 func (d *Store) roomToFree(need int64) error {
-	err := d.makeRoom(need)
-	if err == nil {
-		return nil
-	}
-
-	// A file may have all that one may have (RLIMIT_FSIZE), and the next has none of it.
-	if errors.Is(err, syscall.EFBIG) && d.rotateEarly() {
-		err = d.makeRoom(need)
-	}
+	err := d.makeRoomAnywhere(need)
 	if err == nil {
 		return nil
 	}
@@ -133,7 +125,7 @@ func (d *Store) roomToFree(need int64) error {
 	// A log that is much larger than the data gives back more than SPARE has.
 	squeezed := d.squeeze()
 	if squeezed {
-		err = d.makeRoom(need)
+		err = d.makeRoomAnywhere(need)
 	}
 
 	// Step by step, for another program may take what is given back.
@@ -144,6 +136,16 @@ func (d *Store) roomToFree(need int64) error {
 		if shrinkErr != nil {
 			return shrinkErr
 		}
+		err = d.makeRoomAnywhere(need)
+	}
+	return err
+}
+
+// makeRoomAnywhere is makeRoom, in the next file where the current one has all that a file may have
+// (RLIMIT_FSIZE).
+func (d *Store) makeRoomAnywhere(need int64) error {
+	err := d.makeRoom(need)
+	if errors.Is(err, syscall.EFBIG) && d.rotateEarly() {
 		err = d.makeRoom(need)
 	}
 	return err

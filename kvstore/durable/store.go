@@ -550,10 +550,11 @@ func (d *Store) Close() error {
 }
 
 // writeCleanStop writes the frame that says that the store was closed, syncs it, and looks once
-// more whether the store is ours. It does nothing where the disk has no room for it.
+// more whether the store is ours. It does nothing where the disk has no room for it, and for the
+// frame that says that another file follows.
 func (d *Store) writeCleanStop() error {
 	if d.zerosAhead > 0 {
-		err := d.current.makeRoom(frameSize)
+		err := d.current.makeRoom(2 * frameSize)
 		switch {
 		case storage.IsFull(err):
 			return nil

@@ -113,7 +113,8 @@ const StoreName = "STORE"
 
 // IsFull tells whether err says that there is no room: on the disk, or in what we may use of it.
 func IsFull(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) ||
+		errors.Is(err, syscall.EFBIG)
 }
 
 // Errors of directories.

@@ -551,6 +551,11 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 			h.f.dirty[at] = h.f.changes
 		}
 	}
+
+	// As os.File, which does not tell what a call wrote that failed.
+	if err != nil {
+		n = 0
+	}
 	return n, err
 }
 
