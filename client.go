@@ -275,10 +275,11 @@ func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
 // sendTake is send with a Take that may wait. It has memory of its own, for what comes meanwhile
 // is read into the client's.
 func (c *Client) sendTake(q *Query) {
-	// Its key stays in memory while it waits. A long one counts as a line that has begun.
+	// Its key stays in memory while it waits. A long one counts as a line that has begun. Where there
+	// is no memory for it the Take does not wait.
 	if bytes := int64(len(q.key)); bytes > freeLine {
 		if !c.server.budget.acquireLine(bytes) {
-			q.refuse("no memory is left for so long a key to wait with")
+			q.seconds = 0
 			c.send(q)
 			return
 		}
@@ -1515,10 +1516,10 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 // returns false if the reply is dropped. It returns true also where the connection is gone, which
 // takes out what is queued.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
-	// A reply that has begun is not dropped. Before Ack only a client is cut off that has sent a long
-	// line, such as a Ping, whose reply may not be dropped.
+	// A reply that has begun is not dropped. Before Ack only a client is cut off that has sent lines
+	// of over burstSize, and whose reply may not be dropped.
 	mayDrop := q.mayDrop(o.acked) && !hasBegun
-	mayCut := o.acked || o.listing != nil || o.inInputs > 0 && !q.row().mayDrop
+	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
 
 	for {
 		// What the connection did last; with nothing queued it makes no difference.

@@ -418,9 +418,11 @@ func (c config) checkRequests() error {
 		slip := suggest("kvserver ", request, slices.Sorted(maps.Keys(commands)))
 
 		// Where two arguments are no requests, they may be the words of one.
-		why := refusal(strings.Join(c.requests[i:], " "))
-		isSpread := why != "" && i+1 < len(c.requests) && !strings.Contains(request, ":") &&
-			refusal(request) != "" && refusal(c.requests[i+1]) != ""
+		why := ""
+		if i+1 < len(c.requests) && !strings.Contains(request, ":") && refusal(request) != "" &&
+			refusal(c.requests[i+1]) != "" {
+			why = refusal(strings.Join(c.requests[i:], " "))
+		}
 
 		if err := firstWrong("", []wrong{
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
@@ -440,7 +442,7 @@ func (c config) checkRequests() error {
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
 			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
 				"Give each as an argument of its own; no key and no value holds a newline."},
-			{isSpread, why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
+			{why != "", why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
 		}); err != nil {
 			return err
 		}
@@ -1115,7 +1117,7 @@ func (k *credentials) warn(now time.Time) {
 			min(warnAgain, end.Sub(now))
 	}
 
-	k.next = now.Add(pause)
+	k.next = now.Round(0).Add(pause) // by the wall clock, which may be set
 	k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
 }
 
@@ -1702,9 +1704,9 @@ func (t *talker) sendLines() {
 			end = err
 		}
 
-		// Most lines go as they are.
-		request, isWhole := strings.CutSuffix(string(line), "\n")
-		request = trimCR(request)
+		// Most lines go as they are. Those that do not are short.
+		isWhole := bytes.HasSuffix(line, []byte("\n"))
+		request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
 		switch {
 		case isRest:
 			w.Write(line)
@@ -1717,7 +1719,7 @@ func (t *talker) sendLines() {
 		case isWhole && request == "": // the server has no answer, but one for an Ack
 			line = []byte("Ack\n")
 		case isWhole && lookUp(request) == quit:
-			t.quits.Store(t.asked.Load()) // our Ack was no line of the input
+			t.quits.CompareAndSwap(0, t.asked.Load()) // our Ack was no line of the input
 		}
 
 		// With -stop it goes when the one before is answered.

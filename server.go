@@ -1103,7 +1103,7 @@ func (s *keyValueServer) freeMemory() {
 //	                                                                        that takes nothing, or
 //	                                                                        drips, is cut; what they
 //	                                                                        keep counts as data
-//	a Take that      1 KiB, and its key; behind    long keys: as begun      it is refused;
+//	a Take that      1 KiB, and its key; behind    long keys: as begun      it does not wait;
 //	waits            a half-close 3 KiB            lines, beside those      memoryPerClient counts
 //	                                                                        the rest as data
 //	goroutines       three, and Client             memoryPerClient each,    one more client is told

@@ -1309,16 +1309,22 @@ func (k *killed) tick() int64 { return k.clock.Add(1) }
 
 // work has clients ask until the server is killed, or they have asked for enough and it is stopped.
 func (k *killed) work() {
-	var all sync.WaitGroup
-	for id := range 8 {
-		c := dialTCP(k.t, k.addr)
+	// All are connected before one of them kills the server.
+	var clients []*testClient
+	for range 9 {
+		clients = append(clients, dialTCP(k.t, k.addr))
+	}
+	for _, c := range clients[:8] {
 		c.ask("Ack", ":OK 0")
+	}
+
+	var all sync.WaitGroup
+	for id, c := range clients[:8] {
 		all.Go(func() { k.mix(c, id) })
 	}
 	ends := make(chan struct{})
-	c := dialTCP(k.t, k.addr)
 	go func() {
-		k.sendBursts(c)
+		k.sendBursts(clients[8])
 		close(ends)
 	}()
 	all.Wait()
@@ -2020,6 +2026,21 @@ func TestCommandIsInterrupted(t *testing.T) {
 	want := "interrupted; answered through line 3 of the input\n"
 	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
 		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
+	}
+}
+
+// Ensure that what stands behind a Quit is told as not run, also where there is a second Quit.
+func TestCommandBehindAQuit(t *testing.T) {
+	t.Parallel()
+	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+	go io.Copy(io.Discard, log)
+	for _, input := range []string{"Quit\nPut:a:b\n", "Quit\nPut:a:b\nQuit\n"} {
+		cmd := binary("-addr", addr, "-c")
+		cmd.Stdin = strings.NewReader(input)
+		out, err := cmd.CombinedOutput()
+		if err == nil || !bytes.Contains(out, []byte("Nothing after a Quit is run.")) {
+			t.Errorf("%q: %v, %s", input, err, out)
+		}
 	}
 }
 
@@ -3793,10 +3814,12 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 // a bound, and that nobody's writes are refused for them.
 func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	long := strings.Repeat("k", 900*kilo)
-	for _, line := range []string{"Take:" + long + ":60\n", "Ping:" + long + "\n"} {
+	for _, line := range []string{"Take:" + long + ":60\n", "Ping:" + long + "\n",
+		"Set:other:" + long + "\nGet:big\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 1 << 20
 			n.server.budget.limitTo(64<<20, 0)
+			n.fill("big", long, 4)
 			share := n.server.budget.shared() / linesShare
 			var clients []*testClient
 			for range 50 {
@@ -3825,6 +3848,26 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Ensure that a Take whose long key has no memory to wait in takes a value that is there, and waits for
+// none.
+func TestMemoryLimitOfALongTake(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		long := strings.Repeat("k", 3*kilo)
+		n.fill(long, "v", 1)
+		n.server.budget.limitTo(64<<20, 0)
+		n.server.budget.inputs.Store(1 << 30)
+		a := n.dial(t)
+		a.ask("Ack", ":OK 0")
+		a.ask("Take:"+long+":60", long+":v", ":OK 1")
+		began := time.Now()
+		a.ask("Take:"+long+":60", ":OK 0")
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it waits %v", took)
+		}
+		n.server.budget.inputs.Add(-1 << 30)
+	})
 }
 
 // Ensure that a long key with which a Take has waited is given back soon, though its client says
