@@ -782,3 +782,113 @@ func TestKilledThenThePowerFails(t *testing.T) {
 		}
 	})
 }
+
+// Ensure that restarts at the limit of a file's size use up nothing of what it takes to go on in the
+// next file.
+func TestLargestFileAndManyStarts(t *testing.T) {
+	for _, starts := range []int{1, 5, 20} {
+		dir, d := newSmall(t, Options{})
+		d.segmentSize, dir.Segment, dir.Largest = 1<<20, 1<<20, 100_000
+		n := 0
+		var err error
+		for ; err == nil; n++ {
+			if err = d.Room(1010, false); err == nil {
+				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for range starts {
+			if err := d.Close(); err != nil {
+				t.Fatalf("starts %d: Close: %v", starts, err)
+			}
+			if d, err = openSmall(dir, Options{}); err != nil {
+				t.Fatal(err)
+			}
+			d.segmentSize = 1 << 20
+		}
+		for i := range n - 1 {
+			key := fmt.Sprintf("key%07d", i)
+			if err := d.Room(int64(len(key)), true); err != nil {
+				t.Fatalf("starts %d, Delete %d of %d: %v", starts, i, n, err)
+			}
+			d.Delete(key)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Close()
+	}
+}
+
+// Ensure that everything can be deleted where the disk and the file become full at the same time.
+func TestFullDiskAndLargestFile(t *testing.T) {
+	for room := 104_000; room < 112_000; room += 168 {
+		dir, d := newSmall(t, Options{})
+		d.segmentSize, dir.Segment, dir.Largest, dir.Room = 1<<20, 1<<20, 100_000, room
+		n := 0
+		var err error
+		for ; err == nil; n++ {
+			if err = d.Room(1010, false); err == nil {
+				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for i := range n - 1 {
+			key := fmt.Sprintf("key%07d", i)
+			if err := d.Room(int64(len(key)), true); err != nil {
+				t.Fatalf("room %d, after %d Puts, Delete %d: %v", room, n, i, err)
+			}
+			d.Delete(key)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Close()
+	}
+}
+
+// Ensure that a start is good after a first one that failed at any call, and a second one that a power
+// failure stopped at any.
+func TestFirstStartThatFailed(t *testing.T) {
+	for fail := 1; fail < 60; fail++ {
+		dir := storetest.New()
+		dir.FailAt = fail
+		d, err := Open(context.Background(), dir, Options{})
+		dir.FailAt = 0
+		if err == nil {
+			d.Close()
+			continue
+		}
+		for stop := 1; stop < 60; stop++ {
+			for seed := range uint64(3) {
+				second := dir.Kill()
+				var images []*storetest.Dir
+				calls := 0
+				second.Before = func(c storetest.Call) error {
+					if calls++; calls == stop {
+						images = append(images, second.Crash(rand.New(rand.NewPCG(seed, uint64(stop)))))
+					}
+					return nil
+				}
+				d, err := Open(context.Background(), second, Options{})
+				if err != nil {
+					t.Fatalf("fail %d: second: %v", fail, err)
+				}
+				second.Before = nil
+				d.stopTimer()
+				for _, image := range images {
+					third, err := Open(context.Background(), image, Options{})
+					if err != nil {
+						t.Errorf("fail %d stop %d seed %d: %v", fail, stop, seed, err)
+						continue
+					}
+					third.stopTimer()
+				}
+			}
+		}
+	}
+}

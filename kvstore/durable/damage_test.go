@@ -637,3 +637,40 @@ func FuzzRecords(f *testing.F) {
 		}
 	})
 }
+
+// eioDir is a directory of which one file cannot be read.
+type eioDir struct {
+	*storetest.Dir
+	name string
+}
+
+type eioFile struct{ storage.File }
+
+func (eioFile) ReadAt([]byte, int64) (int, error) { return 0, syscall.EIO }
+
+func (d eioDir) Open(name string) (storage.File, int64, error) {
+	f, size, err := d.Dir.Open(name)
+	if err == nil && name == d.name {
+		return eioFile{f}, size, nil
+	}
+	return f, size, err
+}
+
+// Ensure that a header of the newest file that cannot be read is no damage of the one before.
+func TestHeaderThatCannotBeRead(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("a", "b")
+	d.Commit()
+	d.stopTimer()
+	// A rotation that was stopped: the next file is there, without frames.
+	if _, err := createLog(dir, fileHeader{kind: kindSegment, id: d.id, number: d.number + 1,
+		first: d.sequence + 2}, nil); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Open(context.Background(), eioDir{dir.Kill(), logName(kindSegment, d.number+1)},
+		Options{})
+	var damage *storage.DamageError
+	if err == nil || errors.As(err, &damage) {
+		t.Errorf("an I/O error is told as damage of another file: %v", err)
+	}
+}

@@ -775,3 +775,49 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a copy that is put over the only segment is noticed where a frame then fills it exactly.
+func TestHealOfACopyThatIsFilledExactly(t *testing.T) {
+	for _, size := range []int{79, 80} { // with one of these a frame has 128 bytes
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.segmentSize, d.minCompact = 1<<40, 1<<40
+			d.writing <- struct{}{}
+			d.zerosAhead = 640 // five frames of 128 bytes
+			<-d.writing
+			write := func(key string) {
+				t.Helper()
+				d.Put(key, strings.Repeat("v", size))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(2 * lookTime)
+			write("before")
+
+			out := storetest.New()
+			if _, err := Backup(dir, out, nil); err != nil {
+				t.Fatal(err)
+			}
+			write("since1")
+			for name, file := range out.Names {
+				dir.Empty(name)
+				f, _ := dir.Create(name)
+				f.WriteAt(file.Data, 0)
+				f.Close()
+			}
+			for i := range 21 {
+				write(fmt.Sprintf("key%03d", i))
+			}
+			<-time.After(lookTime)
+			write("after0")
+			again, err := openSmall(dir.Kill(), Options{})
+			if err != nil {
+				t.Errorf("a copy was put over it: %v", err)
+			} else if keysOf(again) != keysOf(d) {
+				t.Errorf("lost silently: %d of %d keys", keysOf(again), keysOf(d))
+			}
+			d.Close()
+		})
+	}
+}
