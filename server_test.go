@@ -2652,6 +2652,26 @@ func TestMaxClients(t *testing.T) {
 	})
 }
 
+// Ensure that every client too many is told so under TLS, too, however many there are.
+func TestMaxClientsOverTLS(t *testing.T) {
+	config := serverConfig(t)
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls, n.server.maxClients = config, 1
+		a := n.dial(t).overTLS()
+		a.ask("Ping", ":PONG")
+		var others []*testClient
+		for range maxTurnedAway + 3 {
+			c := n.dial(t).overTLS()
+			c.want(":ERROR line 0: server is full (1 clients)")
+			others = append(others, c)
+		}
+		a.ask("Ping", ":PONG")
+		for _, c := range others {
+			c.close()
+		}
+	})
+}
+
 // Ensure that a server that is full is healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
