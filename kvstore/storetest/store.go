@@ -182,8 +182,13 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	for _, s := range snapshots {
 		CheckSnapshot(t, s.snapshot, s.m)
 	}
+	checkLists(t, lists)
+}
 
-	// Whatever the store has done since, a list that it has handed out is the caller's.
+// checkLists wants that lists which a store has handed out are what they were, whatever it has done
+// since.
+func checkLists(t *testing.T, lists []handedOut) {
+	t.Helper()
 	for _, h := range lists {
 		if !slices.Equal(h.list, h.copy) {
 			t.Fatalf("a list that was %.100q became %.100q", h.copy, h.list)

@@ -72,26 +72,12 @@ func (p *process) visit(all *sync.WaitGroup, kind struct {
 	})
 }
 
-// dial connects, and tells whether it could.
-func (v *visitor) dial() bool {
+// drawWires draws what the network does with what the client sends, and with the replies.
+func (v *visitor) drawWires() (out, back wire) {
 	r := v.random
 
-	// Where the network holds little of a reply, the server feels at once that its reader is slow.
-	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
-	ours, near := Pipe(StreamSize, size)
-
-	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
-	theirs.Gate = v.gate
-
-	// What breaks off a connection does so below TLS, without a word to the other side.
-	v.raw = ours
-	if v.conn = ours; v.settings.TLS != nil && !v.plain {
-		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
-	}
-	v.r = bufio.NewReader(v.conn)
-
 	// Bytes are cut, late, and may stop.
-	out := wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
+	out = wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
 		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
 
 	// A wire that carries three bytes at a time is not late as well: that would take minutes.
@@ -110,13 +96,35 @@ func (v *visitor) dial() bool {
 	}
 
 	// Replies are up to 12 MB, which would take too long in pieces of three bytes.
-	back := out
+	back = out
 	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
 
 	// Without this the network itself would be slower than a client that reads steadily.
 	if v.calm {
 		back.late = min(back.late, 5*time.Millisecond)
 	}
+	return out, back
+}
+
+// dial connects, and tells whether it could.
+func (v *visitor) dial() bool {
+	r := v.random
+
+	// Where the network holds little of a reply, the server feels at once that its reader is slow.
+	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
+	ours, near := Pipe(StreamSize, size)
+
+	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
+	theirs.Gate = v.gate
+
+	// What breaks off a connection does so below TLS, without a word to the other side.
+	v.raw = ours
+	if v.conn = ours; v.settings.TLS != nil && !v.plain {
+		v.conn = tls.Client(ours, &tls.Config{InsecureSkipVerify: true})
+	}
+	v.r = bufio.NewReader(v.conn)
+
+	out, back := v.drawWires()
 
 	// A process that was killed takes nobody.
 	v.process.mu.Lock()
@@ -304,6 +312,21 @@ func (v *visitor) silence() {
 	}
 }
 
+// dribble sends a line of which each byte comes in good time, and the whole does not.
+func (v *visitor) dribble() {
+	for began := time.Now(); ; {
+		if _, err := io.WriteString(v.conn, "x"); err != nil {
+			return
+		}
+
+		if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
+			v.fail("%s dribbles a line for %v", v.id, took)
+			return
+		}
+		Wait(Between(v.random, 0, 2*time.Second))
+	}
+}
+
 // garbage sends what is no request. None of it may be run.
 func (v *visitor) garbage() {
 	r := v.random
@@ -347,19 +370,8 @@ func (v *visitor) garbage() {
 		v.conn.Write([]byte("Put:shared0:evil"))
 		v.conn.CloseWrite()
 	case 5:
-		// Each byte comes in good time, and the line as a whole does not.
-		began := time.Now()
-		for {
-			if _, err := io.WriteString(v.conn, "x"); err != nil {
-				return
-			}
-
-			if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
-				v.fail("%s dribbles a line for %v", v.id, took)
-				return
-			}
-			Wait(Between(r, 0, 2*time.Second))
-		}
+		v.dribble()
+		return
 	case 6:
 		// A client of Redis begins so: lines behind it must not be run, as behind a browser's.
 		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)

@@ -262,10 +262,14 @@ func (w *world) live(dies bool) {
 
 	// From here on all that was there is on disk.
 	w.exposed = time.Time{}
-	if !p.start(db, log) {
-		return
+	if p.start(db, log) {
+		p.serve(db)
 	}
+}
 
+// serve is the life of a process that serves, until its end.
+func (p *process) serve(db *durable.Store) {
+	r := p.random
 	var clients sync.WaitGroup
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, Pick(r, kinds...))

@@ -14,24 +14,9 @@ import (
 func (v *visitor) pipeline() {
 	r := v.random
 	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), Pick(r, 1, 100, 3*kilo)
-	var text strings.Builder
-	var list []string
-	for i := range values {
-		value := v.value(i) + strings.Repeat("+", size)
-
-		// The world must know the value as it is sent, with what makes it long.
-		v.world.mu.Lock()
-		v.sent[value] = true
-		v.world.mu.Unlock()
-
-		list = append(list, key+":"+value)
-		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
-	}
-
-	// The answer says that all Puts have been done, so that each Get returns all values.
-	io.WriteString(v.conn, text.String()+"Ping:begin\n")
-	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
-		return // refused, or gone
+	list := v.fillList(key, values, size)
+	if list == nil {
+		return
 	}
 
 	// Not more than so many bytes in all.
@@ -41,8 +26,8 @@ func (v *visitor) pipeline() {
 	}
 
 	// Gets, with some errors among them, and a last write as a mark.
+	var text strings.Builder
 	errors := 0
-	text.Reset()
 	for range gets {
 		if text.WriteString("Get:" + key + "\n"); Chance(r, 20) {
 			text.WriteString("Nonsense\n")
@@ -80,6 +65,30 @@ func (v *visitor) pipeline() {
 	}
 
 	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
+}
+
+// fillList puts so many values under key, and returns the lines of a Get; nil: the server has refused
+// one, or has gone.
+func (v *visitor) fillList(key string, values, size int) (list []string) {
+	var text strings.Builder
+	for i := range values {
+		value := v.value(i) + strings.Repeat("+", size)
+
+		// The world must know the value as it is sent, with what makes it long.
+		v.world.mu.Lock()
+		v.sent[value] = true
+		v.world.mu.Unlock()
+
+		list = append(list, key+":"+value)
+		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
+	}
+
+	// The answer says that all Puts have been done, so that each Get returns all values.
+	io.WriteString(v.conn, text.String()+"Ping:begin\n")
+	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
+		return nil
+	}
+	return list
 }
 
 // checkMark wants the last write of a client that reads nothing, behind replies of about so many
@@ -177,37 +186,9 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 		refusable = 1
 	}
 
-	// Each line is the next one of a reply, an error, or tells what was lost.
-	delivered, dropped, place, ended := 0, 0, 0, false
-	lines := strings.SplitAfter(got.text, "\n")
-	for i, line := range lines {
-		text, whole := strings.CutSuffix(line, "\n")
-		switch n := 0; {
-		case !whole && got.err == io.EOF && line != "" && !disturbed:
-			v.fail("%s: the last line is torn: %.60q", v.id, line)
-		// Nothing stands behind the last newline, or the connection broke in a line.
-		case !whole:
-		case text == list[place]:
-			if place++; place == len(list) {
-				place = 0
-				delivered++
-			}
-		case place > 0:
-			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
-			return
-		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"):
-			delivered++
-		case strings.HasPrefix(text, ":PONG end"):
-			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
-			ended = asked
-		case strings.Contains(text, "replies were dropped"):
-			fmt.Sscanf(text[strings.LastIndex(text, ": ")+2:], "%d", &n)
-			dropped += n
-			ended = !asked
-		default:
-			v.fail("%s: line %d is %.60q", v.id, i, text)
-			return
-		}
+	delivered, dropped, ended, good := v.tallyLines(got, list, asked, disturbed)
+	if !good {
+		return
 	}
 
 	// What was not delivered was told, where the connection has ended well.
@@ -226,4 +207,43 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 	if steady && dropped > 0 {
 		v.fail("%s: %d replies were dropped, though it read", v.id, dropped)
 	}
+}
+
+// tallyLines counts the replies that were delivered, and those of which it was told that they were
+// dropped. ended: the last line told it. Each line is the next one of a reply, an error, or tells
+// what was lost: else good is false.
+func (v *visitor) tallyLines(got whatWasRead, list []string, asked, disturbed bool) (delivered,
+	dropped int, ended, good bool) {
+	place := 0
+	lines := strings.SplitAfter(got.text, "\n")
+	for i, line := range lines {
+		text, whole := strings.CutSuffix(line, "\n")
+		switch n := 0; {
+		case !whole && got.err == io.EOF && line != "" && !disturbed:
+			v.fail("%s: the last line is torn: %.60q", v.id, line)
+		// Nothing stands behind the last newline, or the connection broke in a line.
+		case !whole:
+		case text == list[place]:
+			if place++; place == len(list) {
+				place = 0
+				delivered++
+			}
+		case place > 0:
+			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
+			return delivered, dropped, ended, false
+		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"):
+			delivered++
+		case strings.HasPrefix(text, ":PONG end"):
+			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
+			ended = asked
+		case strings.Contains(text, "replies were dropped"):
+			fmt.Sscanf(text[strings.LastIndex(text, ": ")+2:], "%d", &n)
+			dropped += n
+			ended = !asked
+		default:
+			v.fail("%s: line %d is %.60q", v.id, i, text)
+			return delivered, dropped, ended, false
+		}
+	}
+	return delivered, dropped, ended, true
 }

@@ -104,6 +104,26 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	return true
 }
 
+// lease makes a key that ends after so many seconds, and tells whether it did.
+func (v *visitor) lease(key, value string, seconds int) bool {
+	fmt.Fprintf(v.conn, Pick(v.random, "Lease:%[1]s:%[2]d:%[3]s\n",
+		"Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"), key, seconds, value)
+
+	// A Set and an Expire have two answers, and a Lease has one: the PONG ends both.
+	io.WriteString(v.conn, "Ping\n")
+	for n, last := 0, ""; last != ":PONG"; n++ {
+		var err error
+		if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
+			// Only the first request carries the value: a refused Expire leaves it there.
+			v.world.mu.Lock()
+			v.refused[value] = err == nil && n == 0
+			v.world.mu.Unlock()
+			return false
+		}
+	}
+	return true
+}
+
 // end makes keys that end, and looks that they are there until then, and no longer; also those of
 // processes before.
 func (v *visitor) end() {
@@ -118,21 +138,8 @@ func (v *visitor) end() {
 		lasts := time.Duration(seconds) * time.Second
 
 		began := time.Now()
-		fmt.Fprintf(v.conn, Pick(r, "Lease:%[1]s:%[2]d:%[3]s\n", "Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"),
-			key, seconds, value)
-
-		// A Set and an Expire have two answers, and a Lease has one: the PONG ends both.
-		io.WriteString(v.conn, "Ping\n")
-		for n, last := 0, ""; last != ":PONG"; n++ {
-			var err error
-			if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
-				v.world.mu.Lock()
-
-				// Only the first request carries the value: a refused Expire leaves it there.
-				v.refused[value] = err == nil && n == 0
-				v.world.mu.Unlock()
-				return
-			}
+		if !v.lease(key, value, seconds) {
+			return
 		}
 
 		// The server has begun to count somewhere between the request and its answer.
