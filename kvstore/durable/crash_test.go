@@ -444,51 +444,58 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that everything can be deleted where no file may become larger, also behind a start.
+// Ensure that everything can be deleted where no file may become larger: behind starts, which must
+// use up nothing of what it takes to go on in the next file, and where the disk becomes full as well.
 func TestLargestFileDeletesEverything(t *testing.T) {
-	for _, restarted := range []bool{false, true} {
+	type limits struct{ starts, room int }
+	cases := []limits{{0, 0}, {1, 0}, {5, 0}, {20, 0}}
+	for room := 104_000; room < 112_000; room += 168 {
+		cases = append(cases, limits{0, room})
+	}
+	for _, c := range cases {
 		dir, d := newSmall(t, Options{})
-		d.segmentSize, dir.Segment, dir.Largest = 1<<20, 1<<20, 100_000
-		n := 0
-		var err error
-		for ; err == nil; n++ {
-			if err = d.Room(1010, false); err == nil {
-				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
-				if err := d.Commit(); err != nil {
-					t.Fatal(err)
-				}
+		d.segmentSize, dir.Segment, dir.Largest, dir.Room = 1<<20, 1<<20, 100_000, c.room
+		commit := func() {
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%+v: %v", c, err)
 			}
 		}
-		if !errors.Is(err, syscall.EFBIG) || n < 50 {
-			t.Fatalf("the file is not full after %d: %v", n, err)
+
+		var keys []string
+		for d.Room(1010, false) == nil {
+			keys = append(keys, fmt.Sprintf("key%07d", len(keys)))
+			d.Put(keys[len(keys)-1], strings.Repeat("v", 1000))
+			commit()
 		}
-		if restarted {
-			d.Close()
-			if d, err = openSmall(dir, Options{}); err != nil {
-				t.Fatal(err)
+		if err := d.Room(1010, false); !storage.IsFull(err) || len(keys) < 50 {
+			t.Fatalf("%+v: full after %d: %v", c, len(keys), err)
+		}
+
+		for range c.starts {
+			var err error
+			if err = d.Close(); err == nil {
+				d, err = openSmall(dir, Options{})
+			}
+			if err != nil {
+				t.Fatalf("%+v: a restart: %v", c, err)
 			}
 			d.segmentSize = 1 << 20
 		}
 
-		for i := range n - 1 {
-			key := fmt.Sprintf("key%07d", i)
+		for i, key := range keys {
 			if err := d.Room(int64(len(key)), true); err != nil {
-				t.Fatalf("restarted %v, Delete %d of %d: %v", restarted, i, n, err)
+				t.Fatalf("%+v: Delete %d of %d: %v", c, i, len(keys), err)
 			}
 			d.Delete(key)
-			if i%3 > 0 { // the others are committed with the next
-				continue
-			}
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
+			if i%3 == 0 { // the others are committed with the next
+				commit()
 			}
 		}
 		if err := d.Close(); err != nil {
-			t.Fatal(err)
+			t.Fatalf("%+v: %v", c, err)
 		}
-		again, err := openSmall(dir, Options{})
-		if err != nil || keysOf(again) != 0 {
-			t.Errorf("opened again: %v, %d keys", err, keysOf(again))
+		if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
+			t.Errorf("%+v: opened again: %v, %d keys", c, err, keysOf(again))
 		}
 	}
 }
@@ -783,76 +790,8 @@ func TestKilledThenThePowerFails(t *testing.T) {
 	})
 }
 
-// Ensure that restarts at the limit of a file's size use up nothing of what it takes to go on in the
-// next file.
-func TestLargestFileAndManyStarts(t *testing.T) {
-	for _, starts := range []int{1, 5, 20} {
-		dir, d := newSmall(t, Options{})
-		d.segmentSize, dir.Segment, dir.Largest = 1<<20, 1<<20, 100_000
-		n := 0
-		var err error
-		for ; err == nil; n++ {
-			if err = d.Room(1010, false); err == nil {
-				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
-				if err := d.Commit(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		for range starts {
-			if err := d.Close(); err != nil {
-				t.Fatalf("starts %d: Close: %v", starts, err)
-			}
-			if d, err = openSmall(dir, Options{}); err != nil {
-				t.Fatal(err)
-			}
-			d.segmentSize = 1 << 20
-		}
-		for i := range n - 1 {
-			key := fmt.Sprintf("key%07d", i)
-			if err := d.Room(int64(len(key)), true); err != nil {
-				t.Fatalf("starts %d, Delete %d of %d: %v", starts, i, n, err)
-			}
-			d.Delete(key)
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		d.Close()
-	}
-}
-
-// Ensure that everything can be deleted where the disk and the file become full at the same time.
-func TestFullDiskAndLargestFile(t *testing.T) {
-	for room := 104_000; room < 112_000; room += 168 {
-		dir, d := newSmall(t, Options{})
-		d.segmentSize, dir.Segment, dir.Largest, dir.Room = 1<<20, 1<<20, 100_000, room
-		n := 0
-		var err error
-		for ; err == nil; n++ {
-			if err = d.Room(1010, false); err == nil {
-				d.Put(fmt.Sprintf("key%07d", n), strings.Repeat("v", 1000))
-				if err := d.Commit(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		for i := range n - 1 {
-			key := fmt.Sprintf("key%07d", i)
-			if err := d.Room(int64(len(key)), true); err != nil {
-				t.Fatalf("room %d, after %d Puts, Delete %d: %v", room, n, i, err)
-			}
-			d.Delete(key)
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		d.Close()
-	}
-}
-
-// Ensure that a start is good after a first one that failed at any call, and a second one that a power
-// failure stopped at any.
+// Ensure that a start is good after a first one that failed at any call, and a second one that a
+// power failure stopped at any.
 func TestFirstStartThatFailed(t *testing.T) {
 	for fail := 1; fail < 60; fail++ {
 		dir := storetest.New()

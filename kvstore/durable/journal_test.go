@@ -882,3 +882,13 @@ func TestStatusNumbers(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that Room refuses what would not fit a frame with what a record has beside key and value.
+func TestRoomForTheLargestRecord(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	defer d.Close()
+	dir.Room = 100_000
+	if err := d.Room(maxRecord-1, true); err == nil || !strings.Contains(err.Error(), "too large") {
+		t.Errorf("a record of 2 GiB but for a byte: %v", err)
+	}
+}
