@@ -1699,9 +1699,7 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 // the server closes, a client that has been able to read everything gets the time only while it
 // goes on sending.
 func (c *Client) drainInput() {
-	if half, ok := c.connection.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
-	}
+	closeWrite(c.connection)
 
 	// How long it may say nothing.
 	silence := drainTime
@@ -1870,8 +1868,11 @@ func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 }
 
 // CloseWrite ends our side of the connection.
-func (p *pacedConn) CloseWrite() error {
-	if half, ok := p.Conn.(interface{ CloseWrite() error }); ok {
+func (p *pacedConn) CloseWrite() error { return closeWrite(p.Conn) }
+
+// closeWrite ends our side of conn, if it has two that end one by one.
+func closeWrite(conn net.Conn) error {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
 	return nil

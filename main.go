@@ -410,12 +410,13 @@ const leaveOut = "Leave it out: kvserver alone serves."
 
 // checkRequests tells what is wrong with what stands behind the flags.
 func (c config) checkRequests() error {
+	names := slices.Sorted(maps.Keys(commands))
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
 		word := otherWords[strings.ToLower(request)]
 		_, isCommand := commands[request]
-		slip := suggest("kvserver ", request, slices.Sorted(maps.Keys(commands)))
+		slip := suggest("kvserver ", request, names)
 
 		// Where two arguments are no requests, they may be the words of one.
 		why := ""
@@ -1740,9 +1741,7 @@ func (t *talker) sendLines() {
 	t.sent <- end
 
 	// The server ends the conversation when it has answered all of it.
-	if half, ok := t.conn.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
-	}
+	closeWrite(t.conn)
 }
 
 // isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a

@@ -349,7 +349,8 @@ func TestFlagMistakes(t *testing.T) {
 	// Values that a flag does not take.
 	for _, args := range []string{"-log xml", "-http x", "-max-line many", "-max-line 0",
 		"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
-		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-max-clients 0", "-max-clients 1e3",
+		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:",
+		"-max-clients 0", "-max-clients 1e3",
 		"-write-timeout -5s", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
 		"-addr localhost"} {
 		name, value, _ := strings.Cut(args, " ")
@@ -2026,6 +2027,19 @@ func TestCommandIsInterrupted(t *testing.T) {
 	want := "interrupted; answered through line 3 of the input\n"
 	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
 		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
+	}
+}
+
+// Ensure that many requests on the command line are looked at one by one: to join all that follow at
+// each of them would take their square.
+func TestCommandWithManyRequests(t *testing.T) {
+	c := config{client: true, requests: slices.Repeat([]string{"Put:key:value"}, 5000)}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	err := c.checkRequests()
+	runtime.ReadMemStats(&after)
+	if took := (after.TotalAlloc - before.TotalAlloc) / 5000; err != nil || took > 10_000 {
+		t.Errorf("%v, and %d bytes for each of 5,000 requests", err, took)
 	}
 }
 
@@ -3830,8 +3844,8 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 	}
 }
 
-// Ensure that keys with which Takes wait, and lines whose answers nobody reads, before Ack, too, have
-// a bound, and that nobody's writes are refused for them.
+// Ensure that keys with which Takes wait, and lines whose answers nobody reads, before Ack, too,
+// have a bound, and that nobody's writes are refused for them.
 func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	long := strings.Repeat("k", 900*kilo)
 	for _, line := range []string{"Take:" + long + ":60\n", "Ping:" + long + "\n",
@@ -3870,8 +3884,8 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	}
 }
 
-// Ensure that a Take whose long key has no memory to wait in takes a value that is there, and waits for
-// none.
+// Ensure that a Take whose long key has no memory to wait in takes a value that is there, and waits
+// for none.
 func TestMemoryLimitOfALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("k", 3*kilo)
@@ -5873,10 +5887,11 @@ func TestEndByHalfClose(t *testing.T) {
 
 // Ensure that what follows a goodbye is not even looked at.
 func TestEndAnswersNothingMore(t *testing.T) {
+	const tooLongFor20 = ":ERROR line 1: longer than 20 bytes, skipped\n"
 	for send, want := range map[string]string{
 		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
 		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
-		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 ":ERROR line 1: longer than 20 bytes, skipped\n",
+		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 tooLongFor20,
 		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
