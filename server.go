@@ -1081,10 +1081,10 @@ func (s *keyValueServer) freeMemory() {
 //	                 its buffer, up to -max-line   (first, spare)           and is skipped
 //	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
 //	                 queries                       second or two
-//	a chain that     the same, and lines of up to  -                        over queues, with all
-//	waits            -max-line                                              replies, a client that
-//	                                                                        takes nothing is cut, or
-//	                                                                        loses a Get's reply
+//	a chain that     the same, and lines of up to  what comes with lines    over queues, with all
+//	waits            -max-line                     of over burstSize,       replies, a client that
+//	                                               after Ack, or in a Keys  takes nothing is cut; any
+//	                                               or Dump                  other waits
 //	replies          maxBufferSize of maxMessage,  queues, a quarter more   of a client that takes
 //	                 one being made, one written   for replies that have    nothing they are
 //	                                               begun, and two of        dropped; after Ack, or
