@@ -34,9 +34,9 @@ const (
 	patienceTime = 10 * time.Second        // without an answer, until we give up
 	tellTime     = time.Second             // without an answer, until we say so
 
-	pieceLeast = 16 << 10 // bytes of a piece: smaller ones would help no link
-	pieceFirst = 64 << 10 // bytes of a piece at first: they double while the link can do it
-	pieceMost  = 1 << 20  // bytes of a piece: etcd takes requests of 1.5 MiB
+	pieceLeast = 16 << 10 // bytes of a piece as it is sent: smaller ones would help no link
+	pieceFirst = 64 << 10 // the same at first: they double while the link can do it
+	pieceMost  = 1 << 20  // bytes of a piece, packed or not: etcd takes requests of 1.5 MiB
 	pageFirst  = 64 << 10 // bytes of the pieces that are asked for together, at first
 	pageMost   = 3 << 20  // the same at last: gateways before 3.4.17 answer at most 4 MiB
 	keysMost   = 4 << 10  // keys that are asked for together: etcd counts all behind them, too

@@ -1225,8 +1225,9 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 	}
 }
 
-// Ensure that a large commit is many pieces, that many small commits are few, and that files of
-// many small pieces, as an earlier version left them, are asked for in parts.
+// Ensure that a large commit is many pieces, or one if it shrinks enough, that many small commits
+// are few, and that files of many small pieces, as an earlier version left them, are asked for in
+// parts.
 func TestEtcdManyPieces(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -1245,11 +1246,16 @@ func TestEtcdManyPieces(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		before := e.list(pieces).Count
+		put("text", strings.Repeat("text", 100<<10))
+		if n := e.list(pieces).Count - before; n != 1 {
+			t.Errorf("what shrinks enough is %d pieces", n)
+		}
 		random := make([]byte, 900<<10)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
 		commits := fewer(4000, 1500)
-		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
 		for i := range commits {
 			put("small", fmt.Sprint(i))
 			if i%500 == 499 { // a large one now and then

@@ -347,8 +347,7 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 // send sends what is written in pieces, as long as there are least bytes.
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
-		n := min(len(f.buf), int(f.d.client.piece.Load()))
-		err := f.put(f.buf[:n])
+		n, err := f.put()
 		if err == errSmaller {
 			// The link or etcd wants less at a time.
 			f.d.client.wasTooMuch()
@@ -390,27 +389,31 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece. With errSmaller it is to be tried again with fewer bytes, if it has not
-// arrived. If it fails otherwise nobody else adds one.
-func (f *pieceFile) put(b []byte) error {
-	p, before, data := piece{number: f.count, start: f.size, size: int64(len(b))}, f.last, b
-	var ops []operation
+// put adds a piece of the first n bytes of buf. With errSmaller it is to be tried again with fewer,
+// if it has not arrived. If it fails otherwise nobody else adds one.
+func (f *pieceFile) put() (n int, err error) {
+	// The link sets how many bytes are sent at a time, and most data is smaller once packed.
+	most := int(f.d.client.piece.Load())
+	n = min(len(f.buf), pieceMost)
+	data, joins := f.join(f.buf[:n])
+	packed := pack(data)
+	if len(packed) > most && n > most {
+		n = most
+		data, joins = f.join(f.buf[:n])
+		packed = pack(data)
+	}
 
-	// Once there are enough small pieces, this write and they become one piece: else a file of
-	// small writes would have a key for each.
-	isFull := len(f.tail)+len(b) > joinBytes
-	joins := f.tails >= joinLeast && (isFull || f.tails >= joinMost) &&
-		f.d.client.piece.Load() >= joinBytes
+	p, before := piece{number: f.count, start: f.size, size: int64(len(data))}, f.last
+	var ops []operation
 	if joins {
-		data, before = append(f.tail, b...), f.before
 		p.start -= int64(len(f.tail))
-		p.size = int64(len(data))
+		before = f.before
 		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count)))
 	}
 
-	began, packed := time.Now(), pack(data)
+	began := time.Now()
 	if err := f.add(p, packed, before, ops...); err != nil {
-		return err
+		return n, err
 	}
 	f.d.client.tookPiece(len(packed), time.Since(began))
 
@@ -422,14 +425,27 @@ func (f *pieceFile) put(b []byte) error {
 		f.d.pieces.Add(-int64(f.tails))
 		f.d.client.garbage.Add(int64(len(f.tail)))
 		fallthrough
-	case isFull:
+	case f.isTailFull(n):
 		f.tail, f.tails, f.before = f.tail[:0], 0, f.last
 	default:
-		f.tail = append(f.tail, b...)
+		f.tail = append(f.tail, data...)
 		f.tails++
 	}
-	return nil
+	return n, nil
 }
+
+// join returns what the next piece holds: b, or also the small pieces before it, once there are
+// enough of them. Else a file of small writes would have a key for each.
+func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
+	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
+	if !isEnough || f.d.client.piece.Load() < joinBytes {
+		return b, false
+	}
+	return append(f.tail, b...), true
+}
+
+// isTailFull tells whether n bytes more are too many to be joined later.
+func (f *pieceFile) isTailFull(n int) bool { return len(f.tail)+n > joinBytes }
 
 // add does ops and puts a piece, if the file has its name and the piece before that one is there:
 // so no write can leave a hole.
