@@ -42,6 +42,10 @@ const (
 	// a tenth more writes a second on disk.
 	maxYields = 4
 
+	// A Commit that takes less is over before its clients could come back: a batch need not
+	// wait for them.
+	slowCommit = time.Millisecond
+
 	// How long workLoop works before it commits and answers: maxHeavyTurn for a client whose
 	// requests take long, such as Updates of huge lists. A chain with more to do goes on later.
 	maxTurn      = 5 * time.Millisecond
@@ -169,11 +173,14 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients       []*Client
 	db            kvstore.Store
-	touched       []string      // a chain's keys, while the store is told them
-	batch         []*Query      // chains that have run and wait for Commit
-	waiting       turnQueue     // for their turn
-	floor         time.Duration // the most that a client had spent when it left waiting (share)
-	takes         takeQueues    // Takes that wait for a value
+	touched       []string         // a chain's keys, while the store is told them
+	batch         []*Query         // chains that have run and wait for Commit
+	expected      int              // chains in it if the clients of late come back (gathers)
+	gathered      <-chan time.Time // when it has waited for them long enough; nil: it does not wait
+	lastCommit    time.Duration    // how long the last batch's took
+	waiting       turnQueue        // for their turn
+	floor         time.Duration    // the most that a client had spent when it left waiting (share)
+	takes         takeQueues       // Takes that wait for a value
 	turn          turn
 	turningAway   int     // connections that are being turned away
 	full          seldom  // turning clients away
@@ -592,6 +599,9 @@ func (s *keyValueServer) workLoop() {
 			s.runBatch(q)
 		case <-more:
 			s.runBatch(s.nextQuery())
+		case <-s.gathered:
+			s.expected = 0
+			s.runBatch(nil)
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)
@@ -661,7 +671,8 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 }
 
 // runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
-// commits it all at once, then answers.
+// commits it all at once, then answers. A batch that gathers is left open: the next call goes on
+// with it.
 func (s *keyValueServer) runBatch(q *Query) {
 	// A turn is for requests: expire has a time limit of its own.
 	s.expire()
@@ -681,12 +692,15 @@ func (s *keyValueServer) runBatch(q *Query) {
 			s.runChain(chain, next)
 
 		// The batch may grow.
-		case yields < maxYields && len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver():
+		case yields < maxYields && s.mayGrow() && s.gathered == nil:
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.turn.begin() // that was others' time
 			}
+
+		case s.gathers():
+			return
 
 		default:
 			s.commit()
@@ -696,6 +710,26 @@ func (s *keyValueServer) runBatch(q *Query) {
 			return
 		}
 	}
+}
+
+// mayGrow tells whether there is a batch that may take in what comes next.
+func (s *keyValueServer) mayGrow() bool {
+	return len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver()
+}
+
+// gathers tells whether the batch waits for the clients that the last Commit answered: they are
+// likely to come back at once. Otherwise one half of the clients would send while the other half
+// waits for the disk, and each half would pay for Commits of its own.
+func (s *keyValueServer) gathers() bool {
+	if s.lastCommit < slowCommit || len(s.batch) >= s.expected || !s.mayGrow() {
+		return false
+	}
+
+	// If nobody comes the batch is a small one, and the next does not wait for them again.
+	if s.gathered == nil {
+		s.gathered = time.After(min(s.lastCommit/2, maxTurn))
+	}
+	return true
 }
 
 // isTurnOver tells whether it is time to commit.
@@ -1334,6 +1368,7 @@ func (s *keyValueServer) commit() {
 	// Reads are committed, too: they may have seen what is not yet durable.
 	if len(s.batch) > 0 {
 		s.commitStore()
+		s.expected, s.gathered = len(s.batch)+len(s.queries), nil
 	}
 
 	// Nobody learns before this what the chains have done.
@@ -1369,8 +1404,11 @@ func (s *keyValueServer) commitStore() {
 	err := s.db.Commit()
 
 	// Without a batch it was but a look at the files, for which nobody has waited.
+	if len(s.batch) > 0 {
+		s.lastCommit = time.Since(began)
+	}
 	if s.status != nil && len(s.batch) > 0 {
-		s.commits.Observe(time.Since(began).Seconds())
+		s.commits.Observe(s.lastCommit.Seconds())
 		s.batches.Observe(float64(len(s.batch)))
 	}
 

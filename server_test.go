@@ -3005,6 +3005,55 @@ func TestCommitBeforeGets(t *testing.T) {
 	}
 }
 
+// Ensure that clients who come back soon share a slow Commit, whenever they came first, and that
+// one who is alone waits for nobody, but once for those who have left.
+func TestCommitGathers(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, rounds, takes, thinks = 10, 20, 10 * time.Millisecond, time.Millisecond
+		store := &slowStore{Memory: kvstore.NewMemory(), takes: takes}
+		n.server.db = store
+		var all sync.WaitGroup
+		for i := range clients {
+			c := n.dial(t)
+			c.ask("Ack", ":OK 0")
+			all.Go(func() {
+				<-time.After(takes / 2 * time.Duration(i%2)) // half of them while a Commit lasts
+				for range rounds {
+					c.ask("Put:k:v", ":OK 1")
+					<-time.After(thinks)
+				}
+			})
+		}
+		before := store.commits.Load()
+		all.Wait()
+		if got := store.commits.Load() - before; got > rounds+3 {
+			t.Errorf("there were %d Commits for %d rounds of all clients", got, rounds)
+		}
+
+		alone := n.dial(t)
+		for _, most := range []time.Duration{takes + maxTurn, takes, takes} {
+			began := time.Now()
+			alone.ask("Put:k:v\nPing", ":PONG")
+			if took := time.Since(began); took > most {
+				t.Errorf("a client that is alone waits %v, want %v", took, most)
+			}
+		}
+	})
+}
+
+// slowStore is a Memory whose Commit takes its time.
+type slowStore struct {
+	*kvstore.Memory
+	takes   time.Duration
+	commits atomic.Int64
+}
+
+func (s *slowStore) Commit() error {
+	s.commits.Add(1)
+	<-time.After(s.takes)
+	return nil
+}
+
 // gatedStore is a Memory whose Commit waits for what it is to return.
 type gatedStore struct {
 	*kvstore.Memory
