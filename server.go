@@ -173,14 +173,12 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients       []*Client
 	db            kvstore.Store
-	touched       []string         // a chain's keys, while the store is told them
-	batch         []*Query         // chains that have run and wait for Commit
-	expected      int              // chains in it if the clients of late come back (gathers)
-	gathered      <-chan time.Time // when it has waited for them long enough; nil: it does not wait
-	lastCommit    time.Duration    // how long the last batch's took
-	waiting       turnQueue        // for their turn
-	floor         time.Duration    // the most that a client had spent when it left waiting (share)
-	takes         takeQueues       // Takes that wait for a value
+	touched       []string      // a chain's keys, while the store is told them
+	batch         []*Query      // chains that have run and wait for Commit
+	gathering     gathering     // for whom it waits before its Commit
+	waiting       turnQueue     // for their turn
+	floor         time.Duration // the most that a client had spent when it left waiting (share)
+	takes         takeQueues    // Takes that wait for a value
 	turn          turn
 	turningAway   int     // connections that are being turned away
 	full          seldom  // turning clients away
@@ -274,6 +272,9 @@ type share struct {
 	stride int           // requests between these
 
 	chain, next *Query // that waits for its turn, and its first request that has not run
+
+	batch    int  // the last in which the client was: its number
+	isSteady bool // it was in one of the two before that, too
 }
 
 // due is how much the client will have spent if the next turn costs as much as the last.
@@ -296,6 +297,45 @@ func (t *turnQueue) Pop() any {
 	(*t)[last] = nil
 	*t = (*t)[:last]
 	return c
+}
+
+// gathering is for whom a batch waits, before a Commit that takes long: for the clients of the last
+// batch that come each time. Otherwise one half of the clients would send while the other half
+// waits for the disk, and each half would pay for Commits of its own.
+type gathering struct {
+	batch   int              // its number
+	steady  int              // clients in it that were in one of the two before
+	missing int              // steady clients of the last one that have not come back
+	took    time.Duration    // the last one's Commit
+	over    <-chan time.Time // when it has waited long enough; nil: it does not wait
+}
+
+// came notes that the next chain of sh's client is in the batch.
+func (g *gathering) came(sh *share) {
+	if sh.isSteady && sh.batch == g.batch-1 {
+		g.missing--
+	}
+
+	sh.isSteady, sh.batch = g.batch-sh.batch <= 2, g.batch
+	if sh.isSteady {
+		g.steady++
+	}
+}
+
+// begin tells whether the batch waits, and sees to it that it does not wait too long.
+func (g *gathering) begin() bool {
+	if g.took < slowCommit || g.missing <= 0 {
+		return false
+	}
+	if g.over == nil {
+		g.over = time.After(min(g.took/2, maxTurn))
+	}
+	return true
+}
+
+// next notes how long the batch's Commit took. Another batch begins.
+func (g *gathering) next(took time.Duration) {
+	*g = gathering{batch: g.batch + 1, missing: g.steady, took: took}
 }
 
 // New returns a server of db, which must not be nil: Start would say so. The server owns it from
@@ -599,8 +639,8 @@ func (s *keyValueServer) workLoop() {
 			s.runBatch(q)
 		case <-more:
 			s.runBatch(s.nextQuery())
-		case <-s.gathered:
-			s.expected = 0
+		case <-s.gathering.over:
+			s.gathering.missing = 0
 			s.runBatch(nil)
 		case <-alarm:
 			alarm = nil
@@ -692,14 +732,14 @@ func (s *keyValueServer) runBatch(q *Query) {
 			s.runChain(chain, next)
 
 		// The batch may grow.
-		case yields < maxYields && s.mayGrow() && s.gathered == nil:
+		case yields < maxYields && s.mayGrow() && s.gathering.over == nil:
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.turn.begin() // that was others' time
 			}
 
-		case s.gathers():
+		case s.mayGrow() && s.gathering.begin():
 			return
 
 		default:
@@ -715,21 +755,6 @@ func (s *keyValueServer) runBatch(q *Query) {
 // mayGrow tells whether there is a batch that may take in what comes next.
 func (s *keyValueServer) mayGrow() bool {
 	return len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver()
-}
-
-// gathers tells whether the batch waits for the clients that the last Commit answered: they are
-// likely to come back at once. Otherwise one half of the clients would send while the other half
-// waits for the disk, and each half would pay for Commits of its own.
-func (s *keyValueServer) gathers() bool {
-	if s.lastCommit < slowCommit || len(s.batch) >= s.expected || !s.mayGrow() {
-		return false
-	}
-
-	// If nobody comes the batch is a small one, and the next does not wait for them again.
-	if s.gathered == nil {
-		s.gathered = time.After(min(s.lastCommit/2, maxTurn))
-	}
-	return true
 }
 
 // isTurnOver tells whether it is time to commit.
@@ -973,7 +998,8 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 }
 
-// begin starts the client's writeToClient, at its first chain, and tells the store the keys.
+// begin starts the client's writeToClient, at its first chain, tells the store the keys, and
+// gathering that the client has come.
 func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
 	if c.buffer == nil {
@@ -982,6 +1008,7 @@ func (s *keyValueServer) begin(chain *Query) {
 		go c.writeToClient()
 	}
 	s.touch(chain)
+	s.gathering.came(&c.share)
 }
 
 // admit refuses a write for which there is no room.
@@ -1368,7 +1395,6 @@ func (s *keyValueServer) commit() {
 	// Reads are committed, too: they may have seen what is not yet durable.
 	if len(s.batch) > 0 {
 		s.commitStore()
-		s.expected, s.gathered = len(s.batch)+len(s.queries), nil
 	}
 
 	// Nobody learns before this what the chains have done.
@@ -1404,12 +1430,12 @@ func (s *keyValueServer) commitStore() {
 	err := s.db.Commit()
 
 	// Without a batch it was but a look at the files, for which nobody has waited.
-	if len(s.batch) > 0 {
-		s.lastCommit = time.Since(began)
-	}
-	if s.status != nil && len(s.batch) > 0 {
-		s.commits.Observe(s.lastCommit.Seconds())
-		s.batches.Observe(float64(len(s.batch)))
+	if took := time.Since(began); len(s.batch) > 0 {
+		s.gathering.next(took)
+		if s.status != nil {
+			s.commits.Observe(took.Seconds())
+			s.batches.Observe(float64(len(s.batch)))
+		}
 	}
 
 	// What the clients were to be told is not known to be on disk.

@@ -3006,7 +3006,7 @@ func TestCommitBeforeGets(t *testing.T) {
 }
 
 // Ensure that clients who come back soon share a slow Commit, whenever they came first, and that
-// one who is alone waits for nobody, but once for those who have left.
+// nobody waits for others, but once for those who have left.
 func TestCommitGathers(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const clients, rounds, takes, thinks = 10, 20, 10 * time.Millisecond, time.Millisecond
@@ -3038,6 +3038,24 @@ func TestCommitGathers(t *testing.T) {
 				t.Errorf("a client that is alone waits %v, want %v", took, most)
 			}
 		}
+
+		// Those who come but once are not waited for.
+		once := make([]*testClient, 5*clients)
+		for i := range once {
+			once[i] = n.dial(t)
+			once[i].ask("Ack", ":OK 0")
+		}
+		for i, c := range once {
+			all.Go(func() {
+				<-time.After(takes / 3 * time.Duration(i))
+				began := time.Now()
+				c.ask("Put:k:v", ":OK 1")
+				if took := time.Since(began); took > 2*takes {
+					t.Errorf("client %d waits %v for two Commits of %v", i, took, takes)
+				}
+			})
+		}
+		all.Wait()
 	})
 }
 
