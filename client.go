@@ -170,7 +170,7 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	c.paced.progress = c.progress
 
 	// The semaphores of which the client may take a slot.
-	c.in.first.of, c.in.spare.of = &s.budget.first, &s.budget.spare
+	c.in.anyLine.of, c.in.freeing.of = &s.budget.anyLine, &s.budget.freeing
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
 	return c
@@ -211,7 +211,7 @@ func (c *Client) readFromClient() {
 	}
 
 	// The end: what is under way is answered. The input gives its memory back meanwhile.
-	c.in = input{line: c.in.line, counted: c.in.counted, first: c.in.first, spare: c.in.spare}
+	c.in = input{line: c.in.line, counted: c.in.counted, anyLine: c.in.anyLine, freeing: c.in.freeing}
 	c.countInput()
 	if c.await() {
 		c.tellLoss()
@@ -268,7 +268,7 @@ func (c *Client) send(chain *Query) { c.sendOf(chain, c.in.memory(), c.in.counte
 // sendOf is send with a chain that takes so many bytes, of which some are counted in budget.inputs.
 func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
 	c.underWay = true
-	c.outbox.chain, c.outbox.inInputs = bytes, inInputs
+	c.outbox.chainSize, c.outbox.inInputs = bytes, inInputs
 	c.server.queries <- chain
 }
 
@@ -411,7 +411,7 @@ func (c *Client) awaitLineMemory() bool {
 		return true
 
 	// It has its turn, so it may end, however much others take.
-	case in.first.taken || in.spare.taken:
+	case in.anyLine.taken || in.freeing.taken:
 		b.inputs.Add(more)
 		in.counted += more
 		return true
@@ -425,18 +425,18 @@ func (c *Client) awaitLineMemory() bool {
 	c.await()
 
 	// What frees makes room for all others, so it has a slot of its own.
-	var spare chan struct{} // nil: it is not for this line
+	var freeing chan struct{} // nil: it is not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
-		spare = b.spare.slots
+		freeing = b.freeing.slots
 	}
 
 	// Nobody tells when there is room again, so it looks now and then.
 	for ends := time.Now().Add(lineTime); time.Now().Before(ends); {
 		select {
-		case b.first.slots <- struct{}{}:
-			in.first.taken = true
-		case spare <- struct{}{}:
-			in.spare.taken = true
+		case b.anyLine.slots <- struct{}{}:
+			in.anyLine.taken = true
+		case freeing <- struct{}{}:
+			in.freeing.taken = true
 		case <-time.After(tickTime):
 			if !b.acquireLine(more) {
 				continue
@@ -458,8 +458,8 @@ func (c *Client) awaitLineMemory() bool {
 func (c *Client) countInput() {
 	in := &c.in
 	if in.pending == 0 {
-		in.first.release()
-		in.spare.release()
+		in.anyLine.release()
+		in.freeing.release()
 	}
 
 	// It may be more than was taken, too: the other buffer grows with the first.
@@ -533,8 +533,8 @@ type input struct {
 	skipping bool    // a line that cannot be taken in has not ended; pending is 0
 	counted  int64   // bytes of buf, lent and takeKey that are counted in budget.inputs
 	takeKey  int64   // bytes of a long key with which a Take waits
-	first    slot    // of budget.first
-	spare    slot    // of budget.spare
+	anyLine  slot    // of budget.anyLine
+	freeing  slot    // of budget.freeing
 
 	ticking  bool          // a read deadline is set
 	hadBegun bool          // the line in hand had begun when it was set
@@ -1195,16 +1195,16 @@ type outbox struct {
 	budget     *budget
 	maxMessage int // bytes in a message, at most: the constant, but for tests
 
-	core     slot     // for work that takes long
-	acked    bool     // every request is answered
-	slow     bool     // the latest from progress was false
-	listing  *listing // the Keys or Dump that is being answered; nil: none is
-	next     *Query   // the first whose reply is not formatted, while there is one
-	left     int      // bytes still to be formatted, at most: newMessage chooses a size by it
-	piece    int      // bytes in a message now: less than maxMessage while all queues are full
-	claimed  int64    // bytes of the reply in hand that count as queued, and are not queued yet
-	chain    int64    // bytes that the chain under way and its lines took when it was sent
-	inInputs int64    // of these, counted in budget.inputs then
+	core      slot     // for work that takes long
+	acked     bool     // every request is answered
+	slow      bool     // the latest from progress was false
+	listing   *listing // the Keys or Dump that is being answered; nil: none is
+	next      *Query   // the first whose reply is not formatted, while there is one
+	left      int      // bytes still to be formatted, at most: newMessage chooses a size by it
+	piece     int      // bytes in a message now: less than maxMessage while all queues are full
+	claimed   int64    // bytes of the reply in hand that count as queued, and are not queued yet
+	chainSize int64    // bytes that the chain under way and its lines took when it was sent
+	inInputs  int64    // of these, counted in budget.inputs then
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
@@ -1245,7 +1245,7 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 // countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, which
 // also gets the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
 func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
-	b, chain, lines := o.budget, o.chain, o.inInputs
+	b, chain, lines := o.budget, o.chainSize, o.inInputs
 	b.queued.Add(lists)
 	b.chains.Add(chain)
 	b.inputs.Add(-lines)

@@ -176,8 +176,8 @@ type keyValueServer struct {
 	touched       []string      // a chain's keys, while the store is told them
 	batch         []*Query      // chains that have run and wait for Commit
 	gathering     gathering     // for whom it waits before its Commit
-	waiting       turnQueue     // for their turn
-	floor         time.Duration // the most that a client had spent when it left waiting (share)
+	turns         turnQueue     // who waits for one
+	floor         time.Duration // the most that a client had spent when it left turns (share)
 	takes         takeQueues    // Takes that wait for a value
 	turn          turn
 	turningAway   int     // connections that are being turned away
@@ -273,21 +273,21 @@ type share struct {
 
 	chain, next *Query // that waits for its turn, and its first request that has not run
 
-	batch    int  // the last in which the client was: its number
+	cameIn   int  // the number of the last batch in which the client was (gathering)
 	isSteady bool // it was in one of the two before that, too
 }
 
-// due is how much the client will have spent if the next turn costs as much as the last.
-func (s *share) due() time.Duration { return s.spent + s.cost }
+// finish is how much the client will have spent if the next turn costs as much as the last.
+func (s *share) finish() time.Duration { return s.spent + s.cost }
 
 // isHeavy tells whether the client's requests take long, as of late.
 func (s *share) isHeavy() bool { return s.cost >= longTime }
 
-// turnQueue are the clients whose chains wait, as a heap (container/heap) by due.
+// turnQueue are the clients whose chains wait, as a heap (container/heap) by finish.
 type turnQueue []*Client
 
 func (t turnQueue) Len() int           { return len(t) }
-func (t turnQueue) Less(i, j int) bool { return t[i].share.due() < t[j].share.due() }
+func (t turnQueue) Less(i, j int) bool { return t[i].share.finish() < t[j].share.finish() }
 func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
 func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
 
@@ -303,7 +303,7 @@ func (t *turnQueue) Pop() any {
 // batch that come each time. Otherwise one half of the clients would send while the other half
 // waits for the disk, and each half would pay for Commits of its own.
 type gathering struct {
-	batch   int              // its number
+	number  int              // of the batch
 	steady  int              // clients in it that were in one of the two before
 	missing int              // steady clients of the last one that have not come back
 	took    time.Duration    // the last one's Commit
@@ -312,11 +312,11 @@ type gathering struct {
 
 // came notes that the next chain of sh's client is in the batch.
 func (g *gathering) came(sh *share) {
-	if sh.isSteady && sh.batch == g.batch-1 {
+	if sh.isSteady && sh.cameIn == g.number-1 {
 		g.missing--
 	}
 
-	sh.isSteady, sh.batch = g.batch-sh.batch <= 2, g.batch
+	sh.isSteady, sh.cameIn = g.number-sh.cameIn <= 2, g.number
 	if sh.isSteady {
 		g.steady++
 	}
@@ -335,7 +335,7 @@ func (g *gathering) begin() bool {
 
 // next notes how long the batch's Commit took. Another batch begins.
 func (g *gathering) next(took time.Duration) {
-	*g = gathering{batch: g.batch + 1, missing: g.steady, took: took}
+	*g = gathering{number: g.number + 1, missing: g.steady, took: took}
 }
 
 // New returns a server of db, which must not be nil: Start would say so. The server owns it from
@@ -369,8 +369,8 @@ func New(db kvstore.KVStore) *keyValueServer {
 		failed:      make(chan error, 1),
 
 		budget: budget{maxQueues: defaultMaxQueues,
-			first: semaphore{slots: make(chan struct{}, 1)},
-			spare: semaphore{slots: make(chan struct{}, 1)}},
+			anyLine: semaphore{slots: make(chan struct{}, 1)},
+			freeing: semaphore{slots: make(chan struct{}, 1)}},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
 
 		// One core is left for workLoop, where there are several.
@@ -620,7 +620,7 @@ func (s *keyValueServer) workLoop() {
 	// Until nobody comes any more and the last has gone.
 	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
 		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
-		if len(s.waiting) > 0 || s.overdue == someOverdue {
+		if len(s.turns) > 0 || s.overdue == someOverdue {
 			more = always
 		}
 		if alarm == nil && s.db.Expiring() > 0 {
@@ -724,8 +724,8 @@ func (s *keyValueServer) runBatch(q *Query) {
 			s.dispatch(q)
 
 		// Nothing more comes: of those that wait, the one that will have had least is next.
-		case len(s.waiting) > 0 && s.mayRun(&s.waiting[0].share):
-			sh := &heap.Pop(&s.waiting).(*Client).share
+		case len(s.turns) > 0 && s.mayRun(&s.turns[0].share):
+			sh := &heap.Pop(&s.turns).(*Client).share
 			s.floor = max(s.floor, sh.spent)
 			chain, next := sh.chain, sh.next
 			sh.chain, sh.next = nil, nil // or they would stay in memory until its next turn
@@ -744,7 +744,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 
 		default:
 			s.commit()
-			if len(s.waiting) > 0 {
+			if len(s.turns) > 0 {
 				runtime.Gosched() // for the readers that have something new, and the writers
 			}
 			return
@@ -754,7 +754,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 
 // mayGrow tells whether there is a batch that may take in what comes next.
 func (s *keyValueServer) mayGrow() bool {
-	return len(s.batch) > 0 && len(s.waiting) == 0 && !s.isTurnOver()
+	return len(s.batch) > 0 && len(s.turns) == 0 && !s.isTurnOver()
 }
 
 // isTurnOver tells whether it is time to commit.
@@ -815,7 +815,7 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	sh.spent = max(sh.spent, s.floor-maxTurn)
 
 	// Where nobody else wants a turn there is nobody to go behind.
-	if len(s.waiting) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
+	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
 		s.runChain(chain, chain)
 		return
 	}
@@ -826,8 +826,8 @@ func (s *keyValueServer) takeChain(chain *Query) {
 	}
 
 	// While clients have had about as much, to run chains as they come costs least.
-	isFirst := len(s.waiting) == 0 || sh.due() < s.waiting[0].share.due()
-	if isFirst && sh.due() < s.floor+maxLead && s.mayRun(sh) {
+	isFirst := len(s.turns) == 0 || sh.finish() < s.turns[0].share.finish()
+	if isFirst && sh.finish() < s.floor+maxLead && s.mayRun(sh) {
 		s.runChain(chain, chain)
 	} else {
 		s.lineUp(chain, chain)
@@ -838,7 +838,7 @@ func (s *keyValueServer) takeChain(chain *Query) {
 func (s *keyValueServer) lineUp(chain, next *Query) {
 	c := chain.client
 	c.share.chain, c.share.next = chain, next
-	heap.Push(&s.waiting, c)
+	heap.Push(&s.turns, c)
 }
 
 // touchLeast is how many requests with keys a chain has for which it pays to tell the store the
@@ -987,10 +987,10 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 
 	// Else it waits for its turn, or its answer and q have crossed.
-	switch place := slices.Index(s.waiting, c); {
+	switch place := slices.Index(s.turns, c); {
 	case place < 0: // it has been answered
 	case q.queryType == dropTake:
-		heap.Remove(&s.waiting, place)
+		heap.Remove(&s.turns, place)
 		s.batch = append(s.batch, c.share.chain)
 		c.share.chain, c.share.next = nil, nil
 	default:
@@ -1139,7 +1139,7 @@ func (s *keyValueServer) freeMemory() {
 //	values           -                             data                     a write is refused, but
 //	                                                                        none that frees
 //	a begun line     freeLine; beyond that twice   lines, and two lines     it waits up to lineTime
-//	                 its buffer, up to -max-line   (first, spare)           and is skipped
+//	                 its buffer, up to -max-line   (anyLine, freeing)      and is skipped
 //	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
 //	                 queries                       second or two
 //	a chain that     the same, and lines of up to  what comes with lines    over queues, with all
@@ -1189,7 +1189,7 @@ type budget struct {
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
-	first, spare semaphore
+	anyLine, freeing semaphore
 }
 
 // How -max-memory is shared out: reserveMin bytes and one part in reserveShare are the reserve,

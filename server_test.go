@@ -2727,10 +2727,10 @@ func TestTurnsBesideStalls(t *testing.T) {
 		sh := share{spent: floor, cost: usual}
 		clock.looked = time.Since(clock.epoch) - stall
 		clock.charge(&sh, floor, searched)
-		if isBehind := sh.due() > floor+4*maxLead+4*usual; isBehind != searched ||
+		if isBehind := sh.finish() > floor+4*maxLead+4*usual; isBehind != searched ||
 			sh.isHeavy() != searched {
 			t.Errorf("after %v, searched: %v, the client is due %v behind, slow: %v", stall, searched,
-				sh.due()-floor, sh.isHeavy())
+				sh.finish()-floor, sh.isHeavy())
 		}
 	}
 }
@@ -2820,7 +2820,7 @@ func TestTurns(t *testing.T) {
 			start := time.Now()
 			s.turn.begin()
 			s.runChain(&chain[0], &chain[0])
-			s.waiting = nil
+			s.turns = nil
 			return c.share.next.line, time.Since(start)
 		}
 		takes = 2 * time.Millisecond
@@ -6597,7 +6597,7 @@ func (s simulated) Left() (what []string) {
 		"bytes of lists are kept": s.budget.lists.Load(),
 		"bytes of lines are kept": s.budget.inputs.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
-			len(s.budget.first.slots) + len(s.budget.spare.slots)),
+			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
 	} {
 		if n != 0 {

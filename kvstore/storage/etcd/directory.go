@@ -240,7 +240,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
 		case err != nil: // it may yet be done, and it is not known what the next one goes on from
-			return d.lock.lost(err)
+			return d.lock.lose(err)
 		case answer.Succeeded: // now
 			return nil
 		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&

@@ -948,7 +948,7 @@ func TestEtcdStandby(t *testing.T) {
 		}
 		dir, _ := e.dir(t, t.Context(), "")
 		a, b := dir.newLock(), dir.newLock()
-		w := watch{}
+		w := sight{}
 		err := w.look(t.Context(), dir.directory)
 		took, err1 := a.take(t.Context(), &w)
 		tookToo, err2 := b.take(t.Context(), &w)

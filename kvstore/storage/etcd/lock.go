@@ -71,8 +71,8 @@ func (l *clusterLock) isOursIn(lock []keyValue) bool {
 // isGone tells whether etcd may not have what we have left there.
 func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
-// lost notes why the lock is lost, the first time. It returns what was noted.
-func (l *clusterLock) lost(err error) error {
+// lose notes why the lock is lost, the first time. It returns what was noted.
+func (l *clusterLock) lose(err error) error {
 	l.cancel(err)
 	return context.Cause(l.ctx)
 }
@@ -97,7 +97,7 @@ func (l *clusterLock) look() {
 // something is gone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
-		return l.lost(ErrTakenOver)
+		return l.lose(ErrTakenOver)
 	}
 	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))
 }
@@ -123,8 +123,8 @@ func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err erro
 	return o, kvs[0].Revision, nil
 }
 
-// watch is what somebody who waits for the lock has seen of it.
-type watch struct {
+// sight is what somebody who waits for the lock has seen of it.
+type sight struct {
 	holder
 	revision int64     // of its last sign of life; 0: there is no lock
 	step     int64     // the revision of the key step; 0: it is not there
@@ -138,7 +138,7 @@ type watch struct {
 
 // look looks at the lock. It asks in a way that a full etcd refuses: nobody can take the lock
 // then, nor show signs of life in it, so that time does not count.
-func (w *watch) look(ctx context.Context, d *directory) error {
+func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
 		return operation{Range: &keyRange{Key: d.key(prefix), End: d.all(prefix).End, Limit: 1,
@@ -180,7 +180,7 @@ func (w *watch) look(ctx context.Context, d *directory) error {
 
 // replace puts l in the place of the lock that was seen, if that is there still: of several servers
 // only one does so. Another cluster, which has no lock either, has not the step.
-func (w *watch) replace(ctx context.Context, l *clusterLock) (done bool, err error) {
+func (w *sight) replace(ctx context.Context, l *clusterLock) (done bool, err error) {
 	sent, key := time.Now(), l.d.key("lock")
 	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, w.revision), isRevision(l.d.key("step"), w.step)},
@@ -195,14 +195,14 @@ func (w *watch) replace(ctx context.Context, l *clusterLock) (done bool, err err
 // isFree tells whether somebody who is called token may take the lock: it was given back, or
 // never was there, or there was no sign of life for lockTime, by our clock. (It may be token's own
 // already: it has taken the lock, and only the answer was lost.)
-func (w *watch) isFree(token string) bool {
+func (w *sight) isFree(token string) bool {
 	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
 }
 
 // Lock waits for the lock, if others are told where the store is served: whoever has it is
 // robbed of it once it has shown no sign of life for lockTime.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
-	l, w := d.newLock(), watch{began: time.Now()}
+	l, w := d.newLock(), sight{began: time.Now()}
 	for {
 		before, isTaken := w.revision, false
 		err := w.look(ctx, d)
@@ -227,7 +227,7 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 
 // standBy says for what we wait, or returns why we do not. The last look ended with err, and before
 // is the lock's revision at the one before it.
-func (d *directory) standBy(w *watch, before int64, err error) error {
+func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
 	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
 	silence := min(waited, time.Since(w.answered))
@@ -293,7 +293,7 @@ func (d *directory) newLock() *clusterLock {
 
 // take takes the lock as w has seen it, unless there was a sign of life since. After an error
 // it is not known whether it has: the next look tells.
-func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error) {
+func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error) {
 	// Two stores must not begin at one address, so a new one needs most of the members.
 	if w.isEmpty {
 		if err := l.d.mayBegin(ctx); err != nil {
@@ -325,7 +325,7 @@ func (l *clusterLock) take(ctx context.Context, w *watch) (taken bool, err error
 // retake takes the lock anew where it is missing, or older than our last sign of life: somebody
 // has deleted it, or restored an older state. While that sign is fresh nobody else has had it.
 func (l *clusterLock) retake(ctx context.Context) error {
-	w := watch{answered: time.Now()}
+	w := sight{answered: time.Now()}
 	// It may be ours still, such as where only its answer was lost.
 	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
 		return err
@@ -334,7 +334,7 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	// A later revision is the lock of somebody else. And where our sign of life is old, another
 	// server may have had the lock in between.
 	if w.revision > l.revision.Load() || l.age() >= freshTime {
-		return l.lost(ErrTakenOver)
+		return l.lose(ErrTakenOver)
 	}
 
 	// A server that was faster keeps it.
@@ -428,10 +428,10 @@ func (l *clusterLock) show(sent time.Time) bool {
 		// The lock is another one, or missing: judge ends it, or retake takes it anew.
 		l.judge(answer.read(0).KVs)
 		if err := l.retake(l.beating); err != nil && isLate {
-			l.lost(err) // else the next sign of life will fail, too
+			l.lose(err) // else the next sign of life will fail, too
 		}
 	case isLate:
-		l.lost(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
+		l.lose(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
 	case errors.Is(err, ErrUnreachable):
 		if !l.silent {
 			l.silent = true
@@ -440,7 +440,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	case errors.Is(err, ErrOther):
 		l.miss(err)
 	default:
-		l.lost(err)
+		l.lose(err)
 	}
 	return false
 }
@@ -452,7 +452,7 @@ func (l *clusterLock) Close() error {
 	if l.ctx.Err() == nil {
 		l.release()
 	}
-	l.lost(errors.New("the lock was given back"))
+	l.lose(errors.New("the lock was given back"))
 	return nil
 }
 

@@ -151,7 +151,7 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 		d.Close()
 		e.delete("kv/lock")
 		dir, _ := e.dir(t, t.Context(), "standby:9999")
-		w := watch{}
+		w := sight{}
 		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
 			t.Fatalf("a lock that is missing is free at once: %v", err)
 		}
