@@ -48,7 +48,7 @@ type directory struct {
 	ctx  context.Context // of those calls that come before there is a lock
 	lock *clusterLock    // nil before Lock; then it stays
 
-	turn    chan struct{}         // one slot, for who uses what is below
+	access  access                // to what is below
 	steps   string                // what all values of step begin with
 	step    int                   // the last change
 	names   map[string]string     // the id of each name, once the lock is held
@@ -60,6 +60,18 @@ type directory struct {
 	stamps atomic.Pointer[map[string]storage.Stamp] // of names
 	pieces atomic.Int64                             // that there are, once the lock is held
 }
+
+// access admits one goroutine at a time to something. Unlike a sync.Mutex it can also be tried for a
+// while, and in a test with a fake clock time goes on while somebody waits for it.
+type access chan struct{}
+
+// begin waits until nobody else has access. It returns what ends it.
+func (a access) begin() (end func()) {
+	a <- struct{}{}
+	return a.end
+}
+
+func (a access) end() { <-a }
 
 // segmentBytes is how large a log file becomes: what is read again at a start, about.
 const segmentBytes = 16 << 20
@@ -123,7 +135,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	client.log = opts.Log
 
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
-		client: client, opts: opts, log: opts.Log, ctx: ctx, turn: make(chan struct{}, 1),
+		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1),
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
@@ -240,7 +252,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
 		case err != nil: // it may yet be done, and it is not known what the next one goes on from
-			return d.lock.lose(err)
+			return d.lock.fail(err)
 		case answer.Succeeded: // now
 			return nil
 		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
@@ -264,14 +276,14 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is what the key step says after n steps.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// beginSteps begins to count steps anew. The caller has turn.
+// beginSteps begins to count steps anew. The caller has access.
 func (d *directory) beginSteps() error {
 	d.steps, d.step = rand.Text(), 0
 	return d.do(0, []operation{putKey(d.key("step"), d.stepValue(0))})
 }
 
 // change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
-// "" takes a name away, and what has no name any more loses its pieces. The caller has turn.
+// "" takes a name away, and what has no name any more loses its pieces. The caller has access.
 func (d *directory) change(ids map[string]string) error {
 	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
@@ -296,8 +308,7 @@ func (d *directory) change(ids map[string]string) error {
 	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
-			f.turn <- struct{}{}
-			defer func() { <-f.turn }()
+			defer f.access.begin()()
 		}
 	}
 
@@ -339,7 +350,7 @@ func nameless(ids []string, names map[string]string) []string {
 }
 
 // sweep removes the pieces of those files that have no name, some at a time: a transaction stops
-// the cluster for as long as it takes. What it leaves the next Sync finds. The caller has turn.
+// the cluster for as long as it takes. What it leaves the next Sync finds. The caller has access.
 func (d *directory) sweep(ids []string) error {
 	for _, id := range nameless(ids, d.names) {
 		all := d.all("d/" + id + "/")
@@ -408,7 +419,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	return *d.stamps.Load(), nil
 }
 
-// setNames notes what names there are. The caller has turn.
+// setNames notes what names there are. The caller has access.
 func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
@@ -426,8 +437,7 @@ func (d *directory) setNames(names map[string]string) {
 // not if etcd does not answer at once, or a file is being written. If not, all files are lost: what
 // is left of them is of no use, for the data is then written anew as a whole.
 func (d *directory) check() (isKnown bool) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 
 	// The lock must be ours again first, so that nobody else changes what we compare.
 	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
@@ -467,7 +477,7 @@ func (d *directory) check() (isKnown bool) {
 }
 
 // lose notes that all files are lost, those that etcd has and those that we know. The caller has
-// turn.
+// access.
 func (d *directory) lose(names map[string]string) {
 	// Held says so before a file takes no more writes: they would stand behind a hole.
 	d.lock.missed.Add(1)
@@ -482,15 +492,15 @@ func (d *directory) lose(names map[string]string) {
 }
 
 // look asks what there is while nothing is being written, if that is so within a short time: the
-// names, how many pieces more than there should be, and the lock. The caller has turn.
+// names, how many pieces more than there should be, and the lock. The caller has access.
 func (d *directory) look() (names map[string]string, more int64, lock []keyValue, err error) {
-	// Nothing may be written while etcd counts the pieces. A writer has its file's turn: wait
+	// Nothing may be written while etcd counts the pieces. A writer has access to its file: wait
 	// for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
-		case f.turn <- struct{}{}:
-			defer func() { <-f.turn }()
+		case f.access <- struct{}{}:
+			defer f.access.end()
 		case <-late:
 			return nil, 0, nil, errors.New("a file is being written")
 		}
@@ -508,7 +518,7 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 }
 
 // recover goes on from what there is now, if the lock is ours still, or nobody's. The caller has
-// turn.
+// access.
 func (d *directory) recover() error {
 	// etcd may know less than before, or be another cluster now, which counts other revisions: a
 	// lock there that is not ours is somebody's.
@@ -532,8 +542,7 @@ func (d *directory) recover() error {
 
 // List returns names of files, and of keys that are none of ours.
 func (d *directory) List() (list []string, err error) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 
 	// Without the lock we know no names: ask etcd, and list also the keys that are none of
 	// ours, so that people see them.
@@ -647,7 +656,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 	return nil
 }
 
-// find returns the id of a name. The caller has turn.
+// find returns the id of a name. The caller has access.
 func (d *directory) find(name string) (id string, err error) {
 	// The holder of the lock knows all names. Others ask etcd each time.
 	names := d.names
@@ -663,8 +672,7 @@ func (d *directory) find(name string) (id string, err error) {
 
 // Create makes a new file. The one that had the name goes.
 func (d *directory) Create(name string) (storage.File, error) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 
 	// No other process gives this id.
 	id := rand.Text() + "-0"
@@ -676,8 +684,7 @@ func (d *directory) Create(name string) (storage.File, error) {
 }
 
 func (d *directory) Rename(from, to string) error {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 	id, err := d.find(from)
 	if err == nil {
 		err = d.change(map[string]string{to: id, from: ""})
@@ -686,8 +693,7 @@ func (d *directory) Rename(from, to string) error {
 }
 
 func (d *directory) Remove(name string) error {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 
 	if _, err := d.find(name); err != nil {
 		delete(d.lost, name) // it is gone, as the caller wants it
@@ -703,8 +709,7 @@ func (d *directory) Extend(name string) (storage.File, error) {
 
 // Open opens a file. While the lock is held nobody else writes it, so it is looked at once.
 func (d *directory) Open(name string) (storage.File, int64, error) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 
 	id, err := d.find(name)
 	if err != nil {
@@ -732,8 +737,7 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 // Sync has the first time, after a load, the pieces removed that have no name, as where somebody
 // has deleted names. Otherwise every change of names is durable when it is done.
 func (d *directory) Sync() error {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	defer d.access.begin()()
 	// Only the holder may remove anything, and once is enough: nobody else writes meanwhile.
 	if d.isSwept || d.lock == nil {
 		return nil

@@ -33,8 +33,8 @@ type pieceFile struct {
 	id     string
 	isDead atomic.Bool // etcd has not all of it any more: what is written to it goes nowhere
 
-	turn chan struct{} // one slot, for who uses what is below: a request may take long
-	name string
+	access access // to what is below: a request may take long
+	name   string
 	extent
 
 	// For writing.
@@ -66,7 +66,7 @@ type piece struct {
 
 // newFile returns the open file with that id, of which nothing is known yet.
 func newFile(d *directory, id, name string) *pieceFile {
-	return &pieceFile{d: d, id: id, name: name, turn: make(chan struct{}, 1)}
+	return &pieceFile{d: d, id: id, name: name, access: make(access, 1)}
 }
 
 // key is the key of a piece.
@@ -93,8 +93,7 @@ func (f *pieceFile) open() error {
 
 // end is how large the file is.
 func (f *pieceFile) end() int64 {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 	return f.size + int64(len(f.buf))
 }
 
@@ -173,8 +172,7 @@ func (f *pieceFile) isThere() (err error) {
 }
 
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 
 	// What is left of a file that was removed, or is lost, is of no use.
 	if f.isDead.Load() {
@@ -193,7 +191,7 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 	return f.read(b, offset)
 }
 
-// read is ReadAt of what is known. The caller has turn.
+// read is ReadAt of what is known. The caller has access.
 func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 	for n < len(b) && offset < f.size {
 		// Find the first piece that ends behind offset. Before it there may be zeros.
@@ -303,8 +301,7 @@ func (f *pieceFile) fetchPage(i int) error {
 // WriteAt writes behind what there is. Before that it writes only what differs: from there on all
 // that was there is cut off.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 	rest := b
 
 	// The file was removed, or is lost: its bytes go nowhere, as on a disk.
@@ -517,14 +514,12 @@ func unpack(b []byte, size int64) []byte {
 }
 
 func (f *pieceFile) Sync() error {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 	return f.send(1)
 }
 
 func (f *pieceFile) Truncate(size int64) error {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 	err := f.send(1)
 	if err == nil && size != f.size && !f.isDead.Load() {
 		err = f.cut(size)
@@ -534,8 +529,7 @@ func (f *pieceFile) Truncate(size int64) error {
 
 // Close lets go of what was read.
 func (f *pieceFile) Close() error {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	defer f.access.begin()()
 	f.page, f.tail, f.tails, f.before = nil, nil, 0, f.last
 	return nil
 }

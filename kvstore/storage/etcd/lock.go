@@ -71,8 +71,8 @@ func (l *clusterLock) isOursIn(lock []keyValue) bool {
 // isGone tells whether etcd may not have what we have left there.
 func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
-// lose notes why the lock is lost, the first time. It returns what was noted.
-func (l *clusterLock) lose(err error) error {
+// fail notes why the lock is lost, the first time. It returns what was noted.
+func (l *clusterLock) fail(err error) error {
 	l.cancel(err)
 	return context.Cause(l.ctx)
 }
@@ -97,7 +97,7 @@ func (l *clusterLock) look() {
 // something is gone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
-		return l.lose(ErrTakenOver)
+		return l.fail(ErrTakenOver)
 	}
 	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))
 }
@@ -334,7 +334,7 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	// A later revision is the lock of somebody else. And where our sign of life is old, another
 	// server may have had the lock in between.
 	if w.revision > l.revision.Load() || l.age() >= freshTime {
-		return l.lose(ErrTakenOver)
+		return l.fail(ErrTakenOver)
 	}
 
 	// A server that was faster keeps it.
@@ -428,10 +428,10 @@ func (l *clusterLock) show(sent time.Time) bool {
 		// The lock is another one, or missing: judge ends it, or retake takes it anew.
 		l.judge(answer.read(0).KVs)
 		if err := l.retake(l.beating); err != nil && isLate {
-			l.lose(err) // else the next sign of life will fail, too
+			l.fail(err) // else the next sign of life will fail, too
 		}
 	case isLate:
-		l.lose(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
+		l.fail(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
 	case errors.Is(err, ErrUnreachable):
 		if !l.silent {
 			l.silent = true
@@ -440,7 +440,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	case errors.Is(err, ErrOther):
 		l.miss(err)
 	default:
-		l.lose(err)
+		l.fail(err)
 	}
 	return false
 }
@@ -452,7 +452,7 @@ func (l *clusterLock) Close() error {
 	if l.ctx.Err() == nil {
 		l.release()
 	}
-	l.lose(errors.New("the lock was given back"))
+	l.fail(errors.New("the lock was given back"))
 	return nil
 }
 

@@ -536,7 +536,7 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 		var once sync.Once
 		w.mu.Lock()
 		w.before = func(n int) {
-			if isOurs := len(f.turn) > 0; isOurs { // it is a request of the write below
+			if isOurs := len(f.access) > 0; isOurs { // it is a request of the write below
 				return
 			}
 			once.Do(func() {
