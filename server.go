@@ -43,8 +43,9 @@ const (
 	maxYields = 4
 
 	// A Commit that takes less is over before its clients could come back: a batch need not
-	// wait for them.
+	// wait for them. After waits in vain up to maxVain batches do not wait.
 	slowCommit = time.Millisecond
+	maxVain    = 63
 
 	// How long workLoop works before it commits and answers: maxHeavyTurn for a client whose
 	// requests take long, such as Updates of huge lists. A chain with more to do goes on later.
@@ -273,8 +274,8 @@ type share struct {
 
 	chain, next *Query // that waits for its turn, and its first request that has not run
 
-	cameIn   int  // the number of the last batch in which the client was (gathering)
-	isSteady bool // it was in one of the two before that, too
+	wroteIn  int  // the number of the last batch in which the client wrote (gathering)
+	isSteady bool // it has written in one of the two before that, too
 }
 
 // finish is how much the client will have spent if the next turn costs as much as the last.
@@ -299,43 +300,69 @@ func (t *turnQueue) Pop() any {
 	return c
 }
 
-// gathering is for whom a batch waits, before a Commit that takes long: for the clients of the last
-// batch that come each time. Otherwise one half of the clients would send while the other half
-// waits for the disk, and each half would pay for Commits of its own.
+// gathering is for whom a batch of writes waits, before a Commit that takes long: for those whose
+// writes were in the last one, and come each time. Otherwise one half of the clients would send
+// while the other half waits for the disk, and each half would pay for Commits of its own.
 type gathering struct {
-	number  int              // of the batch
-	steady  int              // clients in it that were in one of the two before
+	number  int              // of the batch, among those that write
+	writers int              // clients that have written in it
+	steady  int              // of these, in one of the two batches before, too
 	missing int              // steady clients of the last one that have not come back
 	took    time.Duration    // the last one's Commit
 	over    <-chan time.Time // when it has waited long enough; nil: it does not wait
+	isOver  bool             // it has
+	skip    int              // how many batches do not wait, for others have waited in vain
+	vain    int              // skip, as it was after the last of these
 }
 
-// came notes that the next chain of sh's client is in the batch.
+// came notes that the client of sh has written in the batch.
 func (g *gathering) came(sh *share) {
-	if sh.isSteady && sh.cameIn == g.number-1 {
-		g.missing--
-	}
-
-	sh.isSteady, sh.cameIn = g.number-sh.cameIn <= 2, g.number
+	g.left(sh)
+	g.writers++
+	sh.isSteady, sh.wroteIn = g.number-sh.wroteIn <= 2, g.number
 	if sh.isSteady {
 		g.steady++
 	}
 }
 
+// left notes that there is no need to wait for the client of sh.
+func (g *gathering) left(sh *share) {
+	if sh.isSteady && sh.wroteIn == g.number-1 {
+		g.missing--
+	}
+	sh.isSteady = false
+}
+
 // begin tells whether the batch waits, and sees to it that it does not wait too long.
 func (g *gathering) begin() bool {
-	if g.took < slowCommit || g.missing <= 0 {
+	switch {
+	case g.took < slowCommit || g.writers == 0 || g.missing <= 0 || g.isOver:
+		return false
+	case g.over != nil:
+		return true
+	case g.skip > 0:
+		g.skip--
 		return false
 	}
-	if g.over == nil {
-		g.over = time.After(min(g.took/2, maxTurn))
-	}
+	g.over = time.After(min(g.took/2, maxTurn))
 	return true
 }
 
 // next notes how long the batch's Commit took. Another batch begins.
 func (g *gathering) next(took time.Duration) {
-	*g = gathering{number: g.number + 1, missing: g.steady, took: took}
+	if g.writers == 0 {
+		return
+	}
+
+	// Clients that come later each time are not worth a wait: try it less and less often.
+	switch {
+	case g.isOver:
+		g.vain = min(2*g.vain+1, maxVain)
+		g.skip = g.vain
+	case g.over != nil:
+		g.vain = 0
+	}
+	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
 }
 
 // New returns a server of db, which must not be nil: Start would say so. The server owns it from
@@ -640,13 +667,15 @@ func (s *keyValueServer) workLoop() {
 		case <-more:
 			s.runBatch(s.nextQuery())
 		case <-s.gathering.over:
-			s.gathering.missing = 0
-			s.runBatch(nil)
+			s.gathering.isOver = true
+			s.runBatch(s.nextQuery())
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)
 		case <-look:
-			s.commitStore()
+			if len(s.batch) == 0 { // else its Commit is soon
+				s.commitStore()
+			}
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
@@ -876,8 +905,10 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 
 	left, searched := c.share.stride, false // until the next look at the clock, and since the last
+	wrote := false
 	for ; q != nil && !s.commitFailed; q = q.next {
 		s.run(q)
+		wrote = wrote || q.writes()
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
 		if left--; q.row().searches {
@@ -897,8 +928,12 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	// A Take that found nothing is not done.
 	if chain.mayWait() && chain.n == 0 {
 		s.takes.add(chain)
-	} else {
-		s.batch = append(s.batch, chain)
+		return
+	}
+
+	s.batch = append(s.batch, chain)
+	if wrote {
+		s.gathering.came(&c.share)
 	}
 }
 
@@ -998,8 +1033,7 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 }
 
-// begin starts the client's writeToClient, at its first chain, tells the store the keys, and
-// gathering that the client has come.
+// begin starts the client's writeToClient, at its first chain, and tells the store the keys.
 func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
 	if c.buffer == nil {
@@ -1008,7 +1042,6 @@ func (s *keyValueServer) begin(chain *Query) {
 		go c.writeToClient()
 	}
 	s.touch(chain)
-	s.gathering.came(&c.share)
 }
 
 // admit refuses a write for which there is no room.
@@ -1456,6 +1489,7 @@ func (s *keyValueServer) leave(c *Client) {
 		s.turningAway--
 		return
 	}
+	s.gathering.left(&c.share)
 	if c.alive--; c.alive > 0 {
 		return
 	}

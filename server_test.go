@@ -3006,69 +3006,130 @@ func TestCommitBeforeGets(t *testing.T) {
 }
 
 // Ensure that clients who come back soon share a slow Commit, whenever they came first, and that
-// nobody waits for others, but once for those who have left.
+// waits in vain do not last: for those who have left, come later, only read, or wait for a value.
 func TestCommitGathers(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, rounds, takes, thinks = 10, 20, 10 * time.Millisecond, time.Millisecond
-		store := &slowStore{Memory: kvstore.NewMemory(), takes: takes}
-		n.server.db = store
-		var all sync.WaitGroup
-		for i := range clients {
-			c := n.dial(t)
-			c.ask("Ack", ":OK 0")
-			all.Go(func() {
-				<-time.After(takes / 2 * time.Duration(i%2)) // half of them while a Commit lasts
-				for range rounds {
-					c.ask("Put:k:v", ":OK 1")
-					<-time.After(thinks)
-				}
-			})
-		}
-		before := store.commits.Load()
-		all.Wait()
-		if got := store.commits.Load() - before; got > rounds+3 {
-			t.Errorf("there were %d Commits for %d rounds of all clients", got, rounds)
-		}
-
-		alone := n.dial(t)
-		for _, most := range []time.Duration{takes + maxTurn, takes, takes} {
-			began := time.Now()
-			alone.ask("Put:k:v\nPing", ":PONG")
-			if took := time.Since(began); took > most {
-				t.Errorf("a client that is alone waits %v, want %v", took, most)
+	const takes, second = 10 * time.Millisecond, 100 // Commits
+	for what, test := range map[string]func(t *testing.T, n *fakeNet, store *slowStore){
+		"halves": func(t *testing.T, n *fakeNet, store *slowStore) {
+			n.repeat(t, 10, takes/2, time.Millisecond, 20)
+			if got := store.commits.Load(); got > 30 {
+				t.Errorf("there were %d Commits for 20 rounds of all clients", got)
 			}
-		}
 
-		// Those who come but once are not waited for.
-		once := make([]*testClient, 5*clients)
-		for i := range once {
-			once[i] = n.dial(t)
-			once[i].ask("Ack", ":OK 0")
-		}
-		for i, c := range once {
-			all.Go(func() {
-				<-time.After(takes / 3 * time.Duration(i))
+			// They have gone, so that one who is alone has nobody to wait for.
+			alone := n.dial(t)
+			for range 3 {
 				began := time.Now()
-				c.ask("Put:k:v", ":OK 1")
-				if took := time.Since(began); took > 2*takes {
-					t.Errorf("client %d waits %v for two Commits of %v", i, took, takes)
+				alone.ask("Put:k:v\nPing", ":PONG")
+				if took := time.Since(began); took > takes {
+					t.Errorf("a client that is alone waits %v", took)
 				}
+			}
+		},
+		"late": func(t *testing.T, n *fakeNet, store *slowStore) {
+			began := time.Now()
+			n.repeat(t, 2, takes/70, takes*7/10, second)
+			if got := int(store.commits.Load()); got < int(time.Since(began)/takes)*95/100 {
+				t.Errorf("clients that come late have %d Commits in %v", got, time.Since(began))
+			}
+		},
+		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
+			reader, gets := n.dial(t), 0
+			reader.ask("Ack", ":OK 0")
+			go n.repeat(t, 1, 0, takes*4/10, second)
+			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
+				reader.ask("Get:none", ":OK 0")
+				<-time.After(takes / 200)
+			}
+			if gets < 2000 {
+				t.Errorf("there were %d Gets where over a quarter of the time is without a Commit", gets)
+			}
+			pass(time.Second)
+		},
+		"Takes": func(t *testing.T, n *fakeNet, store *slowStore) {
+			for range 2 {
+				worker := n.dial(t)
+				worker.ask("Ack", ":OK 0")
+				go func() {
+					for worker.send("Take:k:2\n"); len(worker.readList()) > 0; {
+						worker.send("Take:k:2\n")
+					}
+				}()
+			}
+			began := time.Now()
+			n.repeat(t, 1, 0, takes/100, second)
+			if took := time.Since(began); took > second*(takes+takes/50) {
+				t.Errorf("%d values for two workers take %v", second, took)
+			}
+			pass(3 * time.Second)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				store := &slowStore{Memory: kvstore.NewMemory(), takes: takes}
+				n.server.db = store
+				test(t, n, store)
 			})
+		})
+	}
+}
+
+// Ensure that a look at the files does not end a batch that waits.
+func TestCommitGathersBesideLook(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.status = new(storage.Status)
+		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 10 * time.Millisecond}
+		a, b, began := n.dial(t), n.dial(t), time.Now()
+		a.ask("Ack", ":OK 0")
+		<-time.After(lookTime - 50*time.Millisecond)
+		for range 3 { // both come each time
+			a.send("Put:k:v\n")
+			b.ask("Put:k:v\nPing", ":PONG")
+			a.want(":OK 1")
 		}
-		all.Wait()
+		<-time.After(time.Until(began.Add(lookTime - 3*time.Millisecond)))
+		a.ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
 	})
 }
 
-// slowStore is a Memory whose Commit takes its time.
+// repeat has clients that Put as often as rounds says, and think between; each begins so long after
+// the one before it.
+func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
+	var all sync.WaitGroup
+	for i := range clients {
+		c := n.dial(t)
+		c.ask("Ack", ":OK 0")
+		all.Go(func() {
+			<-time.After(after * time.Duration(i))
+			for range rounds {
+				c.ask("Put:k:v", ":OK 1")
+				<-time.After(thinks)
+			}
+			c.hangUp()
+		})
+	}
+	all.Wait()
+}
+
+// slowStore is a Memory whose Commit takes its time where something was Put.
 type slowStore struct {
 	*kvstore.Memory
 	takes   time.Duration
+	isNew   bool // something was
 	commits atomic.Int64
 }
 
+func (s *slowStore) Put(key, value string) {
+	s.isNew = true
+	s.Memory.Put(key, value)
+}
+
 func (s *slowStore) Commit() error {
-	s.commits.Add(1)
-	<-time.After(s.takes)
+	if s.isNew {
+		s.isNew = false
+		s.commits.Add(1)
+		<-time.After(s.takes)
+	}
 	return nil
 }
 
