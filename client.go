@@ -1471,9 +1471,10 @@ const (
 
 // decide returns the fate of a reply of n messages, and why where it is cut off. Without room a
 // slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off while all queues and
-// the chains that wait are together over the limit. One with a Keys or Dump is also cut off while
-// others wait for theirs: if it is slow, or takes less than a steady reader.
-func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
+// the chains that wait are together over the limit. So it is where a reply has begun, and keeps
+// memory that writes need. One with a Keys or Dump is also cut off while others wait for theirs: if
+// it is slow, or takes less than a steady reader.
+func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
 	hasRoom := waiting < maxShared
@@ -1504,6 +1505,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
+	case o.slow && hasBegun && o.budget.isPinned():
+		return isCutOff, "it took nothing of a long reply, and writes need the memory of its values"
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
 	case isAwaited && l.drips:
@@ -1531,7 +1534,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			}
 		}
 
-		switch what, why := o.decide(n, mayDrop, mayCut); what {
+		switch what, why := o.decide(n, mayDrop, mayCut, hasBegun); what {
 		case isQueued:
 			return true
 		case isDropped:
@@ -1701,24 +1704,29 @@ func (c *Client) gather(msg []byte) (all []byte, size int64) {
 func (c *Client) drainInput() {
 	closeWrite(c.connection)
 
-	// How long it may say nothing.
-	silence := drainTime
-	if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
-		silence = busyTime
-	}
-
-	end := time.Now().Add(drainTime)
 	var scratch [4 << 10]byte
-	for {
-		// Each byte that comes gives it so much time again, until all is over.
-		until := time.Now().Add(silence)
-		if until.After(end) {
-			until = end
+	for left, quiet := drainTime, time.Duration(0); left > 0; {
+		// How long it may say nothing.
+		silence := drainTime
+		if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
+			silence = busyTime
+		}
+		if quiet >= silence {
+			return
 		}
 
-		c.connection.SetReadDeadline(until)
-		if _, err := c.connection.Read(scratch[:]); err != nil {
+		began, tick := time.Now(), min(left, silence-quiet, tickTime)
+		c.connection.SetReadDeadline(began.Add(tick))
+		n, err := c.connection.Read(scratch[:])
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
+		}
+
+		// A wait of more than a tick was ours: perhaps we stood still.
+		took := min(time.Since(began), tick)
+		left -= took
+		if quiet += took; n > 0 {
+			quiet = 0
 		}
 	}
 }
@@ -1782,7 +1790,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		// A tick is over.
 		now := time.Now()
 		p.unread = int(p.timeToRead(now).Seconds() * steadyRate)
-		if end := p.writeBy(); !end.IsZero() && !now.Before(end) {
+		if isClosed(p.server.timeIsUp) || !p.limit.IsZero() && !now.Before(p.limit) {
 			return n, err
 		}
 
@@ -1850,19 +1858,11 @@ func (p *pacedConn) timeToRead(now time.Time) time.Duration {
 	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.looked))
 }
 
-// writeBy is when the last Write must have ended; zero: there is no such time.
-func (p *pacedConn) writeBy() time.Time {
-	if p.server.isClosing() {
-		return p.server.closeBy
-	}
-	return p.limit
-}
-
 // setDeadline sees to it that Write returns within a tick.
 func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 	p.looked, p.until = now, now.Add(tick)
-	if end := p.writeBy(); !end.IsZero() && end.Before(p.until) {
-		p.until = end
+	if !p.limit.IsZero() && p.limit.Before(p.until) {
+		p.until = p.limit
 	}
 	p.SetWriteDeadline(p.until)
 }

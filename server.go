@@ -91,6 +91,8 @@ const (
 	// bytes that a write takes in the store beside its key and value, at most
 	memoryPerPair = 64
 
+	collectTime = time.Second // between two collections because writes are refused
+
 	// Bytes by which the data must have shrunk until the process gives back memory at
 	// once, where that is a quarter of it.
 	giveBackMin = 16 << 20
@@ -151,16 +153,13 @@ type keyValueServer struct {
 	// Take, for memory or for a snapshot. isClosing is asked while one reads, lists and writes.
 	closeSignal chan struct{}
 	serving     chan struct{} // closed by serve: workLoop runs
+	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: no more replies are written
 	ended       chan struct{} // closed by workLoop, last: nobody accepts, and no client is left
 	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
 	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
 
 	// Owned by the API call that has the token of oneCall.
 	closed bool // Close was called
-
-	// By when the last reply must be written. Close sets it before it closes
-	// closeSignal; it is read after that.
-	closeBy time.Time
 
 	commits storage.Histogram // how long each took, where that is of interest; for any goroutine
 	batches storage.Histogram // how many chains were in each of these
@@ -181,19 +180,22 @@ type keyValueServer struct {
 	floor         time.Duration // the most that a client had spent when it left turns (share)
 	takes         takeQueues    // Takes that wait for a value
 	turn          turn
-	turningAway   int     // connections that are being turned away
-	full          seldom  // turning clients away
-	badHandshakes seldom  // handshakes that failed
-	noRoom        seldom  // writes refused because the disk is full
-	noMemory      seldom  // and because the memory is
-	overdue       overdue // whether there are keys whose time is over
-	expired       int     // keys that went because their time was over
-	commitFailed  bool    // nothing runs any more
-	closing       bool    // stopReading was called
-	welcomed      int     // clients so far
-	departed      int     // of these, gone
-	mostClients   int     // clients at once, since there was none
-	largest       int64   // bytes of the store, since memory was last given back
+	turningAway   int              // connections that are being turned away
+	full          seldom           // turning clients away
+	badHandshakes seldom           // handshakes that failed
+	noRoom        seldom           // writes refused because the disk is full
+	noMemory      seldom           // and because the memory is
+	overdue       overdue          // whether there are keys whose time is over
+	expired       int              // keys that went because their time was over
+	commitFailed  bool             // nothing runs any more
+	closing       bool             // stopReading was called
+	closeTick     <-chan time.Time // for hurry; nil: not set
+	closeTicks    int              // since Close
+	welcomed      int              // clients so far
+	departed      int              // of these, gone
+	mostClients   int              // clients at once, since there was none
+	largest       int64            // bytes of the store, since memory was last given back
+	collectedAt   time.Time        // when a refused write last made the collector run
 	requests      [queryTypes]int
 }
 
@@ -388,6 +390,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		connections: make(chan net.Conn),
 		closeSignal: make(chan struct{}),
 		serving:     make(chan struct{}),
+		timeIsUp:    make(chan struct{}),
 		ended:       make(chan struct{}),
 		oneCall:     make(chan struct{}, 1),
 
@@ -508,7 +511,7 @@ func (s *keyValueServer) Failed() <-chan error { return s.failed }
 func (s *keyValueServer) Close() {
 	<-s.oneCall
 	if !s.closed {
-		s.closed, s.closeBy = true, time.Now().Add(closeTime)
+		s.closed = true
 		close(s.closeSignal)
 		closeAll(s.listeners)
 	}
@@ -679,6 +682,8 @@ func (s *keyValueServer) workLoop() {
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
+		case <-s.closeTick:
+			s.hurry()
 		}
 	}
 
@@ -1050,6 +1055,8 @@ func (s *keyValueServer) admit(q *Query) {
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
+		s.budget.refuses.Store(true)
+		s.collect()
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
 				"-max-memory", "limit", s.budget.limit, "since_last_line", n)
@@ -1143,6 +1150,15 @@ func (s *keyValueServer) isFull(q *Query) bool {
 		!(s.budget.admits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
 
+// collect has the collector find out what is alive, at most once in collectTime: until then what
+// somebody has let go of, such as the values of a reply, counts as data.
+func (s *keyValueServer) collect() {
+	if now := time.Now(); now.Sub(s.collectedAt) >= collectTime {
+		s.collectedAt = now
+		go runtime.GC()
+	}
+}
+
 // noteMemory tells the budget what the store and the clients take.
 func (s *keyValueServer) noteMemory() {
 	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*memoryPerClient))
@@ -1221,6 +1237,8 @@ type budget struct {
 	store  atomic.Int64 // store and clients, as of workLoop's last look
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
+	refuses atomic.Bool // a write was refused since the last collection
+
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	anyLine, freeing semaphore
 }
@@ -1241,7 +1259,10 @@ func (b *budget) limitTo(memory, queues int64) {
 }
 
 // collected notes how many bytes were alive after a collection.
-func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
+func (b *budget) collected(live int64) {
+	b.other.Store(max(0, live-b.known()))
+	b.refuses.Store(false)
+}
 
 // shared is how much is shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
@@ -1285,6 +1306,12 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
 // these there is a quarter more.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
+
+// isPinned tells whether writes are refused while much is alive that is neither stored nor queued:
+// values that replies hold, and that were deleted meanwhile.
+func (b *budget) isPinned() bool {
+	return b.refuses.Load() && b.other.Load() > b.shared()/queuesShare
+}
 
 // hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
 func (b *budget) hasRoomFor(bytes, more int64) bool {
@@ -1529,7 +1556,7 @@ func (s *keyValueServer) leave(c *Client) {
 		"reason", reason)
 }
 
-// stopReading begins the end, once: no more requests are read. Writing ends by closeBy, and a
+// stopReading begins the end, once: no more requests are read. Writing ends when timeIsUp, and a
 // client that goes on sending, or has much to read, gets drainTime to take our last words.
 func (s *keyValueServer) stopReading() {
 	if s.closing {
@@ -1538,10 +1565,27 @@ func (s *keyValueServer) stopReading() {
 	s.closing = true
 	s.log.Info("stopping", "clients", len(s.clients))
 
-	// Reads that wait end now. Writes ask for closeBy themselves (pacedConn).
+	// Reads that wait end now.
 	now := time.Now()
 	for _, c := range s.clients {
 		c.connection.SetReadDeadline(now)
+	}
+	s.closeTick = time.After(tickTime)
+}
+
+// hurry ends Writes when closeTime is over. It counts ticks, for where this whole process stands
+// still for a while that is one tick.
+func (s *keyValueServer) hurry() {
+	if s.closeTicks++; s.closeTicks < int(closeTime/tickTime) {
+		s.closeTick = time.After(tickTime)
+		return
+	}
+
+	s.closeTick = nil
+	close(s.timeIsUp)
+	now := time.Now()
+	for _, c := range s.clients {
+		c.paced.SetWriteDeadline(now)
 	}
 }
 
@@ -1743,7 +1787,24 @@ func listenUnix(path string) ([]net.Listener, error) {
 		listener.Close()
 		return nil, err
 	}
-	return []net.Listener{listener}, nil
+	listener.(*net.UnixListener).SetUnlinkOnClose(false) // which removes any other one, too
+	made, err := os.Lstat(path)
+	return []net.Listener{&unixListener{listener, path, made}}, err
+}
+
+// unixListener removes its socket when it is closed, if that is still there: another server may have
+// made one of the same name.
+type unixListener struct {
+	net.Listener
+	path string
+	made fs.FileInfo
+}
+
+func (l *unixListener) Close() error {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(l.made, now) {
+		os.Remove(l.path)
+	}
+	return l.Listener.Close()
 }
 
 // closeAll closes listeners.

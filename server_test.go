@@ -2390,6 +2390,23 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 		func() { <-time.After(time.Millisecond) })
 }
 
+// Ensure that time in which the server stands still does not count as time to read.
+func TestCloseWhileTheServerStandsStill(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 3 * closeTime}
+		value := strings.Repeat("v", kilo)
+		n.fill("k", value, 1200)
+		a, b := n.dial(t), n.dial(t)
+		b.ask("Ping", ":PONG")
+		a.send("Get:k\n")
+		synctest.Wait()
+		b.send("Put:x:y\n") // its Commit lasts
+		synctest.Wait()
+		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200),
+			func() { pass(closeTime / 20) })
+	})
+}
+
 // readAndSend has a client read what it is answered, bit by bit, with a Put and a pause between any
 // two, while the server closes, and wants it to be this. The server has read all that was sent.
 func readAndSend(a *testClient, s *keyValueServer, want string, pause func()) {
@@ -3884,6 +3901,63 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	}
 }
 
+// Ensure that a write that is refused has the collector look what is alive: what others have let go
+// of must not count until somebody allocates much.
+func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	s.budget.limitTo(64<<20, 0)
+	a := dialTCP(t, startTCP(t, s))
+	(&pacer{server: s}).begin()
+	a.ask("Ack", ":OK 0")
+	forced := func() uint32 {
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		return stats.NumForcedGC
+	}
+	before := forced()
+	s.budget.other.Store(1 << 30)
+	a.ask("Put:k:v", fmt.Sprintf(":ERROR line 2: the server's memory is full (%d bytes): Delete "+
+		"something first", 64<<20))
+	for forced() == before || s.budget.other.Load() == 1<<30 {
+		runtime.Gosched()
+	}
+	a.ask("Put:k:v", ":OK 1")
+}
+
+// Ensure that a client that takes nothing of a long reply is cut off where writes need the memory
+// of its values, which others have deleted.
+func TestMemoryLimitBesideALongReply(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.budget.limitTo(64<<20, 0)
+		n.fill("big", strings.Repeat("v", kilo), 9000)
+		mute, b := n.dial(t), n.dial(t)
+		mute.send("Get:big\n")
+		b.ask("Ack", ":OK 0")
+		for range 5 {
+			pass(slowAfter)
+			if n := b.stat("clients"); n != 2 {
+				t.Fatal("it is cut off though nobody needs memory")
+			}
+		}
+
+		// The collector finds the values alive, though they are not stored any more.
+		b.send("Delete:big\n")
+		b.want(":OK 9000")
+		for i := 0; b.stat("clients") == 2; i++ {
+			if i == 10 {
+				t.Fatal("it is not cut off")
+			}
+			n.server.budget.other.Store(64 << 20)
+			b.send("Put:k:v\n")
+			if line := b.read(); !strings.Contains(line, "memory is full") {
+				t.Fatal(line)
+			}
+			pass(slowAfter)
+		}
+		mute.close()
+	})
+}
+
 // Ensure that data which is there at the start counts once, whenever a collection comes.
 func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	s := New(kvstore.NewMemory())
@@ -4458,6 +4532,16 @@ func TestListenOnAUnixSocket(t *testing.T) {
 		t.Errorf("a second server: %v, %s", err, out)
 	}
 	run("k:v\n", "-addr", at, "-c", "Get:k")
+
+	// A stop leaves the socket of another server alone.
+	os.Remove(path)
+	first := cmd
+	cmd, log2 := start()
+	first.Process.Signal(syscall.SIGTERM)
+	first.Wait()
+	run("", "-addr", at, "-c", "Get:k")
+	io.Copy(io.Discard, log)
+	log = log2
 
 	cmd.Process.Kill()
 	cmd.Wait()
@@ -5698,7 +5782,7 @@ func TestSlowReaderFate(t *testing.T) {
 			s.budget.queued.Store(1000)
 		}
 		client.outbox.slow = c.slow
-		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
+		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut, false)
 		if got != c.want {
 			t.Errorf("%+v: fate %d (%q)", c, got, why)
 		}
