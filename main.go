@@ -1353,7 +1353,6 @@ func beClient(c config, errs io.Writer) error {
 			return problem{"cannot write the answers: " + err.Error(),
 				"Nothing was sent. Give a file that can be written."}
 		}
-		defer file.Close()
 		t.out = file
 	}
 	if t.isTyped {
@@ -1382,23 +1381,31 @@ func beClient(c config, errs io.Writer) error {
 type talker struct {
 	config
 	conn    net.Conn
-	r       *bufio.Reader // from conn; made by greet
-	in      io.Reader     // lines to send, where there are no requests
-	out     io.Writer     // for data
-	errs    io.Writer     // for all that is none
-	isTyped bool          // somebody types: there is a prompt, and a write is confirmed
-	tells   bool          // on errs, now and then, how many requests are answered
+	in      io.Reader      // lines to send, where there are no requests
+	out     io.WriteCloser // for data; closed in the end, for some disks tell late that they are full
+	errs    io.Writer      // for all that is none
+	isTyped bool           // somebody types: there is a prompt, and a write is confirmed
+	tells   bool           // on errs, now and then, how many requests are answered
 
-	asked    atomic.Int64 // lines that are sent, or about to be; the first is our Ack
-	answered atomic.Int64 // of these; added to by the reader only
+	// The reader's.
+	r        *bufio.Reader // from conn; made by greet
+	answered int           // lines that have been answered; -1: our Ack has not
+	quit     int           // the line of them that was a Quit, behind which nothing is run; 0: none
+	told     error         // errTold, once an error of the server's is shown
 
-	// Reader to sender, with -stop: the next request may go. Closed when none may. One slot.
-	mayGo chan struct{}
-
-	// Sender to reader: what the input ended in, io.EOF if nothing is wrong. One slot.
-	sent  chan error
-	quits atomic.Int64 // the line that was a Quit, behind which nothing is answered; 0: none
+	// Sender to reader: what each line is, before it is sent. It is taken out when the line is
+	// answered, so with -stop, where there is one slot, the next line waits for that. Made by greet.
+	owed chan queryType
+	sent chan error    // sender to reader: what the input ended in, io.EOF if nothing is wrong; one slot
+	over chan struct{} // closed by the reader: nothing more is to be sent
 }
+
+// maxOwed is how many lines may be sent before the first of them is answered.
+const maxOwed = 100_000
+
+// results are the requests whose last line is what they are sent for: a PONG, how many there are, or
+// whether it was done.
+var results = []queryType{ping, count, add, lease, swap, remove}
 
 // newTalker returns the conversation that c asks for.
 func newTalker(c config, errs io.Writer) *talker {
@@ -1415,18 +1422,18 @@ func newTalker(c config, errs io.Writer) *talker {
 
 // Errors of a conversation.
 var (
-	errStranger   = errors.New("no welcome")
-	errFull       = fmt.Errorf("%w: it has no room for a client", errStranger)
-	errSilent     = errors.New("it closed the connection without a word")
-	errUnanswered = errors.New("it closed the connection before everything was answered")
-	errUnasked    = errors.New("it answers what was not asked")
-	errGone       = errors.New("it closed the connection")
-	errQuiet      = errors.New("no answer")
-	errStopped    = errors.New("stopped at the first error")
-	errOutput     = errors.New("cannot write the answers")
-	errUTF16      = errors.New("the input is UTF-16, as PowerShell's > writes it; nothing of it " +
-		"was run")
+	errStranger    = errors.New("no welcome")
+	errFull        = fmt.Errorf("%w: it has no room for a client", errStranger)
+	errSilent      = errors.New("it closed the connection without a word")
+	errUnanswered  = errors.New("it closed the connection before everything was answered")
+	errUnasked     = errors.New("it answers what was not asked")
+	errGone        = errors.New("it closed the connection")
+	errQuiet       = errors.New("no answer")
+	errStopped     = errors.New("stopped at the first error")
+	errOutput      = errors.New("cannot write the answers")
 	errInterrupted = errors.New("interrupted")
+	errUTF16       = problem{"the input is UTF-16, as PowerShell's > writes it, so nothing of it was sent",
+		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8."}
 )
 
 // dial connects to the first server at t.addr that answers, which becomes t.addr: one that stands
@@ -1513,8 +1520,12 @@ func dialProblem(addrs string, err error) error {
 
 // greet sends an Ack, and fails if the answer is not a kvserver's.
 func (t *talker) greet() error {
-	t.r = bufio.NewReaderSize(patientReader{t}, maxWrite)
-	t.asked.Store(1)
+	t.r, t.answered = bufio.NewReaderSize(patientReader{t}, maxWrite), -1
+	t.owed = make(chan queryType, maxOwed)
+	if t.stop {
+		t.owed = make(chan queryType, 1)
+	}
+	t.owed <- ack
 
 	// A server of TLS answers five bytes, not four. Where Write fails there may be a word to read.
 	io.WriteString(t.conn, "Ack\r\n")
@@ -1535,12 +1546,6 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// owed is how many lines have no answer yet.
-func (t *talker) owed() int64 { return t.asked.Load() - t.answered.Load() }
-
-// through is the last line of the input that was answered.
-func (t *talker) through() int { return int(max(t.answered.Load()-1, 0)) } // but for our Ack
-
 // patientReader reads from the connection, and fails with errQuiet when it has waited too long
 // for a byte of an answer.
 type patientReader struct{ *talker }
@@ -1548,17 +1553,17 @@ type patientReader struct{ *talker }
 func (t patientReader) Read(p []byte) (n int, err error) {
 	// Whoever does not answer the first request is no server, or stands still.
 	silence := t.timeout
-	if silence == 0 && t.answered.Load() == 0 {
+	if silence == 0 && t.answered < 0 {
 		silence = connectTime
 	}
 	silence = cmp.Or(silence, math.MaxInt64)
 
-	// The deadline is set first and then looked whether anything is owed, for ask counts first and
-	// then moves the deadline: so none is missed.
+	// The deadline is set first and then looked whether anything is owed, for the sender says first
+	// what it is about to send and then moves the deadline: so none is missed.
 	for {
 		end := time.Now().Add(silence)
 		t.conn.SetReadDeadline(end)
-		isOwed := t.owed() > 0
+		isOwed := len(t.owed) > 0
 		n, err = t.conn.Read(p)
 		switch {
 		case n > 0 || !errors.Is(err, os.ErrDeadlineExceeded):
@@ -1569,23 +1574,25 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 	}
 }
 
-// ask takes note of a line that is about to be sent. If nothing was owed the reader's time begins.
-func (t *talker) ask() {
-	if t.asked.Add(1) == t.answered.Load()+1 {
-		t.conn.SetReadDeadline(time.Now())
-	}
-}
-
 // converse has the conversation, once greet has begun it. It returns errTold if all requests were
 // answered, and some with an error.
-func (t *talker) converse() (told error) {
-	// Our Ack has been answered.
-	t.mayGo, t.sent = make(chan struct{}, 1), make(chan error, 1)
-	defer close(t.mayGo) // a sender that waits ends
+func (t *talker) converse() error {
+	t.sent, t.over = make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)
-	t.takeAnswer(w)
+	<-t.owed // our Ack is answered
+	t.countAnswer(w)
 	go t.sendLines()
 
+	err := t.takeAnswers(w)
+	close(t.over)
+	if closeErr := t.out.Close(); closeErr != nil && (err == nil || err == errTold) {
+		err = fmt.Errorf("%w: %w", errOutput, closeErr)
+	}
+	return err
+}
+
+// takeAnswers reads the answers, until the last one, and writes to w what is to be seen.
+func (t *talker) takeAnswers(w *bufio.Writer) error {
 	for {
 		// The next Read may last, and what was answered is to be seen.
 		if t.r.Buffered() == 0 {
@@ -1597,54 +1604,65 @@ func (t *talker) converse() (told error) {
 		line, err := t.r.ReadBytes('\n')
 		if err != nil {
 			w.Flush()
-			return cmp.Or(t.ended(err), told)
+			return cmp.Or(t.ended(err), t.told)
 		}
 
 		// What begins with a colon is no data, and ends an answer unless it is text.
 		text, isText := bytes.CutPrefix(line, []byte(": "))
 		if isText || line[0] != ':' {
 			w.Write(text)
-			continue
+		} else if err := t.takeEnd(w, line); err != nil {
+			return err
 		}
-
-		// Each answer is one to the oldest line that has none.
-		if t.owed() <= 0 {
-			return errUnasked
-		}
-
-		// What is refused is shown always, and that something is done only to somebody who types.
-		why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
-		switch {
-		case isError:
-			told = errTold
-			w.Flush()
-			number, why, _ := strings.Cut(string(why), ":")
-			n, _ := strconv.Atoi(number)
-			fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
-			if t.stop {
-				return errStopped
-			}
-		case t.isTyped, bytes.HasPrefix(line, []byte(":PONG")):
-			w.Write(line)
-		}
-		t.takeAnswer(w)
 	}
 }
 
-// takeAnswer takes note of an answer.
-func (t *talker) takeAnswer(w *bufio.Writer) {
-	n := t.answered.Add(1) - 1 // but for our Ack
-	if t.stop {
-		t.mayGo <- struct{}{}
+// takeEnd takes the last line of an answer, or an error that is none.
+func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
+	why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
+	if isError {
+		t.told = errTold
+		w.Flush()
+		number, why, _ := strings.Cut(string(why), ":")
+		n, _ := strconv.Atoi(number)
+
+		// The server may have something to say that nobody asked for.
+		if n == 0 || len(t.owed) == 0 {
+			fmt.Fprintf(t.errs, "the server says:%s", why)
+			return nil
+		}
+		fmt.Fprintf(t.errs, "line %d:%s", n-1, why) // our Ack was line 1
+		if t.stop {
+			return errStopped
+		}
 	}
 
+	// Each answer is one to the oldest line that has none.
+	if len(t.owed) == 0 {
+		return errUnasked
+	}
+	kind := <-t.owed
+	if !isError && (t.isTyped || slices.Contains(results, kind)) {
+		w.Write(line)
+	}
+	t.countAnswer(w)
+	if !isError && kind == quit {
+		t.quit = t.answered
+	}
+	return nil
+}
+
+// countAnswer takes note of an answer.
+func (t *talker) countAnswer(w *bufio.Writer) {
+	t.answered++
+
 	// Somebody who types, or waits, sees that it goes on.
-	if t.isTyped && t.owed() == 0 {
+	if t.isTyped && len(t.owed) == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, "> ")
 	}
-	if t.tells && n > 0 && n%100_000 == 0 {
-		fmt.Fprintf(t.errs, "%d requests answered\n", n)
+	if t.tells && t.answered > 0 && t.answered%100_000 == 0 {
+		fmt.Fprintf(t.errs, "%d requests answered\n", t.answered)
 	}
 }
 
@@ -1661,7 +1679,7 @@ func (t *talker) ended(err error) error {
 
 	// Was what was sent all that there is?
 	end := errGone
-	if t.quits.Load() > 0 {
+	if t.quit > 0 {
 		end = io.EOF
 	}
 	select {
@@ -1671,9 +1689,9 @@ func (t *talker) ended(err error) error {
 
 	// And was that answered?
 	switch {
-	case t.owed() > 0 && err == io.EOF:
+	case len(t.owed) > 0 && err == io.EOF:
 		return errUnanswered
-	case t.owed() > 0: // as where a server was killed
+	case len(t.owed) > 0: // as where a server was killed
 		return fmt.Errorf("%w: %w", errUnanswered, err)
 	case end == io.EOF:
 		return nil
@@ -1691,8 +1709,8 @@ func (t *talker) sendLines() {
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	var end error    // of the input
-	isBegun := false // a line that is longer than what r holds is sent in parts
+	var end error                   // of the input
+	isFirst, isBegun := true, false // a line that is longer than what r holds is sent in parts
 	for end == nil {
 		// The next Read may last, and the server is not to wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
@@ -1706,30 +1724,35 @@ func (t *talker) sendLines() {
 		}
 
 		// Most lines go as they are. Those that do not are short.
-		isWhole := bytes.HasSuffix(line, []byte("\n"))
 		request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
 		switch {
 		case isRest:
 			w.Write(line)
 			continue
-		case t.asked.Load() == 1 && isUTF16(line):
+		case isFirst && isUTF16(line):
 			end = errUTF16
 			continue
 		case len(line) == 0: // that is all
 			continue
-		case isWhole && request == "": // the server has no answer, but one for an Ack
-			line = []byte("Ack\n")
-		case isWhole && lookUp(request) == quit:
-			t.quits.CompareAndSwap(0, t.asked.Load()) // our Ack was no line of the input
+		case request == "" && line[len(line)-1] == '\n': // the server answers no blank line, but an Ack
+			line, request = []byte("Ack\n"), "Ack"
+		}
+		isFirst = false
+
+		// An answer makes room, if what it answers has been sent.
+		if len(t.owed) == cap(t.owed) {
+			w.Flush()
+		}
+		select {
+		case t.owed <- begun(request):
+		case <-t.over:
+			return
 		}
 
-		// With -stop it goes when the one before is answered.
-		if t.stop && w.Flush() == nil {
-			if _, goesOn := <-t.mayGo; !goesOn {
-				return
-			}
+		// If nothing was owed the reader's time begins.
+		if len(t.owed) == 1 {
+			t.conn.SetReadDeadline(time.Now())
 		}
-		t.ask()
 		w.Write(line)
 	}
 	w.Flush()
@@ -1760,12 +1783,12 @@ func (t *talker) problem(err error) error {
 
 	// Of an input it is told how far it was answered, and how to send the rest.
 	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
-	isGiven, n, command := len(t.requests) > 0, t.through(), "kvserver "+strings.Join(t.args, " ")
+	isGiven, n, command := len(t.requests) > 0, t.answered, "kvserver "+strings.Join(t.args, " ")
 	switch {
 	case isGiven:
 	case t.isTyped:
 		goOn = "start it again."
-	case n == 0:
+	case n <= 0:
 		what, goOn = what+"; nothing of the input was answered", "go on: "+command+" < FILE"
 	default:
 		what += fmt.Sprintf("; answered through line %d of the input", n)
@@ -1784,8 +1807,6 @@ func (t *talker) problem(err error) error {
 	return firstWrong(what, []wrong{
 		// Where the answers go, what was given, and who answers.
 		{is(errOutput), "", "Make room where the answers go, and look what was done."},
-		{is(errUTF16), "", "Have a Dump written by kvserver -c -out FILE, and other text saved " +
-			"as UTF-8."},
 		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
 		{isTLS && t.cert != "", "", "It does not trust the certificate in " + t.cert +
@@ -1794,11 +1815,10 @@ func (t *talker) problem(err error) error {
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far it has come.
-		{n > 0 && int64(n) == t.quits.Load(), "", "Nothing after a Quit is run. Leave it out, and " +
-			goOn},
+		{n > 0 && n == t.quit, "", "Nothing after a Quit is run. Leave it out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
-		{!isGiven && t.owed() == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
+		{!isGiven && len(t.owed) == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
 		{true, "", "What was answered is done. Of the rest nothing is known: look, then " + goOn},
 	})
 }

@@ -140,7 +140,7 @@ const needsKey = "a key, without a colon in it"
 
 // verbs are what each request needs and does. (Other places that know one by name: Stats in run,
 // Take in mayWait, Quit in parse, Ack and Ping in the outbox, Keys in listing, Get in appendLine,
-// Help in init.) To add one:
+// Help in init, Count and others in results.) To add one:
 //
 //   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
 //     counters of Stats are made of these;

@@ -80,6 +80,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	crand "crypto/rand"
@@ -1700,11 +1701,73 @@ func TestCommand(t *testing.T) {
 		}()
 		r, _ := io.Pipe() // an input that never ends
 		if _, err := talk(&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
-			out: io.Discard, errs: io.Discard}); err != nil {
+			out: closing(io.Discard), errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
 	})
+}
+
+// Ensure that -c shows :OK n where that is the result, and only there, however long the request is.
+func TestCommandShowsResults(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		long := strings.Repeat("v", 2*maxWrite)
+		for _, c := range []struct {
+			requests []string
+			out      string
+		}{
+			{[]string{"Count:k", "Add:k:v", "ADD:k:w", "Count:k"}, ":OK 0\n:OK 1\n:OK 0\n:OK 1\n"},
+			{[]string{"Lease:lock:30:a", "Lease:lock:30:b", "Swap:lock:b:b", "Swap:lock:a:a"},
+				":OK 1\n:OK 0\n:OK 0\n:OK 1\n"},
+			{[]string{"Remove:lock:b", "Remove:lock:a"}, ":OK 0\n:OK 1\n"},
+			{[]string{"Put:l:" + long, "Swap:l:" + long + ":a", "Swap:l:" + long + ":a"},
+				":OK 1\n:OK 0\n"},
+
+			// What a Dump is made of, what only changes, and what has lines of its own.
+			{[]string{"Put:k:w", "Expire:k:60", "Update:k:v:x", "Set:k:y", "Delete:none", "Ack"}, ""},
+			{[]string{"Get:k", "Expire:k:60", "Expire:k", "Keys", "Take:k", "Take:k", "Get:k"},
+				"k:y\n60\nk\nl\nk:y\n"},
+		} {
+			out, errs, good, err := converseWith(t, n, "", c.requests...)
+			if out != c.out || errs != "" || !good || err != nil {
+				t.Errorf("%.100q: prints %q and %q, %v, %v, want %q", c.requests, out, errs, good, err, c.out)
+			}
+		}
+	})
+}
+
+// Ensure that what the server says unasked is shown, and is an error, whether an answer is owed or
+// not.
+func TestCommandHearsTheServer(t *testing.T) {
+	for _, c := range []struct {
+		in, answers string
+		want        error
+	}{
+		{"", ":OK 0\n:ERROR line 0: it stops\n", errTold},
+		{"", ":OK 0\n:ERROR line 1: it stops\n", errTold},
+		{"Put:a:b\n", ":OK 0\n:OK 1\n:ERROR line 2: it stops\n", errTold},
+		{"Put:a:b\n", ":OK 0\n:ERROR line 0: it stops\n", errUnanswered},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+			go func() {
+				io.WriteString(theirs, c.answers[:len(":OK 0\n")])
+				<-time.After(1) // all is sent by then
+				io.WriteString(theirs, c.answers[len(":OK 0\n"):])
+				io.Copy(io.Discard, theirs)
+				theirs.Close()
+			}()
+			var errs bytes.Buffer
+			talker := &talker{conn: ours, in: strings.NewReader(c.in), out: closing(io.Discard), errs: &errs}
+			if err := cmp.Or(talker.greet(), talker.converse()); !errors.Is(err, c.want) ||
+				errs.String() != "the server says: it stops\n" {
+				t.Errorf("after %q: %v, and it says %q", c.answers, err, &errs)
+			}
+			ours.Close()
+			pass(2)
+		})
+	}
 }
 
 // Ensure that an answer that never came is an error, wherever the server was lost, as is one that
@@ -1754,7 +1817,7 @@ func TestCommandLosesItsServer(t *testing.T) {
 					end.Close()
 				}()
 			}
-			good, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+			good, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
 				config: config{stop: c.stops}})
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
@@ -1810,13 +1873,13 @@ func TestCommandResumes(t *testing.T) {
 			}()
 			var errs bytes.Buffer
 			talker := &talker{conn: ours, in: strings.NewReader(load),
-				out: io.Discard, errs: &errs, config: config{stop: c.stops}}
+				out: closing(io.Discard), errs: &errs, config: config{stop: c.stops}}
 			good, err := talk(talker)
 			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
-				errors.Is(err, syscall.ECONNRESET)) || talker.through() != c.through ||
+				errors.Is(err, syscall.ECONNRESET)) || talker.answered != c.through ||
 				!strings.HasPrefix(errs.String(), c.errs) {
 				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
-					"%d", c.answers, good, err, talker.through(), &errs, c.want, c.through)
+					"%d", c.answers, good, err, talker.answered, &errs, c.want, c.through)
 			}
 			talker.conn.Close()
 			synctest.Wait()
@@ -1847,7 +1910,7 @@ func TestCommandTimeout(t *testing.T) {
 			io.WriteString(typed, "Ping\n")
 		}()
 		began := time.Now()
-		_, err := talk(&talker{conn: ours, in: in, out: io.Discard, errs: io.Discard,
+		_, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
 			config: config{timeout: 5 * time.Second}})
 		if took := time.Since(began); !errors.Is(err, errQuiet) ||
 			took != 3*64*time.Second+5*time.Second {
@@ -1889,7 +1952,7 @@ func TestCommandBesideASilentServer(t *testing.T) {
 				}
 			}()
 			talker := newTalker(c.config, io.Discard)
-			talker.conn, talker.out = ours, io.Discard
+			talker.conn, talker.out = ours, closing(io.Discard)
 			began := time.Now()
 			good, err := talk(talker)
 			if took := time.Since(began); good != c.good || took != c.took ||
@@ -1910,8 +1973,10 @@ func TestCommandRefusesUTF16(t *testing.T) {
 			"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n", "P\x00i\x00n\x00g\x00\n\x00",
 			"\xff\xfe", "\xff\xfe\n\x00Put:a:b\n"} {
 			out, errs, good, err := converseWith(t, n, in)
-			if good || !errors.Is(err, errUTF16) || out+errs != "" {
-				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
+			told := new(talker).problem(err)
+			if good || !errors.Is(err, errUTF16) || out+errs != "" ||
+				strings.Count(told.Error(), "nothing") != 1 || strings.Contains(told.Error(), ";") {
+				t.Errorf("%q: %v, %v, %q", in, good, told, out+errs)
 			}
 		}
 		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
@@ -1985,14 +2050,14 @@ func TestCommandOnATerminal(t *testing.T) {
 			<-time.After(time.Second)
 			typed.Close()
 		}()
-		typist := talker{conn: n.dial(t).conn, in: in, out: &screen, errs: &screen, isTyped: true}
+		typist := talker{conn: n.dial(t).conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
 		if good, err := talk(&typist); !good || err != nil ||
 			screen.String() != "> :OK 1\n> :OK 0\n> k:v\n:OK 1\n> " {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
 		screen.Reset()
 		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
-			250_000) + "get k\nGet:none\nPing\n"), out: &screen, errs: &screen, tells: true}
+			250_000) + "get k\nGet:none\nPing\n"), out: closing(&screen), errs: &screen, tells: true}
 		talk(&load)
 		for _, line := range strings.Split(screen.String(), "\n") {
 			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
@@ -2061,12 +2126,14 @@ func TestCommandBehindAQuit(t *testing.T) {
 // Ensure that what -c says to do next is what is to be done: with the flags that it was given,
 // and only where something may have been changed.
 func TestCommandSaysWhatToDo(t *testing.T) {
-	answered := func(t *talker) *talker { // two lines, and our Ack
-		t.answered.Store(3)
+	answered := func(t *talker) *talker { // two lines
+		t.answered = 2
 		return t
 	}
+	owed := make(chan queryType, 1)
+	owed <- put
 	quits := answered(new(talker))
-	quits.quits.Store(2)
+	quits.quit = 2
 	for _, c := range []struct {
 		talker *talker
 		err    error
@@ -2076,7 +2143,7 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 			"go on: kvserver -addr 7000 -c -stop < FILE"},
 		{answered(&talker{config: config{args: []string{"-addr", "7000", "-c", "-stop"}}}), errStopped,
 			"go on: tail -n +3 FILE | kvserver -addr 7000 -c -stop"},
-		{answered(&talker{config: config{args: []string{"-c"}}}), errUnanswered,
+		{answered(&talker{owed: owed, config: config{args: []string{"-c"}}}), errUnanswered,
 			"look, then go on: tail -n +3 FILE | kvserver -c"},
 		{&talker{config: config{args: []string{"-c"}}}, errGone, "go on: kvserver -c < FILE"},
 		{&talker{config: config{requests: []string{"Foo"}}}, errStopped,
@@ -2117,7 +2184,7 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 			end.CloseWithError(broken)
 		}()
 		a := n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, in: in, out: io.Discard,
+		if _, err := talk(&talker{conn: a.conn, in: in, out: closing(io.Discard),
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
@@ -2125,13 +2192,35 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, config: config{requests: []string{"Get:k"}}, out: out,
+		if _, err := talk(&talker{conn: a.conn, config: config{requests: []string{"Get:k"}}, out: closing(out),
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
 		a.close()
+
+		// It may fail at the last moment, as on a disk of another machine, also behind an error.
+		for _, request := range []string{"Get:k", "get k"} {
+			a = n.dial(t)
+			_, err := talk(&talker{conn: a.conn, config: config{requests: []string{request}},
+				out: closesWith{io.Discard, broken}, errs: io.Discard})
+			if !errors.Is(err, broken) || !errors.Is(err, errOutput) {
+				t.Errorf("the output fails when it is closed: %v", err)
+			}
+			a.close()
+		}
 	})
 }
+
+// closesWith is a file that tells only when it is closed what became of it.
+type closesWith struct {
+	io.Writer
+	err error
+}
+
+func (c closesWith) Close() error { return c.err }
+
+// closing is w as a file that nothing happens to when it is closed.
+func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 
 // ---- server.go: start, counts and close
 
@@ -7170,7 +7259,7 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	var o, e strings.Builder
 	c := n.dial(t)
 	good, err = talk(&talker{conn: c.conn, config: config{requests: requests},
-		in: strings.NewReader(in), out: &o, errs: &e})
+		in: strings.NewReader(in), out: closing(&o), errs: &e})
 	c.close()
 	return o.String(), e.String(), good, err
 }
