@@ -96,7 +96,7 @@ const (
 func main() {
 	err := run(os.Args[1:])
 	if err != nil && !errors.Is(err, errTold) {
-		printError(os.Stderr, err)
+		new(config).tell(os.Stderr, err)
 	}
 
 	// Scripts tell a wrong command line from what has failed.
@@ -122,7 +122,7 @@ func run(args []string) error {
 	case errors.Is(err, flag.ErrHelp): // it is printed
 		return nil
 	case err != nil:
-		return misuse{err}
+		return misuse{c.tell(os.Stderr, err)}
 	case c.client || c.ping:
 		return beClient(c, os.Stderr)
 	}
@@ -142,12 +142,17 @@ type problem struct{ what, todo string }
 
 func (p problem) Error() string { return p.what }
 
-// printError prints err in two lines: what is wrong and what to do.
-func printError(w io.Writer, err error) {
-	fmt.Fprintf(w, "kvserver: %v\n", err)
-	if p := (problem{}); errors.As(err, &p) {
-		fmt.Fprintln(w, p.todo)
+// tell writes what is wrong and what to do to w: two lines, or one of a log in JSON, if the server
+// is to have that. It returns errTold.
+func (c *config) tell(w io.Writer, err error) error {
+	p := problem{what: err.Error()}
+	errors.As(err, &p)
+	if c.log == "json" && !c.client && !c.ping {
+		slog.New(slog.NewJSONHandler(w, nil)).Error("the server does not start", "error", err, "todo", p.todo)
+	} else {
+		fmt.Fprintln(w, strings.TrimSpace(fmt.Sprintf("kvserver: %v\n%s", err, p.todo)))
 	}
+	return errTold
 }
 
 // wrong is what may be wrong, in words of its own if it has some, and what to do about it.
@@ -268,14 +273,61 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.answers, "out", "", "`FILE` for the answers to -c, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
+	c.limit(f)
 	return f
+}
+
+// limit has the flags of f take only values that fit, where the flag package takes others.
+func (c *config) limit(f *flag.FlagSet) {
+	for name, fits := range map[string]func() bool{
+		"addr": func() (ok bool) { c.addr, ok = fullAddrs(c.addr); return ok },
+		"http": func() (ok bool) {
+			c.http, ok = fullAddrs(c.http)
+			return c.http == "" || ok && !strings.Contains(c.http, ",") && !strings.HasPrefix(c.http, unixPrefix)
+		},
+		"data": func() bool {
+			return c.data != "" && (etcd.IsAddress(c.data) || !strings.Contains(c.data, "://"))
+		},
+		"fsync":         func() bool { _, ok := parseFsync(c.fsync); return ok },
+		"max-clients":   func() bool { return c.maxClients >= 1 },
+		"max-line":      func() bool { return c.maxLine >= 64 && c.maxLine <= 1<<30 },
+		"max-memory":    func() bool { return c.maxMemory == 0 || c.maxMemory >= 64_000_000 },
+		"write-timeout": func() bool { return c.writeTimeout >= 0 },
+		"log":           func() bool { return c.log == "text" || c.log == "json" },
+		"timeout":       func() bool { return c.timeout >= 0 },
+		"out":           func() bool { return c.answers != "" },
+	} {
+		f.Lookup(name).Value = limited{f.Lookup(name).Value, fits}
+	}
+}
+
+// limited is a flag's value that is to fit, once it is set.
+type limited struct {
+	flag.Value
+	fits func() bool
+}
+
+// Set is flag.Value's.
+func (l limited) Set(text string) error {
+	err := l.Value.Set(text)
+	if err == nil && !l.fits() {
+		err = errors.New("not allowed")
+	}
+	return err
 }
 
 // parseFlags reads the command line and the environment. It prints what -h and -version
 // ask for and then returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	// What is typed comes first.
+	// What is typed comes over the environment, which is there for a server and for a -ping beside it.
 	flags := c.flags()
+	var bad []*flag.Flag
+	flags.VisitAll(func(f *flag.Flag) {
+		value := os.Getenv(variable(f)) // "" counts as none
+		if value != "" && f.Value.Set(value) != nil {
+			bad = append(bad, f)
+		}
+	})
 	err = flags.Parse(args)
 	c.requests, c.args = flags.Args(), args // everything behind the flags is a request for -c
 	switch {
@@ -289,22 +341,15 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, flag.ErrHelp
 	}
 
-	// What stands in the environment is there for a server and for a -ping beside it.
 	typed := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
-	flags.VisitAll(func(f *flag.Flag) {
-		value := os.Getenv(variable(f)) // "" counts as none
-		if value != "" && !typed[f.Name] && flags.Set(f.Name, value) != nil {
-			err = problem{notForFlag(f), explain(f)}
+	for _, f := range bad {
+		if !typed[f.Name] {
+			return c, problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f),
+				os.Getenv(variable(f)), f.Name), explain(f)}
 		}
-	})
-	if err != nil {
-		return c, err
 	}
-	err = cmp.Or(c.checkRequests(), c.checkFlags(flags, typed))
-	c.addr, _ = fullAddrs(c.addr)
-	c.http, _ = fullAddrs(c.http)
-	return c, err
+	return c, cmp.Or(c.checkRequests(), c.checkFlags(typed))
 }
 
 // helpText is what -h prints.
@@ -334,12 +379,6 @@ func variable(f *flag.Flag) string {
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-}
-
-// notForFlag says that what is in the environment for f is no value for it.
-func notForFlag(f *flag.Flag) string {
-	name := variable(f)
-	return fmt.Sprintf("%s=%q in the environment is no value for -%s", name, os.Getenv(name), f.Name)
 }
 
 // warnOfVariables logs which variables look like ours and are none, and what they may have
@@ -460,41 +499,14 @@ func refusal(line string) string {
 	return q.value
 }
 
-// checkFlags tells which flag's value breaks a rule that the flag package does not know, which
-// flags do not go together, and which are not for what is asked for: to serve, or to be a client.
-// typed are those of the command line, where a flag must fit; the environment may be for both.
-func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
-	bad := func(name string, isBad bool) wrong {
-		f := flags.Lookup(name)
-		what := notForFlag(f)
-		if typed[name] {
-			what = fmt.Sprintf("invalid value %q for flag -%s", f.Value, name)
-		}
-		return wrong{isBad, what, explain(f)}
-	}
-
-	// What the flags come to.
-	_, isFsync := parseFsync(c.fsync)
-	addrs, areAddrs := fullAddrs(c.addr)
-	http, isHTTP := fullAddrs(c.http)
-	isOne := isHTTP && !strings.Contains(http, ",") && !strings.HasPrefix(http, unixPrefix)
+// checkFlags tells which flags do not go together, and which are not for what is asked for: to
+// serve, or to be a client. typed are those of the command line, where a flag must fit; the
+// environment may be for both.
+func (c config) checkFlags(typed map[string]bool) error {
 	asks := c.client || c.ping
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
 
 	return firstWrong("", []wrong{
-		bad("addr", !areAddrs),
-		bad("data", typed["data"] && c.data == "" ||
-			strings.Contains(c.data, "://") && !etcd.IsAddress(c.data)),
-		bad("fsync", !isFsync),
-		bad("http", c.http != "" && !isOne),
-		bad("max-clients", c.maxClients < 1),
-		bad("max-line", c.maxLine < 64 || c.maxLine > 1<<30),
-		bad("max-memory", c.maxMemory != 0 && c.maxMemory < 64_000_000),
-		bad("write-timeout", c.writeTimeout < 0),
-		bad("log", c.log != "text" && c.log != "json"),
-		bad("timeout", c.timeout < 0),
-		bad("out", typed["out"] && c.answers == ""),
-
 		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca " + c.ca},
@@ -518,8 +530,8 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Say whose certificate the server has, as in -tls-ca ca.pem."},
-		{slices.Contains(strings.Split(addrs, ","), http) && !strings.HasSuffix(http, ":0"),
-			"-addr and -http are both " + http, "Give each a port of its own."},
+		{slices.Contains(strings.Split(c.addr, ","), c.http) && !strings.HasSuffix(c.http, ":0"),
+			"-addr and -http are both " + c.http, "Give each a port of its own."},
 	})
 }
 
@@ -691,8 +703,7 @@ func beServer(c config) error {
 	// The log may be a pipe that nobody reads, so its queue has the error, too.
 	err := serve(c, log)
 	if err != nil && !errors.Is(err, errTold) {
-		printError(log, err)
-		err = errTold
+		err = c.tell(log, err)
 	}
 	return err
 }

@@ -87,6 +87,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"flag"
@@ -225,7 +226,7 @@ func TestFlagMistakes(t *testing.T) {
 			{"repair a", "repair needs a data directory, which it only reads,", "Give the one"},
 			{"-data data -fsync sometimes", `invalid value "sometimes" for flag -fsync`,
 				"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
-			{"-max-memory 1KiB", `invalid value "1024" for flag -max-memory`,
+			{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
 				"-max-memory takes SIZE of the process, as 500MB, from 64MB on"},
 			{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s"},
 			{"-data d check", `unexpected argument "check"`,
@@ -1063,6 +1064,42 @@ func TestLogTellsOfAFailingDisk(t *testing.T) {
 				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
 			}
 		})
+	}
+}
+
+// Ensure that a start that fails is told in the log's format, wherever the format was given.
+func TestLogTellsOfAFailedStart(t *testing.T) {
+	t.Parallel()
+	for args, code := range map[string]int{
+		"-log json -data /no/such/dir":        exitFailure,
+		"-log json -addr 192.0.2.1:9999":      exitFailure,
+		"-log json -tls-cert x -tls-key y":    exitFailure,
+		"-log json -max-clients 0":            exitMisuse,
+		"-log json -foo":                      exitMisuse,
+		"-log json serve":                     exitMisuse,
+		"KVSERVER_LOG=json -data /no/such/di": exitFailure,
+		"KVSERVER_LOG=json -foo":              exitMisuse,
+		"KVSERVER_LOG=json -addr":             exitMisuse,
+	} {
+		words := strings.Fields(args)
+		cmd := binary(words...)
+		if strings.HasPrefix(words[0], "KVSERVER_") {
+			cmd = binary(words[1:]...)
+			cmd.Env = append(cmd.Env, words[0])
+		}
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		var last struct{ Level, Error, Todo string }
+		for line := range strings.Lines(stderr.String()) {
+			if err := json.Unmarshal([]byte(line), &last); err != nil {
+				t.Errorf("%s: it logs %q: %v", args, line, err)
+			}
+		}
+		if cmd.ProcessState.ExitCode() != code || stdout.Len() > 0 || last.Level != "ERROR" ||
+			last.Error == "" || last.Todo == "" {
+			t.Errorf("%s: exit code %d, it logs %s", args, cmd.ProcessState.ExitCode(), &stderr)
+		}
 	}
 }
 
