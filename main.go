@@ -179,8 +179,7 @@ func as[E error](err error) bool { return errors.As(err, new(E)) }
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	null, nullErr := os.Stat(os.DevNull) // which is a device, too
-	return err == nil && info.Mode()&os.ModeCharDevice != 0 &&
-		(nullErr != nil || !os.SameFile(info, null))
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
 }
 
 // ---- flags and the environment
@@ -244,8 +243,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.addr, "addr", "localhost:9999",
 		"`PORT` to 65535, HOST:PORT or unix:PATH (localhost:9999)")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
-	f.StringVar(&c.fsync, "fsync", "always",
-		"`WHEN`: always, never, or a time from 1ms to 1h (always)")
+	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h (always)")
 	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
 
 	// Its limits.
@@ -260,8 +258,7 @@ func (c *config) flags() *flag.FlagSet {
 	// TLS, which a client speaks, too, and the log.
 	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
-	f.StringVar(&c.clientCA, "tls-client-ca", "",
-		"`FILE` with a CA: let in only clients that it certified")
+	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: let in only clients that it certified")
 	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA: with -c and -ping speak TLS, trust it")
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
@@ -389,30 +386,32 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	others := regexp.MustCompile("^KVSERVER_((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
-		isNone := !slices.Contains(ours, name) && !others.MatchString(name)
+		isOurs := slices.Contains(ours, name) || others.MatchString(name)
 
 		// It is only a warning, for a newer kvserver may know it.
-		if strings.HasPrefix(name, "KVSERVER_") && isNone {
-			log.Warn("a variable in the environment is none of ours, so it does nothing", "name",
-				name, "todo", cmp.Or(suggest("", name, ours), seeHelp))
+		if strings.HasPrefix(name, "KVSERVER_") && !isOurs {
+			log.Warn("a variable in the environment is none of ours, so it does nothing",
+				"name", name, "todo", suggest("", "", name, ours))
 		}
 	}
 }
 
-// suggest suggests which of names, behind prefix, name may have been meant to be: "" if none is
-// one slip from it, or only names that are too short to tell.
-func suggest(prefix, name string, names []string) string {
+// suggest suggests what, behind prefix, name may have been meant to be: meant, or else one of names
+// that is one slip from it, and not too short to tell.
+func suggest(prefix, meant, name string, names []string) string {
 	for _, near := range names {
-		if len(near) > 2 && oneSlip(name, near) {
-			return "Did you mean " + prefix + near + " ?"
+		if meant == "" && len(near) > 2 && oneSlip(name, near) {
+			meant = near
 		}
 	}
-	return ""
+	if meant == "" {
+		return seeHelp
+	}
+	return "Did you mean " + prefix + meant + " ? " + seeHelp
 }
 
 // flagProblem says what to do about an error of flags.Parse, which names the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
@@ -420,17 +419,14 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 			todo = explain(f)
 		}
 	})
-	if !isUnknown {
-		return problem{err.Error(), todo}
-	}
 
 	// It may be the name of another program's flag.
-	lower := strings.ToLower(name)
-	meant := suggest("-", lower, names)
-	if ours := otherFlags[lower]; ours != "" {
-		meant = "Did you mean -" + ours + " ?"
+	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if isUnknown {
+		lower := strings.ToLower(name)
+		return problem{"unknown flag -" + name, suggest("-", otherFlags[lower], lower, names)}
 	}
-	return problem{"unknown flag -" + name, strings.TrimSpace(meant + " " + seeHelp)}
+	return problem{err.Error(), todo}
 }
 
 // What other programs call our flags, and what they have in the place of flags.
@@ -439,10 +435,9 @@ var (
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
 		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}
-	otherWords = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
-		"server": leaveOut, "version": "Did you mean kvserver -version ?",
-		"ping": "Did you mean kvserver -ping ?", "client": "Did you mean kvserver -c ?",
-		"stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+	otherWords = map[string]string{"version": "-version", "ping": "-ping", "client": "-c"}
+	noWords    = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
+		"server": leaveOut, "stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
 )
 
 const leaveOut = "Leave it out: kvserver alone serves."
@@ -453,9 +448,8 @@ func (c config) checkRequests() error {
 	for i, request := range c.requests {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
-		word := otherWords[strings.ToLower(request)]
-		_, isCommand := commands[request]
-		slip := suggest("kvserver ", request, names)
+		word := strings.ToLower(request)
+		meant := suggest("kvserver ", otherWords[word], word, names)
 
 		// Where two arguments are no requests, they may be the words of one.
 		why := ""
@@ -469,15 +463,14 @@ func (c config) checkRequests() error {
 				"To send requests: kvserver -c " + request},
 
 			// Nothing to send: a word that another program would understand, or a command.
-			{!c.client && word != "", isUnexpected, word},
-			{!c.client && isCommand, isUnexpected,
-				request + " goes first, without flags: kvserver " + request + " ..."},
-			{!c.client && slip != "", isUnexpected, slip + " " + seeHelp},
+			{!c.client && noWords[word] != "", isUnexpected, noWords[word]},
+			{!c.client && slices.Contains(names, word), isUnexpected,
+				word + " goes first, without flags: kvserver " + word + " ..."},
+			{!c.client && meant != seeHelp, isUnexpected, meant},
 			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
 
 			// It is to be sent, and cannot be.
-			{trimCR(request) == "", isNone, "Give one, as in kvserver -c Get:fruit, or none to " +
-				"send what comes on standard input."},
+			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none: to send standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
 			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
@@ -874,8 +867,7 @@ func listenProblem(name, addr string, err error) error {
 		// Of ports.
 		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
 			anotherPort(host)},
-		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator. Choose another: " +
-			"kvserver -" + name + " 9999"},
+		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
 		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
 			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
 		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
@@ -967,8 +959,7 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	tell := func(failure error) error {
 		p := problem{}
 		errors.As(storeProblem(c, failure), &p)
-		log.Error("the data cannot be kept any more, so the server ends", "error", p.what,
-			"todo", p.todo)
+		log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
 		return errTold
 	}
 	if failure != nil {
@@ -1125,8 +1116,7 @@ func (k *credentials) warn(now time.Time) {
 		level, what, pause = slog.LevelError,
 			"the certificate has ended, clients will refuse it"+mend, warnAgain
 	case pause <= 0:
-		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend,
-			min(warnAgain, end.Sub(now))
+		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend, min(warnAgain, end.Sub(now))
 	}
 
 	k.next = now.Round(0).Add(pause) // by the wall clock, which may be set
@@ -1148,8 +1138,7 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 		// A bad file may be on its way to be a good one.
 		if err := k.load(); err != nil {
-			k.log.Warn("the certificates cannot be read anew, so those from before stay",
-				"error", err)
+			k.log.Warn("the certificates cannot be read anew, so those from before stay", "error", err)
 		}
 		k.warn(time.Now())
 	}

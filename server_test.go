@@ -453,9 +453,9 @@ func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 	})
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
 	if len(lines) != 2 || !strings.Contains(lines[0],
-		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ?\"") ||
+		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
 		!strings.Contains(lines[1],
-			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ?\"") {
+			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
 		t.Errorf("the log says\n%s", &log)
 	}
 }
