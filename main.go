@@ -308,7 +308,7 @@ type limited struct {
 func (l limited) Set(text string) error {
 	err := l.Value.Set(text)
 	if err == nil && !l.fits() {
-		err = errors.New("not allowed")
+		err = errors.New("it does not fit")
 	}
 	return err
 }
@@ -412,11 +412,13 @@ func suggest(prefix, meant, name string, names []string) string {
 
 // flagProblem says what to do about an error of flags.Parse, which names the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	todo, names := seeHelp, []string(nil)
+	what, todo, names := err.Error(), seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
-		if strings.Contains(err.Error()+":", " -"+f.Name+":") { // its value is wrong, or missing
-			todo = explain(f)
+
+		// Its value is wrong, or missing. What it takes says more than why.
+		if before, _, isIt := strings.Cut(what+":", " -"+f.Name+":"); isIt {
+			what, todo = before+" -"+f.Name, explain(f)
 		}
 	})
 
@@ -426,7 +428,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 		lower := strings.ToLower(name)
 		return problem{"unknown flag -" + name, suggest("-", otherFlags[lower], lower, names)}
 	}
-	return problem{err.Error(), todo}
+	return problem{what, todo}
 }
 
 // What other programs call our flags, and what they have in the place of flags.
@@ -1181,26 +1183,18 @@ func runCommand(command string, args []string) error {
 // printManual prints the parts of the README whose heading has word, or, without one, the
 // headings.
 func printManual(w io.Writer, word string) error {
-	level := math.MaxInt // of a heading that has the word, where its part goes on
 	isPrinted := word == ""
 	var within []string // of the parts that have the word elsewhere
-	for _, part := range strings.Split("\n#"+readme, "\n##")[1:] {
-		title, _, _ := strings.Cut(part, "\n")
-		heading := strings.TrimLeft(title, "# ")
-		depth := len(title) - len(heading)
-
-		// A part has those of the levels below in it.
+	for _, part := range strings.Split("\n#"+readme, "\n## ")[1:] {
+		heading, _, _ := strings.Cut(part, "\n")
 		switch {
 		case word == "":
-			fmt.Fprintf(w, "%*s%s\n", 2*depth-2, "", heading)
-		case depth > level || contains(heading, word):
-			level, isPrinted = min(level, depth), true
-			fmt.Fprintln(w, "##"+part)
-		default:
-			level = math.MaxInt
-			if contains(part, word) {
-				within = append(within, heading)
-			}
+			fmt.Fprintln(w, heading)
+		case contains(heading, word):
+			isPrinted = true
+			fmt.Fprintln(w, "##", part)
+		case contains(part, word):
+			within = append(within, heading)
 		}
 	}
 
