@@ -58,7 +58,8 @@ cover: ## show what the tests reach
 
 PREFIX ?= /usr/local
 install: build ## put kvserver in PREFIX/bin (/usr/local), below DESTDIR
-	install -D -m 755 kvserver $(DESTDIR)$(PREFIX)/bin/kvserver
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 kvserver $(DESTDIR)$(PREFIX)/bin/kvserver
 
 TARGETS ?=
 dist: ## archives of what is committed, for all systems or for TARGETS (linux/amd64,...), in dist
