@@ -94,7 +94,14 @@ const (
 )
 
 func main() {
-	err := run(os.Args[1:])
+	out := bufio.NewWriter(os.Stdout)
+	err := run(os.Args[1:], out)
+
+	// What was printed is there once the file is closed. Perhaps -c has done so, or there is none.
+	lost := cmp.Or(out.Flush(), os.Stdout.Close())
+	if err == nil && lost != nil && !isAny(lost, os.ErrClosed, os.ErrInvalid) {
+		err = problem{"cannot write the output: " + lost.Error(), "Make room where it goes."}
+	}
 	if err != nil && !errors.Is(err, errTold) {
 		new(config).tell(os.Stderr, err)
 	}
@@ -108,16 +115,16 @@ func main() {
 	}
 }
 
-// run does what the command line says.
-func run(args []string) error {
+// run does what the command line says, and prints to out what it asks for.
+func run(args []string, out io.Writer) error {
 	if len(args) > 0 {
 		if _, isCommand := commands[args[0]]; isCommand {
-			return runCommand(args[0], args[1:])
+			return runCommand(args[0], args[1:], out)
 		}
 	}
 
 	// A server, unless a flag says that it is to be a client.
-	c, err := parseFlags(args, os.Stdout)
+	c, err := parseFlags(args, out)
 	switch {
 	case errors.Is(err, flag.ErrHelp): // it is printed
 		return nil
@@ -1148,10 +1155,10 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 // ---- the commands: help, check, repair, backup
 
-// runCommand runs a command, and prints what it says.
-func runCommand(command string, args []string) error {
+// runCommand runs a command, and prints what it says to out.
+func runCommand(command string, args []string, out io.Writer) error {
 	if command == "help" {
-		return printManual(os.Stdout, strings.Join(args, " "))
+		return printManual(out, strings.Join(args, " "))
 	}
 
 	// A flag in their place is a mistake, and never the name of a directory.
@@ -1166,7 +1173,7 @@ func runCommand(command string, args []string) error {
 	path := args[0]
 	report, err := lookAt(command, path, args[len(args)-1])
 	for _, line := range report.Lines {
-		fmt.Println(line)
+		fmt.Fprintln(out, line)
 	}
 	if err != nil {
 		return storeProblem(config{command: command, data: path}, err)

@@ -501,6 +501,29 @@ func TestManual(t *testing.T) {
 	}
 }
 
+// Ensure that who asks for something to be printed is told when it could not be.
+func TestManualOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Logf("without /dev/full there is no full disk: %v", err)
+		return
+	}
+	defer full.Close()
+	dir := t.TempDir()
+	mustOpen(t, dir).Close()
+	for _, args := range []string{"-h", "-version", "help", "help flags", "check " + dir} {
+		cmd := binary(strings.Fields(args)...)
+		var stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = full, &stderr
+		cmd.Run()
+		if cmd.ProcessState.ExitCode() != exitFailure || strings.Count(stderr.String(), "\n") != 2 ||
+			!strings.HasPrefix(stderr.String(), "kvserver: cannot write the output: ") {
+			t.Errorf("%s: exit code %d, it says %q", args, cmd.ProcessState.ExitCode(), &stderr)
+		}
+	}
+}
+
 // ---- main.go: the README
 
 // Ensure that the tests which the first page names are there.
