@@ -1724,37 +1724,15 @@ func (t *talker) sendLines() {
 			end = err
 		}
 
-		// Most lines go as they are. Those that do not are short.
-		request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
 		switch {
 		case isRest:
 			w.Write(line)
-			continue
 		case isFirst && isUTF16(line):
 			end = errUTF16
-			continue
-		case len(line) == 0: // that is all
-			continue
-		case request == "" && line[len(line)-1] == '\n': // the server answers no blank line, but an Ack
-			line, request = []byte("Ack\n"), "Ack"
-		}
-		isFirst = false
-
-		// An answer makes room, if what it answers has been sent.
-		if len(t.owed) == cap(t.owed) {
-			w.Flush()
-		}
-		select {
-		case t.owed <- begun(request):
-		case <-t.over:
+		case len(line) > 0 && !t.sendLine(w, line):
 			return
 		}
-
-		// If nothing was owed the reader's time begins.
-		if len(t.owed) == 1 {
-			t.conn.SetReadDeadline(time.Now())
-		}
-		w.Write(line)
+		isFirst = false
 	}
 	w.Flush()
 
@@ -1766,6 +1744,33 @@ func (t *talker) sendLines() {
 
 	// The server ends the conversation when it has answered all of it.
 	closeWrite(t.conn)
+}
+
+// sendLine sends a line, or the beginning of a long one, when there is room for its answer. It
+// returns false if nothing more is to be sent.
+func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
+	// The server does not answer a blank line, but an Ack.
+	request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
+	if request == "" && line[len(line)-1] == '\n' {
+		line, request = []byte("Ack\n"), "Ack"
+	}
+
+	// An answer makes room, if what it answers has been sent.
+	if len(t.owed) == cap(t.owed) {
+		w.Flush()
+	}
+	select {
+	case t.owed <- begun(request):
+	case <-t.over:
+		return false
+	}
+
+	// If nothing was owed the reader's time begins.
+	if len(t.owed) == 1 {
+		t.conn.SetReadDeadline(time.Now())
+	}
+	w.Write(line)
+	return true
 }
 
 // isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
