@@ -1791,10 +1791,10 @@ func (t *talker) problem(err error) error {
 	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
 	isGiven, n, command := len(t.requests) > 0, t.answered, "kvserver "+strings.Join(t.args, " ")
 	switch {
-	case isGiven:
+	case isGiven, n < 0:
 	case t.isTyped:
 		goOn = "start it again."
-	case n <= 0:
+	case n == 0:
 		what, goOn = what+"; nothing of the input was answered", "go on: "+command+" < FILE"
 	default:
 		what += fmt.Sprintf("; answered through line %d of the input", n)
@@ -1824,6 +1824,7 @@ func (t *talker) problem(err error) error {
 		{n > 0 && n == t.quit, "", "Nothing after a Quit is run. Leave it out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
+		{n < 0, "", "Nothing was sent: try again."},
 		{!isGiven && len(t.owed) == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
 		{true, "", "What was answered is done. Of the rest nothing is known: look, then " + goOn},
 	})
