@@ -1237,7 +1237,7 @@ type budget struct {
 	store  atomic.Int64 // store and clients, as of workLoop's last look
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
-	refuses atomic.Bool // a write was refused since the last collection
+	refuses atomic.Bool // a write was refused, and since then other has not become small
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	anyLine, freeing semaphore
@@ -1261,7 +1261,9 @@ func (b *budget) limitTo(memory, queues int64) {
 // collected notes how many bytes were alive after a collection.
 func (b *budget) collected(live int64) {
 	b.other.Store(max(0, live-b.known()))
-	b.refuses.Store(false)
+	if !b.isPinned() {
+		b.refuses.Store(false)
+	}
 }
 
 // shared is how much is shared out.
@@ -1307,7 +1309,7 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // these there is a quarter more.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned tells whether writes are refused while much is alive that is neither stored nor queued:
+// isPinned tells whether a write was refused while much is alive that is neither stored nor queued:
 // values that replies hold, and that were deleted meanwhile.
 func (b *budget) isPinned() bool {
 	return b.refuses.Load() && b.other.Load() > b.shared()/queuesShare

@@ -4105,6 +4105,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 			if line := b.read(); !strings.Contains(line, "memory is full") {
 				t.Fatal(line)
 			}
+			n.server.budget.collected(n.server.budget.known() + 64<<20)
 			pass(slowAfter)
 		}
 		mute.close()
