@@ -976,7 +976,9 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	}
 
 	// Whatever does not end in time, the process does.
-	defer giveUp(log, data).Stop()
+	ended := make(chan struct{})
+	defer close(ended)
+	go giveUp(log, data, ended)
 	s.Close()
 
 	// Then nobody changes the data any more.
@@ -988,21 +990,27 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	return failure
 }
 
-// giveUp ends the process if it does not end within stopTime, or is writing all data anew.
-func giveUp(log *queuedLog, data *durable.Store) *time.Timer {
-	return time.AfterFunc(stopTime, func() {
-		// Files that somebody has removed are not on disk again yet.
-		if data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
-			giveUp(log, data)
+// giveUp ends the process if ended is not closed within stopTime, or while all data is written anew.
+// It counts ticks, for where the process stands still for a while that is one tick. One goroutine.
+func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
+	for left := stopTime; left > 0; left -= tickTime {
+		select {
+		case <-ended:
 			return
+		case <-time.After(tickTime):
 		}
 
-		log.Error("stopping takes too long, giving up; what was not answered may not be kept",
-			"limit", stopTime, "fsync", data.Syncing())
-		log.flush()
-		os.Exit(exitFailure)
-	})
+		// Files that somebody has removed are not on disk again yet.
+		if left == tickTime && data.IsHealing() {
+			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			left += stopTime
+		}
+	}
+
+	log.Error("stopping takes too long, giving up; what was not answered may not be kept",
+		"limit", stopTime, "fsync", data.Syncing())
+	log.flush()
+	os.Exit(exitFailure)
 }
 
 // ---- certificates

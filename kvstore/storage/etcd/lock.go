@@ -260,7 +260,11 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	d.opts.Status.Set("standby: " + stage)
 	if what, _, _ := strings.Cut(stage, ","); what != w.told {
 		w.told = what
-		d.log.Info("standing by: "+stage, "error", err)
+		var why []any // nil: etcd has answered
+		if err != nil {
+			why = []any{"error", err}
+		}
+		d.log.Info("standing by: "+stage, why...)
 	}
 	return nil
 }

@@ -1,10 +1,12 @@
 package etcd
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -953,6 +955,8 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		dir, w = e.dir(t, ctx, "second:9999")
 		dir.opts.Status = new(storage.Status)
+		var log bytes.Buffer
+		dir.log = slog.New(slog.NewTextHandler(&log, nil))
 		ended := make(chan struct{})
 		go func() {
 			durable.Open(ctx, dir, durable.Options{})
@@ -973,6 +977,10 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		}
 		cancel()
 		<-ended
+		if n := strings.Count(log.String(), "standing by"); n != 3 ||
+			strings.Count(log.String(), " error=") != 1 || strings.Contains(log.String(), "<nil>") {
+			t.Errorf("the log tells of %d stages:\n%s", n, &log)
+		}
 		d.Close()
 	})
 }
