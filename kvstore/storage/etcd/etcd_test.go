@@ -1252,6 +1252,10 @@ func TestEtcdManyPieces(t *testing.T) {
 		if n := e.list(pieces).Count - before; n != 1 {
 			t.Errorf("what shrinks enough is %d pieces", n)
 		}
+		put("quarter", shrinking(1<<20, 4))
+		if n := e.list(pieces).Count - before; n > 1+5+1 {
+			t.Errorf("with what shrinks to a quarter there are %d pieces", n)
+		}
 		random := make([]byte, 900<<10)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
@@ -1301,6 +1305,18 @@ func TestEtcdManyPieces(t *testing.T) {
 		}
 		lock.Close()
 	})
+}
+
+// shrinking returns n bytes of which pack leaves about one in times.
+func shrinking(n, times int) string {
+	random := rand.NewChaCha8([32]byte{1})
+	text := make([]byte, 0, n)
+	for len(text) < n {
+		part := make([]byte, 32*times)
+		random.Read(part[:32])
+		text = append(text, part...)
+	}
+	return string(text[:n])
 }
 
 // ---- a start that is refused

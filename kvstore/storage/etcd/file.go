@@ -346,8 +346,6 @@ func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
 		if err == errSmaller {
-			// The link or etcd wants less at a time.
-			f.d.client.wasTooMuch()
 			n, err = f.arrived(n)
 		}
 		if err != nil {
@@ -394,8 +392,8 @@ func (f *pieceFile) put() (n int, err error) {
 	n = min(len(f.buf), pieceMost)
 	data, joins := f.join(f.buf[:n])
 	packed := pack(data)
-	if len(packed) > most && n > most {
-		n = most
+	for len(packed) > most && n > most {
+		n = max(most, n*most/len(packed)*7/8) // a little less, for not all of it shrinks alike
 		data, joins = f.join(f.buf[:n])
 		packed = pack(data)
 	}
@@ -410,6 +408,9 @@ func (f *pieceFile) put() (n int, err error) {
 
 	began := time.Now()
 	if err := f.add(p, packed, before, ops...); err != nil {
+		if err == errSmaller { // the link or etcd wants less at a time
+			f.d.client.wasTooMuch(len(packed))
+		}
 		return n, err
 	}
 	f.d.client.tookPiece(len(packed), time.Since(began))

@@ -150,9 +150,8 @@ func (c *cluster) tookPiece(size int, took time.Duration) {
 	}
 }
 
-// wasTooMuch makes the next piece smaller.
-func (c *cluster) wasTooMuch() {
-	if most := c.piece.Load(); most > pieceLeast {
-		c.piece.CompareAndSwap(most, most/2)
-	}
+// wasTooMuch makes the next piece smaller than one of size.
+func (c *cluster) wasTooMuch(size int) {
+	most := c.piece.Load()
+	c.piece.CompareAndSwap(most, max(pieceLeast, min(most, int64(size))/2))
 }

@@ -721,6 +721,35 @@ func TestEtcdSlow(t *testing.T) {
 	}
 }
 
+// Ensure that a link that has become slow is soon sent as little at a time as it can do, however
+// much the data shrinks.
+func TestEtcdSlower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "first:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		random := make([]byte, 4<<20)
+		rand.Read(random)
+		d.Put("random", string(random))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		w.rate = 50 << 10
+		began := time.Now()
+		d.Put("k", shrinking(1<<20, 10))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > 8*time.Second {
+			t.Errorf("the Commit takes %v", took)
+		}
+		d.Close()
+	})
+}
+
 // ---- a full cluster
 
 // Ensure that a server whose lock is deleted in a full cluster asks now and then whether it can be
