@@ -1412,10 +1412,6 @@ type talker struct {
 // maxOwed is how many lines may be sent before the first of them is answered.
 const maxOwed = 100_000
 
-// results are the requests whose last line is what they are sent for: a PONG, how many there are, or
-// whether it was done.
-var results = []queryType{ping, count, add, lease, swap, remove}
-
 // newTalker returns the conversation that c asks for.
 func newTalker(c config, errs io.Writer) *talker {
 	t := &talker{config: c, in: os.Stdin, out: os.Stdout, errs: errs}
@@ -1651,7 +1647,7 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 		return errUnasked
 	}
 	kind := <-t.owed
-	if !isError && (t.isTyped || slices.Contains(results, kind)) {
+	if !isError && (t.isTyped || verbs[kind].tells) {
 		w.Write(line)
 	}
 	t.countAnswer(w)

@@ -107,6 +107,7 @@ type verb struct {
 	head, separator string // of each line with a value: before the key, and between the two
 	end             ending // of its reply
 	mayDrop         bool   // a slow reader may lose its reply
+	tells           bool   // that end is what it is sent for, so that -c shows it
 }
 
 // clock tells the wall clock's time, which may jump.
@@ -140,7 +141,7 @@ const needsKey = "a key, without a colon in it"
 
 // verbs are what each request needs and does. (Other places that know one by name: Stats in run,
 // Take in mayWait, Quit in parse, Ack and Ping in the outbox, Keys in listing, Get in appendLine,
-// Help in init, Count and others in results.) To add one:
+// Help in init.) To add one:
 //
 //   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
 //     counters of Stats are made of these;
@@ -180,13 +181,13 @@ var verbs = [queryTypes]verb{
 
 	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
 		does:  "take the first such value out; it may hold colons",
-		parse: parseKeyValue, effect: frees, searches: true,
+		parse: parseKeyValue, effect: frees, searches: true, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) { q.n = times(db.Remove(q.key, q.value)) }},
 
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "Update, but only if old is there: :OK 1, else :OK 0",
-		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks,
+		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Has(q.key, q.value) {
 				runUpdate(q, db, nil)
@@ -195,7 +196,7 @@ var verbs = [queryTypes]verb{
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
 		does:  "Put, but only if the key has no value: :OK 1, else :OK 0",
-		parse: parseKeyValue, effect: adds, shrinks: addShrinks,
+		parse: parseKeyValue, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
 				db.Put(q.key, q.value)
@@ -206,7 +207,7 @@ var verbs = [queryTypes]verb{
 	lease: {name: "Lease", form: "Lease:key:seconds:value",
 		needs: "a key, seconds from 1 to 4000000000, and a value",
 		does:  "Add and Expire in one step: a lock that frees itself",
-		parse: parseLease, effect: adds, shrinks: addShrinks,
+		parse: parseLease, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) && db.Count(q.key) == 0 {
 				db.PutUntil(q.key, q.value, q.deadline(now))
@@ -228,7 +229,7 @@ var verbs = [queryTypes]verb{
 
 	count: {name: "Count", form: "Count:key", needs: needsKey,
 		does:  "answers :OK n: how many values the key has",
-		parse: parseKey, effect: reads, end: endOK,
+		parse: parseKey, effect: reads, end: endOK, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Count(q.key) }},
 
 	expire: {name: "Expire", form: "Expire:key:seconds",
@@ -246,7 +247,7 @@ var verbs = [queryTypes]verb{
 
 	ping: {name: "Ping", form: "Ping:token",
 		does:  "answers :PONG token when all before it is done",
-		parse: parseToken, end: endPong},
+		parse: parseToken, end: endPong, tells: true},
 
 	stats: {name: "Stats", form: "Stats", needs: "nothing behind it",
 		does: "the server's counters", separator: ": ", end: endOK},
