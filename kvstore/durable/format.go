@@ -359,10 +359,15 @@ type logWriter struct {
 	path     string // what people call it
 	seed     uint32 // of its frames' CRCs
 	size     int64  // bytes up to the end of the last frame
-	last     int64  // offset of the last frame that this writer has written; 0: none
 	fileSize int64  // bytes of the file
-	wasCut   bool   // somebody else has made the file shorter
 	buf      []byte // the frame that is written, kept for the next one
+
+	// Of a file that others can change in place: a copy that is put over it lacks its end.
+	isWatched bool
+	isSpoiled bool            // somebody has changed it
+	last      int64           // offset of the last frame; 0: of the header, where there is none
+	head      [frameSize]byte // what stands there
+	found     [frameSize]byte // what was read there last
 }
 
 // createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
@@ -418,14 +423,24 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 	})
 }
 
-// extendLog opens a log file to be written further, from end on: there its last frame ends.
-func extendLog(d storage.Directory, h fileHeader, end int64) (*logWriter, error) {
+// extendLog opens a log file to be written further, from end on: there its last frame ends, which
+// begins at last.
+func extendLog(d storage.Directory, h fileHeader, last, end int64) (*logWriter, error) {
 	f, err := d.Extend(h.name())
 	if err != nil {
 		return nil, err
 	}
 
-	return &logWriter{f: f, path: d.Path(h.name()), seed: h.seed(), size: end, fileSize: end}, nil
+	w := &logWriter{f: f, path: d.Path(h.name()), seed: h.seed(), size: end, fileSize: end, last: last}
+	_, _, zeros := d.Sizes()
+	w.isWatched = zeros > 0
+	if w.isWatched {
+		_, err = f.ReadAt(w.head[:], last)
+	}
+	if err != nil {
+		return nil, errors.Join(w.named("read", err), f.Close())
+	}
+	return w, nil
 }
 
 // append writes one frame, and so many zeros behind it where the file must grow for it.
@@ -433,18 +448,21 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
 
 	// One write has both, so the file grows once for many frames.
-	size := w.size + int64(len(w.buf))
-	if size >= w.fileSize && (zeros > 0 || w.room() > 0) {
-		w.noteCut()
-	}
+	start, size := w.size, w.size+int64(len(w.buf))
 	if size > w.fileSize {
 		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
 
 	// The zeros are no part of the log: size is the end of the frame.
-	w.last = w.size
 	err := w.write(w.buf)
 	w.size = size
+
+	// Only now, for the frame before may have gone while this one was written.
+	if err == nil {
+		w.look()
+	}
+	w.last = start
+	copy(w.head[:], w.buf)
 
 	// One huge record does not keep its memory for ever.
 	if cap(w.buf) > 4*maxFramePut {
@@ -473,7 +491,6 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
-	w.noteCut()
 
 	// Written, not only made longer: a hole keeps no room.
 	zeros := make([]byte, min(bytes-w.room(), 1<<20))
@@ -493,12 +510,15 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// noteCut notes whether somebody has made the file shorter. It is called before the file grows, for
-// then that cannot be seen any more.
-func (w *logWriter) noteCut() {
-	var last [1]byte
-	_, err := w.f.ReadAt(last[:], max(w.fileSize-1, 0))
-	w.wasCut = w.wasCut || err == io.EOF
+// look looks whether the last frame is where it was written. It is not in a copy that was made before
+// it, and that somebody has put over the file since.
+func (w *logWriter) look() {
+	if !w.isWatched {
+		return
+	}
+
+	_, err := w.f.ReadAt(w.found[:], w.last)
+	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.head
 }
 
 // trim cuts off the room that is left, and has that on disk.

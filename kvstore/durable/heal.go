@@ -44,13 +44,7 @@ func (d *Store) learn(names ...string) {
 			known[name] = stamp
 		}
 	}
-	d.known, d.lastSeen = known, seenFrame{}
-}
-
-// seenFrame is where the last frame stood in the current file at the last look.
-type seenFrame struct {
-	offset   int64 // 0: there was none
-	sequence uint64
+	d.known = known
 }
 
 // changes are what somebody else has done to the directory.
@@ -66,8 +60,8 @@ func (d *Store) changed() (c changes, err error) {
 	// The timer does not make the current file longer meanwhile.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
-	last, end := seenFrame{d.current.last, d.sequence}, d.current.fileSize
-	wasCut := d.current.wasCut
+	d.current.look()
+	end, isSpoiled := d.current.fileSize, d.current.isSpoiled
 	<-d.writing
 	if err != nil {
 		return c, err
@@ -86,7 +80,7 @@ func (d *Store) changed() (c changes, err error) {
 
 		// The current file changes because we write it.
 		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(was) &&
-			(d.zerosAhead == 0 || now.Size >= end && !wasCut && d.isIntact(last)):
+			(d.zerosAhead == 0 || now.Size >= end && !isSpoiled && d.hasHeader()):
 
 		// STORE may be copied over itself: it says the same.
 		case isThere && name == storage.StoreName && was.ID != nil && d.isOurs():
@@ -118,10 +112,8 @@ func (d *Store) isOurs() bool {
 	return err == nil && found && id == d.id
 }
 
-// isIntact tells whether the current file begins as it did, and has the frame that was its last one
-// at the last look: what was cut off may have become zeros, in front of what was written since.
-// last is the last frame now.
-func (d *Store) isIntact(last seenFrame) bool {
+// hasHeader tells whether the current file begins as it did.
+func (d *Store) hasHeader() bool {
 	var b [headerSize]byte
 	_, err := d.current.f.ReadAt(b[:], 0)
 	if err != nil {
@@ -131,20 +123,7 @@ func (d *Store) isIntact(last seenFrame) bool {
 	// Not compared byte by byte: an older version may have made the file.
 	want := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
 	h, err := decodeHeader(b[:])
-	if err != nil || h != want {
-		return false
-	}
-
-	// Where it stood then, and no other frame: the rest was written since.
-	if d.lastSeen.offset > 0 {
-		_, err = d.current.f.ReadAt(b[:frameSize], d.lastSeen.offset)
-		head, ok := decodeFrame(b[:], d.current.seed)
-		if err != nil || !ok || head.sequence != d.lastSeen.sequence {
-			return false
-		}
-	}
-	d.lastSeen = last
-	return true
+	return err == nil && h == want
 }
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or

@@ -784,3 +784,53 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that a raw copy of the files which is put over them is noticed, whenever it was made and is
+// put back: also where all that is within a second, where the files keep their size, and where it is
+// put back between a start and its first write.
+func TestHealOfACopyAtAnyMoment(t *testing.T) {
+	const keys, starts = 7, 2 // what is written, and after which of them a start comes
+	for made := range keys {
+		for back := made + 1; back < keys; back++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{})
+				copied := map[string][]byte{}
+				for i := range keys {
+					d.Put(fmt.Sprint("key", i), "value")
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+					if i == made {
+						for name, file := range dir.Names {
+							copied[name] = slices.Clone(file.Data)
+						}
+					}
+					if i == starts {
+						if err := d.Close(); err != nil {
+							t.Fatal(err)
+						}
+						var err error
+						if d, err = openSmall(dir, Options{}); err != nil {
+							t.Fatalf("made at %d, put back at %d: %v", made, back, err)
+						}
+					}
+					if i == back {
+						for name, data := range copied {
+							f, _ := dir.Create(name) // which empties it
+							f.WriteAt(data, 0)
+							f.Close()
+						}
+					}
+				}
+
+				<-time.After(lookTime)
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				what := fmt.Sprintf("made at %d, put back at %d", made, back)
+				wantAll(t, what, dir.Kill(), maps.Collect(d.All()))
+				d.Close()
+			})
+		}
+	}
+}

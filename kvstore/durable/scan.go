@@ -291,6 +291,7 @@ type logEnd struct {
 	last   uint32 // the kind of the last good frame
 	frames int    // good ones
 	next   uint64 // sequence of the frame that would follow
+	start  int64  // offset of the last good frame; 0: there is none
 	offset int64  // of the end of the last good frame
 	doubt  int64  // offset of the first good frame that no later one calls synced
 
@@ -353,7 +354,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		}
 
 		end.frames++
-		end.last = f.kind
+		end.last, end.start = f.kind, end.offset
 
 		// The frame that f calls synced is on disk. Only those behind it may be missing there.
 		doubts = append(doubts, end.offset)

@@ -108,9 +108,9 @@ type Store struct {
 
 	// Looking whether others have changed the files.
 	looked    time.Time                // when that was done last
+	isSpoiled bool                     // somebody has changed the current file since: look at once
 	healAfter time.Time                // before then no heal is tried
 	known     map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
-	lastSeen  seenFrame                // in the current file
 	healing   atomic.Bool              // a heal runs; any goroutine may look
 	awaiting  atomic.Bool              // a compaction is waited for; any goroutine may look
 
@@ -342,7 +342,7 @@ func (d *Store) writeFrame(kind uint32) {
 	// Size and room are copied, for the timer may write as soon as it can.
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
-	d.size, d.room = d.current.size, d.current.room()
+	d.size, d.room, d.isSpoiled = d.current.size, d.current.room(), d.current.isSpoiled
 	<-d.writing
 
 	d.pending, d.count = d.pending[:0], 0
@@ -387,8 +387,9 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // Commit returns once everything done to the store is as durable as Options.Fsync says. After
 // an error it is unknown what since the last Commit (or, where that does not wait for it, since
 // the last fsync) is on disk; nothing is written any more, and every Commit fails. About once a
-// second it looks whether others have removed or changed the files, and writes all data anew if so:
-// that takes as long as a compaction, and everybody waits for it.
+// second, and where the last frame has gone, it looks whether others have removed or changed the
+// files, and writes all data anew if so: that takes as long as a compaction, and everybody waits for
+// it.
 func (d *Store) Commit() error {
 	err := d.commit()
 	if err != nil {
@@ -396,8 +397,8 @@ func (d *Store) Commit() error {
 	}
 
 	now := time.Now()
-	if now.Sub(d.looked) >= lookTime {
-		d.looked = now
+	if d.isSpoiled || now.Sub(d.looked) >= lookTime {
+		d.looked, d.isSpoiled = now, false
 		d.lookForFiles(now)
 		err = d.failure()
 		if err != nil {
