@@ -202,43 +202,61 @@ func (l *diskLock) watch() {
 	}
 }
 
-// Look tells whether the path still leads to the directory, and to the file in it that is
-// locked: ErrMoved if not, another error if that cannot be found out now. Where only that file
-// is gone it is made and locked anew: if another process had done so meanwhile, that one's
-// would be there.
+// Look tells whether the path still leads to the directory, and the lock is ours: ErrMoved if not,
+// another error if that cannot be found out now. A LOCK that is gone or was replaced is made anew,
+// unless another process has it.
 func (l *diskLock) Look() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+
 	// By the path, not by the directory that is held open: that a start would not find.
-	info, err := os.Stat(l.dir.Path(LockName))
-	if err == nil && os.SameFile(info, l.info) {
-		return nil
-	}
-
-	// LOCK may be gone, or all of the path.
-	if errors.Is(err, fs.ErrNotExist) {
-		isThere, thereErr := l.dir.isThere()
-		if thereErr != nil {
-			return thereErr
-		}
-		if isThere {
-			err = l.again()
-			if err == nil {
-				return nil
-			}
-		}
-	}
-
-	// Another file that has the name, or another directory, is somebody else's. A path that leads
-	// nowhere is lost, too: what is written there no start would find.
+	isThere, err := l.dir.isThere()
 	switch {
-	case err == nil, errors.Is(err, fs.ErrExist), errors.Is(err, ErrLocked):
-		return fmt.Errorf("%w: %s: another process has it, or another is there", ErrMoved,
-			l.dir.path)
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
-		return fmt.Errorf("%w: %s: %w", ErrMoved, l.dir.path, err)
+	case err != nil:
+		return err
+	case !isThere:
+		return fmt.Errorf("%w: %s is gone, or another", ErrMoved, l.dir.path)
+	}
+
+	info, err := l.dir.root.Stat(LockName)
+	switch {
+	case err == nil && os.SameFile(info, l.info):
+		return nil
+	case err == nil && !l.takeAway():
+		return l.taken()
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+
+	// Where LOCK is all that is locked, whoever has made it meanwhile has the directory.
+	err = l.again()
+	if l.self == nil && (errors.Is(err, fs.ErrExist) || errors.Is(err, ErrLocked)) {
+		return l.taken()
 	}
 	return err
+}
+
+// taken is the error that LOCK is not ours any more.
+func (l *diskLock) taken() error {
+	return fmt.Errorf("%w: %s is another file now", ErrMoved, l.dir.Path(LockName))
+}
+
+// takeAway removes a LOCK that is not ours. It does not where somebody has locked it, as an older
+// kvserver does, or could have: nothing but the directory's own lock keeps others out meanwhile.
+func (l *diskLock) takeAway() bool {
+	if l.self == nil {
+		return false
+	}
+
+	// A file that cannot be opened is in the way, too.
+	f, err := l.dir.open(LockName, os.O_RDONLY)
+	if err == nil {
+		defer f.Close()
+		if isLocked(f) {
+			return false
+		}
+	}
+	return l.dir.root.Remove(LockName) == nil
 }
 
 // again makes and locks LOCK anew.
@@ -259,6 +277,8 @@ func (l *diskLock) again() error {
 
 	// Only now: until the new one is signed the old one still is the lock.
 	old.Close()
+	l.dir.log.Warn("LOCK was removed or replaced while it was locked: it was made anew", "dir",
+		l.dir.path)
 	return nil
 }
 

@@ -2,6 +2,8 @@ package storage
 
 import (
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -185,6 +187,68 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 			t.Errorf("in use %v, %s", inUse, owner)
 		}
 	})
+}
+
+// Ensure that a LOCK which is replaced by another file is made anew where the directory itself is
+// locked, with one line of log, and that a second server cannot have the lock meanwhile. Where only
+// LOCK is locked, or another process has the new one, the lock is lost.
+func TestReplacedLock(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can replace a lock
+	}
+	byFile := func(name string) {
+		os.WriteFile(name+".new", []byte("process 1 on backup\n"), 0o400)
+		os.Rename(name+".new", name)
+	}
+	byDirectory := func(name string) { os.Remove(name); os.Mkdir(name, 0o700) }
+	for _, c := range []struct {
+		what    string
+		replace func(name string)
+		isPlain bool // the directory is not locked
+		older   bool // a process has the new file that does not ask for the directory's lock
+		isLost  bool
+	}{
+		{"a file", byFile, false, false, false},
+		{"a directory", byDirectory, false, false, false},
+		{"a file, where directories are not locked", byFile, true, false, true},
+		{"a file that another has locked", byFile, false, true, true},
+	} {
+		path, log := t.TempDir(), &strings.Builder{}
+		name := filepath.Join(path, LockName)
+		first, second := mustOpen(t, path), mustOpen(t, path)
+		first.log = slog.New(slog.NewTextHandler(log, nil))
+		first.isPlain, second.isPlain = c.isPlain, c.isPlain
+		lock, err := first.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.replace(name)
+		if !c.isPlain {
+			if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
+				t.Errorf("%s: a second one has the lock: %v", c.what, err)
+			}
+		}
+		if c.older {
+			os.Chmod(name, 0o600)
+			f, err := second.lockFile(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+		}
+		for range 2 {
+			if err := lock.Look(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
+				t.Errorf("%s: %v", c.what, err)
+			}
+		}
+		text, _ := os.ReadFile(name)
+		lines := strings.Count(log.String(), "\n")
+		isOurs := strings.Contains(string(text), fmt.Sprint(os.Getpid()))
+		if !c.isLost && (!isOurs || lines != 1) {
+			t.Errorf("%s: LOCK says %q, and the log %q", c.what, text, log)
+		}
+		lock.Close()
+	}
 }
 
 // Ensure that a lock that cannot be had because of LOCK alone, as beside an older kvserver, leaves
