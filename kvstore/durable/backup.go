@@ -16,23 +16,17 @@ import (
 // bytes were copied of about how many.
 func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Report, err error) {
 	err = fillDirectory(out, func() (err error) {
-		for range readTries {
-			c := copier{out: out, step: step}
-			err = c.copyAll(dir)
+		var c copier
+		beside(dir, func() (isStale bool) {
+			c = copier{out: out, step: step}
+			err = empty(out) // of what was copied before, in vain
 			if err == nil {
-				r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
+				err = c.copyAll(dir)
 			}
-
-			if !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-
-			// A compaction can remove a file before it is open, and in etcd also later. Then the
-			// copy begins again.
-			emptyErr := empty(out)
-			if emptyErr != nil {
-				return emptyErr
-			}
+			return errors.Is(err, fs.ErrNotExist)
+		})
+		if err == nil {
+			r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
 		}
 		return err
 	})

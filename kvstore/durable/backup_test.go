@@ -178,6 +178,85 @@ func TestBackupBesideARealStore(t *testing.T) {
 	}
 }
 
+// Ensure that a backup ends, and holds all, however often a compaction takes files away before they
+// are open; and that one of a store without a file does not go on for ever.
+func TestBackupBesideFastCompactions(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.minCompact = 1 << 40
+	compactions, runs := 0, false
+	dir.Before = func(c storetest.Call) error {
+		if c.What != "open" || c.Name == storage.StoreName || runs || compactions == 50 {
+			return nil
+		}
+		runs = true
+		defer func() { runs = false }()
+		compactions++
+		d.Put("key", fmt.Sprint(compactions))
+		d.Commit()
+		if isNew, err := d.rotate(); err != nil || !isNew {
+			t.Fatal(err)
+		}
+		c2 := d.newCompaction()
+		c2.run()
+		d.noteCompaction(c2)
+		return c2.err
+	}
+	out := storetest.New()
+	if _, err := Backup(dir, out, nil); err != nil || compactions != 50 {
+		t.Fatalf("after %d compactions: %v", compactions, err)
+	}
+	wantAll(t, "copied", out, maps.Collect(d.All()))
+	dir.Before = nil
+	dir.Remove(logName(kindSegment, d.number))
+	if _, err := Backup(dir, storetest.New(), nil); !errors.As(err, new(*storage.DamageError)) {
+		t.Errorf("without a file: %v", err)
+	}
+	d.Close()
+}
+
+// Ensure that a store of many files needs few descriptors: to open it, to check, to copy and to
+// repair it.
+func TestFewDescriptors(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.minCompact = 1 << 40
+	for d.number < 100 {
+		d.Put(fmt.Sprint("key", d.number), strings.Repeat("v", 100))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := maps.Collect(d.All())
+	d.Close()
+
+	// With all of them it had 100 and more.
+	few := dir.Kill()
+	few.Before = func(c storetest.Call) error {
+		few.Mu.Lock()
+		defer few.Mu.Unlock()
+		if (c.What == "open" || c.What == "create") && few.Handles >= freeFiles+3 {
+			return &os.PathError{Op: c.What, Path: c.Name, Err: syscall.EMFILE}
+		}
+		return nil
+	}
+	if r, err := Check(few); err != nil || r.Damaged {
+		t.Errorf("check: %v, %v", r, err)
+	}
+	for what, copy := range map[string]func(out storage.Directory) (Report, error){
+		"backup": func(out storage.Directory) (Report, error) { return Backup(few, out, nil) },
+		"repair": func(out storage.Directory) (Report, error) { return Repair(few, out) },
+	} {
+		out := storetest.New()
+		if r, err := copy(out); err != nil || r.Damaged {
+			t.Errorf("%s: %v, %v", what, r, err)
+		}
+		wantAll(t, what, out, want)
+	}
+	if few.Handles != 0 {
+		t.Errorf("%d files are open", few.Handles)
+	}
+	wantAll(t, "a start", few, want)
+}
+
 // Ensure that a backup does not end at a damaged frame in the middle of the log.
 func TestBackupOfALogWithAHole(t *testing.T) {
 	dir, d := newSmall(t, Options{})

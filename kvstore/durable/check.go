@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
@@ -33,23 +34,31 @@ func (r *Report) damage(err error) error {
 	return nil
 }
 
-// readTries is how often Check and Backup begin again beside a compaction.
-const readTries = 20
+// beside has read done beside a process that may have the store open: a compaction of that one can
+// take a file away before it is open, or in etcd also later. So what is stale is read again, unless
+// nobody has made or removed a file since it was last read.
+func beside(dir storage.Directory, read func() (isStale bool)) {
+	for before := []string(nil); read(); {
+		names, err := dir.List()
+		if err != nil || slices.Equal(names, before) {
+			return
+		}
+		before = names
+	}
+}
 
 // Check reads the whole store in dir and says what is there and what is wrong. It changes
 // nothing, and takes no lock but to see who has it: beside a process that has the store open it
 // reads what that has written so far. A compaction of that process may take files away: then Check
 // begins again.
 func Check(dir storage.Directory) (r Report, err error) {
-	for range readTries {
+	beside(dir, func() (isStale bool) {
 		r, err = check(dir)
 		_, inUse := dir.InUse()
 
 		// Beside a process that writes, damage may be a file that was removed meanwhile.
-		if !errors.Is(err, fs.ErrNotExist) && (!r.Damaged || !inUse) {
-			break
-		}
-	}
+		return errors.Is(err, fs.ErrNotExist) || r.Damaged && inUse
+	})
 	return r, err
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"slices"
 	"strings"
@@ -101,9 +102,8 @@ type files struct {
 	done  bool   // nothing is to be read any more
 }
 
-// findFiles finds out which files are the store, and opens them: what a compaction beside us
-// removes from now on stays readable on a disk. A new store has none. They are open only where
-// there is no error.
+// findFiles finds out which files are the store, and opens them. A new store has none. They are open
+// only where there is no error.
 func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 
@@ -204,26 +204,28 @@ func (s *files) findNew() error {
 // crash leaves of a compaction: full, to their last frame. Others were put there:
 // somebody restored an older copy over a newer store.
 func (s *files) checkObsolete() error {
-	logs, err := openLogs(s.dir, s.obsolete)
-	if err != nil {
-		return err // such as that a compaction beside us has just removed one
-	}
-	defer closeLogs(logs)
-
-	for _, l := range logs {
-		kind, _, _ := parseName(l.name)
-		if kind != kindSegment {
+	for _, name := range s.obsolete {
+		kind, _, isLog := parseName(name)
+		if !isLog || kind != kindSegment {
 			continue
 		}
 
 		// Read to its end, for only that says that the next file was there, too.
 		var end logEnd
-		err = l.checkHeader(s.id, 0)
+		l, err := openLog(s.dir, name)
 		if err == nil {
-			end, err = l.scan(func(*logReader, frame, []byte) error { return nil })
+			err = l.checkHeader(s.id, 0)
+			if err == nil {
+				end, err = l.scan(func(*logReader, frame, []byte) error { return nil })
+			}
+			l.close()
 		}
 
-		// A file that cannot be read now is not called an older one.
+		// A compaction beside us may have just removed it. A file that cannot be read now is not
+		// called an older one.
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err != nil && !errors.As(err, new(*storage.DamageError)) {
 			return err
 		}

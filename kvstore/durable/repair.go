@@ -361,6 +361,7 @@ func (s *salvage) firstBehind(snapshot *foundFile) (first uint64) {
 // applyAll applies frames, of which the first should be next, and returns the sequence behind the
 // last.
 func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
+	var last foundFrame
 	for _, f := range frames {
 		if f.sequence > next {
 			s.sayLost("frames %d to %d, which came before offset %d of %s", next, f.sequence-1,
@@ -368,9 +369,18 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 		}
 		next = f.sequence + 1
 
+		// One file is open at a time.
+		if last.in != nil && last.in != f.in {
+			last.in.close()
+		}
+		last = f
+
 		// Read a second time, for all payloads together may be more than memory.
 		payload := make([]byte, f.length)
-		_, err := f.in.f.ReadAt(payload, f.offset+frameSize)
+		err := f.in.open()
+		if err == nil {
+			_, err = f.in.f.ReadAt(payload, f.offset+frameSize)
+		}
 		if err != nil {
 			return next, fmt.Errorf("read %s: %w", f.in.path, err)
 		}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"syscall"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
@@ -20,15 +21,16 @@ type logReader struct {
 	header fileHeader
 	isOld  bool // the file is of a version before fileVersion
 	seed   uint32
+	dir    storage.Directory
 	name   string
 	path   string // the name as people call it
 	r      *bufio.Reader
-	f      storage.File
-	size   int64  // of the file, when it was opened or last looked at
-	limit  int64  // the offset at which reading ends, whatever comes behind; 0: there is none
-	offset int64  // of the next frame
-	next   uint64 // sequence of the next frame; 0: any, behind a header that cannot be read
-	buf    []byte // the last payload with its padding, kept for the next one
+	f      storage.File // nil: it is opened when it is read
+	size   int64        // of the file, when it was opened or last looked at
+	limit  int64        // the offset at which reading ends, whatever comes behind; 0: there is none
+	offset int64        // of the next frame
+	next   uint64       // sequence of the next frame; 0: any, behind a header that cannot be read
+	buf    []byte       // the last payload with its padding, kept for the next one
 
 	// Why the header cannot be read: a *storage.DamageError, a version, or what reading it failed
 	// with; nil: it can.
@@ -43,14 +45,14 @@ func readerOf(f storage.File, offset int64) io.Reader {
 // openLog opens the file called name and reads its header. A reader whose header is bad is good for
 // nothing but to ask why, until beginBehind gives it another.
 func openLog(d storage.Directory, name string) (*logReader, error) {
-	f, size, err := d.Open(name)
+	l := &logReader{dir: d, name: name, path: d.Path(name)}
+	err := l.open()
 	if err != nil {
 		return nil, err
 	}
 
-	l := &logReader{name: name, path: d.Path(name), f: f, size: size}
 	b := make([]byte, headerSize)
-	n, err := f.ReadAt(b, 0)
+	n, err := l.f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
 		l.bad = err
 		return l, nil
@@ -69,6 +71,22 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	return l, nil
 }
 
+// open opens the file, if it is not open.
+func (l *logReader) open() (err error) {
+	if l.f == nil {
+		l.f, l.size, err = l.dir.Open(l.name)
+	}
+	return err
+}
+
+// close closes the file, if it is open.
+func (l *logReader) close() {
+	if l.f != nil {
+		l.f.Close()
+		l.f = nil
+	}
+}
+
 // beginBehind has the next read be of the first frame behind the header h.
 func (l *logReader) beginBehind(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
@@ -77,8 +95,14 @@ func (l *logReader) beginBehind(h fileHeader) {
 	}
 }
 
-// openLogs opens the log files among names, in their order. They are the caller's to close.
+// freeFiles is how many descriptors openLogs leaves to others, at least, where there are too few.
+const freeFiles = 16
+
+// openLogs opens the log files among names, in their order. They are the caller's to close. What
+// somebody removes from now on stays readable on a disk, but for files for which there is no
+// descriptor: these are opened when they are read.
 func openLogs(d storage.Directory, names []string) (logs []*logReader, err error) {
+	areMany := false
 	for _, name := range names {
 		_, _, isLog := parseName(name)
 		if !isLog {
@@ -86,11 +110,21 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 		}
 
 		l, err := openLog(d, name)
+		if errors.Is(err, syscall.EMFILE) && len(logs) > 0 && !areMany {
+			areMany = true
+			closeLogs(logs[max(0, len(logs)-freeFiles):])
+			l, err = openLog(d, name)
+		}
 		if err != nil {
 			closeLogs(logs)
 			return nil, err
 		}
 		logs = append(logs, l)
+
+		// Its header is all that is needed now.
+		if areMany {
+			l.close()
+		}
 	}
 	return logs, nil
 }
@@ -98,7 +132,7 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 // closeLogs closes log files.
 func closeLogs(logs []*logReader) {
 	for _, l := range logs {
-		l.f.Close()
+		l.close()
 	}
 }
 
@@ -258,6 +292,11 @@ func (l *logReader) wasSynced(rest []byte) bool {
 // skip moves on to the next whole frame, whatever its sequence. It returns false where there is
 // none.
 func (l *logReader) skip() (found bool, err error) {
+	err = l.open()
+	if err != nil {
+		return false, err
+	}
+	defer l.close()
 	rest, err := l.rest()
 	if err != nil {
 		return false, err
@@ -309,13 +348,20 @@ func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.
 
 // scan reads the frames from here on, has each told of those that are good, and returns where they
 // end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
-// of the end.
-func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (logEnd, error) {
-	// The buffers are given back, for many files may be open.
+// of the end. The file is closed then.
+func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
+	err error) {
+	err = l.open()
+	if err != nil {
+		return end, err
+	}
+	defer l.close()
+
+	// The buffers are given back, for there may be many files.
 	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, 1<<18)))
 	defer func() { l.r, l.buf = nil, nil }()
 
-	end := logEnd{header: l.header, isOld: l.isOld, size: l.size}
+	end = logEnd{header: l.header, isOld: l.isOld, size: l.size}
 	var doubts []int64 // offsets of the frames that no later one calls synced
 	for {
 		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
