@@ -834,3 +834,35 @@ func TestHealOfACopyAtAnyMoment(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that a store whose LOCK somebody removes, empties or replaces goes on, lets no second one
+// in, and starts again.
+func TestLockGoesUnderAStore(t *testing.T) {
+	for what, spoil := range map[string]func(dir *storetest.Dir){
+		"it is removed": func(dir *storetest.Dir) { dir.Remove(storage.LockName) },
+		"it is emptied": func(dir *storetest.Dir) { dir.Empty(storage.LockName) },
+		"it is replaced": func(dir *storetest.Dir) {
+			f, _ := dir.Create("LOCK.tmp")
+			f.Close()
+			dir.Rename("LOCK.tmp", storage.LockName)
+		},
+	} {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		spoil(dir)
+		if _, err := openSmall(dir, Options{}); !errors.Is(err, storage.ErrLocked) {
+			t.Errorf("%s: a second one: %v", what, err)
+		}
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if dir.Names[storage.LockName] == nil || strings.Contains(log.String(), "level=ERROR") {
+			t.Errorf("%s: there is %v; the log says\n%s", what, dir.Names, log)
+		}
+		wantAll(t, what, dir.Crash(rand.New(rand.NewPCG(1, 1))), maps.Collect(d.All()))
+		if err := d.Close(); err != nil {
+			t.Errorf("%s: Close: %v", what, err)
+		}
+	}
+}

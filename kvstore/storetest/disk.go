@@ -37,7 +37,7 @@ type Dir struct {
 	Names   map[string]*File // what it holds, as processes see it
 	Room    int              // bytes that all files may have together; 0: any number
 	Largest int              // bytes that one file may have (RLIMIT_FSIZE); 0: any number
-	Locked  bool             // a process has the lock
+	Locked  bool             // a process has the directory's own lock
 	Moved   error            // what the lock's Held returns; nil: nothing has happened
 	Handles int              // open files
 
@@ -437,7 +437,7 @@ func (d *Dir) Sync() error {
 	return err
 }
 
-// Lock keeps others out.
+// Lock keeps others out, and makes the file LOCK, which others may remove, empty or replace.
 func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	err := d.call("lock", "", opens|writes)
 	defer d.Mu.Unlock()
@@ -449,7 +449,11 @@ func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	}
 
 	d.Locked = true
-	return held{d}, nil
+	l := &held{d, d.Names[storage.LockName]}
+	if l.file == nil {
+		l.again()
+	}
+	return l, nil
 }
 
 // InUse tells whether Lock was called.
@@ -462,22 +466,35 @@ func (d *Dir) InUse() (owner string, inUse bool) {
 // Close does nothing.
 func (d *Dir) Close() error { return nil }
 
-// held is the lock of a Dir.
-type held struct{ d *Dir }
+// held is the lock of a Dir, and the file LOCK that it knows.
+type held struct {
+	d    *Dir
+	file *File
+}
 
-func (h held) Held() error {
+// again makes LOCK anew. The caller has Mu.
+func (h *held) again() {
+	h.file = FileOf(nil)
+	h.d.change(change{h.file, "", storage.LockName})
+}
+
+// Held makes LOCK anew if it was removed or replaced, as the lock of a disk does by itself.
+func (h *held) Held() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
+	if h.d.Moved == nil && h.d.Names[storage.LockName] != h.file {
+		h.again()
+	}
 	return h.d.Moved
 }
 
 // Look is Held.
-func (h held) Look() error { return h.Held() }
+func (h *held) Look() error { return h.Held() }
 
 // Lost is nil.
-func (h held) Lost() <-chan struct{} { return nil }
+func (h *held) Lost() <-chan struct{} { return nil }
 
-func (h held) Close() error {
+func (h *held) Close() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
 	h.d.Locked = false
