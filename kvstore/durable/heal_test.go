@@ -866,3 +866,47 @@ func TestLockGoesUnderAStore(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that a copy which is put over the current file is noticed before whichever call of a
+// Commit that goes on in a new file it comes.
+func TestHealOfACopyInARotation(t *testing.T) {
+	for n, isOver := 1, false; !isOver; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.minCompact = 1 << 40
+			d.Put("before", "the copy")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			copied := slices.Clone(dir.Names["seg-1.log"].Data)
+			for d.size < d.segmentSize-200 {
+				d.Put("since", "the copy")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+
+			calls := 0
+			dir.Before = func(storetest.Call) error {
+				if calls++; calls == n {
+					f, _ := dir.Create("seg-1.log")
+					f.WriteAt(copied, 0)
+					f.Close()
+				}
+				return nil
+			}
+			d.Put("last", strings.Repeat("v", 200))
+			if err := d.Commit(); err != nil {
+				t.Fatalf("call %d: %v", n, err)
+			}
+			dir.Before = nil
+			isOver = calls < n
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatalf("call %d: %v", n, err)
+			}
+			wantAll(t, fmt.Sprint("call ", n), dir.Kill(), maps.Collect(d.All()))
+			d.Close()
+		})
+	}
+}

@@ -134,18 +134,18 @@ func (j *journal) syncRest() error {
 	return j.err
 }
 
-// goOn goes on in a new file, and returns the bytes of the old one; 0: no new one could be made.
+// goOn goes on in a new file, and returns the old one, to be closed; nil: no new one could be made.
 // The old one's last frame says that another follows. Until that is written nothing has changed, so
 // what fails before, such as a disk without room or a missing descriptor, leaves the log in the old
 // file. What fails after it is an error.
-func (j *journal) goOn() (full int64, err error) {
+func (j *journal) goOn() (old *logWriter, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
 
 	// The timer may have written a frame since the owner's sync.
 	err = j.syncRest()
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 
 	// Its first frame comes behind the one that says that it follows.
@@ -159,7 +159,7 @@ func (j *journal) goOn() (full int64, err error) {
 			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
 				err)
 		}
-		return 0, nil
+		return nil, nil
 	}
 	if !j.toldNoFile.IsZero() {
 		j.toldNoFile = time.Time{}
@@ -171,17 +171,16 @@ func (j *journal) goOn() (full int64, err error) {
 	j.appendFrame(frameNext, nil, 0)
 	err = j.syncRest()
 	if err != nil {
-		return 0, errors.Join(err, w.f.Close())
+		return nil, errors.Join(err, w.f.Close())
 	}
 
-	// The old file is closed when the timer's fsync of it has ended; the next one is of the new
-	// file.
+	// The old file becomes no shorter while the timer syncs it; the next fsync is of the new one.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
-	old := j.current
-	err = errors.Join(old.trim(), old.f.Close())
+	old = j.current
+	err = old.trim()
 	if err != nil {
-		return 0, errors.Join(err, w.f.Close())
+		return nil, errors.Join(err, w.f.Close())
 	}
 
 	// From here on the log is in the new file. A crash after this leaves a full file and an empty
@@ -190,7 +189,7 @@ func (j *journal) goOn() (full int64, err error) {
 	j.current, j.number = w, j.number+1
 	j.mu.Unlock()
 	j.size, j.room, j.first = w.size, w.room(), h.first
-	return old.size, nil
+	return old, nil
 }
 
 // nextSegment makes the segment behind the current one, once that has room for the frame that says

@@ -366,8 +366,11 @@ func (d *Store) load(ctx context.Context) error {
 
 	// An older kvserver would take new kinds of records in its file for damage. It does not open
 	// a newer file. (On a full disk the log goes on in the old one.)
-	full, err := d.goOn()
-	d.fullBytes += full
+	old, err := d.goOn()
+	if old != nil {
+		d.fullBytes += old.size
+		old.f.Close()
+	}
 	return err
 }
 

@@ -494,18 +494,20 @@ func (d *Store) rotate() (isNew bool, err error) {
 	if err != nil {
 		return false, d.fail(err)
 	}
-	if full == 0 {
+	if full == nil {
 		return false, nil
 	}
 
-	// A file that somebody has changed since the last look is not learned: the next look has to see
-	// that.
-	d.fullBytes += full
-	written := []string{logName(kindSegment, d.number)}
-	if old := logName(kindSegment, d.number-1); !slices.Contains(found.spoiled, old) {
-		written = append(written, old)
+	// Where somebody has changed the old file since the last look, the next one has to see that. A
+	// change from here on shows in its stamp.
+	d.fullBytes += full.size
+	old := logName(kindSegment, d.number-1)
+	d.learn(old, logName(kindSegment, d.number))
+	full.look()
+	if full.isSpoiled || slices.Contains(found.spoiled, old) {
+		d.known[old] = storage.Stamp{}
 	}
-	d.learn(written...)
+	full.f.Close() // all of it is on disk
 	return true, nil
 }
 
