@@ -280,7 +280,9 @@ func (s *salvage) restore() error {
 
 	// Every gap is a loss, whatever was in it. Frames for which the snapshot stands are left out.
 	s.next, err = s.applyAll(from(frames, s.next), s.next)
-	s.sayLostEnd(base)
+	if err == nil {
+		s.sayLostEnd(base)
+	}
 	return err
 }
 

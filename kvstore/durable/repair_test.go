@@ -314,16 +314,21 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that fails leaves no file open.
+// Ensure that a Repair that fails leaves no file open, and calls nothing lost.
 func TestFailedRepairClosesItsFiles(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
+	for d.size > headerSize { // the newest file is empty
+		d.Put("key", "value")
+		d.Commit()
+	}
+	dir = dir.Kill()
 	d.Close()
 	for n, reached := 1, true; reached; n++ {
 		image := dir.With(storage.LockName, nil)
 		image.FailAt = n
-		_, err := Repair(image, storetest.New())
-		if reached = image.Calls >= n; image.Handles != 0 {
-			t.Errorf("call %d failed: %v, and %d files are open", n, err, image.Handles)
+		r, err := Repair(image, storetest.New())
+		if reached = image.Calls >= n; image.Handles != 0 || r.Lost {
+			t.Errorf("call %d failed: %v, and %d files are open: %q", n, err, image.Handles, r.Lines)
 		}
 	}
 }
