@@ -248,8 +248,7 @@ func (l *logReader) readError(err error) error {
 // have written it meanwhile. If it is still bad, rest is what followed the good part of
 // the file then, and the error is the damage.
 func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
-	const tries = 10
-	for n := 1; ; n++ {
+	for again := true; ; again = false {
 		rest, err = l.rest()
 		if err != nil {
 			return f, nil, nil, err
@@ -264,8 +263,8 @@ func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
 		}
 
 		// While rest was read another process may have written this frame, and a later one that
-		// calls it synced: then it is read once more. What is bad still after some tries is damage.
-		if !l.wasSynced(rest) || n == tries {
+		// calls it synced: then it is whole by now. What is still bad is damage.
+		if !again || !l.wasSynced(rest) {
 			return f, nil, rest, err
 		}
 	}
