@@ -128,7 +128,8 @@ type compaction struct {
 func (d *Store) newCompaction() *compaction {
 	// The current file begins behind what the snapshot has.
 	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
-		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1, first: d.first}}
+		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
+			first: d.current.header.first}}
 }
 
 // run writes the snapshot, and then removes the files for which it stands: all of lower numbers,

@@ -356,11 +356,12 @@ var errBadRecord = errors.New("a record does not fit its frame")
 // system has nothing of its own to write. (etcd and SQLite write their logs that way, too.)
 type logWriter struct {
 	f        storage.File
-	path     string // what people call it
-	seed     uint32 // of its frames' CRCs
-	size     int64  // bytes up to the end of the last frame
-	fileSize int64  // bytes of the file
-	buf      []byte // the frame that is written, kept for the next one
+	path     string     // what people call it
+	header   fileHeader // of a log file
+	seed     uint32     // of its frames' CRCs
+	size     int64      // bytes up to the end of the last frame
+	fileSize int64      // bytes of the file
+	buf      []byte     // the frame that is written, kept for the next one
 
 	// Of a file that others can change in place: a copy that is put over it lacks its end.
 	isWatched bool
@@ -414,7 +415,7 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
 	err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
-		w.seed = h.seed()
+		w.header, w.seed = h, h.seed()
 		err := w.write(h.encode())
 		if err != nil || fill == nil {
 			return err
@@ -431,7 +432,8 @@ func extendLog(d storage.Directory, h fileHeader, last, end int64) (*logWriter, 
 		return nil, err
 	}
 
-	w := &logWriter{f: f, path: d.Path(h.name()), seed: h.seed(), size: end, fileSize: end, last: last}
+	w := &logWriter{f: f, path: d.Path(h.name()), header: h, seed: h.seed(), size: end,
+		fileSize: end, last: last}
 	_, _, zeros := d.Sizes()
 	w.isWatched = zeros > 0
 	if w.isWatched {

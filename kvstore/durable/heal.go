@@ -116,14 +116,10 @@ func (d *Store) isOurs() bool {
 func (d *Store) hasHeader() bool {
 	var b [headerSize]byte
 	_, err := d.current.f.ReadAt(b[:], 0)
-	if err != nil {
-		return false
-	}
 
 	// Not compared byte by byte: an older version may have made the file.
-	want := fileHeader{kind: kindSegment, id: d.id, number: d.number, first: d.first}
-	h, err := decodeHeader(b[:])
-	return err == nil && h == want
+	h, headErr := decodeHeader(b[:])
+	return err == nil && headErr == nil && h == d.current.header
 }
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or

@@ -23,7 +23,6 @@ type journal struct {
 
 	// The owner's.
 	number      uint64    // of the current file
-	first       uint64    // sequence of its first frame
 	size, room  int64     // bytes of its frames, and of zeros behind them, when the owner wrote last
 	rotateAfter time.Time // before then no new file is tried
 	toldNoFile  time.Time // when the log was told last that none can be made; zero: one can
@@ -188,7 +187,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	j.mu.Lock()
 	j.current, j.number = w, j.number+1
 	j.mu.Unlock()
-	j.size, j.room, j.first = w.size, w.room(), h.first
+	j.size, j.room = w.size, w.room()
 	return old, nil
 }
 

@@ -467,7 +467,7 @@ func (d *Store) resume(ends []logEnd) error {
 	last := max(end.next, 1) - 1
 	d.number, d.sequence, d.synced = end.header.number, last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
-	d.current, d.size, d.room, d.first = w, w.size, w.room(), end.header.first
+	d.current, d.size, d.room = w, w.size, w.room()
 	return nil
 }
 
