@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -27,24 +28,20 @@ func (d *Store) ownFiles() []string {
 	return names
 }
 
-// learn notes the stamps of the files called names, which the store has just written. Of its other
-// files it keeps the stamps that it had.
+// learn notes the stamps of the files called names, which the store has just written. A file that is
+// ours no more is forgotten, and so is one at which nobody can look now.
 func (d *Store) learn(names ...string) {
-	stamps, _ := d.dir.Stamps()
+	own := d.ownFiles()
+	maps.DeleteFunc(d.known, func(name string, _ storage.Stamp) bool {
+		return !slices.Contains(own, name) || slices.Contains(names, name)
+	})
 
-	// A file that is ours no more is forgotten. Of one that nobody can look at now nothing is
-	// known.
-	known := map[string]storage.Stamp{}
-	for _, name := range d.ownFiles() {
-		stamp, isKnown := d.known[name]
-		if slices.Contains(names, name) {
-			stamp, isKnown = stamps[name]
-		}
-		if isKnown {
-			known[name] = stamp
+	stamps, _ := d.dir.Stamps()
+	for _, name := range names {
+		if stamp, isThere := stamps[name]; isThere {
+			d.known[name] = stamp
 		}
 	}
-	d.known = known
 }
 
 // changes are what somebody else has done to the directory.
@@ -136,8 +133,6 @@ func (d *Store) lookForFiles(now time.Time) error {
 	if err != nil {
 		return nil // at the next look
 	}
-	d.tellFiles(&d.toldStrangers, c.strangers, "files that are none of this store's were put into "+
-		"its directory: take them away, or the next start is refused")
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
 		// If another process has the directory now, the files are that one's.
@@ -158,10 +153,17 @@ func (d *Store) lookForFiles(now time.Time) error {
 		}
 	}
 
-	// Strangers are not ours to remove, and leftovers could not be.
-	if len(c.strangers)+len(c.leftovers) > 0 {
+	// Strangers are not ours to remove, and leftovers could not be. A line for each change, not one
+	// for each look.
+	others := slices.Concat(c.strangers, c.leftovers)
+	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
+		d.log.Error("log files that are none of this store's were put into its directory: take them "+
+			"away, or the next start is refused", "files", others, "dir", d.dir.Path(""))
+	}
+	d.toldOthers = others
+	if len(others) > 0 {
 		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
-			d.dir.Path(""), strings.Join(append(c.strangers, c.leftovers...), ", "))
+			d.dir.Path(""), strings.Join(others, ", "))
 	}
 	return nil
 }
@@ -173,15 +175,6 @@ func (d *Store) lastLook() error {
 	d.healAfter = time.Time{}
 	d.lock.Look() // which tells the directory to look, too
 	return d.lookForFiles(time.Now())
-}
-
-// tellFiles tells the log of files, when they are others than it was told of last.
-func (d *Store) tellFiles(told *[]string, names []string, what string) {
-	// A line for each change, not one for each look.
-	if !slices.Equal(names, *told) && len(names) > 0 {
-		d.log.Error(what, "files", names, "dir", d.dir.Path(""))
-	}
-	*told = names
 }
 
 // mend brings the files back to what they should be, looks whether they are, and returns what is
@@ -199,9 +192,9 @@ func (d *Store) mend(c changes) (left changes, err error) {
 		if err != nil {
 			return c, err
 		}
-	} else {
-		d.tellFiles(&d.toldLeftovers, c.leftovers, "log files that are of no use any more are in "+
-			"the directory, as a copy that is put over it leaves them; they are removed")
+	} else if !slices.Equal(c.leftovers, d.toldOthers) {
+		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
+			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has

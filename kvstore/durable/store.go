@@ -107,15 +107,13 @@ type Store struct {
 	stop                    chan struct{}    // closed by Close: the compaction gives up
 
 	// Looking whether others have changed the files.
-	looked    time.Time                // when that was done last
-	isSpoiled bool                     // somebody has changed the current file since: look at once
-	healAfter time.Time                // before then no heal is tried
-	known     map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
-	healing   atomic.Bool              // a heal runs; any goroutine may look
-	awaiting  atomic.Bool              // a compaction is waited for; any goroutine may look
-
-	// Files that the log was told of, so that it need not be told again.
-	toldStrangers, toldLeftovers []string
+	looked     time.Time                // when that was done last
+	isSpoiled  bool                     // somebody has changed the current file since: look at once
+	healAfter  time.Time                // before then no heal is tried
+	known      map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
+	healing    atomic.Bool              // a heal runs; any goroutine may look
+	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
+	toldOthers []string                 // log files of others that the log was told of
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
@@ -123,7 +121,7 @@ type Store struct {
 // system. When it refuses what it finds, nothing is changed, and dir is the caller's still.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
 	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
-		stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
+		known: map[string]storage.Stamp{}, stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
 			fsync: opts.Fsync, writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}}
 	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 

@@ -66,7 +66,7 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 	}
 
 	// It may be there again by now, and locked.
-	return tryLock(func() (*os.File, error) { return d.lockFile(0) })
+	return tryLock(d.lockFile)
 }
 
 // tryLock locks what others may have locked for a moment, to see whether it is in use. It tries for
@@ -261,17 +261,25 @@ func (l *diskLock) takeAway() bool {
 
 // again makes and locks LOCK anew.
 func (l *diskLock) again() error {
-	f, err := l.dir.lockFile(os.O_EXCL)
+	f, err := l.dir.open(LockName, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
 		return err
 	}
+	f.Close()
 
-	// A LOCK that is not signed the next look would take for another process's.
+	// InUse may have it locked for a moment.
 	old := l.file
-	err = l.sign(f)
+	f, err = tryLock(l.dir.lockFile)
+	if err == nil {
+		err = l.sign(f)
+	}
+
+	// A LOCK that is not locked and signed the next look would take for another process's.
 	if err != nil {
-		l.dir.root.Remove(LockName)
-		f.Close()
+		if !errors.Is(err, ErrLocked) {
+			l.dir.root.Remove(LockName)
+		}
+		closeAll(f)
 		return err
 	}
 

@@ -230,7 +230,7 @@ func TestReplacedLock(t *testing.T) {
 		}
 		if c.older {
 			os.Chmod(name, 0o600)
-			f, err := second.lockFile(0)
+			f, err := second.lockFile()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -256,7 +256,7 @@ func TestReplacedLock(t *testing.T) {
 func TestFailedLockLeavesNothing(t *testing.T) {
 	path := t.TempDir()
 	older, d := mustOpen(t, path), mustOpen(t, path)
-	f, err := older.lockFile(0)
+	f, err := older.lockFile()
 	if err != nil {
 		t.Fatal(err)
 	}

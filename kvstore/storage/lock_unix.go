@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"syscall"
-	"time"
 )
 
 // lockSelf opens the directory itself and takes an flock on it, which ends with the process however
@@ -33,35 +32,23 @@ func (d *Disk) lockSelf() (*os.File, error) {
 	return nil, nil
 }
 
-// lockFile opens LOCK and takes an flock on it, which ends with the process however
-// that ends. With os.O_EXCL it has to make the file, and then waits for InUse, which may
-// have the flock for a moment.
-func (d *Disk) lockFile(flag int) (*os.File, error) {
-	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE|flag)
+// lockFile opens LOCK, or makes it, and takes an flock on it, which ends with the process however
+// that ends.
+func (d *Disk) lockFile() (*os.File, error) {
+	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return nil, err
 	}
-	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	for tries := 10; tries > 0 && flag == os.O_EXCL && err == syscall.EWOULDBLOCK; tries-- {
-		time.Sleep(5 * time.Millisecond)
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	}
 
 	// A lock on a file that has no name any more keeps nobody out.
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	switch {
-	case err == nil && !d.isThis(f, LockName):
-		err = ErrLocked
-	case err == nil:
+	case err == nil && d.isThis(f, LockName):
 		return f, nil
-	case err == syscall.EWOULDBLOCK:
+	case err == nil, err == syscall.EWOULDBLOCK:
 		err = ErrLocked
 	default:
 		err = fmt.Errorf("flock %s: %w", d.Path(LockName), err)
-
-		// What was made, and cannot be locked, the next look would take for another process's.
-		if flag == os.O_EXCL {
-			d.root.Remove(LockName)
-		}
 	}
 	f.Close()
 	return nil, err

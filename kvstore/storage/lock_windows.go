@@ -10,7 +10,7 @@ func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
 // lockFile opens LOCK to be written by this process alone, until that ends in whatever way. Others
 // may read who it is. (Nobody can remove it meanwhile, so it is never to be made anew.)
-func (d *Disk) lockFile(int) (*os.File, error) {
+func (d *Disk) lockFile() (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
 	if err != nil {
 		return nil, err
