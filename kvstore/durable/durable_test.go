@@ -237,24 +237,39 @@ func TestDurableHasEveryMethod(t *testing.T) {
 	}
 }
 
-// Ensure that a long load says how far it is.
+// Ensure that a long load says how far it is, each second.
 func TestLoadTellsProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		for d.number < 10 {
+			d.Put("key", strings.Repeat("v", 100))
+			d.Commit()
+		}
+		d.Close()
+
 		var log bytes.Buffer
-		p := &progress{ctx: t.Context(), status: new(storage.Status),
-			log: slog.New(slog.NewTextHandler(&log, nil)), start: time.Now(), told: time.Now(),
-			total: 1000}
-		for range 5 {
-			<-time.After(400 * time.Millisecond)
-			p.step(frame{count: 10, length: 56})
+		status, stage := new(storage.Status), ""
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "read" && c.Name != storage.StoreName {
+				<-time.After(400 * time.Millisecond) // once for each header, and once for each file
+				stage = status.Stage()
+			}
+			return nil
 		}
-		if stage := p.status.Stage(); stage != "loading 28 %" {
-			t.Errorf("after two seconds /healthz would say %q", stage)
+		d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil)), Status: status})
+		if err != nil {
+			t.Fatal(err)
 		}
-		if got := log.String(); strings.Count(got, "msg=loading") != 1 ||
-			!strings.Contains(got, "records=30 bytes=288 percent=28") {
-			t.Errorf("after two seconds the log is\n%s", got)
+		if stage != "loading 85 %" || status.Stage() != "" {
+			t.Errorf("before the last file /healthz would say %q, and at last %q", stage,
+				status.Stage())
 		}
+		if got := log.String(); strings.Count(got, "msg=loading") != 3 ||
+			!strings.Contains(got, "records=81 bytes=12632 percent=85") {
+			t.Errorf("after four seconds the log is\n%s", got)
+		}
+		d.Close()
 	})
 }
 

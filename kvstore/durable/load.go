@@ -8,12 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"slices"
 	"strings"
 	"time"
 
-	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
 )
 
@@ -374,30 +372,46 @@ func (d *Store) load(ctx context.Context) error {
 	return err
 }
 
-// readAll applies what the files hold to Memory, closes them, and returns where each ends.
+// readAll applies what the files hold to Memory, tells how far it has come, and returns where each
+// ends.
 func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error) {
 	defer closeLogs(s.logs)
-	p := &progress{ctx: ctx, log: d.log, status: d.status, start: time.Now(), told: time.Now(),
-		files: len(s.logs)}
+	start, told := time.Now(), time.Now()
+	records, bytes, total := 0, int64(0), int64(0)
 	for _, l := range s.logs {
-		p.total += l.size
+		total += l.size
 	}
 
 	apply := applyTo(d.Memory)
+	each := func(l *logReader, f frame, payload []byte) error {
+		err := apply(l, f, payload)
+		if err != nil {
+			return err
+		}
+		records += int(f.count)
+		bytes += f.padded()
+
+		// A load of a second or less says nothing but its end.
+		now := time.Now()
+		if now.Sub(told) >= progressTime {
+			told = now
+			percent := 100 * bytes / max(total, 1)
+			d.log.Info("loading", "records", records, "bytes", bytes, "percent", percent)
+			d.status.Set(fmt.Sprintf("loading %d %%", percent))
+		}
+		return ctx.Err()
+	}
 	for !s.done {
-		end, err := s.read(func(l *logReader, f frame, payload []byte) error {
-			err := apply(l, f, payload)
-			if err != nil {
-				return err
-			}
-			return p.step(f)
-		})
+		end, err := s.read(each)
 		if err != nil {
 			return nil, err
 		}
 		ends = append(ends, end)
 	}
-	p.finish(d.Memory)
+
+	keys, values, _ := d.Size()
+	d.log.Info("loaded", "keys", keys, "values", values, "records", records, "files", len(s.logs),
+		"bytes", total, "took", time.Since(start).Round(time.Millisecond))
 	return ends, nil
 }
 
@@ -480,17 +494,16 @@ func (d *Store) resume(ends []logEnd) error {
 // part.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 	w, err := extendLog(dir, end.header, end.start, end.offset)
-	if err != nil {
-		return nil, err
-	}
-	w.fileSize = end.size
-	if end.doubt == end.size {
-		return w, nil // as after a clean stop
+	if err != nil || end.doubt == end.size { // as after a clean stop
+		return w, err
 	}
 
+	// Behind the frames the file is written as if it ended there.
 	frames := io.NewSectionReader(w.f, end.doubt, end.offset-end.doubt)
-	behind := io.LimitReader(zeros{}, end.size-end.offset)
-	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), io.MultiReader(frames, behind))
+	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), frames)
+	if err == nil {
+		err = w.makeRoom(end.size - end.offset)
+	}
 	if err == nil {
 		err = w.f.Sync()
 	}
@@ -498,47 +511,4 @@ func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 		return nil, errors.Join(w.named("rewrite", err), w.f.Close())
 	}
 	return w, nil
-}
-
-// zeros reads as zeros without end.
-type zeros struct{}
-
-// Read fills b.
-func (zeros) Read(b []byte) (n int, err error) {
-	clear(b)
-	return len(b), nil
-}
-
-// progress tells the log and the status how far a long load has come. It ends
-// the load when ctx is done.
-type progress struct {
-	ctx            context.Context
-	log            *slog.Logger
-	status         *storage.Status
-	start, told    time.Time // when the load began, and when the log was told last
-	total, bytes   int64     // of all files, and of the frames that were loaded
-	records, files int       // that were loaded, and that there are
-}
-
-// step takes note of a frame that was loaded. The error is that ctx is done.
-func (p *progress) step(f frame) error {
-	p.records += int(f.count)
-	p.bytes += f.padded()
-
-	// A load of a second or less says nothing but its end.
-	now := time.Now()
-	if now.Sub(p.told) >= progressTime {
-		p.told = now
-		percent := 100 * p.bytes / max(p.total, 1)
-		p.log.Info("loading", "records", p.records, "bytes", p.bytes, "percent", percent)
-		p.status.Set(fmt.Sprintf("loading %d %%", percent))
-	}
-	return p.ctx.Err()
-}
-
-// finish tells the log what was loaded.
-func (p *progress) finish(m *kvstore.Memory) {
-	keys, values, _ := m.Size()
-	p.log.Info("loaded", "keys", keys, "values", values, "records", p.records, "files", p.files,
-		"bytes", p.total, "took", time.Since(p.start).Round(time.Millisecond))
 }
