@@ -26,21 +26,6 @@ const (
 	spareShare = 16
 )
 
-// openSpare opens SPARE, if there is one. After an error the store goes on without it.
-func openSpare(dir storage.Directory) (w logWriter, err error) {
-	stamps, err := dir.Stamps()
-	stamp, isThere := stamps[spareName]
-	if err != nil || !isThere {
-		return w, err
-	}
-
-	f, err := dir.Extend(spareName)
-	if err != nil {
-		return w, err
-	}
-	return logWriter{f: f, path: dir.Path(spareName), fileSize: stamp.Size}, nil
-}
-
 // growSpare makes SPARE have at least so many bytes, in steps of zerosAhead. What it could have
 // before an error it has.
 func (d *Store) growSpare(bytes int64) error {
@@ -216,15 +201,19 @@ func (d *Store) makeRoom(need int64) error {
 	return err
 }
 
-// checkSpare notes what somebody has done to SPARE: the next write makes one that was removed anew,
-// and gives back to one that was cut.
+// checkSpare opens SPARE if it is there, and notes what somebody has done to it: the next write makes
+// one that was removed anew, and gives back to one that was cut. Without it the store goes on.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	stamp, isThere := stamps[spareName]
 	switch {
-	case d.spare.f == nil:
+	case isThere && d.spare.f == nil:
+		f, err := d.dir.Extend(spareName)
+		if err == nil {
+			d.spare = logWriter{f: f, path: d.dir.Path(spareName), fileSize: stamp.Size}
+		}
 	case isThere:
 		d.spare.fileSize = min(d.spare.fileSize, stamp.Size)
-	default:
+	case d.spare.f != nil:
 		d.spare.f.Close()
 		d.spare = logWriter{}
 	}

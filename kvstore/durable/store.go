@@ -153,12 +153,9 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		return nil, err
 	}
 
-	// From here on a change to the files is somebody else's.
-	d.learn(d.ownFiles()...)
-	d.spare, err = openSpare(dir)
-	if err != nil {
-		d.log.Warn("cannot open the file that keeps room for what frees", "error", err)
-	}
+	// From here on a change to the files is somebody else's. Where nobody can look at them now, they
+	// are taken at the next look for what they were.
+	d.changed()
 
 	// What was loaded may be vouched for by no frame yet.
 	d.status.Set("")
