@@ -103,14 +103,12 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
 	}
 
-	// What is written behind this was not answered when the backup began.
+	defer closeLogs(c.logs)
 	for _, l := range c.logs {
-		l.limit = l.size
 		c.total += l.size
 	}
 
 	// A crash before STORE leaves a directory that no start takes for a store.
-	defer closeLogs(c.logs)
 	for !c.done {
 		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)
 		if err != nil {

@@ -191,7 +191,7 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 		if end.frames > 0 {
 			file.goesOn, file.whole = end.goesOn(), end.isWhole()
 		}
-		if end.offset >= end.size {
+		if end.tail == nothing {
 			break
 		}
 		more, err = l.skip()

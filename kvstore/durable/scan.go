@@ -16,7 +16,8 @@ import (
 )
 
 // logReader reads a log file frame by frame: a start applies what it reads, Check counts it, Backup
-// copies it, and Repair reads on behind what is bad. Another process may write the file meanwhile.
+// copies it, and Repair reads on behind what is bad. Another process may write the file meanwhile:
+// what it writes since the file was first opened is left out.
 type logReader struct {
 	header fileHeader
 	isOld  bool // the file is of a version before fileVersion
@@ -27,7 +28,7 @@ type logReader struct {
 	r      *bufio.Reader
 	f      storage.File // nil: it is opened when it is read
 	size   int64        // of the file, when it was opened or last looked at
-	limit  int64        // the offset at which reading ends, whatever comes behind; 0: there is none
+	limit  int64        // the size when it was first opened: what comes behind was written since
 	offset int64        // of the next frame
 	next   uint64       // sequence of the next frame; 0: any, behind a header that cannot be read
 	buf    []byte       // the last payload with its padding, kept for the next one
@@ -50,6 +51,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	if err != nil {
 		return nil, err
 	}
+	l.limit = l.size
 
 	b := make([]byte, headerSize)
 	n, err := l.f.ReadAt(b, 0)
@@ -208,7 +210,7 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 			fmt.Sprintf("frame %d is missing: here is %d", l.next, f.sequence))
 	case l.size-l.offset < f.padded():
 		return f, nil, l.damageHere("the file ends inside a frame")
-	case l.limit > 0 && l.offset+f.padded() > l.limit:
+	case l.offset+f.padded() > l.limit:
 		return f, nil, errEnd
 	}
 
