@@ -108,13 +108,7 @@ func (d *Disk) InUse() (owner string, inUse bool) {
 		inUse = !d.isPlain && isLocked(self)
 	}
 
-	f, err := d.open(LockName, os.O_RDONLY)
-	if err == nil {
-		defer f.Close()
-		inUse = inUse || isLocked(f)
-	}
-
-	if !inUse {
+	if !inUse && !d.hasLockedFile() {
 		return "", false
 	}
 	return d.owner(), true
@@ -203,8 +197,8 @@ func (l *diskLock) watch() {
 }
 
 // Look tells whether the path still leads to the directory, and the lock is ours: ErrMoved if not,
-// another error if that cannot be found out now. A LOCK that is gone or was replaced is made anew,
-// unless another process has it.
+// another error if that cannot be found out now. A LOCK that is gone is made anew, and also one that
+// was replaced, where the directory itself is locked and no other process has locked the new one.
 func (l *diskLock) Look() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -219,44 +213,43 @@ func (l *diskLock) Look() error {
 	}
 
 	info, err := l.dir.root.Stat(LockName)
+	taken := fmt.Errorf("%w: %s is another file now", ErrMoved, l.dir.Path(LockName))
 	switch {
 	case err == nil && os.SameFile(info, l.info):
 		return nil
-	case err == nil && !l.takeAway():
-		return l.taken()
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
+
+	// The directory's own lock keeps others out, so what fails here may wait for the next look. (An
+	// older kvserver knows LOCK alone.)
+	case l.self != nil:
+		if l.dir.hasLockedFile() {
+			return taken
+		}
+		l.dir.root.Remove(LockName)
+		l.again()
+		return nil
+
+	case err == nil:
+		return taken
+	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
 
-	// Where LOCK is all that is locked, whoever has made it meanwhile has the directory.
+	// Whoever has made LOCK meanwhile has the directory.
 	err = l.again()
-	if l.self == nil && (errors.Is(err, fs.ErrExist) || errors.Is(err, ErrLocked)) {
-		return l.taken()
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, ErrLocked) {
+		return taken
 	}
 	return err
 }
 
-// taken is the error that LOCK is not ours any more.
-func (l *diskLock) taken() error {
-	return fmt.Errorf("%w: %s is another file now", ErrMoved, l.dir.Path(LockName))
-}
-
-// takeAway removes a LOCK that is not ours. It does not where somebody has locked it, as an older
-// kvserver does, or could have: nothing but the directory's own lock keeps others out meanwhile.
-func (l *diskLock) takeAway() bool {
-	if l.self == nil {
+// hasLockedFile tells whether LOCK, whichever file that is, is locked.
+func (d *Disk) hasLockedFile() bool {
+	f, err := d.open(LockName, os.O_RDONLY)
+	if err != nil {
 		return false
 	}
-
-	// A file that cannot be opened is in the way, too.
-	f, err := l.dir.open(LockName, os.O_RDONLY)
-	if err == nil {
-		defer f.Close()
-		if isLocked(f) {
-			return false
-		}
-	}
-	return l.dir.root.Remove(LockName) == nil
+	defer f.Close()
+	return isLocked(f)
 }
 
 // again makes and locks LOCK anew.

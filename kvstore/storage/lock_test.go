@@ -201,6 +201,7 @@ func TestReplacedLock(t *testing.T) {
 		os.Rename(name+".new", name)
 	}
 	byDirectory := func(name string) { os.Remove(name); os.Mkdir(name, 0o700) }
+	byLink := func(name string) { os.Remove(name); os.Symlink("/etc/passwd", name) }
 	for _, c := range []struct {
 		what    string
 		replace func(name string)
@@ -210,6 +211,7 @@ func TestReplacedLock(t *testing.T) {
 	}{
 		{"a file", byFile, false, false, false},
 		{"a directory", byDirectory, false, false, false},
+		{"a link that leads out of the directory", byLink, false, false, false},
 		{"a file, where directories are not locked", byFile, true, false, true},
 		{"a file that another has locked", byFile, false, true, true},
 	} {
