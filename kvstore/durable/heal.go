@@ -48,7 +48,7 @@ func (d *Store) learn(names ...string) {
 type changes struct {
 	spoiled   []string // files of ours that are gone, or are not what they were
 	leftovers []string // log files of no use, which would make the next start refuse
-	strangers []string // log files of higher numbers, which would, too
+	strangers []string // log files of higher numbers, and files of no store, which would, too
 }
 
 // changed looks what has changed. It costs a look at each file. An error says that nobody can look
@@ -91,8 +91,8 @@ func (d *Store) changed() (c changes, err error) {
 	for name := range stamps {
 		_, number, isLog := parseName(name)
 		switch {
-		case !isLog || slices.Contains(own, name):
-		case number <= d.number:
+		case slices.Contains(own, name), !isLog && isStores(name):
+		case isLog && number <= d.number:
 			c.leftovers = append(c.leftovers, name)
 		default:
 			c.strangers = append(c.strangers, name)
@@ -157,8 +157,8 @@ func (d *Store) lookForFiles(now time.Time) error {
 	// for each look.
 	others := slices.Concat(c.strangers, c.leftovers)
 	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
-		d.log.Error("log files that are none of this store's were put into its directory: take them "+
-			"away, or the next start is refused", "files", others, "dir", d.dir.Path(""))
+		d.log.Error("files that are none of this store's were put into its directory: take them away, "+
+			"or the next start is refused", "files", others, "dir", d.dir.Path(""))
 	}
 	d.toldOthers = others
 	if len(others) > 0 {

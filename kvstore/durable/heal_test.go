@@ -427,39 +427,44 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 	}
 }
 
-// Ensure that a log file of somebody else's is told of once, makes nothing be written anew, and
-// that a stop says that it is in the next start's way.
-func TestStrangeLogFile(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		log := &strings.Builder{}
-		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-		d.Put("k", "v")
-		d.Commit()
-		f, _ := dir.Create("seg-50.log")
-		f.Close()
-		for range 10 {
-			<-time.After(lookTime)
+// Ensure that a file of somebody else's with which the next start is refused is told of once, makes
+// nothing be written anew, and that a stop says that it is in the next start's way.
+func TestStrangeFile(t *testing.T) {
+	for _, name := range []string{"seg-50.log", "photo.jpg"} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			d.Put("k", "v")
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
+			d.Commit()
+			f, _ := dir.Create(name)
+			f.Close()
+			for range 10 {
+				<-time.After(lookTime)
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
-		if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number > 2 ||
-			!strings.Contains(log.String(), "seg-50.log") {
-			t.Errorf("%d errors, now in file %d:\n%s", n, d.number, log)
-		}
-		if err := d.Close(); err == nil || !strings.Contains(err.Error(), "seg-50.log") {
-			t.Errorf("Close: %v", err)
-		}
-		if dir.Names["seg-50.log"] == nil {
-			t.Error("it was removed")
-		}
-		dir.Remove("seg-50.log")
-		again, err := openSmall(dir, Options{})
-		if err != nil || len(again.Get("k")) != 11 {
-			t.Errorf("opened again: %v", err)
-		}
-	})
+			if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number > 2 ||
+				!strings.Contains(log.String(), name) {
+				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number, log)
+			}
+			if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
+				t.Errorf("%s: Close: %v", name, err)
+			}
+			if dir.Names[name] == nil {
+				t.Errorf("%s was removed", name)
+			}
+			if _, err := openSmall(dir.Kill(), Options{}); err == nil {
+				t.Errorf("%s is in no start's way", name)
+			}
+			dir.Remove(name)
+			again, err := openSmall(dir, Options{})
+			if err != nil || len(again.Get("k")) != 11 {
+				t.Errorf("opened again without %s: %v", name, err)
+			}
+		})
+	}
 }
 
 // Ensure that of the crashes in a heal only those are refused that come before its snapshot has its

@@ -113,7 +113,7 @@ type Store struct {
 	known      map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
 	healing    atomic.Bool              // a heal runs; any goroutine may look
 	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
-	toldOthers []string                 // log files of others that the log was told of
+	toldOthers []string                 // files of others that the log was told of
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
@@ -202,14 +202,18 @@ func (d *Store) tryFile() error {
 func listOurs(dir storage.Directory) (names []string, err error) {
 	names, err = dir.List()
 	for _, name := range names {
-		_, _, isLog := parseName(name)
-		if !isLog && name != storage.StoreName &&
-			name != spareName && !isTmp(name) && !isBeside(name) {
+		if !isStores(name) {
 			return nil, fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs,
 				dir.Path(name))
 		}
 	}
 	return names, err
+}
+
+// isStores tells whether a file called name may be in a store's directory.
+func isStores(name string) bool {
+	_, _, isLog := parseName(name)
+	return isLog || name == storage.StoreName || name == spareName || isTmp(name) || isBeside(name)
 }
 
 // isBeside tells whether a file may be in a store's directory that is no part of the store: the
