@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // Ensure that a backup of a store that is written to, at any moment, opens and holds
@@ -107,6 +108,38 @@ func TestLookBesideACompaction(t *testing.T) {
 	if r, err := Check(&tornListing{Dir: dir}); err != nil || !r.Damaged {
 		t.Errorf("check where nobody else is: %v, %v", r, err)
 	}
+}
+
+// Ensure that damage is told at once, also beside a server that makes one file after the other.
+func TestCheckOfADamagedBusyStore(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	for d.number < 4 {
+		d.Put("key", strings.Repeat("v", 100))
+		d.Commit()
+	}
+	dir.Names["seg-2.log"].Data[headerSize+frameSize] ^= 1
+	lists, writes := 0, false
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "list" && !writes {
+			writes = true
+			defer func() { writes = false }()
+			if lists++; lists > 20 {
+				return storetest.ErrDisk // or it would go on for ever
+			}
+			d.looked = time.Now() // it does not notice
+			for number := d.number; d.number == number; {
+				d.Put("key", strings.Repeat("v", 100))
+				d.Commit()
+			}
+		}
+		return nil
+	}
+	if r, err := Check(dir); err != nil || !r.Damaged || lists > 5 {
+		t.Errorf("after %d lists: %v, %v", lists, r, err)
+	}
+	dir.Before = nil
+	d.Close()
 }
 
 // Ensure that real backups, one after the other beside a store that is written to and

@@ -16,6 +16,8 @@ type Report struct {
 	Empty   bool // by Check: there is no store
 	Damaged bool // something that was on disk is not as it was
 	Lost    bool // by Repair: some of that could not be saved
+
+	missing bool // a file was not there
 }
 
 // say adds a line.
@@ -29,7 +31,7 @@ func (r *Report) damage(err error) error {
 		return err
 	}
 
-	r.Damaged = true
+	r.Damaged, r.missing = true, r.missing || errors.Is(err, fs.ErrNotExist)
 	r.say("DAMAGED %v", err)
 	return nil
 }
@@ -56,8 +58,8 @@ func Check(dir storage.Directory) (r Report, err error) {
 		r, err = check(dir)
 		_, inUse := dir.InUse()
 
-		// Beside a process that writes, damage may be a file that was removed meanwhile.
-		return errors.Is(err, fs.ErrNotExist) || r.Damaged && inUse
+		// Beside a process that writes, a file may have been made or removed meanwhile.
+		return errors.Is(err, fs.ErrNotExist) || r.missing && inUse
 	})
 	return r, err
 }

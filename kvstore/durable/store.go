@@ -12,6 +12,7 @@
 package durable
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -121,16 +122,11 @@ type Store struct {
 // system. When it refuses what it finds, nothing is changed, and dir is the caller's still.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
 	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
-		known: map[string]storage.Stamp{}, stop: make(chan struct{}), journal: journal{dir: dir, log: opts.Log, status: opts.Status,
-			fsync: opts.Fsync, writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}}
+		known: map[string]storage.Stamp{}, stop: make(chan struct{})}
+	d.journal = journal{dir: dir, log: cmp.Or(opts.Log, slog.New(slog.DiscardHandler)),
+		status: cmp.Or(opts.Status, new(storage.Status)), fsync: opts.Fsync,
+		writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}
 	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
-
-	if d.log == nil {
-		d.log = slog.New(slog.DiscardHandler)
-	}
-	if d.status == nil {
-		d.status = new(storage.Status)
-	}
 
 	// Before the lock: what is none of ours is not even locked.
 	_, err := listOurs(dir)
