@@ -576,6 +576,27 @@ func TestCommitCosts(t *testing.T) {
 	}
 }
 
+// Ensure that what was answered before the directory was moved is on disk once the store is closed,
+// also where the timer's fsync had not come yet: a power failure much later does not take it.
+func TestMovedStoreIsSynced(t *testing.T) {
+	for seed := range uint64(10) {
+		dir, d := newSmall(t, Options{Fsync: time.Hour})
+		d.Put("key", "answered")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		dir.Mu.Lock()
+		dir.Moved = storage.ErrMoved
+		dir.Mu.Unlock()
+		if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+			t.Fatal(err)
+		}
+		d.Close()
+		wantAll(t, fmt.Sprint("seed ", seed), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
+			map[string][]string{"key": {"answered"}})
+	}
+}
+
 // Ensure that with a time between fsyncs the first one comes in time, without
 // another Commit, and that a failing one is not forgotten.
 func TestFsyncInTime(t *testing.T) {

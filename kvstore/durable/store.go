@@ -508,7 +508,7 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 // Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
 // says so if the disk has room for it, and the lock is free. After a failed Commit it writes
-// nothing. It is called once.
+// nothing more. It is called once.
 func (d *Store) Close() error {
 	// First what was answered, for to wait for a compaction may take long.
 	close(d.stop)
@@ -537,6 +537,8 @@ func (d *Store) Close() error {
 	d.writing <- struct{}{}
 	if err == nil {
 		err = d.current.trim()
+	} else {
+		d.current.sync() // what was answered may have waited for the timer
 	}
 	if err == nil && d.isFull {
 		d.growSpare(d.toDelete(0))
