@@ -272,7 +272,10 @@ func (p *process) move() {
 
 	// From now on writes may fail, and soon they must: checkMoved wants that.
 	p.mu.Lock()
-	p.failed, p.moved, p.since = true, time.Now(), time.Now()
+	if !p.failed {
+		p.since = time.Now()
+	}
+	p.failed, p.moved = true, time.Now()
 	p.mu.Unlock()
 }
 
