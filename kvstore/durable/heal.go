@@ -199,6 +199,10 @@ func (d *Store) mend(c changes) (left changes, err error) {
 	for _, name := range c.leftovers {
 		d.dir.Remove(name) // perhaps the heal has
 	}
+	err = d.dir.Sync() // or a power failure brings them back
+	if err != nil {
+		return c, err
+	}
 
 	// Whoever changed the files may do so still.
 	left, err = d.changed()

@@ -467,6 +467,41 @@ func TestStrangeFile(t *testing.T) {
 	}
 }
 
+// Ensure that an older log file which somebody puts into the directory is removed for good: a power
+// failure does not bring it back into the next start's way.
+func TestLeftoverIsRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		older := slices.Clone(dir.Names["seg-1.log"].Data)
+		for d.snapshot == 0 {
+			d.Set("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+		}
+
+		f, _ := dir.Create("seg-1.log")
+		f.WriteAt(older, 0)
+		f.Sync()
+		f.Close()
+		dir.Sync()
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		for seed := range uint64(20) {
+			wantAll(t, fmt.Sprint("seed ", seed), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
+				maps.Collect(d.All()))
+		}
+		d.Close()
+	})
+}
+
 // Ensure that of the crashes in a heal only those are refused that come before its snapshot has its
 // name: a start cannot have what is on no disk.
 func TestCrashesInAHeal(t *testing.T) {
