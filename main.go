@@ -1316,6 +1316,8 @@ func storeProblem(c config, err error) error {
 		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
 		// A directory that is not as the server needs it.
+		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
+			"check " + c.data},
 		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
 		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},

@@ -71,6 +71,15 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, err
 	}
 
+	// A start opens LOCK first.
+	f, _, err := dir.Open(storage.LockName)
+	if err == nil {
+		f.Close()
+	}
+	if errors.Is(err, storage.ErrNotOurs) {
+		return r, err
+	}
+
 	// Whoever reads this has to know that there may be more by now.
 	owner, inUse := dir.InUse()
 	if inUse {

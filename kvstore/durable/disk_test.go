@@ -137,6 +137,31 @@ func TestOthersFilesStay(t *testing.T) {
 	}
 }
 
+// Ensure that Check refuses a LOCK that a start refuses.
+func TestCheckOfAStrangeLock(t *testing.T) {
+	path := t.TempDir()
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	lock := filepath.Join(path, storage.LockName)
+	for what, make := range map[string]func() error{
+		"directory": func() error { return os.Mkdir(lock, 0o700) },
+		"link":      func() error { return os.Symlink("/no/such/file", lock) },
+	} {
+		os.Remove(lock)
+		if err := make(); err != nil {
+			t.Fatal(err)
+		}
+		_, openErr := openAt(path, Options{})
+		if _, err := checkAt(path); !errors.Is(err, storage.ErrNotOurs) ||
+			!errors.Is(openErr, storage.ErrNotOurs) {
+			t.Errorf("a %s: a start: %v; Check: %v", what, openErr, err)
+		}
+	}
+}
+
 // Ensure that a directory that is not ours any more ends the store, also where nothing is
 // written, and before another file is made.
 func TestMovedDirectory(t *testing.T) {
@@ -230,6 +255,10 @@ func TestRemovedRealFiles(t *testing.T) {
 		if err := os.Remove(filepath.Join(path, name)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	link := filepath.Join(path, "seg-1.log") // out of the directory
+	if err := os.Symlink("/no/such/file", link); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) {
 		t.Errorf("a second one opens it while LOCK is gone: %v", err)

@@ -130,8 +130,9 @@ func (d *Store) lookForFiles(now time.Time) error {
 	}
 
 	c, err := d.changed()
+	d.tellOfLooks(err)
 	if err != nil {
-		return nil // at the next look
+		return fmt.Errorf("%w: %w", ErrSpoiled, err) // perhaps; at the next look
 	}
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
@@ -149,7 +150,7 @@ func (d *Store) lookForFiles(now time.Time) error {
 			d.healAfter = now.Add(compactTime)
 			d.log.Error("cannot write the data anew, so the server's end would lose it: save it "+
 				"with kvserver -c Dump; trying again", "in", compactTime, "error", err)
-			return err
+			return fmt.Errorf("%w: %w", ErrSpoiled, err)
 		}
 	}
 
@@ -166,6 +167,17 @@ func (d *Store) lookForFiles(now time.Time) error {
 			d.dir.Path(""), strings.Join(others, ", "))
 	}
 	return nil
+}
+
+// tellOfLooks tells the log where nobody can look at the files any more, and where that is over.
+func (d *Store) tellOfLooks(err error) {
+	switch isBlind := err != nil; {
+	case isBlind && !d.isBlind:
+		d.log.Error("cannot look whether somebody has changed the files; trying again", "error", err)
+	case !isBlind && d.isBlind:
+		d.log.Info("can look at the files again")
+	}
+	d.isBlind = err != nil
 }
 
 // lastLook is lookForFiles where there is no later try: at the end, after which nobody has the data

@@ -427,6 +427,41 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 	}
 }
 
+// Ensure that where nobody can look at the files the log says so, once, and Close does not say that
+// all is well.
+func TestLooksThatFail(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		isBlind := true
+		dir.Before = func(c storetest.Call) error {
+			if isBlind && c.What == "stat" {
+				return syscall.EACCES
+			}
+			return nil
+		}
+		write := func() {
+			for range 3 {
+				<-time.After(lookTime)
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		write()
+		isBlind = false
+		write()
+		isBlind = true
+		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EACCES) {
+			t.Errorf("Close: %v", err)
+		}
+		if n := strings.Count(log.String(), "cannot look"); n != 2 {
+			t.Errorf("the log tells of it %d times:\n%s", n, log)
+		}
+	})
+}
+
 // Ensure that a file of somebody else's with which the next start is refused is told of once, makes
 // nothing be written anew, and that a stop says that it is in the next start's way.
 func TestStrangeFile(t *testing.T) {

@@ -33,6 +33,9 @@ var (
 	// ErrOlder is returned when an older program wrote the store, in a format that
 	// this one does not read.
 	ErrOlder = errors.New("written by an older kvserver")
+	// ErrSpoiled is returned by Close where others have changed the files, and they cannot be written
+	// anew, or where nobody can look whether they have: then not all that was answered may be there.
+	ErrSpoiled = errors.New("the files may not be as they were written")
 )
 
 // Fsync values other than a time between two fsyncs.
@@ -115,6 +118,7 @@ type Store struct {
 	healing    atomic.Bool              // a heal runs; any goroutine may look
 	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
 	toldOthers []string                 // files of others that the log was told of
+	isBlind    bool                     // nobody could look, the last time
 }
 
 // Open opens the store in dir, which becomes the store's; in an empty directory it makes a new

@@ -96,10 +96,11 @@ func (d *Disk) named(name string, err error) error {
 	return err
 }
 
-// open opens a file, and nothing else: a named pipe of that name would hold us up.
+// open opens a file, and nothing else: a named pipe of that name would hold us up, and a link lead
+// out of the directory.
 func (d *Disk) open(name string, flag int) (*os.File, error) {
 	// What cannot be looked at is opened all the same, for that has the better error.
-	info, err := d.root.Stat(name)
+	info, err := d.root.Lstat(name)
 	if err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is no file", ErrNotOurs, d.Path(name))
 	}
@@ -135,7 +136,7 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 	stamps := map[string]Stamp{}
 
 	for _, name := range names {
-		info, err := d.root.Stat(name)
+		info, err := d.root.Lstat(name) // a link of somebody's may lead anywhere
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue // it has gone since
