@@ -16,7 +16,7 @@
 //
 //	Any bytes get exactly the replies of the protocol, wherever the network cuts them
 //		FuzzConversation, TestInputAtEverySplitPoint
-//	There is one order of all operations, and it agrees with everybody's clock
+//	There is one order of all operations; one that ended before another began comes first
 //		TestSimulation, TestKilledServer
 //	Nothing a client was told is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
@@ -46,13 +46,13 @@
 //	Damage is refused by name, never guessed at, never overwritten
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
-//	A slow reader is kept 500 replies, not many more, is told what it lost, and delays nobody
+//	Of a slow reader 500 replies are kept, not many more; it is told what it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
 //		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing, and after Ack nobody does
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	A client waits for a turn or two of others, not for all that they have sent
+//	A client waits for a few milliseconds of others' work, not for all that they have sent
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
 //	The log can neither stop nor kill the server
@@ -733,7 +733,7 @@ func TestReadmeCommands(t *testing.T) {
 	play("localhost:"+port, "kvserver -tls-ca ca.pem -tls-cert client.pem -tls-key client.key "+
 		"-c Put:fruit:apple")
 	for _, line := range lines[serve+1:] {
-		line = strings.Replace(line, "# instead of netcat", "", 1)
+		line = strings.Replace(line, "# as netcat; Quit ends it", "", 1)
 		if strings.Contains(line, "openssl") {
 			line = "printf 'Get:fruit\\nQuit\\n' | " + strings.TrimSpace(line) + " 2>/dev/null"
 		}
