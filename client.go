@@ -158,12 +158,8 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		progress: make(chan bool, 1),
 	}
 
-	// The pacedConn lies under TLS, where there is any. A test's connection may have none.
-	under := conn
-	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
-		under = outer.NetConn()
-	}
-	if c.paced, _ = under.(*pacedConn); c.paced == nil {
+	// A test's connection may have no pacedConn.
+	if c.paced, _ = underTLS(conn).(*pacedConn); c.paced == nil {
 		c.paced = &pacedConn{Conn: conn, server: s}
 		c.connection = c.paced
 	}
@@ -174,6 +170,14 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
 	return c
+}
+
+// underTLS is the connection that conn encrypts, or conn.
+func underTLS(conn net.Conn) net.Conn {
+	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
+		return outer.NetConn()
+	}
+	return conn
 }
 
 // isPlain tells whether the connection is without TLS.

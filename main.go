@@ -1470,6 +1470,12 @@ func (t *talker) dial() (err error) {
 			continue
 		}
 
+		// Whenever we go it is with a reset, or the server would take it for a half-close, and still
+		// give a value to our Take.
+		if tcp, isTCP := underTLS(t.conn).(*net.TCPConn); isTCP {
+			tcp.SetLinger(0)
+		}
+
 		// Of one alone the error is told as it is, of several that none serves.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {

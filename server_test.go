@@ -1984,6 +1984,31 @@ func TestCommandTimeout(t *testing.T) {
 	})
 }
 
+// Ensure that -c which gives up, or is killed, while its Take waits takes no value.
+func TestCommandLeavesTheLine(t *testing.T) {
+	t.Parallel()
+	addr := startTCP(t, New(kvstore.NewMemory()))
+	watch := dialTCP(t, addr)
+	for n, timeout := range []string{"100ms", "1h"} {
+		cmd := binary("-addr", addr, "-timeout", timeout, "-c", "Take:k:3600")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for watch.stat("take_requests_total") <= n {
+			runtime.Gosched()
+		}
+		if timeout == "1h" {
+			cmd.Process.Kill()
+		}
+		cmd.Wait()
+		for watch.stat("clients") > 1 {
+			runtime.Gosched()
+		}
+		watch.ask("Put:k:v\nCount:k\nDelete:k\nPing", ":OK 1", ":PONG")
+	}
+	watch.hangUp()
+}
+
 // Ensure that the time limit is for a silence: not for an answer that lasts as long as it flows;
 // and that -ping has one by itself, when a server stalls behind its welcome.
 func TestCommandBesideASilentServer(t *testing.T) {
