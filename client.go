@@ -1644,7 +1644,7 @@ func recycle(msg []byte) {
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
 		// What waits behind it goes along, and makes room.
-		msg, size := c.gather(msg)
+		msg, size := c.coalesce(msg)
 		c.tellRoom()
 
 		// After a Write that failed the rest is only taken out.
@@ -1671,9 +1671,9 @@ func (c *Client) writeToClient() {
 	c.depart()
 }
 
-// gather returns msg with what is queued behind it, up to a good Write's worth,
+// coalesce returns msg with what is queued behind it, up to a good Write's worth,
 // and how many queued bytes that was.
-func (c *Client) gather(msg []byte) (all []byte, size int64) {
+func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	size = int64(cap(msg))
 	for len(msg) < maxWrite {
 		select {

@@ -248,7 +248,7 @@ func (c *config) flags() *flag.FlagSet {
 
 	// Where it serves, and where it keeps the data.
 	f.StringVar(&c.addr, "addr", "localhost:9999",
-		"`PORT` to 65535, HOST:PORT or unix:PATH (localhost:9999)")
+		"`PORT` (0 to 65535), HOST:PORT or unix:PATH (localhost:9999)")
 	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
 	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h (always)")
 	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
@@ -273,7 +273,7 @@ func (c *config) flags() *flag.FlagSet {
 	// The flags of a client, and what is only printed.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
-	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s: -c and -ping wait no longer in silence")
+	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s, for -c and -ping to wait in silence")
 	f.StringVar(&c.answers, "out", "", "`FILE` for the answers to -c, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")

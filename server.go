@@ -371,10 +371,11 @@ func (g *gathering) next(took time.Duration) {
 // Start to Close. It logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
-		db:      kvstore.StoreOf(db),
-		floor:   2 * maxTurn, // so a client that has spent 0 is new
-		takes:   takeQueues{of: map[string]*list.List{}},
-		batches: storage.Histogram{Counts: true},
+		db:        kvstore.StoreOf(db),
+		floor:     2 * maxTurn,          // so a client that has spent 0 is new
+		gathering: gathering{number: 3}, // so one that has never written is not steady
+		takes:     takeQueues{of: map[string]*list.List{}},
+		batches:   storage.Histogram{Counts: true},
 
 		// What the caller may change before Start.
 		maxLine:      defaultMaxLine,
@@ -835,13 +836,13 @@ func (s *keyValueServer) dispatch(q *Query) {
 		}
 
 	default:
-		s.takeChain(q)
+		s.schedule(q)
 	}
 }
 
-// takeChain runs chain, or has it wait for its turn: where its client has had more of
+// schedule runs chain, or has it wait for its turn: where its client has had more of
 // workLoop's time than others.
-func (s *keyValueServer) takeChain(chain *Query) {
+func (s *keyValueServer) schedule(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
 

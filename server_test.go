@@ -266,7 +266,7 @@ func TestFlagMistakes(t *testing.T) {
 			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for the answers to -c"},
 			{"-output x -c", "unknown flag -output", "Did you mean -out ?"},
 			{"--PORT=1", "unknown flag -PORT", "Did you mean -addr ?"},
-			{"-addr", "flag needs an argument: -addr", "-addr takes PORT to 65535"},
+			{"-addr", "flag needs an argument: -addr", "-addr takes PORT (0 to 65535)"},
 			{"-v=maybe", `invalid boolean value "maybe" for -v`,
 				"-v takes no value: log every connection as well."},
 			{"---data", "bad flag syntax: ---data", "kvserver help"},

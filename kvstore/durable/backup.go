@@ -26,7 +26,7 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 			return errors.Is(err, fs.ErrNotExist)
 		})
 		if err == nil {
-			r.say("copied %d files, %d bytes to %s", c.made+1, c.copied, out.Path(""))
+			r.say("copied %d files, %d bytes of commits to %s", c.made+1, c.copied, out.Path(""))
 		}
 		return err
 	})

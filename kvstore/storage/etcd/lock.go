@@ -313,6 +313,10 @@ func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error
 	if taken, err = w.replace(ctx, l); !taken {
 		return false, err
 	}
+	if l.owner.Takeovers > w.Takeovers {
+		l.d.log.Warn("the data is taken over: there was no sign of life", "for", lockTime,
+			"of", w.holder.String())
+	}
 
 	// Another server waits for lockTime only, so each answer must come well before that.
 	if took := time.Since(l.owner.Since); took > slowTime {
