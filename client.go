@@ -1475,8 +1475,8 @@ const (
 
 // decide returns the fate of a reply of n messages, and why where it is cut off. Without room a
 // slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off while all queues and
-// the chains that wait are together over the limit. So it is where a reply has begun, and keeps
-// memory that writes need. One with a Keys or Dump is also cut off while others wait for theirs: if
+// the chains that wait are together over the limit. If mayCut, or where the reply has begun, it is cut
+// off, too, while writes need the memory that replies keep. One with a Keys or Dump is also cut off while others wait for theirs: if
 // it is slow, or takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
@@ -1509,7 +1509,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
-	case o.slow && hasBegun && o.budget.isPinned():
+	case o.slow && (hasBegun || mayCut) && o.budget.isPinned():
 		return isCutOff, "it took nothing of a long reply, and writes need the memory of its values"
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"

@@ -931,15 +931,18 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		}
 	}
 
-	// A Take that found nothing is not done.
-	if chain.mayWait() && chain.n == 0 {
+	// A Take that found nothing is not done. Whoever has not written does not come again before the
+	// Commit.
+	if isParked := chain.mayWait() && chain.n == 0; isParked {
 		s.takes.add(chain)
-		return
+		wrote = false
+	} else {
+		s.batch = append(s.batch, chain)
 	}
-
-	s.batch = append(s.batch, chain)
 	if wrote {
 		s.gathering.came(&c.share)
+	} else {
+		s.gathering.left(&c.share)
 	}
 }
 
@@ -1056,7 +1059,7 @@ func (s *keyValueServer) admit(q *Query) {
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
-		s.budget.refuses.Store(true)
+		s.budget.refused.Store(time.Now().Unix())
 		s.collect()
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
@@ -1202,7 +1205,8 @@ func (s *keyValueServer) freeMemory() {
 //	                                               chunkSize a client       in a Keys or Dump, it
 //	                                                                        is cut; one of more than
 //	                                                                        maxShared messages that
-//	                                                                        has begun waits
+//	                                                                        has begun waits, unless
+//	                                                                        writes need its values
 //	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies
 //	                 Gets, and the values that     they wait; the values
 //	                 others removed meanwhile      count as data
@@ -1238,7 +1242,7 @@ type budget struct {
 	store  atomic.Int64 // store and clients, as of workLoop's last look
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
-	refuses atomic.Bool // a write was refused, and since then other has not become small
+	refused atomic.Int64 // when a write was last refused, in seconds of Unix time; 0: never
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	anyLine, freeing semaphore
@@ -1260,12 +1264,7 @@ func (b *budget) limitTo(memory, queues int64) {
 }
 
 // collected notes how many bytes were alive after a collection.
-func (b *budget) collected(live int64) {
-	b.other.Store(max(0, live-b.known()))
-	if !b.isPinned() {
-		b.refuses.Store(false)
-	}
-}
+func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
 
 // shared is how much is shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
@@ -1310,11 +1309,14 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // these there is a quarter more.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned tells whether a write was refused while much is alive that is neither stored nor queued:
-// values that replies hold, and that were deleted meanwhile.
+// isPinned tells whether a write was refused just now, while much is alive that is neither stored nor
+// queued: values that replies hold, and that were deleted meanwhile.
 func (b *budget) isPinned() bool {
-	return b.refuses.Load() && b.other.Load() > b.shared()/queuesShare
+	return time.Now().Unix()-b.refused.Load() <= refusedTime && b.other.Load() > b.shared()/queuesShare
 }
+
+// refusedTime is for how many seconds after a refused write a reply that holds memory is cut.
+const refusedTime = 10
 
 // hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
 func (b *budget) hasRoomFor(bytes, more int64) bool {

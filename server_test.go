@@ -3228,6 +3228,23 @@ func TestCommitGathers(t *testing.T) {
 				t.Errorf("clients that come late have %d Commits in %v", got, time.Since(began))
 			}
 		},
+		"one that reads in between": func(t *testing.T, n *fakeNet, store *slowStore) {
+			both, ended := n.dial(t), make(chan struct{})
+			both.ask("Ack", ":OK 0")
+			var one sync.WaitGroup
+			one.Go(func() {
+				for !isClosed(ended) {
+					both.ask("Get:none", ":OK 0")
+					both.ask("Put:k:v", ":OK 1")
+				}
+			})
+			n.repeat(t, 10, takes/10, takes/10, second)
+			close(ended)
+			one.Wait()
+			if got := store.commits.Load(); got > second*3/2 {
+				t.Errorf("there were %d Commits for %d rounds of all clients", got, second)
+			}
+		},
 		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
 			reader, gets := n.dial(t), 0
 			reader.ask("Ack", ":OK 0")
@@ -4103,38 +4120,44 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 }
 
 // Ensure that a client that takes nothing of a long reply is cut off where writes need the memory
-// of its values, which others have deleted.
+// of its values, which others have deleted; not where they needed memory once.
 func TestMemoryLimitBesideALongReply(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.budget.limitTo(64<<20, 0)
-		n.fill("big", strings.Repeat("v", kilo), 9000)
-		mute, b := n.dial(t), n.dial(t)
-		mute.send("Get:big\n")
-		b.ask("Ack", ":OK 0")
-		for range 5 {
-			pass(slowAfter)
-			if n := b.stat("clients"); n != 2 {
-				t.Fatal("it is cut off though nobody needs memory")
-			}
+	for _, request := range []string{"Get:big\n", "Ack\nGet:first\nGet:big\n"} {
+		for _, isNeeded := range []bool{true, false} {
+			inBubble(t, func(t *testing.T, n *fakeNet) {
+				n.server.budget.limitTo(64<<20, 0)
+				n.server.budget.refused.Store(time.Now().Unix() - refusedTime - 1)
+				if !isNeeded {
+					n.server.budget.limitTo(512<<20, 64<<20/queuesShare)
+				}
+				n.fill("big", strings.Repeat("v", kilo), 9000)
+				n.fill("first", strings.Repeat("v", kilo), 300)
+				mute, b := n.dial(t), n.dial(t)
+				mute.send(request)
+				synctest.Wait()
+				b.send("Delete:big\n")
+				put := func() {
+					// The collector finds the values alive, though they are not stored any more.
+					n.server.budget.collected(n.server.budget.known() + 64<<20)
+					b.send("Put:k:v\nPing\n")
+					if isFull := strings.Contains(b.read(), "memory is full"); isFull != isNeeded {
+						t.Errorf("memory is full: %v", isFull)
+					}
+					if isNeeded {
+						b.want(":PONG")
+					}
+				}
+				for range 5 {
+					put()
+					pass(slowAfter)
+				}
+				if isCut := b.stat("clients") == 1; isCut != isNeeded {
+					t.Errorf("%q, needed: %v: it is cut off: %v", request, isNeeded, isCut)
+				}
+				mute.close()
+			})
 		}
-
-		// The collector finds the values alive, though they are not stored any more.
-		b.send("Delete:big\n")
-		b.want(":OK 9000")
-		for i := 0; b.stat("clients") == 2; i++ {
-			if i == 10 {
-				t.Fatal("it is not cut off")
-			}
-			n.server.budget.other.Store(64 << 20)
-			b.send("Put:k:v\n")
-			if line := b.read(); !strings.Contains(line, "memory is full") {
-				t.Fatal(line)
-			}
-			n.server.budget.collected(n.server.budget.known() + 64<<20)
-			pass(slowAfter)
-		}
-		mute.close()
-	})
+	}
 }
 
 // Ensure that data which is there at the start counts once, whenever a collection comes.

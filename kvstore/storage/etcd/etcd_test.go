@@ -1307,6 +1307,31 @@ func TestEtcdManyPieces(t *testing.T) {
 	})
 }
 
+// Ensure that small commits are joined over a slow link, too.
+func TestEtcdJoinsOnASlowLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir.client.wasTooMuch(20 << 10)
+		commits := fewer(1000, 500)
+		for i := range commits {
+			d.Put("small", fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		if n := e.list(pieces).Count; n > int64(commits)*2/3 {
+			t.Errorf("%d commits are %d pieces", commits, n)
+		}
+		d.Close()
+	})
+}
+
 // shrinking returns n bytes of which pack leaves about one in times.
 func shrinking(n, times int) string {
 	random := rand.NewChaCha8([32]byte{1})

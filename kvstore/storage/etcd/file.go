@@ -436,14 +436,16 @@ func (f *pieceFile) put() (n int, err error) {
 // enough of them. Else a file of small writes would have a key for each.
 func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
 	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
-	if !isEnough || f.d.client.piece.Load() < joinBytes {
+	if !isEnough {
 		return b, false
 	}
 	return append(f.tail, b...), true
 }
 
 // isTailFull tells whether n bytes more are too many to be joined later.
-func (f *pieceFile) isTailFull(n int) bool { return len(f.tail)+n > joinBytes }
+func (f *pieceFile) isTailFull(n int) bool {
+	return len(f.tail)+n > min(joinBytes, int(f.d.client.piece.Load()))
+}
 
 // add does ops and puts a piece, if the file has its name and the piece before that one is there:
 // so no write can leave a hole.
