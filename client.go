@@ -1869,6 +1869,11 @@ func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 		p.until = p.limit
 	}
 	p.SetWriteDeadline(p.until)
+
+	// workLoop may have set its own just before.
+	if isClosed(p.server.timeIsUp) {
+		p.SetWriteDeadline(now)
+	}
 }
 
 // CloseWrite ends our side of the connection.
