@@ -4251,18 +4251,20 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 // Ensure that keys with which Takes wait, and lines whose answers nobody reads, before Ack, too,
 // have a bound, and that nobody's writes are refused for them.
 func TestMemoryLimitOfWaitingLines(t *testing.T) {
-	long := strings.Repeat("k", 900*kilo)
-	for _, line := range []string{"Take:" + long + ":60\n", "Ping:" + long + "\n",
+	long := strings.Repeat("k", 450*kilo)
+	for _, line := range []string{"Take:" + long + ":60\n", strings.Repeat("Ping:"+long+"\n", 10),
 		"Set:other:" + long + "\nGet:big\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			n.server.budget.limitTo(64<<20, 0)
+			n.server.maxLine = 1 << 19
+			n.server.budget.limitTo(32<<20, 0)
 			n.fill("big", long, 4)
 			share := n.server.budget.shared() / linesShare
+			sent := []byte(line) // one for all
+			before := heapBytes()
 			var clients []*testClient
 			for range 50 {
 				c := n.dial(t)
-				go c.sendSome(strings.Repeat(line, 1+20*strings.Count(line, "Ping")))
+				go c.conn.Write(sent)
 				clients = append(clients, c)
 			}
 			pass(slowAfter + lineTime)
@@ -4271,7 +4273,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			if held := b.chains.Load() + b.inputs.Load(); held > 3*share {
 				t.Errorf("%.4s: they hold %d bytes, and the share is %d", line, held, share)
 			}
-			b.collected(int64(heapBytes()))
+			b.collected(int64(heapBytes() - before))
 			a := n.dial(t)
 			a.ask("Ack", ":OK 0")
 			a.ask("Put:other:v", ":OK 1")
