@@ -311,7 +311,7 @@ func checkFootprint(t *testing.T, m *Memory) {
 
 // Ensure that dead memory is bounded by bytes, whatever was stored before.
 func TestDeadMemoryIsBounded(t *testing.T) {
-	const many = 6000
+	const many = 2000
 	value := strings.Repeat("v", ownSize+100)
 	for name, before := range map[string]func(*Memory){
 		"nothing": func(*Memory) {},
@@ -344,12 +344,12 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			store, random := NewMemory(), rand.New(rand.NewPCG(3, 3))
 			before(store)
-			for i := range 150_000 {
-				store.Set(fmt.Sprint("k", random.IntN(20_000)), value[:200])
-				if i%1000 == 0 {
+			for i := range 50_000 {
+				store.Set(fmt.Sprint("k", random.IntN(7000)), value[:200])
+				if i%300 == 0 {
 					store.Set(fmt.Sprint("stay", i), "1")
 				}
-				if i%50_000 == 0 {
+				if i%20_000 == 0 {
 					checkFootprint(t, store)
 				}
 			}
@@ -405,7 +405,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 // Ensure that where memory is short, what was deleted can be used for what is written, of
 // another size, and that the store takes no more memory than before meanwhile.
 func TestReclaim(t *testing.T) {
-	const limit, size = 20_000_000, 100
+	const limit, size = 14_000_000, 100
 	value := strings.Repeat("v", 100*size)
 	for _, next := range []int{size / 10, 2 * size, 100 * size} {
 		store, keys := NewMemory(), 0
@@ -638,7 +638,7 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 			n++
 			store.Set(fmt.Sprint(n%10), value) // with the number on the stack
 		}
-		for range 20_000_000 / size {
+		for range 8_000_000 / size {
 			set() // until the slabs are cleaned
 		}
 		var before, after runtime.MemStats
@@ -671,7 +671,7 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 // Ensure that beside a snapshot, whose dead bytes must stay, no entry is moved out of a slab that
 // the snapshot has, for nothing is gained by that, and that it is moved once the snapshot has gone.
 func TestNothingIsMovedForNothing(t *testing.T) {
-	const keys = 150_000
+	const keys = 100_000
 	store, value := NewMemory(), strings.Repeat("v", 100)
 	for i := range keys {
 		store.Set(fmt.Sprint("key", i), value)
@@ -711,7 +711,7 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 func TestTouch(t *testing.T) {
 	store := NewMemory()
 	var keys []string
-	for i := range 200_000 {
+	for i := range 150_000 {
 		keys = append(keys, fmt.Sprint(i))
 		store.Put(keys[i], "value")
 	}
@@ -727,7 +727,7 @@ func TestTouch(t *testing.T) {
 // Ensure that many deadlines take little memory, in whatever order they are set, and that
 // keys come in the order of their ends.
 func TestDeadlinesTakeLittle(t *testing.T) {
-	const keys = 40_000
+	const keys = 15_000
 	random := rand.New(rand.NewPCG(1, 1))
 	for name, at := range map[string]func(i int) int64{
 		"one after the other": func(i int) int64 { return int64(1e12) + int64(i) },

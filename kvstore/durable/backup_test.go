@@ -187,7 +187,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 			told.Store(i)
 		}
 	}()
-	for i := range 12 {
+	for i := range 6 {
 		least := told.Load()
 		to := filepath.Join(t.TempDir(), "copy")
 		if _, err := backUpAt(path, to, nil); err != nil {
@@ -364,9 +364,9 @@ func TestCheckBesideARealStore(t *testing.T) {
 	written := make(chan struct{})
 	go func() {
 		defer close(written)
-		for i := range 1000 {
-			d.Delete(fmt.Sprint("key", i%100))
-			d.Put(fmt.Sprint("key", i%100), strings.Repeat("v", i%1000*20))
+		for i := range 300 {
+			d.Delete(fmt.Sprint("key", i%30))
+			d.Put(fmt.Sprint("key", i%30), strings.Repeat("v", i*60))
 			if err := d.Commit(); err != nil {
 				t.Error(err)
 				return

@@ -81,8 +81,8 @@ func TestFailedCompactionWaits(t *testing.T) {
 		}
 		const minutes = 5
 		for range minutes * 60 {
-			for range 10 {
-				d.Put("key", strings.Repeat("v", 100))
+			for range 3 {
+				d.Put("key", strings.Repeat("v", 300))
 				d.Delete("key")
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)

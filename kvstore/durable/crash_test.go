@@ -33,7 +33,7 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	if l, _ := readLayout(total); l.snapshot < 2 {
 		t.Fatalf("the script compacts too little: %+v", l)
 	}
-	for n := range total.Calls {
+	for n := 0; n < total.Calls; n = storetest.Next(n, 3) {
 		random := rand.New(rand.NewPCG(uint64(n), 1))
 		dir := storetest.New()
 		dir.FailAt, dir.Forever = n+1, true
@@ -60,9 +60,9 @@ func TestCrashAfterEveryCall(t *testing.T) {
 // effect and after it, Commits of several frames, the timer's frames, and compactions while files
 // become full.
 func TestPowerFailsBesideEverything(t *testing.T) {
-	for seed := range uint64(30) {
+	for seed := 0; seed < 30; seed = storetest.Next(seed, 3) {
 		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
-			synctest.Test(t, func(t *testing.T) { powerFails(t, seed, fsync) })
+			synctest.Test(t, func(t *testing.T) { powerFails(t, uint64(seed), fsync) })
 		}
 	}
 }
@@ -169,7 +169,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 // nil for what is not on disk, and what was told is there at the next start.
 func TestEveryCallFails(t *testing.T) {
 	for _, forever := range []bool{false, true} {
-		for n, failed := 1, true; failed; n++ {
+		for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
 			dir := storetest.New()
 			dir.FailAt, dir.Forever = n, forever
 			h := storetest.NewHistory()
@@ -218,8 +218,8 @@ func TestEveryCallFails(t *testing.T) {
 // Ensure that three power failures in a row, each in the recovery from the one before,
 // lose nothing.
 func TestCrashesInRecoveries(t *testing.T) {
-	for seed := range uint64(150) {
-		random := rand.New(rand.NewPCG(seed, 3))
+	for seed := 0; seed < 150; seed = storetest.Next(seed, 3) {
+		random := rand.New(rand.NewPCG(uint64(seed), 3))
 		dir := storetest.New()
 		dir.FailAt, dir.Forever = 1+random.IntN(500), true
 		h := storetest.NewHistory()
@@ -241,7 +241,7 @@ func TestCrashesInRecoveries(t *testing.T) {
 // Ensure that a missing descriptor is no reason to end, wherever it is missing, and
 // neither is a disk that is full when a new file is due.
 func TestMissingDescriptors(t *testing.T) {
-	for n, failed := 1, true; failed; n++ {
+	for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
 		dir := storetest.New()
 		h := storetest.NewHistory()
 		d, err := openSmall(dir, Options{})
@@ -449,8 +449,8 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 func TestLargestFileDeletesEverything(t *testing.T) {
 	type limits struct{ starts, room int }
 	cases := []limits{{0, 0}, {1, 0}, {5, 0}, {20, 0}}
-	for room := 104_000; room < 112_000; room += 168 {
-		cases = append(cases, limits{0, room})
+	for n := 0; n < 48; n = storetest.Next(n, 3) {
+		cases = append(cases, limits{0, 104_000 + n*168})
 	}
 	for _, c := range cases {
 		dir, d := newSmall(t, Options{})
@@ -802,7 +802,7 @@ func TestFirstStartThatFailed(t *testing.T) {
 			d.Close()
 			continue
 		}
-		for stop := 1; stop < 60; stop++ {
+		for stop := 1; stop < 60; stop = storetest.Next(stop, 2) {
 			for seed := range uint64(3) {
 				second := dir.Kill()
 				var images []*storetest.Dir

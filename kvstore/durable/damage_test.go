@@ -35,7 +35,7 @@ func TestTornEnd(t *testing.T) {
 	for _, start := range starts[:len(starts)-1] {
 		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
 	}
-	for cut := headerSize; cut <= len(whole); cut++ {
+	for cut := headerSize; cut <= len(whole); cut = storetest.Next(cut, 4) {
 		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100),
 			stale.Names[name].Data[headerSize:]}
 		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
@@ -186,7 +186,7 @@ func TestFlippedBits(t *testing.T) {
 	dir, name, starts := segment(t, 8)
 	whole := dir.Names[name].Data
 	last := starts[len(starts)-2]
-	for bit := range 8 * len(whole) {
+	for bit := 0; bit < 8*len(whole); bit = storetest.Next(bit, 5) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(name, data)
@@ -220,7 +220,7 @@ func TestFlippedBits(t *testing.T) {
 func TestFlippedStore(t *testing.T) {
 	dir, _, _ := segment(t, 3)
 	whole := dir.Names[storage.StoreName].Data
-	for bit := range 8 * len(whole) {
+	for bit := 0; bit < 8*len(whole); bit = storetest.Next(bit, 5) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(storage.StoreName, data)
@@ -306,7 +306,7 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 			d.Close()
 			whole := image.Names["seg-3.log"].Data
 			records := bytes.TrimRight(whole[:len(whole)-frameSize], "\x00") // without padding
-			for n := 1; n <= 700; n++ {
+			for n := 1; n <= 700; n = storetest.Next(n, 5) {
 				data := spoil(slices.Clone(whole), n)
 				bad := image.With("seg-3.log", data)
 				r, err := Check(bad)

@@ -120,7 +120,7 @@ func TestRemovedFilesAreWrittenAnew(t *testing.T) {
 // there is all, or refused, and a later try succeeds.
 func TestHealMayFail(t *testing.T) {
 	for what, isGone := range holes {
-		for n, failed := 1, true; failed; n++ {
+		for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
 			synctest.Test(t, func(t *testing.T) {
 				dir, d := withHole(t, io.Discard, isGone)
 				<-time.After(3 * lookTime) // and the timer has nothing more to do

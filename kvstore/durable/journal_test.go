@@ -531,7 +531,7 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 			}
 			<-time.After(fsync)
 			synctest.Wait()
-			for seed := range uint64(10) {
+			for seed := range uint64(3) {
 				after, err := Open(context.Background(),
 					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 				if err != nil || len(after.Get("k")) != 1 {

@@ -39,7 +39,7 @@ func TestInUseBesideALock(t *testing.T) {
 			}
 		})
 	}
-	for range 300 {
+	for range 100 {
 		os.Remove(filepath.Join(path, LockName))
 		if err := lock.(*diskLock).Look(); err != nil {
 			t.Fatal(err)

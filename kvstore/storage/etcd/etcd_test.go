@@ -29,18 +29,10 @@ import (
 	"time"
 )
 
-// isRace tells whether the race detector is on, with which all takes ten times as long.
-func isRace() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// fewer is n, or with the race detector few: it looks for races, and the same cases run without it.
-func fewer(n, few int) int {
-	if isRace() {
-		return few
-	}
-	return n
+// TestMain spares the collector work: each of thousands of stores begins with a slab.
+func TestMain(m *testing.M) {
+	debug.SetGCPercent(400)
+	os.Exit(m.Run())
 }
 
 // fakeEtcd is a cluster in memory, as unkind as a real one and the network before it.
@@ -605,7 +597,7 @@ func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
 	random := make([]byte, 80<<10)
 	rand.NewChaCha8([32]byte{2}).Read(random)
-	for n, reached := 1, true; reached; n += fewer(1, 9) {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
 			dir, w := e.dir(t, t.Context(), "")
@@ -651,7 +643,7 @@ func TestEtcdReadAhead(t *testing.T) {
 		}
 		large := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{3}).Read(large)
-		size := int64(fewer(16, 8)) << 20
+		size := int64(8) << 20
 		for at := int64(0); at < size; {
 			write(t, f, &at, large)
 		}
@@ -726,11 +718,11 @@ func TestEtcdFaults(t *testing.T) {
 		noSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			t.Parallel()
-			step := fewer(1, 13) // where KVSTORE_STEPS is set, as in .ci/run
-			if os.Getenv("KVSTORE_STEPS") == "" && fault != doubtful {
-				step = fewer(5, 13)
+			of := 10
+			if fault == doubtful {
+				of = 3
 			}
-			for n, reached := 1+i%step, true; reached; n += step {
+			for n, reached := 1+i, true; reached; n = storetest.Next(n, of) {
 				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
 			}
 		})
@@ -1181,7 +1173,7 @@ func TestEtcdOddKeys(t *testing.T) {
 // does.
 func TestEtcdBackupBesideCompaction(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n += fewer(1, 5) {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
@@ -1259,7 +1251,7 @@ func TestEtcdManyPieces(t *testing.T) {
 		random := make([]byte, 900<<10)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
-		commits := fewer(4000, 1500)
+		const commits = 1500
 		for i := range commits {
 			put("small", fmt.Sprint(i))
 			if i%500 == 499 { // a large one now and then
@@ -1473,9 +1465,8 @@ func TestEtcdStartIsKilledTwice(t *testing.T) {
 		return isReached
 	}
 
-	step := fewer(5, 11)
 	for first, more := 1, true; more; first++ {
-		for second, isReached := 1+first%step, true; isReached; second += step {
+		for second, isReached := 1+first%8, true; isReached; second = storetest.Next(second, 8) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newFakeEtcd()
 				if more = start(t, e, first); !more {

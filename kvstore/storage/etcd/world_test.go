@@ -397,7 +397,10 @@ func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 // Ensure that of two or four servers, whatever happens to them and to etcd, one at a time answers,
 // and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many.
 func TestEtcdWorlds(t *testing.T) {
-	first, seeds := uint64(1), uint64(fewer(40, 5))
+	first, seeds := uint64(1), uint64(20)
+	if storetest.IsRace() {
+		seeds = 5
+	}
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
 			var err error

@@ -25,8 +25,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,8 +88,7 @@ const seedsUsual, seedsRace = 50, 5
 // of a single one the whole story is told.
 func Run(t *testing.T, program Program) {
 	first, seeds := uint64(1), uint64(seedsUsual)
-	if info, ok := debug.ReadBuildInfo(); ok &&
-		slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if storetest.IsRace() {
 		seeds = seedsRace
 	}
 
