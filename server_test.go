@@ -108,6 +108,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -6965,6 +6966,12 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
+
+	// Those that run side by side wait for time to pass, mostly; and memory is given back by tests that
+	// look at it.
+	flag.Parse()
+	flag.Set("test.parallel", "6")
+	debug.SetGCPercent(400)
 	os.Exit(m.Run())
 }
 
