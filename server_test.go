@@ -4504,7 +4504,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 			}
 		}
 		var clients []*testClient
-		for range 10 {
+		for range 20 {
 			a := n.dial(t)
 			speak(a, "Get:k", 1)
 			clients = append(clients, a)
@@ -5960,22 +5960,24 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 func TestSlowReaderFate(t *testing.T) {
 	const all = maxBufferSize
 	for _, c := range []struct {
-		queued, messages            int
-		slow, mayDrop, mayCut, over bool
-		want                        fate
+		queued, messages      int
+		slow, mayDrop, mayCut bool
+		bytes                 int64 // that are queued; < 0: chains that wait take these, and nothing is
+		want                  fate
 	}{
-		{0, all + 1, true, false, true, true, isQueued},
-		{maxShared - 1, 1, false, true, false, false, isQueued},
-		{maxShared, 1, false, true, false, false, waits},
-		{all - 1, 1, true, true, false, false, isQueued},
-		{all, 1, true, true, false, false, isDropped},
-		{all - 1, 2, true, true, false, false, isDropped},
-		{all, 1, true, false, false, false, waits},
-		{all, 1, true, false, true, false, waits},
-		{1, 1, true, true, false, true, isDropped},
-		{1, 1, true, false, true, true, isCutOff},
-		{1, 1, true, false, false, true, waits},
-		{1, 1, false, false, true, true, waits},
+		{0, all + 1, true, false, true, 1000, isQueued},
+		{maxShared - 1, 1, false, true, false, 0, isQueued},
+		{maxShared, 1, false, true, false, 0, waits},
+		{all - 1, 1, true, true, false, 0, isQueued},
+		{all, 1, true, true, false, 0, isDropped},
+		{all - 1, 2, true, true, false, 0, isDropped},
+		{all, 1, true, false, false, 0, waits},
+		{all, 1, true, false, true, 0, waits},
+		{all, 1, true, false, true, -1000, isCutOff},
+		{1, 1, true, true, false, 1000, isDropped},
+		{1, 1, true, false, true, 1000, isCutOff},
+		{1, 1, true, false, false, 1000, waits},
+		{1, 1, false, false, true, 1000, waits},
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1000
@@ -5983,9 +5985,8 @@ func TestSlowReaderFate(t *testing.T) {
 		for range c.queued {
 			client.buffer <- nil
 		}
-		if c.over {
-			s.budget.queued.Store(1000)
-		}
+		s.budget.queued.Store(max(0, c.bytes))
+		s.budget.chains.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut, false)
 		if got != c.want {
