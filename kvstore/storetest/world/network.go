@@ -207,8 +207,9 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		}
 
 		// A window that was full opens when a lump of it is free.
+		isBroken := false
 		changed := c.out.change(func() bool {
-			if c.out.broken || c.out.ended {
+			if isBroken = c.out.broken; isBroken || c.out.ended {
 				err = io.ErrClosedPipe
 				return false
 			}
@@ -225,7 +226,7 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		})
 
 		// Nobody has the other side's socket any more, so its kernel answers with a reset.
-		if err != nil && c.out.broken {
+		if isBroken {
 			c.in.change(func() bool {
 				c.in.reset = true
 				return true
