@@ -1618,17 +1618,17 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 	for _, closing := range []bool{false, true} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = withTLS
-			start, want := time.Now(), handshakeTime
-			a := n.dial(t)
+			a, want := n.dial(t), handshakeTime
 			synctest.Wait()
 			if closing {
 				want = 0
-				n.server.Close()
 			}
-			a.wantClosed()
-			if took := time.Since(start); took != want {
-				t.Errorf("a silent client was cut after %v, want %v", took, want)
-			}
+			within(t, want, want, func() {
+				if closing {
+					n.server.Close()
+				}
+				a.wantClosed()
+			})
 			a.close()
 		})
 	}
@@ -1676,13 +1676,9 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 		})
 		pass(2 * handshakeTime)
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
-			start := time.Now()
 			a := n.dial(t)
-			a.conn = &farConn{a.conn, trip}
-			a.overTLS().ask("Ping", ":PONG")
-			if took := time.Since(start); took > 5*trip {
-				t.Errorf("an answer took %v, and a handshake with a request %v", trip, took)
-			}
+			a.conn = &farConn{a.conn, trip} // which takes a hello, a handshake and a request
+			within(t, 0, 5*trip, func() { a.overTLS().ask("Ping", ":PONG") })
 			a.close()
 			synctest.Wait()
 		}
@@ -2499,11 +2495,7 @@ func TestCloseInEveryState(t *testing.T) {
 					if after > 0 {
 						pass(after)
 					}
-					start := time.Now()
-					n.server.Close()
-					if took := time.Since(start); took > s.most+busyTime {
-						t.Errorf("Close took %v, want at most %v", took, s.most+busyTime)
-					}
+					within(t, 0, s.most+busyTime, n.server.Close)
 					b.wantClosed()
 					a.close()
 					pass(busyTime) // for whoever still sends to notice
@@ -2623,12 +2615,10 @@ func TestCloseMeetsADeadline(t *testing.T) {
 			})
 		}
 		a := n.dial(t)
-		start := time.Now()
-		a.send(strings.Repeat("Put:k:v\n", 1000))
-		a.wantClosed()
-		if took := time.Since(start); took > 2*busyTime {
-			t.Errorf("Close took %v", took)
-		}
+		within(t, 0, 2*busyTime, func() {
+			a.send(strings.Repeat("Put:k:v\n", 1000))
+			a.wantClosed()
+		})
 	})
 }
 
@@ -2647,11 +2637,7 @@ func TestCloseWithTLS(t *testing.T) {
 			synctest.Wait()
 			silent := n.dial(t)
 			synctest.Wait()
-			start := time.Now()
-			n.server.Close()
-			if took := time.Since(start); took > closeTime+drainTime+closeTime {
-				t.Errorf("%q: Close took %v", request, took)
-			}
+			within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
 			a.close()
 			silent.close()
 		})
@@ -2666,12 +2652,8 @@ func TestCloseWithTLS(t *testing.T) {
 		a := n.dial(t).overTLS()
 		a.ask("Ping", ":PONG")
 		deaf.on.Store(true)
-		start := time.Now()
 		go a.send("Quit\n")
-		<-deaf.closed
-		if took := time.Since(start); took != drainTime+closeTime {
-			t.Errorf("the goodbye of TLS took %v, want %v", took, drainTime+closeTime)
-		}
+		within(t, drainTime+closeTime, drainTime+closeTime, func() { <-deaf.closed })
 		a.close()
 	})
 }
@@ -2706,11 +2688,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		b.conn.CloseWrite()
 		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // for k another might be waiting still
 		synctest.Wait()
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took > busyTime {
-			t.Errorf("Close takes %v", took)
-		}
+		within(t, 0, busyTime, n.server.Close)
 		for i, want := range []string{":OK 0\n", ":OK 0\n:OK 0\n", ":OK 0\n:OK 0\n:OK 1\n:PONG\n"} {
 			if got := []*testClient{a, b, c}[i].readAll(); got != want {
 				t.Errorf("got %q, want %q", got, want)
@@ -2793,17 +2771,8 @@ func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 func TestAcceptBacksOff(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Failures = 12
-		start := time.Now()
-		if err := n.server.serve(n); err != nil {
-			t.Fatal(err)
-		}
-		a := n.dial(t)
-		a.ask("Ping", ":PONG")
-		// 5, 10, 20 ... 640 ms, then 1 s four times
-		if took, want := time.Since(start), 1275*time.Millisecond+4*time.Second; took != want {
-			t.Errorf("served after %v, want %v", took, want)
-		}
-		a.hangUp()
+		const want = 1275*time.Millisecond + 4*time.Second // 5, 10, 20 ... 640 ms, then 1 s four times
+		within(t, want, want, func() { n.dial(t).ask("Ping", ":PONG") })
 		n.server.Close()
 		log := n.log.take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
@@ -2816,11 +2785,7 @@ func TestAcceptBacksOff(t *testing.T) {
 		n.Failures = 1 << 30
 		n.server.serve(n)
 		pass(time.Minute)
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took != 0 {
-			t.Errorf("Close took %v", took)
-		}
+		within(t, 0, 0, n.server.Close)
 	})
 }
 
@@ -2851,11 +2816,7 @@ func TestMaxClients(t *testing.T) {
 		d := n.dial(t)
 		d.want(":ERROR line 0: server is full (2 clients)")
 		d.wantClosed()
-		start := time.Now()
-		n.server.Close()
-		if took := time.Since(start); took > drainTime {
-			t.Errorf("Close took %v", took)
-		}
+		within(t, 0, drainTime, n.server.Close)
 		if got := strings.Count(n.log.take(), "turning clients away"); got != 2 {
 			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
 		}
@@ -2978,12 +2939,7 @@ func TestTurnsOfLightClients(t *testing.T) {
 			}
 			for range 200 {
 				pass(3 * takes / 7)
-				start := time.Now()
-				victim.ask("Put:x:y\nDelete:x\nPing", ":PONG")
-				if took := time.Since(start); took > 2*takes {
-					t.Errorf("waited %v beside requests of %v (%q)", took, takes, script)
-					break
-				}
+				within(t, 0, 2*takes, func() { victim.ask("Put:x:y\nDelete:x\nPing", ":PONG") })
 			}
 			pass(time.Duration(5*others*updates) * takes)
 			least, most := span()
@@ -3824,12 +3780,10 @@ func TestTakeBeforeASlowLine(t *testing.T) {
 		pass(5 * time.Second)
 		b.send("Put:k:v\n")
 		a.want("k:v")
-		start := time.Now()
 		a.send("Put:x")
-		a.want(":ERROR line 2: the line was begun but not ended within 30s")
-		if took := time.Since(start); took > lineTime+2*quietAfter {
-			t.Errorf("it took %v", took)
-		}
+		within(t, lineTime, lineTime+2*quietAfter, func() {
+			a.want(":ERROR line 2: the line was begun but not ended within 30s")
+		})
 		a.wantClosed()
 	})
 }
@@ -4302,11 +4256,7 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Ack", ":OK 0")
 		a.ask("Take:"+long+":60", long+":v", ":OK 1")
-		began := time.Now()
-		a.ask("Take:"+long+":60", ":OK 0")
-		if took := time.Since(began); took > time.Second {
-			t.Errorf("it waits %v", took)
-		}
+		within(t, 0, time.Second, func() { a.ask("Take:"+long+":60", ":OK 0") })
 		n.server.budget.inputs.Add(-1 << 30)
 	})
 }
@@ -4351,13 +4301,11 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 		if line := a.read(); !strings.Contains(line, "memory is full") {
 			t.Errorf("the memory is not full: %q", line)
 		}
-		began := time.Now()
-		a.ask("Remove:k:"+long, ":OK 1")
-		a.ask("delete:"+long, ":OK 1")
-		a.ask("Remove:k:"+long, ":OK 1")
-		if took := time.Since(began); took > time.Second {
-			t.Errorf("they took %v", took)
-		}
+		within(t, 0, time.Second, func() {
+			a.ask("Remove:k:"+long, ":OK 1")
+			a.ask("delete:"+long, ":OK 1")
+			a.ask("Remove:k:"+long, ":OK 1")
+		})
 		a.hangUp()
 		for _, c := range mute {
 			c.close()
@@ -4949,17 +4897,15 @@ func TestWatchAStalledStore(t *testing.T) {
 		a := n.dial(t)
 		a.send("Put:k:v\n")
 		synctest.Wait()
-		for _, path := range []string{"/healthz", "/metrics"} {
-			start := time.Now()
-			code, _ := look(handler, path)
-			if took := time.Since(start); code != 503 || took != watchTime {
-				t.Errorf("%s answers %d after %v, want 503 after %v", path, code, took, watchTime)
-			}
-		}
-		start := time.Now()
-		code, _ := look(handler, "/livez")
-		if took := time.Since(start); code != 200 || took != 0 {
-			t.Errorf("/livez answers %d after %v, want 200 at once", code, took)
+		for path, want := range map[string]struct {
+			code  int
+			after time.Duration
+		}{"/healthz": {503, watchTime}, "/metrics": {503, watchTime}, "/livez": {200, 0}} {
+			within(t, want.after, want.after, func() {
+				if code, _ := look(handler, path); code != want.code {
+					t.Errorf("%s answers %d, want %d", path, code, want.code)
+				}
+			})
 		}
 		close(store.gate)
 	})
@@ -5217,7 +5163,7 @@ func TestInputLineBehindAKeys(t *testing.T) {
 // Ensure that a line that was begun must end in time, however it trickles in,
 // and that waiting between lines takes as long as it likes.
 func TestSlowLine(t *testing.T) {
-	for what, trickle := range map[string]string{"silence": "", "a byte a second": "x"} {
+	for _, trickle := range []string{"", "x"} { // silence, and a byte a second
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			a := n.dial(t)
 			a.ask("Ping", ":PONG")
@@ -5229,7 +5175,6 @@ func TestSlowLine(t *testing.T) {
 				a.send("ng\n")
 				a.want(":PONG")
 			}
-			start := time.Now()
 			a.send("Put:k:")
 			done := make(chan struct{})
 			go func() {
@@ -5239,10 +5184,9 @@ func TestSlowLine(t *testing.T) {
 					a.sendSome(trickle)
 				}
 			}()
-			a.want(":ERROR line 6: the line was begun but not ended within 30s")
-			if took := time.Since(start); took < lineTime || took > lineTime+2*quietAfter {
-				t.Errorf("%s: cut after %v, want %v", what, took, lineTime)
-			}
+			within(t, lineTime, lineTime+2*quietAfter, func() {
+				a.want(":ERROR line 6: the line was begun but not ended within 30s")
+			})
 			a.wantClosed()
 			a.close()
 			<-done
@@ -5280,15 +5224,9 @@ func TestSlowLineEndsInTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
 		a.send("Put:k:")
-		pass(lineTime - 1)
-		if got := n.server.CountActive(); got != 1 {
-			t.Errorf("cut before %v", lineTime)
-		}
-		start := time.Now()
-		a.want(":ERROR line 1: the line was begun but not ended within 30s")
-		if took := time.Since(start); took != 1 {
-			t.Errorf("cut %v after %v", took, lineTime-1)
-		}
+		within(t, lineTime, lineTime, func() {
+			a.want(":ERROR line 1: the line was begun but not ended within 30s")
+		})
 		a.close()
 	})
 }
@@ -5373,7 +5311,7 @@ func TestDumpIsOneMoment(t *testing.T) {
 // Ensure that snapshots are bounded in number, and that one who waits for a snapshot gets it soon,
 // however slowly others take their Dumps.
 func TestDumpSnapshotsAreBounded(t *testing.T) {
-	for how, c := range map[string]struct {
+	for _, c := range map[string]struct {
 		read func(a *testClient, ended <-chan struct{})
 		most time.Duration // that one waits
 	}{
@@ -5411,11 +5349,7 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 			if used := len(n.server.snapshots.slots); used != maxSnapshots {
 				t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
 			}
-			began := time.Now()
-			n.dial(t).ask("Keys:none", ":OK 0")
-			if waited := time.Since(began); waited > c.most {
-				t.Errorf("four Dumps that are taken %s kept one who waits for %v", how, waited)
-			}
+			within(t, 0, c.most, func() { n.dial(t).ask("Keys:none", ":OK 0") })
 			close(ended)
 			readers.Wait()
 			synctest.Wait()
@@ -5788,14 +5722,12 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		n.fill("k", value, 1)
 		other, slow := n.dial(t), n.dial(t)
 		const owed = 10 * kilo // more than the queue holds
-		start := time.Now()
 		go slow.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
-		for i := range 100 {
-			other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
-		}
-		if took := time.Since(start); took != 0 {
-			t.Errorf("others waited %v", took)
-		}
+		within(t, 0, 0, func() {
+			for i := range 100 {
+				other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
+			}
+		})
 		synctest.Wait()
 		other.ask("Get:after") // not run yet: the slow one waits for itself
 		other.ask("Ping", ":PONG")
@@ -5849,11 +5781,7 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 			}()
 			for range 100 {
 				pass(2 * seenSlow / 100)
-				start := time.Now()
-				other.ask("Ping", ":PONG")
-				if took := time.Since(start); took != 0 {
-					t.Errorf("others waited %v", took)
-				}
+				within(t, 0, 0, func() { other.ask("Ping", ":PONG") })
 			}
 			delivered := 0
 			line := slow.read()
@@ -6268,13 +6196,9 @@ func (l lateConn) SetWriteDeadline(t time.Time) error {
 func TestEndByQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
-		start := time.Now()
 		a.send("Ping\nQuit\nPut:k:v\n")
 		a.want(":PONG")
-		a.wantClosed()
-		if took := time.Since(start); took != 0 {
-			t.Errorf("our side ended after %v", took)
-		}
+		within(t, 0, 0, a.wantClosed)
 		a.send("Put:k:v\nGet:k\n") // taken in, not run
 		pass(drainTime)
 		if _, err := a.conn.Write([]byte("x")); err == nil {
@@ -7005,6 +6929,16 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 func pass(d time.Duration) {
 	<-time.After(d)
 	synctest.Wait()
+}
+
+// within does something that is to take from least to most.
+func within(t testing.TB, least, most time.Duration, do func()) {
+	t.Helper()
+	start := time.Now()
+	do()
+	if took := time.Since(start); took < least || took > most {
+		t.Errorf("it took %v, want %v to %v", took, least, most)
+	}
 }
 
 // fakeNet is a network of one server: a listener, and dial to reach it.
