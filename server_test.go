@@ -1468,42 +1468,36 @@ func (k *killed) sendBursts(c *testClient) {
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
-	in := func(name string) string { return filepath.Join(dir, name) }
-	_, addr, log := startBinary(t, "-addr", "localhost:0", "-tls-cert", in("server.pem"),
-		"-tls-key", in("server.key"), "-tls-client-ca", in("ca.pem"))
+	flags := func(ca, from, name string) (args []string) {
+		if ca != "" {
+			args = []string{"-tls-ca", filepath.Join(ca, "ca.pem")}
+		}
+		if name != "" {
+			args = append(args, "-tls-cert", filepath.Join(from, name+".pem"), "-tls-key",
+				filepath.Join(from, name+".key"))
+		}
+		return args
+	}
+	_, addr, log := startBinary(t, append(flags("", dir, "server"), "-addr", "localhost:0",
+		"-tls-client-ca", filepath.Join(dir, "ca.pem"))...)
 	go io.Copy(io.Discard, log)
-	for what, c := range map[string]struct {
+	for _, c := range []struct {
 		args   []string
 		prints string
 	}{
-		"a client's certificate": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
-			"-tls-key", in("client.key")}, "k:v\n"},
-		"no certificate": {[]string{"-tls-ca", in("ca.pem")}, "give -tls-cert and -tls-key."},
-		"another CA's": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert",
-			filepath.Join(other, "client.pem"), "-tls-key", filepath.Join(other, "client.key")},
-			"It does not trust the certificate in " + filepath.Join(other, "client.pem")},
-		"an expired one": {[]string{"-tls-ca", in("ca.pem"), "-tls-cert", in("expired.pem"),
-			"-tls-key", in("expired.key")}, "It does not trust the certificate in "},
-		"another server": {[]string{"-tls-ca", filepath.Join(other, "ca.pem"), "-tls-cert",
-			in("client.pem"), "-tls-key", in("client.key")}, "Somebody answers there."},
-		"plain text": {nil, "Perhaps it speaks TLS: give the CA"}, // which it is told at once
+		{flags(dir, dir, "client"), "k:v\n"},
+		{flags(dir, "", ""), "give -tls-cert and -tls-key."},
+		{flags(dir, other, "client"), "It does not trust the certificate in " + other}, // another CA's
+		{flags(dir, dir, "expired"), "It does not trust the certificate in " + dir},
+		{flags(other, dir, "client"), "Somebody answers there."},
+		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which it is told at once
 	} {
-		cmd := binary(append(append([]string{"-addr", addr, "-timeout", "3s"}, c.args...), "-c",
-			"Delete:k", "Put:k:v", "Get:k")...)
-		out, err := cmd.CombinedOutput()
-		if !strings.Contains(string(out), c.prints) || strings.Contains(string(out), "k:v\n") !=
-			(err == nil) {
-			t.Errorf("%s: prints %q, %v, want %q", what, out, err, c.prints)
-		}
+		runBinary(t, "Delete:k\nPut:k:v\nGet:k\n", c.prints, c.prints == "k:v\n",
+			append(c.args, "-addr", addr, "-timeout", "3s", "-c")...)
 	}
 	_, port, _ := net.SplitHostPort(addr)
-	for _, everywhere := range []string{":" + port,
-		"0.0.0.0:" + port} { // as the server's own -addr may say
-		cmd := binary("-addr", everywhere, "-tls-ca", in("ca.pem"), "-tls-cert", in("client.pem"),
-			"-tls-key", in("client.key"), "-ping")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("-ping to %s: %v, %s", everywhere, err, out)
-		}
+	for _, everywhere := range []string{":", "0.0.0.0:"} { // as the server's own -addr may say
+		runBinary(t, "", ":PONG", true, append(flags(dir, dir, "client"), "-addr", everywhere+port, "-ping")...)
 	}
 }
 
@@ -2092,10 +2086,7 @@ func TestCommandOutput(t *testing.T) {
 		if name == "/dev/full" && runtime.GOOS != "linux" {
 			continue
 		}
-		out, err := binary("-addr", addr, "-c", "-out", name, "Dump").CombinedOutput()
-		if err == nil || !bytes.Contains(out, []byte(want)) {
-			t.Errorf("-out %s: %v, %s", name, err, out)
-		}
+		runBinary(t, "", want, false, "-addr", addr, "-c", "-out", name, "Dump")
 	}
 }
 
@@ -2195,15 +2186,9 @@ func TestCommandWithManyRequests(t *testing.T) {
 // Ensure that what stands behind a Quit is told as not run, also where there is a second Quit.
 func TestCommandBehindAQuit(t *testing.T) {
 	t.Parallel()
-	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-	go io.Copy(io.Discard, log)
+	addr := serveTCP(t)
 	for _, input := range []string{"Quit\nPut:a:b\n", "Quit\nPut:a:b\nQuit\n"} {
-		cmd := binary("-addr", addr, "-c")
-		cmd.Stdin = strings.NewReader(input)
-		out, err := cmd.CombinedOutput()
-		if err == nil || !bytes.Contains(out, []byte("Nothing after a Quit is run.")) {
-			t.Errorf("%q: %v, %s", input, err, out)
-		}
+		runBinary(t, input, "Nothing after a Quit is run.", false, "-addr", addr, "-c")
 	}
 }
 
@@ -2846,18 +2831,12 @@ func TestMaxClientsOverTLS(t *testing.T) {
 // Ensure that a server that is full is healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
-	_, addr, log := startBinary(t, "-addr", "127.0.0.1:0", "-max-clients", "1")
-	go io.Copy(io.Discard, log)
-	a := dialTCP(t, addr)
-	a.ask("Ping", ":PONG")
-	if out, err := binary("-addr", addr, "-ping").CombinedOutput(); err != nil {
-		t.Errorf("-ping to a full server: %v, %s", err, out)
-	}
-	if out, err := binary("-addr", addr, "-c", "Get:k").CombinedOutput(); err == nil ||
-		!bytes.Contains(out, []byte("server is full (1 clients)")) {
-		t.Errorf("-c to a full server: %v, %s", err, out)
-	}
-	a.hangUp()
+	s := New(kvstore.NewMemory())
+	s.maxClients = 1
+	addr := startTCP(t, s)
+	dialTCP(t, addr).ask("Ping", ":PONG")
+	runBinary(t, "", "it answers", true, "-addr", addr, "-ping")
+	runBinary(t, "", "server is full (1 clients)", false, "-addr", addr, "-c", "Get:k")
 }
 
 // ---- server.go: turns of clients
@@ -4592,10 +4571,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
 		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
-			if out, err := binary(append([]string{"-addr", addr},
-				args...)...).CombinedOutput(); err != nil {
-				t.Errorf("%s -addr %s: %v, %s", args, addr, err, out)
-			}
+			runBinary(t, "", "", true, append([]string{"-addr", addr}, args...)...)
 		}
 	}
 	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
@@ -4603,19 +4579,10 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer frozen.Close()
-	if out, err := binary("-addr", frozen.Addr().String()+","+here, "-timeout", "1s",
-		"-ping").CombinedOutput(); err != nil {
-		t.Errorf("beside a server that stands still: %v, %s", err, out)
-	}
-	out, err := binary("-addr", nowhere+","+nowhere, "-ping").CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot connect to "+nowhere+","+nowhere)) ||
-		!bytes.Contains(out, []byte("None of them serves.")) {
-		t.Errorf("where nobody serves: %v, %s", err, out)
-	}
-	out, err = binary("-addr", nowhere+","+here).CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+here+": ")) {
-		t.Errorf("a server at two addresses, of which one is taken: %v, %s", err, out)
-	}
+	runBinary(t, "", ":PONG", true, "-addr", frozen.Addr().String()+","+here, "-timeout", "1s", "-ping")
+	runBinary(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere, "-ping")
+	runBinary(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
+	runBinary(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
 
 	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
 	second := listeningAddr(t, log)
@@ -4650,41 +4617,22 @@ func TestListenOnAUnixSocket(t *testing.T) {
 		}
 		return cmd, log
 	}
-	run := func(want string, args ...string) {
-		t.Helper()
-		if out, err := binary(args...).CombinedOutput(); string(out) != want || err != nil {
-			t.Errorf("%s: %v, %q, want %q", args, err, out, want)
-		}
-	}
 
 	cmd, log := start()
 	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
 		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
 	}
-	run(":PONG\n", "-addr", at, "-ping")
-	run("k:v\n", "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
-	conn, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := newTestClient(t, conn)
+	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
+	runBinary(t, "", "k:v\n", true, "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
+	a := dialTCP(t, at)
 	a.sendAll("Get:k\n")
 	if got := a.readAll(); got != "k:v\n" {
 		t.Errorf("after a half-close: %q", got)
 	}
-	if conn, err = net.Dial("unix", path); err != nil {
-		t.Fatal(err)
-	}
-	hello := newTestClient(t, conn)
-	hello.send("\x16\x03\x01\nPut:k:w\n")
-	hello.want(":ERROR line 1: this port speaks no TLS")
+	dialTCP(t, at).ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
 
-	out, err := binary("-addr", at).CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("cannot listen on "+at+": ")) ||
-		!bytes.Contains(out, []byte("Stop the server that has it")) {
-		t.Errorf("a second server: %v, %s", err, out)
-	}
-	run("k:v\n", "-addr", at, "-c", "Get:k")
+	runBinary(t, "", "Stop the server that has it", false, "-addr", at)
+	runBinary(t, "", "k:v\n", true, "-addr", at, "-c", "Get:k")
 
 	// A stop leaves the socket of another server alone.
 	os.Remove(path)
@@ -4702,7 +4650,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 		t.Errorf("the socket of a killed server: %v", err)
 	}
 	cmd, log = start()
-	run(":PONG\n", "-addr", at, "-ping")
+	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
 	cmd.Process.Signal(syscall.SIGTERM)
 	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
 		t.Errorf("it does not stop cleanly: %s", rest)
@@ -7143,11 +7091,15 @@ func (c *testClient) hangUp() {
 	c.close()
 }
 
-// dialTCP connects to a real port. Its deadline only ends a test that has
+// dialTCP connects to a real port, or to a unix socket. Its deadline only ends a test that has
 // failed already.
 func dialTCP(t testing.TB, addr string) *testClient {
 	t.Helper()
-	conn, err := net.Dial("tcp", addr)
+	network := "tcp"
+	if path, isUnix := strings.CutPrefix(addr, "unix:"); isUnix {
+		network, addr = "unix", path
+	}
+	conn, err := net.Dial(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -7217,6 +7169,17 @@ func binary(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
+}
+
+// runBinary runs the server as a process that reads input, and wants it to print this, and to end well or
+// not.
+func runBinary(t *testing.T, input, want string, good bool, args ...string) {
+	t.Helper()
+	cmd := binary(args...)
+	cmd.Stdin = strings.NewReader(input)
+	if out, err := cmd.CombinedOutput(); !strings.Contains(string(out), want) || (err == nil) != good {
+		t.Errorf("%q: %v, it prints %q, want %q", args, err, out, want)
+	}
 }
 
 // startBinary starts the server and returns its address, when it listens, and
