@@ -643,7 +643,7 @@ func TestEtcdReadAhead(t *testing.T) {
 		}
 		large := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{3}).Read(large)
-		size := int64(8) << 20
+		const size = 6 << 20
 		for at := int64(0); at < size; {
 			write(t, f, &at, large)
 		}
@@ -1251,10 +1251,10 @@ func TestEtcdManyPieces(t *testing.T) {
 		random := make([]byte, 900<<10)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
-		const commits = 1500
+		const commits = 700
 		for i := range commits {
 			put("small", fmt.Sprint(i))
-			if i%500 == 499 { // a large one now and then
+			if i%200 == 199 { // a large one now and then
 				put("middle", string(random[:joinBytes]))
 			}
 			if n := e.list(pieces).Count; n > 500 {

@@ -674,7 +674,10 @@ func TestEtcdInnerPrefix(t *testing.T) {
 // answer, while the server keeps its lock; that one that takes only small requests gets small
 // ones; and that all of it is read back so.
 func TestEtcdSlow(t *testing.T) {
-	large := make([]byte, 256<<10)
+	large := make([]byte, 1<<20)
+	if storetest.IsRace() {
+		large = large[:128<<10]
+	}
 	rand.Read(large)
 	for what, c := range map[string]struct {
 		slow time.Duration
