@@ -958,8 +958,7 @@ func TestReadmeQueue(t *testing.T) {
 			all.Go(func() {
 				random := rand.New(rand.NewPCG(uint64(id), 4))
 				for {
-					c := n.dial(t)
-					c.ask("Ack", ":OK 0")
+					c := n.dialAck(t)
 					c.send("Get:jobs\n")
 					list := c.readList()
 					if len(list) == 0 {
@@ -1594,15 +1593,6 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 		close(again)
 	})
-}
-
-// Ensure that who may not read a key is told so, and not to look for another.
-func TestTLSUnreadableKey(t *testing.T) {
-	var p problem
-	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) || !strings.Contains(p.todo,
-		"Let the user who runs kvserver read it") {
-		t.Errorf("%+v", p)
-	}
 }
 
 // Ensure that a handshake that does not go on ends in time, and that Close does
@@ -2242,6 +2232,12 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		!strings.Contains(p.todo, "ls -l /run/sock") {
 		t.Errorf("%+v", p)
 	}
+
+	// Who may not read a key is not told to look for another.
+	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) ||
+		!strings.Contains(p.todo, "Let the user who runs kvserver read it") {
+		t.Errorf("%+v", p)
+	}
 }
 
 // Ensure that a disk that is full, and an input that cannot be read, are errors.
@@ -2354,19 +2350,13 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 			t.Errorf("start after Close: %v, want %v", err, errClosed)
 		}
 		a.close() // its Get may have come too late, and then the server's end is no good one
-	})
-}
 
-// Ensure that a server without a store says so at its start, and that Close ends it.
-func TestStartWithoutAStore(t *testing.T) {
-	s := New(nil)
-	if err := s.Start(0); !errors.Is(err, errNoStore) {
-		t.Errorf("Start without a store: %v, want %v", err, errNoStore)
-	}
-	if s.CountActive() != 0 || s.CountDropped() != 0 {
-		t.Error("without a store the counts are not 0")
-	}
-	s.Close()
+		none := New(nil)
+		if err := none.Start(0); !errors.Is(err, errNoStore) || none.CountActive()+none.CountDropped() != 0 {
+			t.Errorf("Start without a store: %v, want %v", err, errNoStore)
+		}
+		none.Close()
+	})
 }
 
 // Ensure that clients of several listeners are one server's, that one listener which fails
@@ -2705,8 +2695,7 @@ func TestCloseDuringDump(t *testing.T) {
 		for i := range pairs {
 			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
 		}
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a := n.dialAck(t)
 		a.send("Dump\n")
 		synctest.Wait() // until its queue is full
 		closed := make(chan struct{})
@@ -2815,16 +2804,11 @@ func TestMaxClientsOverTLS(t *testing.T) {
 		n.server.tls, n.server.maxClients = config, 1
 		a := n.dial(t).overTLS()
 		a.ask("Ping", ":PONG")
-		var others []*testClient
-		for range maxTurnedAway + 3 {
-			c := n.dial(t).overTLS()
-			c.want(":ERROR line 0: server is full (1 clients)")
-			others = append(others, c)
-		}
+		others := n.dialMany(t, maxTurnedAway+3, func(_ int, c *testClient) {
+			c.overTLS().want(":ERROR line 0: server is full (1 clients)")
+		})
 		a.ask("Ping", ":PONG")
-		for _, c := range others {
-			c.close()
-		}
+		closeClients(others)
 	})
 }
 
@@ -2898,10 +2882,7 @@ func TestTurnsOfLightClients(t *testing.T) {
 				}
 				return least, most
 			}
-			clients := make([]*testClient, others)
-			for i := range clients {
-				clients[i] = n.dial(t)
-			}
+			clients := n.dialMany(t, others, func(int, *testClient) {})
 			for i, c := range clients {
 				all.Go(func() {
 					defer c.hangUp()
@@ -3323,20 +3304,6 @@ func TestExpire(t *testing.T) {
 	}
 }
 
-// Ensure that the seconds that are left are rounded up, so that they never say that a key has gone.
-func TestExpireTellsWholeSeconds(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask("Put:k:v\nExpire:k:2\nExpire:k", ": 2", ":OK 1")
-		pass(time.Second / 2)
-		a.ask("Expire:k", ": 2", ":OK 1")
-		pass(time.Second/2 + time.Millisecond)
-		a.ask("Expire:k", ": 1", ":OK 1")
-		pass(time.Second - 2*time.Millisecond)
-		a.ask("Expire:k", ": 1", ":OK 1")
-	})
-}
-
 // Ensure that a key goes though nobody asks for it, soon after its time.
 func TestExpireUnasked(t *testing.T) {
 	t.Parallel()
@@ -3562,14 +3529,11 @@ func jump(n *fakeNet) (by func(time.Duration)) {
 func TestTakeWaitsInLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 6
-		var clients []*testClient
-		for range takers {
-			c := n.dial(t)
+		clients := n.dialMany(t, takers, func(_ int, c *testClient) {
 			c.ask("Ack", ":OK 0")
 			c.send("Take:k:60\n")
 			synctest.Wait()
-			clients = append(clients, c)
-		}
+		})
 		giver := n.dial(t)
 		if got := giver.stat("waiting_takes"); got != takers {
 			t.Errorf("%d Takes wait, want %d", got, takers)
@@ -3889,12 +3853,7 @@ func TestTakeOnRealSockets(t *testing.T) {
 func TestTakeIsSmallWhileItWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 100
-		var clients []*testClient
-		for range takers {
-			a := n.dial(t)
-			a.ask("Ping", ":PONG")
-			clients = append(clients, a)
-		}
+		clients := n.dialMany(t, takers, func(_ int, a *testClient) { a.ask("Ping", ":PONG") })
 		burst := strings.Repeat("Delete:k\n", burstSize/16)
 		before := heapOfQuiet()
 		for i, a := range clients {
@@ -3920,8 +3879,7 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 func TestMemoryLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("v", 10*kilo) // that has memory of its own
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a := n.dialAck(t)
 		a.ask("Put:short:1", ":OK 1")
 		n.server.budget.reserve = kilo
 		n.server.budget.limit = (int64(a.stat("memory_bytes"))+40*kilo)*4/3 + kilo
@@ -4120,12 +4078,9 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					n.server.budget.limit, share = n.server.budget.limit/4, share/4
 				}
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
-				var clients []*testClient
-				for range kind.clients {
-					c := n.dial(t)
+				clients := n.dialMany(t, kind.clients, func(_ int, c *testClient) {
 					c.conn.(*world.Conn).SetWriteBuffer(kilo) // little is on the way
-					clients = append(clients, c)
-				}
+				})
 				synctest.Wait()
 				before := heapBytes()
 				mayEnd := make(chan struct{})
@@ -4145,8 +4100,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				if n.server.budget.inputs.Load() == 0 {
 					t.Error("lines that have begun do not count")
 				}
-				a := n.dial(t)
-				a.ask("Ack", ":OK 0")
+				a := n.dialAck(t)
 				a.ask("Put:other:v", ":OK 1")
 				a.hangUp()
 
@@ -4195,12 +4149,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			share := n.server.budget.shared() / linesShare
 			sent := []byte(line) // one for all
 			before := heapBytes()
-			var clients []*testClient
-			for range 50 {
-				c := n.dial(t)
-				go c.conn.Write(sent)
-				clients = append(clients, c)
-			}
+			clients := n.dialMany(t, 50, func(_ int, c *testClient) { go c.conn.Write(sent) })
 			pass(slowAfter + lineTime)
 
 			b := &n.server.budget
@@ -4208,14 +4157,11 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 				t.Errorf("%.4s: they hold %d bytes, and the share is %d", line, held, share)
 			}
 			b.collected(int64(heapBytes() - before))
-			a := n.dial(t)
-			a.ask("Ack", ":OK 0")
+			a := n.dialAck(t)
 			a.ask("Put:other:v", ":OK 1")
 			a.hangUp()
 
-			for _, c := range clients {
-				c.close()
-			}
+			closeClients(clients)
 			pass(2 * probeTime) // for it to be seen that who waits has gone
 			if held := b.chains.Load() + b.inputs.Load(); held != 0 {
 				t.Errorf("%.4s: %d bytes are counted when all have gone", line, held)
@@ -4232,8 +4178,7 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 		n.fill(long, "v", 1)
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Store(1 << 30)
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a := n.dialAck(t)
 		a.ask("Take:"+long+":60", long+":v", ":OK 1")
 		within(t, 0, time.Second, func() { a.ask("Take:"+long+":60", ":OK 0") })
 		n.server.budget.inputs.Add(-1 << 30)
@@ -4266,16 +4211,12 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 		long := strings.Repeat("l", 900*kilo)
 		n.fill("k", long, 2)
 		n.fill(long, "v", 1)
-		var mute []*testClient
-		for range 40 {
-			c := n.dial(t)
+		mute := n.dialMany(t, 40, func(_ int, c *testClient) {
 			go c.sendSome("Put:k:" + strings.Repeat("v", 100*kilo))
-			mute = append(mute, c)
-		}
+		})
 		pass(quietAfter)
 		n.server.budget.other.Store(1 << 40)
-		a := n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a := n.dialAck(t)
 		a.send("Put:x:y\n")
 		if line := a.read(); !strings.Contains(line, "memory is full") {
 			t.Errorf("the memory is not full: %q", line)
@@ -4286,9 +4227,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			a.ask("Remove:k:"+long, ":OK 1")
 		})
 		a.hangUp()
-		for _, c := range mute {
-			c.close()
-		}
+		closeClients(mute)
 	})
 }
 
@@ -4300,15 +4239,12 @@ func TestMaxQueues(t *testing.T) {
 		n.fill("k", value, 1)
 		const limit = 1 << 20
 		n.server.budget.maxQueues = limit
-		var slow []*testClient
-		for i := range 10 { // each could queue 3.5 MB
-			c := n.dial(t)
+		slow := n.dialMany(t, 10, func(i int, c *testClient) { // each could queue 3.5 MB
 			if i%2 == 0 {
 				c.ask("Ack", ":OK 0")
 			}
 			go c.sendSome(strings.Repeat("Get:k\n", 600))
-			slow = append(slow, c)
-		}
+		})
 		honest := n.dial(t)
 		for range 40 {
 			pass(seenSlow / 10)
@@ -4346,14 +4282,10 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
 		n.fill("big", strings.Repeat("v", 120*kilo), 1)
-		writer := n.dial(t)
-		writer.ask("Ack", ":OK 0")
-		var mute []*testClient
-		for _, hello := range []string{"", "Ack\n", "", "Ack\n", ""} {
-			c := n.dial(t)
-			go c.sendSome(hello + strings.Repeat("Get:big\n", 700))
-			mute = append(mute, c)
-		}
+		writer := n.dialAck(t)
+		mute := n.dialMany(t, 5, func(i int, c *testClient) {
+			go c.sendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
+		})
 		for range 50 {
 			pass(seenSlow / 10)
 			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
@@ -4361,9 +4293,7 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 		if queued := writer.stat("queued_bytes"); queued > 1<<20 {
 			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
 		}
-		for _, c := range mute {
-			c.close()
-		}
+		closeClients(mute)
 	})
 }
 
@@ -4430,12 +4360,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				a.want("k:v")
 			}
 		}
-		var clients []*testClient
-		for range 20 {
-			a := n.dial(t)
-			speak(a, "Get:k", 1)
-			clients = append(clients, a)
-		}
+		clients := n.dialMany(t, 20, func(_ int, a *testClient) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
@@ -4456,12 +4381,9 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.start(t)
 		before := heapBytes()
-		var clients []*testClient
-		for range 10 {
-			a := n.dial(t)
+		clients := n.dialMany(t, 10, func(_ int, a *testClient) {
 			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
-			clients = append(clients, a)
-		}
+		})
 		pass(lineTime / 2)
 		if each := (heapBytes() - before) / len(clients); each > burstSize/4 {
 			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
@@ -4640,7 +4562,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	cmd, log2 := start()
 	first.Process.Signal(syscall.SIGTERM)
 	first.Wait()
-	run("", "-addr", at, "-c", "Get:k")
+	runBinary(t, "", "", true, "-addr", at, "-c", "Get:k")
 	io.Copy(io.Discard, log)
 	log = log2
 
@@ -4907,9 +4829,9 @@ func TestWatchBeforeTheData(t *testing.T) {
 func TestWatchIsLimited(t *testing.T) {
 	t.Parallel()
 	s, addr := watched(t)
-	var idle []*testClient
-	for range 3 * maxWatchers {
-		idle = append(idle, dialTCP(t, addr))
+	const idle = 3 * maxWatchers
+	for range idle {
+		dialTCP(t, addr)
 	}
 	get := func(host, path string) (int, string) {
 		t.Helper()
@@ -4926,7 +4848,7 @@ func TestWatchIsLimited(t *testing.T) {
 		return answer.StatusCode, string(body)
 	}
 	if code, _ := get("localhost", "/healthz"); code != 200 {
-		t.Errorf("beside %d idle connections: %d", len(idle), code)
+		t.Errorf("beside %d idle connections: %d", idle, code)
 	}
 	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
 		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
@@ -5096,16 +5018,6 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 			}
 		}
 	}
-}
-
-// Ensure that an error names its line also behind a Keys in the middle of what was sent, which
-// begins a chain of its own.
-func TestInputLineBehindAKeys(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask("Get:none\nKeys\nnone", ":OK 0",
-			`:ERROR line 3: unknown request "none"; Help lists the requests`)
-	})
 }
 
 // Ensure that a line that was begun must end in time, however it trickles in,
@@ -5914,10 +5826,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 		const clients, slow, gets, values = 6, 4, 1900, 3
 		value := strings.Repeat("v", 4096)
 		n.fill("list", value, values)
-		var all []*testClient
-		for range clients {
-			all = append(all, n.dial(t))
-		}
+		all := n.dialMany(t, clients, func(int, *testClient) {})
 		var lines [clients]int
 		var readers sync.WaitGroup
 		for i, c := range all {
@@ -5954,9 +5863,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 					"and not all", i, got, gets*values, maxBufferSize)
 			}
 		}
-		for _, c := range all {
-			c.close()
-		}
+		closeClients(all)
 	})
 }
 
@@ -6430,6 +6337,8 @@ var conversations = []conversation{
 		": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
 	{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
 		": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
+	{"a line behind a Keys in a burst", "Get:none\nKeys\nnone\n",
+		":OK 0\n:ERROR line 3: unknown request \"none\"; Help lists the requests\n"},
 	{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
 		":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
 	{"torn write is not run", "Ack\nPut:k:a",
@@ -6942,6 +6851,29 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	defer n.mu.Unlock()
 	n.clients = append(n.clients, c)
 	return c
+}
+
+// dialAck connects, and has each request answered.
+func (n *fakeNet) dialAck(t *testing.T) *testClient {
+	c := n.dial(t)
+	c.ask("Ack", ":OK 0")
+	return c
+}
+
+// dialMany connects so many clients, which begin one after the other.
+func (n *fakeNet) dialMany(t *testing.T, count int, begin func(i int, c *testClient)) []*testClient {
+	clients := make([]*testClient, count)
+	for i := range clients {
+		clients[i] = n.dial(t)
+		begin(i, clients[i])
+	}
+	return clients
+}
+
+func closeClients(clients []*testClient) {
+	for _, c := range clients {
+		c.close()
+	}
 }
 
 func newFakeNet() *fakeNet {
