@@ -3331,6 +3331,8 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		by := jump(n)
 		a := n.dial(t)
 		a.ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
+		pass(600 * time.Millisecond)
+		a.ask("Expire:k", ": 3600", ":OK 1") // rounded up
 		by(-time.Hour)
 		a.ask("Expire:k", ": 7200", ":OK 1")
 		pass(time.Hour + time.Minute)
