@@ -4503,7 +4503,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer frozen.Close()
-	runBinary(t, "", ":PONG", true, "-addr", frozen.Addr().String()+","+here, "-timeout", "1s", "-ping")
+	runBinary(t, "", ":PONG", true, "-addr", frozen.Addr().String()+","+here, "-timeout", "3s", "-ping")
 	runBinary(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere, "-ping")
 	runBinary(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
 	runBinary(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
@@ -6019,7 +6019,10 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 // make its client slow.
 func TestSteadyReaderBesideLateTicks(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.wrap = func(conn net.Conn) net.Conn { return lateConn{conn} }
+		n.wrap = func(conn net.Conn) net.Conn {
+			conn.(*world.Conn).Late = 2 * slowAfter // whenever it has to wait for a Write
+			return conn
+		}
 		n.fill("k", strings.Repeat("v", 1200), 1)
 		a := n.dial(t)
 		go a.send(strings.Repeat("Get:k\n", 2000) + "Ping\n")
@@ -6033,17 +6036,6 @@ func TestSteadyReaderBesideLateTicks(t *testing.T) {
 		}
 		a.want(":PONG")
 	})
-}
-
-// lateConn is a connection of a server that stands still for 2 s whenever it has to
-// wait for a Write.
-type lateConn struct{ net.Conn }
-
-func (l lateConn) SetWriteDeadline(t time.Time) error {
-	if !t.IsZero() {
-		t = t.Add(2 * slowAfter)
-	}
-	return l.Conn.SetWriteDeadline(t)
 }
 
 // ---- client.go: the ends of a connection

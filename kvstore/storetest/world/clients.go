@@ -19,6 +19,7 @@ type visitor struct {
 	random *rand.Rand
 	conn   HalfConn
 	raw    *Conn // below TLS
+	theirs *Conn // the server's side
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
 	plain  bool // it does not speak TLS, whatever the server does
@@ -42,6 +43,7 @@ var kinds = []struct {
 	{"lists side by side", (*visitor).listMany, false},
 	{"says nothing", (*visitor).silence, false},
 	{"mixes lists", (*visitor).mix, false},
+	{"stops reading", (*visitor).stop, true},
 	{"takes", (*visitor).take, true},
 	{"ends keys", (*visitor).end, false},
 	{"sends garbage", (*visitor).garbage, false},
@@ -115,7 +117,7 @@ func (v *visitor) dial() bool {
 	ours, near := Pipe(StreamSize, size)
 
 	far, theirs := Pipe(StreamSize, Pick(r, 8*kilo, 64*kilo))
-	theirs.Gate = v.gate
+	theirs.Gate, theirs.Late, v.theirs = v.gate, v.late, theirs
 
 	// What breaks off a connection does so below TLS, without a word to the other side.
 	v.raw = ours
@@ -319,7 +321,9 @@ func (v *visitor) dribble() {
 			return
 		}
 
-		if took := time.Since(began); took > lineTime+20*time.Second+v.slack() {
+		// The server counts it in ticks of a second, and each may come late.
+		most := lineTime + lineTime/time.Second*v.late + 20*time.Second + v.slack()
+		if took := time.Since(began); took > most {
 			v.fail("%s dribbles a line for %v", v.id, took)
 			return
 		}

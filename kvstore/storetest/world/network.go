@@ -137,7 +137,8 @@ type Conn struct {
 	closed           chan struct{}
 	closeOnce        sync.Once
 	BeforeDeadline   func()
-	Gate             func() // waits while the whole process stands still; nil: it never does
+	Gate             func()        // waits while the whole process stands still; nil: it never does
+	Late             time.Duration // by which deadlines pass too late, as on a busy machine
 }
 
 func newConn(in, out *stream) *Conn {
@@ -299,10 +300,18 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 	if c.BeforeDeadline != nil && time.Until(t) > 0 {
 		c.BeforeDeadline()
 	}
-	c.reading.set(t)
+	c.reading.set(c.late(t))
 	return nil
 }
-func (c *Conn) SetWriteDeadline(t time.Time) error { c.writing.set(t); return nil }
+func (c *Conn) SetWriteDeadline(t time.Time) error { c.writing.set(c.late(t)); return nil }
+
+// late returns when a deadline passes. One that has passed is how a Read or Write is ended at once.
+func (c *Conn) late(t time.Time) time.Time {
+	if time.Until(t) <= 0 {
+		return t
+	}
+	return t.Add(c.Late)
+}
 
 // deadline is a channel that is closed when a time has passed. Another time has another channel,
 // unless the old one is open still.

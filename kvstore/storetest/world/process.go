@@ -30,6 +30,7 @@ type process struct {
 	killed   chan struct{} // closed when it was killed
 	wires    sync.WaitGroup
 	tidying  chan struct{} // taken by what removes files until they are back, and by the end
+	late     time.Duration // by which its connections' deadlines pass too late
 
 	mu      sync.Mutex // guards what is below
 	calls   int        // I/O calls
@@ -196,7 +197,7 @@ func (p *process) kill(power bool, when string) {
 func (p *process) slack() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stalled + p.plan.stall
+	return p.stalled + p.plan.stall + 3*p.late // of ticks in a row
 }
 
 // isDisturbed tells whether the process cannot keep promises that need a sound disk, or
@@ -225,6 +226,9 @@ func (w *world) live(dies bool) {
 
 	p.draw(r)
 	p.drawRoom(r)
+	if Chance(r, 5) {
+		p.late = Between(r, 0, 2*time.Second)
+	}
 
 	// A store that is rotten gets no other fault, so that one alone explains the refusal.
 	switch {

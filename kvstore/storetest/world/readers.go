@@ -67,6 +67,46 @@ func (v *visitor) pipeline() {
 	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
+// stop reads some of what it has asked for, and then nothing more for good, with Ack or without. A
+// server with a write timeout cuts it off.
+func (v *visitor) stop() {
+	if _, ok := v.ask(Pick(v.random, "Ack", "Ping")); !ok {
+		return
+	}
+
+	// It may lose replies, and is never told.
+	v.process.mu.Lock()
+	v.unknown++
+	v.process.mu.Unlock()
+
+	// That is more than the network holds.
+	key, value := "stop"+v.id, v.value(0)+strings.Repeat("-", 15*kilo)
+	v.world.mu.Lock()
+	v.sent[value] = true
+	v.world.mu.Unlock()
+	go io.WriteString(v.conn, "Set:"+key+":"+value+"\n"+strings.Repeat("Get:"+key+"\n", 500))
+	v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.CopyN(io.Discard, v.r, 20*kilo+v.random.Int64N(30*kilo)); err != nil {
+		return // the Set was refused, or the server has gone
+	}
+
+	most := v.settings.WriteTimeout
+	if most == 0 {
+		most = 20 * time.Second
+	}
+	stopped := time.Now()
+	for !isClosed(v.gone) && !isClosed(v.theirs.closed) {
+		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
+			// Where ticks come late, the server takes that for time in which it did not run itself.
+			if v.settings.WriteTimeout > 0 && v.late == 0 {
+				v.fail("%s reads nothing, and is there after %v", v.id, took)
+			}
+			return
+		}
+		Wait(time.Second)
+	}
+}
+
 // fillList puts so many values under key, and returns the lines of a Get; nil: the server has refused
 // one, or has gone.
 func (v *visitor) fillList(key string, values, size int) (list []string) {
@@ -108,9 +148,10 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
 
-	// A reply that has begun may wait for others, and a full memory or disk refuse the mark.
+	// A reply that has begun may wait for others, a full memory or disk refuse the mark, and where ticks
+	// come late it takes long until a client is slow.
 	s := v.settings
-	mayWait := s.MaxQueues < 1<<30 && 2*replySize > shared*s.MaxMessage
+	mayWait := s.MaxQueues < 1<<30 && 2*replySize > shared*s.MaxMessage || v.late > 0
 	if err == nil && !mayWait && !v.isDisturbed() && s.MaxMemory == 0 && v.dir.Room == 0 &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
