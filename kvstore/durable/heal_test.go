@@ -433,9 +433,10 @@ func TestLooksThatFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
 		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-		isBlind := true
+		var isBlind atomic.Bool
+		isBlind.Store(true)
 		dir.Before = func(c storetest.Call) error {
-			if isBlind && c.What == "stat" {
+			if isBlind.Load() && c.What == "stat" {
 				return syscall.EACCES
 			}
 			return nil
@@ -450,9 +451,9 @@ func TestLooksThatFail(t *testing.T) {
 			}
 		}
 		write()
-		isBlind = false
+		isBlind.Store(false)
 		write()
-		isBlind = true
+		isBlind.Store(true)
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EACCES) {
 			t.Errorf("Close: %v", err)
 		}
