@@ -2508,14 +2508,15 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			const puts = 9 * kilo
 			a.send("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			synctest.Wait()
-			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts),
-				func() { pass(50 * time.Millisecond) })
+			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo,
+				50*time.Millisecond)
 		})
 	}
 }
 
 // Ensure the same of a real socket. Its answer is so long that the server knows, also where the
-// machine is busy, that its client cannot have read all of it yet.
+// machine is busy, that its client cannot have read all of it yet; and it is read in few pieces, for
+// their second is a true one.
 func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -2532,8 +2533,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 		runtime.Gosched()
 	}
 	watch.hangUp()
-	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo),
-		func() { <-time.After(time.Millisecond) })
+	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo), 150*kilo, time.Millisecond)
 }
 
 // Ensure that time in which the server stands still does not count as time to read.
@@ -2548,14 +2548,13 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 		synctest.Wait()
 		b.send("Put:x:y\n") // its Commit lasts
 		synctest.Wait()
-		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200),
-			func() { pass(closeTime / 20) })
+		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200), 15*kilo, closeTime/20)
 	})
 }
 
-// readAndSend has a client read what it is answered, bit by bit, with a Put and a pause between any
+// readAndSend has a client read what it is answered, in pieces, with a Put and a pause between any
 // two, while the server closes, and wants it to be this. The server has read all that was sent.
-func readAndSend(a *testClient, s *keyValueServer, want string, pause func()) {
+func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause time.Duration) {
 	closed := make(chan struct{})
 	go func() {
 		s.Close()
@@ -2564,9 +2563,9 @@ func readAndSend(a *testClient, s *keyValueServer, want string, pause func()) {
 	<-s.closeSignal
 
 	var got []byte
-	piece := make([]byte, 15*kilo)
+	piece := make([]byte, size)
 	for err := error(nil); err == nil; {
-		pause()
+		<-time.After(pause)
 		var n int
 		n, err = io.ReadFull(a.conn, piece)
 		got = append(got, piece[:n]...)
