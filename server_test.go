@@ -143,8 +143,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 			t.Errorf("%d columns: %s", len(line), line)
 		}
 	}
-	_, table, _ := strings.Cut(readme,
-		"\n| flag | environment | is |\n|---|---|---|\n")
+	_, table, _ := strings.Cut(readme, "\n| flag | environment | is |\n|---|---|---|\n")
 	table, _, _ = strings.Cut(table, "\n\n")
 	rows := strings.Split(table, "\n")
 	flags.VisitAll(func(f *flag.Flag) {
@@ -216,8 +215,7 @@ func TestFlagMistakes(t *testing.T) {
 				"Give a directory, as in -data data -fsync 1s."},
 			{"-tls-ca ca.pem", "-tls-ca is for -c and -ping",
 				"To let in only who has a certificate: -tls-client-ca ca.pem"},
-			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca",
-				"Say whose"},
+			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca", "Say whose"},
 			{"-c Get:a -addr 1", `"-addr" is no request`, "Flags go before the requests"},
 			{"-c Put:a:b\nDelete:c", `"Put:a:b\nDelete:c" is more than one request`,
 				"Give each as an argument of its own"},
@@ -272,8 +270,7 @@ func TestFlagMistakes(t *testing.T) {
 				"-v takes no value: log every connection as well."},
 			{"---data", "bad flag syntax: ---data", "kvserver help"},
 			{"-fsync 0s -data x", `invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
-			{"-data etcd://a:1/kv -fsync 1s", "-fsync 1s is for data on a disk, not in etcd",
-				"Leave it out"},
+			{"-data etcd://a:1/kv -fsync 1s", "-fsync 1s is for data on a disk, not in etcd", "Leave it out"},
 			{"-tls-cert c.pem", "-tls-cert and -tls-key go together", "Give the certificate and its key"},
 			{"-tls-client-ca ca.pem", "-tls-cert and -tls-key go together",
 				"Give the certificate and its key"},
@@ -294,8 +291,7 @@ func TestFlagMistakes(t *testing.T) {
 				"Nothing was changed. Give an empty directory"},
 			{"-data " + foreign, "not a data directory: " + filepath.Join(foreign, "photo.jpg"),
 				"Nothing was changed. Give an empty directory"},
-			{"-data " + damaged,
-				filepath.Join(damaged, "STORE") + " is damaged",
+			{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
 				"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
 					damaged},
 			{"-addr unix:" + foreign + strings.Repeat("/x", 60),
@@ -456,8 +452,7 @@ func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
 	if len(lines) != 2 || !strings.Contains(lines[0],
 		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
-		!strings.Contains(lines[1],
-			"name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
+		!strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
 		t.Errorf("the log says\n%s", &log)
 	}
 }
@@ -496,8 +491,7 @@ func TestManual(t *testing.T) {
 		}
 	}
 	err := printManual(&part, "ulimit")
-	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo,
-		"Its parts that have it: ") {
+	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo, "Its parts that have it: ") {
 		t.Errorf("a word that no heading has: %+v", err)
 	}
 }
@@ -798,14 +792,13 @@ func TestReadmeAlerts(t *testing.T) {
 	dir := readmeFiles(t)
 	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
 	cases := map[string]map[string]string{ // by alert, what is not as at the start
-		"NobodyServes":  {"kvserver_active": "1x15 0x45"},
-		"Down":          {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
-		"Restarted":     {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
-		"Errors":        {"kvserver_log_errors_total": "0x25 1x35"},
-		"LogLost":       {"kvserver_log_lines_lost_total": "0x25 7x35"},
-		"WritesRefused": {"kvserver_writes_refused_total": "0x27 3x33"},
-		"Memory": {"kvserver_memory_bytes": "950x60",
-			"kvserver_memory_limit_bytes": "1000x60"},
+		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
+		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
+		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
+		"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
+		"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
+		"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
+		"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
 		"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
 		"Queues":         {"kvserver_queued_bytes": "600000000x60"},
 		"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
@@ -1202,9 +1195,8 @@ func TestSignalsStopCleanly(t *testing.T) {
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("%v: %v", sig, err)
 		}
-		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) ||
-			!bytes.Contains(rest,
-				[]byte("msg=stopped clients_served=2 requests=3 replies_dropped=0")) {
+		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest,
+			[]byte("msg=stopped clients_served=2 requests=3 replies_dropped=0")) {
 			t.Errorf("%v: the log ends with %s", sig, rest)
 		}
 	}
@@ -1408,8 +1400,7 @@ func (k *killed) mix(c *testClient, id int) {
 	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
 	for i := range 60 {
 		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
-		o := storetest.Operation{Request: world.DrawRequest(random,
-			fmt.Sprintf("%d-%d-%d", k.round, id, i))}
+		o := storetest.Operation{Request: world.DrawRequest(random, fmt.Sprintf("%d-%d-%d", k.round, id, i))}
 		err := world.Ask(c.conn, c.r, key, &o, k.tick)
 		k.mu.Lock()
 		k.asked[key] = append(k.asked[key], o)
@@ -1496,7 +1487,8 @@ func TestTLS(t *testing.T) {
 	}
 	_, port, _ := net.SplitHostPort(addr)
 	for _, everywhere := range []string{":", "0.0.0.0:"} { // as the server's own -addr may say
-		runBinary(t, "", ":PONG", true, append(flags(dir, dir, "client"), "-addr", everywhere+port, "-ping")...)
+		args := append(flags(dir, dir, "client"), "-addr", everywhere+port, "-ping")
+		runBinary(t, "", ":PONG", true, args...)
 	}
 }
 
@@ -1557,8 +1549,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		synctest.Wait()
 		told = log.take()
 		if shown() != second || strings.Count(told, "cannot be read anew") != 1 {
-			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second,
-				told)
+			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second, told)
 		}
 		put("server.key", read("server.key"))
 		pass(lookAgain + time.Second)
@@ -1731,8 +1722,7 @@ func TestCommand(t *testing.T) {
 			{good: true},
 		} {
 			out, errs, good, err := converseWith(t, n, c.in, c.requests...)
-			if out != c.out || errs != c.errs || good != c.good ||
-				!errors.Is(err, c.err) {
+			if out != c.out || errs != c.errs || good != c.good || !errors.Is(err, c.err) {
 				t.Errorf("%q %q: prints %q and %q, %v, %v\nwant %q and %q, %v, %v", c.requests,
 					c.in, out, errs, good, err, c.out, c.errs, c.good, c.err)
 			}
@@ -1764,8 +1754,7 @@ func TestCommandShowsResults(t *testing.T) {
 			{[]string{"Lease:lock:30:a", "Lease:lock:30:b", "Swap:lock:b:b", "Swap:lock:a:a"},
 				":OK 1\n:OK 0\n:OK 0\n:OK 1\n"},
 			{[]string{"Remove:lock:b", "Remove:lock:a"}, ":OK 0\n:OK 1\n"},
-			{[]string{"Put:l:" + long, "Swap:l:" + long + ":a", "Swap:l:" + long + ":a"},
-				":OK 1\n:OK 0\n"},
+			{[]string{"Put:l:" + long, "Swap:l:" + long + ":a", "Swap:l:" + long + ":a"}, ":OK 1\n:OK 0\n"},
 
 			// What a Dump is made of, what only changes, and what has lines of its own.
 			{[]string{"Put:k:w", "Expire:k:60", "Update:k:v:x", "Set:k:y", "Delete:none", "Ack"}, ""},
@@ -1835,8 +1824,7 @@ func TestCommandLosesItsServer(t *testing.T) {
 		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // for the Ack was not read
 		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
 			"server is full (3 clients)", false},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`,
-			false},
+		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`, false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", true},
 	} {
@@ -1955,8 +1943,7 @@ func TestCommandTimeout(t *testing.T) {
 		began := time.Now()
 		_, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
 			config: config{timeout: 5 * time.Second}})
-		if took := time.Since(began); !errors.Is(err, errQuiet) ||
-			took != 3*64*time.Second+5*time.Second {
+		if took := time.Since(began); !errors.Is(err, errQuiet) || took != 3*64*time.Second+5*time.Second {
 			t.Errorf("%v after %v", err, took)
 		}
 		ours.Close()
@@ -2067,8 +2054,7 @@ func TestCommandOutput(t *testing.T) {
 	a.hangUp()
 	file := filepath.Join(t.TempDir(), "dump")
 	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
-	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 ||
-		string(text) != "Put:k:\xff\xfe\r\r\n" {
+	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
 		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
 	}
 	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
@@ -2205,8 +2191,7 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		{answered(&talker{owed: owed, config: config{args: []string{"-c"}}}), errUnanswered,
 			"look, then go on: tail -n +3 FILE | kvserver -c"},
 		{&talker{config: config{args: []string{"-c"}}}, errGone, "go on: kvserver -c < FILE"},
-		{&talker{config: config{requests: []string{"Foo"}}}, errStopped,
-			"Mend it, then send the rest."},
+		{&talker{config: config{requests: []string{"Foo"}}}, errStopped, "Mend it, then send the rest."},
 		{&talker{isTyped: true}, errGone, "All that was sent is answered, so start it again."},
 		{&talker{isTyped: true}, errInterrupted, "All that was sent is answered, so start it again."},
 		{&talker{config: config{requests: []string{"Get:a", "Ping"}}}, errUnanswered,
@@ -2438,10 +2423,8 @@ func TestCloseInEveryState(t *testing.T) {
 		{"idle", func(a *testClient) {}, 0},
 		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
 		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) },
-			busyTime},
-		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) },
-			2 * busyTime},
+		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
 		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
 		{"gone", func(a *testClient) { a.close() }, 0},
 		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
@@ -2508,8 +2491,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			const puts = 9 * kilo
 			a.send("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			synctest.Wait()
-			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo,
-				50*time.Millisecond)
+			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo, 50*time.Millisecond)
 		})
 	}
 }
@@ -3043,8 +3025,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
-		n.server.log = slog.New(slog.NewTextHandler(&log,
-			&slog.HandlerOptions{Level: slog.LevelDebug}))
+		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 		a, b, c := n.dial(t), n.dial(t), n.dial(t)
 		a.ask("Ack", ":OK 0")
 		a.ask("Put:k:v", ":OK 1")
@@ -3290,8 +3271,7 @@ func TestExpire(t *testing.T) {
 			for _, when := range []struct {
 				after time.Duration
 				want  string
-			}{{5*time.Second - time.Microsecond, ask.before},
-				{5*time.Second + time.Millisecond, ask.after}} {
+			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
 				a := n.dial(t)
 				pass(300 * time.Microsecond)
 				a.ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
@@ -3423,8 +3403,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 			start := time.Now()
 			left = a.stat("expiring_keys")
 			key := fmt.Sprint("k", many-1-turns)
-			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0",
-				key+":w")
+			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
 			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
 			const chains, most = 4, maxHeavyTurn + (expireStride+2)*takes
 			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
@@ -3487,8 +3466,7 @@ func TestExpireOnAFullDisk(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Get:k", "k:v")
 		pass(5 * time.Minute)
-		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space",
-			":OK 0")
+		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space", ":OK 0")
 		db.full.Store(false)
 		pass(2 * expireTime)
 		if keys, _, _ := db.Size(); keys != 0 {
@@ -3547,8 +3525,7 @@ func TestTakeWaitsInLine(t *testing.T) {
 			giver.want(give.reply, ":OK 0", ":OK 0", ":OK 0")
 			clients[i].want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
 		}
-		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h",
-			":OK 1")
+		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
 	})
 }
 
@@ -3769,8 +3746,7 @@ func TestTakeOnAFullServer(t *testing.T) {
 		a.want(":OK 0")
 		synctest.Wait()
 		db.full.Store(true)
-		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space",
-			":PONG")
+		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space", ":PONG")
 		db.full.Store(false)
 		b.ask("Put:k:w\nPing", ":PONG")
 		a.want("k:w", ":OK 1")
@@ -3919,8 +3895,7 @@ func TestMemoryLimit(t *testing.T) {
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) ||
-			a.stat("process_bytes") == 0 {
+		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) || a.stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.hangUp()
@@ -4369,8 +4344,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				speak(a, "Get:k", burst)
 			}
 			if more := (heapOfQuiet() - before) / len(clients); more > 2<<10 {
-				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before",
-					burst, more)
+				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before", burst, more)
 			}
 		}
 	})
@@ -4403,8 +4377,7 @@ func TestMemoryOfABusyClient(t *testing.T) {
 		a.ask("Ping", ":PONG")
 		before := heapBytes()
 		for lines := maxChain; lines > 0; lines -= 8 {
-			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a",
-				lines-1) + "\n")
+			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.ask("Ping", ":PONG")
 		}
 		if more := heapBytes() - before; more > 10*testMaxLine {
@@ -4476,8 +4449,7 @@ func TestListenOnLocalhost(t *testing.T) {
 	out, err := binary("-addr", port).CombinedOutput()
 	text := string(out)
 	free := regexp.MustCompile("or choose another port: -addr ([1-9][0-9]+)\n").FindStringSubmatch(text)
-	if err == nil || free == nil || !strings.Contains(text,
-		"cannot listen on localhost:"+port+": ") {
+	if err == nil || free == nil || !strings.Contains(text, "cannot listen on localhost:"+port+": ") {
 		t.Fatalf("a port in use: %v\n%s", err, text)
 	}
 	if free[1] == "9999" || free[1] == port {
@@ -4800,8 +4772,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
 		t.Errorf("before the data is open /livez answers %d %q", code, text)
 	}
-	if code, text := ask("/metrics"); code != 200 ||
-		!strings.Contains(text, "\nkvserver_active 0\n") ||
+	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 0\n") ||
 		strings.Contains(text, "kvserver_keys") {
 		t.Errorf("before the data is open /metrics answers %d %q", code, text)
 	}
@@ -4866,8 +4837,7 @@ func TestWatchIsLimited(t *testing.T) {
 		code, _ = look(handler, path)
 		return code
 	}
-	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace",
-		"/debug/pprof/heap"} {
+	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
 		if code := ask(path + "?seconds=61"); code != 400 {
 			t.Errorf("%s of 61 seconds: %d, want 400", path, code)
 		}
@@ -4924,8 +4894,7 @@ func TestWatchFewConnections(t *testing.T) {
 // Ensure that one profile at a time is taken, and that there is a rest between two.
 func TestWatchOneProfileAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter,
-			r *http.Request) {
+		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			<-time.After(time.Second / 2)
 		}))
 		ask := func() (code int) {
@@ -5655,8 +5624,7 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 			}
 			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
 			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
-				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply),
-					delivered, most)
+				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply), delivered, most)
 			}
 		})
 	}
@@ -5916,8 +5884,7 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 		dropped := other.stat("replies_dropped_total")
 		delivered := a.count("k:")
 		if delivered+dropped != gets+1 || dropped == 0 {
-			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped,
-				gets+1)
+			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped, gets+1)
 		}
 	})
 }
@@ -5971,8 +5938,7 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
-			piece := make([]byte,
-				p.piece) // read at once: then the kernel makes its receive buffer larger
+			piece := make([]byte, p.piece) // read at once: then the kernel makes its receive buffer larger
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C
 				io.ReadFull(a.conn, piece)
@@ -6105,8 +6071,7 @@ func TestEndFormatsNothingMore(t *testing.T) {
 		c.buffer <- []byte("too late")
 		go c.writeToClient()
 		synctest.Wait()
-		long := &Query{queryType: get, key: "k",
-			values: []string{strings.Repeat("v", 10*maxMessage)}}
+		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
 		if allocs := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }); allocs > 0 {
 			t.Errorf("a reply to nobody made %v allocations", allocs)
 		}
@@ -6219,15 +6184,13 @@ var conversations = []conversation{
 		"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
 			"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
 		"k:b\nk:a\nk:c\ne:z\n"},
-	{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n",
-		"k:a:b\nk:\n"},
+	{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n", "k:a:b\nk:\n"},
 	{"count is always answered", "Count:k\nPut:k:a\nPut:k:a\ncount:k\nPut:k:c\nGet:k\n",
 		":OK 0\n:OK 2\nk:a\nk:a\nk:c\n"},
 	{"swap, add and count with ack",
 		"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
 		":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
-	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" +
-		"Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
+	{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" + "Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
 		"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
 		"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
 		":OK 1\n: 30\n:OK 1\n: 30\n:OK 1\n:OK 1\n:OK 0\n: 4000000000\n:OK 1\n:OK 1\n: 5\n:OK 1\n" +
@@ -6267,9 +6230,8 @@ var conversations = []conversation{
 	{"blank lines count", "\n\r\n\r\x00\nfoo\n",
 		":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
 
-	{"ack",
-		"Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
-			"foo\nAck\nQuit\n",
+	{"ack", "Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
+		"foo\nAck\nQuit\n",
 		":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
 			"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
 	{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
@@ -6277,8 +6239,7 @@ var conversations = []conversation{
 	{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
 	{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
 	{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
-	{"help", "?\n", ": " + strings.Join(helpLines,
-		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
+	{"help", "?\n", ": " + strings.Join(helpLines, "\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
 	{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
 		"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
 
@@ -6301,10 +6262,8 @@ var conversations = []conversation{
 		"Lease:l:4000000001:v"),
 	mistakes("Take", "a key, and seconds from 1 to 3600 or nothing, as in Take:key:seconds",
 		"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601", "Take:k:1:2", "Take::1", "Take:k:-1"),
-	mistakes("Keys", "nothing behind it or a prefix, without a colon in it, as in Keys:prefix",
-		"Keys:a:b"),
-	mistakes("Dump", "nothing behind it or a prefix, without a colon in it, as in Dump:prefix",
-		"Dump:a:b"),
+	mistakes("Keys", "nothing behind it or a prefix, without a colon in it, as in Keys:prefix", "Keys:a:b"),
+	mistakes("Dump", "nothing behind it or a prefix, without a colon in it, as in Dump:prefix", "Dump:a:b"),
 	mistakes("Quit", "nothing behind it, as in Quit", "Quit:"),
 	mistakes("Ack", "nothing behind it, as in Ack", "Ack:on"),
 	mistakes("Stats", "nothing behind it, as in Stats", "Stats:"),
@@ -6317,11 +6276,9 @@ var conversations = []conversation{
 	{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
 		":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 	{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
-		":ERROR line 1: unknown request \"" + strings.Repeat("x",
-			40) + "\"...; Help lists the requests\n"},
+		":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
 
-	{"keys",
-		"Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
+	{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
 		": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
 			"ab\n:OK 2\nb:1\n:OK 1\n"},
 	{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
@@ -6342,11 +6299,9 @@ var conversations = []conversation{
 	{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
 	{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
 	{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
-		":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" +
-			":PONG\n"},
+		":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" + ":PONG\n"},
 
-	{"HTTP over the limit", "POST /" + strings.Repeat("a",
-		testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n",
+	{"HTTP over the limit", "POST /" + strings.Repeat("a", testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n",
 		":ERROR line 1: longer than 20000 bytes, skipped\n"},
 	{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
 		testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n",
@@ -6356,8 +6311,7 @@ var conversations = []conversation{
 	{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
 		3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n",
 		":ERROR line 2: longer than 20000 bytes, skipped\n"},
-	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a",
-		3*testMaxLine) +
+	{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a", 3*testMaxLine) +
 		" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
 	{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPut:k:a\nPing\n",
 		":ERROR line 1: longer than 20000 bytes, skipped\n"},
@@ -6365,8 +6319,7 @@ var conversations = []conversation{
 		"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
 	{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
 	{"RESP without an array", "\n$4\nPing\n", badRESP},
-	{"not RESP", "*\nPing\n",
-		":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
+	{"not RESP", "*\nPing\n", ":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
 	{"RESP too late", "Ping\n*1\nPing\n",
 		":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
 	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
@@ -6378,12 +6331,10 @@ var conversations = []conversation{
 	{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2),
 		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
 
-	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n",
-		":ERROR line 1: this port speaks no TLS\n"},
+	{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n", ":ERROR line 1: this port speaks no TLS\n"},
 	{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
 		":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
-	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a",
-		3*testMaxLine) +
+	{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a", 3*testMaxLine) +
 		" HTTP/1.0\r\n\r\nPing\n",
 		":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
 
@@ -6871,8 +6822,7 @@ func closeClients(clients []*testClient) {
 
 func newFakeNet() *fakeNet {
 	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
-	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage,
-		"test"
+	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage, "test"
 	n.server.log = slog.New(slog.NewTextHandler(&n.log, nil))
 	return n
 }
@@ -7052,8 +7002,7 @@ func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 // serverConfig is what a server needs for TLS.
 func serverConfig(t *testing.T) *tls.Config {
 	dir := certificates(t, "server")
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"),
-		filepath.Join(dir, "server.key"))
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -7154,8 +7103,7 @@ func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
 func certificates(t *testing.T, names ...string) (dir string) {
 	dir = t.TempDir()
 	write := func(name, kind string, der []byte) {
-		os.WriteFile(filepath.Join(dir, name),
-			pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+		os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
 	}
 	var ca *x509.Certificate
 	var caKey *ecdsa.PrivateKey
