@@ -3970,6 +3970,10 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.budget.limitTo(64<<20, 0)
 	a := dialTCP(t, startTCP(t, s))
+
+	// No other collection comes between.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	runtime.GC()
 	(&pacer{server: s}).begin()
 	a.ask("Ack", ":OK 0")
 	forced := func() uint32 {
