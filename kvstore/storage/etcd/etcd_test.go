@@ -1309,7 +1309,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 			t.Fatal(err)
 		}
 		dir.client.wasTooMuch(20 << 10)
-		commits := fewer(1000, 500)
+		const commits = 500
 		for i := range commits {
 			d.Put("small", fmt.Sprint(i))
 			if err := d.Commit(); err != nil {
@@ -1317,7 +1317,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 			}
 		}
 		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
-		if n := e.list(pieces).Count; n > int64(commits)*2/3 {
+		if n := e.list(pieces).Count; n > commits*2/3 {
 			t.Errorf("%d commits are %d pieces", commits, n)
 		}
 		d.Close()
