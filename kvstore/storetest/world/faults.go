@@ -306,8 +306,10 @@ func (p *process) backup(r *rand.Rand) {
 		return
 	}
 
-	// Nobody has the copy open any more.
+	// Nobody has the copy open any more. STORE comes last: with it the copy is whole, and may be one of
+	// a store without keys.
 	to = to.Kill()
+	isWhole := to.Names[storage.StoreName] != nil
 	bytes := 0
 	for _, f := range to.Names {
 		bytes = max(bytes, len(f.Data))
@@ -317,7 +319,7 @@ func (p *process) backup(r *rand.Rand) {
 	switch keys := 0; {
 	case err == nil:
 		defer db.Close()
-		if keys, _, _ = db.Size(); keys > 0 || !isBroken {
+		if keys, _, _ = db.Size(); keys > 0 || isWhole {
 			p.checkCopy(db, least)
 		} else if bytes > 1000 {
 			// Of no more than headers a start makes a new store; this copy held data.

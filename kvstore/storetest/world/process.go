@@ -55,6 +55,7 @@ type plan struct {
 	power                   bool   // killAt is a power failure
 	failure                 error
 	stall                   time.Duration
+	sync                    time.Duration // that each takes
 }
 
 // draw plans a process's life.
@@ -81,6 +82,11 @@ func (p *process) draw(r *rand.Rand) {
 	}
 	if Chance(r, 4) {
 		p.plan.stallAt, p.plan.stall = at(), Between(r, time.Millisecond, 4*time.Second)
+	}
+
+	// A slow disk has batches wait for those who come back.
+	if Chance(r, 3) {
+		p.plan.sync = Between(r, time.Millisecond, 20*time.Millisecond)
 	}
 }
 
@@ -114,6 +120,8 @@ func (p *process) before(c storetest.Call) error {
 	if n == plan.stallAt {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
 		Wait(plan.stall)
+	} else if c.What == "sync" {
+		Wait(plan.sync)
 	}
 	if kills {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
