@@ -742,7 +742,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 		for i := range keys {
 			store.Expire(fmt.Sprint("key", i), at(i))
 		}
-		if got := (store.Footprint() - before) / keys; got > 40 {
+		if got := (store.Footprint() - before) / keys; got > 46 { // and pages that are not full
 			t.Errorf("%s: a deadline takes %d bytes", name, got)
 		}
 		for i := range keys * 9 / 10 { // most of them go, and leave gaps
