@@ -1299,6 +1299,8 @@ func storeProblem(c config, err error) error {
 	return firstWrong(err.Error(), []wrong{
 		// Whoever asks; then a command, which has not answered anything.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
+		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
+			"check " + c.data},
 		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
 		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
@@ -1316,8 +1318,6 @@ func storeProblem(c config, err error) error {
 		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
 		// A directory that is not as the server needs it.
-		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
-			"check " + c.data},
 		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
 		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},

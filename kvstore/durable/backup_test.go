@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -664,4 +665,64 @@ func TestBackupDoesNotFollow(t *testing.T) {
 		t.Errorf("%d frames are copied where %d were there at first: %v", frames, first, err)
 	}
 	d.Close()
+}
+
+// Ensure that a Check and a Backup that look while the log goes on in a new file take nothing for
+// damage, also where no room is made ahead.
+func TestBackupBesideARotation(t *testing.T) {
+	for what, read := range map[string]func(dir storage.Directory) (Report, error){
+		"check": Check,
+		"backup": func(dir storage.Directory) (Report, error) {
+			return Backup(dir, storetest.New(), nil)
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := storetest.New()
+			dir.Reserve = 0
+			d, err := openSmall(dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.minCompact = 1 << 40
+
+			// The writer waits when the new file has its name, and goes on between the reader's opening of
+			// the two files.
+			hasName, mayGoOn := make(chan struct{}), make(chan struct{})
+			var waits atomic.Bool
+			var opens atomic.Int32
+			dir.Before = func(c storetest.Call) error {
+				dir.Mu.Lock()
+				_, isThere := dir.Names["seg-2.log"]
+				dir.Mu.Unlock()
+				isSync := c == storetest.Call{What: "sync"}
+				isOpen := c.What == "open" && strings.HasPrefix(c.Name, "seg-")
+				if isThere && isSync && waits.CompareAndSwap(false, true) {
+					close(hasName)
+					<-mayGoOn
+				}
+				if isThere && isOpen && opens.Add(1) == 2 {
+					close(mayGoOn)
+					synctest.Wait()
+				}
+				return nil
+			}
+			ended := make(chan struct{})
+			go func() {
+				for d.number < 2 {
+					d.Put("k", strings.Repeat("v", 100))
+					d.Commit()
+				}
+				d.Put("k", "after")
+				d.Commit()
+				close(ended)
+			}()
+			<-hasName
+			if r, err := read(dir); err != nil || r.Damaged {
+				t.Errorf("%s: %v, %q", what, err, r.Lines)
+			}
+			<-ended
+			dir.Before = nil
+			d.Close()
+		})
+	}
 }

@@ -3,7 +3,6 @@ package durable
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -69,19 +68,21 @@ func (d *Store) changed() (c changes, err error) {
 	for _, name := range own {
 		now, isThere := stamps[name]
 		was, isKnown := d.known[name]
+		isCurrent := name == logName(kindSegment, d.number)
 		switch {
+		case !isThere:
+			c.spoiled = append(c.spoiled, name)
+
+		// A copy that is put over the current file may have its time, too.
+		case isCurrent && d.zerosAhead > 0 && (now.Size < end || isSpoiled || !d.hasHeader()):
+			c.spoiled = append(c.spoiled, name)
+
 		// Nobody could look when it was written, so it is taken for what was written.
-		case isThere && !isKnown:
+		case !isKnown:
 			d.known[name] = now
-		case isThere && now.IsSame(was):
 
 		// The current file changes because we write it.
-		case isThere && name == logName(kindSegment, d.number) && now.IsSameFile(was) &&
-			(d.zerosAhead == 0 || now.Size >= end && !isSpoiled && d.hasHeader()):
-
-		// STORE may be copied over itself: it says the same.
-		case isThere && name == storage.StoreName && was.ID != nil && d.isOurs():
-			d.known[name] = now
+		case now.IsSame(was), isCurrent && now.IsSameFile(was):
 		default:
 			c.spoiled = append(c.spoiled, name)
 		}
@@ -101,12 +102,6 @@ func (d *Store) changed() (c changes, err error) {
 	slices.Sort(c.leftovers)
 	slices.Sort(c.strangers)
 	return c, nil
-}
-
-// isOurs tells whether STORE says that the store is this one.
-func (d *Store) isOurs() bool {
-	id, found, err := readID(d.dir)
-	return err == nil && found && id == d.id
 }
 
 // hasHeader tells whether the current file begins as it did.
@@ -204,7 +199,9 @@ func (d *Store) mend(c changes) (left changes, err error) {
 		if err != nil {
 			return c, err
 		}
-	} else if !slices.Equal(c.leftovers, d.toldOthers) {
+	} else if slices.ContainsFunc(c.leftovers, func(name string) bool {
+		return !slices.Contains(d.toldOthers, name)
+	}) {
 		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
@@ -255,10 +252,11 @@ func (d *Store) heal(useless []string) error {
 
 	c.run()
 	d.noteSnapshot(c)
-	if c.bytes > 0 {
-		d.learn(storage.StoreName)
+	if c.bytes == 0 {
+		return c.err
 	}
-	return c.err
+	d.learn(storage.StoreName)
+	return nil // what could not be removed is tried again, and told of
 }
 
 // clearAway removes files, and writes STORE anew if it is one of them, unless the directory is
@@ -271,10 +269,7 @@ func (d *Store) clearAway(useless []string) error {
 
 	// A part of them may be gone already.
 	for _, name := range useless {
-		err = d.dir.Remove(name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+		d.dir.Remove(name)
 	}
 
 	// STORE is on disk before the snapshot has its name, for with that the store is whole.

@@ -943,46 +943,179 @@ func TestLockGoesUnderAStore(t *testing.T) {
 	}
 }
 
-// Ensure that a copy which is put over the current file is noticed before whichever call of a
-// Commit that goes on in a new file it comes.
+// Ensure that a copy which is put over the current file, or in its place, is noticed before whichever
+// call of a Commit that goes on in a new file it comes.
 func TestHealOfACopyInARotation(t *testing.T) {
-	for n, isOver := 1, false; !isOver; n++ {
-		synctest.Test(t, func(t *testing.T) {
-			dir, d := newSmall(t, Options{})
-			d.minCompact = 1 << 40
-			d.Put("before", "the copy")
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-			copied := slices.Clone(dir.Names["seg-1.log"].Data)
-			for d.size < d.segmentSize-200 {
-				d.Put("since", "the copy")
+	for _, isInPlace := range []bool{true, false} {
+		for n, isOver := 1, false; !isOver; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{})
+				d.minCompact = 1 << 40
+				d.Put("before", "the copy")
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}
-			}
+				copied := slices.Clone(dir.Names["seg-1.log"].Data)
+				for d.size < d.segmentSize-200 {
+					d.Put("since", "the copy")
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+				}
 
-			calls := 0
-			dir.Before = func(storetest.Call) error {
-				if calls++; calls == n {
-					f, _ := dir.Create("seg-1.log")
-					f.WriteAt(copied, 0)
-					f.Close()
+				calls := 0
+				dir.Before = func(storetest.Call) error {
+					if calls++; calls == n && isInPlace {
+						f, _ := dir.Create("seg-1.log")
+						f.WriteAt(copied, 0)
+						f.Close()
+					} else if calls == n {
+						dir.Mu.Lock()
+						dir.Names["seg-1.log"] = storetest.FileOf(copied)
+						dir.Mu.Unlock()
+					}
+					return nil
+				}
+				d.Put("last", strings.Repeat("v", 200))
+				if err := d.Commit(); err != nil {
+					t.Fatalf("call %d: %v", n, err)
+				}
+				dir.Before = nil
+				isOver = calls < n
+				<-time.After(lookTime)
+				if err := d.Commit(); err != nil {
+					t.Fatalf("call %d: %v", n, err)
+				}
+				what := fmt.Sprintf("call %d, in its place: %v", n, !isInPlace)
+				wantAll(t, what, dir.Kill(), maps.Collect(d.All()))
+				d.Close()
+			})
+		}
+	}
+}
+
+// Ensure that a copy of the current file is noticed that has the time of the file as it was opened.
+func TestHealOfACopyWithItsTime(t *testing.T) {
+	path := t.TempDir()
+	name := filepath.Join(path, "seg-1.log")
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	copied, _ := os.ReadFile(name)
+	info, _ := os.Stat(name)
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	os.WriteFile(name, copied, 0o600)
+	os.Chtimes(name, info.ModTime(), info.ModTime())
+	d.looked = time.Time{}
+	if err := errors.Join(d.Commit(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) == 0 {
+		t.Fatalf("an answered Put is gone: %v", err)
+	}
+	d.Close()
+}
+
+// Ensure that a STORE that somebody has copied, and that a power failure would take away, is no
+// STORE of ours.
+func TestHealOfACopiedStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("k", "v")
+		d.Commit()
+		copied := slices.Clone(dir.Names[storage.StoreName].Data)
+		dir.Remove(storage.StoreName)
+		f, _ := dir.Create(storage.StoreName)
+		f.WriteAt(copied, 0)
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		for seed := range uint64(10) {
+			wantAll(t, "after a power failure", dir.Crash(rand.New(rand.NewPCG(seed, 1))),
+				maps.Collect(d.All()))
+		}
+		d.Close()
+	})
+}
+
+// Ensure that what cannot be removed holds no heal up, and is told of once.
+func TestHealBesideWhatStays(t *testing.T) {
+	for _, name := range []string{"seg-0.log", "seg-1.log"} {
+		path := t.TempDir()
+		log := &strings.Builder{}
+		d, err := openAt(path, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		os.WriteFile(filepath.Join(path, "photo.jpg"), nil, 0o600)
+		os.Remove(filepath.Join(path, "seg-1.log"))
+		os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
+		for range 5 {
+			d.looked = time.Time{}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: Close: %v", name, err)
+		}
+		if n := strings.Count(log.String(), "level=ERROR"); n > 3 {
+			t.Errorf("%s: the log has %d errors:\n%s", name, n, log)
+		}
+
+		os.Remove(filepath.Join(path, "photo.jpg"))
+		os.RemoveAll(filepath.Join(path, name))
+		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) == 0 {
+			t.Fatalf("%s: without them: %v", name, err)
+		}
+		d.Close()
+	}
+}
+
+// Ensure that Close tries again to write anew what somebody has removed just before: few failing
+// calls, of the removed file's own, lose it.
+func TestCloseHealsAgain(t *testing.T) {
+	lost := map[string]bool{}
+	for n, isOver := 1, false; !isOver; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.Put("k", "v")
+			d.Commit()
+			<-time.After(2 * lookTime)
+			d.Commit()
+			want := maps.Collect(d.All())
+			dir.Remove("seg-1.log")
+			dir.Sync()
+			dir.Calls, dir.FailAt, dir.Failure = 0, n, syscall.EIO
+			what := ""
+			dir.Before = func(c storetest.Call) error {
+				if dir.Calls+1 == n {
+					what = c.What + " " + c.Name
 				}
 				return nil
 			}
-			d.Put("last", strings.Repeat("v", 200))
-			if err := d.Commit(); err != nil {
-				t.Fatalf("call %d: %v", n, err)
+			err := d.Close()
+			isOver = dir.Calls < n
+			dir.FailAt, dir.Before = 0, nil
+			again, openErr := openSmall(dir.Kill(), Options{})
+			if openErr != nil || !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal) {
+				lost[what] = true
+				if err == nil {
+					t.Errorf("%s fails, and all is lost, but Close says nothing", what)
+				}
 			}
-			dir.Before = nil
-			isOver = calls < n
-			<-time.After(lookTime)
-			if err := d.Commit(); err != nil {
-				t.Fatalf("call %d: %v", n, err)
-			}
-			wantAll(t, fmt.Sprint("call ", n), dir.Kill(), maps.Collect(d.All()))
-			d.Close()
 		})
+	}
+	for what := range lost {
+		if !strings.HasSuffix(what, " seg-1.log") {
+			t.Errorf("one call that fails loses all: %s", what)
+		}
 	}
 }

@@ -104,8 +104,9 @@ const freeFiles = 16
 // somebody removes from now on stays readable on a disk, but for files for which there is no
 // descriptor: these are opened when they are read.
 func openLogs(d storage.Directory, names []string) (logs []*logReader, err error) {
+	// The newest first: whoever sees a frame in it sees all of those before it.
 	areMany := false
-	for _, name := range names {
+	for _, name := range slices.Backward(names) {
 		_, _, isLog := parseName(name)
 		if !isLog {
 			continue
@@ -128,6 +129,7 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 			l.close()
 		}
 	}
+	slices.Reverse(logs)
 	return logs, nil
 }
 

@@ -501,9 +501,12 @@ func (d *Store) rotate() (isNew bool, err error) {
 	// change from here on shows in its stamp.
 	d.fullBytes += full.size
 	old := logName(kindSegment, d.number-1)
+	was, isKnown := d.known[old]
 	d.learn(old, logName(kindSegment, d.number))
 	full.look()
-	if full.isSpoiled || slices.Contains(found.spoiled, old) {
+	now, isThere := d.known[old]
+	isOther := isKnown && isThere && !was.IsSameFile(now)
+	if isOther || full.isSpoiled || slices.Contains(found.spoiled, old) {
 		d.known[old] = storage.Stamp{}
 	}
 	full.f.Close() // all of it is on disk
@@ -525,6 +528,9 @@ func (d *Store) Close() error {
 	// The last moment at which a heal has the data. The timer ends after it, for a heal syncs.
 	if err == nil {
 		err = d.lastLook()
+	}
+	if errors.Is(err, ErrSpoiled) {
+		err = d.lastLook() // what failed once may not fail again
 	}
 	if err == nil {
 		err = d.held()

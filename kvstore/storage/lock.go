@@ -212,7 +212,7 @@ func (l *diskLock) Look() error {
 		return fmt.Errorf("%w: %s is gone, or another", ErrMoved, l.dir.path)
 	}
 
-	info, err := l.dir.root.Stat(LockName)
+	info, err := l.dir.root.Lstat(LockName)
 	taken := fmt.Errorf("%w: %s is another file now", ErrMoved, l.dir.Path(LockName))
 	switch {
 	case err == nil && os.SameFile(info, l.info):

@@ -189,6 +189,26 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 	})
 }
 
+// Ensure that where only LOCK is locked a link in its place ends the lock.
+func TestLinkForPlainLock(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can replace a lock
+	}
+	path := t.TempDir()
+	d := mustOpen(t, path)
+	d.isPlain = true
+	lock, err := d.Lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	os.Remove(filepath.Join(path, LockName))
+	os.Symlink("nowhere", filepath.Join(path, LockName))
+	if err := lock.Look(); !errors.Is(err, ErrMoved) {
+		t.Errorf("Look: %v", err)
+	}
+}
+
 // Ensure that a LOCK which is replaced by another file is made anew where the directory itself is
 // locked, with one line of log, and that a second server cannot have the lock meanwhile. Where only
 // LOCK is locked, or another process has the new one, the lock is lost.
