@@ -2039,6 +2039,7 @@ func TestCommandRefusesUTF16(t *testing.T) {
 				t.Errorf("%q: %v", in, err)
 			}
 		}
+		synctest.Wait()
 		if got := n.server.CountActive(); got != 0 {
 			t.Errorf("%d clients are left", got)
 		}
