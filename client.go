@@ -102,12 +102,13 @@ const (
 //
 // How a connection ends: readFromClient notes why (end) and makes no more chains; it waits for the
 // one that is under way, and closes buffer; writeToClient writes what is queued, closes the
-// connection, and each tells workLoop that it departs. Where the connection does not take what is
-// written, writeToClient closes it first, and closed tells the chain's holder that replies are of
-// no use. Requests that were read are run nevertheless. Where Commit fails, workLoop closes all
-// connections, without a word. Where others need the room that a client's replies take, the chain's
-// holder closes its connection (isCutOff). A client that has asked for nothing has no
-// writeToClient: readFromClient closes its connection.
+// connection (or a timer does, where TLS cannot say goodbye), and each tells workLoop that it
+// departs. Where the connection does not take what is written, writeToClient closes it first, and
+// closed tells the chain's holder that replies are of no use. Requests that were read are run
+// nevertheless. Where Commit fails, workLoop closes all connections, without a word. Where others
+// need the room that a client's replies take, the chain's holder closes its connection (isCutOff).
+// A client that has asked for nothing has no writeToClient: readFromClient closes its connection.
+// What never becomes a client is closed by whoever has it: shakeHands, or welcome and turnAway.
 type Client struct {
 	// Fields of the seed document.
 	connection net.Conn

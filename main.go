@@ -18,7 +18,8 @@
 //	reply     what a request is answered with: no line, or some
 //	burst     the lines that one Read has brought
 //	chain     the queries of a burst, or of a part of it, that travel together
-//	batch     the chains that workLoop runs before one Commit
+//	batch     the chains that workLoop runs before one Commit; before a slow one it gathers those of
+//	          clients that come each time (gathering in server.go)
 //	message   bytes of replies, as they wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain, and so its outbox
