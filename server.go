@@ -304,7 +304,9 @@ func (t *turnQueue) Pop() any {
 
 // gathering is for whom a batch of writes waits, before a Commit that takes long: for those whose
 // writes were in the last one, and come each time. Otherwise one half of the clients would send
-// while the other half waits for the disk, and each half would pay for Commits of its own.
+// while the other half waits for the disk, and each half would pay for Commits of its own. (A timer
+// for group commit: Helland and others, Tandem Technical Report 88.1, 1988. Ours stops early, when
+// those have come.)
 type gathering struct {
 	number  int              // of the batch, among those that write
 	writers int              // clients that have written in it
