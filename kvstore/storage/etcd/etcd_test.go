@@ -793,6 +793,8 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 
 // orphans returns the keys of pieces of files without a name.
 func (e *fakeEtcd) orphans() (keys []string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	named := map[string]bool{}
 	for key, kv := range e.kvs {
 		if strings.HasPrefix(key, "kv/n/") {
