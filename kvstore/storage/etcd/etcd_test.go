@@ -825,9 +825,7 @@ func TestEtcdTakeover(t *testing.T) {
 					t.Fatal(err)
 				}
 				<-time.After(3 * time.Second) // nothing is under way any more
-				w.mu.Lock()
-				w.cut = true
-				w.mu.Unlock()
+				w.setCut(true)
 				var second *durable.Store
 				began := time.Now()
 				if standby {
@@ -842,9 +840,7 @@ func TestEtcdTakeover(t *testing.T) {
 				done := make(chan error, 1)
 				go func() { done <- first.Commit() }()
 				<-time.After(max(0, away-time.Since(began)))
-				w.mu.Lock()
-				w.cut = false
-				w.mu.Unlock()
+				w.setCut(false)
 				err := <-done
 				isLost := standby || away >= patienceTime
 				if isLost != (err != nil) {
@@ -1028,9 +1024,7 @@ func TestEtcdSilence(t *testing.T) {
 	for _, long := range []time.Duration{3 * time.Second, 9 * time.Second, 15 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			d, w := newFakeEtcd().open(t)
-			w.mu.Lock()
-			w.cut = true
-			w.mu.Unlock()
+			w.setCut(true)
 			select {
 			case <-d.Lost():
 				if long < patienceTime {
@@ -1043,9 +1037,7 @@ func TestEtcdSilence(t *testing.T) {
 				if long > patienceTime+2*requestTime {
 					t.Errorf("not lost after %v", long)
 				}
-				w.mu.Lock()
-				w.cut = false
-				w.mu.Unlock()
+				w.setCut(false)
 				d.Put("k", "v")
 				if err := d.Commit(); err != nil {
 					t.Errorf("after %v: %v", long, err)

@@ -743,7 +743,9 @@ func TestEtcdSlower(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+		w.mu.Lock()
 		w.rate = 50 << 10
+		w.mu.Unlock()
 		began := time.Now()
 		d.Put("k", shrinking(1<<20, 10))
 		if err := d.Commit(); err != nil {
@@ -770,7 +772,9 @@ func TestEtcdFullWithoutALock(t *testing.T) {
 
 		const most = 1000
 		before, began := w.count(), time.Now()
+		w.mu.Lock()
 		w.at, w.fault = before+most, killed
+		w.mu.Unlock()
 		err := w.dir.do(0, []operation{deleteKeys(w.dir.key("none"), nil)})
 		asked, took := w.count()-before, time.Since(began)
 		if err == nil || asked >= most || took < patienceTime/2 || took > 2*patienceTime {
