@@ -915,8 +915,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	left, searched := c.share.stride, false // until the next look at the clock, and since the last
 	wrote := false
 	for ; q != nil && !s.commitFailed; q = q.next {
-		s.run(q)
-		wrote = wrote || q.writes()
+		wrote = s.run(q) || wrote
 
 		// Look at the clock now and then, and at the end, for what comes then is another's.
 		if left--; q.row().searches {
@@ -948,13 +947,14 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 }
 
-// run runs q, unless it is refused.
-func (s *keyValueServer) run(q *Query) {
+// run runs q, unless it is refused. It tells whether q is one that writes.
+func (s *keyValueServer) run(q *Query) (writes bool) {
 	// It finds no key whose time is over, and adds nothing to what is full.
 	if s.overdue != noneOverdue {
 		s.expireKey(q)
 	}
-	if q.writes() {
+	writes = q.writes()
+	if writes {
 		s.admit(q)
 	}
 	s.requests[q.queryType]++
@@ -965,7 +965,7 @@ func (s *keyValueServer) run(q *Query) {
 			q.values = append(q.values, row.line())
 		}
 		q.answer(q.values)
-		return
+		return false
 	}
 
 	// What it brings may be what others wait for.
@@ -973,6 +973,7 @@ func (s *keyValueServer) run(q *Query) {
 	if s.takes.n > 0 {
 		s.serveTakes(q)
 	}
+	return writes
 }
 
 // takeQueues are the Takes that wait for a value, for each key in the order in which they came.
