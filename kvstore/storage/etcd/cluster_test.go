@@ -297,8 +297,8 @@ func (c *etcdCluster) writeSmall() {
 	}
 }
 
-// fill fills the cluster until it refuses all that writes, wants reads to be answered and writes
-// refused, and makes room again.
+// fill fills the cluster until it refuses all that writes, no faster than the server can see it come,
+// wants reads to be answered and writes refused, and makes room again.
 func (c *etcdCluster) fill() {
 	value := make([]byte, 1<<20)
 	for n := 0; ; n++ {
@@ -312,6 +312,7 @@ func (c *etcdCluster) fill() {
 		if r.StatusCode != http.StatusOK {
 			break
 		}
+		<-time.After(surveyTime / 5)
 	}
 	count := func() (reads, refused int) {
 		c.mu.Lock()
