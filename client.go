@@ -1476,9 +1476,9 @@ const (
 
 // decide returns the fate of a reply of n messages, and why where it is cut off. Without room a
 // slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off while all queues and
-// the chains that wait are together over the limit. If mayCut, or where the reply has begun, it is cut
-// off, too, while writes need the memory that replies keep. One with a Keys or Dump is also cut off while others wait for theirs: if
-// it is slow, or takes less than a steady reader.
+// the chains that wait are together over the limit. If mayCut, or where the reply has begun, it is
+// cut off, too, while writes need the memory that replies keep. One with a Keys or Dump is also cut
+// off while others wait for theirs: if it is slow, or takes less than a steady reader.
 func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
