@@ -679,9 +679,7 @@ func (s *keyValueServer) workLoop() {
 			alarm = nil
 			s.runBatch(nil)
 		case <-look:
-			if len(s.batch) == 0 { // else its Commit is soon
-				s.commitStore()
-			}
+			s.lookAtFiles()
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
@@ -690,9 +688,15 @@ func (s *keyValueServer) workLoop() {
 		}
 	}
 
-	// The last words are for the log.
 	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
 		"replies_dropped", s.lost.Load())
+}
+
+// lookAtFiles has the store look at its files. Where a batch waits its Commit does that soon.
+func (s *keyValueServer) lookAtFiles() {
+	if len(s.batch) == 0 {
+		s.commitStore()
+	}
 }
 
 // welcome makes a client of conn.
