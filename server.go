@@ -309,8 +309,8 @@ func (t *turnQueue) Pop() any {
 // those have come.)
 type gathering struct {
 	number  int              // of the batch, among those that write
-	writers int              // clients that have written in it
-	steady  int              // of these, in one of the two batches before, too
+	writes  bool             // it does
+	steady  int              // clients that have written in it, and in one of the two before
 	missing int              // steady clients of the last one that have not come back
 	took    time.Duration    // the last one's Commit
 	over    <-chan time.Time // when it has waited long enough; nil: it does not wait
@@ -322,7 +322,7 @@ type gathering struct {
 // came notes that the client of sh has written in the batch.
 func (g *gathering) came(sh *share) {
 	g.left(sh)
-	g.writers++
+	g.writes = true
 	sh.isSteady, sh.wroteIn = g.number-sh.wroteIn <= 2, g.number
 	if sh.isSteady {
 		g.steady++
@@ -340,7 +340,7 @@ func (g *gathering) left(sh *share) {
 // begin tells whether the batch waits, and sees to it that it does not wait too long.
 func (g *gathering) begin() bool {
 	switch {
-	case g.took < slowCommit || g.writers == 0 || g.missing <= 0 || g.isOver:
+	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.isOver:
 		return false
 	case g.over != nil:
 		return true
@@ -354,7 +354,7 @@ func (g *gathering) begin() bool {
 
 // next notes how long the batch's Commit took. Another batch begins.
 func (g *gathering) next(took time.Duration) {
-	if g.writers == 0 {
+	if !g.writes {
 		return
 	}
 
@@ -1199,7 +1199,7 @@ func (s *keyValueServer) freeMemory() {
 //	values           -                             data                     a write is refused, but
 //	                                                                        none that frees
 //	a begun line     freeLine; beyond that twice   lines, and two lines     it waits up to lineTime
-//	                 its buffer, up to -max-line   (anyLine, freeing)      and is skipped
+//	                 its buffer, up to -max-line   (anyLine, freeing)       and is skipped
 //	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
 //	                 queries                       second or two
 //	a chain that     the same, and lines of up to  what comes with lines    over queues, with all
@@ -1795,13 +1795,16 @@ func listenUnix(path string) ([]net.Listener, error) {
 	}
 
 	// Its mode is all that says who may connect.
-	if err := os.Chmod(path, 0o660); err != nil {
+	err = os.Chmod(path, 0o660)
+	made, statErr := os.Lstat(path)
+	if err = cmp.Or(err, statErr); err != nil {
 		listener.Close()
 		return nil, err
 	}
-	listener.(*net.UnixListener).SetUnlinkOnClose(false) // which removes any other one, too
-	made, err := os.Lstat(path)
-	return []net.Listener{&unixListener{listener, path, made}}, err
+
+	// Go's own removes whatever has the name.
+	listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	return []net.Listener{&unixListener{listener, path, made}}, nil
 }
 
 // unixListener removes its socket when it is closed, if that is still there: another server may have

@@ -3143,6 +3143,33 @@ func TestCommitGathers(t *testing.T) {
 				t.Errorf("there were %d Commits for %d rounds of all clients", got, second)
 			}
 		},
+		"some that come seldom": func(t *testing.T, n *fakeNet, store *slowStore) {
+			var some sync.WaitGroup
+			some.Go(func() { n.repeat(t, 8, 9*takes/8, 9*takes, second/5) })
+			n.repeat(t, 10, takes/10, takes/10, second)
+			got := store.commits.Load()
+			some.Wait()
+			if got > 140 {
+				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
+			}
+		},
+		"one that pauses": func(t *testing.T, n *fakeNet, store *slowStore) {
+			var one sync.WaitGroup
+			c := n.dial(t)
+			c.ask("Ack", ":OK 0")
+			one.Go(func() {
+				for i := range second / 2 { // it comes each time for a while
+					c.ask("Put:k:v", ":OK 1")
+					<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
+				}
+			})
+			n.repeat(t, 10, takes/10, takes/10, second)
+			got := store.commits.Load()
+			one.Wait()
+			if got > 127 {
+				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
+			}
+		},
 		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
 			reader, gets := n.dial(t), 0
 			reader.ask("Ack", ":OK 0")
@@ -3181,6 +3208,14 @@ func TestCommitGathers(t *testing.T) {
 				test(t, n, store)
 			})
 		})
+	}
+}
+
+// Ensure that a client's first write is not waited for, also not in a server's first batches.
+func TestCommitGathersNobodyAtFirst(t *testing.T) {
+	g, sh := New(kvstore.NewMemory()).gathering, share{}
+	if g.came(&sh); sh.isSteady || g.steady != 0 {
+		t.Errorf("who writes first is steady: %v, %d", sh, g.steady)
 	}
 }
 
