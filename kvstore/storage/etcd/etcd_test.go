@@ -1297,12 +1297,8 @@ func TestEtcdManyPieces(t *testing.T) {
 func TestEtcdJoinsOnASlowLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		dir, _ := e.dir(t, t.Context(), "new:9999")
-		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		dir.client.wasTooMuch(20 << 10)
+		d, w := e.open(t)
+		w.dir.client.wasTooMuch(20 << 10)
 		const commits = 500
 		for i := range commits {
 			d.Put("small", fmt.Sprint(i))
@@ -1310,7 +1306,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		pieces := keyRange{Key: w.dir.key("d/"), End: below(w.dir.key("d/"))}
 		if n := e.list(pieces).Count; n > commits*2/3 {
 			t.Errorf("%d commits are %d pieces", commits, n)
 		}

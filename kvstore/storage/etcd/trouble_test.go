@@ -731,12 +731,7 @@ func TestEtcdSlow(t *testing.T) {
 // much the data shrinks.
 func TestEtcdSlower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := newFakeEtcd()
-		dir, w := e.dir(t, t.Context(), "first:9999")
-		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		d, w := newFakeEtcd().open(t)
 		random := make([]byte, 4<<20)
 		rand.Read(random)
 		d.Put("random", string(random))
