@@ -1660,16 +1660,21 @@ func (c *Client) writeToClient() {
 	}
 
 	if c.writeErr == nil {
-		// A tls.Conn's Close may wait 5 s for a client that does not read: that is cut short.
-		late := time.AfterFunc(drainTime+closeTime, func() { c.paced.Close() })
 		if c.drain {
+			c.inTime(func() { closeWrite(c.connection) })
 			c.drainInput()
 		}
-		c.connection.Close()
-		late.Stop()
+		c.inTime(func() { c.connection.Close() })
 	}
 
 	c.depart()
+}
+
+// inTime does end, which is cut short after closeTime: TLS would wait for a client that does not read.
+func (c *Client) inTime(end func()) {
+	late := time.AfterFunc(closeTime, func() { c.paced.Close() })
+	defer late.Stop()
+	end()
 }
 
 // coalesce returns msg with what is queued behind it, up to a good Write's worth,
@@ -1701,14 +1706,12 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	return msg, size
 }
 
-// drainInput ends our side of the connection and reads on until the client ends its own, for at
-// most drainTime: closing a socket with unread input, or before more of it comes, resets the
+// drainInput reads on, once our side has ended, until the client ends its own, for at most
+// drainTime: closing a socket with unread input, or before more of it comes, resets the
 // connection, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When
 // the server closes, a client that has been able to read everything gets the time only while it
 // goes on sending.
 func (c *Client) drainInput() {
-	closeWrite(c.connection)
-
 	var scratch [4 << 10]byte
 	for left, quiet := drainTime, time.Duration(0); left > 0; {
 		// How long it may say nothing.

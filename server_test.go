@@ -2610,7 +2610,7 @@ func TestCloseWithTLS(t *testing.T) {
 		a.ask("Ping", ":PONG")
 		deaf.on.Store(true)
 		go a.send("Quit\n")
-		within(t, drainTime+closeTime, drainTime+closeTime, func() { <-deaf.closed })
+		within(t, closeTime, closeTime, func() { <-deaf.closed })
 		a.close()
 	})
 }
@@ -6044,6 +6044,25 @@ func TestSteadyReaderBesideLateTicks(t *testing.T) {
 }
 
 // ---- client.go: the ends of a connection
+
+// Ensure that a client gets its time after Quit also where the server stands still meanwhile.
+func TestEndByQuitBesideLateTicks(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.wrap = func(conn net.Conn) net.Conn {
+			conn.(*world.Conn).Late = 2 * drainTime
+			return conn
+		}
+		n.fill("k", strings.Repeat("v", kilo), 40)
+		a := n.dial(t)
+		a.send("Get:k\nQuit\n")
+		pass(4 * drainTime)
+		a.sendSome("Ping\n") // to a connection that was closed this would cost the answer
+		if got := strings.Count(a.readAll(), "k:"); got != 40 {
+			t.Errorf("%d lines of 40 came", got)
+		}
+		a.close()
+	})
+}
 
 // Ensure that after Quit the server ends its side, and waits for the client to
 // end its own, but not for long.
