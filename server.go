@@ -1472,9 +1472,9 @@ func (s *keyValueServer) commit() {
 	// Nobody learns before this what the chains have done.
 	for i, chain := range s.batch {
 		switch c := chain.client; {
-		case chain.asker != nil && s.commitFailed:
+		case chain.queryType == countAll && s.commitFailed:
 			close(chain.asker)
-		case chain.asker != nil:
+		case chain.queryType == countAll:
 			chain.asker <- s.stats()
 		case s.commitFailed:
 			c.done <- nil
@@ -1872,7 +1872,7 @@ func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	// There is a slot for the answer, so workLoop need not know that it comes too late.
 	asker := make(chan []counter, 1)
 	select {
-	case s.queries <- &Query{queryType: countAll, asker: asker}:
+	case s.queries <- &Query{queryType: countAll, special: &special{asker: asker}}:
 	case <-s.ended:
 	case <-ctx.Done():
 	}

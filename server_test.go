@@ -6674,7 +6674,7 @@ func BenchmarkParse(b *testing.B) {
 }
 
 func BenchmarkFormat(b *testing.B) {
-	for _, n := range []int{1, 100, 10_000} {
+	for _, n := range []int{1, 100, 1000} { // that wait for no writer
 		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
 			b.ReportAllocs()
 			c := unwritten(New(kvstore.NewMemory()))
