@@ -194,19 +194,19 @@ func isTerminal(f *os.File) bool {
 
 const usage = `Usage:
   kvserver [FLAG ...]                    serve
-  kvserver [FLAG ...] -c [REQUEST ...]   send requests, or standard input
+  kvserver [FLAG ...] -c [REQUEST ...]   send requests, or those of stdin
   kvserver [FLAG ...] -ping              exit code 0 if a server answers
-  kvserver check DIR                     read all data, and say how it is
-  kvserver backup DIR NEW                copy it, also while a server uses it
-  kvserver repair DIR NEW                make a new one of what can be read
-  kvserver help [WORD]                   the manual's headings, or WORD's part
+  kvserver check DIR                     read all data, and report damage
+  kvserver backup DIR NEW                copy DIR, even beside a server
+  kvserver repair DIR NEW                copy to NEW what can be read
+  kvserver help [WORD]                   the manual's headings, or a part
 
-Flags, of those that most need:
+Flags that most people need:
 `
 
 const moreUsage = `
-All: kvserver help flags. In the environment KVSERVER_ADDR=:9999 is -addr :9999.
-Try it:   kvserver &   then   nc localhost 9999   and type   Put:fruit:apple
+All: kvserver help flags. KVSERVER_ADDR=:9999 does what -addr :9999 does.
+Try it:   kvserver &   then   nc localhost 9999   and type   Help
 `
 
 const seeHelp = "kvserver help flags lists the flags."
@@ -257,25 +257,25 @@ func (c *config) flags() *flag.FlagSet {
 	// Its limits.
 	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
 		"`N` connections at a time, 1 or more (10000)")
-	f.Var(&c.maxLine, "max-line", "`SIZE` of the longest request line, from 64 to 1GiB (1MiB)")
+	f.Var(&c.maxLine, "max-line", "`SIZE` of a request line, from 64 bytes to 1GiB (1MiB)")
 	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
 	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)")
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
-		"`TIME` after which a client that accepts nothing is cut; 0: never (5m)")
+		"`TIME` until a client that reads nothing must go; 0: never (5m)")
 
 	// TLS, which a client speaks, too, and the log.
-	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: speak TLS")
+	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with our certificate: use TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
-	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: let in only clients that it certified")
-	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA: with -c and -ping speak TLS, trust it")
+	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: admit only clients it certified")
+	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA to trust: -c and -ping use TLS")
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
-	f.BoolVar(&c.verbose, "v", false, "log every connection as well")
+	f.BoolVar(&c.verbose, "v", false, "also log every connection")
 
 	// The flags of a client, and what is only printed.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
-	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s, for -c and -ping to wait in silence")
-	f.StringVar(&c.answers, "out", "", "`FILE` for the answers to -c, byte for byte")
+	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s, that -c and -ping wait for an answer")
+	f.StringVar(&c.answers, "out", "", "`FILE` for what -c would print, byte for byte")
 	f.BoolVar(&c.ping, "ping", false, "be a health check")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	c.limit(f)

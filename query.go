@@ -161,7 +161,7 @@ const needsKey = "a key, without a colon in it"
 //     without): the conversations are what tries the rest.
 var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
-		does:  "add value to the key's list; it may hold colons",
+		does:  "add value to the key's list, colons allowed",
 		parse: parseKeyValue, effect: adds,
 		run: func(q *Query, db kvstore.Store, _ clock) { db.Put(q.key, q.value); q.n = 1 }},
 
@@ -181,18 +181,18 @@ var verbs = [queryTypes]verb{
 		run: runUpdate},
 
 	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
-		does:  "make value the key's only one; it may hold colons",
+		does:  "replace the key's list by value, colons allowed",
 		parse: parseKeyValue, effect: adds, shrinks: setShrinks,
 		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Set(q.key, q.value) }},
 
 	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
-		does:  "take the first such value out; it may hold colons",
+		does:  "remove the first equal value, colons allowed",
 		parse: parseKeyValue, effect: frees, searches: true, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) { q.n = times(db.Remove(q.key, q.value)) }},
 
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
-		does:  "Update, but only if old is there: :OK 1, else :OK 0",
+		does:  "Update if old is there; after Ack :OK 1, else :OK 0",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Has(q.key, q.value) {
@@ -201,7 +201,7 @@ var verbs = [queryTypes]verb{
 		}},
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
-		does:  "Put, but only if the key has no value: :OK 1, else :OK 0",
+		does:  "Put if the key has no value; after Ack :OK 1, else :OK 0",
 		parse: parseKeyValue, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
@@ -223,7 +223,7 @@ var verbs = [queryTypes]verb{
 
 	take: {name: "Take", form: "Take:key:seconds",
 		needs: "a key, and seconds from 1 to 3600 or nothing",
-		does:  "remove the oldest value, and answer it; wait so long for one",
+		does:  "answer and remove the oldest value; wait seconds for it",
 		parse: parseTake, effect: frees, separator: ":",
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			value, ok := db.Take(q.key)
@@ -240,7 +240,7 @@ var verbs = [queryTypes]verb{
 
 	expire: {name: "Expire", form: "Expire:key:seconds",
 		needs: "a key, and seconds up to 4000000000 or nothing",
-		does:  "the key goes after so many; 0: it stays; none: how many are left",
+		does:  "delete the key after seconds; 0: never; without: seconds left",
 		parse: parseExpire, effect: adds, shrinks: expireShrinks,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) {
@@ -265,7 +265,7 @@ var verbs = [queryTypes]verb{
 
 	dump: {name: "Dump", form: "Dump:prefix",
 		needs: "nothing behind it or a prefix, without a colon in it",
-		does:  "all (whose keys begin with prefix), as : Put:key:value lines",
+		does:  "all (of keys with prefix), as : Put: and : Expire: lines",
 		parse: parsePrefix, lists: true, run: runList, end: endFollow},
 
 	help: {name: "Help", form: "Help", needs: "nothing behind it", does: "this list; also: ?",
@@ -294,7 +294,7 @@ var helpLines = func() (lines []string) {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
 	}
 	return append(lines,
-		"Verbs in any letter case, one request a line. Writes are silent until Ack.",
+		"Letter case is free, one request a line. Writes are silent until Ack.",
 		"A line that starts with a colon is from the server: never data.")
 }()
 

@@ -14,11 +14,11 @@
 //
 // What the README promises, and more, with the tests that show it:
 //
-//	Any bytes get exactly the replies of the protocol, wherever the network cuts them
+//	Every input gets exactly the protocol's replies, however the network splits it
 //		FuzzConversation, TestInputAtEverySplitPoint
 //	There is one order of all operations; one that ended before another began comes first
 //		TestSimulation, TestKilledServer
-//	Nothing a client was told is lost
+//	With -data nothing that was answered is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
 //		TestKilledServer
 //	Files that somebody removes under a running server are written anew
@@ -46,32 +46,32 @@
 //	Damage is refused by name, never guessed at, never overwritten
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
-//	Of a slow reader 500 replies are kept, not many more; it is told what it lost, and delays nobody
+//	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
 //		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
-//	A steady reader loses nothing, and after Ack nobody does
+//	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
 //	A client waits for a few milliseconds of others' work, not for all that they have sent
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
-//	The log can neither stop nor kill the server
+//	Log output can neither stop nor end a server
 //		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
 //		TestCloseInEveryState, TestCloseAnswersWhatWasRead, TestCloseWithTLS
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
 //		TestFsyncDuringWrite, TestEveryCallFails
-//	A key goes when its time is over, for everybody, and is not seen again
+//	A key is gone for everybody when its time is over, and stays gone
 //		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
 //		TestExpireIsCommitted, TestExpireOnAFullDisk
-//	Of the Takes that wait the first gets the next value, and nobody else gets that one
+//	The Take that has waited longest gets the next value, and nobody else gets it
 //		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeWaitsForCommit, TestKilledServer
 //	Locks, counters and queues are right
 //		TestReadmeLock, TestReadmeQueue, TestReadmeConversations, TestKilledServer
 //	Every limit holds at its edge
 //		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
-//	Only who has a certificate of the CA gets in
+//	A client CA lets in only whom it certified
 //		TestTLS
 //	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
 //		TestTLSHandshakesHoldNoPlace, TestTLSBesideSilentConnects, TestWatchFewConnections
@@ -262,12 +262,12 @@ func TestFlagMistakes(t *testing.T) {
 			{"-ping -stop", "-stop is for -c", "Give both"},
 			{"-ping -out x", "-out is for -c", "Give both"},
 			{"-timeout 5s", "-timeout is for -c and -ping", "Give both"},
-			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for the answers to -c"},
+			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
 			{"-output x -c", "unknown flag -output", "Did you mean -out ?"},
 			{"--PORT=1", "unknown flag -PORT", "Did you mean -addr ?"},
 			{"-addr", "flag needs an argument: -addr", "-addr takes PORT (0 to 65535)"},
 			{"-v=maybe", `invalid boolean value "maybe" for -v`,
-				"-v takes no value: log every connection as well."},
+				"-v takes no value: also log every connection."},
 			{"---data", "bad flag syntax: ---data", "kvserver help"},
 			{"-fsync 0s -data x", `invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
 			{"-data etcd://a:1/kv -fsync 1s", "-fsync 1s is for data on a disk, not in etcd", "Leave it out"},
