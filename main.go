@@ -27,8 +27,8 @@
 //	heavy     of a client whose requests take long (isHeavy in server.go)
 //	turn      the time for which workLoop runs requests before it commits and answers
 //	share     what a client has had of workLoop's time: who has had much waits for a turn
-//	snapshot  the store as it was at one moment: a Keys, a Dump or a compaction reads one, and
-//	          the latter writes it to a file of that name
+//	snapshot  the store as it was at one moment: a Keys, a Dump and a compaction read one; a
+//	          compaction writes it to a file, snap-N.log
 //	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on
 //	segment   a file of the log; a compaction puts one snapshot file in the place of old ones
 package main
@@ -91,7 +91,7 @@ const (
 
 const (
 	stopTime    = 5 * time.Second // for a stop, before the process ends regardless
-	connectTime = 5 * time.Second // for -c to connect, and for -ping to be answered
+	connectTime = 5 * time.Second // for -c to connect and be answered first, and for -ping
 )
 
 func main() {
@@ -169,8 +169,8 @@ type wrong struct {
 	what, todo string
 }
 
-// firstWrong returns the first of all that is, which is what if it has no words of its own, or
-// nil.
+// firstWrong returns the first of all that is true, as an error, or nil. Its text is what, if it has
+// none of its own.
 func firstWrong(what string, all []wrong) error {
 	for _, w := range all {
 		if w.is {
@@ -241,7 +241,8 @@ type config struct {
 }
 
 // flags returns what reads a command line into c, where it puts the defaults. A flag's one line,
-// with its default at the end, is in -h, in the README and in what is said of a wrong value.
+// with its default at the end, is in the README, in what is said of a wrong value, and, of helpFlags,
+// in -h.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -405,10 +406,10 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 }
 
 // suggest suggests what, behind prefix, name may have been meant to be: meant, or else one of names
-// that is one slip from it, and not too short to tell.
+// that is it, or one slip from it and not too short to tell.
 func suggest(prefix, meant, name string, names []string) string {
 	for _, near := range names {
-		if meant == "" && len(near) > 2 && oneSlip(name, near) {
+		if meant == "" && (name == near || len(near) > 2 && oneSlip(name, near)) {
 			meant = near
 		}
 	}
@@ -513,7 +514,7 @@ func (c config) checkFlags(typed map[string]bool) error {
 		// Flags for something else than what is asked for.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca " + c.ca},
-		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give both, or leave it out."},
+		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of them, too, or leave it out."},
 		{c.stop && !c.client, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
 		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
 		{c.client && c.ping, "-c and -ping do not go together", "-ping asks whether a server " +
@@ -991,7 +992,8 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	return failure
 }
 
-// giveUp ends the process if ended is not closed within stopTime, or while all data is written anew.
+// giveUp ends the process if ended is not closed within stopTime. While all data is written anew it
+// waits on.
 // It counts ticks, for where the process stands still for a while that is one tick. One goroutine.
 func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 	for left := stopTime; left > 0; left -= tickTime {
@@ -1085,9 +1087,8 @@ func pemProblem(err error) error {
 	return problem{"cannot read a certificate or key: " + err.Error(), todo}
 }
 
-// serverTLS reads the server's certificate and, if clients must show one, whose. From then
-// on it reads them anew when they change, or again says so: connections that are there
-// stay.
+// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. From then
+// on watch reads these files again every lookAgain, or when again says so: open connections stay.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
 	if err := k.load(); err != nil {
@@ -1101,8 +1102,8 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load has what the files hold shown from now on, if that is not what they held. If it fails, all
-// is as before.
+// load has what the files hold shown from now on, if that is not what they held. If it fails, what
+// is shown stays.
 func (k *credentials) load() error {
 	// Files are compared by what is in them, for a new one may have the old one's size and time.
 	before := k.last
@@ -1119,8 +1120,8 @@ func (k *credentials) load() error {
 	return err
 }
 
-// warn logs when the certificate ends: of a new one at once, of one that ends soon once a day, and
-// when it has ended.
+// warn logs until when the certificate is valid: at once where it is new, and once a day from
+// warnAhead before that time.
 func (k *credentials) warn(now time.Time) {
 	if now.Before(k.next) {
 		return
@@ -1141,7 +1142,7 @@ func (k *credentials) warn(now time.Time) {
 	k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
 }
 
-// watch reads the files anew when they change, or again says so. One goroutine, until again
+// watch reads the files every lookAgain, and when again says so. One goroutine, until again
 // is closed, or the process ends.
 func (k *credentials) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
@@ -1192,7 +1193,7 @@ func runCommand(command string, args []string, out io.Writer) error {
 		{command == "check" && report.Damaged, path + " is damaged",
 			"Restore a backup, or save what can be saved: kvserver repair " + path + " NEW"},
 		{report.Lost, "some of what was in " + path + " is lost",
-			"What was saved opens. Look at what is back: what is lost may have been a Delete."},
+			"What was saved opens. If a Delete was lost, old values are back: look."},
 	})
 }
 
@@ -1229,8 +1230,8 @@ func contains(text, word string) bool {
 	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
 }
 
-// lookAt runs the command on the store at path; to is where a copy goes, which is removed if it
-// fails.
+// lookAt runs the command on the store at path; to is where a copy goes. If that fails, a directory
+// that was made for it is removed.
 func lookAt(command, path, to string) (report durable.Report, err error) {
 	dir, err := openDirectory(context.Background(), path, etcd.Options{})
 	if err != nil {
@@ -1303,9 +1304,12 @@ func storeProblem(c config, err error) error {
 		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
 			"check " + c.data},
 		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
-		{!isServer && is(storage.ErrMissing), "", "Give the directory that the server has as -data."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
 			"empty directory that is not inside it."},
+		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "",
+			"Give the directory that the server has as -data."},
+		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. Create the directory in which the " +
+			"new one is to be."},
 
 		// What the data is kept in.
 		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused, or cut off?"},
@@ -1471,13 +1475,13 @@ func (t *talker) dial() (err error) {
 			continue
 		}
 
-		// Whenever we go it is with a reset, or the server would take it for a half-close, and still
+		// Over TCP we always go with a reset. The server would take a close for a half-close, and still
 		// give a value to our Take.
 		if tcp, isTCP := underTLS(t.conn).(*net.TCPConn); isTCP {
 			tcp.SetLinger(0)
 		}
 
-		// Of one alone the error is told as it is, of several that none serves.
+		// The error of the only address is told as it is, that of several is that none of them serves.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
 			t.addr = addr
@@ -1527,8 +1531,8 @@ func dialProblem(addrs string, err error) error {
 			"answer. Look at its log, or try again with a longer -timeout."},
 		{!isDial, "", "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
 			"-tls-ca if it speaks no TLS."},
-		{true, "", "Start a server: kvserver -addr " + addrs + "   or name one that runs: -addr " +
-			"HOST:PORT   One that reads its data does not listen yet: its log tells how far it is."},
+		{true, "", "Start a server: kvserver -addr " + addrs + "   or name another: -addr HOST:PORT   " +
+			"A server that still loads its data does not listen yet: look at its log."},
 	})
 }
 
@@ -1541,7 +1545,8 @@ func (t *talker) greet() error {
 	}
 	t.owed <- ack
 
-	// A server of TLS answers five bytes, not four. Where Write fails there may be a word to read.
+	// With the CR these are five bytes, for a server of TLS answers no less. If the Write fails there
+	// may still be an answer to read.
 	io.WriteString(t.conn, "Ack\r\n")
 	line, err := t.r.ReadSlice('\n')
 
@@ -1572,8 +1577,8 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 	}
 	silence = cmp.Or(silence, math.MaxInt64)
 
-	// The deadline is set first and then looked whether anything is owed, for the sender says first
-	// what it is about to send and then moves the deadline: so none is missed.
+	// First the deadline is set, then owed is read. The sender first fills owed, then moves the
+	// deadline. In these orders no line that is owed is missed.
 	for {
 		end := time.Now().Add(silence)
 		t.conn.SetReadDeadline(end)
@@ -1768,7 +1773,7 @@ func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 		line, request = []byte("Ack\n"), "Ack"
 	}
 
-	// An answer makes room, if what it answers has been sent.
+	// Only the answer to a line makes room, so that line must be sent.
 	if len(t.owed) == cap(t.owed) {
 		w.Flush()
 	}
@@ -1830,7 +1835,8 @@ func (t *talker) problem(err error) error {
 			"Or it has just ended: look at its log."},
 		{isTLS && t.cert != "", "", "It does not trust the certificate in " + t.cert +
 			": give one of the CA that it wants."},
-		{isTLS, "", "It wants a certificate that it trusts from us: give -tls-cert and -tls-key."},
+		{isTLS, "", "It wants a certificate of a CA that it trusts: give -tls-cert and -tls-key."},
+		{is(errFull), "", "Nothing was done. Try again later, or raise the server's -max-clients."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far it has come.

@@ -261,7 +261,8 @@ func TestFlagMistakes(t *testing.T) {
 				"Leave it out"},
 			{"-ping -stop", "-stop is for -c", "Give both"},
 			{"-ping -out x", "-out is for -c", "Give both"},
-			{"-timeout 5s", "-timeout is for -c and -ping", "Give both"},
+			{"-timeout 5s", "-timeout is for -c and -ping", "Give one of them"},
+			{"-Addr 1", "unknown flag -Addr", "Did you mean -addr ?"},
 			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
 			{"-output x -c", "unknown flag -output", "Did you mean -out ?"},
 			{"--PORT=1", "unknown flag -PORT", "Did you mean -addr ?"},
@@ -314,8 +315,8 @@ func TestFlagMistakes(t *testing.T) {
 			{"-addr " + strconv.Itoa(port) + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
 				fmt.Sprintf("cannot connect to localhost:%d: ", port),
 				"Somebody listens there, and does not answer."},
-			{"-addr " + strconv.Itoa(port) + " -timeout 100ms -ping",
-				fmt.Sprintf("localhost:%d: no answer for 100ms", port),
+			{"-addr " + strconv.Itoa(port) + " -timeout 500ms -ping",
+				fmt.Sprintf("localhost:%d: no answer for 500ms", port),
 				"Nothing was to be changed"},
 			{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server:"},
 			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
@@ -336,6 +337,8 @@ func TestFlagMistakes(t *testing.T) {
 				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
 				"Nothing was changed. Stop that process first"},
 			{"check /no/such/dir", "the data directory does not exist", "Give the directory that"},
+			{"check " + foreign, "not a data directory: ", "Give the directory that"},
+			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. Create the"},
 			{"-addr " + strconv.Itoa(port), fmt.Sprintf("cannot listen on localhost:%d: ", port),
 				"Stop what listens there, or choose another port: -addr "},
 			{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
@@ -2802,7 +2805,7 @@ func TestMaxClientsAndPing(t *testing.T) {
 	addr := startTCP(t, s)
 	dialTCP(t, addr).ask("Ping", ":PONG")
 	runBinary(t, "", "it answers", true, "-addr", addr, "-ping")
-	runBinary(t, "", "server is full (1 clients)", false, "-addr", addr, "-c", "Get:k")
+	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false, "-addr", addr, "-c", "Get:k")
 }
 
 // ---- server.go: turns of clients
