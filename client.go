@@ -1210,6 +1210,7 @@ type outbox struct {
 	claimed   int64    // bytes of the reply in hand that count as queued, and are not queued yet
 	chainSize int64    // bytes that the chain under way and its lines took when it was sent
 	inInputs  int64    // of these, counted in budget.inputs then
+	lists     int64    // bytes that the chain's lists count as queued, while it waits
 
 	lostSincePong int    // replies dropped since the last PONG
 	lost          int    // replies dropped in all
@@ -1251,12 +1252,13 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 // also gets the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
 func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chainSize, o.inInputs
+	o.lists = lists
 	b.queued.Add(lists)
 	b.chains.Add(chain)
 	b.inputs.Add(-lines)
 
 	return func() {
-		b.queued.Add(-lists)
+		b.queued.Add(-o.lists)
 		b.chains.Add(-chain)
 		b.inputs.Add(lines)
 	}
@@ -1299,7 +1301,10 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	shared := false
 	for q := chain; q != nil; q = q.next {
 		o.acked = o.acked || q.queryType == ack
-		if q.size == 0 {
+		if q.size <= 0 {
+			if q.size == forgone {
+				o.drop(q)
+			}
 			continue
 		}
 		o.next = q
@@ -1368,7 +1373,27 @@ func (o *outbox) cloneWaiting() {
 	for q := o.next; q != nil; q = q.next {
 		q.keep()
 	}
-	o.next = nil
+}
+
+// shed gives up the replies behind the one in hand that may be dropped: others need what they keep,
+// and their client takes nothing. It tells whether the chain keeps much nevertheless. The reply in
+// hand, once it has begun, does not count.
+func (o *outbox) shed(hasBegun bool) (isMuch bool) {
+	kept, acked := o.inInputs, o.acked
+	for q := o.next; q != nil; q = q.next {
+		acked = acked || q.queryType == ack
+		switch {
+		case q == o.next && hasBegun:
+		case q != o.next && q.size > 0 && q.mayDrop(acked):
+			list := int64(len(q.values)) * stringSize
+			o.lists -= list
+			o.budget.queued.Add(-list)
+			q.values, q.few, q.size = nil, [2]string{}, forgone
+		default:
+			kept += int64(max(q.size, 0))
+		}
+	}
+	return kept > 2*burstSize
 }
 
 // format appends q's reply to msg. It queues what is full, and returns the message
@@ -1524,10 +1549,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 // returns false if the reply is dropped. It returns true also where the connection is gone, which
 // takes out what is queued.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
-	// A reply that has begun is not dropped. Before Ack only a client is cut off that has sent lines
-	// of over burstSize, and whose reply may not be dropped.
-	mayDrop := q.mayDrop(o.acked) && !hasBegun
-	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
+	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
+	mayCut := o.acked || o.listing != nil
 
 	for {
 		// What the connection did last; with nothing queued it makes no difference.
@@ -1537,6 +1560,12 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 				o.slow = !taken
 			default:
 			}
+		}
+
+		// Before Ack a client is cut off only where others need what its chain keeps, and much of that
+		// may not be dropped.
+		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.isPinned()) {
+			mayCut = o.shed(hasBegun)
 		}
 
 		switch what, why := o.decide(n, mayDrop, mayCut, hasBegun); what {

@@ -1214,9 +1214,9 @@ func (s *keyValueServer) freeMemory() {
 //	                                                                        maxShared messages that
 //	                                                                        has begun waits, unless
 //	                                                                        writes need its values
-//	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies
-//	                 Gets, and the values that     they wait; the values
-//	                 others removed meanwhile      count as data
+//	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies, also
+//	                 Gets, and the values that     they wait; the values    behind one that may not
+//	                 others removed meanwhile      count as data            be dropped (shed)
 //	keys to be       16 bytes a key, in parts of   half of queues           the next Keys or Dump
 //	listed           maxList or half of that half                           waits
 //	keys copied      all that a Keys lists         half of queues           the Keys keeps its

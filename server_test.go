@@ -4031,9 +4031,19 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 }
 
 // Ensure that a client that takes nothing of a long reply is cut off where writes need the memory
-// of its values, which others have deleted; not where they needed memory once.
+// of its values, which others have deleted; not where they needed memory once. Before Ack such a reply
+// that waits behind another is dropped instead.
 func TestMemoryLimitBesideALongReply(t *testing.T) {
-	for _, request := range []string{"Get:big\n", "Ack\nGet:first\nGet:big\n"} {
+	fill := strings.Repeat("Get:small\n", 3*maxBufferSize)
+	for _, c := range []struct {
+		before, request string
+		isDropped       bool
+	}{
+		{"", "Get:big\n", false},
+		{"", "Ack\nGet:first\nGet:big\n", false},
+		{fill, "Ping\nGet:big\nGet:big\n", true},
+		{fill, "Ping\nAck\nGet:big\n", false},
+	} {
 		for _, isNeeded := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.budget.limitTo(64<<20, 0)
@@ -4043,10 +4053,14 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				}
 				n.fill("big", strings.Repeat("v", kilo), 9000)
 				n.fill("first", strings.Repeat("v", kilo), 300)
+				n.fill("small", strings.Repeat("v", kilo), 1)
 				mute, b := n.dial(t), n.dial(t)
-				mute.send(request)
+				go mute.send(c.before)
+				pass(2 * seenSlow)
+				mute.send(c.request)
 				synctest.Wait()
 				b.send("Delete:big\n")
+				held := heapBytes()
 				put := func() {
 					// The collector finds the values alive, though they are not stored any more.
 					n.server.budget.collected(n.server.budget.known() + 64<<20)
@@ -4062,8 +4076,15 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					put()
 					pass(slowAfter)
 				}
-				if isCut := b.stat("clients") == 1; isCut != isNeeded {
-					t.Errorf("%q, needed: %v: it is cut off: %v", request, isNeeded, isCut)
+				if isFree := held-heapBytes() > 8000*kilo; isFree != isNeeded {
+					t.Errorf("%q, needed: %v: the memory is free: %v", c.request, isNeeded, isFree)
+				}
+				if isCut := b.stat("clients") == 1; isCut != (isNeeded && !c.isDropped) {
+					t.Errorf("%q, needed: %v: it is cut off: %v", c.request, isNeeded, isCut)
+				}
+				if c.isDropped && isNeeded {
+					mute.count("small:")
+					mute.ask("Ping", ":PONG dropped 2")
 				}
 				mute.close()
 			})
@@ -4293,6 +4314,33 @@ func TestMaxQueues(t *testing.T) {
 			t.Errorf("%d clients were cut, says the log, want some of 5", got)
 		}
 	})
+}
+
+// Ensure that what waits behind a Ping keeps to the limit of all queues, too: it is dropped where that
+// may be, and else its client is cut off.
+func TestMaxQueuesBehindAPing(t *testing.T) {
+	for behind, isCut := range map[string]bool{"Update:list:v:v\nGet:list\n": false, "Stats\n": true} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			const limit = 1 << 20
+			n.server.budget.maxQueues = limit
+			n.fill("list", "v", 20*kilo)
+			n.fill("small", strings.Repeat("v", kilo), 1)
+			mute, other := n.dial(t), n.dial(t)
+			go mute.send(strings.Repeat("Get:small\n", 3*maxBufferSize))
+			pass(2 * seenSlow)
+			mute.send("Ping\n" + strings.Repeat(behind, 120))
+			n.server.budget.queued.Add(limit)
+			pass(2 * seenSlow)
+			n.server.budget.queued.Add(-limit)
+			if queued := other.stat("queued_bytes"); queued > limit {
+				t.Errorf("%.6q: %d bytes are queued, want up to %d", behind, queued, limit)
+			}
+			if got := other.stat("clients") == 1; got != isCut {
+				t.Errorf("%.6q: it is cut off: %v", behind, got)
+			}
+			mute.close()
+		})
+	}
 }
 
 // Ensure that clients which read nothing fill their own share of the memory, and that nobody's
