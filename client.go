@@ -108,7 +108,7 @@ const (
 // nevertheless. Where Commit fails, workLoop closes all connections, without a word. Where others
 // need the room that a client's replies take, the chain's holder closes its connection (isCutOff).
 // A client that has asked for nothing has no writeToClient: readFromClient closes its connection.
-// What never becomes a client is closed by whoever has it: shakeHands, or welcome and turnAway.
+// What never becomes a client is closed by whoever has it: shakeHands, or welcome and reject.
 type Client struct {
 	// Fields of the seed document.
 	connection net.Conn
@@ -121,7 +121,7 @@ type Client struct {
 	buffer chan []byte
 
 	// Set before the goroutines start, then left alone.
-	id     int // counted from 1, for the log; 0: turned away
+	id     int // counted from 1, for the log; 0: rejected
 	server *keyValueServer
 	paced  *pacedConn // connection, or what lies under its TLS
 
@@ -379,8 +379,8 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits for its
-// turn where lines take all the memory that there is for them.
+// mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits where
+// lines take all the memory that there is for them.
 func (c *Client) mayGoOn() {
 	// The limit is for the line alone: a line end of telnet's may stand behind it.
 	why := ""
@@ -415,7 +415,7 @@ func (c *Client) awaitLineMemory() bool {
 	case more <= 0:
 		return true
 
-	// It has its turn, so it may end, however much others take.
+	// It has a slot, so it may end, however much others take.
 	case in.anyLine.taken || in.freeing.taken:
 		b.inputs.Add(more)
 		in.counted += more
@@ -743,15 +743,15 @@ func (in *input) wholeLines(n int) (burst string) {
 	in.waited, in.hadBegun = 0, false
 
 	// The rest of a line that is skipped is no part of the burst.
-	first := 0
+	start := 0
 	if in.skipping {
-		first = bytes.IndexByte(in.buf[:end], '\n') + 1
+		start = bytes.IndexByte(in.buf[:end], '\n') + 1
 		in.skipping = false
 	}
 
 	// The lines stay where they are, and the rest goes on in the other buffer.
 	read := in.buf
-	burst = unsafe.String(unsafe.SliceData(read[first:]), last-first)
+	burst = unsafe.String(unsafe.SliceData(read[start:]), last-start)
 	if len(in.lent) != len(read) {
 		in.lent = make([]byte, len(read))
 	}
@@ -1096,10 +1096,10 @@ func (l *listing) beyond(last string) string {
 	}
 
 	// With three quarters of a part in mind the sample hardly ever makes one too large.
-	first, _ := slices.BinarySearch(l.sample, last+"\x00")
+	at, _ := slices.BinarySearch(l.sample, last+"\x00")
 	step := len(l.sample) * (l.most - l.most/4) / l.wanted
-	if first += max(step, 1); first < len(l.sample) {
-		return l.sample[first]
+	if at += max(step, 1); at < len(l.sample) {
+		return l.sample[at]
 	}
 	return ""
 }
@@ -1213,7 +1213,7 @@ type outbox struct {
 	lists     int64    // bytes that the chain's lists count as queued, while it waits
 
 	lostSincePong int    // replies dropped since the last PONG
-	lost          int    // replies dropped in all
+	lostReplies   int    // replies dropped in all
 	cutFor        string // why the outbox ended the connection, if it did
 }
 
@@ -1448,8 +1448,8 @@ func (o *outbox) split(msg []byte, q *Query, text string) []byte {
 func (o *outbox) drop(q *Query) {
 	q.values = nil
 	o.lostSincePong++
-	o.lost++
-	o.client.server.lost.Add(1)
+	o.lostReplies++
+	o.client.server.lostReplies.Add(1)
 }
 
 // claim counts a reply of several messages, for which there is room, as queued before it is: once
@@ -1591,16 +1591,16 @@ func (o *outbox) awaitProgress() {
 	o.cloneWaiting()
 
 	began := time.Now()
-	var look <-chan time.Time // nil: no Keys or Dump is being answered
+	var rateCheck <-chan time.Time // nil: no Keys or Dump is being answered
 	if o.listing != nil {
-		look = time.After(slowAfter)
+		rateCheck = time.After(slowAfter)
 	}
 
 	// A Write of one message may go on by drips without a word.
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
-	case <-look:
+	case <-rateCheck:
 	}
 
 	// A client that drips is cut by its rate, which counts only the time without room.
@@ -1783,9 +1783,9 @@ type pacedConn struct {
 	limit    time.Time // by which everything must be written; zero: no such time
 	until    time.Time // the write deadline that is set
 
-	// Bytes that a reader of steadyRate has not read yet, as of looked.
-	unread int
-	looked time.Time
+	// Bytes that a reader of steadyRate has not read yet, as of unreadAt.
+	unread   int
+	unreadAt time.Time
 
 	writing atomic.Bool // a Write is under way; for isBroken, on any goroutine
 
@@ -1892,12 +1892,12 @@ func (p *pacedConn) patience() time.Duration {
 
 // timeToRead is how long a reader of steadyRate takes for what it has not read yet.
 func (p *pacedConn) timeToRead(now time.Time) time.Duration {
-	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.looked))
+	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.unreadAt))
 }
 
 // setDeadline sees to it that Write returns within a tick.
 func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
-	p.looked, p.until = now, now.Add(tick)
+	p.unreadAt, p.until = now, now.Add(tick)
 	if !p.limit.IsZero() && p.limit.Before(p.until) {
 		p.until = p.limit
 	}

@@ -68,7 +68,7 @@ const (
 	// there chains run in the order in which they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
-	lookTime = time.Second // between two looks of the store at its files while nobody asks
+	fileCheckTime = time.Second // between two checks of the store's files while nobody asks
 
 	crowd = 1000 // clients whose going makes it worth while to give memory back
 
@@ -79,7 +79,7 @@ const (
 	defaultMaxQueues    = 1 << 30 // bytes
 	// open files, of those that the process may have, for all but clients: the log, a compaction
 	spareFiles    = 32
-	maxTurnedAway = 8    // of these, connections over maxClients that get time to hear so
+	maxRejecting  = 8    // of these, connections over maxClients that get time to hear so
 	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
 	maxWatchers   = 16   // HTTP connections; one more takes the place of the oldest
@@ -145,7 +145,7 @@ type keyValueServer struct {
 	connections chan net.Conn
 	accepting   sync.WaitGroup // of them
 
-	// workLoop to CountActive and CountDropped. oneCall admits one asker, so its one
+	// workLoop to CountActive and CountDropped. oneCall lets one asker in, so its one
 	// slot is free and workLoop never waits.
 	countActive chan int
 
@@ -165,10 +165,10 @@ type keyValueServer struct {
 	batches storage.Histogram // how many chains were in each of these
 	logged  *logCounts        // nil: nobody counts
 
-	budget    budget       // -max-memory and -max-queues
-	cores     semaphore    // for what takes long: one slot less than cores, but at least one
-	snapshots semaphore    // for Keys and Dumps: each keeps in memory what is changed meanwhile
-	lost      atomic.Int64 // replies that slow readers lost
+	budget      budget       // -max-memory and -max-queues
+	cores       semaphore    // for what takes long: one slot less than cores, but at least one
+	snapshots   semaphore    // for Keys and Dumps: each keeps in memory what is changed meanwhile
+	lostReplies atomic.Int64 // by slow readers
 
 	// Owned by workLoop.
 	clients       []*Client
@@ -180,7 +180,7 @@ type keyValueServer struct {
 	floor         time.Duration // the most that a client had spent when it left turns (share)
 	takes         takeQueues    // Takes that wait for a value
 	turn          turn
-	turningAway   int              // connections that are being turned away
+	rejecting     int              // connections that are being rejected
 	full          seldom           // turning clients away
 	badHandshakes seldom           // handshakes that failed
 	noRoom        seldom           // writes refused because the disk is full
@@ -207,13 +207,13 @@ type seldom struct {
 	total int
 }
 
-// happened counts one time more. It returns how many there were when that is
-// due to be said, and 0 otherwise.
+// happened counts one time more. It returns how many there were when it is
+// time to say that, and 0 otherwise.
 func (s *seldom) happened() (n int) {
 	s.n++
 	s.total++
 
-	// Until a line is due again the times add up, and that line says all of them.
+	// Until it is time for a line again the times add up, and that line says all of them.
 	now := time.Now()
 	if now.Sub(s.said) < seldomTime {
 		return 0
@@ -643,15 +643,15 @@ func (s *keyValueServer) workLoop() {
 	var alarm <-chan time.Time // nil: not set
 
 	// Somebody may change the store's files while nobody asks for anything.
-	var look <-chan time.Time // nil: the store is in memory
+	var fileCheck <-chan time.Time // nil: the store is in memory
 	if s.status != nil {
-		ticker := time.NewTicker(lookTime)
+		ticker := time.NewTicker(fileCheckTime)
 		defer ticker.Stop()
-		look = ticker.C
+		fileCheck = ticker.C
 	}
 
 	// Until nobody comes any more and the last has gone.
-	for connections != nil || len(s.clients) > 0 || s.turningAway > 0 {
+	for connections != nil || len(s.clients) > 0 || s.rejecting > 0 {
 		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
 		if len(s.turns) > 0 || s.overdue == someOverdue {
 			more = always
@@ -678,8 +678,8 @@ func (s *keyValueServer) workLoop() {
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)
-		case <-look:
-			s.lookAtFiles()
+		case <-fileCheck:
+			s.checkFiles()
 		case <-closeSignal:
 			closeSignal = nil
 			s.stopReading()
@@ -689,11 +689,11 @@ func (s *keyValueServer) workLoop() {
 	}
 
 	s.log.Info("stopped", "clients_served", s.departed, "requests", s.requestsRun(),
-		"replies_dropped", s.lost.Load())
+		"replies_dropped", s.lostReplies.Load())
 }
 
-// lookAtFiles has the store look at its files. Where a batch waits its Commit does that soon.
-func (s *keyValueServer) lookAtFiles() {
+// checkFiles has the store check its files. Where a batch waits its Commit does that soon.
+func (s *keyValueServer) checkFiles() {
 	if len(s.batch) == 0 {
 		s.commitStore()
 	}
@@ -706,7 +706,7 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 		return
 	}
 	if len(s.clients) >= s.maxClients {
-		s.turnAway(conn)
+		s.reject(conn)
 		return
 	}
 
@@ -720,10 +720,10 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 	go c.readFromClient()
 }
 
-// turnAway tells conn that there are enough clients. writeToClient does that,
+// reject tells conn that there are enough clients. writeToClient does that,
 // alone: such a client is in nobody's list. When many come at once some are
 // closed without the time to take the message in.
-func (s *keyValueServer) turnAway(conn net.Conn) {
+func (s *keyValueServer) reject(conn net.Conn) {
 	if n := s.full.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
@@ -735,14 +735,14 @@ func (s *keyValueServer) turnAway(conn net.Conn) {
 
 	// No more than some at a time cost a goroutine.
 	c := newClient(0, conn, s)
-	if s.turningAway == maxTurnedAway {
+	if s.rejecting == maxRejecting {
 		c.connection.Write(full) // into an empty send buffer, so without waiting
 		c.paced.Close()
 		return
 	}
 
 	// To close at once could reset the connection, and then the message is lost.
-	s.turningAway++
+	s.rejecting++
 	c.paced.limit = time.Now().Add(closeTime) // it ends even where nothing is taken
 	c.drain = true
 	c.buffer = make(chan []byte, 1)
@@ -1111,7 +1111,7 @@ func (s *keyValueServer) expire() {
 		switch {
 		case !isDue:
 			return
-		case s.deleteDue(key) != nil:
+		case s.deleteExpired(key) != nil:
 			s.overdue = stuckOverdue
 		case n%expireStride == 0 && time.Since(began) >= maxHeavyTurn:
 			s.overdue = someOverdue
@@ -1126,14 +1126,14 @@ func (s *keyValueServer) expireKey(q *Query) {
 	}
 
 	if at, goes := s.db.Deadline(q.key); goes && at <= s.now().UnixMilli() {
-		if err := s.deleteDue(q.key); err != nil {
+		if err := s.deleteExpired(q.key); err != nil {
 			q.refuse(fmt.Sprintf("the key's time is over, but the disk is full: %v", err))
 		}
 	}
 }
 
-// deleteDue deletes a key whose time is over, if the disk has room for that.
-func (s *keyValueServer) deleteDue(key string) error {
+// deleteExpired deletes a key whose time is over, if the disk has room for that.
+func (s *keyValueServer) deleteExpired(key string) error {
 	if err := s.db.Room(int64(len(key)), true); err != nil {
 		return err
 	}
@@ -1151,14 +1151,14 @@ func (s *keyValueServer) isFull(q *Query) bool {
 	}
 
 	s.noteMemory()
-	if s.budget.admits(q.memory(), 0) {
+	if s.budget.fits(q.memory(), 0) {
 		return false
 	}
 
 	// What was freed in the middle of slabs can be used again, and a write that leaves the store no
 	// larger may use half of the reserve.
-	return !s.budget.admits(q.memory()-s.db.Reclaim(), 0) &&
-		!(s.budget.admits(0, s.budget.reserve/2) && q.makesLess(s.db))
+	return !s.budget.fits(q.memory()-s.db.Reclaim(), 0) &&
+		!(s.budget.fits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
 
 // collect has the collector find out what is alive, at most once in collectTime: until then what
@@ -1246,7 +1246,7 @@ type budget struct {
 	lists  atomic.Int64 // of queued, keys to be listed
 	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs atomic.Int64 // lines that have begun to be long
-	store  atomic.Int64 // store and clients, as of workLoop's last look
+	store  atomic.Int64 // store and clients, as workLoop last noted them
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
 	refused atomic.Int64 // when a write was last refused, in seconds of Unix time; 0: never
@@ -1300,9 +1300,9 @@ func (b *budget) known() int64 {
 // data is about how many bytes of forData are in use.
 func (b *budget) data() int64 { return b.store.Load() + b.other.Load() }
 
-// admits tells whether a write that takes so many bytes more may be run, if it may use so much
-// of the reserve.
-func (b *budget) admits(bytes, ofReserve int64) bool {
+// fits tells whether there is memory for a write that takes so many bytes more, if it may use so
+// much of the reserve.
+func (b *budget) fits(bytes, ofReserve int64) bool {
 	return b.data()+bytes <= b.forData()+ofReserve
 }
 
@@ -1364,13 +1364,13 @@ func (b *budget) acquireLine(bytes int64) bool {
 	return true
 }
 
-// semaphore admits so many at a time to something that is scarce.
+// semaphore lets so many at a time have something that is scarce.
 type semaphore struct {
 	slots   chan struct{} // holds a token for each that is taken
 	waiting atomic.Int64  // goroutines that wait for a slot, or for the memory of a list
 }
 
-// slot is one holder's place in a semaphore, taken or not. It belongs to the holder's goroutine.
+// slot is one goroutine's place in a semaphore, taken or not. That goroutine owns it.
 type slot struct {
 	of    *semaphore
 	taken bool
@@ -1378,7 +1378,7 @@ type slot struct {
 
 // acquire waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
 func (s *slot) acquire(stop <-chan struct{}) bool {
-	// Most often a slot is free, and then the holder does not count as waiting.
+	// Most often a slot is free, and then nobody counts as waiting.
 	select {
 	case s.of.slots <- struct{}{}:
 		s.taken = true
@@ -1501,7 +1501,7 @@ func (s *keyValueServer) commitStore() {
 	began := time.Now()
 	err := s.db.Commit()
 
-	// Without a batch it was but a look at the files, for which nobody has waited.
+	// Without a batch it was but a check of the files, for which nobody has waited.
 	if took := time.Since(began); len(s.batch) > 0 {
 		s.gathering.next(took)
 		if s.status != nil {
@@ -1523,9 +1523,9 @@ func (s *keyValueServer) commitStore() {
 // leave takes note that one of c's goroutines has ended, and with the last of
 // them that c has gone.
 func (s *keyValueServer) leave(c *Client) {
-	// One that was turned away is in no list.
+	// One that was rejected is in no list.
 	if c.id == 0 {
-		s.turningAway--
+		s.rejecting--
 		return
 	}
 	s.gathering.left(&c.share)
@@ -1559,9 +1559,9 @@ func (s *keyValueServer) leave(c *Client) {
 		}
 	}
 
-	if c.outbox.lost > 0 {
+	if c.outbox.lostReplies > 0 {
 		level, reason = slog.LevelWarn, fmt.Sprintf("slow reader, %d replies dropped; then %s",
-			c.outbox.lost, reason)
+			c.outbox.lostReplies, reason)
 	}
 
 	s.log.Log(context.Background(), level, "client left", "client", c.id, "addr", c.addr(),
@@ -1653,7 +1653,7 @@ func (s *keyValueServer) stats() []counter {
 		{"refused_requests_total", "Lines that were answered with an error.",
 			s.requests[malformed] + s.requests[foreign], cumulative},
 		{"replies_dropped_total", "Replies that clients lost because they did not read.",
-			s.lost.Load(), cumulative},
+			s.lostReplies.Load(), cumulative},
 		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load(),
 			gauge},
 		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.",

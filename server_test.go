@@ -2769,7 +2769,7 @@ func TestMaxClients(t *testing.T) {
 		c := n.dial(t)
 		c.ask("Ping", ":PONG")
 		pass(time.Minute)
-		for range maxTurnedAway { // and none of them goes on
+		for range maxRejecting { // and none of them goes on
 			defer n.dial(t).close()
 		}
 		d := n.dial(t)
@@ -2789,7 +2789,7 @@ func TestMaxClientsOverTLS(t *testing.T) {
 		n.server.tls, n.server.maxClients = config, 1
 		a := n.dial(t).overTLS()
 		a.ask("Ping", ":PONG")
-		others := n.dialMany(t, maxTurnedAway+3, func(_ int, c *testClient) {
+		others := n.dialMany(t, maxRejecting+3, func(_ int, c *testClient) {
 			c.overTLS().want(":ERROR line 0: server is full (1 clients)")
 		})
 		a.ask("Ping", ":PONG")
@@ -3008,7 +3008,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		pass(3 * lookTime)
+		pass(3 * fileCheckTime)
 		killed := storeIn(t, dir.Kill(), nil)
 		if got := killed.Get("k"); !slices.Equal(got, []string{"v"}) {
 			t.Errorf("after kill -9 k has %q", got)
@@ -3229,13 +3229,13 @@ func TestCommitGathersBesideLook(t *testing.T) {
 		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 10 * time.Millisecond}
 		a, b, began := n.dial(t), n.dial(t), time.Now()
 		a.ask("Ack", ":OK 0")
-		<-time.After(lookTime - 50*time.Millisecond)
+		<-time.After(fileCheckTime - 50*time.Millisecond)
 		for range 3 { // both come each time
 			a.send("Put:k:v\n")
 			b.ask("Put:k:v\nPing", ":PONG")
 			a.want(":OK 1")
 		}
-		<-time.After(time.Until(began.Add(lookTime - 3*time.Millisecond)))
+		<-time.After(time.Until(began.Add(fileCheckTime - 3*time.Millisecond)))
 		a.ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
 	})
 }
@@ -4716,7 +4716,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Put:key:value\nGet:key", "key:value")
 		synctest.Wait()
-		_, body := look(n.server.watchHandler(""), "/metrics")
+		_, body := getPage(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
 		a.send("Stats\n")
 		for _, line := range a.readList() {
@@ -4836,14 +4836,14 @@ func TestWatchAStalledStore(t *testing.T) {
 			after time.Duration
 		}{"/healthz": {503, watchTime}, "/metrics": {503, watchTime}, "/livez": {200, 0}} {
 			within(t, want.after, want.after, func() {
-				if code, _ := look(handler, path); code != want.code {
+				if code, _ := getPage(handler, path); code != want.code {
 					t.Errorf("%s answers %d, want %d", path, code, want.code)
 				}
 			})
 		}
 		close(store.gate)
 	})
-	if code, _ := look(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
+	if code, _ := getPage(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
 		t.Errorf("before Start /healthz answers %d", code)
 	}
 }
@@ -4856,7 +4856,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 	s := New(nil)
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	handler := s.watchHandler("")
-	ask := func(path string) (int, string) { return look(handler, path) }
+	ask := func(path string) (int, string) { return getPage(handler, path) }
 	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
 		t.Errorf("before the data is open /healthz answers %d %q", code, text)
 	}
@@ -4925,7 +4925,7 @@ func TestWatchIsLimited(t *testing.T) {
 	}
 	handler := s.watchHandler("")
 	ask := func(path string) (code int) {
-		code, _ = look(handler, path)
+		code, _ = getPage(handler, path)
 		return code
 	}
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
@@ -4989,7 +4989,7 @@ func TestWatchOneProfileAtATime(t *testing.T) {
 			<-time.After(time.Second / 2)
 		}))
 		ask := func() (code int) {
-			code, _ = look(handler, "/")
+			code, _ = getPage(handler, "/")
 			return code
 		}
 		go ask()
@@ -6773,9 +6773,9 @@ func TestSimulation(t *testing.T) {
 // simulated is a server of a world.
 type simulated struct{ *keyValueServer }
 
-func (s simulated) Lost() (replies int) { return int(s.lost.Load()) }
+func (s simulated) Lost() (replies int) { return int(s.lostReplies.Load()) }
 
-func (s simulated) Look() { look(s.watchHandler(""), "/healthz") }
+func (s simulated) Look() { getPage(s.watchHandler(""), "/healthz") }
 
 func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
@@ -7119,8 +7119,8 @@ func serverConfig(t *testing.T) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
-// look asks for a page.
-func look(handler http.Handler, path string) (code int, body string) {
+// getPage asks for a page.
+func getPage(handler http.Handler, path string) (code int, body string) {
 	answer := httptest.NewRecorder()
 	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 	return answer.Code, answer.Body.String()

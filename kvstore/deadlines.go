@@ -101,15 +101,15 @@ func (d *deadlines) remove(e end) {
 	}
 
 	// Two neighbours that are nearly empty become one.
-	for _, first := range []int{chunk - 1, chunk} {
-		if first < 0 || first+1 >= len(d.chunks) {
+	for _, left := range []int{chunk - 1, chunk} {
+		if left < 0 || left+1 >= len(d.chunks) {
 			continue
 		}
 
-		a, b := d.chunks[first], d.chunks[first+1]
+		a, b := d.chunks[left], d.chunks[left+1]
 		if len(a)+len(b) <= chunkLess {
-			d.chunks[first] = append(a, b...)
-			d.chunks = slices.Delete(d.chunks, first+1, first+2)
+			d.chunks[left] = append(a, b...)
+			d.chunks = slices.Delete(d.chunks, left+1, left+2)
 			return
 		}
 	}
@@ -193,23 +193,23 @@ func (v *view) deadline(slot uint64) (deadline int64) {
 // Expiring returns how many keys have a deadline.
 func (m *Memory) Expiring() int { return m.expiring }
 
-// NextDue returns the key with the first deadline, if that is not after now.
+// NextDue returns the key with the earliest deadline, if that is not after now.
 func (m *Memory) NextDue(now int64) (key string, ok bool) {
 	if len(m.deadlines.chunks) == 0 || m.deadlines.chunks[0][0].at > now {
 		return "", false
 	}
 
 	// An end has only the hash of its key, so the index is searched for that.
-	first := m.deadlines.chunks[0][0]
-	p, tag := m.page(first.hash), first.hash<<addrBits
+	earliest := m.deadlines.chunks[0][0]
+	p, tag := m.page(earliest.hash), earliest.hash<<addrBits
 	for i := home(tag); p.slots[i] != 0; i = next(i) {
 		slot := p.slots[i]
-		if (slot^tag)>>addrBits != 0 || m.deadline(slot) != first.at {
+		if (slot^tag)>>addrBits != 0 || m.deadline(slot) != earliest.at {
 			continue
 		}
 
 		// Other hashes may have the same tag: the whole hash decides.
-		if k := m.entry(slot).key(); maphash.Bytes(m.seed, k) == first.hash {
+		if k := m.entry(slot).key(); maphash.Bytes(m.seed, k) == earliest.hash {
 			return string(k), true
 		}
 	}

@@ -154,9 +154,9 @@ func (m *Memory) own(h uint64) *page {
 func (m *Memory) enter(h uint64, p *page) {
 	// A page of lower depth than the directory has several places, one behind the other.
 	n := 1 << (64 - m.shift - p.depth)
-	first := int(h>>m.shift) &^ (n - 1)
+	start := int(h>>m.shift) &^ (n - 1)
 	for i := range n {
-		*m.dir.own(first+i, m.epoch) = p
+		*m.dir.own(start+i, m.epoch) = p
 	}
 }
 
