@@ -70,8 +70,6 @@ const (
 
 	fileCheckTime = time.Second // between two checks of the store's files while nobody asks
 
-	crowd = 1000 // clients whose going makes it worth while to give memory back
-
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
 	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
@@ -93,8 +91,8 @@ const (
 
 	collectTime = time.Second // between two collections because writes are refused
 
-	// Bytes by which the data must have shrunk until the process gives back memory at
-	// once, where that is a quarter of it.
+	// Bytes by which the data and the clients must have shrunk until the process gives back
+	// memory at once, where that is a quarter of it.
 	giveBackMin = 16 << 20
 
 	closeTime = time.Second // for a client to take its last replies once Close was called
@@ -193,8 +191,7 @@ type keyValueServer struct {
 	closeTicks    int              // since Close
 	welcomed      int              // clients so far
 	departed      int              // of these, gone
-	mostClients   int              // clients at once, since there was none
-	largest       int64            // bytes of the store, since memory was last given back
+	largest       int64            // bytes of the store and the clients, since memory was last given back
 	collectedAt   time.Time        // when a refused write last made the collector run
 	requests      [queryTypes]int
 }
@@ -1175,10 +1172,10 @@ func (s *keyValueServer) noteMemory() {
 	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*memoryPerClient))
 }
 
-// freeMemory gives memory back to the system when the data has shrunk by a quarter:
+// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter:
 // the collector alone, with nothing new to be kept, would wait for minutes.
 func (s *keyValueServer) freeMemory() {
-	now := s.db.Footprint()
+	now := s.budget.store.Load()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
 		s.largest = now
 		go debug.FreeOSMemory()
@@ -1485,10 +1482,9 @@ func (s *keyValueServer) commit() {
 	}
 	s.batch = s.batch[:0]
 
-	s.freeMemory()
-
 	// The pacer asks at any time what the store takes, and only workLoop can see that.
 	s.noteMemory()
+	s.freeMemory()
 }
 
 // commitStore commits what the batch did. Where that takes its time, it is measured. If it fails,
@@ -1539,13 +1535,6 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.departed++
-
-	// The collector alone would take minutes to give back what a crowd took.
-	s.mostClients = max(s.mostClients, len(s.clients)+1)
-	if len(s.clients) == 0 && s.mostClients >= crowd {
-		s.mostClients = 0
-		go debug.FreeOSMemory()
-	}
 
 	// A Write that failed is the reason to log: reading ended because of it, or later.
 	level, reason := slog.LevelDebug, c.reason
