@@ -856,12 +856,8 @@ func trimCR(line string) string {
 // partKeys is how many keys are walked or cloned at a time; a listing of fewer is not broken off.
 const partKeys = 1000
 
-// A list of fewKeys needs no leave. Of all keys that it walks survey keeps sampleKeys, or up to
-// twice as many, to know where the others lie.
-const (
-	fewKeys    = 4096
-	sampleKeys = 1024
-)
+// fewKeys is how many keys need no leave.
+const fewKeys = 4096
 
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
@@ -873,13 +869,12 @@ const sortSlice = 2000
 // part of them. A Keys of one part copies the keys, if there is room for that, and gives the
 // snapshot up before it is read.
 type listing struct {
-	*Query          // the request, with the snapshot, and in n first the keys of the store
-	place  slot     // among the snapshots
-	wanted int      // keys that are asked for, at most; negative: nobody knows yet
-	sample []string // some of them, in order; nil: one part holds them all
-	most   int      // keys in a part
-	listed int64    // bytes that are counted in budget.lists
-	held   int64    // bytes that are counted in budget.queued
+	*Query       // the request, with the snapshot, and in n first the keys of the store
+	place  slot  // among the snapshots
+	wanted int   // keys that are asked for, at most; negative: nobody knows yet
+	most   int   // keys in a part
+	listed int64 // bytes that are counted in budget.lists
+	held   int64 // bytes that are counted in budget.queued
 
 	// How the client takes it: the time for which there was no room, up to dripTime, and the bytes
 	// that were queued since this began.
@@ -914,14 +909,14 @@ func (c *Client) list(q *Query) {
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.countAsWaiting(0)()
 
-	if l.survey() && l.awaitListMemory() && l.reply() {
+	if l.countWanted() && l.awaitListMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 	}
 }
 
 // release gives up the snapshot and the memory, if there are any.
 func (l *listing) release() {
-	l.snapshot, l.sample = nil, nil
+	l.snapshot = nil
 	l.place.release()
 	l.noteSize(0)
 	l.client.server.budget.lists.Add(-l.listed)
@@ -953,8 +948,8 @@ func (l *listing) walk(see func(key string) bool) bool {
 	return true
 }
 
-// survey finds out how many keys are asked for, and where they lie, if that is not plain.
-func (l *listing) survey() (wanted bool) {
+// countWanted finds out how many keys are asked for. It returns false if nobody wants them any more.
+func (l *listing) countWanted() bool {
 	// With few keys, or where all are asked for and fit, there is nothing to find out.
 	l.wanted, l.n = l.n, 0
 	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
@@ -968,27 +963,10 @@ func (l *listing) survey() (wanted bool) {
 	defer core.release()
 
 	l.wanted = 0
-	every := 1 // how many keys one of sample stands for
-	if !l.walk(func(key string) bool {
-		if l.wanted%every == 0 {
-			l.sample = append(l.sample, key)
-		}
+	return l.walk(func(string) bool {
 		l.wanted++
-
-		// The sample is full, and nobody knows how many keys are left: it gets half as dense.
-		if len(l.sample) == 2*sampleKeys {
-			for i := range sampleKeys {
-				l.sample[i] = l.sample[2*i]
-			}
-			l.sample, every = l.sample[:sampleKeys], 2*every
-		}
 		return true
-	}) {
-		return false
-	}
-
-	// The store has its keys in no order.
-	return l.sort(l.sample)
+	})
 }
 
 // awaitListMemory waits until there is memory for a part of the keys, and takes it. It returns
@@ -1058,19 +1036,16 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	core.acquire(nil)
 	defer core.release()
 
-	// What comes before last was in other parts, and what comes beyond will be.
-	beyond := l.beyond(last)
+	// The store has its keys in no order. Those up to last were in other parts; of the others the part
+	// keeps the first: while there are more, those from beyond on are for another.
+	beyond := ""
 	if !l.walk(func(key string) bool {
 		switch {
-		case key <= last:
+		case key <= last || more && key >= beyond:
 			return true
-		case beyond != "" && key >= beyond:
-			more = true
-			return true
-		}
 
 		// The part is full, and there are more: its upper half is for another.
-		if len(part) == l.most {
+		case len(part) == l.most:
 			if !l.sort(part) {
 				return false
 			}
@@ -1086,22 +1061,6 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	}
 
 	return part, more, l.sort(part)
-}
-
-// beyond returns a key before which there is about a part of those that come after last; "": one
-// part, as far as the sample shows. At least one key is before it.
-func (l *listing) beyond(last string) string {
-	if l.wanted <= l.most || len(l.sample) == 0 {
-		return ""
-	}
-
-	// With three quarters of a part in mind the sample hardly ever makes one too large.
-	at, _ := slices.BinarySearch(l.sample, last+"\x00")
-	step := len(l.sample) * (l.most - l.most/4) / l.wanted
-	if at += max(step, 1); at < len(l.sample) {
-		return l.sample[at]
-	}
-	return ""
 }
 
 // copy gives the keys memory of their own, if there is enough, and then gives the snapshot up.
