@@ -2299,31 +2299,21 @@ func TestStart(t *testing.T) {
 		t.Errorf("a free port after a taken one: %v", err)
 	}
 	second.Close()
-	if err := first.Start(0); !errors.Is(err, errStarted) {
-		t.Errorf("second Start: %v, want %v", err, errStarted)
-	}
+	equal(t, "second Start", first.Start(0), errStarted)
 }
 
 // Ensure that every call can come twice, early, late and at once.
 func TestStartAndCloseInAnyOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		s := New(kvstore.NewMemory())
-		if s.CountActive() != 0 || s.CountDropped() != 0 {
-			t.Error("before Start the counts are not 0")
-		}
+		equal(t, "counts before Start", s.CountActive()+s.CountDropped(), 0)
 		s.Close()
 		s.Close()
-		if err := s.Start(0); !errors.Is(err, errClosed) {
-			t.Errorf("Start after Close: %v, want %v", err, errClosed)
-		}
-		if s.CountActive() != 0 || s.CountDropped() != 0 {
-			t.Error("after Close the counts are not 0")
-		}
+		equal(t, "Start after Close", s.Start(0), errClosed)
+		equal(t, "counts after Close", s.CountActive()+s.CountDropped(), 0)
 
 		a := n.dial(t)
-		if err := n.server.serve(newFakeNet()); !errors.Is(err, errStarted) {
-			t.Errorf("second start: %v, want %v", err, errStarted)
-		}
+		equal(t, "second start", n.server.serve(newFakeNet()), errStarted)
 		a.send("Get:k\n")
 		var wg sync.WaitGroup
 		for range 10 {
@@ -2332,18 +2322,13 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 			wg.Go(func() { n.server.CountDropped() })
 		}
 		wg.Wait()
-		if n.server.CountActive() != 0 {
-			t.Error("after Close CountActive is not 0")
-		}
-		if err := n.server.serve(newFakeNet()); !errors.Is(err, errClosed) {
-			t.Errorf("start after Close: %v, want %v", err, errClosed)
-		}
+		equal(t, "clients after Close", n.server.CountActive(), 0)
+		equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
 		a.close() // its Get may have come too late, and then the server's end is no good one
 
 		none := New(nil)
-		if err := none.Start(0); !errors.Is(err, errNoStore) || none.CountActive()+none.CountDropped() != 0 {
-			t.Errorf("Start without a store: %v, want %v", err, errNoStore)
-		}
+		equal(t, "Start without a store", none.Start(0), errNoStore)
+		equal(t, "counts without a store", none.CountActive()+none.CountDropped(), 0)
 		none.Close()
 	})
 }
@@ -2360,9 +2345,7 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		a, b := n.dial(t), other.dial(t)
 		a.ask("Put:k:v\nPing", ":PONG")
 		b.ask("Get:k", "k:v")
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients, want 2", got)
-		}
+		equal(t, "clients", n.server.CountActive(), 2)
 		n.server.Close()
 		a.wantClosed()
 		b.wantClosed()
@@ -2385,14 +2368,10 @@ func TestCounts(t *testing.T) {
 			var wg sync.WaitGroup
 			for range 10 { // at once, and never one the other's number
 				wg.Go(func() {
-					if got := n.server.CountActive(); got != active {
-						t.Errorf("CountActive() = %d, want %d", got, active)
-					}
+					equal(t, "CountActive", n.server.CountActive(), active)
 				})
 				wg.Go(func() {
-					if got := n.server.CountDropped(); got != dropped {
-						t.Errorf("CountDropped() = %d, want %d", got, dropped)
-					}
+					equal(t, "CountDropped", n.server.CountDropped(), dropped)
 				})
 			}
 			wg.Wait()
@@ -2649,11 +2628,9 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // for k another might be waiting still
 		synctest.Wait()
 		within(t, 0, busyTime, n.server.Close)
-		for i, want := range []string{":OK 0\n", ":OK 0\n:OK 0\n", ":OK 0\n:OK 0\n:OK 1\n:PONG\n"} {
-			if got := []*testClient{a, b, c}[i].readAll(); got != want {
-				t.Errorf("got %q, want %q", got, want)
-			}
-		}
+		a.wantRest(":OK 0\n")
+		b.wantRest(":OK 0\n:OK 0\n")
+		c.wantRest(":OK 0\n:OK 0\n:OK 1\n:PONG\n")
 	})
 }
 
@@ -2667,9 +2644,7 @@ func TestCloseDuringKeys(t *testing.T) {
 			runtime.Gosched()
 		}
 		go n.server.Close()
-		if got := a.readAll(); got != "" {
-			t.Errorf("got %.100q", got)
-		}
+		a.wantRest("")
 	})
 }
 
@@ -2760,9 +2735,7 @@ func TestMaxClients(t *testing.T) {
 			c.wantClosed()
 			c.close()
 		}
-		if got := n.server.CountActive(); got != 2 {
-			t.Errorf("%d clients, want 2", got)
-		}
+		equal(t, "clients", n.server.CountActive(), 2)
 		a.ask("Ping", ":PONG")
 		b.hangUp()
 		synctest.Wait()
@@ -2776,9 +2749,8 @@ func TestMaxClients(t *testing.T) {
 		d.want(":ERROR line 0: server is full (2 clients)")
 		d.wantClosed()
 		within(t, 0, drainTime, n.server.Close)
-		if got := strings.Count(n.log.take(), "turning clients away"); got != 2 {
-			t.Errorf("full at the beginning and end of a minute, the log says so %d times", got)
-		}
+		equal(t, "full at the beginning and end of a minute, lines of log",
+			strings.Count(n.log.take(), "turning clients away"), 2)
 	})
 }
 
@@ -3041,9 +3013,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 		for _, x := range []*testClient{a, b, c} {
 			x.wantClosed()
 		}
-		if err := <-n.server.Failed(); err != store.fail {
-			t.Errorf("Failed says %v, want %v", err, store.fail)
-		}
+		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
 		n.dial(t).wantClosed()
 		n.server.Close()
@@ -3077,22 +3047,10 @@ func TestCommitBeforeGets(t *testing.T) {
 			synctest.Wait()
 			store.gate <- nil
 			c.want(":PONG")
-			synctest.Wait()
-			got := make(chan string)
-			go func() {
-				line, _ := b.r.ReadString('\n')
-				got <- line
-			}()
-			synctest.Wait()
-			select {
-			case line := <-got:
-				t.Errorf("before Commit returned b got %q", line)
-				return
-			default:
-			}
+			b.wantNothing()
 			store.gate <- failure
-			if line := <-got; (line == "k:v\n") != (failure == nil) {
-				t.Errorf("after Commit returned %v b got %q", failure, line)
+			if failure == nil {
+				b.want("k:v")
 			}
 			for range cap(store.gate) {
 				store.gate <- nil
@@ -3158,8 +3116,7 @@ func TestCommitGathers(t *testing.T) {
 		},
 		"one that pauses": func(t *testing.T, n *fakeNet, store *slowStore) {
 			var one sync.WaitGroup
-			c := n.dial(t)
-			c.ask("Ack", ":OK 0")
+			c := n.dialAck(t)
 			one.Go(func() {
 				for i := range second / 2 { // it comes each time for a while
 					c.ask("Put:k:v", ":OK 1")
@@ -3188,8 +3145,7 @@ func TestCommitGathers(t *testing.T) {
 		},
 		"Takes": func(t *testing.T, n *fakeNet, store *slowStore) {
 			for range 2 {
-				worker := n.dial(t)
-				worker.ask("Ack", ":OK 0")
+				worker := n.dialAck(t)
 				go func() {
 					for worker.send("Take:k:2\n"); len(worker.readList()) > 0; {
 						worker.send("Take:k:2\n")
@@ -3245,8 +3201,7 @@ func TestCommitGathersBesideLook(t *testing.T) {
 func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
 	var all sync.WaitGroup
 	for i := range clients {
-		c := n.dial(t)
-		c.ask("Ack", ":OK 0")
+		c := n.dialAck(t)
 		all.Go(func() {
 			<-time.After(after * time.Duration(i))
 			for range rounds {
@@ -3334,9 +3289,8 @@ func TestExpireUnasked(t *testing.T) {
 		if keys, _, _ := db.Size(); keys != 2 { // workLoop waits for its alarm
 			t.Errorf("%d keys are there, want 2", keys)
 		}
-		if got := a.stat("expired_keys_total") + 10*a.stat("expiring_keys"); got != 11 {
-			t.Errorf("Stats says %d, want 11", got)
-		}
+		a.wantStat("expired_keys_total", 1)
+		a.wantStat("expiring_keys", 1)
 		pass(5 * time.Minute)
 		a.ask("Keys", ": stays", ":OK 1")
 	})
@@ -3379,9 +3333,7 @@ func TestExpireBeforeTheStart(t *testing.T) {
 			case 0:
 				a.ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
 			case 1:
-				if keys := a.stat("keys"); keys != 2 {
-					t.Errorf("%d keys are there at first, want 2", keys)
-				}
+				a.wantStat("keys", 2)
 				a.ask("Keys\nDump\nGet:k\nGet:l", ": l", ": stays", ":OK 2", ": Put:l:v", ": Expire:l:30",
 					": Put:stays:v", ":OK 3", "l:v")
 			case 2: // nobody asks
@@ -3433,9 +3385,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 		a := n.dial(t)
 		pass(time.Second - time.Millisecond)
 		a.ask("Count:k1", ":OK 1")
-		if n := a.stat("expiring_keys"); n != many {
-			t.Errorf("%d keys wait, want %d", n, many)
-		}
+		a.wantStat("expiring_keys", many)
 		<-time.After(time.Millisecond)
 		left, turns := many, 0
 		for ; left > 0; turns++ {
@@ -3477,18 +3427,9 @@ func TestExpireIsCommitted(t *testing.T) {
 		a.ask("Get:k", "k:v")
 		pass(time.Second + 2*expireTime)
 		a.send("Get:k\nPing\n")
-		got := make(chan string)
-		go func() { got <- a.read() }()
-		synctest.Wait()
-		select {
-		case line := <-got:
-			t.Errorf("before the Commit there is an answer: %q", line)
-		default:
-		}
+		a.wantNothing()
 		store.gate <- nil
-		if line := <-got; line != ":PONG" {
-			t.Errorf("got %q", line)
-		}
+		a.want(":PONG")
 		a.close()
 	})
 }
@@ -3553,9 +3494,7 @@ func TestTakeWaitsInLine(t *testing.T) {
 			synctest.Wait()
 		})
 		giver := n.dial(t)
-		if got := giver.stat("waiting_takes"); got != takers {
-			t.Errorf("%d Takes wait, want %d", got, takers)
-		}
+		giver.wantStat("waiting_takes", takers)
 		giver.ask("Ack", ":OK 0")
 		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
 			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
@@ -3593,9 +3532,7 @@ func TestTakeWaitsItsTime(t *testing.T) {
 			a.ask("Delete:j", ":OK 1")
 			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
 		}
-		if n := b.stat("waiting_takes"); n != 0 {
-			t.Errorf("%d Takes wait", n)
-		}
+		b.wantStat("waiting_takes", 0)
 	})
 }
 
@@ -3637,9 +3574,7 @@ func TestTakeNeedsRoom(t *testing.T) {
 		b.send("Put:k:v\n")
 		a.want("k:v")
 		synctest.Wait()
-		if more := store.frees.Load() - before; more != 1 {
-			t.Errorf("room is asked for %d times more, want once", more)
-		}
+		equal(t, "how often room is asked for", store.frees.Load()-before, 1)
 	})
 }
 
@@ -3938,9 +3873,7 @@ func TestMemoryLimit(t *testing.T) {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.hangUp()
-		if got := strings.Count(n.log.take(), "the memory is full"); got != 1 {
-			t.Errorf("the log says so %d times", got)
-		}
+		equal(t, "lines of log that say so", strings.Count(n.log.take(), "the memory is full"), 1)
 	})
 }
 
@@ -3990,9 +3923,7 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	}
 	before := used()
 	s.budget.other.Store(10 * kilo)
-	if got := used(); got != before+10*kilo {
-		t.Errorf("%d bytes are used, want %d", got, before+10*kilo)
-	}
+	equal(t, "bytes that are used", used(), before+10*kilo)
 	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
 	if got := used(); got < before+15*kilo || got > before+20*kilo {
 		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
@@ -4065,9 +3996,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					// The collector finds the values alive, though they are not stored any more.
 					n.server.budget.collected(n.server.budget.known() + 64<<20)
 					b.send("Put:k:v\nPing\n")
-					if isFull := strings.Contains(b.read(), "memory is full"); isFull != isNeeded {
-						t.Errorf("memory is full: %v", isFull)
-					}
+					equal(t, "the memory is full", strings.Contains(b.read(), "memory is full"), isNeeded)
 					if isNeeded {
 						b.want(":PONG")
 					}
@@ -4168,9 +4097,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					}
 				}
 				synctest.Wait()
-				if held := n.server.budget.inputs.Load(); held != 0 {
-					t.Errorf("%d bytes are counted when all have gone", held)
-				}
+				equal(t, "bytes that are counted when all have gone", n.server.budget.inputs.Load(), 0)
 			})
 		}
 	}
@@ -4237,9 +4164,7 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 		b.send("Put:" + long + ":v\n")
 		a.want(long + ":v")
 		pass(3 * quietAfter)
-		if held := n.server.budget.inputs.Load(); held != 0 {
-			t.Errorf("%d bytes are counted for a Take that has ended", held)
-		}
+		equal(t, "bytes that are counted for a Take that has ended", n.server.budget.inputs.Load(), 0)
 	})
 }
 
@@ -4307,9 +4232,7 @@ func TestMaxQueues(t *testing.T) {
 			c.close()
 		}
 		synctest.Wait()
-		if queued := honest.stat("queued_bytes"); queued != 0 {
-			t.Errorf("%d bytes are queued when all slow readers have gone", queued)
-		}
+		honest.wantStat("queued_bytes", 0)
 		if got := strings.Count(n.log.take(), "(-max-queues)"); got == 0 || got > 5 {
 			t.Errorf("%d clients were cut, says the log, want some of 5", got)
 		}
@@ -4393,9 +4316,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		}
 		b.close()
 		pass(2 * seenSlow)
-		if got := watch.stat("queued_bytes"); got != 0 {
-			t.Errorf("in the end %d bytes are queued, want 0", got)
-		}
+		watch.wantStat("queued_bytes", 0)
 	})
 }
 
@@ -4612,9 +4533,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	runBinary(t, "", "k:v\n", true, "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
 	a := dialTCP(t, at)
 	a.sendAll("Get:k\n")
-	if got := a.readAll(); got != "k:v\n" {
-		t.Errorf("after a half-close: %q", got)
-	}
+	a.wantRest("k:v\n")
 	dialTCP(t, at).ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
 
 	runBinary(t, "", "Stop the server that has it", false, "-addr", at)
@@ -4651,9 +4570,8 @@ func TestListenOnAUnixSocket(t *testing.T) {
 // Ensure that Stats counts what was done, in the order in which it was done.
 func TestStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.dial(t).hangUp()
-		synctest.Wait()
-		pass(3 * time.Second)
+		n.dial(t).ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
+		pass(3 * time.Second) // it is refused, as a line is that is no request, and left alone
 		a := n.dial(t)
 		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
@@ -4669,7 +4587,7 @@ func TestStats(t *testing.T) {
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
 			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
 			": quit_requests_total 0",
-			": refused_requests_total 1", ": replies_dropped_total 0", ": queued_bytes 0",
+			": refused_requests_total 2", ": replies_dropped_total 0", ": queued_bytes 0",
 			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
 			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0",
 			": tls_handshakes_failed_total 0", ": keys 1",
@@ -4688,19 +4606,6 @@ func TestStats(t *testing.T) {
 		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
 		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
 		wantAll()
-	})
-}
-
-// Ensure that a line of another protocol counts as refused, as one that is no request does.
-func TestStatsOfRefusedLines(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.dial(t), n.dial(t)
-		a.ask("none", `:ERROR line 1: unknown request "none"; Help lists the requests`)
-		b.send("GET / HTTP/1.1\r\n\r\n")
-		io.Copy(io.Discard, b.r)
-		if refused := a.stat("refused_requests_total"); refused != 2 {
-			t.Errorf("%d lines are counted as refused, want 2", refused)
-		}
 	})
 }
 
@@ -4831,21 +4736,12 @@ func TestWatchAStalledStore(t *testing.T) {
 		a := n.dial(t)
 		a.send("Put:k:v\n")
 		synctest.Wait()
-		for path, want := range map[string]struct {
-			code  int
-			after time.Duration
-		}{"/healthz": {503, watchTime}, "/metrics": {503, watchTime}, "/livez": {200, 0}} {
-			within(t, want.after, want.after, func() {
-				if code, _ := getPage(handler, path); code != want.code {
-					t.Errorf("%s answers %d, want %d", path, code, want.code)
-				}
-			})
-		}
+		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
+		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
+		within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
 		close(store.gate)
 	})
-	if code, _ := getPage(New(kvstore.NewMemory()).watchHandler(""), "/healthz"); code != 503 {
-		t.Errorf("before Start /healthz answers %d", code)
-	}
+	wantPage(t, New(kvstore.NewMemory()).watchHandler(""), "/healthz", 503) // before Start
 }
 
 // Ensure that who watches sees how the data is opened, or what it waits for, and then who
@@ -4856,34 +4752,22 @@ func TestWatchBeforeTheData(t *testing.T) {
 	s := New(nil)
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	handler := s.watchHandler("")
-	ask := func(path string) (int, string) { return getPage(handler, path) }
-	if code, text := ask("/healthz"); code != 503 || text != "opening the data\n" {
-		t.Errorf("before the data is open /healthz answers %d %q", code, text)
-	}
-	if code, text := ask("/livez"); code != 200 || text != "alive\n" {
-		t.Errorf("before the data is open /livez answers %d %q", code, text)
-	}
-	if code, text := ask("/metrics"); code != 200 || !strings.Contains(text, "\nkvserver_active 0\n") ||
-		strings.Contains(text, "kvserver_keys") {
-		t.Errorf("before the data is open /metrics answers %d %q", code, text)
+	wantPage(t, handler, "/healthz", 503, "opening the data\n")
+	wantPage(t, handler, "/livez", 200, "alive\n")
+	if text := wantPage(t, handler, "/metrics", 200, "\nkvserver_active 0\n"); strings.Contains(text, "_keys") {
+		t.Errorf("before the data is open /metrics answers %q", text)
 	}
 	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
-	if code, text := ask("/healthz"); code != 200 || text != "ok\n" {
-		t.Errorf("then /healthz answers %d %q", code, text)
-	}
+	wantPage(t, handler, "/healthz", 200, "ok\n")
 	a := dialTCP(t, s.listener.Addr().String())
 	a.ask("Put:k:v\nPing", ":PONG")
 	s.log.Error("the test has failed")
-	code, text := ask("/metrics")
-	checkMetrics(t, text)
 	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0",
 		"commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ",
 		"log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824",
 		"clients_refused_total 0"} {
-		if code != 200 || !strings.Contains(text, "\nkvserver_"+want) {
-			t.Errorf("then /metrics answers %d without %q: %s", code, want, text)
-		}
+		checkMetrics(t, wantPage(t, handler, "/metrics", 200, "\nkvserver_"+want))
 	}
 }
 
@@ -4923,15 +4807,8 @@ func TestWatchIsLimited(t *testing.T) {
 			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
 		}
 	}
-	handler := s.watchHandler("")
-	ask := func(path string) (code int) {
-		code, _ = getPage(handler, path)
-		return code
-	}
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
-		if code := ask(path + "?seconds=61"); code != 400 {
-			t.Errorf("%s of 61 seconds: %d, want 400", path, code)
-		}
+		wantPage(t, s.watchHandler(""), path+"?seconds=61", 400)
 	}
 }
 
@@ -4988,23 +4865,13 @@ func TestWatchOneProfileAtATime(t *testing.T) {
 		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			<-time.After(time.Second / 2)
 		}))
-		ask := func() (code int) {
-			code, _ = getPage(handler, "/")
-			return code
-		}
-		go ask()
+		go getPage(handler, "/")
 		synctest.Wait()
-		if code := ask(); code != 503 {
-			t.Errorf("beside another: %d, want 503", code)
-		}
+		wantPage(t, handler, "/", 503)
 		pass(time.Second - 1)
-		if code := ask(); code != 503 {
-			t.Errorf("right behind another: %d, want 503", code)
-		}
+		wantPage(t, handler, "/", 503) // right behind another
 		pass(1)
-		if code := ask(); code != 200 {
-			t.Errorf("after a rest: %d, want 200", code)
-		}
+		wantPage(t, handler, "/", 200)
 		pass(time.Second)
 	})
 }
@@ -5133,9 +5000,7 @@ func TestSlowLineIsAnsweredOnce(t *testing.T) {
 		a := n.dial(t)
 		go a.sendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
 		a.want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
-		if rest := a.readAll(); rest != "" {
-			t.Errorf("then came %q", rest)
-		}
+		a.wantRest("")
 		a.close()
 	})
 }
@@ -5192,9 +5057,7 @@ func TestDumpIsOneMoment(t *testing.T) {
 		b.ask("Ack", ":OK 0")
 		a.send("Put:begun:1\nDump\n")
 		a.want(":OK 1")
-		if line := a.read(); line != ": Put:begun:1" {
-			t.Errorf("the Dump begins with %q", line)
-		}
+		a.want(": Put:begun:1")
 		synctest.Wait()
 		for i := range coins { // while it waits for its reader
 			to := fmt.Sprint("purse", (i*7)%purses)
@@ -5267,16 +5130,12 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 				})
 			}
 			pass(slowAfter)
-			if used := len(n.server.snapshots.slots); used != maxSnapshots {
-				t.Errorf("%d Dumps are under way, want %d", used, maxSnapshots)
-			}
+			equal(t, "Dumps that are under way", len(n.server.snapshots.slots), maxSnapshots)
 			within(t, 0, c.most, func() { n.dial(t).ask("Keys:none", ":OK 0") })
 			close(ended)
 			readers.Wait()
 			synctest.Wait()
-			if used := len(n.server.snapshots.slots); used != 0 {
-				t.Errorf("%d snapshots are left", used)
-			}
+			equal(t, "snapshots that are left", len(n.server.snapshots.slots), 0)
 		})
 	}
 }
@@ -5424,9 +5283,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		}()
 		synctest.Wait()
 		<-s.cores.slots
-		if first := <-ended; first != "the other" {
-			t.Errorf("%s was over before anybody else had a turn", first)
-		}
+		equal(t, "over first", <-ended, "the other")
 		if <-ended; !slices.IsSorted(keys) {
 			t.Error("the keys are not sorted")
 		}
@@ -5503,9 +5360,7 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 		a.close()
 		b.close()
 		synctest.Wait()
-		if queued := other.stat("queued_bytes"); queued != 0 {
-			t.Errorf("%d bytes are queued for nobody", queued)
-		}
+		other.wantStat("queued_bytes", 0)
 	})
 }
 
@@ -5676,9 +5531,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			t.Errorf("%d replies were kept, want at most %d", delivered, most)
 		}
 		slow.ask("Ping", ":PONG") // counted once
-		if dropped := other.stat("replies_dropped_total"); dropped != owed-delivered {
-			t.Errorf("Stats counted %d dropped replies, want %d", dropped, owed-delivered)
-		}
+		other.wantStat("replies_dropped_total", owed-delivered)
 		slow.ask("Get:after", "after:1")
 	})
 }
@@ -5734,9 +5587,7 @@ func TestSlowReaderRecovers(t *testing.T) {
 			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
 		}
 		go ask()
-		if delivered := a.count("list:"); delivered != 300*30 {
-			t.Errorf("reading at once, %d lines were delivered, want all %d", delivered, 300*30)
-		}
+		equal(t, "reading at once, lines", a.count("list:"), 300*30)
 	})
 }
 
@@ -6108,9 +5959,7 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 		a.send("Get:k\nQuit\n")
 		pass(4 * drainTime)
 		a.sendSome("Ping\n") // to a connection that was closed this would cost the answer
-		if got := strings.Count(a.readAll(), "k:"); got != 40 {
-			t.Errorf("%d lines of 40 came", got)
-		}
+		equal(t, "lines that came", strings.Count(a.readAll(), "k:"), 40)
 		a.close()
 	})
 }
@@ -6129,9 +5978,7 @@ func TestEndByQuit(t *testing.T) {
 			t.Errorf("the connection is open %v after Quit", drainTime)
 		}
 		a.close()
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients, want 0", got)
-		}
+		equal(t, "clients", n.server.CountActive(), 0)
 	})
 }
 
@@ -6207,15 +6054,11 @@ func TestWriteTimeout(t *testing.T) {
 			b.send("Get:big\n")
 			pass(time.Minute - 1)
 			io.CopyN(io.Discard, b.r, 4*maxWrite)
-			if got := n.server.CountActive(); got != 2 {
-				t.Errorf("%d clients just before the timeout, want 2", got)
-			}
+			equal(t, "clients just before the timeout", n.server.CountActive(), 2)
 			pass(1)
 			io.CopyN(io.Discard, b.r, 10_000)
 			pass(time.Minute) // a may have accepted a part of the Write that did not end
-			if got := n.server.CountActive(); got != 1 {
-				t.Errorf("%d clients after the timeout, want 1", got)
-			}
+			equal(t, "clients after the timeout", n.server.CountActive(), 1)
 			want := "it took nothing for 1m0s (-write-timeout)"
 			if log := n.log.take(); !strings.Contains(log, want) {
 				t.Errorf("the log does not say %q:\n%s", want, log)
@@ -6224,9 +6067,7 @@ func TestWriteTimeout(t *testing.T) {
 				io.CopyN(io.Discard, b.r, 40_000)
 				pass(time.Minute - 1)
 			}
-			if got := n.server.CountActive(); got != 1 {
-				t.Errorf("%d clients when one accepts 40 kB a minute, want 1", got)
-			}
+			equal(t, "clients when one accepts 40 kB a minute", n.server.CountActive(), 1)
 			a.close()
 			b.close()
 		})
@@ -6842,6 +6683,14 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
+// equal wants what the test has got to be this.
+func equal[T comparable](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: got %.600q, want %.600q", what, fmt.Sprint(got), fmt.Sprint(want))
+	}
+}
+
 // within does something that is to take from least to most.
 func within(t testing.TB, least, most time.Duration, do func()) {
 	t.Helper()
@@ -7010,6 +6859,19 @@ func (c *testClient) readList() (lines []string) {
 	return lines
 }
 
+// wantRest wants this, and then the end.
+func (c *testClient) wantRest(want string) {
+	c.t.Helper()
+	equal(c.t, "all that came", c.readAll(), want)
+}
+
+// wantNothing wants nothing to come, from a server that waits for something else.
+func (c *testClient) wantNothing() {
+	c.t.Helper()
+	synctest.Wait()
+	equal(c.t, "bytes that came", c.r.Buffered()+c.conn.(*world.Conn).Unread(), 0)
+}
+
 // readAll returns everything up to the end.
 func (c *testClient) readAll() string {
 	c.t.Helper()
@@ -7044,6 +6906,12 @@ func (c *testClient) stat(name string) int {
 		c.t.Errorf("Stats does not say %q", name)
 	}
 	return value
+}
+
+// wantStat wants Stats to tell this number.
+func (c *testClient) wantStat(name string, want int) {
+	c.t.Helper()
+	equal(c.t, name, c.stat(name), want)
 }
 
 // count returns how many lines with prefix come before a PONG.
@@ -7124,6 +6992,19 @@ func getPage(handler http.Handler, path string) (code int, body string) {
 	answer := httptest.NewRecorder()
 	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 	return answer.Code, answer.Body.String()
+}
+
+// wantPage asks for a page, and wants it to have this code and these words.
+func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, words ...string) (body string) {
+	t.Helper()
+	code, body := getPage(handler, path)
+	equal(t, path, code, wantCode)
+	for _, want := range words {
+		if !strings.Contains(body, want) {
+			t.Errorf("%s is without %q: %s", path, want, body)
+		}
+	}
+	return body
 }
 
 // unwritten is a client of s whose messages nobody writes.
