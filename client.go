@@ -532,7 +532,6 @@ type input struct {
 	full     bool    // the last Read filled buf
 	pending  int     // bytes at the start of buf: a line whose end has not come
 	line     int     // lines so far
-	heard    bool    // a byte has come
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // the memory of the chain, used again for the next
 	skipping bool    // a line that cannot be taken in has not ended; pending is 0
@@ -580,14 +579,13 @@ func (c *Client) read() (burst string, err error) {
 	if n > 0 {
 		in.came += n
 
-		// No line of a TLS client's hello may be run.
-		if !in.heard && in.buf[0] == tlsHandshake && c.isPlain() {
+		// No line of a TLS client's hello, which is the first that comes, may be run.
+		if in.line == 0 && !in.midLine() && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS, true)
 			return "", nil
 		}
-		in.heard = true
 
 		// The chain under way is made of the other buffer, which wholeLines needs.
 		c.await()

@@ -1592,19 +1592,10 @@ func (s *keyValueServer) hurry() {
 
 // counter is a row of Stats and /metrics: a number, or the version, and what it is.
 type counter struct {
-	name  string
+	name  string // it ends in _total if the number only ever grows
 	help  string // a sentence
 	value any    // a number; of the version a string, which /metrics shows as a label
-	kind  counterKind
 }
-
-// counterKind is what Prometheus calls a type.
-type counterKind string
-
-const (
-	gauge      counterKind = "gauge"
-	cumulative counterKind = "counter" // it only ever grows, and its name ends in _total
-)
 
 // line is c as Stats shows it.
 func (c counter) line() string { return fmt.Sprint(c.name, " ", c.value) }
@@ -1615,8 +1606,14 @@ func (c counter) write(w io.Writer) {
 	if text, isText := value.(string); isText {
 		name, labels, value = "info", fmt.Sprintf("{%s=%q}", c.name, text), 1
 	}
+
+	// What Prometheus calls a type.
+	kind := "gauge"
+	if strings.HasSuffix(name, "_total") {
+		kind = "counter"
+	}
 	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s %s\nkvserver_%s%s %v\n",
-		name, c.help, name, c.kind, name, labels, value)
+		name, c.help, name, kind, name, labels, value)
 }
 
 // stats returns what Stats and /metrics both show.
@@ -1625,37 +1622,35 @@ func (s *keyValueServer) stats() []counter {
 	s.noteMemory()
 
 	rows := []counter{
-		{"version", "Always 1; its label is the version.", s.version, gauge},
-		{"uptime_seconds", "Since the server began to serve.",
-			int(time.Since(s.started).Seconds()), gauge},
-		{"clients", "Connections now.", len(s.clients), gauge},
-		{"clients_left_total", "Connections that have ended.", s.departed, cumulative},
+		{"version", "Always 1; its label is the version.", s.version},
+		{"uptime_seconds", "Since the server began to serve.", int(time.Since(s.started).Seconds())},
+		{"clients", "Connections now.", len(s.clients)},
+		{"clients_left_total", "Connections that have ended.", s.departed},
 	}
 
 	for t := put; t <= quit; t++ {
-		verb := strings.ToLower(verbs[t].name)
+		verb, n := strings.ToLower(verbs[t].name), s.requests[t]
+		if t == expire {
+			n += s.requests[timeLeft]
+		}
 		rows = append(rows, counter{verb + "_requests_total",
-			"Requests of the kind " + verb + " that were run.", s.requestsOf(t), cumulative})
+			"Requests of the kind " + verb + " that were run.", n})
 	}
 
 	rows = append(rows, []counter{
 		{"refused_requests_total", "Lines that were answered with an error.",
-			s.requests[malformed] + s.requests[foreign], cumulative},
+			s.requests[malformed] + s.requests[foreign]},
 		{"replies_dropped_total", "Replies that clients lost because they did not read.",
-			s.lostReplies.Load(), cumulative},
-		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load(),
-			gauge},
-		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.",
-			s.budget.forQueues(), gauge},
+			s.lostReplies.Load()},
+		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load()},
+		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.", s.budget.forQueues()},
 		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
-			s.noRoom.total + s.noMemory.total, cumulative},
-		{"waiting_takes", "Takes that wait for a value.", s.takes.n, gauge},
-		{"expired_keys_total", "Keys that have gone because their time was over.", s.expired,
-			cumulative},
-		{"clients_refused_total", "Connections over -max-clients, which were refused.",
-			s.full.total, cumulative},
+			s.noRoom.total + s.noMemory.total},
+		{"waiting_takes", "Takes that wait for a value.", s.takes.n},
+		{"expired_keys_total", "Keys that have gone because their time was over.", s.expired},
+		{"clients_refused_total", "Connections over -max-clients, which were refused.", s.full.total},
 		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
-			s.badHandshakes.total, cumulative},
+			s.badHandshakes.total},
 	}...)
 
 	// Not every store knows how much it holds.
@@ -1664,15 +1659,14 @@ func (s *keyValueServer) stats() []counter {
 		return rows
 	}
 	return append(rows, []counter{
-		{"keys", "Keys in the store.", keys, gauge},
-		{"values", "Values in the store.", values, gauge},
-		{"expiring_keys", "Keys that go when their time is over.", s.db.Expiring(), gauge},
-		{"data_bytes", "Keys and values together.", bytes, gauge},
+		{"keys", "Keys in the store.", keys},
+		{"values", "Values in the store.", values},
+		{"expiring_keys", "Keys that go when their time is over.", s.db.Expiring()},
+		{"data_bytes", "Keys and values together.", bytes},
 		{"memory_bytes", "What the data and the clients take in memory, but for what is queued.",
-			s.budget.data(), gauge},
-		{"memory_limit_bytes", "At so much writes are refused; 0: no limit.",
-			s.budget.forData(), gauge},
-		{"process_bytes", "What the process takes from the system.", processBytes(), gauge},
+			s.budget.data()},
+		{"memory_limit_bytes", "At so much writes are refused; 0: no limit.", s.budget.forData()},
+		{"process_bytes", "What the process takes from the system.", processBytes()},
 	}...)
 }
 
@@ -1683,14 +1677,6 @@ func processBytes() uint64 {
 		{Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(samples)
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
-}
-
-// requestsOf returns how many requests of a client's kind were run.
-func (s *keyValueServer) requestsOf(t queryType) (n int) {
-	if n = s.requests[t]; t == expire {
-		n += s.requests[timeLeft]
-	}
-	return n
 }
 
 // requestsRun returns how many requests were run or refused.
@@ -1897,7 +1883,7 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 
 	rows = append(rows, counter{"active",
-		"1 if it serves; 0 while it opens its data, or stands by.", active, gauge})
+		"1 if it serves; 0 while it opens its data, or stands by.", active})
 	rows = append(rows, s.watched()...)
 
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
@@ -1923,17 +1909,15 @@ func (s *keyValueServer) watched() (rows []counter) {
 	// A store in memory is taken over from nobody, and has no log.
 	if s.status != nil {
 		rows = append(rows,
-			counter{"takeovers_total",
-				"How often the data was taken over from a server that had died.",
-				s.status.Takeovers(), cumulative},
+			counter{"takeovers_total", "How often the data was taken over from a server that had died.",
+				s.status.Takeovers()},
 			counter{"compactions_total", "How often the log was compacted, since the start.",
-				s.status.Compactions.Load(), cumulative})
+				s.status.Compactions.Load()})
 
 		// A lock on files of our own needs nobody to confirm it.
 		if at := s.status.Confirmed(); !at.IsZero() {
 			rows = append(rows, counter{"lock_age_seconds",
-				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds(),
-				gauge})
+				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds()})
 		}
 	}
 
@@ -1941,12 +1925,11 @@ func (s *keyValueServer) watched() (rows []counter) {
 	if s.logged != nil {
 		rows = append(rows,
 			counter{"log_lines_lost_total", "Lines of log that could not be written.",
-				s.logged.lost.Load(), cumulative},
-			counter{"log_errors_total", "Errors in the log.",
-				s.logged.errors.Load(), cumulative},
+				s.logged.lost.Load()},
+			counter{"log_errors_total", "Errors in the log.", s.logged.errors.Load()},
 			counter{"last_error_timestamp_seconds",
 				"When the last error was logged, as a Unix time; 0: never.",
-				s.logged.last.Load(), gauge})
+				s.logged.last.Load()})
 	}
 
 	// What Go says of itself.
@@ -1959,11 +1942,10 @@ func (s *keyValueServer) watched() (rows []counter) {
 	metrics.Read(runtimes)
 
 	return append(rows,
-		counter{"go_goroutines", "Goroutines now.", runtimes[0].Value.Uint64(), gauge},
-		counter{"go_heap_bytes", "Objects in Go's heap.", runtimes[1].Value.Uint64(), gauge},
-		counter{"go_memory_bytes", "What Go has mapped.", runtimes[2].Value.Uint64(), gauge},
-		counter{"go_gc_cycles_total", "Collections of garbage.",
-			runtimes[3].Value.Uint64(), cumulative})
+		counter{"go_goroutines", "Goroutines now.", runtimes[0].Value.Uint64()},
+		counter{"go_heap_bytes", "Objects in Go's heap.", runtimes[1].Value.Uint64()},
+		counter{"go_memory_bytes", "What Go has mapped.", runtimes[2].Value.Uint64()},
+		counter{"go_gc_cycles_total", "Collections of garbage.", runtimes[3].Value.Uint64()})
 }
 
 // writeHistogram writes h as Prometheus wants it.

@@ -2347,15 +2347,11 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		b.ask("Get:k", "k:v")
 		equal(t, "clients", n.server.CountActive(), 2)
 		n.server.Close()
-		a.wantClosed()
-		b.wantClosed()
+		wantAllClosed(a, b)
 		for _, l := range []*fakeNet{n, other, failing} {
-			if !isClosed(l.Closed()) {
-				t.Error("Close left a listener open")
-			}
+			equal(t, "the listener is closed", isClosed(l.Closed()), true)
 		}
-		a.close()
-		b.close()
+		closeClients([]*testClient{a, b})
 	})
 }
 
@@ -2520,11 +2516,8 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 // readAndSend has a client read what it is answered, in pieces, with a Put and a pause between any
 // two, while the server closes, and wants it to be this. The server has read all that was sent.
 func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause time.Duration) {
-	closed := make(chan struct{})
-	go func() {
-		s.Close()
-		close(closed)
-	}()
+	var closing sync.WaitGroup
+	closing.Go(s.Close)
 	<-s.closeSignal
 
 	var got []byte
@@ -2540,7 +2533,7 @@ func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause 
 		a.t.Errorf("%T: %d bytes of %d came", a.conn, len(got), len(want))
 	}
 	a.close()
-	<-closed
+	closing.Wait()
 }
 
 // Ensure that Close ends a reader that is just setting a deadline of its own.
@@ -2652,21 +2645,14 @@ func TestCloseDuringKeys(t *testing.T) {
 func TestCloseDuringDump(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const pairs = 10_000
-		for i := range pairs {
-			n.fill(fmt.Sprint(i), strings.Repeat("v", 1000), 1)
-		}
+		n.fillKeys("", pairs, strings.Repeat("v", 1000))
 		a := n.dialAck(t)
 		a.send("Dump\n")
 		synctest.Wait() // until its queue is full
-		closed := make(chan struct{})
-		go func() {
-			n.server.Close()
-			close(closed)
-		}()
+		go n.server.Close()
 		if lines := strings.Count(a.readAll(), ": Put:"); lines == 0 || lines == pairs {
 			t.Errorf("%d of %d pairs came", lines, pairs)
 		}
-		<-closed
 	})
 }
 
@@ -3010,9 +2996,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 		store.fail = errors.New("disk on fire")
 		a.send("Put:k:w\n")
 		synctest.Wait()
-		for _, x := range []*testClient{a, b, c} {
-			x.wantClosed()
-		}
+		wantAllClosed(a, b, c)
 		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
 		n.dial(t).wantClosed()
@@ -3741,9 +3725,7 @@ func TestTakeWaitsForCommit(t *testing.T) {
 		synctest.Wait()
 		store.gate <- errors.New("disk on fire")
 		synctest.Wait()
-		for _, x := range []*testClient{a, b, c} {
-			x.wantClosed()
-		}
+		wantAllClosed(a, b, c)
 	})
 }
 
@@ -3840,20 +3822,20 @@ func TestMemoryLimit(t *testing.T) {
 			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
 		}
-		a.send("Put:3:" + long + "\nUpdate:short:1:" + long + "\n")
-		for range 2 {
+		refuse := func(request string) {
+			t.Helper()
+			a.send(request + "\n")
 			if line := a.read(); !strings.HasSuffix(line, full) {
-				t.Errorf("got %q, want %q", line, full)
+				t.Errorf("%.20q: got %q, want %q", request, line, full)
 			}
 		}
+		refuse("Put:3:" + long)
+		refuse("Update:short:1:" + long)
 		synctest.Wait()
 		for n.server.budget.data() < n.server.budget.forData() {
 			n.server.budget.other.Add(100)
 		}
-		a.send("Put:short:2\n")
-		if line := a.read(); !strings.HasSuffix(line, full) {
-			t.Errorf("where nothing is left: got %q, want %q", line, full)
-		}
+		refuse("Put:short:2")
 		a.ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
@@ -3861,10 +3843,7 @@ func TestMemoryLimit(t *testing.T) {
 			":OK 0", ":OK 0", ":OK 0", ":OK 0")
 		a.ask("Set:short:", ":OK 1")
 		a.ask("Set:short:", ":OK 1")
-		a.send("Set:new:\n") // but a key is something
-		if line := a.read(); !strings.HasSuffix(line, full) {
-			t.Errorf("a Set of a new key: got %q, want %q", line, full)
-		}
+		refuse("Set:new:") // a key is something
 		n.server.budget.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
@@ -4293,9 +4272,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const values, keys = 20 * kilo, 5 * kilo
 		n.fill("list", "v", values)
-		for i := range keys {
-			n.fill(fmt.Sprint("key", i), strings.Repeat("v", 100), 1)
-		}
+		n.fillKeys("key", keys, strings.Repeat("v", 100))
 		n.server.maxClients = 3
 		watch, a, b := n.dial(t), n.dial(t), n.dial(t)
 		synctest.Wait()
@@ -4964,20 +4941,19 @@ func TestSlowLine(t *testing.T) {
 				a.want(":PONG")
 			}
 			a.send("Put:k:")
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
+			var sender sync.WaitGroup
+			sender.Go(func() {
 				for range 100 {
 					<-time.After(time.Second)
 					a.sendSome(trickle)
 				}
-			}()
+			})
 			within(t, lineTime, lineTime+2*quietAfter, func() {
 				a.want(":ERROR line 6: the line was begun but not ended within 30s")
 			})
 			a.wantClosed()
 			a.close()
-			<-done
+			sender.Wait()
 		})
 	}
 }
@@ -5115,9 +5091,7 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 		}, 2*dripTime + 3*slowAfter},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			for i := range 8000 { // 12 MB
-				n.fill(fmt.Sprint(i), strings.Repeat("v", 1500), 1)
-			}
+			n.fillKeys("", 8000, strings.Repeat("v", 1500)) // 12 MB
 			ended := make(chan struct{})
 			var readers sync.WaitGroup
 			for range maxSnapshots {
@@ -5198,9 +5172,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 // Ensure that a Keys that is not read keeps nobody from a snapshot.
 func TestDumpGivesSnapshotsBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for i := range 8000 { // 4 MB
-			n.fill(fmt.Sprint(strings.Repeat("k", 500), i), "v", 1)
-		}
+		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
 		a := n.dial(t)
 		a.send("Keys\n")
 		synctest.Wait()
@@ -6721,6 +6693,13 @@ func (n *fakeNet) fill(key, value string, times int) {
 	}
 }
 
+// fillKeys puts value under so many keys: prefix and a number.
+func (n *fakeNet) fillKeys(prefix string, keys int, value string) {
+	for i := range keys {
+		n.fill(fmt.Sprint(prefix, i), value, 1)
+	}
+}
+
 // inputs is how many bytes all clients' inputs take, while they all wait.
 func (n *fakeNet) inputs() (held int64) {
 	for _, c := range n.server.clients {
@@ -6933,6 +6912,13 @@ func (c *testClient) wantClosed() {
 		c.t.Errorf("got %q, want the end", b)
 	} else if err != io.EOF && !errors.Is(err, io.ErrClosedPipe) {
 		c.t.Errorf("got %v, want the end", err)
+	}
+}
+
+func wantAllClosed(clients ...*testClient) {
+	for _, c := range clients {
+		c.t.Helper()
+		c.wantClosed()
 	}
 }
 
