@@ -48,7 +48,7 @@
 //		TestMovedRealDirectory, FuzzRecovery
 //	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
-//		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
+//		TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
@@ -3047,7 +3047,22 @@ func TestCommitBeforeGets(t *testing.T) {
 // waits in vain do not last: for those who have left, come later, only read, or wait for a value.
 func TestCommitGathers(t *testing.T) {
 	const takes, second = 10 * time.Millisecond, 100 // Commits
-	for what, test := range map[string]func(t *testing.T, n *fakeNet, store *slowStore){
+	type gathers func(t *testing.T, n *fakeNet, store *slowStore)
+	beside := func(most int64, others func(t *testing.T, n *fakeNet, ended <-chan struct{})) gathers {
+		return func(t *testing.T, n *fakeNet, store *slowStore) {
+			ended := make(chan struct{})
+			var all sync.WaitGroup
+			n.start(t)
+			all.Go(func() { others(t, n, ended) })
+			n.repeat(t, 10, takes/10, takes/10, second)
+			got := store.commits.Load()
+			close(ended)
+			if all.Wait(); got > most {
+				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
+			}
+		}
+	}
+	for what, test := range map[string]gathers{
 		"halves": func(t *testing.T, n *fakeNet, store *slowStore) {
 			n.repeat(t, 10, takes/2, time.Millisecond, 20)
 			if got := store.commits.Load(); got > 30 {
@@ -3071,52 +3086,24 @@ func TestCommitGathers(t *testing.T) {
 				t.Errorf("clients that come late have %d Commits in %v", got, time.Since(began))
 			}
 		},
-		"one that reads in between": func(t *testing.T, n *fakeNet, store *slowStore) {
-			both, ended := n.dial(t), make(chan struct{})
-			both.ask("Ack", ":OK 0")
-			var one sync.WaitGroup
-			one.Go(func() {
-				for !isClosed(ended) {
-					both.ask("Get:none", ":OK 0")
-					both.ask("Put:k:v", ":OK 1")
-				}
-			})
-			n.repeat(t, 10, takes/10, takes/10, second)
-			close(ended)
-			one.Wait()
-			if got := store.commits.Load(); got > second*3/2 {
-				t.Errorf("there were %d Commits for %d rounds of all clients", got, second)
+		"one that reads in between": beside(second*3/2, func(t *testing.T, n *fakeNet, ended <-chan struct{}) {
+			for both := n.dialAck(t); !isClosed(ended); {
+				both.ask("Get:none", ":OK 0")
+				both.ask("Put:k:v", ":OK 1")
 			}
-		},
-		"some that come seldom": func(t *testing.T, n *fakeNet, store *slowStore) {
-			var some sync.WaitGroup
-			some.Go(func() { n.repeat(t, 8, 9*takes/8, 9*takes, second/5) })
-			n.repeat(t, 10, takes/10, takes/10, second)
-			got := store.commits.Load()
-			some.Wait()
-			if got > 140 {
-				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
-			}
-		},
-		"one that pauses": func(t *testing.T, n *fakeNet, store *slowStore) {
-			var one sync.WaitGroup
+		}),
+		"some that come seldom": beside(140, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
+			n.repeat(t, 8, 9*takes/8, 9*takes, second/5)
+		}),
+		"one that pauses": beside(127, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
 			c := n.dialAck(t)
-			one.Go(func() {
-				for i := range second / 2 { // it comes each time for a while
-					c.ask("Put:k:v", ":OK 1")
-					<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
-				}
-			})
-			n.repeat(t, 10, takes/10, takes/10, second)
-			got := store.commits.Load()
-			one.Wait()
-			if got > 127 {
-				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
+			for i := range second / 2 { // it comes each time for a while
+				c.ask("Put:k:v", ":OK 1")
+				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
 			}
-		},
+		}),
 		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
-			reader, gets := n.dial(t), 0
-			reader.ask("Ack", ":OK 0")
+			reader, gets := n.dialAck(t), 0
 			go n.repeat(t, 1, 0, takes*4/10, second)
 			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
 				reader.ask("Get:none", ":OK 0")
@@ -5666,56 +5653,6 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			synctest.Wait()
 		})
 	}
-}
-
-// Ensure that clients which do not read for some seconds get what the queue keeps
-// for them, and the others everything, as Project 0's own tests want it: six
-// clients on one goroutine, four of them slow, Gets of lists of large values.
-func TestSlowReaderOfProject0(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, slow, gets, values = 6, 4, 1900, 3
-		value := strings.Repeat("v", 4096)
-		n.fill("list", value, values)
-		all := n.dialMany(t, clients, func(int, *testClient) {})
-		var lines [clients]int
-		var readers sync.WaitGroup
-		for i, c := range all {
-			readers.Go(func() {
-				if i < slow {
-					<-time.After(5 * time.Second)
-				}
-				// and then nothing comes any more
-				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
-				for ; ; lines[i]++ {
-					line, err := c.r.ReadString('\n')
-					if err != nil {
-						return
-					}
-					if line != "list:"+value+"\n" {
-						t.Errorf("client %d got %.40q", i, line)
-					}
-				}
-			})
-		}
-		for range gets {
-			for _, c := range all {
-				c.send("Get:list\n")
-			}
-			synctest.Wait()
-		}
-		readers.Wait()
-		for i, got := range lines {
-			switch {
-			case i >= slow && got != gets*values:
-				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
-			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
-				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
-					"and not all", i, got, gets*values, maxBufferSize)
-			}
-		}
-		closeClients(all)
-	})
 }
 
 // Ensure that who lost replies, and does not ask with Ping, is told in the last
