@@ -96,7 +96,7 @@ const (
 //	in                   RW              -         -        -              -
 //	  its lines' memory  W               R         R        -              queries, done
 //	underWay, takeEnds   RW              -         -        -              -
-//	reason, drain        RW              R         -        R (drain)      buffer's close, depart
+//	reason               RW              R         -        -              depart
 //	writeErr             -               R         -        W              depart
 //	pacedConn's fields   R (writing)     -         -        RW             - (limit: set before)
 //
@@ -139,13 +139,11 @@ type Client struct {
 	parked *list.Element // its Take that waits, in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
-	// Owned by readFromClient, until it closes buffer (then writeToClient may read drain), and
-	// its departure leaves them to workLoop.
+	// Owned by readFromClient, until its departure leaves them to workLoop.
 	in       input
 	underWay bool      // a chain is, and has not come back
 	takeEnds time.Time // when the Take under way stops waiting; zero: none waits, or it was told
 	reason   string    // why the connection ends, for the log; "" while it does not
-	drain    bool      // we close first, as after a Quit: let the client take our last words
 
 	writeErr error // of the Write that failed; owned by writeToClient, until its departure
 }
@@ -259,11 +257,10 @@ const (
 	speaksNothing = "its first line is too long, and none of our requests"
 )
 
-// end notes why nothing more is read; the first reason stays. drain: the client gets time to take
-// our last words.
-func (c *Client) end(why string, drain bool) {
+// end notes why nothing more is read; the first reason stays.
+func (c *Client) end(why string) {
 	if c.reason == "" {
-		c.reason, c.drain = why, drain
+		c.reason = why
 	}
 }
 
@@ -303,7 +300,7 @@ func (c *Client) await() bool {
 	if c.underWay {
 		c.underWay = false
 		if c.awaitDone() == nil {
-			c.end("the store failed", false)
+			c.end("the store failed")
 			return false
 		}
 	}
@@ -400,7 +397,7 @@ func (c *Client) mayGoOn() {
 	c.in.skip()
 	c.answerFault(why)
 	if !isOurs {
-		c.end(speaksNothing, true)
+		c.end(speaksNothing)
 	}
 }
 
@@ -448,7 +445,7 @@ func (c *Client) awaitLineMemory() bool {
 			}
 			in.counted += more
 		case <-c.server.closeSignal:
-			c.end(weClose, true)
+			c.end(weClose)
 			return true
 		}
 
@@ -499,22 +496,19 @@ func (c *Client) endInput(err error) {
 				c.answerFault("the last line has no newline at its end, so it was not run")
 			}
 		}
-		c.end(itClosed, false)
+		c.end(itClosed)
 
 	case c.server.isClosing(): // that is why Read has ended
-		c.end(weClose, true)
+		c.end(weClose)
 
 	// A line that is skipped was counted and answered when that began.
-	case err == errUnended:
-		if !in.skipping {
-			in.line++
-			c.answerFault(err.Error())
-		}
-		c.end(err.Error(), true)
-
-	default: // the connection broke
-		c.end(err.Error(), false)
+	case err == errUnended && !in.skipping:
+		in.line++
+		c.answerFault(err.Error())
 	}
+
+	// If there was no other reason before.
+	c.end(err.Error())
 }
 
 // depart tells workLoop that one of the client's goroutines has ended.
@@ -583,7 +577,7 @@ func (c *Client) read() (burst string, err error) {
 		if in.line == 0 && !in.midLine() && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
-			c.end(speaksTLS, true)
+			c.end(speaksTLS)
 			return "", nil
 		}
 
@@ -808,17 +802,17 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		// Some lines are their connection's last.
 		switch {
 		case q.queryType == quit:
-			c.end(itQuit, true)
+			c.end(itQuit)
 		case in.spoke || q.queryType != malformed || isLong && begun(line) != malformed:
 			// a request, or a mistake in one
 		case isLong:
-			c.end(speaksNothing, true)
+			c.end(speaksNothing)
 		case isHTTP(line):
 			q.queryType, q.value = foreign, badRequest
-			c.end(speaksHTTP, true)
+			c.end(speaksHTTP)
 		case isRESP(line):
 			q.queryType, q.value = foreign, badRESP
-			c.end(speaksRESP, true)
+			c.end(speaksRESP)
 		}
 		in.spoke = true
 	}
@@ -886,7 +880,7 @@ func (c *Client) list(q *Query) {
 
 	// A snapshot keeps what others remove meanwhile, so there are few at a time.
 	if !l.place.acquire(c.server.closeSignal) {
-		c.end(weClose, false)
+		c.end(weClose)
 		return
 	}
 	defer l.release()
@@ -977,7 +971,7 @@ func (l *listing) awaitListMemory() bool {
 			select {
 			case <-time.After(tickTime):
 			case <-l.client.server.closeSignal:
-				l.client.end(weClose, false)
+				l.client.end(weClose)
 				return false
 			}
 		}
@@ -1108,7 +1102,7 @@ func (l *listing) mustStop(n int) bool {
 	if n < partKeys || !l.client.server.isClosing() {
 		return false
 	}
-	l.client.end(weClose, false)
+	l.client.end(weClose)
 	return true
 }
 
@@ -1616,11 +1610,10 @@ func (c *Client) writeToClient() {
 		c.server.budget.queued.Add(-size)
 	}
 
+	// Where the client has not closed its own side, it gets time to take our last words.
 	if c.writeErr == nil {
-		if c.drain {
-			c.inTime(func() { closeWrite(c.connection) })
-			c.drainInput()
-		}
+		c.inTime(func() { closeWrite(c.connection) })
+		c.drainInput()
 		c.inTime(func() { c.connection.Close() })
 	}
 

@@ -741,7 +741,6 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	// To close at once could reset the connection, and then the message is lost.
 	s.rejecting++
 	c.paced.limit = time.Now().Add(closeTime) // it ends even where nothing is taken
-	c.drain = true
 	c.buffer = make(chan []byte, 1)
 	c.outbox.queue(full)
 	close(c.buffer)
