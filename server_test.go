@@ -2283,9 +2283,7 @@ func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 // Ensure that Start serves its port, and says so when it cannot.
 func TestStart(t *testing.T) {
 	first := New(kvstore.NewMemory())
-	if err := first.Start(0); err != nil {
-		t.Fatal(err)
-	}
+	must(t, first.Start(0))
 	defer first.Close()
 	port := first.listener.Addr().(*net.TCPAddr).Port
 	a := dialTCP(t, first.listener.Addr().String())
@@ -2295,9 +2293,7 @@ func TestStart(t *testing.T) {
 	if err := second.Start(port); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("a taken port: %v, want %v", err, syscall.EADDRINUSE)
 	}
-	if err := second.Start(0); err != nil {
-		t.Errorf("a free port after a taken one: %v", err)
-	}
+	must(t, second.Start(0)) // a free port after a taken one
 	second.Close()
 	equal(t, "second Start", first.Start(0), errStarted)
 }
@@ -2339,9 +2335,7 @@ func TestStartOnSeveralListeners(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		other, failing := newFakeNet(), newFakeNet()
 		other.server, failing.Failures = n.server, 1<<30
-		if err := n.server.serve(n, other, failing); err != nil {
-			t.Fatal(err)
-		}
+		must(t, n.server.serve(n, other, failing))
 		a, b := n.dial(t), other.dial(t)
 		a.ask("Put:k:v\nPing", ":PONG")
 		b.ask("Get:k", "k:v")
@@ -2696,9 +2690,7 @@ func TestAcceptBacksOff(t *testing.T) {
 		n.server.Close()
 		log := n.log.take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
-			if got := strings.Count(log, line); got != 1 {
-				t.Errorf("%q is in the log %d times, want 1:\n%s", line, got, log)
-			}
+			equal(t, line+", in the log", strings.Count(log, line), 1)
 		}
 	})
 	inBubble(t, func(t *testing.T, n *fakeNet) { // and Close does not wait for it
@@ -2879,17 +2871,14 @@ func TestTurns(t *testing.T) {
 			return c.share.next.line, time.Since(start)
 		}
 		takes = 2 * time.Millisecond
-		if n, took := turn(); n > maxStride/searchCost {
-			t.Errorf("the first long Updates: %d of them, %v", n, took)
-		}
-		if n, took := turn(); n > 1 {
-			t.Errorf("long Updates: %d of them, %v", n, took)
-		}
+		first, _ := turn()
+		between(t, "the first long Updates", first, 0, maxStride/searchCost)
+		later, _ := turn()
+		between(t, "long Updates", later, 0, 1)
 		takes = time.Microsecond
 		turn()
-		if _, took := turn(); took < maxTurn || took > maxTurn+maxStride*takes {
-			t.Errorf("short Updates after long ones: a turn of %v, want %v", took, maxTurn)
-		}
+		_, took := turn()
+		between(t, "a turn of short Updates after long ones", took, maxTurn, maxTurn+maxStride*takes)
 	})
 }
 
@@ -2962,9 +2951,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 				err = errors.Join(err, dir.Remove(name))
 			}
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 
 		pass(3 * fileCheckTime)
 		killed := storeIn(t, dir.Kill(), nil)
@@ -2974,9 +2961,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 		killed.Close()
 		a.hangUp()
 		n.server.Close()
-		if err := db.Close(); err != nil {
-			t.Error(err)
-		}
+		must(t, db.Close())
 	})
 }
 
@@ -3001,13 +2986,9 @@ func TestCommitBeforeReplies(t *testing.T) {
 		commits := store.commits
 		n.dial(t).wantClosed()
 		n.server.Close()
-		if store.commits != commits {
-			t.Error("after a failed Commit there was another")
-		}
-		if n := strings.Count(log.String(), `reason="the store failed"`); n != 1 {
-			t.Errorf("the log says of %d clients that they left because the store failed, want "+
-				"1:\n%s", n, &log)
-		}
+		equal(t, "Commits after one that failed", store.commits, commits)
+		equal(t, "clients that left because the store failed, in the log",
+			strings.Count(log.String(), `reason="the store failed"`), 1)
 	})
 }
 
@@ -3057,34 +3038,28 @@ func TestCommitGathers(t *testing.T) {
 			n.repeat(t, 10, takes/10, takes/10, second)
 			got := store.commits.Load()
 			close(ended)
-			if all.Wait(); got > most {
-				t.Errorf("there were %d Commits for %d rounds of all who come each time", got, second)
-			}
+			all.Wait()
+			between(t, "Commits for 100 rounds of all who come each time", got, 0, most)
 		}
 	}
 	for what, test := range map[string]gathers{
 		"halves": func(t *testing.T, n *fakeNet, store *slowStore) {
 			n.repeat(t, 10, takes/2, time.Millisecond, 20)
-			if got := store.commits.Load(); got > 30 {
-				t.Errorf("there were %d Commits for 20 rounds of all clients", got)
-			}
+			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
 
 			// They have gone, so that one who is alone has nobody to wait for.
 			alone := n.dial(t)
 			for range 3 {
 				began := time.Now()
 				alone.ask("Put:k:v\nPing", ":PONG")
-				if took := time.Since(began); took > takes {
-					t.Errorf("a client that is alone waits %v", took)
-				}
+				between(t, "the wait of a client that is alone", time.Since(began), 0, takes)
 			}
 		},
 		"late": func(t *testing.T, n *fakeNet, store *slowStore) {
 			began := time.Now()
 			n.repeat(t, 2, takes/70, takes*7/10, second)
-			if got := int(store.commits.Load()); got < int(time.Since(began)/takes)*95/100 {
-				t.Errorf("clients that come late have %d Commits in %v", got, time.Since(began))
-			}
+			between(t, "Commits of clients that come late", store.commits.Load(),
+				int64(time.Since(began)/takes)*95/100, math.MaxInt64)
 		},
 		"one that reads in between": beside(second*3/2, func(t *testing.T, n *fakeNet, ended <-chan struct{}) {
 			for both := n.dialAck(t); !isClosed(ended); {
@@ -3109,9 +3084,7 @@ func TestCommitGathers(t *testing.T) {
 				reader.ask("Get:none", ":OK 0")
 				<-time.After(takes / 200)
 			}
-			if gets < 2000 {
-				t.Errorf("there were %d Gets where over a quarter of the time is without a Commit", gets)
-			}
+			between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
 			pass(time.Second)
 		},
 		"Takes": func(t *testing.T, n *fakeNet, store *slowStore) {
@@ -3125,9 +3098,7 @@ func TestCommitGathers(t *testing.T) {
 			}
 			began := time.Now()
 			n.repeat(t, 1, 0, takes/100, second)
-			if took := time.Since(began); took > second*(takes+takes/50) {
-				t.Errorf("%d values for two workers take %v", second, took)
-			}
+			between(t, "time of 100 values for two workers", time.Since(began), 0, second*(takes+takes/50))
 			pass(3 * time.Second)
 		},
 	} {
@@ -3144,9 +3115,8 @@ func TestCommitGathers(t *testing.T) {
 // Ensure that a client's first write is not waited for, also not in a server's first batches.
 func TestCommitGathersNobodyAtFirst(t *testing.T) {
 	g, sh := New(kvstore.NewMemory()).gathering, share{}
-	if g.came(&sh); sh.isSteady || g.steady != 0 {
-		t.Errorf("who writes first is steady: %v, %d", sh, g.steady)
-	}
+	g.came(&sh)
+	equal(t, "clients that are steady", g.steady, 0)
 }
 
 // Ensure that a look at the files does not end a batch that waits.
@@ -3311,9 +3281,7 @@ func TestExpireBeforeTheStart(t *testing.T) {
 			}
 			a.hangUp()
 			n.server.Close()
-			if err := db.Close(); err != nil {
-				t.Error(err)
-			}
+			must(t, db.Close())
 			pass(time.Minute)
 		}
 		if report, err := durable.Check(dir); err != nil ||
@@ -3370,9 +3338,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
 			}
 		}
-		if turns < 10 {
-			t.Errorf("%d keys went in %d turns", many, turns)
-		}
+		between(t, "turns in which the keys went", turns, 10, math.MaxInt)
 	})
 }
 
@@ -3475,13 +3441,9 @@ func TestTakeWaitsItsTime(t *testing.T) {
 			a.want(":OK 1", "j:1", ":OK 1")
 			synctest.Wait()
 			b.ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
-			if time.Since(start) > 0 {
-				t.Errorf("others waited %v", time.Since(start))
-			}
+			equal(t, "the wait of others", time.Since(start), 0)
 			a.want(":OK 0")
-			if took := time.Since(start); took != time.Duration(seconds)*time.Second {
-				t.Errorf("a Take of %d seconds waits %v", seconds, took)
-			}
+			equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
 			a.ask("Delete:j", ":OK 1")
 			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
 		}
@@ -3505,9 +3467,7 @@ func TestTakeIsDropped(t *testing.T) {
 			c.takeEnds = time.Now().Add(time.Hour)
 			end(c)
 			go func() {
-				if q := <-c.server.queries; q.queryType != dropTake {
-					t.Errorf("%s: workLoop is sent a query of type %d, want %d", what, q.queryType, dropTake)
-				}
+				equal(t, what+": type of the query that workLoop is sent", (<-c.server.queries).queryType, dropTake)
 				c.done <- &Query{}
 			}()
 			c.awaitDone()
@@ -3559,9 +3519,7 @@ func TestTakeOfClientsThatGo(t *testing.T) {
 			synctest.Wait()
 			end(a)
 			synctest.Wait()
-			if n := c.stat("waiting_takes"); n != 1 {
-				t.Errorf("a client %s, and %d Takes wait, want 1", what, n)
-			}
+			equal(t, "a client "+what+": waiting Takes", c.stat("waiting_takes"), 1)
 			c.ask("Put:k:v\nCount:k", ":OK 0")
 			b.want("k:v")
 			b.wantClosed()
@@ -3656,9 +3614,7 @@ func TestTakeOfALateReader(t *testing.T) {
 				t.Fatalf("got %.60q", line)
 			}
 		}
-		if jobs != "job:1job:2" {
-			t.Errorf("the slow reader was given %q", jobs)
-		}
+		equal(t, "what the slow reader was given", jobs, "job:1job:2")
 	})
 }
 
@@ -3704,16 +3660,10 @@ func TestTakeOnRealSockets(t *testing.T) {
 	t.Parallel()
 	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
 	unix, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.serve(tcp, unix); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, s.serve(tcp, unix))
 	defer s.Close()
 
 	a := dialTCP(t, tcp.Addr().String())
@@ -3729,9 +3679,7 @@ func TestTakeOnRealSockets(t *testing.T) {
 	for _, half := range []bool{false, true} {
 		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
 			conn, err := net.Dial(addr.Network(), addr.String())
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			io.WriteString(conn, "Take:k:60\n")
 			if half {
 				conn.(world.HalfConn).CloseWrite()
@@ -3764,9 +3712,7 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
 			}()
 		}
-		if more := (heapOfQuiet() - before) / takers; more > 1<<10 {
-			t.Errorf("a Take that waits holds %d bytes", more)
-		}
+		between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
 		for i, a := range clients {
 			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
 			a.close()
@@ -3873,13 +3819,9 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	s.budget.other.Store(10 * kilo)
 	equal(t, "bytes that are used", used(), before+10*kilo)
 	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
-	if got := used(); got < before+15*kilo || got > before+20*kilo {
-		t.Errorf("with 5 kB more %d bytes are used, want about %d", got, before+15*kilo)
-	}
+	between(t, "bytes that are used with 5 kB more", used(), before+15*kilo, before+20*kilo)
 	s.budget.other.Store(0)
-	if got := used(); got < before || got > before+10*kilo {
-		t.Errorf("with nothing else alive %d bytes are used, want about %d", got, before+5*kilo)
-	}
+	between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
 }
 
 // Ensure that a write that is refused has the collector look what is alive: what others have let go
@@ -3953,12 +3895,8 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					put()
 					pass(slowAfter)
 				}
-				if isFree := held-heapBytes() > 8000*kilo; isFree != isNeeded {
-					t.Errorf("%q, needed: %v: the memory is free: %v", c.request, isNeeded, isFree)
-				}
-				if isCut := b.stat("clients") == 1; isCut != (isNeeded && !c.isDropped) {
-					t.Errorf("%q, needed: %v: it is cut off: %v", c.request, isNeeded, isCut)
-				}
+				equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
+				equal(t, c.request+": it is cut off", b.stat("clients") == 1, isNeeded && !c.isDropped)
 				if c.isDropped && isNeeded {
 					mute.count("small:")
 					mute.ask("Ping", ":PONG dropped 2")
@@ -3977,9 +3915,7 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	}
 	loaded := s.db.Footprint()
 	startTCP(t, s)
-	if used := s.budget.store.Load(); used < loaded {
-		t.Errorf("the collector is told that %d bytes are data, want %d", used, loaded)
-	}
+	between(t, "bytes of data that the collector is told", s.budget.store.Load(), loaded, math.MaxInt64)
 }
 
 // Ensure that lines which have begun have a share of the memory that they keep to, whether they
@@ -4014,9 +3950,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
-				if n.server.budget.inputs.Load() == 0 {
-					t.Error("lines that have begun do not count")
-				}
+				between(t, "bytes of lines that have begun", n.server.budget.inputs.Load(), 1, math.MaxInt64)
 				a := n.dialAck(t)
 				a.ask("Put:other:v", ":OK 1")
 				a.hangUp()
@@ -4068,9 +4002,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			pass(slowAfter + lineTime)
 
 			b := &n.server.budget
-			if held := b.chains.Load() + b.inputs.Load(); held > 3*share {
-				t.Errorf("%.4s: they hold %d bytes, and the share is %d", line, held, share)
-			}
+			between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.chains.Load()+b.inputs.Load(), 0, 3*share)
 			b.collected(int64(heapBytes() - before))
 			a := n.dialAck(t)
 			a.ask("Put:other:v", ":OK 1")
@@ -4078,9 +4010,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 
 			closeClients(clients)
 			pass(2 * probeTime) // for it to be seen that who waits has gone
-			if held := b.chains.Load() + b.inputs.Load(); held != 0 {
-				t.Errorf("%.4s: %d bytes are counted when all have gone", line, held)
-			}
+			equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.chains.Load()+b.inputs.Load(), 0)
 		})
 	}
 }
@@ -4173,17 +4103,13 @@ func TestMaxQueues(t *testing.T) {
 		for i, c := range slow {
 			if i%2 != 0 {
 				c.send("Ping\n")
-				if got := c.count("k:"); got == 0 || got == 600 {
-					t.Errorf("a slow reader got %d replies, want some", got)
-				}
+				between(t, "replies of a slow reader", c.count("k:"), 1, 599)
 			}
 			c.close()
 		}
 		synctest.Wait()
 		honest.wantStat("queued_bytes", 0)
-		if got := strings.Count(n.log.take(), "(-max-queues)"); got == 0 || got > 5 {
-			t.Errorf("%d clients were cut, says the log, want some of 5", got)
-		}
+		between(t, "clients that were cut, in the log", strings.Count(n.log.take(), "(-max-queues)"), 1, 5)
 	})
 }
 
@@ -4203,12 +4129,8 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 			n.server.budget.queued.Add(limit)
 			pass(2 * seenSlow)
 			n.server.budget.queued.Add(-limit)
-			if queued := other.stat("queued_bytes"); queued > limit {
-				t.Errorf("%.6q: %d bytes are queued, want up to %d", behind, queued, limit)
-			}
-			if got := other.stat("clients") == 1; got != isCut {
-				t.Errorf("%.6q: it is cut off: %v", behind, got)
-			}
+			between(t, "bytes that are queued", other.stat("queued_bytes"), 0, limit)
+			equal(t, behind+": it is cut off", other.stat("clients") == 1, isCut)
 			mute.close()
 		})
 	}
@@ -4228,9 +4150,7 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 			pass(seenSlow / 10)
 			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
 		}
-		if queued := writer.stat("queued_bytes"); queued > 1<<20 {
-			t.Errorf("%d bytes are queued, want less than a quarter of the memory", queued)
-		}
+		between(t, "bytes that are queued", writer.stat("queued_bytes"), 0, 1<<20)
 		closeClients(mute)
 	})
 }
@@ -4250,16 +4170,13 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		c.close()
 		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
 		pass(tickTime) // not yet slow, so hardly anything is queued
-		if got := watch.stat("queued_bytes"); got < 5*values*stringSize {
-			t.Errorf("a chain that keeps 20 lists of %d values counts as %d bytes", values, got)
-		}
+		between(t, "bytes of a chain that keeps 20 lists", watch.stat("queued_bytes"), 5*values*stringSize,
+			math.MaxInt)
 		a.close()
 		synctest.Wait()
 		go b.sendSome("Dump\n")
 		pass(seenSlow)
-		if got := watch.stat("queued_bytes"); got < keys*stringSize {
-			t.Errorf("a Dump of %d keys counts as %d bytes", keys, got)
-		}
+		between(t, "bytes of a Dump", watch.stat("queued_bytes"), keys*stringSize, math.MaxInt)
 		b.close()
 		pass(2 * seenSlow)
 		watch.wantStat("queued_bytes", 0)
@@ -4301,9 +4218,8 @@ func TestMemoryOfQuietClients(t *testing.T) {
 			for _, a := range clients {
 				speak(a, "Get:k", burst)
 			}
-			if more := (heapOfQuiet() - before) / len(clients); more > 2<<10 {
-				t.Errorf("after a burst of %d a quiet client holds %d bytes more than before", burst, more)
-			}
+			between(t, fmt.Sprint("bytes more of a quiet client after a burst of ", burst),
+				(heapOfQuiet()-before)/len(clients), math.MinInt, 2<<10)
 		}
 	})
 }
@@ -4318,9 +4234,8 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
 		})
 		pass(lineTime / 2)
-		if each := (heapBytes() - before) / len(clients); each > burstSize/4 {
-			t.Errorf("a client with %d bytes of a line takes %d", quietSize, each)
-		}
+		between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
+			burstSize/4)
 		for _, a := range clients {
 			a.send("\n")
 			a.hangUp()
@@ -4338,9 +4253,7 @@ func TestMemoryOfABusyClient(t *testing.T) {
 			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.ask("Ping", ":PONG")
 		}
-		if more := heapBytes() - before; more > 10*testMaxLine {
-			t.Errorf("a busy client holds %d bytes", more)
-		}
+		between(t, "bytes more of a busy client", heapBytes()-before, math.MinInt, 10*testMaxLine)
 	})
 }
 
@@ -4351,16 +4264,12 @@ func TestMemoryOfATrickle(t *testing.T) {
 		a := n.dial(t)
 		a.ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
 		synctest.Wait()
-		if got := n.inputs(); got < burstSize {
-			t.Errorf("a burst is read into %d bytes", got)
-		}
+		between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
 		for range 8 {
 			a.send("P") // a line that does not end
 			pass(quietAfter / 2)
 		}
-		if got := n.inputs(); got > 2*quietSize {
-			t.Errorf("a client that sends a byte now and then has %d bytes for it", got)
-		}
+		between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
 		a.close()
 	})
 }
@@ -4376,9 +4285,7 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 			a.conn.Write(big)
 		}
 		b.ask("Ping", ":PONG")
-		if took := heapBytes() - before; took > world.StreamSize+4*testMaxLine {
-			t.Errorf("4 MiB of a line take %d bytes", took)
-		}
+		between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
 		a.send("\n")
 		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
 	})
@@ -4428,9 +4335,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 		}
 	}
 	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer frozen.Close()
 	runBinary(t, "", ":PONG", true, "-addr", frozen.Addr().String()+","+here, "-timeout", "3s", "-ping")
 	runBinary(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere, "-ping")
@@ -4614,9 +4519,7 @@ func TestWatch(t *testing.T) {
 	s, addr := watched(t)
 	get := func(path string) (int, string) {
 		answer, err := http.Get("http://" + addr + path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer answer.Body.Close()
 		body, _ := io.ReadAll(answer.Body)
 		return answer.StatusCode, string(body)
@@ -4633,9 +4536,8 @@ func TestWatch(t *testing.T) {
 	}
 	s.Close()
 	for _, path := range []string{"/healthz", "/metrics"} {
-		if code, _ := get(path); code != 503 {
-			t.Errorf("%s after Close: %d", path, code)
-		}
+		code, _ := get(path)
+		equal(t, path+" after Close", code, 503)
 	}
 }
 
@@ -4644,9 +4546,7 @@ func watched(t *testing.T) (s *keyValueServer, addr string) {
 	s = New(kvstore.NewMemory())
 	startTCP(t, s)
 	listeners, err := listen("localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	web := s.watch(listeners, "metrics.example")
 	t.Cleanup(func() { web.Close() })
 	return s, listeners[0].Addr().String()
@@ -4731,9 +4631,7 @@ func TestWatchIsLimited(t *testing.T) {
 		a := dialTCP(t, addr)
 		a.send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
 		answer, err := http.ReadResponse(a.r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		body, _ := io.ReadAll(answer.Body)
 		if a.r.Buffered() > 0 || a.conn.CloseWrite() != nil {
 			t.Errorf("%s: more than an answer", path)
@@ -4768,9 +4666,7 @@ func TestWatchFewConnections(t *testing.T) {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 		go n.Connect(theirs)
 		conn, err := few.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		says[conn] = ours
 		return conn
 	}
@@ -5031,9 +4927,7 @@ func TestDumpIsOneMoment(t *testing.T) {
 				t.Fatalf("purse%d held %q, want %q", i, got, want)
 			}
 		}
-		if len(lists) != purses {
-			t.Errorf("%d keys, want %d", len(lists), purses)
-		}
+		equal(t, "keys", len(lists), purses)
 	})
 }
 
@@ -5245,9 +5139,8 @@ func TestOutboxClaim(t *testing.T) {
 			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
-		if o.unclaim(); s.budget.queued.Load() != c.queued {
-			t.Errorf("%d bytes are counted afterwards", s.budget.queued.Load())
-		}
+		o.unclaim()
+		equal(t, "bytes that are counted afterwards", s.budget.queued.Load(), c.queued)
 	}
 }
 
@@ -5263,9 +5156,7 @@ func TestOutboxNeverWaits(t *testing.T) {
 		q := &Query{queryType: ping}
 		size, _ := c.outbox.measure(q)
 		c.outbox.reply(q, size, true) // as answer does when it found the queues below their limit
-		if len(c.buffer) != 2 {
-			t.Errorf("%d messages are queued, want 2", len(c.buffer))
-		}
+		equal(t, "messages that are queued", len(c.buffer), 2)
 	})
 }
 
@@ -5281,9 +5172,7 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
 		pass(time.Minute)
 		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
-		if queued := other.stat("queued_bytes"); queued > 5<<18 {
-			t.Errorf("%d bytes are queued", queued)
-		}
+		between(t, "bytes that are queued", other.stat("queued_bytes"), 0, 5<<18)
 		a.close()
 		b.close()
 		synctest.Wait()
@@ -5323,9 +5212,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 		}
 		c.tellRoom()
 		<-c.done
-		if got := string(<-c.buffer); got != strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3) {
-			t.Errorf("got %q", got)
-		}
+		equal(t, "the message", string(<-c.buffer), strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3))
 	})
 }
 
@@ -5340,9 +5227,7 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	for i := range q.values {
 		q.values[i] = "" // a walk would find them empty
 	}
-	if size, least := q.replySize(false), 1000*len("k:value\n"); size < least {
-		t.Errorf("the reply takes %d bytes, want at least %d", size, least)
-	}
+	between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
 }
 
 // Ensure that the messages of a long reply are used again.
@@ -5367,9 +5252,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 		runtime.ReadMemStats(&after)
 		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
 	}
-	if fewest > 1<<20 {
-		t.Errorf("a reply of 2 MB allocates %d bytes", fewest)
-	}
+	between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
 
 // Ensure that a chain costs one allocation, whatever it holds, and an Update the
@@ -5406,9 +5289,7 @@ func TestOutboxAllocations(t *testing.T) {
 		for range 30 { // the race detector makes sync.Pool forgetful, now and then
 			fewest = min(fewest, testing.AllocsPerRun(1, once))
 		}
-		if fewest > c.most {
-			t.Errorf("%s: %v allocations, want at most %v", c.name, fewest, c.most)
-		}
+		between(t, "allocations of "+c.name, fewest, 0, c.most)
 	}
 }
 
@@ -5449,14 +5330,8 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			}
 			delivered++
 		}
-		if delivered < maxBufferSize || delivered == owed {
-			t.Errorf("%d replies of %d were delivered, want at least %d and not all", delivered,
-				owed, maxBufferSize)
-		}
 		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
-		if most := maxBufferSize + onTheWay/len(value); delivered > most {
-			t.Errorf("%d replies were kept, want at most %d", delivered, most)
-		}
+		between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
 		slow.ask("Ping", ":PONG") // counted once
 		other.wantStat("replies_dropped_total", owed-delivered)
 		slow.ask("Get:after", "after:1")
@@ -5494,9 +5369,8 @@ func TestSlowReaderOfSmallReplies(t *testing.T) {
 				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
 			}
 			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
-			if most := maxBufferSize + (maxShared+1)*maxChain + network; delivered > most {
-				t.Errorf("of replies of %d bytes %d were kept, want at most %d", len(reply), delivered, most)
-			}
+			between(t, "replies that were kept", delivered, maxBufferSize,
+				maxBufferSize+(maxShared+1)*maxChain+network)
 		})
 	}
 }
@@ -5545,17 +5419,10 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			if round > 0 { // it is known to read
 				most += slowAfter
 			}
-			if took := time.Since(start); took < slowAfter || took > most {
-				t.Errorf("round %d: it took %v to see that nothing is read, want %v to %v", round,
-					took, slowAfter, most)
-			}
+			between(t, "time until it is seen that nothing is read", time.Since(start), slowAfter, most)
 			go io.ReadFull(reader, message)
-			if !<-told {
-				t.Errorf("round %d: a reader that reads again is not told to", round)
-			}
-			if err := <-written; err != nil {
-				t.Fatal(err)
-			}
+			equal(t, "a reader that reads again is told to", <-told, true)
+			must(t, <-written)
 			if round == 2 {
 				pass(time.Hour)
 			}
@@ -5573,9 +5440,8 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 
 		start := time.Now()
 		go conn.Write([]byte{0})
-		if taken, took := <-told, time.Since(start); taken || took < slowAfter {
-			t.Errorf("after %v it is told that bytes are taken: %v", took, taken)
-		}
+		equal(t, "it takes bytes", <-told, false)
+		between(t, "time until that is told", time.Since(start), slowAfter, math.MaxInt64)
 		conn.Close()
 		synctest.Wait()
 	})
@@ -5642,13 +5508,9 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			}
 			pass(1700 * time.Millisecond)
 			slow := wasSlow()
-			if slow == reads {
-				t.Errorf("reads: %v, slow in a pause of 1.7 s: %v", reads, slow)
-			}
+			equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
 			pass(3 * slowAfter)
-			if slow = slow || wasSlow(); !slow {
-				t.Errorf("reads: %v, and is not slow in the end", reads)
-			}
+			equal(t, "slow in the end", wasSlow() || slow, true)
 			conn.Close()
 			synctest.Wait()
 		})
@@ -5766,9 +5628,7 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 			for !strings.HasPrefix(last, ":") {
 				last = a.read()
 			}
-			if last != ":PONG end" {
-				t.Errorf("%d bytes every %v: %q", p.piece, p.every, last)
-			}
+			equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
 			a.hangUp()
 		})
 	}
@@ -5906,9 +5766,7 @@ func TestEndFormatsNothingMore(t *testing.T) {
 		go c.writeToClient()
 		synctest.Wait()
 		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
-		if allocs := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }); allocs > 0 {
-			t.Errorf("a reply to nobody made %v allocations", allocs)
-		}
+		equal(t, "allocations of a reply to nobody", testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }), 0)
 		close(c.buffer)
 	})
 }
@@ -6228,9 +6086,7 @@ func TestHintsAreCheap(t *testing.T) {
 		var q Query
 		q.parse(line)
 		runtime.ReadMemStats(&after)
-		if took := after.TotalAlloc - before.TotalAlloc; took > 8<<10 {
-			t.Errorf("1 MiB of %q: %d bytes for %q", piece, took, q.value)
-		}
+		between(t, "bytes for "+q.value, after.TotalAlloc-before.TotalAlloc, 0, 8<<10)
 	}
 }
 
@@ -6568,14 +6424,28 @@ func equal[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
+// between wants what the test has got to be from least to most.
+func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
+	t.Helper()
+	if got < least || got > most {
+		t.Errorf("%s: got %v, want %v to %v", what, got, least, most)
+	}
+}
+
+// must wants no error, for the test cannot go on with one.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // within does something that is to take from least to most.
 func within(t testing.TB, least, most time.Duration, do func()) {
 	t.Helper()
 	start := time.Now()
 	do()
-	if took := time.Since(start); took < least || took > most {
-		t.Errorf("it took %v, want %v to %v", took, least, most)
-	}
+	between(t, "the time that it took", time.Since(start), least, most)
 }
 
 // fakeNet is a network of one server: a listener, and dial to reach it.
@@ -6844,9 +6714,7 @@ func dialTCP(t testing.TB, addr string) *testClient {
 		network, addr = "unix", path
 	}
 	conn, err := net.Dial(network, addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(time.Minute))
 	return newTestClient(t, conn)
@@ -6861,9 +6729,7 @@ func serveTCP(t testing.TB) (addr string) {
 // startTCP starts s on a real port, until the test ends.
 func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 	t.Helper()
-	if err := s.Start(0); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Start(0))
 	t.Cleanup(s.Close)
 	return s.listener.Addr().String()
 }
@@ -6872,9 +6738,7 @@ func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 func serverConfig(t *testing.T) *tls.Config {
 	dir := certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
@@ -6944,12 +6808,8 @@ func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log 
 	t.Helper()
 	cmd = binary(args...)
 	pipe, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -6991,9 +6851,7 @@ func certificates(t *testing.T, names ...string) (dir string) {
 	var caKey *ecdsa.PrivateKey
 	for i, name := range append([]string{"ca"}, names...) {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		c := &x509.Certificate{
 			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
 			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
@@ -7007,9 +6865,7 @@ func certificates(t *testing.T, names ...string) (dir string) {
 			ca, caKey = c, key
 		}
 		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		write(name+".pem", "CERTIFICATE", der)
 		keyDER, _ := x509.MarshalECPrivateKey(key)
 		write(name+".key", "EC PRIVATE KEY", keyDER)
@@ -7020,9 +6876,7 @@ func certificates(t *testing.T, names ...string) (dir string) {
 // freePort is a port that was free a moment ago.
 func freePort(t *testing.T) int {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer listener.Close()
 	return listener.Addr().(*net.TCPAddr).Port
 }
