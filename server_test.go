@@ -4823,18 +4823,6 @@ func TestSlowLine(t *testing.T) {
 	}
 }
 
-// Ensure that a line's time does not begin before it, with one that is skipped.
-func TestSlowLineAfterSkippedOne(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
-		pass(lineTime - 5*time.Second)
-		a.sendSome("\nPing:")
-		pass(lineTime - 5*time.Second)
-		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
-	})
-}
-
 // Ensure that a line that is too long and does not end is answered once.
 func TestSlowLineIsAnsweredOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
