@@ -1342,17 +1342,18 @@ func (b *budget) forList() int64 {
 
 // acquireList counts so many bytes more for the list of a Keys or Dump, if there are so many.
 func (b *budget) acquireList(bytes int64) bool {
-	if most := b.forQueues(); b.lists.Add(bytes) > most/listsShare && most > 0 {
-		b.lists.Add(-bytes)
-		return false
-	}
-	return true
+	return addUpTo(&b.lists, bytes, b.forQueues()/listsShare)
 }
 
 // acquireLine counts so many bytes more for lines that have begun, if there are so many.
 func (b *budget) acquireLine(bytes int64) bool {
-	if b.inputs.Add(bytes) > b.shared()/linesShare && b.limit > 0 {
-		b.inputs.Add(-bytes)
+	return addUpTo(&b.inputs, bytes, b.shared()/linesShare)
+}
+
+// addUpTo adds bytes to sum, unless that would then be more than most; 0: any number.
+func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
+	if sum.Add(bytes) > most && most > 0 {
+		sum.Add(-bytes)
 		return false
 	}
 	return true
