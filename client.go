@@ -848,8 +848,11 @@ func trimCR(line string) string {
 // partKeys is how many keys are walked at a time; a listing of fewer is not broken off.
 const partKeys = 1000
 
-// fewKeys is how many keys need no leave.
-const fewKeys = 4096
+// A list of fewKeys needs no leave. Where a part is full, sampleKeys of it tell where its middle is.
+const (
+	fewKeys    = 4096
+	sampleKeys = 1024
+)
 
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
@@ -1024,13 +1027,10 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 		case key <= last || more && key >= beyond:
 			return true
 
-		// The part is full, and there are more: its upper half is for another.
+		// The part is full, and there are more.
 		case len(part) == l.most:
-			if !l.sort(part) {
-				return false
-			}
-			beyond, more = part[l.most/2], true
-			if part = part[:l.most/2]; key >= beyond {
+			more = true
+			if part, beyond = l.firstHalf(part); key >= beyond {
 				return true
 			}
 		}
@@ -1041,6 +1041,28 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	}
 
 	return part, more, l.sort(part)
+}
+
+// firstHalf returns about half of keys, in their place: all that come before beyond.
+func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
+	// The median of some is near enough to that of all.
+	sample := make([]string, 0, 2*sampleKeys)
+	for i := 0; i < len(keys); i += max(len(keys)/sampleKeys, 1) {
+		sample = append(sample, keys[i])
+	}
+	slices.Sort(sample)
+	beyond = sample[len(sample)/2]
+
+	half = keys[:0]
+	for i, key := range keys {
+		if i%partKeys == 0 {
+			l.client.outbox.core.yield()
+		}
+		if key < beyond {
+			half = append(half, key)
+		}
+	}
+	return half, beyond
 }
 
 // sort sorts keys, and lets others work meanwhile. When the server closes, or the client has
