@@ -2290,9 +2290,7 @@ func TestStart(t *testing.T) {
 	a.ask("Ping", ":PONG")
 	a.hangUp()
 	second := New(kvstore.NewMemory())
-	if err := second.Start(port); !errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("a taken port: %v, want %v", err, syscall.EADDRINUSE)
-	}
+	equal(t, "a taken port", errors.Is(second.Start(port), syscall.EADDRINUSE), true)
 	must(t, second.Start(0)) // a free port after a taken one
 	second.Close()
 	equal(t, "second Start", first.Start(0), errStarted)
@@ -2644,9 +2642,7 @@ func TestCloseDuringDump(t *testing.T) {
 		a.send("Dump\n")
 		synctest.Wait() // until its queue is full
 		go n.server.Close()
-		if lines := strings.Count(a.readAll(), ": Put:"); lines == 0 || lines == pairs {
-			t.Errorf("%d of %d pairs came", lines, pairs)
-		}
+		between(t, "pairs that came", strings.Count(a.readAll(), ": Put:"), 1, pairs-1)
 	})
 }
 
@@ -3303,9 +3299,8 @@ func TestExpireInTheMillisecond(t *testing.T) {
 		s.now = func() time.Time { return end.Add(after) }
 		s.overdue = someOverdue
 		q := &Query{queryType: get, key: "k"}
-		if s.run(q); q.n != want {
-			t.Errorf("%v after its end a key has %d values, want %d", after, q.n, want)
-		}
+		s.run(q)
+		equal(t, fmt.Sprint("values ", after, " after its end"), q.n, want)
 	}
 }
 
@@ -3368,9 +3363,8 @@ func TestExpireOnAFullDisk(t *testing.T) {
 		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space", ":OK 0")
 		db.full.Store(false)
 		pass(2 * expireTime)
-		if keys, _, _ := db.Size(); keys != 0 {
-			t.Error("the key is there still")
-		}
+		keys, _, _ := db.Size()
+		equal(t, "keys that are there still", keys, 0)
 		a.ask("Get:k\nPing", ":PONG")
 	})
 }
@@ -4092,9 +4086,7 @@ func TestMaxQueues(t *testing.T) {
 		for range 40 {
 			pass(seenSlow / 10)
 			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
-			if got := honest.count("k:"); got != 100 {
-				t.Fatalf("a client that reads got %d replies of 100", got)
-			}
+			equal(t, "replies of a client that reads", honest.count("k:"), 100)
 			if queued := honest.stat("queued_bytes"); queued >
 				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
@@ -4195,9 +4187,7 @@ func TestMemoryOfALastRequest(t *testing.T) {
 		list := weak.Make(&store.last[0])
 		store.last = nil
 		runtime.GC()
-		if list.Value() != nil {
-			t.Error("the list of the last Get is still in memory")
-		}
+		equal(t, "the list of the last Get in memory", list.Value(), nil)
 	})
 }
 
@@ -4402,18 +4392,16 @@ func TestListenOnAUnixSocket(t *testing.T) {
 
 	cmd.Process.Kill()
 	cmd.Wait()
-	if _, err := os.Lstat(path); err != nil {
-		t.Errorf("the socket of a killed server: %v", err)
-	}
+	_, err := os.Lstat(path)
+	must(t, err)
 	cmd, log = start()
 	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
 	cmd.Process.Signal(syscall.SIGTERM)
 	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
 		t.Errorf("it does not stop cleanly: %s", rest)
 	}
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the socket of a server that has stopped: %v", err)
-	}
+	_, err = os.Lstat(path)
+	equal(t, "the socket of a server that has stopped has gone", errors.Is(err, fs.ErrNotExist), true)
 }
 
 // ---- server.go: watching
@@ -4638,18 +4626,16 @@ func TestWatchIsLimited(t *testing.T) {
 		}
 		return answer.StatusCode, string(body)
 	}
-	if code, _ := get("localhost", "/healthz"); code != 200 {
-		t.Errorf("beside %d idle connections: %d", idle, code)
-	}
+	code, _ := get("localhost", "/healthz")
+	equal(t, "beside idle connections", code, 200)
 	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
 		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
 		"metrics.example:1": 200, "192.0.2.1": 200} {
 		if code, body := get(host, "/debug/pprof/symbol"); code != want && code != 503 {
 			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
 		}
-		if code, body := get(host, "/metrics"); code != want {
-			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
-		}
+		code, _ := get(host, "/metrics")
+		equal(t, host, code, want)
 	}
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
 		wantPage(t, s.watchHandler(""), path+"?seconds=61", 400)
@@ -4677,9 +4663,7 @@ func TestWatchFewConnections(t *testing.T) {
 	}
 	conns[3].Close()
 	conns = append(conns, accept())
-	if !isOpen(conns[0]) {
-		t.Error("where one had gone, another lost its place")
-	}
+	equal(t, "where one had gone, another has its place", isOpen(conns[0]), true)
 	says[conns[0]].Write([]byte("x"))
 	conns[0].Read(make([]byte, 1))
 	conns = append(conns, accept())
@@ -4756,9 +4740,7 @@ func TestInputAtEverySplitPoint(t *testing.T) {
 				}
 				a.conn.CloseWrite()
 			}()
-			if got := a.readAll(); got != want {
-				t.Errorf("in pieces %q\n got %q\nwant %q", pieces, got, want)
-			}
+			equal(t, fmt.Sprintf("in pieces %q", pieces), a.readAll(), want)
 		})
 	}
 	for i := range script {
@@ -5400,9 +5382,7 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 				_, err := conn.Write(message)
 				written <- err
 			}()
-			if <-told {
-				t.Fatalf("round %d: a reader that reads nothing is told to be taking", round)
-			}
+			equal(t, "a reader that reads nothing is told to be taking", <-told, false)
 			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
 			if round > 0 { // it is known to read
 				most += slowAfter
@@ -5469,9 +5449,7 @@ func TestSlowReaderFate(t *testing.T) {
 		s.budget.chains.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut, false)
-		if got != c.want {
-			t.Errorf("%+v: fate %d (%q)", c, got, why)
-		}
+		equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
 	}
 }
 
@@ -5552,9 +5530,8 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
 		dropped := other.stat("replies_dropped_total")
 		delivered := a.count("k:")
-		if delivered+dropped != gets+1 || dropped == 0 {
-			t.Errorf("%d replies delivered and %d dropped, want %d together", delivered, dropped, gets+1)
-		}
+		equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
+		between(t, "replies dropped", dropped, 1, gets)
 	})
 }
 
@@ -5639,9 +5616,7 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 			signalTo(t, cmd, "STOP")
 			time.AfterFunc(slowAfter+slowAfter/4, func() { signalTo(t, cmd, "CONT") })
 		}
-		if line := a.read(); line != reply {
-			t.Fatalf("reply %d is %.40q", i, line)
-		}
+		equal(t, fmt.Sprint("reply ", i), a.read(), reply)
 	}
 	a.want(":PONG end")
 	a.hangUp()
@@ -5718,9 +5693,7 @@ func TestEndByHalfClose(t *testing.T) {
 		fmt.Fprintf(&want, "h:%d\n", i)
 	}
 	go a.sendAll(send.String() + "Get:h\n")
-	if got := a.readAll(); got != want.String() {
-		t.Errorf("got %d bytes, want %d", len(got), want.Len())
-	}
+	a.wantRest(want.String())
 }
 
 // Ensure that what follows a goodbye is not even looked at.
@@ -5736,9 +5709,7 @@ func TestEndAnswersNothingMore(t *testing.T) {
 			n.server.maxLine = 20
 			a := n.dial(t)
 			go a.sendAll(send)
-			if got := a.readAll(); got != want {
-				t.Errorf("sent %q, got %q, want %q", send, got, want)
-			}
+			equal(t, fmt.Sprintf("sent %q", send), a.readAll(), want)
 		})
 	}
 }
@@ -6029,9 +6000,7 @@ func TestConversations(t *testing.T) {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				a := n.dial(t)
 				go a.sendAll(c.send)
-				if got := a.readAll(); got != c.want {
-					t.Errorf("sent %.300q\n got %.600q\nwant %.600q", c.send, got, c.want)
-				}
+				equal(t, fmt.Sprintf("sent %.300q", c.send), a.readAll(), c.want)
 			})
 		})
 	}
