@@ -910,7 +910,7 @@ func (c *Client) list(q *Query) {
 
 // release gives up the snapshot and the memory, if there are any.
 func (l *listing) release() {
-	l.snapshot = nil
+	l.special = nil
 	l.place.release()
 	l.client.server.budget.lists.Add(-l.listed)
 	l.client.server.budget.queued.Add(-l.held)

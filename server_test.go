@@ -3009,12 +3009,17 @@ func TestCommitBeforeGets(t *testing.T) {
 			store.gate <- nil
 			c.want(":PONG")
 			b.wantNothing()
+			c.send("Keys\n") // it is not run any more where that Commit fails
+			synctest.Wait()
 			store.gate <- failure
 			if failure == nil {
 				b.want("k:v")
 			}
 			for range cap(store.gate) {
 				store.gate <- nil
+			}
+			if failure == nil {
+				c.want(": k", ":OK 1")
 			}
 		})
 	}
