@@ -2875,6 +2875,10 @@ func TestTurns(t *testing.T) {
 		turn()
 		_, took := turn()
 		between(t, "a turn of short Updates after long ones", took, maxTurn, maxTurn+maxStride*takes)
+		takes = 2 * time.Millisecond
+		turn()
+		again, _ := turn()
+		between(t, "long Updates after short ones", again, 0, 1)
 	})
 }
 
