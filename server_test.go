@@ -4960,7 +4960,7 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 // queues, that all are answered whole, and that one which is not read does not hold them up.
 func TestDumpListsAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const keys, askers, limit = 5 * kilo, 12, 1 << 20
+		const keys, askers, limit = 12 * kilo, 12, 1 << 18 // each list needs several parts
 		n.server.budget.maxQueues = limit
 		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
 		for i := range keys {
