@@ -93,7 +93,7 @@ const (
 //	progress             T               -         T        S (pacedConn)  latest word only
 //	done                 T               S         S        -              -
 //	the chain, outbox    RW              RW        RW       -              queries, go, done
-//	in                   RW              -         -        -              -
+//	in                   RW              -         -        R (came)       buffer's close
 //	  its lines' memory  W               R         R        -              queries, done
 //	underWay, takeEnds   RW              -         -        -              -
 //	reason               RW              R         -        -              depart
@@ -214,7 +214,8 @@ func (c *Client) readFromClient() {
 	}
 
 	// The end: what is under way is answered. The input gives its memory back meanwhile.
-	c.in = input{line: c.in.line, counted: c.in.counted, anyLine: c.in.anyLine, freeing: c.in.freeing}
+	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, anyLine: c.in.anyLine,
+		freeing: c.in.freeing}
 	c.countInput()
 	if c.await() {
 		c.tellLoss()
@@ -1681,14 +1682,14 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 // drainInput reads on, once our side has ended, until the client ends its own, for at most
 // drainTime: closing a socket with unread input, or before more of it comes, resets the
 // connection, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When
-// the server closes, a client that has been able to read everything gets the time only while it
-// goes on sending.
+// the server closes, a client that was quiet, and has been able to read everything, gets the time
+// only while it goes on sending. Any other may just pause between two reads.
 func (c *Client) drainInput() {
 	var scratch [4 << 10]byte
 	for left, quiet := drainTime, time.Duration(0); left > 0; {
 		// How long it may say nothing.
 		silence := drainTime
-		if c.server.isClosing() && c.paced.timeToRead(time.Now()) <= busyTime {
+		if c.server.isClosing() && c.in.came == 0 && c.paced.timeToRead(time.Now()) <= busyTime {
 			silence = busyTime
 		}
 		if quiet >= silence {
