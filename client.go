@@ -54,7 +54,7 @@ const (
 	quietAfter = time.Second
 
 	// How long a line may take from its first byte to its end, in ticks of quietAfter. No tick
-	// counts while replies wait for room. For memory a line waits as long.
+	// counts while replies wait for room. For memory a line may wait as long each time that it grows.
 	lineTime = 30 * time.Second
 
 	// A client that has half-closed behind its Take, or sent more, is read no further until that
@@ -85,7 +85,7 @@ const (
 // closes), and by which channel it changes hands:
 //
 //	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
-//	connection           R, C            C         C        W, R, C        - (a net.Conn)
+//	connection           R, W, C         C         C        W, R, C        - (a net.Conn)
 //	alive, index, share  -               RW        -        -              -
 //	parked               -               RW        -        -              -
 //	buffer               S, C            makes, S  S        T              the chain's holder sends
@@ -403,8 +403,8 @@ func (c *Client) mayGoOn() {
 }
 
 // awaitLineMemory waits until the line that has begun may take the memory that it needs now. It
-// gives up after lineTime. One waiting line may always go on, or all could wait for each other for
-// ever; and so may one line whose request frees memory.
+// gives up after lineTime, each time that the line grows. One line at a time goes on without memory
+// (anyLine), or all could wait for each other for ever; and so does one that frees (freeing).
 func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted

@@ -86,6 +86,7 @@ const (
 	seldomTime = time.Minute
 
 	memoryPerClient = 17 << 10 // bytes that a quiet client takes
+	memoryOfTLS     = 28 << 10 // more, if it speaks TLS
 	// bytes that a write takes in the store beside its key and value, at most
 	memoryPerPair = 64
 
@@ -1062,7 +1063,6 @@ func (s *keyValueServer) admit(q *Query) {
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
-		s.budget.refused.Store(time.Now().Unix())
 		s.collect()
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
@@ -1168,7 +1168,11 @@ func (s *keyValueServer) collect() {
 
 // noteMemory tells the budget what the store and the clients take.
 func (s *keyValueServer) noteMemory() {
-	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*memoryPerClient))
+	perClient := memoryPerClient
+	if s.tls != nil {
+		perClient += memoryOfTLS
+	}
+	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
 }
 
 // freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter:
@@ -1194,8 +1198,9 @@ func (s *keyValueServer) freeMemory() {
 //	what             one client, at most           all clients              at it
 //	values           -                             data                     a write is refused, but
 //	                                                                        none that frees
-//	a begun line     freeLine; beyond that twice   lines, and two lines     it waits up to lineTime
-//	                 its buffer, up to -max-line   (anyLine, freeing)       and is skipped
+//	a begun line     freeLine; beyond that twice   lines, and two lines     each time that it grows
+//	                 its buffer, up to -max-line   (anyLine, freeing)       it waits up to lineTime,
+//	                                                                        then is skipped
 //	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
 //	                 queries                       second or two
 //	a chain that     the same, and lines of up to  what comes with lines    over queues, with all
@@ -1242,8 +1247,6 @@ type budget struct {
 	inputs atomic.Int64 // lines that have begun to be long
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	other  atomic.Int64 // what was alive beside all these after the last collection
-
-	refused atomic.Int64 // when a write was last refused, in seconds of Unix time; 0: never
 
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	anyLine, freeing semaphore
@@ -1310,14 +1313,11 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // these there is a quarter more.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned tells whether a write was refused just now, while much is alive that is neither stored nor
-// queued: values that replies hold, and that were deleted meanwhile.
+// isPinned tells whether writes will soon be refused, or are, while much is alive that is neither
+// stored nor queued: values that replies hold, and that were deleted meanwhile.
 func (b *budget) isPinned() bool {
-	return time.Now().Unix()-b.refused.Load() <= refusedTime && b.other.Load() > b.shared()/queuesShare
+	return b.limit > 0 && b.other.Load() > b.shared()/queuesShare && !b.fits(b.forData()/8, 0)
 }
-
-// refusedTime is for how many seconds after a refused write a reply that holds memory is cut.
-const refusedTime = 10
 
 // hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
 func (b *budget) hasRoomFor(bytes, more int64) bool {

@@ -3887,13 +3887,10 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 		{fill, "Ping\nGet:big\nGet:big\n", true},
 		{fill, "Ping\nAck\nGet:big\n", false},
 	} {
-		for _, isNeeded := range []bool{true, false} {
+		for _, eighths := range []int64{9, 8, 5} { // of the memory for data are in use
+			isFull, isNeeded := eighths > 8, eighths > 7
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.budget.limitTo(64<<20, 0)
-				n.server.budget.refused.Store(time.Now().Unix() - refusedTime - 1)
-				if !isNeeded {
-					n.server.budget.limitTo(512<<20, 64<<20/queuesShare)
-				}
 				n.fill("big", strings.Repeat("v", kilo), 9000)
 				n.fill("first", strings.Repeat("v", kilo), 300)
 				n.fill("small", strings.Repeat("v", kilo), 1)
@@ -3906,10 +3903,11 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				held := heapBytes()
 				put := func() {
 					// The collector finds the values alive, though they are not stored any more.
-					n.server.budget.collected(n.server.budget.known() + 64<<20)
+					used := &n.server.budget
+					used.collected(used.known() + used.forData()/8*eighths - used.store.Load() - kilo)
 					b.send("Put:k:v\nPing\n")
-					equal(t, "the memory is full", strings.Contains(b.read(), "memory is full"), isNeeded)
-					if isNeeded {
+					equal(t, "the memory is full", strings.Contains(b.read(), "memory is full"), isFull)
+					if isFull {
 						b.want(":PONG")
 					}
 				}
@@ -4171,6 +4169,13 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
 		}
 		between(t, "bytes that are queued", writer.stat("queued_bytes"), 0, 1<<20)
+
+		// However much they fill, it is not data.
+		b := &n.server.budget
+		b.queued.Add(b.limit)
+		writer.ask("Put:k:v", ":OK 1")
+		between(t, "bytes of a list", b.forList(), 1, b.forQueues()/4)
+		b.queued.Add(-b.limit)
 		closeClients(mute)
 	})
 }
