@@ -519,8 +519,8 @@ func (c *Client) depart() {
 
 // ---- input: bytes to lines
 
-// input is what a client has sent and no query has taken yet. It is
-// readFromClient's alone.
+// input is what a client has sent. It is readFromClient's, but lent and queries are the chain's
+// holder's while a chain is under way.
 type input struct {
 	buf      []byte
 	lent     []byte  // what buf was before: the strings of the chain under way are made of it
@@ -846,7 +846,8 @@ func trimCR(line string) string {
 
 // ---- Keys and Dump
 
-// partKeys is how many keys are walked at a time; a listing of fewer is not broken off.
+// partKeys is how many keys are walked at a time; a walk of fewer is not broken off when the server
+// closes.
 const partKeys = 1000
 
 // A list of fewKeys needs no leave. Where a part is full, sampleKeys of it tell where its middle is.
