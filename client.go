@@ -49,19 +49,20 @@ const (
 	tickTime  = slowAfter / 10 // between two looks at a Write, and at memory that is waited for
 	dripTime  = 5 * slowAfter  // of waiting, after which the rate of a Keys or Dump is known
 
-	// Between two ticks of readFromClient, each of which gives back the memory that the bytes since
-	// the last one did not need.
+	// Time between two ticks of readFromClient. A tick gives back memory that was not needed since
+	// the last one.
 	quietAfter = time.Second
 
 	// How long a line may take from its first byte to its end, in ticks of quietAfter. No tick
-	// counts while replies wait for room. For memory a line may wait as long each time that it grows.
+	// counts while replies wait for room, or a Take waits. For memory a line may wait as long each
+	// time that it grows.
 	lineTime = 30 * time.Second
 
 	// A client that has half-closed behind its Take, or sent more, is read no further until that
 	// ends. readFromClient checks this often whether the connection is still open.
 	probeTime = time.Second
 
-	handshakeTime = 5 * time.Second // for TLS to begin
+	handshakeTime = 5 * time.Second // for a TLS handshake
 	drainTime     = time.Second     // for the client to take our last words and close
 	// while the server closes: of silence, after which nothing more is expected from a client
 	busyTime = 20 * time.Millisecond
@@ -110,7 +111,7 @@ const (
 // A client that has asked for nothing has no writeToClient: readFromClient closes its connection.
 // What never becomes a client is closed by whoever has it: shakeHands, or welcome and reject.
 type Client struct {
-	// Fields of the seed document.
+	// The fields that Project 0 has.
 	connection net.Conn
 	alive      int           // readFromClient and writeToClient, as far as they run; 0: it has gone
 	closed     chan struct{} // closed by writeToClient when a Write has failed
@@ -465,7 +466,7 @@ func (c *Client) countInput() {
 		in.freeing.release()
 	}
 
-	// It may be more than was taken, too: the other buffer grows with the first.
+	// need can be larger, too: lent grows when buf does.
 	if need := in.need(c.server.maxLine); need != in.counted {
 		c.server.budget.inputs.Add(need - in.counted)
 		in.counted = need
@@ -546,8 +547,8 @@ func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes count in budget.inputs: takeKey, and the larger of two numbers: how much
-// buf and lent have beyond burstSize; and, once a line has freeLine bytes, twice their next size.
+// need is how many bytes count in budget.inputs: takeKey, plus the larger of: what buf and lent have
+// beyond burstSize; twice buf's next size, once a line has freeLine bytes.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
@@ -1132,11 +1133,10 @@ func (l *listing) mustStop(n int) bool {
 
 // ---- outbox: replies to messages
 
-// outbox makes replies into messages and queues them for writeToClient. It has one rule for a
-// client that does not read: replies share messages, and while maxShared of these wait the client's
-// own requests wait; but once the client is slow, up to maxBufferSize messages wait, and each that
-// is begun behind maxShared others holds one reply. What comes then is dropped if it is a Get's
-// reply or an error, before Ack; any other reply waits.
+// outbox makes replies into messages and queues them for writeToClient. Replies share messages.
+// While maxShared messages wait, the client's next requests wait. Once the client is slow, up to
+// maxBufferSize messages may wait; a message behind maxShared others holds one reply. Behind that,
+// and before Ack, Gets' replies and errors are dropped; other replies wait.
 //
 // The goroutine that holds the client's chain owns it. A Keys or Dump, and what else may take
 // long, needs a slot of cores.
@@ -1492,8 +1492,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 }
 
 // awaitRoom waits until there is room for n messages of q's reply, which has begun or not. It
-// returns false if the reply is dropped. It returns true also where the connection is gone, which
-// takes out what is queued.
+// returns false if the reply is dropped. It is true, too, if the connection is gone: writeToClient
+// then empties buffer.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 	mayCut := o.acked || o.listing != nil
@@ -1815,7 +1815,7 @@ func (p *pacedConn) tell(taken bool) {
 	default:
 	}
 
-	// There is room now, but for a client that is not there yet.
+	// The slot is free now; progress is nil before there is a client.
 	select {
 	case p.progress <- taken:
 	default:

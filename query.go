@@ -148,9 +148,9 @@ const (
 // needsKey is what a request that has one argument, a key, needs.
 const needsKey = "a key, without a colon in it"
 
-// verbs are what each request needs and does. (Other places that know one by name: Stats and
-// Expire in server.go, Take, Quit, Ack, Ping and Keys in client.go; here Take in mayWait, Expire in
-// parseExpire, Get in appendLine, Help in init; in main.go Ack, Quit and Dump.) To add one:
+// verbs are what each request needs and does. (Other places that know one by name: Stats and Expire
+// in server.go, Take, Quit, Ack, Ping and Keys in client.go; here Take in mayWait, Expire in
+// parseExpire, Get in appendLine, Help in init; in main.go Ack, Ping and Quit.) To add one:
 //
 //   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
 //     counters of Stats are made of these;

@@ -80,7 +80,7 @@ const (
 	maxRejecting  = 8    // of these, connections over maxClients that get time to hear so
 	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
-	maxWatchers   = 16   // HTTP connections; one more takes the place of the oldest
+	maxWatchers   = 16   // HTTP connections, at all addresses; one more takes the place of one
 
 	// between two lines of log about what may happen a thousand times a second
 	seldomTime = time.Minute
@@ -135,8 +135,8 @@ type keyValueServer struct {
 	log     *slog.Logger
 	started time.Time
 
-	// Readers, departing goroutines and API calls to workLoop; never closed. Room for
-	// some, so that a sender seldom waits for workLoop to be scheduled.
+	// Readers, departing goroutines, failed handshakes, API calls and /metrics to workLoop; never
+	// closed. Room for some, so that a sender seldom waits for workLoop to be scheduled.
 	queries chan *Query
 
 	// Each acceptClient and shakeHands to workLoop. endAccepting closes it when all of these
@@ -176,7 +176,7 @@ type keyValueServer struct {
 	batch         []*Query      // chains that have run and wait for Commit
 	gathering     gathering     // for whom it waits before its Commit
 	turns         turnQueue     // who waits for one
-	floor         time.Duration // the most that a client had spent when it left turns (share)
+	floor         time.Duration // the highest spent of a client that left turns for its turn
 	takes         takeQueues    // Takes that wait for a value
 	turn          turn
 	rejecting     int              // connections that are being rejected
@@ -234,9 +234,9 @@ func (t *turn) begin() {
 	t.looked, t.over = t.began, false
 }
 
-// charge adds the time since the last look at the clock to what the client of sh has spent. If no
-// request in it can have searched a long list, a time that is far longer than usual is a stall of
-// the system, which is not the client's fault: it counts little.
+// charge adds the time since the last look at the clock to what the client of sh has spent. Without
+// a search of a list a time that is far longer than usual is a stall of the system, not the client's
+// fault: it counts little.
 func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
@@ -300,11 +300,10 @@ func (t *turnQueue) Pop() any {
 	return c
 }
 
-// gathering is for whom a batch of writes waits, before a Commit that takes long: for those whose
-// writes were in the last one, and come each time. Otherwise one half of the clients would send
-// while the other half waits for the disk, and each half would pay for Commits of its own. (A timer
-// for group commit: Helland and others, Tandem Technical Report 88.1, 1988. Ours stops early, when
-// those have come.)
+// gathering has a batch of writes wait, before a slow Commit, for the clients that wrote in the last
+// batch and come each time. Otherwise one half of the clients would send while the other half waits
+// for the disk, and each half would pay for Commits of its own. (A timer for group commit: Helland
+// and others, Tandem Technical Report 88.1, 1988. Ours stops early, when those have come.)
 type gathering struct {
 	number  int              // of the batch, among those that write
 	writes  bool             // it does
@@ -367,8 +366,8 @@ func (g *gathering) next(took time.Duration) {
 	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
 }
 
-// New returns a server of db, which must not be nil: Start would say so. The server owns it from
-// Start to Close. It logs nothing unless it is given a logger.
+// New returns a server of db, without which it does not start. The server owns it from Start to
+// Close. It logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:        kvstore.StoreOf(db),
@@ -557,7 +556,7 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 			continue
 		}
 
-		// Once in the log, then again and again: it may pass.
+		// Log it once, but try again and again.
 		if wait == 0 && !s.isClosing() {
 			s.log.Error("cannot accept connections, trying again", "error", err)
 		}
@@ -1059,7 +1058,7 @@ func (s *keyValueServer) begin(chain *Query) {
 
 // admit refuses a write for which there is no room.
 func (s *keyValueServer) admit(q *Query) {
-	// What frees is always let in, or a full memory would stay full.
+	// The memory always lets in what frees, or it would stay full.
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
@@ -1273,7 +1272,7 @@ func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
 // shared is how much is shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
 
-// forData is how many bytes the data may take, and what is not known to be something else.
+// forData is the limit for the data and for memory whose use is not known (other).
 func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/linesShare
 }
@@ -1427,8 +1426,8 @@ type pacer struct {
 // many as are in objects with pointers, for these are what a collection takes time for.
 const garbageMin, garbageShare = 16 << 20, 16
 
-// begin has the pacer choose, and again after each collection: nothing points to an object, so its
-// finalizer is run then.
+// begin calls choose, now and after each collection: every collection runs the finalizer of an
+// object to which nothing points.
 func (p *pacer) begin() {
 	p.choose()
 	type unused struct{ p *pacer }
@@ -1980,14 +1979,14 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 		return nil, err
 	}
 
-	// It has no password, so it is told where it can be reached.
+	// It has no password: warn if others than localhost can reach it.
 	at := listeners[0].Addr().(*net.TCPAddr)
 	if !at.IP.IsLoopback() {
 		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
 	}
 	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
 
-	// Browsers are kept out that another name has brought here.
+	// Requests for another host name are refused (onlyFor).
 	host, _, _ := net.SplitHostPort(addr)
 	return s.watch(listeners, host), nil
 }
