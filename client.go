@@ -1247,10 +1247,11 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	shared := false
 	for q := chain; q != nil; q = q.next {
 		o.acked = o.acked || q.queryType == ack
+		if q.size < 0 { // shed
+			left += q.size
+			o.drop(q)
+		}
 		if q.size <= 0 {
-			if q.size == forgone {
-				o.drop(q)
-			}
 			continue
 		}
 		o.next = q
@@ -1322,24 +1323,19 @@ func (o *outbox) cloneWaiting() {
 }
 
 // shed gives up the replies behind the one in hand that may be dropped: others need what they keep,
-// and their client takes nothing. It tells whether the chain keeps much nevertheless. The reply in
-// hand, once it has begun, does not count.
-func (o *outbox) shed(hasBegun bool) (isMuch bool) {
-	kept, acked := o.inInputs, o.acked
-	for q := o.next; q != nil; q = q.next {
+// and their client takes nothing. It tells whether the client has sent Ack.
+func (o *outbox) shed() (acked bool) {
+	acked = o.acked
+	for q := o.next.next; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
-		switch {
-		case q == o.next && hasBegun:
-		case q != o.next && q.size > 0 && q.mayDrop(acked):
+		if q.size > 0 && q.mayDrop(acked) {
 			list := int64(len(q.values)) * stringSize
 			o.lists -= list
 			o.budget.queued.Add(-list)
-			q.values, q.few, q.size = nil, [2]string{}, forgone
-		default:
-			kept += int64(max(q.size, 0))
+			q.values, q.few, q.size = nil, [2]string{}, -q.size
 		}
 	}
-	return kept > 2*burstSize
+	return acked
 }
 
 // format appends q's reply to msg. It queues what is full, and returns the message
@@ -1496,7 +1492,10 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 // then empties buffer.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
-	mayCut := o.acked || o.listing != nil
+
+	// Before Ack a client is cut off only in a Keys or Dump, or where it has sent lines of over
+	// burstSize and its reply may not be dropped.
+	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
 
 	for {
 		// What the connection did last; with nothing queued it makes no difference.
@@ -1508,10 +1507,9 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			}
 		}
 
-		// Before Ack a client is cut off only where others need what its chain keeps, and much of that
-		// may not be dropped.
+		// Others need what its chain keeps.
 		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.isPinned()) {
-			mayCut = o.shed(hasBegun)
+			mayCut = o.shed()
 		}
 
 		switch what, why := o.decide(n, mayDrop, mayCut, hasBegun); what {

@@ -31,7 +31,7 @@ type Query struct {
 	// A burst of requests travels as one chain, for the price of one send: the
 	// channel carries the head and next leads through the rest.
 	next *Query
-	size int // of the reply, in bytes: an upper bound; 0 if none is owed, or forgone
+	size int // of the reply, in bytes: an upper bound; 0 if none is owed; negative if it was shed
 
 	*special // nil: it is as most requests are
 }
@@ -44,9 +44,6 @@ type special struct {
 	// Of a countAll, which has no client: one slot. It is closed if the store has failed.
 	asker chan<- []counter
 }
-
-// forgone is the size of a reply that is to be dropped though its turn has not come (shed).
-const forgone = -1
 
 // queryType says what a Query asks for: it is the number of its row in verbs.
 type queryType uint8
