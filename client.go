@@ -847,8 +847,8 @@ func trimCR(line string) string {
 
 // ---- Keys and Dump
 
-// partKeys is how many keys are walked at a time; a walk of fewer is not broken off when the server
-// closes.
+// partKeys is how many keys are walked or cloned at a time; a walk of fewer is not broken off when
+// the server closes.
 const partKeys = 1000
 
 // A list of fewKeys needs no leave. Where a part is full, sampleKeys of it tell where its middle is.
@@ -864,7 +864,8 @@ const sortSlice = 2000
 // keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot.
 //
 // Where there are more keys than there is memory for, it goes through the snapshot once for each
-// part of them.
+// part of them. A Keys of one part copies the keys, if there is room for that, and gives the
+// snapshot up before it is read.
 type listing struct {
 	*Query       // the request, with the snapshot, and in n first the keys of the store
 	place  slot  // among the snapshots
@@ -915,8 +916,15 @@ func (c *Client) list(q *Query) {
 func (l *listing) release() {
 	l.special = nil
 	l.place.release()
+	l.noteSize(0)
 	l.client.server.budget.lists.Add(-l.listed)
-	l.client.server.budget.queued.Add(-l.held)
+	l.listed = 0
+}
+
+// noteSize notes that the list takes so many bytes.
+func (l *listing) noteSize(bytes int64) {
+	l.client.server.budget.queued.Add(bytes - l.held)
+	l.held = bytes
 }
 
 // walk calls see with each key that is asked for, the store's own string. It returns false if see
@@ -984,8 +992,7 @@ func (l *listing) awaitListMemory() bool {
 		l.listed = bytes
 	}
 
-	b.queued.Add(bytes)
-	l.held = bytes
+	l.noteSize(bytes)
 	return true
 }
 
@@ -998,6 +1005,11 @@ func (l *listing) reply() bool {
 		var wanted bool
 		if part, more, wanted = l.next(part[:0], last); !wanted {
 			return false
+		}
+
+		// These are all keys, and a Keys asks for nothing else, so the snapshot may go.
+		if last == "" && !more && l.queryType == keys {
+			l.copy(part)
 		}
 
 		for few := range slices.Chunk(part, maxChain) {
@@ -1066,6 +1078,23 @@ func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
 		}
 	}
 	return half, beyond
+}
+
+// copy gives the keys memory of their own, if there is enough, and then gives the snapshot up.
+func (l *listing) copy(keys []string) {
+	// Half of the queues is left for replies.
+	b := &l.client.server.budget
+	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
+	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
+		return
+	}
+
+	// In pieces, for few allocations and none that is large.
+	l.release()
+	l.noteSize(bytes)
+	for few := range slices.Chunk(keys, partKeys) {
+		copy(few, kvstore.CloneAll(few))
+	}
 }
 
 // sort sorts keys, and lets others work meanwhile. When the server closes, or the client has

@@ -1219,6 +1219,8 @@ func (s *keyValueServer) freeMemory() {
 //	                 others removed meanwhile      count as data            be dropped (shed)
 //	keys to be       16 bytes a key, in parts of   half of queues           the next Keys or Dump
 //	listed           maxList or half of that half                           waits
+//	keys copied      all that a Keys lists         half of queues           the Keys keeps its
+//	                                                                        snapshot
 //	a snapshot       one: what others change       maxSnapshots             the next waits; one
 //	                                                                        that takes nothing, or
 //	                                                                        drips, is cut; what they
@@ -1240,7 +1242,7 @@ type budget struct {
 	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: any number
 
-	queued atomic.Int64 // replies and lists that wait
+	queued atomic.Int64 // replies, lists and copied keys that wait
 	lists  atomic.Int64 // of queued, keys to be listed
 	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs atomic.Int64 // lines that have begun to be long

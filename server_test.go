@@ -63,7 +63,7 @@
 //		TestFsyncDuringWrite, TestEveryCallFails
 //	A key is gone for everybody when its time is over, and stays gone
 //		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
-//		TestExpireOnAFullDisk
+//		TestExpireIsCommitted, TestExpireOnAFullDisk
 //	The Take that has waited longest gets the next value, and nobody else gets it
 //		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeWaitsForCommit, TestKilledServer
 //	Locks, counters and queues are right
@@ -3376,6 +3376,24 @@ func (s slowDeletes) Delete(key string) int {
 	return s.Memory.Delete(key)
 }
 
+// Ensure that nobody is told that a key has gone before that is committed.
+func TestExpireIsCommitted(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
+		n.server.db = store
+		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
+		a := n.dial(t)
+		store.gate <- nil
+		a.ask("Get:k", "k:v")
+		pass(time.Second + 2*expireTime)
+		a.send("Get:k\nPing\n")
+		a.wantNothing()
+		store.gate <- nil
+		a.want(":PONG")
+		a.close()
+	})
+}
+
 // Ensure that a key whose time is over is not shown where the disk has no room for its Delete, and
 // goes when it has.
 func TestExpireOnAFullDisk(t *testing.T) {
@@ -5032,6 +5050,20 @@ func TestDumpListsAreBounded(t *testing.T) {
 		}
 		watch.hangUp()
 		mute.close()
+	})
+}
+
+// Ensure that a Keys that is not read keeps nobody from a snapshot.
+func TestDumpGivesSnapshotsBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
+		a := n.dial(t)
+		a.send("Keys\n")
+		synctest.Wait()
+		if used := len(n.server.snapshots.slots); used != 0 {
+			t.Errorf("a Keys that is not read has a snapshot")
+		}
+		a.close()
 	})
 }
 
