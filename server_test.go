@@ -48,7 +48,7 @@
 //		TestMovedRealDirectory, FuzzRecovery
 //	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
-//		TestSlowReaderIsToldAtTheEnd
+//		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
@@ -4856,6 +4856,18 @@ func TestSlowLine(t *testing.T) {
 	}
 }
 
+// Ensure that a line's time does not begin before it, with one that is skipped.
+func TestSlowLineAfterSkippedOne(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		a := n.dial(t)
+		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
+		pass(lineTime - 5*time.Second)
+		a.sendSome("\nPing:")
+		pass(lineTime - 5*time.Second)
+		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
+	})
+}
+
 // Ensure that a line that is too long and does not end is answered once.
 func TestSlowLineIsAnsweredOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -5546,6 +5558,56 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			synctest.Wait()
 		})
 	}
+}
+
+// Ensure that clients which do not read for some seconds get what the queue keeps
+// for them, and the others everything, as Project 0's own tests want it: six
+// clients on one goroutine, four of them slow, Gets of lists of large values.
+func TestSlowReaderOfProject0(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, slow, gets, values = 6, 4, 1900, 3
+		value := strings.Repeat("v", 4096)
+		n.fill("list", value, values)
+		all := n.dialMany(t, clients, func(int, *testClient) {})
+		var lines [clients]int
+		var readers sync.WaitGroup
+		for i, c := range all {
+			readers.Go(func() {
+				if i < slow {
+					<-time.After(5 * time.Second)
+				}
+				// and then nothing comes any more
+				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
+				for ; ; lines[i]++ {
+					line, err := c.r.ReadString('\n')
+					if err != nil {
+						return
+					}
+					if line != "list:"+value+"\n" {
+						t.Errorf("client %d got %.40q", i, line)
+					}
+				}
+			})
+		}
+		for range gets {
+			for _, c := range all {
+				c.send("Get:list\n")
+			}
+			synctest.Wait()
+		}
+		readers.Wait()
+		for i, got := range lines {
+			switch {
+			case i >= slow && got != gets*values:
+				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
+			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
+					"and not all", i, got, gets*values, maxBufferSize)
+			}
+		}
+		closeClients(all)
+	})
 }
 
 // Ensure that who lost replies, and does not ask with Ping, is told in the last
