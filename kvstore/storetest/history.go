@@ -2,7 +2,6 @@ package storetest
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -16,6 +15,7 @@ type Operation struct {
 	N                 int      // of the ":OK n" that was answered
 	Got               []string // and the values
 	Invoked, Answered int64    // Answered is 0 if it never was
+	Failure           int      // of power, which may have taken it back; 0: none
 }
 
 // agrees tells whether what was answered is this.
@@ -26,7 +26,7 @@ func (o Operation) agrees(n int, got []string) bool {
 // CheckLinearizable returns an error unless one order of what was asked about a list, in which each
 // request has its place between its beginning and its answer, explains all answers, and what the
 // list holds in the end. A request without an answer may have any place behind its beginning, or
-// none.
+// none. A power failure may take requests back: the last ones of those that bear its number.
 func CheckLinearizable(history []Operation, final []string) error {
 	// Puts of unique values and Gets have an exact check; all else has to be searched.
 	put := map[string]bool{}
@@ -47,9 +47,10 @@ const mostSteps = 300_000
 // searched is a history that is searched for an order.
 type searched struct {
 	operations []Operation // by Invoked
-	done       []byte      // 1: it has its place
+	done       []byte      // 1: it has its place, or a power failure has taken it back
 	been       map[string]bool
 	steps      int
+	furthest   int // of operations, to which an order was found
 }
 
 // search is the search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which
@@ -66,7 +67,8 @@ func search(history []Operation, final []string) error {
 	s.done = make([]byte, len(s.operations))
 
 	if !s.explain(0, nil) {
-		return errors.New("no order explains what was answered")
+		o := s.operations[s.furthest]
+		return fmt.Errorf("no order explains the answer to %.60q: %d, %.200q", o.Line(""), o.N, o.Got)
 	}
 	return nil
 }
@@ -77,6 +79,7 @@ func (s *searched) explain(first int, list []string) bool {
 	for first < len(s.done) && s.done[first] != 0 {
 		first++
 	}
+	s.furthest = max(s.furthest, first)
 
 	// From the same place with the same list the search finds nothing that it has not found.
 	place := fmt.Sprint(first) + string(s.done[first:]) + strings.Join(list, "\n")
@@ -98,10 +101,12 @@ func (s *searched) explain(first int, list []string) bool {
 		return true
 	}
 
+	failure := 0
 	for i := first; i < len(s.done) && s.operations[i].Invoked < soonest; i++ {
 		if s.done[i] != 0 {
 			continue
 		}
+		failure = max(failure, s.operations[i].Failure)
 		after, n, got := s.operations[i].After(list)
 		if !s.operations[i].agrees(n, got) {
 			continue
@@ -114,7 +119,21 @@ func (s *searched) explain(first int, list []string) bool {
 		}
 		s.done[i] = 0
 	}
-	return false
+	return failure > 0 && s.fail(failure, first, list)
+}
+
+// fail is explain where the power fails now: what it may take back, and has no place yet, has none.
+func (s *searched) fail(failure, first int, list []string) bool {
+	before := slices.Clone(s.done)
+	for i, o := range s.operations {
+		if o.Failure == failure {
+			s.done[i] = 1
+		}
+	}
+
+	found := s.explain(first, list)
+	s.done = before
+	return found
 }
 
 // event is the beginning or the end of an operation of a history of Puts and Gets.
@@ -141,6 +160,11 @@ func checkAppends(history []Operation, final []string) error {
 	// Each operation has its place, but for a Put that is not there, and a Get that saw nothing.
 	var events []event
 	for _, o := range history {
+		// What may have been taken back counts as what was never answered.
+		if o.Failure > 0 {
+			o.Answered = 0
+		}
+
 		p := len(o.Got)
 		switch isPut := o.Verb == "Put"; {
 		case isPut && place[o.New] == 0 && o.Answered > 0:

@@ -8,7 +8,7 @@ import (
 // Ensure that the checkers find what they are for, and that of Puts and Gets both say the same.
 func TestLinearizable(t *testing.T) {
 	request := func(verb, old, new string, n int, from, to int64, got ...string) Operation {
-		return Operation{Request{Verb: verb, Old: old, New: new}, n, got, from, to}
+		return Operation{Request{Verb: verb, Old: old, New: new}, n, got, from, to, 0}
 	}
 	put := func(value string, from, to int64) Operation {
 		return request("Put", "", value, 1, from, to)
@@ -18,6 +18,10 @@ func TestLinearizable(t *testing.T) {
 	}
 	take := func(from, to int64, got ...string) Operation {
 		return request("Take", "", "", len(got), from, to, got...)
+	}
+	mayGo := func(o Operation) Operation {
+		o.Failure = 1
+		return o
 	}
 	type history []Operation
 	ab := []string{"a", "b"}
@@ -72,6 +76,14 @@ func TestLinearizable(t *testing.T) {
 		"a Count of the past": {history{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
 		"a Remove by two": {history{put("a", 1, 2), request("Remove", "a", "", 1, 3, 6),
 			request("Remove", "a", "", 1, 4, 5)}, "", false},
+		"a power failure": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),
+			get(7, 8, "a")}, "a", true},
+		"none of power": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),
+			get(7, 8, ab...), get(9, 10, "b")}, "b", false},
+		"none of the last": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a"))},
+			"", false},
+		"none of what was kept": {history{take(1, 2), put("a", 3, 4), mayGo(put("b", 5, 6))},
+			"", false},
 		"unanswered, then seen": {history{put("a", 1, 0), request("Count", "", "", 0, 2, 3),
 			request("Count", "", "", 1, 4, 5)}, "a", true},
 	} {

@@ -339,7 +339,7 @@ func (w *world) answered() map[string][]string {
 	for key, operations := range w.history {
 		for _, o := range operations {
 			// Nobody removes anything from shared lists, so what was put there stays.
-			if o.Verb == "Put" && o.Answered > 0 && strings.HasPrefix(key, "shared") {
+			if o.Verb == "Put" && o.Answered > 0 && o.Failure == 0 && strings.HasPrefix(key, "shared") {
 				least[key] = append(least[key], o.New)
 			}
 		}

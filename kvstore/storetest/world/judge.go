@@ -51,27 +51,13 @@ func (p *process) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 
-	safe := w.exposed
+	w.failures++
 	for _, operations := range w.history {
 		for i := range operations {
-			// It may have been run or not, as one that was never answered.
-			if operations[i].at.After(safe) {
-				operations[i].Answered = 0
+			if operations[i].at.After(w.exposed) {
+				operations[i].Failure = w.failures
 			}
 		}
-	}
-
-	for _, l := range w.owners {
-		l.forget(safe)
-	}
-}
-
-// forget makes what was answered after safe uncertain.
-func (l *ownList) forget(safe time.Time) {
-	// One state always stays: the empty list with which each begins.
-	for len(l.states) > 1 && l.states[len(l.states)-1].at.After(safe) {
-		l.maybe = append(l.maybe, l.states[len(l.states)-1].list)
-		l.states = l.states[:len(l.states)-1]
 	}
 }
 
@@ -80,7 +66,7 @@ func (l *ownList) forget(safe time.Time) {
 func (p *process) look(db *durable.Store) {
 	w := p.world
 	w.mu.Lock()
-	keys := slices.Concat(slices.Collect(maps.Keys(w.history)), slices.Collect(maps.Keys(w.owners)))
+	keys := slices.Collect(maps.Keys(w.history))
 	w.mu.Unlock()
 
 	o := heard{Operation: storetest.Operation{Request: storetest.Request{Verb: "Get"}}}
@@ -96,37 +82,12 @@ func (p *process) look(db *durable.Store) {
 	}
 	o.Answered, o.at = w.tick(), time.Now()
 
-	for key, list := range lists {
-		w.checkOwned(key, list)
-		w.mu.Lock()
-		if l := w.owners[key]; l == nil {
-			o.N, o.Got = len(list), list
-			w.history[key] = append(w.history[key], o)
-		} else if l.states = append(l.states, state{list, o.at}); w.fsync == durable.FsyncAlways {
-			l.maybe = nil // it is this, and nothing else
-		}
-		w.mu.Unlock()
-	}
-}
-
-// checkOwned wants that a list of one writer is what the writer knows, if it is one.
-func (w *world) checkOwned(key string, list []string) {
 	w.mu.Lock()
-	l := w.owners[key]
-	good := l == nil || l.mayBe(list)
-	w.mu.Unlock()
-
-	// This is outside of mu, which fail takes itself.
-	if !good {
-		w.fail("%s holds %.200q, want %.200q or one of %d others", key, list,
-			l.states[len(l.states)-1].list, len(l.maybe))
+	defer w.mu.Unlock()
+	for key, list := range lists {
+		o.N, o.Got = len(list), list
+		w.history[key] = append(w.history[key], o)
 	}
-}
-
-// mayBe tells whether the list can be this.
-func (l *ownList) mayBe(list []string) bool {
-	isThis := func(other []string) bool { return slices.Equal(list, other) }
-	return isThis(l.states[len(l.states)-1].list) || slices.ContainsFunc(l.maybe, isThis)
 }
 
 // known wants that a value was sent, and not refused.
@@ -186,7 +147,7 @@ func (w *world) judge() {
 		return
 	}
 
-	// Lists that many have changed.
+	// Lists of which each request is known.
 	for key, operations := range w.history {
 		var history []storetest.Operation
 		for _, o := range operations {
@@ -206,10 +167,6 @@ func (w *world) judge() {
 		}
 	}
 
-	// Lists of one, and all the rest.
-	for key := range w.owners {
-		w.checkOwned(key, db.Get(key))
-	}
 	w.knownAll(db)
 
 	// The repair below needs the store closed, so a copy is kept to compare with.
@@ -228,7 +185,7 @@ func (w *world) judge() {
 	}
 	w.checkRepaired(held)
 
-	w.tell("in the end there are %d lists of many clients, %d of one", len(w.history), len(w.owners))
+	w.tell("in the end there are %d lists", len(w.history))
 }
 
 // checkRepaired wants that a repair of what is whole makes the same of it.

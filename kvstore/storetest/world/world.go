@@ -141,11 +141,12 @@ type world struct {
 	story   []string
 	ids     int
 	clock   int64                // everybody's: it counts what was begun and answered
-	history map[string][]heard   // of each list that all change
+	history map[string][]heard   // of each list of which all requests are known
 	ends    map[string]time.Time // when a key goes at the latest
 	sent    map[string]bool      // every value that a request has carried
 	refused map[string]bool      // values of requests that got an error
-	owners  map[string]*ownList  // of each list that has one writer
+
+	failures int // of power, that may have cost what was answered
 }
 
 // run looks at one world. If tell, its story is told whatever becomes of it.
@@ -156,7 +157,7 @@ func run(t *testing.T, seed uint64, tell bool, program Program) {
 			t: t, program: program, seed: seed, random: rand.New(rand.NewPCG(seed, 1)),
 			began: time.Now(), dir: storetest.New(), history: map[string][]heard{},
 			ends: map[string]time.Time{}, sent: map[string]bool{"0": true, "1": true},
-			refused: map[string]bool{}, owners: map[string]*ownList{},
+			refused: map[string]bool{},
 		}
 
 		// Fake time passes only where all wait, so an hour of it means that something never comes.
