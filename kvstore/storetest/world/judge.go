@@ -117,7 +117,7 @@ func (p *process) checkLeft() {
 	}
 
 	for _, c := range p.conns {
-		if !isClosed(c.closed) {
+		if !c.isClosed() {
 			p.fail("a connection is left open")
 		}
 	}

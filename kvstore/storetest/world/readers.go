@@ -95,7 +95,7 @@ func (v *visitor) stop() {
 		most = 20 * time.Second
 	}
 	stopped := time.Now()
-	for !isClosed(v.gone) && !isClosed(v.theirs.closed) {
+	for !isClosed(v.gone) && !v.theirs.isClosed() {
 		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
 			// Where ticks come late, the server takes that for time in which it did not run itself.
 			if v.settings.WriteTimeout > 0 && v.late == 0 {
