@@ -134,19 +134,22 @@ func (m Model) TouchPays() bool                    { return false }
 func (m Model) Touch([]string)                     {}
 
 // Equal tells whether a store, or a snapshot, holds what m does.
-func (m Model) Equal(s interface {
-	All() iter.Seq2[string, []string]
-	Deadline(key string) (at int64, ok bool)
-}) bool {
+func (m Model) Equal(s kvstore.Snapshot) bool { return Same(m, s) }
+
+// Same tells whether two stores, or snapshots, hold the same.
+func Same(a, b kvstore.Snapshot) bool {
 	keys := 0
-	for key, list := range s.All() {
-		at, ok := s.Deadline(key)
-		end, has := m.ends[key]
-		if keys++; !slices.Equal(list, m.lists[key]) || at != end || ok != has {
+	for key, list := range a.All() {
+		at, ok := a.Deadline(key)
+		end, has := b.Deadline(key)
+		if keys++; !slices.Equal(list, b.View(nil, key)) || at != end || ok != has {
 			return false
 		}
 	}
 
-	// The loop cannot see a key that only m has, but the number of keys tells.
-	return keys == len(m.lists)
+	// The loop cannot see a key that only b has, but the number of keys tells.
+	for range b.All() {
+		keys--
+	}
+	return keys == 0
 }

@@ -26,12 +26,14 @@ type visitor struct {
 	junk   int  // lines that it may send after a Quit: none where they would take over a second
 }
 
-// kinds are what clients do.
-var kinds = []struct {
+// kind is what a client does.
+type kind struct {
 	name string
 	do   func(*visitor)
 	calm bool // it needs a network that neither stalls nor breaks
-}{
+}
+
+var kinds = []kind{
 	{"shares lists", (*visitor).share, false},
 	{"shares lists", (*visitor).share, false},
 	{"owns a list", (*visitor).own, false},
@@ -50,11 +52,7 @@ var kinds = []struct {
 }
 
 // visit starts a client.
-func (p *process) visit(all *sync.WaitGroup, kind struct {
-	name string
-	do   func(*visitor)
-	calm bool
-}) {
+func (p *process) visit(all *sync.WaitGroup, kind kind) {
 	// A client has random numbers of its own, and what it does depends on no turn of others.
 	number := p.id()
 	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
@@ -150,9 +148,11 @@ func (v *visitor) dial() bool {
 }
 
 // reply reads a reply of an acked request: its data lines, and the line that ends it.
-func (v *visitor) reply() (lines []string, last string, err error) {
+func (v *visitor) reply() (lines []string, last string, err error) { return readReply(v.r) }
+
+func readReply(r *bufio.Reader) (lines []string, last string, err error) {
 	for {
-		line, err := v.r.ReadString('\n')
+		line, err := r.ReadString('\n')
 		if err != nil {
 			return lines, line, err
 		}
@@ -194,9 +194,10 @@ func (v *visitor) ask(request string) (last string, ok bool) {
 	return last, err == nil && !strings.HasPrefix(last, ":ERROR")
 }
 
-// value makes a value that nobody has sent before.
-func (v *visitor) value(i int) string {
-	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", Pick(v.random, 0, 0, 10, 300, 1500))
+// value makes a value that nobody has sent before, of so many bytes and some more.
+func (v *visitor) value(i, bytes int) string {
+	bytes += Pick(v.random, 0, 0, 10, 300, 1500)
+	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", bytes)
 
 	// It is noted before it is sent, for a backup may hold it before its sender has an answer.
 	v.world.mu.Lock()

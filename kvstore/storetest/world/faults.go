@@ -57,13 +57,10 @@ func (w *world) rot() (rotten bool, mend func()) {
 	return true, flip
 }
 
-// repair repairs what is damaged into a new directory, perhaps with a failure in the middle. What it
-// makes opens, and shows nothing that was not sent.
-func (w *world) repair() {
-	// A copy is repaired: the world goes on with the directory itself.
-	bad := w.dir.Kill()
+// repair repairs a copy of what is left into a new directory, perhaps with a failure in the middle,
+// and opens that. db is nil where nothing could be read.
+func (w *world) repair() (r durable.Report, db *durable.Store) {
 	calls, last := 0, Pick(w.random, 0, w.random.IntN(100))
-
 	out := storetest.New()
 	out.Before = func(storetest.Call) error {
 		if calls++; last > 0 && calls > last {
@@ -73,30 +70,25 @@ func (w *world) repair() {
 	}
 
 	// A repair that was killed is begun anew.
-	_, err := durable.Repair(bad, out)
+	r, err := durable.Repair(w.dir.Kill(), out)
 	if last > 0 && err != nil {
 		out = storetest.New()
-		_, err = durable.Repair(bad, out)
+		r, err = durable.Repair(w.dir.Kill(), out)
 	}
-
 	out.Before = nil
 
 	// Where nothing could be read there is nothing to open.
 	if errors.Is(err, durable.ErrNothingRead) {
-		return
+		return r, nil
+	}
+	if err == nil {
+		db, err = durable.Open(context.Background(), out, durable.Options{})
 	}
 	if err != nil {
-		w.fail("repair: %v", err)
-		return
+		w.fail("a repair, or a start with what it has made: %v", err)
+		return r, nil
 	}
-
-	db, err := durable.Open(context.Background(), out, durable.Options{})
-	if err != nil {
-		w.fail("what was repaired does not open: %v", err)
-		return
-	}
-	defer db.Close()
-	w.knownAll(db)
+	return r, db
 }
 
 // slowLog is what reads a process's log: slowly, or not at all.

@@ -2,7 +2,6 @@ package world
 
 import (
 	"context"
-	"errors"
 	"maps"
 	"slices"
 	"time"
@@ -169,47 +168,19 @@ func (w *world) judge() {
 
 	w.knownAll(db)
 
-	// The repair below needs the store closed, so a copy is kept to compare with.
-	held := storetest.NewModel()
-	for key, list := range db.All() {
-		for _, v := range list {
-			held.Put(key, v)
-		}
-		if at, ends := db.Deadline(key); ends {
-			held.Expire(key, at)
-		}
-	}
-
+	// The repair needs the store closed.
+	held := db.Snapshot()
+	keys, _, _ := db.Size()
 	if err := db.Close(); err != nil {
 		w.fail("the last stop: %v", err)
 	}
-	w.checkRepaired(held)
+
+	// A repair of what is whole makes the same of it. Of an empty store it reads nothing.
+	if r, db := w.repair(); db == nil && keys > 0 || db != nil && (r.Damaged || !storetest.Same(db, held)) {
+		w.fail("a repair of what is whole, %d keys: %v", keys, r.Lines)
+	} else if db != nil {
+		db.Close()
+	}
 
 	w.tell("in the end there are %d lists", len(w.history))
-}
-
-// checkRepaired wants that a repair of what is whole makes the same of it.
-func (w *world) checkRepaired(held storetest.Model) {
-	to := storetest.New()
-	keys, _, _ := held.Size()
-
-	// A repair of an empty store finds nothing, and says so.
-	switch r, err := durable.Repair(w.dir, to); {
-	case errors.Is(err, durable.ErrNothingRead) && keys == 0:
-		return
-	case err != nil || r.Damaged:
-		w.fail("a repair of what is whole: %v, %v", r.Lines, err)
-		return
-	}
-
-	db, err := durable.Open(context.Background(), to, durable.Options{})
-	if err != nil {
-		w.fail("what was repaired does not open: %v", err)
-		return
-	}
-	defer db.Close()
-
-	if !held.Equal(db) {
-		w.fail("a repair makes %d keys of %v", len(maps.Collect(db.All())), held)
-	}
 }

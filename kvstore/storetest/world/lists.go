@@ -57,7 +57,7 @@ func (v *visitor) change(requests, most int, alone bool,
 		var hears []func() error
 		for range Pick(v.random, 1, 1, most) {
 			i++
-			key, q := draw(v.value(i))
+			key, q := draw(v.value(i, 0))
 			text.WriteString(q.Line(key))
 
 			// It counts as begun before it is sent: no server can have run it earlier.
@@ -97,14 +97,15 @@ func (v *visitor) note(key string, o heard, err error) {
 		v.checkMoved()
 	}
 
+	if err == ErrRefused {
+		v.refuse(o.New, len(o.New) > 1) // or others send it, too
+		return
+	}
+
 	// isVain takes the process's mutex, which kill takes before the world's: never the other way.
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
-	if err == ErrRefused {
-		v.refused[o.New] = len(o.New) > 1 // or others send it, too
-	} else {
-		v.history[key] = append(v.history[key], o)
-	}
+	v.history[key] = append(v.history[key], o)
 }
 
 // DrawRequest draws a request about a list that many clients change, with a value of its own.
@@ -146,24 +147,19 @@ func begin(r *bufio.Reader, key string, a *storetest.Operation, tick func() int6
 		time.AfterFunc(time.Duration(a.Seconds)*time.Second, func() { end.Store(tick()) })
 	}
 
-	// Values, and then the end of the reply.
 	return func() error {
-		for {
-			line, err := r.ReadString('\n')
-			if err != nil {
-				return err
-			}
-
-			if strings.HasPrefix(line, ":ERROR") {
-				return ErrRefused
-			}
-			if _, err := fmt.Sscanf(line, ":OK %d", &a.N); err == nil {
-				break
-			}
-
-			a.Got = append(a.Got, strings.TrimSuffix(strings.TrimPrefix(line, key+":"), "\n"))
+		lines, last, err := readReply(r)
+		switch {
+		case err != nil:
+			return err
+		case strings.HasPrefix(last, ":ERROR"):
+			return ErrRefused
 		}
 
+		for _, line := range lines {
+			a.Got = append(a.Got, strings.TrimPrefix(line, key+":"))
+		}
+		fmt.Sscanf(last, ":OK %d", &a.N)
 		if a.N == 0 && end.Load() > 0 {
 			a.Invoked = end.Load()
 		}

@@ -365,7 +365,10 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 		if r, err := durable.Check(w.dir); err == nil && !r.Damaged {
 			w.fail("a check finds nothing: %v", r.Lines)
 		}
-		w.repair()
+		if _, db := w.repair(); db != nil {
+			w.knownAll(db) // it shows nothing that was not sent
+			db.Close()
+		}
 		mend()
 	case p.failed:
 		w.tell("does not start: %v", err)
@@ -459,7 +462,7 @@ func (p *process) leave(closed error) {
 	p.tell("stopped: %v", closed)
 	if closed != nil && !p.failed {
 		p.fail("a stop: %v", closed)
-	} else if closed != nil && p.exposed.IsZero() {
+	} else if p.failed && p.exposed.IsZero() {
 		// Of what came after the disk had failed, nothing need be on it.
 		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}

@@ -35,7 +35,7 @@ func (v *visitor) pipeline() {
 		}
 	}
 
-	mark := v.value(values)
+	mark := v.value(values, 0)
 	text.WriteString("Put:" + key + ":" + mark + "\n")
 
 	// Some ask at the end how many replies were dropped; others rely on what they are told.
@@ -80,10 +80,7 @@ func (v *visitor) stop() {
 	v.process.mu.Unlock()
 
 	// That is more than the network holds.
-	key, value := "stop"+v.id, v.value(0)+strings.Repeat("-", 15*kilo)
-	v.world.mu.Lock()
-	v.sent[value] = true
-	v.world.mu.Unlock()
+	key, value := "stop"+v.id, v.value(0, 15*kilo)
 	go io.WriteString(v.conn, "Set:"+key+":"+value+"\n"+strings.Repeat("Get:"+key+"\n", 500))
 	v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.CopyN(io.Discard, v.r, 20*kilo+v.random.Int64N(30*kilo)); err != nil {
@@ -112,13 +109,7 @@ func (v *visitor) stop() {
 func (v *visitor) fillList(key string, values, size int) (list []string) {
 	var text strings.Builder
 	for i := range values {
-		value := v.value(i) + strings.Repeat("+", size)
-
-		// The world must know the value as it is sent, with what makes it long.
-		v.world.mu.Lock()
-		v.sent[value] = true
-		v.world.mu.Unlock()
-
+		value := v.value(i, size)
 		list = append(list, key+":"+value)
 		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
 	}
@@ -134,16 +125,14 @@ func (v *visitor) fillList(key string, values, size int) (list []string) {
 // checkMark wants the last write of a client that reads nothing, behind replies of about so many
 // bytes. A long one that has begun waits while all queues are full.
 func (v *visitor) checkMark(key, mark string, replySize int) {
-	other := &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
-		calm: true}
-	if !v.calm || !other.dial() {
+	if !v.calm {
 		return
 	}
-
+	other, ok := v.also()
+	if !ok {
+		return
+	}
 	defer other.conn.Close()
-	if !other.hello() {
-		return
-	}
 
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()

@@ -46,15 +46,13 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 		Wait(goneTime + time.Second)
 	}
 
-	value := v.value(i)
+	value := v.value(i, 0)
 	if what != "waits" {
 		// Each of these can give to a Take that waits.
 		give := Pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
 		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
 			// An error says that the value is not there; without an answer it may be.
-			v.world.mu.Lock()
-			v.refused[value] = strings.HasPrefix(last, ":ERROR")
-			v.world.mu.Unlock()
+			v.refuse(value, strings.HasPrefix(last, ":ERROR"))
 			return false
 		}
 	}
@@ -115,9 +113,7 @@ func (v *visitor) lease(key, value string, seconds int) bool {
 		var err error
 		if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
 			// Only the first request carries the value: a refused Expire leaves it there.
-			v.world.mu.Lock()
-			v.refused[value] = err == nil && n == 0
-			v.world.mu.Unlock()
+			v.refuse(value, err == nil && n == 0)
 			return false
 		}
 	}
@@ -133,7 +129,7 @@ func (v *visitor) end() {
 	}
 
 	for i := range 6 {
-		key, value := fmt.Sprintf("ends%s-%d", v.id, i), v.value(i)
+		key, value := fmt.Sprintf("ends%s-%d", v.id, i), v.value(i, 0)
 		seconds := 1 + r.IntN(4)
 		lasts := time.Duration(seconds) * time.Second
 

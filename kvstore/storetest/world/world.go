@@ -216,6 +216,13 @@ func (w *world) fail(format string, args ...any) {
 	w.t.Errorf("seed %d: "+format, append([]any{w.seed}, args...)...)
 }
 
+// refuse notes whether a value was refused, so that it must not be there.
+func (w *world) refuse(value string, was bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.refused[value] = was
+}
+
 // id returns a number that nobody else has.
 func (w *world) id() int {
 	w.mu.Lock()
