@@ -187,17 +187,23 @@ func (p *process) kill(power bool, when string) {
 
 	p.tell("%s %s", map[bool]string{false: "kill -9", true: "power failure"}[power], when)
 
-	// A process before this one may have left more to the kernel: then its time stands.
-	if end := time.Now(); p.exposed.IsZero() {
-		// Once the disk has failed nothing more may have been synced.
-		if p.failed {
-			end = p.since
-		}
-
-		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
-	}
+	p.expose()
 	if power {
 		p.forget()
+	}
+}
+
+// expose notes what a power failure may cost from now on. The caller has mu.
+func (p *process) expose() {
+	// Once the disk has failed nothing more may have been synced.
+	end := time.Now()
+	if p.failed {
+		end = p.since
+	}
+
+	// A process before this one may have left more to the kernel: then its time stands.
+	if p.exposed.IsZero() {
+		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 }
 
@@ -462,9 +468,8 @@ func (p *process) leave(closed error) {
 	p.tell("stopped: %v", closed)
 	if closed != nil && !p.failed {
 		p.fail("a stop: %v", closed)
-	} else if p.failed && p.exposed.IsZero() {
-		// Of what came after the disk had failed, nothing need be on it.
-		p.exposed = p.since.Add(-2*p.fsync - p.stalled - time.Millisecond)
+	} else if p.failed {
+		p.expose()
 	}
 
 	// What a kernel still has may be lost, where the disk had failed.

@@ -2,6 +2,7 @@ package world
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -55,7 +56,7 @@ func (v *visitor) pipeline() {
 	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
 
 	// Who reads nothing cannot count, but the mark is written.
-	got := v.readAs(manner)
+	got, err := v.readAs(manner)
 	if manner == "never" {
 		v.process.mu.Lock()
 		v.unknown++
@@ -64,7 +65,7 @@ func (v *visitor) pipeline() {
 		return
 	}
 
-	v.tally(got, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
+	v.tally(got, err, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
 // stop reads some of what it has asked for, and then nothing more for good, with Ack or without. A
@@ -148,8 +149,9 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	}
 }
 
-// readAs reads to the end.
-func (v *visitor) readAs(manner string) (got whatWasRead) {
+// readAs reads to the end, and returns what it has read, and why it read no more: io.EOF where nothing
+// broke.
+func (v *visitor) readAs(manner string) (got string, err error) {
 	var all bytes.Buffer
 	switch manner {
 	case "never":
@@ -158,7 +160,7 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 		case <-v.gone:
 		case <-time.After(20 * time.Second):
 		}
-		return whatWasRead{}
+		return "", nil
 	case "after a rest":
 		Wait(Between(v.random, 0, 8*time.Second))
 	case "steadily":
@@ -166,28 +168,16 @@ func (v *visitor) readAs(manner string) (got whatWasRead) {
 		pause := Between(v.random, 10*time.Millisecond, 900*time.Millisecond)
 		piece := int64(pause) * steadyRate * 5 / 4 / int64(time.Second)
 
-		for got.err == nil {
-			_, got.err = io.CopyN(&all, v.r, piece)
+		for err == nil {
+			_, err = io.CopyN(&all, v.r, piece)
 			Wait(pause)
 		}
-		got.text = all.String()
-		return got
+		return all.String(), err
 	}
 
-	_, got.err = io.Copy(&all, v.r)
-
-	// Copy does not return the end, but tally tells by it that nothing broke.
-	if got.err == nil {
-		got.err = io.EOF
-	}
-	got.text = all.String()
-	return got
-}
-
-// whatWasRead is what a client has read, and why it read no more.
-type whatWasRead struct {
-	text string
-	err  error
+	// Copy does not return the end.
+	_, err = io.Copy(&all, v.r)
+	return all.String(), cmp.Or(err, io.EOF)
 }
 
 // mayEnd tells whether a connection may have ended in err: not that of a client that reads steadily,
@@ -199,15 +189,15 @@ func (v *visitor) mayEnd(err error, steady bool) bool {
 }
 
 // tally counts replies: each is whole, and what was not delivered was told.
-func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady bool) {
+func (v *visitor) tally(got string, err error, list []string, owed int, asked, steady bool) {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
 
-	disturbed := v.mayEnd(got.err, steady)
+	disturbed := v.mayEnd(err, steady)
 
 	// A calm network breaks nothing off, and the server ends connections in good order.
-	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && got.err != io.EOF {
-		v.fail("%s: its connection ends in %v", v.id, got.err)
+	if v.calm && !disturbed && v.after == nil && v.stalled == 0 && err != io.EOF {
+		v.fail("%s: its connection ends in %v", v.id, err)
 	}
 
 	// What the client wrote last may have been refused, and that is told in a line.
@@ -216,14 +206,14 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 		refusable = 1
 	}
 
-	delivered, dropped, ended, good := v.tallyLines(got, list, asked, disturbed)
+	delivered, dropped, ended, good := v.tallyLines(got, list, asked, err != io.EOF || disturbed)
 	if !good {
 		return
 	}
 
 	// What was not delivered was told, where the connection has ended well.
 	v.told += dropped
-	if got.err != io.EOF || disturbed {
+	if err != io.EOF || disturbed {
 		v.unknown++
 		if delivered+dropped > owed+1 {
 			v.fail("%s: %d delivered and %d dropped, of %d", v.id, delivered, dropped, owed)
@@ -242,14 +232,14 @@ func (v *visitor) tally(got whatWasRead, list []string, owed int, asked, steady 
 // tallyLines counts the replies that were delivered, and those of which it was told that they were
 // dropped. ended: the last line told it. Each line is the next one of a reply, an error, or tells
 // what was lost: else good is false.
-func (v *visitor) tallyLines(got whatWasRead, list []string, asked, disturbed bool) (delivered,
+func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (delivered,
 	dropped int, ended, good bool) {
 	place := 0
-	lines := strings.SplitAfter(got.text, "\n")
+	lines := strings.SplitAfter(got, "\n")
 	for i, line := range lines {
 		text, whole := strings.CutSuffix(line, "\n")
 		switch n := 0; {
-		case !whole && got.err == io.EOF && line != "" && !disturbed:
+		case !whole && line != "" && !mayBeTorn:
 			v.fail("%s: the last line is torn: %.60q", v.id, line)
 		// Nothing stands behind the last newline, or the connection broke in a line.
 		case !whole:

@@ -28,6 +28,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -137,10 +138,11 @@ type world struct {
 	// process that was killed has left it to a kernel. Zero: it is.
 	exposed time.Time
 
+	ids   atomic.Int64
+	clock atomic.Int64 // everybody's: it counts what was begun and answered
+
 	mu      sync.Mutex // guards what is below
 	story   []string
-	ids     int
-	clock   int64                // everybody's: it counts what was begun and answered
 	history map[string][]heard   // of each list of which all requests are known
 	ends    map[string]time.Time // when a key goes at the latest
 	sent    map[string]bool      // every value that a request has carried
@@ -224,17 +226,7 @@ func (w *world) refuse(value string, was bool) {
 }
 
 // id returns a number that nobody else has.
-func (w *world) id() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.ids++
-	return w.ids
-}
+func (w *world) id() int { return int(w.ids.Add(1)) }
 
 // tick is a moment of everybody's clock.
-func (w *world) tick() int64 {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.clock++
-	return w.clock
-}
+func (w *world) tick() int64 { return w.clock.Add(1) }
