@@ -171,13 +171,20 @@ func (d *Dir) With(name string, data []byte) *Dir {
 	return c
 }
 
-// Kinds of calls: those that open a file can lack a descriptor, and those that write
-// can lack room.
-const opens, writes = 1, 2
+// MayFail tells whether a call can fail so on a real disk.
+func (c Call) MayFail(failure error) bool {
+	switch {
+	case failure == syscall.EMFILE:
+		return slices.Contains([]string{"list", "open", "create", "lock"}, c.What)
+	case storage.IsFull(failure):
+		return slices.Contains([]string{"write", "create", "rename", "sync", "lock"}, c.What)
+	}
+	return true
+}
 
 // call counts an I/O call and returns with Mu locked. It tells whether the call
 // fails.
-func (d *Dir) call(what, name string, kind int) (err error) {
+func (d *Dir) call(what, name string) (err error) {
 	// Before may look at d, and wait for others that do, so it is run without Mu.
 	if d.Before != nil {
 		err = d.Before(Call{what, name})
@@ -190,12 +197,10 @@ func (d *Dir) call(what, name string, kind int) (err error) {
 		return err
 	}
 
-	// A call fails in no way in which it could not fail on a real disk.
 	switch {
 	case d.Failure == nil:
 		return ErrDisk
-	case d.Failure == syscall.EMFILE && kind&opens == 0, storage.IsFull(d.Failure) &&
-		kind&writes == 0:
+	case !(Call{what, name}).MayFail(d.Failure):
 		return nil
 	}
 	return &os.PathError{Op: what, Path: d.Path(name), Err: d.Failure}
@@ -315,7 +320,7 @@ func (d *Dir) RoomFor(int64, bool) error { return nil }
 
 // List returns the names of all files.
 func (d *Dir) List() ([]string, error) {
-	err := d.call("list", "", opens)
+	err := d.call("list", "")
 	defer d.Mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -331,7 +336,7 @@ func (d *Dir) open(name string, f *File) *handle {
 
 // Create opens an empty file.
 func (d *Dir) Create(name string) (storage.File, error) {
-	err := d.call("create", name, opens|writes)
+	err := d.call("create", name)
 	defer d.Mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -350,7 +355,7 @@ func (d *Dir) Create(name string) (storage.File, error) {
 
 // Open opens a file that is there.
 func (d *Dir) Open(name string) (storage.File, int64, error) {
-	err := d.call("open", name, opens)
+	err := d.call("open", name)
 	defer d.Mu.Unlock()
 	if err != nil {
 		return nil, 0, err
@@ -371,7 +376,7 @@ func (d *Dir) Extend(name string) (storage.File, error) {
 
 // Rename gives a file another name.
 func (d *Dir) Rename(from, to string) error {
-	err := d.call("rename", from, writes)
+	err := d.call("rename", from)
 	defer d.Mu.Unlock()
 	if err != nil {
 		return err
@@ -387,7 +392,7 @@ func (d *Dir) Rename(from, to string) error {
 
 // Remove removes a file.
 func (d *Dir) Remove(name string) error {
-	err := d.call("remove", name, 0)
+	err := d.call("remove", name)
 	defer d.Mu.Unlock()
 	if err != nil {
 		return err
@@ -403,7 +408,7 @@ func (d *Dir) Remove(name string) error {
 
 // Stamps tells which file has each name, and when it was changed last.
 func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
-	err := d.call("stat", "", 0)
+	err := d.call("stat", "")
 	defer d.Mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -424,7 +429,7 @@ func (d *Dir) Sync() error {
 	// The names are those of now: the call may wait while others come.
 	names, began := maps.Clone(d.Names), d.synced+len(d.journal)
 	d.Mu.Unlock()
-	err := d.call("sync", "", writes)
+	err := d.call("sync", "")
 
 	// A Sync that began later, and is over, has put more on disk than this one may.
 	if err == nil && began >= d.synced {
@@ -439,7 +444,7 @@ func (d *Dir) Sync() error {
 
 // Lock keeps others out, and makes the file LOCK, which others may remove, empty or replace.
 func (d *Dir) Lock(context.Context) (storage.Lock, error) {
-	err := d.call("lock", "", opens|writes)
+	err := d.call("lock", "")
 	defer d.Mu.Unlock()
 	switch {
 	case err != nil:
@@ -510,8 +515,8 @@ type handle struct {
 }
 
 // call is Dir's, and fails on a closed handle.
-func (h *handle) call(what string, kind int) error {
-	err := h.d.call(what, h.name, kind)
+func (h *handle) call(what string) error {
+	err := h.d.call(what, h.name)
 	if h.closed {
 		return os.ErrClosed
 	}
@@ -519,7 +524,7 @@ func (h *handle) call(what string, kind int) error {
 }
 
 func (h *handle) ReadAt(p []byte, off int64) (int, error) {
-	err := h.call("read", 0)
+	err := h.call("read")
 	defer h.d.Mu.Unlock()
 	if err != nil {
 		return 0, err
@@ -535,7 +540,7 @@ func (h *handle) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (h *handle) WriteAt(p []byte, off int64) (int, error) {
-	err := h.call("write", writes)
+	err := h.call("write")
 	defer h.d.Mu.Unlock()
 
 	// A write that fails may have written a part.
@@ -577,7 +582,7 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (h *handle) Truncate(size int64) error {
-	err := h.call("truncate", 0)
+	err := h.call("truncate")
 	defer h.d.Mu.Unlock()
 	if err == nil {
 		h.f.resize(int(size))
@@ -592,7 +597,7 @@ func (h *handle) Sync() error {
 	end := h.f.sync()
 	h.d.Mu.Unlock()
 
-	err := h.call("sync", writes)
+	err := h.call("sync")
 	end(err)
 	h.d.Mu.Unlock()
 

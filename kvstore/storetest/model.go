@@ -39,15 +39,10 @@ func (m Model) Delete(key string) (removed int) {
 }
 
 func (m Model) Update(key, oldValue, newValue string) (replaced bool) {
-	i := slices.Index(m.lists[key], oldValue)
-	if i >= 0 {
-		// The list is copied, because a Get may have handed it out.
-		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
-	}
-
 	// A value that was not there is put there all the same.
+	replaced = m.cut(key, oldValue)
 	m.Put(key, newValue)
-	return i >= 0
+	return replaced
 }
 
 func (m Model) Set(key, value string) (removed int) {
@@ -57,15 +52,20 @@ func (m Model) Set(key, value string) (removed int) {
 }
 
 func (m Model) Remove(key, value string) (removed bool) {
+	// A key without values is no key, and its deadline goes with it.
+	removed = m.cut(key, value)
+	if m.Count(key) == 0 {
+		m.Delete(key)
+	}
+	return removed
+}
+
+// cut takes the first such value out of key's list.
+func (m Model) cut(key, value string) (found bool) {
 	i := slices.Index(m.lists[key], value)
 	if i >= 0 {
 		// The list is copied, because a Get may have handed it out.
 		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
-	}
-
-	// A key without values is no key, and its deadline goes with it.
-	if m.Count(key) == 0 {
-		m.Delete(key)
 	}
 	return i >= 0
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -98,7 +97,7 @@ func (p *process) before(c storetest.Call) error {
 	p.mu.Lock()
 	p.calls++
 	plan, n := p.plan, p.calls
-	fails := plan.failAt > 0 && n >= plan.failAt && mayFail(c.What, plan.failure)
+	fails := plan.failAt > 0 && n >= plan.failAt && c.MayFail(plan.failure)
 	if fails {
 		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
 	}
@@ -137,17 +136,6 @@ func (p *process) before(c storetest.Call) error {
 		return &os.PathError{Op: c.What, Path: c.Name, Err: plan.failure}
 	}
 	return nil
-}
-
-// mayFail tells whether such a call can fail so.
-func mayFail(what string, failure error) bool {
-	switch failure {
-	case syscall.EMFILE:
-		return slices.Contains([]string{"list", "open", "create", "lock"}, what)
-	case syscall.ENOSPC:
-		return slices.Contains([]string{"write", "create", "rename"}, what)
-	}
-	return true
 }
 
 // gate waits while the process stands still.
