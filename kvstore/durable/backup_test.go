@@ -1,7 +1,6 @@
 package durable
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"kvserver/kvstore/storage"
@@ -393,7 +392,7 @@ func TestCheckBesideEachWrite(t *testing.T) {
 	for before := 1; before < 30; before++ { // the read before which that happens
 		dir := storetest.New()
 		dir.Reserve = 1000
-		d, err := Open(context.Background(), dir, Options{})
+		d, err := openStill(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -483,7 +482,7 @@ func TestBackupLocksFirst(t *testing.T) {
 	out.Before = func(c storetest.Call) error {
 		if c.What == "lock" && !began {
 			began = true
-			other, err := Open(context.Background(), out, Options{})
+			other, err := openStill(out, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -497,7 +496,7 @@ func TestBackupLocksFirst(t *testing.T) {
 	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrNotOurs) {
 		t.Errorf("over a store that was made meanwhile: %v", err)
 	}
-	again, err := Open(context.Background(), out, Options{})
+	again, err := openStill(out, Options{})
 	if err != nil || len(again.Get("other")) != 1 {
 		t.Errorf("that store: %v", err)
 	}
@@ -526,7 +525,7 @@ func TestBrokenOffBackup(t *testing.T) {
 		for _, f := range out.Names {
 			largest = max(largest, len(f.Data))
 		}
-		_, err = Open(context.Background(), out, Options{})
+		_, err = openStill(out, Options{})
 		switch {
 		case out.Names[storage.StoreName] != nil && err == nil:
 		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
@@ -578,7 +577,7 @@ func TestFilesOfSystems(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"torn-notes.txt", "damaged-1", "seg-1.log.tmp.tmp", "STORE.old"} {
-		_, err := Open(context.Background(), storetest.New().With(name, nil), Options{})
+		_, err := openStill(storetest.New().With(name, nil), Options{})
 		if !errors.Is(err, storage.ErrNotOurs) {
 			t.Errorf("%s: %v", name, err)
 		}

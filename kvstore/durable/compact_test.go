@@ -2,7 +2,6 @@ package durable
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"kvserver/kvstore/storage"
@@ -351,7 +350,7 @@ func TestCompactionHeals(t *testing.T) {
 	if r, err := Check(dir); err != nil || r.Damaged {
 		t.Errorf("after a compaction: %v, %v", r, err)
 	}
-	if d, err = Open(context.Background(), dir, Options{}); err != nil ||
+	if d, err = openStill(dir, Options{}); err != nil ||
 		!slices.Equal(d.Get("key"), []string{"value"}) {
 		t.Errorf("opened again: %v", err)
 	}

@@ -2,7 +2,6 @@ package durable
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -266,7 +265,7 @@ func TestMissingDescriptors(t *testing.T) {
 // refused before anything has changed, and that nothing is lost when room comes back.
 func TestFullDisk(t *testing.T) {
 	dir := storetest.New()
-	d, err := Open(context.Background(), dir, Options{})
+	d, err := openStill(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +289,7 @@ func TestFullDisk(t *testing.T) {
 			clear(f.Data[d.size-frameSize : d.size])
 			copy(f.Disk, f.Data)
 		}
-		d, err := Open(context.Background(), full, Options{})
+		d, err := openStill(full, Options{})
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
@@ -320,7 +319,7 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
-		again, err := Open(context.Background(), full, Options{})
+		again, err := openStill(full, Options{})
 		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 ||
 			len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
 			t.Errorf("crashed: %v: in the end: %v, %d keys", crashed, err, keysOf(again))
@@ -337,14 +336,14 @@ func TestStopOnAFullDisk(t *testing.T) {
 	for _, f := range full.Names {
 		full.Room += len(f.Data)
 	}
-	d, err := Open(context.Background(), full, Options{})
+	d, err := openStill(full, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Close(); err != nil {
 		t.Errorf("a stop: %v", err)
 	}
-	if d, err = Open(context.Background(), full, Options{}); err != nil ||
+	if d, err = openStill(full, Options{}); err != nil ||
 		len(d.Get("key")) != 3 {
 		t.Errorf("after it: %v", err)
 	}
@@ -355,7 +354,7 @@ func TestFailedStartClosesItsFiles(t *testing.T) {
 	for n := 1; ; n++ {
 		dir := storetest.New()
 		dir.FailAt = n
-		d, err := Open(context.Background(), dir, Options{})
+		d, err := openStill(dir, Options{})
 		if dir.Calls < n {
 			break
 		}
@@ -796,7 +795,7 @@ func TestFirstStartThatFailed(t *testing.T) {
 	for fail := 1; fail < 60; fail++ {
 		dir := storetest.New()
 		dir.FailAt = fail
-		d, err := Open(context.Background(), dir, Options{})
+		d, err := openStill(dir, Options{})
 		dir.FailAt = 0
 		if err == nil {
 			d.Close()
@@ -813,14 +812,14 @@ func TestFirstStartThatFailed(t *testing.T) {
 					}
 					return nil
 				}
-				d, err := Open(context.Background(), second, Options{})
+				d, err := openStill(second, Options{})
 				if err != nil {
 					t.Fatalf("fail %d: second: %v", fail, err)
 				}
 				second.Before = nil
 				d.stopTimer()
 				for _, image := range images {
-					third, err := Open(context.Background(), image, Options{})
+					third, err := openStill(image, Options{})
 					if err != nil {
 						t.Errorf("fail %d stop %d seed %d: %v", fail, stop, seed, err)
 						continue

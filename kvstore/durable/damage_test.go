@@ -2,7 +2,6 @@ package durable
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,7 +25,7 @@ func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.Names[name].Data
 	stale := storetest.New() // another store's frames
-	if d, err := Open(context.Background(), stale, Options{Fsync: FsyncNever}); err == nil {
+	if d, err := openStill(stale, Options{Fsync: FsyncNever}); err == nil {
 		d.zerosAhead = 0
 		d.Put("stale", "stale")
 		d.Commit()
@@ -46,7 +45,7 @@ func TestTornEnd(t *testing.T) {
 			}
 			var log bytes.Buffer
 			torn := dir.With(name, data)
-			d, err := Open(context.Background(), torn,
+			d, err := openStill(torn,
 				Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
 				t.Fatalf("cut at %d, %d bytes of garbage: %v", cut, len(garbage), err)
@@ -64,7 +63,7 @@ func TestTornEnd(t *testing.T) {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if d, err = Open(context.Background(), torn, Options{}); err != nil ||
+			if d, err = openStill(torn, Options{}); err != nil ||
 				len(d.Get("key")) != frames+1 {
 				t.Fatalf("cut at %d: written on, then %v", cut, err)
 			}
@@ -86,7 +85,7 @@ func TestTornEndStaysCut(t *testing.T) {
 // whose fsync of the log fails, and looks whether what is written then stays alone.
 func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 	open := func(dir *storetest.Dir) *Store {
-		d, err := Open(context.Background(), dir, Options{})
+		d, err := openStill(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +130,7 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 			}
 			return nil
 		}
-		if _, err := Open(context.Background(), image, Options{}); err == nil {
+		if _, err := openStill(image, Options{}); err == nil {
 			t.Fatal("the start does not fail")
 		}
 	}
@@ -158,7 +157,7 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 func TestTornEndOnAFullDisk(t *testing.T) {
 	for hole := range 4 { // the frame that is torn
 		dir := storetest.New()
-		d, err := Open(context.Background(), dir, Options{Fsync: FsyncNever})
+		d, err := openStill(dir, Options{Fsync: FsyncNever})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -173,7 +172,7 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 		for _, f := range full.Names {
 			full.Room += len(f.Data)
 		}
-		d, err = Open(context.Background(), full, Options{})
+		d, err = openStill(full, Options{})
 		if err != nil || len(d.Get("key")) != hole {
 			t.Fatalf("frame %d is torn on a full disk: %v", hole, err)
 		}
@@ -190,7 +189,7 @@ func TestFlippedBits(t *testing.T) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(name, data)
-		d, err := Open(context.Background(), bad, Options{})
+		d, err := openStill(bad, Options{})
 		if bit/8 >= last {
 			if padding := err == nil && len(d.Get("key")) == 8; err != nil ||
 				len(d.Get("key")) != 7 && !padding {
@@ -225,7 +224,7 @@ func TestFlippedStore(t *testing.T) {
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(storage.StoreName, data)
 		var damage *storage.DamageError
-		if _, err := Open(context.Background(), bad, Options{}); !errors.As(err, &damage) ||
+		if _, err := openStill(bad, Options{}); !errors.As(err, &damage) ||
 			damage.File != "dir/STORE" {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
@@ -236,7 +235,7 @@ func TestFlippedStore(t *testing.T) {
 		if err != nil || r.Lost {
 			t.Fatalf("bit %d of byte %d: repair says %v, %v", bit%8, bit/8, r, err)
 		}
-		if d, err := Open(context.Background(), out, Options{}); err != nil ||
+		if d, err := openStill(out, Options{}); err != nil ||
 			len(d.Get("key")) != 3 {
 			t.Fatalf("bit %d of byte %d: after repair: %v", bit%8, bit/8, err)
 		}
@@ -249,7 +248,7 @@ func TestLostStore(t *testing.T) {
 	for _, commits := range []int{1, 20} {
 		dir, name, _ := segment(t, commits)
 		delete(dir.Names, storage.StoreName)
-		_, err := Open(context.Background(), dir.Kill(), Options{})
+		_, err := openStill(dir.Kill(), Options{})
 		var damage *storage.DamageError
 		if !errors.As(err, &damage) || damage.File != "dir/STORE" {
 			t.Errorf("%d bytes: Open: %v", len(dir.Names[name].Data), err)
@@ -258,13 +257,13 @@ func TestLostStore(t *testing.T) {
 		if err != nil || r.Lost {
 			t.Fatalf("repair says %v, %v", r, err)
 		}
-		d, err := Open(context.Background(), out, Options{})
+		d, err := openStill(out, Options{})
 		if err != nil || len(d.Get("key")) != commits {
 			t.Errorf("after repair: %v", err)
 		}
 
 		copied := dir.With("seg-2.log"+tmpSuffix, make([]byte, headerSize+1))
-		_, err = Open(context.Background(), copied, Options{})
+		_, err = openStill(copied, Options{})
 		if !errors.Is(err, ErrUnfinished) {
 			t.Errorf("beside a part of a file: Open: %v", err)
 		}
@@ -391,7 +390,7 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		both.Names[name] = f
 	}
 	var damage *storage.DamageError
-	if _, err := Open(context.Background(), both, Options{}); !errors.As(err, &damage) ||
+	if _, err := openStill(both, Options{}); !errors.As(err, &damage) ||
 		!strings.Contains(err.Error(), "an older copy was put over a newer store") {
 		t.Errorf("an older copy over a newer store: %v", err)
 	}
@@ -470,7 +469,7 @@ func TestRefusals(t *testing.T) {
 	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
 		whole.Names["seg-1.log"].Data[starts[3]:])
 	other := storetest.New()
-	Open(context.Background(), other, Options{})
+	openStill(other, Options{})
 	for what, c := range map[string]struct {
 		dir  *storetest.Dir
 		want string
@@ -543,7 +542,7 @@ func TestRefusals(t *testing.T) {
 			first + " is damaged: not a log file"},
 	} {
 		before := maps.Clone(c.dir.Names)
-		_, err := Open(context.Background(), c.dir, Options{})
+		_, err := openStill(c.dir, Options{})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", what, err, c.want)
 		}
@@ -577,7 +576,7 @@ func TestRefusals(t *testing.T) {
 			"LOST    frames") {
 			t.Errorf("%s: repair says %v", what, report)
 		}
-		if d, err := Open(context.Background(), out, Options{}); err != nil {
+		if d, err := openStill(out, Options{}); err != nil {
 			t.Errorf("%s: after repair: %v", what, err)
 		} else {
 			d.Put("after", "repair")
@@ -602,13 +601,13 @@ func FuzzRecovery(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := base.With(name, data)
-		d, err := Open(context.Background(), c, Options{})
+		d, err := openStill(c, Options{})
 		if err == nil {
 			d.Put("k", "v")
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Open(context.Background(), c, Options{}); err != nil {
+			if _, err := openStill(c, Options{}); err != nil {
 				t.Fatalf("opened, closed, then: %v", err)
 			}
 			return
@@ -617,7 +616,7 @@ func FuzzRecovery(f *testing.F) {
 			t.Fatal("refused by Open, good to Check")
 		}
 		if out, _, err := repaired(t, c); err == nil {
-			if _, err := Open(context.Background(), out, Options{}); err != nil {
+			if _, err := openStill(out, Options{}); err != nil {
 				t.Fatalf("after repair: %v", err)
 			}
 		}
@@ -667,7 +666,7 @@ func TestHeaderThatCannotBeRead(t *testing.T) {
 		first: d.sequence + 2}, nil); err != nil {
 		t.Fatal(err)
 	}
-	_, err := Open(context.Background(), eioDir{dir.Kill(), logName(kindSegment, d.number+1)},
+	_, err := openStill(eioDir{dir.Kill(), logName(kindSegment, d.number+1)},
 		Options{})
 	var damage *storage.DamageError
 	if err == nil || errors.As(err, &damage) {

@@ -2,7 +2,6 @@ package durable
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"kvserver/kvstore/storage"
@@ -124,14 +123,14 @@ func TestOthersFilesStay(t *testing.T) {
 	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak",
 		"seg-01.log.tmp"} {
 		dir := storetest.New().With(name, []byte("precious"))
-		_, err := Open(context.Background(), dir, Options{})
+		_, err := openStill(dir, Options{})
 		if !errors.Is(err, storage.ErrNotOurs) || !strings.Contains(err.Error(), name) ||
 			dir.Names[name] == nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	dir := storetest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
-	if _, err := Open(context.Background(), dir, Options{}); err != nil ||
+	if _, err := openStill(dir, Options{}); err != nil ||
 		dir.Names["seg-1.log.tmp"] != nil {
 		t.Errorf("with our own temporary file: %v", err)
 	}
@@ -326,7 +325,7 @@ func openAt(path string, opts Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := Open(context.Background(), dir, opts)
+	d, err := openStill(dir, opts)
 	if err != nil {
 		dir.Close()
 	}

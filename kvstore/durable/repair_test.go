@@ -2,7 +2,6 @@ package durable
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"kvserver/kvstore"
@@ -62,7 +61,7 @@ func TestRepair(t *testing.T) {
 	if strings.Count(text, "LOST") != 1 {
 		t.Errorf("repair tells of other losses:\n%s", text)
 	}
-	d, err := Open(context.Background(), out, Options{})
+	d, err := openStill(out, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +298,7 @@ func TestRepairIsKilled(t *testing.T) {
 		}
 		out.FailAt, out.Locked = 0, false
 		out = out.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
-		a, err := Open(context.Background(), out.Kill(), Options{})
+		a, err := openStill(out.Kill(), Options{})
 		if err == nil && out.Names[storage.StoreName] != nil && !h.Told.Equal(a) {
 			t.Errorf("killed at call %d: it opens with other data", n)
 		}

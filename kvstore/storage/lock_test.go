@@ -222,18 +222,29 @@ func TestReplacedLock(t *testing.T) {
 	}
 	byDirectory := func(name string) { os.Remove(name); os.Mkdir(name, 0o700) }
 	byLink := func(name string) { os.Remove(name); os.Symlink("/etc/passwd", name) }
+
+	// As where a process has the new file that does not ask for the directory's lock. It is locked
+	// before it comes, for the first lock may look at it at any time.
+	byLocked := func(name string) {
+		elsewhere := t.TempDir()
+		f, err := mustOpen(t, elsewhere).lockFile()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		os.Rename(filepath.Join(elsewhere, LockName), name)
+	}
 	for _, c := range []struct {
 		what    string
 		replace func(name string)
 		isPlain bool // the directory is not locked
-		older   bool // a process has the new file that does not ask for the directory's lock
 		isLost  bool
 	}{
-		{"a file", byFile, false, false, false},
-		{"a directory", byDirectory, false, false, false},
-		{"a link that leads out of the directory", byLink, false, false, false},
-		{"a file, where directories are not locked", byFile, true, false, true},
-		{"a file that another has locked", byFile, false, true, true},
+		{"a file", byFile, false, false},
+		{"a directory", byDirectory, false, false},
+		{"a link that leads out of the directory", byLink, false, false},
+		{"a file, where directories are not locked", byFile, true, true},
+		{"a file that another has locked", byLocked, false, true},
 	} {
 		path, log := t.TempDir(), &strings.Builder{}
 		name := filepath.Join(path, LockName)
@@ -249,14 +260,6 @@ func TestReplacedLock(t *testing.T) {
 			if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 				t.Errorf("%s: a second one has the lock: %v", c.what, err)
 			}
-		}
-		if c.older {
-			os.Chmod(name, 0o600)
-			f, err := second.lockFile()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
 		}
 		for range 2 {
 			if err := lock.Look(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
