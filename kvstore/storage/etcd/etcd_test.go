@@ -1297,7 +1297,13 @@ func TestEtcdManyPieces(t *testing.T) {
 func TestEtcdJoinsOnASlowLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		d, w := e.open(t)
+
+		// In files of the usual size, or compactions would be what leaves few pieces.
+		dir, w := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
 		w.dir.client.wasTooMuch(20 << 10)
 		const commits = 500
 		for i := range commits {
