@@ -4394,7 +4394,14 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
 	must(t, err)
 	defer frozen.Close()
-	runBinary(t, "", ":PONG", true, "-addr", frozen.Addr().String()+","+here, "-timeout", "3s", "-ping")
+	answer := "" // on a busy machine the second one may need more time
+	for timeout := 3 * time.Second; answer == "" && timeout < time.Minute; timeout *= 2 {
+		out, _ := binary("-addr", frozen.Addr().String()+","+here, "-timeout", timeout.String(), "-ping").Output()
+		answer = string(out)
+	}
+	if answer != ":PONG\n" {
+		t.Errorf("behind one that says nothing -ping prints %q", answer)
+	}
 	runBinary(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere, "-ping")
 	runBinary(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
 	runBinary(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
