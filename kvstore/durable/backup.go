@@ -116,7 +116,8 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		}
 		c.made++
 	}
-	return writeID(c.out, c.id)
+	_, err = writeID(c.out, c.id)
+	return err
 }
 
 // copyFile copies the frames of the next file to w. The last one's last frame says that all before

@@ -2,6 +2,8 @@ package durable
 
 import (
 	"errors"
+	"maps"
+	"slices"
 	"time"
 
 	"kvserver/kvstore"
@@ -92,17 +94,18 @@ func (d *Store) noteCompaction(c *compaction) {
 // noteSnapshot takes the snapshot of a compaction into account. It may be there also where an error
 // says that an old file could not be removed.
 func (d *Store) noteSnapshot(c *compaction) {
-	if c.bytes == 0 {
+	if !c.isDone() {
 		return
 	}
 	d.snapshot = c.header.number
 	d.fullBytes += c.bytes - c.replaced
 
-	// It may have been changed since it was written.
-	d.learn()
-	if c.written.ID != nil {
-		d.known[c.header.name()] = c.written
-	}
+	// The files that it stands for are ours no more.
+	d.known[c.header.name()] = c.written
+	own := d.ownFiles()
+	maps.DeleteFunc(d.known, func(name string, _ storage.Stamp) bool {
+		return !slices.Contains(own, name)
+	})
 }
 
 // compaction is one that is to run, runs, or has ended. It touches nothing of the Store's, so it
@@ -119,10 +122,13 @@ type compaction struct {
 	prepare func() error
 
 	// How it ended.
-	bytes   int64         // of the snapshot; 0: there is none
-	written storage.Stamp // what it was when it had its name; the zero Stamp: nobody could look
+	bytes   int64         // of the snapshot
+	written storage.Stamp // what that is; the zero Stamp: there is none
 	err     error
 }
+
+// isDone tells whether there is a snapshot.
+func (c *compaction) isDone() bool { return c.written.ID != nil }
 
 // newCompaction is one of all full files, at a moment when these make what Memory holds.
 func (d *Store) newCompaction() *compaction {
@@ -136,14 +142,10 @@ func (d *Store) newCompaction() *compaction {
 // so that what a failed compaction has left goes, too. A crash leaves the old files, or the
 // snapshot and any of the old files.
 func (c *compaction) run() {
-	c.bytes, c.err = createLog(c.dir, c.header, c.fill)
+	c.written, c.err = createLog(c.dir, c.header, c.fill)
 	if c.err != nil {
 		return
 	}
-
-	// From here on a change to it is somebody else's.
-	stamps, _ := c.dir.Stamps()
-	c.written = stamps[c.header.name()]
 
 	// Only now: the snapshot has its name on disk.
 	names, err := c.dir.List()
@@ -162,6 +164,7 @@ func (c *compaction) run() {
 // fill writes the snapshot's frames, and prepares.
 func (c *compaction) fill(w *logWriter) error {
 	err := writeAll(w, c.store, c.stop)
+	c.bytes = w.size
 	if err != nil || c.prepare == nil {
 		return err
 	}

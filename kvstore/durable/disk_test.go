@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -307,6 +308,84 @@ func TestReplacedRealFile(t *testing.T) {
 		t.Fatalf("opened again: %v", err)
 	}
 	d.Close()
+}
+
+// hastyDisk is a directory in which somebody does something to a file as soon as it has its name, or
+// is opened to be written.
+type hastyDisk struct {
+	*storage.Disk
+	after func(call, name string)
+}
+
+func (h *hastyDisk) Rename(from, to string) error {
+	err := h.Disk.Rename(from, to)
+	h.after("Rename", to)
+	return err
+}
+
+func (h *hastyDisk) Extend(name string) (storage.File, error) {
+	f, err := h.Disk.Extend(name)
+	h.after("Extend", name)
+	return f, err
+}
+
+// Ensure that a real file is noticed that somebody puts in the place of a segment, a snapshot or STORE
+// as soon as that was made.
+func TestReplacedRealFileThatWasJustMade(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can replace a file that is in use
+	}
+	for _, which := range []string{"Rename seg-3.log", "Extend seg-2.log", "Rename snap-", "Rename STORE"} {
+		path := t.TempDir()
+		dir := &hastyDisk{Disk: mustDirectory(t, path), after: func(string, string) {}}
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		replaced := false
+		dir.after = func(call, name string) {
+			if replaced || !strings.HasPrefix(call+" "+name, which) {
+				return
+			}
+			replaced = true
+			other, name := filepath.Join(path, ".other"), filepath.Join(path, name)
+			b, _ := os.ReadFile(name)
+			b = append(b[:min(len(b), headerSize)], make([]byte, 4<<10)...) // zeros are room
+			if err := errors.Join(os.WriteFile(other, b, 0o600), os.Rename(other, name)); err != nil {
+				t.Error(err)
+			}
+		}
+
+		os.Remove(filepath.Join(path, storage.StoreName)) // it is written anew
+		for range 10 {
+			d.Put("key", strings.Repeat("v", 300))
+			d.Delete("old")
+			d.Put("old", strings.Repeat("v", 300))
+			if err := d.Commit(); err != nil {
+				t.Fatalf("%s: %v", which, err)
+			}
+			d.AwaitCompaction()
+			for range 2 { // what is replaced while it is written anew the second look finds
+				d.looked, d.healAfter = time.Time{}, time.Time{}
+				if err := d.Commit(); err != nil {
+					t.Fatalf("%s: %v", which, err)
+				}
+			}
+
+			// As if it were killed now.
+			killed := t.TempDir()
+			if err := os.CopyFS(killed, os.DirFS(path)); err != nil {
+				t.Fatal(err)
+			}
+			wantAll(t, which, mustDirectory(t, killed), maps.Collect(d.All()))
+		}
+		if !replaced {
+			t.Errorf("%s was not replaced", which)
+		}
+		if err := d.Close(); err != nil {
+			t.Errorf("%s: Close: %v", which, err)
+		}
+	}
 }
 
 // at opens the directory at path for f, and closes it.

@@ -303,7 +303,7 @@ func fixedDir(t testing.TB, commits int) *storetest.Dir {
 		return nil
 	})
 	if err == nil {
-		err = writeID(dir, id)
+		_, err = writeID(dir, id)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -363,9 +363,11 @@ type logWriter struct {
 	fileSize int64      // bytes of the file
 	buf      []byte     // the frame that is written, kept for the next one
 
-	// Of a file that others can change in place: a copy that is put over it lacks its end.
-	isWatched bool
-	isSpoiled bool            // somebody has changed it
+	// What others have done to it. In place they can change files of a disk alone: a copy that is put
+	// over one lacks its end.
+	stamp     storage.Stamp   // which file it is
+	isSpoiled bool            // somebody has changed it, or it is not the one that it should be
+	isWatched bool            // it can be changed in place
 	last      int64           // offset of the last frame; 0: of the header, where there is none
 	head      [frameSize]byte // what stands there
 	found     [frameSize]byte // what was read there last
@@ -373,12 +375,13 @@ type logWriter struct {
 
 // createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
 // leaves the whole file, or none of that name. If it fails there is none but STORE, which stays
-// where only its name may not be on disk; and a crash may bring a whole one back.
-func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (size int64,
-	err error) {
+// where only its name may not be on disk; and a crash may bring a whole one back. The stamp is what
+// the file is then: another one that has its name is somebody else's.
+func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
+	stamp storage.Stamp, err error) {
 	f, err := d.Create(name + tmpSuffix)
 	if err != nil {
-		return 0, err
+		return stamp, err
 	}
 
 	// Errors name the file as people will look for it. Its bytes are on disk before the name is.
@@ -386,6 +389,9 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	err = fill(w)
 	if err == nil {
 		err = w.sync()
+	}
+	if err == nil {
+		stamp, err = f.Stamp()
 	}
 	err = cmp.Or(err, f.Close()) // before the rename: Windows wants it so
 	if err == nil {
@@ -395,7 +401,7 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// Where the disk is full, what was written of the file is in the way of all that comes.
 	if err != nil {
 		d.Remove(name + tmpSuffix)
-		return 0, err
+		return storage.Stamp{}, err
 	}
 
 	// The name is on disk before anybody builds upon it.
@@ -405,15 +411,14 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 		if name != storage.StoreName {
 			d.Remove(name)
 		}
-		return 0, err
+		return storage.Stamp{}, err
 	}
-	return w.size, nil
+	return stamp, nil
 }
 
-// createLog makes a log file of fill's frames, or without a frame, as createFile does, and returns
-// its size.
-func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (size int64,
-	err error) {
+// createLog makes a log file of fill's frames, or without a frame, as createFile does.
+func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (
+	stamp storage.Stamp, err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
 		w.header, w.seed = h, h.seed()
 		err := w.write(h.encode())
@@ -425,8 +430,9 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 }
 
 // extendLog opens a log file to be written further, from end on: there its last frame ends, which
-// begins at last.
-func extendLog(d storage.Directory, h fileHeader, last, end int64) (*logWriter, error) {
+// begins at last. It is spoiled unless it is the file that was made, or read.
+func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, last, end int64) (*logWriter,
+	error) {
 	f, err := d.Extend(h.name())
 	if err != nil {
 		return nil, err
@@ -436,7 +442,9 @@ func extendLog(d storage.Directory, h fileHeader, last, end int64) (*logWriter, 
 		fileSize: end, last: last}
 	_, _, zeros := d.Sizes()
 	w.isWatched = zeros > 0
-	if w.isWatched {
+	w.stamp, err = f.Stamp()
+	w.isSpoiled = !w.stamp.IsSameFile(was)
+	if err == nil && w.isWatched {
 		_, err = f.ReadAt(w.head[:], last)
 	}
 	if err != nil {
@@ -523,6 +531,31 @@ func (w *logWriter) look() {
 	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.head
 }
 
+// isIntact looks whether the file begins and ends as it was written.
+func (w *logWriter) isIntact() bool {
+	w.look()
+	if w.isWatched && !w.isSpoiled {
+		var b [headerSize]byte
+		_, err := w.f.ReadAt(b[:], 0)
+
+		// Not compared byte by byte: an older version may have made the file.
+		h, headErr := decodeHeader(b[:])
+		w.isSpoiled = err != nil || headErr != nil || h != w.header
+	}
+	return !w.isSpoiled
+}
+
+// lastStamp is what the file is when no more is written to it; the zero Stamp where it is not as it
+// was written, or nobody can look.
+func (w *logWriter) lastStamp() storage.Stamp {
+	// The stamp first: a change that comes after it shows there.
+	stamp, err := w.f.Stamp()
+	if err != nil || !w.isIntact() {
+		return storage.Stamp{}
+	}
+	return stamp
+}
+
 // trim cuts off the room that is left, and has that on disk.
 func (w *logWriter) trim() error {
 	if w.room() == 0 {
@@ -575,28 +608,29 @@ const (
 	maxStoreFile = 200                              // bytes: more than any version has
 )
 
-// readID reads the STORE file. found is false in a directory that has none. The error is ErrOlder,
-// ErrNewer, a *storage.DamageError, or what reading the file failed with.
-func readID(dir storage.Directory) (id storeID, found bool, err error) {
+// readID reads the STORE file, and tells what it was then. The error is ErrOlder, ErrNewer, a
+// *storage.DamageError, or what reading the file failed with: fs.ErrNotExist where there is none.
+func readID(dir storage.Directory) (id storeID, stamp storage.Stamp, err error) {
 	f, size, err := dir.Open(storage.StoreName)
-	if errors.Is(err, fs.ErrNotExist) {
-		return id, false, nil
-	}
 	if err != nil {
-		return id, true, err
+		return id, stamp, err
 	}
 	defer f.Close()
+	stamp, err = f.Stamp()
+	if err != nil {
+		return id, stamp, err
+	}
 
 	b := make([]byte, min(size, maxStoreFile))
 	_, err = f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
-		return id, true, err
+		return id, stamp, err
 	}
 
 	// Nothing is believed before the checksum holds, but version 1 has none.
 	path := dir.Path(storage.StoreName)
 	if strings.HasPrefix(string(b), firstStore) {
-		return id, true, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
+		return id, stamp, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
 	}
 	line, _, _ := strings.Cut(string(b), ", check ")
 	isWhole := string(b) == line+fmt.Sprintf(storeCheck, crc(0, []byte(line)))
@@ -608,22 +642,21 @@ func readID(dir storage.Directory) (id storeID, found bool, err error) {
 	said, hexErr := hex.DecodeString(text)
 	switch {
 	case isWhole && scanErr == nil && version > storeVersion:
-		return id, true, fmt.Errorf("%s: %w: version %d", path, ErrNewer, version)
+		return id, stamp, fmt.Errorf("%s: %w: version %d", path, ErrNewer, version)
 	case !isWhole || hexErr != nil || len(said) != len(id):
-		return id, true, &storage.DamageError{File: path, What: "not as it was written"}
+		return id, stamp, &storage.DamageError{File: path, What: "not as it was written"}
 	}
-	return storeID(said), true, nil
+	return storeID(said), stamp, nil
 }
 
-// writeID writes the STORE file. It has its name once all of it is on disk, so a crash leaves the
-// old one, the new one, or none where there was none.
-func writeID(dir storage.Directory, id storeID) error {
+// writeID writes the STORE file, and tells what it is then. It has its name once all of it is on
+// disk, so a crash leaves the old one, the new one, or none where there was none.
+func writeID(dir storage.Directory, id storeID) (storage.Stamp, error) {
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
-	_, err := createFile(dir, storage.StoreName, func(w *logWriter) error {
+	return createFile(dir, storage.StoreName, func(w *logWriter) error {
 		return w.write([]byte(line))
 	})
-	return err
 }
 
 // logName is the name of a log file.

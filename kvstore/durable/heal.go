@@ -3,7 +3,6 @@ package durable
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -27,22 +26,6 @@ func (d *Store) ownFiles() []string {
 	return names
 }
 
-// learn notes the stamps of the files called names, which the store has just written. A file that is
-// ours no more is forgotten, and so is one at which nobody can look now.
-func (d *Store) learn(names ...string) {
-	own := d.ownFiles()
-	maps.DeleteFunc(d.known, func(name string, _ storage.Stamp) bool {
-		return !slices.Contains(own, name) || slices.Contains(names, name)
-	})
-
-	stamps, _ := d.dir.Stamps()
-	for _, name := range names {
-		if stamp, isThere := stamps[name]; isThere {
-			d.known[name] = stamp
-		}
-	}
-}
-
 // changes are what somebody else has done to the directory.
 type changes struct {
 	spoiled   []string // files of ours that are gone, or are not what they were
@@ -56,8 +39,7 @@ func (d *Store) changed() (c changes, err error) {
 	// The timer does not make the current file longer meanwhile.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
-	d.current.look()
-	end, isSpoiled := d.current.fileSize, d.current.isSpoiled
+	isIntact, end := d.current.isIntact(), d.current.fileSize
 	<-d.writing
 	if err != nil {
 		return c, err
@@ -67,23 +49,14 @@ func (d *Store) changed() (c changes, err error) {
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]
-		was, isKnown := d.known[name]
-		isCurrent := name == logName(kindSegment, d.number)
-		switch {
-		case !isThere:
-			c.spoiled = append(c.spoiled, name)
+		isGood := now.IsSame(d.known[name])
 
-		// A copy that is put over the current file may have its time, too.
-		case isCurrent && d.zerosAhead > 0 && (now.Size < end || isSpoiled || !d.hasHeader()):
-			c.spoiled = append(c.spoiled, name)
-
-		// Nobody could look when it was written, so it is taken for what was written.
-		case !isKnown:
-			d.known[name] = now
-
-		// The current file changes because we write it.
-		case now.IsSame(was), isCurrent && now.IsSameFile(was):
-		default:
+		// The current file changes because we write it, so its time says nothing.
+		if name == d.current.header.name() {
+			isGood = isIntact && now.IsSameFile(d.current.stamp) &&
+				(now.Size >= end || !d.current.isWatched)
+		}
+		if !isThere || !isGood {
 			c.spoiled = append(c.spoiled, name)
 		}
 	}
@@ -102,16 +75,6 @@ func (d *Store) changed() (c changes, err error) {
 	slices.Sort(c.leftovers)
 	slices.Sort(c.strangers)
 	return c, nil
-}
-
-// hasHeader tells whether the current file begins as it did.
-func (d *Store) hasHeader() bool {
-	var b [headerSize]byte
-	_, err := d.current.f.ReadAt(b[:], 0)
-
-	// Not compared byte by byte: an older version may have made the file.
-	h, headErr := decodeHeader(b[:])
-	return err == nil && headErr == nil && h == d.current.header
 }
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
@@ -191,10 +154,6 @@ func (d *Store) mend(c changes) (left changes, err error) {
 		d.log.Error("files were removed or changed while the server uses them; all data is "+
 			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
 
-		// If this fails they stay spoiled, whatever it has written: that may not be on disk.
-		for _, name := range c.spoiled {
-			d.known[name] = storage.Stamp{}
-		}
 		err = d.heal(slices.Concat(c.spoiled, c.leftovers))
 		if err != nil {
 			return c, err
@@ -252,10 +211,9 @@ func (d *Store) heal(useless []string) error {
 
 	c.run()
 	d.noteSnapshot(c)
-	if c.bytes == 0 {
+	if !c.isDone() {
 		return c.err
 	}
-	d.learn(storage.StoreName)
 	return nil // what could not be removed is tried again, and told of
 }
 
@@ -274,7 +232,11 @@ func (d *Store) clearAway(useless []string) error {
 
 	// STORE is on disk before the snapshot has its name, for with that the store is whole.
 	if slices.Contains(useless, storage.StoreName) {
-		return writeID(d.dir, d.id)
+		stamp, err := writeID(d.dir, d.id)
+		if err != nil {
+			return err
+		}
+		d.known[storage.StoreName] = stamp
 	}
 	return nil
 }

@@ -1119,3 +1119,86 @@ func TestCloseHealsAgain(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that another file in the place of a segment or a snapshot is noticed, before whichever call
+// it comes there after the file has got its name: what is written to the first is in nobody's way, and
+// read by nobody.
+func TestReplacedFileThatWasJustMade(t *testing.T) {
+	for _, name := range []string{"seg-2.log", "seg-3.log", "snap-2.log"} {
+		for n, isOver := int64(1), false; !isOver; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{})
+				var calls atomic.Int64 // since the file has its name
+				dir.Before = func(storetest.Call) error {
+					if b, isThere := dir.Read(name); isThere {
+						if calls.Add(1) == n {
+							dir.Replace(name, append(b[:headerSize], make([]byte, 4<<10)...)) // zeros are room
+						}
+					}
+					return nil
+				}
+				write := func() {
+					d.Put("key", strings.Repeat("v", 100))
+					d.Delete("old")
+					d.Put("old", strings.Repeat("v", 100))
+					if err := d.Commit(); err != nil {
+						t.Fatalf("%s, call %d: %v", name, n, err)
+					}
+					d.AwaitCompaction()
+				}
+				for d.number < 4 {
+					write()
+				}
+				isOver = calls.Load() < n
+				<-time.After(lookTime)
+				write()
+				wantAll(t, fmt.Sprintf("%s, call %d", name, n), dir.Kill(), maps.Collect(d.All()))
+				d.Close()
+			})
+		}
+	}
+}
+
+// Ensure that another file in the place of one that a start reads is noticed, before whichever call of
+// the start it comes there: what was loaded stays.
+func TestReplacedFileThatWasJustRead(t *testing.T) {
+	whole, d := newSmall(t, Options{})
+	storetest.Script(t, d, storetest.NewHistory())
+	d.minCompact = 1 << 40
+	for number := d.number + 2; d.number < number; {
+		d.Put("key", "value")
+		d.Commit()
+	}
+	d.Put("last", "value")
+	d.Commit()
+
+	for _, name := range d.ownFiles() {
+		for n, isOver := int64(1), false; !isOver; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir := whole.Kill()
+				dir.Locked = false
+				var calls atomic.Int64
+				dir.Before = func(storetest.Call) error {
+					if calls.Add(1) == n {
+						b, _ := dir.Read(name)
+						clear(b[min(headerSize, len(b)/2):])
+						dir.Replace(name, b)
+					}
+					return nil
+				}
+				again, err := openSmall(dir, Options{})
+				made := calls.Swap(1 << 40) // from here on nothing is replaced
+				if isOver = made < n; err != nil {
+					return // it was read, and refused
+				}
+				<-time.After(lookTime)
+				if err := again.Commit(); err != nil {
+					t.Fatalf("%s, call %d: %v", name, n, err)
+				}
+				wantAll(t, fmt.Sprintf("%s, call %d", name, n), dir.Kill(), maps.Collect(again.All()))
+				again.Close()
+			})
+		}
+	}
+	d.Close()
+}

@@ -202,13 +202,13 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 			return nil, err
 		}
 	}
-	size, err := createLog(j.dir, h, nil)
+	stamp, err := createLog(j.dir, h, nil)
 	if err != nil {
 		return nil, err
 	}
 
 	// It has its name on disk by now, but no frame, so it can still be taken back.
-	w, err := extendLog(j.dir, h, 0, size)
+	w, err := extendLog(j.dir, h, stamp, 0, headerSize)
 	if err != nil {
 		return nil, errors.Join(err, j.dir.Remove(h.name()), j.dir.Sync())
 	}

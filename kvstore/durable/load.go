@@ -90,9 +90,10 @@ func (l layout) names() (names []string) {
 // files are the log files of a store, open, to be read in their order.
 type files struct {
 	layout
-	dir  storage.Directory
-	id   storeID
-	logs []*logReader // for each of names
+	dir   storage.Directory
+	id    storeID
+	store storage.Stamp // what STORE was, when it was read
+	logs  []*logReader  // for each of names
 
 	// What comes next.
 	at    int    // which of logs
@@ -106,13 +107,12 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 
 	// A directory without STORE is no store yet, or one that has lost it.
-	var found bool
-	s.id, found, err = readID(dir)
+	s.id, s.store, err = readID(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, s.findNew()
+	}
 	if err != nil {
 		return nil, err
-	}
-	if !found {
-		return s, s.findNew()
 	}
 
 	s.layout, err = readLayout(dir)
@@ -335,6 +335,7 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 	d.id, d.snapshot = s.id, s.snapshot
+	d.known[storage.StoreName] = s.store
 
 	// Read everything. The last end is the current file's.
 	ends, err := d.readAll(ctx, s)
@@ -364,11 +365,7 @@ func (d *Store) load(ctx context.Context) error {
 
 	// An older kvserver would take new kinds of records in its file for damage. It does not open
 	// a newer file. (On a full disk the log goes on in the old one.)
-	old, err := d.goOn()
-	if old != nil {
-		d.fullBytes += old.size
-		old.f.Close()
-	}
+	_, err = d.rotate()
 	return err
 }
 
@@ -429,7 +426,7 @@ func (d *Store) create(obsolete []string) (*files, error) {
 	rand.Read(id[:])
 	_, err = createLog(d.dir, fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, nil)
 	if err == nil {
-		err = writeID(d.dir, id)
+		_, err = writeID(d.dir, id)
 	}
 	if err != nil {
 		return nil, err
@@ -454,14 +451,17 @@ func (d *Store) resume(ends []logEnd) error {
 	full, end := ends[:len(ends)-1], ends[len(ends)-1]
 	for _, e := range full {
 		d.fullBytes += e.offset
+		d.known[e.header.name()] = e.stamp
 	}
 
 	// No frame in an empty file calls the end of the one before synced.
 	if n := len(full); n > 0 && end.frames == 0 && full[n-1].header.kind == kindSegment {
 		w, err := reopen(d.dir, full[n-1])
-		if err == nil {
-			err = w.f.Close()
+		if err != nil {
+			return err
 		}
+		d.known[w.header.name()] = w.lastStamp()
+		err = w.f.Close()
 		if err != nil {
 			return err
 		}
@@ -493,7 +493,7 @@ func (d *Store) resume(ends []logEnd) error {
 // it in the kernel's memory alone. A crash in it leaves the same frames, and of what is cleared any
 // part.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
-	w, err := extendLog(dir, end.header, end.start, end.offset)
+	w, err := extendLog(dir, end.header, end.stamp, end.start, end.offset)
 	if err != nil || end.doubt == end.size { // as after a clean stop
 		return w, err
 	}

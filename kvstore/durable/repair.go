@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	"kvserver/kvstore"
@@ -104,25 +105,24 @@ func (s *salvage) findID() error {
 	id, most, of := majorityID(s.logs)
 
 	// What is wrong with STORE is said, but is no reason to give up.
-	said, isThere, err := readID(s.dir)
+	said, _, err := readID(s.dir)
 	switch {
-	case err != nil && !errors.As(err, new(*storage.DamageError)):
-		return err
-	case err != nil:
-		s.sayDamaged("%v", err)
-	case !isThere:
+	case errors.Is(err, fs.ErrNotExist):
 		s.sayDamaged("%s is missing", s.dir.Path(storage.StoreName))
+	case errors.As(err, new(*storage.DamageError)):
+		s.sayDamaged("%v", err)
+	case err != nil:
+		return err
 	case 2*most > of && said != id:
 		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
 
 	// Most of the files outvote STORE, which may be a copy of another store's. Half of them do only
 	// where it says nothing.
-	saysWho := isThere && err == nil
 	switch {
-	case 2*most > of, !saysWho && most > 0 && 2*most == of:
+	case 2*most > of, err != nil && most > 0 && 2*most == of:
 		s.id = id
-	case saysWho:
+	case err == nil:
 		s.id = said
 	default:
 		return fmt.Errorf("%w: no file says which store this is", ErrNothingRead)
@@ -441,5 +441,6 @@ func (s *salvage) write(out storage.Directory) error {
 	if err != nil {
 		return err
 	}
-	return writeID(out, s.id)
+	_, err = writeID(out, s.id)
+	return err
 }

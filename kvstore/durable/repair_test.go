@@ -625,7 +625,7 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := writeID(dir, id); err != nil {
+	if _, err := writeID(dir, id); err != nil {
 		t.Fatal(err)
 	}
 

@@ -26,12 +26,13 @@ type logReader struct {
 	name   string
 	path   string // the name as people call it
 	r      *bufio.Reader
-	f      storage.File // nil: it is opened when it is read
-	size   int64        // of the file, when it was opened or last looked at
-	limit  int64        // the size when it was first opened: what comes behind was written since
-	offset int64        // of the next frame
-	next   uint64       // sequence of the next frame; 0: any, behind a header that cannot be read
-	buf    []byte       // the last payload with its padding, kept for the next one
+	f      storage.File  // nil: it is opened when it is read
+	stamp  storage.Stamp // what the file was, when it was opened
+	size   int64         // of the file, when it was opened or last looked at
+	limit  int64         // the size when it was first opened: what comes behind was written since
+	offset int64         // of the next frame
+	next   uint64        // sequence of the next frame; 0: any, behind a header that cannot be read
+	buf    []byte        // the last payload with its padding, kept for the next one
 
 	// Why the header cannot be read: a *storage.DamageError, a version, or what reading it failed
 	// with; nil: it can.
@@ -75,8 +76,16 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 
 // open opens the file, if it is not open.
 func (l *logReader) open() (err error) {
-	if l.f == nil {
-		l.f, l.size, err = l.dir.Open(l.name)
+	if l.f != nil {
+		return nil
+	}
+
+	l.f, l.size, err = l.dir.Open(l.name)
+	if err == nil {
+		l.stamp, err = l.f.Stamp()
+	}
+	if err != nil {
+		l.close()
 	}
 	return err
 }
@@ -329,13 +338,14 @@ const (
 // logEnd is where a log file's good part ends.
 type logEnd struct {
 	header fileHeader
-	isOld  bool   // the file is of a version before fileVersion
-	last   uint32 // the kind of the last good frame
-	frames int    // good ones
-	next   uint64 // sequence of the frame that would follow
-	start  int64  // offset of the last good frame; 0: there is none
-	offset int64  // of the end of the last good frame
-	doubt  int64  // offset of the first good frame that no later one calls synced
+	stamp  storage.Stamp // what the file was, when it was opened to be read
+	isOld  bool          // the file is of a version before fileVersion
+	last   uint32        // the kind of the last good frame
+	frames int           // good ones
+	next   uint64        // sequence of the frame that would follow
+	start  int64         // offset of the last good frame; 0: there is none
+	offset int64         // of the end of the last good frame
+	doubt  int64         // offset of the first good frame that no later one calls synced
 
 	size  int64 // of the file
 	tail  tail  // what is behind offset
@@ -364,7 +374,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, 1<<18)))
 	defer func() { l.r, l.buf = nil, nil }()
 
-	end = logEnd{header: l.header, isOld: l.isOld, size: l.size}
+	end = logEnd{header: l.header, stamp: l.stamp, isOld: l.isOld, size: l.size}
 	var doubts []int64 // offsets of the frames that no later one calls synced
 	for {
 		end.offset, end.next, end.doubt = l.offset, l.next, l.offset

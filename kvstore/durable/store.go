@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -114,7 +113,7 @@ type Store struct {
 	looked     time.Time                // when that was done last
 	isSpoiled  bool                     // somebody has changed the current file since: look at once
 	healAfter  time.Time                // before then no heal is tried
-	known      map[string]storage.Stamp // our files as we wrote them; a zero Stamp: to be healed
+	known      map[string]storage.Stamp // our files, but the current one, as we wrote or read them
 	healing    atomic.Bool              // a heal runs; any goroutine may look
 	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
 	toldOthers []string                 // files of others that the log was told of
@@ -153,8 +152,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		return nil, err
 	}
 
-	// From here on a change to the files is somebody else's. Where nobody can look at them now, they
-	// are taken at the next look for what they were.
+	// SPARE is opened, if it is there.
 	d.changed()
 
 	// What was loaded may be vouched for by no frame yet.
@@ -487,7 +485,6 @@ func (d *Store) rotate() (isNew bool, err error) {
 	if err != nil && !errors.Is(err, storage.ErrGone) {
 		return false, d.fail(err)
 	}
-	found, _ := d.changed() // where nobody can look, nothing is known to be changed
 
 	full, err := d.goOn()
 	if err != nil {
@@ -497,18 +494,9 @@ func (d *Store) rotate() (isNew bool, err error) {
 		return false, nil
 	}
 
-	// Where somebody has changed the old file since the last look, the next one has to see that. A
-	// change from here on shows in its stamp.
+	// The next look has to see what somebody has done to the old file, or does to it from here on.
 	d.fullBytes += full.size
-	old := logName(kindSegment, d.number-1)
-	was, isKnown := d.known[old]
-	d.learn(old, logName(kindSegment, d.number))
-	full.look()
-	now, isThere := d.known[old]
-	isOther := isKnown && isThere && !was.IsSameFile(now)
-	if isOther || full.isSpoiled || slices.Contains(found.spoiled, old) {
-		d.known[old] = storage.Stamp{}
-	}
+	d.known[full.header.name()] = full.lastStamp()
 	full.f.Close() // all of it is on disk
 	return true, nil
 }

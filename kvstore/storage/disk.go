@@ -116,6 +116,18 @@ type diskFile struct{ *os.File }
 // Sync makes what is in the file durable.
 func (f diskFile) Sync() error { return syncData(f.File) }
 
+// Stamp looks at the file, whatever has its name by now.
+func (f diskFile) Stamp() (Stamp, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return Stamp{}, err
+	}
+	return stampOf(info), nil
+}
+
+// stampOf is what info says of a file.
+func stampOf(info fs.FileInfo) Stamp { return Stamp{info, info.Size(), info.ModTime()} }
+
 // List reads the directory.
 func (d *Disk) List() (names []string, err error) {
 	entries, err := fs.ReadDir(d.root.FS(), ".")
@@ -143,7 +155,7 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 		case err != nil:
 			return nil, d.named(name, err)
 		}
-		stamps[name] = Stamp{info, info.Size(), info.ModTime()}
+		stamps[name] = stampOf(info)
 	}
 	return stamps, nil
 }

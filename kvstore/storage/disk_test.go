@@ -104,12 +104,21 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 	f, _ := d.Create("file")
 	f.WriteAt([]byte("12345678"), 0)
-	f.Close()
-	was := stamps(d)["file"]
+	was, err := f.Stamp()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if now := stamps(other); len(now) != 1 || !now["file"].IsSame(was) || was.Size != 8 {
 		t.Errorf("it was %v and is %v", was, now)
 	}
 	os.Rename(filepath.Join(path, "file"), filepath.Join(path, "away"))
+	if now, err := f.Stamp(); err != nil || !now.IsSame(was) {
+		t.Errorf("renamed it says that it is %v, %v", now, err)
+	}
+	f.Close()
+	if _, err := f.Stamp(); err == nil {
+		t.Error("closed it says what it is")
+	}
 	f, _ = d.Create("file")
 	f.WriteAt([]byte("12345678"), 0)
 	f.Close()

@@ -44,7 +44,8 @@ type Directory interface {
 	Lock(ctx context.Context) (Lock, error)
 	// InUse tells whether a process holds the lock, and which. It changes nothing.
 	InUse() (owner string, inUse bool)
-	// Stamps tells what each file is now, by its name, so that a change by somebody else shows.
+	// Stamps tells what each file is now, by its name: if somebody has changed one, or has put
+	// another in its place, that is not what the File says of itself.
 	Stamps() (map[string]Stamp, error)
 	// Path is what people call the file of that name, or with no name the directory.
 	Path(name string) string
@@ -81,6 +82,8 @@ type File interface {
 	io.WriterAt
 	Truncate(size int64) error
 	Sync() error
+	// Stamp tells what the file is now, as Stamps does if the file still has a name.
+	Stamp() (Stamp, error)
 	Close() error
 }
 

@@ -228,6 +228,24 @@ func (d *Dir) Empty(name string) {
 	}
 }
 
+// Read returns what is in a file.
+func (d *Dir) Read(name string) (data []byte, isThere bool) {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	f, isThere := d.Names[name]
+	if isThere {
+		data = slices.Clone(f.Data)
+	}
+	return data, isThere
+}
+
+// Replace puts another file in the place of one, as `mv` does, and leaves that to whoever has it open.
+func (d *Dir) Replace(name string, data []byte) {
+	d.Mu.Lock()
+	defer d.Mu.Unlock()
+	d.Names[name] = FileOf(data)
+}
+
 // Crash returns what a power failure now would leave: of what was not synced, any sectors of the
 // data, and any changes of names that are not of a name of which an earlier one is lost. (ext4 and
 // XFS write all changes of names to their journals in the order in which they were made. That is
@@ -416,10 +434,15 @@ func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
 
 	stamps := map[string]storage.Stamp{}
 	for name, f := range d.Names {
-		// The number of changes serves as a time: two contents of a file never have the same.
-		stamps[name] = storage.Stamp{ID: f, Size: int64(len(f.Data)), Changed: time.Unix(f.changes, 0)}
+		stamps[name] = f.stamp()
 	}
 	return stamps, nil
+}
+
+// stamp tells which file it is. The number of changes serves as a time: two contents of a file never
+// have the same.
+func (f *File) stamp() storage.Stamp {
+	return storage.Stamp{ID: f, Size: int64(len(f.Data)), Changed: time.Unix(f.changes, 0)}
 }
 
 // Sync puts the names on disk.
@@ -588,6 +611,15 @@ func (h *handle) Truncate(size int64) error {
 		h.f.resize(int(size))
 	}
 	return err
+}
+
+func (h *handle) Stamp() (storage.Stamp, error) {
+	err := h.call("fstat", 0)
+	defer h.d.Mu.Unlock()
+	if err != nil {
+		return storage.Stamp{}, err
+	}
+	return h.f.stamp(), nil
 }
 
 func (h *handle) Sync() error {

@@ -156,6 +156,9 @@ func (f *pieceFile) lay(p piece) {
 	f.keys++
 }
 
+// Stamp tells which file it is, as the directory's Stamps does while that has all of it.
+func (f *pieceFile) Stamp() (storage.Stamp, error) { return storage.Stamp{ID: f.id}, nil }
+
 // isThere returns an os.ErrNotExist if the file has lost its name.
 func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
