@@ -64,26 +64,9 @@ func Check(dir storage.Directory) (r Report, err error) {
 	return r, err
 }
 
-// checkLock returns an error if LOCK is nothing that a start can open.
-func checkLock(dir storage.Directory) error {
-	f, _, err := dir.Open(storage.LockName)
-	switch {
-	case err == nil:
-		return f.Close()
-	case errors.Is(err, storage.ErrNotOurs):
-		return err
-	}
-	return nil // there is none, or it cannot be opened by us
-}
-
 // check is Check, once.
 func check(dir storage.Directory) (r Report, err error) {
 	_, err = listOurs(dir)
-	if err != nil {
-		return r, err
-	}
-
-	err = checkLock(dir)
 	if err != nil {
 		return r, err
 	}

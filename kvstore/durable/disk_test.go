@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -158,6 +159,69 @@ func TestCheckOfAStrangeLock(t *testing.T) {
 		if _, err := checkAt(path); !errors.Is(err, storage.ErrNotOurs) ||
 			!errors.Is(openErr, storage.ErrNotOurs) {
 			t.Errorf("a %s: a start: %v; Check: %v", what, openErr, err)
+		}
+	}
+}
+
+// Ensure that a directory which has the name of LOCK or of a temporary file, and cannot be removed, is
+// told of once by the server that runs, by its Close, by Check, and by the next start; and that one
+// which can be removed is.
+func TestDirectoryForAFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	for _, name := range []string{storage.LockName, "STORE.tmp", "seg-0.log.tmp", "seg-7.log.tmp",
+		"snap-1.log.tmp"} {
+		path := t.TempDir()
+		log := &strings.Builder{}
+		d, err := openAt(path, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		inside := filepath.Join(path, name, "inside")
+		os.Remove(filepath.Dir(inside))
+		os.MkdirAll(inside, 0o700)
+		for range 3 {
+			d.looked = time.Time{}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		told := strings.Count(log.String(), "the next start is refused")
+		if told != 1 || !strings.Contains(log.String(), name) || d.number > 1 {
+			t.Errorf("%s: now in file %d, the log says\n%s", name, d.number, log)
+		}
+		if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: Close: %v", name, err)
+		}
+
+		before, _ := filepath.Glob(filepath.Join(path, "*"))
+		_, checkErr := checkAt(path)
+		_, openErr := openAt(path, Options{})
+		for what, err := range map[string]error{"Check": checkErr, "a start": openErr} {
+			if !errors.Is(err, storage.ErrNotOurs) || !strings.Contains(err.Error(), name) {
+				t.Errorf("%s: %s: %v", name, what, err)
+			}
+		}
+		if after, _ := filepath.Glob(filepath.Join(path, "*")); !slices.Equal(after, before) {
+			t.Errorf("%s: a start that was refused made %q of %q", name, after, before)
+		}
+
+		// Without what is inside the server makes room for its own.
+		os.RemoveAll(filepath.Dir(inside))
+		os.WriteFile(filepath.Join(path, storage.LockName), nil, 0o600) // a start waits for one
+		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
+			t.Fatalf("%s: a start without it: %v", name, err)
+		}
+		os.Remove(filepath.Dir(inside))
+		os.Mkdir(filepath.Dir(inside), 0o700)
+		d.looked = time.Time{}
+		if err := errors.Join(d.Commit(), d.Close()); err != nil {
+			t.Errorf("%s: Close beside an empty one: %v", name, err)
+		}
+		if info, err := os.Lstat(filepath.Dir(inside)); err == nil && info.IsDir() {
+			t.Errorf("%s is still a directory", name)
 		}
 	}
 }

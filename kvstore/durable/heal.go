@@ -29,8 +29,8 @@ func (d *Store) ownFiles() []string {
 // changes are what somebody else has done to the directory.
 type changes struct {
 	spoiled   []string // files of ours that are gone, or are not what they were
-	leftovers []string // log files of no use, which would make the next start refuse
-	strangers []string // log files of higher numbers, and files of no store, which would, too
+	leftovers []string // log files of no use, and temporary ones: a start may refuse them
+	strangers []string // what a start refuses, and is not ours to remove
 }
 
 // changed looks what has changed. It costs a look at each file. An error says that nobody can look
@@ -61,20 +61,31 @@ func (d *Store) changed() (c changes, err error) {
 		}
 	}
 
-	// A start takes log files that are none of ours for ours.
+	// A start takes log files that are none of ours for ours. Temporary ones there are only while a
+	// file is made.
 	for name := range stamps {
 		_, number, isLog := parseName(name)
 		switch {
-		case slices.Contains(own, name), !isLog && isStores(name):
-		case isLog && number <= d.number:
+		case slices.Contains(own, name):
+		case isTmp(name), isLog && number <= d.number:
 			c.leftovers = append(c.leftovers, name)
-		default:
+		case isLog, !isStores(name), name == storage.LockName && d.isStrangeLock():
 			c.strangers = append(c.strangers, name)
 		}
 	}
 	slices.Sort(c.leftovers)
 	slices.Sort(c.strangers)
 	return c, nil
+}
+
+// isStrangeLock tells whether LOCK is no file, and cannot be made anew.
+func (d *Store) isStrangeLock() bool {
+	err := checkFile(d.dir, storage.LockName)
+	if err != nil {
+		d.lock.Look() // makes it anew
+		err = checkFile(d.dir, storage.LockName)
+	}
+	return err != nil
 }
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
@@ -161,7 +172,7 @@ func (d *Store) mend(c changes) (left changes, err error) {
 	} else if slices.ContainsFunc(c.leftovers, func(name string) bool {
 		return !slices.Contains(d.toldOthers, name)
 	}) {
-		d.log.Error("log files that are of no use any more are in the directory, as a copy that is "+
+		d.log.Error("files that are of no use any more are in the directory, as a copy that is "+
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
 	for _, name := range c.leftovers {

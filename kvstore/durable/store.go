@@ -204,8 +204,28 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 			return nil, fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs,
 				dir.Path(name))
 		}
+		err = cmp.Or(err, checkFile(dir, name))
 	}
 	return names, err
+}
+
+// checkFile returns an error if a file that a start locks, or removes without reading it, is no file:
+// there a start could fail when it has changed others.
+func checkFile(dir storage.Directory, name string) error {
+	kind, _, _ := parseName(name)
+	if name != storage.LockName && kind != kindSnapshot && !isTmp(name) {
+		return nil
+	}
+
+	// What cannot be opened may be a file of somebody else's that can be removed.
+	f, _, err := dir.Open(name)
+	if err == nil {
+		f.Close()
+	}
+	if errors.Is(err, storage.ErrNotOurs) {
+		return err
+	}
+	return nil
 }
 
 // isStores tells whether a file called name may be in a store's directory.
