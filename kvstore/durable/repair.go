@@ -174,15 +174,22 @@ func (s *salvage) readAll() error {
 
 // read finds the whole frames of one file.
 func (s *salvage) read(l *logReader) (*foundFile, error) {
-	// Each turn reads the frames up to what is bad, and goes on behind that.
 	file := &foundFile{logReader: l}
-	for more := true; more; {
-		at := l.offset
-		end, err := l.scan(func(l *logReader, f frame, _ []byte) error {
-			file.frames = append(file.frames, foundFrame{f, file, at})
-			at = l.offset
-			return nil
-		})
+	end, err := l.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer l.finish()
+
+	// Each turn reads the frames up to what is bad, and goes on behind that. Nobody writes meanwhile.
+	at := l.offset
+	each := func(l *logReader, f frame, _ []byte) error {
+		file.frames = append(file.frames, foundFrame{f, file, at})
+		at = l.offset
+		return nil
+	}
+	for more := true; more; at, end.frames = l.offset, 0 {
+		damage, err := l.readFrames(&end, each)
 		if err != nil {
 			return nil, err
 		}
@@ -191,16 +198,18 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 		if end.frames > 0 {
 			file.goesOn, file.whole = end.goesOn(), end.isWhole()
 		}
-		if end.tail == nothing {
+		if damage == nil {
 			break
 		}
+		end.bad = damage
 		more, err = l.skip()
+		if err == nil && !more {
+			err = l.judgeTail(&end, damage)
+		}
 		if err != nil {
 			return nil, err
 		}
-		if more {
-			file.whole = false
-		}
+		file.whole = file.whole && !more
 		s.sayBad(l, end, more)
 	}
 

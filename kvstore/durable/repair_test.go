@@ -650,3 +650,69 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 		}
 	}
 }
+
+// readingDir counts the bytes that are read.
+type readingDir struct {
+	*storetest.Dir
+	bytes int
+}
+
+type readingFile struct {
+	storage.File
+	d *readingDir
+}
+
+func (d *readingDir) Open(name string) (storage.File, int64, error) {
+	f, size, err := d.Dir.Open(name)
+	return readingFile{f, d}, size, err
+}
+
+func (f readingFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.File.ReadAt(p, off)
+	f.d.bytes += n
+	return n, err
+}
+
+// Ensure that the work of a repair does not grow with each bad place by all that is behind it, whether
+// the frames there call it synced or not.
+func TestRepairOfManyBadPlaces(t *testing.T) {
+	const frames, places = 8000, 100
+	for _, isSynced := range []bool{true, false} {
+		dir, id, value := storetest.New(), storeID{1, 2, 3}, strings.Repeat("v", 1000)
+		header := fileHeader{kind: kindSegment, id: id, number: 1, first: 1}
+		_, err := createLog(dir, header, func(w *logWriter) error {
+			for i := range uint64(frames) {
+				f := frame{sequence: i + 1, count: 1}
+				if isSynced {
+					f.synced = i
+				}
+				payload := appendRecord(nil, opPut, 0, fmt.Sprint(i), value)
+				w.buf = appendFrame(w.buf, w.seed, f, payload)
+			}
+			return w.write(w.buf)
+		})
+		if _, storeErr := writeID(dir, id); err != nil || storeErr != nil {
+			t.Fatal(err, storeErr)
+		}
+		data := dir.Names["seg-1.log"].Data
+		for i := range places {
+			data[headerSize+len(data)/places*i+100] ^= 1
+		}
+
+		reading := &readingDir{Dir: dir}
+		out := storetest.New()
+		r, err := Repair(reading, out)
+		if err != nil || !r.Lost {
+			t.Fatalf("%v, %v", r, err)
+		}
+		if most := 3*len(data) + 3*places*bufferSize; reading.bytes > most {
+			t.Errorf("of %d bytes with %d bad places it read %d, more than %d", len(data), places,
+				reading.bytes, most)
+		}
+		d, err := openSmall(out, Options{})
+		if err != nil || keysOf(d) != frames-places {
+			t.Fatalf("%d keys, want %d; %v", keysOf(d), frames-places, err)
+		}
+		d.Close()
+	}
+}

@@ -2,12 +2,12 @@ package durable
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"math/bits"
 	"slices"
 	"syscall"
 
@@ -33,6 +33,7 @@ type logReader struct {
 	offset int64         // of the next frame
 	next   uint64        // sequence of the next frame; 0: any, behind a header that cannot be read
 	buf    []byte        // the last payload with its padding, kept for the next one
+	doubts []int64       // offsets of the frames that no later one calls synced
 
 	// Why the header cannot be read: a *storage.DamageError, a version, or what reading it failed
 	// with; nil: it can.
@@ -226,18 +227,13 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	}
 
 	// The records.
-	rest := int(f.padded() - frameSize)
-	if cap(l.buf) < rest {
-		l.buf = make([]byte, rest)
-	}
-	l.buf = l.buf[:rest]
-
-	_, err = io.ReadFull(l.r, l.buf)
+	rest := l.padded(f)
+	_, err = io.ReadFull(l.r, rest)
 	if err != nil {
 		return f, nil, l.readError(err)
 	}
 
-	payload = l.buf[:f.length]
+	payload = rest[:f.length]
 	if crc(l.seed, payload) != f.crc {
 		return f, nil, l.damageHere("the records' checksum is wrong")
 	}
@@ -246,6 +242,15 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 	l.offset += f.padded()
 	l.next = f.sequence + 1
 	return f, payload, nil
+}
+
+// padded is room for the payload of f with its padding, which is good until the next read.
+func (l *logReader) padded(f frame) []byte {
+	rest := int(f.padded() - frameSize)
+	if cap(l.buf) < rest {
+		l.buf = make([]byte, rest)
+	}
+	return l.buf[:rest]
 }
 
 // readError is err, or damage where err says that the file became shorter meanwhile: a process that
@@ -257,73 +262,65 @@ func (l *logReader) readError(err error) error {
 	return err
 }
 
-// readAgain reads anew the frame at which read found damage, for another process may
-// have written it meanwhile. If it is still bad, rest is what followed the good part of
-// the file then, and the error is the damage.
-func (l *logReader) readAgain() (f frame, payload, rest []byte, err error) {
-	for again := true; ; again = false {
-		rest, err = l.rest()
-		if err != nil {
-			return f, nil, nil, err
+// search looks behind the good part of the file, wherever a frame can begin, for the head of one that
+// isIt accepts, and returns its offset; 0: there is none. bytes are those before it, up to the last
+// that is not zero. As far as it looks it notes what size the file has by now.
+func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, bytes int64, err error) {
+	r := bufio.NewReaderSize(readerOf(l.f, l.offset), bufferSize)
+	for at = l.offset; ; {
+		head, err := r.Peek(frameSize)
+		if err != nil && err != io.EOF {
+			return 0, 0, err
+		}
+		if len(head) == 0 {
+			l.size = at
+			return 0, bytes, nil
 		}
 
-		// What was buffered is from before.
-		l.size = l.offset + int64(len(rest))
-		l.r.Reset(bytes.NewReader(rest))
-		f, payload, err = l.read()
-		if !errors.As(err, new(*storage.DamageError)) {
-			return f, payload, nil, err
+		f, isHead := decodeFrame(head, l.seed)
+		if isHead {
+			l.size = max(l.size, at+frameSize)
+			found, err := isIt(f, at)
+			if found || err != nil {
+				return at, bytes, err
+			}
 		}
 
-		// While rest was read another process may have written this frame, and a later one that
-		// calls it synced: then it is whole by now. What is still bad is damage.
-		if !again || !l.wasSynced(rest) {
-			return f, nil, rest, err
+		// Frames begin at multiples of 8. Of these bytes the last counts that is not zero.
+		var word [8]byte
+		n, _ := r.Read(word[:])
+		last := (bits.Len64(binary.LittleEndian.Uint64(word[:])) + 7) / 8
+		if last > 0 {
+			bytes = at - l.offset + int64(last)
 		}
+		at += int64(n)
 	}
-}
-
-// rest returns what follows the good part of the file.
-func (l *logReader) rest() ([]byte, error) {
-	return io.ReadAll(readerOf(l.f, l.offset))
-}
-
-// wasSynced tells whether rest, whose beginning is bad, has a later frame that says that the bad
-// one had once been on disk. It looks at every offset where a frame could begin.
-func (l *logReader) wasSynced(rest []byte) bool {
-	for ; len(rest) >= frameSize; rest = rest[8:] {
-		// The head's own CRC is enough: what it says of the bad frame was true when it was written.
-		later, ok := decodeFrame(rest, l.seed)
-		if ok && later.sequence > l.next && later.synced >= l.next {
-			return true
-		}
-	}
-	return false
 }
 
 // skip moves on to the next whole frame, whatever its sequence. It returns false where there is
 // none.
 func (l *logReader) skip() (found bool, err error) {
-	err = l.open()
-	if err != nil {
-		return false, err
-	}
-	defer l.close()
-	rest, err := l.rest()
-	if err != nil {
+	// Of a whole one both checksums hold.
+	var next uint64
+	at, _, err := l.search(func(f frame, at int64) (bool, error) {
+		if at+f.padded() > l.size {
+			return false, nil
+		}
+		next = f.sequence
+		payload := l.padded(f)[:f.length]
+		_, err := l.f.ReadAt(payload, at+frameSize)
+		if err != nil {
+			return false, err
+		}
+		return crc(l.seed, payload) == f.crc, nil
+	})
+	if err != nil || at == 0 {
 		return false, err
 	}
 
-	// Frames begin at multiples of 8, wherever the bad part ends. Of a whole one both CRCs hold.
-	for at := 0; at+frameSize <= len(rest); at += 8 {
-		f, ok := decodeFrame(rest[at:], l.seed)
-		if ok && f.padded() <= int64(len(rest)-at) &&
-			crc(l.seed, rest[at+frameSize:at+frameSize+int(f.length)]) == f.crc {
-			l.offset, l.next = l.offset+int64(at), f.sequence
-			return true, nil
-		}
-	}
-	return false, nil
+	l.offset, l.next = at, next
+	l.r.Reset(readerOf(l.f, at))
+	return true, nil
 }
 
 // tail is what stands behind the last good frame of a log file.
@@ -349,95 +346,133 @@ type logEnd struct {
 
 	size  int64 // of the file
 	tail  tail  // what is behind offset
-	bytes int64 // of the tail, up to its last that is not zero
+	bytes int64 // of a torn tail, up to its last that is not zero
 	bad   error // why the tail is no part of the log; nil: the tail is nothing
 }
 
 // goesOn tells whether the last frame says that another file follows.
 func (e logEnd) goesOn() bool { return e.frames > 0 && e.last == frameNext }
 
+// isLast tells whether no frame may follow the last one.
+func (e logEnd) isLast() bool {
+	return e.frames > 0 && (e.last == frameNext || e.last == frameEnd)
+}
+
 // isWhole tells whether the file is a complete snapshot.
 func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.offset == e.size }
+
+// bufferSize is how many bytes are read at a time.
+const bufferSize = 1 << 18
+
+// begin opens the file to be read from here on, and returns what there is of it before that. finish
+// closes it.
+func (l *logReader) begin() (end logEnd, err error) {
+	err = l.open()
+	if err != nil {
+		return end, err
+	}
+	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, bufferSize)))
+	return logEnd{header: l.header, stamp: l.stamp, isOld: l.isOld, size: l.size}, nil
+}
+
+// finish closes the file, and gives the buffers back, for there may be many files.
+func (l *logReader) finish() {
+	l.close()
+	l.r, l.buf, l.doubts = nil, nil, nil
+}
 
 // scan reads the frames from here on, has each told of those that are good, and returns where they
 // end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
 // of the end. The file is closed then.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
-	err = l.open()
+	end, err = l.begin()
 	if err != nil {
 		return end, err
 	}
-	defer l.close()
+	defer l.finish()
 
-	// The buffers are given back, for there may be many files.
-	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, 1<<18)))
-	defer func() { l.r, l.buf = nil, nil }()
+	for judged := (logEnd{}); ; {
+		damage, err := l.readFrames(&end, each)
+		switch {
+		case err != nil, damage == nil:
+			return end, err
+		case judged.offset == end.offset:
+			return judged, nil
+		}
 
-	end = logEnd{header: l.header, stamp: l.stamp, isOld: l.isOld, size: l.size}
-	var doubts []int64 // offsets of the frames that no later one calls synced
+		// What is bad is judged, and then read once more: another process may have written it
+		// meanwhile. If that has also written a later frame that calls this one synced, then it is
+		// whole by now.
+		judged = end
+		err = l.judgeTail(&judged, damage)
+		if err != nil {
+			return end, err
+		}
+		l.r.Reset(readerOf(l.f, l.offset))
+	}
+}
+
+// readFrames reads good frames, has each told of them, and moves end behind them. It returns what is
+// bad there, nil at the end of the file.
+func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte) error) (
+	damage *storage.DamageError, err error) {
+	end.size = max(end.size, l.size)
 	for {
 		end.offset, end.next, end.doubt = l.offset, l.next, l.offset
-		if len(doubts) > 0 {
-			end.doubt = doubts[0]
+		if len(l.doubts) > 0 {
+			end.doubt = l.doubts[0]
 		}
 
-		// What is bad is read once more: beside a process that writes it may be good by now.
 		f, payload, err := l.read()
-		var rest []byte
-		if errors.As(err, new(*storage.DamageError)) {
-			f, payload, rest, err = l.readAgain()
-			end.size = max(end.size, l.size)
-		}
-
-		var damage *storage.DamageError
-		isLast := end.goesOn() || end.frames > 0 && end.last == frameEnd
 		switch {
 		case err == errEnd:
-			return end, nil
+			return nil, nil
 		case errors.As(err, &damage):
-			l.judgeTail(&end, damage, rest)
-			return end, nil
+			return damage, nil
 		case err != nil:
-			return end, err
-		case isLast:
+			return nil, err
+		case end.isLast():
 			l.offset, l.next = end.offset, end.next
-			end.tail = damaged
-			end.bad = l.damageHere("a frame follows the one that should be the last")
-			return end, nil
+			return l.damageHere("a frame follows the one that should be the last"), nil
 		}
 
 		err = each(l, f, payload)
 		if err != nil {
-			return end, err
+			return nil, err
 		}
 
 		end.frames++
 		end.last, end.start = f.kind, end.offset
 
 		// The frame that f calls synced is on disk. Only those behind it may be missing there.
-		doubts = append(doubts, end.offset)
-		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(doubts))))
-		doubts = slices.Delete(doubts, 0, len(doubts)-left)
+		l.doubts = append(l.doubts, end.offset)
+		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(l.doubts))))
+		l.doubts = slices.Delete(l.doubts, 0, len(l.doubts)-left)
 	}
 }
 
-// judgeTail decides what rest is, which follows the good part of the file and begins with damage.
-func (l *logReader) judgeTail(end *logEnd, damage error, rest []byte) {
-	// Zeros are room for frames, also behind the last frame of a full file: a rotation was killed
-	// there.
-	end.bytes = int64(len(bytes.TrimRight(rest, "\x00")))
-	if end.bytes == 0 {
-		return
+// judgeTail decides what follows the good part of the file, and begins with damage.
+func (l *logReader) judgeTail(end *logEnd, damage error) error {
+	// The head's own CRC is enough: what it says of the bad frame was true when it was written.
+	later, bytes, err := l.search(func(f frame, _ int64) (bool, error) {
+		return f.sequence > l.next && f.synced >= l.next, nil
+	})
+	if err != nil {
+		return err
 	}
+	end.size = max(end.size, l.size)
 
 	// A commit that was never whole on disk was never answered. But what a later frame calls synced
-	// was, and a file that goes on elsewhere was on disk to its last frame.
-	end.bad = damage
-	end.tail = torn
-	if l.wasSynced(rest) || end.goesOn() {
-		end.tail = damaged
+	// was, and a file that goes on elsewhere was on disk to its last frame. Zeros are room for
+	// frames, also behind the last frame of a full file: a rotation was killed there.
+	switch {
+	case later > 0, bytes > 0 && end.isLast():
+		end.tail, end.bad = damaged, damage
+	case bytes > 0:
+		end.tail, end.bad, end.bytes = torn, damage, bytes
 	}
+	return nil
 }
 
 // applyTo returns what scan wants to be told for m to become what the file says.
