@@ -423,8 +423,7 @@ func TestRefusals(t *testing.T) {
 	d.Put("one", "more")
 	d.Close()
 	l, _ := readLayout(dir)
-	first, last := logName(kindSegment, l.segments[0]), logName(kindSegment,
-		l.segments[len(l.segments)-1])
+	first, last := logName(kindSegment, l.snapshot+1), logName(kindSegment, l.last)
 	snapshot := logName(kindSnapshot, l.snapshot)
 	change := func(name string, f func(b []byte) []byte) *storetest.Dir {
 		return dir.With(name, f(slices.Clone(dir.Names[name].Data)))
@@ -520,6 +519,8 @@ func TestRefusals(t *testing.T) {
 			"follows the one that should be the last", len(dir.Names[snapshot].Data), frames+1)},
 		"newer segment":  {change(last, newer), ErrNewer.Error()},
 		"newer snapshot": {change(snapshot, newer), ErrNewer.Error()},
+		"a huge number": {dir.With(fmt.Sprintf("seg-%d.log", uint64(1<<62-1)), nil),
+			fmt.Sprintf("seg-%d.log is damaged: the file is missing", l.last+1)},
 		"a number too far": {dir.With("seg-9223372036854775808.log", nil),
 			storage.ErrNotOurs.Error()},
 		"empty segment": {change(last, func(b []byte) []byte { return nil }),

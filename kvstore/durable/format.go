@@ -102,6 +102,8 @@ type fileHeader struct {
 	number uint64
 	// The sequence of its first frame; of a snapshot: of the first frame behind what it stands for.
 	first uint64
+
+	isOld bool // as it was read: the file is of a version before fileVersion
 }
 
 // name is the name of the file.
@@ -142,6 +144,7 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 	copy(h.id[:], b[16:])
 	h.number = binary.LittleEndian.Uint64(b[32:])
 	h.first = binary.LittleEndian.Uint64(b[40:])
+	h.isOld = binary.LittleEndian.Uint32(b[8:]) < fileVersion
 	return h, nil
 }
 

@@ -16,14 +16,7 @@ import (
 
 // ownFiles are the names of the files that make the store now.
 func (d *Store) ownFiles() []string {
-	names := []string{storage.StoreName}
-	if d.snapshot > 0 {
-		names = append(names, logName(kindSnapshot, d.snapshot))
-	}
-	for number := d.snapshot + 1; number <= d.number; number++ {
-		names = append(names, logName(kindSegment, number))
-	}
-	return names
+	return append(layout{snapshot: d.snapshot, last: d.number}.names(), storage.StoreName)
 }
 
 // changes are what somebody else has done to the directory.

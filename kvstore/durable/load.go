@@ -15,10 +15,10 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// layout is which of a store's files count.
+// layout is which of a store's log files count: the newest snapshot, and all segments behind it.
 type layout struct {
-	snapshot uint64   // number of the newest snapshot; 0: there is none
-	segments []uint64 // numbers of the segments behind it, in order
+	snapshot uint64   // its number; 0: there is none
+	last     uint64   // the last segment's number; 0: there is none
 	obsolete []string // names of files that the snapshot stands for, and of temporary ones
 }
 
@@ -45,6 +45,11 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 		}
 	}
 
+	// A store is never taken for an empty one because its log is gone.
+	if l.snapshot > 0 || slices.Contains(names, storage.StoreName) {
+		l.last = l.snapshot + 1
+	}
+
 	// A crash in a compaction leaves the files for which the snapshot stands.
 	for _, name := range names {
 		kind, number, ok := parseName(name)
@@ -54,19 +59,16 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 			ok && kind == kindSegment && number <= l.snapshot:
 			l.obsolete = append(l.obsolete, name)
 		case ok && kind == kindSegment:
-			l.segments = append(l.segments, number)
+			l.last = max(l.last, number)
 		}
 	}
 
-	// A store is never taken for an empty one because its log is gone.
-	slices.Sort(l.segments)
-	for i, number := range l.segments {
-		if want := l.snapshot + 1 + uint64(i); number != want {
-			return l, missingFile(dir, logName(kindSegment, want))
+	// Up to the first that is missing: a stranger's number may be huge.
+	for number := l.snapshot + 1; number <= l.last; number++ {
+		name := logName(kindSegment, number)
+		if !slices.Contains(names, name) {
+			return l, missingFile(dir, name)
 		}
-	}
-	if len(l.segments) == 0 && (l.snapshot > 0 || slices.Contains(names, storage.StoreName)) {
-		return l, missingFile(dir, logName(kindSegment, l.snapshot+1))
 	}
 	return l, nil
 }
@@ -81,7 +83,7 @@ func (l layout) names() (names []string) {
 	if l.snapshot > 0 {
 		names = append(names, logName(kindSnapshot, l.snapshot))
 	}
-	for _, number := range l.segments {
+	for number := l.snapshot + 1; number <= l.last; number++ {
 		names = append(names, logName(kindSegment, number))
 	}
 	return names
@@ -165,7 +167,7 @@ func (s *files) findNew() error {
 
 	// A first start makes no snapshot and no second segment.
 	missing := missingFile(s.dir, storage.StoreName)
-	if l.snapshot > 0 || len(l.segments) > 1 || gap != nil {
+	if l.snapshot > 0 || l.last > 1 || gap != nil {
 		return missing
 	}
 
@@ -359,7 +361,7 @@ func (d *Store) load(ctx context.Context) error {
 	// Only now: nothing is touched when we refuse. The files behind the last are those of a
 	// rotation that was stopped.
 	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
-	if err != nil || !ends[len(ends)-1].isOld {
+	if err != nil || !ends[len(ends)-1].header.isOld {
 		return err
 	}
 

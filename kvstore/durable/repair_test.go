@@ -337,7 +337,7 @@ func TestRepairNamesEveryGap(t *testing.T) {
 	first := func(image *storetest.Dir, id storeID, name string,
 		number uint64) (f frame, b []byte) {
 		b = slices.Clone(image.Names[name].Data)
-		f, ok := decodeFrame(b[headerSize:], fileHeader{kindSegment, id, number, 0}.seed())
+		f, ok := decodeFrame(b[headerSize:], fileHeader{kind: kindSegment, id: id, number: number}.seed())
 		if !ok {
 			t.Fatal("no frame")
 		}
@@ -392,7 +392,7 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 	d.Close()
 	name := logName(kindSnapshot, d.snapshot)
 	f, ok := decodeFrame(dir.Names[name].Data[headerSize:],
-		fileHeader{kindSnapshot, d.id, d.snapshot, 0}.seed())
+		fileHeader{kind: kindSnapshot, id: d.id, number: d.snapshot}.seed())
 	if !ok || int(f.padded()) > len(dir.Names[name].Data)/2 {
 		t.Fatalf("the snapshot has no second frame: %+v", f)
 	}
@@ -415,7 +415,7 @@ func TestRepairOfWrongNames(t *testing.T) {
 		},
 		"two frames swapped": func(image *storetest.Dir, id storeID) {
 			b := image.Names["seg-2.log"].Data
-			seed := fileHeader{kindSegment, id, 2, 0}.seed()
+			seed := fileHeader{kind: kindSegment, id: id, number: 2}.seed()
 			f, _ := decodeFrame(b[headerSize:], seed)
 			size := int(f.padded())
 			if g, ok := decodeFrame(b[headerSize+size:], seed); !ok || g.padded() != f.padded() {
@@ -614,7 +614,8 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 	m := kvstore.NewMemory()
 	m.Put("saved", "value")
 	dir, id := storetest.New(), storeID{1, 2, 3}
-	for _, h := range []fileHeader{{kindSnapshot, id, 1, 0}, {kindSegment, id, 2, 0}} {
+	for _, h := range []fileHeader{{kind: kindSnapshot, id: id, number: 1},
+		{kind: kindSegment, id: id, number: 2}} {
 		_, err := createLog(dir, h, func(w *logWriter) error {
 			if h.kind == kindSegment {
 				return nil

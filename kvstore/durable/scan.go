@@ -20,7 +20,6 @@ import (
 // what it writes since the file was first opened is left out.
 type logReader struct {
 	header fileHeader
-	isOld  bool // the file is of a version before fileVersion
 	seed   uint32
 	dir    storage.Directory
 	name   string
@@ -63,7 +62,6 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	}
 
 	// A bad header is no error yet: Repair reads behind it.
-	l.isOld = binary.LittleEndian.Uint32(b[8:]) < fileVersion
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
@@ -336,7 +334,6 @@ const (
 type logEnd struct {
 	header fileHeader
 	stamp  storage.Stamp // what the file was, when it was opened to be read
-	isOld  bool          // the file is of a version before fileVersion
 	last   uint32        // the kind of the last good frame
 	frames int           // good ones
 	next   uint64        // sequence of the frame that would follow
@@ -372,7 +369,7 @@ func (l *logReader) begin() (end logEnd, err error) {
 		return end, err
 	}
 	l.r = bufio.NewReaderSize(readerOf(l.f, l.offset), int(min(l.size, bufferSize)))
-	return logEnd{header: l.header, stamp: l.stamp, isOld: l.isOld, size: l.size}, nil
+	return logEnd{header: l.header, stamp: l.stamp, size: l.size}, nil
 }
 
 // finish closes the file, and gives the buffers back, for there may be many files.
