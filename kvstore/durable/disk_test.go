@@ -226,6 +226,32 @@ func TestDirectoryForAFile(t *testing.T) {
 	}
 }
 
+// Ensure that an empty directory in the place of the next temporary file does not keep a removed file
+// from being written anew.
+func TestHealBesideADirectoryForAFile(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a file that is in use
+	}
+	for _, name := range []string{"seg-2.log.tmp", "snap-1.log.tmp"} {
+		path := t.TempDir()
+		d, err := openAt(path, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		os.Mkdir(filepath.Join(path, name), 0o700)
+		os.Remove(filepath.Join(path, "seg-1.log"))
+		d.looked = time.Time{}
+		if err := errors.Join(d.Commit(), d.Close()); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
+			t.Fatalf("%s: opened again: %v", name, err)
+		}
+		d.Close()
+	}
+}
+
 // Ensure that a directory that is not ours any more ends the store, also where nothing is
 // written, and before another file is made.
 func TestMovedDirectory(t *testing.T) {

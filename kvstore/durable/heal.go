@@ -154,22 +154,25 @@ func (d *Store) lastLook() error {
 // mend brings the files back to what they should be, looks whether they are, and returns what is
 // left.
 func (d *Store) mend(c changes) (left changes, err error) {
-	if len(c.spoiled) > 0 {
+	isNew := func(name string) bool { return !slices.Contains(d.toldOthers, name) }
+	switch {
+	case len(c.spoiled) > 0:
 		d.log.Error("files were removed or changed while the server uses them; all data is "+
 			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
-
-		err = d.heal(slices.Concat(c.spoiled, c.leftovers))
-		if err != nil {
-			return c, err
-		}
-	} else if slices.ContainsFunc(c.leftovers, func(name string) bool {
-		return !slices.Contains(d.toldOthers, name)
-	}) {
+	case slices.ContainsFunc(c.leftovers, isNew):
 		d.log.Error("files that are of no use any more are in the directory, as a copy that is "+
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
+
+	// The leftovers first: they may have the names of files that are to be made.
 	for _, name := range c.leftovers {
-		d.dir.Remove(name) // perhaps the heal has
+		d.dir.Remove(name) // if it stays, that is told of
+	}
+	if len(c.spoiled) > 0 {
+		err = d.heal(c.spoiled)
+		if err != nil {
+			return c, err
+		}
 	}
 	err = d.dir.Sync() // or a power failure brings them back
 	if err != nil {
@@ -192,10 +195,10 @@ func (d *Store) mend(c changes) (left changes, err error) {
 
 // heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
 // puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// The order is: sync the temporary snapshot, remove the useless files, rename the snapshot. Below a
+// The order is: sync the temporary snapshot, remove the spoiled files, rename the snapshot. Below a
 // snapshot a start accepts only full files. After a crash before the rename a start may refuse what
 // it finds.
-func (d *Store) heal(useless []string) error {
+func (d *Store) heal(spoiled []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
 
@@ -211,7 +214,7 @@ func (d *Store) heal(useless []string) error {
 	// It is not stopped while the store closes, for nobody else has the data.
 	c := d.newCompaction()
 	c.stop = nil
-	c.prepare = func() error { return d.clearAway(useless) }
+	c.prepare = func() error { return d.clearAway(spoiled) }
 
 	c.run()
 	d.noteSnapshot(c)
@@ -221,21 +224,21 @@ func (d *Store) heal(useless []string) error {
 	return nil // what could not be removed is tried again, and told of
 }
 
-// clearAway removes files, and writes STORE anew if it is one of them, unless the directory is
+// clearAway removes spoiled files, and writes STORE anew if it is one of them, unless the directory is
 // another process's by now: the snapshot took its time.
-func (d *Store) clearAway(useless []string) error {
+func (d *Store) clearAway(spoiled []string) error {
 	err := d.lock.Look()
 	if err != nil {
 		return err
 	}
 
 	// A part of them may be gone already.
-	for _, name := range useless {
+	for _, name := range spoiled {
 		d.dir.Remove(name)
 	}
 
 	// STORE is on disk before the snapshot has its name, for with that the store is whole.
-	if slices.Contains(useless, storage.StoreName) {
+	if slices.Contains(spoiled, storage.StoreName) {
 		stamp, err := writeID(d.dir, d.id)
 		if err != nil {
 			return err
