@@ -109,12 +109,15 @@ func (d *Store) lookForFiles(now time.Time) error {
 
 		c, err = d.mend(c)
 		if err != nil {
-			d.healAfter = now.Add(compactTime)
+			// Soon, and then less often, for everybody waits for each try.
+			d.healWait = min(max(2*d.healWait, lookTime, time.Since(now)), compactTime)
+			d.healAfter = time.Now().Add(d.healWait)
 			d.log.Error("cannot write the data anew, so the server's end would lose it: save it "+
-				"with kvserver -c Dump; trying again", "in", compactTime, "error", err)
+				"with kvserver -c Dump; trying again", "in", d.healWait, "error", err)
 			return fmt.Errorf("%w: %w", ErrSpoiled, err)
 		}
 	}
+	d.healWait = 0
 
 	// Strangers are not ours to remove, and leftovers could not be. A line for each change, not one
 	// for each look.

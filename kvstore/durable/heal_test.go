@@ -1120,6 +1120,52 @@ func TestCloseHealsAgain(t *testing.T) {
 	}
 }
 
+// Ensure that what somebody changes while removed files are written anew is written anew soon, too, and
+// that somebody who goes on with that does not keep the server from its work.
+func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
+	for _, goesOn := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			d.Put("k", "v")
+			<-time.After(2 * lookTime) // and the timer has nothing more to do
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+
+			heals := 0
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "rename" && strings.HasPrefix(c.Name, "snap-") {
+					if heals++; heals == 1 || goesOn {
+						dir.Empty(storage.StoreName)
+					}
+				}
+				return nil
+			}
+			dir.Remove("seg-1.log")
+			looks := 2
+			if goesOn {
+				looks = 10 * int(compactTime/lookTime)
+			}
+			for range looks {
+				<-time.After(lookTime)
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if !goesOn {
+				wantAll(t, "changed once", dir.Kill(), maps.Collect(d.All()))
+			} else if heals < 10 || heals > 20 {
+				t.Errorf("in %d looks all was written %d times", looks, heals)
+			}
+			if n := strings.Count(log.String(), "level=ERROR"); n > 2*heals {
+				t.Errorf("%d errors for %d heals:\n%s", n, heals, log)
+			}
+			d.Close()
+		})
+	}
+}
+
 // Ensure that another file in the place of a segment or a snapshot is noticed, before whichever call
 // it comes there after the file has got its name: what is written to the first is in nobody's way, and
 // read by nobody.

@@ -70,7 +70,7 @@ const (
 	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
 	rotateTime   = time.Second      // until a new file that could not be made is tried again
 	roomTime     = time.Second / 10 // until a full disk is asked for room again
-	compactTime  = time.Minute      // until a compaction, or a heal, that failed is tried again
+	compactTime  = time.Minute      // until a compaction that failed is tried again, at most a heal, too
 	lookTime     = time.Second      // between two looks at what others have done to the files
 )
 
@@ -113,6 +113,7 @@ type Store struct {
 	looked     time.Time                // when that was done last
 	isSpoiled  bool                     // somebody has changed the current file since: look at once
 	healAfter  time.Time                // before then no heal is tried
+	healWait   time.Duration            // until the next try, after the last one has failed
 	known      map[string]storage.Stamp // our files, but the current one, as we wrote or read them
 	healing    atomic.Bool              // a heal runs; any goroutine may look
 	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
