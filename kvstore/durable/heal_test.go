@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -1247,4 +1248,130 @@ func TestReplacedFileThatWasJustRead(t *testing.T) {
 		}
 	}
 	d.Close()
+}
+
+// vandal does something to a file before a call now and then: everything that a shell can do.
+type vandal struct {
+	dir *storetest.Dir
+
+	mu     sync.Mutex // held while it acts, for that makes calls, too
+	random *rand.Rand
+	odds   int               // it acts before one of so many calls; 0: no more
+	copies map[string][]byte // that it has made, by the files' names
+	did    []string
+}
+
+// before is run before each call.
+func (v *vandal) before(c storetest.Call) error {
+	if !v.mu.TryLock() {
+		return nil
+	}
+	defer v.mu.Unlock()
+	if v.odds > 0 && v.random.IntN(v.odds) == 0 {
+		v.act(c)
+	}
+	return nil
+}
+
+// act does something to one of the files.
+func (v *vandal) act(c storetest.Call) {
+	names, _ := v.dir.List()
+	names = slices.DeleteFunc(names, func(name string) bool {
+		return name == storage.LockName || isTmp(name)
+	})
+	if len(names) == 0 {
+		return
+	}
+	name, other := names[v.random.IntN(len(names))], names[v.random.IntN(len(names))]
+	data, _ := v.dir.Read(name)
+	copied, isCopied := v.copies[name]
+	overwrite := func(data []byte) {
+		f, _ := v.dir.Create(name) // which empties it
+		f.WriteAt(data, 0)
+		f.Close()
+	}
+
+	what := v.random.IntN(10)
+	v.did = append(v.did, fmt.Sprint(c, ": ", what, " to ", name))
+	switch what {
+	case 0:
+		v.dir.Remove(name)
+	case 1:
+		v.dir.Empty(name)
+	case 2:
+		v.dir.Rename(other, name)
+	case 3:
+		v.dir.Replace(name, data)
+	case 4:
+		v.dir.Replace(name, data[:v.random.IntN(len(data)+1)])
+	case 5:
+		v.dir.Replace(name+tmpSuffix, data)
+	case 6:
+		v.copies[name] = data
+	case 7, 8:
+		if isCopied && what == 7 {
+			v.dir.Replace(name, copied)
+		} else if isCopied {
+			overwrite(copied)
+		}
+	case 9:
+		data, _ = v.dir.Read(other)
+		overwrite(data)
+	}
+}
+
+// rest ends what it does, and returns what it has done.
+func (v *vandal) rest() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.odds = 0
+	return strings.Join(v.did, "\n")
+}
+
+// Ensure that whatever is done to the files of a running store, before whichever of its calls, all that
+// was answered is there again soon after that ends.
+func TestHealOfAnything(t *testing.T) {
+	for seed := range uint64(60) {
+		synctest.Test(t, func(t *testing.T) {
+			random := rand.New(rand.NewPCG(seed, 1))
+			dir, d := newSmall(t, Options{Fsync: []time.Duration{FsyncAlways, time.Second}[seed%2]})
+			v := &vandal{dir: dir, random: rand.New(rand.NewPCG(seed, 2)), odds: 10 + random.IntN(200),
+				copies: map[string][]byte{}}
+			d.writing <- struct{}{} // the timer makes calls, too
+			dir.Before = v.before
+			<-d.writing
+			commit := func() {
+				t.Helper()
+				if err := d.Commit(); err != nil {
+					t.Fatalf("seed %d: %v, after\n%s", seed, err, v.rest())
+				}
+			}
+			for i := range 100 + random.IntN(200) {
+				d.Put(fmt.Sprint("key", random.IntN(20)), strings.Repeat("v", random.IntN(200)))
+				d.Put("all", fmt.Sprint(i))
+				if random.IntN(3) == 0 {
+					d.Delete(fmt.Sprint("key", random.IntN(20)))
+					<-time.After(time.Duration(random.IntN(int(lookTime))))
+				}
+				commit()
+			}
+
+			// A heal that has failed is tried again after a minute, at most.
+			did := v.rest()
+			for range compactTime/lookTime + 5 {
+				<-time.After(lookTime)
+				d.Set("after", "all")
+				commit()
+			}
+			d.AwaitCompaction()
+			<-time.After(2 * lookTime) // for the timer's fsync
+			what, want := fmt.Sprintf("seed %d, after\n%s\n", seed, did), maps.Collect(d.All())
+			wantAll(t, what, dir.Kill(), want)
+			wantAll(t, what+"power failure", dir.Crash(random), want)
+			if err := d.Close(); err != nil {
+				t.Fatalf("%sClose: %v", what, err)
+			}
+			wantAll(t, what+"closed", dir, want)
+		})
+	}
 }
