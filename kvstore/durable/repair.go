@@ -175,11 +175,11 @@ func (s *salvage) readAll() error {
 // read finds the whole frames of one file.
 func (s *salvage) read(l *logReader) (*foundFile, error) {
 	file := &foundFile{logReader: l}
-	end, err := l.begin()
+	end, err := l.beginReading()
 	if err != nil {
 		return nil, err
 	}
-	defer l.finish()
+	defer l.endReading()
 
 	// Each turn reads the frames up to what is bad, and goes on behind that. Nobody writes meanwhile.
 	at := l.offset

@@ -361,9 +361,9 @@ func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.
 // bufferSize is how many bytes are read at a time.
 const bufferSize = 1 << 18
 
-// begin opens the file to be read from here on, and returns what there is of it before that. finish
-// closes it.
-func (l *logReader) begin() (end logEnd, err error) {
+// beginReading opens the file to be read from here on, and returns what there is of it before that.
+// endReading closes it.
+func (l *logReader) beginReading() (end logEnd, err error) {
 	err = l.open()
 	if err != nil {
 		return end, err
@@ -372,8 +372,8 @@ func (l *logReader) begin() (end logEnd, err error) {
 	return logEnd{header: l.header, stamp: l.stamp, size: l.size}, nil
 }
 
-// finish closes the file, and gives the buffers back, for there may be many files.
-func (l *logReader) finish() {
+// endReading closes the file, and gives the buffers back, for there may be many files.
+func (l *logReader) endReading() {
 	l.close()
 	l.r, l.buf, l.doubts = nil, nil, nil
 }
@@ -383,11 +383,11 @@ func (l *logReader) finish() {
 // of the end. The file is closed then.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
-	end, err = l.begin()
+	end, err = l.beginReading()
 	if err != nil {
 		return end, err
 	}
-	defer l.finish()
+	defer l.endReading()
 
 	for judged := (logEnd{}); ; {
 		damage, err := l.readFrames(&end, each)
