@@ -1126,15 +1126,7 @@ func TestCloseHealsAgain(t *testing.T) {
 func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 	for _, goesOn := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			log := &strings.Builder{}
-			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-			d.Put("k", "v")
-			<-time.After(2 * lookTime) // and the timer has nothing more to do
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-
-			heals := 0
+			log, dir, heals := &strings.Builder{}, storetest.New(), 0
 			dir.Before = func(c storetest.Call) error {
 				if c.What == "rename" && strings.HasPrefix(c.Name, "snap-") {
 					if heals++; heals == 1 || goesOn {
@@ -1143,6 +1135,15 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 				}
 				return nil
 			}
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+
 			dir.Remove("seg-1.log")
 			looks := 2
 			if goesOn {
@@ -1256,7 +1257,7 @@ type vandal struct {
 
 	mu     sync.Mutex // held while it acts, for that makes calls, too
 	random *rand.Rand
-	odds   int               // it acts before one of so many calls; 0: no more
+	odds   int               // it acts before one of so many calls; 0: before none
 	copies map[string][]byte // that it has made, by the files' names
 	did    []string
 }
@@ -1320,11 +1321,11 @@ func (v *vandal) act(c storetest.Call) {
 	}
 }
 
-// rest ends what it does, and returns what it has done.
-func (v *vandal) rest() string {
+// setOdds has it act before one of so many calls, and returns what it has done.
+func (v *vandal) setOdds(odds int) (did string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.odds = 0
+	v.odds = odds
 	return strings.Join(v.did, "\n")
 }
 
@@ -1334,16 +1335,18 @@ func TestHealOfAnything(t *testing.T) {
 	for seed := range uint64(60) {
 		synctest.Test(t, func(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 1))
-			dir, d := newSmall(t, Options{Fsync: []time.Duration{FsyncAlways, time.Second}[seed%2]})
-			v := &vandal{dir: dir, random: rand.New(rand.NewPCG(seed, 2)), odds: 10 + random.IntN(200),
-				copies: map[string][]byte{}}
-			d.writing <- struct{}{} // the timer makes calls, too
+			dir := storetest.New()
+			v := &vandal{dir: dir, random: rand.New(rand.NewPCG(seed, 2)), copies: map[string][]byte{}}
 			dir.Before = v.before
-			<-d.writing
+			d, err := openSmall(dir, Options{Fsync: []time.Duration{FsyncAlways, time.Second}[seed%2]})
+			if err != nil {
+				t.Fatal(err)
+			}
+			v.setOdds(10 + random.IntN(200))
 			commit := func() {
 				t.Helper()
 				if err := d.Commit(); err != nil {
-					t.Fatalf("seed %d: %v, after\n%s", seed, err, v.rest())
+					t.Fatalf("seed %d: %v, after\n%s", seed, err, v.setOdds(0))
 				}
 			}
 			for i := range 100 + random.IntN(200) {
@@ -1357,7 +1360,7 @@ func TestHealOfAnything(t *testing.T) {
 			}
 
 			// A heal that has failed is tried again after a minute, at most.
-			did := v.rest()
+			did := v.setOdds(0)
 			for range compactTime/lookTime + 5 {
 				<-time.After(lookTime)
 				d.Set("after", "all")
