@@ -393,8 +393,14 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	if err == nil {
 		err = w.sync()
 	}
+
+	// Whatever somebody changes after the stamp shows there later. What was changed before it, as where
+	// the file was emptied, shows here.
 	if err == nil {
 		stamp, err = f.Stamp()
+	}
+	if err == nil {
+		err = w.check()
 	}
 	err = cmp.Or(err, f.Close()) // before the rename: Windows wants it so
 	if err == nil {
@@ -424,11 +430,14 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 	stamp storage.Stamp, err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
 		w.header, w.seed = h, h.seed()
+		copy(w.head[:], h.encode())
 		err := w.write(h.encode())
-		if err != nil || fill == nil {
-			return err
+		if err == nil && fill != nil {
+			err = fill(w)
 		}
-		return fill(w)
+		_, _, zeros := d.Sizes()
+		w.isWatched = zeros > 0 // from its end on
+		return err
 	})
 }
 
@@ -525,27 +534,32 @@ func (w *logWriter) makeRoom(bytes int64) error {
 
 // look looks whether the last frame is where it was written. It is not in a copy that was made before
 // it, and that somebody has put over the file since.
-func (w *logWriter) look() {
+func (w *logWriter) look() error {
 	if !w.isWatched {
-		return
+		return nil
 	}
 
 	_, err := w.f.ReadAt(w.found[:], w.last)
 	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.head
+	return err
 }
 
-// isIntact looks whether the file begins and ends as it was written.
-func (w *logWriter) isIntact() bool {
-	w.look()
+// check returns an error if the file does not begin and end as it was written.
+func (w *logWriter) check() error {
+	err := w.look()
 	if w.isWatched && !w.isSpoiled {
 		var b [headerSize]byte
-		_, err := w.f.ReadAt(b[:], 0)
+		_, err = w.f.ReadAt(b[:], 0)
 
 		// Not compared byte by byte: an older version may have made the file.
 		h, headErr := decodeHeader(b[:])
 		w.isSpoiled = err != nil || headErr != nil || h != w.header
 	}
-	return !w.isSpoiled
+
+	if err == nil && w.isSpoiled {
+		err = errors.New("somebody has changed it")
+	}
+	return w.named("read", err)
 }
 
 // lastStamp is what the file is when no more is written to it; the zero Stamp where it is not as it
@@ -553,7 +567,7 @@ func (w *logWriter) isIntact() bool {
 func (w *logWriter) lastStamp() storage.Stamp {
 	// The stamp first: a change that comes after it shows there.
 	stamp, err := w.f.Stamp()
-	if err != nil || !w.isIntact() {
+	if err != nil || w.check() != nil {
 		return storage.Stamp{}
 	}
 	return stamp

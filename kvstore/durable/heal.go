@@ -32,7 +32,7 @@ func (d *Store) changed() (c changes, err error) {
 	// The timer does not make the current file longer meanwhile.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
-	isIntact, end := d.current.isIntact(), d.current.fileSize
+	isIntact, end := d.current.check() == nil, d.current.fileSize
 	<-d.writing
 	if err != nil {
 		return c, err
@@ -86,15 +86,26 @@ func (d *Store) isStrangeLock() bool {
 // store goes on in the file that it has open. It returns an error if the next start would refuse
 // the files as they are.
 func (d *Store) lookForFiles(now time.Time) error {
-	// A compaction that runs removes files, too. One that has ended does not count.
-	if d.isCompacting() || now.Before(d.healAfter) {
+	if now.Before(d.healAfter) {
 		return nil
 	}
 
+	// One that has ended does not count.
+	isCompacting := d.isCompacting()
 	c, err := d.changed()
 	d.tellOfLooks(err)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrSpoiled, err) // perhaps; at the next look
+	}
+
+	// A compaction that runs makes and removes files, too, but neither STORE nor the current one.
+	if isCompacting {
+		if !slices.Contains(c.spoiled, storage.StoreName) &&
+			!slices.Contains(c.spoiled, d.current.header.name()) {
+			return nil
+		}
+		d.AwaitCompaction()
+		return d.lookForFiles(now)
 	}
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
@@ -167,12 +178,15 @@ func (d *Store) mend(c changes) (left changes, err error) {
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
 
-	// The leftovers first: they may have the names of files that are to be made.
+	// Temporary files first: they may have the names of files that are to be made. A log file may be
+	// one of ours with another name, and the only place of its data until the snapshot is there.
 	for _, name := range c.leftovers {
-		d.dir.Remove(name) // if it stays, that is told of
+		if len(c.spoiled) == 0 || isTmp(name) {
+			d.dir.Remove(name) // if it stays, that is told of
+		}
 	}
 	if len(c.spoiled) > 0 {
-		err = d.heal(c.spoiled)
+		err = d.heal(slices.Concat(c.spoiled, c.leftovers))
 		if err != nil {
 			return c, err
 		}
@@ -237,7 +251,9 @@ func (d *Store) clearAway(spoiled []string) error {
 
 	// A part of them may be gone already.
 	for _, name := range spoiled {
-		d.dir.Remove(name)
+		if !isTmp(name) {
+			d.dir.Remove(name)
+		}
 	}
 
 	// STORE is on disk before the snapshot has its name, for with that the store is whole.

@@ -1378,3 +1378,140 @@ func TestHealOfAnything(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that a snapshot which somebody has renamed stays until the heal's is there: it is the only
+// place of its data on disk, if the heal is killed.
+func TestHealOfARenamedSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		fillUntil(d, func() bool { d.AwaitCompaction(); return d.snapshot >= 2 })
+		dir.Mu.Lock()
+		is := logName(kindSnapshot, d.snapshot)
+		dir.Names[logName(kindSnapshot, d.snapshot-1)] = dir.Names[is]
+		delete(dir.Names, is)
+		dir.Mu.Unlock()
+
+		var killed *storetest.Dir
+		next := logName(kindSnapshot, d.number) + tmpSuffix
+		dir.Before = func(c storetest.Call) error {
+			if killed == nil && c.What == "create" && c.Name == next {
+				killed = dir.Kill()
+			}
+			return nil
+		}
+		<-time.After(lookTime)
+		d.Commit()
+		want := maps.Collect(d.All())
+		d.Close()
+
+		killed.Locked = false
+		saved := storetest.New()
+		if r, err := Repair(killed, saved); err != nil {
+			t.Fatal(err, r.Lines)
+		}
+		wantAll(t, "what a repair saves", saved, want)
+	})
+}
+
+// fillUntil writes, also what it removes again, until a condition holds.
+func fillUntil(d *Store, isEnough func() bool) {
+	for !isEnough() {
+		d.Set("key", strings.Repeat("v", 100))
+		d.Delete("old")
+		d.Put("old", strings.Repeat("v", 100))
+		d.Commit()
+	}
+}
+
+// Ensure that STORE, and the file that is written to, are looked after also while a compaction
+// lasts long.
+func TestRemovedBesideACompaction(t *testing.T) {
+	for _, isStore := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			goOn := make(chan struct{})
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
+					<-goOn
+				}
+				return nil
+			}
+			fillUntil(d, d.isCompacting)
+
+			dir.Mu.Lock()
+			name := d.current.header.name()
+			if isStore {
+				name = storage.StoreName
+			}
+			delete(dir.Names, name)
+			dir.Mu.Unlock()
+			<-time.After(lookTime)
+
+			answered := make(chan error, 1)
+			go func() {
+				d.Put("last", "v")
+				answered <- d.Commit()
+			}()
+			synctest.Wait()
+			if len(answered) > 0 {
+				t.Errorf("%s is gone, and a Commit is answered", name)
+			}
+			close(goOn)
+			if err := <-answered; err != nil {
+				t.Fatal(err)
+			}
+			wantAll(t, "without "+name, dir.Kill(), maps.Collect(d.All()))
+			d.Close()
+		})
+	}
+}
+
+// Ensure that a temporary file which somebody empties while it is written never stands for data.
+func TestSnapshotEmptiedWhileItIsWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
+				dir.Empty(c.Name)
+			}
+			return nil
+		}
+		fillUntil(d, func() bool { d.AwaitCompaction(); return strings.Contains(log.String(), "compact") })
+		want := maps.Collect(d.All())
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		dir.Before = nil
+		wantAll(t, "after a compaction whose file was emptied", dir, want)
+	})
+}
+
+// Ensure that Close says so where a file is emptied while it runs, up to its last look.
+func TestEmptiedWhileItCloses(t *testing.T) {
+	for _, name := range []string{storage.StoreName, "seg-1.log", "seg-2.log"} {
+		for n, isOver := 1, false; !isOver; n++ {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{})
+				fillUntil(d, func() bool { return d.number == 2 })
+				fillUntil(d, func() bool { return d.size > 500 })
+				want, calls, wrote := maps.Collect(d.All()), 0, 0
+				dir.Before = func(c storetest.Call) error {
+					if calls++; calls == n {
+						dir.Empty(name)
+					}
+					if c.Name == d.current.header.name() && c.What != "read" {
+						wrote = calls
+					}
+					return nil
+				}
+				err := d.Close()
+				dir.Before = nil
+				isOver = wrote < n
+				if err == nil && !isOver {
+					wantAll(t, fmt.Sprintf("%s is emptied before call %d of %d", name, n, calls), dir, want)
+				}
+			})
+		}
+	}
+}

@@ -551,14 +551,20 @@ func (d *Store) Close() error {
 		err = d.writeCleanStop()
 	}
 
-	// Room that is cut off is the next start's to delete with, if the disk is full. From here on
-	// nobody writes.
+	// Room that is cut off is the next start's to delete with, if the disk is full.
 	d.writing <- struct{}{}
 	if err == nil {
 		err = d.current.trim()
 	} else {
 		d.current.sync() // what was answered may have waited for the timer
 	}
+	<-d.writing
+
+	// Nothing can be mended any more, but told.
+	if err == nil {
+		err = d.isWhole()
+	}
+	d.writing <- struct{}{} // from here on nobody writes
 	if err == nil && d.isFull {
 		d.growSpare(d.toDelete(0))
 	}
@@ -566,6 +572,15 @@ func (d *Store) Close() error {
 		err = errors.Join(err, d.spare.f.Close())
 	}
 	return errors.Join(err, d.current.f.Close(), d.lock.Close(), d.dir.Close())
+}
+
+// isWhole returns an error if files of the store are not as they were written.
+func (d *Store) isWhole() error {
+	c, err := d.changed()
+	if err == nil && len(c.spoiled) > 0 {
+		err = fmt.Errorf("%w: %s", ErrSpoiled, strings.Join(c.spoiled, ", "))
+	}
+	return err
 }
 
 // writeCleanStop writes the frame that says that the store was closed, syncs it, and looks once

@@ -162,7 +162,7 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 
 // Create makes a file that belongs to the directory's owner.
 func (d *Disk) Create(name string) (File, error) {
-	f, err := d.open(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	f, err := d.open(name, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err
 	}
