@@ -371,8 +371,7 @@ type logWriter struct {
 	stamp     storage.Stamp   // which file it is
 	isSpoiled bool            // somebody has changed it, or it is not the one that it should be
 	isWatched bool            // it can be changed in place
-	last      int64           // offset of the last frame; 0: of the header, where there is none
-	head      [frameSize]byte // what stands there
+	end       [frameSize]byte // the last bytes of the last frame, or of the header
 	found     [frameSize]byte // what was read there last
 }
 
@@ -430,7 +429,7 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 	stamp storage.Stamp, err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
 		w.header, w.seed = h, h.seed()
-		copy(w.head[:], h.encode())
+		copy(w.end[:], h.encode()[headerSize-frameSize:])
 		err := w.write(h.encode())
 		if err == nil && fill != nil {
 			err = fill(w)
@@ -441,23 +440,22 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 	})
 }
 
-// extendLog opens a log file to be written further, from end on: there its last frame ends, which
-// begins at last. It is spoiled unless it is the file that was made, or read.
-func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, last, end int64) (*logWriter,
-	error) {
+// extendLog opens a log file to be written further, from end on: there its last frame ends. It is
+// spoiled unless it is the file that was made, or read.
+func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, end int64) (*logWriter, error) {
 	f, err := d.Extend(h.name())
 	if err != nil {
 		return nil, err
 	}
 
 	w := &logWriter{f: f, path: d.Path(h.name()), header: h, seed: h.seed(), size: end,
-		fileSize: end, last: last}
+		fileSize: end}
 	_, _, zeros := d.Sizes()
 	w.isWatched = zeros > 0
 	w.stamp, err = f.Stamp()
 	w.isSpoiled = !w.stamp.IsSameFile(was)
 	if err == nil && w.isWatched {
-		_, err = f.ReadAt(w.head[:], last)
+		_, err = f.ReadAt(w.end[:], end-frameSize)
 	}
 	if err != nil {
 		return nil, errors.Join(w.named("read", err), f.Close())
@@ -481,10 +479,9 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 
 	// Only now, for the frame before may have gone while this one was written.
 	if err == nil {
-		w.look()
+		w.look(start)
 	}
-	w.last = start
-	copy(w.head[:], w.buf)
+	copy(w.end[:], w.buf[size-start-frameSize:])
 
 	// One huge record does not keep its memory for ever.
 	if cap(w.buf) > 4*maxFramePut {
@@ -532,21 +529,21 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// look looks whether the last frame is where it was written. It is not in a copy that was made before
+// look looks whether the last frame, which ends at end, is where it was written. It is not in a copy that was made before
 // it, and that somebody has put over the file since.
-func (w *logWriter) look() error {
+func (w *logWriter) look(end int64) error {
 	if !w.isWatched {
 		return nil
 	}
 
-	_, err := w.f.ReadAt(w.found[:], w.last)
-	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.head
+	_, err := w.f.ReadAt(w.found[:], end-frameSize)
+	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.end
 	return err
 }
 
 // check returns an error if the file does not begin and end as it was written.
 func (w *logWriter) check() error {
-	err := w.look()
+	err := w.look(w.size)
 	if w.isWatched && !w.isSpoiled {
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)

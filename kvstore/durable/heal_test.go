@@ -1515,3 +1515,25 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that a frame which has lost its end is noticed, also where the file grows beyond it again
+// before anybody looks.
+func TestHealOfATruncatedFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.segmentSize = 1 << 20
+		put := func() {
+			d.Put("k", strings.Repeat("v", 1000))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put()
+		f := dir.Names["seg-1.log"]
+		f.Data = f.Data[:500] // in place
+		put()
+		put()
+		wantAll(t, "a frame was truncated", dir.Kill(), maps.Collect(d.All()))
+		d.Close()
+	})
+}

@@ -208,7 +208,7 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 	}
 
 	// It has its name on disk by now, but no frame, so it can still be taken back.
-	w, err := extendLog(j.dir, h, stamp, 0, headerSize)
+	w, err := extendLog(j.dir, h, stamp, headerSize)
 	if err != nil {
 		return nil, errors.Join(err, j.dir.Remove(h.name()), j.dir.Sync())
 	}

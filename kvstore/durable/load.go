@@ -495,7 +495,7 @@ func (d *Store) resume(ends []logEnd) error {
 // it in the kernel's memory alone. A crash in it leaves the same frames, and of what is cleared any
 // part.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
-	w, err := extendLog(dir, end.header, end.stamp, end.start, end.offset)
+	w, err := extendLog(dir, end.header, end.stamp, end.offset)
 	if err != nil || end.doubt == end.size { // as after a clean stop
 		return w, err
 	}

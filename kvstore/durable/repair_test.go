@@ -690,6 +690,7 @@ func TestRepairOfManyBadPlaces(t *testing.T) {
 				payload := appendRecord(nil, opPut, 0, fmt.Sprint(i), value)
 				w.buf = appendFrame(w.buf, w.seed, f, payload)
 			}
+			copy(w.end[:], w.buf[len(w.buf)-frameSize:])
 			return w.write(w.buf)
 		})
 		if _, storeErr := writeID(dir, id); err != nil || storeErr != nil {

@@ -337,7 +337,6 @@ type logEnd struct {
 	last   uint32        // the kind of the last good frame
 	frames int           // good ones
 	next   uint64        // sequence of the frame that would follow
-	start  int64         // offset of the last good frame; 0: there is none
 	offset int64         // of the end of the last good frame
 	doubt  int64         // offset of the first good frame that no later one calls synced
 
@@ -440,7 +439,7 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		}
 
 		end.frames++
-		end.last, end.start = f.kind, end.offset
+		end.last = f.kind
 
 		// The frame that f calls synced is on disk. Only those behind it may be missing there.
 		l.doubts = append(l.doubts, end.offset)
