@@ -66,7 +66,7 @@ func Check(dir storage.Directory) (r Report, err error) {
 
 // check is Check, once.
 func check(dir storage.Directory) (r Report, err error) {
-	_, err = listOurs(dir)
+	err = checkNames(dir)
 	if err != nil {
 		return r, err
 	}

@@ -204,6 +204,14 @@ func TestDirectoryForAFile(t *testing.T) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
 		}
+		dir, err := storage.OpenDisk(path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, err := Repair(dir, storetest.New()); err != nil || r.Lost {
+			t.Errorf("%s: Repair, which needs none of these: %v, %q", name, err, r.Lines)
+		}
+		dir.Close()
 		if after, _ := filepath.Glob(filepath.Join(path, "*")); !slices.Equal(after, before) {
 			t.Errorf("%s: a start that was refused made %q of %q", name, after, before)
 		}

@@ -133,7 +133,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 
 	// Before the lock: what is none of ours is not even locked.
-	_, err := listOurs(dir)
+	err := checkNames(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -205,9 +205,17 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 			return nil, fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs,
 				dir.Path(name))
 		}
-		err = cmp.Or(err, checkFile(dir, name))
 	}
 	return names, err
+}
+
+// checkNames returns an error if a start refuses what is in the directory before it has read it.
+func checkNames(dir storage.Directory) error {
+	names, err := listOurs(dir)
+	for _, name := range names {
+		err = cmp.Or(err, checkFile(dir, name))
+	}
+	return err
 }
 
 // checkFile returns an error if a file that a start locks, or removes without reading it, is no file:
