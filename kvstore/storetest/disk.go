@@ -614,7 +614,7 @@ func (h *handle) Truncate(size int64) error {
 }
 
 func (h *handle) Stamp() (storage.Stamp, error) {
-	err := h.call("fstat", 0)
+	err := h.call("fstat")
 	defer h.d.Mu.Unlock()
 	if err != nil {
 		return storage.Stamp{}, err
