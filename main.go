@@ -336,6 +336,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	})
 	err = flags.Parse(args)
 	c.requests, c.args = flags.Args(), args // everything behind the flags is a request for -c
+
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(out, helpText(flags))

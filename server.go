@@ -665,6 +665,8 @@ func (s *keyValueServer) workLoop() {
 			} else {
 				s.welcome(conn)
 			}
+
+		// What clients have sent, and what waits for its turn.
 		case q := <-s.queries:
 			s.runBatch(q)
 		case <-more:
@@ -672,6 +674,8 @@ func (s *keyValueServer) workLoop() {
 		case <-s.gathering.over:
 			s.gathering.isOver = true
 			s.runBatch(s.nextQuery())
+
+		// What the time brings.
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)
