@@ -278,10 +278,7 @@ func TestFullDisk(t *testing.T) {
 		d.Commit()
 	}
 	d.Close()
-	size := 0
-	for _, f := range dir.Names {
-		size += len(f.Data)
-	}
+	size := sizeOf(dir)
 	for _, crashed := range []bool{false, true} {
 		full := dir.With(storage.LockName, nil)
 		if full.Room = size; crashed {
@@ -517,6 +514,140 @@ func TestRoomIsThere(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatalf("with %d bytes: %v", room, err)
 		}
+	}
+}
+
+// sizeOf is how many bytes all files have.
+func sizeOf(dir *storetest.Dir) (size int) {
+	for _, f := range dir.Names {
+		size += len(f.Data)
+	}
+	return size
+}
+
+// Ensure that where small writes find room, and large ones do not, the log does not say that there is
+// room again before there is room for the large ones.
+func TestNearlyFullDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.minCompact = 1 << 40
+		dir.Room = sizeOf(dir) + 80_000
+		put := func(large bool) {
+			t.Helper()
+			const size = 30_000
+			if err := d.Room(size, false); (err == nil) != large {
+				t.Fatalf("a large write: %v, the log says\n%s", err, log)
+			}
+			if err := d.Room(10, false); err != nil {
+				t.Fatalf("a small one: %v", err)
+			}
+			d.Set("key", "value")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put(true)
+		dir.Room -= 60_000
+		for range 20 {
+			put(false)
+		}
+		if strings.Contains(log.String(), "writes are taken") {
+			t.Errorf("the log says\n%s", log)
+		}
+
+		dir.Room = 0
+		<-time.After(roomTime)
+		if err := d.Room(10, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
+			t.Errorf("with room again: %v, the log says\n%s", err, log)
+		}
+		put(true)
+		if d.Close(); strings.Count(log.String(), "writes are taken") != 1 {
+			t.Errorf("in the end the log says\n%s", log)
+		}
+	})
+}
+
+// Ensure that a disk that was full takes writes again once most of it was deleted, also where the log
+// is smaller than what is compacted otherwise, and after a restart.
+func TestDeletedRoomIsWrittenAgain(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		dir, d := newSmall(t, Options{})
+		dir.Room, d.minCompact = 60_000, 1<<40
+		write := func() int {
+			n := 0
+			for ; d.Room(3010, false) == nil; n++ {
+				d.Put(fmt.Sprint("key", n), strings.Repeat("v", 3000))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return n
+		}
+		written := write()
+		for i := range written {
+			if err := d.Room(10, true); err != nil {
+				t.Fatal(err)
+			}
+			d.Delete(fmt.Sprint("key", i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if restarted {
+			err := d.Close()
+			if err == nil {
+				d, err = openSmall(dir, Options{})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.minCompact = 1 << 40
+		}
+
+		d.roomAfter = time.Time{}
+		if again := write(); written < 10 || again < written-2 {
+			t.Errorf("restarted: %v: %d were written, and %d when all was deleted", restarted, written, again)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Ensure that what SPARE cannot have of the room to delete everything is kept in the log.
+func TestLogIsSpared(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.segmentSize, d.minCompact = 1<<20, 1<<40
+	d.compactAfter = time.Now().Add(time.Hour) // or the log may be compacted into SPARE
+	if err := errors.Join(d.Room(10, false), d.makeRoom(50_000)); err != nil {
+		t.Fatal(err)
+	}
+
+	// The log has room, and from now on SPARE gets none.
+	dir.Room = sizeOf(dir)
+	key := func(i int) string { return fmt.Sprintf("%01000d", i) }
+	n := 0
+	for ; d.Room(1001, false) == nil; n++ {
+		d.Put(key(n), "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n < 20 {
+		t.Fatalf("the disk is full after %d", n)
+	}
+	for i := range n {
+		if err := d.Room(1000, true); err != nil {
+			t.Fatalf("no room for Delete %d of %d: %v", i, n, err)
+		}
+		d.Delete(key(i))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

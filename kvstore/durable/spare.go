@@ -56,8 +56,7 @@ func (d *Store) toDelete(bytes int64) int64 {
 // or in the log, what it takes to delete everything. A directory that wants no zeros ahead knows by
 // itself what room it has.
 func (d *Store) Room(bytes int64, frees bool) error {
-	// What waits for the Commit, this record, and a frame around both.
-	need := int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
+	need := d.needFor(bytes)
 	switch {
 	case bytes+4*recordExtra > maxRecord:
 		return errTooLarge(bytes)
@@ -75,29 +74,54 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 
 	// Most often there is room, which this finds without a call.
-	wanted := d.toDelete(bytes)
-	if d.room >= need && d.spare.fileSize >= wanted && !d.isFull {
+	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.isFull &&
+		(d.mostRefused == 0 || time.Now().Before(d.roomAfter)) {
 		return nil
 	}
 
+	// Where almost all that is in the log was deleted, a compaction gives the room back. Half of SPARE
+	// has to be enough for it, or writes would leave none to the compactions for Removes.
+	err := d.roomToWrite(bytes)
+	if err != nil && d.squeeze(d.spare.fileSize/2) {
+		err = d.roomToWrite(bytes)
+	}
+
+	// The timer has to know whether the disk is full, and the next Room why.
+	d.setFull(err != nil)
+	if err != nil {
+		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
+	}
+
+	// Small writes may be taken where large ones are refused: that is not over before all find room.
+	switch {
+	case d.mostRefused == 0:
+	case err == nil && d.roomToWrite(max(bytes, d.mostRefused)) == nil:
+		d.mostRefused = 0
+		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
+	default:
+		d.roomAfter = time.Now().Add(roomTime)
+	}
+	return err
+}
+
+// needFor is how many bytes of log it takes to write what waits for the Commit, a record of so many
+// bytes of key and values, and a frame around both.
+func (d *Store) needFor(bytes int64) int64 {
+	return int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
+}
+
+// roomToWrite makes room for a record of so many bytes, and for what it then takes to delete
+// everything.
+func (d *Store) roomToWrite(bytes int64) error {
 	// What SPARE cannot have must be in the log. It grows in steps, and may have got enough.
+	need, wanted := d.needFor(bytes), d.toDelete(bytes)
 	if d.spare.fileSize < wanted {
 		err := d.growSpare(wanted)
 		if err != nil {
 			need += max(0, wanted-d.spare.fileSize)
 		}
 	}
-
-	// The timer has to know whether the disk is full, and the next Room why.
-	err := d.makeRoom(need)
-	wasFull := d.setFull(err != nil)
-	switch {
-	case err != nil:
-		d.noRoom, d.refused, d.roomAfter = err, bytes, time.Now().Add(roomTime)
-	case wasFull:
-		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
-	}
-	return err
+	return d.makeRoom(need)
 }
 
 // roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.
@@ -108,7 +132,7 @@ func (d *Store) roomToFree(need int64) error {
 	}
 
 	// A log that is much larger than the data gives back more than SPARE has.
-	squeezed := d.squeeze()
+	squeezed := d.squeeze(d.spare.fileSize)
 	if squeezed {
 		err = d.makeRoomAnywhere(need)
 	}
@@ -136,13 +160,13 @@ func (d *Store) makeRoomAnywhere(need int64) error {
 	return err
 }
 
-// squeeze compacts the log into room that SPARE gives back, if that is enough room and gives back
-// more than it takes: so Removes go on, too, where there are long keys, each of which is in the log
-// with every value. It returns whether there is more room now. Everybody waits for it.
-func (d *Store) squeeze() bool {
+// squeeze compacts the log into room that SPARE gives back, if so many bytes are enough room, and the
+// log gives back more than it takes: so Removes go on, too, where there are long keys, each of which
+// is in the log with every value, and writes where almost all was deleted. It returns whether there is
+// more room now. Everybody waits for it.
+func (d *Store) squeeze(most int64) bool {
 	need := d.liveBytes() + 2*headerSize + frameMost
-	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || d.spare.fileSize < need ||
-		!d.mayCompact() {
+	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || most < need || !d.mayCompact() {
 		return false
 	}
 
@@ -172,15 +196,13 @@ func (d *Store) rotateEarly() bool {
 	return err == nil && isNew
 }
 
-// setFull notes whether the disk is full, and returns whether it was.
-func (d *Store) setFull(isFull bool) (was bool) {
-	was = d.isFull
-	if was != isFull {
+// setFull notes whether the disk is full.
+func (d *Store) setFull(isFull bool) {
+	if d.isFull != isFull {
 		d.writing <- struct{}{}
 		d.isFull = isFull
 		<-d.writing
 	}
-	return was
 }
 
 // makeRoom makes room for so many bytes in the current file, and for zerosAhead, if the disk has as

@@ -95,10 +95,11 @@ type Store struct {
 	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
 
 	// Room on the disk.
-	spare     logWriter // SPARE
-	noRoom    error     // why the last write was refused
-	refused   int64     // bytes of that write's key and values
-	roomAfter time.Time // before then no write is tried that is as large
+	spare       logWriter // SPARE
+	noRoom      error     // why the last write was refused
+	refused     int64     // bytes of that write's key and values
+	roomAfter   time.Time // before then no write is tried that is as large
+	mostRefused int64     // bytes of the largest one since the log said that there is room; 0: none
 
 	// Compaction.
 	segmentSize, minCompact int64            // the directory's Sizes
