@@ -573,11 +573,11 @@ func TestNearlyFullDisk(t *testing.T) {
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
 		dir, d := newSmall(t, Options{})
-		dir.Room, d.minCompact = 60_000, 1<<40
+		dir.Room, dir.Block, d.zerosAhead, d.minCompact = 1<<20, 4<<10, 16*12<<10, 1<<40
 		write := func() int {
 			n := 0
-			for ; d.Room(3010, false) == nil; n++ {
-				d.Put(fmt.Sprint("key", n), strings.Repeat("v", 3000))
+			for ; d.Room(50_010, false) == nil; n++ {
+				d.Put(fmt.Sprint("key", n), strings.Repeat("v", 50_000))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}
@@ -602,7 +602,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d.minCompact = 1 << 40
+			d.zerosAhead, d.minCompact = 16*12<<10, 1<<40
 		}
 
 		d.roomAfter = time.Time{}

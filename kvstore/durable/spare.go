@@ -165,7 +165,8 @@ func (d *Store) makeRoomAnywhere(need int64) error {
 // is in the log with every value, and writes where almost all was deleted. It returns whether there is
 // more room now. Everybody waits for it.
 func (d *Store) squeeze(most int64) bool {
-	need := d.liveBytes() + 2*headerSize + frameMost
+	// Each file takes whole blocks of the disk.
+	need := d.liveBytes() + 2*headerSize + frameMost + int64(d.zerosAhead/spareShare)
 	if d.isCompacting() || d.fullBytes+d.size < maxWaste*need || most < need || !d.mayCompact() {
 		return false
 	}

@@ -36,6 +36,7 @@ type Dir struct {
 	Mu      sync.Mutex       // guards the fields
 	Names   map[string]*File // what it holds, as processes see it
 	Room    int              // bytes that all files may have together; 0: any number
+	Block   int              // bytes of the blocks of which each file takes whole ones; 0: of a byte
 	Largest int              // bytes that one file may have (RLIMIT_FSIZE); 0: any number
 	Locked  bool             // a process has the directory's own lock
 	Moved   error            // what the lock's Held returns; nil: nothing has happened
@@ -152,7 +153,7 @@ func New() *Dir {
 func (d *Dir) empty() *Dir {
 	e := New()
 	e.Room, e.Segment, e.Compact, e.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
-	e.Largest = d.Largest
+	e.Largest, e.Block = d.Largest, d.Block
 	return e
 }
 
@@ -562,6 +563,12 @@ func (h *handle) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
+// blocks is how many bytes of the disk a file takes.
+func (d *Dir) blocks(f *File) int {
+	block := max(1, d.Block)
+	return (len(f.Data) + block - 1) / block * block
+}
+
 func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	err := h.call("write")
 	defer h.d.Mu.Unlock()
@@ -572,13 +579,13 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		n /= 2
 	}
 
-	// What replaces bytes of the file needs no room that is free.
+	// What replaces bytes of the file, or fills its last block, needs no room that is free.
 	if h.d.Room > 0 {
 		free := h.d.Room
 		for _, f := range h.d.Names {
-			free -= len(f.Data)
+			free -= h.d.blocks(f)
 		}
-		if most := max(0, len(h.f.Data)+max(0, free)-int(off)); n > most {
+		if most := max(0, h.d.blocks(h.f)+max(0, free)-int(off)); n > most {
 			n, err = most, &os.PathError{Op: "write", Path: h.d.Path(h.name), Err: syscall.ENOSPC}
 		}
 	}
