@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 )
 
@@ -182,7 +183,7 @@ type keyValueServer struct {
 	rejecting     int              // connections that are being rejected
 	full          seldom           // turning clients away
 	badHandshakes seldom           // handshakes that failed
-	noRoom        seldom           // writes refused because the disk is full
+	noRoom        seldom           // writes refused because the disk is full, or its files are spoiled
 	noMemory      seldom           // and because the memory is
 	overdue       overdue          // whether there are keys whose time is over
 	expired       int              // keys that went because their time was over
@@ -1077,10 +1078,13 @@ func (s *keyValueServer) admit(q *Query) {
 	// A Lease has its key in the log twice.
 	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
-		q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", err))
+		why := "the disk is full"
+		if errors.Is(err, durable.ErrSpoiled) {
+			why = "the data cannot be saved"
+		}
+		q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))
 		if n := s.noRoom.happened(); n > 0 {
-			s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n,
-				"error", err)
+			s.log.Error("writes are refused: "+why, "since_last_line", n, "error", err)
 		}
 	}
 }

@@ -3436,6 +3436,7 @@ func TestExpireOnAFullDisk(t *testing.T) {
 type roomless struct {
 	*kvstore.Memory
 	full  atomic.Bool
+	why   error // that it has no room; nil: no space
 	frees atomic.Int64
 }
 
@@ -3444,9 +3445,20 @@ func (r *roomless) Room(_ int64, frees bool) error {
 		r.frees.Add(1)
 	}
 	if r.full.Load() {
-		return errors.New("no space")
+		return cmp.Or(r.why, errors.New("no space"))
 	}
 	return nil
+}
+
+// Ensure that a write is refused with what is the matter: the files, and not the room.
+func TestSpoiledStoreIsNotFull(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		db := &roomless{Memory: kvstore.NewMemory(), why: durable.ErrSpoiled}
+		n.server.db = db
+		db.full.Store(true)
+		n.dial(t).ask("Put:k:v\nPing",
+			":ERROR line 1: the data cannot be saved, nothing was changed: "+durable.ErrSpoiled.Error(), ":PONG")
+	})
 }
 
 // jump has n's server go by a wall clock that is so much ahead of the true one, or behind.

@@ -68,8 +68,8 @@ type Store interface {
 	Reclaim() (bytes int64)
 
 	// Room returns an error, and has changed nothing, if there is no room for one more record
-	// of so many bytes of key and values. A request that frees, a Delete or a Remove, may use
-	// the last room that there is.
+	// of so many bytes of key and values, or if it could not be saved now. A request that frees, a
+	// Delete or a Remove, may use the last room that there is.
 	Room(bytes int64, frees bool) error
 
 	// View returns key's list, for a short time: a short one may be made in scratch, and may

@@ -82,8 +82,8 @@ func (d *Store) isStrangeLock() bool {
 }
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
-// to end, would lose what was answered. A heal that fails is tried again later; until then the
-// store goes on in the file that it has open. It returns an error if the next start would refuse
+// to end, would lose what was answered. A heal that fails is tried again later; until then writes are
+// refused, and what only reads or frees goes on in the file that the store has open. It returns an error if the next start would refuse
 // the files as they are.
 func (d *Store) lookForFiles(now time.Time) error {
 	if now.Before(d.healAfter) {
@@ -123,12 +123,16 @@ func (d *Store) lookForFiles(now time.Time) error {
 			// Soon, and then less often, for everybody waits for each try.
 			d.healWait = min(max(2*d.healWait, lookTime, time.Since(now)), compactTime)
 			d.healAfter = time.Now().Add(d.healWait)
-			d.log.Error("cannot write the data anew, so the server's end would lose it: save it "+
-				"with kvserver -c Dump; trying again", "in", d.healWait, "error", err)
-			return fmt.Errorf("%w: %w", ErrSpoiled, err)
+			d.noHeal = fmt.Errorf("%w: %w", ErrSpoiled, err)
+			d.log.Error("cannot write the data anew, so the server's end would lose it: writes are "+
+				"refused; save it with kvserver -c Dump; trying again", "in", d.healWait, "error", err)
+			return d.noHeal
 		}
 	}
-	d.healWait = 0
+	if d.noHeal != nil {
+		d.log.Info("the files are whole again: writes are taken", "dir", d.dir.Path(""))
+	}
+	d.healWait, d.noHeal = 0, nil
 
 	// Strangers are not ours to remove, and leftovers could not be. A line for each change, not one
 	// for each look.

@@ -1251,6 +1251,71 @@ func TestReplacedFileThatWasJustRead(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that writes are refused while a file that somebody has spoiled cannot be written anew, that
+// reads and Deletes go on, that it is tried less and less often, and that writes are taken again when
+// it was.
+func TestNoWritesWithoutAHeal(t *testing.T) {
+	for name, spoil := range map[string]func(dir *storetest.Dir){
+		"seg-1.log is removed":        func(dir *storetest.Dir) { dir.Remove("seg-1.log") },
+		"STORE is emptied":            func(dir *storetest.Dir) { dir.Empty(storage.StoreName) },
+		"seg-1.log has a zero header": func(dir *storetest.Dir) { zeroHeader(dir, "seg-1.log") },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			d.Put("k", "v")
+			d.Put("gone", "v")
+			<-time.After(2 * lookTime) // and the timer has nothing more to do
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			pass := func(looks int) {
+				for range looks {
+					<-time.After(lookTime)
+					if err := d.Commit(); err != nil {
+						t.Fatalf("%s: %v", name, err)
+					}
+				}
+			}
+
+			spoil(dir)
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "create" {
+					return syscall.EPERM
+				}
+				return nil
+			}
+			pass(5) // it is tried after 1, 2 and 4
+			if err := d.Room(2, false); !errors.Is(err, ErrSpoiled) {
+				t.Errorf("%s: room for a Put: %v", name, err)
+			}
+			if err := d.Room(4, true); err != nil || d.Delete("gone") != 1 {
+				t.Errorf("%s: room for a Delete: %v", name, err)
+			}
+			if n := strings.Count(log.String(), "cannot write the data anew"); n != 3 {
+				t.Errorf("%s: it was tried %d times, the log says\n%s", name, n, log)
+			}
+
+			dir.Before = nil
+			pass(5)
+			if err := d.Room(2, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
+				t.Errorf("%s: room for a Put again: %v, the log says\n%s", name, err, log)
+			}
+			wantAll(t, name, dir.Kill(), maps.Collect(d.All()))
+			if err := d.Close(); err != nil {
+				t.Errorf("%s: Close: %v", name, err)
+			}
+		})
+	}
+}
+
+// zeroHeader overwrites the header of a log file.
+func zeroHeader(dir *storetest.Dir, name string) {
+	f, _ := dir.Extend(name)
+	f.WriteAt(make([]byte, headerSize), 0)
+	f.Close()
+}
+
 // vandal does something to a file before a call now and then: everything that a shell can do.
 type vandal struct {
 	dir *storetest.Dir

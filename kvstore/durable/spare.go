@@ -53,8 +53,8 @@ func (d *Store) toDelete(bytes int64) int64 {
 // Room returns an error, and nothing has changed, if the disk has no room for one more record of so
 // many bytes of key and values. A record that is written nevertheless makes the next Commit fail,
 // and ends the store. What frees, a Delete or a Remove, may use SPARE; other writes leave in SPARE,
-// or in the log, what it takes to delete everything. A directory that wants no zeros ahead knows by
-// itself what room it has.
+// or in the log, what it takes to delete everything, and are refused while files are spoiled and
+// cannot be written anew. A directory that wants no zeros ahead knows by itself what room it has.
 func (d *Store) Room(bytes int64, frees bool) error {
 	need := d.needFor(bytes)
 	switch {
@@ -62,6 +62,8 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return errTooLarge(bytes)
 	case d.failure() != nil: // the Commit will say it
 		return nil
+	case !frees && d.noHeal != nil:
+		return d.noHeal
 	case d.zerosAhead == 0:
 		return d.dir.RoomFor(need, frees)
 	case frees:

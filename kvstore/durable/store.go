@@ -115,6 +115,7 @@ type Store struct {
 	isSpoiled  bool                     // somebody has changed the current file since: look at once
 	healAfter  time.Time                // before then no heal is tried
 	healWait   time.Duration            // until the next try, after the last one has failed
+	noHeal     error                    // that the last one has failed with: writes are refused
 	known      map[string]storage.Stamp // our files, but the current one, as we wrote or read them
 	healing    atomic.Bool              // a heal runs; any goroutine may look
 	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
