@@ -1252,7 +1252,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	// The other two write, into a directory of their own. A store in etcd is in no directory that it
 	// might be inside.
 	var out storage.Directory
-	undo := func() {}
+	undo, log := func() {}, slog.New(slog.NewTextHandler(os.Stderr, nil))
 	switch {
 	case etcd.IsAddress(to) && etcd.Overlap(path, to):
 		err = fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
@@ -1260,9 +1260,9 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	case etcd.IsAddress(to):
 		out, err = etcd.Open(context.Background(), to, etcd.Options{})
 	case etcd.IsAddress(path):
-		out, undo, err = storage.MakeDisk(to, "")
+		out, undo, err = storage.MakeDisk(to, "", log)
 	default:
-		out, undo, err = storage.MakeDisk(to, path)
+		out, undo, err = storage.MakeDisk(to, path, log)
 	}
 	if err != nil {
 		return report, err

@@ -527,7 +527,7 @@ func backUpAt(path, to string, step func(copied, total int64)) (Report, error) {
 // toNew has make make a store at to of the one at path.
 func toNew(path, to string, make func(dir, out storage.Directory) (Report, error)) (Report, error) {
 	return at(path, func(dir storage.Directory) (Report, error) {
-		out, undo, err := storage.MakeDisk(to, path)
+		out, undo, err := storage.MakeDisk(to, path, nil)
 		if err != nil {
 			return Report{}, err
 		}

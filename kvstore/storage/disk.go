@@ -10,7 +10,6 @@ import (
 	"runtime"
 	"strings"
 	"sync/atomic"
-	"syscall"
 )
 
 // Disk is a directory of the file system, held open: if its path comes to mean another
@@ -25,7 +24,7 @@ type Disk struct {
 	isPlain bool
 
 	// The log was told that files cannot be given to the directory's owner.
-	notOurs atomic.Bool
+	notGiven atomic.Bool
 }
 
 // OpenDisk returns the directory at path, which must exist. log, if not nil, is told what people
@@ -176,26 +175,26 @@ func (d *Disk) Create(name string) (File, error) {
 	return diskFile{f}, nil
 }
 
-// own gives a new file to the directory's owner. Where that may not be done, as in a container
-// that has no CAP_CHOWN, the file stays ours, and the log says so once.
+// own gives a new file to the directory's owner.
 func (d *Disk) own(name string) error {
 	// The directory may have been given away since it was opened.
 	info, err := d.root.Stat(".")
 	if err != nil {
 		return d.named("", err)
 	}
+	d.give(name, info)
+	return nil
+}
 
-	err = keepOwner(d.root, name, info)
-
-	// A store that root can use is better than none.
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EINVAL) {
-		if d.notOurs.CompareAndSwap(false, true) {
-			d.log.Warn("files stay root's, for this process may not give them to the "+
-				"directory's owner", "dir", d.path, "error", err)
-		}
-		return nil
+// give gives a file to the owner of what info is about. Where that cannot be done, as in a container
+// that has no CAP_CHOWN, the file stays root's, and the log says so once: a store that root can use is
+// better than none.
+func (d *Disk) give(name string, info fs.FileInfo) {
+	err := keepOwner(d.root, name, info)
+	if err != nil && d.notGiven.CompareAndSwap(false, true) {
+		d.log.Warn("files stay root's, for this process cannot give them to the owner of the store's "+
+			"directory: that user's server cannot open them", "dir", d.path, "error", err)
 	}
-	return d.named(name, err)
 }
 
 // Open opens a file to be read.
@@ -235,8 +234,11 @@ func (d *Disk) Sync() error {
 	if d.self == nil {
 		return nil
 	}
-	return d.named("", d.self.Sync())
+	return d.named("", syncNames(d.self))
 }
+
+// syncNames syncs an open directory: another function in tests.
+var syncNames = (*os.File).Sync
 
 // Close closes the directory. A lock of it, and its files, are closed by those who have them.
 func (d *Disk) Close() error {
@@ -249,8 +251,8 @@ func (d *Disk) Close() error {
 // MakeDisk opens the directory at path for a copy of the store at from, and makes it if it is not
 // there. If this process may, it gives the directory to the owner of from. from is "" for a store
 // that is in no directory: then it is the directory around path. undo removes a directory that was
-// made, if it is empty but for LOCK, and gives one that was there back to its owner.
-func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
+// made, if it is empty but for LOCK, and gives one that was there back to its owner. log is OpenDisk's.
+func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err error) {
 	// Where the directory around it is missing, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
 	if err != nil {
@@ -280,7 +282,7 @@ func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 		err = nil
 	}
 	if err == nil {
-		d, err = OpenDisk(path, nil)
+		d, err = OpenDisk(path, log)
 	}
 
 	// Only what was done here is undone.
@@ -295,9 +297,13 @@ func MakeDisk(path, from string) (d *Disk, undo func(), err error) {
 		return nil, nil, err
 	}
 
-	// If that may not be done the copy is root's, and no worse for it.
+	// If that cannot be done the copy is root's, and no worse for it.
 	was, err := d.root.Stat(".")
-	if err == nil && keepOwner(d.root, ".", source) == nil && !isNew {
+	if err != nil {
+		return d, undo, nil
+	}
+	d.give(".", source)
+	if !isNew {
 		undo = func() {
 			root, err := os.OpenRoot(path) // d may be closed by now
 			if err == nil {

@@ -147,7 +147,7 @@ func TestMakeDisk(t *testing.T) {
 		return err == nil
 	}
 	for _, at := range []string{to, there} {
-		d, undo, err := MakeDisk(at, from)
+		d, undo, err := MakeDisk(at, from, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -172,13 +172,38 @@ func TestMakeDisk(t *testing.T) {
 	for at, want := range map[string]error{
 		filepath.Join(from, "copy"): ErrNotOurs, file: ErrNotOurs,
 		filepath.Join(path, "none", "copy"): fs.ErrNotExist} {
-		if _, _, err := MakeDisk(at, from); !errors.Is(err, want) || at != file && isThere(at) {
+		if _, _, err := MakeDisk(at, from, nil); !errors.Is(err, want) || at != file && isThere(at) {
 			t.Errorf("%s: %v, want %v", at, err, want)
 		}
 	}
-	_, _, err := MakeDisk(to, filepath.Join(path, "none"))
+	_, _, err := MakeDisk(to, filepath.Join(path, "none"), nil)
 	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)
+	}
+}
+
+// Ensure that a directory that was made for a copy is on disk before the copy is in it, or is not made.
+func TestMadeDiskIsOnDisk(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // it has no such call
+	}
+	defer func() { syncNames = (*os.File).Sync }()
+	around := t.TempDir()
+	to := filepath.Join(around, "to")
+	for _, answer := range []error{io.ErrShortWrite, nil} {
+		var synced []string
+		syncNames = func(f *os.File) error {
+			synced = append(synced, filepath.Clean(f.Name()))
+			return answer
+		}
+		d, _, err := MakeDisk(to, "", nil)
+		_, statErr := os.Stat(to)
+		if !errors.Is(err, answer) || !slices.Equal(synced, []string{around}) || (statErr == nil) != (err == nil) {
+			t.Errorf("Sync of %q says %v: it is made: %v, %v", synced, answer, err, statErr)
+		}
+		if err == nil {
+			d.Close()
+		}
 	}
 }
 

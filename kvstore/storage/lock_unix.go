@@ -59,11 +59,17 @@ func isLocked(f *os.File) bool {
 	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
 }
 
+// Who this process is, and how it gives a file away: other functions in tests.
+var (
+	geteuid = os.Geteuid
+	lchown  = (*os.Root).Lchown
+)
+
 // keepOwner gives the file called name to the owner of what info is about, if this process is
 // root's: an administrator repairs or copies a store for the user that runs the server.
 func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 	want, ok := info.Sys().(*syscall.Stat_t)
-	if !ok || os.Geteuid() != 0 {
+	if !ok || geteuid() != 0 {
 		return nil
 	}
 
@@ -76,5 +82,5 @@ func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 		return nil
 	}
 
-	return root.Lchown(name, int(want.Uid), int(want.Gid))
+	return lchown(root, name, int(want.Uid), int(want.Gid))
 }

@@ -1,0 +1,79 @@
+//go:build unix
+
+package storage
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// ofSomebody is what is known of a file, which is somebody else's.
+type ofSomebody struct{ os.FileInfo }
+
+func (ofSomebody) Sys() any { return &syscall.Stat_t{Uid: 54321, Gid: 54321} }
+
+// Ensure that root's files are given to the store's owner, that nothing is asked of the system for
+// those that are this owner's already, and that where they cannot be given they stay, and the log
+// says so once, also of a copy.
+func TestFilesOfRoot(t *testing.T) {
+	defer func() { geteuid, lchown = os.Geteuid, (*os.Root).Lchown }()
+	path := t.TempDir()
+	var given []string
+	var answer error
+	geteuid = func() int { return 0 }
+	lchown = func(_ *os.Root, name string, _, _ int) error {
+		given = append(given, name)
+		return answer
+	}
+
+	for _, answer = range []error{nil, syscall.EPERM, syscall.EINVAL, syscall.ENOSYS,
+		syscall.EOPNOTSUPP, syscall.EROFS} {
+		log := &strings.Builder{}
+		d, err := OpenDisk(path, slog.New(slog.NewTextHandler(log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		given = nil
+		f, err := d.Create("ours")
+		if err != nil || len(given) != 0 {
+			t.Fatalf("a file that its owner has made: %v, %q was given", err, given)
+		}
+		f.Close()
+		info, _ := os.Stat(path)
+		d.give("ours", ofSomebody{info})
+		d.give("ours", ofSomebody{info})
+		told := strings.Count(log.String(), "files stay root's")
+		if len(given) != 2 || told > 1 || (told == 1) != (answer != nil) {
+			t.Errorf("%v: %q was given, the log says %s", answer, given, log)
+		}
+		d.Close()
+	}
+
+	// Where this process is not root's it has nobody else's directory.
+	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")
+	log := &strings.Builder{}
+	err := os.Mkdir(from, 0o700)
+	isOthers := os.Chown(from, 54321, 54321) == nil
+	answer = syscall.EPERM
+	d, _, makeErr := MakeDisk(to, from, slog.New(slog.NewTextHandler(log, nil)))
+	if err := errors.Join(err, makeErr); err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if strings.Contains(log.String(), "files stay root's") != isOthers {
+		t.Errorf("of a copy the log says %q", log)
+	}
+
+	// A directory that is there may be the owner's, and root's files in it not.
+	os.Chown(to, 54321, 54321)
+	f, err := d.Create("file")
+	if err != nil {
+		t.Fatalf("a file for somebody else: %v", err)
+	}
+	f.Close()
+}
