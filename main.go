@@ -329,8 +329,9 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags := c.flags()
 	var bad []*flag.Flag
 	flags.VisitAll(func(f *flag.Flag) {
-		value := os.Getenv(variable(f)) // "" counts as none
-		if value != "" && f.Value.Set(value) != nil {
+		// "" counts as none. A blank or a newline at an end is one that a script has left there.
+		value := os.Getenv(variable(f))
+		if value != "" && (strings.TrimSpace(value) != value || f.Value.Set(value) != nil) {
 			bad = append(bad, f)
 		}
 	})
@@ -352,8 +353,12 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
 	for _, f := range bad {
 		if !typed[f.Name] {
-			return c, problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f),
-				os.Getenv(variable(f)), f.Name), explain(f)}
+			value := os.Getenv(variable(f))
+			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
+			if strings.TrimSpace(value) != value {
+				what += ": it begins or ends in a blank or a newline"
+			}
+			return c, problem{what, explain(f)}
 		}
 	}
 	return c, cmp.Or(c.checkRequests(), c.checkFlags(typed))
@@ -1299,11 +1304,15 @@ func storeProblem(c config, err error) error {
 	const unchanged = "Nothing was changed. "
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
+	data := c.data
+	if strings.ContainsFunc(data, unicode.IsSpace) {
+		data = strconv.Quote(data) // or a shell would take it apart
+	}
 	return firstWrong(err.Error(), []wrong{
 		// Whoever asks; then a command, which has not answered anything.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
 		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
-			"check " + c.data},
+			"check " + data},
 		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
 		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
 			"empty directory that is not inside it."},
@@ -1326,7 +1335,7 @@ func storeProblem(c config, err error) error {
 		// A directory that is not as the server needs it.
 		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
 		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
-		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + c.data},
+		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + data},
 		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one of kvserver's."},
 
 		// Data that cannot be read.
@@ -1335,7 +1344,7 @@ func storeProblem(c config, err error) error {
 			"directory; remove what is there only if you want to start empty."},
 		{is(durable.ErrNewer), "", unchanged + "Start the newer kvserver."},
 		{as[*storage.DamageError](err), "", unchanged + "Restore a backup, or save what can be saved: " +
-			"kvserver repair " + c.data + " NEW"},
+			"kvserver repair " + data + " NEW"},
 
 		// All else is the disk's, or the process's.
 		{!isServer, "", "Mend the cause, then try again."},

@@ -440,6 +440,27 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 			t.Errorf("a bad value: %v", err)
 		}
 	}
+
+	// What nobody sees at an end of a value is shown.
+	t.Setenv("KVSERVER_MAX_LINE", "")
+	for name, flag := range map[string]string{"DATA": "data", "ADDR": "addr", "TLS_CERT": "tls-cert",
+		"TLS_CA": "tls-ca"} {
+		t.Setenv("KVSERVER_"+name, "unix:/tmp/none\n")
+		want := "KVSERVER_" + name + `="unix:/tmp/none\n" in the environment is no value for -` + flag +
+			": it begins or ends in a blank or a newline"
+		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() != want {
+			t.Errorf("an odd path: %v, want %s", err, want)
+		}
+		if _, err = parseFlags([]string{"-" + flag, "x:1"}, io.Discard); err != nil && err.Error() == want {
+			t.Errorf("an odd path that does not count: %v", err)
+		}
+		os.Unsetenv("KVSERVER_" + name)
+	}
+	var p problem
+	todo := `mkdir -m 700 "/none\n"`
+	if !errors.As(storeProblem(config{data: "/none\n"}, storage.ErrMissing), &p) || !strings.Contains(p.todo, todo) {
+		t.Errorf("what to do is %q, want %q", p.todo, todo)
+	}
 }
 
 // Ensure that a variable with a slip in its name is noticed, and that those of others

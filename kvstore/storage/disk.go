@@ -38,7 +38,7 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	case err != nil:
 		return nil, err
 	case !info.IsDir():
-		return nil, fmt.Errorf("%w: %s is a file", ErrNotOurs, path)
+		return nil, fmt.Errorf("%w: %s is a file", ErrNotOurs, quoteOdd(path))
 	}
 
 	if log == nil {

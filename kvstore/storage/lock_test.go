@@ -151,6 +151,11 @@ func TestOddPaths(t *testing.T) {
 			t.Errorf("%q: %v, want %q", path, err, want)
 		}
 	}
+	file := filepath.Join(t.TempDir(), "file ")
+	os.WriteFile(file, nil, 0o600)
+	if _, err := OpenDisk(file, nil); runtime.GOOS != "windows" && !strings.Contains(fmt.Sprint(err), fmt.Sprintf("%q", file)) {
+		t.Errorf("a file: %v", err)
+	}
 }
 
 // Ensure that what is no file is not opened: a named pipe would wait for somebody to write.
