@@ -408,6 +408,33 @@ func storeIn(t *testing.T, dir storage.Directory, status *storage.Status) *durab
 	return store
 }
 
+// Ensure that a repair fails where something is lost, and where nothing is does not.
+func TestRepairSaysWhatIsLost(t *testing.T) {
+	path := t.TempDir()
+	dir := filepath.Join(path, "data")
+	os.Mkdir(dir, 0o700)
+	store := mustOpen(t, dir)
+	for range 3 {
+		store.Put("k", "v")
+		if err := store.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store.Close()
+	if err := run([]string{"repair", dir, filepath.Join(path, "whole")}, io.Discard); err != nil {
+		t.Errorf("of a whole store: %v", err)
+	}
+
+	name := filepath.Join(dir, "seg-1.log")
+	b, _ := os.ReadFile(name)
+	b[100] ^= 1 // in the first frame
+	os.WriteFile(name, b, 0o600)
+	err := run([]string{"repair", dir, filepath.Join(path, "saved")}, io.Discard)
+	if err == nil || as[misuse](err) || !strings.Contains(err.Error(), "is lost") {
+		t.Errorf("of a damaged one: %v", err)
+	}
+}
+
 // Ensure that flags can come from the environment, and the command line wins.
 func TestFlagsInTheEnvironment(t *testing.T) {
 	t.Setenv("KVSERVER_ADDR", ":1234")
@@ -458,7 +485,8 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 	var p problem
 	todo := `mkdir -m 700 "/none\n"`
-	if !errors.As(storeProblem(config{data: "/none\n"}, storage.ErrMissing), &p) || !strings.Contains(p.todo, todo) {
+	err = storeProblem(config{data: "/none\n"}, storage.ErrMissing)
+	if !errors.As(err, &p) || !strings.Contains(p.todo, todo) {
 		t.Errorf("what to do is %q, want %q", p.todo, todo)
 	}
 }
@@ -3478,7 +3506,8 @@ func TestSpoiledStoreIsNotFull(t *testing.T) {
 		n.server.db = db
 		db.full.Store(true)
 		n.dial(t).ask("Put:k:v\nPing",
-			":ERROR line 1: the data cannot be saved, nothing was changed: "+durable.ErrSpoiled.Error(), ":PONG")
+			":ERROR line 1: the data cannot be saved, nothing was changed: "+durable.ErrSpoiled.Error(),
+			":PONG")
 	})
 }
 

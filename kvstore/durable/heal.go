@@ -83,8 +83,8 @@ func (d *Store) isStrangeLock() bool {
 
 // lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
 // to end, would lose what was answered. A heal that fails is tried again later; until then writes are
-// refused, and what only reads or frees goes on in the file that the store has open. It returns an error if the next start would refuse
-// the files as they are.
+// refused, and what only reads or frees goes on in the file that the store has open. It returns an
+// error if the next start would refuse the files as they are.
 func (d *Store) lookForFiles(now time.Time) error {
 	if now.Before(d.healAfter) {
 		return nil

@@ -366,6 +366,28 @@ func TestRepairNamesEveryGap(t *testing.T) {
 		"a segment is missing": func(image *storetest.Dir, _ storeID) {
 			delete(image.Names, "seg-3.log")
 		},
+		"the only segment behind a snapshot is all zeros": func(image *storetest.Dir, _ storeID) {
+			d, err := openSmall(image, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.minCompact, d.waste = 0, 0
+			for d.Set("key", "v"); d.snapshot == 0; d.AwaitCompaction() {
+				d.Set("more", strings.Repeat("v", 200))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			name := d.current.header.name()
+			d.Close()
+			clear(image.Names[name].Data)
+		},
+		"the newest segment has no frames, and begins too late": func(image *storetest.Dir, id storeID) {
+			h := fileHeader{kind: kindSegment, id: id, number: 4}
+			f, _ := first(image, id, "seg-4.log", 4)
+			h.first = f.sequence + 5
+			image.Names["seg-4.log"].Data = h.encode()
+		},
 	} {
 		dir, d := fourSegments(t, Options{})
 		d.Close()

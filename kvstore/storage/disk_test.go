@@ -198,7 +198,8 @@ func TestMadeDiskIsOnDisk(t *testing.T) {
 		}
 		d, _, err := MakeDisk(to, "", nil)
 		_, statErr := os.Stat(to)
-		if !errors.Is(err, answer) || !slices.Equal(synced, []string{around}) || (statErr == nil) != (err == nil) {
+		if !errors.Is(err, answer) || !slices.Equal(synced, []string{around}) ||
+			(statErr == nil) != (err == nil) {
 			t.Errorf("Sync of %q says %v: it is made: %v, %v", synced, answer, err, statErr)
 		}
 		if err == nil {

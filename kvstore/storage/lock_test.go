@@ -153,7 +153,8 @@ func TestOddPaths(t *testing.T) {
 	}
 	file := filepath.Join(t.TempDir(), "file ")
 	os.WriteFile(file, nil, 0o600)
-	if _, err := OpenDisk(file, nil); runtime.GOOS != "windows" && !strings.Contains(fmt.Sprint(err), fmt.Sprintf("%q", file)) {
+	_, err := OpenDisk(file, nil)
+	if runtime.GOOS != "windows" && !strings.Contains(fmt.Sprint(err), fmt.Sprintf("%q", file)) {
 		t.Errorf("a file: %v", err)
 	}
 }
