@@ -51,10 +51,12 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				put()
 			}
 			refuses.Store(true)
-			for range 10 {
+			for range 30 {
 				put()
+				<-time.After(rotateTime)
 			}
-			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 {
+			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
+				strings.Count(log.String(), "level=ERROR") != 1 {
 				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
 			}
 			refuses.Store(false)
