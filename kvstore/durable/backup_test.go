@@ -142,8 +142,8 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that real backups, one after the other beside a store that is written to and
-// compacted, each hold what was told before.
+// Ensure that real backups, three at a time beside a store that is written to and compacted, each hold
+// what was told before.
 func TestBackupBesideARealStore(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "data")
 	os.Mkdir(path, 0o700)
@@ -187,16 +187,16 @@ func TestBackupBesideARealStore(t *testing.T) {
 			told.Store(i)
 		}
 	}()
-	for i := range 6 {
+	backUp := func(to string) error {
 		least := told.Load()
-		to := filepath.Join(t.TempDir(), "copy")
 		if _, err := backUpAt(path, to, nil); err != nil {
-			t.Fatalf("backup %d: %v", i, err)
+			return err
 		}
 		copied, err := openAt(to, Options{})
 		if err != nil {
-			t.Fatalf("backup %d: %v", i, err)
+			return err
 		}
+		defer copied.Close()
 		most := int64(0)
 		for _, values := range copied.All() {
 			for _, v := range values {
@@ -206,9 +206,21 @@ func TestBackupBesideARealStore(t *testing.T) {
 			}
 		}
 		if most < least {
-			t.Errorf("backup %d holds what was told up to %d, want %d", i, most, least)
+			return fmt.Errorf("it holds what was told up to %d, want %d", most, least)
 		}
-		copied.Close()
+		return nil
+	}
+	for i := range 3 {
+		ended := make(chan error, 3)
+		for range cap(ended) {
+			to := filepath.Join(t.TempDir(), "copy")
+			go func() { ended <- backUp(to) }()
+		}
+		for range cap(ended) {
+			if err := <-ended; err != nil {
+				t.Errorf("one of three backups, %d: %v", i, err)
+			}
+		}
 	}
 }
 
@@ -527,7 +539,7 @@ func TestBrokenOffBackup(t *testing.T) {
 		}
 		_, err = openStill(out, Options{})
 		switch {
-		case out.Names[storage.StoreName] != nil && err == nil:
+		case before[storage.StoreName] != nil && err == nil:
 		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
 			refused++
 			if !maps.Equal(before, out.Names) {
@@ -546,6 +558,54 @@ func TestBrokenOffBackup(t *testing.T) {
 	}
 	if refused < 5 {
 		t.Errorf("only %d of these are refused", refused)
+	}
+}
+
+// Ensure that a backup which a power failure stopped, before whichever of its calls, is whole, is refused,
+// or is nothing; and that one that has ended is whole.
+func TestPowerFailureInABackup(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	storetest.Script(t, d, storetest.NewHistory())
+	want := maps.Collect(d.All())
+	d.Close()
+	random := rand.New(rand.NewPCG(1, 1))
+	var images []*storetest.Dir
+	out := storetest.New()
+	out.Before = func(storetest.Call) error {
+		for range 10 {
+			images = append(images, out.Crash(random))
+		}
+		return nil
+	}
+	if _, err := Backup(dir, out, nil); err != nil {
+		t.Fatal(err)
+	}
+	out.Before = nil
+	wantAll(t, "a power failure behind it", out.Crash(random), want)
+
+	whole, refused, nothing := 0, 0, 0
+	for i, image := range images {
+		_, isStore := image.Names[storage.StoreName]
+		hasData := slices.ContainsFunc(slices.Collect(maps.Values(image.Names)),
+			func(f *storetest.File) bool { return len(f.Data) > maxStoreFile })
+		again, err := Open(context.Background(), image, Options{})
+		switch {
+		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
+			refused++
+		case err == nil && isStore && maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal):
+			whole++
+		case err == nil && !isStore && !hasData:
+			nothing++
+		default:
+			t.Errorf("image %d of %d: opened: %v, a store: %v, with data: %v", i, len(images), err, isStore,
+				hasData)
+		}
+		if err == nil {
+			again.Close()
+		}
+	}
+	if whole == 0 || refused < 100 || nothing == 0 {
+		t.Errorf("%d images are whole, %d refused, %d nothing", whole, refused, nothing)
 	}
 }
 
