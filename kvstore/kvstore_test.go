@@ -397,6 +397,8 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 		case at == steps/20-1:
 			checkFootprint(t, store)
 			checkInside(t, store)
+		case at >= steps/50 && at%(steps/500) == 0:
+			checkFootprint(t, store)
 		}
 	}
 	runtime.KeepAlive(latest)
