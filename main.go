@@ -1314,8 +1314,8 @@ func storeProblem(c config, err error) error {
 		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
 			"check " + data},
 		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
-		{isCopy && is(storage.ErrNotOurs), "", "Nothing was copied. Give a store, and a new or an " +
-			"empty directory that is not inside it."},
+		{is(storage.ErrNotOurs, durable.ErrNoStore, durable.ErrNotEmpty) && isCopy, "", "Nothing was " +
+			"copied. Give a store, and a new or an empty directory that is not inside it."},
 		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "",
 			"Give the directory that the server has as -data."},
 		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. Create the directory in which the " +

@@ -49,8 +49,7 @@ func fillDirectory(out storage.Directory, write func() error) error {
 	}
 	for _, name := range names {
 		if !isBeside(name) {
-			return fmt.Errorf("%w: %s is there: a copy needs a new or an empty directory",
-				storage.ErrNotOurs, out.Path(name))
+			return fmt.Errorf("%w: %s is there", ErrNotEmpty, out.Path(name))
 		}
 	}
 
@@ -100,7 +99,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return err
 	}
 	if len(c.logs) == 0 {
-		return fmt.Errorf("%w: %s is empty", storage.ErrNotOurs, dir.Path(""))
+		return fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
 	}
 
 	defer closeLogs(c.logs)

@@ -71,7 +71,7 @@ func TestBackup(t *testing.T) {
 		}
 	}
 	full := storetest.New().With("photo.jpg", nil)
-	if _, err := Backup(dir, full, nil); !errors.Is(err, storage.ErrNotOurs) {
+	if _, err := Backup(dir, full, nil); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("into a directory that is not empty: %v", err)
 	}
 }
@@ -505,7 +505,7 @@ func TestBackupLocksFirst(t *testing.T) {
 		}
 		return nil
 	}
-	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrNotOurs) {
+	if _, err := Backup(dir, out, nil); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("over a store that was made meanwhile: %v", err)
 	}
 	again, err := openStill(out, Options{})

@@ -84,7 +84,7 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, r.damage(err)
 	case len(s.logs) == 0:
 		r.Empty = true
-		r.say("no store yet: an empty directory")
+		r.say("%v", ErrNoStore)
 		return r, nil
 	}
 

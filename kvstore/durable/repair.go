@@ -26,6 +26,9 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
+	if !slices.ContainsFunc(names, func(name string) bool { return !isBeside(name) }) {
+		return r, fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
+	}
 
 	// What a process is writing would be taken for damage.
 	owner, inUse := dir.InUse()

@@ -74,7 +74,7 @@ func TestRepair(t *testing.T) {
 	if err != nil || report.Damaged || report.Lost {
 		t.Errorf("repair of a good store: %v, %v", report, err)
 	}
-	if _, err := Repair(bad, again); !errors.Is(err, storage.ErrNotOurs) {
+	if _, err := Repair(bad, again); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("repair into a store: %v", err)
 	}
 }
@@ -89,6 +89,16 @@ func TestRepairOfNothing(t *testing.T) {
 	}
 	if len(out.Names) > 0 {
 		t.Errorf("of nothing it makes %q", slices.Sorted(maps.Keys(out.Names)))
+	}
+
+	// Where there never was a store nothing is damaged or lost.
+	out, r, err := repaired(t, storetest.New().With(storage.LockName, nil))
+	if !errors.Is(err, ErrNoStore) || len(r.Lines) > 0 || len(out.Names) > 0 {
+		t.Errorf("of an empty directory: %v, %q", err, r.Lines)
+	}
+	_, err = Backup(storetest.New(), out, nil)
+	if !errors.Is(err, ErrNoStore) {
+		t.Errorf("a backup of an empty directory: %v", err)
 	}
 }
 

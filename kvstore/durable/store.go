@@ -32,8 +32,13 @@ var (
 	// ErrOlder is returned when an older program wrote the store, in a format that
 	// this one does not read.
 	ErrOlder = errors.New("written by an older kvserver")
-	// ErrSpoiled is returned by Close where others have changed the files, and they cannot be written
-	// anew, or where nobody can look whether they have: then not all that was answered may be there.
+	// ErrNoStore is returned where a store is to be copied or repaired, and there is none.
+	ErrNoStore = errors.New("no store yet: an empty directory")
+	// ErrNotEmpty is returned where a store is to be copied or repaired to, and something is there.
+	ErrNotEmpty = errors.New("a copy needs a new or an empty directory")
+	// ErrSpoiled is returned by Close, and by Room, where others have changed the files, and they cannot
+	// be written anew, or by Close where nobody can look whether they have: then not all that was
+	// answered may be there.
 	ErrSpoiled = errors.New("the files may not be as they were written")
 )
 
