@@ -184,6 +184,29 @@ func TestCompactionOfALongKey(t *testing.T) {
 	}
 }
 
+// Ensure that a snapshot is not much larger than what the store holds, also where keys are long, and
+// each record has one.
+func TestSnapshotOfLongKeys(t *testing.T) {
+	_, d := newSmall(t, Options{})
+	for range 100 {
+		d.Put(strings.Repeat("k", maxFrameSnapshot), strings.Repeat("v", maxFrameSnapshot/2))
+	}
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d.AwaitCompaction()
+	if _, err := d.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	c := d.newCompaction()
+	c.run()
+	if _, _, bytes := d.Size(); c.err != nil || c.bytes > bytes*5/4 {
+		t.Errorf("a snapshot of %d bytes has %d, %v", bytes, c.bytes, c.err)
+	}
+	d.noteSnapshot(c)
+	d.Close()
+}
+
 // Ensure that files which a compaction could not remove go later, and that its snapshot stays.
 func TestCompactionRemovesLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
