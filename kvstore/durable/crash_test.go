@@ -421,7 +421,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				d.AwaitCompaction()
 				dir.Room = 0
 				<-time.After(roomTime)
-				if err := d.Room(100, false); err != nil {
+				if err := d.Room(int64(sizes[0]+sizes[1]), false); err != nil {
 					t.Errorf("%s: with room again: %v", what, err)
 				}
 				d.Put("k", "v")
@@ -531,8 +531,7 @@ func TestNearlyFullDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
 		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-		d.minCompact = 1 << 40
-		dir.Room = sizeOf(dir) + 80_000
+		d.zerosAhead, d.minCompact = 31_000, 1<<40
 		put := func(large bool) {
 			t.Helper()
 			const size = 30_000
@@ -548,7 +547,9 @@ func TestNearlyFullDisk(t *testing.T) {
 			}
 		}
 		put(true)
-		dir.Room -= 60_000
+		d.Put("filler", strings.Repeat("v", 20_000))
+		d.Commit()
+		dir.Room = sizeOf(dir) + 4000 // others fill the disk
 		for range 20 {
 			put(false)
 		}
@@ -557,7 +558,7 @@ func TestNearlyFullDisk(t *testing.T) {
 		}
 
 		dir.Room = 0
-		<-time.After(roomTime)
+		<-time.After(rotateTime)
 		if err := d.Room(10, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
 			t.Errorf("with room again: %v, the log says\n%s", err, log)
 		}
@@ -566,6 +567,26 @@ func TestNearlyFullDisk(t *testing.T) {
 			t.Errorf("in the end the log says\n%s", log)
 		}
 	})
+}
+
+// Ensure that a large write that is refused takes no room from small ones.
+func TestRefusedWriteTakesNoRoom(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	dir.Room = sizeOf(dir) + 40_000
+	for i := range 100 {
+		if err := d.Room(60_000, false); !storage.IsFull(err) {
+			t.Fatalf("a large write: %v", err)
+		}
+		if err := d.Room(110, false); err != nil {
+			t.Fatalf("small write %d: %v", i, err)
+		}
+		d.Put("key", strings.Repeat("v", 100))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Close()
 }
 
 // Ensure that a disk that was full takes writes again once most of it was deleted, also where the log

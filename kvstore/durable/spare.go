@@ -94,14 +94,17 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
-	// Small writes may be taken where large ones are refused: that is not over before all find room.
-	switch {
-	case d.mostRefused == 0:
-	case err == nil && d.roomToWrite(max(bytes, d.mostRefused)) == nil:
+	// Small writes may be taken where large ones are refused: that is not over before all find room. Of
+	// very large ones that is known when one is taken.
+	switch most := d.mostRefused; {
+	case err != nil:
+		d.roomAfter = time.Now().Add(roomTime)
+	case most == 0:
+	case bytes >= most, most <= 8*int64(d.zerosAhead) && d.roomToWrite(most) == nil:
 		d.mostRefused = 0
 		d.log.Info("there is room on the disk again: writes are taken", "dir", d.dir.Path(""))
 	default:
-		d.roomAfter = time.Now().Add(roomTime)
+		d.roomAfter = time.Now().Add(rotateTime)
 	}
 	return err
 }
@@ -116,14 +119,20 @@ func (d *Store) needFor(bytes int64) int64 {
 // everything.
 func (d *Store) roomToWrite(bytes int64) error {
 	// What SPARE cannot have must be in the log. It grows in steps, and may have got enough.
-	need, wanted := d.needFor(bytes), d.toDelete(bytes)
+	need, wanted, had := d.needFor(bytes), d.toDelete(bytes), d.spare.fileSize
 	if d.spare.fileSize < wanted {
 		err := d.growSpare(wanted)
 		if err != nil {
 			need += max(0, wanted-d.spare.fileSize)
 		}
 	}
-	return d.makeRoom(need)
+
+	// What SPARE has got in vain is for smaller writes.
+	err := d.makeRoom(need)
+	if err != nil {
+		d.spare.cut(max(had, d.toDelete(0)+int64(d.zerosAhead)))
+	}
+	return err
 }
 
 // roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.
