@@ -1078,13 +1078,13 @@ func (s *keyValueServer) admit(q *Query) {
 	// A Lease has its key in the log twice.
 	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
-		why := "the disk is full"
+		why, todo := "the disk is full", "; make room"
 		if errors.Is(err, durable.ErrSpoiled) {
-			why = "the data cannot be saved"
+			why, todo = "the data cannot be saved", ""
 		}
 		q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))
 		if n := s.noRoom.happened(); n > 0 {
-			s.log.Error("writes are refused: "+why, "since_last_line", n, "error", err)
+			s.log.Error("writes are refused: "+why+todo, "since_last_line", n, "error", err)
 		}
 	}
 }
