@@ -530,7 +530,8 @@ func sizeOf(dir *storetest.Dir) (size int) {
 func TestNearlyFullDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
-		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		dir, d := newSmall(t, Options{Fsync: FsyncNever,
+			Log: slog.New(slog.NewTextHandler(log, nil))})
 		d.zerosAhead, d.minCompact = 31_000, 1<<40
 		put := func(large bool) {
 			t.Helper()
@@ -571,7 +572,7 @@ func TestNearlyFullDisk(t *testing.T) {
 
 // Ensure that a large write that is refused takes no room from small ones.
 func TestRefusedWriteTakesNoRoom(t *testing.T) {
-	dir, d := newSmall(t, Options{})
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
 	dir.Room = sizeOf(dir) + 40_000
 	for i := range 100 {
@@ -593,7 +594,7 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 // is smaller than what is compacted otherwise, and after a restart.
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
-		dir, d := newSmall(t, Options{})
+		dir, d := newSmall(t, Options{Fsync: FsyncNever})
 		dir.Room, dir.Block, d.zerosAhead, d.minCompact = 1<<20, 4<<10, 16*12<<10, 1<<40
 		write := func() int {
 			n := 0
@@ -618,7 +619,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 		if restarted {
 			err := d.Close()
 			if err == nil {
-				d, err = openSmall(dir, Options{})
+				d, err = openSmall(dir, Options{Fsync: FsyncNever})
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -638,7 +639,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 
 // Ensure that what SPARE cannot have of the room to delete everything is kept in the log.
 func TestLogIsSpared(t *testing.T) {
-	dir, d := newSmall(t, Options{})
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.segmentSize, d.minCompact = 1<<20, 1<<40
 	d.compactAfter = time.Now().Add(time.Hour) // or the log may be compacted into SPARE
 	if err := errors.Join(d.Room(10, false), d.makeRoom(50_000)); err != nil {

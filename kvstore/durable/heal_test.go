@@ -1262,7 +1262,17 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			log := &strings.Builder{}
-			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			dir, refuses := storetest.New(), atomic.Bool{}
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "create" && refuses.Load() {
+					return syscall.EPERM
+				}
+				return nil
+			}
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
 			d.Put("k", "v")
 			d.Put("gone", "v")
 			<-time.After(2 * lookTime) // and the timer has nothing more to do
@@ -1279,12 +1289,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			}
 
 			spoil(dir)
-			dir.Before = func(c storetest.Call) error {
-				if c.What == "create" {
-					return syscall.EPERM
-				}
-				return nil
-			}
+			refuses.Store(true)
 			pass(5) // it is tried after 1, 2 and 4
 			if err := d.Room(2, false); !errors.Is(err, ErrSpoiled) {
 				t.Errorf("%s: room for a Put: %v", name, err)
@@ -1296,7 +1301,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 				t.Errorf("%s: it was tried %d times, the log says\n%s", name, n, log)
 			}
 
-			dir.Before = nil
+			refuses.Store(false)
 			pass(5)
 			if err := d.Room(2, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
 				t.Errorf("%s: room for a Put again: %v, the log says\n%s", name, err, log)
