@@ -440,6 +440,49 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 	}
 }
 
+// Ensure that everything can be deleted on a full disk, whatever was written, refused and deleted before.
+func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
+	for seed := range uint64(100) {
+		random := rand.New(rand.NewPCG(seed, 1))
+		dir, d := newSmall(t, Options{Fsync: FsyncNever})
+		dir.Room, d.zerosAhead = 30_000+random.IntN(200_000), 16*300 // SPARE has a frame to spare
+		commit := func() {
+			if err := d.Commit(); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+		}
+		remove := func(key string) {
+			if err := d.Room(int64(len(key)), true); err != nil {
+				t.Fatalf("seed %d: no room for a Delete: %v", seed, err)
+			}
+			d.Delete(key)
+			commit()
+		}
+
+		refused := 0
+		for range 400 {
+			d.roomAfter = time.Time{}
+			key := fmt.Sprintf("%0*d", 1+random.IntN(1+random.IntN(500)), random.IntN(50))
+			value := strings.Repeat("v", random.IntN(1+random.IntN(20_000)))
+			if random.IntN(5) == 0 {
+				remove(key)
+			} else if d.Room(int64(len(key)+len(value)), false) != nil {
+				refused++
+			} else {
+				d.Put(key, value)
+				commit()
+			}
+		}
+		d.AwaitCompaction()
+		for key := range maps.Collect(d.All()) {
+			remove(key)
+		}
+		if err := d.Close(); err != nil || refused == 0 {
+			t.Errorf("seed %d: %d writes were refused; Close: %v", seed, refused, err)
+		}
+	}
+}
+
 // Ensure that everything can be deleted where no file may become larger: behind starts, which must
 // use up nothing of what it takes to go on in the next file, and where the disk becomes full as well.
 func TestLargestFileDeletesEverything(t *testing.T) {
