@@ -1124,6 +1124,140 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 	})
 }
 
+// Ensure that who reads a file beside the process that writes it finds what is added, is told that
+// it is gone once it has lost its name, or has been made anew, and is told nothing wrong by a read
+// that follows one that has failed.
+func TestEtcdFileReadBesideWriter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		writer, _, lock := e.locked(t)
+		defer lock.Close()
+		piece := func(i int) string {
+			return string(e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).KVs[i].Key)
+		}
+
+		// Each does something to file f, of three pieces, and says what a read of all must end with.
+		for what, do := range map[string]func(f storage.File, reader *etcdWire) (size int, want error){
+			"it is written": func(f storage.File, _ *etcdWire) (int, error) {
+				at := int64(9)
+				write(t, f, &at, []byte("333"))
+				return 12, nil
+			},
+			"it is removed": func(storage.File, *etcdWire) (int, error) {
+				writer.Remove("f")
+				return 9, fs.ErrNotExist
+			},
+			"it is made anew": func(storage.File, *etcdWire) (int, error) {
+				writer.Create("f")
+				return 9, fs.ErrNotExist
+			},
+			"a read of it fails where a piece is gone": func(_ storage.File, w *etcdWire) (int, error) {
+				e.delete(piece(1))
+				before := w.count()
+				w.mu.Lock()
+				w.before = func(n int) { w.setCut(n > before+2 && n < before+4) }
+				w.mu.Unlock()
+				return 9, nil
+			},
+		} {
+			f, err := writer.Create("f")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := int64(0); at < 9; {
+				write(t, f, &at, fmt.Append(nil, 111*(1+at/3)))
+			}
+			dir, w := e.dir(t, t.Context(), "")
+			r, size, err := dir.Open("f")
+			if size != 9 || err != nil {
+				t.Fatalf("the file has %d bytes: %v", size, err)
+			}
+			n, want := do(f, w)
+			b := make([]byte, n)
+			got, err := r.ReadAt(b, 0)
+			for range 2 {
+				if errors.Is(err, ErrUnreachable) {
+					got, err = r.ReadAt(b, 0)
+				}
+			}
+			if !errors.Is(err, want) || want == nil && got != n {
+				t.Errorf("%s: %d bytes are read of %d: %v, want %v", what, got, n, err, want)
+			}
+			writer.Remove("f")
+		}
+
+		// It goes while it is opened, and a part of it has gone first.
+		f, err := writer.Create("f")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := int64(0); at < 9; {
+			write(t, f, &at, []byte("111"))
+		}
+		dir, w := e.dir(t, t.Context(), "")
+		w.mu.Lock()
+		w.before = func(n int) {
+			if n == 2 {
+				e.delete("kv/n/f")
+				e.delete(piece(0))
+			}
+		}
+		w.mu.Unlock()
+		if _, size, err := dir.Open("f"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a file that goes is opened with %d bytes: %v", size, err)
+		}
+	})
+}
+
+// Ensure that a piece that is not as it was written, whatever it is now, is damage for a check, if
+// anything of what was told is lost with it, and keeps no repair from its work.
+func TestEtcdSpoiledPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 3 {
+			commit(t, d, h, fmt.Sprint("text", i), strings.Repeat("text", 500))
+			commit(t, d, h, fmt.Sprint("random", i), shrinking(1000, 1))
+		}
+		d.Close()
+
+		sizes := map[string]int64{}
+		whole := e.copy()
+		for key := range whole.kvs {
+			if strings.HasPrefix(key, "kv/d/") {
+				var size int64
+				fmt.Sscanf(key[len(key)-6:], "%x", &size)
+				sizes[key] = size
+			}
+		}
+		for key, size := range sizes {
+			was := whole.kvs[key].Value
+			for what, value := range map[string][]byte{
+				"empty": {}, "its half": was[:len(was)/2], "a zero more": append(slices.Clone(was), 0),
+				"zeros": make([]byte, len(was)), "twice": slices.Concat(was, was),
+				"more than its size, packed": pack(append(slices.Clone(unpack(was, size)),
+					make([]byte, 1000)...)),
+			} {
+				e.restore(whole.copy(), e.id)
+				e.put(key, string(value))
+				checker, _ := e.dir(t, t.Context(), "")
+				if r, err := durable.Check(checker); err == nil && !r.Damaged &&
+					!strings.Contains(fmt.Sprint(r.Lines), "holds 6 keys, 6 values, 9036 bytes") {
+					t.Errorf("%s is %s: %v", key, what, r.Lines)
+				}
+				saved, _ := newFakeEtcd().dir(t, t.Context(), "")
+				if _, err := durable.Repair(checker, saved); err != nil {
+					t.Errorf("repair where %s is %s: %v", key, what, err)
+				}
+			}
+		}
+	})
+}
+
 // Ensure that a member that is down is noticed by nobody.
 func TestEtcdMemberDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1182,7 +1316,8 @@ func TestEtcdOddKeys(t *testing.T) {
 			e.put(fmt.Sprintf("kv/d/%s/%s", id, piece), "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
 			_, err := durable.Open(t.Context(), dir, durable.Options{})
-			if !errors.As(err, new(*storage.DamageError)) {
+			if !errors.As(err, new(*storage.DamageError)) ||
+				!strings.Contains(err.Error(), "none of ours") {
 				t.Errorf("with a piece %q: %v", piece, err)
 			}
 		}
