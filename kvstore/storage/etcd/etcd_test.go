@@ -1186,15 +1186,30 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			writer.Remove("f")
 		}
 
-		// It goes while it is opened, and a part of it has gone first.
+		// Who opens it again finds what it is by then, and needs no more requests where it has many
+		// pieces.
 		f, err := writer.Create("f")
 		if err != nil {
 			t.Fatal(err)
 		}
-		for at := int64(0); at < 9; {
-			write(t, f, &at, []byte("111"))
-		}
 		dir, w := e.dir(t, t.Context(), "")
+		asked := 0
+		for at := int64(0); at < 60; {
+			write(t, f, &at, []byte("111"))
+			before := w.count()
+			_, listErr := dir.List()
+			_, size, err := dir.Open("f")
+			if err := errors.Join(err, listErr); size != at || err != nil {
+				t.Errorf("the file is opened with %d bytes of %d: %v", size, at, err)
+			}
+			if n := w.count() - before; asked > 0 && n != asked {
+				t.Errorf("a list and an Open of %d pieces take %d requests, and before %d", at/3, n, asked)
+			}
+			asked = w.count() - before
+		}
+
+		// It goes while it is opened, and a part of it has gone first.
+		dir, w = e.dir(t, t.Context(), "")
 		w.mu.Lock()
 		w.before = func(n int) {
 			if n == 2 {
@@ -1293,7 +1308,7 @@ func TestEtcdMemberDown(t *testing.T) {
 func TestEtcdOddKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice",
-			"kv/d/", "kv/d"} {
+			"kv/d/", "kv/d", "kv/STORE", "kv/seg-1.log"} {
 			e := newFakeEtcd()
 			e.put(key, "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
