@@ -588,7 +588,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 		_, isStore := image.Names[storage.StoreName]
 		hasData := slices.ContainsFunc(slices.Collect(maps.Values(image.Names)),
 			func(f *storetest.File) bool { return len(f.Data) > maxStoreFile })
-		again, err := Open(context.Background(), image, Options{})
+		again, err := openStill(image, Options{})
 		switch {
 		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
 			refused++
