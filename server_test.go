@@ -6507,6 +6507,7 @@ func TestSimulation(t *testing.T) {
 			s.maxLine, s.maxMessage, s.maxClients = with.MaxLine, with.MaxMessage, with.MaxClients
 			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
 			s.handshakes = with.Handshakes
+			s.budget.other.Store(with.Other)
 			return simulated{s}, s.serve(l)
 		},
 		TLS: serverConfig(t),
@@ -6517,6 +6518,8 @@ func TestSimulation(t *testing.T) {
 type simulated struct{ *keyValueServer }
 
 func (s simulated) Lost() (replies int) { return int(s.lostReplies.Load()) }
+
+func (s simulated) Queued() (bytes int64) { return s.budget.queued.Load() }
 
 func (s simulated) Look() { getPage(s.watchHandler(""), "/healthz") }
 

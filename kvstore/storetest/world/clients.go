@@ -31,24 +31,27 @@ type kind struct {
 	name string
 	do   func(*visitor)
 	calm bool // it needs a network that neither stalls nor breaks
+
+	little bool // it leaves little in the store
 }
 
 var kinds = []kind{
-	{"shares lists", (*visitor).share, false},
-	{"shares lists", (*visitor).share, false},
-	{"owns a list", (*visitor).own, false},
-	{"owns a list", (*visitor).own, false},
-	{"pipelines", (*visitor).pipeline, false},
-	{"pipelines and reads", (*visitor).pipeline, true},
-	{"pings", (*visitor).ping, true},
-	{"lists", (*visitor).list, false},
-	{"lists side by side", (*visitor).listMany, false},
-	{"says nothing", (*visitor).silence, false},
-	{"mixes lists", (*visitor).mix, false},
-	{"stops reading", (*visitor).stop, true},
-	{"takes", (*visitor).take, true},
-	{"ends keys", (*visitor).end, false},
-	{"sends garbage", (*visitor).garbage, false},
+	{"shares lists", (*visitor).share, false, false},
+	{"shares lists", (*visitor).share, false, false},
+	{"owns a list", (*visitor).own, false, false},
+	{"owns a list", (*visitor).own, false, false},
+	{"pipelines", (*visitor).pipeline, false, true},
+	{"pipelines and reads", (*visitor).pipeline, true, true},
+	{"pings", (*visitor).ping, true, true},
+	{"lists", (*visitor).list, false, false},
+	{"lists side by side", (*visitor).listMany, false, false},
+	{"says nothing", (*visitor).silence, false, false},
+	{"mixes lists", (*visitor).mix, false, false},
+	{"stops reading", (*visitor).stop, true, true},
+	{"reads and sends", (*visitor).readAndSend, true, true},
+	{"takes", (*visitor).take, true, true},
+	{"ends keys", (*visitor).end, false, true},
+	{"sends garbage", (*visitor).garbage, false, true},
 }
 
 // visit starts a client.
@@ -148,7 +151,13 @@ func (v *visitor) dial() bool {
 }
 
 // reply reads a reply of an acked request: its data lines, and the line that ends it.
-func (v *visitor) reply() (lines []string, last string, err error) { return readReply(v.r) }
+func (v *visitor) reply() (lines []string, last string, err error) {
+	lines, last, err = readReply(v.r)
+	if v.mute && strings.Contains(last, "memory is full") {
+		v.fail("%s is refused a write beside clients that do not read: %s", v.id, last)
+	}
+	return lines, last, err
+}
 
 func readReply(r *bufio.Reader) (lines []string, last string, err error) {
 	for {
@@ -227,6 +236,31 @@ func (v *visitor) ping() {
 
 		Wait(Between(v.random, 0, 300*time.Millisecond))
 	}
+}
+
+// removeMany has others remove from long lists, and pings beside them.
+func (v *visitor) removeMany() {
+	var all sync.WaitGroup
+	defer all.Wait()
+
+	for range 5 {
+		other, ok := v.also()
+		if !ok {
+			return
+		}
+		all.Go(func() {
+			defer other.conn.Close()
+			for range 3 {
+				io.WriteString(other.conn, strings.Repeat("Remove:heavy:x\n", 100))
+				for range 100 {
+					if _, _, err := other.reply(); err != nil {
+						return
+					}
+				}
+			}
+		})
+	}
+	v.ping()
 }
 
 // mayBeRefused tells whether the server may end a connection that has asked for nothing yet.

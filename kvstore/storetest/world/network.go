@@ -73,6 +73,7 @@ type stream struct {
 	changed          *sync.Cond // by anybody; its lock is the connection's
 	buf              []byte
 	size             int // bytes that it holds
+	sum              int // bytes that were written
 	reading, writing deadline
 
 	// It was full, and takes nothing before a lump of it is free: so do receive windows.
@@ -204,6 +205,7 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		case !s.shut || s.size-len(s.buf) >= s.lump():
 			m := min(len(p)-n, s.size-len(s.buf))
 			s.buf = append(s.buf, p[n:n+m]...)
+			s.sum += m
 			s.shut = len(s.buf) == s.size
 			n += m
 			s.changed.Broadcast()
@@ -257,6 +259,18 @@ func (c *Conn) SetWriteBuffer(bytes int) { c.out.change(func() { c.out.size = by
 // Unread returns how many bytes wait to be read from c.
 func (c *Conn) Unread() (bytes int) {
 	c.in.change(func() { bytes = len(c.in.buf) })
+	return bytes
+}
+
+// sent returns how many bytes were written to c.
+func (c *Conn) sent() (bytes int) {
+	c.out.change(func() { bytes = c.out.sum })
+	return bytes
+}
+
+// taken returns how many bytes were read from c.
+func (c *Conn) taken() (bytes int) {
+	c.in.change(func() { bytes = c.in.sum - len(c.in.buf) })
 	return bytes
 }
 

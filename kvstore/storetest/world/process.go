@@ -7,11 +7,13 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
@@ -29,6 +31,8 @@ type process struct {
 	killed   chan struct{} // closed when it was killed
 	wires    sync.WaitGroup
 	tidying  chan struct{} // taken by what removes files until they are back, and by the end
+	mute     bool          // many of its clients do not read, and all that they write has room
+	heavy    time.Duration // what a Remove from a long list takes; 0: there is none
 	late     time.Duration // by which its connections' deadlines pass too late
 
 	mu      sync.Mutex // guards what is below
@@ -41,6 +45,7 @@ type process struct {
 	moved   time.Time      // its directory was; zero: it was not
 	stalled time.Duration  // of the disk and the process, in all
 	conns   []*Conn        // the server's sides
+	taken   map[*Conn]int  // bytes that it had read from each when Close was called
 	paused  chan struct{}  // closed when the process goes on; nil: it runs
 	told    int            // replies that clients know were dropped
 	unknown int            // clients that ended without knowing
@@ -224,7 +229,7 @@ func (w *world) live(dies bool) {
 	r := w.random
 	rotten, mend := w.rot()
 	p := &process{world: w, dir: w.dir, closing: make(chan struct{}), gone: make(chan struct{}),
-		killed: make(chan struct{}), tidying: make(chan struct{}, 1)}
+		killed: make(chan struct{}), tidying: make(chan struct{}, 1), taken: map[*Conn]int{}}
 
 	p.draw(r)
 	p.drawRoom(r)
@@ -277,8 +282,15 @@ func (w *world) live(dies bool) {
 func (p *process) serve(db *durable.Store) {
 	r := p.random
 	var clients sync.WaitGroup
+	some := kinds
+	if p.mute {
+		some = slices.DeleteFunc(slices.Clone(kinds), func(k kind) bool { return !k.little })
+	}
 	for range 2 + r.IntN(7) {
-		p.visit(&clients, Pick(r, kinds...))
+		p.visit(&clients, Pick(r, some...))
+	}
+	if p.heavy > 0 {
+		p.visit(&clients, kind{"removes", (*visitor).removeMany, true, true})
 	}
 
 	clients.Go(p.operate)
@@ -313,8 +325,13 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	// Limits are low now and then, so that clients meet them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
 		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 100*kilo, 1<<30, 1<<30))}
-	if Chance(r, 8) {
+	switch r.IntN(6) {
+	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
+	case 1:
+		// Nearly all that there is for data is taken, and queues may take more than is left of it.
+		p.mute, s.MaxMemory = true, 4000*kilo
+		s.Other = s.MaxMemory*3/4 - db.Footprint() - 450*kilo
 	}
 
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
@@ -327,8 +344,14 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
 
+	var store kvstore.KVStore = db
+	if Chance(r, 5) {
+		p.heavy = Between(r, time.Millisecond, 2*time.Millisecond)
+		store = heavyStore{db, p.heavy}
+	}
+
 	var err error
-	if p.server, err = p.program.Start(p.listener, db, s); err != nil {
+	if p.server, err = p.program.Start(p.listener, store, s); err != nil {
 		p.fail("a start: %v", err)
 		db.Close()
 		return false
@@ -338,6 +361,34 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 		"write timeout %v, TLS %v", s.MaxClients, s.MaxMessage, s.MaxQueues, s.MaxMemory,
 		s.WriteTimeout, s.TLS != nil)
 	return true
+}
+
+// heavyStore is a store in which a Remove from some keys takes its time, as one from a long list does.
+type heavyStore struct {
+	*durable.Store
+	takes time.Duration
+}
+
+func (h heavyStore) Remove(key, value string) bool {
+	if strings.HasPrefix(key, "heavy") {
+		Wait(h.takes)
+	}
+	return h.Store.Remove(key, value)
+}
+
+// mayRefuse tells whether there may be no room for a write.
+func (p *process) mayRefuse() bool { return p.settings.MaxMemory > 0 && !p.mute || p.dir.Room > 0 }
+
+// checkQueues wants that all queues together take what they may, and a little for each client.
+func (p *process) checkQueues() {
+	most := p.settings.MaxQueues
+	if m := p.settings.MaxMemory; m > 0 {
+		most = min(most, m/8)
+	}
+	most += most/4 + 64*kilo*int64(p.server.CountActive())
+	if queued := p.server.Queued(); queued > most {
+		p.fail("%d bytes are queued, want at most %d", queued, most)
+	}
 }
 
 // startFailed looks at a start that has failed, which it may where the disk has.
@@ -399,6 +450,12 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 		p.kill(true, "")
 	}
 	p.quiet = quiet && p.fsync != durable.FsyncNever
+
+	p.mu.Lock()
+	for _, c := range p.conns {
+		p.taken[c] = c.taken()
+	}
+	p.mu.Unlock()
 
 	closes := time.Now()
 	close(p.closing)

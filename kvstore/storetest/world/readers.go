@@ -71,7 +71,8 @@ func (v *visitor) pipeline() {
 // stop reads some of what it has asked for, and then nothing more for good, with Ack or without. A
 // server with a write timeout cuts it off.
 func (v *visitor) stop() {
-	if _, ok := v.ask(Pick(v.random, "Ack", "Ping")); !ok {
+	hello := Pick(v.random, "Ack", "Ping")
+	if _, ok := v.ask(hello); !ok {
 		return
 	}
 
@@ -89,19 +90,87 @@ func (v *visitor) stop() {
 	}
 
 	most := v.settings.WriteTimeout
-	if most == 0 {
+	mustEnd := most > 0
+	if !mustEnd {
 		most = 20 * time.Second
 	}
+
+	// Its replies cannot be dropped, and there is no room for all of them.
+	if hello == "Ack" && v.mute && v.settings.MaxMessage > 2*kilo {
+		most, mustEnd = min(most, 20*time.Second), true
+	}
+
 	stopped := time.Now()
 	for !isClosed(v.gone) && !v.theirs.isClosed() {
+		v.checkQueues()
 		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
 			// Where ticks come late, the server takes that for time in which it did not run itself.
-			if v.settings.WriteTimeout > 0 && v.late == 0 {
+			if mustEnd && v.late == 0 {
 				v.fail("%s reads nothing, and is there after %v", v.id, took)
 			}
 			return
 		}
 		Wait(time.Second)
+	}
+}
+
+// readAndSend reads as fast as promised, with many answers still to come, and goes on sending, until
+// the server stops. What that had read by then is answered in full.
+func (v *visitor) readAndSend() {
+	if !v.hello() {
+		return
+	}
+	key, value := "steady"+v.id, v.value(0, kilo)
+	if _, ok := v.ask("Set:" + key + ":" + value); !ok {
+		return
+	}
+
+	// A quarter more than the least rate, for the network takes time as well.
+	const pause, piece = 50 * time.Millisecond, steadyRate / 20 * 5 / 4
+
+	// What it is to read, and how much of that it is owed once the server has taken so many bytes.
+	var want strings.Builder
+	var got bytes.Buffer
+	type debt struct{ taken, owed int }
+	var debts []debt
+
+	backlog, next := 50*kilo+v.random.IntN(50*kilo), time.Now()
+	ends := next.Add(4 * time.Second)
+	for err := error(nil); err == nil; {
+		request := "Ping\n"
+		want.WriteString(":PONG\n")
+		for want.Len()-got.Len() < backlog {
+			request += "Get:" + key + "\n"
+			want.WriteString(key + ":" + value + "\n:OK 1\n")
+		}
+		io.WriteString(v.conn, request)
+		debts = append(debts, debt{v.raw.sent(), want.Len()})
+
+		next = next.Add(pause)
+		Wait(time.Until(next))
+		_, err = io.CopyN(&got, v.r, piece)
+		if !isClosed(v.closing) && time.Now().After(ends) {
+			return
+		}
+	}
+
+	v.process.mu.Lock()
+	defer v.process.mu.Unlock()
+	owed := 0
+	for _, d := range debts {
+		if d.taken <= v.taken[v.theirs] {
+			owed = d.owed
+		}
+	}
+	if !strings.HasPrefix(want.String(), got.String()) {
+		v.fail("%s has read something else than its answers", v.id)
+	}
+
+	// A server that stood still may have had no time to answer.
+	isJudged := isClosed(v.closing) && !v.failed && v.after == nil && v.stalled == 0
+	if isJudged && got.Len() < owed {
+		v.fail("%s reads steadily, and gets %d bytes of %d that it was owed when the server stopped",
+			v.id, got.Len(), owed)
 	}
 }
 
@@ -141,8 +210,9 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	// A reply that has begun may wait for others, a full memory or disk refuse the mark, and where ticks
 	// come late it takes long until a client is slow.
 	s := v.settings
-	mayWait := s.MaxQueues < 1<<30 && 2*replySize > shared*s.MaxMessage || v.late > 0
-	if err == nil && !mayWait && !v.isDisturbed() && s.MaxMemory == 0 && v.dir.Room == 0 &&
+	hasLimit := s.MaxQueues < 1<<30 || s.MaxMemory > 0
+	mayWait := hasLimit && 2*replySize > shared*s.MaxMessage || v.late > 0
+	if err == nil && !mayWait && !v.isDisturbed() && !v.mayRefuse() &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
 			len(lines), last)
@@ -202,7 +272,7 @@ func (v *visitor) tally(got string, err error, list []string, owed int, asked, s
 
 	// What the client wrote last may have been refused, and that is told in a line.
 	refusable := 0
-	if v.settings.MaxMemory > 0 || v.dir.Room > 0 {
+	if v.mayRefuse() {
 		refusable = 1
 	}
 

@@ -57,6 +57,7 @@ type Settings struct {
 	MaxClients           int
 	Handshakes           int           // of TLS at a time
 	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: any number
+	Other                int64         // bytes of MaxMemory that something else takes than data
 	WriteTimeout         time.Duration // 0: none
 	TLS                  *tls.Config   // nil: none
 }
@@ -66,6 +67,9 @@ type Server interface {
 	CountActive() int
 	Failed() <-chan error
 	Close()
+
+	// Queued returns how many bytes of replies wait for all clients.
+	Queued() (bytes int64)
 
 	// Look has the server look whether its files are what they were, as it does when somebody
 	// asks how it is.
