@@ -933,7 +933,7 @@ func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
 		// Now and then others may work, and there is a look at whether it is worth going on.
-		if passed++; passed%partKeys == 0 {
+		if passed++; passed%l.client.server.partKeys == 0 {
 			if l.client.outbox.core.yield(); l.client.isGone() || l.mustStop(passed) {
 				return false
 			}
@@ -951,7 +951,7 @@ func (l *listing) countWanted() bool {
 	// With few keys, or where all are asked for and fit, there is nothing to find out.
 	l.wanted, l.n = l.n, 0
 	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
-	if l.wanted >= 0 && (l.wanted <= fewKeys || fits && l.value == "") {
+	if l.wanted >= 0 && (l.wanted <= l.client.server.budget.fewKeys || fits && l.value == "") {
 		return true
 	}
 
@@ -975,7 +975,7 @@ func (l *listing) awaitListMemory() bool {
 	l.most = int(bytes / stringSize)
 
 	// It counts as waiting for a snapshot: a listing that has the memory and is not read is cut.
-	if l.most > fewKeys {
+	if l.most > b.fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
 		defer waiting.Add(-1)
@@ -1092,7 +1092,7 @@ func (l *listing) copy(keys []string) {
 	// In pieces, for few allocations and none that is large.
 	l.release()
 	l.noteSize(bytes)
-	for few := range slices.Chunk(keys, partKeys) {
+	for few := range slices.Chunk(keys, l.client.server.partKeys) {
 		copy(few, kvstore.CloneAll(few))
 	}
 }
@@ -1153,7 +1153,7 @@ func (l *listing) replies(found []string) *Query {
 // mustStop tells whether the server closes and going through n keys would take too long: then
 // the connection ends without an :OK behind it.
 func (l *listing) mustStop(n int) bool {
-	if n < partKeys || !l.client.server.isClosing() {
+	if n < l.client.server.partKeys || !l.client.server.isClosing() {
 		return false
 	}
 	l.client.end(weClose)

@@ -126,6 +126,7 @@ type keyValueServer struct {
 	maxLine      int            // bytes of a request line, its end not counted
 	maxClients   int
 	maxMessage   int           // bytes in a message: the constant, but for tests
+	partKeys     int           // that are walked at a time: the constant, but for tests
 	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
 	tls          *tls.Config   // nil: none; unix sockets never have it
 	handshakes   int           // under way at a time, but at least one a listener
@@ -381,6 +382,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
 		maxMessage:   maxMessage,
+		partKeys:     partKeys,
 		writeTimeout: defaultWriteTimeout,
 		handshakes:   maxHandshakes,
 		version:      "unknown",
@@ -399,7 +401,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		countActive: make(chan int, 1),
 		failed:      make(chan error, 1),
 
-		budget: budget{maxQueues: defaultMaxQueues,
+		budget: budget{maxQueues: defaultMaxQueues, fewKeys: fewKeys,
 			anyLine: semaphore{slots: make(chan struct{}, 1)},
 			freeing: semaphore{slots: make(chan struct{}, 1)}},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
@@ -1249,6 +1251,7 @@ type budget struct {
 	limit     int64 // that the process may take (-max-memory); 0: any number
 	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: any number
+	fewKeys   int   // in a list that needs no leave: the constant, but for tests
 
 	queued atomic.Int64 // replies, lists and copied keys that wait
 	lists  atomic.Int64 // of queued, keys to be listed
@@ -1344,7 +1347,7 @@ const (
 // forList is how many bytes the list of a Keys or Dump may take.
 func (b *budget) forList() int64 {
 	if most := b.forQueues(); most > 0 {
-		return min(maxList, max(most/listsShare/2, fewKeys*stringSize))
+		return min(maxList, max(most/listsShare/2, int64(b.fewKeys)*stringSize))
 	}
 	return maxList
 }

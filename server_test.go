@@ -6507,6 +6507,8 @@ func TestSimulation(t *testing.T) {
 			s.maxLine, s.maxMessage, s.maxClients = with.MaxLine, with.MaxMessage, with.MaxClients
 			s.budget.maxQueues, s.budget.limit = with.MaxQueues, with.MaxMemory
 			s.handshakes = with.Handshakes
+			s.budget.fewKeys, s.partKeys = with.FewKeys, with.FewKeys
+			s.snapshots.slots = make(chan struct{}, with.Snapshots)
 			s.budget.other.Store(with.Other)
 			return simulated{s}, s.serve(l)
 		},

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -43,7 +44,7 @@ var kinds = []kind{
 	{"pipelines", (*visitor).pipeline, false, true},
 	{"pipelines and reads", (*visitor).pipeline, true, true},
 	{"pings", (*visitor).ping, true, true},
-	{"lists", (*visitor).list, false, false},
+	{"lists", func(v *visitor) { v.list("Keys:none", 0) }, false, false},
 	{"lists side by side", (*visitor).listMany, false, false},
 	{"says nothing", (*visitor).silence, false, false},
 	{"mixes lists", (*visitor).mix, false, false},
@@ -242,6 +243,9 @@ func (v *visitor) ping() {
 func (v *visitor) removeMany() {
 	var all sync.WaitGroup
 	defer all.Wait()
+	if _, ok := v.ask("Ping"); !ok {
+		return
+	}
 
 	for range 5 {
 		other, ok := v.also()
@@ -270,15 +274,16 @@ func (v *visitor) mayBeRefused() bool {
 	return isClosed(v.closing) || isClosed(v.killed) || v.failed || v.stalled > 0
 }
 
-// list asks for lists of all there is.
-func (v *visitor) list() {
+// list asks for lists of all there is, and for one that has n lines.
+func (v *visitor) list(known string, n int) {
 	acked := Chance(v.random, 2)
 	if acked && !v.hello() {
 		return
 	}
 
 	for range 1 + v.random.IntN(4) {
-		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help")
+		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help", known)
+		asked := time.Now()
 		io.WriteString(v.conn, what+"\n")
 
 		// Some go before the answer has come.
@@ -294,8 +299,16 @@ func (v *visitor) list() {
 			return
 		}
 
-		if last != fmt.Sprint(":OK ", len(lines)) {
+		if last != fmt.Sprint(":OK ", len(lines)) || what == known && len(lines) != n {
 			v.fail("%s: %d lines, then %q", what, len(lines), last)
+		}
+		if strings.HasPrefix(what, "Keys") && !slices.IsSorted(lines) {
+			v.fail("%s: lines are in no order", what)
+		}
+
+		// A list that nobody reads must not keep others from theirs.
+		if took := time.Since(asked); v.calm && took > 20*time.Second+2*v.slack() {
+			v.fail("%s takes %v", what, took)
 		}
 
 		// Only what was sent, and not refused, may be there.
@@ -307,10 +320,19 @@ func (v *visitor) list() {
 	}
 }
 
-// listMany is several that ask for lists at the same time.
+// listMany is several that ask for lists at the same time, of many keys.
 func (v *visitor) listMany() {
 	var all sync.WaitGroup
 	defer all.Wait()
+
+	const keys = 50
+	prefix, value, text := "many"+v.id, v.value(0, 0), ""
+	for i := range keys {
+		text += fmt.Sprintf("Set:%s-%d:%s\n", prefix, i*7%keys, value)
+	}
+	if last, ok := v.ask(text + "Ping"); !ok || last != ":PONG" {
+		return
+	}
 
 	for range 2 + v.random.IntN(8) {
 		other, ok := v.also()
@@ -322,7 +344,7 @@ func (v *visitor) listMany() {
 		other.random = rand.New(rand.NewPCG(v.random.Uint64(), 3))
 		all.Go(func() {
 			defer other.conn.Close()
-			other.list()
+			other.list("Keys:"+prefix, keys)
 		})
 	}
 }

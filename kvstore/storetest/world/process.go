@@ -324,21 +324,22 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 
 	// Limits are low now and then, so that clients meet them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
-		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 100*kilo, 1<<30, 1<<30))}
+		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 2*kilo, 100*kilo, 1<<30, 1<<30, 1<<30, 1<<30))}
 	switch r.IntN(6) {
 	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
 	case 1:
 		// Nearly all that there is for data is taken, and queues may take more than is left of it.
-		p.mute, s.MaxMemory = true, 4000*kilo
-		s.Other = s.MaxMemory*3/4 - db.Footprint() - 450*kilo
+		p.mute, s.MaxMemory = true, 8000*kilo
+		s.Other = s.MaxMemory*3/4 - db.Footprint() - 800*kilo
 	}
 
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
 	if Chance(r, 8) {
 		s.TLS = p.program.TLS
 	}
-	s.Handshakes = Pick(r, 10, 1000)
+	s.Handshakes = Pick(r, 3, 1000)
+	s.FewKeys, s.Snapshots = Pick(r, 5, 1000), Pick(r, 1, 4)
 
 	// Accept may fail at first.
 	p.listener, p.settings = NewListener(), s

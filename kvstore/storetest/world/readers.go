@@ -83,7 +83,8 @@ func (v *visitor) stop() {
 
 	// That is more than the network holds.
 	key, value := "stop"+v.id, v.value(0, 15*kilo)
-	go io.WriteString(v.conn, "Set:"+key+":"+value+"\n"+strings.Repeat("Get:"+key+"\n", 500))
+	verb := Pick(v.random, "Get", "Get", "Dump")
+	go io.WriteString(v.conn, "Set:"+key+":"+value+"\n"+strings.Repeat(verb+":"+key+"\n", 500))
 	v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.CopyN(io.Discard, v.r, 20*kilo+v.random.Int64N(30*kilo)); err != nil {
 		return // the Set was refused, or the server has gone
@@ -96,7 +97,7 @@ func (v *visitor) stop() {
 	}
 
 	// Its replies cannot be dropped, and there is no room for all of them.
-	if hello == "Ack" && v.mute && v.settings.MaxMessage > 2*kilo {
+	if (hello == "Ack" || verb == "Dump") && v.mute && v.settings.MaxMessage > 2*kilo {
 		most, mustEnd = min(most, 20*time.Second), true
 	}
 
@@ -134,7 +135,7 @@ func (v *visitor) readAndSend() {
 	type debt struct{ taken, owed int }
 	var debts []debt
 
-	backlog, next := 50*kilo+v.random.IntN(50*kilo), time.Now()
+	backlog, next := 100*kilo+v.random.IntN(100*kilo), time.Now()
 	ends := next.Add(4 * time.Second)
 	for err := error(nil); err == nil; {
 		request := "Ping\n"

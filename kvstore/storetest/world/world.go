@@ -56,6 +56,8 @@ type Settings struct {
 	MaxLine, MaxMessage  int // bytes
 	MaxClients           int
 	Handshakes           int           // of TLS at a time
+	FewKeys              int           // in a list that needs no leave, or is not broken off
+	Snapshots            int           // at a time
 	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: any number
 	Other                int64         // bytes of MaxMemory that something else takes than data
 	WriteTimeout         time.Duration // 0: none
