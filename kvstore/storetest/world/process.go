@@ -289,6 +289,9 @@ func (p *process) serve(db *durable.Store) {
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, Pick(r, some...))
 	}
+	if p.settings.TLS != nil {
+		p.visit(&clients, kind{"says nothing", (*visitor).silence, false, true})
+	}
 	if p.heavy > 0 {
 		p.visit(&clients, kind{"removes", (*visitor).removeMany, true, true})
 	}
@@ -331,7 +334,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	case 1:
 		// Nearly all that there is for data is taken, and queues may take more than is left of it.
 		p.mute, s.MaxMemory = true, 8000*kilo
-		s.Other = s.MaxMemory*3/4 - db.Footprint() - 800*kilo
+		s.Other = s.MaxMemory*3/4 - db.Footprint() - 900*kilo
 	}
 
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)

@@ -68,8 +68,8 @@ func (v *visitor) pipeline() {
 	v.tally(got, err, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
-// stop reads some of what it has asked for, and then nothing more for good, with Ack or without. A
-// server with a write timeout cuts it off.
+// stop reads some of what it has asked for, and then nothing more for good, or next to nothing, with
+// Ack or without. A server with a write timeout cuts off one that reads nothing.
 func (v *visitor) stop() {
 	hello := Pick(v.random, "Ack", "Ping")
 	if _, ok := v.ask(hello); !ok {
@@ -83,11 +83,15 @@ func (v *visitor) stop() {
 
 	// That is more than the network holds.
 	key, value := "stop"+v.id, v.value(0, 15*kilo)
-	verb := Pick(v.random, "Get", "Get", "Dump")
-	go io.WriteString(v.conn, "Set:"+key+":"+value+"\n"+strings.Repeat(verb+":"+key+"\n", 500))
+	verb, values := "Get", 1
+	if Chance(v.random, 3) {
+		verb, values = "Dump", 6
+	}
+	go io.WriteString(v.conn, strings.Repeat("Put:"+key+":"+value+"\n", values)+
+		strings.Repeat(verb+":"+key+"\n", 500/values))
 	v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.CopyN(io.Discard, v.r, 20*kilo+v.random.Int64N(30*kilo)); err != nil {
-		return // the Set was refused, or the server has gone
+		return // a Put was refused, or the server has gone
 	}
 
 	most := v.settings.WriteTimeout
@@ -101,17 +105,21 @@ func (v *visitor) stop() {
 		most, mustEnd = min(most, 20*time.Second), true
 	}
 
+	drips := verb == "Dump" && Chance(v.random, 2)
 	stopped := time.Now()
 	for !isClosed(v.gone) && !v.theirs.isClosed() {
 		v.checkQueues()
 		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
 			// Where ticks come late, the server takes that for time in which it did not run itself.
-			if mustEnd && v.late == 0 {
+			if mustEnd && !drips && v.late == 0 {
 				v.fail("%s reads nothing, and is there after %v", v.id, took)
 			}
 			return
 		}
-		Wait(time.Second)
+		if Wait(time.Second); drips {
+			v.conn.SetReadDeadline(time.Now().Add(time.Second))
+			io.CopyN(io.Discard, v.r, 2*kilo)
+		}
 	}
 }
 
