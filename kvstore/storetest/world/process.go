@@ -331,6 +331,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	switch r.IntN(6) {
 	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
+		s.Other = Pick(r, 0, s.MaxMemory*5/8)
 	case 1:
 		// Nearly all that there is for data is taken, and queues may take more than is left of it.
 		p.mute, s.MaxMemory = true, 8000*kilo
@@ -338,7 +339,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	}
 
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
-	if Chance(r, 8) {
+	if Chance(r, 6) {
 		s.TLS = p.program.TLS
 	}
 	s.Handshakes = Pick(r, 3, 1000)

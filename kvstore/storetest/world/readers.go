@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -105,7 +106,15 @@ func (v *visitor) stop() {
 		most, mustEnd = min(most, 20*time.Second), true
 	}
 
+	// Others must get their lists all the same.
 	drips := verb == "Dump" && Chance(v.random, 2)
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer v.conn.Close()
+	if verb == "Dump" {
+		v.listBeside(&others, "Keys:none", 0)
+	}
+
 	stopped := time.Now()
 	for !isClosed(v.gone) && !v.theirs.isClosed() {
 		v.checkQueues()
@@ -264,6 +273,9 @@ func (v *visitor) readAs(manner string) (got string, err error) {
 func (v *visitor) mayEnd(err error, steady bool) bool {
 	// A server with a short write timeout disconnects a client that does not read steadily.
 	isCut := v.settings.WriteTimeout > 0 && v.settings.WriteTimeout < time.Minute && !steady
+
+	// And so does one whose replies hold memory while writes are refused.
+	isCut = isCut || v.settings.Other > 0 && v.mayRefuse() && !steady
 	return v.failed || isClosed(v.closing) || isCut && err != nil
 }
 
