@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -204,6 +206,12 @@ func (p *process) tidyUp(r *rand.Rand) {
 		p.removeSome(r)
 	}
 
+	// A second server must not start, whatever is left there.
+	if db, err := durable.Open(context.Background(), p.dir, durable.Options{}); err == nil {
+		db.Close()
+		p.fail("a second server starts beside the first")
+	}
+
 	for range 5 {
 		Wait(1100 * time.Millisecond)
 
@@ -278,18 +286,19 @@ func (p *process) backup(r *rand.Rand) {
 	least := p.answered()
 	to, late := storetest.New(), Pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
 
-	calls, last := 0, Pick(r, 0, 0, 1+r.IntN(40))
+	var calls atomic.Int64
+	last := Pick(r, 0, 0, 1+r.Int64N(40))
 	to.Before = func(storetest.Call) error {
 		Wait(late)
-		if calls++; last > 0 && calls > last {
+		if calls.Add(1); last > 0 && calls.Load() > last {
 			return errors.New("the backup was killed")
 		}
 		return nil
 	}
 
-	_, err := durable.Backup(p.dir, to, nil)
+	err := p.copyTo(to, Chance(r, 3))
 	to.Before = nil
-	isBroken := err != nil && last > 0 && calls > last
+	isBroken := err != nil && last > 0 && calls.Load() > last
 	if err != nil && !isBroken {
 		// A disk that has failed may fail the backup as well.
 		if !p.isDisturbed() {
@@ -320,6 +329,30 @@ func (p *process) backup(r *rand.Rand) {
 	case !isBroken:
 		p.fail("a backup does not open: %v", err)
 	}
+}
+
+// copyTo copies the store, perhaps beside two others: of two to one place one is refused.
+func (p *process) copyTo(to *storetest.Dir, beside bool) error {
+	places := []*storetest.Dir{to}
+	if beside {
+		places = append(places, to, storetest.New())
+	}
+
+	errs := make([]error, 3)
+	var all sync.WaitGroup
+	for i, place := range places {
+		all.Go(func() { _, errs[i] = durable.Backup(p.dir, place, nil) })
+	}
+	all.Wait()
+
+	switch {
+	case !beside:
+	case errs[0] == nil && errs[1] == nil:
+		p.fail("two backups are made at one place")
+	case errs[0] != nil && errs[1] == nil:
+		return errs[2]
+	}
+	return errors.Join(errs[0], errs[2])
 }
 
 // answered returns what was put into shared lists, and answered.
