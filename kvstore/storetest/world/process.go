@@ -327,7 +327,13 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 
 	// Limits are low now and then, so that clients meet them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
-		MaxClients: Pick(r, 5, 100, 100), MaxQueues: int64(Pick(r, 2*kilo, 100*kilo, 1<<30, 1<<30, 1<<30, 1<<30))}
+		MaxClients: Pick(r, 5, 100, 100), MaxQueues: 1 << 30, FewKeys: Pick(r, 5, 1000),
+		Snapshots: Pick(r, 1, 4), Handshakes: Pick(r, 3, 1000)}
+	if Chance(r, 3) {
+		s.MaxQueues = int64(Pick(r, 2*kilo, 100*kilo))
+	}
+
+	// The memory may become full, or mute clients must not make it so.
 	switch r.IntN(6) {
 	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
@@ -342,13 +348,12 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	if Chance(r, 6) {
 		s.TLS = p.program.TLS
 	}
-	s.Handshakes = Pick(r, 3, 1000)
-	s.FewKeys, s.Snapshots = Pick(r, 5, 1000), Pick(r, 1, 4)
 
 	// Accept may fail at first.
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
 
+	// A store may have long lists, in which a search takes its time.
 	var store kvstore.KVStore = db
 	if Chance(r, 5) {
 		p.heavy = Between(r, time.Millisecond, 2*time.Millisecond)
@@ -363,8 +368,8 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	}
 
 	p.tell("serves: at most %d clients, messages of %d bytes, %d bytes of queues; memory %d, "+
-		"write timeout %v, TLS %v", s.MaxClients, s.MaxMessage, s.MaxQueues, s.MaxMemory,
-		s.WriteTimeout, s.TLS != nil)
+		"mute %v, write timeout %v, TLS %v", s.MaxClients, s.MaxMessage, s.MaxQueues, s.MaxMemory,
+		p.mute, s.WriteTimeout, s.TLS != nil)
 	return true
 }
 

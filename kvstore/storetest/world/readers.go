@@ -95,19 +95,7 @@ func (v *visitor) stop() {
 		return // a Put was refused, or the server has gone
 	}
 
-	most := v.settings.WriteTimeout
-	mustEnd := most > 0
-	if !mustEnd {
-		most = 20 * time.Second
-	}
-
-	// Its replies cannot be dropped, and there is no room for all of them.
-	if (hello == "Ack" || verb == "Dump") && v.mute && v.settings.MaxMessage > 2*kilo {
-		most, mustEnd = min(most, 20*time.Second), true
-	}
-
 	// Others must get their lists all the same.
-	drips := verb == "Dump" && Chance(v.random, 2)
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer v.conn.Close()
@@ -115,8 +103,23 @@ func (v *visitor) stop() {
 		v.listBeside(&others, "Keys:none", 0)
 	}
 
-	stopped := time.Now()
-	for !isClosed(v.gone) && !v.theirs.isClosed() {
+	// Where its replies cannot be dropped, there is no room for all of them beside a limit of memory.
+	isTooMuch := (hello == "Ack" || verb == "Dump") && v.mute && v.settings.MaxMessage > 2*kilo
+	v.awaitCut(isTooMuch, verb == "Dump" && Chance(v.random, 2))
+}
+
+// awaitCut reads nothing more, or next to nothing if drips, until the server cuts the client off, or
+// has had the time. It must do so after its write timeout, and soon where replies are too much.
+func (v *visitor) awaitCut(isTooMuch, drips bool) {
+	most, mustEnd := v.settings.WriteTimeout, true
+	switch {
+	case isTooMuch && (most == 0 || most > 20*time.Second):
+		most = 20 * time.Second
+	case most == 0:
+		most, mustEnd = 20*time.Second, false
+	}
+
+	for stopped := time.Now(); !isClosed(v.gone) && !v.theirs.isClosed(); {
 		v.checkQueues()
 		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
 			// Where ticks come late, the server takes that for time in which it did not run itself.
@@ -125,12 +128,16 @@ func (v *visitor) stop() {
 			}
 			return
 		}
+
 		if Wait(time.Second); drips {
 			v.conn.SetReadDeadline(time.Now().Add(time.Second))
 			io.CopyN(io.Discard, v.r, 2*kilo)
 		}
 	}
 }
+
+// debt is how much a client is to read once the server has read so many bytes of its connection.
+type debt struct{ taken, owed int }
 
 // readAndSend reads as fast as promised, with many answers still to come, and goes on sending, until
 // the server stops. What that had read by then is answered in full.
@@ -146,12 +153,11 @@ func (v *visitor) readAndSend() {
 	// A quarter more than the least rate, for the network takes time as well.
 	const pause, piece = 50 * time.Millisecond, steadyRate / 20 * 5 / 4
 
-	// What it is to read, and how much of that it is owed once the server has taken so many bytes.
 	var want strings.Builder
 	var got bytes.Buffer
-	type debt struct{ taken, owed int }
 	var debts []debt
 
+	// It does not know when the server stops, and this costs time, so it goes before long.
 	backlog, next := 100*kilo+v.random.IntN(100*kilo), time.Now()
 	ends := next.Add(4 * time.Second)
 	for err := error(nil); err == nil; {
@@ -172,23 +178,28 @@ func (v *visitor) readAndSend() {
 		}
 	}
 
-	v.process.mu.Lock()
-	defer v.process.mu.Unlock()
-	owed := 0
-	for _, d := range debts {
-		if d.taken <= v.taken[v.theirs] {
-			owed = d.owed
-		}
-	}
 	if !strings.HasPrefix(want.String(), got.String()) {
 		v.fail("%s has read something else than its answers", v.id)
 	}
+	v.checkDebts(debts, got.Len())
+}
+
+// checkDebts wants that a client which reads steadily has got what it was owed when Close was called.
+func (v *visitor) checkDebts(debts []debt, got int) {
+	v.process.mu.Lock()
+	defer v.process.mu.Unlock()
 
 	// A server that stood still may have had no time to answer.
-	isJudged := isClosed(v.closing) && !v.failed && v.after == nil && v.stalled == 0
-	if isJudged && got.Len() < owed {
-		v.fail("%s reads steadily, and gets %d bytes of %d that it was owed when the server stopped",
-			v.id, got.Len(), owed)
+	if !isClosed(v.closing) || v.failed || v.after != nil || v.stalled > 0 {
+		return
+	}
+
+	for _, d := range debts {
+		if d.taken <= v.taken[v.theirs] && got < d.owed {
+			v.fail("%s reads steadily, and gets %d bytes of %d that it was owed when the server stopped",
+				v.id, got, d.owed)
+			return
+		}
 	}
 }
 
