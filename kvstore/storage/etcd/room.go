@@ -22,7 +22,6 @@ const (
 	garbageMost = 8 << 20  // bytes that were replaced or removed, until etcd may forget them
 	garbageLess = 64 << 10 // the same where room is scarce
 	pieceExtra  = 512      // bytes that a piece takes beside its own, about
-	othersShare = 64       // the part of the margin that others write between two surveys, if they do
 	quotaShare  = 8        // the part of what is left until the quota that a piece may have
 	surveyTime  = time.Second
 	scarceTime  = surveyTime / 10 // the same where room is scarce: others may take it meanwhile
@@ -40,7 +39,6 @@ type room struct {
 	quota   atomic.Int64 // of the members; 0: not known
 	spent   atomic.Int64 // bytes written so far
 	limit   atomic.Int64 // of spent, as of the last survey
-	growth  atomic.Int64 // the same, without what is free in the members' databases
 	others  atomic.Int64 // what others write between two surveys: by how much limit sank
 	refused atomic.Bool  // somebody has asked for room since the last survey, and there was none
 	garbage atomic.Int64 // bytes that etcd keeps of the past, and nobody needs
@@ -67,15 +65,8 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 // margin is how many bytes are kept for what frees.
 func (r *room) margin() int64 { return min(r.quota.Load()/8, marginMost) }
 
-// left is how many bytes may be written before there is no room. Where others write, what is free in
-// the databases does not count: at the quota a large request of theirs raises the alarm.
-func (r *room) left() int64 {
-	limit := r.limit.Load()
-	if r.others.Load() > r.margin()/othersShare {
-		limit = r.growth.Load()
-	}
-	return limit - r.spent.Load()
-}
+// left is how many bytes may be written before there is no room.
+func (r *room) left() int64 { return r.limit.Load() - r.spent.Load() }
 
 // isScarce tells whether writes are refused, or may soon be.
 func (r *room) isScarce() bool {
@@ -89,7 +80,6 @@ func (r *room) isScarce() bool {
 func (r *room) note(members []response, spent int64) (isFull bool) {
 	// If no member says its size, nothing is limited.
 	least, most := int64(math.MaxInt64)-spent, int64(pieceMost)
-	grows := least
 	for _, m := range members {
 		isFull = isFull || strings.Contains(strings.Join(m.Errors, " "), "NOSPACE")
 		if m.Quota > 0 {
@@ -100,7 +90,6 @@ func (r *room) note(members []response, spent int64) (isFull bool) {
 			// in parts.
 			growth := max(0, r.quota.Load()-m.Size)
 			least = min(least, growth+(m.Size-m.InUse)*3/4)
-			grows = min(grows, growth)
 			most = min(most, growth/quotaShare)
 		}
 	}
@@ -111,7 +100,6 @@ func (r *room) note(members []response, spent int64) (isFull bool) {
 	if was < math.MaxInt64 {
 		sank = was - (spent + least) - (r.spent.Load() - spent)
 	}
-	r.growth.Store(spent + grows)
 	r.others.Store(max(sank, r.others.Load()*3/4)) // who has paused may go on
 	if r.quota.Load() > 0 {
 		r.most.Store(max(most, pieceLeast))
