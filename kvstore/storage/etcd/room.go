@@ -39,13 +39,13 @@ type room struct {
 	quota   atomic.Int64 // of the members; 0: not known
 	spent   atomic.Int64 // bytes written so far
 	limit   atomic.Int64 // of spent, as of the last survey
-	others  atomic.Int64 // what others write between two surveys: by how much limit sank
+	others  atomic.Int64 // by how much it sank from the survey before: what others have written
 	refused atomic.Bool  // somebody has asked for room since the last survey, and there was none
 	garbage atomic.Int64 // bytes that etcd keeps of the past, and nobody needs
 }
 
-// RoomFor goes by what the last survey has found, and what was written since. Others may write on as
-// they did, until the next two have ended.
+// RoomFor goes by what the last survey has found, and what was written since. Others may write as
+// much as they did before the last survey, until the next two have ended.
 func (d *directory) RoomFor(size int64, frees bool) error {
 	r := &d.client.room
 	margin := r.margin()
@@ -100,7 +100,7 @@ func (r *room) note(members []response, spent int64) (isFull bool) {
 	if was < math.MaxInt64 {
 		sank = was - (spent + least) - (r.spent.Load() - spent)
 	}
-	r.others.Store(max(sank, r.others.Load()*3/4)) // who has paused may go on
+	r.others.Store(max(0, sank))
 	if r.quota.Load() > 0 {
 		r.most.Store(max(most, pieceLeast))
 		r.piece.Store(min(r.piece.Load(), r.most.Load()))
