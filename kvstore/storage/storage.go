@@ -54,7 +54,7 @@ type Directory interface {
 	// and a file grows by reserve bytes of zeros at a time; 0: by what is written.
 	Sizes() (segment, compact int64, reserve int)
 	// RoomFor returns an error if the directory knows that it may have no room for so many bytes
-	// more. What frees may take the last room. Any goroutine may call it.
+	// more. What frees may take the last room.
 	RoomFor(bytes int64, frees bool) error
 	// Close gives back what the directory holds open.
 	Close() error
