@@ -94,13 +94,7 @@ func (r *room) note(members []response, spent int64) (isFull bool) {
 		}
 	}
 
-	// What we have written meanwhile may be in the sizes, and counts as spent, too. Before a survey that
-	// nobody has answered nothing is known to compare with.
-	was, sank := r.limit.Swap(spent+least), int64(0)
-	if was < math.MaxInt64 {
-		sank = was - (spent + least) - (r.spent.Load() - spent)
-	}
-	r.others.Store(max(0, sank))
+	r.others.Store(max(0, r.limit.Swap(spent+least)-spent-least))
 	if r.quota.Load() > 0 {
 		r.most.Store(max(most, pieceLeast))
 		r.piece.Store(min(r.piece.Load(), r.most.Load()))

@@ -1030,12 +1030,6 @@ func TestEtcdRoom(t *testing.T) {
 		}
 	}
 
-	r.note(nil, 0)
-	survey(187<<20, 187<<20)
-	if err := dir.RoomFor(1, false); err != nil {
-		t.Errorf("after a survey that nobody answers, and one that finds as much as before: %v", err)
-	}
-
 	survey(254<<20, 20<<20)
 	r.piece.Store(r.most.Load())
 	if n := r.piece.Load(); n > 1<<19 || n < pieceLeast || dir.RoomFor(100<<20, false) != nil {
