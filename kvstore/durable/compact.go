@@ -4,7 +4,6 @@ import (
 	"errors"
 	"maps"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"kvserver/kvstore"
@@ -15,24 +14,20 @@ import (
 var errStopped = errors.New("the store closes")
 
 // compact puts a snapshot in the place of all full files, in the background, when they have
-// minCompact bytes, and more than waste times those of the live data; where the directory has no room,
-// as soon as that makes some. It is called when a file has
+// minCompact bytes, and more than waste times those of the live data. It is called when a file has
 // become full, or the current one is empty, and the snapshot is what Memory holds then: no file is
 // read again, and a bit that has rotted in one goes with it. It always takes the whole prefix of
 // the log: a part of it, merged without what came before, would bring deleted keys back (bitcask
 // issue 82, badger issue 2143, leveldb issue 184).
 func (d *Store) compact() {
-	most := max(d.minCompact-1, d.waste*d.liveBytes())
-	if d.isShort {
-		most = d.mostInShort()
-	}
-	if d.isCompacting() || d.fullBytes <= most || !d.mayCompact() {
+	if d.isCompacting() || d.fullBytes < d.minCompact ||
+		d.fullBytes <= d.waste*d.liveBytes() || !d.mayCompact() {
 		return
 	}
 
 	// The snapshot is taken here, by the owner: from now on it stays what it is.
 	c, ended := d.newCompaction(), make(chan *compaction, 1)
-	d.compacted, d.toCome = ended, &c.toCome
+	d.compacted = ended
 	go func() {
 		c.run()
 		ended <- c
@@ -50,18 +45,8 @@ func (d *Store) liveBytes() int64 {
 // isWasteful tells whether the log is so much larger than what it holds that the current
 // file must not become full before it is compacted, as where nothing but Deletes come.
 func (d *Store) isWasteful() bool {
-	most := d.waste*d.liveBytes() + d.minCompact + d.segmentSize
-	if d.isShort {
-		most = d.mostInShort()
-	}
-	return !d.isCompacting() && d.fullBytes+d.size > most && d.mayCompact()
-}
-
-// mostInShort is how many bytes the log may have where room is short: the live data, and what is not
-// worth a compaction.
-func (d *Store) mostInShort() int64 {
-	live := d.liveBytes()
-	return live + live/2 + shortWaste
+	return !d.isCompacting() &&
+		d.fullBytes+d.size > d.waste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
 }
 
 // mayCompact tells whether a compaction may begin, if none runs: none has failed a short time ago,
@@ -136,8 +121,6 @@ type compaction struct {
 	// there is no snapshot. nil: nothing is to be prepared.
 	prepare func() error
 
-	toCome atomic.Int64 // bytes of the snapshot that are not written yet, about; any goroutine may look
-
 	// How it ended.
 	bytes   int64         // of the snapshot
 	written storage.Stamp // what that is; the zero Stamp: there is none
@@ -150,11 +133,9 @@ func (c *compaction) isDone() bool { return c.written.ID != nil }
 // newCompaction is one of all full files, at a moment when these make what Memory holds.
 func (d *Store) newCompaction() *compaction {
 	// The current file begins behind what the snapshot has.
-	c := &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
+	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
 		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
 			first: d.current.header.first}}
-	c.toCome.Store(d.liveBytes())
-	return c
 }
 
 // run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
@@ -182,16 +163,7 @@ func (c *compaction) run() {
 
 // fill writes the snapshot's frames, and prepares.
 func (c *compaction) fill(w *logWriter) error {
-	live := c.toCome.Load()
-	err := writeAll(w, c.store, func() error {
-		c.toCome.Store(max(0, live-w.size))
-		select {
-		case <-c.stop:
-			return errStopped
-		default:
-			return nil
-		}
-	})
+	err := writeAll(w, c.store, c.stop)
 	c.bytes = w.size
 	if err != nil || c.prepare == nil {
 		return err
@@ -205,20 +177,18 @@ func (c *compaction) fill(w *logWriter) error {
 	return c.prepare()
 }
 
-// writeAll writes what store holds as a snapshot's frames: each key with all its values, or where
-// these are many, with as many as make the key's own length a small part. Before each frame it asks
-// mayGoOn; nil: it may.
-func writeAll(w *logWriter, store kvstore.Snapshot, mayGoOn func() error) error {
+// writeAll writes what store holds as a snapshot's frames, until stop is closed: each key with all
+// its values, or where these are many, with as many as make the key's own length a small part.
+func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error {
 	var payload []byte
 	f := frame{sequence: 1}
 
 	// A store that closes waits for one frame at most.
 	flush := func() error {
-		if mayGoOn != nil {
-			err := mayGoOn()
-			if err != nil {
-				return err
-			}
+		select {
+		case <-stop:
+			return errStopped
+		default:
 		}
 		err := w.append(f, payload, 0)
 		f.sequence++

@@ -289,9 +289,6 @@ func (j *journal) vouch() {
 	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < 2*frameSize) {
 		due, j.vouched = false, true // or the timer would come again and again
 	}
-	if due && j.zerosAhead == 0 && j.dir.RoomFor(2*frameSize, false) != nil {
-		due, j.vouched = false, true
-	}
 	j.mu.Unlock()
 	if due {
 		j.appendFrame(frameSynced, nil, 0)

@@ -65,7 +65,7 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	case !frees && d.noHeal != nil:
 		return d.noHeal
 	case d.zerosAhead == 0:
-		return d.roomInDirectory(need, frees)
+		return d.dir.RoomFor(need, frees)
 	case frees:
 		return d.roomToFree(need)
 	}
@@ -131,24 +131,6 @@ func (d *Store) roomToWrite(bytes int64) error {
 	err := d.makeRoom(need)
 	if err != nil {
 		d.spare.cut(max(had, d.toDelete(0)+int64(d.zerosAhead)))
-	}
-	return err
-}
-
-// roomInDirectory is Room where the directory knows what room it has. What does not free leaves room
-// for a snapshot of all, or nothing could make the log smaller any more.
-func (d *Store) roomInDirectory(need int64, frees bool) error {
-	switch {
-	case frees:
-	case d.isCompacting():
-		need += d.toCome.Load()
-	default:
-		need += d.liveBytes()
-	}
-
-	err := d.dir.RoomFor(need, frees)
-	if !frees || err != nil {
-		d.isShort = err != nil
 	}
 	return err
 }

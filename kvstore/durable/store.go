@@ -71,10 +71,6 @@ const (
 	// the live data.
 	maxWaste = 2
 
-	// Bytes of the log that are worth a compaction where the directory has no room, beside half of the
-	// live data.
-	shortWaste = 1 << 20
-
 	progressTime = time.Second      // between two lines about a long load
 	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
 	rotateTime   = time.Second      // until a new file that could not be made is tried again
@@ -116,9 +112,7 @@ type Store struct {
 	fullBytes               int64            // bytes in full files and the snapshot
 	snapshot                uint64           // number of the snapshot; 0: none
 	compacted               chan *compaction // is sent the one that runs at its end; nil: none runs
-	toCome                  *atomic.Int64    // bytes that it has yet to write; nil: none runs
 	compactAfter            time.Time        // before then none is tried
-	isShort                 bool             // the directory had no room for what was to be written last
 	stop                    chan struct{}    // closed by Close: the compaction gives up
 
 	// Looking whether others have changed the files.

@@ -129,12 +129,11 @@ type (
 		Responses []struct {
 			Range found `json:"response_range"`
 		} `json:"responses"`
-		Errors []string `json:"errors"` // what is wrong, such as an alarm
-		Token  string   `json:"token"`
-		Leader string   `json:"leader"`
-		Size   int64    `json:"dbSize,string"`
-		InUse  int64    `json:"dbSizeInUse,string"`
-		Quota  int64    `json:"dbSizeQuota,string"` // since 3.6
+		Token  string `json:"token"`
+		Leader string `json:"leader"`
+		Size   int64  `json:"dbSize,string"`
+		InUse  int64  `json:"dbSizeInUse,string"`
+		Quota  int64  `json:"dbSizeQuota,string"` // since 3.6
 	}
 )
 
@@ -249,7 +248,6 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 
 	// Pieces begin small, and tookPiece doubles them while the link is fast enough.
 	c.piece.Store(pieceFirst)
-	c.most.Store(pieceMost)
 	return c, nil
 }
 
@@ -385,9 +383,7 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 	}
 
 	// Until the next survey, this one decides how much may be written.
-	if c.note(answers, spent) {
-		c.noteFull(true) // a sign of life will say when that is over
-	}
+	c.note(answers, spent)
 
 	return ids
 }

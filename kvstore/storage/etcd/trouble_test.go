@@ -867,10 +867,10 @@ func TestEtcdQuota(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		e.quota = 12 << 20
-		d, _ := e.open(t)
+		d, w := e.open(t)
 		value := make([]byte, 128<<10)
 		n := 0
-		for d.Room(int64(len(value)), false) == nil && n < 200 {
+		for w.dir.RoomFor(int64(len(value)), false) == nil && n < 200 {
 			rand.Read(value)
 			d.Put(fmt.Sprint(n), string(value))
 			if err := d.Commit(); err != nil {
@@ -885,7 +885,7 @@ func TestEtcdQuota(t *testing.T) {
 		}
 		<-time.After(2 * time.Second)
 		for i := range n {
-			if err := d.Room(10, true); err != nil {
+			if err := w.dir.RoomFor(10, true); err != nil {
 				t.Fatalf("Delete number %d of %d: %v", i, n, err)
 			}
 			d.Delete(fmt.Sprint(i))
@@ -893,17 +893,9 @@ func TestEtcdQuota(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.AwaitCompaction()
-
-			// A snapshot of the rest has room, which is all that must be there for that.
-			if i == n*2/3 {
-				<-time.After(2 * time.Second)
-				if err := d.Room(int64(len(value)), false); err != nil {
-					t.Errorf("after two thirds were deleted: %v", err)
-				}
-			}
 		}
 		<-time.After(2 * time.Second)
-		if err := d.Room(int64(len(value)), false); err != nil {
+		if err := w.dir.RoomFor(int64(len(value)), false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
 		}
 		if e.forgot == 0 {
@@ -911,135 +903,6 @@ func TestEtcdQuota(t *testing.T) {
 		}
 		d.Close()
 	})
-}
-
-// Ensure that a server that is alone never fills its cluster, whatever a compaction writes beside
-// its clients; and that clients who overwrite what is there are served again and again.
-func TestEtcdQuotaOfOverwrites(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		e := newFakeEtcd()
-		e.quota = 27 << 19
-		d, w := e.open(t)
-		w.mu.Lock()
-		w.rate = 2 << 20
-		w.mu.Unlock()
-		d.Put("live", shrinking(3<<20, 1))
-		value, taken := make([]byte, 100<<10), 0
-		for i := range 300 {
-			if d.Room(int64(len(value)), false) == nil {
-				rand.Read(value)
-				d.Set(fmt.Sprint(i%10), string(value))
-				taken = i
-			}
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-			<-time.After(10 * time.Millisecond)
-			if w.isFull() {
-				t.Fatalf("the cluster is full after %d writes", i)
-			}
-		}
-		if taken < 250 {
-			t.Errorf("of 300 writes the last that is taken is number %d", taken)
-		}
-		d.Close()
-	})
-}
-
-// Ensure that where a write is refused etcd is soon told to forget the past, and that a quota that is
-// raised is noticed, as where members are started again.
-func TestEtcdQuotaIsRaised(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newFakeEtcd()
-		e.quota = 4 << 20
-		d, _ := e.open(t)
-		for range 3 {
-			d.Set("k", shrinking(300<<10, 1))
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
-			}
-			d.AwaitCompaction()
-		}
-		<-time.After(3 * time.Second)
-		if err := d.Room(4<<20, false); !errors.Is(err, syscall.ENOSPC) {
-			t.Errorf("a write that is as large as the quota: %v", err)
-		}
-		e.mu.Lock()
-		if e.quota = 64 << 20; e.forgot > 0 {
-			t.Error("etcd is told to forget what it has room for")
-		}
-		e.mu.Unlock()
-		<-time.After(3 * time.Second)
-		e.mu.Lock()
-		if e.forgot == 0 {
-			t.Error("etcd keeps what was overwritten")
-		}
-		e.mu.Unlock()
-		if err := d.Room(4<<20, false); err != nil {
-			t.Errorf("once the quota is raised: %v", err)
-		}
-		d.Close()
-	})
-}
-
-// Ensure that a server whose cluster has little room notices an alarm before its next sign of life;
-// and that nothing of it waits for room then, for a request behind that would wait, too.
-func TestEtcdAlarmIsSeen(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, h := newFakeEtcd(), storetest.NewHistory()
-		e.quota, e.inUse = 64<<20, 48<<20
-		d, w := e.open(t)
-		<-time.After(3 * time.Second)
-		sent := *w.dir.lock.confirmed.Load()
-		for sent == *w.dir.lock.confirmed.Load() {
-			<-time.After(time.Millisecond)
-		}
-		commit(t, d, h, "k", "v")
-		e.setFull(true)
-		<-time.After(2 * scarceTime)
-		if err := d.Room(10, true); !errors.Is(err, syscall.ENOSPC) {
-			t.Errorf("a Delete soon after an alarm: %v", err)
-		}
-
-		// By now a frame would be due that says that all is on disk.
-		<-time.After(3 * time.Second)
-		if path := d.Syncing(); path != "" {
-			t.Errorf("the store waits for %s", path)
-		}
-		e.setFull(false)
-		d.Close()
-	})
-}
-
-// Ensure that what is free in a database of which little is left until its quota can be used, in
-// pieces that the quota allows; and that what others write is kept free.
-func TestEtcdRoom(t *testing.T) {
-	dir, _ := newFakeEtcd().dir(t, t.Context(), "")
-	r := &dir.client.room
-	survey := func(size, inUse int64) {
-		r.note([]response{{Size: size, InUse: inUse, Quota: 256 << 20}}, r.spent.Load())
-	}
-	for _, c := range []struct {
-		size  int64 // of the database, in MiB, at each survey
-		isLow bool
-	}{{150, false}, {155, false}, {185, true}, {187, false}} {
-		survey(c.size<<20, c.size<<20)
-		if err := dir.RoomFor(1, false); c.isLow != (err != nil) {
-			t.Errorf("after a survey finds %d MiB of 256: %v", c.size, err)
-		}
-	}
-
-	survey(254<<20, 20<<20)
-	r.piece.Store(r.most.Load())
-	if n := r.piece.Load(); n > 1<<19 || n < pieceLeast || dir.RoomFor(100<<20, false) != nil {
-		t.Errorf("2 MiB before the quota a piece has %d bytes, or there is no room", n)
-	}
-	r.piece.Add(-pieceLeast)
-	dir.client.tookPiece(int(r.piece.Load()), 0)
-	if n, most := r.piece.Load(), r.most.Load(); n != most {
-		t.Errorf("2 MiB before the quota a fast link makes pieces of %d bytes, want %d", n, most)
-	}
 }
 
 // Ensure that etcd's own word is told where it takes only tiny requests.
