@@ -27,7 +27,6 @@ import (
 	"time"
 
 	"kvserver/kvstore"
-	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 )
 
@@ -1081,7 +1080,7 @@ func (s *keyValueServer) admit(q *Query) {
 	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
 		why, todo := "the disk is full", "; make room"
-		if errors.Is(err, durable.ErrSpoiled) {
+		if !storage.IsFull(err) {
 			why, todo = "the data cannot be saved", ""
 		}
 		q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))

@@ -353,7 +353,8 @@ func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (
 		case place > 0:
 			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
 			return delivered, dropped, ended, false
-		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"):
+		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"),
+			strings.Contains(text, "cannot be saved"):
 			delivered++
 		case strings.HasPrefix(text, ":PONG end"):
 			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
