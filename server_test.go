@@ -3494,7 +3494,7 @@ func (r *roomless) Room(_ int64, frees bool) error {
 		r.frees.Add(1)
 	}
 	if r.full.Load() {
-		return cmp.Or(r.why, errors.New("no space"))
+		return cmp.Or(r.why, error(syscall.ENOSPC))
 	}
 	return nil
 }
@@ -3747,7 +3747,8 @@ func TestTakeOnAFullServer(t *testing.T) {
 		a.want(":OK 0")
 		synctest.Wait()
 		db.full.Store(true)
-		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: no space", ":PONG")
+		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: "+
+			syscall.ENOSPC.Error(), ":PONG")
 		db.full.Store(false)
 		b.ask("Put:k:w\nPing", ":PONG")
 		a.want("k:w", ":OK 1")
