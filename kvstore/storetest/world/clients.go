@@ -229,7 +229,7 @@ func (v *visitor) ping() {
 			return
 		}
 
-		// A calm network takes far less.
+		// A calm network takes far less than a quarter of a second.
 		if took, most := time.Since(asked), time.Second/4+v.slack(); took > most {
 			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
 		}

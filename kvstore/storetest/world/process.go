@@ -289,6 +289,8 @@ func (p *process) serve(db *durable.Store) {
 	for range 2 + r.IntN(7) {
 		p.visit(&clients, Pick(r, some...))
 	}
+
+	// These are of no use to other servers.
 	if p.settings.TLS != nil {
 		p.visit(&clients, kind{"says nothing", (*visitor).silence, false, true})
 	}
@@ -461,6 +463,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	}
 	p.quiet = quiet && p.fsync != durable.FsyncNever
 
+	// What it has read by now is answered: see checkDebts.
 	p.mu.Lock()
 	for _, c := range p.conns {
 		p.taken[c] = c.taken()
