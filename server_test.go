@@ -2835,7 +2835,8 @@ func TestMaxClientsAndPing(t *testing.T) {
 	addr := startTCP(t, s)
 	dialTCP(t, addr).ask("Ping", ":PONG")
 	runBinary(t, "", "it answers", true, "-addr", addr, "-ping")
-	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false, "-addr", addr, "-c", "Get:k")
+	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
+		"-addr", addr, "-c", "Get:k")
 }
 
 // ---- server.go: turns of clients
@@ -3471,7 +3472,8 @@ func TestExpireOnAFullDisk(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Get:k", "k:v")
 		pass(5 * time.Minute)
-		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: no space", ":OK 0")
+		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: "+
+			syscall.ENOSPC.Error(), ":OK 0")
 		db.full.Store(false)
 		pass(2 * expireTime)
 		keys, _, _ := db.Size()
