@@ -9,11 +9,11 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// Backup copies the store in dir to out, which is empty. It takes no lock of dir and asks no
-// server: beside a process that has the store open it reads at least what that had written when
-// Backup began, whole frames only, and that is everything that was answered by then. It checks what
-// it copies; the copy opens like any store. step, if not nil, is told after each frame how many
-// bytes were copied of about how many.
+// Backup copies the store in dir to out, which is empty. It takes no lock of dir and asks no server:
+// beside a process that has the store open it reads at least what that had written when Backup
+// began, whole frames only, and that is everything that was answered by then. It checks the
+// checksums and the order of what it copies; the copy opens like any store. step, if not nil, is
+// told after each frame how many bytes were copied of about how many.
 func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Report, err error) {
 	err = fillDirectory(out, func() (err error) {
 		var c copier

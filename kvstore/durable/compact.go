@@ -157,7 +157,7 @@ func (c *compaction) run() {
 		}
 	}
 
-	// One that somebody has emptied must not come back: below a snapshot a start wants full files.
+	// Sync: an emptied file that came back after a crash would make the start refuse the store.
 	c.err = errors.Join(err, c.dir.Sync())
 }
 

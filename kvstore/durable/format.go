@@ -376,8 +376,8 @@ type logWriter struct {
 }
 
 // createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
-// leaves the whole file, or none of that name. If it fails there is none but STORE, which stays
-// where only its name may not be on disk; and a crash may bring a whole one back. The stamp is what
+// leaves the whole file, or none of that name. If it fails the file is removed, but STORE stays if
+// only the last Sync failed. After a crash the removed file may be back, whole. The stamp is what
 // the file is then: another one that has its name is somebody else's.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {

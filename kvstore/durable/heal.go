@@ -26,8 +26,8 @@ type changes struct {
 	strangers []string // what a start refuses, and is not ours to remove
 }
 
-// changed looks what has changed. It costs a look at each file. An error says that nobody can look
-// now.
+// changed looks what has changed, and takes note of what it sees. It costs a look at each file. An
+// error says that nobody can look now.
 func (d *Store) changed() (c changes, err error) {
 	// The timer does not make the current file longer meanwhile.
 	d.writing <- struct{}{}

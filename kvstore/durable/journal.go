@@ -81,7 +81,7 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 		return
 	}
 
-	// Behind a frame without records nothing may follow for long, so it makes no room for that.
+	// After a frame without records perhaps nothing is written for long, so add no zeros.
 	zeros := j.zerosAhead
 	if kind != frameRecords {
 		zeros = 0

@@ -238,9 +238,8 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// read reads the next file, and has each told of its frames. The last is the newest, or the one
-// before that if a rotation was stopped between the two. After an error it can go on with the next
-// file.
+// read reads the next file, and has each told of its frames. The last is the newest file, or the one
+// before it if the newest is empty (judgeFile). After an error it can go on with the next file.
 func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	l, first := s.logs[s.at], s.first
@@ -456,7 +455,7 @@ func (d *Store) resume(ends []logEnd) error {
 		d.known[e.header.name()] = e.stamp
 	}
 
-	// No frame in an empty file calls the end of the one before synced.
+	// end is empty, so no frame says that the file before it is on disk.
 	if n := len(full); n > 0 && end.frames == 0 && full[n-1].header.kind == kindSegment {
 		w, err := reopen(d.dir, full[n-1])
 		if err != nil {
@@ -478,8 +477,8 @@ func (d *Store) resume(ends []logEnd) error {
 			w.path, "offset", end.offset, "bytes", end.bytes)
 	}
 
-	// From here on all that was loaded is on disk. (Behind a header of an older Repair, which has no
-	// first, the first frame is the first of all.)
+	// From here on all that was loaded is on disk. (An older Repair wrote headers with first = 0:
+	// then the first frame is 1.)
 	last := max(end.next, 1) - 1
 	d.number, d.sequence, d.synced = end.header.number, last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords

@@ -566,7 +566,7 @@ func (d *Store) Close() error {
 		err = d.writeCleanStop()
 	}
 
-	// Room that is cut off is the next start's to delete with, if the disk is full.
+	// On a full disk the room that is cut off goes to SPARE, for Deletes after the next start.
 	d.writing <- struct{}{}
 	if err == nil {
 		err = d.current.trim()
