@@ -332,6 +332,12 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		m.Set(key, value)
 	case opRemove:
 		m.RemoveAt(key, value, place)
+	case opTake:
+		m.Take(key)
+	case opExpire:
+		m.Expire(key, int64(number))
+
+	// A key's values in a snapshot, as many as it says.
 	case opList:
 		for range number {
 			value = f.text()
@@ -340,10 +346,7 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 			}
 			m.Put(key, value)
 		}
-	case opTake:
-		m.Take(key)
-	case opExpire:
-		m.Expire(key, int64(number))
+
 	default:
 		return fmt.Errorf("a record of the unknown kind %d", op)
 	}

@@ -483,15 +483,18 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int) (r
 		switch {
 		case err == nil:
 			return answer, nil
+
+		// A part of it may fit, or be in time: the caller asks again for less.
 		case isTooMuch(err) && size > pieceLeast && ctx.Err() == nil:
-			// A part of it may fit, or be in time: the caller asks again for less.
 			return answer, errSmaller
+
+		// This failure may pass: ask on for as long as ctx allows.
 		case !isFinal(err):
-			// This failure may pass: ask on for as long as ctx allows.
 			clear(refused)
 			why = nil
+
+		// It is another cluster only if all members are.
 		case !errors.Is(err, ErrOther) || why == nil:
-			// It is another cluster only if all members are.
 			why = err
 			fallthrough
 		default:

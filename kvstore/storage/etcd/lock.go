@@ -238,6 +238,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		return errFull
 	case isFull:
 		stage = errFull.Error()
+
 	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
 		// No waiting helps where all refuse, or the lock is no lock.
 		return err
@@ -249,6 +250,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		if w.Token != "" {
 			stage += "; before that " + was
 		}
+
 	case isImpatient && before != 0 && before != w.revision && !w.Released:
 		// A sign of life came between two looks, so the holder lives, and we need not wait.
 		return fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
@@ -432,12 +434,15 @@ func (l *clusterLock) show(sent time.Time) bool {
 		l.confirm(sent, answer)
 		l.silent = false
 		return true
+
+	// The lock is another one, or missing: judge ends it, or retake takes it anew.
 	case err == nil:
-		// The lock is another one, or missing: judge ends it, or retake takes it anew.
 		l.judge(answer.read(0).KVs)
 		if err := l.retake(l.beating); err != nil && isLate {
 			l.fail(err) // else the next sign of life will fail, too
 		}
+
+	// It did not arrive.
 	case isLate:
 		l.fail(fmt.Errorf("%w for %v: %w", ErrUnreachable, patienceTime, err))
 	case errors.Is(err, ErrUnreachable):
