@@ -149,8 +149,9 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 		x.Do(t, store, m)
 
 		switch random.IntN(20) {
+
+		// A caller that appends to its list must not write into the store's memory.
 		case 0, 1:
-			// A caller that appends to its list must not write into the store's memory.
 			list := store.Get(key)
 			if cap(list) > len(list) {
 				t.Fatalf("a list of %d leaves room to append to", len(list))
@@ -164,8 +165,9 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 				snapshots = append(snapshots, taken{s, m.Clone()})
 				snapshots = snapshots[max(0, len(snapshots)-3):]
 			}
+
+		// What the server does with a key whose time has come is a Delete.
 		case 5:
-			// What the server does with a key whose time has come is a Delete.
 			if due, ok := store.NextDue(x.At); ok {
 				Step{Op: "Delete", Key: due}.Do(t, store, m)
 			}

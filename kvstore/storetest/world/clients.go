@@ -442,30 +442,35 @@ func (v *visitor) garbage() {
 
 		// Without a colon no junk can be a request that changes a list.
 		v.conn.Write(bytes.ReplaceAll(junk, []byte(":"), nil))
+
+	// A TLS record begins so: the good lines behind it must not be run.
 	case 1:
-		// A TLS record begins so: the good lines behind it must not be run.
 		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
+
+	// A web page can have a browser send this: the lines behind the head must not be run.
 	case 2:
-		// A web page can have a browser send this: the lines behind the head must not be run.
 		io.WriteString(v.conn, Pick(r, "GET / HTTP/1.1",
 			"POST /"+strings.Repeat("a", 2*maxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
+
+	// A line longer than any may be is skipped, and not run in parts.
 	case 3:
-		// A line longer than any may be is skipped, and not run in parts.
 		for range 5 {
 			if _, err := io.WriteString(v.conn,
 				strings.Repeat("Put:shared0:evil", 1000)); err != nil {
 				break
 			}
 		}
+
+	// A line without its end may be the half of a longer one.
 	case 4:
-		// A line without its end may be the half of a longer one.
 		v.conn.Write([]byte("Put:shared0:evil"))
 		v.conn.CloseWrite()
 	case 5:
 		v.dribble()
 		return
+
+	// A client of Redis begins so: lines behind it must not be run, as behind a browser's.
 	case 6:
-		// A client of Redis begins so: lines behind it must not be run, as behind a browser's.
 		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
 	case 7: // a long line that does not end, and waits for its turn beside others
 		io.WriteString(v.conn, Pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+

@@ -136,8 +136,9 @@ func (p *process) operate() {
 		switch r.IntN(6) {
 		case 5:
 			p.tidyUp(r)
+
+		// A directory that has been moved ends what the server can do, so that is rare.
 		case 4:
-			// A directory that has been moved ends what the server can do, so that is rare.
 			if Chance(r, 4) {
 				p.move()
 			}
@@ -145,8 +146,9 @@ func (p *process) operate() {
 			p.pause(Between(r, 0, 4*time.Second))
 		case 1:
 			p.backup(r)
+
+		// A check only reads, and must not take what is being written for damage.
 		case 2:
-			// A check only reads, and must not take what is being written for damage.
 			report, err := durable.Check(p.dir)
 			if !p.isDisturbed() && (err != nil || report.Damaged) {
 				p.fail("a check beside the server: %v, %v", report.Lines, err)

@@ -409,14 +409,15 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 	var damage *storage.DamageError
 
 	switch {
+	// It may have opened the store all the same, whose files would be taken for left open.
 	case isClosed(p.killed):
-		// It may have opened the store all the same, whose files would be taken for left open.
 		if err == nil {
 			db.Close()
 		}
 		w.dir = p.after
+
+	// A check must find what the start has refused.
 	case rotten && (errors.As(err, &damage) || errors.Is(err, storage.ErrNotOurs)):
-		// A check must find what the start has refused.
 		w.tell("refused: %v", err)
 		w.dir.Before = nil
 		if r, err := durable.Check(w.dir); err == nil && !r.Damaged {

@@ -343,6 +343,7 @@ func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (
 		switch n := 0; {
 		case !whole && line != "" && !mayBeTorn:
 			v.fail("%s: the last line is torn: %.60q", v.id, line)
+
 		// Nothing stands behind the last newline, or the connection broke in a line.
 		case !whole:
 		case text == list[place]:
@@ -353,9 +354,13 @@ func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (
 		case place > 0:
 			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
 			return delivered, dropped, ended, false
+
+		// What takes the place of a reply.
 		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"),
 			strings.Contains(text, "cannot be saved"):
 			delivered++
+
+		// The end tells how many were dropped.
 		case strings.HasPrefix(text, ":PONG end"):
 			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
 			ended = asked
