@@ -602,14 +602,15 @@ func (d *Store) isWhole() error {
 // more whether the store is ours. It does nothing where the disk has no room for it, and for the
 // frame that says that another file follows.
 func (d *Store) writeCleanStop() error {
+	err := d.dir.RoomFor(2*frameSize, true)
 	if d.zerosAhead > 0 {
-		err := d.current.makeRoom(2 * frameSize)
-		switch {
-		case storage.IsFull(err):
-			return nil
-		case err != nil:
-			return err
-		}
+		err = d.current.makeRoom(2 * frameSize)
+	}
+	switch {
+	case storage.IsFull(err):
+		return nil
+	case err != nil:
+		return err
 	}
 
 	// A flipped bit in front of this frame is damage at the next start, never a torn end.

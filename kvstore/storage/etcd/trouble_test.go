@@ -1018,3 +1018,30 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a store whose cluster is full is closed without its last frame, and opens again.
+func TestEtcdCloseWhileFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		e.quota = 64 << 20
+		d, _ := e.open(t)
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(5 * time.Second)
+		e.setFull(true)
+		<-time.After(5 * time.Second)
+
+		began := time.Now()
+		if err := d.Close(); err != nil || time.Since(began) > time.Second {
+			t.Errorf("Close: %v, after %v", err, time.Since(began))
+		}
+		e.setFull(false)
+		again, _ := e.open(t)
+		if got := again.Get("k"); len(got) != 1 {
+			t.Errorf("then there are %q", got)
+		}
+		again.Close()
+	})
+}
