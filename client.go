@@ -1343,6 +1343,16 @@ func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	return o.newMessage()
 }
 
+// pins tells whether replies that wait keep long lists, of which others may have removed values.
+func (o *outbox) pins() bool {
+	for q := o.next; q != nil; q = q.next {
+		if len(q.values) > 0 && q.bytes > kvstore.ViewMost {
+			return true
+		}
+	}
+	return false
+}
+
 // cloneWaiting clones the short lists of replies that wait, so that they keep no memory of the
 // store.
 func (o *outbox) cloneWaiting() {
@@ -1506,7 +1516,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
-	case o.slow && (hasBegun || mayCut) && o.budget.isPinned():
+	case o.slow && (hasBegun || mayCut && o.pins()) && o.budget.isPinned():
 		return isCutOff, "it took nothing of a long reply, and writes need the memory of its values"
 	case isAwaited && o.slow:
 		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"

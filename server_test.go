@@ -4026,6 +4026,23 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 	}
 }
 
+// Ensure that a client whose replies keep no memory of the store is not cut off for it.
+func TestMemoryLimitBesideShortReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		n.fill("small", strings.Repeat("v", kilo), 1)
+		mute, other := n.dialAck(t), n.dial(t)
+		go mute.sendSome(strings.Repeat("Get:small\n", 3*maxBufferSize))
+		for range 5 {
+			pass(seenSlow)
+			b.other.Store(b.forData())
+		}
+		equal(t, "clients", other.stat("clients"), 2)
+		mute.close()
+	})
+}
+
 // Ensure that data which is there at the start counts once, whenever a collection comes.
 func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	s := New(kvstore.NewMemory())

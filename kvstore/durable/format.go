@@ -392,6 +392,8 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// Errors name the file as people will look for it. Its bytes are on disk before the name is.
 	w := &logWriter{f: f, path: d.Path(name)}
 	err = fill(w)
+	_, _, zeros := d.Sizes()
+	w.isWatched = zeros > 0 // from its end on
 	if err == nil {
 		err = w.sync()
 	}
@@ -437,8 +439,6 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 		if err == nil && fill != nil {
 			err = fill(w)
 		}
-		_, _, zeros := d.Sizes()
-		w.isWatched = zeros > 0 // from its end on
 		return err
 	})
 }
@@ -532,8 +532,8 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// look looks whether the last frame, which ends at end, is where it was written. It is not in a copy that was made before
-// it, and that somebody has put over the file since.
+// look looks whether the last frame, which ends at end, is where it was written. It is not in a copy
+// that was made before it, and that somebody has put over the file since.
 func (w *logWriter) look(end int64) error {
 	if !w.isWatched {
 		return nil
@@ -547,7 +547,7 @@ func (w *logWriter) look(end int64) error {
 // check returns an error if the file does not begin and end as it was written.
 func (w *logWriter) check() error {
 	err := w.look(w.size)
-	if w.isWatched && !w.isSpoiled {
+	if w.isWatched && !w.isSpoiled && w.header.kind != 0 { // STORE has no header
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)
 
@@ -672,6 +672,7 @@ func writeID(dir storage.Directory, id storeID) (storage.Stamp, error) {
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
 	return createFile(dir, storage.StoreName, func(w *logWriter) error {
+		copy(w.end[:], line[len(line)-frameSize:])
 		return w.write([]byte(line))
 	})
 }

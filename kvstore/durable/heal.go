@@ -104,7 +104,9 @@ func (d *Store) lookForFiles(now time.Time) error {
 			!slices.Contains(c.spoiled, d.current.header.name()) {
 			return nil
 		}
+		d.healing.Store(true) // a stop waits for this, too
 		d.AwaitCompaction()
+		d.healing.Store(false)
 		return d.lookForFiles(now)
 	}
 

@@ -1523,8 +1523,8 @@ func TestRemovedBesideACompaction(t *testing.T) {
 				answered <- d.Commit()
 			}()
 			synctest.Wait()
-			if len(answered) > 0 {
-				t.Errorf("%s is gone, and a Commit is answered", name)
+			if len(answered) > 0 || !d.IsHealing() {
+				t.Errorf("%s is gone: a Commit is answered, or a stop would not wait", name)
 			}
 			close(goOn)
 			if err := <-answered; err != nil {
@@ -1605,5 +1605,32 @@ func TestHealOfATruncatedFrame(t *testing.T) {
 		put()
 		wantAll(t, "a frame was truncated", dir.Kill(), maps.Collect(d.All()))
 		d.Close()
+	})
+}
+
+// Ensure the same of STORE, which a heal writes anew.
+func TestStoreEmptiedWhileItIsWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("k", "v")
+		isEmptied := false
+		dir.Before = func(c storetest.Call) error {
+			if !isEmptied && c.What == "fstat" && c.Name == storage.StoreName+tmpSuffix {
+				isEmptied = true
+				dir.Empty(c.Name)
+			}
+			return nil
+		}
+		dir.Remove(storage.StoreName)
+		for range 2 {
+			<-time.After(2 * lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil || !isEmptied {
+			t.Errorf("Close: %v; STORE was emptied: %v", err, isEmptied)
+		}
+		wantAll(t, "after a STORE that was emptied", dir, map[string][]string{"k": {"v"}})
 	})
 }
