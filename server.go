@@ -1068,6 +1068,7 @@ func (s *keyValueServer) admit(q *Query) {
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
+		s.budget.refused.Store(time.Now().Unix())
 		s.collect()
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
@@ -1259,6 +1260,8 @@ type budget struct {
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	other  atomic.Int64 // what was alive beside all these after the last collection
 
+	refused atomic.Int64 // when a write was last refused, in seconds of Unix time; 0: never
+
 	// One slot each for a line beyond the share of lines: for any, and for one that frees.
 	anyLine, freeing semaphore
 }
@@ -1324,11 +1327,15 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // these there is a quarter more.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned tells whether writes will soon be refused, or are, while much is alive that is neither
-// stored nor queued: values that replies hold, and that were deleted meanwhile.
+// isPinned tells whether a write was refused just now, or soon will be, while much is alive that is
+// neither stored nor queued: values that replies hold, and that were deleted meanwhile.
 func (b *budget) isPinned() bool {
-	return b.limit > 0 && b.other.Load() > b.shared()/queuesShare && !b.fits(b.forData()/8, 0)
+	isFull := !b.fits(b.forData()/8, 0) || time.Now().Unix()-b.refused.Load() <= refusedTime
+	return b.limit > 0 && isFull && b.other.Load() > b.shared()/queuesShare
 }
+
+// refusedTime is for how many seconds after a refused write a reply that holds memory is cut.
+const refusedTime = 10
 
 // hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
 func (b *budget) hasRoomFor(bytes, more int64) bool {
