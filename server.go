@@ -668,7 +668,6 @@ func (s *keyValueServer) workLoop() {
 				s.welcome(conn)
 			}
 
-		// What clients have sent, and what waits for its turn.
 		case q := <-s.queries:
 			s.runBatch(q)
 		case <-more:
@@ -677,7 +676,6 @@ func (s *keyValueServer) workLoop() {
 			s.gathering.isOver = true
 			s.runBatch(s.nextQuery())
 
-		// What the time brings.
 		case <-alarm:
 			alarm = nil
 			s.runBatch(nil)

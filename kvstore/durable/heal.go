@@ -135,10 +135,12 @@ func (d *Store) lookForFiles(now time.Time) error {
 		d.log.Info("the files are whole again: writes are taken", "dir", d.dir.Path(""))
 	}
 	d.healWait, d.noHeal = 0, nil
+	return d.tellOfOthers(slices.Concat(c.strangers, c.leftovers))
+}
 
-	// Strangers are not ours to remove, and leftovers could not be. A line for each change, not one
-	// for each look.
-	others := slices.Concat(c.strangers, c.leftovers)
+// tellOfOthers tells the log of files with which the next start is refused: strangers are not ours to
+// remove, and leftovers could not be. A line for each change, not one for each look.
+func (d *Store) tellOfOthers(others []string) error {
 	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
 		d.log.Error("files that are none of this store's were put into its directory: take them away, "+
 			"or the next start is refused", "files", others, "dir", d.dir.Path(""))

@@ -275,10 +275,9 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	// A crash after this must not leave a copy in a directory that is not there.
 	err = os.Mkdir(path, 0o700)
 	isNew := err == nil
-	switch {
-	case isNew:
+	if isNew {
 		err = syncParent(path)
-	case errors.Is(err, fs.ErrExist):
+	} else if errors.Is(err, fs.ErrExist) {
 		err = nil
 	}
 	if err == nil {

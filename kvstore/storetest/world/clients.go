@@ -435,13 +435,7 @@ func (v *visitor) garbage() {
 
 	switch what {
 	case 0:
-		junk := make([]byte, r.IntN(2000))
-		for i := range junk {
-			junk[i] = byte(r.Uint32())
-		}
-
-		// Without a colon no junk can be a request that changes a list.
-		v.conn.Write(bytes.ReplaceAll(junk, []byte(":"), nil))
+		v.conn.Write(junk(r))
 
 	// A TLS record begins so: the good lines behind it must not be run.
 	case 1:
@@ -483,4 +477,13 @@ func (v *visitor) garbage() {
 		v.conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 		io.Copy(io.Discard, v.r)
 	}
+}
+
+// junk is some bytes, without a colon: so they are no request that changes a list.
+func junk(r *rand.Rand) []byte {
+	b := make([]byte, r.IntN(2000))
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return bytes.ReplaceAll(b, []byte(":"), nil)
 }
