@@ -240,7 +240,7 @@ var verbs = [queryTypes]verb{
 
 	expire: {name: "Expire", form: "Expire:key:seconds",
 		needs: "a key, and seconds up to 4000000000 or nothing",
-		does:  "delete the key after seconds; 0: never; without: seconds left",
+		does:  "delete the key after seconds; 0: never; none: time left",
 		parse: parseExpire, effect: adds, shrinks: expireShrinks,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) {
