@@ -999,8 +999,8 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 }
 
 // giveUp ends the process if ended is not closed within stopTime. While all data is written anew it
-// waits on.
-// It counts ticks, for where the process stands still for a while that is one tick. One goroutine.
+// waits on. It counts ticks, for where the process stands still for a while that is one tick. One
+// goroutine.
 func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 	for left := stopTime; left > 0; left -= tickTime {
 		select {

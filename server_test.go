@@ -4026,6 +4026,20 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 	}
 }
 
+// Ensure that a client that speaks TLS counts for what that takes.
+func TestMemoryLimitCountsTLS(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls = serverConfig(t)
+		a := n.dial(t)
+		a.overTLS()
+		a.ask("Ping", ":PONG")
+		synctest.Wait()
+		equal(t, "bytes of one client", n.server.budget.store.Load()-n.server.db.Footprint(),
+			memoryPerClient+memoryOfTLS)
+		a.hangUp()
+	})
+}
+
 // Ensure that a client whose replies keep no memory of the store is not cut off for it.
 func TestMemoryLimitBesideShortReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
