@@ -576,7 +576,7 @@ func (c *Client) read() (burst string, err error) {
 		in.came += n
 
 		// No line of a TLS client's hello, which is the first that comes, may be run.
-		if in.line == 0 && !in.midLine() && in.buf[0] == tlsHandshake && c.isPlain() {
+		if in.line == 0 && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
 			c.end(speaksTLS)

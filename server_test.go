@@ -4026,6 +4026,33 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 	}
 }
 
+// Ensure that much that is alive, and neither stored nor queued, counts as pinned where the memory is
+// nearly full, and for some time after a write was refused.
+func TestMemoryLimitIsPinned(t *testing.T) {
+	b := &New(kvstore.NewMemory()).budget
+	b.limitTo(64<<20, 0)
+	now := time.Now().Unix()
+	for _, c := range []struct {
+		eighths, refused int64
+		isPinned         bool
+	}{{5, 0, false}, {8, 0, true}, {5, now, true}, {5, now - refusedTime - 1, false}, {0, now, false}} {
+		b.other.Store(b.forData() / 8 * c.eighths)
+		b.refused.Store(c.refused)
+		equal(t, fmt.Sprint(c), b.isPinned(), c.isPinned)
+	}
+}
+
+// Ensure that memory is given back once the data and the clients have shrunk by much.
+func TestMemoryIsGivenBack(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	for _, c := range []struct{ now, largest int64 }{{100 << 20, 100 << 20}, {80 << 20, 100 << 20},
+		{60 << 20, 60 << 20}, {50 << 20, 60 << 20}} {
+		s.budget.store.Store(c.now)
+		s.freeMemory()
+		equal(t, "bytes since memory was given back", s.largest, c.largest)
+	}
+}
+
 // Ensure that a client that speaks TLS counts for what that takes.
 func TestMemoryLimitCountsTLS(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
