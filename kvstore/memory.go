@@ -162,10 +162,6 @@ func (m *Memory) View(scratch []string, key string) []string {
 		r.shown = true
 	}
 
-	// A call less for the usual list, one value of a short length: a Get is mostly this.
-	if _, rest := e.parts(); rest[0] == 1 && rest[1] < 0x80 {
-		return append(scratch[:0], viewOf(rest[2:2+rest[1]]))
-	}
 	return e.values(scratch[:0])
 }
 
