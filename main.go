@@ -1,36 +1,37 @@
-// Kvserver is a key-value server on TCP: one request a line, netcat for a
-// client.
+// Kvserver is a key-value server on TCP. A request is one line of text, so netcat can be the client.
 //
 // The map of the code:
 //
 //	main.go    flags and the environment; the log; start and stop; certificates; the commands
 //	           help, check, repair and backup; the client (kvserver -c, -ping)
-//	server.go  keyValueServer: listening, its accept goroutines, and workLoop, which owns
-//	           everything; -max-memory; TLS handshakes; Stats, metrics and health over HTTP
-//	client.go  Client: one connection, its reading and its writing goroutine; input, which
-//	           makes lines of bytes; outbox, which makes messages of replies
+//	server.go  keyValueServer: listening, its accept goroutines, and workLoop, which owns the store
+//	           and the clients; -max-memory; TLS handshakes; Stats, metrics and health over HTTP
+//	client.go  Client: one connection, its reading and its writing goroutine; input, which cuts
+//	           bytes into lines; outbox, which packs replies into messages
 //	query.go   Query: parse a line, run it, format the reply
 //	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
 //
-// The words, each for one thing:
+// The glossary; each word stands for one thing:
 //
-//	request   a line that a client sends; a Query is one on its way through the server
-//	reply     what a request is answered with: no line, or some
+//	line      bytes from a client up to a newline; each line that is not blank is a request
+//	request   what a client asks for; a Query is a request on its way through the server
+//	reply     the lines that answer a request; a reply may have no line
 //	burst     the lines that one Read has brought
-//	chain     the queries of a burst, or of a part of it, that travel together
-//	batch     the chains that workLoop runs before one Commit; before a slow one it gathers those of
-//	          clients that come each time (gathering in server.go)
-//	message   bytes of replies, as they wait in a client's buffer to be written
+//	chain     the queries of a burst, or of a part of it, that travel together in one send
+//	batch     the chains that workLoop runs before one Commit; if the last Commit was slow, it first
+//	          waits a moment for the clients that write each time (gathering in server.go)
+//	message   bytes of replies that wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
-//	holder    the one goroutine that has a client's chain, and so its outbox
-//	slow      of a client whose connection took no byte for 1 to 6 s (patience in client.go)
-//	heavy     of a client whose requests take long (isHeavy in server.go)
+//	holder    the one goroutine that has a client's chain now, and with it the client's outbox
+//	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
+//	heavy     a client is heavy if its requests take long (isHeavy in server.go)
 //	turn      the time for which workLoop runs requests before it commits and answers
-//	share     what a client has had of workLoop's time: who has had much waits for a turn
-//	snapshot  the store as it was at one moment: a Keys, a Dump and a compaction read one; a
+//	share     how much of workLoop's time a client has had; a client that had much waits for a turn
+//	snapshot  the store as it was at one moment; Keys, Dump and compaction each read one, and
 //	          compaction writes it to a file, snap-N.log
-//	frame     records of one Commit in the log, with a checksum; some frames say only how it goes on
-//	segment   a file of the log; a compaction puts one snapshot file in the place of old ones
+//	frame     records of one Commit in the log, with a checksum; a frame without records says what
+//	          is on disk, or how the log goes on
+//	segment   a file of the log, seg-N.log; compaction replaces old ones by one snapshot file
 package main
 
 import (
@@ -75,7 +76,8 @@ import (
 //go:embed README.md
 var readme string
 
-// commands are what can stand in the place of flags: what each needs, and an example.
+// commands are the words that can stand in the place of flags: the arguments that each needs, and
+// an example of them.
 var commands = map[string]struct{ needs, example string }{
 	"check":  {"one data directory", "data"},
 	"backup": {"a data directory and a new one for the copy", "data copy"},
@@ -85,20 +87,21 @@ var commands = map[string]struct{ needs, example string }{
 
 // Exit codes.
 const (
-	exitFailure = 1 // it could not do what it was asked to
-	exitMisuse  = 2 // it was not asked properly
+	exitFailure = 1 // kvserver could not do what it was asked to do
+	exitMisuse  = 2 // the command line or the environment is wrong
 )
 
 const (
-	stopTime    = 5 * time.Second // for a stop, before the process ends regardless
-	connectTime = 5 * time.Second // for -c to connect and be answered first, and for -ping
+	stopTime    = 5 * time.Second // for a stop; after that the process ends in any case
+	connectTime = 5 * time.Second // to connect; for -c's first answer, and for each of -ping's two
 )
 
 func main() {
 	out := bufio.NewWriter(os.Stdout)
 	err := run(os.Args[1:], out)
 
-	// What was printed is there once the file is closed. Perhaps -c has done so, or there is none.
+	// Only once the file is closed is it certain that the output is written. -c may have closed it
+	// already, and the process may have been started without one.
 	lost := cmp.Or(out.Flush(), os.Stdout.Close())
 	if err == nil && lost != nil && !isAny(lost, os.ErrClosed, os.ErrInvalid) {
 		err = problem{"cannot write the output: " + lost.Error(), "Make room where it goes."}
@@ -107,7 +110,7 @@ func main() {
 		new(config).tell(os.Stderr, err)
 	}
 
-	// Scripts tell a wrong command line from what has failed.
+	// A script can tell a wrong command line from a failure.
 	switch {
 	case as[misuse](err):
 		os.Exit(exitMisuse)
@@ -116,7 +119,7 @@ func main() {
 	}
 }
 
-// run does what the command line says, and prints to out what it asks for.
+// run does what the command line asks for. Its output goes to out.
 func run(args []string, out io.Writer) error {
 	if len(args) > 0 {
 		if _, isCommand := commands[args[0]]; isCommand {
@@ -124,10 +127,10 @@ func run(args []string, out io.Writer) error {
 		}
 	}
 
-	// A server, unless a flag says that it is to be a client.
+	// Without -c or -ping this process is a server.
 	c, err := parseFlags(args, out)
 	switch {
-	case errors.Is(err, flag.ErrHelp): // it is printed
+	case errors.Is(err, flag.ErrHelp): // parseFlags has printed it
 		return nil
 	case err != nil:
 		return misuse{c.tell(os.Stderr, err)}
@@ -142,16 +145,16 @@ type misuse struct{ error }
 
 func (m misuse) Unwrap() error { return m.error }
 
-// errTold is an error that was told already, in the log or by -c.
+// errTold stands for an error that the log or -c has shown already.
 var errTold = errors.New("it was told")
 
-// problem is an error with what to do about it.
+// problem is an error, and what the user can do about it.
 type problem struct{ what, todo string }
 
 func (p problem) Error() string { return p.what }
 
-// tell writes what is wrong and what to do to w: two lines, or one of a log in JSON, if the server
-// is to have that. It returns errTold.
+// tell writes to w what is wrong and what to do: two lines of text, or one line of JSON where a
+// server is to log in JSON. It returns errTold.
 func (c *config) tell(w io.Writer, err error) error {
 	p := problem{what: err.Error()}
 	errors.As(err, &p)
@@ -163,14 +166,15 @@ func (c *config) tell(w io.Writer, err error) error {
 	return errTold
 }
 
-// wrong is what may be wrong, in words of its own if it has some, and what to do about it.
+// wrong is something that may be wrong, a text for it if it needs one of its own, and what to do
+// about it.
 type wrong struct {
 	is         bool
 	what, todo string
 }
 
 // firstWrong returns the first of all that is true, as an error, or nil. Its text is what, if it has
-// none of its own.
+// no text of its own.
 func firstWrong(what string, all []wrong) error {
 	for _, w := range all {
 		if w.is {
@@ -180,13 +184,13 @@ func firstWrong(what string, all []wrong) error {
 	return nil
 }
 
-// as tells whether an error is of a type.
+// as reports whether an error is of type E, or wraps one that is.
 func as[E error](err error) bool { return errors.As(err, new(E)) }
 
-// isTerminal tells whether somebody looks at f.
+// isTerminal reports whether f is a terminal.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
-	null, nullErr := os.Stat(os.DevNull) // which is a device, too
+	null, nullErr := os.Stat(os.DevNull) // a character device, too, but no terminal
 	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
 }
 
@@ -211,8 +215,8 @@ Try it:   kvserver &   then   nc localhost 9999   and type   Help
 
 const seeHelp = "kvserver help flags lists the flags."
 
-// The flags that -h shows, those that only a server has, and those that say what to do now: these
-// are not in the environment.
+// The flags that -h shows; the flags that only a server has; and the flags that say what to do now,
+// which have no variable in the environment.
 var (
 	helpFlags = strings.Fields(
 		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
@@ -221,9 +225,9 @@ var (
 	nowFlags = strings.Fields("c out ping stop version")
 )
 
-// config is what the command line asks for. What each flag means is in flags.
+// config is what the command line asks for. Each flag's own text, in flags, says what it means.
 type config struct {
-	addr  string // or several, with commas between them
+	addr  string // one address, or several with commas between them
 	data  string // "": memory only
 	fsync string
 	http  string // "": none
@@ -233,16 +237,16 @@ type config struct {
 	maxLine, maxMemory, maxQueues size
 	writeTimeout, timeout         time.Duration
 	cert, key, clientCA, ca       string // files; "": none
-	answers                       string // a file for them; "": standard output
+	answers                       string // the file for -c's output; "": standard output
 	verbose, client, stop, ping   bool
-	version                       bool     // print it, and do nothing else
-	command                       string   // that stands in the place of flags; "": none
-	requests, args                []string // what stands behind the flags; all of the command line
+	version                       bool     // print the version, and do nothing else
+	command                       string   // a key of commands; "": none
+	requests, args                []string // the arguments after the flags; the whole command line
 }
 
-// flags returns what reads a command line into c, where it puts the defaults. A flag's one line,
-// with its default at the end, is in the README, in what is said of a wrong value, and, of helpFlags,
-// in -h.
+// flags returns a flag set that reads a command line into c, and puts the defaults there. A flag's
+// text, with its default at the end, is used in the README, in the message about a wrong value, and
+// for helpFlags in -h.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -264,7 +268,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
 		"`TIME` until a client that reads nothing must go; 0: never (5m)")
 
-	// TLS, which a client speaks, too, and the log.
+	// TLS, for a server or a client, and the log.
 	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with our certificate: use TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
 	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: admit only clients it certified")
@@ -272,7 +276,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "also log every connection")
 
-	// The flags of a client, and what is only printed.
+	// The flags of a client, and -version.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
 	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s, that -c and -ping wait for an answer")
@@ -283,7 +287,7 @@ func (c *config) flags() *flag.FlagSet {
 	return f
 }
 
-// limit has the flags of f take only values that fit, where the flag package takes others.
+// limit makes the flags of f refuse values that the flag package would take, and c cannot use.
 func (c *config) limit(f *flag.FlagSet) {
 	for name, fits := range map[string]func() bool{
 		"addr": func() (ok bool) { c.addr, ok = fullAddrs(c.addr); return ok },
@@ -307,13 +311,13 @@ func (c *config) limit(f *flag.FlagSet) {
 	}
 }
 
-// limited is a flag's value that is to fit, once it is set.
+// limited is a flag's value with a check, fits, which runs after the value was set.
 type limited struct {
 	flag.Value
 	fits func() bool
 }
 
-// Set is flag.Value's.
+// Set implements flag.Value.
 func (l limited) Set(text string) error {
 	err := l.Value.Set(text)
 	if err == nil && !l.fits() {
@@ -322,21 +326,22 @@ func (l limited) Set(text string) error {
 	return err
 }
 
-// parseFlags reads the command line and the environment. It prints what -h and -version
-// ask for and then returns flag.ErrHelp.
+// parseFlags reads the command line and the environment. For -h and -version it prints what they
+// ask for to out, and returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	// What is typed comes over the environment, which is there for a server and for a -ping beside it.
+	// The environment comes first, so the command line wins. One environment may be for a server
+	// and for a -ping beside it.
 	flags := c.flags()
 	var bad []*flag.Flag
 	flags.VisitAll(func(f *flag.Flag) {
-		// "" counts as none. A blank or a newline at an end is one that a script has left there.
+		// An empty variable counts as none. A blank or a newline at an end is a script's mistake.
 		value := os.Getenv(variable(f))
 		if value != "" && (strings.TrimSpace(value) != value || f.Value.Set(value) != nil) {
 			bad = append(bad, f)
 		}
 	})
 	err = flags.Parse(args)
-	c.requests, c.args = flags.Args(), args // everything behind the flags is a request for -c
+	c.requests, c.args = flags.Args(), args // for -c each argument after the flags is a request
 
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -368,7 +373,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 func helpText(flags *flag.FlagSet) string {
 	text := usage
 
-	// The others are in the README, as kvserver help flags shows.
+	// The README has all flags: kvserver help flags prints its table.
 	for _, name := range helpFlags {
 		unit, does := flag.UnquoteUsage(flags.Lookup(name))
 		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
@@ -376,25 +381,25 @@ func helpText(flags *flag.FlagSet) string {
 	return text + moreUsage
 }
 
-// explain says what to give to a flag.
+// explain says which value a flag takes.
 func explain(f *flag.Flag) string {
 	unit, does := flag.UnquoteUsage(f)
-	if unit == "" { // it is there or not
+	if unit == "" { // a boolean flag
 		does = "no value: " + does
 	}
 	return "-" + f.Name + " takes " + does + "."
 }
 
-// variable is a flag's name in the environment; "": it has none.
+// variable returns the name of a flag's variable in the environment; "": it has none.
 func variable(f *flag.Flag) string {
-	if slices.Contains(nowFlags, f.Name) { // KVSERVER_VERSION is often there, and not meant for us
+	if slices.Contains(nowFlags, f.Name) { // others often set KVSERVER_VERSION for their own use
 		return ""
 	}
 	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 }
 
-// warnOfVariables logs which variables look like ours and are none, and what they may have
-// been meant to be. Those that Kubernetes sets for a service of our name are not meant.
+// warnOfVariables logs the variables whose names begin like ours but are unknown, and which of ours
+// they may stand for. Kubernetes sets some for a service named kvserver: these are left out.
 func warnOfVariables(log *slog.Logger, environment []string) {
 	var ours []string
 	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
@@ -403,7 +408,7 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 		name, _, _ := strings.Cut(line, "=")
 		isOurs := slices.Contains(ours, name) || others.MatchString(name)
 
-		// It is only a warning, for a newer kvserver may know it.
+		// Only a warning, because a newer kvserver may know the variable.
 		if strings.HasPrefix(name, "KVSERVER_") && !isOurs {
 			log.Warn("a variable in the environment is none of ours, so it does nothing",
 				"name", name, "todo", suggest("", "", name, ours))
@@ -411,8 +416,9 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	}
 }
 
-// suggest suggests what, behind prefix, name may have been meant to be: meant, or else one of names
-// that is it, or one slip from it and not too short to tell.
+// suggest says what the user may have meant by name: meant, if it is not empty, or else the one of
+// names that is equal to name, or is over two bytes long and one slip away from it. prefix stands
+// before it.
 func suggest(prefix, meant, name string, names []string) string {
 	for _, near := range names {
 		if meant == "" && (name == near || len(near) > 2 && oneSlip(name, near)) {
@@ -425,19 +431,19 @@ func suggest(prefix, meant, name string, names []string) string {
 	return "Did you mean " + prefix + meant + " ? " + seeHelp
 }
 
-// flagProblem says what to do about an error of flags.Parse, which names the flag.
+// flagProblem returns an error of flags.Parse, which names the flag, with what to do about it.
 func flagProblem(flags *flag.FlagSet, err error) error {
 	what, todo, names := err.Error(), seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
 
-		// Its value is wrong, or missing. What it takes says more than why.
+		// Its value is wrong, or missing. Which values it takes says more than why this one is wrong.
 		if before, _, isIt := strings.Cut(what+":", " -"+f.Name+":"); isIt {
 			what, todo = before+" -"+f.Name, explain(f)
 		}
 	})
 
-	// It may be the name of another program's flag.
+	// The flag may be one that other programs have.
 	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	if isUnknown {
 		lower := strings.ToLower(name)
@@ -446,7 +452,8 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	return problem{what, todo}
 }
 
-// What other programs call our flags, and what they have in the place of flags.
+// The names that other programs have for our flags; words that stand for one of our flags; and
+// words for which we have nothing, with what to do.
 var (
 	otherFlags = map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
@@ -459,7 +466,7 @@ var (
 
 const leaveOut = "Leave it out: kvserver alone serves."
 
-// checkRequests tells what is wrong with what stands behind the flags.
+// checkRequests returns what is wrong with the arguments after the flags, or nil.
 func (c config) checkRequests() error {
 	names := slices.Sorted(maps.Keys(commands))
 	for i, request := range c.requests {
@@ -468,7 +475,7 @@ func (c config) checkRequests() error {
 		word := strings.ToLower(request)
 		meant := suggest("kvserver ", otherWords[word], word, names)
 
-		// Where two arguments are no requests, they may be the words of one.
+		// Two arguments that are no requests may be the words of one.
 		why := ""
 		if i+1 < len(c.requests) && !strings.Contains(request, ":") && refusal(request) != "" &&
 			refusal(c.requests[i+1]) != "" {
@@ -479,14 +486,15 @@ func (c config) checkRequests() error {
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
 				"To send requests: kvserver -c " + request},
 
-			// Nothing to send: a word that another program would understand, or a command.
+			// This process sends no requests: the argument may be a word that another program
+			// understands, or a command.
 			{!c.client && noWords[word] != "", isUnexpected, noWords[word]},
 			{!c.client && slices.Contains(names, word), isUnexpected,
 				word + " goes first, without flags: kvserver " + word + " ..."},
 			{!c.client && meant != seeHelp, isUnexpected, meant},
 			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
 
-			// It is to be sent, and cannot be.
+			// The argument is to be sent, and cannot be.
 			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none: to send standard input."},
 			{strings.HasPrefix(request, "-"), isNone,
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
@@ -500,7 +508,7 @@ func (c config) checkRequests() error {
 	return nil
 }
 
-// refusal is what the server answers to a line that is no request; "": it is one.
+// refusal returns the error that the server answers to a line; "": the line is a request.
 func refusal(line string) string {
 	q := Query{}
 	if q.parse(line); q.queryType != malformed {
@@ -509,15 +517,15 @@ func refusal(line string) string {
 	return q.value
 }
 
-// checkFlags tells which flags do not go together, and which are not for what is asked for: to
-// serve, or to be a client. typed are those of the command line, where a flag must fit; the
-// environment may be for both.
+// checkFlags returns which flags exclude each other, or are not for this process, a server or a
+// client; or nil. typed has the flags of the command line. A flag there must be for this process; a
+// variable in the environment need not, because one environment may be for both.
 func (c config) checkFlags(typed map[string]bool) error {
 	asks := c.client || c.ping
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
 
 	return firstWrong("", []wrong{
-		// Flags for something else than what is asked for.
+		// Flags that are not for this process.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To let in only who has a certificate: -tls-client-ca " + c.ca},
 		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of them, too, or leave it out."},
@@ -528,7 +536,7 @@ func (c config) checkFlags(typed map[string]bool) error {
 		{stray >= 0, "-" + serverFlags[max(stray, 0)] + " is for a server, not for -c and -ping",
 			"Leave it out, or give it to the server."},
 
-		// Flags that need another, or exclude it.
+		// Flags that need or exclude another.
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
 			"Leave it out: what is answered is in etcd."},
@@ -554,27 +562,27 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 		return durable.FsyncNever, true
 	}
 
-	// Anything else is a time, of which too short a one would be always.
+	// Anything else is a time. One under a millisecond would be the same as always.
 	when, err := time.ParseDuration(s)
 	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
-// fullAddrs completes addresses, with commas between them: a port alone is one of localhost. It
-// tells whether they are addresses, of which some may be those of unix sockets.
+// fullAddrs puts localhost before each address that is only a port; addrs has commas between the
+// addresses. It also reports whether each is an address: of TCP, or of a unix socket.
 func fullAddrs(addrs string) (full string, areAddrs bool) {
 	all, areAddrs := strings.Split(addrs, ","), true
 	for i, addr := range all {
 		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-			areAddrs = areAddrs && path != "" && path[0] != '@' // which has no file
+			areAddrs = areAddrs && path != "" && path[0] != '@' // a socket of Linux without a file
 			continue
 		}
 
-		// A host alone looks like a port, too.
+		// A host alone gets localhost before it, too, and the check of the port refuses it.
 		if addr != "" && !strings.Contains(addr, ":") {
 			all[i] = "localhost:" + addr
 		}
 
-		// A port is a number: names of services differ between systems.
+		// A port must be a number, because the names of services differ between systems.
 		_, port, err := net.SplitHostPort(all[i])
 		_, portErr := strconv.ParseUint(port, 10, 16)
 		areAddrs = areAddrs && err == nil && portErr == nil
@@ -582,17 +590,17 @@ func fullAddrs(addrs string) (full string, areAddrs bool) {
 	return strings.Join(all, ","), areAddrs
 }
 
-// size is a number of bytes as a flag takes it: 1048576, 64MB (a million each) or 1GiB.
+// size is the value of a flag that is a number of bytes: 1048576, 64MB (64 million) or 1GiB.
 type size int64
 
-// String is flag.Value's.
+// String implements flag.Value.
 func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
 
-// units are what may stand behind the number of a size, in bytes.
+// units are the units of a size, each with its number of bytes.
 var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
 	"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
-// Set is flag.Value's.
+// Set implements flag.Value.
 func (s *size) Set(text string) error {
 	number := strings.TrimRightFunc(text, unicode.IsLetter)
 	unit, isUnit := units[strings.ToLower(text[len(number):])]
@@ -604,8 +612,8 @@ func (s *size) Set(text string) error {
 	return nil
 }
 
-// version is the module version that the binary was built as: of a commit its time and the commit,
-// with +dirty behind it where files were changed since.
+// version returns the module version that the binary was built from: a tag, or the time and the
+// hash of a commit, with +dirty at the end if files were changed after the commit.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -617,26 +625,26 @@ func version() string {
 // ---- the log
 
 const (
-	logLines  = 1000                   // of the log that may wait to be written
-	flushTime = 200 * time.Millisecond // for them to be written at the end
+	logLines  = 1000                   // lines of the log that may wait to be written
+	flushTime = 200 * time.Millisecond // for these lines to be written at the end
 )
 
-// queuedLog is a log that nobody has to wait for. Whoever reads it may pause for
-// ever: what then finds no room in the queue is counted, and dropped.
+// queuedLog is a log that never makes its callers wait, even if its reader pauses for ever: a line
+// that finds no room in the queue is counted and dropped.
 type queuedLog struct {
 	*slog.Logger
 	lines  chan logLine // Write and flush to writeLog; never closed
 	counts logCounts
 }
 
-// logLine is a line of log, or, if written is not nil, flush's question: it is closed
-// when all lines before it have been written.
+// logLine is a line of the log. If written is not nil it is a mark of flush instead: writeLog closes
+// written when it has written all lines before the mark.
 type logLine struct {
 	text    []byte
 	written chan struct{}
 }
 
-// newLog returns a log that writes to w.
+// newLog returns a log that writes to w. Its writeLog goroutine runs from now on.
 func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	l := &queuedLog{lines: make(chan logLine, logLines)}
 	options := &slog.HandlerOptions{ReplaceAttr: l.counts.note}
@@ -644,8 +652,8 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 		options.Level = slog.LevelDebug
 	}
 
-	// One handler is for everybody, and one for the line about lost lines, which must not wait in
-	// the queue that it is about.
+	// One handler is for all lines. The other writes past the queue: it is for the line about lost
+	// lines, which must not wait in the queue that was full.
 	handler := func(w io.Writer) slog.Handler {
 		if json {
 			return slog.NewJSONHandler(w, options)
@@ -658,7 +666,7 @@ func newLog(w io.Writer, json, verbose bool) *queuedLog {
 	return l
 }
 
-// Write queues a line of log, or counts it as lost. It never waits.
+// Write queues a line of the log, or counts it as lost. It never waits.
 func (l *queuedLog) Write(line []byte) (int, error) {
 	select {
 	case l.lines <- logLine{text: bytes.Clone(line)}:
@@ -668,18 +676,17 @@ func (l *queuedLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// writeLog writes the lines to w, and says through log, which writes to w too, when
-// some were lost. One goroutine for a log, until the process ends: it may wait for
-// w for ever.
+// writeLog writes the queued lines to w, and says how many were lost, by log, which writes to w
+// directly. It is one goroutine per log, ends with the process, and may wait for w for ever.
 func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
-	told := int64(0) // of those that were lost
+	told := int64(0) // how many lost lines the log has mentioned
 	for line := range l.lines {
 		if line.written != nil {
 			close(line.written)
 			continue
 		}
 
-		// Where nobody reads the log any more, all is lost, and the server goes on.
+		// If nobody reads the log any more, each line is lost, and the server goes on.
 		if _, err := w.Write(line.text); err != nil {
 			l.counts.lost.Add(1)
 		} else if n := l.counts.lost.Load() - told; n > 0 {
@@ -689,11 +696,11 @@ func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 	}
 }
 
-// flush gives the lines that wait a little time to be written, at the end.
+// flush waits until the queued lines are written, but no longer than flushTime.
 func (l *queuedLog) flush() {
 	late, written := time.After(flushTime), make(chan struct{})
 	select {
-	case l.lines <- logLine{written: written}: // room may take as long as the writing
+	case l.lines <- logLine{written: written}: // the wait for room counts, too
 		select {
 		case <-written:
 		case <-late:
@@ -704,13 +711,14 @@ func (l *queuedLog) flush() {
 
 // ---- start and stop
 
-// beServer is a server until it is told to stop, or fails: then it has told so.
+// beServer runs a server until a signal stops it, or until it fails. It tells its error itself, and
+// returns errTold for it.
 func beServer(c config) error {
-	signal.Ignore(syscall.SIGPIPE) // whoever reads the log may go, and the data stays
+	signal.Ignore(syscall.SIGPIPE) // the log's reader may end, and must not end the server with it
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
 	defer log.flush()
 
-	// The log may be a pipe that nobody reads, so its queue has the error, too.
+	// The log may be a pipe that nobody reads, so the error goes through the log's queue, too.
 	err := serve(c, log)
 	if err != nil && !errors.Is(err, errTold) {
 		err = c.tell(log, err)
@@ -718,24 +726,24 @@ func beServer(c config) error {
 	return err
 }
 
-// serve opens, listens, serves and stops. Once it serves, its errors are in the log
-// and it returns errTold.
+// serve opens the store, listens, serves and stops. An error from before it serves is returned; a
+// later one is logged, and errTold is returned.
 func serve(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
 
-	// What may explain what follows comes first.
+	// An unknown variable may explain what goes wrong later, so the log begins with it.
 	warnOfVariables(log.Logger, os.Environ())
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 
-	// The store comes later, when it is open.
+	// openStore sets the store later.
 	s := New(nil)
 	s.log, s.logged, s.version = log.Logger, &log.counts, version()
 	if c.data != "" {
 		s.status = new(storage.Status)
 	}
 
-	// First, so that one can watch how the data is opened.
+	// Metrics and health come first, so that one can watch how the data is opened.
 	if c.http != "" {
 		web, err := s.watchAt(c.http)
 		if err != nil {
@@ -744,7 +752,7 @@ func serve(c config, log *queuedLog) error {
 		defer web.Close()
 	}
 
-	// Once the data is open it is closed whatever fails.
+	// From here on each way out closes the data.
 	data, err := openStore(ctx, c, s, log)
 	switch {
 	case err != nil && ctx.Err() != nil:
@@ -766,11 +774,10 @@ func serve(c config, log *queuedLog) error {
 		return err
 	}
 
-	// It serves.
 	tellStart(c, s, listeners)
 	(&pacer{server: s}).begin()
 
-	// Until it is told to stop, or the data is lost, or the store fails.
+	// The server serves until a signal stops it, or the lock is lost, or the store fails.
 	select {
 	case <-ctx.Done():
 		restore() // a second signal ends the process at once
@@ -781,19 +788,20 @@ func serve(c config, log *queuedLog) error {
 	return stop(c, log, s, data, err)
 }
 
-// stopSignals are the signals that stop the server. SIGHUP is one where the terminal that
-// is closed has our log; elsewhere it has the certificates read anew.
+// stopSignals returns the signals that stop the server. SIGHUP is one of them if the log goes to a
+// terminal, because then it says that the terminal was closed. Otherwise it makes the server read
+// its certificates again.
 func stopSignals() []os.Signal {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
-	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // nohup has it ignored
+	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // under nohup it is ignored
 		signals = append(signals, syscall.SIGHUP)
 	}
 	return signals
 }
 
-// openStore gives s the certificates and the store that c asks for, unless ctx is done before:
-// until then nobody has been told anything, so nothing can be lost. It returns the store where it
-// is to be closed: nil where nothing is kept.
+// openStore gives s the certificates and the store that c asks for. If ctx is done first, it gives
+// up: no client has been answered yet, so nothing can be lost. It returns the store, which the
+// caller closes; nil if the data is in memory only.
 func openStore(ctx context.Context, c config, s *keyValueServer,
 	log *queuedLog) (store *durable.Store, err error) {
 	stuck := time.AfterFunc(math.MaxInt64, func() {
@@ -804,7 +812,7 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	defer stuck.Stop()
 	defer context.AfterFunc(ctx, func() { stuck.Reset(stopTime / 5) })()
 
-	// A bad certificate is told before the data is read, for that may take minutes.
+	// Reading the data may take minutes, so a bad certificate is found first.
 	again := make(chan os.Signal, 1)
 	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
 		signal.Notify(again, syscall.SIGHUP)
@@ -820,14 +828,14 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 		return nil, nil
 	}
 
-	// To open it may take minutes, or wait for another server to go.
+	// This may take minutes, or wait for another server to end.
 	log.Info("opening the data", "at", c.data)
 	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
 		return nil, storeProblem(c, err)
 	}
 
-	fsync, _ := parseFsync(c.fsync) // which has been looked at
+	fsync, _ := parseFsync(c.fsync) // parseFlags has checked it
 	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()
@@ -846,8 +854,8 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// listenFor listens where c says, for clients, at all its addresses or at none: a server that is
-// missing at one of them would be found out late.
+// listenFor listens for clients at all the addresses of c, or at none: nobody would soon notice that
+// a server is missing at one of them.
 func listenFor(c config) (all []net.Listener, err error) {
 	for addr := range strings.SplitSeq(c.addr, ",") {
 		listeners, err := listen(addr)
@@ -860,13 +868,14 @@ func listenFor(c config) (all []net.Listener, err error) {
 	return all, nil
 }
 
-// listenProblem says what to do about the error of listening where a flag says.
+// listenProblem returns err, which came from listening at addr, with what to do about it. name is
+// the flag that has the address.
 func listenProblem(name, addr string, err error) error {
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	path, isUnix := strings.CutPrefix(addr, unixPrefix)
 	host, port, _ := net.SplitHostPort(addr)
 
-	// "listen tcp ADDR:" says again what we say, and "invalid argument" says too little.
+	// "listen tcp ADDR:" repeats our own words, and "invalid argument" says too little.
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		err = op.Err
 	}
@@ -875,13 +884,13 @@ func listenProblem(name, addr string, err error) error {
 	}
 
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
-		// Of sockets.
+		// Unix sockets.
 		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
 		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + filepath.Dir(path)},
 		{isUnix, "", "Nothing was changed. Choose another path, as in -addr unix:/run/kvserver/sock, " +
 			"where you may write and nothing else is."},
 
-		// Of ports.
+		// TCP ports.
 		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
 			anotherPort(host)},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
@@ -891,7 +900,7 @@ func listenProblem(name, addr string, err error) error {
 	})
 }
 
-// anotherPort is a port of host that nobody has, unless somebody takes it before it is used.
+// anotherPort returns a port of host that is free now; "0" if it finds none.
 func anotherPort(host string) string {
 	listeners, err := listen(net.JoinHostPort(host, "0"))
 	if err != nil {
@@ -902,17 +911,18 @@ func anotherPort(host string) string {
 	return port
 }
 
-// applyLimits gives s the limits that c asks for, as far as the process may go.
+// applyLimits gives s the limits that c asks for, or lower ones if the process may not open so many
+// files.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
 	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
 
-	// Near the limit the collector works harder.
+	// Near the limit Go's garbage collector works harder.
 	if c.maxMemory > 0 {
 		debug.SetMemoryLimit(int64(c.maxMemory))
 	}
 
-	// Each connection is an open file, and some are for others.
+	// Each connection is an open file. Some files are for other uses.
 	files := storage.OpenFiles() - spareFiles
 	if c.http != "" {
 		files -= maxWatchers
@@ -922,7 +932,7 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= s.handshakes
 	}
 
-	// What is left is for clients, and it is told if that is less than what was asked for.
+	// The rest is for clients. The log says so if it is less than -max-clients.
 	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
 		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
@@ -931,9 +941,9 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// tellStart logs what an operator should know of a server that begins to serve at listeners.
+// tellStart logs what an operator should know about a server that begins to serve at listeners.
 func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
-	// Whether the data stays.
+	// Is the data kept?
 	switch {
 	case c.data == "":
 		s.log.Info("data is in memory only and lost on exit")
@@ -952,7 +962,7 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 			continue
 		}
 
-		// Only a client's certificate keeps others out.
+		// Only client certificates keep strangers out.
 		if !tcp.IP.IsLoopback() && c.clientCA == "" {
 			s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
 		}
@@ -969,10 +979,10 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 	}
 }
 
-// stop ends s and its data. It logs failure, or that of the end, if that is not nil, and then
-// returns errTold.
+// stop closes s, and then data. If failure is not nil, or closing the data fails, stop logs that
+// error and returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
-	// The cause is told before the end begins, which may take seconds.
+	// The cause is logged first, because the end may take seconds.
 	tell := func(failure error) error {
 		p := problem{}
 		errors.As(storeProblem(c, failure), &p)
@@ -983,13 +993,13 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 		failure = tell(failure)
 	}
 
-	// Whatever does not end in time, the process does.
+	// If this takes too long, giveUp ends the process.
 	ended := make(chan struct{})
 	defer close(ended)
 	go giveUp(log, data, ended)
 	s.Close()
 
-	// Then nobody changes the data any more.
+	// The server has ended, so nobody changes the data any more.
 	if data != nil {
 		if err := data.Close(); err != nil && failure == nil {
 			failure = tell(err)
@@ -998,9 +1008,9 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	return failure
 }
 
-// giveUp ends the process if ended is not closed within stopTime. While all data is written anew it
-// waits on. It counts ticks, for where the process stands still for a while that is one tick. One
-// goroutine.
+// giveUp ends the process if ended is not closed within stopTime. It runs as a goroutine. While the
+// store writes all its data again, it goes on waiting. It counts ticks, not time: however long the
+// process itself is stopped, that counts as one tick.
 func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 	for left := stopTime; left > 0; left -= tickTime {
 		select {
@@ -1009,7 +1019,7 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 		case <-time.After(tickTime):
 		}
 
-		// Files that somebody has removed are not on disk again yet.
+		// Somebody has removed files, and what was in them is not on disk again yet.
 		if left == tickTime && data.IsHealing() {
 			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
 			left += stopTime
@@ -1026,28 +1036,29 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 
 // Times of certificates.
 const (
-	lookAgain = 10 * time.Second    // between two looks at the files
-	warnAhead = 14 * 24 * time.Hour // before the end
+	lookAgain = 10 * time.Second    // between two reads of the files
+	warnAhead = 14 * 24 * time.Hour // before the certificate ends
 	warnAgain = 24 * time.Hour      // between two warnings
 )
 
-// credentials are files in PEM: a certificate, its key, and the CA that the other side must have
-// its certificate from. Owned by who made them, and a server's then by watch.
+// credentials are three files in PEM format: a certificate, its key, and the CA that must have
+// signed the other side's certificate. A client's belong to dial; a server's belong to serverTLS,
+// and to watch from its start on.
 type credentials struct {
 	paths [3]string // "": there is none
-	texts [3][]byte // as they were when they were last read
+	texts [3][]byte // the files' contents when they were last read
 
-	// A server's.
+	// The rest is only for a server.
 	log     *slog.Logger
-	current atomic.Pointer[tls.Config] // what it shows, and whom it trusts
-	last    string                     // what the last read came to
-	next    time.Time                  // when to log again when the certificate ends
+	current atomic.Pointer[tls.Config] // for new connections; watch stores, handshakes load
+	last    string                     // the contents and the error of the last read
+	next    time.Time                  // when to log again at what time the certificate ends
 }
 
-// read reads the files, and returns how a server or a client speaks TLS that has them.
+// read reads the files, and returns the configuration of TLS for a server or a client with them.
 func (k *credentials) read() (*tls.Config, error) {
 	for i, path := range k.paths {
-		// The second look at what is no regular file, such as a pipe, might last for ever.
+		// A pipe, or another file that is not regular, is read once: again might take for ever.
 		info, err := os.Stat(path)
 		if path == "" || k.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
 			continue
@@ -1058,7 +1069,7 @@ func (k *credentials) read() (*tls.Config, error) {
 		}
 	}
 
-	// What it shows. A server has one, and a client may.
+	// Our own certificate. A server has one, and a client may have one.
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if k.paths[0] != "" {
 		pair, err := tls.X509KeyPair(k.texts[0], k.texts[1])
@@ -1070,7 +1081,7 @@ func (k *credentials) read() (*tls.Config, error) {
 		config.Certificates = []tls.Certificate{pair}
 	}
 
-	// Whom it trusts. A server does not look at RootCAs, nor a client at the other two.
+	// The CA that we trust. A server does not use RootCAs; a client does not use the other two.
 	if k.paths[2] != "" {
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(k.texts[2]) {
@@ -1084,7 +1095,7 @@ func (k *credentials) read() (*tls.Config, error) {
 
 const givePEM = "Give a file in PEM format; kvserver help TLS shows how to make one."
 
-// pemProblem says what to do about a file in PEM that cannot be read.
+// pemProblem returns err, which came from reading a file in PEM format, with what to do about it.
 func pemProblem(err error) error {
 	todo := givePEM
 	if errors.Is(err, fs.ErrPermission) {
@@ -1093,8 +1104,9 @@ func pemProblem(err error) error {
 	return problem{"cannot read a certificate or key: " + err.Error(), todo}
 }
 
-// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. From then
-// on watch reads these files again every lookAgain, or when again says so: open connections stay.
+// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It starts
+// watch, which reads these files again every lookAgain, and when again receives a signal. New files
+// are for new connections only.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
 	if err := k.load(); err != nil {
@@ -1103,19 +1115,19 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	k.warn(time.Now())
 	go k.watch(again)
 
-	// Each handshake takes what is there by then.
+	// Each handshake uses the files that were read last.
 	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load has what the files hold shown from now on, if that is not what they held. If it fails, what
-// is shown stays.
+// load reads the files, and sets current if their contents have changed. If it fails, current stays.
+// It returns the same error only once.
 func (k *credentials) load() error {
-	// Files are compared by what is in them, for a new one may have the old one's size and time.
+	// Contents are compared, because a new file may have the old one's size and time.
 	before := k.last
 	config, err := k.read()
 	k.last = fmt.Sprintf("%s %v", k.texts, err)
-	if k.last == before { // a bad file is told once
+	if k.last == before {
 		return nil
 	}
 
@@ -1126,8 +1138,8 @@ func (k *credentials) load() error {
 	return err
 }
 
-// warn logs until when the certificate is valid: at once where it is new, and once a day from
-// warnAhead before that time.
+// warn logs when the certificate ends: at once if the certificate is new, and then, from warnAhead
+// before its end on, every warnAgain.
 func (k *credentials) warn(now time.Time) {
 	if now.Before(k.next) {
 		return
@@ -1144,24 +1156,24 @@ func (k *credentials) warn(now time.Time) {
 		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend, min(warnAgain, end.Sub(now))
 	}
 
-	k.next = now.Round(0).Add(pause) // by the wall clock, which may be set
+	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set
 	k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
 }
 
-// watch reads the files every lookAgain, and when again says so. One goroutine, until again
-// is closed, or the process ends.
+// watch reads the files every lookAgain, and when again receives a signal. It runs as one goroutine
+// until again is closed (by a test) or the process ends.
 func (k *credentials) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	for isOpen := true; isOpen; {
-		// Who has it look again is to see in the log that it does.
+		// A signal makes load report its error again, even if the files have not changed.
 		select {
 		case <-tick.C:
 		case _, isOpen = <-again:
 			k.last = ""
 		}
 
-		// A bad file may be on its way to be a good one.
+		// A bad file may be half of a good one that is being written.
 		if err := k.load(); err != nil {
 			k.log.Warn("the certificates cannot be read anew, so those from before stay", "error", err)
 		}
@@ -1171,13 +1183,13 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 // ---- the commands: help, check, repair, backup
 
-// runCommand runs a command, and prints what it says to out.
+// runCommand runs a command, and prints its report to out.
 func runCommand(command string, args []string, out io.Writer) error {
 	if command == "help" {
 		return printManual(out, strings.Join(args, " "))
 	}
 
-	// A flag in their place is a mistake, and never the name of a directory.
+	// A flag where a directory should be is a mistake, never the directory's name.
 	isNone := func(arg string) bool { return arg == "" || strings.HasPrefix(arg, "-") }
 	c := commands[command]
 	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
@@ -1185,7 +1197,7 @@ func runCommand(command string, args []string, out io.Writer) error {
 			"in kvserver " + command + " " + c.example + "."}}
 	}
 
-	// What it has found is printed in any case, for it says more than the error.
+	// The report is printed in any case, because it says more than the error.
 	path := args[0]
 	report, err := lookAt(command, path, args[len(args)-1])
 	for _, line := range report.Lines {
@@ -1203,11 +1215,11 @@ func runCommand(command string, args []string, out io.Writer) error {
 	})
 }
 
-// printManual prints the parts of the README whose heading has word, or, without one, the
-// headings.
+// printManual prints the parts of the README whose heading has word, or all headings if word is
+// empty.
 func printManual(w io.Writer, word string) error {
 	isPrinted := word == ""
-	var within []string // of the parts that have the word elsewhere
+	var within []string // headings of the parts that have word only in their text
 	for _, part := range strings.Split("\n#"+readme, "\n## ")[1:] {
 		heading, _, _ := strings.Cut(part, "\n")
 		switch {
@@ -1231,13 +1243,13 @@ func printManual(w io.Writer, word string) error {
 	})}
 }
 
-// contains tells whether text has word, in any letter case.
+// contains reports whether text has word, in any letter case.
 func contains(text, word string) bool {
 	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
 }
 
-// lookAt runs the command on the store at path; to is where a copy goes. If that fails, a directory
-// that was made for it is removed.
+// lookAt runs a command on the store at path. A backup or a repair writes its copy to the directory
+// to. If that fails, lookAt removes the directory, if it has made it.
 func lookAt(command, path, to string) (report durable.Report, err error) {
 	dir, err := openDirectory(context.Background(), path, etcd.Options{})
 	if err != nil {
@@ -1248,14 +1260,14 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	// A check only reads.
 	if command == "check" {
 		report, err = durable.Check(dir)
-		if err == nil && report.Empty && etcd.IsAddress(path) { // a wrong prefix looks like this
+		if err == nil && report.Empty && etcd.IsAddress(path) { // the prefix is probably wrong
 			return durable.Report{}, fmt.Errorf("%w: no store at %s", storage.ErrMissing, path)
 		}
 		return report, err
 	}
 
-	// The other two write, into a directory of their own. A store in etcd is in no directory that it
-	// might be inside.
+	// The other two write into another directory, which must not be inside the store's. One can be
+	// inside the other only if both are on disk, or both in etcd.
 	var out storage.Directory
 	undo, log := func() {}, slog.New(slog.NewTextHandler(os.Stderr, nil))
 	switch {
@@ -1287,8 +1299,8 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	return report, err
 }
 
-// tellCopied returns what says on a terminal how much of a store is copied, in a line to be
-// written over.
+// tellCopied returns a function that shows on a terminal how many bytes of a store are copied. It
+// writes one line over and over.
 func tellCopied() func(copied, total int64) {
 	told := int64(-1)
 	return func(copied, total int64) {
@@ -1299,17 +1311,17 @@ func tellCopied() func(copied, total int64) {
 	}
 }
 
-// storeProblem says what to do about an error of the store that c asks for.
+// storeProblem returns err, which came from the store that c asks for, with what to do about it.
 func storeProblem(c config, err error) error {
 	const unchanged = "Nothing was changed. "
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	data := c.data
 	if strings.ContainsFunc(data, unicode.IsSpace) {
-		data = strconv.Quote(data) // or a shell would take it apart
+		data = strconv.Quote(data) // so that a shell takes it as one word
 	}
 	return firstWrong(err.Error(), []wrong{
-		// Whoever asks; then a command, which has not answered anything.
+		// For a server or a command; then for the commands alone.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
 		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
 			"check " + data},
@@ -1321,7 +1333,7 @@ func storeProblem(c config, err error) error {
 		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. Create the directory in which the " +
 			"new one is to be."},
 
-		// What the data is kept in.
+		// The etcd cluster.
 		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused, or cut off?"},
 		{is(etcd.ErrUnreachable), "", "Nothing is lost. Look whether etcd runs at these addresses, " +
 			"with TLS (etcds://) or without, and has a leader: etcdctl endpoint status --cluster"},
@@ -1332,13 +1344,13 @@ func storeProblem(c config, err error) error {
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
 		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
-		// A directory that is not as the server needs it.
+		// The server's directory.
 		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
 		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + data},
 		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one of kvserver's."},
 
-		// Data that cannot be read.
+		// The data cannot be read.
 		{is(durable.ErrNothingRead), "", "The data is lost. Restore a backup, or start empty."},
 		{is(durable.ErrUnfinished), "", unchanged + "If it was a copy, make it again, into an empty " +
 			"directory; remove what is there only if you want to start empty."},
@@ -1346,7 +1358,7 @@ func storeProblem(c config, err error) error {
 		{as[*storage.DamageError](err), "", unchanged + "Restore a backup, or save what can be saved: " +
 			"kvserver repair " + data + " NEW"},
 
-		// All else is the disk's, or the process's.
+		// Any other error is one of the disk or of the process.
 		{!isServer, "", "Mend the cause, then try again."},
 		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
 			" the last that was answered may not be on disk: look what is there."},
@@ -1356,12 +1368,12 @@ func storeProblem(c config, err error) error {
 
 // ---- the client: kvserver -c, -ping
 
-// beClient is kvserver -c and -ping. Where the server refused something it has said
-// so already: then the error is errTold.
+// beClient runs kvserver -c and -ping. It returns errTold if the server refused a request: errs has
+// the server's words already.
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
-	// A server without room for one more is healthy.
+	// For a health check a server that has no room for one more client is healthy.
 	err := t.dial()
 	switch {
 	case c.ping && errors.Is(err, errFull):
@@ -1372,7 +1384,7 @@ func beClient(c config, errs io.Writer) error {
 	}
 	defer t.conn.Close()
 
-	// The answers go where -out says, or to the terminal where somebody types.
+	// -out says where the answers go. Otherwise they go to standard output.
 	if c.answers != "" {
 		file, err := os.Create(c.answers)
 		if err != nil {
@@ -1386,7 +1398,7 @@ func beClient(c config, errs io.Writer) error {
 		defer fmt.Fprintln(errs)
 	}
 
-	// Ctrl-C ends it, but first says how far it has come.
+	// Ctrl-C ends the conversation. The error then says how far it has come.
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
@@ -1401,32 +1413,34 @@ func beClient(c config, errs io.Writer) error {
 	return t.problem(err)
 }
 
-// talker is one conversation of kvserver -c: it sends requests to a server and shows the
-// answers. One goroutine sends and one reads, so neither side waits for the other to finish.
-// Every line that is sent has one answer, so answers count lines.
+// talker is one conversation of kvserver -c or -ping: it sends requests to a server and shows the
+// answers. One goroutine sends (sendLines) and one reads (takeAnswers), so that the server never
+// waits for us to read while we wait for it to read. Each line that is sent has one answer, so the
+// number of answers is the number of lines that were answered.
 type talker struct {
 	config
 	conn    net.Conn
-	in      io.Reader      // lines to send, where there are no requests
-	out     io.WriteCloser // for data; closed in the end, for some disks tell late that they are full
-	errs    io.Writer      // for all that is none
-	isTyped bool           // somebody types: there is a prompt, and a write is confirmed
-	tells   bool           // on errs, now and then, how many requests are answered
+	in      io.Reader      // lines to send, if the command line has no requests
+	out     io.WriteCloser // for data; closed at the end: only then do some disks say that they are full
+	errs    io.Writer      // for everything else
+	isTyped bool           // somebody types the input: show a prompt, and each :OK n
+	tells   bool           // write to errs, now and then, how many requests are answered
 
-	// The reader's.
+	// Owned by the reading goroutine.
 	r        *bufio.Reader // from conn; made by greet
-	answered int           // lines that have been answered; -1: our Ack has not
-	quit     int           // the line of them that was a Quit, behind which nothing is run; 0: none
+	answered int           // lines that have been answered; -1: our own Ack has not
+	quit     int           // the answered line that was a Quit: later lines are not run; 0: none
 	told     error         // errTold, once an error of the server's is shown
 
-	// Sender to reader: what each line is, before it is sent. It is taken out when the line is
-	// answered, so with -stop, where there is one slot, the next line waits for that. Made by greet.
+	// Sender to reader: the kind of each line, before it is sent. The reader takes it out when the
+	// line is answered. With -stop there is one slot, so each line waits for the answer to the one
+	// before it. Made by greet; never closed.
 	owed chan queryType
-	sent chan error    // sender to reader: what the input ended in, io.EOF if nothing is wrong; one slot
-	over chan struct{} // closed by the reader: nothing more is to be sent
+	sent chan error    // sender to reader: how the input ended, io.EOF if it is complete; one slot
+	over chan struct{} // closed by the reader: send nothing more
 }
 
-// maxOwed is how many lines may be sent before the first of them is answered.
+// maxOwed is how many lines may wait for their answers.
 const maxOwed = 100_000
 
 // newTalker returns the conversation that c asks for.
@@ -1436,7 +1450,7 @@ func newTalker(c config, errs io.Writer) *talker {
 		t.requests, t.timeout = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
 	}
 
-	// In a pipe nobody wants to see a prompt.
+	// No prompt in a pipe.
 	t.isTyped = len(t.requests) == 0 && c.answers == "" && isTerminal(os.Stdin)
 	t.tells = !t.isTyped && isTerminal(os.Stderr)
 	return t
@@ -1458,10 +1472,10 @@ var (
 		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8."}
 )
 
-// dial connects to the first server at t.addr that answers, which becomes t.addr: one that stands
-// still connects, too.
+// dial connects to the first of the servers at t.addr that answers our Ack, and sets t.addr to its
+// address. A connection alone proves nothing: a process that hangs accepts one, too.
 func (t *talker) dial() (err error) {
-	// A unix socket has no TLS.
+	// Unix sockets use plain: they have no TLS.
 	plain := &net.Dialer{Timeout: cmp.Or(t.timeout, connectTime)}
 	dial := plain.Dial
 	if t.ca != "" {
@@ -1473,7 +1487,7 @@ func (t *talker) dial() (err error) {
 		dial = (&tls.Dialer{NetDialer: plain, Config: trusted}).Dial
 	}
 
-	// In their order, so that all clients use the same one.
+	// In the given order, so that all clients use the same server.
 	addrs := strings.Split(t.addr, ",")
 	for _, addr := range addrs {
 		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
@@ -1485,13 +1499,14 @@ func (t *talker) dial() (err error) {
 			continue
 		}
 
-		// Over TCP we always go with a reset. The server would take a close for a half-close, and still
-		// give a value to our Take.
+		// Over TCP our close is a reset. The server would take a plain close for a half-close, and
+		// might still give a value to our Take.
 		if tcp, isTCP := underTLS(t.conn).(*net.TCPConn); isTCP {
 			tcp.SetLinger(0)
 		}
 
-		// The error of the only address is told as it is, that of several is that none of them serves.
+		// If there is only one address, greet's error is the best one. Of several addresses
+		// dialProblem says that none serves.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
 			t.addr = addr
@@ -1502,11 +1517,12 @@ func (t *talker) dial() (err error) {
 	return dialProblem(t.addr, err)
 }
 
-// reachable is where a client finds a server that listens at addr.
+// reachable returns the address at which a client on this machine finds a server that listens at
+// addr.
 func reachable(addr string) string {
-	host, port, _ := net.SplitHostPort(addr) // which was looked at
+	host, port, _ := net.SplitHostPort(addr) // parseFlags has checked it
 
-	// For a server these mean all addresses of the machine.
+	// A server with one of these hosts listens at all addresses of the machine.
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
@@ -1518,24 +1534,24 @@ func reachable(addr string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// dialProblem says what to do about the error of connecting to the last of addrs.
+// dialProblem returns err, which came from connecting to the last of addrs, with what to do about it.
 func dialProblem(addrs string, err error) error {
 	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
 	if isDial {
-		err = op.Err // the rest says again what we say
+		err = op.Err // the rest repeats our own words
 	}
 
 	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
-		// What the error says by itself.
+		// The error alone says what is wrong.
 		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
 			"server: -addr HOST:PORT", host)},
 		{errors.Is(err, fs.ErrPermission), "", "Its mode and its group say who may connect: ls -l " +
 			strings.TrimPrefix(addrs, unixPrefix)},
 		{as[x509.HostnameError](err), "", "Call the server by a name that is in its certificate."},
 
-		// Who listens there.
+		// What matters is who listens there.
 		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not listen."},
 		{errors.Is(err, context.DeadlineExceeded), "", "Somebody listens there, and does not " +
 			"answer. Look at its log, or try again with a longer -timeout."},
@@ -1546,7 +1562,7 @@ func dialProblem(addrs string, err error) error {
 	})
 }
 
-// greet sends an Ack, and fails if the answer is not a kvserver's.
+// greet makes r and owed, sends an Ack, and fails if the answer is not a kvserver's.
 func (t *talker) greet() error {
 	t.r, t.answered = bufio.NewReaderSize(patientReader{t}, maxWrite), -1
 	t.owed = make(chan queryType, maxOwed)
@@ -1555,12 +1571,12 @@ func (t *talker) greet() error {
 	}
 	t.owed <- ack
 
-	// With the CR these are five bytes, for a server of TLS answers no less. If the Write fails there
-	// may still be an answer to read.
+	// The CR makes it five bytes: a TLS server does not answer before it has so many. If the write
+	// fails, there may still be an answer to read.
 	io.WriteString(t.conn, "Ack\r\n")
 	line, err := t.r.ReadSlice('\n')
 
-	// Others speak first, or close, or answer something else.
+	// Another kind of server speaks first, or closes, or answers something else.
 	why, isFull := bytes.CutPrefix(line, []byte(":ERROR line 0: "))
 	switch {
 	case errors.Is(err, io.EOF), bytes.HasPrefix(line, []byte("\x15\x03")): // an alert of TLS
@@ -1575,20 +1591,20 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// patientReader reads from the connection, and fails with errQuiet when it has waited too long
-// for a byte of an answer.
+// patientReader reads from the connection. It fails with errQuiet if an answer is owed and no byte
+// has come for too long.
 type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
-	// Whoever does not answer the first request is no server, or stands still.
+	// A process that does not answer our Ack is no kvserver, or hangs.
 	silence := t.timeout
 	if silence == 0 && t.answered < 0 {
 		silence = connectTime
 	}
 	silence = cmp.Or(silence, math.MaxInt64)
 
-	// First the deadline is set, then owed is read. The sender first fills owed, then moves the
-	// deadline. In these orders no line that is owed is missed.
+	// We set the deadline before we look at owed. The sender puts a line into owed before it moves
+	// the deadline. So we notice each line that is owed, whatever the two goroutines do meanwhile.
 	for {
 		end := time.Now().Add(silence)
 		t.conn.SetReadDeadline(end)
@@ -1603,12 +1619,12 @@ func (t patientReader) Read(p []byte) (n int, err error) {
 	}
 }
 
-// converse has the conversation, once greet has begun it. It returns errTold if all requests were
-// answered, and some with an error.
+// converse has the rest of the conversation, after greet. It returns errTold if all requests were
+// answered, and some of them with an error. It is the reading goroutine.
 func (t *talker) converse() error {
 	t.sent, t.over = make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)
-	<-t.owed // our Ack is answered
+	<-t.owed // greet has read the answer to our Ack
 	t.countAnswer(w)
 	go t.sendLines()
 
@@ -1620,10 +1636,10 @@ func (t *talker) converse() error {
 	return err
 }
 
-// takeAnswers reads the answers, until the last one, and writes to w what is to be seen.
+// takeAnswers reads the answers until the conversation ends, and writes to w what the user is to see.
 func (t *talker) takeAnswers(w *bufio.Writer) error {
 	for {
-		// The next Read may last, and what was answered is to be seen.
+		// The next Read may take long, so show what was answered before it.
 		if t.r.Buffered() == 0 {
 			if err := w.Flush(); err != nil {
 				return fmt.Errorf("%w: %w", errOutput, err)
@@ -1636,7 +1652,7 @@ func (t *talker) takeAnswers(w *bufio.Writer) error {
 			return cmp.Or(t.ended(err), t.told)
 		}
 
-		// What begins with a colon is no data, and ends an answer unless it is text.
+		// A line that begins with a colon ends an answer, unless it is ": text".
 		text, isText := bytes.CutPrefix(line, []byte(": "))
 		if isText || line[0] != ':' {
 			w.Write(text)
@@ -1646,7 +1662,7 @@ func (t *talker) takeAnswers(w *bufio.Writer) error {
 	}
 }
 
-// takeEnd takes the last line of an answer, or an error that is none.
+// takeEnd takes the last line of an answer, or an error that answers none of our lines.
 func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 	why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
 	if isError {
@@ -1655,7 +1671,7 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 		number, why, _ := strings.Cut(string(why), ":")
 		n, _ := strconv.Atoi(number)
 
-		// The server may have something to say that nobody asked for.
+		// The server says something of its own accord.
 		if n == 0 || len(t.owed) == 0 {
 			fmt.Fprintf(t.errs, "the server says:%s", why)
 			return nil
@@ -1666,7 +1682,7 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 		}
 	}
 
-	// Each answer is one to the oldest line that has none.
+	// Each answer is for the oldest line that has none.
 	if len(t.owed) == 0 {
 		return errUnasked
 	}
@@ -1681,11 +1697,9 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 	return nil
 }
 
-// countAnswer takes note of an answer.
+// countAnswer counts an answer, and shows somebody who types, or waits, that the server goes on.
 func (t *talker) countAnswer(w *bufio.Writer) {
 	t.answered++
-
-	// Somebody who types, or waits, sees that it goes on.
 	if t.isTyped && len(t.owed) == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, "> ")
@@ -1695,18 +1709,18 @@ func (t *talker) countAnswer(w *bufio.Writer) {
 	}
 }
 
-// inputTime is how long the sender may take to find out whether there is more input: somebody who
-// types has not said so yet.
+// inputTime is how long ended waits for the sender to say how the input ended. Somebody who types may
+// not end it for hours.
 const inputTime = 100 * time.Millisecond
 
-// ended tells what is wrong if the connection gives err, which is io.EOF if the server has ended
-// it.
+// ended returns the error of a conversation whose connection has failed with err, which is io.EOF
+// if the server has closed it; nil if everything was answered.
 func (t *talker) ended(err error) error {
 	if errors.Is(err, errQuiet) {
 		return err
 	}
 
-	// Was what was sent all that there is?
+	// Was all of the input sent?
 	end := errGone
 	if t.quit > 0 {
 		end = io.EOF
@@ -1716,11 +1730,11 @@ func (t *talker) ended(err error) error {
 	case <-time.After(inputTime):
 	}
 
-	// And was that answered?
+	// Was all that was sent answered?
 	switch {
 	case len(t.owed) > 0 && err == io.EOF:
 		return errUnanswered
-	case len(t.owed) > 0: // as where a server was killed
+	case len(t.owed) > 0: // for example, the server was killed
 		return fmt.Errorf("%w: %w", errUnanswered, err)
 	case end == io.EOF:
 		return nil
@@ -1728,22 +1742,23 @@ func (t *talker) ended(err error) error {
 	return end
 }
 
-// sendLines sends the input to the server, flushes whenever there is no more of it for now, and
-// then tells how it ended. One goroutine a conversation.
+// sendLines sends the input to the server. It flushes whenever there is no more input for now, and at
+// the end tells the reader how the input ended. It runs as one goroutine per conversation.
 func (t *talker) sendLines() {
-	// The requests of the command line are lines, too.
+	// Requests on the command line are sent as lines of input.
 	in := t.in
 	if len(t.requests) > 0 {
 		in = strings.NewReader(strings.Join(t.requests, "\n") + "\n")
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	var end error                   // of the input
-	isFirst, isBegun := true, false // a line that is longer than what r holds is sent in parts
+	// A line that is longer than r's buffer comes in parts. isBegun: the part before was not the last.
+	var end error // how the input ended; nil: it has not
+	isFirst, isBegun := true, false
 	for end == nil {
-		// The next Read may last, and the server is not to wait for it.
+		// The next Read may take long, and the server must not wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
-			w.Flush() // if that fails, the reader finds out why
+			w.Flush() // if this fails, the reading goroutine finds out why
 		}
 
 		isRest := isBegun
@@ -1764,26 +1779,26 @@ func (t *talker) sendLines() {
 	}
 	w.Flush()
 
-	// The reader is to know why no more comes before the server ends the conversation.
+	// The reader must know how the input ended before the server closes the connection.
 	if end != io.EOF {
 		end = fmt.Errorf("reading the requests: %w", end)
 	}
 	t.sent <- end
 
-	// The server ends the conversation when it has answered all of it.
+	// Half-close: the server answers all that it has read, and then closes the connection.
 	closeWrite(t.conn)
 }
 
-// sendLine sends a line, or the beginning of a long one, when there is room for its answer. It
-// returns false if nothing more is to be sent.
+// sendLine waits for a free slot in owed and sends a line, or the beginning of a long one. It returns
+// false if nothing more is to be sent.
 func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
-	// The server does not answer a blank line, but an Ack.
+	// The server does not answer a blank line. It answers an Ack, which we send instead.
 	request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
 	if request == "" && line[len(line)-1] == '\n' {
 		line, request = []byte("Ack\n"), "Ack"
 	}
 
-	// Only the answer to a line makes room, so that line must be sent.
+	// Only an answer frees a slot, so all lines before this one must be on their way.
 	if len(t.owed) == cap(t.owed) {
 		w.Flush()
 	}
@@ -1793,7 +1808,7 @@ func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 		return false
 	}
 
-	// If nothing was owed the reader's time begins.
+	// If no other answer is owed, the reader's time limit begins now.
 	if len(t.owed) == 1 {
 		t.conn.SetReadDeadline(time.Now())
 	}
@@ -1801,21 +1816,21 @@ func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 	return true
 }
 
-// isUTF16 tells whether an input that begins with start is text in UTF-16: with its mark, or a
-// letter in two bytes.
+// isUTF16 reports whether an input that begins with start is text in UTF-16: it begins with a byte
+// order mark, or with a letter in two bytes.
 func isUTF16(start []byte) bool {
 	mark := string(start[:min(2, len(start))])
 	return mark == "\xff\xfe" || mark == "\xfe\xff" ||
 		len(mark) == 2 && mark[0]|mark[1] >= 'A' && (mark[0] == 0) != (mark[1] == 0)
 }
 
-// problem says what to do about an error of a conversation, or of beginning it.
+// problem returns err, which came from a conversation or from dial, with what to do about it.
 func (t *talker) problem(err error) error {
 	if as[problem](err) {
 		return err
 	}
 
-	// Of an input it is told how far it was answered, and how to send the rest.
+	// For an input, say how far it was answered, and how to send the rest.
 	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
 	isGiven, n, command := len(t.requests) > 0, t.answered, "kvserver "+strings.Join(t.args, " ")
 	switch {
@@ -1829,7 +1844,7 @@ func (t *talker) problem(err error) error {
 		goOn = fmt.Sprintf("go on: tail -n +%d FILE | %s", n+1, command)
 	}
 
-	// Of requests on the command line it is known whether they change anything.
+	// Requests on the command line are known: do they change anything?
 	changes := slices.ContainsFunc(t.requests, func(line string) bool {
 		q := Query{}
 		q.parse(line)
@@ -1839,7 +1854,7 @@ func (t *talker) problem(err error) error {
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
 	return firstWrong(what, []wrong{
-		// Where the answers go, what was given, and who answers.
+		// The output, TLS, and who answers.
 		{is(errOutput), "", "Make room where the answers go, and look what was done."},
 		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
@@ -1849,7 +1864,7 @@ func (t *talker) problem(err error) error {
 		{is(errFull), "", "Nothing was done. Try again later, or raise the server's -max-clients."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
-		// How far it has come.
+		// How far the conversation has come.
 		{n > 0 && n == t.quit, "", "Nothing after a Quit is run. Leave it out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
 		{isGiven && !changes, "", "Nothing was to be changed: try again."},
