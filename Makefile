@@ -1,9 +1,9 @@
-# Needs Go and nothing else. `make` builds ./kvserver.
+# This needs Go and nothing else. `make` builds ./kvserver.
 
 .DEFAULT_GOAL := build
 .PHONY: build run test check fuzz simulate etcd windows soak bench cover install dist clean help
 
-# Nothing here changes how packages are compiled, so what go run and go test have compiled is used.
+# These flags do not change how packages are compiled, so what go run and go test compiled is reused.
 build: ## build ./kvserver (CGO_ENABLED=0: one that needs no C library)
 	go build -ldflags="-s -w" -o kvserver .
 
@@ -23,7 +23,7 @@ check: ## everything that must pass: format, vet, tidy, tests with the race dete
 	go mod tidy -diff
 	go test -race ./...
 
-# Inputs, not seconds: at the end of a time Go's fuzzer may fail for no reason
+# FUZZTIME is a number of inputs, not a time: when a time ends, Go's fuzzer may fail without a reason
 # (https://go.dev/issue/75804).
 FUZZTIME ?= 60000x
 fuzz: ## run every fuzz target for FUZZTIME (60000x, inputs)

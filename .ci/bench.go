@@ -1,8 +1,8 @@
-// Bench measures the built kvserver beside redis-server and memcached, where they are installed, and
-// prints one table in Markdown. All servers of a row run at the same time, and are loaded in turn,
-// -rounds times: a cell has the medians, behind ± half of the spread. Every byte of every reply is
-// checked. kvserver is there twice: what differs between the two is the machine's noise. CPU time
-// and memory are read from /proc: Linux only.
+// Bench measures the built kvserver beside redis-server and memcached, if they are installed, and
+// prints one table in Markdown. All servers of a row run at the same time; each gets its load in
+// turn, -rounds times. A cell has the median rate ± half of the spread, and behind it the medians of
+// CPU time and latency. Every byte of every reply is checked. kvserver has two columns: their
+// difference is the noise of the machine. CPU time and memory come from /proc, so it needs Linux.
 package main
 
 import (
@@ -23,18 +23,18 @@ import (
 	"time"
 )
 
-// row is a kind of load: batches of so many requests, get or set, from so many connections.
+// row is a kind of load: batches of gets or sets from several connections.
 type row struct {
 	name     string
 	op       string
 	conns    int
 	batch    int
 	size     int  // bytes of a value
-	requests int  // of one round
+	requests int  // in one round, on all connections
 	durable  bool // each answer waits for the disk
 }
 
-// rows are what is measured.
+// rows are the loads that are measured.
 var rows = []row{
 	{"get at 1", "get", 50, 1, 16, 60_000, false},
 	{"get at 16", "get", 50, 16, 16, 600_000, false},
@@ -53,12 +53,12 @@ var rows = []row{
 	{"set on disk at 64", "set", 50, 64, 16, 400_000, true},
 }
 
-// server is a kind of server, and how one speaks to it: the text of a read and of a write of key, and
-// of the answer to each.
+// server is a kind of server and its protocol: get and set return the text of a read and of a write
+// of key, got and done the text of the answer to each.
 type server struct {
 	name                string
-	args, durable       []string // behind its program; %PORT and %DIR are filled in
-	hello, welcome      string   // once for each connection
+	args, durable       []string // the command line, in memory and on disk; %PORT and %DIR are filled in
+	hello, welcome      string   // sent once on each connection, and the answer to it
 	get, got, set, done func(key, value string) string
 }
 
@@ -110,8 +110,8 @@ func ours(name string) server {
 	}
 }
 
-// figures are of one round: requests a second, microseconds of CPU for a request, and
-// milliseconds in which 99 of 100 batches were answered.
+// figures are the results of one round: requests a second, microseconds of CPU for a request, and
+// milliseconds within which 99 of 100 batches were answered.
 type figures struct{ rate, cpu, p99 float64 }
 
 func main() {
@@ -135,7 +135,8 @@ func main() {
 	}
 }
 
-// printMemory prints how many bytes of memory a key takes, of a million of 12 bytes with a value of 16.
+// printMemory prints how many bytes of memory a key takes. It stores a million keys of 12 bytes, each
+// with a value of 16 bytes.
 func printMemory() {
 	const keys, chunk = 1_000_000, 1000
 	fmt.Print("| bytes of memory a key |")
@@ -181,7 +182,7 @@ func (r row) print(rounds int) {
 		}
 	}
 
-	// In turn, and each is the first now and then: what comes and goes on the machine meets all.
+	// In turn, and each round begins with another server, so that disturbances hit all alike.
 	for round := range rounds {
 		for n := range peers {
 			i := (round + n) % len(peers)
@@ -204,7 +205,7 @@ func (r row) print(rounds int) {
 			of(got[i], func(f figures) float64 { return f.p99 })[rounds/2])
 	}
 
-	// The ratio of each round, for a slow minute of the machine has both in it.
+	// The ratio of each round: a slow minute of the machine slows both.
 	if got[2] == nil {
 		fmt.Println(" - |")
 		return
@@ -217,7 +218,7 @@ func (r row) print(rounds int) {
 	fmt.Printf(" %.2f (%.2f to %.2f) |\n", ratios[rounds/2], ratios[0], ratios[rounds-1])
 }
 
-// of returns one of all figures, sorted.
+// of returns one figure of each round, sorted.
 func of(all []figures, one func(figures) float64) (sorted []float64) {
 	for _, f := range all {
 		sorted = append(sorted, one(f))
@@ -226,7 +227,7 @@ func of(all []figures, one func(figures) float64) (sorted []float64) {
 	return sorted
 }
 
-// peer is a server that runs.
+// peer is a running server.
 type peer struct {
 	server
 	cmd  *exec.Cmd
@@ -234,7 +235,8 @@ type peer struct {
 	dir  string
 }
 
-// start starts a server for a row; nil: it is not installed, or cannot do what is asked for.
+// start starts a server for a row. It returns nil if the server is not installed, or cannot keep data
+// on disk and the row needs that.
 func (s server) start(r row) *peer {
 	args := s.args
 	if r.durable {
@@ -279,7 +281,8 @@ func (p *peer) stop() {
 	must(os.RemoveAll(p.dir))
 }
 
-// client is a connection, with what it sends and wants: the values go from one to the other.
+// client is a connection, with the two batches that it sends in turn and the answers that it wants.
+// Two batches of sets write different values, so each set changes its key.
 type client struct {
 	conn       net.Conn
 	r          *bufio.Reader
@@ -287,7 +290,7 @@ type client struct {
 	took       []time.Duration // of each batch
 }
 
-// load is one round of a row.
+// load puts one round of a row on the server, and returns its figures.
 func (p *peer) load(r row) (f figures) {
 	clients := make([]*client, r.conns)
 	for i := range clients {
@@ -318,7 +321,7 @@ func (p *peer) load(r row) (f figures) {
 		took[len(took)*99/100].Seconds() * 1000}
 }
 
-// connect makes a connection, and gives each of its keys a value.
+// connect makes the connection number i, and gives each of its keys a value.
 func (p *peer) connect(r row, i int) *client {
 	conn, err := net.Dial("tcp", p.addr)
 	must(err)
@@ -329,7 +332,7 @@ func (p *peer) connect(r row, i int) *client {
 	for j := range r.batch {
 		key := fmt.Sprintf("key%04d%05d", i, j)
 
-		// Whether it was there before makes a difference to kvserver's answer, of one byte.
+		// kvserver's answer says whether the key was there before: one byte may differ from done.
 		_, err := io.WriteString(conn, p.set(key, values[0]))
 		must(err)
 		_, err = c.r.Discard(len(p.done(key, "")))
@@ -348,7 +351,7 @@ func (p *peer) connect(r row, i int) *client {
 	return c
 }
 
-// round sends a batch and reads what is wanted, into got.
+// round sends a batch and reads the answers into got. They must be what want says.
 func (c *client) round(send, want string, got []byte) {
 	began := time.Now()
 	_, err := io.WriteString(c.conn, send)
@@ -361,11 +364,11 @@ func (c *client) round(send, want string, got []byte) {
 	c.took = append(c.took, time.Since(began))
 }
 
-// cpu is how many seconds of CPU the process has had.
+// cpu returns how many seconds of CPU time the process has used.
 func (p *peer) cpu() float64 {
 	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.cmd.Process.Pid), "stat"))
 	must(err)
-	_, fields, _ := bytes.Cut(stat, []byte(") ")) // the program's name may have blanks
+	_, fields, _ := bytes.Cut(stat, []byte(") ")) // skip the program's name, which may have blanks
 	ticks := 0.0
 	for _, field := range bytes.Fields(fields)[11:13] {
 		n, err := strconv.ParseFloat(string(field), 64)

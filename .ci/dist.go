@@ -1,7 +1,7 @@
-// Dist makes the archives of a release in dist/, of what is committed: for each system the
-// binary, LICENSE, README.md and the files that the README shows, and SHA256SUMS beside them. The
-// same commit gives the same bytes, with the same Go and the same tags. With -files DIR it only
-// writes the README's files there.
+// Dist makes the archives of a release in dist/, from the current commit: for each system an archive
+// with the binary, LICENSE, README.md and the files that the README shows, and beside the archives
+// SHA256SUMS. The same commit, Go version and tags give the same bytes. With -files DIR it only
+// writes the README's files into DIR.
 package main
 
 import (
@@ -24,10 +24,10 @@ import (
 	"time"
 )
 
-// everywhere are the systems that archives are made for.
+// everywhere is the systems for which archives are made, if -targets does not say which.
 const everywhere = "linux/amd64,linux/arm64,darwin/amd64,darwin/arm64,windows/amd64,windows/arm64"
 
-// file is one in an archive.
+// file is a file in an archive.
 type file struct {
 	name string
 	data []byte
@@ -74,8 +74,8 @@ func main() {
 	fmt.Print(sums)
 }
 
-// readmeFiles returns the files that stand in the README's code blocks: each begins with a
-// comment that is its name, and ends at the next one or with the block.
+// readmeFiles returns the files in the README's code blocks. A file begins with a comment that is its
+// name, and ends before the next such comment or with its block.
 func readmeFiles(readme []byte) (files []file) {
 	name := regexp.MustCompile(`^# (?:\S*/)?([\w.-]+\.(?:service|timer|yml))\n$`)
 	isFile := false
@@ -113,7 +113,7 @@ func build(system, arch string) file {
 	return file{name, read(filepath.Join(dir, name)), 0o755}
 }
 
-// tarball packs files into a directory called name.
+// tarball packs files into a directory called name, as a tar file with gzip.
 func tarball(name string, files []file, at time.Time) []byte {
 	var packed bytes.Buffer
 	z := gzip.NewWriter(&packed)
@@ -129,7 +129,7 @@ func tarball(name string, files []file, at time.Time) []byte {
 	return packed.Bytes()
 }
 
-// zipped is the same as a zip file.
+// zipped packs files into a directory called name, as a zip file.
 func zipped(name string, files []file, at time.Time) []byte {
 	var packed bytes.Buffer
 	z := zip.NewWriter(&packed)
@@ -145,7 +145,7 @@ func zipped(name string, files []file, at time.Time) []byte {
 	return packed.Bytes()
 }
 
-// run returns what a command prints.
+// run returns what a command prints, without the white space around it.
 func run(command ...string) string {
 	out, err := exec.Command(command[0], command[1:]...).Output()
 	must(err)
