@@ -32,187 +32,190 @@ import (
 
 // Limits of the server.
 const (
-	// Chains that workLoop runs before it commits and hands them back: enough
-	// to share one fsync, few enough that the first does not wait long.
+	// Chains in a batch, at most: enough to share one fsync (group commit), few enough that the
+	// first one does not wait long.
 	maxBatch = 64
 
-	// How often workLoop, with its queue empty, lets the readers that can run
-	// send what they have, before it commits. Batches grow, and nobody waits
-	// for a second turn: a quarter off the slowest percent's time in memory,
-	// a tenth more writes a second on disk.
+	// How often workLoop, when its queue is empty, yields before it commits, so that readers that
+	// can run send what they have. Batches grow, and fewer clients wait for a second turn: in
+	// memory the slowest percent of requests takes a quarter less time, and on disk there are a
+	// tenth more writes a second.
 	maxYields = 4
 
-	// A Commit that takes less is over before its clients could come back: a batch need not
-	// wait for them. After waits in vain up to maxVain batches do not wait.
+	// A Commit that takes less time than slowCommit is over before its clients can come back, so
+	// the next batch does not wait for them (gathering). After waits in vain up to maxVain batches
+	// do not wait.
 	slowCommit = time.Millisecond
 	maxVain    = 63
 
-	// How long workLoop works before it commits and answers: maxHeavyTurn for a client whose
-	// requests take long, such as Updates of huge lists. A chain with more to do goes on later.
+	// How long workLoop works before it commits and answers: maxHeavyTurn if the client's requests
+	// take long, such as Updates of huge lists. A chain that is not done by then goes on later.
 	maxTurn      = 5 * time.Millisecond
 	maxHeavyTurn = time.Millisecond / 2
 
-	// Requests of a client between two looks at the clock: one at first, then twice as many after
-	// each look, up to maxStride; one again when two looks lay longTime apart. An Update, a Swap or
-	// a Remove, which may have a long list to search, counts as several.
+	// How many requests of a client workLoop runs between two looks at the clock: one at first,
+	// twice as many after each look, up to maxStride, and one again after two looks that were
+	// longTime apart. An Update, a Swap or a Remove counts as searchCost requests, because it may
+	// search a long list.
 	maxStride  = 64
 	searchCost = 8
 	longTime   = maxHeavyTurn / 2
 
-	// How often workLoop looks for keys that go, beside a look at each turn, while there are any;
-	// and how many it deletes between two looks at the clock.
+	// While some key has a deadline, workLoop looks for expired keys before each turn and once in
+	// expireTime. It looks at the clock after each expireStride deletions.
 	expireTime   = 50 * time.Millisecond
 	expireStride = 64
 
-	// How far beyond the floor a client's time may be before its next chain waits for a turn. Up to
-	// there chains run in the order in which they come, which costs nothing.
+	// How far above the floor a client's time (share.finish) may be before its next chain waits
+	// for a turn. Below that, chains run in the order in which they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
-	fileCheckTime = time.Second // between two checks of the store's files while nobody asks
+	fileCheckTime = time.Second // between two checks of the store's files
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
-	defaultMaxClients   = 10_000 // with 17 KB for each that is quiet, 170 MB
+	defaultMaxClients   = 10_000 // 170 MB if all are quiet (memoryPerClient)
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	// open files, of those that the process may have, for all but clients: the log, a compaction
+	// open files that the process keeps for everything except clients: the log, a compaction
 	spareFiles    = 32
-	maxRejecting  = 8    // of these, connections over maxClients that get time to hear so
-	maxHandshakes = 1000 // TLS handshakes under way; fewer where files are few
+	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
+	maxHandshakes = 1000 // TLS handshakes under way; fewer if the process may open few files
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
-	maxWatchers   = 16   // HTTP connections, at all addresses; one more takes the place of one
+	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
-	// between two lines of log about what may happen a thousand times a second
+	// between two lines of log about an event that may happen a thousand times a second (seldom)
 	seldomTime = time.Minute
 
 	memoryPerClient = 17 << 10 // bytes that a quiet client takes
-	memoryOfTLS     = 28 << 10 // more, if it speaks TLS
-	// bytes that a write takes in the store beside its key and value, at most
+	memoryOfTLS     = 28 << 10 // bytes more if it speaks TLS
+	// bytes that a write takes in the store besides its key and value, at most
 	memoryPerPair = 64
 
-	collectTime = time.Second // between two collections because writes are refused
+	collectTime = time.Second // between two collections that refused writes start
 
-	// Bytes by which the data and the clients must have shrunk until the process gives back
-	// memory at once, where that is a quarter of it.
+	// Bytes by which the data and the clients must have shrunk before the process gives memory
+	// back at once. They must have shrunk by a quarter, too (freeMemory).
 	giveBackMin = 16 << 20
 
-	closeTime = time.Second // for a client to take its last replies once Close was called
+	closeTime = time.Second // for a client to take its last replies after Close
 
-	// How long acceptClient waits after Accept failed: doubled each time.
+	// How long acceptClient waits after Accept has failed: twice as long each time.
 	minAcceptWait = 5 * time.Millisecond
 	maxAcceptWait = time.Second
 )
 
-// What Start returns after Close, when the server was started before, and without a store.
+// Start returns these errors after Close, when it is called a second time, and without a store.
 var (
 	errClosed  = errors.New("the server is closed")
 	errStarted = errors.New("the server was started before")
 	errNoStore = errors.New("the server has no store: New was given nil")
 )
 
-// errReplaced ends a handshake in whose place another one is.
+// errReplaced ends a TLS handshake whose place another connection has taken.
 var errReplaced = errors.New("others came, and there is no room")
 
 // keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
-// Every acceptClient and shakeHands feeds connections. Every client's readFromClient feeds queries,
-// as do writeToClient when it ends, a handshake that fails, and the calls from outside. workLoop
-// receives from both, and it alone changes the store and the list of clients.
+// Each acceptClient and each shakeHands feeds connections. Each client's readFromClient feeds
+// queries, and so do a writeToClient that ends, a handshake that fails, API calls and HTTP requests.
+// workLoop receives from both channels, and it alone uses the store and the list of clients.
 type keyValueServer struct {
 	// Read-only once started.
 	listener     net.Listener   // the first of listeners
 	listeners    []net.Listener // each has an acceptClient
 	maxLine      int            // bytes of a request line, its end not counted
 	maxClients   int
-	maxMessage   int           // bytes in a message: the constant, but for tests
-	partKeys     int           // that are walked at a time: the constant, but for tests
-	writeTimeout time.Duration // for a client to accept a byte of what is written; 0: for ever
-	tls          *tls.Config   // nil: none; unix sockets never have it
-	handshakes   int           // under way at a time, but at least one a listener
+	maxMessage   int           // bytes in a message: the constant, except in tests
+	partKeys     int           // keys that are walked at a time: the constant, except in tests
+	writeTimeout time.Duration // for a client to take a byte of what is written; 0: no limit
+	tls          *tls.Config   // nil: no TLS; unix sockets never have it
+	handshakes   int           // under way at a time, but at least one for each listener
 	version      string
-	now          clock // the wall clock, by which keys go: time.Now, but for tests
-	// what opening the store, its lock, fsyncs and compactions report; nil: it is in memory
+	now          clock // the wall clock, by which keys expire: time.Now, except in tests
+	// what the store reports: its opening, its lock, fsyncs, compactions; nil: it is in memory
 	status  *storage.Status
 	log     *slog.Logger
 	started time.Time
 
-	// Readers, departing goroutines, failed handshakes, API calls and /metrics to workLoop; never
-	// closed. Room for some, so that a sender seldom waits for workLoop to be scheduled.
+	// From readers, departing goroutines, failed handshakes, API calls and HTTP requests to
+	// workLoop; never closed. It has a buffer so that a sender seldom waits for workLoop to be
+	// scheduled.
 	queries chan *Query
 
-	// Each acceptClient and shakeHands to workLoop. endAccepting closes it when all of these
-	// have ended.
+	// From each acceptClient and shakeHands to workLoop. endAccepting closes it when all of these
+	// goroutines have ended.
 	connections chan net.Conn
-	accepting   sync.WaitGroup // of them
+	accepting   sync.WaitGroup // counts these goroutines
 
-	// workLoop to CountActive and CountDropped. oneCall lets one asker in, so its one
-	// slot is free and workLoop never waits.
+	// From workLoop to CountActive and CountDropped. oneCall admits one caller at a time, so the
+	// one slot is free and workLoop never waits.
 	countActive chan int
 
-	// Closed by Close: acceptClient and workLoop end, and readFromClient waits no longer for a
-	// Take, for memory or for a snapshot. isClosing is asked while one reads, lists and writes.
+	// Closed by Close: acceptClient and workLoop end, and readFromClient stops waiting for a Take,
+	// for memory or for a snapshot. Goroutines that read, list or drain input ask isClosing.
 	closeSignal chan struct{}
 	serving     chan struct{} // closed by serve: workLoop runs
-	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: no more replies are written
+	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: Writes end
 	ended       chan struct{} // closed by workLoop, last: nobody accepts, and no client is left
-	failed      chan error    // workLoop to whoever asks Failed; one slot for the one failure
-	oneCall     chan struct{} // holds one token; the API call that took it owns what is below
+	failed      chan error    // from workLoop to the caller of Failed; one slot, for one failure
+	oneCall     chan struct{} // holds one token; the API call that took it owns closed
 
-	// Owned by the API call that has the token of oneCall.
+	// Owned by the API call that holds the token of oneCall.
 	closed bool // Close was called
 
-	commits storage.Histogram // how long each took, where that is of interest; for any goroutine
-	batches storage.Histogram // how many chains were in each of these
-	logged  *logCounts        // nil: nobody counts
-
-	budget      budget       // -max-memory and -max-queues
-	cores       semaphore    // for what takes long: one slot less than cores, but at least one
-	snapshots   semaphore    // for Keys and Dumps: each keeps in memory what is changed meanwhile
-	lostReplies atomic.Int64 // by slow readers
+	// Any goroutine may use these.
+	commits     storage.Histogram // seconds that each Commit took, if the store is not in memory
+	batches     storage.Histogram // chains that each of these Commits was for
+	logged      *logCounts        // nil: nobody counts
+	budget      budget            // -max-memory and -max-queues
+	cores       semaphore         // for long work: one slot fewer than cores, but at least one
+	snapshots   semaphore         // for Keys and Dump: a snapshot keeps what is changed meanwhile
+	lostReplies atomic.Int64      // replies that slow readers lost
 
 	// Owned by workLoop.
 	clients       []*Client
 	db            kvstore.Store
-	touched       []string      // a chain's keys, while the store is told them
+	touched       []string      // a chain's keys, for Touch
 	batch         []*Query      // chains that have run and wait for Commit
-	gathering     gathering     // for whom it waits before its Commit
-	turns         turnQueue     // who waits for one
-	floor         time.Duration // the highest spent of a client that left turns for its turn
+	gathering     gathering     // for which clients the batch waits before its Commit
+	turns         turnQueue     // clients that wait for their turn
+	floor         time.Duration // the highest spent that a client had when it left turns to run
 	takes         takeQueues    // Takes that wait for a value
 	turn          turn
-	rejecting     int              // connections that are being rejected
-	full          seldom           // turning clients away
-	badHandshakes seldom           // handshakes that failed
-	noRoom        seldom           // writes refused because the disk is full, or its files are spoiled
-	noMemory      seldom           // and because the memory is
-	overdue       overdue          // whether there are keys whose time is over
-	expired       int              // keys that went because their time was over
+	rejecting     int              // rejected connections that still have a writeToClient
+	full          seldom           // connections over maxClients
+	badHandshakes seldom           // TLS handshakes that failed
+	noRoom        seldom           // writes refused because the store has no room (kvstore.Store)
+	noMemory      seldom           // writes refused because the memory is full
+	overdue       overdue          // whether expired keys have yet to be deleted
+	expired       int              // keys that were deleted because they had expired
 	commitFailed  bool             // nothing runs any more
 	closing       bool             // stopReading was called
 	closeTick     <-chan time.Time // for hurry; nil: not set
 	closeTicks    int              // since Close
-	welcomed      int              // clients so far
-	departed      int              // of these, gone
-	largest       int64            // bytes of the store and the clients, since memory was last given back
-	collectedAt   time.Time        // when a refused write last made the collector run
-	requests      [queryTypes]int
+	welcomed      int              // clients that have come
+	departed      int              // clients that have gone
+	largest       int64            // bytes, the most that budget.store was since FreeOSMemory
+	collectedAt   time.Time        // when a refused write last started a collection
+	requests      [queryTypes]int  // that were run or refused, by type
 }
 
-// seldom is something that may happen a thousand times a second, and is worth a
-// line of log a minute.
+// seldom counts an event that may happen a thousand times a second and deserves one line of log
+// in seldomTime.
 type seldom struct {
-	said  time.Time
-	n     int // times since then
+	said  time.Time // when the last line was logged
+	n     int       // events since then
 	total int
 }
 
-// happened counts one time more. It returns how many there were when it is
-// time to say that, and 0 otherwise.
+// happened counts an event. If it is time for a line of log it returns the number of events since
+// the last line, and 0 otherwise.
 func (s *seldom) happened() (n int) {
 	s.n++
 	s.total++
 
-	// Until it is time for a line again the times add up, and that line says all of them.
+	// Until it is time for a line, events add up.
 	now := time.Now()
 	if now.Sub(s.said) < seldomTime {
 		return 0
@@ -224,20 +227,20 @@ func (s *seldom) happened() (n int) {
 
 // turn is the time for which workLoop works before it commits and answers.
 type turn struct {
-	epoch         time.Time     // since which the clock runs: cheaper than to ask for the time
-	began, looked time.Duration // since epoch
+	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
+	began, looked time.Duration // when the turn began, and when charge last looked at the clock
 	over          bool
 }
 
-// begin begins a turn.
+// begin starts a turn.
 func (t *turn) begin() {
 	t.began = time.Since(t.epoch)
 	t.looked, t.over = t.began, false
 }
 
-// charge adds the time since the last look at the clock to what the client of sh has spent. Without
-// a search of a list a time that is far longer than usual is a stall of the system, not the client's
-// fault: it counts little.
+// charge adds the time since the last look at the clock to the spent time of the client that has sh.
+// A time that is far longer than usual, though no list was searched, is a stall of the system and
+// not the client's fault, so only a part of it counts.
 func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 	now := time.Since(t.epoch)
 	took := now - t.looked
@@ -246,17 +249,17 @@ func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 		counted = min(took, 2*sh.cost+maxLead)
 	}
 
-	// No more than a turn counts, for by then the client has waited for all others.
+	// A client is never more than a turn above the floor: by then it has waited for all others.
 	sh.spent = min(sh.spent+counted, floor+maxTurn)
 	sh.cost = (sh.cost + counted) / 2
 
-	// A look at the clock costs time, too, so there are fewer while requests are short.
+	// A look at the clock costs time as well, so looks become rarer while requests are short.
 	sh.stride = min(2*max(sh.stride, 1), maxStride)
 	if took >= longTime {
 		sh.stride = 1
 	}
 
-	// Others wait until the turn is over, so a heavy client gets a shorter one.
+	// Others wait until the turn is over, so a heavy client gets a shorter turn.
 	limit := maxTurn
 	if sh.isHeavy() {
 		limit = maxHeavyTurn
@@ -264,28 +267,28 @@ func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 	t.looked, t.over = now, now-t.began > limit
 }
 
-// share is what a client has had of workLoop's time. Clients are served as in start-time fair
-// queueing (Goyal, Vin and Cheng, 1996): first is the one that will have had least when its turn
-// ends. spent is kept within maxTurn of floor, which rises with the turns that are given: so a
-// client that was quiet goes before one that has spent much, and nobody waits for ever.
+// share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
+// (Goyal, Vin and Cheng, 1996): the client that will have spent least when its turn ends is next.
+// spent is kept within maxTurn of floor, which rises as turns are given: so a client that was quiet
+// goes before one that has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
-	cost   time.Duration // between two looks at the clock, as of late
-	stride int           // requests between these
+	cost   time.Duration // between two looks at the clock: a moving average
+	stride int           // requests between two looks
 
-	chain, next *Query // that waits for its turn, and its first request that has not run
+	chain, next *Query // the chain that waits for its turn, and its first request that has not run
 
 	wroteIn  int  // the number of the last batch in which the client wrote (gathering)
-	isSteady bool // it has written in one of the two before that, too
+	isSteady bool // it also wrote in one of the two batches before that
 }
 
-// finish is how much the client will have spent if the next turn costs as much as the last.
+// finish is how much the client will have spent if the next turn costs as much as its turns of late.
 func (s *share) finish() time.Duration { return s.spent + s.cost }
 
-// isHeavy tells whether the client's requests take long, as of late.
+// isHeavy reports whether the client's requests of late take long.
 func (s *share) isHeavy() bool { return s.cost >= longTime }
 
-// turnQueue are the clients whose chains wait, as a heap (container/heap) by finish.
+// turnQueue holds the clients whose chains wait for a turn, as a heap (container/heap) by finish.
 type turnQueue []*Client
 
 func (t turnQueue) Len() int           { return len(t) }
@@ -301,23 +304,23 @@ func (t *turnQueue) Pop() any {
 	return c
 }
 
-// gathering has a batch of writes wait, before a slow Commit, for the clients that wrote in the last
-// batch and come each time. Otherwise one half of the clients would send while the other half waits
-// for the disk, and each half would pay for Commits of its own. (A timer for group commit: Helland
-// and others, Tandem Technical Report 88.1, 1988. Ours stops early, when those have come.)
+// gathering lets a batch of writes wait, before a slow Commit, for the clients that write in nearly
+// every batch. Otherwise one half of the clients would send while the other half waits for the
+// disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
+// Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
 type gathering struct {
-	number  int              // of the batch, among those that write
-	writes  bool             // it does
-	steady  int              // clients that have written in it, and in one of the two before
-	missing int              // steady clients of the last one that have not come back
-	took    time.Duration    // the last one's Commit
-	over    <-chan time.Time // when it has waited long enough; nil: it does not wait
-	isOver  bool             // it has
-	skip    int              // how many batches do not wait, for others have waited in vain
-	vain    int              // skip, as it was after the last of these
+	number  int              // of the batch, counting only batches that write
+	writes  bool             // the batch has a write
+	steady  int              // clients that wrote in it and in one of the two batches before
+	missing int              // steady clients of the last batch that have not come back
+	took    time.Duration    // for the last batch's Commit
+	over    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
+	isOver  bool             // over has fired
+	skip    int              // how many batches are not to wait, because waits were in vain
+	vain    int              // what skip was after the last wait in vain; 0: the last wait was not
 }
 
-// came notes that the client of sh has written in the batch.
+// came notes that the client that has sh has written in the batch.
 func (g *gathering) came(sh *share) {
 	g.left(sh)
 	g.writes = true
@@ -327,7 +330,7 @@ func (g *gathering) came(sh *share) {
 	}
 }
 
-// left notes that there is no need to wait for the client of sh.
+// left notes that the batch need not wait for the client that has sh.
 func (g *gathering) left(sh *share) {
 	if sh.isSteady && sh.wroteIn == g.number-1 {
 		g.missing--
@@ -335,7 +338,7 @@ func (g *gathering) left(sh *share) {
 	sh.isSteady = false
 }
 
-// begin tells whether the batch waits, and sees to it that it does not wait too long.
+// begin reports whether the batch is to wait. It sets the timer that ends the wait.
 func (g *gathering) begin() bool {
 	switch {
 	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.isOver:
@@ -350,13 +353,13 @@ func (g *gathering) begin() bool {
 	return true
 }
 
-// next notes how long the batch's Commit took. Another batch begins.
+// next notes how long the batch's Commit took, and begins the next batch.
 func (g *gathering) next(took time.Duration) {
 	if !g.writes {
 		return
 	}
 
-	// Clients that come later each time are not worth a wait: try it less and less often.
+	// The clients came too late, so the wait was of no use: wait less and less often.
 	switch {
 	case g.isOver:
 		g.vain = min(2*g.vain+1, maxVain)
@@ -367,17 +370,17 @@ func (g *gathering) next(took time.Duration) {
 	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
 }
 
-// New returns a server of db, without which it does not start. The server owns it from Start to
-// Close. It logs nothing unless it is given a logger.
+// New returns a server of db. The server owns db from Start until Close returns. With a nil db Start
+// returns an error. The server logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:        kvstore.StoreOf(db),
-		floor:     2 * maxTurn,          // so a client that has spent 0 is new
-		gathering: gathering{number: 3}, // so one that has never written is not steady
+		floor:     2 * maxTurn,          // so only a new client has spent 0
+		gathering: gathering{number: 3}, // so a client that has never written is not steady
 		takes:     takeQueues{of: map[string]*list.List{}},
 		batches:   storage.Histogram{Counts: true},
 
-		// What the caller may change before Start.
+		// The caller may change these before Start.
 		maxLine:      defaultMaxLine,
 		maxClients:   defaultMaxClients,
 		maxMessage:   maxMessage,
@@ -396,7 +399,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 		ended:       make(chan struct{}),
 		oneCall:     make(chan struct{}, 1),
 
-		// One slot each, so that workLoop never waits for the goroutine that receives.
+		// One slot each, so that workLoop never waits for the receiver.
 		countActive: make(chan int, 1),
 		failed:      make(chan error, 1),
 
@@ -405,7 +408,7 @@ func New(db kvstore.KVStore) *keyValueServer {
 			freeing: semaphore{slots: make(chan struct{}, 1)}},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
 
-		// One core is left for workLoop, where there are several.
+		// Where there are several cores, one is left for workLoop.
 		cores: semaphore{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))},
 	}
 
@@ -414,9 +417,8 @@ func New(db kvstore.KVStore) *keyValueServer {
 	return s
 }
 
-// Start listens on port of localhost and serves until Close. It does not block.
-// It returns an error when it cannot listen, the second time, after Close, and without a
-// store.
+// Start listens on port of localhost and serves until Close. It does not block. It returns an error
+// if it cannot listen, if it was called before, after Close, and if the server has no store.
 func (s *keyValueServer) Start(port int) error {
 	listeners, err := listen(net.JoinHostPort("localhost", strconv.Itoa(port)))
 	if err != nil {
@@ -429,7 +431,7 @@ func (s *keyValueServer) Start(port int) error {
 	return nil
 }
 
-// serve is Start with listeners, at least one, which become the server's.
+// serve is Start with one or more listeners. Without an error they become the server's.
 func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
@@ -449,7 +451,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
-	// A TLS connection is a guest of fewConns until its handshake has ended; a unix socket has no
+	// A TLS connection is a guest of fewConns until its handshake has ended. A unix socket has no
 	// TLS.
 	for _, listener := range listeners {
 		if s.tls != nil && listener.Addr().Network() != "unix" {
@@ -464,24 +466,22 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	return nil
 }
 
-// CountActive returns how many clients are connected: 0 before Start and once
-// Close has returned.
+// CountActive returns how many clients are connected: 0 before Start and once Close has returned.
 func (s *keyValueServer) CountActive() int { return s.ask(countActive) }
 
-// CountDropped returns how many clients have left: 0 before Start and once
-// Close has returned.
+// CountDropped returns how many clients have left: 0 before Start and once Close has returned.
 func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 
-// ask has workLoop answer a count.
+// ask asks workLoop for a count: countActive or countDropped.
 func (s *keyValueServer) ask(what queryType) int {
-	// There is one asker at a time, for the answer has one slot.
+	// One caller at a time, because the channel for the answer has one slot.
 	<-s.oneCall
 	defer func() { s.oneCall <- struct{}{} }()
 	if !isClosed(s.serving) {
 		return 0
 	}
 
-	// workLoop may end at any time, and then nobody receives or answers.
+	// workLoop may end at any time, and then it neither receives nor answers.
 	select {
 	case s.queries <- &Query{queryType: what}:
 	case <-s.ended:
@@ -494,7 +494,7 @@ func (s *keyValueServer) ask(what queryType) int {
 	case <-s.ended:
 	}
 
-	// The query came too late, or the answer just in time.
+	// workLoop has ended. It may have answered first.
 	select {
 	case n := <-s.countActive:
 		return n
@@ -503,13 +503,13 @@ func (s *keyValueServer) ask(what queryType) int {
 	}
 }
 
-// Failed returns a channel that receives the error of the store's Commit, if
-// one fails. From then on the server answers nothing; Close it.
+// Failed returns a channel that receives the error of the store's Commit if one fails. From then on
+// the server answers no request. The caller is to Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server: requests that were read are run, but for those behind a Keys or Dump that
-// is broken off, and their replies are flushed to clients that take them within closeTime. It
-// returns when no goroutine uses a client or the store any more: the store is the caller's again.
+// Close ends the server. Requests that were read are run, except those behind a Keys or Dump that is
+// broken off, and their replies are flushed to clients that take them within closeTime. It returns
+// when no goroutine uses a client or the store any more: the store is the caller's again.
 func (s *keyValueServer) Close() {
 	<-s.oneCall
 	if !s.closed {
@@ -519,7 +519,7 @@ func (s *keyValueServer) Close() {
 	}
 	s.oneCall <- struct{}{}
 
-	// The last replies take a while, and meanwhile others may ask for the counts.
+	// The last replies take a while. The token is back, so others may ask for counts meanwhile.
 	if isClosed(s.serving) {
 		<-s.ended
 	}
@@ -527,7 +527,7 @@ func (s *keyValueServer) Close() {
 
 func (s *keyValueServer) isClosing() bool { return isClosed(s.closeSignal) }
 
-// isClosed tells whether signal, on which nothing is sent, is closed.
+// isClosed reports whether signal is closed. Nothing is ever sent on it.
 func isClosed(signal <-chan struct{}) bool {
 	select {
 	case <-signal:
@@ -537,12 +537,12 @@ func isClosed(signal <-chan struct{}) bool {
 	}
 }
 
-// acceptClient hands every connection of listener over to workLoop: under TLS, shakeHands
-// does so once the handshake has ended. One goroutine a listener, until Close closes that.
-// Any other error, such as running out of file descriptors, may pass: it waits a little
-// longer each time and tries again.
+// acceptClient hands every connection of listener over to workLoop; under TLS shakeHands does so
+// when the handshake has ended. It runs as one goroutine for each listener, until Close closes
+// that. Any other error of Accept, such as running out of file descriptors, may pass: acceptClient
+// waits, a little longer each time, and tries again.
 func (s *keyValueServer) acceptClient(listener net.Listener) {
-	// The handshakes of its connections end when it does.
+	// Handshakes under way are cancelled when acceptClient ends.
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 
@@ -558,7 +558,7 @@ func (s *keyValueServer) acceptClient(listener net.Listener) {
 			continue
 		}
 
-		// Log it once, but try again and again.
+		// Log the first error only, and try again.
 		if wait == 0 && !s.isClosing() {
 			s.log.Error("cannot accept connections, trying again", "error", err)
 		}
@@ -579,12 +579,12 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 		conn = guest.Conn
 	}
 
-	// The connection of a test has no such buffer.
+	// A test's connection may have no send buffer.
 	if socket, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 		socket.SetWriteBuffer(sendBuffer)
 	}
 
-	// The other side may take its time for a handshake, and others want to connect meanwhile.
+	// The other side may be slow to shake hands, and others want to connect meanwhile.
 	if mustShake {
 		s.accepting.Go(func() { s.shakeHands(ctx, guest) })
 		return
@@ -592,19 +592,19 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	s.connections <- &pacedConn{Conn: conn, server: s}
 }
 
-// shakeHands begins TLS with guest and hands it over to workLoop. One goroutine for each new
-// connection, for at most handshakeTime, so that a connection that does not go on delays nobody. It
-// is not counted as a client yet.
+// shakeHands does the TLS handshake with guest and hands the connection over to workLoop. It runs as
+// one goroutine for each new connection, for at most handshakeTime, so that a silent connection
+// delays nobody. The connection is not counted as a client yet.
 func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 
-	// Until the handshake ends all goes through the guest, which notes whether a byte has come.
+	// Until the handshake ends all bytes go through the guest, which notes whether one has come.
 	paced := &pacedConn{Conn: guest, server: s}
 	outer := tls.Server(paced, s.tls)
 	err := outer.HandshakeContext(ctx)
 
-	// Its place may have gone to another connection, even while the last bytes came.
+	// Another connection may have taken its place, even while the last bytes came.
 	if err == nil && !guest.leave() || errors.Is(err, net.ErrClosed) {
 		err = errReplaced
 	}
@@ -615,33 +615,32 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 		return
 	}
 
-	// It has given up its place, so nobody asks any more whether a byte has come.
+	// The guest has given up its place, so nobody asks any more whether a byte has come.
 	paced.Conn = guest.Conn
 	s.connections <- outer
 }
 
-// endAccepting tells workLoop that nobody comes any more. One goroutine, until the last
-// acceptClient and the last shakeHands have ended.
+// endAccepting closes connections, which tells workLoop that no more of them come. It runs as one
+// goroutine, until the last acceptClient and the last shakeHands have ended.
 func (s *keyValueServer) endAccepting() {
 	s.accepting.Wait()
 	close(s.connections)
 }
 
-// workLoop owns the store and the clients: whatever is done to them is done
-// here, in the one order that everybody sees. It never waits for a client: its
-// sends all have a free slot. It runs until Close, then until the last client
-// has left.
+// workLoop owns the store and the list of clients: it alone changes them, in the one order that all
+// clients see. It never waits for a client, because each of its sends has a free slot. It runs as
+// one goroutine until Close, and then until the last client has left.
 func (s *keyValueServer) workLoop() {
 	defer close(s.ended)
 
-	// The loop sets each to nil when its case is over: select never chooses a nil channel.
+	// Each is set to nil when it is closed, because select never chooses a nil channel.
 	connections, closeSignal := s.connections, s.closeSignal
 
 	always := make(chan struct{}) // always ready
 	close(always)
 	var alarm <-chan time.Time // nil: not set
 
-	// Somebody may change the store's files while nobody asks for anything.
+	// Somebody may change the store's files while no requests come.
 	var fileCheck <-chan time.Time // nil: the store is in memory
 	if s.status != nil {
 		ticker := time.NewTicker(fileCheckTime)
@@ -649,9 +648,9 @@ func (s *keyValueServer) workLoop() {
 		fileCheck = ticker.C
 	}
 
-	// Until nobody comes any more and the last has gone.
+	// Until no more connections come and the last client has gone.
 	for connections != nil || len(s.clients) > 0 || s.rejecting > 0 {
-		var more chan struct{} // nil: no chain waits for its turn, and no key to be deleted
+		var more chan struct{} // nil: no chain waits for its turn, no expired key to be deleted
 		if len(s.turns) > 0 || s.overdue == someOverdue {
 			more = always
 		}
@@ -693,14 +692,15 @@ func (s *keyValueServer) workLoop() {
 		"replies_dropped", s.lostReplies.Load())
 }
 
-// checkFiles has the store check its files. Where a batch waits its Commit does that soon.
+// checkFiles makes the store check its files, which Commit does. A batch that waits is committed
+// soon anyway.
 func (s *keyValueServer) checkFiles() {
 	if len(s.batch) == 0 {
 		s.commitStore()
 	}
 }
 
-// welcome makes a client of conn.
+// welcome makes a client of conn, if there is room for one more.
 func (s *keyValueServer) welcome(conn net.Conn) {
 	if s.closing || s.commitFailed {
 		conn.Close()
@@ -711,7 +711,7 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 		return
 	}
 
-	// A client knows its place in the list, so that nobody searches for it when it leaves.
+	// The client knows its place in the list, so that leave need not search for it.
 	s.welcomed++
 	c := newClient(s.welcomed, conn, s)
 	c.index = len(s.clients)
@@ -721,41 +721,41 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 	go c.readFromClient()
 }
 
-// reject tells conn that there are enough clients. writeToClient does that,
-// alone: such a client is in nobody's list. When many come at once some are
-// closed without the time to take the message in.
+// reject tells conn that the server is full. The rejected client is not in the list, and
+// writeToClient is its only goroutine. While maxRejecting are being rejected, one more is closed at
+// once and may not get to read the message.
 func (s *keyValueServer) reject(conn net.Conn) {
 	if n := s.full.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
 
-	// The other side reads an error like any other.
+	// The message looks like any other error.
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
 	full := why.appendEnd(nil, false, 0)
 
-	// No more than some at a time cost a goroutine.
+	// Rejected clients have at most maxRejecting goroutines.
 	c := newClient(0, conn, s)
 	if s.rejecting == maxRejecting {
-		c.connection.Write(full) // into an empty send buffer, so without waiting
+		c.connection.Write(full) // does not wait, because the send buffer is empty
 		c.paced.Close()
 		return
 	}
 
-	// To close at once could reset the connection, and then the message is lost.
+	// Closing at once could reset the connection, and the message would be lost.
 	s.rejecting++
-	c.paced.limit = time.Now().Add(closeTime) // it ends even where nothing is taken
+	c.paced.limit = time.Now().Add(closeTime) // the Write ends even if nothing is taken
 	c.buffer = make(chan []byte, 1)
 	c.outbox.queue(full)
 	close(c.buffer)
 	go c.writeToClient()
 }
 
-// runBatch takes q, if there is one, and all that is in the queue, runs chains for a turn,
-// commits it all at once, then answers. A batch that gathers is left open: the next call goes on
+// runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one turn,
+// commits them all at once, then answers. A batch that gathers is left open: the next call goes on
 // with it.
 func (s *keyValueServer) runBatch(q *Query) {
-	// A turn is for requests: expire has a time limit of its own.
+	// The turn begins behind expire, which has its own time limit.
 	s.expire()
 	s.turn.begin()
 
@@ -764,12 +764,12 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case q != nil:
 			s.dispatch(q)
 
-		// Nothing more comes: of those that wait, the one that will have had least is next.
+		// The queue is empty. Of the clients that wait, the one with the least finish is next.
 		case len(s.turns) > 0 && s.mayRun(&s.turns[0].share):
 			sh := &heap.Pop(&s.turns).(*Client).share
 			s.floor = max(s.floor, sh.spent)
 			chain, next := sh.chain, sh.next
-			sh.chain, sh.next = nil, nil // or they would stay in memory until its next turn
+			sh.chain, sh.next = nil, nil // otherwise they stay in memory until its next turn
 			s.runChain(chain, next)
 
 		// The batch may grow.
@@ -777,7 +777,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
-				s.turn.begin() // that was others' time
+				s.turn.begin() // the time until now was the readers'
 			}
 
 		case s.mayGrow() && s.gathering.begin():
@@ -786,23 +786,23 @@ func (s *keyValueServer) runBatch(q *Query) {
 		default:
 			s.commit()
 			if len(s.turns) > 0 {
-				runtime.Gosched() // for the readers that have something new, and the writers
+				runtime.Gosched() // let readers that have something new run, and writers
 			}
 			return
 		}
 	}
 }
 
-// mayGrow tells whether there is a batch that may take in what comes next.
+// mayGrow reports whether there is a batch, and the next chains that come may join it.
 func (s *keyValueServer) mayGrow() bool {
 	return len(s.batch) > 0 && len(s.turns) == 0 && !s.isTurnOver()
 }
 
-// isTurnOver tells whether it is time to commit.
+// isTurnOver reports whether it is time to commit.
 func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
-// mayRun tells whether the chain of sh may run before the Commit. A heavy client's may not run
-// behind others that have run, for they would wait for it.
+// mayRun reports whether a chain of the client that has sh may run before the Commit. A heavy
+// client's chain does not join a batch, because the other clients' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
@@ -817,7 +817,7 @@ func (s *keyValueServer) nextQuery() *Query {
 	}
 }
 
-// dispatch does what q asks for, if that is for workLoop itself, or takes the chain that it heads.
+// dispatch does what q asks of workLoop itself, or schedules the chain that q heads.
 func (s *keyValueServer) dispatch(q *Query) {
 	switch q.queryType {
 	case countActive:
@@ -825,7 +825,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case countDropped:
 		s.countActive <- s.departed
 
-	// Whether the server is well is asked with it: while the disk hangs there must be no answer.
+	// It is also how others ask whether the server is well (/healthz), so it is answered behind a
+	// Commit: while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
 
@@ -834,7 +835,7 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case stopTake, dropTake:
 		s.endTake(q)
 
-	// Anybody can make handshakes fail, as often as he likes: a line a minute says so.
+	// Anybody can make handshakes fail, and often, so they get one line of log in seldomTime.
 	case handshakeFailed:
 		if n := s.badHandshakes.happened(); n > 0 {
 			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
@@ -846,27 +847,27 @@ func (s *keyValueServer) dispatch(q *Query) {
 	}
 }
 
-// schedule runs chain, or has it wait for its turn: where its client has had more of
-// workLoop's time than others.
+// schedule runs chain, or lines it up to wait for its turn if its client has had more of workLoop's
+// time than others.
 func (s *keyValueServer) schedule(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
 
-	// A quiet client may catch up on at most maxTurn of the time that it did not use.
+	// Of the time that a quiet client did not use, it may catch up on at most maxTurn.
 	sh.spent = max(sh.spent, s.floor-maxTurn)
 
-	// Where nobody else wants a turn there is nobody to go behind.
+	// Nobody else wants to run now.
 	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
 		s.runChain(chain, chain)
 		return
 	}
 
-	// A new client waits for its first turn, for its requests may take long.
+	// A new client waits for its first turn, because its requests may take long.
 	if isNew {
 		sh.spent, sh.cost = s.floor+maxLead, maxLead
 	}
 
-	// While clients have had about as much, to run chains as they come costs least.
+	// While clients have had about the same time, running chains as they come costs least.
 	isFirst := len(s.turns) == 0 || sh.finish() < s.turns[0].share.finish()
 	if isFirst && sh.finish() < s.floor+maxLead && s.mayRun(sh) {
 		s.runChain(chain, chain)
@@ -875,18 +876,17 @@ func (s *keyValueServer) schedule(chain *Query) {
 	}
 }
 
-// lineUp has chain, of which next is the first request that has not run, wait for its turn.
+// lineUp puts chain's client into turns. next is the first request of chain that has not run.
 func (s *keyValueServer) lineUp(chain, next *Query) {
 	c := chain.client
 	c.share.chain, c.share.next = chain, next
 	heap.Push(&s.turns, c)
 }
 
-// touchLeast is how many requests with keys a chain has for which it pays to tell the store the
-// keys.
+// touchLeast is how many requests with keys a chain must have before Touch pays.
 const touchLeast = 8
 
-// touch tells the store which keys chain will need, if it wants to know.
+// touch tells the store which keys chain will need, if that pays.
 func (s *keyValueServer) touch(chain *Query) {
 	if !s.db.TouchPays() {
 		return
@@ -902,26 +902,27 @@ func (s *keyValueServer) touch(chain *Query) {
 		s.db.Touch(s.touched)
 	}
 
-	// Otherwise the keys would keep the lines that they are parts of.
+	// Otherwise touched would keep the lines in memory of which the keys are parts.
 	clear(s.touched)
 }
 
-// runChain runs chain from q on, until its end or that of the turn. A chain that has
-// run waits in batch for its Commit.
+// runChain runs chain from q on, until the chain or the turn ends. A chain that has run waits in
+// batch for its Commit.
 func (s *keyValueServer) runChain(chain, q *Query) {
 	c := chain.client
 
-	// A chain that goes on has begun in another turn.
+	// A chain that goes on was begun in an earlier turn.
 	if q == chain {
 		s.begin(chain)
 	}
 
-	left, searched := c.share.stride, false // until the next look at the clock, and since the last
+	// left counts requests down to the next look at the clock; searched is since the last look.
+	left, searched := c.share.stride, false
 	wrote := false
 	for ; q != nil && !s.commitFailed; q = q.next {
 		wrote = s.run(q) || wrote
 
-		// Look at the clock now and then, and at the end, for what comes then is another's.
+		// Look at the clock now and then, and at the chain's end, so that its time is its client's.
 		if left--; q.row().searches {
 			left -= searchCost - 1
 			searched = true
@@ -936,8 +937,8 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		}
 	}
 
-	// A Take that found nothing is not done. Whoever has not written does not come again before the
-	// Commit.
+	// A Take that found nothing waits in takes. gathering waits for no client that has come without
+	// a write.
 	if isParked := chain.mayWait() && chain.n == 0; isParked {
 		s.takes.add(chain)
 		wrote = false
@@ -951,9 +952,10 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 }
 
-// run runs q, unless it is refused. It tells whether q is one that writes.
+// run runs q, or refuses it. It reports whether q is a write, also if that is refused for want of
+// room.
 func (s *keyValueServer) run(q *Query) (writes bool) {
-	// It finds no key whose time is over, and adds nothing to what is full.
+	// q must not find an expired key, and a write needs room.
 	if s.overdue != noneOverdue {
 		s.expireKey(q)
 	}
@@ -963,7 +965,7 @@ func (s *keyValueServer) run(q *Query) (writes bool) {
 	}
 	s.requests[q.queryType]++
 
-	// The store knows nothing of the server's counters.
+	// Stats is about the server's counters, which the store does not have.
 	if q.queryType == stats {
 		for _, row := range s.stats() {
 			q.values = append(q.values, row.line())
@@ -972,7 +974,7 @@ func (s *keyValueServer) run(q *Query) (writes bool) {
 		return false
 	}
 
-	// What it brings may be what others wait for.
+	// It may have brought a value that a Take waits for.
 	q.run(s.db, s.now)
 	if s.takes.n > 0 {
 		s.serveTakes(q)
@@ -980,14 +982,14 @@ func (s *keyValueServer) run(q *Query) (writes bool) {
 	return writes
 }
 
-// takeQueues are the Takes that wait for a value, for each key in the order in which they came.
-// They are workLoop's. Each is a chain of its own, under way, with memory of its own.
+// takeQueues holds the Takes that wait for a value: a queue for each key, oldest first. It belongs
+// to workLoop. Each Take is a chain of its own that is under way, with memory of its own.
 type takeQueues struct {
-	of map[string]*list.List // of *Query, none is empty
-	n  int                   // Takes in all of them
+	of map[string]*list.List // queues of *Query by key; none is empty
+	n  int                   // Takes in all queues
 }
 
-// add has chain wait behind the others.
+// add puts chain at the end of its key's queue.
 func (t *takeQueues) add(chain *Query) {
 	queue := t.of[chain.key]
 	if queue == nil {
@@ -998,7 +1000,7 @@ func (t *takeQueues) add(chain *Query) {
 	t.n++
 }
 
-// remove returns c's Take, which waits no longer.
+// remove takes c's Take out of its queue and returns it.
 func (t *takeQueues) remove(c *Client) (chain *Query) {
 	chain = c.parked.Value.(*Query)
 	queue := t.of[chain.key]
@@ -1010,14 +1012,14 @@ func (t *takeQueues) remove(c *Client) (chain *Query) {
 	return chain
 }
 
-// serveTakes gives the value that q has brought to the Take that has waited longest for it.
+// serveTakes gives a value that q has added to the Take that has waited longest for one.
 func (s *keyValueServer) serveTakes(q *Query) {
 	if effect := q.row().effect; effect != adds && effect != replaces {
 		return
 	}
 
-	// A Take waited, so the key had no value before q. If admit refuses a Take, the value is still
-	// there, and the next Take is tried.
+	// While a Take waits its key has no value, so all values are from q. If admit refuses a Take the
+	// value stays, and the next Take is tried.
 	for queue := s.takes.of[q.key]; queue != nil && queue.Len() > 0 && s.db.Count(q.key) > 0; {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
@@ -1026,20 +1028,20 @@ func (s *keyValueServer) serveTakes(q *Query) {
 	}
 }
 
-// endTake ends a client's Take. One that waits for a value is answered without one. One that still
-// waits for its turn may look once (stopTake), or is answered without a value (dropTake).
+// endTake ends the Take of q's client. If it waits for a value it is answered without one. If it
+// still waits for its turn it may look once (stopTake), or is answered without a value (dropTake).
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
-	// It has had its turn, and waits for a value.
+	// The Take has had its turn, and waits for a value.
 	if c.parked != nil {
 		s.batch = append(s.batch, s.takes.remove(c))
 		return
 	}
 
-	// Else it waits for its turn, or its answer and q have crossed.
+	// Otherwise it waits for its turn, or its answer and q have crossed.
 	switch place := slices.Index(s.turns, c); {
-	case place < 0: // it has been answered
+	case place < 0: // it is in batch, or was answered
 	case q.queryType == dropTake:
 		heap.Remove(&s.turns, place)
 		s.batch = append(s.batch, c.share.chain)
@@ -1049,7 +1051,8 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 }
 
-// begin starts the client's writeToClient, at its first chain, and tells the store the keys.
+// begin prepares for chain: it starts the client's writeToClient at the first chain, and tells the
+// store the keys.
 func (s *keyValueServer) begin(chain *Query) {
 	c := chain.client
 	if c.buffer == nil {
@@ -1060,9 +1063,9 @@ func (s *keyValueServer) begin(chain *Query) {
 	s.touch(chain)
 }
 
-// admit refuses a write for which there is no room.
+// admit refuses q, a write, if there is no room for it in memory or on disk.
 func (s *keyValueServer) admit(q *Query) {
-	// The memory always lets in what frees, or it would stay full.
+	// Memory never refuses requests that free, or it would stay full.
 	if !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
@@ -1075,7 +1078,7 @@ func (s *keyValueServer) admit(q *Query) {
 		return
 	}
 
-	// A Lease has its key in the log twice.
+	// The log has the key of a Lease twice.
 	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
 		why, todo := "the disk is full", "; make room"
@@ -1089,25 +1092,25 @@ func (s *keyValueServer) admit(q *Query) {
 	}
 }
 
-// overdue says whether there are keys whose time is over.
+// overdue says whether expired keys have yet to be deleted.
 type overdue uint8
 
 const (
 	noneOverdue  overdue = iota
-	someOverdue          // they are deleted in turn with the clients' requests
-	stuckOverdue         // the disk has no room for that; perhaps it has a little later
+	someOverdue          // they are deleted by turns with the clients' requests
+	stuckOverdue         // the disk has no room for the Deletes; the next batch tries again
 )
 
-// expire deletes keys whose time is over, for about maxHeavyTurn; expireKey hides the others. The
-// next Commit makes these Deletes durable; after a crash before it they are done again.
+// expire deletes expired keys for about maxHeavyTurn. expireKey hides those that are left. The next
+// Commit makes the Deletes durable; after a crash before it they are done again.
 func (s *keyValueServer) expire() {
-	// The disk may have room by now, so what was stuck is tried again.
+	// If there was no room on disk, there may be now.
 	s.overdue = noneOverdue
 	if s.commitFailed || s.db.Expiring() <= 0 {
 		return
 	}
 
-	// Many may go at one time: clients wait no longer for them than for a heavy client.
+	// Many keys may expire at the same time: clients wait no longer than for a heavy client.
 	now, began := s.now().UnixMilli(), time.Now()
 	for n := 1; s.overdue == noneOverdue; n++ {
 		key, isDue := s.db.NextDue(now)
@@ -1122,7 +1125,8 @@ func (s *keyValueServer) expire() {
 	}
 }
 
-// expireKey deletes the key that q is about, if its time is over.
+// expireKey deletes q's key if that has expired. It refuses q if the disk has no room for the
+// Delete.
 func (s *keyValueServer) expireKey(q *Query) {
 	if q.row().effect == noKey {
 		return
@@ -1135,7 +1139,7 @@ func (s *keyValueServer) expireKey(q *Query) {
 	}
 }
 
-// deleteExpired deletes a key whose time is over, if the disk has room for that.
+// deleteExpired deletes key, which has expired, if the disk has room for that.
 func (s *keyValueServer) deleteExpired(key string) error {
 	if err := s.db.Room(int64(len(key)), true); err != nil {
 		return err
@@ -1146,8 +1150,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 	return nil
 }
 
-// isFull tells whether there is no memory for q. One that leaves the store no larger may use half
-// of the reserve, for beside a snapshot even that takes memory.
+// isFull reports whether there is no memory for q. A write that leaves the store no larger may use
+// half of the reserve, because beside a snapshot even that takes memory.
 func (s *keyValueServer) isFull(q *Query) bool {
 	if s.budget.limit == 0 {
 		return false
@@ -1158,14 +1162,13 @@ func (s *keyValueServer) isFull(q *Query) bool {
 		return false
 	}
 
-	// What was freed in the middle of slabs can be used again, and a write that leaves the store no
-	// larger may use half of the reserve.
+	// Count room that was freed inside slabs, too. It is used again.
 	return !s.budget.fits(q.memory()-s.db.Reclaim(), 0) &&
 		!(s.budget.fits(0, s.budget.reserve/2) && q.makesLess(s.db))
 }
 
-// collect has the collector find out what is alive, at most once in collectTime: until then what
-// somebody has let go of, such as the values of a reply, counts as data.
+// collect starts a collection, at most once in collectTime: until the next collection, memory that
+// nobody uses any more, such as values of a reply, counts as data.
 func (s *keyValueServer) collect() {
 	if now := time.Now(); now.Sub(s.collectedAt) >= collectTime {
 		s.collectedAt = now
@@ -1173,7 +1176,7 @@ func (s *keyValueServer) collect() {
 	}
 }
 
-// noteMemory tells the budget what the store and the clients take.
+// noteMemory tells the budget how many bytes the store and the clients take.
 func (s *keyValueServer) noteMemory() {
 	perClient := memoryPerClient
 	if s.tls != nil {
@@ -1182,8 +1185,8 @@ func (s *keyValueServer) noteMemory() {
 	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
 }
 
-// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter:
-// the collector alone, with nothing new to be kept, would wait for minutes.
+// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.
+// The collector alone would wait for minutes while nothing is allocated.
 func (s *keyValueServer) freeMemory() {
 	now := s.budget.store.Load()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
@@ -1194,78 +1197,78 @@ func (s *keyValueServer) freeMemory() {
 
 // ---- budget: -max-memory and -max-queues
 
-// budget is how much memory there is for the data, and for what clients make the server hold.
-// Clients work on many goroutines, and the collector's pacer on another, so what they count
-// together is atomic.
+// budget says how much memory there is for the data and for what clients make the server hold. Many
+// goroutines of clients, and the collector's pacer, count in the same fields, so these are atomic.
 //
-// Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth
-// for queues and an eighth for lines: a client that does not read, or does not end its line, takes
-// little from the data. What a client can make the server hold:
+// Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth is
+// for queues and an eighth is for lines, so that a client that does not read, or does not end its
+// line, takes little from the data. A client can make the server hold:
 //
-//	what             one client, at most           all clients              at it
-//	values           -                             data                     a write is refused, but
-//	                                                                        none that frees
-//	a begun line     freeLine; beyond that twice   lines, and two lines     each time that it grows
-//	                 its buffer, up to -max-line   (anyLine, freeing)       it waits up to lineTime,
-//	                                                                        then is skipped
-//	its bursts       two of burstSize, maxChain    what came in the last    it counts as data
-//	                 queries                       second or two
-//	a chain that     the same, and lines of up to  what comes with lines    over queues, with all
-//	waits            -max-line                     of over burstSize,       replies, a client that
-//	                                               after Ack, or in a Keys  takes nothing is cut; any
-//	                                               or Dump                  other waits
-//	replies          maxBufferSize of maxMessage,  queues, a quarter more   of a client that takes
-//	                 one being made, one written   for replies that have    nothing they are
-//	                                               begun, and two of        dropped; after Ack, or
-//	                                               chunkSize a client       in a Keys or Dump, it
-//	                                                                        is cut; one of more than
-//	                                                                        maxShared messages that
-//	                                                                        has begun waits, unless
-//	                                                                        writes need its values
-//	lists that wait  16 bytes a value of maxChain  counted in queues when   as with replies, also
-//	                 Gets, and the values that     they wait; the values    behind one that may not
-//	                 others removed meanwhile      count as data            be dropped (shed)
-//	keys to be       16 bytes a key, in parts of   half of queues           the next Keys or Dump
-//	listed           maxList or half of that half                           waits
-//	keys copied      all that a Keys lists         half of queues           the Keys keeps its
-//	                                                                        snapshot
-//	a snapshot       one: what others change       maxSnapshots             the next waits; one
-//	                                                                        that takes nothing, or
-//	                                                                        drips, is cut; what they
-//	                                                                        keep counts as data
-//	a Take that      1 KiB, and its key; behind    long keys: as begun      it does not wait;
-//	waits            a half-close 3 KiB            lines, beside those      memoryPerClient counts
-//	                                                                        the rest as data
-//	goroutines       three, and Client             memoryPerClient each,    one more client is told
-//	                                               for -max-clients; they   that the server is full
-//	                                               count as data
-//	sockets          sendBuffer, twice, and what   -                        not counted: the
-//	                 the kernel takes in                                    kernel's
+//	what             one client, at most          all clients, at most    at that limit
+//	values           -                            data                    writes are refused, except
+//	                                                                      those that free
+//	a line that has  freeLine; beyond that twice  lines, and two lines    each time that it grows
+//	begun            its buffer, up to -max-line  (anyLine, freeing)      it waits up to lineTime,
+//	                                                                      then it is skipped
+//	its bursts       two of burstSize, maxChain   what came in the last   they count as data
+//	                 queries                      second or two
+//	a chain that     the same, and lines of up    counted with replies    if the sum is over queues,
+//	waits            to -max-line                 where lines are over    a client that takes
+//	                                              burstSize, after Ack,   nothing is cut; any other
+//	                                              or in a Keys or Dump    waits
+//	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
+//	                 one being made, one being    for replies that have   nothing loses them; after
+//	                 written                      begun, and two of       Ack, or in a Keys or Dump,
+//	                                              chunkSize a client      it is cut; a reply of over
+//	                                                                      maxShared messages that
+//	                                                                      has begun waits, unless
+//	                                                                      writes need its values
+//	lists that wait  16 bytes a value of maxChain counted in queues       as with replies, also
+//	                 Gets, and the values that    while they wait; the    behind a reply that may not
+//	                 others removed meanwhile     values count as data    be dropped (shed)
+//	keys to be       16 bytes a key, in parts of  half of queues          the next Keys or Dump
+//	listed           maxList or half of that half                         waits
+//	copied keys      all that a Keys lists        half of queues          the Keys keeps its
+//	                                                                      snapshot
+//	snapshots        one: what others change      maxSnapshots            the next Keys or Dump
+//	                                                                      waits; a client that takes
+//	                                                                      nothing, or drips, is cut;
+//	                                                                      what they keep counts as
+//	                                                                      data
+//	a Take that      1 KiB, and its key; behind   long keys count as      it does not wait; the rest
+//	waits            a half-close 3 KiB           lines                   counts as data
+//	                                                                      (memoryPerClient)
+//	goroutines       three, and Client            memoryPerClient for     one more client is told
+//	                                              each of -max-clients;   that the server is full
+//	                                              they count as data
+//	sockets          sendBuffer, twice, and what  -                       not counted: it is the
+//	                 the kernel takes in                                  kernel's memory
 //
 // Without -max-memory data and lines have no limit. Without -max-queues queues have their eighth of
-// -max-memory, and without both no limit.
+// -max-memory, and without both they have no limit.
 type budget struct {
 	// Read-only once started, in bytes.
-	limit     int64 // that the process may take (-max-memory); 0: any number
-	reserve   int64 // of these, for the program, its stacks, garbage, and what is not counted
-	maxQueues int64 // that all queues may take (-max-queues); 0: any number
-	fewKeys   int   // in a list that needs no leave: the constant, but for tests
+	limit     int64 // that the process may take (-max-memory); 0: no limit
+	reserve   int64 // of limit, for the program, its stacks, garbage, and what is not counted
+	maxQueues int64 // that all queues may take (-max-queues); 0: no limit
+	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
+	// In use, in bytes.
 	queued atomic.Int64 // replies, lists and copied keys that wait
-	lists  atomic.Int64 // of queued, keys to be listed
+	lists  atomic.Int64 // of queued: keys to be listed
 	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs atomic.Int64 // lines that have begun to be long
 	store  atomic.Int64 // store and clients, as workLoop last noted them
-	other  atomic.Int64 // what was alive beside all these after the last collection
+	other  atomic.Int64 // what else was alive after the last collection
 
-	refused atomic.Int64 // when a write was last refused, in seconds of Unix time; 0: never
+	refused atomic.Int64 // when memory last refused a write, in seconds of Unix time; 0: never
 
-	// One slot each for a line beyond the share of lines: for any, and for one that frees.
+	// Each has one slot, for a line beyond the share of lines: any line, and a line that frees.
 	anyLine, freeing semaphore
 }
 
-// How -max-memory is shared out: reserveMin bytes and one part in reserveShare are the reserve,
-// and of the rest one part in queuesShare is for queues, one in linesShare for lines.
+// How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but no
+// more than half. Of the rest an eighth each is for queues (queuesShare) and for lines (linesShare).
 const (
 	reserveMin   = 24 << 20
 	reserveShare = 5
@@ -1279,10 +1282,10 @@ func (b *budget) limitTo(memory, queues int64) {
 	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
 }
 
-// collected notes how many bytes were alive after a collection.
+// collected notes that live bytes were alive after a collection.
 func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
 
-// shared is how much is shared out.
+// shared is how many bytes are shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
 
 // forData is the limit for the data and for memory whose use is not known (other).
@@ -1290,7 +1293,7 @@ func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/linesShare
 }
 
-// forQueues is how many bytes all that is queued may take; 0: any number.
+// forQueues is how many bytes all queues may take; 0: no limit.
 func (b *budget) forQueues() int64 {
 	switch {
 	case b.limit == 0:
@@ -1301,7 +1304,7 @@ func (b *budget) forQueues() int64 {
 	return min(b.maxQueues, b.shared()/queuesShare)
 }
 
-// known is how many bytes are known to be in use.
+// known is how many bytes are in use according to the other counts.
 func (b *budget) known() int64 {
 	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
 }
@@ -1309,40 +1312,41 @@ func (b *budget) known() int64 {
 // data is about how many bytes of forData are in use.
 func (b *budget) data() int64 { return b.store.Load() + b.other.Load() }
 
-// fits tells whether there is memory for a write that takes so many bytes more, if it may use so
-// much of the reserve.
+// fits reports whether there is memory for a write that takes bytes more, if it may use ofReserve
+// bytes of the reserve.
 func (b *budget) fits(bytes, ofReserve int64) bool {
 	return b.data()+bytes <= b.forData()+ofReserve
 }
 
-// isOver tells whether all queues together take more than they may.
+// isOver reports whether all queues together have reached their limit.
 func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
 
-// isCrowded tells whether all queues, with the chains that wait, take more than queues may.
+// isCrowded reports whether all queues and the chains that wait have together reached that limit.
 func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 
-// mayBegin tells whether a reply of so many bytes may begin that must not wait in the middle: for
-// these there is a quarter more.
+// mayBegin reports whether a reply of so many bytes may begin that must not wait in the middle. Such
+// replies may take a quarter more than the limit.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned tells whether a write was refused just now, or soon will be, while much is alive that is
-// neither stored nor queued: values that replies hold, and that were deleted meanwhile.
+// isPinned reports whether a write was refused of late, or soon will be, while much memory is alive
+// that is neither stored nor queued: values that replies hold and that were deleted meanwhile.
 func (b *budget) isPinned() bool {
 	isFull := !b.fits(b.forData()/8, 0) || time.Now().Unix()-b.refused.Load() <= refusedTime
 	return b.limit > 0 && isFull && b.other.Load() > b.shared()/queuesShare
 }
 
-// refusedTime is for how many seconds after a refused write a reply that holds memory is cut.
+// refusedTime is for how many seconds a refused write counts as one of late.
 const refusedTime = 10
 
-// hasRoomFor tells whether so many bytes may be queued, where the queues may take so many more.
+// hasRoomFor reports whether bytes more may be queued if the queues may take more bytes than their
+// limit.
 func (b *budget) hasRoomFor(bytes, more int64) bool {
 	most := b.forQueues()
 	return most == 0 || b.queued.Load()+bytes < most+more
 }
 
-// The lists of all Keys and Dumps may take half of what is for queues, and one half of that, or
-// maxList if it is less.
+// The lists of all Keys and Dumps may take half of what is for queues. A single list may take half
+// of that, or maxList bytes if that is less.
 const (
 	maxList    = 64 << 20
 	listsShare = 2
@@ -1356,17 +1360,17 @@ func (b *budget) forList() int64 {
 	return maxList
 }
 
-// acquireList counts so many bytes more for the list of a Keys or Dump, if there are so many.
+// acquireList counts bytes more for the list of a Keys or Dump, if the lists may take them.
 func (b *budget) acquireList(bytes int64) bool {
 	return addUpTo(&b.lists, bytes, b.forQueues()/listsShare)
 }
 
-// acquireLine counts so many bytes more for lines that have begun, if there are so many.
+// acquireLine counts bytes more for lines that have begun, if the lines may take them.
 func (b *budget) acquireLine(bytes int64) bool {
 	return addUpTo(&b.inputs, bytes, b.shared()/linesShare)
 }
 
-// addUpTo adds bytes to sum, unless that would then be more than most; 0: any number.
+// addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 	if sum.Add(bytes) > most && most > 0 {
 		sum.Add(-bytes)
@@ -1375,21 +1379,21 @@ func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 	return true
 }
 
-// semaphore lets so many at a time have something that is scarce.
+// semaphore limits how many goroutines at a time have something that is scarce.
 type semaphore struct {
-	slots   chan struct{} // holds a token for each that is taken
+	slots   chan struct{} // holds a token for each slot that is taken
 	waiting atomic.Int64  // goroutines that wait for a slot, or for the memory of a list
 }
 
-// slot is one goroutine's place in a semaphore, taken or not. That goroutine owns it.
+// slot is one place in a semaphore, taken or not. One goroutine at a time owns it.
 type slot struct {
 	of    *semaphore
 	taken bool
 }
 
-// acquire waits for a slot. It returns false if stop is closed meanwhile; a nil stop never is.
+// acquire waits for a slot. It returns false if stop is closed first. A nil stop is never closed.
 func (s *slot) acquire(stop <-chan struct{}) bool {
-	// Most often a slot is free, and then nobody counts as waiting.
+	// Most often a slot is free, and the goroutine does not count as waiting.
 	select {
 	case s.of.slots <- struct{}{}:
 		s.taken = true
@@ -1397,7 +1401,7 @@ func (s *slot) acquire(stop <-chan struct{}) bool {
 	default:
 	}
 
-	// A listing that its client reads too slowly loses its slot only while others wait.
+	// A client that reads its Keys or Dump too slowly is cut only while others wait (decide).
 	s.of.waiting.Add(1)
 	defer s.of.waiting.Add(-1)
 
@@ -1418,8 +1422,8 @@ func (s *slot) release() {
 	}
 }
 
-// yield lets others have a turn in the middle of work that takes long: unasked, the scheduler
-// takes 10 ms to do so.
+// yield lets other goroutines have the slot and the core in the middle of long work. The scheduler
+// by itself would let it work for 10 ms.
 func (s *slot) yield() {
 	if s.taken {
 		s.release()
@@ -1428,42 +1432,42 @@ func (s *slot) yield() {
 	}
 }
 
-// isAwaited tells whether the slot is taken and others wait for one.
+// isAwaited reports whether the slot is taken and others wait for one.
 func (s *slot) isAwaited() bool { return s.taken && s.of.waiting.Load() > 0 }
 
-// pacer chooses how much garbage there may be before it is collected. Go lets the heap
-// double; but nearly all of ours is data that a collection does not even read, so it
-// costs little and may come sooner: the process takes a third less memory.
+// pacer chooses how much garbage there may be before it is collected. Go lets the heap double. But
+// nearly all of our heap is data that a collection does not even read, so a collection costs little
+// and may come sooner: the process takes a third less memory.
 type pacer struct {
 	server  *keyValueServer
 	percent int // that was last set (GOGC)
 }
 
-// Bytes of garbage that there may be: garbageMin, one for garbageShare bytes of data, and as
-// many as are in objects with pointers, for these are what a collection takes time for.
+// Bytes of garbage that there may be: garbageMin, one byte for each garbageShare bytes that are
+// alive, and as many as are in objects with pointers, because a collection reads these.
 const garbageMin, garbageShare = 16 << 20, 16
 
-// begin calls choose, now and after each collection: every collection runs the finalizer of an
-// object to which nothing points.
+// begin calls choose now and after each collection: a collection runs the finalizer of an object to
+// which nothing points. The finalizers run on a goroutine of Go's runtime.
 func (p *pacer) begin() {
 	p.choose()
 	type unused struct{ p *pacer }
 	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
 }
 
-// choose sets the collector's percentage, and tells the server what is alive.
+// choose sets the collector's percentage, and tells the budget how many bytes are alive.
 func (p *pacer) choose() {
-	// Both are of the last collection, and cost nothing to read.
+	// Both are from the last collection, and cost little to read.
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
 	p.server.budget.collected(live)
 
-	// Go takes the least heap to be 4 MiB.
+	// However little is alive, Go lets the heap grow to 4 MiB times the percentage: limit that.
 	garbage := garbageMin + live/garbageShare + min(linked, live)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
 
-	// Setting it stops everybody for a moment.
+	// Setting it stops all goroutines for a moment, so small changes are left out.
 	if percent < p.percent*9/10 || percent > p.percent*10/9 {
 		p.percent = percent
 		debug.SetGCPercent(percent)
@@ -1472,15 +1476,15 @@ func (p *pacer) choose() {
 
 // ---- the end of a batch
 
-// commit makes what the batch did durable, then answers. After a failure nobody may
-// learn what the chains did: every connection ends.
+// commit makes what the batch did durable, then answers. If that fails no client may learn what the
+// chains did, and every connection ends.
 func (s *keyValueServer) commit() {
-	// Reads are committed, too: they may have seen what is not yet durable.
+	// Reads are committed, too: they may have seen a write that is not durable yet.
 	if len(s.batch) > 0 {
 		s.commitStore()
 	}
 
-	// Nobody learns before this what the chains have done.
+	// Replies and counters are made only now: no client learns earlier what the chains have done.
 	for i, chain := range s.batch {
 		switch c := chain.client; {
 		case chain.queryType == countAll && s.commitFailed:
@@ -1496,13 +1500,13 @@ func (s *keyValueServer) commit() {
 	}
 	s.batch = s.batch[:0]
 
-	// The pacer asks at any time what the store takes, and only workLoop can see that.
+	// Other goroutines ask at any time what the store takes, and only workLoop can see that.
 	s.noteMemory()
 	s.freeMemory()
 }
 
-// commitStore commits what the batch did. Where that takes its time, it is measured. If it fails,
-// nothing runs any more.
+// commitStore commits what the batch did, and measures how long that takes. If it fails, nothing
+// runs any more.
 func (s *keyValueServer) commitStore() {
 	if s.commitFailed {
 		return
@@ -1511,7 +1515,7 @@ func (s *keyValueServer) commitStore() {
 	began := time.Now()
 	err := s.db.Commit()
 
-	// Without a batch it was but a check of the files, for which nobody has waited.
+	// Without a batch the Commit only checked the files (checkFiles).
 	if took := time.Since(began); len(s.batch) > 0 {
 		s.gathering.next(took)
 		if s.status != nil {
@@ -1520,20 +1524,19 @@ func (s *keyValueServer) commitStore() {
 		}
 	}
 
-	// What the clients were to be told is not known to be on disk.
+	// What the batch did is not known to be on disk, so no client is told anything.
 	if err != nil {
 		s.commitFailed = true
 		s.failed <- err
 		for _, c := range s.clients {
-			c.paced.Close() // without a word: it might not be taken
+			c.paced.Close() // without an error line: to write one could take long
 		}
 	}
 }
 
-// leave takes note that one of c's goroutines has ended, and with the last of
-// them that c has gone.
+// leave notes that one of c's goroutines has ended. If it was the last one, c leaves the list.
 func (s *keyValueServer) leave(c *Client) {
-	// One that was rejected is in no list.
+	// A rejected client is not in the list.
 	if c.id == 0 {
 		s.rejecting--
 		return
@@ -1543,14 +1546,14 @@ func (s *keyValueServer) leave(c *Client) {
 		return
 	}
 
-	// The last takes its place in the list.
+	// The last client in the list takes c's place.
 	last := s.clients[len(s.clients)-1]
 	s.clients[c.index], last.index = last, c.index
 	s.clients[len(s.clients)-1] = nil
 	s.clients = s.clients[:len(s.clients)-1]
 	s.departed++
 
-	// A Write that failed is the reason to log: reading ended because of it, or later.
+	// If a Write failed, that is the reason to log: reading ended because of it, or later.
 	level, reason := slog.LevelDebug, c.reason
 	switch {
 	case c.outbox.cutFor != "":
@@ -1571,8 +1574,9 @@ func (s *keyValueServer) leave(c *Client) {
 		"reason", reason)
 }
 
-// stopReading begins the end, once: no more requests are read. Writing ends when timeIsUp, and a
-// client that goes on sending, or has much to read, gets drainTime to take our last words.
+// stopReading begins the end of the server: no more requests are read. A second call does nothing.
+// Writes end with timeIsUp. After its last reply a client that goes on sending, or has much to
+// read, gets drainTime to take it (drainInput).
 func (s *keyValueServer) stopReading() {
 	if s.closing {
 		return
@@ -1588,8 +1592,8 @@ func (s *keyValueServer) stopReading() {
 	s.closeTick = time.After(tickTime)
 }
 
-// hurry ends Writes when closeTime is over. It counts ticks, for where this whole process stands
-// still for a while that is one tick.
+// hurry ends all Writes when closeTime is over. It counts ticks: a while in which the whole process
+// stood still counts as one tick.
 func (s *keyValueServer) hurry() {
 	if s.closeTicks++; s.closeTicks < int(closeTime/tickTime) {
 		s.closeTick = time.After(tickTime)
@@ -1604,14 +1608,14 @@ func (s *keyValueServer) hurry() {
 	}
 }
 
-// counter is a row of Stats and /metrics: a number, or the version, and what it is.
+// counter is a row of Stats and /metrics.
 type counter struct {
 	name  string // it ends in _total if the number only ever grows
-	help  string // a sentence
-	value any    // a number; of the version a string, which /metrics shows as a label
+	help  string // a sentence that says what the value is
+	value any    // a number, or the version's text, which /metrics shows as a label
 }
 
-// line is c as Stats shows it.
+// line returns c as Stats shows it.
 func (c counter) line() string { return fmt.Sprint(c.name, " ", c.value) }
 
 // write writes c in the text format of Prometheus.
@@ -1621,7 +1625,7 @@ func (c counter) write(w io.Writer) {
 		name, labels, value = "info", fmt.Sprintf("{%s=%q}", c.name, text), 1
 	}
 
-	// What Prometheus calls a type.
+	// Prometheus wants the type of the number.
 	kind := "gauge"
 	if strings.HasSuffix(name, "_total") {
 		kind = "counter"
@@ -1630,9 +1634,9 @@ func (c counter) write(w io.Writer) {
 		name, c.help, name, kind, name, labels, value)
 }
 
-// stats returns what Stats and /metrics both show.
+// stats returns the rows that Stats and /metrics both show. Only workLoop calls it.
 func (s *keyValueServer) stats() []counter {
-	// The bytes below are to be those of now.
+	// The memory rows below are to be up to date.
 	s.noteMemory()
 
 	rows := []counter{
@@ -1667,7 +1671,7 @@ func (s *keyValueServer) stats() []counter {
 			s.badHandshakes.total},
 	}...)
 
-	// Not every store knows how much it holds.
+	// A store may not know how much it holds (kvstore.Store).
 	keys, values, bytes := s.db.Size()
 	if keys < 0 {
 		return rows
@@ -1684,8 +1688,8 @@ func (s *keyValueServer) stats() []counter {
 	}...)
 }
 
-// processBytes is how many bytes of memory the system has given the process, but for its
-// program.
+// processBytes is how many bytes of memory the process has from the system, without the program's
+// own code.
 func processBytes() uint64 {
 	samples := []metrics.Sample{{Name: "/memory/classes/total:bytes"},
 		{Name: "/memory/classes/heap/released:bytes"}}
@@ -1707,9 +1711,10 @@ func (s *keyValueServer) requestsRun() (n int) {
 const unixPrefix = "unix:"
 
 // listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks after
-// 15 s of silence, then three times at intervals of 5 s. (If it has not confirmed what was written
-// to it, the kernel tries that again instead, for minutes.) The host localhost means 127.0.0.1 and
-// ::1, where both exist, whatever the system makes of that name: many clients try only one of them.
+// 15 s of silence, then three times at intervals of 5 s. (If the peer has not confirmed what was
+// written to it, the kernel sends that again instead, for minutes.) The host localhost means
+// 127.0.0.1 and ::1, if the machine has both, because many clients try only one of them. The
+// system is not asked what that name means.
 func listen(addr string) (listeners []net.Listener, err error) {
 	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
 		return listenUnix(path)
@@ -1724,12 +1729,12 @@ func listen(addr string) (listeners []net.Listener, err error) {
 		hosts = []string{"127.0.0.1", "::1"}
 	}
 
-	// The kernel asks peers that are silent whether they are there.
+	// The kernel asks silent peers whether they are still there.
 	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{
 		Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3,
 	}}
 
-	// The first address tells which port is free, and the second is to have the same.
+	// The first address tells which port is free, and the second address gets the same port.
 	isAnyPort := port == "0"
 	for _, host := range hosts {
 		var listener net.Listener
@@ -1739,7 +1744,8 @@ func listen(addr string) (listeners []net.Listener, err error) {
 			listeners = append(listeners, listener)
 			_, port, _ = net.SplitHostPort(listener.Addr().String())
 
-		// One of the two will do: the machine has no other, or there the port is not free.
+		// One of the two addresses is enough: the machine does not have this one, or any port
+		// would do and this one is not free there.
 		case isAny(err, noAddress...) || isAnyPort && len(listeners) > 0:
 
 		default:
@@ -1748,30 +1754,30 @@ func listen(addr string) (listeners []net.Listener, err error) {
 		}
 	}
 
-	// No address will do, and err is the last one's.
+	// The machine has none of the addresses.
 	if len(listeners) == 0 {
 		return nil, err
 	}
 	return listeners, nil
 }
 
-// isAny tells whether err is one of targets.
+// isAny reports whether err is one of targets.
 func isAny(err error, targets ...error) bool {
 	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
 
-// errNoSocket is listenUnix's where there is a file of another kind.
+// errNoSocket is returned by listenUnix if there is a file of another kind.
 var errNoSocket = errors.New("there is a file that is no socket")
 
-// listenUnix listens on a unix socket at path, which its user and group may connect to, in the
-// place of one whose server has died. Close removes it.
+// listenUnix listens on a unix socket at path, to which its user and group may connect. It replaces
+// the socket of a server that has died. Closing the listener removes the socket.
 func listenUnix(path string) ([]net.Listener, error) {
-	// What is no socket is somebody's file.
+	// A file that is no socket stays.
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
 		return nil, errNoSocket
 	}
 
-	// A server that was killed leaves its socket, which nobody listens at.
+	// A server that was killed leaves its socket behind, and nobody listens on it.
 	if conn, err := net.Dial("unix", path); err == nil {
 		conn.Close()
 	} else if isAny(err, refused...) {
@@ -1783,7 +1789,7 @@ func listenUnix(path string) ([]net.Listener, error) {
 		return nil, err
 	}
 
-	// Its mode is all that says who may connect.
+	// Its mode alone decides who may connect.
 	err = os.Chmod(path, 0o660)
 	made, statErr := os.Lstat(path)
 	if err = cmp.Or(err, statErr); err != nil {
@@ -1791,13 +1797,12 @@ func listenUnix(path string) ([]net.Listener, error) {
 		return nil, err
 	}
 
-	// Go's own removes whatever has the name.
+	// Go's own Close would remove any file at path; unixListener removes only this socket.
 	listener.(*net.UnixListener).SetUnlinkOnClose(false)
 	return []net.Listener{&unixListener{listener, path, made}}, nil
 }
 
-// unixListener removes its socket when it is closed, if that is still there: another server may have
-// made one of the same name.
+// unixListener removes its socket when it is closed, unless another server has put one in its place.
 type unixListener struct {
 	net.Listener
 	path string
@@ -1818,9 +1823,9 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-// What listening and connecting fail with, on Windows, too: somebody else listens there
-// (WSAEADDRINUSE); the machine does not have the address (WSAEADDRNOTAVAIL), or none of its kind;
-// nobody listens there (WSAECONNREFUSED).
+// Errors of listening and connecting, with their numbers on Windows: somebody else listens there
+// (WSAEADDRINUSE); the machine does not have the address (WSAEADDRNOTAVAIL), or no address of its
+// kind; nobody listens there (WSAECONNREFUSED).
 var (
 	inUse     = []error{syscall.EADDRINUSE, syscall.Errno(10048)}
 	noAddress = []error{syscall.EADDRNOTAVAIL, syscall.Errno(10049), syscall.EAFNOSUPPORT,
@@ -1831,17 +1836,17 @@ var (
 // ---- watching: HTTP
 
 const (
-	watchTime   = 2 * time.Second // for workLoop to answer who watches
-	requestTime = 5 * time.Second // for an HTTP request to come
-	// for its answer to be taken; net/http/pprof adds a profile's own time
+	watchTime   = 2 * time.Second // for workLoop to answer askStats
+	requestTime = 5 * time.Second // for an HTTP request to be read
+	// for its response to be written; net/http/pprof adds the time of a profile
 	answerTime  = 10 * time.Second
-	profileTime = 60 * time.Second // of a profile or a trace
+	profileTime = 60 * time.Second // of a profile or a trace, at most
 )
 
-// statsFor has workLoop give stats to an HTTP request, once all that was asked before is
-// durable. If there is no answer in time it says so there, and returns nil.
+// statsFor gets the rows of stats from workLoop for an HTTP request, once all earlier requests are
+// durable. If there is no answer in time it answers w with an error, and returns nil.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
-	// Before the data is open there is no workLoop to ask.
+	// Until the data is open there is no workLoop to ask.
 	why := s.stage()
 	if why == "" && isClosed(s.serving) {
 		if rows := s.askStats(r.Context()); rows != nil {
@@ -1853,12 +1858,12 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []coun
 	return nil
 }
 
-// askStats asks workLoop for the counters; nil: there is no answer in time.
+// askStats asks workLoop for the rows of stats. It returns nil if there is no answer in time.
 func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
 
-	// There is a slot for the answer, so workLoop need not know that it comes too late.
+	// The answer has a slot, so workLoop does not wait even if it comes too late.
 	asker := make(chan []counter, 1)
 	select {
 	case s.queries <- &Query{queryType: countAll, special: &special{asker: asker}}:
@@ -1875,7 +1880,7 @@ func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	return nil
 }
 
-// stage is what the store waits for before it is open; "" once it is.
+// stage says what the store is doing until it is open; "" once it is open.
 func (s *keyValueServer) stage() string {
 	if s.status == nil {
 		return ""
@@ -1883,10 +1888,9 @@ func (s *keyValueServer) stage() string {
 	return s.status.Stage()
 }
 
-// metrics writes Stats, and what else there is to be watched, in the text format of
-// Prometheus.
+// metrics answers /metrics: the rows of Stats, and further ones, in the text format of Prometheus.
 func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
-	// Before the data is open there are no Stats.
+	// Until the data is open there are no rows of Stats.
 	var rows []counter
 	active := 0
 	if s.stage() == "" {
@@ -1905,7 +1909,7 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 		row.write(w)
 	}
 
-	// In memory nothing takes its time.
+	// For a store in memory no Commit is measured.
 	if s.status == nil {
 		return
 	}
@@ -1918,9 +1922,9 @@ func (s *keyValueServer) metrics(w http.ResponseWriter, r *http.Request) {
 		"How long the disk, or etcd, took to confirm what was written.", &s.status.Fsyncs)
 }
 
-// watched are the counters that are no part of Stats.
+// watched returns the rows that only /metrics shows.
 func (s *keyValueServer) watched() (rows []counter) {
-	// A store in memory is taken over from nobody, and has no log.
+	// A store in memory has no log that could be taken over or compacted.
 	if s.status != nil {
 		rows = append(rows,
 			counter{"takeovers_total", "How often the data was taken over from a server that had died.",
@@ -1928,14 +1932,14 @@ func (s *keyValueServer) watched() (rows []counter) {
 			counter{"compactions_total", "How often the log was compacted, since the start.",
 				s.status.Compactions.Load()})
 
-		// A lock on files of our own needs nobody to confirm it.
+		// Only a lock in etcd has to be confirmed again and again.
 		if at := s.status.Confirmed(); !at.IsZero() {
 			rows = append(rows, counter{"lock_age_seconds",
 				"Since etcd last confirmed that the data is ours.", time.Since(at).Seconds()})
 		}
 	}
 
-	// A log that cannot be written cannot say so itself.
+	// The server's log cannot say that it cannot be written.
 	if s.logged != nil {
 		rows = append(rows,
 			counter{"log_lines_lost_total", "Lines of log that could not be written.",
@@ -1946,7 +1950,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 				s.logged.last.Load()})
 	}
 
-	// What Go says of itself.
+	// Go's runtime counts these.
 	runtimes := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},
 		{Name: "/memory/classes/heap/objects:bytes"},
@@ -1962,7 +1966,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 		counter{"go_gc_cycles_total", "Collections of garbage.", runtimes[3].Value.Uint64()})
 }
 
-// writeHistogram writes h as Prometheus wants it.
+// writeHistogram writes h in the text format of Prometheus.
 func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 	fmt.Fprintf(w, "# HELP kvserver_%s %s\n# TYPE kvserver_%s histogram\n", name, help, name)
 
@@ -1974,13 +1978,14 @@ func writeHistogram(w io.Writer, name, help string, h *storage.Histogram) {
 		name, all, name, sum, name, all)
 }
 
-// logCounts is what there was in the log so far, for who watches.
+// logCounts counts lines of log, for /metrics.
 type logCounts struct {
-	lost, errors atomic.Int64
-	last         atomic.Int64 // when the last error was, as a Unix time; 0: there was none
+	lost, errors atomic.Int64 // lines that could not be written; lines of errors
+	last         atomic.Int64 // when the last error was logged, as a Unix time; 0: never
 }
 
-// note counts an error, of whose line a is the level. It changes nothing.
+// note counts the line of log to which a belongs if a is its level and that is Error. It is a
+// slog.HandlerOptions.ReplaceAttr that changes nothing.
 func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
 	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
 		n.errors.Add(1)
@@ -1989,26 +1994,26 @@ func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-// watchAt listens at addr for whoever watches s.
+// watchAt serves -http at addr, which is no unix socket, until the Closer is closed.
 func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 	listeners, err := listen(addr)
 	if err != nil {
 		return nil, err
 	}
 
-	// It has no password: warn if others than localhost can reach it.
+	// It asks for no password, so warn if other machines may reach it.
 	at := listeners[0].Addr().(*net.TCPAddr)
 	if !at.IP.IsLoopback() {
 		s.log.Warn("anyone who can reach this address can watch the server", "addr", at.String())
 	}
 	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
 
-	// Requests for another host name are refused (onlyFor).
+	// Requests for another host name than this are refused (onlyFor).
 	host, _, _ := net.SplitHostPort(addr)
 	return s.watch(listeners, host), nil
 }
 
-// watch serves numbers, health and profiles over HTTP.
+// watch serves counters, health checks and profiles over HTTP, each listener on a goroutine.
 func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Server {
 	server := &http.Server{
 		Handler:      s.watchHandler(host),
@@ -2017,7 +2022,7 @@ func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Serv
 		ErrorLog:     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 
-	// An idle connection would hold one of maxWatchers.
+	// An idle connection would take one of the maxWatchers places.
 	server.SetKeepAlivesEnabled(false)
 	for _, listener := range listeners {
 		go server.Serve(&fewConns{Listener: listener, most: maxWatchers / len(listeners)})
@@ -2025,34 +2030,34 @@ func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Serv
 	return server
 }
 
-// fewConns is a listener with at most so many connections: one more takes the place of the
-// oldest that has said nothing, or else of the oldest, so that nobody keeps others out.
+// fewConns is a listener with a limited number of connections. One more takes the place of the
+// oldest that has sent nothing, or else of the oldest, so that nobody can keep others out.
 type fewConns struct {
 	net.Listener
 	most   int
-	guests []*guest // owned by Accept, which one goroutine calls; the oldest first
+	guests []*guest // the oldest first; owned by Accept, which one goroutine calls
 }
 
-// guest is a connection of fewConns, as long as it has a place.
+// guest is a connection that was accepted by fewConns. It has a place there until it leaves.
 type guest struct {
 	net.Conn
 	spoke atomic.Bool // a byte has come
 	left  atomic.Bool // it has no place any more
 }
 
-// Accept waits for a connection.
+// Accept waits for a connection, and closes another one if there is no place for it.
 func (f *fewConns) Accept() (net.Conn, error) {
 	conn, err := f.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
 
-	// Where there is no room, those that have gone make some.
+	// If all places are taken, free those of the connections that have left.
 	if len(f.guests) == f.most {
 		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
 	}
 
-	// If that was not enough, one that is there goes: the oldest that has said nothing, if any.
+	// If no place was free, close the oldest that has sent nothing, or else the oldest.
 	if len(f.guests) == f.most {
 		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
 		f.guests[max(i, 0)].Close()
@@ -2064,10 +2069,10 @@ func (f *fewConns) Accept() (net.Conn, error) {
 	return g, nil
 }
 
-// leave gives up the place. It returns whether there was one.
+// leave gives up the place. It reports whether the guest still had one.
 func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
 
-// Read reads, and notes that something has come.
+// Read reads, and notes whether a byte has come.
 func (g *guest) Read(p []byte) (n int, err error) {
 	if n, err = g.Conn.Read(p); n > 0 {
 		g.spoke.Store(true)
@@ -2075,7 +2080,8 @@ func (g *guest) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Close closes the connection, unless it has gone on without its place.
+// Close gives up the place and closes the connection. It does nothing once the guest has left:
+// shakeHands may have passed the connection on.
 func (g *guest) Close() error {
 	if !g.leave() {
 		return nil
@@ -2083,20 +2089,19 @@ func (g *guest) Close() error {
 	return g.Conn.Close()
 }
 
-// watchHandler answers what watch serves. host is the name that requests may be
-// for, beside addresses and localhost.
+// watchHandler returns the handler of watch. Requests must be for host, localhost or an address.
 func (s *keyValueServer) watchHandler(host string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.metrics)
 
-	// It goes through workLoop and the disk, so it fails where one of them hangs.
+	// It goes through workLoop and the disk, so it fails when one of them hangs.
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		if s.statsFor(w, r) != nil {
 			io.WriteString(w, "ok\n")
 		}
 	})
 
-	// A server that loads its data, or stands by, is to be left alone: it is alive.
+	// A server that loads its data, or stands by, is alive, and must not be restarted.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, "alive\n")
 	})
@@ -2105,7 +2110,7 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 		io.WriteString(w, "/metrics\n/healthz\n/livez\n/debug/pprof/\n")
 	})
 
-	// They share a handler, for only one of them may run at a time.
+	// They share one handler, because only one of them may run at a time.
 	profiles := http.NewServeMux()
 	profiles.HandleFunc("/debug/pprof/", pprof.Index)
 	profiles.HandleFunc("/debug/pprof/profile", pprof.Profile)
@@ -2116,9 +2121,9 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 	return onlyFor(host, mux)
 }
 
-// onlyFor lets only requests through whose Host is an address, localhost or host: a
-// web page elsewhere may give its own name our address, and then the browser lets
-// it read what we answer (DNS rebinding).
+// onlyFor passes only requests on to next whose Host is an address, localhost or host. Otherwise
+// the owner of a web page could give its name our address, and a browser would let the page read
+// what the server answers (DNS rebinding).
 func onlyFor(host string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// The port may be missing, and an IPv6 address is in brackets.
@@ -2128,7 +2133,7 @@ func onlyFor(host string, next http.Handler) http.Handler {
 		}
 		name = strings.Trim(name, "[]")
 
-		// A page from elsewhere comes with its own name, never with an address or localhost.
+		// Such a page comes with its own name, never with an address or localhost.
 		if name != "" && net.ParseIP(name) == nil && !strings.EqualFold(name, "localhost") &&
 			!strings.EqualFold(name, host) {
 			http.Error(w,
@@ -2141,15 +2146,15 @@ func onlyFor(host string, next http.Handler) http.Handler {
 	})
 }
 
-// oneAtATime refuses a request while another is under way, and one for more than
-// profileTime. After each it rests as long as that took, but at most a second: some
+// oneAtATime refuses a request while another one is under way, and a request for more than
+// profileTime. After each request it rests as long as that took, but at most a second, because some
 // profiles stop the whole process.
 func oneAtATime(next http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	free <- struct{}{}
 
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// With a body FormValue would take in 32 MiB of a form, and put more into files.
+		// Without this FormValue would read a form of up to 32 MiB, and put more into files.
 		r.Body = http.NoBody
 		seconds, _ := strconv.ParseFloat(r.FormValue("seconds"), 64)
 		if seconds > profileTime.Seconds() {
@@ -2158,7 +2163,7 @@ func oneAtATime(next http.Handler) http.Handler {
 			return
 		}
 
-		// A request that waited here would hold a connection that others can use.
+		// A request that waited here would keep a place (maxWatchers) from others.
 		select {
 		case <-free:
 		default:
@@ -2167,7 +2172,7 @@ func oneAtATime(next http.Handler) http.Handler {
 			return
 		}
 
-		// The rest leaves clients as much time as the profile took from them.
+		// The pause gives clients back the time that the profile took from them.
 		began := time.Now()
 		defer func() {
 			time.AfterFunc(min(time.Since(began), time.Second), func() { free <- struct{}{} })
