@@ -11,48 +11,49 @@ import (
 )
 
 // Query is one request on its way: readFromClient parses it, workLoop runs it, and workLoop,
-// deliver or listing answers it. Other Queries tell workLoop that a goroutine has ended, or that a
-// Take is to stop waiting. One goroutine at a time owns a Query; queries and done pass it on.
+// deliver or listing answers it. Other Queries are messages to workLoop, such as that a goroutine
+// has ended. One goroutine at a time owns a Query; the channels queries and done pass it on.
 type Query struct {
 	key       string // also: the address of a failed TLS handshake
 	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
 	queryType queryType
 	kept      bool   // keep was called
-	seconds   uint32 // an Expire's or a Lease's, or for which a Take waits; 0: it does not
+	seconds   uint32 // of an Expire or a Lease, or for which a Take waits; 0: it does not wait
 	client    *Client
 	newValue  string
 
-	line   int       // of the client's input, counted from 1
-	values []string  // what the run found: a key's list, or lines of a Help, Stats, Keys or Dump
-	few    [2]string // memory for values, where they are at most two
-	bytes  int       // of values, together
-	n      int       // what the run did: the n of ":OK n"
+	line   int       // its number in the client's input, counted from 1
+	values []string  // the result: a key's list, or lines of Help, Stats, Keys or Dump
+	few    [2]string // memory for values, if there are at most two
+	bytes  int       // of all values together
+	n      int       // what was done, as in ":OK n"
 
-	// A burst of requests travels as one chain, for the price of one send: the
-	// channel carries the head and next leads through the rest.
+	// A burst of requests travels as one chain, for the price of one send: the channel carries its
+	// head, and next links the rest.
 	next *Query
-	size int // of the reply, in bytes: an upper bound; 0 if none is owed; negative if it was shed
+	size int // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
 
-	*special // nil: it is as most requests are
+	*special // nil for most requests
 }
 
-// special is what few requests have. It is apart because chains are long: a smaller Query is less
-// memory to go through.
+// special has the fields that few requests need. They are not part of Query because chains are
+// long, and a smaller Query is less memory to go through.
 type special struct {
-	snapshot kvstore.Snapshot // what a Keys or Dump is answered from; nil: the store makes none
+	snapshot kvstore.Snapshot // from which a Keys or Dump is answered; nil: the store makes none
 
-	// Of a countAll, which has no client: one slot. It is closed if the store has failed.
+	// From workLoop to the sender of a countAll, which is no client. It has one slot, and is closed
+	// if the store has failed.
 	asker chan<- []counter
 }
 
-// queryType says what a Query asks for: it is the number of its row in verbs.
+// queryType says what a Query asks for. It is the index of a row in verbs.
 type queryType uint8
 
 const (
 	malformed queryType = iota // a line that is no request; it keeps its place in the chain
-	foreign                    // a first line of another protocol, in which value is the answer
+	foreign                    // a first line of another protocol; value is the whole response
 
-	put // from here to quit: what a client can ask for
+	put // from put to quit: what a client can ask for
 	get
 	del
 	update
@@ -73,92 +74,93 @@ const (
 	quit
 
 	timeLeft        // an Expire without seconds
-	pair            // a key's list in one, to be formatted for Dump
-	pairTime        // in how many seconds that key goes
+	pair            // a key with its whole list, in the reply to a Dump
+	pairTime        // the seconds until that key expires
 	listEnd         // the end of a Keys or Dump
-	lastWord        // an error that is not dropped, such as a client's last line
-	countActive     // CountActive asks
-	countDropped    // CountDropped asks
-	countAll        // who watches asks for every counter
-	depart          // a goroutine of the client's has ended
+	lastWord        // an error that is not dropped, such as the last line to a client
+	countActive     // sent by CountActive
+	countDropped    // sent by CountDropped
+	countAll        // an HTTP request asks for all counters
+	depart          // a goroutine of the client has ended
 	stopTake        // a Take's time is over; if its turn has not come, it may still look once
 	dropTake        // a Take is to take nothing: its client has gone, or the server closes
-	handshakeFailed // a TLS handshake failed, for the reason that value says
+	handshakeFailed // a TLS handshake has failed; value says why
 
 	queryTypes = iota
 )
 
-// verb is a row of verbs: all that one queryType is. The zero value asks the store for nothing,
+// verb is a row of verbs: everything about one queryType. The zero value does nothing to the store,
 // takes no argument, and is answered by an :OK after Ack.
 type verb struct {
 	name, form, needs string // needs completes "Put needs ..."
-	does              string // its line in Help
+	does              string // the verb's line in Help
 
-	// parse takes the arguments from what stands behind the verb's colon, and tells whether they
-	// are what it needs. nil: it has none.
+	// parse takes the arguments from the text behind the verb's colon, and reports whether they are
+	// right. nil: the verb takes no arguments.
 	parse func(q *Query, arguments string) bool
 
 	effect   effect // on the key's list
-	searches bool   // it may look through a long list, which takes long
-	lists    bool   // it walks through the store, and is a chain of its own
+	searches bool   // it may search a long list, which takes long
+	lists    bool   // it walks the whole store, and is a chain of its own
 
-	// run does it to the store, on workLoop's goroutine, and keeps what comes of it. now tells the
-	// time. nil: there is nothing to do, or the server does it.
+	// run does the request to the store, and keeps the result in q. It runs on workLoop's goroutine.
+	// now tells the time. nil: there is nothing to do, or the server does it.
 	run func(q *Query, db kvstore.Store, now clock)
 
-	// shrinks tells whether a write would leave the store no larger than it is. nil: it would
-	// not, unless the effect says so.
+	// shrinks reports whether a write would leave the store no larger than it is. nil: it would
+	// make the store larger, unless effect is frees.
 	shrinks func(q *Query, db kvstore.Store) bool
 
-	head, separator string // of each line with a value: before the key, and between the two
-	end             ending // of its reply
-	mayDrop         bool   // a slow reader may lose its reply
-	tells           bool   // that end is what it is sent for, so that -c shows it
+	head, separator string // of each line with a value: before the key, and between key and value
+	end             ending // of the reply
+	mayDrop         bool   // a slow reader may lose the reply
+	tells           bool   // the reply's end is what the client asks for, so -c shows it
 }
 
-// clock tells the wall clock's time, which may jump.
+// clock returns the wall clock's time, which may jump.
 type clock func() time.Time
 
 // effect is what a request does to the list of its key.
 type effect uint8
 
 const (
-	noKey    effect = iota // nothing: it has no key
-	reads                  // it changes nothing; a Get's values are good for a short time (View)
-	adds                   // it adds value, or a deadline
-	replaces               // it takes value out and adds newValue
-	frees                  // it only takes something away
+	noKey    effect = iota // none: the request has no key
+	reads                  // changes nothing; a Get's values are good for a short time (View)
+	adds                   // adds value, or a deadline
+	replaces               // takes value out and adds newValue
+	frees                  // only takes something away
 )
 
-// ending is how a reply ends.
+// ending is the last line of a reply.
 type ending uint8
 
 const (
-	endAcked   ending = iota // in ":OK n" after Ack, else in nothing
-	endOK                    // in ":OK n", also before Ack: n lines came, or n values are there
-	endPong                  // in ":PONG"
-	endError                 // in ":ERROR line N: why"
-	endForeign               // in a response of another protocol
-	endFollow                // in what follows: it is a part of a Keys or Dump
+	endAcked   ending = iota // ":OK n" after Ack, otherwise none
+	endOK                    // ":OK n", also before Ack: n lines came, or n values are there
+	endPong                  // ":PONG"
+	endError                 // ":ERROR line N: why"
+	endForeign               // a response of another protocol
+	endFollow                // none: a listEnd follows
 )
 
-// needsKey is what a request that has one argument, a key, needs.
+// needsKey is what a request with one argument, a key, needs.
 const needsKey = "a key, without a colon in it"
 
-// verbs are what each request needs and does. (Other places that know one by name: Stats and Expire
-// in server.go, Take, Quit, Ack, Ping and Keys in client.go; here Take in mayWait, Expire in
-// parseExpire, Get in appendLine, Help in init; in main.go Ack, Ping and Quit.) To add one:
+// verbs has a row for each queryType that is parsed, run or answered. (Other places that know a verb
+// by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here Take in
+// mayWait, Expire in parseExpire, Get in appendLine, Help in init; Ack, Ping and Quit in main.go.)
+// To add a verb, add:
 //
-//   - a queryType between put and quit, and its row here: Help, the hints of didYouMean and the
-//     counters of Stats are made of these;
-//   - if it writes what no method of kvstore.Store does: a method there, in Memory and in
-//     durable.Store, with a record of its own in the log (apply) and a fileVersion of its own, so
-//     that an older program says that it is older;
-//   - the model of the tests: storetest's Request.Do, and model.answer in server_test.go
-//     (FuzzConversation fails without);
-//   - words that others have for it: dialects;
-//   - a line in the README's table and in conversations of the tests (TestEveryRequest fails
-//     without): the conversations are what tries the rest.
+//   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the
+//     counters of Stats are made from the rows;
+//   - if it writes something that no method of kvstore.Store does: a method there, in Memory and in
+//     durable.Store, with its own record in the log (apply) and its own fileVersion, so that an
+//     older program can say that it is too old;
+//   - a case in the model of the tests: storetest's Request.Do, and model.answer in server_test.go
+//     (otherwise FuzzConversation fails);
+//   - the words that other programs use for it, in dialects;
+//   - a line in the README's table and in the conversations of the tests (otherwise
+//     TestEveryRequest fails): the conversations test everything else.
 var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
 		does:  "add value to the key's list, colons allowed",
@@ -283,12 +285,12 @@ var verbs = [queryTypes]verb{
 	lastWord:  {end: endError},
 }
 
-// row is all that there is to know about q's kind.
+// row returns the row of q's queryType.
 func (q *Query) row() *verb { return q.queryType.row() }
 
 func (t queryType) row() *verb { return &verbs[t] }
 
-// helpLines is the answer to Help.
+// helpLines are the lines of the reply to Help.
 var helpLines = func() (lines []string) {
 	for t := put; t <= quit; t++ {
 		lines = append(lines, fmt.Sprintf("%-20s %s", verbs[t].form, verbs[t].does))
@@ -298,36 +300,35 @@ var helpLines = func() (lines []string) {
 		"A line that starts with a colon is from the server: never data.")
 }()
 
-// helpLines are made of verbs, so the row of Help cannot name them there.
+// helpLines is made from verbs, so the row of Help cannot name it without an initialization cycle.
 func init() {
 	verbs[help].run = func(q *Query, _ kvstore.Store, _ clock) { q.answer(helpLines) }
 }
 
 // ---- parsing
 
-// maxQuoted is how many bytes of a client's line an error quotes.
+// maxQuoted is how many bytes of a client's line an error quotes, at most.
 const maxQuoted = 40
 
-// parse makes q the request that line is: without its line end, and not empty.
-// A line that is none makes q malformed, its value saying why. The fields are
-// substrings of line.
+// parse makes q the request in line, which has no line end and is not empty. If line is no request
+// q becomes malformed, and its value says why. q's other texts are substrings of line.
 func (q *Query) parse(line string) {
 	word, arguments, colon := cutColon(line)
 
-	// A word that is no verb may be a slip, or another program's, so the error has a hint.
+	// An unknown word may be a typing error, or another program's verb, so the error has a hint.
 	q.queryType = lookUp(word)
 	if q.queryType == malformed {
 		q.value = "unknown request " + quote(line) + didYouMean(line)
 		return
 	}
 
-	// Its arguments fit.
+	// The verb and its arguments are right.
 	v := q.row()
 	if v.parse == nil && !colon || v.parse != nil && v.parse(q, arguments) {
 		return
 	}
 
-	// A key with a colon in it is the usual mistake, and a Put may have written that key before.
+	// A key with a colon in it is the usual mistake. A Put of it wrote to a shorter key: say which.
 	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
 	key, _, more := strings.Cut(arguments, ":")
 	if more && key != "" && v.needs == needsKey {
@@ -338,8 +339,8 @@ func (q *Query) parse(line string) {
 	q.refuse(why)
 }
 
-// cutColon is strings.Cut at the first colon, in one call: strings.Cut costs every request two
-// more.
+// cutColon is strings.Cut at the first colon. It is faster: strings.Cut would cost every request
+// two more function calls.
 func cutColon(s string) (before, after string, found bool) {
 	if i := strings.IndexByte(s, ':'); i >= 0 {
 		return s[:i], s[i+1:], true
@@ -347,7 +348,7 @@ func cutColon(s string) (before, after string, found bool) {
 	return s, "", false
 }
 
-// What follows are the forms that arguments have.
+// The functions below parse the forms of arguments that verbs have.
 
 func parseKey(q *Query, arguments string) bool {
 	q.key = arguments
@@ -369,7 +370,7 @@ func parseKeyOldNew(q *Query, arguments string) bool {
 	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
 }
 
-// maxSeconds is how long a key may stay that goes: over a hundred years.
+// maxSeconds is the longest time after which a key can expire: over a hundred years.
 const maxSeconds = 4_000_000_000
 
 func parseLease(q *Query, arguments string) bool {
@@ -380,7 +381,7 @@ func parseLease(q *Query, arguments string) bool {
 	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
 }
 
-// maxTakeSeconds is how long a Take may wait: an hour.
+// maxTakeSeconds is the longest time that a Take can wait: an hour.
 const maxTakeSeconds = 3600
 
 func parseTake(q *Query, arguments string) bool {
@@ -389,7 +390,7 @@ func parseTake(q *Query, arguments string) bool {
 	return key != "" && (!has || q.parseSeconds(seconds, 1, maxTakeSeconds))
 }
 
-// parseExpire takes an Expire without seconds for another request.
+// parseExpire makes an Expire without seconds a timeLeft.
 func parseExpire(q *Query, arguments string) bool {
 	key, seconds, has := cutColon(arguments)
 	q.key = key
@@ -399,20 +400,20 @@ func parseExpire(q *Query, arguments string) bool {
 	return key != "" && (!has || q.parseSeconds(seconds, 0, maxSeconds))
 }
 
-// parseSeconds takes a decimal number from least to most.
+// parseSeconds parses a decimal number from least to most.
 func (q *Query) parseSeconds(text string, least, most uint64) bool {
 	n, err := strconv.ParseUint(text, 10, 32)
 	q.seconds = uint32(n)
 	return err == nil && n >= least && n <= most
 }
 
-// parsePrefix takes a missing prefix for an empty one.
+// parsePrefix treats a missing prefix as an empty one.
 func parsePrefix(q *Query, arguments string) bool {
 	q.value = arguments
 	return strings.IndexByte(arguments, ':') < 0
 }
 
-// parseToken takes whatever comes.
+// parseToken allows any token.
 func parseToken(q *Query, arguments string) bool {
 	q.value = arguments
 	return true
@@ -424,13 +425,13 @@ func (q *Query) refuse(why string) {
 	q.seconds = 0
 }
 
-// isKey tells whether s can be a key.
+// isKey reports whether s can be a key.
 func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
 
-// lookUp returns the queryType of a verb in any letter case, malformed if word
-// is none.
+// lookUp returns the queryType of the verb that word is, in any letter case; malformed if it is no
+// verb.
 func lookUp(word string) queryType {
-	// Two verbs have another name.
+	// Two verbs have a second name.
 	switch {
 	case word == "?":
 		return help
@@ -438,7 +439,7 @@ func lookUp(word string) queryType {
 		return quit
 	}
 
-	// So few names that a table of hashes would not be faster.
+	// There are so few names that a hash table would not be faster.
 	for t := put; t <= quit; t++ {
 		if equalFold(word, verbs[t].name) {
 			return t
@@ -447,15 +448,15 @@ func lookUp(word string) queryType {
 	return malformed
 }
 
-// equalFold tells whether a and b are equal but for the case of ASCII letters. (With
-// strings.EqualFold a request takes half as long again to parse, 3 % of a busy server's time.)
+// equalFold reports whether a and b are equal, ignoring the case of ASCII letters. (With
+// strings.EqualFold a request would take half as long again to parse: 3 % of a busy server's time.)
 func equalFold(a, b string) bool {
 	if len(a) != len(b) {
 		return false
 	}
 
 	for i := range len(a) {
-		// Not alike, nor one letter in both cases: bit 0x20 makes it small.
+		// They differ, and are not one letter in two cases: bit 0x20 makes a letter lower case.
 		if a[i] != b[i] && (a[i]^b[i] != 0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
 			return false
 		}
@@ -463,25 +464,25 @@ func equalFold(a, b string) bool {
 	return true
 }
 
-// begun returns the kind of request that a line begins, malformed if it begins none.
+// begun returns the queryType of the verb that line begins with; malformed if there is none.
 func begun[T string | []byte](line T) queryType {
-	// A line may be long, and no verb is.
+	// The line may be long, but no verb is.
 	word, _, _ := strings.Cut(string(line[:min(len(line), maxQuoted)]), ":")
 	return lookUp(word)
 }
 
-// isHTTP tells whether line is the first of an HTTP/1 request (RFC 9112).
+// isHTTP reports whether line is the first line of an HTTP/1 request (RFC 9112).
 func isHTTP(line string) bool {
 	return strings.HasSuffix(line, " HTTP/1.1") || strings.HasSuffix(line, " HTTP/1.0")
 }
 
-// isRESP tells whether line is the first of a request in Redis' protocol.
+// isRESP reports whether line is the first line of a request in RESP, the protocol of Redis.
 func isRESP(line string) bool {
 	return len(line) > 1 && (line[0] == '*' || line[0] == '$') &&
 		strings.Trim(line[1:], "0123456789") == ""
 }
 
-// badRequest is what a browser is told, and badRESP what a client of Redis is.
+// badRequest is the response to a browser, and badRESP the response to a client of Redis.
 const (
 	badRequest = "HTTP/1.1 400 Bad Request\r\n" +
 		"Content-Type: text/plain\r\n" +
@@ -491,7 +492,7 @@ const (
 	badRESP = "-ERR kvserver speaks lines, no RESP: send Help\r\n"
 )
 
-// quote is %q of s, cut to maxQuoted bytes.
+// quote returns s as %q shows it, cut to maxQuoted bytes.
 func quote(s string) string {
 	if len(s) > maxQuoted {
 		return strconv.Quote(s[:maxQuoted]) + "..."
@@ -499,7 +500,7 @@ func quote(s string) string {
 	return strconv.Quote(s)
 }
 
-// dialects are words that other programs and habits have for our verbs.
+// dialects has the words that other programs use for our verbs, in lower case.
 var dialects = map[string]queryType{
 	"append": put, "insert": put, "store": put, "push": put, "rpush": put, "lpush": put,
 	"read": get, "fetch": get, "mget": get, "lrange": get,
@@ -515,25 +516,25 @@ var dialects = map[string]queryType{
 }
 
 // didYouMean completes "unknown request ..." with the request that line may have been meant to be.
-// It looks at no more of a line than twice what a hint can show.
+// It looks at no more than the first 2*maxQuoted bytes.
 func didYouMean(line string) string {
 	const gap = ": \t"
 
-	// Files of Windows may begin with a byte order mark.
+	// A file from Windows may begin with a byte order mark.
 	line = strings.TrimPrefix(line, "\ufeff")
 
-	// What a client sends may be long, and each line that is no request comes here.
+	// Lines may be long, and each one that is no request comes here.
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
 
-	// The first word, however it is separated.
+	// The first word ends at any separator.
 	word, rest := line, ""
 	if i := strings.IndexAny(line, gap); i >= 0 {
 		word, rest = line[:i], strings.TrimLeft(line[i:], gap)
 	}
 
-	// What others call it, or the verb that it nearly is.
+	// It may be a verb, a word that other programs use, or nearly a verb.
 	t := lookUp(word)
 	if t == malformed {
 		t = dialects[strings.ToLower(word)]
@@ -547,16 +548,16 @@ func didYouMean(line string) string {
 		return "; Help lists the requests"
 	}
 
-	// Offer the client's own request where its arguments fit and can be shown.
+	// Offer the client's own request if its arguments fit and can be shown.
 	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && verbs[t].effect != noKey {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
 
-		// A last value may hold what separates the others.
+		// The last value may hold separators.
 		if verbs[t].effect != replaces && len(args) > n && n > 1 {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 
-		// A hint that is itself refused, or that cannot be typed as it stands, helps nobody.
+		// Do not offer a request that would be refused, or cannot be typed as it is shown.
 		try := verbs[t].name + ":" + strings.Join(args, ":")
 		if len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` && isRequest(try) {
 			return "; did you mean " + try + " ?"
@@ -566,25 +567,25 @@ func didYouMean(line string) string {
 	return "; did you mean " + verbs[t].form + " ?"
 }
 
-// isRequest tells whether line, which begins with a verb, is a request.
+// isRequest reports whether line, which begins with a verb, is a request.
 func isRequest(line string) bool {
 	var q Query
 	q.parse(line)
 	return q.queryType != malformed
 }
 
-// oneSlip tells whether a becomes b by one letter more, less or other, or by
-// two neighbours changing places: distance 1 as in Damerau, "A technique for
-// computer detection and correction of spelling errors", 1964.
+// oneSlip reports whether a becomes b when one letter is added, left out or changed, or when two
+// neighbours change places: distance 1 in Damerau, "A technique for computer detection and
+// correction of spelling errors", 1964.
 func oneSlip(a, b string) bool {
-	// What they begin with alike makes no difference.
+	// Skip what both begin with.
 	i := 0
 	for i < len(a) && i < len(b) && a[i] == b[i] {
 		i++
 	}
 	a, b = a[i:], b[i:]
 
-	// Now they differ: by a letter more, a letter less, or what is here.
+	// Now their first letters differ: one is left out, added, changed, or swapped with the next.
 	switch len(a) - len(b) {
 	case 1:
 		return a[1:] == b
@@ -600,7 +601,7 @@ func oneSlip(a, b string) bool {
 
 // ---- running
 
-// run does what a request asks for to db, and keeps what came of it.
+// run does the request to db, and keeps the result in q.
 func (q *Query) run(db kvstore.Store, now clock) {
 	if run := q.row().run; run != nil {
 		run(q, db, now)
@@ -610,7 +611,7 @@ func (q *Query) run(db kvstore.Store, now clock) {
 func runGet(q *Query, db kvstore.Store, _ clock) {
 	q.values = db.View(q.few[:0], q.key)
 
-	// The store knows how large a long list is.
+	// The store knows the size of a long list (fewValues).
 	if q.n = len(q.values); q.n <= fewValues {
 		q.bytes = kvstore.SizeOf(q.values)
 	} else {
@@ -623,28 +624,28 @@ func runUpdate(q *Query, db kvstore.Store, _ clock) {
 }
 
 func runList(q *Query, db kvstore.Store, now clock) {
-	// Until the snapshot is walked, all that is known is how many keys there are at most.
+	// Until the snapshot is walked, n is how many keys the reply can have at most.
 	q.special = &special{snapshot: db.Snapshot()}
 	q.n, _, _ = db.Size()
 
-	// Keys may be there still though their time is over.
+	// Keys that have expired may still be there.
 	taken := now().UnixMilli()
 	if _, isDue := db.NextDue(taken); isDue {
 		q.snapshot = withoutDue{q.snapshot, taken}
 	}
 }
 
-// withoutDue is a snapshot but for the keys whose time was over when it was taken.
+// withoutDue is a snapshot without the keys that had expired when it was taken.
 type withoutDue struct {
 	kvstore.Snapshot
-	taken int64 // in milliseconds of Unix time
+	taken int64 // when, in milliseconds of Unix time
 }
 
-// All yields the keys whose time was not over.
+// All yields the keys that had not expired.
 func (w withoutDue) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
 		for key, list := range w.Snapshot.All() {
-			// It is there only because workLoop has not got to delete it yet.
+			// This one is there only because workLoop has not deleted it yet.
 			if at, goes := w.Deadline(key); goes && at <= w.taken {
 				continue
 			}
@@ -656,7 +657,7 @@ func (w withoutDue) All() iter.Seq2[string, []string] {
 	}
 }
 
-// mayExpire tells whether keys of db can go when their time is over, and refuses q if not.
+// mayExpire reports whether keys of db can expire, and refuses q if they cannot.
 func (q *Query) mayExpire(db kvstore.Store) bool {
 	if db.Expiring() < 0 {
 		q.refuse("this store keeps every key until somebody deletes it")
@@ -665,8 +666,7 @@ func (q *Query) mayExpire(db kvstore.Store) bool {
 	return true
 }
 
-// deadline is when the key goes for which q has given seconds, in milliseconds of Unix time; 0: it
-// stays.
+// deadline is when q's key is to expire, in milliseconds of Unix time; 0: never.
 func (q *Query) deadline(now clock) (at int64) {
 	if q.seconds > 0 {
 		at = toMilli(now()) + int64(q.seconds)*1000
@@ -674,9 +674,9 @@ func (q *Query) deadline(now clock) (at int64) {
 	return at
 }
 
-// runTimeLeft answers ": seconds", without the key, so that nobody takes it for a value.
+// runTimeLeft answers ": seconds", without the key, so that no client takes it for a value.
 func runTimeLeft(q *Query, db kvstore.Store, now clock) {
-	// Without a deadline 1 tells a key that stays from one that is not there.
+	// Without a deadline, n is 1 if the key is there and 0 if not.
 	at, goes := db.Deadline(q.key)
 	q.n = times(goes || db.Count(q.key) > 0)
 	q.key = ""
@@ -686,17 +686,17 @@ func runTimeLeft(q *Query, db kvstore.Store, now clock) {
 	}
 }
 
-// secondsLeft is the time until at, in milliseconds of Unix time, in seconds rounded up: at least
-// one, for 0 would have a key stay.
+// secondsLeft is the time until at, which is in milliseconds of Unix time, in seconds rounded up. It
+// is at least one second, because an Expire of 0 means that the key stays.
 func secondsLeft(at int64, now time.Time) string {
 	left := (at - toMilli(now) + 999) / 1000
 	return strconv.FormatInt(max(left, 1), 10)
 }
 
-// toMilli is t in milliseconds of Unix time, rounded up, so that no key goes too early.
+// toMilli is t in milliseconds of Unix time, rounded up, so that no key expires too early.
 func toMilli(t time.Time) int64 { return t.Add(time.Millisecond - 1).UnixMilli() }
 
-// answer makes lines the reply.
+// answer makes lines the result, which is then formatted as the reply.
 func (q *Query) answer(lines []string) {
 	q.values, q.n, q.bytes = lines, len(lines), kvstore.SizeOf(lines)
 }
@@ -709,16 +709,16 @@ func times(done bool) (n int) {
 	return n
 }
 
-// mayWait tells whether q is a Take that waits for a value if there is none.
+// mayWait reports whether q is a Take that waits for a value if there is none.
 func (q *Query) mayWait() bool { return q.queryType == take && q.seconds > 0 }
 
-// isAlone tells whether q must be a chain of its own: requests before it are then answered first.
+// isAlone reports whether q must be a chain of its own. Requests before it are then answered first.
 func (q *Query) isAlone() bool { return q.row().lists || q.mayWait() }
 
-// keep makes values something that may be kept for long: a short list shares memory with
-// others (kvstore.Store).
+// keep clones values that share memory with others in the store, so that they can be kept for long
+// (View).
 func (q *Query) keep() {
-	// A longer list keeps nothing but its own memory.
+	// A larger list keeps nothing but its own memory.
 	if q.row().effect == reads && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.kept = true
 		q.values = kvstore.CloneAll(q.values)
@@ -726,20 +726,19 @@ func (q *Query) keep() {
 	}
 }
 
-// fewValues is how many values are measured one by one. Of a longer list the store
-// is asked: to measure a hundred thousand values, only to drop the reply, would
-// make everybody wait.
+// fewValues is how many values are measured one by one. The store knows the size of a longer list:
+// measuring a hundred thousand values, only to drop the reply, would make all clients wait.
 const fewValues = 16
 
-// writes tells whether q may change the store.
+// writes reports whether q may change the store.
 func (q *Query) writes() bool { return q.row().effect >= adds }
 
-// frees tells whether q only takes something away.
+// frees reports whether q only takes something away.
 func (q *Query) frees() bool { return q.row().effect == frees }
 
-// memory is about how many bytes more a write may take.
+// memory is about how many bytes q, a write, may add to the store.
 func (q *Query) memory() int64 {
-	// The value of an Update goes, and what comes is the other.
+	// An Update takes value out, and adds newValue.
 	added := q.value
 	if q.row().effect == replaces {
 		added = q.newValue
@@ -748,7 +747,7 @@ func (q *Query) memory() int64 {
 	return int64(len(q.key)+len(added)) + memoryPerPair
 }
 
-// makesLess tells whether a write leaves db no larger than it is.
+// makesLess reports whether q, a write, leaves db no larger than it is.
 func (q *Query) makesLess(db kvstore.Store) bool {
 	shrinks := q.row().shrinks
 	return shrinks != nil && shrinks(q, db)
@@ -758,15 +757,15 @@ func updateShrinks(q *Query, db kvstore.Store) bool {
 	return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
 }
 
-// swapShrinks: without the old value a Swap does nothing.
+// swapShrinks is also true if the old value is not there, because then a Swap does nothing.
 func swapShrinks(q *Query, db kvstore.Store) bool {
 	return len(q.newValue) <= len(q.value) || !db.Has(q.key, q.value)
 }
 
-// addShrinks: where there is a value already, an Add or a Lease does nothing.
+// addShrinks is true if the key has a value, because then an Add or a Lease does nothing.
 func addShrinks(q *Query, db kvstore.Store) bool { return db.Count(q.key) > 0 }
 
-// expireShrinks: a deadline takes memory, and another in its place takes no more.
+// expireShrinks is false for a key that has no deadline and gets one, which takes memory.
 func expireShrinks(q *Query, db kvstore.Store) bool {
 	_, goes := db.Deadline(q.key)
 	return goes || q.seconds == 0 || db.Count(q.key) == 0
@@ -775,7 +774,7 @@ func expireShrinks(q *Query, db kvstore.Store) bool {
 func setShrinks(q *Query, db kvstore.Store) bool {
 	before := db.Measure(q.key)
 
-	// A new key takes memory itself, even if its value is empty.
+	// A new key takes memory even if its value is empty. A key may have only empty values.
 	isThere := before > 0 || db.Has(q.key, "")
 	return isThere && int64(len(q.value)) <= before
 }
@@ -785,18 +784,18 @@ func setShrinks(q *Query, db kvstore.Store) bool {
 // lineSize is how many bytes appendLine appends, at most.
 func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
 
-// lineExtra is how many bytes appendLine appends beside the value, at most.
+// lineExtra is how many bytes appendLine appends besides the value, at most.
 func (q *Query) lineExtra() int { return len(q.key) + len(": Expire:") + len(":") + len("\r\n") }
 
-// lineEnd ends the line of value.
+// lineEnd returns the end of the line for value.
 func (q *Query) lineEnd(value string) string {
 	if q.queryType == pair && trimCR(value) != value {
-		return "\r\n" // the CR is to be taken off when the line comes back as a request
+		return "\r\n" // this CR is removed, and not value's, when the line comes back as a request
 	}
 	return "\n"
 }
 
-// parts are what the line for one of q.values consists of.
+// parts returns the parts of the line for one of q.values.
 func (q *Query) parts(value string) [5]string {
 	v := q.row()
 	return [...]string{v.head, q.key, v.separator, value, q.lineEnd(value)}
@@ -804,7 +803,7 @@ func (q *Query) parts(value string) [5]string {
 
 // appendLine appends the line for one of q.values.
 func (q *Query) appendLine(b []byte, value string) []byte {
-	// Almost every line is a Get's, and has a shorter way.
+	// Almost every line is a Get's. It does not need the parts.
 	if q.queryType != get {
 		for _, text := range q.parts(value) {
 			b = append(b, text...)
@@ -818,14 +817,14 @@ func (q *Query) appendLine(b []byte, value string) []byte {
 	return append(b, '\n')
 }
 
-// More bytes than the last line of a reply takes: ":OK n", or the words and numbers
-// beside the text that it carries.
+// Upper bounds of the last line of a reply, in bytes: ":OK n", or all words and numbers besides the
+// text that it carries.
 const (
 	maxOK      = 32
 	maxNumbers = 64
 )
 
-// replySize is how many bytes q's reply takes at most: 0 if it is owed none.
+// replySize is how many bytes q's reply takes, at most; 0 if none is owed.
 func (q *Query) replySize(acked bool) (size int) {
 	size = q.bytes + len(q.values)*q.lineExtra()
 
@@ -835,13 +834,13 @@ func (q *Query) replySize(acked bool) (size int) {
 	return size
 }
 
-// hasEnd tells whether q's reply has a last line of its own.
+// hasEnd reports whether q's reply has a last line of its own.
 func (q *Query) hasEnd(acked bool) bool {
 	switch q.row().end {
 	case endAcked:
 		return acked
 
-	// What follows it has one, for all of them.
+	// The listEnd that follows has the last line.
 	case endFollow:
 		return false
 	}
@@ -869,14 +868,14 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	case endForeign:
 		return append(b, q.value...)
 
-	// Writes are silent, so an error names its line.
+	// Writes are silent before Ack, so an error names its line.
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
 		b = append(b, ": "...)
 		b = append(b, q.value...)
 
-	// Only a Ping tells what was lost.
+	// Only a PONG says how many replies were lost.
 	case endPong:
 		b = append(b, ":PONG"...)
 		if q.value != "" {
@@ -897,5 +896,5 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 	return append(b, '\n')
 }
 
-// mayDrop tells whether a slow reader may lose q's reply.
+// mayDrop reports whether a slow reader may lose q's reply.
 func (q *Query) mayDrop(acked bool) bool { return !acked && q.row().mayDrop }
