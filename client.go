@@ -21,132 +21,147 @@ import (
 
 // Limits of one connection.
 const (
-	// messages in a client's buffer: what Project 0 keeps for a slow reader
+	// messages in a client's buffer: as many as Project 0 keeps for a slow reader
 	maxBufferSize = 500
 	maxShared     = 8         // a message that is begun while fewer wait may hold several replies
-	maxMessage    = 128 << 10 // bytes in one of them
-	maxWrite      = 64 << 10  // bytes from which on a Write takes no more messages along
+	maxMessage    = 128 << 10 // bytes in a message
+	maxWrite      = 64 << 10  // a Write of so many bytes takes no more messages along
 
-	// Bytes that are asked for as the socket's send buffer; Linux gives twice that. Left alone it
-	// may grow to 4 MiB, and the kernel would keep so much for a client that does not read.
+	// Bytes to ask for as the socket's send buffer, which Linux doubles. Left alone the buffer
+	// could grow to 4 MiB, and the kernel would keep that much for a client that does not read.
 	sendBuffer = 128 << 10
 
-	maxChain  = 256      // queries in one chain, which bounds its memory
+	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a busy one's, if it needs them; long lines take more
-	freeLine  = 2 << 10  // bytes of a line that may come however much memory lines take
-	chunkSize = 16 << 10 // bytes of a recycled message, small
+	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most; long lines take more
+	freeLine  = 2 << 10  // bytes of a line that are taken in however much memory other lines take
+	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
-	// The slowest steady reader, in bytes a second; and what the two sockets hold at most, in
-	// bytes: 6 MiB in the reader's (Linux: tcp_rmem), the rest in ours.
+	// The rate of the slowest steady reader, in bytes a second; and the most bytes that the two
+	// sockets hold: 6 MiB in the reader's (Linux: tcp_rmem), the rest in ours.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	// A client is a slow reader when its connection has taken no byte for slowAfter, or for up to
-	// six times that where its sockets hold much that it has not read (patience).
+	// A client is a slow reader once its connection has taken no byte for slowAfter, or for up to
+	// six times as long if its sockets hold much that it has not read (patience).
 	slowAfter = time.Second
-	tickTime  = slowAfter / 10 // between two looks at a Write, and at memory that is waited for
-	dripTime  = 5 * slowAfter  // of waiting, after which the rate of a Keys or Dump is known
+	tickTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
+	dripTime  = 5 * slowAfter  // without room, after which the rate of a Keys or Dump is judged
 
-	// Time between two ticks of readFromClient. A tick gives back memory that was not needed since
-	// the last one.
+	// The time between two ticks of readFromClient. A tick gives back memory that was not needed
+	// since the last one.
 	quietAfter = time.Second
 
-	// How long a line may take from its first byte to its end, in ticks of quietAfter. No tick
-	// counts while replies wait for room, or a Take waits. For memory a line may wait as long each
-	// time that it grows.
+	// How long a line may take from its first byte to its end. Ticks of quietAfter count this time;
+	// a tick does not count while replies wait for room or a Take waits. Each time that a line
+	// grows it may also wait this long for memory.
 	lineTime = 30 * time.Second
 
-	// A client that has half-closed behind its Take, or sent more, is read no further until that
-	// ends. readFromClient checks this often whether the connection is still open.
+	// A client that sends more behind its Take, or half-closes, is not read until the Take ends.
+	// Meanwhile readFromClient checks this often whether the connection is still open.
 	probeTime = time.Second
 
 	handshakeTime = 5 * time.Second // for a TLS handshake
 	drainTime     = time.Second     // for the client to take our last words and close
-	// while the server closes: of silence, after which nothing more is expected from a client
+	// of silence, after which nothing more is expected from a client while the server closes
 	busyTime = 20 * time.Millisecond
 )
 
-// Client is one connection and what its goroutines share. readFromClient takes requests from
-// the connection to workLoop, one chain at a time. The goroutine that holds the chain queues
-// the replies in buffer. writeToClient takes them from there to the connection.
+// Client is one connection and what its goroutines share. readFromClient reads requests from the
+// connection and sends them to workLoop, one chain at a time. The goroutine that holds the chain
+// queues the replies in buffer, and writeToClient writes them to the connection.
 //
-// One goroutine at a time holds the client's chain, and with it the outbox and the memory of the
-// chain's lines:
+// One goroutine at a time holds the client's chain. It owns the outbox as well, and may read the
+// chain's lines. The chain goes round:
 //
-//	readFromClient   makes it (parse), and sends it to workLoop: queries
-//	workLoop         lets it wait for its turn, runs it, keeps a Take without a value in takes,
-//	                 puts it into batch, and commits. It queues a short answer that has room:
-//	                 done. For any other it starts deliver, which waits for room: done
-//	readFromClient   has it back, and may make the next; a Keys or Dump it answers itself, from
-//	                 the snapshot that comes back with it (listing)
+//	readFromClient   makes the chain (parse) and sends it on queries
+//	workLoop         has it wait for its turn, and runs it. A Take that finds no value waits in
+//	                 takes. The others wait in batch for the Commit. Then workLoop queues replies
+//	                 that are short and have room, and sends the chain back on done
+//	deliver          is started by workLoop for all other replies: it waits for room, queues them,
+//	                 and sends the chain back on done
+//	readFromClient   has the chain again, and may send the next one. If it was a Keys or Dump, it
+//	                 queues the replies itself, from the snapshot in the Query (listing)
 //
-// What each goroutine does with what the client has (R reads, W writes, S sends, T takes, C
-// closes), and by which channel it changes hands:
+// What each goroutine does with each field (R reads, W writes, S sends, T receives, C closes), and
+// what hands the field from one goroutine to the next:
 //
-//	                     readFromClient  workLoop  deliver  writeToClient  changes hands by
-//	connection           R, W, C         C         C        W, R, C        - (a net.Conn)
+//	                     readFromClient  workLoop  deliver  writeToClient  handed on by
+//	connection           R, W, C         C         C        R, W, C        - (a net.Conn)
 //	alive, index, share  -               RW        -        -              -
 //	parked               -               RW        -        -              -
-//	buffer               S, C            makes, S  S        T              the chain's holder sends
+//	buffer               S, C            makes, S  S        T              the chain (its holder sends)
 //	closed               R               R         R        C              closed once
-//	progress             T               -         T        S (pacedConn)  latest word only
+//	progress             T               -         T        S (pacedConn)  the latest word counts
 //	done                 T               S         S        -              -
 //	the chain, outbox    RW              RW        RW       -              queries, go, done
-//	in                   RW              -         -        R (came)       buffer's close
-//	  its lines' memory  W               R         R        -              queries, done
+//	in                   RW              -         -        R (came)       closing buffer
+//	  its lines' memory  RW              R         R        -              queries, go, done
 //	underWay, takeEnds   RW              -         -        -              -
 //	reason               RW              R         -        -              depart
 //	writeErr             -               R         -        W              depart
-//	pacedConn's fields   R (writing)     -         -        RW             - (limit: set before)
+//	pacedConn's fields   RW              R         R        RW             - (see there)
 //
-// How a connection ends: readFromClient notes why (end) and makes no more chains; it waits for the
-// one that is under way, and closes buffer; writeToClient writes what is queued, closes the
-// connection (or a timer does, where TLS cannot say goodbye), and each tells workLoop that it
-// departs. Where the connection does not take what is written, writeToClient closes it first, and
-// closed tells the chain's holder that replies are of no use. Requests that were read are run
-// nevertheless. Where Commit fails, workLoop closes all connections, without a word. Where others
-// need the room that a client's replies take, the chain's holder closes its connection (isCutOff).
-// A client that has asked for nothing has no writeToClient: readFromClient closes its connection.
-// What never becomes a client is closed by whoever has it: shakeHands, or welcome and reject.
+// How a connection ends, most often:
+//
+//	readFromClient   notes the reason (end), reads no more, and waits for the chain under way. Then
+//	                 it closes buffer, tells workLoop (depart), and ends
+//	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. A timer
+//	                 closes the connection if TLS cannot say goodbye in time (inTime)
+//	workLoop         takes the client off its list when both have ended, and logs the reason (leave)
+//
+// Requests that were read are run in all cases but two: the store has failed, or the server closes
+// and breaks off the Keys or Dump before them. The other ways:
+//
+//	a Write fails                 writeToClient closes the connection, so that Read fails, and
+//	                              closed, which tells the chain's holder that replies are of no use
+//	others need the room that     the chain's holder closes the connection (isCutOff): Read and
+//	its replies take              Write fail
+//	the store's Commit fails      workLoop closes all connections without a word, and sends nil on
+//	                              done for each chain
+//	the server closes             workLoop ends all Reads (stopReading), and Writes that still go on
+//	                              after closeTime (hurry)
+//	it has asked for nothing      there is no writeToClient: readFromClient closes the connection
+//	it never becomes a client     the goroutine that has the connection closes it: shakeHands,
+//	                              fewConns, welcome or reject
 type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
-	alive      int           // readFromClient and writeToClient, as far as they run; 0: it has gone
+	alive      int           // how many of readFromClient and writeToClient run; 0: the client has gone
 	closed     chan struct{} // closed by writeToClient when a Write has failed
 
-	// Messages from the chain's holder to writeToClient. readFromClient closes it. workLoop makes
-	// it, and starts writeToClient, at the client's first request: 10,000 idle clients need none.
-	// Only the holder sends, so room that it sees stays.
+	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
+	// at the client's first request, because 10,000 idle clients need neither. readFromClient
+	// closes it. Only the holder sends, so room that it has seen stays free.
 	buffer chan []byte
 
-	// Set before the goroutines start, then left alone.
+	// Set before the goroutines start, read-only from then on.
 	id     int // counted from 1, for the log; 0: rejected
 	server *keyValueServer
-	paced  *pacedConn // connection, or what lies under its TLS
+	paced  *pacedConn // connection itself, or the one under its TLS
 
-	// workLoop, or deliver, to readFromClient: the chain has run, and been answered but for a Keys
-	// or Dump. nil: the store failed, and nobody knows whether it has run. One chain is under way
-	// at a time, so with one slot no sender waits.
+	// From workLoop or deliver to readFromClient: the chain, which has run and is answered, unless
+	// it is a Keys or Dump. nil: the store failed, and nobody knows whether the chain has taken
+	// effect. One chain is under way at a time, so with one slot no sender waits.
 	done chan *Query
 
-	// writeToClient to the chain's holder: true, the connection takes bytes, or false, it took
-	// none for too long. One slot, for only the latest counts.
+	// From writeToClient to the chain's holder: true if the connection takes bytes, false if it
+	// took none for too long. One slot, because only the latest word counts.
 	progress chan bool
 
-	index  int           // its place in clients; owned by workLoop
-	share  share         // of workLoop's time; owned by it
-	parked *list.Element // its Take that waits, in takes; owned by workLoop
+	index  int           // the client's place in clients; owned by workLoop
+	share  share         // of workLoop's time; owned by workLoop
+	parked *list.Element // the client's waiting Take in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
-	// Owned by readFromClient, until its departure leaves them to workLoop.
+	// Owned by readFromClient until its departure, then by workLoop.
 	in       input
-	underWay bool      // a chain is, and has not come back
-	takeEnds time.Time // when the Take under way stops waiting; zero: none waits, or it was told
-	reason   string    // why the connection ends, for the log; "" while it does not
+	underWay bool      // a chain was sent and has not come back
+	takeEnds time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
+	reason   string    // why the connection ends, for the log; "": it does not
 
-	writeErr error // of the Write that failed; owned by writeToClient, until its departure
+	writeErr error // of the Write that failed; owned by writeToClient until its departure
 }
 
 // newClient returns the client at the other end of conn.
@@ -158,21 +173,21 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 		progress: make(chan bool, 1),
 	}
 
-	// A test's connection may have no pacedConn.
+	// The connection of a test may come without a pacedConn.
 	if c.paced, _ = underTLS(conn).(*pacedConn); c.paced == nil {
 		c.paced = &pacedConn{Conn: conn, server: s}
 		c.connection = c.paced
 	}
 	c.paced.progress = c.progress
 
-	// The semaphores of which the client may take a slot.
+	// The semaphores of whose slots the client may take one.
 	c.in.anyLine.of, c.in.freeing.of = &s.budget.anyLine, &s.budget.freeing
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
 	return c
 }
 
-// underTLS is the connection that conn encrypts, or conn.
+// underTLS returns the connection under conn's TLS, or conn itself if it has none.
 func underTLS(conn net.Conn) net.Conn {
 	if outer, isTLS := conn.(interface{ NetConn() net.Conn }); isTLS {
 		return outer.NetConn()
@@ -180,23 +195,23 @@ func underTLS(conn net.Conn) net.Conn {
 	return conn
 }
 
-// isPlain tells whether the connection is without TLS.
+// isPlain reports whether the connection is without TLS.
 func (c *Client) isPlain() bool { return c.connection == c.paced }
 
-// isGone tells whether a Write has failed. Any goroutine may ask.
+// isGone reports whether a Write has failed. Any goroutine may ask.
 func (c *Client) isGone() bool { return isClosed(c.closed) }
 
-// addr is where the client is, for the log.
+// addr returns the client's address, for the log.
 func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 
-// readFromClient reads requests and has workLoop run them. One goroutine a client, from the
-// connection's arrival until there is a reason to end. It reads on while a chain is under way, and
-// then waits for that one before it sends the next.
+// readFromClient reads requests and has workLoop run them. It is one goroutine per client, from the
+// connection's arrival until there is a reason to end. While a chain is under way it reads on;
+// before it sends the next chain it waits for that one.
 func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.read()
 
-		// Lines that are whole: one chain after the other, while there is no reason to end.
+		// The complete lines: one chain after the other, until there is a reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
@@ -204,7 +219,7 @@ func (c *Client) readFromClient() {
 			}
 		}
 
-		// The line that is not.
+		// The line that is not complete.
 		switch {
 		case c.reason != "":
 		case err != nil:
@@ -214,7 +229,7 @@ func (c *Client) readFromClient() {
 		}
 	}
 
-	// The end: what is under way is answered. The input gives its memory back meanwhile.
+	// The end. The chain under way is still answered; meanwhile the input gives its memory back.
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, anyLine: c.in.anyLine,
 		freeing: c.in.freeing}
 	c.countInput()
@@ -226,15 +241,15 @@ func (c *Client) readFromClient() {
 	if c.buffer == nil {
 		c.connection.Close()
 	} else {
-		close(c.buffer) // writeToClient closes the connection now
+		close(c.buffer) // now writeToClient closes the connection
 	}
 	c.depart()
 }
 
-// tellLoss tells a client that goes how many replies it has lost since its last PONG. No chain is
+// tellLoss tells a client that leaves how many replies it lost since its last PONG. No chain is
 // under way.
 func (c *Client) tellLoss() {
-	// Otherwise the connection is broken, or ends for a reason that the client was told.
+	// For any other reason the connection is broken, or the server ends it.
 	lost := c.outbox.lostSincePong
 	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
 		return
@@ -245,42 +260,42 @@ func (c *Client) tellLoss() {
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
-// Why a connection ends: texts for the log. tellLoss asks for the first two.
+// Why a connection ends: texts for the log. tellLoss looks for the first two.
 const (
 	itClosed = "it closed"
 	itQuit   = "it quit"
 	weClose  = "the server closes"
 
-	// None of the lines may be run: a web page could have made a browser send them, or
-	// they are pieces of binary data.
+	// No line of the client's may be run: a web page may have made a browser send them, or they are
+	// pieces of binary data.
 	speaksHTTP    = "it speaks HTTP"
 	speaksRESP    = "it speaks RESP"
 	speaksTLS     = "it speaks TLS"
 	speaksNothing = "its first line is too long, and none of our requests"
 )
 
-// end notes why nothing more is read; the first reason stays.
+// end notes why nothing more is read. The first reason stays.
 func (c *Client) end(why string) {
 	if c.reason == "" {
 		c.reason = why
 	}
 }
 
-// send sends chain, which is made of the client's input, to workLoop. None may be under way.
+// send sends chain, which is made of the client's input, to workLoop. No other is under way.
 func (c *Client) send(chain *Query) { c.sendOf(chain, c.in.memory(), c.in.counted) }
 
-// sendOf is send with a chain that takes so many bytes, of which some are counted in budget.inputs.
+// sendOf is send for a chain that takes bytes of memory, of which inInputs count in budget.inputs.
 func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
 	c.underWay = true
 	c.outbox.chainSize, c.outbox.inInputs = bytes, inInputs
 	c.server.queries <- chain
 }
 
-// sendTake is send with a Take that may wait. It has memory of its own, for what comes meanwhile
-// is read into the client's.
+// sendTake is send for a Take that may wait. Such a Take gets memory of its own, because the
+// client's is used for what comes meanwhile.
 func (c *Client) sendTake(q *Query) {
-	// Its key stays in memory while it waits. A long one counts as a line that has begun. Where there
-	// is no memory for it the Take does not wait.
+	// The key stays in memory while the Take waits. A long key counts like a begun line. If there
+	// is no memory for it, the Take does not wait.
 	if bytes := int64(len(q.key)); bytes > freeLine {
 		if !c.server.budget.acquireLine(bytes) {
 			q.seconds = 0
@@ -296,8 +311,8 @@ func (c *Client) sendTake(q *Query) {
 		line: q.line}, c.in.takeKey, c.in.takeKey)
 }
 
-// await waits for the chain that is under way, if there is one. It returns
-// false, and ends the connection, if that is not known to have run.
+// await waits for the chain that is under way, if there is one. If the store failed, so that nobody
+// knows whether the chain has taken effect, await ends the connection and returns false.
 func (c *Client) await() bool {
 	if c.underWay {
 		c.underWay = false
@@ -310,17 +325,18 @@ func (c *Client) await() bool {
 }
 
 // awaitDone waits for the chain that is under way to come back. If that is a Take, which may wait
-// long, awaitDone checks whether the connection is still open, for meanwhile nobody reads it.
+// long, awaitDone looks now and then whether the connection is still open, because nobody reads it
+// meanwhile.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
-		// Its time is over, but a value may have come before workLoop hears of that.
+		// The Take's time is over. A value may still come before workLoop hears of that.
 		left := time.Until(c.takeEnds)
 		if left <= 0 {
 			c.stopWaiting(stopTake)
 			break
 		}
 
-		// The Take takes nothing for a client that has gone, nor while the server closes.
+		// A Take takes nothing for a client that has gone, or once the server closes.
 		select {
 		case chain = <-c.done:
 			c.noteTaken()
@@ -339,17 +355,17 @@ func (c *Client) awaitDone() (chain *Query) {
 	return <-c.done
 }
 
-// mayTakeWait tells whether the chain that is under way is a Take that may wait, and has not been
-// told to give up.
+// mayTakeWait reports whether the chain that is under way is a Take that may wait, and was not told
+// to stop.
 func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
 
-// noteTaken notes that there is no Take that may wait. The read deadline may have been for its end,
-// so setTick sets another.
+// noteTaken notes that no Take waits any more. The read deadline may have been set for its end, so
+// setTick has to set another.
 func (c *Client) noteTaken() {
 	c.takeEnds, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
 }
 
-// stopWaiting has the Take that waits, if one does, wait no longer: how is stopTake or dropTake.
+// stopWaiting tells workLoop to end the waiting Take, if there is one. how is stopTake or dropTake.
 func (c *Client) stopWaiting(how queryType) {
 	if c.mayTakeWait() {
 		c.noteTaken()
@@ -357,7 +373,7 @@ func (c *Client) stopWaiting(how queryType) {
 	}
 }
 
-// submit has workLoop run chain. A Keys or Dump it answers itself.
+// submit has workLoop run chain. For a Keys or Dump it also queues the replies.
 func (c *Client) submit(chain *Query) {
 	switch {
 	case chain.row().lists:
@@ -369,7 +385,7 @@ func (c *Client) submit(chain *Query) {
 	}
 }
 
-// answerFault answers the line that was last read with an error.
+// answerFault answers the client's last line with an error.
 func (c *Client) answerFault(why string) {
 	q := &Query{client: c, line: c.in.line}
 	q.refuse(why)
@@ -378,10 +394,10 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// mayGoOn has the line that has begun skipped if it cannot be taken in whole. It waits where
-// lines take all the memory that there is for them.
+// mayGoOn waits until there is memory for more of the begun line. If the line is too long, or there
+// is no memory in time, it has the line skipped and answers an error.
 func (c *Client) mayGoOn() {
-	// The limit is for the line alone: a line end of telnet's may stand behind it.
+	// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
 	why := ""
 	switch {
 	case c.in.pending > c.server.maxLine+len("\r\x00"):
@@ -394,7 +410,8 @@ func (c *Client) mayGoOn() {
 		return
 	}
 
-	// A first line may be of another protocol: what follows it may be anything.
+	// A first line that begins no request may be another protocol's: what follows could be
+	// anything.
 	isOurs := c.in.spoke || begun(c.in.buf[:c.in.pending]) != malformed
 	c.in.skip()
 	c.answerFault(why)
@@ -403,9 +420,10 @@ func (c *Client) mayGoOn() {
 	}
 }
 
-// awaitLineMemory waits until the line that has begun may take the memory that it needs now. It
-// gives up after lineTime, each time that the line grows. One line at a time goes on without memory
-// (anyLine), or all could wait for each other for ever; and so does one that frees (freeing).
+// awaitLineMemory waits until the begun line may take the memory that it needs now. It gives up
+// after lineTime, and that time begins again whenever the line grows. One line at a time goes on
+// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
+// request that frees (freeing).
 func (c *Client) awaitLineMemory() bool {
 	in, b := &c.in, &c.server.budget
 	more := in.need(c.server.maxLine) - in.counted
@@ -414,7 +432,7 @@ func (c *Client) awaitLineMemory() bool {
 	case more <= 0:
 		return true
 
-	// It has a slot, so it may end, however much others take.
+	// The line has a slot, so it may grow to its end, however much other lines take.
 	case in.anyLine.taken || in.freeing.taken:
 		b.inputs.Add(more)
 		in.counted += more
@@ -428,13 +446,13 @@ func (c *Client) awaitLineMemory() bool {
 	// A client that waits for its own replies must not keep others from a slot.
 	c.await()
 
-	// What frees makes room for all others, so it has a slot of its own.
-	var freeing chan struct{} // nil: it is not for this line
+	// A request that frees makes room for all others, so such lines have a slot of their own.
+	var freeing chan struct{} // nil: not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		freeing = b.freeing.slots
 	}
 
-	// Nobody tells when there is room again, so it looks now and then.
+	// Nobody tells when there is memory again, so this looks now and then.
 	for ends := time.Now().Add(lineTime); time.Now().Before(ends); {
 		select {
 		case b.anyLine.slots <- struct{}{}:
@@ -451,14 +469,14 @@ func (c *Client) awaitLineMemory() bool {
 			return true
 		}
 
-		// With a slot, or with the memory, the rules above let it on.
+		// With a slot, or with the memory, the cases above let the line go on.
 		return c.awaitLineMemory()
 	}
 	return false
 }
 
-// countInput gives back what of -max-memory the line in hand does not need any more, and counts
-// what was taken without asking.
+// countInput makes counted what the input needs now: it gives back what the begun line needs no
+// longer, and counts what was taken without asking.
 func (c *Client) countInput() {
 	in := &c.in
 	if in.pending == 0 {
@@ -466,7 +484,7 @@ func (c *Client) countInput() {
 		in.freeing.release()
 	}
 
-	// need can be larger, too: lent grows when buf does.
+	// need can also have grown: lent grows when buf does.
 	if need := in.need(c.server.maxLine); need != in.counted {
 		c.server.budget.inputs.Add(need - in.counted)
 		in.counted = need
@@ -477,17 +495,17 @@ func tooLong(maxLine int) string {
 	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
 }
 
-// endInput ends the connection because Read ended in err.
+// endInput ends the connection because of err, Read's or tick's.
 func (c *Client) endInput(err error) {
 	in := &c.in
 
-	// A client that has only closed its side may still wait for a Take's answer.
+	// A client that has only closed its own side may still wait for its Take's answer.
 	if !errors.Is(err, io.EOF) {
 		c.stopWaiting(dropTake)
 	}
 
 	switch {
-	case !c.await(): // that is why
+	case !c.await(): // await has noted the reason
 	case errors.Is(err, io.EOF):
 		// The last line may be torn, so it is not run.
 		if in.pending > 0 {
@@ -500,16 +518,16 @@ func (c *Client) endInput(err error) {
 		}
 		c.end(itClosed)
 
-	case c.server.isClosing(): // that is why Read has ended
+	case c.server.isClosing(): // which is why Read ended
 		c.end(weClose)
 
-	// A line that is skipped was counted and answered when that began.
+	// A line that is being skipped was counted and answered when that began.
 	case err == errUnended && !in.skipping:
 		in.line++
 		c.answerFault(err.Error())
 	}
 
-	// If there was no other reason before.
+	// This is the reason if there was none before.
 	c.end(err.Error())
 }
 
@@ -520,35 +538,36 @@ func (c *Client) depart() {
 
 // ---- input: bytes to lines
 
-// input is what a client has sent. It is readFromClient's, but lent and queries are the chain's
-// holder's while a chain is under way.
+// input makes lines of what a client sends. It is owned by readFromClient, except lent and queries,
+// which the chain's holder owns while a chain is under way.
 type input struct {
 	buf      []byte
-	lent     []byte  // what buf was before: the strings of the chain under way are made of it
+	lent     []byte  // the buffer before buf: the strings of the chain under way point into it
 	full     bool    // the last Read filled buf
-	pending  int     // bytes at the start of buf: a line whose end has not come
+	pending  int     // bytes at the start of buf: a line that has begun and not ended
 	line     int     // lines so far
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
-	queries  []Query // the memory of the chain, used again for the next
-	skipping bool    // a line that cannot be taken in has not ended; pending is 0
+	queries  []Query // memory of the chain, used again for the next one
+	skipping bool    // the rest of a refused line is being skipped; pending is 0
 	counted  int64   // bytes of buf, lent and takeKey that are counted in budget.inputs
-	takeKey  int64   // bytes of a long key with which a Take waits
+	takeKey  int64   // bytes of a waiting Take's key, if it is long
 	anyLine  slot    // of budget.anyLine
 	freeing  slot    // of budget.freeing
 
 	ticking  bool          // a read deadline is set
-	hadBegun bool          // the line in hand had begun when it was set
-	came     int           // bytes since the last tick
-	waited   time.Duration // for the end of the line in hand
+	hadBegun bool          // the begun line was there when the deadline was set
+	came     int           // bytes read since the last tick
+	waited   time.Duration // for the end of the begun line
 }
 
-// memory is how many bytes the input takes, with the chain that was made of it.
+// memory returns how many bytes the input takes, with the queries of the chain made of it.
 func (in *input) memory() int64 {
 	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
 }
 
-// need is how many bytes count in budget.inputs: takeKey, plus the larger of: what buf and lent have
-// beyond burstSize; twice buf's next size, once a line has freeLine bytes.
+// need returns how many bytes are to count in budget.inputs: takeKey, and the larger of two
+// numbers. One is what buf and lent have beyond burstSize. The other, once a line has freeLine
+// bytes, is twice buf's next size, because lent will grow with buf.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
@@ -557,25 +576,25 @@ func (in *input) need(maxLine int) (bytes int64) {
 	return max(bytes, int64(beyond)) + in.takeKey
 }
 
-// midLine tells whether a line has begun and not ended.
+// midLine reports whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
-// read waits for input and returns its complete lines as one string, of which keys and values will
-// be substrings, and the error that ends the input. The string is good until the next wholeLines:
+// read waits for input. It returns the complete lines as one string, whose substrings will be keys
+// and values, and the error that ends the input. The string is good until the next wholeLines, and
 // until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	in.resize(in.nextSize(c.server.maxLine))
 	c.countInput()
 
-	// Read may wait for hours, but a tick ends it as long as the client holds memory.
+	// Read may wait for hours, but while the client holds memory a tick ends it.
 	c.setTick()
 	n, err := c.connection.Read(in.buf[in.pending:])
 
 	if n > 0 {
 		in.came += n
 
-		// No line of a TLS client's hello, which is the first that comes, may be run.
+		// A TLS client sends its hello first, and no line in that may be run.
 		if in.line == 0 && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
@@ -583,12 +602,12 @@ func (c *Client) read() (burst string, err error) {
 			return "", nil
 		}
 
-		// The chain under way is made of the other buffer, which wholeLines needs.
+		// The chain under way is made of the other buffer, which wholeLines uses next.
 		c.await()
 		burst = in.wholeLines(n)
 	}
 
-	// The deadline is a tick, but where the server closes.
+	// A deadline that has passed means a tick, unless the server closes.
 	if errors.Is(err, os.ErrDeadlineExceeded) && !c.server.isClosing() {
 		err = c.tick()
 	}
@@ -599,9 +618,9 @@ func (c *Client) read() (burst string, err error) {
 // (RFC 8446, 5.1).
 const tlsHandshake = 0x16
 
-// tick gives back what a quiet client does not need, and ends one whose line does not end. A line's
-// time stands still while replies to earlier requests wait for room. Their chain holds memory, so
-// tick waits for it first.
+// tick gives back memory that a quiet client does not need, and returns errUnended if the begun
+// line takes too long. It waits for the chain under way first, because that holds memory. So a
+// line's time stands still while replies to earlier requests wait for room.
 func (c *Client) tick() error {
 	in := &c.in
 
@@ -611,12 +630,12 @@ func (c *Client) tick() error {
 		c.await()
 	}
 
-	// What the client does not need goes.
-	clear(in.queries[:cap(in.queries)]) // what they found may pin memory of the store
+	// Give back what the client does not need.
+	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
 	in.shrink()
 	c.countInput()
 
-	// A line that was there at the last tick has had a tick more.
+	// A line that had begun when the deadline was set has taken one tick more.
 	c.limitRead(time.Time{})
 	if in.midLine() && in.hadBegun && !waits {
 		if in.waited += quietAfter; in.waited >= lineTime {
@@ -628,13 +647,13 @@ func (c *Client) tick() error {
 	return nil
 }
 
-// errUnended ends a client whose line does not end: otherwise a few bytes
-// would hold a connection for ever (the Slowloris attack, 2009).
+// errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
+// for ever (the Slowloris attack, 2009).
 var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTime)
 
-// setTick sees to it that a Read which waits while the client holds memory, or has
-// begun a line, ends within quietAfter, so that tick can look at that. One deadline
-// serves many Reads: setting one for each would cost every burst.
+// setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
+// within quietAfter, so that tick can give memory back and count the line's time. One deadline
+// serves many Reads, because setting one for each would slow down every burst.
 func (c *Client) setTick() {
 	in := &c.in
 
@@ -644,7 +663,7 @@ func (c *Client) setTick() {
 		return
 	}
 
-	// A Take's end is looked at, too.
+	// The end of a Take's waiting is a tick, too.
 	end := time.Now().Add(quietAfter)
 	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
 		end = c.takeEnds
@@ -653,8 +672,8 @@ func (c *Client) setTick() {
 	c.limitRead(end)
 }
 
-// limitRead sets the read deadline, unless the server closes: then it has
-// passed, and workLoop may have set it before us.
+// limitRead sets the read deadline. When the server closes, workLoop sets one that has passed.
+// limitRead may just have overwritten that, and then sets it again.
 func (c *Client) limitRead(end time.Time) {
 	c.connection.SetReadDeadline(end)
 	if c.server.isClosing() {
@@ -662,9 +681,9 @@ func (c *Client) limitRead(end time.Time) {
 	}
 }
 
-// nextSize is how large buf is to be for the next Read: larger behind one that filled it, for a
-// busy client's bursts, or for the rest of a line of up to maxLine bytes with its line end and
-// one byte more.
+// nextSize returns how large buf is to be for the next Read. It grows after a Read that filled it,
+// for the bursts of a busy client, and for the rest of a begun line: up to maxLine bytes and the
+// line end.
 func (in *input) nextSize(maxLine int) (size int) {
 	switch size = len(in.buf); {
 	case size == 0:
@@ -672,18 +691,18 @@ func (in *input) nextSize(maxLine int) (size int) {
 	case in.full && size < burstSize: // a burst
 		return min(4*size, burstSize)
 
-	// Lines are long, and the rest of one is copied each time.
+	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
 	case in.full && in.pending > size/8 && size < 4*burstSize:
 		return 2 * size
 
-	case in.pending == size: // a line
+	case in.pending == size: // one line fills buf
 		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
 	}
 
 	return size
 }
 
-// resize gives buf so many bytes.
+// resize makes buf size bytes long, and keeps what is pending.
 func (in *input) resize(size int) {
 	if size != len(in.buf) {
 		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
@@ -691,10 +710,10 @@ func (in *input) resize(size int) {
 	}
 }
 
-// shrink gives back what a client does not need that goes on sending as it did since the last tick.
-// No chain is under way but a Take that waits, which has memory of its own.
+// shrink gives back memory that the client did not need since the last tick. No chain is under way,
+// except a Take that waits, which has memory of its own.
 func (in *input) shrink() {
-	// The least size that would have done.
+	// The smallest size that would have been enough.
 	size := quietSize
 	for size <= max(in.came, in.pending) {
 		size *= 4
@@ -708,24 +727,25 @@ func (in *input) shrink() {
 	}
 }
 
-// skip gives up the line in pending.
+// skip gives up the begun line, and has its rest skipped.
 func (in *input) skip() {
 	in.pending, in.skipping, in.spoke = 0, true, true
 	in.line++
 }
 
-// wholeLines returns the lines that the n bytes behind pending complete. If a line was
-// being skipped and ends among them, skipping ends.
+// wholeLines takes in n bytes, which Read has put behind the pending ones. It returns the lines
+// that are complete now. If a line is being skipped and ends among these bytes, the skipping ends.
 //
-// The lines are no copy: they are what was read, which stays as it is until the next wholeLines,
-// for what comes meanwhile is read into another buffer. By then the chains made of them have
-// come back, and who keeps a key or a value, the store, has made a copy.
+// The lines are not copied. They stay in the buffer into which they were read, and the two buffers
+// change places, so that the next Read uses the other one. By the next wholeLines the chains that
+// were made of the lines have come back, and the store has copied the keys and values that it
+// keeps.
 func (in *input) wholeLines(n int) (burst string) {
 	end := in.pending + n
 	in.full = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
 
-	// No line has ended.
+	// No line is complete.
 	if last == in.pending {
 		if !in.skipping {
 			in.pending = end
@@ -733,17 +753,17 @@ func (in *input) wholeLines(n int) (burst string) {
 		return ""
 	}
 
-	// The next line has time of its own.
+	// The next line gets the full time.
 	in.waited, in.hadBegun = 0, false
 
-	// The rest of a line that is skipped is no part of the burst.
+	// The rest of a skipped line is not part of the burst.
 	start := 0
 	if in.skipping {
 		start = bytes.IndexByte(in.buf[:end], '\n') + 1
 		in.skipping = false
 	}
 
-	// The lines stay where they are, and the rest goes on in the other buffer.
+	// The complete lines stay where they are. The begun line goes on in the other buffer.
 	read := in.buf
 	burst = unsafe.String(unsafe.SliceData(read[start:]), last-start)
 	if len(in.lent) != len(read) {
@@ -754,9 +774,8 @@ func (in *input) wholeLines(n int) (burst string) {
 	return burst
 }
 
-// lastNewline returns the index of the last newline in b, or -1. It looks for it
-// in blocks, for bytes.LastIndexByte looks at one byte at a time, and lines may be
-// long.
+// lastNewline returns the index of the last newline in b, or -1. It searches block by block with
+// IndexByte, because bytes.LastIndexByte looks at one byte at a time, and lines may be long.
 func lastNewline(b []byte) int {
 	const block = 1 << 10
 	for end := len(b); end > 0; end -= block {
