@@ -91,7 +91,7 @@ const (
 //	connection           R, W, C         C         C        R, W, C        - (a net.Conn)
 //	alive, index, share  -               RW        -        -              -
 //	parked               -               RW        -        -              -
-//	buffer               S, C            makes, S  S        T              the chain (its holder sends)
+//	buffer               S, C            makes, S  S        T              the chain, to send
 //	closed               R               R         R        C              closed once
 //	progress             T               -         T        S (pacedConn)  the latest word counts
 //	done                 T               S         S        -              -
@@ -107,12 +107,12 @@ const (
 //
 //	readFromClient   notes the reason (end), reads no more, and waits for the chain under way. Then
 //	                 it closes buffer, tells workLoop (depart), and ends
-//	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. A timer
-//	                 closes the connection if TLS cannot say goodbye in time (inTime)
-//	workLoop         takes the client off its list when both have ended, and logs the reason (leave)
+//	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. (A timer
+//	                 closes the connection if TLS cannot say goodbye in time: inTime)
+//	workLoop         forgets the client when both have ended, and logs the reason (leave)
 //
-// Requests that were read are run in all cases but two: the store has failed, or the server closes
-// and breaks off the Keys or Dump before them. The other ways:
+// Requests that were read before the reason came up are still run, unless the store has failed, or
+// the closing server broke off a Keys or Dump before them. Other ways to end:
 //
 //	a Write fails                 writeToClient closes the connection, so that Read fails, and
 //	                              closed, which tells the chain's holder that replies are of no use
@@ -120,15 +120,15 @@ const (
 //	its replies take              Write fail
 //	the store's Commit fails      workLoop closes all connections without a word, and sends nil on
 //	                              done for each chain
-//	the server closes             workLoop ends all Reads (stopReading), and Writes that still go on
-//	                              after closeTime (hurry)
+//	the server closes             workLoop ends all Reads (stopReading), and after closeTime all
+//	                              Writes (hurry)
 //	it has asked for nothing      there is no writeToClient: readFromClient closes the connection
 //	it never becomes a client     the goroutine that has the connection closes it: shakeHands,
 //	                              fewConns, welcome or reject
 type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
-	alive      int           // how many of readFromClient and writeToClient run; 0: the client has gone
+	alive      int           // its readFromClient and writeToClient that run; 0: it has gone
 	closed     chan struct{} // closed by writeToClient when a Write has failed
 
 	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
@@ -538,8 +538,8 @@ func (c *Client) depart() {
 
 // ---- input: bytes to lines
 
-// input makes lines of what a client sends. It is owned by readFromClient, except lent and queries,
-// which the chain's holder owns while a chain is under way.
+// input turns what a client sends into lines. readFromClient owns it, except lent and queries while
+// a chain is under way: then the chain's holder owns these two.
 type input struct {
 	buf      []byte
 	lent     []byte  // the buffer before buf: the strings of the chain under way point into it
@@ -787,9 +787,9 @@ func lastNewline(b []byte) int {
 	return -1
 }
 
-// parse makes a chain of the first lines of burst, nil if they are blank, and
-// returns the lines left over. A Keys, a Dump, or a Take that may wait, is a chain of its own; a
-// Quit is the last of its chain, and of its client.
+// parse makes a chain of the first lines of burst, and returns it with the lines that are left. The
+// chain is nil if all lines are blank. A Keys, a Dump, or a Take that may wait is a chain of its
+// own. A Quit is the last request of its chain and of its connection.
 func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in := &c.in
 	before := in.queries
@@ -804,7 +804,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			continue
 		}
 
-		// A line that is no request keeps its place.
+		// A line that is no request keeps its place: its error is answered in turn.
 		in.queries = append(in.queries, Query{client: c, line: in.line})
 		q := &in.queries[len(in.queries)-1]
 		isLong := len(line) > c.server.maxLine
@@ -814,13 +814,13 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			q.parse(line)
 		}
 
-		// What comes before such a request is answered first.
+		// The requests before such a request are a chain of their own.
 		if alone = q.isAlone(); alone && len(in.queries) > 1 {
 			in.queries, in.line, burst = in.queries[:len(in.queries)-1], in.line-1, whole
 			break
 		}
 
-		// Some lines are their connection's last.
+		// Some lines are the connection's last.
 		switch {
 		case q.queryType == quit:
 			c.end(itQuit)
@@ -838,21 +838,20 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		in.spoke = true
 	}
 
-	// What older queries found may pin memory of the store.
+	// What the older queries found could pin memory of the store.
 	clear(before[min(len(in.queries), len(before)):])
 	if len(in.queries) == 0 {
 		return nil, burst
 	}
 
-	// They are linked when their memory moves no more.
+	// Link them only now, because append may have moved them.
 	for i := range in.queries[1:] {
 		in.queries[i].next = &in.queries[i+1]
 	}
 	return &in.queries[0], burst
 }
 
-// trimCR removes one CR, or CR NUL as telnet sends it (RFC 854), from the end
-// of line.
+// trimCR removes one CR, or the CR NUL that telnet sends (RFC 854), from the end of line.
 func trimCR(line string) string {
 	n := len(line)
 	switch {
@@ -866,11 +865,12 @@ func trimCR(line string) string {
 
 // ---- Keys and Dump
 
-// partKeys is how many keys are walked or cloned at a time; a walk of fewer is not broken off when
-// the server closes.
+// partKeys is how many keys are walked or cloned before others may work. A walk of fewer is not
+// broken off when the server closes.
 const partKeys = 1000
 
-// A list of fewKeys needs no leave. Where a part is full, sampleKeys of it tell where its middle is.
+// A list of up to fewKeys does not wait for memory. About sampleKeys of a full part are sorted to
+// find its middle.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024
@@ -879,32 +879,32 @@ const (
 // sortSlice is how many comparisons a sort makes before it lets others work.
 const sortSlice = 2000
 
-// listing is a Keys or Dump that is answered from one snapshot of the store, in the order of the
-// keys. That is work for readFromClient's goroutine; workLoop only takes the snapshot.
+// listing answers a Keys or Dump from one snapshot of the store, in the order of the keys.
+// readFromClient's goroutine does that; workLoop only takes the snapshot.
 //
-// Where there are more keys than there is memory for, it goes through the snapshot once for each
-// part of them. A Keys of one part copies the keys, if there is room for that, and gives the
-// snapshot up before it is read.
+// If there is not enough memory for all keys, the listing walks the snapshot once for each part of
+// them. If one part is enough, a Keys copies the keys when there is room for that, and gives the
+// snapshot up before the client reads them.
 type listing struct {
-	*Query       // the request, with the snapshot, and in n first the keys of the store
-	place  slot  // among the snapshots
-	wanted int   // keys that are asked for, at most; negative: nobody knows yet
-	most   int   // keys in a part
+	*Query       // the request with its snapshot; n: first the keys in the store, then lines
+	place  slot  // of the server's snapshots
+	wanted int   // keys that are asked for, at most; negative: not known yet
+	most   int   // keys in a part, at most
 	listed int64 // bytes that are counted in budget.lists
 	held   int64 // bytes that are counted in budget.queued
 
-	// How the client takes it: the time for which there was no room, up to dripTime, and the bytes
-	// that were queued since this began.
+	// How fast the client takes the reply: the time without room, and the bytes queued, since the
+	// rate was last judged (noteWait).
 	waited time.Duration
 	sent   int
-	drips  bool // more slowly than any steady reader, the last time
+	drips  bool // the rate was below steadyRate when it was last judged
 }
 
 // list answers a Keys or Dump. No chain is under way.
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
-	// A snapshot keeps what others remove meanwhile, so there are few at a time.
+	// A snapshot keeps in memory what is removed meanwhile, so there are few at a time.
 	if !l.place.acquire(c.server.closeSignal) {
 		c.end(weClose)
 		return
@@ -921,7 +921,8 @@ func (c *Client) list(q *Query) {
 		return
 	}
 
-	// From here on wait measures how fast the client takes it. The request counts as waiting.
+	// From here on awaitProgress measures how fast the client takes the reply. The memory of the
+	// request counts as waiting.
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
 	defer c.outbox.countAsWaiting(0)()
@@ -931,7 +932,7 @@ func (c *Client) list(q *Query) {
 	}
 }
 
-// release gives up the snapshot and the memory, if there are any.
+// release gives up the snapshot and the memory of the list, if there are any.
 func (l *listing) release() {
 	l.special = nil
 	l.place.release()
@@ -940,18 +941,18 @@ func (l *listing) release() {
 	l.listed = 0
 }
 
-// noteSize notes that the list takes so many bytes.
+// noteSize notes in budget.queued that the list takes bytes of memory.
 func (l *listing) noteSize(bytes int64) {
 	l.client.server.budget.queued.Add(bytes - l.held)
 	l.held = bytes
 }
 
-// walk calls see with each key that is asked for, the store's own string. It returns false if see
-// does, the client has gone, or the server closes.
+// walk calls see with each key that is asked for, a string of the store's own. It returns false if
+// see does, the client has gone, or the server closes.
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
-		// Now and then others may work, and there is a look at whether it is worth going on.
+		// Now and then let others work, and look whether it is worth going on.
 		if passed++; passed%l.client.server.partKeys == 0 {
 			if l.client.outbox.core.yield(); l.client.isGone() || l.mustStop(passed) {
 				return false
@@ -965,16 +966,16 @@ func (l *listing) walk(see func(key string) bool) bool {
 	return true
 }
 
-// countWanted finds out how many keys are asked for. It returns false if nobody wants them any more.
+// countWanted finds out how many keys are asked for. It returns false if the walk was broken off.
 func (l *listing) countWanted() bool {
-	// With few keys, or where all are asked for and fit, there is nothing to find out.
+	// With few keys, or if all are asked for and fit, there is nothing to find out.
 	l.wanted, l.n = l.n, 0
 	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
 	if l.wanted >= 0 && (l.wanted <= l.client.server.budget.fewKeys || fits && l.value == "") {
 		return true
 	}
 
-	// Walking takes long where there are many keys, so it needs a core.
+	// A walk of many keys takes long, so it needs a core.
 	core := &l.client.outbox.core
 	core.acquire(nil)
 	defer core.release()
@@ -986,20 +987,21 @@ func (l *listing) countWanted() bool {
 	})
 }
 
-// awaitListMemory waits until there is memory for a part of the keys, and takes it. It returns
-// false if the server closes meanwhile.
+// awaitListMemory waits until there is memory for a part of the keys, and takes that memory. It
+// returns false if the server closes meanwhile.
 func (l *listing) awaitListMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
 
-	// It counts as waiting for a snapshot: a listing that has the memory and is not read is cut.
+	// It counts as waiting for a snapshot, so that a listing that has memory, and is not read, is
+	// cut off.
 	if l.most > b.fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
 		defer waiting.Add(-1)
 
-		// Nobody tells when a list is given up, so it looks now and then.
+		// Nobody tells when a list is given up, so this looks now and then.
 		for !b.acquireList(bytes) {
 			select {
 			case <-time.After(tickTime):
@@ -1018,7 +1020,7 @@ func (l *listing) awaitListMemory() bool {
 // reply queues the replies, part by part. It returns false if the client has gone or the server
 // closes.
 func (l *listing) reply() bool {
-	// One piece of memory serves all parts.
+	// All parts use the same memory.
 	part, last, more := make([]string, 0, l.most), "", true
 	for more {
 		var wanted bool
@@ -1026,7 +1028,7 @@ func (l *listing) reply() bool {
 			return false
 		}
 
-		// These are all keys, and a Keys asks for nothing else, so the snapshot may go.
+		// These are all the keys, and a Keys needs nothing else, so the snapshot may go.
 		if last == "" && !more && l.queryType == keys {
 			l.copy(part)
 		}
@@ -1045,23 +1047,23 @@ func (l *listing) reply() bool {
 	return true
 }
 
-// next appends to part the keys that come after last, in order, up to as many as there is memory
-// for, and tells whether there are more. wanted is false if nobody wants them.
+// next appends to part the first keys after last, at most most of them, in order. more reports
+// whether there are others behind them. wanted is false if nobody wants the keys any more.
 func (l *listing) next(part []string, last string) (keys []string, more, wanted bool) {
-	// Walking and sorting take long, so they need a core.
+	// A walk and a sort take long, so they need a core.
 	core := &l.client.outbox.core
 	core.acquire(nil)
 	defer core.release()
 
-	// The store has its keys in no order. Those up to last were in other parts; of the others the part
-	// keeps the first: while there are more, those from beyond on are for another.
+	// The walk has the keys in no order. Keys up to last were in earlier parts. Of the others the
+	// part keeps the first: once there are more, keys from beyond on are left to a later part.
 	beyond := ""
 	if !l.walk(func(key string) bool {
 		switch {
 		case key <= last || more && key >= beyond:
 			return true
 
-		// The part is full, and there are more.
+		// The part is full: its second half is left to a later one.
 		case len(part) == l.most:
 			more = true
 			if part, beyond = l.firstHalf(part); key >= beyond {
@@ -1077,9 +1079,9 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 	return part, more, l.sort(part)
 }
 
-// firstHalf returns about half of keys, in their place: all that come before beyond.
+// firstHalf returns about half of keys, in the same memory: all those before beyond.
 func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
-	// The median of some is near enough to that of all.
+	// The median of a sample is near enough to the median of all.
 	sample := make([]string, 0, 2*sampleKeys)
 	for i := 0; i < len(keys); i += max(len(keys)/sampleKeys, 1) {
 		sample = append(sample, keys[i])
@@ -1099,16 +1101,16 @@ func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
 	return half, beyond
 }
 
-// copy gives the keys memory of their own, if there is enough, and then gives the snapshot up.
+// copy gives the keys memory of their own, if there is enough, and gives up the snapshot.
 func (l *listing) copy(keys []string) {
-	// Half of the queues is left for replies.
+	// Half of the memory for queues is left for replies.
 	b := &l.client.server.budget
 	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
 	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
 		return
 	}
 
-	// In pieces, for few allocations and none that is large.
+	// Clone them in pieces: few allocations, none of them large.
 	l.release()
 	l.noteSize(bytes)
 	for few := range slices.Chunk(keys, l.client.server.partKeys) {
@@ -1116,12 +1118,12 @@ func (l *listing) copy(keys []string) {
 	}
 }
 
-// sort sorts keys, and lets others work meanwhile. When the server closes, or the client has
-// gone, it gives up and returns false: millions of keys take seconds.
+// sort sorts keys, and lets others work meanwhile. If the server closes or the client has gone, it
+// gives up and returns false, because millions of keys take seconds.
 func (l *listing) sort(keys []string) bool {
 	core := &l.client.outbox.core
 
-	// The comparison is the one place where a sort can be looked at.
+	// Only the comparison can look around during a sort.
 	stops, compared := false, 0
 	slices.SortFunc(keys, func(a, b string) int {
 		if compared++; compared%sortSlice == 0 {
@@ -1129,7 +1131,7 @@ func (l *listing) sort(keys []string) bool {
 			stops = stops || l.client.isGone() || l.mustStop(len(keys))
 		}
 
-		if stops { // the rest is over at once
+		if stops { // the rest of the sort takes no time
 			return 0
 		}
 		return strings.Compare(a, b)
@@ -1137,14 +1139,14 @@ func (l *listing) sort(keys []string) bool {
 	return !stops
 }
 
-// replies returns the replies that these keys are, and counts their lines in n.
+// replies returns the replies for the keys found, and counts their lines in n.
 func (l *listing) replies(found []string) *Query {
 	if l.queryType == keys {
 		l.n += len(found)
 		return &Query{queryType: keys, values: found, bytes: kvstore.SizeOf(found)}
 	}
 
-	// A Dump: each key with its list is a query of a chain, and so is the time after which it goes.
+	// A Dump: each key with its list is a query of the chain, and so is the time that it has left.
 	chain := make([]Query, 0, 2*len(found))
 	for _, key := range found {
 		chain = append(chain, Query{client: l.client, queryType: pair, key: key})
@@ -1157,7 +1159,7 @@ func (l *listing) replies(found []string) *Query {
 		}
 	}
 
-	// They are linked when their memory moves no more.
+	// Link them, and note what is in them.
 	for i := range chain {
 		q := &chain[i]
 		q.bytes = kvstore.SizeOf(q.values)
@@ -1169,8 +1171,8 @@ func (l *listing) replies(found []string) *Query {
 	return &chain[0]
 }
 
-// mustStop tells whether the server closes and going through n keys would take too long: then
-// the connection ends without an :OK behind it.
+// mustStop reports whether the server closes while n keys are too many to go on with. Then it ends
+// the connection, without an :OK.
 func (l *listing) mustStop(n int) bool {
 	if n < l.client.server.partKeys || !l.client.server.isClosing() {
 		return false
@@ -1181,43 +1183,43 @@ func (l *listing) mustStop(n int) bool {
 
 // ---- outbox: replies to messages
 
-// outbox makes replies into messages and queues them for writeToClient. Replies share messages.
-// While maxShared messages wait, the client's next requests wait. Once the client is slow, up to
-// maxBufferSize messages may wait; a message behind maxShared others holds one reply. Behind that,
-// and before Ack, Gets' replies and errors are dropped; other replies wait.
+// outbox turns replies into messages and queues them for writeToClient. Replies share messages. While
+// maxShared messages wait, the client's next requests wait, too. Once the client is slow, up to
+// maxBufferSize messages may wait, and a message behind the first maxShared holds one reply.
+// Replies beyond that are dropped if they are a Get's or an error and the client has not sent Ack;
+// others wait.
 //
-// The goroutine that holds the client's chain owns it. A Keys or Dump, and what else may take
-// long, needs a slot of cores.
+// The goroutine that holds the client's chain owns the outbox. For a Keys or Dump, and for other
+// long work, it needs a slot of cores.
 type outbox struct {
-	// Set before the goroutines start, then left alone.
+	// Set before the goroutines start, read-only from then on.
 	client     *Client // whose buffer, closed and progress are used
 	budget     *budget
-	maxMessage int // bytes in a message, at most: the constant, but for tests
+	maxMessage int // bytes in a message, at most: the constant, except in tests
 
 	core      slot     // for work that takes long
-	acked     bool     // every request is answered
-	slow      bool     // the latest from progress was false
+	acked     bool     // the client has sent Ack: every request is answered
+	slow      bool     // the latest word from progress was false
 	listing   *listing // the Keys or Dump that is being answered; nil: none is
-	next      *Query   // the first whose reply is not formatted, while there is one
-	left      int      // bytes still to be formatted, at most: newMessage chooses a size by it
-	piece     int      // bytes in a message now: less than maxMessage while all queues are full
-	claimed   int64    // bytes of the reply in hand that count as queued, and are not queued yet
-	chainSize int64    // bytes that the chain under way and its lines took when it was sent
-	inInputs  int64    // of these, counted in budget.inputs then
-	lists     int64    // bytes that the chain's lists count as queued, while it waits
+	next      *Query   // the first query whose reply is not formatted yet
+	left      int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	piece     int      // bytes in a message now: fewer than maxMessage while all queues are full
+	claimed   int64    // bytes of the reply in hand that count as queued before they are
+	chainSize int64    // bytes of the chain under way and of its lines, when it was sent
+	inInputs  int64    // of chainSize, bytes that were counted in budget.inputs then
+	lists     int64    // bytes of the waiting chain's lists that count as queued
 
 	lostSincePong int    // replies dropped since the last PONG
 	lostReplies   int    // replies dropped in all
 	cutFor        string // why the outbox ended the connection, if it did
 }
 
-// answer sees to the replies of chain, which has run, and to its way back. It
-// never waits, for workLoop calls it: what is long, or finds no room, is left to
-// a goroutine.
+// answer queues the replies of chain, which has run, and sends the chain back. It runs on
+// workLoop's goroutine and never waits: replies that are long or find no room are left to deliver.
 func (c *Client) answer(chain *Query) {
 	size, lists := c.outbox.measure(chain)
 
-	// Long, or without room now.
+	// They are long, or have no room now.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
 		go c.deliver(chain, size, lists)
@@ -1228,8 +1230,8 @@ func (c *Client) answer(chain *Query) {
 	c.done <- chain
 }
 
-// deliver is answer where that takes time. One goroutine for a chain that needs
-// it, until the replies are queued, or dropped.
+// deliver is answer for replies that take time. It is one goroutine for one chain, until the
+// replies are queued or dropped.
 func (c *Client) deliver(chain *Query, size int, lists int64) {
 	giveBack := c.outbox.countAsWaiting(lists)
 
@@ -1242,8 +1244,8 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, which
-// also gets the chain's own, and adds lists to budget.queued. giveBack undoes all of it.
+// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, adds
+// the chain's own to that, and adds lists to budget.queued. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
 	b, chain, lines := o.budget, o.chainSize, o.inInputs
 	o.lists = lists
@@ -1258,7 +1260,7 @@ func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
 	}
 }
 
-// replyAll queues the replies of chain, however large they are. It waits for room.
+// replyAll queues the replies of chain, of whatever size. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
 	o.core.acquire(nil)
 	size, _ := o.measure(chain)
@@ -1269,14 +1271,15 @@ func (o *outbox) replyAll(chain *Query) {
 const stringSize = 16 // bytes of a string beside its text
 
 // measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
-// broken connection it returns 0 and notes nothing. lists is what the slices of values take beside
-// their text; each Get may keep another version of a list. measure looks at no value.
+// broken connection it returns 0 and notes nothing. lists is the memory of the slices of values,
+// without the text; each Get may keep another version of a list. measure looks at no value, because
+// there may be many.
 func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	if o.client.isGone() {
 		return 0, 0
 	}
 
-	// An Ack counts for what is behind it in the chain.
+	// An Ack is valid for the requests behind it in the chain.
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
@@ -1287,11 +1290,11 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 	return size, lists
 }
 
-// reply queues the replies that chain's requests are owed, left bytes in all. None is formatted
-// before there is room for it. hasRoom: the caller has seen that there is, for all of them in
-// one message, and does not wait.
+// reply queues the replies to chain's requests, left bytes in all. It formats none before there is
+// room for it. hasRoom means that the caller, which does not wait, has seen room for all of them in
+// one message.
 func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
-	var msg []byte // nil, or begun when there was room
+	var msg []byte // nil, or a message that was begun when there was room
 	shared := false
 	for q := chain; q != nil; q = q.next {
 		o.acked = o.acked || q.queryType == ack
@@ -1304,13 +1307,13 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 		}
 		o.next = q
 
-		// A message is full: this reply begins the next.
+		// The message is full, or is for one reply: this reply begins the next message.
 		if msg != nil && (!shared || len(msg)+q.size > o.piece) {
 			o.queue(msg)
 			msg = nil
 		}
 
-		// It needs room where it begins a message: nothing is formatted only to be dropped.
+		// A reply that begins a message needs room: nothing is formatted only to be dropped.
 		if msg == nil {
 			if o.client.isGone() {
 				return
@@ -1321,7 +1324,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 				continue
 			}
 
-			// While few messages wait, this one may take in the replies behind it.
+			// While few messages wait, this one may also hold the replies that follow.
 			if shared = len(o.client.buffer) < maxShared; shared {
 				o.left = left
 			} else {
@@ -1330,7 +1333,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			msg = o.firstMessage(q)
 		}
 
-		// The sizes are upper bounds, so more may be claimed than the reply has taken.
+		// Sizes are upper bounds, so more may be claimed than the reply has taken.
 		msg = o.format(msg, q)
 		o.unclaim()
 		if msg == nil {
@@ -1350,8 +1353,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	}
 }
 
-// firstMessage returns the first message of q's reply, for which there is room. While all queues
-// together are over their limit the reply's messages are small.
+// firstMessage returns the first message for q's reply, which has room. While all queues together
+// are over their limit, the reply's messages are small.
 func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
 	if o.budget.isOver() {
@@ -1362,7 +1365,7 @@ func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	return o.newMessage()
 }
 
-// pins tells whether replies that wait keep long lists, of which others may have removed values.
+// pins reports whether replies that wait keep long lists, whose values others may have removed.
 func (o *outbox) pins() bool {
 	for q := o.next; q != nil; q = q.next {
 		if len(q.values) > 0 && q.bytes > kvstore.ViewMost {
@@ -1380,8 +1383,8 @@ func (o *outbox) cloneWaiting() {
 	}
 }
 
-// shed gives up the replies behind the one in hand that may be dropped: others need what they keep,
-// and their client takes nothing. It tells whether the client has sent Ack.
+// shed gives up those replies behind the one in hand that may be dropped, because others need the
+// memory that they keep and the client takes nothing. It reports whether the client has sent Ack.
 func (o *outbox) shed() (acked bool) {
 	acked = o.acked
 	for q := o.next.next; q != nil; q = q.next {
@@ -1396,10 +1399,10 @@ func (o *outbox) shed() (acked bool) {
 	return acked
 }
 
-// format appends q's reply to msg. It queues what is full, and returns the message
-// that the reply ends in: nil if the connection takes no more.
+// format appends q's reply to msg. It queues messages that are full, and returns the one in which
+// the reply ends, or nil if the connection takes no more.
 func (o *outbox) format(msg []byte, q *Query) []byte {
-	// A client that sends nothing more is to pin no list.
+	// The query stays in memory until the client's next chain, and must not pin the list.
 	values := q.values
 	q.values = nil
 
@@ -1409,7 +1412,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 			continue
 		}
 
-		// The line goes on in other messages.
+		// The line does not fit, so it is split.
 		for _, text := range q.parts(v) {
 			if msg = o.split(msg, q, text); msg == nil {
 				return nil
@@ -1417,16 +1420,16 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 		}
 	}
 
-	// Almost always the end fits, and needs no memory of its own.
+	// Almost always the end fits, and then it needs no memory of its own.
 	if len(msg)+q.endSize() <= o.piece {
 		return q.appendEnd(msg, o.acked, o.lostSincePong)
 	}
 	return o.split(msg, q, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
 }
 
-// split appends text of q's reply to msg where it does not fit: the message is filled and
-// queued, and the text goes on in the next. A reply that was begun always ends, so
-// it waits for room.
+// split appends text, a piece of q's reply, to msg. If it does not fit, split fills and queues the
+// message and goes on in the next. A reply that has begun always ends, so split waits for room. It
+// returns nil if the connection takes no more.
 func (o *outbox) split(msg []byte, q *Query, text string) []byte {
 	for {
 		n := min(len(text), o.piece-len(msg))
@@ -1444,7 +1447,7 @@ func (o *outbox) split(msg []byte, q *Query, text string) []byte {
 	}
 }
 
-// drop counts q's reply, which is not kept.
+// drop gives up q's reply, and counts it.
 func (o *outbox) drop(q *Query) {
 	q.values = nil
 	o.lostSincePong++
@@ -1452,10 +1455,10 @@ func (o *outbox) drop(q *Query) {
 	o.client.server.lostReplies.Add(1)
 }
 
-// claim counts a reply of several messages, for which there is room, as queued before it is: once
-// begun it must end, whatever others queue meanwhile. A reply of more than maxShared messages is
-// not claimed, nor one that would take the queues a quarter over their limit: it waits for room
-// message by message.
+// claim counts a reply of several messages, which has room, as queued before it is: once begun it
+// must end, whatever others queue meanwhile. It does not claim a reply of more than maxShared
+// messages, nor one that would take the queues a quarter over their limit: such a reply waits for
+// room message by message.
 func (o *outbox) claim(size int) {
 	if size > o.piece && size <= maxShared*o.maxMessage && o.budget.mayBegin(int64(size)) {
 		o.claimed = int64(size)
@@ -1463,7 +1466,7 @@ func (o *outbox) claim(size int) {
 	}
 }
 
-// unclaim gives back what was claimed and not used.
+// unclaim gives back what was claimed and is not used.
 func (o *outbox) unclaim() {
 	if o.claimed > 0 {
 		o.budget.queued.Add(-o.claimed)
@@ -1471,11 +1474,11 @@ func (o *outbox) unclaim() {
 	}
 }
 
-// queue queues a message. There must be room for it.
+// queue sends msg to writeToClient. There must be room for it.
 func (o *outbox) queue(msg []byte) {
 	o.left -= len(msg)
 
-	// What was claimed counts already.
+	// The claimed bytes are counted already.
 	used := min(o.claimed, int64(len(msg)))
 	o.claimed -= used
 	o.budget.queued.Add(int64(cap(msg)) - used)
@@ -1489,21 +1492,22 @@ func (o *outbox) queue(msg []byte) {
 	o.core.yield()
 }
 
-// fate is what becomes of a reply for which there must be room.
+// fate is what becomes of a reply that needs room.
 type fate uint8
 
 const (
 	isQueued  fate = iota // there is room
-	waits                 // with all that its client sends, until there is
-	isDropped             // its client takes nothing
-	isCutOff              // its client's connection ends, for others need the room
+	waits                 // until there is room; so do the client's later requests
+	isDropped             // because its client takes nothing
+	isCutOff              // with its client's connection, because others need the room
 )
 
-// decide returns the fate of a reply of n messages, and why where it is cut off. Without room a
-// slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off while all queues and
-// the chains that wait are together over the limit. If mayCut, or where the reply has begun, it is
-// cut off, too, while writes need the memory that replies keep. One with a Keys or Dump is also cut
-// off while others wait for theirs: if it is slow, or takes less than a steady reader.
+// decide returns the fate of a reply of n messages, and the reason if its client is cut off. If
+// there is no room, a slow client loses the reply, if mayDrop. Otherwise a slow client is cut off
+// in two cases: if mayCut, while all queues and the chains that wait are together over the limit;
+// and if the reply has begun, or mayCut and its chain pins lists, while writes need the memory that
+// replies pin. A client with a Keys or Dump is also cut off while others wait for theirs, if it is
+// slow or its rate is too low.
 func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1512,14 +1516,15 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 		hasRoom = waiting+n <= maxBufferSize
 	}
 
-	// What was claimed counts already.
+	// Claimed bytes are counted already.
 	isOver := o.claimed == 0 && o.budget.isOver()
 
 	l := o.listing
 	isAwaited := l != nil && l.place.isAwaited()
 
 	switch {
-	// With nothing queued it may always begin: no Write is under way that could tell of room.
+	// With nothing queued a reply may always begin, because no Write is under way whose end could
+	// tell of room.
 	case waiting == 0:
 		return isQueued, ""
 
@@ -1528,7 +1533,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 	case o.slow && mayDrop:
 		return isDropped, ""
 
-	// The connection is closed, and what is queued has yet to be taken out.
+	// The client is cut off already, and writeToClient has not emptied buffer yet.
 	case o.cutFor != "":
 		return waits, ""
 
@@ -1545,18 +1550,17 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 	return waits, ""
 }
 
-// awaitRoom waits until there is room for n messages of q's reply, which has begun or not. It
-// returns false if the reply is dropped. It is true, too, if the connection is gone: writeToClient
-// then empties buffer.
+// awaitRoom waits until there is room for n messages of q's reply. It returns false if the reply is
+// dropped. It returns true, too, if the connection is gone: writeToClient then empties buffer.
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// Before Ack a client is cut off only in a Keys or Dump, or where it has sent lines of over
-	// burstSize and its reply may not be dropped.
+	// Before Ack a client is cut off only in a Keys or Dump, or if it has sent lines of over
+	// burstSize and the reply may not be dropped.
 	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
 
 	for {
-		// What the connection did last; with nothing queued it makes no difference.
+		// Look at what the connection did last. With nothing queued that makes no difference.
 		if len(o.client.buffer) > 0 {
 			select {
 			case taken := <-o.client.progress:
@@ -1565,7 +1569,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			}
 		}
 
-		// Others need what its chain keeps.
+		// Others need the memory that the client's chain keeps.
 		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.isPinned()) {
 			mayCut = o.shed()
 		}
@@ -1580,14 +1584,14 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			o.client.paced.Close()
 		}
 
-		// writeToClient tells when it has taken something out, also of a connection that is gone.
+		// writeToClient tells when it has taken a message out, even if the connection is gone.
 		o.awaitProgress()
 	}
 }
 
-// awaitProgress waits for word of how the connection gets on. Others may have the core meanwhile.
+// awaitProgress waits for word from writeToClient. Others may have the core meanwhile.
 func (o *outbox) awaitProgress() {
-	// What waits keeps no core, and shares no memory with the store.
+	// A reply that waits keeps no core, and shares no memory with the store.
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
@@ -1598,14 +1602,14 @@ func (o *outbox) awaitProgress() {
 		rateCheck = time.After(slowAfter)
 	}
 
-	// A Write of one message may go on by drips without a word.
+	// A Write of one message may go on for long, byte by byte, without a word.
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
 	case <-rateCheck:
 	}
 
-	// A client that drips is cut by its rate, which counts only the time without room.
+	// The rate of a Keys or Dump counts only the time without room.
 	if o.listing != nil {
 		o.listing.noteWait(time.Since(began))
 	}
@@ -1614,20 +1618,21 @@ func (o *outbox) awaitProgress() {
 	}
 }
 
-// noteWait adds d to the time without room. The rate allows for socketMost/16 bytes more: a steady
-// reader may take nothing until a sixteenth of its socket's buffer is free.
+// noteWait adds d to the time without room, and judges the rate after dripTime. It allows for
+// socketMost/16 bytes more, because a steady reader's socket may take nothing until a sixteenth of
+// its buffer is free.
 func (l *listing) noteWait(d time.Duration) {
-	l.waited += min(d, slowAfter) // if more, perhaps we stood still
+	l.waited += min(d, slowAfter) // if it was more, perhaps this process stood still
 
-	// After dripTime of waiting the rate is known.
+	// The rate is known after dripTime.
 	if l.waited >= dripTime {
 		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
 		l.waited, l.sent = 0, 0
 	}
 }
 
-// tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a
-// message out of buffer. If progress is full nothing is sent: what is in it wakes the holder.
+// tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a message
+// out of buffer. If progress is full it sends nothing, because what is there wakes the holder.
 func (c *Client) tellRoom() {
 	select {
 	case c.progress <- true:
@@ -1635,19 +1640,19 @@ func (c *Client) tellRoom() {
 	}
 }
 
-// chunks and large are messages that have been written, for use again.
+// chunks and large are the memory of messages that were written, to be used again.
 var (
 	chunks = sync.Pool{New: func() any { return new([chunkSize]byte) }}
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for left bytes, or for as many as a message holds.
-// A client that keeps up, or a message that will be full, borrows one; any other takes no more
-// memory than it needs.
+// newMessage returns an empty message with room for left bytes, or for piece if that is less. It
+// borrows memory if the client keeps up or the message will be full. Any other message takes no
+// more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
 
-	// Those that are recycled have two sizes.
+	// Memory that is used again has one of two sizes.
 	switch keepsUp := len(o.client.buffer) == 0; {
 	case keepsUp && size <= chunkSize:
 		return chunks.Get().(*[chunkSize]byte)[:0]
@@ -1657,7 +1662,7 @@ func (o *outbox) newMessage() []byte {
 	return make([]byte, 0, size)
 }
 
-// recycle takes back what newMessage lent.
+// recycle takes back memory that was borrowed for msg.
 func recycle(msg []byte) {
 	switch cap(msg) {
 	case chunkSize:
@@ -1669,17 +1674,17 @@ func recycle(msg []byte) {
 
 // ---- messages to the connection
 
-// writeToClient writes what is queued until readFromClient closes buffer, then
-// closes the connection. One goroutine a client, from its first request. A Write
-// that fails may have ended inside a line, so it is the last; buffer is still
-// drained, so that nobody ever waits for a connection that is gone.
+// writeToClient writes what is queued until readFromClient closes buffer, then closes the
+// connection. It is one goroutine per client, from the client's first request. A Write that failed
+// may have ended inside a line, so no other follows; buffer is still emptied, so that nobody ever
+// waits for a connection that is gone.
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
-		// What waits behind it goes along, and makes room.
+		// Messages that wait behind it go along, which makes room.
 		msg, size := c.coalesce(msg)
 		c.tellRoom()
 
-		// After a Write that failed the rest is only taken out.
+		// After a Write that failed the messages are only taken out.
 		if c.writeErr == nil {
 			if _, c.writeErr = c.connection.Write(msg); c.writeErr != nil {
 				close(c.closed)
@@ -1690,7 +1695,7 @@ func (c *Client) writeToClient() {
 		c.server.budget.queued.Add(-size)
 	}
 
-	// Where the client has not closed its own side, it gets time to take our last words.
+	// A client that has not closed its own side gets time to take our last words.
 	if c.writeErr == nil {
 		c.inTime(func() { closeWrite(c.connection) })
 		c.drainInput()
@@ -1700,15 +1705,16 @@ func (c *Client) writeToClient() {
 	c.depart()
 }
 
-// inTime does end, which is cut short after closeTime: TLS would wait for a client that does not read.
+// inTime calls end, and closes the connection if that takes longer than closeTime: TLS would wait
+// for a client that does not read.
 func (c *Client) inTime(end func()) {
 	late := time.AfterFunc(closeTime, func() { c.paced.Close() })
 	defer late.Stop()
 	end()
 }
 
-// coalesce returns msg with what is queued behind it, up to a good Write's worth,
-// and how many queued bytes that was.
+// coalesce returns msg with the messages that wait behind it, up to a good Write's worth, and how
+// many bytes they all are in budget.queued.
 func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	size = int64(cap(msg))
 	for len(msg) < maxWrite {
@@ -1719,7 +1725,7 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 			}
 			size += int64(cap(more))
 
-			// Where both do not fit into the first, a larger one takes them.
+			// If both do not fit into the first, a larger one takes them.
 			if n := len(msg) + len(more); n > cap(msg) && n <= largeSize {
 				together := append(large.Get().(*[largeSize]byte)[:0], msg...)
 				recycle(msg)
@@ -1728,7 +1734,7 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 			msg = append(msg, more...)
 			recycle(more)
 
-		// A Write of little is better than one that waits for more.
+		// A small Write now is better than a larger one later.
 		default:
 			return msg, size
 		}
@@ -1736,15 +1742,15 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	return msg, size
 }
 
-// drainInput reads on, once our side has ended, until the client ends its own, for at most
-// drainTime: closing a socket with unread input, or before more of it comes, resets the
-// connection, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When
-// the server closes, a client that was quiet, and has been able to read everything, gets the time
-// only while it goes on sending. Any other may just pause between two reads.
+// drainInput reads on once our side has ended, until the client ends its own, for at most
+// drainTime. If a socket is closed with unread input, or before more input comes, the connection is
+// reset, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When the
+// server closes, a client that was quiet, and had time to read everything, gets that long only
+// while it goes on sending. Any other client may just pause between two reads.
 func (c *Client) drainInput() {
 	var scratch [4 << 10]byte
 	for left, quiet := drainTime, time.Duration(0); left > 0; {
-		// How long it may say nothing.
+		// How long the client may be silent.
 		silence := drainTime
 		if c.server.isClosing() && c.in.came == 0 && c.paced.timeToRead(time.Now()) <= busyTime {
 			silence = busyTime
@@ -1760,7 +1766,7 @@ func (c *Client) drainInput() {
 			return
 		}
 
-		// A wait of more than a tick was ours: perhaps we stood still.
+		// If the wait took more than a tick, perhaps this process stood still.
 		took := min(time.Since(began), tick)
 		left -= took
 		if quiet += took; n > 0 {
@@ -1769,35 +1775,39 @@ func (c *Client) drainInput() {
 	}
 }
 
-// pacedConn is a connection that sees how the other side reads. It lies under
-// TLS, where there is any, for a tls.Conn cannot go on after a Write that timed
-// out, and this one can.
+// pacedConn is a connection that sees how fast the other side reads. With TLS it lies under that,
+// because a tls.Conn cannot go on after a Write that timed out, and a pacedConn can.
 //
-// Its Write goes on until all is taken, or one of its limits has passed. It looks in ticks of
-// tickTime, of slowAfter once the client is slow, and counts those in which no byte was taken:
-// bytes, not Writes, for a Write of 64 KiB to a steady reader of 300 kB/s was seen to take 1.8 s;
-// ticks, not time, for if this whole process stands still for a while, that is one tick.
+// Write goes on until all bytes are taken, or one of its limits has passed. It looks in ticks of
+// tickTime, or of slowAfter once the client is slow, and counts ticks in which no byte was taken.
+// It counts bytes, not Writes, because a Write of 64 KiB to a steady reader of 300 kB/s was seen to
+// take 1.8 s. It counts ticks, not time, because if this whole process stands still for a while,
+// that is one tick.
+//
+// The fields belong to the Write that is under way. There is one at a time: writeToClient's, or a
+// TLS handshake's before there is a client. (If TLS itself answers during a Read, its lock keeps
+// the two Writes apart.) Other goroutines use only Conn and writing.
 type pacedConn struct {
 	net.Conn
 	server   *keyValueServer
 	progress chan bool // the client's; nil before there is a client
-	limit    time.Time // by which everything must be written; zero: no such time
-	until    time.Time // the write deadline that is set
+	limit    time.Time // when everything must be written, set before the first Write; zero: no limit
+	until    time.Time // the write deadline that is set; zero: the next Write sets one
 
-	// Bytes that a reader of steadyRate has not read yet, as of unreadAt.
+	// Bytes that a reader at steadyRate has not read yet, as of unreadAt.
 	unread   int
 	unreadAt time.Time
 
 	writing atomic.Bool // a Write is under way; for isBroken, on any goroutine
 
-	// Bytes were taken after a pause, so the client reads: had it not, its sockets would have taken
-	// all at once. False again when it is slow.
+	// Bytes were taken after a pause, so the client reads: if it did not, its sockets would have
+	// taken all bytes at once. False again when the client is slow.
 	resumed bool
 }
 
-// Write writes b. It fails when -write-timeout has passed without a byte, or limit has, or the
-// server has been closing for closeTime. It asks for the time only at first, and where a deadline
-// has passed: doing so for each Write would cost every reply.
+// Write writes b. It fails when no byte was taken for -write-timeout, limit has passed, or the
+// server has been closing for closeTime. It asks for the time only at first, and when a deadline
+// has passed, because doing so in each Write would slow down every reply.
 func (p *pacedConn) Write(b []byte) (n int, err error) {
 	p.writing.Store(true)
 	defer p.writing.Store(false)
@@ -1805,14 +1815,14 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		p.setDeadline(time.Now(), tickTime)
 	}
 
-	// Time without a byte taken. The first tick may have begun before us, so it
-	// does not count.
+	// The time without a byte taken. The first tick may have begun before this Write, so it does
+	// not count.
 	stalled, tick := -tickTime, tickTime
 	for {
 		m, err := p.Conn.Write(b[n:])
 		n += m
 
-		// Bytes were taken.
+		// Note what was taken.
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
 		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
@@ -1849,13 +1859,13 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 	}
 }
 
-// isBroken tells whether the connection is known to be broken. Write tells that itself; where none
-// is under way, writing nothing tells it. Any goroutine may ask.
+// isBroken reports whether the connection is known to be broken. A Write that is under way will
+// notice that itself; otherwise a Write of no bytes tells. Any goroutine may ask.
 func (p *pacedConn) isBroken() bool {
 	if p.writing.Load() {
 		return false
 	}
-	p.Conn.SetWriteDeadline(time.Now().Add(tickTime)) // as a Write's: the last one's has passed
+	p.Conn.SetWriteDeadline(time.Now().Add(tickTime)) // the last one may have passed
 	_, err := p.Conn.Write(nil)
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
@@ -1863,26 +1873,27 @@ func (p *pacedConn) isBroken() bool {
 // errTookNothing ends a client that has taken no byte for -write-timeout.
 var errTookNothing = errors.New("it took nothing")
 
-// tell tells the holder of the client's chain whether the connection takes bytes, in the place
-// of what it was told before.
+// tell tells the holder of the client's chain whether the connection takes bytes. That replaces
+// what the holder has not received yet.
 func (p *pacedConn) tell(taken bool) {
 	select {
 	case <-p.progress: // what is there is old
 	default:
 	}
 
-	// The slot is free now; progress is nil before there is a client.
+	// The slot is free now. progress is nil before there is a client.
 	select {
 	case p.progress <- taken:
 	default:
 	}
 }
 
-// patience is how long a steady reader may take no byte. That is longer than slowAfter where its
-// socket holds much that it has not read: Linux opens a receive window that was closed when a
-// sixteenth of the buffer is free, 1.5 s later at steadyRate with 6 MiB (__tcp_select_window).
-// Twice that leaves time for its pauses. And it is longer for a client that is known to read: a
-// window that opens by small steps was seen to stand still for 1.7 s between two reads.
+// patience returns for how long a steady reader may take no byte. That is longer than slowAfter if
+// its socket holds much that it has not read: Linux opens a receive window that was closed when a
+// sixteenth of the buffer is free, which with 6 MiB at steadyRate is 1.5 s later
+// (__tcp_select_window). Twice that leaves time for the reader's pauses. It is longer, too, for a
+// client that is known to read: a window that opens in small steps was seen to stand still for 1.7
+// s between two reads.
 func (p *pacedConn) patience() time.Duration {
 	patience := slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate
 	if p.resumed {
@@ -1891,12 +1902,12 @@ func (p *pacedConn) patience() time.Duration {
 	return patience
 }
 
-// timeToRead is how long a reader of steadyRate takes for what it has not read yet.
+// timeToRead returns how long a reader at steadyRate needs for what it has not read yet.
 func (p *pacedConn) timeToRead(now time.Time) time.Duration {
 	return max(0, time.Duration(p.unread)*time.Second/steadyRate-now.Sub(p.unreadAt))
 }
 
-// setDeadline sees to it that Write returns within a tick.
+// setDeadline makes Conn's Write return within a tick.
 func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 	p.unreadAt, p.until = now, now.Add(tick)
 	if !p.limit.IsZero() && p.limit.Before(p.until) {
@@ -1904,7 +1915,7 @@ func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 	}
 	p.SetWriteDeadline(p.until)
 
-	// workLoop may have set its own just before.
+	// workLoop may just have set a deadline that has passed: set it again.
 	if isClosed(p.server.timeIsUp) {
 		p.SetWriteDeadline(now)
 	}
@@ -1913,7 +1924,7 @@ func (p *pacedConn) setDeadline(now time.Time, tick time.Duration) {
 // CloseWrite ends our side of the connection.
 func (p *pacedConn) CloseWrite() error { return closeWrite(p.Conn) }
 
-// closeWrite ends our side of conn, if it has two that end one by one.
+// closeWrite ends our side of conn, if the two sides can end one by one.
 func closeWrite(conn net.Conn) error {
 	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
