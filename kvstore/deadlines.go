@@ -6,20 +6,20 @@ import (
 	"unsafe"
 )
 
-// deadlines tells which key ends next. A key's deadline itself is in its entry, or beside a large
-// one, so a snapshot has it; here are the ends of all keys that have one, sorted, in chunks so that
-// to add or remove one moves 4 KiB of them at most. They take 16 bytes an end in full chunks, and
-// 43 where what was removed has left gaps.
+// deadlines tells which key expires next. A key's deadline itself is in its entry, or beside its
+// large entry, so that snapshots have it. Here are the ends of all keys with a deadline, in order.
+// They lie in chunks, so that adding or removing an end moves at most 4 KiB of ends. An end takes
+// 16 bytes where chunks are full, and up to 43 where removals have left gaps.
 //
 //	chunks
 //	+---+     +-----------+-----------+-----
-//	| 0 | --> | at | hash | at | hash | ...       the next ends
+//	| 0 | --> | at | hash | at | hash | ...       the earliest ends
 //	+---+     +-----------+-----------+-----
 //	| 1 | --> ...                                 later ones
 //	+---+
 type deadlines struct{ chunks [][]end }
 
-// end is the end of a key with this hash.
+// end is the deadline of a key with this hash.
 type end struct {
 	at   int64 // in milliseconds of Unix time
 	hash uint64
@@ -27,10 +27,10 @@ type end struct {
 
 const (
 	chunkMost = 256               // ends in a chunk
-	chunkLess = chunkMost / 4 * 3 // in two neighbours that become one
+	chunkLess = chunkMost / 4 * 3 // ends in two neighbours, at most, that are merged
 )
 
-// before tells whether e comes before other.
+// before reports whether e comes before other.
 func (e end) before(other end) bool {
 	return e.at < other.at || e.at == other.at && e.hash < other.hash
 }
@@ -50,8 +50,8 @@ func (d *deadlines) find(e end) (chunk, i int) {
 		}
 	}
 
-	// The first end in it that does not come before e. (slices.BinarySearchFunc makes a call for
-	// each comparison, which is a tenth of what an Expire takes.)
+	// The first end in it that does not come before e. (slices.BinarySearchFunc calls a function
+	// for each comparison, which would be a tenth of an Expire's time.)
 	c := d.chunks[chunk]
 	for high := len(c); i < high; {
 		if middle := (i + high) / 2; c[middle].before(e) {
@@ -67,8 +67,8 @@ func (d *deadlines) find(e end) (chunk, i int) {
 func (d *deadlines) add(e end) {
 	chunk, i := d.find(e)
 
-	// Where there is no room, the last of all begins a new chunk, for usually what comes next
-	// is later still; another chunk is split.
+	// The chunk is full. Behind the last end of all a new chunk begins, because the next deadlines
+	// are usually later still. Any other chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:
 		d.chunks = append(d.chunks, make([]end, 0, chunkMost))
@@ -88,19 +88,19 @@ func (d *deadlines) add(e end) {
 	d.chunks[chunk] = slices.Insert(d.chunks[chunk], i, e)
 }
 
-// remove removes e, which is there.
+// remove removes e, which must be there.
 func (d *deadlines) remove(e end) {
 	chunk, i := d.find(e)
 	c := slices.Delete(d.chunks[chunk], i, i+1)
 	d.chunks[chunk] = c
 
-	// No chunk stays empty, for find looks at the first end of each.
+	// No chunk stays empty, because find looks at the first end of each.
 	if len(c) == 0 {
 		d.chunks = slices.Delete(d.chunks, chunk, chunk+1)
 		return
 	}
 
-	// Two neighbours that are nearly empty become one.
+	// Neighbours with few ends are merged.
 	for _, left := range []int{chunk - 1, chunk} {
 		if left < 0 || left+1 >= len(d.chunks) {
 			continue
@@ -115,15 +115,15 @@ func (d *deadlines) remove(e end) {
 	}
 }
 
-// bytes is how much memory the ends take.
+// bytes returns how many bytes of memory the ends take.
 func (d *deadlines) bytes() int {
 	const head, chunk = int(unsafe.Sizeof([]end{})), chunkMost * int(unsafe.Sizeof(end{}))
 	return cap(d.chunks)*head + len(d.chunks)*chunk
 }
 
-// Expire gives key a deadline, in milliseconds of Unix time; 0: none. It returns whether the
-// key is there. The store does nothing when the time has come: its owner asks NextDue. A
-// Set, a Delete, and what removes a key's last value end its deadline.
+// Expire gives key a deadline, in milliseconds of Unix time; 0 takes it away. It reports whether
+// the key is there. A Set, a Delete and the removal of a key's last value end its deadline. The
+// store itself does nothing when the time has come: its owner asks NextDue.
 func (m *Memory) Expire(key string, deadline int64) (ok bool) {
 	at, e := m.find(key)
 	if e == nil {
@@ -136,11 +136,11 @@ func (m *Memory) Expire(key string, deadline int64) (ok bool) {
 		return true
 	}
 
-	// NextDue goes by the ends in m.deadlines.
+	// NextDue reads the ends in m.deadlines.
 	m.noteDeadline(at.h, old, deadline)
 
-	// A snapshot keeps the old deadline: the page of a large entry is copied if the snapshot
-	// has it, and the entry of a short list is written anew.
+	// A snapshot keeps the old deadline: own copies the page of a large entry if a snapshot has it,
+	// and the entry of a short list is written again at another place.
 	if at.slot&largeBit != 0 {
 		m.large.own(number(at.slot), m.epoch).deadline = deadline
 	} else {
@@ -155,7 +155,7 @@ func (m *Memory) PutUntil(key, value string, at int64) {
 	m.Expire(key, at)
 }
 
-// noteDeadline puts one deadline of a key with hash h in the place of another; 0: none.
+// noteDeadline replaces the deadline old of a key with hash h by at; for both, 0 means none.
 func (m *Memory) noteDeadline(h uint64, old, at int64) {
 	if old != 0 {
 		m.deadlines.remove(end{old, h})
@@ -170,7 +170,7 @@ func (m *Memory) noteDeadline(h uint64, old, at int64) {
 
 // Deadline returns key's deadline; ok is false if it has none.
 func (v *view) Deadline(key string) (deadline int64, ok bool) {
-	// While no key has a deadline the search is saved.
+	// While no key has a deadline, no search is needed.
 	if v.expiring > 0 {
 		at, _ := v.find(key)
 		deadline = v.deadline(at.slot)
@@ -178,7 +178,7 @@ func (v *view) Deadline(key string) (deadline int64, ok bool) {
 	return deadline, deadline != 0
 }
 
-// deadline returns the deadline of a slot's key, 0 if it has none.
+// deadline returns the deadline of a slot's key; 0 if it has none, or if the slot is empty.
 func (v *view) deadline(slot uint64) (deadline int64) {
 	switch {
 	case v.expiring == 0 || slot == 0:
@@ -199,7 +199,7 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 		return "", false
 	}
 
-	// An end has only the hash of its key, so the index is searched for that.
+	// An end has only its key's hash, so the index is searched for a key with that hash.
 	earliest := m.deadlines.chunks[0][0]
 	p, tag := m.page(earliest.hash), earliest.hash<<addrBits
 	for i := home(tag); p.slots[i] != 0; i = next(i) {
@@ -208,12 +208,12 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 			continue
 		}
 
-		// Other hashes may have the same tag: the whole hash decides.
+		// Different hashes may have the same tag: the whole hash decides.
 		if k := m.entry(slot).key(); maphash.Bytes(m.seed, k) == earliest.hash {
 			return string(k), true
 		}
 	}
 
-	// Each key with a deadline has one end, and loses it with the deadline.
+	// This cannot happen: a key's end is added and removed together with its deadline.
 	panic("kvstore: a deadline of no key")
 }

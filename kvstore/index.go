@@ -2,10 +2,10 @@ package kvstore
 
 import "hash/maphash"
 
-// The index tells where a key's entry is. It is extendible hashing (Fagin et al., TODS 1979): a
-// directory of pages, which the first bits of a key's hash choose among. A page that becomes full
-// is split in two, so the index grows by 4 KiB at a time. Only the directory, 8 bytes a page, is
-// ever copied as a whole.
+// The index tells where a key's entry is. It uses extendible hashing (Fagin et al., TODS 1979): a
+// directory of pages, in which the first bits of a key's hash choose the page. A page that becomes
+// full is split in two, so the index grows by 4 KiB at a time. Only the directory, of 8 bytes a
+// page, is ever copied as a whole: when it doubles.
 //
 //	directory            page                        slab
 //	+-----+     +------------------------+     +---------------------
@@ -15,19 +15,19 @@ import "hash/maphash"
 //	| 11. | --> page     +-- tag, 20 bits of the hash   |
 //	+-----+                  address, 44 bits ----------+ or a large entry (large.go)
 //
-// Pages have no pointers: to the garbage collector a million keys are 3,600 objects.
+// Pages have no pointers: the garbage collector sees about 3,600 objects for a million keys.
 const (
 	tagBits   = 20
 	addrBits  = 64 - tagBits
 	addrMask  = 1<<addrBits - 1
 	pageSlots = 510 // with its head a page takes 4 KiB
 	pageFull  = 384 // slots in use at which a page is split
-	pageEmpty = 192 // slots that two pages use together at which they become one again
+	pageEmpty = 192 // slots that two halves use together, at most, when they are merged again
 )
 
-// page holds the slots of all keys whose hashes begin with the same depth bits. A slot
-// is 0, or a tag and an address. A key's search begins at the place that its tag says
-// (home), and goes on to the next empty slot.
+// page holds the slots of all keys whose hashes have the same first depth bits. A slot
+// is 0, or a tag and an address. The search for a key begins at the place that its tag
+// gives (home), and goes on until it meets an empty slot.
 type page struct {
 	epoch uint64 // Memory's when the page was made: a snapshot taken since has it, too
 	used  uint16
@@ -35,10 +35,10 @@ type page struct {
 	slots [pageSlots]uint64
 }
 
-// home is where the search for a slot's key begins.
+// home returns where the search for a slot's key begins.
 func home(slot uint64) int { return int(slot >> addrBits * pageSlots >> tagBits) }
 
-// next is the slot behind i.
+// next returns the slot behind i; the page is a ring.
 func next(i int) int {
 	if i++; i < pageSlots {
 		return i
@@ -56,8 +56,8 @@ func (p *page) insert(slot uint64) {
 	p.used++
 }
 
-// remove empties slot i. It closes the gap, so that no search ends there too early: a
-// slot behind moves up unless that would be before its home (Knuth, TAOCP 3, 6.4, R).
+// remove empties slot i, and closes the gap so that no search ends there too early: a later slot
+// moves into the gap unless it would then lie before its home (Knuth, TAOCP 3, 6.4, R).
 func (p *page) remove(i int) {
 	// i is the gap, and j goes through the slots behind it.
 	for j := next(i); p.slots[j] != 0; j = next(j) {
@@ -70,7 +70,7 @@ func (p *page) remove(i int) {
 			fromGap += pageSlots
 		}
 
-		// The gap is not before j's home, so a search for j's key finds it there, too.
+		// The gap does not lie before j's home, so a search for j's key finds it in the gap, too.
 		if fromHome >= fromGap {
 			p.slots[i] = p.slots[j]
 			i = j
@@ -81,13 +81,13 @@ func (p *page) remove(i int) {
 	p.used--
 }
 
-// view is what a Memory holds, as far as finding it goes. A snapshot is a copy of it: what a
-// snapshot's view has is replaced, not changed.
+// view is the part of a Memory with which keys and values are found. A snapshot is a copy of it:
+// the Memory replaces what a snapshot's view has, and does not change it.
 type view struct {
 	seed maphash.Seed
-	// by the first bits of the hash; a page of lower depth is there several times
+	// by the first bits of the hash; a page of lower depth has several places
 	dir   table[*page]
-	shift uint8 // 64 less the number of these bits
+	shift uint8 // 64 minus the number of these bits
 	slabs table[*slab]
 	large table[large]
 
@@ -103,7 +103,7 @@ type spot struct {
 	slot uint64 // 0: the key is not there
 }
 
-// find looks for key. e is its entry; nil: it is not there.
+// find looks for key. e is its entry; nil if it is not there.
 func (v *view) find(key string) (at spot, e entry) {
 	h := maphash.String(v.seed, key)
 	p := v.page(h)
@@ -119,27 +119,28 @@ func (v *view) find(key string) (at spot, e entry) {
 		}
 	}
 
-	// The key is not there, and i is the empty slot that it would get.
+	// The key is not there; it would get the empty slot i.
 	return spot{h, i, 0}, nil
 }
 
-// locate looks for the entry at addr. at.slot is 0 if the index does not have it: it is dead.
+// locate looks for the entry at addr. at.slot is 0 if the index does not point to it: then the entry
+// is dead.
 func (v *view) locate(addr uint64) (at spot) {
 	h := maphash.Bytes(v.seed, v.entry(addr).key())
 	p, slot := v.page(h), h<<addrBits|addr
 
-	// No two entries have one address: the slot that has it is this entry's.
+	// No two entries have the same address, so the slot with this one is the entry's.
 	i := home(slot)
 	for ; p.slots[i] != 0 && p.slots[i] != slot; i = next(i) {
 	}
 	return spot{h, i, p.slots[i]}
 }
 
-// own returns h's page to be changed: a copy, if a snapshot has it.
+// own returns h's page for a change: a copy, if a snapshot may have the page.
 func (m *Memory) own(h uint64) *page {
 	p := m.page(h)
 
-	// A snapshot may have a page of an earlier epoch, and keeps it: the directory gets a copy.
+	// A snapshot may have a page of an earlier epoch and keeps that; the directory gets a copy.
 	if p.epoch != m.epoch {
 		mine := *p
 		mine.epoch = m.epoch
@@ -150,9 +151,9 @@ func (m *Memory) own(h uint64) *page {
 	return p
 }
 
-// enter puts p in all places of the directory that are h's at p's depth.
+// enter puts p in all places of the directory that share h's first bits, as many as p's depth.
 func (m *Memory) enter(h uint64, p *page) {
-	// A page of lower depth than the directory has several places, one behind the other.
+	// A page of lower depth than the directory has several places in a row.
 	n := 1 << (64 - m.shift - p.depth)
 	start := int(h>>m.shift) &^ (n - 1)
 	for i := range n {
@@ -176,12 +177,12 @@ func (m *Memory) point(at spot, addr uint64) {
 	}
 }
 
-// split puts two pages in the place of h's. Its keys are read and hashed anew, for a
-// slot does not have the bit that tells where it goes.
+// split replaces h's page by two. It reads and hashes the page's keys again, because a
+// slot does not have the bit of the hash that chooses between the two.
 func (m *Memory) split(h uint64) {
 	old := m.page(h)
 
-	// The directory has no bit more than the page: it needs one, and becomes twice as long.
+	// The directory uses no more bits than the page: it needs one more, and becomes twice as long.
 	if 64-m.shift == old.depth {
 		var dir table[*page]
 		for i := range 2 * m.dir.len {
@@ -190,7 +191,7 @@ func (m *Memory) split(h uint64) {
 		m.dir, m.shift = dir, m.shift-1
 	}
 
-	// The next bit of a key's hash tells which of the new pages it goes to.
+	// The next bit of a key's hash chooses between the new pages.
 	bit := uint64(1) << (63 - old.depth)
 	low, high := &page{epoch: m.epoch, depth: old.depth + 1}, &page{epoch: m.epoch,
 		depth: old.depth + 1}
@@ -210,25 +211,25 @@ func (m *Memory) split(h uint64) {
 	m.pages++
 }
 
-// unpoint empties the slot of a spot, and makes its page one with the other half where
-// both are nearly empty.
+// unpoint empties the slot of a spot, and merges its page with the other half if
+// both have few keys.
 func (m *Memory) unpoint(at spot) {
 	h, p := at.h, m.own(at.h)
 	p.remove(at.i)
 	m.keys--
 
-	// A page of depth 0 is the only one, and a page of many keys stays as it is.
+	// A page of depth 0 has no other half, and a page with many keys stays as it is.
 	if p.depth == 0 || p.used > pageEmpty {
 		return
 	}
 
-	// The other half differs in the last bit of the depth. It may have been split further.
+	// The other half's hashes differ in the last of the depth's bits. It may have been split further.
 	other := m.page(h ^ 1<<(64-p.depth))
 	if other.depth != p.depth || p.used+other.used > pageEmpty {
 		return
 	}
 
-	// Both become one new page: a snapshot may have the old ones.
+	// Both are copied to a new page, because a snapshot may have the old ones.
 	both := &page{epoch: m.epoch, depth: p.depth - 1}
 	for _, half := range []*page{p, other} {
 		for _, slot := range half.slots {

@@ -1,15 +1,15 @@
 // Package kvstore keeps lists of values under keys.
 //
-// kvstore.go says what is asked of a store: KVStore is the least, and Store is what a fast server
-// asks. Memory is a Store that ends with its process: memory.go (what it does), index.go (how it
-// finds a key), slab.go (how a key and its list lie in memory), large.go (what is too large for
-// that), deadlines.go (which key ends next) and table.go (arrays that snapshots share), most with
-// a drawing. Other packages build on it:
+// kvstore.go is the contract: KVStore is the minimum, and Store is what a fast server needs.
+// Memory is a Store that ends with its process: memory.go (what it does), index.go (how it finds
+// a key), slab.go (how a key and its list lie in memory), large.go (entries that are too large for
+// a slab), deadlines.go (which key expires next) and table.go (arrays that snapshots share). Most
+// of these files begin with a drawing. Other packages build on this one:
 //
-//	durable       a Memory with a log, from which Open makes it again
+//	durable       a Memory with a log, from which Open restores it
 //	storage       where such a log is kept: a directory of the file system
-//	storage/etcd  or one in an etcd cluster
-//	storetest     for tests: the model of a store, and a disk that is as unkind as a real one
+//	storage/etcd  the same in an etcd cluster
+//	storetest     for tests: the model of a store, and a disk that fails as real ones do
 package kvstore
 
 import (
@@ -21,126 +21,126 @@ import (
 // were put. One goroutine at a time may call it: the server's workLoop owns
 // its store, so a store needs no lock.
 //
-// Keys and values are any bytes. They are the caller's: once a call has returned, their
-// memory may be used for something else. So a store that keeps one clones it.
+// Keys and values are any bytes. They belong to the caller, who may use their memory for something
+// else once a call has returned. So a store clones what it keeps.
 type KVStore interface {
 	// Put appends value to key's list.
 	Put(key, value string)
 
-	// Get returns key's list, oldest first, or nothing. The caller may keep
-	// the list and hand it to other goroutines: nobody changes it any more.
+	// Get returns key's list, oldest value first; nil if there is no such key. The caller may
+	// keep the list and hand it to other goroutines: nobody changes it any more.
 	Get(key string) []string
 
 	// Delete removes key and returns how many values it had.
 	Delete(key string) (removed int)
 
 	// Update removes the first value equal to oldValue, if there is one, and
-	// appends newValue. It returns whether it removed one.
+	// appends newValue. It reports whether it removed one.
 	Update(key, oldValue, newValue string) (replaced bool)
 
 	// Set makes value key's only one, and returns how many there were.
 	Set(key, value string) (removed int)
 
-	// Remove removes the first value equal to value, and returns whether there was one.
-	// With its last value the key goes.
+	// Remove removes the first value equal to value, and reports whether there was one.
+	// A key that loses its last value is gone.
 	Remove(key, value string) (removed bool)
 
-	// Commit returns once everything above is as durable as this store makes
-	// it. After an error nothing can be promised any more: the caller answers
-	// none of the calls since the last Commit, and stops.
+	// Commit returns once all earlier calls are as durable as this store makes
+	// them. After an error nothing can be promised any more: the caller sends no
+	// reply for the calls since the last Commit, and stops.
 	Commit() error
 }
 
-// Store is what a fast server asks of a store: KVStore, and what would cost it more to find
-// out with that. Memory and durable.Store are Stores; StoreOf makes one of any KVStore.
+// Store is what a fast server needs from a store: KVStore, and methods that answer cheaply what
+// KVStore could only answer at a higher cost. Memory and durable.Store are Stores; StoreOf makes a
+// Store of any KVStore.
 type Store interface {
 	KVStore
 
-	// Size returns the number of keys, of values, and the bytes of both: each key counts once
-	// and each value once. All three are negative if the store does not know.
+	// Size returns the number of keys, the number of values, and the bytes of both: each key and
+	// each value counts once. All three are negative if the store does not know.
 	Size() (keys, values int, bytes int64)
 
-	// Footprint returns about how many bytes of memory the store takes, 0 if it does not know.
+	// Footprint returns roughly how many bytes of memory the store takes, 0 if it does not know.
 	Footprint() int64
 
 	// Reclaim tells the store that memory is short. It returns how many bytes of the Footprint are
-	// dead and can be counted as free, for what is written next gets them.
+	// dead. They can be counted as free, because the next writes reuse them.
 	Reclaim() (bytes int64)
 
 	// Room returns an error, and has changed nothing, if there is no room for one more record
-	// of so many bytes of key and values, or if it could not be saved now. A request that frees, a
-	// Delete or a Remove, may use the last room that there is.
+	// with this many bytes of key and values, or if the record could not be saved now. A request
+	// that frees room (Delete, Remove, Take) may use the last room that there is.
 	Room(bytes int64, frees bool) error
 
-	// View returns key's list, for a short time: a short one may be made in scratch, and may
-	// share a piece of memory with others, which it keeps from being given back. A caller that
-	// keeps a list of up to ViewMost bytes for long clones it (CloneAll); a larger one keeps
-	// nothing but its own memory.
+	// View returns key's list for a short time. A short list may be made in scratch, and its
+	// values may be parts of a larger piece of memory, which cannot be freed while one of them is
+	// in use. So a caller that keeps a list of up to ViewMost bytes for long clones it (CloneAll).
+	// A larger list keeps no memory but its own.
 	View(scratch []string, key string) []string
 
-	// Measure returns how many bytes key's values have together.
+	// Measure returns the total bytes of key's values.
 	Measure(key string) (bytes int64)
 
-	// Has tells whether key's list has value. It hands nothing out.
+	// Has reports whether key's list has value. It hands no memory out.
 	Has(key, value string) bool
 
-	// Take removes key's oldest value, and the key with its last. Of a list of any length it takes
-	// a constant time, on the average of many.
+	// Take removes and returns key's oldest value; a key that loses its last value is gone. It
+	// takes amortized constant time, however long the list is.
 	Take(key string) (value string, ok bool)
 
 	// Count returns how many values key has.
 	Count(key string) int
 
-	// Expire has key go at a time, in milliseconds of Unix time; 0: it stays. It returns whether
-	// key is there. A Set, a Delete, and what removes a key's last value end its deadline. The
-	// store does nothing when the time has come: its owner asks NextDue, and deletes the key.
+	// Expire gives key a deadline, in milliseconds of Unix time; 0 takes it away. It reports
+	// whether key is there. A Set, a Delete and the removal of a key's last value end its deadline.
+	// The store itself does nothing when the time has come: its owner asks NextDue and deletes the
+	// key.
 	Expire(key string, at int64) (ok bool)
 
 	// PutUntil is Put and Expire in one step: a crash leaves both or neither.
 	PutUntil(key, value string, at int64)
 
-	// Deadline returns when key goes; ok is false if it stays.
+	// Deadline returns key's deadline; ok is false if it has none.
 	Deadline(key string) (at int64, ok bool)
 
 	// Expiring returns how many keys have a deadline; it is negative if none can have one.
 	Expiring() int
 
-	// NextDue returns the key that goes first, if its time is not after now.
+	// NextDue returns the key with the earliest deadline, if that is not after now.
 	NextDue(now int64) (key string, ok bool)
 
-	// TouchPays tells whether the store is faster if it is told which keys it will be asked
-	// for: not while it is small.
+	// TouchPays reports whether a Touch makes later requests faster: not while the store is small.
 	TouchPays() bool
 
-	// Touch prepares for requests of these keys. It changes nothing.
+	// Touch prepares the store for requests for these keys. It changes nothing that they see.
 	Touch(keys []string)
 
-	// Snapshot returns what the store holds now; nil: it cannot list its keys. It takes little
-	// time, and from then on memory for what the owner changes, as long as somebody has the
-	// snapshot.
+	// Snapshot returns what the store holds now; nil if the store cannot list its keys. It takes
+	// little time. While somebody has the snapshot, what the owner changes takes extra memory.
 	Snapshot() Snapshot
 }
 
-// ViewMost is how many bytes of values a list that shares memory has at most.
+// ViewMost is the largest number of bytes that the values of a list that shares memory can have.
 const ViewMost = ownSize
 
-// Snapshot is what a store held at one moment. Any goroutine may have one, while the
+// Snapshot is what a store held at one moment. Any goroutine may read one while the
 // store's owner goes on.
 type Snapshot interface {
-	// All yields every key with its list, in no order. A list is good until the
+	// All yields every key with its list, in no particular order. A list is valid until the
 	// next one is yielded.
 	All() iter.Seq2[string, []string]
 
-	// View is Store's.
+	// View is as in Store.
 	View(scratch []string, key string) []string
 
-	// Deadline is Store's.
+	// Deadline is as in Store.
 	Deadline(key string) (at int64, ok bool)
 }
 
 // StoreOf returns db as a Store: db itself if it is one, nil if it is nil.
 func StoreOf(db KVStore) Store {
-	// A Store is taken as it is; what is less than that gets the rest from plain.
+	// plain adds what a mere KVStore lacks.
 	switch store, isStore := db.(Store); {
 	case isStore:
 		return store
@@ -151,8 +151,8 @@ func StoreOf(db KVStore) Store {
 	return plain{db}
 }
 
-// plain is a Store made of a KVStore, which can neither count nor list what it holds, and in which
-// every key stays.
+// plain makes a Store of a KVStore. It can neither count nor list what it holds, and its keys have
+// no deadlines.
 type plain struct{ KVStore }
 
 func (plain) Size() (keys, values int, bytes int64)  { return -1, -1, -1 }
@@ -173,7 +173,7 @@ func (p plain) Take(key string) (value string, ok bool) {
 		return "", false
 	}
 
-	// Remove removes the first value that is equal, and that is this one.
+	// Remove takes out the first equal value, and the oldest one comes first.
 	return values[0], p.Remove(key, values[0])
 }
 

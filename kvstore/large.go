@@ -6,43 +6,43 @@ import (
 	"strings"
 )
 
-// largeBit is set in the address of a large entry, whose number the other bits are.
+// largeBit is set in the address of a large entry; the other bits are the entry's number.
 const largeBit = 1 << (addrBits - 1)
 
-// perLongValue is how many bytes a value of a long list takes beside its own: a string's head,
-// its hash, what append leaves free, and what malloc rounds up.
+// perLongValue is how many bytes a value of a long list takes beside its text: the string header,
+// its hash, unused capacity of the arrays, and the allocator's rounding.
 const perLongValue = 45
 
-// large is an entry that has memory of its own: one that is too large for a slab, or one of a long
-// list. They are numbered without gaps: when one goes, the last one takes its number, so the table
-// has no empty places.
+// large is an entry that has memory of its own, because it is too large for a slab or its list is
+// long. Large entries are numbered without gaps: when one is dropped, the last one takes its
+// number, so their table has no empty places.
 type large struct {
 	data     entry
 	list     *list  // nil: the values are in data
-	deadline int64  // 0: none. In data there is none
-	epoch    uint64 // Memory's when data was made: a snapshot taken since has it, too
+	deadline int64  // 0: none. data itself never has one
+	epoch    uint64 // Memory's when data was made: a snapshot taken since has data, too
 	shown    bool   // strings that are parts of data were handed out
 }
 
-// list is the values of a key that has too many for an entry.
+// list holds the values of a key that has too many for an entry.
 //
 //	array     | gone | gone | b    | c | d | room |      gone: taken from the front while a
-//	values                  [ b    , c , d ]             reader had the list
+//	values                  [ b    , c , d ]             reader had the array
 //	hashes                  [ h(b) , ...   ]
 type list struct {
 	values []string
-	hashes []uint32 // of the values: a search compares only those whose hash is right
+	hashes []uint32 // of the values: a search compares only values whose hash is equal
 	bytes  int64    // of the values, so that Delete need not walk through them
-	gone   int64    // bytes of values that went, and that the array keeps in memory
-	most   int      // the most values since the array was made: it has room for so many
-	shared bool     // readers or a snapshot have values, so the array stays as it is
+	gone   int64    // bytes of removed values that the array keeps in memory
+	most   int      // the largest number of values since the array was made: its capacity at least
+	shared bool     // readers or a snapshot have the array, so what is in it must not change
 	epoch  uint64   // Memory's when this was made: a snapshot taken since has it, too
 }
 
 // number returns the number of the large entry that a slot points to.
 func number(slot uint64) int { return int(slot & (largeBit - 1)) }
 
-// long returns the long list of a slot to be looked at, nil if it is short.
+// long returns the long list of a slot for reading; nil if the slot's list is short.
 func (v *view) long(slot uint64) *list {
 	if slot&largeBit == 0 {
 		return nil
@@ -50,11 +50,12 @@ func (v *view) long(slot uint64) *list {
 	return v.large.at(number(slot)).list
 }
 
-// ownLong is long, to be changed: in a copy, if a snapshot has it.
+// ownLong returns the long list of a slot for a change: a copy, if a snapshot may have the list. It
+// is nil if the slot's list is short.
 func (m *Memory) ownLong(slot uint64) *list {
 	l := m.long(slot)
 
-	// A snapshot may have a list of an earlier epoch, and keeps it. The copy shares its array.
+	// A snapshot may have a list of an earlier epoch and keeps that. The copy shares its array.
 	if l != nil && l.epoch != m.epoch {
 		mine := *l
 		mine.epoch, mine.shared = m.epoch, true
@@ -65,17 +66,17 @@ func (m *Memory) ownLong(slot uint64) *list {
 	return l
 }
 
-// handOut returns the values of a long list, which stay as they are from now on.
+// handOut returns the values of a long list for a reader. Nobody changes them from now on.
 func (m *Memory) handOut(l *list) []string {
-	l.shared = true // no snapshot looks at this
+	l.shared = true // no copy is needed for this: snapshots do not look at it
 	return slices.Clip(l.values)
 }
 
-// writeLarge makes a large entry of values, or if l is not nil of that list. It takes the
-// place of the entry that a slot points to, if that is large.
+// writeLarge makes a large entry of values, or of the long list l if that is not nil. It replaces
+// the entry that a slot points to if that is large, and returns the new one's address.
 func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
 	deadline int64) (addr uint64) {
-	// The deadline is not in data but beside it, where Expire can change it.
+	// The deadline is kept beside data, where Expire can change it.
 	data := m.allocate(entrySize(key, values, 0))
 	writeEntry(data, key, values, 0)
 
@@ -85,7 +86,7 @@ func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
 		k = m.large.push(m.epoch)
 	}
 
-	// The memory of the old data is used again if nobody can have seen it.
+	// The memory of the old data is reused if nobody can have seen it.
 	r := m.large.own(k, m.epoch)
 	m.largeBytes += int64(cap(data) - cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
@@ -93,14 +94,14 @@ func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
 	return largeBit | uint64(k)
 }
 
-// dropLarge removes large entry k, which no slot points to any more, and returns its size.
+// dropLarge removes large entry k, which no slot points to any more, and returns its size in bytes.
 func (m *Memory) dropLarge(k int) (size int) {
 	r := m.large.own(k, m.epoch)
 	size = len(r.data)
 	m.largeBytes -= int64(cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
 
-	// The last entry takes the number of this one, so that no number is left out.
+	// The last entry takes this one's number, so that there is no gap.
 	if last := m.large.len - 1; last != k {
 		m.point(m.locate(largeBit|uint64(last)), largeBit|uint64(k))
 		*r = *m.large.at(last)
@@ -110,7 +111,7 @@ func (m *Memory) dropLarge(k int) (size int) {
 	return size
 }
 
-// newList makes a long list.
+// newList makes a long list of clones of values.
 func (m *Memory) newList(values []string) *list {
 	l := &list{epoch: m.epoch}
 	for _, v := range values {
@@ -121,13 +122,13 @@ func (m *Memory) newList(values []string) *list {
 
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *list, value string) {
-	// The array is full: the values move to a new one, which no reader has.
+	// The array is full: the values move to a new array, which no reader has.
 	if len(l.values) == cap(l.values) {
 		l.values = slices.Grow(l.values, 1)
 		m.copied(l)
 	}
 
-	// Readers and snapshots see nothing behind the old end, so a shared array can grow, too.
+	// Readers and snapshots see nothing behind the old end, so even a shared array can be extended.
 	l.values = append(l.values, strings.Clone(value))
 	l.hashes = append(l.hashes, m.hash(value))
 	l.most = max(l.most, len(l.values))
@@ -136,18 +137,19 @@ func (m *Memory) append(l *list, value string) {
 	m.longBytes += int64(len(value))
 }
 
-// copied takes note that l's values are in a new array.
+// copied notes that l's values are in a new array.
 func (m *Memory) copied(l *list) {
 	m.longGone -= l.gone
 	l.gone, l.most, l.shared = 0, len(l.values), false
 }
 
-// hash returns a list's hash of value. Nobody outside can foresee which values have the same.
+// hash returns the hash of a value in a long list. Its seed is random, so no client can choose
+// values with equal hashes.
 func (m *Memory) hash(value string) uint32 { return uint32(maphash.String(m.seed, value)) }
 
-// index returns the place of the first value equal to value, -1 if there is none. If the place hint
-// has the value, that counts as the first. Values of other hashes are not looked at, however long
-// they are.
+// index returns the place of the first value equal to value, -1 if there is none. A value that is
+// equal at the place hint counts as the first. Values with other hashes are not compared, however
+// long they are.
 func (m *Memory) index(l *list, value string, hint int) (place int) {
 	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
 		return hint
@@ -162,7 +164,7 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 	return -1
 }
 
-// takeOut takes the value at place out of l.
+// takeOut removes the value at place from l.
 func (m *Memory) takeOut(l *list, place int) {
 	value := l.values[place]
 	bytes := int64(len(value))
@@ -171,16 +173,16 @@ func (m *Memory) takeOut(l *list, place int) {
 	m.longValues--
 	m.longBytes -= bytes
 
-	// An array that readers have stays as it is.
+	// The values in an array that readers have must not move.
 	switch {
 	case place == 0 && l.shared:
 		l.values = l.values[1:]
 		l.gone += bytes
 		m.longGone += bytes
 	case place == 0:
-		l.values[0] = "" // or it would stay in memory
+		l.values[0] = "" // otherwise it would stay in memory
 		l.values = l.values[1:]
-	case l.shared: // a new one, with room for one more, for an Update appends
+	case l.shared: // a new array, with room for the value that an Update then appends
 		l.values = append(append(make([]string, 0, len(l.values)), l.values[:place]...),
 			l.values[place+1:]...)
 		m.copied(l)
@@ -188,16 +190,16 @@ func (m *Memory) takeOut(l *list, place int) {
 		l.values = slices.Delete(l.values, place, place+1)
 	}
 
-	// No reader looks at the hashes, so they are changed where they are.
+	// Readers do not look at the hashes, so these are changed in place.
 	if place == 0 {
 		l.hashes = l.hashes[1:]
 	} else {
 		l.hashes = slices.Delete(l.hashes, place, place+1)
 	}
 
-	// The array is copied when what went takes over a quarter of what is there, or when three
-	// quarters of the array are unused: a copy costs less than what was taken out since the last
-	// one.
+	// The array is copied when the removed values that it keeps have over a quarter of the memory
+	// of the list, or when over three quarters of it are unused. So the cost of all copies stays in
+	// proportion to what is removed.
 	n := len(l.values)
 	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
 		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)

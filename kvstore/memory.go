@@ -9,22 +9,21 @@ import (
 	"weak"
 )
 
-// Memory is a Store in memory alone: it ends with its process, and
-// Commit has nothing to do. It is not safe for concurrent access, and starts no
-// goroutine. Make one with NewMemory.
+// Memory is a Store in memory alone: it ends with its process, and Commit has nothing to do. It is
+// not safe for concurrent access, and starts no goroutine. NewMemory makes one.
 //
-// Short lists lie with their keys in slabs (slab.go), which an index finds (index.go): slabs and
-// the index's pages have no pointers that the garbage collector would have to follow. Large values
-// and long lists have memory of their own (large.go). A list that was handed out is never changed:
-// a Put appends beyond the end of every list handed out before, an Update that would change one
-// makes a new one, and bytes that somebody else may see are written once.
+// Short lists lie with their keys in slabs (slab.go), and an index finds them there (index.go).
+// Slabs and the index's pages have no pointers that the garbage collector would have to follow.
+// Large values and long lists have memory of their own (large.go). A list that was handed out is
+// never changed: a Put appends beyond the end of every list handed out before, an Update that
+// would change such a list makes a new one, and bytes that somebody else may see are written once.
 type Memory struct {
 	view // what a snapshot copies
 
-	// how many snapshots were taken. What has a lower epoch may be part of one: it is copied
-	// before it is changed
+	// How many snapshots were taken. Pages, lists and slabs of a lower epoch may be part of a
+	// snapshot: they are copied before a change.
 	epoch  uint64
-	latest weak.Pointer[snapshot] // the last of them, if somebody has it still
+	latest weak.Pointer[snapshot] // the last one, if somebody still has it
 
 	// The index.
 	pages int
@@ -34,36 +33,36 @@ type Memory struct {
 	accounts []account // of slabs, by their numbers
 	cleaner
 	unused []int    // numbers of slabs that were dropped
-	free   [][]byte // memory of these and of large entries, to be used again
-	head   int      // where entries are added; 0: there is none yet
+	free   [][]byte // memory of dropped slabs and large entries, to be reused
+	head   int      // the slab to which entries are added; 0: there is none yet
 	used   int      // bytes of all slabs
-	live   int      // bytes of all entries in them that the index points to
+	live   int      // bytes of all entries in slabs that the index points to
 
 	// Large entries, and long lists.
 	largeBytes int64 // memory of the entries
-	longValues int   // in long lists
-	longBytes  int64 // of these
-	longGone   int64 // bytes of values that went, and that lists keep in memory
+	longValues int   // values in long lists
+	longBytes  int64 // bytes of these values
+	longGone   int64 // bytes of removed values that long lists keep in memory
 
 	deadlines deadlines
 
-	values     int // in all
+	values     int // of all keys
 	keyBytes   int64
 	valueBytes int64
 
 	edit    [maxShort + 1]string // the short list that is being read or changed
-	touched byte                 // by Touch
+	touched byte                 // a sum of what Touch read, so that the compiler keeps the reads
 }
 
 // NewMemory returns an empty store.
 func NewMemory() *Memory {
 	m := &Memory{view: view{seed: maphash.MakeSeed(), shift: 64}, pages: 1}
 
-	// The index begins as one page, which every hash leads to.
+	// The index begins as a single page for all hashes.
 	m.dir.push(m.epoch)
 	*m.dir.at(0) = &page{}
 
-	// Slab 0 is none. It counts as full, so the first entry opens a slab.
+	// Number 0 means no slab. It counts as full, so the first entry opens a slab.
 	m.slabs.push(m.epoch)
 	m.accounts = []account{{written: slabSize}}
 	return m
@@ -74,7 +73,7 @@ func (m *Memory) Put(key, value string) {
 	at, e := m.find(key)
 	m.tally(1, value)
 
-	// A long list grows where it is; its entry stays.
+	// A long list grows in place; its entry stays.
 	values := m.edit[:0]
 	if e == nil {
 		m.keyBytes += int64(len(key))
@@ -85,30 +84,30 @@ func (m *Memory) Put(key, value string) {
 		values = e.values(values)
 	}
 
-	// The entry of a new key or of a short list is written, with one value more.
+	// The entry of a new key or of a short list is written with the new value at its end.
 	m.store(at, key, append(values, value))
 }
 
-// tally counts a value that comes (n is 1) or goes (-1).
+// tally counts a value that is added (n is 1) or removed (n is -1).
 func (m *Memory) tally(n int, value string) {
 	m.values += n
 	m.valueBytes += int64(n * len(value))
 }
 
-// store writes the list of the key at a spot anew, and leaves its deadline.
+// store writes a new entry with the list of the key at a spot, and keeps its deadline.
 func (m *Memory) store(at spot, key string, values []string) {
 	m.storeUntil(at, key, values, m.deadline(at.slot))
 }
 
 // storeUntil is store with a new deadline; 0: none.
 func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64) {
-	// A list of too many values or bytes becomes a long one; its entry has the key alone.
+	// A list with too many values or bytes becomes a long list; its entry has only the key.
 	var l *list
 	if len(values) > maxShort || len(values) > 1 && SizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
 	}
 
-	// The new entry is written before the old one goes: values may be parts of that.
+	// The new entry is written before the old one dies, because values may be parts of the old one.
 	addr, size := uint64(0), entrySize(key, values, deadline)
 	if l != nil || size > ownSize {
 		addr = m.writeLarge(at.slot, key, values, l, deadline)
@@ -118,7 +117,7 @@ func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64
 		writeEntry(b, key, values, deadline)
 	}
 
-	// A large entry that replaces a large one has its number: the index is right already.
+	// A large entry that replaces a large one keeps its number, so the index is right already.
 	if addr != at.slot&addrMask {
 		m.point(at, addr)
 		if at.slot != 0 {
@@ -130,14 +129,14 @@ func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64
 	m.clean(size)
 }
 
-// Get returns key's list. A short one is a copy, so that it keeps nothing else in memory.
+// Get returns key's list. A short list is copied, so that it keeps nothing else in memory.
 func (m *Memory) Get(key string) []string {
 	at, e := m.find(key)
 	if e == nil {
 		return nil
 	}
 
-	// A long list is shared, not copied: the store leaves the part that is handed out as it is.
+	// A long list is shared, not copied: the store never changes the part that was handed out.
 	if l := m.long(at.slot); l != nil {
 		return m.handOut(l)
 	}
@@ -145,7 +144,7 @@ func (m *Memory) Get(key string) []string {
 }
 
 // View is Get without a copy. A short list is made in scratch, and its strings may be
-// parts of a piece of memory of 256 KiB, which stays as long as one of them does: a
+// parts of a slab of 256 KiB, which stays in memory while one of them does. So a
 // caller that keeps such a list for long clones it (CloneAll).
 func (m *Memory) View(scratch []string, key string) []string {
 	at, e := m.find(key)
@@ -153,26 +152,26 @@ func (m *Memory) View(scratch []string, key string) []string {
 		return nil
 	}
 
-	// Memory of which a part is shown is not used again, for the caller may still read it.
+	// Memory of which the caller sees a part is marked: it must not be reused.
 	if at.slot&largeBit == 0 {
 		m.accounts[at.slot&addrMask>>slabBits].shown = true
 	} else if r := m.large.at(number(at.slot)); r.list != nil {
 		return m.handOut(r.list)
-	} else if r.epoch == m.epoch { // else it is not used again anyway
+	} else if r.epoch == m.epoch { // otherwise it is not reused anyway
 		r.shown = true
 	}
 
 	return e.values(scratch[:0])
 }
 
-// CloneAll returns a copy of values, in one piece of memory.
+// CloneAll returns a copy of values whose text is one piece of memory.
 func CloneAll(values []string) []string {
 	all := strings.Join(values, "")
 	if len(values) == 1 {
-		all = strings.Clone(all) // Join has not copied it
+		all = strings.Clone(all) // Join does not copy a single string
 	}
 
-	// Each clone is a part of the one copy.
+	// Each clone is a part of that copy.
 	clones := make([]string, len(values))
 	for i, v := range values {
 		clones[i], all = all[:len(v)], all[len(v):]
@@ -191,11 +190,12 @@ func (m *Memory) Delete(key string) (removed int) {
 	return removed
 }
 
-// forget takes all values of the key at a spot out of what is counted, and its deadline.
+// forget removes the deadline of the key at a spot, and its values from the counts. It returns how
+// many values there were.
 func (m *Memory) forget(at spot, e entry) (removed int) {
 	m.noteDeadline(at.h, m.deadline(at.slot), 0)
 
-	// A long list knows its sums, so it is not walked through.
+	// A long list has its sums, so its values are not read.
 	bytes := int64(0)
 	if l := m.long(at.slot); l != nil {
 		removed, bytes = len(l.values), l.bytes
@@ -212,7 +212,7 @@ func (m *Memory) forget(at spot, e entry) (removed int) {
 	return removed
 }
 
-// remove removes key, whose values are forgotten.
+// remove removes key, after forget.
 func (m *Memory) remove(at spot, key string) {
 	m.keyBytes -= int64(len(key))
 	m.unpoint(at)
@@ -228,25 +228,25 @@ func (m *Memory) Set(key, value string) (removed int) {
 		removed = m.forget(at, e)
 	}
 
-	// The value is alone, and the key has no deadline any more: a Set ends it.
+	// A Set also ends the key's deadline.
 	m.tally(1, value)
 	m.storeUntil(at, key, append(m.edit[:0], value), 0)
 	return removed
 }
 
-// Remove removes the first value equal to value, and the key with its last. It takes as
-// long as an Update.
+// Remove removes the first value equal to value; a key that loses its last value is gone. It takes
+// as long as an Update.
 func (m *Memory) Remove(key, value string) (removed bool) { return m.RemoveAt(key, value, -1) >= 0 }
 
-// RemoveAt is Remove. It returns the place of the value, -1 if there is none. In a long list it
-// looks at the place hint first: if that has the value it counts as the first.
+// RemoveAt is Remove, and returns the place of the value, -1 if there is none. In a long list it
+// looks at the place hint first: an equal value there counts as the first.
 func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
 		return -1
 	}
 
-	// A long list has hashes, so that few of its values are compared.
+	// Of a long list only values with an equal hash are compared.
 	if l := m.long(at.slot); l != nil {
 		place = m.index(l, value, hint)
 	} else {
@@ -259,9 +259,9 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 	return place
 }
 
-// takeAt removes value n of the key at a spot, and the key with its last.
+// takeAt removes value n of the key at a spot; a key that loses its last value is gone.
 func (m *Memory) takeAt(at spot, key string, e entry, n int) {
-	// While another value is left, the list becomes shorter and the key stays.
+	// If other values are left, the list becomes shorter and the key stays.
 	if l := m.ownLong(at.slot); l != nil {
 		if len(l.values) > 1 {
 			m.takeOut(l, n)
@@ -273,20 +273,20 @@ func (m *Memory) takeAt(at spot, key string, e entry, n int) {
 		return
 	}
 
-	// That was the last value: the key goes, and its deadline with it.
+	// That was the last value: the key and its deadline go.
 	m.forget(at, e)
 	m.remove(at, key)
 }
 
-// Take removes key's oldest value, and the key with its last. Of a long list it takes a
-// constant time, on the average of many.
+// Take removes and returns key's oldest value; a key that loses its last value is gone. It
+// takes amortized constant time, however long the list is.
 func (m *Memory) Take(key string) (value string, ok bool) {
 	at, e := m.find(key)
 	if e == nil {
 		return "", false
 	}
 
-	// A value of a short list is part of its entry, whose memory may be used again: clone it.
+	// A value of a short list is part of its entry, whose memory may be reused: clone it.
 	if l := m.long(at.slot); l != nil {
 		value = l.values[0]
 	} else {
@@ -314,15 +314,15 @@ func (m *Memory) Count(key string) (n int) {
 
 // Update removes the first value equal to oldValue and appends newValue. On a
 // list of n values that takes time in proportion to n, and about ten times as
-// long where the list was handed out since the last one, for then it is copied.
-// Where the first value goes it takes no longer than a Put.
+// long if the list was handed out since the last Update, because then it is copied.
+// An Update that replaces the oldest value takes no longer than a Put.
 func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 	return m.UpdateAt(key, oldValue, newValue, -1) >= 0
 }
 
-// UpdateAt is Update. It returns the place of the value that it removed, -1 if there is none. In a
-// long list it looks at the place hint before it searches: a caller that knows the place saves the
-// search.
+// UpdateAt is Update, and returns the place of the value that it removed, -1 if there was none. In
+// a long list it looks at the place hint before it searches: a caller that knows the place saves
+// the search.
 func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) {
 	at, e := m.find(key)
 	if e == nil {
@@ -332,7 +332,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 
 	m.tally(1, newValue)
 
-	// A long list is changed where it is; its entry stays.
+	// A long list is changed in place; its entry stays.
 	if l := m.ownLong(at.slot); l != nil {
 		if place = m.index(l, oldValue, hint); place >= 0 {
 			m.takeOut(l, place)
@@ -341,7 +341,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 		return place
 	}
 
-	// A short list is written anew, with the deadline that it had.
+	// A short list gets a new entry, which keeps the deadline.
 	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
 		m.tally(-1, oldValue)
@@ -355,7 +355,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 // Commit does nothing: memory is as durable as this store gets.
 func (m *Memory) Commit() error { return nil }
 
-// Room returns nil: memory is the server's to ration.
+// Room returns nil: the server itself limits memory.
 func (m *Memory) Room(int64, bool) error { return nil }
 
 // Size returns how much the store holds.
@@ -366,18 +366,18 @@ func (m *Memory) Size() (keys, values int, bytes int64) {
 // KeyBytes returns how many bytes all keys have, without their values.
 func (m *Memory) KeyBytes() int64 { return m.keyBytes }
 
-// Footprint returns how many bytes of memory the store takes, about: all that a snapshot
-// shares with it counts once. What waits to be used again, 4 MiB at most, does not count.
+// Footprint returns roughly how many bytes of memory the store takes. Memory that snapshots share
+// with it counts once. Memory that waits to be reused, at most 4 MiB, does not count.
 func (m *Memory) Footprint() int64 {
 	const pageSize = int(unsafe.Sizeof(page{}))
 	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
 
-	// Values that went count as long as a list's array keeps them in memory (longGone).
+	// Removed values count while a list's array keeps them in memory (longGone).
 	return int64(m.used+m.pages*pageSize+8*m.dir.len+len(m.large.pages)*largePageSize+
 		m.longValues*perLongValue+m.deadlines.bytes()) + m.largeBytes + m.longBytes + m.longGone
 }
 
-// Measure returns how many bytes key's values have together.
+// Measure returns the total bytes of key's values.
 func (m *Memory) Measure(key string) (bytes int64) {
 	at, e := m.find(key)
 	if e == nil {
@@ -390,7 +390,7 @@ func (m *Memory) Measure(key string) (bytes int64) {
 	return int64(SizeOf(e.values(m.edit[:0])))
 }
 
-// Has tells whether key's list has value. It hands nothing out.
+// Has reports whether key's list has value. It hands no memory out.
 func (m *Memory) Has(key, value string) bool {
 	at, e := m.find(key)
 	if e == nil {
@@ -403,25 +403,25 @@ func (m *Memory) Has(key, value string) bool {
 	return slices.Contains(e.values(m.edit[:0]), value)
 }
 
-// touchMost is how many keys are touched at a time: what they need stays in the cache.
+// touchMost is how many keys are touched at a time, so that what they need stays in the cache.
 const touchMost = 256
 
-// touchSize is how many bytes of store a processor's cache holds anyway.
+// touchSize is how many bytes of a store stay in a processor's cache anyway.
 const touchSize = 4 << 20
 
-// TouchPays tells whether the store is larger than a processor's cache.
+// TouchPays reports whether the store is larger than a processor's cache.
 func (m *Memory) TouchPays() bool { return m.used+m.pages<<12 >= touchSize }
 
-// Touch brings what a find of each of these keys needs into the processor's cache, for
-// requests that follow. One after the other each would wait for memory three times; here
-// those waits overlap, for no step of a loop needs the one before. (Valkey 8 calls this
-// memory access amortization.)
+// Touch loads what a find of each of these keys needs into the processor's cache, for
+// the requests that follow. One after the other, each request would wait for memory three times.
+// Here those waits overlap, because no step of a loop needs the one before it. (Valkey 8
+// calls this memory access amortization.)
 func (m *Memory) Touch(keys []string) {
 	var hashes, slots [touchMost]uint64
 	for len(keys) > 0 {
 		n := min(len(keys), touchMost)
 
-		// First the hashes, which need nothing of the store but its seed.
+		// First the hashes, which need only the store's seed.
 		for i, key := range keys[:n] {
 			hashes[i] = maphash.String(m.seed, key)
 		}
@@ -431,7 +431,7 @@ func (m *Memory) Touch(keys []string) {
 			slots[i] = m.page(h).slots[home(h<<addrBits)]
 		}
 
-		// Then the entries that these slots point to, as their addresses are known now.
+		// Then the entries that these slots point to.
 		sum := byte(0)
 		for _, slot := range slots[:n] {
 			if slot != 0 {
@@ -439,18 +439,18 @@ func (m *Memory) Touch(keys []string) {
 			}
 		}
 
-		// Without a use of the sum the compiler could leave out what is read for it.
+		// Without a use of the sum the compiler could leave out the reads.
 		m.touched += sum
 		keys = keys[n:]
 	}
 }
 
-// All yields every key with its list, as they are when All is called. They may be kept.
+// All yields every key with its list, as they are when All is called. The caller may keep them.
 func (m *Memory) All() iter.Seq2[string, []string] {
 	now := m.snapshot()
 	return func(yield func(string, []string) bool) {
 		for key, values := range now.All() {
-			// The snapshot overwrites its list with the next one, so the caller gets a copy.
+			// The snapshot overwrites a short list with the next one, so the caller gets a copy.
 			if !yield(key, slices.Clip(slices.Clone(values))) {
 				return
 			}
@@ -458,29 +458,29 @@ func (m *Memory) All() iter.Seq2[string, []string] {
 	}
 }
 
-// snapshot is what a Memory held at one moment. Any goroutine may look at it, while the
+// snapshot is what a Memory held at one moment. Any goroutine may read it while the
 // Memory's owner goes on.
 type snapshot struct{ view }
 
-// Snapshot takes one: a copy of three lists of pages, which have a pointer for 64 items. That takes
-// a fraction of a millisecond for some million keys. From then on the Memory copies each page
-// before it changes it for the first time; what the snapshot alone still needs stays in memory as
-// long as somebody has the snapshot.
+// Snapshot takes a snapshot: a copy of three lists of pages, with one pointer for 64 items. That
+// takes a fraction of a millisecond for several million keys. From then on the Memory copies each
+// page before its first change. What only the snapshot still needs stays in memory while somebody
+// has the snapshot.
 func (m *Memory) Snapshot() Snapshot { return m.snapshot() }
 
 func (m *Memory) snapshot() *snapshot {
-	// All that there is has a lower epoch now, so the Memory copies it before a change.
+	// Everything has a lower epoch from now on, so the Memory copies it before a change.
 	m.epoch++
 	s := &snapshot{m.view}
 	s.dir, s.slabs, s.large = s.dir.clone(), s.slabs.clone(), s.large.clone()
 
-	// Cleaning slabs that the snapshot has gives nothing back: they are left alone.
+	// Cleaning slabs that the snapshot has would free nothing, so they are left alone.
 	m.latest = weak.Make(s)
 	m.hold()
 	return s
 }
 
-// View returns key's list. Like Memory's it makes a short one in scratch.
+// View returns key's list. Like Memory's View it makes a short list in scratch.
 func (s *snapshot) View(scratch []string, key string) []string {
 	at, e := s.find(key)
 	if e == nil {
@@ -500,13 +500,13 @@ func (s *snapshot) list(slot uint64, scratch []string) []string {
 	return s.entry(slot).values(scratch[:0])
 }
 
-// All yields every key with its list, which is overwritten with the next one.
+// All yields every key with its list, which is valid until the next one is yielded.
 func (s *snapshot) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
 		var last *page
 		var scratch [maxShort]string
 		for i := range s.dir.len {
-			// A page of lower depth is in the directory several times in a row: it is listed once.
+			// A page of lower depth has several places in a row: it is listed once.
 			p := *s.dir.at(i)
 			if p == last {
 				continue
@@ -518,7 +518,7 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 					continue
 				}
 
-				// A short list is made in scratch, so it is good until the next one.
+				// The next short list overwrites this one in scratch.
 				if !yield(viewOf(s.entry(slot).key()), s.list(slot, scratch[:])) {
 					return
 				}
@@ -527,7 +527,7 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 	}
 }
 
-// SizeOf returns how many bytes the text of values takes together.
+// SizeOf returns the total bytes of values.
 func SizeOf(values []string) (bytes int) {
 	for _, v := range values {
 		bytes += len(v)

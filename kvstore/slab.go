@@ -8,74 +8,74 @@ import (
 	"unsafe"
 )
 
-// An entry is a key with its list, as bytes that nobody changes any more:
+// An entry is a key with its list, as bytes that are never changed:
 //
 //	| length | key | n | n lengths | n values |                  a short list
-//	| length | key | n + expires | deadline | n lengths ...      one that has a deadline
-//	| length | key | 0 |                             a long one: the values are elsewhere
+//	| length | key | n + expires | deadline | n lengths ...      a short list with a deadline
+//	| length | key | 0 |                             a long list: its values are elsewhere
 //
-// All numbers are uvarints, but for n, which is one byte. Entries lie in slabs, one behind the
-// other, and an address is a slab's number and an offset in it. What is too large for that has
-// memory of its own (large.go).
+// All numbers are uvarints, except n, which is one byte. Entries lie in slabs, one behind the
+// other, and an address is a slab's number and an offset in it. An entry that is too large for
+// that has memory of its own (large.go).
 type entry []byte
 
 const (
 	maxShort      = 8   // values in an entry; a key with more has a long list
-	maxShortBytes = 256 // of these together, unless there is only one
-	expires       = 128 // added to their number: a deadline is behind it
+	maxShortBytes = 256 // bytes of these values together, unless there is only one
+	expires       = 128 // added to the number of values: a deadline follows
 
 	slabBits = 18
 	slabSize = 1 << slabBits
 	ownSize  = 2 << 10 // bytes of an entry above which it has memory of its own
-	freeMost = 16      // pieces of memory that wait to be used again
+	freeMost = 16      // pieces of memory that wait to be reused
 
-	// Bytes of slabs that may be dead: deadMin, and one deadShare-th of all.
+	// The bytes of slabs that may be dead: deadMin, and one part in deadShare of all.
 	deadMin   = 2 << 20
 	deadShare = 4
 
 	buckets    = 32                 // of slabs, by their dead bytes
 	bucketSize = slabSize / buckets // dead bytes by which a bucket's slabs differ at most
-	cleanFrom  = buckets / 8        // the first bucket whose slabs are worth cleaning
-	cleanMost  = slabSize           // bytes that one operation cleans for, at most
+	cleanFrom  = buckets / 8        // the first bucket whose slabs are usually worth cleaning
+	cleanMost  = slabSize           // written or dead bytes that one operation cleans for, at most
 )
 
-// slab is a piece of memory without pointers. It is written once, from its start to its end. When
+// slab is a piece of memory without pointers. It is written once, from its start to its end. If
 // nothing in it is alive, no string of it was handed out, and no snapshot was taken since it was
-// made, its memory is used again at once: it is in the processor's cache still. Else it is left to
-// the garbage collector, which waits for everybody who reads it.
+// made, its memory is reused at once: it is still in the processor's cache. Otherwise it is left to
+// the garbage collector, which waits for all its readers.
 type slab [slabSize]byte
 
-// account is what a slab's owner alone knows of it.
+// account is what Memory knows of a slab and snapshots need not.
 type account struct {
 	written int // bytes
-	live    int // of these, in entries that the index points to
+	live    int // of the written bytes, those in entries that the index points to
 
-	epoch uint64 // Memory's when the slab was made: a snapshot taken since has it, too
-	shown bool   // strings that are parts of it were handed out
+	epoch uint64 // Memory's when the slab was made: a snapshot taken since has the slab, too
+	shown bool   // strings that are parts of the slab were handed out
 
-	bucket int // which one it is in; 0: none
+	bucket int // which bucket the slab is in; 0: none
 	place  int // in the bucket
 }
 
-// cleaner keeps the dead bytes of slabs in bounds. With more than may be, it walks through the slab
-// that has most, and moves what lives there to a new one. For each byte that is written or dies it
-// walks so far that about two bytes are given back.
+// cleaner limits the dead bytes of slabs. If there are more than allowed, it walks through the slab
+// that has most of them, and moves the live entries to a new slab. For each byte that is written or
+// dies it walks so far that about two bytes are freed.
 //
 //	bucket 31:  slab 7               nearly all of it is dead: cleaned first
 //	...
 //	bucket 4:   slab 2, slab 12
 //	...
-//	bucket 1:   slab 5, slab 3       8 KiB are dead: cleaned when memory is short
+//	bucket 1:   slab 5, slab 3       8 KiB are dead: cleaned only when memory is short
 type cleaner struct {
 	buckets [buckets][]int
-	victim  int  // the slab that is being cleaned; 0: none is
-	at      int  // how far
-	rate    int  // bytes of it to walk past for one that is written or dies
-	held    bool // the latest snapshot may be there still: slabs that it has are in no bucket
-	short   int  // bytes that may be written until memory is not short any more (Reclaim)
+	victim  int  // the slab that is being cleaned; 0: none
+	at      int  // offset of the victim's next entry
+	rate    int  // bytes of the victim to walk for each byte that is written or dies
+	held    bool // somebody may still have the latest snapshot: its slabs are in no bucket
+	short   int  // bytes to be written, or to die, before memory counts as not short (Reclaim)
 }
 
-// entry returns the entry that a slot points to, with what follows it.
+// entry returns the entry that a slot points to, with the bytes that follow it.
 func (v *view) entry(slot uint64) entry {
 	if slot&largeBit != 0 {
 		return v.large.at(number(slot)).data
@@ -83,7 +83,7 @@ func (v *view) entry(slot uint64) entry {
 	return (*v.slabs.at(int(slot & addrMask >> slabBits)))[slot&(slabSize-1):]
 }
 
-// parts returns an entry's key, and what follows it.
+// parts returns an entry's key, and the bytes behind the key.
 func (e entry) parts() (key, rest []byte) {
 	// A length below 128 is one byte, and is read without a call.
 	n, i := uint64(e[0]), 1
@@ -101,8 +101,8 @@ func (e entry) key() []byte {
 
 func (e entry) hasKey(key string) bool { return string(e.key()) == key }
 
-// list returns how many values a short list has, its deadline, 0 if it has none, and what
-// follows them.
+// list returns how many values a short list has, its deadline (0: none), and the bytes from the
+// first length on.
 func (e entry) list() (n int, deadline int64, rest []byte) {
 	_, rest = e.parts()
 	n, rest = int(rest[0]), rest[1:]
@@ -117,7 +117,7 @@ func (e entry) list() (n int, deadline int64, rest []byte) {
 // values appends the values of a short list to dst. They share the entry's memory.
 func (e entry) values(dst []string) []string {
 	_, rest := e.parts()
-	if rest[0] == 1 && rest[1] < 0x80 { // the usual list
+	if rest[0] == 1 && rest[1] < 0x80 { // the usual list: one short value, no deadline
 		return append(dst, viewOf(rest[2:2+rest[1]]))
 	}
 
@@ -129,7 +129,7 @@ func (e entry) values(dst []string) []string {
 		values = values[size:]
 	}
 
-	// Each length is taken with its value.
+	// Each length says where its value ends.
 	for range n {
 		length, size := binary.Uvarint(lengths)
 		lengths = lengths[size:]
@@ -139,11 +139,11 @@ func (e entry) values(dst []string) []string {
 	return dst
 }
 
-// size is how many bytes the entry takes.
+// size returns how many bytes the entry takes.
 func (e entry) size() int {
 	n, _, rest := e.list()
 
-	// The lengths are enough: the values are not read.
+	// The lengths are enough; the values need not be read.
 	sum := 0
 	for range n {
 		length, size := binary.Uvarint(rest)
@@ -151,19 +151,18 @@ func (e entry) size() int {
 		sum += int(length)
 	}
 
-	// What follows the entry may be in e, too, so the length of e is not the entry's.
+	// Other entries may follow in e, so the length of e is not the entry's.
 	return len(e) - len(rest) + sum
 }
 
-// viewOf is string(b) without a copy. What it needs holds for all bytes of entries: nobody
-// changes them while there is such a string. (Memory of which somebody outside was shown
-// a part is never used again.)
+// viewOf returns string(b) without a copy. Nobody may change b while there is such a string. That
+// holds for the bytes of entries: memory of which a part was handed out is never reused.
 func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
-// uvarintSize is how many bytes n takes.
+// uvarintSize returns how many bytes the uvarint n takes.
 func uvarintSize(n int) int { return (bits.Len(uint(n|1)) + 6) / 7 }
 
-// entrySize is how many bytes an entry takes.
+// entrySize returns how many bytes an entry takes.
 func entrySize(key string, values []string, deadline int64) int {
 	size := uvarintSize(len(key)) + len(key) + 1
 	if deadline != 0 {
@@ -175,13 +174,13 @@ func entrySize(key string, values []string, deadline int64) int {
 	return size
 }
 
-// writeEntry writes an entry to the start of b.
+// writeEntry writes an entry to the start of b, which has room for it (entrySize).
 func writeEntry(b []byte, key string, values []string, deadline int64) {
-	// b has room for the entry (entrySize), so no append moves it to other memory.
+	// As there is room, no append moves b to other memory.
 	b = binary.AppendUvarint(b[:0], uint64(len(key)))
 	b = append(b, key...)
 
-	// A short list has few values: a number from expires up tells that a deadline follows.
+	// A short list has few values, so a number from expires on says that a deadline follows.
 	if deadline == 0 {
 		b = append(b, byte(len(values)))
 	} else {
@@ -197,14 +196,14 @@ func writeEntry(b []byte, key string, values []string, deadline int64) {
 	}
 }
 
-// grow makes room for an entry of so many bytes in a slab.
+// grow makes room for an entry of size bytes in a slab, and returns its address and its memory.
 func (m *Memory) grow(size int) (addr uint64, b []byte) {
-	// The entry does not fit into the head, so it begins a new slab.
+	// An entry that does not fit into the head begins a new slab.
 	if slabSize-m.accounts[m.head].written < size {
 		full := m.head
 		m.head = m.open()
 
-		// The slab that was the head may be cleaned from now on.
+		// The old head may be cleaned from now on.
 		m.settle(full)
 	}
 
@@ -218,24 +217,24 @@ func (m *Memory) grow(size int) (addr uint64, b []byte) {
 
 // open makes a slab and returns its number.
 func (m *Memory) open() (k int) {
-	// A number is used again, so that the table grows only with the slabs in use.
+	// Numbers are reused, so that the table grows only with the number of slabs in use.
 	if n := len(m.unused); n > 0 {
 		k, m.unused = m.unused[n-1], m.unused[:n-1]
 	} else {
 		k, m.accounts = m.slabs.push(m.epoch), append(m.accounts, account{})
 	}
 
-	// A snapshot has its own table, in which the number means what it meant before.
+	// Snapshots have tables of their own, in which the number still means the old slab.
 	*m.slabs.own(k, m.epoch) = (*slab)(m.allocate(slabSize)[:slabSize])
 	m.accounts[k] = account{epoch: m.epoch}
 	m.used += slabSize
 	return k
 }
 
-// allocate returns memory for size bytes, which has no pointers: of what is free, if that
-// is not much more.
+// allocate returns memory for size bytes without pointers: a free piece, if one is large enough and
+// not much larger.
 func (m *Memory) allocate(size int) []byte {
-	// What was released last is tried first, for it may be in the processor's cache still.
+	// The piece released last is tried first: it may still be in the processor's cache.
 	for i := len(m.free) - 1; i >= 0; i-- {
 		if data := m.free[i]; cap(data) >= size && cap(data) <= size+size/4 {
 			m.free = slices.Delete(m.free, i, i+1)
@@ -243,17 +242,17 @@ func (m *Memory) allocate(size int) []byte {
 		}
 	}
 
-	// A strings.Builder does not clear the memory, which will be written anyway.
+	// A strings.Builder does not clear the memory, which saves time: it will be written anyway.
 	var fresh strings.Builder
 	fresh.Grow(size)
-	fresh.WriteByte(0) // or there would be no string to take the memory of
+	fresh.WriteByte(0) // an empty string would have no memory
 	return unsafe.Slice(unsafe.StringData(fresh.String()), fresh.Cap())[:size]
 }
 
-// release keeps memory that nobody has seen for the next, in the place of what has been
-// free longest.
+// release keeps memory for reuse if nobody can have seen it. It gives up the piece that has been
+// free longest if there are too many.
 func (m *Memory) release(data []byte, epoch uint64, shown bool) {
-	// The garbage collector gets what somebody may still read, and what is too large or small.
+	// Memory that somebody may still read, or whose size is unusual, is the garbage collector's.
 	if shown || epoch < m.epoch || cap(data) > slabSize || cap(data) <= ownSize {
 		return
 	}
@@ -264,7 +263,7 @@ func (m *Memory) release(data []byte, epoch uint64, shown bool) {
 	m.free = append(m.free, data)
 }
 
-// die takes note that nobody needs the entry of a slot any more. It returns its size.
+// die notes that nobody needs the entry of a slot any more. It returns the entry's size.
 func (m *Memory) die(slot uint64) (size int) {
 	if slot&largeBit != 0 {
 		return m.dropLarge(number(slot))
@@ -275,32 +274,32 @@ func (m *Memory) die(slot uint64) (size int) {
 	m.live -= size
 	m.accounts[k].live -= size
 
-	// The slab has more dead bytes now: it may change its bucket, or go.
+	// The slab has more dead bytes now: it may change its bucket, or be dropped.
 	m.settle(k)
 	return size
 }
 
-// settle puts slab k where it belongs: into the bucket of its dead bytes if it may be
-// cleaned, and away if nothing in it is alive.
+// settle puts slab k into the bucket for its dead bytes if it may be
+// cleaned, and drops it if nothing in it is alive.
 func (m *Memory) settle(k int) {
-	// Slab 0 is none, and the head is still being written.
+	// Number 0 means no slab, and the head is still being written.
 	if k == 0 || k == m.head {
 		return
 	}
 
-	// The victim is in no bucket, nor is a slab that is about to go.
+	// The victim is in no bucket, and neither is a slab that is about to be dropped.
 	a, bucket := &m.accounts[k], 0
 	if a.live > 0 && k != m.victim {
 		bucket = (a.written - a.live) / bucketSize
 	}
 
-	// What the latest snapshot has is in no bucket (hold).
+	// Slabs that the latest snapshot has are in no bucket (hold).
 	isHeld := m.held && a.epoch < m.epoch
 	if bucket != a.bucket && !isHeld {
 		m.move(k, bucket)
 	}
 
-	// A snapshot that has the slab keeps its memory: it is not used again (release).
+	// release does not reuse the memory if a snapshot may have the slab.
 	if a.live == 0 {
 		m.drop(k)
 	}
@@ -311,13 +310,13 @@ func (m *Memory) drop(k int) {
 	a := &m.accounts[k]
 	m.used -= slabSize
 
-	// The memory is used again if nobody can have seen it, and the number in any case.
+	// The memory is reused if nobody can have seen it, the number in any case.
 	m.release((*m.slabs.at(k))[:], a.epoch, a.shown)
 	*m.slabs.own(k, m.epoch) = nil
 	*a = account{}
 	m.unused = append(m.unused, k)
 
-	// The victim has gone: clean chooses another one when it has to.
+	// If that was the victim, clean chooses another one when it needs one.
 	if k == m.victim {
 		m.victim = 0
 	}
@@ -327,7 +326,7 @@ func (m *Memory) drop(k int) {
 func (m *Memory) move(k, bucket int) {
 	a := &m.accounts[k]
 
-	// The bucket's last slab takes the place that becomes free.
+	// The bucket's last slab takes its place.
 	if a.bucket > 0 {
 		old := m.buckets[a.bucket]
 		last := old[len(old)-1]
@@ -341,13 +340,13 @@ func (m *Memory) move(k, bucket int) {
 	}
 }
 
-// hold leaves all slabs alone, but for the victim, as long as somebody has the snapshot that is
-// being taken: cleaning them would give nothing back.
+// hold takes all slabs out of their buckets when a snapshot is taken. While somebody has the
+// snapshot, cleaning them would free nothing. Only the victim is still cleaned to its end.
 func (m *Memory) hold() {
 	m.buckets, m.held = [buckets][]int{}, true
 }
 
-// letGo ends hold, once nobody has the snapshot any more.
+// letGo ends hold if nobody has the snapshot any more.
 func (m *Memory) letGo() {
 	if !m.held || m.latest.Value() != nil {
 		return
@@ -357,15 +356,15 @@ func (m *Memory) letGo() {
 	m.held = false
 	for k := range m.accounts {
 		if a := &m.accounts[k]; a.live > 0 && a.epoch < m.epoch {
-			a.bucket = 0 // it was in one when the snapshot was taken
+			a.bucket = 0 // hold has emptied the bucket that this says
 			m.settle(k)
 		}
 	}
 }
 
-// clean cleans slabs after so many bytes were written or have died.
+// clean cleans slabs after this many bytes were written or have died.
 func (m *Memory) clean(bytes int) {
-	// One operation cleans no longer than this, whatever it has written.
+	// This bounds the time that one operation spends, however much it has written.
 	bytes = min(bytes, cleanMost)
 	m.short = max(0, m.short-bytes)
 
@@ -375,19 +374,19 @@ func (m *Memory) clean(bytes int) {
 		for walk > 0 && victim == m.victim {
 			walk -= m.step()
 		}
-		bytes = walk / rate // the victim has gone: what is left is for the next
+		bytes = walk / rate // if the victim was dropped, the rest is for the next one
 	}
 }
 
-// step moves the next entry of the victim to another slab, if it is alive, and returns its size.
-// With the last one that is alive the victim is dropped.
+// step walks past the victim's next entry and returns its size; an entry that is alive moves to
+// another slab. When the last live entry has moved, the victim is dropped.
 func (m *Memory) step() (size int) {
 	addr := uint64(m.victim)<<slabBits | uint64(m.at)
 	e := m.entry(addr)
 	size = e.size()
 	m.at += size
 
-	// The copy is made before the entry dies, for the victim may go with it.
+	// The copy is made before the entry dies, because then the victim may be dropped.
 	if at := m.locate(addr); at.slot != 0 {
 		to, b := m.grow(size)
 		copy(b, e)
@@ -397,7 +396,8 @@ func (m *Memory) step() (size int) {
 	return size
 }
 
-// choose makes the slab with most dead bytes the victim, if more is dead in all than may be.
+// choose makes the slab with most dead bytes the victim, if more bytes are dead in all than allowed
+// or memory is short. It reports whether there is a victim.
 func (m *Memory) choose() bool {
 	// While memory is short, slabs with few dead bytes are worth cleaning, too.
 	least := 1
@@ -408,10 +408,10 @@ func (m *Memory) choose() bool {
 		least = cleanFrom
 	}
 
-	// Once nobody has the latest snapshot, its slabs can be chosen, too.
+	// If nobody has the latest snapshot any more, its slabs can be chosen, too.
 	m.letGo()
 
-	// The rate is such that about two bytes are given back for each that is written or dies.
+	// At this rate about two bytes are freed for each byte that is written or dies.
 	for b := buckets - 1; b >= least; b-- {
 		if n := len(m.buckets[b]); n > 0 {
 			m.victim, m.at, m.rate = m.buckets[b][n-1], 0, 2*buckets/b
@@ -423,8 +423,8 @@ func (m *Memory) choose() bool {
 }
 
 // Reclaim tells the store that memory is short. It returns how many bytes of the Footprint are dead
-// and can be counted as free: what is written from now on gets them, for slabs with less dead bytes
-// than usual are cleaned as well, until 256 KiB were written or have died.
+// and can be counted as free: the next writes reuse them, because slabs with fewer dead bytes than
+// usual are cleaned as well, until 256 KiB were written or have died.
 func (m *Memory) Reclaim() (bytes int64) {
 	m.letGo()
 	m.short = slabSize
@@ -432,5 +432,5 @@ func (m *Memory) Reclaim() (bytes int64) {
 		bytes += int64(b * bucketSize * len(slabs))
 	}
 
-	return max(0, bytes-2*slabSize) // what is moved takes room before its slab goes
+	return max(0, bytes-2*slabSize) // live entries take new room before their old slab goes
 }

@@ -5,8 +5,8 @@ import "slices"
 // tableItems is how many items a page of a table holds.
 const tableItems = 64
 
-// table is an array that a snapshot copies in little time: only the list of its pages is copied.
-// From then on a page is copied before the first change in it.
+// table is an array that a snapshot copies in little time: it copies only the list of pages.
+// From then on the table copies a page before the first change in it.
 //
 //	Memory's table      pages       snapshot's table
 //	    +---+         +-------+         +---+
@@ -27,14 +27,14 @@ type tablePage[T any] struct {
 	items [tableItems]T
 }
 
-// at returns item i to be looked at.
+// at returns item i for reading.
 func (t *table[T]) at(i int) *T { return &t.pages[uint(i)/tableItems].items[uint(i)%tableItems] }
 
-// own returns item i to be changed: in a copy of its page, if a snapshot has that.
+// own returns item i for a change, in a copy of its page if a snapshot may have the page.
 func (t *table[T]) own(i int, epoch uint64) *T {
 	p := t.pages[i/tableItems]
 
-	// A snapshot may have a page of an earlier epoch, and keeps it: this table goes on with a copy.
+	// A snapshot may have a page of an earlier epoch and keeps that; this table gets a copy.
 	if p.epoch != epoch {
 		mine := *p
 		mine.epoch = epoch
@@ -45,7 +45,7 @@ func (t *table[T]) own(i int, epoch uint64) *T {
 	return &p.items[i%tableItems]
 }
 
-// push adds an item, which is the zero value, and returns its place.
+// push adds a zero item and returns its place.
 func (t *table[T]) push(epoch uint64) (i int) {
 	if t.len == len(t.pages)*tableItems {
 		t.pages = append(t.pages, &tablePage[T]{epoch: epoch})
@@ -54,9 +54,9 @@ func (t *table[T]) push(epoch uint64) (i int) {
 	return t.len - 1
 }
 
-// pop removes the last item, and a page with its last.
+// pop removes the last item, and its page if it was the page's only one.
 func (t *table[T]) pop(epoch uint64) {
-	// The item that push adds is the zero value, so nothing of this one may stay behind.
+	// The item is cleared, because push adds a zero item without writing it.
 	var none T
 	*t.own(t.len-1, epoch) = none
 
@@ -67,5 +67,6 @@ func (t *table[T]) pop(epoch uint64) {
 	}
 }
 
-// clone returns a copy with the same pages. The owner of t has a new epoch from now on.
+// clone returns a copy with the same pages. The owner of t must begin a new epoch, so that t copies
+// them before a change.
 func (t *table[T]) clone() table[T] { return table[T]{slices.Clone(t.pages), t.len} }
