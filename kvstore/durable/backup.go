@@ -9,17 +9,17 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// Backup copies the store in dir to out, which is empty. It takes no lock of dir and asks no server:
-// beside a process that has the store open it reads at least what that had written when Backup
-// began, whole frames only, and that is everything that was answered by then. It checks the
-// checksums and the order of what it copies; the copy opens like any store. step, if not nil, is
-// told after each frame how many bytes were copied of about how many.
+// Backup copies the store in dir to out, which must be empty. It takes no lock of dir and asks no
+// server. While a process has the store open, Backup reads at least what that process had written
+// when Backup began, in whole frames: everything that was answered by then. It checks the
+// checksums and the order of the frames that it copies. The copy opens like any store. step, if not
+// nil, is called after each frame with the bytes copied so far, and roughly their total.
 func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Report, err error) {
 	err = fillDirectory(out, func() (err error) {
 		var c copier
 		beside(dir, func() (isStale bool) {
 			c = copier{out: out, step: step}
-			err = empty(out) // of what was copied before, in vain
+			err = empty(out) // an earlier try may have left files
 			if err == nil {
 				err = c.copyAll(dir)
 			}
@@ -33,8 +33,8 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 	return r, err
 }
 
-// fillDirectory has write fill a directory that is empty, and locked meanwhile. If that fails, the
-// directory is empty again, unless it is another process's by then.
+// fillDirectory locks an empty directory and runs write, which fills it. If that fails, the
+// directory is emptied again, unless it is another process's by then.
 func fillDirectory(out storage.Directory, write func() error) error {
 	lock, err := out.Lock(context.Background())
 	if err != nil {
@@ -42,7 +42,7 @@ func fillDirectory(out storage.Directory, write func() error) error {
 	}
 	defer lock.Close()
 
-	// Looked at once it is locked, for nobody else fills it from then on.
+	// Checked only now that it is locked: from here on nobody else fills it.
 	names, err := out.List()
 	if err != nil {
 		return err
@@ -53,15 +53,15 @@ func fillDirectory(out storage.Directory, write func() error) error {
 		}
 	}
 
-	// Whoever took the lock meanwhile may have written there, too: then it is no copy, and what is
-	// there is not ours to remove.
+	// If another process has taken the lock, it may have written there, too: then this is no copy,
+	// and the files are not ours to remove.
 	err = write()
 	lost := lock.Held()
 	if lost != nil && !errors.Is(lost, storage.ErrGone) {
 		return errors.Join(err, lost)
 	}
 
-	// Half a copy is of no use, and in the way of the next try.
+	// Half a copy is useless, and the next try would refuse it.
 	err = errors.Join(err, lost)
 	if err != nil {
 		err = errors.Join(err, empty(out))
@@ -69,9 +69,9 @@ func fillDirectory(out storage.Directory, write func() error) error {
 	return err
 }
 
-// empty removes what there is of a store.
+// empty removes all files of a store, or of a part of one.
 func empty(out storage.Directory) error {
-	// What cannot be removed is said, but the rest goes.
+	// If one file cannot be removed, the others still are.
 	names, err := out.List()
 	for _, name := range names {
 		if !isBeside(name) {
@@ -86,13 +86,13 @@ type copier struct {
 	*files
 	out           storage.Directory
 	w             *logWriter // the copy of the file that is read
-	made          int        // files so far
+	made          int        // log files made so far
 	copied, total int64      // bytes
 	step          func(copied, total int64)
 }
 
-// copyAll copies the files in their order, and last STORE: before that the copy is no store. It
-// fails with an fs.ErrNotExist if a compaction takes a file away before it is open.
+// copyAll copies the log files in order, and then STORE: without it the copy is no store. It
+// fails with fs.ErrNotExist if a compaction removes a file before it is open.
 func (c *copier) copyAll(dir storage.Directory) (err error) {
 	c.files, err = findFiles(dir)
 	if err != nil {
@@ -107,7 +107,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		c.total += l.size
 	}
 
-	// A crash before STORE leaves a directory that no start takes for a store.
+	// After a crash before STORE, no start takes the directory for a store.
 	for !c.done {
 		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)
 		if err != nil {
@@ -119,8 +119,8 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 	return err
 }
 
-// copyFile copies the frames of the next file to w. The last one's last frame says that all before
-// it is on disk.
+// copyFile copies the frames of the next file to w. The last file gets one more frame, which says
+// that everything before it is on disk.
 func (c *copier) copyFile(w *logWriter) error {
 	c.w = w
 	end, err := c.read(c.copyFrame)
@@ -128,10 +128,10 @@ func (c *copier) copyFile(w *logWriter) error {
 		return err
 	}
 
-	// A copy ends as a clean stop does: what is damaged in it later is not taken for torn.
+	// A copy ends like a clean stop, so that later damage in it is not taken for a torn end.
 	last := frame{sequence: end.next, synced: end.next - 1, kind: frameCleanStop}
 	if end.goesOn() {
-		last.sequence, last.synced = end.next-1, end.next-2 // in the place of what was left out
+		last.sequence, last.synced = end.next-1, end.next-2 // replaces the frame that was left out
 	}
 	return w.append(last, nil, 0)
 }
@@ -143,7 +143,7 @@ func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
 		c.step(c.copied, c.total)
 	}
 
-	// If the last file goes on, the next one came after we began, and is not in the copy.
+	// If the last file goes on, the next one was made after Backup began, and is not in the copy.
 	if f.kind == frameNext && l == c.logs[len(c.logs)-1] {
 		return nil
 	}

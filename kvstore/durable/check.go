@@ -10,14 +10,14 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// Report is what Check, Repair or Backup has to say, a line for each thing.
+// Report is what Check, Repair or Backup has found, a line for each thing.
 type Report struct {
 	Lines   []string
 	Empty   bool // by Check: there is no store
-	Damaged bool // something that was on disk is not as it was
-	Lost    bool // by Repair: some of that could not be saved
+	Damaged bool // something that was once on disk is not as it was written
+	Lost    bool // by Repair: some of the damaged data could not be saved
 
-	missing bool // a file was not there
+	missing bool // a file was missing
 }
 
 // say adds a line.
@@ -25,7 +25,7 @@ func (r *Report) say(format string, args ...any) {
 	r.Lines = append(r.Lines, fmt.Sprintf(format, args...))
 }
 
-// damage takes note of err if it is damage, and returns nil; other errors are the caller's.
+// damage notes err and returns nil if err is damage. It returns other errors.
 func (r *Report) damage(err error) error {
 	if !errors.As(err, new(*storage.DamageError)) {
 		return err
@@ -36,9 +36,9 @@ func (r *Report) damage(err error) error {
 	return nil
 }
 
-// beside has read done beside a process that may have the store open: a compaction of that one can
-// take a file away before it is open, or in etcd also later. So what is stale is read again, unless
-// nobody has made or removed a file since it was last read.
+// beside runs read while another process may have the store open. A compaction of that process can
+// remove a file before it is open, in etcd also later. So if the result is stale, beside runs read
+// again, unless no file was made or removed since the last time.
 func beside(dir storage.Directory, read func() (isStale bool)) {
 	for before := []string(nil); read(); {
 		names, err := dir.List()
@@ -49,16 +49,16 @@ func beside(dir storage.Directory, read func() (isStale bool)) {
 	}
 }
 
-// Check reads the whole store in dir and says what is there and what is wrong. It changes
-// nothing, and takes no lock but to see who has it: beside a process that has the store open it
-// reads what that has written so far. A compaction of that process may take files away: then Check
-// begins again.
+// Check reads the whole store in dir and reports what is there and what is wrong. It changes
+// nothing, and takes the lock only for moments, to see who holds it. While a process has the store
+// open, Check reads what that process has written so far. If a compaction of that process removes
+// files, Check begins again.
 func Check(dir storage.Directory) (r Report, err error) {
 	beside(dir, func() (isStale bool) {
 		r, err = check(dir)
 		_, inUse := dir.InUse()
 
-		// Beside a process that writes, a file may have been made or removed meanwhile.
+		// A process that writes may have made or removed a file meanwhile.
 		return errors.Is(err, fs.ErrNotExist) || r.missing && inUse
 	})
 	return r, err
@@ -71,13 +71,13 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, err
 	}
 
-	// Whoever reads this has to know that there may be more by now.
+	// The reader of the report must know that there may be more by now.
 	owner, inUse := dir.InUse()
 	if inUse {
 		r.say("in use  %s: read beside it, up to what is written by now", owner)
 	}
 
-	// Where it is not clear which files are the store, there is nothing to read.
+	// If it is not clear which files make the store, nothing can be read.
 	s, err := findFiles(dir)
 	switch {
 	case err != nil:
@@ -88,7 +88,7 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, nil
 	}
 
-	// Whatever is wrong with one file, the others are read, too.
+	// Even if one file is bad, the others are read, too.
 	m := kvstore.NewMemory()
 	defer closeLogs(s.logs)
 	for !s.done {
@@ -112,7 +112,7 @@ func check(dir storage.Directory) (r Report, err error) {
 		r.say("unused  %s, the next start removes it", dir.Path(name))
 	}
 
-	// Where something is missing, what was read is not what the store held.
+	// If something is missing, the sums would not be those of the store.
 	if !r.Damaged {
 		keys, values, bytes := m.Size()
 		r.say("holds %d keys, %d values, %d bytes of data", keys, values, bytes)

@@ -13,19 +13,19 @@ import (
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact puts a snapshot in the place of all full files, in the background, when they have
-// minCompact bytes, and more than waste times those of the live data. It is called when a file has
-// become full, or the current one is empty, and the snapshot is what Memory holds then: no file is
-// read again, and a bit that has rotted in one goes with it. It always takes the whole prefix of
-// the log: a part of it, merged without what came before, would bring deleted keys back (bitcask
-// issue 82, badger issue 2143, leveldb issue 184).
+// compact starts a compaction, if the full files have at least minCompact bytes and more than waste
+// times those of the live data: in the background, a snapshot replaces all full files. compact is
+// called when a file has become full, or while the current one is empty, and the snapshot is what
+// Memory holds then. So no file is read again, and a bit that has rotted in one goes with it. A
+// compaction always replaces the whole beginning of the log: a part of it, merged without what came
+// before, would bring deleted keys back (bitcask issue 82, badger issue 2143, leveldb issue 184).
 func (d *Store) compact() {
 	if d.isCompacting() || d.fullBytes < d.minCompact ||
 		d.fullBytes <= d.waste*d.liveBytes() || !d.mayCompact() {
 		return
 	}
 
-	// The snapshot is taken here, by the owner: from now on it stays what it is.
+	// The owner takes the snapshot here, before it changes anything else.
 	c, ended := d.newCompaction(), make(chan *compaction, 1)
 	d.compacted = ended
 	go func() {
@@ -34,35 +34,35 @@ func (d *Store) compact() {
 	}()
 }
 
-// liveBytes is how many bytes a snapshot of the store would take, about.
+// liveBytes returns roughly how many bytes a snapshot of the store would take.
 func (d *Store) liveBytes() int64 {
-	// A key that has a deadline stands there twice.
+	// A snapshot has a key with a deadline twice.
 	keys, values, bytes := d.Size()
 	twice := int64(d.Expiring()) * (d.KeyBytes()/int64(max(keys, 1)) + recordExtra)
 	return bytes + int64(keys+values)*recordExtra + twice
 }
 
-// isWasteful tells whether the log is so much larger than what it holds that the current
-// file must not become full before it is compacted, as where nothing but Deletes come.
+// isWasteful reports whether the log is so much larger than the data that a compaction must
+// not wait until the current file is full, as when only Deletes come.
 func (d *Store) isWasteful() bool {
 	return !d.isCompacting() &&
 		d.fullBytes+d.size > d.waste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
 }
 
-// mayCompact tells whether a compaction may begin, if none runs: none has failed a short time ago,
+// mayCompact reports whether a compaction may begin, if none runs: none has failed a short time ago,
 // the store does not close, and its directory knows of no lack of room.
 func (d *Store) mayCompact() bool {
 	select {
 	case <-d.stop:
-		return false // it would give up at once
+		return false // a compaction would give up at once
 	default:
 		return !time.Now().Before(d.compactAfter) && d.dir.RoomFor(d.liveBytes(), true) == nil
 	}
 }
 
-// isCompacting tells whether a compaction runs. If one has ended it takes that into account first.
+// isCompacting reports whether a compaction runs. If one has ended, it notes its result first.
 func (d *Store) isCompacting() bool {
-	// Nobody waits for it here, so its end is noticed by whoever asks.
+	// Nobody waits for a compaction, so its end is noticed here.
 	select {
 	case c := <-d.compacted:
 		d.noteCompaction(c)
@@ -71,15 +71,15 @@ func (d *Store) isCompacting() bool {
 	return d.compacted != nil
 }
 
-// noteCompaction takes the end of a compaction into account. One that failed may have
-// left files that are of no use any more: the next one removes them.
+// noteCompaction notes the result of a compaction. One that failed may have left useless
+// files, which the next one removes.
 func (d *Store) noteCompaction(c *compaction) {
 	d.compacted = nil
 	d.noteSnapshot(c)
 
 	switch c.err {
 	case nil:
-		// SPARE follows what the store holds, but not each change of it.
+		// SPARE follows the size of the data, but not every change of it.
 		d.spare.cut(2 * (d.toDelete(0) + int64(d.zerosAhead)))
 		d.status.Compactions.Add(1)
 		d.log.Info("compacted the log", "freed", c.replaced-c.bytes, "snapshot", c.bytes)
@@ -91,8 +91,8 @@ func (d *Store) noteCompaction(c *compaction) {
 	}
 }
 
-// noteSnapshot takes the snapshot of a compaction into account. It may be there also where an error
-// says that an old file could not be removed.
+// noteSnapshot notes the snapshot of a compaction. There may be one even after an error, if only an
+// old file could not be removed.
 func (d *Store) noteSnapshot(c *compaction) {
 	if !c.isDone() {
 		return
@@ -100,7 +100,7 @@ func (d *Store) noteSnapshot(c *compaction) {
 	d.snapshot = c.header.number
 	d.fullBytes += c.bytes - c.replaced
 
-	// The files that it stands for are ours no more.
+	// The files that it replaces are not ours any more.
 	d.known[c.header.name()] = c.written
 	own := d.ownFiles()
 	maps.DeleteFunc(d.known, func(name string, _ storage.Stamp) bool {
@@ -108,38 +108,39 @@ func (d *Store) noteSnapshot(c *compaction) {
 	})
 }
 
-// compaction is one that is to run, runs, or has ended. It touches nothing of the Store's, so it
-// may run on a goroutine of its own.
+// compaction is one that will run, runs, or has ended. It shares nothing with the Store except the
+// directory, so it may run on a goroutine of its own.
 type compaction struct {
 	dir      storage.Directory
-	header   fileHeader       // the snapshot's; it stands for all segments up to its number
-	store    kvstore.Snapshot // what these make
-	replaced int64            // bytes of the files that it stands for
-	stop     <-chan struct{}  // closed when it is to give up; nil: it does not
+	header   fileHeader       // of the snapshot, which replaces all segments up to its number
+	store    kvstore.Snapshot // what these segments make
+	replaced int64            // bytes of the files that the snapshot replaces
+	stop     <-chan struct{}  // closed when the compaction is to give up; nil: it never does
 
-	// prepare is run when all of the snapshot is on disk, before it gets its name. If it fails
-	// there is no snapshot. nil: nothing is to be prepared.
+	// prepare, if not nil, is run when all of the snapshot is on disk, before it gets its name. If
+	// prepare fails, there is no snapshot.
 	prepare func() error
 
 	// How it ended.
 	bytes   int64         // of the snapshot
-	written storage.Stamp // what that is; the zero Stamp: there is none
+	written storage.Stamp // the snapshot's; the zero Stamp: there is none
 	err     error
 }
 
-// isDone tells whether there is a snapshot.
+// isDone reports whether there is a snapshot.
 func (c *compaction) isDone() bool { return c.written.ID != nil }
 
-// newCompaction is one of all full files, at a moment when these make what Memory holds.
+// newCompaction returns a compaction of all full files. The current file must be empty: then the
+// full ones make what Memory holds.
 func (d *Store) newCompaction() *compaction {
-	// The current file begins behind what the snapshot has.
+	// The current file begins with the first frame behind the snapshot.
 	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
 		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
 			first: d.current.header.first}}
 }
 
-// run writes the snapshot, and then removes the files for which it stands: all of lower numbers,
-// so that what a failed compaction has left goes, too. A crash leaves the old files, or the
+// run writes the snapshot, and then removes the files that it replaces: all of lower numbers, so
+// that files which a failed compaction has left go, too. A crash leaves the old files, or the
 // snapshot and any of the old files.
 func (c *compaction) run() {
 	c.written, c.err = createLog(c.dir, c.header, c.fill)
@@ -147,7 +148,7 @@ func (c *compaction) run() {
 		return
 	}
 
-	// Only now: the snapshot has its name on disk.
+	// Only now, because the snapshot has its name on disk.
 	names, err := c.dir.List()
 	for _, name := range names {
 		kind, number, isLog := parseName(name)
@@ -157,11 +158,12 @@ func (c *compaction) run() {
 		}
 	}
 
-	// Sync: an emptied file that came back after a crash would make the start refuse the store.
+	// Sync, because of spoiled files: if an emptied one came back after a crash, the start would
+	// refuse the store.
 	c.err = errors.Join(err, c.dir.Sync())
 }
 
-// fill writes the snapshot's frames, and prepares.
+// fill writes the snapshot's frames, and runs prepare.
 func (c *compaction) fill(w *logWriter) error {
 	err := writeAll(w, c.store, c.stop)
 	c.bytes = w.size
@@ -169,7 +171,7 @@ func (c *compaction) fill(w *logWriter) error {
 		return err
 	}
 
-	// What prepare removes may be the only other place where the data is.
+	// Sync first, because prepare may remove the only other copy of the data.
 	err = w.sync()
 	if err != nil {
 		return err
@@ -177,13 +179,13 @@ func (c *compaction) fill(w *logWriter) error {
 	return c.prepare()
 }
 
-// writeAll writes what store holds as a snapshot's frames, until stop is closed: each key with all
-// its values, or where these are many, with as many as make the key's own length a small part.
+// writeAll writes what store holds as a snapshot's frames, until stop is closed. A key has all its
+// values in one record; if these are too many it has several records (listPart).
 func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error {
 	var payload []byte
 	f := frame{sequence: 1}
 
-	// A store that closes waits for one frame at most.
+	// A store that closes waits for at most one frame.
 	flush := func() error {
 		select {
 		case <-stop:
@@ -203,14 +205,14 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 			f.count++
 			values = values[n:]
 
-			// A key's deadline comes last, for a load has to have the key first.
+			// A key's deadline comes last, because a load needs the key before it.
 			at, hasDeadline := store.Deadline(key)
 			if len(values) == 0 && hasDeadline {
 				payload = appendExpire(payload, key, at)
 				f.count++
 			}
 
-			// One flipped bit costs no more than a frame.
+			// Frames are short, because one flipped bit costs a whole frame.
 			if len(payload) < maxFrameSnapshot {
 				continue
 			}
@@ -232,9 +234,9 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 	return flush()
 }
 
-// listPart is how many of values a record of a snapshot has, at most.
+// listPart returns how many of values the next record of a snapshot has.
 func listPart(key string, values []string) int {
-	// The key stands in each record, so a long key has large records.
+	// Each record has the key, so the records of a long key are large.
 	most := max(maxFrameSnapshot, 8*len(key))
 
 	for i, v := range values {

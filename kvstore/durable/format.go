@@ -33,22 +33,23 @@ import (
 //	Update            key, old value, new value
 //	List              key, n:uvarint, and n values, which are appended to the key's list; only in
 //	                  a snapshot
-//	Expire            key, at:uvarint, in milliseconds of Unix time; 0: the key stays
+//	Expire            key, at:uvarint, in milliseconds of Unix time; 0: the key has no deadline
 //
-// Update and Remove say first at which place of the list the old value was, so that a load need not
-// search for it.
+// Before its fields a record of an Update or a Remove has the place of the removed value in the
+// list, so that a load need not search for it.
 //
-// A frame holds what one Commit made durable, or a part of it. Its sequence is one more than that
-// of the frame before it, from file to file; a header's first is the sequence of the file's first
-// frame. A frame's synced is the last frame that was known to be on disk when this one was written.
-// A frame that a later one calls synced was on disk once: if it is bad, the file is damaged.
+// A frame holds what one Commit made durable, or a part of that. Its sequence is one more than that
+// of the frame before it, also from file to file. A header's first is the sequence of the file's
+// first frame. A frame's synced is the last frame that was known to be on disk when this one was
+// written. If a later frame calls a frame synced, that frame was once on disk: if it is bad now, the
+// file is damaged.
 //
-// Every CRC (CRC-32C) in a frame begins with the store's random id and the file's kind and number.
-// So neither stale bytes of other files nor bytes of a log inside a value can pass for a frame. A
-// length is believed once its frame's CRC holds and it fits the file.
+// Every CRC (CRC-32C) in a frame is seeded with the store's random id and the file's kind and number.
+// So neither stale bytes of other files nor log bytes inside a value can be taken for a frame. A
+// length is believed only if its frame's CRC is right and the frame fits into the file.
 const (
 	fileMagic   = "kvserver"
-	fileVersion = 3 // has List, Take and Expire, which 2 has not
+	fileVersion = 3 // has List, Take and Expire, which version 2 lacks
 
 	oldestVersion = 2 // of a log file that can be read
 	storeVersion  = 2 // of STORE, whose format has not changed since
@@ -58,8 +59,8 @@ const (
 	frameMagic = "kvfr"
 	frameSize  = 40 // bytes, without payload
 
-	// Bytes of payload after which a frame is closed: a load holds no more at a time, but for one
-	// large record. In a snapshot it is less, for one flipped bit costs a frame.
+	// Bytes of payload after which a frame is closed, so that a load holds no more at a time (except
+	// one large record). In a snapshot they are fewer, because one flipped bit costs a whole frame.
 	maxFramePut      = 1 << 20
 	maxFrameSnapshot = 64 << 10
 
@@ -69,10 +70,10 @@ const (
 
 	// Kinds of frames.
 	frameRecords   = 0
-	frameEnd       = 1 // the last of a complete snapshot
+	frameEnd       = 1 // the last frame of a complete snapshot
 	frameCleanStop = 2 // the store was closed
-	frameSynced    = 3 // has no records, but says what is on disk
-	frameNext      = 4 // the last one: the log goes on in the next file
+	frameSynced    = 3 // has no records: it only says what is on disk
+	frameNext      = 4 // the last frame of a full file: the log goes on in the next one
 )
 
 // Operations of a record.
@@ -89,10 +90,10 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// crc is the checksum of b, begun with seed.
+// crc returns the checksum of b with a seed.
 func crc(seed uint32, b []byte) uint32 { return crc32.Update(seed, castagnoli, b) }
 
-// storeID tells a store from all others. It is random, and drawn when the store is made.
+// storeID tells a store from all others. It is a random number, drawn when the store is made.
 type storeID [16]byte
 
 // fileHeader is the beginning of a log file.
@@ -100,16 +101,17 @@ type fileHeader struct {
 	kind   uint32
 	id     storeID
 	number uint64
-	// The sequence of its first frame; of a snapshot: of the first frame behind what it stands for.
+	// The sequence of the file's first frame; in a snapshot, of the first frame that it does not
+	// replace.
 	first uint64
 
-	isOld bool // as it was read: the file is of a version before fileVersion
+	isOld bool // after decodeHeader: the file's version is older than fileVersion
 }
 
-// name is the name of the file.
+// name returns the file's name.
 func (h fileHeader) name() string { return logName(h.kind, h.number) }
 
-// encode returns the header as it is in a file.
+// encode returns the header as bytes.
 func (h fileHeader) encode() []byte {
 	b := make([]byte, headerSize)
 	copy(b, fileMagic)
@@ -119,7 +121,7 @@ func (h fileHeader) encode() []byte {
 	binary.LittleEndian.PutUint64(b[32:], h.number)
 	binary.LittleEndian.PutUint64(b[40:], h.first)
 
-	// Of all that stands before it, the zeros from byte 48 on too.
+	// The checksum covers all bytes before it, also the zeros from byte 48 on.
 	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
 	return b
 }
@@ -131,7 +133,7 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 		return h, errors.New("shorter than a header")
 	case string(b[:8]) != fileMagic:
 		return h, errors.New("not a log file")
-	// Before the version: a flipped bit is no newer program.
+	// The checksum is checked before the version: a flipped bit must not look like a newer program.
 	case crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]):
 		return h, errors.New("the header's checksum is wrong")
 	case binary.LittleEndian.Uint32(b[8:]) < oldestVersion:
@@ -148,9 +150,9 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 	return h, nil
 }
 
-// seed is what the CRCs of the file's frames begin with.
+// seed returns the seed of the CRCs of the file's frames.
 func (h fileHeader) seed() uint32 {
-	// first is left out, so that a frame can be checked where the header is damaged.
+	// first is left out, so that frames can be checked even if the header is damaged.
 	b := append(h.id[:len(h.id):len(h.id)], byte(h.kind))
 	b = binary.LittleEndian.AppendUint64(b, h.number)
 	return crc32.Checksum(b, castagnoli)
@@ -166,12 +168,12 @@ type frame struct {
 	crc      uint32 // of the payload
 }
 
-// padded is how many bytes the frame takes in all.
+// padded returns how many bytes the frame takes, with head and padding.
 func (f frame) padded() int64 { return frameSize + (int64(f.length)+7)&^7 }
 
-// appendFrame appends the frame f with its payload, whose length and CRC it takes itself.
+// appendFrame appends the frame f with its payload. It computes f's length and CRC.
 func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
-	// The last CRC is of the head alone, which is believed before the payload is read.
+	// The second CRC covers only the head: a reader needs the length before it has the payload.
 	start := len(b)
 	b = append(b, frameMagic...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
@@ -190,7 +192,7 @@ func appendFrame(b []byte, seed uint32, f frame, payload []byte) []byte {
 	return b
 }
 
-// decodeFrame reads a frame's head and tells whether its CRC holds.
+// decodeFrame decodes a frame's head; ok is false if its CRC is wrong.
 func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 	if len(b) < frameSize || string(b[:4]) != frameMagic ||
 		crc(seed, b[:36]) != binary.LittleEndian.Uint32(b[36:]) {
@@ -207,8 +209,8 @@ func decodeFrame(b []byte, seed uint32) (f frame, ok bool) {
 	}, true
 }
 
-// appendRecord appends one operation and its fields, the key first. place is where in the list the
-// value was that an Update or a Remove took out.
+// appendRecord appends one operation and its fields, the key first. place is the removed value's
+// place in the list, for an Update or a Remove.
 func appendRecord(b []byte, op byte, place int, fields ...string) []byte {
 	b = append(b, op)
 	if hasPlace(op) {
@@ -233,23 +235,23 @@ func appendList(b []byte, key string, values []string) []byte {
 	return b
 }
 
-// appendExpire appends an Expire: when key goes.
+// appendExpire appends an Expire: key's deadline.
 func appendExpire(b []byte, key string, at int64) []byte {
 	return binary.AppendUvarint(appendRecord(b, opExpire, 0, key), uint64(at))
 }
 
-// hasPlace tells whether a record of this operation says where the value was that it took out.
+// hasPlace reports whether a record of this operation has the removed value's place.
 func hasPlace(op byte) bool { return op == opUpdate || op == opRemove }
 
-// fields takes a payload apart, field by field.
+// fields reads a payload field by field.
 type fields struct {
-	payload string // what is left of it
-	bad     bool   // a field did not fit; from then on all are empty
+	payload string // the rest of it
+	bad     bool   // a field did not fit; from then on all fields are empty
 }
 
 // number takes a number off the payload.
 func (f *fields) number() (n uint64) {
-	// A number never goes on behind the payload.
+	// A number ends inside the payload.
 	n, size := binary.Uvarint([]byte(f.payload[:min(len(f.payload), binary.MaxVarintLen64)]))
 	if size <= 0 {
 		f.payload, f.bad = "", true
@@ -272,12 +274,10 @@ func (f *fields) text() (s string) {
 	return s
 }
 
-// apply does to m what the records of payload say, of which there must be count.
+// apply applies payload's records to m. There must be exactly count of them. If not, it returns an
+// error, but the records before that have been applied.
 func apply(m *kvstore.Memory, payload string, count uint32) error {
 	f := fields{payload: payload}
-
-	// The count is in the frame's head. Where it and the payload disagree that is an error, but the
-	// records that were done by then stay done.
 	for range count {
 		if f.payload == "" {
 			return errors.New("fewer records than counted")
@@ -296,11 +296,11 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 	return nil
 }
 
-// applyRecord does one record of the operation op to m, if all of it is there.
+// applyRecord applies one record of the operation op to m, if it is complete.
 func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	place := 0
 	if hasPlace(op) {
-		place = int(min(f.number(), math.MaxInt32)) // only a hint: a wrong one costs a search
+		place = int(min(f.number(), math.MaxInt32)) // a hint: a wrong one only costs a search
 	}
 
 	key := f.text()
@@ -315,12 +315,12 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		number = f.number()
 	}
 
-	// Nothing is done by half: but for a List, all fields have been read by now.
+	// No record is applied by half: all fields have been read by now, except a List's values.
 	if f.bad || number > math.MaxInt64 {
 		return errBadRecord
 	}
 
-	// Only Memory's own methods are used, so a load makes what the owner had made.
+	// These are the methods that the owner called, so a load makes the same store.
 	switch op {
 	case opPut:
 		m.Put(key, value)
@@ -337,7 +337,7 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	case opExpire:
 		m.Expire(key, int64(number))
 
-	// A key's values in a snapshot, as many as it says.
+	// A snapshot's list, with as many values as it says.
 	case opList:
 		for range number {
 			value = f.text()
@@ -353,35 +353,34 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	return nil
 }
 
-// errBadRecord is what a record fails with that does not fit its frame, or whose number is too
-// large.
+// errBadRecord is returned for a record that does not fit its frame, or whose number is too large.
 var errBadRecord = errors.New("a record does not fit its frame")
 
 // logWriter writes a log file. Behind its frames the file may have zeros, which are room for
-// further ones: fsync takes half as long for bytes that only replace others, for then the file
-// system has nothing of its own to write. (etcd and SQLite write their logs that way, too.)
+// further frames: an fsync takes half as long for bytes that only replace others, because then the
+// file system has no metadata to write. (etcd and SQLite write their logs like this, too.)
 type logWriter struct {
 	f        storage.File
-	path     string     // what people call it
-	header   fileHeader // of a log file
-	seed     uint32     // of its frames' CRCs
+	path     string     // for messages
+	header   fileHeader // of a log file; zero for STORE and SPARE
+	seed     uint32     // of the frames' CRCs
 	size     int64      // bytes up to the end of the last frame
 	fileSize int64      // bytes of the file
-	buf      []byte     // the frame that is written, kept for the next one
+	buf      []byte     // the last frame written, kept for the next one
 
-	// What others have done to it. In place they can change files of a disk alone: a copy that is put
-	// over one lacks its end.
+	// What others have done to the file. Only files on a disk can be changed in place. A copy that
+	// somebody puts over such a file lacks its end.
 	stamp     storage.Stamp   // which file it is
-	isSpoiled bool            // somebody has changed it, or it is not the one that it should be
-	isWatched bool            // it can be changed in place
+	isSpoiled bool            // somebody has changed the file, or it is not the expected one
+	isWatched bool            // the file can be changed in place
 	end       [frameSize]byte // the last bytes of the last frame, or of the header
-	found     [frameSize]byte // what was read there last
+	found     [frameSize]byte // what was last read there
 }
 
-// createFile makes a file of what fill writes. It has its name once all of it is on disk: a crash
-// leaves the whole file, or none of that name. If it fails the file is removed, but STORE stays if
-// only the last Sync failed. After a crash the removed file may be back, whole. The stamp is what
-// the file is then: another one that has its name is somebody else's.
+// createFile makes a file and has fill write it. The file gets its name once all of it is on disk: a
+// crash leaves the whole file, or none of that name. After an error the file is removed, except
+// STORE if only the last Sync failed; after a crash the removed file may be back, whole. The stamp
+// identifies the file: if the name leads to another one later, somebody else has put it there.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
 	f, err := d.Create(name + tmpSuffix)
@@ -389,38 +388,39 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 		return stamp, err
 	}
 
-	// Errors name the file as people will look for it. Its bytes are on disk before the name is.
+	// Errors have the name without tmpSuffix. The bytes are on disk before the file gets its name.
 	w := &logWriter{f: f, path: d.Path(name)}
 	err = fill(w)
 	_, _, zeros := d.Sizes()
-	w.isWatched = zeros > 0 // from its end on
+	w.isWatched = zeros > 0 // only now: fill need not read back each frame
 	if err == nil {
 		err = w.sync()
 	}
 
-	// Whatever somebody changes after the stamp shows there later. What was changed before it, as where
-	// the file was emptied, shows here.
+	// A change after the stamp will show in the file's next stamp. A change before it, such as the
+	// file being emptied, shows in this check.
 	if err == nil {
 		stamp, err = f.Stamp()
 	}
 	if err == nil {
 		err = w.check()
 	}
-	err = cmp.Or(err, f.Close()) // before the rename: Windows wants it so
+	err = cmp.Or(err, f.Close()) // before the rename: Windows requires that
 	if err == nil {
 		err = d.Rename(name+tmpSuffix, name)
 	}
 
-	// Where the disk is full, what was written of the file is in the way of all that comes.
+	// On a full disk an unfinished file would take the room that others need.
 	if err != nil {
 		d.Remove(name + tmpSuffix)
 		return storage.Stamp{}, err
 	}
 
-	// The name is on disk before anybody builds upon it.
+	// The name is on disk before anybody relies on it.
 	err = d.Sync()
 	if err != nil {
-		// A log file would be taken for somebody else's. Without STORE there would be no store.
+		// A log file that is left would be taken for somebody else's. STORE stays, because without
+		// it there would be no store.
 		if name != storage.StoreName {
 			d.Remove(name)
 		}
@@ -429,7 +429,8 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	return stamp, nil
 }
 
-// createLog makes a log file of fill's frames, or without a frame, as createFile does.
+// createLog makes a log file as createFile does, with a header and the frames that fill writes; nil:
+// none.
 func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
@@ -443,8 +444,8 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 	})
 }
 
-// extendLog opens a log file to be written further, from end on: there its last frame ends. It is
-// spoiled unless it is the file that was made, or read.
+// extendLog opens a log file to go on writing at end, where its last frame ends. The writer is
+// spoiled unless this is the file with the stamp was, which was made or read before.
 func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, end int64) (*logWriter, error) {
 	f, err := d.Extend(h.name())
 	if err != nil {
@@ -466,34 +467,34 @@ func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, end int64) 
 	return w, nil
 }
 
-// append writes one frame, and so many zeros behind it where the file must grow for it.
+// append writes one frame, and if the file must grow for it, this many zeros behind it.
 func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
 
-	// One write has both, so the file grows once for many frames.
+	// Frame and zeros are one write, so the file grows only once for many frames.
 	start, size := w.size, w.size+int64(len(w.buf))
 	if size > w.fileSize {
 		w.buf = append(w.buf, make([]byte, zeros)...)
 	}
 
-	// The zeros are no part of the log: size is the end of the frame.
+	// The zeros are not part of the log, which ends with the frame.
 	err := w.write(w.buf)
 	w.size = size
 
-	// Only now, for the frame before may have gone while this one was written.
+	// The frame before is checked only now, because it may vanish while this one is written.
 	if err == nil {
 		w.look(start)
 	}
 	copy(w.end[:], w.buf[size-start-frameSize:])
 
-	// One huge record does not keep its memory for ever.
+	// A huge record must not keep its memory for ever.
 	if cap(w.buf) > 4*maxFramePut {
 		w.buf = nil
 	}
 	return err
 }
 
-// write writes b behind what is there.
+// write writes b at the end of the frames.
 func (w *logWriter) write(b []byte) error {
 	_, err := w.f.WriteAt(b, w.size)
 	w.size += int64(len(b))
@@ -501,26 +502,26 @@ func (w *logWriter) write(b []byte) error {
 	return w.named("write", err)
 }
 
-// room is how many bytes of zeros there are behind the last frame.
+// room returns how many bytes of zeros there are behind the last frame.
 func (w *logWriter) room() int64 { return w.fileSize - w.size }
 
-// leastZeros is how many bytes of zeros a full disk is tried with at last.
+// leastZeros is the smallest number of zeros, in bytes, that makeRoom tries on a full disk.
 const leastZeros = 512
 
-// makeRoom writes zeros until there is room for so many bytes. What it could write before an error
-// is room.
+// makeRoom writes zeros until there is room for this many bytes. After an error, what it could write
+// before that is room.
 func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
 	}
 
-	// Written, not only made longer: a hole keeps no room.
+	// The zeros are written, because a hole made by Truncate reserves no room.
 	zeros := make([]byte, min(bytes-w.room(), 1<<20))
 	for w.room() < bytes {
 		n, err := w.f.WriteAt(zeros[:min(bytes-w.room(), int64(len(zeros)))], w.fileSize)
 		w.fileSize += int64(n)
 
-		// os.File does not tell which part of a write the disk has taken before it was full.
+		// os.File does not say how much of a failed write is on the disk. A smaller one may fit.
 		if storage.IsFull(err) && len(zeros) > leastZeros {
 			zeros = zeros[:len(zeros)/2]
 			continue
@@ -532,8 +533,8 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// look looks whether the last frame, which ends at end, is where it was written. It is not in a copy
-// that was made before it, and that somebody has put over the file since.
+// look checks whether the last frame, which ends at end, is still where it was written. An older copy
+// that somebody has put over the file lacks it.
 func (w *logWriter) look(end int64) error {
 	if !w.isWatched {
 		return nil
@@ -544,14 +545,14 @@ func (w *logWriter) look(end int64) error {
 	return err
 }
 
-// check returns an error if the file does not begin and end as it was written.
+// check returns an error if the file's beginning or end is not as it was written.
 func (w *logWriter) check() error {
 	err := w.look(w.size)
 	if w.isWatched && !w.isSpoiled && w.header.kind != 0 { // STORE has no header
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)
 
-		// Not compared byte by byte: an older version may have made the file.
+		// The bytes may differ, because an older version may have made the file.
 		h, headErr := decodeHeader(b[:])
 		w.isSpoiled = err != nil || headErr != nil || h != w.header
 	}
@@ -562,10 +563,10 @@ func (w *logWriter) check() error {
 	return w.named("read", err)
 }
 
-// lastStamp is what the file is when no more is written to it; the zero Stamp where it is not as it
-// was written, or nobody can look.
+// lastStamp returns the stamp of a file to which no more is written; the zero Stamp if the file is
+// not as it was written, or cannot be checked.
 func (w *logWriter) lastStamp() storage.Stamp {
-	// The stamp first: a change that comes after it shows there.
+	// The stamp comes first: a change after it will show in the file's next stamp.
 	stamp, err := w.f.Stamp()
 	if err != nil || w.check() != nil {
 		return storage.Stamp{}
@@ -573,13 +574,13 @@ func (w *logWriter) lastStamp() storage.Stamp {
 	return stamp
 }
 
-// trim cuts off the room that is left, and has that on disk.
+// trim cuts off the room behind the last frame, durably.
 func (w *logWriter) trim() error {
 	if w.room() == 0 {
 		return nil
 	}
 
-	// The length is on disk before anybody believes that the file ends here.
+	// The new length is on disk before anybody relies on it.
 	err := w.cut(w.size)
 	if err != nil {
 		return err
@@ -587,7 +588,7 @@ func (w *logWriter) trim() error {
 	return w.sync()
 }
 
-// cut cuts off what the file has more than so many bytes.
+// cut shortens the file to size bytes, if it is longer.
 func (w *logWriter) cut(size int64) error {
 	if w.fileSize <= size {
 		return nil
@@ -601,12 +602,12 @@ func (w *logWriter) cut(size int64) error {
 	return nil
 }
 
-// sync makes what was written durable.
+// sync makes durable what was written.
 func (w *logWriter) sync() error { return w.named("fsync", w.f.Sync()) }
 
-// named is err with the path of the file's own name, not that of the temporary one.
+// named returns err with w's path, which lacks tmpSuffix; nil if err is nil.
 func (w *logWriter) named(op string, err error) error {
-	// Whatever the directory called the file is left out.
+	// The path that the directory put into the error is left out.
 	if path := (*fs.PathError)(nil); errors.As(err, &path) {
 		err = path.Err
 	}
@@ -616,7 +617,7 @@ func (w *logWriter) named(op string, err error) error {
 	return &fs.PathError{Op: op, Path: w.path, Err: err}
 }
 
-// The STORE file says which store this is. Its checksum is of all that stands before it, so that a
+// The STORE file says which store this is. Its checksum covers all bytes before it, so that a
 // flipped bit is taken neither for another store nor for a newer version.
 const (
 	storeFormat  = "kvserver store, version %d, id %s"
@@ -625,8 +626,8 @@ const (
 	maxStoreFile = 200                              // bytes: more than any version has
 )
 
-// readID reads the STORE file, and tells what it was then. The error is ErrOlder, ErrNewer, a
-// *storage.DamageError, or what reading the file failed with: fs.ErrNotExist where there is none.
+// readID reads the STORE file, and returns its stamp, too. The error is ErrOlder, ErrNewer, a
+// *storage.DamageError, or the directory's: fs.ErrNotExist if there is no such file.
 func readID(dir storage.Directory) (id storeID, stamp storage.Stamp, err error) {
 	f, size, err := dir.Open(storage.StoreName)
 	if err != nil {
@@ -644,7 +645,7 @@ func readID(dir storage.Directory) (id storeID, stamp storage.Stamp, err error) 
 		return id, stamp, err
 	}
 
-	// Nothing is believed before the checksum holds, but version 1 has none.
+	// Nothing is believed if the checksum is wrong. Only version 1 has none.
 	path := dir.Path(storage.StoreName)
 	if strings.HasPrefix(string(b), firstStore) {
 		return id, stamp, fmt.Errorf("%s: %w: version 1", path, ErrOlder)
@@ -652,7 +653,7 @@ func readID(dir storage.Directory) (id storeID, stamp storage.Stamp, err error) 
 	line, _, _ := strings.Cut(string(b), ", check ")
 	isWhole := string(b) == line+fmt.Sprintf(storeCheck, crc(0, []byte(line)))
 
-	// A whole one is as some kvserver wrote it, perhaps another version.
+	// If the checksum is right, some kvserver wrote the file, perhaps another version.
 	var version int
 	var text string
 	_, scanErr := fmt.Sscanf(line, storeFormat, &version, &text)
@@ -666,8 +667,8 @@ func readID(dir storage.Directory) (id storeID, stamp storage.Stamp, err error) 
 	return storeID(said), stamp, nil
 }
 
-// writeID writes the STORE file, and tells what it is then. It has its name once all of it is on
-// disk, so a crash leaves the old one, the new one, or none where there was none.
+// writeID writes the STORE file, and returns its stamp. The file gets its name once all of it is on
+// disk, so a crash leaves the old STORE, if there was one, or the new one.
 func writeID(dir storage.Directory, id storeID) (storage.Stamp, error) {
 	line := fmt.Sprintf(storeFormat, storeVersion, hex.EncodeToString(id[:]))
 	line += fmt.Sprintf(storeCheck, crc(0, []byte(line)))
@@ -677,7 +678,7 @@ func writeID(dir storage.Directory, id storeID) (storage.Stamp, error) {
 	})
 }
 
-// logName is the name of a log file.
+// logName returns the name of a log file.
 func logName(kind uint32, number uint64) string {
 	if kind == kindSnapshot {
 		return fmt.Sprintf("snap-%d.log", number)
@@ -694,7 +695,7 @@ func parseName(name string) (kind uint32, number uint64, ok bool) {
 		kind, text = kindSnapshot, t
 	}
 
-	// Names that logName does not make, such as seg-007.log, are none: two would be one file.
+	// seg-007.log is no log file's name: otherwise two names would mean the same file.
 	const most = 1 << 62 // so that there is always a next one
 	number, err := strconv.ParseUint(text, 10, 64)
 	return kind, number, isLog && kind != 0 && err == nil && number < most &&

@@ -10,26 +10,26 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// Other processes can remove, empty, replace or add files while the store is open: those that
-// clean up what is called .log, that rotate logs, that copy a backup over what runs. All data is
-// in memory, so a heal writes it anew.
+// Other processes can remove, empty, replace or add files while the store is open: programs that
+// clean up or rotate files called .log, or people who copy a backup over a running store. All data
+// is in memory, so a heal writes it again.
 
-// ownFiles are the names of the files that make the store now.
+// ownFiles returns the names of the files that make the store now.
 func (d *Store) ownFiles() []string {
 	return append(layout{snapshot: d.snapshot, last: d.number}.names(), storage.StoreName)
 }
 
 // changes are what somebody else has done to the directory.
 type changes struct {
-	spoiled   []string // files of ours that are gone, or are not what they were
-	leftovers []string // log files of no use, and temporary ones: a start may refuse them
-	strangers []string // what a start refuses, and is not ours to remove
+	spoiled   []string // files of ours that are gone, or are not as we left them
+	leftovers []string // useless log files, and temporary ones: a start may refuse them
+	strangers []string // files that a start refuses, and that are not ours to remove
 }
 
-// changed looks what has changed, and takes note of what it sees. It costs a look at each file. An
-// error says that nobody can look now.
+// changed finds out what has changed, and notes the state of SPARE. It costs a stat of each file. An
+// error means that the files cannot be checked now.
 func (d *Store) changed() (c changes, err error) {
-	// The timer does not make the current file longer meanwhile.
+	// Meanwhile the timer must not make the current file longer.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
 	isIntact, end := d.current.check() == nil, d.current.fileSize
@@ -44,7 +44,7 @@ func (d *Store) changed() (c changes, err error) {
 		now, isThere := stamps[name]
 		isGood := now.IsSame(d.known[name])
 
-		// The current file changes because we write it, so its time says nothing.
+		// We change the current file ourselves, so its time says nothing.
 		if name == d.current.header.name() {
 			isGood = isIntact && now.IsSameFile(d.current.stamp) &&
 				(now.Size >= end || !d.current.isWatched)
@@ -54,8 +54,7 @@ func (d *Store) changed() (c changes, err error) {
 		}
 	}
 
-	// A start takes log files that are none of ours for ours. Temporary ones there are only while a
-	// file is made.
+	// A start would take other log files for ours. Temporary files exist only while a file is made.
 	for name := range stamps {
 		_, number, isLog := parseName(name)
 		switch {
@@ -71,58 +70,58 @@ func (d *Store) changed() (c changes, err error) {
 	return c, nil
 }
 
-// isStrangeLock tells whether LOCK is no file, and cannot be made anew.
+// isStrangeLock reports whether LOCK is no regular file, and cannot be made again.
 func (d *Store) isStrangeLock() bool {
 	err := checkFile(d.dir, storage.LockName)
 	if err != nil {
-		d.lock.Look() // makes it anew
+		d.lock.Look() // makes it again if it can
 		err = checkFile(d.dir, storage.LockName)
 	}
 	return err != nil
 }
 
-// lookForFiles looks whether somebody has changed the store's files, and mends that: to go on, or
-// to end, would lose what was answered. A heal that fails is tried again later; until then writes are
-// refused, and what only reads or frees goes on in the file that the store has open. It returns an
-// error if the next start would refuse the files as they are.
+// lookForFiles checks whether somebody has changed the store's files, and mends them: otherwise
+// answered writes would be lost when the server ends. A heal that fails is tried again later. Until
+// then writes are refused, while requests that read or free room go on in the file that the store
+// has open. lookForFiles returns an error if the next start would refuse the files as they are.
 func (d *Store) lookForFiles(now time.Time) error {
 	if now.Before(d.healAfter) {
 		return nil
 	}
 
-	// One that has ended does not count.
+	// A compaction that has ended does not count.
 	isCompacting := d.isCompacting()
 	c, err := d.changed()
 	d.tellOfLooks(err)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrSpoiled, err) // perhaps; at the next look
+		return fmt.Errorf("%w: %w", ErrSpoiled, err) // they may be; the next check will tell
 	}
 
-	// A compaction that runs makes and removes files, too, but neither STORE nor the current one.
+	// A running compaction makes and removes files, too, but never STORE or the current file.
 	if isCompacting {
 		if !slices.Contains(c.spoiled, storage.StoreName) &&
 			!slices.Contains(c.spoiled, d.current.header.name()) {
 			return nil
 		}
-		d.healing.Store(true) // a stop waits for this, too
+		d.healing.Store(true) // so that a stop waits for this, too
 		d.AwaitCompaction()
 		d.healing.Store(false)
 		return d.lookForFiles(now)
 	}
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
-		// If another process has the directory now, the files are that one's.
+		// If another process has the directory now, the files belong to that one.
 		err = d.lock.Look()
 		if errors.Is(err, storage.ErrMoved) {
 			return d.fail(err)
 		}
 		if err != nil {
-			return err // at the next look
+			return err // the next check tries again
 		}
 
 		c, err = d.mend(c)
 		if err != nil {
-			// Soon, and then less often, for everybody waits for each try.
+			// The next try comes soon, later ones less often, because everybody waits for each.
 			d.healWait = min(max(2*d.healWait, lookTime, time.Since(now)), compactTime)
 			d.healAfter = time.Now().Add(d.healWait)
 			d.noHeal = fmt.Errorf("%w: %w", ErrSpoiled, err)
@@ -138,8 +137,9 @@ func (d *Store) lookForFiles(now time.Time) error {
 	return d.tellOfOthers(slices.Concat(c.strangers, c.leftovers))
 }
 
-// tellOfOthers tells the log of files with which the next start is refused: strangers are not ours to
-// remove, and leftovers could not be. A line for each change, not one for each look.
+// tellOfOthers logs files for which the next start is refused: strangers, which are not ours to
+// remove, and leftovers that could not be removed. It logs a line for each change, not for each
+// check.
 func (d *Store) tellOfOthers(others []string) error {
 	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
 		d.log.Error("files that are none of this store's were put into its directory: take them away, "+
@@ -153,7 +153,7 @@ func (d *Store) tellOfOthers(others []string) error {
 	return nil
 }
 
-// tellOfLooks tells the log where nobody can look at the files any more, and where that is over.
+// tellOfLooks logs when the files cannot be checked any more, and when that is over.
 func (d *Store) tellOfLooks(err error) {
 	switch isBlind := err != nil; {
 	case isBlind && !d.isBlind:
@@ -164,17 +164,17 @@ func (d *Store) tellOfLooks(err error) {
 	d.isBlind = err != nil
 }
 
-// lastLook is lookForFiles where there is no later try: at the end, after which nobody has the data
-// in memory, and when the lock says that files are gone, for before they are back nothing may be
-// answered.
+// lastLook is lookForFiles when there is no later try: at the end, after which nobody has the data
+// in memory, and when the lock says that files are gone, because nothing may be answered before
+// they are back.
 func (d *Store) lastLook() error {
 	d.healAfter = time.Time{}
-	d.lock.Look() // which tells the directory to look, too
+	d.lock.Look() // in etcd this makes the directory check its files, too
 	return d.lookForFiles(time.Now())
 }
 
-// mend brings the files back to what they should be, looks whether they are, and returns what is
-// left.
+// mend brings the files back to what they should be, checks them again, and returns what is still
+// wrong.
 func (d *Store) mend(c changes) (left changes, err error) {
 	isNew := func(name string) bool { return !slices.Contains(d.toldOthers, name) }
 	switch {
@@ -186,11 +186,11 @@ func (d *Store) mend(c changes) (left changes, err error) {
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
 
-	// Temporary files first: they may have the names of files that are to be made. A log file may be
-	// one of ours with another name, and the only place of its data until the snapshot is there.
+	// Temporary files go first: heal may need their names. But with spoiled files a leftover log file
+	// stays until the snapshot is there: it may be one of ours, renamed, with the only copy of data.
 	for _, name := range c.leftovers {
 		if len(c.spoiled) == 0 || isTmp(name) {
-			d.dir.Remove(name) // if it stays, that is told of
+			d.dir.Remove(name) // if it stays, tellOfOthers says so
 		}
 	}
 	if len(c.spoiled) > 0 {
@@ -199,12 +199,12 @@ func (d *Store) mend(c changes) (left changes, err error) {
 			return c, err
 		}
 	}
-	err = d.dir.Sync() // or a power failure brings them back
+	err = d.dir.Sync() // otherwise a power failure could bring them back
 	if err != nil {
 		return c, err
 	}
 
-	// Whoever changed the files may do so still.
+	// Whoever changed the files may still be doing so.
 	left, err = d.changed()
 	switch {
 	case err != nil:
@@ -218,16 +218,16 @@ func (d *Store) mend(c changes) (left changes, err error) {
 	return left, nil
 }
 
-// heal writes all data anew, as a rotation and a compaction do: it goes on in a new file, and then
-// puts a snapshot in the place of all files before that. Where it stops nothing has to be undone.
-// The order is: sync the temporary snapshot, remove the spoiled files, rename the snapshot. Below a
-// snapshot a start accepts only full files. After a crash before the rename a start may refuse what
-// it finds.
+// heal writes all data again with a rotation and a compaction: it goes on in a new file, and a
+// snapshot replaces all files before that one. If it fails, nothing has to be undone. The order is:
+// sync the temporary snapshot, remove the spoiled files, rename the snapshot. The spoiled files go
+// before the rename because below a snapshot a start accepts only full files. After a crash
+// before the rename, a start may refuse what it finds.
 func (d *Store) heal(spoiled []string) error {
 	d.healing.Store(true)
 	defer d.healing.Store(false)
 
-	// A snapshot stands for full files, so the current one has to become full.
+	// A snapshot replaces only full files, so the current one must become full.
 	isNew, err := d.rotate()
 	if err != nil {
 		return err
@@ -236,7 +236,7 @@ func (d *Store) heal(spoiled []string) error {
 		return errors.New("no new file can be made")
 	}
 
-	// It is not stopped while the store closes, for nobody else has the data.
+	// Close must not stop it, because the data is nowhere else.
 	c := d.newCompaction()
 	c.stop = nil
 	c.prepare = func() error { return d.clearAway(spoiled) }
@@ -246,25 +246,25 @@ func (d *Store) heal(spoiled []string) error {
 	if !c.isDone() {
 		return c.err
 	}
-	return nil // what could not be removed is tried again, and told of
+	return nil // files that could not be removed are leftovers at the next check
 }
 
-// clearAway removes spoiled files, and writes STORE anew if it is one of them, unless the directory is
-// another process's by now: the snapshot took its time.
+// clearAway removes spoiled files, and writes STORE again if it is one of them. It does nothing if
+// another process has the directory by now, because writing the snapshot may have taken long.
 func (d *Store) clearAway(spoiled []string) error {
 	err := d.lock.Look()
 	if err != nil {
 		return err
 	}
 
-	// A part of them may be gone already.
+	// Errors do not matter: some may be gone already.
 	for _, name := range spoiled {
 		if !isTmp(name) {
 			d.dir.Remove(name)
 		}
 	}
 
-	// STORE is on disk before the snapshot has its name, for with that the store is whole.
+	// STORE is on disk before the snapshot gets its name, with which the store is whole.
 	if slices.Contains(spoiled, storage.StoreName) {
 		stamp, err := writeID(d.dir, d.id)
 		if err != nil {

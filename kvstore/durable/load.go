@@ -15,14 +15,14 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// layout is which of a store's log files count: the newest snapshot, and all segments behind it.
+// layout says which of a store's log files count: the newest snapshot, and all segments behind it.
 type layout struct {
 	snapshot uint64   // its number; 0: there is none
 	last     uint64   // the last segment's number; 0: there is none
-	obsolete []string // names of files that the snapshot stands for, and of temporary ones
+	obsolete []string // names of files that the snapshot replaces, and of temporary files
 }
 
-// isTmp tells whether a file called name is one of ours that has not got its own name yet.
+// isTmp reports whether a file called name is one of ours that does not have its final name yet.
 func isTmp(name string) bool {
 	base, isTmp := strings.CutSuffix(name, tmpSuffix)
 	_, _, isLog := parseName(base)
@@ -30,14 +30,14 @@ func isTmp(name string) bool {
 }
 
 // readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
-// missing: they follow one another, and a store has at least one behind its snapshot.
+// missing: segments have consecutive numbers, and a store has at least one behind its snapshot.
 func readLayout(dir storage.Directory) (l layout, err error) {
 	names, err := dir.List()
 	if err != nil {
 		return l, err
 	}
 
-	// The newest snapshot stands for all files of lower numbers.
+	// The newest snapshot replaces all files of lower numbers, and the segment of its own.
 	for _, name := range names {
 		kind, number, ok := parseName(name)
 		if ok && kind == kindSnapshot {
@@ -45,12 +45,12 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 		}
 	}
 
-	// A store is never taken for an empty one because its log is gone.
+	// A store whose log is gone must never be taken for an empty one.
 	if l.snapshot > 0 || slices.Contains(names, storage.StoreName) {
 		l.last = l.snapshot + 1
 	}
 
-	// A crash in a compaction leaves the files for which the snapshot stands.
+	// A crash in a compaction leaves files that the snapshot replaces.
 	for _, name := range names {
 		kind, number, ok := parseName(name)
 		switch {
@@ -63,7 +63,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 		}
 	}
 
-	// Up to the first that is missing: a stranger's number may be huge.
+	// This stops at the first missing file: somebody else's file may have a huge number.
 	for number := l.snapshot + 1; number <= l.last; number++ {
 		name := logName(kindSegment, number)
 		if !slices.Contains(names, name) {
@@ -73,12 +73,12 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 	return l, nil
 }
 
-// missingFile is the damage that a file is missing.
+// missingFile returns the damage that a file is missing.
 func missingFile(dir storage.Directory, name string) *storage.DamageError {
 	return &storage.DamageError{File: dir.Path(name), What: "the file is missing", Missing: true}
 }
 
-// names are the names of the files that count, in the order in which they are read.
+// names returns the names of the files that count, in the order in which they are read.
 func (l layout) names() (names []string) {
 	if l.snapshot > 0 {
 		names = append(names, logName(kindSnapshot, l.snapshot))
@@ -89,22 +89,22 @@ func (l layout) names() (names []string) {
 	return names
 }
 
-// files are the log files of a store, open, to be read in their order.
+// files are the open log files of a store, which are read in order.
 type files struct {
 	layout
 	dir   storage.Directory
 	id    storeID
-	store storage.Stamp // what STORE was, when it was read
-	logs  []*logReader  // for each of names
+	store storage.Stamp // STORE's, when it was read
+	logs  []*logReader  // one for each of names
 
-	// What comes next.
-	at    int    // which of logs
-	first uint64 // the frame with which it has to begin; 0: with any
-	done  bool   // nothing is to be read any more
+	// The next file to be read.
+	at    int    // its place in logs
+	first uint64 // the frame with which it must begin; 0: any
+	done  bool   // there is none
 }
 
-// findFiles finds out which files are the store, and opens them. A new store has none. They are open
-// only where there is no error.
+// findFiles finds out which files make the store, and opens them; closeLogs closes them. A new store
+// has none. After an error none is open.
 func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 
@@ -139,8 +139,8 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 	return s, err
 }
 
-// checkID returns an error if STORE says another id than most of the log files: then STORE is
-// wrong. Where no id has the majority, checkHeader complains of single files.
+// checkID returns an error if STORE has another id than most of the log files: then STORE is
+// wrong. If no id has a majority, checkHeader complains about single files.
 func (s *files) checkID() error {
 	other, most, of := majorityID(s.logs)
 	if other == s.id || 2*most <= of {
@@ -152,12 +152,12 @@ func (s *files) checkID() error {
 			other[:])}
 }
 
-// ErrUnfinished is returned where there is a part of a file and no store: a backup, a repair or a
-// first start was stopped.
+// ErrUnfinished is returned when there is a part of a file but no store: a backup, a repair or a
+// first start was broken off.
 var ErrUnfinished = errors.New("an unfinished store")
 
-// findNew is findFiles where there is no STORE. What a first start leaves that was stopped holds no
-// data, and is obsolete. All else may hold some, and is refused.
+// findNew is findFiles for a directory without STORE. Files that a broken-off first start leaves
+// hold no data, and are obsolete. Anything else may hold data, and is refused.
 func (s *files) findNew() error {
 	l, err := readLayout(s.dir)
 	var gap *storage.DamageError
@@ -171,8 +171,8 @@ func (s *files) findNew() error {
 		return missing
 	}
 
-	// At most one segment is left, and temporary files. A first start that was stopped has written
-	// no more than headers; STORE's own temporary file may have a little more.
+	// At most one segment is left, and temporary files. A broken-off first start has written
+	// only headers, and a little more to STORE's temporary file.
 	s.obsolete = append(l.obsolete, l.names()...)
 	for _, name := range s.obsolete {
 		f, size, err := s.dir.Open(name)
@@ -186,8 +186,8 @@ func (s *files) findNew() error {
 			most = maxStoreFile
 		}
 
-		// A segment that has frames is a store's, or all that there is of a copy: Repair can read it.
-		// A part of a file is of no use.
+		// A segment with frames belongs to a store, or is all that there is of a copy: Repair can
+		// read it. A part of a file is of no use.
 		switch {
 		case size <= most:
 		case isTmp(name):
@@ -200,9 +200,9 @@ func (s *files) findNew() error {
 	return nil
 }
 
-// checkObsolete returns an error unless the segments that the snapshot stands for are what a
-// crash leaves of a compaction: full, to their last frame. Others were put there:
-// somebody restored an older copy over a newer store.
+// checkObsolete returns an error unless the segments that the snapshot replaces are what a
+// crash leaves of a compaction: full and whole. Somebody else has put any other there, as by
+// restoring an older copy over a newer store.
 func (s *files) checkObsolete() error {
 	for _, name := range s.obsolete {
 		kind, _, isLog := parseName(name)
@@ -210,7 +210,7 @@ func (s *files) checkObsolete() error {
 			continue
 		}
 
-		// Read to its end, for only that says that the next file was there, too.
+		// Only the last frame says that the file was full, so all of it is read.
 		var end logEnd
 		l, err := openLog(s.dir, name)
 		if err == nil {
@@ -221,8 +221,8 @@ func (s *files) checkObsolete() error {
 			l.close()
 		}
 
-		// A compaction beside us may have just removed it. A file that cannot be read now is not
-		// called an older one.
+		// The compaction of a running server may just have removed it. A file that cannot be read
+		// now is not called an older one.
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -238,16 +238,16 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// read reads the next file, and has each told of its frames. The last is the newest file, or the one
-// before it if the newest is empty (judgeFile). After an error it can go on with the next file.
+// read reads the next file, and calls each for its frames. The last file is the newest one, or the
+// one before it if the newest is unused (judgeFile). After an error, read goes on with the next file.
 func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	l, first := s.logs[s.at], s.first
 	s.at++
 	s.done = s.at == len(s.logs)
-	s.first = 0 // nothing says how what follows damage has to begin
+	s.first = 0 // after damage it is unknown how the next file must begin
 
-	// What is read has to be the file that belongs here.
+	// It must be the file that belongs here.
 	err = l.checkHeader(s.id, first)
 	if err == nil {
 		end, err = l.scan(each)
@@ -256,40 +256,40 @@ func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (en
 		return end, err
 	}
 
-	// Whether it may end so depends on the files behind it.
+	// How it may end depends on the files behind it.
 	err = s.judgeFile(end)
 	if err != nil {
 		return end, err
 	}
 	s.first = end.next
 	if end.header.kind == kindSnapshot {
-		s.first = end.header.first // a snapshot counts its own frames
+		s.first = end.header.first // frames of a snapshot have their own sequence
 	}
 	return end, nil
 }
 
-// judgeFile decides whether the file that was read may end so, and whether it is the last.
+// judgeFile decides whether the file that was read may end as it does, and whether it is the last.
 func (s *files) judgeFile(end logEnd) error {
 	at := &storage.DamageError{File: s.dir.Path(end.header.name()), Offset: end.offset,
 		Frame: end.next}
 	switch {
-	// A snapshot has its name once all of it is on disk, so it has its end.
+	// A snapshot gets its name once all of it is on disk, so it must have its end.
 	case end.header.kind == kindSnapshot && !end.isWhole():
 		at.What = "the snapshot has no proper end"
 		return cmp.Or(end.bad, error(at))
 	case end.header.kind == kindSnapshot:
 		return nil
 
-	// The newest segment may end anywhere, and be torn, but not say that another one follows.
+	// The newest segment may end anywhere, and be torn, but must not say that another one follows.
 	case end.tail == damaged:
 		return end.bad
-	case s.done && end.goesOn() && !s.isFollowed(end.header.number): // or a rotation came meanwhile
+	case s.done && end.goesOn() && !s.isFollowed(end.header.number): // no rotation came meanwhile
 		following := missingFile(s.dir, logName(kindSegment, end.header.number+1))
 		following.What += ": " + at.File + " says that it follows"
 		return following
 
-	// Every earlier one must say that another follows. There is one exception: the next is the last
-	// and has no frame, for the rotation that made it was stopped.
+	// Every earlier segment must say that another follows. There is one exception: the next one is
+	// the last and has no frame, because the rotation that made it was broken off.
 	case s.done, end.goesOn():
 		return nil
 	case s.at == len(s.logs)-1 && s.isUnused(s.logs[s.at], end.next):
@@ -297,7 +297,7 @@ func (s *files) judgeFile(end logEnd) error {
 		return nil
 	}
 
-	// Whether the next one is unused cannot be told where its header cannot be read.
+	// If reading the next one's header has failed, nobody can tell whether it is unused.
 	var damage *storage.DamageError
 	if s.at < len(s.logs) && s.logs[s.at].bad != nil && !errors.As(s.logs[s.at].bad, &damage) {
 		return s.logs[s.at].bad
@@ -306,9 +306,9 @@ func (s *files) judgeFile(end logEnd) error {
 	return cmp.Or(end.bad, error(at))
 }
 
-// isFollowed tells whether there is a log file of a higher number now.
+// isFollowed reports whether there is a log file with a higher number now.
 func (s *files) isFollowed(number uint64) bool {
-	// Where nobody can look, nothing follows: then what is missing is said.
+	// If the directory cannot be read, nothing follows: then the file counts as missing.
 	names, _ := s.dir.List()
 	return slices.ContainsFunc(names, func(name string) bool {
 		_, other, ok := parseName(name)
@@ -316,17 +316,17 @@ func (s *files) isFollowed(number uint64) bool {
 	})
 }
 
-// isUnused tells whether a file is a segment without a frame, and was made when the one before it
-// had no frame from next on. (If it had, that file's end is damaged: a rotation has all of it on
-// disk before it makes the next.)
+// isUnused reports whether a file is a segment without frames that was made when the one before it
+// had no frame from next on. (If it had one, that file's end is damaged: a rotation makes the next
+// file only when all of the old one is on disk.)
 func (s *files) isUnused(l *logReader, next uint64) bool {
-	// Its header counts the frame that was to say that it follows.
+	// first counts the frame that was to say that this file follows.
 	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1
 }
 
-// load makes the store what the log says, and the log ready to be written, unless ctx is
-// done before. If it refuses what it finds, nothing is changed. A crash in it leaves what the next
-// load takes for the same.
+// load applies the log to the store, and makes the log ready for writing, unless ctx is
+// done before. If it refuses what it finds, it has changed nothing. After a crash in it the next
+// load makes the same store.
 func (d *Store) load(ctx context.Context) error {
 	s, err := findFiles(d.dir)
 	if err == nil && len(s.logs) == 0 {
@@ -338,7 +338,7 @@ func (d *Store) load(ctx context.Context) error {
 	d.id, d.snapshot = s.id, s.snapshot
 	d.known[storage.StoreName] = s.store
 
-	// Read everything. The last end is the current file's.
+	// Read everything. The last of ends is the current file's.
 	ends, err := d.readAll(ctx, s)
 	if err != nil {
 		return err
@@ -350,28 +350,27 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 
-	// What was read may have names that are not on disk: who gave them was killed, or failed to.
-	// Before they are, nothing may go that a snapshot stands for.
+	// The names of the files may not be on disk yet, because the process that made them was killed
+	// or could not sync them. Before they are, nothing that a snapshot replaces may be removed.
 	err = d.dir.Sync()
 	if err != nil {
 		return err
 	}
 
-	// Only now: nothing is touched when we refuse. The files behind the last are those of a
-	// rotation that was stopped.
+	// Only now, because a load that refuses changes nothing. A file behind the last of ends comes
+	// from a broken-off rotation.
 	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
 	if err != nil || !ends[len(ends)-1].header.isOld {
 		return err
 	}
 
-	// An older kvserver would take new kinds of records in its file for damage. It does not open
-	// a newer file. (On a full disk the log goes on in the old one.)
+	// An older kvserver would take new kinds of records in a file of its own version for damage, but
+	// it refuses a file of a newer version. (On a full disk the log goes on in the old file.)
 	_, err = d.rotate()
 	return err
 }
 
-// readAll applies what the files hold to Memory, tells how far it has come, and returns where each
-// ends.
+// readAll applies all files to Memory, reports its progress, and returns where each file ends.
 func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error) {
 	defer closeLogs(s.logs)
 	start, told := time.Now(), time.Now()
@@ -389,7 +388,7 @@ func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error
 		records += int(f.count)
 		bytes += f.padded()
 
-		// A load of a second or less says nothing but its end.
+		// A load of less than a second logs only its end.
 		now := time.Now()
 		if now.Sub(told) >= progressTime {
 			told = now
@@ -413,16 +412,15 @@ func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error
 	return ends, nil
 }
 
-// create makes a new store's files: STORE comes last, so that a directory with a STORE is never
-// without a log.
+// create makes a new store's files. STORE comes last, so that a directory with a STORE always has a
+// log.
 func (d *Store) create(obsolete []string) (*files, error) {
 	err := d.removeAll(obsolete)
 	if err != nil {
 		return nil, err
 	}
 
-	// A crash before STORE is there leaves a segment without frames, which findNew takes for
-	// nothing.
+	// A crash before STORE is there leaves a segment without frames, which findNew ignores.
 	var id storeID
 	rand.Read(id[:])
 	_, err = createLog(d.dir, fileHeader{kind: kindSegment, id: id, number: 1, first: 1}, nil)
@@ -436,7 +434,7 @@ func (d *Store) create(obsolete []string) (*files, error) {
 	return findFiles(d.dir)
 }
 
-// removeAll removes files, up to the first that cannot be removed.
+// removeAll removes files, and stops at the first that cannot be removed.
 func (d *Store) removeAll(names []string) error {
 	for _, name := range names {
 		err := d.dir.Remove(name)
@@ -447,7 +445,7 @@ func (d *Store) removeAll(names []string) error {
 	return nil
 }
 
-// resume makes the last segment the current one, at its end.
+// resume makes the last segment the current one, to be written at its end.
 func (d *Store) resume(ends []logEnd) error {
 	full, end := ends[:len(ends)-1], ends[len(ends)-1]
 	for _, e := range full {
@@ -455,7 +453,7 @@ func (d *Store) resume(ends []logEnd) error {
 		d.known[e.header.name()] = e.stamp
 	}
 
-	// end is empty, so no frame says that the file before it is on disk.
+	// If the current file has no frames, none says that the full one before it is on disk.
 	if n := len(full); n > 0 && end.frames == 0 && full[n-1].header.kind == kindSegment {
 		w, err := reopen(d.dir, full[n-1])
 		if err != nil {
@@ -477,8 +475,8 @@ func (d *Store) resume(ends []logEnd) error {
 			w.path, "offset", end.offset, "bytes", end.bytes)
 	}
 
-	// From here on all that was loaded is on disk. (An older Repair wrote headers with first = 0:
-	// then the first frame is 1.)
+	// From here on everything that was loaded is on disk. (An older Repair wrote headers with
+	// first = 0: there the first frame is 1.)
 	last := max(end.next, 1) - 1
 	d.number, d.sequence, d.synced = end.header.number, last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
@@ -486,20 +484,19 @@ func (d *Store) resume(ends []logEnd) error {
 	return nil
 }
 
-// reopen opens a segment to be written further, from its end on. Nothing is copied: but the frames
-// that no later one calls synced are written once more where they are. After a failed fsync the
-// kernel may serve from memory what is not on disk, and take it for written (Rebello et al., "Can
-// Applications Recover from fsync Failures?", 2020); what is written anew it has to write. What is
-// behind the frames is cleared, also where it reads as zeros, for an earlier start may have cleared
-// it in the kernel's memory alone. A crash in it leaves the same frames, and of what is cleared any
-// part.
+// reopen opens a segment to go on writing at its end. It writes the frames that no later one calls
+// synced once more, in place. After a failed fsync the kernel may serve data from memory that is not
+// on disk, and take it for written (Rebello et al., "Can Applications Recover from fsync Failures?",
+// 2020), but data that is written again it has to write. The bytes behind the frames are cleared,
+// even if they read as zeros, because an earlier start may have cleared them only in the kernel's
+// memory. A crash in reopen leaves the same frames, and any part of the cleared bytes.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 	w, err := extendLog(dir, end.header, end.stamp, end.offset)
 	if err != nil || end.doubt == end.size { // as after a clean stop
 		return w, err
 	}
 
-	// Behind the frames the file is written as if it ended there.
+	// fileSize is end.offset, so makeRoom writes zeros over everything behind the frames.
 	frames := io.NewSectionReader(w.f, end.doubt, end.offset-end.doubt)
 	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), frames)
 	if err == nil {

@@ -12,15 +12,15 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// ErrNothingRead is returned by Repair when there is nothing to make a store of.
+// ErrNothingRead is returned by Repair when nothing can be read from which to make a store.
 var ErrNothingRead = errors.New("not one frame can be read")
 
-// Repair makes a store of what can still be read in dir in the directory out, which is empty, and
-// says what could not be read. It changes nothing in dir.
+// Repair makes a store of what can still be read in dir, and reports what could not be read. The new
+// store is in out, which must be empty. Repair changes nothing in dir.
 //
-// It reads as a start does, but goes on behind what is bad: what each file's header says counts,
-// not its name; frames are applied in the order of their sequence, each once; and every gap in
-// that order is named, for nobody knows what was in it.
+// It reads like a start, but goes on behind damage. A file is what its header says, whatever its
+// name. Frames are applied in the order of their sequence, each once, and every gap in that order is
+// reported, because nobody knows what was in it.
 func Repair(dir, out storage.Directory) (r Report, err error) {
 	names, err := listOurs(dir)
 	if err != nil {
@@ -30,13 +30,13 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
 	}
 
-	// What a process is writing would be taken for damage.
+	// What a running process writes meanwhile would be taken for damage.
 	owner, inUse := dir.InUse()
 	if inUse {
 		return r, fmt.Errorf("%w: %s %s", storage.ErrLocked, dir.Path(""), owner)
 	}
 
-	// First all that is whole, and then of that what fits together.
+	// First find all whole frames, then choose those that fit together.
 	s := &salvage{dir: dir, report: &r, m: kvstore.NewMemory()}
 	s.logs, err = openLogs(dir, names)
 	if err != nil {
@@ -51,7 +51,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, err
 	}
 
-	// Where not all could be read, a smaller store is made, not none.
+	// If not everything could be read, the new store is smaller.
 	err = fillDirectory(out, func() error { return s.write(out) })
 	if err != nil {
 		return r, err
@@ -62,24 +62,24 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	return r, nil
 }
 
-// salvage is what is found in files of which some are damaged.
+// salvage is what Repair finds in the files of a damaged store.
 type salvage struct {
 	dir    storage.Directory
 	id     storeID
 	report *Report
 
-	logs      []*logReader // all there are
+	logs      []*logReader // of all log files
 	snapshots []*foundFile // the newest first
-	segments  []*foundFile
+	segments  []*foundFile // the newest first
 	m         *kvstore.Memory
-	next      uint64 // sequence of the frame that comes behind those in m
+	next      uint64 // sequence of the frame that would follow those applied to m
 }
 
-// foundFile is a log file, and what is whole in it.
+// foundFile is a log file with its whole frames.
 type foundFile struct {
 	*logReader
 	frames []foundFrame
-	whole  bool // it is a snapshot, and complete
+	whole  bool // it is a complete snapshot
 	goesOn bool // the last frame says that another file follows
 }
 
@@ -90,24 +90,24 @@ type foundFrame struct {
 	offset int64
 }
 
-// sayDamaged says what is not as it was written.
+// sayDamaged reports something that is not as it was written.
 func (s *salvage) sayDamaged(format string, args ...any) {
 	s.report.Damaged = true
 	s.report.say("DAMAGED "+format, args...)
 }
 
-// sayLost says what is lost.
+// sayLost reports data that is lost.
 func (s *salvage) sayLost(format string, args ...any) {
 	s.report.Damaged, s.report.Lost = true, true
 	s.report.say("LOST    "+format, args...)
 }
 
-// findID finds out which store this is: what more than half of the log files say, or else STORE, or
-// else exactly half of them.
+// findID finds out which store this is. It believes more than half of the log files, otherwise
+// STORE, and without STORE exactly half of the log files.
 func (s *salvage) findID() error {
 	id, most, of := majorityID(s.logs)
 
-	// What is wrong with STORE is said, but is no reason to give up.
+	// A bad STORE is reported, but is no reason to give up.
 	said, _, err := readID(s.dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -120,8 +120,8 @@ func (s *salvage) findID() error {
 		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
 
-	// Most of the files outvote STORE, which may be a copy of another store's. Half of them do only
-	// where it says nothing.
+	// A majority of the files outvotes STORE, which may be another store's. Half of them count only
+	// if STORE says nothing.
 	switch {
 	case 2*most > of, err != nil && most > 0 && 2*most == of:
 		s.id = id
@@ -154,7 +154,7 @@ func (s *salvage) readAll() error {
 			return err
 		}
 
-		// What it is, its header says: a file may have a wrong name.
+		// The header says what it is: the name may be wrong.
 		frames += len(file.frames)
 		if file.header.kind == kindSnapshot {
 			s.snapshots = append(s.snapshots, file)
@@ -166,7 +166,7 @@ func (s *salvage) readAll() error {
 		return ErrNothingRead
 	}
 
-	// Where two segments have the same frame, the newer one counts.
+	// If two segments have the same frame, the newer segment counts.
 	newestFirst := func(a, b *foundFile) int {
 		return cmp.Compare(b.header.number, a.header.number)
 	}
@@ -184,7 +184,7 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 	}
 	defer l.endReading()
 
-	// Each turn reads the frames up to what is bad, and goes on behind that. Nobody writes meanwhile.
+	// Each turn reads frames up to a bad place, and skips that. Nobody writes meanwhile.
 	at := l.offset
 	each := func(l *logReader, f frame, _ []byte) error {
 		file.frames = append(file.frames, foundFrame{f, file, at})
@@ -220,7 +220,7 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 		s.sayDamaged("%s has no proper end", l.path)
 	}
 
-	// Where a segment's header cannot be read its first frame says with which it begins.
+	// If a segment's header cannot be read, its first frame says with which frame it begins.
 	if l.header.kind == kindSegment && l.bad != nil && len(file.frames) > 0 &&
 		file.frames[0].offset == headerSize {
 		l.header.first = file.frames[0].sequence
@@ -229,12 +229,12 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 	return file, nil
 }
 
-// accept tells whether a log file is of the store. A header that cannot be read is taken to be what
-// the name says.
+// accept reports whether a log file belongs to the store. If its header cannot be read, it is taken
+// for the file that its name says.
 func (s *salvage) accept(l *logReader) (isOurs bool, err error) {
 	switch {
 	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
-		return false, l.bad // a version that we do not know
+		return false, l.bad // an unknown version, or a file that cannot be read
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
 		kind, number, _ := parseName(l.name)
@@ -248,10 +248,11 @@ func (s *salvage) accept(l *logReader) (isOurs bool, err error) {
 	return true, nil
 }
 
-// sayBad says what stands behind end; more: up to the offset of l, where a whole frame is.
+// sayBad reports what is behind end. If there is more, that goes up to the offset of l, where the
+// next whole frame is.
 func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 	switch {
-	case more && l.offset == end.offset: // a whole frame, but not the next one
+	case more && l.offset == end.offset: // a whole frame, but not the one expected
 		s.sayDamaged("%v", end.bad)
 	case more:
 		s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
@@ -275,8 +276,8 @@ func (s *salvage) restore() error {
 		s.sayLost("a part of %s: it has no proper end", base.path)
 	}
 
-	// Where nothing says what the snapshot stands for, its number does. What came right behind it
-	// is lost.
+	// If nothing says with which frame the log goes on behind the snapshot, only frames in files of
+	// higher numbers are applied, and what came right behind the snapshot counts as lost.
 	s.next = s.firstBehind(base)
 	if s.next == 0 {
 		s.sayLostBehind(base)
@@ -290,7 +291,7 @@ func (s *salvage) restore() error {
 		s.next = frames[0].sequence
 	}
 
-	// Every gap is a loss, whatever was in it. Frames for which the snapshot stands are left out.
+	// Every gap is a loss, whatever was in it. Frames that the snapshot replaces are left out.
 	s.next, err = s.applyAll(from(frames, s.next), s.next)
 	if err == nil {
 		s.sayLostEnd(base)
@@ -298,8 +299,8 @@ func (s *salvage) restore() error {
 	return err
 }
 
-// inOrder are the frames of all segments by their sequence, each once: of two the one in the newer
-// segment.
+// inOrder returns the frames of all segments in the order of their sequence, each once: if two
+// segments have one, that of the newer segment.
 func (s *salvage) inOrder() (frames []foundFrame) {
 	for _, file := range s.segments {
 		frames = append(frames, file.frames...)
@@ -308,7 +309,7 @@ func (s *salvage) inOrder() (frames []foundFrame) {
 		return cmp.Compare(a.sequence, b.sequence)
 	})
 
-	// A frame that was applied twice would double its values.
+	// Applied twice, a frame would double its values.
 	once := frames[:0]
 	for _, f := range frames {
 		n := len(once)
@@ -322,17 +323,18 @@ func (s *salvage) inOrder() (frames []foundFrame) {
 	return once
 }
 
-// from are those of frames, which are in order, that have no lower sequence than first.
+// from returns those of frames, which are in order, whose sequence is at least first.
 func from(frames []foundFrame, first uint64) []foundFrame {
 	i, _ := slices.BinarySearchFunc(frames, first,
 		func(f foundFrame, first uint64) int { return cmp.Compare(f.sequence, first) })
 	return frames[i:]
 }
 
-// base is the snapshot to begin with: the newest whole one from which no frame is missing, or an
-// empty one where none is missing from the first; else the newest whole one, or the newest.
+// base returns the snapshot to begin with: the newest whole one behind which no frame is missing, or
+// an empty one if no frame is missing from the first on; otherwise the newest whole one, or the
+// newest that has frames.
 func (s *salvage) base(frames []foundFrame) *foundFile {
-	// A gap at the end cannot be seen: what is missing there has no later frame.
+	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
 	isComplete := func(file *foundFile) bool {
 		first := s.firstBehind(file)
 		rest := from(frames, first)
@@ -346,7 +348,7 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 		candidates = append(candidates, empty)
 	}
 
-	// First what loses nothing, then what loses least.
+	// The first rule loses nothing, and each later one loses more.
 	for _, isGood := range []func(*foundFile) bool{
 		isComplete,
 		func(file *foundFile) bool { return file.whole && file != empty },
@@ -360,8 +362,8 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 	return empty
 }
 
-// firstBehind is the sequence of the first frame behind what a snapshot stands for. Where its own
-// header cannot be read the next segment says that, too; 0: it does not.
+// firstBehind returns the sequence of the first frame that a snapshot does not replace. If its
+// own header cannot be read, the next segment's header says it, too; 0: nothing says it.
 func (s *salvage) firstBehind(snapshot *foundFile) (first uint64) {
 	first = snapshot.header.first
 	for _, file := range s.segments {
@@ -372,8 +374,8 @@ func (s *salvage) firstBehind(snapshot *foundFile) (first uint64) {
 	return first
 }
 
-// applyAll applies frames, of which the first should be next, and returns the sequence behind the
-// last.
+// applyAll applies frames, the first of which should be next, and returns the sequence behind the
+// last one.
 func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 	var last foundFrame
 	for _, f := range frames {
@@ -389,7 +391,7 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 		}
 		last = f
 
-		// Read a second time, for all payloads together may be more than memory.
+		// Payloads are read a second time here, because all together may be more than memory holds.
 		payload := make([]byte, f.length)
 		err := f.in.open()
 		if err == nil {
@@ -407,9 +409,9 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 	return next, nil
 }
 
-// sayLostEnd says what may be lost behind the last frame.
+// sayLostEnd reports what may be lost behind the last frame.
 func (s *salvage) sayLostEnd(base *foundFile) {
-	// The newest segment of which anything can be read.
+	// The newest segment that can be read at least in part.
 	i := slices.IndexFunc(s.segments, func(file *foundFile) bool {
 		return file.bad == nil || len(file.frames) > 0
 	})
@@ -428,15 +430,15 @@ func (s *salvage) sayLostEnd(base *foundFile) {
 	}
 }
 
-// sayLostBehind says that what came after a file is lost.
+// sayLostBehind reports that what came after a file is lost.
 func (s *salvage) sayLostBehind(file *foundFile) {
 	s.sayLost("what came after %s: the next file is missing, or cannot be read", file.path)
 }
 
-// write writes what was saved to out: a snapshot, an empty segment behind it, and last STORE, so
-// that before all is there it is no store.
+// write writes what was saved to out: a snapshot, an empty segment behind it, and STORE. STORE comes
+// last, so that an unfinished copy is no store.
 func (s *salvage) write(out storage.Directory) error {
-	// It is another store than the damaged one, whose files must not be mixed in.
+	// The new store gets an id of its own, so that files of the damaged one cannot get into it.
 	rand.Read(s.id[:])
 
 	whole := fileHeader{kind: kindSnapshot, id: s.id, number: 1, first: s.next}
@@ -447,7 +449,7 @@ func (s *salvage) write(out storage.Directory) error {
 		return err
 	}
 
-	// A start wants a segment behind each snapshot.
+	// A store has at least one segment behind its snapshot.
 	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
 	_, err = createLog(out, segment, nil)
 	if err != nil {

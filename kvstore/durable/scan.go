@@ -15,37 +15,37 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// logReader reads a log file frame by frame: a start applies what it reads, Check counts it, Backup
-// copies it, and Repair reads on behind what is bad. Another process may write the file meanwhile:
-// what it writes since the file was first opened is left out.
+// logReader reads a log file frame by frame. A start and Check apply the frames, Backup copies
+// them, and Repair reads on behind damage. Another process may write the file meanwhile: frames that
+// it writes after the file was first opened are left out.
 type logReader struct {
 	header fileHeader
 	seed   uint32
 	dir    storage.Directory
 	name   string
-	path   string // the name as people call it
+	path   string // for messages
 	r      *bufio.Reader
-	f      storage.File  // nil: it is opened when it is read
-	stamp  storage.Stamp // what the file was, when it was opened
-	size   int64         // of the file, when it was opened or last looked at
-	limit  int64         // the size when it was first opened: what comes behind was written since
+	f      storage.File  // nil: it is opened again when it is read
+	stamp  storage.Stamp // the file's, when it was opened
+	size   int64         // of the file, when it was opened or last read to its end
+	limit  int64         // the size when it was first opened: frames beyond it were written since
 	offset int64         // of the next frame
-	next   uint64        // sequence of the next frame; 0: any, behind a header that cannot be read
+	next   uint64        // sequence of the next frame; 0: any, because the header cannot be read
 	buf    []byte        // the last payload with its padding, kept for the next one
-	doubts []int64       // offsets of the frames that no later one calls synced
+	doubts []int64       // offsets of the frames that no later frame calls synced
 
-	// Why the header cannot be read: a *storage.DamageError, a version, or what reading it failed
-	// with; nil: it can.
+	// Why the header cannot be used: a *storage.DamageError, ErrNewer or ErrOlder, or the error of
+	// reading it; nil: it can be used.
 	bad error
 }
 
-// readerOf reads f from offset on to its end, wherever that is by then.
+// readerOf returns a reader of f from offset to its end, even if f grows meanwhile.
 func readerOf(f storage.File, offset int64) io.Reader {
 	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
 }
 
-// openLog opens the file called name and reads its header. A reader whose header is bad is good for
-// nothing but to ask why, until beginBehind gives it another.
+// openLog opens the file called name and reads its header. A bad header is no error here: bad says
+// what is wrong, and the reader cannot read frames until beginBehind gives it another header.
 func openLog(d storage.Directory, name string) (*logReader, error) {
 	l := &logReader{dir: d, name: name, path: d.Path(name)}
 	err := l.open()
@@ -61,7 +61,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 		return l, nil
 	}
 
-	// A bad header is no error yet: Repair reads behind it.
+	// Repair reads the frames behind a bad header.
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
@@ -97,22 +97,22 @@ func (l *logReader) close() {
 	}
 }
 
-// beginBehind has the next read be of the first frame behind the header h.
+// beginBehind makes the first frame behind the header h the next one to be read.
 func (l *logReader) beginBehind(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
-		l.next = 1 // a snapshot counts its own frames; first is what comes behind it
+		l.next = 1 // frames of a snapshot have their own sequence; first is that of the log behind it
 	}
 }
 
-// freeFiles is how many descriptors openLogs leaves to others, at least, where there are too few.
+// freeFiles is how many descriptors openLogs at least leaves to others if there are too few.
 const freeFiles = 16
 
-// openLogs opens the log files among names, in their order. They are the caller's to close. What
-// somebody removes from now on stays readable on a disk, but for files for which there is no
-// descriptor: these are opened when they are read.
+// openLogs opens the log files among names, and returns them in the same order. The caller closes
+// them. On a disk, an open file stays readable even if somebody removes it. If there are too few
+// descriptors, some files are closed again, and opened once more when they are read.
 func openLogs(d storage.Directory, names []string) (logs []*logReader, err error) {
-	// The newest first: whoever sees a frame in it sees all of those before it.
+	// The newest first: then a frame in a newer file is never seen without all frames before it.
 	areMany := false
 	for _, name := range slices.Backward(names) {
 		_, _, isLog := parseName(name)
@@ -132,7 +132,7 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 		}
 		logs = append(logs, l)
 
-		// Its header is all that is needed now.
+		// Only its header is needed now.
 		if areMany {
 			l.close()
 		}
@@ -148,8 +148,8 @@ func closeLogs(logs []*logReader) {
 	}
 }
 
-// majorityID is the id that most log files bear, how many bear it, and of how many the header can
-// be read.
+// majorityID returns the id that most log files have, how many have it, and how many headers can be
+// read.
 func majorityID(logs []*logReader) (id storeID, most, of int) {
 	votes := map[storeID]int{}
 	for _, l := range logs {
@@ -166,13 +166,13 @@ func majorityID(logs []*logReader) (id storeID, most, of int) {
 	return id, most, of
 }
 
-// damageHere is damage at the next frame.
+// damageHere returns damage at the next frame.
 func (l *logReader) damageHere(what string) *storage.DamageError {
 	return &storage.DamageError{File: l.path, Offset: l.offset, Frame: l.next, What: what}
 }
 
-// checkHeader returns an error unless the file is of the store id, and the one that its name says.
-// first is the frame with which it has to begin; 0: with any.
+// checkHeader returns an error unless the file belongs to the store id and is the one that its name
+// says. first is the frame with which it must begin; 0: any.
 func (l *logReader) checkHeader(id storeID, first uint64) error {
 	what := ""
 	switch {
@@ -193,14 +193,14 @@ func (l *logReader) checkHeader(id storeID, first uint64) error {
 // errEnd is the end of a log file, after its last frame.
 var errEnd = errors.New("end of the log")
 
-// read returns the next frame and its payload, which is good until the next read. The error is
-// errEnd, a *storage.DamageError, or what reading the file failed with.
+// read returns the next frame and its payload, which is valid until the next read. The error is
+// errEnd, a *storage.DamageError, or the file's.
 func (l *logReader) read() (f frame, payload []byte, err error) {
 	if l.offset == l.size {
 		return f, nil, errEnd
 	}
 
-	// The head: its length is believed once its checksum holds.
+	// The head. Its length is not believed before its checksum has been verified.
 	if l.size-l.offset < frameSize {
 		return f, nil, l.damageHere("the file ends inside a frame's head")
 	}
@@ -236,13 +236,13 @@ func (l *logReader) read() (f frame, payload []byte, err error) {
 		return f, nil, l.damageHere("the records' checksum is wrong")
 	}
 
-	// After damage the offset stays where the bad frame is.
+	// After damage the offset is still that of the bad frame.
 	l.offset += f.padded()
 	l.next = f.sequence + 1
 	return f, payload, nil
 }
 
-// padded is room for the payload of f with its padding, which is good until the next read.
+// padded returns memory for the payload of f with its padding, which is valid until the next read.
 func (l *logReader) padded(f frame) []byte {
 	rest := int(f.padded() - frameSize)
 	if cap(l.buf) < rest {
@@ -251,8 +251,8 @@ func (l *logReader) padded(f frame) []byte {
 	return l.buf[:rest]
 }
 
-// readError is err, or damage where err says that the file became shorter meanwhile: a process that
-// has the store open cuts off the room behind the last frame of a full file.
+// readError returns err, or damage if err says that the file became shorter meanwhile: a process
+// that has the store open cuts off the room behind the last frame of a full file.
 func (l *logReader) readError(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return l.damageHere("the file became shorter meanwhile")
@@ -260,9 +260,9 @@ func (l *logReader) readError(err error) error {
 	return err
 }
 
-// search looks behind the good part of the file, wherever a frame can begin, for the head of one that
-// isIt accepts, and returns its offset; 0: there is none. bytes are those before it, up to the last
-// that is not zero. As far as it looks it notes what size the file has by now.
+// search looks behind the good part of the file, at every place where a frame can begin, for a head
+// that isIt accepts, and returns its offset; 0: there is none. bytes is how many bytes lie before it,
+// up to the last one that is not zero. search updates size if the file has another size by now.
 func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, bytes int64, err error) {
 	r := bufio.NewReaderSize(readerOf(l.f, l.offset), bufferSize)
 	for at = l.offset; ; {
@@ -284,7 +284,7 @@ func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, byte
 			}
 		}
 
-		// Frames begin at multiples of 8. Of these bytes the last counts that is not zero.
+		// Frames begin at multiples of 8. last is the last byte of these 8 that is not zero.
 		var word [8]byte
 		n, _ := r.Read(word[:])
 		last := (bits.Len64(binary.LittleEndian.Uint64(word[:])) + 7) / 8
@@ -295,10 +295,9 @@ func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, byte
 	}
 }
 
-// skip moves on to the next whole frame, whatever its sequence. It returns false where there is
-// none.
+// skip moves on to the next whole frame, whatever its sequence. found is false if there is none.
 func (l *logReader) skip() (found bool, err error) {
-	// Of a whole one both checksums hold.
+	// A frame is whole if both its checksums are right.
 	var next uint64
 	at, _, err := l.search(func(f frame, at int64) (bool, error) {
 		if at+f.padded() > l.size {
@@ -321,47 +320,47 @@ func (l *logReader) skip() (found bool, err error) {
 	return true, nil
 }
 
-// tail is what stands behind the last good frame of a log file.
+// tail says what is behind the last good frame of a log file.
 type tail int
 
 const (
-	nothing tail = iota // or zeros: room for frames
+	nothing tail = iota // nothing, or zeros: room for frames
 	torn                // a commit that was never whole on disk, as a crash leaves it
-	damaged             // something that was on disk once
+	damaged             // something that was once on disk
 )
 
 // logEnd is where a log file's good part ends.
 type logEnd struct {
 	header fileHeader
-	stamp  storage.Stamp // what the file was, when it was opened to be read
+	stamp  storage.Stamp // the file's, when it was opened for reading
 	last   uint32        // the kind of the last good frame
-	frames int           // good ones
+	frames int           // how many are good
 	next   uint64        // sequence of the frame that would follow
 	offset int64         // of the end of the last good frame
 	doubt  int64         // offset of the first good frame that no later one calls synced
 
 	size  int64 // of the file
 	tail  tail  // what is behind offset
-	bytes int64 // of a torn tail, up to its last that is not zero
-	bad   error // why the tail is no part of the log; nil: the tail is nothing
+	bytes int64 // of a torn tail, up to its last byte that is not zero
+	bad   error // why the tail is not part of the log; nil: there is none
 }
 
-// goesOn tells whether the last frame says that another file follows.
+// goesOn reports whether the last frame says that another file follows.
 func (e logEnd) goesOn() bool { return e.frames > 0 && e.last == frameNext }
 
-// isLast tells whether no frame may follow the last one.
+// isLast reports whether no frame may follow the last one.
 func (e logEnd) isLast() bool {
 	return e.frames > 0 && (e.last == frameNext || e.last == frameEnd)
 }
 
-// isWhole tells whether the file is a complete snapshot.
+// isWhole reports whether the file is a complete snapshot.
 func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.offset == e.size }
 
 // bufferSize is how many bytes are read at a time.
 const bufferSize = 1 << 18
 
-// beginReading opens the file to be read from here on, and returns what there is of it before that.
-// endReading closes it.
+// beginReading opens the file for reading from the next frame on, and returns the logEnd from which
+// readFrames goes on. endReading closes the file.
 func (l *logReader) beginReading() (end logEnd, err error) {
 	err = l.open()
 	if err != nil {
@@ -371,15 +370,15 @@ func (l *logReader) beginReading() (end logEnd, err error) {
 	return logEnd{header: l.header, stamp: l.stamp, size: l.size}, nil
 }
 
-// endReading closes the file, and gives the buffers back, for there may be many files.
+// endReading closes the file and drops the buffers, because there may be many files.
 func (l *logReader) endReading() {
 	l.close()
 	l.r, l.buf, l.doubts = nil, nil, nil
 }
 
-// scan reads the frames from here on, has each told of those that are good, and returns where they
-// end. The error is one of each, or of reading the file: what is damaged is no error, but the tail
-// of the end. The file is closed then.
+// scan reads all frames from the next one on, calls each for the good ones, and returns where they
+// end. Then it closes the file. The error is one of each, or of reading the file. Damage is no
+// error: the tail of the end says it.
 func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	end, err = l.beginReading()
@@ -397,9 +396,9 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 			return judged, nil
 		}
 
-		// What is bad is judged, and then read once more: another process may have written it
-		// meanwhile. If that has also written a later frame that calls this one synced, then it is
-		// whole by now.
+		// A bad frame is judged, and then read once more: another process may have been writing it.
+		// If that process has also written a later frame that calls this one synced, which judgeTail
+		// takes for a sign of damage, the frame is whole by now.
 		judged = end
 		err = l.judgeTail(&judged, damage)
 		if err != nil {
@@ -409,8 +408,8 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 	}
 }
 
-// readFrames reads good frames, has each told of them, and moves end behind them. It returns what is
-// bad there, nil at the end of the file.
+// readFrames reads good frames, calls each for them, and moves end behind them. damage is what is
+// wrong there; nil: the file ends.
 func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte) error) (
 	damage *storage.DamageError, err error) {
 	end.size = max(end.size, l.size)
@@ -441,16 +440,16 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		end.frames++
 		end.last = f.kind
 
-		// The frame that f calls synced is on disk. Only those behind it may be missing there.
+		// The frame that f calls synced is on disk. Only the frames behind it may not be.
 		l.doubts = append(l.doubts, end.offset)
 		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(l.doubts))))
 		l.doubts = slices.Delete(l.doubts, 0, len(l.doubts)-left)
 	}
 }
 
-// judgeTail decides what follows the good part of the file, and begins with damage.
+// judgeTail decides what the bytes behind the good part of the file are. They begin with damage.
 func (l *logReader) judgeTail(end *logEnd, damage error) error {
-	// The head's own CRC is enough: what it says of the bad frame was true when it was written.
+	// A later head that says that the bad frame was on disk is enough; its payload need not be whole.
 	later, bytes, err := l.search(func(f frame, _ int64) (bool, error) {
 		return f.sequence > l.next && f.synced >= l.next, nil
 	})
@@ -459,9 +458,9 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	}
 	end.size = max(end.size, l.size)
 
-	// A commit that was never whole on disk was never answered. But what a later frame calls synced
-	// was, and a file that goes on elsewhere was on disk to its last frame. Zeros are room for
-	// frames, also behind the last frame of a full file: a rotation was killed there.
+	// A commit that was never whole on disk was never answered. But a frame that a later one calls
+	// synced was on disk, and so was all of a file that says that another follows. Zeros are room for
+	// frames, even behind the last frame of a full file, if its rotation was killed.
 	switch {
 	case later > 0, bytes > 0 && end.isLast():
 		end.tail, end.bad = damaged, damage
@@ -471,7 +470,7 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	return nil
 }
 
-// applyTo returns what scan wants to be told for m to become what the file says.
+// applyTo returns a function for scan that applies each frame to m.
 func applyTo(m *kvstore.Memory) func(*logReader, frame, []byte) error {
 	return func(l *logReader, f frame, payload []byte) error {
 		err := apply(m, string(payload), f.count)

@@ -8,26 +8,26 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// SPARE is a file of zeros that keeps room on the disk for what frees: when the disk is full it
-// gives as much back as the log needs to go on. It has at least what it takes to delete every key,
-// one at a time, and after a compaction at most twice that and twice zerosAhead. It belongs to the
-// store's owner, who knows it as a logWriter without frames, and without a file where there is
-// none.
+// SPARE is a file of zeros that reserves room on the disk for requests that free some: when the disk
+// is full, it is shortened by as much as the log needs to go on. It has at least the bytes of log
+// that it takes to delete every key, one at a time, and after a compaction at most twice that and
+// twice zerosAhead. It belongs to the store's owner, as a logWriter without frames; its file is nil
+// while there is no SPARE.
 
 const (
 	spareName = "SPARE"
 
 	// Bytes that the Delete of a key may take in the log beside the key: a frame's head, a
-	// record's, and what fills both up to a multiple of 8.
+	// record's, and the padding to a multiple of 8.
 	deleteExtra = frameSize + recordExtra + 8
 
-	// The part of zerosAhead that SPARE has beside the room for Deletes: 64 KiB of 1 MiB, for
-	// Removes.
+	// The part of zerosAhead that SPARE has for Removes, beside the room for Deletes: 64 KiB of
+	// 1 MiB.
 	spareShare = 16
 )
 
-// growSpare makes SPARE have at least so many bytes, in steps of zerosAhead. What it could have
-// before an error it has.
+// growSpare makes SPARE at least this many bytes long, in steps of zerosAhead. After an error SPARE
+// keeps what it has got by then.
 func (d *Store) growSpare(bytes int64) error {
 	if d.spare.f == nil {
 		f, err := d.dir.Create(spareName)
@@ -41,26 +41,27 @@ func (d *Store) growSpare(bytes int64) error {
 	return d.spare.makeRoom(bytes + step - bytes%step)
 }
 
-// toDelete is how many bytes of log it takes to delete every key, one at a time, and a new key of
-// so many bytes as well.
+// toDelete returns how many bytes of log it takes to delete every key, one at a time, and also a
+// new key of this many bytes.
 func (d *Store) toDelete(bytes int64) int64 {
-	// Each Delete is a Commit of its own, and so a frame of its own.
+	// Each Delete may be a Commit of its own, and so a frame of its own.
 	keys, _, _ := d.Size()
 	return d.KeyBytes() + bytes + int64(keys+1)*deleteExtra +
 		int64(d.zerosAhead/spareShare)
 }
 
-// Room returns an error, and nothing has changed, if the disk has no room for one more record of so
-// many bytes of key and values. A record that is written nevertheless makes the next Commit fail,
-// and ends the store. What frees, a Delete or a Remove, may use SPARE; other writes leave in SPARE,
-// or in the log, what it takes to delete everything, and are refused while files are spoiled and
-// cannot be written anew. A directory that wants no zeros ahead knows by itself what room it has.
+// Room returns an error, and has changed nothing, if the disk has no room for one more record with
+// this many bytes of key and values. If that record were written anyway, the next Commit could
+// fail, and end the store. A request that frees room (Delete, Remove, Take) may use SPARE. Other
+// writes leave enough room in SPARE, or in the log, to delete everything, and are refused while
+// spoiled files cannot be written again. A directory without zerosAhead knows itself what room it
+// has.
 func (d *Store) Room(bytes int64, frees bool) error {
 	need := d.needFor(bytes)
 	switch {
 	case bytes+4*recordExtra > maxRecord:
 		return errTooLarge(bytes)
-	case d.failure() != nil: // the Commit will say it
+	case d.failure() != nil: // the Commit will return it
 		return nil
 	case !frees && d.noHeal != nil:
 		return d.noHeal
@@ -70,32 +71,32 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return d.roomToFree(need)
 	}
 
-	// On a disk that was full just now, what was refused is refused again without a call.
+	// Shortly after a refusal, a write that is as large is refused without asking the disk.
 	if d.isFull && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
 
-	// Most often there is room, which this finds without a call.
+	// Usually there is room, and this finds it without asking the disk.
 	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.isFull &&
 		(d.mostRefused == 0 || time.Now().Before(d.roomAfter)) {
 		return nil
 	}
 
-	// Where almost all that is in the log was deleted, a compaction gives the room back. Half of SPARE
-	// has to be enough for it, or writes would leave none to the compactions for Removes.
+	// If almost all that is in the log was deleted, a compaction makes room. It must be possible in
+	// half of SPARE: otherwise writes would leave no room for the compactions that Removes need.
 	err := d.roomToWrite(bytes)
 	if err != nil && d.squeeze(d.spare.fileSize/2) {
 		err = d.roomToWrite(bytes)
 	}
 
-	// The timer has to know whether the disk is full, and the next Room why.
+	// The timer must know whether the disk is full, and the next Room why.
 	d.setFull(err != nil)
 	if err != nil {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
-	// Small writes may be taken where large ones are refused: that is not over before all find room. Of
-	// very large ones that is known when one is taken.
+	// While large writes are refused, small ones may be taken. Only when the largest refused one
+	// finds room there is room again. A very large one is not tried here: it has to come again.
 	switch most := d.mostRefused; {
 	case err != nil:
 		d.roomAfter = time.Now().Add(roomTime)
@@ -109,16 +110,17 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	return err
 }
 
-// needFor is how many bytes of log it takes to write what waits for the Commit, a record of so many
-// bytes of key and values, and a frame around both.
+// needFor returns how many bytes of log it takes to write the pending records, one more record with
+// this many bytes of key and values, and a frame around them.
 func (d *Store) needFor(bytes int64) int64 {
 	return int64(len(d.pending)) + bytes + 4*recordExtra + frameMost + frameSize
 }
 
-// roomToWrite makes room for a record of so many bytes, and for what it then takes to delete
-// everything.
+// roomToWrite makes room for a record of this many bytes, and enough room to delete everything
+// afterwards.
 func (d *Store) roomToWrite(bytes int64) error {
-	// What SPARE cannot have must be in the log. It grows in steps, and may have got enough.
+	// What SPARE cannot get must be in the log. (SPARE grows in steps, and may have enough in spite
+	// of an error.)
 	need, wanted, had := d.needFor(bytes), d.toDelete(bytes), d.spare.fileSize
 	if d.spare.fileSize < wanted {
 		err := d.growSpare(wanted)
@@ -127,7 +129,7 @@ func (d *Store) roomToWrite(bytes int64) error {
 		}
 	}
 
-	// What SPARE has got in vain is for smaller writes.
+	// The write is refused, so what SPARE has got for it is given back for smaller ones.
 	err := d.makeRoom(need)
 	if err != nil {
 		d.spare.cut(max(had, d.toDelete(0)+int64(d.zerosAhead)))
@@ -135,20 +137,20 @@ func (d *Store) roomToWrite(bytes int64) error {
 	return err
 }
 
-// roomToFree is Room for what frees. Where the disk is full the log takes room from SPARE.
+// roomToFree is Room for a request that frees room. On a full disk the log takes room from SPARE.
 func (d *Store) roomToFree(need int64) error {
 	err := d.makeRoomAnywhere(need)
 	if err == nil {
 		return nil
 	}
 
-	// A log that is much larger than the data gives back more than SPARE has.
+	// If the log is much larger than the data, a compaction frees more than SPARE has.
 	squeezed := d.squeeze(d.spare.fileSize)
 	if squeezed {
 		err = d.makeRoomAnywhere(need)
 	}
 
-	// Step by step, for another program may take what is given back.
+	// Step by step, because another program may take what SPARE gives back.
 	for err != nil && d.spare.fileSize > 0 {
 		d.setFull(true)
 		left := max(0, d.spare.fileSize-max(need, int64(d.zerosAhead)))
@@ -161,7 +163,7 @@ func (d *Store) roomToFree(need int64) error {
 	return err
 }
 
-// makeRoomAnywhere is makeRoom, in the next file where the current one has all that a file may have
+// makeRoomAnywhere is makeRoom, in a new file if the current one is as large as a file may be
 // (RLIMIT_FSIZE).
 func (d *Store) makeRoomAnywhere(need int64) error {
 	err := d.makeRoom(need)
@@ -171,10 +173,10 @@ func (d *Store) makeRoomAnywhere(need int64) error {
 	return err
 }
 
-// squeeze compacts the log into room that SPARE gives back, if so many bytes are enough room, and the
-// log gives back more than it takes: so Removes go on, too, where there are long keys, each of which
-// is in the log with every value, and writes where almost all was deleted. It returns whether there is
-// more room now. Everybody waits for it.
+// squeeze compacts the log into room that SPARE gives back, if at most this many bytes are enough
+// and the compaction frees more than it takes. Without it a full disk would stop Removes where keys
+// are long, because the log has the key once for every value, and writes after almost everything
+// was deleted. It reports whether there is more room now. Everybody waits for it.
 func (d *Store) squeeze(most int64) bool {
 	// Each file takes whole blocks of the disk.
 	need := d.liveBytes() + 2*headerSize + frameMost + int64(d.zerosAhead/spareShare)
@@ -182,23 +184,23 @@ func (d *Store) squeeze(most int64) bool {
 		return false
 	}
 
-	// The room first, then a new file. If the log cannot go on there, SPARE stays smaller: what it
-	// gave back is the log's.
+	// First the room, then a new file. If there can be no new file, SPARE stays smaller: the log uses
+	// what it gave back.
 	err := d.spare.cut(d.spare.fileSize - need)
 	if err != nil || !d.rotateEarly() {
 		return false
 	}
 
-	// Not aside: the room that it makes is wanted now.
+	// Not in the background: the room is needed now.
 	c := d.newCompaction()
 	c.run()
 	d.noteCompaction(c)
 	return c.err == nil
 }
 
-// rotateEarly goes on in a new file before the Commit. It returns whether there is one.
+// rotateEarly goes on in a new file before the Commit. It reports whether there is one.
 func (d *Store) rotateEarly() bool {
-	// The old file has all that memory has: a snapshot of that may take its place.
+	// The old file gets everything that memory has, so that a snapshot may replace it.
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
@@ -217,8 +219,8 @@ func (d *Store) setFull(isFull bool) {
 	}
 }
 
-// makeRoom makes room for so many bytes in the current file, and for zerosAhead, if the disk has as
-// much.
+// makeRoom makes room for this many bytes in the current file, and if the disk has as much, for at
+// least zerosAhead.
 func (d *Store) makeRoom(need int64) error {
 	if d.room >= need {
 		return nil
@@ -230,13 +232,13 @@ func (d *Store) makeRoom(need int64) error {
 	err := d.current.makeRoom(max(need, int64(d.zerosAhead)))
 	d.room = d.current.room()
 	if d.room >= need {
-		return nil // what is missing was wanted, but is not needed
+		return nil // more was wanted, but this is enough
 	}
 	return err
 }
 
-// checkSpare opens SPARE if it is there, and notes what somebody has done to it: the next write makes
-// one that was removed anew, and gives back to one that was cut. Without it the store goes on.
+// checkSpare opens SPARE if it is there, and notes if somebody has removed or shortened it: the next
+// write makes it again, or as long as it should be. The store also works without it.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	stamp, isThere := stamps[spareName]
 	switch {

@@ -1,13 +1,13 @@
-// Package durable has a Memory with a log: what was committed is made again by the next Open.
+// Package durable has a Memory with a write-ahead log: Open restores what was committed.
 //
 //	store.go    the Store: its operations, Commit, Close
 //	journal.go  the end of the log: appending, fsync, the timer, and going on in the next file
-//	spare.go    room on the disk, and SPARE, from which a full disk's Deletes get theirs
+//	spare.go    room on the disk, and SPARE, whose room goes to Deletes when the disk is full
 //	format.go   every byte of every file
 //	scan.go     reading one log file, and judging where its good part ends
-//	load.go     which files are the store, reading them in their order, and a start
-//	compact.go  a snapshot in the place of full files
-//	heal.go     files that others remove or change under a running server
+//	load.go     which files make the store, reading them in order, and a start
+//	compact.go  a snapshot replaces full files
+//	heal.go     files that others remove or change while the server runs
 //	check.go, repair.go, backup.go  the commands of these names
 package durable
 
@@ -29,64 +29,64 @@ import (
 var (
 	// ErrNewer is returned when a newer program wrote the store.
 	ErrNewer = errors.New("written by a newer kvserver")
-	// ErrOlder is returned when an older program wrote the store, in a format that
-	// this one does not read.
+	// ErrOlder is returned when an older program wrote the store in a format that
+	// this one cannot read.
 	ErrOlder = errors.New("written by an older kvserver")
-	// ErrNoStore is returned where a store is to be copied or repaired, and there is none.
+	// ErrNoStore is returned by Backup and Repair when the directory to read has no store.
 	ErrNoStore = errors.New("no store yet: an empty directory")
-	// ErrNotEmpty is returned where a store is to be copied or repaired to, and something is there.
+	// ErrNotEmpty is returned by Backup and Repair when the directory to write is not empty.
 	ErrNotEmpty = errors.New("a copy needs a new or an empty directory")
-	// ErrSpoiled is returned by Close, and by Room, where others have changed the files, and they cannot
-	// be written anew, or by Close where nobody can look whether they have: then not all that was
-	// answered may be there.
+	// ErrSpoiled is returned by Close and by Room when others have changed the files and the data
+	// could not be written again, and by Close when it could not find out whether they have. Then
+	// data that was answered may be missing on disk.
 	ErrSpoiled = errors.New("the files may not be as they were written")
 )
 
-// Fsync values other than a time between two fsyncs.
+// Values of Options.Fsync that are not a time between two fsyncs.
 const (
-	FsyncAlways time.Duration = 0  // every Commit
-	FsyncNever  time.Duration = -1 // when a file is full and at Close; else when the kernel pleases
+	FsyncAlways time.Duration = 0  // at every Commit
+	FsyncNever  time.Duration = -1 // only when a file is full and at Close; the kernel does the rest
 )
 
-// Options are how a store is kept. The zero value is the safest.
+// Options say how a store is kept. The zero value is the safest.
 type Options struct {
-	// FsyncAlways, FsyncNever, or a time from a Commit to the fsync that covers it. If an fsync takes
-	// longer, Commits wait for it. So a power failure takes the Commits of at most twice this time.
-	// (They may be older than that by the clock, for nothing is committed while the disk stalls.)
+	// FsyncAlways, FsyncNever, or the time from a Commit to the fsync that covers it. If an fsync
+	// takes longer, Commits wait for it. So a power failure loses the Commits of at most twice this
+	// time. (By the clock they may be older, because nothing is committed while the disk stalls.)
 	Fsync  time.Duration
-	Log    *slog.Logger    // is told what happened to the files; nil: nobody is
-	Status *storage.Status // is told how far Open is, and of fsyncs and compactions; nil: nobody is
+	Log    *slog.Logger    // gets lines about what happens to the files; nil: none
+	Status *storage.Status // gets Open's progress, fsyncs and compactions; nil: nothing is noted
 }
 
 // Sizes and times of the log.
 const (
 	maxRecord   = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
-	recordExtra = 8       // bytes that a record takes beside its key and value, about
-	tmpSuffix   = ".tmp"  // of a file that is not whole on disk yet
+	recordExtra = 8       // bytes that a record takes beside its key and value, roughly
+	tmpSuffix   = ".tmp"  // ends the name of a file that is not yet whole on disk
 
-	// Bytes of a frame beside its records, and of one that the timer may write before it.
+	// Bytes of a frame beside its records, and of a frame that the timer may write before it.
 	frameMost = 2*frameSize + 64
 
-	// Full files and the snapshot are compacted when they have more than so many times the bytes of
-	// the live data.
+	// Full files and the snapshot are compacted when they have more than this many times the bytes
+	// of the live data.
 	maxWaste = 2
 
-	progressTime = time.Second      // between two lines about a long load
+	progressTime = time.Second      // between two log lines about a long load
 	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
-	rotateTime   = time.Second      // until a new file that could not be made is tried again
-	roomTime     = time.Second / 10 // until a full disk is asked for room again
-	compactTime  = time.Minute      // until a compaction that failed is tried again, at most a heal, too
-	lookTime     = time.Second      // between two looks at what others have done to the files
+	rotateTime   = time.Second      // before the next try, where no new file could be made
+	roomTime     = time.Second / 10 // before a full disk is asked for room again
+	compactTime  = time.Minute      // before the next try of a compaction, and at most of a heal
+	lookTime     = time.Second      // between two checks of what others have done to the files
 )
 
-// Store is a KVStore whose Commit returns once everything before it is in a
-// log on disk, from which Open makes the same store again. It is not safe for
-// concurrent access: one goroutine, its owner, calls its methods, but for those that
+// Store is a kvstore.Store whose Commit returns once everything before it is in a
+// log on disk, from which Open restores the same store. It is not safe for
+// concurrent access: one goroutine, its owner, calls its methods, except those that
 // say otherwise.
 //
 // It has two goroutines of its own: a compaction, which writes a snapshot and removes the full
-// files that it stands for, and a timer, which syncs the current file and writes the frames that
-// say so. Neither runs twice at a time. (Its lock may have one more.)
+// files that this replaces, and a timer, which syncs the current file and writes frames that say
+// what is on disk. There is at most one of each at a time. (The lock may have another goroutine.)
 //
 // Reads are Memory's: nothing is read from disk after Open.
 type Store struct {
@@ -96,41 +96,41 @@ type Store struct {
 
 	// Records for the next frame.
 	pending    []byte
-	count      uint32 // of them
-	wroteEarly bool   // a frame was written since the last Commit, for pending had become large
+	count      uint32 // of these records
+	wroteEarly bool   // a frame was written since the last Commit, without waiting for the next
 
 	// Room on the disk.
 	spare       logWriter // SPARE
 	noRoom      error     // why the last write was refused
 	refused     int64     // bytes of that write's key and values
-	roomAfter   time.Time // before then no write is tried that is as large
-	mostRefused int64     // bytes of the largest one since the log said that there is room; 0: none
+	roomAfter   time.Time // until then writes of that size or more are refused without a try
+	mostRefused int64     // bytes of the largest refused write since writes were last taken; 0: none
 
 	// Compaction.
 	segmentSize, minCompact int64            // the directory's Sizes
-	waste                   int64            // maxWaste, but in tests
+	waste                   int64            // maxWaste, except in tests
 	fullBytes               int64            // bytes in full files and the snapshot
 	snapshot                uint64           // number of the snapshot; 0: none
-	compacted               chan *compaction // is sent the one that runs at its end; nil: none runs
-	compactAfter            time.Time        // before then none is tried
+	compacted               chan *compaction // a compaction sends itself at its end; nil: none runs
+	compactAfter            time.Time        // until then no compaction is tried
 	stop                    chan struct{}    // closed by Close: the compaction gives up
 
-	// Looking whether others have changed the files.
-	looked     time.Time                // when that was done last
-	isSpoiled  bool                     // somebody has changed the current file since: look at once
-	healAfter  time.Time                // before then no heal is tried
-	healWait   time.Duration            // until the next try, after the last one has failed
-	noHeal     error                    // that the last one has failed with: writes are refused
-	known      map[string]storage.Stamp // our files, but the current one, as we wrote or read them
-	healing    atomic.Bool              // a heal runs; any goroutine may look
-	awaiting   atomic.Bool              // a compaction is waited for; any goroutine may look
-	toldOthers []string                 // files of others that the log was told of
-	isBlind    bool                     // nobody could look, the last time
+	// What others have done to the files.
+	looked     time.Time                // when the files were last checked
+	isSpoiled  bool                     // the last write found the current file changed: check now
+	healAfter  time.Time                // until then no heal is tried
+	healWait   time.Duration            // from the last failed heal to the next try
+	noHeal     error                    // why the last heal failed: writes are refused; nil: it did not
+	known      map[string]storage.Stamp // our files, except the current one, as we wrote or read them
+	healing    atomic.Bool              // a heal runs; any goroutine may read it
+	awaiting   atomic.Bool              // the owner waits for a compaction; any goroutine may read it
+	toldOthers []string                 // files of others that were logged
+	isBlind    bool                     // the last check of the files failed
 }
 
-// Open opens the store in dir, which becomes the store's; in an empty directory it makes a new
-// store. Other errors than those of this package and of package storage are those of the file
-// system. When it refuses what it finds, nothing is changed, and dir is the caller's still.
+// Open opens the store in dir; in an empty directory it makes a new store. The store then owns dir
+// and closes it. Errors are those of this package, of package storage and of the file system. If
+// Open refuses what it finds, it has changed nothing, and dir still belongs to the caller.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
 	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
 		known: map[string]storage.Stamp{}, stop: make(chan struct{})}
@@ -139,7 +139,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}
 	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 
-	// Before the lock: what is none of ours is not even locked.
+	// Before the lock: a directory that is not a store's is not even locked.
 	err := checkNames(dir)
 	if err != nil {
 		return nil, err
@@ -150,7 +150,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		return nil, err
 	}
 
-	// From here on nobody else writes there.
+	// From here on nobody else writes to the directory.
 	err = d.loadIfWritable(ctx)
 	if err != nil {
 		if d.current != nil {
@@ -160,17 +160,17 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 		return nil, err
 	}
 
-	// SPARE is opened, if it is there.
+	// This opens SPARE, if it is there.
 	d.changed()
 
-	// What was loaded may be vouched for by no frame yet.
+	// Perhaps no frame says yet that all that was loaded is on disk.
 	d.status.Set("")
 	d.syncLater()
 	return d, nil
 }
 
-// loadIfWritable loads the store from a directory in which files can be made, or whose disk is
-// full: that serves reads and Deletes.
+// loadIfWritable loads the store if files can be made in its directory, or if its disk is
+// full: then reads and Deletes still work.
 func (d *Store) loadIfWritable(ctx context.Context) error {
 	noFile := d.tryFile()
 	if noFile != nil && !storage.IsFull(noFile) {
@@ -181,7 +181,7 @@ func (d *Store) loadIfWritable(ctx context.Context) error {
 		return err
 	}
 
-	// Where the current file can grow there is room, but there are too many files.
+	// If the current file can grow, the disk is not full: there are too many files.
 	err = d.current.makeRoom(int64(d.zerosAhead))
 	if err == nil {
 		return noFile
@@ -189,10 +189,10 @@ func (d *Store) loadIfWritable(ctx context.Context) error {
 	return nil
 }
 
-// tryFile makes a file, and removes it. Where that cannot be done the log would grow in one file
+// tryFile makes a file and removes it. If that cannot be done, the log would grow in a single file
 // without end.
 func (d *Store) tryFile() error {
-	name := logName(kindSegment, 0) + tmpSuffix // nothing else uses this one
+	name := logName(kindSegment, 0) + tmpSuffix // a name that nothing else uses
 	f, err := d.dir.Create(name)
 	if err == nil {
 		err = errors.Join(f.Close(), d.dir.Remove(name))
@@ -203,8 +203,7 @@ func (d *Store) tryFile() error {
 	return nil
 }
 
-// listOurs lists the directory. Where there is anything that is no store's it is somebody else's,
-// and refused.
+// listOurs lists the directory. It refuses one that has anything that does not belong to a store.
 func listOurs(dir storage.Directory) (names []string, err error) {
 	names, err = dir.List()
 	for _, name := range names {
@@ -216,7 +215,8 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 	return names, err
 }
 
-// checkNames returns an error if a start refuses what is in the directory before it has read it.
+// checkNames returns an error if a start refuses the directory for the names in it, before it has
+// read any log file.
 func checkNames(dir storage.Directory) error {
 	names, err := listOurs(dir)
 	for _, name := range names {
@@ -225,15 +225,15 @@ func checkNames(dir storage.Directory) error {
 	return err
 }
 
-// checkFile returns an error if a file that a start locks, or removes without reading it, is no file:
-// there a start could fail when it has changed others.
+// checkFile returns an error if name is a file that a start locks, or removes unread, but is no
+// regular file: then the start could fail after it has changed other files.
 func checkFile(dir storage.Directory, name string) error {
 	kind, _, _ := parseName(name)
 	if name != storage.LockName && kind != kindSnapshot && !isTmp(name) {
 		return nil
 	}
 
-	// What cannot be opened may be a file of somebody else's that can be removed.
+	// Other errors do not matter: a file that cannot be opened can perhaps be removed.
 	f, _, err := dir.Open(name)
 	if err == nil {
 		f.Close()
@@ -244,14 +244,14 @@ func checkFile(dir storage.Directory, name string) error {
 	return nil
 }
 
-// isStores tells whether a file called name may be in a store's directory.
+// isStores reports whether a file called name may be in a store's directory.
 func isStores(name string) bool {
 	_, _, isLog := parseName(name)
 	return isLog || name == storage.StoreName || name == spareName || isTmp(name) || isBeside(name)
 }
 
-// isBeside tells whether a file may be in a store's directory that is no part of the store: the
-// lock, hidden ones, and what systems put into the volumes that they mount.
+// isBeside reports whether a file may be in a store's directory although it is no part of the
+// store: the lock, hidden files, and files that systems put into mounted volumes.
 func isBeside(name string) bool {
 	switch name {
 	case storage.LockName, "lost+found", "@eaDir", "#snapshot", "System Volume Information",
@@ -269,7 +269,7 @@ func (d *Store) Put(key, value string) {
 
 // Delete removes key and returns how many values it had.
 func (d *Store) Delete(key string) (removed int) {
-	// What changes nothing is not in the log.
+	// A Delete that changes nothing is not logged.
 	removed = d.Memory.Delete(key)
 	if removed > 0 {
 		d.record(opDelete, 0, key)
@@ -279,7 +279,7 @@ func (d *Store) Delete(key string) (removed int) {
 
 // Update removes the first value equal to oldValue and appends newValue.
 func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
-	// One that finds nothing to replace is a Put.
+	// An Update that finds nothing to replace is a Put.
 	place := d.Memory.UpdateAt(key, oldValue, newValue, -1)
 	if place < 0 {
 		d.record(opPut, 0, key, newValue)
@@ -314,7 +314,7 @@ func (d *Store) Take(key string) (value string, ok bool) {
 	return value, ok
 }
 
-// Expire has key go at a time, in milliseconds of Unix time; 0: it stays.
+// Expire gives key a deadline, in milliseconds of Unix time; 0 takes it away.
 func (d *Store) Expire(key string, at int64) (ok bool) {
 	at = writable(at)
 	ok = d.Memory.Expire(key, at)
@@ -324,16 +324,15 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 	return ok
 }
 
-// PutUntil is Put and Expire in one step: both are in one frame. In the log it takes room for the
-// key twice.
+// PutUntil is Put and Expire in one step: both are in one frame. The key is in the log twice.
 func (d *Store) PutUntil(key, value string, at int64) {
 	at = writable(at)
 	d.Memory.PutUntil(key, value, at)
 	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
 }
 
-// writable is at, but for times before 1970, which the log cannot say. These are over, and so is
-// the one that takes their place.
+// writable returns at. The log cannot express times before 1970: these become the first millisecond
+// of 1970, which is over as well.
 func writable(at int64) int64 {
 	if at < 0 {
 		return 1
@@ -346,9 +345,9 @@ func (d *Store) record(op byte, place int, fields ...string) {
 	d.note(appendRecord(d.pending, op, place, fields...), 1)
 }
 
-// note makes pending what is to be in the next frame, which has so many records more. When that is
-// much it is written before the Commit: a frame is bounded. Where one cannot have it the store
-// ends, for memory has what the log cannot have.
+// note makes pending, which has this many more records than before, the payload of the next frame.
+// A large payload is written before the Commit, because frames are bounded. A record that no frame
+// can hold ends the store, because memory already has what the log cannot have.
 func (d *Store) note(pending []byte, records uint32) {
 	size := int64(len(pending) - len(d.pending))
 	if size > maxRecord {
@@ -357,22 +356,22 @@ func (d *Store) note(pending []byte, records uint32) {
 	d.pending = pending
 	d.count += records
 
-	// The Commit has to sync this frame, too.
+	// wroteEarly says that the Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
 	}
 }
 
-// errTooLarge is the error of a record that does not fit a frame.
+// errTooLarge returns the error for a record that does not fit into a frame.
 func errTooLarge(bytes int64) error {
 	return fmt.Errorf("a record of %d bytes is too large", bytes)
 }
 
-// writeFrame writes a frame of what is pending. If that fails the store has failed, which the next
-// sync finds.
+// writeFrame writes a frame with the pending records. If that fails, the store has failed, and the
+// next sync returns the error.
 func (d *Store) writeFrame(kind uint32) {
-	// Size and room are copied, for the timer may write as soon as it can.
+	// Size and room are copied here, because afterwards the timer may write.
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
 	d.size, d.room, d.isSpoiled = d.current.size, d.current.room(), d.current.isSpoiled
@@ -380,13 +379,13 @@ func (d *Store) writeFrame(kind uint32) {
 
 	d.pending, d.count = d.pending[:0], 0
 	if cap(d.pending) > 4*maxFramePut {
-		d.pending = nil // one huge record does not keep its memory for ever
+		d.pending = nil // a huge record must not keep its memory for ever
 	}
 }
 
-// Syncing returns the path of a file for which the store waits: the disk has not confirmed what was
-// done to it, or once Close has ended, what was done last. "" is none. Any goroutine may call it. A
-// nil Store has none.
+// Syncing returns the path of the file for which the store waits, because the disk has not yet
+// confirmed what was done to it; "" if there is none, or if d is nil. After Close it is the path of
+// the last file. Any goroutine may call it.
 func (d *Store) Syncing() string {
 	switch {
 	case d == nil:
@@ -401,12 +400,13 @@ func (d *Store) Syncing() string {
 	return ""
 }
 
-// IsHealing tells whether all data is being written anew, which may take long, and is worth
-// waiting for. Any goroutine may call it. A nil Store never does that.
+// IsHealing reports whether all data is being written again after others have changed the files: a
+// stop should wait for that, however long it takes. Any goroutine may call it, also of a nil Store.
 func (d *Store) IsHealing() bool { return d != nil && d.healing.Load() }
 
-// Lost is closed when the store is lost to another process, or its directory was moved; then
-// Commit fails. It is nil where that cannot be, as of a nil Store.
+// Lost returns a channel that is closed when another process has got the store, or when its
+// directory was moved; then Commit fails. It is nil for a nil Store, and for a lock that does not
+// notice this by itself. Any goroutine may call it.
 func (d *Store) Lost() <-chan struct{} {
 	if d == nil {
 		return nil
@@ -414,15 +414,15 @@ func (d *Store) Lost() <-chan struct{} {
 	return d.lock.Lost()
 }
 
-// WhyLost is the error that closed Lost. Any goroutine may call it after that.
+// WhyLost returns the reason for which Lost was closed. Any goroutine may call it after that.
 func (d *Store) WhyLost() error { return d.lock.Held() }
 
 // Commit returns once everything done to the store is as durable as Options.Fsync says. After
-// an error it is unknown what since the last Commit (or, where that does not wait for it, since
-// the last fsync) is on disk; nothing is written any more, and every Commit fails. About once a
-// second, and where the last frame has gone, it looks whether others have removed or changed the
-// files, and writes all data anew if so: that takes as long as a compaction, and everybody waits for
-// it.
+// an error it is unknown which changes since the last Commit are on disk (since the last fsync, if
+// Commits do not wait for it). Nothing is written any more, and every later Commit fails. About
+// once a second, and when the last frame is not where it was written, Commit checks whether others
+// have removed or changed the files. If so it writes all data again: that takes as long as a
+// compaction, and everybody waits for it.
 func (d *Store) Commit() error {
 	err := d.commit()
 	if err != nil {
@@ -439,16 +439,16 @@ func (d *Store) Commit() error {
 		}
 	}
 
-	// Last, for what was read is the truth only while nobody else can write.
+	// The lock comes last: what was read is only true while nobody else could write.
 	return d.held()
 }
 
-// held returns an error if the store is not ours any more. If files are gone they are written anew
-// first: before that nothing may be answered.
+// held returns an error if this process does not hold the lock any more. If the lock says that
+// files are gone, the data is written again first: before that nothing may be answered.
 func (d *Store) held() error {
 	err := d.lock.Held()
 	if errors.Is(err, storage.ErrGone) {
-		d.AwaitCompaction() // it removes files, too
+		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
 		if err == nil {
 			err = d.lock.Held()
@@ -460,16 +460,16 @@ func (d *Store) held() error {
 	return nil
 }
 
-// commit is Commit, but for the lock and the look at the files.
+// commit is Commit without the checks of the files and of the lock.
 func (d *Store) commit() error {
 	err := d.failure()
 	if err != nil {
 		return err
 	}
 
-	// Nothing to write: what was read is as durable as what was written before. But a log that is
-	// much larger than what it holds is compacted also where nothing is written. Where the current
-	// file is empty, all is in full files.
+	// Nothing to write: what was read is as durable as the writes before it. But a log that is much
+	// larger than the data is compacted even then. If the current file is empty, all data is in full
+	// files already.
 	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
 	if idle && !wasteful {
 		return nil
@@ -479,9 +479,9 @@ func (d *Store) commit() error {
 		return nil
 	}
 
-	// Write, then wait for the disk as Options.Fsync says. A file that is full is on disk before
-	// the next one begins. (On a full disk the old one grows: what is left of the room is for what
-	// frees.)
+	// Write, then wait for the disk as Options.Fsync says. A full file is on disk before the next
+	// one begins. (On a full disk the old file grows instead: the last room is for requests that
+	// free some.)
 	now := time.Now()
 	d.wroteEarly = false
 	if d.count > 0 {
@@ -497,7 +497,7 @@ func (d *Store) commit() error {
 		return err
 	}
 
-	// Go on in a new file. Then all that the store holds is in full ones, and can be compacted.
+	// Go on in a new file. Then all data is in full files, and can be compacted.
 	if full {
 		isNew, err := d.rotate()
 		if err != nil {
@@ -508,15 +508,15 @@ func (d *Store) commit() error {
 		}
 	}
 
-	// What was not waited for is the timer's, and so is the frame that vouches for it.
+	// The timer syncs what was not waited for, and writes the frame that vouches for it.
 	d.syncLater()
 	return nil
 }
 
-// rotate goes on in a new file, or where none can be made in the old one. After an error the store
-// has failed: the old file may be closed, and end with a frame behind which nothing may stand.
+// rotate goes on in a new file, or stays in the old one if no new file can be made. After an error
+// the store has failed: the old file may end with a frame behind which none may follow.
 func (d *Store) rotate() (isNew bool, err error) {
-	// Files that are gone do not keep it from that: a heal begins with a rotation.
+	// Missing files are no reason to stop: a heal begins with a rotation.
 	err = d.lock.Held()
 	if err != nil && !errors.Is(err, storage.ErrGone) {
 		return false, d.fail(err)
@@ -530,18 +530,18 @@ func (d *Store) rotate() (isNew bool, err error) {
 		return false, nil
 	}
 
-	// The next look has to see what somebody has done to the old file, or does to it from here on.
+	// The next check must notice what somebody has done to the old file, or does to it later.
 	d.fullBytes += full.size
 	d.known[full.header.name()] = full.lastStamp()
-	full.f.Close() // all of it is on disk
+	full.f.Close() // no error matters: all of it is on disk
 	return true, nil
 }
 
-// Close ends the store: what was done is made durable whatever Options.Fsync says, a last frame
-// says so if the disk has room for it, and the lock is free. After a failed Commit it writes
-// nothing more. It is called once.
+// Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last
+// frame that says so if the disk has room for it, and gives up the lock. After a failed Commit it
+// writes nothing more. It is called once.
 func (d *Store) Close() error {
-	// First what was answered, for to wait for a compaction may take long.
+	// First what was answered, because waiting for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()
 	if err == nil {
@@ -549,7 +549,7 @@ func (d *Store) Close() error {
 	}
 	d.AwaitCompaction()
 
-	// The last moment at which a heal has the data. The timer ends after it, for a heal syncs.
+	// Afterwards no heal has the data any more. The timer ends later, because a heal syncs, too.
 	if err == nil {
 		err = d.lastLook()
 	}
@@ -561,21 +561,21 @@ func (d *Store) Close() error {
 	}
 	d.stopTimer()
 
-	// Without this frame the next start is as after a crash, and that is no error.
+	// Without this frame the next start is as after a crash, which is no error.
 	if err == nil {
 		err = d.writeCleanStop()
 	}
 
-	// On a full disk the room that is cut off goes to SPARE, for Deletes after the next start.
+	// On a full disk SPARE gets the room that is cut off, for Deletes after the next start.
 	d.writing <- struct{}{}
 	if err == nil {
 		err = d.current.trim()
 	} else {
-		d.current.sync() // what was answered may have waited for the timer
+		d.current.sync() // answered writes may not be on disk yet, if the timer was to sync them
 	}
 	<-d.writing
 
-	// Nothing can be mended any more, but told.
+	// Damage from here on cannot be mended, only reported.
 	if err == nil {
 		err = d.isWhole()
 	}
@@ -598,9 +598,9 @@ func (d *Store) isWhole() error {
 	return err
 }
 
-// writeCleanStop writes the frame that says that the store was closed, syncs it, and looks once
-// more whether the store is ours. It does nothing where the disk has no room for it, and for the
-// frame that says that another file follows.
+// writeCleanStop writes the frame that says that the store was closed, syncs it, and checks the
+// lock once more. It writes nothing if the disk has no room for this frame and for a frame that
+// says that another file follows.
 func (d *Store) writeCleanStop() error {
 	err := d.dir.RoomFor(2*frameSize, true)
 	if d.zerosAhead > 0 {
@@ -613,12 +613,12 @@ func (d *Store) writeCleanStop() error {
 		return err
 	}
 
-	// A flipped bit in front of this frame is damage at the next start, never a torn end.
+	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
 	return errors.Join(d.syncRest(), d.lock.Held())
 }
 
-// AwaitCompaction waits for the compaction that runs, if one does, and takes it into account.
+// AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.
 func (d *Store) AwaitCompaction() {
 	if d.compacted == nil {
 		return
