@@ -1,11 +1,11 @@
-// Package storage is where a store is kept: a Directory of files that are known by their names.
+// Package storage says where a store is kept: in a Directory of files, each known by its name.
 // Package etcd has a Directory in an etcd cluster, and package storetest one for tests.
 //
 //	storage.go  the contract: Directory, Lock, File, Stamp, and the errors of all directories
-//	disk.go     Disk, a Directory of the file system
-//	lock.go     its lock: who holds it, and how its loss is noticed
-//	status.go   what a store tells others of itself while it is opened and used
-//	lock_*.go, sync_*.go, limit_*.go  what each system does in its own way
+//	disk.go     Disk, a Directory in the file system
+//	lock.go     the lock of a Disk: who holds it, and how its loss is noticed
+//	status.go   what a store reports about itself while it is opened and used
+//	lock_*.go, sync_*.go, limit_*.go  what differs between operating systems
 package storage
 
 import (
@@ -19,84 +19,86 @@ import (
 	"time"
 )
 
-// Directory is where a store is kept, as the store needs it: one directory, files known by their
-// names in it. But for InUse, Path and Sizes, whatever is asked can fail with the errors below, or
-// with those of the system.
+// Directory is where a store is kept: one flat directory of named files. Its methods return the
+// errors of this package, or those of the operating system or the cluster.
 type Directory interface {
-	// List returns the names of what is in the directory, in order.
+	// List returns the names of all that is in the directory, sorted.
 	List() ([]string, error)
-	// Create makes an empty file to be written; one that has the name is emptied.
+	// Create makes an empty file for reading and writing. A file that has the name already loses
+	// its contents.
 	Create(name string) (File, error)
-	// Open opens a file to be read, and returns its size in bytes.
+	// Open opens a file for reading, and returns its size in bytes.
 	Open(name string) (File, int64, error)
-	// Extend opens a file to be read and written further.
+	// Extend opens an existing file for reading and writing.
 	Extend(name string) (File, error)
-	// Rename gives a file another name, in one step; a file that has the name already is gone.
+	// Rename gives a file another name, in one step. It replaces a file that has that name.
 	Rename(from, to string) error
-	// Remove removes a file; fs.ErrNotExist if there is none of that name.
+	// Remove removes a file. It returns fs.ErrNotExist if no file has that name.
 	Remove(name string) error
-	// Sync makes creations, renames and removals durable. It needs no descriptor
-	// but those that are open.
+	// Sync makes creations, renames and removals durable. It opens no new file descriptor.
 	Sync() error
-	// Lock keeps other processes from the directory until the lock is closed. Where one of them
-	// holds it, it fails with an ErrLocked that names that process, or waits for it until ctx is
-	// done, as suits the directory.
+	// Lock keeps other processes out of the directory until the lock is closed. While another
+	// process holds the lock, Lock fails with an ErrLocked that names that process, or waits
+	// until ctx is done: each kind of directory does one of these.
 	Lock(ctx context.Context) (Lock, error)
-	// InUse tells whether a process holds the lock, and which. It changes nothing.
+	// InUse reports whether a process, which may be this one, holds the lock, and describes that
+	// process. It changes nothing.
 	InUse() (owner string, inUse bool)
-	// Stamps tells what each file is now, by its name: if somebody has changed one, or has put
-	// another in its place, that is not what the File says of itself.
+	// Stamps returns the Stamp of the file that each name leads to now. It differs from the Stamp
+	// of an open File if somebody has changed the file, or has put another one in its place.
 	Stamps() (map[string]Stamp, error)
-	// Path is what people call the file of that name, or with no name the directory.
+	// Path returns how people call the file of that name; for an empty name, the directory.
 	Path(name string) string
-	// Sizes are what suits the directory, in bytes: the log goes on in a new file when one has
-	// segment bytes, full files are not compacted while they have less than compact bytes together,
-	// and a file grows by reserve bytes of zeros at a time; 0: by what is written.
+	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file
+	// once a file has segment bytes. Full files are not compacted while together they have fewer
+	// than compact bytes. A file grows by reserve bytes of zeros at a time; 0: by what is written.
 	Sizes() (segment, compact int64, reserve int)
-	// RoomFor returns an error if the directory knows that it may have no room for so many bytes
-	// more. What frees may take the last room.
+	// RoomFor returns an error if the directory knows that it may have no room for that many more
+	// bytes. A request that frees room may use the last of it.
 	RoomFor(bytes int64, frees bool) error
-	// Close gives back what the directory holds open.
+	// Close releases what the directory holds open. Locks and files are closed by their owners.
 	Close() error
 }
 
-// Lock is one process's right to a Directory.
+// Lock is a process's exclusive right to a Directory.
 type Lock interface {
-	// Held returns an error once it was noticed that the right is lost: the directory is not where
-	// it was, another one is there, or another process may write it. It is called after every batch
-	// of requests, so it is quick.
+	// Held returns an error once the loss of the right was noticed: the directory has been moved or
+	// replaced, or another process may write to it. A lock in etcd also returns ErrGone, and waits
+	// while it does not know whether it is held. Held is called after every batch of requests, so it
+	// must be quick otherwise.
 	Held() error
-	// Look is Held with a look of its own, where Held only says what was noticed: ErrMoved if the
-	// right is lost, another error if that cannot be found out now.
+	// Look checks the directory now, while Held only returns what was noticed before. Look returns
+	// an error if the right is lost (a disk's is ErrMoved), or if a disk cannot be checked now.
 	Look() error
-	// Lost is closed when the right is lost and the lock has noticed by itself. It is nil for a
-	// lock that does not notice by itself.
+	// Lost returns a channel that is closed when the lock has noticed that the right is lost. It
+	// returns nil for a lock that does not notice a loss by itself.
 	Lost() <-chan struct{}
-	// Close gives the right up.
+	// Close releases the lock.
 	Close() error
 }
 
-// File is an open file. Nothing done to it is durable before the next Sync.
+// File is an open file. A change of it is durable once the next Sync has returned.
 type File interface {
 	io.ReaderAt
 	io.WriterAt
 	Truncate(size int64) error
 	Sync() error
-	// Stamp tells what the file is now, as Stamps does if the file still has a name.
+	// Stamp returns what Directory.Stamps has for the file while nobody else touches it.
 	Stamp() (Stamp, error)
 	Close() error
 }
 
-// Stamp tells a file from another one of its name, and from itself before it was changed.
+// Stamp identifies a file and its state: it tells the file from another one of the same name, and
+// from itself before a change.
 type Stamp struct {
 	ID      any       // which file: comparable, or an os.FileInfo
 	Size    int64     // bytes
-	Changed time.Time // the last change of what is in it; the zero time where nobody knows
+	Changed time.Time // when the contents changed last; the zero time where nobody knows
 }
 
-// IsSameFile tells whether both are of one file, whatever is in it.
+// IsSameFile reports whether both stamps are of one file, whatever its contents were.
 func (s Stamp) IsSameFile(other Stamp) bool {
-	// A disk knows which file it is only from both at once.
+	// A disk's IDs have no value to compare: os.SameFile needs both.
 	a, isInfo := s.ID.(fs.FileInfo)
 	b, isOtherInfo := other.ID.(fs.FileInfo)
 	if isInfo && isOtherInfo {
@@ -106,15 +108,16 @@ func (s Stamp) IsSameFile(other Stamp) bool {
 	return s.ID == other.ID
 }
 
-// IsSame tells whether both are of one file that nobody has changed in between.
+// IsSame reports whether both stamps are of one file that nobody has changed in between.
 func (s Stamp) IsSame(other Stamp) bool {
 	return s.IsSameFile(other) && s.Size == other.Size && s.Changed.Equal(other.Changed)
 }
 
-// StoreName is the file without which a directory is no store.
+// StoreName is the name of the file that every store has: it says which store it is.
 const StoreName = "STORE"
 
-// IsFull tells whether err says that there is no room: on the disk, or in what we may use of it.
+// IsFull reports whether err says that there is no room: the disk is full, or a quota or a limit on
+// the size of a file is used up.
 func IsFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) ||
 		errors.Is(err, syscall.EFBIG)
@@ -124,36 +127,36 @@ func IsFull(err error) bool {
 var (
 	// ErrMissing is returned when the directory does not exist.
 	ErrMissing = errors.New("the data directory does not exist")
-	// ErrNotOurs is returned when what is there is not a store.
+	// ErrNotOurs is returned for a directory that is not a store, or a file that is not a store's.
 	ErrNotOurs = errors.New("not a data directory")
 	// ErrLocked is returned when another process has the store open.
 	ErrLocked = errors.New("the data directory is in use")
-	// ErrGone is returned by Held of a lock in etcd, never of a disk's, when the directory has not
-	// all files any more as they were written: the right to write there is not lost, but nothing
-	// may be answered before they were written anew.
+	// ErrGone is returned when etcd does not have all files any more as they were written. A disk
+	// never returns it. The right to write is not lost, but nothing may be answered before all data
+	// was written again.
 	ErrGone = errors.New("files of the data directory were removed or replaced")
-	// ErrMoved is returned by Commit when the directory was moved, removed or
-	// replaced while the store was open.
+	// ErrMoved is returned when the directory of an open store, or its LOCK, was moved, removed or
+	// replaced.
 	ErrMoved = errors.New("the data directory is not where it was")
 )
 
-// DamageError says where a file of the store is not as it was written.
+// DamageError says where a file of the store differs from what was written.
 type DamageError struct {
 	File   string // its path
 	Offset int64  // of the bad frame, in bytes
-	Frame  uint64 // its sequence number; 0: it is no frame that is bad, but the file
+	Frame  uint64 // the sequence number of the bad frame; 0: the whole file is bad, not one frame
 	What   string // what is wrong
 
 	Missing bool // the file is not there
 }
 
-// Is makes a file that is missing an fs.ErrNotExist as well: beside a process that has the store
-// open it may be there at the next look.
+// Is makes a missing file an fs.ErrNotExist too: while another process has the store open, the file
+// may only have been replaced by newer ones, and a reader may try again.
 func (e *DamageError) Is(target error) bool { return e.Missing && target == fs.ErrNotExist }
 
-// Error names the file, and the frame if it is one.
+// Error names the file, and the frame if one frame is bad.
 func (e *DamageError) Error() string {
-	// What is wrong with a whole file has no offset.
+	// Damage of a whole file has no offset.
 	if e.Frame == 0 {
 		return fmt.Sprintf("%s is damaged: %s", e.File, e.What)
 	}
