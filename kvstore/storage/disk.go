@@ -12,25 +12,25 @@ import (
 	"sync/atomic"
 )
 
-// Disk is a directory of the file system, held open: if its path comes to mean another
-// one, this stays the one that was opened. Any goroutine may use it.
+// Disk is a directory in the file system. It is held open: if its path comes to lead elsewhere, a
+// Disk stays the directory that was opened. Any goroutine may use it.
 type Disk struct {
 	path string
 	log  *slog.Logger
 	root *os.Root
-	self *os.File // for Sync; nil where there is no such call
+	self *os.File // the directory, for Sync; nil where the system cannot sync directories
 
-	// For tests: the directory itself is not locked, as on a disk that cannot do that.
+	// For tests: do not lock the directory itself, as on a file system that cannot do that.
 	isPlain bool
 
 	// The log was told that files cannot be given to the directory's owner.
 	notGiven atomic.Bool
 }
 
-// OpenDisk returns the directory at path, which must exist. log, if not nil, is told what people
-// should know.
+// OpenDisk opens the directory at path, which must exist. Warnings for the operator go to log; nil:
+// nowhere.
 func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
-	// A missing directory is not made: it may be a disk that is not mounted.
+	// A missing directory is not created: perhaps a disk is not mounted.
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -50,8 +50,8 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 		return nil, err
 	}
 
-	// Kept open, so that a Sync needs no descriptor. (NTFS logs its names itself, and has no such
-	// call.)
+	// The directory is kept open so that Sync needs no new descriptor. (Windows cannot sync a
+	// directory; NTFS journals names by itself.)
 	if runtime.GOOS != "windows" {
 		if d.self, err = d.root.Open("."); err != nil {
 			d.root.Close()
@@ -61,8 +61,8 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	return d, nil
 }
 
-// quoteOdd is path. Where it begins or ends in a character that nobody sees, as a shell variable or
-// a file often leaves it there, it is in quotes, with a word on that.
+// quoteOdd returns path for an error message. A path that begins or ends in white space, as a shell
+// variable or a file often leaves it there, is quoted and explained.
 func quoteOdd(path string) string {
 	if path == strings.TrimSpace(path) {
 		return path
@@ -70,18 +70,18 @@ func quoteOdd(path string) string {
 	return fmt.Sprintf("%q (it begins or ends in a blank or a newline)", path)
 }
 
-// Sizes are those of a disk, which is large, and slow to make a file longer.
+// Sizes are large: a disk has room, and is slow to make a file longer.
 func (d *Disk) Sizes() (segment, compact int64, reserve int) {
 	return 64 << 20, 64 << 20, 1 << 20
 }
 
-// RoomFor knows nothing: a disk says that it is full when it is written.
+// RoomFor always returns nil: a disk says that it is full when somebody writes.
 func (d *Disk) RoomFor(int64, bool) error { return nil }
 
-// Path is the path of the file called name.
+// Path is the path of the file called name; for an empty name, of the directory.
 func (d *Disk) Path(name string) string { return filepath.Join(d.path, name) }
 
-// named is err with the whole path: os.Root knows the name alone.
+// named returns err with the whole path in it: os.Root knows only the name.
 func (d *Disk) named(name string, err error) error {
 	var path *fs.PathError
 	var link *os.LinkError
@@ -95,10 +95,10 @@ func (d *Disk) named(name string, err error) error {
 	return err
 }
 
-// open opens a file, and nothing else: a named pipe of that name would hold us up, and a link lead
-// out of the directory.
+// open opens a regular file. It refuses anything else that has the name: to open a named pipe could
+// block, and a link may lead to a file that is not the store's.
 func (d *Disk) open(name string, flag int) (*os.File, error) {
-	// What cannot be looked at is opened all the same, for that has the better error.
+	// If Lstat fails, go on: the error of OpenFile says more.
 	info, err := d.root.Lstat(name)
 	if err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is no file", ErrNotOurs, d.Path(name))
@@ -108,14 +108,14 @@ func (d *Disk) open(name string, flag int) (*os.File, error) {
 	return f, d.named(name, err)
 }
 
-// diskFile is a File whose Sync leaves out what nobody will miss, where the system can: when
-// the file was changed. Writing that costs another write of the file system's own.
+// diskFile is a File whose Sync leaves out the time of the last change, where the system can do that:
+// nobody will miss it, and it costs the file system another write.
 type diskFile struct{ *os.File }
 
-// Sync makes what is in the file durable.
+// Sync makes the file's contents durable.
 func (f diskFile) Sync() error { return syncData(f.File) }
 
-// Stamp looks at the file, whatever has its name by now.
+// Stamp describes the open file, even if its name leads to another one by now.
 func (f diskFile) Stamp() (Stamp, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -124,10 +124,10 @@ func (f diskFile) Stamp() (Stamp, error) {
 	return stampOf(info), nil
 }
 
-// stampOf is what info says of a file.
+// stampOf makes a Stamp of a file's info.
 func stampOf(info fs.FileInfo) Stamp { return Stamp{info, info.Size(), info.ModTime()} }
 
-// List reads the directory.
+// List reads the directory. It is sorted, as fs.ReadDir says.
 func (d *Disk) List() (names []string, err error) {
 	entries, err := fs.ReadDir(d.root.FS(), ".")
 	for _, e := range entries {
@@ -136,21 +136,20 @@ func (d *Disk) List() (names []string, err error) {
 	return names, d.named("", err)
 }
 
-// Stamps reads the directory and looks at each file: some microseconds for one.
+// Stamps reads the directory and calls Lstat for each file, which takes some microseconds a file.
 func (d *Disk) Stamps() (map[string]Stamp, error) {
 	names, err := d.List()
 	if err != nil {
 		return nil, err
 	}
 
-	// What goes while it is looked at is no error: others may remove files.
 	stamps := map[string]Stamp{}
 
 	for _, name := range names {
-		info, err := d.root.Lstat(name) // a link of somebody's may lead anywhere
+		info, err := d.root.Lstat(name) // not Stat: somebody's link may lead anywhere
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			continue // it has gone since
+			continue // somebody has removed the file since
 		case err != nil:
 			return nil, d.named(name, err)
 		}
@@ -159,14 +158,15 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 	return stamps, nil
 }
 
-// Create makes a file that belongs to the directory's owner.
+// Create makes a file and gives it to the directory's owner, if this process may do that.
 func (d *Disk) Create(name string) (File, error) {
 	f, err := d.open(name, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, err
 	}
 
-	// Or the server, which is that owner, could not open what root's commands write.
+	// Without this the server, which may run as that owner, could not open what root's commands
+	// write.
 	err = d.own(name)
 	if err != nil {
 		f.Close()
@@ -186,9 +186,9 @@ func (d *Disk) own(name string) error {
 	return nil
 }
 
-// give gives a file to the owner of what info is about. Where that cannot be done, as in a container
-// that has no CAP_CHOWN, the file stays root's, and the log says so once: a store that root can use is
-// better than none.
+// give gives a file to the user and group that info names. If this process may not do that, as in a
+// container without CAP_CHOWN, the file stays root's and the log says so once: a store that only
+// root can use is better than none.
 func (d *Disk) give(name string, info fs.FileInfo) {
 	err := keepOwner(d.root, name, info)
 	if err != nil && d.notGiven.CompareAndSwap(false, true) {
@@ -197,14 +197,14 @@ func (d *Disk) give(name string, info fs.FileInfo) {
 	}
 }
 
-// Open opens a file to be read.
+// Open opens a file for reading.
 func (d *Disk) Open(name string) (File, int64, error) {
 	f, err := d.open(name, os.O_RDONLY)
 	if err != nil {
 		return nil, 0, err
 	}
 
-	// The size is that of the open file, whatever has the name by now.
+	// Ask the open file for its size: its name may lead to another one by now.
 	info, err := f.Stat()
 	if err != nil {
 		f.Close()
@@ -213,7 +213,7 @@ func (d *Disk) Open(name string) (File, int64, error) {
 	return diskFile{f}, info.Size(), nil
 }
 
-// Extend opens a file to be read and written.
+// Extend opens a file for reading and writing.
 func (d *Disk) Extend(name string) (File, error) {
 	f, err := d.open(name, os.O_RDWR)
 	if err != nil {
@@ -222,7 +222,7 @@ func (d *Disk) Extend(name string) (File, error) {
 	return diskFile{f}, nil
 }
 
-// Rename gives a file another name. It takes the place of one that has that name.
+// Rename gives a file another name. It replaces a file that has that name.
 func (d *Disk) Rename(from, to string) error { return d.named(to, d.root.Rename(from, to)) }
 
 // Remove removes a file.
@@ -230,17 +230,16 @@ func (d *Disk) Remove(name string) error { return d.named(name, d.root.Remove(na
 
 // Sync makes the names in the directory durable.
 func (d *Disk) Sync() error {
-	// NTFS needs no such call.
 	if d.self == nil {
 		return nil
 	}
 	return d.named("", syncNames(d.self))
 }
 
-// syncNames syncs an open directory: another function in tests.
+// syncNames syncs an open directory. Tests replace it.
 var syncNames = (*os.File).Sync
 
-// Close closes the directory. A lock of it, and its files, are closed by those who have them.
+// Close closes the directory. Its lock and its files are closed by their owners.
 func (d *Disk) Close() error {
 	if d.self != nil {
 		d.self.Close()
@@ -248,18 +247,19 @@ func (d *Disk) Close() error {
 	return d.root.Close()
 }
 
-// MakeDisk opens the directory at path for a copy of the store at from, and makes it if it is not
-// there. If this process may, it gives the directory to the owner of from. from is "" for a store
-// that is in no directory: then it is the directory around path. undo removes a directory that was
-// made, if it is empty but for LOCK, and gives one that was there back to its owner. log is OpenDisk's.
+// MakeDisk opens the directory at path for a copy of the store at from, and creates it if it is
+// missing. It gives the directory to the owner of from, if this process may do that. If from is "",
+// because that store is in no directory of a disk, the owner is that of path's parent. undo removes
+// a directory that MakeDisk has created, if nothing but LOCK is in it, or gives one that was there
+// before back to its owner. log is OpenDisk's.
 func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err error) {
-	// Where the directory around it is missing, the path is probably mistyped.
+	// If the parent is missing too, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
 	if err != nil {
 		return nil, nil, err
 	}
 
-	// A copy inside the store would be a stranger in its directory, which the next start refuses.
+	// The next start of the source would refuse a directory of somebody else's among its files.
 	source := around
 	if from != "" {
 		source, err = os.Stat(from)
@@ -272,7 +272,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		}
 	}
 
-	// A crash after this must not leave a copy in a directory that is not there.
+	// Sync the parent, or after a crash a finished copy may be gone with its directory.
 	err = os.Mkdir(path, 0o700)
 	isNew := err == nil
 	if isNew {
@@ -284,7 +284,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		d, err = OpenDisk(path, log)
 	}
 
-	// Only what was done here is undone.
+	// A directory that was there before stays.
 	undo = func() {
 		if isNew {
 			os.Remove(filepath.Join(path, LockName))
@@ -296,7 +296,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		return nil, nil, err
 	}
 
-	// If that cannot be done the copy is root's, and no worse for it.
+	// If the owner cannot be found out, the directory stays as it is: the copy is no worse for it.
 	was, err := d.root.Stat(".")
 	if err != nil {
 		return d, undo, nil
@@ -304,7 +304,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	d.give(".", source)
 	if !isNew {
 		undo = func() {
-			root, err := os.OpenRoot(path) // d may be closed by now
+			root, err := os.OpenRoot(path) // the caller may have closed d
 			if err == nil {
 				keepOwner(root, ".", was)
 				root.Close()
@@ -314,7 +314,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	return d, undo, nil
 }
 
-// syncParent makes durable that path is there.
+// syncParent makes the entry of path in its parent directory durable.
 func syncParent(path string) error {
 	parent, err := OpenDisk(filepath.Dir(filepath.Clean(path)), nil)
 	if err != nil {
