@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// Ensure that a disk does what a Directory must do, and that its errors name the whole path.
+// Ensure that a Disk does what a Directory must do, and that its errors name the whole path.
 func TestDisk(t *testing.T) {
 	path := t.TempDir()
 	d := mustOpen(t, path)
@@ -90,7 +90,7 @@ func TestDisk(t *testing.T) {
 	}
 }
 
-// Ensure that a change of a file by anybody shows, and nothing else does.
+// Ensure that stamps differ after any change of a file, by anybody, and not otherwise.
 func TestStampsOfADisk(t *testing.T) {
 	path := t.TempDir()
 	d, other := mustOpen(t, path), mustOpen(t, path)
@@ -132,15 +132,15 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 }
 
-// Ensure that a directory is made for a copy, or one that is there taken, that undo takes away what
-// was made and no more, and that none is made inside of what is to be copied.
+// Ensure that MakeDisk creates a directory for a copy, or takes one that exists, that undo removes
+// only what was created, and that no directory is created inside the store that is to be copied.
 func TestMakeDisk(t *testing.T) {
 	path := t.TempDir()
 	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")
 	there := filepath.Join(path, "there")
 	os.Mkdir(from, 0o700)
 	os.Mkdir(there, 0o700)
-	os.Chown(from, 12345, 12345) // where this process is root's
+	os.Chown(from, 12345, 12345) // only root can do this; the test is as good without it
 	before, _ := os.Stat(there)
 	isThere := func(path string) bool {
 		_, err := os.Lstat(path)
@@ -182,10 +182,10 @@ func TestMakeDisk(t *testing.T) {
 	}
 }
 
-// Ensure that a directory that was made for a copy is on disk before the copy is in it, or is not made.
+// Ensure that a new directory for a copy is durable before MakeDisk returns, or is removed again.
 func TestMadeDiskIsOnDisk(t *testing.T) {
 	if runtime.GOOS == "windows" {
-		return // it has no such call
+		return // Windows cannot sync a directory
 	}
 	defer func() { syncNames = (*os.File).Sync }()
 	around := t.TempDir()
@@ -208,7 +208,7 @@ func TestMadeDiskIsOnDisk(t *testing.T) {
 	}
 }
 
-// ownerOf is the owner of a file, where the system has such.
+// ownerOf is the owner of a file, where the system has owners.
 func ownerOf(info os.FileInfo) (owner [2]uint64) {
 	sys := reflect.Indirect(reflect.ValueOf(info.Sys()))
 	for i, field := range []string{"Uid", "Gid"} {
@@ -219,8 +219,8 @@ func ownerOf(info os.FileInfo) (owner [2]uint64) {
 	return owner
 }
 
-// Ensure that a Sync asks the system, and says what that answers: a pipe has nothing to sync, and
-// neither has what is closed.
+// Ensure that a Sync calls the system, and returns its error: a pipe cannot be synced, and neither
+// can a closed file.
 func TestSyncAsksTheSystem(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {

@@ -7,8 +7,7 @@ import (
 	"syscall"
 )
 
-// OpenFiles returns how many files, connections among them, the process may
-// have open.
+// OpenFiles returns how many files, connections included, the process may have open at a time.
 func OpenFiles() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {

@@ -12,20 +12,20 @@ import (
 	"time"
 )
 
-// LockName is the file that says who holds the lock. It stays when the lock is given up, or a
-// second process could lock another file than the first. One that was just made is removed where it
-// could not be locked or signed, and with a directory that MakeDisk undoes.
+// LockName is the file that says who holds the lock. It stays when the lock is released: if it were
+// removed, two processes could lock two files of that name. Only a LOCK that was just made, and
+// could not be locked or signed, is removed, and one in a directory that MakeDisk undoes.
 const LockName = "LOCK"
 
-// noticeTime is longer than a server takes to notice that its LOCK is gone, and to make it anew.
+// noticeTime is longer than a server takes to notice that its LOCK is gone, and to make another.
 const noticeTime = 2*heldTime + heldTime/2
 
-// Lock locks the directory, and the file LOCK in it, which says who holds it. The directory's own
-// lock cannot be taken away from its holder; LOCK is for people, for older kvservers, and for file
-// systems that do not lock directories, such as NFS. InUse takes both for moments. The lock does
-// not wait for a process that holds it, but ctx ends the wait for one that may have lost LOCK.
+// Lock locks the directory itself, and the file LOCK in it. Nobody can take the directory's own lock
+// away from its holder; LOCK is for people, for older kvservers, and for file systems that do not
+// lock directories, such as NFS. InUse tries both locks, which takes a moment. Lock does not wait for
+// a process that holds the lock, only for one that may have lost LOCK, and ctx ends that wait.
 func (d *Disk) Lock(ctx context.Context) (Lock, error) {
-	// The directory first: whoever has it keeps all others out, whatever happens to LOCK.
+	// The directory first: its lock keeps all others out, whatever happens to LOCK.
 	self, err := tryLock(d.lockSelf)
 	if err != nil {
 		return nil, d.lockError(err)
@@ -39,7 +39,7 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	l := &diskLock{dir: d, self: self, stop: make(chan struct{}), ended: make(chan struct{}),
 		lost: make(chan struct{})}
 
-	// From here on LOCK is the one at which watch looks.
+	// From here on f is the LOCK that watch looks at.
 	err = l.sign(f)
 	if err != nil {
 		closeAll(self, f)
@@ -49,10 +49,10 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	return l, nil
 }
 
-// lockNamed locks LOCK. If it is missing beside a store, somebody has removed it, perhaps under a
-// server that has the store open: then that server gets the time to make it anew.
+// lockNamed locks LOCK. If LOCK is missing but STORE is there, somebody has removed LOCK, perhaps
+// while a server has the store open: then lockNamed first gives that server time to make another.
 func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
-	// A directory without STORE has nothing that a server could lose.
+	// Without STORE no server can have a store open here.
 	_, lockErr := d.root.Lstat(LockName)
 	_, storeErr := d.root.Lstat(StoreName)
 	if errors.Is(lockErr, fs.ErrNotExist) && storeErr == nil {
@@ -69,8 +69,8 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 	return tryLock(d.lockFile)
 }
 
-// tryLock locks what others may have locked for a moment, to see whether it is in use. It tries for
-// 50 ms.
+// tryLock calls lock until it succeeds, for 50 ms: InUse of another process may hold the lock for a
+// moment.
 func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
 	f, err = lock()
 
@@ -81,7 +81,7 @@ func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
 	return f, err
 }
 
-// lockError is err, and names who holds the lock if somebody does.
+// lockError returns err; an ErrLocked also names who holds the lock.
 func (d *Disk) lockError(err error) error {
 	if errors.Is(err, ErrLocked) {
 		return fmt.Errorf("%w: %s %s", ErrLocked, d.path, d.owner())
@@ -89,7 +89,7 @@ func (d *Disk) lockError(err error) error {
 	return err
 }
 
-// closeAll closes files, of which each may be nil.
+// closeAll closes those files that are not nil.
 func closeAll(files ...*os.File) (err error) {
 	for _, f := range files {
 		if f != nil {
@@ -99,9 +99,9 @@ func closeAll(files ...*os.File) (err error) {
 	return err
 }
 
-// InUse tells whether a process holds the lock, also this one.
+// InUse reports whether a process, which may be this one, holds the lock.
 func (d *Disk) InUse() (owner string, inUse bool) {
-	// The directory first: LOCK may have been removed under a server.
+	// The directory first: somebody may have removed the LOCK of a server that runs.
 	self, err := d.root.Open(".")
 	if err == nil {
 		defer self.Close()
@@ -114,7 +114,7 @@ func (d *Disk) InUse() (owner string, inUse bool) {
 	return d.owner(), true
 }
 
-// owner is what LOCK says of who holds it.
+// owner describes the process that holds the lock, as LOCK says it.
 func (d *Disk) owner() string {
 	text := make([]byte, 200)
 	n := 0
@@ -124,7 +124,7 @@ func (d *Disk) owner() string {
 		f.Close()
 	}
 
-	// Only a help for people, so nothing depends on it.
+	// The text is only for people: nothing depends on it.
 	if n == 0 {
 		return "by another process"
 	}
@@ -132,27 +132,28 @@ func (d *Disk) owner() string {
 	return "by " + strings.TrimSpace(string(text[:n]))
 }
 
-// diskLock is a locked directory with its LOCK, at which a goroutine looks now and then.
+// diskLock is the lock of a Disk: the directory and LOCK, both locked. A goroutine checks it now and
+// then.
 type diskLock struct {
 	dir  *Disk
-	self *os.File // the directory, locked; nil where that cannot be
+	self *os.File // the directory, locked; nil where directories cannot be locked
 
-	mu   sync.Mutex  // guards file and info: watch looks, and the store's owner
+	mu   sync.Mutex  // guards file and info: watch calls Look, and the store's owner does
 	file *os.File    // LOCK, locked
 	info os.FileInfo // which file that is
 
 	stop  chan struct{} // closed by Close
-	ended chan struct{} // closed by watch when it has ended
-	lost  chan struct{} // closed by watch, after it has set why
-	why   error         // that the lock is lost
+	ended chan struct{} // closed by watch when it ends
+	lost  chan struct{} // closed by watch once it has set why
+	why   error         // why the lock is lost; may be read once lost is closed
 }
 
-// heldTime is the time between two looks of watch.
+// heldTime is the time between two checks of watch.
 const heldTime = time.Second
 
-// sign makes f, which is locked, the lock's file, and writes into it who holds it.
+// sign makes f, which is locked, the lock's file, and writes the holder's name into it.
 func (l *diskLock) sign(f *os.File) error {
-	// The server's user must be able to lock it, too.
+	// The server's user must be able to lock the file too.
 	info, err := f.Stat()
 	if err == nil {
 		err = l.dir.own(LockName)
@@ -162,7 +163,7 @@ func (l *diskLock) sign(f *os.File) error {
 	}
 	l.file, l.info = f, info
 
-	// Only a help for people, so it may fail.
+	// The text is only for people, so that this fails is no error.
 	err = f.Truncate(0)
 	if err == nil {
 		host, _ := os.Hostname()
@@ -172,8 +173,8 @@ func (l *diskLock) sign(f *os.File) error {
 	return nil
 }
 
-// watch looks every heldTime whether the lock is still ours. It is the lock's goroutine, which ends
-// when the lock is closed or lost.
+// watch checks every heldTime that the lock is still ours. It runs as a goroutine of its own, and
+// ends when the lock is closed or lost.
 func (l *diskLock) watch() {
 	defer close(l.ended)
 	tick := time.NewTicker(heldTime)
@@ -186,7 +187,7 @@ func (l *diskLock) watch() {
 			return
 		}
 
-		// What cannot be found out now is looked at again.
+		// Any other error says only that the check failed: the next one may not.
 		err := l.Look()
 		if errors.Is(err, ErrMoved) {
 			l.why = err
@@ -196,14 +197,15 @@ func (l *diskLock) watch() {
 	}
 }
 
-// Look tells whether the path still leads to the directory, and the lock is ours: ErrMoved if not,
-// another error if that cannot be found out now. A LOCK that is gone is made anew, and also one that
-// was replaced, where the directory itself is locked and no other process has locked the new one.
+// Look checks that the path still leads to the directory, and that the lock is ours: it returns an
+// ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
+// gone. A LOCK that is another file now it replaces only while the directory itself is locked and
+// no process has locked that file.
 func (l *diskLock) Look() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 
-	// By the path, not by the directory that is held open: that a start would not find.
+	// Check the path, which the next start will use: the directory that we hold open has no path.
 	isThere, err := l.dir.isThere()
 	switch {
 	case err != nil:
@@ -218,8 +220,8 @@ func (l *diskLock) Look() error {
 	case err == nil && os.SameFile(info, l.info):
 		return nil
 
-	// The directory's own lock keeps others out, so what fails here may wait for the next look. (An
-	// older kvserver knows LOCK alone.)
+	// The directory's own lock keeps others out, so if this fails the next check may repair it.
+	// (Only an older kvserver does not know that lock. It locks LOCK alone.)
 	case l.self != nil:
 		if l.dir.hasLockedFile() {
 			return taken
@@ -234,7 +236,7 @@ func (l *diskLock) Look() error {
 		return err
 	}
 
-	// Whoever has made LOCK meanwhile has the directory.
+	// Only LOCK was locked, and it is gone. Whoever has made another has the directory.
 	err = l.again()
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, ErrLocked) {
 		return taken
@@ -242,7 +244,7 @@ func (l *diskLock) Look() error {
 	return err
 }
 
-// hasLockedFile tells whether LOCK, whichever file that is, is locked.
+// hasLockedFile reports whether some process has locked the file that is called LOCK now.
 func (d *Disk) hasLockedFile() bool {
 	f, err := d.open(LockName, os.O_RDONLY)
 	if err != nil {
@@ -252,7 +254,7 @@ func (d *Disk) hasLockedFile() bool {
 	return isLocked(f)
 }
 
-// again makes and locks LOCK anew.
+// again makes another LOCK, and locks and signs it. The caller has mu.
 func (l *diskLock) again() error {
 	f, err := l.dir.open(LockName, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	if err != nil {
@@ -260,14 +262,14 @@ func (l *diskLock) again() error {
 	}
 	f.Close()
 
-	// InUse may have it locked for a moment.
+	// InUse of another process may hold it for a moment.
 	old := l.file
 	f, err = tryLock(l.dir.lockFile)
 	if err == nil {
 		err = l.sign(f)
 	}
 
-	// A LOCK that is not locked and signed the next look would take for another process's.
+	// The next check would take a LOCK that is not ours yet for another process's, so remove it.
 	if err != nil {
 		if !errors.Is(err, ErrLocked) {
 			l.dir.root.Remove(LockName)
@@ -276,21 +278,21 @@ func (l *diskLock) again() error {
 		return err
 	}
 
-	// Only now: until the new one is signed the old one still is the lock.
+	// Only now: until the new file is signed, the old one is the lock.
 	old.Close()
 	l.dir.log.Warn("LOCK was removed or replaced while it was locked: it was made anew", "dir",
 		l.dir.path)
 	return nil
 }
 
-// isThere tells whether the path still leads to the directory.
+// isThere reports whether the path still leads to the directory.
 func (d *Disk) isThere() (bool, error) {
 	ours, err := d.root.Stat(".")
 	if err != nil {
 		return false, err
 	}
 
-	// A path that leads nowhere is an answer; one that cannot be looked at is none.
+	// A path that leads nowhere is an answer. A path that cannot be checked is an error.
 	theirs, err := os.Stat(d.path)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return false, nil
@@ -298,9 +300,9 @@ func (d *Disk) isThere() (bool, error) {
 	return err == nil && os.SameFile(ours, theirs), err
 }
 
-// isThis tells whether f is the file that has the name now.
+// isThis reports whether f is the file that has the name now.
 func (d *Disk) isThis(f *os.File, name string) bool {
-	// A lock is on the file that was opened, whatever its name leads to.
+	// A lock is on the open file, and its name may lead to another one by now.
 	ours, err := f.Stat()
 	if err != nil {
 		return false
@@ -313,9 +315,8 @@ func (d *Disk) isThis(f *os.File, name string) bool {
 // Lost is closed by watch.
 func (l *diskLock) Lost() <-chan struct{} { return l.lost }
 
-// Held returns what watch has found.
+// Held returns what watch has found. It makes no system call.
 func (l *diskLock) Held() error {
-	// Nothing is looked at here, so it costs nothing after each batch.
 	select {
 	case <-l.lost:
 		return l.why
@@ -324,9 +325,9 @@ func (l *diskLock) Held() error {
 	}
 }
 
-// Close ends watch, and gives the lock up. LOCK stays.
+// Close ends watch and releases the lock. The file LOCK stays.
 func (l *diskLock) Close() error {
 	close(l.stop)
-	<-l.ended // or it would look at files that are closed
+	<-l.ended // or watch would use files that are closed
 	return closeAll(l.file, l.self)
 }

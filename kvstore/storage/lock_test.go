@@ -15,7 +15,8 @@ import (
 	"time"
 )
 
-// Ensure that who only asks whether a store is in use does not take a lock that is made anew.
+// Ensure that a process that only asks whether a store is in use does not hinder its holder in making
+// another LOCK.
 func TestInUseBesideALock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -50,7 +51,7 @@ func TestInUseBesideALock(t *testing.T) {
 	lock.Close()
 }
 
-// Ensure that an error of the moment is not taken for a directory that was moved.
+// Ensure that a passing error is not taken for a directory that was moved.
 func TestLockLooksAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "data")
 	os.Mkdir(path, 0o700)
@@ -89,8 +90,8 @@ func mustOpen(t *testing.T, path string) *Disk {
 	return d
 }
 
-// Ensure that a lock which somebody has removed still locks: the directory itself is locked, and
-// where it cannot be, a start beside a store waits until a server that runs has made LOCK anew.
+// Ensure that a store whose LOCK somebody has removed stays locked: the directory itself is locked,
+// and where it cannot be, a start waits until a server that runs has made another LOCK.
 func TestRemovedLockStillLocks(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -125,7 +126,7 @@ func TestRemovedLockStillLocks(t *testing.T) {
 	}
 }
 
-// Ensure that a store whose LOCK is missing opens where nobody has it.
+// Ensure that a store whose LOCK is missing can be locked if no process has the store.
 func TestMissingLock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := t.TempDir()
@@ -138,7 +139,7 @@ func TestMissingLock(t *testing.T) {
 	})
 }
 
-// Ensure that a path is quoted where there is something odd about it.
+// Ensure that a path with white space around it is quoted.
 func TestOddPaths(t *testing.T) {
 	for path, want := range map[string]string{
 		"/none":   "does not exist: /none",
@@ -159,10 +160,10 @@ func TestOddPaths(t *testing.T) {
 	}
 }
 
-// Ensure that what is no file is not opened: a named pipe would wait for somebody to write.
+// Ensure that only regular files are opened: to open a named pipe would wait for a writer.
 func TestPipeIsNoFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
-		return // it has none in directories
+		return // Windows has no named pipes in directories
 	}
 	path := t.TempDir()
 	if err := exec.Command("mkfifo", filepath.Join(path, StoreName)).Run(); err != nil {
@@ -174,7 +175,8 @@ func TestPipeIsNoFile(t *testing.T) {
 	}
 }
 
-// Ensure that a directory is in use whose LOCK is another file, which nobody has locked.
+// Ensure that a locked directory counts as in use, also where another file, which nobody has locked,
+// has taken the place of LOCK.
 func TestInUseBesideAnotherLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -195,7 +197,7 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 	})
 }
 
-// Ensure that where only LOCK is locked a link in its place ends the lock.
+// Ensure that where only LOCK is locked, a link in its place ends the lock.
 func TestLinkForPlainLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a lock
@@ -215,9 +217,9 @@ func TestLinkForPlainLock(t *testing.T) {
 	}
 }
 
-// Ensure that a LOCK which is replaced by another file is made anew where the directory itself is
-// locked, with one line of log, and that a second server cannot have the lock meanwhile. Where only
-// LOCK is locked, or another process has the new one, the lock is lost.
+// Ensure that a LOCK that somebody has replaced is made again, with one line of log, if the directory
+// itself is locked, and that a second server cannot get the lock meanwhile. If only LOCK was locked,
+// or another process has locked the new file, the lock is lost.
 func TestReplacedLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a lock
@@ -229,8 +231,8 @@ func TestReplacedLock(t *testing.T) {
 	byDirectory := func(name string) { os.Remove(name); os.Mkdir(name, 0o700) }
 	byLink := func(name string) { os.Remove(name); os.Symlink("/etc/passwd", name) }
 
-	// As where a process has the new file that does not ask for the directory's lock. It is locked
-	// before it comes, for the first lock may look at it at any time.
+	// The new file may be held by a process that does not know the directory's lock. It is locked
+	// before it gets its name, because watch may look at it at any time.
 	byLocked := func(name string) {
 		elsewhere := t.TempDir()
 		f, err := mustOpen(t, elsewhere).lockFile()
@@ -282,8 +284,8 @@ func TestReplacedLock(t *testing.T) {
 	}
 }
 
-// Ensure that a lock that cannot be had because of LOCK alone, as beside an older kvserver, leaves
-// the directory unlocked.
+// Ensure that a start that fails because of LOCK alone, as beside an older kvserver, leaves the
+// directory unlocked.
 func TestFailedLockLeavesNothing(t *testing.T) {
 	path := t.TempDir()
 	older, d := mustOpen(t, path), mustOpen(t, path)

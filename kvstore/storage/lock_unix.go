@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// lockSelf opens the directory itself and takes an flock on it, which ends with the process however
-// that ends. It returns nil where the file system does not lock directories.
+// lockSelf opens the directory itself and takes an flock on it, which the kernel releases however the
+// process ends. It returns nil if the file system does not lock directories.
 func (d *Disk) lockSelf() (*os.File, error) {
 	if d.isPlain {
 		return nil, nil
@@ -28,19 +28,19 @@ func (d *Disk) lockSelf() (*os.File, error) {
 		return nil, ErrLocked
 	}
 
-	// Here only LOCK can be locked.
+	// This file system does not lock directories: LOCK alone has to do.
 	return nil, nil
 }
 
-// lockFile opens LOCK, or makes it, and takes an flock on it, which ends with the process however
-// that ends.
+// lockFile opens LOCK, or makes it, and takes an flock on it, which the kernel releases however the
+// process ends.
 func (d *Disk) lockFile() (*os.File, error) {
 	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return nil, err
 	}
 
-	// A lock on a file that has no name any more keeps nobody out.
+	// A lock on a file that is no longer called LOCK keeps nobody out.
 	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	switch {
 	case err == nil && d.isThis(f, LockName):
@@ -54,26 +54,27 @@ func (d *Disk) lockFile() (*os.File, error) {
 	return nil, err
 }
 
-// isLocked tells whether somebody else who has the file open has the lock on it.
+// isLocked reports whether the file is locked by another open file. If not, it locks f shared until
+// f is closed.
 func isLocked(f *os.File) bool {
 	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
 }
 
-// Who this process is, and how it gives a file away: other functions in tests.
+// Who this process is, and how it gives a file away. Tests replace both.
 var (
 	geteuid = os.Geteuid
 	lchown  = (*os.Root).Lchown
 )
 
-// keepOwner gives the file called name to the owner of what info is about, if this process is
-// root's: an administrator repairs or copies a store for the user that runs the server.
+// keepOwner gives the file called name to the user and group that info names, if this process is
+// root's: an administrator may repair or copy a store for the user that runs the server.
 func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 	want, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || geteuid() != 0 {
 		return nil
 	}
 
-	// What has that owner already is not asked for: some file systems refuse any change of owner.
+	// Ask only for a real change: some file systems refuse every one.
 	now, err := root.Lstat(name)
 	if err != nil {
 		return err

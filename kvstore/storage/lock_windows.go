@@ -5,18 +5,18 @@ import (
 	"syscall"
 )
 
-// lockSelf does nothing: nobody can remove LOCK while it is open.
+// lockSelf does nothing: on Windows nobody can remove LOCK while it is open.
 func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
-// lockFile opens LOCK to be written by this process alone, until that ends in whatever way. Others
-// may read who it is. (Nobody can remove it meanwhile, so it is never to be made anew.)
+// lockFile opens LOCK, or makes it, so that only this process may write it until the process ends.
+// Others may read who that is. (Nobody can remove LOCK meanwhile, so again is never needed.)
 func (d *Disk) lockFile() (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
 	if err != nil {
 		return nil, err
 	}
 
-	// The os package shares what it opens with writers.
+	// Not os.OpenFile, which lets others open the file for writing, too.
 	const sharingViolation = syscall.Errno(32)
 	h, err := syscall.CreateFile(path, syscall.GENERIC_READ|syscall.GENERIC_WRITE,
 		syscall.FILE_SHARE_READ, nil, syscall.OPEN_ALWAYS, syscall.FILE_ATTRIBUTE_NORMAL, 0)
@@ -30,8 +30,8 @@ func (d *Disk) lockFile() (*os.File, error) {
 	return os.NewFile(uintptr(h), d.Path(LockName)), nil
 }
 
-// isLocked tells whether somebody else who has the file open has the lock on it: then it cannot be
-// opened to be written.
+// isLocked reports whether another process holds the lock on the file: then it cannot be opened for
+// writing.
 func isLocked(f *os.File) bool {
 	again, err := os.OpenFile(f.Name(), os.O_RDWR, 0)
 	if err != nil {
@@ -41,5 +41,5 @@ func isLocked(f *os.File) bool {
 	return false
 }
 
-// keepOwner does nothing: files inherit their directory's rights.
+// keepOwner does nothing: on Windows files inherit the rights of their directory.
 func keepOwner(root *os.Root, name string, info os.FileInfo) error { return nil }

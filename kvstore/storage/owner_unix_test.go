@@ -12,14 +12,14 @@ import (
 	"testing"
 )
 
-// ofSomebody is what is known of a file, which is somebody else's.
+// ofSomebody is a file's info that names another owner.
 type ofSomebody struct{ os.FileInfo }
 
 func (ofSomebody) Sys() any { return &syscall.Stat_t{Uid: 54321, Gid: 54321} }
 
-// Ensure that root's files are given to the store's owner, that nothing is asked of the system for
-// those that are this owner's already, and that where they cannot be given they stay, and the log
-// says so once, also of a copy.
+// Ensure that files made by root are given to the store's owner, without a system call for a file
+// that has this owner already. If they cannot be given, they stay root's and the log says so once,
+// also for a copy.
 func TestFilesOfRoot(t *testing.T) {
 	defer func() { geteuid, lchown = os.Geteuid, (*os.Root).Lchown }()
 	path := t.TempDir()
@@ -54,7 +54,7 @@ func TestFilesOfRoot(t *testing.T) {
 		d.Close()
 	}
 
-	// Where this process is not root's it has nobody else's directory.
+	// A process that is not root's has no directory of somebody else.
 	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")
 	log := &strings.Builder{}
 	err := os.Mkdir(from, 0o700)
@@ -69,7 +69,7 @@ func TestFilesOfRoot(t *testing.T) {
 		t.Errorf("of a copy the log says %q", log)
 	}
 
-	// A directory that is there may be the owner's, and root's files in it not.
+	// The owner may have the directory already, and root the files in it.
 	os.Chown(to, 54321, 54321)
 	f, err := d.Create("file")
 	if err != nil {

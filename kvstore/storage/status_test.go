@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Ensure that a histogram knows each number exactly, on both sides of each of its bounds.
+// Ensure that a histogram counts exactly, on both sides of each of its bounds.
 func TestHistogram(t *testing.T) {
 	for _, counts := range []bool{false, true} {
 		h := &Histogram{Counts: counts}
@@ -23,7 +23,7 @@ func TestHistogram(t *testing.T) {
 			if i > 0 && bound/bounds[i-1] != step {
 				t.Errorf("counts %v: bound %v is behind %v", counts, bound, bounds[i-1])
 			}
-			for range i + 1 { // each bucket has another number
+			for range i + 1 { // no two buckets get the same number
 				h.Observe(bound)
 				h.Observe(bound * 1.5)
 				sum += bound * 2.5
@@ -33,7 +33,7 @@ func TestHistogram(t *testing.T) {
 		var want []int64
 		n := 0
 		for i := range bounds {
-			n += 2*i + 1 // those on the bound, and above the one before
+			n += 2*i + 1 // i+1 on this bound, i above the one before
 			want = append(want, int64(n))
 		}
 		if n += len(bounds); !slices.Equal(atMost, want) || all != int64(n) {
@@ -49,7 +49,7 @@ func TestHistogram(t *testing.T) {
 	}
 }
 
-// Ensure that a status says what it was told last, and before that what is true of a store that is
+// Ensure that a Status returns what was set last, and that its zero value is that of a store that is
 // being opened.
 func TestStatus(t *testing.T) {
 	var s Status
@@ -65,7 +65,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// Ensure that damage says where it is, and that what is missing can be there at the next look.
+// Ensure that a DamageError says where the damage is, and that a missing file is an fs.ErrNotExist.
 func TestDamageSaysWhere(t *testing.T) {
 	for _, c := range []struct {
 		err  DamageError
@@ -92,7 +92,7 @@ func TestDamageSaysWhere(t *testing.T) {
 	}
 }
 
-// Ensure that a stamp tells a file from another, and from itself once it was changed in any way.
+// Ensure that a stamp tells a file from another one, and from itself after any change.
 func TestStamps(t *testing.T) {
 	was := Stamp{ID: 1, Size: 2, Changed: time.Unix(3, 0)}
 	for _, c := range []struct {

@@ -13,7 +13,7 @@ func syncData(f *os.File) error {
 		return err
 	}
 
-	// A signal may come while the disk works, which is no error of the disk.
+	// A signal may interrupt the call, which is no error of the disk: call again.
 	controlErr := conn.Control(func(fd uintptr) {
 		for {
 			if err = syscall.Fdatasync(int(fd)); err != syscall.EINTR {

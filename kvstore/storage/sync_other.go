@@ -4,5 +4,5 @@ package storage
 
 import "os"
 
-// syncData is Sync: here is no such call.
+// syncData is Sync: package syscall has no fdatasync for these systems.
 func syncData(f *os.File) error { return f.Sync() }
