@@ -1,6 +1,10 @@
-// Package etcd has a Directory in an etcd cluster, which it asks through etcd's JSON gateway:
-// cluster.go asks, directory.go has the names, file.go the files, lock.go who may write, and
-// room.go how much.
+// Package etcd has a Directory in an etcd cluster. It talks to etcd through its JSON gateway.
+//
+//	cluster.go    requests to the members of a cluster, and their errors
+//	directory.go  the names of files, and every change of them
+//	file.go       the contents of files, in pieces
+//	lock.go       who may write
+//	room.go       how much may be written
 package etcd
 
 import (
@@ -28,71 +32,74 @@ import (
 
 // Times and sizes of requests.
 const (
-	requestTime  = 1500 * time.Millisecond // of one request, without what its bytes take
-	slowLink     = 128 << 10               // bytes a second that a link has at least
+	requestTime  = 1500 * time.Millisecond // limit of one request, beside the time for its bytes
+	slowLink     = 128 << 10               // bytes a second of the slowest link that we support
 	pauseTime    = 50 * time.Millisecond   // before a request is sent again
 	patienceTime = 10 * time.Second        // without an answer, until we give up
 	tellTime     = time.Second             // without an answer, until we say so
 
-	pieceLeast = 16 << 10 // bytes of a piece as it is sent: smaller ones would help no link
-	pieceFirst = 64 << 10 // the same at first: they double while the link can do it
+	pieceLeast = 16 << 10 // bytes of a piece as it is sent, at least: smaller ones help no link
+	pieceFirst = 64 << 10 // the same at first: pieces double while the link is fast enough
 	pieceMost  = 1 << 20  // bytes of a piece, packed or not: etcd takes requests of 1.5 MiB
-	pageFirst  = 64 << 10 // bytes of the pieces that are asked for together, at first
-	pageMost   = 3 << 20  // the same at last: gateways before 3.4.17 answer at most 4 MiB
-	keysMost   = 4 << 10  // keys that are asked for together: etcd counts all behind them, too
+	pageFirst  = 64 << 10 // bytes of the pieces that one request asks for, at first
+	pageMost   = 3 << 20  // the same at most: gateways before 3.4.17 answer at most 4 MiB
+	keysMost   = 4 << 10  // keys that one request asks for: etcd counts all behind them, too
 	keySize    = 250      // bytes that a key takes in an answer, about
-	replyMost  = 100      // bytes of an answer that is none of etcd's, in an error
-	filesAhead = 16       // connections to a member that are kept
+	replyMost  = 100      // bytes that an error quotes of an answer that is not etcd's
+	filesAhead = 16       // idle connections that are kept to each member
 	dialTime   = time.Second
 )
 
 // Errors of a store in etcd.
 var (
-	// ErrAddress is returned for an address that names no members, or no prefix.
+	// ErrAddress is returned for an address without members, or without a prefix.
 	ErrAddress = errors.New("no address of data in etcd")
-	// ErrUnreachable is returned when no member of the cluster has answered for patienceTime.
+	// ErrUnreachable is returned when no member of the cluster has answered: to a single request
+	// for requestTime, in all for patienceTime or more.
 	ErrUnreachable = errors.New("etcd does not answer")
-	// ErrRefused is returned when etcd answers, but not to us: a wrong certificate, user or
-	// password, or a right that is missing.
+	// ErrRefused is returned when etcd answers, but refuses us: a wrong certificate, user or
+	// password, or a missing permission.
 	ErrRefused = errors.New("etcd refuses")
-	// ErrTooLarge is returned when etcd takes only requests that are too small for us.
+	// ErrTooLarge is returned when etcd's limit on the size of a request is too low for us.
 	ErrTooLarge = errors.New("etcd takes only smaller requests")
 	// ErrTakenOver is returned when another process has taken the lock.
 	ErrTakenOver = errors.New("another server has taken the data over")
-	// ErrOther is returned when a member belongs to another cluster than those that were asked
-	// before, or the cluster knows less than it has told: somebody has restored a copy.
+	// ErrOther is returned when a member belongs to another cluster than the members that have
+	// answered before, or when the cluster has gone back to an older state: somebody has restored a
+	// backup.
 	ErrOther = errors.New("not the etcd cluster that it was")
 
-	// errSmaller is what a request that was too large, or too slow, for its size ends with.
+	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
+	// or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
 )
 
-// cluster asks a cluster. Any goroutine may.
+// cluster sends requests to an etcd cluster. Any goroutine may use it.
 type cluster struct {
 	members        []string // http://host:port
 	http           *http.Client
 	user, password string
 	log            *slog.Logger
 
-	member   atomic.Int32           // the one that is asked: another one after each failure
+	member   atomic.Int32           // index of the member that is asked; after a failure the next one
 	token    atomic.Pointer[string] // of the user; nil: none yet, or none is needed
-	id       atomic.Pointer[string] // of the cluster; nil: nobody has told
-	revision atomic.Int64           // of the cluster, as of the latest answer
-	warned   sync.Once              // of a member that is another cluster
+	id       atomic.Pointer[string] // of the cluster; nil: no member has answered yet
+	revision atomic.Int64           // the highest that the cluster has answered
+	warned   sync.Once              // about a member of another cluster
 
-	room // of the database
+	room // in the members' databases
 }
 
-// What is used of etcd's messages, in the names of its API. Bytes travel as base64.
+// The parts of etcd's messages that we use, in the names of its API. Bytes travel as base64.
 type (
 	keyValue struct {
 		Key      []byte `json:"key"`
 		Value    []byte `json:"value,omitempty"`
-		Revision int64  `json:"mod_revision,string,omitempty"` // of the last change; 0: it is not there
+		Revision int64  `json:"mod_revision,string,omitempty"` // of the last change; 0: no such key
 	}
 	keyRange struct {
 		Key       []byte `json:"key"`
-		End       []byte `json:"range_end,omitempty"` // the first key that is meant no more
+		End       []byte `json:"range_end,omitempty"` // the range ends before this key
 		Limit     int    `json:"limit,string,omitempty"`
 		KeysOnly  bool   `json:"keys_only,omitempty"`
 		CountOnly bool   `json:"count_only,omitempty"`
@@ -104,7 +111,7 @@ type (
 	}
 	comparison struct {
 		Target string `json:"target"`           // VALUE or MOD
-		Result string `json:"result,omitempty"` // GREATER; "": they are equal
+		Result string `json:"result,omitempty"` // GREATER; "": EQUAL
 		keyValue
 	}
 	transaction struct {
@@ -112,7 +119,7 @@ type (
 		Success []operation  `json:"success"`
 		Failure []operation  `json:"failure,omitempty"`
 	}
-	// found is what a range holds.
+	// found is the result of a range.
 	found struct {
 		KVs   []keyValue `json:"kvs"`
 		Count int64      `json:"count,string"`
@@ -137,7 +144,7 @@ type (
 	}
 )
 
-// read returns what the i-th operation of a transaction has read.
+// read returns the result of a transaction's i-th operation, which was a range.
 func (r response) read(i int) found {
 	if i < len(r.Responses) {
 		return r.Responses[i].Range
@@ -160,7 +167,7 @@ func isRevision(key []byte, revision int64) comparison {
 }
 func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
 
-// refusal is etcd's answer to a request that it does not do.
+// refusal is etcd's answer to a request that it has refused.
 type refusal struct {
 	Message string `json:"message"`
 	Code    int    `json:"code"` // gRPC's
@@ -168,25 +175,27 @@ type refusal struct {
 
 func (e *refusal) Error() string { return e.Message }
 
-// Is makes a database that is full what a full disk is, and other final refusals ErrRefused.
+// Is makes the refusal of a full etcd a syscall.ENOSPC, as of a full disk, and other final refusals
+// an ErrRefused.
 func (e *refusal) Is(target error) bool {
 	isFull := e.Code == 8 && strings.Contains(e.Message, "space")
 	return target == syscall.ENOSPC && isFull || target == ErrRefused && isFinal(e) && !isFull
 }
 
-// isExpired tells whether it is the token that is bad: a JWT is too old once users change.
+// isExpired reports whether only the token is bad: it has expired, or, if it is a JWT, users have
+// changed since.
 func (e *refusal) isExpired() bool {
 	return e.Code == 16 || strings.Contains(e.Message, "revision of auth store is old")
 }
 
-// isFinal tells whether to ask this member again is in vain.
+// isFinal reports whether to send the request to this member again would be in vain.
 func isFinal(err error) bool {
 	if e := (*refusal)(nil); errors.As(err, &e) {
 		switch e.Code {
-		// cancelled, unknown, too late, aborted, internal, no leader, expired
+		// cancelled, unknown, deadline exceeded, aborted, internal, unavailable, unauthenticated
 		case 1, 2, 4, 10, 13, 14, 16:
 			return false
-		case 8: // no space, too large an answer, or too many requests
+		case 8: // resource exhausted: no space, an answer too large, or too many requests
 			return !strings.Contains(e.Message, "too many")
 		}
 		return !e.isExpired()
@@ -194,14 +203,14 @@ func isFinal(err error) bool {
 	return isUntrusted(err) || errors.Is(err, ErrOther)
 }
 
-// isTooMuch tells whether a smaller request may do.
+// isTooMuch reports whether a smaller request may succeed.
 func isTooMuch(err error) bool {
 	e := (*refusal)(nil)
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &e) &&
 		(strings.Contains(e.Message, "too large") || strings.Contains(e.Message, "larger than max"))
 }
 
-// named is err as people should see it.
+// named returns err as people should see it.
 func named(err error) error {
 	switch {
 	case isUntrusted(err):
@@ -214,7 +223,8 @@ func named(err error) error {
 	return fmt.Errorf("etcd: %w", err)
 }
 
-// isUntrusted tells whether one side of a connection wants no part of the other.
+// isUntrusted reports whether TLS has failed: one side of a connection does not trust the other, or
+// one of them does not speak TLS.
 func isUntrusted(err error) bool {
 	alert, record := tls.AlertError(0), tls.RecordHeaderError{}
 	certificate := (*tls.CertificateVerificationError)(nil)
@@ -222,13 +232,13 @@ func isUntrusted(err error) bool {
 		errors.Is(err, http.ErrSchemeMismatch)
 }
 
-// newCluster returns a client for the members at hosts. With TLS, query may name files:
-// ca, cert and key.
+// newCluster returns a client for the members at hosts. With TLS, query may name the files ca, cert
+// and key.
 func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, error) {
 	c := &cluster{}
 	c.user, c.password, _ = strings.Cut(os.Getenv("KVSERVER_ETCD_USER"), ":")
 
-	// Idle connections are kept, so that most requests need not dial first.
+	// Keep idle connections, so that few requests have to dial.
 	transport := &http.Transport{MaxIdleConnsPerHost: filesAhead,
 		DialContext: (&net.Dialer{Timeout: dialTime}).DialContext}
 	c.http = &http.Client{Transport: transport}
@@ -246,7 +256,7 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 		c.members = append(c.members, scheme+host)
 	}
 
-	// Pieces begin small, and tookPiece doubles them while the link is fast enough.
+	// Pieces are small at first, and tookPiece doubles their size while the link is fast enough.
 	c.piece.Store(pieceFirst)
 	return c, nil
 }
@@ -279,14 +289,15 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 	return config, nil
 }
 
-// post sends one request to one member. It is of so many bytes, or asks for so many: less than
-// none if it cannot be smaller. After a failure the next goes to another member.
+// post sends one request to one member. size is how many bytes the request sends or asks for, about;
+// it is negative if the request cannot be made smaller. After a failure the next request goes to
+// another member.
 func (c *cluster) post(ctx context.Context, member int32, at string, request any,
 	size int) (answer response, err error) {
-	// The revision is read before we ask: an answer about keys must not be older.
+	// Read the revision before asking: an answer about keys must not be older.
 	known := c.revision.Load()
 
-	// Where we have a user, a request needs a token: log in first.
+	// A request of a user needs a token: log in first.
 	if c.user != "" && c.token.Load() == nil && at != "auth/authenticate" {
 		login, err := c.post(ctx, member, "auth/authenticate",
 			map[string]string{"name": c.user, "password": c.password}, 0)
@@ -296,7 +307,7 @@ func (c *cluster) post(ctx context.Context, member int32, at string, request any
 		c.token.Store(&login.Token)
 	}
 
-	// A large request may take longer: a slow link is not a member that is down.
+	// A large request has more time: a slow link does not mean that the member is down.
 	one, cancel := context.WithTimeout(ctx, limit(size))
 	defer cancel()
 	err = c.exchange(one, c.members[member]+"/v3/"+at, request, &answer)
@@ -316,16 +327,17 @@ func (c *cluster) post(ctx context.Context, member int32, at string, request any
 	return answer, err
 }
 
-// limit is the time that a request of so many bytes has.
+// limit is the time that a request of that many bytes has.
 func limit(size int) time.Duration {
 	return requestTime + time.Duration(max(size, -size))*time.Second/slowLink
 }
 
-// recognize tells whether an answer is from the cluster that has answered before. One of its keys
-// is of all that the cluster knew when it was asked: known is the revision that we knew then.
+// recognize returns an error if an answer is not from the cluster that has answered before. ofKeys
+// says that the answer is about keys, and so is not older than known, the revision that we knew
+// before we asked.
 func (c *cluster) recognize(member string, answer response, known int64, ofKeys bool) error {
 	h := answer.Header
-	// etcd always names its cluster: what does not is something else.
+	// etcd always names its cluster, so this is some other server.
 	if h.Cluster == "" {
 		return &refusal{member + " answers, and not as etcd does", 12}
 	}
@@ -339,13 +351,13 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 			h.Cluster, *c.id.Load())
 	}
 
-	// A revision never goes back: a lower one is of a copy that somebody has restored.
+	// A revision never goes back, unless somebody has restored a backup.
 	if ofKeys && h.Revision < known {
 		return fmt.Errorf("%w: at %s its revision is %d, and was %d", ErrOther, member, h.Revision,
 			known)
 	}
 
-	// Several requests may be answered at the same time: the highest revision stays.
+	// Other goroutines store revisions at the same time: keep the highest.
 	for latest := c.revision.Load(); ofKeys && h.Revision > latest &&
 		!c.revision.CompareAndSwap(latest, h.Revision); {
 		latest = c.revision.Load()
@@ -354,26 +366,26 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 	return nil
 }
 
-// survey asks all members who they are, and what room they have. From then on the leader is asked
-// first: others would only pass on what they are asked. It returns of which cluster each is, "" of
-// those that do not answer.
+// survey asks all members at once who they are, and what room they have. From then on requests go to
+// the leader first: the others would only forward them. ids has the cluster of each member, "" for a
+// member that has not answered.
 func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 
-	// Ask all members at once, so that those that are down cost one requestTime together.
-	// What is written meanwhile counts as not yet in the sizes that they answer.
+	// Read spent first: bytes that are written from here on may not be in the sizes that the members
+	// answer.
 	var wg sync.WaitGroup
 	spent, answers := c.spent.Load(), make([]response, len(c.members))
 	for i, member := range c.members {
 		wg.Go(func() {
-			// Who does not answer has said nothing.
+			// If this fails the member's answer stays empty.
 			c.exchange(ctx, member+"/v3/maintenance/status", struct{}{}, &answers[i])
 		})
 	}
 	wg.Wait()
 
-	// A member of another cluster is not asked first, even if it is the leader there.
+	// A member of another cluster does not count, even if it leads there.
 	for i, status := range answers {
 		ids = append(ids, status.Header.Cluster)
 		if c.recognize(c.members[i], status, 0, false) == nil && status.Leader != "" &&
@@ -382,18 +394,18 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 		}
 	}
 
-	// Until the next survey, this one decides how much may be written.
+	// This decides how much may be written until the next survey.
 	c.note(answers, spent)
 
 	return ids
 }
 
-// agree asks all members who they are, and returns how many answer: with an ErrOther if they are
-// not one cluster.
+// agree asks all members who they are, and returns how many have answered. It returns an ErrOther if
+// these are not one cluster.
 func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 	var list []string
 	for i, id := range c.survey(ctx) {
-		// A member that does not answer contradicts nobody.
+		// A member that does not answer does not contradict the others.
 		if id == "" {
 			continue
 		}
@@ -404,17 +416,18 @@ func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 		}
 	}
 
-	// The operator must see which member is the wrong one, so name them all.
+	// Name all members: only the operator knows which one is wrong.
 	if err != nil {
 		err = fmt.Errorf("%w: %s", err, strings.Join(list, ", "))
 	}
 	return answered, err
 }
 
-// adopt takes the cluster for what it is now: another one only if all members are that.
+// adopt accepts the cluster as it is now: an older state of ours, or another cluster, if all members
+// are of that one.
 func (c *cluster) adopt(ctx context.Context) error {
 	was, ids := *c.id.Load(), c.survey(ctx)
-	// Where no member is of the cluster that we knew, all must be of one new cluster.
+	// If no member is of the cluster that we knew, all must be of one new cluster.
 	if !slices.Contains(ids, was) {
 		isOther := func(id string) bool { return id != ids[0] }
 		if ids[0] == "" || slices.ContainsFunc(ids, isOther) {
@@ -423,12 +436,13 @@ func (c *cluster) adopt(ctx context.Context) error {
 		c.id.Store(&ids[0])
 	}
 
-	// A restored copy has a lower revision, and recognize would refuse its answers.
+	// A restored backup has a lower revision, and recognize would refuse its answers.
 	c.revision.Store(0)
 	return nil
 }
 
-// exchange sends a request and reads the answer.
+// exchange sends a request to url and reads the answer. It returns a *refusal for any HTTP status but
+// 200.
 func (c *cluster) exchange(ctx context.Context, url string, request any,
 	answer *response) error {
 	body, err := json.Marshal(request)
@@ -450,7 +464,7 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	}
 	defer response.Body.Close()
 
-	// The answer is read to its end, so that the connection can be used again.
+	// Read the answer to its end, so that the connection can be used again.
 	text, err := io.ReadAll(response.Body)
 	switch {
 	case err != nil:
@@ -459,23 +473,24 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 		return json.Unmarshal(text, answer)
 	}
 
-	// etcd explains a refusal in JSON. Another text is from a proxy, or from no etcd: unless
-	// its status is 4xx it counts as unavailable (14), so that call tries again.
+	// etcd explains a refusal in JSON. Any other text is from a proxy, or from some other server.
+	// It counts as unavailable (14), and call tries again, unless the status is 4xx.
 	refused := &refusal{}
 	if json.Unmarshal(text, refused) != nil || refused.Message == "" {
 		refused.Message, refused.Code = fmt.Sprintf("%s answers %s: %.*q", url, response.Status,
 			replyMost, text), 14
-		if response.StatusCode/100 == 4 { // somebody else answers there, or wants TLS
-			refused.Code = 12
+		if response.StatusCode/100 == 4 { // some other server, or one that wants TLS
+			refused.Code = 12 // unimplemented
 		}
 	}
 	return refused
 }
 
-// call sends a request until it is answered, every member has refused it, or ctx is done. One
-// that is larger than need be ends with errSmaller if that may be why it fails.
+// call sends a request again and again until a member answers it, every member has refused it, or ctx
+// is done. It returns errSmaller if the request may have failed because of its size, and can be made
+// smaller. size is as for post.
 func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
-	// A member that refuses for good may be the only one that does.
+	// One member may refuse what the others do not, so every member is asked.
 	var why error
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
@@ -484,16 +499,16 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int) (r
 		case err == nil:
 			return answer, nil
 
-		// A part of it may fit, or be in time: the caller asks again for less.
+		// The caller asks again for less: that may fit, or be in time.
 		case isTooMuch(err) && size > pieceLeast && ctx.Err() == nil:
 			return answer, errSmaller
 
-		// This failure may pass: ask on for as long as ctx allows.
+		// This failure may pass: try again until ctx is done.
 		case !isFinal(err):
 			clear(refused)
 			why = nil
 
-		// It is another cluster only if all members are.
+		// ErrOther is the reason only if it is that of all members.
 		case !errors.Is(err, ErrOther) || why == nil:
 			why = err
 			fallthrough
@@ -503,21 +518,20 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int) (r
 			}
 		}
 
-		// Try on until ctx is done: the caller decides how long that is.
 		if cause := wait(ctx, pauseTime); cause != nil {
 			return answer, fmt.Errorf("%w: %w", cause, err)
 		}
 	}
 }
 
-// try is call for so long as one request has; then it ends with an ErrUnreachable.
+// try is call with a limit of requestTime, after which it returns an ErrUnreachable.
 func (c *cluster) try(ctx context.Context, at string, request any) (response, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTime, ErrUnreachable)
 	defer cancel()
 	return c.call(ctx, at, request, 0)
 }
 
-// wait waits for so long, or returns why ctx is done before.
+// wait waits for that long. It returns the cause if ctx is done before.
 func wait(ctx context.Context, long time.Duration) error {
 	select {
 	case <-time.After(long):
