@@ -22,22 +22,21 @@ import (
 	"time"
 )
 
-// directory is a Directory in a cluster. Below the prefix that its address gives there are these
-// keys:
+// directory is a Directory in a cluster. Its address gives a prefix, below which are these keys:
 //
-//	lock        who may write: a holder. Its holder writes it anew every beatTime
-//	step        the number of the holder's last change of names
+//	lock        who may write: a holder in JSON, which puts it again every beatTime
+//	step        which change of names was the last
 //	n/NAME      the id of the file that has this name
-//	d/ID/PIECE  one write to that file; PIECE is its number, its offset and its size. If the
-//	            value is smaller than that, it is compressed (DEFLATE)
+//	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
+//	            size. A value shorter than this size is compressed (DEFLATE)
 //
-// Every transaction of a holder compares the lock with what the holder wrote there: one that was
-// robbed of it can change nothing any more, however late its requests come. It also compares what
-// it goes on from: the name's id and the piece before, or the step. And each may be sent again
-// when its answer was lost: a piece has a key of its own and never changes, and a change of names
-// says which step it is, so that no step is made twice.
+// Every transaction of the holder compares the lock with what the holder has put there. So a process
+// that has lost the lock can change nothing any more, however late its requests arrive. A transaction
+// also compares the state that it follows: the name's id and the piece before, or the step. And it
+// may be sent again when its answer was lost: a piece has a key of its own and never changes, and
+// a change of names puts the next step, so that it cannot happen twice.
 //
-// A lease of etcd's would not do: its time begins anew when the cluster gets another leader.
+// An etcd lease would not do: its time starts again when the cluster gets another leader.
 type directory struct {
 	name   string // as people call it
 	prefix string
@@ -45,27 +44,27 @@ type directory struct {
 	opts   Options
 	log    *slog.Logger
 
-	ctx  context.Context // of those calls that come before there is a lock
-	lock *clusterLock    // nil before Lock; then it stays
+	ctx  context.Context // for requests while there is no lock
+	lock *clusterLock    // set by Lock; nil before
 
-	access  access                // to what is below
+	access  access                // guards what is below
 	steps   string                // what all values of step begin with
-	step    int                   // the last change
+	step    int                   // the number of the last change
 	names   map[string]string     // the id of each name, once the lock is held
-	files   map[string]*pieceFile // by id, those that were opened since
-	lost    map[string]bool       // names of files that etcd may not have as they were left there
-	known   int64                 // the revision before etcd was perhaps put back; 0: it was not
-	isSwept bool                  // pieces without a name were removed
+	files   map[string]*pieceFile // by id: files that were opened since
+	lost    map[string]bool       // names whose files etcd may not have as they were written
+	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
+	isSwept bool                  // pieces of files without a name were removed
 
-	stamps atomic.Pointer[map[string]storage.Stamp] // of names
-	pieces atomic.Int64                             // that there are, once the lock is held
+	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
+	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
-// access admits one goroutine at a time to something. Unlike a sync.Mutex it can also be tried for a
-// while, and in a test with a fake clock time goes on while somebody waits for it.
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits for
+// it only a while, and because in a test with a fake clock time goes on while somebody waits for it.
 type access chan struct{}
 
-// begin waits until nobody else has access. It returns what ends it.
+// begin waits until nobody else has access. It returns the function that ends the access.
 func (a access) begin() (end func()) {
 	a <- struct{}{}
 	return a.end
@@ -73,46 +72,47 @@ func (a access) begin() (end func()) {
 
 func (a access) end() { <-a }
 
-// segmentBytes is how large a log file becomes: what is read again at a start, about.
+// segmentBytes is how large a log file becomes, in bytes.
 const segmentBytes = 16 << 20
 
-// Options are what Open needs to know. The zero value is that of somebody who only looks.
+// Options are what Open needs to know. The zero value is for a process that only reads.
 type Options struct {
-	// Addr is where the data will be served: others that wait for it are told. Without one, Lock
-	// does not wait.
+	// Addr is the address at which this process will serve the data. Other servers that wait for the
+	// lock log it. If Addr is "", Lock does not wait for a holder that is alive.
 	Addr   string
-	Log    *slog.Logger    // nil: nobody wants to know
-	Status *storage.Status // nil: nobody looks
+	Log    *slog.Logger    // nil: log nothing
+	Status *storage.Status // nil: nobody reads it
 }
 
-// IsAddress tells whether path is meant to be the address of a store in etcd.
+// IsAddress reports whether path is meant to be the address of a store in etcd.
 func IsAddress(path string) bool {
 	return strings.HasPrefix(path, "etcd:") || strings.HasPrefix(path, "etcds:")
 }
 
-// Overlap tells whether one of two addresses is inside the other's prefix.
+// Overlap reports whether one of two addresses is the other one, or inside its prefix.
 func Overlap(a, b string) bool {
 	a, b = strings.TrimRight(a, "/")+"/", strings.TrimRight(b, "/")+"/"
 	return strings.HasPrefix(a, b) || strings.HasPrefix(b, a)
 }
 
-// Open returns the directory at etcd://host:port,host:port/prefix, or at etcds:// with
-// TLS and ?ca=FILE&cert=FILE&key=FILE. The environment's KVSERVER_ETCD_USER is a
-// name:password. Nothing is asked yet.
+// Open returns the directory at etcd://host:port,host:port/prefix, or with TLS at
+// etcds://host:port,host:port/prefix?ca=FILE&cert=FILE&key=FILE. The environment variable
+// KVSERVER_ETCD_USER may have a name:password. Open sends no request. ctx ends the requests that are
+// sent before Lock.
 func Open(ctx context.Context, address string, opts Options) (storage.Directory, error) {
 	rest, text, _ := strings.Cut(address, "?")
 	scheme, rest, _ := strings.Cut(rest, "://")
 	hosts, prefix, _ := strings.Cut(strings.TrimRight(rest, "/"), "/")
 	query, err := url.ParseQuery(text)
 
-	// We assume no port: each member must name its own.
+	// There is no default port: each member must name one.
 	members := strings.Split(hosts, ",")
 	for _, host := range members {
 		_, _, hostErr := net.SplitHostPort(host)
 		err = cmp.Or(err, hostErr)
 	}
 
-	// Without a prefix the store would be all of etcd, with the keys of others in it.
+	// Without a prefix everybody's keys would be the store's.
 	if prefix == "" || scheme != "etcd" && scheme != "etcds" {
 		err = errors.New("want etcd://HOST:PORT,.../PREFIX or etcds://")
 	}
@@ -120,7 +120,6 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 		return nil, fmt.Errorf("%w: %q: %w", ErrAddress, address, err)
 	}
 
-	// The zero Options are valid: what we say then goes nowhere.
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
@@ -139,14 +138,14 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
-// Sizes: what is written costs a request, whatever its size, and zeros would be kept.
+// Sizes has small segments, and no zeros ahead: etcd would store the zeros.
 func (d *directory) Sizes() (segment, compact int64, reserve int) {
 	return segmentBytes, segmentBytes, 0
 }
 
 func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }
 
-// Close has nothing to do.
+// Close closes idle connections.
 func (d *directory) Close() error {
 	d.client.http.CloseIdleConnections()
 	return nil
@@ -154,23 +153,23 @@ func (d *directory) Close() error {
 
 func (d *directory) key(name string) []byte { return []byte(d.prefix + name) }
 
-// below is the end of the keys that begin with prefix.
+// below returns the end of the range of keys that begin with prefix.
 func below(prefix []byte) (end []byte) {
 	end = slices.Clone(prefix)
 	end[len(end)-1]++
 	return end
 }
 
-// all are the keys below the prefix that begin with name.
+// all is the range of the store's keys that begin with name.
 func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call asks etcd, about or for so many bytes. Without the lock that ends after patienceTime; with
-// it after three times that, but for as long as etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that, not
+// counting the time in which etcd has no room.
 func (d *directory) call(at string, request any, size int) (response, error) {
-	// Without the lock we are starting, or only looking: give up soon, and say meanwhile why
-	// nothing happens.
+	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
+	// why nothing happens.
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
@@ -181,19 +180,19 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 		return d.client.call(ctx, at, request, size)
 	}
 
-	// With the lock, beat gives etcd up after patienceTime. The longer limit here is for a request
-	// that fails while signs of life arrive.
+	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
+	// for a request that fails while signs of life arrive.
 	for {
 		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
 		answer, err := d.client.call(ctx, at, request, size)
 		cancel()
 
-		// etcd is not the cluster that it was: Held says from now on that files are gone.
+		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
 		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 			err = d.lock.miss(err)
 		}
 
-		// A full etcd is waited for: somebody can make room, and the write is not lost.
+		// Wait for a full etcd: once somebody has made room the write succeeds.
 		if !errors.Is(err, syscall.ENOSPC) {
 			return answer, err
 		}
@@ -204,13 +203,14 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 	}
 }
 
-// get returns the keys that r means, which are about so many bytes.
+// get returns the keys of a range. size is as for cluster.post.
 func (d *directory) get(r keyRange, size int) ([]keyValue, error) {
 	answer, err := d.call("kv/range", r, size)
 	return answer.KVs, err
 }
 
-// each calls do with the keys, without their values, from one on that is before end.
+// each calls do with the keys of the range from from to before end, some at a time, without their
+// values.
 func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	for {
 		kvs, err := d.get(keyRange{Key: from, End: end, Limit: keysMost, KeysOnly: true},
@@ -227,21 +227,21 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	}
 }
 
-// do makes ops happen, at least once, if the lock is ours and so is what else is compared. They
-// write about so many bytes. If the first one puts a step that is there already, they have
-// happened. After a storage.ErrGone they may have happened or not.
+// do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold. ops
+// put about size bytes. If the first of ops puts the step that etcd has already, an earlier try has
+// applied them. After a storage.ErrGone it is not known whether they were applied.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
 	}
 
-	// Nothing may follow a change of which it is not known whether it was made: for that the lock is
-	// lost, and a next step would be taken for its.
+	// The lock is lost, perhaps because it is not known whether a change was made. The next change
+	// must not follow: it would have that one's step.
 	if err := context.Cause(d.lock.ctx); err != nil {
 		return err
 	}
 
-	// If a comparison fails we get the lock that is there, so that judge can say why.
+	// If a comparison fails, read the lock and the step, to find out why.
 	step, first := d.key("step"), ops[0].Put
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
@@ -251,45 +251,47 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
-		case err != nil: // it may yet be done, and it is not known what the next one goes on from
+		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
 			return d.lock.fail(err)
-		case answer.Succeeded: // now
+		case answer.Succeeded:
 			return nil
 		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-			bytes.Equal(first.Value, is[0].Value): // the first time
+			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
 			return nil
 		}
 
-		// Where only the lock is gone, and nobody has had it since, it is taken anew.
+		// If only the lock is gone, and nobody else has had it since, take it again.
 		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
 			return err
 		}
 		d.lock.retake(d.lock.ctx)
 
-		// It may fail for a while, such as in a full etcd, until beat gives up.
+		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
 		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
 			return cause
 		}
 	}
 }
 
-// stepValue is what the key step says after n steps.
+// stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// beginSteps begins to count steps anew. The caller has access.
+// beginSteps starts a new series of steps. The caller has access.
 func (d *directory) beginSteps() error {
 	d.steps, d.step = rand.Text(), 0
 	return d.do(0, []operation{putKey(d.key("step"), d.stepValue(0))})
 }
 
-// change gives names to ids, once, if the lock is ours and nobody else has changed them. The id
-// "" takes a name away, and what has no name any more loses its pieces. The caller has access.
+// change gives each name its new id in ids, in one transaction, if the lock is ours and the names are
+// as we know them. The id "" removes a name. The pieces of files that have lost their names are
+// removed. The caller has access.
 func (d *directory) change(ids map[string]string) error {
-	// The step makes a repeated request harmless: it finds the new step, and changes nothing.
+	// The step makes it harmless to send the request twice: the second finds the new step, and
+	// changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
 	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
 
-	// A name that we know must still belong to the file that we know.
+	// A name that we know must still belong to the same file.
 	names := maps.Clone(d.names)
 	for name, id := range ids {
 		key := d.key("n/" + name)
@@ -304,7 +306,7 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// A write compares its file's name, so none may be under way while that changes.
+	// A write compares its file's name, so no write may be under way while the name changes.
 	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
@@ -312,7 +314,7 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// Without any name all pieces go with the last one: pieces alone are taken for damage (begin).
+	// The last name goes together with all pieces: begin takes pieces without any name for damage.
 	if len(names) == 0 {
 		ops = append(ops, operation{Delete: d.all("d/")})
 	}
@@ -320,8 +322,8 @@ func (d *directory) change(ids map[string]string) error {
 		return err
 	}
 
-	// The change is durable in etcd: take it down. A name that was given to another file, or taken
-	// away, is no longer lost.
+	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
+	// is no longer lost.
 	d.step++
 	if len(names) == 0 {
 		d.pieces.Store(0)
@@ -337,21 +339,22 @@ func (d *directory) change(ids map[string]string) error {
 	for name, id := range ids {
 		delete(d.lost, name)
 		if f := d.files[id]; f != nil {
-			f.name = name // if it is dead check finds it under that name, too
+			f.name = name // also of a dead file: check looks for dead files by name
 		}
 	}
 	d.setNames(names)
 	return d.sweep(without)
 }
 
-// nameless returns those ids that have no name.
+// nameless returns those of ids that have no name in names. It changes ids.
 func nameless(ids []string, names map[string]string) []string {
 	named := slices.Collect(maps.Values(names))
 	return slices.DeleteFunc(ids, func(id string) bool { return slices.Contains(named, id) })
 }
 
-// sweep removes the pieces of those files that have no name, some at a time: a transaction stops
-// the cluster for as long as it takes. What it leaves the next Sync finds. The caller has access.
+// sweep removes the pieces of those files that have no name. It removes some at a time, because the
+// cluster does nothing else during a transaction. If it fails, the next Sync removes the rest. The
+// caller has access.
 func (d *directory) sweep(ids []string) error {
 	for _, id := range nameless(ids, d.names) {
 		all := d.all("d/" + id + "/")
@@ -369,15 +372,15 @@ func (d *directory) sweep(ids []string) error {
 	return nil
 }
 
-// begin takes down what there is, once the lock is held.
+// begin reads what is in etcd, once the lock is held.
 func (d *directory) begin() error {
-	// A new series of steps makes every change that was sent before fail.
+	// A new series of steps makes every change fail that was sent before, and arrives late.
 	if err := d.beginSteps(); err != nil {
 		return err
 	}
 
 	names, pieces, _, err := d.stock(d.call)
-	// A store must not begin empty over pieces that are there: Sync would remove them.
+	// A store must not begin empty while there are pieces: Sync would remove them.
 	if err == nil && len(names) == 0 && pieces > 0 {
 		err = &storage.DamageError{File: d.Path("n"), What: "the names of all files are missing, " +
 			"and their pieces are there"}
@@ -388,7 +391,7 @@ func (d *directory) begin() error {
 	return err
 }
 
-// stock asks etcd for the id of each name, how many pieces there are, and the lock.
+// stock reads the id of each name, the number of pieces, and the lock, all of one moment.
 func (d *directory) stock(ask func(at string, request any, size int) (response, error)) (
 	names map[string]string, pieces int64, lock []keyValue, err error) {
 	answer, err := ask("kv/txn", transaction{Success: []operation{{Range: d.all("n/")},
@@ -402,16 +405,16 @@ func (d *directory) stock(ask func(at string, request any, size int) (response, 
 	return names, answer.read(1).Count, answer.read(2).KVs, err
 }
 
-// Stamps tells which file has each name. If check has found that something of ours is gone, all
-// files are lost: they have new stamps each time, and until each of them was removed, or made anew,
-// Held says that files are gone.
+// Stamps returns which file each name has. If check has found that anything of ours is gone, all
+// files count as lost: their stamps are new each time, and Held returns a storage.ErrGone until each
+// of them was removed or replaced.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
-	// Nothing is gone, so there is nothing to ask etcd.
+	// Nothing is gone: do not ask etcd.
 	if !d.lock.isGone() {
 		return *d.stamps.Load(), nil
 	}
 
-	// The caller must not go on before it is known what is gone.
+	// Wait until it is known what is gone: the caller must not go on before.
 	for !d.check() {
 		if err := wait(d.lock.ctx, pauseTime); err != nil {
 			return nil, err
@@ -420,12 +423,12 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	return *d.stamps.Load(), nil
 }
 
-// setNames notes what names there are. The caller has access.
+// setNames sets names, and makes their stamps. The caller has access.
 func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
 		if d.lost[name] {
-			// A stamp that was never given before says that the file is not as it was left.
+			// A new stamp says that the file is not as it was written.
 			id = rand.Text()
 		}
 		stamps[name] = storage.Stamp{ID: id}
@@ -434,13 +437,13 @@ func (d *directory) setNames(names map[string]string) {
 	d.stamps.Store(&stamps)
 }
 
-// check looks whether etcd has all that this process has left there, and tells whether it knows:
-// not if etcd does not answer at once, or a file is being written. If not, all files are lost: what
-// is left of them is of no use, for the data is then written anew as a whole.
+// check finds out whether etcd has everything that this process has written. If anything is gone, all
+// files count as lost: the store then writes all its data again, so what is left of them is of no
+// use. It returns false if it could not find out: etcd did not answer, or a file is being written.
 func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
-	// The lock must be ours again first, so that nobody else changes what we compare.
+	// First the lock must be ours again, so that nobody else changes what we compare.
 	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
 	if isGone && d.recover() != nil {
 		return false
@@ -451,12 +454,12 @@ func (d *directory) check() (isKnown bool) {
 	case err != nil:
 		return false
 	case !d.lock.isOursIn(lock):
-		// It is another one, or missing: judge tells which.
+		// The lock is another one, or missing: judge finds out which.
 		d.lock.judge(lock)
 		return false
 	}
 
-	// A piece more than were counted is of a request that has come late: it does no harm.
+	// More pieces than were counted do no harm: a request has arrived late.
 	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
 	for name, id := range names {
 		f := d.files[id]
@@ -466,7 +469,7 @@ func (d *directory) check() (isKnown bool) {
 		d.lose(names)
 	}
 
-	// From here on what etcd has is what it should have, and only lost files are gone.
+	// What etcd has now is what later checks compare with.
 	d.known = 0
 	d.setNames(names)
 	d.pieces.Add(more)
@@ -477,10 +480,10 @@ func (d *directory) check() (isKnown bool) {
 	return true
 }
 
-// lose notes that all files are lost, those that etcd has and those that we know. The caller has
-// access.
+// lose marks all files as lost: those that etcd has, which are names, and those that we know. The
+// caller has access.
 func (d *directory) lose(names map[string]string) {
-	// Held says so before a file takes no more writes: they would stand behind a hole.
+	// First of all Held must say so: from here on writes to the files go nowhere.
 	d.lock.missed.Add(1)
 	for _, known := range []map[string]string{names, d.names} {
 		for name := range known {
@@ -492,11 +495,10 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// look asks what there is while nothing is being written, if that is so within a short time: the
-// names, how many pieces more than there should be, and the lock. The caller has access.
+// look reads the names, the lock, and how many pieces there are beyond those counted, at a moment at
+// which no file is being written. It fails if that moment does not come soon. The caller has access.
 func (d *directory) look() (names map[string]string, more int64, lock []keyValue, err error) {
-	// Nothing may be written while etcd counts the pieces. A writer has access to its file: wait
-	// for that, but not for long.
+	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
@@ -507,22 +509,21 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 		}
 	}
 
-	// One transaction reads all, so that names, number and lock are of the same moment.
 	names, pieces, lock, err := d.stock(func(at string, t any, _ int) (response, error) {
 		return d.client.try(d.lock.ctx, at, t)
 	})
-	// Another cluster, or an older state of ours, has answered: Held must know.
+	// Another cluster, or an older state of ours, has answered: Held must say so.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		err = d.lock.miss(err)
 	}
 	return names, pieces - d.pieces.Load(), lock, err
 }
 
-// recover goes on from what there is now, if the lock is ours still, or nobody's. The caller has
-// access.
+// recover accepts the cluster as it is now, and takes the lock again, if that is still ours, or
+// nobody's. The caller has access.
 func (d *directory) recover() error {
-	// etcd may know less than before, or be another cluster now, which counts other revisions: a
-	// lock there that is not ours is somebody's.
+	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
+	// be compared with ours, so any lock there that is not ours is somebody else's.
 	l, was := d.lock, *d.client.id.Load()
 	d.known = max(d.known, d.client.revision.Load())
 	err := d.client.adopt(l.ctx)
@@ -534,19 +535,20 @@ func (d *directory) recover() error {
 		err = l.retake(l.ctx)
 	}
 
-	// The key step may be older than ours, too, so the steps begin anew.
+	// The key step may be an older one too: start a new series.
 	if err == nil {
 		err = d.beginSteps()
 	}
 	return err
 }
 
-// List returns names of files, and of keys that are none of ours.
+// List returns the names of files, and while there is no lock also the quoted names of keys that are
+// not ours.
 func (d *directory) List() (list []string, err error) {
 	defer d.access.begin()()
 
-	// Without the lock we know no names: ask etcd, and list also the keys that are none of
-	// ours, so that people see them.
+	// Without the lock no names are known: ask etcd. Keys that are not ours are listed so that a
+	// start refuses the prefix, and people see why.
 	names := d.names
 	if d.lock == nil {
 		if _, err := d.client.agree(d.ctx); err != nil {
@@ -565,10 +567,10 @@ func (d *directory) List() (list []string, err error) {
 	return list, nil
 }
 
-// scan returns the ids of files that have pieces, and the keys that are none of ours.
+// scan returns the ids of files that have pieces, and the keys that are not ours. While there is no
+// lock it stops after othersMost of these.
 func (d *directory) scan() (ids, others []string, err error) {
-	// Read one key, then jump behind all that belong with it: there are many pieces, but few
-	// files. Who has the lock wants all ids.
+	// Read one key, then skip all that belong with it: there are many pieces, but few files.
 	for from := d.key(""); d.lock != nil || len(others) < othersMost; {
 		kvs, err := d.get(keyRange{Key: from, End: d.all("").End, Limit: 1, KeysOnly: true}, 0)
 		if err != nil || len(kvs) == 0 {
@@ -586,19 +588,20 @@ func (d *directory) scan() (ids, others []string, err error) {
 			from = d.all("d/" + id + "/").End
 		case strings.HasPrefix(key, "n/"):
 			from = d.all("n/").End
-		case isInner: // it is not ours to judge
+		case isInner: // another store, whose keys are not looked at
 			from = d.all(inner + "/").End
 		case key != "lock" && key != "step":
-			others = append(others, strconv.Quote(key)) // so that it is no file's name
+			others = append(others, strconv.Quote(key)) // quoted, it cannot be a file's name
 		}
 	}
 	return ids, others, nil
 }
 
-// othersMost is how many keys that are none of ours we want to know.
+// othersMost is how many keys that are not ours are listed, at most.
 const othersMost = 10
 
-// pieceID is the id of the file to which a piece belongs: a random text, and a number.
+// pieceID returns the id of the file to which a piece belongs, and whether key is a piece's at all.
+// An id is a random text and a number.
 func pieceID(key string) (id string, isPiece bool) {
 	rest, isBelow := strings.CutPrefix(key, "d/")
 	id, _, isPiece = strings.Cut(rest, "/")
@@ -607,7 +610,8 @@ func pieceID(key string) (id string, isPiece bool) {
 	return id, isBelow && isPiece && len(token) == len(rand.Text()) && err == nil
 }
 
-// innerStore is the prefix of the store, in a prefix inside ours, to which a key may belong.
+// innerStore returns the prefix of the store inside ours to which key belongs, if it looks like the
+// key of one.
 func innerStore(key string) (inner string, isInner bool) {
 	for i, char := range key {
 		if char != '/' || i == 0 {
@@ -622,22 +626,22 @@ func innerStore(key string) (inner string, isInner bool) {
 	return "", false
 }
 
-// mayBegin refuses a new store where it may not be made: inside another one's prefix, or where so
-// few members answer that there may be one elsewhere.
+// mayBegin returns an error if a new store must not be made here: inside another store's prefix, or
+// while so few members answer that the others may have the store.
 func (d *directory) mayBegin(ctx context.Context) error {
-	// Members that are not one cluster can hold two stores: do not make one there.
+	// Members that are not one cluster could get two stores.
 	answered, err := d.client.agree(ctx)
 	if err != nil {
 		return err
 	}
 
-	// The members that do not answer may be a cluster that has the store, unless they are few.
+	// Members that do not answer may be another cluster that has the store, unless they are few.
 	if all := len(d.client.members); 2*answered <= all {
 		return fmt.Errorf("%w: only %d of %d members answer, too few for a new store", ErrUnreachable,
 			answered, all)
 	}
 
-	// A store at a shorter prefix would find our keys among its own: look for its lock.
+	// A store at a shorter prefix would find our keys among its own. Look for its lock.
 	for i, char := range d.prefix[:len(d.prefix)-1] {
 		if char != '/' {
 			continue
@@ -648,7 +652,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 			return err
 		}
 
-		// Only a lock of kvserver's says that there is a store.
+		// A key of that name is only then a lock if kvserver has written it.
 		if o, _, err := d.readLock(answer.KVs); err == nil && o.Token != "" {
 			return fmt.Errorf("%w: %s is inside the prefix %s, which is a store", storage.ErrNotOurs,
 				d.name, outer)
@@ -659,7 +663,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 
 // find returns the id of a name. The caller has access.
 func (d *directory) find(name string) (id string, err error) {
-	// The holder of the lock knows all names. Others ask etcd each time.
+	// The holder of the lock knows all names. Any other process asks etcd each time.
 	names := d.names
 	if d.lock == nil {
 		names, _, _, err = d.stock(d.call)
@@ -671,11 +675,11 @@ func (d *directory) find(name string) (id string, err error) {
 	return id, err
 }
 
-// Create makes a new file. The one that had the name goes.
+// Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
 	defer d.access.begin()()
 
-	// No other process gives this id.
+	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"
 	if err := d.change(map[string]string{name: id}); err != nil {
 		return nil, err
@@ -697,7 +701,7 @@ func (d *directory) Remove(name string) error {
 	defer d.access.begin()()
 
 	if _, err := d.find(name); err != nil {
-		delete(d.lost, name) // it is gone, as the caller wants it
+		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
 	return d.change(map[string]string{name: ""})
@@ -708,7 +712,8 @@ func (d *directory) Extend(name string) (storage.File, error) {
 	return f, err
 }
 
-// Open opens a file. While the lock is held nobody else writes it, so it is looked at once.
+// Open opens a file. The holder of the lock asks etcd for a file's pieces only once: nobody else
+// writes the file.
 func (d *directory) Open(name string) (storage.File, int64, error) {
 	defer d.access.begin()()
 
@@ -717,7 +722,6 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		return nil, 0, err
 	}
 
-	// A file that is not open yet: ask etcd which pieces it has.
 	f := d.files[id]
 	if f == nil {
 		f = newFile(d, id, name)
@@ -726,8 +730,7 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		}
 	}
 
-	// With the lock only we write the file, so what we know of it stays true. Without the lock
-	// the next Open must ask again.
+	// Without the lock the next Open must ask again.
 	if d.lock != nil {
 		d.files[id] = f
 	}
@@ -735,11 +738,12 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 	return f, f.end(), nil
 }
 
-// Sync has the first time, after a load, the pieces removed that have no name, as where somebody
-// has deleted names. Otherwise every change of names is durable when it is done.
+// Sync has nothing to make durable: every change of names is durable when it is made. The first Sync
+// after a start, or after a sweep that failed, removes all pieces of files without a name, such as a
+// crash leaves.
 func (d *directory) Sync() error {
 	defer d.access.begin()()
-	// Only the holder may remove anything, and once is enough: nobody else writes meanwhile.
+	// Only the holder may remove anything, and once is enough: nobody else writes.
 	if d.isSwept || d.lock == nil {
 		return nil
 	}
