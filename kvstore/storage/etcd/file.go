@@ -19,28 +19,28 @@ import (
 // Sizes of files and of their pieces.
 const (
 	fileMost  = 1 << 47  // bytes of a file
-	packLeast = 512      // bytes of a piece that is compressed
-	joinLeast = 8        // pieces that are made one piece, at least
-	joinMost  = 256      // the same, at most
-	joinBytes = 64 << 10 // bytes of them: larger ones are few
+	packLeast = 512      // bytes of a piece that is compressed, at least
+	joinLeast = 8        // pieces that are joined, at least
+	joinMost  = 256      // pieces that are joined, at most
+	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: files have few larger ones
 )
 
-// pieceFile is an open file: the writes that made it, one behind the other. A piece that begins
-// before the end of what there is cuts that off. Small ones are made one piece, now and then, so
-// that even a file of small writes has few. Several goroutines may use it.
+// pieceFile is an open file. Its pieces are the writes that made it, in their order. A piece that
+// begins before the end of the file cuts off what follows its start. Small pieces are joined now and
+// then, so that a file of small writes has few keys. Several goroutines may use a pieceFile.
 type pieceFile struct {
 	d      *directory
 	id     string
-	isDead atomic.Bool // etcd has not all of it any more: what is written to it goes nowhere
+	isDead atomic.Bool // the file was removed or is lost: what is written to it goes nowhere
 
-	access access // to what is below: a request may take long
+	access access // guards what is below; it may be held while etcd is asked
 	name   string
 	extent
 
 	// For writing.
-	buf    []byte // written, but not sent: it belongs behind what there is
-	tail   []byte // what the last, small pieces hold
-	tails  int    // how many they are
+	buf    []byte // bytes that were written behind the last piece, and are not sent yet
+	tail   []byte // the bytes of the last, small pieces
+	tails  int    // how many pieces tail holds
 	before []byte // the key of the piece before them; nil: there is none
 
 	// For reading.
@@ -48,23 +48,23 @@ type pieceFile struct {
 	ahead int64             // how many bytes to ask for next
 }
 
-// extent is what there is of a file.
+// extent is what is known of a file's pieces.
 type extent struct {
-	pieces []piece // what the file consists of, in order; between them are zeros
+	pieces []piece // what the file consists of, in order; zeros where a piece is missing
 	size   int64   // of the file, in bytes
-	keys   int     // how many pieces etcd has, also of those that were cut off
+	keys   int     // how many pieces etcd has, including those that were cut off
 	count  int     // the number of the next piece
-	last   []byte  // the key of the last one; nil: there is none
-	hasGap bool    // a piece is missing before the last one
+	last   []byte  // the key of the last piece; nil: there is none
+	hasGap bool    // a piece before the last one is missing
 }
 
 // piece is one write.
 type piece struct {
-	number          int
-	start, to, size int64 // to is where the next one begins, if that has cut this one off
+	number          int   // pieces of a file are numbered from 0
+	start, to, size int64 // to is where the piece ends, or where a later one has cut it off
 }
 
-// newFile returns the open file with that id, of which nothing is known yet.
+// newFile returns the open file with that id, of which no piece is known yet.
 func newFile(d *directory, id, name string) *pieceFile {
 	return &pieceFile{d: d, id: id, name: name, access: make(access, 1)}
 }
@@ -74,7 +74,7 @@ func (f *pieceFile) key(p piece) []byte {
 	return f.d.key(fmt.Sprintf("d/%s/%08x-%012x-%06x", f.id, p.number, p.start, p.size))
 }
 
-// from is where the keys of the pieces from a number on begin.
+// from is the start of the range of pieces with that number or a higher one.
 func (f *pieceFile) from(number int) []byte {
 	return f.d.key(fmt.Sprintf("d/%s/%08x", f.id, number))
 }
@@ -82,22 +82,22 @@ func (f *pieceFile) from(number int) []byte {
 // path is what people call the file.
 func (f *pieceFile) path() string { return f.d.Path(f.name) }
 
-// open finds out what there is of a file that was not open.
+// open reads which pieces the file has.
 func (f *pieceFile) open() error {
 	_, err := f.reread()
-	if err == nil && (f.hasGap || f.count == 0) { // perhaps it was removed meanwhile
+	if err == nil && (f.hasGap || f.count == 0) { // perhaps the file was removed meanwhile
 		err = f.isThere()
 	}
 	return err
 }
 
-// end is how large the file is.
+// end is the size of the file, with what is not sent yet.
 func (f *pieceFile) end() int64 {
 	defer f.access.begin()()
 	return f.size + int64(len(f.buf))
 }
 
-// look finds out which pieces there are behind those that are known.
+// look reads which pieces follow those that are known.
 func (f *pieceFile) look() error {
 	all := f.d.all("d/" + f.id + "/")
 	return f.d.each(f.from(f.count), all.End, func(kvs []keyValue) error {
@@ -106,14 +106,14 @@ func (f *pieceFile) look() error {
 			fmt.Sscanf(strings.TrimPrefix(string(kv.Key), string(all.Key)), "%x-%x-%x", &p.number,
 				&p.start, &p.size)
 
-			// A key that we cannot have written must not be taken for data.
+			// Do not take a key for data that kvserver cannot have written.
 			if p.number < 0 || p.start < 0 || p.start > fileMost || p.size < 0 ||
 				p.size > 2*pieceMost || !bytes.Equal(kv.Key, f.key(p)) {
 				return &storage.DamageError{File: f.path(),
 					What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
 			}
 
-			// A piece that begins behind the end shows that one before it is missing.
+			// If a piece begins behind the end, one before it is missing.
 			f.hasGap = f.hasGap || p.start > f.size
 			f.lay(p)
 		}
@@ -121,7 +121,8 @@ func (f *pieceFile) look() error {
 	})
 }
 
-// reread finds out anew which pieces there are, and tells whether they are others than were known.
+// reread reads all pieces' keys again, and reports whether the file consists of other pieces than
+// before.
 func (f *pieceFile) reread() (changed bool, err error) {
 	was := f.extent
 	f.extent = extent{}
@@ -130,18 +131,16 @@ func (f *pieceFile) reread() (changed bool, err error) {
 		return false, err
 	}
 
-	// What the pieces hold is not known, so that none of them can be joined.
+	// The bytes of these pieces are not known, so they cannot be joined.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return !slices.Equal(was.pieces, f.pieces), nil
 }
 
-// lay puts a piece behind what there is, and cuts off what is there already. An empty one only
-// cuts.
+// lay adds a piece, and cuts off all that was known from its start on. An empty piece only cuts.
 func (f *pieceFile) lay(p piece) {
 	p.to = p.start + p.size
 
-	// A piece that reaches beyond the start of the new one is cut off there, and those behind
-	// it are left out.
+	// The piece in which the new one starts is cut off there. Those behind it are dropped.
 	i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > p.start })
 	if i < len(f.pieces) && f.pieces[i].start < p.start {
 		f.pieces[i].to = p.start
@@ -156,13 +155,13 @@ func (f *pieceFile) lay(p piece) {
 	f.keys++
 }
 
-// Stamp tells which file it is, as the directory's Stamps does while that has all of it.
+// Stamp says which file this is.
 func (f *pieceFile) Stamp() (storage.Stamp, error) { return storage.Stamp{ID: f.id}, nil }
 
-// isThere returns an os.ErrNotExist if the file has lost its name.
+// isThere returns an os.ErrNotExist if the file was removed or is lost.
 func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
-	// Without the lock, another process may have removed the file, or made another of its name.
+	// Without the lock, another process may have removed or replaced the file.
 	if f.d.lock == nil {
 		id, findErr := f.d.find(f.name)
 		err, isGone = findErr, id != f.id
@@ -177,12 +176,12 @@ func (f *pieceFile) isThere() (err error) {
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 	defer f.access.begin()()
 
-	// What is left of a file that was removed, or is lost, is of no use.
+	// What is left of a file that was removed or is lost is of no use.
 	if f.isDead.Load() {
 		return 0, f.isThere()
 	}
 
-	// What is written must be in pieces first, for read knows only those.
+	// Send what waits in buf first: read reads only pieces.
 	if err := f.send(1); err != nil {
 		return 0, err
 	}
@@ -194,10 +193,11 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 	return f.read(b, offset)
 }
 
-// read is ReadAt of what is known. The caller has access.
+// read is ReadAt of the pieces that are known. The caller has access.
 func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 	for n < len(b) && offset < f.size {
-		// Find the first piece that ends behind offset. Before it there may be zeros.
+		// Find the first piece that ends behind offset. It may begin behind offset: then there is
+		// a gap, which reads as zeros.
 		i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > offset })
 		part, next := b[n:], f.size
 		if i < len(f.pieces) {
@@ -213,7 +213,7 @@ func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 				return n, err
 			}
 			if data == nil {
-				continue // f.pieces have changed
+				continue // f.pieces has changed
 			}
 			part = part[:copy(part, data[offset-next:f.pieces[i].to-next])]
 		}
@@ -222,24 +222,24 @@ func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 		offset += int64(len(part))
 	}
 
-	// An io.ReaderAt explains each short read with an error.
+	// An io.ReaderAt returns an error with each short read.
 	if n < len(b) {
 		err = io.EOF
 	}
 	return n, err
 }
 
-// fetch returns the bytes of piece i, and keeps some that follow. Nil: there are others now, for
-// who writes the file has made them one. If there are not, and it has its name, it is damaged:
-// then they are zeros.
+// fetch returns the bytes of piece i, and keeps some pieces that follow in page. If etcd does not
+// have the piece any more, the writer may have joined it with others: then fetch reads the pieces'
+// keys again and returns nil. Otherwise the piece is lost, and fetch returns zeros.
 func (f *pieceFile) fetch(i int) ([]byte, error) {
 	p := f.pieces[i]
 	if data := f.page[string(f.key(p))]; data != nil {
 		return data, nil
 	}
 
-	// Files are read from end to end, so each page is larger than the one before, while the link
-	// can do it.
+	// Files are read from beginning to end, so each page is larger than the one before while the
+	// link is fast enough.
 	f.ahead = min(max(2*f.ahead, pageFirst), pageMost)
 	err := f.fetchPage(i)
 	for err == errSmaller {
@@ -253,13 +253,11 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 		return data, nil
 	}
 
-	// It is not there.
+	// etcd does not have the piece.
 	if err := f.isThere(); err != nil {
 		return nil, err
 	}
 
-	// The writer may have joined the piece with others. If not, it is lost, and the reader finds
-	// zeros in its place.
 	changed, err := f.reread()
 	if changed || err != nil {
 		return nil, err
@@ -267,9 +265,10 @@ func (f *pieceFile) fetch(i int) ([]byte, error) {
 	return make([]byte, p.size), nil
 }
 
-// fetchPage reads the pieces from i on, as many as ahead says.
+// fetchPage replaces page by the pieces from i on, of at most ahead bytes. It returns errSmaller if
+// they are to be fewer.
 func (f *pieceFile) fetchPage(i int) error {
-	// Ask for as many pieces as fit in ahead, but for at least one.
+	// Ask for at least one piece.
 	from, to, sum := f.pieces[i], f.pieces[i], int64(0)
 	for k := i; k < len(f.pieces) && k-i < keysMost; k++ {
 		if sum += f.pieces[k].size; sum > f.ahead && k > i {
@@ -279,7 +278,7 @@ func (f *pieceFile) fetchPage(i int) error {
 	}
 
 	if to == from {
-		sum = -from.size // there is nothing smaller to ask for
+		sum = -from.size // the request cannot be smaller
 	}
 
 	kvs, err := f.d.get(keyRange{Key: f.key(from), End: append(f.key(to), 0)}, int(sum))
@@ -287,8 +286,8 @@ func (f *pieceFile) fetchPage(i int) error {
 		return err
 	}
 
-	// Keep what is whole. A value that does not unpack to the size in its key is left out, as
-	// if etcd did not have it.
+	// Keep the pieces that are whole. One that does not unpack to the size in its key counts as
+	// missing.
 	f.page = map[string][]byte{}
 	for _, kv := range kvs {
 		text := string(kv.Key[max(0, len(kv.Key)-6):])
@@ -301,19 +300,18 @@ func (f *pieceFile) fetchPage(i int) error {
 	return nil
 }
 
-// WriteAt writes behind what there is. Before that it writes only what differs: from there on all
-// that was there is cut off.
+// WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed them;
+// bytes that are in the file already it skips.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
 
-	// The file was removed, or is lost: its bytes go nowhere, as on a disk.
+	// The file was removed or is lost: its bytes go nowhere, as those of a removed file on a disk.
 	if f.isDead.Load() {
 		return len(b), nil
 	}
 
-	// A write in the middle cuts off all that follows, so bytes that are there already are
-	// skipped.
+	// This write begins before the end: skip what is the same, and cut at the first difference.
 	if offset != f.size+int64(len(f.buf)) {
 		if err := f.send(1); err != nil {
 			return 0, err
@@ -339,12 +337,12 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes behind the end wait until they fill a piece, or for Sync.
+	// Bytes wait in buf until they fill a piece, or for Sync.
 	f.buf = append(f.buf, rest...)
-	return len(b), f.send(pieceMost) // a whole piece need not wait for Sync
+	return len(b), f.send(pieceMost)
 }
 
-// send sends what is written in pieces, as long as there are least bytes.
+// send sends buf in pieces, while it has at least least bytes.
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
@@ -359,7 +357,8 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// arrived is how many of n bytes, of which the answer is lost, are in etcd: all or none.
+// arrived returns how many of n bytes are in etcd, all or none, after the answer to their request was
+// lost.
 func (f *pieceFile) arrived(n int) (int, error) {
 	before, keys := f.size, f.keys
 	_, err := f.reread()
@@ -367,7 +366,7 @@ func (f *pieceFile) arrived(n int) (int, error) {
 		return 0, err
 	}
 
-	// Otherwise somebody has taken pieces away.
+	// If part of them is there, or a piece before them is not, somebody has deleted pieces.
 	got := int(f.size - before)
 	if f.hasGap || got != 0 && got != n {
 		return 0, f.d.lock.miss(errors.New("pieces were deleted"))
@@ -376,9 +375,8 @@ func (f *pieceFile) arrived(n int) (int, error) {
 	return got, nil
 }
 
-// unlessGone is err, but for one that says that the file has not its name, or not all its pieces:
-// nothing that is written to it will be there, as on a disk if it was removed, and the lock says
-// so.
+// unlessGone returns err, unless that is a storage.ErrGone: the file has lost its name or pieces.
+// Then the file is dead, writes to it go nowhere, as on a disk, and the lock's Held tells.
 func (f *pieceFile) unlessGone(err error) error {
 	if errors.Is(err, storage.ErrGone) {
 		f.isDead.Store(true)
@@ -387,16 +385,18 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. With errSmaller it is to be tried again with fewer,
-// if it has not arrived. If it fails otherwise nobody else adds one.
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have arrived;
+// if not, put is to be called again, and takes fewer bytes. After any other error no more pieces can
+// be added.
 func (f *pieceFile) put() (n int, err error) {
-	// The link sets how many bytes are sent at a time, and most data is smaller once packed.
+	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
+	// it is packed.
 	most := int(f.d.client.piece.Load())
 	n = min(len(f.buf), pieceMost)
 	data, joins := f.join(f.buf[:n])
 	packed := pack(data)
 	for len(packed) > most && n > most {
-		n = max(most, n*most/len(packed)*7/8) // a little less, for not all of it shrinks alike
+		n = max(most, n*most/len(packed)*7/8) // some less: the first part may shrink less than all
 		data, joins = f.join(f.buf[:n])
 		packed = pack(data)
 	}
@@ -411,15 +411,15 @@ func (f *pieceFile) put() (n int, err error) {
 
 	began := time.Now()
 	if err := f.add(p, packed, before, ops...); err != nil {
-		if err == errSmaller { // the link or etcd wants less at a time
+		if err == errSmaller { // the link or etcd needs smaller pieces
 			f.d.client.wasTooMuch(len(packed))
 		}
 		return n, err
 	}
 	f.d.client.tookPiece(len(packed), time.Since(began))
 
-	// Where the small pieces were joined, or are too large to be joined, the next ones that
-	// may be joined begin behind this piece.
+	// After small pieces were joined, or if with this one they are too large for that, the next
+	// pieces that may be joined begin behind this one.
 	switch {
 	case joins:
 		f.keys -= f.tails
@@ -435,8 +435,8 @@ func (f *pieceFile) put() (n int, err error) {
 	return n, nil
 }
 
-// join returns what the next piece holds: b, or also the small pieces before it, once there are
-// enough of them. Else a file of small writes would have a key for each.
+// join returns the bytes of the next piece: b, or once there are enough small pieces before it, their
+// bytes and b. Otherwise a file of small writes would have a key for each.
 func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
 	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
 	if !isEnough {
@@ -445,13 +445,13 @@ func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
 	return append(f.tail, b...), true
 }
 
-// isTailFull tells whether n bytes more are too many to be joined later.
+// isTailFull reports whether tail with n more bytes would be too large to be joined.
 func (f *pieceFile) isTailFull(n int) bool {
 	return len(f.tail)+n > min(joinBytes, int(f.d.client.piece.Load()))
 }
 
-// add does ops and puts a piece, if the file has its name and the piece before that one is there:
-// so no write can leave a hole.
+// add applies ops and puts a piece in one transaction, if the file still has its name, and etcd still
+// has the piece whose key is before: so no write can leave a hole.
 func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
 	if before != nil {
@@ -461,37 +461,37 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 		return err
 	}
 
-	// check can tell from their number whether one is missing, and RoomFor counts what was written
-	// since the last survey.
+	// check compares the number of pieces with etcd's, and RoomFor counts what was written since
+	// the last survey.
 	f.d.pieces.Add(1)
 	f.d.client.spent.Add(int64(len(data)) + pieceExtra)
 	f.lay(p)
 	return nil
 }
 
-// cut ends the file at size.
+// cut makes the file end at size, which is not behind its end.
 func (f *pieceFile) cut(size int64) error {
 	if size > f.size {
 		return errors.New("a file in etcd grows only by what is written")
 	}
 
-	// An empty piece marks the new end for everybody who reads the file.
+	// An empty piece marks the new end for every reader.
 	if err := f.add(piece{number: f.count, start: size}, nil, f.last); err != nil {
 		return f.unlessGone(err)
 	}
-	// Pieces are joined only behind the cut: those before it may have lost their ends.
+	// Join only pieces behind the cut: the one before it may have lost its end.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return nil
 }
 
-// packers are for whoever compresses next: each is large, and no file needs one for itself.
+// packers are compressors to be used again: they are large, and no file needs one for itself.
 var packers = sync.Pool{New: func() any {
 	packer, _ := flate.NewWriter(nil, flate.BestSpeed)
 	return packer
 }}
 
-// pack returns b, or the same compressed if that is smaller: base64, and the members' copies
-// and logs, make each byte dear.
+// pack returns b compressed, or b itself if that is not longer. Each byte is expensive: it travels in
+// base64, and every member has it in its log and its database.
 func pack(b []byte) []byte {
 	if len(b) < packLeast {
 		return b
@@ -503,14 +503,15 @@ func pack(b []byte) []byte {
 	packer.Reset(&packed)
 	packer.Write(b)
 
-	// Bytes that do not shrink are sent as they are: unpack sees it by their size.
+	// Bytes that do not shrink are sent as they are. unpack knows them by their size.
 	if packer.Close(); packed.Len() >= len(b) {
 		return b
 	}
 	return packed.Bytes()
 }
 
-// unpack is the inverse. What is none of ours is no piece of that size.
+// unpack is the inverse of pack, for a piece of that size. If b is not what pack has returned, the
+// result may have another size.
 func unpack(b []byte, size int64) []byte {
 	if int64(len(b)) >= size {
 		return b
@@ -533,7 +534,7 @@ func (f *pieceFile) Truncate(size int64) error {
 	return err
 }
 
-// Close lets go of what was read.
+// Close releases memory. It does not send: Sync must come first.
 func (f *pieceFile) Close() error {
 	defer f.access.begin()()
 	f.page, f.tail, f.tails, f.before = nil, nil, 0, f.last
