@@ -19,20 +19,20 @@ import (
 // Times of the lock.
 const (
 	beatTime = time.Second            // between two signs of life in the lock
-	lockTime = 5 * time.Second        // after which a lock without one may be taken
-	pollTime = 250 * time.Millisecond // between two looks at a lock that another one has
-	// so long a sign of life is good for: clocks may run differently
+	lockTime = 5 * time.Second        // without a sign of life, until the lock may be taken
+	pollTime = 250 * time.Millisecond // between two looks at a lock that another process has
+	// for which a sign of life is valid: a tenth less, because two clocks may run differently
 	freshTime = lockTime - lockTime/10
-	slowTime  = 2 * time.Second // that etcd may take for an answer, for two servers to work
+	slowTime  = 2 * time.Second // an answer that takes longer leaves too little of lockTime
 )
 
-// holder is what the lock says of who has it.
+// holder describes the process that has the lock. It is the lock's value, in JSON.
 type holder struct {
-	Addr, Process string // where it serves, or will, and who it is
+	Addr, Process string // where it serves, or will serve, and its process id and host
 	Since         time.Time
-	Token         string // no two owners have the same
-	Takeovers     int64  // how often somebody took the lock who was not given it
-	Released      bool   // nobody has it any more
+	Token         string // random: no two holders have the same
+	Takeovers     int64  // how often a process took the lock that had not been released
+	Released      bool   // the holder has given the lock back
 }
 
 func (o holder) String() string {
@@ -40,44 +40,45 @@ func (o holder) String() string {
 		cmp.Or(o.Addr, "nothing"), o.Since.UTC().Format(time.RFC3339))
 }
 
-// clusterLock is the lock while it is held, until ctx is done: its cause says why.
+// clusterLock is a lock that is held, or is to be. It has two goroutines: beat shows signs of life,
+// and attend looks after the cluster.
 type clusterLock struct {
 	d      *directory
 	owner  holder
-	value  []byte // what the lock says
-	ctx    context.Context
+	value  []byte          // of the key lock: owner
+	ctx    context.Context // done when the lock is lost or given back; its cause says why
 	cancel context.CancelCauseFunc
 
-	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that arrived
-	revision  atomic.Int64              // of etcd when it arrived
-	missed    atomic.Int64              // how often something of ours was not in etcd
-	mended    atomic.Int64              // for how many of these it is known that nothing is gone now
-	// beat to Held: look again. One slot, for only the latest counts
+	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that has arrived
+	revision  atomic.Int64              // of etcd when that sign arrived
+	missed    atomic.Int64              // how often something of ours was found missing
+	mended    atomic.Int64              // the value of missed when last nothing was missing
+	// sent to by look, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
-	beating context.Context // until Close, or until the lock is lost: ended by stop
+	beating context.Context // of beat: done after Close, or when ctx is done
 	stop    context.CancelFunc
-	ended   chan struct{} // closed by beat
-	silent  bool          // a sign of life has not arrived since one did; beat's
+	ended   chan struct{} // closed by beat when it ends
+	silent  bool          // no sign of life has arrived since the log was told so; beat's
 }
 
-// isOurs is what every transaction compares.
+// isOurs is the comparison that every transaction of the holder makes.
 func (l *clusterLock) isOurs() comparison { return isValue(l.d.key("lock"), l.value) }
 
-// isOursIn tells whether what etcd has is our lock.
+// isOursIn reports whether lock, read from etcd, is ours.
 func (l *clusterLock) isOursIn(lock []keyValue) bool {
 	return len(lock) > 0 && bytes.Equal(lock[0].Value, l.value)
 }
 
-// isGone tells whether etcd may not have what we have left there.
+// isGone reports whether something that we have written may be missing in etcd.
 func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
-// fail notes why the lock is lost, the first time. It returns what was noted.
+// fail ends the lock with err, unless an error has ended it before. It returns the first.
 func (l *clusterLock) fail(err error) error {
 	l.cancel(err)
 	return context.Cause(l.ctx)
 }
 
-// miss notes that etcd does not have what we have left there, as err says, and returns a
+// miss notes that something that we have written is missing in etcd, as err says. It returns a
 // storage.ErrGone.
 func (l *clusterLock) miss(err error) error {
 	l.missed.Add(1)
@@ -85,7 +86,7 @@ func (l *clusterLock) miss(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrGone, err)
 }
 
-// look has Held look again.
+// look wakes Held, which then checks again.
 func (l *clusterLock) look() {
 	select {
 	case l.beaten <- struct{}{}:
@@ -93,8 +94,8 @@ func (l *clusterLock) look() {
 	}
 }
 
-// judge says why a comparison has failed, by the lock that etcd has: somebody has taken it, or
-// something is gone.
+// judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody has
+// taken the lock, or something of ours is gone. It returns an ErrTakenOver or a storage.ErrGone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
 		return l.fail(ErrTakenOver)
@@ -102,7 +103,7 @@ func (l *clusterLock) judge(lock []keyValue) error {
 	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))
 }
 
-// InUse says who has the lock, or had it and ended without a word.
+// InUse says who has the lock. The holder may have died without releasing it.
 func (d *directory) InUse() (owner string, inUse bool) {
 	kvs, err := d.get(keyRange{Key: d.key("lock")}, 0)
 	if err != nil {
@@ -112,7 +113,7 @@ func (d *directory) InUse() (owner string, inUse bool) {
 	return o.String() + ", unless that has died", err == nil && revision > 0 && !o.Released
 }
 
-// readLock reads what a range of the lock holds.
+// readLock parses the result of a range of the key lock. revision is 0 if there is no lock.
 func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err error) {
 	if len(kvs) == 0 {
 		return o, 0, nil
@@ -123,21 +124,21 @@ func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err erro
 	return o, kvs[0].Revision, nil
 }
 
-// sight is what somebody who waits for the lock has seen of it.
+// sight is what a process that waits for the lock has seen of it.
 type sight struct {
 	holder
-	revision int64     // of its last sign of life; 0: there is no lock
-	step     int64     // the revision of the key step; 0: it is not there
-	isEmpty  bool      // there is no file
-	isNew    bool      // nor is anything else, and never was
-	since    time.Time // when it was so first; zero: it must be seen first
-	answered time.Time // when etcd has answered last
+	revision int64     // of the last sign of life; 0: there is no lock
+	step     int64     // the revision of the key step; 0: there is no such key
+	isEmpty  bool      // there are no files
+	isNew    bool      // no look has found any key of the store
+	since    time.Time // when lock and step were first seen as they are; zero: not seen yet
+	answered time.Time // when etcd answered last
 	began    time.Time // when the wait began
-	told     string    // for what the log knows that we wait
+	told     string    // the reason for the wait that the log was told last
 }
 
-// look looks at the lock. It asks in a way that a full etcd refuses: nobody can take the lock
-// then, nor show signs of life in it, so that time does not count.
+// look reads the lock. It asks in a way that a full etcd refuses: then nobody can take the lock, or
+// show signs of life in it, so that time must not count.
 func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
@@ -145,14 +146,14 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 			KeysOnly: true}}
 	}
 
-	// The comparison never holds, so nothing is written, but etcd treats it as a write.
+	// The comparison never holds, so nothing is written, but etcd treats the request as a write.
 	answer, err := d.client.try(ctx, "kv/txn", transaction{
 		Compare: []comparison{isRevision(key, -1)},
 		Success: []operation{putKey(key, nil)},
 		Failure: []operation{readKey(key), readKey(d.key("step")), one("n/"), one("")},
 	})
 	if errors.Is(err, syscall.ENOSPC) {
-		// While etcd is full its holder cannot show a sign of life: the wait begins anew.
+		// While etcd is full the holder cannot show a sign of life: start counting again.
 		w.since = time.Time{}
 	}
 	if err != nil {
@@ -165,21 +166,21 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 		step = kv.Revision
 	}
 
-	// Count from when we saw this sign of life first, so that only our own clock matters. Where
-	// there is no lock, somebody may have had it since the look before, and has changed the step.
+	// Count from the time at which we first saw this sign of life, so that only our own clock
+	// matters. If there is no lock, a changed step says that somebody has had it since the last look.
 	if w.since.IsZero() || revision != w.revision || step != w.step {
 		w.since = now
 	}
 
-	// The store is new only if no look has found anything: else somebody had the lock.
+	// The store is new only if no look has found anything.
 	w.isNew = len(answer.read(3).KVs) == 0 && (w.isNew || w.answered.IsZero())
 	w.isEmpty = len(answer.read(2).KVs) == 0
 	w.holder, w.revision, w.step, w.answered = o, revision, step, now
 	return err
 }
 
-// replace puts l in the place of the lock that was seen, if that is there still: of several servers
-// only one does so. Another cluster, which has no lock either, has not the step.
+// replace puts l in the place of the lock that was seen, if that is still there: of several servers
+// only one succeeds. The step is compared, too, because another cluster may have no lock either.
 func (w *sight) replace(ctx context.Context, l *clusterLock) (done bool, err error) {
 	sent, key := time.Now(), l.d.key("lock")
 	answer, err := l.d.client.try(ctx, "kv/txn", transaction{
@@ -192,15 +193,16 @@ func (w *sight) replace(ctx context.Context, l *clusterLock) (done bool, err err
 	return done, err
 }
 
-// isFree tells whether somebody who is called token may take the lock: it was given back, or
-// never was there, or there was no sign of life for lockTime, by our clock. (It may be token's own
-// already: it has taken the lock, and only the answer was lost.)
+// isFree reports whether the process with that token may take the lock: it was given back, or never
+// was there, or there was no sign of life for lockTime, by our clock, or it is the process's own
+// already, because only the answer to take was lost.
 func (w *sight) isFree(token string) bool {
 	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
 }
 
-// Lock waits for the lock, if others are told where the store is served: whoever has it is
-// robbed of it once it has shown no sign of life for lockTime.
+// Lock takes the lock. If another process has it, a server (Options.Addr is not "") waits until that
+// process gives it back, or shows no sign of life for lockTime. Any other process waits only as long
+// as it has seen no sign of life.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
 	for {
@@ -214,7 +216,7 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 		case isTaken:
 			return d.hold(l)
 		case ctx.Err() != nil:
-			l.release() // what take has sent may have arrived
+			l.release() // the request of take may have arrived
 			return nil, ctx.Err()
 		}
 
@@ -225,8 +227,8 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	}
 }
 
-// standBy says for what we wait, or returns why we do not. The last look ended with err, and before
-// is the lock's revision at the one before it.
+// standBy tells the status and the log what Lock waits for, or returns the error with which Lock
+// gives up. err is the result of the last look, and before the lock's revision at the look before.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
 	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
@@ -240,9 +242,9 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		stage = errFull.Error()
 
 	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
-		// No waiting helps where all refuse, or the lock is no lock.
+		// To wait does not help if all members refuse, or if the lock is not kvserver's.
 		return err
-	case isSilent && silence < tellTime: // such as where a few members answer
+	case isSilent && silence < tellTime: // for example, too few members answer for a new store
 		stage = err.Error()
 	case isSilent:
 		was := stage
@@ -252,13 +254,13 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		}
 
 	case isImpatient && before != 0 && before != w.revision && !w.Released:
-		// A sign of life came between two looks, so the holder lives, and we need not wait.
+		// A sign of life came between two looks, so the holder is alive.
 		return fmt.Errorf("%w: %s %s", storage.ErrLocked, d.name, w.holder)
-	case w.revision == 0: // but perhaps there is a holder that lives: it will take the lock anew
+	case w.revision == 0: // a holder that is alive will take it again
 		stage = "there is no lock, and who had it may live still"
 	}
 
-	// The log is told once, and not how long it takes.
+	// The log is told of each reason once, without its duration, which comes behind a comma.
 	d.opts.Status.Set("standby: " + stage)
 	if what, _, _ := strings.Cut(stage, ","); what != w.told {
 		w.told = what
@@ -271,13 +273,13 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	return nil
 }
 
-// hold makes the lock that was taken the directory's.
+// hold makes l, which was taken, the directory's lock, and starts its goroutines.
 func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.lock = l
 	d.opts.Status.Set("opening the data")
 	d.opts.Status.TakeOver(l.owner.Takeovers)
 
-	// Signs of life come first, for begin may take longer than lockTime.
+	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()
 	if err := d.begin(); err != nil {
 		l.Close()
@@ -297,10 +299,10 @@ func (d *directory) newLock() *clusterLock {
 		ended: make(chan struct{})}
 }
 
-// take takes the lock as w has seen it, unless there was a sign of life since. After an error
-// it is not known whether it has: the next look tells.
+// take takes the lock, unless it has changed since w saw it. After an error the next look finds out
+// whether it was taken.
 func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error) {
-	// Two stores must not begin at one address, so a new one needs most of the members.
+	// Two stores must not begin at one address, so a new store needs a majority of the members.
 	if w.isEmpty {
 		if err := l.d.mayBegin(ctx); err != nil {
 			return false, err
@@ -320,34 +322,35 @@ func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error
 			"of", w.holder.String())
 	}
 
-	// Another server waits for lockTime only, so each answer must come well before that.
+	// Other servers wait only for lockTime, so each answer must come well before that.
 	if took := time.Since(l.owner.Since); took > slowTime {
 		l.d.log.Error("etcd is too slow: another server may take over at any time", "took", took,
 			"limit", slowTime)
 	}
 
-	// From here on the lock ends with its own context, and not with the caller's.
+	// From here on the lock ends with its own context, not with the caller's.
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
 	l.beating, l.stop = context.WithCancel(l.ctx)
 	return true, nil
 }
 
-// retake takes the lock anew where it is missing, or older than our last sign of life: somebody
-// has deleted it, or restored an older state. While that sign is fresh nobody else has had it.
+// retake takes the lock again if it is missing, or older than our last sign of life: somebody has
+// deleted it, or restored an older state of etcd. While that sign is fresh nobody else can have had
+// the lock.
 func (l *clusterLock) retake(ctx context.Context) error {
 	w := sight{answered: time.Now()}
-	// It may be ours still, such as where only its answer was lost.
+	// The lock may still be ours, for example if only the answer to a retake was lost.
 	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
 		return err
 	}
 
-	// A later revision is the lock of somebody else. And where our sign of life is old, another
-	// server may have had the lock in between.
+	// A later revision is somebody else's lock. And if our sign of life is old, another server may
+	// have had the lock in between.
 	if w.revision > l.revision.Load() || l.age() >= freshTime {
 		return l.fail(ErrTakenOver)
 	}
 
-	// A server that was faster keeps it.
+	// If another server was faster, it keeps the lock.
 	done, err := w.replace(ctx, l)
 	if done {
 		l.d.log.Error("the lock was deleted in etcd, or an older state restored: taken anew")
@@ -355,7 +358,7 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	return err
 }
 
-// confirm notes that a sign of life has arrived that was sent then.
+// confirm notes that a sign of life that was sent at sent has arrived.
 func (l *clusterLock) confirm(sent time.Time, answer response) {
 	l.revision.Store(answer.Header.Revision)
 	l.confirmed.Store(&sent)
@@ -363,18 +366,18 @@ func (l *clusterLock) confirm(sent time.Time, answer response) {
 	l.look()
 }
 
-// age is how old the last sign of life is, by the clock that says more: one of the two
-// stands still while a machine sleeps, and the other can be set.
+// age is how old the last sign of life is, by the monotonic clock or the wall clock, whichever says
+// more: the first stands still while a machine sleeps, and the second can be set.
 func (l *clusterLock) age() time.Duration {
 	sent, now := *l.confirmed.Load(), time.Now()
 	return max(now.Sub(sent), now.Round(0).Sub(sent.Round(0)).Abs())
 }
 
-// Lost is closed when the lock is lost.
+// Lost is closed when the lock is lost or given back.
 func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 
-// Held tells whether nobody else can have had the lock up to now. Where the last sign of
-// life is too old it waits for one more: if that arrives, nobody had.
+// Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
+// old, it waits for the next one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
 	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
@@ -388,19 +391,19 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
-// Look has etcd asked for what is gone of ours. It returns an error only if the lock is lost, and
-// does not ask whose the lock is: every change does.
+// Look runs check, which finds out whether anything of ours is gone; Held says so then. Look returns
+// an error only if the lock is lost.
 func (l *clusterLock) Look() error {
 	l.d.check()
 	return context.Cause(l.ctx)
 }
 
-// beat shows a sign of life every beatTime, until the lock is lost or given back. One goroutine for
-// a lock.
+// beat shows a sign of life every beatTime, until the lock is lost or given back. It is one goroutine
+// for each lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)
 	for l.beating.Err() == nil {
-		// After one that does not arrive the next does not wait for beatTime.
+		// If a sign does not arrive, send the next one soon.
 		sent, pause := time.Now(), pauseTime
 		if l.show(sent) {
 			pause = time.Until(sent.Add(beatTime))
@@ -409,7 +412,7 @@ func (l *clusterLock) beat() {
 	}
 }
 
-// show shows one sign of life, and tells whether it has arrived.
+// show shows one sign of life, and reports whether it has arrived.
 func (l *clusterLock) show(sent time.Time) bool {
 	t := transaction{
 		Compare: []comparison{l.isOurs()},
@@ -420,26 +423,26 @@ func (l *clusterLock) show(sent time.Time) bool {
 	answer, err := l.d.client.try(l.beating, "kv/txn", t)
 	isFull := errors.Is(err, syscall.ENOSPC)
 	if isFull {
-		// Then nobody can take the lock: that it is ours is as good.
+		// While etcd is full nobody can take the lock: it is enough to see that it is ours.
 		t.Success = nil
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// We give up only when a sign has failed that was sent patienceTime after the last confirmed one,
-	// by the monotonic clock.
+	// Give up only if this sign has failed and was sent patienceTime after the last confirmed one, by
+	// the monotonic clock.
 	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
-	case l.beating.Err() != nil: // nobody wants to know any more
+	case l.beating.Err() != nil: // the lock was given back or lost
 	case err == nil && answer.Succeeded:
 		l.d.client.noteFull(isFull)
 		l.confirm(sent, answer)
 		l.silent = false
 		return true
 
-	// The lock is another one, or missing: judge ends it, or retake takes it anew.
+	// The lock is another one, or missing: judge ends ours, or retake takes it again.
 	case err == nil:
 		l.judge(answer.read(0).KVs)
 		if err := l.retake(l.beating); err != nil && isLate {
-			l.fail(err) // else the next sign of life will fail, too
+			l.fail(err) // before that the next sign of life tries again
 		}
 
 	// It did not arrive.
@@ -458,7 +461,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	return false
 }
 
-// Close gives the lock back, if it is not lost: then another one can have it at once.
+// Close gives the lock back, unless it is lost: then another server can take it at once.
 func (l *clusterLock) Close() error {
 	l.stop()
 	<-l.ended
@@ -469,9 +472,9 @@ func (l *clusterLock) Close() error {
 	return nil
 }
 
-// release gives the lock back, if it is ours. If that fails it is taken lockTime later.
+// release gives the lock back, if it is ours. If that fails, other servers have to wait for lockTime.
 func (l *clusterLock) release() {
-	if l.value == nil { // take was never tried
+	if l.value == nil { // take was never called
 		return
 	}
 
@@ -479,8 +482,8 @@ func (l *clusterLock) release() {
 	released.Released = true
 	value, _ := json.Marshal(released)
 
-	// A server that ends does not wait long for etcd. One that has taken the lock meanwhile
-	// keeps it.
+	// This process ends, so it waits for etcd no longer than for one request. If another server has
+	// the lock by now, that keeps it.
 	l.d.client.try(context.Background(), "kv/txn", transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), value)},
