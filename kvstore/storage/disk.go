@@ -108,8 +108,8 @@ func (d *Disk) open(name string, flag int) (*os.File, error) {
 	return f, d.named(name, err)
 }
 
-// diskFile is a File whose Sync leaves out the time of the last change, where the system can do that:
-// nobody will miss it, and it costs the file system another write.
+// diskFile is a File whose Sync leaves out the time of the last change, where the system can do
+// that: nobody will miss it, and it costs the file system another write.
 type diskFile struct{ *os.File }
 
 // Sync makes the file's contents durable.

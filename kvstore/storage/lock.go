@@ -20,10 +20,11 @@ const LockName = "LOCK"
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make another.
 const noticeTime = 2*heldTime + heldTime/2
 
-// Lock locks the directory itself, and the file LOCK in it. Nobody can take the directory's own lock
-// away from its holder; LOCK is for people, for older kvservers, and for file systems that do not
-// lock directories, such as NFS. InUse tries both locks, which takes a moment. Lock does not wait for
-// a process that holds the lock, only for one that may have lost LOCK, and ctx ends that wait.
+// Lock locks the directory itself, and the file LOCK in it. Nobody can take the directory's own
+// lock away from its holder; LOCK is for people, for older kvservers, and for file systems that do
+// not lock directories, such as NFS. InUse tries both locks, which takes a moment. Lock does not
+// wait for a process that holds the lock, only for one that may have lost LOCK, and ctx ends that
+// wait.
 func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	// The directory first: its lock keeps all others out, whatever happens to LOCK.
 	self, err := tryLock(d.lockSelf)
@@ -132,8 +133,8 @@ func (d *Disk) owner() string {
 	return "by " + strings.TrimSpace(string(text[:n]))
 }
 
-// diskLock is the lock of a Disk: the directory and LOCK, both locked. A goroutine checks it now and
-// then.
+// diskLock is the lock of a Disk: the directory and LOCK, both locked. A goroutine checks it now
+// and then.
 type diskLock struct {
 	dir  *Disk
 	self *os.File // the directory, locked; nil where directories cannot be locked

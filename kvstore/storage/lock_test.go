@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// Ensure that a process that only asks whether a store is in use does not hinder its holder in making
-// another LOCK.
+// Ensure that a process that only asks whether a store is in use does not hinder its holder in
+// making another LOCK.
 func TestInUseBesideALock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -175,8 +175,8 @@ func TestPipeIsNoFile(t *testing.T) {
 	}
 }
 
-// Ensure that a locked directory counts as in use, also where another file, which nobody has locked,
-// has taken the place of LOCK.
+// Ensure that a locked directory counts as in use, also where another file, which nobody has
+// locked, has taken the place of LOCK.
 func TestInUseBesideAnotherLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -217,9 +217,9 @@ func TestLinkForPlainLock(t *testing.T) {
 	}
 }
 
-// Ensure that a LOCK that somebody has replaced is made again, with one line of log, if the directory
-// itself is locked, and that a second server cannot get the lock meanwhile. If only LOCK was locked,
-// or another process has locked the new file, the lock is lost.
+// Ensure that a LOCK that somebody has replaced is made again, with one line of log, if the
+// directory itself is locked, and that a second server cannot get the lock meanwhile. If only LOCK
+// was locked, or another process has locked the new file, the lock is lost.
 func TestReplacedLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a lock

@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// lockSelf opens the directory itself and takes an flock on it, which the kernel releases however the
-// process ends. It returns nil if the file system does not lock directories.
+// lockSelf opens the directory itself and takes an flock on it, which the kernel releases however
+// the process ends. It returns nil if the file system does not lock directories.
 func (d *Disk) lockSelf() (*os.File, error) {
 	if d.isPlain {
 		return nil, nil

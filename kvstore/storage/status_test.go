@@ -49,8 +49,8 @@ func TestHistogram(t *testing.T) {
 	}
 }
 
-// Ensure that a Status returns what was set last, and that its zero value is that of a store that is
-// being opened.
+// Ensure that a Status returns what was set last, and that its zero value is that of a store that
+// is being opened.
 func TestStatus(t *testing.T) {
 	var s Status
 	if s.Stage() == "" || !s.Confirmed().IsZero() || s.Takeovers() != 0 {

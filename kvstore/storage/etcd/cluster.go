@@ -289,9 +289,9 @@ func tlsConfig(query url.Values) (*tls.Config, error) {
 	return config, nil
 }
 
-// post sends one request to one member. size is how many bytes the request sends or asks for, about;
-// it is negative if the request cannot be made smaller. After a failure the next request goes to
-// another member.
+// post sends one request to one member. size is how many bytes the request sends or asks for,
+// about; it is negative if the request cannot be made smaller. After a failure the next request
+// goes to another member.
 func (c *cluster) post(ctx context.Context, member int32, at string, request any,
 	size int) (answer response, err error) {
 	// Read the revision before asking: an answer about keys must not be older.
@@ -366,9 +366,9 @@ func (c *cluster) recognize(member string, answer response, known int64, ofKeys 
 	return nil
 }
 
-// survey asks all members at once who they are, and what room they have. From then on requests go to
-// the leader first: the others would only forward them. ids has the cluster of each member, "" for a
-// member that has not answered.
+// survey asks all members at once who they are, and what room they have. From then on requests go
+// to the leader first: the others would only forward them. ids has the cluster of each member, ""
+// for a member that has not answered.
 func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
@@ -400,8 +400,8 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 	return ids
 }
 
-// agree asks all members who they are, and returns how many have answered. It returns an ErrOther if
-// these are not one cluster.
+// agree asks all members who they are, and returns how many have answered. It returns an ErrOther
+// if these are not one cluster.
 func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 	var list []string
 	for i, id := range c.survey(ctx) {
@@ -423,8 +423,8 @@ func (c *cluster) agree(ctx context.Context) (answered int, err error) {
 	return answered, err
 }
 
-// adopt accepts the cluster as it is now: an older state of ours, or another cluster, if all members
-// are of that one.
+// adopt accepts the cluster as it is now: an older state of ours, or another cluster, if all
+// members are of that one.
 func (c *cluster) adopt(ctx context.Context) error {
 	was, ids := *c.id.Load(), c.survey(ctx)
 	// If no member is of the cluster that we knew, all must be of one new cluster.
@@ -441,8 +441,8 @@ func (c *cluster) adopt(ctx context.Context) error {
 	return nil
 }
 
-// exchange sends a request to url and reads the answer. It returns a *refusal for any HTTP status but
-// 200.
+// exchange sends a request to url and reads the answer. It returns a *refusal for any HTTP status
+// but 200.
 func (c *cluster) exchange(ctx context.Context, url string, request any,
 	answer *response) error {
 	body, err := json.Marshal(request)
@@ -486,9 +486,9 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 	return refused
 }
 
-// call sends a request again and again until a member answers it, every member has refused it, or ctx
-// is done. It returns errSmaller if the request may have failed because of its size, and can be made
-// smaller. size is as for post.
+// call sends a request again and again until a member answers it, every member has refused it, or
+// ctx is done. It returns errSmaller if the request may have failed because of its size, and can be
+// made smaller. size is as for post.
 func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
 	// One member may refuse what the others do not, so every member is asked.
 	var why error

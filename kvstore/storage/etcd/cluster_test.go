@@ -80,8 +80,8 @@ func (c *etcdCluster) startMember(i int) {
 	}
 }
 
-// keepServer starts a server, and again whenever it has ended, as an init system does. One goroutine
-// for each server, until ctx is done.
+// keepServer starts a server, and again whenever it has ended, as an init system does. One
+// goroutine for each server, until ctx is done.
 func (c *etcdCluster) keepServer(ctx context.Context, i int) {
 	for ctx.Err() == nil {
 		cmd := exec.CommandContext(ctx, c.binary, "-addr", c.addrs[i], "-data", c.data(), "-http",
@@ -297,8 +297,8 @@ func (c *etcdCluster) writeSmall() {
 	}
 }
 
-// fill fills the cluster until it refuses all that writes, no faster than the server can see it come,
-// wants reads to be answered and writes refused, and makes room again.
+// fill fills the cluster until it refuses all that writes, no faster than the server can see it
+// come, wants reads to be answered and writes refused, and makes room again.
 func (c *etcdCluster) fill() {
 	value := make([]byte, 1<<20)
 	for n := 0; ; n++ {

@@ -30,11 +30,11 @@ import (
 //	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
 //	            size. A value shorter than this size is compressed (DEFLATE)
 //
-// Every transaction of the holder compares the lock with what the holder has put there. So a process
-// that has lost the lock can change nothing any more, however late its requests arrive. A transaction
-// also compares the state that it follows: the name's id and the piece before, or the step. And it
-// may be sent again when its answer was lost: a piece has a key of its own and never changes, and
-// a change of names puts the next step, so that it cannot happen twice.
+// Every transaction of the holder compares the lock with what the holder has put there. So a
+// process that has lost the lock can change nothing any more, however late its requests arrive. A
+// transaction also compares the state that it follows: the name's id and the piece before, or the
+// step. And it may be sent again when its answer was lost: a piece has a key of its own and never
+// changes, and a change of names puts the next step, so that it cannot happen twice.
 //
 // An etcd lease would not do: its time starts again when the cluster gets another leader.
 type directory struct {
@@ -60,8 +60,9 @@ type directory struct {
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
-// access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits for
-// it only a while, and because in a test with a fake clock time goes on while somebody waits for it.
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits
+// for it only a while, and because in a test with a fake clock time goes on while somebody waits
+// for it.
 type access chan struct{}
 
 // begin waits until nobody else has access. It returns the function that ends the access.
@@ -97,8 +98,8 @@ func Overlap(a, b string) bool {
 
 // Open returns the directory at etcd://host:port,host:port/prefix, or with TLS at
 // etcds://host:port,host:port/prefix?ca=FILE&cert=FILE&key=FILE. The environment variable
-// KVSERVER_ETCD_USER may have a name:password. Open sends no request. ctx ends the requests that are
-// sent before Lock.
+// KVSERVER_ETCD_USER may have a name:password. Open sends no request. ctx ends the requests that
+// are sent before Lock.
 func Open(ctx context.Context, address string, opts Options) (storage.Directory, error) {
 	rest, text, _ := strings.Cut(address, "?")
 	scheme, rest, _ := strings.Cut(rest, "://")
@@ -165,8 +166,8 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that, not
-// counting the time in which etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
+// not counting the time in which etcd has no room.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -227,9 +228,9 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	}
 }
 
-// do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold. ops
-// put about size bytes. If the first of ops puts the step that etcd has already, an earlier try has
-// applied them. After a storage.ErrGone it is not known whether they were applied.
+// do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
+// ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
+// has applied them. After a storage.ErrGone it is not known whether they were applied.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
@@ -282,8 +283,8 @@ func (d *directory) beginSteps() error {
 	return d.do(0, []operation{putKey(d.key("step"), d.stepValue(0))})
 }
 
-// change gives each name its new id in ids, in one transaction, if the lock is ours and the names are
-// as we know them. The id "" removes a name. The pieces of files that have lost their names are
+// change gives each name its new id in ids, in one transaction, if the lock is ours and the names
+// are as we know them. The id "" removes a name. The pieces of files that have lost their names are
 // removed. The caller has access.
 func (d *directory) change(ids map[string]string) error {
 	// The step makes it harmless to send the request twice: the second finds the new step, and
@@ -406,8 +407,8 @@ func (d *directory) stock(ask func(at string, request any, size int) (response, 
 }
 
 // Stamps returns which file each name has. If check has found that anything of ours is gone, all
-// files count as lost: their stamps are new each time, and Held returns a storage.ErrGone until each
-// of them was removed or replaced.
+// files count as lost: their stamps are new each time, and Held returns a storage.ErrGone until
+// each of them was removed or replaced.
 func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	// Nothing is gone: do not ask etcd.
 	if !d.lock.isGone() {
@@ -437,9 +438,10 @@ func (d *directory) setNames(names map[string]string) {
 	d.stamps.Store(&stamps)
 }
 
-// check finds out whether etcd has everything that this process has written. If anything is gone, all
-// files count as lost: the store then writes all its data again, so what is left of them is of no
-// use. It returns false if it could not find out: etcd did not answer, or a file is being written.
+// check finds out whether etcd has everything that this process has written. If anything is gone,
+// all files count as lost: the store then writes all its data again, so what is left of them is of
+// no use. It returns false if it could not find out: etcd did not answer, or a file is being
+// written.
 func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
@@ -495,8 +497,9 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// look reads the names, the lock, and how many pieces there are beyond those counted, at a moment at
-// which no file is being written. It fails if that moment does not come soon. The caller has access.
+// look reads the names, the lock, and how many pieces there are beyond those counted, at a moment
+// at which no file is being written. It fails if that moment does not come soon. The caller has
+// access.
 func (d *directory) look() (names map[string]string, more int64, lock []keyValue, err error) {
 	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
@@ -542,8 +545,8 @@ func (d *directory) recover() error {
 	return err
 }
 
-// List returns the names of files, and while there is no lock also the quoted names of keys that are
-// not ours.
+// List returns the names of files, and while there is no lock also the quoted names of keys that
+// are not ours.
 func (d *directory) List() (list []string, err error) {
 	defer d.access.begin()()
 
@@ -738,9 +741,9 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 	return f, f.end(), nil
 }
 
-// Sync has nothing to make durable: every change of names is durable when it is made. The first Sync
-// after a start, or after a sweep that failed, removes all pieces of files without a name, such as a
-// crash leaves.
+// Sync has nothing to make durable: every change of names is durable when it is made. The first
+// Sync after a start, or after a sweep that failed, removes all pieces of files without a name,
+// such as a crash leaves.
 func (d *directory) Sync() error {
 	defer d.access.begin()()
 	// Only the holder may remove anything, and once is enough: nobody else writes.

@@ -26,8 +26,8 @@ const (
 )
 
 // pieceFile is an open file. Its pieces are the writes that made it, in their order. A piece that
-// begins before the end of the file cuts off what follows its start. Small pieces are joined now and
-// then, so that a file of small writes has few keys. Several goroutines may use a pieceFile.
+// begins before the end of the file cuts off what follows its start. Small pieces are joined now
+// and then, so that a file of small writes has few keys. Several goroutines may use a pieceFile.
 type pieceFile struct {
 	d      *directory
 	id     string
@@ -300,8 +300,8 @@ func (f *pieceFile) fetchPage(i int) error {
 	return nil
 }
 
-// WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed them;
-// bytes that are in the file already it skips.
+// WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
+// them; bytes that are in the file already it skips.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
@@ -357,8 +357,8 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// arrived returns how many of n bytes are in etcd, all or none, after the answer to their request was
-// lost.
+// arrived returns how many of n bytes are in etcd, all or none, after the answer to their request
+// was lost.
 func (f *pieceFile) arrived(n int) (int, error) {
 	before, keys := f.size, f.keys
 	_, err := f.reread()
@@ -385,9 +385,9 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have arrived;
-// if not, put is to be called again, and takes fewer bytes. After any other error no more pieces can
-// be added.
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
+// arrived; if not, put is to be called again, and takes fewer bytes. After any other error no more
+// pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
@@ -435,8 +435,8 @@ func (f *pieceFile) put() (n int, err error) {
 	return n, nil
 }
 
-// join returns the bytes of the next piece: b, or once there are enough small pieces before it, their
-// bytes and b. Otherwise a file of small writes would have a key for each.
+// join returns the bytes of the next piece: b, or once there are enough small pieces before it,
+// their bytes and b. Otherwise a file of small writes would have a key for each.
 func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
 	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
 	if !isEnough {
@@ -450,8 +450,8 @@ func (f *pieceFile) isTailFull(n int) bool {
 	return len(f.tail)+n > min(joinBytes, int(f.d.client.piece.Load()))
 }
 
-// add applies ops and puts a piece in one transaction, if the file still has its name, and etcd still
-// has the piece whose key is before: so no write can leave a hole.
+// add applies ops and puts a piece in one transaction, if the file still has its name, and etcd
+// still has the piece whose key is before: so no write can leave a hole.
 func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
 	if before != nil {
@@ -490,8 +490,8 @@ var packers = sync.Pool{New: func() any {
 	return packer
 }}
 
-// pack returns b compressed, or b itself if that is not longer. Each byte is expensive: it travels in
-// base64, and every member has it in its log and its database.
+// pack returns b compressed, or b itself if that is not longer. Each byte is expensive: it travels
+// in base64, and every member has it in its log and its database.
 func pack(b []byte) []byte {
 	if len(b) < packLeast {
 		return b

@@ -94,8 +94,9 @@ func (l *clusterLock) look() {
 	}
 }
 
-// judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody has
-// taken the lock, or something of ours is gone. It returns an ErrTakenOver or a storage.ErrGone.
+// judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody
+// has taken the lock, or something of ours is gone. It returns an ErrTakenOver or a
+// storage.ErrGone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
 		return l.fail(ErrTakenOver)
@@ -200,9 +201,9 @@ func (w *sight) isFree(token string) bool {
 	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
 }
 
-// Lock takes the lock. If another process has it, a server (Options.Addr is not "") waits until that
-// process gives it back, or shows no sign of life for lockTime. Any other process waits only as long
-// as it has seen no sign of life.
+// Lock takes the lock. If another process has it, a server (Options.Addr is not "") waits until
+// that process gives it back, or shows no sign of life for lockTime. Any other process waits only
+// as long as it has seen no sign of life.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
 	for {
@@ -391,15 +392,15 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
-// Look runs check, which finds out whether anything of ours is gone; Held says so then. Look returns
-// an error only if the lock is lost.
+// Look runs check, which finds out whether anything of ours is gone; Held says so then. Look
+// returns an error only if the lock is lost.
 func (l *clusterLock) Look() error {
 	l.d.check()
 	return context.Cause(l.ctx)
 }
 
-// beat shows a sign of life every beatTime, until the lock is lost or given back. It is one goroutine
-// for each lock.
+// beat shows a sign of life every beatTime, until the lock is lost or given back. It is one
+// goroutine for each lock.
 func (l *clusterLock) beat() {
 	defer close(l.ended)
 	for l.beating.Err() == nil {
@@ -472,7 +473,8 @@ func (l *clusterLock) Close() error {
 	return nil
 }
 
-// release gives the lock back, if it is ours. If that fails, other servers have to wait for lockTime.
+// release gives the lock back, if it is ours. If that fails, other servers have to wait for
+// lockTime.
 func (l *clusterLock) release() {
 	if l.value == nil { // take was never called
 		return

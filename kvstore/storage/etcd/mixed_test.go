@@ -16,8 +16,8 @@ import (
 	worlds "kvserver/kvstore/storetest/world"
 )
 
-// mixed is what eight clients ask about lists, with every verb, of whichever server serves, and what
-// they are told. Each list is asked about for a short time, one list after the other.
+// mixed is what eight clients ask about lists, with every verb, of whichever server serves, and
+// what they are told. Each list is asked about for a short time, one list after the other.
 type mixed struct {
 	t     *testing.T
 	addrs []string
@@ -85,8 +85,8 @@ func (m *mixed) ask(ctx context.Context, conn net.Conn, random *rand.Rand) {
 	}
 }
 
-// check wants that one order of requests explains what was answered about each list so far, and what
-// is in it now. It looks at no list twice.
+// check wants that one order of requests explains what was answered about each list so far, and
+// what is in it now. It looks at no list twice.
 func (m *mixed) check(addr string) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {

@@ -14,37 +14,38 @@ import (
 	"time"
 )
 
-// etcd has a quota. Once its database is larger it refuses all that writes, of everybody, until
-// somebody makes room and says so: also our signs of life, and the records of a Delete. So
-// writes are refused before that, and the last room is kept for what frees.
+// etcd has a quota. Once a member's database is larger, etcd refuses every put, of everybody, until
+// an operator has made room and disarmed the alarm: also our signs of life, and the records of a
+// Delete. So RoomFor refuses writes before that, and keeps the last room for requests that free
+// some.
 const (
-	marginMost  = 64 << 20 // bytes of the quota that are kept for what frees, or an eighth
-	garbageMost = 8 << 20  // bytes that were replaced or removed, until etcd may forget them
-	pieceExtra  = 512      // bytes that a piece takes beside its own, about
+	marginMost  = 64 << 20 // bytes kept for what frees room, at most: else an eighth of the quota
+	garbageMost = 8 << 20  // bytes that we have replaced or removed, until etcd is to forget them
+	pieceExtra  = 512      // bytes that a piece takes in the database beside its value, about
 	surveyTime  = time.Second
 )
 
-// errFull says what makes room.
+// errFull says how an operator makes room.
 var errFull = fmt.Errorf("etcd is full: compact and defragment it, or raise its "+
 	"--quota-backend-bytes, then etcdctl alarm disarm: %w", syscall.ENOSPC)
 
-// room is what is known of a cluster's room. Any goroutine may ask.
+// room is what is known of the room in a cluster's databases. Any goroutine may use it.
 type room struct {
-	piece   atomic.Int64 // bytes of the next piece
-	full    atomic.Bool  // etcd refuses all that writes
-	quota   atomic.Int64 // of the members; 0: not known
-	spent   atomic.Int64 // bytes written so far
-	limit   atomic.Int64 // of spent, as of the last survey
-	garbage atomic.Int64 // bytes that etcd keeps of the past, and nobody needs
+	piece   atomic.Int64 // bytes of the next piece as it is sent, at most
+	full    atomic.Bool  // etcd refuses every put
+	quota   atomic.Int64 // bytes of a member's database, at most; 0: not known
+	spent   atomic.Int64 // bytes that we have written so far
+	limit   atomic.Int64 // what spent may become, as of the last survey
+	garbage atomic.Int64 // bytes that we have replaced or removed, and etcd still keeps
 }
 
-// RoomFor goes by what the last survey has found, and what was written since.
+// RoomFor answers from the last survey, and from what was written since.
 func (d *directory) RoomFor(size int64, frees bool) error {
 	r := &d.client.room
 	quota := r.quota.Load()
 	margin := min(quota/8, marginMost)
 
-	// A quarter stays even so, for a quota that is used up stops our signs of life as well.
+	// A quarter stays even for requests that free room: etcd would refuse our signs of life, too.
 	if frees {
 		margin /= 4
 	}
@@ -55,18 +56,18 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 	return nil
 }
 
-// note takes down what room the members have, asked when spent was that: until the quota, or
-// in their databases, where what is free may not be in one piece.
+// note sets the limit from the members' answers to a survey that began when spent had that value.
+// The member with the least room counts.
 func (r *room) note(members []response, spent int64) {
-	// If no member says its size, nothing is limited.
+	// If no member answers its size, there is no limit.
 	least := int64(math.MaxInt64) - spent
 	for _, m := range members {
 		if m.Quota > 0 {
 			r.quota.Store(m.Quota)
 		}
 		if m.Size > 0 {
-			// A database may grow to its quota, or use what is free in it: half of that, for the
-			// free room is in parts.
+			// A database may grow to its quota, or use the free room in it: half of that, because
+			// it is in small parts.
 			least = min(least, max(r.quota.Load()-m.Size, (m.Size-m.InUse)/2))
 		}
 	}
@@ -74,7 +75,7 @@ func (r *room) note(members []response, spent int64) {
 	r.limit.Store(spent + least)
 }
 
-// findQuota looks for the quota in a member's metrics: before 3.6 its status does not say it.
+// findQuota reads the quota from a member's metrics: before etcd 3.6 it is not in the status.
 func (c *cluster) findQuota(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
@@ -99,8 +100,8 @@ func (c *cluster) findQuota(ctx context.Context) {
 	}
 }
 
-// forget has etcd forget the past, where ours has become large: the cluster may do that by
-// itself, and need not.
+// forget compacts etcd's history once it has much garbage of ours. The cluster may be configured to
+// do that by itself, or may not.
 func (c *cluster) forget(ctx context.Context) {
 	garbage := c.garbage.Load()
 	if garbage < garbageMost {
@@ -109,13 +110,13 @@ func (c *cluster) forget(ctx context.Context) {
 
 	_, err := c.try(ctx, "kv/compaction", map[string]int64{"revision": c.revision.Load()})
 
-	// An error of etcd's own counts as well: it may have forgotten all of this before.
+	// A refusal is as good: etcd may have compacted this revision already.
 	if !errors.Is(err, ErrUnreachable) {
 		c.garbage.Add(-garbage)
 	}
 }
 
-// noteFull takes down whether etcd refuses all that writes, and says so when that changes.
+// noteFull notes whether etcd refuses every put, and logs a change of that.
 func (c *cluster) noteFull(isFull bool) {
 	if c.full.Swap(isFull) == isFull {
 		return
@@ -128,8 +129,9 @@ func (c *cluster) noteFull(isFull bool) {
 	}
 }
 
-// attend looks after the cluster while the lock is held: who leads, what room there is, whether
-// all is there, what may be forgotten. One goroutine for a lock, which ends with it.
+// attend looks after the cluster while the lock is held: who leads, how much room there is, whether
+// all that we have written is there, and whether its history is to be compacted. It is one
+// goroutine for each lock, and ends when the lock is lost or given back.
 func (l *clusterLock) attend() {
 	c := l.d.client
 	c.findQuota(l.ctx)
@@ -142,15 +144,16 @@ func (l *clusterLock) attend() {
 	}
 }
 
-// tookPiece makes the next piece as large as the link can do it: this one of size took so long.
+// tookPiece doubles the size of the next piece if the link is fast enough: this piece of size bytes
+// took that long.
 func (c *cluster) tookPiece(size int, took time.Duration) {
-	// A piece much smaller than the most says nothing of what the link can do.
+	// A piece that is much smaller than the most says nothing about the link.
 	if most := c.piece.Load(); int64(size) >= most/2 && most < pieceMost && took < limit(size)*2/3 {
 		c.piece.CompareAndSwap(most, 2*most)
 	}
 }
 
-// wasTooMuch makes the next piece smaller than one of size.
+// wasTooMuch makes the next pieces half as large as this one of size bytes, at least pieceLeast.
 func (c *cluster) wasTooMuch(size int) {
 	most := c.piece.Load()
 	c.piece.CompareAndSwap(most, max(pieceLeast, min(most, int64(size))/2))
