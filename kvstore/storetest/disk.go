@@ -1,9 +1,10 @@
 // Package storetest has what tests of stores need: Model, which does what every store must do, and
-// Dir, a directory in memory that is as unkind as a real one. It knows what a power failure would
-// leave, its calls fail where they are told to, and nothing that a kernel does not promise holds.
+// Dir, a directory in memory that is as unkind as a real one. Dir knows what a power failure would
+// leave, its calls fail where a test tells them to, and it keeps no promise that a kernel does not
+// make.
 //
-// A new kind of fault is a few lines in Dir.Before, if it makes a call wait or fail,
-// or in Dir.Crash, if it is a way to lose what was not synced.
+// To add a new kind of fault, add a few lines to a test's Dir.Before if the fault makes a call wait
+// or fail, or to Dir.Crash if it is a way to lose data that was not synced.
 package storetest
 
 import (
@@ -20,51 +21,51 @@ import (
 	"time"
 )
 
-// ErrDisk is what a call fails with that was told no other error.
+// ErrDisk is the error of a call that is told to fail and has no Failure of its own.
 var ErrDisk = errors.New("input/output error")
 
-// sector is how many bytes a disk writes whole or not at all.
+// sector is the number of bytes that a disk writes as a whole or not at all.
 const sector = 512
 
-// Dir is a directory in memory; it is a storage.Directory. What is not there cannot be
-// renamed or removed, a file that is created anew is the old one, emptied, and what a
-// failed Sync should have written is taken for written until it is written once more.
-// A Sync is of what was there when it began: what comes while it waits in Before is not in it.
+// Dir is a directory in memory; it is a storage.Directory. A file that does not exist cannot be
+// renamed or removed. Create empties a file that exists instead of replacing it. Data that a failed
+// Sync should have written is taken for written until it is written again. A Sync covers only the
+// data that was there when it began, not what is written while it waits in Before.
 //
-// Its fields may be set while nobody uses it, or by who has locked Mu.
+// Its fields may be set while nobody uses it, or by a goroutine that has locked Mu.
 type Dir struct {
 	Mu      sync.Mutex       // guards the fields
-	Names   map[string]*File // what it holds, as processes see it
-	Room    int              // bytes that all files may have together; 0: any number
-	Block   int              // bytes of the blocks of which each file takes whole ones; 0: of a byte
-	Largest int              // bytes that one file may have (RLIMIT_FSIZE); 0: any number
+	Names   map[string]*File // the files, as processes see them
+	Room    int              // limit in bytes of all files together; 0: none
+	Block   int              // files take whole blocks of so many bytes; 0: blocks of one byte
+	Largest int              // limit in bytes of one file (RLIMIT_FSIZE); 0: none
 	Locked  bool             // a process has the directory's own lock
-	Moved   error            // what the lock's Held returns; nil: nothing has happened
+	Moved   error            // the error of the lock's Held; nil: nothing has happened
 	Handles int              // open files
 
 	Calls   int   // I/O calls so far
-	FailAt  int   // the call that fails, counted from 1; 0: none
-	Failure error // that it returns; nil: ErrDisk
-	Forever bool  // all later ones fail, too
+	FailAt  int   // number of the call that fails, counted from 1; 0: none
+	Failure error // its error; nil: ErrDisk
+	Forever bool  // all later calls fail, too
 
 	// Before, if not nil, is run before each call has its effect, with Mu unlocked: it may wait,
-	// look at Dir, or return the error that the call fails with. After, if not nil, is run when a
-	// Sync has had its effect, before it returns.
+	// look at Dir, or return the error that the call fails with. After, if not nil, is run at the
+	// end of each Sync, once it has had its effect or has failed.
 	Before func(call Call) error
 	After  func(call Call)
 
-	// Bytes of a file, of all files before a compaction, and of zeros ahead of what is
-	// written: what Sizes returns.
+	// What Sizes returns, in bytes: a segment's size, the size of full segments that are compacted,
+	// and how far zeros are written ahead of the log.
 	Segment, Compact int64
 	Reserve          int
 
-	durable map[string]*File // Names at the last Sync
-	synced  int              // changes before that
-	journal []change         // of Names since
+	durable map[string]*File // Names as of the last Sync
+	synced  int              // number of changes that the last Sync covered
+	journal []change         // the changes of Names since then
 }
 
-// change is a change of names: a file gets the name to, "" for none, and loses the name from. The
-// file is one that is made, or nil: what was called from.
+// change is a change of names: a file gets the name to ("": it is removed) and loses the name from.
+// If file is nil, it is the file that has the name from; otherwise it is a new file.
 type change struct {
 	file     *File
 	from, to string
@@ -78,30 +79,30 @@ func (c change) apply(names map[string]*File) {
 	}
 	delete(names, c.from)
 
-	// The new name may have been another file's, which is replaced, as a rename does it.
+	// If the new name was another file's, that file is replaced, as a rename does it.
 	if f != nil && c.to != "" {
 		names[c.to] = f
 	}
 }
 
-// Call is an I/O call, for Before.
+// Call is an I/O call, for Before and After.
 type Call struct {
 	What string // "write", "sync" and so on
 	Name string // of the file; "" for the directory
 }
 
-// File is a file: what was written, and what of it is on disk.
+// File is the content of a file: as processes see it (Data), and as it is on disk (Disk).
 type File struct {
 	Data, Disk []byte
-	dirty      map[int]int64 // sectors that the next Sync writes, with changes when each was written
-	changes    int64         // so many times Data was changed
-	synced     int64         // changes of which the last Sync was
+	dirty      map[int]int64 // sectors for the next Sync, each with changes at its last write
+	changes    int64         // number of times that Data was changed
+	synced     int64         // value of changes that the last Sync covered
 }
 
-// sync begins a Sync. end ends it: if that has not failed, what f held when it began is on disk.
-// If it has, that is taken for written as well.
+// sync begins a Sync, and end ends it. If end is called without an error, what f held at the
+// beginning is on disk. After an error the sectors are taken for written as well, as a kernel does.
 func (f *File) sync() (end func(err error)) {
-	// What is written while the Sync waits is not part of it, so the sectors are copied now.
+	// Data that is written while the Sync waits is not part of it, so the sectors are copied now.
 	began, size, sectors, dirty := f.changes, len(f.Data), map[int][]byte{}, maps.Clone(f.dirty)
 	for at := range dirty {
 		if at*sector < size {
@@ -112,7 +113,7 @@ func (f *File) sync() (end func(err error)) {
 	return func(err error) {
 		// A sector that was written again meanwhile waits for the next Sync.
 		maps.DeleteFunc(f.dirty, func(at int, change int64) bool { return dirty[at] == change })
-		// A Sync that began later, and is over, has put more on disk than this one may.
+		// A Sync that began later and is over has put newer data on disk.
 		if err != nil || began < f.synced {
 			return
 		}
@@ -126,19 +127,19 @@ func (f *File) sync() (end func(err error)) {
 	}
 }
 
-// resize makes f so many bytes long.
+// resize makes f size bytes long.
 func (f *File) resize(size int) {
 	f.changes++
 
 	if size < len(f.Data) {
-		// Without this what is cut off would come back when the file grows again.
+		// Otherwise the bytes that are cut off would come back when the file grows again.
 		clear(f.Data[size:])
 	}
 
 	f.Data = append(f.Data, make([]byte, max(0, size-len(f.Data)))...)[:size]
 }
 
-// FileOf returns a file that is on disk.
+// FileOf returns a file with this data, all of it on disk.
 func FileOf(data []byte) *File {
 	return &File{Data: slices.Clone(data), Disk: slices.Clone(data), dirty: map[int]int64{}}
 }
@@ -149,7 +150,7 @@ func New() *Dir {
 		Compact: 64 << 20, Reserve: 1 << 20}
 }
 
-// empty returns an empty directory that is like d.
+// empty returns an empty directory with the limits and sizes of d.
 func (d *Dir) empty() *Dir {
 	e := New()
 	e.Room, e.Segment, e.Compact, e.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
@@ -157,7 +158,7 @@ func (d *Dir) empty() *Dir {
 	return e
 }
 
-// With returns a directory on disk that holds what d does, but for one file.
+// With returns a directory on disk that holds the files of d, but has data as the file name.
 func (d *Dir) With(name string, data []byte) *Dir {
 	c := d.empty()
 	c.Room = 0
@@ -172,7 +173,7 @@ func (d *Dir) With(name string, data []byte) *Dir {
 	return c
 }
 
-// MayFail tells whether a call can fail so on a real disk.
+// MayFail reports whether a real disk can fail the call with this error.
 func (c Call) MayFail(failure error) bool {
 	switch {
 	case failure == syscall.EMFILE:
@@ -183,15 +184,15 @@ func (c Call) MayFail(failure error) bool {
 	return true
 }
 
-// call counts an I/O call and returns with Mu locked. It tells whether the call
-// fails.
+// call counts an I/O call and returns with Mu locked. Its error is the one that the call fails
+// with.
 func (d *Dir) call(what, name string) (err error) {
-	// Before may look at d, and wait for others that do, so it is run without Mu.
+	// Before may look at d, and wait for goroutines that do, so it is run without Mu.
 	if d.Before != nil {
 		err = d.Before(Call{what, name})
 	}
 
-	// Every call is counted, or FailAt would not name the same one each time.
+	// Every call is counted; otherwise FailAt would not mean the same call in each run.
 	d.Mu.Lock()
 	d.Calls++
 	if err != nil || d.FailAt == 0 || d.Calls < d.FailAt || d.Calls > d.FailAt && !d.Forever {
@@ -207,20 +208,20 @@ func (d *Dir) call(what, name string) (err error) {
 	return &os.PathError{Op: what, Path: d.Path(name), Err: d.Failure}
 }
 
-// change makes a change of the names, which a power failure may undo until Sync.
+// change makes a change of names, which a power failure may undo until the next Sync.
 func (d *Dir) change(c change) {
 	c.apply(d.Names)
 	d.journal = append(d.journal, c)
 }
 
-// after runs After.
+// after runs After; the caller has not locked Mu.
 func (d *Dir) after(call Call) {
 	if d.After != nil {
 		d.After(call)
 	}
 }
 
-// Empty is what `: > name` in a shell does, under whoever has the file open.
+// Empty does what `: > name` does in a shell, while others may have the file open.
 func (d *Dir) Empty(name string) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
@@ -229,7 +230,7 @@ func (d *Dir) Empty(name string) {
 	}
 }
 
-// Read returns what is in a file.
+// Read returns the content of a file.
 func (d *Dir) Read(name string) (data []byte, isThere bool) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
@@ -240,18 +241,19 @@ func (d *Dir) Read(name string) (data []byte, isThere bool) {
 	return data, isThere
 }
 
-// Replace puts another file in the place of one, as `mv` does, and leaves that to whoever has it open.
+// Replace puts another file in the place of one, as `mv` does. Handles that are open keep the old
+// file.
 func (d *Dir) Replace(name string, data []byte) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
 	d.Names[name] = FileOf(data)
 }
 
-// Crash returns what a power failure now would leave: of what was not synced, any sectors of the
-// data, and any changes of names that are not of a name of which an earlier one is lost. (ext4 and
-// XFS write all changes of names to their journals in the order in which they were made. That is
-// nowhere promised, and btrfs does not: see Pillai et al., "All File Systems Are Not Created
-// Equal", 2014.)
+// Crash returns what a power failure now would leave. Of the data that was not synced any sectors
+// may be lost, and any changes of names; but if a change of a name is lost, so are all later
+// changes of that name. (ext4 and XFS write all changes of names to their journals in the order in
+// which they were made. That is promised nowhere, and btrfs does not do it: see Pillai et al., "All
+// File Systems Are Not Created Equal", 2014.)
 func (d *Dir) Crash(random *rand.Rand) *Dir {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
@@ -259,8 +261,8 @@ func (d *Dir) Crash(random *rand.Rand) *Dir {
 	after := d.empty()
 	names := maps.Clone(d.durable)
 
-	// All, half or none of the last changes of names are lost, with later ones of the same names.
-	first, odds := random.IntN(len(d.journal)+1), random.IntN(3) // those after first: 0 to 2 of 2
+	// Of the changes from first on all, half or none are lost.
+	first, odds := random.IntN(len(d.journal)+1), random.IntN(3) // with odds 0, 1 and 2
 	lost := map[string]bool{}
 	for i, c := range d.journal {
 		if lost[c.from] || lost[c.to] || i >= first && random.IntN(2) >= odds {
@@ -270,14 +272,14 @@ func (d *Dir) Crash(random *rand.Rand) *Dir {
 		c.apply(names)
 	}
 
-	// A file is as long as on disk, as in memory, or anything between.
+	// A file is as long as on disk, as long as in memory, or of a length between.
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		f := names[name]
 		least, most := min(len(f.Disk), len(f.Data)), max(len(f.Disk), len(f.Data))
 		data := make([]byte, least+random.IntN(most-least+1))
 		copy(data, f.Disk)
 
-		// Of what was not synced each sector is there or not, in no order.
+		// Each sector that was not synced is there or not, whatever happens to its neighbors.
 		for at := 0; at < min(len(data), len(f.Data)); at += sector {
 			if f.dirty[at/sector] > 0 && random.IntN(2) == 0 {
 				copy(data[at:min(len(data), at+sector)], f.Data[at:])
@@ -291,19 +293,19 @@ func (d *Dir) Crash(random *rand.Rand) *Dir {
 	return after
 }
 
-// Kill returns what the end of every process now would leave: everything, as a kernel
-// keeps it, but not on disk yet.
+// Kill returns what the end of all processes now would leave: all data, because the kernel has it,
+// but with no more of it on disk than before.
 func (d *Dir) Kill() *Dir {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
 
 	after := d.empty()
 
-	// A file that has several entries here is one file afterwards as well.
+	// A file that has several entries here is one file in the copy as well.
 	copies := map[*File]*File{nil: nil}
 	clone := func(f *File) *File {
 		if copies[f] == nil && f != nil {
-			// Those that have the old file open may write on: nothing of it may be shared.
+			// Processes that have the old file open may go on writing, so nothing is shared.
 			c := *f
 			c.Data, c.Disk, c.dirty = slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty)
 			copies[f] = &c
@@ -318,14 +320,14 @@ func (d *Dir) Kill() *Dir {
 		after.durable[name] = clone(f)
 	}
 
-	// What was not synced stays so: a power failure later may still take it.
+	// Changes that were not synced stay so: a later power failure may still undo them.
 	for _, c := range d.journal {
 		after.journal = append(after.journal, change{clone(c.file), c.from, c.to})
 	}
 	return after
 }
 
-// Path is what errors call a file.
+// Path returns the name of a file in errors.
 func (d *Dir) Path(name string) string { return "dir/" + name }
 
 // Sizes returns Segment, Compact and Reserve.
@@ -334,7 +336,7 @@ func (d *Dir) Sizes() (segment, compact int64, reserve int) {
 		d.Reserve
 }
 
-// RoomFor returns nil: what there is no room for fails when it is written.
+// RoomFor returns nil: data without room fails when it is written.
 func (d *Dir) RoomFor(int64, bool) error { return nil }
 
 // List returns the names of all files.
@@ -347,13 +349,13 @@ func (d *Dir) List() ([]string, error) {
 	return slices.Sorted(maps.Keys(d.Names)), nil
 }
 
-// open returns a new handle. The caller has Mu.
+// open returns a new handle. The caller has locked Mu.
 func (d *Dir) open(name string, f *File) *handle {
 	d.Handles++
 	return &handle{d: d, name: name, f: f}
 }
 
-// Create opens an empty file.
+// Create opens an empty file for writing.
 func (d *Dir) Create(name string) (storage.File, error) {
 	err := d.call("create", name)
 	defer d.Mu.Unlock()
@@ -367,12 +369,12 @@ func (d *Dir) Create(name string) (storage.File, error) {
 		d.change(change{f, "", name})
 	}
 
-	// A file that was there is emptied, and not replaced: whoever has it open sees that.
+	// An existing file is emptied, not replaced, and whoever has it open sees that.
 	f.resize(0)
 	return d.open(name, f), nil
 }
 
-// Open opens a file that is there.
+// Open opens an existing file, and returns its size in bytes.
 func (d *Dir) Open(name string) (storage.File, int64, error) {
 	err := d.call("open", name)
 	defer d.Mu.Unlock()
@@ -425,7 +427,7 @@ func (d *Dir) Remove(name string) error {
 	return nil
 }
 
-// Stamps tells which file has each name, and when it was changed last.
+// Stamps returns for each name which file has it, and when it was changed last.
 func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
 	err := d.call("stat", "")
 	defer d.Mu.Unlock()
@@ -440,22 +442,22 @@ func (d *Dir) Stamps() (map[string]storage.Stamp, error) {
 	return stamps, nil
 }
 
-// stamp tells which file it is. The number of changes serves as a time: two contents of a file never
-// have the same.
+// stamp returns which file this is. The number of changes stands for the time, because two contents
+// of a file never have the same number.
 func (f *File) stamp() storage.Stamp {
 	return storage.Stamp{ID: f, Size: int64(len(f.Data)), Changed: time.Unix(f.changes, 0)}
 }
 
-// Sync puts the names on disk.
+// Sync makes the names durable.
 func (d *Dir) Sync() error {
 	d.Mu.Lock()
 
-	// The names are those of now: the call may wait while others come.
+	// The names are copied now: others may be added while the call waits.
 	names, began := maps.Clone(d.Names), d.synced+len(d.journal)
 	d.Mu.Unlock()
 	err := d.call("sync", "")
 
-	// A Sync that began later, and is over, has put more on disk than this one may.
+	// A Sync that began later and is over has put newer names on disk.
 	if err == nil && began >= d.synced {
 		d.durable, d.journal, d.synced = names, d.journal[began-d.synced:], began
 	}
@@ -466,7 +468,7 @@ func (d *Dir) Sync() error {
 	return err
 }
 
-// Lock keeps others out, and makes the file LOCK, which others may remove, empty or replace.
+// Lock keeps other callers out, and makes the file LOCK, which others may remove, empty or replace.
 func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	err := d.call("lock", "")
 	defer d.Mu.Unlock()
@@ -485,7 +487,7 @@ func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	return l, nil
 }
 
-// InUse tells whether Lock was called.
+// InUse reports whether the lock is held.
 func (d *Dir) InUse() (owner string, inUse bool) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
@@ -495,19 +497,19 @@ func (d *Dir) InUse() (owner string, inUse bool) {
 // Close does nothing.
 func (d *Dir) Close() error { return nil }
 
-// held is the lock of a Dir, and the file LOCK that it knows.
+// held is the lock of a Dir, with the file LOCK that it has made or found.
 type held struct {
 	d    *Dir
 	file *File
 }
 
-// again makes LOCK anew. The caller has Mu.
+// again makes a new file LOCK. The caller has locked Mu.
 func (h *held) again() {
 	h.file = FileOf(nil)
 	h.d.change(change{h.file, "", storage.LockName})
 }
 
-// Held makes LOCK anew if it was removed or replaced, as the lock of a disk does by itself.
+// Held makes a new LOCK if it was removed or replaced, as the lock of a disk does by itself.
 func (h *held) Held() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
@@ -520,7 +522,7 @@ func (h *held) Held() error {
 // Look is Held.
 func (h *held) Look() error { return h.Held() }
 
-// Lost is nil.
+// Lost returns nil: this lock is never lost.
 func (h *held) Lost() <-chan struct{} { return nil }
 
 func (h *held) Close() error {
@@ -538,7 +540,7 @@ type handle struct {
 	closed bool
 }
 
-// call is Dir's, and fails on a closed handle.
+// call is Dir.call, which also fails on a closed handle. It returns with Mu locked.
 func (h *handle) call(what string) error {
 	err := h.d.call(what, h.name)
 	if h.closed {
@@ -556,14 +558,14 @@ func (h *handle) ReadAt(p []byte, off int64) (int, error) {
 
 	n := copy(p, h.f.Data[min(int(off), len(h.f.Data)):])
 
-	// An io.ReaderAt has an error wherever there is less than was asked for.
+	// An io.ReaderAt returns an error whenever it reads less than it was asked for.
 	if n < len(p) {
 		return n, io.EOF
 	}
 	return n, nil
 }
 
-// blocks is how many bytes of the disk a file takes.
+// blocks returns how many bytes of the disk a file takes.
 func (d *Dir) blocks(f *File) int {
 	block := max(1, d.Block)
 	return (len(f.Data) + block - 1) / block * block
@@ -579,7 +581,7 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		n /= 2
 	}
 
-	// What replaces bytes of the file, or fills its last block, needs no room that is free.
+	// Bytes that are overwritten, or that fill the file's last block, need no free room.
 	if h.d.Room > 0 {
 		free := h.d.Room
 		for _, f := range h.d.Names {
@@ -604,7 +606,7 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		}
 	}
 
-	// As os.File, which does not tell what a call wrote that failed.
+	// As os.File, which does not say how much a failed call wrote.
 	if err != nil {
 		n = 0
 	}
@@ -632,7 +634,7 @@ func (h *handle) Stamp() (storage.Stamp, error) {
 func (h *handle) Sync() error {
 	h.d.Mu.Lock()
 
-	// What is written while the call waits is not part of this Sync.
+	// Data that is written while the call waits is not part of this Sync.
 	end := h.f.sync()
 	h.d.Mu.Unlock()
 
@@ -648,7 +650,7 @@ func (h *handle) Close() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
 
-	// A second Close is a mistake of the caller's, which a real file tells as well.
+	// A second Close is a mistake of the caller, which a real file reports as well.
 	if h.closed {
 		return os.ErrClosed
 	}
