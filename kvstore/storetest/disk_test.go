@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// leaves returns the different things that power failures leave of what a test looks at.
+// leaves returns the different results of look after 200 power failures, in order.
 func leaves(d *Dir, look func(after *Dir) string) (seen []string) {
 	for seed := range uint64(200) {
 		what := look(d.Crash(rand.New(rand.NewPCG(seed, 1))))
@@ -23,8 +23,8 @@ func leaves(d *Dir, look func(after *Dir) string) (seen []string) {
 	return seen
 }
 
-// Ensure that what is written while a Sync lasts is not in it, also where it is in the same
-// sector, or another Sync ends before that one.
+// Ensure that data which is written while a Sync lasts is not part of it, also if it is in the same
+// sector, and also if another Sync ends before that one.
 func TestSyncIsOfWhatWasThere(t *testing.T) {
 	for _, nested := range []bool{false, true} {
 		d := New()
@@ -57,8 +57,8 @@ func TestSyncIsOfWhatWasThere(t *testing.T) {
 	}
 }
 
-// Ensure that a power failure may leave changes of names in any order, but that of each name, also
-// behind the end of all processes, and none of them once the directory was synced.
+// Ensure that a power failure may leave changes of names in any order, except that changes of one
+// name keep theirs; that this holds after a kill as well; and that a Sync makes them all durable.
 func TestOrderOfNames(t *testing.T) {
 	d := New()
 	d.Create("old")
@@ -81,7 +81,7 @@ func TestOrderOfNames(t *testing.T) {
 	}
 }
 
-// Ensure that the lock is taken once at a time.
+// Ensure that the lock can be held only once at a time.
 func TestLockedTwice(t *testing.T) {
 	d := New()
 	lock, err := d.Lock(context.Background())
