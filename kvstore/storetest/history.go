@@ -8,27 +8,27 @@ import (
 	"strings"
 )
 
-// Operation is a request about a list, and what became of it. Invoked and Answered are times of a
-// clock that all clients share.
+// Operation is a request about a list, and its outcome. Invoked and Answered are times of one clock
+// for all clients.
 type Operation struct {
 	Request
-	N                 int      // of the ":OK n" that was answered
-	Got               []string // and the values
-	Invoked, Answered int64    // Answered is 0 if it never was
-	Failure           int      // of power, which may have taken it back; 0: none
+	N                 int      // the n of the ":OK n" that was answered
+	Got               []string // the values that were answered
+	Invoked, Answered int64    // Answered is 0 if there was no answer
+	Failure           int      // number of the power failure that may have undone it; 0: none
 }
 
-// agrees tells whether what was answered is this.
+// agrees reports whether o was answered with n and got, or not at all.
 func (o Operation) agrees(n int, got []string) bool {
 	return o.Answered == 0 || o.N == n && slices.Equal(o.Got, got)
 }
 
-// CheckLinearizable returns an error unless one order of what was asked about a list, in which each
-// request has its place between its beginning and its answer, explains all answers, and what the
-// list holds in the end. A request without an answer may have any place behind its beginning, or
-// none. A power failure may take requests back: the last ones of those that bear its number.
+// CheckLinearizable returns an error unless there is an order of the requests about a list that
+// explains all answers and the list's final values, and in which each request has its place between
+// its beginning and its answer. A request without an answer may have any place after its beginning,
+// or none. A power failure may undo requests: the last ones of those that bear its number.
 func CheckLinearizable(history []Operation, final []string) error {
-	// Puts of unique values and Gets have an exact check; all else has to be searched.
+	// Puts of unique values and Gets have an exact check; all other histories are searched.
 	put := map[string]bool{}
 	for _, o := range history {
 		isPut := o.Verb == "Put"
@@ -41,24 +41,24 @@ func CheckLinearizable(history []Operation, final []string) error {
 	return checkAppends(history, final)
 }
 
-// mostSteps is how many steps a search takes until it believes what it has not refuted.
+// mostSteps is how many steps a search takes before it gives up and accepts the history.
 const mostSteps = 300_000
 
-// searched is a history that is searched for an order.
+// searched is the state of a search for an order of a history.
 type searched struct {
 	operations []Operation // by Invoked
-	done       []byte      // 1: it has its place, or a power failure has taken it back
+	done       []byte      // 1: it has its place, or a power failure has undone it
 	been       map[string]bool
 	steps      int
-	furthest   int // of operations, to which an order was found
+	furthest   int // index of the first operation that no order has explained so far
 }
 
-// search is the search of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, which
-// goes nowhere twice (Lowe, "Testing for Linearizability", 2017).
+// search is the algorithm of Wing and Gong, "Testing and Verifying Concurrent Objects", 1993, with
+// a memory of the states that it has been in (Lowe, "Testing for Linearizability", 2017).
 func search(history []Operation, final []string) error {
 	s := searched{been: map[string]bool{}}
 
-	// What the list holds in the end is a last Get, which begins when all others are over.
+	// The final values are the answer to a last Get, which begins when all others are over.
 	s.operations = append(slices.Clone(history), Operation{Request: Request{Verb: "Get"},
 		N: len(final), Got: final, Invoked: math.MaxInt64 - 1, Answered: math.MaxInt64})
 	slices.SortFunc(s.operations, func(a, b Operation) int {
@@ -73,22 +73,22 @@ func search(history []Operation, final []string) error {
 	return nil
 }
 
-// explain tells whether an order of the operations that are not done yet explains them, if the list
-// is this. None of them is before first.
+// explain reports whether some order of the operations that are not done yet explains their
+// answers, starting with this list. All operations before first are done.
 func (s *searched) explain(first int, list []string) bool {
 	for first < len(s.done) && s.done[first] != 0 {
 		first++
 	}
 	s.furthest = max(s.furthest, first)
 
-	// From the same place with the same list the search finds nothing that it has not found.
+	// In a state that it has been in, the search would fail again.
 	place := fmt.Sprint(first) + string(s.done[first:]) + strings.Join(list, "\n")
 	if s.steps++; s.been[place] || s.steps > mostSteps {
 		return s.steps > mostSteps
 	}
 	s.been[place] = true
 
-	// The next is one that had begun before any other of them was answered.
+	// The next operation is one that began before any of the others was answered.
 	soonest, owed := int64(math.MaxInt64), false
 	for i := first; i < len(s.done) && s.operations[i].Invoked < soonest; i++ {
 		if at := s.operations[i].Answered; s.done[i] == 0 && at > 0 {
@@ -96,7 +96,7 @@ func (s *searched) explain(first int, list []string) bool {
 		}
 	}
 
-	// What is left was never answered, and so need not have been run.
+	// The remaining operations were never answered, so they need not have been run.
 	if !owed {
 		return true
 	}
@@ -112,7 +112,7 @@ func (s *searched) explain(first int, list []string) bool {
 			continue
 		}
 
-		// One that does not lead to the end is taken back, and the next is tried.
+		// If this one does not lead to the end, it is taken back and the next one is tried.
 		s.done[i] = 1
 		if s.explain(first, after) {
 			return true
@@ -122,7 +122,8 @@ func (s *searched) explain(first int, list []string) bool {
 	return failure > 0 && s.fail(failure, first, list)
 }
 
-// fail is explain where the power fails now: what it may take back, and has no place yet, has none.
+// fail is explain if the power fails now: the operations that it may undo, and that have no place
+// yet, get none.
 func (s *searched) fail(failure, first int, list []string) bool {
 	before := slices.Clone(s.done)
 	for i, o := range s.operations {
@@ -136,17 +137,18 @@ func (s *searched) fail(failure, first int, list []string) bool {
 	return found
 }
 
-// event is the beginning or the end of an operation of a history of Puts and Gets.
+// event is the beginning or the end of an operation in a history of Puts and Gets.
 type event struct {
 	time  int64
-	place int // of a Put in the final list, of a Get behind the last value that it saw
+	place int // of a Put: in the final list, from 1; of a Get: how many values it saw
 	put   bool
 	begin bool
 }
 
-// checkAppends is CheckLinearizable for any number of Puts of unique values, and Gets. Such a list
-// names the order of its Puts itself, and a Get's length its place among them, so the check is
-// exact and needs no search (the idea of Elle's list-append: Kingsbury and Alvaro, VLDB 2020).
+// checkAppends is CheckLinearizable for Puts of unique values and Gets, any number of them. The
+// final list itself shows the order of the Puts, and the length of a Get its place among them, so
+// the check is exact and needs no search (the idea is that of Elle's list-append: Kingsbury and
+// Alvaro, VLDB 2020).
 func checkAppends(history []Operation, final []string) error {
 	place := map[string]int{}
 	for i, v := range final {
@@ -157,10 +159,11 @@ func checkAppends(history []Operation, final []string) error {
 		place[v] = i + 1
 	}
 
-	// Each operation has its place, but for a Put that is not there, and a Get that saw nothing.
+	// Every operation has a place, except a Put that is not in the list and a Get without an
+	// answer.
 	var events []event
 	for _, o := range history {
-		// What may have been taken back counts as what was never answered.
+		// An operation that may have been undone counts as never answered.
 		if o.Failure > 0 {
 			o.Answered = 0
 		}
@@ -187,10 +190,10 @@ func checkAppends(history []Operation, final []string) error {
 	return checkPlaces(events)
 }
 
-// checkPlaces wants, in the order of invocation, that an operation's place is not before that of
-// any operation that was answered before.
+// checkPlaces wants that the place of an operation is not before that of any operation that was
+// answered before it was invoked.
 func checkPlaces(events []event) error {
-	most := 0 // Puts that everybody invoked from now on must see
+	most := 0 // number of Puts that every operation invoked from now on must see
 	begun := map[int]bool{}
 
 	for _, e := range events {
@@ -204,7 +207,7 @@ func checkPlaces(events []event) error {
 			return fmt.Errorf("a Get sees %d Puts, but %d were answered or seen before", e.place, most)
 
 		case !e.begin:
-			// The answer showed all Puts up to this place, so all of them must have begun.
+			// The answer shows all Puts up to this place, so all of them must have begun.
 			for p := e.place; p > most; p-- {
 				if !begun[p] {
 					return fmt.Errorf("Put %d was seen before it was invoked", p)
