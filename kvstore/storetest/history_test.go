@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// Ensure that the checkers find what they are for, and that of Puts and Gets both say the same.
+// Ensure that the checkers find the faults that they are for, and that both agree about Puts and
+// Gets.
 func TestLinearizable(t *testing.T) {
 	request := func(verb, old, new string, n int, from, to int64, got ...string) Operation {
 		return Operation{Request{Verb: verb, Old: old, New: new}, n, got, from, to, 0}
@@ -59,7 +60,7 @@ func TestLinearizable(t *testing.T) {
 		"taken twice":   {history{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
 		"not the first": {history{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")}, "a", false},
 		"lost":          {history{put("a", 1, 2), take(3, 4)}, "", false},
-		// From its end on, where it began to wait before.
+		// A Take that waited in vain begins when its wait ends.
 		"a waiter forgotten":   {history{put("a", 1, 2), take(3, 4)}, "a", false},
 		"taken, and not known": {history{put("a", 1, 2), take(3, 0)}, "", true},
 		"not taken, nor known": {history{put("a", 1, 2), take(3, 0)}, "a", true},
