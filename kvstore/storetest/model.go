@@ -8,17 +8,17 @@ import (
 	"strings"
 )
 
-// Model is a Store that does what every store must do, in as few words as possible: the
-// specification. Lists are not changed in place, so it may hand them out.
+// Model is a Store that does what every store must do, in as few lines as possible: it is the
+// specification. It never changes a list in place, so it may hand lists out.
 type Model struct {
 	lists map[string][]string
-	ends  map[string]int64 // of keys that have a deadline
+	ends  map[string]int64 // the deadlines of keys that have one
 }
 
-// NewModel returns an empty one.
+// NewModel returns an empty Model.
 func NewModel() Model { return Model{map[string][]string{}, map[string]int64{}} }
 
-// Clone returns a copy of m that changes of m leave alone.
+// Clone returns a copy of m that later changes of m do not affect.
 func (m Model) Clone() Model {
 	c := Model{map[string][]string{}, maps.Clone(m.ends)}
 
@@ -39,7 +39,7 @@ func (m Model) Delete(key string) (removed int) {
 }
 
 func (m Model) Update(key, oldValue, newValue string) (replaced bool) {
-	// A value that was not there is put there all the same.
+	// Update adds the new value even if the old one is not there.
 	replaced = m.cut(key, oldValue)
 	m.Put(key, newValue)
 	return replaced
@@ -52,7 +52,7 @@ func (m Model) Set(key, value string) (removed int) {
 }
 
 func (m Model) Remove(key, value string) (removed bool) {
-	// A key without values is no key, and its deadline goes with it.
+	// A key without values does not exist, and has no deadline.
 	removed = m.cut(key, value)
 	if m.Count(key) == 0 {
 		m.Delete(key)
@@ -60,11 +60,11 @@ func (m Model) Remove(key, value string) (removed bool) {
 	return removed
 }
 
-// cut takes the first such value out of key's list.
+// cut removes the first value of key's list that is equal to value.
 func (m Model) cut(key, value string) (found bool) {
 	i := slices.Index(m.lists[key], value)
 	if i >= 0 {
-		// The list is copied, because a Get may have handed it out.
+		// The list is copied because a Get may have handed it out.
 		m.lists[key] = slices.Delete(slices.Clone(m.lists[key]), i, i+1)
 	}
 	return i >= 0
@@ -102,7 +102,7 @@ func (m Model) Deadline(key string) (at int64, ok bool) {
 
 func (m Model) NextDue(now int64) (key string, ok bool) {
 	for k, at := range m.ends {
-		// Of several with the same deadline any may be the first.
+		// Of several keys with the same deadline any may be the first.
 		if at <= now && (!ok || at < m.ends[key]) {
 			key, ok = k, true
 		}
@@ -133,10 +133,10 @@ func (m Model) Reclaim() int64                     { return 0 }
 func (m Model) TouchPays() bool                    { return false }
 func (m Model) Touch([]string)                     {}
 
-// Equal tells whether a store, or a snapshot, holds what m does.
+// Equal reports whether a store, or a snapshot, holds what m does.
 func (m Model) Equal(s kvstore.Snapshot) bool { return Same(m, s) }
 
-// Same tells whether two stores, or snapshots, hold the same.
+// Same reports whether two stores, or snapshots, hold the same.
 func Same(a, b kvstore.Snapshot) bool {
 	keys := 0
 	for key, list := range a.All() {
@@ -147,7 +147,7 @@ func Same(a, b kvstore.Snapshot) bool {
 		}
 	}
 
-	// The loop cannot see a key that only b has, but the number of keys tells.
+	// The loop above misses a key that only b has, but the number of keys shows it.
 	for range b.All() {
 		keys--
 	}
