@@ -9,14 +9,13 @@ import (
 	"kvserver/kvstore"
 )
 
-// Request is a request about one list, as the protocol has it.
+// Request is a request about one list, with the fields of the protocol.
 type Request struct {
 	Verb, Old, New string
-	Seconds        int // for which a Take waits
+	Seconds        int // how long a Take waits; 0: not at all
 }
 
-// Do does what q asks to a list of a store, and returns what is answered: the n of ":OK n", and
-// values.
+// Do runs q on the list of key, and returns the answer: the n of ":OK n", and values.
 func (q Request) Do(store kvstore.Store, key string) (n int, got []string) {
 	switch q.Verb {
 	case "Put":
@@ -31,7 +30,7 @@ func (q Request) Do(store kvstore.Store, key string) (n int, got []string) {
 	case "Update":
 		return once(store.Update(key, q.Old, q.New)), nil
 	case "Swap":
-		// An Update puts the new value there where it finds no old one; a Swap does not.
+		// Where the old value is not there, an Update adds the new one; a Swap does not.
 		return once(store.Has(key, q.Old) && store.Update(key, q.Old, q.New)), nil
 
 	case "Add":
@@ -58,7 +57,7 @@ func (q Request) Do(store kvstore.Store, key string) (n int, got []string) {
 	panic(fmt.Sprintf("no list is asked for %q", q.Verb))
 }
 
-// once returns how often a thing was done that was done or not.
+// once returns 1 for a thing that was done, else 0.
 func once(done bool) int {
 	if done {
 		return 1
@@ -66,20 +65,20 @@ func once(done bool) int {
 	return 0
 }
 
-// After returns what a list is after q, and what is answered.
+// After returns what a list becomes by q, and the answer.
 func (q Request) After(list []string) (after []string, n int, got []string) {
 	m := NewModel()
 	if len(list) > 0 {
-		// The list is clipped, so that what is put behind it leaves the caller's alone.
+		// The list is clipped, so that an append does not write into the caller's array.
 		m.lists[""] = slices.Clip(list)
 	}
 	n, got = q.Do(m, "")
 	return m.Get(""), n, got
 }
 
-// Line returns the request as it is sent.
+// Line returns the line that a client sends for q.
 func (q Request) Line(key string) string {
-	// A request has fewer fields than this: those that it lacks are empty here.
+	// No request has all of these fields; those that it lacks are empty.
 	fields := slices.DeleteFunc([]string{q.Verb, key, q.Old, q.New},
 		func(s string) bool { return s == "" })
 	if q.Seconds > 0 {
