@@ -8,10 +8,10 @@ import (
 	"sync"
 )
 
-// Next returns which of many cases that are much alike a test tries behind case n: one in so many,
-// drawn at random, but the same ones each time. With the race detector, under which all takes ten
-// times as long, it is a quarter of these. Where KVSTORE_STEPS is set, as in .ci/run, it is every
-// case.
+// Next returns the case that a test tries after case n, where many cases are much alike: on average
+// one in so many is tried, drawn at random but the same ones in each run. With the race detector,
+// which makes everything ten times slower, it is a quarter of these. With KVSTORE_STEPS set, as in
+// .ci/run, every case is tried.
 func Next(n, of int) int {
 	if os.Getenv("KVSTORE_STEPS") != "" {
 		return n + 1
@@ -23,7 +23,7 @@ func Next(n, of int) int {
 	return n + 1 + rand.New(rand.NewPCG(uint64(n), uint64(of))).IntN(2*of-1)
 }
 
-// IsRace tells whether the race detector is on.
+// IsRace reports whether the race detector is on.
 var IsRace = sync.OnceValue(func() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
