@@ -20,7 +20,7 @@ type Step struct {
 	At                int64
 }
 
-// operations are what can be done to a store, each with what it returns.
+// operations are the operations on a store, each with what it returns.
 var operations = map[string]func(s kvstore.Store, x Step) []any{
 	"Put":    func(s kvstore.Store, x Step) []any { s.Put(x.Key, x.Value); return nil },
 	"Delete": func(s kvstore.Store, x Step) []any { return []any{s.Delete(x.Key)} },
@@ -42,24 +42,25 @@ var operations = map[string]func(s kvstore.Store, x Step) []any{
 		return []any{at, ok, s.Expiring()}
 	},
 	"NextDue": func(s kvstore.Store, x Step) []any {
-		key, ok := s.NextDue(x.At) // which one, of several that go at that time, is the store's
+		key, ok := s.NextDue(x.At) // which one of several that are due is up to the store
 		at, _ := s.Deadline(key)
 		return []any{ok, ok && at <= x.At, at}
 	},
 }
 
-// Those that are drawn, as often as they are there, and of these those with deadlines.
+// The operations that draw chooses from, with their frequencies; timed are those with deadlines.
 var (
 	usual = strings.Fields("Put Put Put Update Update Remove Delete Set Take look look")
 	timed = strings.Fields("Expire Expire PutUntil Deadline NextDue")
 )
 
-// Do does x to store and to m, and reports where they differ. The memory of what the store is given
-// is used for something else then, as the server's is.
+// Do does x to store and to m, and reports a difference. The memory of the strings that the store
+// was given is overwritten afterwards, as the server reuses its own.
 func (x Step) Do(t *testing.T, store kvstore.Store, m Model) {
 	t.Helper()
 
-	// A store that keeps a string without copying it is found out: its memory is overwritten below.
+	// The strings share memory that is overwritten below, to detect a store that keeps them
+	// uncopied.
 	lent, memory := x, []byte(x.Key+x.Value+x.Other)
 	all := unsafe.String(unsafe.SliceData(memory), len(memory))
 	lent.Key, all = all[:len(x.Key)], all[len(x.Key):]
@@ -76,28 +77,28 @@ func (x Step) Do(t *testing.T, store kvstore.Store, m Model) {
 	}
 }
 
-// RandomStep does one random thing to store and to m, reports where they differ, and returns what
-// it has done. Keys are few, and all is short.
+// RandomStep does one random thing to store and to m, and reports a difference. There are few keys,
+// and all strings are short.
 func RandomStep(t *testing.T, random *rand.Rand, store kvstore.Store, m Model) {
 	t.Helper()
-	// There are few values, so that an Update or a Remove finds one now and then.
+	// There are few values, so that an Update or a Remove sometimes finds one.
 	value := func() string { return strings.Repeat(string(rune('a'+random.IntN(3))), random.IntN(4)) }
 	draw(random, timed, fmt.Sprint("key", random.IntN(20)), value).Do(t, store, m)
 }
 
-// draw draws what to do with key: what is usual, or one of others.
+// draw draws an operation on key from the usual ones and others.
 func draw(random *rand.Rand, others []string, key string, value func() string) Step {
 	op := random.IntN(len(usual) + len(others))
 	name := slices.Concat(usual, others)[op]
 
-	// There are few times, so that several keys have the same one; 0 is none.
+	// There are few times, so that several keys have the same one; 0 means none.
 	return Step{name, key, value(), value(), random.Int64N(5) * 1_000_000_000_000}
 }
 
-// TestStore reports where the stores that open makes, one after the other and each empty, do not
-// what Model does, with keys and values of any size, and what they do to memory that they have
-// handed out, or were given. A store may keep no deadlines, have no Snapshots, and not know its
-// Size.
+// TestStore opens several stores, each of which must be empty, and reports where they behave
+// differently from Model, with keys and values of any size, and where they change memory that they
+// have handed out or keep memory that they were given. A store need not keep deadlines, make
+// Snapshots or know its Size.
 func TestStore(t *testing.T, open func() kvstore.Store) {
 	t.Helper()
 	for seed := 0; seed < 10; seed = Next(seed, 2) {
@@ -105,7 +106,7 @@ func TestStore(t *testing.T, open func() kvstore.Store) {
 	}
 }
 
-// handedOut is a list that a store has handed out, and a copy of what it was then.
+// handedOut is a list that a store has handed out, and a copy made at that time.
 type handedOut struct{ list, copy []string }
 
 // taken is a snapshot, and what it should hold.
@@ -114,8 +115,8 @@ type taken struct {
 	m        Model
 }
 
-// timedFor returns the operations with deadlines, or nothing if store keeps none. It leaves store
-// without its key "key".
+// timedFor returns the operations with deadlines, or nil if store keeps none. It removes the key
+// "key" from store.
 func timedFor(store kvstore.Store) []string {
 	store.PutUntil("key", "value", 1)
 	_, ok := store.Deadline("key")
@@ -132,7 +133,7 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	t.Helper()
 	others := timedFor(store)
 
-	// Some sizes are about ViewMost, behind which Memory keeps a list in another way.
+	// Some sizes are near ViewMost, because Memory keeps lists above it in another way.
 	value := func() string {
 		sizes := []int{0, 1, 1, 2, 40, 130, 300, kvstore.ViewMost - 8, kvstore.ViewMost, 6000}
 		return strings.Repeat(string(rune('a'+random.IntN(3))), sizes[random.IntN(len(sizes))])
@@ -161,12 +162,12 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 			lists = append(lists, handedOut{store.View(nil, key), slices.Clone(m.Get(key))})
 		case 4:
 			if s := store.Snapshot(); s != nil {
-				// A few snapshots live at a time, while the store changes under them.
+				// Up to three snapshots live at a time, while the store changes under them.
 				snapshots = append(snapshots, taken{s, m.Clone()})
 				snapshots = snapshots[max(0, len(snapshots)-3):]
 			}
 
-		// What the server does with a key whose time has come is a Delete.
+		// The server deletes a key that is due.
 		case 5:
 			if due, ok := store.NextDue(x.At); ok {
 				Step{Op: "Delete", Key: due}.Do(t, store, m)
@@ -187,8 +188,7 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	checkLists(t, lists)
 }
 
-// checkLists wants that lists which a store has handed out are what they were, whatever it has done
-// since.
+// checkLists wants that lists which a store has handed out have not changed since.
 func checkLists(t *testing.T, lists []handedOut) {
 	t.Helper()
 	for _, h := range lists {
@@ -198,14 +198,14 @@ func checkLists(t *testing.T, lists []handedOut) {
 	}
 }
 
-// CheckSame reports where all of store differs from m.
+// CheckSame reports where store differs from m, looking at every key of m and at Size and Snapshot.
 func CheckSame(t *testing.T, store kvstore.Store, m Model) {
 	t.Helper()
 	for key := range m.lists {
 		Step{Op: "look", Key: key}.Do(t, store, m)
 	}
 
-	// A store that does not know its size says -1.
+	// A store that does not know its size returns -1.
 	keys, values, bytes := store.Size()
 	if k, v, b := m.Size(); keys >= 0 && (keys != k || values != v || bytes != b) {
 		t.Fatalf("Size() = %d, %d, %d, want %d, %d, %d", keys, values, bytes, k, v, b)
@@ -228,11 +228,11 @@ func CheckSnapshot(t *testing.T, s kvstore.Snapshot, m Model) {
 	}
 }
 
-// History is what a script has done to a store: what the last Commit that
-// returned nil covers, and what the next would have.
+// History is what a script has done to a store: Told is what the last Commit without an error
+// covers, and Done what the next one would cover.
 type History struct{ Told, Done Model }
 
-// NewHistory returns one of a store in which nothing was done.
+// NewHistory returns the History of an empty store.
 func NewHistory() *History { return &History{NewModel(), NewModel()} }
 
 // Compacting is a Store that compacts its log in the background.
@@ -241,7 +241,8 @@ type Compacting interface {
 	AwaitCompaction()
 }
 
-// Script does the same things to a store each time, until one fails.
+// Script does the same random things to a store in each run, and ends at the first error of a
+// Commit.
 func Script(t *testing.T, d Compacting, h *History) error {
 	random := rand.New(rand.NewPCG(7, 7))
 	for range 60 {
@@ -256,7 +257,8 @@ func Script(t *testing.T, d Compacting, h *History) error {
 		// From here on nothing of this may be lost.
 		h.Told = h.Done.Clone()
 
-		// A compaction makes calls of its own: only with this their order is always the same.
+		// A compaction makes calls of its own: unless each is awaited, their order differs between
+		// runs.
 		d.AwaitCompaction()
 	}
 	return nil
