@@ -19,21 +19,21 @@ type visitor struct {
 	id     string
 	random *rand.Rand
 	conn   HalfConn
-	raw    *Conn // below TLS
+	raw    *Conn // the client's side below TLS
 	theirs *Conn // the server's side
 	r      *bufio.Reader
 	calm   bool // its network neither stalls nor breaks
-	plain  bool // it does not speak TLS, whatever the server does
-	junk   int  // lines that it may send after a Quit: none where they would take over a second
+	plain  bool // it speaks no TLS, whatever the server does
+	junk   int  // lines that it may send after a Quit: none if they would take over a second
 }
 
-// kind is what a client does.
+// kind is a kind of client.
 type kind struct {
 	name string
 	do   func(*visitor)
 	calm bool // it needs a network that neither stalls nor breaks
 
-	little bool // it leaves little in the store
+	little bool // it leaves little data in the store
 }
 
 var kinds = []kind{
@@ -56,7 +56,8 @@ var kinds = []kind{
 
 // visit starts a client.
 func (p *process) visit(all *sync.WaitGroup, kind kind) {
-	// A client has random numbers of its own, and what it does depends on no turn of others.
+	// A client has a source of random numbers of its own, so that it does not depend on other
+	// clients.
 	number := p.id()
 	r := rand.New(rand.NewPCG(p.seed, uint64(number)))
 	v := &visitor{process: p, id: fmt.Sprint("c", number), random: r,
@@ -75,15 +76,15 @@ func (p *process) visit(all *sync.WaitGroup, kind kind) {
 	})
 }
 
-// drawWires draws what the network does with what the client sends, and with the replies.
+// drawWires draws what the network does with the client's bytes, and with the replies.
 func (v *visitor) drawWires() (out, back wire) {
 	r := v.random
 
-	// Bytes are cut, late, and may stop.
+	// Bytes are cut, come late, and may stop.
 	out = wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
 		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
 
-	// A wire that carries three bytes at a time is not late as well: that would take minutes.
+	// A wire that carries three bytes at a time is never late as well: that would take minutes.
 	if out.piece > 3 {
 		out.late = Pick(r, 0, time.Millisecond, 30*time.Millisecond)
 	}
@@ -92,28 +93,28 @@ func (v *visitor) drawWires() (out, back wire) {
 		v.junk = r.IntN(20_000)
 	}
 
-	// What a calm network did not do is the server's doing.
+	// On a calm network every fault is the server's.
 	if !v.calm {
 		out.stall = Pick(r, 0, Between(r, 0, 10*time.Second))
 		out.cut = Pick(r, 0, 0, 1+r.IntN(20*kilo))
 	}
 
-	// Replies are up to 12 MB, which would take too long in pieces of three bytes.
+	// Replies have up to 12 MB, which would take too long in pieces of three bytes.
 	back = out
 	back.random, back.piece = rand.New(rand.NewPCG(r.Uint64(), 2)), max(out.piece, 4*kilo)
 
-	// Without this the network itself would be slower than a client that reads steadily.
+	// Otherwise the network itself would be slower than a client that reads steadily.
 	if v.calm {
 		back.late = min(back.late, 5*time.Millisecond)
 	}
 	return out, back
 }
 
-// dial connects, and tells whether it could.
+// dial connects, and reports whether it could.
 func (v *visitor) dial() bool {
 	r := v.random
 
-	// Where the network holds little of a reply, the server feels at once that its reader is slow.
+	// If the network holds little of a reply, the server notices at once that its reader is slow.
 	size := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo)
 	ours, near := Pipe(StreamSize, size)
 
@@ -129,7 +130,7 @@ func (v *visitor) dial() bool {
 
 	out, back := v.drawWires()
 
-	// A process that was killed takes nobody.
+	// A process that was killed accepts nobody.
 	v.process.mu.Lock()
 	dead := v.after != nil
 	if !dead {
@@ -150,7 +151,7 @@ func (v *visitor) dial() bool {
 	return true
 }
 
-// reply reads a reply of an acked request: its data lines, and the line that ends it.
+// reply reads the reply to a request in Ack mode: its data lines, and the line that ends it.
 func (v *visitor) reply() (lines []string, last string, err error) {
 	lines, last, err = readReply(v.r)
 	if v.mute && strings.Contains(last, "memory is full") {
@@ -167,7 +168,7 @@ func readReply(r *bufio.Reader) (lines []string, last string, err error) {
 		}
 		line = strings.TrimSuffix(line, "\n")
 
-		// Lines of Keys and Dump begin with a colon as well, but a space follows it.
+		// Lines of Keys and Dump begin with a colon as well, but with a space after it.
 		if line[0] == ':' && !strings.HasPrefix(line, ": ") {
 			return lines, line, nil
 		}
@@ -175,14 +176,14 @@ func readReply(r *bufio.Reader) (lines []string, last string, err error) {
 	}
 }
 
-// hello begins Ack mode. It is false if the server is full, or gone.
+// hello begins Ack mode. It returns false if the server is full or has gone.
 func (v *visitor) hello() bool {
 	io.WriteString(v.conn, "Ack\n")
 	_, last, err := v.reply()
 	return err == nil && last == ":OK 0"
 }
 
-// also returns another client of the same kind of network, which has said hello.
+// also returns another client, on a calm network, that has said hello.
 func (v *visitor) also() (other *visitor, ok bool) {
 	other = &visitor{process: v.process, id: fmt.Sprint("c", v.world.id()), random: v.random,
 		calm: true}
@@ -195,28 +196,29 @@ func (v *visitor) also() (other *visitor, ok bool) {
 	return other, ok
 }
 
-// ask asks for one thing that has no data, and returns the end of the reply; ok is false where it
-// was refused, or the connection has ended.
+// ask sends a request whose reply has no data, and returns the line that ends the reply. ok is
+// false if the request was refused or the connection has ended.
 func (v *visitor) ask(request string) (last string, ok bool) {
 	io.WriteString(v.conn, request+"\n")
 	_, last, err := v.reply()
 	return last, err == nil && !strings.HasPrefix(last, ":ERROR")
 }
 
-// value makes a value that nobody has sent before, of so many bytes and some more.
+// value returns a value that nobody has sent before, of so many bytes and some more.
 func (v *visitor) value(i, bytes int) string {
 	bytes += Pick(v.random, 0, 0, 10, 300, 1500)
 	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", bytes)
 
-	// It is noted before it is sent, for a backup may hold it before its sender has an answer.
+	// The value is noted before it is sent, because a backup may hold it before its sender has an
+	// answer.
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	v.sent[text] = true
 	return text
 }
 
-// ping asks now and then and wants an answer soon: its waits are those of the disk and
-// of the process alone.
+// ping asks now and then, and must get an answer soon: it waits only for the disk and for pauses of
+// the process.
 func (v *visitor) ping() {
 	for i := range 40 {
 		asked := time.Now()
@@ -238,7 +240,7 @@ func (v *visitor) ping() {
 	}
 }
 
-// removeMany has others remove from long lists, and pings beside them.
+// removeMany has other clients remove from long lists, and pings beside them.
 func (v *visitor) removeMany() {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -266,14 +268,14 @@ func (v *visitor) removeMany() {
 	v.ping()
 }
 
-// mayBeRefused tells whether the server may end a connection that has asked for nothing yet.
+// mayBeRefused reports whether the server may end a connection that has not asked for anything yet.
 func (v *visitor) mayBeRefused() bool {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
 	return isClosed(v.closing) || isClosed(v.killed) || v.failed || v.stalled > 0
 }
 
-// list asks for lists of all there is, and for one that has n lines.
+// list asks for lists of all keys, and for the list known, which must have n lines.
 func (v *visitor) list(known string, n int) {
 	acked := Chance(v.random, 2)
 	if acked && !v.hello() {
@@ -285,7 +287,7 @@ func (v *visitor) list(known string, n int) {
 		asked := time.Now()
 		io.WriteString(v.conn, what+"\n")
 
-		// Some go before the answer has come.
+		// Some leave before the answer has come.
 		if Chance(v.random, 6) {
 			Wait(Between(v.random, 0, 5*time.Second))
 			return
@@ -305,12 +307,12 @@ func (v *visitor) list(known string, n int) {
 			v.fail("%s: lines are in no order", what)
 		}
 
-		// A list that nobody reads must not keep others from theirs.
+		// A list that nobody reads must not keep other clients from theirs.
 		if took := time.Since(asked); v.calm && took > 20*time.Second+2*v.slack() {
 			v.fail("%s takes %v", what, took)
 		}
 
-		// Only what was sent, and not refused, may be there.
+		// A value may be there only if it was sent, and was not refused.
 		for _, line := range lines {
 			if f := strings.SplitN(line, ":", 4); what == "Dump" && len(f) == 4 && f[1] == " Put" {
 				v.known(f[2], f[3])
@@ -319,7 +321,7 @@ func (v *visitor) list(known string, n int) {
 	}
 }
 
-// listMany is several that ask for lists at the same time, of many keys.
+// listMany has several clients ask for lists of many keys at the same time.
 func (v *visitor) listMany() {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -340,7 +342,7 @@ func (v *visitor) listMany() {
 	}
 }
 
-// listBeside has another client list beside v, as one of all.
+// listBeside has another client of the group all ask for lists beside v.
 func (v *visitor) listBeside(all *sync.WaitGroup, known string, n int) (ok bool) {
 	other, ok := v.also()
 	if !ok {
@@ -356,8 +358,8 @@ func (v *visitor) listBeside(all *sync.WaitGroup, known string, n int) (ok bool)
 	return true
 }
 
-// silence is many that connect to a server that speaks TLS, and say nothing, or no more than how a
-// hello begins, and beside them one that speaks: they hold nobody's place, and keep nobody out.
+// silence has many clients connect to a server that speaks TLS and send nothing, or only the
+// beginning of a hello. Beside them one client after the other speaks, and must get in.
 func (v *visitor) silence() {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -372,7 +374,8 @@ func (v *visitor) silence() {
 			return
 		}
 
-		// Even an honest one gives its place up where all others have spoken, so it tries again.
+		// An honest client may lose its place to others that have spoken as well, so it tries
+		// again.
 		io.WriteString(other.conn, "Ping\n")
 		_, _, err := other.reply()
 		other.conn.Close()
@@ -385,7 +388,7 @@ func (v *visitor) silence() {
 	}
 }
 
-// connectMany connects again and again, and says next to nothing.
+// connectMany connects again and again, and sends next to nothing.
 func (v *visitor) connectMany() {
 	for range 100 {
 		other := &visitor{process: v.process, random: v.random, plain: true}
@@ -393,7 +396,7 @@ func (v *visitor) connectMany() {
 			return
 		}
 
-		// Each stays open until the last has come, so that there are many at a time.
+		// Each connection stays open until the last one is made, so that there are many at a time.
 		defer other.conn.Close()
 		if Chance(v.random, 20) {
 			io.WriteString(other.conn, "\x16\x03\x01\x02\x00\x01")
@@ -402,14 +405,14 @@ func (v *visitor) connectMany() {
 	}
 }
 
-// dribble sends a line of which each byte comes in good time, and the whole does not.
+// dribble sends a line whose bytes come in time, but whose end does not.
 func (v *visitor) dribble() {
 	for began := time.Now(); ; {
 		if _, err := io.WriteString(v.conn, "x"); err != nil {
 			return
 		}
 
-		// The server counts it in ticks of a second, and each may come late.
+		// The server counts in ticks of a second, and each tick may come late.
 		most := lineTime + lineTime/time.Second*v.late + 20*time.Second + v.slack()
 		if took := time.Since(began); took > most {
 			v.fail("%s dribbles a line for %v", v.id, took)
@@ -419,16 +422,16 @@ func (v *visitor) dribble() {
 	}
 }
 
-// garbage sends what is no request. None of it may be run.
+// garbage sends lines that are no requests. Nothing of them may be run.
 func (v *visitor) garbage() {
 	r := v.random
 
-	// This value is in nobody's notes, so a store that holds it is found out.
+	// Nobody notes this value as sent, so a store that holds it is found out.
 	evil := strings.Repeat("Put:shared0:evil\n", 3)
 
 	what := r.IntN(8)
 
-	// Inside of TLS a record's first bytes are one bad line, and good ones follow it.
+	// Inside TLS the first bytes of a record are just a bad line, and good lines may follow it.
 	if what == 1 && v.settings.TLS != nil && !v.plain {
 		what = 0
 	}
@@ -437,16 +440,16 @@ func (v *visitor) garbage() {
 	case 0:
 		v.conn.Write(junk(r))
 
-	// A TLS record begins so: the good lines behind it must not be run.
+	// A TLS record begins like this: the good lines after it must not be run.
 	case 1:
 		io.WriteString(v.conn, "\x16\x03\x01\n"+evil)
 
-	// A web page can have a browser send this: the lines behind the head must not be run.
+	// A web page can make a browser send this: the lines after the head must not be run.
 	case 2:
 		io.WriteString(v.conn, Pick(r, "GET / HTTP/1.1",
 			"POST /"+strings.Repeat("a", 2*maxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
 
-	// A line longer than any may be is skipped, and not run in parts.
+	// A line that is too long is skipped, and not run in parts.
 	case 3:
 		for range 5 {
 			if _, err := io.WriteString(v.conn,
@@ -455,7 +458,7 @@ func (v *visitor) garbage() {
 			}
 		}
 
-	// A line without its end may be the half of a longer one.
+	// A line without its end may be the first half of a longer one.
 	case 4:
 		v.conn.Write([]byte("Put:shared0:evil"))
 		v.conn.CloseWrite()
@@ -463,7 +466,7 @@ func (v *visitor) garbage() {
 		v.dribble()
 		return
 
-	// A client of Redis begins so: lines behind it must not be run, as behind a browser's.
+	// A client of Redis begins like this: the lines after it must not be run.
 	case 6:
 		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
 	case 7: // a long line that does not end, and waits for its turn beside others
@@ -479,7 +482,7 @@ func (v *visitor) garbage() {
 	}
 }
 
-// junk is some bytes, without a colon: so they are no request that changes a list.
+// junk returns random bytes without a colon, so that they are no request that changes a list.
 func junk(r *rand.Rand) []byte {
 	b := make([]byte, r.IntN(2000))
 	for i := range b {
