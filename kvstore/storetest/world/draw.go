@@ -7,26 +7,26 @@ import (
 
 const kilo = 1000 // bytes
 
-// Wait lets d of fake time pass. No time at all is no timer: with the race detector Go
-// 1.26 crashes, once in some thousands, where a bubble receives from one that is due.
+// Wait waits for d of fake time. If d is 0 it sets no timer: with the race detector Go 1.26
+// crashes, once in some thousand times, where a bubble receives from a timer that is already due.
 func Wait(d time.Duration) {
 	if d > 0 {
 		<-time.After(d)
 	}
 }
 
-// Chance is true once in n times.
+// Chance is true once in n times on average.
 func Chance(random *rand.Rand, n int) bool { return random.IntN(n) == 0 }
 
-// Between returns a time from least to most.
+// Between returns a random time from least to most.
 func Between(random *rand.Rand, least, most time.Duration) time.Duration {
 	return least + time.Duration(random.Int64N(int64(most-least)+1))
 }
 
-// Pick returns one of what.
+// Pick returns a random element of what.
 func Pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(what))] }
 
-// isClosed tells whether signal is closed.
+// isClosed reports whether signal is closed.
 func isClosed(signal <-chan struct{}) bool {
 	select {
 	case <-signal:
