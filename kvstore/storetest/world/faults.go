@@ -18,7 +18,7 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// rot damages a file of a store that has been on disk for long, in a third of cases.
+// rot damages a file of a store that was left quiet, in a third of cases.
 func (w *world) rot() (rotten bool, mend func()) {
 	r := w.random
 	if !w.quiet || !Chance(r, 3) {
@@ -30,7 +30,7 @@ func (w *world) rot() (rotten bool, mend func()) {
 	f := w.dir.Names[name]
 	isLog := strings.HasSuffix(name, ".log")
 
-	// A log file that is gone must be missed, as one that is damaged must be refused.
+	// The loss of a log file must be noticed, just as its damage.
 	if isLog && Chance(r, 5) {
 		delete(w.dir.Names, name)
 		w.tell("%s is lost", name)
@@ -41,9 +41,9 @@ func (w *world) rot() (rotten bool, mend func()) {
 		return false, nil
 	}
 
-	// One bit, in memory and on the disk.
+	// One bit flips, in memory and on the disk.
 	at, bit := r.IntN(len(f.Data)), byte(1)<<r.IntN(8)
-	if len(f.Disk) != len(f.Data) { // a file that is no part of the store any more
+	if len(f.Disk) != len(f.Data) { // a file that the store no longer uses
 		return false, nil
 	}
 
@@ -60,7 +60,7 @@ func (w *world) rot() (rotten bool, mend func()) {
 }
 
 // repair repairs a copy of what is left into a new directory, perhaps with a failure in the middle,
-// and opens that. db is nil where nothing could be read.
+// and opens the result. db is nil if nothing could be read.
 func (w *world) repair() (r durable.Report, db *durable.Store) {
 	calls, last := 0, Pick(w.random, 0, w.random.IntN(100))
 	out := storetest.New()
@@ -71,7 +71,7 @@ func (w *world) repair() (r durable.Report, db *durable.Store) {
 		return nil
 	}
 
-	// A repair that was killed is begun anew.
+	// A repair that was killed is begun again.
 	r, err := durable.Repair(w.dir.Kill(), out)
 	if last > 0 && err != nil {
 		out = storetest.New()
@@ -79,7 +79,7 @@ func (w *world) repair() (r durable.Report, db *durable.Store) {
 	}
 	out.Before = nil
 
-	// Where nothing could be read there is nothing to open.
+	// If nothing could be read there is nothing to open.
 	if errors.Is(err, durable.ErrNothingRead) {
 		return r, nil
 	}
@@ -93,7 +93,7 @@ func (w *world) repair() (r durable.Report, db *durable.Store) {
 	return r, db
 }
 
-// slowLog is what reads a process's log: slowly, or not at all.
+// slowLog is the reader of a process's log: it may be slow, or gone.
 type slowLog struct {
 	p     *process
 	slow  time.Duration
@@ -101,12 +101,12 @@ type slowLog struct {
 }
 
 func (l *slowLog) Write(line []byte) (int, error) {
-	// The story would be too long with more than warnings and errors.
+	// Only warnings and errors go into the story, which would be too long otherwise.
 	if m := regexp.MustCompile(`level=(WARN|ERROR).*`).Find(line); m != nil {
 		l.p.tell("log: %s", m)
 	}
 
-	// When the process has gone nothing waits any more, or its last lines would take hours.
+	// When the process has ended nothing waits any more; otherwise its last lines would take hours.
 	if l.slow > 0 && !isClosed(l.p.gone) {
 		select {
 		case <-time.After(l.slow):
@@ -121,9 +121,8 @@ func (l *slowLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// operate is what happens to the process beside its clients: pauses, backups, checks,
-// and its counters are asked for. It runs until the process has ended, or for some
-// seconds.
+// operate does to the process what an operator or a machine does: pauses, backups, checks,
+// questions. It returns when the process has ended, or after up to four events.
 func (p *process) operate() {
 	r := rand.New(rand.NewPCG(p.seed, uint64(p.began.Nanosecond())+uint64(p.id())<<32))
 	for range r.IntN(5) {
@@ -137,7 +136,7 @@ func (p *process) operate() {
 		case 5:
 			p.tidyUp(r)
 
-		// A directory that has been moved ends what the server can do, so that is rare.
+		// A moved directory ends the server's service, so this is rare.
 		case 4:
 			if Chance(r, 4) {
 				p.move()
@@ -147,7 +146,7 @@ func (p *process) operate() {
 		case 1:
 			p.backup(r)
 
-		// A check only reads, and must not take what is being written for damage.
+		// A check only reads, and must not take data that is being written for damage.
 		case 2:
 			report, err := durable.Check(p.dir)
 			if !p.isDisturbed() && (err != nil || report.Damaged) {
@@ -161,7 +160,7 @@ func (p *process) operate() {
 	}
 }
 
-// pause lets the process stand still, as SIGSTOP does: its calls do not return.
+// pause makes the process stand still, as SIGSTOP does: its calls do not return.
 func (p *process) pause(d time.Duration) {
 	// The pause counts before it begins, so that clients that wait meanwhile allow for it.
 	p.mu.Lock()
@@ -173,32 +172,32 @@ func (p *process) pause(d time.Duration) {
 	p.tell("stands still for %v", d)
 	Wait(d)
 
-	// Calls that wait in gate read this channel before, and go on when it is closed.
+	// Calls that wait in gate have read the channel before; closing it lets them go on.
 	p.mu.Lock()
 	p.paused = nil
 	p.mu.Unlock()
 	close(paused)
 }
 
-// tidyUp removes files of the store, as somebody does who takes them for logs, or empties them, as
-// what rotates logs does, or puts a copy over them. Where nothing else befalls the process they are
-// there again after a request a second later.
+// tidyUp removes files of the store, as somebody does who takes them for old logs, or empties them,
+// as log rotation does, or copies an old backup over them. The server must write them again within
+// seconds if nothing else happens to it.
 func (p *process) tidyUp(r *rand.Rand) {
 	select {
 	case p.tidying <- struct{}{}:
 		defer func() { <-p.tidying }()
-	default: // it ends
+	default: // the process is ending
 		return
 	}
 
-	// Where the disk has failed, or may be full, nobody promises that the files come back.
+	// Nobody promises that files come back if the disk has failed or may be full.
 	p.mu.Lock()
 	if p.failed || p.after != nil || p.dir.Room > 0 {
 		p.mu.Unlock()
 		return
 	}
 
-	// No other fault may keep the server from writing them anew.
+	// No other fault may keep the server from writing the files again.
 	p.plan = plan{}
 	p.mu.Unlock()
 
@@ -217,7 +216,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 	for range 5 {
 		Wait(1100 * time.Millisecond)
 
-		// There may be no client left whose request would have the server look.
+		// There may be no client left whose request would make the server look.
 		p.server.Look()
 
 		report, err := durable.Check(p.dir)
@@ -243,7 +242,7 @@ func (p *process) removeSome(r *rand.Rand) {
 	}
 }
 
-// restore puts a copy of the store that is some time old over it, file by file, as cp does.
+// restore copies a backup over the store, file by file, as cp does.
 func (p *process) restore(r *rand.Rand) {
 	copied := storetest.New()
 	_, err := durable.Backup(p.dir, copied, nil)
@@ -252,7 +251,7 @@ func (p *process) restore(r *rand.Rand) {
 		return
 	}
 
-	// What is written meanwhile is not in the copy.
+	// Data that is written during this wait is not in the backup.
 	Wait(Between(r, 0, 2*time.Second))
 	for _, name := range slices.Sorted(maps.Keys(copied.Names)) {
 		p.tell("somebody puts a copy over %s", name)
@@ -264,7 +263,7 @@ func (p *process) restore(r *rand.Rand) {
 	}
 }
 
-// move puts another directory in the place of the process's, which must find out.
+// move puts another directory in the place of the process's own, which the process must notice.
 func (p *process) move() {
 	p.tell("its directory is moved")
 
@@ -272,7 +271,7 @@ func (p *process) move() {
 	p.dir.Moved = storage.ErrMoved
 	p.dir.Mu.Unlock()
 
-	// From now on writes may fail, and soon they must: checkMoved wants that.
+	// From now on writes may fail, and soon they must: see checkMoved.
 	p.mu.Lock()
 	if !p.failed {
 		p.since = time.Now()
@@ -281,10 +280,10 @@ func (p *process) move() {
 	p.mu.Unlock()
 }
 
-// backup copies the store beside the process, perhaps to a slow place, and looks into the copy. A
-// copy that was broken off is never taken for a store that is empty.
+// backup copies the store beside the process, perhaps to a slow place, and checks the copy. A copy
+// that was broken off must never be taken for an empty store.
 func (p *process) backup(r *rand.Rand) {
-	// What is answered before the copy begins must be in it.
+	// Everything that is answered before the copy begins must be in it.
 	least := p.answered()
 	to, late := storetest.New(), Pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
 
@@ -302,15 +301,15 @@ func (p *process) backup(r *rand.Rand) {
 	to.Before = nil
 	isBroken := err != nil && last > 0 && calls.Load() > last
 	if err != nil && !isBroken {
-		// A disk that has failed may fail the backup as well.
+		// If the disk has failed, the backup may fail as well.
 		if !p.isDisturbed() {
 			p.fail("a backup beside the server: %v", err)
 		}
 		return
 	}
 
-	// Nobody has the copy open any more. STORE comes last: with it the copy is whole, and may be one of
-	// a store without keys.
+	// Nobody has the copy open any more. STORE is written last: if it is there the copy is whole,
+	// even if it has no keys.
 	to = to.Kill()
 	isWhole := to.Names[storage.StoreName] != nil
 	bytes := 0
@@ -325,7 +324,8 @@ func (p *process) backup(r *rand.Rand) {
 		if keys, _, _ = db.Size(); keys > 0 || isWhole {
 			p.checkCopy(db, least)
 		} else if bytes > 1000 {
-			// Of no more than headers a start makes a new store; this copy held data.
+			// A start makes a new store only of files that hold no more than headers; this copy
+			// held data.
 			p.fail("a backup that was broken off is served as an empty store")
 		}
 	case !isBroken:
@@ -333,7 +333,8 @@ func (p *process) backup(r *rand.Rand) {
 	}
 }
 
-// copyTo copies the store, perhaps beside two others: of two to one place one is refused.
+// copyTo copies the store, perhaps while two other backups run: if two go to one place, one must be
+// refused.
 func (p *process) copyTo(to *storetest.Dir, beside bool) error {
 	places := []*storetest.Dir{to}
 	if beside {
@@ -357,7 +358,7 @@ func (p *process) copyTo(to *storetest.Dir, beside bool) error {
 	return errors.Join(errs[0], errs[2])
 }
 
-// answered returns what was put into shared lists, and answered.
+// answered returns the values of answered Puts to shared lists.
 func (w *world) answered() map[string][]string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -365,7 +366,7 @@ func (w *world) answered() map[string][]string {
 	least := map[string][]string{}
 	for key, operations := range w.history {
 		for _, o := range operations {
-			// Nobody removes anything from shared lists, so what was put there stays.
+			// Nobody removes values from shared lists, so they must still be there.
 			if o.Verb == "Put" && o.Answered > 0 && o.Failure == 0 && strings.HasPrefix(key, "shared") {
 				least[key] = append(least[key], o.New)
 			}
