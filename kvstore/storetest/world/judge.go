@@ -10,38 +10,38 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// What is promised, beside what the requests do.
+// What is promised, besides what the requests do.
 const (
-	closeTime  = 3500 * time.Millisecond // Close takes no longer, beside what the disk takes
-	lineTime   = 30 * time.Second        // by when a line that was begun must end
-	goneTime   = time.Second             // a Take of a client that has gone waits no longer
-	expireTime = 100 * time.Millisecond  // a key is there no longer behind its end
-	steadyRate = 256 << 10               // bytes a second: a client that reads them loses nothing
+	closeTime  = 3500 * time.Millisecond // limit of Close, without the time that the disk takes
+	lineTime   = 30 * time.Second        // a line that was begun must end by then
+	goneTime   = time.Second             // limit of a Take whose client has gone
+	expireTime = 100 * time.Millisecond  // a key is gone by then after its deadline
+	steadyRate = 256 << 10               // bytes a second: who reads this fast loses nothing
 	shared     = 8                       // messages of a queue that may hold several replies
 )
 
-// heard is an operation, and when it was answered in fake time.
+// heard is an operation, and the fake time at which it was answered.
 type heard struct {
 	storetest.Operation
 	at time.Time
 }
 
-// checkMoved is called when a write was answered.
+// checkMoved is called when a write was answered: soon after a move of the directory none may be.
 func (p *process) checkMoved() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 
-	// A call that stands still in the disk may have begun before the move.
+	// A call that hangs in the disk may have begun before the move.
 	if most := 2*time.Second + p.stalled + p.plan.stall; !p.moved.IsZero() &&
 		time.Since(p.moved) > most {
 		p.fail("a write is answered %v after the directory was moved", time.Since(p.moved))
 	}
 }
 
-// forget has everybody know that what was answered shortly before may be lost: with a
-// time between two fsyncs a power failure may cost two of it.
+// forget notes which answered operations a power failure now may undo: if fsyncs are a period
+// apart, those of the last two periods.
 func (p *process) forget() {
-	// With an fsync before each answer nothing that was answered can be lost.
+	// With an fsync before each answer no answered operation can be lost.
 	if p.fsync == durable.FsyncAlways {
 		return
 	}
@@ -60,7 +60,7 @@ func (p *process) forget() {
 	}
 }
 
-// look is a client that only reads: what it sees is there from now on, also if nobody was told of it
+// look acts as a client that only reads: what it has seen must stay, even if nobody was told of it
 // before.
 func (p *process) look(db *durable.Store) {
 	w := p.world
@@ -75,7 +75,8 @@ func (p *process) look(db *durable.Store) {
 		lists[key] = db.Get(key)
 	}
 
-	// Values count as seen once a commit has come back, for only then would a client see them.
+	// Values count as seen only once a commit has returned, because a client would not see them
+	// before.
 	if err := db.Commit(); err != nil || p.isDisturbed() {
 		return
 	}
@@ -89,7 +90,7 @@ func (p *process) look(db *durable.Store) {
 	}
 }
 
-// known wants that a value was sent, and not refused.
+// known wants that a value was sent and was not refused.
 func (w *world) known(key, value string) {
 	w.mu.Lock()
 	sent, refused := w.sent[value], w.refused[value]
@@ -100,7 +101,7 @@ func (w *world) known(key, value string) {
 	}
 }
 
-// knownAll is known for all that a store holds.
+// knownAll is known for every value of a store.
 func (w *world) knownAll(db *durable.Store) {
 	for key, list := range db.All() {
 		for _, v := range list {
@@ -109,7 +110,7 @@ func (w *world) knownAll(db *durable.Store) {
 	}
 }
 
-// checkLeft looks at what a process that has ended leaves behind.
+// checkLeft checks what a process that has ended leaves behind.
 func (p *process) checkLeft() {
 	if n := p.dir.Handles; n != 0 {
 		p.fail("%d files are left open", n)
@@ -125,15 +126,14 @@ func (p *process) checkLeft() {
 		p.fail("%s", what)
 	}
 
-	// Clients cannot know of more than was dropped, and of less only where one of them ended
-	// without being told.
+	// Clients cannot know of more dropped replies than there were. They may know of fewer only if
+	// one of them ended without being told.
 	if lost := p.server.Lost(); lost < p.told || lost > p.told && p.unknown == 0 {
 		p.fail("%d replies were dropped, and clients were told of %d", lost, p.told)
 	}
 }
 
-// judge starts the server a last time, with nothing that fails, and looks at what is
-// there.
+// judge starts the store a last time, with no more faults, and checks what is there.
 func (w *world) judge() {
 	w.dir.Before = nil
 	if r, err := durable.Check(w.dir); err != nil || r.Damaged {
@@ -146,7 +146,7 @@ func (w *world) judge() {
 		return
 	}
 
-	// Lists of which each request is known.
+	// Lists of which every request is known.
 	for key, operations := range w.history {
 		var history []storetest.Operation
 		for _, o := range operations {
@@ -157,9 +157,9 @@ func (w *world) judge() {
 		}
 	}
 
-	// Keys that end.
+	// Keys that expire.
 	for key, end := range w.ends {
-		// A deadline may be lost where a power failure may cost what was answered.
+		// Where a power failure may undo answered operations, a deadline may be lost as well.
 		at, goes := db.Deadline(key)
 		if db.Count(key) > 0 && w.fsync == durable.FsyncAlways && (!goes || at > end.UnixMilli()) {
 			w.fail("%s is there, and goes %v at %d, want %d", key, goes, at, end.UnixMilli())
@@ -175,7 +175,7 @@ func (w *world) judge() {
 		w.fail("the last stop: %v", err)
 	}
 
-	// A repair of what is whole makes the same of it. Of an empty store it reads nothing.
+	// A repair of a sound store makes an equal one. An empty store has nothing to read.
 	if r, db := w.repair(); db == nil && keys > 0 || db != nil && (r.Damaged || !storetest.Same(db, held)) {
 		w.fail("a repair of what is whole, %d keys: %v", keys, r.Lines)
 	} else if db != nil {
