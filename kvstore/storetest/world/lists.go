@@ -13,7 +13,7 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// share appends to lists that others append to, and reads them.
+// share appends to lists that other clients append to as well, and reads them.
 func (v *visitor) share() {
 	v.change(60, 8, false, func(value string) (key string, q storetest.Request) {
 		key, q.Verb = fmt.Sprint("shared", v.random.IntN(3)), "Get"
@@ -31,21 +31,21 @@ func (v *visitor) own() {
 			q = storetest.Request{Verb: "Put", New: value}
 		}
 
-		// Nobody else brings what a Take could wait for.
+		// A Take would wait in vain: no other client gives anything to this list.
 		q.Seconds = 0
 		return "own" + v.id, q
 	})
 }
 
-// mix changes lists that others change, in every way.
+// mix changes, in every way, lists that other clients change as well.
 func (v *visitor) mix() {
 	v.change(60, 1, false, func(value string) (key string, q storetest.Request) {
 		return fmt.Sprint("mixed", v.random.IntN(3)), DrawRequest(v.random, value)
 	})
 }
 
-// change asks for what draw draws, one request at a time or up to most, and notes the answers. Where
-// it is alone nobody else asks about the same lists.
+// change sends requests that draw returns, one at a time or up to most at once, and notes the
+// answers. If alone is true, no other client sends requests about the same lists.
 func (v *visitor) change(requests, most int, alone bool,
 	draw func(value string) (key string, q storetest.Request)) {
 	if !v.hello() {
@@ -60,12 +60,14 @@ func (v *visitor) change(requests, most int, alone bool,
 			key, q := draw(v.value(i, 0))
 			text.WriteString(q.Line(key))
 
-			// It counts as begun before it is sent: no server can have run it earlier.
+			// The request counts as begun before it is sent, because no server can have run it
+			// earlier.
 			o := heard{Operation: storetest.Operation{Request: q}}
 			hear := begin(v.r, key, &o.Operation, v.tick)
 			isNext := alone && len(hears) > 0
 			hears = append(hears, func() error {
-				// Requests at once are run in their order: it begins behind the one before.
+				// Requests that are sent at once are run in their order: each begins after the one
+				// before.
 				if isNext {
 					o.Invoked = v.tick()
 				}
@@ -76,7 +78,7 @@ func (v *visitor) change(requests, most int, alone bool,
 		}
 		io.WriteString(v.conn, text.String())
 
-		// Those that are not answered may have been run or not.
+		// A request without an answer may have been run or not.
 		for _, hear := range hears {
 			if err := hear(); err != nil && err != ErrRefused {
 				requests = 0
@@ -86,32 +88,33 @@ func (v *visitor) change(requests, most int, alone bool,
 	}
 }
 
-// note adds what was heard of a list to its history.
+// note adds an operation to the history of its list. err is the error that hear returned.
 func (v *visitor) note(key string, o heard, err error) {
 	if o.at = time.Now(); v.isVain() {
 		o.Answered = 0
 	}
 
-	// A write of a client whose network does not stall is answered at once.
+	// A client whose network does not stall gets the answer to a write at once.
 	if err == nil && o.Verb == "Put" && v.calm {
 		v.checkMoved()
 	}
 
 	if err == ErrRefused {
-		v.refuse(o.New, len(o.New) > 1) // or others send it, too
+		v.refuse(o.New, len(o.New) > 1) // a value of one digit may have been sent by others, too
 		return
 	}
 
-	// isVain takes the process's mutex, which kill takes before the world's: never the other way.
+	// isVain locks the process's mutex, and kill locks that before the world's: keep this order.
 	v.world.mu.Lock()
 	defer v.world.mu.Unlock()
 	v.history[key] = append(v.history[key], o)
 }
 
-// DrawRequest draws a request about a list that many clients change, with a value of its own.
+// DrawRequest draws a request about a list that many clients change. value is one that nobody else
+// sends.
 func DrawRequest(random *rand.Rand, value string) (q storetest.Request) {
-	// Many clients send the same two values, so that a Swap or a Remove finds one now and then.
-	some := fmt.Sprint(random.IntN(2)) // or one that others have as well
+	// Many clients send the same two values, so that a Swap or a Remove sometimes finds one.
+	some := fmt.Sprint(random.IntN(2))
 
 	q.Verb = Pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take", "Take", "Swap",
 		"Update", "Set", "Remove", "Delete", "Get", "Count")
@@ -128,7 +131,8 @@ func DrawRequest(random *rand.Rand, value string) (q storetest.Request) {
 	return q
 }
 
-// Ask asks what a says of key, after Ack, and notes the answer. tick is everybody's clock.
+// Ask sends the request of a, in Ack mode, and notes the answer in a. tick is the clock of all
+// clients.
 func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 	tick func() int64) error {
 	hear := begin(r, key, a, tick)
@@ -136,12 +140,12 @@ func Ask(conn io.Writer, r *bufio.Reader, key string, a *storetest.Operation,
 	return hear()
 }
 
-// begin notes that a begins, and returns what notes its answer. A Take that has waited in vain has
-// found nothing at its end, so that is where it begins.
+// begin notes that a begins, and returns a function that reads and notes its answer. A Take that
+// waited in vain found nothing at the end of its wait, so that is when it begins.
 func begin(r *bufio.Reader, key string, a *storetest.Operation, tick func() int64) (hear func() error) {
 	a.Invoked = tick()
 
-	// A timer marks the end of the wait: the answer comes later, and says nothing of when.
+	// A timer notes the end of the wait, because the answer comes later.
 	var end atomic.Int64
 	if a.Seconds > 0 {
 		time.AfterFunc(time.Duration(a.Seconds)*time.Second, func() { end.Store(tick()) })
@@ -168,5 +172,5 @@ func begin(r *bufio.Reader, key string, a *storetest.Operation, tick func() int6
 	}
 }
 
-// ErrRefused is Ask's where the server has refused the request.
+// ErrRefused is returned by Ask if the server has refused the request.
 var ErrRefused = errors.New("it was refused")
