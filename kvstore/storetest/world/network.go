@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// Listener is a network of one server: what it listens on.
+// Listener is the network of one server: the server listens on it.
 type Listener struct {
-	Failures int // that Accept returns first
+	Failures int // so many calls of Accept fail first
 
 	conns  chan net.Conn
 	closed chan struct{}
 }
 
-// NewListener returns one that nobody has closed.
+// NewListener returns an open Listener.
 func NewListener() *Listener {
 	return &Listener{conns: make(chan net.Conn), closed: make(chan struct{})}
 }
@@ -33,12 +33,12 @@ func (l *Listener) Connect(conn net.Conn) bool {
 	}
 }
 
-// Closed is closed with l.
+// Closed returns a channel that is closed when l is closed.
 func (l *Listener) Closed() <-chan struct{} { return l.closed }
 
 func (l *Listener) Accept() (net.Conn, error) {
 	if l.Failures > 0 {
-		// A server that has no descriptor left must try again, and not end.
+		// A server without a free descriptor must try again, and must not end.
 		l.Failures--
 		return nil, syscall.EMFILE
 	}
@@ -64,30 +64,30 @@ type HalfConn interface {
 	CloseWrite() error
 }
 
-// StreamSize is what one direction of a fake connection holds, unless it is told
-// otherwise: a little, so that a reader who stops is felt.
+// StreamSize is the usual capacity in bytes of one direction of a connection: small, so that a
+// server soon notices a client that stops reading.
 const StreamSize = 64 << 10
 
-// stream is one direction of a fake connection. One mutex guards both.
+// stream is one direction of a connection. Both directions share one mutex.
 type stream struct {
-	changed          *sync.Cond // by anybody; its lock is the connection's
+	changed          *sync.Cond // its lock is the connection's mutex
 	buf              []byte
-	size             int // bytes that it holds
-	sum              int // bytes that were written
+	size             int // its capacity in bytes
+	sum              int // number of bytes that were written to it
 	reading, writing deadline
 
-	// It was full, and takes nothing before a lump of it is free: so do receive windows.
+	// It was full, and takes no byte until a lump of it is free, as a TCP receive window does.
 	shut   bool
-	ended  bool // the writer closed
-	broken bool // the reader is gone
-	reset  bool // the writer broke it off: what was not read is lost
+	ended  bool // the writer has closed it
+	broken bool // the reader has gone
+	reset  bool // the writer has broken it off: unread bytes are lost
 }
 
-// lump is what must be free of a stream that was full: a sixteenth where it is large,
-// as in Linux.
+// lump returns how much of a full stream must be free before it takes bytes again: a sixteenth of a
+// large one, as in Linux.
 func (s *stream) lump() int { return max(s.size/16, min(s.size/2, 32<<10)) }
 
-// change runs f, with nobody else at the connection, and wakes who waits for s.
+// change runs f with the connection locked, and wakes everybody who waits for s.
 func (s *stream) change(f func()) {
 	s.changed.L.Lock()
 	defer s.changed.L.Unlock()
@@ -95,7 +95,7 @@ func (s *stream) change(f func()) {
 	s.changed.Broadcast()
 }
 
-// deadline is a time that passes.
+// deadline is the deadline of a Read or a Write.
 type deadline struct {
 	at    time.Time // zero: never
 	timer *time.Timer
@@ -103,7 +103,7 @@ type deadline struct {
 
 func (d *deadline) isOver() bool { return !d.at.IsZero() && !time.Now().Before(d.at) }
 
-// set sets the time, at which the stream's waiters look again.
+// set sets d to a time; when it comes, calls that wait for the stream look again.
 func (s *stream) set(d *deadline, at time.Time) {
 	s.change(func() {
 		if d.timer != nil {
@@ -115,18 +115,18 @@ func (s *stream) set(d *deadline, at time.Time) {
 	})
 }
 
-// Conn is a net.Conn between goroutines. Unlike net.Pipe it has room for
-// some bytes, its halves close one by one, and closing it with input that was not read, or that
-// comes later, resets it, as kernels do (RFC 1122, 4.2.2.13).
+// Conn is a net.Conn between goroutines. Unlike a net.Pipe it buffers bytes, its two directions
+// close separately, and closing it resets it if input is unread or comes later, as kernels do (RFC
+// 1122, 4.2.2.13).
 type Conn struct {
 	in, out        *stream
 	BeforeDeadline func()
 	Gate           func()        // waits while the whole process stands still; nil: it never does
-	Late           time.Duration // by which deadlines pass too late, as on a busy machine
+	Late           time.Duration // deadlines pass this much too late, as on a busy machine
 }
 
-// Pipe returns the two sides of a connection, which hold so many bytes of what the first
-// and of what the second has written, and the other has not read.
+// Pipe returns the two sides of a connection. First and second are how many unread bytes it holds
+// in each direction: those that the first side has written, and those that the second has.
 func Pipe(first, second int) (a, b *Conn) {
 	var mu sync.Mutex
 	up := &stream{changed: sync.NewCond(&mu), size: first}
@@ -134,7 +134,7 @@ func Pipe(first, second int) (a, b *Conn) {
 	return &Conn{in: down, out: up}, &Conn{in: up, out: down}
 }
 
-// gate waits while the process stands still. The caller has the lock.
+// gate waits while the process stands still. The caller has locked the mutex.
 func (c *Conn) gate() {
 	if c.Gate != nil {
 		c.in.changed.L.Unlock()
@@ -149,30 +149,30 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 	defer s.changed.L.Unlock()
 
 	for {
-		// A process that stands still reads nothing, even where bytes are there.
+		// A process that stands still reads nothing, even if bytes are there.
 		c.gate()
 
 		switch {
 		case s.broken:
 			return 0, io.ErrClosedPipe
 
-		// A deadline that has passed comes before bytes that are there, as with sockets.
+		// A deadline that has passed counts before bytes that are there, as with sockets.
 		case s.reading.isOver():
 			return 0, os.ErrDeadlineExceeded
 
-		// What was not read by now is lost with a reset.
+		// Bytes that were not read before a reset are lost.
 		case s.reset:
 			return 0, syscall.ECONNRESET
 
 		case len(s.buf) > 0:
 			n = copy(p, s.buf)
 			if s.buf = s.buf[n:]; len(s.buf) == 0 {
-				s.buf = nil // a test measures memory
+				s.buf = nil // lets the memory go: a test measures it
 			}
 			s.changed.Broadcast()
 			return n, nil
 
-		// The end comes only when all before it was read.
+		// The end comes only after all bytes before it.
 		case s.ended:
 			return 0, io.EOF
 		}
@@ -195,13 +195,13 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		case s.writing.isOver():
 			return n, os.ErrDeadlineExceeded
 
-		// Nobody has the other side's socket any more, so its kernel answers with a reset.
+		// The other side's socket is closed, so its kernel answers with a reset.
 		case s.broken:
 			c.in.reset = true
 			c.in.changed.Broadcast()
 			return n, io.ErrClosedPipe
 
-		// Some of the bytes may fit, and the rest waits, as in a kernel's buffer.
+		// Some of the bytes may fit; the rest waits, as with a kernel's buffer.
 		case !s.shut || s.size-len(s.buf) >= s.lump():
 			m := min(len(p)-n, s.size-len(s.buf))
 			s.buf = append(s.buf, p[n:n+m]...)
@@ -224,7 +224,7 @@ func (c *Conn) CloseWrite() error {
 }
 
 func (c *Conn) Close() error {
-	// What was not read resets the connection.
+	// Unread input resets the connection.
 	isFirst, unread := false, false
 	c.in.change(func() {
 		isFirst, unread = !c.in.broken, len(c.in.buf) > 0
@@ -234,41 +234,41 @@ func (c *Conn) Close() error {
 		c.out.change(func() { c.out.ended, c.out.reset = true, c.out.reset || unread })
 	}
 
-	// No timer stays behind for a connection that has gone.
+	// No timer is left behind for a connection that is closed.
 	c.in.set(&c.in.reading, time.Time{})
 	c.out.set(&c.out.writing, time.Time{})
 	return nil
 }
 
-// isClosed tells whether c was closed.
+// isClosed reports whether c was closed.
 func (c *Conn) isClosed() (closed bool) {
 	c.in.change(func() { closed = c.in.broken })
 	return closed
 }
 
-// BreakOff resets the connection, as a network does.
+// BreakOff resets the connection, as a broken network does.
 func (c *Conn) BreakOff() {
-	// The reset comes first, or a reader could see a good end before it.
+	// The reset comes first; otherwise a reader could see a regular end before it.
 	c.out.change(func() { c.out.reset = true })
 	c.Close()
 }
 
-// SetWriteBuffer has c's other side hold so many bytes of what c has written.
+// SetWriteBuffer sets how many unread bytes the other side of c holds.
 func (c *Conn) SetWriteBuffer(bytes int) { c.out.change(func() { c.out.size = bytes }) }
 
-// Unread returns how many bytes wait to be read from c.
+// Unread returns how many bytes can be read from c.
 func (c *Conn) Unread() (bytes int) {
 	c.in.change(func() { bytes = len(c.in.buf) })
 	return bytes
 }
 
-// sent returns how many bytes were written to c.
+// sent returns how many bytes were written to c so far.
 func (c *Conn) sent() (bytes int) {
 	c.out.change(func() { bytes = c.out.sum })
 	return bytes
 }
 
-// taken returns how many bytes were read from c.
+// taken returns how many bytes were read from c so far.
 func (c *Conn) taken() (bytes int) {
 	c.in.change(func() { bytes = c.in.sum - len(c.in.buf) })
 	return bytes
@@ -297,7 +297,7 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// late returns when a deadline passes. One that has passed is how a Read or Write is ended at once.
+// late returns when a deadline passes. A deadline in the past is not late: it ends a call at once.
 func (c *Conn) late(t time.Time) time.Time {
 	if time.Until(t) <= 0 {
 		return t
@@ -305,24 +305,24 @@ func (c *Conn) late(t time.Time) time.Time {
 	return t.Add(c.Late)
 }
 
-// wire carries bytes one way, as networks do: cut and merged anew, late, and perhaps
-// not to the end. One goroutine for each direction of a connection.
+// wire carries bytes in one direction as networks do: cut and merged in other places, late, and
+// perhaps not to the end. Each direction of a connection has its own, and its own goroutine.
 type wire struct {
 	random *rand.Rand
-	late   time.Duration // at most, of a piece
-	stall  time.Duration // of the whole wire, once; 0: none
-	cut    int           // bytes after which the connection is reset; 0: none
-	piece  int           // bytes at most
+	late   time.Duration // most that a piece is late
+	stall  time.Duration // a pause of the whole wire, once; 0: none
+	cut    int           // the connection is reset after so many bytes; 0: never
+	piece  int           // most bytes at a time
 }
 
-// carry carries what comes from one connection to another.
+// carry carries bytes from one connection to another until either ends.
 func (w wire) carry(from, to *Conn) {
 	buf := make([]byte, w.piece)
 	for sum := 0; ; {
-		// Lines are cut anywhere, and several of them come at once.
+		// Lines are cut anywhere, and several of them may come at once.
 		n, err := from.Read(buf[:1+w.random.IntN(len(buf))])
 
-		// Late bytes hold up all that follow, as TCP keeps their order.
+		// Late bytes delay all that follow, because TCP keeps their order.
 		if w.late > 0 {
 			Wait(Between(w.random, 0, w.late))
 		}
@@ -332,20 +332,20 @@ func (w wire) carry(from, to *Conn) {
 			w.stall = 0
 		}
 
-		// What was read goes on, and the end of it, too.
+		// The bytes that were read go on before the end does.
 		if _, writeErr := to.Write(buf[:n]); writeErr != nil {
 			from.BreakOff()
 			return
 		}
 
-		// A network that breaks off a connection does so for both sides.
+		// A network that breaks a connection off does so for both sides.
 		if sum += n; w.cut > 0 && sum >= w.cut {
 			from.BreakOff()
 			to.BreakOff()
 			return
 		}
 
-		// An end goes on as an end, and a reset as a reset: the server must tell them apart.
+		// An end goes on as an end, and a reset as a reset: the server must distinguish them.
 		if err == io.EOF {
 			to.CloseWrite()
 			return
