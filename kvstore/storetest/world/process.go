@@ -19,7 +19,7 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// process is the server from its start to its end, however that comes.
+// process is the server from its start to its end, whatever ends it.
 type process struct {
 	*world
 	listener *Listener
@@ -30,51 +30,52 @@ type process struct {
 	gone     chan struct{} // closed when the process has ended
 	killed   chan struct{} // closed when it was killed
 	wires    sync.WaitGroup
-	tidying  chan struct{} // taken by what removes files until they are back, and by the end
-	mute     bool          // many of its clients do not read, and all that they write has room
-	heavy    time.Duration // what a Remove from a long list takes; 0: there is none
-	late     time.Duration // by which its connections' deadlines pass too late
+	tidying  chan struct{} // held while removed files are not back yet, and from the end on
+	mute     bool          // many clients do not read, and there is room for all that they write
+	heavy    time.Duration // how long a Remove from a long list takes; 0: there is no such list
+	late     time.Duration // the deadlines of its connections pass this much too late
 
-	mu      sync.Mutex // guards what is below
-	calls   int        // I/O calls
+	mu      sync.Mutex // guards the fields below
+	calls   int        // number of I/O calls so far
 	plan    plan
-	after   *storetest.Dir // what it left, when it was killed
-	power   bool           // by a power failure
-	failed  bool           // the disk has
-	since   time.Time      // then
-	moved   time.Time      // its directory was; zero: it was not
-	stalled time.Duration  // of the disk and the process, in all
-	conns   []*Conn        // the server's sides
+	after   *storetest.Dir // what it left when it was killed; nil: it was not
+	power   bool           // it was killed by a power failure
+	failed  bool           // the disk has failed
+	since   time.Time      // when the disk failed
+	moved   time.Time      // when its directory was moved; zero: never
+	stalled time.Duration  // how long the disk and the process have hung in all
+	conns   []*Conn        // the server's sides of its connections
 	taken   map[*Conn]int  // bytes that it had read from each when Close was called
 	paused  chan struct{}  // closed when the process goes on; nil: it runs
-	told    int            // replies that clients know were dropped
-	unknown int            // clients that ended without knowing
+	told    int            // number of dropped replies that clients know of
+	unknown int            // number of clients that ended without knowing
 }
 
-// plan is what will happen to the I/O calls of a process; 0: nothing.
+// plan is what will happen to the I/O calls of a process. killAt, failAt and stallAt are numbers of
+// calls; 0: never.
 type plan struct {
 	killAt, failAt, stallAt int
-	kind                    string // of call that killAt waits for; "": any
-	behind                  int    // so many calls behind that one it comes
-	power                   bool   // killAt is a power failure
+	kind                    string // killAt waits for a call of this kind; "": any
+	behind                  int    // the kill comes so many calls after that one
+	power                   bool   // the kill is a power failure
 	failure                 error
-	stall                   time.Duration
-	sync                    time.Duration // that each takes
+	stall                   time.Duration // how long the call stallAt takes
+	sync                    time.Duration // how long each Sync takes
 }
 
 // draw plans a process's life.
 func (p *process) draw(r *rand.Rand) {
-	// With -fsync never a power failure may cost everything, and nothing would be left to judge.
+	// With -fsync never a power failure may lose everything, and nothing would be left to judge.
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
 
-	// Low numbers hit a start, and higher ones the work behind it.
+	// Low numbers hit the start, and higher ones the work after it.
 	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
 
 	if Chance(r, 2) {
 		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
 	}
 
-	// A few calls behind a rename a file has its new name, and nothing uses it yet.
+	// A few calls after a rename a file has its new name, but nothing uses it yet.
 	if Chance(r, 4) {
 		p.plan.killAt, p.plan.kind, p.plan.behind = 1+r.IntN(100), "rename", 1+r.IntN(6)
 	}
@@ -88,13 +89,13 @@ func (p *process) draw(r *rand.Rand) {
 		p.plan.stallAt, p.plan.stall = at(), Between(r, time.Millisecond, 4*time.Second)
 	}
 
-	// A slow disk has batches wait for those who come back.
+	// With a slow disk, batches wait for clients that are about to send their next request.
 	if Chance(r, 3) {
 		p.plan.sync = Between(r, time.Millisecond, 20*time.Millisecond)
 	}
 }
 
-// before is what happens to an I/O call of the process.
+// before decides what happens to an I/O call of the process.
 func (p *process) before(c storetest.Call) error {
 	p.gate()
 
@@ -107,20 +108,20 @@ func (p *process) before(c storetest.Call) error {
 		p.plan.failAt, p.failed, p.since = 0, true, time.Now()
 	}
 
-	// The end may come some calls behind the one that was waited for.
+	// The kill may come some calls after the one that it waited for.
 	kills := plan.killAt > 0 && n >= plan.killAt && (plan.kind == "" || plan.kind == c.What)
 	if kills && plan.behind > 0 {
 		p.plan.killAt, p.plan.kind, p.plan.behind = n+plan.behind, "", 0
 		kills = false
 	}
 
-	// The stall counts before it comes, so that those who wait meanwhile allow for it.
+	// The stall counts before it begins, so that goroutines that wait meanwhile allow for it.
 	if n == plan.stallAt {
 		p.stalled += plan.stall
 	}
 	p.mu.Unlock()
 
-	// First it takes its time, and may be the last.
+	// First the call takes its time; then it may be the last one.
 	if n == plan.stallAt {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
 		Wait(plan.stall)
@@ -131,7 +132,7 @@ func (p *process) before(c storetest.Call) error {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
 	}
 
-	// What a dead process still asks for has no effect.
+	// A call of a dead process has no effect.
 	if isClosed(p.killed) {
 		return errors.New("the process was killed")
 	}
@@ -153,20 +154,20 @@ func (p *process) gate() {
 	}
 }
 
-// kill ends the process in the middle of things, and the machine with it if power.
-// What its goroutines do from then on reaches nobody.
+// kill ends the process in the middle of its work, and with power the machine as well. Nothing that
+// its goroutines do afterwards has an effect.
 func (p *process) kill(power bool, when string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 
-	// A process dies once: what it left then is not touched any more.
+	// A process dies once, and what it left then must stay unchanged.
 	if p.after != nil {
 		return
 	}
 
 	close(p.killed)
 
-	// Connections end before the copy is made, so that nothing is answered that is not in it.
+	// Connections are closed before the copy is made, so that no answer is newer than the copy.
 	for _, c := range p.conns {
 		c.Close()
 	}
@@ -186,44 +187,43 @@ func (p *process) kill(power bool, when string) {
 	}
 }
 
-// expose notes what a power failure may cost from now on. The caller has mu.
+// expose notes what a power failure may lose from now on. The caller has locked mu.
 func (p *process) expose() {
-	// Once the disk has failed nothing more may have been synced.
+	// Nothing may have been synced since the disk failed.
 	end := time.Now()
 	if p.failed {
 		end = p.since
 	}
 
-	// A process before this one may have left more to the kernel: then its time stands.
+	// If an earlier process has left data to the kernel already, its time stays.
 	if p.exposed.IsZero() {
 		p.exposed = end.Add(-2*p.fsync - p.stalled - time.Millisecond)
 	}
 }
 
-// slack is how long the disk and the process itself have stood still, or may.
+// slack returns how long the disk and the process itself have hung, or may hang.
 func (p *process) slack() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.stalled + p.plan.stall + 3*p.late // of ticks in a row
+	return p.stalled + p.plan.stall + 3*p.late // deadlines of ticks in a row
 }
 
-// isDisturbed tells whether the process cannot keep promises that need a sound disk, or
-// its life.
+// isDisturbed reports whether the process has died, or cannot keep promises that need a sound disk.
 func (p *process) isDisturbed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failed || p.after != nil
 }
 
-// isVain tells whether what is answered now, by bytes that were on their way when the
-// machine failed, may be lost.
+// isVain reports whether an answer that comes now may be lost, because it was on its way when the
+// machine failed.
 func (p *process) isVain() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.after != nil && p.power && p.fsync != durable.FsyncAlways
 }
 
-// live is a process's life, and the judgement of how it went. It is a short one if it dies in its
+// live is the life of a process, and the judgement of it. If dies is true, it ends during its
 // start.
 func (w *world) live(dies bool) {
 	r := w.random
@@ -237,7 +237,7 @@ func (w *world) live(dies bool) {
 		p.late = Between(r, 0, 2*time.Second)
 	}
 
-	// A store that is rotten gets no other fault, so that one alone explains the refusal.
+	// A store that is rotten gets no other fault, so that only the rot explains a refusal.
 	switch {
 	case rotten:
 		p.plan = plan{}
@@ -245,19 +245,19 @@ func (w *world) live(dies bool) {
 		p.plan.killAt = Pick(r, 0, 0, 1+r.IntN(40))
 	}
 
-	// Its log is read slowly, or by nobody.
+	// Its log is read slowly, or its reader has gone.
 	log, flush := w.program.Log(&slowLog{p, Pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
 		Pick(r, 1, 10, 1000))
 	defer flush()
 
-	// A start may be refused, or be its end.
+	// The start may be refused, or may be killed.
 	w.dir.Before = p.before
 	wasQuiet := w.quiet
 	w.quiet = false
 
 	db, err := durable.Open(context.Background(), p.dir, durable.Options{Fsync: w.fsync, Log: log})
 
-	// A client that has seen what was recovered counts on it, even if the process dies at once.
+	// A client that has seen recovered data relies on it, even if the process dies at once.
 	if err == nil && dies {
 		p.look(db)
 		p.kill(p.plan.power, "once it has started")
@@ -271,14 +271,14 @@ func (w *world) live(dies bool) {
 		return
 	}
 
-	// From here on all that was there is on disk.
+	// From here on all data from before is on disk.
 	w.exposed = time.Time{}
 	if p.start(db, log) {
 		p.serve(db)
 	}
 }
 
-// serve is the life of a process that serves, until its end.
+// serve is the life of a process that has started, until its end.
 func (p *process) serve(db *durable.Store) {
 	r := p.random
 	var clients sync.WaitGroup
@@ -290,7 +290,7 @@ func (p *process) serve(db *durable.Store) {
 		p.visit(&clients, Pick(r, some...))
 	}
 
-	// These are of no use to other servers.
+	// These kinds only make sense for some servers.
 	if p.settings.TLS != nil {
 		p.visit(&clients, kind{"says nothing", (*visitor).silence, false, true})
 	}
@@ -301,17 +301,17 @@ func (p *process) serve(db *durable.Store) {
 	clients.Go(p.operate)
 	p.end(db, &clients)
 
-	// All that belongs to the process ends before what it leaves is judged.
+	// All goroutines of the process end before its remains are judged.
 	clients.Wait()
 	p.wires.Wait()
 	p.checkLeft()
 }
 
-// drawRoom gives the disk of a store an end, in a fifth of cases.
+// drawRoom limits the room on the disk, for a fifth of processes.
 func (p *process) drawRoom(r *rand.Rand) {
 	d := p.dir
 
-	// Before there is a store a full disk would only keep it from being made.
+	// Without a store a full disk would only prevent its creation.
 	if d.Room = 0; !Chance(r, 5) || d.Names["STORE"] == nil {
 		return
 	}
@@ -323,11 +323,11 @@ func (p *process) drawRoom(r *rand.Rand) {
 	p.tell("the disk has %d bytes", d.Room)
 }
 
-// start has a server serve db, and tells whether it does.
+// start has a server serve db, and reports whether it does.
 func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	r := p.random
 
-	// Limits are low now and then, so that clients meet them.
+	// Limits are low in some worlds, so that clients reach them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
 		MaxClients: Pick(r, 5, 100, 100), MaxQueues: 1 << 30, FewKeys: Pick(r, 5, 1000),
 		Snapshots: Pick(r, 1, 4), Handshakes: Pick(r, 3, 1000)}
@@ -335,13 +335,13 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 		s.MaxQueues = int64(Pick(r, 2*kilo, 100*kilo))
 	}
 
-	// The memory may become full, or mute clients must not make it so.
+	// The memory may become full, or clients that do not read must not fill it.
 	switch r.IntN(6) {
 	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
 		s.Other = Pick(r, 0, s.MaxMemory*5/8)
 	case 1:
-		// Nearly all that there is for data is taken, and queues may take more than is left of it.
+		// Nearly all memory for data is taken, and queues could take more than the rest.
 		p.mute, s.MaxMemory = true, 8000*kilo
 		s.Other = s.MaxMemory*3/4 - db.Footprint() - 900*kilo
 	}
@@ -351,11 +351,11 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 		s.TLS = p.program.TLS
 	}
 
-	// Accept may fail at first.
+	// The first calls of Accept may fail.
 	p.listener, p.settings = NewListener(), s
 	p.listener.Failures = Pick(r, 0, 0, 5)
 
-	// A store may have long lists, in which a search takes its time.
+	// A store may have long lists, in which a search takes a while.
 	var store kvstore.KVStore = db
 	if Chance(r, 5) {
 		p.heavy = Between(r, time.Millisecond, 2*time.Millisecond)
@@ -375,7 +375,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	return true
 }
 
-// heavyStore is a store in which a Remove from some keys takes its time, as one from a long list does.
+// heavyStore is a store in which a Remove from some keys takes a while, as from a long list.
 type heavyStore struct {
 	*durable.Store
 	takes time.Duration
@@ -388,10 +388,11 @@ func (h heavyStore) Remove(key, value string) bool {
 	return h.Store.Remove(key, value)
 }
 
-// mayRefuse tells whether there may be no room for a write.
+// mayRefuse reports whether there may be no room for a write.
 func (p *process) mayRefuse() bool { return p.settings.MaxMemory > 0 && !p.mute || p.dir.Room > 0 }
 
-// checkQueues wants that all queues together take what they may, and a little for each client.
+// checkQueues wants that all queues together stay within their limit, plus a little for each
+// client.
 func (p *process) checkQueues() {
 	most := p.settings.MaxQueues
 	if m := p.settings.MaxMemory; m > 0 {
@@ -403,20 +404,20 @@ func (p *process) checkQueues() {
 	}
 }
 
-// startFailed looks at a start that has failed, which it may where the disk has.
+// startFailed checks a start that has failed or was killed: it may fail only if the disk has.
 func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend func()) {
 	w := p.world
 	var damage *storage.DamageError
 
 	switch {
-	// It may have opened the store all the same, whose files would be taken for left open.
+	// A killed start may have opened the store all the same; its files must not count as left open.
 	case isClosed(p.killed):
 		if err == nil {
 			db.Close()
 		}
 		w.dir = p.after
 
-	// A check must find what the start has refused.
+	// A check must find the damage because of which the start was refused.
 	case rotten && (errors.As(err, &damage) || errors.Is(err, storage.ErrNotOurs)):
 		w.tell("refused: %v", err)
 		w.dir.Before = nil
@@ -424,7 +425,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 			w.fail("a check finds nothing: %v", r.Lines)
 		}
 		if _, db := w.repair(); db != nil {
-			w.knownAll(db) // it shows nothing that was not sent
+			w.knownAll(db) // no value that was not sent
 			db.Close()
 		}
 		mend()
@@ -435,7 +436,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 		w.fail("a start refuses what was left: %v", err)
 	}
 
-	// However a start ends, it keeps no file open.
+	// However a start ends, it leaves no file open.
 	if p.dir.Handles != 0 {
 		w.fail("%d open files are left of a start", p.dir.Handles)
 	}
@@ -446,7 +447,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	how := Pick(p.random, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
 		"power when quiet")
 
-	// With -fsync never a power failure may cost everything there is.
+	// With -fsync never a power failure could lose everything.
 	if p.fsync == durable.FsyncNever && strings.HasPrefix(how, "power") {
 		how = "kill"
 	}
@@ -454,7 +455,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	quiet := strings.HasSuffix(how, "quiet")
 	p.awaitEnd(quiet, clients)
 
-	// Files that somebody has removed are back by now.
+	// Wait until files that somebody has removed are back.
 	p.tidying <- struct{}{}
 	switch {
 	case strings.HasPrefix(how, "kill"):
@@ -464,7 +465,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	}
 	p.quiet = quiet && p.fsync != durable.FsyncNever
 
-	// What it has read by now is answered: see checkDebts.
+	// The bytes that it has read by now are those that it must answer: see checkDebts.
 	p.mu.Lock()
 	for _, c := range p.conns {
 		p.taken[c] = c.taken()
@@ -475,18 +476,18 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 	close(p.closing)
 	p.server.Close()
 
-	// A client's last second is counted in ten ticks, each of which may come late.
+	// Close gives each client a second, counted in ten ticks, each of which may come late.
 	if took := time.Since(closes); took > closeTime+p.slack()+10*p.late {
 		p.fail("Close takes %v", took)
 	}
 
-	// The server is the store's last user, so the store is closed behind it.
+	// The server is the only user of the store, so the store can be closed now.
 	err := db.Close()
 	close(p.gone)
 	p.leave(err)
 }
 
-// awaitEnd lets clients do what they do: all of it if quiet, and the disk is good from now on.
+// awaitEnd waits for a random time; if quiet, until all clients have finished on a sound disk.
 func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 	r := p.random
 	if quiet {
@@ -496,7 +497,7 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 
 		clients.Wait()
 
-		// Two fsyncs a second apart are over by then, so all is on disk.
+		// By then two fsyncs a second apart are over, so all data is on disk.
 		Wait(Pick(r, 3*time.Second, 3*time.Second, 3*time.Minute))
 		return
 	}
@@ -508,18 +509,18 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 	case err := <-p.server.Failed():
 		p.tell("the store has failed: %v", err)
 
-		// A store fails only where its disk has failed, or the process was killed.
+		// The store may fail only if its disk has failed, or the process was killed.
 		if !p.isDisturbed() {
 			p.fail("and nothing had happened to it: %v", err)
 		}
 	}
 }
 
-// leave leaves the directory to the next process; closed is what the store's Close returned.
+// leave leaves the directory to the next process. closed is the result of the store's Close.
 func (p *process) leave(closed error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.plan = plan{} // it may copy itself still
+	p.plan = plan{} // copies of the store may still be in progress
 
 	if p.after != nil {
 		p.world.dir = p.after
@@ -533,7 +534,7 @@ func (p *process) leave(closed error) {
 		p.expose()
 	}
 
-	// What a kernel still has may be lost, where the disk had failed.
+	// If the disk had failed, a power failure may still take what is left to the kernel.
 	p.quiet = closed == nil && !p.failed
 	p.world.dir = p.dir.Kill()
 	if p.failed && Chance(p.random, 2) && p.fsync != durable.FsyncNever {
