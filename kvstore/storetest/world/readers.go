@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// pipeline sends many requests without waiting, reads the replies in a manner of its
-// own, and counts them.
+// pipeline sends many requests without waiting, reads the replies in its own manner, and counts
+// them.
 func (v *visitor) pipeline() {
 	r := v.random
 	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), Pick(r, 1, 100, 3*kilo)
@@ -21,13 +21,13 @@ func (v *visitor) pipeline() {
 		return
 	}
 
-	// Not more than so many bytes in all.
+	// The replies are limited to so many bytes in all.
 	gets, most := Pick(r, 100, 1000, 3000), Pick(r, 1, 3, 3, 12)*1000*kilo
 	if gets*values*size > most {
 		gets = most / (values * size)
 	}
 
-	// Gets, with some errors among them, and a last write as a mark.
+	// The requests are Gets with some errors among them, and a last write as a mark.
 	var text strings.Builder
 	errors := 0
 	for range gets {
@@ -40,7 +40,7 @@ func (v *visitor) pipeline() {
 	mark := v.value(values, 0)
 	text.WriteString("Put:" + key + ":" + mark + "\n")
 
-	// Some ask at the end how many replies were dropped; others rely on what they are told.
+	// Some ask at the end how many replies were dropped; others rely on what the server tells them.
 	asks := Chance(r, 2)
 	if asks {
 		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
@@ -48,7 +48,8 @@ func (v *visitor) pipeline() {
 
 	manner := Pick(r, "greedily", "steadily", "after a rest", "never")
 
-	// The requests go out beside the reading, or both sides could wait for each other for ever.
+	// The requests are sent beside the reading; otherwise both sides could wait for each other for
+	// ever.
 	go func() {
 		io.WriteString(v.conn, text.String())
 		v.conn.CloseWrite()
@@ -56,7 +57,7 @@ func (v *visitor) pipeline() {
 
 	v.tell("%s sends %d Gets of %d bytes, and reads %s", v.id, gets, values*size, manner)
 
-	// Who reads nothing cannot count, but the mark is written.
+	// A client that never reads cannot count, but its mark must be written.
 	got, err := v.readAs(manner)
 	if manner == "never" {
 		v.process.mu.Lock()
@@ -69,20 +70,20 @@ func (v *visitor) pipeline() {
 	v.tally(got, err, list, gets+errors, asks, v.calm && (manner == "greedily" || manner == "steadily"))
 }
 
-// stop reads some of what it has asked for, and then nothing more for good, or next to nothing, with
-// Ack or without. A server with a write timeout cuts off one that reads nothing.
+// stop reads some of its replies, and then nothing more or next to nothing, with Ack or without. A
+// server with a write timeout must disconnect a client that reads nothing.
 func (v *visitor) stop() {
 	hello := Pick(v.random, "Ack", "Ping")
 	if _, ok := v.ask(hello); !ok {
 		return
 	}
 
-	// It may lose replies, and is never told.
+	// It may lose replies without being told.
 	v.process.mu.Lock()
 	v.unknown++
 	v.process.mu.Unlock()
 
-	// That is more than the network holds.
+	// The replies are more than the network holds.
 	key, value := "stop"+v.id, v.value(0, 15*kilo)
 	verb, values := "Get", 1
 	if Chance(v.random, 3) {
@@ -95,7 +96,7 @@ func (v *visitor) stop() {
 		return // a Put was refused, or the server has gone
 	}
 
-	// Others must get their lists all the same.
+	// Another client must get its list all the same.
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer v.conn.Close()
@@ -103,13 +104,15 @@ func (v *visitor) stop() {
 		v.listBeside(&others, "Keys:none", 0)
 	}
 
-	// Where its replies cannot be dropped, there is no room for all of them beside a limit of memory.
+	// If its replies cannot be dropped, a server with a limit of memory has no room for all of
+	// them.
 	isTooMuch := (hello == "Ack" || verb == "Dump") && v.mute && v.settings.MaxMessage > 2*kilo
 	v.awaitCut(isTooMuch, verb == "Dump" && Chance(v.random, 2))
 }
 
-// awaitCut reads nothing more, or next to nothing if drips, until the server cuts the client off, or
-// has had the time. It must do so after its write timeout, and soon where replies are too much.
+// awaitCut reads nothing more, or next to nothing if drips, until the server disconnects the client
+// or has had enough time for it. The server must do so after its write timeout, and soon if
+// isTooMuch.
 func (v *visitor) awaitCut(isTooMuch, drips bool) {
 	most, mustEnd := v.settings.WriteTimeout, true
 	switch {
@@ -122,7 +125,7 @@ func (v *visitor) awaitCut(isTooMuch, drips bool) {
 	for stopped := time.Now(); !isClosed(v.gone) && !v.theirs.isClosed(); {
 		v.checkQueues()
 		if took := time.Since(stopped); took > most+10*time.Second+2*v.slack() {
-			// Where ticks come late, the server takes that for time in which it did not run itself.
+			// Where ticks come late, the server counts that as time in which it did not run itself.
 			if mustEnd && !drips && v.late == 0 {
 				v.fail("%s reads nothing, and is there after %v", v.id, took)
 			}
@@ -136,11 +139,12 @@ func (v *visitor) awaitCut(isTooMuch, drips bool) {
 	}
 }
 
-// debt is how much a client is to read once the server has read so many bytes of its connection.
+// debt says that once the server has read so many bytes from a client, it owes it so many bytes.
 type debt struct{ taken, owed int }
 
-// readAndSend reads as fast as promised, with many answers still to come, and goes on sending, until
-// the server stops. What that had read by then is answered in full.
+// readAndSend reads just as fast as the promise requires, has many answers still to come, and goes
+// on sending, until the server stops. All requests that the server had read by then must be
+// answered.
 func (v *visitor) readAndSend() {
 	if !v.hello() {
 		return
@@ -150,14 +154,14 @@ func (v *visitor) readAndSend() {
 		return
 	}
 
-	// A quarter more than the least rate, for the network takes time as well.
+	// The rate is a quarter above the promised one, because the network takes time as well.
 	const pause, piece = 50 * time.Millisecond, steadyRate / 20 * 5 / 4
 
 	var want strings.Builder
 	var got bytes.Buffer
 	var debts []debt
 
-	// It does not know when the server stops, and this costs time, so it goes before long.
+	// The client ends before long, because it cannot know when the server stops and costs time.
 	backlog, next := 100*kilo+v.random.IntN(100*kilo), time.Now()
 	ends := next.Add(4 * time.Second)
 	for err := error(nil); err == nil; {
@@ -184,7 +188,8 @@ func (v *visitor) readAndSend() {
 	v.checkDebts(debts, got.Len())
 }
 
-// checkDebts wants that a client which reads steadily has got what it was owed when Close was called.
+// checkDebts wants that a client which reads steadily got all that it was owed when Close was
+// called.
 func (v *visitor) checkDebts(debts []debt, got int) {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
@@ -203,8 +208,8 @@ func (v *visitor) checkDebts(debts []debt, got int) {
 	}
 }
 
-// fillList puts so many values under key, and returns the lines of a Get; nil: the server has refused
-// one, or has gone.
+// fillList puts so many values under key, and returns the lines of a Get. They are nil if the
+// server has refused a Put, or has gone.
 func (v *visitor) fillList(key string, values, size int) (list []string) {
 	var text strings.Builder
 	for i := range values {
@@ -213,7 +218,7 @@ func (v *visitor) fillList(key string, values, size int) (list []string) {
 		fmt.Fprintf(&text, "Put:%s:%s\n", key, value)
 	}
 
-	// The answer says that all Puts have been done, so that each Get returns all values.
+	// The answer says that all Puts are done, so each later Get returns all values.
 	io.WriteString(v.conn, text.String()+"Ping:begin\n")
 	if lines, last, err := v.reply(); err != nil || len(lines) > 0 || last != ":PONG begin" {
 		return nil
@@ -221,8 +226,8 @@ func (v *visitor) fillList(key string, values, size int) (list []string) {
 	return list
 }
 
-// checkMark wants the last write of a client that reads nothing, behind replies of about so many
-// bytes. A long one that has begun waits while all queues are full.
+// checkMark wants that the last write of a client that reads nothing has been run. The replies
+// before it have about replySize bytes each.
 func (v *visitor) checkMark(key, mark string, replySize int) {
 	if !v.calm {
 		return
@@ -236,8 +241,8 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
 
-	// A reply that has begun may wait for others, a full memory or disk refuse the mark, and where ticks
-	// come late it takes long until a client is slow.
+	// A long reply that has begun may wait while queues are full, a full memory or disk may refuse
+	// the mark, and where ticks come late it takes long until a client counts as slow.
 	s := v.settings
 	hasLimit := s.MaxQueues < 1<<30 || s.MaxMemory > 0
 	mayWait := hasLimit && 2*replySize > shared*s.MaxMessage || v.late > 0
@@ -248,8 +253,8 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	}
 }
 
-// readAs reads to the end, and returns what it has read, and why it read no more: io.EOF where nothing
-// broke.
+// readAs reads to the end. It returns what it has read, and the error that ended it: io.EOF if
+// nothing broke.
 func (v *visitor) readAs(manner string) (got string, err error) {
 	var all bytes.Buffer
 	switch manner {
@@ -263,7 +268,7 @@ func (v *visitor) readAs(manner string) (got string, err error) {
 	case "after a rest":
 		Wait(Between(v.random, 0, 8*time.Second))
 	case "steadily":
-		// Pieces make a quarter more than the least rate, for the network takes time as well.
+		// The rate is a quarter above the promised one, because the network takes time as well.
 		pause := Between(v.random, 10*time.Millisecond, 900*time.Millisecond)
 		piece := int64(pause) * steadyRate * 5 / 4 / int64(time.Second)
 
@@ -274,23 +279,24 @@ func (v *visitor) readAs(manner string) (got string, err error) {
 		return all.String(), err
 	}
 
-	// Copy does not return the end.
+	// Copy does not return io.EOF.
 	_, err = io.Copy(&all, v.r)
 	return all.String(), cmp.Or(err, io.EOF)
 }
 
-// mayEnd tells whether a connection may have ended in err: not that of a client that reads steadily,
-// while nothing has happened to the server. The caller has the process's mu.
+// mayEnd reports whether a connection may have ended with err, other than by its client. A client
+// that reads steadily may not be disconnected while nothing has happened to the server. The caller
+// has locked the process's mu.
 func (v *visitor) mayEnd(err error, steady bool) bool {
 	// A server with a short write timeout disconnects a client that does not read steadily.
 	isCut := v.settings.WriteTimeout > 0 && v.settings.WriteTimeout < time.Minute && !steady
 
-	// And so does one whose replies hold memory while writes are refused.
+	// It also disconnects one whose replies hold memory while writes are refused.
 	isCut = isCut || v.settings.Other > 0 && v.mayRefuse() && !steady
 	return v.failed || isClosed(v.closing) || isCut && err != nil
 }
 
-// tally counts replies: each is whole, and what was not delivered was told.
+// tally counts replies: each must be whole, and the client must know of those that were dropped.
 func (v *visitor) tally(got string, err error, list []string, owed int, asked, steady bool) {
 	v.process.mu.Lock()
 	defer v.process.mu.Unlock()
@@ -302,7 +308,7 @@ func (v *visitor) tally(got string, err error, list []string, owed int, asked, s
 		v.fail("%s: its connection ends in %v", v.id, err)
 	}
 
-	// What the client wrote last may have been refused, and that is told in a line.
+	// The client's last write may have been refused, with one line as its answer.
 	refusable := 0
 	if v.mayRefuse() {
 		refusable = 1
@@ -313,7 +319,7 @@ func (v *visitor) tally(got string, err error, list []string, owed int, asked, s
 		return
 	}
 
-	// What was not delivered was told, where the connection has ended well.
+	// If the connection ended well, each reply was delivered or counted as dropped.
 	v.told += dropped
 	if err != io.EOF || disturbed {
 		v.unknown++
@@ -331,9 +337,9 @@ func (v *visitor) tally(got string, err error, list []string, owed int, asked, s
 	}
 }
 
-// tallyLines counts the replies that were delivered, and those of which it was told that they were
-// dropped. ended: the last line told it. Each line is the next one of a reply, an error, or tells
-// what was lost: else good is false.
+// tallyLines counts the replies that were delivered, and those that the server says it has dropped.
+// ended reports whether the last line said so. Each line must be the next one of a reply, an error,
+// or a number of dropped replies; otherwise good is false.
 func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (delivered,
 	dropped int, ended, good bool) {
 	place := 0
@@ -344,7 +350,7 @@ func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (
 		case !whole && line != "" && !mayBeTorn:
 			v.fail("%s: the last line is torn: %.60q", v.id, line)
 
-		// Nothing stands behind the last newline, or the connection broke in a line.
+		// Nothing follows the last newline, or the connection broke within a line.
 		case !whole:
 		case text == list[place]:
 			if place++; place == len(list) {
@@ -355,12 +361,12 @@ func (v *visitor) tallyLines(got string, list []string, asked, mayBeTorn bool) (
 			v.fail("%s: line %d is %.60q, in the middle of a reply", v.id, i, text)
 			return delivered, dropped, ended, false
 
-		// What takes the place of a reply.
+		// An error takes the place of a reply.
 		case strings.Contains(text, "unknown request"), strings.Contains(text, "is full"),
 			strings.Contains(text, "cannot be saved"):
 			delivered++
 
-		// The end tells how many were dropped.
+		// A line at the end says how many replies were dropped.
 		case strings.HasPrefix(text, ":PONG end"):
 			fmt.Sscanf(text, ":PONG end dropped %d", &dropped)
 			ended = asked
