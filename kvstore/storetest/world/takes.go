@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// take has others wait for what it gives, or does not give, and looks what becomes of it.
+// take has other clients wait for a value, gives it to them or not, and checks what they get.
 func (v *visitor) take() {
 	if !v.hello() {
 		return
@@ -28,55 +28,56 @@ func (v *visitor) take() {
 	}
 }
 
-// takeOnce has taker wait. What is given comes to it in time, and is nobody else's; nothing comes
-// to one that has gone; and one that is given nothing waits as long as it says.
+// takeOnce has taker wait for a value. A value that is given must come to it in time, and must go
+// to nobody else. A taker that has gone must get nothing, and one that is given nothing must wait
+// for exactly as long as it asked.
 func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 	r := v.random
 	key, seconds := fmt.Sprint("taken", v.id), 2+r.IntN(5)
 	ends := time.Now().Add(time.Duration(seconds) * time.Second)
 	fmt.Fprintf(taker.conn, Pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
 
-	// By then the Take has come to the server, for its network is calm.
+	// After a second the Take has reached the server, because taker's network is calm.
 	Wait(time.Second)
 
 	what := Pick(r, "gives", "gives", "goes", "waits")
 	if what == "goes" {
-		// The break is below TLS, so that the server hears no goodbye.
+		// The break is below TLS, so the server hears no goodbye.
 		taker.raw.BreakOff()
 		Wait(goneTime + time.Second)
 	}
 
 	value := v.value(i, 0)
 	if what != "waits" {
-		// Each of these can give to a Take that waits.
+		// Each of these requests can give a value to a Take that waits.
 		give := Pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
 		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
-			// An error says that the value is not there; without an answer it may be.
+			// An error says that the value is not there; without an answer it may be there.
 			v.refuse(value, strings.HasPrefix(last, ":ERROR"))
 			return false
 		}
 	}
 
-	// What comes when its client has gone stays.
+	// A value that is given after its taker has gone must stay.
 	given := time.Now()
 	if what == "goes" {
 		if last, ok := v.ask("Count:" + key); ok && v.slack() == 0 && last != ":OK 1" {
 			v.fail("a Take of a client that has gone took what came: %s", last)
 		}
 
-		// The next Take of this client waits for the same key, so it has to be empty.
+		// This client's next Take waits for the same key, so the key has to be empty.
 		_, goesOn = v.ask("Delete:" + key)
 		return goesOn
 	}
 
-	// The Take may have ended just before the value came, or just after: both are right.
+	// The Take may have ended just before the value was given or just after: both are right.
 	if what == "gives" && !given.Before(ends) {
 		return false
 	}
 	return v.checkTaken(taker, key, value, what == "gives", given, ends)
 }
 
-// checkTaken wants that taker has got value, if that was given, and else nothing at its end.
+// checkTaken wants that taker gets value if gives, and otherwise gets nothing when its time ends.
 func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	given, ends time.Time) (goesOn bool) {
 	lines, last, err := taker.reply()
@@ -85,7 +86,7 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 	got := last == ":OK 1" && slices.Equal(lines, []string{key + ":" + value})
 	switch now := time.Now(); {
 	case err != nil || strings.HasPrefix(last, ":ERROR") || isClosed(v.closing):
-		// A server that ends, or that has refused the Take, owes it nothing.
+		// A server that is closing, or that has refused the Take, owes it nothing.
 		return false
 	case gives && !got:
 		v.fail("%s: who waits for %.40q gets %.60q, %s", v.id, value, lines, last)
@@ -95,24 +96,24 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 		v.fail("%s: a Take ends %v after its time, %s", v.id, now.Sub(ends), last)
 	}
 
-	// What a Take has answered with is nobody else's.
+	// The value that answered a Take must not be there any more.
 	if last, ok := v.ask("Count:" + key); ok && last != ":OK 0" {
 		v.fail("%s: what was taken is there still: %s", v.id, last)
 	}
 	return true
 }
 
-// lease makes a key that ends after so many seconds, and tells whether it did.
+// lease makes a key that expires after so many seconds, and reports whether the server has done so.
 func (v *visitor) lease(key, value string, seconds int) bool {
 	fmt.Fprintf(v.conn, Pick(v.random, "Lease:%[1]s:%[2]d:%[3]s\n",
 		"Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"), key, seconds, value)
 
-	// A Set and an Expire have two answers, and a Lease has one: the PONG ends both.
+	// A Set and an Expire have two answers, a Lease has one: the PONG ends both.
 	io.WriteString(v.conn, "Ping\n")
 	for n, last := 0, ""; last != ":PONG"; n++ {
 		var err error
 		if _, last, err = v.reply(); err != nil || strings.HasPrefix(last, ":ERROR") {
-			// Only the first request carries the value: a refused Expire leaves it there.
+			// Only the first request carries the value: it stays if the Expire is refused.
 			v.refuse(value, err == nil && n == 0)
 			return false
 		}
@@ -120,8 +121,8 @@ func (v *visitor) lease(key, value string, seconds int) bool {
 	return true
 }
 
-// end makes keys that end, and looks that they are there until then, and no longer; also those of
-// processes before.
+// end makes keys that expire, and checks that they are there until their time, and no longer. It
+// also checks that keys which other clients and earlier processes have made are not there too long.
 func (v *visitor) end() {
 	r := v.random
 	if !v.hello() {
@@ -159,14 +160,14 @@ func (v *visitor) end() {
 				v.fail("%s is there %v too long", key, asked.Sub(latest))
 			}
 
-			// Keys of others, and of processes before, are not seen longer either.
+			// Other keys must not be seen too long, either.
 			if lines, _, err = v.reply(); err != nil {
 				return
 			}
 			v.world.mu.Lock()
 			for _, line := range lines {
 				if end, known := v.ends[strings.TrimPrefix(line, ": ")]; known && asked.After(end) {
-					// fail takes mu itself, so it has to wait for this goroutine.
+					// fail locks mu itself, so it has to run on a goroutine of its own.
 					go v.fail("%s is there again, or still, %v after its time", line, asked.Sub(end))
 				}
 			}
