@@ -1,20 +1,21 @@
 // Package world has worlds for anything that serves a store on a net.Listener. A world is drawn
 // from a seed: a data directory, a server that is started on it again and again, and clients on a
-// network that does what networks may do. What was promised is judged on the way and at the end.
-// (After FoundationDB's simulation: Zhou et al., SIGMOD 2021.) All of it happens in fake time.
+// network that does what networks may do. What the server promised is judged on the way and at the
+// end. (After FoundationDB's simulation: Zhou et al., SIGMOD 2021.) All of it happens in fake time.
 //
-//	world.go    what is asked of the server, seeds, the story
+//	world.go    what the server has to provide, seeds, the story
 //	process.go  the server from its start to its end
-//	faults.go   what befalls it beside its clients
+//	faults.go   what befalls the server, except by its clients
 //	network.go  a network in memory, as unkind as a real one
+//	draw.go     random choices, and waiting
 //	clients.go  clients, and the kinds of them that know nothing of the data:
-//	lists.go    those that know what lists must hold,
-//	takes.go    those that wait for values, and whose keys end,
-//	readers.go  and those that read slowly, or not at all
+//	lists.go    clients that know what lists must hold,
+//	takes.go    clients that wait for values, and whose keys expire,
+//	readers.go  and clients that read slowly, or not at all
 //	judge.go    what was promised
 //
 // To add a fault of the disk, see process.before; of the network, wire; of the process,
-// process.operate; a kind of client is a method like (*visitor).ping and its line in kinds.
+// process.operate. A kind of client is a method like (*visitor).ping and its line in kinds.
 package world
 
 import (
@@ -38,28 +39,29 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// Program is what worlds are about.
+// Program is the program that worlds test.
 type Program struct {
-	// Log returns a log of which so many lines may wait until they are written to w, and nobody
-	// waits for them. flush returns when all are written, and nobody logs any more.
+	// Log returns a log that writes to w, and whose callers never wait for w: so many lines may
+	// wait to be written. flush is called when nobody logs any more, and returns when all lines are
+	// written.
 	Log func(w io.Writer, lines int) (log *slog.Logger, flush func())
 
 	// Start serves a store on a listener. It does not block.
 	Start func(listener net.Listener, store kvstore.KVStore, with Settings) (Server, error)
 
-	TLS *tls.Config // of the servers that speak it
+	TLS *tls.Config // for the servers that use TLS
 }
 
-// Settings are drawn anew for each start.
+// Settings of a server are drawn again for each start.
 type Settings struct {
 	Log                  *slog.Logger
 	MaxLine, MaxMessage  int // bytes
 	MaxClients           int
-	Handshakes           int           // of TLS at a time
-	FewKeys              int           // in a list that needs no leave, or is not broken off
+	Handshakes           int           // TLS handshakes under way at a time
+	FewKeys              int           // a list of fewer needs no leave, and is not broken off
 	Snapshots            int           // at a time
-	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: any number
-	Other                int64         // bytes of MaxMemory that something else takes than data
+	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: no limit
+	Other                int64         // bytes of MaxMemory that are not data
 	WriteTimeout         time.Duration // 0: none
 	TLS                  *tls.Config   // nil: none
 }
@@ -73,26 +75,26 @@ type Server interface {
 	// Queued returns how many bytes of replies wait for all clients.
 	Queued() (bytes int64)
 
-	// Look has the server look whether its files are what they were, as it does when somebody
-	// asks how it is.
+	// Look has the server check that its files are still there and unchanged, as it does when
+	// somebody asks for its health.
 	Look()
 
-	// What it says after Close: how many replies slow readers have lost, and what it keeps though
-	// there is nothing to keep it for.
+	// After Close: how many replies slow readers have lost, and what the server still holds though
+	// it should hold nothing.
 	Lost() (replies int)
 	Left() (what []string)
 }
 
-// maxLine is the MaxLine of all.
+// maxLine is the MaxLine of all servers.
 const maxLine = 20_000
 
-// How many worlds Run looks at unless it is told, and how many with the race detector, which takes
-// seven times as long.
+// The number of worlds that Run looks at by default, and with the race detector, which takes seven
+// times as long.
 const seedsUsual, seedsRace = 50, 5
 
-// Run looks at worlds, and reports where something that was promised does not hold. The
-// environment's KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many (0: until it is stopped);
-// of a single one the whole story is told.
+// Run looks at worlds, and reports where a promise is broken. The environment's KVSERVER_SEED is
+// the first seed, KVSERVER_SEEDS the number of seeds (0: until the run is stopped). The whole story
+// is printed if there is only one.
 func Run(t *testing.T, program Program) {
 	first, seeds := uint64(1), uint64(seedsUsual)
 	if storetest.IsRace() {
@@ -111,7 +113,8 @@ func Run(t *testing.T, program Program) {
 
 	const group = 200
 	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
-		// Worlds of a group run side by side; a run without an end tells after each how far it is.
+		// Worlds of a group run side by side. A run without an end prints its progress after each
+		// group.
 		t.Run("seeds", func(t *testing.T) {
 			for i := range uint64(group) {
 				if seed := first + done + i; seeds == 0 || done+i < seeds {
@@ -134,30 +137,30 @@ type world struct {
 	t       *testing.T
 	program Program
 	seed    uint64
-	random  *rand.Rand // the world's own choices; each client and each wire has others
+	random  *rand.Rand // the world's own choices; clients and wires have sources of their own
 	began   time.Time
 	dir     *storetest.Dir
 	fsync   time.Duration
-	quiet   bool // what is in dir is on disk, and nobody has written for over two seconds
+	quiet   bool // dir is all on disk, and nobody has written for over two seconds
 
-	// What was answered after this is not on disk if the machine fails now, where a
-	// process that was killed has left it to a kernel. Zero: it is.
+	// What was answered after this time may be lost if the machine fails now, because a killed
+	// process has left it to the kernel. Zero: nothing can be lost.
 	exposed time.Time
 
 	ids   atomic.Int64
-	clock atomic.Int64 // everybody's: it counts what was begun and answered
+	clock atomic.Int64 // of all clients: it counts what was begun and answered
 
-	mu      sync.Mutex // guards what is below
+	mu      sync.Mutex // guards the fields below
 	story   []string
 	history map[string][]heard   // of each list of which all requests are known
-	ends    map[string]time.Time // when a key goes at the latest
-	sent    map[string]bool      // every value that a request has carried
-	refused map[string]bool      // values of requests that got an error
+	ends    map[string]time.Time // latest time at which a key may be there
+	sent    map[string]bool      // all values that a request has carried
+	refused map[string]bool      // the values whose request got an error
 
-	failures int // of power, that may have cost what was answered
+	failures int // number of power failures that may have cost answered writes
 }
 
-// run looks at one world. If tell, its story is told whatever becomes of it.
+// run looks at one world. If tell is true, it prints the world's story even if nothing fails.
 func run(t *testing.T, seed uint64, tell bool, program Program) {
 	synctest.Test(t, func(t *testing.T) {
 		// Clients that change lists of others all send the values 0 and 1.
@@ -168,7 +171,7 @@ func run(t *testing.T, seed uint64, tell bool, program Program) {
 			refused: map[string]bool{},
 		}
 
-		// Fake time passes only where all wait, so an hour of it means that something never comes.
+		// Fake time passes only while all wait, so a whole hour means that something never comes.
 		hangs := time.AfterFunc(time.Hour, func() {
 			panic(fmt.Sprintf("seed %d hangs\n%s", seed, strings.Join(w.story, "\n")))
 		})
@@ -196,7 +199,7 @@ func (w *world) run() {
 	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
 
 	for range 1 + r.IntN(4) {
-		// What one has left is what others after it may begin to recover.
+		// A start that dies leaves its work to later starts, which may die as well.
 		for w.live(false); Chance(r, 2) && !w.t.Failed(); {
 			w.live(true)
 		}
@@ -218,13 +221,13 @@ func (w *world) tell(format string, args ...any) {
 		fmt.Sprintf(format, args...)))
 }
 
-// fail says that a promise was broken.
+// fail reports that a promise was broken.
 func (w *world) fail(format string, args ...any) {
 	w.tell("BROKEN: "+format, args...)
 	w.t.Errorf("seed %d: "+format, append([]any{w.seed}, args...)...)
 }
 
-// refuse notes whether a value was refused, so that it must not be there.
+// refuse notes whether a value was refused: if so, no store may hold it.
 func (w *world) refuse(value string, was bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -234,5 +237,5 @@ func (w *world) refuse(value string, was bool) {
 // id returns a number that nobody else has.
 func (w *world) id() int { return int(w.ids.Add(1)) }
 
-// tick is a moment of everybody's clock.
+// tick returns a new moment of the clock of all clients.
 func (w *world) tick() int64 { return w.clock.Add(1) }
