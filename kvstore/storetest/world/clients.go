@@ -374,8 +374,7 @@ func (v *visitor) silence() {
 			return
 		}
 
-		// An honest client may lose its place to others that have spoken as well, so it tries
-		// again.
+		// If all others have spoken as well, an honest client may have to go, so it tries again.
 		io.WriteString(other.conn, "Ping\n")
 		_, _, err := other.reply()
 		other.conn.Close()
