@@ -1,5 +1,5 @@
-// What is shown where, in the order of the source files. The first words of a test's name are its
-// subject: go test -run Dump -v shows what there is about Dump.
+// The tests stand in the order of the source files. The first words of a test's name are its
+// subject: go test -run Dump -v runs all tests about Dump.
 //
 //	main.go    Flags, Manual, Readme, Log, Signals, KilledServer, TLS, Command (kvserver -c)
 //	server.go  Start, Counts, Close, Accept, MaxClients, Turns, Store, Commit, Expire, Take,
@@ -8,11 +8,11 @@
 //	client.go  Input, SlowLine, Dump (and Keys), Outbox, SlowReader, SteadyReader,
 //	           End (of a connection), WriteTimeout
 //	query.go   Conversations, EveryRequest, Hints, and what is fuzzed
-//	all of it  Simulation, of whose worlds kvstore/storetest/world tells
+//	all of it  Simulation; its worlds are in kvstore/storetest/world
 //
 // The store has its own tests in kvstore/.
 //
-// What the README promises, and more, with the tests that show it:
+// The promises of the README, and more, each with the tests that show it:
 //
 //	Every input gets exactly the protocol's replies, however the network splits it
 //		FuzzConversation, TestInputAtEverySplitPoint
@@ -130,8 +130,8 @@ import (
 
 // ---- main.go: flags and the environment
 
-// Ensure that the help text fits a screen, and that the README's table has each flag as the
-// flag's own words say it.
+// Ensure that the help text fits a screen, and that the README's table has each flag with the same
+// words as the help text.
 func TestFlagsAreDocumented(t *testing.T) {
 	flags := new(config).flags()
 	lines := strings.Split(strings.TrimSuffix(helpText(flags), "\n"), "\n")
@@ -168,7 +168,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 	}
 }
 
-// row is how a flag's row in the README begins.
+// row returns the beginning of a flag's row in the README.
 func row(f *flag.Flag) string {
 	code := func(text string) string {
 		if text == "" {
@@ -181,8 +181,8 @@ func row(f *flag.Flag) string {
 		code(variable(f)), does)
 }
 
-// Ensure that misuse and failure say what and what to do, in two lines, with
-// the right exit code.
+// Ensure that each mistake and failure at the start is reported in two lines, what happened and
+// what to do, with the right exit code.
 func TestFlagMistakes(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "localhost:0")
@@ -198,7 +198,7 @@ func TestFlagMistakes(t *testing.T) {
 	defer store.Close()
 	certs := certificates(t, "server", "other")
 	pem := func(name string) string { return filepath.Join(certs, name) }
-	type mistake struct{ args, what, todo string } // how the two lines begin
+	type mistake struct{ args, what, todo string } // the two lines begin like this
 	tables := map[int][]mistake{
 		exitMisuse: {
 			{"-foo", "unknown flag -foo", "kvserver help flags lists the flags."},
@@ -408,7 +408,7 @@ func storeIn(t *testing.T, dir storage.Directory, status *storage.Status) *durab
 	return store
 }
 
-// Ensure that a repair fails where something is lost, and where nothing is does not.
+// Ensure that a repair fails if and only if something is lost.
 func TestRepairSaysWhatIsLost(t *testing.T) {
 	path := t.TempDir()
 	dir := filepath.Join(path, "data")
@@ -427,7 +427,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 
 	name := filepath.Join(dir, "seg-1.log")
 	b, _ := os.ReadFile(name)
-	b[100] ^= 1 // in the first frame
+	b[100] ^= 1 // a bit in the first frame
 	os.WriteFile(name, b, 0o600)
 	err := run([]string{"repair", dir, filepath.Join(path, "saved")}, io.Discard)
 	if err == nil || as[misuse](err) || !strings.Contains(err.Error(), "is lost") {
@@ -435,7 +435,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	}
 }
 
-// Ensure that flags can come from the environment, and the command line wins.
+// Ensure that flags can come from the environment, and that the command line takes precedence.
 func TestFlagsInTheEnvironment(t *testing.T) {
 	t.Setenv("KVSERVER_ADDR", ":1234")
 	t.Setenv("KVSERVER_MAX_LINE", "77")
@@ -453,7 +453,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
 		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
-	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, where a server is
+	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, on the machine of a server
 	if _, err = parseFlags(nil, io.Discard); err != nil {
 		t.Errorf("a server with a CA for -ping beside it: %v", err)
 	}
@@ -468,7 +468,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		}
 	}
 
-	// What nobody sees at an end of a value is shown.
+	// A blank or a newline at an end of a value is shown, because nobody would see it.
 	t.Setenv("KVSERVER_MAX_LINE", "")
 	for name, flag := range map[string]string{"DATA": "data", "ADDR": "addr", "TLS_CERT": "tls-cert",
 		"TLS_CA": "tls-ca"} {
@@ -491,8 +491,8 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 }
 
-// Ensure that a variable with a slip in its name is noticed, and that those of others
-// are not.
+// Ensure that a variable with a typing error in its name is noticed, and that variables of other
+// programs are not.
 func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 	var log bytes.Buffer
 	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
@@ -524,7 +524,7 @@ func TestFlagSizes(t *testing.T) {
 	}
 }
 
-// Ensure that the binary prints its manual: the headings, and the parts whose heading has a word.
+// Ensure that the binary prints its manual: all headings, or the parts whose heading has a word.
 func TestManual(t *testing.T) {
 	var all, part bytes.Buffer
 	if err := printManual(&all, ""); err != nil || strings.Contains(all.String(), "#") {
@@ -548,7 +548,7 @@ func TestManual(t *testing.T) {
 	}
 }
 
-// Ensure that who asks for something to be printed is told when it could not be.
+// Ensure that a command fails if its output could not be written.
 func TestManualOnAFullDisk(t *testing.T) {
 	t.Parallel()
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
@@ -573,7 +573,7 @@ func TestManualOnAFullDisk(t *testing.T) {
 
 // ---- main.go: the README
 
-// Ensure that the tests which the first page names are there.
+// Ensure that the tests named on the first page exist, and that it has all promises of the README.
 func TestPromisesHaveTests(t *testing.T) {
 	var code []byte
 	var files []string
@@ -634,7 +634,7 @@ func TestReadmeSession(t *testing.T) {
 	}
 }
 
-// Ensure that the README's conversations of two clients, on a lock, a counter, a queue and a
+// Ensure that the README's conversations of two clients, about a lock, a counter, a queue and a
 // session, are what happens.
 func TestReadmeConversations(t *testing.T) {
 	_, section, _ := strings.Cut(readme, "\n## A lock, a counter, a queue, a session\n")
@@ -662,14 +662,14 @@ func TestReadmeConversations(t *testing.T) {
 						clients[name].want(answer)
 					}
 				}
-				synctest.Wait() // a Take is in line
+				synctest.Wait() // so that a Take is in line
 			}
 		})
 	}
 }
 
-// Ensure that the README's client for programs works as it stands there, and with odd data:
-// bytes that are no text, long values, mistakes, and what is no request.
+// Ensure that the README's client for programs works as it is printed, also with odd data: bytes
+// that are no text, long values, mistakes, and lines that are no requests.
 func TestReadmePrograms(t *testing.T) {
 	t.Parallel()
 	m := regexp.MustCompile("(?s)```python\n(.*?)```").FindStringSubmatch(readme)
@@ -711,8 +711,8 @@ for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
 	}
 }
 
-// Ensure that the README's commands do what it says: those of scripts, and those that make
-// certificates and use them.
+// Ensure that the README's commands do what it says, those in scripts and those that make and use
+// certificates.
 func TestReadmeCommands(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -790,8 +790,8 @@ func TestReadmeCommands(t *testing.T) {
 	}
 }
 
-// readmeFiles returns a directory with the files that the README shows, as make dist puts them
-// into archives.
+// readmeFiles returns a directory with the files that the README shows, written as make dist writes
+// them into archives.
 func readmeFiles(t *testing.T) (dir string) {
 	dir = t.TempDir()
 	out, err := exec.Command("go", "run", ".ci/dist.go", "-files", dir).CombinedOutput()
@@ -801,8 +801,8 @@ func readmeFiles(t *testing.T) (dir string) {
 	return dir
 }
 
-// Ensure that systemd, where it is installed, finds nothing wrong with the README's units, and
-// little that the server may do and need not.
+// Ensure that systemd, where it is installed, finds no mistake in the README's units, and few
+// permissions that the server does not need.
 func TestReadmeUnit(t *testing.T) {
 	t.Parallel()
 	dir := readmeFiles(t)
@@ -829,21 +829,21 @@ func TestReadmeUnit(t *testing.T) {
 		bytes.Contains(out, []byte(dir)) || bytes.Contains(out, []byte("kvserver.service:")) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
-	// Of 100, what is open to whoever has taken the server over.
+	// The score says how much is open, of 100, to somebody who has taken the server over.
 	if out, err := exec.Command(tool, "security", "--offline=true", "--threshold=20",
 		filepath.Join(dir, "kvserver.service")).CombinedOutput(); err != nil {
 		t.Errorf("systemd-analyze security: %v\n%s", err, out)
 	}
 }
 
-// Ensure that Prometheus's own tool, where it is installed, takes the README's rules, and that by
-// it each alert fires in its case, and none does on servers that are as they start, beside one
-// that stands by and another program that is down.
+// Ensure that Prometheus's own tool, where it is installed, accepts the README's rules; that each
+// alert fires in its case; and that none fires for servers that have just started, beside one that
+// stands by and another program that is down.
 func TestReadmeAlerts(t *testing.T) {
 	t.Parallel()
 	dir := readmeFiles(t)
 	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
-	cases := map[string]map[string]string{ // by alert, what is not as at the start
+	cases := map[string]map[string]string{ // by alert: the series that are not as at the start
 		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
 		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
 		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
@@ -886,7 +886,7 @@ func TestReadmeAlerts(t *testing.T) {
 		for name, values := range series {
 			add(name, bills, values)
 		}
-		add("up", strings.Replace(bills, `"b"`, `"c"`, 1), "1x60") // it stands by
+		add("up", strings.Replace(bills, `"b"`, `"c"`, 1), "1x60") // the third one stands by
 		add("kvserver_active", strings.Replace(bills, `"b"`, `"c"`, 1), "0x60")
 		add("up", `job="another"`, "0x60")
 		text += "    promql_expr_test:\n" + want
@@ -917,8 +917,8 @@ func TestReadmeAlerts(t *testing.T) {
 	}
 }
 
-// metricsAtStart returns what an empty server that was just started shows to Prometheus, each as
-// an hour of values, one a minute.
+// metricsAtStart returns what an empty server that has just started shows to Prometheus, each
+// series as an hour of values, one a minute.
 func metricsAtStart(t *testing.T) map[string]string {
 	log := newLog(io.Discard, false, false)
 	s := New(nil)
@@ -941,13 +941,13 @@ func metricsAtStart(t *testing.T) map[string]string {
 	return series
 }
 
-// Ensure that a lock which frees itself is never held by two, whatever its holders do: give it
-// back, renew it, or die, and that it is free again when its time is over.
+// Ensure that a lock that frees itself is never held by two clients, whether its holders give it
+// back, renew it or die, and that it is free again when its time is over.
 func TestReadmeLock(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const clients, turns, lease = 8, 12, 5 * time.Second
-		var until atomic.Int64 // the holder has it, in Unix milliseconds; 0: nobody has
+		var until atomic.Int64 // end of its time, in Unix milliseconds; 0: it is free
 		var held, died atomic.Int64
 		var all sync.WaitGroup
 		for id := range clients {
@@ -989,8 +989,8 @@ func TestReadmeLock(t *testing.T) {
 	})
 }
 
-// Ensure that a queue whose workers look, work and then remove loses no job, though workers die in
-// the middle, and that each job is removed by one.
+// Ensure that a queue loses no job if its workers read a job, do it and then remove it, although
+// some of them die in the middle, and that each job is removed once.
 func TestReadmeQueue(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const workers, jobs = 6, 100
@@ -1038,14 +1038,14 @@ func TestReadmeQueue(t *testing.T) {
 
 // ---- main.go: the log
 
-// Ensure that nobody waits for whoever reads the log: lines wait in a queue, then
-// are counted, and what was lost is told.
+// Ensure that nobody waits for the reader of the log: lines wait in a queue, then they are counted
+// instead, and their number is logged later.
 func TestLogNeverBlocks(t *testing.T) {
 	for _, json := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			r, w := io.Pipe()
 			log := newLog(w, json, false)
-			for i := range logLines + 100 { // one is being written
+			for i := range logLines + 100 { // one line is being written
 				log.Info("a line", "number", i)
 			}
 			start := time.Now()
@@ -1077,8 +1077,8 @@ func TestLogNeverBlocks(t *testing.T) {
 	}
 }
 
-// Ensure that the server goes on when the reader of its log pauses, and when it has
-// gone, and that it still stops when told to.
+// Ensure that the server goes on when the reader of its log pauses or has gone, and that it still
+// stops when told to.
 func TestLogMayEnd(t *testing.T) {
 	t.Parallel()
 	for _, gone := range []bool{false, true} {
@@ -1093,11 +1093,11 @@ func TestLogMayEnd(t *testing.T) {
 		}
 		w.Close()
 		defer cmd.Process.Kill()
-		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more
+		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
 		if gone {
 			r.Close()
 		}
-		for range 700 { // of which each is two lines: more than the pipe holds
+		for range 700 { // two lines each: more than the pipe holds
 			dialTCP(t, addr).hangUp()
 		}
 		a := dialTCP(t, addr)
@@ -1110,8 +1110,7 @@ func TestLogMayEnd(t *testing.T) {
 	}
 }
 
-// Ensure that a disk that fails is an error in the log, in its format, before the
-// server stops.
+// Ensure that a failing disk is reported as an error in the log's format before the server stops.
 func TestLogTellsOfAFailingDisk(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{
@@ -1125,7 +1124,7 @@ func TestLogTellsOfAFailingDisk(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "data")
 			os.Mkdir(dir, 0o700)
 			cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
-			os.Rename(dir, dir+".old") // the lock notices, though nobody asks for anything
+			os.Rename(dir, dir+".old") // the lock notices it without any request
 			rest, _ := io.ReadAll(log)
 			cmd.Wait()
 			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
@@ -1137,7 +1136,8 @@ func TestLogTellsOfAFailingDisk(t *testing.T) {
 	}
 }
 
-// Ensure that a start that fails is told in the log's format, wherever the format was given.
+// Ensure that a failed start is reported in the log's format, whether the format is set by flag or
+// environment.
 func TestLogTellsOfAFailedStart(t *testing.T) {
 	t.Parallel()
 	for args, code := range map[string]int{
@@ -1173,8 +1173,8 @@ func TestLogTellsOfAFailedStart(t *testing.T) {
 	}
 }
 
-// Ensure that a goodbye has its reason in the log, that dropped replies are
-// worth a warning, and that comings and goings alone are not.
+// Ensure that a client's goodbye is logged with its reason, as a warning if replies were dropped,
+// and that ordinary connects and disconnects are not logged.
 func TestLogSaysWhyAClientLeft(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("big", strings.Repeat("v", 1200), 2000)
@@ -1203,7 +1203,7 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 
 // ---- main.go: start and stop
 
-// Ensure that a signal ends the process while the data loads.
+// Ensure that a signal ends the process while the data is loaded.
 func TestSignalsWhileLoading(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1230,11 +1230,11 @@ func TestSignalsWhileLoading(t *testing.T) {
 	}
 }
 
-// Ensure that each signal stops the server cleanly, with a client's last reply
-// delivered, and that the log tells the story.
+// Ensure that each signal stops the server cleanly after clients' last replies were delivered, and
+// that the log says so.
 func TestSignalsStopCleanly(t *testing.T) {
 	t.Parallel()
-	for _, sig := range stopSignals() { // under nohup SIGHUP is none of them
+	for _, sig := range stopSignals() { // under nohup SIGHUP is not one of them
 		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
 		a, idle := dialTCP(t, addr), dialTCP(t, addr)
 		a.send("Put:k:v\nGet:k\n")
@@ -1254,7 +1254,7 @@ func TestSignalsStopCleanly(t *testing.T) {
 	}
 }
 
-// Ensure that SIGHUP, where the log goes to no terminal, ends nothing.
+// Ensure that SIGHUP ends nothing if the log does not go to a terminal.
 func TestSignalsHangup(t *testing.T) {
 	t.Parallel()
 	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
@@ -1269,8 +1269,7 @@ func TestSignalsHangup(t *testing.T) {
 	}
 }
 
-// Ensure that a disk without room is no reason to end: writes are refused, and the
-// rest goes on.
+// Ensure that a full disk does not end the server: writes are refused, and everything else works.
 func TestFullDiskRefusesWrites(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1312,9 +1311,9 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	}
 }
 
-// Ensure that one order of what clients ask explains what is answered, and what is there after
-// kill -9 and after a clean stop, again and again in one directory. `make soak` does it for longer
-// than five starts.
+// Ensure that one order of all requests explains the answers, and the data after kill -9 and after
+// a clean stop, again and again in one directory. `make soak` does this for longer than five
+// starts.
 func TestKilledServer(t *testing.T) {
 	t.Parallel()
 	starts, length := 5, time.Hour
@@ -1329,7 +1328,7 @@ func TestKilledServer(t *testing.T) {
 	for began := time.Now(); starts > 0 && time.Since(began) < length && !t.Failed(); starts-- {
 		k.start()
 		k.check()
-		if k.round++; k.round%2 == 0 { // histories are of two rounds, and short
+		if k.round++; k.round%2 == 0 { // a history is of two rounds, so that it stays short
 			k.forget()
 		}
 		k.work()
@@ -1354,8 +1353,8 @@ type killed struct {
 
 	clock atomic.Int64
 	mu    sync.Mutex
-	asked map[string][]storetest.Operation // of each list
-	burst int                              // values of the list that is written in bursts
+	asked map[string][]storetest.Operation // by list
+	burst int                              // number of values in the list that is written in bursts
 
 	requests int // in all
 }
@@ -1367,7 +1366,7 @@ func (k *killed) start() {
 	k.cmd, k.addr = cmd, addr
 }
 
-// stop stops it cleanly.
+// stop stops the server cleanly.
 func (k *killed) stop() {
 	k.cmd.Process.Signal(os.Interrupt)
 	if err := k.cmd.Wait(); err != nil {
@@ -1375,7 +1374,7 @@ func (k *killed) stop() {
 	}
 }
 
-// check looks at what is there after a start.
+// check checks the data after a start.
 func (k *killed) check() {
 	c := dialTCP(k.t, k.addr)
 	c.ask("Ack", ":OK 0")
@@ -1393,7 +1392,7 @@ func (k *killed) check() {
 		if line != fmt.Sprintf("burst:%d", i) {
 			k.t.Fatalf("round %d: value %d is %q", k.round, i, line)
 		}
-		k.burst = max(k.burst, i+1) // one that was not answered may be there
+		k.burst = max(k.burst, i+1) // a value whose Put was not answered may be there
 	}
 	c.ask("Count:burst", fmt.Sprint(":OK ", k.burst))
 	c.hangUp()
@@ -1415,9 +1414,10 @@ func (k *killed) forget() {
 
 func (k *killed) tick() int64 { return k.clock.Add(1) }
 
-// work has clients ask until the server is killed, or they have asked for enough and it is stopped.
+// work has clients send requests until the server is killed, or until they are done and it is
+// stopped.
 func (k *killed) work() {
-	// All are connected before one of them kills the server.
+	// All clients are connected before one of them kills the server.
 	var clients []*testClient
 	for range 9 {
 		clients = append(clients, dialTCP(k.t, k.addr))
@@ -1445,8 +1445,8 @@ func (k *killed) work() {
 	<-ends
 }
 
-// mix changes and reads lists that others change. One client kills the server in the middle, in two
-// of three rounds; others hang up in the middle of a request, of which nothing may be run.
+// mix changes and reads lists that other clients change as well. In two of three rounds one client
+// kills the server in the middle. Some hang up in the middle of a request, which must not be run.
 func (k *killed) mix(c *testClient, id int) {
 	defer c.close()
 	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
@@ -1470,7 +1470,7 @@ func (k *killed) mix(c *testClient, id int) {
 	}
 }
 
-// sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts what is answered.
+// sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts the answers.
 func (k *killed) sendBursts(c *testClient) {
 	defer c.close()
 	go func(n int) {
