@@ -1505,8 +1505,7 @@ func (k *killed) sendBursts(c *testClient) {
 
 // ---- main.go: certificates, and server.go: TLS
 
-// Ensure that with a client CA only its clients get in, that half-close works
-// as without TLS, and that who does not get on with the handshake is cut.
+// Ensure that with a client CA only its clients get in, and that others are told why.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
@@ -1529,10 +1528,10 @@ func TestTLS(t *testing.T) {
 	}{
 		{flags(dir, dir, "client"), "k:v\n"},
 		{flags(dir, "", ""), "give -tls-cert and -tls-key."},
-		{flags(dir, other, "client"), "It does not trust the certificate in " + other}, // another CA's
+		{flags(dir, other, "client"), "It does not trust the certificate in " + other}, // another CA
 		{flags(dir, dir, "expired"), "It does not trust the certificate in " + dir},
 		{flags(other, dir, "client"), "Somebody answers there."},
-		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which it is told at once
+		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which gets its answer at once
 	} {
 		runBinary(t, "Delete:k\nPut:k:v\nGet:k\n", c.prints, c.prints == "k:v\n",
 			append(c.args, "-addr", addr, "-timeout", "3s", "-c")...)
@@ -1544,9 +1543,9 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// Ensure that certificates are read anew when what is in their files changes, though size and
-// time stay, or when the server is told to; that bad ones change nothing, nor what is no file
-// any more; and that the end of one is told in time, once a day.
+// Ensure that certificates are read again when the content of their files changes, even if size and
+// time stay the same, or when the server is told to; that a bad file, or one that is no regular
+// file any more, changes nothing; and that the end of a certificate is logged in time, once a day.
 func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -1574,7 +1573,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 		for _, name := range []string{"server.pem", "server.key"} {
 			data, _ := os.ReadFile(filepath.Join(dir, name))
-			put(name, append(data, "\n\n\n\n"...)) // certificates differ by some bytes
+			put(name, append(data, "\n\n\n\n"...)) // certificates differ in size by a few bytes
 		}
 		pass(lookAgain + time.Second)
 		first := shown()
@@ -1606,13 +1605,13 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		put("server.key", read("server.key"))
 		pass(lookAgain + time.Second)
 
-		// A key that is a pipe now, of which nobody writes the other end, stays as it was.
+		// A key that is now a pipe without a writer stays as it was.
 		key := filepath.Join(dir, "server.key")
 		os.Remove(key)
 		if err := exec.Command("mkfifo", key).Run(); err != nil {
 			t.Logf("without mkfifo there is no pipe to try: %v", err)
 		}
-		put("server.pem", read("server.pem")[1:]) // a torn one, which is told
+		put("server.pem", read("server.pem")[1:]) // a torn certificate, which must be logged
 		log.take()
 		pass(lookAgain + time.Second)
 		told = log.take()
@@ -1620,7 +1619,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
 		}
 
-		// The certificate that is shown is good for an hour, whatever becomes of its file.
+		// The certificate in use is valid for an hour, whatever happens to its file.
 		os.Remove(filepath.Join(dir, "server.pem"))
 		pass(lookAgain + time.Second)
 		log.take()
@@ -1638,8 +1637,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	})
 }
 
-// Ensure that a handshake that does not go on ends in time, and that Close does
-// not wait for it.
+// Ensure that a handshake that does not go on ends in time, and that Close does not wait for one.
 func TestTLSHandshakeIsLimited(t *testing.T) {
 	withTLS := serverConfig(t)
 	for _, closing := range []bool{false, true} {
@@ -1661,7 +1659,7 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 	}
 }
 
-// Ensure that failing handshakes are counted, not logged one by one.
+// Ensure that failing handshakes are counted, and not logged one by one.
 func TestTLSFailuresAreCounted(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls = new(tls.Config)
@@ -1684,9 +1682,9 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 	})
 }
 
-// Ensure that handshakes which do not go on hold no client's place and keep nobody out,
-// however many they are: one more takes the place of the oldest that has said nothing, so a
-// client that has sent its hello stays, however long the rest takes.
+// Ensure that handshakes that do not go on take no client's place and keep nobody out, however many
+// they are: a new one takes the place of the oldest that has sent nothing. So a client that has
+// sent its hello stays, however long the rest takes.
 func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	t.Parallel()
 	withTLS := serverConfig(t)
@@ -1697,14 +1695,14 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 		var flood sync.WaitGroup
 		flood.Go(func() {
 			for !isClosed(done) {
-				n.dial(t) // and says nothing
+				n.dial(t) // and sends nothing
 				<-time.After(interval)
 			}
 		})
 		pass(2 * handshakeTime)
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			a := n.dial(t)
-			a.conn = &farConn{a.conn, trip} // which takes a hello, a handshake and a request
+			a.conn = &farConn{a.conn, trip} // one trip for a hello, a handshake and a request
 			within(t, 0, 5*trip, func() { a.overTLS().ask("Ping", ":PONG") })
 			a.close()
 			synctest.Wait()
@@ -1714,7 +1712,7 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	})
 }
 
-// farConn is a client's connection on which each answer takes its time.
+// farConn is a client's connection on which each answer takes a while.
 type farConn struct {
 	world.HalfConn
 	trip time.Duration
@@ -1726,8 +1724,8 @@ func (f *farConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Ensure that an honest client is served at once beside silent connects on real sockets, also
-// where there are few places.
+// Ensure that an honest client is served at once beside silent connections on real sockets, even if
+// there are few places.
 func TestTLSBesideSilentConnects(t *testing.T) {
 	t.Parallel()
 	withTLS := serverConfig(t)
@@ -1740,8 +1738,9 @@ func TestTLSBesideSilentConnects(t *testing.T) {
 		}
 		a := dialTCP(t, addr)
 
-		// With more time one of the silent ends, and its place is free. A busy machine may take longer
-		// now and then: it tries again behind as many others.
+		// With more time a silent handshake would end, and its place would be free. On a busy
+		// machine an attempt may take too long, so it is repeated behind as many silent
+		// connections.
 		a.conn.SetDeadline(time.Now().Add(handshakeTime / 2))
 		a.overTLS().sendSome("Ping\n")
 		line, err := a.r.ReadString('\n')
@@ -1756,8 +1755,8 @@ func TestTLSBesideSilentConnects(t *testing.T) {
 
 // ---- main.go: the client in the binary
 
-// Ensure that kvserver -c prints data and errors where they belong, counts lines
-// as its user does, and knows whether all was answered.
+// Ensure that kvserver -c prints data and errors to the right outputs, counts lines as its user
+// does, and knows whether all requests were answered.
 func TestCommand(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		for _, c := range []struct {
@@ -1800,7 +1799,7 @@ func TestCommand(t *testing.T) {
 	})
 }
 
-// Ensure that -c shows :OK n where that is the result, and only there, however long the request is.
+// Ensure that -c shows :OK n only if it is the result of the request, however long the request is.
 func TestCommandShowsResults(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
@@ -1815,7 +1814,8 @@ func TestCommandShowsResults(t *testing.T) {
 			{[]string{"Remove:lock:b", "Remove:lock:a"}, ":OK 0\n:OK 1\n"},
 			{[]string{"Put:l:" + long, "Swap:l:" + long + ":a", "Swap:l:" + long + ":a"}, ":OK 1\n:OK 0\n"},
 
-			// What a Dump is made of, what only changes, and what has lines of its own.
+			// Requests as in a Dump, requests that only change something, and requests with lines
+			// of their own.
 			{[]string{"Put:k:w", "Expire:k:60", "Update:k:v:x", "Set:k:y", "Delete:none", "Ack"}, ""},
 			{[]string{"Get:k", "Expire:k:60", "Expire:k", "Keys", "Take:k", "Take:k", "Get:k"},
 				"k:y\n60\nk\nl\nk:y\n"},
@@ -1828,8 +1828,8 @@ func TestCommandShowsResults(t *testing.T) {
 	})
 }
 
-// Ensure that what the server says unasked is shown, and is an error, whether an answer is owed or
-// not.
+// Ensure that a line that the server sends unasked is shown, and is an error, whether an answer is
+// owed or not.
 func TestCommandHearsTheServer(t *testing.T) {
 	for _, c := range []struct {
 		in, answers string
@@ -1844,7 +1844,7 @@ func TestCommandHearsTheServer(t *testing.T) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go func() {
 				io.WriteString(theirs, c.answers[:len(":OK 0\n")])
-				<-time.After(1) // all is sent by then
+				<-time.After(1) // by then all requests are sent
 				io.WriteString(theirs, c.answers[len(":OK 0\n"):])
 				io.Copy(io.Discard, theirs)
 				theirs.Close()
@@ -1861,12 +1861,12 @@ func TestCommandHearsTheServer(t *testing.T) {
 	}
 }
 
-// Ensure that an answer that never came is an error, wherever the server was lost, as is one that
-// nobody asked for, and that what is no kvserver is found out; with -stop as well, where each answer
-// lets a request go.
+// Ensure that a missing answer is an error, wherever the server was lost; that an answer to no
+// request is one; and that a program other than kvserver is recognized. With -stop, where each
+// answer lets one request go, the same holds.
 func TestCommandLosesItsServer(t *testing.T) {
 	for _, c := range []struct {
-		in      string // "": nothing, and no end
+		in      string // "": nothing is sent, and the input does not end
 		answers string
 		want    error
 		text    string
@@ -1880,7 +1880,7 @@ func TestCommandLosesItsServer(t *testing.T) {
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
 			errUnanswered, "", false},
 		{"Get:a\n", "", errSilent, "", false},
-		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // for the Ack was not read
+		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // because the Ack was not read
 		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
 			"server is full (3 clients)", false},
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`, false},
@@ -1890,8 +1890,8 @@ func TestCommandLosesItsServer(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go func() {
-				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // the welcome, the rest
-					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // welcome, rest
+					<-time.After(1) // by then all is sent: fake time passes only while nobody works
 					io.WriteString(theirs, some)
 				}
 				synctest.Wait()
@@ -1920,13 +1920,13 @@ func TestCommandLosesItsServer(t *testing.T) {
 	}
 }
 
-// Ensure that -c says through which line of its input all was answered, whatever ended it,
-// so that a load can be resumed: blank lines count, and what was answered need not be sent
-// again. With -stop nothing after an error is sent.
+// Ensure that -c says up to which line of its input all requests were answered, whatever ended it,
+// so that a load can be resumed: blank lines count, and answered requests need not be sent again.
+// With -stop nothing after an error is sent.
 func TestCommandResumes(t *testing.T) {
 	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
 	for _, c := range []struct {
-		answers int // that come before the connection ends; -1: all, and it goes on
+		answers int // that come before the connection ends; -1: all, and it does not end
 		stops   bool
 		want    error
 		through int
@@ -1938,11 +1938,11 @@ func TestCommandResumes(t *testing.T) {
 		{4, false, errUnanswered, 4, ""},
 		{7, false, errUnanswered, 7, "line 5: Put needs"},
 		{-1, false, nil, 9, "line 5: Put needs"},
-		{-1, true, errStopped, 4, "line 5: Put needs"}, // that line is to be mended, and sent again
+		{-1, true, errStopped, 4, "line 5: Put needs"}, // this line has to be sent again
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() { // a relay to the server, which loses what comes later
+			go func() { // a relay to the server, which loses later answers
 				a := n.dial(t)
 				go func() {
 					io.Copy(a.conn, theirs)
@@ -1956,7 +1956,7 @@ func TestCommandResumes(t *testing.T) {
 					io.WriteString(theirs, line)
 				}
 				if c.answers >= 0 {
-					<-time.After(1) // all is sent by then, for fake time passes only where nobody works
+					<-time.After(1) // by then all is sent: fake time passes only while nobody works
 				}
 				theirs.Close()
 				a.close()
@@ -1980,8 +1980,8 @@ func TestCommandResumes(t *testing.T) {
 	}
 }
 
-// Ensure that -timeout ends a conversation with a server that has stopped, but neither a
-// pause between requests nor an answer that comes in parts.
+// Ensure that -timeout ends a conversation with a server that has stopped answering, but counts
+// neither a pause between requests nor an answer that comes in parts.
 func TestCommandTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -2011,7 +2011,7 @@ func TestCommandTimeout(t *testing.T) {
 	})
 }
 
-// Ensure that -c which gives up, or is killed, while its Take waits takes no value.
+// Ensure that a -c that gives up or is killed while its Take waits takes no value.
 func TestCommandLeavesTheLine(t *testing.T) {
 	t.Parallel()
 	addr := startTCP(t, New(kvstore.NewMemory()))
@@ -2026,7 +2026,7 @@ func TestCommandLeavesTheLine(t *testing.T) {
 		watch.ask("Put:k:v\nCount:k\nDelete:k\nPing", ":OK 1", ":PONG")
 	}
 
-	// On a busy machine it may give up before its Take has come: then it gets more time.
+	// On a busy machine it may give up before its Take has arrived: then it gets more time.
 	for timeout := 100 * time.Millisecond; watch.stat("take_requests_total") == 0; timeout *= 2 {
 		command(timeout).Run()
 	}
@@ -2045,8 +2045,8 @@ func TestCommandLeavesTheLine(t *testing.T) {
 	watch.hangUp()
 }
 
-// Ensure that the time limit is for a silence: not for an answer that lasts as long as it flows;
-// and that -ping has one by itself, when a server stalls behind its welcome.
+// Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
+// -ping has a limit by itself if a server stalls after its welcome.
 func TestCommandBesideASilentServer(t *testing.T) {
 	for _, c := range []struct {
 		config  config
@@ -2089,7 +2089,7 @@ func TestCommandBesideASilentServer(t *testing.T) {
 	}
 }
 
-// Ensure that text in UTF-16, as PowerShell writes it, is named as such, and not run.
+// Ensure that text in UTF-16, as PowerShell writes it, is reported as such, and is not run.
 func TestCommandRefusesUTF16(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		for _, in := range []string{"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00",
@@ -2114,7 +2114,8 @@ func TestCommandRefusesUTF16(t *testing.T) {
 	})
 }
 
-// Ensure that -out writes the answers into a file, byte for byte, and says where it cannot.
+// Ensure that -out writes the answers into a file, byte for byte, and reports a file that it cannot
+// write.
 func TestCommandOutput(t *testing.T) {
 	t.Parallel()
 	addr := serveTCP(t)
@@ -2135,7 +2136,7 @@ func TestCommandOutput(t *testing.T) {
 	}
 }
 
-// screen is what a terminal shows, whoever writes.
+// screen is a buffer that several goroutines may write to, as to a terminal.
 type screen struct {
 	mu sync.Mutex
 	bytes.Buffer
@@ -2147,7 +2148,7 @@ func (s *screen) Write(b []byte) (int, error) {
 	return s.Buffer.Write(b)
 }
 
-// take returns what it shows, and wipes it.
+// take returns the text on the screen, and clears it.
 func (s *screen) take() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -2155,8 +2156,8 @@ func (s *screen) take() string {
 	return s.String()
 }
 
-// Ensure that who types sees a prompt and that each write was done, and that nothing else is
-// printed in a line about progress.
+// Ensure that a user at a terminal sees a prompt and the answer to each write, and that nothing
+// else is printed into a line about progress.
 func TestCommandOnATerminal(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2192,7 +2193,7 @@ func TestCommandOnATerminal(t *testing.T) {
 	})
 }
 
-// Ensure that -c, when it is interrupted, says how far it has come.
+// Ensure that a -c that is interrupted says how far it has come.
 func TestCommandIsInterrupted(t *testing.T) {
 	t.Parallel()
 	cmd := binary("-addr", serveTCP(t), "-c")
@@ -2215,8 +2216,8 @@ func TestCommandIsInterrupted(t *testing.T) {
 	}
 }
 
-// Ensure that many requests on the command line are looked at one by one: to join all that follow at
-// each of them would take their square.
+// Ensure that checking many requests on the command line takes linear memory: each is checked
+// without joining all that follow.
 func TestCommandWithManyRequests(t *testing.T) {
 	c := config{client: true, requests: slices.Repeat([]string{"Put:key:value"}, 5000)}
 	var before, after runtime.MemStats
@@ -2228,7 +2229,7 @@ func TestCommandWithManyRequests(t *testing.T) {
 	}
 }
 
-// Ensure that what stands behind a Quit is told as not run, also where there is a second Quit.
+// Ensure that requests after a Quit are reported as not run, even if there is a second Quit.
 func TestCommandBehindAQuit(t *testing.T) {
 	t.Parallel()
 	addr := serveTCP(t)
@@ -2237,10 +2238,10 @@ func TestCommandBehindAQuit(t *testing.T) {
 	}
 }
 
-// Ensure that what -c says to do next is what is to be done: with the flags that it was given,
-// and only where something may have been changed.
+// Ensure that -c gives correct advice on what to do next: with the flags that it was given, and to
+// look first only if something may have been changed.
 func TestCommandSaysWhatToDo(t *testing.T) {
-	answered := func(t *talker) *talker { // two lines
+	answered := func(t *talker) *talker { // through two lines
 		t.answered = 2
 		return t
 	}
@@ -2270,7 +2271,7 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		{quits, errUnanswered, "Nothing after a Quit is run."},
 		{&talker{}, errUnasked, "nothing is known: look, then go on"},
 		{&talker{}, errOutput, "Make room where the answers go"},
-		{&talker{answered: -1}, errQuiet, "Nothing was sent: try again."}, // our Ack has no answer
+		{&talker{answered: -1}, errQuiet, "Nothing was sent: try again."}, // our own Ack has no answer
 	} {
 		var p problem
 		if err := c.talker.problem(c.err); !errors.As(err, &p) || !strings.Contains(p.todo, c.want) ||
@@ -2279,7 +2280,7 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		}
 	}
 
-	// Who may not connect to a socket is not told to start what runs.
+	// A user who may not connect to a socket is not told to start a server that runs.
 	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
 	var p problem
 	if err := dialProblem("unix:/run/sock", denied); !errors.As(err, &p) ||
@@ -2287,14 +2288,14 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 
-	// Who may not read a key is not told to look for another.
+	// A user who may not read a key is not told to look for another.
 	if err := pemProblem(fs.ErrPermission); !errors.As(err, &p) ||
 		!strings.Contains(p.todo, "Let the user who runs kvserver read it") {
 		t.Errorf("%+v", p)
 	}
 }
 
-// Ensure that a disk that is full, and an input that cannot be read, are errors.
+// Ensure that an output that cannot be written, and an input that cannot be read, are errors.
 func TestCommandFailsWithItsFiles(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
@@ -2319,7 +2320,8 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 		}
 		a.close()
 
-		// It may fail at the last moment, as on a disk of another machine, also behind an error.
+		// The output may fail only when it is closed, as with a network file system, also after an
+		// error.
 		for _, request := range []string{"Get:k", "get k"} {
 			a = n.dial(t)
 			_, err := talk(&talker{conn: a.conn, config: config{requests: []string{request}},
@@ -2332,7 +2334,7 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 	})
 }
 
-// closesWith is a file that tells only when it is closed what became of it.
+// closesWith is a file that reports only in Close what happened to its data.
 type closesWith struct {
 	io.Writer
 	err error
@@ -2340,12 +2342,12 @@ type closesWith struct {
 
 func (c closesWith) Close() error { return c.err }
 
-// closing is w as a file that nothing happens to when it is closed.
+// closing returns w as a file whose Close does nothing.
 func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 
 // ---- server.go: start, counts and close
 
-// Ensure that Start serves its port, and says so when it cannot.
+// Ensure that Start serves its port, and returns an error if it cannot.
 func TestStart(t *testing.T) {
 	first := New(kvstore.NewMemory())
 	must(t, first.Start(0))
@@ -2361,7 +2363,7 @@ func TestStart(t *testing.T) {
 	equal(t, "second Start", first.Start(0), errStarted)
 }
 
-// Ensure that every call can come twice, early, late and at once.
+// Ensure that every call may come twice, early, late and concurrently.
 func TestStartAndCloseInAnyOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		s := New(kvstore.NewMemory())
@@ -2383,7 +2385,7 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 		wg.Wait()
 		equal(t, "clients after Close", n.server.CountActive(), 0)
 		equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
-		a.close() // its Get may have come too late, and then the server's end is no good one
+		a.close() // its Get may have come too late, so the server may have reset the connection
 
 		none := New(nil)
 		equal(t, "Start without a store", none.Start(0), errNoStore)
@@ -2392,8 +2394,8 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 	})
 }
 
-// Ensure that clients of several listeners are one server's, that one listener which fails
-// keeps nobody from another, and that Close ends all.
+// Ensure that one server serves the clients of several listeners, that a listener that fails keeps
+// nobody from another, and that Close ends all.
 func TestStartOnSeveralListeners(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		other, failing := newFakeNet(), newFakeNet()
@@ -2419,7 +2421,7 @@ func TestCounts(t *testing.T) {
 			t.Helper()
 			synctest.Wait()
 			var wg sync.WaitGroup
-			for range 10 { // at once, and never one the other's number
+			for range 10 { // concurrently, so that no answer goes to another's call
 				wg.Go(func() {
 					equal(t, "CountActive", n.server.CountActive(), active)
 				})
@@ -2448,8 +2450,8 @@ func TestCounts(t *testing.T) {
 	})
 }
 
-// Ensure that Close is bounded in time in every state of the clients, and that
-// it ends every goroutine (a bubble does not end while one is left).
+// Ensure that Close is bounded in time in every state of the clients, and that it ends every
+// goroutine (a bubble does not end while one is left).
 func TestCloseInEveryState(t *testing.T) {
 	states := []struct {
 		name  string
@@ -2490,7 +2492,7 @@ func TestCloseInEveryState(t *testing.T) {
 						pass(after)
 					}
 
-					// One that was there just now may come back within a second.
+					// A client that has just spoken may get up to a second to send more.
 					most := s.most
 					if after < quietAfter {
 						most = max(most, drainTime)
@@ -2498,7 +2500,7 @@ func TestCloseInEveryState(t *testing.T) {
 					within(t, 0, most+busyTime, n.server.Close)
 					b.wantClosed()
 					a.close()
-					pass(busyTime) // for whoever still sends to notice
+					pass(busyTime) // for those who still send to notice
 				})
 			})
 		}
@@ -2520,8 +2522,8 @@ func TestCloseAnswersWhatWasRead(t *testing.T) {
 	})
 }
 
-// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken
-// everything, or its second is over. Its answers are not lost to a reset.
+// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken all
+// its answers, or its second is over. No reset destroys the answers.
 func TestCloseUnderASteadyReader(t *testing.T) {
 	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2536,7 +2538,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo, 50*time.Millisecond)
 		})
 
-		// It may pause, longer than a steady reader takes for all that is sent.
+		// The client may pause, for longer than a steady reader takes for the whole answer.
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = config
 			a := n.dial(t)
@@ -2551,9 +2553,9 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 	}
 }
 
-// Ensure the same of a real socket. Its answer is so long that the server knows, also where the
-// machine is busy, that its client cannot have read all of it yet; and it is read in few pieces, for
-// their second is a true one.
+// Ensure the same on a real socket. The answer is so long that, even on a busy machine, the server
+// knows that its client has not read all of it yet. It is read in few pieces, because their second
+// is a second of real time.
 func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -2573,7 +2575,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo), 150*kilo, time.Millisecond)
 }
 
-// Ensure that time in which the server stands still does not count as time to read.
+// Ensure that time in which the server stands still does not count as a client's time to read.
 func TestCloseWhileTheServerStandsStill(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 3 * closeTime}
@@ -2583,14 +2585,14 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 		b.ask("Ping", ":PONG")
 		a.send("Get:k\n")
 		synctest.Wait()
-		b.send("Put:x:y\n") // its Commit lasts
+		b.send("Put:x:y\n") // its Commit takes long
 		synctest.Wait()
 		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200), 15*kilo, closeTime/20)
 	})
 }
 
-// readAndSend has a client read what it is answered, in pieces, with a Put and a pause between any
-// two, while the server closes, and wants it to be this. The server has read all that was sent.
+// readAndSend has a client read its answers in pieces, with a pause before and a Put after each,
+// while the server closes. The answers must be want. The server has read all requests before.
 func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause time.Duration) {
 	var closing sync.WaitGroup
 	closing.Go(s.Close)
@@ -2612,14 +2614,14 @@ func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause 
 	closing.Wait()
 }
 
-// Ensure that Close ends a reader that is just setting a deadline of its own.
+// Ensure that Close ends a reader that is just setting its own deadline.
 func TestCloseMeetsADeadline(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		var once sync.Once
 		n.beforeDeadline = func() {
 			once.Do(func() {
 				go n.server.Close()
-				synctest.Wait() // until workLoop has set its own
+				synctest.Wait() // until workLoop has set its deadline
 			})
 		}
 		a := n.dial(t)
@@ -2630,15 +2632,15 @@ func TestCloseMeetsADeadline(t *testing.T) {
 	})
 }
 
-// Ensure that TLS, which takes its time over a goodbye, does not make Close wait:
-// not for a client that does not read, nor for one turned away that is silent.
+// Ensure that Close does not wait for TLS to say goodbye, neither to a client that does not read
+// nor to a silent one that is turned away.
 func TestCloseWithTLS(t *testing.T) {
 	withTLS := serverConfig(t)
 	for _, request := range []string{"Get:big\n", "Get:big\nQuit\n", "Get:small\nQuit\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = withTLS
 			n.fill("big", strings.Repeat("v", 1200), 1000)
-			n.fill("small", "v", world.StreamSize/len("small:v\n")) // less than stream and Write hold
+			n.fill("small", "v", world.StreamSize/len("small:v\n")) // a stream and a Write hold more
 			n.server.maxClients = 1
 			a := n.dial(t).overTLS()
 			a.send(request)
@@ -2666,7 +2668,7 @@ func TestCloseWithTLS(t *testing.T) {
 	})
 }
 
-// deafConn takes no more bytes once it is on, and has no deadline.
+// deafConn accepts no more bytes once on is set, and ignores deadlines.
 type deafConn struct {
 	net.Conn
 	on     atomic.Bool
@@ -2694,7 +2696,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		a.send("Take:k:60\n")
 		b.send("Ack\nTake:k:60\n")
 		b.conn.CloseWrite()
-		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // for k another might be waiting still
+		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
 		synctest.Wait()
 		within(t, 0, drainTime, n.server.Close)
 		a.wantRest(":OK 0\n")
@@ -2703,7 +2705,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 	})
 }
 
-// Ensure that Close does not wait for a walk that goes on and on.
+// Ensure that Close does not wait for an endless walk.
 func TestCloseDuringKeys(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = endless{kvstore.NewMemory()}
@@ -2717,7 +2719,7 @@ func TestCloseDuringKeys(t *testing.T) {
 	})
 }
 
-// Ensure that Close does not wait for a walk through very many keys.
+// Ensure that Close does not wait for the Dump of very many keys.
 func TestCloseDuringDump(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const pairs = 10_000
@@ -2730,7 +2732,7 @@ func TestCloseDuringDump(t *testing.T) {
 	})
 }
 
-// endless is a store, and a snapshot, whose keys never end.
+// endless is a store, and its own snapshot, with endlessly many keys.
 type endless struct{ kvstore.Store }
 
 func (e endless) Snapshot() kvstore.Snapshot { return e }
@@ -2760,8 +2762,8 @@ func TestCloseWhileWaitingForSnapshot(t *testing.T) {
 
 // ---- server.go: accepting clients
 
-// Ensure that failing Accepts are tried again, less and less often, with one
-// line in the log for each change.
+// Ensure that a failing Accept is tried again at growing intervals, with one line in the log for
+// each change.
 func TestAcceptBacksOff(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Failures = 12
@@ -2773,7 +2775,7 @@ func TestAcceptBacksOff(t *testing.T) {
 			equal(t, line+", in the log", strings.Count(log, line), 1)
 		}
 	})
-	inBubble(t, func(t *testing.T, n *fakeNet) { // and Close does not wait for it
+	inBubble(t, func(t *testing.T, n *fakeNet) { // Close does not wait for the next attempt
 		n.Failures = 1 << 30
 		n.server.serve(n)
 		pass(time.Minute)
@@ -2781,8 +2783,8 @@ func TestAcceptBacksOff(t *testing.T) {
 	})
 }
 
-// Ensure that one client too many is told so, that the others do not notice,
-// and that there is room when one leaves.
+// Ensure that one client too many gets a line that says so, that the others do not notice it, and
+// that there is room for another when one leaves.
 func TestMaxClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxClients = 2
@@ -2800,7 +2802,7 @@ func TestMaxClients(t *testing.T) {
 		c := n.dial(t)
 		c.ask("Ping", ":PONG")
 		pass(time.Minute)
-		for range maxRejecting { // and none of them goes on
+		for range maxRejecting { // none of them reads or closes
 			defer n.dial(t).close()
 		}
 		d := n.dial(t)
@@ -2812,7 +2814,7 @@ func TestMaxClients(t *testing.T) {
 	})
 }
 
-// Ensure that every client too many is told so under TLS, too, however many there are.
+// Ensure that clients too many get that line under TLS as well, however many there are.
 func TestMaxClientsOverTLS(t *testing.T) {
 	config := serverConfig(t)
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2827,7 +2829,7 @@ func TestMaxClientsOverTLS(t *testing.T) {
 	})
 }
 
-// Ensure that a server that is full is healthy.
+// Ensure that a server that is full counts as healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -2841,7 +2843,7 @@ func TestMaxClientsAndPing(t *testing.T) {
 
 // ---- server.go: turns of clients
 
-// lazyStore is a Memory whose Updates take their time, as those of huge lists do.
+// lazyStore is a Memory whose Updates take a while, as those of huge lists do.
 type lazyStore struct {
 	*kvstore.Memory
 	takes func() time.Duration
