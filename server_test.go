@@ -2854,9 +2854,8 @@ func (l lazyStore) Update(key, oldValue, newValue string) bool {
 	return l.Memory.Update(key, oldValue, newValue)
 }
 
-// TestTurnsBesideStalls: when the system lets the process wait in the middle of a client's chain,
-// that client hardly waits longer for its next turn. Time in which long lists may have been
-// searched counts in full.
+// Ensure that a client waits hardly longer for its next turn if the system suspends the process in
+// the middle of its chain, but that time in which long lists may have been searched counts in full.
 func TestTurnsBesideStalls(t *testing.T) {
 	const usual, stall = 50 * time.Microsecond, 3 * time.Millisecond
 	floor := time.Second
@@ -2873,9 +2872,9 @@ func TestTurnsBesideStalls(t *testing.T) {
 	}
 }
 
-// Ensure that a client that asks for little waits for a turn or two of the others, not for one
-// of each, whatever these send: one long request at a time, short ones between two long ones,
-// or many in one chain. And that all of these get on, each as much as any other.
+// Ensure that a client that asks for little waits for one or two turns of other clients, not for
+// one of each, whether they send one long request at a time, a short one between two long ones, or
+// many in one chain; and that the others get equal shares.
 func TestTurnsOfLightClients(t *testing.T) {
 	t.Parallel()
 	const others, takes = 100, 2 * time.Millisecond
@@ -2913,7 +2912,7 @@ func TestTurnsOfLightClients(t *testing.T) {
 			}
 			updates := strings.Count(script, "Update")
 			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
-				pass(takes) // until it is known of each that it does not ask for little only
+				pass(takes) // until each is known to ask for more than a little
 			}
 			for range 200 {
 				pass(3 * takes / 7)
@@ -2971,8 +2970,8 @@ func TestTurns(t *testing.T) {
 
 // ---- server.go: the store, and Commit
 
-// Ensure that the server needs nothing of a store but the KVStore interface, and a Snapshot for
-// Keys and Dump.
+// Ensure that the server needs only the KVStore interface from a store, and a Snapshot for Keys and
+// Dump.
 func TestStoreOfAnyKind(t *testing.T) {
 	for _, c := range conversations {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2996,12 +2995,12 @@ func TestStoreOfAnyKind(t *testing.T) {
 	}
 }
 
-// plainStore is a KVStore that can do nothing else, and whose Commit fails when told to.
+// plainStore is a KVStore that is no Store, and whose Commit fails when told to.
 type plainStore struct {
 	kvstore.KVStore
 	commits int
 	fail    error
-	last    []string // that Get returned
+	last    []string // the last result of Get
 }
 
 func (p *plainStore) Get(key string) []string {
@@ -3014,7 +3013,7 @@ func (p *plainStore) Commit() error {
 	return p.fail
 }
 
-// listedStore is a Store made of a KVStore, which can list what that holds.
+// listedStore is a Store made from a KVStore, with the Snapshot of the Memory behind it.
 type listedStore struct {
 	kvstore.Store
 	held *kvstore.Memory
@@ -3022,8 +3021,8 @@ type listedStore struct {
 
 func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
 
-// Ensure that files which somebody removes under an idle server are written anew without a
-// request, so that kill -9 loses nothing.
+// Ensure that files that somebody removes under an idle server are written again without a request,
+// so that kill -9 loses nothing.
 func TestStoreMissesItsFiles(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		dir := storetest.New()
@@ -3052,8 +3051,8 @@ func TestStoreMissesItsFiles(t *testing.T) {
 	})
 }
 
-// Ensure that no reply leaves when Commit fails: not of a write, not of a read;
-// everybody is disconnected, and the owner is told.
+// Ensure that no reply leaves when Commit fails, neither of a write nor of a read; that every
+// client is disconnected; and that Failed reports it.
 func TestCommitBeforeReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
@@ -3079,8 +3078,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 	})
 }
 
-// Ensure that a Get that sees another client's Put is not answered before that
-// is committed.
+// Ensure that a Get that sees another client's Put is not answered before the Put is committed.
 func TestCommitBeforeGets(t *testing.T) {
 	for _, failure := range []error{nil, errors.New("disk on fire")} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3100,7 +3098,7 @@ func TestCommitBeforeGets(t *testing.T) {
 			store.gate <- nil
 			c.want(":PONG")
 			b.wantNothing()
-			c.send("Keys\n") // it is not run any more where that Commit fails
+			c.send("Keys\n") // it is not run if that Commit fails
 			synctest.Wait()
 			store.gate <- failure
 			if failure == nil {
@@ -3116,9 +3114,9 @@ func TestCommitBeforeGets(t *testing.T) {
 	}
 }
 
-// Ensure that clients who come back soon share a slow Commit, whenever they came first, and that
-// waits in vain do not last: for those who have left, come later, only read, or wait for a value.
-func TestCommitGathers(t *testing.T) {
+// Ensure that clients that come back soon share a slow Commit, whenever they came first, and that
+// no batch waits for long for clients that have left, come later, only read, or wait for a value.
+func TestCommitGathers(t *testing.T) { // number of Commits in a second
 	const takes, second = 10 * time.Millisecond, 100 // Commits
 	type gathers func(t *testing.T, n *fakeNet, store *slowStore)
 	beside := func(most int64, others func(t *testing.T, n *fakeNet, ended <-chan struct{})) gathers {
@@ -3139,7 +3137,7 @@ func TestCommitGathers(t *testing.T) {
 			n.repeat(t, 10, takes/2, time.Millisecond, 20)
 			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
 
-			// They have gone, so that one who is alone has nobody to wait for.
+			// The clients have gone, so one that is alone has nobody to wait for.
 			alone := n.dial(t)
 			for range 3 {
 				began := time.Now()
@@ -3164,7 +3162,7 @@ func TestCommitGathers(t *testing.T) {
 		}),
 		"one that pauses": beside(127, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
 			c := n.dialAck(t)
-			for i := range second / 2 { // it comes each time for a while
+			for i := range second / 2 { // it comes for a while, pauses, and comes again
 				c.ask("Put:k:v", ":OK 1")
 				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
 			}
@@ -3204,14 +3202,15 @@ func TestCommitGathers(t *testing.T) {
 	}
 }
 
-// Ensure that a client's first write is not waited for, also not in a server's first batches.
+// Ensure that no batch waits for a client before its second write, not even a server's first
+// batches.
 func TestCommitGathersNobodyAtFirst(t *testing.T) {
 	g, sh := New(kvstore.NewMemory()).gathering, share{}
 	g.came(&sh)
 	equal(t, "clients that are steady", g.steady, 0)
 }
 
-// Ensure that a look at the files does not end a batch that waits.
+// Ensure that a look at the files does not end a batch that waits for clients.
 func TestCommitGathersBesideLook(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.status = new(storage.Status)
@@ -3229,8 +3228,8 @@ func TestCommitGathersBesideLook(t *testing.T) {
 	})
 }
 
-// repeat has clients that Put as often as rounds says, and think between; each begins so long after
-// the one before it.
+// repeat has clients Put so many rounds, and think between two Puts. Each client begins so long
+// after the one before it.
 func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
 	var all sync.WaitGroup
 	for i := range clients {
@@ -3247,11 +3246,11 @@ func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration,
 	all.Wait()
 }
 
-// slowStore is a Memory whose Commit takes its time where something was Put.
+// slowStore is a Memory whose Commit takes a while if something was Put.
 type slowStore struct {
 	*kvstore.Memory
 	takes   time.Duration
-	isNew   bool // something was
+	isNew   bool // something was Put
 	commits atomic.Int64
 }
 
@@ -3269,7 +3268,7 @@ func (s *slowStore) Commit() error {
 	return nil
 }
 
-// gatedStore is a Memory whose Commit waits for what it is to return.
+// gatedStore is a Memory whose Commit waits for its result.
 type gatedStore struct {
 	*kvstore.Memory
 	gate chan error
@@ -3279,7 +3278,7 @@ func (g gatedStore) Commit() error { return <-g.gate }
 
 // ---- server.go: keys that expire
 
-// Ensure that a key goes when its time is over, not before, for all requests.
+// Ensure that a key is there until its time is over, and not longer, for every request.
 func TestExpire(t *testing.T) {
 	for _, ask := range []struct{ request, before, after string }{
 		{"Get:k\nPing", "k:v\n:PONG", ":PONG"},
@@ -3310,7 +3309,7 @@ func TestExpire(t *testing.T) {
 	}
 }
 
-// Ensure that a key goes though nobody asks for it, soon after its time.
+// Ensure that a key is removed soon after its time even if nobody asks for it.
 func TestExpireUnasked(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3319,7 +3318,7 @@ func TestExpireUnasked(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Lease:k:300:v\nLease:l:600:v\nPut:stays:v\nPing", ":PONG")
 		pass(5*time.Minute + 2*expireTime)
-		if keys, _, _ := db.Size(); keys != 2 { // workLoop waits for its alarm
+		if keys, _, _ := db.Size(); keys != 2 { // Size, because workLoop has to wake up by itself
 			t.Errorf("%d keys are there, want 2", keys)
 		}
 		a.wantStat("expired_keys_total", 1)
@@ -3329,7 +3328,7 @@ func TestExpireUnasked(t *testing.T) {
 	})
 }
 
-// Ensure that a deadline is a time of the wall clock, and goes with it where that jumps.
+// Ensure that a deadline is a time of the wall clock, and follows its jumps.
 func TestExpireWhileTheClockJumps(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3346,14 +3345,14 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		a.ask("Get:k\nExpire:k", ":OK 0")
 		a.ask("Expire:l", ": 5340", ":OK 1")
 		by(-2 * time.Hour)
-		a.ask("Get:k\nExpire:l", ": 12540", ":OK 1") // what is gone does not come back
+		a.ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
 		by(4 * time.Hour)
 		pass(2 * expireTime)
 		a.ask("Keys", ":OK 0")
 	})
 }
 
-// Ensure that what has ended while no server ran is never seen.
+// Ensure that a key whose time ended while no server ran is never seen.
 func TestExpireBeforeTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -3383,8 +3382,8 @@ func TestExpireBeforeTheStart(t *testing.T) {
 	})
 }
 
-// Ensure that a key goes in the very millisecond that is its end, also where so many go that it has
-// not been deleted yet.
+// Ensure that a key is gone from the very millisecond of its end, even if there are so many that it
+// has not been deleted yet.
 func TestExpireInTheMillisecond(t *testing.T) {
 	db := kvstore.NewMemory()
 	s := New(db)
@@ -3400,8 +3399,8 @@ func TestExpireInTheMillisecond(t *testing.T) {
 	}
 }
 
-// Ensure that many keys that end at once take turns with the clients, and that nobody finds those
-// that are there still.
+// Ensure that many keys that end at once are deleted in turns with the clients' requests, and that
+// nobody sees those that are still there.
 func TestExpireManyAtOnce(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3433,7 +3432,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 	})
 }
 
-// slowDeletes is a Memory whose Deletes take their time.
+// slowDeletes is a Memory whose Deletes take a while.
 type slowDeletes struct {
 	*kvstore.Memory
 	takes time.Duration
@@ -3444,7 +3443,7 @@ func (s slowDeletes) Delete(key string) int {
 	return s.Memory.Delete(key)
 }
 
-// Ensure that nobody is told that a key has gone before that is committed.
+// Ensure that nobody learns that a key has gone before its removal is committed.
 func TestExpireIsCommitted(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
@@ -3462,8 +3461,8 @@ func TestExpireIsCommitted(t *testing.T) {
 	})
 }
 
-// Ensure that a key whose time is over is not shown where the disk has no room for its Delete, and
-// goes when it has.
+// Ensure that a key whose time is over is not shown if the disk has no room for its Delete, and is
+// removed once it has.
 func TestExpireOnAFullDisk(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -3484,12 +3483,12 @@ func TestExpireOnAFullDisk(t *testing.T) {
 	})
 }
 
-// roomless is a Memory on a disk without room for anything, while it is full. It counts how often
-// it was asked for room for what frees.
+// roomless is a Memory on a disk that has no room for anything while full is set. It counts how
+// often it was asked for room for a request that frees.
 type roomless struct {
 	*kvstore.Memory
 	full  atomic.Bool
-	why   error // that it has no room; nil: no space
+	why   error // why there is no room; nil: no space
 	frees atomic.Int64
 }
 
@@ -3503,7 +3502,7 @@ func (r *roomless) Room(_ int64, frees bool) error {
 	return nil
 }
 
-// Ensure that a write is refused with what is the matter: the files, and not the room.
+// Ensure that a refused write is told the true reason: the files, and not the room.
 func TestSpoiledStoreIsNotFull(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		db := &roomless{Memory: kvstore.NewMemory(), why: durable.ErrSpoiled}
@@ -3515,7 +3514,7 @@ func TestSpoiledStoreIsNotFull(t *testing.T) {
 	})
 }
 
-// jump has n's server go by a wall clock that is so much ahead of the true one, or behind.
+// jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
 	var ahead atomic.Int64
 	n.server.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
@@ -3524,8 +3523,8 @@ func jump(n *fakeNet) (by func(time.Duration)) {
 
 // ---- server.go: Takes that wait
 
-// Ensure that of the Takes that wait for a key the first gets the next value, whatever request
-// brings it, and that this one value is nobody else's.
+// Ensure that the first of the Takes that wait for a key gets the next value, whatever request
+// brings it, and that nobody else gets that value.
 func TestTakeWaitsInLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 6
@@ -3548,8 +3547,8 @@ func TestTakeWaitsInLine(t *testing.T) {
 	})
 }
 
-// Ensure that a Take waits for just as long as it says, and that others do not: those with other
-// clients, those for other keys, and what its client has sent before.
+// Ensure that a Take waits exactly as long as it says, and that it delays no other client, no other
+// key, and no earlier request of its own client.
 func TestTakeWaitsItsTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.writeTimeout = time.Second
@@ -3567,14 +3566,14 @@ func TestTakeWaitsItsTime(t *testing.T) {
 			a.want(":OK 0")
 			equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
 			a.ask("Delete:j", ":OK 1")
-			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // it waits no longer
+			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
 		}
 		b.wantStat("waiting_takes", 0)
 	})
 }
 
-// Ensure that a Take is to take nothing any more, not only to wait no longer, where nobody could be
-// told of what it takes.
+// Ensure that a Take must not take a value any more, instead of just ending its wait, if nobody
+// could be told of the value.
 func TestTakeIsDropped(t *testing.T) {
 	for what, end := range map[string]func(c *Client){
 		"a Write fails":     func(c *Client) { close(c.closed) },
@@ -3597,7 +3596,8 @@ func TestTakeIsDropped(t *testing.T) {
 	}
 }
 
-// Ensure that room is asked for also for a Take that waited: on a full disk what frees needs some.
+// Ensure that a Take that waited asks for room as well, because on a full disk a request that frees
+// needs some.
 func TestTakeNeedsRoom(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &roomless{Memory: kvstore.NewMemory()}
@@ -3613,8 +3613,8 @@ func TestTakeNeedsRoom(t *testing.T) {
 	})
 }
 
-// Ensure that the Take of a client that has gone is taken out of the line, and that of a client
-// that has only closed its side is not.
+// Ensure that the Take of a client that has gone leaves the line, and that the Take of a client
+// that has only half-closed stays.
 func TestTakeOfClientsThatGo(t *testing.T) {
 	for what, end := range map[string]func(c *testClient){
 		"breaks": func(c *testClient) { c.breakOff() },
@@ -3650,8 +3650,8 @@ func TestTakeOfClientsThatGo(t *testing.T) {
 	}
 }
 
-// Ensure that a Take which the server comes to late has a look when its time is over, but takes
-// nothing for a client that has gone.
+// Ensure that a Take that the server runs only after its time is over still looks for a value, but
+// takes none for a client that has gone.
 func TestTakeThatComesLate(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
@@ -3676,8 +3676,8 @@ func TestTakeThatComesLate(t *testing.T) {
 	})
 }
 
-// Ensure that what a client sends while its Take waits is run when that has ended, as it came,
-// whatever its size; and that a line which is begun meanwhile may be ended later.
+// Ensure that requests that a client sends while its Take waits are run after it, in order and
+// whatever their size, and that a line that is begun meanwhile may be ended later.
 func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 300 * kilo
@@ -3700,7 +3700,8 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 	})
 }
 
-// Ensure that a line which does not end is seen in its time behind a Take that was to wait longer.
+// Ensure that a line that does not end is refused in its time, also after a Take that could have
+// waited longer.
 func TestTakeBeforeASlowLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a, b := n.dial(t), n.dial(t)
@@ -3740,8 +3741,7 @@ func TestTakeOfALateReader(t *testing.T) {
 	})
 }
 
-// Ensure that a Put which is refused wakes nobody, and that one that is taken at once wakes where
-// there is no memory for more.
+// Ensure that a refused Put wakes no Take.
 func TestTakeOnAFullServer(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		db := &roomless{Memory: kvstore.NewMemory()}
@@ -3759,8 +3759,8 @@ func TestTakeOnAFullServer(t *testing.T) {
 	})
 }
 
-// Ensure that nobody is given a value before that is committed, and that where the Commit fails
-// those who wait are told nothing.
+// Ensure that nobody gets a value before it is committed, and that clients whose Takes wait are
+// told nothing if the Commit fails.
 func TestTakeWaitsForCommit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
@@ -3777,8 +3777,8 @@ func TestTakeWaitsForCommit(t *testing.T) {
 	})
 }
 
-// Ensure that a taker on a real connection is taken out of the line when that breaks, and on a unix
-// socket when that is closed, also behind its own half-close.
+// Ensure that the Take of a client on a real connection leaves the line when the connection breaks,
+// and on a unix socket when it is closed, even after the client's own half-close.
 func TestTakeOnRealSockets(t *testing.T) {
 	t.Parallel()
 	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
@@ -3821,8 +3821,8 @@ func TestTakeOnRealSockets(t *testing.T) {
 	a.ask("Put:k:v\nTake:k", "k:v")
 }
 
-// Ensure that a client whose Take waits holds little more than a quiet one, whatever it has sent
-// with it.
+// Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
+// sent before it.
 func TestTakeIsSmallWhileItWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 100
@@ -3845,11 +3845,11 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 
 // ---- server.go: -max-memory and -max-queues
 
-// Ensure that writes are refused just beyond the limit, in both modes, that all
-// else goes on, and that Delete makes room.
+// Ensure that writes are refused just beyond the limit, with Ack and without, that everything else
+// works, and that Delete makes room.
 func TestMemoryLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		long := strings.Repeat("v", 10*kilo) // that has memory of its own
+		long := strings.Repeat("v", 10*kilo) // long enough for memory of its own
 		a := n.dialAck(t)
 		a.ask("Put:short:1", ":OK 1")
 		n.server.budget.reserve = kilo
@@ -3876,12 +3876,12 @@ func TestMemoryLimit(t *testing.T) {
 		refuse("Put:short:2")
 		a.ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
-		a.ask("Update:short:1:2", ":OK 1") // what makes nothing more is never refused
+		a.ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
 		a.ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
 			":OK 0", ":OK 0", ":OK 0", ":OK 0")
 		a.ask("Set:short:", ":OK 1")
 		a.ask("Set:short:", ":OK 1")
-		refuse("Set:new:") // a key is something
+		refuse("Set:new:") // a key takes memory
 		n.server.budget.other.Store(0)
 		a.ask("Delete:1", ":OK 1")
 		synctest.Wait()
@@ -3894,8 +3894,8 @@ func TestMemoryLimit(t *testing.T) {
 	})
 }
 
-// Ensure that what Deletes free can be used again where the memory is full: of every fourth of many
-// short values the room is filled with longer ones.
+// Ensure that memory freed by Deletes is used again when the memory is full: the room of every
+// fourth of many short values is filled with longer ones.
 func TestMemoryLimitIsUsedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
@@ -3930,8 +3930,8 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 	})
 }
 
-// Ensure that what the last collection found alive, and is no data, counts: a snapshot
-// keeps what has been changed since.
+// Ensure that memory that the last collection found alive, and that is not data, counts: for
+// example a snapshot keeps values that were changed since.
 func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	used := func() int64 {
@@ -3947,14 +3947,14 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
 }
 
-// Ensure that a write that is refused has the collector look what is alive: what others have let go
-// of must not count until somebody allocates much.
+// Ensure that a refused write starts a collection: memory that others have released must not count
+// until somebody allocates much.
 func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.budget.limitTo(64<<20, 0)
 	a := dialTCP(t, startTCP(t, s))
 
-	// No other collection comes between.
+	// No other collection comes in between.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	runtime.GC()
 	(&pacer{server: s}).begin()
@@ -3974,9 +3974,9 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	a.ask("Put:k:v", ":OK 1")
 }
 
-// Ensure that a client that takes nothing of a long reply is cut off where writes need the memory
-// of its values, which others have deleted; not where they needed memory once. Before Ack such a reply
-// that waits behind another is dropped instead.
+// Ensure that a client that takes nothing of a long reply is disconnected if writes need the memory
+// of the reply's values, which others have deleted, but not if they needed memory earlier. Before
+// Ack, such a reply that waits behind another is dropped instead.
 func TestMemoryLimitBesideALongReply(t *testing.T) {
 	fill := strings.Repeat("Get:small\n", 3*maxBufferSize)
 	for _, c := range []struct {
@@ -3988,7 +3988,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 		{fill, "Ping\nGet:big\nGet:big\n", true},
 		{fill, "Ping\nAck\nGet:big\n", false},
 	} {
-		for _, eighths := range []int64{9, 8, 5} { // of the memory for data are in use
+		for _, eighths := range []int64{9, 8, 5} { // eighths of the memory for data that are in use
 			isFull, isNeeded := eighths > 8, eighths > 7
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.budget.limitTo(64<<20, 0)
@@ -4003,7 +4003,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				b.send("Delete:big\n")
 				held := heapBytes()
 				put := func() {
-					// The collector finds the values alive, though they are not stored any more.
+					// The collector finds the values alive, although they are not stored any more.
 					used := &n.server.budget
 					used.collected(used.known() + used.forData()/8*eighths - used.store.Load() - kilo)
 					b.send("Put:k:v\nPing\n")
@@ -4028,8 +4028,8 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 	}
 }
 
-// Ensure that much that is alive, and neither stored nor queued, counts as pinned where the memory is
-// nearly full, and for some time after a write was refused.
+// Ensure that much memory that is alive, and neither stored nor queued, counts as pinned while the
+// memory is nearly full, and for some time after a write was refused.
 func TestMemoryLimitIsPinned(t *testing.T) {
 	b := &New(kvstore.NewMemory()).budget
 	b.limitTo(64<<20, 0)
@@ -4044,7 +4044,7 @@ func TestMemoryLimitIsPinned(t *testing.T) {
 	}
 }
 
-// Ensure that memory is given back once the data and the clients have shrunk by much.
+// Ensure that memory is given back to the system once data and clients have shrunk by much.
 func TestMemoryIsGivenBack(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	for _, c := range []struct{ now, largest int64 }{{100 << 20, 100 << 20}, {80 << 20, 100 << 20},
@@ -4055,7 +4055,7 @@ func TestMemoryIsGivenBack(t *testing.T) {
 	}
 }
 
-// Ensure that a client that speaks TLS counts for what that takes.
+// Ensure that the memory of a TLS connection counts.
 func TestMemoryLimitCountsTLS(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls = serverConfig(t)
@@ -4069,7 +4069,7 @@ func TestMemoryLimitCountsTLS(t *testing.T) {
 	})
 }
 
-// Ensure that a client whose replies keep no memory of the store is not cut off for it.
+// Ensure that a client whose replies keep no memory of the store alive is not disconnected for it.
 func TestMemoryLimitBesideShortReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		b := &n.server.budget
@@ -4086,7 +4086,7 @@ func TestMemoryLimitBesideShortReplies(t *testing.T) {
 	})
 }
 
-// Ensure that data which is there at the start counts once, whenever a collection comes.
+// Ensure that data that is there at the start counts once, whenever a collection comes.
 func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	for i := range 1000 {
@@ -4097,9 +4097,9 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	between(t, "bytes of data that the collector is told", s.budget.store.Load(), loaded, math.MaxInt64)
 }
 
-// Ensure that lines which have begun have a share of the memory that they keep to, whether they
-// are many or long; that all are taken in where each ends in its turn; that what they took is given
-// back; and that one which finds no room in time is refused.
+// Ensure that unfinished lines keep to their share of the memory, whether they are many or long;
+// that all are accepted if they end one after the other; that their memory is given back; and that
+// a line that finds no room in time is refused.
 func TestMemoryLimitOfBegunLines(t *testing.T) {
 	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
@@ -4111,7 +4111,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				}
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
 				clients := n.dialMany(t, kind.clients, func(_ int, c *testClient) {
-					c.conn.(*world.Conn).SetWriteBuffer(kilo) // little is on the way
+					c.conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
 				})
 				synctest.Wait()
 				before := heapBytes()
@@ -4141,8 +4141,8 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						c.hangUp()
 					}
 				} else {
-					// Lines that wait give up in the moment in which others end: by then no room is
-					// to be free for them.
+					// Lines that wait give up at the moment when others end; they must not find
+					// free room just then.
 					const others = 1 << 30
 					n.server.budget.inputs.Add(others)
 					got := map[string]int{}
@@ -4164,8 +4164,8 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 	}
 }
 
-// Ensure that keys with which Takes wait, and lines whose answers nobody reads, before Ack, too,
-// have a bound, and that nobody's writes are refused for them.
+// Ensure that long keys of Takes that wait, and lines whose answers nobody reads, before Ack as
+// well, have a limit, and that nobody's writes are refused because of them.
 func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	long := strings.Repeat("k", 450*kilo)
 	for _, line := range []string{"Take:" + long + ":60\n", strings.Repeat("Ping:"+long+"\n", 10),
@@ -4188,14 +4188,14 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			a.hangUp()
 
 			closeClients(clients)
-			pass(2 * probeTime) // for it to be seen that who waits has gone
+			pass(2 * probeTime) // so that the server notices that waiting clients have gone
 			equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.chains.Load()+b.inputs.Load(), 0)
 		})
 	}
 }
 
-// Ensure that a Take whose long key has no memory to wait in takes a value that is there, and waits
-// for none.
+// Ensure that a Take whose long key has no memory to wait in takes a value that is there, and does
+// not wait for another.
 func TestMemoryLimitOfALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("k", 3*kilo)
@@ -4209,8 +4209,8 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 	})
 }
 
-// Ensure that a long key with which a Take has waited is given back soon, though its client says
-// nothing more.
+// Ensure that the memory of a long key with which a Take has waited is soon given back, even if its
+// client sends nothing more.
 func TestMemoryLimitAfterALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
@@ -4225,8 +4225,8 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 	})
 }
 
-// Ensure that a Remove or Delete of any length is taken in and run, though the memory is full,
-// and though others fill all that there is for lines.
+// Ensure that a Remove or Delete of any length is read and run although the memory is full, and
+// although other clients fill all memory for lines.
 func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
@@ -4253,8 +4253,8 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 	})
 }
 
-// Ensure that all queues together stay below their limit: clients that take
-// nothing lose replies, or after Ack their connection, and others lose nothing.
+// Ensure that all queues together stay below their limit: clients that read nothing lose replies,
+// or with Ack their connection, and others lose nothing.
 func TestMaxQueues(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 7*kilo)
@@ -4290,8 +4290,8 @@ func TestMaxQueues(t *testing.T) {
 	})
 }
 
-// Ensure that what waits behind a Ping keeps to the limit of all queues, too: it is dropped where that
-// may be, and else its client is cut off.
+// Ensure that replies that wait behind a Ping keep to the limit of all queues as well: they are
+// dropped if that is allowed, and otherwise their client is disconnected.
 func TestMaxQueuesBehindAPing(t *testing.T) {
 	for _, behind := range []string{"Update:list:v:v\nGet:list\n", "Stats\n", "Take:small\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -4313,8 +4313,8 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 	}
 }
 
-// Ensure that clients which read nothing fill their own share of the memory, and that nobody's
-// writes are refused for them.
+// Ensure that clients that read nothing can fill only their own share of the memory, and that
+// nobody's writes are refused because of them.
 func TestMaxQueuesHaveTheirShare(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
@@ -4329,7 +4329,7 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 		}
 		between(t, "bytes that are queued", writer.stat("queued_bytes"), 0, 1<<20)
 
-		// However much they fill, it is not data.
+		// However much they fill, it does not count as data.
 		b := &n.server.budget
 		b.queued.Add(b.limit)
 		writer.ask("Put:k:v", ":OK 1")
@@ -4339,8 +4339,8 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 	})
 }
 
-// Ensure that what a waiting chain, or a Keys, keeps in memory counts like messages, and
-// that all of it is given back; who is turned away takes nothing.
+// Ensure that lists held by a waiting chain or a Keys count like messages; that all of it is given
+// back; and that a client that is turned away takes nothing.
 func TestMaxQueuesCountLists(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const values, keys = 20 * kilo, 5 * kilo
@@ -4367,7 +4367,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 	})
 }
 
-// Ensure that a client that waits for its next request pins nothing of the last.
+// Ensure that a client between two requests keeps nothing of the last one alive.
 func TestMemoryOfALastRequest(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
@@ -4383,7 +4383,7 @@ func TestMemoryOfALastRequest(t *testing.T) {
 	})
 }
 
-// Ensure that clients which were busy, and are quiet, give back what they needed.
+// Ensure that clients that were busy, and are quiet now, give back their memory.
 func TestMemoryOfQuietClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
@@ -4396,7 +4396,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 		clients := n.dialMany(t, 20, func(_ int, a *testClient) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
-			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, in large buffers
+			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
 			for _, a := range clients {
 				speak(a, "Get:k", burst)
 			}
@@ -4406,14 +4406,13 @@ func TestMemoryOfQuietClients(t *testing.T) {
 	})
 }
 
-// Ensure that a line that was begun, and does not go on, takes no more memory the
-// longer it is waited for.
+// Ensure that an unfinished line takes no more memory the longer it waits.
 func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.start(t)
 		before := heapBytes()
 		clients := n.dialMany(t, 10, func(_ int, a *testClient) {
-			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // a Read that is full
+			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
 		pass(lineTime / 2)
 		between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
@@ -4425,7 +4424,7 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	})
 }
 
-// Ensure that a client that goes on pins one burst, not every one before it.
+// Ensure that a client that goes on keeps one burst alive, and not every earlier one.
 func TestMemoryOfABusyClient(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
@@ -4439,8 +4438,8 @@ func TestMemoryOfABusyClient(t *testing.T) {
 	})
 }
 
-// Ensure that a client has no more memory for its bursts than it has sent bytes in the last
-// second or two, and keeps none for requests.
+// Ensure that a client has no more memory for bursts than the bytes that it has sent in the last
+// second or two, and none for requests.
 func TestMemoryOfATrickle(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
@@ -4456,7 +4455,7 @@ func TestMemoryOfATrickle(t *testing.T) {
 	})
 }
 
-// Ensure that a line that is far too long costs no more memory than the limit.
+// Ensure that a line that is far too long takes no more memory than the limit.
 func TestMemoryOfAnEndlessLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a, b := n.dial(t), n.dial(t)
@@ -4475,8 +4474,8 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 
 // ---- server.go: listening
 
-// Ensure that localhost is both its addresses, and that a port that somebody has is refused
-// with one that is free.
+// Ensure that localhost means both its addresses, and that the refusal of a port in use suggests a
+// free one.
 func TestListenOnLocalhost(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -4504,8 +4503,8 @@ func TestListenOnLocalhost(t *testing.T) {
 	}
 }
 
-// Ensure that of several addresses -c and -ping take the first where a server is, and that a
-// server serves all, or does not start.
+// Ensure that -c and -ping use the first of several addresses where a server answers, and that a
+// server listens on all of its addresses or does not start.
 func TestListenOnSeveralAddresses(t *testing.T) {
 	t.Parallel()
 	s := New(kvstore.NewMemory())
@@ -4545,9 +4544,9 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	}
 }
 
-// Ensure that a server at a unix socket is reached there, by its user and group alone and
-// without TLS; that it takes the place of one that was killed, but not of one that lives; and
-// that it removes the socket.
+// Ensure that a server on a unix socket can be reached there, only by its user and group, and
+// without TLS; that it replaces the socket of a server that was killed, but not of one that runs;
+// and that it removes the socket at its end.
 func TestListenOnAUnixSocket(t *testing.T) {
 	t.Parallel()
 	dir := certificates(t, "server")
