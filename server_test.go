@@ -4604,11 +4604,11 @@ func TestListenOnAUnixSocket(t *testing.T) {
 
 // ---- server.go: watching
 
-// Ensure that Stats counts what was done, in the order in which it was done.
+// Ensure that Stats counts what was done, including all requests before it.
 func TestStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.dial(t).ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
-		pass(3 * time.Second) // it is refused, as a line is that is no request, and left alone
+		pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
 		a := n.dial(t)
 		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
@@ -4646,8 +4646,8 @@ func TestStats(t *testing.T) {
 	})
 }
 
-// Ensure that /metrics has every counter of Stats, with the value that Stats shows, and more;
-// that no two have one name; and that each says what it is.
+// Ensure that /metrics has every counter of Stats, with the same value, and more; that names are
+// unique; and that each metric has a help text.
 func TestWatchHasTheCountersOfStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
@@ -4667,7 +4667,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 			switch name {
 			case "version":
 				want = "\nkvserver_info{version=\"test\"} 1\n"
-			case "stats_requests_total": // this one is the first
+			case "stats_requests_total": // this Stats is the first
 				want = "\nkvserver_" + name + " 0\n"
 			case "process_bytes", "memory_bytes": // they change by themselves
 				want = "\nkvserver_" + name + " "
@@ -4698,8 +4698,8 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 	})
 }
 
-// Ensure that the numbers, health and profiles are served over HTTP, and that
-// they end with the server.
+// Ensure that the numbers, health and profiles are served over HTTP, and that they end with the
+// server.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	s, addr := watched(t)
@@ -4714,7 +4714,7 @@ func TestWatch(t *testing.T) {
 	a.ask("Put:k:v\nPing", ":PONG")
 	for path, want := range map[string]string{"/healthz": "ok\n", "/": "/metrics\n",
 		"/debug/pprof/goroutine?debug=1": "workLoop",
-		// To watch counts as no request.
+		// A request over HTTP does not count as a request.
 		"/metrics": "kvserver_stats_requests_total 0\n"} {
 		if code, body := get(path); code != 200 || !strings.Contains(body, want) {
 			t.Errorf("%s: %d, without %q:\n%s", path, code, want, body)
@@ -4727,7 +4727,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// watched starts a server with -http, and returns the address where that answers.
+// watched starts a server with -http, and returns the address of that.
 func watched(t *testing.T) (s *keyValueServer, addr string) {
 	s = New(kvstore.NewMemory())
 	startTCP(t, s)
@@ -4738,8 +4738,8 @@ func watched(t *testing.T) (s *keyValueServer, addr string) {
 	return s, listeners[0].Addr().String()
 }
 
-// checkMetrics wants the text format of Prometheus, with a help text for each metric, and
-// Prometheus's own tool, where it is installed, to find nothing.
+// checkMetrics wants the text format of Prometheus, with a help text for each metric, and no
+// complaint of Prometheus's own tool, where it is installed.
 func checkMetrics(t *testing.T, body string) {
 	t.Helper()
 	for _, line := range strings.Split(strings.TrimSpace(body), "\n") {
@@ -4758,8 +4758,8 @@ func checkMetrics(t *testing.T, body string) {
 	}
 }
 
-// Ensure that a store that does not answer makes /healthz and /metrics say so in
-// time, and leaves nothing behind.
+// Ensure that /healthz and /metrics report in time that the store does not answer, and leave
+// nothing behind.
 func TestWatchAStalledStore(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error)}
@@ -4776,8 +4776,8 @@ func TestWatchAStalledStore(t *testing.T) {
 	wantPage(t, New(kvstore.NewMemory()).watchHandler(""), "/healthz", 503) // before Start
 }
 
-// Ensure that who watches sees how the data is opened, or what it waits for, and then who
-// serves.
+// Ensure that an operator sees how the data is opened, or what the server waits for, and then that
+// it serves.
 func TestWatchBeforeTheData(t *testing.T) {
 	t.Parallel()
 	log := newLog(io.Discard, false, false)
@@ -4803,8 +4803,8 @@ func TestWatchBeforeTheData(t *testing.T) {
 	}
 }
 
-// Ensure that the HTTP side has limits like the front: few connections, one profile
-// at a time and not for long, and none for a page that another name brought here.
+// Ensure that the HTTP side has limits like the front: few connections, one short profile at a
+// time, and no answer for a page that used another host name.
 func TestWatchIsLimited(t *testing.T) {
 	t.Parallel()
 	s, addr := watched(t)
@@ -4840,8 +4840,8 @@ func TestWatchIsLimited(t *testing.T) {
 	}
 }
 
-// Ensure that one connection too many takes the place of the oldest that has said nothing,
-// or else of the oldest; but not of one that has gone on.
+// Ensure that one connection too many takes the place of the oldest that has sent nothing, or
+// otherwise of the oldest, but not of one that was taken over.
 func TestWatchFewConnections(t *testing.T) {
 	n := newFakeNet()
 	few := &fewConns{Listener: n, most: 4}
@@ -4883,7 +4883,7 @@ func TestWatchFewConnections(t *testing.T) {
 	}
 }
 
-// Ensure that one profile at a time is taken, and that there is a rest between two.
+// Ensure that only one profile is taken at a time, with a pause between two.
 func TestWatchOneProfileAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -4893,14 +4893,14 @@ func TestWatchOneProfileAtATime(t *testing.T) {
 		synctest.Wait()
 		wantPage(t, handler, "/", 503)
 		pass(time.Second - 1)
-		wantPage(t, handler, "/", 503) // right behind another
+		wantPage(t, handler, "/", 503) // too soon after the last one
 		pass(1)
 		wantPage(t, handler, "/", 200)
 		pass(time.Second)
 	})
 }
 
-// Ensure that a profile does not take in what somebody sends along, and is only for GET.
+// Ensure that a profile is only for GET, and does not read a request's body.
 func TestWatchProfilesTakeNothing(t *testing.T) {
 	handler := New(kvstore.NewMemory()).watchHandler("localhost")
 	for method, want := range map[string]int{"GET": http.StatusOK, "POST": http.StatusMethodNotAllowed} {
@@ -4920,7 +4920,7 @@ func TestWatchProfilesTakeNothing(t *testing.T) {
 
 // ---- client.go: input, bytes to lines
 
-// Ensure that it does not matter where the network cuts what a client sends.
+// Ensure that it does not matter where the network cuts a client's bytes.
 func TestInputAtEverySplitPoint(t *testing.T) {
 	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
 		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
@@ -4947,7 +4947,8 @@ func TestInputAtEverySplitPoint(t *testing.T) {
 	play(t, strings.Split(script, "")...)
 }
 
-// Ensure that a line of just the limit is taken wherever its end is cut.
+// Ensure that a line just at the limit is accepted, and one byte more is not, wherever the network
+// cuts its end.
 func TestInputLimitAtEverySplitPoint(t *testing.T) {
 	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
 		for over := range 2 {
@@ -4970,8 +4971,8 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 	}
 }
 
-// Ensure that a line that was begun must end in time, however it trickles in,
-// and that waiting between lines takes as long as it likes.
+// Ensure that a line that was begun must end in time, however slowly it comes, and that a client
+// may be silent between lines for any time.
 func TestSlowLine(t *testing.T) {
 	for _, trickle := range []string{"", "x"} { // silence, and a byte a second
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -4979,7 +4980,7 @@ func TestSlowLine(t *testing.T) {
 			a.ask("Ping", ":PONG")
 			<-time.After(time.Hour)
 			a.ask("Ping", ":PONG")
-			for range 3 { // lines that take their time, but end
+			for range 3 { // lines that take long, but end
 				a.send("Pi")
 				pass(lineTime - time.Second)
 				a.send("ng\n")
@@ -5003,7 +5004,7 @@ func TestSlowLine(t *testing.T) {
 	}
 }
 
-// Ensure that a line's time does not begin before it, with one that is skipped.
+// Ensure that a line's time does not begin with a skipped line before it.
 func TestSlowLineAfterSkippedOne(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
@@ -5026,7 +5027,7 @@ func TestSlowLineIsAnsweredOnce(t *testing.T) {
 	})
 }
 
-// Ensure that the time of a line is what is said, to the tick.
+// Ensure that the time of a line is what its error says, to the tick.
 func TestSlowLineEndsInTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
@@ -5038,8 +5039,7 @@ func TestSlowLineEndsInTime(t *testing.T) {
 	})
 }
 
-// Ensure that a line's time does not run while the replies before it wait for
-// their client to read.
+// Ensure that a line's time does not run while the replies before it wait for their client to read.
 func TestSlowLineBehindReplies(t *testing.T) {
 	for _, trickle := range []string{"", "x"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -5062,8 +5062,8 @@ func TestSlowLineBehindReplies(t *testing.T) {
 
 // ---- client.go: Keys and Dump
 
-// Ensure that a Dump is one exact moment, also when it is read slowly, and that others
-// write meanwhile: the moves of a coin from purse to purse are never seen half.
+// Ensure that a Dump is one exact moment, even if it is read slowly while others write: no coin is
+// seen in two purses, or in none, while it moves.
 func TestDumpIsOneMoment(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const purses, coins = 3000, 1000
@@ -5111,12 +5111,12 @@ func TestDumpIsOneMoment(t *testing.T) {
 	})
 }
 
-// Ensure that snapshots are bounded in number, and that one who waits for a snapshot gets it soon,
-// however slowly others take their Dumps.
+// Ensure that the number of snapshots is limited, and that a client that waits for a snapshot gets
+// it soon, however slowly others read their Dumps.
 func TestDumpSnapshotsAreBounded(t *testing.T) {
 	for _, c := range map[string]struct {
 		read func(a *testClient, ended <-chan struct{})
-		most time.Duration // that one waits
+		most time.Duration // most that a client waits
 	}{
 		"not at all": {func(*testClient, <-chan struct{}) {}, 2 * slowAfter},
 		"100 kB a second": {func(a *testClient, ended <-chan struct{}) {
@@ -5157,8 +5157,8 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 	}
 }
 
-// Ensure that the lists of many a Keys and Dump of many keys keep to the memory that there is for
-// queues, that all are answered whole, and that one which is not read does not hold them up.
+// Ensure that the lists of many Keys and Dumps of many keys keep to the memory for queues, that all
+// are answered in full, and that one that is not read does not delay the others.
 func TestDumpListsAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const keys, askers, limit = 12 * kilo, 12, 1 << 18 // each list needs several parts
@@ -5212,7 +5212,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 	})
 }
 
-// Ensure that a Keys that is not read keeps nobody from a snapshot.
+// Ensure that a Keys that is not read holds no snapshot.
 func TestDumpGivesSnapshotsBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
@@ -5226,7 +5226,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 	})
 }
 
-// Ensure that a store that cannot list says so.
+// Ensure that a store that cannot list its keys says so.
 func TestDumpOfAStoreThatCannotList(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
@@ -5237,8 +5237,7 @@ func TestDumpOfAStoreThatCannotList(t *testing.T) {
 	})
 }
 
-// Ensure that a Dump, sent back line by line, restores every value, whatever
-// bytes it holds.
+// Ensure that a Dump, sent back line by line, restores every value, whatever bytes it holds.
 func TestDumpRestores(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		want := map[string][]string{}
@@ -5272,7 +5271,7 @@ func TestDumpRestores(t *testing.T) {
 	})
 }
 
-// Ensure that sorting many keys lets others have the core now and then.
+// Ensure that sorting many keys lets other clients have the core at times.
 func TestDumpSortTakesTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
@@ -5307,9 +5306,8 @@ func TestDumpSortTakesTurns(t *testing.T) {
 
 // ---- client.go: outbox, replies to messages
 
-// Ensure that a reply of several messages for which there was room is counted at once, though
-// others have come over the limit of all queues in the moment between; but not a long one, nor
-// more than a quarter beyond the limit.
+// Ensure that a reply of several messages that had room is counted at once, even if others have
+// filled all queues just then; but not a long reply, and not more than a quarter beyond the limit.
 func TestOutboxClaim(t *testing.T) {
 	const limit = 16 * maxMessage
 	for _, c := range []struct {
@@ -5338,24 +5336,24 @@ func TestOutboxClaim(t *testing.T) {
 	}
 }
 
-// Ensure that workLoop does not wait where the queues come over their limit while it
-// answers: it queues what it has begun to.
+// Ensure that workLoop does not wait if the queues reach their limit while it answers: a reply that
+// it has begun is queued.
 func TestOutboxNeverWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1
 		c := unwritten(s)
-		c.buffer <- nil // one waits already
+		c.buffer <- nil // one message waits already
 		s.budget.queued.Store(1)
 		q := &Query{queryType: ping}
 		size, _ := c.outbox.measure(q)
-		c.outbox.reply(q, size, true) // as answer does when it found the queues below their limit
+		c.outbox.reply(q, size, true) // as answer does if it found the queues below their limit
 		equal(t, "messages that are queued", len(c.buffer), 2)
 	})
 }
 
-// Ensure that a reply of several messages, once begun, is queued to its end though the
-// queues come over their limit meanwhile: what its client wrote behind it has its effect.
+// Ensure that a reply of several messages, once begun, is queued to its end even if the queues
+// reach their limit meanwhile, so that its client's later writes take effect.
 func TestOutboxBegunReplyEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
@@ -5374,8 +5372,7 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 	})
 }
 
-// Ensure that a chain that waits for its slow reader keeps no memory of the store but its
-// lists.
+// Ensure that a chain that waits for its slow reader keeps no memory of the store alive.
 func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := kvstore.NewMemory()
@@ -5410,7 +5407,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 	})
 }
 
-// Ensure that nobody walks through a long list to find how long its reply is.
+// Ensure that the size of a long reply is known without a walk through its list.
 func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	db := kvstore.NewMemory()
 	for range 1000 {
@@ -5418,7 +5415,7 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	}
 	q := &Query{queryType: get, key: "k"}
 	q.run(db, time.Now)
-	for i := range q.values {
+	for i := range q.values { // a walk would find them empty
 		q.values[i] = "" // a walk would find them empty
 	}
 	between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
@@ -5436,7 +5433,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 	defer close(c.buffer)
 	values := slices.Repeat([]string{strings.Repeat("v", 1000)}, 2000) // 2 MB
 	fewest := uint64(math.MaxUint64)
-	for range 30 { // the race detector makes sync.Pool forgetful, now and then
+	for range 30 { // the race detector makes sync.Pool forget at times
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		for len(c.buffer) > 0 {
@@ -5449,8 +5446,8 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 	between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
 
-// Ensure that a chain costs one allocation, whatever it holds, and an Update the
-// two that it keeps.
+// Ensure that a chain costs one allocation, whatever it holds, and an Update two more, which the
+// store keeps.
 func TestOutboxAllocations(t *testing.T) {
 	for _, c := range []struct {
 		name, burst string
@@ -5480,7 +5477,7 @@ func TestOutboxAllocations(t *testing.T) {
 			}
 		}
 		fewest := testing.AllocsPerRun(1, once)
-		for range 30 { // the race detector makes sync.Pool forgetful, now and then
+		for range 30 { // the race detector makes sync.Pool forget at times
 			fewest = min(fewest, testing.AllocsPerRun(1, once))
 		}
 		between(t, "allocations of "+c.name, fewest, 0, c.most)
@@ -5489,11 +5486,11 @@ func TestOutboxAllocations(t *testing.T) {
 
 // ---- client.go: slow readers and steady ones
 
-// seenSlow is the time in which a client that reads nothing is seen to be slow.
+// seenSlow is the time in which a client that reads nothing is noticed to be slow.
 const seenSlow = slowAfter + 2*tickTime
 
-// Ensure that a client that reads nothing keeps at least the queue that it was
-// promised, loses the rest, is told how much, and delays nobody.
+// Ensure that a client that reads nothing keeps at least the promised queue, loses the rest, is
+// told how much, and delays nobody.
 func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 625)
@@ -5507,7 +5504,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			}
 		})
 		synctest.Wait()
-		other.ask("Get:after") // not run yet: the slow one waits for itself
+		other.ask("Get:after") // not run yet: the slow client waits for itself
 		other.ask("Ping", ":PONG")
 		pass(slowAfter - 1)
 		other.ask("Get:after")
@@ -5532,9 +5529,8 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	})
 }
 
-// Ensure that small replies, one by one, fill a slow reader's queue without
-// delaying anybody either, that about 500 of them are kept, however small they
-// are, and that the others are counted.
+// Ensure that small replies, sent one by one, do not let a slow reader delay anybody either; that
+// about 500 of them are kept, however small they are; and that the others are counted.
 func TestSlowReaderOfSmallReplies(t *testing.T) {
 	for _, size := range []int{1, 1200} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -5586,15 +5582,15 @@ func TestSlowReaderRecovers(t *testing.T) {
 	})
 }
 
-// paced returns a connection, its reader, and what is told of it: whether it takes bytes.
+// paced returns a connection, its reader, and a channel that reports whether it takes bytes.
 func paced() (conn *pacedConn, reader *world.Conn, told chan bool) {
 	reader, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 	told = make(chan bool, 1)
 	return &pacedConn{Conn: theirs, server: New(kvstore.NewMemory()), progress: told}, reader, told
 }
 
-// Ensure that a connection which stops taking bytes is seen to be slow in the same time
-// always: also right after it was slow and has recovered, and after it was idle for long.
+// Ensure that a connection that stops taking bytes is noticed to be slow in the same time always,
+// also just after it has recovered, and after a long pause.
 func TestSlowReaderIsSeenInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, reader, told := paced()
@@ -5622,8 +5618,8 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 	})
 }
 
-// Ensure that a client is not slow too early where the deadline that ends the first tick of a Write
-// was set by the Write before.
+// Ensure that a client does not count as slow too early if the first tick of a Write ends at a
+// deadline that the Write before has set.
 func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, _, told := paced()
@@ -5639,14 +5635,14 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 	})
 }
 
-// Ensure that a reply waits, is dropped, or costs its client the connection as the outbox's rules
-// say, to the message.
+// Ensure that a reply waits, is dropped, or costs its client the connection exactly as the outbox's
+// rules say.
 func TestSlowReaderFate(t *testing.T) {
 	const all = maxBufferSize
 	for _, c := range []struct {
 		queued, messages      int
 		slow, mayDrop, mayCut bool
-		bytes                 int64 // that are queued; < 0: chains that wait take these, and nothing is
+		bytes                 int64 // in queues; negative: in chains that wait
 		want                  fate
 	}{
 		{0, all + 1, true, false, true, 1000, isQueued},
@@ -5677,13 +5673,13 @@ func TestSlowReaderFate(t *testing.T) {
 	}
 }
 
-// Ensure that who has taken bytes after a pause is not slow in a pause of 1.7 s, as a kernel
-// makes them between two reads, and that who has not is.
+// Ensure that a client that has taken bytes after a pause is not slow in a pause of 1.7 s, which a
+// kernel may make between two reads, and that one that has taken none is.
 func TestSlowReaderAfterAPause(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			conn, reader, told := paced()
-			wasSlow := func() bool { // there may be no word at all
+			wasSlow := func() bool { // nothing may have been reported at all
 				select {
 				case taken := <-told:
 					return !taken
@@ -5707,9 +5703,9 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	}
 }
 
-// Ensure that clients which do not read for some seconds get what the queue keeps
-// for them, and the others everything, as Project 0's own tests want it: six
-// clients on one goroutine, four of them slow, Gets of lists of large values.
+// Ensure that clients that do not read for some seconds get what the queue keeps for them, and the
+// others everything, as Project 0's own tests require: six clients on one goroutine, four of them
+// slow, Gets of lists of large values.
 func TestSlowReaderOfProject0(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -5724,7 +5720,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 				if i < slow {
 					<-time.After(5 * time.Second)
 				}
-				// and then nothing comes any more
+				// A minute without a line means that no more come.
 				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
 				for ; ; lines[i]++ {
 					line, err := c.r.ReadString('\n')
@@ -5757,8 +5753,8 @@ func TestSlowReaderOfProject0(t *testing.T) {
 	})
 }
 
-// Ensure that who lost replies, and does not ask with Ping, is told in the last
-// line: at a half-close and at a Quit, and once.
+// Ensure that a client that lost replies, and does not ask with Ping, is told in the last line,
+// after a half-close or a Quit, and once.
 func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
 	for end, want := range map[string]string{
 		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
@@ -5792,8 +5788,7 @@ func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
 	}
 }
 
-// Ensure that a dropped reply is counted at once, not with its client's next
-// request.
+// Ensure that a dropped reply is counted at once, and not with its client's next request.
 func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 1200), 1)
@@ -5809,8 +5804,8 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 	})
 }
 
-// Ensure that after Ack nothing is dropped, however long a client does not read,
-// and that its later requests wait.
+// Ensure that after Ack nothing is dropped, however long a client does not read, and that its later
+// requests wait.
 func TestSlowReaderWithAck(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 1200)
@@ -5833,8 +5828,8 @@ func TestSlowReaderWithAck(t *testing.T) {
 	})
 }
 
-// Ensure that a steady reader of a real socket loses nothing while it pipelines,
-// in whatever pieces it reads: there receive windows open late, and in lumps.
+// Ensure that a steady reader on a real socket, where receive windows open late and in lumps, loses
+// nothing while it pipelines, in whatever pieces it reads.
 func TestSteadyReaderOnRealSocket(t *testing.T) {
 	t.Parallel()
 	const size, gets = kilo, 12 * kilo
@@ -5858,7 +5853,7 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
-			piece := make([]byte, p.piece) // read at once: then the kernel makes its receive buffer larger
+			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C
 				io.ReadFull(a.conn, piece)
@@ -5874,7 +5869,7 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 	wg.Wait()
 }
 
-// Ensure that a pause of the whole server is not taken for one of its clients.
+// Ensure that a pause of the whole server is not taken for a pause of its clients.
 func TestSteadyReaderOfAPausedServer(t *testing.T) {
 	t.Parallel()
 	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
@@ -5896,8 +5891,8 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 	a.hangUp()
 }
 
-// Ensure that a Write which is looked at late, for nothing ran meanwhile, does not
-// make its client slow.
+// Ensure that a Write that is checked late, because nothing ran meanwhile, does not make its client
+// slow.
 func TestSteadyReaderBesideLateTicks(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.wrap = func(conn net.Conn) net.Conn {
@@ -5907,7 +5902,7 @@ func TestSteadyReaderBesideLateTicks(t *testing.T) {
 		n.fill("k", strings.Repeat("v", 1200), 1)
 		a := n.dial(t)
 		go a.send(strings.Repeat("Get:k\n", 2000) + "Ping\n")
-		for got := 0; got < 2000; got += 100 { // a lot, but seldom
+		for got := 0; got < 2000; got += 100 { // much, but seldom
 			pass(5 * slowAfter)
 			for range 100 {
 				if line := a.read(); !strings.HasPrefix(line, "k:") {
@@ -5921,7 +5916,7 @@ func TestSteadyReaderBesideLateTicks(t *testing.T) {
 
 // ---- client.go: the ends of a connection
 
-// Ensure that a client gets its time after Quit also where the server stands still meanwhile.
+// Ensure that a client gets its time after Quit even if the server stands still meanwhile.
 func TestEndByQuitBesideLateTicks(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.wrap = func(conn net.Conn) net.Conn {
@@ -5932,21 +5927,21 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 		a := n.dial(t)
 		a.send("Get:k\nQuit\n")
 		pass(4 * drainTime)
-		a.sendSome("Ping\n") // to a connection that was closed this would cost the answer
+		a.sendSome("Ping\n") // on a connection that is closed, this would destroy the answer
 		equal(t, "lines that came", strings.Count(a.readAll(), "k:"), 40)
 		a.close()
 	})
 }
 
-// Ensure that after Quit the server ends its side, and waits for the client to
-// end its own, but not for long.
+// Ensure that after Quit the server ends its side, and waits for the client to end its own, but not
+// for long.
 func TestEndByQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
 		a.send("Ping\nQuit\nPut:k:v\n")
 		a.want(":PONG")
 		within(t, 0, 0, a.wantClosed)
-		a.send("Put:k:v\nGet:k\n") // taken in, not run
+		a.send("Put:k:v\nGet:k\n") // read, but not run
 		pass(drainTime)
 		if _, err := a.conn.Write([]byte("x")); err == nil {
 			t.Errorf("the connection is open %v after Quit", drainTime)
@@ -5956,8 +5951,8 @@ func TestEndByQuit(t *testing.T) {
 	})
 }
 
-// Ensure that what was read is run and answered when the client half-closes on a
-// real connection.
+// Ensure that requests that were read are run and answered when the client half-closes a real
+// connection.
 func TestEndByHalfClose(t *testing.T) {
 	addr := serveTCP(t)
 	a := dialTCP(t, addr)
@@ -5970,7 +5965,7 @@ func TestEndByHalfClose(t *testing.T) {
 	a.wantRest(want.String())
 }
 
-// Ensure that what follows a goodbye is not even looked at.
+// Ensure that bytes after a goodbye are not even looked at.
 func TestEndAnswersNothingMore(t *testing.T) {
 	const tooLongFor20 = ":ERROR line 1: longer than 20 bytes, skipped\n"
 	for send, want := range map[string]string{
@@ -5988,7 +5983,7 @@ func TestEndAnswersNothingMore(t *testing.T) {
 	}
 }
 
-// Ensure that once a Write has failed no further reply is formatted.
+// Ensure that no reply is formatted once a Write has failed.
 func TestEndFormatsNothingMore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, _ := world.Pipe(world.StreamSize, world.StreamSize)
@@ -6004,8 +5999,8 @@ func TestEndFormatsNothingMore(t *testing.T) {
 	})
 }
 
-// Ensure that a client that accepts nothing is cut, not before its time, and that
-// one that accepts a little is not, also under TLS.
+// Ensure that a client that takes no byte is disconnected, but not before its time, and that one
+// that takes a little is not, also under TLS.
 func TestWriteTimeout(t *testing.T) {
 	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -6025,7 +6020,7 @@ func TestWriteTimeout(t *testing.T) {
 			equal(t, "clients just before the timeout", n.server.CountActive(), 2)
 			pass(1)
 			io.CopyN(io.Discard, b.r, 10_000)
-			pass(time.Minute) // a may have accepted a part of the Write that did not end
+			pass(time.Minute) // a may have taken a part of the unfinished Write
 			equal(t, "clients after the timeout", n.server.CountActive(), 1)
 			want := "it took nothing for 1m0s (-write-timeout)"
 			if log := n.log.take(); !strings.Contains(log, want) {
@@ -6047,8 +6042,8 @@ func TestWriteTimeout(t *testing.T) {
 // conversation is what a client sends, and what it must read.
 type conversation struct{ name, send, want string }
 
-// mistakes is a conversation of lines that are all refused, for such a request needs something
-// else, and change nothing.
+// mistakes returns a conversation of lines that are all refused, because such a request needs
+// something else, and that change nothing.
 func mistakes(verb, needs string, lines ...string) conversation {
 	c := conversation{verb + " with more or less", "Put:k:a\n" + strings.Join(lines, "\n") +
 		"\nKeys\nGet:k\n", ""}
@@ -6063,8 +6058,8 @@ func mistakes(verb, needs string, lines ...string) conversation {
 	return c
 }
 
-// hints is a conversation of lines that are no requests, each with what it is told; "": where to
-// find what is one.
+// hints returns a conversation of lines that are no requests, each with the request that is
+// suggested; "": none is.
 func hints(name string, lines [][2]string) (c conversation) {
 	c.name = name
 	for i, l := range lines {
@@ -6078,8 +6073,8 @@ func hints(name string, lines [][2]string) (c conversation) {
 	return c
 }
 
-// conversations are what clients send and what they must read, to the last
-// byte, before the server closes. Every client ends its own side first.
+// conversations are what clients send and what they must read, to the last byte, before the server
+// closes. Each client ends its own side first.
 var conversations = []conversation{
 	{"nothing", "", ""},
 	{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
@@ -6281,7 +6276,7 @@ func TestConversations(t *testing.T) {
 }
 
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
-// counter in Stats, and is found when its name is slightly wrong.
+// counter in Stats, and is recognized with a typing error.
 func TestEveryRequest(t *testing.T) {
 	var said strings.Builder
 	for _, c := range conversations {
@@ -6307,8 +6302,8 @@ func TestEveryRequest(t *testing.T) {
 	}
 }
 
-// Ensure that the hint for a line that is no request costs no more than what it
-// shows of it.
+// Ensure that the hint for a line that is no request costs no more than the part of the line that
+// it shows.
 func TestHintsAreCheap(t *testing.T) {
 	for _, piece := range []string{"x", "get a ", " ", "set:", ":\t"} {
 		line := strings.Repeat(piece, 1<<20/len(piece))
@@ -6321,8 +6316,8 @@ func TestHintsAreCheap(t *testing.T) {
 	}
 }
 
-// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly
-// the replies that the model gives.
+// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly the replies of the
+// model.
 func FuzzConversation(f *testing.F) {
 	for i, c := range conversations {
 		if len(c.send) < 10_000 {
@@ -6355,7 +6350,7 @@ func FuzzConversation(f *testing.F) {
 			}
 			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
 				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
-				return // Stats tells the time; and the model folds letters as Unicode does
+				return // Stats shows the time; and the model folds letters as Unicode does
 			}
 			answer := m.answer(i+1, line)
 			if strings.HasPrefix(answer, ":ERROR") {
@@ -6384,8 +6379,8 @@ func FuzzConversation(f *testing.F) {
 				a.conn.Write(script[at:])
 				a.conn.CloseWrite()
 			}()
-			// The reason in an error is for people: here only its place counts, and that it is a
-			// good line.
+			// The reason in an error is for people: only its place counts here, and that it is one
+			// clean line.
 			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: )[^\n\r\x00\x1b]+$`).ReplaceAllString(
 				a.readAll(), "$1")
 			if got != want {
@@ -6395,14 +6390,14 @@ func FuzzConversation(f *testing.F) {
 	})
 }
 
-// model is the protocol's model, and storetest.Model the store's.
+// model is the model of the protocol; storetest.Model is that of the store.
 type model struct {
 	storetest.Model
-	now   int64 // in seconds; time passes where a Take waits
+	now   int64 // in seconds; it advances when a Take waits
 	acked bool
 }
 
-// answer returns what the server must reply to one line that is not blank.
+// answer returns the server's reply to one line that is not blank.
 func (m *model) answer(number int, line string) string {
 	for key, ok := m.NextDue(m.now); ok; key, ok = m.NextDue(m.now) {
 		m.Delete(key)
@@ -6411,7 +6406,7 @@ func (m *model) answer(number int, line string) string {
 		return ":ERROR line " + strconv.Itoa(number) + ": "
 	}
 
-	// What is asked of a list. The last field may hold colons in some.
+	// A request about a list. In some requests the last field may hold colons.
 	f := strings.Split(line, ":")
 	fields := len(f)
 	f = append(f, "", "", "")
@@ -6450,7 +6445,7 @@ func (m *model) answer(number int, line string) string {
 	case has && fields == 3 && verb == "expire" && seconds(f[2], 0, maxSeconds) >= 0:
 		at := m.now + seconds(f[2], 0, maxSeconds)
 		if at == m.now {
-			at = 0 // it stays
+			at = 0 // it does not expire any more
 		}
 		n = times(m.Expire(key, at))
 	case has && fields == 2 && verb == "expire":
@@ -6479,7 +6474,7 @@ func (m *model) answer(number int, line string) string {
 	return out
 }
 
-// list returns what Keys or Dump answers, and of how many lines that is.
+// list returns the answer to Keys or Dump, and its number of lines.
 func (m *model) list(prefix string, dumps bool) (n int, out string) {
 	all := maps.Collect(m.All())
 	for _, key := range slices.Sorted(maps.Keys(all)) {
@@ -6502,7 +6497,7 @@ func (m *model) list(prefix string, dumps bool) (n int, out string) {
 	return strings.Count(out, "\n"), out
 }
 
-// seconds returns the number that text is, -1 if it is none from least to most.
+// seconds returns the number in text, or -1 if it is none from least to most.
 func seconds(text string, least, most int64) (n int64) {
 	for _, digit := range text {
 		if n = 10*n + int64(digit-'0'); digit < '0' || digit > '9' || n > most {
@@ -6515,7 +6510,7 @@ func seconds(text string, least, most int64) (n int64) {
 	return n
 }
 
-// BenchmarkParse and BenchmarkFormat are the two ends of a Get's way.
+// BenchmarkParse and BenchmarkFormat measure the beginning and the end of a Get.
 func BenchmarkParse(b *testing.B) {
 	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv",
 		"Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
@@ -6530,7 +6525,7 @@ func BenchmarkParse(b *testing.B) {
 }
 
 func BenchmarkFormat(b *testing.B) {
-	for _, n := range []int{1, 100, 1000} { // that wait for no writer
+	for _, n := range []int{1, 100, 1000} { // values that wait for no writer
 		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
 			b.ReportAllocs()
 			c := unwritten(New(kvstore.NewMemory()))
@@ -6548,7 +6543,7 @@ func BenchmarkFormat(b *testing.B) {
 
 // ---- the whole server, simulated
 
-// Ensure that whatever happens to the server, what was promised holds: see storetest/world.
+// Ensure that the server keeps its promises whatever happens to it: see storetest/world.
 func TestSimulation(t *testing.T) {
 	t.Parallel()
 	world.Run(t, world.Program{
@@ -6578,7 +6573,7 @@ func TestSimulation(t *testing.T) {
 	})
 }
 
-// simulated is a server of a world.
+// simulated is the server of a world.
 type simulated struct{ *keyValueServer }
 
 func (s simulated) Lost() (replies int) { return int(s.lostReplies.Load()) }
@@ -6605,24 +6600,23 @@ func (s simulated) Left() (what []string) {
 
 // ---- helpers
 
-// TestMain lets the test binary be the server: a test that needs a process of
-// its own starts this one again.
+// TestMain lets the test binary be the server: a test that needs a process of its own starts this
+// binary again.
 func TestMain(m *testing.M) {
 	if os.Getenv("KVSERVER_TEST_MAIN") != "" {
 		main()
 		return
 	}
 
-	// Those that run side by side wait for time to pass, mostly; and memory is given back by tests that
-	// look at it.
+	// Parallel tests mostly wait for time to pass, so more of them run than there are cores. Tests
+	// that measure memory collect garbage themselves.
 	flag.Parse()
 	flag.Set("test.parallel", "6")
 	debug.SetGCPercent(400)
 	os.Exit(m.Run())
 }
 
-// testMaxLine is small enough to try, and larger than every buffer a client
-// starts with.
+// testMaxLine is small enough to be tried, and larger than a client's first buffers.
 const testMaxLine = 20_000
 
 // testMaxMessage makes a client's whole queue 4 MiB instead of 64.
@@ -6630,8 +6624,8 @@ const testMaxMessage = 8 << 10
 
 const kilo = 1000
 
-// inBubble runs test in fake time against an empty server on a fake network. The clients that are
-// left in the end hang up, and must not have been sent more than they have read.
+// inBubble runs test in fake time with an empty server on a fake network. Clients that are left at
+// the end hang up, and must have read all that they were sent.
 func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -6646,13 +6640,13 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 	})
 }
 
-// pass lets d of fake time pass, and everybody do what they do until then.
+// pass lets d of fake time pass, and waits until all goroutines are idle.
 func pass(d time.Duration) {
 	<-time.After(d)
 	synctest.Wait()
 }
 
-// equal wants what the test has got to be this.
+// equal wants got to be want.
 func equal[T comparable](t testing.TB, what string, got, want T) {
 	t.Helper()
 	if got != want {
@@ -6660,7 +6654,7 @@ func equal[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
-// between wants what the test has got to be from least to most.
+// between wants got to be from least to most.
 func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
 	t.Helper()
 	if got < least || got > most {
@@ -6668,7 +6662,7 @@ func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
 	}
 }
 
-// must wants no error, for the test cannot go on with one.
+// must ends the test at an error.
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -6676,7 +6670,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// within does something that is to take from least to most.
+// within runs do, which must take from least to most.
 func within(t testing.TB, least, most time.Duration, do func()) {
 	t.Helper()
 	start := time.Now()
@@ -6684,38 +6678,38 @@ func within(t testing.TB, least, most time.Duration, do func()) {
 	between(t, "the time that it took", time.Since(start), least, most)
 }
 
-// fakeNet is a network of one server: a listener, and dial to reach it.
+// fakeNet is the network of one server: a listener, and dial to reach it.
 type fakeNet struct {
 	*world.Listener
 	server  *keyValueServer
 	log     screen // of the server
 	mu      sync.Mutex
-	clients []*testClient // that have dialed; guarded by mu
+	clients []*testClient // all that have dialed; guarded by mu
 
 	wrap func(net.Conn) net.Conn // makes the server's side of a connection
 	// called by the server's connections when a read deadline in the future is set
 	beforeDeadline func()
 }
 
-// fill puts value under key so many times, before the server has started.
+// fill puts value under key so many times, before the server starts.
 func (n *fakeNet) fill(key, value string, times int) {
 	for range times {
 		n.server.db.Put(key, value)
 	}
 }
 
-// fillKeys puts value under so many keys: prefix and a number.
+// fillKeys puts value under so many keys, prefix and a number each.
 func (n *fakeNet) fillKeys(prefix string, keys int, value string) {
 	for i := range keys {
 		n.fill(fmt.Sprint(prefix, i), value, 1)
 	}
 }
 
-// inputs is how many bytes all clients' inputs take, while they all wait.
+// inputs returns how many bytes all clients' inputs take, while all of them wait.
 func (n *fakeNet) inputs() (held int64) {
 	for _, c := range n.server.clients {
 		held += c.in.memory()
-		c.paced.Conn.(*world.Conn).Unread() // so that what it does then comes after this
+		c.paced.Conn.(*world.Conn).Unread() // orders what c does then after this
 	}
 	n.server.budget.inputs.Add(0)
 	return held
@@ -6728,7 +6722,7 @@ func (n *fakeNet) start(t *testing.T) {
 	}
 }
 
-// dial connects to the server, which it starts.
+// dial connects to the server, which it starts if necessary.
 func (n *fakeNet) dial(t *testing.T) *testClient {
 	n.start(t)
 	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -6746,14 +6740,14 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	return c
 }
 
-// dialAck connects, and has each request answered.
+// dialAck connects in Ack mode.
 func (n *fakeNet) dialAck(t *testing.T) *testClient {
 	c := n.dial(t)
 	c.ask("Ack", ":OK 0")
 	return c
 }
 
-// dialMany connects so many clients, which begin one after the other.
+// dialMany connects so many clients, one after the other.
 func (n *fakeNet) dialMany(t *testing.T, count int, begin func(i int, c *testClient)) []*testClient {
 	clients := make([]*testClient, count)
 	for i := range clients {
@@ -6788,26 +6782,26 @@ func newTestClient(t testing.TB, conn net.Conn) *testClient {
 	return &testClient{t: t, conn: conn.(world.HalfConn), r: bufio.NewReader(conn)}
 }
 
-// close ends the connection, whatever has not been read.
+// close ends the connection, even if bytes are unread.
 func (c *testClient) close() {
 	c.gone = true
 	c.conn.Close()
 }
 
-// overTLS goes on over TLS, with whatever server.
+// overTLS goes on over TLS, with any server.
 func (c *testClient) overTLS() *testClient {
 	c.conn = tls.Client(c.conn, &tls.Config{InsecureSkipVerify: true})
 	c.r = bufio.NewReader(c.conn)
 	return c
 }
 
-// breakOff breaks the connection off, as a network does.
+// breakOff resets the connection, as a broken network does.
 func (c *testClient) breakOff() {
 	c.gone = true
 	c.conn.(*world.Conn).BreakOff()
 }
 
-// send sends text.
+// send sends text, all of it.
 func (c *testClient) send(text string) {
 	c.t.Helper()
 	if _, err := io.WriteString(c.conn, text); err != nil {
@@ -6815,16 +6809,16 @@ func (c *testClient) send(text string) {
 	}
 }
 
-// sendSome sends text as far as it goes.
+// sendSome sends text as far as possible.
 func (c *testClient) sendSome(text string) { io.WriteString(c.conn, text) }
 
-// sendAll sends text as far as it goes, and nothing more.
+// sendAll sends text as far as possible, and closes the sending side.
 func (c *testClient) sendAll(text string) {
 	c.sendSome(text)
 	c.conn.CloseWrite()
 }
 
-// ask sends one request and wants these lines.
+// ask sends a request, and wants these lines.
 func (c *testClient) ask(request string, lines ...string) {
 	c.t.Helper()
 	c.send(request + "\n")
@@ -6841,7 +6835,7 @@ func (c *testClient) read() string {
 	return strings.TrimSuffix(line, "\n")
 }
 
-// readList returns the lines up to an OK.
+// readList returns the lines before the next OK.
 func (c *testClient) readList() (lines []string) {
 	for line := c.read(); !strings.HasPrefix(line, ":OK"); line = c.read() {
 		lines = append(lines, line)
@@ -6849,13 +6843,13 @@ func (c *testClient) readList() (lines []string) {
 	return lines
 }
 
-// wantRest wants this, and then the end.
+// wantRest wants exactly this, and then the end.
 func (c *testClient) wantRest(want string) {
 	c.t.Helper()
 	equal(c.t, "all that came", c.readAll(), want)
 }
 
-// wantNothing wants nothing to come, from a server that waits for something else.
+// wantNothing wants no bytes to come, while the server waits for something else.
 func (c *testClient) wantNothing() {
 	c.t.Helper()
 	synctest.Wait()
@@ -6872,7 +6866,7 @@ func (c *testClient) readAll() string {
 	return string(all)
 }
 
-// want reads the next lines.
+// want wants these to be the next lines.
 func (c *testClient) want(lines ...string) {
 	c.t.Helper()
 	for _, want := range lines {
@@ -6898,7 +6892,7 @@ func (c *testClient) stat(name string) int {
 	return value
 }
 
-// wantStat wants Stats to tell this number.
+// wantStat wants Stats to show this number.
 func (c *testClient) wantStat(name string, want int) {
 	c.t.Helper()
 	equal(c.t, name, c.stat(name), want)
@@ -6933,7 +6927,7 @@ func wantAllClosed(clients ...*testClient) {
 	}
 }
 
-// hangUp ends our side and wants the server to end its own.
+// hangUp ends our side, and wants the server to end its own.
 func (c *testClient) hangUp() {
 	c.t.Helper()
 	c.conn.CloseWrite()
@@ -6941,7 +6935,7 @@ func (c *testClient) hangUp() {
 	c.close()
 }
 
-// dialTCP connects to a real port, or to a unix socket. Its deadline only ends a test that has
+// dialTCP connects to a real port or to a unix socket. Its deadline only ends a test that has
 // failed already.
 func dialTCP(t testing.TB, addr string) *testClient {
 	t.Helper()
@@ -6962,7 +6956,7 @@ func serveTCP(t testing.TB) (addr string) {
 	return startTCP(t, New(kvstore.NewMemory()))
 }
 
-// startTCP starts s on a real port, until the test ends.
+// startTCP starts s on a real port until the test ends.
 func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 	t.Helper()
 	must(t, s.Start(0))
@@ -6970,7 +6964,7 @@ func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 	return s.listener.Addr().String()
 }
 
-// serverConfig is what a server needs for TLS.
+// serverConfig returns the TLS configuration of a server.
 func serverConfig(t *testing.T) *tls.Config {
 	dir := certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
@@ -6978,14 +6972,14 @@ func serverConfig(t *testing.T) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
-// getPage asks for a page.
+// getPage asks handler for a page.
 func getPage(handler http.Handler, path string) (code int, body string) {
 	answer := httptest.NewRecorder()
 	handler.ServeHTTP(answer, httptest.NewRequest("GET", "http://localhost"+path, nil))
 	return answer.Code, answer.Body.String()
 }
 
-// wantPage asks for a page, and wants it to have this code and these words.
+// wantPage asks handler for a page, and wants it to have this code and these words.
 func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, words ...string) (body string) {
 	t.Helper()
 	code, body := getPage(handler, path)
@@ -6998,37 +6992,37 @@ func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, wor
 	return body
 }
 
-// unwritten is a client of s whose messages nobody writes.
+// unwritten returns a client of s whose messages nobody writes.
 func unwritten(s *keyValueServer) *Client {
 	c := newClient(1, new(world.Conn), s)
 	c.buffer = make(chan []byte, maxBufferSize)
 	return c
 }
 
-// heapBytes is how many bytes of memory are in use.
+// heapBytes returns how many bytes of memory are in use.
 func heapBytes() int {
 	var m runtime.MemStats
 	runtime.GC()
-	runtime.GC() // what the pools had
+	runtime.GC() // frees what the pools had
 	runtime.ReadMemStats(&m)
 	return int(m.HeapAlloc)
 }
 
-// heapOfQuiet is heapBytes where all clients are quiet, and have given back what they can.
+// heapOfQuiet is heapBytes once all clients are quiet, and have given back what they can.
 func heapOfQuiet() int {
 	pass(3 * quietAfter)
 	return heapBytes()
 }
 
-// binary is a command that runs the server as a process of its own.
+// binary returns a command that runs the server as a process of its own.
 func binary(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
 }
 
-// runBinary runs the server as a process that reads input, and wants it to print this, and to end well or
-// not.
+// runBinary runs the server as a process that reads input, and wants it to print this, and to
+// succeed or fail as good says.
 func runBinary(t *testing.T, input, want string, good bool, args ...string) {
 	t.Helper()
 	cmd := binary(args...)
@@ -7038,8 +7032,7 @@ func runBinary(t *testing.T, input, want string, good bool, args ...string) {
 	}
 }
 
-// startBinary starts the server and returns its address, when it listens, and
-// the rest of its log.
+// startBinary starts the server, and returns its address, once it listens, and the rest of its log.
 func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
 	t.Helper()
 	cmd = binary(args...)
@@ -7054,7 +7047,7 @@ func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log 
 	return cmd, listeningAddr(t, log), log
 }
 
-// listeningAddr reads a server's log up to where it says where it listens.
+// listeningAddr reads a server's log up to the line that says where it listens.
 func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 	t.Helper()
 	for {
@@ -7070,14 +7063,14 @@ func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 	}
 }
 
-// signalTo sends a signal that Windows has no name for.
+// signalTo sends a signal that has no name on Windows.
 func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
 	if err := exec.Command("kill", "-"+name, strconv.Itoa(cmd.Process.Pid)).Run(); err != nil {
 		t.Errorf("kill -%s: %v", name, err)
 	}
 }
 
-// certificates makes a CA in a directory, and a pair of files for each name.
+// certificates makes a CA in a new directory, and a certificate with its key for each name.
 func certificates(t *testing.T, names ...string) (dir string) {
 	dir = t.TempDir()
 	write := func(name, kind string, der []byte) {
@@ -7109,7 +7102,7 @@ func certificates(t *testing.T, names ...string) (dir string) {
 	return dir
 }
 
-// freePort is a port that was free a moment ago.
+// freePort returns a port that was free a moment ago.
 func freePort(t *testing.T) int {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -7117,7 +7110,7 @@ func freePort(t *testing.T) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// converseWith plays kvserver -c against the server.
+// converseWith runs kvserver -c against the server.
 func converseWith(t *testing.T, n *fakeNet, in string,
 	requests ...string) (out, errs string, good bool, err error) {
 	t.Helper()
