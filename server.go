@@ -268,9 +268,9 @@ func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 }
 
 // share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
-// (Goyal, Vin and Cheng, 1996): the client that will have spent least when its turn ends is next.
-// spent is kept within maxTurn of floor, which rises as turns are given: so a client that was quiet
-// goes before one that has spent much, and nobody waits for ever.
+// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept within
+// maxTurn of floor, which rises as turns are given: so a client that was quiet goes before one that
+// has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock: a moving average
@@ -282,7 +282,8 @@ type share struct {
 	isSteady bool // it also wrote in one of the two batches before that
 }
 
-// finish is how much the client will have spent if the next turn costs as much as its turns of late.
+// finish is how much the client will have spent at the next look at the clock, if its requests take
+// as long as they did of late.
 func (s *share) finish() time.Duration { return s.spent + s.cost }
 
 // isHeavy reports whether the client's requests of late take long.
