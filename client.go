@@ -107,8 +107,8 @@ const (
 //
 //	readFromClient   notes the reason (end), reads no more, and waits for the chain under way. Then
 //	                 it closes buffer, tells workLoop (depart), and ends
-//	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. (A timer
-//	                 closes the connection if TLS cannot say goodbye in time: inTime)
+//	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. If TLS
+//	                 cannot say goodbye in time, a timer closes the connection (inTime)
 //	workLoop         forgets the client when both have ended, and logs the reason (leave)
 //
 // Requests that were read before the reason came up are still run, unless the store has failed, or
@@ -1183,9 +1183,9 @@ func (l *listing) mustStop(n int) bool {
 
 // ---- outbox: replies to messages
 
-// outbox turns replies into messages and queues them for writeToClient. Replies share messages. While
-// maxShared messages wait, the client's next requests wait, too. Once the client is slow, up to
-// maxBufferSize messages may wait, and a message behind the first maxShared holds one reply.
+// outbox turns replies into messages and queues them for writeToClient. Replies share messages.
+// While maxShared messages wait, the client's next requests wait, too. Once the client is slow, up
+// to maxBufferSize messages may wait, and a message behind the first maxShared holds one reply.
 // Replies beyond that are dropped if they are a Get's or an error and the client has not sent Ack;
 // others wait.
 //
