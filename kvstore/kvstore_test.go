@@ -16,7 +16,7 @@ import (
 	"unsafe"
 )
 
-// Ensure that All stops when it is told to.
+// Ensure that All stops at a break.
 func TestAllStops(t *testing.T) {
 	store := NewMemory()
 	for i := range 10 {
@@ -56,7 +56,7 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	}
 	store.Get("k")
 	store.Take("k")
-	for i := range 100 { // it grows, and is copied for that
+	for i := range 100 { // the list is copied when it grows
 		store.Put("k", fmt.Sprint("more", i))
 	}
 	at, _ := store.find("k")
@@ -66,15 +66,15 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	}
 }
 
-// What model_test.go looks at inside of a store.
+// What model_test.go uses from inside the package.
 var (
 	CheckInside  = checkInside
 	CheckEmptied = checkEmptied
 	MemorySteps  = memorySteps
 )
 
-// memorySteps is how many random operations a Memory gets: KVSTORE_STEPS of them, if that is set,
-// as in .ci/run.
+// memorySteps returns how many random operations a test does: KVSTORE_STEPS if that is set, as in
+// .ci/run.
 func memorySteps(t *testing.T) (steps int) {
 	steps = 100_000
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
@@ -86,7 +86,7 @@ func memorySteps(t *testing.T) (steps int) {
 	return steps
 }
 
-// checkEmptied reports what is left in m, which was large, and from which all keys were deleted.
+// checkEmptied reports what is left in m, which was large before all its keys were deleted.
 func checkEmptied(t *testing.T, m *Memory) {
 	t.Helper()
 	checkInside(t, m)
@@ -144,8 +144,8 @@ func checkDeadlines(t *testing.T, m *Memory) {
 	}
 }
 
-// catchUp writes at most as much as m holds, and removes it: what died beside a snapshot that
-// has gone is given back by what is written afterwards.
+// catchUp writes at most as many bytes as m holds, and removes them: only later writes clean slabs
+// in which entries died while there was a snapshot.
 func catchUp(m *Memory) {
 	const key, size = "a key of nobody else", ownSize / 2
 	for n := m.used / size; n > 0 && m.used-m.live > deadMin+m.used/deadShare; n-- {
@@ -191,7 +191,7 @@ func checkIndex(t *testing.T, m *Memory) {
 	}
 }
 
-// slots yields all that m's index has.
+// slots yields all slots of m's index.
 func (m *Memory) slots(yield func(slot uint64) bool) {
 	var last *page
 	for i := range m.dir.len {
@@ -217,7 +217,7 @@ func checkSlabs(t *testing.T, m *Memory) {
 			alive[slot&addrMask>>slabBits] += m.entry(slot).size()
 		}
 	}
-	used, live, held := 0, 0, 0 // held: dead bytes in what the latest snapshot has
+	used, live, held := 0, 0, 0 // held: dead bytes in slabs that the latest snapshot has
 	for k, a := range m.accounts {
 		isThere := *m.slabs.at(k) != nil
 		if isThere {
@@ -293,8 +293,8 @@ func checkLarge(t *testing.T, m *Memory) {
 	}
 }
 
-// checkFootprint reports if m takes more memory than its doc comment and the README say: than
-// a new store of the same keys and lists, a third for what is dead, and the index's slack.
+// checkFootprint fails if m takes more memory than its doc comment and the README say: more than a
+// new store with the same data, a third more for dead bytes, and the index's slack.
 func checkFootprint(t *testing.T, m *Memory) {
 	t.Helper()
 	fresh := NewMemory()
@@ -309,7 +309,7 @@ func checkFootprint(t *testing.T, m *Memory) {
 	}
 }
 
-// Ensure that dead memory is bounded by bytes, whatever was stored before.
+// Ensure that the bytes of dead memory are bounded, whatever was stored before.
 func TestDeadMemoryIsBounded(t *testing.T) {
 	const many = 2000
 	value := strings.Repeat("v", ownSize+100)
@@ -387,7 +387,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 			store.Update(key, all[:random.IntN(300)], all[:size])
 		}
 
-		// A snapshot lives for a while; what died meanwhile is given back by what comes.
+		// A snapshot lives for a while. Later writes free what died meanwhile.
 		switch at := i % (steps / 20); {
 		case at < steps/100 && random.IntN(steps/500) == 0:
 			latest = store.Snapshot()
@@ -404,7 +404,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 	runtime.KeepAlive(latest)
 }
 
-// Ensure that where memory is short, what was deleted can be used for what is written, of
+// Ensure that when memory is short, new values reuse the memory of deleted ones, also values of
 // another size, and that the store takes no more memory than before meanwhile.
 func TestReclaim(t *testing.T) {
 	const limit, size = 14_000_000, 100
@@ -437,8 +437,8 @@ func TestReclaim(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot copies next to nothing whatever is stored, and a change beside it only
-// the pages that it is in.
+// Ensure that a snapshot copies next to nothing, whatever is stored, and that a later change copies
+// only the pages in which it is.
 func TestSnapshotCopiesLittle(t *testing.T) {
 	store := NewMemory()
 	for i := range 100_000 {
@@ -471,8 +471,8 @@ func TestSnapshotCopiesLittle(t *testing.T) {
 	runtime.KeepAlive(s)
 }
 
-// Ensure that a snapshot can be walked while its store is changed: with the race
-// detector, that neither sees the other's memory.
+// Ensure that a snapshot can be walked while its store is changed. With the race
+// detector: that neither reads what the other writes.
 func TestSnapshotBesideChanges(t *testing.T) {
 	store := NewMemory()
 	for i := range 20_000 {
@@ -512,8 +512,8 @@ func TestSnapshotBesideChanges(t *testing.T) {
 	}
 }
 
-// Ensure that what Get returns keeps no slab in memory, that what View returns keeps no
-// more than it says, and that neither is ever changed.
+// Ensure that what Get returns keeps no slab in memory, and that a View of more than ViewMost
+// bytes keeps none either.
 func TestWhatIsHandedOut(t *testing.T) {
 	store := NewMemory()
 	inSlab := func(s string) bool {
@@ -548,8 +548,8 @@ func TestWhatIsHandedOut(t *testing.T) {
 	}
 }
 
-// Ensure that values that were taken out of a long list do not stay in memory, whether
-// it was handed out or not, and that the Footprint knows what does.
+// Ensure that values that were removed from a long list do not stay in memory, whether
+// it was handed out or not, and that the Footprint counts those that still do.
 func TestRemovedValuesGo(t *testing.T) {
 	inUse := func() int64 {
 		var stats runtime.MemStats
@@ -589,8 +589,8 @@ func TestRemovedValuesGo(t *testing.T) {
 	}
 }
 
-// Ensure that a search compares no values but those that are equal, however long and alike
-// the others are.
+// Ensure that a search compares only values with the same hash, however long and alike the others
+// are.
 func TestSearchComparesLittle(t *testing.T) {
 	const values, size = 100, 10_000
 	store, long := NewMemory(), strings.Repeat("v", size)
@@ -598,7 +598,8 @@ func TestSearchComparesLittle(t *testing.T) {
 		store.Put("key", fmt.Sprintf("%s%04d%s", long, i, long))
 	}
 
-	// Were one of the values compared, it would be found.
+	// The list's values are replaced behind its back, but its hashes are not: if a value were
+	// compared, it would be found.
 	none := long + "none" + long
 	at, _ := store.find("key")
 	list := store.ownLong(at.slot).values
@@ -614,7 +615,7 @@ func TestSearchComparesLittle(t *testing.T) {
 	}
 }
 
-// Ensure that a Get with room for its values allocates nothing.
+// Ensure that a View with room for its values allocates nothing.
 func TestViewAllocatesNothing(t *testing.T) {
 	store := NewMemory()
 	store.Put("one", "v")
@@ -631,17 +632,17 @@ func TestViewAllocatesNothing(t *testing.T) {
 	}
 }
 
-// Ensure that the memory of a large value, and of many small ones, is used again for the next,
-// but not while somebody may have seen it.
+// Ensure that the memory of a large value, or of many small ones, is reused for the next, but not if
+// somebody may have seen it.
 func TestMemoryIsUsedAgain(t *testing.T) {
 	for _, size := range []int{1000, ownSize, 4 << 10, 64 << 10, slabSize - 100} {
 		store, value, n := NewMemory(), strings.Repeat("v", size), 0
 		set := func() {
 			n++
-			store.Set(fmt.Sprint(n%10), value) // with the number on the stack
+			store.Set(fmt.Sprint(n%10), value)
 		}
 		for range 8_000_000 / size {
-			set() // until the slabs are cleaned
+			set() // until slabs are cleaned
 		}
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
@@ -670,8 +671,8 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 	}
 }
 
-// Ensure that beside a snapshot, whose dead bytes must stay, no entry is moved out of a slab that
-// the snapshot has, for nothing is gained by that, and that it is moved once the snapshot has gone.
+// Ensure that no entry is moved out of a slab that a snapshot has, because its dead bytes must stay
+// and nothing would be gained, and that entries are moved once the snapshot has gone.
 func TestNothingIsMovedForNothing(t *testing.T) {
 	const keys = 100_000
 	store, value := NewMemory(), strings.Repeat("v", 100)
@@ -709,7 +710,7 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 	checkInside(t, store)
 }
 
-// Ensure that keys are touched without a change, however many.
+// Ensure that touching keys changes nothing, however many they are.
 func TestTouch(t *testing.T) {
 	store := NewMemory()
 	var keys []string
@@ -727,7 +728,7 @@ func TestTouch(t *testing.T) {
 }
 
 // Ensure that many deadlines take little memory, in whatever order they are set, and that
-// keys come in the order of their ends.
+// NextDue returns keys in the order of their deadlines.
 func TestDeadlinesTakeLittle(t *testing.T) {
 	const keys = 15_000
 	random := rand.New(rand.NewPCG(1, 1))
@@ -747,7 +748,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 		if got := (store.Footprint() - before) / keys; got > 46 { // and pages that are not full
 			t.Errorf("%s: a deadline takes %d bytes", name, got)
 		}
-		for i := range keys * 9 / 10 { // most of them go, and leave gaps
+		for i := range keys * 9 / 10 { // most deadlines go, and leave gaps
 			store.Expire(fmt.Sprint("key", i), 0)
 		}
 		if got := store.deadlines.bytes() / (keys / 10); got > 60 {
@@ -771,8 +772,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 	}
 }
 
-// Ensure that a Take from a long list looks at no value but the first, also where readers have
-// the list.
+// Ensure that a Take from a long list copies next to nothing, even if readers have the list.
 func TestTakeFromALongList(t *testing.T) {
 	const values = 50_000
 	for _, every := range []int{0, 1} { // Takes, between two Gets
@@ -800,10 +800,10 @@ func TestTakeFromALongList(t *testing.T) {
 	}
 }
 
-// sizes are the numbers of keys that benchmarks try: in the caches, and not.
+// sizes are the numbers of keys that benchmarks try: few enough for the processor's caches, and more.
 var sizes = []int{10_000, 1_000_000, 5_000_000}
 
-// fill returns a store of so many keys of 12 bytes with a value of 16, and the keys.
+// fill returns a store with this many keys of 12 bytes, each with a value of 16 bytes, and the keys.
 func fill(size int) (store *Memory, keys []string) {
 	store, keys = NewMemory(), make([]string, size)
 	for i := range keys {
@@ -813,11 +813,11 @@ func fill(size int) (store *Memory, keys []string) {
 	return store, keys
 }
 
-// BenchmarkMemory is what a store takes and costs beside its requests, once for each
-// number of keys: bytes a key when it is filled and after five Updates of each key, a
-// full collection, a snapshot, the memory that a snapshot takes while it is walked beside
-// a million Updates, and how long operations took while it grew: all but one in a
-// hundred thousand, for a preempted one tells of the machine.
+// BenchmarkMemory measures what a store takes and costs beside its requests, for each
+// number of keys: bytes a key when it is full and after five Updates a key, the time of a
+// full collection and of a snapshot, the memory that a snapshot takes after a million
+// Updates, and the slowest Put while the store grew. The slowest one in a hundred
+// thousand is left out, because the machine may have preempted it.
 func BenchmarkMemory(b *testing.B) {
 	for _, size := range sizes[1:] {
 		b.Run(fmt.Sprint("keys=", size), func(b *testing.B) {
@@ -876,7 +876,7 @@ func measureMemory(b *testing.B, size int) {
 	runtime.KeepAlive(store)
 }
 
-// BenchmarkSnapshot is a snapshot of many small values, of many large ones, and of long lists.
+// BenchmarkSnapshot measures a snapshot of many small values, of many large ones, and of long lists.
 func BenchmarkSnapshot(b *testing.B) {
 	for _, what := range []struct {
 		name               string
@@ -894,8 +894,8 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// BenchmarkChain is a request in a chain of 256 of random keys, told to the store before
-// or not.
+// BenchmarkChain measures a request in a chain of 256 for random keys, which the store was told
+// before (Touch) or not.
 func BenchmarkChain(b *testing.B) {
 	for _, size := range sizes {
 		store, keys := fill(size)
@@ -948,7 +948,7 @@ func BenchmarkUpdate(b *testing.B) {
 	})
 }
 
-// BenchmarkLong is what a list of so many values costs: an Update more where the
+// BenchmarkLong measures what a list of this many values costs. An Update costs more if the
 // list was read since the last one.
 func BenchmarkLong(b *testing.B) {
 	for _, size := range []int{1, 100, 10_000, 100_000} {
@@ -985,7 +985,7 @@ func BenchmarkLong(b *testing.B) {
 	}
 }
 
-// Ensure that StoreOf makes a Store of a KVStore that is no more, and leaves alone what is one.
+// Ensure that StoreOf makes a Store of a mere KVStore, and returns a Store as it is.
 func TestStoreOf(t *testing.T) {
 	memory := NewMemory()
 	if got := StoreOf(memory); got != Store(memory) {

@@ -11,8 +11,8 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// Ensure that a Memory does what every store must do, and that so does a store that is made of one
-// that is no more than a KVStore.
+// Ensure that a Memory does what every store must do, and that a Store made of a mere KVStore does
+// so, too.
 func TestMemoryIsAStore(t *testing.T) {
 	storetest.TestStore(t, func() kvstore.Store { return kvstore.NewMemory() })
 }
@@ -23,9 +23,9 @@ func TestPlainIsAStore(t *testing.T) {
 	})
 }
 
-// Ensure that a store of many keys, large and small lists does what the model does while
-// it grows and shrinks, that no more of it is dead than may be, and that neither a snapshot
-// nor what View returned ever changes.
+// Ensure that a store with many keys, and with large and small lists, does what the model does while
+// it grows and shrinks, that its dead memory is bounded, and that neither a snapshot nor what View
+// returned ever changes.
 func TestMemoryInside(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
 	store, m := kvstore.NewMemory(), storetest.NewModel()
@@ -38,7 +38,7 @@ func TestMemoryInside(t *testing.T) {
 			size = random.IntN(500)
 		}
 		if random.IntN(10_000) == 0 {
-			size = 1<<18 + random.IntN(1<<18) // it fits no slab
+			size = 1<<18 + random.IntN(1<<18) // too large for a slab
 		}
 		return strings.Repeat(string(rune('a'+random.IntN(3))), size)
 	}
@@ -53,7 +53,7 @@ func TestMemoryInside(t *testing.T) {
 	for i := range steps {
 		many := 20_000
 		if i/(steps/10)%2 == 1 {
-			many = 500 // and most keys go
+			many = 500 // so most keys are deleted
 		}
 		x := storetest.Step{Key: fmt.Sprint(random.IntN(20_000)), Value: value(), Other: value(),
 			At: int64(i + random.IntN(steps/5))}
@@ -84,7 +84,7 @@ func TestMemoryInside(t *testing.T) {
 		}
 		x.Do(t, store, m)
 
-		// What is due goes now and then, and what was seen is kept.
+		// Now and then keys that are due are deleted. Snapshots and views are kept for a while.
 		if random.IntN(2000) == 0 {
 			for random.IntN(10) > 0 {
 				if key, ok := store.NextDue(int64(i)); ok {
@@ -121,8 +121,8 @@ func TestMemoryInside(t *testing.T) {
 	kvstore.CheckEmptied(t, store)
 }
 
-// Ensure that Take, Count and deadlines do what the model says, on short lists, long ones and
-// large values, and that snapshots have deadlines.
+// Ensure that Take, Count and deadlines are as in the model, on short lists, long lists and large
+// values, and that snapshots have deadlines.
 func TestDeadlinesAreLikeTheModel(t *testing.T) {
 	for seed := 0; seed < 8; seed = storetest.Next(seed, 3) {
 		random := rand.New(rand.NewPCG(uint64(seed), 0))
@@ -138,15 +138,14 @@ func TestDeadlinesAreLikeTheModel(t *testing.T) {
 	}
 }
 
-// FuzzMemory does what the bytes of a script say to a store and to the model.
+// FuzzMemory plays a script of bytes to a store and to the model.
 func FuzzMemory(f *testing.F) {
 	f.Add([]byte("put a lot, \x00\x01\x02\x03, and delete it"))
 	f.Add([]byte("\x00kv\x09k1\x05--\x00kw\x08k-\x0a-9"))
 	f.Fuzz(play)
 }
 
-// play does what the bytes of a script say to a store and to the model, and reports where they
-// differ.
+// play plays a script of bytes to a store and to the model, and reports where they differ.
 func play(t *testing.T, script []byte) {
 	store, m := kvstore.NewMemory(), storetest.NewModel()
 	var snapshots []kvstore.Snapshot

@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// Ensure that a real directory is kept as a fake one, private, and for one
-// process at a time.
+// Ensure that a store works in a real directory as in a fake one, that its files are private, and
+// that only one process at a time can open it.
 func TestRealDirectory(t *testing.T) {
 	path := t.TempDir()
 	os.Mkdir(filepath.Join(path, "lost+found"), 0o700) // as in the root of a disk
@@ -119,8 +119,8 @@ func TestWrongPaths(t *testing.T) {
 	}
 }
 
-// Ensure that nothing but our own files is touched: who else has some in the
-// directory is told so.
+// Ensure that a start touches no file but our own, and refuses a directory with others by
+// name.
 func TestOthersFilesStay(t *testing.T) {
 	for _, name := range []string{"thesis.tmp", "download.iso.tmp", "cache.tmp", "seg-1.log.bak",
 		"seg-01.log.tmp"} {
@@ -163,9 +163,9 @@ func TestCheckOfAStrangeLock(t *testing.T) {
 	}
 }
 
-// Ensure that a directory which has the name of LOCK or of a temporary file, and cannot be removed, is
-// told of once by the server that runs, by its Close, by Check, and by the next start; and that one
-// which can be removed is.
+// Ensure that a directory with the name of LOCK or of a temporary file that cannot be removed is
+// reported: once by the running store, by its Close, by Check, and by the next start. Ensure that
+// such a directory is removed if it can be.
 func TestDirectoryForAFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -216,7 +216,7 @@ func TestDirectoryForAFile(t *testing.T) {
 			t.Errorf("%s: a start that was refused made %q of %q", name, after, before)
 		}
 
-		// Without what is inside the server makes room for its own.
+		// If the directory is empty, the store removes it and makes its own file.
 		os.RemoveAll(filepath.Dir(inside))
 		os.WriteFile(filepath.Join(path, storage.LockName), nil, 0o600) // a start waits for one
 		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
@@ -235,7 +235,7 @@ func TestDirectoryForAFile(t *testing.T) {
 }
 
 // Ensure that an empty directory in the place of the next temporary file does not keep a removed file
-// from being written anew.
+// from being written again.
 func TestHealBesideADirectoryForAFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a file that is in use
@@ -260,7 +260,7 @@ func TestHealBesideADirectoryForAFile(t *testing.T) {
 	}
 }
 
-// Ensure that a directory that is not ours any more ends the store, also where nothing is
+// Ensure that a directory that is not ours any more ends the store, even if nothing is
 // written, and before another file is made.
 func TestMovedDirectory(t *testing.T) {
 	dir, d := newSmall(t, Options{})
@@ -334,8 +334,8 @@ func TestMovedRealDirectory(t *testing.T) {
 	}
 }
 
-// Ensure that the same holds for a real directory, whose lock goes, too: it is made anew, and no
-// second server can take the directory meanwhile.
+// Ensure that files removed from a real directory are written again, also LOCK, and that no second
+// process can open the store meanwhile.
 func TestRemovedRealFiles(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a file that is in use
@@ -379,7 +379,7 @@ func TestRemovedRealFiles(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that another file in the place of the one that is written is noticed.
+// Ensure that another file in the place of the current one is noticed.
 func TestReplacedRealFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a file that is in use
@@ -408,8 +408,8 @@ func TestReplacedRealFile(t *testing.T) {
 	d.Close()
 }
 
-// hastyDisk is a directory in which somebody does something to a file as soon as it has its name, or
-// is opened to be written.
+// hastyDisk is a directory in which after is called as soon as a file has its name, or is opened for
+// writing.
 type hastyDisk struct {
 	*storage.Disk
 	after func(call, name string)
@@ -427,8 +427,8 @@ func (h *hastyDisk) Extend(name string) (storage.File, error) {
 	return f, err
 }
 
-// Ensure that a real file is noticed that somebody puts in the place of a segment, a snapshot or STORE
-// as soon as that was made.
+// Ensure that another file is noticed that somebody puts in the place of a real segment, snapshot or
+// STORE as soon as that was made.
 func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a file that is in use
@@ -454,7 +454,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 			}
 		}
 
-		os.Remove(filepath.Join(path, storage.StoreName)) // it is written anew
+		os.Remove(filepath.Join(path, storage.StoreName)) // so that it is written again
 		for range 10 {
 			d.Put("key", strings.Repeat("v", 300))
 			d.Delete("old")
@@ -463,7 +463,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 				t.Fatalf("%s: %v", which, err)
 			}
 			d.AwaitCompaction()
-			for range 2 { // what is replaced while it is written anew the second look finds
+			for range 2 { // a file replaced during the first heal is found by the second check
 				d.looked, d.healAfter = time.Time{}, time.Time{}
 				if err := d.Commit(); err != nil {
 					t.Fatalf("%s: %v", which, err)
@@ -486,7 +486,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 	}
 }
 
-// at opens the directory at path for f, and closes it.
+// at opens the directory at path, calls f, and closes the directory.
 func at[T any](path string, f func(storage.Directory) (T, error)) (result T, err error) {
 	dir, err := storage.OpenDisk(path, nil)
 	if err != nil {
@@ -509,22 +509,22 @@ func openAt(path string, opts Options) (*Store, error) {
 	return d, err
 }
 
-// checkAt checks the store there.
+// checkAt checks the store in the directory at path.
 func checkAt(path string) (Report, error) { return at(path, Check) }
 
-// repairAt saves what it can of the store there to a directory that it makes.
+// repairAt saves what it can of the store at path to a directory that it makes.
 func repairAt(path, to string) (Report, error) {
 	return toNew(path, to, Repair)
 }
 
-// backUpAt copies the store there to a directory that it makes.
+// backUpAt copies the store at path to a directory that it makes.
 func backUpAt(path, to string, step func(copied, total int64)) (Report, error) {
 	return toNew(path, to, func(dir, out storage.Directory) (Report, error) {
 		return Backup(dir, out, step)
 	})
 }
 
-// toNew has make make a store at to of the one at path.
+// toNew opens the store at path, makes a directory at to, and calls make for both.
 func toNew(path, to string, make func(dir, out storage.Directory) (Report, error)) (Report, error) {
 	return at(path, func(dir storage.Directory) (Report, error) {
 		out, undo, err := storage.MakeDisk(to, path, nil)

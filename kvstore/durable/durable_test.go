@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// TestMain lets the test binary be a second process on a store.
+// TestMain runs the tests, or opens a store as a second process if TestRealDirectory says so.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("KVSTORE_TEST_OPEN"); dir != "" {
 		_, err := openAt(dir, Options{})
@@ -29,13 +29,13 @@ func TestMain(m *testing.M) {
 		return
 	}
 
-	// Each of thousands of stores begins with a slab: with less the collector would never rest.
+	// Each of thousands of stores begins with a slab, so the default would mean endless collections.
 	debug.SetGCPercent(400)
 	os.Exit(m.Run())
 }
 
-// openStill is Open. In real time the store's timer does nothing, or on a busy machine it would write
-// to dir while the test looks at that.
+// openStill is Open, without the store's timer in real time: on a busy machine the timer would write
+// to dir while the test looks at it.
 func openStill(dir storage.Directory, opts Options) (*Store, error) {
 	d, err := Open(context.Background(), dir, opts)
 	if isFake := time.Now().Year() <= 2000; err == nil && !isFake { // fake time begins in 2000
@@ -44,7 +44,7 @@ func openStill(dir storage.Directory, opts Options) (*Store, error) {
 	return d, err
 }
 
-// openSmall opens a store whose files are full soon.
+// openSmall opens a store with small files, which are full soon.
 func openSmall(dir storage.Directory, opts Options) (*Store, error) {
 	d, err := openStill(dir, opts)
 	if err == nil {
@@ -58,7 +58,7 @@ func openSmall(dir storage.Directory, opts Options) (*Store, error) {
 	return d, err
 }
 
-// newSmall opens one in a new directory.
+// newSmall is openSmall in a new directory.
 func newSmall(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	t.Helper()
 	dir := storetest.New()
@@ -69,14 +69,14 @@ func newSmall(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	return dir, d
 }
 
-// keysOf is how many keys d has.
+// keysOf returns how many keys d has.
 func keysOf(d *Store) int {
 	keys, _, _ := d.Size()
 	return keys
 }
 
-// checkKept opens what a crash left and wants all that was told, and nothing
-// that was not done.
+// checkKept opens what a crash left, and fails unless the store holds everything that was told,
+// and nothing that was not done.
 func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what string) {
 	t.Helper()
 	d, err := openSmall(dir, Options{})
@@ -95,8 +95,8 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	}
 }
 
-// Ensure that a start writes nothing but the frames that are in doubt: after a clean
-// stop one, after a crash the last commits.
+// Ensure that a start writes only the frames that are in doubt: after a clean stop one, after a
+// crash the last commits.
 func TestStartCopiesNothing(t *testing.T) {
 	for _, clean := range []bool{true, false} {
 		dir := storetest.New()
@@ -118,16 +118,16 @@ func TestStartCopiesNothing(t *testing.T) {
 		}
 		most := 2000
 		if !clean {
-			most += image.Reserve // which is cleared
+			most += image.Reserve // the zeros are cleared
 		}
-		if counting.written > most || counting.created > 1 { // which it tries
+		if counting.written > most || counting.created > 1 { // tryFile makes one
 			t.Errorf("clean stop: %v: a start wrote %d bytes and made %d files", clean,
 				counting.written, counting.created)
 		}
 	}
 }
 
-// countingDir counts what is written.
+// countingDir counts bytes written and files created.
 type countingDir struct {
 	*storetest.Dir
 	written, created int
@@ -176,8 +176,7 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 	}
 }
 
-// Ensure that a record too large for a frame ends the store instead of wrapping
-// around, and that Room says so before.
+// Ensure that Room refuses a record that is too large for a frame.
 func TestRecordsTooLarge(t *testing.T) {
 	d, err := openStill(storetest.New(), Options{})
 	if err != nil {
@@ -188,7 +187,7 @@ func TestRecordsTooLarge(t *testing.T) {
 	}
 }
 
-// Ensure that a store in a log does what every store must do.
+// Ensure that a durable store does what every store must do.
 func TestDurableIsAStore(t *testing.T) {
 	storetest.TestStore(t, func() kvstore.Store {
 		_, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -197,8 +196,8 @@ func TestDurableIsAStore(t *testing.T) {
 	})
 }
 
-// Ensure that a store in a log is like one in memory, through any number of
-// restarts, and that its files stay within bounds.
+// Ensure that a durable store is like the model, through many restarts, and that the size of its
+// files stays within bounds.
 func TestDurableIsLikeTheModel(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Hour} {
 		dir, m, h := storetest.New(), storetest.NewModel(), rand.New(rand.NewPCG(3, 3))
@@ -234,8 +233,8 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 	}
 }
 
-// Ensure that Store has each method of a KVStore itself: one that it has of Memory would
-// write no record, and what it did would be gone after the next start.
+// Ensure that Store itself has each method that writes: an embedded method of Memory would
+// write no record, and its effect would be lost at the next start.
 func TestDurableHasEveryMethod(t *testing.T) {
 	store, durable := reflect.TypeFor[kvstore.KVStore](), reflect.TypeFor[*Store]()
 	names := []string{"Room", "Take", "Expire", "PutUntil"}
@@ -251,7 +250,7 @@ func TestDurableHasEveryMethod(t *testing.T) {
 	}
 }
 
-// Ensure that a long load says how far it is, each second.
+// Ensure that a long load reports its progress each second.
 func TestLoadTellsProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -287,7 +286,7 @@ func TestLoadTellsProgress(t *testing.T) {
 	})
 }
 
-// fixedDir is a store with an id that does not change from run to run.
+// fixedDir returns a directory with a store whose id is the same in every run.
 func fixedDir(t testing.TB, commits int) *storetest.Dir {
 	dir, id := storetest.New(), storeID{1, 2, 3}
 	_, err := createLog(dir, fileHeader{kind: kindSegment, id: id, number: 1,
@@ -311,8 +310,8 @@ func fixedDir(t testing.TB, commits int) *storetest.Dir {
 	return dir
 }
 
-// Ensure that deadlines are kept: in the log, in snapshots, by a restart and a crash; and that what
-// ends them does so there, too.
+// Ensure that deadlines survive in the log and in snapshots, after a kill and a power failure, and
+// that the ends of deadlines do, too.
 func TestDeadlinesAreKept(t *testing.T) {
 	for seed := 0; seed < 30; seed = storetest.Next(seed, 3) {
 		random := rand.New(rand.NewPCG(uint64(seed), 9))
@@ -372,8 +371,8 @@ func TestDeadlinesAreKept(t *testing.T) {
 	}
 }
 
-// Ensure that a deadline before 1970, as that of a sum that was too large, is in the log what it is
-// in memory: over.
+// Ensure that a deadline before 1970, as from a sum that overflows, is the same in the log as in
+// memory: over.
 func TestNegativeDeadlines(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("a", "value")
