@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// Ensure that a backup of a store that is written to, at any moment, opens and holds
-// what was told before it began, and that damage is not copied.
+// Ensure that a backup of a running store opens, at any moment, and holds what was told before
+// it began, and that damage is not copied.
 func TestBackup(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	h := storetest.NewHistory()
@@ -34,7 +34,7 @@ func TestBackup(t *testing.T) {
 		}
 		h.Told = h.Done.Clone()
 		out := storetest.New()
-		if i%10 > 0 { // with something in the middle of its way to the file
+		if i%10 > 0 { // half a frame is in the file
 			w := d.current
 			w.f.WriteAt(appendFrame(nil, w.seed,
 				frame{sequence: d.sequence + 1, synced: d.sequence},
@@ -76,8 +76,8 @@ func TestBackup(t *testing.T) {
 	}
 }
 
-// tornListing is a directory that a compaction changes while it is listed: once it has
-// neither the new snapshot nor the oldest file that went for it.
+// tornListing is a directory that a compaction changes while it is listed: its first three lists
+// have neither the new snapshot nor the old files that this replaces.
 type tornListing struct {
 	*storetest.Dir
 	lists int
@@ -94,7 +94,7 @@ func (l *tornListing) List() ([]string, error) {
 	return names, err
 }
 
-// Ensure that a listing of names that a compaction changes meanwhile is no damage.
+// Ensure that a list of names that a compaction changes meanwhile is not taken for damage.
 func TestLookBesideACompaction(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -110,7 +110,7 @@ func TestLookBesideACompaction(t *testing.T) {
 	}
 }
 
-// Ensure that damage is told at once, also beside a server that makes one file after the other.
+// Ensure that Check reports damage at once, even beside a server that makes one file after the other.
 func TestCheckOfADamagedBusyStore(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -125,9 +125,9 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 			writes = true
 			defer func() { writes = false }()
 			if lists++; lists > 20 {
-				return storetest.ErrDisk // or it would go on for ever
+				return storetest.ErrDisk // otherwise it would go on for ever
 			}
-			d.looked = time.Now() // it does not notice
+			d.looked = time.Now() // so that the store does not notice
 			for number := d.number; d.number == number; {
 				d.Put("key", strings.Repeat("v", 100))
 				d.Commit()
@@ -142,8 +142,8 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that real backups, three at a time beside a store that is written to and compacted, each hold
-// what was told before.
+// Ensure that backups in real directories, three at a time beside a store that is written to and
+// compacted, each hold what was told before, and that none can be made inside the store.
 func TestBackupBesideARealStore(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "data")
 	os.Mkdir(path, 0o700)
@@ -224,8 +224,8 @@ func TestBackupBesideARealStore(t *testing.T) {
 	}
 }
 
-// Ensure that a backup ends, and holds all, however often a compaction takes files away before they
-// are open; and that one of a store without a file does not go on for ever.
+// Ensure that a backup ends, and holds everything, however often a compaction removes files before
+// they are open, and that a backup of a store with a missing file does not go on for ever.
 func TestBackupBesideFastCompactions(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
@@ -260,8 +260,7 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a store of many files needs few descriptors: to open it, to check, to copy and to
-// repair it.
+// Ensure that a store of many files can be opened, checked, copied and repaired with few descriptors.
 func TestFewDescriptors(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
@@ -274,7 +273,7 @@ func TestFewDescriptors(t *testing.T) {
 	want := maps.Collect(d.All())
 	d.Close()
 
-	// With all of them it had 100 and more.
+	// Each file open at the same time would be 100 and more.
 	few := dir.Kill()
 	few.Before = func(c storetest.Call) error {
 		few.Mu.Lock()
@@ -303,7 +302,7 @@ func TestFewDescriptors(t *testing.T) {
 	wantAll(t, "a start", few, want)
 }
 
-// Ensure that a backup does not end at a damaged frame in the middle of the log.
+// Ensure that a backup fails at a damaged frame in the middle of the log, and copies no STORE.
 func TestBackupOfALogWithAHole(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 30
@@ -325,7 +324,7 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 	}
 }
 
-// Ensure that a copy that fails leaves no file but LOCK, so that it can be tried again.
+// Ensure that a backup that fails leaves no file except LOCK, so that it can be tried again.
 func TestFailedBackupLeavesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -345,7 +344,8 @@ func TestFailedBackupLeavesNoFile(t *testing.T) {
 	}
 }
 
-// Ensure that a copy that fails leaves nothing behind: not the directory that was made for it.
+// Ensure that a backup that fails removes the directory that was made for it, but not one that was
+// there before.
 func TestFailedBackupLeavesNothing(t *testing.T) {
 	path := t.TempDir()
 	store, to, there := filepath.Join(path, "store"), filepath.Join(path, "copy"), t.TempDir()
@@ -364,8 +364,7 @@ func TestFailedBackupLeavesNothing(t *testing.T) {
 	}
 }
 
-// Ensure that a check beside a store that is written to, rotated and compacted finds no
-// damage.
+// Ensure that a check finds no damage while a real store is written, rotated and compacted.
 func TestCheckBesideARealStore(t *testing.T) {
 	path := t.TempDir()
 	d, err := openAt(path, Options{Fsync: FsyncNever})
@@ -398,8 +397,8 @@ func TestCheckBesideARealStore(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a check beside a store finds no damage where frames are written between
-// any two of its reads, and the store is closed.
+// Ensure that a check finds no damage if frames are written, and the store is closed, between
+// any two of its reads.
 func TestCheckBesideEachWrite(t *testing.T) {
 	for before := 1; before < 30; before++ { // the read before which that happens
 		dir := storetest.New()
@@ -429,8 +428,8 @@ func TestCheckBesideEachWrite(t *testing.T) {
 	}
 }
 
-// Ensure that a backup beside a writer that is faster than it ends: it copies what was there when
-// it began, and no more than a few frames of what came since.
+// Ensure that a backup ends beside a writer that is faster: it copies what was there when it
+// began, and at most a few frames that came since.
 func TestBackupEndsBesideAFastWriter(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	for range 200 {
@@ -476,8 +475,8 @@ func TestBackupEndsBesideAFastWriter(t *testing.T) {
 	}
 }
 
-// Ensure that a backup locks its target before it looks what is there: not two at a time, and none
-// over a store that was made while it waited.
+// Ensure that a backup locks its target before it checks that this is empty: so no two backups write
+// there at a time, and none overwrites a store that was made while it waited.
 func TestBackupLocksFirst(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("k", "v")
@@ -514,8 +513,8 @@ func TestBackupLocksFirst(t *testing.T) {
 	}
 }
 
-// Ensure that what a killed backup leaves, or any other first write, is not taken for an empty
-// directory: it is refused by name, and stays.
+// Ensure that what a killed backup leaves is not taken for an empty directory: a start refuses it by
+// name, and changes nothing.
 func TestBrokenOffBackup(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -561,8 +560,8 @@ func TestBrokenOffBackup(t *testing.T) {
 	}
 }
 
-// Ensure that a backup which a power failure stopped, before whichever of its calls, is whole, is refused,
-// or is nothing; and that one that has ended is whole.
+// Ensure that a backup which a power failure ended before any of its calls is whole, is refused, or
+// holds no data, and that a backup that has ended is whole.
 func TestPowerFailureInABackup(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -609,7 +608,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 	}
 }
 
-// Ensure that files which systems put into volumes are in nobody's way, and stay.
+// Ensure that files which systems put into volumes do not disturb a store, and stay.
 func TestFilesOfSystems(t *testing.T) {
 	names := []string{"lost+found", "@eaDir", "#snapshot", ".snapshot", "System Volume Information",
 		"desktop.ini", "Thumbs.db", "aquota.user", "aquota.group", ".report.tmp", ".cache.tmp"}
@@ -644,8 +643,7 @@ func TestFilesOfSystems(t *testing.T) {
 	}
 }
 
-// Ensure that a directory in which no file can be made is refused at the start, and that a full
-// disk is not taken for one.
+// Ensure that a start refuses a directory in which no file can be made, but not one on a full disk.
 func TestNoFileCanBeMade(t *testing.T) {
 	for _, c := range []struct {
 		err    error
@@ -699,7 +697,8 @@ func TestBackupIntoAStolenDirectory(t *testing.T) {
 	}
 }
 
-// Ensure that a backup ends beside a writer that is as fast: it copies what was there when it began.
+// Ensure that a backup ends beside a writer that is as fast as the backup: it copies what was there
+// when it began.
 func TestBackupDoesNotFollow(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.segmentSize = 1 << 20
@@ -726,8 +725,8 @@ func TestBackupDoesNotFollow(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a Check and a Backup that look while the log goes on in a new file take nothing for
-// damage, also where no room is made ahead.
+// Ensure that Check and Backup find no damage while the log goes on in a new file, in a directory
+// without zeros ahead.
 func TestBackupBesideARotation(t *testing.T) {
 	for what, read := range map[string]func(dir storage.Directory) (Report, error){
 		"check": Check,
@@ -744,8 +743,8 @@ func TestBackupBesideARotation(t *testing.T) {
 			}
 			d.minCompact = 1 << 40
 
-			// The writer waits when the new file has its name, and goes on between the reader's opening of
-			// the two files.
+			// The writer waits when the new file has its name, and goes on when the reader opens its
+			// second file.
 			hasName, mayGoOn := make(chan struct{}), make(chan struct{})
 			var waits atomic.Bool
 			var opens atomic.Int32

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// Ensure that a compaction that fails anywhere, or is stopped, costs nothing but
-// room, and is said.
+// Ensure that a compaction that fails anywhere, or is stopped, loses nothing, leaves no
+// temporary file, and is logged.
 func TestCompactionMayFail(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 30
@@ -97,8 +97,8 @@ func TestFailedCompactionWaits(t *testing.T) {
 	})
 }
 
-// Ensure that a snapshot is about as large as what liveBytes says, also with long keys, which stand
-// there twice where they have deadlines.
+// Ensure that a snapshot is roughly as large as liveBytes says, also with long keys, which it has
+// twice if they have deadlines.
 func TestLiveBytes(t *testing.T) {
 	for _, length := range []int{10, 500} {
 		for _, every := range []int{1, 3, 1000} { // of so many keys one has a deadline
@@ -129,8 +129,8 @@ func TestLiveBytes(t *testing.T) {
 	}
 }
 
-// Ensure that nothing is compacted where there is nothing to leave out, and that the log is when
-// nothing but one Delete comes.
+// Ensure that nothing is compacted if that would save nothing, and that the log is compacted when
+// everything was deleted.
 func TestCompactionIsWorthIt(t *testing.T) {
 	d, err := openSmall(storetest.New(), Options{Fsync: FsyncNever})
 	if err != nil {
@@ -160,8 +160,8 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a snapshot has a key once with all its values, so that the log is bounded by what the
-// store holds also where a long key has many.
+// Ensure that the log is bounded by the data even if a long key has many values: a snapshot has the
+// key once with all of them.
 func TestCompactionOfALongKey(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	key := strings.Repeat("k", 3000)
@@ -184,8 +184,8 @@ func TestCompactionOfALongKey(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot is not much larger than what the store holds, also where keys are long, and
-// each record has one.
+// Ensure that a snapshot is not much larger than the data even if a very long key has values for
+// many records.
 func TestSnapshotOfLongKeys(t *testing.T) {
 	_, d := newSmall(t, Options{})
 	for range 100 {
@@ -207,7 +207,8 @@ func TestSnapshotOfLongKeys(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that files which a compaction could not remove go later, and that its snapshot stays.
+// Ensure that files which a compaction could not remove are removed later, and that its snapshot
+// stays.
 func TestCompactionRemovesLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -252,7 +253,7 @@ func TestCompactionRemovesLater(t *testing.T) {
 	})
 }
 
-// Ensure that what a compaction leaves that cannot remove a file goes with the next one.
+// Ensure that files which a compaction could not remove are removed by the next one.
 func TestCompactionRemovesLeftovers(t *testing.T) {
 	dir := storetest.New()
 	var refuses atomic.Bool
@@ -288,8 +289,8 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 	}
 }
 
-// Ensure that neither a stop and a start, nor a compaction that fails again and again,
-// makes one file after the other where nothing is written.
+// Ensure that without writes neither stops and starts nor a compaction that fails again
+// and again make one file after the other.
 func TestNoFilesForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -345,7 +346,7 @@ func TestNoFilesForNothing(t *testing.T) {
 	})
 }
 
-// Ensure that a bit that rots in a full file is healed by the next compaction.
+// Ensure that the next compaction removes a bit that has rotted in a full file.
 func TestCompactionHeals(t *testing.T) {
 	dir := storetest.New()
 	d, err := openSmall(dir, Options{})
@@ -380,8 +381,8 @@ func TestCompactionHeals(t *testing.T) {
 }
 
 // Ensure that the disk holds no more than twice the live data and what two files may have,
-// whatever comes: nothing but Deletes, a huge key, a store that falls quiet while it is
-// compacted, and one whose compaction has failed.
+// whatever happens: only Deletes, a huge key, no writes any more during a compaction,
+// and a compaction that fails.
 func TestDiskUseIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -396,7 +397,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 				disk += int64(len(f.Data))
 			}
 			if most := 2*d.liveBytes() + d.minCompact + d.segmentSize +
-				2000; disk > most { // and zeros, and what has just come
+				2000; disk > most { // for zeros, and for the last write
 				t.Fatalf("%s: %d bytes on disk, want at most %d for %d of data", what, disk, most,
 					d.liveBytes())
 			}
@@ -423,7 +424,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 			commit("a huge key")
 		}
 		d.Delete(huge)
-		// and perhaps it is compacted now, but is asked nothing more than
+		// Perhaps this begins a compaction. From then on the store is only read.
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
@@ -449,8 +450,8 @@ func TestDiskUseIsBounded(t *testing.T) {
 	})
 }
 
-// Ensure that a file which somebody has emptied does not come back when the power fails after a
-// compaction has removed it: the next start would refuse it.
+// Ensure that an emptied file which a compaction has removed does not come back when the power
+// fails: the next start would refuse it.
 func TestCompactionRemovesForGood(t *testing.T) {
 	for seed := range uint64(20) {
 		dir, d := newSmall(t, Options{})

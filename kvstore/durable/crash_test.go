@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// Ensure that after a power failure behind any I/O call, and another one during
-// the recovery, everything told is there and nothing deleted is back.
+// Ensure that after a power failure after any I/O call, and another one during
+// the recovery, everything that was told is there and nothing that was deleted is back.
 func TestCrashAfterEveryCall(t *testing.T) {
 	total := storetest.New()
 	d, err := openSmall(total, Options{})
@@ -54,10 +54,10 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	}
 }
 
-// Ensure that after a power failure at any moment all that was answered is there, and what was done
-// since up to some point, where all of these go on side by side: fsyncs that last, before their
-// effect and after it, Commits of several frames, the timer's frames, and compactions while files
-// become full.
+// Ensure that after a power failure at any moment everything that was answered is there, and of what
+// was done since, everything up to some point. All of these go on at the same time: fsyncs that last
+// long, before their effect and after it, Commits of several frames, the timer's frames, and
+// compactions while files become full.
 func TestPowerFailsBesideEverything(t *testing.T) {
 	for seed := 0; seed < 30; seed = storetest.Next(seed, 3) {
 		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
@@ -66,13 +66,13 @@ func TestPowerFailsBesideEverything(t *testing.T) {
 	}
 }
 
-// powerFails does random things to a store, and looks what power failures meanwhile leave.
+// powerFails does random things to a store, and checks what power failures meanwhile leave.
 func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 	random := rand.New(rand.NewPCG(seed, 21))
 	dir, d := newSmall(t, Options{Fsync: fsync})
 	const stall = time.Second / 2
 	var calls atomic.Uint64
-	wait := func(c storetest.Call) { // some Syncs are long, and compactions
+	wait := func(c storetest.Call) { // some Syncs take long, and so do compactions
 		n := crc(uint32(seed), binary.LittleEndian.AppendUint64(nil, calls.Add(1)))
 		isLong := c.What == "sync" && n%16 == 0 || strings.HasPrefix(c.Name, "snap-")
 		if isLong {
@@ -84,7 +84,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 	dir.Before = func(c storetest.Call) error { wait(c); return nil }
 	dir.After = wait
 
-	// The power fails, again and again, and what it leaves is looked at later.
+	// The power fails again and again. What each failure leaves is checked later.
 	type failure struct {
 		at               time.Time
 		answered, before int // states: at least what was answered, at most what is being done
@@ -109,8 +109,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 		}
 	}()
 
-	// states are what the store was before each step, and answers when those behind a Commit were
-	// answered.
+	// states has the store before each step, and answers when those after a Commit were answered.
 	m := storetest.NewModel()
 	states, answers := []storetest.Model{m.Clone()}, map[int]time.Time{}
 	step := func(x func()) {
@@ -142,7 +141,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 	}
 
 	for _, f := range failures {
-		if fsync > 0 { // what is lost: since the fsync before the one that runs, and a rotation's
+		if fsync > 0 { // lost: what came after the fsync before the one that runs, or a rotation's
 			least := 0
 			for state, at := range answers {
 				if f.at.Sub(at) >= 2*fsync+6*stall {
@@ -164,8 +163,8 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 	}
 }
 
-// Ensure that when any one call fails, once or from then on, no Commit returns
-// nil for what is not on disk, and what was told is there at the next start.
+// Ensure that when any one call fails, once or from then on, no Commit returns nil for
+// data that is not on disk, and that everything that was told is there at the next start.
 func TestEveryCallFails(t *testing.T) {
 	for _, forever := range []bool{false, true} {
 		for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
@@ -197,7 +196,7 @@ func TestEveryCallFails(t *testing.T) {
 			dir.Locked = false
 			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
 			checkKept(t, h, dir, what)
-			// What a failed Sync left in the kernel's memory is not built upon.
+			// The start must not rely on data that a failed Sync left only in the kernel's memory.
 			if d, err = openSmall(dir, Options{}); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
@@ -237,8 +236,7 @@ func TestCrashesInRecoveries(t *testing.T) {
 	}
 }
 
-// Ensure that a missing descriptor is no reason to end, wherever it is missing, and
-// neither is a disk that is full when a new file is due.
+// Ensure that a missing descriptor does not end the store, whichever call lacks it.
 func TestMissingDescriptors(t *testing.T) {
 	for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
 		dir := storetest.New()
@@ -282,7 +280,7 @@ func TestFullDisk(t *testing.T) {
 	for _, crashed := range []bool{false, true} {
 		full := dir.With(storage.LockName, nil)
 		if full.Room = size; crashed {
-			f := full.Names["seg-1.log"] // without the frame of a clean stop
+			f := full.Names["seg-1.log"] // so that the frame of a clean stop is gone
 			clear(f.Data[d.size-frameSize : d.size])
 			copy(f.Disk, f.Data)
 		}
@@ -324,8 +322,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// Ensure that a store on a disk that is full to the last byte stops cleanly: all that it
-// was told is on disk.
+// Ensure that a store on a disk that is full to the last byte stops without an error, and has all
+// its data at the next start.
 func TestStopOnAFullDisk(t *testing.T) {
 	dir, name, starts := segment(t, 3)
 	full := dir.With(name,
@@ -364,8 +362,8 @@ func TestFailedStartClosesItsFiles(t *testing.T) {
 	}
 }
 
-// Ensure that on a full disk everything can be deleted, one key at a time, whatever sizes keys and
-// values have, that writes are refused meanwhile, and taken again when there is room.
+// Ensure that on a full disk everything can be deleted, one key at a time, whatever the sizes of
+// keys and values, and that writes are taken again when there is room.
 func TestFullDiskDeletesEverything(t *testing.T) {
 	for what, sizes := range map[string][2]int{"small": {5, 10}, "large keys": {500, 1},
 		"large values": {10, 3000}, "one key": {20_000, 500}} {
@@ -404,7 +402,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 					}
 				}
 
-				// Delete it all. Time passes between, so that the timer does what it does.
+				// Delete everything. Time passes meanwhile, so that the timer ticks.
 				keys := slices.Sorted(maps.Keys(maps.Collect(d.All())))
 				for i, k := range keys {
 					if err := d.Room(int64(len(k)), true); err != nil {
@@ -440,7 +438,8 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that everything can be deleted on a full disk, whatever was written, refused and deleted before.
+// Ensure that everything can be deleted on a full disk, whatever was written, refused and deleted
+// before.
 func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 	for seed := range uint64(100) {
 		random := rand.New(rand.NewPCG(seed, 1))
@@ -483,8 +482,8 @@ func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 	}
 }
 
-// Ensure that everything can be deleted where no file may become larger: behind starts, which must
-// use up nothing of what it takes to go on in the next file, and where the disk becomes full as well.
+// Ensure that everything can be deleted when no file may become larger: after several starts, which
+// must not use up the room that it takes to go on in the next file, and also when the disk is full.
 func TestLargestFileDeletesEverything(t *testing.T) {
 	type limits struct{ starts, room int }
 	cases := []limits{{0, 0}, {1, 0}, {5, 0}, {20, 0}}
@@ -526,7 +525,7 @@ func TestLargestFileDeletesEverything(t *testing.T) {
 				t.Fatalf("%+v: Delete %d of %d: %v", c, i, len(keys), err)
 			}
 			d.Delete(key)
-			if i%3 == 0 { // the others are committed with the next
+			if i%3 == 0 { // the others are committed together with the next one
 				commit()
 			}
 		}
@@ -539,7 +538,7 @@ func TestLargestFileDeletesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that what Room admits is written, whatever little room there is.
+// Ensure that a write that Room admits succeeds, however little room there is.
 func TestRoomIsThere(t *testing.T) {
 	for room := 500; room < 12_000; room += 37 {
 		dir, d := newSmall(t, Options{})
@@ -560,7 +559,7 @@ func TestRoomIsThere(t *testing.T) {
 	}
 }
 
-// sizeOf is how many bytes all files have.
+// sizeOf returns how many bytes all files have.
 func sizeOf(dir *storetest.Dir) (size int) {
 	for _, f := range dir.Names {
 		size += len(f.Data)
@@ -568,8 +567,8 @@ func sizeOf(dir *storetest.Dir) (size int) {
 	return size
 }
 
-// Ensure that where small writes find room, and large ones do not, the log does not say that there is
-// room again before there is room for the large ones.
+// Ensure that while small writes find room, and large ones do not, the log does not say that there
+// is room again.
 func TestNearlyFullDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -633,8 +632,8 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a disk that was full takes writes again once most of it was deleted, also where the log
-// is smaller than what is compacted otherwise, and after a restart.
+// Ensure that a store on a full disk takes writes again once everything was deleted, even if its log
+// is too small for an ordinary compaction, and after a restart.
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
 		dir, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -680,11 +679,11 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	}
 }
 
-// Ensure that what SPARE cannot have of the room to delete everything is kept in the log.
+// Ensure that if SPARE cannot get all the room to delete everything, the rest is kept in the log.
 func TestLogIsSpared(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.segmentSize, d.minCompact = 1<<20, 1<<40
-	d.compactAfter = time.Now().Add(time.Hour) // or the log may be compacted into SPARE
+	d.compactAfter = time.Now().Add(time.Hour) // otherwise the log may be compacted into SPARE
 	if err := errors.Join(d.Room(10, false), d.makeRoom(50_000)); err != nil {
 		t.Fatal(err)
 	}
@@ -752,9 +751,8 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that a rotation that breaks off while room is made for a Remove ends the store, with the
-// error that it was: what is written behind the frame that says that another file follows is
-// damage.
+// Ensure that a rotation that fails while room is made for a Remove ends the store with its error: a
+// frame behind the one that says that another file follows would be damage.
 func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -787,7 +785,7 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a start which cannot open SPARE goes on without it, also when the disk is full.
+// Ensure that a start which cannot open SPARE goes on without it, even if the disk is full.
 func TestSpareCannotBeOpened(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	dir.Room = 20_000
@@ -800,7 +798,7 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	}
 	d.Close()
 
-	for n := 1; n <= 2; n++ { // it is opened twice: to be measured, and to be used
+	for n := 1; n <= 2; n++ { // the first or the second time that it is opened
 		image, opened := dir.Kill(), 0
 		image.Before = func(c storetest.Call) error {
 			if c.What == "open" && c.Name == spareName {
@@ -828,8 +826,8 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	}
 }
 
-// Ensure that SPARE gets back what somebody has cut off or removed, so that everything can be
-// deleted on a full disk all the same.
+// Ensure that SPARE gets its size back after somebody has cut or removed it, so that everything can
+// still be deleted on a full disk.
 func TestSpareIsCut(t *testing.T) {
 	for _, what := range []string{"cut", "removed"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -857,7 +855,7 @@ func TestSpareIsCut(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			// A Commit looks, the next write makes SPARE whole, and then others fill the disk.
+			// A Commit checks the files, the next write restores SPARE, and then others fill the disk.
 			<-time.After(2 * lookTime)
 			write(0)
 			if err := d.Room(0, false); err != nil {
@@ -885,7 +883,7 @@ func TestSpareIsCut(t *testing.T) {
 	}
 }
 
-// Ensure that a Close after a failed Commit leaves SPARE alone: it may be another process's by now.
+// Ensure that Close after a failed Commit leaves SPARE alone: it may be another process's by now.
 func TestSpareOfAnotherProcess(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("key", "value")
@@ -903,7 +901,7 @@ func TestSpareOfAnotherProcess(t *testing.T) {
 	}
 }
 
-// Ensure that on a full disk the log goes on in its file: a new one would take room from what frees.
+// Ensure that on a full disk the log stays in its file: a new one would take room from Deletes.
 func TestFullDiskMakesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
@@ -915,7 +913,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d.compactAfter = time.Now().Add(time.Hour) // or the log may be compacted into the spare file
+	d.compactAfter = time.Now().Add(time.Hour) // otherwise the log may be compacted into SPARE
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "create" {
 			t.Errorf("in file %d of %d bytes %s is made", d.number, d.size, c.Name)
@@ -938,9 +936,9 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that where a process is killed before the directory has a new name on disk, and the power
-// fails at any time in the next start, nothing is lost: what a snapshot stands for is removed only
-// when that has its name on disk.
+// Ensure that nothing is lost if a process is killed before a new name in the directory is on disk,
+// and the power fails at any time during the next start: files that a snapshot replaces are removed
+// only when the snapshot has its name on disk.
 func TestKilledThenThePowerFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		random := rand.New(rand.NewPCG(4, 4))
@@ -953,7 +951,7 @@ func TestKilledThenThePowerFails(t *testing.T) {
 		h := storetest.NewHistory()
 		dir.Before = func(c storetest.Call) error {
 			if c.What == "sync" && c.Name == "" {
-				synctest.Wait() // for a compaction, that its Commit has returned
+				synctest.Wait() // if this is a compaction's Sync: for the Commit that began it
 				told := storetest.History{Told: h.Told, Done: h.Done.Clone()}
 				images = append(images, image{dir.Kill(), told})
 			}
@@ -985,8 +983,8 @@ func TestKilledThenThePowerFails(t *testing.T) {
 	})
 }
 
-// Ensure that a start is good after a first one that failed at any call, and a second one that a
-// power failure stopped at any.
+// Ensure that a start succeeds after a first start that failed at any call, and a second one that a
+// power failure stopped at any call.
 func TestFirstStartThatFailed(t *testing.T) {
 	for fail := 1; fail < 60; fail++ {
 		dir := storetest.New()

@@ -20,7 +20,7 @@ import (
 )
 
 // Ensure that a log that ends anywhere opens with all its whole frames, whatever
-// garbage follows, and that what was cut off is reported.
+// garbage follows, and that the log says what was cut off.
 func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.Names[name].Data
@@ -41,7 +41,7 @@ func TestTornEnd(t *testing.T) {
 			data, frames := append(slices.Clone(whole[:cut]), garbage...), 0
 			for frames < len(starts)-1 && len(data) >= starts[frames+1] &&
 				bytes.HasPrefix(data, whole[:ends[frames]]) {
-				frames++ // whatever stands in the place of the padding
+				frames++ // whatever the bytes of the padding are
 			}
 			var log bytes.Buffer
 			torn := dir.With(name, data)
@@ -71,8 +71,8 @@ func TestTornEnd(t *testing.T) {
 	}
 }
 
-// Ensure that what a start cut does not come back behind what is committed later, also where the
-// end of the log is a clean stop, and where a start before that one could not clear it on the disk.
+// Ensure that a commit which a start has cut off does not come back behind later commits, even if
+// the log before it ends in a clean stop, or an earlier start could not clear it on disk.
 func TestTornEndStaysCut(t *testing.T) {
 	for _, afterStop := range []bool{false, true} {
 		for _, startFails := range []bool{false, true} {
@@ -81,8 +81,8 @@ func TestTornEndStaysCut(t *testing.T) {
 	}
 }
 
-// tornEndStaysCut has a start cut the end of a log, behind a clean stop or not, perhaps after one
-// whose fsync of the log fails, and looks whether what is written then stays alone.
+// tornEndStaysCut has a start cut off the end of a log, behind a clean stop or not, perhaps after
+// another start whose fsync of the log fails. It checks that what was cut stays away.
 func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 	open := func(dir *storetest.Dir) *Store {
 		d, err := openStill(dir, Options{})
@@ -114,7 +114,7 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 		put(d, "a", "first", 512)
 	}
 
-	// What a power failure may leave of one large Commit: its second frame, not the first.
+	// A power failure may leave of a large Commit its second frame, but not the first.
 	d.fsync = FsyncNever
 	put(d, "b", "torn", 1024)
 	put(d, "c", "CUT", 1536)
@@ -152,8 +152,8 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 	}
 }
 
-// Ensure that a torn end on a full disk does not keep the store from starting, also
-// where there are whole frames in it, and that no start leaves half a copy of it.
+// Ensure that a torn end on a full disk does not keep the store from starting, even if
+// there are whole frames behind the torn one.
 func TestTornEndOnAFullDisk(t *testing.T) {
 	for hole := range 4 { // the frame that is torn
 		dir := storetest.New()
@@ -179,8 +179,8 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 	}
 }
 
-// Ensure that every flipped bit before the last frame is refused with its place,
-// and that nothing is touched; in the last frame it is a torn end.
+// Ensure that a start refuses every flipped bit before the last frame, names its place,
+// and changes nothing; in the last frame it is a torn end.
 func TestFlippedBits(t *testing.T) {
 	dir, name, starts := segment(t, 8)
 	whole := dir.Names[name].Data
@@ -198,7 +198,7 @@ func TestFlippedBits(t *testing.T) {
 			continue
 		}
 		if err == nil && len(d.Get("key")) == 8 {
-			continue // a padding byte, or one of the header's that says nothing
+			continue // in the padding: nobody reads it
 		}
 		var damage *storage.DamageError
 		if !errors.As(err, &damage) && !errors.Is(err, ErrNewer) && !errors.Is(err, ErrOlder) {
@@ -214,7 +214,7 @@ func TestFlippedBits(t *testing.T) {
 	}
 }
 
-// Ensure that every flipped bit of STORE is STORE's damage, not that of the logs, and
+// Ensure that every flipped bit of STORE is reported as damage of STORE, not of the log files, and
 // that repair mends it without a loss.
 func TestFlippedStore(t *testing.T) {
 	dir, _, _ := segment(t, 3)
@@ -242,8 +242,8 @@ func TestFlippedStore(t *testing.T) {
 	}
 }
 
-// Ensure that a store of one file that has lost STORE is damaged, however short that file is, and
-// that repair mends it without a loss. Beside a part of another file it is a broken-off copy.
+// Ensure that a store of one log file without STORE is damaged, however short that file is, and
+// that repair mends it without a loss. With a part of another file it is an unfinished copy.
 func TestLostStore(t *testing.T) {
 	for _, commits := range []int{1, 20} {
 		dir, name, _ := segment(t, commits)
@@ -270,7 +270,7 @@ func TestLostStore(t *testing.T) {
 	}
 }
 
-// fourSegments returns a store that is in its fourth file, and has compacted nothing.
+// fourSegments returns a store that writes its fourth file, and has compacted nothing.
 func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	dir, d := newSmall(t, opts)
 	d.minCompact = 1 << 40
@@ -283,9 +283,9 @@ func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	return dir, d
 }
 
-// Ensure that the end of a full file is not taken for torn because the next one is empty, however
-// many bytes of it are bad: that one's header says where it ended. Only the frame that says that
-// another file follows can be missing, for so a rotation may have been stopped.
+// Ensure that a bad end of a full file is not taken for torn if the next file is empty, however many
+// bytes are bad: the next one's header says where the full one ended. Only the frame that says that
+// another file follows may be missing, as after a broken-off rotation.
 func TestDamageBeforeAnEmptyFile(t *testing.T) {
 	for what, spoil := range map[string]func(b []byte, n int) []byte{
 		"cut":   func(b []byte, n int) []byte { return b[:len(b)-n] },
@@ -399,8 +399,8 @@ func TestOlderCopyOverNewer(t *testing.T) {
 	}
 }
 
-// Ensure that after a clean stop even the last frame's damage is seen, that the
-// start is silent, and that missing, foreign and misplaced files are refused.
+// Ensure that after a clean stop a start logs no warning, that even damage in the last
+// frame is noticed, and that missing, foreign and misplaced files are refused.
 func TestRefusals(t *testing.T) {
 	dir := storetest.New()
 	d, err := openSmall(dir, Options{})
@@ -590,7 +590,7 @@ func TestRefusals(t *testing.T) {
 }
 
 // Ensure that any bytes in the place of a log are refused or read, without a
-// panic, and that what opens goes on to open.
+// panic, and that a store which opens once opens again.
 func FuzzRecovery(f *testing.F) {
 	const name = "seg-1.log"
 	base := fixedDir(f, 5)
@@ -624,7 +624,8 @@ func FuzzRecovery(f *testing.F) {
 	})
 }
 
-// Ensure that any records in a frame are applied or refused, without a panic.
+// Ensure that any records in a frame are applied or refused, without a panic, and that no record is
+// empty.
 func FuzzRecords(f *testing.F) {
 	f.Add(string(appendRecord(appendRecord(nil, opPut, 0, "k", "v"), opUpdate, 0, "k", "v", "w")),
 		uint32(2))
@@ -638,7 +639,7 @@ func FuzzRecords(f *testing.F) {
 	})
 }
 
-// eioDir is a directory of which one file cannot be read.
+// eioDir is a directory in which one file cannot be read.
 type eioDir struct {
 	*storetest.Dir
 	name string
@@ -656,13 +657,13 @@ func (d eioDir) Open(name string) (storage.File, int64, error) {
 	return f, size, err
 }
 
-// Ensure that a header of the newest file that cannot be read is no damage of the one before.
+// Ensure that an I/O error in the newest file's header is not reported as damage of the file before.
 func TestHeaderThatCannotBeRead(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("a", "b")
 	d.Commit()
 	d.stopTimer()
-	// A rotation that was stopped: the next file is there, without frames.
+	// As after a broken-off rotation: the next file is there, without frames.
 	if _, err := createLog(dir, fileHeader{kind: kindSegment, id: d.id, number: d.number + 1,
 		first: d.sequence + 2}, nil); err != nil {
 		t.Fatal(err)

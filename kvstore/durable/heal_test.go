@@ -25,7 +25,7 @@ import (
 	"time"
 )
 
-// holes are the ways to remove files from a store with a snapshot and two segments.
+// holes are ways to remove files from a store with a snapshot and several segments.
 var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
 	"the file that is written": func(_ string, kind uint32, number, last uint64) bool {
 		return kind == kindSegment && number == last
@@ -41,7 +41,7 @@ var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
 	"everything": func(string, uint32, uint64, uint64) bool { return true },
 }
 
-// wantAll opens a directory and wants all of this in it.
+// wantAll opens a store, and fails unless it holds exactly what want says.
 func wantAll(t *testing.T, what string, dir storage.Directory, want map[string][]string) {
 	t.Helper()
 	d, err := openSmall(dir, Options{})
@@ -54,7 +54,7 @@ func wantAll(t *testing.T, what string, dir storage.Directory, want map[string][
 	d.Close()
 }
 
-// removeThose removes the files of a store that isGone picks.
+// removeThose removes the files of a store that isGone selects.
 func removeThose(dir *storetest.Dir, d *Store, isGone func(string, uint32, uint64, uint64) bool) {
 	for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
 		if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
@@ -63,7 +63,7 @@ func removeThose(dir *storetest.Dir, d *Store, isGone func(string, uint32, uint6
 	}
 }
 
-// withHole returns a store from which somebody has removed files while it is open.
+// withHole returns an open store from whose directory somebody has removed files.
 func withHole(t *testing.T, log io.Writer,
 	isGone func(string, uint32, uint64, uint64) bool) (*storetest.Dir, *Store) {
 	dir := storetest.New()
@@ -84,8 +84,8 @@ func withHole(t *testing.T, log io.Writer,
 	return dir, d
 }
 
-// Ensure that files which somebody removes while the store is open are written anew: after a
-// Commit a second later, or at Close, all is there.
+// Ensure that files which somebody removes while the store is open are written again: after a
+// Commit a second later, or after Close, everything is there.
 func TestRemovedFilesAreWrittenAnew(t *testing.T) {
 	for what, isGone := range holes {
 		synctest.Test(t, func(t *testing.T) {
@@ -117,14 +117,14 @@ func TestRemovedFilesAreWrittenAnew(t *testing.T) {
 	}
 }
 
-// Ensure that writing removed files anew may fail, or be cut off, anywhere: what then is
-// there is all, or refused, and a later try succeeds.
+// Ensure that a heal of removed files may fail, or be cut off, anywhere: then everything is there,
+// or the next start refuses the store, and a later try succeeds.
 func TestHealMayFail(t *testing.T) {
 	for what, isGone := range holes {
 		for n, failed := 1, true; failed; n = storetest.Next(n, 3) {
 			synctest.Test(t, func(t *testing.T) {
 				dir, d := withHole(t, io.Discard, isGone)
-				<-time.After(3 * lookTime) // and the timer has nothing more to do
+				<-time.After(3 * lookTime) // so that the timer has nothing more to do
 				d.Put("after", "all")
 				if d.commit() != nil {
 					t.Fatal("it fails before")
@@ -147,7 +147,7 @@ func TestHealMayFail(t *testing.T) {
 				if openErr == nil {
 					again.Close()
 				}
-				// Else it is refused, or the power failed before anything was written.
+				// Otherwise it is refused, or the power failed before anything was written.
 				if !errors.As(openErr, new(*storage.DamageError)) && !isEmpty {
 					wantAll(t, where+", after a crash", image, want)
 				}
@@ -169,8 +169,8 @@ func TestHealMayFail(t *testing.T) {
 	}
 }
 
-// Ensure that Close writes removed files anew even shortly after that was not possible, and
-// that it fails where it is not possible still.
+// Ensure that Close writes removed files again even shortly after a try that failed, and that Close
+// fails if this try fails, too.
 func TestCloseIsTheLastLook(t *testing.T) {
 	for _, mended := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -201,7 +201,7 @@ func TestCloseIsTheLastLook(t *testing.T) {
 	}
 }
 
-// stolenDirectory is one that another process takes while a snapshot is written.
+// stolenDirectory is a directory that another process takes while a snapshot is written.
 type stolenDirectory struct {
 	*storage.Disk
 	steal func()
@@ -214,7 +214,7 @@ func (s *stolenDirectory) Create(name string) (storage.File, error) {
 	return s.Disk.Create(name)
 }
 
-// Ensure that what is written anew does not get its name in a directory that another process has
+// Ensure that the snapshot of a heal does not get its name in a directory that another process has
 // taken meanwhile.
 func TestHealOfAStolenDirectory(t *testing.T) {
 	if runtime.GOOS == "windows" {
@@ -248,7 +248,7 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a rotation that failed, and left its new file, does not spoil a heal.
+// Ensure that a heal succeeds after a rotation that failed to make its new file.
 func TestHealAfterAFailedRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -285,7 +285,8 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 	})
 }
 
-// Ensure that a heal that fails leaves nothing that is in the way when the file is put back.
+// Ensure that a heal that fails leaves nothing for which a start would refuse the store when the
+// removed file is put back.
 func TestFailedHealLeavesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -326,7 +327,7 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 	})
 }
 
-// spoils are what people and programs do to the files of a running store, in place.
+// spoils are changes that people and programs make to the files of a running store, in place.
 var spoils = map[string]func(dir *storetest.Dir, d *Store){
 	"the current file is emptied": func(dir *storetest.Dir, d *Store) {
 		dir.Empty(logName(kindSegment, d.number))
@@ -378,8 +379,8 @@ var spoils = map[string]func(dir *storetest.Dir, d *Store){
 	},
 }
 
-// Ensure that files which are changed in place under a store are written anew: nothing that was
-// answered is lost, whether it goes on or is stopped, and also where writes come meanwhile.
+// Ensure that files which are changed in place under a store are written again: nothing that was
+// answered is lost, whether the store goes on or is stopped, and even if writes come meanwhile.
 func TestHealOfSpoiledFiles(t *testing.T) {
 	for what, spoil := range spoils {
 		for _, how := range []string{"goes on", "writes on", "is stopped"} {
@@ -428,8 +429,8 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 	}
 }
 
-// Ensure that where nobody can look at the files the log says so, once, and Close does not say that
-// all is well.
+// Ensure that the log says once each time the files cannot be checked any more, and that Close then
+// returns an error.
 func TestLooksThatFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -464,8 +465,8 @@ func TestLooksThatFail(t *testing.T) {
 	})
 }
 
-// Ensure that a file of somebody else's with which the next start is refused is told of once, makes
-// nothing be written anew, and that a stop says that it is in the next start's way.
+// Ensure that a file of somebody else's, for which the next start is refused, is logged once and
+// starts no heal, and that Close names it.
 func TestStrangeFile(t *testing.T) {
 	for _, name := range []string{"seg-50.log", "photo.jpg"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -504,8 +505,8 @@ func TestStrangeFile(t *testing.T) {
 	}
 }
 
-// Ensure that an older log file which somebody puts into the directory is removed for good: a power
-// failure does not bring it back into the next start's way.
+// Ensure that an older log file which somebody puts into the directory is removed durably: a power
+// failure does not bring it back.
 func TestLeftoverIsRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -539,8 +540,8 @@ func TestLeftoverIsRemoved(t *testing.T) {
 	})
 }
 
-// Ensure that of the crashes in a heal only those are refused that come before its snapshot has its
-// name: a start cannot have what is on no disk.
+// Ensure that after a crash in a heal a start refuses the store only if the snapshot did not have its
+// name yet, and that otherwise everything is there.
 func TestCrashesInAHeal(t *testing.T) {
 	for what, spoil := range spoils {
 		synctest.Test(t, func(t *testing.T) {
@@ -555,7 +556,7 @@ func TestCrashesInAHeal(t *testing.T) {
 
 			random := rand.New(rand.NewPCG(5, 5))
 			var images []*storetest.Dir
-			var named []bool // whether the snapshot had its name on disk then
+			var named []bool // for each image: the snapshot had its name on disk
 			isNamed := false
 			dir.Before = func(c storetest.Call) error {
 				images, named = append(images, dir.Crash(random)), append(named, isNamed)
@@ -586,8 +587,8 @@ func TestCrashesInAHeal(t *testing.T) {
 					continue
 				}
 				opened++
-				// An emptied file looks like one of which nothing has come to disk, and a backup is
-				// whole.
+				// An emptied file looks like one of which nothing has reached the disk, and a backup is
+				// a whole store.
 				isAll := maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string])
 				if !isAll && (named[i] ||
 					!strings.Contains(what, "emptied") && what != "a backup is put over it") {
@@ -601,7 +602,7 @@ func TestCrashesInAHeal(t *testing.T) {
 	}
 }
 
-// Ensure that a file which somebody changes just before it is full is written anew all the same.
+// Ensure that a file which somebody changes just before it is full is written again, too.
 func TestHealOfAFileThatBecomesFull(t *testing.T) {
 	for what, spoil := range map[string]func(dir *storetest.Dir, name string){
 		"emptied": func(dir *storetest.Dir, name string) { dir.Empty(name) },
@@ -641,9 +642,9 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 	}
 }
 
-// Ensure that behind a file of an older version a store goes on in a new file, for an older
-// kvserver would take new kinds of records for damage; or in the old one, where no new one can be
-// made; and that it takes neither for changed.
+// Ensure that behind a file of an older version a store goes on in a new file, because an older
+// kvserver would take new kinds of records for damage, or in the old file if no new one can be made.
+// Ensure that neither counts as changed.
 func TestFileOfAnOlderVersion(t *testing.T) {
 	for _, isFull := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -684,7 +685,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 	}
 }
 
-// Ensure that a rotation that fails leaves no file that is then taken for somebody else's.
+// Ensure that a rotation that fails leaves no file that is later taken for somebody else's.
 func TestFailedRotationLeavesNoStranger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -711,8 +712,8 @@ func TestFailedRotationLeavesNoStranger(t *testing.T) {
 	})
 }
 
-// Ensure that until a heal has its snapshot on disk a crash costs nothing where the files are good,
-// and only look changed, as one that was touched.
+// Ensure that a crash before a heal has its snapshot on disk loses nothing if the files are good and
+// only look changed, as after touch.
 func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -742,7 +743,7 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 			images = append(images, dir.Crash(random))
 			isWritten = isWritten || c.What == "sync" && strings.HasPrefix(c.Name, "snap-")
 			if isWritten && c.What == "remove" {
-				dir.Before = nil // from here to the Sync behind the rename the data has no name
+				dir.Before = nil // from here to the Sync after the rename the data has no name
 			}
 			return nil
 		}
@@ -757,8 +758,8 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	})
 }
 
-// Ensure that a moment in which nobody can look at the files is not taken for a change: not when a
-// file has just become full.
+// Ensure that if the files cannot be checked for a moment, that is not taken for a change, even when
+// a file has just become full.
 func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -792,8 +793,8 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	})
 }
 
-// Ensure that a snapshot which somebody empties between the end of its compaction and the moment in
-// which the store takes note of that is written anew.
+// Ensure that a snapshot which somebody empties after the end of its compaction, but before the store
+// has noted that end, is written again.
 func TestSnapshotEmptiedUnnoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -816,9 +817,9 @@ func TestSnapshotEmptiedUnnoticed(t *testing.T) {
 	})
 }
 
-// Ensure that a copy which is put over the only segment of a busy store is noticed, though the last
-// frame that was looked at is in the copy, and though the file has grown since, or a frame has filled
-// it exactly.
+// Ensure that a copy which is put over the only segment of a busy store is noticed, even though the
+// copy has the last frame that was checked, and even if the file has grown since, or a frame has
+// filled it exactly.
 func TestHealOfACopyBetweenWrites(t *testing.T) {
 	for _, c := range []struct{ zeros, size int }{{0, 100}, {640, 79}, {640, 80}} { // 5 frames of 128
 		synctest.Test(t, func(t *testing.T) {
@@ -862,9 +863,9 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 	}
 }
 
-// Ensure that a raw copy of the files which is put over them is noticed, whenever it was made and is
-// put back: also where all that is within a second, where the files keep their size, and where it is
-// put back between a start and its first write.
+// Ensure that a plain copy of the files which is put over them is noticed, whenever it was made and
+// whenever it is put back: even if all that happens within a second, if the files keep their sizes,
+// and if it is put back between a start and its first write.
 func TestHealOfACopyAtAnyMoment(t *testing.T) {
 	const keys, starts = 7, 2 // what is written, and after which of them a start comes
 	for made := range keys {
@@ -912,8 +913,8 @@ func TestHealOfACopyAtAnyMoment(t *testing.T) {
 	}
 }
 
-// Ensure that a store whose LOCK somebody removes, empties or replaces goes on, lets no second one
-// in, and starts again.
+// Ensure that a store whose LOCK somebody removes, empties or replaces goes on, keeps a second
+// process out, and can be started again.
 func TestLockGoesUnderAStore(t *testing.T) {
 	for what, spoil := range map[string]func(dir *storetest.Dir){
 		"it is removed": func(dir *storetest.Dir) { dir.Remove(storage.LockName) },
@@ -944,8 +945,8 @@ func TestLockGoesUnderAStore(t *testing.T) {
 	}
 }
 
-// Ensure that a copy which is put over the current file, or in its place, is noticed before whichever
-// call of a Commit that goes on in a new file it comes.
+// Ensure that a copy which is put over the current file, or in its place, is noticed, whichever call
+// of a Commit that rotates it comes before.
 func TestHealOfACopyInARotation(t *testing.T) {
 	for _, isInPlace := range []bool{true, false} {
 		for n, isOver := 1, false; !isOver; n++ {
@@ -995,7 +996,8 @@ func TestHealOfACopyInARotation(t *testing.T) {
 	}
 }
 
-// Ensure that a copy of the current file is noticed that has the time of the file as it was opened.
+// Ensure that a copy which is put over the current file is noticed even if it has the time that the
+// file had when it was opened.
 func TestHealOfACopyWithItsTime(t *testing.T) {
 	path := t.TempDir()
 	name := filepath.Join(path, "seg-1.log")
@@ -1021,8 +1023,7 @@ func TestHealOfACopyWithItsTime(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a STORE that somebody has copied, and that a power failure would take away, is no
-// STORE of ours.
+// Ensure that a copy of STORE in its place, which a power failure would take away, is not believed.
 func TestHealOfACopiedStore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -1044,7 +1045,7 @@ func TestHealOfACopiedStore(t *testing.T) {
 	})
 }
 
-// Ensure that what cannot be removed holds no heal up, and is told of once.
+// Ensure that something that cannot be removed does not hold up a heal, and is logged once.
 func TestHealBesideWhatStays(t *testing.T) {
 	for _, name := range []string{"seg-0.log", "seg-1.log"} {
 		path := t.TempDir()
@@ -1080,8 +1081,8 @@ func TestHealBesideWhatStays(t *testing.T) {
 	}
 }
 
-// Ensure that Close tries again to write anew what somebody has removed just before: few failing
-// calls, of the removed file's own, lose it.
+// Ensure that Close heals a second time if the first try fails: only a failing call for the removed
+// file itself loses data.
 func TestCloseHealsAgain(t *testing.T) {
 	lost := map[string]bool{}
 	for n, isOver := 1, false; !isOver; n++ {
@@ -1121,8 +1122,8 @@ func TestCloseHealsAgain(t *testing.T) {
 	}
 }
 
-// Ensure that what somebody changes while removed files are written anew is written anew soon, too, and
-// that somebody who goes on with that does not keep the server from its work.
+// Ensure that a file which somebody changes during a heal is soon written again, too, and that
+// somebody who goes on with that does not keep the server from its work.
 func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 	for _, goesOn := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1168,9 +1169,8 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// Ensure that another file in the place of a segment or a snapshot is noticed, before whichever call
-// it comes there after the file has got its name: what is written to the first is in nobody's way, and
-// read by nobody.
+// Ensure that another file in the place of a new segment or snapshot is noticed, whichever call it
+// comes before once the first has its name.
 func TestReplacedFileThatWasJustMade(t *testing.T) {
 	for _, name := range []string{"seg-2.log", "seg-3.log", "snap-2.log"} {
 		for n, isOver := int64(1), false; !isOver; n++ {
@@ -1207,8 +1207,8 @@ func TestReplacedFileThatWasJustMade(t *testing.T) {
 	}
 }
 
-// Ensure that another file in the place of one that a start reads is noticed, before whichever call of
-// the start it comes there: what was loaded stays.
+// Ensure that another file in the place of one that a start reads is noticed, whichever call of the
+// start it comes before, and that what was loaded is written again.
 func TestReplacedFileThatWasJustRead(t *testing.T) {
 	whole, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -1251,9 +1251,8 @@ func TestReplacedFileThatWasJustRead(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that writes are refused while a file that somebody has spoiled cannot be written anew, that
-// reads and Deletes go on, that it is tried less and less often, and that writes are taken again when
-// it was.
+// Ensure that while a spoiled file cannot be written again, writes are refused, Deletes go on, and
+// the store tries less and less often, and that writes are taken again once it has succeeded.
 func TestNoWritesWithoutAHeal(t *testing.T) {
 	for name, spoil := range map[string]func(dir *storetest.Dir){
 		"seg-1.log is removed":        func(dir *storetest.Dir) { dir.Remove("seg-1.log") },
@@ -1275,7 +1274,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			}
 			d.Put("k", "v")
 			d.Put("gone", "v")
-			<-time.After(2 * lookTime) // and the timer has nothing more to do
+			<-time.After(2 * lookTime) // so that the timer has nothing more to do
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
@@ -1321,14 +1320,14 @@ func zeroHeader(dir *storetest.Dir, name string) {
 	f.Close()
 }
 
-// vandal does something to a file before a call now and then: everything that a shell can do.
+// vandal now and then does something to a file before a call: anything that a shell can do.
 type vandal struct {
 	dir *storetest.Dir
 
-	mu     sync.Mutex // held while it acts, for that makes calls, too
+	mu     sync.Mutex // held while it acts, because that makes calls, too
 	random *rand.Rand
-	odds   int               // it acts before one of so many calls; 0: before none
-	copies map[string][]byte // that it has made, by the files' names
+	odds   int               // it acts before one call in this many; 0: never
+	copies map[string][]byte // copies that it has made, by the files' names
 	did    []string
 }
 
@@ -1391,7 +1390,7 @@ func (v *vandal) act(c storetest.Call) {
 	}
 }
 
-// setOdds has it act before one of so many calls, and returns what it has done.
+// setOdds makes it act before one call in this many, and returns what it has done.
 func (v *vandal) setOdds(odds int) (did string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -1399,8 +1398,8 @@ func (v *vandal) setOdds(odds int) (did string) {
 	return strings.Join(v.did, "\n")
 }
 
-// Ensure that whatever is done to the files of a running store, before whichever of its calls, all that
-// was answered is there again soon after that ends.
+// Ensure that whatever is done to the files of a running store, before any of its calls, everything
+// that was answered is there again soon after that ends.
 func TestHealOfAnything(t *testing.T) {
 	for seed := range uint64(60) {
 		synctest.Test(t, func(t *testing.T) {
@@ -1429,7 +1428,7 @@ func TestHealOfAnything(t *testing.T) {
 				commit()
 			}
 
-			// A heal that has failed is tried again after a minute, at most.
+			// A heal that has failed is tried again after at most a minute.
 			did := v.setOdds(0)
 			for range compactTime/lookTime + 5 {
 				<-time.After(lookTime)
@@ -1449,8 +1448,8 @@ func TestHealOfAnything(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot which somebody has renamed stays until the heal's is there: it is the only
-// place of its data on disk, if the heal is killed.
+// Ensure that a snapshot which somebody has renamed stays until the heal has written its own: if the
+// heal is killed, it is the only copy of its data on disk.
 func TestHealOfARenamedSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -1483,7 +1482,7 @@ func TestHealOfARenamedSnapshot(t *testing.T) {
 	})
 }
 
-// fillUntil writes, also what it removes again, until a condition holds.
+// fillUntil puts and deletes until isEnough returns true.
 func fillUntil(d *Store, isEnough func() bool) {
 	for !isEnough() {
 		d.Set("key", strings.Repeat("v", 100))
@@ -1493,8 +1492,8 @@ func fillUntil(d *Store, isEnough func() bool) {
 	}
 }
 
-// Ensure that STORE, and the file that is written to, are looked after also while a compaction
-// lasts long.
+// Ensure that STORE and the current file are written again if they are removed during a long
+// compaction, and that no Commit is answered before.
 func TestRemovedBesideACompaction(t *testing.T) {
 	for _, isStore := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1536,7 +1535,7 @@ func TestRemovedBesideACompaction(t *testing.T) {
 	}
 }
 
-// Ensure that a temporary file which somebody empties while it is written never stands for data.
+// Ensure that a snapshot which somebody empties while it is written never replaces other files.
 func TestSnapshotEmptiedWhileItIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
@@ -1557,7 +1556,8 @@ func TestSnapshotEmptiedWhileItIsWritten(t *testing.T) {
 	})
 }
 
-// Ensure that Close says so where a file is emptied while it runs, up to its last look.
+// Ensure that Close returns an error, or the data is there, if a file is emptied before any call of
+// Close up to its last check.
 func TestEmptiedWhileItCloses(t *testing.T) {
 	for _, name := range []string{storage.StoreName, "seg-1.log", "seg-2.log"} {
 		for n, isOver := 1, false; !isOver; n++ {
@@ -1586,8 +1586,8 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 	}
 }
 
-// Ensure that a frame which has lost its end is noticed, also where the file grows beyond it again
-// before anybody looks.
+// Ensure that a frame which has lost its end is noticed, even if the file grows beyond it again
+// before the next check.
 func TestHealOfATruncatedFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -1608,7 +1608,7 @@ func TestHealOfATruncatedFrame(t *testing.T) {
 	})
 }
 
-// Ensure the same of STORE, which a heal writes anew.
+// Ensure that a STORE which somebody empties while a heal writes it does not stay empty.
 func TestStoreEmptiedWhileItIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})

@@ -20,13 +20,13 @@ import (
 	"time"
 )
 
-// Ensure that a rotation that is not possible is tried again, and the store goes on
-// in the old file until then.
+// Ensure that a rotation that fails is tried again, and that the store goes on in the old
+// file until then.
 func TestRotationIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
 			dir := storetest.New()
-			var refuses atomic.Bool // to create a file: the only call that fails
+			var refuses atomic.Bool // to create a file; no other call fails
 			dir.Before = func(c storetest.Call) error {
 				if c.What == "create" && refuses.Load() {
 					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
@@ -77,8 +77,8 @@ func TestRotationIsTriedAgain(t *testing.T) {
 	})
 }
 
-// Ensure that a store whose rotation was killed at any call goes on, also behind the
-// next rotations and restarts.
+// Ensure that a store whose rotation was killed at any call goes on, also after more
+// rotations and restarts.
 func TestKilledRotation(t *testing.T) {
 	for n := 1; ; n++ {
 		dir := storetest.New()
@@ -126,7 +126,8 @@ func TestKilledRotation(t *testing.T) {
 	}
 }
 
-// Ensure that a rotation for which the disk has no room is no failure, however little is missing.
+// Ensure that a rotation for which the disk has no room does not fail the store, however little is
+// missing.
 func TestRotationWithoutRoom(t *testing.T) {
 	for free := 0; free < 200; free += 8 {
 		dir, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -137,7 +138,7 @@ func TestRotationWithoutRoom(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		// killed before the zeros got to disk, or another start's Deletes used them up
+		// As if the process was killed before the zeros were on disk.
 		dir = dir.Kill()
 		f := dir.Names["seg-1.log"]
 		f.Data = f.Data[:d.size]
@@ -145,21 +146,21 @@ func TestRotationWithoutRoom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.segmentSize = d.size // it is due
+		d.segmentSize = d.size // a rotation is due
 		used := 0
 		for _, f := range dir.Names {
 			used += len(f.Data)
 		}
 		dir.Room = used + free
-		d.minCompact = -1 << 40 // wasteful, as when a compaction failed for want of room
+		d.minCompact = -1 << 40 // the log counts as wasteful
 		if err := d.Commit(); err != nil {
 			t.Errorf("%d bytes free: %v", free, err)
 		}
 	}
 }
 
-// segment returns a store's only log file with so many commits, not closed, and
-// the offsets at which its frames begin.
+// segment returns a directory with a store of one log file with this many commits, not
+// closed, the file's name, and the offsets at which its frames begin and the last one ends.
 func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts []int) {
 	dir, name = storetest.New(), "seg-1.log"
 	d, err := openStill(dir, Options{})
@@ -181,7 +182,7 @@ func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts
 }
 
 // Ensure that the room behind the last frame is used, is not taken for a torn
-// end, and goes when the file is full or the store closes.
+// end, and is cut off when the file is full or the store closes.
 func TestRoomForFrames(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	var sizes []int
@@ -219,11 +220,11 @@ func TestRoomForFrames(t *testing.T) {
 	}
 }
 
-// Ensure that Syncing names a file whenever the store waits for the disk: at a Commit, at a
-// rotation and at Close, whose stalls an operator would want to understand.
+// Ensure that Syncing names a file whenever the store waits for the disk, so that an operator can
+// understand a stall: at a Commit, at a rotation and at Close.
 func TestSyncingNamesTheFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
-	d.minCompact = 1 << 40 // a compaction would wait for the disk beside us
+	d.minCompact = 1 << 40 // a compaction would make calls of its own
 	waits := map[string]int{}
 	dir.Before = func(c storetest.Call) error {
 		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
@@ -249,8 +250,8 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	}
 }
 
-// Ensure that while Close waits for a compaction that the disk holds up, Syncing names that one's
-// snapshot, also when the timer has synced something meanwhile.
+// Ensure that while Close waits for a compaction that the disk holds up, Syncing names the
+// compaction's snapshot, even after the timer has synced something.
 func TestSyncingNamesTheSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -286,8 +287,8 @@ func TestSyncingNamesTheSnapshot(t *testing.T) {
 	})
 }
 
-// Ensure that a stalled fsync bounds what is answered without it, with one goroutine
-// waiting.
+// Ensure that during a stalled fsync Commits return only for a bounded time, and that no second
+// fsync begins.
 func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := &slowDir{Dir: storetest.New()}
@@ -343,8 +344,8 @@ func TestCloseSyncsFirst(t *testing.T) {
 	})
 }
 
-// Ensure that a flipped bit is damage, not a torn end, once a second has passed
-// without a Commit, and even in the last frame, also where that came while an fsync lasted.
+// Ensure that a second after the last Commit a flipped bit is damage, not a torn end, even in the
+// last frame, and even if that frame was written during an fsync.
 func TestIdleLogIsVouchedFor(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -391,7 +392,7 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 	}
 }
 
-// Ensure that after a start an idle log is vouched for, too.
+// Ensure that an idle log is vouched for after a start, too.
 func TestIdleAfterARestart(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -427,7 +428,8 @@ func TestIdleAfterARestart(t *testing.T) {
 	}
 }
 
-// Ensure that on a full disk a start's timer does not write, and does not try again and again.
+// Ensure that on a full disk the timer of an idle store writes nothing, and does not try again and
+// again.
 func TestFullDiskIsNotVouchedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -463,8 +465,8 @@ func TestFullDiskIsNotVouchedFor(t *testing.T) {
 	})
 }
 
-// errseqDir tells of a failed fsync once, to whoever asked first, and lets that one
-// wait: so does Linux, which reports a failed write once for each open file.
+// errseqDir reports a failed fsync only once, to the first caller, whom it lets wait. Linux, too,
+// reports a failed write only once for each open file.
 type errseqDir struct {
 	*storetest.Dir
 	armed, failed atomic.Bool
@@ -493,8 +495,8 @@ func (f errseqFile) Sync() error {
 	return f.File.Sync()
 }
 
-// Ensure that a Commit beside the timer's fsync, which fails, does not take its own
-// fsync's silence for success.
+// Ensure that when the timer's fsync fails, a Commit at the same time does not take the success of
+// a second fsync for its own.
 func TestFsyncErrorIsToldOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := &errseqDir{Dir: storetest.New(), hold: make(chan struct{})}
@@ -506,9 +508,9 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 		d.Commit()
 		dir.armed.Store(true)
 		<-time.After(time.Second)
-		synctest.Wait() // the timer's fsync has failed, and the timer does not run yet
+		synctest.Wait() // the timer's fsync has failed, but has not returned yet
 		ended := make(chan error, 1)
-		go func() { ended <- d.syncRest() }() // as a Commit that has to
+		go func() { ended <- d.syncRest() }() // as in a Commit
 		synctest.Wait()
 		close(dir.hold)
 		if err := <-ended; !errors.Is(err, storetest.ErrDisk) {
@@ -518,7 +520,7 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 	})
 }
 
-// Ensure that a Commit makes durable what a full frame took before it, too.
+// Ensure that a Commit also makes durable what was written early, because a frame was full.
 func TestCommitAfterAFullFrame(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -546,15 +548,15 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 	}
 }
 
-// Ensure that reads alone cost no I/O, and that a Commit costs one write, one look
-// at the frame before, and one fsync whatever it holds.
+// Ensure that reads alone cost no I/O, and that a Commit costs one write, one read
+// of the frame before, and one fsync, whatever it holds.
 func TestCommitCosts(t *testing.T) {
 	dir := storetest.New()
 	d, err := openStill(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.looked = time.Now().Add(time.Hour) // no look at the files comes between
+	d.looked = time.Now().Add(time.Hour) // so that no check of the files comes between
 	for _, c := range []struct {
 		do   func()
 		want int
@@ -580,7 +582,7 @@ func TestCommitCosts(t *testing.T) {
 }
 
 // Ensure that what was answered before the directory was moved is on disk once the store is closed,
-// also where the timer's fsync had not come yet: a power failure much later does not take it.
+// even if the timer's fsync had not come yet.
 func TestMovedStoreIsSynced(t *testing.T) {
 	for seed := range uint64(10) {
 		dir, d := newSmall(t, Options{Fsync: time.Hour})
@@ -601,7 +603,7 @@ func TestMovedStoreIsSynced(t *testing.T) {
 }
 
 // Ensure that with a time between fsyncs the first one comes in time, without
-// another Commit, and that a failing one is not forgotten.
+// another Commit, and that Commit and Close return the error of one that fails.
 func TestFsyncInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -643,10 +645,10 @@ func TestFsyncInTime(t *testing.T) {
 	})
 }
 
-// slowDir is a storetest.Dir on which, once it is told so, writing takes a time.
+// slowDir is a storetest.Dir whose writes and Syncs take as long as its fields say.
 type slowDir struct {
 	*storetest.Dir
-	writing, syncing atomic.Int64 // how long each takes: a time.Duration
+	writing, syncing atomic.Int64 // how long each takes, as a time.Duration
 	running, most    atomic.Int32 // Syncs at a time
 }
 
@@ -673,7 +675,7 @@ func (f slowFile) Sync() error {
 	return err
 }
 
-// Ensure that a timer's fsync does not count for what is written while it lasts.
+// Ensure that the timer's fsync does not count for what is written while it lasts.
 func TestWriteDuringFsync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := &slowDir{Dir: storetest.New()}
@@ -731,7 +733,7 @@ func TestLargeCommitIsSplit(t *testing.T) {
 	}
 }
 
-// Ensure that a timer's fsync during a Write does not count for what that writes.
+// Ensure that the timer's fsync during a write does not count for the bytes of that write.
 func TestFsyncDuringWrite(t *testing.T) {
 	for _, value := range []string{"small", strings.Repeat("fills the file", 100)} {
 		synctest.Test(t, func(t *testing.T) {
@@ -741,7 +743,7 @@ func TestFsyncDuringWrite(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.Put("a", "1")
-			d.Commit() // begins the second
+			d.Commit() // from here the timer's second counts
 			dir.writing.Store(int64(2 * time.Second))
 			d.Put("b", value)
 			if err := d.Commit(); err != nil {
@@ -761,8 +763,8 @@ func TestFsyncDuringWrite(t *testing.T) {
 	}
 }
 
-// Ensure that unsynced frames that reached the disk out of order are a torn end,
-// not damage, when nobody was promised them.
+// Ensure that frames that were never synced, and reached the disk out of order, are a torn end, not
+// damage.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := storetest.New()
 	first, _ := openStill(dir, Options{Fsync: FsyncNever})
@@ -794,13 +796,13 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	}
 }
 
-// unsynced is a source for Dir.Crash: of what was written and not synced nothing is left.
+// unsynced is a random source for Dir.Crash with which nothing is left that was not synced.
 type unsynced struct{}
 
 func (unsynced) Uint64() uint64 { return math.MaxUint64 }
 
-// Ensure that of a store whose every fsync stalls a power failure takes no more answers than come
-// in twice the time between fsyncs, however long the stalls are.
+// Ensure that a power failure loses no more answers than are given in twice the time between
+// fsyncs, even if every fsync stalls, however long.
 func TestStallsInARow(t *testing.T) {
 	for _, stall := range []time.Duration{0, time.Second / 2, 3 * time.Second / 2,
 		7 * time.Second} {
@@ -847,7 +849,7 @@ func TestStallsInARow(t *testing.T) {
 			if stall == 0 {
 				most /= 2
 			}
-			if worst > most+2 { // one at each end of both times
+			if worst > most+2 { // one more at each end
 				t.Errorf("with stalls of %v a power failure takes %d answers, want at most %d",
 					stall, worst, most)
 			}
@@ -855,8 +857,8 @@ func TestStallsInARow(t *testing.T) {
 	}
 }
 
-// Ensure that the numbers of a store's status are exact: each fsync of the log with the time that
-// it took, also the timer's, and each compaction that has ended well.
+// Ensure that the numbers of a store's status are exact: each fsync of the log and how long it took,
+// also the timer's, and each compaction that has succeeded.
 func TestStatusNumbers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		status := &storage.Status{}
@@ -882,7 +884,7 @@ func TestStatusNumbers(t *testing.T) {
 		if _, all, sum := status.Fsyncs.Read(); all != 3 || sum != 1.5 {
 			t.Errorf("after three Commits %d fsyncs took %v s", all, sum)
 		}
-		<-time.After(time.Minute) // and then one of the frame that vouches for them
+		<-time.After(time.Minute) // meanwhile one frame that vouches for them is synced
 		if atMost, all, sum := status.Fsyncs.Read(); all != 4 || sum != 2 || atMost[6] != 0 ||
 			atMost[7] != 4 {
 			t.Errorf("a minute later %d fsyncs took %v s, %v at most", all, sum, atMost)
@@ -907,7 +909,8 @@ func TestStatusNumbers(t *testing.T) {
 	})
 }
 
-// Ensure that Room refuses what would not fit a frame with what a record has beside key and value.
+// Ensure that Room refuses a record that would be too large for a frame only with its own bytes
+// beside key and value.
 func TestRoomForTheLargestRecord(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	defer d.Close()

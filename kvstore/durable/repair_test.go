@@ -16,7 +16,7 @@ import (
 	"testing"
 )
 
-// repaired repairs what is in dir into a new directory, and wants dir to stay as it is.
+// repaired repairs dir into a new directory, and fails if that changes dir.
 func repaired(t *testing.T, dir *storetest.Dir) (out *storetest.Dir, r Report, err error) {
 	t.Helper()
 	before := map[string][]byte{}
@@ -37,7 +37,7 @@ func repaired(t *testing.T, dir *storetest.Dir) (out *storetest.Dir, r Report, e
 	return out, r, err
 }
 
-// Ensure that repair saves all but what is damaged, and says what that is.
+// Ensure that Repair saves everything except what is damaged, and says what that is.
 func TestRepair(t *testing.T) {
 	dir, name, starts := segment(t, 8)
 	data := slices.Clone(dir.Names[name].Data)
@@ -79,7 +79,7 @@ func TestRepair(t *testing.T) {
 	}
 }
 
-// Ensure that Repair of a store of which every log file is gone says so, and makes nothing.
+// Ensure that Repair of a store without log files, or of no store, says so and makes nothing.
 func TestRepairOfNothing(t *testing.T) {
 	dir, name, _ := segment(t, 1)
 	delete(dir.Names, name)
@@ -91,7 +91,7 @@ func TestRepairOfNothing(t *testing.T) {
 		t.Errorf("of nothing it makes %q", slices.Sorted(maps.Keys(out.Names)))
 	}
 
-	// Where there never was a store nothing is damaged or lost.
+	// If there never was a store, nothing is damaged or lost.
 	out, r, err := repaired(t, storetest.New().With(storage.LockName, nil))
 	if !errors.Is(err, ErrNoStore) || len(r.Lines) > 0 || len(out.Names) > 0 {
 		t.Errorf("of an empty directory: %v, %q", err, r.Lines)
@@ -102,7 +102,7 @@ func TestRepairOfNothing(t *testing.T) {
 	}
 }
 
-// Ensure that repair takes an older snapshot, and what came after it, where the newest
+// Ensure that Repair takes an older snapshot, and what came after it, if the newest
 // is damaged, and says whether anything is lost.
 func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -147,7 +147,7 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair takes a snapshot that cannot be opened for a moment for no worse than it is.
+// Ensure that Repair loses nothing, or fails, if the snapshot cannot be opened for a moment.
 func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	refuse := true
@@ -219,7 +219,7 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair says what is lost where a file is cut inside its header, or between two
+// Ensure that Repair says what is lost if a file is cut inside its header, or between two
 // frames.
 func TestRepairSaysWhatIsLost(t *testing.T) {
 	for _, cut := range []string{"header", "frames"} {
@@ -253,7 +253,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	}
 }
 
-// Ensure that Repair does not say so where nothing is.
+// Ensure that Repair does not report a loss if nothing is lost.
 func TestRepairOfNothingLost(t *testing.T) {
 	for _, zeros := range []bool{false, true} {
 		dir, d := fourSegments(t, Options{})
@@ -289,8 +289,8 @@ func TestRepairOfNothingLost(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that is killed anywhere leaves nothing that opens, or all of it, and that
-// nothing but all of it is there after a second one.
+// Ensure that a Repair that is killed anywhere leaves a whole store, or one that does not open, or
+// no data.
 func TestRepairIsKilled(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	h := storetest.NewHistory()
@@ -342,7 +342,7 @@ func TestFailedRepairClosesItsFiles(t *testing.T) {
 	}
 }
 
-// Ensure that Repair is no more trusting than a start: each of these is named, and is a loss.
+// Ensure that Repair trusts files no more than a start does: each of these is reported as a loss.
 func TestRepairNamesEveryGap(t *testing.T) {
 	first := func(image *storetest.Dir, id storeID, name string,
 		number uint64) (f frame, b []byte) {
@@ -409,7 +409,7 @@ func TestRepairNamesEveryGap(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot that is cut behind a frame is a loss.
+// Ensure that a snapshot that is cut behind a frame is reported as a loss.
 func TestRepairOfACutSnapshot(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	for i := range 2000 {
@@ -434,8 +434,8 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair saves all that is readable where files only have wrong names, frames are in a
-// wrong order, or there is one too many, and calls none of it lost.
+// Ensure that Repair saves everything, and calls nothing lost, if files only have wrong names, frames
+// are in a wrong order, or there is a file too many.
 func TestRepairOfWrongNames(t *testing.T) {
 	for what, spoil := range map[string]func(image *storetest.Dir, id storeID){
 		"two segments swapped names": func(image *storetest.Dir, _ storeID) {
@@ -478,8 +478,8 @@ func TestRepairOfWrongNames(t *testing.T) {
 	}
 }
 
-// Ensure that Repair loses nothing, and applies nothing twice, where only the header of the
-// snapshot cannot be read: also beside a file that a compaction had no time to remove.
+// Ensure that Repair loses nothing, and applies nothing twice, if only the header of the
+// snapshot cannot be read, even beside a file that a compaction had no time to remove.
 func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 	for _, leftover := range []bool{false, true} {
 		dir, d := fourSegments(t, Options{})
@@ -506,9 +506,9 @@ func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 	}
 }
 
-// Ensure that where the header of the snapshot cannot be read, and the file behind it not or in
-// part, Repair applies nothing twice, tells of what is lost or damaged and of nothing else, and
-// makes a store that keeps what it answers.
+// Ensure that if the header of the snapshot cannot be read, and the file behind it only in part or
+// not at all, Repair applies nothing twice, reports exactly what is lost, and makes a store that
+// works.
 func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	const gap = "LOST    what came after dir/snap-3.log"
 	for what, c := range map[string]struct {
@@ -588,7 +588,7 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	}
 }
 
-// Ensure that Repair takes the log alone where all of it is there and the snapshot is damaged.
+// Ensure that Repair uses the log alone if all of it is there and the snapshot is damaged.
 func TestRepairUsesTheLogAlone(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	dir.Before = func(c storetest.Call) error {
@@ -617,8 +617,8 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 	wantAll(t, "of the log", out, want)
 }
 
-// Ensure that where half of the log files are another store's, Repair saves those of the store that
-// STORE says, as a start reads them, and without STORE one half.
+// Ensure that if half of the log files are another store's, Repair saves those that belong to STORE,
+// as a start would, and without STORE one half.
 func TestRepairOfHalfAStore(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
 	d.Close()
@@ -640,8 +640,8 @@ func TestRepairOfHalfAStore(t *testing.T) {
 	}
 }
 
-// Ensure that a store whose headers do not say with which frame the log begins, as an older Repair
-// made them, keeps what it answers: in its first run, and in the one after a crash of that.
+// Ensure that a store made by an older Repair, whose headers do not say with which frame the log
+// begins, loses nothing that it has answered: in its first run, and in those after crashes.
 func TestStoreOfAnOlderRepair(t *testing.T) {
 	m := kvstore.NewMemory()
 	m.Put("saved", "value")
@@ -684,7 +684,7 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 	}
 }
 
-// readingDir counts the bytes that are read.
+// readingDir counts the bytes that are read from its files.
 type readingDir struct {
 	*storetest.Dir
 	bytes int
@@ -706,8 +706,8 @@ func (f readingFile) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// Ensure that the work of a repair does not grow with each bad place by all that is behind it, whether
-// the frames there call it synced or not.
+// Ensure that a repair does not read the rest of the file again for each bad place, whether later
+// frames call it synced or not.
 func TestRepairOfManyBadPlaces(t *testing.T) {
 	const frames, places = 8000, 100
 	for _, isSynced := range []bool{true, false} {
