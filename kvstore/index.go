@@ -123,8 +123,8 @@ func (v *view) find(key string) (at spot, e entry) {
 	return spot{h, i, 0}, nil
 }
 
-// locate looks for the entry at addr. at.slot is 0 if the index does not point to it: then the entry
-// is dead.
+// locate looks for the entry at addr. at.slot is 0 if the index does not point to it: then the
+// entry is dead.
 func (v *view) locate(addr uint64) (at spot) {
 	h := maphash.Bytes(v.seed, v.entry(addr).key())
 	p, slot := v.page(h), h<<addrBits|addr
@@ -223,7 +223,8 @@ func (m *Memory) unpoint(at spot) {
 		return
 	}
 
-	// The other half's hashes differ in the last of the depth's bits. It may have been split further.
+	// The other half's hashes differ in the last of the depth's bits. It may have been split
+	// further.
 	other := m.page(h ^ 1<<(64-p.depth))
 	if other.depth != p.depth || p.used+other.used > pageEmpty {
 		return

@@ -632,8 +632,8 @@ func TestViewAllocatesNothing(t *testing.T) {
 	}
 }
 
-// Ensure that the memory of a large value, or of many small ones, is reused for the next, but not if
-// somebody may have seen it.
+// Ensure that the memory of a large value, or of many small ones, is reused for the next, but not
+// if somebody may have seen it.
 func TestMemoryIsUsedAgain(t *testing.T) {
 	for _, size := range []int{1000, ownSize, 4 << 10, 64 << 10, slabSize - 100} {
 		store, value, n := NewMemory(), strings.Repeat("v", size), 0
@@ -800,10 +800,12 @@ func TestTakeFromALongList(t *testing.T) {
 	}
 }
 
-// sizes are the numbers of keys that benchmarks try: few enough for the processor's caches, and more.
+// sizes are the numbers of keys that benchmarks try: few enough for the processor's caches, and
+// more.
 var sizes = []int{10_000, 1_000_000, 5_000_000}
 
-// fill returns a store with this many keys of 12 bytes, each with a value of 16 bytes, and the keys.
+// fill returns a store with this many keys of 12 bytes, each with a value of 16 bytes, and the
+// keys.
 func fill(size int) (store *Memory, keys []string) {
 	store, keys = NewMemory(), make([]string, size)
 	for i := range keys {
@@ -876,7 +878,8 @@ func measureMemory(b *testing.B, size int) {
 	runtime.KeepAlive(store)
 }
 
-// BenchmarkSnapshot measures a snapshot of many small values, of many large ones, and of long lists.
+// BenchmarkSnapshot measures a snapshot of many small values, of many large ones, and of long
+// lists.
 func BenchmarkSnapshot(b *testing.B) {
 	for _, what := range []struct {
 		name               string

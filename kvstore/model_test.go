@@ -23,9 +23,9 @@ func TestPlainIsAStore(t *testing.T) {
 	})
 }
 
-// Ensure that a store with many keys, and with large and small lists, does what the model does while
-// it grows and shrinks, that its dead memory is bounded, and that neither a snapshot nor what View
-// returned ever changes.
+// Ensure that a store with many keys, and with large and small lists, does what the model does
+// while it grows and shrinks, that its dead memory is bounded, and that neither a snapshot nor what
+// View returned ever changes.
 func TestMemoryInside(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
 	store, m := kvstore.NewMemory(), storetest.NewModel()

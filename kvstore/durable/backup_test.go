@@ -110,7 +110,8 @@ func TestLookBesideACompaction(t *testing.T) {
 	}
 }
 
-// Ensure that Check reports damage at once, even beside a server that makes one file after the other.
+// Ensure that Check reports damage at once, even beside a server that makes one file after the
+// other.
 func TestCheckOfADamagedBusyStore(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -260,7 +261,8 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a store of many files can be opened, checked, copied and repaired with few descriptors.
+// Ensure that a store of many files can be opened, checked, copied and repaired with few
+// descriptors.
 func TestFewDescriptors(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
@@ -475,8 +477,8 @@ func TestBackupEndsBesideAFastWriter(t *testing.T) {
 	}
 }
 
-// Ensure that a backup locks its target before it checks that this is empty: so no two backups write
-// there at a time, and none overwrites a store that was made while it waited.
+// Ensure that a backup locks its target before it checks that this is empty: so no two backups
+// write there at a time, and none overwrites a store that was made while it waited.
 func TestBackupLocksFirst(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("k", "v")
@@ -513,8 +515,8 @@ func TestBackupLocksFirst(t *testing.T) {
 	}
 }
 
-// Ensure that what a killed backup leaves is not taken for an empty directory: a start refuses it by
-// name, and changes nothing.
+// Ensure that what a killed backup leaves is not taken for an empty directory: a start refuses it
+// by name, and changes nothing.
 func TestBrokenOffBackup(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
@@ -743,8 +745,8 @@ func TestBackupBesideARotation(t *testing.T) {
 			}
 			d.minCompact = 1 << 40
 
-			// The writer waits when the new file has its name, and goes on when the reader opens its
-			// second file.
+			// The writer waits when the new file has its name, and goes on when the reader opens
+			// its second file.
 			hasName, mayGoOn := make(chan struct{}), make(chan struct{})
 			var waits atomic.Bool
 			var opens atomic.Int32

@@ -49,8 +49,8 @@ func (d *Store) isWasteful() bool {
 		d.fullBytes+d.size > d.waste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
 }
 
-// mayCompact reports whether a compaction may begin, if none runs: none has failed a short time ago,
-// the store does not close, and its directory knows of no lack of room.
+// mayCompact reports whether a compaction may begin, if none runs: none has failed a short time
+// ago, the store does not close, and its directory knows of no lack of room.
 func (d *Store) mayCompact() bool {
 	select {
 	case <-d.stop:

@@ -54,10 +54,10 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	}
 }
 
-// Ensure that after a power failure at any moment everything that was answered is there, and of what
-// was done since, everything up to some point. All of these go on at the same time: fsyncs that last
-// long, before their effect and after it, Commits of several frames, the timer's frames, and
-// compactions while files become full.
+// Ensure that after a power failure at any moment everything that was answered is there, and of
+// what was done since, everything up to some point. All of these go on at the same time: fsyncs
+// that last long, before their effect and after it, Commits of several frames, the timer's frames,
+// and compactions while files become full.
 func TestPowerFailsBesideEverything(t *testing.T) {
 	for seed := 0; seed < 30; seed = storetest.Next(seed, 3) {
 		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
@@ -632,8 +632,8 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a store on a full disk takes writes again once everything was deleted, even if its log
-// is too small for an ordinary compaction, and after a restart.
+// Ensure that a store on a full disk takes writes again once everything was deleted, even if its
+// log is too small for an ordinary compaction, and after a restart.
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
 		dir, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -751,8 +751,8 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that a rotation that fails while room is made for a Remove ends the store with its error: a
-// frame behind the one that says that another file follows would be damage.
+// Ensure that a rotation that fails while room is made for a Remove ends the store with its error:
+// a frame behind the one that says that another file follows would be damage.
 func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -855,7 +855,8 @@ func TestSpareIsCut(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			// A Commit checks the files, the next write restores SPARE, and then others fill the disk.
+			// A Commit checks the files, the next write restores SPARE, and then others fill the
+			// disk.
 			<-time.After(2 * lookTime)
 			write(0)
 			if err := d.Room(0, false); err != nil {

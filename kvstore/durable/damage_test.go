@@ -283,9 +283,9 @@ func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	return dir, d
 }
 
-// Ensure that a bad end of a full file is not taken for torn if the next file is empty, however many
-// bytes are bad: the next one's header says where the full one ended. Only the frame that says that
-// another file follows may be missing, as after a broken-off rotation.
+// Ensure that a bad end of a full file is not taken for torn if the next file is empty, however
+// many bytes are bad: the next one's header says where the full one ended. Only the frame that says
+// that another file follows may be missing, as after a broken-off rotation.
 func TestDamageBeforeAnEmptyFile(t *testing.T) {
 	for what, spoil := range map[string]func(b []byte, n int) []byte{
 		"cut":   func(b []byte, n int) []byte { return b[:len(b)-n] },
@@ -657,7 +657,8 @@ func (d eioDir) Open(name string) (storage.File, int64, error) {
 	return f, size, err
 }
 
-// Ensure that an I/O error in the newest file's header is not reported as damage of the file before.
+// Ensure that an I/O error in the newest file's header is not reported as damage of the file
+// before.
 func TestHeaderThatCannotBeRead(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("a", "b")

@@ -234,8 +234,8 @@ func TestDirectoryForAFile(t *testing.T) {
 	}
 }
 
-// Ensure that an empty directory in the place of the next temporary file does not keep a removed file
-// from being written again.
+// Ensure that an empty directory in the place of the next temporary file does not keep a removed
+// file from being written again.
 func TestHealBesideADirectoryForAFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a file that is in use
@@ -408,8 +408,8 @@ func TestReplacedRealFile(t *testing.T) {
 	d.Close()
 }
 
-// hastyDisk is a directory in which after is called as soon as a file has its name, or is opened for
-// writing.
+// hastyDisk is a directory in which after is called as soon as a file has its name, or is opened
+// for writing.
 type hastyDisk struct {
 	*storage.Disk
 	after func(call, name string)
@@ -427,8 +427,8 @@ func (h *hastyDisk) Extend(name string) (storage.File, error) {
 	return f, err
 }
 
-// Ensure that another file is noticed that somebody puts in the place of a real segment, snapshot or
-// STORE as soon as that was made.
+// Ensure that another file is noticed that somebody puts in the place of a real segment, snapshot
+// or STORE as soon as that was made.
 func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a file that is in use

@@ -29,13 +29,14 @@ func TestMain(m *testing.M) {
 		return
 	}
 
-	// Each of thousands of stores begins with a slab, so the default would mean endless collections.
+	// Each of thousands of stores begins with a slab, so the default would mean endless
+	// collections.
 	debug.SetGCPercent(400)
 	os.Exit(m.Run())
 }
 
-// openStill is Open, without the store's timer in real time: on a busy machine the timer would write
-// to dir while the test looks at it.
+// openStill is Open, without the store's timer in real time: on a busy machine the timer would
+// write to dir while the test looks at it.
 func openStill(dir storage.Directory, opts Options) (*Store, error) {
 	d, err := Open(context.Background(), dir, opts)
 	if isFake := time.Now().Year() <= 2000; err == nil && !isFake { // fake time begins in 2000

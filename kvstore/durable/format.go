@@ -41,12 +41,12 @@ import (
 // A frame holds what one Commit made durable, or a part of that. Its sequence is one more than that
 // of the frame before it, also from file to file. A header's first is the sequence of the file's
 // first frame. A frame's synced is the last frame that was known to be on disk when this one was
-// written. If a later frame calls a frame synced, that frame was once on disk: if it is bad now, the
-// file is damaged.
+// written. If a later frame calls a frame synced, that frame was once on disk: if it is bad now,
+// the file is damaged.
 //
-// Every CRC (CRC-32C) in a frame is seeded with the store's random id and the file's kind and number.
-// So neither stale bytes of other files nor log bytes inside a value can be taken for a frame. A
-// length is believed only if its frame's CRC is right and the frame fits into the file.
+// Every CRC (CRC-32C) in a frame is seeded with the store's random id and the file's kind and
+// number. So neither stale bytes of other files nor log bytes inside a value can be taken for a
+// frame. A length is believed only if its frame's CRC is right and the frame fits into the file.
 const (
 	fileMagic   = "kvserver"
 	fileVersion = 3 // has List, Take and Expire, which version 2 lacks
@@ -59,8 +59,9 @@ const (
 	frameMagic = "kvfr"
 	frameSize  = 40 // bytes, without payload
 
-	// Bytes of payload after which a frame is closed, so that a load holds no more at a time (except
-	// one large record). In a snapshot they are fewer, because one flipped bit costs a whole frame.
+	// Bytes of payload after which a frame is closed, so that a load holds no more at a time
+	// (except one large record). In a snapshot they are fewer, because one flipped bit costs a
+	// whole frame.
 	maxFramePut      = 1 << 20
 	maxFrameSnapshot = 64 << 10
 
@@ -377,8 +378,8 @@ type logWriter struct {
 	found     [frameSize]byte // what was last read there
 }
 
-// createFile makes a file and has fill write it. The file gets its name once all of it is on disk: a
-// crash leaves the whole file, or none of that name. After an error the file is removed, except
+// createFile makes a file and has fill write it. The file gets its name once all of it is on disk:
+// a crash leaves the whole file, or none of that name. After an error the file is removed, except
 // STORE if only the last Sync failed; after a crash the removed file may be back, whole. The stamp
 // identifies the file: if the name leads to another one later, somebody else has put it there.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
@@ -429,8 +430,8 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	return stamp, nil
 }
 
-// createLog makes a log file as createFile does, with a header and the frames that fill writes; nil:
-// none.
+// createLog makes a log file as createFile does, with a header and the frames that fill writes;
+// nil: none.
 func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
 	return createFile(d, h.name(), func(w *logWriter) error {
@@ -508,8 +509,8 @@ func (w *logWriter) room() int64 { return w.fileSize - w.size }
 // leastZeros is the smallest number of zeros, in bytes, that makeRoom tries on a full disk.
 const leastZeros = 512
 
-// makeRoom writes zeros until there is room for this many bytes. After an error, what it could write
-// before that is room.
+// makeRoom writes zeros until there is room for this many bytes. After an error, what it could
+// write before that is room.
 func (w *logWriter) makeRoom(bytes int64) error {
 	if bytes <= w.room() {
 		return nil
@@ -533,8 +534,8 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// look checks whether the last frame, which ends at end, is still where it was written. An older copy
-// that somebody has put over the file lacks it.
+// look checks whether the last frame, which ends at end, is still where it was written. An older
+// copy that somebody has put over the file lacks it.
 func (w *logWriter) look(end int64) error {
 	if !w.isWatched {
 		return nil

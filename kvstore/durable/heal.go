@@ -26,8 +26,8 @@ type changes struct {
 	strangers []string // files that a start refuses, and that are not ours to remove
 }
 
-// changed finds out what has changed, and notes the state of SPARE. It costs a stat of each file. An
-// error means that the files cannot be checked now.
+// changed finds out what has changed, and notes the state of SPARE. It costs a stat of each file.
+// An error means that the files cannot be checked now.
 func (d *Store) changed() (c changes, err error) {
 	// Meanwhile the timer must not make the current file longer.
 	d.writing <- struct{}{}
@@ -186,8 +186,9 @@ func (d *Store) mend(c changes) (left changes, err error) {
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))
 	}
 
-	// Temporary files go first: heal may need their names. But with spoiled files a leftover log file
-	// stays until the snapshot is there: it may be one of ours, renamed, with the only copy of data.
+	// Temporary files go first: heal may need their names. But with spoiled files a leftover log
+	// file stays until the snapshot is there: it may be one of ours, renamed, with the only copy of
+	// data.
 	for _, name := range c.leftovers {
 		if len(c.spoiled) == 0 || isTmp(name) {
 			d.dir.Remove(name) // if it stays, tellOfOthers says so

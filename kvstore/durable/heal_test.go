@@ -540,8 +540,8 @@ func TestLeftoverIsRemoved(t *testing.T) {
 	})
 }
 
-// Ensure that after a crash in a heal a start refuses the store only if the snapshot did not have its
-// name yet, and that otherwise everything is there.
+// Ensure that after a crash in a heal a start refuses the store only if the snapshot did not have
+// its name yet, and that otherwise everything is there.
 func TestCrashesInAHeal(t *testing.T) {
 	for what, spoil := range spoils {
 		synctest.Test(t, func(t *testing.T) {
@@ -587,8 +587,8 @@ func TestCrashesInAHeal(t *testing.T) {
 					continue
 				}
 				opened++
-				// An emptied file looks like one of which nothing has reached the disk, and a backup is
-				// a whole store.
+				// An emptied file looks like one of which nothing has reached the disk, and a
+				// backup is a whole store.
 				isAll := maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string])
 				if !isAll && (named[i] ||
 					!strings.Contains(what, "emptied") && what != "a backup is put over it") {
@@ -643,8 +643,8 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 }
 
 // Ensure that behind a file of an older version a store goes on in a new file, because an older
-// kvserver would take new kinds of records for damage, or in the old file if no new one can be made.
-// Ensure that neither counts as changed.
+// kvserver would take new kinds of records for damage, or in the old file if no new one can be
+// made. Ensure that neither counts as changed.
 func TestFileOfAnOlderVersion(t *testing.T) {
 	for _, isFull := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -712,8 +712,8 @@ func TestFailedRotationLeavesNoStranger(t *testing.T) {
 	})
 }
 
-// Ensure that a crash before a heal has its snapshot on disk loses nothing if the files are good and
-// only look changed, as after touch.
+// Ensure that a crash before a heal has its snapshot on disk loses nothing if the files are good
+// and only look changed, as after touch.
 func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -758,8 +758,8 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	})
 }
 
-// Ensure that if the files cannot be checked for a moment, that is not taken for a change, even when
-// a file has just become full.
+// Ensure that if the files cannot be checked for a moment, that is not taken for a change, even
+// when a file has just become full.
 func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -793,8 +793,8 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	})
 }
 
-// Ensure that a snapshot which somebody empties after the end of its compaction, but before the store
-// has noted that end, is written again.
+// Ensure that a snapshot which somebody empties after the end of its compaction, but before the
+// store has noted that end, is written again.
 func TestSnapshotEmptiedUnnoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -945,8 +945,8 @@ func TestLockGoesUnderAStore(t *testing.T) {
 	}
 }
 
-// Ensure that a copy which is put over the current file, or in its place, is noticed, whichever call
-// of a Commit that rotates it comes before.
+// Ensure that a copy which is put over the current file, or in its place, is noticed, whichever
+// call of a Commit that rotates it comes before.
 func TestHealOfACopyInARotation(t *testing.T) {
 	for _, isInPlace := range []bool{true, false} {
 		for n, isOver := 1, false; !isOver; n++ {
@@ -1448,8 +1448,8 @@ func TestHealOfAnything(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot which somebody has renamed stays until the heal has written its own: if the
-// heal is killed, it is the only copy of its data on disk.
+// Ensure that a snapshot which somebody has renamed stays until the heal has written its own: if
+// the heal is killed, it is the only copy of its data on disk.
 func TestHealOfARenamedSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})

@@ -171,7 +171,8 @@ func (j *journal) goOn() (old *logWriter, err error) {
 		return nil, errors.Join(err, w.f.Close())
 	}
 
-	// The old file must not become shorter while the timer syncs it. The next fsync is of the new one.
+	// The old file must not become shorter while the timer syncs it. The next fsync is of the new
+	// one.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	old = j.current

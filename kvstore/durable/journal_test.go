@@ -857,8 +857,8 @@ func TestStallsInARow(t *testing.T) {
 	}
 }
 
-// Ensure that the numbers of a store's status are exact: each fsync of the log and how long it took,
-// also the timer's, and each compaction that has succeeded.
+// Ensure that the numbers of a store's status are exact: each fsync of the log and how long it
+// took, also the timer's, and each compaction that has succeeded.
 func TestStatusNumbers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		status := &storage.Status{}

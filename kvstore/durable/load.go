@@ -103,8 +103,8 @@ type files struct {
 	done  bool   // there is none
 }
 
-// findFiles finds out which files make the store, and opens them; closeLogs closes them. A new store
-// has none. After an error none is open.
+// findFiles finds out which files make the store, and opens them; closeLogs closes them. A new
+// store has none. After an error none is open.
 func findFiles(dir storage.Directory) (s *files, err error) {
 	s = &files{dir: dir}
 
@@ -239,7 +239,8 @@ func (s *files) checkObsolete() error {
 }
 
 // read reads the next file, and calls each for its frames. The last file is the newest one, or the
-// one before it if the newest is unused (judgeFile). After an error, read goes on with the next file.
+// one before it if the newest is unused (judgeFile). After an error, read goes on with the next
+// file.
 func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	l, first := s.logs[s.at], s.first
@@ -364,8 +365,8 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 
-	// An older kvserver would take new kinds of records in a file of its own version for damage, but
-	// it refuses a file of a newer version. (On a full disk the log goes on in the old file.)
+	// An older kvserver would take new kinds of records in a file of its own version for damage,
+	// but it refuses a file of a newer version. (On a full disk the log goes on in the old file.)
 	_, err = d.rotate()
 	return err
 }
@@ -485,11 +486,11 @@ func (d *Store) resume(ends []logEnd) error {
 }
 
 // reopen opens a segment to go on writing at its end. It writes the frames that no later one calls
-// synced once more, in place. After a failed fsync the kernel may serve data from memory that is not
-// on disk, and take it for written (Rebello et al., "Can Applications Recover from fsync Failures?",
-// 2020), but data that is written again it has to write. The bytes behind the frames are cleared,
-// even if they read as zeros, because an earlier start may have cleared them only in the kernel's
-// memory. A crash in reopen leaves the same frames, and any part of the cleared bytes.
+// synced once more, in place. After a failed fsync the kernel may serve data from memory that is
+// not on disk, and take it for written (Rebello et al., "Can Applications Recover from fsync
+// Failures?", 2020), but data that is written again it has to write. The bytes behind the frames
+// are cleared, even if they read as zeros, because an earlier start may have cleared them only in
+// the kernel's memory. A crash in reopen leaves the same frames, and any part of the cleared bytes.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 	w, err := extendLog(dir, end.header, end.stamp, end.offset)
 	if err != nil || end.doubt == end.size { // as after a clean stop

@@ -15,12 +15,12 @@ import (
 // ErrNothingRead is returned by Repair when nothing can be read from which to make a store.
 var ErrNothingRead = errors.New("not one frame can be read")
 
-// Repair makes a store of what can still be read in dir, and reports what could not be read. The new
-// store is in out, which must be empty. Repair changes nothing in dir.
+// Repair makes a store of what can still be read in dir, and reports what could not be read. The
+// new store is in out, which must be empty. Repair changes nothing in dir.
 //
 // It reads like a start, but goes on behind damage. A file is what its header says, whatever its
-// name. Frames are applied in the order of their sequence, each once, and every gap in that order is
-// reported, because nobody knows what was in it.
+// name. Frames are applied in the order of their sequence, each once, and every gap in that order
+// is reported, because nobody knows what was in it.
 func Repair(dir, out storage.Directory) (r Report, err error) {
 	names, err := listOurs(dir)
 	if err != nil {
@@ -330,8 +330,8 @@ func from(frames []foundFrame, first uint64) []foundFrame {
 	return frames[i:]
 }
 
-// base returns the snapshot to begin with: the newest whole one behind which no frame is missing, or
-// an empty one if no frame is missing from the first on; otherwise the newest whole one, or the
+// base returns the snapshot to begin with: the newest whole one behind which no frame is missing,
+// or an empty one if no frame is missing from the first on; otherwise the newest whole one, or the
 // newest that has frames.
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
@@ -435,8 +435,8 @@ func (s *salvage) sayLostBehind(file *foundFile) {
 	s.sayLost("what came after %s: the next file is missing, or cannot be read", file.path)
 }
 
-// write writes what was saved to out: a snapshot, an empty segment behind it, and STORE. STORE comes
-// last, so that an unfinished copy is no store.
+// write writes what was saved to out: a snapshot, an empty segment behind it, and STORE. STORE
+// comes last, so that an unfinished copy is no store.
 func (s *salvage) write(out storage.Directory) error {
 	// The new store gets an id of its own, so that files of the damaged one cannot get into it.
 	rand.Read(s.id[:])

@@ -434,8 +434,8 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair saves everything, and calls nothing lost, if files only have wrong names, frames
-// are in a wrong order, or there is a file too many.
+// Ensure that Repair saves everything, and calls nothing lost, if files only have wrong names,
+// frames are in a wrong order, or there is a file too many.
 func TestRepairOfWrongNames(t *testing.T) {
 	for what, spoil := range map[string]func(image *storetest.Dir, id storeID){
 		"two segments swapped names": func(image *storetest.Dir, _ storeID) {
@@ -617,8 +617,8 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 	wantAll(t, "of the log", out, want)
 }
 
-// Ensure that if half of the log files are another store's, Repair saves those that belong to STORE,
-// as a start would, and without STORE one half.
+// Ensure that if half of the log files are another store's, Repair saves those that belong to
+// STORE, as a start would, and without STORE one half.
 func TestRepairOfHalfAStore(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
 	d.Close()

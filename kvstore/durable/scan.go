@@ -16,8 +16,8 @@ import (
 )
 
 // logReader reads a log file frame by frame. A start and Check apply the frames, Backup copies
-// them, and Repair reads on behind damage. Another process may write the file meanwhile: frames that
-// it writes after the file was first opened are left out.
+// them, and Repair reads on behind damage. Another process may write the file meanwhile: frames
+// that it writes after the file was first opened are left out.
 type logReader struct {
 	header fileHeader
 	seed   uint32
@@ -261,8 +261,8 @@ func (l *logReader) readError(err error) error {
 }
 
 // search looks behind the good part of the file, at every place where a frame can begin, for a head
-// that isIt accepts, and returns its offset; 0: there is none. bytes is how many bytes lie before it,
-// up to the last one that is not zero. search updates size if the file has another size by now.
+// that isIt accepts, and returns its offset; 0: there is none. bytes is how many bytes lie before
+// it, up to the last one that is not zero. search updates size if the file has another size by now.
 func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, bytes int64, err error) {
 	r := bufio.NewReaderSize(readerOf(l.f, l.offset), bufferSize)
 	for at = l.offset; ; {
@@ -397,8 +397,8 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 		}
 
 		// A bad frame is judged, and then read once more: another process may have been writing it.
-		// If that process has also written a later frame that calls this one synced, which judgeTail
-		// takes for a sign of damage, the frame is whole by now.
+		// If that process has also written a later frame that calls this one synced, which
+		// judgeTail takes for a sign of damage, the frame is whole by now.
 		judged = end
 		err = l.judgeTail(&judged, damage)
 		if err != nil {
@@ -449,7 +449,8 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 
 // judgeTail decides what the bytes behind the good part of the file are. They begin with damage.
 func (l *logReader) judgeTail(end *logEnd, damage error) error {
-	// A later head that says that the bad frame was on disk is enough; its payload need not be whole.
+	// A later head that says that the bad frame was on disk is enough; its payload need not be
+	// whole.
 	later, bytes, err := l.search(func(f frame, _ int64) (bool, error) {
 		return f.sequence > l.next && f.synced >= l.next, nil
 	})
@@ -459,8 +460,8 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	end.size = max(end.size, l.size)
 
 	// A commit that was never whole on disk was never answered. But a frame that a later one calls
-	// synced was on disk, and so was all of a file that says that another follows. Zeros are room for
-	// frames, even behind the last frame of a full file, if its rotation was killed.
+	// synced was on disk, and so was all of a file that says that another follows. Zeros are room
+	// for frames, even behind the last frame of a full file, if its rotation was killed.
 	switch {
 	case later > 0, bytes > 0 && end.isLast():
 		end.tail, end.bad = damaged, damage

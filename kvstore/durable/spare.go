@@ -8,11 +8,11 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// SPARE is a file of zeros that reserves room on the disk for requests that free some: when the disk
-// is full, it is shortened by as much as the log needs to go on. It has at least the bytes of log
-// that it takes to delete every key, one at a time, and after a compaction at most twice that and
-// twice zerosAhead. It belongs to the store's owner, as a logWriter without frames; its file is nil
-// while there is no SPARE.
+// SPARE is a file of zeros that reserves room on the disk for requests that free some: when the
+// disk is full, it is shortened by as much as the log needs to go on. It has at least the bytes of
+// log that it takes to delete every key, one at a time, and after a compaction at most twice that
+// and twice zerosAhead. It belongs to the store's owner, as a logWriter without frames; its file is
+// nil while there is no SPARE.
 
 const (
 	spareName = "SPARE"
@@ -184,8 +184,8 @@ func (d *Store) squeeze(most int64) bool {
 		return false
 	}
 
-	// First the room, then a new file. If there can be no new file, SPARE stays smaller: the log uses
-	// what it gave back.
+	// First the room, then a new file. If there can be no new file, SPARE stays smaller: the log
+	// uses what it gave back.
 	err := d.spare.cut(d.spare.fileSize - need)
 	if err != nil || !d.rotateEarly() {
 		return false
@@ -237,8 +237,8 @@ func (d *Store) makeRoom(need int64) error {
 	return err
 }
 
-// checkSpare opens SPARE if it is there, and notes if somebody has removed or shortened it: the next
-// write makes it again, or as long as it should be. The store also works without it.
+// checkSpare opens SPARE if it is there, and notes if somebody has removed or shortened it: the
+// next write makes it again, or as long as it should be. The store also works without it.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	stamp, isThere := stamps[spareName]
 	switch {

@@ -120,7 +120,7 @@ type Store struct {
 	isSpoiled  bool                     // the last write found the current file changed: check now
 	healAfter  time.Time                // until then no heal is tried
 	healWait   time.Duration            // from the last failed heal to the next try
-	noHeal     error                    // why the last heal failed: writes are refused; nil: it did not
+	noHeal     error                    // why the last heal failed: writes are refused
 	known      map[string]storage.Stamp // our files, except the current one, as we wrote or read them
 	healing    atomic.Bool              // a heal runs; any goroutine may read it
 	awaiting   atomic.Bool              // the owner waits for a compaction; any goroutine may read it
@@ -468,8 +468,8 @@ func (d *Store) commit() error {
 	}
 
 	// Nothing to write: what was read is as durable as the writes before it. But a log that is much
-	// larger than the data is compacted even then. If the current file is empty, all data is in full
-	// files already.
+	// larger than the data is compacted even then. If the current file is empty, all data is in
+	// full files already.
 	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
 	if idle && !wasteful {
 		return nil
