@@ -3,6 +3,8 @@ package durable
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
@@ -16,6 +18,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -94,6 +97,19 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	if err := d.Close(); err != nil {
 		t.Fatalf("%s: Close: %v", what, err)
 	}
+}
+
+// wantAll opens a store, and fails unless it holds exactly what want says.
+func wantAll(t *testing.T, what string, dir storage.Directory, want map[string][]string) {
+	t.Helper()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	if got := maps.Collect(d.All()); !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+		t.Errorf("%s: %d keys, want %d", what, len(got), len(want))
+	}
+	d.Close()
 }
 
 // Ensure that a start writes only the frames that are in doubt: after a clean stop one, after a
@@ -394,4 +410,47 @@ func TestNegativeDeadlines(t *testing.T) {
 	}
 	again.Close()
 	d.Close()
+}
+
+// Ensure that behind a file of an older version a store goes on in a new file, because an older
+// kvserver would take new kinds of records for damage, or in the old file if no new one can be
+// made. Ensure that neither counts as changed.
+func TestFileOfAnOlderVersion(t *testing.T) {
+	for _, isFull := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.Put("k", "v")
+			d.Close()
+			b := dir.Names["seg-1.log"].Data
+			binary.LittleEndian.PutUint32(b[8:], oldestVersion)
+			binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
+
+			if isFull {
+				dir.Before = func(c storetest.Call) error {
+					if c.What == "create" && c.Name == "seg-2.log.tmp" {
+						return syscall.ENOSPC
+					}
+					return nil
+				}
+			}
+			log := &strings.Builder{}
+			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			size := len(dir.Names["seg-1.log"].Data)
+			<-time.After(2 * lookTime)
+			d.Put("k", "w")
+			d.Take("k")
+			if err := errors.Join(d.Commit(), d.Close()); err != nil {
+				t.Fatal(err)
+			}
+			isNew := d.number == 2 && len(dir.Names["seg-1.log"].Data) == size
+			if isNew == isFull || strings.Contains(log.String(), "written anew") {
+				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number, log)
+			}
+			dir.Before = nil
+			wantAll(t, "opened again", dir, map[string][]string{"k": {"w"}})
+		})
+	}
 }

@@ -1,0 +1,156 @@
+package durable
+
+import (
+	"errors"
+	"fmt"
+	"kvserver/kvstore/storetest"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Ensure that a file of somebody else's, for which the next start is refused, is logged once and
+// starts no heal, and that Close names it.
+func TestStrangeFile(t *testing.T) {
+	for _, name := range []string{"seg-50.log", "photo.jpg"} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			d.Put("k", "v")
+			d.Commit()
+			f, _ := dir.Create(name)
+			f.Close()
+			for range 10 {
+				<-time.After(lookTime)
+				d.Put("k", "v")
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number > 2 ||
+				!strings.Contains(log.String(), name) {
+				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number, log)
+			}
+			if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
+				t.Errorf("%s: Close: %v", name, err)
+			}
+			if dir.Names[name] == nil {
+				t.Errorf("%s was removed", name)
+			}
+			if _, err := openSmall(dir.Kill(), Options{}); err == nil {
+				t.Errorf("%s is in no start's way", name)
+			}
+			dir.Remove(name)
+			again, err := openSmall(dir, Options{})
+			if err != nil || len(again.Get("k")) != 11 {
+				t.Errorf("opened again without %s: %v", name, err)
+			}
+		})
+	}
+}
+
+// Ensure that an older log file which somebody puts into the directory is removed durably: a power
+// failure does not bring it back.
+func TestLeftoverIsRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		older := slices.Clone(dir.Names["seg-1.log"].Data)
+		for d.snapshot == 0 {
+			d.Set("key", strings.Repeat("v", 100))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+		}
+
+		f, _ := dir.Create("seg-1.log")
+		f.WriteAt(older, 0)
+		f.Sync()
+		f.Close()
+		dir.Sync()
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		for seed := range uint64(20) {
+			wantAll(t, fmt.Sprint("seed ", seed), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
+				maps.Collect(d.All()))
+		}
+		d.Close()
+	})
+}
+
+// Ensure that something that cannot be removed does not hold up a heal, and is logged once.
+func TestHealBesideWhatStays(t *testing.T) {
+	for _, name := range []string{"seg-0.log", "seg-1.log"} {
+		path := t.TempDir()
+		log := &strings.Builder{}
+		d, err := openAt(path, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		d.Commit()
+		os.WriteFile(filepath.Join(path, "photo.jpg"), nil, 0o600)
+		os.Remove(filepath.Join(path, "seg-1.log"))
+		os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
+		for range 5 {
+			d.looked = time.Time{}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: Close: %v", name, err)
+		}
+		if n := strings.Count(log.String(), "level=ERROR"); n > 3 {
+			t.Errorf("%s: the log has %d errors:\n%s", name, n, log)
+		}
+
+		os.Remove(filepath.Join(path, "photo.jpg"))
+		os.RemoveAll(filepath.Join(path, name))
+		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) == 0 {
+			t.Fatalf("%s: without them: %v", name, err)
+		}
+		d.Close()
+	}
+}
+
+// Ensure that a rotation that fails leaves no file that is later taken for somebody else's.
+func TestFailedRotationLeavesNoStranger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "" {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		for d.size < d.segmentSize {
+			d.Put("key", strings.Repeat("v", 50))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(2 * lookTime)
+		if err := errors.Join(d.Commit(), d.Close()); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(log.String(), "none of this store's") {
+			t.Errorf("the log says\n%s", log)
+		}
+	})
+}
