@@ -25,30 +25,30 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// etcdCluster is three members of etcd on this machine, and two servers on one prefix.
+// etcdCluster is three members of etcd on this machine, and two servers with one prefix.
 type etcdCluster struct {
 	t       *testing.T
 	dir     string
-	binary  string // kvserver's
-	ports   [3]int // where the members are asked
-	peers   [3]int // where they ask each other
+	binary  string // of kvserver
+	ports   [3]int // of the members, for clients
+	peers   [3]int // of the members, for each other
 	members [3]*exec.Cmd
-	addrs   [2]string // the servers'
-	https   [2]string
+	addrs   [2]string // of the servers, for clients
+	https   [2]string // of the servers, for -http
 
 	mu      sync.Mutex
 	servers [2]*exec.Cmd
-	acked   []string      // values that were answered, in order
-	refused int           // values that were not taken
-	reads   int           // that were answered
-	at      time.Time     // of the last
-	longest time.Duration // between two
+	acked   []string      // values whose write was answered, in order
+	refused int           // how many values were refused
+	reads   int           // how many reads were answered
+	at      time.Time     // of the last answer to a write
+	longest time.Duration // the longest time between two of these
 }
 
 func (c *etcdCluster) client(i int) string { return fmt.Sprintf("127.0.0.1:%d", c.ports[i]) }
 func (c *etcdCluster) peer(i int) string   { return fmt.Sprintf("http://127.0.0.1:%d", c.peers[i]) }
 
-// freePort is a port that was free a moment ago.
+// freePort returns a port that was free a moment ago.
 func freePort(t *testing.T) int {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -58,12 +58,12 @@ func freePort(t *testing.T) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// data is the servers' -data.
+// data is what the servers have as -data.
 func (c *etcdCluster) data() string {
 	return fmt.Sprintf("etcd://%s,%s,%s/kv", c.client(0), c.client(1), c.client(2))
 }
 
-// startMember starts a member, anew if it has run before.
+// startMember starts a member, also one that has run before.
 func (c *etcdCluster) startMember(i int) {
 	var all []string
 	for j := range c.members {
@@ -98,14 +98,14 @@ func (c *etcdCluster) keepServer(ctx context.Context, i int) {
 	}
 }
 
-// server is the process of a server that was started last.
+// server returns the current process of a server.
 func (c *etcdCluster) server(i int) *exec.Cmd {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.servers[i]
 }
 
-// active is the server that serves.
+// active returns which server serves. It waits until one does.
 func (c *etcdCluster) active() int {
 	for {
 		for i, addr := range c.addrs {
@@ -118,7 +118,7 @@ func (c *etcdCluster) active() int {
 	}
 }
 
-// leader is the member that leads.
+// leader returns which member leads.
 func (c *etcdCluster) leader() int {
 	asker := &http.Client{Timeout: time.Second}
 	for {
@@ -142,8 +142,8 @@ func (c *etcdCluster) leader() int {
 	}
 }
 
-// write puts one value after the other to whichever server serves, and notes what was
-// answered, until ctx is done.
+// write sends one write after the other to the server that serves, and notes what was answered,
+// until ctx is done.
 func (c *etcdCluster) write(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; {
 		for _, addr := range c.addrs {
@@ -177,8 +177,8 @@ func (c *etcdCluster) write(ctx context.Context) {
 	}
 }
 
-// read asks for the list, of whichever server answers, and wants everything in it that had
-// been answered before it asked.
+// read reads the list from the server that serves, and fails the test if a value is missing whose
+// write was answered before.
 func (c *etcdCluster) read(ctx context.Context) {
 	for ctx.Err() == nil {
 		for _, addr := range c.addrs {
@@ -204,7 +204,7 @@ func (c *etcdCluster) read(ctx context.Context) {
 	}
 }
 
-// ask asks a member of etcd, until one answers as it should.
+// ask sends a request to the members of etcd until one answers it.
 func (c *etcdCluster) ask(at string, request, answer any) {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -243,7 +243,7 @@ func (c *etcdCluster) killMembers(between func()) {
 	}
 }
 
-// putBack has the members know only what they knew a few seconds before.
+// putBack makes all members forget the last few seconds, as after a restore of a backup.
 func (c *etcdCluster) putBack() {
 	copied := filepath.Join(c.dir, "copied")
 	c.killMembers(func() {
@@ -267,7 +267,7 @@ func (c *etcdCluster) putBack() {
 	})
 }
 
-// writeSmall makes many small commits, and wants few pieces of them.
+// writeSmall makes many small commits, and fails the test if they are many pieces.
 func (c *etcdCluster) writeSmall() {
 	const writers, commits = 4, 2000
 	var wg sync.WaitGroup
@@ -297,8 +297,8 @@ func (c *etcdCluster) writeSmall() {
 	}
 }
 
-// fill fills the cluster until it refuses all that writes, no faster than the server can see it
-// come, wants reads to be answered and writes refused, and makes room again.
+// fill fills the cluster until it refuses puts, slowly enough for the server's surveys to notice in
+// time, wants reads to be answered and writes to be refused, and makes room again.
 func (c *etcdCluster) fill() {
 	value := make([]byte, 1<<20)
 	for n := 0; ; n++ {
@@ -348,7 +348,7 @@ func (c *etcdCluster) fill() {
 	}
 }
 
-// getList asks for the list of the key k.
+// getList reads the list of key k.
 func getList(conn net.Conn, r *bufio.Reader) (list []string, err error) {
 	conn.SetDeadline(time.Now().Add(40 * time.Second))
 	fmt.Fprint(conn, "Get:k\nPing\n")
@@ -361,7 +361,8 @@ func getList(conn net.Conn, r *bufio.Reader) (list []string, err error) {
 	}
 }
 
-// check wants all that was told in list, in order, and nothing twice.
+// check fails the test unless list has all of told, the values whose writes were answered, in
+// order.
 func (c *etcdCluster) check(what string, list, told []string) {
 	rest := list
 	for _, value := range told {
@@ -375,9 +376,9 @@ func (c *etcdCluster) check(what string, list, told []string) {
 	}
 }
 
-// TestEtcdCluster puts two servers and a real cluster through what befalls them, and wants
-// every answered write there, in order, and no old answer to a read. `make etcd` runs it;
-// without etcd there is nothing to be run.
+// TestEtcdCluster runs two servers on a real cluster through kills, pauses, losses and a full
+// database. It wants every answered write to be there, in order, and no stale read. `make etcd`
+// runs it, with etcd's binary.
 func TestEtcdCluster(t *testing.T) {
 	if os.Getenv("KVSERVER_ETCD") == "" {
 		return
@@ -500,14 +501,15 @@ func TestEtcdCluster(t *testing.T) {
 		len(c.acked), c.reads, mixed.checked)
 }
 
-// send sends a signal to processes; package syscall does not know all of them everywhere.
+// send sends a signal, by name, to processes: package syscall does not have every signal on every
+// system.
 func send(signal string, which ...*exec.Cmd) {
 	for _, cmd := range which {
 		exec.Command("kill", "-"+signal, strconv.Itoa(cmd.Process.Pid)).Run()
 	}
 }
 
-// settle waits until writes have been answered for a second.
+// settle waits until writes have been answered for a whole second.
 func (c *etcdCluster) settle() {
 	for good := 0; good < 4; good++ {
 		c.mu.Lock()

@@ -29,49 +29,51 @@ import (
 	"time"
 )
 
-// TestMain spares the collector work: each of thousands of stores begins with a slab.
+// TestMain makes the garbage collector run less often: each of thousands of stores begins with a
+// slab.
 func TestMain(m *testing.M) {
 	debug.SetGCPercent(400)
 	os.Exit(m.Run())
 }
 
-// fakeEtcd is a cluster in memory, as unkind as a real one and the network before it.
+// fakeEtcd is a cluster in memory. It is as unkind as a real one, and so is its network, an
+// etcdWire.
 type fakeEtcd struct {
 	mu       sync.Mutex
 	kvs      map[string]keyValue
 	keys     []string // of kvs, in order
 	revision int64
 	id       string // of the cluster
-	full     bool   // it is out of space
-	most     int    // bytes of a request
+	full     bool   // it is out of space, and refuses every put
+	most     int    // bytes of a request, at most
 	quota    int64
 	inUse    int64                // bytes of the database beside kvs
-	forgot   int64                // the revision up to which it has forgotten the past
+	forgot   int64                // the revision of the last compaction
 	down     string               // the member that does not answer; "": all do
-	stranger bool                 // or what is no member answers there
-	other    map[string]*fakeEtcd // members that are another cluster
+	stranger bool                 // some other server answers in its place
+	other    map[string]*fakeEtcd // members that belong to another cluster
 	token    string               // that requests must have; "": none
 	logins   int
-	late     []transaction // transactions that will come once more
+	late     []transaction // transactions that will arrive once more
 }
 
-// etcdWire is what one process sends to a fakeEtcd.
+// etcdWire is the connection of one process to a fakeEtcd.
 type etcdWire struct {
 	*fakeEtcd
-	dir      *smallDir // whose process it is
+	dir      *smallDir // of the process
 	requests int
-	sent     []transaction    // that arrived
-	before   func(n int)      // is run before each request; nil: nothing
-	at       int              // the request with which something happens; 0: none
-	fault    etcdFault        // that
-	draw     func() etcdFault // what happens to each; nil: nothing
+	sent     []transaction    // those that have arrived
+	before   func(n int)      // is called before each request; nil: nothing
+	at       int              // the number of the request that fault happens to; 0: none
+	fault    etcdFault        // what happens to it
+	draw     func() etcdFault // draws what happens to each request; nil: nothing
 	dead     bool             // the process was killed
-	cut      bool             // nothing arrives, and no answer comes
-	slow     time.Duration    // what each answer takes
+	cut      bool             // no request arrives, and no answer does
+	slow     time.Duration    // how long each answer takes
 	rate     int              // bytes a second of the link; 0: it takes no time
 }
 
-// etcdFault is what happens to one request, or from it on.
+// etcdFault is what happens to one request, or from that request on.
 type etcdFault string
 
 const (
@@ -93,7 +95,7 @@ func newFakeEtcd() *fakeEtcd {
 		other: map[string]*fakeEtcd{}}
 }
 
-// RoundTrip is http.RoundTripper's.
+// RoundTrip is the method of http.RoundTripper.
 func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	var text []byte
 	if r.Body != nil {
@@ -162,7 +164,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
 	}
-	if w.requests%3 == 0 && len(w.late) > 0 { // what the network held up
+	if w.requests%3 == 0 && len(w.late) > 0 { // the network has delayed it
 		w.txn(w.late[0])
 		w.late = w.late[1:]
 	}
@@ -181,14 +183,14 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	return reply(answer, err), nil
 }
 
-// setFull has the cluster refuse what writes, or do it again.
+// setFull sets whether the cluster refuses every put.
 func (e *fakeEtcd) setFull(isFull bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.full = isFull
 }
 
-// reply is what an answer, or an error, is over HTTP.
+// reply makes an HTTP response of an answer or an error.
 func reply(answer response, err error) *http.Response {
 	recorder := httptest.NewRecorder()
 	if err != nil {
@@ -200,7 +202,7 @@ func reply(answer response, err error) *http.Response {
 	return recorder.Result()
 }
 
-// carry takes the time that a request of so many bytes takes.
+// carry takes as long as the link takes for a request of that many bytes.
 func (w *etcdWire) carry(r *http.Request, size int) error {
 	w.mu.Lock()
 	long := w.slow
@@ -214,7 +216,7 @@ func (w *etcdWire) carry(r *http.Request, size int) error {
 	return wait(r.Context(), long)
 }
 
-// ask answers what a member tells of itself.
+// ask answers a request for a member's status or metrics.
 func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	w.mu.Lock()
 	isGone, isDown, e := w.dead || w.cut, w.down == r.URL.Host, w.fakeEtcd
@@ -273,7 +275,7 @@ func (e *fakeEtcd) do(r *http.Request, text []byte, t transaction) (a response, 
 	return e.txn(t)
 }
 
-// find returns what a range holds.
+// find returns the result of a range. The caller has mu.
 func (e *fakeEtcd) find(q keyRange) (f found) {
 	end := string(q.End)
 	if q.End == nil {
@@ -297,14 +299,14 @@ func (e *fakeEtcd) find(q keyRange) (f found) {
 	return f
 }
 
-// list is find for whoever does not have mu.
+// list is find for a caller that does not have mu.
 func (e *fakeEtcd) list(q keyRange) found {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.find(q)
 }
 
-// set puts a value.
+// set puts a value. The caller has mu.
 func (e *fakeEtcd) set(key string, value []byte) {
 	if i, isThere := slices.BinarySearch(e.keys, key); !isThere {
 		e.keys = slices.Insert(e.keys, i, key)
@@ -312,7 +314,7 @@ func (e *fakeEtcd) set(key string, value []byte) {
 	e.kvs[key] = keyValue{[]byte(key), value, e.revision}
 }
 
-// remove removes what a range holds, and tells whether that was anything.
+// remove removes the keys of a range, and reports whether there were any. The caller has mu.
 func (e *fakeEtcd) remove(q keyRange) bool {
 	kvs := e.find(q).KVs
 	if len(kvs) == 0 {
@@ -326,7 +328,7 @@ func (e *fakeEtcd) remove(q keyRange) bool {
 	return true
 }
 
-// txn does a transaction.
+// txn applies a transaction. The caller has mu.
 func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	a.Succeeded = true
 	for _, c := range t.Compare {
@@ -370,8 +372,7 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	return a, nil
 }
 
-// dir returns the directory as a new process sees it. A process with an addr waits for the
-// lock.
+// dir opens the directory as a new process does. A process with an addr waits for the lock.
 func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*smallDir, *etcdWire) {
 	t.Helper()
 	opened, err := Open(ctx, "etcd://a:1,b:1/kv", Options{Addr: addr})
@@ -387,7 +388,7 @@ func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*smallDi
 	return d, w
 }
 
-// locked returns the directory as a new process sees it that has the lock.
+// locked opens and locks the directory as a new process does.
 func (e *fakeEtcd) locked(t testing.TB) (*smallDir, *etcdWire, storage.Lock) {
 	t.Helper()
 	dir, w := e.dir(t, t.Context(), "")
@@ -398,12 +399,12 @@ func (e *fakeEtcd) locked(t testing.TB) (*smallDir, *etcdWire, storage.Lock) {
 	return dir, w, lock
 }
 
-// smallDir has files that are full soon.
+// smallDir is a directory whose log files are full soon.
 type smallDir struct{ *directory }
 
 func (d *smallDir) Sizes() (segment, compact int64, reserve int) { return 1500, 2000, 0 }
 
-// open opens the store as a new process that waits does.
+// open opens the store as a new process does that waits for the lock.
 func (e *fakeEtcd) open(t testing.TB) (*durable.Store, *etcdWire) {
 	t.Helper()
 	dir, w := e.dir(t, t.Context(), "new:9999")
@@ -414,14 +415,14 @@ func (e *fakeEtcd) open(t testing.TB) (*durable.Store, *etcdWire) {
 	return d, w
 }
 
-// count is how many requests the process has sent.
+// count returns how many requests the process has sent.
 func (w *etcdWire) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.requests
 }
 
-// kill ends a process: nothing of it arrives any more.
+// kill ends a process: no request of it arrives any more.
 func (w *etcdWire) kill() {
 	w.mu.Lock()
 	w.dead = true
@@ -430,7 +431,8 @@ func (w *etcdWire) kill() {
 
 // ---- files
 
-// Ensure that a file in etcd is what was written to it, and ends where it was cut or written anew.
+// Ensure that a file in etcd has what was written to it, and ends where it was cut, or where bytes
+// before its end were replaced.
 func TestEtcdFile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -491,7 +493,7 @@ func TestEtcdFile(t *testing.T) {
 	})
 }
 
-// Ensure that names do what a directory's names do.
+// Ensure that names behave like those of a directory on a disk.
 func TestEtcdNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, _, lock := newFakeEtcd().locked(t)
@@ -548,7 +550,7 @@ func TestEtcdNames(t *testing.T) {
 	})
 }
 
-// write writes behind what a file has, and wants that done.
+// write appends to a file, and fails the test if that fails.
 func write(t *testing.T, f storage.File, at *int64, b []byte) {
 	t.Helper()
 	n, err := f.WriteAt(b, *at)
@@ -558,7 +560,7 @@ func write(t *testing.T, f storage.File, at *int64, b []byte) {
 	*at += int64(n)
 }
 
-// Ensure that a file may be renamed while it is written: nothing of it is gone.
+// Ensure that a file may be renamed while it is written, and has all its bytes afterwards.
 func TestEtcdRenameBesideWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, w, lock := newFakeEtcd().locked(t)
@@ -591,8 +593,8 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 	})
 }
 
-// Ensure that whatever answer comes too late to a file of small writes, what is written is there,
-// and nothing is taken for gone.
+// Ensure that whichever answer about a file of small writes comes too late, the file has all that
+// was written, and nothing counts as gone.
 func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
 	random := make([]byte, 80<<10)
@@ -631,8 +633,7 @@ func TestEtcdLateAnswers(t *testing.T) {
 	}
 }
 
-// Ensure that whoever reads a large file from end to end asks for as much at a time as etcd
-// answers.
+// Ensure that a reader of a large file asks for as much at a time as etcd answers.
 func TestEtcdReadAhead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -653,7 +654,7 @@ func TestEtcdReadAhead(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		// The first parts are smaller.
+		// The first pages are smaller.
 		n, most := w.count()-before, 10+int(size/pageMost)
 		if n > most {
 			t.Errorf("%d bytes are asked for in %d parts, want %d", size, n, most)
@@ -662,7 +663,7 @@ func TestEtcdReadAhead(t *testing.T) {
 	})
 }
 
-// Ensure that a reader beside a writer that joins pieces counts what there is once.
+// Ensure that a reader counts no bytes twice while the writer joins pieces.
 func TestEtcdJoinedWhileRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -692,7 +693,7 @@ func TestEtcdJoinedWhileRead(t *testing.T) {
 	})
 }
 
-// Ensure that pieces without a name are removed, also where others have put their keys beside them.
+// Ensure that pieces of files without a name are removed, and keys of others beside them stay.
 func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -710,9 +711,9 @@ func TestEtcdSweep(t *testing.T) {
 
 // ---- a store
 
-// Ensure that whatever happens to any one request of a process, nothing told is lost and
-// nothing else is there: where the fault can be mended nobody notices, and otherwise the
-// next process has it all.
+// Ensure that whatever happens to any one request of a process, the store has exactly what was
+// answered. If the fault can be repaired nobody notices it, and otherwise the next process has all
+// that was answered.
 func TestEtcdFaults(t *testing.T) {
 	for i, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
 		noSpace, killed, killedAfter, cutOff, doubtful} {
@@ -729,12 +730,13 @@ func TestEtcdFaults(t *testing.T) {
 	}
 }
 
-// etcdFaultAt runs the script with a fault at request n, and tells whether there was one.
+// etcdFaultAt runs the script with a fault at request n, and reports whether there were that many
+// requests.
 func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	e := newFakeEtcd()
 	e.token = "token"
 	ctx, cancel := context.WithTimeout(t.Context(),
-		time.Minute) // a standby of a dead cluster waits for ever
+		time.Minute) // a standby waits for a dead cluster without end
 	defer cancel()
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault = n, fault
@@ -775,7 +777,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	return reached
 }
 
-// slowScript does things to a store over some time, as long as none fails.
+// slowScript changes a store over some time, until a Commit fails.
 func slowScript(d *durable.Store, h *storetest.History) error {
 	for i := range 70 {
 		key, value := fmt.Sprint(i%7), fmt.Sprint("value", i)
@@ -810,9 +812,9 @@ func (e *fakeEtcd) orphans() (keys []string) {
 	return keys
 }
 
-// Ensure that a server that was away, for whatever reason, answers nothing and writes
-// nothing once another one may have taken over, and goes on if none has; and that the other
-// one has all that was told.
+// Ensure that a server that did not run or was cut off for a while answers nothing and writes
+// nothing once another one may have taken over, and goes on if none has, and that the other one has
+// all that was answered.
 func TestEtcdTakeover(t *testing.T) {
 	for _, away := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second,
 		20 * time.Second} {
@@ -824,19 +826,19 @@ func TestEtcdTakeover(t *testing.T) {
 				if err := first.Commit(); err != nil {
 					t.Fatal(err)
 				}
-				<-time.After(3 * time.Second) // nothing is under way any more
+				<-time.After(3 * time.Second) // no request is under way any more
 				w.setCut(true)
 				var second *durable.Store
 				began := time.Now()
 				if standby {
-					second, _ = e.open(t) // the first is too slow: this waits for its turn
+					second, _ = e.open(t) // the first server is too slow: this one takes over
 				} else {
 					<-time.After(away)
 				}
 				if took := time.Since(began); standby && took > 6*time.Second {
 					t.Errorf("the other one takes over after %v", took)
 				}
-				first.Get("k") // what it held was the truth, and is not any more
+				first.Get("k") // an old value by now
 				done := make(chan error, 1)
 				go func() { done <- first.Commit() }()
 				<-time.After(max(0, away-time.Since(began)))
@@ -862,7 +864,7 @@ func TestEtcdTakeover(t *testing.T) {
 				}
 				e.mu.Lock()
 				before := maps.Clone(e.kvs)
-				for _, t := range w.sent { // the network has held up everything
+				for _, t := range w.sent { // as if the network had delayed every request
 					e.txn(t)
 				}
 				if !maps.EqualFunc(e.kvs, before,
@@ -881,8 +883,8 @@ func TestEtcdTakeover(t *testing.T) {
 	}
 }
 
-// Ensure that of several servers that start at once one serves at a time, and all have a turn;
-// that who waits says for whom; and that a clean end hands over at once.
+// Ensure that of several servers that start together one serves at a time, and each gets its turn;
+// that a server that waits says for which one; and that a clean stop hands the store over at once.
 func TestEtcdStandby(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -948,8 +950,8 @@ func TestEtcdStandby(t *testing.T) {
 	})
 }
 
-// Ensure that who does not serve never waits for a server that lives, and does for a sign of
-// life: repair and backup take the data of a server that has died.
+// Ensure that a process that does not serve never waits for a server that is alive, but waits to
+// see whether it is: repair and backup take the data of a server that has died.
 func TestEtcdRepairBesideServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -974,7 +976,7 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 	})
 }
 
-// Ensure that a wait for the lock, and a load, end when they should.
+// Ensure that a wait for the lock, and a load, end when their context does.
 func TestEtcdOpenIsStopped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -998,7 +1000,7 @@ func TestEtcdOpenIsStopped(t *testing.T) {
 	})
 }
 
-// Ensure that clocks that jump cost one more sign of life, and nothing else.
+// Ensure that a clock that jumps costs one more sign of life, and nothing else.
 func TestEtcdClockJumps(t *testing.T) {
 	for _, jump := range []time.Duration{-time.Hour, time.Hour, 5 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1018,7 +1020,7 @@ func TestEtcdClockJumps(t *testing.T) {
 	}
 }
 
-// Ensure that etcd's silence is borne for patienceTime, and then ends the store, also an
+// Ensure that a store survives patienceTime without an answer from etcd, and ends after it, also an
 // idle one.
 func TestEtcdSilence(t *testing.T) {
 	for _, long := range []time.Duration{3 * time.Second, 9 * time.Second, 15 * time.Second} {
@@ -1048,8 +1050,8 @@ func TestEtcdSilence(t *testing.T) {
 	}
 }
 
-// Ensure that what is in etcd is checked, repaired and copied like what is on a disk, there
-// and back.
+// Ensure that a store in etcd is checked, repaired and copied like one on a disk, and that copies
+// work in both directions.
 func TestEtcdCheckRepairBackup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -1098,9 +1100,9 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 	})
 }
 
-// Ensure that who reads a file beside the process that writes it finds what is added, is told that
-// it is gone once it has lost its name, or has been made anew, and is told nothing wrong by a read
-// that follows one that has failed.
+// Ensure that a process that reads a file while another one writes it finds what is added, gets an
+// os.ErrNotExist once the file was removed or replaced, and reads no wrong bytes after a read that
+// has failed.
 func TestEtcdFileReadBesideWriter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -1110,7 +1112,8 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			return string(e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).KVs[i].Key)
 		}
 
-		// Each does something to file f, of three pieces, and says what a read of all must end with.
+		// Each case changes file f, of three pieces, and returns what a read of all of it must end
+		// with.
 		for what, do := range map[string]func(f storage.File, reader *etcdWire) (size int, want error){
 			"it is written": func(f storage.File, _ *etcdWire) (int, error) {
 				at := int64(9)
@@ -1160,8 +1163,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			writer.Remove("f")
 		}
 
-		// Who opens it again finds what it is by then, and needs no more requests where it has many
-		// pieces.
+		// To open it again finds its new state, and takes no more requests if it has many pieces.
 		f, err := writer.Create("f")
 		if err != nil {
 			t.Fatal(err)
@@ -1182,7 +1184,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			asked = w.count() - before
 		}
 
-		// It goes while it is opened, and a part of it has gone first.
+		// The file is removed while it is opened, some of its pieces first.
 		dir, w = e.dir(t, t.Context(), "")
 		w.mu.Lock()
 		w.before = func(n int) {
@@ -1198,8 +1200,8 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 	})
 }
 
-// Ensure that a piece that is not as it was written, whatever it is now, is damage for a check, if
-// anything of what was told is lost with it, and keeps no repair from its work.
+// Ensure that a check calls a changed piece damage, whatever the change is, if anything that was
+// answered is lost with it, and that a repair still works.
 func TestEtcdSpoiledPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -1247,7 +1249,7 @@ func TestEtcdSpoiledPieces(t *testing.T) {
 	})
 }
 
-// Ensure that a member that is down is noticed by nobody.
+// Ensure that nobody notices that a member is down.
 func TestEtcdMemberDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for i, down := range []string{"a:1", "b:1", "a:1", "b:1"} {
@@ -1277,8 +1279,8 @@ func TestEtcdMemberDown(t *testing.T) {
 	})
 }
 
-// Ensure that keys that are none of ours, whatever they look like, are refused or called
-// damage, and stay.
+// Ensure that a store with keys that are not ours, whatever they look like, is refused or damaged,
+// and that the keys stay.
 func TestEtcdOddKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice",
@@ -1313,8 +1315,7 @@ func TestEtcdOddKeys(t *testing.T) {
 	})
 }
 
-// Ensure that a backup, and a check, beside a server that compacts see no damage, whenever it
-// does.
+// Ensure that a backup and a check see no damage while a server compacts, whenever it does that.
 func TestEtcdBackupBesideCompaction(t *testing.T) {
 	t.Parallel()
 	for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
@@ -1362,7 +1363,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 }
 
 // Ensure that a large commit is many pieces, or one if it shrinks enough, that many small commits
-// are few, and that files of many small pieces, as an earlier version left them, are asked for in
+// are few pieces, and that files of many small pieces, as an earlier version left them, are read in
 // parts.
 func TestEtcdManyPieces(t *testing.T) {
 	t.Parallel()
@@ -1398,7 +1399,7 @@ func TestEtcdManyPieces(t *testing.T) {
 		const commits = 700
 		for i := range commits {
 			put("small", fmt.Sprint(i))
-			if i%200 == 199 { // a large one now and then
+			if i%200 == 199 { // a large value now and then
 				put("middle", string(random[:joinBytes]))
 			}
 			if n := e.list(pieces).Count; n > 500 {
@@ -1407,7 +1408,7 @@ func TestEtcdManyPieces(t *testing.T) {
 		}
 		d.Close()
 
-		// Cut the pieces into small ones.
+		// Replace the pieces by small ones.
 		kvs := e.list(pieces).KVs
 		e.delete("kv/d/")
 		numbers := map[string]int{}
@@ -1448,7 +1449,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 
-		// In files of the usual size, or compactions would be what leaves few pieces.
+		// In files of the usual size: compactions of small ones would leave few pieces, too.
 		dir, w := e.dir(t, t.Context(), "new:9999")
 		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
 		if err != nil {
@@ -1470,7 +1471,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 	})
 }
 
-// shrinking returns n bytes of which pack leaves about one in times.
+// shrinking returns n bytes, of which pack makes about n/times.
 func shrinking(n, times int) string {
 	random := rand.NewChaCha8([32]byte{1})
 	text := make([]byte, 0, n)
@@ -1484,8 +1485,8 @@ func shrinking(n, times int) string {
 
 // ---- a start that is refused
 
-// Ensure that what cannot be opened is refused with its reason, at once where waiting is in
-// vain, and that nothing is written to a prefix that is somebody else's.
+// Ensure that an address that cannot be opened is refused with the reason, at once if it would be
+// useless to wait, and that nothing is written to a prefix that is somebody else's.
 func TestEtcdRefusals(t *testing.T) {
 	plain := httptest.NewServer(http.NotFoundHandler())
 	defer plain.Close()
@@ -1500,7 +1501,7 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcd://host/kv":                   ErrAddress,
 		"etcds:http://host:2379/kv":        ErrAddress,
 		"etcd://host:0x/kv?ca=%":           ErrAddress,
-		"etcd://" + at(plain) + "/kv":      ErrRefused, // something else answers there
+		"etcd://" + at(plain) + "/kv":      ErrRefused, // some other server answers there
 		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
 		"etcds://" + at(plain) + "/kv":     ErrRefused,
 		"etcds://" + at(encrypted) + "/kv": ErrRefused, // whose certificate nobody knows
@@ -1567,7 +1568,7 @@ func TestEtcdRefusals(t *testing.T) {
 	}
 }
 
-// put is what another program does.
+// put puts a key as another program does.
 func (e *fakeEtcd) put(key, value string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -1575,7 +1576,8 @@ func (e *fakeEtcd) put(key, value string) {
 	e.set(key, []byte(value))
 }
 
-// checkKept opens what is in dir and wants all that was told, and nothing that was not done.
+// checkKept opens the store in dir, and fails the test unless it holds exactly what was answered,
+// or exactly what was done.
 func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what string) {
 	t.Helper()
 	d, err := durable.Open(t.Context(), dir, durable.Options{})
@@ -1591,11 +1593,11 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	}
 }
 
-// Ensure that a first start may be killed at any request, and the one after it, too: there is no
-// data, so nothing is refused. A fifth of all pairs is tried.
+// Ensure that the first start may be killed at any request, and the second one, too, and that the
+// next start succeeds: there is no data to lose. A fifth of all pairs is tried.
 func TestEtcdStartIsKilledTwice(t *testing.T) {
 	t.Parallel()
-	// start starts a server, kills it at request n, and tells whether it got so far.
+	// start starts a server, kills it at request n, and reports whether it got that far.
 	start := func(t *testing.T, e *fakeEtcd, n int) bool {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()

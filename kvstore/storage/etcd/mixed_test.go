@@ -16,28 +16,28 @@ import (
 	worlds "kvserver/kvstore/storetest/world"
 )
 
-// mixed is what eight clients ask about lists, with every verb, of whichever server serves, and
-// what they are told. Each list is asked about for a short time, one list after the other.
+// mixed is eight clients that ask the server that serves about lists, with every verb, and what
+// they are answered. All ask about one list for a short time, then about the next one.
 type mixed struct {
 	t     *testing.T
 	addrs []string
 	clock atomic.Int64
 
 	mu      sync.Mutex
-	drawn   int                               // requests so far
-	asked   map[string][]*storetest.Operation // of each list
-	checked int                               // requests in histories that were explained
+	drawn   int                               // how many requests there were so far
+	asked   map[string][]*storetest.Operation // the requests about each list that is not checked yet
+	checked int                               // how many requests were checked
 }
 
 // perList is how many requests are about one list.
 const perList = 100
 
-// list is the list that is asked about now.
+// list is the key of the list that is asked about now. The caller has mu.
 func (m *mixed) list() string { return fmt.Sprint("mixed", m.drawn/perList) }
 
 func (m *mixed) tick() int64 { return m.clock.Add(1) }
 
-// run has the clients ask until ctx is done.
+// run runs the clients until ctx is done.
 func (m *mixed) run(ctx context.Context) {
 	var all sync.WaitGroup
 	for id := range 8 {
@@ -48,7 +48,7 @@ func (m *mixed) run(ctx context.Context) {
 					if conn, err := net.Dial("tcp", addr); err == nil {
 						m.ask(ctx, conn, random)
 					}
-					<-time.After(10 * time.Millisecond) // nobody may serve for seconds
+					<-time.After(10 * time.Millisecond) // for seconds there may be no server
 				}
 			}
 		})
@@ -56,7 +56,7 @@ func (m *mixed) run(ctx context.Context) {
 	all.Wait()
 }
 
-// ask asks over one connection, until that breaks or ctx is done.
+// ask sends requests over one connection, until that breaks or ctx is done.
 func (m *mixed) ask(ctx context.Context, conn net.Conn, random *rand.Rand) {
 	defer conn.Close()
 	r := bufio.NewReader(conn)
@@ -64,7 +64,7 @@ func (m *mixed) ask(ctx context.Context, conn net.Conn, random *rand.Rand) {
 	_, err := r.ReadString('\n')
 
 	for (err == nil || err == worlds.ErrRefused) && ctx.Err() == nil {
-		// It is in the history from its beginning: it may be run, and never answered.
+		// It is in the history from now on: it may be run, and never answered.
 		m.mu.Lock()
 		m.drawn++
 		key := m.list()
@@ -85,8 +85,8 @@ func (m *mixed) ask(ctx context.Context, conn net.Conn, random *rand.Rand) {
 	}
 }
 
-// check wants that one order of requests explains what was answered about each list so far, and
-// what is in it now. It looks at no list twice.
+// check fails the test unless one order of requests explains all that was answered about each list
+// so far, and what the list holds now. It checks each list once.
 func (m *mixed) check(addr string) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -101,7 +101,7 @@ func (m *mixed) check(addr string) {
 		return
 	}
 
-	// The last list is still asked about.
+	// The last list is still being asked about.
 	m.mu.Lock()
 	lists := m.asked
 	last := m.list()

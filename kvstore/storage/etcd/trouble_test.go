@@ -21,7 +21,7 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// What people do to a cluster, and what it does by itself.
+// What people do to a cluster, and what happens to it by itself.
 
 // delete removes the keys that begin with prefix.
 func (e *fakeEtcd) delete(prefix string) {
@@ -32,28 +32,28 @@ func (e *fakeEtcd) delete(prefix string) {
 	}
 }
 
-// copy is what a snapshot of the cluster holds.
+// copy returns a snapshot of the cluster.
 func (e *fakeEtcd) copy() *fakeEtcd {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return &fakeEtcd{kvs: maps.Clone(e.kvs), keys: slices.Clone(e.keys), revision: e.revision}
 }
 
-// restore makes the cluster what a snapshot holds, as a cluster called id.
+// restore makes the cluster what it was in a snapshot, with id as the cluster's id.
 func (e *fakeEtcd) restore(snapshot *fakeEtcd, id string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.kvs, e.keys, e.revision, e.id = snapshot.kvs, snapshot.keys, snapshot.revision, id
 }
 
-// setCut cuts the process off, or no longer.
+// setCut sets whether the process is cut off.
 func (w *etcdWire) setCut(isCut bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.cut = isCut
 }
 
-// tryOpen opens the store as a new process does that waits for so long.
+// tryOpen opens the store as a new process does that waits for the lock for that long.
 func (e *fakeEtcd) tryOpen(t *testing.T, long time.Duration) (*durable.Store, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), long)
 	defer cancel()
@@ -61,7 +61,7 @@ func (e *fakeEtcd) tryOpen(t *testing.T, long time.Duration) (*durable.Store, er
 	return durable.Open(ctx, dir, durable.Options{})
 }
 
-// commit does something to the store, and wants it done.
+// commit puts a value and commits it, and fails the test if that fails.
 func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value string) {
 	t.Helper()
 	d.Put(key, value)
@@ -74,8 +74,9 @@ func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value str
 
 // ---- the lock
 
-// Ensure that a lock that was deleted is waited out by everybody else, for whoever had it may
-// answer reads: he goes on where he is not cut off. Only an empty prefix is taken at once.
+// Ensure that after the lock was deleted every other server waits for lockTime, because the holder
+// may still answer reads, and that the holder goes on unless it is cut off. Only an empty prefix is
+// taken at once.
 func TestEtcdLockDeleted(t *testing.T) {
 	for _, isCut := range []bool{false, true} {
 		for _, watched := range []bool{false, true} {
@@ -144,7 +145,8 @@ func TestEtcdLockDeleted(t *testing.T) {
 	}
 }
 
-// Ensure that a standby that sees no lock at two looks, between which somebody had it, waits anew.
+// Ensure that a standby starts its wait again if somebody had the lock between two looks that have
+// found none.
 func TestEtcdLockDeletedTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -157,7 +159,7 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
 			t.Fatalf("a lock that is missing is free at once: %v", err)
 		}
-		d, _ = e.open(t) // some seconds later
+		d, _ = e.open(t) // takes some seconds
 		e.delete("kv/lock")
 		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
 			t.Errorf("the lock is free beside another server: %v", err)
@@ -166,8 +168,8 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 	})
 }
 
-// Ensure that a lock that is deleted beside a write is taken anew, and the write goes on: nothing
-// else is gone, so no data is written anew, and a crash then leaves a store.
+// Ensure that a lock that is deleted during a write is taken again, and the write goes on: nothing
+// else is gone, so the data is not written again, and a crash then leaves a whole store.
 func TestEtcdLockDeletedBesideWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -184,8 +186,8 @@ func TestEtcdLockDeletedBesideWrite(t *testing.T) {
 
 // ---- which cluster it is
 
-// Ensure that a member that is another cluster, or a cluster that knows less than before, is
-// refused by name: no store is made there, and none is served from there.
+// Ensure that a member of another cluster, or a cluster that was put back, is refused by name: no
+// store is made there, and none is served from there.
 func TestEtcdOtherCluster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, member := range []string{"a:1", "b:1"} {
@@ -197,7 +199,7 @@ func TestEtcdOtherCluster(t *testing.T) {
 			e.mu.Lock()
 			e.other[member] = other
 			e.mu.Unlock()
-			for i := range 30 { // who serves goes on with the other member
+			for i := range 30 { // the server goes on with the other member
 				if i == 15 {
 					e.delete("kv/n/STORE")
 				}
@@ -217,7 +219,7 @@ func TestEtcdOtherCluster(t *testing.T) {
 			}
 		}
 
-		// A standby has seen the one, and then there is only the other.
+		// A standby has seen one cluster, and then only the other one answers.
 		e, h := newFakeEtcd(), storetest.NewHistory()
 		d, w := e.open(t)
 		commit(t, d, h, "k", "v")
@@ -235,14 +237,14 @@ func TestEtcdOtherCluster(t *testing.T) {
 		<-d.Lost()
 		d.Close()
 
-		// Nor does a new store begin where most members do not answer.
+		// A new store does not begin while most members do not answer.
 		e = newFakeEtcd()
 		e.down = "b:1"
 		if _, err := e.tryOpen(t, time.Minute); err == nil || len(e.kvs) > 0 {
 			t.Errorf("a new store with one member of two: %v", err)
 		}
 
-		// The cluster is restored under a standby.
+		// The cluster is restored while a standby waits.
 		e = newFakeEtcd()
 		d, w = e.open(t)
 		snapshot := e.copy()
@@ -259,8 +261,8 @@ func TestEtcdOtherCluster(t *testing.T) {
 	})
 }
 
-// Ensure that a lock that is taken anew is not put into another cluster, whichever requests come
-// there; and that where there is a lock but no store, a new one needs most of the members, too.
+// Ensure that a lock that is taken again is not put into another cluster, whichever requests arrive
+// there, and that if there is a lock but no store, a new store needs most of the members, too.
 func TestEtcdLockElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -280,7 +282,7 @@ func TestEtcdLockElsewhere(t *testing.T) {
 		}
 		w.mu.Unlock()
 		for i := range 20 {
-			// One member at a time, for a cluster of which all say that it is another one is believed.
+			// One member at a time: if all members were of another cluster, that would be accepted.
 			w.mu.Lock()
 			member = []string{"a:1", "b:1"}[i%2]
 			w.mu.Unlock()
@@ -304,8 +306,8 @@ func TestEtcdLockElsewhere(t *testing.T) {
 	})
 }
 
-// Ensure that it is another cluster only if all members are: where one is, and the other refuses
-// for another reason, nothing is taken for gone.
+// Ensure that the cluster counts as another one only if all members are of another one: if one is,
+// and the other refuses for another reason, nothing counts as gone.
 func TestEtcdOtherBesideFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -330,8 +332,9 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 
 // ---- what is gone
 
-// Ensure that whatever of a store is taken away under a running server, it goes on with all that
-// was told, as the next start finds; also where nothing was done between that and the end.
+// Ensure that whatever of a store is taken away while a server runs, the server goes on with all
+// that was answered, and so does the next start, also if nothing was done between that and the
+// server's end.
 func TestEtcdGone(t *testing.T) {
 	last := func(e *fakeEtcd, name string, back int) string {
 		id := string(e.kvs["kv/n/"+name].Value)
@@ -377,7 +380,7 @@ func TestEtcdGone(t *testing.T) {
 				continue
 			}
 			next = storetest.Next(n, 2)
-			// What a write cannot see is found within a second.
+			// A write does not see that these are gone. A check does, within a second.
 			if then == "a write and a kill" && slices.Contains([]string{"a piece of the newest",
 				"a piece of a snapshot", "the identity", "its pieces", "the step"}, what) {
 				continue
@@ -402,7 +405,7 @@ func TestEtcdGone(t *testing.T) {
 					before := e.copy()
 					write(40)
 					<-time.After(10 * time.Second)
-					for range 5 { // the last piece is a small one of several
+					for range 5 { // so that the last piece is one of several small ones
 						write(1)
 					}
 					takes[what](e, before)
@@ -447,8 +450,8 @@ func TestEtcdGone(t *testing.T) {
 	}
 }
 
-// Ensure that a cluster that went back to a moment with as many pieces as now is not taken for what
-// it was, also where nobody writes any more.
+// Ensure that a cluster that was put back to a moment at which there were as many pieces as now is
+// not taken for unchanged, also if nobody writes any more.
 func TestEtcdAsManyPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -461,7 +464,7 @@ func TestEtcdAsManyPieces(t *testing.T) {
 		for range 100 {
 			commit(t, d, h, "k", rand.Text())
 		}
-		<-time.After(3 * time.Second) // all is vouched for
+		<-time.After(3 * time.Second) // the last frame is vouched for
 		before := e.copy()
 		count := e.list(pieces).Count
 		for n := 0; n == 0 || e.list(pieces).Count != count-1; n++ {
@@ -485,7 +488,7 @@ func TestEtcdAsManyPieces(t *testing.T) {
 	})
 }
 
-// Ensure that after a piece was gone no piece is counted that is not there.
+// Ensure that after a piece was taken away no piece is counted that is not there.
 func TestEtcdCountAfterGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -521,8 +524,8 @@ func TestEtcdCountAfterGone(t *testing.T) {
 	})
 }
 
-// Ensure that what is found to be gone while the directory looks what is gone stays gone, until all
-// was made anew.
+// Ensure that files that are found to be gone while check runs count as gone until all were made
+// again.
 func TestEtcdGoneMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -541,14 +544,14 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 		var once sync.Once
 		w.mu.Lock()
 		w.before = func(n int) {
-			if isOurs := len(f.access) > 0; isOurs { // it is a request of the write below
+			if isOurs := len(f.access) > 0; isOurs { // a request of the write below
 				return
 			}
 			once.Do(func() {
 				e.delete(string(f.last))
 				at := f.size
 				write(t, f, &at, []byte("x"))
-				e.put(string(f.last)+"-", "") // so that there are as many as there should be
+				e.put(string(f.last)+"-", "") // so that the number of pieces is right
 			})
 		}
 		w.mu.Unlock()
@@ -574,8 +577,8 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 	})
 }
 
-// Ensure that a request is refused for good only by all members, and not by one of them twice, as
-// where something else has the same member asked again.
+// Ensure that a request fails only once all members have refused it, not if one of them has refused
+// it twice, as when another goroutine's failure has changed which member is asked.
 func TestEtcdRefusedByOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -599,7 +602,7 @@ func TestEtcdRefusedByOne(t *testing.T) {
 	})
 }
 
-// Ensure that a start without names does not begin anew, and removes nothing.
+// Ensure that a start that finds pieces and no names fails, and removes nothing.
 func TestEtcdNamesAreGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -623,8 +626,8 @@ func TestEtcdNamesAreGone(t *testing.T) {
 
 // ---- prefixes
 
-// Ensure that a new store is refused inside another one's prefix, and that what is inside ours is
-// nothing to us.
+// Ensure that a new store inside another store's prefix is refused, and that a store takes no
+// notice of one inside its own prefix.
 func TestEtcdInnerPrefix(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -648,7 +651,7 @@ func TestEtcdInnerPrefix(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		around, err := open("a") // where others are already
+		around, err := open("a") // others are inside already
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -670,9 +673,8 @@ func TestEtcdInnerPrefix(t *testing.T) {
 
 // ---- slow clusters
 
-// Ensure that a large value arrives over a slow link, and over one that takes long for each
-// answer, while the server keeps its lock; that one that takes only small requests gets small
-// ones; and that all of it is read back so.
+// Ensure that a large value arrives over a slow link, over one with slow answers, and at a cluster
+// that takes only small requests, while the server keeps its lock, and that it can be read back.
 func TestEtcdSlow(t *testing.T) {
 	large := make([]byte, 1<<20)
 	if storetest.IsRace() {
@@ -682,8 +684,8 @@ func TestEtcdSlow(t *testing.T) {
 	for what, c := range map[string]struct {
 		slow time.Duration
 		rate int
-		most int           // bytes of a request
-		took time.Duration // at most
+		most int           // bytes of a request, at most
+		took time.Duration // by a Commit, at most
 	}{
 		"1 MB/s":      {0, 1 << 20, 3 << 19, 10 * time.Second},
 		"100 kB/s":    {0, 100 << 10, 3 << 19, 40 * time.Second},
@@ -727,8 +729,8 @@ func TestEtcdSlow(t *testing.T) {
 	}
 }
 
-// Ensure that a link that has become slow is soon sent as little at a time as it can do, however
-// much the data shrinks.
+// Ensure that pieces soon become small enough for a link that has become slow, however much the
+// data shrinks.
 func TestEtcdSlower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, w := newFakeEtcd().open(t)
@@ -755,8 +757,8 @@ func TestEtcdSlower(t *testing.T) {
 
 // ---- a full cluster
 
-// Ensure that a server whose lock is deleted in a full cluster asks now and then whether it can be
-// taken anew, and gives up when etcd would have been silent for too long.
+// Ensure that a server whose lock is deleted in a full cluster asks now and then whether it can
+// take it again, and gives up when it would for an etcd that does not answer.
 func TestEtcdFullWithoutALock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -779,9 +781,9 @@ func TestEtcdFullWithoutALock(t *testing.T) {
 	})
 }
 
-// Ensure that a server goes on answering reads beside a standby while etcd refuses all that
-// writes, that writes are refused with what to do, and go on by themselves when there is room;
-// and that of the two never both serve, whenever who serves is cut off.
+// Ensure that while etcd refuses every put, a server with a standby goes on answering reads, that
+// writes are refused with words that say what to do, and are taken again by themselves once there
+// is room, and that the two never both serve, whenever the first is cut off.
 func TestEtcdFull(t *testing.T) {
 	t.Parallel()
 	for cut := 20 * time.Second; cut <= 26*time.Second; cut += 500 * time.Millisecond {
@@ -860,8 +862,8 @@ func TestEtcdFull(t *testing.T) {
 	})
 }
 
-// Ensure that writes are refused before the quota is reached, that what frees goes on, and that
-// what was overwritten takes no room for long.
+// Ensure that writes are refused before the quota is reached, that Deletes go on, and that values
+// that were overwritten do not take room for long.
 func TestEtcdQuota(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -905,7 +907,7 @@ func TestEtcdQuota(t *testing.T) {
 	})
 }
 
-// Ensure that etcd's own word is told where it takes only tiny requests.
+// Ensure that the error has etcd's own words if etcd takes only tiny requests.
 func TestEtcdTooLarge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -924,7 +926,7 @@ func TestEtcdTooLarge(t *testing.T) {
 	})
 }
 
-// Ensure that what a backup to etcd leaves that was stopped is never served as an empty store.
+// Ensure that what a killed backup to etcd has left is never served as an empty store.
 func TestEtcdBrokenOffBackup(t *testing.T) {
 	local, err := storage.OpenDisk(t.TempDir(), nil)
 	if err != nil {
@@ -971,7 +973,7 @@ func TestEtcdBrokenOffBackup(t *testing.T) {
 
 // ---- words
 
-// Ensure that who waits says what for: that etcd does not answer yet, or not any more.
+// Ensure that a server that waits says what for: etcd does not answer yet, or not any more.
 func TestEtcdSilenceIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -1019,7 +1021,7 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 	})
 }
 
-// Ensure that a store whose cluster is full is closed without its last frame, and opens again.
+// Ensure that a store in a full cluster is closed without its last frame, and opens again.
 func TestEtcdCloseWhileFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()

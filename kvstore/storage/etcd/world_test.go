@@ -22,45 +22,46 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
-// world is some servers on one cluster, in fake time, what befalls them, and the judge of what they
-// answer. Each server has a goroutine, and so has each life of one; one makes things happen.
+// world is some servers on one cluster, in fake time, the faults that they meet, and the judge of
+// what they answer. Each server has a goroutine, and so has each of its processes; the test's own
+// makes things happen.
 type world struct {
 	t      *testing.T
 	e      *fakeEtcd
-	random *rand.Rand      // of what happens
-	ctx    context.Context // until the servers are stopped
-	ending sync.WaitGroup  // of the servers, and of their lives
+	random *rand.Rand      // draws what happens
+	ctx    context.Context // done when the servers are to end
+	ending sync.WaitGroup  // of the servers and their processes
 
 	isCalm atomic.Bool // nothing happens to single requests
 
 	mu      sync.Mutex
 	began   time.Time
 	log     []string                       // what happened
-	faults  int                            // that go on
-	told    storetest.Model                // what was answered
-	doubts  map[*process][]storetest.Model // what may be there instead, for it has no answer yet
-	serving *process                       // who has opened the store last; nil: nobody
-	spoiled *process                       // from which something is taken away now; nil: from none
-	latest  time.Time                      // of the answers
-	isLost  bool                           // something was taken away, and then the server ended
+	faults  int                            // how many faults go on
+	told    storetest.Model                // what the store holds after all that was answered
+	doubts  map[*process][]storetest.Model // what it may hold instead: a batch has no answer yet
+	serving *process                       // the one that has opened the store last; nil: none
+	spoiled *process                       // the one whose data is taken away now; nil: none
+	latest  time.Time                      // of the last answer
+	isLost  bool                           // data was taken away, and then the server ended
 }
 
-// process is one life of a server.
+// process is one process of a server.
 type process struct {
 	*world
 	name   string
 	wire   *etcdWire
-	random *rand.Rand // of what it does
-	draws  *rand.Rand // of what happens to its requests
+	random *rand.Rand // draws what it does
+	draws  *rand.Rand // draws what happens to its requests
 	d      *durable.Store
-	live   context.Context // until it is to end
+	live   context.Context // done when it is to end
 	end    func()
-	gone   chan struct{} // closed when the next one may begin
-	ended  bool          // no answer of it counts; under mu
+	gone   chan struct{} // closed when the server's next process may begin
+	ended  bool          // no answer of it counts any more; under mu
 	wrote  time.Time     // when the last batch began that wrote, and was answered; under mu
 }
 
-// worldDir has files of a size that suits a world.
+// worldDir is a directory whose log files have a size that suits a world.
 type worldDir struct {
 	*directory
 	segment int64
@@ -70,13 +71,13 @@ func (d *worldDir) Sizes() (segment, compact int64, reserve int) {
 	return d.segment, 2 * d.segment, 0
 }
 
-// note takes down what happened. The caller has mu.
+// note adds a line to the log. The caller has mu.
 func (w *world) note(format string, args ...any) {
 	w.log = append(w.log, fmt.Sprintf("%8.3f ", time.Since(w.began).Seconds())+
 		fmt.Sprintf(format, args...))
 }
 
-// wrong says what must not be, and how it came to that. The caller has mu.
+// wrong fails the test, with the log, unless data was lost with a server. The caller has mu.
 func (w *world) wrong(format string, args ...any) {
 	w.note("WRONG: "+format, args...)
 	if !w.isLost && !w.t.Failed() {
@@ -86,7 +87,7 @@ func (w *world) wrong(format string, args ...any) {
 
 // ---- servers
 
-// server is a server that is started again and again, until all are stopped. It is its goroutine.
+// server starts a server again and again, until all are stopped. It runs as the server's goroutine.
 func (w *world) server(name string, random *rand.Rand, segment int64) {
 	for n := 0; w.ctx.Err() == nil; n++ {
 		dir, wire := w.e.dir(w.t, w.ctx, name+":1")
@@ -108,7 +109,7 @@ func (w *world) server(name string, random *rand.Rand, segment int64) {
 	}
 }
 
-// teller takes down what a process tells its log.
+// teller adds what a process logs to the world's log.
 type teller struct{ *process }
 
 func (p teller) Write(line []byte) (int, error) {
@@ -118,7 +119,7 @@ func (p teller) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// draw is what happens to a request.
+// draw draws what happens to a request.
 func (p *process) draw() etcdFault {
 	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
@@ -126,11 +127,11 @@ func (p *process) draw() etcdFault {
 	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.draws.IntN(5)]
 }
 
-// opened judges how a start has ended, and tells whether the server serves.
+// opened judges how a start has ended, and reports whether the server serves.
 func (p *process) opened(err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.spoiled != nil && p.spoiled == p.serving { // which has not written it anew yet
+	if p.spoiled != nil && p.spoiled == p.serving { // it has not written its data again yet
 		p.isLost = true
 	}
 	if err != nil {
@@ -142,7 +143,7 @@ func (p *process) opened(err error) bool {
 		return false
 	}
 
-	// It has what was told, and perhaps a batch of which nobody knows.
+	// The store holds what was answered, and perhaps a batch that was not.
 	p.note("%s serves", p.name)
 	if !p.isIn(p.told) {
 		for other, doubts := range p.doubts {
@@ -160,11 +161,11 @@ func (p *process) opened(err error) bool {
 	return true
 }
 
-// isIn tells whether the store holds what model does.
+// isIn reports whether the store holds exactly what model does.
 func (p *process) isIn(model storetest.Model) bool { return model.Equal(p.d) }
 
-// serve does one batch after the other until one fails, or the process is to end. It is the
-// goroutine of a process that serves, and of one that was killed it remains for some seconds.
+// serve runs one batch after the other until one fails, or the process is to end. It runs as the
+// process's goroutine. That of a killed process remains for some seconds.
 func (p *process) serve() {
 	for p.batch() && wait(p.live, time.Duration(p.random.IntN(600))*time.Millisecond) == nil {
 	}
@@ -182,18 +183,18 @@ func (p *process) serve() {
 	}
 }
 
-// batch does some operations and a Commit, and judges the answer. It tells whether the process goes
-// on.
+// batch does some operations and a Commit, and judges the answer. It reports whether the process
+// may go on.
 func (p *process) batch() bool {
 	p.mu.Lock()
 	model, began, writes := p.told.Clone(), time.Now(), false
 	p.mu.Unlock()
 	var steps []func(store kvstore.Store)
-	var doubts []storetest.Model // the log may have the first ones only: a large value is a frame
+	var doubts []storetest.Model // after each operation: perhaps only the first ones are in the log
 	for range p.random.IntN(4) {
 		key, value := fmt.Sprint("key", p.random.IntN(5)), fmt.Sprint(p.name, p.random.IntN(1000))
 		if p.random.IntN(3) == 0 {
-			value += strings.Repeat(" ", 7000) // some of these are joined
+			value += strings.Repeat(" ", 7000) // a few of these are joined
 		}
 		kind := p.random.IntN(6)
 		do := func(store kvstore.Store) {
@@ -206,7 +207,7 @@ func (p *process) batch() bool {
 				store.Set(key, value)
 			}
 		}
-		writes = writes || kind > 0 // a Delete may have nothing to delete
+		writes = writes || kind > 0 // a Delete may find nothing to delete
 		steps = append(steps, do)
 		do(model)
 		doubts = append(doubts, model.Clone())
@@ -222,7 +223,7 @@ func (p *process) batch() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case p.ended: // it was killed, so nobody hears the answer
+	case p.ended: // it was killed: nobody gets the answer
 		return false
 	case err != nil:
 		p.note("%s: Commit: %v", p.name, err)
@@ -241,7 +242,7 @@ func (p *process) batch() bool {
 
 // ---- what happens
 
-// stop ends the process that serves: at once, or as it should.
+// stop ends the process that serves: it kills it, or asks it to stop.
 func (w *world) stop(atOnce bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -258,7 +259,7 @@ func (w *world) stop(atOnce bool) {
 	p.end()
 }
 
-// fault makes something be so for some time.
+// fault calls set with true, and with false some time later.
 func (w *world) fault(what string, set func(is bool)) {
 	long := time.Duration(1+w.random.IntN(12)) * time.Second
 	change := func(by int, is bool) {
@@ -276,8 +277,9 @@ func (w *world) fault(what string, set func(is bool)) {
 	time.AfterFunc(long, func() { change(-1, false) })
 }
 
-// spoil takes something away under a server that is well. It returns when that must be there
-// again: once a write was answered, if each must see it, or after some seconds.
+// spoil calls take, which takes data away, if the server that serves is well. It returns when that
+// data must be there again: after some seconds, or if isSeen, which says that every write sees what
+// is gone, once a write was answered.
 func (w *world) spoil(what string, isSeen bool, take func()) {
 	w.mu.Lock()
 	p := w.serving
@@ -291,7 +293,7 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 		return
 	}
 
-	w.isCalm.Store(!isSeen) // a request that is lost can take long to be sent again
+	w.isCalm.Store(!isSeen) // otherwise a lost request could take up these seconds
 	defer w.isCalm.Store(false)
 	took := time.Now()
 	for take(); ; {
@@ -312,7 +314,7 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 	}
 }
 
-// spoilOne has one key deleted.
+// spoilOne deletes one key with that prefix.
 func (w *world) spoilOne(what, prefix string) {
 	w.spoil(what, false, func() {
 		kvs := w.e.list(keyRange{Key: []byte(prefix), End: below([]byte(prefix))}).KVs
@@ -320,7 +322,7 @@ func (w *world) spoilOne(what, prefix string) {
 	})
 }
 
-// happen makes things happen. It ends early if what was told is lost with a server.
+// happen makes things happen. It ends early if data was lost with a server.
 func (w *world) happen() {
 	var before *fakeEtcd
 	for range 9 {
@@ -369,7 +371,7 @@ func (w *world) happen() {
 		case 10:
 			w.spoilOne("a name is deleted", "kv/n/")
 		case 11:
-			// Not all of it: whoever starts then takes an empty prefix for a new one.
+			// Not everything: the next start would take an empty prefix for a new store.
 			prefixes := [][]string{{"kv/n/"}, {"kv/d/"}, {"kv/n/", "kv/d/", "kv/lock"}}[w.random.IntN(3)]
 			w.spoil(fmt.Sprint(prefixes, " are deleted"), true, func() {
 				for _, prefix := range prefixes {
@@ -383,7 +385,7 @@ func (w *world) happen() {
 	}
 }
 
-// restore has the cluster be what it was before, or returns what it is, for later.
+// restore makes the cluster what it was before; nil: it returns what it is now, for later.
 func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 	if before == nil {
 		return w.e.copy()
@@ -395,7 +397,8 @@ func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 }
 
 // Ensure that of two or four servers, whatever happens to them and to etcd, one at a time answers,
-// and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS how many.
+// and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS the number of
+// worlds.
 func TestEtcdWorlds(t *testing.T) {
 	first, seeds := uint64(1), uint64(20)
 	if storetest.IsRace() {
@@ -425,7 +428,7 @@ func TestEtcdWorlds(t *testing.T) {
 	})
 }
 
-// live lets a world live, and tells whether it was judged to its end.
+// live runs a world, and reports whether it was judged to its end.
 func live(t *testing.T, seed uint64) bool {
 	ctx, stop := context.WithCancel(t.Context())
 	w := &world{t: t, e: newFakeEtcd(), random: rand.New(rand.NewPCG(seed, 0)), ctx: ctx,
@@ -438,7 +441,7 @@ func live(t *testing.T, seed uint64) bool {
 	}
 	w.happen()
 
-	// All is well again, no request is lost any more, and so somebody serves.
+	// All is well again, and no request is lost any more: now somebody must serve.
 	w.isCalm.Store(true)
 	<-time.After(30 * time.Second)
 	w.mu.Lock()
