@@ -255,8 +255,8 @@ func (c *Client) tellLoss() {
 		return
 	}
 
-	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
-		"Ack none is", lost)
+	why := fmt.Sprintf("%d replies were dropped, because you read nothing for over a second; "+
+		"after Ack none is", lost)
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
@@ -1502,12 +1502,14 @@ const (
 	isCutOff              // with its client's connection, because others need the room
 )
 
-// decide returns the fate of a reply of n messages, and the reason if its client is cut off. If
-// there is no room, a slow client loses the reply, if mayDrop. Otherwise a slow client is cut off
-// in two cases: if mayCut, while all queues and the chains that wait are together over the limit;
-// and if the reply has begun, or mayCut and its chain pins lists, while writes need the memory that
-// replies pin. A client with a Keys or Dump is also cut off while others wait for theirs, if it is
-// slow or its rate is too low.
+// decide returns the fate of a reply of n messages, and the reason if its client is cut off. A reply
+// without room waits. If its client is slow, the reply is dropped if mayDrop; otherwise the client
+// is cut off
+//
+//   - if mayCut, and all queues and waiting chains together are over their limit (isCrowded);
+//   - if writes need the memory of values that replies keep (isPinned), and this reply has begun,
+//     or mayCut and the client's chain keeps any (pins);
+//   - if others wait for their Keys or Dump, and this is one. Here too low a rate suffices.
 func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1555,8 +1557,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// Before Ack a client is cut off only in a Keys or Dump, or if it has sent lines of over
-	// burstSize and the reply may not be dropped.
+	// Before Ack a client is cut off in a Keys or Dump, if it has sent lines of over burstSize and
+	// the reply may not be dropped, or in a reply that has begun (decide).
 	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
 
 	for {
@@ -1745,8 +1747,8 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 // drainInput reads on once our side has ended, until the client ends its own, for at most
 // drainTime. If a socket is closed with unread input, or before more input comes, the connection is
 // reset, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When the
-// server closes, a client that was quiet, and had time to read everything, gets that long only
-// while it goes on sending. Any other client may just pause between two reads.
+// server closes, a client that was quiet, and had time to read everything, has only busyTime of
+// silence. Any other client may just pause between two reads.
 func (c *Client) drainInput() {
 	var scratch [4 << 10]byte
 	for left, quiet := drainTime, time.Duration(0); left > 0; {

@@ -11,7 +11,7 @@
 //	query.go   Query: parse a line, run it, format the reply
 //	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
 //
-// The glossary; each word stands for one thing:
+// The glossary:
 //
 //	line      bytes from a client up to a newline; each line that is not blank is a request
 //	request   what a client asks for; a Query is a request on its way through the server
@@ -146,7 +146,7 @@ type misuse struct{ error }
 func (m misuse) Unwrap() error { return m.error }
 
 // errTold stands for an error that the log or -c has shown already.
-var errTold = errors.New("it was told")
+var errTold = errors.New("it was reported")
 
 // problem is an error, and what the user can do about it.
 type problem struct{ what, todo string }
@@ -1021,7 +1021,7 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 
 		// Somebody has removed files, and what was in them is not on disk again yet.
 		if left == tickTime && data.IsHealing() {
-			log.Warn("the end waits until all data is written anew; a second signal ends it at once")
+			log.Warn("the end waits until all data is written again; a second signal ends it at once")
 			left += stopTime
 		}
 	}
@@ -1175,7 +1175,7 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 		// A bad file may be half of a good one that is being written.
 		if err := k.load(); err != nil {
-			k.log.Warn("the certificates cannot be read anew, so those from before stay", "error", err)
+			k.log.Warn("the certificates cannot be read again, so those from before stay", "error", err)
 		}
 		k.warn(time.Now())
 	}

@@ -10,8 +10,8 @@ import (
 	"kvserver/kvstore"
 )
 
-// Query is one request on its way: readFromClient parses it, workLoop runs it, and workLoop,
-// deliver or listing answers it. Other Queries are messages to workLoop, such as that a goroutine
+// Query is one request on its way: readFromClient parses it, workLoop runs it, and workLoop or
+// deliver answers it, or readFromClient if it is a Keys or Dump. Other Queries are messages to workLoop, such as that a goroutine
 // has ended. One goroutine at a time owns a Query; the channels queries and done pass it on.
 type Query struct {
 	key       string // also: the address of a failed TLS handshake
@@ -103,8 +103,8 @@ type verb struct {
 	searches bool   // it may search a long list, which takes long
 	lists    bool   // it walks the whole store, and is a chain of its own
 
-	// run does the request to the store, and keeps the result in q. It runs on workLoop's goroutine.
-	// now tells the time. nil: there is nothing to do, or the server does it.
+	// run does the request to the store, and keeps the result in q. It runs on workLoop's goroutine,
+	// and now is the clock. If run is nil, there is nothing to do, or the server does it.
 	run func(q *Query, db kvstore.Store, now clock)
 
 	// shrinks reports whether a write would leave the store no larger than it is. nil: it would
@@ -148,7 +148,8 @@ const needsKey = "a key, without a colon in it"
 
 // verbs has a row for each queryType that is parsed, run or answered. (Other places that know a verb
 // by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here Take in
-// mayWait, Expire in parseExpire, Get in appendLine, Help in init; Ack, Ping and Quit in main.go.)
+// mayWait, Expire in parseExpire, Get in appendLine, Help in init, Help and Quit in lookUp; Ack, Ping
+// and Quit in main.go.)
 // To add a verb, add:
 //
 //   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the
@@ -159,8 +160,10 @@ const needsKey = "a key, without a colon in it"
 //   - a case in the model of the tests: storetest's Request.Do, and model.answer in server_test.go
 //     (otherwise FuzzConversation fails);
 //   - the words that other programs use for it, in dialects;
-//   - a line in the README's table and in the conversations of the tests (otherwise
-//     TestEveryRequest fails): the conversations test everything else.
+//   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what n
+//     counts, and in the conversations of the tests (otherwise TestEveryRequest fails); the
+//     conversations test everything else;
+//   - its counter in the list of TestStats.
 var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
 		does:  "add value to the key's list, colons allowed",
@@ -178,7 +181,7 @@ var verbs = [queryTypes]verb{
 
 	update: {name: "Update", form: "Update:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
-		does:  "take the first old out, add new at the end",
+		does:  "remove the first old, add new at the end",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
 		run: runUpdate},
 

@@ -84,7 +84,8 @@ const (
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
-	// between two lines of log about an event that may happen a thousand times a second (seldom)
+	// seldomTime lies between two lines of log about an event that may happen a thousand times a
+	// second (seldom).
 	seldomTime = time.Minute
 
 	memoryPerClient = 17 << 10 // bytes that a quiet client takes
@@ -938,8 +939,8 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		}
 	}
 
-	// A Take that found nothing waits in takes. gathering waits for no client that has come without
-	// a write.
+	// A Take that found nothing waits in takes. A batch does not wait for a client that came
+	// without a write.
 	if isParked := chain.mayWait() && chain.n == 0; isParked {
 		s.takes.add(chain)
 		wrote = false
@@ -1013,7 +1014,8 @@ func (t *takeQueues) remove(c *Client) (chain *Query) {
 	return chain
 }
 
-// serveTakes gives a value that q has added to the Take that has waited longest for one.
+// serveTakes hands the values that q has added to the Takes that wait for its key, the longest
+// waiter first.
 func (s *keyValueServer) serveTakes(q *Query) {
 	if effect := q.row().effect; effect != adds && effect != replaces {
 		return
@@ -1152,7 +1154,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 }
 
 // isFull reports whether there is no memory for q. A write that leaves the store no larger may use
-// half of the reserve, because beside a snapshot even that takes memory.
+// half of the reserve, because while there is a snapshot even such a write copies memory.
 func (s *keyValueServer) isFull(q *Query) bool {
 	if s.budget.limit == 0 {
 		return false
@@ -1663,10 +1665,10 @@ func (s *keyValueServer) stats() []counter {
 			s.lostReplies.Load()},
 		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load()},
 		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.", s.budget.forQueues()},
-		{"writes_refused_total", "Writes that were refused, for the disk or the memory is full.",
+		{"writes_refused_total", "Writes that were refused: no room on disk or in memory, or spoiled files.",
 			s.noRoom.total + s.noMemory.total},
 		{"waiting_takes", "Takes that wait for a value.", s.takes.n},
-		{"expired_keys_total", "Keys that have gone because their time was over.", s.expired},
+		{"expired_keys_total", "Keys that were deleted because their time was over.", s.expired},
 		{"clients_refused_total", "Connections over -max-clients, which were refused.", s.full.total},
 		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
 			s.badHandshakes.total},
@@ -1680,11 +1682,11 @@ func (s *keyValueServer) stats() []counter {
 	return append(rows, []counter{
 		{"keys", "Keys in the store.", keys},
 		{"values", "Values in the store.", values},
-		{"expiring_keys", "Keys that go when their time is over.", s.db.Expiring()},
+		{"expiring_keys", "Keys that have a deadline (Expire, Lease).", s.db.Expiring()},
 		{"data_bytes", "Keys and values together.", bytes},
-		{"memory_bytes", "What the data and the clients take in memory, but for what is queued.",
+		{"memory_bytes", "What the data and the clients take in memory, without queued replies.",
 			s.budget.data()},
-		{"memory_limit_bytes", "At so much writes are refused; 0: no limit.", s.budget.forData()},
+		{"memory_limit_bytes", "Writes that need more are refused; 0: no limit.", s.budget.forData()},
 		{"process_bytes", "What the process takes from the system.", processBytes()},
 	}...)
 }

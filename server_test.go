@@ -12,7 +12,8 @@
 //
 // The store has its own tests in kvstore/.
 //
-// The promises of the README, and more, each with the tests that show it:
+// The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$' ./...
+// finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its story.)
 //
 //	Every input gets exactly the protocol's replies, however the network splits it
 //		FuzzConversation, TestInputAtEverySplitPoint
@@ -21,7 +22,7 @@
 //	With -data nothing that was answered is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
 //		TestKilledServer
-//	Files that somebody removes under a running server are written anew
+//	Files that somebody removes under a running server are written again
 //		TestRemovedFilesAreWrittenAnew, TestHealMayFail, TestRemovedRealFiles
 //	A start copies nothing, and a full disk stops neither it nor reading
 //		TestStartCopiesNothing, TestFullDisk, TestFullDiskRefusesWrites
@@ -43,7 +44,7 @@
 //		TestBackup, TestBackupBesideARealStore
 //	No reply leaves before its Commit
 //		TestCommitBeforeReplies
-//	Damage is refused by name, never guessed at, never overwritten
+//	Damage is refused by name and never overwritten
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
 //	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
@@ -52,7 +53,7 @@
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	A client waits for a few milliseconds of others' work, not for all that they have sent
+//	No client waits more than some milliseconds for others, however much they have sent
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
 //	Log output can neither stop nor end a server
@@ -71,7 +72,7 @@
 //	Every limit holds at its edge
 //		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
-//	A client CA lets in only whom it certified
+//	With `-tls-client-ca` only clients that this CA has certified get in
 //		TestTLS
 //	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
 //		TestTLSHandshakesHoldNoPlace, TestTLSBesideSilentConnects, TestWatchFewConnections
@@ -1584,7 +1585,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		put("server.pem", read("server.pem")) // its key is not there yet
 		pass(2*lookAgain + time.Second)
 		told := log.take()
-		if got := strings.Count(told, "cannot be read anew"); shown() != first || got != 1 {
+		if got := strings.Count(told, "cannot be read again"); shown() != first || got != 1 {
 			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
 				got, shown() != first, told)
 		}
@@ -1599,7 +1600,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		again <- syscall.SIGHUP
 		synctest.Wait()
 		told = log.take()
-		if shown() != second || strings.Count(told, "cannot be read anew") != 1 {
+		if shown() != second || strings.Count(told, "cannot be read again") != 1 {
 			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second, told)
 		}
 		put("server.key", read("server.key"))
@@ -1615,7 +1616,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		log.take()
 		pass(lookAgain + time.Second)
 		told = log.take()
-		if got := strings.Count(told, "cannot be read anew"); shown() != second || got != 1 {
+		if got := strings.Count(told, "cannot be read again"); shown() != second || got != 1 {
 			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
 		}
 

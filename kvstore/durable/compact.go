@@ -108,7 +108,7 @@ func (d *Store) noteSnapshot(c *compaction) {
 	})
 }
 
-// compaction is one that will run, runs, or has ended. It shares nothing with the Store except the
+// compaction is a compaction before, while and after it runs. It shares nothing with the Store except the
 // directory, so it may run on a goroutine of its own.
 type compaction struct {
 	dir      storage.Directory

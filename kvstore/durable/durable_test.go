@@ -446,7 +446,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 				t.Fatal(err)
 			}
 			isNew := d.number == 2 && len(dir.Names["seg-1.log"].Data) == size
-			if isNew == isFull || strings.Contains(log.String(), "written anew") {
+			if isNew == isFull || strings.Contains(log.String(), "written again") {
 				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number, log)
 			}
 			dir.Before = nil

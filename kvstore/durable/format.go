@@ -446,8 +446,9 @@ func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error)
 }
 
 // extendLog opens a log file to go on writing at end, where its last frame ends. The writer is
-// spoiled unless this is the file with the stamp was, which was made or read before.
-func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, end int64) (*logWriter, error) {
+// spoiled if this is not the file that was made or read before, whose Stamp is stamp.
+func extendLog(d storage.Directory, h fileHeader, stamp storage.Stamp, end int64) (*logWriter,
+	error) {
 	f, err := d.Extend(h.name())
 	if err != nil {
 		return nil, err
@@ -458,7 +459,7 @@ func extendLog(d storage.Directory, h fileHeader, was storage.Stamp, end int64) 
 	_, _, zeros := d.Sizes()
 	w.isWatched = zeros > 0
 	w.stamp, err = f.Stamp()
-	w.isSpoiled = !w.stamp.IsSameFile(was)
+	w.isSpoiled = !w.stamp.IsSameFile(stamp)
 	if err == nil && w.isWatched {
 		_, err = f.ReadAt(w.end[:], end-frameSize)
 	}

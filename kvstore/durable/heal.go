@@ -125,7 +125,7 @@ func (d *Store) lookForFiles(now time.Time) error {
 			d.healWait = min(max(2*d.healWait, lookTime, time.Since(now)), compactTime)
 			d.healAfter = time.Now().Add(d.healWait)
 			d.noHeal = fmt.Errorf("%w: %w", ErrSpoiled, err)
-			d.log.Error("cannot write the data anew, so the server's end would lose it: writes are "+
+			d.log.Error("cannot write the data again, so the server's end would lose it: writes are "+
 				"refused; save it with kvserver -c Dump; trying again", "in", d.healWait, "error", err)
 			return d.noHeal
 		}
@@ -180,7 +180,7 @@ func (d *Store) mend(c changes) (left changes, err error) {
 	switch {
 	case len(c.spoiled) > 0:
 		d.log.Error("files were removed or changed while the server uses them; all data is "+
-			"written anew from memory", "files", c.spoiled, "dir", d.dir.Path(""))
+			"written again from memory", "files", c.spoiled, "dir", d.dir.Path(""))
 	case slices.ContainsFunc(c.leftovers, isNew):
 		d.log.Error("files that are of no use any more are in the directory, as a copy that is "+
 			"put over it leaves them; they are removed", "files", c.leftovers, "dir", d.dir.Path(""))

@@ -547,7 +547,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			if err := d.Room(4, true); err != nil || d.Delete("gone") != 1 {
 				t.Errorf("%s: room for a Delete: %v", name, err)
 			}
-			if n := strings.Count(log.String(), "cannot write the data anew"); n != 3 {
+			if n := strings.Count(log.String(), "cannot write the data again"); n != 3 {
 				t.Errorf("%s: it was tried %d times, the log says\n%s", name, n, log)
 			}
 

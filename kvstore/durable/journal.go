@@ -43,7 +43,7 @@ type journal struct {
 	current    *logWriter
 	sequence   uint64      // of the last frame written
 	synced     uint64      // of the last frame known to be on disk
-	vouched    bool        // no frame is due that says that everything before it is on disk
+	vouched    bool        // the last frame needs no frame that vouches for it
 	err        error       // the first failure; from then on nothing is written
 	timer      *time.Timer // of the next tick; nil: none is due
 	since      time.Time   // when the running tick began; zero: none runs

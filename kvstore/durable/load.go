@@ -232,7 +232,7 @@ func (s *files) checkObsolete() error {
 		if err != nil || !end.goesOn() || end.tail == damaged {
 			return &storage.DamageError{File: l.path, What: fmt.Sprintf(
 				"it is older than snap-%d.log and no full file: an older copy was put over a "+
-					"newer store, or writing removed files anew was stopped", s.snapshot)}
+					"newer store, or the server was killed while it wrote removed files again", s.snapshot)}
 		}
 	}
 	return nil

@@ -41,8 +41,8 @@ func (d *Store) growSpare(bytes int64) error {
 	return d.spare.makeRoom(bytes + step - bytes%step)
 }
 
-// toDelete returns how many bytes of log it takes to delete every key, one at a time, and also a
-// new key of this many bytes.
+// toDelete returns how many bytes of log it takes to delete every key, one at a time, with one more
+// key of this many bytes.
 func (d *Store) toDelete(bytes int64) int64 {
 	// Each Delete may be a Commit of its own, and so a frame of its own.
 	keys, _, _ := d.Size()
@@ -95,8 +95,8 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
-	// While large writes are refused, small ones may be taken. Only when the largest refused one
-	// finds room there is room again. A very large one is not tried here: it has to come again.
+	// While large writes are refused, small ones may be taken. There is room again only when the
+	// largest refused write would fit. If that is very large, nothing tries it until it comes again.
 	switch most := d.mostRefused; {
 	case err != nil:
 		d.roomAfter = time.Now().Add(roomTime)

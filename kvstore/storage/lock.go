@@ -281,7 +281,7 @@ func (l *diskLock) again() error {
 
 	// Only now: until the new file is signed, the old one is the lock.
 	old.Close()
-	l.dir.log.Warn("LOCK was removed or replaced while it was locked: it was made anew", "dir",
+	l.dir.log.Warn("LOCK was removed or replaced while it was locked: it was made again", "dir",
 		l.dir.path)
 	return nil
 }

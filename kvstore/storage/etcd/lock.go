@@ -49,16 +49,16 @@ type clusterLock struct {
 	ctx    context.Context // done when the lock is lost or given back; its cause says why
 	cancel context.CancelCauseFunc
 
-	confirmed atomic.Pointer[time.Time] // when the last sign of life was sent that has arrived
+	confirmed atomic.Pointer[time.Time] // when the last confirmed sign of life was sent
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
 	// sent to by look, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
-	beating context.Context // of beat: done after Close, or when ctx is done
+	beating context.Context // beat's context: ends at Close, or when ctx ends
 	stop    context.CancelFunc
 	ended   chan struct{} // closed by beat when it ends
-	silent  bool          // no sign of life has arrived since the log was told so; beat's
+	silent  bool          // the log has said that etcd does not answer; used by beat alone
 }
 
 // isOurs is the comparison that every transaction of the holder makes.
@@ -194,9 +194,9 @@ func (w *sight) replace(ctx context.Context, l *clusterLock) (done bool, err err
 	return done, err
 }
 
-// isFree reports whether the process with that token may take the lock: it was given back, or never
-// was there, or there was no sign of life for lockTime, by our clock, or it is the process's own
-// already, because only the answer to take was lost.
+// isFree reports whether the process with that token may take the lock: no process has ever had it,
+// or it was given back, or it is the process's own already (only the answer to take was lost), or
+// its holder has shown no sign of life for lockTime by our clock.
 func (w *sight) isFree(token string) bool {
 	return w.isNew || w.Released || w.Token == token || time.Since(w.since) >= lockTime
 }
@@ -354,7 +354,7 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	// If another server was faster, it keeps the lock.
 	done, err := w.replace(ctx, l)
 	if done {
-		l.d.log.Error("the lock was deleted in etcd, or an older state restored: taken anew")
+		l.d.log.Error("the lock was deleted in etcd, or an older state was restored: it was taken again")
 	}
 	return err
 }
