@@ -397,7 +397,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 		case at == steps/20-1:
 			checkFootprint(t, store)
 			checkInside(t, store)
-		case at >= steps/50 && at%(steps/500) == 0:
+		case at >= steps/50 && at%(steps/100) == 0:
 			checkFootprint(t, store)
 		}
 	}
