@@ -1,0 +1,482 @@
+package etcd
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// Ensure that a file in etcd has what was written to it, and ends where it was cut, or where bytes
+// before its end were replaced.
+func TestEtcdFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		defer lock.Close()
+		random := rand.New(rand.NewPCG(1, 1))
+		for round := range 30 {
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []byte
+			for range 40 {
+				at := len(want)
+				if random.IntN(3) == 0 {
+					at = random.IntN(len(want) + 1)
+				}
+				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
+				case 0:
+					f.Truncate(int64(at))
+					want = want[:at]
+				case 1:
+					f.Sync()
+				case 2:
+					got := make([]byte, size)
+					n, err := f.ReadAt(got, int64(at))
+					if rest := want[min(at, len(want)):]; n != min(size, len(rest)) ||
+						!bytes.Equal(got[:n], rest[:n]) || (n < size) != (err == io.EOF) {
+						t.Fatalf("round %d: at %d of %d bytes: %d of %d are read, %v", round, at,
+							len(want), n, size, err)
+					}
+				default:
+					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
+					copy(b, want[at:min(len(want), at+random.IntN(size+1))])
+					if _, err := f.WriteAt(b, int64(at)); err != nil {
+						t.Fatal(err)
+					}
+					if !bytes.HasPrefix(want[at:], b) {
+						want = append(want[:at], b...)
+					}
+				}
+			}
+			f.Sync()
+			again, size, err := dir.Open("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+			if !bytes.Equal(got, want) || size != int64(len(want)) || err != nil {
+				t.Fatalf("round %d: the file has %d bytes, says %d, want %d, %v", round, len(got),
+					size, len(want), err)
+			}
+		}
+		if err := dir.Remove("file"); err != nil ||
+			e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
+			t.Errorf("a removed file leaves pieces: %v", err)
+		}
+	})
+}
+
+// write appends to a file, and fails the test if that fails.
+func write(t *testing.T, f storage.File, at *int64, b []byte) {
+	t.Helper()
+	n, err := f.WriteAt(b, *at)
+	if err := errors.Join(err, f.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	*at += int64(n)
+}
+
+// Ensure that a file may be renamed while it is written, and has all its bytes afterwards.
+func TestEtcdRenameBesideWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w, lock := newFakeEtcd().locked(t)
+		f, err := dir.Create("a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		w.slow = 70 * time.Millisecond
+		w.mu.Unlock()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			for i, at := 0, int64(0); i < 50; i++ {
+				write(t, f, &at, []byte{byte(i)})
+				<-time.After(10 * time.Millisecond)
+			}
+		}()
+		for i := range 30 {
+			names := []string{"a", "b", "a"}[i%2:]
+			if err := dir.Rename(names[0], names[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-ended
+		if err := lock.Held(); err != nil || f.(*pieceFile).end() != 50 {
+			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).end())
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that whichever answer about a file of small writes comes too late, the file has all that
+// was written, and nothing counts as gone.
+func TestEtcdLateAnswers(t *testing.T) {
+	t.Parallel()
+	random := make([]byte, 80<<10)
+	rand.NewChaCha8([32]byte{2}).Read(random)
+	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			dir, w := e.dir(t, t.Context(), "")
+			w.at, w.fault = n, tooLate
+			lock, err := dir.Lock(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := int64(0); at < int64(len(random)); {
+				write(t, f, &at, random[at:at+2<<10])
+			}
+			reached = w.count() >= n
+			if err := lock.Held(); err != nil {
+				t.Errorf("request %d: %v", n, err)
+			}
+			reader, _ := e.dir(t, t.Context(), "")
+			again, size, err := reader.Open("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+			if !bytes.Equal(got, random) || err != nil {
+				t.Errorf("request %d: %d bytes are read of %d: %v", n, len(got), len(random), err)
+			}
+			lock.Close()
+		})
+	}
+}
+
+// Ensure that a reader of a large file asks for as much at a time as etcd answers.
+func TestEtcdReadAhead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		dir, w, lock := newFakeEtcd().locked(t)
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		large := make([]byte, 1<<20)
+		rand.NewChaCha8([32]byte{3}).Read(large)
+		const size = 6 << 20
+		for at := int64(0); at < size; {
+			write(t, f, &at, large)
+		}
+		before := w.count()
+		for at := int64(0); at < size; at += int64(len(large)) {
+			if n, err := f.ReadAt(large, at); n < len(large) {
+				t.Fatal(err)
+			}
+		}
+		// The first pages are smaller.
+		n, most := w.count()-before, 10+int(size/pageMost)
+		if n > most {
+			t.Errorf("%d bytes are asked for in %d parts, want %d", size, n, most)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a reader counts no bytes twice while the writer joins pieces.
+func TestEtcdJoinedWhileRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := int64(0)
+		for range joinMost {
+			write(t, f, &at, []byte("x"))
+		}
+		reader, _ := e.dir(t, t.Context(), "")
+		was, size, err := reader.Open("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, f, &at, []byte("x"))
+		if n, err := was.ReadAt(make([]byte, size), 0); n != joinMost {
+			t.Errorf("%d bytes are read of %d: %v", n, size, err)
+		}
+		now, _, err := reader.Open("file")
+		if a, b := was.(*pieceFile), now.(*pieceFile); err != nil || a.keys != 1 || b.keys != 1 {
+			t.Errorf("%d pieces are counted, and %d by a new reader: %v", a.keys, b.keys, err)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a process that reads a file while another one writes it finds what is added, gets an
+// os.ErrNotExist once the file was removed or replaced, and reads no wrong bytes after a read that
+// has failed.
+func TestEtcdFileReadBesideWriter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		writer, _, lock := e.locked(t)
+		defer lock.Close()
+		piece := func(i int) string {
+			return string(e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).KVs[i].Key)
+		}
+
+		// Each case changes file f, of three pieces, and returns what a read of all of it must end
+		// with.
+		for what, do := range map[string]func(f storage.File, reader *etcdWire) (size int, want error){
+			"it is written": func(f storage.File, _ *etcdWire) (int, error) {
+				at := int64(9)
+				write(t, f, &at, []byte("333"))
+				return 12, nil
+			},
+			"it is removed": func(storage.File, *etcdWire) (int, error) {
+				writer.Remove("f")
+				return 9, fs.ErrNotExist
+			},
+			"it is made anew": func(storage.File, *etcdWire) (int, error) {
+				writer.Create("f")
+				return 9, fs.ErrNotExist
+			},
+			"a read of it fails where a piece is gone": func(_ storage.File, w *etcdWire) (int, error) {
+				e.delete(piece(1))
+				before := w.count()
+				w.mu.Lock()
+				w.before = func(n int) { w.setCut(n > before+2 && n < before+4) }
+				w.mu.Unlock()
+				return 9, nil
+			},
+		} {
+			f, err := writer.Create("f")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := int64(0); at < 9; {
+				write(t, f, &at, fmt.Append(nil, 111*(1+at/3)))
+			}
+			dir, w := e.dir(t, t.Context(), "")
+			r, size, err := dir.Open("f")
+			if size != 9 || err != nil {
+				t.Fatalf("the file has %d bytes: %v", size, err)
+			}
+			n, want := do(f, w)
+			b := make([]byte, n)
+			got, err := r.ReadAt(b, 0)
+			for range 2 {
+				if errors.Is(err, ErrUnreachable) {
+					got, err = r.ReadAt(b, 0)
+				}
+			}
+			if !errors.Is(err, want) || want == nil && got != n {
+				t.Errorf("%s: %d bytes are read of %d: %v, want %v", what, got, n, err, want)
+			}
+			writer.Remove("f")
+		}
+
+		// To open it again finds its new state, and takes no more requests if it has many pieces.
+		f, err := writer.Create("f")
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir, w := e.dir(t, t.Context(), "")
+		asked := 0
+		for at := int64(0); at < 60; {
+			write(t, f, &at, []byte("111"))
+			before := w.count()
+			_, listErr := dir.List()
+			_, size, err := dir.Open("f")
+			if err := errors.Join(err, listErr); size != at || err != nil {
+				t.Errorf("the file is opened with %d bytes of %d: %v", size, at, err)
+			}
+			if n := w.count() - before; asked > 0 && n != asked {
+				t.Errorf("a list and an Open of %d pieces take %d requests, and before %d", at/3, n, asked)
+			}
+			asked = w.count() - before
+		}
+
+		// The file is removed while it is opened, some of its pieces first.
+		dir, w = e.dir(t, t.Context(), "")
+		w.mu.Lock()
+		w.before = func(n int) {
+			if n == 2 {
+				e.delete("kv/n/f")
+				e.delete(piece(0))
+			}
+		}
+		w.mu.Unlock()
+		if _, size, err := dir.Open("f"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a file that goes is opened with %d bytes: %v", size, err)
+		}
+	})
+}
+
+// Ensure that a check calls a changed piece damage, whatever the change is, if anything that was
+// answered is lost with it, and that a repair still works.
+func TestEtcdSpoiledPieces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 3 {
+			commit(t, d, h, fmt.Sprint("text", i), strings.Repeat("text", 500))
+			commit(t, d, h, fmt.Sprint("random", i), shrinking(1000, 1))
+		}
+		d.Close()
+
+		sizes := map[string]int64{}
+		whole := e.copy()
+		for key := range whole.kvs {
+			if strings.HasPrefix(key, "kv/d/") {
+				var size int64
+				fmt.Sscanf(key[len(key)-6:], "%x", &size)
+				sizes[key] = size
+			}
+		}
+		for key, size := range sizes {
+			was := whole.kvs[key].Value
+			for what, value := range map[string][]byte{
+				"empty": {}, "its half": was[:len(was)/2], "a zero more": append(slices.Clone(was), 0),
+				"zeros": make([]byte, len(was)), "twice": slices.Concat(was, was),
+				"more than its size, packed": pack(append(slices.Clone(unpack(was, size)),
+					make([]byte, 1000)...)),
+			} {
+				e.restore(whole.copy(), e.id)
+				e.put(key, string(value))
+				checker, _ := e.dir(t, t.Context(), "")
+				if r, err := durable.Check(checker); err == nil && !r.Damaged &&
+					!strings.Contains(fmt.Sprint(r.Lines), "holds 6 keys, 6 values, 9036 bytes") {
+					t.Errorf("%s is %s: %v", key, what, r.Lines)
+				}
+				saved, _ := newFakeEtcd().dir(t, t.Context(), "")
+				if _, err := durable.Repair(checker, saved); err != nil {
+					t.Errorf("repair where %s is %s: %v", key, what, err)
+				}
+			}
+		}
+	})
+}
+
+// Ensure that a large commit is many pieces, or one if it shrinks enough, that many small commits
+// are few pieces, and that files of many small pieces, as an earlier version left them, are read in
+// parts.
+func TestEtcdManyPieces(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _ := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := storetest.NewHistory()
+		put := func(key, value string) {
+			t.Helper()
+			d.Put(key, value)
+			h.Done.Put(key, value)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+		before := e.list(pieces).Count
+		put("text", strings.Repeat("text", 100<<10))
+		if n := e.list(pieces).Count - before; n != 1 {
+			t.Errorf("what shrinks enough is %d pieces", n)
+		}
+		put("quarter", shrinking(1<<20, 4))
+		if n := e.list(pieces).Count - before; n > 1+5+1 {
+			t.Errorf("with what shrinks to a quarter there are %d pieces", n)
+		}
+		random := make([]byte, 900<<10)
+		rand.NewChaCha8([32]byte{1}).Read(random)
+		put("large", string(random))
+		const commits = 700
+		for i := range commits {
+			put("small", fmt.Sprint(i))
+			if i%200 == 199 { // a large value now and then
+				put("middle", string(random[:joinBytes]))
+			}
+			if n := e.list(pieces).Count; n > 500 {
+				t.Fatalf("%d commits are %d pieces", i, n)
+			}
+		}
+		d.Close()
+
+		// Replace the pieces by small ones.
+		kvs := e.list(pieces).KVs
+		e.delete("kv/d/")
+		numbers := map[string]int{}
+		for _, kv := range kvs {
+			id, piece, _ := strings.Cut(strings.TrimPrefix(string(kv.Key), "kv/d/"), "/")
+			var number int
+			var start, size int64
+			fmt.Sscanf(piece, "%x-%x-%x", &number, &start, &size)
+			for data := unpack(kv.Value, size); len(data) > 0; {
+				n := min(len(data), 64)
+				e.put(fmt.Sprintf("kv/d/%s/%08x-%012x-%06x", id, numbers[id], start, n),
+					string(data[:n]))
+				data, start = data[n:], start+int64(n)
+				numbers[id]++
+			}
+		}
+		if n := e.list(pieces).Count; n < 3*keysMost {
+			t.Fatalf("there are only %d pieces", n)
+		}
+		h.Told = h.Done.Clone()
+		dir, _ = e.dir(t, t.Context(), "new:9999")
+		checkKept(t, h, dir.directory, "a store of many pieces")
+
+		dir, _ = e.dir(t, t.Context(), "")
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.Remove("seg-1.log"); err != nil || len(e.orphans()) > 0 {
+			t.Errorf("a file of many pieces leaves %d when it goes: %v", len(e.orphans()), err)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that small commits are joined over a slow link, too.
+func TestEtcdJoinsOnASlowLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+
+		// In files of the usual size: compactions of small ones would leave few pieces, too.
+		dir, w := e.dir(t, t.Context(), "new:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.dir.client.wasTooMuch(20 << 10)
+		const commits = 500
+		for i := range commits {
+			d.Put("small", fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pieces := keyRange{Key: w.dir.key("d/"), End: below(w.dir.key("d/"))}
+		if n := e.list(pieces).Count; n > commits*2/3 {
+			t.Errorf("%d commits are %d pieces", commits, n)
+		}
+		d.Close()
+	})
+}

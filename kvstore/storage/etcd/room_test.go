@@ -1,0 +1,194 @@
+package etcd
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
+	"kvserver/kvstore/storetest"
+)
+
+// Ensure that a server whose lock is deleted in a full cluster asks now and then whether it can
+// take it again, and gives up when it would for an etcd that does not answer.
+func TestEtcdFullWithoutALock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		e.setFull(true)
+		e.delete("kv/lock")
+
+		const most = 1000
+		before, began := w.count(), time.Now()
+		w.mu.Lock()
+		w.at, w.fault = before+most, killed
+		w.mu.Unlock()
+		err := w.dir.do(0, []operation{deleteKeys(w.dir.key("none"), nil)})
+		asked, took := w.count()-before, time.Since(began)
+		if err == nil || asked >= most || took < patienceTime/2 || took > 2*patienceTime {
+			t.Errorf("after %v and %d requests it ends with %v", took, asked, err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that while etcd refuses every put, a server with a standby goes on answering reads, that
+// writes are refused with words that say what to do, and are taken again by themselves once there
+// is room, and that the two never both serve, whenever the first is cut off.
+func TestEtcdFull(t *testing.T) {
+	t.Parallel()
+	for cut := 20 * time.Second; cut <= 26*time.Second; cut += 500 * time.Millisecond {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			d, w := e.open(t)
+			room := w.dir.directory
+			commit(t, d, h, "k", "v")
+			second := make(chan *durable.Store, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			dir, _ := e.dir(t, ctx, "second:9999")
+			dir.opts.Status = new(storage.Status)
+			go func() {
+				d, _ := durable.Open(ctx, dir, durable.Options{})
+				second <- d
+			}()
+			<-time.After(3 * time.Second)
+			e.setFull(true)
+			<-time.After(2 * time.Second)
+			if err := room.RoomFor(100, true); !errors.Is(err, syscall.ENOSPC) ||
+				!strings.Contains(err.Error(), "alarm disarm") {
+				t.Errorf("a write to a full cluster: %v", err)
+			}
+			for range 20 {
+				d.Get("k")
+				if err := d.Commit(); err != nil {
+					t.Fatalf("a read from a full cluster: %v", err)
+				}
+				<-time.After(time.Second)
+			}
+			if stage := dir.opts.Status.Stage(); !strings.Contains(stage, "etcd is full") {
+				t.Errorf("who stands by says %q", stage)
+			}
+			time.AfterFunc(time.Until(time.Now().Add(cut-20*time.Second)), func() { w.setCut(true) })
+			<-time.After(time.Second)
+			e.setFull(false)
+			for range 100 {
+				d.Get("k")
+				done := make(chan error, 1)
+				go func() { done <- d.Commit() }()
+				err := <-done
+				select {
+				case other := <-second:
+					if err == nil {
+						t.Errorf("cut off after %v: two serve", cut)
+					}
+					if !h.Told.Equal(other) {
+						t.Error("what was told is lost")
+					}
+					second <- other
+				default:
+				}
+				<-time.After(100 * time.Millisecond)
+			}
+			if d := <-second; d == nil {
+				t.Error("nobody takes over")
+			} else {
+				d.Close()
+			}
+			cancel()
+			d.Close()
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		e.setFull(true)
+		<-time.After(10 * time.Second)
+		e.setFull(false)
+		<-time.After(2 * time.Second)
+		if err := w.dir.RoomFor(100, false); err != nil {
+			t.Errorf("there is room again: %v", err)
+		}
+		commit(t, d, h, "k", "v")
+		d.Close()
+	})
+}
+
+// Ensure that writes are refused before the quota is reached, that Deletes go on, and that values
+// that were overwritten do not take room for long.
+func TestEtcdQuota(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		e.quota = 12 << 20
+		d, w := e.open(t)
+		value := make([]byte, 128<<10)
+		n := 0
+		for w.dir.RoomFor(int64(len(value)), false) == nil && n < 200 {
+			rand.Read(value)
+			d.Put(fmt.Sprint(n), string(value))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+			<-time.After(100 * time.Millisecond)
+			n++
+		}
+		if n < 22 || n > 84 {
+			t.Errorf("%d values are written where there is room for 96", n)
+		}
+		<-time.After(2 * time.Second)
+		for i := range n {
+			if err := w.dir.RoomFor(10, true); err != nil {
+				t.Fatalf("Delete number %d of %d: %v", i, n, err)
+			}
+			d.Delete(fmt.Sprint(i))
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+		}
+		<-time.After(2 * time.Second)
+		if err := w.dir.RoomFor(int64(len(value)), false); err != nil {
+			t.Errorf("after all was deleted: %v", err)
+		}
+		if e.forgot == 0 {
+			t.Error("etcd keeps what was deleted")
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a store in a full cluster is closed without its last frame, and opens again.
+func TestEtcdCloseWhileFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		e.quota = 64 << 20
+		d, _ := e.open(t)
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(5 * time.Second)
+		e.setFull(true)
+		<-time.After(5 * time.Second)
+
+		began := time.Now()
+		if err := d.Close(); err != nil || time.Since(began) > time.Second {
+			t.Errorf("Close: %v, after %v", err, time.Since(began))
+		}
+		e.setFull(false)
+		again, _ := e.open(t)
+		if got := again.Get("k"); len(got) != 1 {
+			t.Errorf("then there are %q", got)
+		}
+		again.Close()
+	})
+}
