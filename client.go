@@ -255,8 +255,8 @@ func (c *Client) tellLoss() {
 		return
 	}
 
-	why := fmt.Sprintf("%d replies were dropped, because you read nothing for over a second; "+
-		"after Ack none is", lost)
+	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
+		"Ack none is", lost)
 	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
 }
 
