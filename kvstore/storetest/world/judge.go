@@ -14,6 +14,7 @@ import (
 const (
 	closeTime  = 3500 * time.Millisecond // limit of Close, without the time that the disk takes
 	lineTime   = 30 * time.Second        // a line that was begun must end by then
+	listTime   = 20 * time.Second        // limit of a Keys that waits for others' snapshots
 	goneTime   = time.Second             // limit of a Take whose client has gone
 	expireTime = 100 * time.Millisecond  // a key is gone by then after its deadline
 	steadyRate = 256 << 10               // bytes a second: who reads this fast loses nothing

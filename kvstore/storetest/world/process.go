@@ -330,7 +330,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	// Limits are low in some worlds, so that clients reach them.
 	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
 		MaxClients: Pick(r, 5, 100, 100), MaxQueues: 1 << 30, FewKeys: Pick(r, 5, 1000),
-		Snapshots: Pick(r, 1, 4), Handshakes: Pick(r, 3, 1000)}
+		Snapshots: Pick(r, 1, 4), Handshakes: Pick(r, 3, 10, 1000)}
 	if Chance(r, 3) {
 		s.MaxQueues = int64(Pick(r, 2*kilo, 100*kilo))
 	}

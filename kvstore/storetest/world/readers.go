@@ -105,8 +105,9 @@ func (v *visitor) stop() {
 	}
 
 	// If its replies cannot be dropped, a server with a limit of memory has no room for all of
-	// them.
-	isTooMuch := (hello == "Ack" || verb == "Dump") && v.mute && v.settings.MaxMessage > 2*kilo
+	// them, or needs the memory of the values that they keep.
+	isTooMuch := (hello == "Ack" || verb == "Dump") && v.settings.Other > 0 &&
+		(!v.mute || v.settings.MaxMessage > 2*kilo)
 	v.awaitCut(isTooMuch, verb == "Dump" && Chance(v.random, 2))
 }
 
@@ -136,6 +137,40 @@ func (v *visitor) awaitCut(isTooMuch, drips bool) {
 			v.conn.SetReadDeadline(time.Now().Add(time.Second))
 			io.CopyN(io.Discard, v.r, 2*kilo)
 		}
+	}
+}
+
+// drip has others read a Dump each by drips: too often to count as slow, and yet more slowly than any
+// steady reader. They have all the snapshots, and must lose one to a client that waits for it.
+func (v *visitor) drip() {
+	key := "drip" + v.id
+	if v.fillList(key, 22, 15*kilo) == nil {
+		return
+	}
+
+	var readers sync.WaitGroup
+	defer readers.Wait()
+	for range v.settings.Snapshots {
+		other := &visitor{process: v.process, id: v.id, random: v.random, calm: true, narrow: true}
+		if !other.dial() {
+			return
+		}
+		defer other.conn.Close()
+
+		io.WriteString(other.conn, "Dump:"+key+"\n")
+		readers.Go(func() {
+			for err := error(nil); err == nil; _, err = io.CopyN(io.Discard, other.r, 800) {
+				Wait(time.Second / 10)
+			}
+		})
+	}
+
+	// By then they are known to read.
+	Wait(3 * time.Second)
+	asked := time.Now()
+	last, ok := v.ask("Keys:none")
+	if took := time.Since(asked); ok && took > listTime+2*v.slack() {
+		v.fail("beside clients that drip a Keys takes %v: %s", took, last)
 	}
 }
 
