@@ -59,14 +59,14 @@
 //	Log output can neither stop nor end a server
 //		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
-//		TestCloseInEveryState, TestCloseAnswersWhatWasRead, TestCloseWithTLS
+//		TestCloseInEveryState, TestCloseUnderASteadyReader, TestCloseWithTLS
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
 //		TestFsyncDuringWrite, TestEveryCallFails
 //	A key is gone for everybody when its time is over, and stays gone
 //		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
 //		TestExpireIsCommitted, TestExpireOnAFullDisk
 //	The Take that has waited longest gets the next value, and nobody else gets it
-//		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestTakeWaitsForCommit, TestKilledServer
+//		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestCommitBeforeReplies, TestKilledServer
 //	Locks, counters and queues are right
 //		TestReadmeLock, TestReadmeQueue, TestReadmeConversations, TestKilledServer
 //	Every limit holds at its edge
@@ -75,7 +75,7 @@
 //	With `-tls-client-ca` only clients that this CA has certified get in
 //		TestTLS
 //	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
-//		TestTLSHandshakesHoldNoPlace, TestTLSBesideSilentConnects, TestWatchFewConnections
+//		TestTLSHandshakesHoldNoPlace, TestWatchFewConnections
 package main
 
 import (
@@ -1049,11 +1049,7 @@ func TestLogNeverBlocks(t *testing.T) {
 			for i := range logLines + 100 { // one line is being written
 				log.Info("a line", "number", i)
 			}
-			start := time.Now()
-			log.flush()
-			if took := time.Since(start); took != flushTime {
-				t.Errorf("flush waited %v for somebody who does not read, want %v", took, flushTime)
-			}
+			within(t, flushTime, flushTime, log.flush) // for somebody who does not read
 			var text strings.Builder
 			done := make(chan struct{})
 			go func() {
@@ -1084,14 +1080,10 @@ func TestLogMayEnd(t *testing.T) {
 	t.Parallel()
 	for _, gone := range []bool{false, true} {
 		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		cmd := binary("-addr", "127.0.0.1:0", "-v")
 		cmd.Stderr = w
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, cmd.Start())
 		w.Close()
 		defer cmd.Process.Kill()
 		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
@@ -1187,9 +1179,7 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		a.close()
 		synctest.Wait()
 		b := n.dial(t)
-		if got := b.stat("replies_dropped_total"); got != 1 {
-			t.Errorf("Stats counts %d dropped replies, want 1", got)
-		}
+		b.wantStat("replies_dropped_total", 1)
 		b.hangUp()
 		n.server.Close()
 
@@ -1214,59 +1204,30 @@ func TestSignalsWhileLoading(t *testing.T) {
 	}
 	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
 	pipe, _ := cmd.StderrPipe()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	defer cmd.Process.Kill()
 	log := bufio.NewReader(pipe)
 	if line, err := log.ReadString('\n'); err != nil || !strings.Contains(line, "msg=starting") {
 		t.Errorf("the log begins with %q, %v", line, err)
 	}
-	cmd.Process.Signal(os.Interrupt)
-	rest, _ := io.ReadAll(log)
-	if err := cmd.Wait(); err != nil || !bytes.Contains(rest,
-		[]byte("stopped while opening the data")) || !bytes.Contains(rest,
-		[]byte(`msg="opening the data" at=`+dir)) {
-		t.Errorf("%v, the log is %s", err, rest)
-	}
+	stopBinary(t, cmd, log, os.Interrupt, `msg="opening the data" at=`+dir,
+		"stopped while opening the data")
 }
 
 // Ensure that each signal stops the server cleanly after clients' last replies were delivered, and
-// that the log says so.
+// that the log says so; but that SIGHUP ends nothing where the log does not go to a terminal.
 func TestSignalsStopCleanly(t *testing.T) {
 	t.Parallel()
-	for _, sig := range stopSignals() { // under nohup SIGHUP is not one of them
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
 		a, idle := dialTCP(t, addr), dialTCP(t, addr)
-		a.send("Put:k:v\nGet:k\n")
-		a.want("k:v")
+		cmd.Process.Signal(syscall.SIGHUP)
+		cmd.Process.Signal(syscall.SIGHUP)
+		a.ask("Put:k:v\nGet:k", "k:v")
 		idle.ask("Ping", ":PONG")
-		cmd.Process.Signal(sig)
-		a.wantClosed()
-		idle.wantClosed()
-		rest, _ := io.ReadAll(log)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("%v: %v", sig, err)
-		}
-		if !bytes.Contains(rest, []byte("msg=stopping clients=2")) || !bytes.Contains(rest,
-			[]byte("msg=stopped clients_served=2 requests=3 replies_dropped=0")) {
-			t.Errorf("%v: the log ends with %s", sig, rest)
-		}
-	}
-}
-
-// Ensure that SIGHUP ends nothing if the log does not go to a terminal.
-func TestSignalsHangup(t *testing.T) {
-	t.Parallel()
-	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-	a := dialTCP(t, addr)
-	cmd.Process.Signal(syscall.SIGHUP)
-	cmd.Process.Signal(syscall.SIGHUP)
-	a.ask("Ping", ":PONG")
-	cmd.Process.Signal(syscall.SIGTERM)
-	io.ReadAll(log)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after SIGHUP and SIGTERM: %v", err)
+		stopBinary(t, cmd, log, sig, "msg=stopping clients=2",
+			"msg=stopped clients_served=2 requests=3 replies_dropped=0")
+		wantAllClosed(a, idle)
 	}
 }
 
@@ -1282,9 +1243,7 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 		return
 	}
 	pipe, _ := cmd.StderrPipe()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	defer cmd.Process.Kill()
 	log := bufio.NewReader(pipe)
 	a := dialTCP(t, listeningAddr(t, log))
@@ -1304,12 +1263,7 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	a.ask("Delete:k", fmt.Sprint(":OK ", stored-1))
 	a.ask("Get:small", "small:v", ":OK 1")
 	a.hangUp()
-	cmd.Process.Signal(os.Interrupt)
-	rest, _ := io.ReadAll(log)
-	if err := cmd.Wait(); err != nil || !bytes.Contains(rest,
-		[]byte("writes are refused: the disk is full")) {
-		t.Errorf("stopped: %v, the log is %s", err, rest)
-	}
+	stopBinary(t, cmd, log, os.Interrupt, "writes are refused: the disk is full")
 }
 
 // Ensure that one order of all requests explains the answers, and the data after kill -9 and after
@@ -1576,35 +1530,37 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			data, _ := os.ReadFile(filepath.Join(dir, name))
 			put(name, append(data, "\n\n\n\n"...)) // certificates differ in size by a few bytes
 		}
-		pass(lookAgain + time.Second)
-		first := shown()
 		read := func(name string) []byte {
 			data, _ := os.ReadFile(filepath.Join(others, name))
 			return data
 		}
+		wantLog := func(d time.Duration, times map[string]int) {
+			t.Helper()
+			pass(d)
+			told := log.take()
+			for text, want := range times {
+				equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
+			}
+		}
+		const look = lookAgain + time.Second
+		bad := map[string]int{"cannot be read again": 1}
+
+		pass(look)
+		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
-		pass(2*lookAgain + time.Second)
-		told := log.take()
-		if got := strings.Count(told, "cannot be read again"); shown() != first || got != 1 {
-			t.Errorf("of a pair that does not fit the log tells %d times, and it is shown: %v\n%s",
-				got, shown() != first, told)
-		}
+		wantLog(2*look, bad)
+		equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
 		put("server.key", read("server.key"))
-		pass(lookAgain + time.Second)
+		pass(look)
 		second := shown()
-		if second == first {
-			t.Error("a new pair is not shown")
-		}
+		equal(t, "it shows a new pair", second != first, true)
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
 		put("server.key", old)
 		again <- syscall.SIGHUP
-		synctest.Wait()
-		told = log.take()
-		if shown() != second || strings.Count(told, "cannot be read again") != 1 {
-			t.Errorf("told to read a bad key, it shows the old pair: %v\n%s", shown() == second, told)
-		}
+		wantLog(0, bad)
+		equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
 		put("server.key", read("server.key"))
-		pass(lookAgain + time.Second)
+		pass(look)
 
 		// A key that is now a pipe without a writer stays as it was.
 		key := filepath.Join(dir, "server.key")
@@ -1614,26 +1570,15 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 		put("server.pem", read("server.pem")[1:]) // a torn certificate, which must be logged
 		log.take()
-		pass(lookAgain + time.Second)
-		told = log.take()
-		if got := strings.Count(told, "cannot be read again"); shown() != second || got != 1 {
-			t.Errorf("beside a pipe a bad certificate is told %d times: %s", got, told)
-		}
+		wantLog(look, bad)
+		equal(t, "beside a pipe it shows the old pair", shown() == second, true)
 
 		// The certificate in use is valid for an hour, whatever happens to its file.
 		os.Remove(filepath.Join(dir, "server.pem"))
-		pass(lookAgain + time.Second)
+		pass(look)
 		log.take()
-		pass(time.Hour + time.Minute)
-		told = log.take()
-		if strings.Count(told, "has ended") != 1 || strings.Count(told, "within 10s") != 1 {
-			t.Errorf("when a certificate has ended the log says\n%s", told)
-		}
-		pass(warnAgain)
-		told = log.take()
-		if got := strings.Count(told, "has ended"); got != 1 || strings.Contains(told, "ends soon") {
-			t.Errorf("in a day it is told %d times that it has ended\n%s", got, told)
-		}
+		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within 10s": 1})
+		wantLog(warnAgain, map[string]int{"has ended": 1, "ends soon": 0})
 		close(again)
 	})
 }
@@ -1723,35 +1668,6 @@ func (f *farConn) Read(p []byte) (int, error) {
 	n, err := f.HalfConn.Read(p)
 	<-time.After(f.trip)
 	return n, err
-}
-
-// Ensure that an honest client is served at once beside silent connections on real sockets, even if
-// there are few places.
-func TestTLSBesideSilentConnects(t *testing.T) {
-	t.Parallel()
-	withTLS := serverConfig(t)
-	s := New(kvstore.NewMemory())
-	s.tls, s.handshakes = withTLS, 20
-	addr := startTCP(t, s)
-	for served, late := 0, 0; served < 5; {
-		for range s.handshakes {
-			dialTCP(t, addr)
-		}
-		a := dialTCP(t, addr)
-
-		// With more time a silent handshake would end, and its place would be free. On a busy
-		// machine an attempt may take too long, so it is repeated behind as many silent
-		// connections.
-		a.conn.SetDeadline(time.Now().Add(handshakeTime / 2))
-		a.overTLS().sendSome("Ping\n")
-		line, err := a.r.ReadString('\n')
-		if line == ":PONG\n" {
-			served++
-		} else if late++; late > 10 {
-			t.Fatalf("%d of %d were served: %q, %v", served, served+late, line, err)
-		}
-		a.close()
-	}
 }
 
 // ---- main.go: the client in the binary
@@ -2467,6 +2383,7 @@ func TestCloseInEveryState(t *testing.T) {
 		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
 		{"gone", func(a *testClient) { a.close() }, 0},
 		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
+		{"waiting for a snapshot", func(a *testClient) { a.send("Keys\n") }, 0},
 		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
 		{"not reading, ack", func(a *testClient) {
 			a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
@@ -2487,6 +2404,9 @@ func TestCloseInEveryState(t *testing.T) {
 			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, n *fakeNet) {
 					n.fill("big", strings.Repeat("v", 1200), 1000)
+					for range maxSnapshots { // none is free
+						n.server.snapshots.slots <- struct{}{}
+					}
 					b, a := n.dial(t), n.dial(t)
 					s.begin(a)
 					if after > 0 {
@@ -2508,31 +2428,14 @@ func TestCloseInEveryState(t *testing.T) {
 	}
 }
 
-// Ensure that requests that were read before Close are run and answered.
-func TestCloseAnswersWhatWasRead(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.send(strings.Repeat("Put:k:v\n", 100) + "Get:k\nPing:last\n")
-		synctest.Wait()
-		go n.server.Close()
-		for range 100 {
-			a.want("k:v")
-		}
-		a.want(":PONG last")
-		a.wantClosed()
-	})
-}
-
-// Ensure that a stop waits for a client that goes on sending while it reads: until it has taken all
-// its answers, or its second is over. No reset destroys the answers.
+// Ensure that requests that were read before Close are answered, and that a stop waits for a client
+// that goes on sending while it reads: until it has taken all its answers, or its second is over. No
+// reset destroys the answers.
 func TestCloseUnderASteadyReader(t *testing.T) {
 	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = config
-			a := n.dial(t)
-			if config != nil {
-				a.overTLS()
-			}
+			a := n.dialTLS(t)
 			const puts = 9 * kilo
 			a.send("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			synctest.Wait()
@@ -2542,10 +2445,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 		// The client may pause, for longer than a steady reader takes for the whole answer.
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = config
-			a := n.dial(t)
-			if config != nil {
-				a.overTLS()
-			}
+			a := n.dialTLS(t)
 			a.ask("Get:none\nPing", ":PONG")
 			a.send("Put:k:v\nPing\n")
 			synctest.Wait()
@@ -2643,7 +2543,7 @@ func TestCloseWithTLS(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // a stream and a Write hold more
 			n.server.maxClients = 1
-			a := n.dial(t).overTLS()
+			a := n.dialTLS(t)
 			a.send(request)
 			synctest.Wait()
 			silent := n.dial(t)
@@ -2745,20 +2645,6 @@ func (endless) All() iter.Seq2[string, []string] {
 		for i := 0; yield(strconv.Itoa(i), nil); i++ {
 		}
 	}
-}
-
-// Ensure that Close ends a client that waits for a snapshot.
-func TestCloseWhileWaitingForSnapshot(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for range maxSnapshots {
-			n.server.snapshots.slots <- struct{}{}
-		}
-		a := n.dial(t)
-		a.send("Keys\n")
-		synctest.Wait()
-		n.server.Close()
-		a.wantClosed()
-	})
 }
 
 // ---- server.go: accepting clients
@@ -3052,30 +2938,31 @@ func TestStoreMissesItsFiles(t *testing.T) {
 	})
 }
 
-// Ensure that no reply leaves when Commit fails, neither of a write nor of a read; that every
-// client is disconnected; and that Failed reports it.
+// Ensure that no reply leaves when Commit fails, neither of a write nor of a read nor of a Take that
+// has waited; that every client is disconnected; and that Failed reports it.
 func TestCommitBeforeReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a, b, c, taker, waiter := n.dialAck(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
 		a.ask("Put:k:v", ":OK 1")
 		b.ask("Get:k", "k:v")
+		taker.send("Take:job:60\n")
+		waiter.send("Take:none:60\n")
 		synctest.Wait()
 		store.fail = errors.New("disk on fire")
-		a.send("Put:k:w\n")
+		a.send("Put:k:w\nPut:job:v\n") // which the Take gets
 		synctest.Wait()
-		wantAllClosed(a, b, c)
+		wantAllClosed(a, b, c, taker, waiter)
 		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
 		n.dial(t).wantClosed()
 		n.server.Close()
 		equal(t, "Commits after one that failed", store.commits, commits)
 		equal(t, "clients that left because the store failed, in the log",
-			strings.Count(log.String(), `reason="the store failed"`), 1)
+			strings.Count(log.String(), `reason="the store failed"`), 2)
 	})
 }
 
@@ -3319,9 +3206,8 @@ func TestExpireUnasked(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Lease:k:300:v\nLease:l:600:v\nPut:stays:v\nPing", ":PONG")
 		pass(5*time.Minute + 2*expireTime)
-		if keys, _, _ := db.Size(); keys != 2 { // Size, because workLoop has to wake up by itself
-			t.Errorf("%d keys are there, want 2", keys)
-		}
+		keys, _, _ := db.Size() // not over the wire, because workLoop has to wake up by itself
+		equal(t, "keys that are there", keys, 2)
 		a.wantStat("expired_keys_total", 1)
 		a.wantStat("expiring_keys", 1)
 		pass(5 * time.Minute)
@@ -3503,18 +3389,6 @@ func (r *roomless) Room(_ int64, frees bool) error {
 	return nil
 }
 
-// Ensure that a refused write is told the true reason: the files, and not the room.
-func TestSpoiledStoreIsNotFull(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := &roomless{Memory: kvstore.NewMemory(), why: durable.ErrSpoiled}
-		n.server.db = db
-		db.full.Store(true)
-		n.dial(t).ask("Put:k:v\nPing",
-			":ERROR line 1: the data cannot be saved, nothing was changed: "+durable.ErrSpoiled.Error(),
-			":PONG")
-	})
-}
-
 // jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
 	var ahead atomic.Int64
@@ -3595,23 +3469,6 @@ func TestTakeIsDropped(t *testing.T) {
 			c.awaitDone()
 		})
 	}
-}
-
-// Ensure that a Take that waited asks for room as well, because on a full disk a request that frees
-// needs some.
-func TestTakeNeedsRoom(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &roomless{Memory: kvstore.NewMemory()}
-		n.server.db = store
-		a, b := n.dial(t), n.dial(t)
-		a.send("Take:k:10\n")
-		synctest.Wait()
-		before := store.frees.Load()
-		b.send("Put:k:v\n")
-		a.want("k:v")
-		synctest.Wait()
-		equal(t, "how often room is asked for", store.frees.Load()-before, 1)
-	})
 }
 
 // Ensure that the Take of a client that has gone leaves the line, and that the Take of a client
@@ -3742,40 +3599,28 @@ func TestTakeOfALateReader(t *testing.T) {
 	})
 }
 
-// Ensure that a refused Put wakes no Take.
-func TestTakeOnAFullServer(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := &roomless{Memory: kvstore.NewMemory()}
-		n.server.db = db
-		a, b := n.dial(t), n.dial(t)
-		a.send("Ack\nTake:k:60\n")
-		a.want(":OK 0")
-		synctest.Wait()
-		db.full.Store(true)
-		b.ask("Put:k:v\nPing", ":ERROR line 1: the disk is full, nothing was changed: "+
-			syscall.ENOSPC.Error(), ":PONG")
-		db.full.Store(false)
-		b.ask("Put:k:w\nPing", ":PONG")
-		a.want("k:w", ":OK 1")
-	})
-}
-
-// Ensure that nobody gets a value before it is committed, and that clients whose Takes wait are
-// told nothing if the Commit fails.
-func TestTakeWaitsForCommit(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n.server.db = store
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.send("Take:k:60\n")
-		b.send("Take:l:60\n")
-		synctest.Wait()
-		c.send("Put:k:v\n")
-		synctest.Wait()
-		store.gate <- errors.New("disk on fire")
-		synctest.Wait()
-		wantAllClosed(a, b, c)
-	})
+// Ensure that a write without room on the disk is told why, the files or the room, and wakes no Take;
+// and that a Take that has waited asks for room, because on a full disk a request that frees needs some.
+func TestTakeOnAFullDisk(t *testing.T) {
+	for why, refusal := range map[error]string{
+		syscall.ENOSPC:     "the disk is full",
+		durable.ErrSpoiled: "the data cannot be saved",
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			db := &roomless{Memory: kvstore.NewMemory(), why: why}
+			n.server.db = db
+			a, b := n.dialAck(t), n.dial(t)
+			a.send("Take:k:60\n")
+			synctest.Wait()
+			db.full.Store(true)
+			b.ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
+			db.full.Store(false)
+			before := db.frees.Load()
+			b.ask("Put:k:w\nPing", ":PONG")
+			a.want("k:w", ":OK 1")
+			equal(t, "how often the Take asks for room", db.frees.Load()-before, 1)
+		})
+	}
 }
 
 // Ensure that the Take of a client on a real connection leaves the line when the connection breaks,
@@ -4539,10 +4384,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	a, b := dialTCP(t, addr), dialTCP(t, second)
 	a.ask("Put:k:v\nPing", ":PONG")
 	b.ask("Get:k", "k:v")
-	cmd.Process.Signal(syscall.SIGTERM)
-	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
-		t.Errorf("it does not stop cleanly: %s", rest)
-	}
+	stopBinary(t, cmd, log, syscall.SIGTERM)
 }
 
 // Ensure that a server on a unix socket can be reached there, only by its user and group, and
@@ -4581,24 +4423,17 @@ func TestListenOnAUnixSocket(t *testing.T) {
 
 	// A stop leaves the socket of another server alone.
 	os.Remove(path)
-	first := cmd
-	cmd, log2 := start()
-	first.Process.Signal(syscall.SIGTERM)
-	first.Wait()
+	second, _ := start()
+	stopBinary(t, cmd, log, syscall.SIGTERM)
 	runBinary(t, "", "", true, "-addr", at, "-c", "Get:k")
-	io.Copy(io.Discard, log)
-	log = log2
 
-	cmd.Process.Kill()
-	cmd.Wait()
+	second.Process.Kill()
+	second.Wait()
 	_, err := os.Lstat(path)
 	must(t, err)
 	cmd, log = start()
 	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
-	cmd.Process.Signal(syscall.SIGTERM)
-	if rest, _ := io.ReadAll(log); cmd.Wait() != nil {
-		t.Errorf("it does not stop cleanly: %s", rest)
-	}
+	stopBinary(t, cmd, log, syscall.SIGTERM)
 	_, err = os.Lstat(path)
 	equal(t, "the socket of a server that has stopped has gone", errors.Is(err, fs.ErrNotExist), true)
 }
@@ -4673,17 +4508,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 			case "process_bytes", "memory_bytes": // they change by themselves
 				want = "\nkvserver_" + name + " "
 			}
-			if !strings.Contains(body, want) {
-				t.Errorf("Stats says %q, and /metrics not %q", line, want)
-			}
-		}
-		for _, name := range []string{"active", "takeovers_total", "compactions_total",
-			"log_lines_lost_total", "log_errors_total",
-			"last_error_timestamp_seconds", "go_goroutines", "go_heap_bytes",
-			"go_memory_bytes", "go_gc_cycles_total"} {
-			if !strings.Contains(body, "\nkvserver_"+name+" ") {
-				t.Errorf("/metrics has no %s", name)
-			}
+			wantIn(t, "/metrics beside Stats", body, want)
 		}
 
 		kinds := map[string]string{}
@@ -4796,11 +4621,14 @@ func TestWatchBeforeTheData(t *testing.T) {
 	a := dialTCP(t, s.listener.Addr().String())
 	a.ask("Put:k:v\nPing", ":PONG")
 	s.log.Error("the test has failed")
-	for _, want := range []string{"active 1", "takeovers_total 0", "compactions_total 0",
+	text := wantPage(t, handler, "/metrics", 200)
+	checkMetrics(t, text)
+	for _, want := range []string{"active 1\n", "takeovers_total 0\n", "compactions_total 0\n",
 		"commit_seconds_count ", "batch_chains_bucket{le=\"1\"} ", "fsync_seconds_count ",
-		"log_errors_total 1", "log_lines_lost_total 0", "queued_limit_bytes 1073741824",
-		"clients_refused_total 0"} {
-		checkMetrics(t, wantPage(t, handler, "/metrics", 200, "\nkvserver_"+want))
+		"log_errors_total 1\n", "log_lines_lost_total 0\n", "queued_limit_bytes 1073741824\n",
+		"clients_refused_total 0\n", "last_error_timestamp_seconds ", "go_goroutines ",
+		"go_heap_bytes ", "go_memory_bytes ", "go_gc_cycles_total "} {
+		wantIn(t, "/metrics", text, "\nkvserver_"+want)
 	}
 }
 
@@ -5220,9 +5048,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 		a := n.dial(t)
 		a.send("Keys\n")
 		synctest.Wait()
-		if used := len(n.server.snapshots.slots); used != 0 {
-			t.Errorf("a Keys that is not read has a snapshot")
-		}
+		equal(t, "snapshots of a Keys that is not read", len(n.server.snapshots.slots), 0)
 		a.close()
 	})
 }
@@ -5435,14 +5261,12 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 	values := slices.Repeat([]string{strings.Repeat("v", 1000)}, 2000) // 2 MB
 	fewest := uint64(math.MaxUint64)
 	for range 30 { // the race detector makes sync.Pool forget at times
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		for len(c.buffer) > 0 {
-			runtime.Gosched()
-		}
-		c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
-		runtime.ReadMemStats(&after)
-		fewest = min(fewest, after.TotalAlloc-before.TotalAlloc)
+		fewest = min(fewest, allocated(func() {
+			for len(c.buffer) > 0 {
+				runtime.Gosched()
+			}
+			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
+		}))
 	}
 	between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
@@ -6008,11 +5832,7 @@ func TestWriteTimeout(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.server.writeTimeout = time.Minute
 			n.server.tls = config
-			a, b := n.dial(t), n.dial(t)
-			if config != nil {
-				a.overTLS()
-				b.overTLS()
-			}
+			a, b := n.dialTLS(t), n.dialTLS(t)
 			b.ask("Ack", ":OK 0")
 			a.send("Get:big\n")
 			b.send("Get:big\n")
@@ -6023,10 +5843,7 @@ func TestWriteTimeout(t *testing.T) {
 			io.CopyN(io.Discard, b.r, 10_000)
 			pass(time.Minute) // a may have taken a part of the unfinished Write
 			equal(t, "clients after the timeout", n.server.CountActive(), 1)
-			want := "it took nothing for 1m0s (-write-timeout)"
-			if log := n.log.take(); !strings.Contains(log, want) {
-				t.Errorf("the log does not say %q:\n%s", want, log)
-			}
+			wantIn(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.r, 40_000)
 				pass(time.Minute - 1)
@@ -6308,12 +6125,9 @@ func TestEveryRequest(t *testing.T) {
 func TestHintsAreCheap(t *testing.T) {
 	for _, piece := range []string{"x", "get a ", " ", "set:", ":\t"} {
 		line := strings.Repeat(piece, 1<<20/len(piece))
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
 		var q Query
-		q.parse(line)
-		runtime.ReadMemStats(&after)
-		between(t, "bytes for "+q.value, after.TotalAlloc-before.TotalAlloc, 0, 8<<10)
+		bytes := allocated(func() { q.parse(line) })
+		between(t, "bytes for "+q.value, bytes, 0, 8<<10)
 	}
 }
 
@@ -6663,6 +6477,16 @@ func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
 	}
 }
 
+// wantIn wants text to have all of these parts.
+func wantIn(t testing.TB, what, text string, parts ...string) {
+	t.Helper()
+	for _, part := range parts {
+		if !strings.Contains(text, part) {
+			t.Errorf("%s: no %q in %s", what, part, text)
+		}
+	}
+}
+
 // must ends the test at an error.
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -6738,6 +6562,15 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.clients = append(n.clients, c)
+	return c
+}
+
+// dialTLS connects, over TLS if the server speaks that.
+func (n *fakeNet) dialTLS(t *testing.T) *testClient {
+	c := n.dial(t)
+	if n.server.tls != nil {
+		c.overTLS()
+	}
 	return c
 }
 
@@ -6985,11 +6818,7 @@ func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, wor
 	t.Helper()
 	code, body := getPage(handler, path)
 	equal(t, path, code, wantCode)
-	for _, want := range words {
-		if !strings.Contains(body, want) {
-			t.Errorf("%s is without %q: %s", path, want, body)
-		}
-	}
+	wantIn(t, path, body, words...)
 	return body
 }
 
@@ -7007,6 +6836,15 @@ func heapBytes() int {
 	runtime.GC() // frees what the pools had
 	runtime.ReadMemStats(&m)
 	return int(m.HeapAlloc)
+}
+
+// allocated returns how many bytes do allocates, with all that runs beside it.
+func allocated(do func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	do()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
 }
 
 // heapOfQuiet is heapBytes once all clients are quiet, and have given back what they can.
@@ -7046,6 +6884,18 @@ func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log 
 	})
 	log = bufio.NewReader(pipe)
 	return cmd, listeningAddr(t, log), log
+}
+
+// stopBinary stops a server by a signal. It must end well, and the rest of its log must have these
+// texts.
+func stopBinary(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts ...string) {
+	t.Helper()
+	cmd.Process.Signal(sig)
+	rest, _ := io.ReadAll(log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v: %v, the log is %s", sig, err, rest)
+	}
+	wantIn(t, "the log", string(rest), texts...)
 }
 
 // listeningAddr reads a server's log up to the line that says where it listens.
