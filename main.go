@@ -263,15 +263,15 @@ func (c *config) flags() *flag.FlagSet {
 	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
 		"`N` connections at a time, 1 or more (10000)")
 	f.Var(&c.maxLine, "max-line", "`SIZE` of a request line, from 64 bytes to 1GiB (1MiB)")
-	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, as 500MB, from 64MB on; 0: no limit")
+	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, 64MB or more; 0: no limit")
 	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)")
 	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
-		"`TIME` until a client that reads nothing must go; 0: never (5m)")
+		"`TIME` until a client that reads nothing is cut off; 0: never (5m)")
 
 	// TLS, for a server or a client, and the log.
-	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with our certificate: use TLS")
+	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: use TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
-	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: admit only clients it certified")
+	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: admit only clients with its certificates")
 	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA to trust: -c and -ping use TLS")
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "also log every connection")
@@ -279,17 +279,17 @@ func (c *config) flags() *flag.FlagSet {
 	// The flags of a client, and -version.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
-	f.DurationVar(&c.timeout, "timeout", 0, "`TIME`, as 5s, that -c and -ping wait for an answer")
+	f.DurationVar(&c.timeout, "timeout", 0, "`TIME` that -c and -ping wait for an answer")
 	f.StringVar(&c.answers, "out", "", "`FILE` for what -c would print, byte for byte")
-	f.BoolVar(&c.ping, "ping", false, "be a health check")
+	f.BoolVar(&c.ping, "ping", false, "ask whether a server answers")
 	f.BoolVar(&c.version, "version", false, "print the version")
 	c.limit(f)
 	return f
 }
 
-// limit makes the flags of f refuse values that the flag package would take, and c cannot use.
+// limit makes the flags of f refuse values that c cannot use, and a second value.
 func (c *config) limit(f *flag.FlagSet) {
-	for name, fits := range map[string]func() bool{
+	fits := map[string]func() bool{
 		"addr": func() (ok bool) { c.addr, ok = fullAddrs(c.addr); return ok },
 		"http": func() (ok bool) {
 			c.http, ok = fullAddrs(c.http)
@@ -306,42 +306,59 @@ func (c *config) limit(f *flag.FlagSet) {
 		"log":           func() bool { return c.log == "text" || c.log == "json" },
 		"timeout":       func() bool { return c.timeout >= 0 },
 		"out":           func() bool { return c.answers != "" },
-	} {
-		f.Lookup(name).Value = limited{f.Lookup(name).Value, fits}
 	}
+	f.VisitAll(func(f *flag.Flag) { f.Value = &checked{Value: f.Value, fits: fits[f.Name]} })
 }
 
-// limited is a flag's value with a check, fits, which runs after the value was set.
-type limited struct {
+// checked is a flag's value that must fit, and may be given once.
+type checked struct {
 	flag.Value
-	fits func() bool
+	fits    func() bool // for a value that was set; nil: all fit
+	isGiven bool        // on the command line
 }
 
-// Set implements flag.Value.
-func (l limited) Set(text string) error {
-	err := l.Value.Set(text)
-	if err == nil && !l.fits() {
+// errTwice is the error of a flag that is given twice.
+var errTwice = errors.New("it is given twice")
+
+// Set implements flag.Value, for the command line.
+func (v *checked) Set(text string) error {
+	if v.isGiven {
+		return errTwice
+	}
+	v.isGiven = true
+	return v.set(text)
+}
+
+// set sets the value. It fails if that does not fit, or looks like another flag.
+func (v *checked) set(text string) error {
+	err := v.Value.Set(text)
+	if err == nil && (strings.HasPrefix(text, "-") || v.fits != nil && !v.fits()) {
 		err = errors.New("it does not fit")
 	}
 	return err
 }
 
+// IsBoolFlag tells the flag package whether the flag is given without a value.
+func (v *checked) IsBoolFlag() bool {
+	inner, ok := v.Value.(interface{ IsBoolFlag() bool })
+	return ok && inner.IsBoolFlag()
+}
+
 // parseFlags reads the command line and the environment. For -h and -version it prints what they
 // ask for to out, and returns flag.ErrHelp.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
-	// The environment comes first, so the command line wins. One environment may be for a server
-	// and for a -ping beside it.
-	flags := c.flags()
-	var bad []*flag.Flag
+	flags, typed := c.flags(), map[string]bool{}
+	err = flags.Parse(args)
+	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
+	c.requests, c.args = flags.Args(), args // for -c each argument after the flags is a request
+
+	// A variable is for a flag that is not on the command line.
+	var unset error
 	flags.VisitAll(func(f *flag.Flag) {
-		// An empty variable counts as none. A blank or a newline at an end is a script's mistake.
-		value := os.Getenv(variable(f))
-		if value != "" && (strings.TrimSpace(value) != value || f.Value.Set(value) != nil) {
-			bad = append(bad, f)
+		if !typed[f.Name] {
+			unset = cmp.Or(unset, setByVariable(f))
 		}
 	})
-	err = flags.Parse(args)
-	c.requests, c.args = flags.Args(), args // for -c each argument after the flags is a request
 
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -349,24 +366,24 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		return c, err
 	case err != nil:
 		return c, flagProblem(flags, err)
-	case c.version:
+	case c.version && len(c.requests) == 0:
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
 	}
+	return c, cmp.Or(unset, c.checkRequests(), c.checkFlags(typed))
+}
 
-	typed := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { typed[f.Name] = true })
-	for _, f := range bad {
-		if !typed[f.Name] {
-			value := os.Getenv(variable(f))
-			what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
-			if strings.TrimSpace(value) != value {
-				what += ": it begins or ends in a blank or a newline"
-			}
-			return c, problem{what, explain(f)}
-		}
+// setByVariable sets f to the value of its variable in the environment. An empty one counts as none.
+func setByVariable(f *flag.Flag) error {
+	value := os.Getenv(variable(f))
+	what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
+	switch {
+	case strings.TrimSpace(value) != value: // a script has left it there
+		what += ": it begins or ends in a blank or a newline"
+	case value == "" || f.Value.(*checked).set(value) == nil:
+		return nil
 	}
-	return c, cmp.Or(c.checkRequests(), c.checkFlags(typed))
+	return problem{what, explain(variable(f), f)}
 }
 
 // helpText is what -h prints.
@@ -381,13 +398,24 @@ func helpText(flags *flag.FlagSet) string {
 	return text + moreUsage
 }
 
-// explain says which value a flag takes.
-func explain(f *flag.Flag) string {
-	unit, does := flag.UnquoteUsage(f)
-	if unit == "" { // a boolean flag
-		does = "no value: " + does
+// explain says which value a flag takes, or its variable: name is what the user gave.
+func explain(name string, f *flag.Flag) string {
+	kind, does := flag.UnquoteUsage(f)
+	switch {
+	case kind != "":
+		does += "." + kinds[kind]
+	case name == variable(f): // of a boolean flag
+		does = "1 or 0: " + does + "."
+	default:
+		does = "no value: " + does + "."
 	}
-	return "-" + f.Name + " takes " + does + "."
+	return name + " takes " + does
+}
+
+// kinds says how a value is written where its flag's text does not say so.
+var kinds = map[string]string{
+	"TIME": " A TIME has a unit, as 500ms, 5s or 2h.",
+	"SIZE": " A SIZE is in bytes, or has a unit, as 64MB or 1GiB.",
 }
 
 // variable returns the name of a flag's variable in the environment; "": it has none.
@@ -410,16 +438,16 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 
 		// Only a warning, because a newer kvserver may know the variable.
 		if strings.HasPrefix(name, "KVSERVER_") && !isOurs {
-			log.Warn("a variable in the environment is none of ours, so it does nothing",
-				"name", name, "todo", suggest("", "", name, ours))
+			log.Warn("unknown variable in the environment: it does nothing",
+				"name", name, "todo", suggest("", name, ours, nil))
 		}
 	}
 }
 
-// suggest says what the user may have meant by name: meant, if it is not empty, or else the one of
-// names that is equal to name, or is over two bytes long and one slip away from it. prefix stands
-// before it.
-func suggest(prefix, meant, name string, names []string) string {
+// suggest says what the user may have meant by name: what others call so, or else the one of names
+// that is equal to it, or is over two bytes long and one slip away from it. prefix stands before it.
+func suggest(prefix, name string, names []string, others map[string]string) string {
+	meant := others[name]
 	for _, near := range names {
 		if meant == "" && (name == near || len(near) > 2 && oneSlip(name, near)) {
 			meant = near
@@ -438,8 +466,11 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 		names = append(names, f.Name)
 
 		// Its value is wrong, or missing. Which values it takes says more than why this one is wrong.
-		if before, _, isIt := strings.Cut(what+":", " -"+f.Name+":"); isIt {
-			what, todo = before+" -"+f.Name, explain(f)
+		if before, why, isIt := strings.Cut(what+":", " -"+f.Name+":"); isIt {
+			what, todo = before+" -"+f.Name, explain("-"+f.Name, f)
+			if strings.Contains(why, errTwice.Error()) {
+				what, todo = "-"+f.Name+" is given twice", "Give it once. "+todo
+			}
 		}
 	})
 
@@ -447,7 +478,7 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	if isUnknown {
 		lower := strings.ToLower(name)
-		return problem{"unknown flag -" + name, suggest("-", otherFlags[lower], lower, names)}
+		return problem{"unknown flag -" + name, suggest("-", lower, names, otherFlags)}
 	}
 	return problem{what, todo}
 }
@@ -473,7 +504,7 @@ func (c config) checkRequests() error {
 		isNone := fmt.Sprintf("%q is no request", request)
 		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
 		word := strings.ToLower(request)
-		meant := suggest("kvserver ", otherWords[word], word, names)
+		meant := suggest("kvserver ", word, names, otherWords)
 
 		// Two arguments that are no requests may be the words of one.
 		why := ""
@@ -492,7 +523,8 @@ func (c config) checkRequests() error {
 			{!c.client && slices.Contains(names, word), isUnexpected,
 				word + " goes first, without flags: kvserver " + word + " ..."},
 			{!c.client && meant != seeHelp, isUnexpected, meant},
-			{!c.client, isUnexpected, "To send a request: kvserver -c " + request + "   " + seeHelp},
+			{!c.client && refusal(request) == "", isUnexpected, "To send a request: kvserver -c " + request},
+			{!c.client, isUnexpected, "As in kvserver -addr 9999 -data data. " + seeHelp},
 
 			// The argument is to be sent, and cannot be.
 			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none: to send standard input."},
@@ -523,34 +555,50 @@ func refusal(line string) string {
 func (c config) checkFlags(typed map[string]bool) error {
 	asks := c.client || c.ping
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
+	clash := clash(append(strings.Split(c.addr, ","), c.http))
 
 	return firstWrong("", []wrong{
 		// Flags that are not for this process.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
-			"To let in only who has a certificate: -tls-client-ca " + c.ca},
-		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of them, too, or leave it out."},
+			"To admit only clients with a certificate: -tls-client-ca " + c.ca},
+		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of these, too, or leave it out."},
 		{c.stop && !c.client, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
 		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
-		{c.client && c.ping, "-c and -ping do not go together", "-ping asks whether a server " +
-			"answers; -c sends requests, as in kvserver -c Ping."},
+		{c.client && c.ping, "-c and -ping do not go together", "Give one: -ping asks " +
+			"whether a server answers, -c sends requests, as in kvserver -c Ping."},
 		{stray >= 0, "-" + serverFlags[max(stray, 0)] + " is for a server, not for -c and -ping",
 			"Leave it out, or give it to the server."},
 
 		// Flags that need or exclude another.
 		{etcd.IsAddress(c.data) && c.fsync != "always",
 			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
-			"Leave it out: what is answered is in etcd."},
+			"Leave it out: in etcd everything that was answered is kept."},
 		{(typed["fsync"] || c.fsync != "always") && c.data == "" && !asks,
-			"-fsync is for data on disk, and there is none",
+			"-fsync is for data on disk, and there is no -data",
 			"Give a directory, as in -data data -fsync " + c.fsync + "."},
 		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
 			"-tls-cert and -tls-key go together, and -tls-client-ca with both",
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
-			"Say whose certificate the server has, as in -tls-ca ca.pem."},
-		{slices.Contains(strings.Split(c.addr, ","), c.http) && !strings.HasSuffix(c.http, ":0"),
-			"-addr and -http are both " + c.http, "Give each a port of its own."},
+			"Give the CA of the server's certificate, as in -tls-ca ca.pem."},
+		{!asks && clash != "", "two addresses overlap: " + clash, "Give each address a port of its own."},
 	})
+}
+
+// clash returns two of addrs at which one process cannot listen: they have the same port of the same
+// host, or of all. "": there are no such two.
+func clash(addrs []string) string {
+	for i, addr := range addrs {
+		for _, other := range addrs[:i] {
+			host, port, _ := net.SplitHostPort(addr)
+			otherHost, otherPort, _ := net.SplitHostPort(other)
+			isSame := host == otherHost || host == "" || otherHost == ""
+			if isSame && port == otherPort && port != "0" && port != "" {
+				return other + " and " + addr
+			}
+		}
+	}
+	return ""
 }
 
 // parseFsync reads the value of -fsync.
@@ -691,7 +739,7 @@ func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 			l.counts.lost.Add(1)
 		} else if n := l.counts.lost.Load() - told; n > 0 {
 			told += n
-			log.Warn("lines of log were lost, for they could not be written in time", "lines", n)
+			log.Warn("lines of log were lost: they could not be written in time", "lines", n)
 		}
 	}
 }
@@ -805,7 +853,7 @@ func stopSignals() []os.Signal {
 func openStore(ctx context.Context, c config, s *keyValueServer,
 	log *queuedLog) (store *durable.Store, err error) {
 	stuck := time.AfterFunc(math.MaxInt64, func() {
-		log.Warn("stopped while opening the data, for the disk does not answer")
+		log.Warn("stopped while opening the data, because the disk does not answer")
 		log.flush()
 		os.Exit(0)
 	})
@@ -885,30 +933,19 @@ func listenProblem(name, addr string, err error) error {
 
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
 		// Unix sockets.
-		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
+		{isUnix && is(inUse...), "", "Stop the server that uses it, or choose another path."},
 		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + filepath.Dir(path)},
-		{isUnix, "", "Nothing was changed. Choose another path, as in -addr unix:/run/kvserver/sock, " +
-			"where you may write and nothing else is."},
+		{isUnix, "", "Nothing was changed. Choose another path, where you may write and no " +
+			"file is, as in -addr unix:/run/kvserver/sock."},
 
 		// TCP ports.
 		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
-			anotherPort(host)},
+			net.JoinHostPort(host, "0") + " takes a free one, and the log says which."},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
 		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
 			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
 		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
 	})
-}
-
-// anotherPort returns a port of host that is free now; "0" if it finds none.
-func anotherPort(host string) string {
-	listeners, err := listen(net.JoinHostPort(host, "0"))
-	if err != nil {
-		return "0"
-	}
-	closeAll(listeners)
-	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
-	return port
 }
 
 // applyLimits gives s the limits that c asks for, or lower ones if the process may not open so many
@@ -1021,7 +1058,7 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 
 		// Somebody has removed files, and what was in them is not on disk again yet.
 		if left == tickTime && data.IsHealing() {
-			log.Warn("the end waits until all data is written again; a second signal ends it at once")
+			log.Warn("stopping waits until all data is written again; a second signal ends the server at once")
 			left += stopTime
 		}
 	}
@@ -1075,8 +1112,8 @@ func (k *credentials) read() (*tls.Config, error) {
 		pair, err := tls.X509KeyPair(k.texts[0], k.texts[1])
 		if err != nil {
 			return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
-				k.paths[0], k.paths[1], err), "Give two files in PEM format that belong together; " +
-				"kvserver help TLS shows how to make them."}
+				k.paths[0], k.paths[1], err), "Give two files in PEM format that belong together, the key " +
+				"without a password; kvserver help TLS shows how to make them."}
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
@@ -1151,7 +1188,7 @@ func (k *credentials) warn(now time.Time) {
 	switch {
 	case !now.Before(end):
 		level, what, pause = slog.LevelError,
-			"the certificate has ended, clients will refuse it"+mend, warnAgain
+			"the certificate has ended: clients refuse it"+mend, warnAgain
 	case pause <= 0:
 		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend, min(warnAgain, end.Sub(now))
 	}
@@ -1175,7 +1212,7 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 		// A bad file may be half of a good one that is being written.
 		if err := k.load(); err != nil {
-			k.log.Warn("the certificates cannot be read again, so those from before stay", "error", err)
+			k.log.Warn("cannot read the certificates again, so the old ones stay in use", "error", err)
 		}
 		k.warn(time.Now())
 	}
@@ -1185,16 +1222,25 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 // runCommand runs a command, and prints its report to out.
 func runCommand(command string, args []string, out io.Writer) error {
-	if command == "help" {
-		return printManual(out, strings.Join(args, " "))
+	isHelp := func(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
+	switch {
+	case command == "help":
+		return printManual(out, strings.Join(slices.DeleteFunc(args, isHelp), " "))
+	case slices.ContainsFunc(args, isHelp):
+		return printManual(out, command)
 	}
 
 	// A flag where a directory should be is a mistake, never the directory's name.
-	isNone := func(arg string) bool { return arg == "" || strings.HasPrefix(arg, "-") }
 	c := commands[command]
-	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
-		return misuse{problem{command + " needs " + c.needs, "Give the one that the server has, as " +
-			"in kvserver " + command + " " + c.example + "."}}
+	like := "as in kvserver " + command + " " + c.example + "."
+	for _, arg := range args {
+		if strings.HasPrefix(arg, "-") {
+			return misuse{problem{fmt.Sprintf("%s takes no flags, and %s is one", command, arg),
+				"Leave it out, " + like}}
+		}
+	}
+	if len(args) != len(strings.Fields(c.example)) || slices.Contains(args, "") {
+		return misuse{problem{command + " needs " + c.needs, "Give the server's data directory, " + like}}
 	}
 
 	// The report is printed in any case, because it says more than the error.
@@ -1211,7 +1257,7 @@ func runCommand(command string, args []string, out io.Writer) error {
 		{command == "check" && report.Damaged, path + " is damaged",
 			"Restore a backup, or save what can be saved: kvserver repair " + path + " NEW"},
 		{report.Lost, "some of what was in " + path + " is lost",
-			"What was saved opens. If a Delete was lost, old values are back: look."},
+			"A server can use what was saved. If a Delete was lost, old values are back."},
 	})
 }
 
@@ -1227,7 +1273,7 @@ func printManual(w io.Writer, word string) error {
 			fmt.Fprintln(w, heading)
 		case contains(heading, word):
 			isPrinted = true
-			fmt.Fprintln(w, "##", part)
+			printPart(w, "## "+part)
 		case contains(part, word):
 			within = append(within, heading)
 		}
@@ -1241,6 +1287,28 @@ func printManual(w io.Writer, word string) error {
 			"Its parts that have it: " + strings.Join(within, "; ")},
 		{true, fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."},
 	})}
+}
+
+// line76 matches as many words as fit on a line of 76 bytes.
+var line76 = regexp.MustCompile("(.{1,76})( |$)")
+
+// printPart prints a part of the README. Tables are hard to read on a terminal, so each cell begins
+// a line, and the first of a row stands out.
+func printPart(w io.Writer, part string) {
+	lines := strings.Split(part, "\n")
+	for i, line := range lines {
+		row, isRow := strings.CutPrefix(line, "| ")
+		switch {
+		case !isRow && !strings.HasPrefix(line, "|---"):
+			fmt.Fprintln(w, line)
+		case isRow && !strings.HasPrefix(lines[i+1], "|---"): // and not the names of the columns
+			indent := ""
+			for cell := range strings.SplitSeq(strings.TrimSuffix(row, " |"), " | ") {
+				fmt.Fprint(w, line76.ReplaceAllString(strings.ReplaceAll(cell, "`", ""), indent+"$1\n"))
+				indent = "    "
+			}
+		}
+	}
 }
 
 // contains reports whether text has word, in any letter case.
@@ -1323,32 +1391,32 @@ func storeProblem(c config, err error) error {
 	return firstWrong(err.Error(), []wrong{
 		// For a server or a command; then for the commands alone.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
-		{is(durable.ErrSpoiled), "", "Not all that was answered may be there. Look what is: kvserver " +
-			"check " + data},
-		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
+		{is(durable.ErrSpoiled), "", "Perhaps not all that was answered is there. To see what is: " +
+			"kvserver check " + data},
+		{is(fs.ErrPermission), "", "Start kvserver as the user who owns it, or let your user read and write it."},
 		{is(storage.ErrNotOurs, durable.ErrNoStore, durable.ErrNotEmpty) && isCopy, "", "Nothing was " +
-			"copied. Give a store, and a new or an empty directory that is not inside it."},
+			"copied. Give a data directory, and a new or empty one that is not inside it."},
 		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "",
 			"Give the directory that the server has as -data."},
-		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. Create the directory in which the " +
-			"new one is to be."},
+		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. First create the directory that " +
+			"the new one is to be in."},
 
 		// The etcd cluster.
-		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused, or cut off?"},
+		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused or cut off?"},
 		{is(etcd.ErrUnreachable), "", "Nothing is lost. Look whether etcd runs at these addresses, " +
 			"with TLS (etcds://) or without, and has a leader: etcdctl endpoint status --cluster"},
-		{is(etcd.ErrOther), "", "Nothing was written there. Look whether all members in -data are " +
-			"one cluster. If somebody has restored it, start again, to go on with what is there."},
-		{is(etcd.ErrTooLarge), "", "Raise its --max-request-bytes, which is 1.5 MiB by itself."},
+		{is(etcd.ErrOther), "", "Nothing was written there. Do all addresses in -data belong to one " +
+			"cluster? If somebody has restored it, start again: the server goes on with what is there."},
+		{is(etcd.ErrTooLarge), "", "Raise etcd's --max-request-bytes (1.5 MiB if not set)."},
 		{is(etcd.ErrRefused), "", "Look at the address in -data (etcds:// for TLS, with " +
 			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
 		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
 		// The server's directory.
-		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
-		{is(durable.ErrOlder), "", unchanged + "Start that kvserver, and take its kvserver -c Dump."},
+		{is(storage.ErrMoved), "", "Put it back, then start again: everything that was answered is in it."},
+		{is(durable.ErrOlder), "", unchanged + "Start the older kvserver, and copy the data with kvserver -c -out FILE Dump."},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + data},
-		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one of kvserver's."},
+		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one with kvserver's data."},
 
 		// The data cannot be read.
 		{is(durable.ErrNothingRead), "", "The data is lost. Restore a backup, or start empty."},
@@ -1361,7 +1429,7 @@ func storeProblem(c config, err error) error {
 		// Any other error is one of the disk or of the process.
 		{!isServer, "", "Mend the cause, then try again."},
 		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
-			" the last that was answered may not be on disk: look what is there."},
+			" the last writes that were answered may be lost: look."},
 		{true, "", "Mend the cause, then start again: everything that was answered is kept."},
 	})
 }
@@ -1377,7 +1445,7 @@ func beClient(c config, errs io.Writer) error {
 	err := t.dial()
 	switch {
 	case c.ping && errors.Is(err, errFull):
-		fmt.Fprintln(errs, "it answers, and has no room for a client")
+		fmt.Fprintln(errs, "the server answers, and has no room for one more client")
 		return nil
 	case err != nil:
 		return t.problem(err)
@@ -1458,11 +1526,11 @@ func newTalker(c config, errs io.Writer) *talker {
 
 // Errors of a conversation.
 var (
-	errStranger    = errors.New("no welcome")
-	errFull        = fmt.Errorf("%w: it has no room for a client", errStranger)
+	errStranger    = errors.New("this is no kvserver")
+	errFull        = errors.New("it has no room for one more client")
 	errSilent      = errors.New("it closed the connection without a word")
 	errUnanswered  = errors.New("it closed the connection before everything was answered")
-	errUnasked     = errors.New("it answers what was not asked")
+	errUnasked     = errors.New("it sent an answer that was not asked for")
 	errGone        = errors.New("it closed the connection")
 	errQuiet       = errors.New("no answer")
 	errStopped     = errors.New("stopped at the first error")
@@ -1549,7 +1617,7 @@ func dialProblem(addrs string, err error) error {
 			"server: -addr HOST:PORT", host)},
 		{errors.Is(err, fs.ErrPermission), "", "Its mode and its group say who may connect: ls -l " +
 			strings.TrimPrefix(addrs, unixPrefix)},
-		{as[x509.HostnameError](err), "", "Call the server by a name that is in its certificate."},
+		{as[x509.HostnameError](err), "", "Give -addr a host name that is in the server's certificate."},
 
 		// What matters is who listens there.
 		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not listen."},
@@ -1557,8 +1625,8 @@ func dialProblem(addrs string, err error) error {
 			"answer. Look at its log, or try again with a longer -timeout."},
 		{!isDial, "", "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
 			"-tls-ca if it speaks no TLS."},
-		{true, "", "Start a server: kvserver -addr " + addrs + "   or name another: -addr HOST:PORT   " +
-			"A server that still loads its data does not listen yet: look at its log."},
+		{true, "", "Start a server with -addr " + addrs + ", or name another with -addr. A server that " +
+			"still loads its data does not listen yet: look at its log."},
 	})
 }
 
@@ -1586,7 +1654,7 @@ func (t *talker) greet() error {
 	case isFull:
 		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
 	case !bytes.HasPrefix(line, []byte(":OK ")):
-		return fmt.Errorf("%w: this is no kvserver, it says %.40q", errStranger, line)
+		return fmt.Errorf("%w: it says %.40q", errStranger, line)
 	}
 	return nil
 }
@@ -1687,7 +1755,8 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 		return errUnasked
 	}
 	kind := <-t.owed
-	if !isError && (t.isTyped || verbs[kind].tells) {
+	verb := kind.row()
+	if !isError && (t.isTyped || verb.tells || verb.tellsNone && string(line) == ":OK 0\n") {
 		w.Write(line)
 	}
 	t.countAnswer(w)
@@ -1752,30 +1821,26 @@ func (t *talker) sendLines() {
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	// A line that is longer than r's buffer comes in parts. isBegun: the part before was not the last.
+	// A line that is longer than r's buffer comes in parts.
 	var end error // how the input ended; nil: it has not
-	isFirst, isBegun := true, false
-	for end == nil {
+	for isFirst, isRest := true, false; end == nil; isFirst = false {
 		// The next Read may take long, and the server must not wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
 			w.Flush() // if this fails, the reading goroutine finds out why
 		}
 
-		isRest := isBegun
-		line, err := r.ReadSlice('\n')
-		if isBegun = err == bufio.ErrBufferFull; !isBegun {
-			end = err
-		}
-
+		part, err := r.ReadSlice('\n')
 		switch {
+		case isFirst && isUTF16(part):
+			err = errUTF16
 		case isRest:
-			w.Write(line)
-		case isFirst && isUTF16(line):
-			end = errUTF16
-		case len(line) > 0 && !t.sendLine(w, line):
+			w.Write(part)
+		case len(part) > 0 && !t.sendLine(w, part):
 			return
 		}
-		isFirst = false
+		if isRest = err == bufio.ErrBufferFull; !isRest {
+			end = err
+		}
 	}
 	w.Flush()
 
@@ -1859,17 +1924,17 @@ func (t *talker) problem(err error) error {
 		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
 		{isTLS && t.cert != "", "", "It does not trust the certificate in " + t.cert +
-			": give one of the CA that it wants."},
-		{isTLS, "", "It wants a certificate of a CA that it trusts: give -tls-cert and -tls-key."},
+			": give one from its CA, which has not ended."},
+		{isTLS, "", "It wants a certificate from its CA: give -tls-cert and -tls-key."},
 		{is(errFull), "", "Nothing was done. Try again later, or raise the server's -max-clients."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 
 		// How far the conversation has come.
 		{n > 0 && n == t.quit, "", "Nothing after a Quit is run. Leave it out, and " + goOn},
 		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
-		{isGiven && !changes, "", "Nothing was to be changed: try again."},
+		{isGiven && !changes, "", "The requests change nothing: try again."},
 		{n < 0, "", "Nothing was sent: try again."},
 		{!isGiven && len(t.owed) == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
-		{true, "", "What was answered is done. Of the rest nothing is known: look, then " + goOn},
+		{true, "", "What was answered is done. The rest may be done or not: look, then " + goOn},
 	})
 }

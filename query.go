@@ -115,6 +115,7 @@ type verb struct {
 	end             ending // of the reply
 	mayDrop         bool   // a slow reader may lose the reply
 	tells           bool   // the reply's end is what the client asks for, so -c shows it
+	tellsNone       bool   // -c shows an end of ":OK 0": there is no such key
 }
 
 // clock returns the wall clock's time, which may jump.
@@ -246,7 +247,7 @@ var verbs = [queryTypes]verb{
 	expire: {name: "Expire", form: "Expire:key:seconds",
 		needs: "a key, and seconds up to 4000000000 or nothing",
 		does:  "delete the key after seconds; 0: never; none: time left",
-		parse: parseExpire, effect: adds, shrinks: expireShrinks,
+		parse: parseExpire, effect: adds, shrinks: expireShrinks, tellsNone: true,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) {
 				q.n = times(db.Expire(q.key, q.deadline(now)))

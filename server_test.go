@@ -205,34 +205,46 @@ func TestFlagMistakes(t *testing.T) {
 			{"-foo", "unknown flag -foo", "kvserver help flags lists the flags."},
 			{"-port 1", "unknown flag -port", "Did you mean -addr ? kvserver help flags"},
 			{"-dta x", "unknown flag -dta", "Did you mean -data ?"},
-			{"-addr 9998 -http 9998", "-addr and -http are both localhost:9998",
-				"Give each a port of its own."},
-			{"foo", `unexpected argument "foo"`, "To send a request: kvserver -c foo"},
+			{"-addr 9998 -http 9998", "two addresses overlap: localhost:9998 and localhost:9998",
+				"Give each address a port of its own."},
+			{"-addr 9998 -http :9998", "two addresses overlap: localhost:9998 and :9998", "Give each"},
+			{"-addr :9998,[::1]:9998", "two addresses overlap: :9998 and [::1]:9998", "Give each"},
+			{"-addr unix:/tmp/x,unix:/tmp/x", "two addresses overlap: unix:/tmp/x and", "Give each"},
+			{"-addr 1 -addr 2", "-addr is given twice", "Give it once. -addr takes PORT"},
+			{"-c -timeout 1s -timeout 2s", "-timeout is given twice", "Give it once. -timeout takes TIME"},
+			{"-data -fsync 1s", `invalid value "-fsync" for flag -data`, "-data takes DIR"},
+			{"-version x", `unexpected argument "x"`, "As in kvserver -addr 9999 -data data."},
+			{"-write-timeout 5", `invalid value "5" for flag -write-timeout`, "-write-timeout takes TIME until " +
+				"a client that reads nothing is cut off; 0: never (5m). A TIME has a unit, as 500ms, 5s or 2h."},
+			{"-max-line 5m", `invalid value "5m" for flag -max-line`, "-max-line takes SIZE of a request " +
+				"line, from 64 bytes to 1GiB (1MiB). A SIZE is in bytes, or has a unit, as 64MB or 1GiB."},
+			{"foo", `unexpected argument "foo"`, "As in kvserver -addr 9999 -data data. kvserver help"},
 			{"chekc data", `unexpected argument "chekc"`,
 				"Did you mean kvserver check ? kvserver help flags"},
 			{"version", `unexpected argument "version"`, "Did you mean kvserver -version ?"},
 			{"-c ", `"" is no request`, "Give one, as in"},
-			{"-fsync 1s", "-fsync is for data on disk, and there is none",
+			{"-fsync 1s", "-fsync is for data on disk, and there is no -data",
 				"Give a directory, as in -data data -fsync 1s."},
 			{"-tls-ca ca.pem", "-tls-ca is for -c and -ping",
-				"To let in only who has a certificate: -tls-client-ca ca.pem"},
-			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca", "Say whose"},
+				"To admit only clients with a certificate: -tls-client-ca ca.pem"},
+			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca",
+				"Give the CA"},
 			{"-c Get:a -addr 1", `"-addr" is no request`, "Flags go before the requests"},
 			{"-c Put:a:b\nDelete:c", `"Put:a:b\nDelete:c" is more than one request`,
 				"Give each as an argument of its own"},
-			{"check", "check needs one data directory", "Give the one"},
-			{"check ", "check needs one data directory", "Give the one"},
-			{"backup a", "backup needs a data directory and a new one", "Give the one"},
-			{"repair a", "repair needs a data directory, which it only reads,", "Give the one"},
+			{"check", "check needs one data directory", "Give the server's"},
+			{"check ", "check needs one data directory", "Give the server's"},
+			{"backup a", "backup needs a data directory and a new one", "Give the server's"},
+			{"repair a", "repair needs a data directory, which it only reads,", "Give the server's"},
 			{"-data data -fsync sometimes", `invalid value "sometimes" for flag -fsync`,
 				"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
 			{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
-				"-max-memory takes SIZE of the process, as 500MB, from 64MB on"},
-			{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s"},
+				"-max-memory takes SIZE of the process, 64MB or more"},
+			{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME that -c"},
 			{"-data d check", `unexpected argument "check"`,
 				"check goes first, without flags: kvserver check ..."},
-			{"-addr 9998,9997 -http 9997", "-addr and -http are both localhost:9997",
-				"Give each a port of its own."},
+			{"-addr 9998,9997 -http 9997", "two addresses overlap: localhost:9997 and localhost:9997",
+				"Give each address a port of its own."},
 			{"-addr 1 -stop", "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
 			{"serve", `unexpected argument "serve"`, "Leave it out"},
 			{"start -addr 1", `unexpected argument "start"`, "Leave it out"},
@@ -254,7 +266,7 @@ func TestFlagMistakes(t *testing.T) {
 				"To send requests: kvserver -c Get:x"},
 			{"-ping localhost:9999", `-ping sends no requests, so "localhost:9999" would be lost`,
 				"To send requests:"},
-			{"-c -ping", "-c and -ping do not go together", "-ping asks whether a server answers"},
+			{"-c -ping", "-c and -ping do not go together", "Give one: -ping asks"},
 			{"-c -data x Ping", "-data is for a server, not for -c and -ping", "Leave it out"},
 			{"-ping -max-line 100", "-max-line is for a server, not for -c and -ping", "Leave it out"},
 			{"-ping -v", "-v is for a server", "Leave it out"},
@@ -262,7 +274,7 @@ func TestFlagMistakes(t *testing.T) {
 				"Leave it out"},
 			{"-ping -stop", "-stop is for -c", "Give both"},
 			{"-ping -out x", "-out is for -c", "Give both"},
-			{"-timeout 5s", "-timeout is for -c and -ping", "Give one of them"},
+			{"-timeout 5s", "-timeout is for -c and -ping", "Give one of these"},
 			{"-Addr 1", "unknown flag -Addr", "Did you mean -addr ?"},
 			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
 			{"-output x -c", "unknown flag -output", "Did you mean -out ?"},
@@ -276,15 +288,18 @@ func TestFlagMistakes(t *testing.T) {
 			{"-tls-cert c.pem", "-tls-cert and -tls-key go together", "Give the certificate and its key"},
 			{"-tls-client-ca ca.pem", "-tls-cert and -tls-key go together",
 				"Give the certificate and its key"},
-			{"check -v data", "check needs one data directory", "Give the one"},
+			{"check -v data", "check takes no flags, and -v is one",
+				"Leave it out, as in kvserver check data."},
+			{"backup -data data copy", "backup takes no flags, and -data is one", "Leave it out"},
+			{"check a b", "check needs one data directory", "Give the server's"},
 		},
 		exitFailure: {
 			{"-addr localhost:0 -http " + strconv.Itoa(port),
 				fmt.Sprintf("cannot listen on localhost:%d: ", port),
 				"Stop what listens there, or choose another port: -http "},
 			{"-addr 1 -ping", "cannot connect to localhost:1: ",
-				"Start a server: kvserver -addr localhost:1"},
-			{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server:"},
+				"Start a server with -addr localhost:1, or name another"},
+			{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
 			{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
 				"Nothing was copied."},
 			{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
@@ -307,19 +322,19 @@ func TestFlagMistakes(t *testing.T) {
 			{"-addr unix:/no/such/sock", "cannot listen on unix:/no/such/sock: ",
 				"Create the directory: mkdir -p /no/such"},
 			{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
-				"Start a server: kvserver -addr unix:"},
+				"Start a server with -addr unix:"},
 			{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
 			{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
 				`Nobody knows the host "no.such.host.invalid".`},
 			{"-addr 1 -tls-ca " + pem("ca.pem") + " -ping", "cannot connect to localhost:1: ",
-				"Start a server:"},
+				"Start a server"},
 			{"-addr " + strconv.Itoa(port) + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
 				fmt.Sprintf("cannot connect to localhost:%d: ", port),
 				"Somebody listens there, and does not answer."},
 			{"-addr " + strconv.Itoa(port) + " -timeout 500ms -ping",
 				fmt.Sprintf("localhost:%d: no answer for 500ms", port),
-				"Nothing was to be changed"},
-			{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server:"},
+				"The requests change nothing: try again."},
+			{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server"},
 			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
 				"cannot read a certificate or key: open " + pem("none"),
 				"Give a file in PEM format"},
@@ -339,7 +354,7 @@ func TestFlagMistakes(t *testing.T) {
 				"Nothing was changed. Stop that process first"},
 			{"check /no/such/dir", "the data directory does not exist", "Give the directory that"},
 			{"check " + foreign, "not a data directory: ", "Give the directory that"},
-			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. Create the"},
+			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. First create the"},
 			{"-addr " + strconv.Itoa(port), fmt.Sprintf("cannot listen on localhost:%d: ", port),
 				"Stop what listens there, or choose another port: -addr "},
 			{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
@@ -359,7 +374,7 @@ func TestFlagMistakes(t *testing.T) {
 		name, value, _ := strings.Cut(args, " ")
 		tables[exitMisuse] = append(tables[exitMisuse], mistake{args,
 			fmt.Sprintf("invalid value %q for flag %s", value, name),
-			explain(new(config).flags().Lookup(name[1:]))})
+			explain(name, new(config).flags().Lookup(name[1:]))})
 	}
 
 	log := regexp.MustCompile(`(?m)^time=.*\n`)
@@ -469,8 +484,17 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		}
 	}
 
-	// A blank or a newline at an end of a value is shown, because nobody would see it.
+	// A boolean flag has no value, but its variable has one.
 	t.Setenv("KVSERVER_MAX_LINE", "")
+	t.Setenv("KVSERVER_V", "yes")
+	var p problem
+	if _, err = parseFlags(nil, io.Discard); !errors.As(err, &p) ||
+		p.todo != "KVSERVER_V takes 1 or 0: also log every connection." {
+		t.Errorf("a bad boolean value: %+v", err)
+	}
+	t.Setenv("KVSERVER_V", "")
+
+	// A blank or a newline at an end of a value is shown, because nobody would see it.
 	for name, flag := range map[string]string{"DATA": "data", "ADDR": "addr", "TLS_CERT": "tls-cert",
 		"TLS_CA": "tls-ca"} {
 		t.Setenv("KVSERVER_"+name, "unix:/tmp/none\n")
@@ -484,7 +508,6 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		}
 		os.Unsetenv("KVSERVER_" + name)
 	}
-	var p problem
 	todo := `mkdir -m 700 "/none\n"`
 	err = storeProblem(config{data: "/none\n"}, storage.ErrMissing)
 	if !errors.As(err, &p) || !strings.Contains(p.todo, todo) {
@@ -538,10 +561,18 @@ func TestManual(t *testing.T) {
 			!strings.HasPrefix(heading, "#") || !contains(heading, word) {
 			t.Errorf("help %s: %v, it begins with %q", word, err, heading)
 		}
-		if text := part.String(); !strings.Contains(readme, text) || len(text) < 100 ||
-			strings.Count(text, "\n") > 60 {
-			t.Errorf("help %s prints no part of the README: %s", word, text)
+		if text := part.String(); len(text) < 100 || strings.Contains(text, "|--") {
+			t.Errorf("help %s prints no part of the README, or a raw table: %s", word, text)
 		}
+	}
+
+	// A table is printed a cell a line, without what Markdown needs and without its head.
+	part.Reset()
+	printPart(&part, "## Flags\n\nAll:\n\n| flag | is |\n|---|---|\n| `-a N` | "+
+		strings.Repeat("a `word` ", 20)+"|\n| `-b` |  | last |\n")
+	if want := "## Flags\n\nAll:\n\n-a N\n    " + strings.Repeat("a word ", 10) + "a word\n    " +
+		strings.Repeat("a word ", 8) + "a word\n-b\n    last\n\n"; part.String() != want {
+		t.Errorf("a table is printed as\n%s\nwant\n%s", &part, want)
 	}
 	err := printManual(&part, "ulimit")
 	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo, "Its parts that have it: ") {
@@ -1543,7 +1574,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			}
 		}
 		const look = lookAgain + time.Second
-		bad := map[string]int{"cannot be read again": 1}
+		bad := map[string]int{"cannot read the certificates again": 1}
 
 		pass(look)
 		first := shown()
@@ -1736,6 +1767,9 @@ func TestCommandShowsResults(t *testing.T) {
 			{[]string{"Put:k:w", "Expire:k:60", "Update:k:v:x", "Set:k:y", "Delete:none", "Ack"}, ""},
 			{[]string{"Get:k", "Expire:k:60", "Expire:k", "Keys", "Take:k", "Take:k", "Get:k"},
 				"k:y\n60\nk\nl\nk:y\n"},
+
+			// That an Expire has found no key.
+			{[]string{"Expire:none:60", "Expire:none", "Expire:l:0", "Expire:l"}, ":OK 0\n:OK 0\n"},
 		} {
 			out, errs, good, err := converseWith(t, n, "", c.requests...)
 			if out != c.out || errs != "" || !good || err != nil {
@@ -1798,9 +1832,10 @@ func TestCommandLosesItsServer(t *testing.T) {
 			errUnanswered, "", false},
 		{"Get:a\n", "", errSilent, "", false},
 		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // because the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errStranger,
+		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errFull,
 			"server is full (3 clients)", false},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger, `"HTTP/1.1 400 Bad Request\r\n"`, false},
+		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger,
+			`this is no kvserver: it says "HTTP/1.1 400 Bad Request\r\n"`, false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", true},
 	} {
@@ -2182,11 +2217,11 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		{&talker{isTyped: true}, errGone, "All that was sent is answered, so start it again."},
 		{&talker{isTyped: true}, errInterrupted, "All that was sent is answered, so start it again."},
 		{&talker{config: config{requests: []string{"Get:a", "Ping"}}}, errUnanswered,
-			"Nothing was to be changed: try again."},
+			"The requests change nothing: try again."},
 		{&talker{config: config{requests: []string{"Get:a", "set:a:b"}}}, errUnanswered,
 			"look, then send the rest."},
 		{quits, errUnanswered, "Nothing after a Quit is run."},
-		{&talker{}, errUnasked, "nothing is known: look, then go on"},
+		{&talker{}, errUnasked, "may be done or not: look, then go on"},
 		{&talker{}, errOutput, "Make room where the answers go"},
 		{&talker{answered: -1}, errQuiet, "Nothing was sent: try again."}, // our own Ack has no answer
 	} {
