@@ -76,8 +76,7 @@ import (
 //go:embed README.md
 var readme string
 
-// commands are the words that can stand in the place of flags: the arguments that each needs, and
-// an example of them.
+// commands can stand in the place of flags: the arguments that each needs, and an example of them.
 var commands = map[string]struct{ needs, example string }{
 	"check":  {"one data directory", "data"},
 	"backup": {"a data directory and a new one for the copy", "data copy"},
@@ -85,13 +84,10 @@ var commands = map[string]struct{ needs, example string }{
 	"help":   {},
 }
 
-// Exit codes.
 const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
 	exitMisuse  = 2 // the command line or the environment is wrong
-)
 
-const (
 	stopTime    = 5 * time.Second // for a stop; after that the process ends in any case
 	connectTime = 5 * time.Second // to connect; for -c's first answer, and for each of -ping's two
 )
@@ -166,15 +162,14 @@ func (c *config) tell(w io.Writer, err error) error {
 	return errTold
 }
 
-// wrong is something that may be wrong, a text for it if it needs one of its own, and what to do
-// about it.
+// wrong is what may be wrong, and what to do about it.
 type wrong struct {
 	is         bool
 	what, todo string
 }
 
-// firstWrong returns the first of all that is true, as an error, or nil. Its text is what, if it has
-// no text of its own.
+// firstWrong returns the first of all that is true, as an error, or nil. what is the text of those
+// that have none.
 func firstWrong(what string, all []wrong) error {
 	for _, w := range all {
 		if w.is {
@@ -215,8 +210,7 @@ Try it:   kvserver &   then   nc localhost 9999   and type   Help
 
 const seeHelp = "kvserver help flags lists the flags."
 
-// The flags that -h shows; the flags that only a server has; and the flags that say what to do now,
-// which have no variable in the environment.
+// The flags that -h shows, those that only a server has, and those that have no variable.
 var (
 	helpFlags = strings.Fields(
 		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
@@ -386,11 +380,9 @@ func setByVariable(f *flag.Flag) error {
 	return problem{what, explain(variable(f), f)}
 }
 
-// helpText is what -h prints.
+// helpText is what -h prints. The README has all flags: kvserver help flags prints them.
 func helpText(flags *flag.FlagSet) string {
 	text := usage
-
-	// The README has all flags: kvserver help flags prints its table.
 	for _, name := range helpFlags {
 		unit, does := flag.UnquoteUsage(flags.Lookup(name))
 		text += fmt.Sprintf("  %-20s%s\n", "-"+name+" "+unit, does)
@@ -427,17 +419,16 @@ func variable(f *flag.Flag) string {
 }
 
 // warnOfVariables logs the variables whose names begin like ours but are unknown, and which of ours
-// they may stand for. Kubernetes sets some for a service named kvserver: these are left out.
+// they may stand for. It is only a warning, because a newer kvserver may know them.
 func warnOfVariables(log *slog.Logger, environment []string) {
 	var ours []string
 	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
+
+	// Kubernetes sets some for a service named kvserver.
 	others := regexp.MustCompile("^KVSERVER_((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
-		isOurs := slices.Contains(ours, name) || others.MatchString(name)
-
-		// Only a warning, because a newer kvserver may know the variable.
-		if strings.HasPrefix(name, "KVSERVER_") && !isOurs {
+		if strings.HasPrefix(name, "KVSERVER_") && !slices.Contains(ours, name) && !others.MatchString(name) {
 			log.Warn("unknown variable in the environment: it does nothing",
 				"name", name, "todo", suggest("", name, ours, nil))
 		}
@@ -780,12 +771,9 @@ func serve(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
 	defer restore()
 
-	// An unknown variable may explain what goes wrong later, so the log begins with it.
-	warnOfVariables(log.Logger, os.Environ())
+	warnOfVariables(log.Logger, os.Environ()) // it may explain what goes wrong later
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
-
-	// openStore sets the store later.
-	s := New(nil)
+	s := New(nil) // openStore sets the store
 	s.log, s.logged, s.version = log.Logger, &log.counts, version()
 	if c.data != "" {
 		s.status = new(storage.Status)
