@@ -4,7 +4,7 @@
 .PHONY: build run test check fuzz simulate etcd windows soak bench cover install dist clean help
 
 # These flags do not change how packages are compiled, so what go run and go test compiled is reused.
-build: ## build ./kvserver (CGO_ENABLED=0: one that needs no C library)
+build: ## build ./kvserver (with CGO_ENABLED=0 it needs no C library)
 	go build -ldflags="-s -w" -o kvserver .
 
 run: ## start the server
@@ -36,20 +36,20 @@ fuzz: ## run every fuzz target for FUZZTIME (60000x, inputs)
 
 SEEDS ?= 0
 SEED ?= 1
-simulate: ## simulated servers with faults, SEEDS of them from SEED on (0: until stopped)
+simulate: ## simulated servers with faults: SEEDS of them (0: until stopped), from seed SEED on
 	KVSERVER_SEED=$(SEED) KVSERVER_SEEDS=$(SEEDS) go test -run '^TestSimulation$$' -timeout 0
 
-etcd: ## two servers and a real cluster of etcd, which must be installed, with faults
+etcd: ## two servers and a real etcd cluster with faults (etcd must be installed)
 	KVSERVER_ETCD=1 go test -count=1 -run '^TestEtcdCluster$$' -v -timeout 10m ./kvstore/storage/etcd
 
-windows: ## build for Windows, and try that with wine, which must be installed
+windows: ## build for Windows, and try it (wine must be installed)
 	.ci/windows
 
 SOAK ?= 2m
-soak: ## clients of a real server that is killed again and again, for SOAK (2m)
+soak: ## kill a real server again and again beside its clients, for SOAK (2m)
 	KVSERVER_SOAK=$(SOAK) go test -run '^TestKilledServer$$' -v -timeout 0 .
 
-bench: build ## measure it beside redis-server and memcached, where they are installed
+bench: build ## measure it beside redis-server and memcached, if they are installed
 	go run .ci/bench.go
 
 cover: ## show what the tests reach
@@ -57,16 +57,16 @@ cover: ## show what the tests reach
 	go tool cover -func=cover.out
 
 PREFIX ?= /usr/local
-install: build ## put kvserver in PREFIX/bin (/usr/local), below DESTDIR
+install: build ## put kvserver into PREFIX/bin (/usr/local/bin), below DESTDIR
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 kvserver $(DESTDIR)$(PREFIX)/bin/kvserver
 
 TARGETS ?=
-dist: ## archives of what is committed, for all systems or for TARGETS (linux/amd64,...), in dist
+dist: ## make archives of the current commit in dist, for all systems or TARGETS (linux/amd64,...)
 	go run .ci/dist.go -targets "$(TARGETS)"
 
-clean: ## remove what the others made
+clean: ## remove what the other targets make
 	rm -rf kvserver cover.out dist
 
-help: ## list these
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

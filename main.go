@@ -168,8 +168,7 @@ type wrong struct {
 	what, todo string
 }
 
-// firstWrong returns the first of all that is true, as an error, or nil. what is the text of those
-// that have none.
+// firstWrong returns the first of all that is true, as an error: with the text what if it has none.
 func firstWrong(what string, all []wrong) error {
 	for _, w := range all {
 		if w.is {
@@ -239,8 +238,7 @@ type config struct {
 }
 
 // flags returns a flag set that reads a command line into c, and puts the defaults there. A flag's
-// text, with its default at the end, is used in the README, in the message about a wrong value, and
-// for helpFlags in -h.
+// text, with its default at the end, is in the README, in -h, and in the message about a wrong value.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -338,8 +336,8 @@ func (v *checked) IsBoolFlag() bool {
 	return ok && inner.IsBoolFlag()
 }
 
-// parseFlags reads the command line and the environment. For -h and -version it prints what they
-// ask for to out, and returns flag.ErrHelp.
+// parseFlags reads the command line and the environment. It returns flag.ErrHelp if it has printed
+// to out what -h or -version asks for.
 func parseFlags(args []string, out io.Writer) (c config, err error) {
 	flags, typed := c.flags(), map[string]bool{}
 	err = flags.Parse(args)
@@ -508,8 +506,7 @@ func (c config) checkRequests() error {
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
 				"To send requests: kvserver -c " + request},
 
-			// This process sends no requests: the argument may be a word that another program
-			// understands, or a command.
+			// Nothing is to be sent. The argument may be a command, or another program's word for one.
 			{!c.client && noWords[word] != "", isUnexpected, noWords[word]},
 			{!c.client && slices.Contains(names, word), isUnexpected,
 				word + " goes first, without flags: kvserver " + word + " ..."},
@@ -750,8 +747,7 @@ func (l *queuedLog) flush() {
 
 // ---- start and stop
 
-// beServer runs a server until a signal stops it, or until it fails. It tells its error itself, and
-// returns errTold for it.
+// beServer runs a server until a signal stops it, or until it fails: then it returns errTold.
 func beServer(c config) error {
 	signal.Ignore(syscall.SIGPIPE) // the log's reader may end, and must not end the server with it
 	log := newLog(os.Stderr, c.log == "json", c.verbose)
@@ -824,9 +820,8 @@ func serve(c config, log *queuedLog) error {
 	return stop(c, log, s, data, err)
 }
 
-// stopSignals returns the signals that stop the server. SIGHUP is one of them if the log goes to a
-// terminal, because then it says that the terminal was closed. Otherwise it makes the server read
-// its certificates again.
+// stopSignals returns the signals that stop the server. SIGHUP says that a terminal was closed, so
+// it is one of them if the log goes there. Otherwise the server reads its certificates again on it.
 func stopSignals() []os.Signal {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // under nohup it is ignored
@@ -890,8 +885,8 @@ func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage
 	return storage.OpenDisk(path, opts.Log)
 }
 
-// listenFor listens for clients at all the addresses of c, or at none: nobody would soon notice that
-// a server is missing at one of them.
+// listenFor listens for clients at all addresses of c. If one fails it listens at none, because
+// nobody would soon notice that one is missing.
 func listenFor(c config) (all []net.Listener, err error) {
 	for addr := range strings.SplitSeq(c.addr, ",") {
 		listeners, err := listen(addr)
@@ -904,8 +899,7 @@ func listenFor(c config) (all []net.Listener, err error) {
 	return all, nil
 }
 
-// listenProblem returns err, which came from listening at addr, with what to do about it. name is
-// the flag that has the address.
+// listenProblem returns err, of listening at addr, with what to do. name is the address's flag.
 func listenProblem(name, addr string, err error) error {
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	path, isUnix := strings.CutPrefix(addr, unixPrefix)
@@ -936,8 +930,7 @@ func listenProblem(name, addr string, err error) error {
 	})
 }
 
-// applyLimits gives s the limits that c asks for, or lower ones if the process may not open so many
-// files.
+// applyLimits gives s the limits that c asks for, as far as the process may open so many files.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
 	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
@@ -1004,8 +997,7 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 	}
 }
 
-// stop closes s, and then data. If failure is not nil, or closing the data fails, stop logs that
-// error and returns errTold.
+// stop closes s, and then data. It logs failure, or the error of closing data, and returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
 	// The cause is logged first, because the end may take seconds.
 	tell := func(failure error) error {
@@ -1067,8 +1059,7 @@ const (
 )
 
 // credentials are three files in PEM format: a certificate, its key, and the CA that must have
-// signed the other side's certificate. A client's belong to dial; a server's belong to serverTLS,
-// and to watch from its start on.
+// signed the other side's certificate. A client's belong to dial; a server's to serverTLS, then watch.
 type credentials struct {
 	paths [3]string // "": there is none
 	texts [3][]byte // the files' contents when they were last read
@@ -1120,7 +1111,7 @@ func (k *credentials) read() (*tls.Config, error) {
 
 const givePEM = "Give a file in PEM format; kvserver help TLS shows how to make one."
 
-// pemProblem returns err, which came from reading a file in PEM format, with what to do about it.
+// pemProblem returns err, of reading a file in PEM format, with what to do.
 func pemProblem(err error) error {
 	todo := givePEM
 	if errors.Is(err, fs.ErrPermission) {
@@ -1130,8 +1121,7 @@ func pemProblem(err error) error {
 }
 
 // serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It starts
-// watch, which reads these files again every lookAgain, and when again receives a signal. New files
-// are for new connections only.
+// watch, which reads these files again; new ones are for new connections only.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
 	if err := k.load(); err != nil {
@@ -1145,8 +1135,7 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load reads the files, and sets current if their contents have changed. If it fails, current stays.
-// It returns the same error only once.
+// load reads the files, and sets current if they have changed. It returns the same error only once.
 func (k *credentials) load() error {
 	// Contents are compared, because a new file may have the old one's size and time.
 	before := k.last
@@ -1163,8 +1152,7 @@ func (k *credentials) load() error {
 	return err
 }
 
-// warn logs when the certificate ends: at once if the certificate is new, and then, from warnAhead
-// before its end on, every warnAgain.
+// warn logs at what time a new certificate ends, and again every warnAgain once that is near.
 func (k *credentials) warn(now time.Time) {
 	if now.Before(k.next) {
 		return
@@ -1249,8 +1237,7 @@ func runCommand(command string, args []string, out io.Writer) error {
 	})
 }
 
-// printManual prints the parts of the README whose heading has word, or all headings if word is
-// empty.
+// printManual prints the parts of the README whose heading has word; "": all headings.
 func printManual(w io.Writer, word string) error {
 	isPrinted := word == ""
 	var within []string // headings of the parts that have word only in their text
@@ -1355,8 +1342,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	return report, err
 }
 
-// tellCopied returns a function that shows on a terminal how many bytes of a store are copied. It
-// writes one line over and over.
+// tellCopied returns a function that shows on a terminal, in one line, how much of a store is copied.
 func tellCopied() func(copied, total int64) {
 	told := int64(-1)
 	return func(copied, total int64) {
@@ -1367,7 +1353,7 @@ func tellCopied() func(copied, total int64) {
 	}
 }
 
-// storeProblem returns err, which came from the store that c asks for, with what to do about it.
+// storeProblem returns err, of the store that c asks for, with what to do.
 func storeProblem(c config, err error) error {
 	const unchanged = "Nothing was changed. "
 	is := func(targets ...error) bool { return isAny(err, targets...) }
@@ -1424,8 +1410,7 @@ func storeProblem(c config, err error) error {
 
 // ---- the client: kvserver -c, -ping
 
-// beClient runs kvserver -c and -ping. It returns errTold if the server refused a request: errs has
-// the server's words already.
+// beClient runs kvserver -c and -ping. It returns errTold if errs has the server's own words.
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
@@ -1489,8 +1474,7 @@ type talker struct {
 	told     error         // errTold, once an error of the server's is shown
 
 	// Sender to reader: the kind of each line, before it is sent. The reader takes it out when the
-	// line is answered. With -stop there is one slot, so each line waits for the answer to the one
-	// before it. Made by greet; never closed.
+	// line is answered. With -stop there is one slot, so one line at a time is owed. Never closed.
 	owed chan queryType
 	sent chan error    // sender to reader: how the input ended, io.EOF if it is complete; one slot
 	over chan struct{} // closed by the reader: send nothing more
@@ -1555,14 +1539,12 @@ func (t *talker) dial() (err error) {
 			continue
 		}
 
-		// Over TCP our close is a reset. The server would take a plain close for a half-close, and
-		// might still give a value to our Take.
+		// Close with a reset. The server takes a plain close for a half-close: our Take would wait on.
 		if tcp, isTCP := underTLS(t.conn).(*net.TCPConn); isTCP {
 			tcp.SetLinger(0)
 		}
 
-		// If there is only one address, greet's error is the best one. Of several addresses
-		// dialProblem says that none serves.
+		// Of several addresses dialProblem says that none serves. Of one, greet's error says more.
 		err = t.greet()
 		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
 			t.addr = addr
@@ -1573,8 +1555,7 @@ func (t *talker) dial() (err error) {
 	return dialProblem(t.addr, err)
 }
 
-// reachable returns the address at which a client on this machine finds a server that listens at
-// addr.
+// reachable returns where a client on this machine finds a server that listens at addr.
 func reachable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr) // parseFlags has checked it
 
@@ -1590,7 +1571,7 @@ func reachable(addr string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// dialProblem returns err, which came from connecting to the last of addrs, with what to do about it.
+// dialProblem returns err, of connecting to the last of addrs, with what to do.
 func dialProblem(addrs string, err error) error {
 	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
 	op := (*net.OpError)(nil)
@@ -1647,8 +1628,7 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// patientReader reads from the connection. It fails with errQuiet if an answer is owed and no byte
-// has come for too long.
+// patientReader reads from the connection. It fails with errQuiet if no byte of an owed answer comes.
 type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
@@ -1766,8 +1746,7 @@ func (t *talker) countAnswer(w *bufio.Writer) {
 	}
 }
 
-// inputTime is how long ended waits for the sender to say how the input ended. Somebody who types may
-// not end it for hours.
+// inputTime is how long ended waits for the sender: somebody who types may not end for hours.
 const inputTime = 100 * time.Millisecond
 
 // ended returns the error of a conversation whose connection has failed with err, which is io.EOF
@@ -1842,8 +1821,7 @@ func (t *talker) sendLines() {
 	closeWrite(t.conn)
 }
 
-// sendLine waits for a free slot in owed and sends a line, or the beginning of a long one. It returns
-// false if nothing more is to be sent.
+// sendLine waits for a slot in owed and sends a line, or its beginning. false: send nothing more.
 func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 	// The server does not answer a blank line. It answers an Ack, which we send instead.
 	request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
@@ -1877,7 +1855,7 @@ func isUTF16(start []byte) bool {
 		len(mark) == 2 && mark[0]|mark[1] >= 'A' && (mark[0] == 0) != (mark[1] == 0)
 }
 
-// problem returns err, which came from a conversation or from dial, with what to do about it.
+// problem returns err, of a conversation or of dial, with what to do.
 func (t *talker) problem(err error) error {
 	if as[problem](err) {
 		return err
