@@ -1466,6 +1466,7 @@ type talker struct {
 	errs    io.Writer      // for everything else
 	isTyped bool           // somebody types the input: show a prompt, and each :OK n
 	tells   bool           // write to errs, now and then, how many requests are answered
+	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and by converse at its start
 
 	// Owned by the reading goroutine.
 	r        *bufio.Reader // from conn; made by greet
@@ -1601,6 +1602,8 @@ func dialProblem(addrs string, err error) error {
 
 // greet makes r and owed, sends an Ack, and fails if the answer is not a kvserver's.
 func (t *talker) greet() error {
+	// A process that does not answer our Ack is no kvserver, or hangs.
+	t.silence = cmp.Or(t.timeout, connectTime)
 	t.r, t.answered = bufio.NewReaderSize(patientReader{t}, maxWrite), -1
 	t.owed = make(chan queryType, maxOwed)
 	if t.stop {
@@ -1632,33 +1635,31 @@ func (t *talker) greet() error {
 type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
-	// A process that does not answer our Ack is no kvserver, or hangs.
-	silence := t.timeout
-	if silence == 0 && t.answered < 0 {
-		silence = connectTime
+	// The sender puts a line into owed before it sets a deadline. We take the deadline away before we
+	// look at owed. So there is a deadline whenever a line is owed.
+	t.conn.SetReadDeadline(time.Time{})
+	if len(t.owed) > 0 {
+		t.limitRead()
 	}
-	silence = cmp.Or(silence, math.MaxInt64)
 
-	// We set the deadline before we look at owed. The sender puts a line into owed before it moves
-	// the deadline. So we notice each line that is owed, whatever the two goroutines do meanwhile.
-	for {
-		end := time.Now().Add(silence)
-		t.conn.SetReadDeadline(end)
-		isOwed := len(t.owed) > 0
-		n, err = t.conn.Read(p)
-		switch {
-		case n > 0 || !errors.Is(err, os.ErrDeadlineExceeded):
-			return n, err
-		case isOwed && !time.Now().Before(end):
-			return 0, fmt.Errorf("%w for %v", errQuiet, silence)
-		}
+	n, err = t.conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("%w for %v", errQuiet, t.silence)
+	}
+	return n, err
+}
+
+// limitRead sets the time at which an answer is late.
+func (t *talker) limitRead() {
+	if t.silence > 0 {
+		t.conn.SetReadDeadline(time.Now().Add(t.silence))
 	}
 }
 
 // converse has the rest of the conversation, after greet. It returns errTold if all requests were
 // answered, and some of them with an error. It is the reading goroutine.
 func (t *talker) converse() error {
-	t.sent, t.over = make(chan error, 1), make(chan struct{})
+	t.silence, t.sent, t.over = t.timeout, make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)
 	<-t.owed // greet has read the answer to our Ack
 	t.countAnswer(w)
@@ -1841,7 +1842,7 @@ func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 
 	// If no other answer is owed, the reader's time limit begins now.
 	if len(t.owed) == 1 {
-		t.conn.SetReadDeadline(time.Now())
+		t.limitRead()
 	}
 	w.Write(line)
 	return true
