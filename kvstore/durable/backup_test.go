@@ -304,6 +304,20 @@ func TestFewDescriptors(t *testing.T) {
 	wantAll(t, "a start", few, want)
 }
 
+// Ensure that a store whose files an older version has made can be copied.
+func TestBackupOfAnOlderVersion(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("k", "v")
+	d.Close()
+	makeOlder(dir.Names["seg-1.log"].Data)
+
+	out := storetest.New()
+	if _, err := Backup(dir, out, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantAll(t, "the copy", out, map[string][]string{"k": {"v"}})
+}
+
 // Ensure that a backup fails at a damaged frame in the middle of the log, and copies no STORE.
 func TestBackupOfALogWithAHole(t *testing.T) {
 	dir, d := newSmall(t, Options{})

@@ -421,10 +421,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 			dir, d := newSmall(t, Options{})
 			d.Put("k", "v")
 			d.Close()
-			b := dir.Names["seg-1.log"].Data
-			binary.LittleEndian.PutUint32(b[8:], oldestVersion)
-			binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
-
+			makeOlder(dir.Names["seg-1.log"].Data)
 			if isFull {
 				dir.Before = func(c storetest.Call) error {
 					if c.What == "create" && c.Name == "seg-2.log.tmp" {
@@ -453,4 +450,10 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 			wantAll(t, "opened again", dir, map[string][]string{"k": {"w"}})
 		})
 	}
+}
+
+// makeOlder makes a log file one of the oldest version that can be read.
+func makeOlder(b []byte) {
+	binary.LittleEndian.PutUint32(b[8:], oldestVersion)
+	binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 }

@@ -434,6 +434,7 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 // nil: none.
 func createLog(d storage.Directory, h fileHeader, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
+	h.isOld = false // a copy of an older file is not older
 	return createFile(d, h.name(), func(w *logWriter) error {
 		w.header, w.seed = h, h.seed()
 		copy(w.end[:], h.encode()[headerSize-frameSize:])
