@@ -221,8 +221,7 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 	}
 
 	// If a segment's header cannot be read, its first frame says with which frame it begins.
-	if l.header.kind == kindSegment && l.bad != nil && len(file.frames) > 0 &&
-		file.frames[0].offset == headerSize {
+	if l.header.kind == kindSegment && l.bad != nil && len(file.frames) > 0 {
 		l.header.first = file.frames[0].sequence
 	}
 	s.report.say("read    %d frames of %s", len(file.frames), l.path)
@@ -276,23 +275,12 @@ func (s *salvage) restore() error {
 		s.sayLost("a part of %s: it has no proper end", base.path)
 	}
 
-	// If nothing says with which frame the log goes on behind the snapshot, only frames in files of
-	// higher numbers are applied, and what came right behind the snapshot counts as lost.
-	s.next = s.firstBehind(base)
-	if s.next == 0 {
-		s.sayLostBehind(base)
-		frames = slices.DeleteFunc(frames, func(f foundFrame) bool {
-			return f.in.header.number <= base.header.number
-		})
-		s.next = 1
-		if len(frames) == 0 {
-			return nil
-		}
-		s.next = frames[0].sequence
-	}
-
 	// Every gap is a loss, whatever was in it. Frames that the snapshot replaces are left out.
-	s.next, err = s.applyAll(from(frames, s.next), s.next)
+	first, hasGap := s.firstBehind(base, frames)
+	if hasGap {
+		s.sayLostBehind(base)
+	}
+	s.next, err = s.applyAll(from(frames, first), first)
 	if err == nil {
 		s.sayLostEnd(base)
 	}
@@ -336,10 +324,10 @@ func from(frames []foundFrame, first uint64) []foundFrame {
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
 	isComplete := func(file *foundFile) bool {
-		first := s.firstBehind(file)
+		first, hasGap := s.firstBehind(file, frames)
 		rest := from(frames, first)
 		n := len(rest)
-		return file.whole && (n == 0 || rest[n-1].sequence-first == uint64(n-1))
+		return file.whole && !hasGap && (n == 0 || rest[n-1].sequence-first == uint64(n-1))
 	}
 
 	empty := &foundFile{logReader: &logReader{header: fileHeader{first: 1}}, whole: true}
@@ -362,16 +350,30 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 	return empty
 }
 
-// firstBehind returns the sequence of the first frame that a snapshot does not replace. If its
-// own header cannot be read, the next segment's header says it, too; 0: nothing says it.
-func (s *salvage) firstBehind(snapshot *foundFile) (first uint64) {
-	first = snapshot.header.first
+// firstBehind returns the sequence of the first frame that a snapshot does not replace. If its own
+// header cannot be read, the segments behind it say that: then hasGap reports whether there may
+// have been frames before that one.
+func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first uint64,
+	hasGap bool) {
+	if snapshot.bad == nil {
+		return max(snapshot.header.first, 1), false // an older Repair wrote 0
+	}
+
+	// If there are none, it replaces all frames.
+	first = 1
+	if n := len(frames); n > 0 {
+		first = frames[n-1].sequence + 1
+	}
+
+	// The newest segment comes first, so the one right behind the snapshot decides, if it can.
 	for _, file := range s.segments {
-		if snapshot.bad != nil && file.header.number == snapshot.header.number+1 {
-			first = max(first, file.header.first)
+		if file.header.number > snapshot.header.number && file.header.first > 0 {
+			first = file.header.first
+			isCut := file.bad != nil && file.frames[0].offset > headerSize
+			hasGap = isCut || file.header.number > snapshot.header.number+1
 		}
 	}
-	return first
+	return first, hasGap
 }
 
 // applyAll applies frames, the first of which should be next, and returns the sequence behind the

@@ -641,7 +641,8 @@ func TestRepairOfHalfAStore(t *testing.T) {
 }
 
 // Ensure that a store made by an older Repair, whose headers do not say with which frame the log
-// begins, loses nothing that it has answered: in its first run, and in those after crashes.
+// begins, loses nothing that it has answered: in its first run, in those after crashes, and if it
+// is repaired once more.
 func TestStoreOfAnOlderRepair(t *testing.T) {
 	m := kvstore.NewMemory()
 	m.Put("saved", "value")
@@ -681,6 +682,12 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 			dir = dir.Crash(rand.New(rand.NewPCG(seed, 1)))
 			wantAll(t, fmt.Sprintf("run %d, then the power failed", run), dir.Kill(), want)
 		}
+
+		again, r, err := repaired(t, dir)
+		if err != nil || r.Damaged {
+			t.Errorf("run %d, repaired once more: %v, %q", run, err, r.Lines)
+		}
+		wantAll(t, fmt.Sprintf("run %d, repaired once more", run), again, want)
 	}
 }
 
