@@ -915,19 +915,30 @@ func listenProblem(name, addr string, err error) error {
 
 	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
 		// Unix sockets.
-		{isUnix && is(inUse...), "", "Stop the server that uses it, or choose another path."},
+		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
 		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + filepath.Dir(path)},
 		{isUnix, "", "Nothing was changed. Choose another path, where you may write and no " +
 			"file is, as in -addr unix:/run/kvserver/sock."},
 
 		// TCP ports.
 		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
-			net.JoinHostPort(host, "0") + " takes a free one, and the log says which."},
+			anotherPort(host)},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
 		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
 			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
 		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
 	})
+}
+
+// anotherPort returns a port of host that is free now; "0" if it finds none.
+func anotherPort(host string) string {
+	listeners, err := listen(net.JoinHostPort(host, "0"))
+	if err != nil {
+		return "0"
+	}
+	closeAll(listeners)
+	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
+	return port
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may open so many files.

@@ -2758,7 +2758,7 @@ func TestMaxClientsAndPing(t *testing.T) {
 	s.maxClients = 1
 	addr := startTCP(t, s)
 	dialTCP(t, addr).ask("Ping", ":PONG")
-	runBinary(t, "", "it answers", true, "-addr", addr, "-ping")
+	runBinary(t, "", "the server answers", true, "-addr", addr, "-ping")
 	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
 		"-addr", addr, "-c", "Get:k")
 }
