@@ -1376,15 +1376,12 @@ func storeProblem(c config, err error) error {
 	return firstWrong(err.Error(), []wrong{
 		// For a server or a command; then for the commands alone.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
-		{is(durable.ErrSpoiled), "", "Perhaps not all that was answered is there. To see what is: " +
-			"kvserver check " + data},
+		{is(durable.ErrSpoiled), "", "Something may be lost. Look what is there: kvserver check " + data},
 		{is(fs.ErrPermission), "", "Start kvserver as the user who owns it, or let your user read and write it."},
 		{is(storage.ErrNotOurs, durable.ErrNoStore, durable.ErrNotEmpty) && isCopy, "", "Nothing was " +
 			"copied. Give a data directory, and a new or empty one that is not inside it."},
-		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "",
-			"Give the directory that the server has as -data."},
-		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. First create the directory that " +
-			"the new one is to be in."},
+		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "", "Give the server's data directory."},
+		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. First create the directory around NEW."},
 
 		// The etcd cluster.
 		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused or cut off?"},
