@@ -578,6 +578,16 @@ func TestManual(t *testing.T) {
 	if p := (problem{}); !errors.As(err, &p) || !strings.HasPrefix(p.todo, "Its parts that have it: ") {
 		t.Errorf("a word that no heading has: %+v", err)
 	}
+
+	// Who asks a command for help gets its part, and of help the headings.
+	for args, want := range map[string]string{"check -h": "## Keeping the data: backup, check, repair\n",
+		"backup a --help": "## Keeping the data: backup, check, repair\n", "help -help": "kvserver\nFor programs\n"} {
+		part.Reset()
+		err := run(strings.Fields(args), &part)
+		if err != nil || !strings.HasPrefix(part.String(), want) {
+			t.Errorf("%s: %v, it prints %.60q, want %q", args, err, &part, want)
+		}
+	}
 }
 
 // Ensure that a command fails if its output could not be written.
