@@ -3007,7 +3007,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 		n.server.Close()
 		equal(t, "Commits after one that failed", store.commits, commits)
 		equal(t, "clients that left because the store failed, in the log",
-			strings.Count(log.String(), `reason="the store failed"`), 2)
+			strings.Count(log.String(), `reason="the store failed"`), 3)
 	})
 }
 
