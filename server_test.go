@@ -1661,6 +1661,7 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 		flood()
 		pass(seldomTime)
 		flood()
+		synctest.Wait()
 		lines := regexp.MustCompile(
 			`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(n.log.take(), -1)
 		if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
