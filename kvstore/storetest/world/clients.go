@@ -409,7 +409,7 @@ func (v *visitor) silence() {
 // connectMany connects again and again, and sends next to nothing: nothing at all, or if someBegin
 // now and then the beginning of a hello.
 func (v *visitor) connectMany(someBegin bool) {
-	for range 100 {
+	for range 200 {
 		other := &visitor{process: v.process, random: v.random, plain: true}
 		if !other.dial() {
 			return

@@ -294,6 +294,9 @@ func (p *process) serve(db *durable.Store) {
 	if p.settings.TLS != nil {
 		p.visit(&clients, kind{"says nothing", (*visitor).silence, false, true})
 	}
+	if p.settings.Other > 0 {
+		p.visit(&clients, kind{"stops reading", (*visitor).stop, true, true})
+	}
 	if p.heavy > 0 {
 		p.visit(&clients, kind{"removes", (*visitor).removeMany, true, true})
 	}
@@ -339,7 +342,10 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	switch r.IntN(6) {
 	case 0:
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
-		s.Other = Pick(r, 0, s.MaxMemory*5/8)
+		if Chance(r, 2) {
+			// Small messages, so that replies wait though all queues together are not full.
+			s.Other, s.MaxMessage = s.MaxMemory*5/8, 500
+		}
 	case 1:
 		// Nearly all memory for data is taken, and queues could take more than the rest.
 		p.mute, s.MaxMemory = true, 8000*kilo

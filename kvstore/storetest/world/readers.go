@@ -63,7 +63,7 @@ func (v *visitor) pipeline() {
 		v.process.mu.Lock()
 		v.unknown++
 		v.process.mu.Unlock()
-		v.checkMark(key, mark, values*size)
+		v.checkMark(key, mark, len(strings.Join(list, "\n")))
 		return
 	}
 
@@ -280,7 +280,7 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	// the mark, and where ticks come late it takes long until a client counts as slow.
 	s := v.settings
 	hasLimit := s.MaxQueues < 1<<30 || s.MaxMemory > 0
-	mayWait := hasLimit && 2*replySize > shared*s.MaxMessage || v.late > 0
+	mayWait := hasLimit && 2*replySize > min(shared*s.MaxMessage, int(s.MaxQueues)) || v.late > 0
 	if err == nil && !mayWait && !v.isDisturbed() && !v.mayRefuse() &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
