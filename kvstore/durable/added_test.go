@@ -35,9 +35,9 @@ func TestStrangeFile(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number > 2 ||
+			if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number() > 2 ||
 				!strings.Contains(log.String(), name) {
-				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number, log)
+				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number(), log)
 			}
 			if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
 				t.Errorf("%s: Close: %v", name, err)
@@ -107,7 +107,7 @@ func TestHealBesideWhatStays(t *testing.T) {
 		os.Remove(filepath.Join(path, "seg-1.log"))
 		os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
 		for range 5 {
-			d.looked = time.Time{}
+			d.lookAfter = time.Time{}
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}

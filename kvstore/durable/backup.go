@@ -26,7 +26,7 @@ func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Repor
 			return errors.Is(err, fs.ErrNotExist)
 		})
 		if err == nil {
-			r.say("copied %d files, %d bytes of commits to %s", c.made+1, c.copied, out.Path(""))
+			r.say("copied %d files, %d bytes of commits to %s", c.at+1, c.copied, out.Path(""))
 		}
 		return err
 	})
@@ -43,14 +43,12 @@ func fillDirectory(out storage.Directory, write func() error) error {
 	defer lock.Close()
 
 	// Checked only now that it is locked: from here on nobody else fills it.
-	names, err := out.List()
+	names, err := contents(out)
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		if !isBeside(name) {
-			return fmt.Errorf("%w: %s is there", ErrNotEmpty, out.Path(name))
-		}
+	if len(names) > 0 {
+		return fmt.Errorf("%w: %s is there", ErrNotEmpty, out.Path(names[0]))
 	}
 
 	// If another process has taken the lock, it may have written there, too: then this is no copy,
@@ -72,11 +70,9 @@ func fillDirectory(out storage.Directory, write func() error) error {
 // empty removes all files of a store, or of a part of one.
 func empty(out storage.Directory) error {
 	// If one file cannot be removed, the others still are.
-	names, err := out.List()
+	names, err := contents(out)
 	for _, name := range names {
-		if !isBeside(name) {
-			err = errors.Join(err, out.Remove(name))
-		}
+		err = errors.Join(err, out.Remove(name))
 	}
 	return err
 }
@@ -84,11 +80,10 @@ func empty(out storage.Directory) error {
 // copier copies the files of a store.
 type copier struct {
 	*files
-	out           storage.Directory
-	w             *logWriter // the copy of the file that is read
-	made          int        // log files made so far
-	copied, total int64      // bytes
-	step          func(copied, total int64)
+	out    storage.Directory
+	w      *logWriter // the copy of the file that is read
+	copied int64      // bytes
+	step   func(copied, total int64)
 }
 
 // copyAll copies the log files in order, and then STORE: without it the copy is no store. It
@@ -102,18 +97,13 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
 	}
 
-	defer closeLogs(c.logs)
-	for _, l := range c.logs {
-		c.total += l.size
-	}
-
 	// After a crash before STORE, no start takes the directory for a store.
+	defer closeLogs(c.logs)
 	for !c.done {
 		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)
 		if err != nil {
 			return err
 		}
-		c.made++
 	}
 	_, err = writeID(c.out, c.id)
 	return err
@@ -140,7 +130,7 @@ func (c *copier) copyFile(w *logWriter) error {
 func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
 	c.copied += f.padded()
 	if c.step != nil {
-		c.step(c.copied, c.total)
+		c.step(c.copied, c.bytes)
 	}
 
 	// If the last file goes on, the next one was made after Backup began, and is not in the copy.

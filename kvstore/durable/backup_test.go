@@ -58,7 +58,7 @@ func TestBackup(t *testing.T) {
 	}
 	d.Close()
 	for name := range dir.Names {
-		if kind, _, ok := parseName(name); ok {
+		if kind, _ := parseName(name); kind.isLog() {
 			data := slices.Clone(dir.Names[name].Data)
 			data[headerSize+10] ^= 1 // in the first frame
 			out := storetest.New()
@@ -87,7 +87,7 @@ func (l *tornListing) List() ([]string, error) {
 	names, err := l.Dir.List()
 	if l.lists++; l.lists <= 3 {
 		names = slices.DeleteFunc(names, func(name string) bool {
-			kind, _, _ := parseName(name)
+			kind, _ := parseName(name)
 			return kind == kindSnapshot
 		})
 	}
@@ -115,7 +115,7 @@ func TestLookBesideACompaction(t *testing.T) {
 func TestCheckOfADamagedBusyStore(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
-	for d.number < 4 {
+	for d.number() < 4 {
 		d.Put("key", strings.Repeat("v", 100))
 		d.Commit()
 	}
@@ -128,8 +128,8 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 			if lists++; lists > 20 {
 				return storetest.ErrDisk // otherwise it would go on for ever
 			}
-			d.looked = time.Now() // so that the store does not notice
-			for number := d.number; d.number == number; {
+			d.lookAfter = time.Now().Add(time.Hour) // so that the store does not notice
+			for number := d.number(); d.number() == number; {
 				d.Put("key", strings.Repeat("v", 100))
 				d.Commit()
 			}
@@ -243,10 +243,7 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 		if isNew, err := d.rotate(); err != nil || !isNew {
 			t.Fatal(err)
 		}
-		c2 := d.newCompaction()
-		c2.run()
-		d.noteCompaction(c2)
-		return c2.err
+		return d.compactNow()
 	}
 	out := storetest.New()
 	if _, err := Backup(dir, out, nil); err != nil || compactions != 50 {
@@ -254,7 +251,7 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 	}
 	wantAll(t, "copied", out, maps.Collect(d.All()))
 	dir.Before = nil
-	dir.Remove(logName(kindSegment, d.number))
+	dir.Remove(logName(kindSegment, d.number()))
 	if _, err := Backup(dir, storetest.New(), nil); !errors.As(err, new(*storage.DamageError)) {
 		t.Errorf("without a file: %v", err)
 	}
@@ -266,8 +263,8 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 func TestFewDescriptors(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
-	for d.number < 100 {
-		d.Put(fmt.Sprint("key", d.number), strings.Repeat("v", 100))
+	for d.number() < 100 {
+		d.Put(fmt.Sprint("key", d.number()), strings.Repeat("v", 100))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
@@ -782,7 +779,7 @@ func TestBackupBesideARotation(t *testing.T) {
 			}
 			ended := make(chan struct{})
 			go func() {
-				for d.number < 2 {
+				for d.number() < 2 {
 					d.Put("k", strings.Repeat("v", 100))
 					d.Commit()
 				}

@@ -13,15 +13,15 @@ import (
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact starts a compaction, if the full files have at least minCompact bytes and more than waste
-// times those of the live data: in the background, a snapshot replaces all full files. compact is
+// compact starts a compaction, if the full files have at least minCompact bytes and more than
+// maxWaste times those of the live data: in the background, a snapshot replaces all full files. compact is
 // called when a file has become full, or while the current one is empty, and the snapshot is what
 // Memory holds then. So no file is read again, and a bit that has rotted in one goes with it. A
 // compaction always replaces the whole beginning of the log: a part of it, merged without what came
 // before, would bring deleted keys back (bitcask issue 82, badger issue 2143, leveldb issue 184).
 func (d *Store) compact() {
 	if d.isCompacting() || d.fullBytes < d.minCompact ||
-		d.fullBytes <= d.waste*d.liveBytes() || !d.mayCompact() {
+		d.fullBytes <= maxWaste*d.liveBytes() || !d.mayCompact() {
 		return
 	}
 
@@ -32,6 +32,14 @@ func (d *Store) compact() {
 		c.run()
 		ended <- c
 	}()
+}
+
+// compactNow is a compaction for which everybody waits.
+func (d *Store) compactNow() error {
+	c := d.newCompaction()
+	c.run()
+	d.noteCompaction(c)
+	return c.err
 }
 
 // liveBytes returns roughly how many bytes a snapshot of the store would take.
@@ -46,7 +54,7 @@ func (d *Store) liveBytes() int64 {
 // not wait until the current file is full, as when only Deletes come.
 func (d *Store) isWasteful() bool {
 	return !d.isCompacting() &&
-		d.fullBytes+d.size > d.waste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
+		d.fullBytes+d.size > maxWaste*d.liveBytes()+d.minCompact+d.segmentSize && d.mayCompact()
 }
 
 // mayCompact reports whether a compaction may begin, if none runs: none has failed a short time
@@ -108,8 +116,8 @@ func (d *Store) noteSnapshot(c *compaction) {
 	})
 }
 
-// compaction is a compaction before, while and after it runs. It shares nothing with the Store except the
-// directory, so it may run on a goroutine of its own.
+// compaction is a compaction before, while and after it runs. It shares nothing with the Store
+// except the directory, so it may run on a goroutine of its own.
 type compaction struct {
 	dir      storage.Directory
 	header   fileHeader       // of the snapshot, which replaces all segments up to its number
@@ -134,9 +142,9 @@ func (c *compaction) isDone() bool { return c.written.ID != nil }
 // full ones make what Memory holds.
 func (d *Store) newCompaction() *compaction {
 	// The current file begins with the first frame behind the snapshot.
+	h := d.current.header
 	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
-		header: fileHeader{kind: kindSnapshot, id: d.id, number: d.number - 1,
-			first: d.current.header.first}}
+		header: fileHeader{kind: kindSnapshot, id: h.id, number: h.number - 1, first: h.first}}
 }
 
 // run writes the snapshot, and then removes the files that it replaces: all of lower numbers, so
@@ -151,9 +159,9 @@ func (c *compaction) run() {
 	// Only now, because the snapshot has its name on disk.
 	names, err := c.dir.List()
 	for _, name := range names {
-		kind, number, isLog := parseName(name)
+		kind, number := parseName(name)
 		through := c.header.number
-		if isLog && (number < through || number == through && kind == kindSegment) {
+		if kind.isLog() && number < through || kind == kindSegment && number == through {
 			err = errors.Join(err, c.dir.Remove(name))
 		}
 	}

@@ -147,7 +147,7 @@ func TestCompactionIsWorthIt(t *testing.T) {
 		}
 	}
 	if runs > 0 {
-		t.Errorf("%d compactions in %d files with nothing to leave out", runs, d.number)
+		t.Errorf("%d compactions in %d files with nothing to leave out", runs, d.number())
 	}
 	for i := range 5000 {
 		d.Delete(fmt.Sprint("key", i))
@@ -171,7 +171,7 @@ func TestCompactionOfALongKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		d.AwaitCompaction()
-		if disk, most := d.fullBytes+d.size, d.waste*d.liveBytes()+d.minCompact+
+		if disk, most := d.fullBytes+d.size, maxWaste*d.liveBytes()+d.minCompact+
 			d.segmentSize+int64(len(key)+frameMost); disk > most {
 			t.Fatalf("%d bytes on disk for %d of data, want at most %d", disk, d.liveBytes(), most)
 		}
@@ -232,7 +232,7 @@ func TestCompactionRemovesLater(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
-			if d.number == 10 {
+			if d.number() == 10 {
 				d.minCompact = least
 			}
 		}
@@ -268,7 +268,7 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	churn := func() {
-		for number := d.number; d.number < number+5; {
+		for number := d.number(); d.number() < number+5; {
 			d.Put("key", "value")
 			d.Delete("key")
 			if err := d.Commit(); err != nil {
@@ -306,7 +306,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for d.number < 10 {
+		for d.number() < 10 {
 			d.Put("key", "value")
 			d.Delete("key")
 			if err := d.Commit(); err != nil {
@@ -321,7 +321,7 @@ func TestNoFilesForNothing(t *testing.T) {
 			}
 			d.AwaitCompaction()
 			if round == 2 {
-				number = d.number
+				number = d.number()
 			}
 		}
 		for range 5 {
@@ -332,8 +332,8 @@ func TestNoFilesForNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if d.number > number {
-			t.Errorf("file %d after file %d, and nothing was written", d.number, number)
+		if d.number() > number {
+			t.Errorf("file %d after file %d, and nothing was written", d.number(), number)
 		}
 		refuses.Store(false)
 		<-time.After(compactTime)
@@ -365,7 +365,7 @@ func TestCompactionHeals(t *testing.T) {
 	d.minCompact = 0
 	d.Delete("key")
 	d.Put("key", "value")
-	for number := d.number; d.number == number; {
+	for number := d.number(); d.number() == number; {
 		d.Put("other", "value")
 		d.Commit()
 	}
@@ -457,7 +457,7 @@ func TestCompactionRemovesForGood(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		d.Put("kept", "value")
 		d.minCompact = 1 << 40
-		for d.number < 4 {
+		for d.number() < 4 {
 			d.Set("key", strings.Repeat("v", 100))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
@@ -465,7 +465,7 @@ func TestCompactionRemovesForGood(t *testing.T) {
 		}
 		dir.Empty("seg-2.log")
 		d.minCompact = 0
-		for number := d.number; d.number == number; {
+		for number := d.number(); d.number() == number; {
 			d.Set("key", strings.Repeat("v", 100))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)

@@ -888,7 +888,7 @@ func TestSpareIsCut(t *testing.T) {
 func TestSpareOfAnotherProcess(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("key", "value")
-	d.setFull(true)
+	d.isFull.Store(true)
 	dir.Moved = storage.ErrMoved
 	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
 		t.Fatal(err)
@@ -917,11 +917,11 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 	d.compactAfter = time.Now().Add(time.Hour) // otherwise the log may be compacted into SPARE
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "create" {
-			t.Errorf("in file %d of %d bytes %s is made", d.number, d.size, c.Name)
+			t.Errorf("in file %d of %d bytes %s is made", d.number(), d.size, c.Name)
 		}
 		return nil
 	}
-	number := d.number
+	number := d.number()
 	for i := range n {
 		if err := d.Room(10, true); err != nil {
 			t.Fatal(err)
@@ -931,8 +931,8 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if d.number != number || d.size < d.segmentSize {
-		t.Errorf("it goes on in file %d of %d bytes, and was in file %d", d.number, d.size, number)
+	if d.number() != number || d.size < d.segmentSize {
+		t.Errorf("it goes on in file %d of %d bytes, and was in file %d", d.number(), d.size, number)
 	}
 	d.Close()
 }

@@ -274,7 +274,7 @@ func TestLostStore(t *testing.T) {
 func fourSegments(t *testing.T, opts Options) (*storetest.Dir, *Store) {
 	dir, d := newSmall(t, opts)
 	d.minCompact = 1 << 40
-	for i := 0; d.number < 4; i++ {
+	for i := 0; d.number() < 4; i++ {
 		d.Put("key"+fmt.Sprint(i), strings.Repeat("v", 50))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -342,7 +342,7 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		}
 		return nil
 	}
-	for i := 0; d.number < 8; i++ {
+	for i := 0; d.number() < 8; i++ {
 		d.Put("key", "value")
 		d.Delete("key")
 		if err := d.Commit(); err != nil {
@@ -665,12 +665,12 @@ func TestHeaderThatCannotBeRead(t *testing.T) {
 	d.Commit()
 	d.stopTimer()
 	// As after a broken-off rotation: the next file is there, without frames.
-	if _, err := createLog(dir, fileHeader{kind: kindSegment, id: d.id, number: d.number + 1,
-		first: d.sequence + 2}, nil); err != nil {
+	next := fileHeader{kind: kindSegment, id: d.current.header.id, number: d.number() + 1,
+		first: d.sequence + 2}
+	if _, err := createLog(dir, next, nil); err != nil {
 		t.Fatal(err)
 	}
-	_, err := openStill(eioDir{dir.Kill(), logName(kindSegment, d.number+1)},
-		Options{})
+	_, err := openStill(eioDir{dir.Kill(), next.name()}, Options{})
 	var damage *storage.DamageError
 	if err == nil || errors.As(err, &damage) {
 		t.Errorf("an I/O error is told as damage of another file: %v", err)

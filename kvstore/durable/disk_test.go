@@ -183,14 +183,14 @@ func TestDirectoryForAFile(t *testing.T) {
 		os.Remove(filepath.Dir(inside))
 		os.MkdirAll(inside, 0o700)
 		for range 3 {
-			d.looked = time.Time{}
+			d.lookAfter = time.Time{}
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
 		told := strings.Count(log.String(), "the next start is refused")
-		if told != 1 || !strings.Contains(log.String(), name) || d.number > 1 {
-			t.Errorf("%s: now in file %d, the log says\n%s", name, d.number, log)
+		if told != 1 || !strings.Contains(log.String(), name) || d.number() > 1 {
+			t.Errorf("%s: now in file %d, the log says\n%s", name, d.number(), log)
 		}
 		if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: Close: %v", name, err)
@@ -224,7 +224,7 @@ func TestDirectoryForAFile(t *testing.T) {
 		}
 		os.Remove(filepath.Dir(inside))
 		os.Mkdir(filepath.Dir(inside), 0o700)
-		d.looked = time.Time{}
+		d.lookAfter = time.Time{}
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Errorf("%s: Close beside an empty one: %v", name, err)
 		}
@@ -249,7 +249,7 @@ func TestHealBesideADirectoryForAFile(t *testing.T) {
 		d.Put("k", "v")
 		os.Mkdir(filepath.Join(path, name), 0o700)
 		os.Remove(filepath.Join(path, "seg-1.log"))
-		d.looked = time.Time{}
+		d.lookAfter = time.Time{}
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -282,12 +282,12 @@ func TestMovedDirectory(t *testing.T) {
 	d.Put("a", "1")
 	d.Commit()
 	dir.Moved = storage.ErrMoved
-	for err == nil && d.number == 1 {
+	for err == nil && d.number() == 1 {
 		d.Put("a", strings.Repeat("v", 100))
 		err = d.Commit()
 	}
 	if !errors.Is(err, storage.ErrMoved) || dir.Names["seg-2.log"] != nil {
-		t.Errorf("at a rotation: %v, in file %d", err, d.number)
+		t.Errorf("at a rotation: %v, in file %d", err, d.number())
 	}
 	d.Close()
 }
@@ -361,7 +361,7 @@ func TestRemovedRealFiles(t *testing.T) {
 	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) {
 		t.Errorf("a second one opens it while LOCK is gone: %v", err)
 	}
-	d.looked = time.Time{}
+	d.lookAfter = time.Time{}
 	d.Put("k", "w")
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
@@ -464,7 +464,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 			}
 			d.AwaitCompaction()
 			for range 2 { // a file replaced during the first heal is found by the second check
-				d.looked, d.healAfter = time.Time{}, time.Time{}
+				d.lookAfter = time.Time{}
 				if err := d.Commit(); err != nil {
 					t.Fatalf("%s: %v", which, err)
 				}

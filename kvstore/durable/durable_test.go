@@ -272,7 +272,7 @@ func TestLoadTellsProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		d.minCompact = 1 << 40
-		for d.number < 10 {
+		for d.number() < 10 {
 			d.Put("key", strings.Repeat("v", 100))
 			d.Commit()
 		}
@@ -442,9 +442,9 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 			if err := errors.Join(d.Commit(), d.Close()); err != nil {
 				t.Fatal(err)
 			}
-			isNew := d.number == 2 && len(dir.Names["seg-1.log"].Data) == size
+			isNew := d.number() == 2 && len(dir.Names["seg-1.log"].Data) == size
 			if isNew == isFull || strings.Contains(log.String(), "written again") {
-				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number, log)
+				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number(), log)
 			}
 			dir.Before = nil
 			wantAll(t, "opened again", dir, map[string][]string{"k": {"w"}})

@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"strconv"
 	"strings"
 
 	"kvserver/kvstore"
@@ -65,10 +64,6 @@ const (
 	maxFramePut      = 1 << 20
 	maxFrameSnapshot = 64 << 10
 
-	// Kinds of files.
-	kindSegment  = 1 // what was done
-	kindSnapshot = 2 // what the store held
-
 	// Kinds of frames.
 	frameRecords   = 0
 	frameEnd       = 1 // the last frame of a complete snapshot
@@ -76,6 +71,23 @@ const (
 	frameSynced    = 3 // has no records: it only says what is on disk
 	frameNext      = 4 // the last frame of a full file: the log goes on in the next one
 )
+
+// fileKind is what a file in a store's directory is, as its name says. A log file's header says it,
+// too.
+type fileKind uint32
+
+const (
+	kindStrange  fileKind = 0 // not a store's
+	kindSegment  fileKind = 1 // a log file: what was done
+	kindSnapshot fileKind = 2 // a log file: what the store held
+	kindStore    fileKind = 3 // STORE
+	kindSpare    fileKind = 4 // SPARE
+	kindTmp      fileKind = 5 // a log file or STORE that does not have its final name yet
+	kindBeside   fileKind = 6 // no part of a store, but it may be in the same directory
+)
+
+// isLog reports whether it is a log file's.
+func (k fileKind) isLog() bool { return k == kindSegment || k == kindSnapshot }
 
 // Operations of a record.
 const (
@@ -99,7 +111,7 @@ type storeID [16]byte
 
 // fileHeader is the beginning of a log file.
 type fileHeader struct {
-	kind   uint32
+	kind   fileKind // of a log file
 	id     storeID
 	number uint64
 	// The sequence of the file's first frame; in a snapshot, of the first frame that it does not
@@ -117,7 +129,7 @@ func (h fileHeader) encode() []byte {
 	b := make([]byte, headerSize)
 	copy(b, fileMagic)
 	binary.LittleEndian.PutUint32(b[8:], fileVersion)
-	binary.LittleEndian.PutUint32(b[12:], h.kind)
+	binary.LittleEndian.PutUint32(b[12:], uint32(h.kind))
 	copy(b[16:], h.id[:])
 	binary.LittleEndian.PutUint64(b[32:], h.number)
 	binary.LittleEndian.PutUint64(b[40:], h.first)
@@ -143,7 +155,7 @@ func decodeHeader(b []byte) (h fileHeader, err error) {
 		return h, fmt.Errorf("%w: version %d", ErrNewer, binary.LittleEndian.Uint32(b[8:]))
 	}
 
-	h.kind = binary.LittleEndian.Uint32(b[12:])
+	h.kind = fileKind(binary.LittleEndian.Uint32(b[12:]))
 	copy(h.id[:], b[16:])
 	h.number = binary.LittleEndian.Uint64(b[32:])
 	h.first = binary.LittleEndian.Uint64(b[40:])
@@ -398,13 +410,8 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 		err = w.sync()
 	}
 
-	// A change after the stamp will show in the file's next stamp. A change before it, such as the
-	// file being emptied, shows in this check.
 	if err == nil {
-		stamp, err = f.Stamp()
-	}
-	if err == nil {
-		err = w.check()
+		stamp, err = w.lastStamp()
 	}
 	err = cmp.Or(err, f.Close()) // before the rename: Windows requires that
 	if err == nil {
@@ -566,15 +573,18 @@ func (w *logWriter) check() error {
 	return w.named("read", err)
 }
 
-// lastStamp returns the stamp of a file to which no more is written; the zero Stamp if the file is
-// not as it was written, or cannot be checked.
-func (w *logWriter) lastStamp() storage.Stamp {
+// lastStamp returns the stamp of a file to which no more is written. After an error, also if the
+// file is not as it was written, that is the zero Stamp, which no file has.
+func (w *logWriter) lastStamp() (stamp storage.Stamp, err error) {
 	// The stamp comes first: a change after it will show in the file's next stamp.
-	stamp, err := w.f.Stamp()
-	if err != nil || w.check() != nil {
-		return storage.Stamp{}
+	stamp, err = w.f.Stamp()
+	if err == nil {
+		err = w.check()
 	}
-	return stamp
+	if err != nil {
+		return storage.Stamp{}, err
+	}
+	return stamp, nil
 }
 
 // trim cuts off the room behind the last frame, durably.
@@ -681,26 +691,45 @@ func writeID(dir storage.Directory, id storeID) (storage.Stamp, error) {
 	})
 }
 
+// logNames are the names of log files, by their kinds.
+var logNames = map[fileKind]string{kindSegment: "seg-%d.log", kindSnapshot: "snap-%d.log"}
+
 // logName returns the name of a log file.
-func logName(kind uint32, number uint64) string {
-	if kind == kindSnapshot {
-		return fmt.Sprintf("snap-%d.log", number)
-	}
-	return fmt.Sprintf("seg-%d.log", number)
-}
+func logName(kind fileKind, number uint64) string { return fmt.Sprintf(logNames[kind], number) }
 
-// parseName is the inverse of logName; ok is false for a name that is no log file's.
-func parseName(name string) (kind uint32, number uint64, ok bool) {
-	text, isLog := strings.CutSuffix(name, ".log")
-	if t, found := strings.CutPrefix(text, "seg-"); found {
-		kind, text = kindSegment, t
-	} else if t, found := strings.CutPrefix(text, "snap-"); found {
-		kind, text = kindSnapshot, t
+// parseName returns what the file called name is, and if it is a log file, its number.
+func parseName(name string) (kind fileKind, number uint64) {
+	switch name {
+	case storage.StoreName:
+		return kindStore, 0
+	case spareName:
+		return kindSpare, 0
+
+	// LOCK, and what systems put into the volumes that they mount.
+	case storage.LockName, "lost+found", "@eaDir", "#snapshot", "System Volume Information",
+		"desktop.ini", "Thumbs.db":
+		return kindBeside, 0
+	}
+	if strings.HasPrefix(name, ".") || strings.HasPrefix(name, "aquota.") {
+		return kindBeside, 0
 	}
 
-	// seg-007.log is no log file's name: otherwise two names would mean the same file.
+	base, isTmp := strings.CutSuffix(name, tmpSuffix)
+	if isTmp {
+		kind, _ = parseName(base)
+		if kind.isLog() || kind == kindStore {
+			return kindTmp, 0
+		}
+		return kindStrange, 0
+	}
+
+	// seg-007.log is no log file: otherwise two names would mean the same file.
 	const most = 1 << 62 // so that there is always a next one
-	number, err := strconv.ParseUint(text, 10, 64)
-	return kind, number, isLog && kind != 0 && err == nil && number < most &&
-		logName(kind, number) == name
+	for kind, format := range logNames {
+		_, err := fmt.Sscanf(name, format, &number)
+		if err == nil && number < most && logName(kind, number) == name {
+			return kind, number
+		}
+	}
+	return kindStrange, 0
 }

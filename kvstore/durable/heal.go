@@ -16,7 +16,7 @@ import (
 
 // ownFiles returns the names of the files that make the store now.
 func (d *Store) ownFiles() []string {
-	return append(layout{snapshot: d.snapshot, last: d.number}.names(), storage.StoreName)
+	return append(layout{snapshot: d.snapshot, last: d.number()}.names(), storage.StoreName)
 }
 
 // changes are what somebody else has done to the directory.
@@ -56,12 +56,13 @@ func (d *Store) changed() (c changes, err error) {
 
 	// A start would take other log files for ours. Temporary files exist only while a file is made.
 	for name := range stamps {
-		_, number, isLog := parseName(name)
+		kind, number := parseName(name)
 		switch {
 		case slices.Contains(own, name):
-		case isTmp(name), isLog && number <= d.number:
+		case kind == kindTmp, kind.isLog() && number <= d.number():
 			c.leftovers = append(c.leftovers, name)
-		case isLog, !isStores(name), name == storage.LockName && d.isStrangeLock():
+		case kind.isLog(), kind == kindStrange,
+			name == storage.LockName && d.isStrangeLock():
 			c.strangers = append(c.strangers, name)
 		}
 	}
@@ -84,13 +85,9 @@ func (d *Store) isStrangeLock() bool {
 // answered writes would be lost when the server ends. A heal that fails is tried again later. Until
 // then writes are refused, while requests that read or free room go on in the file that the store
 // has open. lookForFiles returns an error if the next start would refuse the files as they are.
-func (d *Store) lookForFiles(now time.Time) error {
-	if now.Before(d.healAfter) {
-		return nil
-	}
-
+func (d *Store) lookForFiles() error {
 	// A compaction that has ended does not count.
-	isCompacting := d.isCompacting()
+	began, isCompacting := time.Now(), d.isCompacting()
 	c, err := d.changed()
 	d.tellOfLooks(err)
 	if err != nil {
@@ -106,7 +103,7 @@ func (d *Store) lookForFiles(now time.Time) error {
 		d.healing.Store(true) // so that a stop waits for this, too
 		d.AwaitCompaction()
 		d.healing.Store(false)
-		return d.lookForFiles(now)
+		return d.lookForFiles()
 	}
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
@@ -122,8 +119,8 @@ func (d *Store) lookForFiles(now time.Time) error {
 		c, err = d.mend(c)
 		if err != nil {
 			// The next try comes soon, later ones less often, because everybody waits for each.
-			d.healWait = min(max(2*d.healWait, lookTime, time.Since(now)), compactTime)
-			d.healAfter = time.Now().Add(d.healWait)
+			d.healWait = min(max(2*d.healWait, lookTime, time.Since(began)), compactTime)
+			d.lookAfter = time.Now().Add(d.healWait)
 			d.noHeal = fmt.Errorf("%w: %w", ErrSpoiled, err)
 			d.log.Error("cannot write the data again, so the server's end would lose it: writes are "+
 				"refused; save it with kvserver -c Dump; trying again", "in", d.healWait, "error", err)
@@ -168,9 +165,8 @@ func (d *Store) tellOfLooks(err error) {
 // in memory, and when the lock says that files are gone, because nothing may be answered before
 // they are back.
 func (d *Store) lastLook() error {
-	d.healAfter = time.Time{}
 	d.lock.Look() // in etcd this makes the directory check its files, too
-	return d.lookForFiles(time.Now())
+	return d.lookForFiles()
 }
 
 // mend brings the files back to what they should be, checks them again, and returns what is still
@@ -190,7 +186,8 @@ func (d *Store) mend(c changes) (left changes, err error) {
 	// file stays until the snapshot is there: it may be one of ours, renamed, with the only copy of
 	// data.
 	for _, name := range c.leftovers {
-		if len(c.spoiled) == 0 || isTmp(name) {
+		kind, _ := parseName(name)
+		if len(c.spoiled) == 0 || kind == kindTmp {
 			d.dir.Remove(name) // if it stays, tellOfOthers says so
 		}
 	}
@@ -260,14 +257,15 @@ func (d *Store) clearAway(spoiled []string) error {
 
 	// Errors do not matter: some may be gone already.
 	for _, name := range spoiled {
-		if !isTmp(name) {
+		kind, _ := parseName(name)
+		if kind != kindTmp {
 			d.dir.Remove(name)
 		}
 	}
 
 	// STORE is on disk before the snapshot gets its name, with which the store is whole.
 	if slices.Contains(spoiled, storage.StoreName) {
-		stamp, err := writeID(d.dir, d.id)
+		stamp, err := writeID(d.dir, d.current.header.id)
 		if err != nil {
 			return err
 		}

@@ -146,7 +146,7 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 	}
 	d.Put("k", "v")
 	os.Remove(filepath.Join(path, storage.StoreName))
-	d.looked = time.Time{}
+	d.lookAfter = time.Time{}
 	d.Commit()
 	for _, at := range []string{path, path + ".old"} {
 		if names, _ := filepath.Glob(filepath.Join(at, "snap-*.log")); len(names) > 0 {
@@ -176,7 +176,7 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 		}
 		refuses.Store(false)
 		dir.Remove(storage.StoreName)
-		d.looked = time.Time{}
+		d.lookAfter = time.Time{}
 		d.rotateAfter = time.Now().Add(time.Second)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -303,7 +303,7 @@ func TestCrashesInAHeal(t *testing.T) {
 			if err := d.commit(); err != nil {
 				t.Fatal(err)
 			}
-			if err := d.lookForFiles(time.Now()); err != nil {
+			if err := d.lookForFiles(); err != nil {
 				t.Fatal(err)
 			}
 			dir.Before = nil
@@ -340,7 +340,7 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		storetest.Script(t, d, storetest.NewHistory())
 		d.minCompact = 1 << 40
-		for number := d.number + 2; d.number < number; {
+		for number := d.number() + 2; d.number() < number; {
 			d.Put("key", "value")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
@@ -352,7 +352,7 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 		}
 		want := maps.Collect(d.All())
 
-		name := logName(kindSegment, d.number-1)
+		name := logName(kindSegment, d.number()-1)
 		f, _ := dir.Extend(name)
 		f.WriteAt(dir.Names[name].Data[:1], 0)
 		f.Close()
@@ -368,9 +368,9 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 			}
 			return nil
 		}
-		number := d.number
-		if err := d.lookForFiles(time.Now()); err != nil || d.number == number {
-			t.Fatalf("in file %d, %v", d.number, err)
+		number := d.number()
+		if err := d.lookForFiles(); err != nil || d.number() == number {
+			t.Fatalf("in file %d, %v", d.number(), err)
 		}
 		for i, image := range images {
 			wantAll(t, fmt.Sprintf("image %d of %d", i, len(images)), image, want)
@@ -392,7 +392,7 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 			}
 			return nil
 		}
-		for d.number == 1 {
+		for d.number() == 1 {
 			d.Put("key", strings.Repeat("v", 100))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
@@ -405,8 +405,8 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if d.number != 2 || strings.Contains(log.String(), "level=ERROR") {
-			t.Errorf("now in file %d, the log says\n%s", d.number, log)
+		if d.number() != 2 || strings.Contains(log.String(), "level=ERROR") {
+			t.Errorf("now in file %d, the log says\n%s", d.number(), log)
 		}
 		if err := d.Close(); err != nil {
 			t.Error(err)
@@ -598,7 +598,7 @@ func (v *vandal) before(c storetest.Call) error {
 func (v *vandal) act(c storetest.Call) {
 	names, _ := v.dir.List()
 	names = slices.DeleteFunc(names, func(name string) bool {
-		return name == storage.LockName || isTmp(name)
+		return name == storage.LockName || strings.HasSuffix(name, tmpSuffix)
 	})
 	if len(names) == 0 {
 		return

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvserver/kvstore/storage"
@@ -15,21 +16,19 @@ import (
 type journal struct {
 	// Read-only once the store is open.
 	dir        storage.Directory
-	id         storeID
 	log        *slog.Logger
 	status     *storage.Status
 	fsync      time.Duration // Options.Fsync
 	zerosAhead int           // bytes of zeros by which a file grows; 0: none
 
 	// The owner's.
-	number      uint64    // of the current file
-	size, room  int64     // bytes of its frames, and of zeros behind them, at the owner's last write
+	size, room  int64     // of the current file, as the owner left it: bytes of frames, and of zeros
 	rotateAfter time.Time // until then no new file is tried
 	toldNoFile  time.Time // when it was last logged that none can be made; zero: one can be made
 
-	// The owner's, but the timer reads it: a change takes writing. The disk is full, so all
-	// room is kept for requests that free some.
-	isFull bool
+	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
+	// timer reads it.
+	isFull atomic.Bool
 
 	// Two locks that are held while the disk works: whoever writes a frame or changes the file
 	// holds writing, and whoever syncs holds fsyncs. Each is a channel with one slot, which is
@@ -51,6 +50,9 @@ type journal struct {
 
 	ticks sync.WaitGroup // ticks that are due or running
 }
+
+// number is the current file's. The owner calls it: nobody else changes the current file.
+func (j *journal) number() uint64 { return j.current.header.number }
 
 // fail ends all writing with err, unless an earlier error has. It returns the first error.
 func (j *journal) fail(err error) error {
@@ -146,7 +148,8 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	}
 
 	// The new file's first frame follows the old file's last frame, which is not yet written.
-	h := fileHeader{kind: kindSegment, id: j.id, number: j.number + 1, first: j.sequence + 2}
+	h := fileHeader{kind: kindSegment, id: j.current.header.id, number: j.number() + 1,
+		first: j.sequence + 2}
 	w, err := j.nextSegment(h)
 	now := time.Now()
 	if err != nil {
@@ -183,7 +186,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 
 	// From here on the log is in the new file. A crash now leaves a full file and an empty one.
 	j.mu.Lock()
-	j.current, j.number = w, j.number+1
+	j.current = w
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.room()
 	return old, nil
@@ -285,7 +288,7 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull || j.current.room() < 2*frameSize) {
+	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.room() < 2*frameSize) {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()

@@ -55,16 +55,16 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				put()
 				<-time.After(rotateTime)
 			}
-			if d.number != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
+			if d.number() != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
 				strings.Count(log.String(), "level=ERROR") != 1 {
-				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number, &log)
+				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number(), &log)
 			}
 			refuses.Store(false)
 			<-time.After(rotateTime)
 			put()
 			put()
-			if d.number != 2 || len(d.Get("key")) < 12 {
-				t.Errorf("%v: later in file %d", failure, d.number)
+			if d.number() != 2 || len(d.Get("key")) < 12 {
+				t.Errorf("%v: later in file %d", failure, d.number())
 			}
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
@@ -92,7 +92,7 @@ func TestKilledRotation(t *testing.T) {
 			d.Commit()
 		}
 		dir.FailAt, dir.Forever = dir.Calls+n, true
-		for d.number == 1 && d.failure() == nil && n < 40 {
+		for d.number() == 1 && d.failure() == nil && n < 40 {
 			d.Put("key", strings.Repeat("v", 50))
 			d.Commit()
 			if dir.Calls >= dir.FailAt+20 {
@@ -110,7 +110,7 @@ func TestKilledRotation(t *testing.T) {
 				t.Fatalf("killed at call %d: %v", n, err)
 			}
 			d.minCompact = 1 << 30
-			for number := d.number; d.number < number+2; {
+			for number := d.number(); d.number() < number+2; {
 				d.Put("key", strings.Repeat("v", 50))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
@@ -203,14 +203,14 @@ func TestRoomForFrames(t *testing.T) {
 		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err,
 			log.String())
 	}
-	for d.number == 1 {
+	for d.number() == 1 {
 		d.Put("key", "more")
 		d.Commit()
 	}
 	d.Put("key", "last")
 	d.Close()
 	for name, f := range dir.Names {
-		if kind, _, _ := parseName(name); kind == kindSegment &&
+		if kind, _ := parseName(name); kind == kindSegment &&
 			len(bytes.TrimRight(f.Data, "\x00"))+8+int(d.toDelete(0)) <= len(f.Data) {
 			t.Errorf("%s of %d bytes ends in many zeros", name, len(f.Data))
 		}
@@ -230,13 +230,13 @@ func TestSyncingNamesTheFile(t *testing.T) {
 		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
 			waits[c.What]++
 			if d.Syncing() == "" {
-				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number,
+				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number(),
 					c.What, c.Name)
 			}
 		}
 		return nil
 	}
-	for i := 0; d.number < 4; i++ {
+	for i := 0; d.number() < 4; i++ {
 		d.Put("k", strings.Repeat("v", i%200))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -556,7 +556,7 @@ func TestCommitCosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.looked = time.Now().Add(time.Hour) // so that no check of the files comes between
+	d.lookAfter = time.Now().Add(time.Hour) // so that no check of the files comes between
 	for _, c := range []struct {
 		do   func()
 		want int
@@ -891,12 +891,10 @@ func TestStatusNumbers(t *testing.T) {
 		}
 
 		for n := range 3 {
-			if _, err := d.rotate(); err != nil {
+			_, err := d.rotate()
+			if err := errors.Join(err, d.compactNow()); err != nil {
 				t.Fatal(err)
 			}
-			d.minCompact, d.waste = 0, 0
-			d.compact()
-			d.AwaitCompaction()
 			if got := status.Compactions.Load(); got != int64(n+1) {
 				t.Errorf("%d compactions, want %d", got, n+1)
 			}

@@ -22,13 +22,6 @@ type layout struct {
 	obsolete []string // names of files that the snapshot replaces, and of temporary files
 }
 
-// isTmp reports whether a file called name is one of ours that does not have its final name yet.
-func isTmp(name string) bool {
-	base, isTmp := strings.CutSuffix(name, tmpSuffix)
-	_, _, isLog := parseName(base)
-	return isTmp && (isLog || base == storage.StoreName)
-}
-
 // readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
 // missing: segments have consecutive numbers, and a store has at least one behind its snapshot.
 func readLayout(dir storage.Directory) (l layout, err error) {
@@ -39,8 +32,8 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 
 	// The newest snapshot replaces all files of lower numbers, and the segment of its own.
 	for _, name := range names {
-		kind, number, ok := parseName(name)
-		if ok && kind == kindSnapshot {
+		kind, number := parseName(name)
+		if kind == kindSnapshot {
 			l.snapshot = max(l.snapshot, number)
 		}
 	}
@@ -52,13 +45,12 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 
 	// A crash in a compaction leaves files that the snapshot replaces.
 	for _, name := range names {
-		kind, number, ok := parseName(name)
+		kind, number := parseName(name)
 		switch {
-		case isTmp(name),
-			ok && kind == kindSnapshot && number < l.snapshot,
-			ok && kind == kindSegment && number <= l.snapshot:
+		case kind == kindTmp, kind == kindSnapshot && number < l.snapshot,
+			kind == kindSegment && number <= l.snapshot:
 			l.obsolete = append(l.obsolete, name)
-		case ok && kind == kindSegment:
+		case kind == kindSegment:
 			l.last = max(l.last, number)
 		}
 	}
@@ -96,6 +88,7 @@ type files struct {
 	id    storeID
 	store storage.Stamp // STORE's, when it was read
 	logs  []*logReader  // one for each of names
+	bytes int64         // of all logs
 
 	// The next file to be read.
 	at    int    // its place in logs
@@ -127,6 +120,9 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 	}
 	if s.snapshot == 0 {
 		s.first = 1
+	}
+	for _, l := range s.logs {
+		s.bytes += l.size
 	}
 
 	err = s.checkID()
@@ -185,12 +181,13 @@ func (s *files) findNew() error {
 		if strings.HasPrefix(name, storage.StoreName) {
 			most = maxStoreFile
 		}
+		kind, _ := parseName(name)
 
 		// A segment with frames belongs to a store, or is all that there is of a copy: Repair can
 		// read it. A part of a file is of no use.
 		switch {
 		case size <= most:
-		case isTmp(name):
+		case kind == kindTmp:
 			return fmt.Errorf("%w: %s has %d bytes of a copy, or of a first write, that was "+
 				"broken off", ErrUnfinished, s.dir.Path(name), size)
 		default:
@@ -205,8 +202,8 @@ func (s *files) findNew() error {
 // restoring an older copy over a newer store.
 func (s *files) checkObsolete() error {
 	for _, name := range s.obsolete {
-		kind, _, isLog := parseName(name)
-		if !isLog || kind != kindSegment {
+		kind, _ := parseName(name)
+		if kind != kindSegment {
 			continue
 		}
 
@@ -307,14 +304,11 @@ func (s *files) judgeFile(end logEnd) error {
 	return cmp.Or(end.bad, error(at))
 }
 
-// isFollowed reports whether there is a log file with a higher number now.
+// isFollowed reports whether there is, or was, a segment with a higher number by now.
 func (s *files) isFollowed(number uint64) bool {
 	// If the directory cannot be read, nothing follows: then the file counts as missing.
-	names, _ := s.dir.List()
-	return slices.ContainsFunc(names, func(name string) bool {
-		_, other, ok := parseName(name)
-		return ok && other > number
-	})
+	l, _ := readLayout(s.dir)
+	return l.last > number
 }
 
 // isUnused reports whether a file is a segment without frames that was made when the one before it
@@ -336,7 +330,7 @@ func (d *Store) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.id, d.snapshot = s.id, s.snapshot
+	d.snapshot = s.snapshot
 	d.known[storage.StoreName] = s.store
 
 	// Read everything. The last of ends is the current file's.
@@ -375,11 +369,7 @@ func (d *Store) load(ctx context.Context) error {
 func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error) {
 	defer closeLogs(s.logs)
 	start, told := time.Now(), time.Now()
-	records, bytes, total := 0, int64(0), int64(0)
-	for _, l := range s.logs {
-		total += l.size
-	}
-
+	records, bytes := 0, int64(0)
 	apply := applyTo(d.Memory)
 	each := func(l *logReader, f frame, payload []byte) error {
 		err := apply(l, f, payload)
@@ -393,7 +383,7 @@ func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error
 		now := time.Now()
 		if now.Sub(told) >= progressTime {
 			told = now
-			percent := 100 * bytes / max(total, 1)
+			percent := 100 * bytes / max(s.bytes, 1)
 			d.log.Info("loading", "records", records, "bytes", bytes, "percent", percent)
 			d.status.Set(fmt.Sprintf("loading %d %%", percent))
 		}
@@ -409,7 +399,7 @@ func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error
 
 	keys, values, _ := d.Size()
 	d.log.Info("loaded", "keys", keys, "values", values, "records", records, "files", len(s.logs),
-		"bytes", total, "took", time.Since(start).Round(time.Millisecond))
+		"bytes", s.bytes, "took", time.Since(start).Round(time.Millisecond))
 	return ends, nil
 }
 
@@ -460,7 +450,7 @@ func (d *Store) resume(ends []logEnd) error {
 		if err != nil {
 			return err
 		}
-		d.known[w.header.name()] = w.lastStamp()
+		d.known[w.header.name()], _ = w.lastStamp()
 		err = w.f.Close()
 		if err != nil {
 			return err
@@ -479,7 +469,7 @@ func (d *Store) resume(ends []logEnd) error {
 	// From here on everything that was loaded is on disk. (An older Repair wrote headers with
 	// first = 0: there the first frame is 1.)
 	last := max(end.next, 1) - 1
-	d.number, d.sequence, d.synced = end.header.number, last, last
+	d.sequence, d.synced = last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room = w, w.size, w.room()
 	return nil

@@ -17,25 +17,25 @@ import (
 )
 
 // holes are ways to remove files from a store with a snapshot and several segments.
-var holes = map[string]func(name string, kind uint32, number, last uint64) bool{
-	"the file that is written": func(_ string, kind uint32, number, last uint64) bool {
+var holes = map[string]func(name string, kind fileKind, number, last uint64) bool{
+	"the file that is written": func(_ string, kind fileKind, number, last uint64) bool {
 		return kind == kindSegment && number == last
 	},
-	"a full file": func(_ string, kind uint32, number, last uint64) bool {
+	"a full file": func(_ string, kind fileKind, number, last uint64) bool {
 		return kind == kindSegment && number == last-1
 	},
-	"the snapshot": func(_ string, kind uint32, _, _ uint64) bool { return kind == kindSnapshot },
-	"STORE": func(name string, _ uint32, _, _ uint64) bool {
+	"the snapshot": func(_ string, kind fileKind, _, _ uint64) bool { return kind == kindSnapshot },
+	"STORE": func(name string, _ fileKind, _, _ uint64) bool {
 		return name == storage.StoreName
 	},
-	"all logs":   func(_ string, kind uint32, _, _ uint64) bool { return kind != 0 },
-	"everything": func(string, uint32, uint64, uint64) bool { return true },
+	"all logs":   func(_ string, kind fileKind, _, _ uint64) bool { return kind.isLog() },
+	"everything": func(string, fileKind, uint64, uint64) bool { return true },
 }
 
 // removeThose removes the files of a store that isGone selects.
-func removeThose(dir *storetest.Dir, d *Store, isGone func(string, uint32, uint64, uint64) bool) {
+func removeThose(dir *storetest.Dir, d *Store, isGone func(string, fileKind, uint64, uint64) bool) {
 	for _, name := range slices.Sorted(maps.Keys(dir.Names)) {
-		if kind, number, _ := parseName(name); isGone(name, kind, number, d.number) {
+		if kind, number := parseName(name); isGone(name, kind, number, d.number()) {
 			dir.Remove(name)
 		}
 	}
@@ -43,7 +43,7 @@ func removeThose(dir *storetest.Dir, d *Store, isGone func(string, uint32, uint6
 
 // withHole returns an open store from whose directory somebody has removed files.
 func withHole(t *testing.T, log io.Writer,
-	isGone func(string, uint32, uint64, uint64) bool) (*storetest.Dir, *Store) {
+	isGone func(string, fileKind, uint64, uint64) bool) (*storetest.Dir, *Store) {
 	dir := storetest.New()
 	d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
@@ -51,7 +51,7 @@ func withHole(t *testing.T, log io.Writer,
 	}
 	storetest.Script(t, d, storetest.NewHistory())
 	d.minCompact = 1 << 40
-	for number := d.number + 2; d.number < number; {
+	for number := d.number() + 2; d.number() < number; {
 		d.Put("key", "value")
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -151,7 +151,7 @@ func TestHealOfARenamedSnapshot(t *testing.T) {
 		dir.Mu.Unlock()
 
 		var killed *storetest.Dir
-		next := logName(kindSnapshot, d.number) + tmpSuffix
+		next := logName(kindSnapshot, d.number()) + tmpSuffix
 		dir.Before = func(c storetest.Call) error {
 			if killed == nil && c.What == "create" && c.Name == next {
 				killed = dir.Kill()

@@ -26,7 +26,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	if !slices.ContainsFunc(names, func(name string) bool { return !isBeside(name) }) {
+	if len(names) == 0 {
 		return r, fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
 	}
 
@@ -236,7 +236,7 @@ func (s *salvage) accept(l *logReader) (isOurs bool, err error) {
 		return false, l.bad // an unknown version, or a file that cannot be read
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
-		kind, number, _ := parseName(l.name)
+		kind, number := parseName(l.name)
 		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
 		s.report.say("ignored %s: it belongs to another store", l.path)

@@ -111,17 +111,16 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	h := storetest.NewHistory()
 	random := rand.New(rand.NewPCG(7, 7))
 	for snapshots := 0; snapshots < 3; {
-		number := d.number
+		number := d.number()
 		for range random.IntN(8) {
 			storetest.RandomStep(t, random, d, h.Done)
 		}
 		d.Commit()
-		if d.number > number && d.number%3 == 0 {
+		if d.number() > number && d.number()%3 == 0 {
 			old = dir.With(storage.LockName, nil).Names
-			d.minCompact, d.waste = 0, 0 // whatever it holds
-			d.compact()
-			d.minCompact, d.waste = 1<<30, maxWaste
-			d.AwaitCompaction()
+			if err := d.compactNow(); err != nil {
+				t.Fatal(err)
+			}
 			snapshots++
 		}
 	}
@@ -158,8 +157,8 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 		return nil
 	}
 	d.minCompact = 1 << 40
-	for i := 0; d.number < 4 || d.number < 8 && d.compacted == nil; i++ {
-		if d.number == 3 {
+	for i := 0; d.number() < 4 || d.number() < 8 && d.compacted == nil; i++ {
+		if d.number() == 3 {
 			d.minCompact = 2000
 		}
 		if i >= 8 && i < 12 {
@@ -230,7 +229,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 		if cut == "header" {
 			data = data[:20]
 		} else {
-			seed := fileHeader{kind: kindSegment, id: d.id, number: 2}.seed()
+			seed := fileHeader{kind: kindSegment, id: d.current.header.id, number: 2}.seed()
 			f, ok := decodeFrame(data[headerSize:], seed)
 			if !ok {
 				t.Fatal("no frame")
@@ -262,11 +261,11 @@ func TestRepairOfNothingLost(t *testing.T) {
 			t.Fatal(err)
 		}
 		keys, _, _ := d.Size()
-		name := logName(kindSegment, d.number)
+		name := logName(kindSegment, d.number())
 		d.stopTimer()
 		image := dir.With(storage.StoreName, []byte("rubbish"))
 		if zeros { // a rotation that was killed before its trim
-			prev := logName(kindSegment, d.number-1)
+			prev := logName(kindSegment, d.number()-1)
 			image = image.With(prev, append(slices.Clone(image.Names[prev].Data),
 				make([]byte, 100)...))
 		} else {
@@ -381,12 +380,15 @@ func TestRepairNamesEveryGap(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d.minCompact, d.waste = 0, 0
-			for d.Set("key", "v"); d.snapshot == 0; d.AwaitCompaction() {
+			d.Set("key", "v")
+			for number := d.number(); d.number() == number; d.AwaitCompaction() {
 				d.Set("more", strings.Repeat("v", 200))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}
+			}
+			if err := d.compactNow(); err != nil {
+				t.Fatal(err)
 			}
 			name := d.current.header.name()
 			d.Close()
@@ -402,7 +404,7 @@ func TestRepairNamesEveryGap(t *testing.T) {
 		dir, d := fourSegments(t, Options{})
 		d.Close()
 		image := dir.With(storage.LockName, nil)
-		spoil(image, d.id)
+		spoil(image, d.current.header.id)
 		if _, r, err := repaired(t, image); err != nil || !r.Lost {
 			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
 		}
@@ -416,15 +418,13 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
 	}
 	d.Commit()
-	d.minCompact, d.waste = 0, 0
-	d.Put("k", "v")
-	d.Commit()
-	d.compact()
-	d.AwaitCompaction()
+	if err := d.compactNow(); err != nil {
+		t.Fatal(err)
+	}
 	d.Close()
 	name := logName(kindSnapshot, d.snapshot)
 	f, ok := decodeFrame(dir.Names[name].Data[headerSize:],
-		fileHeader{kind: kindSnapshot, id: d.id, number: d.snapshot}.seed())
+		fileHeader{kind: kindSnapshot, id: d.current.header.id, number: d.snapshot}.seed())
 	if !ok || int(f.padded()) > len(dir.Names[name].Data)/2 {
 		t.Fatalf("the snapshot has no second frame: %+v", f)
 	}
@@ -465,7 +465,7 @@ func TestRepairOfWrongNames(t *testing.T) {
 		want := maps.Collect(d.All())
 		d.Close()
 		image := dir.With(storage.LockName, nil)
-		spoil(image, d.id)
+		spoil(image, d.current.header.id)
 		out, r, err := repaired(t, image)
 		if err != nil || r.Lost || !r.Damaged {
 			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
@@ -484,9 +484,9 @@ func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 	for _, leftover := range []bool{false, true} {
 		dir, d := fourSegments(t, Options{})
 		old := slices.Clone(dir.Names["seg-3.log"].Data)
-		d.minCompact, d.waste = 0, 0
-		d.compact()
-		d.AwaitCompaction()
+		if err := d.compactNow(); err != nil {
+			t.Fatal(err)
+		}
 		d.Put("after", "all")
 		want := maps.Collect(d.All())
 		d.Close()
@@ -535,15 +535,14 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 			what := fmt.Sprintf("%s, leftover %v", what, leftover)
 			dir, d := fourSegments(t, Options{})
 			old := slices.Clone(dir.Names["seg-3.log"].Data)
-			d.minCompact, d.waste = 0, 0
-			d.compact()
-			d.AwaitCompaction()
-			d.minCompact, d.waste = 1<<40, maxWaste
+			if err := d.compactNow(); err != nil {
+				t.Fatal(err)
+			}
 			for i, more := 0, 5; more > 0; i++ {
-				if d.number == 5 {
+				if d.number() == 5 {
 					more--
 				}
-				d.Put(fmt.Sprintf("in%d-%d", d.number, i), strings.Repeat("v", 50))
+				d.Put(fmt.Sprintf("in%d-%d", d.number(), i), strings.Repeat("v", 50))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}

@@ -181,7 +181,7 @@ func TestHealOfACopyWithItsTime(t *testing.T) {
 	}
 	os.WriteFile(name, copied, 0o600)
 	os.Chtimes(name, info.ModTime(), info.ModTime())
-	d.looked = time.Time{}
+	d.lookAfter = time.Time{}
 	if err := errors.Join(d.Commit(), d.Close()); err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +238,7 @@ func TestReplacedFileThatWasJustMade(t *testing.T) {
 					}
 					d.AwaitCompaction()
 				}
-				for d.number < 4 {
+				for d.number() < 4 {
 					write()
 				}
 				isOver = calls.Load() < n
@@ -257,7 +257,7 @@ func TestReplacedFileThatWasJustRead(t *testing.T) {
 	whole, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
 	d.minCompact = 1 << 40
-	for number := d.number + 2; d.number < number; {
+	for number := d.number() + 2; d.number() < number; {
 		d.Put("key", "value")
 		d.Commit()
 	}

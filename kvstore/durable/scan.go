@@ -115,8 +115,8 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 	// The newest first: then a frame in a newer file is never seen without all frames before it.
 	areMany := false
 	for _, name := range slices.Backward(names) {
-		_, _, isLog := parseName(name)
-		if !isLog {
+		kind, _ := parseName(name)
+		if !kind.isLog() {
 			continue
 		}
 

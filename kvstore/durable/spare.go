@@ -72,12 +72,12 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 
 	// Shortly after a refusal, a write that is as large is refused without asking the disk.
-	if d.isFull && bytes >= d.refused && time.Now().Before(d.roomAfter) {
+	if d.isFull.Load() && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
 
 	// Usually there is room, and this finds it without asking the disk.
-	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.isFull &&
+	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.isFull.Load() &&
 		(d.mostRefused == 0 || time.Now().Before(d.roomAfter)) {
 		return nil
 	}
@@ -90,13 +90,14 @@ func (d *Store) Room(bytes int64, frees bool) error {
 	}
 
 	// The timer must know whether the disk is full, and the next Room why.
-	d.setFull(err != nil)
+	d.isFull.Store(err != nil)
 	if err != nil {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
 	// While large writes are refused, small ones may be taken. There is room again only when the
-	// largest refused write would fit. If that is very large, nothing tries it until it comes again.
+	// largest refused write would fit. If that is very large, nothing tries it until it comes
+	// again.
 	switch most := d.mostRefused; {
 	case err != nil:
 		d.roomAfter = time.Now().Add(roomTime)
@@ -152,7 +153,7 @@ func (d *Store) roomToFree(need int64) error {
 
 	// Step by step, because another program may take what SPARE gives back.
 	for err != nil && d.spare.fileSize > 0 {
-		d.setFull(true)
+		d.isFull.Store(true)
 		left := max(0, d.spare.fileSize-max(need, int64(d.zerosAhead)))
 		shrinkErr := d.spare.cut(left)
 		if shrinkErr != nil {
@@ -191,11 +192,7 @@ func (d *Store) squeeze(most int64) bool {
 		return false
 	}
 
-	// Not in the background: the room is needed now.
-	c := d.newCompaction()
-	c.run()
-	d.noteCompaction(c)
-	return c.err == nil
+	return d.compactNow() == nil
 }
 
 // rotateEarly goes on in a new file before the Commit. It reports whether there is one.
@@ -208,15 +205,6 @@ func (d *Store) rotateEarly() bool {
 
 	isNew, err := d.rotate()
 	return err == nil && isNew
-}
-
-// setFull notes whether the disk is full.
-func (d *Store) setFull(isFull bool) {
-	if d.isFull != isFull {
-		d.writing <- struct{}{}
-		d.isFull = isFull
-		<-d.writing
-	}
 }
 
 // makeRoom makes room for this many bytes in the current file, and if the disk has as much, for at

@@ -19,7 +19,7 @@ import (
 // spoils are changes that people and programs make to the files of a running store, in place.
 var spoils = map[string]func(dir *storetest.Dir, d *Store){
 	"the current file is emptied": func(dir *storetest.Dir, d *Store) {
-		dir.Empty(logName(kindSegment, d.number))
+		dir.Empty(logName(kindSegment, d.number()))
 	},
 	"a full file is emptied": func(dir *storetest.Dir, d *Store) {
 		dir.Empty(logName(kindSegment, d.snapshot+1))
@@ -77,7 +77,7 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 				log := &strings.Builder{}
 				dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 				storetest.Script(t, d, storetest.NewHistory())
-				for d.snapshot == 0 || d.number == d.snapshot+1 || d.size == headerSize {
+				for d.snapshot == 0 || d.number() == d.snapshot+1 || d.size == headerSize {
 					d.Put("more", strings.Repeat("v", 100))
 					d.Delete("more")
 					d.Put("k", "v")
@@ -141,7 +141,7 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 			}
 
 			spoil(dir, "seg-1.log")
-			for d.number == 1 {
+			for d.number() == 1 {
 				d.Put("key", strings.Repeat("v", 100))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
@@ -213,7 +213,7 @@ func TestSnapshotEmptiedUnnoticed(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		dir.Empty(logName(kindSnapshot, d.number-1))
+		dir.Empty(logName(kindSnapshot, d.number()-1))
 		want := maps.Collect(d.All())
 
 		<-time.After(lookTime)
@@ -259,7 +259,7 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 		for n, isOver := 1, false; !isOver; n++ {
 			synctest.Test(t, func(t *testing.T) {
 				dir, d := newSmall(t, Options{})
-				fillUntil(d, func() bool { return d.number == 2 })
+				fillUntil(d, func() bool { return d.number() == 2 })
 				fillUntil(d, func() bool { return d.size > 500 })
 				want, calls, wrote := maps.Collect(d.All()), 0, 0
 				dir.Before = func(c storetest.Call) error {

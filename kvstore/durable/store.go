@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -108,7 +109,6 @@ type Store struct {
 
 	// Compaction.
 	segmentSize, minCompact int64            // the directory's Sizes
-	waste                   int64            // maxWaste, except in tests
 	fullBytes               int64            // bytes in full files and the snapshot
 	snapshot                uint64           // number of the snapshot; 0: none
 	compacted               chan *compaction // a compaction sends itself at its end; nil: none runs
@@ -116,9 +116,7 @@ type Store struct {
 	stop                    chan struct{}    // closed by Close: the compaction gives up
 
 	// What others have done to the files.
-	looked     time.Time                // when the files were last checked
-	isSpoiled  bool                     // the last write found the current file changed: check now
-	healAfter  time.Time                // until then no heal is tried
+	lookAfter  time.Time                // until then the files are not checked
 	healWait   time.Duration            // from the last failed heal to the next try
 	noHeal     error                    // why the last heal failed: writes are refused
 	known      map[string]storage.Stamp // our files, except the current one, as we wrote or read them
@@ -132,7 +130,7 @@ type Store struct {
 // and closes it. Errors are those of this package, of package storage and of the file system. If
 // Open refuses what it finds, it has changed nothing, and dir still belongs to the caller.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
-	d := &Store{Memory: kvstore.NewMemory(), looked: time.Now(), waste: maxWaste,
+	d := &Store{Memory: kvstore.NewMemory(), lookAfter: time.Now().Add(lookTime),
 		known: map[string]storage.Stamp{}, stop: make(chan struct{})}
 	d.journal = journal{dir: dir, log: cmp.Or(opts.Log, slog.New(slog.DiscardHandler)),
 		status: cmp.Or(opts.Status, new(storage.Status)), fsync: opts.Fsync,
@@ -203,11 +201,21 @@ func (d *Store) tryFile() error {
 	return nil
 }
 
-// listOurs lists the directory. It refuses one that has anything that does not belong to a store.
-func listOurs(dir storage.Directory) (names []string, err error) {
+// contents lists what is in a directory, except what may be beside a store.
+func contents(dir storage.Directory) (names []string, err error) {
 	names, err = dir.List()
+	return slices.DeleteFunc(names, func(name string) bool {
+		kind, _ := parseName(name)
+		return kind == kindBeside
+	}), err
+}
+
+// listOurs lists the files of a store. It refuses a directory with anything else in it.
+func listOurs(dir storage.Directory) (names []string, err error) {
+	names, err = contents(dir)
 	for _, name := range names {
-		if !isStores(name) {
+		kind, _ := parseName(name)
+		if kind == kindStrange {
 			return nil, fmt.Errorf("%w: %s is none of its files", storage.ErrNotOurs,
 				dir.Path(name))
 		}
@@ -219,7 +227,7 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 // read any log file.
 func checkNames(dir storage.Directory) error {
 	names, err := listOurs(dir)
-	for _, name := range names {
+	for _, name := range append(names, storage.LockName) {
 		err = cmp.Or(err, checkFile(dir, name))
 	}
 	return err
@@ -228,8 +236,8 @@ func checkNames(dir storage.Directory) error {
 // checkFile returns an error if name is a file that a start locks, or removes unread, but is no
 // regular file: then the start could fail after it has changed other files.
 func checkFile(dir storage.Directory, name string) error {
-	kind, _, _ := parseName(name)
-	if name != storage.LockName && kind != kindSnapshot && !isTmp(name) {
+	kind, _ := parseName(name)
+	if name != storage.LockName && kind != kindSnapshot && kind != kindTmp {
 		return nil
 	}
 
@@ -242,23 +250,6 @@ func checkFile(dir storage.Directory, name string) error {
 		return err
 	}
 	return nil
-}
-
-// isStores reports whether a file called name may be in a store's directory.
-func isStores(name string) bool {
-	_, _, isLog := parseName(name)
-	return isLog || name == storage.StoreName || name == spareName || isTmp(name) || isBeside(name)
-}
-
-// isBeside reports whether a file may be in a store's directory although it is no part of the
-// store: the lock, hidden files, and files that systems put into mounted volumes.
-func isBeside(name string) bool {
-	switch name {
-	case storage.LockName, "lost+found", "@eaDir", "#snapshot", "System Volume Information",
-		"desktop.ini", "Thumbs.db":
-		return true
-	}
-	return strings.HasPrefix(name, ".") || strings.HasPrefix(name, "aquota.")
 }
 
 // Put appends value to key's list.
@@ -374,7 +365,10 @@ func (d *Store) writeFrame(kind uint32) {
 	// Size and room are copied here, because afterwards the timer may write.
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
-	d.size, d.room, d.isSpoiled = d.current.size, d.current.room(), d.current.isSpoiled
+	d.size, d.room = d.current.size, d.current.room()
+	if d.current.isSpoiled && d.noHeal == nil {
+		d.lookAfter = time.Time{} // so that the next Commit checks all files
+	}
 	<-d.writing
 
 	d.pending, d.count = d.pending[:0], 0
@@ -430,9 +424,9 @@ func (d *Store) Commit() error {
 	}
 
 	now := time.Now()
-	if d.isSpoiled || now.Sub(d.looked) >= lookTime {
-		d.looked, d.isSpoiled = now, false
-		d.lookForFiles(now)
+	if !now.Before(d.lookAfter) {
+		d.lookAfter = now.Add(lookTime)
+		d.lookForFiles()
 		err = d.failure()
 		if err != nil {
 			return err
@@ -487,7 +481,8 @@ func (d *Store) commit() error {
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	full := (d.size >= d.segmentSize && !d.isFull || wasteful) && !now.Before(d.rotateAfter)
+	isDue := d.size >= d.segmentSize && !d.isFull.Load() || wasteful
+	full := isDue && !now.Before(d.rotateAfter)
 	if d.fsync == FsyncAlways || full {
 		err = d.syncRest()
 	} else {
@@ -532,7 +527,7 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 	// The next check must notice what somebody has done to the old file, or does to it later.
 	d.fullBytes += full.size
-	d.known[full.header.name()] = full.lastStamp()
+	d.known[full.header.name()], _ = full.lastStamp()
 	full.f.Close() // no error matters: all of it is on disk
 	return true, nil
 }
@@ -580,7 +575,7 @@ func (d *Store) Close() error {
 		err = d.isWhole()
 	}
 	d.writing <- struct{}{} // from here on nobody writes
-	if err == nil && d.isFull {
+	if err == nil && d.isFull.Load() {
 		d.growSpare(d.toDelete(0))
 	}
 	if d.spare.f != nil {
