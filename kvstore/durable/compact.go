@@ -179,8 +179,12 @@ func (c *compaction) fill(w *logWriter) error {
 		return err
 	}
 
-	// Sync first, because prepare may remove the only other copy of the data.
+	// The snapshot must be good by now, because prepare may remove the only other copy of the data.
+	w.watch(c.dir)
 	err = w.sync()
+	if err == nil {
+		err = w.check()
+	}
 	if err != nil {
 		return err
 	}

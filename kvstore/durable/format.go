@@ -404,8 +404,7 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// Errors have the name without tmpSuffix. The bytes are on disk before the file gets its name.
 	w := &logWriter{f: f, path: d.Path(name)}
 	err = fill(w)
-	_, _, zeros := d.Sizes()
-	w.isWatched = zeros > 0 // only now: fill need not read back each frame
+	w.watch(d) // only now: fill need not read back each frame
 	if err == nil {
 		err = w.sync()
 	}
@@ -464,8 +463,7 @@ func extendLog(d storage.Directory, h fileHeader, stamp storage.Stamp, end int64
 
 	w := &logWriter{f: f, path: d.Path(h.name()), header: h, seed: h.seed(), size: end,
 		fileSize: end}
-	_, _, zeros := d.Sizes()
-	w.isWatched = zeros > 0
+	w.watch(d)
 	w.stamp, err = f.Stamp()
 	w.isSpoiled = !w.stamp.IsSameFile(stamp)
 	if err == nil && w.isWatched {
@@ -543,48 +541,54 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
+// watch has look and check read the file back, if others can change it in place: as on a disk, which
+// is where files have zeros ahead.
+func (w *logWriter) watch(d storage.Directory) {
+	_, _, zeros := d.Sizes()
+	w.isWatched = zeros > 0
+}
+
 // look checks whether the last frame, which ends at end, is still where it was written. An older
-// copy that somebody has put over the file lacks it.
+// copy that somebody has put over the file lacks it. A file that cannot be read is not spoiled.
 func (w *logWriter) look(end int64) error {
 	if !w.isWatched {
 		return nil
 	}
 
 	_, err := w.f.ReadAt(w.found[:], end-frameSize)
-	w.isSpoiled = w.isSpoiled || err != nil || w.found != w.end
+	w.isSpoiled = w.isSpoiled || err == io.EOF || err == nil && w.found != w.end
 	return err
 }
 
-// check returns an error if the file's beginning or end is not as it was written.
+// check returns an error if the file's beginning or end is not as it was written, or cannot be
+// read.
 func (w *logWriter) check() error {
 	err := w.look(w.size)
-	if w.isWatched && !w.isSpoiled && w.header.kind != 0 { // STORE has no header
+	if err == nil && w.isWatched && w.header.kind != 0 { // STORE has no header
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)
 
 		// The bytes may differ, because an older version may have made the file.
 		h, headErr := decodeHeader(b[:])
-		w.isSpoiled = err != nil || headErr != nil || h != w.header
+		w.isSpoiled = w.isSpoiled || err == nil && (headErr != nil || h != w.header)
 	}
 
-	if err == nil && w.isSpoiled {
+	if w.isSpoiled {
 		err = errors.New("somebody has changed it")
 	}
 	return w.named("read", err)
 }
 
-// lastStamp returns the stamp of a file to which no more is written. After an error, also if the
-// file is not as it was written, that is the zero Stamp, which no file has.
+// lastStamp returns the stamp of a file to which no more is written: the zero Stamp, which no file
+// has, if somebody has changed it.
 func (w *logWriter) lastStamp() (stamp storage.Stamp, err error) {
 	// The stamp comes first: a change after it will show in the file's next stamp.
 	stamp, err = w.f.Stamp()
-	if err == nil {
-		err = w.check()
+	err = cmp.Or(err, w.check())
+	if w.isSpoiled {
+		stamp = storage.Stamp{}
 	}
-	if err != nil {
-		return storage.Stamp{}, err
-	}
-	return stamp, nil
+	return stamp, err
 }
 
 // trim cuts off the room behind the last frame, durably.

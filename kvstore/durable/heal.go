@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -32,8 +33,12 @@ func (d *Store) changed() (c changes, err error) {
 	// Meanwhile the timer must not make the current file longer.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
-	isIntact, end := d.current.check() == nil, d.current.fileSize
+	checkErr := d.current.check()
+	isSpoiled, end := d.current.isSpoiled, d.current.fileSize
 	<-d.writing
+	if !isSpoiled {
+		err = cmp.Or(err, checkErr) // it cannot be read
+	}
 	if err != nil {
 		return c, err
 	}
@@ -46,7 +51,7 @@ func (d *Store) changed() (c changes, err error) {
 
 		// We change the current file ourselves, so its time says nothing.
 		if name == d.current.header.name() {
-			isGood = isIntact && now.IsSameFile(d.current.stamp) &&
+			isGood = !isSpoiled && now.IsSameFile(d.current.stamp) &&
 				(now.Size >= end || !d.current.isWatched)
 		}
 		if !isThere || !isGood {

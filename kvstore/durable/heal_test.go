@@ -379,6 +379,74 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 	})
 }
 
+// Ensure that a file which cannot be read is not taken for one that somebody has changed.
+func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.Put("key", "value")
+		d.Commit()
+		dir.Mu.Lock()
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "read" {
+				return syscall.EIO
+			}
+			return nil
+		}
+		dir.Mu.Unlock()
+		for range 5 {
+			<-time.After(lookTime)
+			d.Put("key", "value")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
+		}
+		if d.number() != 1 || strings.Count(log.String(), "level=ERROR") != 1 ||
+			!strings.Contains(log.String(), "cannot look") {
+			t.Errorf("now in file %d, the log says\n%s", d.number(), log)
+		}
+		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
+			t.Errorf("Close: %v", err)
+		}
+		dir.Before = nil
+		wantAll(t, "closed", dir, maps.Collect(d.All()))
+	})
+}
+
+// Ensure that a heal removes nothing whose data it cannot read back from its snapshot.
+func TestHealReadsBackFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 3 })
+		dir.Mu.Lock()
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "read" && strings.HasPrefix(c.Name, "snap-") {
+				return syscall.EIO
+			}
+			return nil
+		}
+		dir.Mu.Unlock()
+
+		f, _ := dir.Extend("seg-1.log")
+		f.WriteAt(dir.Names["seg-1.log"].Data[:1], 0) // it only looks changed
+		f.Close()
+		for range 3 {
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
+		}
+		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
+			t.Errorf("Close: %v", err)
+		}
+		dir.Before = nil
+		wantAll(t, "closed", dir, maps.Collect(d.All()))
+	})
+}
+
 // Ensure that if the files cannot be checked for a moment, that is not taken for a change, even
 // when a file has just become full.
 func TestNoHealOfWhatNobodySaw(t *testing.T) {
