@@ -1272,6 +1272,37 @@ func TestSignalsStopCleanly(t *testing.T) {
 	}
 }
 
+// Ensure that a stop takes the time that it needs where all data has to be written again first.
+func TestSignalsWhileAllDataIsWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, goOn, ended := storetest.New(), make(chan struct{}), make(chan struct{})
+		db := storeIn(t, dir, nil)
+		db.Put("k", "v")
+		must(t, db.Commit())
+		must(t, dir.Remove("seg-1.log"))
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "create" {
+				<-goOn
+			}
+			return nil
+		}
+		pass(2 * time.Second) // until the store looks at its files
+		go db.Commit()
+
+		var text screen
+		log := newLog(&text, false, false)
+		go giveUp(log, db, ended) // which would end this process
+		pass(2 * stopTime)
+		close(ended)
+		close(goOn)
+		pass(tickTime)
+		log.flush()
+		close(log.lines)
+		wantIn(t, "the log", text.take(), "waits until all data is written again")
+		must(t, db.Close())
+	})
+}
+
 // Ensure that a full disk does not end the server: writes are refused, and everything else works.
 func TestFullDiskRefusesWrites(t *testing.T) {
 	t.Parallel()
@@ -1592,7 +1623,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		wantLog(2*look, bad)
 		equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
 		put("server.key", read("server.key"))
-		pass(look)
+		wantLog(look, map[string]int{"ends soon": 1}) // of the new one
 		second := shown()
 		equal(t, "it shows a new pair", second != first, true)
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
@@ -2762,6 +2793,14 @@ func TestMaxClientsOverTLS(t *testing.T) {
 	})
 }
 
+// Ensure that clients, handshakes and -http together open no more files than the process may.
+func TestMaxClientsAreFewerThanFiles(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	s.tls = new(tls.Config)
+	applyLimits(s, config{maxClients: math.MaxInt, http: "x"})
+	equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
+}
+
 // Ensure that a server that is full counts as healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
@@ -3326,6 +3365,14 @@ func TestExpireInTheMillisecond(t *testing.T) {
 		db.PutUntil("k", "v", end.UnixMilli())
 		s.now = func() time.Time { return end.Add(after) }
 		s.overdue = someOverdue
+
+		listed, list := 0, &Query{queryType: keys}
+		s.run(list)
+		for range list.snapshot.All() {
+			listed++
+		}
+		equal(t, fmt.Sprint("keys in a list ", after, " after its end"), listed, want)
+
 		q := &Query{queryType: get, key: "k"}
 		s.run(q)
 		equal(t, fmt.Sprint("values ", after, " after its end"), q.n, want)
@@ -6103,6 +6150,8 @@ var conversations = []conversation{
 	{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
 		":ERROR line 1: longer than 20000 bytes, skipped\n"},
 	{"torn line of the limit", strings.Repeat("a", testMaxLine),
+		":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
+	{"torn line of the limit, with a CR", strings.Repeat("a", testMaxLine) + "\r",
 		":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
 	{"torn line one over the limit", strings.Repeat("a", testMaxLine+1),
 		":ERROR line 1: longer than 20000 bytes, skipped\n"},

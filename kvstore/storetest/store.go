@@ -178,6 +178,10 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 			if err := store.Commit(); err != nil {
 				t.Fatal(err)
 			}
+		case 8:
+			value, _ := store.Take(key)
+			m.Take(key)
+			lists = append(lists, handedOut{[]string{value}, []string{strings.Clone(value)}})
 		}
 	}
 
