@@ -1,4 +1,4 @@
-// Kvserver is a key-value server on TCP. A request is one line of text, so netcat can be the client.
+// Kvserver is a key-value server on TCP. A request is a line of text, so netcat can be the client.
 //
 // The map of the code:
 //
@@ -238,7 +238,7 @@ type config struct {
 }
 
 // flags returns a flag set that reads a command line into c, and puts the defaults there. A flag's
-// text, with its default at the end, is in the README, in -h, and in the message about a wrong value.
+// text, with its default at the end, is in the README, in -h, and in messages about wrong values.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -263,7 +263,8 @@ func (c *config) flags() *flag.FlagSet {
 	// TLS, for a server or a client, and the log.
 	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: use TLS")
 	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
-	f.StringVar(&c.clientCA, "tls-client-ca", "", "`FILE` with a CA: admit only clients with its certificates")
+	f.StringVar(&c.clientCA, "tls-client-ca", "",
+		"`FILE` with a CA: admit only clients that it certified")
 	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA to trust: -c and -ping use TLS")
 	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
 	f.BoolVar(&c.verbose, "v", false, "also log every connection")
@@ -365,7 +366,7 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	return c, cmp.Or(unset, c.checkRequests(), c.checkFlags(typed))
 }
 
-// setByVariable sets f to the value of its variable in the environment. An empty one counts as none.
+// setByVariable sets f to the value of its variable in the environment. An empty one is none.
 func setByVariable(f *flag.Flag) error {
 	value := os.Getenv(variable(f))
 	what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
@@ -426,7 +427,8 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 	others := regexp.MustCompile("^KVSERVER_((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
-		if strings.HasPrefix(name, "KVSERVER_") && !slices.Contains(ours, name) && !others.MatchString(name) {
+		isKnown := slices.Contains(ours, name) || others.MatchString(name)
+		if strings.HasPrefix(name, "KVSERVER_") && !isKnown {
 			log.Warn("unknown variable in the environment: it does nothing",
 				"name", name, "todo", suggest("", name, ours, nil))
 		}
@@ -434,7 +436,7 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 }
 
 // suggest says what the user may have meant by name: what others call so, or else the one of names
-// that is equal to it, or is over two bytes long and one slip away from it. prefix stands before it.
+// that is equal to it, or is over two bytes long and one slip away. prefix stands before it.
 func suggest(prefix, name string, names []string, others map[string]string) string {
 	meant := others[name]
 	for _, near := range names {
@@ -515,7 +517,7 @@ func (c config) checkRequests() error {
 			{!c.client, isUnexpected, "As in kvserver -addr 9999 -data data. " + seeHelp},
 
 			// The argument is to be sent, and cannot be.
-			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none: to send standard input."},
+			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none to send stdin."},
 			{strings.HasPrefix(request, "-"), isNone,
 				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
 			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
@@ -549,7 +551,7 @@ func (c config) checkFlags(typed map[string]bool) error {
 		// Flags that are not for this process.
 		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
 			"To admit only clients with a certificate: -tls-client-ca " + c.ca},
-		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of these, too, or leave it out."},
+		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of these, too."},
 		{c.stop && !c.client, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
 		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
 		{c.client && c.ping, "-c and -ping do not go together", "Give one: -ping asks " +
@@ -573,7 +575,7 @@ func (c config) checkFlags(typed map[string]bool) error {
 	})
 }
 
-// clash returns two of addrs at which one process cannot listen: they have the same port of the same
+// clash returns two of addrs at which one process cannot listen: they have the same port of one
 // host, or of all. "": there are no such two.
 func clash(addrs []string) string {
 	for i, addr := range addrs {
@@ -673,7 +675,7 @@ type queuedLog struct {
 	counts logCounts
 }
 
-// logLine is a line of the log. If written is not nil it is a mark of flush instead: writeLog closes
+// logLine is a line of the log. If written is not nil it is flush's mark instead: writeLog closes
 // written when it has written all lines before the mark.
 type logLine struct {
 	text    []byte
@@ -1049,7 +1051,7 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 
 		// Somebody has removed files, and what was in them is not on disk again yet.
 		if left == tickTime && data.IsHealing() {
-			log.Warn("stopping waits until all data is written again; a second signal ends the server at once")
+			log.Warn("stopping waits until all data is written again; a second signal ends it at once")
 			left += stopTime
 		}
 	}
@@ -1070,7 +1072,7 @@ const (
 )
 
 // credentials are three files in PEM format: a certificate, its key, and the CA that must have
-// signed the other side's certificate. A client's belong to dial; a server's to serverTLS, then watch.
+// signed the other side's certificate. A client's belong to dial, a server's to serverTLS and watch.
 type credentials struct {
 	paths [3]string // "": there is none
 	texts [3][]byte // the files' contents when they were last read
@@ -1131,8 +1133,8 @@ func pemProblem(err error) error {
 	return problem{"cannot read a certificate or key: " + err.Error(), todo}
 }
 
-// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It starts
-// watch, which reads these files again; new ones are for new connections only.
+// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It
+// starts watch, which reads these files again; new ones are for new connections only.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
 	if err := k.load(); err != nil {
@@ -1353,7 +1355,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	return report, err
 }
 
-// tellCopied returns a function that shows on a terminal, in one line, how much of a store is copied.
+// tellCopied returns a function that shows on a terminal, in one line, how much is copied.
 func tellCopied() func(copied, total int64) {
 	told := int64(-1)
 	return func(copied, total int64) {
@@ -1377,7 +1379,7 @@ func storeProblem(c config, err error) error {
 		// For a server or a command; then for the commands alone.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
 		{is(durable.ErrSpoiled), "", "Something may be lost. Look what is there: kvserver check " + data},
-		{is(fs.ErrPermission), "", "Start kvserver as the user who owns it, or let your user read and write it."},
+		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
 		{is(storage.ErrNotOurs, durable.ErrNoStore, durable.ErrNotEmpty) && isCopy, "", "Nothing was " +
 			"copied. Give a data directory, and a new or empty one that is not inside it."},
 		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "", "Give the server's data directory."},
@@ -1395,8 +1397,9 @@ func storeProblem(c config, err error) error {
 		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
 
 		// The server's directory.
-		{is(storage.ErrMoved), "", "Put it back, then start again: everything that was answered is in it."},
-		{is(durable.ErrOlder), "", unchanged + "Start the older kvserver, and copy the data with kvserver -c -out FILE Dump."},
+		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
+		{is(durable.ErrOlder), "", unchanged + "Start the older kvserver, and have the data written " +
+			"as text: kvserver -c -out FILE Dump"},
 		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + data},
 		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one with kvserver's data."},
 
@@ -1470,11 +1473,11 @@ type talker struct {
 	config
 	conn    net.Conn
 	in      io.Reader      // lines to send, if the command line has no requests
-	out     io.WriteCloser // for data; closed at the end: only then do some disks say that they are full
+	out     io.WriteCloser // for data; closed at the end, when some disks first say that they are full
 	errs    io.Writer      // for everything else
 	isTyped bool           // somebody types the input: show a prompt, and each :OK n
 	tells   bool           // write to errs, now and then, how many requests are answered
-	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and by converse at its start
+	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and when converse begins
 
 	// Owned by the reading goroutine.
 	r        *bufio.Reader // from conn; made by greet
@@ -1639,7 +1642,7 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// patientReader reads from the connection. It fails with errQuiet if no byte of an owed answer comes.
+// patientReader reads from the connection. It fails with errQuiet if an owed answer does not come.
 type patientReader struct{ *talker }
 
 func (t patientReader) Read(p []byte) (n int, err error) {
@@ -1681,7 +1684,7 @@ func (t *talker) converse() error {
 	return err
 }
 
-// takeAnswers reads the answers until the conversation ends, and writes to w what the user is to see.
+// takeAnswers reads the answers until the conversation ends, and writes to w what is to be seen.
 func (t *talker) takeAnswers(w *bufio.Writer) error {
 	for {
 		// The next Read may take long, so show what was answered before it.
@@ -1787,7 +1790,7 @@ func (t *talker) ended(err error) error {
 	return end
 }
 
-// sendLines sends the input to the server. It flushes whenever there is no more input for now, and at
+// sendLines sends the input to the server. It flushes when there is no more input for now, and at
 // the end tells the reader how the input ended. It runs as one goroutine per conversation.
 func (t *talker) sendLines() {
 	// Requests on the command line are sent as lines of input.
