@@ -300,41 +300,34 @@ func (c *config) limit(f *flag.FlagSet) {
 		"timeout":       func() bool { return c.timeout >= 0 },
 		"out":           func() bool { return c.answers != "" },
 	}
-	f.VisitAll(func(f *flag.Flag) { f.Value = &checked{Value: f.Value, fits: fits[f.Name]} })
+	f.VisitAll(func(f *flag.Flag) {
+		if kind, _ := flag.UnquoteUsage(f); kind != "" { // it takes a value
+			f.Value = &checked{Value: f.Value, fits: fits[f.Name]}
+		}
+	})
 }
 
-// checked is a flag's value that must fit, and may be given once.
+// checked is a flag's value that must fit, and may be set once.
 type checked struct {
 	flag.Value
-	fits    func() bool // for a value that was set; nil: all fit
-	isGiven bool        // on the command line
+	fits  func() bool // for a value that was set; nil: all fit
+	isSet bool
 }
 
 // errTwice is the error of a flag that is given twice.
 var errTwice = errors.New("it is given twice")
 
-// Set implements flag.Value, for the command line.
+// Set implements flag.Value. A value that looks like a flag is one: the value was forgotten.
 func (v *checked) Set(text string) error {
-	if v.isGiven {
+	if v.isSet {
 		return errTwice
 	}
-	v.isGiven = true
-	return v.set(text)
-}
-
-// set sets the value. It fails if that does not fit, or looks like another flag.
-func (v *checked) set(text string) error {
+	v.isSet = true
 	err := v.Value.Set(text)
 	if err == nil && (strings.HasPrefix(text, "-") || v.fits != nil && !v.fits()) {
 		err = errors.New("it does not fit")
 	}
 	return err
-}
-
-// IsBoolFlag tells the flag package whether the flag is given without a value.
-func (v *checked) IsBoolFlag() bool {
-	inner, ok := v.Value.(interface{ IsBoolFlag() bool })
-	return ok && inner.IsBoolFlag()
 }
 
 // parseFlags reads the command line and the environment. It returns flag.ErrHelp if it has printed
@@ -373,7 +366,7 @@ func setByVariable(f *flag.Flag) error {
 	switch {
 	case strings.TrimSpace(value) != value: // a script has left it there
 		what += ": it begins or ends in a blank or a newline"
-	case value == "" || f.Value.(*checked).set(value) == nil:
+	case value == "" || f.Value.Set(value) == nil:
 		return nil
 	}
 	return problem{what, explain(variable(f), f)}
@@ -393,14 +386,12 @@ func helpText(flags *flag.FlagSet) string {
 func explain(name string, f *flag.Flag) string {
 	kind, does := flag.UnquoteUsage(f)
 	switch {
-	case kind != "":
-		does += "." + kinds[kind]
-	case name == variable(f): // of a boolean flag
-		does = "1 or 0: " + does + "."
-	default:
-		does = "no value: " + does + "."
+	case kind == "" && name == variable(f):
+		does = "1 or 0: " + does
+	case kind == "":
+		does = "no value: " + does
 	}
-	return name + " takes " + does
+	return name + " takes " + does + "." + kinds[kind]
 }
 
 // kinds says how a value is written where its flag's text does not say so.
