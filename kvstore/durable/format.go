@@ -721,10 +721,9 @@ func parseName(name string) (kind fileKind, number uint64) {
 	base, isTmp := strings.CutSuffix(name, tmpSuffix)
 	if isTmp {
 		kind, _ = parseName(base)
-		if kind.isLog() || kind == kindStore {
-			return kindTmp, 0
-		}
-		return kindStrange, 0
+	}
+	if kind.isLog() || kind == kindStore {
+		return kindTmp, 0
 	}
 
 	// seg-007.log is no log file: otherwise two names would mean the same file.

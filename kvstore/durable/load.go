@@ -156,14 +156,13 @@ var ErrUnfinished = errors.New("an unfinished store")
 // hold no data, and are obsolete. Anything else may hold data, and is refused.
 func (s *files) findNew() error {
 	l, err := readLayout(s.dir)
-	var gap *storage.DamageError
-	if err != nil && !errors.As(err, &gap) {
+	if err != nil && !errors.As(err, new(*storage.DamageError)) {
 		return err
 	}
 
 	// A first start makes no snapshot and no second segment.
 	missing := missingFile(s.dir, storage.StoreName)
-	if l.snapshot > 0 || l.last > 1 || gap != nil {
+	if err != nil || l.snapshot > 0 || l.last > 1 {
 		return missing
 	}
 
@@ -296,9 +295,9 @@ func (s *files) judgeFile(end logEnd) error {
 	}
 
 	// If reading the next one's header has failed, nobody can tell whether it is unused.
-	var damage *storage.DamageError
-	if s.at < len(s.logs) && s.logs[s.at].bad != nil && !errors.As(s.logs[s.at].bad, &damage) {
-		return s.logs[s.at].bad
+	bad := s.logs[s.at].bad
+	if bad != nil && !errors.As(bad, new(*storage.DamageError)) {
+		return bad
 	}
 	at.What = "the frame that says that another file follows is missing"
 	return cmp.Or(end.bad, error(at))
