@@ -124,10 +124,7 @@ type compaction struct {
 	store    kvstore.Snapshot // what these segments make
 	replaced int64            // bytes of the files that the snapshot replaces
 	stop     <-chan struct{}  // closed when the compaction is to give up; nil: it never does
-
-	// prepare, if not nil, is run when all of the snapshot is on disk, before it gets its name. If
-	// prepare fails, there is no snapshot.
-	prepare func() error
+	prepare  func() error     // of the snapshot's logWriter
 
 	// How it ended.
 	bytes   int64         // of the snapshot
@@ -171,24 +168,12 @@ func (c *compaction) run() {
 	c.err = errors.Join(err, c.dir.Sync())
 }
 
-// fill writes the snapshot's frames, and runs prepare.
+// fill writes the snapshot's frames.
 func (c *compaction) fill(w *logWriter) error {
+	w.prepare = c.prepare
 	err := writeAll(w, c.store, c.stop)
 	c.bytes = w.size
-	if err != nil || c.prepare == nil {
-		return err
-	}
-
-	// The snapshot must be good by now, because prepare may remove the only other copy of the data.
-	w.watch(c.dir)
-	err = w.sync()
-	if err == nil {
-		err = w.check()
-	}
-	if err != nil {
-		return err
-	}
-	return c.prepare()
+	return err
 }
 
 // writeAll writes what store holds as a snapshot's frames, until stop is closed. A key has all its

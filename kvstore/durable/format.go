@@ -381,6 +381,10 @@ type logWriter struct {
 	fileSize int64      // bytes of the file
 	buf      []byte     // the last frame written, kept for the next one
 
+	// createFile runs prepare, if it is not nil, when all of the file is on disk and was read back,
+	// before the file gets its name. If prepare fails, there is no file.
+	prepare func() error
+
 	// What others have done to the file. Only files on a disk can be changed in place. A copy that
 	// somebody puts over such a file lacks its end.
 	stamp     storage.Stamp   // which file it is
@@ -392,8 +396,9 @@ type logWriter struct {
 
 // createFile makes a file and has fill write it. The file gets its name once all of it is on disk:
 // a crash leaves the whole file, or none of that name. After an error the file is removed, except
-// STORE if only the last Sync failed; after a crash the removed file may be back, whole. The stamp
-// identifies the file: if the name leads to another one later, somebody else has put it there.
+// STORE, and a file with prepare, if only the last Sync failed; after a crash the removed file may
+// be back, whole. The stamp identifies the file: if the name leads to another one later, somebody
+// else has put it there.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
 	f, err := d.Create(name + tmpSuffix)
@@ -408,9 +413,13 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	if err == nil {
 		err = w.sync()
 	}
-
 	if err == nil {
 		stamp, err = w.lastStamp()
+	}
+
+	// Only a good file may take the place of others.
+	if err == nil && w.prepare != nil {
+		err = w.prepare()
 	}
 	err = cmp.Or(err, f.Close()) // before the rename: Windows requires that
 	if err == nil {
@@ -426,9 +435,9 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// The name is on disk before anybody relies on it.
 	err = d.Sync()
 	if err != nil {
-		// A log file that is left would be taken for somebody else's. STORE stays, because without
-		// it there would be no store.
-		if name != storage.StoreName {
+		// A log file that is left would be taken for somebody else's. But STORE, and what has taken
+		// the place of others, stay: without them there would be no store.
+		if name != storage.StoreName && w.prepare == nil {
 			d.Remove(name)
 		}
 		return storage.Stamp{}, err

@@ -447,6 +447,42 @@ func TestHealReadsBackFirst(t *testing.T) {
 	})
 }
 
+// Ensure that the snapshot of a heal stays even if its name cannot be synced: by then it is the only
+// copy of the data on disk.
+func TestHealWhoseNameIsNotSynced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 3 })
+		<-time.After(2 * lookTime) // so that the timer has nothing more to do
+		d.Commit()
+		dir.Before = func(c storetest.Call) error {
+			_, hasName := dir.Read(logName(kindSnapshot, 3))
+			if hasName && c == (storetest.Call{What: "sync"}) {
+				return syscall.EIO
+			}
+			return nil
+		}
+		dir.Remove("seg-1.log")
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil || d.snapshot != 0 {
+			t.Fatalf("snapshot %d, %v", d.snapshot, err)
+		}
+		wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
+
+		dir.Before = nil
+		<-time.After(2 * lookTime)
+		if err := d.Commit(); err != nil || d.snapshot == 0 {
+			t.Fatalf("later: snapshot %d, %v", d.snapshot, err)
+		}
+		wantAll(t, "after the next try", dir.Kill(), maps.Collect(d.All()))
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		wantAll(t, "closed", dir, maps.Collect(d.All()))
+	})
+}
+
 // Ensure that if the files cannot be checked for a moment, that is not taken for a change, even
 // when a file has just become full.
 func TestNoHealOfWhatNobodySaw(t *testing.T) {
