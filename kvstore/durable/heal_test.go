@@ -384,16 +384,16 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
 		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
-		d.Put("key", "value")
-		d.Commit()
-		dir.Mu.Lock()
+		var refuses atomic.Bool
 		dir.Before = func(c storetest.Call) error {
-			if c.What == "read" {
+			if c.What == "read" && refuses.Load() {
 				return syscall.EIO
 			}
 			return nil
 		}
-		dir.Mu.Unlock()
+		d.Put("key", "value")
+		d.Commit()
+		refuses.Store(true)
 		for range 5 {
 			<-time.After(lookTime)
 			d.Put("key", "value")
@@ -409,7 +409,7 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 			t.Errorf("Close: %v", err)
 		}
-		dir.Before = nil
+		refuses.Store(false)
 		wantAll(t, "closed", dir, maps.Collect(d.All()))
 	})
 }
@@ -418,16 +418,16 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 func TestHealReadsBackFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
-		d.minCompact = 1 << 40
-		fillUntil(d, func() bool { return d.number() == 3 })
-		dir.Mu.Lock()
+		var refuses atomic.Bool
+		refuses.Store(true)
 		dir.Before = func(c storetest.Call) error {
-			if c.What == "read" && strings.HasPrefix(c.Name, "snap-") {
+			if c.What == "read" && strings.HasPrefix(c.Name, "snap-") && refuses.Load() {
 				return syscall.EIO
 			}
 			return nil
 		}
-		dir.Mu.Unlock()
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 3 })
 
 		f, _ := dir.Extend("seg-1.log")
 		f.WriteAt(dir.Names["seg-1.log"].Data[:1], 0) // it only looks changed
@@ -442,7 +442,7 @@ func TestHealReadsBackFirst(t *testing.T) {
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 			t.Errorf("Close: %v", err)
 		}
-		dir.Before = nil
+		refuses.Store(false)
 		wantAll(t, "closed", dir, maps.Collect(d.All()))
 	})
 }
@@ -452,17 +452,17 @@ func TestHealReadsBackFirst(t *testing.T) {
 func TestHealWhoseNameIsNotSynced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
-		d.minCompact = 1 << 40
-		fillUntil(d, func() bool { return d.number() == 3 })
-		<-time.After(2 * lookTime) // so that the timer has nothing more to do
-		d.Commit()
+		var refuses atomic.Bool
+		refuses.Store(true)
 		dir.Before = func(c storetest.Call) error {
 			_, hasName := dir.Read(logName(kindSnapshot, 3))
-			if hasName && c == (storetest.Call{What: "sync"}) {
+			if hasName && c == (storetest.Call{What: "sync"}) && refuses.Load() {
 				return syscall.EIO
 			}
 			return nil
 		}
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 3 })
 		dir.Remove("seg-1.log")
 		<-time.After(lookTime)
 		if err := d.Commit(); err != nil || d.snapshot != 0 {
@@ -470,7 +470,7 @@ func TestHealWhoseNameIsNotSynced(t *testing.T) {
 		}
 		wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
 
-		dir.Before = nil
+		refuses.Store(false)
 		<-time.After(2 * lookTime)
 		if err := d.Commit(); err != nil || d.snapshot == 0 {
 			t.Fatalf("later: snapshot %d, %v", d.snapshot, err)
