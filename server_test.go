@@ -3109,8 +3109,20 @@ func TestCommitGathers(t *testing.T) { // number of Commits in a second
 		"halves": func(t *testing.T, n *fakeNet, store *slowStore) {
 			n.repeat(t, 10, takes/2, time.Millisecond, 20)
 			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
-
-			// The clients have gone, so one that is alone has nobody to wait for.
+		},
+		"gone, so that one is alone": func(t *testing.T, n *fakeNet, _ *slowStore) {
+			clients := n.dialMany(t, 10, func(_ int, c *testClient) { c.ask("Ack", ":OK 0") })
+			for range 5 { // all come each time
+				for _, c := range clients {
+					c.send("Put:k:v\n")
+				}
+				for _, c := range clients {
+					c.want(":OK 1")
+				}
+			}
+			for _, c := range clients {
+				c.hangUp()
+			}
 			alone := n.dial(t)
 			for range 3 {
 				began := time.Now()
@@ -4980,6 +4992,24 @@ func TestSlowLineBehindReplies(t *testing.T) {
 			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
 		})
 	}
+}
+
+// Ensure that a client that does not read its replies keeps no long line of others from its memory.
+func TestInputBehindReplies(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		n.server.budget.limitTo(64<<20, 0)
+		n.server.budget.inputs.Add(1 << 30)            // only one line at a time is let in
+		n.fill("big", strings.Repeat("v", 1200), 4000) // more than the queue holds
+		mute, a := n.dial(t), n.dial(t)
+		long := strings.Repeat("v", 100*kilo)
+		mute.ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
+		go mute.sendSome("Get:big\nPut:k:" + long)
+		synctest.Wait()
+		within(t, 0, quietAfter, func() { a.ask("Put:k:"+long+"\nPing", ":PONG") })
+		n.server.budget.inputs.Add(-1 << 30)
+		mute.close()
+	})
 }
 
 // ---- client.go: Keys and Dump
