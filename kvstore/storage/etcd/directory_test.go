@@ -90,6 +90,32 @@ func TestEtcdSweep(t *testing.T) {
 	})
 }
 
+// Ensure that pieces of a removed file that could not be removed are removed by a later Sync.
+func TestEtcdSweepAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		for _, name := range []string{"f", "g"} {
+			f, err := dir.Create(name)
+			if err == nil {
+				_, err = f.WriteAt([]byte("x"), 0)
+			}
+			if err = errors.Join(err, f.Sync(), f.Close(), dir.Sync()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		w.at, w.fault = w.count()+2, doubtful // the first request removes the name
+		if err := dir.Remove("f"); err == nil || len(e.orphans()) == 0 {
+			t.Errorf("%v, and %d pieces stay", err, len(e.orphans()))
+		}
+		if err := dir.Sync(); err != nil || len(e.orphans()) > 0 {
+			t.Errorf("after a Sync %d pieces stay: %v", len(e.orphans()), err)
+		}
+		lock.Close()
+	})
+}
+
 // Ensure that a store with keys that are not ours, whatever they look like, is refused or damaged,
 // and that the keys stay.
 func TestEtcdOddKeys(t *testing.T) {

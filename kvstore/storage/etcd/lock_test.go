@@ -354,3 +354,51 @@ func TestEtcdLockElsewhere(t *testing.T) {
 		}
 	})
 }
+
+// Ensure that a server to which the answer was lost that it has the lock does not wait for itself.
+func TestEtcdLockIsOursAlready(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w := newFakeEtcd().dir(t, t.Context(), "new:9999")
+		w.at, w.fault = 2, lostAnswer // the first request looks at the lock, this one takes it
+		began := time.Now()
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took >= lockTime {
+			t.Errorf("it takes %v", took)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that a lock that is missing is not taken if another server has had it since the last look.
+func TestEtcdLockWasAnothersMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		_, _, lock := e.locked(t)
+		lock.Close()
+		e.delete("kv/lock")
+
+		// Between the look after which the lock is free and the request that takes it.
+		dir, w := e.dir(t, t.Context(), "new:9999")
+		last, times := time.Time{}, 0
+		w.before = func(int) {
+			if now := time.Now(); now.Equal(last) && times == 0 {
+				times++
+				e.put("kv/step", "another's")
+			} else {
+				last = now
+			}
+		}
+		began := time.Now()
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); times == 0 || took < 2*lockTime {
+			t.Errorf("it is taken after %v, and another had it %d times", took, times)
+		}
+		lock.Close()
+	})
+}
