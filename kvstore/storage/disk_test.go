@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Ensure that a Disk does what a Directory must do, and that its errors name the whole path.
@@ -246,5 +247,25 @@ func TestSyncAsksTheSystem(t *testing.T) {
 	d.Close()
 	if f.Sync() == nil || runtime.GOOS != "windows" && d.Sync() == nil {
 		t.Error("what is closed is synced")
+	}
+}
+
+// Ensure that a file's stamp shows that others have overwritten it, though its size stays.
+func TestStampOfAnOverwrittenFile(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	stampOf := func() Stamp {
+		stamps, err := d.Stamps()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return stamps["f"]
+	}
+	os.WriteFile(d.Path("f"), []byte("a"), 0o600)
+	old := time.Now().Add(-time.Minute)
+	os.Chtimes(d.Path("f"), old, old)
+	before := stampOf()
+	os.WriteFile(d.Path("f"), []byte("b"), 0o600)
+	if after := stampOf(); after.Changed.Equal(before.Changed) {
+		t.Errorf("it was changed at %v before and after", before.Changed)
 	}
 }

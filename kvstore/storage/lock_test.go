@@ -53,8 +53,9 @@ func TestInUseBesideALock(t *testing.T) {
 
 // Ensure that a passing error is not taken for a directory that was moved.
 func TestLockLooksAgain(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "data")
-	os.Mkdir(path, 0o700)
+	around := filepath.Join(t.TempDir(), "around")
+	path := filepath.Join(around, "data")
+	os.MkdirAll(path, 0o700)
 	dir := mustOpen(t, path)
 	lock, err := dir.Lock(t.Context())
 	if err != nil {
@@ -77,6 +78,11 @@ func TestLockLooksAgain(t *testing.T) {
 	os.Rename(path+".old", path)
 	if err := look(); err != nil {
 		t.Errorf("where it is back: %v", err)
+	}
+	os.Rename(around, around+".old")
+	os.WriteFile(around, nil, 0o600)
+	if err := look(); !errors.Is(err, ErrMoved) {
+		t.Errorf("where a file is in its way: %v", err)
 	}
 }
 
