@@ -323,6 +323,27 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 	})
 }
 
+// Ensure that a stop that loses the directory with its last sync is not called a clean one.
+func TestCloseLosesItsDirectory(t *testing.T) {
+	dir := storetest.New()
+	d, err := openSmall(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	dir.After = func(storetest.Call) {
+		dir.Mu.Lock()
+		defer dir.Mu.Unlock()
+		dir.Moved = storage.ErrMoved
+	}
+	if err := d.Close(); !errors.Is(err, storage.ErrMoved) {
+		t.Errorf("Close returns %v", err)
+	}
+}
+
 // Ensure that Close makes durable what was answered before it waits for a compaction.
 func TestCloseSyncsFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
