@@ -2514,8 +2514,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			n.server.tls = config
 			a := n.dialTLS(t)
 			const puts = 9 * kilo
-			a.send("Ack\n" + strings.Repeat("Put:k:v\n", puts))
-			synctest.Wait()
+			a.post("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo, 50*time.Millisecond)
 		})
 
@@ -2524,8 +2523,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			n.server.tls = config
 			a := n.dialTLS(t)
 			a.ask("Get:none\nPing", ":PONG")
-			a.send("Put:k:v\nPing\n")
-			synctest.Wait()
+			a.post("Put:k:v\nPing\n")
 			readAndSend(a, n.server, ":PONG\n", 1, closeTime/10)
 		})
 	}
@@ -2561,10 +2559,8 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 		n.fill("k", value, 1200)
 		a, b := n.dial(t), n.dial(t)
 		b.ask("Ping", ":PONG")
-		a.send("Get:k\n")
-		synctest.Wait()
-		b.send("Put:x:y\n") // its Commit takes long
-		synctest.Wait()
+		a.post("Get:k\n")
+		b.post("Put:x:y\n") // its Commit takes long
 		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200), 15*kilo, closeTime/20)
 	})
 }
@@ -2621,8 +2617,7 @@ func TestCloseWithTLS(t *testing.T) {
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // a stream and a Write hold more
 			n.server.maxClients = 1
 			a := n.dialTLS(t)
-			a.send(request)
-			synctest.Wait()
+			a.post(request)
 			silent := n.dial(t)
 			synctest.Wait()
 			within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
@@ -2674,8 +2669,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		a.send("Take:k:60\n")
 		b.send("Ack\nTake:k:60\n")
 		b.conn.CloseWrite()
-		c.send("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
-		synctest.Wait()
+		c.post("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
 		within(t, 0, drainTime, n.server.Close)
 		a.wantRest(":OK 0\n")
 		b.wantRest(":OK 0\n:OK 0\n")
@@ -3035,11 +3029,9 @@ func TestCommitBeforeReplies(t *testing.T) {
 		a.ask("Put:k:v", ":OK 1")
 		b.ask("Get:k", "k:v")
 		taker.send("Take:job:60\n")
-		waiter.send("Take:none:60\n")
-		synctest.Wait()
+		waiter.post("Take:none:60\n")
 		store.fail = errors.New("disk on fire")
-		a.send("Put:k:w\nPut:job:v\n") // which the Take gets
-		synctest.Wait()
+		a.post("Put:k:w\nPut:job:v\n") // which the Take gets
 		wantAllClosed(a, b, c, taker, waiter)
 		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
@@ -3062,17 +3054,13 @@ func TestCommitBeforeGets(t *testing.T) {
 				store.gate <- nil
 				x.ask("Ping", ":PONG")
 			}
-			c.send("Ping\n") // workLoop waits, and the next two are committed together
-			synctest.Wait()
-			a.send("Put:k:v\n")
-			synctest.Wait()
-			b.send("Get:k\n")
-			synctest.Wait()
+			c.post("Ping\n") // workLoop waits, and the next two are committed together
+			a.post("Put:k:v\n")
+			b.post("Get:k\n")
 			store.gate <- nil
 			c.want(":PONG")
 			b.wantNothing()
-			c.send("Keys\n") // it is not run if that Commit fails
-			synctest.Wait()
+			c.post("Keys\n") // it is not run if that Commit fails
 			store.gate <- failure
 			if failure == nil {
 				b.want("k:v")
@@ -3510,8 +3498,7 @@ func TestTakeWaitsInLine(t *testing.T) {
 		const takers = 6
 		clients := n.dialMany(t, takers, func(_ int, c *testClient) {
 			c.ask("Ack", ":OK 0")
-			c.send("Take:k:60\n")
-			synctest.Wait()
+			c.post("Take:k:60\n")
 		})
 		giver := n.dial(t)
 		giver.wantStat("waiting_takes", takers)
@@ -3597,8 +3584,7 @@ func TestTakeOfClientsThatGo(t *testing.T) {
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			a, b, c := n.dial(t), n.dial(t), n.dial(t)
-			a.send("Get:none\nTake:k:60\n")
-			synctest.Wait()
+			a.post("Get:none\nTake:k:60\n")
 			b.send("Take:k:600\n")
 			b.conn.CloseWrite()
 			synctest.Wait()
@@ -3621,10 +3607,8 @@ func TestTakeThatComesLate(t *testing.T) {
 		a, b, c, d, e := n.dial(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
 		d.ask("Put:k:1\nPut:k:2\nPing", ":PONG")
 		e.ask("Ack", ":OK 0")
-		c.send("Update:x:a:b\nPing\n")
-		synctest.Wait()
-		b.send("Take:k:600\n")
-		synctest.Wait()
+		c.post("Update:x:a:b\nPing\n")
+		b.post("Take:k:600\n")
 		a.send("Take:k:1\n")
 		e.send("Take:none:1\n")
 		e.conn.CloseWrite()
@@ -3645,8 +3629,7 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 300 * kilo
 		a, b := n.dial(t), n.dial(t)
-		a.send(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
-		synctest.Wait()
+		a.post(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
 		c := n.dial(t)
 		c.send("Take:m:600\nPut:m:be")
 		long := strings.Repeat("x", 200*kilo)
@@ -3715,8 +3698,7 @@ func TestTakeOnAFullDisk(t *testing.T) {
 			db := &roomless{Memory: kvstore.NewMemory(), why: why}
 			n.server.db = db
 			a, b := n.dialAck(t), n.dial(t)
-			a.send("Take:k:60\n")
-			synctest.Wait()
+			a.post("Take:k:60\n")
 			db.full.Store(true)
 			b.ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
 			db.full.Store(false)
@@ -4697,8 +4679,7 @@ func TestWatchAStalledStore(t *testing.T) {
 		n.server.db = kvstore.StoreOf(store)
 		handler := n.server.watchHandler("")
 		a := n.dial(t)
-		a.send("Put:k:v\n")
-		synctest.Wait()
+		a.post("Put:k:v\n")
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
 		within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
@@ -4890,8 +4871,7 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 			for cut := len(line) - 4; cut < len(line); cut++ {
 				inBubble(t, func(t *testing.T, n *fakeNet) {
 					a := n.dial(t)
-					a.send(line[:cut])
-					synctest.Wait()
+					a.post(line[:cut])
 					a.send(line[cut:])
 					if over > 0 {
 						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
@@ -5169,8 +5149,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
 		a := n.dial(t)
-		a.send("Keys\n")
-		synctest.Wait()
+		a.post("Keys\n")
 		equal(t, "snapshots of a Keys that is not read", len(n.server.snapshots.slots), 0)
 		a.close()
 	})
@@ -6766,6 +6745,13 @@ func (c *testClient) send(text string) {
 	if _, err := io.WriteString(c.conn, text); err != nil {
 		c.t.Errorf("sending %.40q: %v", text, err)
 	}
+}
+
+// post sends text, and waits until nobody has anything to do about it any more.
+func (c *testClient) post(text string) {
+	c.t.Helper()
+	c.send(text)
+	synctest.Wait()
 }
 
 // sendSome sends text as far as possible.
