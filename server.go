@@ -233,9 +233,12 @@ type turn struct {
 	over          bool
 }
 
+// now is the time since epoch.
+func (t *turn) now() time.Duration { return time.Since(t.epoch) }
+
 // begin starts a turn.
 func (t *turn) begin() {
-	t.began = time.Since(t.epoch)
+	t.began = t.now()
 	t.looked, t.over = t.began, false
 }
 
@@ -243,7 +246,7 @@ func (t *turn) begin() {
 // A time that is far longer than usual, though no list was searched, is a stall of the system and
 // not the client's fault, so only a part of it counts.
 func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
-	now := time.Since(t.epoch)
+	now := t.now()
 	took := now - t.looked
 	counted := took
 	if !searched {
@@ -1069,7 +1072,7 @@ func (s *keyValueServer) begin(chain *Query) {
 // admit refuses q, a write, if there is no room for it in memory or on disk.
 func (s *keyValueServer) admit(q *Query) {
 	// Memory never refuses requests that free, or it would stay full.
-	if !q.frees() && s.isFull(q) {
+	if s.budget.limit > 0 && !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
 		s.budget.refused.Store(time.Now().Unix())
@@ -1156,10 +1159,6 @@ func (s *keyValueServer) deleteExpired(key string) error {
 // isFull reports whether there is no memory for q. A write that leaves the store no larger may use
 // half of the reserve, because while there is a snapshot even such a write copies memory.
 func (s *keyValueServer) isFull(q *Query) bool {
-	if s.budget.limit == 0 {
-		return false
-	}
-
 	s.noteMemory()
 	if s.budget.fits(q.memory(), 0) {
 		return false
@@ -1515,11 +1514,11 @@ func (s *keyValueServer) commitStore() {
 		return
 	}
 
-	began := time.Now()
+	began := s.turn.now()
 	err := s.db.Commit()
 
 	// Without a batch the Commit only checked the files (checkFiles).
-	if took := time.Since(began); len(s.batch) > 0 {
+	if took := s.turn.now() - began; len(s.batch) > 0 {
 		s.gathering.next(took)
 		if s.status != nil {
 			s.commits.Observe(took.Seconds())
