@@ -436,37 +436,44 @@ func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
 // lookUp returns the queryType of the verb that word is, in any letter case; malformed if it is no
 // verb.
 func lookUp(word string) queryType {
+	// There are so few names that a hash table would not be faster.
+	packed := pack(word)
+	for t, name := range names {
+		if name == packed {
+			return queryType(t)
+		}
+	}
+
 	// Two verbs have a second name.
 	switch {
 	case word == "?":
 		return help
-	case equalFold(word, "exit"):
+	case packed == pack("exit"):
 		return quit
-	}
-
-	// There are so few names that a hash table would not be faster.
-	for t := put; t <= quit; t++ {
-		if equalFold(word, verbs[t].name) {
-			return t
-		}
 	}
 	return malformed
 }
 
-// equalFold reports whether a and b are equal, ignoring the case of ASCII letters. (With
-// strings.EqualFold a request would take half as long again to parse: 3 % of a busy server's time.)
-func equalFold(a, b string) bool {
-	if len(a) != len(b) {
-		return false
+// names has each verb's name as a number (pack), and 0 for malformed, which no name has.
+var names = func() (packed [quit + 1]uint64) {
+	for t := put; t <= quit; t++ {
+		packed[t] = pack(verbs[t].name)
+	}
+	return packed
+}()
+
+// pack returns word as a number in which letters are lower case; 0 if it has more than 8 bytes. Two
+// words can be compared at once, where strings.EqualFold costs 3 % of a busy server's time.
+func pack(word string) (packed uint64) {
+	if len(word) > 8 {
+		return 0
 	}
 
-	for i := range len(a) {
-		// They differ, and are not one letter in two cases: bit 0x20 makes a letter lower case.
-		if a[i] != b[i] && (a[i]^b[i] != 0x20 || a[i]|0x20 < 'a' || a[i]|0x20 > 'z') {
-			return false
-		}
+	// Bit 0x20 makes a letter lower case, and makes no letter of anything else.
+	for i := range len(word) {
+		packed = packed<<8 | uint64(word[i]|0x20)
 	}
-	return true
+	return packed
 }
 
 // begun returns the queryType of the verb that line begins with; malformed if there is none.
