@@ -1406,6 +1406,14 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 	values := q.values
 	q.values = nil
 
+	// Nearly always the message has room for the whole reply.
+	if len(msg)+q.size <= o.piece {
+		for _, v := range values {
+			msg = q.appendLine(msg, v)
+		}
+		return q.appendEnd(msg, o.acked, o.lostSincePong)
+	}
+
 	for _, v := range values {
 		if len(msg)+q.lineSize(v) <= o.piece {
 			msg = q.appendLine(msg, v)
@@ -1420,10 +1428,6 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 		}
 	}
 
-	// Almost always the end fits, and then it needs no memory of its own.
-	if len(msg)+q.endSize() <= o.piece {
-		return q.appendEnd(msg, o.acked, o.lostSincePong)
-	}
 	return o.split(msg, q, string(q.appendEnd(nil, o.acked, o.lostSincePong)))
 }
 

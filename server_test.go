@@ -5368,6 +5368,26 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 	between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
 
+// Ensure that no reply is longer than the size that is measured before it is formatted.
+func TestOutboxMeasuresAtLeastTheReply(t *testing.T) {
+	for kind := range queryType(queryTypes) {
+		for _, n := range []int{0, 9, 10, math.MaxInt} {
+			for _, values := range [][]string{nil, {"", "v", "w\r"}} {
+				q := &Query{queryType: kind, key: "key", value: "value", line: n, n: n,
+					values: values, bytes: kvstore.SizeOf(values)}
+				var lines []byte
+				for _, v := range values {
+					lines = q.appendLine(lines, v)
+				}
+				for _, acked := range []bool{false, true} {
+					reply := q.appendEnd(slices.Clone(lines), acked, n)
+					between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, q.replySize(acked))
+				}
+			}
+		}
+	}
+}
+
 // Ensure that a chain costs one allocation, whatever it holds, and an Update two more, which the
 // store keeps.
 func TestOutboxAllocations(t *testing.T) {
@@ -5380,8 +5400,10 @@ func TestOutboxAllocations(t *testing.T) {
 		{"one Update", "Update:k1:v:v\n", 1 + 2},
 		{"a chain of Updates", strings.Repeat("Update:k1:v:v\n", 100), 1 + 200},
 		{"Gets with Ack and Pings", "Ack\nGet:k1\nPing:1\nGet:k2\n", 1},
+		{"the longest chain after Ack", "Ack\n" + strings.Repeat("Get:key000000001\n", maxChain-1), 1},
 	} {
 		db := kvstore.NewMemory()
+		db.Put("key000000001", "vvvvvvvvvvvvvvvv")
 		db.Put("k1", "v")
 		db.Put("k2", "v")
 		db.Put("k2", "w")
