@@ -252,29 +252,31 @@ func (d *Store) heal(spoiled []string) error {
 	return nil // files that could not be removed are leftovers at the next check
 }
 
-// clearAway removes spoiled files, and writes STORE again if it is one of them. It does nothing if
-// another process has the directory by now, because writing the snapshot may have taken long.
+// clearAway writes STORE again if it is spoiled, and removes the other spoiled files. It does
+// nothing if another process has the directory by now, because writing the snapshot may have taken
+// long.
 func (d *Store) clearAway(spoiled []string) error {
 	err := d.lock.Look()
 	if err != nil {
 		return err
 	}
 
-	// Errors do not matter: some may be gone already.
-	for _, name := range spoiled {
-		kind, _ := parseName(name)
-		if kind != kindTmp {
-			d.dir.Remove(name)
-		}
-	}
-
-	// STORE is on disk before the snapshot gets its name, with which the store is whole.
+	// STORE comes first, so that nothing else has gone if it cannot be written.
 	if slices.Contains(spoiled, storage.StoreName) {
+		d.dir.Remove(storage.StoreName) // it may be no file
 		stamp, err := writeID(d.dir, d.current.header.id)
 		if err != nil {
 			return err
 		}
 		d.known[storage.StoreName] = stamp
+	}
+
+	// Errors do not matter: some may be gone already.
+	for _, name := range spoiled {
+		kind, _ := parseName(name)
+		if kind != kindTmp && kind != kindStore {
+			d.dir.Remove(name)
+		}
 	}
 	return nil
 }

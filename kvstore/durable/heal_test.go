@@ -447,6 +447,45 @@ func TestHealReadsBackFirst(t *testing.T) {
 	})
 }
 
+// Ensure that a heal removes no file before STORE is on disk again, so that all is there for Repair if
+// STORE cannot be written.
+func TestHealWritesStoreFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		var refuses atomic.Bool
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "create" && c.Name == storage.StoreName+tmpSuffix && refuses.Load() {
+				return syscall.EIO
+			}
+			return nil
+		}
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 3 })
+		refuses.Store(true)
+		dir.Remove(storage.StoreName)
+		f, _ := dir.Extend("seg-1.log")
+		f.WriteAt(dir.Names["seg-1.log"].Data[:1], 0) // it only looks changed
+		f.Close()
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+
+		killed := dir.Kill()
+		killed.Locked = false
+		out, r, err := repaired(t, killed)
+		if err != nil || r.Lost {
+			t.Fatalf("repair: %v, %q", err, r.Lines)
+		}
+		wantAll(t, "repaired", out, maps.Collect(d.All()))
+		refuses.Store(false)
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		wantAll(t, "closed", dir, maps.Collect(d.All()))
+	})
+}
+
 // Ensure that the snapshot of a heal stays even if its name cannot be synced: by then it is the only
 // copy of the data on disk.
 func TestHealWhoseNameIsNotSynced(t *testing.T) {
