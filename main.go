@@ -1366,6 +1366,10 @@ func storeProblem(c config, err error) error {
 	if strings.ContainsFunc(data, unicode.IsSpace) {
 		data = strconv.Quote(data) // so that a shell takes it as one word
 	}
+	cause := "Mend the cause"
+	if storage.IsFull(err) {
+		cause = "Make room on the disk"
+	}
 	return firstWrong(err.Error(), []wrong{
 		// For a server or a command; then for the commands alone.
 		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
@@ -1403,10 +1407,10 @@ func storeProblem(c config, err error) error {
 			"kvserver repair " + data + " NEW"},
 
 		// Any other error is one of the disk or of the process.
-		{!isServer, "", "Mend the cause, then try again."},
-		{c.fsync != "always", "", "Mend the cause, then start again. With -fsync " + c.fsync +
+		{!isServer, "", cause + ", then try again."},
+		{c.fsync != "always", "", cause + ", then start again. With -fsync " + c.fsync +
 			" the last writes that were answered may be lost: look."},
-		{true, "", "Mend the cause, then start again: everything that was answered is kept."},
+		{true, "", cause + ", then start again: everything that was answered is kept."},
 	})
 }
 

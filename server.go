@@ -1131,8 +1131,8 @@ func (s *keyValueServer) expire() {
 	}
 }
 
-// expireKey deletes q's key if that has expired. It refuses q if the disk has no room for the
-// Delete.
+// expireKey deletes q's key if that has expired. It refuses q if the store has no room for the
+// Delete (kvstore.Store).
 func (s *keyValueServer) expireKey(q *Query) {
 	if q.row().effect == noKey {
 		return
@@ -1140,7 +1140,7 @@ func (s *keyValueServer) expireKey(q *Query) {
 
 	if at, goes := s.db.Deadline(q.key); goes && at <= s.now().UnixMilli() {
 		if err := s.deleteExpired(q.key); err != nil {
-			q.refuse(fmt.Sprintf("the key's time is over, but the disk is full: %v", err))
+			q.refuse(fmt.Sprintf("the key's time is over, but it cannot be deleted: %v", err))
 		}
 	}
 }

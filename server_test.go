@@ -508,10 +508,15 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		}
 		os.Unsetenv("KVSERVER_" + name)
 	}
-	todo := `mkdir -m 700 "/none\n"`
-	err = storeProblem(config{data: "/none\n"}, storage.ErrMissing)
-	if !errors.As(err, &p) || !strings.Contains(p.todo, todo) {
-		t.Errorf("what to do is %q, want %q", p.todo, todo)
+	for why, todo := range map[error]string{
+		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
+		syscall.ENOSPC:     "Make room on the disk, then start again",
+		syscall.EIO:        "Mend the cause, then start again",
+	} {
+		err = storeProblem(config{data: "/none\n", fsync: "always"}, why)
+		if !errors.As(err, &p) || !strings.Contains(p.todo, todo) {
+			t.Errorf("after %q what to do is %q, want %q", why, p.todo, todo)
+		}
 	}
 }
 
@@ -3441,7 +3446,7 @@ func TestExpireOnAFullDisk(t *testing.T) {
 		a := n.dial(t)
 		a.ask("Get:k", "k:v")
 		pass(5 * time.Minute)
-		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but the disk is full: "+
+		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but it cannot be deleted: "+
 			syscall.ENOSPC.Error(), ":OK 0")
 		db.full.Store(false)
 		pass(2 * expireTime)

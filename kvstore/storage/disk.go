@@ -55,7 +55,7 @@ func OpenDisk(path string, log *slog.Logger) (*Disk, error) {
 	if runtime.GOOS != "windows" {
 		if d.self, err = d.root.Open("."); err != nil {
 			d.root.Close()
-			return nil, err
+			return nil, d.named("", err)
 		}
 	}
 	return d, nil
