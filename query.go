@@ -14,27 +14,27 @@ import (
 // deliver answers it, or readFromClient if it is a Keys or Dump. Other Queries are messages to
 // workLoop, such as that a goroutine has ended. One goroutine at a time owns a Query; the channels
 // queries and done pass it on.
-//
-// A burst of requests travels as one chain, for the price of one send: the channel carries its head,
-// and next links the rest. A chain is walked through several times, and the chains of all clients do
-// not fit into a processor's cache: what most requests need stands together, and special is apart.
 type Query struct {
-	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
 	key       string // also: the address of a failed TLS handshake
+	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
 	queryType queryType
 	kept      bool   // keep was called
 	seconds   uint32 // of an Expire or a Lease, or for which a Take waits; 0: it does not wait
-	next      *Query
-	size      int       // of the reply in bytes, at most; 0: none is owed; negative: it was shed
-	n         int       // what was done, as in ":OK n"
-	bytes     int       // of all values together
-	values    []string  // the result: a key's list, or lines of Help, Stats, Keys or Dump
-	few       [2]string // memory for values, if there are at most two
+	client    *Client
+	newValue  string
 
-	client   *Client
-	newValue string
-	line     int // its number in the client's input, counted from 1
-	*special     // nil for most requests
+	line   int       // its number in the client's input, counted from 1
+	values []string  // the result: a key's list, or lines of Help, Stats, Keys or Dump
+	few    [2]string // memory for values, if there are at most two
+	bytes  int       // of all values together
+	n      int       // what was done, as in ":OK n"
+
+	// A burst of requests travels as one chain, for the price of one send: the channel carries its
+	// head, and next links the rest.
+	next *Query
+	size int // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
+
+	*special // nil for most requests
 }
 
 // special has the fields that few requests need. They are not part of Query because chains are
