@@ -229,11 +229,12 @@ func (c *Client) readFromClient() {
 		}
 	}
 
-	// The end. The chain under way is still answered; meanwhile the input gives its memory back.
-	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, anyLine: c.in.anyLine,
-		freeing: c.in.freeing}
+	// The end. The chain under way is still answered, and counts the input's memory until then.
+	isKnown := c.await()
+	c.in.giveUpSlots()
+	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
 	c.countInput()
-	if c.await() {
+	if isKnown {
 		c.tellLoss()
 	}
 
@@ -394,22 +395,30 @@ func (c *Client) answerFault(why string) {
 	}
 }
 
-// mayGoOn waits until there is memory for more of the begun line. If the line is too long, or there
-// is no memory in time, it has the line skipped and answers an error.
+// mayGoOn waits until there is memory for more of the begun line. It has a line skipped that is too
+// long.
 func (c *Client) mayGoOn() {
-	// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
-	why := ""
+	in, b := &c.in, &c.server.budget
+	more := in.need(c.server.maxLine) - in.counted
+
 	switch {
-	case c.in.pending > c.server.maxLine+len("\r\x00"):
-		why = tooLong(c.server.maxLine)
-	case !c.awaitLineMemory():
-		why = "too long for the memory that is left, skipped"
-	}
+	// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
+	case in.pending > c.server.maxLine+len("\r\x00"):
+		c.skipLine(tooLong(c.server.maxLine))
 
-	if why == "" {
-		return
+	case more <= 0:
+	case in.hasSlot():
+		b.inputs.Add(more)
+		in.counted += more
+	case b.acquireLine(more):
+		in.counted += more
+	default:
+		c.awaitLineMemory(more)
 	}
+}
 
+// skipLine has the begun line skipped, and answers an error.
+func (c *Client) skipLine(why string) {
 	// A first line that begins no request may be another protocol's: what follows could be
 	// anything.
 	isOurs := c.in.spoke || begun(c.in.buf[:c.in.pending]) != malformed
@@ -420,74 +429,53 @@ func (c *Client) mayGoOn() {
 	}
 }
 
-// awaitLineMemory waits until the begun line may take the memory that it needs now. It gives up
-// after lineTime, and that time begins again whenever the line grows. One line at a time goes on
-// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
-// request that frees (freeing).
-func (c *Client) awaitLineMemory() bool {
-	in, b := &c.in, &c.server.budget
-	more := in.need(c.server.maxLine) - in.counted
-
-	switch {
-	case more <= 0:
-		return true
-
-	// The line has a slot, so it may grow to its end, however much other lines take.
-	case in.anyLine.taken || in.freeing.taken:
-		b.inputs.Add(more)
-		in.counted += more
-		return true
-
-	case b.acquireLine(more):
-		in.counted += more
-		return true
+// awaitLineMemory waits until the begun line may take so many bytes more. One line at a time goes
+// on without memory (anyLine), or all could wait for each other for ever, and so does one line of a
+// request that frees (freeing). A line that hardly comes is given up while others wait (tick).
+func (c *Client) awaitLineMemory(more int64) {
+	// A client that waits for its own replies must not keep others from a slot.
+	if !c.await() {
+		return
 	}
 
-	// A client that waits for its own replies must not keep others from a slot.
-	c.await()
-
 	// A request that frees makes room for all others, so such lines have a slot of their own.
+	in, b := &c.in, &c.server.budget
 	var freeing chan struct{} // nil: not for this line
 	if begun(in.buf[:in.pending]).row().effect == frees {
 		freeing = b.freeing.slots
 	}
 
+	b.anyLine.waiting.Add(1)
+	defer b.anyLine.waiting.Add(-1)
+
 	// Nobody tells when there is memory again, so this looks now and then.
-	for ends := time.Now().Add(lineTime); time.Now().Before(ends); {
+	for !in.hasSlot() && !b.acquireLine(more) {
 		select {
 		case b.anyLine.slots <- struct{}{}:
 			in.anyLine.taken = true
+			b.inputs.Add(more)
 		case freeing <- struct{}{}:
 			in.freeing.taken = true
+			b.inputs.Add(more)
 		case <-time.After(tickTime):
-			if !b.acquireLine(more) {
-				continue
-			}
-			in.counted += more
 		case <-c.server.closeSignal:
 			c.end(weClose)
-			return true
+			return
 		}
-
-		// With a slot, or with the memory, the cases above let the line go on.
-		return c.awaitLineMemory()
 	}
-	return false
+	in.counted += more
+
+	// Nothing was read meanwhile, so a full tick begins.
+	in.ticking, in.came = false, 0
 }
 
 // countInput makes counted what the input needs now: it gives back what the begun line needs no
 // longer, and counts what was taken without asking.
 func (c *Client) countInput() {
-	in := &c.in
-	if in.pending == 0 {
-		in.anyLine.release()
-		in.freeing.release()
-	}
-
 	// need can also have grown: lent grows when buf does.
-	if need := in.need(c.server.maxLine); need != in.counted {
-		c.server.budget.inputs.Add(need - in.counted)
-		in.counted = need
+	if need := c.in.need(c.server.maxLine); need != c.in.counted {
+		c.server.budget.inputs.Add(need - c.in.counted)
+		c.in.counted = need
 	}
 }
 
@@ -630,6 +618,12 @@ func (c *Client) tick() error {
 		c.await()
 	}
 
+	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
+	isOld := in.midLine() && in.hadBegun && !waits
+	if isOld && in.pending >= freeLine && in.came < steadyRate && in.anyLine.of.waiting.Load() > 0 {
+		c.skipLine("too long for the memory that is left, skipped")
+	}
+
 	// Give back what the client does not need.
 	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
 	in.shrink()
@@ -637,7 +631,7 @@ func (c *Client) tick() error {
 
 	// A line that had begun when the deadline was set has taken one tick more.
 	c.limitRead(time.Time{})
-	if in.midLine() && in.hadBegun && !waits {
+	if isOld {
 		if in.waited += quietAfter; in.waited >= lineTime {
 			return errUnended
 		}
@@ -729,8 +723,18 @@ func (in *input) shrink() {
 
 // skip gives up the begun line, and has its rest skipped.
 func (in *input) skip() {
+	in.giveUpSlots()
 	in.pending, in.skipping, in.spoke = 0, true, true
 	in.line++
+}
+
+// hasSlot reports whether the begun line may grow however much other lines take.
+func (in *input) hasSlot() bool { return in.anyLine.taken || in.freeing.taken }
+
+// giveUpSlots gives back the line's slot: it has ended.
+func (in *input) giveUpSlots() {
+	in.anyLine.release()
+	in.freeing.release()
 }
 
 // wholeLines takes in n bytes, which Read has put behind the pending ones. It returns the lines
@@ -753,8 +757,10 @@ func (in *input) wholeLines(n int) (burst string) {
 		return ""
 	}
 
-	// The next line gets the full time.
+	// The next line gets the full time. A slot is given back now, because the requests of this burst
+	// may wait long for room.
 	in.waited, in.hadBegun = 0, false
+	in.giveUpSlots()
 
 	// The rest of a skipped line is not part of the burst.
 	start := 0

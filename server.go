@@ -1209,9 +1209,9 @@ func (s *keyValueServer) freeMemory() {
 //	what             one client, at most          all clients, at most    at that limit
 //	values           -                            data                    writes are refused, except
 //	                                                                      those that free
-//	a line that has  freeLine; beyond that twice  lines, and two lines    each time that it grows
-//	begun            its buffer, up to -max-line  (anyLine, freeing)      it waits up to lineTime,
-//	                                                                      then it is skipped
+//	a line that has  freeLine; beyond that twice  lines, and two lines    it waits; one that hardly
+//	begun            its buffer, up to -max-line  (anyLine, freeing)      comes is skipped while
+//	                                                                      others wait (tick)
 //	its bursts       two of burstSize, maxChain   what came in the last   they count as data
 //	                 queries                      second or two
 //	a chain that     the same, and lines of up    counted with replies    if the sum is over queues,

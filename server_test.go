@@ -4024,8 +4024,8 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 }
 
 // Ensure that unfinished lines keep to their share of the memory, whether they are many or long;
-// that all are accepted if they end one after the other; that their memory is given back; and that
-// a line that finds no room in time is refused.
+// that all are accepted if they end soon; that their memory is given back; and that of lines that do
+// not go on those are refused whose memory others wait for.
 func TestMemoryLimitOfBegunLines(t *testing.T) {
 	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
@@ -4050,7 +4050,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						}
 					}()
 				}
-				pass(2 * quietAfter)
+				pass(quietAfter / 2)
 				if held, most := heapBytes()-before, share+kind.clients*4*freeLine; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
@@ -4067,16 +4067,11 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						c.hangUp()
 					}
 				} else {
-					// Lines that wait give up at the moment when others end; they must not find
-					// free room just then.
-					const others = 1 << 30
-					n.server.budget.inputs.Add(others)
 					got := map[string]int{}
 					for _, c := range clients {
 						got[c.read()]++
 						c.close()
 					}
-					n.server.budget.inputs.Add(-others)
 					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
 					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
 					if refused == 0 || slow == 0 || refused+slow != kind.clients {
@@ -4151,31 +4146,59 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 	})
 }
 
-// Ensure that a Remove or Delete of any length is read and run although the memory is full, and
-// although other clients fill all memory for lines.
+// Ensure that a Remove or Delete of any length is taken in and run, though the memory is full, and
+// though others fill all that there is for lines, with lines that free, too, that do not go on, or
+// that are followed by replies which nobody reads.
 func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
+	begun := ":k:" + strings.Repeat("v", 100*kilo)
+	for _, c := range []struct {
+		others, another string        // what 40 clients send, and then another one
+		most            time.Duration // that a line may wait
+	}{
+		{"Put" + begun, "", time.Second},
+		{"Remove" + begun, "", 20 * time.Second},
+		{"Put" + begun, "Remove:k:" + strings.Repeat("v", 900*kilo) +
+			strings.Repeat("\nGet:big", 3*maxChain) + "\n", time.Second},
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
+			long := strings.Repeat("l", 900*kilo)
+			n.fill("k", long, 2)
+			n.fill(long, "v", 1)
+			n.fill("big", "v", kilo)
+			mute := n.dialMany(t, 40, func(_ int, m *testClient) { go m.sendSome(c.others) })
+			another := n.dial(t)
+			pass(quietAfter / 2)
+			go another.sendSome(c.another)
+			synctest.Wait()
+			n.server.budget.other.Store(1 << 40)
+			a := n.dialAck(t)
+			a.send("Put:x:y\n")
+			if line := a.read(); !strings.Contains(line, "memory is full") {
+				t.Errorf("the memory is not full: %q", line)
+			}
+			within(t, 0, c.most, func() {
+				a.ask("Remove:k:"+long, ":OK 1")
+				a.ask("delete:"+long, ":OK 1")
+				a.ask("Remove:k:"+long, ":OK 1")
+			})
+			a.hangUp()
+			closeClients(append(mute, another))
+		})
+	}
+}
+
+// Ensure that what a client's lines take counts once, while its last replies wait to be read.
+func TestMemoryLimitBehindAQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
-		long := strings.Repeat("l", 900*kilo)
-		n.fill("k", long, 2)
-		n.fill(long, "v", 1)
-		mute := n.dialMany(t, 40, func(_ int, c *testClient) {
-			go c.sendSome("Put:k:" + strings.Repeat("v", 100*kilo))
-		})
-		pass(quietAfter)
-		n.server.budget.other.Store(1 << 40)
-		a := n.dialAck(t)
-		a.send("Put:x:y\n")
-		if line := a.read(); !strings.Contains(line, "memory is full") {
-			t.Errorf("the memory is not full: %q", line)
-		}
-		within(t, 0, time.Second, func() {
-			a.ask("Remove:k:"+long, ":OK 1")
-			a.ask("delete:"+long, ":OK 1")
-			a.ask("Remove:k:"+long, ":OK 1")
-		})
-		a.hangUp()
-		closeClients(mute)
+		n.server.maxLine = 1 << 20
+		mute, lines := n.dial(t), &n.server.budget.inputs
+		go mute.sendSome("Ping:" + strings.Repeat("p", 500*kilo) + "\nQuit\n")
+		pass(slowAfter / 2)
+		equal(t, "bytes of lines whose replies wait", lines.Load(), 0)
+		mute.close()
+		synctest.Wait()
+		equal(t, "bytes of lines in the end", lines.Load(), 0)
 	})
 }
 
