@@ -47,7 +47,7 @@ const (
 	// six times as long if its sockets hold much that it has not read (patience).
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
-	dripTime  = 5 * slowAfter  // without room, after which the rate of a Keys or Dump is judged
+	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is judged
 
 	// The time between two ticks of readFromClient. A tick gives back memory that was not needed
 	// since the last one.
@@ -898,12 +898,6 @@ type listing struct {
 	most   int   // keys in a part, at most
 	listed int64 // bytes that are counted in budget.lists
 	held   int64 // bytes that are counted in budget.queued
-
-	// How fast the client takes the reply: the time without room, and the bytes queued, since the
-	// rate was last judged (noteWait).
-	waited time.Duration
-	sent   int
-	drips  bool // the rate was below steadyRate when it was last judged
 }
 
 // list answers a Keys or Dump. No chain is under way.
@@ -927,11 +921,11 @@ func (c *Client) list(q *Query) {
 		return
 	}
 
-	// From here on awaitProgress measures how fast the client takes the reply. The memory of the
-	// request counts as waiting.
+	// The request waits from here on, and the snapshot keeps all that others remove meanwhile.
 	c.outbox.listing = l
 	defer func() { c.outbox.listing = nil }()
-	defer c.outbox.countAsWaiting(0)()
+	defer c.outbox.countAsWaiting(q)()
+	c.outbox.pin(c.server.budget.store.Load())
 
 	if l.countWanted() && l.awaitListMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
@@ -941,6 +935,7 @@ func (c *Client) list(q *Query) {
 // release gives up the snapshot and the memory of the list, if there are any.
 func (l *listing) release() {
 	l.special = nil
+	l.client.outbox.pin(0)
 	l.place.release()
 	l.noteSize(0)
 	l.client.server.budget.lists.Add(-l.listed)
@@ -1214,6 +1209,13 @@ type outbox struct {
 	chainSize int64    // bytes of the chain under way and of its lines, when it was sent
 	inInputs  int64    // of chainSize, bytes that were counted in budget.inputs then
 	lists     int64    // bytes of the waiting chain's lists that count as queued
+	pinned    int64    // bytes of values that it keeps, and that are counted in budget.pinned
+
+	// How fast the client takes the replies of the waiting chain: the time without room, and the
+	// bytes queued, since the rate was last judged (noteWait).
+	waited time.Duration
+	sent   int
+	drips  bool // the rate was below steadyRate when it was last judged
 
 	lostSincePong int    // replies dropped since the last PONG
 	lostReplies   int    // replies dropped in all
@@ -1223,12 +1225,12 @@ type outbox struct {
 // answer queues the replies of chain, which has run, and sends the chain back. It runs on
 // workLoop's goroutine and never waits: replies that are long or find no room are left to deliver.
 func (c *Client) answer(chain *Query) {
-	size, lists := c.outbox.measure(chain)
+	size := c.outbox.measure(chain)
 
 	// They are long, or have no room now.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
-		go c.deliver(chain, size, lists)
+		go c.deliver(chain, size)
 		return
 	}
 
@@ -1238,8 +1240,8 @@ func (c *Client) answer(chain *Query) {
 
 // deliver is answer for replies that take time. It is one goroutine for one chain, until the
 // replies are queued or dropped.
-func (c *Client) deliver(chain *Query, size int, lists int64) {
-	giveBack := c.outbox.countAsWaiting(lists)
+func (c *Client) deliver(chain *Query, size int) {
+	giveBack := c.outbox.countAsWaiting(chain)
 
 	c.outbox.core.acquire(nil)
 	c.outbox.reply(chain, size, false)
@@ -1250,26 +1252,54 @@ func (c *Client) deliver(chain *Query, size int, lists int64) {
 	c.done <- chain
 }
 
-// countAsWaiting moves the memory of the chain's lines from budget.inputs to budget.chains, adds
-// the chain's own to that, and adds lists to budget.queued. giveBack undoes all of this.
-func (o *outbox) countAsWaiting(lists int64) (giveBack func()) {
-	b, chain, lines := o.budget, o.chainSize, o.inInputs
-	o.lists = lists
-	b.queued.Add(lists)
-	b.chains.Add(chain)
+// countAsWaiting counts what chain keeps in memory while it waits: its lines, with itself, in
+// budget.chains instead of budget.inputs; the slices of its lists in budget.queued; and their values,
+// which others may remove from the store, in budget.pinned. giveBack undoes all of this.
+func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
+	b, bytes, lines := o.budget, o.chainSize, o.inInputs
+	b.chains.Add(bytes)
 	b.inputs.Add(-lines)
 
+	// Each Get may keep another version of a list.
+	values := int64(0)
+	o.lists = 0
+	for q := chain; q != nil; q = q.next {
+		o.lists += q.listSize()
+		values += q.pins()
+	}
+	b.queued.Add(o.lists)
+	o.pin(values)
+	o.waited, o.sent, o.drips = 0, 0, false
+
 	return func() {
+		o.pin(0)
 		b.queued.Add(-o.lists)
-		b.chains.Add(-chain)
+		b.chains.Add(-bytes)
 		b.inputs.Add(lines)
 	}
+}
+
+// listSize returns how many bytes the slice of q's values takes, without their text.
+func (q *Query) listSize() int64 { return int64(len(q.values)) * stringSize }
+
+// pins returns how many bytes of values q keeps in memory, whoever removes them from the store.
+func (q *Query) pins() int64 {
+	if q.bytes > kvstore.ViewMost {
+		return int64(q.bytes)
+	}
+	return 0
+}
+
+// pin notes in budget.pinned that the chain keeps so many bytes of values.
+func (o *outbox) pin(values int64) {
+	o.budget.pinned.Add(values - o.pinned)
+	o.pinned = values
 }
 
 // replyAll queues the replies of chain, of whatever size. It waits for room.
 func (o *outbox) replyAll(chain *Query) {
 	o.core.acquire(nil)
-	size, _ := o.measure(chain)
+	size := o.measure(chain)
 	o.reply(chain, size, false)
 	o.core.release()
 }
@@ -1277,12 +1307,10 @@ func (o *outbox) replyAll(chain *Query) {
 const stringSize = 16 // bytes of a string beside its text
 
 // measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
-// broken connection it returns 0 and notes nothing. lists is the memory of the slices of values,
-// without the text; each Get may keep another version of a list. measure looks at no value, because
-// there may be many.
-func (o *outbox) measure(chain *Query) (size int, lists int64) {
+// broken connection it returns 0 and notes nothing. It looks at no value, because there may be many.
+func (o *outbox) measure(chain *Query) (size int) {
 	if o.client.isGone() {
-		return 0, 0
+		return 0
 	}
 
 	// An Ack is valid for the requests behind it in the chain.
@@ -1291,9 +1319,8 @@ func (o *outbox) measure(chain *Query) (size int, lists int64) {
 		acked = acked || q.queryType == ack
 		q.size = q.replySize(acked)
 		size += q.size
-		lists += int64(len(q.values)) * stringSize
 	}
-	return size, lists
+	return size
 }
 
 // reply queues the replies to chain's requests, left bytes in all. It formats none before there is
@@ -1371,16 +1398,6 @@ func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	return o.newMessage()
 }
 
-// pins reports whether replies that wait keep long lists, whose values others may have removed.
-func (o *outbox) pins() bool {
-	for q := o.next; q != nil; q = q.next {
-		if len(q.values) > 0 && q.bytes > kvstore.ViewMost {
-			return true
-		}
-	}
-	return false
-}
-
 // cloneWaiting clones the short lists of replies that wait, so that they keep no memory of the
 // store.
 func (o *outbox) cloneWaiting() {
@@ -1396,9 +1413,9 @@ func (o *outbox) shed() (acked bool) {
 	for q := o.next.next; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
 		if q.size > 0 && q.mayDrop(acked) {
-			list := int64(len(q.values)) * stringSize
-			o.lists -= list
-			o.budget.queued.Add(-list)
+			o.lists -= q.listSize()
+			o.budget.queued.Add(-q.listSize())
+			o.pin(o.pinned - q.pins())
 			q.values, q.few, q.size = nil, [2]string{}, -q.size
 		}
 	}
@@ -1494,9 +1511,7 @@ func (o *outbox) queue(msg []byte) {
 	o.budget.queued.Add(int64(cap(msg)) - used)
 
 	o.client.buffer <- msg
-	if o.listing != nil {
-		o.listing.sent += len(msg)
-	}
+	o.sent += len(msg)
 
 	// A reply of many messages takes long, and others may want the core.
 	o.core.yield()
@@ -1512,15 +1527,12 @@ const (
 	isCutOff              // with its client's connection, because others need the room
 )
 
-// decide returns the fate of a reply of n messages, and the reason if its client is cut off. A reply
-// without room waits. If its client is slow, the reply is dropped if mayDrop; otherwise the client
-// is cut off
-//
-//   - if mayCut, and all queues and waiting chains together are over their limit (isCrowded);
-//   - if writes need the memory of values that replies keep (isPinned), and this reply has begun,
-//     or mayCut and the client's chain keeps any (pins);
-//   - if others wait for their Keys or Dump, and this is one. Here too low a rate suffices.
-func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why string) {
+// decide returns the fate of a reply of n messages, and the reason if its client is cut off. If
+// there is no room, a slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off
+// while all queues and the chains that wait are together over the limit. And a client that is slow,
+// or takes less than a steady reader, is cut off while others need what its reply keeps: its place
+// among the snapshots, or memory of values.
+func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
 	hasRoom := waiting < maxShared
@@ -1530,9 +1542,6 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 
 	// Claimed bytes are counted already.
 	isOver := o.claimed == 0 && o.budget.isOver()
-
-	l := o.listing
-	isAwaited := l != nil && l.place.isAwaited()
 
 	switch {
 	// With nothing queued a reply may always begin, because no Write is under way whose end could
@@ -1552,11 +1561,9 @@ func (o *outbox) decide(n int, mayDrop, mayCut, hasBegun bool) (what fate, why s
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
-	case o.slow && (hasBegun || mayCut && o.pins()) && o.budget.isPinned():
-		return isCutOff, "it took nothing of a long reply, and writes need the memory of its values"
-	case isAwaited && o.slow:
-		return isCutOff, "it took nothing of its Keys or Dump, and others wait for theirs"
-	case isAwaited && l.drips:
+	case (o.slow || o.drips) && o.pinned > 0 && o.budget.isPinned():
+		return isCutOff, "it took a long reply too slowly, and others need the memory of its values"
+	case (o.slow || o.drips) && o.listing != nil && o.listing.place.isAwaited():
 		return isCutOff, "it took its Keys or Dump too slowly, and others wait for theirs"
 	}
 	return waits, ""
@@ -1586,7 +1593,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			mayCut = o.shed()
 		}
 
-		switch what, why := o.decide(n, mayDrop, mayCut, hasBegun); what {
+		switch what, why := o.decide(n, mayDrop, mayCut); what {
 		case isQueued:
 			return true
 		case isDropped:
@@ -1608,23 +1615,19 @@ func (o *outbox) awaitProgress() {
 	o.core.release()
 	o.cloneWaiting()
 
+	// A Write of one message may go on for long, byte by byte, without a word.
 	began := time.Now()
-	var rateCheck <-chan time.Time // nil: no Keys or Dump is being answered
-	if o.listing != nil {
+	var rateCheck <-chan time.Time // nil: nobody else can need what the chain keeps
+	if o.pinned > 0 {
 		rateCheck = time.After(slowAfter)
 	}
-
-	// A Write of one message may go on for long, byte by byte, without a word.
 	select {
 	case taken := <-o.client.progress:
 		o.slow = !taken
 	case <-rateCheck:
 	}
+	o.noteWait(time.Since(began))
 
-	// The rate of a Keys or Dump counts only the time without room.
-	if o.listing != nil {
-		o.listing.noteWait(time.Since(began))
-	}
 	if had {
 		o.core.acquire(nil)
 	}
@@ -1633,13 +1636,13 @@ func (o *outbox) awaitProgress() {
 // noteWait adds d to the time without room, and judges the rate after dripTime. It allows for
 // socketMost/16 bytes more, because a steady reader's socket may take nothing until a sixteenth of
 // its buffer is free.
-func (l *listing) noteWait(d time.Duration) {
-	l.waited += min(d, slowAfter) // if it was more, perhaps this process stood still
+func (o *outbox) noteWait(d time.Duration) {
+	o.waited += min(d, slowAfter) // if it was more, perhaps this process stood still
 
 	// The rate is known after dripTime.
-	if l.waited >= dripTime {
-		l.drips = float64(l.sent+socketMost/16) < steadyRate*l.waited.Seconds()
-		l.waited, l.sent = 0, 0
+	if o.waited >= dripTime {
+		o.drips = float64(o.sent+socketMost/16) < steadyRate*o.waited.Seconds()
+		o.waited, o.sent = 0, 0
 	}
 }
 

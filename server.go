@@ -1075,7 +1075,6 @@ func (s *keyValueServer) admit(q *Query) {
 	if s.budget.limit > 0 && !q.frees() && s.isFull(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
-		s.budget.refused.Store(time.Now().Unix())
 		s.collect()
 		if n := s.noMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
@@ -1223,20 +1222,21 @@ func (s *keyValueServer) freeMemory() {
 //	                 written                      begun, and two of       Ack, or in a Keys or Dump,
 //	                                              chunkSize a client      it is cut; a reply of over
 //	                                                                      maxShared messages that
-//	                                                                      has begun waits, unless
-//	                                                                      writes need its values
+//	                                                                      has begun waits
 //	lists that wait  16 bytes a value of maxChain counted in queues       as with replies, also
-//	                 Gets, and the values that    while they wait; the    behind a reply that may not
-//	                 others removed meanwhile     values count as data    be dropped (shed)
+//	                 Gets                         while they wait         behind a reply that may not
+//	                                                                      be dropped (shed)
+//	their values     what others removed          half of the reserve     they count as data. While
+//	                                                                      data needs the memory, a
+//	                                                                      client that takes nothing,
+//	                                                                      or drips, is cut
 //	keys to be       16 bytes a key, in parts of  half of queues          the next Keys or Dump
 //	listed           maxList or half of that half                         waits
 //	copied keys      all that a Keys lists        half of queues          the Keys keeps its
 //	                                                                      snapshot
-//	snapshots        one: what others change      maxSnapshots            the next Keys or Dump
-//	                                                                      waits; a client that takes
-//	                                                                      nothing, or drips, is cut;
-//	                                                                      what they keep counts as
-//	                                                                      data
+//	snapshots        one: what others change      maxSnapshots; with the  the next Keys or Dump
+//	                                              values of lists         waits; a client that takes
+//	                                                                      nothing, or drips, is cut
 //	a Take that      1 KiB, and its key; behind   long keys count as      it does not wait; the rest
 //	waits            a half-close 3 KiB           lines                   counts as data
 //	                                                                      (memoryPerClient)
@@ -1261,9 +1261,11 @@ type budget struct {
 	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs atomic.Int64 // lines that have begun to be long
 	store  atomic.Int64 // store and clients, as workLoop last noted them
-	other  atomic.Int64 // what else was alive after the last collection
+	pinned atomic.Int64 // values that waiting replies keep, should others remove them: at most
 
-	refused atomic.Int64 // when memory last refused a write, in seconds of Unix time; 0: never
+	// What else was alive after the last collection: values that were removed and are pinned, and
+	// all the rest.
+	pins, other atomic.Int64
 
 	// Each has one slot, for a line beyond the share of lines: any line, and a line that frees.
 	anyLine, freeing semaphore
@@ -1284,8 +1286,14 @@ func (b *budget) limitTo(memory, queues int64) {
 	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
 }
 
-// collected notes that live bytes were alive after a collection.
-func (b *budget) collected(live int64) { b.other.Store(max(0, live-b.known())) }
+// collected notes that live bytes were alive after a collection. What is pinned takes memory of the
+// reserve, up to a half of it, so that no write is refused for it.
+func (b *budget) collected(live int64) {
+	unknown := max(0, live-b.known())
+	pins := min(unknown, b.pinned.Load(), b.reserve/2)
+	b.pins.Store(pins)
+	b.other.Store(unknown - pins)
+}
 
 // shared is how many bytes are shared out.
 func (b *budget) shared() int64 { return b.limit - b.reserve }
@@ -1330,15 +1338,12 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // replies may take a quarter more than the limit.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned reports whether a write was refused of late, or soon will be, while much memory is alive
-// that is neither stored nor queued: values that replies hold and that were deleted meanwhile.
+// isPinned reports whether the data and what is pinned, which is much, take more than is for data.
+// Then clients that read too slowly must give up what they have pinned.
 func (b *budget) isPinned() bool {
-	isFull := !b.fits(b.forData()/8, 0) || time.Now().Unix()-b.refused.Load() <= refusedTime
-	return b.limit > 0 && isFull && b.other.Load() > b.shared()/queuesShare
+	pins := min(b.pins.Load(), b.pinned.Load())
+	return b.limit > 0 && pins > b.shared()/queuesShare && !b.fits(pins, 0)
 }
-
-// refusedTime is for how many seconds a refused write counts as one of late.
-const refusedTime = 10
 
 // hasRoomFor reports whether bytes more may be queued if the queues may take more bytes than their
 // limit.
@@ -1465,8 +1470,10 @@ func (p *pacer) choose() {
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
 	p.server.budget.collected(live)
 
-	// However little is alive, Go lets the heap grow to 4 MiB times the percentage: limit that.
-	garbage := garbageMin + live/garbageShare + min(linked, live)
+	// What is pinned takes the place of garbage. However little is alive, Go lets the heap grow to
+	// 4 MiB times the percentage: limit that.
+	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.pins.Load()
+	garbage = max(garbage, garbageMin/4)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
 
 	// Setting it stops all goroutines for a moment, so small changes are left out.

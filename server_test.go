@@ -3900,22 +3900,22 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	a.ask("Put:k:v", ":OK 1")
 }
 
-// Ensure that a client that takes nothing of a long reply is disconnected if writes need the memory
-// of the reply's values, which others have deleted, but not if they needed memory earlier. Before
-// Ack, such a reply that waits behind another is dropped instead.
+// Ensure that a client that takes nothing of a long reply, or hardly anything, is cut off while
+// writes need the memory of its values, which others have deleted, and that no write is refused for
+// it. Before Ack such a reply that waits behind another is dropped instead.
 func TestMemoryLimitBesideALongReply(t *testing.T) {
 	fill := strings.Repeat("Get:small\n", 3*maxBufferSize)
 	for _, c := range []struct {
-		before, request string
-		isDropped       bool
+		before, request  string
+		isDropped, drips bool
 	}{
-		{"", "Get:big\n", false},
-		{"", "Ack\nGet:first\nGet:big\n", false},
-		{fill, "Ping\nGet:big\nGet:big\n", true},
-		{fill, "Ping\nAck\nGet:big\n", false},
+		{request: "Get:big\n"},
+		{request: "Get:big\n", drips: true},
+		{request: "Ack\nGet:first\nGet:big\n"},
+		{before: fill, request: "Ping\nGet:big\nGet:big\n", isDropped: true},
+		{before: fill, request: "Ping\nAck\nGet:big\n"},
 	} {
-		for _, eighths := range []int64{9, 8, 5} { // eighths of the memory for data that are in use
-			isFull, isNeeded := eighths > 8, eighths > 7
+		for _, isNeeded := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.budget.limitTo(64<<20, 0)
 				n.fill("big", strings.Repeat("v", kilo), 9000)
@@ -3928,19 +3928,19 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				synctest.Wait()
 				b.send("Delete:big\n")
 				held := heapBytes()
-				put := func() {
-					// The collector finds the values alive, although they are not stored any more.
+				for range 2 * dripTime / slowAfter {
+					// The collector finds the values alive, though they are not stored any more.
 					used := &n.server.budget
-					used.collected(used.known() + used.forData()/8*eighths - used.store.Load() - kilo)
-					b.send("Put:k:v\nPing\n")
-					equal(t, "the memory is full", strings.Contains(b.read(), "memory is full"), isFull)
-					if isFull {
-						b.want(":PONG")
+					eighths := int64(5)
+					if isNeeded && used.pinned.Load() > 0 {
+						eighths = 9
 					}
-				}
-				for range 5 {
-					put()
-					pass(slowAfter)
+					used.collected(used.known() + used.forData()/8*eighths - used.store.Load())
+					b.ask("Put:k:v\nPing", ":PONG")
+					if pass(slowAfter / 2); c.drips {
+						mute.conn.Read(make([]byte, kilo))
+					}
+					pass(slowAfter / 2)
 				}
 				equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
 				equal(t, c.request+": it is cut off", b.stat("clients") == 1, isNeeded && !c.isDropped)
@@ -3954,19 +3954,50 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 	}
 }
 
-// Ensure that much memory that is alive, and neither stored nor queued, counts as pinned while the
-// memory is nearly full, and for some time after a write was refused.
-func TestMemoryLimitIsPinned(t *testing.T) {
+// Ensure that a Dump that nobody reads is cut off while writes need the memory of what was changed
+// since, and that no write is refused for it.
+func TestMemoryLimitBesideADump(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		used := &n.server.budget
+		used.limitTo(64<<20, 0)
+		n.fillKeys("key", 9000, strings.Repeat("v", kilo))
+		mute, a := n.dial(t), n.dial(t)
+		mute.send("Dump\n")
+		for range 3 {
+			pass(slowAfter)
+			equal(t, "clients while there is memory", a.stat("clients"), 2)
+			used.collected(used.known() + used.forData() - used.store.Load())
+			a.ask("Put:k:v\nPing", ":PONG")
+		}
+		used.collected(used.known() + used.forData() - used.store.Load() + 1<<20)
+		a.ask("Put:k:v\nPing", ":PONG")
+		pass(2 * slowAfter)
+		equal(t, "clients", a.stat("clients"), 1)
+		mute.close()
+	})
+}
+
+// Ensure that values which were removed, and which replies keep, take memory of the reserve, and
+// count as data only beyond a part of that.
+func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 	b := &New(kvstore.NewMemory()).budget
 	b.limitTo(64<<20, 0)
-	now := time.Now().Unix()
 	for _, c := range []struct {
-		eighths, refused int64
-		isPinned         bool
-	}{{5, 0, false}, {8, 0, true}, {5, now, true}, {5, now - refusedTime - 1, false}, {0, now, false}} {
-		b.other.Store(b.forData() / 8 * c.eighths)
-		b.refused.Store(c.refused)
+		eighths, before, after int64 // that are alive, of data; bytes that are pinned
+		isPinned, isFull       bool
+	}{
+		{5, 1 << 30, 1 << 30, false, false},
+		{9, 1 << 30, 1 << 30, true, false},
+		{9, 1 << 30, 0, false, false},
+		{9, 1 << 20, 1 << 20, false, true},
+		{9, 0, 1 << 30, false, true},
+		{20, 1 << 30, 1 << 30, true, true},
+	} {
+		b.pinned.Store(c.before)
+		b.collected(b.forData() / 8 * c.eighths)
+		b.pinned.Store(c.after)
 		equal(t, fmt.Sprint(c), b.isPinned(), c.isPinned)
+		equal(t, fmt.Sprint(c, ": the memory is full"), !b.fits(0, 0), c.isFull)
 	}
 }
 
@@ -5298,7 +5329,7 @@ func TestOutboxNeverWaits(t *testing.T) {
 		c.buffer <- nil // one message waits already
 		s.budget.queued.Store(1)
 		q := &Query{queryType: ping}
-		size, _ := c.outbox.measure(q)
+		size := c.outbox.measure(q)
 		c.outbox.reply(q, size, true) // as answer does if it found the queues below their limit
 		equal(t, "messages that are queued", len(c.buffer), 2)
 	})
@@ -5640,7 +5671,7 @@ func TestSlowReaderFate(t *testing.T) {
 		s.budget.queued.Store(max(0, c.bytes))
 		s.budget.chains.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
-		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut, false)
+		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
 		equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
 	}
 }
@@ -6530,15 +6561,20 @@ func TestSimulation(t *testing.T) {
 			s.handshakes = with.Handshakes
 			s.budget.fewKeys, s.partKeys = with.FewKeys, with.FewKeys
 			s.snapshots.slots = make(chan struct{}, with.Snapshots)
-			s.budget.other.Store(with.Other)
-			return simulated{s}, s.serve(l)
+			s.budget.other.Store(with.Other - with.Pinned)
+			s.budget.pins.Store(with.Pinned)
+			s.budget.pinned.Store(with.Pinned)
+			return simulated{s, with.Pinned}, s.serve(l)
 		},
 		TLS: serverConfig(t),
 	})
 }
 
 // simulated is the server of a world.
-type simulated struct{ *keyValueServer }
+type simulated struct {
+	*keyValueServer
+	pinned int64 // bytes, as if by others
+}
 
 func (s simulated) Lost() (replies int) { return int(s.lostReplies.Load()) }
 
@@ -6550,6 +6586,7 @@ func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
 		"bytes are still queued":  s.budget.queued.Load(),
 		"bytes of lists are kept": s.budget.lists.Load(),
+		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
 		"bytes of lines are kept": s.budget.inputs.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),

@@ -344,7 +344,8 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
 		if Chance(r, 2) {
 			// Small messages, so that replies wait though all queues together are not full.
-			s.Other, s.MaxMessage = s.MaxMemory*5/8, 500
+			s.Other, s.MaxMessage = s.MaxMemory*23/32, 500
+			s.Pinned = s.Other
 		}
 	case 1:
 		// Nearly all memory for data is taken, and queues could take more than the rest.

@@ -62,6 +62,7 @@ type Settings struct {
 	Snapshots            int           // at a time
 	MaxQueues, MaxMemory int64         // bytes; MaxMemory 0: no limit
 	Other                int64         // bytes of MaxMemory that are not data
+	Pinned               int64         // of Other: values that were removed, and replies keep
 	WriteTimeout         time.Duration // 0: none
 	TLS                  *tls.Config   // nil: none
 }
