@@ -35,6 +35,8 @@ const (
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most; long lines take more
 	freeLine  = 2 << 10  // bytes of a line that are taken in however much memory other lines take
+	freeBurst = 2 << 10  // bytes of the read buffer of a client that is not busy, at most
+	freeChain = 16       // queries in one of its chains
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
@@ -54,8 +56,7 @@ const (
 	quietAfter = time.Second
 
 	// How long a line may take from its first byte to its end. Ticks of quietAfter count this time;
-	// a tick does not count while replies wait for room or a Take waits. Each time that a line
-	// grows it may also wait this long for memory.
+	// a tick does not count while replies wait for room, a Take waits, or the line waits for memory.
 	lineTime = 30 * time.Second
 
 	// A client that sends more behind its Take, or half-closes, is not read until the Take ends.
@@ -232,6 +233,7 @@ func (c *Client) readFromClient() {
 	// The end. The chain under way is still answered, and counts the input's memory until then.
 	isKnown := c.await()
 	c.in.giveUpSlots()
+	c.endBursts()
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
 	c.countInput()
 	if isKnown {
@@ -283,7 +285,13 @@ func (c *Client) end(why string) {
 }
 
 // send sends chain, which is made of the client's input, to workLoop. No other is under way.
-func (c *Client) send(chain *Query) { c.sendOf(chain, c.in.memory(), c.in.counted) }
+func (c *Client) send(chain *Query) {
+	bytes := c.in.memory()
+	if c.in.isBusy { // some of them count in budget.bursts
+		bytes = max(0, bytes-burstMemory)
+	}
+	c.sendOf(chain, bytes, c.in.counted)
+}
 
 // sendOf is send for a chain that takes bytes of memory, of which inInputs count in budget.inputs.
 func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
@@ -537,6 +545,7 @@ type input struct {
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // memory of the chain, used again for the next one
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
+	isBusy   bool    // bursts and chains may be large: burstMemory is counted in budget.bursts
 	counted  int64   // bytes of buf, lent and takeKey that are counted in budget.inputs
 	takeKey  int64   // bytes of a waiting Take's key, if it is long
 	anyLine  slot    // of budget.anyLine
@@ -554,13 +563,20 @@ func (in *input) memory() int64 {
 }
 
 // need returns how many bytes are to count in budget.inputs: takeKey, and the larger of two
-// numbers. One is what buf and lent have beyond burstSize. The other, once a line has freeLine
-// bytes, is twice buf's next size, because lent will grow with buf.
+// numbers. One is what buf and lent have beyond the size that needs no leave. The other, once a line
+// has freeLine bytes, is twice buf's next size, because lent will grow with buf. A busy client has
+// burstSize for each already.
 func (in *input) need(maxLine int) (bytes int64) {
 	if in.pending >= freeLine {
 		bytes = 2 * int64(in.nextSize(maxLine))
 	}
-	beyond := max(0, len(in.buf)-burstSize) + max(0, len(in.lent)-burstSize)
+
+	free := freeBurst
+	if in.isBusy {
+		free = burstSize
+		bytes -= 2 * burstSize
+	}
+	beyond := max(0, len(in.buf)-free) + max(0, len(in.lent)-free)
 	return max(bytes, int64(beyond)) + in.takeKey
 }
 
@@ -572,6 +588,17 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 // until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
+	if in.full && len(in.buf) >= freeBurst {
+		c.mayBurst()
+	}
+
+	// Where there is no memory for it to be busy, the memory of a long line goes with the line.
+	if !in.isBusy && len(in.lent) > freeBurst {
+		if !c.mayTakeWait() { // such a Take has memory of its own
+			c.await()
+		}
+		in.lent = nil
+	}
 	in.resize(in.nextSize(c.server.maxLine))
 	c.countInput()
 
@@ -606,9 +633,10 @@ func (c *Client) read() (burst string, err error) {
 // (RFC 8446, 5.1).
 const tlsHandshake = 0x16
 
-// tick gives back memory that a quiet client does not need, and returns errUnended if the begun
-// line takes too long. It waits for the chain under way first, because that holds memory. So a
-// line's time stands still while replies to earlier requests wait for room.
+// tick gives back memory that a quiet client does not need, gives up a line that hardly comes if
+// others wait for its memory, and returns errUnended if the line takes too long. It waits for the
+// chain under way first, because that holds memory. So a line's time stands still while replies to
+// earlier requests wait for room.
 func (c *Client) tick() error {
 	in := &c.in
 
@@ -620,13 +648,17 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
 	isOld := in.midLine() && in.hadBegun && !waits
-	if isOld && in.pending >= freeLine && in.came < steadyRate && in.anyLine.of.waiting.Load() > 0 {
+	hardlyComes := isOld && in.pending >= freeLine && in.came < steadyRate
+	if hardlyComes && in.counted > 0 && in.anyLine.of.waiting.Load() > 0 {
 		c.skipLine("too long for the memory that is left, skipped")
 	}
 
 	// Give back what the client does not need.
 	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
 	in.shrink()
+	if len(in.buf) <= freeBurst && in.queries == nil {
+		c.endBursts()
+	}
 	c.countInput()
 
 	// A line that had begun when the deadline was set has taken one tick more.
@@ -675,6 +707,24 @@ func (c *Client) limitRead(end time.Time) {
 	}
 }
 
+// burstMemory is how many bytes a busy client takes, if its lines are not long.
+const burstMemory = 2*burstSize + maxChain*int64(unsafe.Sizeof(Query{}))
+
+// mayBurst reports whether the client may be busy: whether it may have a large buffer and long
+// chains, for which there may be no memory. Otherwise it is read in smaller pieces.
+func (c *Client) mayBurst() bool {
+	c.in.isBusy = c.in.isBusy || c.server.budget.acquireBurst()
+	return c.in.isBusy
+}
+
+// endBursts gives back the memory of a busy client.
+func (c *Client) endBursts() {
+	if c.in.isBusy {
+		c.in.isBusy = false
+		c.server.budget.bursts.Add(-burstMemory)
+	}
+}
+
 // nextSize returns how large buf is to be for the next Read. It grows after a Read that filled it,
 // for the bursts of a busy client, and for the rest of a begun line: up to maxLine bytes and the
 // line end.
@@ -682,11 +732,15 @@ func (in *input) nextSize(maxLine int) (size int) {
 	switch size = len(in.buf); {
 	case size == 0:
 		return quietSize
-	case in.full && size < burstSize: // a burst
+	case in.full && size < freeBurst:
+		return min(4*size, freeBurst)
+	case size > freeBurst && in.pending < freeLine && !in.isBusy: // a long line has ended
+		return freeBurst
+	case in.full && size < burstSize && in.isBusy: // a burst
 		return min(4*size, burstSize)
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
-	case in.full && in.pending > size/8 && size < 4*burstSize:
+	case in.full && in.pending > size/8 && size < 4*burstSize && in.isBusy:
 		return 2 * size
 
 	case in.pending == size: // one line fills buf
@@ -801,7 +855,10 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	before := in.queries
 	in.queries = in.queries[:0]
 
-	for alone := false; burst != "" && len(in.queries) < maxChain && c.reason == "" && !alone; {
+	for alone := false; burst != "" && c.reason == "" && !alone; {
+		if n := len(in.queries); n == maxChain || n >= freeChain && !c.mayBurst() {
+			break
+		}
 		end := strings.IndexByte(burst, '\n')
 		line, whole := trimCR(burst[:end]), burst
 		burst = burst[end+1:]
@@ -1253,8 +1310,8 @@ func (c *Client) deliver(chain *Query, size int) {
 }
 
 // countAsWaiting counts what chain keeps in memory while it waits: its lines, with itself, in
-// budget.chains instead of budget.inputs; the slices of its lists in budget.queued; and their values,
-// which others may remove from the store, in budget.pinned. giveBack undoes all of this.
+// budget.chains instead of budget.inputs; the slices of its lists in budget.queued; and their
+// values, which others may remove from the store, in budget.pinned. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	b, bytes, lines := o.budget, o.chainSize, o.inInputs
 	b.chains.Add(bytes)
@@ -1527,11 +1584,15 @@ const (
 	isCutOff              // with its client's connection, because others need the room
 )
 
-// decide returns the fate of a reply of n messages, and the reason if its client is cut off. If
-// there is no room, a slow client loses the reply, if mayDrop. Otherwise, if mayCut, it is cut off
-// while all queues and the chains that wait are together over the limit. And a client that is slow,
-// or takes less than a steady reader, is cut off while others need what its reply keeps: its place
-// among the snapshots, or memory of values.
+// decide returns the fate of a reply of n messages, and the reason if its client is cut off. A reply
+// without room waits. If its client is slow, the reply is dropped if mayDrop; otherwise the client
+// is cut off
+//
+//   - if mayCut, and all queues and waiting chains together are over their limit (isCrowded);
+//   - if its chain pins values, and writes need the memory of such values (isPinned);
+//   - if others wait for their Keys or Dump, and this is one.
+//
+// In the last two cases too low a rate suffices.
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)

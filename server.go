@@ -1211,8 +1211,9 @@ func (s *keyValueServer) freeMemory() {
 //	a line that has  freeLine; beyond that twice  lines, and two lines    it waits; one that hardly
 //	begun            its buffer, up to -max-line  (anyLine, freeing)      comes is skipped while
 //	                                                                      others wait (tick)
-//	its bursts       two of burstSize, maxChain   what came in the last   they count as data
-//	                 queries                      second or two
+//	its bursts       two of burstSize, maxChain   as much as lines, of    they are read in pieces of
+//	                 queries                      the reserve             freeBurst, and in chains
+//	                                                                      of freeChain
 //	a chain that     the same, and lines of up    counted with replies    if the sum is over queues,
 //	waits            to -max-line                 where lines are over    a client that takes
 //	                                              burstSize, after Ack,   nothing is cut; any other
@@ -1226,10 +1227,10 @@ func (s *keyValueServer) freeMemory() {
 //	lists that wait  16 bytes a value of maxChain counted in queues       as with replies, also
 //	                 Gets                         while they wait         behind a reply that may not
 //	                                                                      be dropped (shed)
-//	their values     what others removed          half of the reserve     they count as data. While
-//	                                                                      data needs the memory, a
+//	their values     those that others removed    half of the reserve     the rest counts as data; a
 //	                                                                      client that takes nothing,
-//	                                                                      or drips, is cut
+//	                                                                      or drips, is cut if the
+//	                                                                      data needs their memory
 //	keys to be       16 bytes a key, in parts of  half of queues          the next Keys or Dump
 //	listed           maxList or half of that half                         waits
 //	copied keys      all that a Keys lists        half of queues          the Keys keeps its
@@ -1251,7 +1252,7 @@ func (s *keyValueServer) freeMemory() {
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: no limit
-	reserve   int64 // of limit, for the program, its stacks, garbage, and what is not counted
+	reserve   int64 // of limit, for the program, garbage, bursts, pins, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: no limit
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
@@ -1260,6 +1261,7 @@ type budget struct {
 	lists  atomic.Int64 // of queued: keys to be listed
 	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
 	inputs atomic.Int64 // lines that have begun to be long
+	bursts atomic.Int64 // what busy clients may take (burstMemory)
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	pinned atomic.Int64 // values that waiting replies keep, should others remove them: at most
 
@@ -1316,7 +1318,7 @@ func (b *budget) forQueues() int64 {
 
 // known is how many bytes are in use according to the other counts.
 func (b *budget) known() int64 {
-	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
+	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load() + b.bursts.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1375,6 +1377,11 @@ func (b *budget) acquireList(bytes int64) bool {
 // acquireLine counts bytes more for lines that have begun, if the lines may take them.
 func (b *budget) acquireLine(bytes int64) bool {
 	return addUpTo(&b.inputs, bytes, b.shared()/linesShare)
+}
+
+// acquireBurst counts one more busy client, if there is memory for it.
+func (b *budget) acquireBurst() bool {
+	return addUpTo(&b.bursts, burstMemory, b.shared()/linesShare)
 }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.

@@ -4219,6 +4219,33 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 	}
 }
 
+// Ensure that the bursts and the long lines of many clients keep to their share of the memory while
+// nobody reads the replies, that all are answered, and that their memory is given back.
+func TestMemoryLimitOfBursts(t *testing.T) {
+	token := strings.Repeat("p", 200)
+	for _, burst := range []string{
+		strings.Repeat("Ping:"+token+"\n", 600),
+		"Set:k:" + strings.Repeat("v", 60*kilo) + "\nPing:" + token + "\n",
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			const count = 200
+			n.server.maxLine = 1 << 20
+			b := &n.server.budget
+			b.limitTo(64<<20, 0)
+			clients := n.dialMany(t, count, func(_ int, c *testClient) { go c.sendSome(burst) })
+			pass(slowAfter / 2)
+			between(t, "bytes of bursts", n.inputs(), 1, b.shared()/linesShare+count*8*kilo)
+			for _, c := range clients {
+				for range strings.Count(burst, "Ping") {
+					c.want(":PONG " + token)
+				}
+			}
+			pass(3 * quietAfter)
+			equal(t, "bytes of bursts in the end", b.bursts.Load(), 0)
+		})
+	}
+}
+
 // Ensure that what a client's lines take counts once, while its last replies wait to be read.
 func TestMemoryLimitBehindAQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -6584,10 +6611,11 @@ func (s simulated) Look() { getPage(s.watchHandler(""), "/healthz") }
 
 func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
-		"bytes are still queued":  s.budget.queued.Load(),
-		"bytes of lists are kept": s.budget.lists.Load(),
-		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
-		"bytes of lines are kept": s.budget.inputs.Load(),
+		"bytes are still queued":   s.budget.queued.Load(),
+		"bytes of lists are kept":  s.budget.lists.Load(),
+		"bytes are still pinned":   s.budget.pinned.Load() - s.pinned,
+		"bytes of bursts are kept": s.budget.bursts.Load(),
+		"bytes of lines are kept":  s.budget.inputs.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
