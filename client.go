@@ -35,8 +35,8 @@ const (
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most; long lines take more
 	freeLine  = 2 << 10  // bytes of a line that are taken in however much memory other lines take
-	freeBurst = 2 << 10  // bytes of the read buffer of a client that is not busy, at most
-	freeChain = 16       // queries in one of its chains
+	freeBurst = 4 << 10  // bytes of the read buffer of a client that is not busy, at most
+	freeChain = 32       // queries in one of its chains
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
@@ -231,8 +231,8 @@ func (c *Client) readFromClient() {
 	}
 
 	// The end. The chain under way is still answered, and counts the input's memory until then.
-	isKnown := c.await()
 	c.in.giveUpSlots()
+	isKnown := c.await()
 	c.endBursts()
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
 	c.countInput()
@@ -439,7 +439,7 @@ func (c *Client) skipLine(why string) {
 
 // awaitLineMemory waits until the begun line may take so many bytes more. One line at a time goes
 // on without memory (anyLine), or all could wait for each other for ever, and so does one line of a
-// request that frees (freeing). A line that hardly comes is given up while others wait (tick).
+// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
 func (c *Client) awaitLineMemory(more int64) {
 	// A client that waits for its own replies must not keep others from a slot.
 	if !c.await() {
@@ -449,7 +449,7 @@ func (c *Client) awaitLineMemory(more int64) {
 	// A request that frees makes room for all others, so such lines have a slot of their own.
 	in, b := &c.in, &c.server.budget
 	var freeing chan struct{} // nil: not for this line
-	if begun(in.buf[:in.pending]).row().effect == frees {
+	if in.isFreeing() {
 		freeing = b.freeing.slots
 	}
 
@@ -474,7 +474,7 @@ func (c *Client) awaitLineMemory(more int64) {
 	in.counted += more
 
 	// Nothing was read meanwhile, so a full tick begins.
-	in.ticking, in.came = false, 0
+	in.ticking, in.isSlow, in.came = false, false, 0
 }
 
 // countInput makes counted what the input needs now: it gives back what the begun line needs no
@@ -553,6 +553,7 @@ type input struct {
 
 	ticking  bool          // a read deadline is set
 	hadBegun bool          // the begun line was there when the deadline was set
+	isSlow   bool          // the begun line hardly came in the last tick
 	came     int           // bytes read since the last tick
 	waited   time.Duration // for the end of the begun line
 }
@@ -648,15 +649,14 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
 	isOld := in.midLine() && in.hadBegun && !waits
-	hardlyComes := isOld && in.pending >= freeLine && in.came < steadyRate
-	if hardlyComes && in.counted > 0 && in.anyLine.of.waiting.Load() > 0 {
+	if isOld && in.givesWay() {
 		c.skipLine("too long for the memory that is left, skipped")
 	}
 
 	// Give back what the client does not need.
 	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
 	in.shrink()
-	if len(in.buf) <= freeBurst && in.queries == nil {
+	if in.queries == nil { // nextSize makes buf small
 		c.endBursts()
 	}
 	c.countInput()
@@ -671,6 +671,18 @@ func (c *Client) tick() error {
 
 	in.ticking, in.came = false, 0
 	return nil
+}
+
+// givesWay reports whether the begun line, which was there at the last tick, is to make room for
+// others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
+// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
+func (in *input) givesWay() bool {
+	least, wasSlow := steadyRate, in.isSlow
+	if in.isFreeing() {
+		least = 1
+	}
+	in.isSlow = in.pending >= freeLine && in.came < least
+	return wasSlow && in.isSlow && in.counted > 0 && in.anyLine.of.waiting.Load() > 0
 }
 
 // errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
@@ -782,6 +794,9 @@ func (in *input) skip() {
 	in.line++
 }
 
+// isFreeing reports whether the begun line is a request that frees.
+func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effect == frees }
+
 // hasSlot reports whether the begun line may grow however much other lines take.
 func (in *input) hasSlot() bool { return in.anyLine.taken || in.freeing.taken }
 
@@ -813,7 +828,7 @@ func (in *input) wholeLines(n int) (burst string) {
 
 	// The next line gets the full time. A slot is given back now, because the requests of this burst
 	// may wait long for room.
-	in.waited, in.hadBegun = 0, false
+	in.waited, in.hadBegun, in.isSlow = 0, false, false
 	in.giveUpSlots()
 
 	// The rest of a skipped line is not part of the burst.
@@ -1268,10 +1283,10 @@ type outbox struct {
 	lists     int64    // bytes of the waiting chain's lists that count as queued
 	pinned    int64    // bytes of values that it keeps, and that are counted in budget.pinned
 
-	// How fast the client takes the replies of the waiting chain: the time without room, and the
-	// bytes queued, since the rate was last judged (noteWait).
+	// How fast the client takes the replies of the waiting chain: the time without room since the
+	// rate was last judged, and how many bytes the connection had taken then (noteWait).
 	waited time.Duration
-	sent   int
+	taken  int64
 	drips  bool // the rate was below steadyRate when it was last judged
 
 	lostSincePong int    // replies dropped since the last PONG
@@ -1326,7 +1341,7 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	}
 	b.queued.Add(o.lists)
 	o.pin(values)
-	o.waited, o.sent, o.drips = 0, 0, false
+	o.waited, o.taken, o.drips = 0, o.client.paced.taken.Load(), false
 
 	return func() {
 		o.pin(0)
@@ -1430,6 +1445,11 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			return
 		}
 		left -= q.size
+
+		// Its values are in messages now. (A Keys or Dump keeps its snapshot.)
+		if o.pinned > 0 && o.listing == nil {
+			o.pin(o.pinned - q.pins())
+		}
 
 		// A PONG has told what was lost.
 		if q.queryType == ping {
@@ -1568,7 +1588,6 @@ func (o *outbox) queue(msg []byte) {
 	o.budget.queued.Add(int64(cap(msg)) - used)
 
 	o.client.buffer <- msg
-	o.sent += len(msg)
 
 	// A reply of many messages takes long, and others may want the core.
 	o.core.yield()
@@ -1702,8 +1721,9 @@ func (o *outbox) noteWait(d time.Duration) {
 
 	// The rate is known after dripTime.
 	if o.waited >= dripTime {
-		o.drips = float64(o.sent+socketMost/16) < steadyRate*o.waited.Seconds()
-		o.waited, o.sent = 0, 0
+		taken := o.client.paced.taken.Load()
+		o.drips = float64(taken-o.taken+socketMost/16) < steadyRate*o.waited.Seconds()
+		o.waited, o.taken = 0, taken
 	}
 }
 
@@ -1874,7 +1894,9 @@ type pacedConn struct {
 	unread   int
 	unreadAt time.Time
 
-	writing atomic.Bool // a Write is under way; for isBroken, on any goroutine
+	// For any goroutine.
+	writing atomic.Bool  // a Write is under way; for isBroken
+	taken   atomic.Int64 // bytes in all; for noteWait
 
 	// Bytes were taken after a pause, so the client reads: if it did not, its sockets would have
 	// taken all bytes at once. False again when the client is slow.
@@ -1899,6 +1921,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		n += m
 
 		// Note what was taken.
+		p.taken.Add(int64(m))
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
 		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime

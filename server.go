@@ -1210,9 +1210,9 @@ func (s *keyValueServer) freeMemory() {
 //	                                                                      those that free
 //	a line that has  freeLine; beyond that twice  lines, and two lines    it waits; one that hardly
 //	begun            its buffer, up to -max-line  (anyLine, freeing)      comes is skipped while
-//	                                                                      others wait (tick)
-//	its bursts       two of burstSize, maxChain   as much as lines, of    they are read in pieces of
-//	                 queries                      the reserve             freeBurst, and in chains
+//	                                                                      others wait (givesWay)
+//	its bursts       two of burstSize, maxChain   a quarter (burstsShare) they are read in pieces of
+//	                 queries                      of the reserve          freeBurst, and in chains
 //	                                                                      of freeChain
 //	a chain that     the same, and lines of up    counted with replies    if the sum is over queues,
 //	waits            to -max-line                 where lines are over    a client that takes
@@ -1280,6 +1280,7 @@ const (
 	reserveShare = 5
 	queuesShare  = 8
 	linesShare   = 8
+	burstsShare  = 4 // of the reserve
 )
 
 // limitTo sets -max-memory and -max-queues, before the server starts.
@@ -1381,7 +1382,7 @@ func (b *budget) acquireLine(bytes int64) bool {
 
 // acquireBurst counts one more busy client, if there is memory for it.
 func (b *budget) acquireBurst() bool {
-	return addUpTo(&b.bursts, burstMemory, b.shared()/linesShare)
+	return addUpTo(&b.bursts, burstMemory, b.reserve/burstsShare)
 }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.

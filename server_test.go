@@ -4061,11 +4061,13 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
-				n.server.maxLine, n.server.budget.limit = 1<<20, 64<<20
-				share := 64 << 20 / linesShare
+				n.server.maxLine = 1 << 20
+				b := &n.server.budget
+				b.limitTo(64<<20, 0)
 				if kind.clients > 100 {
-					n.server.budget.limit, share = n.server.budget.limit/4, share/4
+					b.limitTo(16<<20, 0)
 				}
+				share := int(b.shared()/linesShare + b.reserve/burstsShare)
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
 				clients := n.dialMany(t, kind.clients, func(_ int, c *testClient) {
 					c.conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
@@ -4234,16 +4236,93 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			b.limitTo(64<<20, 0)
 			clients := n.dialMany(t, count, func(_ int, c *testClient) { go c.sendSome(burst) })
 			pass(slowAfter / 2)
-			between(t, "bytes of bursts", n.inputs(), 1, b.shared()/linesShare+count*8*kilo)
+			between(t, "bytes of bursts", n.inputs(), 1, b.reserve/burstsShare+count*14*kilo)
 			for _, c := range clients {
 				for range strings.Count(burst, "Ping") {
 					c.want(":PONG " + token)
 				}
 			}
-			pass(3 * quietAfter)
+			for range 3 { // a client that goes on asks for little
+				clients[0].ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
+				pass(quietAfter)
+			}
 			equal(t, "bytes of bursts in the end", b.bursts.Load(), 0)
 		})
 	}
+}
+
+// Ensure that while others wait for memory a line that hardly comes is refused, but not one that
+// frees and goes on.
+func TestMemoryLimitOfSlowLines(t *testing.T) {
+	for _, c := range []struct{ line, rest, want string }{
+		{"Put:k:", "v", ":ERROR line 2: too long for the memory that is left, skipped"},
+		{"Remove:k:", "v", ":OK 0"},
+		{"Remove:k:", "", ":ERROR line 2: too long for the memory that is left, skipped"},
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(64<<20, 0)
+			a, long := n.dialAck(t), strings.Repeat("v", 100*kilo)
+			a.send(c.line + long)
+			pass(quietAfter)
+
+			n.server.budget.inputs.Add(1 << 30)
+			others := n.dialMany(t, 6, func(_ int, o *testClient) { go o.sendSome("Put:k:" + long) })
+			for range 8 {
+				a.send(c.rest)
+				pass(quietAfter / 2)
+			}
+			a.ask("", c.want)
+			n.server.budget.inputs.Add(-1 << 30)
+			a.hangUp()
+			closeClients(others)
+		})
+	}
+}
+
+// Ensure that how fast a client reads is judged by the bytes that its connection has taken.
+func TestMemoryLimitOfDrips(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		ours, theirs := net.Pipe()
+		go io.Copy(io.Discard, theirs)
+		c := newClient(2, ours, n.server)
+		for _, taken := range []int{steadyRate, 0} {
+			for range dripTime / time.Second {
+				c.paced.Write(make([]byte, taken))
+				c.outbox.noteWait(time.Second)
+			}
+			equal(t, fmt.Sprint("a client that takes ", taken, " bytes a second drips"),
+				c.outbox.drips, taken == 0)
+		}
+		ours.Close()
+	})
+}
+
+// Ensure that a line which ends with its connection keeps no other waiting, though its client reads
+// nothing.
+func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
+		n.server.budget.limitTo(64<<20, 0)
+		n.fill("big", strings.Repeat("v", kilo), 900)
+		mute := n.dialAck(t)
+		for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} { // no room is left then
+			mute.send(request)
+			pass(tickTime)
+		}
+
+		n.server.budget.inputs.Add(1 << 40)
+		go mute.sendAll("Put:k:" + strings.Repeat("v", 200*kilo))
+		pass(tickTime)
+		a := n.dialAck(t)
+		within(t, 0, 2*tickTime, func() {
+			a.send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
+			a.want(":OK 1")
+		})
+		n.server.budget.inputs.Add(-1 << 40)
+		a.hangUp()
+		mute.close()
+	})
 }
 
 // Ensure that what a client's lines take counts once, while its last replies wait to be read.
