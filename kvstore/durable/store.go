@@ -135,7 +135,6 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	d.journal = journal{dir: dir, log: cmp.Or(opts.Log, slog.New(slog.DiscardHandler)),
 		status: cmp.Or(opts.Status, new(storage.Status)), fsync: opts.Fsync,
 		writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}
-	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 
 	// Before the lock: a directory that is not a store's is not even locked.
 	err := checkNames(dir)
@@ -149,6 +148,7 @@ func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, err
 	}
 
 	// From here on nobody else writes to the directory.
+	d.segmentSize, d.minCompact, d.zerosAhead = dir.Sizes()
 	err = d.loadIfWritable(ctx)
 	if err != nil {
 		if d.current != nil {

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -258,6 +259,7 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 
 	// Pieces are small at first, and tookPiece doubles their size while the link is fast enough.
 	c.piece.Store(pieceFirst)
+	c.limit.Store(math.MaxInt64) // until the first survey
 	return c, nil
 }
 

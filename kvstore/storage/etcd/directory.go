@@ -139,9 +139,11 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
-// Sizes has small segments, and no zeros ahead: etcd would store the zeros.
+// Sizes has small segments, smaller ones for a small database, and no zeros ahead: etcd would store
+// the zeros. The lock must be held, for the quota to be known.
 func (d *directory) Sizes() (segment, compact int64, reserve int) {
-	return segmentBytes, segmentBytes, 0
+	segment = d.client.share(segmentBytes)
+	return segment, segment, 0
 }
 
 func (d *directory) Path(name string) string { return strings.TrimSuffix(d.name+"/"+name, "/") }

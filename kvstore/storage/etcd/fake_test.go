@@ -38,11 +38,13 @@ type fakeEtcd struct {
 	kvs      map[string]keyValue
 	keys     []string // of kvs, in order
 	revision int64
-	id       string // of the cluster
-	full     bool   // it is out of space, and refuses every put
-	most     int    // bytes of a request, at most
-	quota    int64
+	id       string               // of the cluster
+	full     bool                 // it is out of space, and refuses every put
+	most     int                  // bytes of a request, at most
+	quota    int64                // bytes of the database, beyond which it becomes full; 0: none
 	inUse    int64                // bytes of the database beside kvs
+	past     int64                // bytes of what was replaced or removed since the last compaction
+	size     int64                // bytes of the database's file, which never shrinks
 	forgot   int64                // the revision of the last compaction
 	down     string               // the member that does not answer; "": all do
 	stranger bool                 // some other server answers in its place
@@ -211,12 +213,8 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	if other := w.other[r.URL.Host]; other != nil {
 		e = other
 	}
-	answer := response{Leader: "b:1", Size: e.inUse, InUse: e.inUse}
+	answer := response{Leader: "b:1", InUse: e.measure(), Size: e.size}
 	answer.Header.Cluster, answer.Header.Member = e.id, r.URL.Host
-	for key, kv := range e.kvs {
-		answer.Size += int64(len(key) + len(kv.Value))
-		answer.InUse = answer.Size
-	}
 	quota := e.quota
 	w.mu.Unlock()
 	switch {
@@ -251,7 +249,7 @@ func (e *fakeEtcd) do(r *http.Request, text []byte, t transaction) (a response, 
 		return a, &refusal{"etcdserver: invalid auth token", 16}
 	}
 	if strings.HasSuffix(r.URL.Path, "/kv/compaction") {
-		e.forgot = e.revision
+		e.forgot, e.past = e.revision, 0
 		return a, nil
 	}
 	if strings.HasSuffix(r.URL.Path, "/kv/range") {
@@ -294,11 +292,23 @@ func (e *fakeEtcd) list(q keyRange) found {
 	return e.find(q)
 }
 
+// measure returns how many bytes of the database are in use, and lets its file grow to that. The
+// caller has mu.
+func (e *fakeEtcd) measure() (inUse int64) {
+	inUse = e.inUse + e.past
+	for key, kv := range e.kvs {
+		inUse += int64(len(key) + len(kv.Value))
+	}
+	e.size = max(e.size, inUse)
+	return inUse
+}
+
 // set puts a value. The caller has mu.
 func (e *fakeEtcd) set(key string, value []byte) {
 	if i, isThere := slices.BinarySearch(e.keys, key); !isThere {
 		e.keys = slices.Insert(e.keys, i, key)
 	}
+	e.past += int64(len(e.kvs[key].Value))
 	e.kvs[key] = keyValue{[]byte(key), value, e.revision}
 }
 
@@ -317,6 +327,7 @@ func (e *fakeEtcd) remove(q keyRange) bool {
 		return false
 	}
 	for _, kv := range kvs {
+		e.past += int64(len(kv.Key) + len(kv.Value))
 		delete(e.kvs, string(kv.Key))
 	}
 	first, _ := slices.BinarySearch(e.keys, string(kvs[0].Key))
@@ -333,6 +344,25 @@ func (e *fakeEtcd) delete(prefix string) {
 	}
 }
 
+// errNoSpace is how a full cluster refuses a put.
+var errNoSpace = &refusal{"etcdserver: mvcc: database space exceeded", 8}
+
+// puts reports whether a transaction may put a key, as etcd sees it.
+func (t transaction) puts() bool {
+	isPut := func(op operation) bool { return op.Put != nil }
+	return slices.ContainsFunc(t.Success, isPut) || slices.ContainsFunc(t.Failure, isPut)
+}
+
+// cost is how many bytes a transaction may put.
+func (t transaction) cost() (bytes int64) {
+	for _, op := range t.Success {
+		if op.Put != nil {
+			bytes += int64(len(op.Put.Key) + len(op.Put.Value))
+		}
+	}
+	return bytes
+}
+
 // txn applies a transaction. The caller has mu.
 func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	a.Succeeded = true
@@ -342,9 +372,12 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && (c.Result == "GREATER" &&
 			kv.Revision > c.Revision || c.Result == "" && kv.Revision == c.Revision))
 	}
-	isPut := func(op operation) bool { return op.Put != nil }
-	if e.full && (slices.ContainsFunc(t.Success, isPut) || slices.ContainsFunc(t.Failure, isPut)) {
-		return response{}, &refusal{"etcdserver: mvcc: database space exceeded", 8}
+	if e.quota > 0 && t.puts() {
+		e.measure()
+		e.full = e.full || e.size+t.cost() >= e.quota
+	}
+	if e.full && t.puts() {
+		return response{}, errNoSpace
 	}
 	ops := t.Failure
 	if a.Succeeded {

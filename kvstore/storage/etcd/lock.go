@@ -282,6 +282,7 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 
 	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()
+	d.client.findQuota(l.ctx)
 	if err := d.begin(); err != nil {
 		l.Close()
 		return nil, err

@@ -56,11 +56,18 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 	return nil
 }
 
+// share is most, or less in a small database.
+func (r *room) share(most int64) int64 {
+	if quota := r.quota.Load(); quota > 0 {
+		most = min(most, quota/16)
+	}
+	return most
+}
+
 // note sets the limit from the members' answers to a survey that began when spent had that value.
 // The member with the least room counts.
 func (r *room) note(members []response, spent int64) {
-	// If no member answers its size, there is no limit.
-	least := int64(math.MaxInt64) - spent
+	least := int64(math.MaxInt64)
 	for _, m := range members {
 		if m.Quota > 0 {
 			r.quota.Store(m.Quota)
@@ -72,7 +79,10 @@ func (r *room) note(members []response, spent int64) {
 		}
 	}
 
-	r.limit.Store(spent + least)
+	// If no member has answered its size, the limit stays.
+	if least < math.MaxInt64 {
+		r.limit.Store(spent + least)
+	}
 }
 
 // findQuota reads the quota from a member's metrics: before etcd 3.6 it is not in the status.
@@ -104,7 +114,7 @@ func (c *cluster) findQuota(ctx context.Context) {
 // do that by itself, or may not.
 func (c *cluster) forget(ctx context.Context) {
 	garbage := c.garbage.Load()
-	if garbage < garbageMost {
+	if garbage < c.share(garbageMost) {
 		return
 	}
 
@@ -134,8 +144,6 @@ func (c *cluster) noteFull(isFull bool) {
 // goroutine for each lock, and ends when the lock is lost or given back.
 func (l *clusterLock) attend() {
 	c := l.d.client
-	c.findQuota(l.ctx)
-
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
 		l.d.check()

@@ -192,3 +192,34 @@ func TestEtcdCloseWhileFull(t *testing.T) {
 		again.Close()
 	})
 }
+
+// Ensure that a store that only overwrites little data does not fill a small cluster.
+func TestEtcdQuotaOfOverwrites(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		e.quota = 4 << 20
+		dir, _ := e.dir(t, t.Context(), "first:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		value := make([]byte, 16<<10)
+		for i := range 500 {
+			rand.Read(value)
+			if err := d.Room(int64(len(value)), false); err != nil {
+				t.Fatalf("write number %d: %v", i, err)
+			}
+			d.Set(fmt.Sprint(i%4), string(value))
+			h.Done.Set(fmt.Sprint(i%4), string(value))
+			if err := d.Commit(); err != nil {
+				t.Fatalf("write number %d: %v", i, err)
+			}
+			h.Told = h.Done.Clone()
+			<-time.After(20 * time.Millisecond)
+		}
+		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, "then")
+	})
+}
