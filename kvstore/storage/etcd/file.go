@@ -465,6 +465,7 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	// the last survey.
 	f.d.pieces.Add(1)
 	f.d.client.spent.Add(int64(len(data)) + pieceExtra)
+	f.d.client.plain.Add(p.size + pieceExtra)
 	f.lay(p)
 	return nil
 }

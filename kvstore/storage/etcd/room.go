@@ -35,6 +35,7 @@ type room struct {
 	full    atomic.Bool  // etcd refuses every put
 	quota   atomic.Int64 // bytes of a member's database, at most; 0: not known
 	spent   atomic.Int64 // bytes that we have written so far
+	plain   atomic.Int64 // the same bytes before they were packed
 	limit   atomic.Int64 // what spent may become, as of the last survey
 	garbage atomic.Int64 // bytes that we have replaced or removed, and etcd still keeps
 }
@@ -50,7 +51,13 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 		margin /= 4
 	}
 
-	if r.full.Load() || quota > 0 && r.spent.Load()+size+margin > r.limit.Load() {
+	// Much data, such as a snapshot, most likely shrinks as what was written before did.
+	spent := r.spent.Load()
+	if plain := r.plain.Load(); size > pieceMost && plain > spent {
+		size = int64(float64(size) * float64(spent) / float64(plain))
+	}
+
+	if r.full.Load() || quota > 0 && spent+size+margin > r.limit.Load() {
 		return errFull
 	}
 	return nil

@@ -193,33 +193,44 @@ func TestEtcdCloseWhileFull(t *testing.T) {
 	})
 }
 
-// Ensure that a store that only overwrites little data does not fill a small cluster.
+// Ensure that a store that only overwrites its data does not fill a small cluster: little data, and
+// data that is larger than the quota until it is packed.
 func TestEtcdQuotaOfOverwrites(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		e, h := newFakeEtcd(), storetest.NewHistory()
-		e.quota = 4 << 20
-		dir, _ := e.dir(t, t.Context(), "first:9999")
-		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		value := make([]byte, 16<<10)
-		for i := range 500 {
-			rand.Read(value)
-			if err := d.Room(int64(len(value)), false); err != nil {
-				t.Fatalf("write number %d: %v", i, err)
+	random := make([]byte, 16<<10)
+	rand.Read(random)
+	large := shrinking(1<<20, 50)
+	for what, c := range map[string]struct {
+		writes int
+		value  func(i int) string
+	}{
+		"little data":            {300, func(i int) string { random[i]++; return string(random) }},
+		"data that shrinks well": {130, func(int) string { return large }},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			e.quota = 4 << 20
+			dir, _ := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
 			}
-			d.Set(fmt.Sprint(i%4), string(value))
-			h.Done.Set(fmt.Sprint(i%4), string(value))
-			if err := d.Commit(); err != nil {
-				t.Fatalf("write number %d: %v", i, err)
+			for i := range c.writes {
+				text := c.value(i)
+				if err := d.Room(int64(len(text)), false); err != nil {
+					t.Fatalf("%s: write number %d: %v", what, i, err)
+				}
+				d.Set(fmt.Sprint(i%5), text)
+				h.Done.Set(fmt.Sprint(i%5), text)
+				if err := d.Commit(); err != nil {
+					t.Fatalf("%s: write number %d: %v", what, i, err)
+				}
+				h.Told = h.Done.Clone()
+				<-time.After(100 * time.Millisecond)
 			}
-			h.Told = h.Done.Clone()
-			<-time.After(20 * time.Millisecond)
-		}
-		d.Close()
-		after, _ := e.dir(t, t.Context(), "second:9999")
-		checkKept(t, h, after, "then")
-	})
+			d.Close()
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, what)
+		})
+	}
 }
