@@ -17,7 +17,8 @@ type Status struct {
 	Compactions atomic.Int64 // how many compactions have succeeded
 }
 
-// Stage is what a store that is not open yet does or waits for, such as "loading 43 %"; "" once it is open.
+// Stage is what a store that is not open yet does or waits for, such as "loading 43 %"; "" once it
+// is open.
 func (s *Status) Stage() string {
 	if stage := s.stage.Load(); stage != nil {
 		return *stage

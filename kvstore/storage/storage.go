@@ -49,9 +49,10 @@ type Directory interface {
 	Stamps() (map[string]Stamp, error)
 	// Path returns how people call the file of that name; for an empty name, the directory.
 	Path(name string) string
-	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file
-	// once a file has segment bytes. Full files are not compacted while together they have fewer
-	// than compact bytes. A file is extended by reserve bytes of zeros at a time; if reserve is 0, by what is written.
+	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once a
+	// file has segment bytes. Full files are not compacted while together they have fewer than compact
+	// bytes. A file is extended by reserve bytes of zeros at a time; if reserve is 0, by what is
+	// written. The sizes are final once the lock is held.
 	Sizes() (segment, compact int64, reserve int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
 	// bytes. A request that frees room may use the last of it.
