@@ -33,7 +33,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most; long lines take more
+	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most, if its lines are short
 	freeLine  = 2 << 10  // bytes of a line that are taken in however much memory other lines take
 	freeBurst = 4 << 10  // bytes of the read buffer of a client that is not busy, at most
 	freeChain = 32       // queries in one of its chains
@@ -41,7 +41,7 @@ const (
 	largeSize = maxMessage
 
 	// The rate of the slowest steady reader, in bytes a second; and the most bytes that the two
-	// sockets hold: 6 MiB in the reader's (Linux: tcp_rmem), the rest in ours.
+	// sockets hold: 6 MiB in the reader's (Linux: tcp_rmem), ours, and a margin.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
@@ -158,7 +158,7 @@ type Client struct {
 
 	// Owned by readFromClient until its departure, then by workLoop.
 	in       input
-	underWay bool      // a chain was sent and has not come back
+	underWay bool      // a chain was sent, and readFromClient has not waited for it yet (await)
 	takeEnds time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
 	reason   string    // why the connection ends, for the log; "": it does not
 
@@ -585,8 +585,8 @@ func (in *input) need(maxLine int) (bytes int64) {
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // read waits for input. It returns the complete lines as one string, whose substrings will be keys
-// and values, and the error that ends the input. The string is good until the next wholeLines, and
-// until then the chain's holder may read it.
+// and values, and the error that ends the input; a tick is no error. The string is good until the
+// next wholeLines, and until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
 	if in.full && len(in.buf) >= freeBurst {
@@ -1484,7 +1484,8 @@ func (o *outbox) cloneWaiting() {
 }
 
 // shed gives up those replies behind the one in hand that may be dropped, because others need the
-// memory that they keep and the client takes nothing. It reports whether the client has sent Ack.
+// memory that they keep and the client takes nothing. It reports whether the client has sent Ack,
+// perhaps later in the chain.
 func (o *outbox) shed() (acked bool) {
 	acked = o.acked
 	for q := o.next.next; q != nil; q = q.next {
@@ -1654,8 +1655,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// Before Ack a client is cut off in a Keys or Dump, if it has sent lines of over burstSize and
-	// the reply may not be dropped, or in a reply that has begun (decide).
+	// Before Ack mayCut holds for a Keys or Dump, and for a client that has sent lines of over
+	// burstSize if the reply may not be dropped. (A reply that pins values may always be cut.)
 	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
 
 	for {
@@ -1841,8 +1842,8 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 // drainInput reads on once our side has ended, until the client ends its own, for at most
 // drainTime. If a socket is closed with unread input, or before more input comes, the connection is
 // reset, and the client loses replies that it has not read yet (RFC 1122, 4.2.2.13). When the
-// server closes, a client that was quiet, and had time to read everything, has only busyTime of
-// silence. Any other client may just pause between two reads.
+// server closes, a client that has sent nothing since the last tick, and had time to read
+// everything, is closed after busyTime of silence. Any other may just pause between two reads.
 func (c *Client) drainInput() {
 	var scratch [4 << 10]byte
 	for left, quiet := drainTime, time.Duration(0); left > 0; {
@@ -1882,7 +1883,7 @@ func (c *Client) drainInput() {
 //
 // The fields belong to the Write that is under way. There is one at a time: writeToClient's, or a
 // TLS handshake's before there is a client. (If TLS itself answers during a Read, its lock keeps
-// the two Writes apart.) Other goroutines use only Conn and writing.
+// the two Writes apart.) Other goroutines use only Conn, writing and taken.
 type pacedConn struct {
 	net.Conn
 	server   *keyValueServer

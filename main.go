@@ -89,7 +89,7 @@ const (
 	exitMisuse  = 2 // the command line or the environment is wrong
 
 	stopTime    = 5 * time.Second // for a stop; after that the process ends in any case
-	connectTime = 5 * time.Second // to connect; for -c's first answer, and for each of -ping's two
+	connectTime = 5 * time.Second // to connect; also for -c's first answer, and for each answer to -ping
 )
 
 func main() {

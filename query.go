@@ -161,10 +161,10 @@ const needsKey = "a key, without a colon in it"
 //     older program can say that it is too old;
 //   - a case in the model of the tests: storetest's Request.Do, and model.answer in server_test.go
 //     (otherwise FuzzConversation fails);
-//   - the words that other programs use for it, in dialects;
+//   - the words that other programs use for it, in dialects; a name has 8 letters at most (pack);
 //   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what n
-//     counts, and in the conversations of the tests (otherwise TestEveryRequest fails); the
-//     conversations test everything else;
+//     counts, in the row of -c if it tells, and in the conversations of the tests (otherwise
+//     TestEveryRequest fails); the conversations test everything else;
 //   - its counter in the list of TestStats.
 var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",

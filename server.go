@@ -32,8 +32,8 @@ import (
 
 // Limits of the server.
 const (
-	// Chains in a batch, at most: enough to share one fsync (group commit), few enough that the
-	// first one does not wait long.
+	// Once a batch has this many chains it is committed: enough to share one fsync (group commit),
+	// few enough that the first one does not wait long.
 	maxBatch = 64
 
 	// How often workLoop, when its queue is empty, yields before it commits, so that readers that
@@ -54,8 +54,8 @@ const (
 	maxHeavyTurn = time.Millisecond / 2
 
 	// How many requests of a client workLoop runs between two looks at the clock: one at first,
-	// twice as many after each look, up to maxStride, and one again after two looks that were
-	// longTime apart. An Update, a Swap or a Remove counts as searchCost requests, because it may
+	// twice as many after each look, up to maxStride, and one again if longTime has passed since the
+	// last look. An Update, a Swap or a Remove counts as searchCost requests, because it may
 	// search a long list.
 	maxStride  = 64
 	searchCost = 8
@@ -286,8 +286,8 @@ type share struct {
 	isSteady bool // it also wrote in one of the two batches before that
 }
 
-// finish is how much the client will have spent at the next look at the clock, if its requests take
-// as long as they did of late.
+// finish is what the client has spent, and what it will most likely spend until the next look at the
+// clock.
 func (s *share) finish() time.Duration { return s.spent + s.cost }
 
 // isHeavy reports whether the client's requests of late take long.
@@ -509,7 +509,7 @@ func (s *keyValueServer) ask(what queryType) int {
 }
 
 // Failed returns a channel that receives the error of the store's Commit if one fails. From then on
-// the server answers no request. The caller is to Close it.
+// the server answers no request. The caller must Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
 // Close ends the server. Requests that were read are run, except those behind a Keys or Dump that is
@@ -807,7 +807,7 @@ func (s *keyValueServer) mayGrow() bool {
 func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
 
 // mayRun reports whether a chain of the client that has sh may run before the Commit. A heavy
-// client's chain does not join a batch, because the other clients' replies would wait for it.
+// client's chain runs only if the batch is empty, because others' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
@@ -1263,10 +1263,10 @@ type budget struct {
 	inputs atomic.Int64 // lines that have begun to be long
 	bursts atomic.Int64 // what busy clients may take (burstMemory)
 	store  atomic.Int64 // store and clients, as workLoop last noted them
-	pinned atomic.Int64 // values that waiting replies keep, should others remove them: at most
+	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
 
-	// What else was alive after the last collection: values that were removed and are pinned, and
-	// all the rest.
+	// What else was alive after the last collection: most likely values that are pinned and were
+	// removed (pins), and all the rest (other).
 	pins, other atomic.Int64
 
 	// Each has one slot, for a line beyond the share of lines: any line, and a line that frees.
@@ -1341,8 +1341,8 @@ func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
 // replies may take a quarter more than the limit.
 func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
 
-// isPinned reports whether the data and what is pinned, which is much, take more than is for data.
-// Then clients that read too slowly must give up what they have pinned.
+// isPinned reports whether much is pinned, and exceeds forData together with the data. Then clients
+// that read too slowly must give up what they have pinned.
 func (b *budget) isPinned() bool {
 	pins := min(b.pins.Load(), b.pinned.Load())
 	return b.limit > 0 && pins > b.shared()/queuesShare && !b.fits(pins, 0)
@@ -1592,8 +1592,8 @@ func (s *keyValueServer) leave(c *Client) {
 }
 
 // stopReading begins the end of the server: no more requests are read. A second call does nothing.
-// Writes end with timeIsUp. After its last reply a client that goes on sending, or has much to
-// read, gets drainTime to take it (drainInput).
+// Writes end with timeIsUp. A client that has sent something within the last second, or has much to
+// read, gets drainTime to take its last replies (drainInput).
 func (s *keyValueServer) stopReading() {
 	if s.closing {
 		return
@@ -1684,7 +1684,7 @@ func (s *keyValueServer) stats() []counter {
 		{"waiting_takes", "Takes that wait for a value.", s.takes.n},
 		{"expired_keys_total", "Keys that were deleted because their time was over.", s.expired},
 		{"clients_refused_total", "Connections over -max-clients, which were refused.", s.full.total},
-		{"tls_handshakes_failed_total", "Connections that did not get as far as TLS.",
+		{"tls_handshakes_failed_total", "TLS handshakes that failed or were given up.",
 			s.badHandshakes.total},
 	}...)
 

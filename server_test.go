@@ -59,9 +59,9 @@
 //	Log output can neither stop nor end a server
 //		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
-//		TestCloseInEveryState, TestCloseUnderASteadyReader, TestCloseWithTLS
+//		TestCloseInEveryState, TestCloseUnderASteadyReader, TestCloseWithTLS, TestEndByHalfClose
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
-//		TestFsyncDuringWrite, TestEveryCallFails
+//		TestPowerFailsBesideEverything, TestFsyncDuringWrite, TestEveryCallFails
 //	A key is gone for everybody when its time is over, and stays gone
 //		TestExpire, TestExpireWhileTheClockJumps, TestExpireBeforeTheStart, TestExpireManyAtOnce,
 //		TestExpireIsCommitted, TestExpireOnAFullDisk
@@ -1707,7 +1707,7 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 
 // Ensure that handshakes that do not go on take no client's place and keep nobody out, however many
 // they are: a new one takes the place of the oldest that has sent nothing. So a client that has
-// sent its hello stays, however long the rest takes.
+// sent its hello stays, up to handshakeTime, while there is one that has not.
 func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	t.Parallel()
 	withTLS := serverConfig(t)

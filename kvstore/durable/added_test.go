@@ -149,7 +149,7 @@ func TestFailedRotationLeavesNoStranger(t *testing.T) {
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Error(err)
 		}
-		if strings.Contains(log.String(), "none of this store's") {
+		if strings.Contains(log.String(), "do not belong to this store") {
 			t.Errorf("the log says\n%s", log)
 		}
 	})

@@ -89,7 +89,8 @@ func (d *Store) isStrangeLock() bool {
 // lookForFiles checks whether somebody has changed the store's files, and mends them: otherwise
 // answered writes would be lost when the server ends. A heal that fails is tried again later. Until
 // then writes are refused, while requests that read or free room go on in the file that the store
-// has open. lookForFiles returns an error if the next start would refuse the files as they are.
+// has open. lookForFiles returns an error if the next start would refuse the files as they are. While
+// a compaction runs, changes of older files are not seen.
 func (d *Store) lookForFiles() error {
 	// A compaction that has ended does not count.
 	began, isCompacting := time.Now(), d.isCompacting()
@@ -144,7 +145,7 @@ func (d *Store) lookForFiles() error {
 // check.
 func (d *Store) tellOfOthers(others []string) error {
 	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
-		d.log.Error("files that are none of this store's were put into its directory: take them away, "+
+		d.log.Error("files that do not belong to this store are in its directory: remove them, "+
 			"or the next start is refused", "files", others, "dir", d.dir.Path(""))
 	}
 	d.toldOthers = others
@@ -222,7 +223,7 @@ func (d *Store) mend(c changes) (left changes, err error) {
 }
 
 // heal writes all data again with a rotation and a compaction: it goes on in a new file, and a
-// snapshot replaces all files before that one. If it fails, nothing has to be undone. The order is:
+// snapshot replaces all files before that one. If it fails, it can be tried again. The order is:
 // sync the temporary snapshot, remove the spoiled files, rename the snapshot. The spoiled files go
 // before the rename because below a snapshot a start accepts only full files. After a crash
 // before the rename, a start may refuse what it finds.

@@ -234,8 +234,8 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// read reads the next file, and calls each for its frames. The last file is the newest one, or the
-// one before it if the newest is unused (judgeFile). After an error, read goes on with the next
+// read reads the next file, and calls each for its frames. The last file is the newest one, or,
+// if that has no frames, the one before it (judgeFile). After an error, read goes on with the next
 // file.
 func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
@@ -310,9 +310,9 @@ func (s *files) isFollowed(number uint64) bool {
 	return l.last > number
 }
 
-// isUnused reports whether a file is a segment without frames that was made when the one before it
-// had no frame from next on. (If it had one, that file's end is damaged: a rotation makes the next
-// file only when all of the old one is on disk.)
+// isUnused reports whether a file is a segment without frames, and the file before it, of which the
+// frames before next were read, had no more when this one was made. If it had more, its end is
+// damaged: a rotation makes the next file only when all of the old one is on disk.
 func (s *files) isUnused(l *logReader, next uint64) bool {
 	// first counts the frame that was to say that this file follows.
 	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1
@@ -474,8 +474,8 @@ func (d *Store) resume(ends []logEnd) error {
 	return nil
 }
 
-// reopen opens a segment to go on writing at its end. It writes the frames that no later one calls
-// synced once more, in place. After a failed fsync the kernel may serve data from memory that is
+// reopen opens a segment to go on writing at its end. It rewrites in place the frames that no later
+// frame calls synced. After a failed fsync the kernel may serve data from memory that is
 // not on disk, and take it for written (Rebello et al., "Can Applications Recover from fsync
 // Failures?", 2020), but data that is written again it has to write. The bytes behind the frames
 // are cleared, even if they read as zeros, because an earlier start may have cleared them only in

@@ -9,7 +9,7 @@ import (
 )
 
 // SPARE is a file of zeros that reserves room on the disk for requests that free some: when the
-// disk is full, it is shortened by as much as the log needs to go on. It has at least the bytes of
+// disk is full, it is shortened so that the log can grow by as much. It has at least the bytes of
 // log that it takes to delete every key, one at a time, and after a compaction at most twice that
 // and twice zerosAhead. It belongs to the store's owner, as a logWriter without frames; its file is
 // nil while there is no SPARE.
@@ -95,9 +95,8 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
-	// While large writes are refused, small ones may be taken. There is room again only when the
-	// largest refused write would fit. If that is very large, nothing tries it until it comes
-	// again.
+	// While large writes are refused, small ones may be taken. The log says that there is room again
+	// once the largest refused write would fit. A very large one is only tried when it comes again.
 	switch most := d.mostRefused; {
 	case err != nil:
 		d.roomAfter = time.Now().Add(roomTime)

@@ -480,7 +480,7 @@ func (d *directory) check() (isKnown bool) {
 	if len(d.lost) == 0 {
 		d.lock.mended.Store(missed)
 	}
-	d.lock.look()
+	d.lock.wake()
 	return true
 }
 

@@ -53,7 +53,7 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
-	// sent to by look, received by Held: check again. One slot, because one signal is enough
+	// sent to by wake, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
 	stop    context.CancelFunc
@@ -82,12 +82,12 @@ func (l *clusterLock) fail(err error) error {
 // storage.ErrGone.
 func (l *clusterLock) miss(err error) error {
 	l.missed.Add(1)
-	l.look()
+	l.wake()
 	return fmt.Errorf("%w: %w", storage.ErrGone, err)
 }
 
-// look wakes Held, which then checks again.
-func (l *clusterLock) look() {
+// wake wakes Held, which then checks again.
+func (l *clusterLock) wake() {
 	select {
 	case l.beaten <- struct{}{}:
 	default:
@@ -202,8 +202,8 @@ func (w *sight) isFree(token string) bool {
 }
 
 // Lock takes the lock. If another process has it, a server (Options.Addr is not "") waits until
-// that process gives it back, or shows no sign of life for lockTime. Any other process waits only
-// as long as it has seen no sign of life.
+// that process gives it back, or shows no sign of life for lockTime. Any other process gives
+// up once it has seen a sign of life.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
 	for {
@@ -365,7 +365,7 @@ func (l *clusterLock) confirm(sent time.Time, answer response) {
 	l.revision.Store(answer.Header.Revision)
 	l.confirmed.Store(&sent)
 	l.d.opts.Status.Confirm(sent)
-	l.look()
+	l.wake()
 }
 
 // age is how old the last sign of life is, by the monotonic clock or the wall clock, whichever says
@@ -430,7 +430,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// Give up only if this sign has failed and was sent patienceTime after the last confirmed one, by
+	// Give up only if this sign has failed and was sent patienceTime or more after the last confirmed one, by
 	// the monotonic clock.
 	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
 	case l.beating.Err() != nil: // the lock was given back or lost
