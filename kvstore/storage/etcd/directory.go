@@ -279,10 +279,20 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// beginSteps starts a new series of steps. The caller has access.
+// beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
+// so that the request is harmless if the network delivers it a second time, later.
 func (d *directory) beginSteps() error {
+	step, revision := d.key("step"), int64(0)
+	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
+	if err != nil {
+		return err
+	}
+	for _, kv := range answer.read(0).KVs {
+		revision = kv.Revision
+	}
+
 	d.steps, d.step = rand.Text(), 0
-	return d.do(0, []operation{putKey(d.key("step"), d.stepValue(0))})
+	return d.do(0, []operation{putKey(step, d.stepValue(0))}, isRevision(step, revision))
 }
 
 // change gives each name its new id in ids, in one transaction, if the lock is ours and the names

@@ -42,6 +42,13 @@ func TestEtcdFaults(t *testing.T) {
 	}
 }
 
+// Ensure that no request of a start does harm if the network delivers it once more, later.
+func TestEtcdFaultsOfAStart(t *testing.T) {
+	for n := range 12 {
+		synctest.Test(t, func(t *testing.T) { etcdFaultAt(t, doneTwice, n+1) })
+	}
+}
+
 // etcdFaultAt runs the script with a fault at request n, and reports whether there were that many
 // requests.
 func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
