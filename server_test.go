@@ -3038,6 +3038,82 @@ func TestCommitBeforeReplies(t *testing.T) {
 	})
 }
 
+// Ensure that what a store takes back is refused, reads as well, and that all clients go on: also one
+// whose Take was served, one that has a Dump, and one of whose chain only a part had run.
+func TestCommitTakenBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir, gate := storetest.New(), make(chan bool, 1)
+		var isFull atomic.Bool
+		dir.Reserve = 0 // as in a cluster
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "sync" {
+				<-gate
+				gate <- true
+			}
+			if call.What == "write" && isFull.Load() {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		gate <- true
+		db := storeIn(t, dir, nil)
+		n.server.db = slowPuts{db}
+		a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+		refused := func(from *testClient, lines ...int) {
+			t.Helper()
+			for _, line := range lines {
+				want := fmt.Sprintf(":ERROR line %d: the disk is full, nothing was changed: ", line)
+				if got := from.read(); !strings.HasPrefix(got, want) {
+					t.Errorf("got %q, want %q", got, want)
+				}
+			}
+		}
+		a.ask("Set:k:v", ":OK 0")
+		b.send("Take:none:600\n")
+		pass(2 * time.Second) // then the store writes nothing by itself
+
+		isFull.Store(true)
+		a.send("Delete:k\nGet:k\nSet:none:v\nPing\n")
+		refused(a, 3, 4, 5)
+		a.want(":PONG")
+		refused(b, 2)
+
+		isFull.Store(false)
+		a.ask("Set:k:w", ":OK 1")
+
+		// While the store syncs, three Puts and a Dump come. Each Put takes a whole turn, and so the
+		// Dump sees two of them, which are taken back with it.
+		d, e := n.dial(t), n.dial(t) // so that they wait for their turns, in this order
+		synctest.Wait()
+		<-gate
+		c.send("Set:other:v\n")
+		synctest.Wait()
+		d.send("Put:many:1\nPut:many:2\nPut:many:3\nPing\n")
+		synctest.Wait()
+		e.send("Dump:many\n")
+		synctest.Wait()
+		isFull.Store(true)
+		gate <- true
+		c.want(":OK 0")
+		e.want(":OK 0")
+		isFull.Store(false)
+		refused(d, 1, 2)
+		d.want(":PONG")
+		a.ask("Get:many", "many:3", ":OK 1")
+
+		n.server.Close()
+		must(t, db.Close())
+	})
+}
+
+// slowPuts is a Store of which a Put takes longer than a turn.
+type slowPuts struct{ kvstore.Store }
+
+func (s slowPuts) Put(key, value string) {
+	s.Store.Put(key, value)
+	<-time.After(2 * maxTurn)
+}
+
 // Ensure that a Get that sees another client's Put is not answered before the Put is committed.
 func TestCommitBeforeGets(t *testing.T) {
 	for _, failure := range []error{nil, errors.New("disk on fire")} {

@@ -42,6 +42,8 @@ type journal struct {
 	current    *logWriter
 	sequence   uint64      // of the last frame written
 	synced     uint64      // of the last frame known to be on disk
+	written    int64       // bytes of current up to the last frame written
+	safe       int64       // bytes of current up to the last frame known to be on disk
 	vouched    bool        // the last frame needs no frame that vouches for it
 	err        error       // the first failure; from then on nothing is written
 	timer      *time.Timer // of the next tick; nil: none is due
@@ -96,7 +98,7 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 
 	// Only now: an fsync that ran meanwhile has not covered this frame.
 	j.mu.Lock()
-	j.sequence = f.sequence
+	j.sequence, j.written = f.sequence, w.size
 	j.vouched = kind != frameRecords
 	j.mu.Unlock()
 }
@@ -109,7 +111,7 @@ func (j *journal) syncRest() error {
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
-	w, sequence, err := j.current, j.sequence, j.err
+	w, sequence, written, err := j.current, j.sequence, j.written, j.err
 	done := j.synced >= sequence
 	j.mu.Unlock()
 	if done || err != nil {
@@ -120,6 +122,12 @@ func (j *journal) syncRest() error {
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
 
+	// In a full cluster what was answered already can only wait for room.
+	for j.zerosAhead == 0 && j.fsync != FsyncAlways && storage.IsFull(err) {
+		time.Sleep(roomTime)
+		err = w.sync()
+	}
+
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would not report it.
 	j.mu.Lock()
@@ -128,7 +136,7 @@ func (j *journal) syncRest() error {
 		j.err = err
 	}
 	if j.err == nil {
-		j.synced = max(j.synced, sequence)
+		j.synced, j.safe = sequence, written
 	}
 	return j.err
 }
@@ -187,6 +195,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// From here on the log is in the new file. A crash now leaves a full file and an empty one.
 	j.mu.Lock()
 	j.current = w
+	j.written, j.safe = w.size, w.size
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.room()
 	return old, nil
@@ -288,7 +297,11 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.room() < 2*frameSize) {
+	hasRoom := !j.isFull.Load() && j.current.room() >= 2*frameSize
+	if j.zerosAhead == 0 {
+		hasRoom = j.dir.RoomFor(2*frameSize, true) == nil
+	}
+	if due && !hasRoom {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()

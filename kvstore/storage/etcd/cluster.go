@@ -86,6 +86,7 @@ type cluster struct {
 	token    atomic.Pointer[string] // of the user; nil: none yet, or none is needed
 	id       atomic.Pointer[string] // of the cluster; nil: no member has answered yet
 	revision atomic.Int64           // the highest that the cluster has answered
+	lost     atomic.Int64           // requests whose answer was lost: etcd may yet do them
 	warned   sync.Once              // about a member of another cluster
 
 	room // in the members' databases
@@ -202,6 +203,14 @@ func isFinal(err error) bool {
 		return !e.isExpired()
 	}
 	return isUntrusted(err) || errors.Is(err, ErrOther)
+}
+
+// mayArrive reports whether etcd may yet do a request that has ended with err.
+func mayArrive(err error) bool {
+	if e := (*refusal)(nil); errors.As(err, &e) {
+		return !isFinal(err) && !e.isExpired()
+	}
+	return err != nil && !errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // isTooMuch reports whether a smaller request may succeed.
@@ -497,6 +506,9 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int) (r
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
 		answer, err := c.post(ctx, member, at, request, size)
+		if mayArrive(err) {
+			c.lost.Add(1)
+		}
 		switch {
 		case err == nil:
 			return answer, nil

@@ -168,8 +168,7 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
-// not counting the time in which etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -185,25 +184,15 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 
 	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
 	// for a request that fails while signs of life arrive.
-	for {
-		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
-		answer, err := d.client.call(ctx, at, request, size)
-		cancel()
+	ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
+	defer cancel()
+	answer, err := d.client.call(ctx, at, request, size)
 
-		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
-		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
-			err = d.lock.miss(err)
-		}
-
-		// Wait for a full etcd: once somebody has made room the write succeeds.
-		if !errors.Is(err, syscall.ENOSPC) {
-			return answer, err
-		}
-		d.client.noteFull(true)
-		if err := wait(d.lock.ctx, beatTime); err != nil {
-			return answer, err
-		}
+	// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
+	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
+		err = d.lock.miss(err)
 	}
+	return answer, err
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -232,7 +221,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied.
+// has applied them. After a storage.ErrGone it is not known whether they were applied. In a full
+// etcd a piece ends with errFull, and all else waits.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
@@ -246,6 +236,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 
 	// If a comparison fails, read the lock and the step, to find out why.
 	step, first := d.key("step"), ops[0].Put
+	isChange := first != nil && bytes.Equal(first.Key, step)
+	isPiece := !isChange && ops[len(ops)-1].Put != nil
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
 	for {
@@ -254,13 +246,21 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
+		case errors.Is(err, syscall.ENOSPC):
+			d.client.noteFull(true)
+			if isPiece {
+				return errFull
+			}
+			if cause := wait(d.lock.ctx, beatTime); cause != nil {
+				return cause
+			}
+			continue
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
 			return d.lock.fail(err)
 		case answer.Succeeded:
 			return nil
-		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
-			return nil
+		case isChange && len(is) == 1 && bytes.Equal(first.Value, is[0].Value):
+			return nil // an earlier try has applied ops
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
@@ -722,8 +722,14 @@ func (d *directory) Remove(name string) error {
 	return d.change(map[string]string{name: ""})
 }
 
+// Extend opens a file for writing. In a full etcd its Sync fails, while that of a file that was
+// just made waits.
 func (d *directory) Extend(name string) (storage.File, error) {
 	f, _, err := d.Open(name)
+	if file, isFile := f.(*pieceFile); isFile {
+		defer file.access.begin()()
+		file.extended = true
+	}
 	return f, err
 }
 

@@ -193,6 +193,118 @@ func TestEtcdCloseWhileFull(t *testing.T) {
 	})
 }
 
+// Ensure that a Commit is taken back if etcd has no room for it, whichever of its requests finds that
+// out: the store is what it was before, reads go on, and so do writes once there is room.
+func TestEtcdCommitTakenBack(t *testing.T) {
+	t.Parallel()
+	large := make([]byte, 1200<<10)
+	rand.Read(large)
+	for n, isLarge := 1, true; n > 0; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			dir, w := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 12 { // pieces that may be joined
+				commit(t, d, h, fmt.Sprint("k", i%3), rand.Text())
+			}
+			d.Expire("k1", 1<<40)
+			h.Done.Expire("k1", 1<<40)
+			commit(t, d, h, "k2", "last")
+			<-time.After(beatTime / 2)
+
+			full := w.count() + n
+			w.mu.Lock()
+			w.before = func(number int) {
+				if number == full {
+					e.setFull(true)
+				}
+			}
+			w.mu.Unlock()
+			d.Put("k0", "v")
+			d.Set("k1", "v")
+			d.Delete("k2")
+			d.Put("new", "v")
+			d.Put("large", string(large))
+			began := time.Now()
+			err = d.Commit()
+			isFull := w.count() >= full
+			if errors.Is(err, storage.ErrTakenBack) != isFull {
+				t.Fatalf("request %d is refused: %v; %v", n, isFull, err)
+			}
+			if !isFull && isLarge { // now with a frame that waits for Sync as a whole
+				n, isLarge, large = 0, false, large[:300<<10]
+			} else if !isFull {
+				n = -1
+			}
+			if !isFull {
+				d.Close()
+				return
+			}
+			if took := time.Since(began); took > time.Second || !h.Told.Equal(d) {
+				t.Errorf("request %d: after %v there is not what was there before", n, took)
+			}
+			if err := d.Room(1, true); !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("request %d: then there is room: %v", n, err)
+			}
+			for range 5 { // reads
+				if err := d.Commit(); err != nil {
+					t.Errorf("request %d: a read: %v", n, err)
+				}
+				<-time.After(time.Second)
+			}
+
+			e.setFull(false)
+			<-time.After(2 * time.Second)
+			h.Done = h.Told.Clone()
+			for range 12 {
+				commit(t, d, h, "k1", rand.Text())
+			}
+			<-time.After(2 * time.Second)
+			w.mu.Lock()
+			for _, sent := range w.sent { // as if the network had delayed what has taken back
+				if len(sent.Success) == 1 && sent.Success[0].Delete != nil {
+					e.txn(sent)
+				}
+			}
+			w.mu.Unlock()
+			if e.kvs["kv/n/seg-2.log"].Key != nil {
+				t.Errorf("request %d: something counts as gone", n)
+			}
+			w.kill()
+			<-d.Lost()
+			d.Close()
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, fmt.Sprintf("request %d", n))
+		})
+	}
+}
+
+// Ensure that a Commit of which a request may arrive late is not taken back: it waits for room.
+func TestEtcdCommitWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		<-time.After(beatTime / 2)
+		w.mu.Lock()
+		w.at, w.fault = w.requests+1, lostRequest
+		w.mu.Unlock()
+		time.AfterFunc(time.Millisecond, func() { e.setFull(true) })
+		time.AfterFunc(10*time.Second, func() { e.setFull(false) })
+		began := time.Now()
+		commit(t, d, h, "k", "w")
+		if took := time.Since(began); took < 9*time.Second {
+			t.Errorf("it is done after %v", took)
+		}
+		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, "then")
+	})
+}
+
 // Ensure that a store that only overwrites its data does not fill a small cluster: little data, and
 // data that is larger than the quota until it is packed.
 func TestEtcdQuotaOfOverwrites(t *testing.T) {
