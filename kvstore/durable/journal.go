@@ -3,6 +3,7 @@ package durable
 import (
 	"errors"
 	"log/slog"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,13 +107,16 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 // syncRest makes everything written so far durable. If it already is, as after reads alone, there
 // is nothing to do. Owner and timer call it, but only one fsync runs at a time: Linux reports a
 // failed write only once, so of two fsyncs one would believe that everything is on disk.
-func (j *journal) syncRest() error {
+func (j *journal) syncRest() error { return j.syncThrough(math.MaxUint64) }
+
+// syncThrough is syncRest, but does nothing if the frame of that sequence is on disk.
+func (j *journal) syncThrough(through uint64) error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
 	w, sequence, written, err := j.current, j.sequence, j.written, j.err
-	done := j.synced >= sequence
+	done := j.synced >= min(sequence, through)
 	j.mu.Unlock()
 	if done || err != nil {
 		return err
@@ -277,7 +281,11 @@ func (j *journal) tick() {
 	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
-	err := j.syncRest()
+	// Frames of a Commit that may yet be taken back are that Commit's to sync.
+	var err error
+	if !j.takesBack() {
+		err = j.syncRest()
+	}
 	if err == nil {
 		j.vouch()
 	}
@@ -308,11 +316,13 @@ func (j *journal) vouch() {
 	if due {
 		j.appendFrame(frameSynced, nil, 0)
 	}
+
+	sequence := j.sequence
 	<-j.writing
 
 	// Not while writing is held, so that Commits that only write need not wait for this fsync.
 	if due {
-		j.syncRest()
+		j.syncThrough(sequence)
 	}
 }
 

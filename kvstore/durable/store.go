@@ -363,6 +363,10 @@ func (d *Store) note(pending []byte, records uint32) {
 
 	// wroteEarly says that the Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
+		// Otherwise the timer's frame before it could be synced together with it.
+		if d.takesBack() && !d.wroteEarly {
+			d.syncRest() // if it fails, the Commit returns the error
+		}
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
 	}

@@ -21,15 +21,16 @@ type before struct {
 // mayTakeBack reports whether a Commit that ended with err can be taken back. On a disk that is not
 // needed, because Room finds out what room there is. And where Commits are answered before the fsync
 // there is no way back.
-func (d *Store) mayTakeBack(err error) bool { return d.keepsBefore() && storage.IsFull(err) }
+func (d *Store) mayTakeBack(err error) bool { return d.takesBack() && storage.IsFull(err) }
 
-// keepsBefore reports whether what keys held is kept until the next Commit.
-func (d *Store) keepsBefore() bool { return d.zerosAhead == 0 && d.fsync == FsyncAlways }
+// takesBack reports whether a Commit can be taken back at all. Then only Commits sync what they
+// have written, so that the last frame that is synced is always the end of a Commit.
+func (j *journal) takesBack() bool { return j.zerosAhead == 0 && j.fsync == FsyncAlways }
 
 // keep keeps what key holds, before a change. A key that is changed again is kept again: to find out
 // would cost more.
 func (d *Store) keep(key string) {
-	if !d.keepsBefore() {
+	if !d.takesBack() {
 		return
 	}
 	was := before{key: strings.Clone(key), values: d.Get(key)}

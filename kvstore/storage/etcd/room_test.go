@@ -282,6 +282,52 @@ func TestEtcdCommitTakenBack(t *testing.T) {
 	}
 }
 
+// Ensure that a Commit is taken back as a whole, also a frame of it that was written early, before
+// the timer wrote: what is done afterwards is done to the same values in the log as in memory.
+func TestEtcdEarlyFrameTakenBack(t *testing.T) {
+	t.Parallel()
+	const second, step = time.Second, 10 * time.Millisecond
+	for early := second - 10*step; early <= second+10*step; early += step {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			dir, w := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.mu.Lock()
+			w.slow = 20 * time.Millisecond // so that the timer's request takes some time
+			w.mu.Unlock()
+			commit(t, d, h, "k", "one")
+			commit(t, d, h, "k", "two")
+			<-time.After(early)
+			d.Take("k")
+			d.Put("large", strings.Repeat("x", 1100<<10))
+			<-time.After(100 * time.Millisecond)
+			e.setFull(true)
+			d.Put("k", "three")
+			if err := d.Commit(); !errors.Is(err, storage.ErrTakenBack) || !h.Told.Equal(d) {
+				t.Fatalf("%v: %v, and there is not what was there before", early, err)
+			}
+
+			e.setFull(false)
+			<-time.After(2 * time.Second)
+			d.Remove("k", "two")
+			h.Done = h.Told.Clone()
+			h.Done.Remove("k", "two")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			h.Told = h.Done.Clone()
+			w.kill()
+			<-d.Lost()
+			d.Close()
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, early.String())
+		})
+	}
+}
+
 // Ensure that a Commit of which a request may arrive late is not taken back: it waits for room.
 func TestEtcdCommitWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
