@@ -701,8 +701,14 @@ func (s *keyValueServer) workLoop() {
 // checkFiles makes the store check its files, which Commit does. A batch that waits is committed
 // soon anyway.
 func (s *keyValueServer) checkFiles() {
-	if len(s.batch) == 0 {
-		s.commitStore()
+	if len(s.batch) > 0 {
+		return
+	}
+	s.commitStore()
+
+	// The Commit was taken back, and so Takes that waited are refused.
+	if len(s.batch) > 0 {
+		s.commit()
 	}
 }
 
@@ -1569,6 +1575,7 @@ func (s *keyValueServer) commitStore() {
 // refuseAll refuses all that has run since the last Commit: the store has taken it back, for the
 // reason why. Reads are refused, too, for they may have seen what is not there any more.
 func (s *keyValueServer) refuseAll(why error) {
+	refusal := fmt.Sprintf("the disk is full, nothing was changed: %v", why)
 	for _, ran := range s.ran {
 		for q := ran.from; q != ran.to; q = q.next {
 			switch row := q.row(); {
@@ -1576,8 +1583,17 @@ func (s *keyValueServer) refuseAll(why error) {
 				q.run(s.db, s.now) // it has not begun: it only gets a new snapshot
 			case row.effect != noKey:
 				q.values, q.n, q.bytes = nil, 0, 0
-				q.refuse(fmt.Sprintf("the disk is full, nothing was changed: %v", why))
+				q.refuse(refusal)
 			}
+		}
+	}
+
+	// A Take that waits found no value, but now its key may have one again.
+	for key, queue := range s.takes.of {
+		for s.db.Count(key) > 0 && queue.Len() > 0 {
+			chain := s.takes.remove(queue.Front().Value.(*Query).client)
+			chain.refuse(refusal)
+			s.batch = append(s.batch, chain)
 		}
 	}
 

@@ -3039,7 +3039,8 @@ func TestCommitBeforeReplies(t *testing.T) {
 }
 
 // Ensure that what a store takes back is refused, reads as well, and that all clients go on: also one
-// whose Take was served, one that has a Dump, and one of whose chain only a part had run.
+// whose Take was served, one whose Take waits for a value that is there again, one that has a Dump,
+// and one of whose chain only a part had run.
 func TestCommitTakenBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		dir, gate := storetest.New(), make(chan bool, 1)
@@ -3100,6 +3101,22 @@ func TestCommitTakenBack(t *testing.T) {
 		refused(d, 1, 2)
 		d.want(":PONG")
 		a.ask("Get:many", "many:3", ":OK 1")
+
+		// A Take finds no value, because another one has got it, and waits. Then both are refused.
+		<-gate
+		c.send("Set:other:v\n")
+		synctest.Wait()
+		a.send("Take:k\n")
+		synctest.Wait()
+		b.send("Take:k:600\n")
+		synctest.Wait()
+		isFull.Store(true)
+		gate <- true
+		c.want(":OK 1")
+		refused(a, 9)
+		refused(b, 3)
+		isFull.Store(false)
+		a.ask("Count:k", ":OK 1")
 
 		n.server.Close()
 		must(t, db.Close())
