@@ -86,7 +86,6 @@ type cluster struct {
 	token    atomic.Pointer[string] // of the user; nil: none yet, or none is needed
 	id       atomic.Pointer[string] // of the cluster; nil: no member has answered yet
 	revision atomic.Int64           // the highest that the cluster has answered
-	lost     atomic.Int64           // requests whose answer was lost: etcd may yet do them
 	warned   sync.Once              // about a member of another cluster
 
 	room // in the members' databases
@@ -143,6 +142,8 @@ type (
 		Size   int64  `json:"dbSize,string"`
 		InUse  int64  `json:"dbSizeInUse,string"`
 		Quota  int64  `json:"dbSizeQuota,string"` // since 3.6
+
+		mayCome bool // an answer to the same request was lost: etcd may do it once more, later
 	}
 )
 
@@ -503,12 +504,12 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
 	// One member may refuse what the others do not, so every member is asked.
 	var why error
+	mayCome := false
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
 		answer, err := c.post(ctx, member, at, request, size)
-		if mayArrive(err) {
-			c.lost.Add(1)
-		}
+		mayCome = mayCome || mayArrive(err)
+		answer.mayCome = mayCome
 		switch {
 		case err == nil:
 			return answer, nil

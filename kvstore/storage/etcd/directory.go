@@ -224,14 +224,21 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 // has applied them. After a storage.ErrGone it is not known whether they were applied. In a full
 // etcd a piece ends with errFull, and all else waits.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
+	_, err := d.tryDo(size, ops, compare...)
+	return err
+}
+
+// tryDo is do, and reports whether etcd may apply ops once more, later: an answer was lost.
+func (d *directory) tryDo(size int, ops []operation, compare ...comparison) (mayCome bool,
+	err error) {
 	if d.lock == nil {
-		return errors.New("written without the lock")
+		return false, errors.New("written without the lock")
 	}
 
 	// The lock is lost, perhaps because it is not known whether a change was made. The next change
 	// must not follow: it would have that one's step.
 	if err := context.Cause(d.lock.ctx); err != nil {
-		return err
+		return false, err
 	}
 
 	// If a comparison fails, read the lock and the step, to find out why.
@@ -242,36 +249,37 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
 	for {
 		answer, err := d.call("kv/txn", t, size)
+		mayCome = mayCome || answer.mayCome
 		lock, is := answer.read(0).KVs, answer.read(1).KVs
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
-			return err
+			return mayCome, err
 		case errors.Is(err, syscall.ENOSPC):
 			d.client.noteFull(true)
 			if isPiece {
-				return errFull
+				return mayCome, errFull
 			}
 			if cause := wait(d.lock.ctx, beatTime); cause != nil {
-				return cause
+				return mayCome, cause
 			}
 			continue
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
-			return d.lock.fail(err)
+			return mayCome, d.lock.fail(err)
 		case answer.Succeeded:
-			return nil
+			return mayCome, nil
 		case isChange && len(is) == 1 && bytes.Equal(first.Value, is[0].Value):
-			return nil // an earlier try has applied ops
+			return mayCome, nil // an earlier try has applied ops
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
 		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
-			return err
+			return mayCome, err
 		}
 		d.lock.retake(d.lock.ctx)
 
 		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
 		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
-			return cause
+			return mayCome, cause
 		}
 	}
 }

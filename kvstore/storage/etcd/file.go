@@ -47,7 +47,7 @@ type pieceFile struct {
 	// For taking back what is not synced.
 	extended bool   // Extend has opened it: its writer can take back
 	synced   extent // what there was at the last Sync
-	lost     int64  // how many answers of etcd were lost by then
+	mayCome  bool   // a piece that was put since then may be put once more, later
 
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
@@ -376,11 +376,11 @@ func (f *pieceFile) send(least int) error {
 }
 
 // noteSynced notes that all that was written is in etcd.
-func (f *pieceFile) noteSynced() { f.synced, f.lost = f.extent, f.d.client.lost.Load() }
+func (f *pieceFile) noteSynced() { f.synced, f.mayCome = f.extent, false }
 
 // mayTakeBack reports whether what was written since the last Sync can be taken back: not if a
 // piece of it may arrive later.
-func (f *pieceFile) mayTakeBack() bool { return f.extended && f.d.client.lost.Load() == f.lost }
+func (f *pieceFile) mayTakeBack() bool { return f.extended && !f.mayCome }
 
 // takeBack takes back what was written since the last Sync. It only deletes, which a full etcd
 // allows. The numbers of the pieces are not used again, so it does no harm if the request arrives
@@ -504,7 +504,8 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	if before != nil {
 		compare = append(compare, isThere(before))
 	}
-	err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...)
+	mayCome, err := f.d.tryDo(len(data), append(ops, putKey(f.key(p), data)), compare...)
+	f.mayCome = f.mayCome || mayCome
 	if errors.Is(err, syscall.ENOSPC) {
 		err = f.unlessDone(p, err)
 	}
@@ -601,7 +602,7 @@ func (f *pieceFile) Truncate(size int64) error {
 		return f.takeBack()
 	}
 
-	f.lost = -1 // so that send waits
+	f.mayCome = true // so that send waits
 	err := f.send(1)
 	for err == nil && size != f.size && !f.isDead.Load() {
 		err = f.cut(size)

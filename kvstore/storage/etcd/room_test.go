@@ -351,6 +351,36 @@ func TestEtcdCommitWaits(t *testing.T) {
 	})
 }
 
+// Ensure that a Commit is taken back although answers to other requests were lost: to a sign of
+// life, and to a Commit before it.
+func TestEtcdTakenBackAfterLostAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		lose := func() {
+			w.mu.Lock()
+			w.at, w.fault = w.requests+1, lostAnswer
+			w.mu.Unlock()
+		}
+		<-time.After(beatTime / 2)
+		lose()
+		commit(t, d, h, "k", "v")
+		<-time.After(5500 * time.Millisecond)
+		lose()
+		<-time.After(time.Minute)
+		e.setFull(true)
+		time.AfterFunc(10*time.Second, func() { e.setFull(false) })
+		d.Put("k", "x")
+		began := time.Now()
+		if err := d.Commit(); !errors.Is(err, storage.ErrTakenBack) || time.Since(began) > time.Second {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, "then")
+	})
+}
+
 // Ensure that a store that only overwrites its data does not fill a small cluster: little data, and
 // data that is larger than the quota until it is packed.
 func TestEtcdQuotaOfOverwrites(t *testing.T) {
