@@ -26,6 +26,7 @@ type journal struct {
 	size, room  int64     // of the current file, as the owner left it: bytes of frames, and of zeros
 	rotateAfter time.Time // until then no new file is tried
 	toldNoFile  time.Time // when it was last logged that none can be made; zero: one can be made
+	noFile      error     // why no new file could be made at the last try
 
 	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
 	// timer reads it.
@@ -165,7 +166,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	w, err := j.nextSegment(h)
 	now := time.Now()
 	if err != nil {
-		j.rotateAfter = now.Add(rotateTime)
+		j.rotateAfter, j.noFile = now.Add(rotateTime), err
 		if now.Sub(j.toldNoFile) >= time.Minute {
 			j.toldNoFile = now
 			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",

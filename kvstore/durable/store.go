@@ -466,7 +466,7 @@ func (d *Store) held() error {
 		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
 		for storage.IsFull(err) { // a full cluster: nothing else has the data
-			time.Sleep(roomTime)
+			time.Sleep(lookTime)
 			err = d.lastLook()
 		}
 		if err == nil {
@@ -552,7 +552,7 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 	full, err := d.goOn()
 	if d.mayTakeBack(err) {
-		return false, cmp.Or(d.journal.takeBack(), err) // the frame that says that a file follows
+		return false, d.stay(err)
 	}
 	if err != nil {
 		return false, d.fail(err)
@@ -566,6 +566,20 @@ func (d *Store) rotate() (isNew bool, err error) {
 	d.known[full.header.name()], _ = full.lastStamp()
 	full.f.Close() // no error matters: all of it is on disk
 	return true, nil
+}
+
+// stay goes on in the current file after a rotation whose last frame found no room, as why says. It
+// returns why, or an error after which the store has failed.
+func (d *Store) stay(why error) error {
+	err := d.journal.takeBack()
+	if err != nil {
+		return d.fail(err)
+	}
+
+	// If the next file cannot be removed, the next start does it.
+	d.rotateAfter = time.Now().Add(rotateTime)
+	d.dir.Remove(logName(kindSegment, d.number()+1))
+	return why
 }
 
 // Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last

@@ -53,11 +53,13 @@ type directory struct {
 	names   map[string]string     // the id of each name, once the lock is held
 	files   map[string]*pieceFile // by id: files that were opened since
 	lost    map[string]bool       // names whose files etcd may not have as they were written
+	useless map[string]bool       // names that go with the next change: etcd was full at Remove
 	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
-	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
-	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
+	stamps   atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
+	pieces   atomic.Int64                             // pieces in etcd, once the lock is held
+	isServed atomic.Bool                              // a store is open: it must not wait for room
 }
 
 // access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits
@@ -136,7 +138,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
 		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1),
-		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
+		files: map[string]*pieceFile{}, lost: map[string]bool{}, useless: map[string]bool{}}, nil
 }
 
 // Sizes has small segments, smaller ones for a small database, and no zeros ahead: etcd would store
@@ -222,7 +224,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
 // has applied them. After a storage.ErrGone it is not known whether they were applied. In a full
-// etcd a piece ends with errFull, and all else waits.
+// etcd a piece ends with errFull, and so does a change of names that cannot be applied later, once
+// a store is open; all else waits.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	_, err := d.tryDo(size, ops, compare...)
 	return err
@@ -259,6 +262,9 @@ func (d *directory) tryDo(size int, ops []operation, compare ...comparison) (may
 			if isPiece {
 				return mayCome, errFull
 			}
+			if isChange && !mayCome && d.isServed.Load() {
+				return false, d.unlessStep(first.Value, errFull)
+			}
 			if cause := wait(d.lock.ctx, beatTime); cause != nil {
 				return mayCome, cause
 			}
@@ -282,6 +288,21 @@ func (d *directory) tryDo(size int, ops []operation, compare ...comparison) (may
 			return mayCome, cause
 		}
 	}
+}
+
+// unlessStep returns err, for lack of room, unless etcd has that step: etcd answers so also to the
+// request with which its database reaches the quota.
+func (d *directory) unlessStep(value []byte, err error) error {
+	kvs, askErr := d.get(keyRange{Key: d.key("step")}, 0)
+	switch {
+	case errors.Is(askErr, storage.ErrGone):
+		return askErr
+	case askErr != nil: // it is not known what the next change follows
+		return d.lock.fail(askErr)
+	case len(kvs) > 0 && bytes.Equal(kvs[0].Value, value):
+		return nil
+	}
+	return err
 }
 
 // stepValue is the value of the key step after n changes.
@@ -311,6 +332,13 @@ func (d *directory) change(ids map[string]string) error {
 	// changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
 	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
+
+	// What a full etcd could not remove goes now.
+	for name := range d.useless {
+		if _, isNew := ids[name]; !isNew {
+			ids[name] = ""
+		}
+	}
 
 	// A name that we know must still belong to the same file.
 	names := maps.Clone(d.names)
@@ -359,6 +387,7 @@ func (d *directory) change(ids map[string]string) error {
 	}
 	for name, id := range ids {
 		delete(d.lost, name)
+		delete(d.useless, name)
 		if f := d.files[id]; f != nil {
 			f.name = name // also of a dead file: check looks for dead files by name
 		}
@@ -444,7 +473,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	return *d.stamps.Load(), nil
 }
 
-// setNames sets names, and makes their stamps. The caller has access.
+// setNames sets names, and makes their stamps, but none for useless ones. The caller has access.
 func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
@@ -454,6 +483,7 @@ func (d *directory) setNames(names map[string]string) {
 		}
 		stamps[name] = storage.Stamp{ID: id}
 	}
+	maps.DeleteFunc(stamps, func(name string, _ storage.Stamp) bool { return d.useless[name] })
 	d.names = names
 	d.stamps.Store(&stamps)
 }
@@ -499,6 +529,11 @@ func (d *directory) check() (isKnown bool) {
 		d.lock.mended.Store(missed)
 	}
 	d.lock.wake()
+
+	// A full etcd did not allow to remove these files. If it still does not, a later check tries.
+	if len(d.useless) > 0 && len(d.lost) == 0 && !d.client.full.Load() {
+		d.change(map[string]string{})
+	}
 	return true
 }
 
@@ -585,7 +620,11 @@ func (d *directory) List() (list []string, err error) {
 		}
 	}
 
-	list = slices.AppendSeq(list, maps.Keys(names))
+	for name := range names {
+		if !d.useless[name] {
+			list = append(list, name)
+		}
+	}
 	slices.Sort(list)
 	return list, nil
 }
@@ -692,7 +731,7 @@ func (d *directory) find(name string) (id string, err error) {
 		names, _, _, err = d.stock(d.call)
 	}
 
-	if id = names[name]; err == nil && id == "" {
+	if id = names[name]; err == nil && (id == "" || d.useless[name]) {
 		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
 	}
 	return id, err
@@ -720,6 +759,8 @@ func (d *directory) Rename(from, to string) error {
 	return err
 }
 
+// Remove removes a file. A full etcd does not allow that: then the file is only not shown any more,
+// and goes as soon as there is room.
 func (d *directory) Remove(name string) error {
 	defer d.access.begin()()
 
@@ -727,16 +768,23 @@ func (d *directory) Remove(name string) error {
 		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
-	return d.change(map[string]string{name: ""})
+	err := d.change(map[string]string{name: ""})
+	if errors.Is(err, syscall.ENOSPC) {
+		d.useless[name] = true
+		d.setNames(d.names)
+		return nil
+	}
+	return err
 }
 
-// Extend opens a file for writing. In a full etcd its Sync fails, while that of a file that was
-// just made waits.
+// Extend opens a file for writing. What was written since its last Sync can be taken back. From
+// then on no file waits for room while it is made.
 func (d *directory) Extend(name string) (storage.File, error) {
 	f, _, err := d.Open(name)
 	if file, isFile := f.(*pieceFile); isFile {
 		defer file.access.begin()()
 		file.extended = true
+		d.isServed.Store(true)
 	}
 	return f, err
 }

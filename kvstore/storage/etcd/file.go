@@ -45,7 +45,7 @@ type pieceFile struct {
 	before []byte // the key of the piece before them; nil: there is none
 
 	// For taking back what is not synced.
-	extended bool   // Extend has opened it: its writer can take back
+	extended bool   // Extend has opened it; before that it is just being made, or read
 	synced   extent // what there was at the last Sync
 	mayCome  bool   // a piece that was put since then may be put once more, later
 
@@ -344,9 +344,10 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes wait in buf until they fill a piece, or for Sync, which also reports a full etcd.
+	// Bytes wait in buf until they fill a piece, or for Sync, which also reports a full etcd if this
+	// can be taken back.
 	f.buf = append(f.buf, rest...)
-	if err := f.send(pieceMost); !errors.Is(err, syscall.ENOSPC) {
+	if err := f.send(pieceMost); !f.extended || !errors.Is(err, syscall.ENOSPC) {
 		return len(b), err
 	}
 	return len(b), nil
@@ -360,8 +361,10 @@ func (f *pieceFile) send(least int) error {
 			n, err = f.arrived(n)
 		}
 
-		// What cannot be taken back waits until there is room.
-		if errors.Is(err, syscall.ENOSPC) && !f.mayTakeBack() {
+		// What cannot be taken back waits until there is room. A file that is just being made can be
+		// removed.
+		mayFail := f.mayTakeBack() || !f.extended && f.d.isServed.Load()
+		if errors.Is(err, syscall.ENOSPC) && !mayFail {
 			n, err = 0, wait(f.d.lock.ctx, beatTime)
 		}
 		if err != nil {

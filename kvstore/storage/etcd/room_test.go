@@ -381,6 +381,82 @@ func TestEtcdTakenBackAfterLostAnswers(t *testing.T) {
 	})
 }
 
+// Ensure that nobody waits in a cluster that becomes full while the log goes on in a new file, or
+// is compacted, whichever request finds that out, and that nothing is left of a file that was not
+// made.
+func TestEtcdRotationWhileFull(t *testing.T) {
+	t.Parallel()
+	for n, isReached := 1, true; isReached; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			d, w := e.open(t)
+			value := func() string { return rand.Text() + strings.Repeat("x", 1300) }
+			for range 2 {
+				commit(t, d, h, "k", value())
+			}
+			d.AwaitCompaction()
+			<-time.After(beatTime / 2)
+
+			full := w.count() + n
+			w.mu.Lock()
+			w.before = func(number int) {
+				if number == full {
+					e.setFull(true)
+				}
+			}
+			w.mu.Unlock()
+			prompt := func(what string, do func() error) {
+				t.Helper()
+				began := time.Now()
+				err := do()
+				if took := time.Since(began); took > time.Second {
+					t.Errorf("request %d: %s takes %v", n, what, took)
+				}
+				if errors.Is(err, storage.ErrTakenBack) {
+					h.Done = h.Told.Clone()
+				} else if err != nil {
+					t.Errorf("request %d: %s: %v", n, what, err)
+				}
+				h.Told = h.Done.Clone()
+			}
+			time.AfterFunc(time.Minute, func() { e.setFull(false) }) // or it would wait for ever
+			for range 2 {
+				text := value()
+				d.Set("k", text)
+				h.Done.Set("k", text)
+				prompt("a Commit", d.Commit)
+				prompt("a compaction", func() error { d.AwaitCompaction(); return nil })
+			}
+			for range 3 {
+				<-time.After(time.Second)
+				prompt("a read", d.Commit)
+			}
+			if isReached = w.count() >= full; n%2 == 0 { // now it ends in a full cluster
+				prompt("Close", d.Close)
+				e.setFull(false)
+				<-time.After(lockTime)
+			} else {
+				e.setFull(false)
+				<-time.After(2 * time.Second)
+				for range 5 {
+					commit(t, d, h, "k", rand.Text()+strings.Repeat("z", 400))
+				}
+				d.AwaitCompaction()
+				for _, kv := range e.list(keyRange{Key: []byte("kv/n/"), End: []byte("kv/n0")}).KVs {
+					if strings.HasSuffix(string(kv.Key), ".tmp") {
+						t.Errorf("request %d: %s is left", n, kv.Key)
+					}
+				}
+				w.kill()
+				<-d.Lost()
+				d.Close()
+			}
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, fmt.Sprintf("request %d", n))
+		})
+	}
+}
+
 // Ensure that a store that only overwrites its data does not fill a small cluster: little data, and
 // data that is larger than the quota until it is packed.
 func TestEtcdQuotaOfOverwrites(t *testing.T) {
