@@ -268,7 +268,7 @@ func (d *Store) Put(key, value string) {
 // Delete removes key and returns how many values it had.
 func (d *Store) Delete(key string) (removed int) {
 	// A Delete that changes nothing is not logged.
-	d.keep(key)
+	d.keepOld(key)
 	removed = d.Memory.Delete(key)
 	if removed > 0 {
 		d.record(opDelete, 0, key)
@@ -299,7 +299,9 @@ func (d *Store) Set(key, value string) (removed int) {
 
 // Remove removes the first value equal to value.
 func (d *Store) Remove(key, value string) (removed bool) {
-	d.keep(key)
+	if d.takesBack() && d.Place(key, value) >= 0 {
+		d.keep(key)
+	}
 	place := d.Memory.RemoveAt(key, value, -1)
 	if place >= 0 {
 		d.record(opRemove, place, key, value)
@@ -309,7 +311,7 @@ func (d *Store) Remove(key, value string) (removed bool) {
 
 // Take removes key's oldest value.
 func (d *Store) Take(key string) (value string, ok bool) {
-	d.keep(key)
+	d.keepOld(key)
 	value, ok = d.Memory.Take(key)
 	if ok {
 		d.record(opTake, 0, key)
@@ -320,7 +322,7 @@ func (d *Store) Take(key string) (value string, ok bool) {
 // Expire gives key a deadline, in milliseconds of Unix time; 0 takes it away.
 func (d *Store) Expire(key string, at int64) (ok bool) {
 	at = writable(at)
-	d.keep(key)
+	d.keepOld(key)
 	ok = d.Memory.Expire(key, at)
 	if ok {
 		d.note(appendExpire(d.pending, key, at), 1)

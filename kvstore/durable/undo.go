@@ -40,6 +40,13 @@ func (d *Store) keep(key string) {
 	d.before = append(d.before, was)
 }
 
+// keepOld is keep before a change that does nothing if there is no such key.
+func (d *Store) keepOld(key string) {
+	if d.takesBack() && d.Count(key) > 0 {
+		d.keep(key)
+	}
+}
+
 // forgetBefore forgets what keep has kept, after a Commit.
 func (d *Store) forgetBefore() {
 	clear(d.before) // or the values would stay in memory

@@ -65,3 +65,26 @@ func TestCommitIsTakenBack(t *testing.T) {
 	again.Close()
 	d.Close()
 }
+
+// Ensure that nothing is kept for requests that find nothing to change.
+func TestNothingIsKeptOfNoChange(t *testing.T) {
+	dir := storetest.New()
+	dir.Reserve = 0
+	d, err := Open(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d.Delete("none")
+	d.Take("none")
+	d.Expire("none", 1)
+	d.Remove("none", "v")
+	d.Remove("k", "w")
+	if len(d.before) > 0 {
+		t.Errorf("it keeps %v", d.before)
+	}
+	d.Close()
+}
