@@ -138,7 +138,9 @@ func (f *pieceFile) reread() (changed bool, err error) {
 		return false, err
 	}
 
-	// The bytes of these pieces are not known, so they cannot be joined.
+	// The numbers of pieces that were taken back are not used again, and the bytes of the pieces that
+	// are there are not known, so they cannot be joined.
+	f.count = max(f.count, was.count)
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return !slices.Equal(was.pieces, f.pieces), nil
 }

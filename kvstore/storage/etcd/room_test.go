@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -346,6 +347,56 @@ func TestEtcdCommitWaits(t *testing.T) {
 			t.Errorf("it is done after %v", took)
 		}
 		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, "then")
+	})
+}
+
+// Ensure that the request that takes a Commit back does no harm if it arrives once more, later,
+// even if the pieces' keys were read again in between.
+func TestEtcdTakesBackOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		dir, w := e.dir(t, t.Context(), "first:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		commit(t, d, h, "k", "v")
+		<-time.After(beatTime / 2)
+		large := make([]byte, 300<<10)
+		rand.Read(large)
+		full := w.count() + 3
+		w.mu.Lock()
+		w.before = func(number int) {
+			if number == full {
+				e.setFull(true)
+			}
+		}
+		w.mu.Unlock()
+		d.Put("large", string(large))
+		if err := d.Commit(); !errors.Is(err, storage.ErrTakenBack) {
+			t.Fatal(err)
+		}
+
+		e.setFull(false)
+		<-time.After(2 * time.Second)
+		w.mu.Lock()
+		w.before = nil
+		e.most = 60 << 10 // so that the next piece is refused, and the keys are read again
+		sent := slices.Clone(w.sent)
+		w.mu.Unlock()
+		commit(t, d, h, "large", string(large[:100<<10]))
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		e.mu.Lock()
+		for _, t := range sent {
+			if len(t.Success) == 1 && t.Success[0].Delete != nil {
+				e.txn(t)
+			}
+		}
+		e.mu.Unlock()
 		after, _ := e.dir(t, t.Context(), "second:9999")
 		checkKept(t, h, after, "then")
 	})
