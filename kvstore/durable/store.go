@@ -440,7 +440,8 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 func (d *Store) Commit() error {
 	err := d.commit()
 	if d.mayTakeBack(err) {
-		return d.takeBack(err)
+		err = d.takeBack(err)
+		return cmp.Or(d.held(), err) // what is read behind it, such as a Dump, is answered, too
 	}
 	if err != nil {
 		return err

@@ -402,6 +402,31 @@ func TestEtcdTakesBackOnce(t *testing.T) {
 	})
 }
 
+// Ensure that a server that has lost its lock does not return from a Commit as if it was only taken
+// back: what it has in memory is old.
+func TestEtcdNotTakenBackWithoutALock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "old")
+		w.dir.lock.stop()           // the process stands still: it shows no signs of life
+		end := w.dir.access.begin() // and does not check
+		second, _ := e.open(t)      // takes over
+		second.Set("k", "new")
+		if err := second.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		e.setFull(true)
+		time.AfterFunc(time.Second, end) // now it can find out
+		d.Put("k", strings.Repeat("x", 100))
+		if err := d.Commit(); err == nil || errors.Is(err, storage.ErrTakenBack) {
+			t.Errorf("Commit without the lock: %v", err)
+		}
+		second.Close()
+		d.Close()
+	})
+}
+
 // Ensure that a Commit is taken back although answers to other requests were lost: to a sign of
 // life, and to a Commit before it.
 func TestEtcdTakenBackAfterLostAnswers(t *testing.T) {
