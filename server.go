@@ -179,7 +179,6 @@ type keyValueServer struct {
 	db            kvstore.Store
 	touched       []string      // a chain's keys, for Touch
 	batch         []*Query      // chains that have run and wait for Commit
-	ran           []stretch     // what has run since the last Commit, also of chains in turns
 	gathering     gathering     // for which clients the batch waits before its Commit
 	turns         turnQueue     // clients that wait for their turn
 	floor         time.Duration // the highest spent that a client had when it left turns to run
@@ -701,14 +700,8 @@ func (s *keyValueServer) workLoop() {
 // checkFiles makes the store check its files, which Commit does. A batch that waits is committed
 // soon anyway.
 func (s *keyValueServer) checkFiles() {
-	if len(s.batch) > 0 {
-		return
-	}
-	s.commitStore()
-
-	// The Commit was taken back, and so Takes that waited are refused.
-	if len(s.batch) > 0 {
-		s.commit()
+	if len(s.batch) == 0 {
+		s.commitStore()
 	}
 }
 
@@ -762,9 +755,6 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	close(c.buffer)
 	go c.writeToClient()
 }
-
-// stretch is a part of a chain: the requests from one up to another, which is not included.
-type stretch struct{ from, to *Query }
 
 // runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one turn,
 // commits them all at once, then answers. A batch that gathers is left open: the next call goes on
@@ -933,7 +923,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 
 	// left counts requests down to the next look at the clock; searched is since the last look.
 	left, searched := c.share.stride, false
-	from, wrote := q, false
+	wrote := false
 	for ; q != nil && !s.commitFailed; q = q.next {
 		wrote = s.run(q) || wrote
 
@@ -947,7 +937,6 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left, searched = c.share.stride, false
 		}
 		if s.turn.over && q.next != nil {
-			s.ran = append(s.ran, stretch{from, q.next})
 			s.lineUp(chain, q.next)
 			return
 		}
@@ -959,7 +948,6 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		s.takes.add(chain)
 		wrote = false
 	} else {
-		s.ran = append(s.ran, stretch{from, nil})
 		s.batch = append(s.batch, chain)
 	}
 	if wrote {
@@ -1042,7 +1030,6 @@ func (s *keyValueServer) serveTakes(q *Query) {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
 		chain.run(s.db, s.now)
-		s.ran = append(s.ran, stretch{chain, nil})
 		s.batch = append(s.batch, chain)
 	}
 }
@@ -1554,52 +1541,13 @@ func (s *keyValueServer) commitStore() {
 		}
 	}
 
-	// All that ran was taken back: refuse it.
-	isTakenBack := errors.Is(err, storage.ErrTakenBack)
-	if isTakenBack {
-		s.refuseAll(err)
-	}
-	clear(s.ran)
-	s.ran = s.ran[:0]
-
 	// What the batch did is not known to be on disk, so no client is told anything.
-	if err != nil && !isTakenBack {
+	if err != nil {
 		s.commitFailed = true
 		s.failed <- err
 		for _, c := range s.clients {
 			c.paced.Close() // without an error line: to write one could take long
 		}
-	}
-}
-
-// refuseAll refuses all that has run since the last Commit: the store has taken it back, for the
-// reason why. Reads are refused, too, for they may have seen what is not there any more.
-func (s *keyValueServer) refuseAll(why error) {
-	refusal := fmt.Sprintf("the disk is full, nothing was changed: %v", why)
-	for _, ran := range s.ran {
-		for q := ran.from; q != ran.to; q = q.next {
-			switch row := q.row(); {
-			case row.lists:
-				q.run(s.db, s.now) // it has not begun: it only gets a new snapshot
-			case row.effect != noKey:
-				q.values, q.n, q.bytes = nil, 0, 0
-				q.refuse(refusal)
-			}
-		}
-	}
-
-	// A Take that waits found no value, but now its key may have one again.
-	for key, queue := range s.takes.of {
-		for s.db.Count(key) > 0 && queue.Len() > 0 {
-			chain := s.takes.remove(queue.Front().Value.(*Query).client)
-			chain.refuse(refusal)
-			s.batch = append(s.batch, chain)
-		}
-	}
-
-	if n := s.noRoom.happened(); n > 0 {
-		s.log.Error("writes are refused: the disk is full; make room", "since_last_line", n,
-			"error", why)
 	}
 }
 

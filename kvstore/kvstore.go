@@ -46,9 +46,8 @@ type KVStore interface {
 	Remove(key, value string) (removed bool)
 
 	// Commit returns once all earlier calls are as durable as this store makes
-	// them. After a storage.ErrTakenBack the store is what it was at the last Commit. After
-	// another error nothing can be promised any more: the caller sends no reply for the calls
-	// since the last Commit, and stops.
+	// them. After an error nothing can be promised any more: the caller sends no
+	// reply for the calls since the last Commit, and stops.
 	Commit() error
 }
 

@@ -246,29 +246,17 @@ func (m *Memory) RemoveAt(key, value string, hint int) (place int) {
 		return -1
 	}
 
-	place = m.placeOf(at, e, value, hint)
+	// Of a long list only values with an equal hash are compared.
+	if l := m.long(at.slot); l != nil {
+		place = m.index(l, value, hint)
+	} else {
+		place = slices.Index(e.values(m.edit[:0]), value)
+	}
+
 	if place >= 0 {
 		m.takeAt(at, key, e, place)
 	}
 	return place
-}
-
-// Place returns the place of key's first value that is equal to value; -1: there is none.
-func (m *Memory) Place(key, value string) int {
-	at, e := m.find(key)
-	if e == nil {
-		return -1
-	}
-	return m.placeOf(at, e, value, -1)
-}
-
-// placeOf is Place in the entry e, with RemoveAt's hint.
-func (m *Memory) placeOf(at spot, e entry, value string, hint int) int {
-	// Of a long list only values with an equal hash are compared.
-	if l := m.long(at.slot); l != nil {
-		return m.index(l, value, hint)
-	}
-	return slices.Index(e.values(m.edit[:0]), value)
 }
 
 // takeAt removes value n of the key at a spot; a key that loses its last value is gone.

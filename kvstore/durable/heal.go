@@ -237,7 +237,7 @@ func (d *Store) heal(spoiled []string) error {
 		return err
 	}
 	if !isNew {
-		return fmt.Errorf("no new file can be made: %w", d.noFile)
+		return errors.New("no new file can be made")
 	}
 
 	// Close must not stop it, because the data is nowhere else.

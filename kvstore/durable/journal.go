@@ -3,7 +3,6 @@ package durable
 import (
 	"errors"
 	"log/slog"
-	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,7 +25,6 @@ type journal struct {
 	size, room  int64     // of the current file, as the owner left it: bytes of frames, and of zeros
 	rotateAfter time.Time // until then no new file is tried
 	toldNoFile  time.Time // when it was last logged that none can be made; zero: one can be made
-	noFile      error     // why no new file could be made at the last try
 
 	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
 	// timer reads it.
@@ -44,8 +42,6 @@ type journal struct {
 	current    *logWriter
 	sequence   uint64      // of the last frame written
 	synced     uint64      // of the last frame known to be on disk
-	written    int64       // bytes of current up to the last frame written
-	safe       int64       // bytes of current up to the last frame known to be on disk
 	vouched    bool        // the last frame needs no frame that vouches for it
 	err        error       // the first failure; from then on nothing is written
 	timer      *time.Timer // of the next tick; nil: none is due
@@ -100,7 +96,7 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 
 	// Only now: an fsync that ran meanwhile has not covered this frame.
 	j.mu.Lock()
-	j.sequence, j.written = f.sequence, w.size
+	j.sequence = f.sequence
 	j.vouched = kind != frameRecords
 	j.mu.Unlock()
 }
@@ -108,16 +104,13 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 // syncRest makes everything written so far durable. If it already is, as after reads alone, there
 // is nothing to do. Owner and timer call it, but only one fsync runs at a time: Linux reports a
 // failed write only once, so of two fsyncs one would believe that everything is on disk.
-func (j *journal) syncRest() error { return j.syncThrough(math.MaxUint64) }
-
-// syncThrough is syncRest, but does nothing if the frame of that sequence is on disk.
-func (j *journal) syncThrough(through uint64) error {
+func (j *journal) syncRest() error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
-	w, sequence, written, err := j.current, j.sequence, j.written, j.err
-	done := j.synced >= min(sequence, through)
+	w, sequence, err := j.current, j.sequence, j.err
+	done := j.synced >= sequence
 	j.mu.Unlock()
 	if done || err != nil {
 		return err
@@ -127,12 +120,6 @@ func (j *journal) syncThrough(through uint64) error {
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
 
-	// In a full cluster what was answered already can only wait for room.
-	for j.zerosAhead == 0 && j.fsync != FsyncAlways && storage.IsFull(err) {
-		time.Sleep(roomTime)
-		err = w.sync()
-	}
-
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would not report it.
 	j.mu.Lock()
@@ -141,7 +128,7 @@ func (j *journal) syncThrough(through uint64) error {
 		j.err = err
 	}
 	if j.err == nil {
-		j.synced, j.safe = sequence, written
+		j.synced = max(j.synced, sequence)
 	}
 	return j.err
 }
@@ -166,7 +153,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	w, err := j.nextSegment(h)
 	now := time.Now()
 	if err != nil {
-		j.rotateAfter, j.noFile = now.Add(rotateTime), err
+		j.rotateAfter = now.Add(rotateTime)
 		if now.Sub(j.toldNoFile) >= time.Minute {
 			j.toldNoFile = now
 			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
@@ -200,7 +187,6 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// From here on the log is in the new file. A crash now leaves a full file and an empty one.
 	j.mu.Lock()
 	j.current = w
-	j.written, j.safe = w.size, w.size
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.room()
 	return old, nil
@@ -282,11 +268,7 @@ func (j *journal) tick() {
 	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
-	// Frames of a Commit that may yet be taken back are that Commit's to sync.
-	var err error
-	if !j.takesBack() {
-		err = j.syncRest()
-	}
+	err := j.syncRest()
 	if err == nil {
 		j.vouch()
 	}
@@ -306,24 +288,18 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	hasRoom := !j.isFull.Load() && j.current.room() >= 2*frameSize
-	if j.zerosAhead == 0 {
-		hasRoom = j.dir.RoomFor(2*frameSize, true) == nil
-	}
-	if due && !hasRoom {
+	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.room() < 2*frameSize) {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()
 	if due {
 		j.appendFrame(frameSynced, nil, 0)
 	}
-
-	sequence := j.sequence
 	<-j.writing
 
 	// Not while writing is held, so that Commits that only write need not wait for this fsync.
 	if due {
-		j.syncThrough(sequence)
+		j.syncRest()
 	}
 }
 

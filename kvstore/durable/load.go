@@ -471,7 +471,6 @@ func (d *Store) resume(ends []logEnd) error {
 	d.sequence, d.synced = last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room = w, w.size, w.room()
-	d.written, d.safe = w.size, w.size
 	return nil
 }
 

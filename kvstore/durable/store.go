@@ -3,7 +3,6 @@
 //	store.go    the Store: its operations, Commit, Close
 //	journal.go  the end of the log: appending, fsync, the timer, and going on in the next file
 //	spare.go    room on the disk, and SPARE, whose room goes to Deletes when the disk is full
-//	undo.go     taking a Commit back for which a cluster has no room
 //	format.go   every byte of every file
 //	scan.go     reading one log file, and judging where its good part ends
 //	load.go     which files make the store, reading them in order, and a start
@@ -100,8 +99,6 @@ type Store struct {
 	pending    []byte
 	count      uint32 // of these records
 	wroteEarly bool   // a frame was written since the last Commit, without waiting for the next
-
-	before []before // what keys held before their changes since the last Commit
 
 	// Room on the disk.
 	spare       logWriter // SPARE
@@ -260,7 +257,6 @@ func checkFile(dir storage.Directory, name string) error {
 
 // Put appends value to key's list.
 func (d *Store) Put(key, value string) {
-	d.keep(key)
 	d.Memory.Put(key, value)
 	d.record(opPut, 0, key, value)
 }
@@ -268,7 +264,6 @@ func (d *Store) Put(key, value string) {
 // Delete removes key and returns how many values it had.
 func (d *Store) Delete(key string) (removed int) {
 	// A Delete that changes nothing is not logged.
-	d.keepOld(key)
 	removed = d.Memory.Delete(key)
 	if removed > 0 {
 		d.record(opDelete, 0, key)
@@ -279,7 +274,6 @@ func (d *Store) Delete(key string) (removed int) {
 // Update removes the first value equal to oldValue and appends newValue.
 func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
 	// An Update that finds nothing to replace is a Put.
-	d.keep(key)
 	place := d.Memory.UpdateAt(key, oldValue, newValue, -1)
 	if place < 0 {
 		d.record(opPut, 0, key, newValue)
@@ -291,7 +285,6 @@ func (d *Store) Update(key, oldValue, newValue string) (replaced bool) {
 
 // Set makes value key's only one, and returns how many there were.
 func (d *Store) Set(key, value string) (removed int) {
-	d.keep(key)
 	removed = d.Memory.Set(key, value)
 	d.record(opSet, 0, key, value)
 	return removed
@@ -299,9 +292,6 @@ func (d *Store) Set(key, value string) (removed int) {
 
 // Remove removes the first value equal to value.
 func (d *Store) Remove(key, value string) (removed bool) {
-	if d.takesBack() && d.Place(key, value) >= 0 {
-		d.keep(key)
-	}
 	place := d.Memory.RemoveAt(key, value, -1)
 	if place >= 0 {
 		d.record(opRemove, place, key, value)
@@ -311,7 +301,6 @@ func (d *Store) Remove(key, value string) (removed bool) {
 
 // Take removes key's oldest value.
 func (d *Store) Take(key string) (value string, ok bool) {
-	d.keepOld(key)
 	value, ok = d.Memory.Take(key)
 	if ok {
 		d.record(opTake, 0, key)
@@ -322,7 +311,6 @@ func (d *Store) Take(key string) (value string, ok bool) {
 // Expire gives key a deadline, in milliseconds of Unix time; 0 takes it away.
 func (d *Store) Expire(key string, at int64) (ok bool) {
 	at = writable(at)
-	d.keepOld(key)
 	ok = d.Memory.Expire(key, at)
 	if ok {
 		d.note(appendExpire(d.pending, key, at), 1)
@@ -333,7 +321,6 @@ func (d *Store) Expire(key string, at int64) (ok bool) {
 // PutUntil is Put and Expire in one step: both are in one frame. The key is in the log twice.
 func (d *Store) PutUntil(key, value string, at int64) {
 	at = writable(at)
-	d.keep(key)
 	d.Memory.PutUntil(key, value, at)
 	d.note(appendExpire(appendRecord(d.pending, opPut, 0, key, value), key, at), 2)
 }
@@ -365,10 +352,6 @@ func (d *Store) note(pending []byte, records uint32) {
 
 	// wroteEarly says that the Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
-		// Otherwise the timer's frame before it could be synced together with it.
-		if d.takesBack() && !d.wroteEarly {
-			d.syncRest() // if it fails, the Commit returns the error
-		}
 		d.writeFrame(frameRecords)
 		d.wroteEarly = true
 	}
@@ -439,10 +422,6 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // compaction, and everybody waits for it.
 func (d *Store) Commit() error {
 	err := d.commit()
-	if d.mayTakeBack(err) {
-		err = d.takeBack(err)
-		return cmp.Or(d.held(), err) // what is read behind it, such as a Dump, is answered, too
-	}
 	if err != nil {
 		return err
 	}
@@ -468,10 +447,6 @@ func (d *Store) held() error {
 	if errors.Is(err, storage.ErrGone) {
 		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
-		for storage.IsFull(err) { // a full cluster: nothing else has the data
-			time.Sleep(lookTime)
-			err = d.lastLook()
-		}
 		if err == nil {
 			err = d.lock.Held()
 		}
@@ -484,11 +459,7 @@ func (d *Store) held() error {
 
 // commit is Commit without the checks of the files and of the lock.
 func (d *Store) commit() error {
-	// For the timer's frame there may have been no room: nothing of this Commit is lost with that.
 	err := d.failure()
-	if d.mayTakeBack(err) && !d.wroteEarly {
-		err = d.journal.takeBack()
-	}
 	if err != nil {
 		return err
 	}
@@ -497,9 +468,6 @@ func (d *Store) commit() error {
 	// larger than the data is compacted even then. If the current file is empty, all data is in
 	// full files already.
 	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
-	if idle {
-		d.forgetBefore() // what did not find what it was to change
-	}
 	if idle && !wasteful {
 		return nil
 	}
@@ -526,12 +494,11 @@ func (d *Store) commit() error {
 	if err != nil {
 		return err
 	}
-	d.forgetBefore()
 
 	// Go on in a new file. Then all data is in full files, and can be compacted.
 	if full {
 		isNew, err := d.rotate()
-		if err != nil && !d.mayTakeBack(err) {
+		if err != nil {
 			return err
 		}
 		if isNew {
@@ -554,9 +521,6 @@ func (d *Store) rotate() (isNew bool, err error) {
 	}
 
 	full, err := d.goOn()
-	if d.mayTakeBack(err) {
-		return false, d.stay(err)
-	}
 	if err != nil {
 		return false, d.fail(err)
 	}
@@ -569,20 +533,6 @@ func (d *Store) rotate() (isNew bool, err error) {
 	d.known[full.header.name()], _ = full.lastStamp()
 	full.f.Close() // no error matters: all of it is on disk
 	return true, nil
-}
-
-// stay goes on in the current file after a rotation whose last frame found no room, as why says. It
-// returns why, or an error after which the store has failed.
-func (d *Store) stay(why error) error {
-	err := d.journal.takeBack()
-	if err != nil {
-		return d.fail(err)
-	}
-
-	// If the next file cannot be removed, the next start does it.
-	d.rotateAfter = time.Now().Add(rotateTime)
-	d.dir.Remove(logName(kindSegment, d.number()+1))
-	return why
 }
 
 // Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last
@@ -663,11 +613,7 @@ func (d *Store) writeCleanStop() error {
 
 	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
-	err = d.syncRest()
-	if d.mayTakeBack(err) {
-		return nil
-	}
-	return errors.Join(err, d.lock.Held())
+	return errors.Join(d.syncRest(), d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.

@@ -78,9 +78,7 @@ type Lock interface {
 	Close() error
 }
 
-// File is an open file. A change of it is durable once the next Sync has returned. In a cluster
-// without room that Sync fails, and a Truncate to what the Sync before has covered takes back what
-// was written since.
+// File is an open file. A change of it is durable once the next Sync has returned.
 type File interface {
 	io.ReaderAt
 	io.WriterAt
@@ -141,9 +139,6 @@ var (
 	// ErrMoved is returned when the directory of an open store, or its LOCK, was moved, removed or
 	// replaced.
 	ErrMoved = errors.New("the data directory is not where it was")
-	// ErrTakenBack is returned by a store's Commit when there was no room for it: all that was done
-	// since the Commit before is undone, in memory and in the files, and the store goes on.
-	ErrTakenBack = errors.New("no room, so it was taken back")
 )
 
 // DamageError says where a file of the store differs from what was written.

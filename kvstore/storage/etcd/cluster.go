@@ -142,8 +142,6 @@ type (
 		Size   int64  `json:"dbSize,string"`
 		InUse  int64  `json:"dbSizeInUse,string"`
 		Quota  int64  `json:"dbSizeQuota,string"` // since 3.6
-
-		mayCome bool // an answer to the same request was lost: etcd may do it once more, later
 	}
 )
 
@@ -204,14 +202,6 @@ func isFinal(err error) bool {
 		return !e.isExpired()
 	}
 	return isUntrusted(err) || errors.Is(err, ErrOther)
-}
-
-// mayArrive reports whether etcd may yet do a request that has ended with err.
-func mayArrive(err error) bool {
-	if e := (*refusal)(nil); errors.As(err, &e) {
-		return !isFinal(err) && !e.isExpired()
-	}
-	return err != nil && !errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // isTooMuch reports whether a smaller request may succeed.
@@ -504,12 +494,9 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
 	// One member may refuse what the others do not, so every member is asked.
 	var why error
-	mayCome := false
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
 		answer, err := c.post(ctx, member, at, request, size)
-		mayCome = mayCome || mayArrive(err)
-		answer.mayCome = mayCome
 		switch {
 		case err == nil:
 			return answer, nil

@@ -53,13 +53,11 @@ type directory struct {
 	names   map[string]string     // the id of each name, once the lock is held
 	files   map[string]*pieceFile // by id: files that were opened since
 	lost    map[string]bool       // names whose files etcd may not have as they were written
-	useless map[string]bool       // names that go with the next change: etcd was full at Remove
 	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
-	stamps   atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
-	pieces   atomic.Int64                             // pieces in etcd, once the lock is held
-	isServed atomic.Bool                              // a store is open: it must not wait for room
+	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
+	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
 // access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits
@@ -138,7 +136,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
 		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1),
-		files: map[string]*pieceFile{}, lost: map[string]bool{}, useless: map[string]bool{}}, nil
+		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
 // Sizes has small segments, smaller ones for a small database, and no zeros ahead: etcd would store
@@ -170,7 +168,8 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
+// not counting the time in which etcd has no room.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -186,15 +185,25 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 
 	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
 	// for a request that fails while signs of life arrive.
-	ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
-	defer cancel()
-	answer, err := d.client.call(ctx, at, request, size)
+	for {
+		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
+		answer, err := d.client.call(ctx, at, request, size)
+		cancel()
 
-	// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
-	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
-		err = d.lock.miss(err)
+		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
+		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
+			err = d.lock.miss(err)
+		}
+
+		// Wait for a full etcd: once somebody has made room the write succeeds.
+		if !errors.Is(err, syscall.ENOSPC) {
+			return answer, err
+		}
+		d.client.noteFull(true)
+		if err := wait(d.lock.ctx, beatTime); err != nil {
+			return answer, err
+		}
 	}
-	return answer, err
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -223,86 +232,48 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied. In a full
-// etcd a piece ends with errFull, and so does a change of names that cannot be applied later, once
-// a store is open; all else waits.
+// has applied them. After a storage.ErrGone it is not known whether they were applied.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
-	_, err := d.tryDo(size, ops, compare...)
-	return err
-}
-
-// tryDo is do, and reports whether etcd may apply ops once more, later: an answer was lost.
-func (d *directory) tryDo(size int, ops []operation, compare ...comparison) (mayCome bool,
-	err error) {
 	if d.lock == nil {
-		return false, errors.New("written without the lock")
+		return errors.New("written without the lock")
 	}
 
 	// The lock is lost, perhaps because it is not known whether a change was made. The next change
 	// must not follow: it would have that one's step.
 	if err := context.Cause(d.lock.ctx); err != nil {
-		return false, err
+		return err
 	}
 
 	// If a comparison fails, read the lock and the step, to find out why.
 	step, first := d.key("step"), ops[0].Put
-	isChange := first != nil && bytes.Equal(first.Key, step)
-	isPiece := !isChange && ops[len(ops)-1].Put != nil
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
 	for {
 		answer, err := d.call("kv/txn", t, size)
-		mayCome = mayCome || answer.mayCome
 		lock, is := answer.read(0).KVs, answer.read(1).KVs
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
-			return mayCome, err
-		case errors.Is(err, syscall.ENOSPC):
-			d.client.noteFull(true)
-			if isPiece {
-				return mayCome, errFull
-			}
-			if isChange && !mayCome && d.isServed.Load() {
-				return false, d.unlessStep(first.Value, errFull)
-			}
-			if cause := wait(d.lock.ctx, beatTime); cause != nil {
-				return mayCome, cause
-			}
-			continue
+			return err
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
-			return mayCome, d.lock.fail(err)
+			return d.lock.fail(err)
 		case answer.Succeeded:
-			return mayCome, nil
-		case isChange && len(is) == 1 && bytes.Equal(first.Value, is[0].Value):
-			return mayCome, nil // an earlier try has applied ops
+			return nil
+		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
+			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
+			return nil
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
 		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
-			return mayCome, err
+			return err
 		}
 		d.lock.retake(d.lock.ctx)
 
 		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
 		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
-			return mayCome, cause
+			return cause
 		}
 	}
-}
-
-// unlessStep returns err, for lack of room, unless etcd has that step: etcd answers so also to the
-// request with which its database reaches the quota.
-func (d *directory) unlessStep(value []byte, err error) error {
-	kvs, askErr := d.get(keyRange{Key: d.key("step")}, 0)
-	switch {
-	case errors.Is(askErr, storage.ErrGone):
-		return askErr
-	case askErr != nil: // it is not known what the next change follows
-		return d.lock.fail(askErr)
-	case len(kvs) > 0 && bytes.Equal(kvs[0].Value, value):
-		return nil
-	}
-	return err
 }
 
 // stepValue is the value of the key step after n changes.
@@ -332,13 +303,6 @@ func (d *directory) change(ids map[string]string) error {
 	// changes nothing.
 	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
 	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
-
-	// What a full etcd could not remove goes now.
-	for name := range d.useless {
-		if _, isNew := ids[name]; !isNew {
-			ids[name] = ""
-		}
-	}
 
 	// A name that we know must still belong to the same file.
 	names := maps.Clone(d.names)
@@ -387,7 +351,6 @@ func (d *directory) change(ids map[string]string) error {
 	}
 	for name, id := range ids {
 		delete(d.lost, name)
-		delete(d.useless, name)
 		if f := d.files[id]; f != nil {
 			f.name = name // also of a dead file: check looks for dead files by name
 		}
@@ -473,7 +436,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	return *d.stamps.Load(), nil
 }
 
-// setNames sets names, and makes their stamps, but none for useless ones. The caller has access.
+// setNames sets names, and makes their stamps. The caller has access.
 func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
@@ -483,7 +446,6 @@ func (d *directory) setNames(names map[string]string) {
 		}
 		stamps[name] = storage.Stamp{ID: id}
 	}
-	maps.DeleteFunc(stamps, func(name string, _ storage.Stamp) bool { return d.useless[name] })
 	d.names = names
 	d.stamps.Store(&stamps)
 }
@@ -529,11 +491,6 @@ func (d *directory) check() (isKnown bool) {
 		d.lock.mended.Store(missed)
 	}
 	d.lock.wake()
-
-	// A full etcd did not allow to remove these files. If it still does not, a later check tries.
-	if len(d.useless) > 0 && len(d.lost) == 0 && !d.client.full.Load() {
-		d.change(map[string]string{})
-	}
 	return true
 }
 
@@ -620,11 +577,7 @@ func (d *directory) List() (list []string, err error) {
 		}
 	}
 
-	for name := range names {
-		if !d.useless[name] {
-			list = append(list, name)
-		}
-	}
+	list = slices.AppendSeq(list, maps.Keys(names))
 	slices.Sort(list)
 	return list, nil
 }
@@ -731,7 +684,7 @@ func (d *directory) find(name string) (id string, err error) {
 		names, _, _, err = d.stock(d.call)
 	}
 
-	if id = names[name]; err == nil && (id == "" || d.useless[name]) {
+	if id = names[name]; err == nil && id == "" {
 		err = fmt.Errorf("%s: %w", d.Path(name), os.ErrNotExist)
 	}
 	return id, err
@@ -759,8 +712,6 @@ func (d *directory) Rename(from, to string) error {
 	return err
 }
 
-// Remove removes a file. A full etcd does not allow that: then the file is only not shown any more,
-// and goes as soon as there is room.
 func (d *directory) Remove(name string) error {
 	defer d.access.begin()()
 
@@ -768,24 +719,11 @@ func (d *directory) Remove(name string) error {
 		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
-	err := d.change(map[string]string{name: ""})
-	if errors.Is(err, syscall.ENOSPC) {
-		d.useless[name] = true
-		d.setNames(d.names)
-		return nil
-	}
-	return err
+	return d.change(map[string]string{name: ""})
 }
 
-// Extend opens a file for writing. What was written since its last Sync can be taken back. From
-// then on no file waits for room while it is made.
 func (d *directory) Extend(name string) (storage.File, error) {
 	f, _, err := d.Open(name)
-	if file, isFile := f.(*pieceFile); isFile {
-		defer file.access.begin()()
-		file.extended = true
-		d.isServed.Store(true)
-	}
 	return f, err
 }
 

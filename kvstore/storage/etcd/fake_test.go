@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -81,7 +80,6 @@ const (
 	noLeader    etcdFault = "there is no leader"
 	expired     etcdFault = "the token has expired"
 	noSpace     etcdFault = "the cluster is full for 20 s"
-	lastSpace   etcdFault = "the request is done, refused, and the cluster is full for 20 s"
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
@@ -162,11 +160,6 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 			w.late = append(w.late, t)
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
-		if fault == lastSpace && err == nil && t.puts() {
-			err = errNoSpace
-			w.full = true
-			time.AfterFunc(20*time.Second, func() { w.setFull(false) })
-		}
 	}
 	if w.requests%3 == 0 && len(w.late) > 0 { // the network has delayed it
 		w.txn(w.late[0])
@@ -519,25 +512,6 @@ func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value str
 		t.Fatalf("Put %s: %v", key, err)
 	}
 	h.Told = h.Done.Clone()
-}
-
-// forgiving is a store of which Commits may be taken back: then it must hold what was answered, and
-// its history goes on from there.
-type forgiving struct {
-	*durable.Store
-	t *testing.T
-	h *storetest.History
-}
-
-func (d forgiving) Commit() error {
-	err := d.Store.Commit()
-	if errors.Is(err, storage.ErrTakenBack) {
-		if !d.h.Told.Equal(d.Store) {
-			d.t.Fatalf("after %v there is not what was there before", err)
-		}
-		d.h.Done, err = d.h.Told.Clone(), nil
-	}
-	return err
 }
 
 // checkKept opens the store in dir, and fails the test unless it holds exactly what was answered,

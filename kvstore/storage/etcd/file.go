@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -43,11 +42,6 @@ type pieceFile struct {
 	tail   []byte // the bytes of the last, small pieces
 	tails  int    // how many pieces tail holds
 	before []byte // the key of the piece before them; nil: there is none
-
-	// For taking back what is not synced.
-	extended bool   // Extend has opened it; before that it is just being made, or read
-	synced   extent // what there was at the last Sync
-	mayCome  bool   // a piece that was put since then may be put once more, later
 
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
@@ -94,7 +88,6 @@ func (f *pieceFile) open() error {
 	if err == nil && (f.hasGap || f.count == 0) { // perhaps the file was removed meanwhile
 		err = f.isThere()
 	}
-	f.noteSynced()
 	return err
 }
 
@@ -138,9 +131,7 @@ func (f *pieceFile) reread() (changed bool, err error) {
 		return false, err
 	}
 
-	// The numbers of pieces that were taken back are not used again, and the bytes of the pieces that
-	// are there are not known, so they cannot be joined.
-	f.count = max(f.count, was.count)
+	// The bytes of these pieces are not known, so they cannot be joined.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return !slices.Equal(was.pieces, f.pieces), nil
 }
@@ -346,64 +337,23 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes wait in buf until they fill a piece, or for Sync, which also reports a full etcd if this
-	// can be taken back.
+	// Bytes wait in buf until they fill a piece, or for Sync.
 	f.buf = append(f.buf, rest...)
-	if err := f.send(pieceMost); !f.extended || !errors.Is(err, syscall.ENOSPC) {
-		return len(b), err
-	}
-	return len(b), nil
+	return len(b), f.send(pieceMost)
 }
 
 // send sends buf in pieces, while it has at least least bytes.
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
-		n, err := f.put(least == 1)
+		n, err := f.put()
 		if err == errSmaller {
 			n, err = f.arrived(n)
-		}
-
-		// What cannot be taken back waits until there is room. A file that is just being made can be
-		// removed.
-		mayFail := f.mayTakeBack() || !f.extended && f.d.isServed.Load()
-		if errors.Is(err, syscall.ENOSPC) && !mayFail {
-			n, err = 0, wait(f.d.lock.ctx, beatTime)
 		}
 		if err != nil {
 			return f.unlessGone(err)
 		}
 		f.buf = append(f.buf[:0], f.buf[n:]...)
 	}
-	if least == 1 {
-		f.noteSynced()
-	}
-	return nil
-}
-
-// noteSynced notes that all that was written is in etcd.
-func (f *pieceFile) noteSynced() { f.synced, f.mayCome = f.extent, false }
-
-// mayTakeBack reports whether what was written since the last Sync can be taken back: not if a
-// piece of it may arrive later.
-func (f *pieceFile) mayTakeBack() bool { return f.extended && !f.mayCome }
-
-// takeBack takes back what was written since the last Sync. It only deletes, which a full etcd
-// allows. The numbers of the pieces are not used again, so it does no harm if the request arrives
-// twice.
-func (f *pieceFile) takeBack() error {
-	count := f.count
-	if count > f.synced.count {
-		ops := []operation{deleteKeys(f.from(f.synced.count), f.from(count))}
-		if err := f.d.do(0, ops); err != nil {
-			return f.unlessGone(err)
-		}
-	}
-
-	f.d.pieces.Add(int64(f.synced.keys - f.keys))
-	f.extent, f.buf = f.synced, f.buf[:0]
-	f.count = count
-	f.tail, f.tails, f.before = nil, 0, f.last
-	f.noteSynced()
 	return nil
 }
 
@@ -435,20 +385,19 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If mayJoin, and this piece is the last, it may join
-// others: a joined piece cannot be taken back. If put returns errSmaller, the piece may have
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
 // arrived; if not, put is to be called again, and takes fewer bytes. After any other error no more
 // pieces can be added.
-func (f *pieceFile) put(mayJoin bool) (n int, err error) {
+func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
 	most := int(f.d.client.piece.Load())
 	n = min(len(f.buf), pieceMost)
-	data, joins := f.join(n, mayJoin)
+	data, joins := f.join(f.buf[:n])
 	packed := pack(data)
 	for len(packed) > most && n > most {
 		n = max(most, n*most/len(packed)*7/8) // some less: the first part may shrink less than all
-		data, joins = f.join(n, mayJoin)
+		data, joins = f.join(f.buf[:n])
 		packed = pack(data)
 	}
 
@@ -486,15 +435,14 @@ func (f *pieceFile) put(mayJoin bool) (n int, err error) {
 	return n, nil
 }
 
-// join returns the bytes of the next piece: n bytes of buf, or once there are enough small pieces
-// before it, their bytes and all of buf. Otherwise a file of small writes would have a key for
-// each.
-func (f *pieceFile) join(n int, mayJoin bool) (data []byte, joins bool) {
-	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(n)
-	if !isEnough || !mayJoin || n < len(f.buf) {
-		return f.buf[:n], false
+// join returns the bytes of the next piece: b, or once there are enough small pieces before it,
+// their bytes and b. Otherwise a file of small writes would have a key for each.
+func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
+	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
+	if !isEnough {
+		return b, false
 	}
-	return append(f.tail, f.buf...), true
+	return append(f.tail, b...), true
 }
 
 // isTailFull reports whether tail with n more bytes would be too large to be joined.
@@ -509,12 +457,7 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	if before != nil {
 		compare = append(compare, isThere(before))
 	}
-	mayCome, err := f.d.tryDo(len(data), append(ops, putKey(f.key(p), data)), compare...)
-	f.mayCome = f.mayCome || mayCome
-	if errors.Is(err, syscall.ENOSPC) {
-		err = f.unlessDone(p, err)
-	}
-	if err != nil {
+	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
 		return err
 	}
 
@@ -525,21 +468,6 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	f.d.client.plain.Add(p.size + pieceExtra)
 	f.lay(p)
 	return nil
-}
-
-// unlessDone returns err, for lack of room, unless the piece is there: etcd answers so also to the
-// request with which its database reaches the quota.
-func (f *pieceFile) unlessDone(p piece, err error) error {
-	kvs, askErr := f.d.get(keyRange{Key: f.key(p), KeysOnly: true}, 0)
-	switch {
-	case errors.Is(askErr, storage.ErrGone):
-		return askErr
-	case askErr != nil: // it is not known what the next piece follows
-		return f.d.lock.fail(askErr)
-	case len(kvs) > 0:
-		return nil
-	}
-	return err
 }
 
 // cut makes the file end at size, which is not behind its end.
@@ -554,7 +482,6 @@ func (f *pieceFile) cut(size int64) error {
 	}
 	// Join only pieces behind the cut: the one before it may have lost its end.
 	f.tail, f.tails, f.before = nil, 0, f.last
-	f.noteSynced()
 	return nil
 }
 
@@ -599,21 +526,11 @@ func (f *pieceFile) Sync() error {
 	return f.send(1)
 }
 
-// Truncate takes back what was written since the last Sync, if that ended at size. Otherwise, or if
-// it cannot, it writes, and waits while etcd is full.
 func (f *pieceFile) Truncate(size int64) error {
 	defer f.access.begin()()
-	if size == f.synced.size && f.mayTakeBack() {
-		return f.takeBack()
-	}
-
-	f.mayCome = true // so that send waits
 	err := f.send(1)
-	for err == nil && size != f.size && !f.isDead.Load() {
+	if err == nil && size != f.size && !f.isDead.Load() {
 		err = f.cut(size)
-		if errors.Is(err, syscall.ENOSPC) {
-			err = wait(f.d.lock.ctx, beatTime)
-		}
 	}
 	return err
 }

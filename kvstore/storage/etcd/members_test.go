@@ -28,7 +28,7 @@ import (
 // that was answered.
 func TestEtcdFaults(t *testing.T) {
 	for i, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace, lastSpace, killed, killedAfter, cutOff, doubtful} {
+		noSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			t.Parallel()
 			of := 10
@@ -66,10 +66,10 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	case fault == doubtful:
 		err = slowScript(d, h)
 	default:
-		err = storetest.Script(t, forgiving{d, t, h}, h)
+		err = storetest.Script(t, d, h)
 	}
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace, lastSpace}, fault)
+		noSpace}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}

@@ -225,12 +225,6 @@ func (p *process) batch() bool {
 	switch {
 	case p.ended: // it was killed: nobody gets the answer
 		return false
-	case errors.Is(err, storage.ErrTakenBack):
-		p.note("%s: a Commit is taken back", p.name)
-		if delete(p.doubts, p); p.serving == p && !p.isIn(p.told) {
-			p.wrong("%s has not what was there before", p.name)
-		}
-		return true
 	case err != nil:
 		p.note("%s: Commit: %v", p.name, err)
 		return false
