@@ -899,19 +899,11 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 
 		// Some lines are the connection's last.
-		switch {
-		case q.queryType == quit:
+		if q.queryType == quit {
 			c.end(itQuit)
-		case in.spoke || q.queryType != malformed || isLong && begun(line) != malformed:
-			// a request, or a mistake in one
-		case isLong:
-			c.end(speaksNothing)
-		case isHTTP(line):
-			q.queryType, q.value = foreign, badRequest
-			c.end(speaksHTTP)
-		case isRESP(line):
-			q.queryType, q.value = foreign, badRESP
-			c.end(speaksRESP)
+		}
+		if !in.spoke && q.queryType == malformed {
+			c.judgeFirst(q, line, isLong)
 		}
 		in.spoke = true
 	}
@@ -927,6 +919,22 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		in.queries[i].next = &in.queries[i+1]
 	}
 	return &in.queries[0], burst
+}
+
+// judgeFirst ends the connection if its first line, of which q was made, is no mistake in a request
+// but the beginning of something else.
+func (c *Client) judgeFirst(q *Query, line string, isLong bool) {
+	switch {
+	case isLong && begun(line) != malformed: // a request that is too long
+	case isLong:
+		c.end(speaksNothing)
+	case isHTTP(line):
+		q.queryType, q.value = foreign, badRequest
+		c.end(speaksHTTP)
+	case isRESP(line):
+		q.queryType, q.value = foreign, badRESP
+		c.end(speaksRESP)
+	}
 }
 
 // trimCR removes one CR, or the CR NUL that telnet sends (RFC 854), from the end of line.
@@ -1438,18 +1446,12 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			msg = o.firstMessage(q)
 		}
 
-		// Sizes are upper bounds, so more may be claimed than the reply has taken.
 		msg = o.format(msg, q)
-		o.unclaim()
+		o.uncount(q)
 		if msg == nil {
 			return
 		}
 		left -= q.size
-
-		// Its values are in messages now. (A Keys or Dump keeps its snapshot.)
-		if o.pinned > 0 && o.listing == nil {
-			o.pin(o.pinned - q.pins())
-		}
 
 		// A PONG has told what was lost.
 		if q.queryType == ping {
@@ -1571,11 +1573,17 @@ func (o *outbox) claim(size int) {
 	}
 }
 
-// unclaim gives back what was claimed and is not used.
-func (o *outbox) unclaim() {
+// uncount ends the counts of q's reply, which has been formatted.
+func (o *outbox) uncount(q *Query) {
+	// Sizes are upper bounds, so more may be claimed than the reply has taken.
 	if o.claimed > 0 {
 		o.budget.queued.Add(-o.claimed)
 		o.claimed = 0
+	}
+
+	// Its values are in messages now. (A Keys or Dump keeps its snapshot.)
+	if o.pinned > 0 && o.listing == nil {
+		o.pin(o.pinned - q.pins())
 	}
 }
 

@@ -5422,7 +5422,7 @@ func TestOutboxClaim(t *testing.T) {
 			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
-		o.unclaim()
+		o.uncount(&Query{})
 		equal(t, "bytes that are counted afterwards", s.budget.queued.Load(), c.queued)
 	}
 }
