@@ -480,8 +480,15 @@ func (c *Client) awaitLineMemory(more int64) {
 // countInput makes counted what the input needs now: it gives back what the begun line needs no
 // longer, and counts what was taken without asking.
 func (c *Client) countInput() {
+	// What the chain under way counts is given back when the chain is: meanwhile it may count in
+	// budget.chains (countAsWaiting).
+	need := c.in.need(c.server.maxLine)
+	if c.underWay {
+		need = max(need, c.outbox.inInputs)
+	}
+
 	// need can also have grown: lent grows when buf does.
-	if need := c.in.need(c.server.maxLine); need != c.in.counted {
+	if need != c.in.counted {
 		c.server.budget.inputs.Add(need - c.in.counted)
 		c.in.counted = need
 	}
@@ -771,7 +778,7 @@ func (in *input) resize(size int) {
 }
 
 // shrink gives back memory that the client did not need since the last tick. No chain is under way,
-// except a Take that waits, which has memory of its own.
+// except a Take that waits, or an error, which have memory of their own.
 func (in *input) shrink() {
 	// The smallest size that would have been enough.
 	size := quietSize
@@ -1287,7 +1294,7 @@ type outbox struct {
 	piece     int      // bytes in a message now: fewer than maxMessage while all queues are full
 	claimed   int64    // bytes of the reply in hand that count as queued before they are
 	chainSize int64    // bytes of the chain under way and of its lines, when it was sent
-	inInputs  int64    // of chainSize, bytes that were counted in budget.inputs then
+	inInputs  int64    // of chainSize, bytes in budget.inputs then; only readFromClient sets it
 	lists     int64    // bytes of the waiting chain's lists that count as queued
 	pinned    int64    // bytes of values that it keeps, and that are counted in budget.pinned
 

@@ -585,8 +585,9 @@ func TestManual(t *testing.T) {
 	}
 
 	// Who asks a command for help gets its part, and of help the headings.
-	for args, want := range map[string]string{"check -h": "## Keeping the data: backup, check, repair\n",
-		"backup a --help": "## Keeping the data: backup, check, repair\n", "help -help": "kvserver\nFor programs\n"} {
+	const keeping = "## Keeping the data: backup, check, repair\n"
+	for args, want := range map[string]string{"check -h": keeping, "backup a --help": keeping,
+		"help -help": "kvserver\nFor programs\n"} {
 		part.Reset()
 		err := run(strings.Fields(args), &part)
 		if err != nil || !strings.HasPrefix(part.String(), want) {
@@ -4280,6 +4281,32 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			closeClients(others)
 		})
 	}
+}
+
+// Ensure that what lines take is not counted too low while the error of a long line waits for room.
+func TestMemoryLimitBesideAnError(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine, n.server.maxMessage = 200*kilo, maxMessage
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		b.bursts.Store(b.reserve) // so that nobody is busy
+		n.fill("big", strings.Repeat("v", kilo), 900)
+		mute := n.dialAck(t)
+		for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} { // no room is left then
+			mute.send(request)
+			pass(tickTime)
+		}
+
+		go mute.sendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
+		for range 4 {
+			pass(quietAfter / 2)
+			between(t, "bytes of lines", b.inputs.Load(), 0, math.MaxInt64)
+		}
+		mute.close()
+		synctest.Wait()
+		equal(t, "bytes of lines in the end", b.inputs.Load(), 0)
+		b.bursts.Add(-b.reserve)
+	})
 }
 
 // Ensure that how fast a client reads is judged by the bytes that its connection has taken.

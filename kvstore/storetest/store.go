@@ -128,16 +128,17 @@ func timedFor(store kvstore.Store) []string {
 	return timed
 }
 
+// drawValue draws a value. Some sizes are near ViewMost, because Memory keeps lists above it in
+// another way.
+func drawValue(random *rand.Rand) string {
+	sizes := []int{0, 1, 1, 2, 40, 130, 300, kvstore.ViewMost - 8, kvstore.ViewMost, 6000}
+	return strings.Repeat(string(rune('a'+random.IntN(3))), sizes[random.IntN(len(sizes))])
+}
+
 // testStore is TestStore for one store.
 func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 	t.Helper()
 	others := timedFor(store)
-
-	// Some sizes are near ViewMost, because Memory keeps lists above it in another way.
-	value := func() string {
-		sizes := []int{0, 1, 1, 2, 40, 130, 300, kvstore.ViewMost - 8, kvstore.ViewMost, 6000}
-		return strings.Repeat(string(rune('a'+random.IntN(3))), sizes[random.IntN(len(sizes))])
-	}
 
 	m := NewModel()
 	var lists []handedOut
@@ -146,7 +147,7 @@ func testStore(t *testing.T, random *rand.Rand, store kvstore.Store) {
 		n := random.IntN(20)
 		key := strings.Repeat(fmt.Sprint("key", n), []int{1, 1, 1, 60, 600}[n%5]) // up to 3,000 bytes
 
-		x := draw(random, others, key, value)
+		x := draw(random, others, key, func() string { return drawValue(random) })
 		x.Do(t, store, m)
 
 		switch random.IntN(20) {
