@@ -4255,12 +4255,18 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 }
 
 // Ensure that while others wait for memory a line that hardly comes is refused, but not one that
-// frees and goes on.
+// pauses for a tick, nor one that frees and goes on.
 func TestMemoryLimitOfSlowLines(t *testing.T) {
-	for _, c := range []struct{ line, rest, want string }{
-		{"Put:k:", "v", ":ERROR line 2: too long for the memory that is left, skipped"},
-		{"Remove:k:", "v", ":OK 0"},
-		{"Remove:k:", "", ":ERROR line 2: too long for the memory that is left, skipped"},
+	const skipped = ":ERROR line 2: too long for the memory that is left, skipped"
+	for _, c := range []struct {
+		line, rest string
+		times      int // how often rest comes, each half a tick later
+		want       string
+	}{
+		{"Put:k:", "v", 8, skipped},
+		{"Put:k:", "", 3, ":OK 1"},
+		{"Remove:k:", "v", 8, ":OK 0"},
+		{"Remove:k:", "", 8, skipped},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 1 << 20
@@ -4271,7 +4277,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 
 			n.server.budget.inputs.Add(1 << 30)
 			others := n.dialMany(t, 6, func(_ int, o *testClient) { go o.sendSome("Put:k:" + long) })
-			for range 8 {
+			for range c.times {
 				a.send(c.rest)
 				pass(quietAfter / 2)
 			}
