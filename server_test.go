@@ -3940,10 +3940,11 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					}
 					used.collected(used.known() + used.forData()/8*eighths - used.store.Load())
 					b.ask("Put:k:v\nPing", ":PONG")
-					if pass(slowAfter / 2); c.drips {
-						mute.conn.Read(make([]byte, kilo))
+					for range slowAfter / tickTime {
+						if pass(tickTime); c.drips {
+							mute.conn.Read(make([]byte, 5*kilo))
+						}
 					}
-					pass(slowAfter / 2)
 				}
 				equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
 				equal(t, c.request+": it is cut off", b.stat("clients") == 1, isNeeded && !c.isDropped)
@@ -4287,6 +4288,21 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			closeClients(others)
 		})
 	}
+}
+
+// Ensure that of two replies only the one that is not in messages yet keeps values.
+func TestMemoryLimitOfFormattedValues(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxMessage = maxMessage
+		n.fill("big", strings.Repeat("v", kilo), 900)
+		mute := n.dial(t)
+		mute.send("Ping\nGet:big\nGet:big\n")
+		synctest.Wait()
+		between(t, "bytes that are pinned", n.server.budget.pinned.Load(), 900*kilo, 1000*kilo)
+		mute.close()
+		synctest.Wait()
+		equal(t, "bytes that are pinned in the end", n.server.budget.pinned.Load(), 0)
+	})
 }
 
 // Ensure that what lines take is not counted too low while the error of a long line waits for room.
