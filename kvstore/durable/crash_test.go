@@ -785,7 +785,8 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a start which cannot open SPARE goes on without it, even if the disk is full.
+// Ensure that a start which cannot open SPARE goes on without it, even if the disk is full, and that
+// the log says so once, until SPARE can be opened again.
 func TestSpareCannotBeOpened(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	dir.Room = 20_000
@@ -800,16 +801,32 @@ func TestSpareCannotBeOpened(t *testing.T) {
 
 	image, refused := dir.Kill(), 0
 	image.Before = func(c storetest.Call) error {
-		if c.What == "open" && c.Name == spareName {
+		if c.What == "open" && c.Name == spareName && refused >= 0 {
 			refused++
 			return &os.PathError{Op: c.What, Path: c.Name, Err: os.ErrPermission}
 		}
 		return nil
 	}
-	d, err := openSmall(image, Options{})
+	log := &strings.Builder{}
+	d, err := openSmall(image, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
+	wantTold := func(times int) {
+		t.Helper()
+		d.changed()
+		if told := strings.Count(log.String(), "cannot open SPARE"); told != times {
+			t.Errorf("the log tells of SPARE %d times, want %d:\n%s", told, times, log)
+		}
+	}
+	wantTold(1)
+	was := refused
+	refused = -1 // SPARE can be opened
+	wantTold(1)
+	refused = was
+	d.spare.f.Close()
+	d.spare = logWriter{}
+	wantTold(2)
 	for i := range keys {
 		if d.Room(10, true) == nil {
 			d.Delete(fmt.Sprint("key", i))
@@ -818,8 +835,9 @@ func TestSpareCannotBeOpened(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := d.Close(); err != nil || refused == 0 {
-		t.Errorf("Close: %v; to open SPARE was refused %d times", err, refused)
+	wantTold(2)
+	if err := d.Close(); err != nil {
+		t.Errorf("Close: %v", err)
 	}
 }
 

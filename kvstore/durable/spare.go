@@ -225,7 +225,8 @@ func (d *Store) makeRoom(need int64) error {
 }
 
 // checkSpare opens SPARE if it is there, and notes if somebody has removed or shortened it: the
-// next write makes it again, or as long as it should be. The store also works without it.
+// next write makes it again, or as long as it should be. The store also works without it. If SPARE
+// cannot be opened, that is logged once.
 func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 	stamp, isThere := stamps[spareName]
 	switch {
@@ -233,9 +234,15 @@ func (d *Store) checkSpare(stamps map[string]storage.Stamp) {
 		f, err := d.dir.Extend(spareName)
 		if err == nil {
 			d.spare = logWriter{f: f, path: d.dir.Path(spareName), fileSize: stamp.Size}
+		} else if !d.toldNoSpare {
+			d.log.Error("cannot open SPARE, so a full disk may have no room for Deletes: let the "+
+				"server read and write this file, or remove it, and the server makes another", "error",
+				err)
 		}
+		d.toldNoSpare = err != nil
 	case isThere:
 		d.spare.fileSize = min(d.spare.fileSize, stamp.Size)
+		d.toldNoSpare = false
 	case d.spare.f != nil:
 		d.spare.f.Close()
 		d.spare = logWriter{}

@@ -102,6 +102,7 @@ type Store struct {
 
 	// Room on the disk.
 	spare       logWriter // SPARE
+	toldNoSpare bool      // it was logged that SPARE cannot be opened
 	noRoom      error     // why the last write was refused
 	refused     int64     // bytes of that write's key and values
 	roomAfter   time.Time // until then writes of that size or more are refused without a try
