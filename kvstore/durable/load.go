@@ -294,11 +294,6 @@ func (s *files) judgeFile(end logEnd) error {
 		return nil
 	}
 
-	// If reading the next one's header has failed, nobody can tell whether it is unused.
-	bad := s.logs[s.at].bad
-	if bad != nil && !errors.As(bad, new(*storage.DamageError)) {
-		return bad
-	}
 	at.What = "the frame that says that another file follows is missing"
 	return cmp.Or(end.bad, error(at))
 }

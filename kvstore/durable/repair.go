@@ -142,10 +142,7 @@ func (s *salvage) readAll() error {
 
 	frames := 0
 	for _, l := range s.logs {
-		isOurs, err := s.accept(l)
-		if err != nil {
-			return err
-		}
+		isOurs := s.accept(l)
 		if !isOurs {
 			continue
 		}
@@ -230,21 +227,19 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 
 // accept reports whether a log file belongs to the store. If its header cannot be read, it is taken
 // for the file that its name says.
-func (s *salvage) accept(l *logReader) (isOurs bool, err error) {
+func (s *salvage) accept(l *logReader) (isOurs bool) {
 	switch {
-	case l.bad != nil && !errors.As(l.bad, new(*storage.DamageError)):
-		return false, l.bad // an unknown version, or a file that cannot be read
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
 		kind, number := parseName(l.name)
 		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
 		s.report.say("ignored %s: it belongs to another store", l.path)
-		return false, nil
+		return false
 	case l.header.name() != l.name:
 		s.sayDamaged("%s is %s, renamed", l.path, l.header.name())
 	}
-	return true, nil
+	return true
 }
 
 // sayBad reports what is behind end. If there is more, that goes up to the offset of l, where the

@@ -34,9 +34,7 @@ type logReader struct {
 	buf    []byte        // the last payload with its padding, kept for the next one
 	doubts []int64       // offsets of the frames that no later frame calls synced
 
-	// Why the header cannot be used: a *storage.DamageError, ErrNewer or ErrOlder, or the error of
-	// reading it; nil: it can be used.
-	bad error
+	bad *storage.DamageError // what is wrong with the header; nil: nothing
 }
 
 // readerOf returns a reader of f from offset to its end, even if f grows meanwhile.
@@ -44,8 +42,8 @@ func readerOf(f storage.File, offset int64) io.Reader {
 	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
 }
 
-// openLog opens the file called name and reads its header. A bad header is no error here: bad says
-// what is wrong, and the reader cannot read frames until beginBehind gives it another header.
+// openLog opens the file called name and reads its header. A damaged header is no error here: bad
+// says what is wrong, and the reader cannot read frames until beginBehind gives it another header.
 func openLog(d storage.Directory, name string) (*logReader, error) {
 	l := &logReader{dir: d, name: name, path: d.Path(name)}
 	err := l.open()
@@ -57,15 +55,16 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	b := make([]byte, headerSize)
 	n, err := l.f.ReadAt(b, 0)
 	if err != nil && err != io.EOF {
-		l.bad = err
-		return l, nil
+		l.close()
+		return nil, err
 	}
 
-	// Repair reads the frames behind a bad header.
+	// Repair reads the frames behind a damaged header.
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
-		l.bad = fmt.Errorf("%s: %w", l.path, err)
+		l.close()
+		return nil, fmt.Errorf("%s: %w", l.path, err)
 	case err != nil:
 		l.bad = &storage.DamageError{File: l.path, What: err.Error()}
 	}
