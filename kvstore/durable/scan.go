@@ -104,12 +104,9 @@ func (l *logReader) beginBehind(h fileHeader) {
 	}
 }
 
-// freeFiles is how many descriptors openLogs at least leaves to others if there are too few.
-const freeFiles = 16
-
 // openLogs opens the log files among names, and returns them in the same order. The caller closes
 // them. On a disk, an open file stays readable even if somebody removes it. If there are too few
-// descriptors, some files are closed again, and opened once more when they are read.
+// descriptors, all files are closed again, and each is opened once more when it is read.
 func openLogs(d storage.Directory, names []string) (logs []*logReader, err error) {
 	// The newest first: then a frame in a newer file is never seen without all frames before it.
 	areMany := false
@@ -120,9 +117,9 @@ func openLogs(d storage.Directory, names []string) (logs []*logReader, err error
 		}
 
 		l, err := openLog(d, name)
-		if errors.Is(err, syscall.EMFILE) && len(logs) > 0 && !areMany {
+		if errors.Is(err, syscall.EMFILE) {
 			areMany = true
-			closeLogs(logs[max(0, len(logs)-freeFiles):])
+			closeLogs(logs)
 			l, err = openLog(d, name)
 		}
 		if err != nil {
