@@ -102,8 +102,8 @@ func (s *salvage) sayLost(format string, args ...any) {
 	s.report.say("LOST    "+format, args...)
 }
 
-// findID finds out which store this is. It believes more than half of the log files, otherwise
-// STORE, and without STORE exactly half of the log files.
+// findID finds out which store this is: the one that STORE says, unless STORE cannot be read or most
+// log files belong to another one.
 func (s *salvage) findID() error {
 	id, most, of := majorityID(s.logs)
 
@@ -116,20 +116,12 @@ func (s *salvage) findID() error {
 		s.sayDamaged("%v", err)
 	case err != nil:
 		return err
-	case 2*most > of && said != id:
+	case 2*most <= of:
+		id = said
+	case said != id:
 		s.sayDamaged("%s is another store's", s.dir.Path(storage.StoreName))
 	}
-
-	// A majority of the files outvotes STORE, which may be another store's. Half of them count only
-	// if STORE says nothing.
-	switch {
-	case 2*most > of, err != nil && most > 0 && 2*most == of:
-		s.id = id
-	case err == nil:
-		s.id = said
-	default:
-		return fmt.Errorf("%w: no file says which store this is", ErrNothingRead)
-	}
+	s.id = id
 	return nil
 }
 
@@ -181,38 +173,37 @@ func (s *salvage) read(l *logReader) (*foundFile, error) {
 	}
 	defer l.endReading()
 
-	// Each turn reads frames up to a bad place, and skips that. Nobody writes meanwhile.
-	at := l.offset
 	each := func(l *logReader, f frame, _ []byte) error {
-		file.frames = append(file.frames, foundFrame{f, file, at})
-		at = l.offset
+		file.frames = append(file.frames, foundFrame{f, file, l.offset - f.padded()})
 		return nil
 	}
-	for more := true; more; at, end.frames = l.offset, 0 {
+	for {
 		damage, err := l.readFrames(&end, each)
 		if err != nil {
 			return nil, err
 		}
-
-		// Only the last turn that has frames tells how the file ends.
-		if end.frames > 0 {
-			file.goesOn, file.whole = end.goesOn(), end.isWhole()
-		}
 		if damage == nil {
 			break
 		}
+
+		// Go on behind the bad place. Nobody writes meanwhile.
 		end.bad = damage
-		more, err = l.skip()
+		more, err := l.skip()
 		if err == nil && !more {
 			err = l.judgeTail(&end, damage)
 		}
 		if err != nil {
 			return nil, err
 		}
-		file.whole = file.whole && !more
 		s.sayBad(l, end, more)
+		if !more {
+			break
+		}
+		end.last = frameRecords // any frame may follow a bad place
 	}
 
+	// The last frame says how the file ends.
+	file.goesOn, file.whole = end.goesOn(), end.isWhole()
 	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
 		s.sayDamaged("%s has no proper end", l.path)
 	}

@@ -329,7 +329,7 @@ const (
 type logEnd struct {
 	header fileHeader
 	stamp  storage.Stamp // the file's, when it was opened for reading
-	last   uint32        // the kind of the last good frame
+	last   uint32        // the kind of the last good frame; frameRecords: perhaps there is none
 	frames int           // how many are good
 	next   uint64        // sequence of the frame that would follow
 	offset int64         // of the end of the last good frame
@@ -342,15 +342,13 @@ type logEnd struct {
 }
 
 // goesOn reports whether the last frame says that another file follows.
-func (e logEnd) goesOn() bool { return e.frames > 0 && e.last == frameNext }
+func (e logEnd) goesOn() bool { return e.last == frameNext }
 
 // isLast reports whether no frame may follow the last one.
-func (e logEnd) isLast() bool {
-	return e.frames > 0 && (e.last == frameNext || e.last == frameEnd)
-}
+func (e logEnd) isLast() bool { return e.last == frameNext || e.last == frameEnd }
 
 // isWhole reports whether the file is a complete snapshot.
-func (e logEnd) isWhole() bool { return e.frames > 0 && e.last == frameEnd && e.offset == e.size }
+func (e logEnd) isWhole() bool { return e.last == frameEnd && e.offset == e.size }
 
 // bufferSize is how many bytes are read at a time.
 const bufferSize = 1 << 18
