@@ -79,7 +79,7 @@ type salvage struct {
 type foundFile struct {
 	*logReader
 	frames []foundFrame
-	whole  bool // it is a complete snapshot
+	whole  bool // it is a snapshot that has its end
 	goesOn bool // the last frame says that another file follows
 }
 
@@ -304,16 +304,21 @@ func from(frames []foundFrame, first uint64) []foundFrame {
 	return frames[i:]
 }
 
-// base returns the snapshot to begin with: the newest whole one behind which no frame is missing,
-// or an empty one if no frame is missing from the first on; otherwise the newest whole one, or the
-// newest that has frames.
+// isUnbroken reports whether no frame is missing among frames, which are in order, from first on.
+func isUnbroken(frames []foundFrame, first uint64) bool {
+	n := len(frames)
+	return n == 0 || frames[n-1].sequence-first == uint64(n-1)
+}
+
+// base returns the snapshot to begin with: the newest in which no frame is missing, and none behind
+// it, or an empty one if no frame is missing from the first on; otherwise the newest that has its
+// end, or the newest that has frames.
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
 	isComplete := func(file *foundFile) bool {
 		first, hasGap := s.firstBehind(file, frames)
-		rest := from(frames, first)
-		n := len(rest)
-		return file.whole && !hasGap && (n == 0 || rest[n-1].sequence-first == uint64(n-1))
+		return file.whole && !hasGap && isUnbroken(file.frames, 1) &&
+			isUnbroken(from(frames, first), first)
 	}
 
 	empty := &foundFile{logReader: &logReader{header: fileHeader{first: 1}}, whole: true}
@@ -400,17 +405,16 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 // sayLostEnd reports what may be lost behind the last frame.
 func (s *salvage) sayLostEnd(base *foundFile) {
 	// The newest segment that can be read at least in part.
+	newest := base
 	i := slices.IndexFunc(s.segments, func(file *foundFile) bool {
 		return file.bad == nil || len(file.frames) > 0
 	})
-	if i < 0 || s.segments[i].header.number <= base.header.number {
-		s.sayLostBehind(base)
-		return
+	if i >= 0 && s.segments[i].header.number > base.header.number {
+		newest = s.segments[i]
 	}
 
-	newest := s.segments[i]
 	switch {
-	case newest.goesOn:
+	case newest == base, newest.goesOn:
 		s.sayLostBehind(newest)
 	case len(newest.frames) == 0 && newest.header.first > s.next+1:
 		s.sayLost("frames %d to %d, which came before %s", s.next, newest.header.first-1,

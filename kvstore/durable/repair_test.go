@@ -587,7 +587,8 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	}
 }
 
-// Ensure that Repair uses the log alone if all of it is there and the snapshot is damaged.
+// Ensure that Repair uses the log alone if all of it is there and the snapshot is damaged, at its end
+// or in the middle.
 func TestRepairUsesTheLogAlone(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	dir.Before = func(c storetest.Call) error {
@@ -604,16 +605,21 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 		d.AwaitCompaction()
 	}
 	name := logName(kindSnapshot, d.snapshot)
-	data := dir.Names[name].Data
-	bad := dir.With(name, data[:len(data)-frameSize]) // without its end
 	want := maps.Collect(d.All())
+	image := dir.Kill()
 	dir.Before = nil
 	d.Close()
-	out, r, err := repaired(t, bad)
-	if err != nil || !r.Damaged || r.Lost {
-		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	for what, spoil := range map[string]func(b []byte) []byte{
+		"without its end":  func(b []byte) []byte { return b[:len(b)-frameSize] },
+		"with a bad frame": func(b []byte) []byte { b[headerSize+frameSize] ^= 1; return b },
+	} {
+		bad := image.With(name, spoil(slices.Clone(image.Names[name].Data)))
+		out, r, err := repaired(t, bad)
+		if err != nil || !r.Damaged || r.Lost {
+			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
+		}
+		wantAll(t, what, out, want)
 	}
-	wantAll(t, "of the log", out, want)
 }
 
 // Ensure that if half of the log files are another store's, Repair saves those that belong to
