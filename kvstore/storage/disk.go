@@ -248,10 +248,10 @@ func (d *Disk) Close() error {
 }
 
 // MakeDisk opens the directory at path for a copy of the store at from, and creates it if it is
-// missing. It gives the directory to the owner of from, if this process may do that. If from is "",
-// because that store is in no directory of a disk, the owner is that of path's parent. undo removes
-// a directory that MakeDisk has created, if nothing but LOCK is in it, or gives one that was there
-// before back to its owner. log is OpenDisk's.
+// missing. It gives a directory that it has created to the owner of from, if this process may do
+// that. If from is "", because that store is in no directory of a disk, the owner is that of path's
+// parent. undo removes a directory that MakeDisk has created, if nothing but LOCK is in it. log is
+// OpenDisk's.
 func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err error) {
 	// If the parent is missing too, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
@@ -284,7 +284,8 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		d, err = OpenDisk(path, log)
 	}
 
-	// A directory that was there before stays.
+	// A directory that was there before stays, and stays its owner's: perhaps it is no place for a
+	// copy.
 	undo = func() {
 		if isNew {
 			os.Remove(filepath.Join(path, LockName))
@@ -296,20 +297,8 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		return nil, nil, err
 	}
 
-	// If the owner cannot be found out, the directory stays as it is: the copy is no worse for it.
-	was, err := d.root.Stat(".")
-	if err != nil {
-		return d, undo, nil
-	}
-	d.give(".", source)
-	if !isNew {
-		undo = func() {
-			root, err := os.OpenRoot(path) // the caller may have closed d
-			if err == nil {
-				keepOwner(root, ".", was)
-				root.Close()
-			}
-		}
+	if isNew {
+		d.give(".", source)
 	}
 	return d, undo, nil
 }

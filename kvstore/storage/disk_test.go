@@ -133,8 +133,9 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 }
 
-// Ensure that MakeDisk creates a directory for a copy, or takes one that exists, that undo removes
-// only what was created, and that no directory is created inside the store that is to be copied.
+// Ensure that MakeDisk creates a directory for a copy, or takes one that exists and leaves it to its
+// owner, that undo removes only what was created, and that no directory is created inside the store
+// that is to be copied.
 func TestMakeDisk(t *testing.T) {
 	path := t.TempDir()
 	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")
@@ -161,11 +162,11 @@ func TestMakeDisk(t *testing.T) {
 		}
 		lock.Close()
 		d.Close()
+		if after, _ := os.Stat(there); ownerOf(after) != ownerOf(before) {
+			t.Errorf("%s is %v's, and was %v's", there, ownerOf(after), ownerOf(before))
+		}
 		if undo(); isThere(at) != (at == there) {
 			t.Errorf("after undo %s is there: %v", at, isThere(at))
-		}
-		if after, _ := os.Stat(there); ownerOf(after) != ownerOf(before) {
-			t.Errorf("after undo %s is %v's, and was %v's", there, ownerOf(after), ownerOf(before))
 		}
 	}
 	file := filepath.Join(path, "file")
