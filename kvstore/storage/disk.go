@@ -167,23 +167,17 @@ func (d *Disk) Create(name string) (File, error) {
 
 	// Without this the server, which may run as that owner, could not open what root's commands
 	// write.
-	err = d.own(name)
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
+	d.own(name)
 	return diskFile{f}, nil
 }
 
 // own gives a new file to the directory's owner.
-func (d *Disk) own(name string) error {
+func (d *Disk) own(name string) {
 	// The directory may have been given away since it was opened.
 	info, err := d.root.Stat(".")
-	if err != nil {
-		return d.named("", err)
+	if err == nil {
+		d.give(name, info)
 	}
-	d.give(name, info)
-	return nil
 }
 
 // give gives a file to the user and group that info names. If this process may not do that, as in a

@@ -26,26 +26,24 @@ const noticeTime = 2*heldTime + heldTime/2
 // wait for a process that holds the lock, only for one that may have lost LOCK, and ctx ends that
 // wait.
 func (d *Disk) Lock(ctx context.Context) (Lock, error) {
-	// The directory first: its lock keeps all others out, whatever happens to LOCK.
-	self, err := tryLock(d.lockSelf)
-	if err != nil {
-		return nil, d.lockError(err)
-	}
-	f, err := d.lockNamed(ctx)
-	if err != nil {
-		closeAll(self)
-		return nil, d.lockError(err)
-	}
-
-	l := &diskLock{dir: d, self: self, stop: make(chan struct{}), ended: make(chan struct{}),
+	l := &diskLock{dir: d, stop: make(chan struct{}), ended: make(chan struct{}),
 		lost: make(chan struct{})}
 
-	// From here on f is the LOCK that watch looks at.
-	err = l.sign(f)
+	// The directory first: its lock keeps all others out, whatever happens to LOCK.
+	var f *os.File
+	self, err := tryLock(d.lockSelf)
+	if err == nil {
+		f, err = d.lockNamed(ctx)
+	}
+	if err == nil {
+		err = l.sign(f)
+	}
 	if err != nil {
 		closeAll(self, f)
-		return nil, err
+		return nil, d.lockError(err)
 	}
+
+	l.self = self
 	go l.watch()
 	return l, nil
 }
@@ -154,15 +152,12 @@ const heldTime = time.Second
 
 // sign makes f, which is locked, the lock's file, and writes the holder's name into it.
 func (l *diskLock) sign(f *os.File) error {
-	// The server's user must be able to lock the file too.
 	info, err := f.Stat()
-	if err == nil {
-		err = l.dir.own(LockName)
-	}
 	if err != nil {
 		return err
 	}
 	l.file, l.info = f, info
+	l.dir.own(LockName) // the server's user must be able to lock the file, too
 
 	// The text is only for people, so that this fails is no error.
 	err = f.Truncate(0)
