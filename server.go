@@ -1945,7 +1945,7 @@ func (s *keyValueServer) watched() (rows []counter) {
 	if s.status != nil {
 		rows = append(rows,
 			counter{"takeovers_total", "How often the data was taken over from a server that had died.",
-				s.status.Takeovers()},
+				s.status.Takeovers.Load()},
 			counter{"compactions_total", "How often the log was compacted, since the start.",
 				s.status.Compactions.Load()})
 

@@ -11,10 +11,10 @@ import (
 type Status struct {
 	stage     atomic.Pointer[string]    // Stage; nil: not set yet
 	confirmed atomic.Pointer[time.Time] // Confirmed; nil: never
-	takeovers atomic.Int64              // Takeovers
 
 	Fsyncs      Histogram    // how long each fsync took, in seconds
 	Compactions atomic.Int64 // how many compactions have succeeded
+	Takeovers   atomic.Int64 // how often the store was taken from a holder that had not released it
 }
 
 // Stage is what a store that is not open yet does or waits for, such as "loading 43 %"; "" once it
@@ -37,12 +37,6 @@ func (s *Status) Confirmed() time.Time {
 
 // Confirm sets Confirmed.
 func (s *Status) Confirm(at time.Time) { s.confirmed.Store(&at) }
-
-// TakeOver sets Takeovers.
-func (s *Status) TakeOver(times int64) { s.takeovers.Store(times) }
-
-// Takeovers is how often a process has taken the store from a holder that had not released it.
-func (s *Status) Takeovers() int64 { return s.takeovers.Load() }
 
 // Set sets Stage.
 func (s *Status) Set(stage string) { s.stage.Store(&stage) }

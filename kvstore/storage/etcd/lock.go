@@ -278,7 +278,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.lock = l
 	d.opts.Status.Set("opening the data")
-	d.opts.Status.TakeOver(l.owner.Takeovers)
+	d.opts.Status.Takeovers.Store(l.owner.Takeovers)
 
 	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()

@@ -173,7 +173,7 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after its death: %v", err)
 		}
-		if n := dir.opts.Status.Takeovers(); n != 1 {
+		if n := dir.opts.Status.Takeovers.Load(); n != 1 {
 			t.Errorf("%d takeovers are counted, want 1", n)
 		}
 		lock.Close()
