@@ -148,7 +148,12 @@ func (d *Store) newCompaction() *compaction {
 // that files which a failed compaction has left go, too. A crash leaves the old files, or the
 // snapshot and any of the old files.
 func (c *compaction) run() {
-	c.written, c.err = createLog(c.dir, c.header, c.fill)
+	c.written, c.err = createLog(c.dir, c.header, func(w *logWriter) error {
+		w.prepare = c.prepare
+		err := writeAll(w, c.store, c.stop)
+		c.bytes = w.size
+		return err
+	})
 	if c.err != nil {
 		return
 	}
@@ -166,14 +171,6 @@ func (c *compaction) run() {
 	// Sync, because of spoiled files: if an emptied one came back after a crash, the start would
 	// refuse the store.
 	c.err = errors.Join(err, c.dir.Sync())
-}
-
-// fill writes the snapshot's frames.
-func (c *compaction) fill(w *logWriter) error {
-	w.prepare = c.prepare
-	err := writeAll(w, c.store, c.stop)
-	c.bytes = w.size
-	return err
 }
 
 // writeAll writes what store holds as a snapshot's frames, until stop is closed. A key has all its
