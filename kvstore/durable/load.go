@@ -39,7 +39,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 	}
 
 	// A store whose log is gone must never be taken for an empty one.
-	if l.snapshot > 0 || slices.Contains(names, storage.StoreName) {
+	if slices.Contains(names, storage.StoreName) {
 		l.last = l.snapshot + 1
 	}
 

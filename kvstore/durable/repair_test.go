@@ -218,40 +218,6 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair says what is lost if a file is cut inside its header, or between two
-// frames.
-func TestRepairSaysWhatIsLost(t *testing.T) {
-	for _, cut := range []string{"header", "frames"} {
-		dir, d := fourSegments(t, Options{})
-		keys, _, _ := d.Size()
-		d.Close()
-		data := slices.Clone(dir.Names["seg-2.log"].Data)
-		if cut == "header" {
-			data = data[:20]
-		} else {
-			seed := fileHeader{kind: kindSegment, id: d.current.header.id, number: 2}.seed()
-			f, ok := decodeFrame(data[headerSize:], seed)
-			if !ok {
-				t.Fatal("no frame")
-			}
-			data = data[:headerSize+f.padded()]
-		}
-		image := dir.With("seg-2.log", data)
-		out, r, err := repaired(t, image)
-		if err != nil {
-			t.Fatal(err)
-		}
-		after, err := openSmall(out, Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got, _, _ := after.Size(); got < keys && !r.Lost {
-			t.Errorf("cut in %s: %d of %d keys are left, and Repair says\n%s", cut, got, keys,
-				strings.Join(r.Lines, "\n"))
-		}
-	}
-}
-
 // Ensure that Repair does not report a loss if nothing is lost.
 func TestRepairOfNothingLost(t *testing.T) {
 	for _, zeros := range []bool{false, true} {
