@@ -113,7 +113,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 // that everything before it is on disk.
 func (c *copier) copyFile(w *logWriter) error {
 	c.w = w
-	end, err := c.read(c.copyFrame)
+	end, err := c.readFile(c.copyFrame)
 	if err != nil || !c.done {
 		return err
 	}

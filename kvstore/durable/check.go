@@ -92,7 +92,7 @@ func check(dir storage.Directory) (r Report, err error) {
 	m := kvstore.NewMemory()
 	defer closeLogs(s.logs)
 	for !s.done {
-		end, err := s.read(applyTo(m))
+		end, err := s.readFile(applyTo(m))
 		path := dir.Path(end.header.name())
 		switch {
 		case err != nil:

@@ -234,10 +234,10 @@ func (s *files) checkObsolete() error {
 	return nil
 }
 
-// read reads the next file, and calls each for its frames. The last file is the newest one, or,
-// if that has no frames, the one before it (judgeFile). After an error, read goes on with the next
+// readFile reads the next file, and calls each for its frames. The last file is the newest one, or,
+// if that has no frames, the one before it (judgeFile). After an error, it goes on with the next
 // file.
-func (s *files) read(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
+func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	l, first := s.logs[s.at], s.first
 	s.at++
@@ -328,7 +328,7 @@ func (d *Store) load(ctx context.Context) error {
 	d.known[storage.StoreName] = s.store
 
 	// Read everything. The last of ends is the current file's.
-	ends, err := d.readAll(ctx, s)
+	ends, err := d.loadFiles(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -359,8 +359,8 @@ func (d *Store) load(ctx context.Context) error {
 	return err
 }
 
-// readAll applies all files to Memory, reports its progress, and returns where each file ends.
-func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error) {
+// loadFiles applies all files to Memory, reports its progress, and returns where each file ends.
+func (d *Store) loadFiles(ctx context.Context, s *files) (ends []logEnd, err error) {
 	defer closeLogs(s.logs)
 	start, told := time.Now(), time.Now()
 	records, bytes := 0, int64(0)
@@ -384,7 +384,7 @@ func (d *Store) readAll(ctx context.Context, s *files) (ends []logEnd, err error
 		return ctx.Err()
 	}
 	for !s.done {
-		end, err := s.read(each)
+		end, err := s.readFile(each)
 		if err != nil {
 			return nil, err
 		}

@@ -43,7 +43,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, err
 	}
 	defer closeLogs(s.logs)
-	err = s.readAll()
+	err = s.findAllFrames()
 	if err == nil {
 		err = s.restore()
 	}
@@ -125,8 +125,8 @@ func (s *salvage) findID() error {
 	return nil
 }
 
-// readAll finds all whole frames of all log files.
-func (s *salvage) readAll() error {
+// findAllFrames finds all whole frames of all log files.
+func (s *salvage) findAllFrames() error {
 	err := s.findID()
 	if err != nil {
 		return err
@@ -138,7 +138,7 @@ func (s *salvage) readAll() error {
 		if !isOurs {
 			continue
 		}
-		file, err := s.read(l)
+		file, err := s.findFrames(l)
 		if err != nil {
 			return err
 		}
@@ -164,8 +164,8 @@ func (s *salvage) readAll() error {
 	return nil
 }
 
-// read finds the whole frames of one file.
-func (s *salvage) read(l *logReader) (*foundFile, error) {
+// findFrames finds the whole frames of one file.
+func (s *salvage) findFrames(l *logReader) (*foundFile, error) {
 	file := &foundFile{logReader: l}
 	end, err := l.beginReading()
 	if err != nil {
