@@ -500,7 +500,7 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 
 	// The frame before is checked only now, because it may vanish while this one is written.
 	if err == nil {
-		w.look(start)
+		w.checkLast(start)
 	}
 	copy(w.end[:], w.buf[size-start-frameSize:])
 
@@ -550,16 +550,16 @@ func (w *logWriter) makeRoom(bytes int64) error {
 	return nil
 }
 
-// watch has look and check read the file back, if others can change it in place: as on a disk, which
+// watch has checkLast and check read the file back, if others can change it in place: as on a disk, which
 // is where files have zeros ahead.
 func (w *logWriter) watch(d storage.Directory) {
 	_, _, zeros := d.Sizes()
 	w.isWatched = zeros > 0
 }
 
-// look checks whether the last frame, which ends at end, is still where it was written. An older
+// checkLast checks whether the last frame, which ends at end, is still where it was written. An older
 // copy that somebody has put over the file lacks it. A file that cannot be read is not spoiled.
-func (w *logWriter) look(end int64) error {
+func (w *logWriter) checkLast(end int64) error {
 	if !w.isWatched {
 		return nil
 	}
@@ -572,7 +572,7 @@ func (w *logWriter) look(end int64) error {
 // check returns an error if the file's beginning or end is not as it was written, or cannot be
 // read.
 func (w *logWriter) check() error {
-	err := w.look(w.size)
+	err := w.checkLast(w.size)
 	if err == nil && w.isWatched && w.header.kind != 0 { // STORE has no header
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)

@@ -80,7 +80,7 @@ func (d *Store) changed() (c changes, err error) {
 func (d *Store) isStrangeLock() bool {
 	err := checkFile(d.dir, storage.LockName)
 	if err != nil {
-		d.lock.Look() // makes it again if it can
+		d.lock.Verify() // makes it again if it can
 		err = checkFile(d.dir, storage.LockName)
 	}
 	return err != nil
@@ -114,7 +114,7 @@ func (d *Store) lookForFiles() error {
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {
 		// If another process has the directory now, the files belong to that one.
-		err = d.lock.Look()
+		err = d.lock.Verify()
 		if errors.Is(err, storage.ErrMoved) {
 			return d.fail(err)
 		}
@@ -171,7 +171,7 @@ func (d *Store) tellOfLooks(err error) {
 // in memory, and when the lock says that files are gone, because nothing may be answered before
 // they are back.
 func (d *Store) lastLook() error {
-	d.lock.Look() // in etcd this makes the directory check its files, too
+	d.lock.Verify() // in etcd this makes the directory check its files, too
 	return d.lookForFiles()
 }
 
@@ -257,7 +257,7 @@ func (d *Store) heal(spoiled []string) error {
 // nothing if another process has the directory by now, because writing the snapshot may have taken
 // long.
 func (d *Store) clearAway(spoiled []string) error {
-	err := d.lock.Look()
+	err := d.lock.Verify()
 	if err != nil {
 		return err
 	}

@@ -189,8 +189,8 @@ func (l *logReader) checkHeader(id storeID, first uint64) error {
 // errEnd is the end of a log file, after its last frame.
 var errEnd = errors.New("end of the log")
 
-// nextFrame returns the next frame and its payload, which is valid until the next call. The error is
-// errEnd, a *storage.DamageError, or the file's.
+// nextFrame returns the next frame and its payload, which is valid until the next call. The error
+// is errEnd, a *storage.DamageError, or the file's.
 func (l *logReader) nextFrame() (f frame, payload []byte, err error) {
 	if l.offset == l.size {
 		return f, nil, errEnd
@@ -238,7 +238,8 @@ func (l *logReader) nextFrame() (f frame, payload []byte, err error) {
 	return f, payload, nil
 }
 
-// padded returns memory for the payload of f with its padding, which is valid until the next one is read.
+// padded returns memory for the payload of f with its padding, which is valid until the next one is
+// read.
 func (l *logReader) padded(f frame) []byte {
 	rest := int(f.padded() - frameSize)
 	if cap(l.buf) < rest {

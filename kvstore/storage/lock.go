@@ -137,7 +137,7 @@ type diskLock struct {
 	dir  *Disk
 	self *os.File // the directory, locked; nil where directories cannot be locked
 
-	mu   sync.Mutex  // guards file and info: watch calls Look, and the store's owner does
+	mu   sync.Mutex  // guards file and info: watch calls Verify, and the store's owner does
 	file *os.File    // LOCK, locked
 	info os.FileInfo // which file that is
 
@@ -184,7 +184,7 @@ func (l *diskLock) watch() {
 		}
 
 		// Any other error says only that the check failed: the next one may not.
-		err := l.Look()
+		err := l.Verify()
 		if errors.Is(err, ErrMoved) {
 			l.why = err
 			close(l.lost)
@@ -193,11 +193,11 @@ func (l *diskLock) watch() {
 	}
 }
 
-// Look checks that the path still leads to the directory, and that the lock is ours: it returns an
+// Verify checks that the path still leads to the directory, and that the lock is ours: it returns an
 // ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
 // gone. A LOCK that is another file now it replaces only while the directory itself is locked and
 // no process has locked that file.
-func (l *diskLock) Look() error {
+func (l *diskLock) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 

@@ -42,7 +42,7 @@ func TestInUseBesideALock(t *testing.T) {
 	}
 	for range 100 {
 		os.Remove(filepath.Join(path, LockName))
-		if err := lock.(*diskLock).Look(); err != nil {
+		if err := lock.(*diskLock).Verify(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -62,26 +62,26 @@ func TestLockLooksAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lock.Close()
-	look := lock.(interface{ Look() error }).Look
+	verify := lock.Verify
 	os.Rename(path, path+".old")
 	if err := os.Symlink(path, path); err != nil {
 		t.Logf("without links there is no such error: %v", err)
 		return
 	}
-	if err := look(); err == nil || errors.Is(err, ErrMoved) {
+	if err := verify(); err == nil || errors.Is(err, ErrMoved) {
 		t.Errorf("where the path is a loop: %v", err)
 	}
 	os.Remove(path)
-	if err := look(); !errors.Is(err, ErrMoved) {
+	if err := verify(); !errors.Is(err, ErrMoved) {
 		t.Errorf("where it is gone: %v", err)
 	}
 	os.Rename(path+".old", path)
-	if err := look(); err != nil {
+	if err := verify(); err != nil {
 		t.Errorf("where it is back: %v", err)
 	}
 	os.Rename(around, around+".old")
 	os.WriteFile(around, nil, 0o600)
-	if err := look(); !errors.Is(err, ErrMoved) {
+	if err := verify(); !errors.Is(err, ErrMoved) {
 		t.Errorf("where a file is in its way: %v", err)
 	}
 }
@@ -123,7 +123,7 @@ func TestRemovedLockStillLocks(t *testing.T) {
 				if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 					t.Errorf("plain %v, removed after %v: %v", isPlain, after, err)
 				}
-				if err := lock.Look(); err != nil {
+				if err := lock.Verify(); err != nil {
 					t.Errorf("plain %v, removed after %v: the first one says %v", isPlain, after,
 						err)
 				}
@@ -218,8 +218,8 @@ func TestLinkForPlainLock(t *testing.T) {
 	defer lock.Close()
 	os.Remove(filepath.Join(path, LockName))
 	os.Symlink("nowhere", filepath.Join(path, LockName))
-	if err := lock.Look(); !errors.Is(err, ErrMoved) {
-		t.Errorf("Look: %v", err)
+	if err := lock.Verify(); !errors.Is(err, ErrMoved) {
+		t.Errorf("Verify: %v", err)
 	}
 }
 
@@ -276,7 +276,7 @@ func TestReplacedLock(t *testing.T) {
 			}
 		}
 		for range 2 {
-			if err := lock.Look(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
+			if err := lock.Verify(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
 				t.Errorf("%s: %v", c.what, err)
 			}
 		}

@@ -68,9 +68,9 @@ type Lock interface {
 	// while it does not know whether it is held. Held is called after every batch of requests, so it
 	// must be quick otherwise.
 	Held() error
-	// Look checks the directory now, while Held only returns what was noticed before. Look returns
+	// Verify checks the directory now, while Held only returns what was noticed before. It returns
 	// an error if the right is lost (a disk's is ErrMoved), or if a disk cannot be checked now.
-	Look() error
+	Verify() error
 	// Lost returns a channel that is closed when the lock has noticed that the right is lost. It
 	// returns nil for a lock that does not notice a loss by itself.
 	Lost() <-chan struct{}

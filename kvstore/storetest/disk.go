@@ -519,8 +519,8 @@ func (h *held) Held() error {
 	return h.d.Moved
 }
 
-// Look is Held.
-func (h *held) Look() error { return h.Held() }
+// Verify is Held.
+func (h *held) Verify() error { return h.Held() }
 
 // Lost returns nil: this lock is never lost.
 func (h *held) Lost() <-chan struct{} { return nil }

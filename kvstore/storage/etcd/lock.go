@@ -393,9 +393,9 @@ func (l *clusterLock) Held() error {
 	return context.Cause(l.ctx)
 }
 
-// Look runs check, which finds out whether anything of ours is gone; Held says so then. Look
+// Verify runs check, which finds out whether anything of ours is gone; Held says so then. Verify
 // returns an error only if the lock is lost.
-func (l *clusterLock) Look() error {
+func (l *clusterLock) Verify() error {
 	l.d.check()
 	return context.Cause(l.ctx)
 }
