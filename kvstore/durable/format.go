@@ -519,23 +519,23 @@ func (w *logWriter) write(b []byte) error {
 	return w.named("write", err)
 }
 
-// room returns how many bytes of zeros there are behind the last frame.
-func (w *logWriter) room() int64 { return w.fileSize - w.size }
+// zeros returns how many bytes of zeros there are behind the last frame.
+func (w *logWriter) zeros() int64 { return w.fileSize - w.size }
 
-// leastZeros is the smallest number of zeros, in bytes, that makeRoom tries on a full disk.
+// leastZeros is the smallest number of zeros, in bytes, that writeZeros tries on a full disk.
 const leastZeros = 512
 
-// makeRoom writes zeros until there is room for this many bytes. After an error, what it could
-// write before that is room.
-func (w *logWriter) makeRoom(bytes int64) error {
-	if bytes <= w.room() {
+// writeZeros writes zeros until there are this many bytes of them behind the last frame. What it
+// could write before an error stays.
+func (w *logWriter) writeZeros(bytes int64) error {
+	if bytes <= w.zeros() {
 		return nil
 	}
 
 	// The zeros are written, because a hole made by Truncate reserves no room.
-	zeros := make([]byte, min(bytes-w.room(), 1<<20))
-	for w.room() < bytes {
-		n, err := w.f.WriteAt(zeros[:min(bytes-w.room(), int64(len(zeros)))], w.fileSize)
+	zeros := make([]byte, min(bytes-w.zeros(), 1<<20))
+	for w.zeros() < bytes {
+		n, err := w.f.WriteAt(zeros[:min(bytes-w.zeros(), int64(len(zeros)))], w.fileSize)
 		w.fileSize += int64(n)
 
 		// os.File does not say how much of a failed write is on the disk. A smaller one may fit.
@@ -602,7 +602,7 @@ func (w *logWriter) lastStamp() (stamp storage.Stamp, err error) {
 
 // trim cuts off the room behind the last frame, durably.
 func (w *logWriter) trim() error {
-	if w.room() == 0 {
+	if w.zeros() == 0 {
 		return nil
 	}
 

@@ -188,7 +188,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	j.mu.Lock()
 	j.current = w
 	j.mu.Unlock()
-	j.size, j.room = w.size, w.room()
+	j.size, j.room = w.size, w.zeros()
 	return old, nil
 }
 
@@ -197,8 +197,8 @@ func (j *journal) goOn() (old *logWriter, err error) {
 // one, which the next start removes as what an unfinished rotation leaves.
 func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 	if j.zerosAhead > 0 {
-		err := j.current.makeRoom(frameSize)
-		j.room = j.current.room()
+		err := j.current.writeZeros(frameSize)
+		j.room = j.current.zeros()
 		if err != nil {
 			return nil, err
 		}
@@ -288,7 +288,7 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.room() < 2*frameSize) {
+	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.zeros() < 2*frameSize) {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()

@@ -465,7 +465,7 @@ func (d *Store) resume(ends []logEnd) error {
 	last := max(end.next, 1) - 1
 	d.sequence, d.synced = last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
-	d.current, d.size, d.room = w, w.size, w.room()
+	d.current, d.size, d.room = w, w.size, w.zeros()
 	return nil
 }
 
@@ -481,11 +481,11 @@ func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 		return w, err
 	}
 
-	// fileSize is end.offset, so makeRoom writes zeros over everything behind the frames.
+	// fileSize is end.offset, so writeZeros writes zeros over everything behind the frames.
 	frames := io.NewSectionReader(w.f, end.doubt, end.offset-end.doubt)
 	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), frames)
 	if err == nil {
-		err = w.makeRoom(end.size - end.offset)
+		err = w.writeZeros(end.size - end.offset)
 	}
 	if err == nil {
 		err = w.f.Sync()

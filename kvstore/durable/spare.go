@@ -38,7 +38,7 @@ func (d *Store) growSpare(bytes int64) error {
 	}
 
 	step := int64(d.zerosAhead)
-	return d.spare.makeRoom(bytes + step - bytes%step)
+	return d.spare.writeZeros(bytes + step - bytes%step)
 }
 
 // toDelete returns how many bytes of log it takes to delete every key, one at a time, with one more
@@ -216,8 +216,8 @@ func (d *Store) makeRoom(need int64) error {
 	// The timer writes the same file.
 	d.writing <- struct{}{}
 	defer func() { <-d.writing }()
-	err := d.current.makeRoom(max(need, int64(d.zerosAhead)))
-	d.room = d.current.room()
+	err := d.current.writeZeros(max(need, int64(d.zerosAhead)))
+	d.room = d.current.zeros()
 	if d.room >= need {
 		return nil // more was wanted, but this is enough
 	}

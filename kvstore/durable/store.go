@@ -181,7 +181,7 @@ func (d *Store) loadIfWritable(ctx context.Context) error {
 	}
 
 	// If the current file can grow, the disk is not full: there are too many files.
-	err = d.current.makeRoom(int64(d.zerosAhead))
+	err = d.current.writeZeros(int64(d.zerosAhead))
 	if err == nil {
 		return noFile
 	}
@@ -369,7 +369,7 @@ func (d *Store) writeFrame(kind uint32) {
 	// Size and room are copied here, because afterwards the timer may write.
 	d.writing <- struct{}{}
 	d.appendFrame(kind, d.pending, d.count)
-	d.size, d.room = d.current.size, d.current.room()
+	d.size, d.room = d.current.size, d.current.zeros()
 	if d.current.isSpoiled && d.noHeal == nil {
 		d.lookAfter = time.Time{} // so that the next Commit checks all files
 	}
@@ -603,7 +603,7 @@ func (d *Store) isWhole() error {
 func (d *Store) writeCleanStop() error {
 	err := d.dir.RoomFor(2*frameSize, true)
 	if d.zerosAhead > 0 {
-		err = d.current.makeRoom(2 * frameSize)
+		err = d.current.writeZeros(2 * frameSize)
 	}
 	switch {
 	case storage.IsFull(err):
