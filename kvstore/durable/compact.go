@@ -109,9 +109,9 @@ func (d *Store) noteSnapshot(c *compaction) {
 	d.fullBytes += c.bytes - c.replaced
 
 	// The files that it replaces are not ours any more.
-	d.known[c.header.name()] = c.written
+	d.stamps[c.header.name()] = c.written
 	own := d.ownFiles()
-	maps.DeleteFunc(d.known, func(name string, _ storage.Stamp) bool {
+	maps.DeleteFunc(d.stamps, func(name string, _ storage.Stamp) bool {
 		return !slices.Contains(own, name)
 	})
 }

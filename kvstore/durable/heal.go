@@ -47,7 +47,7 @@ func (d *Store) changed() (c changes, err error) {
 	own := d.ownFiles()
 	for _, name := range own {
 		now, isThere := stamps[name]
-		isGood := now.IsSame(d.known[name])
+		isGood := now.IsSame(d.stamps[name])
 
 		// We change the current file ourselves, so its time says nothing.
 		if name == d.current.header.name() {
@@ -269,7 +269,7 @@ func (d *Store) clearAway(spoiled []string) error {
 		if err != nil {
 			return err
 		}
-		d.known[storage.StoreName] = stamp
+		d.stamps[storage.StoreName] = stamp
 	}
 
 	// Errors do not matter: some may be gone already.

@@ -235,7 +235,7 @@ func (s *files) checkObsolete() error {
 }
 
 // readFile reads the next file, and calls each for its frames. The last file is the newest one, or,
-// if that has no frames, the one before it (judgeFile). After an error, it goes on with the next
+// if that has no frames, the one before it (checkEnd). After an error, it goes on with the next
 // file.
 func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
@@ -254,7 +254,7 @@ func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error)
 	}
 
 	// How it may end depends on the files behind it.
-	err = s.judgeFile(end)
+	err = s.checkEnd(end)
 	if err != nil {
 		return end, err
 	}
@@ -265,8 +265,8 @@ func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error)
 	return end, nil
 }
 
-// judgeFile decides whether the file that was read may end as it does, and whether it is the last.
-func (s *files) judgeFile(end logEnd) error {
+// checkEnd decides whether the file that was read may end as it does, and whether it is the last.
+func (s *files) checkEnd(end logEnd) error {
 	at := &storage.DamageError{File: s.dir.Path(end.header.name()), Offset: end.offset,
 		Frame: end.next}
 	switch {
@@ -325,7 +325,7 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 	d.snapshot = s.snapshot
-	d.known[storage.StoreName] = s.store
+	d.stamps[storage.StoreName] = s.store
 
 	// Read everything. The last of ends is the current file's.
 	ends, err := d.loadFiles(ctx, s)
@@ -435,7 +435,7 @@ func (d *Store) resume(ends []logEnd) error {
 	full, end := ends[:len(ends)-1], ends[len(ends)-1]
 	for _, e := range full {
 		d.fullBytes += e.offset
-		d.known[e.header.name()] = e.stamp
+		d.stamps[e.header.name()] = e.stamp
 	}
 
 	// If the current file has no frames, none says that the full one before it is on disk.
@@ -444,7 +444,7 @@ func (d *Store) resume(ends []logEnd) error {
 		if err != nil {
 			return err
 		}
-		d.known[w.header.name()], _ = w.lastStamp()
+		d.stamps[w.header.name()], _ = w.lastStamp()
 		err = w.f.Close()
 		if err != nil {
 			return err

@@ -120,7 +120,7 @@ type Store struct {
 	lookAfter  time.Time                // until then the files are not checked
 	healWait   time.Duration            // from the last failed heal to the next try
 	noHeal     error                    // why the last heal failed: writes are refused
-	known      map[string]storage.Stamp // our files, except the current one, as we wrote or read them
+	stamps     map[string]storage.Stamp // of our files, except the current one, as we wrote or read them
 	healing    atomic.Bool              // a heal runs; any goroutine may read it
 	awaiting   atomic.Bool              // the owner waits for a compaction; any goroutine may read it
 	toldOthers []string                 // files of others that were logged
@@ -132,7 +132,7 @@ type Store struct {
 // Open refuses what it finds, it has changed nothing, and dir still belongs to the caller.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
 	d := &Store{Memory: kvstore.NewMemory(), lookAfter: time.Now().Add(lookTime),
-		known: map[string]storage.Stamp{}, stop: make(chan struct{})}
+		stamps: map[string]storage.Stamp{}, stop: make(chan struct{})}
 	d.journal = journal{dir: dir, log: cmp.Or(opts.Log, slog.New(slog.DiscardHandler)),
 		status: cmp.Or(opts.Status, new(storage.Status)), fsync: opts.Fsync,
 		writing: make(chan struct{}, 1), fsyncs: make(chan struct{}, 1)}
@@ -531,7 +531,7 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 	// The next check must notice what somebody has done to the old file, or does to it later.
 	d.fullBytes += full.size
-	d.known[full.header.name()], _ = full.lastStamp()
+	d.stamps[full.header.name()], _ = full.lastStamp()
 	full.f.Close() // no error matters: all of it is on disk
 	return true, nil
 }
