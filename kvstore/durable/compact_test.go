@@ -7,6 +7,7 @@ import (
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -286,6 +287,28 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 	l, err := readLayout(dir)
 	if err != nil || l.snapshot == 0 || len(l.obsolete) > 0 {
 		t.Errorf("beside snapshot %d these are left: %q, %v", l.snapshot, l.obsolete, err)
+	}
+}
+
+// Ensure that a start removes an older snapshot, as a crash in a compaction leaves it.
+func TestStartRemovesAnOlderSnapshot(t *testing.T) {
+	dir, d := fourSegments(t, Options{})
+	for d.size > headerSize { // what is compacted is all that there is
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.compactNow(); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+
+	image := dir.With("snap-1.log", []byte("it is not read"))
+	again, err := openSmall(image, Options{})
+	if err != nil || keysOf(again) != keysOf(d) || image.Names["snap-1.log"] != nil {
+		t.Errorf("of %q there is still %q, %v", slices.Sorted(maps.Keys(dir.Names)),
+			slices.Sorted(maps.Keys(image.Names)), err)
 	}
 }
 

@@ -30,11 +30,11 @@ type changes struct {
 // changed finds out what has changed, and notes the state of SPARE. It costs a stat of each file.
 // An error means that the files cannot be checked now.
 func (d *Store) changed() (c changes, err error) {
-	// Meanwhile the timer must not make the current file longer.
+	// Meanwhile the timer must not write to the current file.
 	d.writing <- struct{}{}
 	stamps, err := d.dir.Stamps()
 	checkErr := d.current.check()
-	isSpoiled, end := d.current.isSpoiled, d.current.fileSize
+	isSpoiled := d.current.isSpoiled
 	<-d.writing
 	if !isSpoiled {
 		err = cmp.Or(err, checkErr) // it cannot be read
@@ -51,8 +51,7 @@ func (d *Store) changed() (c changes, err error) {
 
 		// We change the current file ourselves, so its time says nothing.
 		if name == d.current.header.name() {
-			isGood = !isSpoiled && now.IsSameFile(d.current.stamp) &&
-				(now.Size >= end || !d.current.isWatched)
+			isGood = !isSpoiled && now.IsSameFile(d.current.stamp)
 		}
 		if !isThere || !isGood {
 			c.spoiled = append(c.spoiled, name)
