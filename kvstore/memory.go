@@ -345,8 +345,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 	values := e.values(m.edit[:0])
 	if place = slices.Index(values, oldValue); place >= 0 {
 		m.tally(-1, oldValue)
-		copy(values[place:], values[place+1:])
-		values = values[:len(values)-1]
+		values = slices.Delete(values, place, place+1)
 	}
 	m.store(at, key, append(values, newValue))
 	return place
