@@ -536,7 +536,6 @@ func refusal(line string) string {
 func (c config) checkFlags(typed map[string]bool) error {
 	asks := c.client || c.ping
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
-	clash := clash(append(strings.Split(c.addr, ","), c.http))
 
 	return firstWrong("", []wrong{
 		// Flags that are not for this process.
@@ -562,24 +561,7 @@ func (c config) checkFlags(typed map[string]bool) error {
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
 		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
 			"Give the CA of the server's certificate, as in -tls-ca ca.pem."},
-		{!asks && clash != "", "two addresses overlap: " + clash, "Give each address a port of its own."},
 	})
-}
-
-// clash returns two of addrs at which one process cannot listen: they have the same port of one
-// host, or of all. "": there are no such two.
-func clash(addrs []string) string {
-	for i, addr := range addrs {
-		for _, other := range addrs[:i] {
-			host, port, _ := net.SplitHostPort(addr)
-			otherHost, otherPort, _ := net.SplitHostPort(other)
-			isSame := host == otherHost || host == "" || otherHost == ""
-			if isSame && port == otherPort && port != "0" && port != "" {
-				return other + " and " + addr
-			}
-		}
-	}
-	return ""
 }
 
 // parseFsync reads the value of -fsync.
@@ -915,23 +897,12 @@ func listenProblem(name, addr string, err error) error {
 
 		// TCP ports.
 		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
-			anotherPort(host)},
+			net.JoinHostPort(host, "0") + " takes a free one."},
 		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
 		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
 			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
 		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
 	})
-}
-
-// anotherPort returns a port of host that is free now; "0" if it finds none.
-func anotherPort(host string) string {
-	listeners, err := listen(net.JoinHostPort(host, "0"))
-	if err != nil {
-		return "0"
-	}
-	closeAll(listeners)
-	_, port, _ := net.SplitHostPort(listeners[0].Addr().String())
-	return port
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may open so many files.
