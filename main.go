@@ -227,7 +227,7 @@ type config struct {
 	log   string
 
 	maxClients                    int
-	maxLine, maxMemory, maxQueues size
+	maxLine, maxMemory, maxQueues int64 // bytes
 	writeTimeout, timeout         time.Duration
 	cert, key, clientCA, ca       string // files; "": none
 	answers                       string // the file for -c's output; "": standard output
@@ -242,93 +242,71 @@ type config struct {
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	c.maxLine, c.maxQueues = defaultMaxLine, defaultMaxQueues
+	*c = config{addr: "localhost:9999", fsync: "always", log: "text", maxClients: defaultMaxClients,
+		maxLine: defaultMaxLine, maxQueues: defaultMaxQueues, writeTimeout: defaultWriteTimeout}
 
 	// Where it serves, and where it keeps the data.
-	f.StringVar(&c.addr, "addr", "localhost:9999",
-		"`PORT` (0 to 65535), HOST:PORT or unix:PATH (localhost:9999)")
-	f.StringVar(&c.data, "data", "", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX")
-	f.StringVar(&c.fsync, "fsync", "always", "`WHEN`: always, never, or a time from 1ms to 1h (always)")
-	f.StringVar(&c.http, "http", "", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez")
+	f.Func("addr", "`PORT` (0 to 65535), HOST:PORT or unix:PATH (localhost:9999)",
+		into(&c.addr, fullAddrs, nil))
+	f.Func("data", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX", into(&c.data, text,
+		func(s string) bool { return etcd.IsAddress(s) || !strings.Contains(s, "://") }))
+	f.Func("fsync", "`WHEN`: always, never, or a time from 1ms to 1h (always)", into(&c.fsync, text,
+		func(s string) bool { _, ok := parseFsync(s); return ok }))
+	f.Func("http", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez", into(&c.http, fullAddrs,
+		func(s string) bool { return !strings.Contains(s, ",") && !strings.HasPrefix(s, unixPrefix) }))
 
 	// Its limits.
-	f.IntVar(&c.maxClients, "max-clients", defaultMaxClients,
-		"`N` connections at a time, 1 or more (10000)")
-	f.Var(&c.maxLine, "max-line", "`SIZE` of a request line, from 64 bytes to 1GiB (1MiB)")
-	f.Var(&c.maxMemory, "max-memory", "`SIZE` of the process, 64MB or more; 0: no limit")
-	f.Var(&c.maxQueues, "max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)")
-	f.DurationVar(&c.writeTimeout, "write-timeout", defaultWriteTimeout,
-		"`TIME` until a client that reads nothing is cut off; 0: never (5m)")
+	f.Func("max-clients", "`N` connections at a time, 1 or more (10000)",
+		into(&c.maxClients, strconv.Atoi, func(n int) bool { return n >= 1 }))
+	f.Func("max-line", "`SIZE` of a request line, from 64 bytes to 1GiB (1MiB)",
+		into(&c.maxLine, parseSize, func(n int64) bool { return n >= 64 && n <= 1<<30 }))
+	f.Func("max-memory", "`SIZE` of the process, 64MB or more; 0: no limit",
+		into(&c.maxMemory, parseSize, func(n int64) bool { return n == 0 || n >= 64_000_000 }))
+	f.Func("max-queues", "`SIZE` of all replies that wait; 0: no limit (1GiB)",
+		into(&c.maxQueues, parseSize, nil))
+	f.Func("write-timeout", "`TIME` until a client that reads nothing is cut off; 0: never (5m)",
+		into(&c.writeTimeout, time.ParseDuration, nil))
 
 	// TLS, for a server or a client, and the log.
-	f.StringVar(&c.cert, "tls-cert", "", "`FILE` with a certificate to show: use TLS")
-	f.StringVar(&c.key, "tls-key", "", "`FILE` with its key")
-	f.StringVar(&c.clientCA, "tls-client-ca", "",
-		"`FILE` with a CA: admit only clients that it certified")
-	f.StringVar(&c.ca, "tls-ca", "", "`FILE` with a CA to trust: -c and -ping use TLS")
-	f.StringVar(&c.log, "log", "text", "`FORMAT` of the log: text or json (text)")
+	f.Func("tls-cert", "`FILE` with a certificate to show: use TLS", into(&c.cert, text, nil))
+	f.Func("tls-key", "`FILE` with its key", into(&c.key, text, nil))
+	f.Func("tls-client-ca", "`FILE` with a CA: admit only clients that it certified",
+		into(&c.clientCA, text, nil))
+	f.Func("tls-ca", "`FILE` with a CA to trust: -c and -ping use TLS", into(&c.ca, text, nil))
+	f.Func("log", "`FORMAT` of the log: text or json (text)", into(&c.log, text,
+		func(s string) bool { return s == "text" || s == "json" }))
 	f.BoolVar(&c.verbose, "v", false, "also log every connection")
 
 	// The flags of a client, and -version.
 	f.BoolVar(&c.client, "c", false, "be a client: send requests")
 	f.BoolVar(&c.stop, "stop", false, "with -c: end at the first error")
-	f.DurationVar(&c.timeout, "timeout", 0, "`TIME` that -c and -ping wait for an answer")
-	f.StringVar(&c.answers, "out", "", "`FILE` for what -c would print, byte for byte")
+	f.Func("timeout", "`TIME`, as 5s, that -c and -ping wait for an answer",
+		into(&c.timeout, time.ParseDuration, nil))
+	f.Func("out", "`FILE` for what -c would print, byte for byte", into(&c.answers, text, nil))
 	f.BoolVar(&c.ping, "ping", false, "ask whether a server answers")
 	f.BoolVar(&c.version, "version", false, "print the version")
-	c.limit(f)
 	return f
 }
 
-// limit makes the flags of f refuse values that c cannot use, and a second value.
-func (c *config) limit(f *flag.FlagSet) {
-	fits := map[string]func() bool{
-		"addr": func() (ok bool) { c.addr, ok = fullAddrs(c.addr); return ok },
-		"http": func() (ok bool) {
-			c.http, ok = fullAddrs(c.http)
-			return c.http == "" || ok && !strings.Contains(c.http, ",") && !strings.HasPrefix(c.http, unixPrefix)
-		},
-		"data": func() bool {
-			return c.data != "" && (etcd.IsAddress(c.data) || !strings.Contains(c.data, "://"))
-		},
-		"fsync":         func() bool { _, ok := parseFsync(c.fsync); return ok },
-		"max-clients":   func() bool { return c.maxClients >= 1 },
-		"max-line":      func() bool { return c.maxLine >= 64 && c.maxLine <= 1<<30 },
-		"max-memory":    func() bool { return c.maxMemory == 0 || c.maxMemory >= 64_000_000 },
-		"write-timeout": func() bool { return c.writeTimeout >= 0 },
-		"log":           func() bool { return c.log == "text" || c.log == "json" },
-		"timeout":       func() bool { return c.timeout >= 0 },
-		"out":           func() bool { return c.answers != "" },
-	}
-	f.VisitAll(func(f *flag.Flag) {
-		if kind, _ := flag.UnquoteUsage(f); kind != "" { // it takes a value
-			f.Value = &checked{Value: f.Value, fits: fits[f.Name]}
+// into returns a function that puts a flag's value into p, once. fits is for a value that parse can
+// read; nil: all fit. An empty value, or one that looks like a flag, was forgotten.
+func into[T any](p *T, parse func(string) (T, error), fits func(T) bool) func(string) error {
+	isSet := false
+	return func(text string) error {
+		value, err := parse(text)
+		switch {
+		case isSet:
+			return errors.New("it is given twice")
+		case err != nil || text == "" || text[0] == '-' || fits != nil && !fits(value):
+			return errors.New("it does not fit")
 		}
-	})
-}
-
-// checked is a flag's value that must fit, and may be set once.
-type checked struct {
-	flag.Value
-	fits  func() bool // for a value that was set; nil: all fit
-	isSet bool
-}
-
-// errTwice is the error of a flag that is given twice.
-var errTwice = errors.New("it is given twice")
-
-// Set implements flag.Value. A value that looks like a flag is one: the value was forgotten.
-func (v *checked) Set(text string) error {
-	if v.isSet {
-		return errTwice
+		*p, isSet = value, true
+		return nil
 	}
-	v.isSet = true
-	err := v.Value.Set(text)
-	if err == nil && (strings.HasPrefix(text, "-") || v.fits != nil && !v.fits()) {
-		err = errors.New("it does not fit")
-	}
-	return err
 }
+
+// text is the parse function of a flag whose value is used as it is.
+func text(s string) (string, error) { return s, nil }
 
 // parseFlags reads the command line and the environment. It returns flag.ErrHelp if it has printed
 // to out what -h or -version asks for.
@@ -385,19 +363,10 @@ func helpText(flags *flag.FlagSet) string {
 // explain says which value a flag takes, or its variable: name is what the user gave.
 func explain(name string, f *flag.Flag) string {
 	kind, does := flag.UnquoteUsage(f)
-	switch {
-	case kind == "" && name == variable(f):
+	if kind == "" { // a flag that is on or off
 		does = "1 or 0: " + does
-	case kind == "":
-		does = "no value: " + does
 	}
-	return name + " takes " + does + "." + kinds[kind]
-}
-
-// kinds says how a value is written where its flag's text does not say so.
-var kinds = map[string]string{
-	"TIME": " A TIME has a unit, as 500ms, 5s or 2h.",
-	"SIZE": " A SIZE is in bytes, or has a unit, as 64MB or 1GiB.",
+	return name + " takes " + does + "."
 }
 
 // variable returns the name of a flag's variable in the environment; "": it has none.
@@ -443,26 +412,19 @@ func suggest(prefix, name string, names []string, others map[string]string) stri
 
 // flagProblem returns an error of flags.Parse, which names the flag, with what to do about it.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	what, todo, names := err.Error(), seeHelp, []string(nil)
+	todo, names := seeHelp, []string(nil)
 	flags.VisitAll(func(f *flag.Flag) {
 		names = append(names, f.Name)
-
-		// Its value is wrong, or missing. Which values it takes says more than why this one is wrong.
-		if before, why, isIt := strings.Cut(what+":", " -"+f.Name+":"); isIt {
-			what, todo = before+" -"+f.Name, explain("-"+f.Name, f)
-			if strings.Contains(why, errTwice.Error()) {
-				what, todo = "-"+f.Name+" is given twice", "Give it once. "+todo
-			}
+		if strings.Contains(err.Error()+":", " -"+f.Name+":") { // its value is wrong, or missing
+			todo = explain("-"+f.Name, f)
 		}
 	})
 
 	// The flag may be one that other programs have.
-	name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
-	if isUnknown {
-		lower := strings.ToLower(name)
-		return problem{"unknown flag -" + name, suggest("-", lower, names, otherFlags)}
+	if name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); isUnknown {
+		return problem{"unknown flag -" + name, suggest("-", strings.ToLower(name), names, otherFlags)}
 	}
-	return problem{what, todo}
+	return problem{err.Error(), todo}
 }
 
 // The names that other programs have for our flags; words that stand for one of our flags; and
@@ -579,48 +541,43 @@ func parseFsync(s string) (when time.Duration, ok bool) {
 }
 
 // fullAddrs puts localhost before each address that is only a port; addrs has commas between the
-// addresses. It also reports whether each is an address: of TCP, or of a unix socket.
-func fullAddrs(addrs string) (full string, areAddrs bool) {
-	all, areAddrs := strings.Split(addrs, ","), true
+// addresses. It fails if one is no address of TCP, or of a unix socket.
+func fullAddrs(addrs string) (string, error) {
+	all := strings.Split(addrs, ",")
 	for i, addr := range all {
-		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
-			areAddrs = areAddrs && path != "" && path[0] != '@' // a socket of Linux without a file
+		path, isUnix := strings.CutPrefix(addr, unixPrefix)
+		if isUnix && path != "" && path[0] != '@' { // @ begins a socket of Linux without a file
 			continue
 		}
 
 		// A host alone gets localhost before it, too, and the check of the port refuses it.
-		if addr != "" && !strings.Contains(addr, ":") {
+		if !strings.Contains(addr, ":") {
 			all[i] = "localhost:" + addr
 		}
 
 		// A port must be a number, because the names of services differ between systems.
 		_, port, err := net.SplitHostPort(all[i])
 		_, portErr := strconv.ParseUint(port, 10, 16)
-		areAddrs = areAddrs && err == nil && portErr == nil
+		if err = cmp.Or(err, portErr); err != nil {
+			return "", err
+		}
 	}
-	return strings.Join(all, ","), areAddrs
+	return strings.Join(all, ","), nil
 }
-
-// size is the value of a flag that is a number of bytes: 1048576, 64MB (64 million) or 1GiB.
-type size int64
-
-// String implements flag.Value.
-func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
 
 // units are the units of a size, each with its number of bytes.
 var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
 	"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
-// Set implements flag.Value.
-func (s *size) Set(text string) error {
+// parseSize reads a number of bytes: 1048576, 64MB (64 million) or 1GiB.
+func parseSize(text string) (int64, error) {
 	number := strings.TrimRightFunc(text, unicode.IsLetter)
 	unit, isUnit := units[strings.ToLower(text[len(number):])]
 	n, err := strconv.ParseInt(strings.TrimRight(number, " "), 10, 64)
 	if err != nil || !isUnit || n < 0 || n > math.MaxInt64/unit {
-		return errors.New("no size")
+		return 0, errors.New("no size")
 	}
-	*s = size(n * unit)
-	return nil
+	return n * unit, nil
 }
 
 // version returns the module version that the binary was built from: a tag, or the time and the
@@ -908,11 +865,11 @@ func listenProblem(name, addr string, err error) error {
 // applyLimits gives s the limits that c asks for, as far as the process may open so many files.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
-	s.budget.limitTo(int64(c.maxMemory), int64(c.maxQueues))
+	s.budget.limitTo(c.maxMemory, c.maxQueues)
 
 	// Near the limit Go's garbage collector works harder.
 	if c.maxMemory > 0 {
-		debug.SetMemoryLimit(int64(c.maxMemory))
+		debug.SetMemoryLimit(c.maxMemory)
 	}
 
 	// Each connection is an open file. Some files are for other uses.
