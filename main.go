@@ -425,55 +425,49 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	return problem{err.Error(), todo}
 }
 
-// The names that other programs have for our flags; words that stand for one of our flags; and
-// words for which we have nothing, with what to do.
+// The names that other programs have for our flags, and words that they take, with what to do here.
 var (
 	otherFlags = map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
 		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}
-	otherWords = map[string]string{"version": "-version", "ping": "-ping", "client": "-c"}
-	noWords    = map[string]string{"serve": leaveOut, "start": leaveOut, "run": leaveOut,
-		"server": leaveOut, "stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID."}
+	otherWords = map[string]string{"serve": leaveOut, "server": leaveOut, "start": leaveOut,
+		"run": leaveOut, "stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID.",
+		"version": "Did you mean kvserver -version ?", "ping": "Did you mean kvserver -ping ?",
+		"client": "Did you mean kvserver -c ?"}
 )
 
-const leaveOut = "Leave it out: kvserver alone serves."
+const (
+	leaveOut = "Leave it out: kvserver alone serves."
+	eachOne  = "Each argument is one request, and flags go before: kvserver -addr 9999 -c Put:a:b Get:a"
+)
 
 // checkRequests returns what is wrong with the arguments after the flags, or nil.
 func (c config) checkRequests() error {
-	names := slices.Sorted(maps.Keys(commands))
 	for i, request := range c.requests {
-		isNone := fmt.Sprintf("%q is no request", request)
-		isUnexpected := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
+		// The argument may be a command, or another program's word for one.
 		word := strings.ToLower(request)
-		meant := suggest("kvserver ", word, names, otherWords)
+		meant := otherWords[word]
+		if meant == "" {
+			meant = suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)), nil)
+		}
 
 		// Two arguments that are no requests may be the words of one.
-		why := ""
+		why, isOne := "", trimCR(request) != "" && request[0] != '-' && !strings.Contains(request, "\n")
 		if i+1 < len(c.requests) && !strings.Contains(request, ":") && refusal(request) != "" &&
 			refusal(c.requests[i+1]) != "" {
 			why = refusal(strings.Join(c.requests[i:], " "))
 		}
 
-		if err := firstWrong("", []wrong{
+		what := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
+		if err := firstWrong(what, []wrong{
 			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
 				"To send requests: kvserver -c " + request},
-
-			// Nothing is to be sent. The argument may be a command, or another program's word for one.
-			{!c.client && noWords[word] != "", isUnexpected, noWords[word]},
-			{!c.client && slices.Contains(names, word), isUnexpected,
-				word + " goes first, without flags: kvserver " + word + " ..."},
-			{!c.client && meant != seeHelp, isUnexpected, meant},
-			{!c.client && refusal(request) == "", isUnexpected, "To send a request: kvserver -c " + request},
-			{!c.client, isUnexpected, "As in kvserver -addr 9999 -data data. " + seeHelp},
-
-			// The argument is to be sent, and cannot be.
-			{trimCR(request) == "", isNone, "Give one, as in -c Get:fruit, or none to send stdin."},
-			{strings.HasPrefix(request, "-"), isNone,
-				"Flags go before the requests, as in kvserver -addr 9999 -c Get:fruit."},
-			{strings.Contains(request, "\n"), fmt.Sprintf("%q is more than one request", request),
-				"Give each as an argument of its own; no key and no value holds a newline."},
-			{why != "", why, "Each argument is one request: kvserver -c Put:a:b Get:a"},
+			{c.client && !isOne, fmt.Sprintf("%q is not one request", request), eachOne},
+			{c.client && why != "", why, eachOne},
+			{!c.client && meant != seeHelp, "", meant},
+			{!c.client && refusal(request) == "", "", "To send a request: kvserver -c " + request},
+			{!c.client, "", "As in kvserver -addr 9999 -data data. " + seeHelp},
 		}); err != nil {
 			return err
 		}
