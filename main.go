@@ -1122,25 +1122,16 @@ func (k *credentials) watch(again <-chan os.Signal) {
 
 // runCommand runs a command, and prints its report to out.
 func runCommand(command string, args []string, out io.Writer) error {
-	isHelp := func(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
-	switch {
-	case command == "help":
-		return printManual(out, strings.Join(slices.DeleteFunc(args, isHelp), " "))
-	case slices.ContainsFunc(args, isHelp):
-		return printManual(out, command)
+	if command == "help" {
+		return printManual(out, args)
 	}
 
 	// A flag where a directory should be is a mistake, never the directory's name.
 	c := commands[command]
-	like := "as in kvserver " + command + " " + c.example + "."
-	for _, arg := range args {
-		if strings.HasPrefix(arg, "-") {
-			return misuse{problem{fmt.Sprintf("%s takes no flags, and %s is one", command, arg),
-				"Leave it out, " + like}}
-		}
-	}
-	if len(args) != len(strings.Fields(c.example)) || slices.Contains(args, "") {
-		return misuse{problem{command + " needs " + c.needs, "Give the server's data directory, " + like}}
+	isNone := func(arg string) bool { return arg == "" || arg[0] == '-' }
+	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
+		return misuse{problem{command + " needs " + c.needs + ", and no flags", fmt.Sprintf("Give the "+
+			"server's data directory, as in kvserver %s %s; kvserver help %[1]s says more.", command, c.example)}}
 	}
 
 	// The report is printed in any case, because it says more than the error.
@@ -1161,31 +1152,31 @@ func runCommand(command string, args []string, out io.Writer) error {
 	})
 }
 
-// printManual prints the parts of the README whose heading has word; "": all headings.
-func printManual(w io.Writer, word string) error {
-	isPrinted := word == ""
-	var within []string // headings of the parts that have word only in their text
+// printManual prints the parts of the README that have all words in their heading; without words
+// it prints all headings.
+func printManual(w io.Writer, words []string) error {
+	isFound, within := len(words) == 0, []string(nil) // parts that have the words in their text
 	for _, part := range strings.Split("\n#"+readme, "\n## ")[1:] {
 		heading, _, _ := strings.Cut(part, "\n")
 		switch {
-		case word == "":
+		case len(words) == 0:
 			fmt.Fprintln(w, heading)
-		case contains(heading, word):
-			isPrinted = true
+		case hasAll(heading, words):
+			isFound = true
 			printPart(w, "## "+part)
-		case contains(part, word):
+		case hasAll(part, words):
 			within = append(within, heading)
 		}
 	}
-
-	if isPrinted {
+	if isFound {
 		return nil
 	}
-	return misuse{firstWrong("", []wrong{
-		{len(within) > 0, fmt.Sprintf("no heading of the manual has %q", word),
-			"Its parts that have it: " + strings.Join(within, "; ")},
-		{true, fmt.Sprintf("the manual has no %q", word), "kvserver help lists its headings."},
-	})}
+
+	todo := "kvserver help lists the headings."
+	if within != nil {
+		todo = "Parts that have it: " + strings.Join(within, "; ")
+	}
+	return misuse{problem{fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")), todo}}
 }
 
 // line76 matches as many words as fit on a line of 76 bytes.
@@ -1210,9 +1201,11 @@ func printPart(w io.Writer, part string) {
 	}
 }
 
-// contains reports whether text has word, in any letter case.
-func contains(text, word string) bool {
-	return strings.Contains(strings.ToLower(text), strings.ToLower(word))
+// hasAll reports whether text has all words, in any letter case.
+func hasAll(text string, words []string) bool {
+	return !slices.ContainsFunc(words, func(word string) bool {
+		return !strings.Contains(strings.ToLower(text), strings.ToLower(word))
+	})
 }
 
 // lookAt runs a command on the store at path. A backup or a repair writes its copy to the directory
