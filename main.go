@@ -1248,7 +1248,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	if command == "repair" {
 		report, err = durable.Repair(dir, out)
 	} else {
-		report, err = durable.Backup(dir, out, tellCopied())
+		report, err = durable.Backup(dir, out, nil)
 	}
 
 	// Half a copy must not look like a store.
@@ -1257,17 +1257,6 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		undo()
 	}
 	return report, err
-}
-
-// tellCopied returns a function that shows on a terminal, in one line, how much is copied.
-func tellCopied() func(copied, total int64) {
-	told := int64(-1)
-	return func(copied, total int64) {
-		if copied>>20 != told && isTerminal(os.Stderr) {
-			told = copied >> 20
-			fmt.Fprintf(os.Stderr, "%d of about %d MB \r", told, max(total, copied)>>20)
-		}
-	}
 }
 
 // storeProblem returns err, of the store that c asks for, with what to do.
