@@ -885,37 +885,28 @@ func applyLimits(s *keyValueServer, c config) {
 
 // tellStart logs what an operator should know about a server that begins to serve at listeners.
 func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
-	// Is the data kept?
-	switch {
-	case c.data == "":
+	if c.data == "" {
 		s.log.Info("data is in memory only and lost on exit")
-	case etcd.IsAddress(c.data):
-		s.log.Info("data is kept in etcd", "at", c.data)
-	default:
-		s.log.Info("data is kept on disk", "dir", c.data, "fsync", c.fsync)
+	} else {
+		s.log.Info("data is kept", "at", c.data, "fsync", c.fsync)
 	}
 
 	// Where it listens, and what to type there.
 	for _, listener := range listeners {
-		addr := listener.Addr().String()
-		tcp, isTCP := listener.Addr().(*net.TCPAddr)
-		if !isTCP {
-			s.log.Info("listening", "addr", unixPrefix+addr, "try", "nc -U "+addr)
-			continue
-		}
+		path := listener.Addr().String()
+		addr, try := unixPrefix+path, "nc -U "+path
+		if tcp, isTCP := listener.Addr().(*net.TCPAddr); isTCP {
+			addr = tcp.String()
+			host, port, _ := net.SplitHostPort(reachable(addr))
+			try = "nc " + host + " " + port
+			if c.cert != "" {
+				try = "kvserver help TLS"
+			}
 
-		// Only client certificates keep strangers out.
-		if !tcp.IP.IsLoopback() && c.clientCA == "" {
-			s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
-		}
-
-		host, port, _ := net.SplitHostPort(reachable(addr))
-		try := "nc " + host + " " + port
-		switch {
-		case c.clientCA != "":
-			try = "openssl s_client -quiet -cert FILE -key FILE " + net.JoinHostPort(host, port)
-		case c.cert != "":
-			try = "openssl s_client -quiet " + net.JoinHostPort(host, port)
+			// Only client certificates keep strangers out.
+			if !tcp.IP.IsLoopback() && c.clientCA == "" {
+				s.log.Warn("anyone who can reach this address can read and change the data", "addr", addr)
+			}
 		}
 		s.log.Info("listening", "addr", addr, "try", try)
 	}
