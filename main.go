@@ -1073,19 +1073,21 @@ func (k *credentials) warn(now time.Time) {
 		return
 	}
 
+	const mend = "; put a new one into its file, which is read within ten seconds"
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	mend := fmt.Sprint("; put a new one into its file, which is read within ", lookAgain)
-	level, what, pause := slog.LevelInfo, "the certificate is read", end.Add(-warnAhead).Sub(now)
+	log, left := k.log.With("file", k.paths[0], "until", end), end.Sub(now)
+	pause := min(warnAgain, left)
 	switch {
-	case !now.Before(end):
-		level, what, pause = slog.LevelError,
-			"the certificate has ended: clients refuse it"+mend, warnAgain
-	case pause <= 0:
-		level, what, pause = slog.LevelWarn, "the certificate ends soon"+mend, min(warnAgain, end.Sub(now))
+	case left <= 0:
+		log.Error("the certificate has ended: clients refuse it" + mend)
+		pause = warnAgain
+	case left <= warnAhead:
+		log.Warn("the certificate ends soon" + mend)
+	default:
+		log.Info("the certificate is read")
+		pause = left - warnAhead
 	}
-
 	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set
-	k.log.Log(context.Background(), level, what, "file", k.paths[0], "until", end)
 }
 
 // watch reads the files every lookAgain, and when again receives a signal. It runs as one goroutine
@@ -1252,16 +1254,12 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 
 // storeProblem returns err, of the store that c asks for, with what to do.
 func storeProblem(c config, err error) error {
-	const unchanged = "Nothing was changed. "
+	const unchanged, mend = "Nothing was changed. ", "Make room, or mend what else is wrong"
 	is := func(targets ...error) bool { return isAny(err, targets...) }
 	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
 	data := c.data
 	if strings.ContainsFunc(data, unicode.IsSpace) {
 		data = strconv.Quote(data) // so that a shell takes it as one word
-	}
-	cause := "Mend the cause"
-	if storage.IsFull(err) {
-		cause = "Make room on the disk"
 	}
 	return firstWrong(err.Error(), []wrong{
 		// For a server or a command; then for the commands alone.
@@ -1300,10 +1298,10 @@ func storeProblem(c config, err error) error {
 			"kvserver repair " + data + " NEW"},
 
 		// Any other error is one of the disk or of the process.
-		{!isServer, "", cause + ", then try again."},
-		{c.fsync != "always", "", cause + ", then start again. With -fsync " + c.fsync +
+		{!isServer, "", mend + ", then try again."},
+		{c.fsync != "always", "", mend + ", then start again. With -fsync " + c.fsync +
 			" the last writes that were answered may be lost: look."},
-		{true, "", cause + ", then start again: everything that was answered is kept."},
+		{true, "", mend + ", then start again: everything that was answered is kept."},
 	})
 }
 

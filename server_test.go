@@ -513,8 +513,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 
 	for why, todo := range map[error]string{
 		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
-		syscall.ENOSPC:     "Make room on the disk, then start again",
-		syscall.EIO:        "Mend the cause, then start again",
+		syscall.ENOSPC:     "Make room, or mend what else is wrong, then start again",
 	} {
 		err = storeProblem(config{data: "/none\n", fsync: "always"}, why)
 		if !errors.As(err, &p) || !strings.Contains(p.todo, todo) {
@@ -1652,7 +1651,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		os.Remove(filepath.Join(dir, "server.pem"))
 		pass(look)
 		log.take()
-		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within 10s": 1})
+		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within ten seconds": 1})
 		wantLog(warnAgain, map[string]int{"has ended": 1, "ends soon": 0})
 		close(again)
 	})
