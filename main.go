@@ -973,50 +973,28 @@ const (
 	warnAgain = 24 * time.Hour      // between two warnings
 )
 
-// credentials are three files in PEM format: a certificate, its key, and the CA that must have
-// signed the other side's certificate. A client's belong to dial, a server's to serverTLS and watch.
-type credentials struct {
-	paths [3]string // "": there is none
-	texts [3][]byte // the files' contents when they were last read
-
-	// The rest is only for a server.
-	log     *slog.Logger
-	current atomic.Pointer[tls.Config] // for new connections; watch stores, handshakes load
-	last    string                     // the contents and the error of the last read
-	next    time.Time                  // when to log again at what time the certificate ends
-}
-
-// read reads the files, and returns the configuration of TLS for a server or a client with them.
-func (k *credentials) read() (*tls.Config, error) {
-	for i, path := range k.paths {
-		// A pipe, or another file that is not regular, is read once: again might take for ever.
-		info, err := os.Stat(path)
-		if path == "" || k.texts[i] != nil && err == nil && !info.Mode().IsRegular() {
-			continue
-		}
-
-		if k.texts[i], err = os.ReadFile(path); err != nil {
-			return nil, pemProblem(err)
-		}
-	}
-
-	// Our own certificate. A server has one, and a client may have one.
+// tlsConfig returns the configuration of TLS for a server or a client. Its arguments are files in PEM
+// format: a certificate, its key, and the CA that must have signed the other side's certificate; "":
+// there is none.
+func tlsConfig(cert, key, ca string) (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if k.paths[0] != "" {
-		pair, err := tls.X509KeyPair(k.texts[0], k.texts[1])
+	if cert != "" {
+		pair, err := tls.LoadX509KeyPair(cert, key)
 		if err != nil {
-			return nil, problem{fmt.Sprintf("cannot use the certificate %s with the key %s: %v",
-				k.paths[0], k.paths[1], err), "Give two files in PEM format that belong together, the key " +
-				"without a password; kvserver help TLS shows how to make them."}
+			return nil, pemProblem("the certificate "+cert+" with the key "+key, err)
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
 
-	// The CA that we trust. A server does not use RootCAs; a client does not use the other two.
-	if k.paths[2] != "" {
+	// A server does not use RootCAs; a client does not use the other two.
+	if ca != "" {
 		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(k.texts[2]) {
-			return nil, problem{k.paths[2] + " holds no certificate of a CA", givePEM}
+		text, err := os.ReadFile(ca)
+		if err == nil && !pool.AppendCertsFromPEM(text) {
+			err = errors.New("it holds no certificate")
+		}
+		if err != nil {
+			return nil, pemProblem("the CA "+ca, err)
 		}
 		config.RootCAs, config.ClientCAs = pool, pool
 		config.ClientAuth = tls.RequireAndVerifyClientCert
@@ -1024,24 +1002,35 @@ func (k *credentials) read() (*tls.Config, error) {
 	return config, nil
 }
 
-const givePEM = "Give a file in PEM format; kvserver help TLS shows how to make one."
-
-// pemProblem returns err, of reading a file in PEM format, with what to do.
-func pemProblem(err error) error {
-	todo := givePEM
+// pemProblem returns err, of using files in PEM format, with what to do.
+func pemProblem(files string, err error) error {
+	todo := "Give files in PEM format, and a key without a password that belongs to its certificate; " +
+		"kvserver help TLS shows how to make them."
 	if errors.Is(err, fs.ErrPermission) {
 		todo = "Let the user who runs kvserver read it; kvserver help systemd shows how."
 	}
-	return problem{"cannot read a certificate or key: " + err.Error(), todo}
+	return problem{"cannot use " + files + ": " + err.Error(), todo}
+}
+
+// credentials are what a server shows to its clients, and wants to see of them. After serverTLS they
+// belong to watch.
+type credentials struct {
+	files   config
+	log     *slog.Logger
+	current atomic.Pointer[tls.Config] // for new connections; watch stores, handshakes load
+	next    time.Time                  // when to log again at what time the certificate ends
 }
 
 // serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It
 // starts watch, which reads these files again; new ones are for new connections only.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	k := &credentials{paths: [3]string{c.cert, c.key, c.clientCA}, log: log}
-	if err := k.load(); err != nil {
+	first, err := tlsConfig(c.cert, c.key, c.clientCA)
+	if err != nil {
 		return nil, err
 	}
+
+	k := &credentials{files: c, log: log}
+	k.current.Store(first)
 	k.warn(time.Now())
 	go k.watch(again)
 
@@ -1050,21 +1039,27 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load reads the files, and sets current if they have changed. It returns the same error only once.
+// load reads the files again, and sets current if what is in them has changed: a new file may have
+// the old one's size and time.
 func (k *credentials) load() error {
-	// Contents are compared, because a new file may have the old one's size and time.
-	before := k.last
-	config, err := k.read()
-	k.last = fmt.Sprintf("%s %v", k.texts, err)
-	if k.last == before {
-		return nil
+	c, now := k.files, k.current.Load()
+	for _, path := range []string{c.cert, c.key, c.clientCA} {
+		// A pipe was read once: again might take for ever.
+		if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+			return nil
+		}
 	}
 
-	if err == nil {
+	config, err := tlsConfig(c.cert, c.key, c.clientCA)
+	if err != nil {
+		return err
+	}
+	if !config.ClientCAs.Equal(now.ClientCAs) || !slices.EqualFunc(config.Certificates[0].Certificate,
+		now.Certificates[0].Certificate, bytes.Equal) {
 		k.current.Store(config)
 		k.next = time.Time{}
 	}
-	return err
+	return nil
 }
 
 // warn logs at what time a new certificate ends, and again every warnAgain once that is near.
@@ -1075,7 +1070,7 @@ func (k *credentials) warn(now time.Time) {
 
 	const mend = "; put a new one into its file, which is read within ten seconds"
 	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	log, left := k.log.With("file", k.paths[0], "until", end), end.Sub(now)
+	log, left := k.log.With("file", k.files.cert, "until", end), end.Sub(now)
 	pause := min(warnAgain, left)
 	switch {
 	case left <= 0:
@@ -1095,18 +1090,20 @@ func (k *credentials) warn(now time.Time) {
 func (k *credentials) watch(again <-chan os.Signal) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
+	told := "" // the error of the last read
 	for isOpen := true; isOpen; {
-		// A signal makes load report its error again, even if the files have not changed.
 		select {
 		case <-tick.C:
-		case _, isOpen = <-again:
-			k.last = ""
+		case _, isOpen = <-again: // somebody waits for a line in the log
+			told, k.next = "", time.Time{}
 		}
 
 		// A bad file may be half of a good one that is being written.
-		if err := k.load(); err != nil {
+		err := k.load()
+		if err != nil && err.Error() != told {
 			k.log.Warn("cannot read the certificates again, so the old ones stay in use", "error", err)
 		}
+		told = fmt.Sprint(err)
 		k.warn(time.Now())
 	}
 }
@@ -1417,8 +1414,7 @@ func (t *talker) dial() (err error) {
 	plain := &net.Dialer{Timeout: cmp.Or(t.timeout, connectTime)}
 	dial := plain.Dial
 	if t.ca != "" {
-		files := credentials{paths: [3]string{t.cert, t.key, t.ca}}
-		trusted, err := files.read()
+		trusted, err := tlsConfig(t.cert, t.key, t.ca)
 		if err != nil {
 			return err
 		}
