@@ -447,10 +447,8 @@ func (c config) checkRequests() error {
 	for i, request := range c.requests {
 		// The argument may be a command, or another program's word for one.
 		word := strings.ToLower(request)
-		meant := otherWords[word]
-		if meant == "" {
-			meant = suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)), nil)
-		}
+		meant := cmp.Or(otherWords[word],
+			suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)), nil))
 
 		// Two arguments that are no requests may be the words of one.
 		why, isOne := "", trimCR(request) != "" && request[0] != '-' && !strings.Contains(request, "\n")
@@ -1640,9 +1638,6 @@ func (t *talker) countAnswer(w *bufio.Writer) {
 	}
 }
 
-// inputTime is how long ended waits for the sender: somebody who types may not end for hours.
-const inputTime = 100 * time.Millisecond
-
 // ended returns the error of a conversation whose connection has failed with err, which is io.EOF
 // if the server has closed it; nil if everything was answered.
 func (t *talker) ended(err error) error {
@@ -1657,7 +1652,7 @@ func (t *talker) ended(err error) error {
 	}
 	select {
 	case end = <-t.sent:
-	case <-time.After(inputTime):
+	default:
 	}
 
 	// Was all that was sent answered?
@@ -1682,26 +1677,21 @@ func (t *talker) sendLines() {
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	// A line that is longer than r's buffer comes in parts.
 	var end error // how the input ended; nil: it has not
-	for isFirst, isRest := true, false; end == nil; isFirst = false {
+	for isFirst := true; end == nil; isFirst = false {
 		// The next Read may take long, and the server must not wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
 			w.Flush() // if this fails, the reading goroutine finds out why
 		}
 
-		part, err := r.ReadSlice('\n')
+		line, err := r.ReadBytes('\n')
 		switch {
-		case isFirst && isUTF16(part):
+		case isFirst && isUTF16(line):
 			err = errUTF16
-		case isRest:
-			w.Write(part)
-		case len(part) > 0 && !t.sendLine(w, part):
+		case len(line) > 0 && !t.sendLine(w, line):
 			return
 		}
-		if isRest = err == bufio.ErrBufferFull; !isRest {
-			end = err
-		}
+		end = err
 	}
 	w.Flush()
 
@@ -1715,7 +1705,7 @@ func (t *talker) sendLines() {
 	closeWrite(t.conn)
 }
 
-// sendLine waits for a slot in owed and sends a line, or its beginning. false: send nothing more.
+// sendLine waits for a slot in owed and sends a line. false: send nothing more.
 func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
 	// The server does not answer a blank line. It answers an Ack, which we send instead.
 	request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
@@ -1783,9 +1773,7 @@ func (t *talker) problem(err error) error {
 		{is(errOutput), "", "Make room where the answers go, and look what was done."},
 		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
 			"Or it has just ended: look at its log."},
-		{isTLS && t.cert != "", "", "It does not trust the certificate in " + t.cert +
-			": give one from its CA, which has not ended."},
-		{isTLS, "", "It wants a certificate from its CA: give -tls-cert and -tls-key."},
+		{isTLS, "", "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."},
 		{is(errFull), "", "Nothing was done. Try again later, or raise the server's -max-clients."},
 		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
 

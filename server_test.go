@@ -1556,9 +1556,9 @@ func TestTLS(t *testing.T) {
 		prints string
 	}{
 		{flags(dir, dir, "client"), "k:v\n"},
-		{flags(dir, "", ""), "give -tls-cert and -tls-key."},
-		{flags(dir, other, "client"), "It does not trust the certificate in " + other}, // another CA
-		{flags(dir, dir, "expired"), "It does not trust the certificate in " + dir},
+		{flags(dir, "", ""), "It wants a certificate from its CA that has not ended: give -tls-cert"},
+		{flags(dir, other, "client"), "It wants a certificate from its CA"}, // and this is another's
+		{flags(dir, dir, "expired"), "It wants a certificate from its CA that has not ended"},
 		{flags(other, dir, "client"), "Somebody answers there."},
 		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which gets its answer at once
 	} {
