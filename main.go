@@ -197,7 +197,7 @@ const usage = `Usage:
   kvserver check DIR                     read all data, and report damage
   kvserver backup DIR NEW                copy DIR, even beside a server
   kvserver repair DIR NEW                copy to NEW what can be read
-  kvserver help [WORD]                   the manual's headings, or a part
+  kvserver help [WORD ...]               the manual's headings, or a part
 
 Flags that most people need:
 `
