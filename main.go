@@ -388,24 +388,20 @@ func warnOfVariables(log *slog.Logger, environment []string) {
 		isKnown := slices.Contains(ours, name) || others.MatchString(name)
 		if strings.HasPrefix(name, "KVSERVER_") && !isKnown {
 			log.Warn("unknown variable in the environment: it does nothing",
-				"name", name, "todo", suggest("", name, ours, nil))
+				"name", name, "todo", suggest("", name, ours))
 		}
 	}
 }
 
-// suggest says what the user may have meant by name: what others call so, or else the one of names
-// that is equal to it, or is over two bytes long and one slip away. prefix stands before it.
-func suggest(prefix, name string, names []string, others map[string]string) string {
-	meant := others[name]
+// suggest says what the user may have meant by name: the one of names that is equal to it, or is
+// over two bytes long and one slip away. prefix stands before it.
+func suggest(prefix, name string, names []string) string {
 	for _, near := range names {
-		if meant == "" && (name == near || len(near) > 2 && oneSlip(name, near)) {
-			meant = near
+		if name == near || len(near) > 2 && oneSlip(name, near) {
+			return "Did you mean " + prefix + near + " ? " + seeHelp
 		}
 	}
-	if meant == "" {
-		return seeHelp
-	}
-	return "Did you mean " + prefix + meant + " ? " + seeHelp
+	return seeHelp
 }
 
 // flagProblem returns an error of flags.Parse, which names the flag, with what to do about it.
@@ -420,7 +416,8 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 
 	// The flag may be one that other programs have.
 	if name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); isUnknown {
-		return problem{"unknown flag -" + name, suggest("-", strings.ToLower(name), names, otherFlags)}
+		lower := strings.ToLower(name)
+		return problem{"unknown flag -" + name, suggest("-", cmp.Or(otherFlags[lower], lower), names)}
 	}
 	return problem{err.Error(), todo}
 }
@@ -448,7 +445,7 @@ func (c config) checkRequests() error {
 		// The argument may be a command, or another program's word for one.
 		word := strings.ToLower(request)
 		meant := cmp.Or(otherWords[word],
-			suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)), nil))
+			suggest("kvserver ", word, slices.Sorted(maps.Keys(commands))))
 
 		// Two arguments that are no requests may be the words of one.
 		why, isOne := "", trimCR(request) != "" && request[0] != '-' && !strings.Contains(request, "\n")
@@ -486,28 +483,24 @@ func refusal(line string) string {
 // client; or nil. typed has the flags of the command line. A flag there must be for this process; a
 // variable in the environment need not, because one environment may be for both.
 func (c config) checkFlags(typed map[string]bool) error {
-	asks := c.client || c.ping
+	asks, isDisk := c.client || c.ping, c.data != "" && !etcd.IsAddress(c.data)
 	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
 
 	return firstWrong("", []wrong{
 		// Flags that are not for this process.
-		{typed["tls-ca"] && !asks, "-tls-ca is for -c and -ping",
-			"To admit only clients with a certificate: -tls-client-ca " + c.ca},
-		{typed["timeout"] && !asks, "-timeout is for -c and -ping", "Give one of these, too."},
-		{c.stop && !c.client, "-stop is for -c", "Give both: kvserver -c -stop < FILE"},
-		{typed["out"] && !c.client, "-out is for -c", "Give both: kvserver -c -out FILE Dump"},
+		{(typed["tls-ca"] || typed["timeout"]) && !asks, "-tls-ca and -timeout are for -c and -ping",
+			"Give one of those, too. To admit only clients with a certificate: -tls-client-ca FILE"},
+		{(c.stop || c.answers != "") && !c.client, "-stop and -out are for -c",
+			"Give it, too, as in kvserver -c -out FILE Dump."},
 		{c.client && c.ping, "-c and -ping do not go together", "Give one: -ping asks " +
 			"whether a server answers, -c sends requests, as in kvserver -c Ping."},
 		{stray >= 0, "-" + serverFlags[max(stray, 0)] + " is for a server, not for -c and -ping",
 			"Leave it out, or give it to the server."},
 
 		// Flags that need or exclude another.
-		{etcd.IsAddress(c.data) && c.fsync != "always",
-			"-fsync " + c.fsync + " is for data on a disk, not in etcd",
-			"Leave it out: in etcd everything that was answered is kept."},
-		{(typed["fsync"] || c.fsync != "always") && c.data == "" && !asks,
-			"-fsync is for data on disk, and there is no -data",
-			"Give a directory, as in -data data -fsync " + c.fsync + "."},
+		{!asks && !isDisk && (c.fsync != "always" || typed["fsync"] && c.data == ""),
+			"-fsync is for data on a disk", "Give a directory, as in -data data -fsync " + c.fsync +
+				". In etcd everything that was answered is kept: leave it out."},
 		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
 			"-tls-cert and -tls-key go together, and -tls-client-ca with both",
 			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
@@ -743,7 +736,7 @@ func serve(c config, log *queuedLog) error {
 }
 
 // stopSignals returns the signals that stop the server. SIGHUP says that a terminal was closed, so
-// it is one of them if the log goes there. Otherwise the server reads its certificates again on it.
+// it is one of them if the log goes there. Otherwise it ends nothing.
 func stopSignals() []os.Signal {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if isTerminal(os.Stderr) && !signal.Ignored(syscall.SIGHUP) { // under nohup it is ignored
@@ -765,11 +758,9 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	defer stuck.Stop()
 	defer context.AfterFunc(ctx, func() { stuck.Reset(stopTime / 5) })()
 
-	// Reading the data may take minutes, so a bad certificate is found first.
+	// Reading the data may take minutes, so a bad certificate is found first. SIGHUP has it read again.
 	again := make(chan os.Signal, 1)
-	if !slices.Contains(stopSignals(), os.Signal(syscall.SIGHUP)) {
-		signal.Notify(again, syscall.SIGHUP)
-	}
+	signal.Notify(again, syscall.SIGHUP)
 	if c.cert != "" {
 		if s.tls, err = serverTLS(c, s.log, again); err != nil {
 			return nil, err
@@ -1465,7 +1456,6 @@ func reachable(addr string) string {
 
 // dialProblem returns err, of connecting to the last of addrs, with what to do.
 func dialProblem(addrs string, err error) error {
-	host, _, _ := net.SplitHostPort(addrs[strings.LastIndex(addrs, ",")+1:])
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
 	if isDial {
@@ -1474,8 +1464,7 @@ func dialProblem(addrs string, err error) error {
 
 	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
 		// The error alone says what is wrong.
-		{as[*net.DNSError](err), "", fmt.Sprintf("Nobody knows the host %q. Give one that runs a "+
-			"server: -addr HOST:PORT", host)},
+		{as[*net.DNSError](err), "", "Nobody knows that host. Give one that runs a server: -addr HOST:PORT"},
 		{errors.Is(err, fs.ErrPermission), "", "Its mode and its group say who may connect: ls -l " +
 			strings.TrimPrefix(addrs, unixPrefix)},
 		{as[x509.HostnameError](err), "", "Give -addr a host name that is in the server's certificate."},
@@ -1495,7 +1484,7 @@ func dialProblem(addrs string, err error) error {
 func (t *talker) greet() error {
 	// A process that does not answer our Ack is no kvserver, or hangs.
 	t.silence = cmp.Or(t.timeout, connectTime)
-	t.r, t.answered = bufio.NewReaderSize(patientReader{t}, maxWrite), -1
+	t.r, t.answered = bufio.NewReaderSize(t, maxWrite), -1
 	t.owed = make(chan queryType, maxOwed)
 	if t.stop {
 		t.owed = make(chan queryType, 1)
@@ -1522,10 +1511,8 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// patientReader reads from the connection. It fails with errQuiet if an owed answer does not come.
-type patientReader struct{ *talker }
-
-func (t patientReader) Read(p []byte) (n int, err error) {
+// Read reads from the connection. It fails with errQuiet if an owed answer does not come.
+func (t *talker) Read(p []byte) (n int, err error) {
 	// The sender puts a line into owed before it sets a deadline. We take the deadline away before we
 	// look at owed. So there is a deadline whenever a line is owed.
 	t.conn.SetReadDeadline(time.Time{})
@@ -1657,9 +1644,7 @@ func (t *talker) ended(err error) error {
 
 	// Was all that was sent answered?
 	switch {
-	case len(t.owed) > 0 && err == io.EOF:
-		return errUnanswered
-	case len(t.owed) > 0: // for example, the server was killed
+	case len(t.owed) > 0:
 		return fmt.Errorf("%w: %w", errUnanswered, err)
 	case end == io.EOF:
 		return nil
