@@ -379,7 +379,7 @@ func TestFlagMistakes(t *testing.T) {
 	// Values that a flag does not take.
 	for _, args := range []string{"-log xml", "-http x", "-max-line many", "-max-line 0",
 		"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
-		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:",
+		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-addr unix:@x",
 		"-max-clients 0", "-max-clients 1e3",
 		"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
 		"-addr localhost"} {
