@@ -337,15 +337,17 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 	return c, cmp.Or(unset, c.checkRequests(), c.checkFlags(typed))
 }
 
-// setByVariable sets f to the value of its variable in the environment. An empty one is none, and
-// blanks and newlines around it do not count: a script has left them there.
+// setByVariable sets f to the value of its variable in the environment. An empty one is none.
 func setByVariable(f *flag.Flag) error {
-	value := strings.TrimSpace(os.Getenv(variable(f)))
-	if value == "" || f.Value.Set(value) == nil {
+	value := os.Getenv(variable(f))
+	what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
+	switch {
+	case strings.TrimSpace(value) != value: // a script has left it there
+		what += ": it begins or ends in a blank or a newline"
+	case value == "" || f.Value.Set(value) == nil:
 		return nil
 	}
-	return problem{fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name),
-		explain(variable(f), f)}
+	return problem{what, explain(variable(f), f)}
 }
 
 // helpText is what -h prints. The README has all flags: kvserver help flags prints them.

@@ -505,12 +505,20 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 	t.Setenv("KVSERVER_V", "")
 
-	// Blanks and newlines around a value do not count.
-	t.Setenv("KVSERVER_DATA", " a dir\n")
-	if c, err = parseFlags(nil, io.Discard); err != nil || c.data != "a dir" {
-		t.Errorf("with blanks around it: %q, %v", c.data, err)
+	// A blank or a newline at an end of a value is shown, because nobody would see it.
+	for name, flag := range map[string]string{"DATA": "data", "ADDR": "addr", "TLS_CERT": "tls-cert",
+		"TLS_CA": "tls-ca"} {
+		t.Setenv("KVSERVER_"+name, "unix:/tmp/none\n")
+		want := "KVSERVER_" + name + `="unix:/tmp/none\n" in the environment is no value for -` + flag +
+			": it begins or ends in a blank or a newline"
+		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() != want {
+			t.Errorf("an odd path: %v, want %s", err, want)
+		}
+		if _, err = parseFlags([]string{"-" + flag, "x:1"}, io.Discard); err != nil && err.Error() == want {
+			t.Errorf("an odd path that does not count: %v", err)
+		}
+		os.Unsetenv("KVSERVER_" + name)
 	}
-
 	for why, todo := range map[error]string{
 		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
 		syscall.ENOSPC:     "Make room, or mend what else is wrong, then start again",
