@@ -1034,17 +1034,33 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 // the old one's size and time.
 func (k *credentials) load() error {
 	c, now := k.files, k.current.Load()
-	for _, path := range []string{c.cert, c.key, c.clientCA} {
-		// A pipe was read once: again might take for ever.
-		if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
-			return nil
-		}
+
+	// A pipe was read once, and again might take for ever: what came from it stays.
+	hasPipe := func(paths ...string) bool {
+		return slices.ContainsFunc(paths, func(path string) bool {
+			info, err := os.Stat(path)
+			return err == nil && !info.Mode().IsRegular()
+		})
+	}
+	keepsPair, keepsCA := hasPipe(c.cert, c.key), hasPipe(c.clientCA)
+	if keepsPair {
+		c.cert = ""
+	}
+	if keepsCA {
+		c.clientCA = ""
 	}
 
 	config, err := tlsConfig(c.cert, c.key, c.clientCA)
 	if err != nil {
 		return err
 	}
+	if keepsPair {
+		config.Certificates = now.Certificates
+	}
+	if keepsCA {
+		config.ClientCAs, config.ClientAuth = now.ClientCAs, now.ClientAuth
+	}
+
 	if !config.ClientCAs.Equal(now.ClientCAs) || !slices.EqualFunc(config.Certificates[0].Certificate,
 		now.Certificates[0].Certificate, bytes.Equal) {
 		k.current.Store(config)

@@ -1646,18 +1646,20 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		put("server.key", read("server.key"))
 		pass(look)
 		log.take()
+		oldCA, _ := os.ReadFile(filepath.Join(dir, "ca.pem"))
 		put("ca.pem", read("ca.pem"))
 		wantLog(look, map[string]int{"ends soon": 1}) // because a file was read that is new
 		wantLog(look, map[string]int{"ends soon": 0})
 		again <- syscall.SIGHUP
 		wantLog(0, map[string]int{"ends soon": 1})
 
-		// Beside a key that is now a pipe without a writer, no file is read again.
+		// A key that is now a pipe without a writer is not read, and the CA is.
 		key := filepath.Join(dir, "server.key")
 		os.Remove(key)
 		if err := exec.Command("mkfifo", key).Run(); err == nil {
 			put("server.pem", read("server.pem")[1:])
-			wantLog(look, map[string]int{"cannot read": 0})
+			put("ca.pem", oldCA)
+			wantLog(look, map[string]int{"cannot read": 0, "ends soon": 1})
 			equal(t, "beside a pipe it shows the old pair", shown() == second, true)
 		} else {
 			t.Logf("without mkfifo there is no pipe to try: %v", err)
