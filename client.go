@@ -33,10 +33,14 @@ const (
 
 	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a busy client's read buffer, at most, if its lines are short
-	freeLine  = 2 << 10  // bytes of a line that are taken in however much memory other lines take
-	freeBurst = 4 << 10  // bytes of the read buffer of a client that is not busy, at most
-	freeChain = 32       // queries in one of its chains
+	burstSize = 64 << 10 // bytes of a read buffer, at most, while lines are shorter than that
+
+	// However much memory others take, a client gets a read buffer of so many bytes, and a chain of
+	// so many queries. The key of a Take that waits may have so many bytes.
+	freeSize  = 4 << 10
+	freeChain = 32
+	freeKey   = 2 << 10
+
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
@@ -181,8 +185,6 @@ func newClient(id int, conn net.Conn, s *keyValueServer) *Client {
 	}
 	c.paced.progress = c.progress
 
-	// The semaphores of whose slots the client may take one.
-	c.in.anyLine.of, c.in.freeing.of = &s.budget.anyLine, &s.budget.freeing
 	c.outbox = outbox{client: c, budget: &s.budget, maxMessage: s.maxMessage,
 		core: slot{of: &s.cores}}
 	return c
@@ -225,15 +227,18 @@ func (c *Client) readFromClient() {
 		case c.reason != "":
 		case err != nil:
 			c.endInput(err)
-		default:
-			c.mayGoOn()
+
+		// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
+		case c.in.pending > c.server.maxLine+len("\r\x00"):
+			c.skipLine(tooLong(c.server.maxLine))
 		}
 	}
 
-	// The end. The chain under way is still answered, and counts the input's memory until then.
-	c.in.giveUpSlots()
+	// The end. The chain under way is still answered, and its lines are in memory until then.
+	c.in.pass.release()
+	c.in.pending = 0
+	c.resizeBuf(0)
 	isKnown := c.await()
-	c.endBursts()
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
 	c.countInput()
 	if isKnown {
@@ -286,17 +291,14 @@ func (c *Client) end(why string) {
 
 // send sends chain, which is made of the client's input, to workLoop. No other is under way.
 func (c *Client) send(chain *Query) {
-	bytes := c.in.memory()
-	if c.in.isBusy { // some of them count in budget.bursts
-		bytes = max(0, bytes-burstMemory)
-	}
-	c.sendOf(chain, bytes, c.in.counted)
+	c.countInput()
+	c.sendOf(chain, len(c.in.lent))
 }
 
-// sendOf is send for a chain that takes bytes of memory, of which inInputs count in budget.inputs.
-func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
+// sendOf is send for a chain that keeps so many bytes of input in memory.
+func (c *Client) sendOf(chain *Query, text int) {
 	c.underWay = true
-	c.outbox.chainSize, c.outbox.inInputs = bytes, inInputs
+	c.outbox.longText = int64(max(0, text-burstSize))
 	c.server.queries <- chain
 }
 
@@ -305,19 +307,20 @@ func (c *Client) sendOf(chain *Query, bytes, inInputs int64) {
 func (c *Client) sendTake(q *Query) {
 	// The key stays in memory while the Take waits. A long key counts like a begun line. If there
 	// is no memory for it, the Take does not wait.
-	if bytes := int64(len(q.key)); bytes > freeLine {
-		if !c.server.budget.acquireLine(bytes) {
+	in := &c.in
+	if bytes := len(q.key); bytes > freeKey {
+		if b := &c.server.budget; !addUpTo(&b.inputs, int64(bytes), b.forInput()) {
 			q.seconds = 0
 			c.send(q)
 			return
 		}
-		c.in.takeKey = bytes
-		c.in.counted += bytes
+		in.takeKey = bytes
+		in.counted += int64(bytes)
 	}
 
 	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
 	c.sendOf(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
-		line: q.line}, c.in.takeKey, c.in.takeKey)
+		line: q.line}, in.takeKey)
 }
 
 // await waits for the chain that is under way, if there is one. If the store failed, so that nobody
@@ -399,29 +402,7 @@ func (c *Client) answerFault(why string) {
 	q := &Query{client: c, line: c.in.line}
 	q.refuse(why)
 	if c.await() {
-		c.submit(q)
-	}
-}
-
-// mayGoOn waits until there is memory for more of the begun line. It has a line skipped that is too
-// long.
-func (c *Client) mayGoOn() {
-	in, b := &c.in, &c.server.budget
-	more := in.need(c.server.maxLine) - in.counted
-
-	switch {
-	// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
-	case in.pending > c.server.maxLine+len("\r\x00"):
-		c.skipLine(tooLong(c.server.maxLine))
-
-	case more <= 0:
-	case in.hasSlot():
-		b.inputs.Add(more)
-		in.counted += more
-	case b.acquireLine(more):
-		in.counted += more
-	default:
-		c.awaitLineMemory(more)
+		c.sendOf(q, 0)
 	}
 }
 
@@ -434,63 +415,6 @@ func (c *Client) skipLine(why string) {
 	c.answerFault(why)
 	if !isOurs {
 		c.end(speaksNothing)
-	}
-}
-
-// awaitLineMemory waits until the begun line may take so many bytes more. One line at a time goes
-// on without memory (anyLine), or all could wait for each other for ever, and so does one line of a
-// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
-func (c *Client) awaitLineMemory(more int64) {
-	// A client that waits for its own replies must not keep others from a slot.
-	if !c.await() {
-		return
-	}
-
-	// A request that frees makes room for all others, so such lines have a slot of their own.
-	in, b := &c.in, &c.server.budget
-	var freeing chan struct{} // nil: not for this line
-	if in.isFreeing() {
-		freeing = b.freeing.slots
-	}
-
-	b.anyLine.waiting.Add(1)
-	defer b.anyLine.waiting.Add(-1)
-
-	// Nobody tells when there is memory again, so this looks now and then.
-	for !in.hasSlot() && !b.acquireLine(more) {
-		select {
-		case b.anyLine.slots <- struct{}{}:
-			in.anyLine.taken = true
-			b.inputs.Add(more)
-		case freeing <- struct{}{}:
-			in.freeing.taken = true
-			b.inputs.Add(more)
-		case <-time.After(tickTime):
-		case <-c.server.closeSignal:
-			c.end(weClose)
-			return
-		}
-	}
-	in.counted += more
-
-	// Nothing was read meanwhile, so a full tick begins.
-	in.ticking, in.isSlow, in.came = false, false, 0
-}
-
-// countInput makes counted what the input needs now: it gives back what the begun line needs no
-// longer, and counts what was taken without asking.
-func (c *Client) countInput() {
-	// What the chain under way counts is given back when the chain is: meanwhile it may count in
-	// budget.chains (countAsWaiting).
-	need := c.in.need(c.server.maxLine)
-	if c.underWay {
-		need = max(need, c.outbox.inInputs)
-	}
-
-	// need can also have grown: lent grows when buf does.
-	if need != c.in.counted {
-		c.server.budget.inputs.Add(need - c.in.counted)
-		c.in.counted = need
 	}
 }
 
@@ -552,11 +476,10 @@ type input struct {
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // memory of the chain, used again for the next one
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
-	isBusy   bool    // bursts and chains may be large: burstMemory is counted in budget.bursts
-	counted  int64   // bytes of buf, lent and takeKey that are counted in budget.inputs
-	takeKey  int64   // bytes of a waiting Take's key, if it is long
-	anyLine  slot    // of budget.anyLine
-	freeing  slot    // of budget.freeing
+	forLine  bool    // buf has become so large only for the begun line
+	counted  int64   // bytes of buf, lent, queries and takeKey that are counted in budget.inputs
+	takeKey  int     // bytes of a waiting Take's key, if it is long
+	pass     slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
 	ticking  bool          // a read deadline is set
 	hadBegun bool          // the begun line was there when the deadline was set
@@ -565,28 +488,15 @@ type input struct {
 	waited   time.Duration // for the end of the begun line
 }
 
-// memory returns how many bytes the input takes, with the queries of the chain made of it.
-func (in *input) memory() int64 {
-	return int64(len(in.buf) + len(in.lent) + cap(in.queries)*int(unsafe.Sizeof(Query{})))
+// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
+// chain has room for so many queries. lent will be as large as buf.
+func (in *input) need(size, queries int) int64 {
+	buffers := size + max(size, len(in.lent))
+	return int64(max(0, buffers-2*quietSize) + queries*querySize + in.takeKey)
 }
 
-// need returns how many bytes are to count in budget.inputs: takeKey, and the larger of two
-// numbers. One is what buf and lent have beyond the size that needs no leave. The other, once a line
-// has freeLine bytes, is twice buf's next size, because lent will grow with buf. A busy client has
-// burstSize for each already.
-func (in *input) need(maxLine int) (bytes int64) {
-	if in.pending >= freeLine {
-		bytes = 2 * int64(in.nextSize(maxLine))
-	}
-
-	free := freeBurst
-	if in.isBusy {
-		free = burstSize
-		bytes -= 2 * burstSize
-	}
-	beyond := max(0, len(in.buf)-free) + max(0, len(in.lent)-free)
-	return max(bytes, int64(beyond)) + in.takeKey
-}
+// querySize is how many bytes a query in a chain takes.
+const querySize = int(unsafe.Sizeof(Query{}))
 
 // midLine reports whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
@@ -596,19 +506,9 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 // next wholeLines, and until then the chain's holder may read it.
 func (c *Client) read() (burst string, err error) {
 	in := &c.in
-	if in.full && len(in.buf) >= freeBurst {
-		c.mayBurst()
+	if !c.resizeInput() {
+		return "", nil
 	}
-
-	// Where there is no memory for it to be busy, the memory of a long line goes with the line.
-	if !in.isBusy && len(in.lent) > freeBurst {
-		if !c.mayTakeWait() { // such a Take has memory of its own
-			c.await()
-		}
-		in.lent = nil
-	}
-	in.resize(in.nextSize(c.server.maxLine))
-	c.countInput()
 
 	// Read may wait for hours, but while the client holds memory a tick ends it.
 	c.setTick()
@@ -656,17 +556,11 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
 	isOld := in.midLine() && in.hadBegun && !waits
-	if isOld && in.givesWay() {
+	if isOld && in.givesWay(c.server.budget.anyLine.waiting.Load() > 0) {
 		c.skipLine("too long for the memory that is left, skipped")
 	}
 
-	// Give back what the client does not need.
-	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
-	in.shrink()
-	if in.queries == nil { // nextSize makes buf small
-		c.endBursts()
-	}
-	c.countInput()
+	c.shrinkInput()
 
 	// A line that had begun when the deadline was set has taken one tick more.
 	c.limitRead(time.Time{})
@@ -683,13 +577,13 @@ func (c *Client) tick() error {
 // givesWay reports whether the begun line, which was there at the last tick, is to make room for
 // others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
 // tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
-func (in *input) givesWay() bool {
+func (in *input) givesWay(othersWait bool) bool {
 	least, wasSlow := steadyRate, in.isSlow
 	if in.isFreeing() {
 		least = 1
 	}
-	in.isSlow = in.pending >= freeLine && in.came < least
-	return wasSlow && in.isSlow && in.counted > 0 && in.anyLine.of.waiting.Load() > 0
+	in.isSlow = in.pending >= freeSize && in.came < least
+	return wasSlow && in.isSlow && othersWait
 }
 
 // errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
@@ -726,92 +620,146 @@ func (c *Client) limitRead(end time.Time) {
 	}
 }
 
-// burstMemory is how many bytes a busy client takes, if its lines are not long.
-const burstMemory = 2*burstSize + maxChain*int64(unsafe.Sizeof(Query{}))
+// resizeInput makes buf as large as it is to be for the next Read: larger after a Read that filled
+// it. If that was one line without its end, resizeInput waits for memory. It returns false if the
+// connection is to end.
+func (c *Client) resizeInput() bool {
+	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
 
-// mayBurst reports whether the client may be busy: whether it may have a large buffer and long
-// chains, for which there may be no memory. Otherwise it is read in smaller pieces.
-func (c *Client) mayBurst() bool {
-	c.in.isBusy = c.in.isBusy || c.server.budget.acquireBurst()
-	return c.in.isBusy
-}
-
-// endBursts gives back the memory of a busy client.
-func (c *Client) endBursts() {
-	if c.in.isBusy {
-		c.in.isBusy = false
-		c.server.budget.bursts.Add(-burstMemory)
+	// The long line has ended, and others need its memory.
+	if in.forLine && in.pending < freeSize {
+		in.forLine, size = false, min(size, freeSize)
+		c.resizeBuf(size)
+		if !c.mayTakeWait() { // such a Take has memory of its own
+			c.await()
+		}
+		in.lent, in.queries = nil, nil
+		c.countInput()
 	}
-}
 
-// nextSize returns how large buf is to be for the next Read. It grows after a Read that filled it,
-// for the bursts of a busy client, and for the rest of a begun line: up to maxLine bytes and the
-// line end.
-func (in *input) nextSize(maxLine int) (size int) {
-	switch size = len(in.buf); {
+	switch burst := min(8*size, burstSize); {
 	case size == 0:
-		return quietSize
-	case in.full && size < freeBurst:
-		return min(4*size, freeBurst)
-	case size > freeBurst && in.pending < freeLine && !in.isBusy: // a long line has ended
-		return freeBurst
-	case in.full && size < burstSize && in.isBusy: // a burst
-		return min(4*size, burstSize)
+		size = quietSize
+	case in.full && size < burst &&
+		(burst <= freeSize || c.mayGrow(burst, cap(in.queries), b.forBursts())):
+		size = burst
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
-	case in.full && in.pending > size/8 && size < 4*burstSize && in.isBusy:
-		return 2 * size
+	case in.full && in.pending > size/8 && size < 4*burstSize &&
+		c.mayGrow(2*size, cap(in.queries), b.forBursts()):
+		size *= 2
 
-	case in.pending == size: // one line fills buf
-		return min(2*size, max(maxLine+len("\r\x00\n"), size+1))
+	// The line may have maxLine bytes and its end.
+	case in.pending == size:
+		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
+		if !c.mayGrow(size, cap(in.queries), b.forBursts()) {
+			in.forLine = true
+			if !c.mayGrow(size, cap(in.queries), b.forInput()) && !c.awaitLineMemory(size) {
+				return false
+			}
+		}
 	}
 
-	return size
+	c.resizeBuf(size)
+	return true
 }
 
-// resize makes buf size bytes long, and keeps what is pending.
-func (in *input) resize(size int) {
-	if size != len(in.buf) {
+// mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
+// together may take most bytes. It counts what they need.
+func (c *Client) mayGrow(size, queries int, most int64) bool {
+	more := max(0, c.in.need(size, queries)-c.in.counted)
+	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
+		return false
+	}
+	c.in.counted += more
+	return true
+}
+
+// awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
+// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
+// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
+// awaitLineMemory returns false if the connection is to end.
+func (c *Client) awaitLineMemory(size int) bool {
+	in, b := &c.in, &c.server.budget
+
+	// A client that waits for its own replies must not keep others from a slot.
+	if !c.await() {
+		return false
+	}
+
+	// A request that frees makes room for all others, so such lines have a slot of their own.
+	var freeing chan struct{} // nil: not for this line
+	if in.isFreeing() {
+		freeing = b.freeing.slots
+	}
+
+	b.anyLine.waiting.Add(1)
+	defer b.anyLine.waiting.Add(-1)
+
+	// Nobody tells when there is memory again, so this looks now and then.
+	for !in.pass.taken && !c.mayGrow(size, cap(in.queries), b.forInput()) {
+		select {
+		case b.anyLine.slots <- struct{}{}:
+			in.pass = slot{of: &b.anyLine, taken: true}
+		case freeing <- struct{}{}:
+			in.pass = slot{of: &b.freeing, taken: true}
+		case <-time.After(tickTime):
+		case <-c.server.closeSignal:
+			c.end(weClose)
+			return false
+		}
+	}
+
+	// Nothing was read meanwhile, so a full tick begins.
+	in.ticking, in.isSlow, in.came = false, false, 0
+	return true
+}
+
+// countInput makes counted what the input needs now.
+func (c *Client) countInput() {
+	in := &c.in
+	if need := in.need(len(in.buf), cap(in.queries)); need != in.counted {
+		c.server.budget.inputs.Add(need - in.counted)
+		in.counted = need
+	}
+}
+
+// resizeBuf makes buf size bytes long, and keeps what is pending.
+func (c *Client) resizeBuf(size int) {
+	if in := &c.in; size != len(in.buf) {
 		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
 		in.full = false
 	}
+	c.countInput()
 }
 
-// shrink gives back memory that the client did not need since the last tick. No chain is under way,
-// except a Take that waits, or an error, which have memory of their own.
-func (in *input) shrink() {
+// shrinkInput gives back memory that the client did not need since the last tick. No chain is under
+// way, except a Take that waits, or an error, which have memory of their own.
+func (c *Client) shrinkInput() {
+	in := &c.in
+	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
+
 	// The smallest size that would have been enough.
 	size := quietSize
 	for size <= max(in.came, in.pending) {
-		size *= 4
+		size *= 8
 	}
 
-	if size < len(in.buf) {
-		in.resize(size)
-	}
 	if size < burstSize {
 		in.lent, in.queries = nil, nil
 	}
+	c.resizeBuf(min(size, len(in.buf)))
 }
 
 // skip gives up the begun line, and has its rest skipped.
 func (in *input) skip() {
-	in.giveUpSlots()
+	in.pass.release()
 	in.pending, in.skipping, in.spoke = 0, true, true
 	in.line++
 }
 
 // isFreeing reports whether the begun line is a request that frees.
 func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effect == frees }
-
-// hasSlot reports whether the begun line may grow however much other lines take.
-func (in *input) hasSlot() bool { return in.anyLine.taken || in.freeing.taken }
-
-// giveUpSlots gives back the line's slot: it has ended.
-func (in *input) giveUpSlots() {
-	in.anyLine.release()
-	in.freeing.release()
-}
 
 // wholeLines takes in n bytes, which Read has put behind the pending ones. It returns the lines
 // that are complete now. If a line is being skipped and ends among these bytes, the skipping ends.
@@ -836,7 +784,7 @@ func (in *input) wholeLines(n int) (burst string) {
 	// The next line gets the full time. A slot is given back now, because the requests of this burst
 	// may wait long for room.
 	in.waited, in.hadBegun, in.isSlow = 0, false, false
-	in.giveUpSlots()
+	in.pass.release()
 
 	// The rest of a skipped line is not part of the burst.
 	start := 0
@@ -878,7 +826,9 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in.queries = in.queries[:0]
 
 	for alone := false; burst != "" && c.reason == "" && !alone; {
-		if n := len(in.queries); n == maxChain || n >= freeChain && !c.mayBurst() {
+		n := len(in.queries)
+		if n == maxChain || n >= freeChain && n == cap(in.queries) &&
+			!c.mayGrow(len(in.buf), 2*n, c.server.budget.forBursts()) {
 			break
 		}
 		end := strings.IndexByte(burst, '\n')
@@ -1285,18 +1235,17 @@ type outbox struct {
 	budget     *budget
 	maxMessage int // bytes in a message, at most: the constant, except in tests
 
-	core      slot     // for work that takes long
-	acked     bool     // the client has sent Ack: every request is answered
-	slow      bool     // the latest word from progress was false
-	listing   *listing // the Keys or Dump that is being answered; nil: none is
-	next      *Query   // the first query whose reply is not formatted yet
-	left      int      // bytes still to be formatted, at most, by which newMessage chooses a size
-	piece     int      // bytes in a message now: fewer than maxMessage while all queues are full
-	claimed   int64    // bytes of the reply in hand that count as queued before they are
-	chainSize int64    // bytes of the chain under way and of its lines, when it was sent
-	inInputs  int64    // of chainSize, bytes in budget.inputs then; only readFromClient sets it
-	lists     int64    // bytes of the waiting chain's lists that count as queued
-	pinned    int64    // bytes of values that it keeps, and that are counted in budget.pinned
+	core     slot     // for work that takes long
+	acked    bool     // the client has sent Ack: every request is answered
+	slow     bool     // the latest word from progress was false
+	listing  *listing // the Keys or Dump that is being answered; nil: none is
+	next     *Query   // the first query whose reply is not formatted yet
+	left     int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	piece    int      // bytes in a message now: fewer than maxMessage while all queues are full
+	claimed  int64    // bytes of the reply in hand that count as queued before they are
+	longText int64    // bytes of the chain's text beyond burstSize; only readFromClient sets it
+	lists    int64    // bytes of the waiting chain's lists that count as queued
+	pinned   int64    // bytes of values that it keeps, and that are counted in budget.pinned
 
 	// How fast the client takes the replies of the waiting chain: the time without room since the
 	// rate was last judged, and how many bytes the connection had taken then (noteWait).
@@ -1339,13 +1288,13 @@ func (c *Client) deliver(chain *Query, size int) {
 	c.done <- chain
 }
 
-// countAsWaiting counts what chain keeps in memory while it waits: its lines, with itself, in
-// budget.chains instead of budget.inputs; the slices of its lists in budget.queued; and their
-// values, which others may remove from the store, in budget.pinned. giveBack undoes all of this.
+// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.chains
+// instead of budget.inputs; the slices of its lists in budget.queued; and their values, which others
+// may remove from the store, in budget.pinned. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
-	b, bytes, lines := o.budget, o.chainSize, o.inInputs
-	b.chains.Add(bytes)
-	b.inputs.Add(-lines)
+	b, long := o.budget, o.longText
+	b.chains.Add(long)
+	b.inputs.Add(-long)
 
 	// Each Get may keep another version of a list.
 	values := int64(0)
@@ -1361,8 +1310,8 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	return func() {
 		o.pin(0)
 		b.queued.Add(-o.lists)
-		b.chains.Add(-bytes)
-		b.inputs.Add(lines)
+		b.chains.Add(-long)
+		b.inputs.Add(long)
 	}
 }
 
@@ -1672,7 +1621,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 
 	// Before Ack mayCut holds for a Keys or Dump, and for a client that has sent lines of over
 	// burstSize if the reply may not be dropped. (A reply that pins values may always be cut.)
-	mayCut := o.acked || o.listing != nil || o.inInputs > 2*burstSize && !mayDrop
+	mayCut := o.acked || o.listing != nil || o.longText > 0 && !mayDrop
 
 	for {
 		// Look at what the connection did last. With nothing queued that makes no difference.

@@ -1202,22 +1202,21 @@ func (s *keyValueServer) freeMemory() {
 // goroutines of clients, and the collector's pacer, count in the same fields, so these are atomic.
 //
 // Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth is
-// for queues and an eighth is for lines, so that a client that does not read, or does not end its
-// line, takes little from the data. A client can make the server hold:
+// for queues and an eighth is for input, which gets a part of the reserve, too. So a client that does
+// not read, or does not end its line, takes nothing from the data. A client can make the server hold:
 //
 //	what             one client, at most          all clients, at most    at that limit
 //	values           -                            data                    writes are refused, except
 //	                                                                      those that free
-//	a line that has  freeLine; beyond that twice  lines, and two lines    it waits; one that hardly
-//	begun            its buffer, up to -max-line  (anyLine, freeing)      comes is skipped while
-//	                                                                      others wait (givesWay)
-//	its bursts       two of burstSize, maxChain   a quarter (burstsShare) they are read in pieces of
-//	                 queries                      of the reserve          freeBurst, and in chains
-//	                                                                      of freeChain
-//	a chain that     the same, and lines of up    counted with replies    if the sum is over queues,
-//	waits            to -max-line                 where lines are over    a client that takes
-//	                                              burstSize, after Ack,   nothing is cut; any other
-//	                                              or in a Keys or Dump    waits
+//	its bursts       two of burstSize, maxChain   half of forInput, and   they are read in pieces of
+//	                 queries                      two of freeSize and     freeSize, and in chains of
+//	                                              freeChain queries each  freeChain
+//	a line that has  twice its buffer, up to      forInput, the same for  it waits; one that hardly
+//	begun            -max-line                    each, and two lines     comes is skipped while
+//	                                              (anyLine, freeing)      others wait (givesWay)
+//	a chain that     the same                     bursts as above; lines  if the sum is over queues,
+//	waits                                         over burstSize count    a client that takes
+//	                                              with replies            nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
 //	                 one being made, one being    for replies that have   nothing loses them; after
 //	                 written                      begun, and two of       Ack, or in a Keys or Dump,
@@ -1247,21 +1246,20 @@ func (s *keyValueServer) freeMemory() {
 //	sockets          sendBuffer, twice, and what  -                       not counted: it is the
 //	                 the kernel takes in                                  kernel's memory
 //
-// Without -max-memory data and lines have no limit. Without -max-queues queues have their eighth of
+// Without -max-memory data and input have no limit. Without -max-queues queues have their eighth of
 // -max-memory, and without both they have no limit.
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: no limit
-	reserve   int64 // of limit, for the program, garbage, bursts, pins, and what is not counted
+	reserve   int64 // of limit, for the program, garbage, input, pins, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: no limit
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
 	// In use, in bytes.
 	queued atomic.Int64 // replies, lists and copied keys that wait
 	lists  atomic.Int64 // of queued: keys to be listed
-	chains atomic.Int64 // chains whose replies wait, with their lines: not bounded (isCrowded)
-	inputs atomic.Int64 // lines that have begun to be long
-	bursts atomic.Int64 // what busy clients may take (burstMemory)
+	chains atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
+	inputs atomic.Int64 // read buffers and chains, beyond a quiet client's (input.need)
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
 
@@ -1269,18 +1267,19 @@ type budget struct {
 	// removed (pins), and all the rest (other).
 	pins, other atomic.Int64
 
-	// Each has one slot, for a line beyond the share of lines: any line, and a line that frees.
+	// Each has one slot, for a line beyond the share of input: any line, and a line that frees.
 	anyLine, freeing semaphore
 }
 
 // How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but no
-// more than half. Of the rest an eighth each is for queues (queuesShare) and for lines (linesShare).
+// more than half. Of the rest an eighth each is for queues (queuesShare) and for input (inputShare).
+// Input also gets a quarter of the reserve (inputOfReserve).
 const (
-	reserveMin   = 24 << 20
-	reserveShare = 5
-	queuesShare  = 8
-	linesShare   = 8
-	burstsShare  = 4 // of the reserve
+	reserveMin     = 24 << 20
+	reserveShare   = 5
+	queuesShare    = 8
+	inputShare     = 8
+	inputOfReserve = 4
 )
 
 // limitTo sets -max-memory and -max-queues, before the server starts.
@@ -1303,7 +1302,7 @@ func (b *budget) shared() int64 { return b.limit - b.reserve }
 
 // forData is the limit for the data and for memory whose use is not known (other).
 func (b *budget) forData() int64 {
-	return b.shared() - b.shared()/queuesShare - b.shared()/linesShare
+	return b.shared() - b.shared()/queuesShare - b.shared()/inputShare
 }
 
 // forQueues is how many bytes all queues may take; 0: no limit.
@@ -1319,7 +1318,7 @@ func (b *budget) forQueues() int64 {
 
 // known is how many bytes are in use according to the other counts.
 func (b *budget) known() int64 {
-	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load() + b.bursts.Load()
+	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1375,15 +1374,12 @@ func (b *budget) acquireList(bytes int64) bool {
 	return addUpTo(&b.lists, bytes, b.forQueues()/listsShare)
 }
 
-// acquireLine counts bytes more for lines that have begun, if the lines may take them.
-func (b *budget) acquireLine(bytes int64) bool {
-	return addUpTo(&b.inputs, bytes, b.shared()/linesShare)
-}
+// forInput is how many bytes the buffers and chains of all clients may take; 0: no limit. A client may
+// always have what needs no leave (freeSize, freeChain).
+func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inputOfReserve }
 
-// acquireBurst counts one more busy client, if there is memory for it.
-func (b *budget) acquireBurst() bool {
-	return addUpTo(&b.bursts, burstMemory, b.reserve/burstsShare)
-}
+// forBursts is how many of these bytes bursts may take. The rest is left for long lines.
+func (b *budget) forBursts() int64 { return b.forInput() / 2 }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {

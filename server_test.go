@@ -4086,7 +4086,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				if kind.clients > 100 {
 					b.limitTo(16<<20, 0)
 				}
-				share := int(b.shared()/linesShare + b.reserve/burstsShare)
+				share := int(b.forInput())
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
 				clients := n.dialMany(t, kind.clients, func(_ int, c *testClient) {
 					c.conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
@@ -4103,7 +4103,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					}()
 				}
 				pass(quietAfter / 2)
-				if held, most := heapBytes()-before, share+kind.clients*4*freeLine; held > most {
+				if held, most := heapBytes()-before, share+kind.clients*2*freeSize; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
@@ -4147,7 +4147,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			n.server.maxLine = 1 << 19
 			n.server.budget.limitTo(32<<20, 0)
 			n.fill("big", long, 4)
-			share := n.server.budget.shared() / linesShare
+			share := n.server.budget.shared() / inputShare
 			sent := []byte(line) // one for all
 			before := heapBytes()
 			clients := n.dialMany(t, 50, func(_ int, c *testClient) { go c.conn.Write(sent) })
@@ -4213,7 +4213,8 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			strings.Repeat("\nGet:big", 3*maxChain) + "\n", time.Second},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine, n.server.budget.limit = 1<<20, 16<<20
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(16<<20, 0)
 			long := strings.Repeat("l", 900*kilo)
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
@@ -4244,30 +4245,51 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 // nobody reads the replies, that all are answered, and that their memory is given back.
 func TestMemoryLimitOfBursts(t *testing.T) {
 	token := strings.Repeat("p", 200)
-	for _, burst := range []string{
-		strings.Repeat("Ping:"+token+"\n", 600),
-		"Set:k:" + strings.Repeat("v", 60*kilo) + "\nPing:" + token + "\n",
+	for _, c := range []struct {
+		burst, token string
+		most         func(b *budget) int64
+	}{
+		{strings.Repeat("Ping:"+token+"\n", 600), token, (*budget).forBursts},
+		{strings.Repeat("Ping:p\n", 3000), "p", (*budget).forBursts}, // they fill chains, not buffers
+		{"Set:k:" + strings.Repeat("v", 60*kilo) + "\nPing:" + token + "\n", token, (*budget).forInput},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			const count = 200
 			n.server.maxLine = 1 << 20
 			b := &n.server.budget
 			b.limitTo(64<<20, 0)
-			clients := n.dialMany(t, count, func(_ int, c *testClient) { go c.sendSome(burst) })
+			clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(c.burst) })
 			pass(slowAfter / 2)
-			between(t, "bytes of bursts", n.inputs(), 1, b.reserve/burstsShare+count*14*kilo)
-			for _, c := range clients {
-				for range strings.Count(burst, "Ping") {
-					c.want(":PONG " + token)
+			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+count*14*kilo)
+			for _, o := range clients {
+				for range strings.Count(c.burst, "Ping") {
+					o.want(":PONG " + c.token)
 				}
 			}
 			for range 3 { // a client that goes on asks for little
 				clients[0].ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
 				pass(quietAfter)
 			}
-			equal(t, "bytes of bursts in the end", b.bursts.Load(), 0)
+			between(t, "bytes of bursts in the end", b.inputs.Load(), 0, 14*kilo)
 		})
 	}
+}
+
+// Ensure that bursts, however many, leave memory for long lines.
+func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		b.inputs.Add(b.forBursts())
+		slow, other := n.dial(t), n.dialAck(t)
+		line := "Set:k:" + strings.Repeat("v", 60*kilo)
+		go slow.sendSome(line)
+		synctest.Wait()
+		within(t, 0, tickTime, func() { other.ask(line, ":OK 0") })
+		b.inputs.Add(-b.forBursts())
+		slow.close()
+	})
 }
 
 // Ensure that while others wait for memory a line that hardly comes is refused, but not one that
@@ -4326,7 +4348,7 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		n.server.maxLine, n.server.maxMessage = 200*kilo, maxMessage
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
-		b.bursts.Store(b.reserve) // so that nobody is busy
+		b.inputs.Add(b.forBursts()) // so that the error line gets its memory as a line
 		n.fill("big", strings.Repeat("v", kilo), 900)
 		mute := n.dialAck(t)
 		for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} { // no room is left then
@@ -4337,12 +4359,12 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		go mute.sendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
 		for range 4 {
 			pass(quietAfter / 2)
-			between(t, "bytes of lines", b.inputs.Load(), 0, math.MaxInt64)
+			between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
 		}
 		mute.close()
 		synctest.Wait()
-		equal(t, "bytes of lines in the end", b.inputs.Load(), 0)
-		b.bursts.Add(-b.reserve)
+		equal(t, "bytes of lines in the end", b.inputs.Load(), b.forBursts())
+		b.inputs.Add(-b.forBursts())
 	})
 }
 
@@ -4398,7 +4420,7 @@ func TestMemoryLimitBehindAQuit(t *testing.T) {
 		mute, lines := n.dial(t), &n.server.budget.inputs
 		go mute.sendSome("Ping:" + strings.Repeat("p", 500*kilo) + "\nQuit\n")
 		pass(slowAfter / 2)
-		equal(t, "bytes of lines whose replies wait", lines.Load(), 0)
+		between(t, "bytes of lines whose replies wait", lines.Load(), 1, burstSize+kilo)
 		mute.close()
 		synctest.Wait()
 		equal(t, "bytes of lines in the end", lines.Load(), 0)
@@ -6749,11 +6771,10 @@ func (s simulated) Look() { getPage(s.watchHandler(""), "/healthz") }
 
 func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
-		"bytes are still queued":   s.budget.queued.Load(),
-		"bytes of lists are kept":  s.budget.lists.Load(),
-		"bytes are still pinned":   s.budget.pinned.Load() - s.pinned,
-		"bytes of bursts are kept": s.budget.bursts.Load(),
-		"bytes of lines are kept":  s.budget.inputs.Load(),
+		"bytes are still queued":  s.budget.queued.Load(),
+		"bytes of lists are kept": s.budget.lists.Load(),
+		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
+		"bytes of input are kept": s.budget.inputs.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
@@ -6885,7 +6906,7 @@ func (n *fakeNet) fillKeys(prefix string, keys int, value string) {
 // inputs returns how many bytes all clients' inputs take, while all of them wait.
 func (n *fakeNet) inputs() (held int64) {
 	for _, c := range n.server.clients {
-		held += c.in.memory()
+		held += int64(len(c.in.buf) + len(c.in.lent) + cap(c.in.queries)*querySize)
 		c.paced.Conn.(*world.Conn).Unread() // orders what c does then after this
 	}
 	n.server.budget.inputs.Add(0)
