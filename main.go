@@ -25,8 +25,8 @@
 //	holder    the one goroutine that has a client's chain now, and with it the client's outbox
 //	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
 //	heavy     a client is heavy if its requests take long (isHeavy in server.go)
-//	turn      the time for which workLoop runs requests before it commits and answers
-//	share     how much of workLoop's time a client has had; a client that had much waits for a turn
+//	round     the time for which workLoop runs requests before it commits and answers
+//	share     how much of workLoop's time a client has had; a client that had much waits for its turn
 //	snapshot  the store as it was at one moment; Keys, Dump and compaction each read one, and
 //	          compaction writes it to a file, snap-N.log
 //	frame     records of one Commit in the log, with a checksum; a frame without records says what

@@ -48,10 +48,10 @@ const (
 	slowCommit = time.Millisecond
 	maxVain    = 63
 
-	// How long workLoop works before it commits and answers: maxHeavyTurn if the client's requests
+	// How long workLoop works before it commits and answers: maxHeavyRound if the client's requests
 	// take long, such as Updates of huge lists. A chain that is not done by then goes on later.
-	maxTurn      = 5 * time.Millisecond
-	maxHeavyTurn = time.Millisecond / 2
+	maxRound      = 5 * time.Millisecond
+	maxHeavyRound = time.Millisecond / 2
 
 	// How many requests of a client workLoop runs between two looks at the clock: one at first,
 	// twice as many after each look, up to maxStride, and one again if longTime has passed since the
@@ -59,9 +59,9 @@ const (
 	// search a long list.
 	maxStride  = 64
 	searchCost = 8
-	longTime   = maxHeavyTurn / 2
+	longTime   = maxHeavyRound / 2
 
-	// While some key has a deadline, workLoop looks for expired keys before each turn and once in
+	// While some key has a deadline, workLoop looks for expired keys before each round and once in
 	// expireTime. It looks at the clock after each expireStride deletions.
 	expireTime   = 50 * time.Millisecond
 	expireStride = 64
@@ -183,7 +183,7 @@ type keyValueServer struct {
 	turns         turnQueue     // clients that wait for their turn
 	floor         time.Duration // the highest spent that a client had when it left turns to run
 	takes         takeQueues    // Takes that wait for a value
-	turn          turn
+	round         round
 	rejecting     int              // rejected connections that still have a writeToClient
 	full          seldom           // connections over maxClients
 	badHandshakes seldom           // TLS handshakes that failed
@@ -226,35 +226,35 @@ func (s *seldom) happened() (n int) {
 	return n
 }
 
-// turn is the time for which workLoop works before it commits and answers.
-type turn struct {
+// round is the time for which workLoop works before it commits and answers: the turns of some clients.
+type round struct {
 	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
-	began, looked time.Duration // when the turn began, and when charge last looked at the clock
+	began, looked time.Duration // when the round began, and when charge last looked at the clock
 	over          bool
 }
 
 // now is the time since epoch.
-func (t *turn) now() time.Duration { return time.Since(t.epoch) }
+func (r *round) now() time.Duration { return time.Since(r.epoch) }
 
-// begin starts a turn.
-func (t *turn) begin() {
-	t.began = t.now()
-	t.looked, t.over = t.began, false
+// begin starts a round.
+func (r *round) begin() {
+	r.began = r.now()
+	r.looked, r.over = r.began, false
 }
 
 // charge adds the time since the last look at the clock to the spent time of the client that has sh.
 // A time that is far longer than usual, though no list was searched, is a stall of the system and
 // not the client's fault, so only a part of it counts.
-func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
-	now := t.now()
-	took := now - t.looked
+func (r *round) charge(sh *share, floor time.Duration, searched bool) {
+	now := r.now()
+	took := now - r.looked
 	counted := took
 	if !searched {
 		counted = min(took, 2*sh.cost+maxLead)
 	}
 
-	// A client is never more than a turn above the floor: by then it has waited for all others.
-	sh.spent = min(sh.spent+counted, floor+maxTurn)
+	// A client is never more than a round above the floor: by then it has waited for all others.
+	sh.spent = min(sh.spent+counted, floor+maxRound)
 	sh.cost = (sh.cost + counted) / 2
 
 	// A look at the clock costs time as well, so looks become rarer while requests are short.
@@ -263,17 +263,17 @@ func (t *turn) charge(sh *share, floor time.Duration, searched bool) {
 		sh.stride = 1
 	}
 
-	// Others wait until the turn is over, so a heavy client gets a shorter turn.
-	limit := maxTurn
+	// Others wait until the round is over, so it is shorter for a heavy client.
+	limit := maxRound
 	if sh.isHeavy() {
-		limit = maxHeavyTurn
+		limit = maxHeavyRound
 	}
-	t.looked, t.over = now, now-t.began > limit
+	r.looked, r.over = now, now-r.began > limit
 }
 
 // share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
 // (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept within
-// maxTurn of floor, which rises as turns are given: so a client that was quiet goes before one that
+// maxRound of floor, which rises as turns are given: so a client that was quiet goes before one that
 // has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
@@ -354,7 +354,7 @@ func (g *gathering) begin() bool {
 		g.skip--
 		return false
 	}
-	g.over = time.After(min(g.took/2, maxTurn))
+	g.over = time.After(min(g.took/2, maxRound))
 	return true
 }
 
@@ -380,7 +380,7 @@ func (g *gathering) next(took time.Duration) {
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:        kvstore.StoreOf(db),
-		floor:     2 * maxTurn,          // so only a new client has spent 0
+		floor:     2 * maxRound,         // so only a new client has spent 0
 		gathering: gathering{number: 3}, // so a client that has never written is not steady
 		takes:     takeQueues{of: map[string]*list.List{}},
 		batches:   storage.Histogram{Counts: true},
@@ -452,7 +452,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 
 	// All that the goroutines read is set before they start, so it needs no lock.
 	s.started = time.Now()
-	s.turn.epoch = s.started
+	s.round.epoch = s.started
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
@@ -756,13 +756,13 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	go c.writeToClient()
 }
 
-// runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one turn,
+// runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one round,
 // commits them all at once, then answers. A batch that gathers is left open: the next call goes on
 // with it.
 func (s *keyValueServer) runBatch(q *Query) {
-	// The turn begins behind expire, which has its own time limit.
+	// The round begins behind expire, which has its own time limit.
 	s.expire()
-	s.turn.begin()
+	s.round.begin()
 
 	for yields := 0; ; q = s.nextQuery() {
 		switch {
@@ -782,7 +782,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
-				s.turn.begin() // the time until now was the readers'
+				s.round.begin() // the time until now was the readers'
 			}
 
 		case s.mayGrow() && s.gathering.begin():
@@ -800,16 +800,16 @@ func (s *keyValueServer) runBatch(q *Query) {
 
 // mayGrow reports whether there is a batch, and the next chains that come may join it.
 func (s *keyValueServer) mayGrow() bool {
-	return len(s.batch) > 0 && len(s.turns) == 0 && !s.isTurnOver()
+	return len(s.batch) > 0 && len(s.turns) == 0 && !s.isRoundOver()
 }
 
-// isTurnOver reports whether it is time to commit.
-func (s *keyValueServer) isTurnOver() bool { return s.turn.over || len(s.batch) >= maxBatch }
+// isRoundOver reports whether it is time to commit.
+func (s *keyValueServer) isRoundOver() bool { return s.round.over || len(s.batch) >= maxBatch }
 
 // mayRun reports whether a chain of the client that has sh may run before the Commit. A heavy
 // client's chain runs only if the batch is empty, because others' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
-	return !s.isTurnOver() && (len(s.batch) == 0 || !sh.isHeavy())
+	return !s.isRoundOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
 
 // nextQuery returns the next query in the queue, or nil if there is none.
@@ -858,8 +858,8 @@ func (s *keyValueServer) schedule(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
 
-	// Of the time that a quiet client did not use, it may catch up on at most maxTurn.
-	sh.spent = max(sh.spent, s.floor-maxTurn)
+	// Of the time that a quiet client did not use, it may catch up on at most maxRound.
+	sh.spent = max(sh.spent, s.floor-maxRound)
 
 	// Nobody else wants to run now.
 	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
@@ -911,12 +911,12 @@ func (s *keyValueServer) touch(chain *Query) {
 	clear(s.touched)
 }
 
-// runChain runs chain from q on, until the chain or the turn ends. A chain that has run waits in
+// runChain runs chain from q on, until the chain or the round ends. A chain that has run waits in
 // batch for its Commit.
 func (s *keyValueServer) runChain(chain, q *Query) {
 	c := chain.client
 
-	// A chain that goes on was begun in an earlier turn.
+	// A chain that goes on was begun in an earlier round.
 	if q == chain {
 		s.begin(chain)
 	}
@@ -933,10 +933,10 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			searched = true
 		}
 		if left <= 0 || q.next == nil {
-			s.turn.charge(&c.share, s.floor, searched)
+			s.round.charge(&c.share, s.floor, searched)
 			left, searched = c.share.stride, false
 		}
-		if s.turn.over && q.next != nil {
+		if s.round.over && q.next != nil {
 			s.lineUp(chain, q.next)
 			return
 		}
@@ -1106,7 +1106,7 @@ const (
 	stuckOverdue         // the disk has no room for the Deletes; the next batch tries again
 )
 
-// expire deletes expired keys for about maxHeavyTurn. expireKey hides those that are left. The next
+// expire deletes expired keys for about maxHeavyRound. expireKey hides those that are left. The next
 // Commit makes the Deletes durable; after a crash before it they are done again.
 func (s *keyValueServer) expire() {
 	// If there was no room on disk, there may be now.
@@ -1124,7 +1124,7 @@ func (s *keyValueServer) expire() {
 			return
 		case s.deleteExpired(key) != nil:
 			s.overdue = stuckOverdue
-		case n%expireStride == 0 && time.Since(began) >= maxHeavyTurn:
+		case n%expireStride == 0 && time.Since(began) >= maxHeavyRound:
 			s.overdue = someOverdue
 		}
 	}
@@ -1525,11 +1525,11 @@ func (s *keyValueServer) commitStore() {
 		return
 	}
 
-	began := s.turn.now()
+	began := s.round.now()
 	err := s.db.Commit()
 
 	// Without a batch the Commit only checked the files (checkFiles).
-	if took := s.turn.now() - began; len(s.batch) > 0 {
+	if took := s.round.now() - began; len(s.batch) > 0 {
 		s.gathering.next(took)
 		if s.status != nil {
 			s.commits.Observe(took.Seconds())

@@ -2846,7 +2846,7 @@ func TestTurnsBesideStalls(t *testing.T) {
 	const usual, stall = 50 * time.Microsecond, 3 * time.Millisecond
 	floor := time.Second
 	for _, searched := range []bool{false, true} {
-		clock := turn{epoch: time.Now().Add(-time.Hour)}
+		clock := round{epoch: time.Now().Add(-time.Hour)}
 		sh := share{spent: floor, cost: usual}
 		clock.looked = time.Since(clock.epoch) - stall
 		clock.charge(&sh, floor, searched)
@@ -2921,7 +2921,7 @@ func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var takes time.Duration
 		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
-		s.turn.epoch = time.Now()
+		s.round.epoch = time.Now()
 		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
 		turn := func() (n int, took time.Duration) {
@@ -2933,7 +2933,7 @@ func TestTurns(t *testing.T) {
 				}
 			}
 			start := time.Now()
-			s.turn.begin()
+			s.round.begin()
 			s.runChain(&chain[0], &chain[0])
 			s.turns = nil
 			return c.share.next.line, time.Since(start)
@@ -2946,7 +2946,7 @@ func TestTurns(t *testing.T) {
 		takes = time.Microsecond
 		turn()
 		_, took := turn()
-		between(t, "a turn of short Updates after long ones", took, maxTurn, maxTurn+maxStride*takes)
+		between(t, "a round of short Updates after long ones", took, maxRound, maxRound+maxStride*takes)
 		takes = 2 * time.Millisecond
 		turn()
 		again, _ := turn()
@@ -3414,7 +3414,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 			key := fmt.Sprint("k", many-1-turns)
 			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
 			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
-			const chains, most = 4, maxHeavyTurn + (expireStride+2)*takes
+			const chains, most = 4, maxHeavyRound + (expireStride+2)*takes
 			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
 			}
