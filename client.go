@@ -53,7 +53,7 @@ const (
 	// six times as long if its sockets hold much that it has not read (patience).
 	slowAfter = time.Second
 	tickTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
-	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is judged
+	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is measured
 
 	// The time between two ticks of readFromClient. A tick gives back memory that was not needed
 	// since the last one.
@@ -121,7 +121,7 @@ const (
 //
 //	a Write fails                 writeToClient closes the connection, so that Read fails, and
 //	                              closed, which tells the chain's holder that replies are of no use
-//	others need the room that     the chain's holder closes the connection (isCutOff): Read and
+//	others need the memory that   the chain's holder closes the connection (isCutOff): Read and
 //	its replies take              Write fail
 //	the store's Commit fails      workLoop closes all connections without a word, and sends nil on
 //	                              done for each chain
@@ -138,7 +138,7 @@ type Client struct {
 
 	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
 	// at the client's first request, because 10,000 idle clients need neither. readFromClient
-	// closes it. Only the holder sends, so room that it has seen stays free.
+	// closes it. Only the chain's holder sends, so room that it has seen stays free.
 	buffer chan []byte
 
 	// Set before the goroutines start, read-only from then on.
@@ -212,7 +212,7 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 // before it sends the next chain it waits for that one.
 func (c *Client) readFromClient() {
 	for c.reason == "" {
-		burst, err := c.read()
+		burst, err := c.readLines()
 
 		// The complete lines: one chain after the other, until there is a reason to end.
 		for burst != "" && c.reason == "" && c.await() {
@@ -238,10 +238,10 @@ func (c *Client) readFromClient() {
 	c.in.pass.release()
 	c.in.pending = 0
 	c.resizeBuf(0)
-	isKnown := c.await()
+	isAnswered := c.await()
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
 	c.countInput()
-	if isKnown {
+	if isAnswered {
 		c.tellLoss()
 	}
 
@@ -470,7 +470,7 @@ func (c *Client) depart() {
 type input struct {
 	buf      []byte
 	lent     []byte  // the buffer before buf: the strings of the chain under way point into it
-	full     bool    // the last Read filled buf
+	filled   bool    // by the last Read, buf
 	pending  int     // bytes at the start of buf: a line that has begun and not ended
 	line     int     // lines so far
 	spoke    bool    // a line was not blank, so HTTP cannot begin any more
@@ -481,15 +481,15 @@ type input struct {
 	takeKey  int     // bytes of a waiting Take's key, if it is long
 	pass     slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
-	ticking  bool          // a read deadline is set
-	hadBegun bool          // the begun line was there when the deadline was set
-	isSlow   bool          // the begun line hardly came in the last tick
-	came     int           // bytes read since the last tick
-	waited   time.Duration // for the end of the begun line
+	ticking    bool          // a read deadline is set
+	hadBegun   bool          // the begun line was there when the deadline was set
+	hardlyCame bool          // the begun line hardly came in the last tick
+	came       int           // bytes read since the last tick
+	unended    time.Duration // how long the begun line has been read
 }
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain has room for so many queries. lent will be as large as buf.
+// chain holds so many queries. lent will be as large as buf.
 func (in *input) need(size, queries int) int64 {
 	buffers := size + max(size, len(in.lent))
 	return int64(max(0, buffers-2*quietSize) + queries*querySize + in.takeKey)
@@ -501,10 +501,10 @@ const querySize = int(unsafe.Sizeof(Query{}))
 // midLine reports whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
-// read waits for input. It returns the complete lines as one string, whose substrings will be keys
-// and values, and the error that ends the input; a tick is no error. The string is good until the
+// readLines waits for input. It returns the complete lines as one string, whose substrings will be
+// keys and values, and the error that ends the input; a tick is no error. The string is good until the
 // next wholeLines, and until then the chain's holder may read it.
-func (c *Client) read() (burst string, err error) {
+func (c *Client) readLines() (burst string, err error) {
 	in := &c.in
 	if !c.resizeInput() {
 		return "", nil
@@ -565,7 +565,7 @@ func (c *Client) tick() error {
 	// A line that had begun when the deadline was set has taken one tick more.
 	c.limitRead(time.Time{})
 	if isOld {
-		if in.waited += quietAfter; in.waited >= lineTime {
+		if in.unended += quietAfter; in.unended >= lineTime {
 			return errUnended
 		}
 	}
@@ -574,16 +574,16 @@ func (c *Client) tick() error {
 	return nil
 }
 
-// givesWay reports whether the begun line, which was there at the last tick, is to make room for
-// others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
+// givesWay reports whether the begun line, which was there at the last tick, is to give its memory
+// to others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
 // tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
 func (in *input) givesWay(othersWait bool) bool {
-	least, wasSlow := steadyRate, in.isSlow
+	least, hardlyCameBefore := steadyRate, in.hardlyCame
 	if in.isFreeing() {
 		least = 1
 	}
-	in.isSlow = in.pending >= freeSize && in.came < least
-	return wasSlow && in.isSlow && othersWait
+	in.hardlyCame = in.pending >= freeSize && in.came < least
+	return hardlyCameBefore && in.hardlyCame && othersWait
 }
 
 // errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
@@ -640,12 +640,12 @@ func (c *Client) resizeInput() bool {
 	switch burst := min(8*size, burstSize); {
 	case size == 0:
 		size = quietSize
-	case in.full && size < burst &&
+	case in.filled && size < burst &&
 		(burst <= freeSize || c.mayGrow(burst, cap(in.queries), b.forBursts())):
 		size = burst
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
-	case in.full && in.pending > size/8 && size < 4*burstSize &&
+	case in.filled && in.pending > size/8 && size < 4*burstSize &&
 		c.mayGrow(2*size, cap(in.queries), b.forBursts()):
 		size *= 2
 
@@ -687,7 +687,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 		return false
 	}
 
-	// A request that frees makes room for all others, so such lines have a slot of their own.
+	// A request that frees makes memory for all others, so such lines have a slot of their own.
 	var freeing chan struct{} // nil: not for this line
 	if in.isFreeing() {
 		freeing = b.freeing.slots
@@ -710,8 +710,8 @@ func (c *Client) awaitLineMemory(size int) bool {
 		}
 	}
 
-	// Nothing was read meanwhile, so a full tick begins.
-	in.ticking, in.isSlow, in.came = false, false, 0
+	// Nothing was read meanwhile, so a whole tick begins.
+	in.ticking, in.hardlyCame, in.came = false, false, 0
 	return true
 }
 
@@ -728,7 +728,7 @@ func (c *Client) countInput() {
 func (c *Client) resizeBuf(size int) {
 	if in := &c.in; size != len(in.buf) {
 		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
-		in.full = false
+		in.filled = false
 	}
 	c.countInput()
 }
@@ -770,7 +770,7 @@ func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effe
 // keeps.
 func (in *input) wholeLines(n int) (burst string) {
 	end := in.pending + n
-	in.full = end == len(in.buf)
+	in.filled = end == len(in.buf)
 	last := in.pending + lastNewline(in.buf[in.pending:end]) + 1
 
 	// No line is complete.
@@ -781,9 +781,9 @@ func (in *input) wholeLines(n int) (burst string) {
 		return ""
 	}
 
-	// The next line gets the full time. A slot is given back now, because the requests of this burst
+	// The next line gets the whole time. A slot is given back now, because the requests of this burst
 	// may wait long for room.
-	in.waited, in.hadBegun, in.isSlow = 0, false, false
+	in.unended, in.hadBegun, in.hardlyCame = 0, false, false
 	in.pass.release()
 
 	// The rest of a skipped line is not part of the burst.
@@ -860,7 +860,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 			c.end(itQuit)
 		}
 		if !in.spoke && q.queryType == malformed {
-			c.judgeFirst(q, line, isLong)
+			c.endIfForeign(q, line, isLong)
 		}
 		in.spoke = true
 	}
@@ -878,9 +878,9 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	return &in.queries[0], burst
 }
 
-// judgeFirst ends the connection if its first line, of which q was made, is no mistake in a request
+// endIfForeign ends the connection if its first line, of which q was made, is no mistake in a request
 // but the beginning of something else.
-func (c *Client) judgeFirst(q *Query, line string, isLong bool) {
+func (c *Client) endIfForeign(q *Query, line string, isLong bool) {
 	switch {
 	case isLong && begun(line) != malformed: // a request that is too long
 	case isLong:
@@ -912,8 +912,8 @@ func trimCR(line string) string {
 // broken off when the server closes.
 const partKeys = 1000
 
-// A list of up to fewKeys does not wait for memory. About sampleKeys of a full part are sorted to
-// find its middle.
+// A list of up to fewKeys does not wait for memory. About sampleKeys of a part that has its most keys
+// are sorted to find its middle.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024
@@ -926,7 +926,7 @@ const sortSlice = 2000
 // readFromClient's goroutine does that; workLoop only takes the snapshot.
 //
 // If there is not enough memory for all keys, the listing walks the snapshot once for each part of
-// them. If one part is enough, a Keys copies the keys when there is room for that, and gives the
+// them. If one part is enough, a Keys copies the keys when there is memory for that, and gives the
 // snapshot up before the client reads them.
 type listing struct {
 	*Query       // the request with its snapshot; n: first the keys in the store, then lines
@@ -946,7 +946,7 @@ func (c *Client) list(q *Query) {
 		c.end(weClose)
 		return
 	}
-	defer l.release()
+	defer l.giveUp()
 
 	// workLoop takes the snapshot.
 	if c.send(q); !c.await() {
@@ -969,8 +969,8 @@ func (c *Client) list(q *Query) {
 	}
 }
 
-// release gives up the snapshot and the memory of the list, if there are any.
-func (l *listing) release() {
+// giveUp gives up the snapshot and the memory of the list, if there are any.
+func (l *listing) giveUp() {
 	l.special = nil
 	l.client.outbox.pin(0)
 	l.place.release()
@@ -1062,13 +1062,13 @@ func (l *listing) reply() bool {
 	part, last, more := make([]string, 0, l.most), "", true
 	for more {
 		var wanted bool
-		if part, more, wanted = l.next(part[:0], last); !wanted {
+		if part, more, wanted = l.nextPart(part[:0], last); !wanted {
 			return false
 		}
 
 		// These are all the keys, and a Keys needs nothing else, so the snapshot may go.
 		if last == "" && !more && l.queryType == keys {
-			l.copy(part)
+			l.copyKeys(part)
 		}
 
 		for few := range slices.Chunk(part, maxChain) {
@@ -1085,9 +1085,9 @@ func (l *listing) reply() bool {
 	return true
 }
 
-// next appends to part the first keys after last, at most most of them, in order. more reports
+// nextPart appends to part the first keys after last, at most most of them, in order. more reports
 // whether there are others behind them. wanted is false if nobody wants the keys any more.
-func (l *listing) next(part []string, last string) (keys []string, more, wanted bool) {
+func (l *listing) nextPart(part []string, last string) (keys []string, more, wanted bool) {
 	// A walk and a sort take long, so they need a core.
 	core := &l.client.outbox.core
 	core.acquire(nil)
@@ -1101,7 +1101,7 @@ func (l *listing) next(part []string, last string) (keys []string, more, wanted 
 		case key <= last || more && key >= beyond:
 			return true
 
-		// The part is full: its second half is left to a later one.
+		// The part is as large as it may be: its second half is left to a later one.
 		case len(part) == l.most:
 			more = true
 			if part, beyond = l.firstHalf(part); key >= beyond {
@@ -1139,17 +1139,17 @@ func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
 	return half, beyond
 }
 
-// copy gives the keys memory of their own, if there is enough, and gives up the snapshot.
-func (l *listing) copy(keys []string) {
+// copyKeys gives the keys memory of their own, if there is enough, and gives up the snapshot.
+func (l *listing) copyKeys(keys []string) {
 	// Half of the memory for queues is left for replies.
 	b := &l.client.server.budget
 	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
-	if !b.hasRoomFor(bytes, -b.forQueues()/2) {
+	if !b.mayQueue(bytes, -b.forQueues()/2) {
 		return
 	}
 
 	// Clone them in pieces: few allocations, none of them large.
-	l.release()
+	l.giveUp()
 	l.noteSize(bytes)
 	for few := range slices.Chunk(keys, l.client.server.partKeys) {
 		copy(few, kvstore.CloneAll(few))
@@ -1241,17 +1241,17 @@ type outbox struct {
 	listing  *listing // the Keys or Dump that is being answered; nil: none is
 	next     *Query   // the first query whose reply is not formatted yet
 	left     int      // bytes still to be formatted, at most, by which newMessage chooses a size
-	piece    int      // bytes in a message now: fewer than maxMessage while all queues are full
+	piece    int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
 	claimed  int64    // bytes of the reply in hand that count as queued before they are
 	longText int64    // bytes of the chain's text beyond burstSize; only readFromClient sets it
 	lists    int64    // bytes of the waiting chain's lists that count as queued
 	pinned   int64    // bytes of values that it keeps, and that are counted in budget.pinned
 
 	// How fast the client takes the replies of the waiting chain: the time without room since the
-	// rate was last judged, and how many bytes the connection had taken then (noteWait).
-	waited time.Duration
-	taken  int64
-	drips  bool // the rate was below steadyRate when it was last judged
+	// rate was last measured, and how many bytes the connection had taken then (noteWait).
+	blocked time.Duration
+	taken   int64
+	drips   bool // the rate was below steadyRate when it was last measured
 
 	lostSincePong int    // replies dropped since the last PONG
 	lostReplies   int    // replies dropped in all
@@ -1265,7 +1265,7 @@ func (c *Client) answer(chain *Query) {
 
 	// They are long, or have no room now.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
-		(len(c.buffer) >= maxShared || c.server.budget.isOver()) {
+		(len(c.buffer) >= maxShared || c.server.budget.isAtLimit()) {
 		go c.deliver(chain, size)
 		return
 	}
@@ -1301,11 +1301,11 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	o.lists = 0
 	for q := chain; q != nil; q = q.next {
 		o.lists += q.listSize()
-		values += q.pins()
+		values += q.pinnedSize()
 	}
 	b.queued.Add(o.lists)
 	o.pin(values)
-	o.waited, o.taken, o.drips = 0, o.client.paced.taken.Load(), false
+	o.blocked, o.taken, o.drips = 0, o.client.paced.taken.Load(), false
 
 	return func() {
 		o.pin(0)
@@ -1318,8 +1318,8 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 // listSize returns how many bytes the slice of q's values takes, without their text.
 func (q *Query) listSize() int64 { return int64(len(q.values)) * stringSize }
 
-// pins returns how many bytes of values q keeps in memory, whoever removes them from the store.
-func (q *Query) pins() int64 {
+// pinnedSize returns how many bytes of values q keeps in memory, whoever removes them from the store.
+func (q *Query) pinnedSize() int64 {
 	if q.bytes > kvstore.ViewMost {
 		return int64(q.bytes)
 	}
@@ -1425,7 +1425,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 // are over their limit, the reply's messages are small.
 func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
-	if o.budget.isOver() {
+	if o.budget.isAtLimit() {
 		o.piece = min(o.maxMessage, chunkSize)
 	}
 
@@ -1451,7 +1451,7 @@ func (o *outbox) shed() (acked bool) {
 		if q.size > 0 && q.mayDrop(acked) {
 			o.lists -= q.listSize()
 			o.budget.queued.Add(-q.listSize())
-			o.pin(o.pinned - q.pins())
+			o.pin(o.pinned - q.pinnedSize())
 			q.values, q.few, q.size = nil, [2]string{}, -q.size
 		}
 	}
@@ -1539,7 +1539,7 @@ func (o *outbox) uncount(q *Query) {
 
 	// Its values are in messages now. (A Keys or Dump keeps its snapshot.)
 	if o.pinned > 0 && o.listing == nil {
-		o.pin(o.pinned - q.pins())
+		o.pin(o.pinned - q.pinnedSize())
 	}
 }
 
@@ -1565,7 +1565,7 @@ const (
 	isQueued  fate = iota // there is room
 	waits                 // until there is room; so do the client's later requests
 	isDropped             // because its client takes nothing
-	isCutOff              // with its client's connection, because others need the room
+	isCutOff              // with its client's connection, because others need the memory
 )
 
 // decide returns the fate of a reply of n messages, and the reason if its client is cut off. A reply
@@ -1573,7 +1573,7 @@ const (
 // is cut off
 //
 //   - if mayCut, and all queues and waiting chains together are over their limit (isCrowded);
-//   - if its chain pins values, and writes need the memory of such values (isPinned);
+//   - if its chain pins values, and writes need the memory of such values (needsPinned);
 //   - if others wait for their Keys or Dump, and this is one.
 //
 // In the last two cases too low a rate suffices.
@@ -1586,7 +1586,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	}
 
 	// Claimed bytes are counted already.
-	isOver := o.claimed == 0 && o.budget.isOver()
+	noneMore := o.claimed == 0 && o.budget.isAtLimit()
 
 	switch {
 	// With nothing queued a reply may always begin, because no Write is under way whose end could
@@ -1594,7 +1594,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case waiting == 0:
 		return isQueued, ""
 
-	case hasRoom && !isOver:
+	case hasRoom && !noneMore:
 		return isQueued, ""
 	case o.slow && mayDrop:
 		return isDropped, ""
@@ -1606,7 +1606,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
-	case (o.slow || o.drips) && o.pinned > 0 && o.budget.isPinned():
+	case (o.slow || o.drips) && o.pinned > 0 && o.budget.needsPinned():
 		return isCutOff, "it took a long reply too slowly, and others need the memory of its values"
 	case (o.slow || o.drips) && o.listing != nil && o.listing.place.isAwaited():
 		return isCutOff, "it took its Keys or Dump too slowly, and others wait for theirs"
@@ -1634,7 +1634,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 		}
 
 		// Others need the memory that the client's chain keeps.
-		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.isPinned()) {
+		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.needsPinned()) {
 			mayCut = o.shed()
 		}
 
@@ -1678,22 +1678,22 @@ func (o *outbox) awaitProgress() {
 	}
 }
 
-// noteWait adds d to the time without room, and judges the rate after dripTime. It allows for
+// noteWait adds d to the time without room, and measures the rate after dripTime. It allows for
 // socketMost/16 bytes more, because a steady reader's socket may take nothing until a sixteenth of
 // its buffer is free.
 func (o *outbox) noteWait(d time.Duration) {
-	o.waited += min(d, slowAfter) // if it was more, perhaps this process stood still
+	o.blocked += min(d, slowAfter) // if it was more, perhaps this process stood still
 
-	// The rate is known after dripTime.
-	if o.waited >= dripTime {
+	// The rate can be told after dripTime.
+	if o.blocked >= dripTime {
 		taken := o.client.paced.taken.Load()
-		o.drips = float64(taken-o.taken+socketMost/16) < steadyRate*o.waited.Seconds()
-		o.waited, o.taken = 0, taken
+		o.drips = float64(taken-o.taken+socketMost/16) < steadyRate*o.blocked.Seconds()
+		o.blocked, o.taken = 0, taken
 	}
 }
 
-// tellRoom wakes a holder that waits for room. writeToClient calls it when it has taken a message
-// out of buffer. If progress is full it sends nothing, because what is there wakes the holder.
+// tellRoom wakes a chain's holder that waits for room. writeToClient calls it when it has taken a
+// message out of buffer. If progress has a word already it sends nothing: that word wakes the chain's holder.
 func (c *Client) tellRoom() {
 	select {
 	case c.progress <- true:
@@ -1938,7 +1938,7 @@ func (p *pacedConn) isBroken() bool {
 var errTookNothing = errors.New("it took nothing")
 
 // tell tells the holder of the client's chain whether the connection takes bytes. That replaces
-// what the holder has not received yet.
+// what that holder has not received yet.
 func (p *pacedConn) tell(taken bool) {
 	select {
 	case <-p.progress: // what is there is old
@@ -1956,7 +1956,7 @@ func (p *pacedConn) tell(taken bool) {
 // its socket holds much that it has not read: Linux opens a receive window that was closed when a
 // sixteenth of the buffer is free, which with 6 MiB at steadyRate is 1.5 s later
 // (__tcp_select_window). Twice that leaves time for the reader's pauses. It is longer, too, for a
-// client that is known to read: a window that opens in small steps was seen to stand still for 1.7
+// client that was seen to read: a window that opens in small steps was seen to stand still for 1.7
 // s between two reads.
 func (p *pacedConn) patience() time.Duration {
 	patience := slowAfter + time.Duration(p.unread/8)*time.Second/steadyRate

@@ -114,7 +114,7 @@ var (
 )
 
 // errReplaced ends a TLS handshake whose place another connection has taken.
-var errReplaced = errors.New("others came, and there is no room")
+var errReplaced = errors.New("others came, and there is no place")
 
 // keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
@@ -175,31 +175,31 @@ type keyValueServer struct {
 	lostReplies atomic.Int64      // replies that slow readers lost
 
 	// Owned by workLoop.
-	clients       []*Client
-	db            kvstore.Store
-	touched       []string      // a chain's keys, for Touch
-	batch         []*Query      // chains that have run and wait for Commit
-	gathering     gathering     // for which clients the batch waits before its Commit
-	turns         turnQueue     // clients that wait for their turn
-	floor         time.Duration // the highest spent that a client had when it left turns to run
-	takes         takeQueues    // Takes that wait for a value
-	round         round
-	rejecting     int              // rejected connections that still have a writeToClient
-	full          seldom           // connections over maxClients
-	badHandshakes seldom           // TLS handshakes that failed
-	noRoom        seldom           // writes refused because the store has no room (kvstore.Store)
-	noMemory      seldom           // writes refused because the memory is full
-	overdue       overdue          // whether expired keys have yet to be deleted
-	expired       int              // keys that were deleted because they had expired
-	commitFailed  bool             // nothing runs any more
-	closing       bool             // stopReading was called
-	closeTick     <-chan time.Time // for hurry; nil: not set
-	closeTicks    int              // since Close
-	welcomed      int              // clients that have come
-	departed      int              // clients that have gone
-	largest       int64            // bytes, the most that budget.store was since FreeOSMemory
-	collectedAt   time.Time        // when a refused write last started a collection
-	requests      [queryTypes]int  // that were run or refused, by type
+	clients          []*Client
+	db               kvstore.Store
+	touched          []string      // a chain's keys, for Touch
+	batch            []*Query      // chains that have run and wait for Commit
+	gathering        gathering     // for which clients the batch waits before its Commit
+	turns            turnQueue     // clients that wait for their turn
+	floor            time.Duration // the highest spent that a client had when it left turns to run
+	takes            takeQueues    // Takes that wait for a value
+	round            round
+	rejecting        int              // rejected connections that still have a writeToClient
+	refusedClients   seldom           // connections over maxClients
+	badHandshakes    seldom           // TLS handshakes that failed
+	refusedByStore   seldom           // writes that the store has no room for (kvstore.Store.Room)
+	refusedForMemory seldom           // writes refused because the memory is full
+	overdue          overdue          // whether expired keys have yet to be deleted
+	expired          int              // keys that were deleted because they had expired
+	commitFailed     bool             // nothing runs any more
+	closing          bool             // stopReading was called
+	closeTick        <-chan time.Time // for hurry; nil: not set
+	closeTicks       int              // since Close
+	welcomed         int              // clients that have come
+	departed         int              // clients that have gone
+	largest          int64            // bytes, the most that budget.store was since FreeOSMemory
+	collectedAt      time.Time        // when a refused write last started a collection
+	requests         [queryTypes]int  // that were run or refused, by type
 }
 
 // seldom counts an event that may happen a thousand times a second and deserves one line of log
@@ -314,15 +314,15 @@ func (t *turnQueue) Pop() any {
 // disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
 // Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
 type gathering struct {
-	number  int              // of the batch, counting only batches that write
-	writes  bool             // the batch has a write
-	steady  int              // clients that wrote in it and in one of the two batches before
-	missing int              // steady clients of the last batch that have not come back
-	took    time.Duration    // for the last batch's Commit
-	over    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
-	isOver  bool             // over has fired
-	skip    int              // how many batches are not to wait, because waits were in vain
-	vain    int              // what skip was after the last wait in vain; 0: the last wait was not
+	number   int              // of the batch, counting only batches that write
+	writes   bool             // the batch has a write
+	steady   int              // clients that wrote in it and in one of the two batches before
+	missing  int              // steady clients of the last batch that have not come back
+	took     time.Duration    // for the last batch's Commit
+	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
+	timedOut bool             // timer has fired
+	skip     int              // how many batches are not to wait, because waits were in vain
+	vain     int              // what skip was after the last wait in vain; 0: the last wait was not
 }
 
 // came notes that the client that has sh has written in the batch.
@@ -343,33 +343,33 @@ func (g *gathering) left(sh *share) {
 	sh.isSteady = false
 }
 
-// begin reports whether the batch is to wait. It sets the timer that ends the wait.
-func (g *gathering) begin() bool {
+// mustWait reports whether the batch is to wait. It sets the timer that ends the wait.
+func (g *gathering) mustWait() bool {
 	switch {
-	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.isOver:
+	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
 		return false
-	case g.over != nil:
+	case g.timer != nil:
 		return true
 	case g.skip > 0:
 		g.skip--
 		return false
 	}
-	g.over = time.After(min(g.took/2, maxRound))
+	g.timer = time.After(min(g.took/2, maxRound))
 	return true
 }
 
-// next notes how long the batch's Commit took, and begins the next batch.
-func (g *gathering) next(took time.Duration) {
+// committed notes how long the batch's Commit took, and begins the next batch.
+func (g *gathering) committed(took time.Duration) {
 	if !g.writes {
 		return
 	}
 
 	// The clients came too late, so the wait was of no use: wait less and less often.
 	switch {
-	case g.isOver:
+	case g.timedOut:
 		g.vain = min(2*g.vain+1, maxVain)
 		g.skip = g.vain
-	case g.over != nil:
+	case g.timer != nil:
 		g.vain = 0
 	}
 	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
@@ -676,8 +676,8 @@ func (s *keyValueServer) workLoop() {
 			s.runBatch(q)
 		case <-more:
 			s.runBatch(s.nextQuery())
-		case <-s.gathering.over:
-			s.gathering.isOver = true
+		case <-s.gathering.timer:
+			s.gathering.timedOut = true
 			s.runBatch(s.nextQuery())
 
 		case <-alarm:
@@ -705,7 +705,7 @@ func (s *keyValueServer) checkFiles() {
 	}
 }
 
-// welcome makes a client of conn, if there is room for one more.
+// welcome makes a client of conn, if there is a place for one more.
 func (s *keyValueServer) welcome(conn net.Conn) {
 	if s.closing || s.commitFailed {
 		conn.Close()
@@ -730,19 +730,19 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 // writeToClient is its only goroutine. While maxRejecting are being rejected, one more is closed at
 // once and may not get to read the message.
 func (s *keyValueServer) reject(conn net.Conn) {
-	if n := s.full.happened(); n > 0 {
+	if n := s.refusedClients.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
 	}
 
 	// The message looks like any other error.
 	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
 		s.maxClients)}
-	full := why.appendEnd(nil, false, 0)
+	message := why.appendEnd(nil, false, 0)
 
 	// Rejected clients have at most maxRejecting goroutines.
 	c := newClient(0, conn, s)
 	if s.rejecting == maxRejecting {
-		c.connection.Write(full) // does not wait, because the send buffer is empty
+		c.connection.Write(message) // does not wait, because the send buffer is empty
 		c.paced.Close()
 		return
 	}
@@ -751,7 +751,7 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	s.rejecting++
 	c.paced.limit = time.Now().Add(closeTime) // the Write ends even if nothing is taken
 	c.buffer = make(chan []byte, 1)
-	c.outbox.queue(full)
+	c.outbox.queue(message)
 	close(c.buffer)
 	go c.writeToClient()
 }
@@ -778,14 +778,14 @@ func (s *keyValueServer) runBatch(q *Query) {
 			s.runChain(chain, next)
 
 		// The batch may grow.
-		case yields < maxYields && s.mayGrow() && s.gathering.over == nil:
+		case yields < maxYields && s.mayGrow() && s.gathering.timer == nil:
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
 				s.round.begin() // the time until now was the readers'
 			}
 
-		case s.mayGrow() && s.gathering.begin():
+		case s.mayGrow() && s.gathering.mustWait():
 			return
 
 		default:
@@ -918,7 +918,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 
 	// A chain that goes on was begun in an earlier round.
 	if q == chain {
-		s.begin(chain)
+		s.prepare(chain)
 	}
 
 	// left counts requests down to the next look at the clock; searched is since the last look.
@@ -1057,9 +1057,8 @@ func (s *keyValueServer) endTake(q *Query) {
 	}
 }
 
-// begin prepares for chain: it starts the client's writeToClient at the first chain, and tells the
-// store the keys.
-func (s *keyValueServer) begin(chain *Query) {
+// prepare starts the client's writeToClient at the first chain, and tells the store the keys.
+func (s *keyValueServer) prepare(chain *Query) {
 	c := chain.client
 	if c.buffer == nil {
 		c.buffer = make(chan []byte, maxBufferSize)
@@ -1069,14 +1068,14 @@ func (s *keyValueServer) begin(chain *Query) {
 	s.touch(chain)
 }
 
-// admit refuses q, a write, if there is no room for it in memory or on disk.
+// admit refuses q, a write, if there is no memory for it, or no room on disk.
 func (s *keyValueServer) admit(q *Query) {
 	// Memory never refuses requests that free, or it would stay full.
-	if s.budget.limit > 0 && !q.frees() && s.isFull(q) {
+	if s.budget.limit > 0 && !q.frees() && s.lacksMemory(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			s.budget.limit))
 		s.collect()
-		if n := s.noMemory.happened(); n > 0 {
+		if n := s.refusedForMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
 				"-max-memory", "limit", s.budget.limit, "since_last_line", n)
 		}
@@ -1091,7 +1090,7 @@ func (s *keyValueServer) admit(q *Query) {
 			why, todo = "the data cannot be saved", ""
 		}
 		q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))
-		if n := s.noRoom.happened(); n > 0 {
+		if n := s.refusedByStore.happened(); n > 0 {
 			s.log.Error("writes are refused: "+why+todo, "since_last_line", n, "error", err)
 		}
 	}
@@ -1155,9 +1154,9 @@ func (s *keyValueServer) deleteExpired(key string) error {
 	return nil
 }
 
-// isFull reports whether there is no memory for q. A write that leaves the store no larger may use
+// lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use
 // half of the reserve, because while there is a snapshot even such a write copies memory.
-func (s *keyValueServer) isFull(q *Query) bool {
+func (s *keyValueServer) lacksMemory(q *Query) bool {
 	s.noteMemory()
 	if s.budget.fits(q.memory(), 0) {
 		return false
@@ -1251,7 +1250,7 @@ func (s *keyValueServer) freeMemory() {
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: no limit
-	reserve   int64 // of limit, for the program, garbage, input, pins, and what is not counted
+	reserve   int64 // of limit, for the program, garbage, input, removed values, and what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: no limit
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
@@ -1264,8 +1263,8 @@ type budget struct {
 	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
 
 	// What else was alive after the last collection: most likely values that are pinned and were
-	// removed (pins), and all the rest (other).
-	pins, other atomic.Int64
+	// removed from the store (removed), and all the rest (other).
+	removed, other atomic.Int64
 
 	// Each has one slot, for a line beyond the share of input: any line, and a line that frees.
 	anyLine, freeing semaphore
@@ -1291,10 +1290,10 @@ func (b *budget) limitTo(memory, queues int64) {
 // collected notes that live bytes were alive after a collection. What is pinned takes memory of the
 // reserve, up to a half of it, so that no write is refused for it.
 func (b *budget) collected(live int64) {
-	unknown := max(0, live-b.known())
-	pins := min(unknown, b.pinned.Load(), b.reserve/2)
-	b.pins.Store(pins)
-	b.other.Store(unknown - pins)
+	unknown := max(0, live-b.accounted())
+	removed := min(unknown, b.pinned.Load(), b.reserve/2)
+	b.removed.Store(removed)
+	b.other.Store(unknown - removed)
 }
 
 // shared is how many bytes are shared out.
@@ -1316,8 +1315,8 @@ func (b *budget) forQueues() int64 {
 	return min(b.maxQueues, b.shared()/queuesShare)
 }
 
-// known is how many bytes are in use according to the other counts.
-func (b *budget) known() int64 {
+// accounted is how many bytes are in use according to the other counts.
+func (b *budget) accounted() int64 {
 	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
 }
 
@@ -1330,26 +1329,26 @@ func (b *budget) fits(bytes, ofReserve int64) bool {
 	return b.data()+bytes <= b.forData()+ofReserve
 }
 
-// isOver reports whether all queues together have reached their limit.
-func (b *budget) isOver() bool { return !b.hasRoomFor(0, 0) }
+// isAtLimit reports whether all queues together have reached their limit.
+func (b *budget) isAtLimit() bool { return !b.mayQueue(0, 0) }
 
 // isCrowded reports whether all queues and the chains that wait have together reached that limit.
-func (b *budget) isCrowded() bool { return !b.hasRoomFor(b.chains.Load(), 0) }
+func (b *budget) isCrowded() bool { return !b.mayQueue(b.chains.Load(), 0) }
 
 // mayBegin reports whether a reply of so many bytes may begin that must not wait in the middle. Such
 // replies may take a quarter more than the limit.
-func (b *budget) mayBegin(bytes int64) bool { return b.hasRoomFor(bytes, b.forQueues()/4) }
+func (b *budget) mayBegin(bytes int64) bool { return b.mayQueue(bytes, b.forQueues()/4) }
 
-// isPinned reports whether much is pinned, and exceeds forData together with the data. Then clients
-// that read too slowly must give up what they have pinned.
-func (b *budget) isPinned() bool {
-	pins := min(b.pins.Load(), b.pinned.Load())
-	return b.limit > 0 && pins > b.shared()/queuesShare && !b.fits(pins, 0)
+// needsPinned reports whether much was removed that is pinned, and exceeds forData together with the
+// data. Then clients that read too slowly must give up what they have pinned.
+func (b *budget) needsPinned() bool {
+	removed := min(b.removed.Load(), b.pinned.Load())
+	return b.limit > 0 && removed > b.shared()/queuesShare && !b.fits(removed, 0)
 }
 
-// hasRoomFor reports whether bytes more may be queued if the queues may take more bytes than their
+// mayQueue reports whether bytes more may be queued if the queues may take more bytes than their
 // limit.
-func (b *budget) hasRoomFor(bytes, more int64) bool {
+func (b *budget) mayQueue(bytes, more int64) bool {
 	most := b.forQueues()
 	return most == 0 || b.queued.Load()+bytes < most+more
 }
@@ -1476,7 +1475,7 @@ func (p *pacer) choose() {
 
 	// What is pinned takes the place of garbage. However little is alive, Go lets the heap grow to
 	// 4 MiB times the percentage: limit that.
-	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.pins.Load()
+	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.removed.Load()
 	garbage = max(garbage, garbageMin/4)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
 
@@ -1530,7 +1529,7 @@ func (s *keyValueServer) commitStore() {
 
 	// Without a batch the Commit only checked the files (checkFiles).
 	if took := s.round.now() - began; len(s.batch) > 0 {
-		s.gathering.next(took)
+		s.gathering.committed(took)
 		if s.status != nil {
 			s.commits.Observe(took.Seconds())
 			s.batches.Observe(float64(len(s.batch)))
@@ -1676,10 +1675,10 @@ func (s *keyValueServer) stats() []counter {
 		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load()},
 		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.", s.budget.forQueues()},
 		{"writes_refused_total", "Writes that were refused: no room on disk or in memory, or spoiled files.",
-			s.noRoom.total + s.noMemory.total},
+			s.refusedByStore.total + s.refusedForMemory.total},
 		{"waiting_takes", "Takes that wait for a value.", s.takes.n},
 		{"expired_keys_total", "Keys that were deleted because their time was over.", s.expired},
-		{"clients_refused_total", "Connections over -max-clients, which were refused.", s.full.total},
+		{"clients_refused_total", "Connections over -max-clients, which were refused.", s.refusedClients.total},
 		{"tls_handshakes_failed_total", "TLS handshakes that failed or were given up.",
 			s.badHandshakes.total},
 	}...)

@@ -1287,9 +1287,9 @@ func TestSignalsStopCleanly(t *testing.T) {
 func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, goOn, ended := storetest.New(), make(chan struct{}), make(chan struct{})
-		var isSlow atomic.Bool
+		var hardlyCame atomic.Bool
 		dir.Before = func(call storetest.Call) error {
-			if call.What == "create" && isSlow.Load() {
+			if call.What == "create" && hardlyCame.Load() {
 				<-goOn
 			}
 			return nil
@@ -1298,7 +1298,7 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		db.Put("k", "v")
 		must(t, db.Commit())
 		must(t, dir.Remove("seg-1.log"))
-		isSlow.Store(true)
+		hardlyCame.Store(true)
 		pass(2 * time.Second) // until the store looks at its files
 		go db.Commit()
 
@@ -3953,7 +3953,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					if isNeeded && used.pinned.Load() > 0 {
 						eighths = 9
 					}
-					used.collected(used.known() + used.forData()/8*eighths - used.store.Load())
+					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
 					b.ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / tickTime {
 						if pass(tickTime); c.drips {
@@ -3985,10 +3985,10 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		for range 3 {
 			pass(slowAfter)
 			equal(t, "clients while there is memory", a.stat("clients"), 2)
-			used.collected(used.known() + used.forData() - used.store.Load())
+			used.collected(used.accounted() + used.forData() - used.store.Load())
 			a.ask("Put:k:v\nPing", ":PONG")
 		}
-		used.collected(used.known() + used.forData() - used.store.Load() + 1<<20)
+		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
 		a.ask("Put:k:v\nPing", ":PONG")
 		pass(2 * slowAfter)
 		equal(t, "clients", a.stat("clients"), 1)
@@ -4003,7 +4003,7 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 	b.limitTo(64<<20, 0)
 	for _, c := range []struct {
 		eighths, before, after int64 // that are alive, of data; bytes that are pinned
-		isPinned, isFull       bool
+		needsPinned, isFull    bool
 	}{
 		{5, 1 << 30, 1 << 30, false, false},
 		{9, 1 << 30, 1 << 30, true, false},
@@ -4015,7 +4015,7 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 		b.pinned.Store(c.before)
 		b.collected(b.forData() / 8 * c.eighths)
 		b.pinned.Store(c.after)
-		equal(t, fmt.Sprint(c), b.isPinned(), c.isPinned)
+		equal(t, fmt.Sprint(c), b.needsPinned(), c.needsPinned)
 		equal(t, fmt.Sprint(c, ": the memory is full"), !b.fits(0, 0), c.isFull)
 	}
 }
@@ -5869,7 +5869,7 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			conn, reader, told := paced()
-			wasSlow := func() bool { // nothing may have been reported at all
+			hardlyCameBefore := func() bool { // nothing may have been reported at all
 				select {
 				case taken := <-told:
 					return !taken
@@ -5883,10 +5883,10 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 				io.ReadFull(reader, make([]byte, world.StreamSize))
 			}
 			pass(1700 * time.Millisecond)
-			slow := wasSlow()
+			slow := hardlyCameBefore()
 			equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
 			pass(3 * slowAfter)
-			equal(t, "slow in the end", wasSlow() || slow, true)
+			equal(t, "slow in the end", hardlyCameBefore() || slow, true)
 			conn.Close()
 			synctest.Wait()
 		})
@@ -6749,7 +6749,7 @@ func TestSimulation(t *testing.T) {
 			s.budget.fewKeys, s.partKeys = with.FewKeys, with.FewKeys
 			s.snapshots.slots = make(chan struct{}, with.Snapshots)
 			s.budget.other.Store(with.Other - with.Pinned)
-			s.budget.pins.Store(with.Pinned)
+			s.budget.removed.Store(with.Pinned)
 			s.budget.pinned.Store(with.Pinned)
 			return simulated{s, with.Pinned}, s.serve(l)
 		},
