@@ -245,16 +245,15 @@ func (r *round) begin() {
 // charge adds the time since the last look at the clock to the spent time of the client that has sh.
 // A time that is far longer than usual, though no list was searched, is a stall of the system and
 // not the client's fault, so only a part of it counts.
-func (r *round) charge(sh *share, floor time.Duration, searched bool) {
+func (r *round) charge(sh *share, searched bool) {
 	now := r.now()
 	took := now - r.looked
-	counted := took
+	counted := min(took, maxRound) // or each other client could have as much time first
 	if !searched {
-		counted = min(took, 2*sh.cost+maxLead)
+		counted = min(counted, 2*sh.cost+maxLead)
 	}
 
-	// A client is never more than a round above the floor: by then it has waited for all others.
-	sh.spent = min(sh.spent+counted, floor+maxRound)
+	sh.spent += counted
 	sh.cost = (sh.cost + counted) / 2
 
 	// A look at the clock costs time as well, so looks become rarer while requests are short.
@@ -272,9 +271,9 @@ func (r *round) charge(sh *share, floor time.Duration, searched bool) {
 }
 
 // share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
-// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept within
-// maxRound of floor, which rises as turns are given: so a client that was quiet goes before one that
-// has spent much, and nobody waits for ever.
+// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept near
+// floor, which rises as turns are given (schedule, charge): so a client that was quiet goes before one
+// that has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock: a moving average
@@ -861,12 +860,6 @@ func (s *keyValueServer) schedule(chain *Query) {
 	// Of the time that a quiet client did not use, it may catch up on at most maxRound.
 	sh.spent = max(sh.spent, s.floor-maxRound)
 
-	// Nobody else wants to run now.
-	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
-		s.runChain(chain, chain)
-		return
-	}
-
 	// A new client waits for its first turn, because its requests may take long.
 	if isNew {
 		sh.spent, sh.cost = s.floor+maxLead, maxLead
@@ -933,7 +926,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			searched = true
 		}
 		if left <= 0 || q.next == nil {
-			s.round.charge(&c.share, s.floor, searched)
+			s.round.charge(&c.share, searched)
 			left, searched = c.share.stride, false
 		}
 		if s.round.over && q.next != nil {

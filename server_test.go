@@ -2849,7 +2849,7 @@ func TestTurnsBesideStalls(t *testing.T) {
 		clock := round{epoch: time.Now().Add(-time.Hour)}
 		sh := share{spent: floor, cost: usual}
 		clock.looked = time.Since(clock.epoch) - stall
-		clock.charge(&sh, floor, searched)
+		clock.charge(&sh, searched)
 		if isBehind := sh.finish() > floor+4*maxLead+4*usual; isBehind != searched ||
 			sh.isHeavy() != searched {
 			t.Errorf("after %v, searched: %v, the client is due %v behind, slow: %v", stall, searched,
@@ -2913,6 +2913,26 @@ func TestTurnsOfLightClients(t *testing.T) {
 			all.Wait()
 		})
 	}
+}
+
+// Ensure that a client whose request took very long waits for hardly more than a round of each other
+// client, and not until each has had as much.
+func TestTurnsAfterALongRequest(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		takes := time.Second
+		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
+		a := n.dialAck(t)
+		a.ask("Update:k:a:b", ":OK 0")
+		takes = time.Millisecond
+		others := n.dialMany(t, 5, func(_ int, o *testClient) {
+			go o.sendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
+		})
+		pass(10 * takes)
+		within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.ask("Update:k:a:b", ":OK 0") })
+		for _, o := range others {
+			o.want(":PONG")
+		}
+	})
 }
 
 // Ensure that a turn is short only while requests take long.
