@@ -410,8 +410,12 @@ func (c *Client) answerFault(why string) {
 func (c *Client) skipLine(why string) {
 	// A first line that begins no request may be another protocol's: what follows could be
 	// anything.
-	isOurs := c.in.spoke || begun(c.in.buf[:c.in.pending]) != malformed
-	c.in.skip()
+	in := &c.in
+	isOurs := in.spoke || begun(in.buf[:in.pending]) != malformed
+
+	in.pass.release()
+	in.pending, in.skipping, in.spoke = 0, true, true
+	in.line++
 	c.answerFault(why)
 	if !isOurs {
 		c.end(speaksNothing)
@@ -749,13 +753,6 @@ func (c *Client) shrinkInput() {
 		in.lent, in.queries = nil, nil
 	}
 	c.resizeBuf(min(size, len(in.buf)))
-}
-
-// skip gives up the begun line, and has its rest skipped.
-func (in *input) skip() {
-	in.pass.release()
-	in.pending, in.skipping, in.spoke = 0, true, true
-	in.line++
 }
 
 // isFreeing reports whether the begun line is a request that frees.
