@@ -254,220 +254,7 @@ func (c *Client) readFromClient() {
 	c.depart()
 }
 
-// tellLoss tells a client that leaves how many replies it lost since its last PONG. No chain is
-// under way.
-func (c *Client) tellLoss() {
-	// For any other reason the connection is broken, or the server ends it.
-	lost := c.outbox.lostSincePong
-	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
-		return
-	}
-
-	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
-		"Ack none is", lost)
-	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
-}
-
-// Why a connection ends: texts for the log. tellLoss looks for the first two.
-const (
-	itClosed = "it closed"
-	itQuit   = "it quit"
-	weClose  = "the server closes"
-
-	// No line of the client's may be run: a web page may have made a browser send them, or they are
-	// pieces of binary data.
-	speaksHTTP    = "it speaks HTTP"
-	speaksRESP    = "it speaks RESP"
-	speaksTLS     = "it speaks TLS"
-	speaksNothing = "its first line is too long, and none of our requests"
-)
-
-// end notes why nothing more is read. The first reason stays.
-func (c *Client) end(why string) {
-	if c.reason == "" {
-		c.reason = why
-	}
-}
-
-// send sends chain, which is made of the client's input, to workLoop. No other is under way.
-func (c *Client) send(chain *Query) {
-	c.countInput()
-	c.sendOf(chain, len(c.in.lent))
-}
-
-// sendOf is send for a chain that keeps so many bytes of input in memory.
-func (c *Client) sendOf(chain *Query, text int) {
-	c.underWay = true
-	c.outbox.longText = int64(max(0, text-burstSize))
-	c.server.queries <- chain
-}
-
-// sendTake is send for a Take that may wait. Such a Take gets memory of its own, because the
-// client's is used for what comes meanwhile.
-func (c *Client) sendTake(q *Query) {
-	// The key stays in memory while the Take waits. A long key counts like a begun line. If there
-	// is no memory for it, the Take does not wait.
-	in := &c.in
-	if bytes := len(q.key); bytes > freeKey {
-		if b := &c.server.budget; !addUpTo(&b.inputs, int64(bytes), b.forInput()) {
-			q.seconds = 0
-			c.send(q)
-			return
-		}
-		in.takeKey = bytes
-		in.counted += int64(bytes)
-	}
-
-	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
-	c.sendOf(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
-		line: q.line}, in.takeKey)
-}
-
-// await waits for the chain that is under way, if there is one. If the store failed, so that nobody
-// knows whether the chain has taken effect, await ends the connection and returns false.
-func (c *Client) await() bool {
-	if c.underWay {
-		c.underWay = false
-		if c.awaitDone() == nil {
-			c.end("the store failed")
-			return false
-		}
-	}
-	return true
-}
-
-// awaitDone waits for the chain that is under way to come back. If that is a Take, which may wait
-// long, awaitDone looks now and then whether the connection is still open, because nobody reads it
-// meanwhile.
-func (c *Client) awaitDone() (chain *Query) {
-	for c.mayTakeWait() {
-		// The Take's time is over. A value may still come before workLoop hears of that.
-		left := time.Until(c.takeEnds)
-		if left <= 0 {
-			c.stopWaiting(stopTake)
-			break
-		}
-
-		// A Take takes nothing for a client that has gone, or once the server closes.
-		select {
-		case chain = <-c.done:
-			c.noteTaken()
-			return chain
-		case <-time.After(min(left, probeTime)):
-			if c.paced.isBroken() {
-				c.stopWaiting(dropTake)
-			}
-		case <-c.closed:
-			c.stopWaiting(dropTake)
-		case <-c.server.closeSignal:
-			c.stopWaiting(dropTake)
-		}
-	}
-
-	return <-c.done
-}
-
-// mayTakeWait reports whether the chain that is under way is a Take that may wait, and was not told
-// to stop.
-func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
-
-// noteTaken notes that no Take waits any more. The read deadline may have been set for its end, so
-// setTick has to set another.
-func (c *Client) noteTaken() {
-	c.takeEnds, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
-}
-
-// stopWaiting tells workLoop to end the waiting Take, if there is one. how is stopTake or dropTake.
-func (c *Client) stopWaiting(how queryType) {
-	if c.mayTakeWait() {
-		c.noteTaken()
-		c.server.queries <- &Query{queryType: how, client: c}
-	}
-}
-
-// submit has workLoop run chain. For a Keys or Dump it also queues the replies.
-func (c *Client) submit(chain *Query) {
-	switch {
-	case chain.row().lists:
-		c.list(chain)
-	case chain.mayWait():
-		c.sendTake(chain)
-	default:
-		c.send(chain)
-	}
-}
-
-// answerFault answers the client's last line with an error.
-func (c *Client) answerFault(why string) {
-	q := &Query{client: c, line: c.in.line}
-	q.refuse(why)
-	if c.await() {
-		c.sendOf(q, 0)
-	}
-}
-
-// skipLine has the begun line skipped, and answers an error.
-func (c *Client) skipLine(why string) {
-	// A first line that begins no request may be another protocol's: what follows could be
-	// anything.
-	in := &c.in
-	isOurs := in.spoke || begun(in.buf[:in.pending]) != malformed
-
-	in.pass.release()
-	in.pending, in.skipping, in.spoke = 0, true, true
-	in.line++
-	c.answerFault(why)
-	if !isOurs {
-		c.end(speaksNothing)
-	}
-}
-
-func tooLong(maxLine int) string {
-	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
-}
-
-// endInput ends the connection because of err, Read's or tick's.
-func (c *Client) endInput(err error) {
-	in := &c.in
-
-	// A client that has only closed its own side may still wait for its Take's answer.
-	if !errors.Is(err, io.EOF) {
-		c.stopWaiting(dropTake)
-	}
-
-	switch {
-	case !c.await(): // await has noted the reason
-	case errors.Is(err, io.EOF):
-		// The last line may be torn, so it is not run.
-		if in.pending > 0 {
-			in.line++
-			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
-				c.answerFault(tooLong(c.server.maxLine))
-			} else {
-				c.answerFault("the last line has no newline at its end, so it was not run")
-			}
-		}
-		c.end(itClosed)
-
-	case c.server.isClosing(): // which is why Read ended
-		c.end(weClose)
-
-	// A line that is being skipped was counted and answered when that began.
-	case err == errUnended && !in.skipping:
-		in.line++
-		c.answerFault(err.Error())
-	}
-
-	// This is the reason if there was none before.
-	c.end(err.Error())
-}
-
-// depart tells workLoop that one of the client's goroutines has ended.
-func (c *Client) depart() {
-	c.server.queries <- &Query{queryType: depart, client: c}
-}
-
-// ---- input: bytes to lines
+// ---- input: bytes to lines, and lines to chains
 
 // input turns what a client sends into lines. readFromClient owns it, except lent and queries while
 // a chain is under way: then the chain's holder owns these two.
@@ -491,16 +278,6 @@ type input struct {
 	came       int           // bytes read since the last tick
 	unended    time.Duration // how long the begun line has been read
 }
-
-// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries. lent will be as large as buf.
-func (in *input) need(size, queries int) int64 {
-	buffers := size + max(size, len(in.lent))
-	return int64(max(0, buffers-2*quietSize) + queries*querySize + in.takeKey)
-}
-
-// querySize is how many bytes a query in a chain takes.
-const querySize = int(unsafe.Sizeof(Query{}))
 
 // midLine reports whether a line has begun and not ended.
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
@@ -544,219 +321,6 @@ func (c *Client) readLines() (burst string, err error) {
 // tlsHandshake is the first byte of a TLS connection: a record of this type
 // (RFC 8446, 5.1).
 const tlsHandshake = 0x16
-
-// tick gives back memory that a quiet client does not need, gives up a line that hardly comes if
-// others wait for its memory, and returns errUnended if the line takes too long. It waits for the
-// chain under way first, because that holds memory. So a line's time stands still while replies to
-// earlier requests wait for room.
-func (c *Client) tick() error {
-	in := &c.in
-
-	// A Take that waits has memory of its own, so nothing below touches it.
-	waits := c.mayTakeWait() && time.Now().Before(c.takeEnds) && len(c.done) == 0
-	if !waits {
-		c.await()
-	}
-
-	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
-	isOld := in.midLine() && in.hadBegun && !waits
-	if isOld && in.givesWay(c.server.budget.anyLine.waiting.Load() > 0) {
-		c.skipLine("too long for the memory that is left, skipped")
-	}
-
-	c.shrinkInput()
-
-	// A line that had begun when the deadline was set has taken one tick more.
-	c.limitRead(time.Time{})
-	if isOld {
-		if in.unended += quietAfter; in.unended >= lineTime {
-			return errUnended
-		}
-	}
-
-	in.ticking, in.came = false, 0
-	return nil
-}
-
-// givesWay reports whether the begun line, which was there at the last tick, is to give its memory
-// to others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
-// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
-func (in *input) givesWay(othersWait bool) bool {
-	least, hardlyCameBefore := steadyRate, in.hardlyCame
-	if in.isFreeing() {
-		least = 1
-	}
-	in.hardlyCame = in.pending >= freeSize && in.came < least
-	return hardlyCameBefore && in.hardlyCame && othersWait
-}
-
-// errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
-// for ever (the Slowloris attack, 2009).
-var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTime)
-
-// setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
-// within quietAfter, so that tick can give memory back and count the line's time. One deadline
-// serves many Reads, because setting one for each would slow down every burst.
-func (c *Client) setTick() {
-	in := &c.in
-
-	// A client that holds nothing may be silent for as long as it likes.
-	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine() && in.takeKey == 0
-	if in.ticking || isQuiet && !c.mayTakeWait() {
-		return
-	}
-
-	// The end of a Take's waiting is a tick, too.
-	end := time.Now().Add(quietAfter)
-	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
-		end = c.takeEnds
-	}
-	in.ticking, in.hadBegun = true, in.midLine()
-	c.limitRead(end)
-}
-
-// limitRead sets the read deadline. When the server closes, workLoop sets one that has passed.
-// limitRead may just have overwritten that, and then sets it again.
-func (c *Client) limitRead(end time.Time) {
-	c.connection.SetReadDeadline(end)
-	if c.server.isClosing() {
-		c.connection.SetReadDeadline(time.Now())
-	}
-}
-
-// resizeInput makes buf as large as it is to be for the next Read: larger after a Read that filled
-// it. If that was one line without its end, resizeInput waits for memory. It returns false if the
-// connection is to end.
-func (c *Client) resizeInput() bool {
-	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
-
-	// The long line has ended, and others need its memory.
-	if in.forLine && in.pending < freeSize {
-		in.forLine, size = false, min(size, freeSize)
-		c.resizeBuf(size)
-		if !c.mayTakeWait() { // such a Take has memory of its own
-			c.await()
-		}
-		in.lent, in.queries = nil, nil
-		c.countInput()
-	}
-
-	switch burst := min(8*size, burstSize); {
-	case size == 0:
-		size = quietSize
-	case in.filled && size < burst &&
-		(burst <= freeSize || c.mayGrow(burst, cap(in.queries), b.forBursts())):
-		size = burst
-
-	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
-	case in.filled && in.pending > size/8 && size < 4*burstSize &&
-		c.mayGrow(2*size, cap(in.queries), b.forBursts()):
-		size *= 2
-
-	// The line may have maxLine bytes and its end.
-	case in.pending == size:
-		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
-		if !c.mayGrow(size, cap(in.queries), b.forBursts()) {
-			in.forLine = true
-			if !c.mayGrow(size, cap(in.queries), b.forInput()) && !c.awaitLineMemory(size) {
-				return false
-			}
-		}
-	}
-
-	c.resizeBuf(size)
-	return true
-}
-
-// mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
-// together may take most bytes. It counts what they need.
-func (c *Client) mayGrow(size, queries int, most int64) bool {
-	more := max(0, c.in.need(size, queries)-c.in.counted)
-	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
-		return false
-	}
-	c.in.counted += more
-	return true
-}
-
-// awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
-// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
-// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
-// awaitLineMemory returns false if the connection is to end.
-func (c *Client) awaitLineMemory(size int) bool {
-	in, b := &c.in, &c.server.budget
-
-	// A client that waits for its own replies must not keep others from a slot.
-	if !c.await() {
-		return false
-	}
-
-	// A request that frees makes memory for all others, so such lines have a slot of their own.
-	var freeing chan struct{} // nil: not for this line
-	if in.isFreeing() {
-		freeing = b.freeing.slots
-	}
-
-	b.anyLine.waiting.Add(1)
-	defer b.anyLine.waiting.Add(-1)
-
-	// Nobody tells when there is memory again, so this looks now and then.
-	for !in.pass.taken && !c.mayGrow(size, cap(in.queries), b.forInput()) {
-		select {
-		case b.anyLine.slots <- struct{}{}:
-			in.pass = slot{of: &b.anyLine, taken: true}
-		case freeing <- struct{}{}:
-			in.pass = slot{of: &b.freeing, taken: true}
-		case <-time.After(tickTime):
-		case <-c.server.closeSignal:
-			c.end(weClose)
-			return false
-		}
-	}
-
-	// Nothing was read meanwhile, so a whole tick begins.
-	in.ticking, in.hardlyCame, in.came = false, false, 0
-	return true
-}
-
-// countInput makes counted what the input needs now.
-func (c *Client) countInput() {
-	in := &c.in
-	if need := in.need(len(in.buf), cap(in.queries)); need != in.counted {
-		c.server.budget.inputs.Add(need - in.counted)
-		in.counted = need
-	}
-}
-
-// resizeBuf makes buf size bytes long, and keeps what is pending.
-func (c *Client) resizeBuf(size int) {
-	if in := &c.in; size != len(in.buf) {
-		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
-		in.filled = false
-	}
-	c.countInput()
-}
-
-// shrinkInput gives back memory that the client did not need since the last tick. No chain is under
-// way, except a Take that waits, or an error, which have memory of their own.
-func (c *Client) shrinkInput() {
-	in := &c.in
-	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
-
-	// The smallest size that would have been enough.
-	size := quietSize
-	for size <= max(in.came, in.pending) {
-		size *= 8
-	}
-
-	if size < burstSize {
-		in.lent, in.queries = nil, nil
-	}
-	c.resizeBuf(min(size, len(in.buf)))
-}
-
-// isFreeing reports whether the begun line is a request that frees.
-func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effect == frees }
 
 // wholeLines takes in n bytes, which Read has put behind the pending ones. It returns the lines
 // that are complete now. If a line is being skipped and ends among these bytes, the skipping ends.
@@ -901,6 +465,450 @@ func trimCR(line string) string {
 		return line[:n-2]
 	}
 	return line
+}
+
+// ---- chains: to workLoop and back
+
+// submit has workLoop run chain. For a Keys or Dump it also queues the replies.
+func (c *Client) submit(chain *Query) {
+	switch {
+	case chain.row().lists:
+		c.list(chain)
+	case chain.mayWait():
+		c.sendTake(chain)
+	default:
+		c.send(chain)
+	}
+}
+
+// send sends chain, which is made of the client's input, to workLoop. No other is under way.
+func (c *Client) send(chain *Query) {
+	c.countInput()
+	c.sendOf(chain, len(c.in.lent))
+}
+
+// sendOf is send for a chain that keeps so many bytes of input in memory.
+func (c *Client) sendOf(chain *Query, text int) {
+	c.underWay = true
+	c.outbox.longText = int64(max(0, text-burstSize))
+	c.server.queries <- chain
+}
+
+// sendTake is send for a Take that may wait. Such a Take gets memory of its own, because the
+// client's is used for what comes meanwhile.
+func (c *Client) sendTake(q *Query) {
+	// The key stays in memory while the Take waits. A long key counts like a begun line. If there
+	// is no memory for it, the Take does not wait.
+	in := &c.in
+	if bytes := len(q.key); bytes > freeKey {
+		if b := &c.server.budget; !addUpTo(&b.inputs, int64(bytes), b.forInput()) {
+			q.seconds = 0
+			c.send(q)
+			return
+		}
+		in.takeKey = bytes
+		in.counted += int64(bytes)
+	}
+
+	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
+	c.sendOf(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
+		line: q.line}, in.takeKey)
+}
+
+// await waits for the chain that is under way, if there is one. If the store failed, so that nobody
+// knows whether the chain has taken effect, await ends the connection and returns false.
+func (c *Client) await() bool {
+	if c.underWay {
+		c.underWay = false
+		if c.awaitDone() == nil {
+			c.end("the store failed")
+			return false
+		}
+	}
+	return true
+}
+
+// awaitDone waits for the chain that is under way to come back. If that is a Take, which may wait
+// long, awaitDone looks now and then whether the connection is still open, because nobody reads it
+// meanwhile.
+func (c *Client) awaitDone() (chain *Query) {
+	for c.mayTakeWait() {
+		// The Take's time is over. A value may still come before workLoop hears of that.
+		left := time.Until(c.takeEnds)
+		if left <= 0 {
+			c.stopWaiting(stopTake)
+			break
+		}
+
+		// A Take takes nothing for a client that has gone, or once the server closes.
+		select {
+		case chain = <-c.done:
+			c.noteTaken()
+			return chain
+		case <-time.After(min(left, probeTime)):
+			if c.paced.isBroken() {
+				c.stopWaiting(dropTake)
+			}
+		case <-c.closed:
+			c.stopWaiting(dropTake)
+		case <-c.server.closeSignal:
+			c.stopWaiting(dropTake)
+		}
+	}
+
+	return <-c.done
+}
+
+// mayTakeWait reports whether the chain that is under way is a Take that may wait, and was not told
+// to stop.
+func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
+
+// noteTaken notes that no Take waits any more. The read deadline may have been set for its end, so
+// setTick has to set another.
+func (c *Client) noteTaken() {
+	c.takeEnds, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
+}
+
+// stopWaiting tells workLoop to end the waiting Take, if there is one. how is stopTake or dropTake.
+func (c *Client) stopWaiting(how queryType) {
+	if c.mayTakeWait() {
+		c.noteTaken()
+		c.server.queries <- &Query{queryType: how, client: c}
+	}
+}
+
+// ---- input: its time
+
+// setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
+// within quietAfter, so that tick can give memory back and count the line's time. One deadline
+// serves many Reads, because setting one for each would slow down every burst.
+func (c *Client) setTick() {
+	in := &c.in
+
+	// A client that holds nothing may be silent for as long as it likes.
+	isQuiet := len(in.buf) == quietSize && in.queries == nil && !in.midLine() && in.takeKey == 0
+	if in.ticking || isQuiet && !c.mayTakeWait() {
+		return
+	}
+
+	// The end of a Take's waiting is a tick, too.
+	end := time.Now().Add(quietAfter)
+	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
+		end = c.takeEnds
+	}
+	in.ticking, in.hadBegun = true, in.midLine()
+	c.limitRead(end)
+}
+
+// limitRead sets the read deadline. When the server closes, workLoop sets one that has passed.
+// limitRead may just have overwritten that, and then sets it again.
+func (c *Client) limitRead(end time.Time) {
+	c.connection.SetReadDeadline(end)
+	if c.server.isClosing() {
+		c.connection.SetReadDeadline(time.Now())
+	}
+}
+
+// tick gives back memory that a quiet client does not need, gives up a line that hardly comes if
+// others wait for its memory, and returns errUnended if the line takes too long. It waits for the
+// chain under way first, because that holds memory. So a line's time stands still while replies to
+// earlier requests wait for room.
+func (c *Client) tick() error {
+	in := &c.in
+
+	// A Take that waits has memory of its own, so nothing below touches it.
+	waits := c.mayTakeWait() && time.Now().Before(c.takeEnds) && len(c.done) == 0
+	if !waits {
+		c.await()
+	}
+
+	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
+	isOld := in.midLine() && in.hadBegun && !waits
+	if isOld && in.givesWay(c.server.budget.anyLine.waiting.Load() > 0) {
+		c.skipLine("too long for the memory that is left, skipped")
+	}
+
+	c.shrinkInput()
+
+	// A line that had begun when the deadline was set has taken one tick more.
+	c.limitRead(time.Time{})
+	if isOld {
+		if in.unended += quietAfter; in.unended >= lineTime {
+			return errUnended
+		}
+	}
+
+	in.ticking, in.came = false, 0
+	return nil
+}
+
+// givesWay reports whether the begun line, which was there at the last tick, is to give its memory
+// to others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
+// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
+func (in *input) givesWay(othersWait bool) bool {
+	least, hardlyCameBefore := steadyRate, in.hardlyCame
+	if in.isFreeing() {
+		least = 1
+	}
+	in.hardlyCame = in.pending >= freeSize && in.came < least
+	return hardlyCameBefore && in.hardlyCame && othersWait
+}
+
+// errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
+// for ever (the Slowloris attack, 2009).
+var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTime)
+
+// ---- input: its memory
+
+// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
+// chain holds so many queries. lent will be as large as buf.
+func (in *input) need(size, queries int) int64 {
+	buffers := size + max(size, len(in.lent))
+	return int64(max(0, buffers-2*quietSize) + queries*querySize + in.takeKey)
+}
+
+// querySize is how many bytes a query in a chain takes.
+const querySize = int(unsafe.Sizeof(Query{}))
+
+// resizeInput makes buf as large as it is to be for the next Read: larger after a Read that filled
+// it. If that was one line without its end, resizeInput waits for memory. It returns false if the
+// connection is to end.
+func (c *Client) resizeInput() bool {
+	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
+
+	// The long line has ended, and others need its memory.
+	if in.forLine && in.pending < freeSize {
+		in.forLine, size = false, min(size, freeSize)
+		c.resizeBuf(size)
+		if !c.mayTakeWait() { // such a Take has memory of its own
+			c.await()
+		}
+		in.lent, in.queries = nil, nil
+		c.countInput()
+	}
+
+	switch burst := min(8*size, burstSize); {
+	case size == 0:
+		size = quietSize
+	case in.filled && size < burst &&
+		(burst <= freeSize || c.mayGrow(burst, cap(in.queries), b.forBursts())):
+		size = burst
+
+	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
+	case in.filled && in.pending > size/8 && size < 4*burstSize &&
+		c.mayGrow(2*size, cap(in.queries), b.forBursts()):
+		size *= 2
+
+	// The line may have maxLine bytes and its end.
+	case in.pending == size:
+		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
+		if !c.mayGrow(size, cap(in.queries), b.forBursts()) {
+			in.forLine = true
+			if !c.mayGrow(size, cap(in.queries), b.forInput()) && !c.awaitLineMemory(size) {
+				return false
+			}
+		}
+	}
+
+	c.resizeBuf(size)
+	return true
+}
+
+// mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
+// together may take most bytes. It counts what they need.
+func (c *Client) mayGrow(size, queries int, most int64) bool {
+	more := max(0, c.in.need(size, queries)-c.in.counted)
+	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
+		return false
+	}
+	c.in.counted += more
+	return true
+}
+
+// awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
+// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
+// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
+// awaitLineMemory returns false if the connection is to end.
+func (c *Client) awaitLineMemory(size int) bool {
+	in, b := &c.in, &c.server.budget
+
+	// A client that waits for its own replies must not keep others from a slot.
+	if !c.await() {
+		return false
+	}
+
+	// A request that frees makes memory for all others, so such lines have a slot of their own.
+	var freeing chan struct{} // nil: not for this line
+	if in.isFreeing() {
+		freeing = b.freeing.slots
+	}
+
+	b.anyLine.waiting.Add(1)
+	defer b.anyLine.waiting.Add(-1)
+
+	// Nobody tells when there is memory again, so this looks now and then.
+	for !in.pass.taken && !c.mayGrow(size, cap(in.queries), b.forInput()) {
+		select {
+		case b.anyLine.slots <- struct{}{}:
+			in.pass = slot{of: &b.anyLine, taken: true}
+		case freeing <- struct{}{}:
+			in.pass = slot{of: &b.freeing, taken: true}
+		case <-time.After(tickTime):
+		case <-c.server.closeSignal:
+			c.end(weClose)
+			return false
+		}
+	}
+
+	// Nothing was read meanwhile, so a whole tick begins.
+	in.ticking, in.hardlyCame, in.came = false, false, 0
+	return true
+}
+
+// isFreeing reports whether the begun line is a request that frees.
+func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effect == frees }
+
+// countInput makes counted what the input needs now.
+func (c *Client) countInput() {
+	in := &c.in
+	if need := in.need(len(in.buf), cap(in.queries)); need != in.counted {
+		c.server.budget.inputs.Add(need - in.counted)
+		in.counted = need
+	}
+}
+
+// resizeBuf makes buf size bytes long, and keeps what is pending.
+func (c *Client) resizeBuf(size int) {
+	if in := &c.in; size != len(in.buf) {
+		in.buf = append(make([]byte, 0, size), in.buf[:in.pending]...)[:size]
+		in.filled = false
+	}
+	c.countInput()
+}
+
+// shrinkInput gives back memory that the client did not need since the last tick. No chain is under
+// way, except a Take that waits, or an error, which have memory of their own.
+func (c *Client) shrinkInput() {
+	in := &c.in
+	clear(in.queries[:cap(in.queries)]) // what they found could pin memory of the store
+
+	// The smallest size that would have been enough.
+	size := quietSize
+	for size <= max(in.came, in.pending) {
+		size *= 8
+	}
+
+	if size < burstSize {
+		in.lent, in.queries = nil, nil
+	}
+	c.resizeBuf(min(size, len(in.buf)))
+}
+
+// ---- the end of the input
+
+// Why a connection ends: texts for the log. tellLoss looks for the first two.
+const (
+	itClosed = "it closed"
+	itQuit   = "it quit"
+	weClose  = "the server closes"
+
+	// No line of the client's may be run: a web page may have made a browser send them, or they are
+	// pieces of binary data.
+	speaksHTTP    = "it speaks HTTP"
+	speaksRESP    = "it speaks RESP"
+	speaksTLS     = "it speaks TLS"
+	speaksNothing = "its first line is too long, and none of our requests"
+)
+
+// end notes why nothing more is read. The first reason stays.
+func (c *Client) end(why string) {
+	if c.reason == "" {
+		c.reason = why
+	}
+}
+
+// skipLine has the begun line skipped, and answers an error.
+func (c *Client) skipLine(why string) {
+	// A first line that begins no request may be another protocol's: what follows could be
+	// anything.
+	in := &c.in
+	isOurs := in.spoke || begun(in.buf[:in.pending]) != malformed
+
+	in.pass.release()
+	in.pending, in.skipping, in.spoke = 0, true, true
+	in.line++
+	c.answerFault(why)
+	if !isOurs {
+		c.end(speaksNothing)
+	}
+}
+
+func tooLong(maxLine int) string {
+	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
+}
+
+// answerFault answers the client's last line with an error.
+func (c *Client) answerFault(why string) {
+	q := &Query{client: c, line: c.in.line}
+	q.refuse(why)
+	if c.await() {
+		c.sendOf(q, 0)
+	}
+}
+
+// endInput ends the connection because of err, Read's or tick's.
+func (c *Client) endInput(err error) {
+	in := &c.in
+
+	// A client that has only closed its own side may still wait for its Take's answer.
+	if !errors.Is(err, io.EOF) {
+		c.stopWaiting(dropTake)
+	}
+
+	switch {
+	case !c.await(): // await has noted the reason
+	case errors.Is(err, io.EOF):
+		// The last line may be torn, so it is not run.
+		if in.pending > 0 {
+			in.line++
+			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
+				c.answerFault(tooLong(c.server.maxLine))
+			} else {
+				c.answerFault("the last line has no newline at its end, so it was not run")
+			}
+		}
+		c.end(itClosed)
+
+	case c.server.isClosing(): // which is why Read ended
+		c.end(weClose)
+
+	// A line that is being skipped was counted and answered when that began.
+	case err == errUnended && !in.skipping:
+		in.line++
+		c.answerFault(err.Error())
+	}
+
+	// This is the reason if there was none before.
+	c.end(err.Error())
+}
+
+// tellLoss tells a client that leaves how many replies it lost since its last PONG. No chain is
+// under way.
+func (c *Client) tellLoss() {
+	// For any other reason the connection is broken, or the server ends it.
+	lost := c.outbox.lostSincePong
+	if lost == 0 || c.reason != itClosed && c.reason != itQuit {
+		return
+	}
+
+	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
+		"Ack none is", lost)
+	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
+}
+
+// depart tells workLoop that one of the client's goroutines has ended.
+func (c *Client) depart() {
+	c.server.queries <- &Query{queryType: depart, client: c}
 }
 
 // ---- Keys and Dump
