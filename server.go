@@ -226,154 +226,6 @@ func (s *seldom) happened() (n int) {
 	return n
 }
 
-// round is the time for which workLoop works before it commits and answers: the turns of some clients.
-type round struct {
-	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
-	began, looked time.Duration // when the round began, and when charge last looked at the clock
-	over          bool
-}
-
-// now is the time since epoch.
-func (r *round) now() time.Duration { return time.Since(r.epoch) }
-
-// begin starts a round.
-func (r *round) begin() {
-	r.began = r.now()
-	r.looked, r.over = r.began, false
-}
-
-// charge adds the time since the last look at the clock to the spent time of the client that has sh.
-// A time that is far longer than usual, though no list was searched, is a stall of the system and
-// not the client's fault, so only a part of it counts.
-func (r *round) charge(sh *share, searched bool) {
-	now := r.now()
-	took := now - r.looked
-	counted := min(took, maxRound) // or each other client could have as much time first
-	if !searched {
-		counted = min(counted, 2*sh.cost+maxLead)
-	}
-
-	sh.spent += counted
-	sh.cost = (sh.cost + counted) / 2
-
-	// A look at the clock costs time as well, so looks become rarer while requests are short.
-	sh.stride = min(2*max(sh.stride, 1), maxStride)
-	if took >= longTime {
-		sh.stride = 1
-	}
-
-	// Others wait until the round is over, so it is shorter for a heavy client.
-	limit := maxRound
-	if sh.isHeavy() {
-		limit = maxHeavyRound
-	}
-	r.looked, r.over = now, now-r.began > limit
-}
-
-// share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
-// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept near
-// floor, which rises as turns are given (schedule, charge): so a client that was quiet goes before one
-// that has spent much, and nobody waits for ever.
-type share struct {
-	spent  time.Duration // 0: the client is new
-	cost   time.Duration // between two looks at the clock: a moving average
-	stride int           // requests between two looks
-
-	chain, next *Query // the chain that waits for its turn, and its first request that has not run
-
-	wroteIn  int  // the number of the last batch in which the client wrote (gathering)
-	isSteady bool // it also wrote in one of the two batches before that
-}
-
-// finish is what the client has spent, and what it will most likely spend until the next look at the
-// clock.
-func (s *share) finish() time.Duration { return s.spent + s.cost }
-
-// isHeavy reports whether the client's requests of late take long.
-func (s *share) isHeavy() bool { return s.cost >= longTime }
-
-// turnQueue holds the clients whose chains wait for a turn, as a heap (container/heap) by finish.
-type turnQueue []*Client
-
-func (t turnQueue) Len() int           { return len(t) }
-func (t turnQueue) Less(i, j int) bool { return t[i].share.finish() < t[j].share.finish() }
-func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
-func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
-
-func (t *turnQueue) Pop() any {
-	last := len(*t) - 1
-	c := (*t)[last]
-	(*t)[last] = nil
-	*t = (*t)[:last]
-	return c
-}
-
-// gathering lets a batch of writes wait, before a slow Commit, for the clients that write in nearly
-// every batch. Otherwise one half of the clients would send while the other half waits for the
-// disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
-// Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
-type gathering struct {
-	number   int              // of the batch, counting only batches that write
-	writes   bool             // the batch has a write
-	steady   int              // clients that wrote in it and in one of the two batches before
-	missing  int              // steady clients of the last batch that have not come back
-	took     time.Duration    // for the last batch's Commit
-	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
-	timedOut bool             // timer has fired
-	skip     int              // how many batches are not to wait, because waits were in vain
-	vain     int              // what skip was after the last wait in vain; 0: the last wait was not
-}
-
-// came notes that the client that has sh has written in the batch.
-func (g *gathering) came(sh *share) {
-	g.left(sh)
-	g.writes = true
-	sh.isSteady, sh.wroteIn = g.number-sh.wroteIn <= 2, g.number
-	if sh.isSteady {
-		g.steady++
-	}
-}
-
-// left notes that the batch need not wait for the client that has sh.
-func (g *gathering) left(sh *share) {
-	if sh.isSteady && sh.wroteIn == g.number-1 {
-		g.missing--
-	}
-	sh.isSteady = false
-}
-
-// mustWait reports whether the batch is to wait. It sets the timer that ends the wait.
-func (g *gathering) mustWait() bool {
-	switch {
-	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
-		return false
-	case g.timer != nil:
-		return true
-	case g.skip > 0:
-		g.skip--
-		return false
-	}
-	g.timer = time.After(min(g.took/2, maxRound))
-	return true
-}
-
-// committed notes how long the batch's Commit took, and begins the next batch.
-func (g *gathering) committed(took time.Duration) {
-	if !g.writes {
-		return
-	}
-
-	// The clients came too late, so the wait was of no use: wait less and less often.
-	switch {
-	case g.timedOut:
-		g.vain = min(2*g.vain+1, maxVain)
-		g.skip = g.vain
-	case g.timer != nil:
-		g.vain = 0
-	}
-	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
-}
-
 // New returns a server of db. The server owns db from Start until Close returns. With a nil db Start
 // returns an error. The server logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
@@ -851,6 +703,156 @@ func (s *keyValueServer) dispatch(q *Query) {
 	}
 }
 
+// ---- whose turn it is
+
+// round is the time for which workLoop works before it commits and answers: the turns of some clients.
+type round struct {
+	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
+	began, looked time.Duration // when the round began, and when charge last looked at the clock
+	over          bool
+}
+
+// now is the time since epoch.
+func (r *round) now() time.Duration { return time.Since(r.epoch) }
+
+// begin starts a round.
+func (r *round) begin() {
+	r.began = r.now()
+	r.looked, r.over = r.began, false
+}
+
+// charge adds the time since the last look at the clock to the spent time of the client that has sh.
+// A time that is far longer than usual, though no list was searched, is a stall of the system and
+// not the client's fault, so only a part of it counts.
+func (r *round) charge(sh *share, searched bool) {
+	now := r.now()
+	took := now - r.looked
+	counted := min(took, maxRound) // or each other client could have as much time first
+	if !searched {
+		counted = min(counted, 2*sh.cost+maxLead)
+	}
+
+	sh.spent += counted
+	sh.cost = (sh.cost + counted) / 2
+
+	// A look at the clock costs time as well, so looks become rarer while requests are short.
+	sh.stride = min(2*max(sh.stride, 1), maxStride)
+	if took >= longTime {
+		sh.stride = 1
+	}
+
+	// Others wait until the round is over, so it is shorter for a heavy client.
+	limit := maxRound
+	if sh.isHeavy() {
+		limit = maxHeavyRound
+	}
+	r.looked, r.over = now, now-r.began > limit
+}
+
+// share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
+// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept near
+// floor, which rises as turns are given (schedule, charge): so a client that was quiet goes before one
+// that has spent much, and nobody waits for ever.
+type share struct {
+	spent  time.Duration // 0: the client is new
+	cost   time.Duration // between two looks at the clock: a moving average
+	stride int           // requests between two looks
+
+	chain, next *Query // the chain that waits for its turn, and its first request that has not run
+
+	wroteIn  int  // the number of the last batch in which the client wrote (gathering)
+	isSteady bool // it also wrote in one of the two batches before that
+}
+
+// finish is what the client has spent, and what it will most likely spend until the next look at the
+// clock.
+func (s *share) finish() time.Duration { return s.spent + s.cost }
+
+// isHeavy reports whether the client's requests of late take long.
+func (s *share) isHeavy() bool { return s.cost >= longTime }
+
+// turnQueue holds the clients whose chains wait for a turn, as a heap (container/heap) by finish.
+type turnQueue []*Client
+
+func (t turnQueue) Len() int           { return len(t) }
+func (t turnQueue) Less(i, j int) bool { return t[i].share.finish() < t[j].share.finish() }
+func (t turnQueue) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
+func (t *turnQueue) Push(c any)        { *t = append(*t, c.(*Client)) }
+
+func (t *turnQueue) Pop() any {
+	last := len(*t) - 1
+	c := (*t)[last]
+	(*t)[last] = nil
+	*t = (*t)[:last]
+	return c
+}
+
+// gathering lets a batch of writes wait, before a slow Commit, for the clients that write in nearly
+// every batch. Otherwise one half of the clients would send while the other half waits for the
+// disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
+// Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
+type gathering struct {
+	number   int              // of the batch, counting only batches that write
+	writes   bool             // the batch has a write
+	steady   int              // clients that wrote in it and in one of the two batches before
+	missing  int              // steady clients of the last batch that have not come back
+	took     time.Duration    // for the last batch's Commit
+	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
+	timedOut bool             // timer has fired
+	skip     int              // how many batches are not to wait, because waits were in vain
+	vain     int              // what skip was after the last wait in vain; 0: the last wait was not
+}
+
+// came notes that the client that has sh has written in the batch.
+func (g *gathering) came(sh *share) {
+	g.left(sh)
+	g.writes = true
+	sh.isSteady, sh.wroteIn = g.number-sh.wroteIn <= 2, g.number
+	if sh.isSteady {
+		g.steady++
+	}
+}
+
+// left notes that the batch need not wait for the client that has sh.
+func (g *gathering) left(sh *share) {
+	if sh.isSteady && sh.wroteIn == g.number-1 {
+		g.missing--
+	}
+	sh.isSteady = false
+}
+
+// mustWait reports whether the batch is to wait. It sets the timer that ends the wait.
+func (g *gathering) mustWait() bool {
+	switch {
+	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
+		return false
+	case g.timer != nil:
+		return true
+	case g.skip > 0:
+		g.skip--
+		return false
+	}
+	g.timer = time.After(min(g.took/2, maxRound))
+	return true
+}
+
+// committed notes how long the batch's Commit took, and begins the next batch.
+func (g *gathering) committed(took time.Duration) {
+	if !g.writes {
+		return
+	}
+
+	// The clients came too late, so the wait was of no use: wait less and less often.
+	switch {
+	case g.timedOut:
+		g.vain = min(2*g.vain+1, maxVain)
+		g.skip = g.vain
+	case g.timer != nil:
+		g.vain = 0
+	}
+	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
+}
+
 // schedule runs chain, or lines it up to wait for its turn if its client has had more of workLoop's
 // time than others.
 func (s *keyValueServer) schedule(chain *Query) {
@@ -1147,47 +1149,6 @@ func (s *keyValueServer) deleteExpired(key string) error {
 	return nil
 }
 
-// lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use
-// half of the reserve, because while there is a snapshot even such a write copies memory.
-func (s *keyValueServer) lacksMemory(q *Query) bool {
-	s.noteMemory()
-	if s.budget.fits(q.memory(), 0) {
-		return false
-	}
-
-	// Count room that was freed inside slabs, too. It is used again.
-	return !s.budget.fits(q.memory()-s.db.Reclaim(), 0) &&
-		!(s.budget.fits(0, s.budget.reserve/2) && q.makesLess(s.db))
-}
-
-// collect starts a collection, at most once in collectTime: until the next collection, memory that
-// nobody uses any more, such as values of a reply, counts as data.
-func (s *keyValueServer) collect() {
-	if now := time.Now(); now.Sub(s.collectedAt) >= collectTime {
-		s.collectedAt = now
-		go runtime.GC()
-	}
-}
-
-// noteMemory tells the budget how many bytes the store and the clients take.
-func (s *keyValueServer) noteMemory() {
-	perClient := memoryPerClient
-	if s.tls != nil {
-		perClient += memoryOfTLS
-	}
-	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
-}
-
-// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.
-// The collector alone would wait for minutes while nothing is allocated.
-func (s *keyValueServer) freeMemory() {
-	now := s.budget.store.Load()
-	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
-		s.largest = now
-		go debug.FreeOSMemory()
-	}
-}
-
 // ---- budget: -max-memory and -max-queues
 
 // budget says how much memory there is for the data and for what clients make the server hold. Many
@@ -1380,6 +1341,47 @@ func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 		return false
 	}
 	return true
+}
+
+// lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use
+// half of the reserve, because while there is a snapshot even such a write copies memory.
+func (s *keyValueServer) lacksMemory(q *Query) bool {
+	s.noteMemory()
+	if s.budget.fits(q.memory(), 0) {
+		return false
+	}
+
+	// Count room that was freed inside slabs, too. It is used again.
+	return !s.budget.fits(q.memory()-s.db.Reclaim(), 0) &&
+		!(s.budget.fits(0, s.budget.reserve/2) && q.makesLess(s.db))
+}
+
+// collect starts a collection, at most once in collectTime: until the next collection, memory that
+// nobody uses any more, such as values of a reply, counts as data.
+func (s *keyValueServer) collect() {
+	if now := time.Now(); now.Sub(s.collectedAt) >= collectTime {
+		s.collectedAt = now
+		go runtime.GC()
+	}
+}
+
+// noteMemory tells the budget how many bytes the store and the clients take.
+func (s *keyValueServer) noteMemory() {
+	perClient := memoryPerClient
+	if s.tls != nil {
+		perClient += memoryOfTLS
+	}
+	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
+}
+
+// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.
+// The collector alone would wait for minutes while nothing is allocated.
+func (s *keyValueServer) freeMemory() {
+	now := s.budget.store.Load()
+	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
+		s.largest = now
+		go debug.FreeOSMemory()
+	}
 }
 
 // semaphore limits how many goroutines at a time have something that is scarce.
