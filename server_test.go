@@ -2860,7 +2860,7 @@ func TestTurnsBesideStalls(t *testing.T) {
 
 // Ensure that a client that asks for little waits for one or two turns of other clients, not for
 // one of each, whether they send one long request at a time, a short one between two long ones, or
-// many in one chain; and that the others get equal shares.
+// many in one chain, and most often for none behind it; and that the others get equal shares.
 func TestTurnsOfLightClients(t *testing.T) {
 	t.Parallel()
 	const others, takes = 100, 2 * time.Millisecond
@@ -2900,10 +2900,13 @@ func TestTurnsOfLightClients(t *testing.T) {
 			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
 				pass(takes) // until each is known to ask for more than a little
 			}
-			for range 200 {
+			const asks = 200
+			began := time.Now()
+			for range asks {
 				pass(3 * takes / 7)
 				within(t, 0, 2*takes, func() { victim.ask("Put:x:y\nDelete:x\nPing", ":PONG") })
 			}
+			between(t, "time that it has waited", time.Since(began)-asks*(3*takes/7), 0, asks*takes*3/4)
 			pass(time.Duration(5*others*updates) * takes)
 			least, most := span()
 			if least < 4 || most > 3*least { // none starves
@@ -5539,6 +5542,27 @@ func TestOutboxNeverWaits(t *testing.T) {
 		size := c.outbox.measure(q)
 		c.outbox.reply(q, size, true) // as answer does if it found the queues below their limit
 		equal(t, "messages that are queued", len(c.buffer), 2)
+	})
+}
+
+// Ensure that the messages of a long reply are small while all queues are at their limit, because
+// each client that reads nothing keeps two of them.
+func TestOutboxMessagesAreSmallAtTheLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = 1
+		s.budget.queued.Store(1)
+		c, done := unwritten(s), make(chan struct{})
+		go func() {
+			values := slices.Repeat([]string{strings.Repeat("v", kilo)}, 100)
+			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
+			close(done)
+		}()
+		for synctest.Wait(); len(c.buffer) > 0; synctest.Wait() {
+			between(t, "bytes of a message", cap(<-c.buffer), 1, chunkSize)
+			c.tellRoom()
+		}
+		<-done
 	})
 }
 
