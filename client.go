@@ -1604,10 +1604,6 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case o.slow && mayDrop:
 		return isDropped, ""
 
-	// The client is cut off already, and writeToClient has not emptied buffer yet.
-	case o.cutFor != "":
-		return waits, ""
-
 	case o.slow && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
