@@ -1596,10 +1596,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	switch {
 	// With nothing queued a reply may always begin, because no Write is under way whose end could
 	// tell of room.
-	case waiting == 0:
-		return isQueued, ""
-
-	case hasRoom && !noneMore:
+	case waiting == 0 || hasRoom && !noneMore:
 		return isQueued, ""
 	case o.slow && mayDrop:
 		return isDropped, ""
