@@ -401,8 +401,9 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		}
 
 		// A line that is no request keeps its place: its error is answered in turn.
-		in.queries = append(in.queries, Query{client: c, line: in.line})
+		in.queries = append(in.queries, Query{})
 		q := &in.queries[len(in.queries)-1]
+		q.client, q.line = c, in.line
 		isLong := len(line) > c.server.maxLine
 		if isLong {
 			q.refuse(tooLong(c.server.maxLine))
