@@ -99,7 +99,13 @@ func (e entry) key() []byte {
 	return key
 }
 
-func (e entry) hasKey(key string) bool { return string(e.key()) == key }
+func (e entry) hasKey(key string) bool {
+	// A short key is compared without a call of parts, because most requests do this.
+	if n := len(key); n < 0x80 {
+		return int(e[0]) == n && string(e[1:n+1]) == key
+	}
+	return string(e.key()) == key
+}
 
 // list returns how many values a short list has, its deadline (0: none), and the bytes from the
 // first length on.
