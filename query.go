@@ -436,9 +436,11 @@ func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
 // lookUp returns the queryType of the verb that word is, in any letter case; malformed if it is no
 // verb.
 func lookUp(word string) queryType {
-	// There are so few names that a hash table would not be faster.
+	// There are so few names that a hash table would not be faster. (Without [:] the loop would
+	// first copy them.)
 	packed := pack(word)
-	for t, name := range names {
+	// (Without [:] the loop would make a copy of names.)
+	for t, name := range names[:] {
 		if name == packed {
 			return queryType(t)
 		}
@@ -615,7 +617,9 @@ func oneSlip(a, b string) bool {
 
 // run does the request to db, and keeps the result in q.
 func (q *Query) run(db kvstore.Store, now clock) {
-	if run := q.row().run; run != nil {
+	// Without a call of row the compiler copies this to where it is called, in each request's way.
+	// With a call of row this would be too much for the compiler to inline.
+	if run := verbs[q.queryType].run; run != nil {
 		run(q, db, now)
 	}
 }
