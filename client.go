@@ -448,10 +448,10 @@ func (c *Client) endIfForeign(q *Query, line string, isLong bool) {
 	case isLong:
 		c.end(speaksNothing)
 	case isHTTP(line):
-		q.queryType, q.value = foreign, badRequest
+		q.queryType, q.args[0] = foreign, badRequest
 		c.end(speaksHTTP)
 	case isRESP(line):
-		q.queryType, q.value = foreign, badRESP
+		q.queryType, q.args[0] = foreign, badRESP
 		c.end(speaksRESP)
 	}
 }
@@ -904,7 +904,7 @@ func (c *Client) tellLoss() {
 
 	why := fmt.Sprintf("%d replies were dropped, for nothing was read for over a second; after "+
 		"Ack none is", lost)
-	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, value: why})
+	c.outbox.replyAll(&Query{queryType: lastWord, line: c.in.line, args: [2]string{why}})
 }
 
 // depart tells workLoop that one of the client's goroutines has ended.
@@ -959,8 +959,8 @@ func (c *Client) list(q *Query) {
 		return
 	}
 	if q.snapshot == nil {
-		c.outbox.replyAll(&Query{queryType: lastWord, value: "this store cannot list its keys",
-			line: q.line})
+		c.outbox.replyAll(&Query{queryType: lastWord, line: q.line,
+			args: [2]string{"this store cannot list its keys"}})
 		return
 	}
 
@@ -1003,7 +1003,7 @@ func (l *listing) walk(see func(key string) bool) bool {
 			}
 		}
 
-		if strings.HasPrefix(key, l.value) && !see(key) {
+		if strings.HasPrefix(key, l.value()) && !see(key) {
 			return false
 		}
 	}
@@ -1015,7 +1015,7 @@ func (l *listing) countWanted() bool {
 	// With few keys, or if all are asked for and fit, there is nothing to find out.
 	l.wanted, l.n = l.n, 0
 	fits := int64(l.wanted)*stringSize <= l.client.server.budget.forList()
-	if l.wanted >= 0 && (l.wanted <= l.client.server.budget.fewKeys || fits && l.value == "") {
+	if l.wanted >= 0 && (l.wanted <= l.client.server.budget.fewKeys || fits && l.value() == "") {
 		return true
 	}
 
@@ -1195,7 +1195,7 @@ func (l *listing) replies(found []string) *Query {
 	for _, key := range found {
 		chain = append(chain, Query{client: l.client, queryType: pair, key: key})
 		q := &chain[len(chain)-1]
-		q.values = l.snapshot.View(q.few[:0], key)
+		q.values = l.snapshot.View(q.args[:0], key)
 
 		if at, goes := l.snapshot.Deadline(key); goes {
 			chain = append(chain, Query{client: l.client, queryType: pairTime, key: key,
@@ -1458,7 +1458,7 @@ func (o *outbox) shed() (acked bool) {
 			o.lists -= q.listSize()
 			o.budget.queued.Add(-q.listSize())
 			o.pin(o.pinned - q.pinnedSize())
-			q.values, q.few, q.size = nil, [2]string{}, -q.size
+			q.values, q.args, q.size = nil, [2]string{}, -q.size
 		}
 	}
 	return acked

@@ -478,7 +478,7 @@ func refusal(line string) string {
 	if q.parse(line); q.queryType != malformed {
 		return ""
 	}
-	return q.value
+	return q.value()
 }
 
 // checkFlags returns which flags exclude each other, or are not for this process, a server or a

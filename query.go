@@ -15,19 +15,21 @@ import (
 // workLoop, such as that a goroutine has ended. One goroutine at a time owns a Query; the channels
 // queries and done pass it on.
 type Query struct {
-	key       string // also: the address of a failed TLS handshake
-	value     string // also: an Update's old value, a Keys' prefix, a Ping's token, an error
+	key string // also: the address of a failed TLS handshake
+
+	// The arguments behind the key: value and newValue. A Get, a Take and a pair have none, so up
+	// to two values of their result are made in this place.
+	args [2]string
+
 	queryType queryType
 	kept      bool   // keep was called
 	seconds   uint32 // of an Expire or a Lease, or for which a Take waits; 0: it does not wait
 	client    *Client
-	newValue  string
 
-	line   int       // its number in the client's input, counted from 1
-	values []string  // the result: a key's list, or lines of Help, Stats, Keys or Dump
-	few    [2]string // memory for values, if there are at most two
-	bytes  int       // of all values together
-	n      int       // what was done, as in ":OK n"
+	line   int      // its number in the client's input, counted from 1
+	values []string // the result: a key's list, or lines of Help, Stats, Keys or Dump
+	bytes  int      // of all values together
+	n      int      // what was done, as in ":OK n"
 
 	// A burst of requests travels as one chain, for the price of one send: the channel carries its
 	// head, and next links the rest.
@@ -36,6 +38,13 @@ type Query struct {
 
 	*special // nil for most requests
 }
+
+// value is the argument behind the key, or the old one of two. It is also a Keys' prefix, a Ping's
+// token, or an error.
+func (q *Query) value() string { return q.args[0] }
+
+// newValue is what an Update or a Swap adds.
+func (q *Query) newValue() string { return q.args[1] }
 
 // special has the fields that few requests need. They are not part of Query because chains are
 // long, and a smaller Query is less memory to go through.
@@ -170,7 +179,7 @@ var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
 		does:  "add value to the key's list, colons allowed",
 		parse: parseKeyValue, effect: adds,
-		run: func(q *Query, db kvstore.Store, _ clock) { db.Put(q.key, q.value); q.n = 1 }},
+		run: func(q *Query, db kvstore.Store, _ clock) { db.Put(q.key, q.value()); q.n = 1 }},
 
 	get: {name: "Get", form: "Get:key", needs: needsKey,
 		does:  "the key's values, oldest first, as key:value lines",
@@ -190,19 +199,19 @@ var verbs = [queryTypes]verb{
 	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
 		does:  "replace the key's list by value, colons allowed",
 		parse: parseKeyValue, effect: adds, shrinks: setShrinks,
-		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Set(q.key, q.value) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Set(q.key, q.value()) }},
 
 	remove: {name: "Remove", form: "Remove:key:value", needs: "a key and a value",
 		does:  "remove the first equal value, colons allowed",
 		parse: parseKeyValue, effect: frees, searches: true, tells: true,
-		run: func(q *Query, db kvstore.Store, _ clock) { q.n = times(db.Remove(q.key, q.value)) }},
+		run: func(q *Query, db kvstore.Store, _ clock) { q.n = times(db.Remove(q.key, q.value())) }},
 
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "Update if old is there; after Ack :OK 1, else :OK 0",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
-			if db.Has(q.key, q.value) {
+			if db.Has(q.key, q.value()) {
 				runUpdate(q, db, nil)
 			}
 		}},
@@ -212,7 +221,7 @@ var verbs = [queryTypes]verb{
 		parse: parseKeyValue, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
-				db.Put(q.key, q.value)
+				db.Put(q.key, q.value())
 				q.n = 1
 			}
 		}},
@@ -223,7 +232,7 @@ var verbs = [queryTypes]verb{
 		parse: parseLease, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, now clock) {
 			if q.mayExpire(db) && db.Count(q.key) == 0 {
-				db.PutUntil(q.key, q.value, q.deadline(now))
+				db.PutUntil(q.key, q.value(), q.deadline(now))
 				q.n = 1
 			}
 		}},
@@ -235,8 +244,7 @@ var verbs = [queryTypes]verb{
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			value, ok := db.Take(q.key)
 			if q.n = times(ok); ok {
-				q.few[0], q.bytes = value, len(value)
-				q.values = q.few[:1]
+				q.values, q.bytes = append(q.args[:0], value), len(value)
 			}
 		}},
 
@@ -323,7 +331,7 @@ func (q *Query) parse(line string) {
 	// An unknown word may be a typing error, or another program's verb, so the error has a hint.
 	q.queryType = lookUp(word)
 	if q.queryType == malformed {
-		q.value = "unknown request " + quote(line) + didYouMean(line)
+		q.refuse("unknown request " + quote(line) + didYouMean(line))
 		return
 	}
 
@@ -362,7 +370,7 @@ func parseKey(q *Query, arguments string) bool {
 
 // parseKeyValue allows colons in the value.
 func parseKeyValue(q *Query, arguments string) (ok bool) {
-	q.key, q.value, ok = cutColon(arguments)
+	q.key, q.args[0], ok = cutColon(arguments)
 	return ok && q.key != ""
 }
 
@@ -371,7 +379,7 @@ func parseKeyOldNew(q *Query, arguments string) bool {
 	oldValue, newValue, two := cutColon(values)
 
 	// With a third colon nobody could tell where the old value ends.
-	q.key, q.value, q.newValue = key, oldValue, newValue
+	q.key, q.args = key, [2]string{oldValue, newValue}
 	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
 }
 
@@ -382,7 +390,7 @@ func parseLease(q *Query, arguments string) bool {
 	key, rest, one := cutColon(arguments)
 	seconds, value, two := cutColon(rest)
 
-	q.key, q.value = key, value
+	q.key, q.args[0] = key, value
 	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
 }
 
@@ -414,19 +422,19 @@ func (q *Query) parseSeconds(text string, least, most uint64) bool {
 
 // parsePrefix treats a missing prefix as an empty one.
 func parsePrefix(q *Query, arguments string) bool {
-	q.value = arguments
+	q.args[0] = arguments
 	return strings.IndexByte(arguments, ':') < 0
 }
 
 // parseToken allows any token.
 func parseToken(q *Query, arguments string) bool {
-	q.value = arguments
+	q.args[0] = arguments
 	return true
 }
 
 // refuse makes q malformed, for the reason why.
 func (q *Query) refuse(why string) {
-	q.queryType, q.key, q.value, q.newValue = malformed, "", why, ""
+	q.queryType, q.key, q.args = malformed, "", [2]string{why}
 	q.seconds = 0
 }
 
@@ -439,7 +447,6 @@ func lookUp(word string) queryType {
 	// There are so few names that a hash table would not be faster. (Without [:] the loop would
 	// first copy them.)
 	packed := pack(word)
-	// (Without [:] the loop would make a copy of names.)
 	for t, name := range names[:] {
 		if name == packed {
 			return queryType(t)
@@ -617,7 +624,6 @@ func oneSlip(a, b string) bool {
 
 // run does the request to db, and keeps the result in q.
 func (q *Query) run(db kvstore.Store, now clock) {
-	// Without a call of row the compiler copies this to where it is called, in each request's way.
 	// With a call of row this would be too much for the compiler to inline.
 	if run := verbs[q.queryType].run; run != nil {
 		run(q, db, now)
@@ -625,7 +631,7 @@ func (q *Query) run(db kvstore.Store, now clock) {
 }
 
 func runGet(q *Query, db kvstore.Store, _ clock) {
-	q.values = db.View(q.few[:0], q.key)
+	q.values = db.View(q.args[:0], q.key)
 
 	// The store knows the size of a long list (fewValues).
 	if q.n = len(q.values); q.n <= fewValues {
@@ -636,7 +642,7 @@ func runGet(q *Query, db kvstore.Store, _ clock) {
 }
 
 func runUpdate(q *Query, db kvstore.Store, _ clock) {
-	q.n = times(db.Update(q.key, q.value, q.newValue))
+	q.n = times(db.Update(q.key, q.value(), q.newValue()))
 }
 
 func runList(q *Query, db kvstore.Store, now clock) {
@@ -738,7 +744,7 @@ func (q *Query) keep() {
 	if q.row().effect == reads && !q.kept && len(q.values) > 0 && q.bytes <= kvstore.ViewMost {
 		q.kept = true
 		q.values = kvstore.CloneAll(q.values)
-		q.few = [2]string{}
+		q.args = [2]string{}
 	}
 }
 
@@ -755,9 +761,9 @@ func (q *Query) frees() bool { return q.row().effect == frees }
 // memory is about how many bytes q, a write, may add to the store.
 func (q *Query) memory() int64 {
 	// An Update takes value out, and adds newValue.
-	added := q.value
+	added := q.value()
 	if q.row().effect == replaces {
-		added = q.newValue
+		added = q.newValue()
 	}
 
 	return int64(len(q.key)+len(added)) + memoryPerPair
@@ -770,12 +776,12 @@ func (q *Query) makesLess(db kvstore.Store) bool {
 }
 
 func updateShrinks(q *Query, db kvstore.Store) bool {
-	return len(q.newValue) <= len(q.value) && db.Has(q.key, q.value)
+	return len(q.newValue()) <= len(q.value()) && db.Has(q.key, q.value())
 }
 
 // swapShrinks is also true if the old value is not there, because then a Swap does nothing.
 func swapShrinks(q *Query, db kvstore.Store) bool {
-	return len(q.newValue) <= len(q.value) || !db.Has(q.key, q.value)
+	return len(q.newValue()) <= len(q.value()) || !db.Has(q.key, q.value())
 }
 
 // addShrinks is true if the key has a value, because then an Add or a Lease does nothing.
@@ -792,7 +798,7 @@ func setShrinks(q *Query, db kvstore.Store) bool {
 
 	// A new key takes memory even if its value is empty. A key may have only empty values.
 	isThere := before > 0 || db.Has(q.key, "")
-	return isThere && int64(len(q.value)) <= before
+	return isThere && int64(len(q.value())) <= before
 }
 
 // ---- formatting
@@ -854,7 +860,7 @@ func (q *Query) endSize(acked bool) int {
 	case end == endFollow || end == endAcked && !acked:
 		return 0
 	case end > endOK:
-		return maxNumbers + len(q.value)
+		return maxNumbers + len(q.value())
 
 	// Nearly always: a bound that is close lets workLoop answer a long chain itself.
 	case q.n < 10:
@@ -883,21 +889,21 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 		b = strconv.AppendInt(b, int64(q.n), 10)
 
 	case endForeign:
-		return append(b, q.value...)
+		return append(b, q.value()...)
 
 	// Writes are silent before Ack, so an error names its line.
 	case endError:
 		b = append(b, ":ERROR line "...)
 		b = strconv.AppendInt(b, int64(q.line), 10)
 		b = append(b, ": "...)
-		b = append(b, q.value...)
+		b = append(b, q.value()...)
 
 	// Only a PONG says how many replies were lost.
 	case endPong:
 		b = append(b, ":PONG"...)
-		if q.value != "" {
+		if q.value() != "" {
 			b = append(b, ' ')
-			b = append(b, q.value...)
+			b = append(b, q.value()...)
 		}
 
 		if dropped > 0 {

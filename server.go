@@ -467,7 +467,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	if err != nil {
 		guest.Close()
 		s.queries <- &Query{queryType: handshakeFailed, key: fmt.Sprint(guest.RemoteAddr()),
-			value: err.Error()}
+			args: [2]string{err.Error()}}
 		return
 	}
 
@@ -586,8 +586,8 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	}
 
 	// The message looks like any other error.
-	why := Query{queryType: malformed, value: fmt.Sprintf("server is full (%d clients)",
-		s.maxClients)}
+	var why Query
+	why.refuse(fmt.Sprintf("server is full (%d clients)", s.maxClients))
 	message := why.appendEnd(nil, false, 0)
 
 	// Rejected clients have at most maxRejecting goroutines.
@@ -695,7 +695,7 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case handshakeFailed:
 		if n := s.badHandshakes.happened(); n > 0 {
 			s.log.Info("TLS handshakes failed", "since_last_line", n, "addr", q.key,
-				"reason", q.value)
+				"reason", q.value())
 		}
 
 	default:
@@ -1078,7 +1078,7 @@ func (s *keyValueServer) admit(q *Query) {
 	}
 
 	// The log has the key of a Lease twice.
-	bytes := int64(2*len(q.key) + len(q.value) + len(q.newValue))
+	bytes := int64(2*len(q.key) + len(q.value()) + len(q.newValue()))
 	if err := s.db.Room(bytes, q.frees()); err != nil {
 		why, todo := "the disk is full", "; make room"
 		if !storage.IsFull(err) {

@@ -5608,7 +5608,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 		c.answer(chain)
 		synctest.Wait()
 		for q := chain; q != nil; q = q.next {
-			if shared(q) || q.few[0] != "" {
+			if shared(q) || q.args[0] != "" {
 				t.Error("a list that waits shares the store's memory")
 			}
 		}
@@ -5663,7 +5663,7 @@ func TestOutboxMeasuresAtLeastTheReply(t *testing.T) {
 	for kind := range queryType(queryTypes) {
 		for _, n := range []int{0, 9, 10, math.MaxInt} {
 			for _, values := range [][]string{nil, {"", "v", "w\r"}} {
-				q := &Query{queryType: kind, key: "key", value: "value", line: n, n: n,
+				q := &Query{queryType: kind, key: "key", args: [2]string{"value"}, line: n, n: n,
 					values: values, bytes: kvstore.SizeOf(values)}
 				var lines []byte
 				for _, v := range values {
@@ -6538,7 +6538,7 @@ func TestHintsAreCheap(t *testing.T) {
 		line := strings.Repeat(piece, 1<<20/len(piece))
 		var q Query
 		bytes := allocated(func() { q.parse(line) })
-		between(t, "bytes for "+q.value, bytes, 0, 8<<10)
+		between(t, "bytes for "+q.value(), bytes, 0, 8<<10)
 	}
 }
 
