@@ -1480,7 +1480,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 	}
 
 	for _, v := range values {
-		if len(msg)+q.lineSize(v) <= o.piece {
+		if len(msg)+q.lineExtra()+len(v) <= o.piece {
 			msg = q.appendLine(msg, v)
 			continue
 		}

@@ -194,7 +194,9 @@ var verbs = [queryTypes]verb{
 		needs: "a key, an old and a new value, none with a colon in it",
 		does:  "remove the first old, add new at the end",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: updateShrinks,
-		run: runUpdate},
+		run: func(q *Query, db kvstore.Store, _ clock) {
+			q.n = times(db.Update(q.key, q.value(), q.newValue()))
+		}},
 
 	set: {name: "Set", form: "Set:key:value", needs: "a key and a value",
 		does:  "replace the key's list by value, colons allowed",
@@ -211,9 +213,7 @@ var verbs = [queryTypes]verb{
 		does:  "Update if old is there; after Ack :OK 1, else :OK 0",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
-			if db.Has(q.key, q.value()) {
-				runUpdate(q, db, nil)
-			}
+			q.n = times(db.Has(q.key, q.value()) && db.Update(q.key, q.value(), q.newValue()))
 		}},
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
@@ -365,7 +365,7 @@ func cutColon(s string) (before, after string, found bool) {
 
 func parseKey(q *Query, arguments string) bool {
 	q.key = arguments
-	return isKey(arguments)
+	return arguments != "" && strings.IndexByte(arguments, ':') < 0
 }
 
 // parseKeyValue allows colons in the value.
@@ -434,12 +434,8 @@ func parseToken(q *Query, arguments string) bool {
 
 // refuse makes q malformed, for the reason why.
 func (q *Query) refuse(why string) {
-	q.queryType, q.key, q.args = malformed, "", [2]string{why}
-	q.seconds = 0
+	q.queryType, q.key, q.args, q.seconds = malformed, "", [2]string{why}, 0
 }
-
-// isKey reports whether s can be a key.
-func isKey(s string) bool { return s != "" && strings.IndexByte(s, ':') < 0 }
 
 // lookUp returns the queryType of the verb that word is, in any letter case; malformed if it is no
 // verb.
@@ -580,19 +576,12 @@ func didYouMean(line string) string {
 
 		// Do not offer a request that would be refused, or cannot be typed as it is shown.
 		try := verbs[t].name + ":" + strings.Join(args, ":")
-		if len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` && isRequest(try) {
+		if len(try) <= maxQuoted && strconv.Quote(try) == `"`+try+`"` && refusal(try) == "" {
 			return "; did you mean " + try + " ?"
 		}
 	}
 
 	return "; did you mean " + verbs[t].form + " ?"
-}
-
-// isRequest reports whether line, which begins with a verb, is a request.
-func isRequest(line string) bool {
-	var q Query
-	q.parse(line)
-	return q.queryType != malformed
 }
 
 // oneSlip reports whether a becomes b when one letter is added, left out or changed, or when two
@@ -639,10 +628,6 @@ func runGet(q *Query, db kvstore.Store, _ clock) {
 	} else {
 		q.bytes = int(db.Measure(q.key))
 	}
-}
-
-func runUpdate(q *Query, db kvstore.Store, _ clock) {
-	q.n = times(db.Update(q.key, q.value(), q.newValue()))
 }
 
 func runList(q *Query, db kvstore.Store, now clock) {
@@ -794,17 +779,10 @@ func expireShrinks(q *Query, db kvstore.Store) bool {
 }
 
 func setShrinks(q *Query, db kvstore.Store) bool {
-	before := db.Measure(q.key)
-
-	// A new key takes memory even if its value is empty. A key may have only empty values.
-	isThere := before > 0 || db.Has(q.key, "")
-	return isThere && int64(len(q.value())) <= before
+	return db.Count(q.key) > 0 && int64(len(q.value())) <= db.Measure(q.key)
 }
 
 // ---- formatting
-
-// lineSize is how many bytes appendLine appends, at most.
-func (q *Query) lineSize(value string) int { return q.lineExtra() + len(value) }
 
 // lineExtra is how many bytes appendLine appends besides the value, at most.
 func (q *Query) lineExtra() int {
@@ -812,18 +790,13 @@ func (q *Query) lineExtra() int {
 	return len(v.head) + len(q.key) + len(v.separator) + len("\r\n")
 }
 
-// lineEnd returns the end of the line for value.
-func (q *Query) lineEnd(value string) string {
-	if q.queryType == pair && trimCR(value) != value {
-		return "\r\n" // this CR is removed, and not value's, when the line comes back as a request
-	}
-	return "\n"
-}
-
 // parts returns the parts of the line for one of q.values.
 func (q *Query) parts(value string) [5]string {
-	v := q.row()
-	return [...]string{v.head, q.key, v.separator, value, q.lineEnd(value)}
+	v, end := q.row(), "\n"
+	if q.queryType == pair && trimCR(value) != value {
+		end = "\r\n" // this CR is removed, and not value's, when the line comes back as a request
+	}
+	return [...]string{v.head, q.key, v.separator, value, end}
 }
 
 // appendLine appends the line for one of q.values.
