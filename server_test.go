@@ -3841,6 +3841,7 @@ func TestMemoryLimit(t *testing.T) {
 			n.server.budget.other.Add(100)
 		}
 		refuse("Put:short:2")
+		refuse("Set:short:22") // longer than what it replaces
 		a.ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
 		a.ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
