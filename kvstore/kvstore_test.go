@@ -589,6 +589,21 @@ func TestRemovedValuesGo(t *testing.T) {
 	}
 }
 
+// Ensure that an entry is found by its whole key only, also at the length from which a length takes
+// two bytes.
+func TestEntryHasKey(t *testing.T) {
+	for _, n := range []int{1, 2, 126, 127, 128, 129, 300} {
+		key := strings.Repeat("k", n)
+		e := make(entry, entrySize(key, []string{"kk"}, 0))
+		writeEntry(e, key, []string{"kk"}, 0)
+		for _, other := range []string{key, key[1:], key + "k", key[1:] + "x", "x" + key[1:]} {
+			if got := e.hasKey(other); got != (other == key) {
+				t.Errorf("the entry of %d bytes: hasKey(%.9q of %d) = %v", n, other, len(other), got)
+			}
+		}
+	}
+}
+
 // Ensure that a search compares only values with the same hash, however long and alike the others
 // are.
 func TestSearchComparesLittle(t *testing.T) {
