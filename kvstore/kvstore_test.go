@@ -73,10 +73,13 @@ var (
 	MemorySteps  = memorySteps
 )
 
+// Fewer is storetest.Fewer. model_test.go sets it, because storetest imports this package.
+var Fewer func(n, of int) int
+
 // memorySteps returns how many random operations a test does: KVSTORE_STEPS if that is set, as in
-// .ci/run.
-func memorySteps(t *testing.T) (steps int) {
-	steps = 100_000
+// .ci/run. With the race detector a test does one in so many.
+func memorySteps(t *testing.T, of int) (steps int) {
+	steps = Fewer(100_000, of)
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
 		var err error
 		if steps, err = strconv.Atoi(text); err != nil {
@@ -311,8 +314,7 @@ func checkFootprint(t *testing.T, m *Memory) {
 
 // Ensure that the bytes of dead memory are bounded, whatever was stored before.
 func TestDeadMemoryIsBounded(t *testing.T) {
-	const many = 2000
-	value := strings.Repeat("v", ownSize+100)
+	many, value := Fewer(2000, 4), strings.Repeat("v", ownSize+100)
 	for name, before := range map[string]func(*Memory){
 		"nothing": func(*Memory) {},
 		"large values": func(m *Memory) {
@@ -344,12 +346,12 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			store, random := NewMemory(), rand.New(rand.NewPCG(3, 3))
 			before(store)
-			for i := range 50_000 {
+			for i := range Fewer(50_000, 4) {
 				store.Set(fmt.Sprint("k", random.IntN(7000)), value[:200])
 				if i%300 == 0 {
 					store.Set(fmt.Sprint("stay", i), "1")
 				}
-				if i%20_000 == 0 {
+				if i%10_000 == 0 {
 					checkFootprint(t, store)
 				}
 			}
@@ -365,7 +367,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 	all := strings.Repeat("v", 1<<20)
 	store := NewMemory()
 	var latest Snapshot
-	steps := memorySteps(t)
+	steps := memorySteps(t, 5)
 	for i := range steps {
 		// In turn: small values mostly, large ones, lists, and little but Deletes.
 		phase := i / (steps / 40)
@@ -407,7 +409,8 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 // Ensure that when memory is short, new values reuse the memory of deleted ones, also values of
 // another size, and that the store takes no more memory than before meanwhile.
 func TestReclaim(t *testing.T) {
-	const limit, size = 14_000_000, 100
+	const size = 100
+	limit := int64(Fewer(14_000_000, 2))
 	value := strings.Repeat("v", 100*size)
 	for _, next := range []int{size / 10, 2 * size, 100 * size} {
 		store, keys := NewMemory(), 0

@@ -11,6 +11,8 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
+func init() { kvstore.Fewer = storetest.Fewer }
+
 // Ensure that a Memory does what every store must do, and that a Store made of a mere KVStore does
 // so, too.
 func TestMemoryIsAStore(t *testing.T) {
@@ -32,9 +34,9 @@ func TestMemoryInside(t *testing.T) {
 	value := func() string {
 		size := random.IntN(20)
 		switch what := random.IntN(100); {
-		case what < 30:
+		case what < 50:
 			size = random.IntN(kvstore.ViewMost * 3 / 2)
-		case what < 35:
+		case what < 55:
 			size = random.IntN(500)
 		}
 		if random.IntN(10_000) == 0 {
@@ -49,7 +51,7 @@ func TestMemoryInside(t *testing.T) {
 	var snapshots []kept
 	type shown struct{ got, want []string }
 	var views []shown
-	steps := kvstore.MemorySteps(t)
+	steps := kvstore.MemorySteps(t, 2)
 	for i := range steps {
 		many := 20_000
 		if i/(steps/10)%2 == 1 {

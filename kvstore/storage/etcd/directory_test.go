@@ -381,7 +381,7 @@ func TestEtcdStartIsKilledTwice(t *testing.T) {
 		return isReached
 	}
 
-	for first, more := 1, true; more; first++ {
+	for first, more := 1, true; more; first = storetest.Next(first, 1) {
 		for second, isReached := 1+first%8, true; isReached; second = storetest.Next(second, 8) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newFakeEtcd()

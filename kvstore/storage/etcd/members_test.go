@@ -430,10 +430,7 @@ func TestEtcdRefusedByOne(t *testing.T) {
 // Ensure that a large value arrives over a slow link, over one with slow answers, and at a cluster
 // that takes only small requests, while the server keeps its lock, and that it can be read back.
 func TestEtcdSlow(t *testing.T) {
-	large := make([]byte, 1<<20)
-	if storetest.IsRace() {
-		large = large[:128<<10]
-	}
+	large := make([]byte, storetest.Fewer(1<<20, 8))
 	rand.Read(large)
 	for what, c := range map[string]struct {
 		slow time.Duration
@@ -488,7 +485,7 @@ func TestEtcdSlow(t *testing.T) {
 func TestEtcdSlower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, w := newFakeEtcd().open(t)
-		random := make([]byte, 4<<20)
+		random := make([]byte, storetest.Fewer(4<<20, 4))
 		rand.Read(random)
 		d.Put("random", string(random))
 		if err := d.Commit(); err != nil {

@@ -45,7 +45,8 @@ func TestEtcdFullWithoutALock(t *testing.T) {
 // is room, and that the two never both serve, whenever the first is cut off.
 func TestEtcdFull(t *testing.T) {
 	t.Parallel()
-	for cut := 20 * time.Second; cut <= 26*time.Second; cut += 500 * time.Millisecond {
+	step := 2 * time.Second / time.Duration(storetest.Fewer(4, 4))
+	for cut := 20 * time.Second; cut <= 26*time.Second; cut += step {
 		synctest.Test(t, func(t *testing.T) {
 			e, h := newFakeEtcd(), storetest.NewHistory()
 			d, w := e.open(t)
@@ -127,9 +128,9 @@ func TestEtcdQuota(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		e.quota = 12 << 20
+		value, fit := make([]byte, 128<<10), storetest.Fewer(96, 2)
+		e.quota = int64(fit * len(value))
 		d, w := e.open(t)
-		value := make([]byte, 128<<10)
 		n := 0
 		for w.dir.RoomFor(int64(len(value)), false) == nil && n < 200 {
 			rand.Read(value)
@@ -141,8 +142,8 @@ func TestEtcdQuota(t *testing.T) {
 			<-time.After(100 * time.Millisecond)
 			n++
 		}
-		if n < 22 || n > 84 {
-			t.Errorf("%d values are written where there is room for 96", n)
+		if n < fit*22/96 || n > fit*84/96 {
+			t.Errorf("%d values are written where there is room for %d", n, fit)
 		}
 		<-time.After(2 * time.Second)
 		for i := range n {
@@ -215,7 +216,7 @@ func TestEtcdQuotaOfOverwrites(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for i := range c.writes {
+			for i := range storetest.Fewer(c.writes, 10) {
 				text := c.value(i)
 				if err := d.Room(int64(len(text)), false); err != nil {
 					t.Fatalf("%s: write number %d: %v", what, i, err)

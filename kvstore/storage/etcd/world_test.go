@@ -400,10 +400,7 @@ func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 // and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS the number of
 // worlds.
 func TestEtcdWorlds(t *testing.T) {
-	first, seeds := uint64(1), uint64(20)
-	if storetest.IsRace() {
-		seeds = 5
-	}
+	first, seeds := uint64(1), uint64(storetest.Fewer(20, 5))
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
 			var err error
