@@ -198,17 +198,15 @@ func row(f *flag.Flag) string {
 func TestFlagMistakes(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "localhost:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
+	must(t, err)
+	t.Cleanup(func() { taken.Close() })
 	port := taken.Addr().(*net.TCPAddr).Port
 	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
 	sock := filepath.Join(t.TempDir(), "sock")
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
 	store := mustOpen(t, inUse)
-	defer store.Close()
+	t.Cleanup(func() { store.Close() })
 	certs := certificates(t, "server", "other")
 	pem := func(name string) string { return filepath.Join(certs, name) }
 	type mistake struct{ args, what, todo string } // the two lines begin like this
@@ -391,17 +389,21 @@ func TestFlagMistakes(t *testing.T) {
 
 	log := regexp.MustCompile(`(?m)^time=.*\n`)
 	for code, mistakes := range tables {
-		for _, m := range mistakes {
-			cmd := binary(strings.Split(m.args, " ")...)
-			var stdout, stderr bytes.Buffer
-			cmd.Stdout, cmd.Stderr = &stdout, &stderr
-			cmd.Run()
-			lines := strings.Split(log.ReplaceAllString(stderr.String(), ""), "\n")
-			if cmd.ProcessState.ExitCode() != code || stdout.Len() > 0 || len(lines) != 3 ||
-				!strings.HasPrefix(lines[0], "kvserver: "+m.what) || !strings.HasPrefix(lines[1], m.todo) {
-				t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
-					cmd.ProcessState.ExitCode(), code, stderr.String(), m.what, m.todo)
-			}
+		for i := 0; i < len(mistakes); i = storetest.Next(i, 1) {
+			m := mistakes[i]
+			t.Run(m.args, func(t *testing.T) {
+				t.Parallel() // because some of these starts wait for seconds
+				cmd := binary(strings.Split(m.args, " ")...)
+				var stdout, stderr bytes.Buffer
+				cmd.Stdout, cmd.Stderr = &stdout, &stderr
+				cmd.Run()
+				lines := strings.Split(log.ReplaceAllString(stderr.String(), ""), "\n")
+				if cmd.ProcessState.ExitCode() != code || stdout.Len() > 0 || len(lines) != 3 ||
+					!strings.HasPrefix(lines[0], "kvserver: "+m.what) || !strings.HasPrefix(lines[1], m.todo) {
+					t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
+						cmd.ProcessState.ExitCode(), code, stderr.String(), m.what, m.todo)
+				}
+			})
 		}
 	}
 	for _, arg := range []string{"-h", "-help", "-version"} {
@@ -1271,15 +1273,18 @@ func TestSignalsWhileLoading(t *testing.T) {
 func TestSignalsStopCleanly(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-		a, idle := dialTCP(t, addr), dialTCP(t, addr)
-		cmd.Process.Signal(syscall.SIGHUP)
-		cmd.Process.Signal(syscall.SIGHUP)
-		a.ask("Put:k:v\nGet:k", "k:v")
-		idle.ask("Ping", ":PONG")
-		stopBinary(t, cmd, log, sig, "msg=stopping clients=2",
-			"msg=stopped clients_served=2 requests=3 replies_dropped=0")
-		wantAllClosed(a, idle)
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
+			a, idle := dialTCP(t, addr), dialTCP(t, addr)
+			cmd.Process.Signal(syscall.SIGHUP)
+			cmd.Process.Signal(syscall.SIGHUP)
+			a.ask("Put:k:v\nGet:k", "k:v")
+			idle.ask("Ping", ":PONG")
+			stopBinary(t, cmd, log, sig, "msg=stopping clients=2",
+				"msg=stopped clients_served=2 requests=3 replies_dropped=0")
+			wantAllClosed(a, idle)
+		})
 	}
 }
 
@@ -2033,29 +2038,20 @@ func TestCommandLeavesTheLine(t *testing.T) {
 	command := func(timeout time.Duration) *exec.Cmd {
 		return binary("-addr", addr, "-timeout", timeout.String(), "-c", "Take:k:3600")
 	}
-	wantUntaken := func() {
-		for watch.stat("clients") > 1 {
-			runtime.Gosched()
-		}
-		watch.ask("Put:k:v\nCount:k\nDelete:k\nPing", ":OK 1", ":PONG")
-	}
 
 	// On a busy machine it may give up before its Take has arrived: then it gets more time.
 	for timeout := 100 * time.Millisecond; watch.stat("take_requests_total") == 0; timeout *= 2 {
 		command(timeout).Run()
 	}
-	wantUntaken()
 
 	takes, cmd := watch.stat("take_requests_total"), command(time.Hour)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	for watch.stat("take_requests_total") == takes {
-		runtime.Gosched()
-	}
+	must(t, cmd.Start())
+	await(t, "its Take", func() bool { return watch.stat("take_requests_total") > takes })
 	cmd.Process.Kill()
 	cmd.Wait()
-	wantUntaken()
+
+	await(t, "the ends of both", func() bool { return watch.stat("clients") == 1 })
+	watch.ask("Put:k:v\nCount:k\nPing", ":OK 1", ":PONG")
 	watch.hangUp()
 }
 
@@ -2192,7 +2188,7 @@ func TestCommandOnATerminal(t *testing.T) {
 		}
 		screen.Reset()
 		load := talker{conn: n.dial(t).conn, in: strings.NewReader(strings.Repeat("Put:k:v\n",
-			250_000) + "get k\nGet:none\nPing\n"), out: closing(&screen), errs: &screen, tells: true}
+			110_000) + "get k\nGet:none\nPing\n"), out: closing(&screen), errs: &screen, tells: true}
 		talk(&load)
 		for _, line := range strings.Split(screen.String(), "\n") {
 			if i := strings.LastIndex(line, "answered"); i >= 0 && i+len("answered") < len(line) &&
@@ -2200,7 +2196,7 @@ func TestCommandOnATerminal(t *testing.T) {
 				t.Errorf("the screen shows %q", line)
 			}
 		}
-		if !strings.Contains(screen.String(), "200000 requests answered") ||
+		if !strings.Contains(screen.String(), "100000 requests answered") ||
 			!strings.HasSuffix(screen.String(), ":PONG\n") {
 			t.Errorf("the screen shows %q", &screen)
 		}
@@ -2564,9 +2560,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	a.conn.(*net.TCPConn).SetReadBuffer(256 * kilo) // the rest waits at the server's side
 
 	a.send("Get:k\n")
-	for watch.stat("get_requests_total") == 0 {
-		runtime.Gosched()
-	}
+	await(t, "the Get", func() bool { return watch.stat("get_requests_total") == 1 })
 	watch.hangUp()
 	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo), 150*kilo, time.Millisecond)
 }
@@ -2948,7 +2942,7 @@ func TestTurns(t *testing.T) {
 		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
 		turn := func() (n int, took time.Duration) {
-			chain := make([]Query, 100*kilo)
+			chain := make([]Query, 6*kilo) // more than are run in a turn
 			for i := range chain {
 				chain[i] = Query{queryType: update, client: c, key: "k", line: i}
 				if i > 0 {
@@ -3757,14 +3751,6 @@ func TestTakeOnRealSockets(t *testing.T) {
 	defer s.Close()
 
 	a := dialTCP(t, tcp.Addr().String())
-	waiting := func(want int) {
-		for end := time.Now().Add(time.Minute); a.stat("waiting_takes") != want; {
-			if time.Now().After(end) {
-				t.Fatalf("after a minute %d Takes wait, want %d", a.stat("waiting_takes"), want)
-			}
-			<-time.After(10 * time.Millisecond)
-		}
-	}
 	var takers []net.Conn
 	for _, half := range []bool{false, true} {
 		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
@@ -3777,15 +3763,16 @@ func TestTakeOnRealSockets(t *testing.T) {
 			takers = append(takers, conn)
 		}
 	}
-	waiting(len(takers))
+	await(t, "the Takes", func() bool { return a.stat("waiting_takes") == len(takers) })
 	for _, conn := range takers {
 		if c, isTCP := conn.(*net.TCPConn); isTCP {
 			c.SetLinger(0) // so that Close resets it
 		}
 		conn.Close()
 	}
-	waiting(0)
+	await(t, "the ends of the Takes", func() bool { return a.stat("waiting_takes") == 0 })
 	a.ask("Put:k:v\nTake:k", "k:v")
+	a.hangUp()
 }
 
 // Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
@@ -3867,7 +3854,7 @@ func TestMemoryLimit(t *testing.T) {
 func TestMemoryLimitIsUsedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.dial(t)
-		n.server.budget.limit, n.server.budget.reserve = 20<<20, 0
+		n.server.budget.limit, n.server.budget.reserve = 10<<20, 0
 		put := func(name string, size int) (stored int) {
 			value := strings.Repeat("v", size)
 			for ; ; stored += 100 {
@@ -4174,7 +4161,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			share := n.server.budget.shared() / inputShare
 			sent := []byte(line) // one for all
 			before := heapBytes()
-			clients := n.dialMany(t, 50, func(_ int, c *testClient) { go c.conn.Write(sent) })
+			clients := n.dialMany(t, storetest.Fewer(50, 2), func(_ int, c *testClient) { go c.conn.Write(sent) })
 			pass(slowAfter + lineTime)
 
 			b := &n.server.budget
@@ -4278,16 +4265,23 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 		{"Set:k:" + strings.Repeat("v", 60*kilo) + "\nPing:" + token + "\n", token, (*budget).forInput},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			const count = 200
+			count := storetest.Fewer(200, 4)
 			n.server.maxLine = 1 << 20
 			b := &n.server.budget
 			b.limitTo(64<<20, 0)
 			clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(c.burst) })
 			pass(slowAfter / 2)
+<<<<<<< HEAD
 			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+count*14*kilo)
 			for _, o := range clients {
 				for range strings.Count(c.burst, "Ping") {
 					o.want(":PONG " + c.token)
+=======
+			between(t, "bytes of bursts", n.inputs(), 1, b.reserve/burstsShare+int64(count)*14*kilo)
+			for _, c := range clients {
+				for range strings.Count(burst, "Ping") {
+					c.want(":PONG " + token)
+>>>>>>> 5b97330 (tests: what waits for real time waits beside other tests, and sizes pass their limits by a little)
 				}
 			}
 			for range 3 { // a client that goes on asks for little
@@ -4591,7 +4585,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				a.want("k:v")
 			}
 		}
-		clients := n.dialMany(t, 20, func(_ int, a *testClient) { speak(a, "Get:k", 1) })
+		clients := n.dialMany(t, storetest.Fewer(20, 2), func(_ int, a *testClient) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
@@ -4710,7 +4704,7 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	must(t, err)
 	defer frozen.Close()
 	answer := "" // on a busy machine the second one may need more time
-	for timeout := 3 * time.Second; answer == "" && timeout < time.Minute; timeout *= 2 {
+	for timeout := time.Second / 4; answer == "" && timeout < time.Minute; timeout *= 2 {
 		out, _ := binary("-addr", frozen.Addr().String()+","+here, "-timeout", timeout.String(), "-ping").Output()
 		answer = string(out)
 	}
@@ -4729,6 +4723,8 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	a, b := dialTCP(t, addr), dialTCP(t, second)
 	a.ask("Put:k:v\nPing", ":PONG")
 	b.ask("Get:k", "k:v")
+	a.hangUp()
+	b.hangUp()
 	stopBinary(t, cmd, log, syscall.SIGTERM)
 }
 
@@ -4891,6 +4887,7 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%s: %d, without %q:\n%s", path, code, want, body)
 		}
 	}
+	a.hangUp()
 	s.Close()
 	for _, path := range []string{"/healthz", "/metrics"} {
 		code, _ := get(path)
@@ -5358,7 +5355,8 @@ func TestDumpSnapshotsAreBounded(t *testing.T) {
 // are answered in full, and that one that is not read does not delay the others.
 func TestDumpListsAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const keys, askers, limit = 12 * kilo, 12, 1 << 18 // each list needs several parts
+		const askers, limit = 12, 1 << 18
+		keys := storetest.Fewer(12*kilo, 2) // each list needs several parts
 		n.server.budget.maxQueues = limit
 		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
 		for i := range keys {
@@ -5944,7 +5942,8 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 func TestSlowReaderOfProject0(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, slow, gets, values = 6, 4, 1900, 3
+		const clients, slow, values = 6, 4, 3
+		gets := storetest.Fewer(1900, 2)
 		value := strings.Repeat("v", 4096)
 		n.fill("list", value, values)
 		all := n.dialMany(t, clients, func(int, *testClient) {})
@@ -7149,6 +7148,17 @@ func (c *testClient) stat(name string) int {
 		c.t.Errorf("Stats does not say %q", name)
 	}
 	return value
+}
+
+// await waits until is returns true, where that takes real time: another process or the kernel does
+// it.
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !is(); <-time.After(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("after a minute it still waits for %s", what)
+		}
+	}
 }
 
 // wantStat wants Stats to show this number.

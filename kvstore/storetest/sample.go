@@ -17,7 +17,7 @@ func Next(n, of int) int {
 		return n + 1
 	}
 
-	if IsRace() {
+	if isRace() {
 		of *= 8
 	}
 	return n + 1 + rand.New(rand.NewPCG(uint64(n), uint64(of))).IntN(2*of-1)
@@ -26,14 +26,14 @@ func Next(n, of int) int {
 // Fewer returns n, or only n/of with the race detector: how often a test repeats what the detector
 // sees all of in a few repetitions, because it is one goroutine that works, or the same ones again.
 func Fewer(n, of int) int {
-	if IsRace() {
+	if isRace() {
 		return n / of
 	}
 	return n
 }
 
-// IsRace reports whether the race detector is on.
-var IsRace = sync.OnceValue(func() bool {
+// isRace reports whether the race detector is on.
+var isRace = sync.OnceValue(func() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 })

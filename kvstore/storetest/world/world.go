@@ -89,19 +89,11 @@ type Server interface {
 // maxLine is the MaxLine of all servers.
 const maxLine = 20_000
 
-// The number of worlds that Run looks at by default, and with the race detector, which takes seven
-// times as long.
-const seedsUsual, seedsRace = 50, 5
-
 // Run looks at worlds, and reports where a promise is broken. The environment's KVSERVER_SEED is
 // the first seed, KVSERVER_SEEDS the number of seeds (0: until the run is stopped). The whole story
 // is printed if there is only one.
 func Run(t *testing.T, program Program) {
-	first, seeds := uint64(1), uint64(seedsUsual)
-	if storetest.IsRace() {
-		seeds = seedsRace
-	}
-
+	first, seeds := uint64(1), uint64(storetest.Fewer(50, 10))
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
 		"KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
