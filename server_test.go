@@ -49,7 +49,7 @@
 //		TestMovedRealDirectory, FuzzRecovery
 //	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
-//		TestSlowReaderOfProject0, TestSlowReaderIsToldAtTheEnd
+//		TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
@@ -68,7 +68,7 @@
 //	The Take that has waited longest gets the next value, and nobody else gets it
 //		TestTakeWaitsInLine, TestTakeOfClientsThatGo, TestCommitBeforeReplies, TestKilledServer
 //	Locks, counters and queues are right
-//		TestReadmeLock, TestReadmeQueue, TestReadmeConversations, TestKilledServer
+//		TestReadmeConversations, TestExpire, TestExpireBeforeTheStart, TestKilledServer
 //	Every limit holds at its edge
 //		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
@@ -964,101 +964,6 @@ func metricsAtStart(t *testing.T) map[string]string {
 		t.Errorf("the server shows %d numbers", len(series))
 	}
 	return series
-}
-
-// Ensure that a lock that frees itself is never held by two clients, whether its holders give it
-// back, renew it or die, and that it is free again when its time is over.
-func TestReadmeLock(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, turns, lease = 8, 12, 5 * time.Second
-		var until atomic.Int64 // end of its time, in Unix milliseconds; 0: it is free
-		var held, died atomic.Int64
-		var all sync.WaitGroup
-		for id := range clients {
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(uint64(id), 3))
-				for turn := range turns {
-					c, me := n.dial(t), fmt.Sprintf("%d-%d", id, turn)
-					c.ask("Ack", ":OK 0")
-					for c.send("Lease:lock:5:" + me + "\n"); c.read() == ":OK 0"; {
-						world.Wait(world.Between(random, time.Millisecond, time.Second))
-						c.send("Lease:lock:5:" + me + "\n")
-					}
-					now := time.Now()
-					if free := until.Swap(now.Add(lease).UnixMilli()); now.UnixMilli() < free {
-						t.Errorf("%s has the lock %d ms too early", me, free-now.UnixMilli())
-					}
-					held.Add(1)
-					for range random.IntN(4) {
-						world.Wait(world.Between(random, 0, lease-time.Millisecond))
-						c.ask("Swap:lock:"+me+":"+me+"\nExpire:lock:5", ":OK 1", ":OK 1")
-						until.Store(time.Now().Add(lease).UnixMilli())
-					}
-					if world.Chance(random, 4) { // it dies
-						died.Add(1)
-						c.breakOff()
-						continue
-					}
-					world.Wait(world.Between(random, 0, lease-time.Millisecond))
-					until.Store(0)
-					c.ask("Remove:lock:"+me, ":OK 1")
-					c.hangUp()
-				}
-			})
-		}
-		all.Wait()
-		if held.Load() != turns*clients || died.Load() == 0 {
-			t.Errorf("the lock was held %d times, and %d holders died", held.Load(), died.Load())
-		}
-	})
-}
-
-// Ensure that a queue loses no job if its workers read a job, do it and then remove it, although
-// some of them die in the middle, and that each job is removed once.
-func TestReadmeQueue(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const workers, jobs = 6, 100
-		for i := range jobs {
-			n.server.db.Put("jobs", fmt.Sprint("job ", i))
-		}
-		var worked, removed [jobs]atomic.Int64
-		var all sync.WaitGroup
-		for id := range workers {
-			all.Go(func() {
-				random := rand.New(rand.NewPCG(uint64(id), 4))
-				for {
-					c := n.dialAck(t)
-					c.send("Get:jobs\n")
-					list := c.readList()
-					if len(list) == 0 {
-						c.hangUp()
-						return
-					}
-					job := strings.TrimPrefix(world.Pick(random, list[:min(4, len(list))]...), "jobs:")
-					i, _ := strconv.Atoi(strings.TrimPrefix(job, "job "))
-					world.Wait(world.Between(random, 0, time.Second))
-					if world.Chance(random, 4) { // it dies
-						c.breakOff()
-						continue
-					}
-					worked[i].Add(1)
-					c.send("Remove:jobs:" + job + "\n")
-					if c.read() == ":OK 1" {
-						removed[i].Add(1)
-					}
-					c.hangUp()
-				}
-			})
-		}
-		all.Wait()
-		for i := range jobs {
-			if worked[i].Load() == 0 || removed[i].Load() != 1 {
-				t.Errorf("job %d was done %d times, and removed by %d", i, worked[i].Load(),
-					removed[i].Load())
-			}
-		}
-	})
 }
 
 // ---- main.go: the log
@@ -5870,57 +5775,6 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			synctest.Wait()
 		})
 	}
-}
-
-// Ensure that clients that do not read for some seconds get what the queue keeps for them, and the
-// others everything, as Project 0's own tests require: six clients on one goroutine, four of them
-// slow, Gets of lists of large values.
-func TestSlowReaderOfProject0(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, slow, values = 6, 4, 3
-		gets := storetest.Fewer(1900, 2)
-		value := strings.Repeat("v", 4096)
-		n.fill("list", value, values)
-		all := n.dialMany(t, clients, func(int, *testClient) {})
-		var lines [clients]int
-		var readers sync.WaitGroup
-		for i, c := range all {
-			readers.Go(func() {
-				if i < slow {
-					<-time.After(5 * time.Second)
-				}
-				// A minute without a line means that no more come.
-				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
-				for ; ; lines[i]++ {
-					line, err := c.r.ReadString('\n')
-					if err != nil {
-						return
-					}
-					if line != "list:"+value+"\n" {
-						t.Errorf("client %d got %.40q", i, line)
-					}
-				}
-			})
-		}
-		for range gets {
-			for _, c := range all {
-				c.send("Get:list\n")
-			}
-			synctest.Wait()
-		}
-		readers.Wait()
-		for i, got := range lines {
-			switch {
-			case i >= slow && got != gets*values:
-				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
-			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
-				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
-					"and not all", i, got, gets*values, maxBufferSize)
-			}
-		}
-		closeClients(all)
-	})
 }
 
 // Ensure that a client that lost replies, and does not ask with Ping, is told in the last line,
