@@ -48,8 +48,7 @@
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
 //	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
-//		TestSlowReaderDelaysOnlyItself, TestSlowReaderOfSmallReplies,
-//		TestSlowReaderIsToldAtTheEnd
+//		TestSlowReaderDelaysOnlyItself, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
@@ -5146,59 +5145,13 @@ func TestDumpIsOneMoment(t *testing.T) {
 	})
 }
 
-// Ensure that the number of snapshots is limited, and that a client that waits for a snapshot gets
-// it soon, however slowly others read their Dumps.
-func TestDumpSnapshotsAreBounded(t *testing.T) {
-	for _, c := range map[string]struct {
-		read func(a *testClient, ended <-chan struct{})
-		most time.Duration // most that a client waits
-	}{
-		"not at all": {func(*testClient, <-chan struct{}) {}, 2 * slowAfter},
-		"100 kB a second": {func(a *testClient, ended <-chan struct{}) {
-			for !isClosed(ended) {
-				io.CopyN(io.Discard, a.r, 10*kilo)
-				<-time.After(time.Second / 10)
-			}
-		}, time.Minute},
-		"much at once, and then drips": {func(a *testClient, ended <-chan struct{}) {
-			io.CopyN(io.Discard, a.conn, 4<<20)
-			for !isClosed(ended) {
-				io.CopyN(io.Discard, a.conn, world.StreamSize/2)
-				<-time.After(slowAfter - tickTime)
-			}
-		}, 2*dripTime + 3*slowAfter},
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.fillKeys("", 8000, strings.Repeat("v", 1500)) // 12 MB
-			ended := make(chan struct{})
-			var readers sync.WaitGroup
-			for range maxSnapshots {
-				a := n.dial(t)
-				a.send("Dump\n")
-				readers.Go(func() {
-					c.read(a, ended)
-					<-ended
-					a.close()
-				})
-			}
-			pass(slowAfter)
-			equal(t, "Dumps that are under way", len(n.server.snapshots.slots), maxSnapshots)
-			within(t, 0, c.most, func() { n.dial(t).ask("Keys:none", ":OK 0") })
-			close(ended)
-			readers.Wait()
-			synctest.Wait()
-			equal(t, "snapshots that are left", len(n.server.snapshots.slots), 0)
-		})
-	}
-}
-
 // Ensure that the lists of many Keys and Dumps of many keys keep to the memory for queues, that all
 // are answered in full, and that one that is not read does not delay the others.
 func TestDumpListsAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const askers, limit = 12, 1 << 18
-		keys := storetest.Fewer(12*kilo, 2) // each list needs several parts
-		n.server.budget.maxQueues = limit
+		const askers, limit, lists = 12, 1 << 18, 2 // so many lists have memory at a time
+		keys := storetest.Fewer(12*kilo, 2)         // each list needs several parts
+		n.server.budget.maxQueues, n.server.budget.fewKeys = limit, 100
 		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
 		for i := range keys {
 			key := fmt.Sprintf("key%07d%s", i*7919%keys, strings.Repeat("k", 100))
@@ -5236,7 +5189,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 		watch := n.dial(t)
 		for began := time.Now(); !isClosed(ended); pass(tickTime) {
 			queued := watch.stat("queued_bytes")
-			if most := limit + (askers+2)*(2*testMaxMessage+8*kilo); queued > most {
+			if most := limit + (lists+2)*(2*testMaxMessage+8*kilo); queued > most {
 				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
 			}
 			if time.Since(began) > time.Minute {
@@ -5601,42 +5554,6 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		other.wantStat("replies_dropped_total", owed-delivered)
 		slow.ask("Get:after", "after:1")
 	})
-}
-
-// Ensure that small replies, sent one by one, do not let a slow reader delay anybody either; that
-// about 500 of them are kept, however small they are; and that the others are counted.
-func TestSlowReaderOfSmallReplies(t *testing.T) {
-	for _, size := range []int{1, 1200} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			reply := "k:" + strings.Repeat("v", size)
-			n.fill("k", reply[2:], 1)
-			other, slow := n.dial(t), n.dial(t)
-			const chains = 500
-			owed := 2 * chains * max(1, maxChain/size)
-			go func() {
-				for range chains {
-					slow.send(strings.Repeat("Get:k\n", owed/chains))
-				}
-				slow.send("Ping\n")
-			}()
-			for range 100 {
-				pass(2 * seenSlow / 100)
-				within(t, 0, 0, func() { other.ask("Ping", ":PONG") })
-			}
-			delivered := 0
-			line := slow.read()
-			for ; line == reply; line = slow.read() {
-				delivered++
-			}
-			if want := fmt.Sprintf(":PONG dropped %d", owed-delivered); line != want ||
-				delivered < maxBufferSize || delivered == owed {
-				t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
-			}
-			network := (world.StreamSize + 2*maxWrite) / len(reply) // on the way when the queue filled
-			between(t, "replies that were kept", delivered, maxBufferSize,
-				maxBufferSize+(maxShared+1)*maxChain+network)
-		})
-	}
 }
 
 // Ensure that a slow reader that begins to read again loses nothing more.
@@ -6524,37 +6441,6 @@ func seconds(text string, least, most int64) (n int64) {
 		return -1
 	}
 	return n
-}
-
-// BenchmarkParse and BenchmarkFormat measure the beginning and the end of a Get.
-func BenchmarkParse(b *testing.B) {
-	for _, line := range []string{"Get:key000000001", "Put:key000000001:vvvvvvvvvvvvvvvv",
-		"Update:key000000001:vvvvvvvvvvvvvvvv:wwwwwwwwwwwwwwww"} {
-		b.Run(line[:strings.IndexByte(line, ':')], func(b *testing.B) {
-			b.ReportAllocs()
-			var q Query
-			for b.Loop() {
-				q.parse(line)
-			}
-		})
-	}
-}
-
-func BenchmarkFormat(b *testing.B) {
-	for _, n := range []int{1, 100, 1000} { // values that wait for no writer
-		b.Run(fmt.Sprint("values=", n), func(b *testing.B) {
-			b.ReportAllocs()
-			c := unwritten(New(kvstore.NewMemory()))
-			values := slices.Repeat([]string{"vvvvvvvvvvvvvvvv"}, n)
-			for b.Loop() {
-				c.outbox.replyAll(&Query{queryType: get, key: "key000000001", values: values,
-					bytes: kvstore.SizeOf(values)})
-				for len(c.buffer) > 0 {
-					recycle(<-c.buffer)
-				}
-			}
-		})
-	}
 }
 
 // ---- the whole server, simulated
