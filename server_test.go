@@ -3915,23 +3915,6 @@ func TestMemoryLimitCountsTLS(t *testing.T) {
 	})
 }
 
-// Ensure that a client whose replies keep no memory of the store alive is not disconnected for it.
-func TestMemoryLimitBesideShortReplies(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		b := &n.server.budget
-		b.limitTo(64<<20, 0)
-		n.fill("small", strings.Repeat("v", kilo), 1)
-		mute, other := n.dialAck(t), n.dial(t)
-		go mute.sendSome(strings.Repeat("Get:small\n", 3*maxBufferSize))
-		for range 5 {
-			pass(seenSlow)
-			b.other.Store(b.forData())
-		}
-		equal(t, "clients", other.stat("clients"), 2)
-		mute.close()
-	})
-}
-
 // Ensure that data that is there at the start counts once, whenever a collection comes.
 func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	s := New(kvstore.NewMemory())
@@ -5820,11 +5803,15 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 	reply := "k:" + strings.Repeat("v", 16*kilo)
 	a.ask("Put:"+reply+"\nPing", ":PONG")
 	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+	var pause sync.WaitGroup
+	defer pause.Wait()
 	for i := range gets {
-		switch i {
-		case gets / 2:
+		if i == gets/2 {
 			signalTo(t, cmd, "STOP")
-			time.AfterFunc(slowAfter+slowAfter/4, func() { signalTo(t, cmd, "CONT") })
+			pause.Go(func() {
+				<-time.After(slowAfter + slowAfter/4)
+				signalTo(t, cmd, "CONT")
+			})
 		}
 		equal(t, fmt.Sprint("reply ", i), a.read(), reply)
 	}
