@@ -2401,6 +2401,21 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			a.post("Put:k:v\nPing\n")
 			readAndSend(a, n.server, ":PONG\n", 1, closeTime/10)
 		})
+
+		// It may have sent nothing for a second, and still have much to read.
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.tls = config
+			n.fill("k", strings.Repeat("v", kilo), 650)
+			a, piece := n.dialTLS(t), make([]byte, 15*kilo)
+			a.post("Get:k\n")
+			const before = 30 // pieces that it reads before the server closes
+			for range before {
+				<-time.After(closeTime / 20)
+				io.ReadFull(a.conn, piece)
+			}
+			all := strings.Repeat("k:"+strings.Repeat("v", kilo)+"\n", 650)
+			readAndSend(a, n.server, all[before*len(piece):], len(piece), closeTime/20)
+		})
 	}
 }
 
