@@ -4823,8 +4823,9 @@ func TestWatchIsLimited(t *testing.T) {
 		if code, body := get(host, "/debug/pprof/symbol"); code != want && code != 503 {
 			t.Errorf("Host: %s gets %d, %q, want %d", host, code, body, want)
 		}
-		code, _ := get(host, "/metrics")
-		equal(t, host, code, want)
+		if code, _ := get(host, "/metrics"); code != want && code != 503 { // a busy machine
+			t.Errorf("Host: %s gets %d, want %d", host, code, want)
+		}
 	}
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
 		wantPage(t, s.watchHandler(""), path+"?seconds=61", 400)
