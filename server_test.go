@@ -5676,6 +5676,56 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	}
 }
 
+// Ensure that clients that do not read for some seconds get what the queue keeps for them, and the
+// others everything, as Project 0's own tests require: six clients on one goroutine, four of them
+// slow, Gets of lists of large values.
+func TestSlowReaderOfProject0(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const clients, slow, gets, values = 6, 4, 1900, 3
+		value := strings.Repeat("v", 4096)
+		n.fill("list", value, values)
+		all := n.dialMany(t, clients, func(int, *testClient) {})
+		var lines [clients]int
+		var readers sync.WaitGroup
+		for i, c := range all {
+			readers.Go(func() {
+				if i < slow {
+					<-time.After(5 * time.Second)
+				}
+				// A minute without a line means that no more come.
+				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
+				for ; ; lines[i]++ {
+					line, err := c.r.ReadString('\n')
+					if err != nil {
+						return
+					}
+					if line != "list:"+value+"\n" {
+						t.Errorf("client %d got %.40q", i, line)
+					}
+				}
+			})
+		}
+		for range gets {
+			for _, c := range all {
+				c.send("Get:list\n")
+			}
+			synctest.Wait()
+		}
+		readers.Wait()
+		for i, got := range lines {
+			switch {
+			case i >= slow && got != gets*values:
+				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
+			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
+					"and not all", i, got, gets*values, maxBufferSize)
+			}
+		}
+		closeClients(all)
+	})
+}
+
 // Ensure that a client that lost replies, and does not ask with Ping, is told in the last line,
 // after a half-close or a Quit, and once.
 func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
