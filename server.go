@@ -862,6 +862,12 @@ func (s *keyValueServer) schedule(chain *Query) {
 	// Of the time that a quiet client did not use, it may catch up on at most maxRound.
 	sh.spent = max(sh.spent, s.floor-maxRound)
 
+	// Nobody else wants to run now. (Without this rule all does the same, for 2 % more CPU time.)
+	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
+		s.runChain(chain, chain)
+		return
+	}
+
 	// A new client waits for its first turn, because its requests may take long.
 	if isNew {
 		sh.spent, sh.cost = s.floor+maxLead, maxLead
