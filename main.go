@@ -1122,6 +1122,9 @@ func runCommand(command string, args []string, out io.Writer) error {
 	if command == "help" {
 		return printManual(out, args)
 	}
+	if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
+		return printManual(out, []string{command})
+	}
 
 	// A flag where a directory should be is a mistake, never the directory's name.
 	c := commands[command]

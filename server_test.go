@@ -296,7 +296,6 @@ func TestFlagMistakes(t *testing.T) {
 				"Give the certificate and its key"},
 			{"check -v", "check needs one data directory, and no flags",
 				"Give the server's data directory, as in kvserver check data; kvserver help check says"},
-			{"check --help", "check needs one data directory, and no flags", "Give the server's"},
 			{"backup -data copy", "backup needs a data directory and a new one", "Give the server's"},
 			{"check a b", "check needs one data directory", "Give the server's"},
 		},
@@ -579,6 +578,14 @@ func TestManual(t *testing.T) {
 		t.Errorf("a table is printed as\n%s\nwant\n%s", &part, want)
 	}
 	wantTodo(t, printManual(&part, []string{"ulimit"}), "Parts that have it: Running it")
+
+	// Who asks a command for help gets its part.
+	part.Reset()
+	err := runCommand("check", []string{"-h"}, &part)
+	const want = "## Keeping the data: backup, check, repair\n"
+	if err != nil || !strings.HasPrefix(part.String(), want) {
+		t.Errorf("check -h: %v, it prints %.60q, want %q", err, &part, want)
+	}
 }
 
 // Ensure that a command fails if its output could not be written.
