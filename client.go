@@ -239,7 +239,7 @@ func (c *Client) readFromClient() {
 	c.in.pending = 0
 	c.resizeBuf(0)
 	isAnswered := c.await()
-	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted}
+	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, free: c.in.free}
 	c.countInput()
 	if isAnswered {
 		c.tellLoss()
@@ -269,6 +269,7 @@ type input struct {
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
 	forLine  bool    // buf has become so large only for the begun line
 	counted  int64   // bytes of buf, lent, queries and takeKey that are counted in budget.inputs
+	free     int64   // those of buf, lent and queries that are counted in budget.free
 	takeKey  int     // bytes of a waiting Take's key, if it is long
 	pass     slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
@@ -293,7 +294,11 @@ func (c *Client) readLines() (burst string, err error) {
 
 	// Read may wait for hours, but while the client holds memory a tick ends it.
 	c.setTick()
-	n, err := c.connection.Read(in.buf[in.pending:])
+	space := in.buf[in.pending:]
+	if in.forLine { // of the next line only little may come, or the memory could not be given back
+		space = space[:min(len(space), freeSize)]
+	}
+	n, err := c.connection.Read(space)
 
 	if n > 0 {
 		in.came += n
@@ -490,8 +495,13 @@ func (c *Client) send(chain *Query) {
 
 // sendOf is send for a chain that keeps so many bytes of input in memory.
 func (c *Client) sendOf(chain *Query, text int) {
+	free := burstSize // lines that are not long
+	if c.in.forLine {
+		free = freeInput
+	}
+
 	c.underWay = true
-	c.outbox.longText = int64(max(0, text-burstSize))
+	c.outbox.longText = int64(max(0, text-free))
 	c.server.queries <- chain
 }
 
@@ -662,11 +672,18 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 // ---- input: its memory
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries. lent will be as large as buf.
-func (in *input) need(size, queries int) int64 {
+// chain holds so many queries: those that need no leave, and those beyond. lent will be as large as
+// buf.
+func (in *input) need(size, queries int) (free, beyond int64) {
 	buffers := size + max(size, len(in.lent))
-	return int64(max(0, buffers-2*quietSize) + queries*querySize + in.takeKey)
+	all := max(0, buffers-2*quietSize) + queries*querySize
+	free = int64(min(all, freeInput))
+	return free, int64(all+in.takeKey) - free
 }
+
+// freeInput is how many bytes the input of each client may take without leave: two buffers and a
+// chain.
+const freeInput = 2*freeSize + freeChain*querySize
 
 // querySize is how many bytes a query in a chain takes.
 const querySize = int(unsafe.Sizeof(Query{}))
@@ -705,7 +722,7 @@ func (c *Client) resizeInput() bool {
 		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
 		if !c.mayGrow(size, cap(in.queries), b.forBursts()) {
 			in.forLine = true
-			if !c.mayGrow(size, cap(in.queries), b.forInput()) && !c.awaitLineMemory(size) {
+			if !c.mayGrowForLine(size) && !c.awaitLineMemory(size) {
 				return false
 			}
 		}
@@ -718,12 +735,19 @@ func (c *Client) resizeInput() bool {
 // mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
 // together may take most bytes. It counts what they need.
 func (c *Client) mayGrow(size, queries int, most int64) bool {
-	more := max(0, c.in.need(size, queries)-c.in.counted)
+	_, need := c.in.need(size, max(queries, freeChain)) // so many need no leave later
+	more := max(0, need-c.in.counted)
 	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
 		return false
 	}
 	c.in.counted += more
 	return true
+}
+
+// mayGrowForLine is mayGrow for the begun line.
+func (c *Client) mayGrowForLine(size int) bool {
+	b := &c.server.budget
+	return b.takesLines() && c.mayGrow(size, cap(c.in.queries), b.forInput())
 }
 
 // awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
@@ -748,9 +772,14 @@ func (c *Client) awaitLineMemory(size int) bool {
 	defer b.anyLine.waiting.Add(-1)
 
 	// Nobody tells when there is memory again, so this looks now and then.
-	for !in.pass.taken && !c.mayGrow(size, cap(in.queries), b.forInput()) {
+	for !in.pass.taken && !c.mayGrowForLine(size) {
+		anyLine := b.anyLine.slots
+		if !b.takesLines() {
+			anyLine = nil
+		}
+
 		select {
-		case b.anyLine.slots <- struct{}{}:
+		case anyLine <- struct{}{}:
 			in.pass = slot{of: &b.anyLine, taken: true}
 		case freeing <- struct{}{}:
 			in.pass = slot{of: &b.freeing, taken: true}
@@ -771,10 +800,12 @@ func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effe
 
 // countInput makes counted what the input needs now.
 func (c *Client) countInput() {
-	in := &c.in
-	if need := in.need(len(in.buf), cap(in.queries)); need != in.counted {
-		c.server.budget.inputs.Add(need - in.counted)
-		in.counted = need
+	in, b := &c.in, &c.server.budget
+	free, counted := in.need(len(in.buf), cap(in.queries))
+	if free != in.free || counted != in.counted {
+		b.free.Add(free - in.free)
+		b.inputs.Add(counted - in.counted)
+		in.free, in.counted = free, counted
 	}
 }
 
@@ -1249,7 +1280,7 @@ type outbox struct {
 	left     int      // bytes still to be formatted, at most, by which newMessage chooses a size
 	piece    int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
 	claimed  int64    // bytes of the reply in hand that count as queued before they are
-	longText int64    // bytes of the chain's text beyond burstSize; only readFromClient sets it
+	longText int64    // bytes of the chain's text if its lines are long; only readFromClient sets it
 	lists    int64    // bytes of the waiting chain's lists that count as queued
 	pinned   int64    // bytes of values that it keeps, and that are counted in budget.pinned
 
@@ -1582,7 +1613,8 @@ const (
 //   - if its chain pins values, and writes need the memory of such values (needsPinned);
 //   - if others wait for their Keys or Dump, and this is one.
 //
-// In the last two cases too low a rate suffices.
+// In the last two cases too low a rate suffices, and in the first one if no long line gets memory
+// because of such chains (takesLines).
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1602,7 +1634,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case o.slow && mayDrop:
 		return isDropped, ""
 
-	case o.slow && mayCut && o.budget.isCrowded():
+	case (o.slow || o.drips && !o.budget.takesLines()) && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
 			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
 	case (o.slow || o.drips) && o.pinned > 0 && o.budget.needsPinned():
@@ -1618,8 +1650,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// Before Ack mayCut holds for a Keys or Dump, and for a client that has sent lines of over
-	// burstSize if the reply may not be dropped. (A reply that pins values may always be cut.)
+	// Before Ack mayCut holds for a Keys or Dump, and for a client that has sent long lines (longText)
+	// if the reply may not be dropped. (A reply that pins values may always be cut.)
 	mayCut := o.acked || o.listing != nil || o.longText > 0 && !mayDrop
 
 	for {

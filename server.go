@@ -1168,14 +1168,17 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	values           -                            data                    writes are refused, except
 //	                                                                      those that free
 //	its bursts       two of burstSize, maxChain   half of forInput, and   they are read in pieces of
-//	                 queries                      two of freeSize and     freeSize, and in chains of
-//	                                              freeChain queries each  freeChain
-//	a line that has  twice its buffer, up to      forInput, the same for  it waits; one that hardly
-//	begun            -max-line                    each, and two lines     comes is skipped while
-//	                                              (anyLine, freeing)      others wait (givesWay)
-//	a chain that     the same                     bursts as above; lines  if the sum is over queues,
-//	waits                                         over burstSize count    a client that takes
-//	                                              with replies            nothing is cut
+//	                 queries                      freeInput for each      freeSize, and in chains of
+//	                                                                      freeChain
+//	a line that has  twice its buffer, up to      forInput, freeInput     it waits; one that hardly
+//	begun            -max-line                    for each, and two       comes is skipped while
+//	                                              lines (anyLine,         others wait (givesWay)
+//	                                              freeing)
+//	a chain that     the same                     bursts as above; long   if lines alone are over
+//	waits                                         lines (longText) count  queues, others' long lines
+//	                                              with replies            wait; if the sum is over
+//	                                                                      queues, a client that
+//	                                                                      takes nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
 //	                 one being made, one being    for replies that have   nothing loses them; after
 //	                 written                      begun, and two of       Ack, or in a Keys or Dump,
@@ -1218,7 +1221,8 @@ type budget struct {
 	queued atomic.Int64 // replies, lists and copied keys that wait
 	lists  atomic.Int64 // of queued: keys to be listed
 	chains atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
-	inputs atomic.Int64 // read buffers and chains, beyond a quiet client's (input.need)
+	inputs atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
+	free   atomic.Int64 // of freeInput, which each client may have
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
 
@@ -1277,7 +1281,8 @@ func (b *budget) forQueues() int64 {
 
 // accounted is how many bytes are in use according to the other counts.
 func (b *budget) accounted() int64 {
-	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load()
+	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load() +
+		b.free.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1333,9 +1338,13 @@ func (b *budget) acquireList(bytes int64) bool {
 	return addUpTo(&b.lists, bytes, b.forQueues()/listsShare)
 }
 
-// forInput is how many bytes the buffers and chains of all clients may take; 0: no limit. A client may
-// always have what needs no leave (freeSize, freeChain).
+// forInput is how many bytes the buffers and chains of all clients may take beyond freeInput; 0: no
+// limit.
 func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inputOfReserve }
+
+// takesLines reports whether a long line may get memory now. If the lines whose replies wait have
+// reached the limit of the queues, clients that take too little are cut first.
+func (b *budget) takesLines() bool { return b.limit == 0 || b.chains.Load() < b.forQueues() }
 
 // forBursts is how many of these bytes bursts may take. The rest is left for long lines.
 func (b *budget) forBursts() int64 { return b.forInput() / 2 }

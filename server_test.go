@@ -4118,7 +4118,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			b.limitTo(64<<20, 0)
 			clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(c.burst) })
 			pass(slowAfter / 2)
-			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*14*kilo)
+			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
 			for _, o := range clients {
 				for range strings.Count(c.burst, "Ping") {
 					o.want(":PONG " + c.token)
@@ -4131,6 +4131,60 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			between(t, "bytes of bursts in the end", b.inputs.Load(), 0, 14*kilo)
 		})
 	}
+}
+
+// Ensure that long lines that come one behind the other give back their memory when they end.
+func TestMemoryLimitOfLinesInARow(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const count = 60
+		n.server.maxLine = 1 << 20
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		line := []byte("Set:k:" + strings.Repeat("p", 600*kilo) + "\nSet:k:" + strings.Repeat("q", 5*kilo))
+		clients := n.dialMany(t, count, func(_ int, o *testClient) {
+			o.conn.(*world.Conn).SetWriteBuffer(2 << 20) // so that both lines come at once
+			go o.conn.Write(line)
+		})
+		synctest.Wait()
+		between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
+		closeClients(clients)
+	})
+}
+
+// Ensure that lines of less than burstSize that come before replies that nobody reads have a limit,
+// and are given up if others need their memory.
+func TestMemoryLimitOfMuteLines(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		const count = 300
+		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
+		clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(line) })
+		for range 60 {
+			pass(slowAfter / 3)
+			between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
+			between(t, "bytes of lines that wait", b.chains.Load(), 0, b.forQueues()*3/2)
+		}
+
+		a := n.dialAck(t)
+		within(t, 0, slowAfter, func() { a.ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
+		closeClients(clients)
+	})
+}
+
+// Ensure that mute clients with short lines, however many, take no memory from long lines.
+func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		burst := strings.Repeat("Ping:pppppppppppppppppppp\n", 6000)
+		mute := n.dialMany(t, 1000, func(_ int, o *testClient) { go o.sendSome(burst) })
+		pass(10 * time.Second)
+		between(t, "bytes that count as input", b.inputs.Load(), 0, b.forInput()*3/4)
+		closeClients(mute)
+	})
 }
 
 // Ensure that bursts, however many, leave memory for long lines.
@@ -5638,6 +5692,7 @@ func TestSlowReaderFate(t *testing.T) {
 		{1, 1, true, false, true, 1000, isCutOff},
 		{1, 1, true, false, false, 1000, waits},
 		{1, 1, false, false, true, 1000, waits},
+		{all, 1, false, false, true, -1000, waits},
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = 1000
@@ -5650,6 +5705,20 @@ func TestSlowReaderFate(t *testing.T) {
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
 		equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
+	}
+
+	// Others' long lines get no memory because of what clients that drip keep.
+	s := New(kvstore.NewMemory())
+	s.budget.limitTo(64<<20, 1000)
+	s.budget.chains.Store(1000)
+	client := unwritten(s)
+	for range maxShared {
+		client.buffer <- nil
+	}
+	for drips, want := range map[bool]fate{true: isCutOff, false: waits} {
+		client.outbox.drips = drips
+		got, why := client.outbox.decide(1, false, true)
+		equal(t, fmt.Sprintf("drips: %v (%q)", drips, why), got, want)
 	}
 }
 
