@@ -6583,7 +6583,7 @@ func (s simulated) Left() (what []string) {
 		"bytes are still queued":  s.budget.queued.Load(),
 		"bytes of lists are kept": s.budget.lists.Load(),
 		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
-		"bytes of input are kept": s.budget.inputs.Load(),
+		"bytes of input are kept": s.budget.inputs.Load() + s.budget.free.Load() + s.budget.chains.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
