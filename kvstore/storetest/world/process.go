@@ -354,7 +354,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	}
 
 	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
-	if Chance(r, 6) {
+	if !p.mute && Chance(r, 6) { // clients with TLS could take the memory that is left
 		s.TLS = p.program.TLS
 	}
 
