@@ -179,6 +179,7 @@ type keyValueServer struct {
 	db               kvstore.Store
 	touched          []string      // a chain's keys, for Touch
 	batch            []*Query      // chains that have run and wait for Commit
+	ran              []stretch     // what has run since the last Commit, also of chains in turns and takes
 	gathering        gathering     // for which clients the batch waits before its Commit
 	turns            turnQueue     // clients that wait for their turn
 	floor            time.Duration // the highest spent that a client had when it left turns to run
@@ -607,6 +608,9 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	go c.writeToClient()
 }
 
+// stretch is a part of a chain: its requests from one up to another, which is not included.
+type stretch struct{ chain, from, to *Query }
+
 // runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one round,
 // commits them all at once, then answers. A batch that gathers is left open: the next call goes on
 // with it.
@@ -924,7 +928,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 
 	// left counts requests down to the next look at the clock; searched is since the last look.
 	left, searched := c.share.stride, false
-	wrote := false
+	from, wrote := q, false
 	for ; q != nil && !s.commitFailed; q = q.next {
 		wrote = s.run(q) || wrote
 
@@ -938,10 +942,12 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left, searched = c.share.stride, false
 		}
 		if s.round.over && q.next != nil {
+			s.ran = append(s.ran, stretch{chain, from, q.next})
 			s.lineUp(chain, q.next)
 			return
 		}
 	}
+	s.ran = append(s.ran, stretch{chain, from, nil})
 
 	// A Take that found nothing waits in takes. A batch does not wait for a client that came
 	// without a write.
@@ -1031,6 +1037,7 @@ func (s *keyValueServer) serveTakes(q *Query) {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
 		chain.run(s.db, s.now)
+		s.ran = append(s.ran, stretch{chain, chain, nil})
 		s.batch = append(s.batch, chain)
 	}
 }
@@ -1040,9 +1047,11 @@ func (s *keyValueServer) serveTakes(q *Query) {
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
-	// The Take has had its turn, and waits for a value.
+	// The Take has had its turn, and waits for a value. It must not run again (runAgain).
 	if c.parked != nil {
-		s.batch = append(s.batch, s.takes.remove(c))
+		chain := s.takes.remove(c)
+		s.ran = slices.DeleteFunc(s.ran, func(r stretch) bool { return r.chain == chain })
+		s.batch = append(s.batch, chain)
 		return
 	}
 
@@ -1536,6 +1545,12 @@ func (s *keyValueServer) commitStore() {
 
 	began := s.round.now()
 	err := s.db.Commit()
+	if errors.Is(err, kvstore.ErrTakenBack) {
+		s.runAgain()
+		err = nil
+	}
+	clear(s.ran)
+	s.ran = s.ran[:0]
 
 	// Without a batch the Commit only checked the files (checkFiles).
 	if took := s.round.now() - began; len(s.batch) > 0 {
@@ -1554,6 +1569,35 @@ func (s *keyValueServer) commitStore() {
 			c.paced.Close() // without an error line: to write one could take long
 		}
 	}
+}
+
+// runAgain lines up again all that has run since the last Commit: the store has undone it. Reads will
+// see what is there now, and writes are admitted if there is room by then. Nobody was answered yet.
+func (s *keyValueServer) runAgain() {
+	// The last part of a chain comes first, so that the chain goes on with its first part.
+	for _, r := range slices.Backward(s.ran) {
+		c := r.chain.client
+		if c.share.next == r.from {
+			continue // a Take that waited first, and then got a value
+		}
+		for q := r.from; q != r.to; q = q.next {
+			s.requests[q.queryType]--
+			q.forget()
+		}
+
+		if c.parked != nil {
+			s.takes.remove(c)
+		}
+		if c.share.chain == nil {
+			s.lineUp(r.chain, r.from)
+		}
+		c.share.next = r.from
+	}
+
+	// What else is in the batch was not run.
+	s.batch = slices.DeleteFunc(s.batch, func(chain *Query) bool {
+		return chain.client != nil && chain.client.share.chain == chain
+	})
 }
 
 // leave notes that one of c's goroutines has ended. If it was the last one, c leaves the list.

@@ -42,6 +42,8 @@ type journal struct {
 	current    *logWriter
 	sequence   uint64      // of the last frame written
 	synced     uint64      // of the last frame known to be on disk
+	written    int64       // bytes of current up to the last frame written
+	safe       int64       // bytes of current up to the last frame known to be on disk
 	vouched    bool        // the last frame needs no frame that vouches for it
 	err        error       // the first failure; from then on nothing is written
 	timer      *time.Timer // of the next tick; nil: none is due
@@ -64,6 +66,16 @@ func (j *journal) fail(err error) error {
 		j.err = err
 	}
 	return j.err
+}
+
+// mayReload reports whether a Commit that finds no room makes memory again from the log (reload):
+// in a cluster, of which RoomFor cannot know all, and if nothing is answered before it is synced.
+func (j *journal) mayReload() bool { return j.zerosAhead == 0 && j.fsync == FsyncAlways }
+
+// mustWait reports whether err says that a cluster has no room for what was perhaps answered
+// already. The next sync tries again.
+func (j *journal) mustWait(err error) bool {
+	return j.zerosAhead == 0 && j.fsync != FsyncAlways && storage.IsFull(err)
 }
 
 // failure returns the error that has ended all writing, if one has.
@@ -90,13 +102,13 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	}
 
 	err = w.append(f, payload, zeros)
-	if err != nil {
+	if err != nil && !j.mustWait(err) {
 		j.fail(err)
 	}
 
 	// Only now: an fsync that ran meanwhile has not covered this frame.
 	j.mu.Lock()
-	j.sequence = f.sequence
+	j.sequence, j.written = f.sequence, w.size
 	j.vouched = kind != frameRecords
 	j.mu.Unlock()
 }
@@ -109,7 +121,7 @@ func (j *journal) syncRest() error {
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
-	w, sequence, err := j.current, j.sequence, j.err
+	w, sequence, written, err := j.current, j.sequence, j.written, j.err
 	done := j.synced >= sequence
 	j.mu.Unlock()
 	if done || err != nil {
@@ -119,6 +131,10 @@ func (j *journal) syncRest() error {
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
+	for j.mustWait(err) {
+		time.Sleep(roomTime)
+		err = w.sync()
+	}
 
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would not report it.
@@ -128,7 +144,7 @@ func (j *journal) syncRest() error {
 		j.err = err
 	}
 	if j.err == nil {
-		j.synced = max(j.synced, sequence)
+		j.synced, j.safe = sequence, written
 	}
 	return j.err
 }
@@ -187,6 +203,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// From here on the log is in the new file. A crash now leaves a full file and an empty one.
 	j.mu.Lock()
 	j.current = w
+	j.written, j.safe = w.size, w.size
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.zeros()
 	return old, nil
@@ -268,7 +285,11 @@ func (j *journal) tick() {
 	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
-	err := j.syncRest()
+	// Where a Commit may reload, what is not synced belongs to the next one, which syncs all of it.
+	var err error
+	if !j.mayReload() {
+		err = j.syncRest()
+	}
 	if err == nil {
 		j.vouch()
 	}
@@ -288,16 +309,23 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.zeros() < 2*frameSize) {
+	isFull := j.zerosAhead > 0 && (j.isFull.Load() || j.current.zeros() < 2*frameSize)
+	if due && (isFull || j.dir.RoomFor(2*frameSize, true) != nil) {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()
 	if due {
 		j.appendFrame(frameSynced, nil, 0)
 	}
+
+	// Before the next Commit writes its first frame, which must not be synced without its last one.
+	if due && j.mayReload() {
+		j.syncRest()
+	}
 	<-j.writing
 
-	// Not while writing is held, so that Commits that only write need not wait for this fsync.
+	// Otherwise not while writing is held, so that Commits that only write need not wait for this
+	// fsync.
 	if due {
 		j.syncRest()
 	}

@@ -96,9 +96,9 @@ type Store struct {
 	lock storage.Lock
 
 	// Records for the next frame.
-	pending    []byte
-	count      uint32 // of these records
-	wroteEarly bool   // a frame was written since the last Commit, without waiting for the next
+	pending []byte
+	count   uint32 // of these records
+	isDirty bool   // there were records since the last Commit, which may be in frames already
 
 	// Room on the disk.
 	spare       logWriter // SPARE
@@ -350,11 +350,10 @@ func (d *Store) note(pending []byte, records uint32) {
 	}
 	d.pending = pending
 	d.count += records
+	d.isDirty = true
 
-	// wroteEarly says that the Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
-		d.wroteEarly = true
 	}
 }
 
@@ -421,8 +420,21 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // once a second, and when the last frame is not where it was written, Commit checks whether others
 // have removed or changed the files. If so it writes all data again: that takes as long as a
 // compaction, and everybody waits for it.
+//
+// In a cluster without room, with FsyncAlways, Commit reads the log again, which takes as long as at
+// a start. If that has undone anything, it returns a kvstore.ErrTakenBack.
 func (d *Store) Commit() error {
 	err := d.commit()
+	if storage.IsFull(err) && d.mayReload() {
+		wasDirty := d.isDirty
+		err = d.reload()
+		switch {
+		case err != nil:
+			err = d.fail(err)
+		case wasDirty:
+			return cmp.Or(d.held(), kvstore.ErrTakenBack)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -448,6 +460,10 @@ func (d *Store) held() error {
 	if errors.Is(err, storage.ErrGone) {
 		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
+		for storage.IsFull(err) { // nothing else has the data
+			time.Sleep(lookTime)
+			err = d.lastLook()
+		}
 		if err == nil {
 			err = d.lock.Held()
 		}
@@ -468,7 +484,7 @@ func (d *Store) commit() error {
 	// Nothing to write: what was read is as durable as the writes before it. But a log that is much
 	// larger than the data is compacted even then. If the current file is empty, all data is in
 	// full files already.
-	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
+	wasteful, idle := d.isWasteful(), !d.isDirty
 	if idle && !wasteful {
 		return nil
 	}
@@ -481,7 +497,6 @@ func (d *Store) commit() error {
 	// one begins. (On a full disk the old file grows instead: the last room is for requests that
 	// free some.)
 	now := time.Now()
-	d.wroteEarly = false
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
@@ -495,6 +510,7 @@ func (d *Store) commit() error {
 	if err != nil {
 		return err
 	}
+	d.isDirty = false
 
 	// Go on in a new file. Then all data is in full files, and can be compacted.
 	if full {
@@ -543,6 +559,9 @@ func (d *Store) Close() error {
 	// First what was answered, because waiting for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()
+	if err == kvstore.ErrTakenBack {
+		err = nil // nobody was told of it
+	}
 	if err == nil {
 		err = d.syncRest()
 	}
@@ -614,7 +633,11 @@ func (d *Store) writeCleanStop() error {
 
 	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
-	return errors.Join(d.syncRest(), d.lock.Held())
+	err = d.syncRest()
+	if storage.IsFull(err) {
+		err = nil
+	}
+	return errors.Join(err, d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.

@@ -142,6 +142,9 @@ type (
 		Size   int64  `json:"dbSize,string"`
 		InUse  int64  `json:"dbSizeInUse,string"`
 		Quota  int64  `json:"dbSizeQuota,string"` // since 3.6
+
+		// Set by call: a try of the request had no clear answer, and may still be applied, later.
+		mayCome bool
 	}
 )
 
@@ -167,6 +170,22 @@ func isRevision(key []byte, revision int64) comparison {
 	return comparison{"MOD", "", keyValue{Key: key, Revision: revision}}
 }
 func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
+
+// key is the first key that op is about.
+func (op operation) key() []byte {
+	if op.Put != nil {
+		return op.Put.Key
+	}
+	return op.Delete.Key
+}
+
+// isDone reports whether op, a put or a delete, was applied. now is what etcd has at its first key.
+func (op operation) isDone(now []keyValue) bool {
+	if op.Put != nil {
+		return len(now) == 1 && bytes.Equal(now[0].Value, op.Put.Value)
+	}
+	return len(now) == 0
+}
 
 // refusal is etcd's answer to a request that it has refused.
 type refusal struct {
@@ -494,9 +513,12 @@ func (c *cluster) exchange(ctx context.Context, url string, request any,
 func (c *cluster) call(ctx context.Context, at string, request any, size int) (response, error) {
 	// One member may refuse what the others do not, so every member is asked.
 	var why error
+	mayCome := false
 	for refused := map[int32]bool{}; ; {
 		member := c.member.Load()
 		answer, err := c.post(ctx, member, at, request, size)
+		mayCome = mayCome || err != nil && !isFinal(err)
+		answer.mayCome = mayCome
 		switch {
 		case err == nil:
 			return answer, nil

@@ -1,7 +1,6 @@
 package etcd
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -168,8 +167,9 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
-// not counting the time in which etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that. If
+// etcd has no room the error is errFull, and the request will not be applied any more. If it may
+// still come, and in a start, call waits until there is room instead.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -185,21 +185,26 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 
 	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
 	// for a request that fails while signs of life arrive.
+	mayCome := false
 	for {
 		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
 		answer, err := d.client.call(ctx, at, request, size)
 		cancel()
+		mayCome = mayCome || answer.mayCome
+		answer.mayCome = mayCome
 
 		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
 		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 			err = d.lock.miss(err)
 		}
 
-		// Wait for a full etcd: once somebody has made room the write succeeds.
 		if !errors.Is(err, syscall.ENOSPC) {
 			return answer, err
 		}
 		d.client.noteFull(true)
+		if d.lock.serves.Load() && !mayCome {
+			return answer, errFull
+		}
 		if err := wait(d.lock.ctx, beatTime); err != nil {
 			return answer, err
 		}
@@ -230,48 +235,63 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	}
 }
 
-// do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
-// ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied.
+// do is apply for a caller that need not know whether ops may be applied once more.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
+	_, err := d.apply(size, ops, compare...)
+	return err
+}
+
+// apply applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
+// ops put about size bytes. If the first of ops is done already, an earlier try has applied them all.
+// After a storage.ErrGone it is not known whether they were applied. After an errFull they were not,
+// and will not be. mayCome says that they may be applied once more, later.
+func (d *directory) apply(size int, ops []operation, compare ...comparison) (mayCome bool, err error) {
 	if d.lock == nil {
-		return errors.New("written without the lock")
+		return false, errors.New("written without the lock")
 	}
 
 	// The lock is lost, perhaps because it is not known whether a change was made. The next change
 	// must not follow: it would have that one's step.
 	if err := context.Cause(d.lock.ctx); err != nil {
-		return err
+		return false, err
 	}
 
-	// If a comparison fails, read the lock and the step, to find out why.
-	step, first := d.key("step"), ops[0].Put
+	// If a comparison fails, read the lock and the first key, to find out why.
+	first := keyRange{Key: ops[0].key()}
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
-		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
+		Failure: []operation{readKey(d.key("lock")), {Range: &first}}}
 	for {
 		answer, err := d.call("kv/txn", t, size)
-		lock, is := answer.read(0).KVs, answer.read(1).KVs
+		mayCome = mayCome || answer.mayCome
+		lock, now := answer.read(0).KVs, answer.read(1).KVs
+
+		// etcd answers so also to the request with which its database reaches the quota, and has
+		// applied that.
+		isFull := err == errFull
+		if isFull {
+			now, err = d.get(first, -size)
+		}
+
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
-			return err
+			return mayCome, err
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
-			return d.lock.fail(err)
-		case answer.Succeeded:
-			return nil
-		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
-			return nil
+			return mayCome, d.lock.fail(err)
+		case answer.Succeeded, (isFull || d.lock.isOursIn(lock)) && ops[0].isDone(now):
+			return mayCome, nil
+		case isFull:
+			return mayCome, errFull
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
 		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
-			return err
+			return mayCome, err
 		}
 		d.lock.retake(d.lock.ctx)
 
 		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
 		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
-			return cause
+			return mayCome, cause
 		}
 	}
 }
@@ -300,9 +320,16 @@ func (d *directory) beginSteps() error {
 // removed. The caller has access.
 func (d *directory) change(ids map[string]string) error {
 	// The step makes it harmless to send the request twice: the second finds the new step, and
-	// changes nothing.
-	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
-	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
+	// changes nothing. Names are removed without a step, because a full etcd allows only that: the
+	// second request finds no name.
+	var ops []operation
+	var compare []comparison
+	step := d.step
+	if slices.ContainsFunc(slices.Collect(maps.Values(ids)), func(id string) bool { return id != "" }) {
+		step++
+		ops = []operation{putKey(d.key("step"), d.stepValue(step))}
+		compare = []comparison{isValue(d.key("step"), d.stepValue(d.step))}
+	}
 
 	// A name that we know must still belong to the same file.
 	names := maps.Clone(d.names)
@@ -337,7 +364,7 @@ func (d *directory) change(ids map[string]string) error {
 
 	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
 	// is no longer lost.
-	d.step++
+	d.step = step
 	if len(names) == 0 {
 		d.pieces.Store(0)
 	}
@@ -743,6 +770,7 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		if err := f.open(); err != nil {
 			return nil, 0, err
 		}
+		f.noteSynced()
 	}
 
 	// Without the lock the next Open must ask again.

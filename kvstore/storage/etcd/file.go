@@ -43,6 +43,11 @@ type pieceFile struct {
 	tails  int    // how many pieces tail holds
 	before []byte // the key of the piece before them; nil: there is none
 
+	// For taking back what is not synced.
+	synced     int   // the number of the first piece since the last Sync
+	syncedSize int64 // of the file at the last Sync
+	mayCome    bool  // a piece since then may be put once more, later
+
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
 	ahead int64             // how many bytes to ask for next
@@ -131,7 +136,9 @@ func (f *pieceFile) reread() (changed bool, err error) {
 		return false, err
 	}
 
-	// The bytes of these pieces are not known, so they cannot be joined.
+	// The numbers of pieces that were taken back are not used again. The bytes of the pieces that are
+	// there are not known, so they cannot be joined.
+	f.count = max(f.count, was.count)
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return !slices.Equal(was.pieces, f.pieces), nil
 }
@@ -301,7 +308,8 @@ func (f *pieceFile) fetchPage(i int) error {
 }
 
 // WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips.
+// them; bytes that are in the file already it skips. If it fails for lack of room at the end of the
+// file, the next Sync tries again.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
@@ -354,6 +362,34 @@ func (f *pieceFile) send(least int) error {
 		}
 		f.buf = append(f.buf[:0], f.buf[n:]...)
 	}
+	if least == 1 {
+		f.noteSynced()
+	}
+	return nil
+}
+
+// noteSynced notes that etcd has all that was written.
+func (f *pieceFile) noteSynced() { f.synced, f.syncedSize, f.mayCome = f.count, f.size, false }
+
+// takeBack takes back what was written since the last Sync. It only deletes, which a full etcd
+// allows. The numbers of the pieces are not used again, so that the request does no harm if it
+// arrives once more, later.
+func (f *pieceFile) takeBack() error {
+	f.buf = f.buf[:0]
+	if f.count == f.synced {
+		return nil
+	}
+
+	keys := f.keys
+	err := f.d.do(0, []operation{deleteKeys(f.from(f.synced), f.from(f.count))})
+	if err == nil {
+		_, err = f.reread()
+	}
+	if err != nil {
+		return f.unlessGone(err)
+	}
+	f.d.pieces.Add(int64(f.keys - keys))
+	f.noteSynced()
 	return nil
 }
 
@@ -386,18 +422,18 @@ func (f *pieceFile) unlessGone(err error) error {
 }
 
 // put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
-// arrived; if not, put is to be called again, and takes fewer bytes. After any other error no more
-// pieces can be added.
+// arrived; if not, put is to be called again, and takes fewer bytes. After any other error but
+// errFull no more pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
 	most := int(f.d.client.piece.Load())
 	n = min(len(f.buf), pieceMost)
-	data, joins := f.join(f.buf[:n])
+	data, joins := f.join(n)
 	packed := pack(data)
 	for len(packed) > most && n > most {
 		n = max(most, n*most/len(packed)*7/8) // some less: the first part may shrink less than all
-		data, joins = f.join(f.buf[:n])
+		data, joins = f.join(n)
 		packed = pack(data)
 	}
 
@@ -435,14 +471,16 @@ func (f *pieceFile) put() (n int, err error) {
 	return n, nil
 }
 
-// join returns the bytes of the next piece: b, or once there are enough small pieces before it,
-// their bytes and b. Otherwise a file of small writes would have a key for each.
-func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
-	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
-	if !isEnough {
-		return b, false
+// join returns the bytes of the next piece: the first n of buf, or once there are enough small
+// pieces before it, their bytes and all of buf. Otherwise a file of small writes would have a key
+// for each. A piece that replaces others cannot be taken back, so it must be the last one of a Sync:
+// all that is left, and less than WriteAt sends.
+func (f *pieceFile) join(n int) (data []byte, joins bool) {
+	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(n)
+	if !isEnough || n < len(f.buf) || n >= pieceMost {
+		return f.buf[:n], false
 	}
-	return append(f.tail, b...), true
+	return append(f.tail, f.buf...), true
 }
 
 // isTailFull reports whether tail with n more bytes would be too large to be joined.
@@ -457,7 +495,10 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	if before != nil {
 		compare = append(compare, isThere(before))
 	}
-	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
+	ops = append([]operation{putKey(f.key(p), data)}, ops...)
+	mayCome, err := f.d.apply(len(data), ops, compare...)
+	f.mayCome = f.mayCome || mayCome
+	if err != nil {
 		return err
 	}
 
@@ -482,6 +523,7 @@ func (f *pieceFile) cut(size int64) error {
 	}
 	// Join only pieces behind the cut: the one before it may have lost its end.
 	f.tail, f.tails, f.before = nil, 0, f.last
+	f.noteSynced()
 	return nil
 }
 
@@ -526,13 +568,28 @@ func (f *pieceFile) Sync() error {
 	return f.send(1)
 }
 
+// Truncate takes back what was written since the last Sync, if the file ended there then. This needs
+// no room, unless a piece of it may arrive later: only a further piece makes that harmless, so
+// Truncate waits until there is room.
 func (f *pieceFile) Truncate(size int64) error {
 	defer f.access.begin()()
-	err := f.send(1)
-	if err == nil && size != f.size && !f.isDead.Load() {
-		err = f.cut(size)
+	isBack := size == f.syncedSize
+	if isBack && !f.mayCome {
+		return f.takeBack()
 	}
-	return err
+
+	for {
+		err := f.send(1)
+		if err == nil && size != f.size && !f.isDead.Load() {
+			err = f.cut(size)
+		}
+		if !isBack || err != errFull {
+			return err
+		}
+		if err := wait(f.d.lock.ctx, beatTime); err != nil {
+			return err
+		}
+	}
 }
 
 // Close releases memory. It does not send: Sync must come first.

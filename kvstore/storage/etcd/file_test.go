@@ -484,3 +484,41 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a Truncate that takes back what was written since the last Sync takes back no more,
+// however large that is: no piece of it may have been joined with older ones.
+func TestEtcdTruncateBesideJoins(t *testing.T) {
+	for _, size := range []int{0, 1, 8000, 60000, pieceMost - 1, pieceMost, pieceMost + 1, 3 * pieceMost} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, _, lock := newFakeEtcd().locked(t)
+			dir.client.piece.Store(pieceMost)
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := make([]byte, 7900*joinLeast)
+			random := rand.NewChaCha8([32]byte{1})
+			random.Read(want)
+			for i := 0; i < len(want); i += 7900 {
+				f.WriteAt(want[i:i+7900], int64(i))
+				if err := f.Sync(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			more := make([]byte, size)
+			random.Read(more)
+			if _, err := f.WriteAt(more, int64(len(want))); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Truncate(int64(len(want))); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(want)+1)
+			n, err := f.ReadAt(got, 0)
+			if err != io.EOF || !bytes.Equal(got[:n], want) {
+				t.Errorf("after %d bytes were taken back there are %d, %v", size, n, err)
+			}
+			lock.Close()
+		})
+	}
+}

@@ -53,6 +53,7 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
+	serves    atomic.Bool               // Held was called: a start is over, and clients wait for us
 	// sent to by wake, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
@@ -74,9 +75,19 @@ func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
 // fail ends the lock with err, unless an error has ended it before. It returns the first.
 func (l *clusterLock) fail(err error) error {
-	l.cancel(err)
+	l.cancel(lossError{err})
 	return context.Cause(l.ctx)
 }
+
+// lossError is why a lock was lost. That may be that etcd had no room for it, but nobody is to wait
+// for room then: the lock does not come back.
+type lossError struct{ error }
+
+func (e lossError) Is(target error) bool {
+	return target != syscall.ENOSPC && errors.Is(e.error, target)
+}
+
+func (e lossError) As(target any) bool { return errors.As(e.error, target) }
 
 // miss notes that something that we have written is missing in etcd, as err says. It returns a
 // storage.ErrGone.
@@ -381,6 +392,7 @@ func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 // Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
 // old, it waits for the next one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
+	l.serves.Store(true)
 	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
 		case <-l.beaten:
