@@ -479,6 +479,14 @@ func (d *Store) resume(ends []logEnd) error {
 	return nil
 }
 
+// dropPending forgets the records since the last Commit, and that there was no room for them.
+func (d *Store) dropPending() {
+	d.pending, d.count, d.isDirty = d.pending[:0], 0, false
+	d.mu.Lock()
+	d.err = nil
+	d.mu.Unlock()
+}
+
 // reload makes memory again from the log, for which a cluster has no room any more: as after a crash
 // and a start, it has all that was ever answered, and nothing that was done since the last sync.
 // Everybody waits for it.
@@ -491,9 +499,6 @@ func (d *Store) reload() error {
 	d.fsyncs <- struct{}{}
 	defer func() { <-d.fsyncs; <-d.writing }()
 
-	d.mu.Lock()
-	d.err = nil
-	d.mu.Unlock()
 	err := d.current.f.Truncate(d.safe)
 	if err != nil {
 		return err
@@ -502,7 +507,6 @@ func (d *Store) reload() error {
 
 	// What was done since the last Commit goes with the old memory.
 	d.Memory, d.stamps, d.fullBytes = kvstore.NewMemory(), map[string]storage.Stamp{}, 0
-	d.pending, d.count, d.isDirty = d.pending[:0], 0, false
 	defer d.status.Set("")
 	s, err := findFiles(d.dir)
 	if err != nil {

@@ -427,6 +427,18 @@ func (d *Store) Commit() error {
 	err := d.commit()
 	if storage.IsFull(err) && d.mayReload() {
 		wasDirty := d.isDirty
+		d.dropPending()
+
+		// If files are gone, held writes all of memory again, with what waits for this Commit.
+		d.lock.Verify()
+		if errors.Is(d.lock.Held(), storage.ErrGone) {
+			before := d.snapshot
+			err = d.held()
+			if err != nil || d.snapshot != before {
+				return err
+			}
+		}
+
 		err = d.reload()
 		switch {
 		case err != nil:

@@ -522,3 +522,31 @@ func TestEtcdTruncateBesideJoins(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that behind a cut, too, what was written since can be taken back while etcd is full.
+func TestEtcdTruncateBehindACut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		lock.Held() // from now on nothing waits for room
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.WriteAt([]byte("0123456789"), 0)
+		if err := errors.Join(f.Sync(), f.Truncate(5)); err != nil {
+			t.Fatal(err)
+		}
+		f.WriteAt(make([]byte, 3*pieceMost), 5)
+		e.setFull(true)
+		if err := f.Truncate(5); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 10)
+		if n, err := f.ReadAt(got, 0); err != io.EOF || string(got[:n]) != "01234" {
+			t.Errorf("there is %q, %v", got[:n], err)
+		}
+		e.setFull(false)
+		lock.Close()
+	})
+}

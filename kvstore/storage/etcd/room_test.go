@@ -485,6 +485,60 @@ func TestEtcdGoneWhileFull(t *testing.T) {
 	}
 }
 
+// Ensure that a server that writes all data again, or takes its lock again, waits for room, whichever
+// request finds etcd full.
+func TestEtcdFullWhileHealing(t *testing.T) {
+	for _, gone := range []string{"kv/d/", "kv/lock"} {
+		for n, isReached := 1, true; isReached; n++ {
+			isReached = etcdFullWhileHealing(t, gone, n)
+		}
+	}
+}
+
+// etcdFullWhileHealing deletes the keys that begin with gone, and makes etcd full at the n-th request
+// after that. It reports whether there were that many.
+func etcdFullWhileHealing(t *testing.T, gone string, n int) (isReached bool) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "v")
+		<-time.After(2*time.Second + beatTime/2) // then the timer has nothing to write
+		e.delete(gone)
+		full := w.count() + n
+		w.mu.Lock()
+		w.before = func(number int) {
+			if number == full {
+				e.setFull(true)
+				time.AfterFunc(3*time.Second, func() { e.setFull(false) })
+			}
+		}
+		w.mu.Unlock()
+		d.Put("k", "w")
+		h.Done.Put("k", "w")
+		err := d.Commit()
+		isEnd := err != nil && gone == "kv/lock" // a server may end, but not lose what was answered
+		switch {
+		case errors.Is(err, kvstore.ErrTakenBack):
+			h.Done = h.Told.Clone()
+		case err == nil:
+			h.Told = h.Done.Clone()
+		case !isEnd:
+			t.Errorf("%s, request %d: %v", gone, n, err)
+		}
+		isReached = w.count() >= full
+		<-time.After(15 * time.Second)
+		if err := d.Commit(); err != nil && !isEnd {
+			t.Errorf("%s, request %d: a read: %v", gone, n, err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, fmt.Sprint(gone, ", request ", n))
+	})
+	return isReached
+}
+
 // Ensure that with -fsync 1s, where answered data may not be in etcd yet, that data waits for room
 // while reads go on.
 func TestEtcdFullBeforeTheTimer(t *testing.T) {
