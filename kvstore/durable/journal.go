@@ -25,6 +25,7 @@ type journal struct {
 	size, room  int64     // of the current file, as the owner left it: bytes of frames, and of zeros
 	rotateAfter time.Time // until then no new file is tried
 	toldNoFile  time.Time // when it was last logged that none can be made; zero: one can be made
+	noFile      error     // why the last one could not be made
 
 	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
 	// timer reads it.
@@ -68,9 +69,24 @@ func (j *journal) fail(err error) error {
 	return j.err
 }
 
-// mayReload reports whether a Commit that finds no room makes memory again from the log (reload):
-// in a cluster, of which RoomFor cannot know all, and if nothing is answered before it is synced.
-func (j *journal) mayReload() bool { return j.zerosAhead == 0 && j.fsync == FsyncAlways }
+// takeBack takes back the frames that are not synced, for which there was no room: the log goes on
+// behind those that are. The caller holds writing.
+func (j *journal) takeBack() error {
+	j.fsyncs <- struct{}{}
+	defer func() { <-j.fsyncs }()
+	w := j.current
+	err := w.named("cut", w.f.Truncate(j.safe))
+	w.size, w.fileSize = j.safe, j.safe
+
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.sequence, j.written, j.vouched, j.err = j.synced, j.safe, false, err
+	return err
+}
+
+// mayUndo reports whether a Commit that finds no room is undone (undo): in a cluster, of which
+// RoomFor cannot know all, and if nothing is answered before it is synced.
+func (j *journal) mayUndo() bool { return j.zerosAhead == 0 && j.fsync == FsyncAlways }
 
 // mustWait reports whether err says that a cluster has no room for what was perhaps answered
 // already. The next sync tries again.
@@ -152,7 +168,8 @@ func (j *journal) syncRest() error {
 // goOn goes on in a new file, and returns the old one for the caller to close; nil: no new file
 // could be made. The last frame of the old file says that another follows. Before this frame
 // nothing has changed, so a failure there, such as a full disk or too few descriptors, leaves the
-// log in the old file. A failure after it is an error.
+// log in the old file. So does a cluster that has no room for this frame. Any other failure is an
+// error.
 func (j *journal) goOn() (old *logWriter, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
@@ -167,25 +184,21 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	h := fileHeader{kind: kindSegment, id: j.current.header.id, number: j.number() + 1,
 		first: j.sequence + 2}
 	w, err := j.nextSegment(h)
-	now := time.Now()
 	if err != nil {
-		j.rotateAfter = now.Add(rotateTime)
-		if now.Sub(j.toldNoFile) >= time.Minute {
-			j.toldNoFile = now
-			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
-				err)
-		}
+		j.stay(err)
 		return nil, nil
-	}
-	if !j.toldNoFile.IsZero() {
-		j.toldNoFile = time.Time{}
-		j.log.Info("the log goes on in a new file again", "file", w.path)
 	}
 
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
 	j.appendFrame(frameNext, nil, 0)
 	err = j.syncRest()
+	if storage.IsFull(err) && j.mayUndo() {
+		j.stay(err)
+		w.f.Close()
+		j.dir.Remove(h.name()) // if it stays, the next one replaces it, or the next start removes it
+		return nil, j.takeBack()
+	}
 	if err != nil {
 		return nil, errors.Join(err, w.f.Close())
 	}
@@ -206,7 +219,21 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	j.written, j.safe = w.size, w.size
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.zeros()
+	if !j.toldNoFile.IsZero() {
+		j.toldNoFile = time.Time{}
+		j.log.Info("the log goes on in a new file again", "file", w.path)
+	}
 	return old, nil
+}
+
+// stay notes why no new file can be made.
+func (j *journal) stay(err error) {
+	now := time.Now()
+	j.noFile, j.rotateAfter = err, now.Add(rotateTime)
+	if now.Sub(j.toldNoFile) >= time.Minute {
+		j.toldNoFile = now
+		j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error", err)
+	}
 }
 
 // nextSegment makes the segment behind the current one, after it has made room in the current one
@@ -285,9 +312,9 @@ func (j *journal) tick() {
 	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
-	// Where a Commit may reload, what is not synced belongs to the next one, which syncs all of it.
+	// Where a Commit may be undone, what is not synced belongs to the next one, which syncs all of it.
 	var err error
-	if !j.mayReload() {
+	if !j.mayUndo() {
 		err = j.syncRest()
 	}
 	if err == nil {
@@ -319,8 +346,8 @@ func (j *journal) vouch() {
 	}
 
 	// Before the next Commit writes its first frame, which must not be synced without its last one.
-	if due && j.mayReload() {
-		j.syncRest()
+	if due && j.mayUndo() && storage.IsFull(j.syncRest()) {
+		j.takeBack()
 	}
 	<-j.writing
 

@@ -314,7 +314,9 @@ func (s *files) isUnused(l *logReader, next uint64) bool {
 	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1
 }
 
-// load is replay for a start, which makes a new store in an empty directory.
+// load applies the log to the store, and makes the log ready for writing, unless ctx is
+// done before. If it refuses what it finds, it has changed nothing. After a crash in it the next
+// load makes the same store.
 func (d *Store) load(ctx context.Context) error {
 	s, err := findFiles(d.dir)
 	if err == nil && len(s.logs) == 0 {
@@ -323,8 +325,32 @@ func (d *Store) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	isOld, err := d.replay(ctx, s)
-	if err != nil || !isOld {
+	d.snapshot = s.snapshot
+	d.stamps[storage.StoreName] = s.store
+
+	// Read everything. The last of ends is the current file's.
+	ends, err := d.loadFiles(ctx, s)
+	if err != nil {
+		return err
+	}
+
+	// From here on the log can be written.
+	err = d.resume(ends)
+	if err != nil {
+		return err
+	}
+
+	// The names of the files may not be on disk yet, because the process that made them was killed
+	// or could not sync them. Before they are, nothing that a snapshot replaces may be removed.
+	err = d.dir.Sync()
+	if err != nil {
+		return err
+	}
+
+	// Only now, because a load that refuses changes nothing. A file behind the last of ends comes
+	// from a broken-off rotation.
+	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
+	if err != nil || !ends[len(ends)-1].header.isOld {
 		return err
 	}
 
@@ -332,38 +358,6 @@ func (d *Store) load(ctx context.Context) error {
 	// but it refuses a file of a newer version. (On a full disk the log goes on in the old file.)
 	_, err = d.rotate()
 	return err
-}
-
-// replay applies the log to the store, and makes the log ready for writing, unless ctx is
-// done before. If it refuses what it finds, it has changed nothing. After a crash in it the next
-// replay makes the same store. isOld says that an older version has written the last file.
-func (d *Store) replay(ctx context.Context, s *files) (isOld bool, err error) {
-	d.snapshot = s.snapshot
-	d.stamps[storage.StoreName] = s.store
-
-	// Read everything. The last of ends is the current file's.
-	ends, err := d.loadFiles(ctx, s)
-	if err != nil {
-		return false, err
-	}
-
-	// From here on the log can be written.
-	err = d.resume(ends)
-	if err != nil {
-		return false, err
-	}
-
-	// The names of the files may not be on disk yet, because the process that made them was killed
-	// or could not sync them. Before they are, nothing that a snapshot replaces may be removed.
-	err = d.dir.Sync()
-	if err != nil {
-		return false, err
-	}
-
-	// Only now, because a replay that refuses changes nothing. A file behind the last of ends comes
-	// from a broken-off rotation.
-	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
-	return ends[len(ends)-1].header.isOld, err
 }
 
 // loadFiles applies all files to Memory, reports its progress, and returns where each file ends.
@@ -470,49 +464,37 @@ func (d *Store) resume(ends []logEnd) error {
 	// From here on everything that was loaded is on disk. (An older Repair wrote headers with
 	// first = 0: there the first frame is 1.)
 	last := max(end.next, 1) - 1
-	d.mu.Lock()
 	d.sequence, d.synced = last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
-	d.current, d.written, d.safe = w, w.size, w.size
-	d.mu.Unlock()
-	d.size, d.room = w.size, w.zeros()
+	d.current, d.size, d.room = w, w.size, w.zeros()
+	d.written, d.safe = w.size, w.size
 	return nil
 }
 
-// dropPending forgets the records since the last Commit, and that there was no room for them.
-func (d *Store) dropPending() {
-	d.pending, d.count, d.isDirty = d.pending[:0], 0, false
-	d.mu.Lock()
-	d.err = nil
-	d.mu.Unlock()
-}
-
-// reload makes memory again from the log, for which a cluster has no room any more: as after a crash
-// and a start, it has all that was ever answered, and nothing that was done since the last sync.
-// Everybody waits for it.
+// reload makes memory again from the log: as after a crash and a start, it has all that was ever
+// answered, and nothing that was done since the last sync. Until the new memory is whole the old one
+// stays, and if files are gone, the old one is all that there is.
 func (d *Store) reload() error {
 	d.log.Warn("there is no room for what clients have just asked for: reading the log again")
-	d.AwaitCompaction()
 
-	// The timer does nothing meanwhile.
+	// The timer writes nothing meanwhile.
 	d.writing <- struct{}{}
-	d.fsyncs <- struct{}{}
-	defer func() { <-d.fsyncs; <-d.writing }()
-
-	err := d.current.f.Truncate(d.safe)
-	if err != nil {
-		return err
-	}
-	d.current.f.Close()
-
-	// What was done since the last Commit goes with the old memory.
-	d.Memory, d.stamps, d.fullBytes = kvstore.NewMemory(), map[string]storage.Stamp{}, 0
+	defer func() { <-d.writing }()
 	defer d.status.Set("")
+
+	old := d.Memory
+	d.Memory = kvstore.NewMemory()
 	s, err := findFiles(d.dir)
-	if err != nil {
-		return err
+	var ends []logEnd
+	if err == nil {
+		ends, err = d.loadFiles(context.Background(), s)
 	}
-	_, err = d.replay(context.Background(), s)
+	if err == nil && max(ends[len(ends)-1].next, 1)-1 != d.synced {
+		err = &storage.DamageError{File: d.current.path, What: "the last frames are missing"}
+	}
+	if err != nil {
+		d.Memory = old
+	}
 	return err
 }
 

@@ -3,6 +3,7 @@ package durable
 import (
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 )
 
@@ -143,10 +145,140 @@ func TestCommitBeforeAFullRotation(t *testing.T) {
 		}
 		again.Close()
 		isFull.Store(false)
-		d.Close()
+		if err := d.Close(); err != nil {
+			t.Errorf("call %d: Close: %v", n, err)
+		}
 	}
 	if ends[0] == 0 || ends[3] < 3 {
 		t.Errorf("by the number of values that stay, there were so many Commits: %v", ends)
+	}
+}
+
+// Ensure that nothing is lost if there is no room while all data is written again, whichever call finds
+// that.
+func TestHealWithoutRoom(t *testing.T) {
+	for n, isReached := 1, true; isReached; n++ {
+		dir, isFull := fullDir()
+		d, err := Open(t.Context(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+
+		// What is tried again later has room.
+		dir.Remove("seg-1.log")
+		calls, before := 0, dir.Before
+		dir.Before = func(call storetest.Call) error {
+			if calls++; calls == n {
+				isFull.Store(true)
+			}
+			return before(call)
+		}
+		for range 2 {
+			d.lookAfter = time.Time{}
+			if err := d.Commit(); err != nil {
+				t.Errorf("call %d: %v", n, err)
+			}
+		}
+		isReached = calls >= n
+		if got := d.Get("k"); len(got) != 1 {
+			t.Errorf("call %d: memory has %q", n, got)
+		}
+		again, err := Open(t.Context(), dir.Kill(), Options{})
+		if err != nil {
+			t.Fatalf("call %d: %v", n, err)
+		}
+		if got := again.Get("k"); len(got) != 1 {
+			t.Errorf("call %d: after kill -9 there is %q", n, got)
+		}
+		again.Close()
+		isFull.Store(false)
+		d.Close()
+	}
+}
+
+// Ensure that a log that has become shorter does not take the place of memory, and that the error says
+// if another process has the directory by then.
+func TestReloadOfAShorterLog(t *testing.T) {
+	for _, moved := range []error{nil, storage.ErrMoved} {
+		dir, isFull := fullDir()
+		d, err := Open(t.Context(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		before := dir.Before
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "open" && call.Name == "seg-1.log" {
+				data, _ := dir.Read("seg-1.log")
+				dir.Replace("seg-1.log", data[:headerSize])
+				dir.Moved = moved
+			}
+			return before(call)
+		}
+		d.Put("k", "w")
+		isFull.Store(true)
+		err = d.Commit()
+		var damage *storage.DamageError
+		if moved == nil && !errors.As(err, &damage) || !errors.Is(err, moved) && moved != nil {
+			t.Errorf("Commit: %v", err)
+		}
+		if got := d.Get("k"); len(got) != 2 {
+			t.Errorf("memory has %q", got)
+		}
+		d.Close()
+	}
+}
+
+// Ensure that nobody hears of it if there is no room for the timer's frame.
+func TestTimerWithoutRoom(t *testing.T) {
+	for _, what := range []string{"later", "meanwhile"} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, isFull := fullDir()
+			d, err := Open(t.Context(), dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := dir.Before
+			dir.Before = func(call storetest.Call) error {
+				if call.What == "truncate" {
+					<-time.After(time.Second)
+				}
+				return before(call)
+			}
+			d.Put("k", "v")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			isFull.Store(true)
+			<-time.After(vouchTime + time.Second/2)
+			if isFull.Load() {
+				t.Error("the timer has written nothing")
+			}
+			if what == "later" {
+				<-time.After(time.Second)
+				d.Put("k", "w")
+			}
+			want := d.Get("k")
+			if err := d.Commit(); err != nil {
+				t.Errorf("%s: Commit: %v", what, err)
+			}
+			again, err := Open(t.Context(), dir.Kill(), Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := again.Get("k"); !slices.Equal(got, want) {
+				t.Errorf("%s: after kill -9 there is %q, want %q", what, got, want)
+			}
+			again.Close()
+			d.Close()
+		})
 	}
 }
 

@@ -425,44 +425,58 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // a start. If that has undone anything, it returns a kvstore.ErrTakenBack.
 func (d *Store) Commit() error {
 	err := d.commit()
-	if storage.IsFull(err) && d.mayReload() {
-		wasDirty := d.isDirty
-		d.dropPending()
-
-		// If files are gone, held writes all of memory again, with what waits for this Commit.
-		d.lock.Verify()
-		if errors.Is(d.lock.Held(), storage.ErrGone) {
-			before := d.snapshot
-			err = d.held()
-			if err != nil || d.snapshot != before {
-				return err
-			}
-		}
-
-		err = d.reload()
-		switch {
-		case err != nil:
-			err = d.fail(err)
-		case wasDirty:
-			return cmp.Or(d.held(), kvstore.ErrTakenBack)
-		}
+	now := time.Now()
+	if err == nil && !now.Before(d.lookAfter) {
+		d.lookAfter = now.Add(lookTime)
+		d.lookForFiles()
+		err = d.failure()
+	}
+	if storage.IsFull(err) && d.mayUndo() {
+		return d.undo()
 	}
 	if err != nil {
 		return err
 	}
 
-	now := time.Now()
-	if !now.Before(d.lookAfter) {
-		d.lookAfter = now.Add(lookTime)
-		d.lookForFiles()
-		err = d.failure()
-		if err != nil {
-			return err
-		}
-	}
-
 	// The lock comes last: what was read is only true while nobody else could write.
 	return d.held()
+}
+
+// undo undoes what was done since the last Commit, in the log and in memory, unless it is on disk in
+// the end. Everybody waits for it.
+func (d *Store) undo() error {
+	d.AwaitCompaction()
+	d.writing <- struct{}{}
+	err := d.takeBack()
+	d.size, d.room = d.current.size, d.current.zeros()
+	<-d.writing
+	if err != nil {
+		return err
+	}
+	if !d.isDirty { // there was no room for a frame of the timer
+		return d.held()
+	}
+
+	d.pending, d.count, d.isDirty = d.pending[:0], 0, false
+	for {
+		// If files are gone, held writes all of memory again, with what waits for this Commit.
+		before := d.snapshot
+		d.lock.Verify()
+		err = d.held()
+		if err != nil || d.snapshot != before {
+			return err
+		}
+
+		err = d.reload()
+		if err == nil {
+			return cmp.Or(d.held(), kvstore.ErrTakenBack)
+		}
+		d.lock.Verify()
+		lost := d.lock.Held()
+		if !errors.Is(lost, storage.ErrGone) {
+			return d.fail(cmp.Or(lost, err))
+		}
+	}
 }
 
 // held returns an error if this process does not hold the lock any more. If the lock says that

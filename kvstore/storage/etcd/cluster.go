@@ -171,15 +171,15 @@ func isRevision(key []byte, revision int64) comparison {
 }
 func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
 
-// key is the first key that op is about.
-func (op operation) key() []byte {
+// keys are the keys that op, a put or a delete, is about.
+func (op operation) keys() keyRange {
 	if op.Put != nil {
-		return op.Put.Key
+		return keyRange{Key: op.Put.Key}
 	}
-	return op.Delete.Key
+	return keyRange{Key: op.Delete.Key, End: op.Delete.End, Limit: 1}
 }
 
-// isDone reports whether op, a put or a delete, was applied. now is what etcd has at its first key.
+// isDone reports whether op was applied. now is what etcd has of its keys.
 func (op operation) isDone(now []keyValue) bool {
 	if op.Put != nil {
 		return len(now) == 1 && bytes.Equal(now[0].Value, op.Put.Value)

@@ -256,8 +256,8 @@ func (d *directory) apply(size int, ops []operation, compare ...comparison) (may
 		return false, err
 	}
 
-	// If a comparison fails, read the lock and the first key, to find out why.
-	first := keyRange{Key: ops[0].key()}
+	// If a comparison fails, read the lock and the keys of the first operation, to find out why.
+	first := ops[0].keys()
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), {Range: &first}}}
 	for {

@@ -385,6 +385,9 @@ func (f *pieceFile) takeBack() error {
 	if err == nil {
 		_, err = f.reread()
 	}
+	if err == nil && (f.hasGap || f.size != f.syncedSize) {
+		err = f.d.lock.miss(errors.New("pieces were deleted"))
+	}
 	if err != nil {
 		return f.unlessGone(err)
 	}

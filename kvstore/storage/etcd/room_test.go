@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -485,25 +486,125 @@ func TestEtcdGoneWhileFull(t *testing.T) {
 	}
 }
 
+// Ensure that a delete of many keys counts as done only once none of them is there.
+func TestEtcdIsDone(t *testing.T) {
+	e := newFakeEtcd()
+	op := deleteKeys([]byte("k/1"), []byte("k/3"))
+	keys := op.keys()
+	for _, step := range []struct {
+		op   operation
+		done bool
+	}{{putKey([]byte("k/2"), nil), false}, {op, true}, {putKey([]byte("k/3"), nil), true}} {
+		answer, err := e.txn(transaction{Success: []operation{step.op, {Range: &keys}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := op.isDone(answer.read(1).KVs); got != step.done {
+			t.Errorf("it is done: %t, want %t", got, step.done)
+		}
+	}
+}
+
+// Ensure that an answered write stays although somebody deletes its piece, the last one or the one
+// before, while a Commit is taken back and the log is read, before whichever request that is.
+func TestEtcdGoneWhileTakenBack(t *testing.T) {
+	for behind := range 2 {
+		for n, isReached := 1, true; isReached; n++ {
+			isReached = etcdGoneWhileTakenBack(t, behind, n)
+		}
+	}
+}
+
+// etcdGoneWhileTakenBack deletes the piece that has so many behind it at the n-th request of a Commit
+// whose second one finds etcd full. It reports whether there were that many.
+func etcdGoneWhileTakenBack(t *testing.T, behind, n int) (isReached bool) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		d, w := e.open(t)
+		commit(t, d, h, "k", "one")
+		<-time.After(2*time.Second + beatTime/2) // then the timer has nothing to write
+		commit(t, d, h, "k", "two")
+		var pieces []keyValue // the newest first
+		for _, kv := range e.kvs {
+			if strings.HasPrefix(string(kv.Key), "kv/d/") {
+				pieces = append(pieces, kv)
+			}
+		}
+		slices.SortFunc(pieces, func(a, b keyValue) int { return cmp.Compare(b.Revision, a.Revision) })
+
+		full, gone := w.count()+2, w.count()+n
+		w.mu.Lock()
+		w.before = func(number int) {
+			if number == gone {
+				e.delete(string(pieces[behind].Key))
+			}
+			if number == full {
+				e.setFull(true)
+				time.AfterFunc(10*time.Second, func() { e.setFull(false) })
+			}
+		}
+		w.mu.Unlock()
+		large := make([]byte, 300<<10) // two requests
+		rand.Read(large)
+		d.Put("k", string(large))
+		h.Done.Put("k", string(large))
+		err := d.Commit()
+		isReached = w.count() >= gone
+		switch {
+		case errors.Is(err, kvstore.ErrTakenBack):
+			h.Done = h.Told.Clone()
+		case err != nil:
+			t.Errorf("request %d, %d behind: %v", n, behind, err)
+		}
+		if h.Told = h.Done.Clone(); !h.Told.Equal(d) {
+			t.Errorf("request %d, %d behind: after %v there is not what there should be", n, behind, err)
+		}
+
+		<-time.After(25 * time.Second)
+		if err := d.Commit(); err != nil {
+			t.Errorf("request %d, %d behind: a read: %v", n, behind, err)
+		}
+		w.kill()
+		<-d.Lost()
+		d.Close()
+		after, _ := e.dir(t, t.Context(), "second:9999")
+		checkKept(t, h, after, fmt.Sprintf("request %d, %d behind", n, behind))
+	})
+	return isReached
+}
+
 // Ensure that a server that writes all data again, or takes its lock again, waits for room, whichever
 // request finds etcd full.
 func TestEtcdFullWhileHealing(t *testing.T) {
-	for _, gone := range []string{"kv/d/", "kv/lock"} {
-		for n, isReached := 1, true; isReached; n++ {
-			isReached = etcdFullWhileHealing(t, gone, n)
+	for _, gone := range []string{"kv/d/", "kv/n/STORE", "kv/lock"} {
+		for _, hasLooked := range []bool{false, true} {
+			for n, isReached := 1, true; isReached; n++ {
+				isReached = etcdFullWhileHealing(t, gone, hasLooked, n)
+			}
 		}
 	}
 }
 
 // etcdFullWhileHealing deletes the keys that begin with gone, and makes etcd full at the n-th request
-// after that. It reports whether there were that many.
-func etcdFullWhileHealing(t *testing.T, gone string, n int) (isReached bool) {
+// after that. It reports whether there were that many. If the server has just looked at its files, it
+// does not look again, but the lock says that they are gone.
+func etcdFullWhileHealing(t *testing.T, gone string, hasLooked bool, n int) (isReached bool) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
-		d, w := e.open(t)
+		dir, w := e.dir(t, t.Context(), "first:9999")
+		d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
 		commit(t, d, h, "k", "v")
 		<-time.After(2*time.Second + beatTime/2) // then the timer has nothing to write
+		if hasLooked {
+			commit(t, d, h, "k", "v")
+		}
 		e.delete(gone)
+		if hasLooked {
+			dir.directory.lock.Verify()
+		}
 		full := w.count() + n
 		w.mu.Lock()
 		w.before = func(number int) {
@@ -515,7 +616,7 @@ func etcdFullWhileHealing(t *testing.T, gone string, n int) (isReached bool) {
 		w.mu.Unlock()
 		d.Put("k", "w")
 		h.Done.Put("k", "w")
-		err := d.Commit()
+		err = d.Commit()
 		isEnd := err != nil && gone == "kv/lock" // a server may end, but not lose what was answered
 		switch {
 		case errors.Is(err, kvstore.ErrTakenBack):
