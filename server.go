@@ -1043,14 +1043,22 @@ func (s *keyValueServer) serveTakes(q *Query) {
 }
 
 // endTake ends the Take of q's client. If it waits for a value it is answered without one. If it
-// still waits for its turn it may look once (stopTake), or is answered without a value (dropTake).
+// still waits for its turn it may look once (stopTake), or is answered without a value (dropTake). The
+// same is so if it comes to run again (runAgain).
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
+	for _, r := range s.ran {
+		if r.chain.client == c && r.chain.mayWait() {
+			r.chain.seconds = 0
+		}
+	}
 
-	// The Take has had its turn, and waits for a value. It must not run again (runAgain).
+	// The Take has had its turn, and waits for a value.
 	if c.parked != nil {
 		chain := s.takes.remove(c)
-		s.ran = slices.DeleteFunc(s.ran, func(r stretch) bool { return r.chain == chain })
+		if q.queryType == dropTake {
+			s.ran = slices.DeleteFunc(s.ran, func(r stretch) bool { return r.chain == chain })
+		}
 		s.batch = append(s.batch, chain)
 		return
 	}

@@ -2958,13 +2958,28 @@ type fullStore struct {
 	*storetest.Dir
 	isFull, isKnown atomic.Bool
 	knows           bool // a Commit finds out
+	mayFree         bool // there is room for what frees some
 }
 
-// newFullStore returns an empty directory.
-func newFullStore() *fullStore {
-	dir := &fullStore{Dir: storetest.New(), knows: true}
+// newFullStore returns an empty directory, and the gate that each sync goes through: while gate is
+// empty, none does.
+func newFullStore() (dir *fullStore, gate chan bool) {
+	dir, gate = &fullStore{Dir: storetest.New(), knows: true}, make(chan bool, 1)
+	gate <- true
 	dir.Reserve = 0
-	return dir
+	dir.Before = func(call storetest.Call) error {
+		if call.What == "sync" {
+			<-gate
+			gate <- true
+		}
+		// Only one write fails: a reload writes what is there already, which needs no room.
+		if call.What == "write" && dir.isFull.CompareAndSwap(true, false) {
+			dir.isKnown.Store(dir.knows)
+			return syscall.ENOSPC
+		}
+		return nil
+	}
+	return dir, gate
 }
 
 // fill makes the next write fail for lack of room.
@@ -2976,8 +2991,8 @@ func (d *fullStore) makeRoom() {
 	d.isKnown.Store(false)
 }
 
-func (d *fullStore) RoomFor(int64, bool) error {
-	if d.isKnown.Load() {
+func (d *fullStore) RoomFor(_ int64, frees bool) error {
+	if d.isKnown.Load() && !(frees && d.mayFree) {
 		return syscall.ENOSPC
 	}
 	return nil
@@ -2988,20 +3003,7 @@ func (d *fullStore) RoomFor(int64, bool) error {
 // Takes that wait or were served, for a Dump, and for a chain of which only a part had run.
 func TestCommitTakenBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		dir, gate := newFullStore(), make(chan bool, 1)
-		dir.Before = func(call storetest.Call) error {
-			if call.What == "sync" {
-				<-gate
-				gate <- true
-			}
-			// Only one write fails: a reload writes what is there already, which needs no room.
-			if call.What == "write" && dir.isFull.CompareAndSwap(true, false) {
-				dir.isKnown.Store(dir.knows)
-				return syscall.ENOSPC
-			}
-			return nil
-		}
-		gate <- true
+		dir, gate := newFullStore()
 		db := storeIn(t, dir, nil)
 		n.server.db = slowPuts{db}
 		a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
@@ -3075,8 +3077,11 @@ func TestCommitTakenBack(t *testing.T) {
 		a.ask("Count:k", ":OK 1")
 		dir.makeRoom()
 
-		// A Take that has ended does not run again, though there is room by then. And somebody asks for
-		// the counters meanwhile.
+		// The Take of a client that has gone does not run again, though there is room by then, and its
+		// turn would come before a's, which has used more time. And somebody asks for the counters
+		// meanwhile.
+		a.ask("Put:slow:v", ":OK 1")
+		pass(2 * time.Second)
 		<-gate
 		c.send("Set:other:v\n")
 		synctest.Wait()
@@ -3101,11 +3106,62 @@ func TestCommitTakenBack(t *testing.T) {
 		a.ask("Count:k", ":OK 0")
 		a.wantStat("take_requests_total", 2) // a's last, and b's last
 		a.wantStat("set_requests_total", 5)
-		a.wantStat("put_requests_total", 0)
+		a.wantStat("put_requests_total", 1)
 
 		n.server.Close()
 		must(t, db.Close())
 	})
+}
+
+// Ensure that a Take whose time is over when a Commit is taken back looks once more, and does not wait
+// again: if it had got the value of a Put that is refused then, and if it had found nothing because
+// of another Take, which is refused.
+func TestTakeEndsWhenTakenBack(t *testing.T) {
+	for _, mayFree := range []bool{true, false} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			dir, gate := newFullStore()
+			dir.mayFree = mayFree
+			db := storeIn(t, dir, nil)
+			n.server.db = db
+			a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+			first := "Take:k\n"
+			if mayFree {
+				first = "Put:k:v\n"
+				b.send("Take:k:3\n")
+			} else {
+				a.ask("Set:k:v", ":OK 0")
+			}
+			pass(2 * time.Second) // then the store writes nothing by itself
+
+			// While the store syncs, a's request comes, and then b's time is over.
+			<-gate
+			c.send("Set:other:v\n")
+			synctest.Wait()
+			a.send(first)
+			synctest.Wait()
+			if !mayFree {
+				b.send("Take:k:1\n")
+				synctest.Wait()
+			}
+			pass(2 * time.Second)
+			dir.fill()
+			gate <- true
+			c.want(":OK 0")
+			want := ":ERROR"
+			if got := a.read(); !strings.HasPrefix(got, want) {
+				t.Errorf("a gets %q, want %q", got, want)
+			}
+			if mayFree {
+				want = ":OK 0"
+			}
+			if got := b.read(); !strings.HasPrefix(got, want) {
+				t.Errorf("b gets %q, want %q", got, want)
+			}
+			a.wantStat("waiting_takes", 0)
+			n.server.Close()
+			must(t, db.Close())
+		})
+	}
 }
 
 // slowPuts is a Store of which a Put takes longer than a round.
