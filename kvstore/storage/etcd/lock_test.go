@@ -345,8 +345,8 @@ func TestEtcdLockElsewhere(t *testing.T) {
 		<-d.Lost()
 		d.Close()
 
+		e.mu.Lock() // for other, too: a survey may still be under way
 		other.put("kv/lock", "{}")
-		e.mu.Lock()
 		e.other, e.down = map[string]*fakeEtcd{"b:1": other}, "a:1"
 		e.mu.Unlock()
 		if _, err := e.tryOpen(t, time.Minute); err == nil || other.kvs["kv/n/STORE"].Key != nil {
