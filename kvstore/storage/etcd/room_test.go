@@ -128,7 +128,8 @@ func TestEtcdQuota(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		value, fit := make([]byte, 128<<10), storetest.Fewer(96, 2)
+		const fit = 96
+		value := make([]byte, 128<<10)
 		e.quota = int64(fit * len(value))
 		d, w := e.open(t)
 		n := 0
