@@ -1245,11 +1245,11 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 		return report, err
 	}
 
+	copyTo := durable.Backup
 	if command == "repair" {
-		report, err = durable.Repair(dir, out)
-	} else {
-		report, err = durable.Backup(dir, out, nil)
+		copyTo = durable.Repair
 	}
+	report, err = copyTo(dir, out)
 
 	// Half a copy must not look like a store.
 	out.Close()

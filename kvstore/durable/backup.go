@@ -12,13 +12,12 @@ import (
 // Backup copies the store in dir to out, which must be empty. It takes no lock of dir and asks no
 // server. While a process has the store open, Backup reads at least what that process had written
 // when Backup began, in whole frames: everything that was answered by then. It checks the
-// checksums and the order of the frames that it copies. The copy opens like any store. step, if not
-// nil, is called after each frame with the bytes copied so far, and roughly their total.
-func Backup(dir, out storage.Directory, step func(copied, total int64)) (r Report, err error) {
+// checksums and the order of the frames that it copies. The copy opens like any store.
+func Backup(dir, out storage.Directory) (r Report, err error) {
 	err = fillDirectory(out, func() (err error) {
 		var c copier
 		beside(dir, func() (isStale bool) {
-			c = copier{out: out, step: step}
+			c = copier{out: out}
 			err = empty(out) // an earlier try may have left files
 			if err == nil {
 				err = c.copyAll(dir)
@@ -83,7 +82,6 @@ type copier struct {
 	out    storage.Directory
 	w      *logWriter // the copy of the file that is read
 	copied int64      // bytes
-	step   func(copied, total int64)
 }
 
 // copyAll copies the log files in order, and then STORE: without it the copy is no store. It
@@ -129,9 +127,6 @@ func (c *copier) copyFile(w *logWriter) error {
 // copyFrame copies a frame.
 func (c *copier) copyFrame(l *logReader, f frame, payload []byte) error {
 	c.copied += f.padded()
-	if c.step != nil {
-		c.step(c.copied, c.bytes)
-	}
 
 	// If the last file goes on, the next one was made after Backup began, and is not in the copy.
 	if f.kind == frameNext && l == c.logs[len(c.logs)-1] {

@@ -40,7 +40,7 @@ func TestBackup(t *testing.T) {
 				frame{sequence: d.sequence + 1, synced: d.sequence},
 				[]byte("half a frame"))[:45], w.size)
 		}
-		if _, err := Backup(dir, out, nil); err != nil {
+		if _, err := Backup(dir, out); err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
 		d.current.f.WriteAt(make([]byte, 45), d.current.size)
@@ -62,7 +62,7 @@ func TestBackup(t *testing.T) {
 			data := slices.Clone(dir.Names[name].Data)
 			data[headerSize+10] ^= 1 // in the first frame
 			out := storetest.New()
-			_, err := Backup(dir.With(name, data), out, nil)
+			_, err := Backup(dir.With(name, data), out)
 			delete(out.Names, storage.LockName)
 			if err == nil || len(out.Names) > 0 {
 				t.Errorf("%s, damaged, is copied: %v, %d files of kind %d; it has %d bytes", name,
@@ -71,7 +71,7 @@ func TestBackup(t *testing.T) {
 		}
 	}
 	full := storetest.New().With("photo.jpg", nil)
-	if _, err := Backup(dir, full, nil); !errors.Is(err, ErrNotEmpty) {
+	if _, err := Backup(dir, full); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("into a directory that is not empty: %v", err)
 	}
 }
@@ -98,7 +98,7 @@ func (l *tornListing) List() ([]string, error) {
 func TestLookBesideACompaction(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
-	if _, err := Backup(&tornListing{Dir: dir}, storetest.New(), nil); err != nil {
+	if _, err := Backup(&tornListing{Dir: dir}, storetest.New()); err != nil {
 		t.Errorf("backup: %v", err)
 	}
 	if r, err := Check(&tornListing{Dir: dir}); err != nil || r.Damaged {
@@ -159,7 +159,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 		close(stop)
 		<-stopped
 		d.Close()
-		_, err := backUpAt(path, filepath.Join(path, "copy"), nil)
+		_, err := backUpAt(path, filepath.Join(path, "copy"))
 		if !errors.Is(err, storage.ErrNotOurs) {
 			t.Errorf("a backup inside the store: %v", err)
 		}
@@ -190,7 +190,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 	}()
 	backUp := func(to string) error {
 		least := told.Load()
-		if _, err := backUpAt(path, to, nil); err != nil {
+		if _, err := backUpAt(path, to); err != nil {
 			return err
 		}
 		copied, err := openAt(to, Options{})
@@ -246,13 +246,13 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 		return d.compactNow()
 	}
 	out := storetest.New()
-	if _, err := Backup(dir, out, nil); err != nil || compactions != 50 {
+	if _, err := Backup(dir, out); err != nil || compactions != 50 {
 		t.Fatalf("after %d compactions: %v", compactions, err)
 	}
 	wantAll(t, "copied", out, maps.Collect(d.All()))
 	dir.Before = nil
 	dir.Remove(logName(kindSegment, d.number()))
-	if _, err := Backup(dir, storetest.New(), nil); !errors.As(err, new(*storage.DamageError)) {
+	if _, err := Backup(dir, storetest.New()); !errors.As(err, new(*storage.DamageError)) {
 		t.Errorf("without a file: %v", err)
 	}
 	d.Close()
@@ -286,7 +286,7 @@ func TestFewDescriptors(t *testing.T) {
 		t.Errorf("check: %v, %v", r, err)
 	}
 	for what, copy := range map[string]func(out storage.Directory) (Report, error){
-		"backup": func(out storage.Directory) (Report, error) { return Backup(few, out, nil) },
+		"backup": func(out storage.Directory) (Report, error) { return Backup(few, out) },
 		"repair": func(out storage.Directory) (Report, error) { return Repair(few, out) },
 	} {
 		out := storetest.New()
@@ -309,7 +309,7 @@ func TestBackupOfAnOlderVersion(t *testing.T) {
 	makeOlder(dir.Names["seg-1.log"].Data)
 
 	out := storetest.New()
-	if _, err := Backup(dir, out, nil); err != nil {
+	if _, err := Backup(dir, out); err != nil {
 		t.Fatal(err)
 	}
 	wantAll(t, "the copy", out, map[string][]string{"k": {"v"}})
@@ -330,7 +330,7 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 	} {
 		bad := dir.With("seg-2.log", damage(slices.Clone(dir.Names["seg-2.log"].Data)))
 		out := storetest.New()
-		if _, err := Backup(bad, out, nil); err == nil || out.Names[storage.StoreName] != nil {
+		if _, err := Backup(bad, out); err == nil || out.Names[storage.StoreName] != nil {
 			t.Errorf("without %s of a full file: %v, and %d files are copied", what, err,
 				len(out.Names))
 		}
@@ -345,7 +345,7 @@ func TestFailedBackupLeavesNoFile(t *testing.T) {
 	for n := 1; ; n++ {
 		out := storetest.New()
 		out.FailAt = n
-		_, err := Backup(dir, out, nil)
+		_, err := Backup(dir, out)
 		if err == nil {
 			break
 		}
@@ -365,7 +365,7 @@ func TestFailedBackupLeavesNothing(t *testing.T) {
 	os.Mkdir(store, 0o700)
 	os.WriteFile(filepath.Join(store, storage.StoreName), []byte("what is this"), 0o600)
 	for _, to := range []string{to, there} {
-		if _, err := backUpAt(store, to, nil); !errors.As(err, new(*storage.DamageError)) {
+		if _, err := backUpAt(store, to); !errors.As(err, new(*storage.DamageError)) {
 			t.Errorf("a copy of a damaged store: %v", err)
 		}
 	}
@@ -450,7 +450,7 @@ func TestBackupLocksFirst(t *testing.T) {
 
 	out := storetest.New()
 	out.Locked = true
-	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrLocked) || len(out.Names) > 0 {
+	if _, err := Backup(dir, out); !errors.Is(err, storage.ErrLocked) || len(out.Names) > 0 {
 		t.Errorf("beside another one: %v, %d files", err, len(out.Names))
 	}
 
@@ -470,7 +470,7 @@ func TestBackupLocksFirst(t *testing.T) {
 		}
 		return nil
 	}
-	if _, err := Backup(dir, out, nil); !errors.Is(err, ErrNotEmpty) {
+	if _, err := Backup(dir, out); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("over a store that was made meanwhile: %v", err)
 	}
 	again, err := openStill(out, Options{})
@@ -489,7 +489,7 @@ func TestBrokenOffBackup(t *testing.T) {
 	for n, reached := 1, true; reached; n++ {
 		out := storetest.New()
 		out.FailAt, out.Forever = n, true
-		_, err := Backup(dir, out, nil)
+		_, err := Backup(dir, out)
 		if reached = out.Calls >= n; !reached {
 			break
 		}
@@ -542,7 +542,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 		}
 		return nil
 	}
-	if _, err := Backup(dir, out, nil); err != nil {
+	if _, err := Backup(dir, out); err != nil {
 		t.Fatal(err)
 	}
 	out.Before = nil
@@ -655,7 +655,7 @@ func TestBackupIntoAStolenDirectory(t *testing.T) {
 		}
 		return nil
 	}
-	if _, err := Backup(dir, out, nil); !errors.Is(err, storage.ErrMoved) {
+	if _, err := Backup(dir, out); !errors.Is(err, storage.ErrMoved) {
 		t.Errorf("a backup: %v", err)
 	}
 	if out.Names["seg-7.log"] == nil {
@@ -677,20 +677,22 @@ func TestBackupHoldsItsFiles(t *testing.T) {
 	}
 	d.minCompact = least
 
-	frames := 0
 	out := storetest.New()
-	_, err := Backup(dir, out, func(int64, int64) {
-		frames++
-		if frames != 1 {
-			return
+	isFirst := true
+	out.Before = func(call storetest.Call) error {
+		if call.What != "write" || !isFirst {
+			return nil
 		}
+		isFirst = false
 		for number := d.number(); d.number() == number; d.AwaitCompaction() {
 			d.Set("key", "since")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
-	})
+		return nil
+	}
+	_, err := Backup(dir, out)
 	if err != nil || d.snapshot == 0 || out.Names["seg-1.log"] == nil {
 		t.Errorf("the backup: %v; the store has snapshot %d, and the copy %v", err, d.snapshot,
 			slices.Sorted(maps.Keys(out.Names)))
@@ -715,14 +717,19 @@ func TestBackupDoesNotFollow(t *testing.T) {
 		write()
 	}
 
-	frames := 0
-	_, err := Backup(dir, storetest.New(), func(int64, int64) {
-		if frames++; frames < most {
-			write()
+	writes := 0
+	out := storetest.New()
+	out.Before = func(call storetest.Call) error {
+		if call.What == "write" {
+			if writes++; writes < most {
+				write()
+			}
 		}
-	})
-	if err != nil || frames > 2*first {
-		t.Errorf("%d frames are copied where %d were there at first: %v", frames, first, err)
+		return nil
+	}
+	_, err := Backup(dir, out)
+	if err != nil || writes < first || writes > 2*first {
+		t.Errorf("%d writes for a copy of %d frames: %v", writes, first, err)
 	}
 	d.Close()
 }
@@ -731,10 +738,8 @@ func TestBackupDoesNotFollow(t *testing.T) {
 // without zeros ahead.
 func TestBackupBesideARotation(t *testing.T) {
 	for what, read := range map[string]func(dir storage.Directory) (Report, error){
-		"check": Check,
-		"backup": func(dir storage.Directory) (Report, error) {
-			return Backup(dir, storetest.New(), nil)
-		},
+		"check":  Check,
+		"backup": func(dir storage.Directory) (Report, error) { return Backup(dir, storetest.New()) },
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			dir := storetest.New()

@@ -518,10 +518,8 @@ func repairAt(path, to string) (Report, error) {
 }
 
 // backUpAt copies the store at path to a directory that it makes.
-func backUpAt(path, to string, step func(copied, total int64)) (Report, error) {
-	return toNew(path, to, func(dir, out storage.Directory) (Report, error) {
-		return Backup(dir, out, step)
-	})
+func backUpAt(path, to string) (Report, error) {
+	return toNew(path, to, Backup)
 }
 
 // toNew opens the store at path, makes a directory at to, and calls make for both.

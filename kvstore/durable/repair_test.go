@@ -96,7 +96,7 @@ func TestRepairOfNothing(t *testing.T) {
 	if !errors.Is(err, ErrNoStore) || len(r.Lines) > 0 || len(out.Names) > 0 {
 		t.Errorf("of an empty directory: %v, %q", err, r.Lines)
 	}
-	_, err = Backup(storetest.New(), out, nil)
+	_, err = Backup(storetest.New(), out)
 	if !errors.Is(err, ErrNoStore) {
 		t.Errorf("a backup of an empty directory: %v", err)
 	}

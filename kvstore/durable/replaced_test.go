@@ -41,7 +41,7 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 			write("before")
 
 			out := storetest.New()
-			if _, err := Backup(dir, out, nil); err != nil {
+			if _, err := Backup(dir, out); err != nil {
 				t.Fatal(err)
 			}
 			write("since1")

@@ -44,7 +44,7 @@ var spoils = map[string]func(dir *storetest.Dir, d *Store){
 	},
 	"a backup is put over it": func(dir *storetest.Dir, d *Store) {
 		out := storetest.New()
-		Backup(dir, out, nil)
+		Backup(dir, out)
 		d.Put("since", "the backup")
 		d.Commit()
 		for name, file := range out.Names {

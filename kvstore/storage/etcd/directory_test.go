@@ -216,13 +216,13 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := durable.Backup(dir, local, nil); err != nil {
+		if _, err := durable.Backup(dir, local); err != nil {
 			t.Errorf("backup beside a server: %v", err)
 		}
 		d.Close()
 		other := newFakeEtcd()
 		back, _ := other.dir(t, t.Context(), "")
-		if _, err := durable.Backup(local, back, nil); err != nil {
+		if _, err := durable.Backup(local, back); err != nil {
 			t.Errorf("backup to etcd: %v", err)
 		}
 		checkKept(t, h, local, "the copy on a disk")
@@ -274,7 +274,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := durable.Backup(dir, local, nil); err != nil {
+			if _, err := durable.Backup(dir, local); err != nil {
 				t.Errorf("the server compacts before request %d: %v", n, err)
 			}
 			reached = w.count() >= n
@@ -317,7 +317,7 @@ func TestEtcdBrokenOffBackup(t *testing.T) {
 			e := newFakeEtcd()
 			to, w := e.dir(t, t.Context(), "")
 			w.at, w.fault = n, killed
-			_, err := durable.Backup(local, to, nil)
+			_, err := durable.Backup(local, to)
 			reached = w.count() >= n
 			local.Close()
 			pieces := e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).Count

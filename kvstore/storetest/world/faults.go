@@ -245,7 +245,7 @@ func (p *process) removeSome(r *rand.Rand) {
 // restore copies a backup over the store, file by file, as cp does.
 func (p *process) restore(r *rand.Rand) {
 	copied := storetest.New()
-	_, err := durable.Backup(p.dir, copied, nil)
+	_, err := durable.Backup(p.dir, copied)
 	if err != nil {
 		p.fail("a backup beside the server: %v", err)
 		return
@@ -344,7 +344,7 @@ func (p *process) copyTo(to *storetest.Dir, beside bool) error {
 	errs := make([]error, 3)
 	var all sync.WaitGroup
 	for i, place := range places {
-		all.Go(func() { _, errs[i] = durable.Backup(p.dir, place, nil) })
+		all.Go(func() { _, errs[i] = durable.Backup(p.dir, place) })
 	}
 	all.Wait()
 
