@@ -753,6 +753,7 @@ func (c *Client) mayGrowForLine(size int) bool {
 // awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
 // without memory (anyLine), or all could wait for each other for ever, and so does one line of a
 // request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
+// While lines whose replies wait take too much, only a line that frees goes on (takesLines).
 // awaitLineMemory returns false if the connection is to end.
 func (c *Client) awaitLineMemory(size int) bool {
 	in, b := &c.in, &c.server.budget

@@ -1222,7 +1222,7 @@ type budget struct {
 	lists  atomic.Int64 // of queued: keys to be listed
 	chains atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
 	inputs atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	free   atomic.Int64 // of freeInput, which each client may have
+	free   atomic.Int64 // of these buffers and chains, what each client may have (freeInput)
 	store  atomic.Int64 // store and clients, as workLoop last noted them
 	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
 
@@ -1342,12 +1342,12 @@ func (b *budget) acquireList(bytes int64) bool {
 // limit.
 func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inputOfReserve }
 
+// forBursts is how many of these bytes bursts may take. The rest is left for long lines.
+func (b *budget) forBursts() int64 { return b.forInput() / 2 }
+
 // takesLines reports whether a long line may get memory now. If the lines whose replies wait have
 // reached the limit of the queues, clients that take too little are cut first.
 func (b *budget) takesLines() bool { return b.limit == 0 || b.chains.Load() < b.forQueues() }
-
-// forBursts is how many of these bytes bursts may take. The rest is left for long lines.
-func (b *budget) forBursts() int64 { return b.forInput() / 2 }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
