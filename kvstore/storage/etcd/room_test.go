@@ -128,8 +128,7 @@ func TestEtcdQuota(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
-		const fit = 96
-		value := make([]byte, 128<<10)
+		value, fit := make([]byte, 128<<10), storetest.Fewer(96, 2)
 		e.quota = int64(fit * len(value))
 		d, w := e.open(t)
 		n := 0
@@ -157,7 +156,7 @@ func TestEtcdQuota(t *testing.T) {
 			}
 			d.AwaitCompaction()
 		}
-		<-time.After(2 * time.Second)
+		<-time.After(3 * surveyTime) // at the end of one etcd forgets, and the next one sees it
 		if err := w.dir.RoomFor(int64(len(value)), false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
 		}
