@@ -472,15 +472,6 @@ func (c config) checkRequests() error {
 	return nil
 }
 
-// refusal returns the error that the server answers to a line; "": the line is a request.
-func refusal(line string) string {
-	q := Query{}
-	if q.parse(line); q.queryType != malformed {
-		return ""
-	}
-	return q.value()
-}
-
 // checkFlags returns which flags exclude each other, or are not for this process, a server or a
 // client; or nil. typed has the flags of the command line. A flag there must be for this process; a
 // variable in the environment need not, because one environment may be for both.

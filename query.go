@@ -584,6 +584,15 @@ func didYouMean(line string) string {
 	return "; did you mean " + verbs[t].form + " ?"
 }
 
+// refusal returns the error that the server answers to a line; "": the line is a request.
+func refusal(line string) string {
+	q := Query{}
+	if q.parse(line); q.queryType != malformed {
+		return ""
+	}
+	return q.value()
+}
+
 // oneSlip reports whether a becomes b when one letter is added, left out or changed, or when two
 // neighbours change places: distance 1 in Damerau, "A technique for computer detection and
 // correction of spelling errors", 1964.
