@@ -100,7 +100,7 @@ func main() {
 	// already, and the process may have been started without one.
 	lost := cmp.Or(out.Flush(), os.Stdout.Close())
 	if err == nil && lost != nil && !isAny(lost, os.ErrClosed, os.ErrInvalid) {
-		err = problem{"cannot write the output: " + lost.Error(), "Make room where it goes."}
+		err = problem("cannot write the output: "+lost.Error(), "Make room where it goes.")
 	}
 	if err != nil && !errors.Is(err, errTold) {
 		new(config).tell(os.Stderr, err)
@@ -144,20 +144,17 @@ func (m misuse) Unwrap() error { return m.error }
 // errTold stands for an error that the log or -c has shown already.
 var errTold = errors.New("it was reported")
 
-// problem is an error, and what the user can do about it.
-type problem struct{ what, todo string }
-
-func (p problem) Error() string { return p.what }
+// problem returns an error, with what the user can do about it.
+func problem(what, todo string) error { return storage.NewError(what, todo) }
 
 // tell writes to w what is wrong and what to do: two lines of text, or one line of JSON where a
 // server is to log in JSON. It returns errTold.
 func (c *config) tell(w io.Writer, err error) error {
-	p := problem{what: err.Error()}
-	errors.As(err, &p)
+	todo := storage.Advice(err)
 	if c.log == "json" && !c.client && !c.ping {
-		slog.New(slog.NewJSONHandler(w, nil)).Error("the server does not start", "error", err, "todo", p.todo)
+		slog.New(slog.NewJSONHandler(w, nil)).Error("the server does not start", "error", err, "todo", todo)
 	} else {
-		fmt.Fprintln(w, strings.TrimSpace(fmt.Sprintf("kvserver: %v\n%s", err, p.todo)))
+		fmt.Fprintln(w, strings.TrimSpace(fmt.Sprintf("kvserver: %v\n%s", err, todo)))
 	}
 	return errTold
 }
@@ -172,7 +169,7 @@ type wrong struct {
 func firstWrong(what string, all []wrong) error {
 	for _, w := range all {
 		if w.is {
-			return problem{cmp.Or(w.what, what), w.todo}
+			return problem(cmp.Or(w.what, what), w.todo)
 		}
 	}
 	return nil
@@ -233,7 +230,6 @@ type config struct {
 	answers                       string // the file for -c's output; "": standard output
 	verbose, client, stop, ping   bool
 	version                       bool     // print the version, and do nothing else
-	command                       string   // a key of commands; "": none
 	requests, args                []string // the arguments after the flags; the whole command line
 }
 
@@ -347,7 +343,7 @@ func setByVariable(f *flag.Flag) error {
 	case value == "" || f.Value.Set(value) == nil:
 		return nil
 	}
-	return problem{what, explain(variable(f), f)}
+	return problem(what, explain(variable(f), f))
 }
 
 // helpText is what -h prints. The README has all flags: kvserver help flags prints them.
@@ -419,9 +415,9 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 	// The flag may be one that other programs have.
 	if name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); isUnknown {
 		lower := strings.ToLower(name)
-		return problem{"unknown flag -" + name, suggest("-", cmp.Or(otherFlags[lower], lower), names)}
+		return problem("unknown flag -"+name, suggest("-", cmp.Or(otherFlags[lower], lower), names))
 	}
-	return problem{err.Error(), todo}
+	return problem(err.Error(), todo)
 }
 
 // The names that other programs have for our flags, and words that they take, with what to do here.
@@ -708,9 +704,7 @@ func serve(c config, log *queuedLog) error {
 		err = s.serve(listeners...)
 	}
 	if err != nil {
-		if data != nil {
-			data.Close()
-		}
+		data.Close()
 		return err
 	}
 
@@ -769,14 +763,14 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	log.Info("opening the data", "at", c.data)
 	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
-		return nil, storeProblem(c, err)
+		return nil, storage.Advise(c.data, err)
 	}
 
 	fsync, _ := parseFsync(c.fsync) // parseFlags has checked it
 	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()
-		return nil, storeProblem(c, err)
+		return nil, storage.Advise(c.data, err)
 	}
 
 	s.db = store
@@ -898,9 +892,8 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
 	// The cause is logged first, because the end may take seconds.
 	tell := func(failure error) error {
-		p := problem{}
-		errors.As(storeProblem(c, failure), &p)
-		log.Error("the data cannot be kept any more, so the server ends", "error", p.what, "todo", p.todo)
+		p := storage.Advise(c.data, failure)
+		log.Error("the data cannot be kept any more, so the server ends", "error", p, "todo", storage.Advice(p))
 		return errTold
 	}
 	if failure != nil {
@@ -914,10 +907,8 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 	s.Close()
 
 	// The server has ended, so nobody changes the data any more.
-	if data != nil {
-		if err := data.Close(); err != nil && failure == nil {
-			failure = tell(err)
-		}
+	if err := data.Close(); err != nil && failure == nil {
+		failure = tell(err)
 	}
 	return failure
 }
@@ -991,7 +982,7 @@ func pemProblem(files string, err error) error {
 	if errors.Is(err, fs.ErrPermission) {
 		todo = "Let the user who runs kvserver read it; kvserver help systemd shows how."
 	}
-	return problem{"cannot use " + files + ": " + err.Error(), todo}
+	return problem("cannot use "+files+": "+err.Error(), todo)
 }
 
 // credentials are what a server shows to its clients, and wants to see of them. After serverTLS they
@@ -1121,8 +1112,8 @@ func runCommand(command string, args []string, out io.Writer) error {
 	c := commands[command]
 	isNone := func(arg string) bool { return arg == "" || arg[0] == '-' }
 	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
-		return misuse{problem{command + " needs " + c.needs + ", and no flags", fmt.Sprintf("Give the "+
-			"server's data directory, as in kvserver %s %s; kvserver help %[1]s says more.", command, c.example)}}
+		return misuse{problem(command+" needs "+c.needs+", and no flags", fmt.Sprintf("Give the "+
+			"server's data directory, as in kvserver %s %s; kvserver help %[1]s says more.", command, c.example))}
 	}
 
 	// The report is printed in any case, because it says more than the error.
@@ -1132,7 +1123,7 @@ func runCommand(command string, args []string, out io.Writer) error {
 		fmt.Fprintln(out, line)
 	}
 	if err != nil {
-		return storeProblem(config{command: command, data: path}, err)
+		return storage.Advise(path, err)
 	}
 
 	return firstWrong("", []wrong{
@@ -1167,7 +1158,7 @@ func printManual(w io.Writer, words []string) error {
 	if within != nil {
 		todo = "Parts that have it: " + strings.Join(within, "; ")
 	}
-	return misuse{problem{fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")), todo}}
+	return misuse{problem(fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")), todo)}
 }
 
 // line76 matches as many words as fit on a line of 76 bytes.
@@ -1212,7 +1203,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	if command == "check" {
 		report, err = durable.Check(dir)
 		if err == nil && report.Empty && etcd.IsAddress(path) { // the prefix is probably wrong
-			return durable.Report{}, fmt.Errorf("%w: no store at %s", storage.ErrMissing, path)
+			return durable.Report{}, fmt.Errorf("%w: %s", durable.ErrNoStore, path)
 		}
 		return report, err
 	}
@@ -1250,59 +1241,6 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	return report, err
 }
 
-// storeProblem returns err, of the store that c asks for, with what to do.
-func storeProblem(c config, err error) error {
-	const unchanged, mend = "Nothing was changed. ", "Make room, or mend what else is wrong"
-	is := func(targets ...error) bool { return isAny(err, targets...) }
-	isServer, isCopy := c.command == "", c.command == "repair" || c.command == "backup"
-	data := c.data
-	if strings.ContainsFunc(data, unicode.IsSpace) {
-		data = strconv.Quote(data) // so that a shell takes it as one word
-	}
-	return firstWrong(err.Error(), []wrong{
-		// For a server or a command; then for the commands alone.
-		{is(storage.ErrLocked), "", unchanged + "Stop that process first, or give another directory."},
-		{is(durable.ErrSpoiled), "", "Something may be lost. Look what is there: kvserver check " + data},
-		{is(fs.ErrPermission), "", "Start as the user who owns it, or let yours read and write it."},
-		{is(storage.ErrNotOurs, durable.ErrNoStore, durable.ErrNotEmpty) && isCopy, "", "Nothing was " +
-			"copied. Give a data directory, and a new or empty one that is not inside it."},
-		{!isServer && is(storage.ErrMissing, storage.ErrNotOurs), "", "Give the server's data directory."},
-		{isCopy && is(fs.ErrNotExist), "", "Nothing was copied. First create the directory around NEW."},
-
-		// The etcd cluster.
-		{is(etcd.ErrTakenOver), "", "Nothing is lost. Start it again. Was it paused or cut off?"},
-		{is(etcd.ErrUnreachable), "", "Nothing is lost. Look whether etcd runs at these addresses, " +
-			"with TLS (etcds://) or without, and has a leader: etcdctl endpoint status --cluster"},
-		{is(etcd.ErrOther), "", "Nothing was written there. Do all addresses in -data belong to one " +
-			"cluster? If somebody has restored it, start again: the server goes on with what is there."},
-		{is(etcd.ErrTooLarge), "", "Raise etcd's --max-request-bytes (1.5 MiB if not set)."},
-		{is(etcd.ErrRefused), "", "Look at the address in -data (etcds:// for TLS, with " +
-			"?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password."},
-		{is(etcd.ErrAddress), "", "Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv"},
-
-		// The server's directory.
-		{is(storage.ErrMoved), "", "Put it back, then start again: all that was answered is in it."},
-		{is(durable.ErrOlder), "", unchanged + "Start the older kvserver, and have the data written " +
-			"as text: kvserver -c -out FILE Dump"},
-		{is(storage.ErrMissing), "", "Create it: mkdir -m 700 " + data},
-		{is(storage.ErrNotOurs), "", unchanged + "Give an empty directory, or one with kvserver's data."},
-
-		// The data cannot be read.
-		{is(durable.ErrNothingRead), "", "The data is lost. Restore a backup, or start empty."},
-		{is(durable.ErrUnfinished), "", unchanged + "If it was a copy, make it again, into an empty " +
-			"directory; remove what is there only if you want to start empty."},
-		{is(durable.ErrNewer), "", unchanged + "Start the newer kvserver."},
-		{as[*storage.DamageError](err), "", unchanged + "Restore a backup, or save what can be saved: " +
-			"kvserver repair " + data + " NEW"},
-
-		// Any other error is one of the disk or of the process.
-		{!isServer, "", mend + ", then try again."},
-		{c.fsync != "always", "", mend + ", then start again. With -fsync " + c.fsync +
-			" the last writes that were answered may be lost: look."},
-		{true, "", mend + ", then start again: everything that was answered is kept."},
-	})
-}
-
 // ---- the client: kvserver -c, -ping
 
 // beClient runs kvserver -c and -ping. It returns errTold if errs has the server's own words.
@@ -1324,8 +1262,8 @@ func beClient(c config, errs io.Writer) error {
 	if c.answers != "" {
 		file, err := os.Create(c.answers)
 		if err != nil {
-			return problem{"cannot write the answers: " + err.Error(),
-				"Nothing was sent. Give a file that can be written."}
+			return problem("cannot write the answers: "+err.Error(),
+				"Nothing was sent. Give a file that can be written.")
 		}
 		t.out = file
 	}
@@ -1404,8 +1342,8 @@ var (
 	errStopped     = errors.New("stopped at the first error")
 	errOutput      = errors.New("cannot write the answers")
 	errInterrupted = errors.New("interrupted")
-	errUTF16       = problem{"the input is UTF-16, as PowerShell's > writes it, so nothing of it was sent",
-		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8."}
+	errUTF16       = problem("the input is UTF-16, as PowerShell's > writes it, so nothing of it was sent",
+		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8.")
 )
 
 // dial connects to the first of the servers at t.addr that answers our Ack, and sets t.addr to its
@@ -1738,7 +1676,7 @@ func isUTF16(start []byte) bool {
 
 // problem returns err, of a conversation or of dial, with what to do.
 func (t *talker) problem(err error) error {
-	if as[problem](err) {
+	if storage.Advice(err) != "" {
 		return err
 	}
 

@@ -307,13 +307,13 @@ func TestFlagMistakes(t *testing.T) {
 				"Start a server with -addr localhost:1, or name another"},
 			{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
 			{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
-				"Nothing was copied."},
+				"Nothing was changed. Give a server's data directory; for new data or a copy give an empty"},
 			{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
-				"Create it: mkdir -m 700 /no/such/dir"},
+				"Give the server's data directory. For a new server create it: mkdir -m 700 /no/such/dir"},
 			{"-data " + os.Args[0], "not a data directory: " + os.Args[0] + " is a file",
-				"Nothing was changed. Give an empty directory"},
+				"Nothing was changed. Give a server's data directory"},
 			{"-data " + foreign, "not a data directory: " + filepath.Join(foreign, "photo.jpg"),
-				"Nothing was changed. Give an empty directory"},
+				"Nothing was changed. Give a server's data directory"},
 			{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
 				"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
 					damaged},
@@ -361,7 +361,7 @@ func TestFlagMistakes(t *testing.T) {
 				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
 				"Nothing was changed. Stop that process first"},
 			{"check /no/such/dir", "the data directory does not exist", "Give the server's data directory."},
-			{"check " + foreign, "not a data directory: ", "Give the server's"},
+			{"check " + foreign, "not a data directory: ", "Nothing was changed. Give a server's"},
 			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. First create the"},
 			{"-addr " + strconv.Itoa(port), fmt.Sprintf("cannot listen on localhost:%d: ", port),
 				"Stop what listens there, or choose another port: -addr "},
@@ -508,7 +508,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
 		syscall.ENOSPC:     "Make room, or mend what else is wrong, then start again",
 	} {
-		wantTodo(t, storeProblem(config{data: "/none\n", fsync: "always"}, why), todo)
+		wantTodo(t, storage.Advise("/none\n", why), todo)
 	}
 }
 
@@ -6680,8 +6680,8 @@ func must(t testing.TB, err error) {
 // wantTodo wants err to be a problem, and these words in what to do about it.
 func wantTodo(t testing.TB, err error, words string) {
 	t.Helper()
-	if p := (problem{}); !errors.As(err, &p) || !strings.Contains(p.todo, words) {
-		t.Errorf("%+v: no %q in what to do", err, words)
+	if todo := storage.Advice(err); !strings.Contains(todo, words) {
+		t.Errorf("%v: to do is %q, want %q in it", err, todo, words)
 	}
 }
 

@@ -150,7 +150,8 @@ func (s *files) checkID() error {
 
 // ErrUnfinished is returned when there is a part of a file but no store: a backup, a repair or a
 // first start was broken off.
-var ErrUnfinished = errors.New("an unfinished store")
+var ErrUnfinished = storage.NewError("an unfinished store", "Nothing was changed. If it was a copy, "+
+	"make it again, into an empty directory; remove what is there only if you want to start empty.")
 
 // findNew is findFiles for a directory without STORE. Files that a broken-off first start leaves
 // hold no data, and are obsolete. Anything else may hold data, and is refused.

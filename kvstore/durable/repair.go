@@ -13,7 +13,8 @@ import (
 )
 
 // ErrNothingRead is returned by Repair when nothing can be read from which to make a store.
-var ErrNothingRead = errors.New("not one frame can be read")
+var ErrNothingRead = storage.NewError("not one frame can be read",
+	"The data is lost. Restore a backup, or start empty.")
 
 // Repair makes a store of what can still be read in dir, and reports what could not be read. The
 // new store is in out, which must be empty. Repair changes nothing in dir.

@@ -29,18 +29,23 @@ import (
 // Errors of a store.
 var (
 	// ErrNewer is returned when a newer program wrote the store.
-	ErrNewer = errors.New("written by a newer kvserver")
+	ErrNewer = storage.NewError("written by a newer kvserver",
+		"Nothing was changed. Start the newer kvserver.")
 	// ErrOlder is returned when an older program wrote the store in a format that
 	// this one cannot read.
-	ErrOlder = errors.New("written by an older kvserver")
+	ErrOlder = storage.NewError("written by an older kvserver", "Nothing was changed. Start the older "+
+		"kvserver, and have the data written as text: kvserver -c -out FILE Dump")
 	// ErrNoStore is returned by Backup and Repair when the directory to read has no store.
-	ErrNoStore = errors.New("no store yet: an empty directory")
+	ErrNoStore = storage.NewError("no store yet: an empty directory",
+		"Give the server's data directory.")
 	// ErrNotEmpty is returned by Backup and Repair when the directory to write is not empty.
-	ErrNotEmpty = errors.New("a copy needs a new or an empty directory")
+	ErrNotEmpty = storage.NewError("a copy needs a new or an empty directory",
+		"Nothing was copied. Give another directory for the copy.")
 	// ErrSpoiled is returned by Close and by Room when others have changed the files and the data
 	// could not be written again, and by Close when it could not find out whether they have. Then
 	// data that was answered may be missing on disk.
-	ErrSpoiled = errors.New("the files may not be as they were written")
+	ErrSpoiled = storage.NewError("the files may not be as they were written",
+		"Something may be lost. Look what is there: kvserver check DIR")
 )
 
 // Values of Options.Fsync that are not a time between two fsyncs.
@@ -538,8 +543,12 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 // Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last
 // frame that says so if the disk has room for it, and gives up the lock. After a failed Commit it
-// writes nothing more. It is called once.
+// writes nothing more. It is called once. Nothing happens if d is nil.
 func (d *Store) Close() error {
+	if d == nil {
+		return nil
+	}
+
 	// First what was answered, because waiting for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()

@@ -250,7 +250,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	// If the parent is missing too, the path is probably mistyped.
 	around, err := os.Stat(filepath.Dir(filepath.Clean(path)))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, &advised{err, "Nothing was copied. First create the directory around NEW."}
 	}
 
 	// The next start of the source would refuse a directory of somebody else's among its files.

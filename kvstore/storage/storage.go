@@ -15,8 +15,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // Directory is where a store is kept: one flat directory of named files. Its methods return the
@@ -124,21 +127,66 @@ func IsFull(err error) bool {
 		errors.Is(err, syscall.EFBIG)
 }
 
+// NewError returns an error with advice: what the user can do about it. In the advice of a store's
+// errors DIR stands for its directory.
+func NewError(what, advice string) error { return &advised{errors.New(what), advice} }
+
+// advised is an error with advice.
+type advised struct {
+	error
+	advice string
+}
+
+func (e *advised) Unwrap() error { return e.error }
+
+// Advice returns the advice of err, or of the first error in it that has some; "": none has.
+func Advice(err error) string {
+	if e := (*advised)(nil); errors.As(err, &e) {
+		return e.advice
+	}
+	return ""
+}
+
+// Advise returns err, of the store in the directory at path, with advice in any case.
+func Advise(path string, err error) error {
+	advice := Advice(err)
+	switch {
+	case advice != "":
+	case errors.As(err, new(*DamageError)):
+		advice = "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair DIR NEW"
+	case errors.Is(err, fs.ErrPermission):
+		advice = "Start as the user who owns it, or let yours read and write it."
+	default:
+		advice = "Make room, or mend what else is wrong, then start again. What a server has answered is " +
+			"kept, but with another -fsync than always perhaps not the last writes: look."
+	}
+
+	// A shell takes a quoted path as one word.
+	if strings.ContainsFunc(path, unicode.IsSpace) {
+		path = strconv.Quote(path)
+	}
+	return &advised{err, strings.ReplaceAll(advice, "DIR", path)}
+}
+
 // Errors of directories.
 var (
 	// ErrMissing is returned when the directory does not exist.
-	ErrMissing = errors.New("the data directory does not exist")
+	ErrMissing = NewError("the data directory does not exist",
+		"Give the server's data directory. For a new server create it: mkdir -m 700 DIR")
 	// ErrNotOurs is returned for a directory that is not a store, or a file that is not a store's.
-	ErrNotOurs = errors.New("not a data directory")
+	ErrNotOurs = NewError("not a data directory", "Nothing was changed. Give a server's data "+
+		"directory; for new data or a copy give an empty one that is not inside it.")
 	// ErrLocked is returned when another process has the store open.
-	ErrLocked = errors.New("the data directory is in use")
+	ErrLocked = NewError("the data directory is in use",
+		"Nothing was changed. Stop that process first, or give another directory.")
 	// ErrGone is returned when etcd does not have all files any more as they were written. A disk
 	// never returns it. The right to write is not lost, but nothing may be answered before all data
 	// was written again.
 	ErrGone = errors.New("files of the data directory were removed or replaced")
 	// ErrMoved is returned when the directory of an open store, or its LOCK, was moved, removed or
 	// replaced.
-	ErrMoved = errors.New("the data directory is not where it was")
+	ErrMoved = NewError("the data directory is not where it was",
+		"Put it back, then start again: all that was answered is in it.")
 )
 
 // DamageError says where a file of the store differs from what was written.

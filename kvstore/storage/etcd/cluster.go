@@ -29,6 +29,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"kvserver/kvstore/storage"
 )
 
 // Times and sizes of requests.
@@ -54,21 +56,29 @@ const (
 // Errors of a store in etcd.
 var (
 	// ErrAddress is returned for an address without members, or without a prefix.
-	ErrAddress = errors.New("no address of data in etcd")
+	ErrAddress = storage.NewError("no address of data in etcd",
+		"Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv")
 	// ErrUnreachable is returned when no member of the cluster has answered: to a single request
 	// for requestTime, in all for patienceTime or more.
-	ErrUnreachable = errors.New("etcd does not answer")
+	ErrUnreachable = storage.NewError("etcd does not answer", "Nothing is lost. Look whether etcd runs "+
+		"at these addresses, with TLS (etcds://) or without, and has a leader: "+
+		"etcdctl endpoint status --cluster")
 	// ErrRefused is returned when etcd answers, but refuses us: a wrong certificate, user or
 	// password, or a missing permission.
-	ErrRefused = errors.New("etcd refuses")
+	ErrRefused = storage.NewError("etcd refuses", "Look at the address in -data (etcds:// for TLS, "+
+		"with ?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password.")
 	// ErrTooLarge is returned when etcd's limit on the size of a request is too low for us.
-	ErrTooLarge = errors.New("etcd takes only smaller requests")
+	ErrTooLarge = storage.NewError("etcd takes only smaller requests",
+		"Raise etcd's --max-request-bytes (1.5 MiB if not set).")
 	// ErrTakenOver is returned when another process has taken the lock.
-	ErrTakenOver = errors.New("another server has taken the data over")
+	ErrTakenOver = storage.NewError("another server has taken the data over",
+		"Nothing is lost. Start it again. Was it paused or cut off?")
 	// ErrOther is returned when a member belongs to another cluster than the members that have
 	// answered before, or when the cluster has gone back to an older state: somebody has restored a
 	// backup.
-	ErrOther = errors.New("not the etcd cluster that it was")
+	ErrOther = storage.NewError("not the etcd cluster that it was", "Nothing was written there. Do all "+
+		"addresses in -data belong to one cluster? If somebody has restored it, start again: the "+
+		"server goes on with what is there.")
 
 	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
 	// or it took too long. The caller asks for less at a time.
@@ -214,12 +224,12 @@ func isTooMuch(err error) bool {
 // named returns err as people should see it.
 func named(err error) error {
 	switch {
-	case isUntrusted(err):
-		return fmt.Errorf("%w: %w", ErrRefused, err)
 	case errors.Is(err, ErrOther):
 		return err
 	case isTooMuch(err):
 		return fmt.Errorf("%w: %w", ErrTooLarge, err)
+	case isUntrusted(err), errors.Is(err, ErrRefused):
+		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	return fmt.Errorf("etcd: %w", err)
 }
