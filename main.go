@@ -53,7 +53,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -76,13 +75,8 @@ import (
 //go:embed README.md
 var readme string
 
-// commands can stand in the place of flags: the arguments that each needs, and an example of them.
-var commands = map[string]struct{ needs, example string }{
-	"check":  {"one data directory", "data"},
-	"backup": {"a data directory and a new one for the copy", "data copy"},
-	"repair": {"a data directory, which it only reads, and a new one for what it saves", "data new"},
-	"help":   {},
-}
+// commands can stand in the place of flags, each with the arguments that it needs.
+var commands = map[string]string{"check": "DIR", "backup": "DIR NEW", "repair": "DIR NEW", "help": ""}
 
 const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
@@ -159,22 +153,6 @@ func (c *config) tell(w io.Writer, err error) error {
 	return errTold
 }
 
-// wrong is what may be wrong, and what to do about it.
-type wrong struct {
-	is         bool
-	what, todo string
-}
-
-// firstWrong returns the first of all that is true, as an error: with the text what if it has none.
-func firstWrong(what string, all []wrong) error {
-	for _, w := range all {
-		if w.is {
-			return problem(cmp.Or(w.what, what), w.todo)
-		}
-	}
-	return nil
-}
-
 // as reports whether an error is of type E, or wraps one that is.
 func as[E error](err error) bool { return errors.As(err, new(E)) }
 
@@ -206,14 +184,22 @@ Try it:   kvserver &   then   nc localhost 9999   and type   Help
 
 const seeHelp = "kvserver help flags lists the flags."
 
-// The flags that -h shows, those that only a server has, and those that have no variable.
+// The flags that -h shows, and those that have no variable.
 var (
 	helpFlags = strings.Fields(
 		"addr data fsync http max-memory tls-cert tls-key tls-client-ca tls-ca timeout")
-	serverFlags = strings.Fields("data fsync http log max-clients max-line max-memory " +
-		"max-queues tls-client-ca v write-timeout")
 	nowFlags = strings.Fields("c out ping stop version")
 )
+
+// strayFlags are flags that do nothing in a process of this kind.
+var strayFlags = map[string]string{
+	"a server": "out stop timeout tls-ca",
+	"-c":       serverFlags,
+	"-ping":    serverFlags + " out stop",
+}
+
+const serverFlags = "data fsync http log max-clients max-line max-memory max-queues " +
+	"tls-client-ca v write-timeout"
 
 // config is what the command line asks for. Each flag's own text, in flags, says what it means.
 type config struct {
@@ -330,20 +316,17 @@ func parseFlags(args []string, out io.Writer) (c config, err error) {
 		fmt.Fprintln(out, "kvserver", version(), runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return c, flag.ErrHelp
 	}
-	return c, cmp.Or(unset, c.checkRequests(), c.checkFlags(typed))
+	return c, cmp.Or(unset, c.checkRequests(), c.checkFlags(flags, typed))
 }
 
 // setByVariable sets f to the value of its variable in the environment. An empty one is none.
 func setByVariable(f *flag.Flag) error {
-	value := os.Getenv(variable(f))
-	what := fmt.Sprintf("%s=%q in the environment is no value for -%s", variable(f), value, f.Name)
-	switch {
-	case strings.TrimSpace(value) != value: // a script has left it there
-		what += ": it begins or ends in a blank or a newline"
-	case value == "" || f.Value.Set(value) == nil:
+	name, value := variable(f), os.Getenv(variable(f))
+	if value == "" || value == strings.TrimSpace(value) && f.Value.Set(value) == nil {
 		return nil
 	}
-	return problem(what, explain(variable(f), f))
+	return problem(fmt.Sprintf("%s=%q in the environment is no value for -%s", name, value, f.Name),
+		explain(name, f)+" No blank or newline may stand around it.")
 }
 
 // helpText is what -h prints. The README has all flags: kvserver help flags prints them.
@@ -414,8 +397,8 @@ func flagProblem(flags *flag.FlagSet, err error) error {
 
 	// The flag may be one that other programs have.
 	if name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); isUnknown {
-		lower := strings.ToLower(name)
-		return problem("unknown flag -"+name, suggest("-", cmp.Or(otherFlags[lower], lower), names))
+		name = strings.ToLower(name)
+		todo = suggest("-", cmp.Or(otherFlags[name], name), names)
 	}
 	return problem(err.Error(), todo)
 }
@@ -432,37 +415,34 @@ var (
 		"client": "Did you mean kvserver -c ?"}
 )
 
-const (
-	leaveOut = "Leave it out: kvserver alone serves."
-	eachOne  = "Each argument is one request, and flags go before: kvserver -addr 9999 -c Put:a:b Get:a"
-)
+const leaveOut = "Leave it out: kvserver alone serves."
 
 // checkRequests returns what is wrong with the arguments after the flags, or nil.
 func (c config) checkRequests() error {
 	for i, request := range c.requests {
-		// The argument may be a command, or another program's word for one.
-		word := strings.ToLower(request)
-		meant := cmp.Or(otherWords[word],
-			suggest("kvserver ", word, slices.Sorted(maps.Keys(commands))))
-
-		// Two arguments that are no requests may be the words of one.
-		why, isOne := "", trimCR(request) != "" && request[0] != '-' && !strings.Contains(request, "\n")
-		if i+1 < len(c.requests) && !strings.Contains(request, ":") && refusal(request) != "" &&
-			refusal(c.requests[i+1]) != "" {
-			why = refusal(strings.Join(c.requests[i:], " "))
+		// Only -c takes arguments. This one may be a command, or another program's word for one.
+		if !c.client {
+			word := strings.ToLower(request)
+			meant := suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)))
+			if meant == seeHelp {
+				meant = "Set flags, as in kvserver -addr 9999, or send a request: kvserver -c " + request
+			}
+			return problem(fmt.Sprintf("unexpected argument %q: everything is set by flags", request),
+				cmp.Or(otherWords[word], meant))
 		}
 
-		what := fmt.Sprintf("unexpected argument %q: everything is set by flags", request)
-		if err := firstWrong(what, []wrong{
-			{c.ping, fmt.Sprintf("-ping sends no requests, so %q would be lost", request),
-				"To send requests: kvserver -c " + request},
-			{c.client && !isOne, fmt.Sprintf("%q is not one request", request), eachOne},
-			{c.client && why != "", why, eachOne},
-			{!c.client && meant != seeHelp, "", meant},
-			{!c.client && refusal(request) == "", "", "To send a request: kvserver -c " + request},
-			{!c.client, "", "As in kvserver -addr 9999 -data data. " + seeHelp},
-		}); err != nil {
-			return err
+		// Two arguments that are no requests may be the words of one.
+		why, rest := "", c.requests[i:]
+		switch {
+		case trimCR(request) == "" || request[0] == '-' || strings.Contains(request, "\n"):
+			why = fmt.Sprintf("%q is not one request", request)
+		case len(rest) > 1 && !strings.Contains(request, ":") && refusal(request) != "" &&
+			refusal(rest[1]) != "":
+			why = refusal(strings.Join(rest, " "))
+		}
+		if why != "" {
+			return problem(why, "Each argument is one request, and flags go before: "+
+				"kvserver -addr 9999 -c Put:a:b Get:a")
 		}
 	}
 	return nil
@@ -471,31 +451,38 @@ func (c config) checkRequests() error {
 // checkFlags returns which flags exclude each other, or are not for this process, a server or a
 // client; or nil. typed has the flags of the command line. A flag there must be for this process; a
 // variable in the environment need not, because one environment may be for both.
-func (c config) checkFlags(typed map[string]bool) error {
-	asks, isDisk := c.client || c.ping, c.data != "" && !etcd.IsAddress(c.data)
-	stray := slices.IndexFunc(serverFlags, func(name string) bool { return asks && typed[name] })
+func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
+	kind, isDisk := "a server", c.data != "" && !etcd.IsAddress(c.data)
+	switch {
+	case c.client && c.ping:
+		return problem("-c and -ping do not go together", "Give one: -ping asks whether a server "+
+			"answers, -c sends requests, as in kvserver -c Ping.")
+	case c.client:
+		kind = "-c"
+	case c.ping:
+		kind = "-ping"
+	}
+	for name := range strings.FieldsSeq(strayFlags[kind]) {
+		if typed[name] {
+			return problem("-"+name+" is not for "+kind,
+				"Leave it out. "+explain("-"+name, flags.Lookup(name)))
+		}
+	}
 
-	return firstWrong("", []wrong{
-		// Flags that are not for this process.
-		{(typed["tls-ca"] || typed["timeout"]) && !asks, "-tls-ca and -timeout are for -c and -ping",
-			"Give one of those, too. To admit only clients with a certificate: -tls-client-ca FILE"},
-		{(c.stop || c.answers != "") && !c.client, "-stop and -out are for -c",
-			"Give it, too, as in kvserver -c -out FILE Dump."},
-		{c.client && c.ping, "-c and -ping do not go together", "Give one: -ping asks " +
-			"whether a server answers, -c sends requests, as in kvserver -c Ping."},
-		{stray >= 0, "-" + serverFlags[max(stray, 0)] + " is for a server, not for -c and -ping",
-			"Leave it out, or give it to the server."},
-
-		// Flags that need or exclude another.
-		{!asks && !isDisk && (c.fsync != "always" || typed["fsync"] && c.data == ""),
-			"-fsync is for data on a disk", "Give a directory, as in -data data -fsync " + c.fsync +
-				". In etcd everything that was answered is kept: leave it out."},
-		{(c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "",
-			"-tls-cert and -tls-key go together, and -tls-client-ca with both",
-			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key."},
-		{asks && c.cert != "" && c.ca == "", "-tls-cert with -c or -ping needs -tls-ca",
-			"Give the CA of the server's certificate, as in -tls-ca ca.pem."},
-	})
+	// Flags that need another.
+	isServer := kind == "a server"
+	switch {
+	case isServer && !isDisk && (c.fsync != "always" || typed["fsync"] && c.data == ""):
+		return problem("-fsync is for data on a disk", "Give a directory, as in -data data -fsync "+
+			c.fsync+". In etcd everything that was answered is kept: leave it out.")
+	case (c.cert == "") != (c.key == "") || c.clientCA != "" && c.cert == "":
+		return problem("-tls-cert and -tls-key go together, and -tls-client-ca with both",
+			"Give the certificate and its key, as in -tls-cert server.pem -tls-key server.key.")
+	case !isServer && c.cert != "" && c.ca == "":
+		return problem("-tls-cert with -c or -ping needs -tls-ca",
+			"Give the CA of the server's certificate, as in -tls-ca ca.pem.")
+	}
+	return nil
 }
 
 // parseFsync reads the value of -fsync.
@@ -801,33 +788,25 @@ func listenFor(c config) (all []net.Listener, err error) {
 
 // listenProblem returns err, of listening at addr, with what to do. name is the address's flag.
 func listenProblem(name, addr string, err error) error {
-	is := func(targets ...error) bool { return isAny(err, targets...) }
-	path, isUnix := strings.CutPrefix(addr, unixPrefix)
-	host, port, _ := net.SplitHostPort(addr)
+	todo := "Choose another address: kvserver -" + name + " localhost:9999"
+	switch {
+	case isAny(err, inUse...):
+		todo = "Stop what listens there, or choose another port or path. Port 0 takes a free one."
+	case strings.HasPrefix(addr, unixPrefix):
+		todo = "Nothing was changed. Choose another path of at most 100 bytes, in a directory where you " +
+			"may write, where no other file is, as in -addr unix:/run/kvserver/sock."
+	case errors.Is(err, syscall.EACCES):
+		todo = "Ports below 1024 are for the administrator: choose -" + name + " 9999"
+	case as[*net.DNSError](err), isAny(err, noAddress...):
+		todo = "This machine has no such name or address. Choose localhost, or leave the host out to " +
+			"listen everywhere, as in -" + name + " :9999"
+	}
 
-	// "listen tcp ADDR:" repeats our own words, and "invalid argument" says too little.
+	// "listen tcp ADDR:" repeats our own words.
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
 		err = op.Err
 	}
-	if isUnix && is(syscall.EINVAL) {
-		err = fmt.Errorf("the path of a socket may have about 100 bytes, and this has %d", len(path))
-	}
-
-	return firstWrong(fmt.Sprintf("cannot listen on %s: %v", addr, err), []wrong{
-		// Unix sockets.
-		{isUnix && is(inUse...), "", "Stop the server that has it, or choose another path."},
-		{isUnix && is(fs.ErrNotExist), "", "Create the directory: mkdir -p " + filepath.Dir(path)},
-		{isUnix, "", "Nothing was changed. Choose another path, where you may write and no " +
-			"file is, as in -addr unix:/run/kvserver/sock."},
-
-		// TCP ports.
-		{is(inUse...), "", "Stop what listens there, or choose another port: -" + name + " " +
-			net.JoinHostPort(host, "0") + " takes a free one."},
-		{is(syscall.EACCES), "", "Ports below 1024 are for the administrator: choose -" + name + " 9999"},
-		{as[*net.DNSError](err) || is(noAddress...), "", "This machine has no such name or address. " +
-			"Choose localhost, or leave the host out to listen everywhere: -" + name + " :" + port},
-		{true, "", "Choose another address: kvserver -" + name + " localhost:9999"},
-	})
+	return problem(fmt.Sprintf("cannot listen on %s: %v", addr, err), todo)
 }
 
 // applyLimits gives s the limits that c asks for, as far as the process may open so many files.
@@ -1018,17 +997,10 @@ func (k *credentials) load() error {
 	c, now := k.files, k.current.Load()
 
 	// A pipe was read once, and again might take for ever: what came from it stays.
-	hasPipe := func(paths ...string) bool {
-		return slices.ContainsFunc(paths, func(path string) bool {
-			info, err := os.Stat(path)
-			return err == nil && !info.Mode().IsRegular()
-		})
-	}
-	keepsPair, keepsCA := hasPipe(c.cert, c.key), hasPipe(c.clientCA)
-	if keepsPair {
+	if isPipe(c.cert) || isPipe(c.key) {
 		c.cert = ""
 	}
-	if keepsCA {
+	if isPipe(c.clientCA) {
 		c.clientCA = ""
 	}
 
@@ -1036,10 +1008,10 @@ func (k *credentials) load() error {
 	if err != nil {
 		return err
 	}
-	if keepsPair {
+	if c.cert == "" {
 		config.Certificates = now.Certificates
 	}
-	if keepsCA {
+	if c.clientCA == "" {
 		config.ClientCAs, config.ClientAuth = now.ClientCAs, now.ClientAuth
 	}
 
@@ -1049,6 +1021,12 @@ func (k *credentials) load() error {
 		k.next = time.Time{}
 	}
 	return nil
+}
+
+// isPipe reports whether there is something at path that is no regular file.
+func isPipe(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && !info.Mode().IsRegular()
 }
 
 // warn logs at what time a new certificate ends, and again every warnAgain once that is near.
@@ -1109,11 +1087,11 @@ func runCommand(command string, args []string, out io.Writer) error {
 	}
 
 	// A flag where a directory should be is a mistake, never the directory's name.
-	c := commands[command]
+	needs := commands[command]
 	isNone := func(arg string) bool { return arg == "" || arg[0] == '-' }
-	if len(args) != len(strings.Fields(c.example)) || slices.ContainsFunc(args, isNone) {
-		return misuse{problem(command+" needs "+c.needs+", and no flags", fmt.Sprintf("Give the "+
-			"server's data directory, as in kvserver %s %s; kvserver help %[1]s says more.", command, c.example))}
+	if len(args) != len(strings.Fields(needs)) || slices.ContainsFunc(args, isNone) {
+		return misuse{problem(command+" needs "+needs+", and no flags", "DIR is the server's data "+
+			"directory, NEW is a new one; kvserver help "+command+" says more.")}
 	}
 
 	// The report is printed in any case, because it says more than the error.
@@ -1126,39 +1104,38 @@ func runCommand(command string, args []string, out io.Writer) error {
 		return storage.Advise(path, err)
 	}
 
-	return firstWrong("", []wrong{
-		{command == "check" && report.Damaged, path + " is damaged",
-			"Restore a backup, or save what can be saved: kvserver repair " + path + " NEW"},
-		{report.Lost, "some of what was in " + path + " is lost",
-			"A server can use what was saved. If a Delete was lost, old values are back."},
-	})
+	switch {
+	case command == "check" && report.Damaged:
+		return storage.Advise(path, &storage.DamageError{File: path, What: "see above"})
+	case report.Lost:
+		return problem("some of what was in "+path+" is lost",
+			"A server can use what was saved. If a Delete was lost, old values are back.")
+	}
+	return nil
 }
 
 // printManual prints the parts of the README that have all words in their heading; without words
 // it prints all headings.
 func printManual(w io.Writer, words []string) error {
-	isFound, within := len(words) == 0, []string(nil) // parts that have the words in their text
+	isFound := len(words) == 0
 	for _, part := range strings.Split("\n#"+readme, "\n## ")[1:] {
 		heading, _, _ := strings.Cut(part, "\n")
+		isMissing := func(word string) bool {
+			return !strings.Contains(strings.ToLower(heading), strings.ToLower(word))
+		}
 		switch {
 		case len(words) == 0:
 			fmt.Fprintln(w, heading)
-		case hasAll(heading, words):
+		case !slices.ContainsFunc(words, isMissing):
 			isFound = true
 			printPart(w, "## "+part)
-		case hasAll(part, words):
-			within = append(within, heading)
 		}
 	}
-	if isFound {
-		return nil
+	if !isFound {
+		return misuse{problem(fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")),
+			"kvserver help lists the headings.")}
 	}
-
-	todo := "kvserver help lists the headings."
-	if within != nil {
-		todo = "Parts that have it: " + strings.Join(within, "; ")
-	}
-	return misuse{problem(fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")), todo)}
+	return nil
 }
 
 // line76 matches as many words as fit on a line of 76 bytes.
@@ -1181,13 +1158,6 @@ func printPart(w io.Writer, part string) {
 			}
 		}
 	}
-}
-
-// hasAll reports whether text has all words, in any letter case.
-func hasAll(text string, words []string) bool {
-	return !slices.ContainsFunc(words, func(word string) bool {
-		return !strings.Contains(strings.ToLower(text), strings.ToLower(word))
-	})
 }
 
 // lookAt runs a command on the store at path. A backup or a repair writes its copy to the directory
@@ -1254,7 +1224,7 @@ func beClient(c config, errs io.Writer) error {
 		fmt.Fprintln(errs, "the server answers, and has no room for one more client")
 		return nil
 	case err != nil:
-		return t.problem(err)
+		return dialProblem(t.addr, err)
 	}
 	defer t.conn.Close()
 
@@ -1262,8 +1232,7 @@ func beClient(c config, errs io.Writer) error {
 	if c.answers != "" {
 		file, err := os.Create(c.answers)
 		if err != nil {
-			return problem("cannot write the answers: "+err.Error(),
-				"Nothing was sent. Give a file that can be written.")
+			return fmt.Errorf("%w: %w", errOutput, err)
 		}
 		t.out = file
 	}
@@ -1298,12 +1267,11 @@ type talker struct {
 	out     io.WriteCloser // for data; closed at the end, when some disks first say that they are full
 	errs    io.Writer      // for everything else
 	isTyped bool           // somebody types the input: show a prompt, and each :OK n
-	tells   bool           // write to errs, now and then, how many requests are answered
 	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and when converse begins
 
 	// Owned by the reading goroutine.
 	r        *bufio.Reader // from conn; made by greet
-	answered int           // lines that have been answered; -1: our own Ack has not
+	answered int           // lines that have been answered, beside our own Ack
 	quit     int           // the answered line that was a Quit: later lines are not run; 0: none
 	told     error         // errTold, once an error of the server's is shown
 
@@ -1326,24 +1294,27 @@ func newTalker(c config, errs io.Writer) *talker {
 
 	// No prompt in a pipe.
 	t.isTyped = len(t.requests) == 0 && c.answers == "" && isTerminal(os.Stdin)
-	t.tells = !t.isTyped && isTerminal(os.Stderr)
 	return t
 }
 
 // Errors of a conversation.
 var (
-	errStranger    = errors.New("this is no kvserver")
-	errFull        = errors.New("it has no room for one more client")
-	errSilent      = errors.New("it closed the connection without a word")
+	errStranger = problem("this is no kvserver", "Nothing was done. Look at -addr, or try again later.")
+	errFull     = problem("it has no room for one more client",
+		"Nothing was done. Try again later, or raise the server's -max-clients.")
+	errSilent = problem("it closed the connection without a word", "Perhaps it speaks TLS: give the CA "+
+		"of its certificate as -tls-ca. Or it has just ended: look at its log.")
+	errUTF16 = problem("the input is UTF-16, as PowerShell's > writes it, so nothing of it was sent",
+		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8.")
+	errOutput = problem("cannot write the answers",
+		"Make room where the answers go, or give another -out FILE, and look what was done.")
+
 	errUnanswered  = errors.New("it closed the connection before everything was answered")
 	errUnasked     = errors.New("it sent an answer that was not asked for")
 	errGone        = errors.New("it closed the connection")
 	errQuiet       = errors.New("no answer")
 	errStopped     = errors.New("stopped at the first error")
-	errOutput      = errors.New("cannot write the answers")
 	errInterrupted = errors.New("interrupted")
-	errUTF16       = problem("the input is UTF-16, as PowerShell's > writes it, so nothing of it was sent",
-		"Have a Dump written by kvserver -c -out FILE, and other text saved as UTF-8.")
 )
 
 // dial connects to the first of the servers at t.addr that answers our Ack, and sets t.addr to its
@@ -1361,8 +1332,7 @@ func (t *talker) dial() (err error) {
 	}
 
 	// In the given order, so that all clients use the same server.
-	addrs := strings.Split(t.addr, ",")
-	for _, addr := range addrs {
+	for addr := range strings.SplitSeq(t.addr, ",") {
 		if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
 			t.conn, err = plain.Dial("unix", path)
 		} else {
@@ -1377,15 +1347,14 @@ func (t *talker) dial() (err error) {
 			tcp.SetLinger(0)
 		}
 
-		// Of several addresses dialProblem says that none serves. Of one, greet's error says more.
 		err = t.greet()
-		if err == nil || errors.Is(err, errFull) || len(addrs) == 1 {
+		if err == nil || errors.Is(err, errFull) {
 			t.addr = addr
 			return err
 		}
 		t.conn.Close()
 	}
-	return dialProblem(t.addr, err)
+	return err
 }
 
 // reachable returns where a client on this machine finds a server that listens at addr.
@@ -1404,7 +1373,7 @@ func reachable(addr string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// dialProblem returns err, of connecting to the last of addrs, with what to do.
+// dialProblem returns err, of dial, with what to do. It is the error of the last of addrs.
 func dialProblem(addrs string, err error) error {
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
@@ -1412,29 +1381,31 @@ func dialProblem(addrs string, err error) error {
 		err = op.Err // the rest repeats our own words
 	}
 
-	return firstWrong(fmt.Sprintf("cannot connect to %s: %v", addrs, err), []wrong{
-		// The error alone says what is wrong.
-		{as[*net.DNSError](err), "", "Nobody knows that host. Give one that runs a server: -addr HOST:PORT"},
-		{errors.Is(err, fs.ErrPermission), "", "Its mode and its group say who may connect: ls -l " +
-			strings.TrimPrefix(addrs, unixPrefix)},
-		{as[x509.HostnameError](err), "", "Give -addr a host name that is in the server's certificate."},
-
-		// What matters is who listens there.
-		{strings.Contains(addrs, ","), "", "None of them serves. One that stands by does not listen."},
-		{errors.Is(err, context.DeadlineExceeded), "", "Somebody listens there, and does not " +
-			"answer. Look at its log, or try again with a longer -timeout."},
-		{!isDial, "", "Somebody answers there. Give the CA of its certificate as -tls-ca, or no " +
-			"-tls-ca if it speaks no TLS."},
-		{true, "", "Start a server with -addr " + addrs + ", or name another with -addr. A server that " +
-			"still loads its data does not listen yet: look at its log."},
-	})
+	todo := "Start a server there, or name another with -addr. A server that still loads its data does " +
+		"not listen yet: look at its log."
+	switch {
+	case storage.Advice(err) != "":
+		todo = storage.Advice(err)
+	case strings.Contains(addrs, ","):
+		todo = "None of them serves. One that stands by does not listen."
+	case errors.Is(err, fs.ErrPermission):
+		todo = "Its mode and its group say who may connect: ls -l " + strings.TrimPrefix(addrs, unixPrefix)
+	case isAny(err, context.DeadlineExceeded, errQuiet):
+		todo = "Somebody listens there, and does not answer. Look at its log, or try again with a " +
+			"longer -timeout."
+	case as[tls.AlertError](err), strings.Contains(err.Error(), "remote error: tls: "):
+		todo = "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."
+	case !isDial:
+		todo = "Somebody answers there. With TLS give a host name that is in its certificate, and the " +
+			"certificate's CA as -tls-ca; without TLS give no -tls-ca."
+	}
+	return problem(fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo)
 }
 
 // greet makes r and owed, sends an Ack, and fails if the answer is not a kvserver's.
 func (t *talker) greet() error {
 	// A process that does not answer our Ack is no kvserver, or hangs.
-	t.silence = cmp.Or(t.timeout, connectTime)
-	t.r, t.answered = bufio.NewReaderSize(t, maxWrite), -1
+	t.silence, t.r = cmp.Or(t.timeout, connectTime), bufio.NewReaderSize(t, maxWrite)
 	t.owed = make(chan queryType, maxOwed)
 	if t.stop {
 		t.owed = make(chan queryType, 1)
@@ -1490,7 +1461,7 @@ func (t *talker) converse() error {
 	t.silence, t.sent, t.over = t.timeout, make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)
 	<-t.owed // greet has read the answer to our Ack
-	t.countAnswer(w)
+	t.prompt(w)
 	go t.sendLines()
 
 	err := t.takeAnswers(w)
@@ -1556,22 +1527,18 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 	if !isError && (t.isTyped || verb.tells || verb.tellsNone && string(line) == ":OK 0\n") {
 		w.Write(line)
 	}
-	t.countAnswer(w)
-	if !isError && kind == quit {
+	if t.answered++; kind == quit && !isError {
 		t.quit = t.answered
 	}
+	t.prompt(w)
 	return nil
 }
 
-// countAnswer counts an answer, and shows somebody who types, or waits, that the server goes on.
-func (t *talker) countAnswer(w *bufio.Writer) {
-	t.answered++
+// prompt shows somebody who types that all is answered.
+func (t *talker) prompt(w *bufio.Writer) {
 	if t.isTyped && len(t.owed) == 0 {
 		w.Flush()
 		fmt.Fprint(t.errs, "> ")
-	}
-	if t.tells && t.answered > 0 && t.answered%100_000 == 0 {
-		fmt.Fprintf(t.errs, "%d requests answered\n", t.answered)
 	}
 }
 
@@ -1674,50 +1641,25 @@ func isUTF16(start []byte) bool {
 		len(mark) == 2 && mark[0]|mark[1] >= 'A' && (mark[0] == 0) != (mark[1] == 0)
 }
 
-// problem returns err, of a conversation or of dial, with what to do.
+// problem returns err, of a conversation, with what to do.
 func (t *talker) problem(err error) error {
-	if storage.Advice(err) != "" {
-		return err
-	}
-
 	// For an input, say how far it was answered, and how to send the rest.
 	what, goOn := fmt.Sprintf("%s: %v", t.addr, err), "send the rest."
-	isGiven, n, command := len(t.requests) > 0, t.answered, "kvserver "+strings.Join(t.args, " ")
-	switch {
-	case isGiven, n < 0:
-	case t.isTyped:
-		goOn = "start it again."
-	case n == 0:
-		what, goOn = what+"; nothing of the input was answered", "go on: "+command+" < FILE"
-	default:
-		what += fmt.Sprintf("; answered through line %d of the input", n)
-		goOn = fmt.Sprintf("go on: tail -n +%d FILE | %s", n+1, command)
+	if len(t.requests) == 0 && !t.isTyped {
+		what += fmt.Sprintf("; answered through line %d of the input", t.answered)
+		goOn = fmt.Sprintf("go on: tail -n +%d FILE | kvserver %s", t.answered+1, strings.Join(t.args, " "))
 	}
 
-	// Requests on the command line are known: do they change anything?
-	changes := slices.ContainsFunc(t.requests, func(line string) bool {
-		q := Query{}
-		q.parse(line)
-		return q.writes()
-	})
-
-	is := func(targets ...error) bool { return isAny(err, targets...) }
-	isTLS := as[tls.AlertError](err) || strings.Contains(err.Error(), "remote error: tls: ")
-	return firstWrong(what, []wrong{
-		// The output, TLS, and who answers.
-		{is(errOutput), "", "Make room where the answers go, and look what was done."},
-		{is(errSilent), "", "Perhaps it speaks TLS: give the CA of its certificate as -tls-ca. " +
-			"Or it has just ended: look at its log."},
-		{isTLS, "", "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."},
-		{is(errFull), "", "Nothing was done. Try again later, or raise the server's -max-clients."},
-		{is(errStranger), "", "Nothing was done. Look at -addr, or try again later."},
-
-		// How far the conversation has come.
-		{n > 0 && n == t.quit, "", "Nothing after a Quit is run. Leave it out, and " + goOn},
-		{is(errStopped), "", "Nothing after the error was sent. Mend it, then " + goOn},
-		{isGiven && !changes, "", "The requests change nothing: try again."},
-		{n < 0, "", "Nothing was sent: try again."},
-		{!isGiven && len(t.owed) == 0 && !is(errUnasked), "", "All that was sent is answered, so " + goOn},
-		{true, "", "What was answered is done. The rest may be done or not: look, then " + goOn},
-	})
+	todo := "What was answered is done. The rest may be done or not: look, then " + goOn
+	switch {
+	case storage.Advice(err) != "":
+		todo = storage.Advice(err)
+	case t.answered > 0 && t.answered == t.quit:
+		todo = "Nothing after a Quit is run. Leave it out, and " + goOn
+	case errors.Is(err, errStopped):
+		todo = "Nothing after the error was sent. Mend it, then " + goOn
+	case len(t.owed) == 0 && !errors.Is(err, errUnasked):
+		todo = "All that was sent is answered, so " + goOn
+	}
+	return problem(what, todo)
 }
