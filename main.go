@@ -1569,8 +1569,9 @@ func (t *talker) ended(err error) error {
 	return end
 }
 
-// sendLines sends the input to the server. It flushes when there is no more input for now, and at
-// the end tells the reader how the input ended. It runs as one goroutine per conversation.
+// sendLines sends the input to the server, a long line in pieces. It flushes when there is no more
+// input for now, and at the end tells the reader how the input ended. It runs as one goroutine per
+// conversation.
 func (t *talker) sendLines() {
 	// Requests on the command line are sent as lines of input.
 	in := t.in
@@ -1579,36 +1580,40 @@ func (t *talker) sendLines() {
 	}
 	r, w := bufio.NewReaderSize(in, maxWrite), bufio.NewWriterSize(t.conn, maxWrite)
 
-	var end error // how the input ended; nil: it has not
-	for isFirst := true; end == nil; isFirst = false {
+	var err error // of the last read; bufio.ErrBufferFull: the rest of a line follows
+	for isFirst := true; err == nil || err == bufio.ErrBufferFull; isFirst = false {
 		// The next Read may take long, and the server must not wait for it.
 		if here, _ := r.Peek(r.Buffered()); bytes.IndexByte(here, '\n') < 0 {
 			w.Flush() // if this fails, the reading goroutine finds out why
 		}
 
-		line, err := r.ReadBytes('\n')
+		isRest := err != nil
+		var piece []byte
+		piece, err = r.ReadSlice('\n')
 		switch {
-		case isFirst && isUTF16(line):
+		case isFirst && isUTF16(piece):
 			err = errUTF16
-		case len(line) > 0 && !t.sendLine(w, line):
+		case isRest:
+			w.Write(piece)
+		case len(piece) > 0 && !t.beginLine(w, piece):
 			return
 		}
-		end = err
 	}
 	w.Flush()
 
 	// The reader must know how the input ended before the server closes the connection.
-	if end != io.EOF {
-		end = fmt.Errorf("reading the requests: %w", end)
+	if err != io.EOF {
+		err = fmt.Errorf("reading the requests: %w", err)
 	}
-	t.sent <- end
+	t.sent <- err
 
 	// Half-close: the server answers all that it has read, and then closes the connection.
 	closeWrite(t.conn)
 }
 
-// sendLine waits for a slot in owed and sends a line. false: send nothing more.
-func (t *talker) sendLine(w *bufio.Writer, line []byte) bool {
+// beginLine waits for a slot in owed and sends a line, or as much of a long one as has come. false:
+// send nothing more.
+func (t *talker) beginLine(w *bufio.Writer, line []byte) bool {
 	// The server does not answer a blank line. It answers an Ack, which we send instead.
 	request := trimCR(strings.TrimSuffix(string(line[:min(len(line), maxQuoted)]), "\n"))
 	if request == "" && line[len(line)-1] == '\n' {

@@ -1872,6 +1872,42 @@ func TestCommandResumes(t *testing.T) {
 	}
 }
 
+// Ensure that -c sends a line before all of it has come, so that it keeps only a piece of a long one,
+// and that it counts as one line.
+func TestCommandSendsLongLines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		in, end := io.Pipe()
+		answered := make(chan int, 1)
+		go func() {
+			talker := &talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard}
+			if good, err := talk(talker); !good {
+				t.Error(err)
+			}
+			answered <- talker.answered
+		}()
+		r := bufio.NewReader(theirs)
+		r.ReadString('\n')
+		io.WriteString(theirs, ":OK 0\n")
+		line := "Put:k:" + strings.Repeat("v", 8*maxWrite)
+		go io.WriteString(end, line)
+		start := make([]byte, 7*maxWrite)
+		io.ReadFull(r, start) // without the end of the line
+		go func() {
+			io.WriteString(end, "\n")
+			end.Close()
+		}()
+		rest, _ := io.ReadAll(r)
+		if got := string(start) + string(rest); got != line+"\n" {
+			t.Errorf("%d bytes are sent, want %d", len(got), len(line)+1)
+		}
+		io.WriteString(theirs, ":OK 1\n")
+		theirs.Close()
+		equal(t, "answered lines", <-answered, 1)
+		ours.Close()
+	})
+}
+
 // Ensure that -timeout ends a conversation with a server that has stopped answering, but counts
 // neither a pause between requests nor an answer that comes in parts.
 func TestCommandTimeout(t *testing.T) {
