@@ -1238,7 +1238,6 @@ func beClient(c config, errs io.Writer) error {
 	}
 	if t.isTyped {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", t.addr)
-		defer fmt.Fprintln(errs)
 	}
 
 	// Ctrl-C ends the conversation. The error then says how far it has come.
@@ -1266,7 +1265,7 @@ type talker struct {
 	in      io.Reader      // lines to send, if the command line has no requests
 	out     io.WriteCloser // for data; closed at the end, when some disks first say that they are full
 	errs    io.Writer      // for everything else
-	isTyped bool           // somebody types the input: show a prompt, and each :OK n
+	isTyped bool           // somebody types the input: show each :OK n
 	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and when converse begins
 
 	// Owned by the reading goroutine.
@@ -1291,8 +1290,6 @@ func newTalker(c config, errs io.Writer) *talker {
 	if c.ping {
 		t.requests, t.timeout = []string{"Ping"}, cmp.Or(c.timeout, connectTime)
 	}
-
-	// No prompt in a pipe.
 	t.isTyped = len(t.requests) == 0 && c.answers == "" && isTerminal(os.Stdin)
 	return t
 }
@@ -1461,7 +1458,6 @@ func (t *talker) converse() error {
 	t.silence, t.sent, t.over = t.timeout, make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)
 	<-t.owed // greet has read the answer to our Ack
-	t.prompt(w)
 	go t.sendLines()
 
 	err := t.takeAnswers(w)
@@ -1530,16 +1526,7 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 	if t.answered++; kind == quit && !isError {
 		t.quit = t.answered
 	}
-	t.prompt(w)
 	return nil
-}
-
-// prompt shows somebody who types that all is answered.
-func (t *talker) prompt(w *bufio.Writer) {
-	if t.isTyped && len(t.owed) == 0 {
-		w.Flush()
-		fmt.Fprint(t.errs, "> ")
-	}
 }
 
 // ended returns the error of a conversation whose connection has failed with err, which is io.EOF

@@ -2073,7 +2073,7 @@ func (s *screen) take() string {
 	return s.String()
 }
 
-// Ensure that a user at a terminal sees a prompt and the answer to each write.
+// Ensure that a user at a terminal sees the answer to each request, also to a write.
 func TestCommandOnATerminal(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2089,7 +2089,7 @@ func TestCommandOnATerminal(t *testing.T) {
 		}()
 		typist := talker{conn: n.dial(t).conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
 		if good, err := talk(&typist); !good || err != nil ||
-			screen.String() != "> :OK 1\n> :OK 0\n> k:v\n:OK 1\n> " {
+			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
 	})
