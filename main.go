@@ -40,7 +40,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	_ "embed"
 	"errors"
 	"flag"
@@ -925,45 +924,6 @@ const (
 	warnAgain = 24 * time.Hour      // between two warnings
 )
 
-// tlsConfig returns the configuration of TLS for a server or a client. Its arguments are files in PEM
-// format: a certificate, its key, and the CA that must have signed the other side's certificate; "":
-// there is none.
-func tlsConfig(cert, key, ca string) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if cert != "" {
-		pair, err := tls.LoadX509KeyPair(cert, key)
-		if err != nil {
-			return nil, pemProblem("the certificate "+cert+" with the key "+key, err)
-		}
-		config.Certificates = []tls.Certificate{pair}
-	}
-
-	// A server does not use RootCAs; a client does not use the other two.
-	if ca != "" {
-		pool := x509.NewCertPool()
-		text, err := os.ReadFile(ca)
-		if err == nil && !pool.AppendCertsFromPEM(text) {
-			err = errors.New("it holds no certificate")
-		}
-		if err != nil {
-			return nil, pemProblem("the CA "+ca, err)
-		}
-		config.RootCAs, config.ClientCAs = pool, pool
-		config.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return config, nil
-}
-
-// pemProblem returns err, of using files in PEM format, with what to do.
-func pemProblem(files string, err error) error {
-	todo := "Give files in PEM format, and a key without a password that belongs to its certificate; " +
-		"kvserver help TLS shows how to make them."
-	if errors.Is(err, fs.ErrPermission) {
-		todo = "Let the user who runs kvserver read it; kvserver help systemd shows how."
-	}
-	return problem("cannot use "+files+": "+err.Error(), todo)
-}
-
 // credentials are what a server shows to its clients, and wants to see of them. After serverTLS they
 // belong to watch.
 type credentials struct {
@@ -976,7 +936,7 @@ type credentials struct {
 // serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It
 // starts watch, which reads these files again; new ones are for new connections only.
 func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	first, err := tlsConfig(c.cert, c.key, c.clientCA)
+	first, err := storage.TLSConfig(c.cert, c.key, c.clientCA)
 	if err != nil {
 		return nil, err
 	}
@@ -1004,7 +964,7 @@ func (k *credentials) load() error {
 		c.clientCA = ""
 	}
 
-	config, err := tlsConfig(c.cert, c.key, c.clientCA)
+	config, err := storage.TLSConfig(c.cert, c.key, c.clientCA)
 	if err != nil {
 		return err
 	}
@@ -1321,7 +1281,7 @@ func (t *talker) dial() (err error) {
 	plain := &net.Dialer{Timeout: cmp.Or(t.timeout, connectTime)}
 	dial := plain.Dial
 	if t.ca != "" {
-		trusted, err := tlsConfig(t.cert, t.key, t.ca)
+		trusted, err := storage.TLSConfig(t.cert, t.key, t.ca)
 		if err != nil {
 			return err
 		}

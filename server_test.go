@@ -2176,9 +2176,6 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 	// A user who may not connect to a socket is not told to start a server that runs.
 	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
 	wantTodo(t, dialProblem("unix:/run/sock", denied), "ls -l /run/sock")
-
-	// A user who may not read a key is not told to look for another.
-	wantTodo(t, pemProblem("a key", fs.ErrPermission), "Let the user who runs kvserver read it")
 }
 
 // Ensure that an output that cannot be written, and an input that cannot be read, are errors.

@@ -12,7 +12,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -257,10 +256,13 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 	scheme := "http://"
 	if encrypted {
 		scheme = "https://"
-		var err error
-		if transport.TLSClientConfig, err = tlsConfig(query); err != nil {
-			return nil, err
+		cert := query.Get("cert")
+		key := cmp.Or(query.Get("key"), cert) // one file may hold both
+		config, err := storage.TLSConfig(cert, key, query.Get("ca"))
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 		}
+		transport.TLSClientConfig = config
 	}
 
 	for _, host := range hosts {
@@ -271,34 +273,6 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 	c.piece.Store(pieceFirst)
 	c.limit.Store(math.MaxInt64) // until the first survey
 	return c, nil
-}
-
-// tlsConfig reads the files that query names.
-func tlsConfig(query url.Values) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-
-	// Without a CA file the system's CAs decide which members we trust.
-	if ca := query.Get("ca"); ca != "" {
-		pem, err := os.ReadFile(ca)
-		if err != nil {
-			return nil, fmt.Errorf("%w: cannot read its CA: %w", ErrRefused, err)
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%w: its CA: %s has no certificate", ErrRefused, ca)
-		}
-	}
-
-	// One file may hold both our certificate and its key.
-	if cert := query.Get("cert"); cert != "" {
-		pair, err := tls.LoadX509KeyPair(cert, cmp.Or(query.Get("key"), cert))
-		if err != nil {
-			return nil, fmt.Errorf("%w: cannot read our certificate for it: %w", ErrRefused, err)
-		}
-		config.Certificates = []tls.Certificate{pair}
-	}
-
-	return config, nil
 }
 
 // post sends one request to one member. size is how many bytes the request sends or asks for,

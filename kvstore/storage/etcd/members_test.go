@@ -145,7 +145,7 @@ func TestEtcdRefusals(t *testing.T) {
 	}
 	for address, word := range map[string]string{
 		"etcd://host/kv":                      "missing port",
-		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go has no certificate",
+		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go: it holds no certificate",
 		"etcds://host:1/kv?cert=lock_test.go": "certificate",
 		"etcd://host:1/kv?ca=%":               "invalid URL escape",
 	} {
