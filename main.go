@@ -101,7 +101,7 @@ func main() {
 
 	// A script can tell a wrong command line from a failure.
 	switch {
-	case as[misuse](err):
+	case errors.As(err, new(misuse)):
 		os.Exit(exitMisuse)
 	case err != nil:
 		os.Exit(exitFailure)
@@ -151,9 +151,6 @@ func (c *config) tell(w io.Writer, err error) error {
 	}
 	return errTold
 }
-
-// as reports whether an error is of type E, or wraps one that is.
-func as[E error](err error) bool { return errors.As(err, new(E)) }
 
 // isTerminal reports whether f is a terminal.
 func isTerminal(f *os.File) bool {
@@ -796,7 +793,7 @@ func listenProblem(name, addr string, err error) error {
 			"may write, where no other file is, as in -addr unix:/run/kvserver/sock."
 	case errors.Is(err, syscall.EACCES):
 		todo = "Ports below 1024 are for the administrator: choose -" + name + " 9999"
-	case as[*net.DNSError](err), isAny(err, noAddress...):
+	case errors.As(err, new(*net.DNSError)), isAny(err, noAddress...):
 		todo = "This machine has no such name or address. Choose localhost, or leave the host out to " +
 			"listen everywhere, as in -" + name + " :9999"
 	}
@@ -1350,7 +1347,7 @@ func dialProblem(addrs string, err error) error {
 	case isAny(err, context.DeadlineExceeded, errQuiet):
 		todo = "Somebody listens there, and does not answer. Look at its log, or try again with a " +
 			"longer -timeout."
-	case as[tls.AlertError](err), strings.Contains(err.Error(), "remote error: tls: "):
+	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
 		todo = "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."
 	case !isDial:
 		todo = "Somebody answers there. With TLS give a host name that is in its certificate, and the " +

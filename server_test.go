@@ -444,7 +444,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	b[100] ^= 1 // a bit in the first frame
 	os.WriteFile(name, b, 0o600)
 	err := run([]string{"repair", dir, filepath.Join(path, "saved")}, io.Discard)
-	if err == nil || as[misuse](err) || !strings.Contains(err.Error(), "is lost") {
+	if err == nil || errors.As(err, new(misuse)) || !strings.Contains(err.Error(), "is lost") {
 		t.Errorf("of a damaged one: %v", err)
 	}
 }
