@@ -229,7 +229,7 @@ func (c *config) flags() *flag.FlagSet {
 	f.Func("data", "`DIR` for the data, or etcd://HOST:PORT,.../PREFIX", into(&c.data, text,
 		func(s string) bool { return etcd.IsAddress(s) || !strings.Contains(s, "://") }))
 	f.Func("fsync", "`WHEN`: always, never, or a time from 1ms to 1h (always)", into(&c.fsync, text,
-		func(s string) bool { _, ok := parseFsync(s); return ok }))
+		func(s string) bool { _, ok := durable.ParseFsync(s); return ok }))
 	f.Func("http", "`PORT`, :PORT or HOST:PORT for /metrics, /healthz, /livez", into(&c.http, fullAddrs,
 		func(s string) bool { return !strings.Contains(s, ",") && !strings.HasPrefix(s, unixPrefix) }))
 
@@ -479,20 +479,6 @@ func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 			"Give the CA of the server's certificate, as in -tls-ca ca.pem.")
 	}
 	return nil
-}
-
-// parseFsync reads the value of -fsync.
-func parseFsync(s string) (when time.Duration, ok bool) {
-	switch s {
-	case "always":
-		return durable.FsyncAlways, true
-	case "never":
-		return durable.FsyncNever, true
-	}
-
-	// Anything else is a time. One under a millisecond would be the same as always.
-	when, err := time.ParseDuration(s)
-	return when, err == nil && when >= time.Millisecond && when <= time.Hour
 }
 
 // fullAddrs puts localhost before each address that is only a port; addrs has commas between the
@@ -749,7 +735,7 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 		return nil, storage.Advise(c.data, err)
 	}
 
-	fsync, _ := parseFsync(c.fsync) // parseFlags has checked it
+	fsync, _ := durable.ParseFsync(c.fsync) // parseFlags has checked it
 	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()

@@ -54,6 +54,21 @@ const (
 	FsyncNever  time.Duration = -1 // only when a file is full and at Close; the kernel does the rest
 )
 
+// ParseFsync returns the value of Options.Fsync that text stands for: always, never, or a time from
+// 1ms to 1h. ok says whether it is one of these.
+func ParseFsync(text string) (fsync time.Duration, ok bool) {
+	switch text {
+	case "always":
+		return FsyncAlways, true
+	case "never":
+		return FsyncNever, true
+	}
+
+	// One under a millisecond would be the same as always.
+	fsync, err := time.ParseDuration(text)
+	return fsync, err == nil && fsync >= time.Millisecond && fsync <= time.Hour
+}
+
 // Options say how a store is kept. The zero value is the safest.
 type Options struct {
 	// FsyncAlways, FsyncNever, or the time from a Commit to the fsync that covers it. If an fsync
