@@ -2820,6 +2820,25 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 	})
 }
 
+// Ensure that the chain of a client that has had more time than others waits for theirs, if some may
+// come behind it, and that another chain runs as it comes.
+func TestTurnsInOrderOfTime(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	s.round.begin()
+	chain := func(spent time.Duration) *Query {
+		c := newClient(1, new(world.Conn), s)
+		c.share = share{spent: spent, cost: time.Microsecond}
+		return &Query{queryType: get, client: c, key: "k"}
+	}
+	much, little := chain(s.floor+maxLead), chain(s.floor)
+	s.queries <- little
+	s.schedule(much)
+	s.schedule(<-s.queries)
+	if len(s.turns) != 1 || s.turns[0] != much.client || !slices.Equal(s.batch, []*Query{little}) {
+		t.Errorf("%d chains wait, and %d ran", len(s.turns), len(s.batch))
+	}
+}
+
 // Ensure that a turn is short only while requests take long.
 func TestTurns(t *testing.T) {
 	t.Parallel()
