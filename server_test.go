@@ -3792,6 +3792,23 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
 }
 
+// Ensure that there may be less garbage while replies pin values that were removed, because the two
+// share the reserve.
+func TestMemoryLimitLeavesLessGarbage(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // no collection comes in between
+	s := New(kvstore.NewMemory())
+	s.budget.limitTo(1<<30, 0)
+	pinned := make([]byte, 2*garbageMin)
+	runtime.GC()
+	p := pacer{server: s}
+	p.choose()
+	without := p.percent
+	s.budget.pinned.Store(int64(len(pinned)))
+	p.choose()
+	between(t, "percent of garbage beside pinned values", p.percent, 1, without*3/4)
+	runtime.KeepAlive(pinned)
+}
+
 // Ensure that a refused write starts a collection: memory that others have released must not count
 // until somebody allocates much.
 func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
