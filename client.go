@@ -35,8 +35,8 @@ const (
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a read buffer, at most, while lines are shorter than that
 
-	// However much memory others take, a client gets a read buffer of so many bytes, and a chain of
-	// so many queries. The key of a Take that waits may have so many bytes.
+	// However much memory others take, a client gets a read buffer of freeSize bytes and a chain of
+	// freeChain queries, and the key of its waiting Take may have freeKey bytes.
 	freeSize  = 4 << 10
 	freeChain = 32
 	freeKey   = 2 << 10
@@ -134,7 +134,7 @@ type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
 	alive      int           // its readFromClient and writeToClient that run; 0: it has gone
-	closed     chan struct{} // closed by writeToClient when a Write has failed
+	closed     chan struct{} // closed by writeToClient when a Write has failed (isGone)
 
 	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
 	// at the client's first request, because 10,000 idle clients need neither. readFromClient
@@ -209,7 +209,7 @@ func (c *Client) addr() string { return fmt.Sprint(c.connection.RemoteAddr()) }
 
 // readFromClient reads requests and has workLoop run them. It is one goroutine per client, from the
 // connection's arrival until there is a reason to end. While a chain is under way it reads on;
-// before it sends the next chain it waits for that one.
+// before it sends the next one it waits for the chain that is under way.
 func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.readLines()
@@ -622,8 +622,8 @@ func (c *Client) limitRead(end time.Time) {
 
 // tick gives back memory that a quiet client does not need, gives up a line that hardly comes if
 // others wait for its memory, and returns errUnended if the line takes too long. It waits for the
-// chain under way first, because that holds memory. So a line's time stands still while replies to
-// earlier requests wait for room.
+// chain under way first, because that holds memory, but not for a Take that waits. So a line's time
+// stands still while replies to earlier requests wait for room.
 func (c *Client) tick() error {
 	in := &c.in
 
@@ -672,8 +672,8 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 // ---- input: its memory
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries: those that need no leave, and those beyond. lent will be as large as
-// buf.
+// chain holds so many queries: free are those that every client may have, beyond are the others.
+// lent will be as large as buf.
 func (in *input) need(size, queries int) (free, beyond int64) {
 	buffers := size + max(size, len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
@@ -681,15 +681,15 @@ func (in *input) need(size, queries int) (free, beyond int64) {
 	return free, int64(all+in.takeKey) - free
 }
 
-// freeInput is how many bytes the input of each client may take without leave: two buffers and a
-// chain.
+// freeInput is how many bytes the input of each client may take however much others take: two
+// buffers and a chain.
 const freeInput = 2*freeSize + freeChain*querySize
 
 // querySize is how many bytes a query in a chain takes.
 const querySize = int(unsafe.Sizeof(Query{}))
 
 // resizeInput makes buf as large as it is to be for the next Read: larger after a Read that filled
-// it. If that was one line without its end, resizeInput waits for memory. It returns false if the
+// it. If buf is full of one line without its end, resizeInput waits for memory. It returns false if the
 // connection is to end.
 func (c *Client) resizeInput() bool {
 	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
@@ -733,9 +733,9 @@ func (c *Client) resizeInput() bool {
 }
 
 // mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
-// together may take most bytes. It counts what they need.
+// together may take most bytes. If they may, it counts what they need.
 func (c *Client) mayGrow(size, queries int, most int64) bool {
-	_, need := c.in.need(size, max(queries, freeChain)) // so many need no leave later
+	_, need := c.in.need(size, max(queries, freeChain)) // so many are free
 	more := max(0, need-c.in.counted)
 	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
 		return false
@@ -950,8 +950,8 @@ func (c *Client) depart() {
 // broken off when the server closes.
 const partKeys = 1000
 
-// A list of up to fewKeys does not wait for memory. About sampleKeys of a part that has its most keys
-// are sorted to find its middle.
+// A list of up to fewKeys does not wait for memory. When a part is full,
+// about sampleKeys of its keys are sorted to find its middle.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024
@@ -1123,7 +1123,7 @@ func (l *listing) reply() bool {
 	return true
 }
 
-// nextPart appends to part the first keys after last, at most most of them, in order. more reports
+// nextPart appends to part the first keys after last, in order, up to l.most of them. more reports
 // whether there are others behind them. wanted is false if nobody wants the keys any more.
 func (l *listing) nextPart(part []string, last string) (keys []string, more, wanted bool) {
 	// A walk and a sort take long, so they need a core.
@@ -1614,8 +1614,8 @@ const (
 //   - if its chain pins values, and writes need the memory of such values (needsPinned);
 //   - if others wait for their Keys or Dump, and this is one.
 //
-// In the last two cases too low a rate suffices, and in the first one if no long line gets memory
-// because of such chains (takesLines).
+// In the last two cases a client that drips is cut off, too; in the first one only while such chains
+// keep long lines from getting memory (takesLines).
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)

@@ -118,7 +118,8 @@ type verb struct {
 	run func(q *Query, db kvstore.Store, now clock)
 
 	// shrinks reports whether a write would leave the store no larger than it is. nil: it would
-	// make the store larger, unless effect is frees.
+	// make the store larger, unless effect is frees. Only -max-memory asks: on a full disk only effect
+	// counts, because each write makes the log longer (admit).
 	shrinks func(q *Query, db kvstore.Store) bool
 
 	head, separator string // of each line with a value: before the key, and between key and value
@@ -166,10 +167,11 @@ const needsKey = "a key, without a colon in it"
 //   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the
 //     counters of Stats are made from the rows;
 //   - if it writes something that no method of kvstore.Store does: a method there, in Memory and in
-//     durable.Store, with its own record in the log (apply) and its own fileVersion, so that an
-//     older program can say that it is too old;
-//   - a case in the model of the tests: storetest's Request.Do, and model.answer in server_test.go
-//     (otherwise FuzzConversation fails);
+//     durable.Store (otherwise TestDurableHasEveryMethod fails), with its own record in the log
+//     (apply) and its own fileVersion, so that an older program can say that it is too old; and in
+//     plain, so that any KVStore has it;
+//   - a case in the models of the tests: storetest's Model, operations and Request.Do, DrawRequest of
+//     the worlds, and model.answer in server_test.go (otherwise FuzzConversation fails);
 //   - the words that other programs use for it, in dialects; a name has 8 letters at most (pack);
 //   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what n
 //     counts, in the row of -c if it tells, and in the conversations of the tests (otherwise

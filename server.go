@@ -36,15 +36,15 @@ const (
 	// few enough that the first one does not wait long.
 	maxBatch = 64
 
-	// How often workLoop, when its queue is empty, yields before it commits, so that readers that
-	// can run send what they have. Batches grow, and fewer clients wait for a second turn: in
-	// memory the slowest percent of requests takes a quarter less time, and on disk there are a
-	// tenth more writes a second.
+	// How many times workLoop, when its queue is empty, yields before it commits, so that readers
+	// (goroutines of readFromClient) that can run send what they have. Batches grow, and fewer
+	// clients wait for a second turn: in memory the slowest percent of requests takes a quarter less
+	// time, and on disk there are a tenth more writes a second.
 	maxYields = 4
 
 	// A Commit that takes less time than slowCommit is over before its clients can come back, so
-	// the next batch does not wait for them (gathering). After waits in vain up to maxVain batches
-	// do not wait.
+	// the next batch does not wait for them (gathering). After a wait in vain the next batch does not
+	// wait, after further ones the next 3, 7 and so on do not, at most maxVain.
 	slowCommit = time.Millisecond
 	maxVain    = 63
 
@@ -77,7 +77,7 @@ const (
 	defaultMaxClients   = 10_000 // 170 MB if all are quiet (memoryPerClient)
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	// open files that the process keeps for everything except clients: the log, a compaction
+	// open files that the process keeps for everything except clients: the store's, its log
 	spareFiles    = 32
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
 	maxHandshakes = 1000 // TLS handshakes under way; fewer if the process may open few files
@@ -325,7 +325,8 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 // CountActive returns how many clients are connected: 0 before Start and once Close has returned.
 func (s *keyValueServer) CountActive() int { return s.ask(countActive) }
 
-// CountDropped returns how many clients have left: 0 before Start and once Close has returned.
+// CountDropped returns how many clients have left (not how many replies were dropped): 0 before Start
+// and once Close has returned.
 func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 
 // ask asks workLoop for a count: countActive or countDropped.
@@ -657,7 +658,7 @@ func (s *keyValueServer) mayGrow() bool {
 // isRoundOver reports whether it is time to commit.
 func (s *keyValueServer) isRoundOver() bool { return s.round.over || len(s.batch) >= maxBatch }
 
-// mayRun reports whether a chain of the client that has sh may run before the Commit. A heavy
+// mayRun reports whether a chain of sh's client may run before the Commit. A heavy
 // client's chain runs only if the batch is empty, because others' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isRoundOver() && (len(s.batch) == 0 || !sh.isHeavy())
@@ -681,8 +682,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case countDropped:
 		s.countActive <- s.departed
 
-	// It is also how others ask whether the server is well (/healthz), so it is answered behind a
-	// Commit: while the disk hangs there must be no answer.
+	// countAll also asks for /healthz whether the server is well, so it is answered behind a Commit:
+	// while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
 
@@ -721,13 +722,13 @@ func (r *round) begin() {
 	r.looked, r.over = r.began, false
 }
 
-// charge adds the time since the last look at the clock to the spent time of the client that has sh.
+// charge adds the time since the last look at the clock to the spent time of sh's client.
 // A time that is far longer than usual, though no list was searched, is a stall of the system and
 // not the client's fault, so only a part of it counts.
 func (r *round) charge(sh *share, searched bool) {
 	now := r.now()
 	took := now - r.looked
-	counted := min(took, maxRound) // or each other client could have as much time first
+	counted := min(took, maxRound) // with all of it, each other client could run for as long first
 	if !searched {
 		counted = min(counted, 2*sh.cost+maxLead)
 	}
@@ -751,8 +752,8 @@ func (r *round) charge(sh *share, searched bool) {
 
 // share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
 // (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept near
-// floor, which rises as turns are given (schedule, charge): so a client that was quiet goes before one
-// that has spent much, and nobody waits for ever.
+// floor (schedule), which rises as clients leave turns (runBatch): so a client that was quiet goes
+// before one that has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock: a moving average
@@ -803,7 +804,7 @@ type gathering struct {
 	vain     int              // what skip was after the last wait in vain; 0: the last wait was not
 }
 
-// came notes that the client that has sh has written in the batch.
+// came notes that sh's client has written in the batch.
 func (g *gathering) came(sh *share) {
 	g.left(sh)
 	g.writes = true
@@ -813,7 +814,7 @@ func (g *gathering) came(sh *share) {
 	}
 }
 
-// left notes that the batch need not wait for the client that has sh.
+// left notes that the batch need not wait for sh's client.
 func (g *gathering) left(sh *share) {
 	if sh.isSteady && sh.wroteIn == g.number-1 {
 		g.missing--
@@ -862,7 +863,7 @@ func (s *keyValueServer) schedule(chain *Query) {
 	// Of the time that a quiet client did not use, it may catch up on at most maxRound.
 	sh.spent = max(sh.spent, s.floor-maxRound)
 
-	// Nobody else wants to run now. (Without this rule all does the same, for 2 % more CPU time.)
+	// Nobody else wants to run now. (Without this rule the result is the same, for 2 % more CPU time.)
 	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
 		s.runChain(chain, chain)
 		return
@@ -913,7 +914,7 @@ func (s *keyValueServer) touch(chain *Query) {
 }
 
 // runChain runs chain from q on, until the chain or the round ends. A chain that has run waits in
-// batch for its Commit.
+// batch for its Commit; a Take that has found nothing waits in takes.
 func (s *keyValueServer) runChain(chain, q *Query) {
 	c := chain.client
 
@@ -1069,7 +1070,7 @@ func (s *keyValueServer) prepare(chain *Query) {
 	s.touch(chain)
 }
 
-// admit refuses q, a write, if there is no memory for it, or no room on disk.
+// admit refuses q, a write, if there is no memory for it, or the store has no room for it.
 func (s *keyValueServer) admit(q *Query) {
 	// Memory never refuses requests that free, or it would stay full.
 	if s.budget.limit > 0 && !q.frees() && s.lacksMemory(q) {
@@ -1106,8 +1107,9 @@ const (
 	stuckOverdue         // the disk has no room for the Deletes; the next batch tries again
 )
 
-// expire deletes expired keys for about maxHeavyRound. expireKey hides those that are left. The next
-// Commit makes the Deletes durable; after a crash before it they are done again.
+// expire deletes expired keys for about maxHeavyRound. Of those that are left, expireKey deletes the
+// one that a request asks for. The next Commit makes the Deletes durable; after a crash before it
+// they are done again.
 func (s *keyValueServer) expire() {
 	// If there was no room on disk, there may be now.
 	s.overdue = noneOverdue
@@ -1304,8 +1306,8 @@ func (b *budget) isCrowded() bool { return !b.mayQueue(b.chains.Load(), 0) }
 // replies may take a quarter more than the limit.
 func (b *budget) mayBegin(bytes int64) bool { return b.mayQueue(bytes, b.forQueues()/4) }
 
-// needsPinned reports whether much was removed that is pinned, and exceeds forData together with the
-// data. Then clients that read too slowly must give up what they have pinned.
+// needsPinned reports whether the removed values that replies still pin are many, and do not fit into
+// forData beside the data. Then clients that read too slowly must give up what they have pinned.
 func (b *budget) needsPinned() bool {
 	removed := min(b.removed.Load(), b.pinned.Load())
 	return b.limit > 0 && removed > b.shared()/queuesShare && !b.fits(removed, 0)

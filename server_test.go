@@ -19,7 +19,7 @@
 //		FuzzConversation, TestInputAtEverySplitPoint
 //	There is one order of all operations; one that ended before another began comes first
 //		TestSimulation, TestKilledServer
-//	With -data nothing that was answered is lost
+//	With -data, and -fsync always, nothing that was answered is lost
 //		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
 //		TestKilledServer
 //	Files that somebody removes under a running server are written again
@@ -44,10 +44,10 @@
 //		TestBackup, TestBackupBesideARealStore
 //	No reply leaves before its Commit
 //		TestCommitBeforeReplies
-//	Damage is refused by name and never overwritten
+//	A start that finds damage names the file and changes nothing
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
-//	For a slow reader 500 replies are kept, not many more; it is told how many it lost, and delays nobody
+//	For a slow reader 500 replies are kept, not many more; the next Ping tells how many were lost; and nobody is delayed
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
@@ -71,7 +71,7 @@
 //	Every limit holds at its edge
 //		TestMaxClients, TestMemoryLimit, TestMaxQueues, TestSlowLine, TestWriteTimeout,
 //		TestInputLimitAtEverySplitPoint, TestWatchIsLimited
-//	With `-tls-client-ca` only clients that this CA has certified get in
+//	With `-tls-client-ca` only clients that this CA has certified get in over TCP
 //		TestTLS
 //	Strangers who begin TLS, or ask over HTTP, and say nothing keep nobody out
 //		TestTLSHandshakesHoldNoPlace, TestWatchFewConnections
