@@ -1372,12 +1372,13 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// Read reads from the connection. It fails with errQuiet if an owed answer does not come.
+// Read reads from the connection. It fails with errQuiet if an owed answer does not come, or if the
+// server does not close the connection behind the last answer.
 func (t *talker) Read(p []byte) (n int, err error) {
-	// The sender puts a line into owed before it sets a deadline. We take the deadline away before we
-	// look at owed. So there is a deadline whenever a line is owed.
+	// The sender puts something into owed or sent before it sets a deadline. We take the deadline away
+	// before we look at both. So there is a deadline whenever one of them has something.
 	t.conn.SetReadDeadline(time.Time{})
-	if len(t.owed) > 0 {
+	if len(t.owed) > 0 || len(t.sent) > 0 {
 		t.limitRead()
 	}
 
@@ -1473,12 +1474,8 @@ func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
 }
 
 // ended returns the error of a conversation whose connection has failed with err, which is io.EOF
-// if the server has closed it; nil if everything was answered.
+// if the server has closed it, or errQuiet; nil if everything was answered.
 func (t *talker) ended(err error) error {
-	if errors.Is(err, errQuiet) {
-		return err
-	}
-
 	// Was all of the input sent?
 	end := errGone
 	if t.quit > 0 {
@@ -1491,6 +1488,8 @@ func (t *talker) ended(err error) error {
 
 	// Was all that was sent answered?
 	switch {
+	case len(t.owed) > 0 && errors.Is(err, errQuiet):
+		return err
 	case len(t.owed) > 0:
 		return fmt.Errorf("%w: %w", errUnanswered, err)
 	case end == io.EOF:
@@ -1537,8 +1536,10 @@ func (t *talker) sendLines() {
 	}
 	t.sent <- err
 
-	// Half-close: the server answers all that it has read, and then closes the connection.
+	// Half-close: the server answers all that it has read, and then closes the connection, which it
+	// may fail to do.
 	closeWrite(t.conn)
+	t.limitRead()
 }
 
 // beginLine waits for a slot in owed and sends a line, or as much of a long one as has come. false:

@@ -1965,21 +1965,26 @@ func TestCommandLeavesTheLine(t *testing.T) {
 }
 
 // Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
-// -ping has a limit by itself if a server stalls after its welcome.
+// -ping has a limit by itself if a server stalls after its welcome. What was answered is good, though
+// the server does not close the connection.
 func TestCommandBesideASilentServer(t *testing.T) {
 	for _, c := range []struct {
 		config  config
 		answers []string // one every 4 s
+		closes  bool     // the server, behind them
 		good    bool
 		took    time.Duration
 	}{
 		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, 20 * time.Second},
+			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, true, 20 * time.Second},
 		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a"}, false, 13 * time.Second},
-		{config{ping: true}, []string{":OK 0\n"}, false, 9 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, 8 * time.Second},
-		{config{requests: []string{"Keys"}}, nil, false, connectTime},
+			[]string{":OK 0\n", ": a"}, false, false, 13 * time.Second},
+		{config{ping: true}, []string{":OK 0\n"}, false, false, 9 * time.Second},
+		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, true, 8 * time.Second},
+		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, false, true, 8*time.Second + connectTime},
+		{config{requests: []string{"Put:a:b"}, timeout: time.Minute},
+			[]string{":OK 0\n", ":OK 1\n"}, false, true, 68 * time.Second},
+		{config{requests: []string{"Keys"}}, nil, false, false, connectTime},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -1989,7 +1994,7 @@ func TestCommandBesideASilentServer(t *testing.T) {
 					<-time.After(4 * time.Second)
 					io.WriteString(theirs, answer)
 				}
-				if c.good {
+				if c.closes {
 					theirs.Close()
 				}
 			}()
