@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"iter"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -753,6 +754,18 @@ func (q *Query) writes() bool { return q.row().effect >= adds }
 
 // frees reports whether q only takes something away.
 func (q *Query) frees() bool { return q.row().effect == frees }
+
+// removes returns how many values of its key q removes, at most, if it only takes something away; 0
+// if it does more than that.
+func (q *Query) removes() int {
+	switch {
+	case !q.frees():
+		return 0
+	case q.queryType == del:
+		return math.MaxInt
+	}
+	return 1
+}
 
 // memory is about how many bytes q, a write, may add to the store.
 func (q *Query) memory() int64 {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -1086,7 +1087,7 @@ func (s *keyValueServer) admit(q *Query) {
 
 	// The log has the key of a Lease twice.
 	bytes := int64(2*len(q.key) + len(q.value()) + len(q.newValue()))
-	if err := s.db.Room(bytes, q.frees()); err != nil {
+	if err := s.db.Room(q.key, bytes, q.removes()); err != nil {
 		why, todo := "the disk is full", "; make room"
 		if !storage.IsFull(err) {
 			why, todo = "the data cannot be saved", ""
@@ -1148,7 +1149,7 @@ func (s *keyValueServer) expireKey(q *Query) {
 
 // deleteExpired deletes key, which has expired, if the disk has room for that.
 func (s *keyValueServer) deleteExpired(key string) error {
-	if err := s.db.Room(int64(len(key)), true); err != nil {
+	if err := s.db.Room(key, int64(len(key)), math.MaxInt); err != nil {
 		return err
 	}
 

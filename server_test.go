@@ -3395,8 +3395,8 @@ type roomless struct {
 	frees atomic.Int64
 }
 
-func (r *roomless) Room(_ int64, frees bool) error {
-	if frees {
+func (r *roomless) Room(_ string, _ int64, removes int) error {
+	if removes > 0 {
 		r.frees.Add(1)
 	}
 	if r.full.Load() {

@@ -69,9 +69,11 @@ type Store interface {
 	Reclaim() (bytes int64)
 
 	// Room returns an error, and has changed nothing, if there is no room for one more record
-	// with this many bytes of key and values, or if the record could not be saved now. A request
-	// that frees room (Delete, Remove, Take) may use the last room that there is.
-	Room(bytes int64, frees bool) error
+	// with this many bytes of key and values, or if the record could not be saved now. removes is
+	// how many values of key the request removes, at most; 0: it may add something. A request that
+	// removes all values (Delete) may use the last room that there is. Another one that only removes
+	// (Remove, Take) leaves as much as it takes to delete every key.
+	Room(key string, bytes int64, removes int) error
 
 	// View returns key's list for a short time. A short list may be made in scratch, and its
 	// values may be parts of a larger piece of memory, which cannot be freed while one of them is
@@ -158,7 +160,7 @@ type plain struct{ KVStore }
 func (plain) Size() (keys, values int, bytes int64)  { return -1, -1, -1 }
 func (plain) Footprint() int64                       { return 0 }
 func (plain) Reclaim() int64                         { return 0 }
-func (plain) Room(int64, bool) error                 { return nil }
+func (plain) Room(string, int64, int) error          { return nil }
 func (p plain) View(_ []string, key string) []string { return p.Get(key) }
 func (p plain) Measure(key string) (bytes int64)     { return int64(SizeOf(p.Get(key))) }
 func (p plain) Has(key, value string) bool           { return slices.Contains(p.Get(key), value) }

@@ -1031,7 +1031,7 @@ func TestStoreOf(t *testing.T) {
 	if keys, values, bytes := store.Size(); keys >= 0 || values >= 0 || bytes >= 0 {
 		t.Errorf("Size claims %d, %d, %d", keys, values, bytes)
 	}
-	if store.Snapshot() != nil || store.TouchPays() || store.Room(1, false) != nil {
+	if store.Snapshot() != nil || store.TouchPays() || store.Room("", 1, 0) != nil {
 		t.Error("it does what it cannot do")
 	}
 }

@@ -355,7 +355,7 @@ func (m *Memory) UpdateAt(key, oldValue, newValue string, hint int) (place int) 
 func (m *Memory) Commit() error { return nil }
 
 // Room returns nil: the server itself limits memory.
-func (m *Memory) Room(int64, bool) error { return nil }
+func (m *Memory) Room(string, int64, int) error { return nil }
 
 // Size returns how much the store holds.
 func (m *Memory) Size() (keys, values int, bytes int64) {

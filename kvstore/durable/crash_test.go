@@ -9,6 +9,7 @@ import (
 	"kvserver/kvstore/storetest"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -269,7 +270,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	d.zerosAhead = 4096
 	for i := range 100 {
-		if err := d.Room(110, false); err != nil {
+		if err := d.Room("", 110, 0); err != nil {
 			t.Fatal(err)
 		}
 		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
@@ -290,15 +291,15 @@ func TestFullDisk(t *testing.T) {
 		}
 		d.zerosAhead = 4096
 		held := len(d.Get("key7"))
-		if err := d.Room(2000, false); !errors.Is(err, syscall.ENOSPC) {
+		if err := d.Room("", 2000, 0); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("room for a Put: %v", err)
 		}
-		if err := d.Room(100, false); !errors.Is(err, syscall.ENOSPC) {
+		if err := d.Room("", 100, 0); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("a Put may take the room that is kept for Deletes: %v", err)
 		}
 		deleted := 0
 		for i := range 5 {
-			if err := d.Room(4, true); err != nil {
+			if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
 				t.Fatalf("room for a Delete: %v", err)
 			}
 			deleted += d.Delete(fmt.Sprint("key", i))
@@ -307,7 +308,7 @@ func TestFullDisk(t *testing.T) {
 			}
 		}
 		full.Room, d.roomAfter = 0, time.Time{}
-		if err := d.Room(2000, false); err != nil {
+		if err := d.Room("", 2000, 0); err != nil {
 			t.Errorf("with room again: %v", err)
 		}
 		d.Put("more", strings.Repeat("v", 2000))
@@ -383,7 +384,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 					if what == "one key" {
 						k = key(0)
 					}
-					if err = d.Room(int64(len(k)+len(value)), false); err != nil {
+					if err = d.Room("", int64(len(k)+len(value)), 0); err != nil {
 						break
 					}
 					d.Put(k, value)
@@ -405,7 +406,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				// Delete everything. Time passes meanwhile, so that the timer ticks.
 				keys := slices.Sorted(maps.Keys(maps.Collect(d.All())))
 				for i, k := range keys {
-					if err := d.Room(int64(len(k)), true); err != nil {
+					if err := roomToDelete(d, k); err != nil {
 						t.Fatalf("%s: no room for Delete %d of %d: %v", what, i, len(keys), err)
 					}
 					d.Delete(k)
@@ -419,7 +420,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				d.AwaitCompaction()
 				dir.Room = 0
 				<-time.After(roomTime)
-				if err := d.Room(int64(sizes[0]+sizes[1]), false); err != nil {
+				if err := d.Room("", int64(sizes[0]+sizes[1]), 0); err != nil {
 					t.Errorf("%s: with room again: %v", what, err)
 				}
 				d.Put("k", "v")
@@ -451,7 +452,7 @@ func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 			}
 		}
 		remove := func(key string) {
-			if err := d.Room(int64(len(key)), true); err != nil {
+			if err := roomToDelete(d, key); err != nil {
 				t.Fatalf("seed %d: no room for a Delete: %v", seed, err)
 			}
 			d.Delete(key)
@@ -465,7 +466,7 @@ func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 			value := strings.Repeat("v", random.IntN(1+random.IntN(20_000)))
 			if random.IntN(5) == 0 {
 				remove(key)
-			} else if d.Room(int64(len(key)+len(value)), false) != nil {
+			} else if d.Room("", int64(len(key)+len(value)), 0) != nil {
 				refused++
 			} else {
 				d.Put(key, value)
@@ -500,12 +501,12 @@ func TestLargestFileDeletesEverything(t *testing.T) {
 		}
 
 		var keys []string
-		for d.Room(1010, false) == nil {
+		for d.Room("", 1010, 0) == nil {
 			keys = append(keys, fmt.Sprintf("key%07d", len(keys)))
 			d.Put(keys[len(keys)-1], strings.Repeat("v", 1000))
 			commit()
 		}
-		if err := d.Room(1010, false); !storage.IsFull(err) || len(keys) < 50 {
+		if err := d.Room("", 1010, 0); !storage.IsFull(err) || len(keys) < 50 {
 			t.Fatalf("%+v: full after %d: %v", c, len(keys), err)
 		}
 
@@ -521,7 +522,7 @@ func TestLargestFileDeletesEverything(t *testing.T) {
 		}
 
 		for i, key := range keys {
-			if err := d.Room(int64(len(key)), true); err != nil {
+			if err := roomToDelete(d, key); err != nil {
 				t.Fatalf("%+v: Delete %d of %d: %v", c, i, len(keys), err)
 			}
 			d.Delete(key)
@@ -544,7 +545,7 @@ func TestRoomIsThere(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		dir.Room, d.zerosAhead = room, 3000
 		for i := range 40 {
-			if d.Room(300, false) != nil {
+			if d.Room("", 300, 0) != nil {
 				break
 			}
 			d.Put(fmt.Sprint("key", i), strings.Repeat("v", 290))
@@ -557,6 +558,11 @@ func TestRoomIsThere(t *testing.T) {
 			t.Fatalf("with %d bytes: %v", room, err)
 		}
 	}
+}
+
+// roomToDelete is Room for a Delete of key.
+func roomToDelete(d *Store, key string) error {
+	return d.Room(key, int64(len(key)), math.MaxInt)
 }
 
 // sizeOf returns how many bytes all files have.
@@ -578,10 +584,10 @@ func TestNearlyFullDisk(t *testing.T) {
 		put := func(large bool) {
 			t.Helper()
 			const size = 30_000
-			if err := d.Room(size, false); (err == nil) != large {
+			if err := d.Room("", size, 0); (err == nil) != large {
 				t.Fatalf("a large write: %v, the log says\n%s", err, log)
 			}
-			if err := d.Room(10, false); err != nil {
+			if err := d.Room("", 10, 0); err != nil {
 				t.Fatalf("a small one: %v", err)
 			}
 			d.Set("key", "value")
@@ -602,7 +608,7 @@ func TestNearlyFullDisk(t *testing.T) {
 
 		dir.Room = 0
 		<-time.After(rotateTime)
-		if err := d.Room(10, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
+		if err := d.Room("", 10, 0); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
 			t.Errorf("with room again: %v, the log says\n%s", err, log)
 		}
 		put(true)
@@ -618,10 +624,10 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.minCompact = 1 << 40
 	dir.Room = sizeOf(dir) + 40_000
 	for i := range 100 {
-		if err := d.Room(60_000, false); !storage.IsFull(err) {
+		if err := d.Room("", 60_000, 0); !storage.IsFull(err) {
 			t.Fatalf("a large write: %v", err)
 		}
-		if err := d.Room(110, false); err != nil {
+		if err := d.Room("", 110, 0); err != nil {
 			t.Fatalf("small write %d: %v", i, err)
 		}
 		d.Put("key", strings.Repeat("v", 100))
@@ -640,7 +646,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 		dir.Room, dir.Block, d.zerosAhead, d.minCompact = 1<<20, 4<<10, 16*12<<10, 1<<40
 		write := func() int {
 			n := 0
-			for ; d.Room(50_010, false) == nil; n++ {
+			for ; d.Room("", 50_010, 0) == nil; n++ {
 				d.Put(fmt.Sprint("key", n), strings.Repeat("v", 50_000))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
@@ -650,7 +656,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 		}
 		written := write()
 		for i := range written {
-			if err := d.Room(10, true); err != nil {
+			if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
 				t.Fatal(err)
 			}
 			d.Delete(fmt.Sprint("key", i))
@@ -684,7 +690,7 @@ func TestLogIsSpared(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.segmentSize, d.minCompact = 1<<20, 1<<40
 	d.compactAfter = time.Now().Add(time.Hour) // otherwise the log may be compacted into SPARE
-	if err := errors.Join(d.Room(10, false), d.makeRoom(50_000)); err != nil {
+	if err := errors.Join(d.Room("", 10, 0), d.makeRoom(50_000)); err != nil {
 		t.Fatal(err)
 	}
 
@@ -692,7 +698,7 @@ func TestLogIsSpared(t *testing.T) {
 	dir.Room = sizeOf(dir)
 	key := func(i int) string { return fmt.Sprintf("%01000d", i) }
 	n := 0
-	for ; d.Room(1001, false) == nil; n++ {
+	for ; d.Room("", 1001, 0) == nil; n++ {
 		d.Put(key(n), "v")
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -702,7 +708,7 @@ func TestLogIsSpared(t *testing.T) {
 		t.Fatalf("the disk is full after %d", n)
 	}
 	for i := range n {
-		if err := d.Room(1000, true); err != nil {
+		if err := roomToDelete(d, key(i)); err != nil {
 			t.Fatalf("no room for Delete %d of %d: %v", i, n, err)
 		}
 		d.Delete(key(i))
@@ -715,40 +721,134 @@ func TestLogIsSpared(t *testing.T) {
 	}
 }
 
-// Ensure that on a full disk all values of a long key can be removed, one at a time.
+// fillDisk puts n values under each of several keys of this many bytes, until the disk is full, and
+// returns all of them, in the order in which they were put.
+func fillDisk(t *testing.T, d *Store, keySize, valueSize, n int) (pairs [][2]string) {
+	t.Helper()
+	for i := 0; ; i++ {
+		key := fmt.Sprintf("%0*d", keySize, i/n)
+		value := fmt.Sprintf("%0*d", valueSize, i)
+		if d.Room(key, int64(len(key)+len(value)), 0) != nil {
+			return pairs
+		}
+		d.Put(key, value)
+		if err := d.Commit(); err != nil {
+			t.Fatalf("it fails before the disk is full: %v", err)
+		}
+		pairs = append(pairs, [2]string{key, value})
+	}
+}
+
+// Ensure that on a full disk all values of long keys, and all large values of short ones, can be
+// removed, one at a time.
 func TestFullDiskRemovesEverything(t *testing.T) {
+	for _, c := range []struct{ key, value, n int }{{2000, 9, 1000}, {2000, 3, 20}, {9, 90_000, 1}} {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		dir.Room = 200_000
+		pairs := fillDisk(t, d, c.key, c.value, c.n)
+		if len(pairs) == 0 {
+			t.Fatalf("%+v: no value fits", c)
+		}
+		pairs = append(pairs, fillDisk(t, d, c.key+1, 1, 1)...) // the last room
+
+		for i, p := range pairs {
+			key, value := p[0], p[1]
+			if err := d.Room(key, int64(len(key)+len(value)), 1); err != nil {
+				t.Fatalf("%+v: no room for Remove %d of %d: %v", c, i, len(pairs), err)
+			}
+			if !d.Remove(key, value) {
+				t.Fatalf("%+v: %s is not there", c, value)
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
+			t.Errorf("%+v: opened again: %v", c, err)
+		}
+	}
+}
+
+// Ensure that on a full disk Removes and Takes, however many come, leave the room that it takes to
+// delete every key.
+func TestFullDiskKeepsRoomForDeletes(t *testing.T) {
+	for _, takes := range []bool{false, true} {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		dir.Room = 200_000
+		keySize := 20
+		if takes {
+			keySize = 1000 // the log of a Take has no value
+		}
+		pairs := fillDisk(t, d, keySize, 1000, 2)
+
+		refused := 0
+		for _, p := range pairs {
+			key, value := p[0], p[1]
+			bytes := int64(len(key) + len(value))
+			switch {
+			case d.Room(key, bytes, 1) != nil:
+				refused++
+			case takes:
+				d.Take(key)
+			default:
+				d.Remove(key, value)
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		keys := slices.Sorted(maps.Keys(maps.Collect(d.All())))
+		if refused == 0 || len(keys) == 0 {
+			t.Fatalf("takes %v: %d were refused, and %d keys are left", takes, refused, len(keys))
+		}
+
+		for i, key := range keys {
+			if err := roomToDelete(d, key); err != nil {
+				t.Fatalf("takes %v: no room for Delete %d of %d: %v", takes, i, len(keys), err)
+			}
+			d.Delete(key)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
+			t.Errorf("takes %v: opened again: %v", takes, err)
+		}
+	}
+}
+
+// Ensure that everything can be deleted on a full disk, even if another program takes all room that
+// a compaction gives back.
+func TestFullDiskKeepsRoomOfACompaction(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
 	dir.Room = 200_000
-	key := strings.Repeat("k", 2000)
-	n := 0
-	for d.Room(int64(len(key)+10), false) == nil {
-		d.Put(key, fmt.Sprint("value", n))
-		if n++; d.Commit() != nil {
-			t.Fatal("it fails before the disk is full")
+	pairs := fillDisk(t, d, 1000, 1, 3)
+	snapshot := d.snapshot
+	for i, p := range pairs {
+		if err := roomToDelete(d, p[0]); err != nil {
+			t.Fatalf("no room for Delete %d of %d: %v", i, len(pairs), err)
 		}
-	}
-	if n < 50 {
-		t.Fatalf("the disk is full after %d", n)
-	}
-	for i := range n {
-		value := fmt.Sprint("value", i)
-		if err := d.Room(int64(len(key)+len(value)), true); err != nil {
-			t.Fatalf("no room for Remove %d of %d: %v", i, n, err)
+		if d.snapshot > snapshot {
+			dir.Room, snapshot = sizeOf(dir), d.snapshot
 		}
-		if !d.Remove(key, value) {
-			t.Fatalf("%s is not there", value)
-		}
+		d.Delete(p[0])
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := d.Close(); err != nil {
-		t.Error(err)
+	if snapshot == 0 {
+		t.Error("nothing was compacted")
 	}
-	if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
-		t.Errorf("opened again: %v", err)
-	}
+	d.Close()
 }
 
 // Ensure that a rotation that fails while room is made for a Remove ends the store with its error:
@@ -757,14 +857,7 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
 	dir.Room = 200_000
-	key := strings.Repeat("k", 2000)
-	n := 0
-	for d.Room(int64(len(key)+10), false) == nil {
-		d.Put(key, fmt.Sprint("value", n))
-		if n++; d.Commit() != nil {
-			t.Fatal("it fails before the disk is full")
-		}
-	}
+	pairs := fillDisk(t, d, 2000, 9, 1000)
 
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "truncate" && strings.HasPrefix(c.Name, "seg-") {
@@ -773,9 +866,10 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 		return nil
 	}
 	var err error
-	for i := 0; i < n && err == nil; i++ {
-		if d.Room(int64(len(key)+10), true) == nil {
-			d.Remove(key, fmt.Sprint("value", i))
+	for i := 0; i < len(pairs) && err == nil; i++ {
+		key, value := pairs[i][0], pairs[i][1]
+		if d.Room(key, int64(len(key)+10), 1) == nil {
+			d.Remove(key, value)
 		}
 		err = d.Commit()
 	}
@@ -791,7 +885,7 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	dir.Room = 20_000
 	keys := 0
-	for ; d.Room(300, false) == nil; keys++ {
+	for ; d.Room("", 300, 0) == nil; keys++ {
 		d.Put(fmt.Sprint("key", keys), strings.Repeat("v", 280))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -828,7 +922,7 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	d.spare = logWriter{}
 	wantTold(2)
 	for i := range keys {
-		if d.Room(10, true) == nil {
+		if roomToDelete(d, fmt.Sprint("key", i)) == nil {
 			d.Delete(fmt.Sprint("key", i))
 		}
 		if err := d.Commit(); err != nil {
@@ -857,7 +951,7 @@ func TestSpareIsCut(t *testing.T) {
 			}
 			const keys = 100
 			for i := range keys {
-				if err := d.Room(510, false); err != nil {
+				if err := d.Room("", 510, 0); err != nil {
 					t.Fatal(err)
 				}
 				write(i)
@@ -874,7 +968,7 @@ func TestSpareIsCut(t *testing.T) {
 			// disk.
 			<-time.After(2 * lookTime)
 			write(0)
-			if err := d.Room(0, false); err != nil {
+			if err := d.Room("", 0, 0); err != nil {
 				t.Fatal(err)
 			}
 			stamps, err := dir.Stamps()
@@ -886,7 +980,7 @@ func TestSpareIsCut(t *testing.T) {
 				dir.Room += int(stamp.Size)
 			}
 			for i := range keys {
-				if err := d.Room(510, true); err != nil {
+				if err := roomToDelete(d, key(i)); err != nil {
 					t.Fatalf("SPARE was %s: no room for Delete %d of %d: %v", what, i, keys, err)
 				}
 				d.Delete(key(i))
@@ -923,7 +1017,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 	d.minCompact = 1 << 40
 	dir.Room = 20_000
 	n := 0
-	for ; d.Room(10, false) == nil; n++ {
+	for ; d.Room("", 10, 0) == nil; n++ {
 		d.Put(fmt.Sprint("key", n), "value")
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -938,7 +1032,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 	}
 	number := d.number()
 	for i := range n {
-		if err := d.Room(10, true); err != nil {
+		if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
 			t.Fatal(err)
 		}
 		d.Delete(fmt.Sprint("key", i))

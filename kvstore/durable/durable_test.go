@@ -199,7 +199,7 @@ func TestRecordsTooLarge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Room(maxRecord+1, false); err == nil {
+	if err := d.Room("", maxRecord+1, 0); err == nil {
 		t.Error("there is room for a record that is too large")
 	}
 }

@@ -684,10 +684,10 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			spoil(dir)
 			refuses.Store(true)
 			pass(5) // it is tried after 1, 2 and 4
-			if err := d.Room(2, false); !errors.Is(err, ErrSpoiled) {
+			if err := d.Room("", 2, 0); !errors.Is(err, ErrSpoiled) {
 				t.Errorf("%s: room for a Put: %v", name, err)
 			}
-			if err := d.Room(4, true); err != nil || d.Delete("gone") != 1 {
+			if err := roomToDelete(d, "gone"); err != nil || d.Delete("gone") != 1 {
 				t.Errorf("%s: room for a Delete: %v", name, err)
 			}
 			if n := strings.Count(log.String(), "cannot write the data again"); n != 3 {
@@ -696,7 +696,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 
 			refuses.Store(false)
 			pass(5)
-			if err := d.Room(2, false); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
+			if err := d.Room("", 2, 0); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
 				t.Errorf("%s: room for a Put again: %v, the log says\n%s", name, err, log)
 			}
 			wantAll(t, name, dir.Kill(), maps.Collect(d.All()))

@@ -40,7 +40,7 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			}
 			put := func() {
 				d.Put("key", strings.Repeat("v", 100))
-				if err := d.Room(200, false); err != nil {
+				if err := d.Room("", 200, 0); err != nil {
 					t.Fatal(err)
 				}
 				if err := d.Commit(); err != nil {
@@ -934,7 +934,7 @@ func TestRoomForTheLargestRecord(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	defer d.Close()
 	dir.Room = 100_000
-	if err := d.Room(maxRecord-1, true); err == nil || !strings.Contains(err.Error(), "too large") {
+	if err := d.Room("", maxRecord-1, math.MaxInt); err == nil || !strings.Contains(err.Error(), "too large") {
 		t.Errorf("a record of 2 GiB but for a byte: %v", err)
 	}
 }

@@ -52,12 +52,12 @@ func (d *Store) toDelete(bytes int64) int64 {
 
 // Room returns an error, and has changed nothing, if the disk has no room for one more record with
 // this many bytes of key and values. If that record were written anyway, the next Commit could
-// fail, and end the store. A request that frees room (Delete, Remove, Take) may use SPARE. Other
-// writes leave enough room in SPARE, or in the log, to delete everything, and are refused while
-// spoiled files cannot be written again. A directory without zerosAhead knows itself what room it
-// has.
-func (d *Store) Room(bytes int64, frees bool) error {
-	need := d.needFor(bytes)
+// fail, and end the store. Requests that free room (Delete, Remove, Take) may use SPARE, but unless
+// they remove the key, they leave enough room in SPARE, or in the log, to delete everything. So do
+// all others, which are also refused while spoiled files cannot be written again. A directory
+// without zerosAhead knows itself what room it has.
+func (d *Store) Room(key string, bytes int64, removes int) error {
+	need, frees := d.needFor(bytes), removes > 0
 	switch {
 	case bytes+4*recordExtra > maxRecord:
 		return errTooLarge(bytes)
@@ -67,8 +67,12 @@ func (d *Store) Room(bytes int64, frees bool) error {
 		return d.noHeal
 	case d.zerosAhead == 0:
 		return d.dir.RoomFor(need, frees)
+	case frees && d.room >= need && d.spare.fileSize >= d.toDelete(0): // as usually
+		return nil
+	case frees && removes >= d.Count(key): // the log gets the key alone
+		return d.roomToFree(d.needFor(min(bytes, 2*int64(len(key)))), 0)
 	case frees:
-		return d.roomToFree(need)
+		return d.roomToFree(need, d.toDelete(0))
 	}
 
 	// Shortly after a refusal, a write that is as large is refused without asking the disk.
@@ -119,17 +123,22 @@ func (d *Store) needFor(bytes int64) int64 {
 // roomToWrite makes room for a record of this many bytes, and enough room to delete everything
 // afterwards.
 func (d *Store) roomToWrite(bytes int64) error {
+	return d.roomBeside(d.needFor(bytes), d.toDelete(bytes))
+}
+
+// roomBeside makes room for need bytes in the log, and leaves wanted bytes for Deletes.
+func (d *Store) roomBeside(need, wanted int64) error {
 	// What SPARE cannot get must be in the log. (SPARE grows in steps, and may have enough in spite
 	// of an error.)
-	need, wanted, had := d.needFor(bytes), d.toDelete(bytes), d.spare.fileSize
-	if d.spare.fileSize < wanted {
+	had := d.spare.fileSize
+	if had < wanted {
 		err := d.growSpare(wanted)
 		if err != nil {
 			need += max(0, wanted-d.spare.fileSize)
 		}
 	}
 
-	// The write is refused, so what SPARE has got for it is given back for smaller ones.
+	// The request is refused, so what SPARE has got for it is given back for smaller ones.
 	err := d.makeRoom(need)
 	if err != nil {
 		d.spare.cut(max(had, d.toDelete(0)+int64(d.zerosAhead)))
@@ -137,38 +146,38 @@ func (d *Store) roomToWrite(bytes int64) error {
 	return err
 }
 
-// roomToFree is Room for a request that frees room. On a full disk the log takes room from SPARE.
-func (d *Store) roomToFree(need int64) error {
-	err := d.makeRoomAnywhere(need)
+// roomToFree is Room for a request that frees room. On a full disk the log takes room from SPARE,
+// but leaves wanted bytes for Deletes.
+func (d *Store) roomToFree(need, wanted int64) error {
+	err := d.makeRoomAnywhere(need, wanted)
 	if err == nil {
 		return nil
 	}
 
 	// If the log is much larger than the data, a compaction frees more than SPARE has.
-	squeezed := d.squeeze(d.spare.fileSize)
-	if squeezed {
-		err = d.makeRoomAnywhere(need)
+	if d.squeeze(d.spare.fileSize) {
+		err = d.makeRoomAnywhere(need, wanted)
 	}
 
 	// Step by step, because another program may take what SPARE gives back.
-	for err != nil && d.spare.fileSize > 0 {
+	for err != nil && d.spare.fileSize > wanted {
 		d.isFull.Store(true)
-		left := max(0, d.spare.fileSize-max(need, int64(d.zerosAhead)))
+		left := max(wanted, d.spare.fileSize-max(need, int64(d.zerosAhead)))
 		shrinkErr := d.spare.cut(left)
 		if shrinkErr != nil {
 			return shrinkErr
 		}
-		err = d.makeRoomAnywhere(need)
+		err = d.makeRoomAnywhere(need, wanted)
 	}
 	return err
 }
 
-// makeRoomAnywhere is makeRoom, in a new file if the current one is as large as a file may be
+// makeRoomAnywhere is roomBeside, in a new file if the current one is as large as a file may be
 // (RLIMIT_FSIZE).
-func (d *Store) makeRoomAnywhere(need int64) error {
-	err := d.makeRoom(need)
+func (d *Store) makeRoomAnywhere(need, wanted int64) error {
+	err := d.roomBeside(need, wanted)
 	if errors.Is(err, syscall.EFBIG) && d.rotateEarly() {
-		err = d.makeRoom(need)
+		err = d.roomBeside(need, wanted)
 	}
 	return err
 }
@@ -187,11 +196,13 @@ func (d *Store) squeeze(most int64) bool {
 	// First the room, then a new file. If there can be no new file, SPARE stays smaller: the log
 	// uses what it gave back.
 	err := d.spare.cut(d.spare.fileSize - need)
-	if err != nil || !d.rotateEarly() {
+	if err != nil || !d.rotateEarly() || d.compactNow() != nil {
 		return false
 	}
 
-	return d.compactNow() == nil
+	// Otherwise the next squeeze would find no room in SPARE.
+	d.growSpare(d.toDelete(0))
+	return true
 }
 
 // rotateEarly goes on in a new file before the Commit. It reports whether there is one.

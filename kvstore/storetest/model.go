@@ -127,7 +127,7 @@ func (m Model) All() iter.Seq2[string, []string]   { return maps.All(m.lists) }
 func (m Model) Snapshot() kvstore.Snapshot         { return m.Clone() }
 func (m Model) Expiring() int                      { return len(m.ends) }
 func (m Model) Commit() error                      { return nil }
-func (m Model) Room(int64, bool) error             { return nil }
+func (m Model) Room(string, int64, int) error      { return nil }
 func (m Model) Footprint() int64                   { return 0 }
 func (m Model) Reclaim() int64                     { return 0 }
 func (m Model) TouchPays() bool                    { return false }

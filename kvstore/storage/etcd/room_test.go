@@ -218,7 +218,7 @@ func TestEtcdQuotaOfOverwrites(t *testing.T) {
 			}
 			for i := range storetest.Fewer(c.writes, 10) {
 				text := c.value(i)
-				if err := d.Room(int64(len(text)), false); err != nil {
+				if err := d.Room("", int64(len(text)), 0); err != nil {
 					t.Fatalf("%s: write number %d: %v", what, i, err)
 				}
 				d.Set(fmt.Sprint(i%5), text)
