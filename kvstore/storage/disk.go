@@ -279,9 +279,11 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	}
 
 	// A directory that was there before stays, and stays its owner's: perhaps it is no place for a
-	// copy.
+	// copy. So does a new one that another process has filled meanwhile, with its LOCK.
 	undo = func() {
-		if isNew {
+		names, err := os.ReadDir(path)
+		isOurs := len(names) == 0 || len(names) == 1 && names[0].Name() == LockName
+		if isNew && err == nil && isOurs {
 			os.Remove(filepath.Join(path, LockName))
 			os.Remove(path)
 		}

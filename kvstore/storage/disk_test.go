@@ -169,6 +169,23 @@ func TestMakeDisk(t *testing.T) {
 			t.Errorf("after undo %s is there: %v", at, isThere(at))
 		}
 	}
+	// Another process may have made its copy there meanwhile.
+	filled := filepath.Join(path, "filled")
+	d, undo, err := MakeDisk(filled, from, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	for _, name := range []string{LockName, StoreName} {
+		os.WriteFile(filepath.Join(filled, name), nil, 0o600)
+	}
+	undo()
+	for _, name := range []string{LockName, StoreName} {
+		if !isThere(filepath.Join(filled, name)) {
+			t.Errorf("undo has removed %s of another process's copy", name)
+		}
+	}
+
 	file := filepath.Join(path, "file")
 	os.WriteFile(file, nil, 0o600)
 	for at, want := range map[string]error{
@@ -178,7 +195,7 @@ func TestMakeDisk(t *testing.T) {
 			t.Errorf("%s: %v, want %v", at, err, want)
 		}
 	}
-	_, _, err := MakeDisk(to, filepath.Join(path, "none"), nil)
+	_, _, err = MakeDisk(to, filepath.Join(path, "none"), nil)
 	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)
 	}
