@@ -51,10 +51,15 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 // lockNamed locks LOCK. If LOCK is missing but STORE is there, somebody has removed LOCK, perhaps
 // while a server has the store open: then lockNamed first gives that server time to make another.
 func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
+	// If somebody removes LOCK while it is tried, none may be made before the server had that time.
+	f, err := tryLock(func() (*os.File, error) { return d.lockFile(0) })
+	if !errors.Is(err, fs.ErrNotExist) {
+		return f, err
+	}
+
 	// Without STORE no server can have a store open here.
-	_, lockErr := d.root.Lstat(LockName)
 	_, storeErr := d.root.Lstat(StoreName)
-	if errors.Is(lockErr, fs.ErrNotExist) && storeErr == nil {
+	if storeErr == nil {
 		d.log.Warn("LOCK is missing beside a store: waiting, for a server may use the store still",
 			"dir", d.path, "for", noticeTime)
 		select {
@@ -65,7 +70,7 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 	}
 
 	// It may be there again by now, and locked.
-	return tryLock(d.lockFile)
+	return tryLock(func() (*os.File, error) { return d.lockFile(os.O_CREATE) })
 }
 
 // tryLock calls lock until it succeeds, for 50 ms: InUse of another process may hold the lock for a
@@ -260,7 +265,7 @@ func (l *diskLock) again() error {
 
 	// InUse of another process may hold it for a moment.
 	old := l.file
-	f, err = tryLock(l.dir.lockFile)
+	f, err = tryLock(func() (*os.File, error) { return l.dir.lockFile(os.O_CREATE) })
 	if err == nil {
 		err = l.sign(f)
 	}

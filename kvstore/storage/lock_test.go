@@ -132,6 +132,32 @@ func TestRemovedLockStillLocks(t *testing.T) {
 	}
 }
 
+// Ensure that a start makes no second LOCK if somebody removes the first one while the start tries
+// to lock it.
+func TestLockRemovedWhileItIsTried(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	synctest.Test(t, func(t *testing.T) {
+		path := t.TempDir()
+		os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
+		first, second := mustOpen(t, path), mustOpen(t, path)
+		first.isPlain, second.isPlain = true, true
+		lock, err := first.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		time.AfterFunc(12*time.Millisecond, func() { os.Remove(filepath.Join(path, LockName)) })
+		if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
+			t.Errorf("the second one: %v", err)
+		}
+		if err := lock.Verify(); err != nil {
+			t.Errorf("the first one: %v", err)
+		}
+	})
+}
+
 // Ensure that a store whose LOCK is missing can be locked if no process has the store.
 func TestMissingLock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -241,7 +267,7 @@ func TestReplacedLock(t *testing.T) {
 	// before it gets its name, because watch may look at it at any time.
 	byLocked := func(name string) {
 		elsewhere := t.TempDir()
-		f, err := mustOpen(t, elsewhere).lockFile()
+		f, err := mustOpen(t, elsewhere).lockFile(os.O_CREATE)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -295,7 +321,7 @@ func TestReplacedLock(t *testing.T) {
 func TestFailedLockLeavesNothing(t *testing.T) {
 	path := t.TempDir()
 	older, d := mustOpen(t, path), mustOpen(t, path)
-	f, err := older.lockFile()
+	f, err := older.lockFile(os.O_CREATE)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,10 +32,10 @@ func (d *Disk) lockSelf() (*os.File, error) {
 	return nil, nil
 }
 
-// lockFile opens LOCK, or makes it, and takes an flock on it, which the kernel releases however the
-// process ends.
-func (d *Disk) lockFile() (*os.File, error) {
-	f, err := d.open(LockName, os.O_RDWR|os.O_CREATE)
+// lockFile opens LOCK, or makes it if flag is os.O_CREATE, and takes an flock on it, which the kernel
+// releases however the process ends.
+func (d *Disk) lockFile(flag int) (*os.File, error) {
+	f, err := d.open(LockName, os.O_RDWR|flag)
 	if err != nil {
 		return nil, err
 	}

@@ -8,18 +8,24 @@ import (
 // lockSelf does nothing: on Windows nobody can remove LOCK while it is open.
 func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
-// lockFile opens LOCK, or makes it, so that only this process may write it until the process ends.
+// lockFile opens LOCK, or makes it if flag is os.O_CREATE, so that only this process may write it
+// until the process ends.
 // Others may read who that is. (Nobody can remove LOCK meanwhile, so again is never needed.)
-func (d *Disk) lockFile() (*os.File, error) {
+func (d *Disk) lockFile(flag int) (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
 	if err != nil {
 		return nil, err
 	}
 
+	mode := uint32(syscall.OPEN_EXISTING)
+	if flag == os.O_CREATE {
+		mode = syscall.OPEN_ALWAYS
+	}
+
 	// Not os.OpenFile, which lets others open the file for writing, too.
 	const sharingViolation = syscall.Errno(32)
 	h, err := syscall.CreateFile(path, syscall.GENERIC_READ|syscall.GENERIC_WRITE,
-		syscall.FILE_SHARE_READ, nil, syscall.OPEN_ALWAYS, syscall.FILE_ATTRIBUTE_NORMAL, 0)
+		syscall.FILE_SHARE_READ, nil, mode, syscall.FILE_ATTRIBUTE_NORMAL, 0)
 
 	if err == sharingViolation {
 		return nil, ErrLocked
