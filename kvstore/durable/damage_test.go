@@ -676,3 +676,15 @@ func TestHeaderThatCannotBeRead(t *testing.T) {
 		t.Errorf("an I/O error is told as damage of another file: %v", err)
 	}
 }
+
+// Ensure that the damage that a file is missing names the file that needs it: that one may be
+// somebody else's.
+func TestMissingFileNamesItsNeighbour(t *testing.T) {
+	for _, stray := range []string{"snap-99.log", "seg-50.log"} {
+		dir, _, _ := segment(t, 1)
+		_, err := openStill(dir.With(stray, nil), Options{})
+		if err == nil || !strings.Contains(err.Error(), stray) {
+			t.Errorf("beside %s: %v", stray, err)
+		}
+	}
+}

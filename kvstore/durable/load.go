@@ -58,9 +58,18 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 	// This stops at the first missing file: somebody else's file may have a huge number.
 	for number := l.snapshot + 1; number <= l.last; number++ {
 		name := logName(kindSegment, number)
-		if !slices.Contains(names, name) {
-			return l, missingFile(dir, name)
+		if slices.Contains(names, name) {
+			continue
 		}
+
+		// Perhaps the file that needs this one is the wrong one, and not the store's.
+		missing := missingFile(dir, name)
+		if number < l.last {
+			missing.What += ": " + logName(kindSegment, l.last) + " comes after it"
+		} else if l.snapshot > 0 {
+			missing.What += ": " + logName(kindSnapshot, l.snapshot) + " comes before it"
+		}
+		return l, missing
 	}
 	return l, nil
 }
