@@ -5303,6 +5303,35 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 	})
 }
 
+// Ensure that clients that take nothing of their Dumps, or too little, do not keep all places for long
+// while another client waits for one, and that they may keep them otherwise.
+func TestDumpGivesItsPlaceToOthers(t *testing.T) {
+	for _, drip := range []int{0, 10 * kilo} { // bytes that are read in a tenth of a second
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.fillKeys("k", 1600, strings.Repeat("v", 20*kilo)) // 32 MB
+			mayEnd := make(chan struct{})
+			slow := n.dialMany(t, maxSnapshots, func(_ int, c *testClient) {
+				c.conn.Write([]byte("Dump\n"))
+				go func() {
+					for !isClosed(mayEnd) {
+						io.CopyN(io.Discard, c.conn, int64(drip))
+						<-time.After(tickTime)
+					}
+				}()
+			})
+			pass(3 * dripTime)
+			equal(t, "places that are taken while nobody waits", len(n.server.snapshots.slots), maxSnapshots)
+
+			a := n.dialAck(t)
+			within(t, 0, 6*dripTime, func() { a.ask("Keys:none", ":OK 0") })
+			close(mayEnd)
+			pass(tickTime)
+			a.hangUp()
+			closeClients(slow)
+		})
+	}
+}
+
 // Ensure that a store that cannot list its keys says so.
 func TestDumpOfAStoreThatCannotList(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
