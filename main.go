@@ -1106,7 +1106,8 @@ func printPart(w io.Writer, part string) {
 // lookAt runs a command on the store at path. A backup or a repair writes its copy to the directory
 // to. If that fails, lookAt removes the directory, if it has made it.
 func lookAt(command, path, to string) (report durable.Report, err error) {
-	dir, err := openDirectory(context.Background(), path, etcd.Options{})
+	opts := etcd.Options{Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	dir, err := openDirectory(context.Background(), path, opts)
 	if err != nil {
 		return report, err
 	}
@@ -1124,17 +1125,17 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	// The other two write into another directory, which must not be inside the store's. One can be
 	// inside the other only if both are on disk, or both in etcd.
 	var out storage.Directory
-	undo, log := func() {}, slog.New(slog.NewTextHandler(os.Stderr, nil))
+	undo := func() {}
 	switch {
 	case etcd.IsAddress(to) && etcd.Overlap(path, to):
 		err = fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
 			storage.ErrNotOurs, to)
 	case etcd.IsAddress(to):
-		out, err = etcd.Open(context.Background(), to, etcd.Options{})
+		out, err = etcd.Open(context.Background(), to, opts)
 	case etcd.IsAddress(path):
-		out, undo, err = storage.MakeDisk(to, "", log)
+		out, undo, err = storage.MakeDisk(to, "", opts.Log)
 	default:
-		out, undo, err = storage.MakeDisk(to, path, log)
+		out, undo, err = storage.MakeDisk(to, path, opts.Log)
 	}
 	if err != nil {
 		return report, err

@@ -574,6 +574,21 @@ func TestFlagSizes(t *testing.T) {
 	}
 }
 
+// Ensure that a command says soon why nothing happens if etcd does not answer.
+func TestRepairBesideASilentEtcd(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"check", "etcd://127.0.0.1:1/kv"},
+		{"backup", "etcd://127.0.0.1:1/kv", t.TempDir()}} {
+		cmd := binary(args...)
+		pipe, _ := cmd.StderrPipe()
+		must(t, cmd.Start())
+		line, _ := bufio.NewReader(pipe).ReadString('\n')
+		wantIn(t, "the first line", line, "etcd does not answer yet")
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+}
+
 // Ensure that the binary prints its manual: all headings, or the parts whose heading has all words.
 func TestManual(t *testing.T) {
 	var all, part bytes.Buffer
