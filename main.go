@@ -24,14 +24,21 @@
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain now, and with it the client's outbox
 //	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
+//	drip      a client drips if it takes fewer than 256 KiB a second while replies wait (noteWait)
+//	parked    a Take is parked while it waits, in takes, for a value
+//	pinned    values that replies which wait would keep in memory if others removed them
 //	heavy     a client is heavy if its requests take long (isHeavy in server.go)
 //	round     the time for which workLoop runs requests before it commits and answers
 //	share     how much of workLoop's time a client has had; a client that had much waits for its turn
 //	snapshot  the store as it was at one moment; Keys, Dump and compaction each read one, and
 //	          compaction writes it to a file, snap-N.log
+//	log       in kvstore the data's, seg-N.log, also called the journal; elsewhere the lines that
+//	          the server writes for people
 //	frame     records of one Commit in the log, with a checksum; a frame without records says what
 //	          is on disk, or how the log goes on
-//	segment   a file of the log, seg-N.log; compaction replaces old ones by one snapshot file
+//	segment   a file of the log, seg-N.log. A full one is finished: the log goes on in the next.
+//	          Compaction replaces full ones by one snapshot file
+//	spoiled   a file that somebody else has changed or removed; a heal writes all data again
 package main
 
 import (
