@@ -175,8 +175,8 @@ var (
 	ErrMissing = NewError("the data directory does not exist",
 		"Give the server's data directory. For a new server create it: mkdir -m 700 DIR")
 	// ErrNotOurs is returned for a directory that is not a store, or a file that is not a store's.
-	ErrNotOurs = NewError("not a data directory", "Nothing was changed. Give a server's data "+
-		"directory; for new data or a copy give an empty one that is not inside it.")
+	ErrNotOurs = NewError("not a data directory", "Nothing was changed. Take out what is not a "+
+		"store's, or give another directory: for new data or a copy an empty one, not inside a store's.")
 	// ErrLocked is returned when another process has the store open.
 	ErrLocked = NewError("the data directory is in use",
 		"Nothing was changed. Stop that process first, or give another directory.")
