@@ -236,7 +236,7 @@ func (d *Store) heal(spoiled []string) error {
 		return err
 	}
 	if !isNew {
-		return errors.New("no new file can be made")
+		return cmp.Or(d.dir.RoomFor(frameMost, true), errors.New("no new file can be made"))
 	}
 
 	// Close must not stop it, because the data is nowhere else.
