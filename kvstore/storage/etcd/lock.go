@@ -176,6 +176,9 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	// The store is new only if no look has found anything.
 	w.isNew = len(answer.read(3).KVs) == 0 && (w.isNew || w.answered.IsZero())
 	w.isEmpty = len(answer.read(2).KVs) == 0
+	if revision == 0 {
+		o.Takeovers = w.Takeovers // somebody has deleted the lock, so the number is as it was
+	}
 	w.holder, w.revision, w.step, w.answered = o, revision, step, now
 	return err
 }
