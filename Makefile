@@ -40,7 +40,7 @@ simulate: ## simulated servers with faults: SEEDS of them (0: until stopped), fr
 	KVSERVER_SEED=$(SEED) KVSERVER_SEEDS=$(SEEDS) go test -run '^TestSimulation$$' -timeout 0
 
 etcd: ## two servers and a real etcd cluster with faults (etcd must be installed)
-	KVSERVER_ETCD=1 go test -count=1 -run '^TestEtcdCluster$$' -v -timeout 10m ./kvstore/storage/etcd
+	KVSERVER_ETCD=1 go test -count=1 -run '^TestEtcdCluster' -v -timeout 10m ./kvstore/storage/etcd
 
 windows: ## build for Windows, and try it (wine must be installed)
 	.ci/windows

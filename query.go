@@ -693,13 +693,16 @@ func (q *Query) deadline(now clock) (at int64) {
 	return at
 }
 
-// runTimeLeft answers ": seconds", without the key, so that no client takes it for a value.
+// forget makes q what it was before it ran.
+func (q *Query) forget() {
+	q.values, q.bytes, q.n, q.special = nil, 0, 0, nil
+}
+
+// runTimeLeft answers ": seconds", without the key, so that no client takes it for a value (parts).
 func runTimeLeft(q *Query, db kvstore.Store, now clock) {
 	// Without a deadline, n is 1 if the key is there and 0 if not.
 	at, goes := db.Deadline(q.key)
 	q.n = times(goes || db.Count(q.key) > 0)
-	q.key = ""
-
 	if goes {
 		q.answer([]string{secondsLeft(at, now())})
 	}
@@ -816,11 +819,14 @@ func (q *Query) lineExtra() int {
 
 // parts returns the parts of the line for one of q.values.
 func (q *Query) parts(value string) [5]string {
-	v, end := q.row(), "\n"
+	v, key, end := q.row(), q.key, "\n"
+	if q.queryType == timeLeft {
+		key = ""
+	}
 	if q.queryType == pair && trimCR(value) != value {
 		end = "\r\n" // this CR is removed, and not value's, when the line comes back as a request
 	}
-	return [...]string{v.head, q.key, v.separator, value, end}
+	return [...]string{v.head, key, v.separator, value, end}
 }
 
 // appendLine appends the line for one of q.values.

@@ -180,6 +180,7 @@ type keyValueServer struct {
 	db               kvstore.Store
 	touched          []string      // a chain's keys, for Touch
 	batch            []*Query      // chains that have run and wait for Commit
+	ran              []stretch     // what has run since the last Commit, also of chains not in batch
 	gathering        gathering     // for which clients the batch waits before its Commit
 	turns            turnQueue     // clients that wait for their turn
 	floor            time.Duration // the highest spent that a client had when it left turns to run
@@ -192,6 +193,7 @@ type keyValueServer struct {
 	refusedForMemory seldom           // writes refused because the memory is full
 	overdue          overdue          // whether expired keys have yet to be deleted
 	expired          int              // keys that were deleted because they had expired
+	expiredBefore    int              // the same at the last Commit
 	commitFailed     bool             // nothing runs any more
 	closing          bool             // stopReading was called
 	closeTick        <-chan time.Time // for hurry; nil: not set
@@ -609,6 +611,9 @@ func (s *keyValueServer) reject(conn net.Conn) {
 	go c.writeToClient()
 }
 
+// stretch is a part of a chain: its requests from one up to another, which is not included.
+type stretch struct{ from, to *Query }
+
 // runBatch takes q, if it is not nil, and all that is in the queue, runs chains for one round,
 // commits them all at once, then answers. A batch that gathers is left open: the next call goes on
 // with it.
@@ -926,7 +931,7 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 
 	// left counts requests down to the next look at the clock; searched is since the last look.
 	left, searched := c.share.stride, false
-	wrote := false
+	from, wrote := q, false
 	for ; q != nil && !s.commitFailed; q = q.next {
 		wrote = s.run(q) || wrote
 
@@ -940,10 +945,12 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 			left, searched = c.share.stride, false
 		}
 		if s.round.over && q.next != nil {
+			s.ran = append(s.ran, stretch{from, q.next})
 			s.lineUp(chain, q.next)
 			return
 		}
 	}
+	s.ran = append(s.ran, stretch{from, nil})
 
 	// A Take that found nothing waits in takes. A batch does not wait for a client that came
 	// without a write.
@@ -1033,6 +1040,7 @@ func (s *keyValueServer) serveTakes(q *Query) {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
 		chain.run(s.db, s.now)
+		s.ran = append(s.ran, stretch{chain, nil})
 		s.batch = append(s.batch, chain)
 	}
 }
@@ -1088,14 +1096,19 @@ func (s *keyValueServer) admit(q *Query) {
 	// The log has the key of a Lease twice.
 	bytes := int64(2*len(q.key) + len(q.value()) + len(q.newValue()))
 	if err := s.db.Room(q.key, bytes, q.removes()); err != nil {
-		why, todo := "the disk is full", "; make room"
-		if !storage.IsFull(err) {
-			why, todo = "the data cannot be saved", ""
-		}
-		q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))
-		if n := s.refusedByStore.happened(); n > 0 {
-			s.log.Error("writes are refused: "+why+todo, "since_last_line", n, "error", err)
-		}
+		s.refuseFor(q, err)
+	}
+}
+
+// refuseFor refuses q, a write, because the store could not save it: err says why.
+func (s *keyValueServer) refuseFor(q *Query, err error) {
+	why, todo := "the disk is full", "; make room"
+	if !storage.IsFull(err) {
+		why, todo = "the data cannot be saved", ""
+	}
+	q.refuse(fmt.Sprintf("%s, nothing was changed: %v", why, err))
+	if n := s.refusedByStore.happened(); n > 0 {
+		s.log.Error("writes are refused: "+why+todo, "since_last_line", n, "error", err)
 	}
 }
 
@@ -1539,6 +1552,12 @@ func (s *keyValueServer) commitStore() {
 
 	began := s.round.now()
 	err := s.db.Commit()
+	for errors.Is(err, kvstore.ErrTakenBack) {
+		s.runAgain(err)
+		err = s.db.Commit() // of reads, and perhaps of Deletes of expired keys
+	}
+	clear(s.ran)
+	s.ran, s.expiredBefore = s.ran[:0], s.expired
 
 	// Without a batch the Commit only checked the files (checkFiles).
 	if took := s.round.now() - began; len(s.batch) > 0 {
@@ -1555,6 +1574,30 @@ func (s *keyValueServer) commitStore() {
 		s.failed <- err
 		for _, c := range s.clients {
 			c.paced.Close() // without an error line: to write one could take long
+		}
+	}
+}
+
+// runAgain refuses all writes that have run since the last Commit, because the store has undone them,
+// and runs the reads again: they see what is there now. why is the Commit's error. Nobody was answered
+// yet.
+func (s *keyValueServer) runAgain(why error) {
+	// Keys that had expired may be there again.
+	s.expired, s.overdue = s.expiredBefore, someOverdue
+
+	for _, r := range s.ran {
+		for q := r.from; q != r.to; q = q.next {
+			// This Take found nothing, but perhaps only because of a write that is undone.
+			if q.mayWait() && q.client.parked != nil {
+				s.batch = append(s.batch, s.takes.remove(q.client))
+			}
+
+			s.requests[q.queryType]-- // run counts it again
+			q.forget()
+			if q.writes() {
+				s.refuseFor(q, why)
+			}
+			s.run(q)
 		}
 	}
 }

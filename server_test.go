@@ -2983,6 +2983,254 @@ func TestCommitBeforeReplies(t *testing.T) {
 	})
 }
 
+// fullStore is a directory of a store for which there is no room while isFull is set, as a cluster
+// is: it also says so beforehand, once a Commit has found out.
+type fullStore struct {
+	*storetest.Dir
+	isFull, isKnown atomic.Bool
+	knows           bool // a Commit finds out
+}
+
+// newFullStore returns an empty directory, and the gate that each sync goes through: while gate is
+// empty, none does.
+func newFullStore() (dir *fullStore, gate chan bool) {
+	dir, gate = &fullStore{Dir: storetest.New(), knows: true}, make(chan bool, 1)
+	gate <- true
+	dir.Reserve = 0
+	dir.Before = func(call storetest.Call) error {
+		if call.What == "sync" {
+			<-gate
+			gate <- true
+		}
+		// Only one write fails: a reload writes what is there already, which needs no room.
+		if call.What == "write" && dir.isFull.CompareAndSwap(true, false) {
+			dir.isKnown.Store(dir.knows)
+			return syscall.ENOSPC
+		}
+		return nil
+	}
+	return dir, gate
+}
+
+// fill makes the next write fail for lack of room.
+func (d *fullStore) fill() { d.isFull.Store(true) }
+
+// makeRoom makes room.
+func (d *fullStore) makeRoom() {
+	d.isFull.Store(false)
+	d.isKnown.Store(false)
+}
+
+func (d *fullStore) RoomFor(int64, bool) error {
+	if d.isKnown.Load() {
+		return syscall.ENOSPC
+	}
+	return nil
+}
+
+// Ensure that after a Commit for which there is no room all clients go on: writes since the Commit
+// before are refused, and reads see nothing of them. That is also so for Takes that wait or were
+// served, for a Dump, and for a chain of which only a part had run.
+func TestCommitTakenBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir, gate := newFullStore()
+		db := storeIn(t, dir, nil)
+		n.server.db = slowPuts{db}
+		a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+		refused := func(from *testClient, lines ...int) {
+			t.Helper()
+			for _, line := range lines {
+				want := fmt.Sprintf(":ERROR line %d: the disk is full, nothing was changed: ", line)
+				if got := from.read(); !strings.HasPrefix(got, want) {
+					t.Errorf("got %q, want %q", got, want)
+				}
+			}
+		}
+		a.ask("Set:k:v", ":OK 0")
+		a.ask("Expire:k:1000", ":OK 1")
+		b.send("Take:none:600\n")
+		synctest.Wait()
+		a.ask("Ping", ":PONG")
+		pass(2 * time.Second) // then the store writes nothing by itself
+
+		// Of one chain all writes are refused, and b's Take, which has got a value of one of them.
+		dir.fill()
+		a.send("Delete:k\nGet:k\nSet:none:v\nExpire:k\nPing\n")
+		refused(a, 5)
+		a.want("k:v")
+		a.want(":OK 1")
+		refused(a, 7)
+		a.want(": 998")
+		a.want(":OK 1")
+		a.want(":PONG")
+		refused(b, 2)
+		dir.makeRoom()
+		a.ask("Set:k:w", ":OK 1")
+
+		// While the store syncs, three Puts and a Dump come. Each Put takes a whole turn, and so the
+		// Dump comes behind the first two.
+		d, e := n.dial(t), n.dial(t) // so that they wait for their turns, in this order
+		synctest.Wait()
+		<-gate
+		c.send("Set:other:v\n")
+		synctest.Wait()
+		d.send("Put:many:1\nPut:many:2\nPut:many:3\nPing\n")
+		synctest.Wait()
+		e.send("Dump:many\n")
+		synctest.Wait()
+		dir.fill()
+		gate <- true
+		c.want(":OK 0")
+		e.want(":OK 0")
+		refused(d, 1, 2, 3)
+		d.want(":PONG")
+		a.ask("Get:many", ":OK 0")
+		dir.makeRoom()
+
+		// A Take finds no value, because another one has got it, waits, and gets one. Then all are
+		// refused.
+		<-gate
+		c.send("Set:other:v\n")
+		synctest.Wait()
+		a.send("Take:k\n")
+		synctest.Wait()
+		b.send("Take:k:600\n")
+		synctest.Wait()
+		d.send("Set:k:x\n")
+		synctest.Wait()
+		dir.fill()
+		gate <- true
+		c.want(":OK 1")
+		refused(a, 12)
+		refused(b, 3)
+		refused(d, 5)
+		a.ask("Count:k", ":OK 1")
+		dir.makeRoom()
+
+		// The Takes are refused though there is room by then, also that of a client that has gone. And
+		// somebody asks for the counters meanwhile.
+		a.ask("Put:slow:v", ":OK 1")
+		pass(2 * time.Second)
+		<-gate
+		c.send("Set:other:v\n")
+		synctest.Wait()
+		a.send("Take:k\n")
+		synctest.Wait()
+		b.send("Take:k:600\n")
+		synctest.Wait()
+		b.breakOff()
+		pass(2 * time.Second)
+		asked := make(chan []counter, 1)
+		go func() { asked <- n.server.askStats(t.Context()) }()
+		synctest.Wait()
+		dir.fill()
+		dir.knows = false
+		gate <- true
+		c.want(":OK 1")
+		refused(a, 15)
+		if rows := <-asked; len(rows) == 0 {
+			t.Error("whoever asks for the counters gets none")
+		}
+		a.wantStat("waiting_takes", 0)
+		a.ask("Count:k", ":OK 1")
+		a.wantStat("take_requests_total", 0) // the refused ones do not count
+		a.wantStat("set_requests_total", 5)
+		a.wantStat("put_requests_total", 1)
+
+		n.server.Close()
+		must(t, db.Close())
+	})
+}
+
+// Ensure that a Take whose time is over when a Commit is taken back is answered: if it had got the
+// value of a Put, if it had found nothing because of another Take, and if nothing had come.
+func TestTakeEndsWhenTakenBack(t *testing.T) {
+	for _, first := range []string{"Put:k:v", "Take:k", "Put:other:v"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			dir, gate := newFullStore()
+			db := storeIn(t, dir, nil)
+			n.server.db = db
+			a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+			comesLater := first == "Take:k"
+			if comesLater {
+				a.ask("Set:k:v", ":OK 0")
+			} else {
+				b.send("Take:k:3\n")
+			}
+			pass(2 * time.Second) // then the store writes nothing by itself
+
+			// While the store syncs, a's request comes, and then b's time is over.
+			<-gate
+			c.send("Set:other:v\n")
+			synctest.Wait()
+			a.send(first + "\n")
+			synctest.Wait()
+			if comesLater {
+				b.send("Take:k:1\n")
+				synctest.Wait()
+			}
+			pass(2 * time.Second)
+			dir.fill()
+			gate <- true
+			c.want(":OK 0")
+			if got := a.read(); !strings.HasPrefix(got, ":ERROR") {
+				t.Errorf("%s: a gets %q", first, got)
+			}
+			want := ":ERROR"
+			if first == "Put:other:v" {
+				want = ":OK 0"
+			}
+			if got := b.read(); !strings.HasPrefix(got, want) {
+				t.Errorf("%s: b gets %q, want %q", first, got, want)
+			}
+			a.wantStat("waiting_takes", 0)
+			n.server.Close()
+			must(t, db.Close())
+		})
+	}
+}
+
+// Ensure that a key whose time is over is hidden although there is no room for its Delete, that a Take
+// that has begun to wait since the last Commit is refused then, and that the key counts as expired
+// once, when it is deleted for good.
+func TestExpiryTakenBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir, _ := newFullStore()
+		db := storeIn(t, dir, nil)
+		n.server.db = db
+		a, b := n.dialAck(t), n.dialAck(t)
+		a.ask("Lease:k:3:v", ":OK 1")
+		pass(3*time.Second + time.Millisecond) // now the store writes nothing by itself
+		dir.fill()
+		b.send("Take:none:600\n")
+		a.send("Get:k\n")
+		want := ":ERROR line 3: the key's time is over, but it cannot be deleted: "
+		if got := a.read(); !strings.HasPrefix(got, want) {
+			t.Errorf("the Get gets %q, want %q", got, want)
+		}
+		want = ":ERROR line 2: the disk is full"
+		if got := b.read(); !strings.HasPrefix(got, want) {
+			t.Errorf("the Take gets %q, want %q", got, want)
+		}
+		a.wantStat("expired_keys_total", 0)
+		a.wantStat("waiting_takes", 0)
+		dir.makeRoom()
+		pass(2 * time.Second)
+		a.ask("Count:k", ":OK 0")
+		a.wantStat("expired_keys_total", 1)
+		n.server.Close()
+		must(t, db.Close())
+	})
+}
+
+// slowPuts is a Store of which a Put takes longer than a round.
+type slowPuts struct{ kvstore.Store }
+
+func (s slowPuts) Put(key, value string) {
+	s.Store.Put(key, value)
+	<-time.After(2 * maxRound)
+}
+
 // Ensure that a Get that sees another client's Put is not answered before the Put is committed.
 func TestCommitBeforeGets(t *testing.T) {
 	for _, failure := range []error{nil, errors.New("disk on fire")} {

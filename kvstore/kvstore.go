@@ -13,6 +13,7 @@
 package kvstore
 
 import (
+	"errors"
 	"iter"
 	"slices"
 )
@@ -47,9 +48,13 @@ type KVStore interface {
 
 	// Commit returns once all earlier calls are as durable as this store makes
 	// them. After an error nothing can be promised any more: the caller sends no
-	// reply for the calls since the last Commit, and stops.
+	// reply for the calls since the last Commit, and stops. ErrTakenBack is an exception.
 	Commit() error
 }
+
+// ErrTakenBack is returned by a Commit that finds no room: the store is as the Commit before left
+// it, now and after a crash, and goes on. The error says why.
+var ErrTakenBack = errors.New("there was no room for it")
 
 // Store is what a fast server needs from a store: KVStore, and methods that answer cheaply what
 // KVStore could only answer at a higher cost. Memory and durable.Store are Stores; StoreOf makes a

@@ -30,12 +30,18 @@ type changes struct {
 // changed finds out what has changed, and notes the state of SPARE. It costs a stat of each file.
 // An error means that the files cannot be checked now.
 func (d *Store) changed() (c changes, err error) {
-	// Meanwhile the timer must not write to the current file.
-	d.writing <- struct{}{}
+	// A disk's current file is read, so the timer must not write to it meanwhile.
+	var checkErr error
+	isSpoiled := false
+	if d.zerosAhead > 0 {
+		d.writing <- struct{}{}
+	}
 	stamps, err := d.dir.Stamps()
-	checkErr := d.current.check()
-	isSpoiled := d.current.isSpoiled
-	<-d.writing
+	if d.zerosAhead > 0 {
+		checkErr = d.current.check()
+		isSpoiled = d.current.isSpoiled
+		<-d.writing
+	}
 	if !isSpoiled {
 		err = cmp.Or(err, checkErr) // it cannot be read
 	}
@@ -236,7 +242,7 @@ func (d *Store) heal(spoiled []string) error {
 		return err
 	}
 	if !isNew {
-		return errors.New("no new file can be made")
+		return cmp.Or(d.dir.RoomFor(frameMost, true), errors.New("no new file can be made"))
 	}
 
 	// Close must not stop it, because the data is nowhere else.

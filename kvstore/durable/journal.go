@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"errors"
 	"log/slog"
 	"sync"
@@ -42,7 +43,10 @@ type journal struct {
 	current    *logWriter
 	sequence   uint64      // of the last frame written
 	synced     uint64      // of the last frame known to be on disk
+	written    int64       // bytes of current up to the last frame written
+	safe       int64       // bytes of current up to the last frame known to be on disk
 	vouched    bool        // the last frame needs no frame that vouches for it
+	unwritten  error       // why a frame since the last sync could not be written (isRefused)
 	err        error       // the first failure; from then on nothing is written
 	timer      *time.Timer // of the next tick; nil: none is due
 	since      time.Time   // when the running tick began; zero: none runs
@@ -64,6 +68,26 @@ func (j *journal) fail(err error) error {
 		j.err = err
 	}
 	return j.err
+}
+
+// isRefused reports whether err says that a cluster has no room for what is not synced yet. Then
+// either takeBack is called, or the next sync tries again.
+func (j *journal) isRefused(err error) bool { return j.zerosAhead == 0 && storage.IsFull(err) }
+
+// takeBack takes back the frames that are not synced: the log goes on behind those that are. The
+// caller holds writing.
+func (j *journal) takeBack() error {
+	w := j.current
+	err := w.named("truncate", w.f.Truncate(j.safe))
+	if err != nil {
+		return j.fail(err)
+	}
+
+	w.size, w.fileSize = j.safe, j.safe
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.sequence, j.written, j.vouched, j.unwritten = j.synced, j.safe, false, nil
+	return nil
 }
 
 // failure returns the error that has ended all writing, if one has.
@@ -90,26 +114,31 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 	}
 
 	err = w.append(f, payload, zeros)
-	if err != nil {
+	if err != nil && !j.isRefused(err) {
 		j.fail(err)
 	}
 
 	// Only now: an fsync that ran meanwhile has not covered this frame.
 	j.mu.Lock()
-	j.sequence = f.sequence
+	if j.fsync == FsyncAlways && j.isRefused(err) {
+		j.unwritten = err
+	}
+	j.sequence, j.written = f.sequence, w.size
 	j.vouched = kind != frameRecords
 	j.mu.Unlock()
 }
 
 // syncRest makes everything written so far durable. If it already is, as after reads alone, there
 // is nothing to do. Owner and timer call it, but only one fsync runs at a time: Linux reports a
-// failed write only once, so of two fsyncs one would believe that everything is on disk.
+// failed write only once, so of two fsyncs one would believe that everything is on disk. If a cluster
+// has no room, syncRest returns that with FsyncAlways. Otherwise what is not synced was answered
+// already, so syncRest waits until there is room.
 func (j *journal) syncRest() error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
 	j.mu.Lock()
-	w, sequence, err := j.current, j.sequence, j.err
+	w, sequence, written, err := j.current, j.sequence, j.written, cmp.Or(j.err, j.unwritten)
 	done := j.synced >= sequence
 	j.mu.Unlock()
 	if done || err != nil {
@@ -119,6 +148,13 @@ func (j *journal) syncRest() error {
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
+	for j.fsync != FsyncAlways && j.isRefused(err) {
+		time.Sleep(roomTime)
+		err = w.sync()
+	}
+	if j.isRefused(err) {
+		return err
+	}
 
 	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
 	// not write, and the next fsync would not report it.
@@ -128,7 +164,7 @@ func (j *journal) syncRest() error {
 		j.err = err
 	}
 	if j.err == nil {
-		j.synced = max(j.synced, sequence)
+		j.synced, j.safe = sequence, written
 	}
 	return j.err
 }
@@ -136,7 +172,8 @@ func (j *journal) syncRest() error {
 // goOn goes on in a new file, and returns the old one for the caller to close; nil: no new file
 // could be made. The last frame of the old file says that another follows. Before this frame
 // nothing has changed, so a failure there, such as a full disk or too few descriptors, leaves the
-// log in the old file. A failure after it is an error.
+// log in the old file. So does a cluster that has no room for this frame. Any other failure is an
+// error.
 func (j *journal) goOn() (old *logWriter, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
@@ -151,25 +188,22 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	h := fileHeader{kind: kindSegment, id: j.current.header.id, number: j.number() + 1,
 		first: j.sequence + 2}
 	w, err := j.nextSegment(h)
-	now := time.Now()
 	if err != nil {
-		j.rotateAfter = now.Add(rotateTime)
-		if now.Sub(j.toldNoFile) >= time.Minute {
-			j.toldNoFile = now
-			j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error",
-				err)
-		}
+		j.stay(err)
 		return nil, nil
-	}
-	if !j.toldNoFile.IsZero() {
-		j.toldNoFile = time.Time{}
-		j.log.Info("the log goes on in a new file again", "file", w.path)
 	}
 
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
 	j.appendFrame(frameNext, nil, 0)
 	err = j.syncRest()
+	if j.isRefused(err) {
+		j.stay(err)
+		w.f.Close()
+		err = j.takeBack()
+		j.dir.Remove(h.name()) // if it stays, the next one replaces it, or the next start removes it
+		return nil, err
+	}
 	if err != nil {
 		return nil, errors.Join(err, w.f.Close())
 	}
@@ -187,9 +221,24 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// From here on the log is in the new file. A crash now leaves a full file and an empty one.
 	j.mu.Lock()
 	j.current = w
+	j.written, j.safe = w.size, w.size
 	j.mu.Unlock()
 	j.size, j.room = w.size, w.zeros()
+	if !j.toldNoFile.IsZero() {
+		j.toldNoFile = time.Time{}
+		j.log.Info("the log goes on in a new file again", "file", w.path)
+	}
 	return old, nil
+}
+
+// stay notes that no new file can be made, for the reason err.
+func (j *journal) stay(err error) {
+	now := time.Now()
+	j.rotateAfter = now.Add(rotateTime)
+	if now.Sub(j.toldNoFile) >= time.Minute {
+		j.toldNoFile = now
+		j.log.Error("cannot go on in a new file, so the old one grows; trying again", "error", err)
+	}
 }
 
 // nextSegment makes the segment behind the current one, after it has made room in the current one
@@ -268,7 +317,11 @@ func (j *journal) tick() {
 	j.timer, j.since = nil, began
 	j.mu.Unlock()
 
-	err := j.syncRest()
+	// With FsyncAlways the owner syncs its frames, all those of a Commit at once.
+	var err error
+	if j.fsync != FsyncAlways {
+		err = j.syncRest()
+	}
 	if err == nil {
 		j.vouch()
 	}
@@ -295,9 +348,16 @@ func (j *journal) vouch() {
 	if due {
 		j.appendFrame(frameSynced, nil, 0)
 	}
+
+	// With FsyncAlways no frame of the owner may come before this fsync, or it would be synced without
+	// the rest of its Commit.
+	if due && j.fsync == FsyncAlways && j.isRefused(j.syncRest()) {
+		j.takeBack()
+	}
 	<-j.writing
 
-	// Not while writing is held, so that Commits that only write need not wait for this fsync.
+	// Otherwise not while writing is held, so that Commits that only write need not wait for this
+	// fsync.
 	if due {
 		j.syncRest()
 	}

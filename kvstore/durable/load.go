@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
 )
 
@@ -476,7 +477,30 @@ func (d *Store) resume(ends []logEnd) error {
 	d.sequence, d.synced = last, last
 	d.vouched = end.frames == 0 || end.last != frameRecords
 	d.current, d.size, d.room = w, w.size, w.zeros()
+	d.written, d.safe = w.size, w.size
 	return nil
+}
+
+// reload makes memory again from the log: it has all that was ever answered, and nothing that was
+// done since the last sync. If the log cannot be read as a whole, the old memory stays: if files are
+// gone, it is all that there is. The caller holds writing, so that the timer writes nothing.
+func (d *Store) reload() error {
+	old := d.Memory
+	d.Memory = kvstore.NewMemory()
+	defer d.status.Set("")
+
+	var ends []logEnd
+	s, err := findFiles(d.dir)
+	if err == nil {
+		ends, err = d.loadFiles(context.Background(), s)
+	}
+	if err == nil && max(ends[len(ends)-1].next, 1)-1 != d.synced {
+		err = &storage.DamageError{File: d.current.path, What: "the last frames are missing"}
+	}
+	if err != nil {
+		d.Memory = old
+	}
+	return err
 }
 
 // reopen opens a segment to go on writing at its end. It rewrites in place the frames that no later

@@ -447,8 +447,14 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // once a second, and when the last frame is not where it was written, Commit checks whether others
 // have removed or changed the files. If so it writes all data again: that takes as long as a
 // compaction, and everybody waits for it.
+//
+// In a cluster that has no room, with FsyncAlways, Commit undoes everything since the last Commit, and
+// returns a kvstore.ErrTakenBack: it reads the log again, which takes as long as at a start.
 func (d *Store) Commit() error {
 	err := d.commit()
+	if d.isRefused(err) {
+		return d.undo(err)
+	}
 	if err != nil {
 		return err
 	}
@@ -467,6 +473,31 @@ func (d *Store) Commit() error {
 	return d.held()
 }
 
+// undo undoes what was done since the last Commit, in the log and in memory, for the reason why.
+// Everybody waits for it.
+func (d *Store) undo(why error) error {
+	d.AwaitCompaction() // it changes the files, too
+	d.log.Warn("there is no room for what clients have just asked for: reading the log again")
+
+	d.writing <- struct{}{}
+	err := d.takeBack()
+	d.size, d.room = d.current.size, d.current.zeros()
+	if err == nil {
+		err = d.reload()
+	}
+	<-d.writing
+	if err == nil {
+		return cmp.Or(d.held(), fmt.Errorf("%w: %w", kvstore.ErrTakenBack, why))
+	}
+
+	// If files are gone, held writes all of memory again, with what was done since the last Commit.
+	d.lock.Verify()
+	if lost := d.lock.Held(); !errors.Is(lost, storage.ErrGone) {
+		return d.fail(cmp.Or(lost, err))
+	}
+	return d.held()
+}
+
 // held returns an error if this process does not hold the lock any more. If the lock says that
 // files are gone, the data is written again first: before that nothing may be answered.
 func (d *Store) held() error {
@@ -474,6 +505,10 @@ func (d *Store) held() error {
 	if errors.Is(err, storage.ErrGone) {
 		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
+		for d.isRefused(err) { // nothing else has the data
+			time.Sleep(lookTime)
+			err = d.lastLook()
+		}
 		if err == nil {
 			err = d.lock.Held()
 		}
@@ -573,6 +608,9 @@ func (d *Store) Close() error {
 	// First what was answered, because waiting for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()
+	if errors.Is(err, kvstore.ErrTakenBack) {
+		err = nil // nobody was told of it
+	}
 	if err == nil {
 		err = d.syncRest()
 	}
@@ -644,7 +682,11 @@ func (d *Store) writeCleanStop() error {
 
 	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
-	return errors.Join(d.syncRest(), d.lock.Held())
+	err = d.syncRest()
+	if d.isRefused(err) {
+		err = nil
+	}
+	return errors.Join(err, d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.

@@ -106,6 +106,7 @@ type (
 		Key      []byte `json:"key"`
 		Value    []byte `json:"value,omitempty"`
 		Revision int64  `json:"mod_revision,string,omitempty"` // of the last change; 0: no such key
+		Created  int64  `json:"create_revision,string,omitempty"`
 	}
 	keyRange struct {
 		Key       []byte `json:"key"`
@@ -120,7 +121,7 @@ type (
 		Range  *keyRange `json:"request_range,omitempty"`
 	}
 	comparison struct {
-		Target string `json:"target"`           // VALUE or MOD
+		Target string `json:"target"`           // VALUE, MOD or CREATE
 		Result string `json:"result,omitempty"` // GREATER; "": EQUAL
 		keyValue
 	}
@@ -168,12 +169,32 @@ func putKey(key, value []byte) operation {
 func deleteKeys(key, end []byte) operation {
 	return operation{Delete: &keyRange{Key: key, End: end}}
 }
+
+// keys are the keys that op, a put or a delete, is about.
+func (op operation) keys() keyRange {
+	if op.Put != nil {
+		return keyRange{Key: op.Put.Key}
+	}
+	return keyRange{Key: op.Delete.Key, End: op.Delete.End, Limit: 1}
+}
+
+// isDone reports whether op was applied. now is what etcd has of its keys.
+func (op operation) isDone(now []keyValue) bool {
+	if op.Put != nil {
+		return len(now) == 1 && bytes.Equal(now[0].Value, op.Put.Value)
+	}
+	return len(now) == 0
+}
+
 func readKey(key []byte) operation { return operation{Range: &keyRange{Key: key}} }
 func isValue(key, value []byte) comparison {
 	return comparison{"VALUE", "", keyValue{Key: key, Value: value}}
 }
 func isRevision(key []byte, revision int64) comparison {
 	return comparison{"MOD", "", keyValue{Key: key, Revision: revision}}
+}
+func isCreated(key []byte, revision int64) comparison {
+	return comparison{"CREATE", "", keyValue{Key: key, Created: revision}}
 }
 func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
 

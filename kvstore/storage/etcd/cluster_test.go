@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 )
 
@@ -29,6 +31,7 @@ import (
 type etcdCluster struct {
 	t       *testing.T
 	dir     string
+	quota   int    // bytes of a member's database
 	binary  string // of kvserver
 	ports   [3]int // of the members, for clients
 	peers   [3]int // of the members, for each other
@@ -63,6 +66,26 @@ func (c *etcdCluster) data() string {
 	return fmt.Sprintf("etcd://%s,%s,%s/kv", c.client(0), c.client(1), c.client(2))
 }
 
+// startEtcd starts the members, whose databases have that quota.
+func startEtcd(t *testing.T, quota int) *etcdCluster {
+	c := &etcdCluster{t: t, dir: t.TempDir(), quota: quota, at: time.Now()}
+	for i := range c.ports {
+		c.ports[i], c.peers[i] = freePort(t), freePort(t)
+	}
+	for i := range c.members {
+		c.startMember(i)
+	}
+	t.Cleanup(func() {
+		for _, cmd := range c.members {
+			send("CONT", cmd)
+			cmd.Process.Kill()
+			cmd.Wait()
+		}
+	})
+	c.leader()
+	return c
+}
+
 // startMember starts a member, also one that has run before.
 func (c *etcdCluster) startMember(i int) {
 	var all []string
@@ -74,7 +97,7 @@ func (c *etcdCluster) startMember(i int) {
 		"--listen-client-urls", "http://"+c.client(i), "--advertise-client-urls", "http://"+c.client(i),
 		"--listen-peer-urls", c.peer(i), "--initial-advertise-peer-urls", c.peer(i),
 		"--initial-cluster", strings.Join(all, ","), "--initial-cluster-state", "new",
-		"--quota-backend-bytes", fmt.Sprint(64<<20), "--snapshot-count", "1000")
+		"--quota-backend-bytes", fmt.Sprint(c.quota), "--snapshot-count", "1000")
 	if err := c.members[i].Start(); err != nil {
 		c.t.Fatal(err)
 	}
@@ -297,23 +320,10 @@ func (c *etcdCluster) writeSmall() {
 	}
 }
 
-// fill fills the cluster until it refuses puts, slowly enough for the server's surveys to notice in
-// time, wants reads to be answered and writes to be refused, and makes room again.
+// fill fills the cluster until it refuses puts, faster than the server can notice, wants reads to be
+// answered and writes to be refused, and makes room again.
 func (c *etcdCluster) fill() {
-	value := make([]byte, 1<<20)
-	for n := 0; ; n++ {
-		rand.Read(value)
-		body, _ := json.Marshal(keyValue{Key: fmt.Append(nil, "other/", n), Value: value})
-		r, err := http.Post("http://"+c.client(c.leader())+"/v3/kv/put", "", bytes.NewReader(body))
-		if err != nil {
-			c.t.Fatal(err)
-		}
-		r.Body.Close()
-		if r.StatusCode != http.StatusOK {
-			break
-		}
-		<-time.After(surveyTime / 5)
-	}
+	c.overfill()
 	count := func() (reads, refused int) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -327,6 +337,28 @@ func (c *etcdCluster) fill() {
 	}
 
 	c.delete("other/")
+	c.makeRoom()
+}
+
+// overfill puts keys until etcd refuses them.
+func (c *etcdCluster) overfill() {
+	value := make([]byte, 1<<20)
+	for n := 0; ; n++ {
+		rand.Read(value)
+		body, _ := json.Marshal(keyValue{Key: fmt.Append(nil, "other/", n), Value: value})
+		r, err := http.Post("http://"+c.client(c.leader())+"/v3/kv/put", "", bytes.NewReader(body))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		r.Body.Close()
+		if r.StatusCode != http.StatusOK {
+			break
+		}
+	}
+}
+
+// makeRoom does what an operator does once something was deleted.
+func (c *etcdCluster) makeRoom() {
 	var status response
 	c.ask("kv/range", keyRange{Key: []byte("kv/lock")}, &status)
 	c.ask("kv/compaction", map[string]any{"revision": status.Header.Revision, "physical": true}, nil)
@@ -362,8 +394,11 @@ func getList(conn net.Conn, r *bufio.Reader) (list []string, err error) {
 }
 
 // check fails the test unless list has all of told, the values whose writes were answered, in
-// order.
+// order, and nothing twice.
 func (c *etcdCluster) check(what string, list, told []string) {
+	if n := len(slices.Compact(slices.Sorted(slices.Values(list)))); n < len(list) {
+		c.t.Errorf("%s has %d values, of which only %d differ", what, len(list), n)
+	}
 	rest := list
 	for _, value := range told {
 		i := slices.Index(rest, value)
@@ -383,30 +418,16 @@ func TestEtcdCluster(t *testing.T) {
 	if os.Getenv("KVSERVER_ETCD") == "" {
 		return
 	}
-	c := &etcdCluster{t: t, dir: t.TempDir(), at: time.Now()}
+	c := startEtcd(t, 64<<20)
 	c.binary = filepath.Join(c.dir, "kvserver")
 	build := exec.Command("go", "build", "-o", c.binary, "kvserver")
 	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
-	for i := range c.ports {
-		c.ports[i] = freePort(t)
-		c.peers[i] = freePort(t)
-	}
-	for i := range c.members {
-		c.startMember(i)
-	}
 	for i := range c.servers {
 		c.addrs[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 		c.https[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	}
-	defer func() {
-		for _, cmd := range c.members {
-			send("CONT", cmd)
-			cmd.Process.Kill()
-		}
-	}()
-	c.leader()
 	var servers sync.WaitGroup
 	t.Cleanup(servers.Wait)
 	for i := range c.servers {
@@ -499,6 +520,87 @@ func TestEtcdCluster(t *testing.T) {
 	c.check("at the end", list, c.acked)
 	t.Logf("%d writes were answered, and %d reads; %d requests of all verbs have one order",
 		len(c.acked), c.reads, mixed.checked)
+}
+
+// Ensure that two stores that only overwrite a little fill no small cluster, and that where somebody
+// else fills it Commits are taken back, reads go on, and so do writes once there is room.
+func TestEtcdClusterIsSmall(t *testing.T) {
+	if os.Getenv("KVSERVER_ETCD") == "" {
+		return
+	}
+	c := startEtcd(t, 32<<20)
+	value := make([]byte, 64<<10)
+	var stores [2]*durable.Store
+	for i := range stores {
+		address := fmt.Sprintf("%s%d", c.data(), i)
+		dir, err := Open(t.Context(), address, Options{Addr: "small:9999"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stores[i], err = durable.Open(t.Context(), dir, durable.Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set := func(n int) error {
+		rand.Read(value)
+		d := stores[n%2]
+		if err := d.Room("", int64(len(value)), 0); err != nil {
+			return err
+		}
+		d.Set(fmt.Sprint(n%8), string(value))
+		return d.Commit()
+	}
+	for n := range 4000 {
+		err := set(n)
+		for tries := 0; err != nil && tries < 50; tries++ { // faster than the surveys can see it
+			<-time.After(surveyTime / 10)
+			err = set(n)
+		}
+		if err != nil {
+			t.Fatalf("write number %d: %v", n, err)
+		}
+	}
+
+	// Somebody else fills the cluster, while both write.
+	filled := make(chan bool)
+	go func() {
+		c.overfill()
+		close(filled)
+	}()
+	refused, isFull := 0, false
+	for n := 0; refused < 100; n++ {
+		began, isRead := time.Now(), n%4 > 1
+		err := stores[n%2].Commit()
+		if !isRead {
+			err = set(n)
+		}
+		switch took := time.Since(began); {
+		case isRead && err != nil || took > 2*time.Second:
+			t.Fatalf("after %v: %v", took, err)
+		case err != nil && !storage.IsFull(err):
+			t.Fatal(err)
+		case err != nil:
+			refused++
+		}
+		if err != nil && !isFull {
+			isFull = true
+			t.Logf("the first refusal: %v", err)
+		}
+	}
+	<-filled
+	c.delete("other/")
+	c.makeRoom()
+	<-time.After(2 * surveyTime)
+	for n := range 100 {
+		if err := set(n); err != nil {
+			t.Errorf("once there is room: %v", err)
+		}
+	}
+	for _, d := range stores {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // send sends a signal, by name, to processes: package syscall does not have every signal on every

@@ -1,7 +1,6 @@
 package etcd
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -25,7 +24,7 @@ import (
 // directory is a Directory in a cluster. Its address gives a prefix, below which are these keys:
 //
 //	lock        who may write: a holder in JSON, which puts it again every beatTime
-//	step        which change of names was the last
+//	step        which change of names was the last; without this key nothing can be put (closeFence)
 //	n/NAME      the id of the file that has this name
 //	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
 //	            size. A value shorter than this size is compressed (DEFLATE)
@@ -56,6 +55,7 @@ type directory struct {
 	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
+	fence  atomic.Int64                             // when step was created (closeFence); 0: it is removed
 	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
@@ -185,25 +185,15 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 
 	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
 	// for a request that fails while signs of life arrive.
-	for {
-		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
-		answer, err := d.client.call(ctx, at, request, size)
-		cancel()
+	ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
+	defer cancel()
+	answer, err := d.client.call(ctx, at, request, size)
 
-		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
-		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
-			err = d.lock.miss(err)
-		}
-
-		// Wait for a full etcd: once somebody has made room the write succeeds.
-		if !errors.Is(err, syscall.ENOSPC) {
-			return answer, err
-		}
-		d.client.noteFull(true)
-		if err := wait(d.lock.ctx, beatTime); err != nil {
-			return answer, err
-		}
+	// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
+	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
+		err = d.lock.miss(err)
 	}
+	return answer, err
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -231,78 +221,170 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 }
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
-// ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied.
+// ops put about size bytes. After an errFull they were not applied, and never will be. After a
+// storage.ErrGone it is not known whether they were applied.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
+	// What etcd has of the last put's key tells whether an earlier try has applied ops: no other
+	// change makes a piece with this key, or gives a name this id.
+	mark, fence, isPut := ops[0], d.fence.Load(), func(op operation) bool { return op.Put != nil }
+	for _, op := range slices.Backward(ops) {
+		if isPut(op) {
+			mark = op
+			break
+		}
+	}
+
+	// Only puts need room.
+	if isPut(mark) {
+		if fence == 0 {
+			return errFull
+		}
+		compare = append(compare, isCreated(d.key("step"), fence))
+	}
+
+	ok, now, err := d.transact(size, ops, mark.keys(), compare)
+	isFull := err == errFull
+	if isFull {
+		// etcd answers so also to the put with which its database reaches the quota, and has applied
+		// that.
+		if err = d.closeFence(fence); err == nil {
+			now, err = d.get(mark.keys(), -size)
+		}
+	}
+
+	switch {
+	case err != nil:
+		return d.failed(err)
+	case ok, mark.isDone(now):
+		return nil
+	case isFull, isPut(mark) && d.fence.Load() != fence: // another goroutine has closed the fence
+		return errFull
+	}
+	return d.lock.miss(errors.New("it was deleted, or an older state of etcd restored"))
+}
+
+// failed ends the lock because of a transaction's error, unless the caller can handle that.
+func (d *directory) failed(err error) error {
+	if err == errSmaller || errors.Is(err, storage.ErrGone) {
+		return err
+	}
+	return d.lock.fail(err) // the next transaction cannot know what it follows
+}
+
+// transact applies ops in one transaction, at least once, if the lock is ours and all comparisons
+// hold. If a comparison does not hold, ok is false, and now is what etcd has of the keys of mark.
+// After an errFull the request may still arrive, if an earlier try of it had no answer. A start, in
+// which nobody is served yet, waits for room instead.
+func (d *directory) transact(size int, ops []operation, mark keyRange, compare []comparison) (
+	ok bool, now []keyValue, err error) {
 	if d.lock == nil {
-		return errors.New("written without the lock")
+		return false, nil, errors.New("written without the lock")
 	}
 
 	// The lock is lost, perhaps because it is not known whether a change was made. The next change
 	// must not follow: it would have that one's step.
 	if err := context.Cause(d.lock.ctx); err != nil {
-		return err
+		return false, nil, err
 	}
 
-	// If a comparison fails, read the lock and the step, to find out why.
-	step, first := d.key("step"), ops[0].Put
+	// If a comparison fails, read the lock and the keys of mark, to find out why.
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
-		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
+		Failure: []operation{readKey(d.key("lock")), {Range: &mark}}}
 	for {
 		answer, err := d.call("kv/txn", t, size)
-		lock, is := answer.read(0).KVs, answer.read(1).KVs
-		switch {
-		case err == errSmaller, errors.Is(err, storage.ErrGone):
-			return err
-		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
-			return d.lock.fail(err)
-		case answer.Succeeded:
-			return nil
-		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
-			return nil
+		if errors.Is(err, syscall.ENOSPC) {
+			d.client.noteFull(true)
+			err = errFull
+			if !d.lock.serves.Load() && wait(d.lock.ctx, beatTime) == nil {
+				continue
+			}
+		}
+		lock := answer.read(0).KVs
+		if err != nil || answer.Succeeded || d.lock.isOursIn(lock) {
+			return answer.Succeeded, answer.read(1).KVs, err
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
-		if err := d.lock.judge(lock); d.lock.isOursIn(lock) || !errors.Is(err, storage.ErrGone) {
-			return err
+		if err := d.lock.judge(lock); !errors.Is(err, storage.ErrGone) {
+			return false, nil, err
 		}
 		d.lock.retake(d.lock.ctx)
 
 		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
 		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
-			return cause
+			return false, nil, cause
 		}
 	}
 }
 
-// stepValue is the value of the key step after n changes.
-func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
+// closeFence removes the key step, which a full etcd allows. Every put compares when this key was
+// created. So no put that was sent before can be applied any more, however late it arrives.
+func (d *directory) closeFence(fence int64) error {
+	step := d.key("step")
+	d.fence.CompareAndSwap(fence, 0)
+	_, _, err := d.transact(0, []operation{deleteKeys(step, nil)}, keyRange{Key: step},
+		[]comparison{isCreated(step, fence)})
+	return err // if the comparison does not hold, another goroutine has closed it
+}
 
-// beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
-// so that the request is harmless if the network delivers it a second time, later.
+// stepValue is the value of the key step after n changes of a series.
+func stepValue(steps string, n int) []byte { return fmt.Appendf(nil, "%s-%d", steps, n) }
+
+// beginSteps starts a new series of steps, and opens the fence. The caller has access. The step that
+// is there is compared, so that the request is harmless if the network delivers it a second time,
+// later.
 func (d *directory) beginSteps() error {
-	step, revision := d.key("step"), int64(0)
-	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
+	step, steps := d.key("step"), rand.Text()
+	was, err := d.readStep()
 	if err != nil {
 		return err
 	}
-	for _, kv := range answer.read(0).KVs {
-		revision = kv.Revision
+
+	put := putKey(step, stepValue(steps, 0))
+	ok, now, err := d.transact(0, []operation{put}, put.keys(),
+		[]comparison{isRevision(step, was.Revision)})
+	if err == nil && !ok && !put.isDone(now) {
+		err = errors.New("the key step was changed meanwhile")
+	}
+	if err != nil {
+		return err
 	}
 
-	d.steps, d.step = rand.Text(), 0
-	return d.do(0, []operation{putKey(step, d.stepValue(0))}, isRevision(step, revision))
+	is, err := d.readStep()
+	if err == nil {
+		d.steps, d.step = steps, 0
+		d.fence.Store(is.Created)
+	}
+	return err
+}
+
+// readStep reads the key step. Its revision is 0 if it is not there.
+func (d *directory) readStep() (step keyValue, err error) {
+	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(d.key("step"))}}, 0)
+	for _, kv := range answer.read(0).KVs {
+		step = kv
+	}
+	return step, err
+}
+
+// nextStep returns the step of a change, and what makes and compares it. It makes it harmless to send
+// the request twice: the second finds the new step, and changes nothing. Names are removed without a
+// step, because a full etcd allows only that: the second request finds no name.
+func (d *directory) nextStep(ids map[string]string) (step int, ops []operation, compare []comparison) {
+	for _, id := range ids {
+		if id != "" {
+			return d.step + 1, []operation{putKey(d.key("step"), stepValue(d.steps, d.step+1))},
+				[]comparison{isValue(d.key("step"), stepValue(d.steps, d.step))}
+		}
+	}
+	return d.step, nil, nil
 }
 
 // change gives each name its new id in ids, in one transaction, if the lock is ours and the names
 // are as we know them. The id "" removes a name. The pieces of files that have lost their names are
 // removed. The caller has access.
 func (d *directory) change(ids map[string]string) error {
-	// The step makes it harmless to send the request twice: the second finds the new step, and
-	// changes nothing.
-	ops := []operation{putKey(d.key("step"), d.stepValue(d.step+1))}
-	compare := []comparison{isValue(d.key("step"), d.stepValue(d.step))}
+	step, ops, compare := d.nextStep(ids)
 
 	// A name that we know must still belong to the same file.
 	names := maps.Clone(d.names)
@@ -337,7 +419,7 @@ func (d *directory) change(ids map[string]string) error {
 
 	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
 	// is no longer lost.
-	d.step++
+	d.step = step
 	if len(names) == 0 {
 		d.pieces.Store(0)
 	}
@@ -461,6 +543,11 @@ func (d *directory) check() (isKnown bool) {
 	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
 	if isGone && d.recover() != nil {
 		return false
+	}
+
+	// There may be room again, after a put was refused.
+	if d.fence.Load() == 0 && !d.client.full.Load() {
+		d.beginSteps() // if it fails, the next check tries again
 	}
 
 	names, more, lock, err := d.look()

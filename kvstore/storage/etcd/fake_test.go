@@ -2,8 +2,10 @@ package etcd
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -15,10 +17,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
@@ -40,6 +44,7 @@ type fakeEtcd struct {
 	revision int64
 	id       string               // of the cluster
 	full     bool                 // it is out of space, and refuses every put
+	filled   atomic.Int64         // calls of fill that have not ended
 	most     int                  // bytes of a request, at most
 	quota    int64                // bytes of the database, beyond which it becomes full; 0: none
 	inUse    int64                // bytes of the database beside kvs
@@ -80,6 +85,7 @@ const (
 	noLeader    etcdFault = "there is no leader"
 	expired     etcdFault = "the token has expired"
 	noSpace     etcdFault = "the cluster is full for 20 s"
+	lastSpace   etcdFault = "the request is done, refused, and the cluster is full for 20 s"
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
@@ -115,8 +121,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	switch fault {
 	case noSpace:
-		w.full = true
-		time.AfterFunc(20*time.Second, func() { w.setFull(false) })
+		w.fill()
 	case killed:
 		w.dead = true
 	case cutOff:
@@ -160,6 +165,10 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 			w.late = append(w.late, t)
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
+		if fault == lastSpace && err == nil && t.puts() {
+			err = errNoSpace
+			w.fill()
+		}
 	}
 	if w.requests%3 == 0 && len(w.late) > 0 { // the network has delayed it
 		w.txn(w.late[0])
@@ -309,7 +318,8 @@ func (e *fakeEtcd) set(key string, value []byte) {
 		e.keys = slices.Insert(e.keys, i, key)
 	}
 	e.past += int64(len(e.kvs[key].Value))
-	e.kvs[key] = keyValue{[]byte(key), value, e.revision}
+	created := cmp.Or(e.kvs[key].Created, e.revision)
+	e.kvs[key] = keyValue{[]byte(key), value, e.revision, created}
 }
 
 // put puts a key as another program does.
@@ -369,8 +379,9 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	for _, c := range t.Compare {
 		kv := e.kvs[string(c.Key)]
 		a.Succeeded = a.Succeeded && (c.Target == "VALUE" && kv.Key != nil &&
-			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && (c.Result == "GREATER" &&
-			kv.Revision > c.Revision || c.Result == "" && kv.Revision == c.Revision))
+			bytes.Equal(kv.Value, c.Value) || c.Target == "CREATE" && kv.Created == c.Created ||
+			c.Target == "MOD" && (c.Result == "GREATER" &&
+				kv.Revision > c.Revision || c.Result == "" && kv.Revision == c.Revision))
 	}
 	if e.quota > 0 && t.puts() {
 		e.measure()
@@ -415,6 +426,16 @@ func (e *fakeEtcd) setFull(isFull bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.full = isFull
+}
+
+// fill makes the cluster full for 20 s. The caller has mu.
+func (e *fakeEtcd) fill() {
+	e.full = true
+	e.filled.Add(1)
+	time.AfterFunc(20*time.Second, func() {
+		e.setFull(false)
+		e.filled.Add(-1)
+	})
 }
 
 // copy returns a snapshot of the cluster.
@@ -512,6 +533,25 @@ func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value str
 		t.Fatalf("Put %s: %v", key, err)
 	}
 	h.Told = h.Done.Clone()
+}
+
+// forgiving is a store of which Commits may be taken back: then it must hold what was answered, and
+// its history goes on from there.
+type forgiving struct {
+	*durable.Store
+	t *testing.T
+	h *storetest.History
+}
+
+func (d forgiving) Commit() error {
+	err := d.Store.Commit()
+	if errors.Is(err, kvstore.ErrTakenBack) {
+		if !d.h.Told.Equal(d.Store) {
+			d.t.Fatalf("after %v there is not what was there before", err)
+		}
+		d.h.Done, err = d.h.Told.Clone(), nil
+	}
+	return err
 }
 
 // checkKept opens the store in dir, and fails the test unless it holds exactly what was answered,

@@ -131,7 +131,10 @@ func (f *pieceFile) reread() (changed bool, err error) {
 		return false, err
 	}
 
-	// The bytes of these pieces are not known, so they cannot be joined.
+	// The numbers of pieces that Truncate has deleted are not used again, so that the request does no
+	// harm if it arrives once more, later. The bytes of the pieces that are there are not known, so
+	// these cannot be joined.
+	f.count = max(f.count, was.count)
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return !slices.Equal(was.pieces, f.pieces), nil
 }
@@ -301,7 +304,8 @@ func (f *pieceFile) fetchPage(i int) error {
 }
 
 // WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips.
+// them; bytes that are in the file already it skips. If it fails for lack of room at the end of the
+// file, the next Sync tries again.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
@@ -386,18 +390,18 @@ func (f *pieceFile) unlessGone(err error) error {
 }
 
 // put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
-// arrived; if not, put is to be called again, and takes fewer bytes. After any other error no more
-// pieces can be added.
+// arrived; if not, put is to be called again, and takes fewer bytes. After any other error but
+// errFull no more pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
 	most := int(f.d.client.piece.Load())
 	n = min(len(f.buf), pieceMost)
-	data, joins := f.join(f.buf[:n])
+	data, joins := f.join(n)
 	packed := pack(data)
 	for len(packed) > most && n > most {
 		n = max(most, n*most/len(packed)*7/8) // some less: the first part may shrink less than all
-		data, joins = f.join(f.buf[:n])
+		data, joins = f.join(n)
 		packed = pack(data)
 	}
 
@@ -435,14 +439,16 @@ func (f *pieceFile) put() (n int, err error) {
 	return n, nil
 }
 
-// join returns the bytes of the next piece: b, or once there are enough small pieces before it,
-// their bytes and b. Otherwise a file of small writes would have a key for each.
-func (f *pieceFile) join(b []byte) (data []byte, joins bool) {
-	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(len(b))
-	if !isEnough {
-		return b, false
+// join returns the bytes of the next piece: the first n of buf, or once there are enough small
+// pieces before it, their bytes and all of buf. Otherwise a file of small writes would have a key
+// for each. A piece that has replaced others cannot be deleted, so it must be the last one of a Sync:
+// all that is left, and less than WriteAt sends.
+func (f *pieceFile) join(n int) (data []byte, joins bool) {
+	isEnough := f.tails >= joinMost || f.tails >= joinLeast && f.isTailFull(n)
+	if !isEnough || n < len(f.buf) || n >= pieceMost {
+		return f.buf[:n], false
 	}
-	return append(f.tail, b...), true
+	return append(f.tail, f.buf...), true
 }
 
 // isTailFull reports whether tail with n more bytes would be too large to be joined.
@@ -526,12 +532,39 @@ func (f *pieceFile) Sync() error {
 	return f.send(1)
 }
 
+// Truncate makes the file end at size. It needs room only if a piece has the new end within it.
 func (f *pieceFile) Truncate(size int64) error {
 	defer f.access.begin()()
-	err := f.send(1)
-	if err == nil && size != f.size && !f.isDead.Load() {
-		err = f.cut(size)
+	f.buf = f.buf[:min(len(f.buf), max(0, int(size-f.size)))]
+	if size >= f.size || f.isDead.Load() {
+		return nil
 	}
+
+	// Pieces behind the new end are deleted, which a full etcd allows.
+	i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].start >= size })
+	if i < len(f.pieces) {
+		err := f.deletePieces(i)
+		if err == nil && (f.hasGap || f.size < size) {
+			err = f.d.lock.miss(errors.New("pieces were deleted"))
+		}
+		if err != nil {
+			return f.unlessGone(err)
+		}
+	}
+	if f.size > size {
+		return f.cut(size)
+	}
+	return nil
+}
+
+// deletePieces deletes the pieces from the i-th on, and reads what is there then.
+func (f *pieceFile) deletePieces(i int) error {
+	keys := f.keys
+	err := f.d.do(0, []operation{deleteKeys(f.from(f.pieces[i].number), f.from(f.count))})
+	if err == nil {
+		_, err = f.reread()
+	}
+	f.d.pieces.Add(int64(f.keys - keys))
 	return err
 }
 

@@ -484,3 +484,69 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a Truncate that takes back what was written since the last Sync takes back no more,
+// however large that is: no piece of it may have been joined with older ones.
+func TestEtcdTruncateBesideJoins(t *testing.T) {
+	for _, size := range []int{0, 1, 8000, 60000, pieceMost - 1, pieceMost, pieceMost + 1, 3 * pieceMost} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, _, lock := newFakeEtcd().locked(t)
+			dir.client.piece.Store(pieceMost)
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := make([]byte, 7900*joinLeast)
+			random := rand.NewChaCha8([32]byte{1})
+			random.Read(want)
+			for i := 0; i < len(want); i += 7900 {
+				f.WriteAt(want[i:i+7900], int64(i))
+				if err := f.Sync(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			more := make([]byte, size)
+			random.Read(more)
+			if _, err := f.WriteAt(more, int64(len(want))); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.Truncate(int64(len(want))); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(want)+1)
+			n, err := f.ReadAt(got, 0)
+			if err != io.EOF || !bytes.Equal(got[:n], want) {
+				t.Errorf("after %d bytes were taken back there are %d, %v", size, n, err)
+			}
+			lock.Close()
+		})
+	}
+}
+
+// Ensure that behind a cut, too, what was written since can be taken back while etcd is full.
+func TestEtcdTruncateBehindACut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		lock.Held() // from now on nothing waits for room
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.WriteAt([]byte("0123456789"), 0)
+		if err := errors.Join(f.Sync(), f.Truncate(5)); err != nil {
+			t.Fatal(err)
+		}
+		f.WriteAt(make([]byte, 3*pieceMost), 5)
+		e.setFull(true)
+		if err := f.Truncate(5); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 10)
+		if n, err := f.ReadAt(got, 0); err != io.EOF || string(got[:n]) != "01234" {
+			t.Errorf("there is %q, %v", got[:n], err)
+		}
+		e.setFull(false)
+		lock.Close()
+	})
+}

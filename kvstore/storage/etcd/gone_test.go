@@ -179,12 +179,16 @@ func TestEtcdCountAfterGone(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
 		defer lock.Close()
+		all := keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}
 		for name, change := range map[string]func(f storage.File) error{
 			"written": func(f storage.File) error {
 				_, err := f.WriteAt([]byte("x"), 3)
 				return errors.Join(err, f.Sync())
 			},
-			"cut": func(f storage.File) error { return f.Truncate(1) },
+			"cut": func(f storage.File) error {
+				e.delete(string(e.list(all).KVs[0].Key))
+				return f.Truncate(1)
+			},
 		} {
 			f, err := dir.Create(name)
 			if err != nil {
@@ -193,7 +197,6 @@ func TestEtcdCountAfterGone(t *testing.T) {
 			for at := int64(0); at < 3; {
 				write(t, f, &at, []byte("x"))
 			}
-			all := keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}
 			e.delete(string(e.list(all).KVs[2].Key))
 			if err := change(f); err != nil || !errors.Is(lock.Held(), storage.ErrGone) {
 				t.Errorf("a file of which a piece is gone is %s: %v", name, err)

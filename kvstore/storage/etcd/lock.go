@@ -53,6 +53,7 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
+	serves    atomic.Bool               // Held was called: a start is over, and clients wait for us
 	// sent to by wake, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
@@ -74,6 +75,10 @@ func (l *clusterLock) isGone() bool { return l.missed.Load() > l.mended.Load() }
 
 // fail ends the lock with err, unless an error has ended it before. It returns the first.
 func (l *clusterLock) fail(err error) error {
+	// Nobody is to wait for room: the lock does not come back.
+	if errors.Is(err, syscall.ENOSPC) {
+		err = errors.New(err.Error())
+	}
 	l.cancel(err)
 	return context.Cause(l.ctx)
 }
@@ -176,6 +181,9 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	// The store is new only if no look has found anything.
 	w.isNew = len(answer.read(3).KVs) == 0 && (w.isNew || w.answered.IsZero())
 	w.isEmpty = len(answer.read(2).KVs) == 0
+	if revision == 0 {
+		o.Takeovers = w.Takeovers // somebody has deleted the lock, so the number is as it was
+	}
 	w.holder, w.revision, w.step, w.answered = o, revision, step, now
 	return err
 }
@@ -381,6 +389,7 @@ func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 // Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
 // old, it waits for the next one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
+	l.serves.Store(true)
 	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
 		case <-l.beaten:

@@ -180,6 +180,36 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 	})
 }
 
+// Ensure that the number of takeovers goes on after somebody has deleted the lock.
+func TestEtcdTakeoversAfterADelete(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, w := e.open(t)
+		for range 2 {
+			w.kill()
+			<-d.Lost()
+			d.Close()
+			d, w = e.open(t)
+		}
+		dir, _ := e.dir(t, t.Context(), "standby:9999")
+		go func() {
+			<-time.After(beatTime) // the standby has seen the lock
+			w.kill()
+			e.delete("kv/lock")
+		}()
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := dir.opts.Status.Takeovers.Load(); n != 2 {
+			t.Errorf("%d takeovers are counted, want 2", n)
+		}
+		lock.Close()
+		<-d.Lost()
+		d.Close()
+	})
+}
+
 // Ensure that a clock that jumps costs one more sign of life, and nothing else.
 func TestEtcdClockJumps(t *testing.T) {
 	for _, jump := range []time.Duration{-time.Hour, time.Hour, 5 * time.Second} {

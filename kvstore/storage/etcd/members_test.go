@@ -18,6 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
@@ -28,7 +29,7 @@ import (
 // that was answered.
 func TestEtcdFaults(t *testing.T) {
 	for i, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace, killed, killedAfter, cutOff, doubtful} {
+		noSpace, lastSpace, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			t.Parallel()
 			of := 10
@@ -66,10 +67,10 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	case fault == doubtful:
 		err = slowScript(d, h)
 	default:
-		err = storetest.Script(t, d, h)
+		err = storetest.Script(t, forgiving{d, t, h}, h)
 	}
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace}, fault)
+		noSpace, lastSpace}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
@@ -392,8 +393,11 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 			e.other, e.full = map[string]*fakeEtcd{member: other}, true
 			w.mu.Unlock()
 			time.AfterFunc(5*time.Second, func() { e.setFull(false) })
-			commit(t, d, h, "k", "v")
-			<-time.After(2 * time.Second)
+			d.Put("k", "w")
+			if err := d.Commit(); !errors.Is(err, kvstore.ErrTakenBack) || !h.Told.Equal(d) {
+				t.Errorf("with another cluster at %s: %v", member, err)
+			}
+			<-time.After(7 * time.Second)
 			if err := d.Commit(); err != nil || e.kvs["kv/n/seg-2.log"].Key != nil {
 				t.Errorf("with another cluster at %s: %v, or all data is written anew", member, err)
 			}

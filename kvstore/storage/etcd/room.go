@@ -57,7 +57,7 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 		size = int64(float64(size) * float64(spent) / float64(plain))
 	}
 
-	if r.full.Load() || quota > 0 && spent+size+margin > r.limit.Load() {
+	if r.full.Load() || d.fence.Load() == 0 || quota > 0 && spent+size+margin > r.limit.Load() {
 		return errFull
 	}
 	return nil

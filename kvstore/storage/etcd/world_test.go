@@ -124,7 +124,8 @@ func (p *process) draw() etcdFault {
 	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.draws.IntN(5)]
+	faults := []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, noSpace, lastSpace}
+	return faults[p.draws.IntN(len(faults))]
 }
 
 // opened judges how a start has ended, and reports whether the server serves.
@@ -225,6 +226,12 @@ func (p *process) batch() bool {
 	switch {
 	case p.ended: // it was killed: nobody gets the answer
 		return false
+	case errors.Is(err, kvstore.ErrTakenBack):
+		p.note("%s: a Commit is taken back", p.name)
+		if delete(p.doubts, p); p.serving == p && !p.isIn(p.told) {
+			p.wrong("%s has not what was there before", p.name)
+		}
+		return true
 	case err != nil:
 		p.note("%s: Commit: %v", p.name, err)
 		return false
@@ -283,7 +290,7 @@ func (w *world) fault(what string, set func(is bool)) {
 func (w *world) spoil(what string, isSeen bool, take func()) {
 	w.mu.Lock()
 	p := w.serving
-	isWell := p != nil && !p.ended && w.faults == 0
+	isWell := p != nil && !p.ended && w.faults == 0 && w.e.filled.Load() == 0
 	if isWell {
 		w.note("%s under %s", what, p.name)
 		w.spoiled = p
