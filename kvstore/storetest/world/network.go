@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // Listener is the network of one server: the server listens on it.
@@ -216,6 +217,11 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		}
 		s.changed.Wait()
 	}
+}
+
+// WriteString is Write without a copy of text: many clients send the same long one.
+func (c *Conn) WriteString(text string) (n int, err error) {
+	return c.Write(unsafe.Slice(unsafe.StringData(text), len(text)))
 }
 
 func (c *Conn) CloseWrite() error {
