@@ -390,7 +390,16 @@ func TestFlagMistakes(t *testing.T) {
 			m := mistakes[i]
 			t.Run(m.args, func(t *testing.T) {
 				t.Parallel() // because some of these starts wait for seconds
-				out, errs, ended := outputs(binary(strings.Split(m.args, " ")...))
+				args := strings.Split(m.args, " ")
+				if code == exitMisuse && i%10 > 0 {
+					errs := misuseOf(args)
+					if !strings.HasPrefix(errs, "kvserver: "+m.what) || !strings.Contains(errs, "\n"+m.todo) {
+						t.Errorf("%q:\n got %q\nwant %q\n     %q", m.args, errs, m.what, m.todo)
+					}
+					return
+				}
+
+				out, errs, ended := outputs(binary(args...))
 				lines := strings.Split(log.ReplaceAllString(errs, ""), "\n")
 				if ended != code || out != "" || len(lines) != 3 ||
 					!strings.HasPrefix(lines[0], "kvserver: "+m.what) || !strings.HasPrefix(lines[1], m.todo) {
@@ -406,6 +415,23 @@ func TestFlagMistakes(t *testing.T) {
 			t.Errorf("%s: exit code %d, prints %q and %q", arg, code, out, errs)
 		}
 	}
+}
+
+// misuseOf returns what is said about a command line that is wrong. It starts no process: that this
+// goes to standard error, and the exit code, is the same for all of them.
+func misuseOf(args []string) string {
+	var said strings.Builder
+	var c config
+	var err error
+	if _, isCommand := commands[args[0]]; isCommand {
+		err = run(args, io.Discard)
+	} else {
+		c, err = parseFlags(args, io.Discard)
+	}
+	if err != nil {
+		c.tell(&said, err)
+	}
+	return said.String()
 }
 
 // mustOpen opens the store in the directory at path.
