@@ -574,7 +574,7 @@ func TestRemovedValuesGo(t *testing.T) {
 			if !store.Remove("key", fmt.Sprint(i, long)) {
 				t.Fatalf("value %d is not there", i)
 			}
-			if i%50 > 0 && i < values-50 {
+			if i%50 > 0 && i < values-20 {
 				continue
 			}
 			_, _, live := store.Size()

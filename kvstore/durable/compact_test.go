@@ -189,7 +189,7 @@ func TestCompactionOfALongKey(t *testing.T) {
 // many records.
 func TestSnapshotOfLongKeys(t *testing.T) {
 	_, d := newSmall(t, Options{})
-	for range 100 {
+	for range 20 {
 		d.Put(strings.Repeat("k", maxFrameSnapshot), strings.Repeat("v", maxFrameSnapshot/2))
 	}
 	if err := d.Commit(); err != nil {

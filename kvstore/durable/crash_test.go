@@ -442,8 +442,8 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 // Ensure that everything can be deleted on a full disk, whatever was written, refused and deleted
 // before.
 func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
-	for seed := range uint64(100) {
-		random := rand.New(rand.NewPCG(seed, 1))
+	for seed := 0; seed < 100; seed = storetest.Next(seed, 3) {
+		random := rand.New(rand.NewPCG(uint64(seed), 1))
 		dir, d := newSmall(t, Options{Fsync: FsyncNever})
 		dir.Room, d.zerosAhead = 30_000+random.IntN(200_000), 16*300 // SPARE has a frame to spare
 		commit := func() {

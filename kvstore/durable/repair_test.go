@@ -687,7 +687,7 @@ func (f readingFile) ReadAt(p []byte, off int64) (int, error) {
 // Ensure that a repair does not read the rest of the file again for each bad place, whether later
 // frames call it synced or not.
 func TestRepairOfManyBadPlaces(t *testing.T) {
-	const frames, places = 8000, 100
+	const frames, places = 4000, 50
 	for _, isSynced := range []bool{true, false} {
 		dir, id, value := storetest.New(), storeID{1, 2, 3}, strings.Repeat("v", 1000)
 		header := fileHeader{kind: kindSegment, id: id, number: 1, first: 1}
