@@ -679,17 +679,17 @@ func TestReadmeSession(t *testing.T) {
 	}
 	for _, session := range sessions {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
+			a := n.Dial(t)
 			for line := range strings.Lines(session[1]) {
 				line = strings.TrimSuffix(line, "\n")
 				if request, _, typed := strings.Cut(line, "  <-"); typed {
-					a.send(strings.TrimRight(request, " ") + "\n")
+					a.Send(strings.TrimRight(request, " ") + "\n")
 				} else {
-					a.want(line)
+					a.Want(line)
 				}
 			}
-			a.conn.CloseWrite()
-			a.wantClosed()
+			a.Conn.CloseWrite()
+			a.WantClosed()
 		})
 	}
 }
@@ -711,15 +711,15 @@ func TestReadmeConversations(t *testing.T) {
 				line = fmt.Sprintf("%-120s", strings.TrimSuffix(line, "\n"))
 				name, request := line[:1], strings.TrimSpace(line[3:31])
 				if clients[name] == nil {
-					clients[name] = n.dial(t)
-					clients[name].ask("Ack", ":OK 0")
+					clients[name] = n.Dial(t)
+					clients[name].Ask("Ack", ":OK 0")
 				}
 				if request != "" {
-					clients[name].send(request + "\n")
+					clients[name].Send(request + "\n")
 				}
 				for answer := range strings.SplitSeq(strings.TrimSpace(line[31:60]), " | ") {
 					if answer != "" {
-						clients[name].want(answer)
+						clients[name].Want(answer)
 					}
 				}
 				synctest.Wait() // so that a Take is in line
@@ -1046,11 +1046,11 @@ func TestLogMayEnd(t *testing.T) {
 			r.Close()
 		}
 		for range clients {
-			dialTCP(t, addr).hangUp()
+			dialTCP(t, addr).HangUp()
 		}
 		a := dialTCP(t, addr)
-		a.ask("Put:k:v\nGet:k", "k:v")
-		a.hangUp()
+		a.Ask("Put:k:v\nGet:k", "k:v")
+		a.HangUp()
 		cmd.Process.Signal(syscall.SIGTERM)
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("log gone: %v; the server ended with %v", gone, err)
@@ -1123,16 +1123,16 @@ func TestLogTellsOfAFailedStart(t *testing.T) {
 func TestLogSaysWhyAClientLeft(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("big", strings.Repeat("v", 1200), 2000)
-		n.dial(t).hangUp()
-		n.dial(t).close()
-		a := n.dial(t)
-		a.send("Get:big\nGet:big\n")
+		n.Dial(t).HangUp()
+		n.Dial(t).Close()
+		a := n.Dial(t)
+		a.Send("Get:big\nGet:big\n")
 		pass(2 * slowAfter)
-		a.close()
+		a.Close()
 		synctest.Wait()
-		b := n.dial(t)
-		b.wantStat("replies_dropped_total", 1)
-		b.hangUp()
+		b := n.Dial(t)
+		b.WantStat("replies_dropped_total", 1)
+		b.HangUp()
 		n.server.Close()
 
 		text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(n.log.take(), "")
@@ -1177,8 +1177,8 @@ func TestSignalsStopCleanly(t *testing.T) {
 			a, idle := dialTCP(t, addr), dialTCP(t, addr)
 			cmd.Process.Signal(syscall.SIGHUP)
 			cmd.Process.Signal(syscall.SIGHUP)
-			a.ask("Put:k:v\nGet:k", "k:v")
-			idle.ask("Ping", ":PONG")
+			a.Ask("Put:k:v\nGet:k", "k:v")
+			idle.Ask("Ping", ":PONG")
 			stopBinary(t, cmd, log, sig, "msg=stopping clients=2",
 				"msg=stopped clients_served=2 requests=3 replies_dropped=0")
 			wantAllClosed(a, idle)
@@ -1235,22 +1235,22 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	defer cmd.Process.Kill()
 	log := bufio.NewReader(pipe)
 	a := dialTCP(t, listeningAddr(t, log))
-	a.ask("Ack", ":OK 0")
+	a.Ask("Ack", ":OK 0")
 	put := "Put:k:" + strings.Repeat("v", 1<<19)
 	stored, answer := 0, ":OK 1"
 	for ; answer == ":OK 1" && stored < 20; stored++ {
-		a.send(put + "\n")
-		answer = a.read()
+		a.Send(put + "\n")
+		answer = a.Read()
 	}
 	if !regexp.MustCompile(
 		`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(
 		answer) {
 		t.Errorf("on a full disk a Put is answered %q", answer)
 	}
-	a.ask("Put:small:v", ":OK 1") // there is room for that
-	a.ask("Delete:k", fmt.Sprint(":OK ", stored-1))
-	a.ask("Get:small", "small:v", ":OK 1")
-	a.hangUp()
+	a.Ask("Put:small:v", ":OK 1") // there is room for that
+	a.Ask("Delete:k", fmt.Sprint(":OK ", stored-1))
+	a.Ask("Get:small", "small:v", ":OK 1")
+	a.HangUp()
 	stopBinary(t, cmd, log, os.Interrupt, "writes are refused: the disk is full")
 }
 
@@ -1319,23 +1319,23 @@ func (k *killed) stop() {
 // check checks the data after a start.
 func (k *killed) check() {
 	c := dialTCP(k.t, k.addr)
-	c.ask("Ack", ":OK 0")
+	c.Ask("Ack", ":OK 0")
 	for key, history := range k.asked {
 		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
-		must(k.t, world.Ask(c.conn, c.r, key, &final, k.tick))
+		must(k.t, world.Ask(c.Conn, c.R, key, &final, k.tick))
 		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
 			k.t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
 		}
 	}
-	c.send("Get:burst\n")
-	for i, line := range c.readList() {
+	c.Send("Get:burst\n")
+	for i, line := range c.ReadList() {
 		if line != fmt.Sprintf("burst:%d", i) {
 			k.t.Fatalf("round %d: value %d is %q", k.round, i, line)
 		}
 		k.burst = max(k.burst, i+1) // a value whose Put was not answered may be there
 	}
-	c.ask("Count:burst", fmt.Sprint(":OK ", k.burst))
-	c.hangUp()
+	c.Ask("Count:burst", fmt.Sprint(":OK ", k.burst))
+	c.HangUp()
 }
 
 // forget begins new lists.
@@ -1347,8 +1347,8 @@ func (k *killed) forget() {
 	clear(k.asked)
 
 	c := dialTCP(k.t, k.addr)
-	c.ask("Delete:burst\nCount:burst", ":OK 0")
-	c.hangUp()
+	c.Ask("Delete:burst\nCount:burst", ":OK 0")
+	c.HangUp()
 	k.burst = 0
 }
 
@@ -1363,7 +1363,7 @@ func (k *killed) work() {
 		clients = append(clients, dialTCP(k.t, k.addr))
 	}
 	for _, c := range clients[:8] {
-		c.ask("Ack", ":OK 0")
+		c.Ask("Ack", ":OK 0")
 	}
 
 	var all sync.WaitGroup
@@ -1388,12 +1388,12 @@ func (k *killed) work() {
 // mix changes and reads lists that other clients change as well. In two of three rounds one client
 // kills the server in the middle. Some hang up in the middle of a request, which must not be run.
 func (k *killed) mix(c *testClient, id int) {
-	defer c.close()
+	defer c.Close()
 	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
 	for i := range 60 {
 		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
 		o := storetest.Operation{Request: world.DrawRequest(random, fmt.Sprintf("%d-%d-%d", k.round, id, i))}
-		err := world.Ask(c.conn, c.r, key, &o, k.tick)
+		err := world.Ask(c.Conn, c.R, key, &o, k.tick)
 		k.mu.Lock()
 		k.asked[key] = append(k.asked[key], o)
 		k.mu.Unlock()
@@ -1404,7 +1404,7 @@ func (k *killed) mix(c *testClient, id int) {
 			k.cmd.Process.Kill()
 		}
 		if world.Chance(random, 200) {
-			c.sendSome("Delete:other\nSet:" + key)
+			c.SendSome("Delete:other\nSet:" + key)
 			return
 		}
 	}
@@ -1412,16 +1412,16 @@ func (k *killed) mix(c *testClient, id int) {
 
 // sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts the answers.
 func (k *killed) sendBursts(c *testClient) {
-	defer c.close()
+	defer c.Close()
 	go func(n int) {
-		c.sendSome("Ack\n")
+		c.SendSome("Ack\n")
 		for range 200 {
 			var burst strings.Builder
 			for range 100 {
 				fmt.Fprintf(&burst, "Put:burst:%d\n", n)
 				n++
 			}
-			if _, err := io.WriteString(c.conn, burst.String()); err != nil {
+			if _, err := io.WriteString(c.Conn, burst.String()); err != nil {
 				return
 			}
 		}
@@ -1429,7 +1429,7 @@ func (k *killed) sendBursts(c *testClient) {
 
 	want := ":OK 0\n"
 	for {
-		line, err := c.r.ReadString('\n')
+		line, err := c.R.ReadString('\n')
 		if err != nil {
 			return
 		}
@@ -1582,7 +1582,7 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 	for _, closing := range []bool{false, true} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = withTLS
-			a, want := n.dial(t), handshakeTime
+			a, want := n.Dial(t), handshakeTime
 			synctest.Wait()
 			if closing {
 				want = 0
@@ -1591,9 +1591,9 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 				if closing {
 					n.server.Close()
 				}
-				a.wantClosed()
+				a.WantClosed()
 			})
-			a.close()
+			a.Close()
 		})
 	}
 }
@@ -1604,10 +1604,10 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 		n.server.tls = new(tls.Config)
 		flood := func() {
 			for range 100 {
-				a := n.dial(t)
-				a.send("garbage, not a handshake\n")
-				io.Copy(io.Discard, a.r)
-				a.close()
+				a := n.Dial(t)
+				a.Send("garbage, not a handshake\n")
+				io.Copy(io.Discard, a.R)
+				a.Close()
 			}
 		}
 		flood()
@@ -1635,16 +1635,16 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 		var flood sync.WaitGroup
 		flood.Go(func() {
 			for !isClosed(done) {
-				n.dial(t) // and sends nothing
+				n.Dial(t) // and sends nothing
 				<-time.After(interval)
 			}
 		})
 		pass(2 * handshakeTime)
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
-			a := n.dial(t)
-			a.conn = &farConn{a.conn, trip} // one trip for a hello, a handshake and a request
-			within(t, 0, 5*trip, func() { a.overTLS().ask("Ping", ":PONG") })
-			a.close()
+			a := n.Dial(t)
+			a.Conn = &farConn{a.Conn, trip} // one trip for a hello, a handshake and a request
+			within(t, 0, 5*trip, func() { a.OverTLS().Ask("Ping", ":PONG") })
+			a.Close()
 			synctest.Wait()
 		}
 		close(done)
@@ -1696,13 +1696,13 @@ func TestCommand(t *testing.T) {
 					c.in, out, errs, good, err, c.out, c.errs, c.good, c.err)
 			}
 		}
-		a := n.dial(t)
+		a := n.Dial(t)
 		go func() {
 			<-time.After(time.Second)
 			n.server.Close()
 		}()
 		r, _ := io.Pipe() // an input that never ends
-		if _, err := talk(&talker{conn: a.conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
+		if _, err := talk(&talker{conn: a.Conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
 			out: closing(io.Discard), errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
@@ -1858,13 +1858,13 @@ func TestCommandResumes(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 			go func() { // a relay to the server, which loses later answers
-				a := n.dial(t)
+				a := n.Dial(t)
 				go func() {
-					io.Copy(a.conn, theirs)
-					a.conn.CloseWrite()
+					io.Copy(a.Conn, theirs)
+					a.Conn.CloseWrite()
 				}()
 				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
-					line, err := a.r.ReadString('\n')
+					line, err := a.R.ReadString('\n')
 					if err != nil {
 						break
 					}
@@ -1874,7 +1874,7 @@ func TestCommandResumes(t *testing.T) {
 					<-time.After(1) // by then all is sent: fake time passes only while nobody works
 				}
 				theirs.Close()
-				a.close()
+				a.Close()
 			}()
 			var errs bytes.Buffer
 			talker := &talker{conn: ours, in: strings.NewReader(load),
@@ -1972,19 +1972,19 @@ func TestCommandLeavesTheLine(t *testing.T) {
 	}
 
 	// On a busy machine it may give up before its Take has arrived: then it gets more time.
-	for timeout := 100 * time.Millisecond; watch.stat("take_requests_total") == 0; timeout *= 2 {
+	for timeout := 100 * time.Millisecond; watch.Stat("take_requests_total") == 0; timeout *= 2 {
 		command(timeout).Run()
 	}
 
-	takes, cmd := watch.stat("take_requests_total"), command(time.Hour)
+	takes, cmd := watch.Stat("take_requests_total"), command(time.Hour)
 	must(t, cmd.Start())
-	await(t, "its Take", func() bool { return watch.stat("take_requests_total") > takes })
+	await(t, "its Take", func() bool { return watch.Stat("take_requests_total") > takes })
 	cmd.Process.Kill()
 	cmd.Wait()
 
-	await(t, "the ends of both", func() bool { return watch.stat("clients") == 1 })
-	watch.ask("Put:k:v\nCount:k\nPing", ":OK 1", ":PONG")
-	watch.hangUp()
+	await(t, "the ends of both", func() bool { return watch.Stat("clients") == 1 })
+	watch.Ask("Put:k:v\nCount:k\nPing", ":OK 1", ":PONG")
+	watch.HangUp()
 }
 
 // Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
@@ -2065,8 +2065,8 @@ func TestCommandOutput(t *testing.T) {
 	t.Parallel()
 	addr := serveTCP(t)
 	a := dialTCP(t, addr)
-	a.ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
-	a.hangUp()
+	a.Ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
+	a.HangUp()
 	file := filepath.Join(t.TempDir(), "dump")
 	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
 	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
@@ -2115,7 +2115,7 @@ func TestCommandOnATerminal(t *testing.T) {
 			<-time.After(time.Second)
 			typed.Close()
 		}()
-		typist := talker{conn: n.dial(t).conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
+		typist := talker{conn: n.Dial(t).Conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
 		if good, err := talk(&typist); !good || err != nil ||
 			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
@@ -2216,31 +2216,31 @@ func TestCommandFailsWithItsFiles(t *testing.T) {
 			io.WriteString(end, "Get:k\n")
 			end.CloseWithError(broken)
 		}()
-		a := n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, in: in, out: closing(io.Discard),
+		a := n.Dial(t)
+		if _, err := talk(&talker{conn: a.Conn, in: in, out: closing(io.Discard),
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
-		a.close()
+		a.Close()
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
-		a = n.dial(t)
-		if _, err := talk(&talker{conn: a.conn, config: config{requests: []string{"Get:k"}}, out: closing(out),
+		a = n.Dial(t)
+		if _, err := talk(&talker{conn: a.Conn, config: config{requests: []string{"Get:k"}}, out: closing(out),
 			errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the output fails: %v", err)
 		}
-		a.close()
+		a.Close()
 
 		// The output may fail only when it is closed, as with a network file system, also after an
 		// error.
 		for _, request := range []string{"Get:k", "get k"} {
-			a = n.dial(t)
-			_, err := talk(&talker{conn: a.conn, config: config{requests: []string{request}},
+			a = n.Dial(t)
+			_, err := talk(&talker{conn: a.Conn, config: config{requests: []string{request}},
 				out: closesWith{io.Discard, broken}, errs: io.Discard})
 			if !errors.Is(err, broken) || !errors.Is(err, errOutput) {
 				t.Errorf("the output fails when it is closed: %v", err)
 			}
-			a.close()
+			a.Close()
 		}
 	})
 }
@@ -2265,8 +2265,8 @@ func TestStart(t *testing.T) {
 	defer first.Close()
 	port := first.listener.Addr().(*net.TCPAddr).Port
 	a := dialTCP(t, first.listener.Addr().String())
-	a.ask("Ping", ":PONG")
-	a.hangUp()
+	a.Ask("Ping", ":PONG")
+	a.HangUp()
 	second := New(kvstore.NewMemory())
 	equal(t, "a taken port", errors.Is(second.Start(port), syscall.EADDRINUSE), true)
 	must(t, second.Start(0)) // a free port after a taken one
@@ -2284,9 +2284,9 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 		equal(t, "Start after Close", s.Start(0), errClosed)
 		equal(t, "counts after Close", s.CountActive()+s.CountDropped(), 0)
 
-		a := n.dial(t)
+		a := n.Dial(t)
 		equal(t, "second start", n.server.serve(newFakeNet()), errStarted)
-		a.send("Get:k\n")
+		a.Send("Get:k\n")
 		var wg sync.WaitGroup
 		for range 10 {
 			wg.Go(n.server.Close)
@@ -2296,7 +2296,7 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 		wg.Wait()
 		equal(t, "clients after Close", n.server.CountActive(), 0)
 		equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
-		a.close() // its Get may have come too late, so the server may have reset the connection
+		a.Close() // its Get may have come too late, so the server may have reset the connection
 
 		none := New(nil)
 		equal(t, "Start without a store", none.Start(0), errNoStore)
@@ -2312,9 +2312,9 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		other, failing := newFakeNet(), newFakeNet()
 		other.server, failing.Failures = n.server, 1<<30
 		must(t, n.server.serve(n, other, failing))
-		a, b := n.dial(t), other.dial(t)
-		a.ask("Put:k:v\nPing", ":PONG")
-		b.ask("Get:k", "k:v")
+		a, b := n.Dial(t), other.Dial(t)
+		a.Ask("Put:k:v\nPing", ":PONG")
+		b.Ask("Get:k", "k:v")
 		equal(t, "clients", n.server.CountActive(), 2)
 		n.server.Close()
 		wantAllClosed(a, b)
@@ -2344,19 +2344,19 @@ func TestCounts(t *testing.T) {
 		}
 		n.start(t)
 		check(0, 0)
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
+		a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
 		check(3, 0)
-		a.ask("Ping", ":PONG")
+		a.Ask("Ping", ":PONG")
 		check(3, 0)
-		a.hangUp()
+		a.HangUp()
 		check(2, 1)
-		b.close()
+		b.Close()
 		check(1, 2)
-		c.send("Quit\n")
-		c.wantClosed()
-		c.close()
+		c.Send("Quit\n")
+		c.WantClosed()
+		c.Close()
 		check(0, 3)
-		n.dial(t).hangUp()
+		n.Dial(t).HangUp()
 		check(0, 4)
 	})
 }
@@ -2370,22 +2370,22 @@ func TestCloseInEveryState(t *testing.T) {
 		most  time.Duration
 	}{
 		{"idle", func(a *testClient) {}, 0},
-		{"quiet", func(a *testClient) { a.ask("Ping", ":PONG") }, busyTime},
-		{"inside a line", func(a *testClient) { a.send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *testClient) { a.send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
-		{"after a burst", func(a *testClient) { a.send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
-		{"half-closed", func(a *testClient) { a.conn.CloseWrite() }, 0},
-		{"gone", func(a *testClient) { a.close() }, 0},
-		{"after Quit", func(a *testClient) { a.send("Quit\n") }, drainTime},
-		{"waiting for a snapshot", func(a *testClient) { a.send("Keys\n") }, 0},
-		{"not reading", func(a *testClient) { a.send("Get:big\n") }, closeTime + busyTime},
+		{"quiet", func(a *testClient) { a.Ask("Ping", ":PONG") }, busyTime},
+		{"inside a line", func(a *testClient) { a.Send("Put:k:") }, busyTime},
+		{"inside a long line", func(a *testClient) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+		{"after a burst", func(a *testClient) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+		{"half-closed", func(a *testClient) { a.Conn.CloseWrite() }, 0},
+		{"gone", func(a *testClient) { a.Close() }, 0},
+		{"after Quit", func(a *testClient) { a.Send("Quit\n") }, drainTime},
+		{"waiting for a snapshot", func(a *testClient) { a.Send("Keys\n") }, 0},
+		{"not reading", func(a *testClient) { a.Send("Get:big\n") }, closeTime + busyTime},
 		{"not reading, ack", func(a *testClient) {
-			a.sendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
+			a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
 		}, closeTime + busyTime},
 		{"sending on and on", func(a *testClient) {
 			go func() {
 				for {
-					if _, err := a.conn.Write([]byte("Put:on:on\n")); err != nil {
+					if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
 						return
 					}
 					<-time.After(busyTime / 2)
@@ -2401,7 +2401,7 @@ func TestCloseInEveryState(t *testing.T) {
 					for range maxSnapshots { // none is free
 						n.server.snapshots.slots <- struct{}{}
 					}
-					b, a := n.dial(t), n.dial(t)
+					b, a := n.Dial(t), n.Dial(t)
 					s.begin(a)
 					if after > 0 {
 						pass(after)
@@ -2413,8 +2413,8 @@ func TestCloseInEveryState(t *testing.T) {
 						most = max(most, drainTime)
 					}
 					within(t, 0, most+busyTime, n.server.Close)
-					b.wantClosed()
-					a.close()
+					b.WantClosed()
+					a.Close()
 					pass(busyTime) // for those who still send to notice
 				})
 			})
@@ -2431,7 +2431,7 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			n.server.tls = config
 			a := n.dialTLS(t)
 			const puts = 9 * kilo
-			a.post("Ack\n" + strings.Repeat("Put:k:v\n", puts))
+			a.Post("Ack\n" + strings.Repeat("Put:k:v\n", puts))
 			readAndSend(a, n.server, ":OK 0\n"+strings.Repeat(":OK 1\n", puts), 15*kilo, 50*time.Millisecond)
 		})
 
@@ -2439,8 +2439,8 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = config
 			a := n.dialTLS(t)
-			a.ask("Get:none\nPing", ":PONG")
-			a.post("Put:k:v\nPing\n")
+			a.Ask("Get:none\nPing", ":PONG")
+			a.Post("Put:k:v\nPing\n")
 			readAndSend(a, n.server, ":PONG\n", 1, closeTime/10)
 		})
 
@@ -2449,11 +2449,11 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			n.server.tls = config
 			n.fill("k", strings.Repeat("v", kilo), 650)
 			a, piece := n.dialTLS(t), make([]byte, 15*kilo)
-			a.post("Get:k\n")
+			a.Post("Get:k\n")
 			const before = 30 // pieces that it reads before the server closes
 			for range before {
 				<-time.After(closeTime / 20)
-				io.ReadFull(a.conn, piece)
+				io.ReadFull(a.Conn, piece)
 			}
 			all := strings.Repeat("k:"+strings.Repeat("v", kilo)+"\n", 650)
 			readAndSend(a, n.server, all[before*len(piece):], len(piece), closeTime/20)
@@ -2473,11 +2473,11 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	}
 	addr := startTCP(t, s)
 	a, watch := dialTCP(t, addr), dialTCP(t, addr)
-	a.conn.(*net.TCPConn).SetReadBuffer(256 * kilo) // the rest waits at the server's side
+	a.Conn.(*net.TCPConn).SetReadBuffer(256 * kilo) // the rest waits at the server's side
 
-	a.send("Get:k\n")
-	await(t, "the Get", func() bool { return watch.stat("get_requests_total") == 1 })
-	watch.hangUp()
+	a.Send("Get:k\n")
+	await(t, "the Get", func() bool { return watch.Stat("get_requests_total") == 1 })
+	watch.HangUp()
 	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo), 150*kilo, time.Millisecond)
 }
 
@@ -2487,10 +2487,10 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 3 * closeTime}
 		value := strings.Repeat("v", kilo)
 		n.fill("k", value, 1200)
-		a, b := n.dial(t), n.dial(t)
-		b.ask("Ping", ":PONG")
-		a.post("Get:k\n")
-		b.post("Put:x:y\n") // its Commit takes long
+		a, b := n.Dial(t), n.Dial(t)
+		b.Ask("Ping", ":PONG")
+		a.Post("Get:k\n")
+		b.Post("Put:x:y\n") // its Commit takes long
 		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200), 15*kilo, closeTime/20)
 	})
 }
@@ -2507,14 +2507,14 @@ func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause 
 	for err := error(nil); err == nil; {
 		<-time.After(pause)
 		var n int
-		n, err = io.ReadFull(a.conn, piece)
+		n, err = io.ReadFull(a.Conn, piece)
 		got = append(got, piece[:n]...)
-		a.sendSome("Put:k:w\n")
+		a.SendSome("Put:k:w\n")
 	}
 	if string(got) != want {
-		a.t.Errorf("%T: %d bytes of %d came", a.conn, len(got), len(want))
+		a.T.Errorf("%T: %d bytes of %d came", a.Conn, len(got), len(want))
 	}
-	a.close()
+	a.Close()
 	closing.Wait()
 }
 
@@ -2528,10 +2528,10 @@ func TestCloseMeetsADeadline(t *testing.T) {
 				synctest.Wait() // until workLoop has set its deadline
 			})
 		}
-		a := n.dial(t)
+		a := n.Dial(t)
 		within(t, 0, 2*busyTime, func() {
-			a.send(strings.Repeat("Put:k:v\n", 1000))
-			a.wantClosed()
+			a.Send(strings.Repeat("Put:k:v\n", 1000))
+			a.WantClosed()
 		})
 	})
 }
@@ -2547,12 +2547,12 @@ func TestCloseWithTLS(t *testing.T) {
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // a stream and a Write hold more
 			n.server.maxClients = 1
 			a := n.dialTLS(t)
-			a.post(request)
-			silent := n.dial(t)
+			a.Post(request)
+			silent := n.Dial(t)
 			synctest.Wait()
 			within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
-			a.close()
-			silent.close()
+			a.Close()
+			silent.Close()
 		})
 	}
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2562,12 +2562,12 @@ func TestCloseWithTLS(t *testing.T) {
 			deaf.Conn = conn
 			return deaf
 		}
-		a := n.dial(t).overTLS()
-		a.ask("Ping", ":PONG")
+		a := n.Dial(t).OverTLS()
+		a.Ask("Ping", ":PONG")
 		deaf.on.Store(true)
-		go a.send("Quit\n")
+		go a.Send("Quit\n")
 		within(t, closeTime, closeTime, func() { <-deaf.closed })
-		a.close()
+		a.Close()
 	})
 }
 
@@ -2594,16 +2594,16 @@ func (d *deafConn) Close() error {
 // Ensure that Close answers the Takes that wait, at once.
 func TestCloseWhileTakesWait(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b, c := n.dial(t), n.dial(t), n.dial(t)
-		a.ask("Ack\nTake:k:1", ":OK 0", ":OK 0")
-		a.send("Take:k:60\n")
-		b.send("Ack\nTake:k:60\n")
-		b.conn.CloseWrite()
-		c.post("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
+		a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
+		a.Ask("Ack\nTake:k:1", ":OK 0", ":OK 0")
+		a.Send("Take:k:60\n")
+		b.Send("Ack\nTake:k:60\n")
+		b.Conn.CloseWrite()
+		c.Post("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
 		within(t, 0, drainTime, n.server.Close)
-		a.wantRest(":OK 0\n")
-		b.wantRest(":OK 0\n:OK 0\n")
-		c.wantRest(":OK 0\n:OK 0\n:OK 1\n:PONG\n")
+		a.WantRest(":OK 0\n")
+		b.WantRest(":OK 0\n:OK 0\n")
+		c.WantRest(":OK 0\n:OK 0\n:OK 1\n:PONG\n")
 	})
 }
 
@@ -2611,13 +2611,13 @@ func TestCloseWhileTakesWait(t *testing.T) {
 func TestCloseDuringKeys(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = endless{kvstore.NewMemory()}
-		a := n.dial(t)
-		a.send("Keys\n")
+		a := n.Dial(t)
+		a.Send("Keys\n")
 		for len(n.server.snapshots.slots) == 0 { // until it walks
 			runtime.Gosched()
 		}
 		go n.server.Close()
-		a.wantRest("")
+		a.WantRest("")
 	})
 }
 
@@ -2626,11 +2626,11 @@ func TestCloseDuringDump(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const pairs = 10_000
 		n.fillKeys("", pairs, strings.Repeat("v", 1000))
-		a := n.dialAck(t)
-		a.send("Dump\n")
+		a := n.DialAck(t)
+		a.Send("Dump\n")
 		synctest.Wait() // until its queue is full
 		go n.server.Close()
-		between(t, "pairs that came", strings.Count(a.readAll(), ": Put:"), 1, pairs-1)
+		between(t, "pairs that came", strings.Count(a.ReadAll(), ": Put:"), 1, pairs-1)
 	})
 }
 
@@ -2656,7 +2656,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Failures = 12
 		const want = 1275*time.Millisecond + 4*time.Second // 5, 10, 20 ... 640 ms, then 1 s four times
-		within(t, want, want, func() { n.dial(t).ask("Ping", ":PONG") })
+		within(t, want, want, func() { n.Dial(t).Ask("Ping", ":PONG") })
 		n.server.Close()
 		log := n.log.take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
@@ -2676,26 +2676,26 @@ func TestAcceptBacksOff(t *testing.T) {
 func TestMaxClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxClients = 2
-		a, b := n.dial(t), n.dial(t)
+		a, b := n.Dial(t), n.Dial(t)
 		for range 3 {
-			c := n.dial(t)
-			c.want(":ERROR line 0: server is full (2 clients)")
-			c.wantClosed()
-			c.close()
+			c := n.Dial(t)
+			c.Want(":ERROR line 0: server is full (2 clients)")
+			c.WantClosed()
+			c.Close()
 		}
 		equal(t, "clients", n.server.CountActive(), 2)
-		a.ask("Ping", ":PONG")
-		b.hangUp()
+		a.Ask("Ping", ":PONG")
+		b.HangUp()
 		synctest.Wait()
-		c := n.dial(t)
-		c.ask("Ping", ":PONG")
+		c := n.Dial(t)
+		c.Ask("Ping", ":PONG")
 		pass(time.Minute)
 		for range maxRejecting { // none of them reads or closes
-			defer n.dial(t).close()
+			defer n.Dial(t).Close()
 		}
-		d := n.dial(t)
-		d.want(":ERROR line 0: server is full (2 clients)")
-		d.wantClosed()
+		d := n.Dial(t)
+		d.Want(":ERROR line 0: server is full (2 clients)")
+		d.WantClosed()
 		within(t, 0, drainTime, n.server.Close)
 		equal(t, "full at the beginning and end of a minute, lines of log",
 			strings.Count(n.log.take(), "turning clients away"), 2)
@@ -2707,12 +2707,12 @@ func TestMaxClientsOverTLS(t *testing.T) {
 	config := serverConfig(t)
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls, n.server.maxClients = config, 1
-		a := n.dial(t).overTLS()
-		a.ask("Ping", ":PONG")
-		others := n.dialMany(t, maxRejecting+3, func(_ int, c *testClient) {
-			c.overTLS().want(":ERROR line 0: server is full (1 clients)")
+		a := n.Dial(t).OverTLS()
+		a.Ask("Ping", ":PONG")
+		others := n.DialMany(t, maxRejecting+3, func(_ int, c *testClient) {
+			c.OverTLS().Want(":ERROR line 0: server is full (1 clients)")
 		})
-		a.ask("Ping", ":PONG")
+		a.Ask("Ping", ":PONG")
 		closeClients(others)
 	})
 }
@@ -2731,7 +2731,7 @@ func TestMaxClientsAndPing(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.maxClients = 1
 	addr := startTCP(t, s)
-	dialTCP(t, addr).ask("Ping", ":PONG")
+	dialTCP(t, addr).Ask("Ping", ":PONG")
 	runBinary(t, "", "the server answers", true, "-addr", addr, "-ping")
 	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
 		"-addr", addr, "-c", "Get:k")
@@ -2781,8 +2781,8 @@ func TestTurnsOfLightClients(t *testing.T) {
 			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
 				return world.Between(random, takes/2, takes)
 			}}
-			victim := n.dial(t)
-			victim.ask("Ping", ":PONG")
+			victim := n.Dial(t)
+			victim.Ask("Ping", ":PONG")
 			parts := strings.Split(script, "|")
 			var stop atomic.Bool
 			var all sync.WaitGroup
@@ -2795,13 +2795,13 @@ func TestTurnsOfLightClients(t *testing.T) {
 				}
 				return least, most
 			}
-			clients := n.dialMany(t, others, func(int, *testClient) {})
+			clients := n.DialMany(t, others, func(int, *testClient) {})
 			for i, c := range clients {
 				all.Go(func() {
-					defer c.hangUp()
+					defer c.HangUp()
 					for ; !stop.Load(); rounds[i].Add(1) {
 						for _, part := range parts {
-							c.ask(strings.TrimSuffix(part, "\n"), ":PONG")
+							c.Ask(strings.TrimSuffix(part, "\n"), ":PONG")
 						}
 					}
 				})
@@ -2814,7 +2814,7 @@ func TestTurnsOfLightClients(t *testing.T) {
 			began := time.Now()
 			for range asks {
 				pass(3 * takes / 7)
-				within(t, 0, 2*takes, func() { victim.ask("Put:x:y\nDelete:x\nPing", ":PONG") })
+				within(t, 0, 2*takes, func() { victim.Ask("Put:x:y\nDelete:x\nPing", ":PONG") })
 			}
 			between(t, "time that it has waited", time.Since(began)-asks*(3*takes/7), 0, asks*takes*3/4)
 			pass(time.Duration(5*others*updates) * takes)
@@ -2834,16 +2834,16 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		takes := time.Second
 		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
-		a := n.dialAck(t)
-		a.ask("Update:k:a:b", ":OK 0")
+		a := n.DialAck(t)
+		a.Ask("Update:k:a:b", ":OK 0")
 		takes = time.Millisecond
-		others := n.dialMany(t, 5, func(_ int, o *testClient) {
-			go o.sendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
+		others := n.DialMany(t, 5, func(_ int, o *testClient) {
+			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
 		})
 		pass(10 * takes)
-		within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.ask("Update:k:a:b", ":OK 0") })
+		within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
 		for _, o := range others {
-			o.want(":PONG")
+			o.Want(":PONG")
 		}
 	})
 }
@@ -2915,16 +2915,16 @@ func TestStoreOfAnyKind(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			held := kvstore.NewMemory()
 			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
-			a := n.dial(t)
-			go a.sendAll(c.send)
-			got := a.readAll()
+			a := n.Dial(t)
+			go a.SendAll(c.send)
+			got := a.ReadAll()
 			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
 			if got != c.want && !(keeps && strings.Contains(c.send, "Expire:")) {
 				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
 			}
-			b := n.dial(t)
-			b.send("Stats\n")
-			for line := b.read(); !strings.HasPrefix(line, ":OK "); line = b.read() {
+			b := n.Dial(t)
+			b.Send("Stats\n")
+			for line := b.Read(); !strings.HasPrefix(line, ":OK "); line = b.Read() {
 				if strings.HasPrefix(line, ": keys ") {
 					t.Errorf("Stats says %q of a store that cannot know", line)
 				}
@@ -2967,14 +2967,14 @@ func TestStoreMissesItsFiles(t *testing.T) {
 		n.server.status = &storage.Status{}
 		db := storeIn(t, dir, n.server.status)
 		n.server.db = db
-		a := n.dial(t)
-		a.ask("Put:k:v\nPing", ":PONG")
+		a := n.Dial(t)
+		a.Ask("Put:k:v\nPing", ":PONG")
 		must(t, dir.Remove("seg-1.log"))
 		pass(3 * fileCheckTime)
 		killed := storeIn(t, dir.Kill(), nil)
 		equal(t, "values of k after kill -9", killed.Count("k"), 1)
 		killed.Close()
-		a.hangUp()
+		a.HangUp()
 		n.server.Close()
 		must(t, db.Close())
 	})
@@ -2988,17 +2988,17 @@ func TestCommitBeforeReplies(t *testing.T) {
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-		a, b, c, taker, waiter := n.dialAck(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
-		a.ask("Put:k:v", ":OK 1")
-		b.ask("Get:k", "k:v")
-		taker.send("Take:job:60\n")
-		waiter.post("Take:none:60\n")
+		a, b, c, taker, waiter := n.DialAck(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
+		a.Ask("Put:k:v", ":OK 1")
+		b.Ask("Get:k", "k:v")
+		taker.Send("Take:job:60\n")
+		waiter.Post("Take:none:60\n")
 		store.fail = errors.New("disk on fire")
-		a.post("Put:k:w\nPut:job:v\n") // which the Take gets
+		a.Post("Put:k:w\nPut:job:v\n") // which the Take gets
 		wantAllClosed(a, b, c, taker, waiter)
 		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
-		n.dial(t).wantClosed()
+		n.Dial(t).WantClosed()
 		n.server.Close()
 		equal(t, "Commits after one that failed", store.commits, commits)
 		equal(t, "clients that left because the store failed, in the log",
@@ -3059,89 +3059,89 @@ func TestCommitTakenBack(t *testing.T) {
 		dir, gate := newFullStore()
 		db := storeIn(t, dir, nil)
 		n.server.db = slowPuts{db}
-		a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+		a, b, c := n.DialAck(t), n.DialAck(t), n.DialAck(t)
 		refused := func(from *testClient, lines ...int) {
 			t.Helper()
 			for _, line := range lines {
 				want := fmt.Sprintf(":ERROR line %d: the disk is full, nothing was changed: ", line)
-				if got := from.read(); !strings.HasPrefix(got, want) {
+				if got := from.Read(); !strings.HasPrefix(got, want) {
 					t.Errorf("got %q, want %q", got, want)
 				}
 			}
 		}
-		a.ask("Set:k:v", ":OK 0")
-		a.ask("Expire:k:1000", ":OK 1")
-		b.send("Take:none:600\n")
+		a.Ask("Set:k:v", ":OK 0")
+		a.Ask("Expire:k:1000", ":OK 1")
+		b.Send("Take:none:600\n")
 		synctest.Wait()
-		a.ask("Ping", ":PONG")
+		a.Ask("Ping", ":PONG")
 		pass(2 * time.Second) // then the store writes nothing by itself
 
 		// Of one chain all writes are refused, and b's Take, which has got a value of one of them.
 		dir.fill()
-		a.send("Delete:k\nGet:k\nSet:none:v\nExpire:k\nPing\n")
+		a.Send("Delete:k\nGet:k\nSet:none:v\nExpire:k\nPing\n")
 		refused(a, 5)
-		a.want("k:v")
-		a.want(":OK 1")
+		a.Want("k:v")
+		a.Want(":OK 1")
 		refused(a, 7)
-		a.want(": 998")
-		a.want(":OK 1")
-		a.want(":PONG")
+		a.Want(": 998")
+		a.Want(":OK 1")
+		a.Want(":PONG")
 		refused(b, 2)
 		dir.makeRoom()
-		a.ask("Set:k:w", ":OK 1")
+		a.Ask("Set:k:w", ":OK 1")
 
 		// While the store syncs, three Puts and a Dump come. Each Put takes a whole turn, and so the
 		// Dump comes behind the first two.
-		d, e := n.dial(t), n.dial(t) // so that they wait for their turns, in this order
+		d, e := n.Dial(t), n.Dial(t) // so that they wait for their turns, in this order
 		synctest.Wait()
 		<-gate
-		c.send("Set:other:v\n")
+		c.Send("Set:other:v\n")
 		synctest.Wait()
-		d.send("Put:many:1\nPut:many:2\nPut:many:3\nPing\n")
+		d.Send("Put:many:1\nPut:many:2\nPut:many:3\nPing\n")
 		synctest.Wait()
-		e.send("Dump:many\n")
+		e.Send("Dump:many\n")
 		synctest.Wait()
 		dir.fill()
 		gate <- true
-		c.want(":OK 0")
-		e.want(":OK 0")
+		c.Want(":OK 0")
+		e.Want(":OK 0")
 		refused(d, 1, 2, 3)
-		d.want(":PONG")
-		a.ask("Get:many", ":OK 0")
+		d.Want(":PONG")
+		a.Ask("Get:many", ":OK 0")
 		dir.makeRoom()
 
 		// A Take finds no value, because another one has got it, waits, and gets one. Then all are
 		// refused.
 		<-gate
-		c.send("Set:other:v\n")
+		c.Send("Set:other:v\n")
 		synctest.Wait()
-		a.send("Take:k\n")
+		a.Send("Take:k\n")
 		synctest.Wait()
-		b.send("Take:k:600\n")
+		b.Send("Take:k:600\n")
 		synctest.Wait()
-		d.send("Set:k:x\n")
+		d.Send("Set:k:x\n")
 		synctest.Wait()
 		dir.fill()
 		gate <- true
-		c.want(":OK 1")
+		c.Want(":OK 1")
 		refused(a, 12)
 		refused(b, 3)
 		refused(d, 5)
-		a.ask("Count:k", ":OK 1")
+		a.Ask("Count:k", ":OK 1")
 		dir.makeRoom()
 
 		// The Takes are refused though there is room by then, also that of a client that has gone. And
 		// somebody asks for the counters meanwhile.
-		a.ask("Put:slow:v", ":OK 1")
+		a.Ask("Put:slow:v", ":OK 1")
 		pass(2 * time.Second)
 		<-gate
-		c.send("Set:other:v\n")
+		c.Send("Set:other:v\n")
 		synctest.Wait()
-		a.send("Take:k\n")
+		a.Send("Take:k\n")
 		synctest.Wait()
-		b.send("Take:k:600\n")
+		b.Send("Take:k:600\n")
 		synctest.Wait()
-		b.breakOff()
+		b.BreakOff()
 		pass(2 * time.Second)
 		asked := make(chan []counter, 1)
 		go func() { asked <- n.server.askStats(t.Context()) }()
@@ -3149,16 +3149,16 @@ func TestCommitTakenBack(t *testing.T) {
 		dir.fill()
 		dir.knows = false
 		gate <- true
-		c.want(":OK 1")
+		c.Want(":OK 1")
 		refused(a, 15)
 		if rows := <-asked; len(rows) == 0 {
 			t.Error("whoever asks for the counters gets none")
 		}
-		a.wantStat("waiting_takes", 0)
-		a.ask("Count:k", ":OK 1")
-		a.wantStat("take_requests_total", 0) // the refused ones do not count
-		a.wantStat("set_requests_total", 5)
-		a.wantStat("put_requests_total", 1)
+		a.WantStat("waiting_takes", 0)
+		a.Ask("Count:k", ":OK 1")
+		a.WantStat("take_requests_total", 0) // the refused ones do not count
+		a.WantStat("set_requests_total", 5)
+		a.WantStat("put_requests_total", 1)
 
 		n.server.Close()
 		must(t, db.Close())
@@ -3173,40 +3173,40 @@ func TestTakeEndsWhenTakenBack(t *testing.T) {
 			dir, gate := newFullStore()
 			db := storeIn(t, dir, nil)
 			n.server.db = db
-			a, b, c := n.dialAck(t), n.dialAck(t), n.dialAck(t)
+			a, b, c := n.DialAck(t), n.DialAck(t), n.DialAck(t)
 			comesLater := first == "Take:k"
 			if comesLater {
-				a.ask("Set:k:v", ":OK 0")
+				a.Ask("Set:k:v", ":OK 0")
 			} else {
-				b.send("Take:k:3\n")
+				b.Send("Take:k:3\n")
 			}
 			pass(2 * time.Second) // then the store writes nothing by itself
 
 			// While the store syncs, a's request comes, and then b's time is over.
 			<-gate
-			c.send("Set:other:v\n")
+			c.Send("Set:other:v\n")
 			synctest.Wait()
-			a.send(first + "\n")
+			a.Send(first + "\n")
 			synctest.Wait()
 			if comesLater {
-				b.send("Take:k:1\n")
+				b.Send("Take:k:1\n")
 				synctest.Wait()
 			}
 			pass(2 * time.Second)
 			dir.fill()
 			gate <- true
-			c.want(":OK 0")
-			if got := a.read(); !strings.HasPrefix(got, ":ERROR") {
+			c.Want(":OK 0")
+			if got := a.Read(); !strings.HasPrefix(got, ":ERROR") {
 				t.Errorf("%s: a gets %q", first, got)
 			}
 			want := ":ERROR"
 			if first == "Put:other:v" {
 				want = ":OK 0"
 			}
-			if got := b.read(); !strings.HasPrefix(got, want) {
+			if got := b.Read(); !strings.HasPrefix(got, want) {
 				t.Errorf("%s: b gets %q, want %q", first, got, want)
 			}
-			a.wantStat("waiting_takes", 0)
+			a.WantStat("waiting_takes", 0)
 			n.server.Close()
 			must(t, db.Close())
 		})
@@ -3221,26 +3221,26 @@ func TestExpiryTakenBack(t *testing.T) {
 		dir, _ := newFullStore()
 		db := storeIn(t, dir, nil)
 		n.server.db = db
-		a, b := n.dialAck(t), n.dialAck(t)
-		a.ask("Lease:k:3:v", ":OK 1")
+		a, b := n.DialAck(t), n.DialAck(t)
+		a.Ask("Lease:k:3:v", ":OK 1")
 		pass(3*time.Second + time.Millisecond) // now the store writes nothing by itself
 		dir.fill()
-		b.send("Take:none:600\n")
-		a.send("Get:k\n")
+		b.Send("Take:none:600\n")
+		a.Send("Get:k\n")
 		want := ":ERROR line 3: the key's time is over, but it cannot be deleted: "
-		if got := a.read(); !strings.HasPrefix(got, want) {
+		if got := a.Read(); !strings.HasPrefix(got, want) {
 			t.Errorf("the Get gets %q, want %q", got, want)
 		}
 		want = ":ERROR line 2: the disk is full"
-		if got := b.read(); !strings.HasPrefix(got, want) {
+		if got := b.Read(); !strings.HasPrefix(got, want) {
 			t.Errorf("the Take gets %q, want %q", got, want)
 		}
-		a.wantStat("expired_keys_total", 0)
-		a.wantStat("waiting_takes", 0)
+		a.WantStat("expired_keys_total", 0)
+		a.WantStat("waiting_takes", 0)
 		dir.makeRoom()
 		pass(2 * time.Second)
-		a.ask("Count:k", ":OK 0")
-		a.wantStat("expired_keys_total", 1)
+		a.Ask("Count:k", ":OK 0")
+		a.WantStat("expired_keys_total", 1)
 		n.server.Close()
 		must(t, db.Close())
 	})
@@ -3260,27 +3260,27 @@ func TestCommitBeforeGets(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
 			n.server.db = kvstore.StoreOf(store)
-			a, b, c := n.dial(t), n.dial(t), n.dial(t)
+			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
 			for _, x := range []*testClient{a, b, c} {
 				store.gate <- nil
-				x.ask("Ping", ":PONG")
+				x.Ask("Ping", ":PONG")
 			}
-			c.post("Ping\n") // workLoop waits, and the next two are committed together
-			a.post("Put:k:v\n")
-			b.post("Get:k\n")
+			c.Post("Ping\n") // workLoop waits, and the next two are committed together
+			a.Post("Put:k:v\n")
+			b.Post("Get:k\n")
 			store.gate <- nil
-			c.want(":PONG")
-			b.wantNothing()
-			c.post("Keys\n") // it is not run if that Commit fails
+			c.Want(":PONG")
+			b.WantNothing()
+			c.Post("Keys\n") // it is not run if that Commit fails
 			store.gate <- failure
 			if failure == nil {
-				b.want("k:v")
+				b.Want("k:v")
 			}
 			for range cap(store.gate) {
 				store.gate <- nil
 			}
 			if failure == nil {
-				c.want(": k", ":OK 1")
+				c.Want(": k", ":OK 1")
 			}
 		})
 	}
@@ -3310,22 +3310,22 @@ func TestCommitGathers(t *testing.T) { // number of Commits in a second
 			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
 		},
 		"gone, so that one is alone": func(t *testing.T, n *fakeNet, _ *slowStore) {
-			clients := n.dialMany(t, 10, func(_ int, c *testClient) { c.ask("Ack", ":OK 0") })
+			clients := n.DialMany(t, 10, func(_ int, c *testClient) { c.Ask("Ack", ":OK 0") })
 			for range 5 { // all come each time
 				for _, c := range clients {
-					c.send("Put:k:v\n")
+					c.Send("Put:k:v\n")
 				}
 				for _, c := range clients {
-					c.want(":OK 1")
+					c.Want(":OK 1")
 				}
 			}
 			for _, c := range clients {
-				c.hangUp()
+				c.HangUp()
 			}
-			alone := n.dial(t)
+			alone := n.Dial(t)
 			for range 3 {
 				began := time.Now()
-				alone.ask("Put:k:v\nPing", ":PONG")
+				alone.Ask("Put:k:v\nPing", ":PONG")
 				between(t, "the wait of a client that is alone", time.Since(began), 0, takes)
 			}
 		},
@@ -3336,26 +3336,26 @@ func TestCommitGathers(t *testing.T) { // number of Commits in a second
 				int64(time.Since(began)/takes)*95/100, math.MaxInt64)
 		},
 		"one that reads in between": beside(second*3/2, func(t *testing.T, n *fakeNet, ended <-chan struct{}) {
-			for both := n.dialAck(t); !isClosed(ended); {
-				both.ask("Get:none", ":OK 0")
-				both.ask("Put:k:v", ":OK 1")
+			for both := n.DialAck(t); !isClosed(ended); {
+				both.Ask("Get:none", ":OK 0")
+				both.Ask("Put:k:v", ":OK 1")
 			}
 		}),
 		"some that come seldom": beside(140, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
 			n.repeat(t, 8, 9*takes/8, 9*takes, second/5)
 		}),
 		"one that pauses": beside(127, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
-			c := n.dialAck(t)
+			c := n.DialAck(t)
 			for i := range second / 2 { // it comes for a while, pauses, and comes again
-				c.ask("Put:k:v", ":OK 1")
+				c.Ask("Put:k:v", ":OK 1")
 				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
 			}
 		}),
 		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
-			reader, gets := n.dialAck(t), 0
+			reader, gets := n.DialAck(t), 0
 			go n.repeat(t, 1, 0, takes*4/10, second)
 			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
-				reader.ask("Get:none", ":OK 0")
+				reader.Ask("Get:none", ":OK 0")
 				<-time.After(takes / 200)
 			}
 			between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
@@ -3363,10 +3363,10 @@ func TestCommitGathers(t *testing.T) { // number of Commits in a second
 		},
 		"Takes": func(t *testing.T, n *fakeNet, store *slowStore) {
 			for range 2 {
-				worker := n.dialAck(t)
+				worker := n.DialAck(t)
 				go func() {
-					for worker.send("Take:k:2\n"); len(worker.readList()) > 0; {
-						worker.send("Take:k:2\n")
+					for worker.Send("Take:k:2\n"); len(worker.ReadList()) > 0; {
+						worker.Send("Take:k:2\n")
 					}
 				}()
 			}
@@ -3399,16 +3399,16 @@ func TestCommitGathersBesideLook(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.status = new(storage.Status)
 		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 10 * time.Millisecond}
-		a, b, began := n.dial(t), n.dial(t), time.Now()
-		a.ask("Ack", ":OK 0")
+		a, b, began := n.Dial(t), n.Dial(t), time.Now()
+		a.Ask("Ack", ":OK 0")
 		<-time.After(fileCheckTime - 50*time.Millisecond)
 		for range 3 { // both come each time
-			a.send("Put:k:v\n")
-			b.ask("Put:k:v\nPing", ":PONG")
-			a.want(":OK 1")
+			a.Send("Put:k:v\n")
+			b.Ask("Put:k:v\nPing", ":PONG")
+			a.Want(":OK 1")
 		}
 		<-time.After(time.Until(began.Add(fileCheckTime - 3*time.Millisecond)))
-		a.ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
+		a.Ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
 	})
 }
 
@@ -3417,14 +3417,14 @@ func TestCommitGathersBesideLook(t *testing.T) {
 func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
 	var all sync.WaitGroup
 	for i := range clients {
-		c := n.dialAck(t)
+		c := n.DialAck(t)
 		all.Go(func() {
 			<-time.After(after * time.Duration(i))
 			for range rounds {
-				c.ask("Put:k:v", ":OK 1")
+				c.Ask("Put:k:v", ":OK 1")
 				<-time.After(thinks)
 			}
-			c.hangUp()
+			c.HangUp()
 		})
 	}
 	all.Wait()
@@ -3482,12 +3482,12 @@ func TestExpire(t *testing.T) {
 				after time.Duration
 				want  string
 			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
-				a := n.dial(t)
+				a := n.Dial(t)
 				pass(300 * time.Microsecond)
-				a.ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
+				a.Ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
 				pass(when.after)
-				a.ask(ask.request, strings.Split(when.want, "\n")...)
-				a.hangUp()
+				a.Ask(ask.request, strings.Split(when.want, "\n")...)
+				a.HangUp()
 			}
 		})
 	}
@@ -3498,22 +3498,22 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		by := jump(n)
-		a := n.dial(t)
-		a.ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
+		a := n.Dial(t)
+		a.Ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
 		pass(600 * time.Millisecond)
-		a.ask("Expire:k", ": 3600", ":OK 1") // rounded up
+		a.Ask("Expire:k", ": 3600", ":OK 1") // rounded up
 		by(-time.Hour)
-		a.ask("Expire:k", ": 7200", ":OK 1")
+		a.Ask("Expire:k", ": 7200", ":OK 1")
 		pass(time.Hour + time.Minute)
-		a.ask("Expire:k", ": 3540", ":OK 1")
+		a.Ask("Expire:k", ": 3540", ":OK 1")
 		by(time.Hour)
-		a.ask("Get:k\nExpire:k", ":OK 0")
-		a.ask("Expire:l", ": 5340", ":OK 1")
+		a.Ask("Get:k\nExpire:k", ":OK 0")
+		a.Ask("Expire:l", ": 5340", ":OK 1")
 		by(-2 * time.Hour)
-		a.ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
+		a.Ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
 		by(4 * time.Hour)
 		pass(2 * expireTime)
-		a.ask("Keys", ":OK 0")
+		a.Ask("Keys", ":OK 0")
 	})
 }
 
@@ -3525,17 +3525,17 @@ func TestExpireBeforeTheStart(t *testing.T) {
 			n := newFakeNet()
 			db := storeIn(t, dir, nil)
 			n.server.db = db
-			a := n.dial(t)
+			a := n.Dial(t)
 			switch round {
 			case 0:
-				a.ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
+				a.Ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
 			case 1:
-				a.wantStat("keys", 2)
-				a.ask("Keys\nDump\nGet:k\nGet:l", ": l", ": stays", ":OK 2", ": Put:l:v", ": Expire:l:30",
+				a.WantStat("keys", 2)
+				a.Ask("Keys\nDump\nGet:k\nGet:l", ": l", ": stays", ":OK 2", ": Put:l:v", ": Expire:l:30",
 					": Put:stays:v", ":OK 3", "l:v")
 			case 2: // nobody asks
 			}
-			a.hangUp()
+			a.HangUp()
 			n.server.Close()
 			must(t, db.Close())
 			pass(time.Minute)
@@ -3584,18 +3584,18 @@ func TestExpireManyAtOnce(t *testing.T) {
 			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
 		}
 		db.Put("stays", "v")
-		a := n.dial(t)
+		a := n.Dial(t)
 		pass(time.Second - time.Millisecond)
-		a.ask("Count:k1", ":OK 1")
-		a.wantStat("expiring_keys", many)
+		a.Ask("Count:k1", ":OK 1")
+		a.WantStat("expiring_keys", many)
 		<-time.After(time.Millisecond)
 		left, turns := many, 0
 		for ; left > 0; turns++ {
 			start := time.Now()
-			left = a.stat("expiring_keys")
+			left = a.Stat("expiring_keys")
 			key := fmt.Sprint("k", many-1-turns)
-			a.ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
-			a.ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
+			a.Ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
+			a.Ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
 			const chains, most = 4, maxHeavyRound + (expireStride+2)*takes
 			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
@@ -3622,15 +3622,15 @@ func TestExpireIsCommitted(t *testing.T) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
 		n.server.db = store
 		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
-		a := n.dial(t)
+		a := n.Dial(t)
 		store.gate <- nil
-		a.ask("Get:k", "k:v")
+		a.Ask("Get:k", "k:v")
 		pass(time.Second + 2*expireTime)
-		a.send("Get:k\nPing\n")
-		a.wantNothing()
+		a.Send("Get:k\nPing\n")
+		a.WantNothing()
 		store.gate <- nil
-		a.want(":PONG")
-		a.close()
+		a.Want(":PONG")
+		a.Close()
 	})
 }
 
@@ -3643,17 +3643,17 @@ func TestExpireOnAFullDisk(t *testing.T) {
 		n.server.db = db
 		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
 		db.full.Store(true)
-		a := n.dial(t)
-		a.ask("Get:k", "k:v")
+		a := n.Dial(t)
+		a.Ask("Get:k", "k:v")
 		pass(5 * time.Minute)
-		a.ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but it cannot be deleted: "+
+		a.Ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but it cannot be deleted: "+
 			syscall.ENOSPC.Error(), ":OK 0")
 		db.full.Store(false)
 		pass(2 * expireTime)
 		keys, _, _ := db.Size()
 		equal(t, "keys that are there still", keys, 0)
-		a.ask("Get:k\nPing", ":PONG")
-		a.wantStat("expired_keys_total", 1)
+		a.Ask("Get:k\nPing", ":PONG")
+		a.WantStat("expired_keys_total", 1)
 	})
 }
 
@@ -3690,21 +3690,21 @@ func jump(n *fakeNet) (by func(time.Duration)) {
 func TestTakeWaitsInLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 6
-		clients := n.dialMany(t, takers, func(_ int, c *testClient) {
-			c.ask("Ack", ":OK 0")
-			c.post("Take:k:60\n")
+		clients := n.DialMany(t, takers, func(_ int, c *testClient) {
+			c.Ask("Ack", ":OK 0")
+			c.Post("Take:k:60\n")
 		})
-		giver := n.dial(t)
-		giver.wantStat("waiting_takes", takers)
-		giver.ask("Ack", ":OK 0")
+		giver := n.Dial(t)
+		giver.WantStat("waiting_takes", takers)
+		giver.Ask("Ack", ":OK 0")
 		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
 			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
 			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
-			giver.send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
-			giver.want(give.reply, ":OK 0", ":OK 0", ":OK 0")
-			clients[i].want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
+			giver.Send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
+			giver.Want(give.reply, ":OK 0", ":OK 0", ":OK 0")
+			clients[i].Want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
 		}
-		giver.ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
+		giver.Ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
 	})
 }
 
@@ -3713,23 +3713,23 @@ func TestTakeWaitsInLine(t *testing.T) {
 func TestTakeWaitsItsTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.writeTimeout = time.Second
-		a, b := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a, b := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
 		for _, seconds := range []int{1, 30, 3600} {
-			a.send("Pu")
+			a.Send("Pu")
 			pass(300 * time.Millisecond)
 			start := time.Now()
-			a.send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
-			a.want(":OK 1", "j:1", ":OK 1")
+			a.Send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
+			a.Want(":OK 1", "j:1", ":OK 1")
 			synctest.Wait()
-			b.ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
+			b.Ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
 			equal(t, "the wait of others", time.Since(start), 0)
-			a.want(":OK 0")
+			a.Want(":OK 0")
 			equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
-			a.ask("Delete:j", ":OK 1")
-			b.ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
+			a.Ask("Delete:j", ":OK 1")
+			b.Ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
 		}
-		b.wantStat("waiting_takes", 0)
+		b.WantStat("waiting_takes", 0)
 	})
 }
 
@@ -3761,34 +3761,34 @@ func TestTakeIsDropped(t *testing.T) {
 // that has only half-closed stays.
 func TestTakeOfClientsThatGo(t *testing.T) {
 	for what, end := range map[string]func(c *testClient){
-		"breaks": func(c *testClient) { c.breakOff() },
+		"breaks": func(c *testClient) { c.BreakOff() },
 		"breaks behind a half-close": func(c *testClient) {
-			c.conn.CloseWrite()
+			c.Conn.CloseWrite()
 			pass(time.Second)
-			c.breakOff()
+			c.BreakOff()
 			pass(probeTime)
 		},
 		"breaks with a request behind it": func(c *testClient) {
-			c.send("Put:late:v\nPing\n")
+			c.Send("Put:late:v\nPing\n")
 			pass(time.Second)
-			c.breakOff()
+			c.BreakOff()
 			pass(probeTime)
 		},
 		"waits too long": func(c *testClient) { pass(time.Minute) },
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a, b, c := n.dial(t), n.dial(t), n.dial(t)
-			a.post("Get:none\nTake:k:60\n")
-			b.send("Take:k:600\n")
-			b.conn.CloseWrite()
+			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
+			a.Post("Get:none\nTake:k:60\n")
+			b.Send("Take:k:600\n")
+			b.Conn.CloseWrite()
 			synctest.Wait()
 			end(a)
 			synctest.Wait()
-			equal(t, "a client "+what+": waiting Takes", c.stat("waiting_takes"), 1)
-			c.ask("Put:k:v\nCount:k", ":OK 0")
-			b.want("k:v")
-			b.wantClosed()
-			a.close()
+			equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
+			c.Ask("Put:k:v\nCount:k", ":OK 0")
+			b.Want("k:v")
+			b.WantClosed()
+			a.Close()
 		})
 	}
 }
@@ -3798,22 +3798,22 @@ func TestTakeOfClientsThatGo(t *testing.T) {
 func TestTakeThatComesLate(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
-		a, b, c, d, e := n.dial(t), n.dial(t), n.dial(t), n.dial(t), n.dial(t)
-		d.ask("Put:k:1\nPut:k:2\nPing", ":PONG")
-		e.ask("Ack", ":OK 0")
-		c.post("Update:x:a:b\nPing\n")
-		b.post("Take:k:600\n")
-		a.send("Take:k:1\n")
-		e.send("Take:none:1\n")
-		e.conn.CloseWrite()
+		a, b, c, d, e := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
+		d.Ask("Put:k:1\nPut:k:2\nPing", ":PONG")
+		e.Ask("Ack", ":OK 0")
+		c.Post("Update:x:a:b\nPing\n")
+		b.Post("Take:k:600\n")
+		a.Send("Take:k:1\n")
+		e.Send("Take:none:1\n")
+		e.Conn.CloseWrite()
 		pass(time.Second)
-		b.breakOff()
-		a.want("k:1")
-		e.want(":OK 0")
-		e.wantClosed()
-		d.ask("Get:k\nPing", "k:2", ":PONG")
-		c.want(":PONG")
-		b.close()
+		b.BreakOff()
+		a.Want("k:1")
+		e.Want(":OK 0")
+		e.WantClosed()
+		d.Ask("Get:k\nPing", "k:2", ":PONG")
+		c.Want(":PONG")
+		b.Close()
 	})
 }
 
@@ -3822,21 +3822,21 @@ func TestTakeThatComesLate(t *testing.T) {
 func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 300 * kilo
-		a, b := n.dial(t), n.dial(t)
-		a.post(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
-		c := n.dial(t)
-		c.send("Take:m:600\nPut:m:be")
+		a, b := n.Dial(t), n.Dial(t)
+		a.Post(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
+		c := n.Dial(t)
+		c.Send("Take:m:600\nPut:m:be")
 		long := strings.Repeat("x", 200*kilo)
-		go a.send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
+		go a.Send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
 		pass(lineTime + 5*time.Second)
-		b.ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
-		b.send("Put:k:v\n")
-		a.want("k:v", "l:a", "l:"+long, "l:b")
+		b.Ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
+		b.Send("Put:k:v\n")
+		a.Want("k:v", "l:a", "l:"+long, "l:b")
 		pass(lineTime - 5*time.Second)
-		a.ask("gun\nTake:l\nPing", "l:a", ":PONG")
-		b.ask("Count:l\nPut:m:v", ":OK 3")
-		c.want("m:v")
-		c.ask("hind\nTake:m\nPing", "m:behind", ":PONG")
+		a.Ask("gun\nTake:l\nPing", "l:a", ":PONG")
+		b.Ask("Count:l\nPut:m:v", ":OK 3")
+		c.Want("m:v")
+		c.Ask("hind\nTake:m\nPing", "m:behind", ":PONG")
 	})
 }
 
@@ -3844,16 +3844,16 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 // waited longer.
 func TestTakeBeforeASlowLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.dial(t), n.dial(t)
-		a.send("Take:k:3600\n")
+		a, b := n.Dial(t), n.Dial(t)
+		a.Send("Take:k:3600\n")
 		pass(5 * time.Second)
-		b.send("Put:k:v\n")
-		a.want("k:v")
-		a.send("Put:x")
+		b.Send("Put:k:v\n")
+		a.Want("k:v")
+		a.Send("Put:x")
 		within(t, lineTime, lineTime+2*quietAfter, func() {
-			a.want(":ERROR line 2: the line was begun but not ended within 30s")
+			a.Want(":ERROR line 2: the line was begun but not ended within 30s")
 		})
-		a.wantClosed()
+		a.WantClosed()
 	})
 }
 
@@ -3862,15 +3862,15 @@ func TestTakeOfALateReader(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 1000)
 		n.fill("k", value, 1)
-		slow, giver := n.dial(t), n.dial(t)
-		go slow.send(strings.Repeat("Get:k\n", 5000))
+		slow, giver := n.Dial(t), n.Dial(t)
+		go slow.Send(strings.Repeat("Get:k\n", 5000))
 		pass(time.Minute)
-		go slow.send("Take:job:60\nTake:job\nPing\n")
+		go slow.Send("Take:job:60\nTake:job\nPing\n")
 		pass(time.Second)
-		giver.send("Put:job:1\nPut:job:2\n")
+		giver.Send("Put:job:1\nPut:job:2\n")
 		pass(time.Minute)
 		jobs := ""
-		for line := slow.read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.read() {
+		for line := slow.Read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.Read() {
 			if strings.HasPrefix(line, "job:") {
 				jobs += line
 			} else if line != "k:"+value {
@@ -3891,14 +3891,14 @@ func TestTakeOnAFullDisk(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			db := &roomless{Memory: kvstore.NewMemory(), why: why}
 			n.server.db = db
-			a, b := n.dialAck(t), n.dial(t)
-			a.post("Take:k:60\n")
+			a, b := n.DialAck(t), n.Dial(t)
+			a.Post("Take:k:60\n")
 			db.full.Store(true)
-			b.ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
+			b.Ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
 			db.full.Store(false)
 			before := db.frees.Load()
-			b.ask("Put:k:w\nPing", ":PONG")
-			a.want("k:w", ":OK 1")
+			b.Ask("Put:k:w\nPing", ":PONG")
+			a.Want("k:w", ":OK 1")
 			equal(t, "how often the Take asks for room", db.frees.Load()-before, 1)
 		})
 	}
@@ -3929,16 +3929,16 @@ func TestTakeOnRealSockets(t *testing.T) {
 			takers = append(takers, conn)
 		}
 	}
-	await(t, "the Takes", func() bool { return a.stat("waiting_takes") == len(takers) })
+	await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
 	for _, conn := range takers {
 		if c, isTCP := conn.(*net.TCPConn); isTCP {
 			c.SetLinger(0) // so that Close resets it
 		}
 		conn.Close()
 	}
-	await(t, "the ends of the Takes", func() bool { return a.stat("waiting_takes") == 0 })
-	a.ask("Put:k:v\nTake:k", "k:v")
-	a.hangUp()
+	await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
+	a.Ask("Put:k:v\nTake:k", "k:v")
+	a.HangUp()
 }
 
 // Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
@@ -3946,19 +3946,19 @@ func TestTakeOnRealSockets(t *testing.T) {
 func TestTakeIsSmallWhileItWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 100
-		clients := n.dialMany(t, takers, func(_ int, a *testClient) { a.ask("Ping", ":PONG") })
+		clients := n.DialMany(t, takers, func(_ int, a *testClient) { a.Ask("Ping", ":PONG") })
 		burst := strings.Repeat("Delete:k\n", burstSize/16)
 		before := heapOfQuiet()
 		for i, a := range clients {
 			go func() {
-				a.send(burst)
-				a.send(fmt.Sprintf("Take:k%d:3600\n", i))
+				a.Send(burst)
+				a.Send(fmt.Sprintf("Take:k%d:3600\n", i))
 			}()
 		}
 		between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
 		for i, a := range clients {
-			a.ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
-			a.close()
+			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
+			a.Close()
 		}
 	})
 }
@@ -3970,20 +3970,20 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 func TestMemoryLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("v", 10*kilo) // long enough for memory of its own
-		a := n.dialAck(t)
-		a.ask("Put:short:1", ":OK 1")
+		a := n.DialAck(t)
+		a.Ask("Put:short:1", ":OK 1")
 		n.server.budget.reserve = kilo
-		n.server.budget.limit = (int64(a.stat("memory_bytes"))+40*kilo)*4/3 + kilo
+		n.server.budget.limit = (int64(a.Stat("memory_bytes"))+40*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			n.server.budget.limit)
 		for i := range 3 {
-			a.ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
+			a.Ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
 		}
 		refuse := func(request string) {
 			t.Helper()
-			a.send(request + "\n")
-			if line := a.read(); !strings.HasSuffix(line, full) {
+			a.Send(request + "\n")
+			if line := a.Read(); !strings.HasSuffix(line, full) {
 				t.Errorf("%.20q: got %q, want %q", request, line, full)
 			}
 		}
@@ -3995,22 +3995,22 @@ func TestMemoryLimit(t *testing.T) {
 		}
 		refuse("Put:short:2")
 		refuse("Set:short:22") // longer than what it replaces
-		a.ask("Get:short", "short:1", ":OK 1")
+		a.Ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
-		a.ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
-		a.ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
+		a.Ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
+		a.Ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
 			":OK 0", ":OK 0", ":OK 0", ":OK 0")
-		a.ask("Set:short:", ":OK 1")
-		a.ask("Set:short:", ":OK 1")
+		a.Ask("Set:short:", ":OK 1")
+		a.Ask("Set:short:", ":OK 1")
 		refuse("Set:new:") // a key takes memory
 		n.server.budget.other.Store(0)
-		a.ask("Delete:1", ":OK 1")
+		a.Ask("Delete:1", ":OK 1")
 		synctest.Wait()
-		a.ask("Put:3:"+long, ":OK 1")
-		if a.stat("memory_limit_bytes") != int(n.server.budget.forData()) || a.stat("process_bytes") == 0 {
+		a.Ask("Put:3:"+long, ":OK 1")
+		if a.Stat("memory_limit_bytes") != int(n.server.budget.forData()) || a.Stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
-		a.hangUp()
+		a.HangUp()
 		equal(t, "lines of log that say so", strings.Count(n.log.take(), "the memory is full"), 1)
 	})
 }
@@ -4019,7 +4019,7 @@ func TestMemoryLimit(t *testing.T) {
 // fourth of many short values is filled with longer ones.
 func TestMemoryLimitIsUsedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
+		a := n.Dial(t)
 		n.server.budget.limit, n.server.budget.reserve = 10<<20, 0
 		put := func(name string, size int) (stored int) {
 			value := strings.Repeat("v", size)
@@ -4028,9 +4028,9 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 				for i := range 100 {
 					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
 				}
-				a.send(b.String() + "Ping\n")
+				a.Send(b.String() + "Ping\n")
 				refused := false
-				for line := a.read(); line != ":PONG"; line = a.read() {
+				for line := a.Read(); line != ":PONG"; line = a.Read() {
 					refused = true
 				}
 				if refused {
@@ -4043,8 +4043,8 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 		for i := 0; i < stored; i += 4 {
 			fmt.Fprintf(&b, "Delete:short%d\n", i)
 		}
-		a.send(b.String() + "Ping\n")
-		a.want(":PONG")
+		a.Send(b.String() + "Ping\n")
+		a.Want(":PONG")
 		if again := put("longer", 200); again < stored/4/2*3/4 {
 			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
 		}
@@ -4096,7 +4096,7 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	runtime.GC()
 	(&pacer{server: s}).begin()
-	a.ask("Ack", ":OK 0")
+	a.Ask("Ack", ":OK 0")
 	forced := func() uint32 {
 		var stats runtime.MemStats
 		runtime.ReadMemStats(&stats)
@@ -4104,12 +4104,12 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	}
 	before := forced()
 	s.budget.other.Store(1 << 30)
-	a.ask("Put:k:v", fmt.Sprintf(":ERROR line 2: the server's memory is full (%d bytes): Delete "+
+	a.Ask("Put:k:v", fmt.Sprintf(":ERROR line 2: the server's memory is full (%d bytes): Delete "+
 		"something first", 64<<20))
 	for forced() == before || s.budget.other.Load() == 1<<30 {
 		runtime.Gosched()
 	}
-	a.ask("Put:k:v", ":OK 1")
+	a.Ask("Put:k:v", ":OK 1")
 }
 
 // Ensure that a client that takes nothing of a long reply, or hardly anything, is cut off while
@@ -4133,12 +4133,12 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				n.fill("big", strings.Repeat("v", kilo), 9000)
 				n.fill("first", strings.Repeat("v", kilo), 300)
 				n.fill("small", strings.Repeat("v", kilo), 1)
-				mute, b := n.dial(t), n.dial(t)
-				go mute.send(c.before)
+				mute, b := n.Dial(t), n.Dial(t)
+				go mute.Send(c.before)
 				pass(2 * seenSlow)
-				mute.send(c.request)
+				mute.Send(c.request)
 				synctest.Wait()
-				b.send("Delete:big\n")
+				b.Send("Delete:big\n")
 				held := heapBytes()
 				for range 2 * dripTime / slowAfter {
 					// The collector finds the values alive, though they are not stored any more.
@@ -4148,20 +4148,20 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 						eighths = 9
 					}
 					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
-					b.ask("Put:k:v\nPing", ":PONG")
+					b.Ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / tickTime {
 						if pass(tickTime); c.drips {
-							mute.conn.Read(make([]byte, 5*kilo))
+							mute.Conn.Read(make([]byte, 5*kilo))
 						}
 					}
 				}
 				equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
-				equal(t, c.request+": it is cut off", b.stat("clients") == 1, isNeeded && !c.isDropped)
+				equal(t, c.request+": it is cut off", b.Stat("clients") == 1, isNeeded && !c.isDropped)
 				if c.isDropped && isNeeded {
-					mute.count("small:")
-					mute.ask("Ping", ":PONG dropped 2")
+					mute.Count("small:")
+					mute.Ask("Ping", ":PONG dropped 2")
 				}
-				mute.close()
+				mute.Close()
 			})
 		}
 	}
@@ -4174,19 +4174,19 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		used := &n.server.budget
 		used.limitTo(64<<20, 0)
 		n.fillKeys("key", 9000, strings.Repeat("v", kilo))
-		mute, a := n.dial(t), n.dial(t)
-		mute.send("Dump\n")
+		mute, a := n.Dial(t), n.Dial(t)
+		mute.Send("Dump\n")
 		for range 3 {
 			pass(slowAfter)
-			equal(t, "clients while there is memory", a.stat("clients"), 2)
+			equal(t, "clients while there is memory", a.Stat("clients"), 2)
 			used.collected(used.accounted() + used.forData() - used.store.Load())
-			a.ask("Put:k:v\nPing", ":PONG")
+			a.Ask("Put:k:v\nPing", ":PONG")
 		}
 		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
-		a.ask("Put:k:v\nPing", ":PONG")
+		a.Ask("Put:k:v\nPing", ":PONG")
 		pass(2 * slowAfter)
-		equal(t, "clients", a.stat("clients"), 1)
-		mute.close()
+		equal(t, "clients", a.Stat("clients"), 1)
+		mute.Close()
 	})
 }
 
@@ -4229,13 +4229,13 @@ func TestMemoryIsGivenBack(t *testing.T) {
 func TestMemoryLimitCountsTLS(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls = serverConfig(t)
-		a := n.dial(t)
-		a.overTLS()
-		a.ask("Ping", ":PONG")
+		a := n.Dial(t)
+		a.OverTLS()
+		a.Ask("Ping", ":PONG")
 		synctest.Wait()
 		equal(t, "bytes of one client", n.server.budget.store.Load()-n.server.db.Footprint(),
 			memoryPerClient+memoryOfTLS)
-		a.hangUp()
+		a.HangUp()
 	})
 }
 
@@ -4265,17 +4265,17 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				}
 				share := int(b.forInput())
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
-				clients := n.dialMany(t, kind.clients, func(_ int, c *testClient) {
-					c.conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
+				clients := n.DialMany(t, kind.clients, func(_ int, c *testClient) {
+					c.Conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
 				})
 				synctest.Wait()
 				before := heapBytes()
 				mayEnd := make(chan struct{})
 				for _, c := range clients {
 					go func() {
-						c.conn.Write(line)
+						c.Conn.Write(line)
 						if <-mayEnd; end {
-							c.sendSome("\nPing\n")
+							c.SendSome("\nPing\n")
 						}
 					}()
 				}
@@ -4285,21 +4285,21 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						held, most)
 				}
 				between(t, "bytes of lines that have begun", n.server.budget.inputs.Load(), 1, math.MaxInt64)
-				a := n.dialAck(t)
-				a.ask("Put:other:v", ":OK 1")
-				a.hangUp()
+				a := n.DialAck(t)
+				a.Ask("Put:other:v", ":OK 1")
+				a.HangUp()
 
 				close(mayEnd)
 				if end {
 					for _, c := range clients {
-						c.want(":PONG")
-						c.hangUp()
+						c.Want(":PONG")
+						c.HangUp()
 					}
 				} else {
 					got := map[string]int{}
 					for _, c := range clients {
-						got[c.read()]++
-						c.close()
+						got[c.Read()]++
+						c.Close()
 					}
 					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
 					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
@@ -4327,15 +4327,15 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			share := n.server.budget.shared() / inputShare
 			sent := []byte(line) // one for all
 			before := heapBytes()
-			clients := n.dialMany(t, storetest.Fewer(50, 2), func(_ int, c *testClient) { go c.conn.Write(sent) })
+			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *testClient) { go c.Conn.Write(sent) })
 			pass(slowAfter + lineTime)
 
 			b := &n.server.budget
 			between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.chains.Load()+b.inputs.Load(), 0, 3*share)
 			b.collected(int64(heapBytes() - before))
-			a := n.dialAck(t)
-			a.ask("Put:other:v", ":OK 1")
-			a.hangUp()
+			a := n.DialAck(t)
+			a.Ask("Put:other:v", ":OK 1")
+			a.HangUp()
 
 			closeClients(clients)
 			pass(2 * probeTime) // so that the server notices that waiting clients have gone
@@ -4352,9 +4352,9 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 		n.fill(long, "v", 1)
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Store(1 << 30)
-		a := n.dialAck(t)
-		a.ask("Take:"+long+":60", long+":v", ":OK 1")
-		within(t, 0, time.Second, func() { a.ask("Take:"+long+":60", ":OK 0") })
+		a := n.DialAck(t)
+		a.Ask("Take:"+long+":60", long+":v", ":OK 1")
+		within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
 		n.server.budget.inputs.Add(-1 << 30)
 	})
 }
@@ -4365,11 +4365,11 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
 		long := strings.Repeat("k", 900*kilo)
-		a, b := n.dial(t), n.dial(t)
-		a.send("Take:" + long + ":3600\n")
+		a, b := n.Dial(t), n.Dial(t)
+		a.Send("Take:" + long + ":3600\n")
 		pass(2 * quietAfter)
-		b.send("Put:" + long + ":v\n")
-		a.want(long + ":v")
+		b.Send("Put:" + long + ":v\n")
+		a.Want(long + ":v")
 		pass(3 * quietAfter)
 		equal(t, "bytes that are counted for a Take that has ended", n.server.budget.inputs.Load(), 0)
 	})
@@ -4396,23 +4396,23 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
 			n.fill("big", "v", kilo)
-			mute := n.dialMany(t, 40, func(_ int, m *testClient) { go m.sendSome(c.others) })
-			another := n.dial(t)
+			mute := n.DialMany(t, 40, func(_ int, m *testClient) { go m.SendSome(c.others) })
+			another := n.Dial(t)
 			pass(quietAfter / 2)
-			go another.sendSome(c.another)
+			go another.SendSome(c.another)
 			synctest.Wait()
 			n.server.budget.other.Store(1 << 40)
-			a := n.dialAck(t)
-			a.send("Put:x:y\n")
-			if line := a.read(); !strings.Contains(line, "memory is full") {
+			a := n.DialAck(t)
+			a.Send("Put:x:y\n")
+			if line := a.Read(); !strings.Contains(line, "memory is full") {
 				t.Errorf("the memory is not full: %q", line)
 			}
 			within(t, 0, c.most, func() {
-				a.ask("Remove:k:"+long, ":OK 1")
-				a.ask("delete:"+long, ":OK 1")
-				a.ask("Remove:k:"+long, ":OK 1")
+				a.Ask("Remove:k:"+long, ":OK 1")
+				a.Ask("delete:"+long, ":OK 1")
+				a.Ask("Remove:k:"+long, ":OK 1")
 			})
-			a.hangUp()
+			a.HangUp()
 			closeClients(append(mute, another))
 		})
 	}
@@ -4435,16 +4435,16 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			n.server.maxLine = 1 << 20
 			b := &n.server.budget
 			b.limitTo(16<<20, 0)
-			clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(c.burst) })
+			clients := n.DialMany(t, count, func(_ int, o *testClient) { go o.SendSome(c.burst) })
 			pass(slowAfter / 2)
 			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
 			for _, o := range clients {
 				for range strings.Count(c.burst, "Ping") {
-					o.want(":PONG " + c.token)
+					o.Want(":PONG " + c.token)
 				}
 			}
 			for range 3 { // a client that goes on asks for little
-				clients[0].ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
+				clients[0].Ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
 				pass(quietAfter)
 			}
 			between(t, "bytes of bursts in the end", b.inputs.Load(), 0, 14*kilo)
@@ -4460,9 +4460,9 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 		line := []byte("Set:k:" + strings.Repeat("p", 600*kilo) + "\nSet:k:" + strings.Repeat("q", 5*kilo))
-		clients := n.dialMany(t, count, func(_ int, o *testClient) {
-			o.conn.(*world.Conn).SetWriteBuffer(2 << 20) // so that both lines come at once
-			go o.conn.Write(line)
+		clients := n.DialMany(t, count, func(_ int, o *testClient) {
+			o.Conn.(*world.Conn).SetWriteBuffer(2 << 20) // so that both lines come at once
+			go o.Conn.Write(line)
 		})
 		synctest.Wait()
 		between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
@@ -4479,15 +4479,15 @@ func TestMemoryLimitOfMuteLines(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(16<<20, 0)
 		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
-		clients := n.dialMany(t, count, func(_ int, o *testClient) { go o.sendSome(line) })
+		clients := n.DialMany(t, count, func(_ int, o *testClient) { go o.SendSome(line) })
 		for range 60 {
 			pass(slowAfter / 3)
 			between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
 			between(t, "bytes of lines that wait", b.chains.Load(), 0, b.forQueues()+b.forInput()/2)
 		}
 
-		a := n.dialAck(t)
-		within(t, 0, slowAfter, func() { a.ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
+		a := n.DialAck(t)
+		within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
 		closeClients(clients)
 	})
 }
@@ -4499,7 +4499,7 @@ func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(16<<20, 0)
 		burst := strings.Repeat("Ping:pppppppppppppppppppp\n", 6000)
-		mute := n.dialMany(t, 400, func(_ int, o *testClient) { go o.sendSome(burst) })
+		mute := n.DialMany(t, 400, func(_ int, o *testClient) { go o.SendSome(burst) })
 		pass(10 * time.Second)
 		between(t, "bytes that count as input", b.inputs.Load(), b.forBursts()/2, b.forInput()*3/4)
 		closeClients(mute)
@@ -4513,13 +4513,13 @@ func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 		b.inputs.Add(b.forBursts())
-		slow, other := n.dial(t), n.dialAck(t)
+		slow, other := n.Dial(t), n.DialAck(t)
 		line := "Set:k:" + strings.Repeat("v", 60*kilo)
-		go slow.sendSome(line)
+		go slow.SendSome(line)
 		synctest.Wait()
-		within(t, 0, tickTime, func() { other.ask(line, ":OK 0") })
+		within(t, 0, tickTime, func() { other.Ask(line, ":OK 0") })
 		b.inputs.Add(-b.forBursts())
-		slow.close()
+		slow.Close()
 	})
 }
 
@@ -4540,19 +4540,19 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 1 << 20
 			n.server.budget.limitTo(64<<20, 0)
-			a, long := n.dialAck(t), strings.Repeat("v", 100*kilo)
-			a.send(c.line + long)
+			a, long := n.DialAck(t), strings.Repeat("v", 100*kilo)
+			a.Send(c.line + long)
 			pass(quietAfter)
 
 			n.server.budget.inputs.Add(1 << 30)
-			others := n.dialMany(t, 6, func(_ int, o *testClient) { go o.sendSome("Put:k:" + long) })
+			others := n.DialMany(t, 6, func(_ int, o *testClient) { go o.SendSome("Put:k:" + long) })
 			for range c.times {
-				a.send(c.rest)
+				a.Send(c.rest)
 				pass(quietAfter / 2)
 			}
-			a.ask("", c.want)
+			a.Ask("", c.want)
 			n.server.budget.inputs.Add(-1 << 30)
-			a.hangUp()
+			a.HangUp()
 			closeClients(others)
 		})
 	}
@@ -4563,11 +4563,11 @@ func TestMemoryLimitOfFormattedValues(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxMessage = maxMessage
 		n.fill("big", strings.Repeat("v", kilo), 900)
-		mute := n.dial(t)
-		mute.send("Ping\nGet:big\nGet:big\n")
+		mute := n.Dial(t)
+		mute.Send("Ping\nGet:big\nGet:big\n")
 		synctest.Wait()
 		between(t, "bytes that are pinned", n.server.budget.pinned.Load(), 900*kilo, 1000*kilo)
-		mute.close()
+		mute.Close()
 		synctest.Wait()
 		equal(t, "bytes that are pinned in the end", n.server.budget.pinned.Load(), 0)
 	})
@@ -4581,12 +4581,12 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		b.limitTo(64<<20, 0)
 		b.inputs.Add(b.forBursts()) // so that the error line gets its memory as a line
 		mute := n.dialMute(t)
-		go mute.sendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
+		go mute.SendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
 		for range 4 {
 			pass(quietAfter / 2)
 			between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
 		}
-		mute.close()
+		mute.Close()
 		synctest.Wait()
 		equal(t, "bytes of lines in the end", b.inputs.Load(), b.forBursts())
 		b.inputs.Add(-b.forBursts())
@@ -4619,16 +4619,16 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 		n.server.budget.limitTo(64<<20, 0)
 		mute := n.dialMute(t)
 		n.server.budget.inputs.Add(1 << 40)
-		go mute.sendAll("Put:k:" + strings.Repeat("v", 200*kilo))
+		go mute.SendAll("Put:k:" + strings.Repeat("v", 200*kilo))
 		pass(tickTime)
-		a := n.dialAck(t)
+		a := n.DialAck(t)
 		within(t, 0, 2*tickTime, func() {
-			a.send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
-			a.want(":OK 1")
+			a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
+			a.Want(":OK 1")
 		})
 		n.server.budget.inputs.Add(-1 << 40)
-		a.hangUp()
-		mute.close()
+		a.HangUp()
+		mute.Close()
 	})
 }
 
@@ -4636,11 +4636,11 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 func TestMemoryLimitBehindAQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
-		mute, lines := n.dial(t), &n.server.budget.inputs
-		go mute.sendSome("Ping:" + strings.Repeat("p", 500*kilo) + "\nQuit\n")
+		mute, lines := n.Dial(t), &n.server.budget.inputs
+		go mute.SendSome("Ping:" + strings.Repeat("p", 500*kilo) + "\nQuit\n")
 		pass(slowAfter / 2)
 		between(t, "bytes of lines whose replies wait", lines.Load(), 1, burstSize+kilo)
-		mute.close()
+		mute.Close()
 		synctest.Wait()
 		equal(t, "bytes of lines in the end", lines.Load(), 0)
 	})
@@ -4654,31 +4654,31 @@ func TestMaxQueues(t *testing.T) {
 		n.fill("k", value, 1)
 		const limit = 1 << 20
 		n.server.budget.maxQueues = limit
-		slow := n.dialMany(t, 10, func(i int, c *testClient) { // each could queue 3.5 MB
+		slow := n.DialMany(t, 10, func(i int, c *testClient) { // each could queue 3.5 MB
 			if i%2 == 0 {
-				c.ask("Ack", ":OK 0")
+				c.Ask("Ack", ":OK 0")
 			}
-			go c.sendSome(strings.Repeat("Get:k\n", 600))
+			go c.SendSome(strings.Repeat("Get:k\n", 600))
 		})
-		honest := n.dial(t)
+		honest := n.Dial(t)
 		for range 40 {
 			pass(seenSlow / 10)
-			honest.send(strings.Repeat("Get:k\n", 100) + "Ping\n")
-			equal(t, "replies of a client that reads", honest.count("k:"), 100)
-			if queued := honest.stat("queued_bytes"); queued >
+			honest.Send(strings.Repeat("Get:k\n", 100) + "Ping\n")
+			equal(t, "replies of a client that reads", honest.Count("k:"), 100)
+			if queued := honest.Stat("queued_bytes"); queued >
 				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
 			}
 		}
 		for i, c := range slow {
 			if i%2 != 0 {
-				c.send("Ping\n")
-				between(t, "replies of a slow reader", c.count("k:"), 1, 599)
+				c.Send("Ping\n")
+				between(t, "replies of a slow reader", c.Count("k:"), 1, 599)
 			}
-			c.close()
+			c.Close()
 		}
 		synctest.Wait()
-		honest.wantStat("queued_bytes", 0)
+		honest.WantStat("queued_bytes", 0)
 		between(t, "clients that were cut, in the log", strings.Count(n.log.take(), "(-max-queues)"), 1, 5)
 	})
 }
@@ -4692,16 +4692,16 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 			n.server.budget.maxQueues = limit
 			n.fill("list", "v", 20*kilo)
 			n.fill("small", strings.Repeat("v", kilo), 1)
-			mute, other := n.dial(t), n.dial(t)
-			go mute.send(strings.Repeat("Get:small\n", 3*maxBufferSize))
+			mute, other := n.Dial(t), n.Dial(t)
+			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
 			pass(2 * seenSlow)
-			mute.send("Ping\n" + strings.Repeat(behind, 120))
+			mute.Send("Ping\n" + strings.Repeat(behind, 120))
 			n.server.budget.queued.Add(limit)
 			pass(2 * seenSlow)
 			n.server.budget.queued.Add(-limit)
-			between(t, "bytes that are queued", other.stat("queued_bytes"), 0, limit)
-			equal(t, behind+": it is cut off", other.stat("clients") == 1, false)
-			mute.close()
+			between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
+			equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
+			mute.Close()
 		})
 	}
 }
@@ -4712,20 +4712,20 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
 		n.fill("big", strings.Repeat("v", 120*kilo), 1)
-		writer := n.dialAck(t)
-		mute := n.dialMany(t, 5, func(i int, c *testClient) {
-			go c.sendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
+		writer := n.DialAck(t)
+		mute := n.DialMany(t, 5, func(i int, c *testClient) {
+			go c.SendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
 		})
 		for range 50 {
 			pass(seenSlow / 10)
-			writer.ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
+			writer.Ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
 		}
-		between(t, "bytes that are queued", writer.stat("queued_bytes"), 0, 1<<20)
+		between(t, "bytes that are queued", writer.Stat("queued_bytes"), 0, 1<<20)
 
 		// However much they fill, it does not count as data.
 		b := &n.server.budget
 		b.queued.Add(b.limit)
-		writer.ask("Put:k:v", ":OK 1")
+		writer.Ask("Put:k:v", ":OK 1")
 		between(t, "bytes of a list", b.forList(), 1, b.forQueues()/4)
 		b.queued.Add(-b.limit)
 		closeClients(mute)
@@ -4740,23 +4740,23 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		n.fill("list", "v", values)
 		n.fillKeys("key", keys, strings.Repeat("v", 100))
 		n.server.maxClients = 3
-		watch, a, b := n.dial(t), n.dial(t), n.dial(t)
+		watch, a, b := n.Dial(t), n.Dial(t), n.Dial(t)
 		synctest.Wait()
-		c := n.dial(t)
-		c.want(":ERROR line 0: server is full (3 clients)")
-		c.close()
-		go a.sendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
+		c := n.Dial(t)
+		c.Want(":ERROR line 0: server is full (3 clients)")
+		c.Close()
+		go a.SendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
 		pass(tickTime) // not yet slow, so hardly anything is queued
-		between(t, "bytes of a chain that keeps 20 lists", watch.stat("queued_bytes"), 5*values*stringSize,
+		between(t, "bytes of a chain that keeps 20 lists", watch.Stat("queued_bytes"), 5*values*stringSize,
 			math.MaxInt)
-		a.close()
+		a.Close()
 		synctest.Wait()
-		go b.sendSome("Dump\n")
+		go b.SendSome("Dump\n")
 		pass(seenSlow)
-		between(t, "bytes of a Dump", watch.stat("queued_bytes"), keys*stringSize, math.MaxInt)
-		b.close()
+		between(t, "bytes of a Dump", watch.Stat("queued_bytes"), keys*stringSize, math.MaxInt)
+		b.Close()
 		pass(2 * seenSlow)
-		watch.wantStat("queued_bytes", 0)
+		watch.WantStat("queued_bytes", 0)
 	})
 }
 
@@ -4766,8 +4766,8 @@ func TestMemoryOfALastRequest(t *testing.T) {
 		store := &plainStore{KVStore: kvstore.NewMemory()}
 		store.Put("k", "v")
 		n.server.db = kvstore.StoreOf(store)
-		a := n.dial(t)
-		a.ask("Get:k", "k:v")
+		a := n.Dial(t)
+		a.Ask("Get:k", "k:v")
 		synctest.Wait()
 		list := weak.Make(&store.last[0])
 		store.last = nil
@@ -4781,12 +4781,12 @@ func TestMemoryOfQuietClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
 		speak := func(a *testClient, request string, times int) {
-			go a.send(strings.Repeat(request+"\n", times))
+			go a.Send(strings.Repeat(request+"\n", times))
 			for range times {
-				a.want("k:v")
+				a.Want("k:v")
 			}
 		}
-		clients := n.dialMany(t, storetest.Fewer(20, 2), func(_ int, a *testClient) { speak(a, "Get:k", 1) })
+		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *testClient) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
@@ -4804,15 +4804,15 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.start(t)
 		before := heapBytes()
-		clients := n.dialMany(t, 10, func(_ int, a *testClient) {
-			a.send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
+		clients := n.DialMany(t, 10, func(_ int, a *testClient) {
+			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
 		pass(lineTime / 2)
 		between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
 			burstSize/4)
 		for _, a := range clients {
-			a.send("\n")
-			a.hangUp()
+			a.Send("\n")
+			a.HangUp()
 		}
 	})
 }
@@ -4820,12 +4820,12 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 // Ensure that a client that goes on keeps one burst alive, and not every earlier one.
 func TestMemoryOfABusyClient(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask("Ping", ":PONG")
+		a := n.Dial(t)
+		a.Ask("Ping", ":PONG")
 		before := heapBytes()
 		for lines := maxChain; lines > 0; lines -= 8 {
-			a.send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
-			a.ask("Ping", ":PONG")
+			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
+			a.Ask("Ping", ":PONG")
 		}
 		between(t, "bytes more of a busy client", heapBytes()-before, math.MinInt, 10*testMaxLine)
 	})
@@ -4835,33 +4835,33 @@ func TestMemoryOfABusyClient(t *testing.T) {
 // second or two, and none for requests.
 func TestMemoryOfATrickle(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
+		a := n.Dial(t)
+		a.Ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
 		synctest.Wait()
 		between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
 		for range 8 {
-			a.send("P") // a line that does not end
+			a.Send("P") // a line that does not end
 			pass(quietAfter / 2)
 		}
 		between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
-		a.close()
+		a.Close()
 	})
 }
 
 // Ensure that a line that is far too long takes no more memory than the limit.
 func TestMemoryOfAnEndlessLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.dial(t), n.dial(t)
+		a, b := n.Dial(t), n.Dial(t)
 		big := bytes.Repeat([]byte("x"), 1<<20)
 		before := heapBytes()
-		a.sendSome("Put:k:")
+		a.SendSome("Put:k:")
 		for range 4 {
-			a.conn.Write(big)
+			a.Conn.Write(big)
 		}
-		b.ask("Ping", ":PONG")
+		b.Ask("Ping", ":PONG")
 		between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
-		a.send("\n")
-		a.ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
+		a.Send("\n")
+		a.Ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
 	})
 }
 
@@ -4883,7 +4883,7 @@ func TestListenOnLocalhost(t *testing.T) {
 	}
 	for _, host := range hosts {
 		a := dialTCP(t, net.JoinHostPort(host, port))
-		a.ask("Ping:"+host, ":PONG "+host)
+		a.Ask("Ping:"+host, ":PONG "+host)
 	}
 	runBinary(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
 	runBinary(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
@@ -4922,10 +4922,10 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
 	}
 	a, b := dialTCP(t, addr), dialTCP(t, second)
-	a.ask("Put:k:v\nPing", ":PONG")
-	b.ask("Get:k", "k:v")
-	a.hangUp()
-	b.hangUp()
+	a.Ask("Put:k:v\nPing", ":PONG")
+	b.Ask("Get:k", "k:v")
+	a.HangUp()
+	b.HangUp()
 	stopBinary(t, cmd, log, syscall.SIGTERM)
 }
 
@@ -4956,9 +4956,9 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
 	runBinary(t, "", "k:v\n", true, "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
 	a := dialTCP(t, at)
-	a.sendAll("Get:k\n")
-	a.wantRest("k:v\n")
-	dialTCP(t, at).ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
+	a.SendAll("Get:k\n")
+	a.WantRest("k:v\n")
+	dialTCP(t, at).Ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
 
 	runBinary(t, "", "Stop what listens there", false, "-addr", at)
 	runBinary(t, "", "k:v\n", true, "-addr", at, "-c", "Get:k")
@@ -4985,12 +4985,12 @@ func TestListenOnAUnixSocket(t *testing.T) {
 // Ensure that Stats counts what was done, including all requests before it.
 func TestStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.dial(t).ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
+		n.Dial(t).Ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
 		pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
-		a := n.dial(t)
-		a.send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
+		a := n.Dial(t)
+		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
-		a.want("key:value", "key:v2",
+		a.Want("key:value", "key:v2",
 			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
 		synctest.Wait()
 		lines := []string{
@@ -5010,14 +5010,14 @@ func TestStats(t *testing.T) {
 				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
 		wantAll := func() {
-			a.want(lines...)
-			if line := a.read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
+			a.Want(lines...)
+			if line := a.Read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
 				t.Errorf("got %q", line)
 			}
-			a.want(":OK " + strconv.Itoa(len(lines)+1))
+			a.Want(":OK " + strconv.Itoa(len(lines)+1))
 		}
 		wantAll()
-		a.want(":OK 0")
+		a.Want(":OK 0")
 		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
 		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
 		wantAll()
@@ -5033,13 +5033,13 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 		defer db.Close()
 		defer n.server.Close()
 		n.server.db = db
-		a := n.dial(t)
-		a.ask("Put:key:value\nGet:key", "key:value")
+		a := n.Dial(t)
+		a.Ask("Put:key:value\nGet:key", "key:value")
 		synctest.Wait()
 		_, body := getPage(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
-		a.send("Stats\n")
-		for _, line := range a.readList() {
+		a.Send("Stats\n")
+		for _, line := range a.ReadList() {
 			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
 			want := "\nkvserver_" + name + " " + value + "\n"
 			switch name {
@@ -5079,7 +5079,7 @@ func TestWatch(t *testing.T) {
 		return answer.StatusCode, string(body)
 	}
 	a := dialTCP(t, s.listener.Addr().String())
-	a.ask("Put:k:v\nPing", ":PONG")
+	a.Ask("Put:k:v\nPing", ":PONG")
 	for path, want := range map[string]string{"/healthz": "ok\n", "/": "/metrics\n",
 		"/debug/pprof/goroutine?debug=1": "workLoop",
 		// A request over HTTP does not count as a request.
@@ -5088,7 +5088,7 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%s: %d, without %q:\n%s", path, code, want, body)
 		}
 	}
-	a.hangUp()
+	a.HangUp()
 	s.Close()
 	for _, path := range []string{"/healthz", "/metrics"} {
 		code, _ := get(path)
@@ -5134,8 +5134,8 @@ func TestWatchAStalledStore(t *testing.T) {
 		store := gatedStore{kvstore.NewMemory(), make(chan error)}
 		n.server.db = kvstore.StoreOf(store)
 		handler := n.server.watchHandler("")
-		a := n.dial(t)
-		a.post("Put:k:v\n")
+		a := n.Dial(t)
+		a.Post("Put:k:v\n")
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
 		within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
@@ -5161,7 +5161,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 	startTCP(t, s)
 	wantPage(t, handler, "/healthz", 200, "ok\n")
 	a := dialTCP(t, s.listener.Addr().String())
-	a.ask("Put:k:v\nPing", ":PONG")
+	a.Ask("Put:k:v\nPing", ":PONG")
 	s.log.Error("the test has failed")
 	text := wantPage(t, handler, "/metrics", 200)
 	checkMetrics(t, text)
@@ -5186,11 +5186,11 @@ func TestWatchIsLimited(t *testing.T) {
 	get := func(host, path string) (int, string) {
 		t.Helper()
 		a := dialTCP(t, addr)
-		a.send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
-		answer, err := http.ReadResponse(a.r, nil)
+		a.Send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
+		answer, err := http.ReadResponse(a.R, nil)
 		must(t, err)
 		body, _ := io.ReadAll(answer.Body)
-		if a.r.Buffered() > 0 || a.conn.CloseWrite() != nil {
+		if a.R.Buffered() > 0 || a.Conn.CloseWrite() != nil {
 			t.Errorf("%s: more than an answer", path)
 		}
 		return answer.StatusCode, string(body)
@@ -5309,15 +5309,15 @@ func TestInputAtEverySplitPoint(t *testing.T) {
 		"its end, so it was not run\n"
 	play := func(t *testing.T, pieces ...string) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
+			a := n.Dial(t)
 			go func() {
 				for _, p := range pieces {
-					a.send(p)
+					a.Send(p)
 					synctest.Wait() // until the server has read it and waits for more
 				}
-				a.conn.CloseWrite()
+				a.Conn.CloseWrite()
 			}()
-			equal(t, fmt.Sprintf("in pieces %q", pieces), a.readAll(), want)
+			equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
 		})
 	}
 	for i := range script {
@@ -5334,14 +5334,14 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 			line := "Put:k:" + strings.Repeat("v", testMaxLine-6+over) + end
 			for cut := len(line) - 4; cut < len(line); cut++ {
 				inBubble(t, func(t *testing.T, n *fakeNet) {
-					a := n.dial(t)
-					a.post(line[:cut])
-					a.send(line[cut:])
+					a := n.Dial(t)
+					a.Post(line[:cut])
+					a.Send(line[cut:])
 					if over > 0 {
-						a.want(":ERROR line 1: longer than 20000 bytes, skipped")
-						a.ask("Count:k", ":OK 0")
+						a.Want(":ERROR line 1: longer than 20000 bytes, skipped")
+						a.Ask("Count:k", ":OK 0")
 					} else {
-						a.ask("Get:k", "k:"+strings.Repeat("v", testMaxLine-6))
+						a.Ask("Get:k", "k:"+strings.Repeat("v", testMaxLine-6))
 					}
 				})
 			}
@@ -5354,29 +5354,29 @@ func TestInputLimitAtEverySplitPoint(t *testing.T) {
 func TestSlowLine(t *testing.T) {
 	for _, trickle := range []string{"", "x"} { // silence, and a byte a second
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
-			a.ask("Ping", ":PONG")
+			a := n.Dial(t)
+			a.Ask("Ping", ":PONG")
 			<-time.After(time.Hour)
-			a.ask("Ping", ":PONG")
+			a.Ask("Ping", ":PONG")
 			for range 3 { // lines that take long, but end
-				a.send("Pi")
+				a.Send("Pi")
 				pass(lineTime - time.Second)
-				a.send("ng\n")
-				a.want(":PONG")
+				a.Send("ng\n")
+				a.Want(":PONG")
 			}
-			a.send("Put:k:")
+			a.Send("Put:k:")
 			var sender sync.WaitGroup
 			sender.Go(func() {
 				for range 100 {
 					<-time.After(time.Second)
-					a.sendSome(trickle)
+					a.SendSome(trickle)
 				}
 			})
 			within(t, lineTime, lineTime+2*quietAfter, func() {
-				a.want(":ERROR line 6: the line was begun but not ended within 30s")
+				a.Want(":ERROR line 6: the line was begun but not ended within 30s")
 			})
-			a.wantClosed()
-			a.close()
+			a.WantClosed()
+			a.Close()
 			sender.Wait()
 		})
 	}
@@ -5385,35 +5385,35 @@ func TestSlowLine(t *testing.T) {
 // Ensure that a line's time does not begin with a skipped line before it.
 func TestSlowLineAfterSkippedOne(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.sendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
+		a := n.Dial(t)
+		a.SendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
 		pass(lineTime - 5*time.Second)
-		a.sendSome("\nPing:")
+		a.SendSome("\nPing:")
 		pass(lineTime - 5*time.Second)
-		a.ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
+		a.Ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
 	})
 }
 
 // Ensure that a line that is too long and does not end is answered once.
 func TestSlowLineIsAnsweredOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		go a.sendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
-		a.want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
-		a.wantRest("")
-		a.close()
+		a := n.Dial(t)
+		go a.SendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
+		a.Want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
+		a.WantRest("")
+		a.Close()
 	})
 }
 
 // Ensure that the time of a line is what its error says, to the tick.
 func TestSlowLineEndsInTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.send("Put:k:")
+		a := n.Dial(t)
+		a.Send("Put:k:")
 		within(t, lineTime, lineTime, func() {
-			a.want(":ERROR line 1: the line was begun but not ended within 30s")
+			a.Want(":ERROR line 1: the line was begun but not ended within 30s")
 		})
-		a.close()
+		a.Close()
 	})
 }
 
@@ -5423,17 +5423,17 @@ func TestSlowLineBehindReplies(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			value := strings.Repeat("v", 1200)
 			n.fill("big", value, 4000) // more than the queue holds
-			a := n.dial(t)
-			go a.send("Get:big\nPut:late:")
+			a := n.Dial(t)
+			go a.Send("Get:big\nPut:late:")
 			for range 2 * lineTime / quietAfter {
 				pass(quietAfter)
-				a.send(trickle)
+				a.Send(trickle)
 			}
 			for range 4000 {
-				a.want("big:" + value)
+				a.Want("big:" + value)
 			}
-			a.send("\n")
-			a.ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
+			a.Send("\n")
+			a.Ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
 		})
 	}
 }
@@ -5445,14 +5445,14 @@ func TestInputBehindReplies(t *testing.T) {
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Add(1 << 30)            // only one line at a time is let in
 		n.fill("big", strings.Repeat("v", 1200), 4000) // more than the queue holds
-		mute, a := n.dial(t), n.dial(t)
+		mute, a := n.Dial(t), n.Dial(t)
 		long := strings.Repeat("v", 100*kilo)
-		mute.ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
-		go mute.sendSome("Get:big\nPut:k:" + long)
+		mute.Ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
+		go mute.SendSome("Get:big\nPut:k:" + long)
 		synctest.Wait()
-		within(t, 0, quietAfter, func() { a.ask("Put:k:"+long+"\nPing", ":PONG") })
+		within(t, 0, quietAfter, func() { a.Ask("Put:k:"+long+"\nPing", ":PONG") })
 		n.server.budget.inputs.Add(-1 << 30)
-		mute.close()
+		mute.Close()
 	})
 }
 
@@ -5469,24 +5469,24 @@ func TestDumpIsOneMoment(t *testing.T) {
 		for i := range coins {
 			n.fill(fmt.Sprint("purse", i), fmt.Sprint("coin", i), 1)
 		}
-		a, b := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
-		b.ask("Ack", ":OK 0")
-		a.send("Put:begun:1\nDump\n")
-		a.want(":OK 1")
-		a.want(": Put:begun:1")
+		a, b := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
+		b.Ask("Ack", ":OK 0")
+		a.Send("Put:begun:1\nDump\n")
+		a.Want(":OK 1")
+		a.Want(": Put:begun:1")
 		synctest.Wait()
 		for i := range coins { // while it waits for its reader
 			to := fmt.Sprint("purse", (i*7)%purses)
-			b.send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
+			b.Send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
 				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
 			for range 4 {
-				b.read()
+				b.Read()
 			}
 		}
 		lists, last := map[string][]string{}, ""
-		line := a.read()
-		for ; !strings.HasPrefix(line, ":OK "); line = a.read() {
+		line := a.Read()
+		for ; !strings.HasPrefix(line, ":OK "); line = a.Read() {
 			f := strings.Split(line, ":")
 			if f[2] < last {
 				t.Fatalf("%q comes after %q", f[2], last)
@@ -5522,25 +5522,25 @@ func TestDumpListsAreBounded(t *testing.T) {
 			fmt.Fprintf(wantKeys, ": %s\n", key)
 			fmt.Fprintf(wantDump, ": Put:%s:v\n", key)
 		}
-		mute := n.dial(t)
-		mute.send("Keys\n")
+		mute := n.Dial(t)
+		mute.Send("Keys\n")
 		var all sync.WaitGroup
 		for i := range askers {
 			request, want := "Keys\n", wantKeys
 			if i%2 == 0 {
 				request, want = "Dump:k\n", wantDump
 			}
-			c := n.dial(t)
+			c := n.Dial(t)
 			all.Go(func() {
-				c.sendAll(request)
+				c.SendAll(request)
 				got := new(strings.Builder)
-				for err := error(nil); err == nil; _, err = io.CopyN(got, c.r, 100*kilo) {
+				for err := error(nil); err == nil; _, err = io.CopyN(got, c.R, 100*kilo) {
 					<-time.After(tickTime)
 				}
 				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
 					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
 				}
-				c.close()
+				c.Close()
 			})
 		}
 		ended := make(chan struct{})
@@ -5548,9 +5548,9 @@ func TestDumpListsAreBounded(t *testing.T) {
 			all.Wait()
 			close(ended)
 		}()
-		watch := n.dial(t)
+		watch := n.Dial(t)
 		for began := time.Now(); !isClosed(ended); pass(tickTime) {
-			queued := watch.stat("queued_bytes")
+			queued := watch.Stat("queued_bytes")
 			if most := limit + (lists+2)*(2*testMaxMessage+8*kilo); queued > most {
 				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
 			}
@@ -5558,8 +5558,8 @@ func TestDumpListsAreBounded(t *testing.T) {
 				t.Fatal("they are not answered")
 			}
 		}
-		watch.hangUp()
-		mute.close()
+		watch.HangUp()
+		mute.Close()
 	})
 }
 
@@ -5567,10 +5567,10 @@ func TestDumpListsAreBounded(t *testing.T) {
 func TestDumpGivesSnapshotsBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
-		a := n.dial(t)
-		a.post("Keys\n")
+		a := n.Dial(t)
+		a.Post("Keys\n")
 		equal(t, "snapshots of a Keys that is not read", len(n.server.snapshots.slots), 0)
-		a.close()
+		a.Close()
 	})
 }
 
@@ -5581,11 +5581,11 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.fillKeys("k", 1600, strings.Repeat("v", 20*kilo)) // 32 MB
 			mayEnd := make(chan struct{})
-			slow := n.dialMany(t, maxSnapshots, func(_ int, c *testClient) {
-				c.conn.Write([]byte("Dump\n"))
+			slow := n.DialMany(t, maxSnapshots, func(_ int, c *testClient) {
+				c.Conn.Write([]byte("Dump\n"))
 				go func() {
 					for !isClosed(mayEnd) {
-						io.CopyN(io.Discard, c.conn, int64(drip))
+						io.CopyN(io.Discard, c.Conn, int64(drip))
 						<-time.After(tickTime)
 					}
 				}()
@@ -5593,11 +5593,11 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 			pass(3 * dripTime)
 			equal(t, "places that are taken while nobody waits", len(n.server.snapshots.slots), maxSnapshots)
 
-			a := n.dialAck(t)
-			within(t, 0, 6*dripTime, func() { a.ask("Keys:none", ":OK 0") })
+			a := n.DialAck(t)
+			within(t, 0, 6*dripTime, func() { a.Ask("Keys:none", ":OK 0") })
 			close(mayEnd)
 			pass(tickTime)
-			a.hangUp()
+			a.HangUp()
 			closeClients(slow)
 		})
 	}
@@ -5607,10 +5607,10 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 func TestDumpOfAStoreThatCannotList(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
-		a := n.dial(t)
-		a.ask("Keys", ":ERROR line 1: this store cannot list its keys")
-		a.ask("Dump", ":ERROR line 2: this store cannot list its keys")
-		a.ask("Ping", ":PONG")
+		a := n.Dial(t)
+		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
+		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
+		a.Ask("Ping", ":PONG")
 	})
 }
 
@@ -5756,17 +5756,17 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
 		n.server.budget.maxQueues = 1 << 20
-		a, b, other := n.dial(t), n.dial(t), n.dial(t)
-		go a.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
+		a, b, other := n.Dial(t), n.Dial(t), n.Dial(t)
+		go a.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
 		pass(time.Minute)
-		go b.sendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
+		go b.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
 		pass(time.Minute)
-		other.ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
-		between(t, "bytes that are queued", other.stat("queued_bytes"), 0, 5<<18)
-		a.close()
-		b.close()
+		other.Ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
+		between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, 5<<18)
+		a.Close()
+		b.Close()
 		synctest.Wait()
-		other.wantStat("queued_bytes", 0)
+		other.WantStat("queued_bytes", 0)
 	})
 }
 
@@ -5913,24 +5913,24 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 625)
 		n.fill("k", value, 1)
-		other, slow := n.dial(t), n.dial(t)
+		other, slow := n.Dial(t), n.Dial(t)
 		const owed = 10 * kilo // more than the queue holds
-		go slow.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
+		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
 		within(t, 0, 0, func() {
 			for i := range 100 {
-				other.ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
+				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
 			}
 		})
 		synctest.Wait()
-		other.ask("Get:after") // not run yet: the slow client waits for itself
-		other.ask("Ping", ":PONG")
+		other.Ask("Get:after") // not run yet: the slow client waits for itself
+		other.Ask("Ping", ":PONG")
 		pass(slowAfter - 1)
-		other.ask("Get:after")
+		other.Ask("Get:after")
 		pass(1 + seenSlow - slowAfter)
-		other.ask("Get:after", "after:1") // its writes take effect
+		other.Ask("Get:after", "after:1") // its writes take effect
 		delivered := 0
 		for {
-			line := slow.read()
+			line := slow.Read()
 			if line != "k:"+value {
 				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
 					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
@@ -5941,9 +5941,9 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		}
 		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
 		between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
-		slow.ask("Ping", ":PONG") // counted once
-		other.wantStat("replies_dropped_total", owed-delivered)
-		slow.ask("Get:after", "after:1")
+		slow.Ask("Ping", ":PONG") // counted once
+		other.WantStat("replies_dropped_total", owed-delivered)
+		slow.Ask("Get:after", "after:1")
 	})
 }
 
@@ -5951,16 +5951,16 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 func TestSlowReaderRecovers(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("list", strings.Repeat("v", 625), 30) // three messages
-		a := n.dial(t)
-		ask := func() { a.send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
+		a := n.Dial(t)
+		ask := func() { a.Send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
 		go ask()
 		pass(2 * slowAfter)
-		delivered := a.count("list:")
+		delivered := a.Count("list:")
 		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
 			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
 		}
 		go ask()
-		equal(t, "reading at once, lines", a.count("list:"), 300*30)
+		equal(t, "reading at once, lines", a.Count("list:"), 300*30)
 	})
 }
 
@@ -6109,7 +6109,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 		const clients, slow, gets, values = 6, 4, 1900, 3
 		value := strings.Repeat("v", 4096)
 		n.fill("list", value, values)
-		all := n.dialMany(t, clients, func(int, *testClient) {})
+		all := n.DialMany(t, clients, func(int, *testClient) {})
 		var lines [clients]int
 		var readers sync.WaitGroup
 		for i, c := range all {
@@ -6118,9 +6118,9 @@ func TestSlowReaderOfProject0(t *testing.T) {
 					<-time.After(5 * time.Second)
 				}
 				// A minute without a line means that no more come.
-				c.conn.SetReadDeadline(time.Now().Add(time.Minute))
+				c.Conn.SetReadDeadline(time.Now().Add(time.Minute))
 				for ; ; lines[i]++ {
-					line, err := c.r.ReadString('\n')
+					line, err := c.R.ReadString('\n')
 					if err != nil {
 						return
 					}
@@ -6132,7 +6132,7 @@ func TestSlowReaderOfProject0(t *testing.T) {
 		}
 		for range gets {
 			for _, c := range all {
-				c.send("Get:list\n")
+				c.Send("Get:list\n")
 			}
 			synctest.Wait()
 		}
@@ -6166,21 +6166,21 @@ func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.fill("big", strings.Repeat("v", 1200), 1)
 			n.fill("k", "v", 1)
-			a, other := n.dial(t), n.dial(t)
+			a, other := n.Dial(t), n.Dial(t)
 			const gets = 2000
-			go a.send(strings.Repeat("Get:big\n", gets))
+			go a.Send(strings.Repeat("Get:big\n", gets))
 			pass(2 * seenSlow)
-			dropped := other.stat("replies_dropped_total")
+			dropped := other.Stat("replies_dropped_total")
 			got := 0
 			for ; got < gets-dropped; got++ {
-				a.read()
+				a.Read()
 			}
-			go a.sendAll(end)
-			if rest, want := a.readAll(), fmt.Sprintf(want, dropped, gets, gets+1,
+			go a.SendAll(end)
+			if rest, want := a.ReadAll(), fmt.Sprintf(want, dropped, gets, gets+1,
 				gets+2); rest != want || dropped == 0 {
 				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
 			}
-			a.close()
+			a.Close()
 		})
 	}
 }
@@ -6190,12 +6190,12 @@ func TestSlowReaderIsCountedAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", strings.Repeat("v", 1200), 1)
 		n.fill("huge", strings.Repeat("v", 1200), 4000)
-		a, other := n.dial(t), n.dial(t)
+		a, other := n.Dial(t), n.Dial(t)
 		const gets = 1000
-		go a.send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
+		go a.Send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
 		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
-		dropped := other.stat("replies_dropped_total")
-		delivered := a.count("k:")
+		dropped := other.Stat("replies_dropped_total")
+		delivered := a.Count("k:")
 		equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
 		between(t, "replies dropped", dropped, 1, gets)
 	})
@@ -6207,21 +6207,21 @@ func TestSlowReaderWithAck(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 1200)
 		n.fill("k", value, 1)
-		a, other := n.dial(t), n.dial(t)
-		a.ask("Ack", ":OK 0")
+		a, other := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
 		const owed = 5000
-		go a.send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
+		go a.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
 		pass(time.Minute)
-		other.ask("Get:after")
-		other.ask("Ping", ":PONG")
+		other.Ask("Get:after")
+		other.Ask("Ping", ":PONG")
 		for i := range owed {
-			a.want("k:"+value, ":OK 1")
+			a.Want("k:"+value, ":OK 1")
 			if t.Failed() {
 				t.Fatalf("at reply %d", i)
 			}
 		}
-		a.want(":OK 1")
-		a.ask("Ping", ":PONG")
+		a.Want(":OK 1")
+		a.Ask("Ping", ":PONG")
 	})
 }
 
@@ -6233,8 +6233,8 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 	addr := serveTCP(t)
 	fill := dialTCP(t, addr)
 	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
-	fill.ask("Put:"+reply+"\nPing", ":PONG")
-	fill.hangUp()
+	fill.Ask("Put:"+reply+"\nPing", ":PONG")
+	fill.HangUp()
 	var wg sync.WaitGroup
 	for _, p := range []struct {
 		piece int
@@ -6247,20 +6247,20 @@ func TestSteadyReaderOnRealSocket(t *testing.T) {
 	} {
 		wg.Go(func() {
 			a := dialTCP(t, addr)
-			go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+			go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
 			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C
-				io.ReadFull(a.conn, piece)
+				io.ReadFull(a.Conn, piece)
 			}
 			last := ""
 			for !strings.HasPrefix(last, ":") {
-				last = a.read()
+				last = a.Read()
 			}
 			equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
-			a.hangUp()
+			a.HangUp()
 		})
 	}
 	wg.Wait()
@@ -6274,8 +6274,8 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 	a := dialTCP(t, addr)
 	const gets = 3 * kilo
 	reply := "k:" + strings.Repeat("v", 16*kilo)
-	a.ask("Put:"+reply+"\nPing", ":PONG")
-	go a.sendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+	a.Ask("Put:"+reply+"\nPing", ":PONG")
+	go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 	var pause sync.WaitGroup
 	defer pause.Wait()
 	for i := range gets {
@@ -6286,10 +6286,10 @@ func TestSteadyReaderOfAPausedServer(t *testing.T) {
 				signalTo(t, cmd, "CONT")
 			})
 		}
-		equal(t, fmt.Sprint("reply ", i), a.read(), reply)
+		equal(t, fmt.Sprint("reply ", i), a.Read(), reply)
 	}
-	a.want(":PONG end")
-	a.hangUp()
+	a.Want(":PONG end")
+	a.HangUp()
 }
 
 // ---- client.go: the ends of a connection
@@ -6302,12 +6302,12 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 			return conn
 		}
 		n.fill("k", strings.Repeat("v", kilo), 40)
-		a := n.dial(t)
-		a.send("Get:k\nQuit\n")
+		a := n.Dial(t)
+		a.Send("Get:k\nQuit\n")
 		pass(4 * drainTime)
-		a.sendSome("Ping\n") // on a connection that is closed, this would destroy the answer
-		equal(t, "lines that came", strings.Count(a.readAll(), "k:"), 40)
-		a.close()
+		a.SendSome("Ping\n") // on a connection that is closed, this would destroy the answer
+		equal(t, "lines that came", strings.Count(a.ReadAll(), "k:"), 40)
+		a.Close()
 	})
 }
 
@@ -6315,16 +6315,16 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 // for long.
 func TestEndByQuit(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.dial(t)
-		a.send("Ping\nQuit\nPut:k:v\n")
-		a.want(":PONG")
-		within(t, 0, 0, a.wantClosed)
-		a.send("Put:k:v\nGet:k\n") // read, but not run
+		a := n.Dial(t)
+		a.Send("Ping\nQuit\nPut:k:v\n")
+		a.Want(":PONG")
+		within(t, 0, 0, a.WantClosed)
+		a.Send("Put:k:v\nGet:k\n") // read, but not run
 		pass(drainTime)
-		if _, err := a.conn.Write([]byte("x")); err == nil {
+		if _, err := a.Conn.Write([]byte("x")); err == nil {
 			t.Errorf("the connection is open %v after Quit", drainTime)
 		}
-		a.close()
+		a.Close()
 		equal(t, "clients", n.server.CountActive(), 0)
 	})
 }
@@ -6339,8 +6339,8 @@ func TestEndByHalfClose(t *testing.T) {
 		fmt.Fprintf(&send, "Put:h:%d\n", i)
 		fmt.Fprintf(&want, "h:%d\n", i)
 	}
-	go a.sendAll(send.String() + "Get:h\n")
-	a.wantRest(want.String())
+	go a.SendAll(send.String() + "Get:h\n")
+	a.WantRest(want.String())
 }
 
 // Ensure that bytes after a goodbye are not even looked at.
@@ -6354,9 +6354,9 @@ func TestEndAnswersNothingMore(t *testing.T) {
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 20
-			a := n.dial(t)
-			go a.sendAll(send)
-			equal(t, fmt.Sprintf("sent %q", send), a.readAll(), want)
+			a := n.Dial(t)
+			go a.SendAll(send)
+			equal(t, fmt.Sprintf("sent %q", send), a.ReadAll(), want)
 		})
 	}
 }
@@ -6386,24 +6386,24 @@ func TestWriteTimeout(t *testing.T) {
 			n.server.writeTimeout = time.Minute
 			n.server.tls = config
 			a, b := n.dialTLS(t), n.dialTLS(t)
-			b.ask("Ack", ":OK 0")
-			a.send("Get:big\n")
-			b.send("Get:big\n")
+			b.Ask("Ack", ":OK 0")
+			a.Send("Get:big\n")
+			b.Send("Get:big\n")
 			pass(time.Minute - 1)
-			io.CopyN(io.Discard, b.r, 4*maxWrite)
+			io.CopyN(io.Discard, b.R, 4*maxWrite)
 			equal(t, "clients just before the timeout", n.server.CountActive(), 2)
 			pass(1)
-			io.CopyN(io.Discard, b.r, 10_000)
+			io.CopyN(io.Discard, b.R, 10_000)
 			pass(time.Minute) // a may have taken a part of the unfinished Write
 			equal(t, "clients after the timeout", n.server.CountActive(), 1)
 			wantIn(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
 			for range 10 { // less than one Write in a minute
-				io.CopyN(io.Discard, b.r, 40_000)
+				io.CopyN(io.Discard, b.R, 40_000)
 				pass(time.Minute - 1)
 			}
 			equal(t, "clients when one accepts 40 kB a minute", n.server.CountActive(), 1)
-			a.close()
-			b.close()
+			a.Close()
+			b.Close()
 		})
 	}
 }
@@ -6643,9 +6643,9 @@ func TestConversations(t *testing.T) {
 	for _, c := range conversations() {
 		t.Run(c.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
-				a := n.dial(t)
-				go a.sendAll(c.send)
-				equal(t, fmt.Sprintf("sent %.300q", c.send), a.readAll(), c.want)
+				a := n.Dial(t)
+				go a.SendAll(c.send)
+				equal(t, fmt.Sprintf("sent %.300q", c.send), a.ReadAll(), c.want)
 			})
 		})
 	}
@@ -6744,18 +6744,18 @@ func FuzzConversation(f *testing.F) {
 			quit = quit || verb == "quit" || verb == "exit"
 		}
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.dial(t)
+			a := n.Dial(t)
 			go func() {
 				at := min(int(cut), len(script))
-				a.conn.Write(script[:at])
+				a.Conn.Write(script[:at])
 				synctest.Wait()
-				a.conn.Write(script[at:])
-				a.conn.CloseWrite()
+				a.Conn.Write(script[at:])
+				a.Conn.CloseWrite()
 			}()
 			// The reason in an error is for people: only its place counts here, and that it is one
 			// clean line.
 			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: )[^\n\r\x00\x1b]+$`).ReplaceAllString(
-				a.readAll(), "$1")
+				a.ReadAll(), "$1")
 			if got != want {
 				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
 			}
@@ -6982,7 +6982,7 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 		test(t, n)
 		for _, c := range n.clients {
 			if !c.gone {
-				c.hangUp()
+				c.HangUp()
 			}
 		}
 	})
@@ -7089,7 +7089,7 @@ func (n *fakeNet) start(t *testing.T) {
 }
 
 // dial connects to the server, which it starts if necessary.
-func (n *fakeNet) dial(t *testing.T) *testClient {
+func (n *fakeNet) Dial(t *testing.T) *testClient {
 	n.start(t)
 	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 	theirs.BeforeDeadline = n.beforeDeadline
@@ -7108,36 +7108,36 @@ func (n *fakeNet) dial(t *testing.T) *testClient {
 
 // dialTLS connects, over TLS if the server speaks that.
 func (n *fakeNet) dialTLS(t *testing.T) *testClient {
-	c := n.dial(t)
+	c := n.Dial(t)
 	if n.server.tls != nil {
-		c.overTLS()
+		c.OverTLS()
 	}
 	return c
 }
 
 // dialAck connects in Ack mode.
-func (n *fakeNet) dialAck(t *testing.T) *testClient {
-	c := n.dial(t)
-	c.ask("Ack", ":OK 0")
+func (n *fakeNet) DialAck(t *testing.T) *testClient {
+	c := n.Dial(t)
+	c.Ask("Ack", ":OK 0")
 	return c
 }
 
 // dialMute connects a client in Ack mode that reads nothing, and for whose replies there is no room.
 func (n *fakeNet) dialMute(t *testing.T) *testClient {
 	n.fill("big", strings.Repeat("v", kilo), 900)
-	c := n.dialAck(t)
+	c := n.DialAck(t)
 	for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} {
-		c.send(request)
+		c.Send(request)
 		pass(tickTime)
 	}
 	return c
 }
 
 // dialMany connects so many clients, one after the other.
-func (n *fakeNet) dialMany(t *testing.T, count int, begin func(i int, c *testClient)) []*testClient {
+func (n *fakeNet) DialMany(t *testing.T, count int, begin func(i int, c *testClient)) []*testClient {
 	clients := make([]*testClient, count)
 	for i := range clients {
-		clients[i] = n.dial(t)
+		clients[i] = n.Dial(t)
 		begin(i, clients[i])
 	}
 	return clients
@@ -7145,7 +7145,7 @@ func (n *fakeNet) dialMany(t *testing.T, count int, begin func(i int, c *testCli
 
 func closeClients(clients []*testClient) {
 	for _, c := range clients {
-		c.close()
+		c.Close()
 	}
 }
 
@@ -7158,129 +7158,129 @@ func newFakeNet() *fakeNet {
 
 // testClient is a client that knows what to expect.
 type testClient struct {
-	t    testing.TB
-	conn world.HalfConn
-	r    *bufio.Reader
+	T    testing.TB
+	Conn world.HalfConn
+	R    *bufio.Reader
 	gone bool // it has ended the connection
 }
 
 func newTestClient(t testing.TB, conn net.Conn) *testClient {
-	return &testClient{t: t, conn: conn.(world.HalfConn), r: bufio.NewReader(conn)}
+	return &testClient{T: t, Conn: conn.(world.HalfConn), R: bufio.NewReader(conn)}
 }
 
 // close ends the connection, even if bytes are unread.
-func (c *testClient) close() {
+func (c *testClient) Close() {
 	c.gone = true
-	c.conn.Close()
+	c.Conn.Close()
 }
 
 // overTLS goes on over TLS, with any server.
-func (c *testClient) overTLS() *testClient {
-	c.conn = tls.Client(c.conn, &tls.Config{InsecureSkipVerify: true})
-	c.r = bufio.NewReader(c.conn)
+func (c *testClient) OverTLS() *testClient {
+	c.Conn = tls.Client(c.Conn, &tls.Config{InsecureSkipVerify: true})
+	c.R = bufio.NewReader(c.Conn)
 	return c
 }
 
 // breakOff resets the connection, as a broken network does.
-func (c *testClient) breakOff() {
+func (c *testClient) BreakOff() {
 	c.gone = true
-	c.conn.(*world.Conn).BreakOff()
+	c.Conn.(*world.Conn).BreakOff()
 }
 
 // send sends text, all of it.
-func (c *testClient) send(text string) {
-	c.t.Helper()
-	if _, err := io.WriteString(c.conn, text); err != nil {
-		c.t.Errorf("sending %.40q: %v", text, err)
+func (c *testClient) Send(text string) {
+	c.T.Helper()
+	if _, err := io.WriteString(c.Conn, text); err != nil {
+		c.T.Errorf("sending %.40q: %v", text, err)
 	}
 }
 
 // post sends text, and waits until nobody has anything to do about it any more.
-func (c *testClient) post(text string) {
-	c.t.Helper()
-	c.send(text)
+func (c *testClient) Post(text string) {
+	c.T.Helper()
+	c.Send(text)
 	synctest.Wait()
 }
 
 // sendSome sends text as far as possible.
-func (c *testClient) sendSome(text string) { io.WriteString(c.conn, text) }
+func (c *testClient) SendSome(text string) { io.WriteString(c.Conn, text) }
 
 // sendAll sends text as far as possible, and closes the sending side.
-func (c *testClient) sendAll(text string) {
-	c.sendSome(text)
-	c.conn.CloseWrite()
+func (c *testClient) SendAll(text string) {
+	c.SendSome(text)
+	c.Conn.CloseWrite()
 }
 
 // ask sends a request, and wants these lines.
-func (c *testClient) ask(request string, lines ...string) {
-	c.t.Helper()
-	c.send(request + "\n")
-	c.want(lines...)
+func (c *testClient) Ask(request string, lines ...string) {
+	c.T.Helper()
+	c.Send(request + "\n")
+	c.Want(lines...)
 }
 
 // read returns the next line.
-func (c *testClient) read() string {
-	c.t.Helper()
-	line, err := c.r.ReadString('\n')
+func (c *testClient) Read() string {
+	c.T.Helper()
+	line, err := c.R.ReadString('\n')
 	if err != nil {
-		c.t.Fatalf("reading: %q, %v", line, err)
+		c.T.Fatalf("reading: %q, %v", line, err)
 	}
 	return strings.TrimSuffix(line, "\n")
 }
 
 // readList returns the lines before the next OK.
-func (c *testClient) readList() (lines []string) {
-	for line := c.read(); !strings.HasPrefix(line, ":OK"); line = c.read() {
+func (c *testClient) ReadList() (lines []string) {
+	for line := c.Read(); !strings.HasPrefix(line, ":OK"); line = c.Read() {
 		lines = append(lines, line)
 	}
 	return lines
 }
 
 // wantRest wants exactly this, and then the end.
-func (c *testClient) wantRest(want string) {
-	c.t.Helper()
-	equal(c.t, "all that came", c.readAll(), want)
+func (c *testClient) WantRest(want string) {
+	c.T.Helper()
+	equal(c.T, "all that came", c.ReadAll(), want)
 }
 
 // wantNothing wants no bytes to come, while the server waits for something else.
-func (c *testClient) wantNothing() {
-	c.t.Helper()
+func (c *testClient) WantNothing() {
+	c.T.Helper()
 	synctest.Wait()
-	equal(c.t, "bytes that came", c.r.Buffered()+c.conn.(*world.Conn).Unread(), 0)
+	equal(c.T, "bytes that came", c.R.Buffered()+c.Conn.(*world.Conn).Unread(), 0)
 }
 
 // readAll returns everything up to the end.
-func (c *testClient) readAll() string {
-	c.t.Helper()
-	all, err := io.ReadAll(c.r)
+func (c *testClient) ReadAll() string {
+	c.T.Helper()
+	all, err := io.ReadAll(c.R)
 	if err != nil {
-		c.t.Errorf("reading: %v", err)
+		c.T.Errorf("reading: %v", err)
 	}
 	return string(all)
 }
 
 // want wants these to be the next lines.
-func (c *testClient) want(lines ...string) {
-	c.t.Helper()
+func (c *testClient) Want(lines ...string) {
+	c.T.Helper()
 	for _, want := range lines {
-		if got := c.read(); got != want {
-			c.t.Fatalf("got %.300q, want %.300q", got, want)
+		if got := c.Read(); got != want {
+			c.T.Fatalf("got %.300q, want %.300q", got, want)
 		}
 	}
 }
 
 // stat returns one of the numbers in Stats.
-func (c *testClient) stat(name string) int {
-	c.t.Helper()
-	c.send("Stats\nPing:stats\n")
+func (c *testClient) Stat(name string) int {
+	c.T.Helper()
+	c.Send("Stats\nPing:stats\n")
 	value := -1
-	for line := c.read(); line != ":PONG stats"; line = c.read() {
+	for line := c.Read(); line != ":PONG stats"; line = c.Read() {
 		if text, ok := strings.CutPrefix(line, ": "+name+" "); ok {
 			value, _ = strconv.Atoi(text)
 		}
 	}
 	if value < 0 {
-		c.t.Errorf("Stats does not say %q", name)
+		c.T.Errorf("Stats does not say %q", name)
 	}
 	return value
 }
@@ -7297,17 +7297,17 @@ func await(t *testing.T, what string, is func() bool) {
 }
 
 // wantStat wants Stats to show this number.
-func (c *testClient) wantStat(name string, want int) {
-	c.t.Helper()
-	equal(c.t, name, c.stat(name), want)
+func (c *testClient) WantStat(name string, want int) {
+	c.T.Helper()
+	equal(c.T, name, c.Stat(name), want)
 }
 
 // count returns how many lines with prefix come before a PONG.
-func (c *testClient) count(prefix string) (n int) {
-	c.t.Helper()
-	for line := c.read(); !strings.HasPrefix(line, ":PONG"); line = c.read() {
+func (c *testClient) Count(prefix string) (n int) {
+	c.T.Helper()
+	for line := c.Read(); !strings.HasPrefix(line, ":PONG"); line = c.Read() {
 		if !strings.HasPrefix(line, prefix) {
-			c.t.Fatalf("got %.60q, want a line that starts with %q", line, prefix)
+			c.T.Fatalf("got %.60q, want a line that starts with %q", line, prefix)
 		}
 		n++
 	}
@@ -7315,28 +7315,28 @@ func (c *testClient) count(prefix string) (n int) {
 }
 
 // wantClosed wants the end.
-func (c *testClient) wantClosed() {
-	c.t.Helper()
-	if b, err := c.r.ReadByte(); err == nil {
-		c.t.Errorf("got %q, want the end", b)
+func (c *testClient) WantClosed() {
+	c.T.Helper()
+	if b, err := c.R.ReadByte(); err == nil {
+		c.T.Errorf("got %q, want the end", b)
 	} else if err != io.EOF && !errors.Is(err, io.ErrClosedPipe) {
-		c.t.Errorf("got %v, want the end", err)
+		c.T.Errorf("got %v, want the end", err)
 	}
 }
 
 func wantAllClosed(clients ...*testClient) {
 	for _, c := range clients {
-		c.t.Helper()
-		c.wantClosed()
+		c.T.Helper()
+		c.WantClosed()
 	}
 }
 
 // hangUp ends our side, and wants the server to end its own.
-func (c *testClient) hangUp() {
-	c.t.Helper()
-	c.conn.CloseWrite()
-	c.wantClosed()
-	c.close()
+func (c *testClient) HangUp() {
+	c.T.Helper()
+	c.Conn.CloseWrite()
+	c.WantClosed()
+	c.Close()
 }
 
 // dialTCP connects to a real port or to a unix socket. Its deadline only ends a test that has
@@ -7555,10 +7555,10 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	requests ...string) (out, errs string, good bool, err error) {
 	t.Helper()
 	var o, e strings.Builder
-	c := n.dial(t)
-	good, err = talk(&talker{conn: c.conn, config: config{requests: requests},
+	c := n.Dial(t)
+	good, err = talk(&talker{conn: c.Conn, config: config{requests: requests},
 		in: strings.NewReader(in), out: closing(&o), errs: &e})
-	c.close()
+	c.Close()
 	return o.String(), e.String(), good, err
 }
 
