@@ -10,6 +10,9 @@
 //	query.go   Conversations, EveryRequest, Hints, and what is fuzzed
 //	all of it  Simulation; its worlds are in kvstore/storetest/world
 //
+// What a test says in one line, as protocol.SlowLine does, needs nothing of the server but a
+// connection: it stands in kvstore/storetest/protocol.
+//
 // The store has its own tests in kvstore/.
 //
 // The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$' ./...
@@ -126,6 +129,7 @@ import (
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"kvserver/kvstore/storetest/protocol"
 	"kvserver/kvstore/storetest/world"
 )
 
@@ -706,7 +710,7 @@ func TestReadmeConversations(t *testing.T) {
 	}
 	for _, talk := range talks {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			clients := map[string]*testClient{}
+			clients := map[string]*protocol.Client{}
 			for line := range strings.Lines(talk) {
 				line = fmt.Sprintf("%-120s", strings.TrimSuffix(line, "\n"))
 				name, request := line[:1], strings.TrimSpace(line[3:31])
@@ -1358,7 +1362,7 @@ func (k *killed) tick() int64 { return k.clock.Add(1) }
 // stopped.
 func (k *killed) work() {
 	// All clients are connected before one of them kills the server.
-	var clients []*testClient
+	var clients []*protocol.Client
 	for range 9 {
 		clients = append(clients, dialTCP(k.t, k.addr))
 	}
@@ -1387,7 +1391,7 @@ func (k *killed) work() {
 
 // mix changes and reads lists that other clients change as well. In two of three rounds one client
 // kills the server in the middle. Some hang up in the middle of a request, which must not be run.
-func (k *killed) mix(c *testClient, id int) {
+func (k *killed) mix(c *protocol.Client, id int) {
 	defer c.Close()
 	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
 	for i := range 60 {
@@ -1411,7 +1415,7 @@ func (k *killed) mix(c *testClient, id int) {
 }
 
 // sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts the answers.
-func (k *killed) sendBursts(c *testClient) {
+func (k *killed) sendBursts(c *protocol.Client) {
 	defer c.Close()
 	go func(n int) {
 		c.SendSome("Ack\n")
@@ -2321,7 +2325,7 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		for _, l := range []*fakeNet{n, other, failing} {
 			equal(t, "the listener is closed", isClosed(l.Closed()), true)
 		}
-		closeClients([]*testClient{a, b})
+		closeClients([]*protocol.Client{a, b})
 	})
 }
 
@@ -2366,23 +2370,23 @@ func TestCounts(t *testing.T) {
 func TestCloseInEveryState(t *testing.T) {
 	states := []struct {
 		name  string
-		begin func(a *testClient)
+		begin func(a *protocol.Client)
 		most  time.Duration
 	}{
-		{"idle", func(a *testClient) {}, 0},
-		{"quiet", func(a *testClient) { a.Ask("Ping", ":PONG") }, busyTime},
-		{"inside a line", func(a *testClient) { a.Send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *testClient) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
-		{"after a burst", func(a *testClient) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
-		{"half-closed", func(a *testClient) { a.Conn.CloseWrite() }, 0},
-		{"gone", func(a *testClient) { a.Close() }, 0},
-		{"after Quit", func(a *testClient) { a.Send("Quit\n") }, drainTime},
-		{"waiting for a snapshot", func(a *testClient) { a.Send("Keys\n") }, 0},
-		{"not reading", func(a *testClient) { a.Send("Get:big\n") }, closeTime + busyTime},
-		{"not reading, ack", func(a *testClient) {
+		{"idle", func(a *protocol.Client) {}, 0},
+		{"quiet", func(a *protocol.Client) { a.Ask("Ping", ":PONG") }, busyTime},
+		{"inside a line", func(a *protocol.Client) { a.Send("Put:k:") }, busyTime},
+		{"inside a long line", func(a *protocol.Client) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+		{"after a burst", func(a *protocol.Client) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+		{"half-closed", func(a *protocol.Client) { a.Conn.CloseWrite() }, 0},
+		{"gone", func(a *protocol.Client) { a.Close() }, 0},
+		{"after Quit", func(a *protocol.Client) { a.Send("Quit\n") }, drainTime},
+		{"waiting for a snapshot", func(a *protocol.Client) { a.Send("Keys\n") }, 0},
+		{"not reading", func(a *protocol.Client) { a.Send("Get:big\n") }, closeTime + busyTime},
+		{"not reading, ack", func(a *protocol.Client) {
 			a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
 		}, closeTime + busyTime},
-		{"sending on and on", func(a *testClient) {
+		{"sending on and on", func(a *protocol.Client) {
 			go func() {
 				for {
 					if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
@@ -2497,7 +2501,7 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 
 // readAndSend has a client read its answers in pieces, with a pause before and a Put after each,
 // while the server closes. The answers must be want. The server has read all requests before.
-func readAndSend(a *testClient, s *keyValueServer, want string, size int, pause time.Duration) {
+func readAndSend(a *protocol.Client, s *keyValueServer, want string, size int, pause time.Duration) {
 	var closing sync.WaitGroup
 	closing.Go(s.Close)
 	<-s.closeSignal
@@ -2709,7 +2713,7 @@ func TestMaxClientsOverTLS(t *testing.T) {
 		n.server.tls, n.server.maxClients = config, 1
 		a := n.Dial(t).OverTLS()
 		a.Ask("Ping", ":PONG")
-		others := n.DialMany(t, maxRejecting+3, func(_ int, c *testClient) {
+		others := n.DialMany(t, maxRejecting+3, func(_ int, c *protocol.Client) {
 			c.OverTLS().Want(":ERROR line 0: server is full (1 clients)")
 		})
 		a.Ask("Ping", ":PONG")
@@ -2795,7 +2799,7 @@ func TestTurnsOfLightClients(t *testing.T) {
 				}
 				return least, most
 			}
-			clients := n.DialMany(t, others, func(int, *testClient) {})
+			clients := n.DialMany(t, others, func(int, *protocol.Client) {})
 			for i, c := range clients {
 				all.Go(func() {
 					defer c.HangUp()
@@ -2837,7 +2841,7 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 		a := n.DialAck(t)
 		a.Ask("Update:k:a:b", ":OK 0")
 		takes = time.Millisecond
-		others := n.DialMany(t, 5, func(_ int, o *testClient) {
+		others := n.DialMany(t, 5, func(_ int, o *protocol.Client) {
 			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
 		})
 		pass(10 * takes)
@@ -2911,16 +2915,16 @@ func TestTurns(t *testing.T) {
 // Ensure that the server needs only the KVStore interface from a store, and a Snapshot for Keys and
 // Dump.
 func TestStoreOfAnyKind(t *testing.T) {
-	for _, c := range conversations() {
+	for _, c := range protocol.All(helpLines) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			held := kvstore.NewMemory()
 			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
 			a := n.Dial(t)
-			go a.SendAll(c.send)
+			go a.SendAll(c.Send)
 			got := a.ReadAll()
 			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
-			if got != c.want && !(keeps && strings.Contains(c.send, "Expire:")) {
-				t.Errorf("%s: got %.600q\nwant %.600q", c.name, got, c.want)
+			if got != c.Want && !(keeps && strings.Contains(c.Send, "Expire:")) {
+				t.Errorf("%s: got %.600q\nwant %.600q", c.Name, got, c.Want)
 			}
 			b := n.Dial(t)
 			b.Send("Stats\n")
@@ -3060,7 +3064,7 @@ func TestCommitTakenBack(t *testing.T) {
 		db := storeIn(t, dir, nil)
 		n.server.db = slowPuts{db}
 		a, b, c := n.DialAck(t), n.DialAck(t), n.DialAck(t)
-		refused := func(from *testClient, lines ...int) {
+		refused := func(from *protocol.Client, lines ...int) {
 			t.Helper()
 			for _, line := range lines {
 				want := fmt.Sprintf(":ERROR line %d: the disk is full, nothing was changed: ", line)
@@ -3261,7 +3265,7 @@ func TestCommitBeforeGets(t *testing.T) {
 			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
 			n.server.db = kvstore.StoreOf(store)
 			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
-			for _, x := range []*testClient{a, b, c} {
+			for _, x := range []*protocol.Client{a, b, c} {
 				store.gate <- nil
 				x.Ask("Ping", ":PONG")
 			}
@@ -3310,7 +3314,7 @@ func TestCommitGathers(t *testing.T) { // number of Commits in a second
 			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
 		},
 		"gone, so that one is alone": func(t *testing.T, n *fakeNet, _ *slowStore) {
-			clients := n.DialMany(t, 10, func(_ int, c *testClient) { c.Ask("Ack", ":OK 0") })
+			clients := n.DialMany(t, 10, func(_ int, c *protocol.Client) { c.Ask("Ack", ":OK 0") })
 			for range 5 { // all come each time
 				for _, c := range clients {
 					c.Send("Put:k:v\n")
@@ -3462,36 +3466,7 @@ func (g gatedStore) Commit() error { return <-g.gate }
 
 // ---- server.go: keys that expire
 
-// Ensure that a key is there until its time is over, and not longer, for every request.
-func TestExpire(t *testing.T) {
-	for _, ask := range []struct{ request, before, after string }{
-		{"Get:k\nPing", "k:v\n:PONG", ":PONG"},
-		{"Count:k", ":OK 1", ":OK 0"},
-		{"Expire:k", ": 1\n:OK 1", ":OK 0"},
-		{"Ack\nExpire:k:5", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Ack\nAdd:k:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
-		{"Ack\nLease:k:5:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
-		{"Ack\nSwap:k:v:w", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Ack\nRemove:k:v", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
-		{"Put:k:w\nGet:k\nExpire:k", "k:v\nk:w\n: 1\n:OK 1", "k:w\n:OK 1"},
-		{"Keys", ": k\n:OK 1", ":OK 0"},
-		{"Dump", ": Put:k:v\n: Expire:k:1\n:OK 2", ":OK 0"},
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			for _, when := range []struct {
-				after time.Duration
-				want  string
-			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
-				a := n.Dial(t)
-				pass(300 * time.Microsecond)
-				a.Ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
-				pass(when.after)
-				a.Ask(ask.request, strings.Split(when.want, "\n")...)
-				a.HangUp()
-			}
-		})
-	}
-}
+func TestExpire(t *testing.T) { protocol.Expire(t, serveEmpty) }
 
 // Ensure that a deadline is a time of the wall clock, and follows its jumps.
 func TestExpireWhileTheClockJumps(t *testing.T) {
@@ -3685,28 +3660,7 @@ func jump(n *fakeNet) (by func(time.Duration)) {
 
 // ---- server.go: Takes that wait
 
-// Ensure that the first of the Takes that wait for a key gets the next value, whatever request
-// brings it, and that nobody else gets that value.
-func TestTakeWaitsInLine(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const takers = 6
-		clients := n.DialMany(t, takers, func(_ int, c *testClient) {
-			c.Ask("Ack", ":OK 0")
-			c.Post("Take:k:60\n")
-		})
-		giver := n.Dial(t)
-		giver.WantStat("waiting_takes", takers)
-		giver.Ask("Ack", ":OK 0")
-		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
-			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
-			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
-			giver.Send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
-			giver.Want(give.reply, ":OK 0", ":OK 0", ":OK 0")
-			clients[i].Want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
-		}
-		giver.Ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
-	})
-}
+func TestTakeWaitsInLine(t *testing.T) { protocol.TakeWaitsInLine(t, serveEmpty) }
 
 // Ensure that a Take waits exactly as long as it says, and that it delays no other client, no other
 // key, and no earlier request of its own client.
@@ -3757,41 +3711,7 @@ func TestTakeIsDropped(t *testing.T) {
 	}
 }
 
-// Ensure that the Take of a client that has gone leaves the line, and that the Take of a client
-// that has only half-closed stays.
-func TestTakeOfClientsThatGo(t *testing.T) {
-	for what, end := range map[string]func(c *testClient){
-		"breaks": func(c *testClient) { c.BreakOff() },
-		"breaks behind a half-close": func(c *testClient) {
-			c.Conn.CloseWrite()
-			pass(time.Second)
-			c.BreakOff()
-			pass(probeTime)
-		},
-		"breaks with a request behind it": func(c *testClient) {
-			c.Send("Put:late:v\nPing\n")
-			pass(time.Second)
-			c.BreakOff()
-			pass(probeTime)
-		},
-		"waits too long": func(c *testClient) { pass(time.Minute) },
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
-			a.Post("Get:none\nTake:k:60\n")
-			b.Send("Take:k:600\n")
-			b.Conn.CloseWrite()
-			synctest.Wait()
-			end(a)
-			synctest.Wait()
-			equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
-			c.Ask("Put:k:v\nCount:k", ":OK 0")
-			b.Want("k:v")
-			b.WantClosed()
-			a.Close()
-		})
-	}
-}
+func TestTakeOfClientsThatGo(t *testing.T) { protocol.TakeOfClientsThatGo(t, serveEmpty) }
 
 // Ensure that a Take that the server runs only after its time is over still looks for a value, but
 // takes none for a client that has gone.
@@ -3840,46 +3760,8 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 	})
 }
 
-// Ensure that a line that does not end is refused in its time, also after a Take that could have
-// waited longer.
-func TestTakeBeforeASlowLine(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.Dial(t), n.Dial(t)
-		a.Send("Take:k:3600\n")
-		pass(5 * time.Second)
-		b.Send("Put:k:v\n")
-		a.Want("k:v")
-		a.Send("Put:x")
-		within(t, lineTime, lineTime+2*quietAfter, func() {
-			a.Want(":ERROR line 2: the line was begun but not ended within 30s")
-		})
-		a.WantClosed()
-	})
-}
-
-// Ensure that a taken value is not lost because its client reads late.
-func TestTakeOfALateReader(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1000)
-		n.fill("k", value, 1)
-		slow, giver := n.Dial(t), n.Dial(t)
-		go slow.Send(strings.Repeat("Get:k\n", 5000))
-		pass(time.Minute)
-		go slow.Send("Take:job:60\nTake:job\nPing\n")
-		pass(time.Second)
-		giver.Send("Put:job:1\nPut:job:2\n")
-		pass(time.Minute)
-		jobs := ""
-		for line := slow.Read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.Read() {
-			if strings.HasPrefix(line, "job:") {
-				jobs += line
-			} else if line != "k:"+value {
-				t.Fatalf("got %.60q", line)
-			}
-		}
-		equal(t, "what the slow reader was given", jobs, "job:1job:2")
-	})
-}
+func TestTakeBeforeASlowLine(t *testing.T) { protocol.TakeBeforeASlowLine(t, serveEmpty) }
+func TestTakeOfALateReader(t *testing.T)   { protocol.TakeOfALateReader(t, serveEmpty) }
 
 // Ensure that a write without room on the disk is told why, the files or the room, and wakes no Take;
 // and that a Take that has waited asks for room, because on a full disk a request that frees needs some.
@@ -3946,7 +3828,7 @@ func TestTakeOnRealSockets(t *testing.T) {
 func TestTakeIsSmallWhileItWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const takers = 100
-		clients := n.DialMany(t, takers, func(_ int, a *testClient) { a.Ask("Ping", ":PONG") })
+		clients := n.DialMany(t, takers, func(_ int, a *protocol.Client) { a.Ask("Ping", ":PONG") })
 		burst := strings.Repeat("Delete:k\n", burstSize/16)
 		before := heapOfQuiet()
 		for i, a := range clients {
@@ -4265,7 +4147,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				}
 				share := int(b.forInput())
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
-				clients := n.DialMany(t, kind.clients, func(_ int, c *testClient) {
+				clients := n.DialMany(t, kind.clients, func(_ int, c *protocol.Client) {
 					c.Conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
 				})
 				synctest.Wait()
@@ -4327,7 +4209,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			share := n.server.budget.shared() / inputShare
 			sent := []byte(line) // one for all
 			before := heapBytes()
-			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *testClient) { go c.Conn.Write(sent) })
+			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *protocol.Client) { go c.Conn.Write(sent) })
 			pass(slowAfter + lineTime)
 
 			b := &n.server.budget
@@ -4396,7 +4278,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
 			n.fill("big", "v", kilo)
-			mute := n.DialMany(t, 40, func(_ int, m *testClient) { go m.SendSome(c.others) })
+			mute := n.DialMany(t, 40, func(_ int, m *protocol.Client) { go m.SendSome(c.others) })
 			another := n.Dial(t)
 			pass(quietAfter / 2)
 			go another.SendSome(c.another)
@@ -4435,7 +4317,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			n.server.maxLine = 1 << 20
 			b := &n.server.budget
 			b.limitTo(16<<20, 0)
-			clients := n.DialMany(t, count, func(_ int, o *testClient) { go o.SendSome(c.burst) })
+			clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(c.burst) })
 			pass(slowAfter / 2)
 			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
 			for _, o := range clients {
@@ -4460,7 +4342,7 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 		line := []byte("Set:k:" + strings.Repeat("p", 600*kilo) + "\nSet:k:" + strings.Repeat("q", 5*kilo))
-		clients := n.DialMany(t, count, func(_ int, o *testClient) {
+		clients := n.DialMany(t, count, func(_ int, o *protocol.Client) {
 			o.Conn.(*world.Conn).SetWriteBuffer(2 << 20) // so that both lines come at once
 			go o.Conn.Write(line)
 		})
@@ -4479,7 +4361,7 @@ func TestMemoryLimitOfMuteLines(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(16<<20, 0)
 		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
-		clients := n.DialMany(t, count, func(_ int, o *testClient) { go o.SendSome(line) })
+		clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(line) })
 		for range 60 {
 			pass(slowAfter / 3)
 			between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
@@ -4499,7 +4381,7 @@ func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(16<<20, 0)
 		burst := strings.Repeat("Ping:pppppppppppppppppppp\n", 6000)
-		mute := n.DialMany(t, 400, func(_ int, o *testClient) { go o.SendSome(burst) })
+		mute := n.DialMany(t, 400, func(_ int, o *protocol.Client) { go o.SendSome(burst) })
 		pass(10 * time.Second)
 		between(t, "bytes that count as input", b.inputs.Load(), b.forBursts()/2, b.forInput()*3/4)
 		closeClients(mute)
@@ -4545,7 +4427,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			pass(quietAfter)
 
 			n.server.budget.inputs.Add(1 << 30)
-			others := n.DialMany(t, 6, func(_ int, o *testClient) { go o.SendSome("Put:k:" + long) })
+			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome("Put:k:" + long) })
 			for range c.times {
 				a.Send(c.rest)
 				pass(quietAfter / 2)
@@ -4654,7 +4536,7 @@ func TestMaxQueues(t *testing.T) {
 		n.fill("k", value, 1)
 		const limit = 1 << 20
 		n.server.budget.maxQueues = limit
-		slow := n.DialMany(t, 10, func(i int, c *testClient) { // each could queue 3.5 MB
+		slow := n.DialMany(t, 10, func(i int, c *protocol.Client) { // each could queue 3.5 MB
 			if i%2 == 0 {
 				c.Ask("Ack", ":OK 0")
 			}
@@ -4713,7 +4595,7 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
 		n.fill("big", strings.Repeat("v", 120*kilo), 1)
 		writer := n.DialAck(t)
-		mute := n.DialMany(t, 5, func(i int, c *testClient) {
+		mute := n.DialMany(t, 5, func(i int, c *protocol.Client) {
 			go c.SendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
 		})
 		for range 50 {
@@ -4780,13 +4662,13 @@ func TestMemoryOfALastRequest(t *testing.T) {
 func TestMemoryOfQuietClients(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.fill("k", "v", 1)
-		speak := func(a *testClient, request string, times int) {
+		speak := func(a *protocol.Client, request string, times int) {
 			go a.Send(strings.Repeat(request+"\n", times))
 			for range times {
 				a.Want("k:v")
 			}
 		}
-		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *testClient) { speak(a, "Get:k", 1) })
+		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *protocol.Client) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
@@ -4804,7 +4686,7 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.start(t)
 		before := heapBytes()
-		clients := n.DialMany(t, 10, func(_ int, a *testClient) {
+		clients := n.DialMany(t, 10, func(_ int, a *protocol.Client) {
 			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
 		pass(lineTime / 2)
@@ -5299,144 +5181,15 @@ func TestWatchProfilesTakeNothing(t *testing.T) {
 
 // ---- client.go: input, bytes to lines
 
-// Ensure that it does not matter where the network cuts a client's bytes.
-func TestInputAtEverySplitPoint(t *testing.T) {
-	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
-		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
-	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
-		"requests\n" +
-		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
-		"its end, so it was not run\n"
-	play := func(t *testing.T, pieces ...string) {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.Dial(t)
-			go func() {
-				for _, p := range pieces {
-					a.Send(p)
-					synctest.Wait() // until the server has read it and waits for more
-				}
-				a.Conn.CloseWrite()
-			}()
-			equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
-		})
-	}
-	for i := range script {
-		play(t, script[:i], script[i:])
-	}
-	play(t, strings.Split(script, "")...)
-}
-
-// Ensure that a line just at the limit is accepted, and one byte more is not, wherever the network
-// cuts its end.
+func TestInputAtEverySplitPoint(t *testing.T) { protocol.InputAtEverySplitPoint(t, serveEmpty) }
 func TestInputLimitAtEverySplitPoint(t *testing.T) {
-	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
-		for over := range 2 {
-			line := "Put:k:" + strings.Repeat("v", testMaxLine-6+over) + end
-			for cut := len(line) - 4; cut < len(line); cut++ {
-				inBubble(t, func(t *testing.T, n *fakeNet) {
-					a := n.Dial(t)
-					a.Post(line[:cut])
-					a.Send(line[cut:])
-					if over > 0 {
-						a.Want(":ERROR line 1: longer than 20000 bytes, skipped")
-						a.Ask("Count:k", ":OK 0")
-					} else {
-						a.Ask("Get:k", "k:"+strings.Repeat("v", testMaxLine-6))
-					}
-				})
-			}
-		}
-	}
+	protocol.InputLimitAtEverySplitPoint(t, serveEmpty)
 }
-
-// Ensure that a line that was begun must end in time, however slowly it comes, and that a client
-// may be silent between lines for any time.
-func TestSlowLine(t *testing.T) {
-	for _, trickle := range []string{"", "x"} { // silence, and a byte a second
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.Dial(t)
-			a.Ask("Ping", ":PONG")
-			<-time.After(time.Hour)
-			a.Ask("Ping", ":PONG")
-			for range 3 { // lines that take long, but end
-				a.Send("Pi")
-				pass(lineTime - time.Second)
-				a.Send("ng\n")
-				a.Want(":PONG")
-			}
-			a.Send("Put:k:")
-			var sender sync.WaitGroup
-			sender.Go(func() {
-				for range 100 {
-					<-time.After(time.Second)
-					a.SendSome(trickle)
-				}
-			})
-			within(t, lineTime, lineTime+2*quietAfter, func() {
-				a.Want(":ERROR line 6: the line was begun but not ended within 30s")
-			})
-			a.WantClosed()
-			a.Close()
-			sender.Wait()
-		})
-	}
-}
-
-// Ensure that a line's time does not begin with a skipped line before it.
-func TestSlowLineAfterSkippedOne(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.SendSome("Put:k:" + strings.Repeat("x", 2*testMaxLine))
-		pass(lineTime - 5*time.Second)
-		a.SendSome("\nPing:")
-		pass(lineTime - 5*time.Second)
-		a.Ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
-	})
-}
-
-// Ensure that a line that is too long and does not end is answered once.
-func TestSlowLineIsAnsweredOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		go a.SendSome("Ack\n" + strings.Repeat("x", 3*testMaxLine))
-		a.Want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
-		a.WantRest("")
-		a.Close()
-	})
-}
-
-// Ensure that the time of a line is what its error says, to the tick.
-func TestSlowLineEndsInTime(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.Send("Put:k:")
-		within(t, lineTime, lineTime, func() {
-			a.Want(":ERROR line 1: the line was begun but not ended within 30s")
-		})
-		a.Close()
-	})
-}
-
-// Ensure that a line's time does not run while the replies before it wait for their client to read.
-func TestSlowLineBehindReplies(t *testing.T) {
-	for _, trickle := range []string{"", "x"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			value := strings.Repeat("v", 1200)
-			n.fill("big", value, 4000) // more than the queue holds
-			a := n.Dial(t)
-			go a.Send("Get:big\nPut:late:")
-			for range 2 * lineTime / quietAfter {
-				pass(quietAfter)
-				a.Send(trickle)
-			}
-			for range 4000 {
-				a.Want("big:" + value)
-			}
-			a.Send("\n")
-			a.Ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/quietAfter)))
-		})
-	}
-}
+func TestSlowLine(t *testing.T)                { protocol.SlowLine(t, serveEmpty) }
+func TestSlowLineAfterSkippedOne(t *testing.T) { protocol.SlowLineAfterSkippedOne(t, serveEmpty) }
+func TestSlowLineIsAnsweredOnce(t *testing.T)  { protocol.SlowLineIsAnsweredOnce(t, serveEmpty) }
+func TestSlowLineEndsInTime(t *testing.T)      { protocol.SlowLineEndsInTime(t, serveEmpty) }
+func TestSlowLineBehindReplies(t *testing.T)   { protocol.SlowLineBehindReplies(t, serveEmpty) }
 
 // Ensure that a client that does not read its replies keeps no long line of others from its memory.
 func TestInputBehindReplies(t *testing.T) {
@@ -5458,54 +5211,7 @@ func TestInputBehindReplies(t *testing.T) {
 
 // ---- client.go: Keys and Dump
 
-// Ensure that a Dump is one exact moment, even if it is read slowly while others write: no coin is
-// seen in two purses, or in none, while it moves.
-func TestDumpIsOneMoment(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const purses, coins = 3000, 1000
-		for i := range purses {
-			n.fill(fmt.Sprint("purse", i), "begin", 1+i%20) // short lists and long ones
-		}
-		for i := range coins {
-			n.fill(fmt.Sprint("purse", i), fmt.Sprint("coin", i), 1)
-		}
-		a, b := n.Dial(t), n.Dial(t)
-		a.Ask("Ack", ":OK 0")
-		b.Ask("Ack", ":OK 0")
-		a.Send("Put:begun:1\nDump\n")
-		a.Want(":OK 1")
-		a.Want(": Put:begun:1")
-		synctest.Wait()
-		for i := range coins { // while it waits for its reader
-			to := fmt.Sprint("purse", (i*7)%purses)
-			b.Send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
-				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
-			for range 4 {
-				b.Read()
-			}
-		}
-		lists, last := map[string][]string{}, ""
-		line := a.Read()
-		for ; !strings.HasPrefix(line, ":OK "); line = a.Read() {
-			f := strings.Split(line, ":")
-			if f[2] < last {
-				t.Fatalf("%q comes after %q", f[2], last)
-			}
-			last = f[2]
-			lists[f[2]] = append(lists[f[2]], f[3])
-		}
-		for i := range purses {
-			want := slices.Repeat([]string{"begin"}, 1+i%20)
-			if i < coins {
-				want = append(want, fmt.Sprint("coin", i))
-			}
-			if got := lists[fmt.Sprint("purse", i)]; !slices.Equal(got, want) {
-				t.Fatalf("purse%d held %q, want %q", i, got, want)
-			}
-		}
-		equal(t, "keys", len(lists), purses)
-	})
-}
+func TestDumpIsOneMoment(t *testing.T) { protocol.DumpIsOneMoment(t, serveEmpty) }
 
 // Ensure that the lists of many Keys and Dumps of many keys keep to the memory for queues, that all
 // are answered in full, and that one that is not read does not delay the others.
@@ -5581,7 +5287,7 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.fillKeys("k", 1600, strings.Repeat("v", 20*kilo)) // 32 MB
 			mayEnd := make(chan struct{})
-			slow := n.DialMany(t, maxSnapshots, func(_ int, c *testClient) {
+			slow := n.DialMany(t, maxSnapshots, func(_ int, c *protocol.Client) {
 				c.Conn.Write([]byte("Dump\n"))
 				go func() {
 					for !isClosed(mayEnd) {
@@ -5947,22 +5653,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	})
 }
 
-// Ensure that a slow reader that begins to read again loses nothing more.
-func TestSlowReaderRecovers(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("list", strings.Repeat("v", 625), 30) // three messages
-		a := n.Dial(t)
-		ask := func() { a.Send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
-		go ask()
-		pass(2 * slowAfter)
-		delivered := a.Count("list:")
-		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
-			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
-		}
-		go ask()
-		equal(t, "reading at once, lines", a.Count("list:"), 300*30)
-	})
-}
+func TestSlowReaderRecovers(t *testing.T) { protocol.SlowReaderRecovers(t, serveEmpty) }
 
 // paced returns a connection, its reader, and a channel that reports whether it takes bytes.
 func paced() (conn *pacedConn, reader *world.Conn, told chan bool) {
@@ -6100,130 +5791,14 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	}
 }
 
-// Ensure that clients that do not read for some seconds get what the queue keeps for them, and the
-// others everything, as Project 0's own tests require: six clients on one goroutine, four of them
-// slow, Gets of lists of large values.
 func TestSlowReaderOfProject0(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const clients, slow, gets, values = 6, 4, 1900, 3
-		value := strings.Repeat("v", 4096)
-		n.fill("list", value, values)
-		all := n.DialMany(t, clients, func(int, *testClient) {})
-		var lines [clients]int
-		var readers sync.WaitGroup
-		for i, c := range all {
-			readers.Go(func() {
-				if i < slow {
-					<-time.After(5 * time.Second)
-				}
-				// A minute without a line means that no more come.
-				c.Conn.SetReadDeadline(time.Now().Add(time.Minute))
-				for ; ; lines[i]++ {
-					line, err := c.R.ReadString('\n')
-					if err != nil {
-						return
-					}
-					if line != "list:"+value+"\n" {
-						t.Errorf("client %d got %.40q", i, line)
-					}
-				}
-			})
-		}
-		for range gets {
-			for _, c := range all {
-				c.Send("Get:list\n")
-			}
-			synctest.Wait()
-		}
-		readers.Wait()
-		for i, got := range lines {
-			switch {
-			case i >= slow && got != gets*values:
-				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
-			case i < slow && (got < maxBufferSize || got >= gets*values || got%values != 0):
-				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
-					"and not all", i, got, gets*values, maxBufferSize)
-			}
-		}
-		closeClients(all)
-	})
+	protocol.SlowReaderOfProject0(t, serveEmpty)
 }
 
-// Ensure that a client that lost replies, and does not ask with Ping, is told in the last line,
-// after a half-close or a Quit, and once.
-func TestSlowReaderIsToldAtTheEnd(t *testing.T) {
-	for end, want := range map[string]string{
-		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
-			"read for over a second; after Ack none is\n",
-		"Quit\n": ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was " +
-			"read for over a second; after Ack none is\n",
-		"Ack\nQuit\n": ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for " +
-			"nothing was read for over a second; after Ack none is\n",
-		"Ping\n":              ":PONG dropped %[1]d\n",
-		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.fill("big", strings.Repeat("v", 1200), 1)
-			n.fill("k", "v", 1)
-			a, other := n.Dial(t), n.Dial(t)
-			const gets = 2000
-			go a.Send(strings.Repeat("Get:big\n", gets))
-			pass(2 * seenSlow)
-			dropped := other.Stat("replies_dropped_total")
-			got := 0
-			for ; got < gets-dropped; got++ {
-				a.Read()
-			}
-			go a.SendAll(end)
-			if rest, want := a.ReadAll(), fmt.Sprintf(want, dropped, gets, gets+1,
-				gets+2); rest != want || dropped == 0 {
-				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
-			}
-			a.Close()
-		})
-	}
-}
-
-// Ensure that a dropped reply is counted at once, and not with its client's next request.
-func TestSlowReaderIsCountedAtOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", strings.Repeat("v", 1200), 1)
-		n.fill("huge", strings.Repeat("v", 1200), 4000)
-		a, other := n.Dial(t), n.Dial(t)
-		const gets = 1000
-		go a.Send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
-		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
-		dropped := other.Stat("replies_dropped_total")
-		delivered := a.Count("k:")
-		equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
-		between(t, "replies dropped", dropped, 1, gets)
-	})
-}
-
-// Ensure that after Ack nothing is dropped, however long a client does not read, and that its later
-// requests wait.
-func TestSlowReaderWithAck(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 1200)
-		n.fill("k", value, 1)
-		a, other := n.Dial(t), n.Dial(t)
-		a.Ask("Ack", ":OK 0")
-		const owed = 5000
-		go a.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
-		pass(time.Minute)
-		other.Ask("Get:after")
-		other.Ask("Ping", ":PONG")
-		for i := range owed {
-			a.Want("k:"+value, ":OK 1")
-			if t.Failed() {
-				t.Fatalf("at reply %d", i)
-			}
-		}
-		a.Want(":OK 1")
-		a.Ask("Ping", ":PONG")
-	})
-}
+func TestSlowReaderIsToldAtTheEnd(t *testing.T)  { protocol.SlowReaderIsToldAtTheEnd(t, serveEmpty) }
+func TestSlowReaderIsCountedAtOnce(t *testing.T) { protocol.SlowReaderIsCountedAtOnce(t, serveEmpty) }
+func TestSlowReaderWithAck(t *testing.T)         { protocol.SlowReaderWithAck(t, serveEmpty) }
 
 // Ensure that a steady reader on a real socket, where receive windows open late and in lumps, loses
 // nothing while it pipelines, in whatever pieces it reads.
@@ -6410,253 +5985,14 @@ func TestWriteTimeout(t *testing.T) {
 
 // ---- query.go: the protocol
 
-// conversation is what a client sends, and what it must read.
-type conversation struct{ name, send, want string }
-
-// mistakes returns a conversation of lines that are all refused, because such a request needs
-// something else, and that change nothing.
-func mistakes(verb, needs string, lines ...string) conversation {
-	c := conversation{verb + " with more or less", "Put:k:a\n" + strings.Join(lines, "\n") +
-		"\nKeys\nGet:k\n", ""}
-	for i, line := range lines {
-		c.want += fmt.Sprintf(":ERROR line %d: %s needs %s; got %q", i+2, verb, needs, line)
-		if strings.HasPrefix(needs, "a key, without") && strings.HasPrefix(line, verb+":k:") {
-			c.want += `; a Put like that wrote to the key "k", for a key ends at its first colon`
-		}
-		c.want += "\n"
-	}
-	c.want += ": k\n:OK 1\nk:a\n"
-	return c
-}
-
-// hints returns a conversation of lines that are no requests, each with the request that is
-// suggested; "": none is.
-func hints(name string, lines [][2]string) (c conversation) {
-	c.name = name
-	for i, l := range lines {
-		c.send += l[0] + "\n"
-		hint := "Help lists the requests"
-		if l[1] != "" {
-			hint = "did you mean " + l[1] + " ?"
-		}
-		c.want += fmt.Sprintf(":ERROR line %d: unknown request %q; %s\n", i+1, l[0], hint)
-	}
-	return c
-}
-
-// conversations are what clients send and what they must read, to the last byte, before the server
-// closes. Each client ends its own side first. They are made at the first call: a process that this
-// binary starts as a server needs none.
-var conversations = sync.OnceValue(func() []conversation {
-	return []conversation{
-		{"nothing", "", ""},
-		{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
-		{"put appends", "Put:k:a\nPut:k:b\nPut:k:a\nGet:k\n", "k:a\nk:b\nk:a\n"},
-		{"miss", "Get:k\nDelete:k\n", ""},
-		{"value with colons", "Put:k:a:b::\nGet:k\n", "k:a:b::\n"},
-		{"empty value", "Put:k:\nGet:k\n", "k:\n"},
-		{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
-		{"update replaces the first and appends",
-			"Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
-		{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
-		{"remove takes the first",
-			"Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n",
-			"k:b\nk:a:\nk:b\nk:a:\n"},
-		{"remove takes the key with its last", "Put:k:a\nRemove:k:a\nGet:k\nKeys\nPut:k:b\nGet:k\n",
-			":OK 0\nk:b\n"},
-		{"set and remove with ack",
-			"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
-			":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
-		{"swap replaces, and never adds",
-			"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
-				"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
-			"k:b\nk:a\nk:c\ne:z\n"},
-		{"add only to nothing", "Add:k:a:b\nAdd:k:c\nGet:k\nDelete:k\nadd:k:\nADD:k:d\nGet:k\n", "k:a:b\nk:\n"},
-		{"count is always answered", "Count:k\nPut:k:a\nPut:k:a\ncount:k\nPut:k:c\nGet:k\n",
-			":OK 0\n:OK 2\nk:a\nk:a\nk:c\n"},
-		{"swap, add and count with ack",
-			"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
-			":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
-		{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" + "Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
-			"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
-			"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
-			":OK 1\n: 30\n:OK 1\n: 30\n:OK 1\n:OK 1\n:OK 0\n: 4000000000\n:OK 1\n:OK 1\n: 5\n:OK 1\n" +
-				"l:f:g\n:OK 1\n"},
-		{"expire and lease with ack",
-			"Ack\nPut:k:a\nExpire:k:30\nExpire:none:30\nExpire:k\nExpire:none\nLease:k:30:b\n" +
-				"Lease:l:1:\nLease:l:1:c\nGet:l\nDelete:l\nPut:l:x\nExpire:l\n",
-			":OK 0\n:OK 1\n:OK 1\n:OK 0\n: 30\n:OK 1\n:OK 0\n:OK 0\n:OK 1\n:OK 0\nl:\n:OK 1\n:OK 1\n" +
-				":OK 1\n:OK 1\n"},
-		{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
-			"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
-		{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
-			":OK 0\n:OK 1\nk:a\n:OK 1\n:OK 0\n:OK 1\nk:b\n:OK 1\n:OK 0\n:OK 0\n"},
-		{"take waits behind a half-close", "Take:k:30\nTake:k:3600\nPing:a\nTake:k:1\nPut:k:a\nGet:k\n",
-			":PONG a\nk:a\n"},
-		{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
-			": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
-				": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
-		hints("words of other programs", [][2]string{{"incr a", "Swap:key:old:new"},
-			{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
-			{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
-			{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
-			{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
-			{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"}}),
-		{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
-		{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
-		{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
-		{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
-		{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
-		{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n",
-			"k:a\nk:b\nk:a\nk:b\nk:y\n"},
-		{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
-		{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
-		{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
-		{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
-		{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
-		{"blank lines count", "\n\r\n\r\x00\nfoo\n",
-			":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
-
-		{"ack", "Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
-			"foo\nAck\nQuit\n",
-			":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
-				"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
-		{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
-		{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
-		{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
-		{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
-		{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
-		{"help", "?\n", ": " + strings.Join(helpLines, "\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
-		{"help with ack", "Ack\nhelp\n", ":OK 0\n: " + strings.Join(helpLines,
-			"\n: ") + "\n:OK " + strconv.Itoa(len(helpLines)) + "\n"},
-
-		mistakes("Put", "a key and a value, as in Put:key:value", "Put:k", "Put", "Put:", "Put::v"),
-		mistakes("Set", "a key and a value, as in Set:key:value", "Set:k", "Set::v"),
-		mistakes("Remove", "a key and a value, as in Remove:key:value", "Remove:k", "remove"),
-		mistakes("Add", "a key and a value, as in Add:key:value", "Add:k", "Add::v"),
-		mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get"),
-		mistakes("Delete", "a key, without a colon in it, as in Delete:key", "Delete:k:1", "Delete:"),
-		mistakes("Count", "a key, without a colon in it, as in Count:key", "Count:", "Count:k:1", "Count"),
-		mistakes("Swap", "a key, an old and a new value, none with a colon in it, as in "+
-			"Swap:key:old:new", "Swap:k:a", "Swap:k:a:b:c", "Swap::a:b"),
-		mistakes("Update", "a key, an old and a new value, none with a colon in it, as in "+
-			"Update:key:old:new", "Update:k:a", "Update:k", "Update:k:a:b:c", "Update::a:b"),
-		mistakes("Expire", "a key, and seconds up to 4000000000 or nothing, as in Expire:key:seconds",
-			"Expire:k:", "Expire:k:4000000001", "Expire:k:-1", "Expire:k:1:2", "Expire::1", "Expire",
-			"Expire:k:1.5"),
-		mistakes("Lease", "a key, seconds from 1 to 4000000000, and a value, as in "+
-			"Lease:key:seconds:value", "Lease:l:5", "Lease:l:0:v", "Lease:l:x:v", "Lease::5:v",
-			"Lease:l:4000000001:v"),
-		mistakes("Take", "a key, and seconds from 1 to 3600 or nothing, as in Take:key:seconds",
-			"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601", "Take:k:1:2", "Take::1", "Take:k:-1"),
-		mistakes("Keys", "nothing behind it or a prefix, without a colon in it, as in Keys:prefix", "Keys:a:b"),
-		mistakes("Dump", "nothing behind it or a prefix, without a colon in it, as in Dump:prefix", "Dump:a:b"),
-		mistakes("Quit", "nothing behind it, as in Quit", "Quit:"),
-		mistakes("Ack", "nothing behind it, as in Ack", "Ack:on"),
-		mistakes("Stats", "nothing behind it, as in Stats", "Stats:"),
-		mistakes("Help", "nothing behind it, as in Help", "Help:me"),
-		hints("hints", [][2]string{{"get fruit", "Get:fruit"}, {"set a b", "Set:a:b"},
-			{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
-			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
-			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
-			{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
-		{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
-			":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
-		{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
-			":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
-
-		{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
-			": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
-				"ab\n:OK 2\nb:1\n:OK 1\n"},
-		{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
-			": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
-		{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
-			": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
-		{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
-			": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
-		{"a line behind a Keys in a burst", "Get:none\nKeys\nnone\n",
-			":OK 0\n:ERROR line 3: unknown request \"none\"; Help lists the requests\n"},
-		{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
-			":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
-		{"torn write is not run", "Ack\nPut:k:a",
-			":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
-
-		{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
-		{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
-		{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
-		{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
-		{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" + ":PONG\n"},
-
-		{"HTTP over the limit", "POST /" + strings.Repeat("a", testMaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n",
-			":ERROR line 1: longer than 20000 bytes, skipped\n"},
-		{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
-			testMaxLine+1-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n",
-			":ERROR line 1: longer than 20000 bytes, skipped\n"},
-		{"HTTP at the limit", "POST /" + strings.Repeat("a",
-			testMaxLine-len("POST / HTTP/1.1")) + " HTTP/1.1\nPut:k:a\nPing\n", badRequest},
-		{"HTTP far over the limit", "\r\nPOST /" + strings.Repeat("a",
-			3*testMaxLine) + " HTTP/1.0\r\x00\n\r\nPut:k:a\nPing\n",
-			":ERROR line 2: longer than 20000 bytes, skipped\n"},
-		{"a request over the limit is no HTTP", "Put:" + strings.Repeat("a", 3*testMaxLine) +
-			" HTTP/1.0\nPing\n", ":ERROR line 1: longer than 20000 bytes, skipped\n:PONG\n"},
-		{"first line over the limit", strings.Repeat("a", 3*testMaxLine) + "\nPut:k:a\nPing\n",
-			":ERROR line 1: longer than 20000 bytes, skipped\n"},
-		{"first line one over the limit", "\n" + strings.Repeat("a", testMaxLine+1) +
-			"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
-		{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
-		{"RESP without an array", "\n$4\nPing\n", badRESP},
-		{"not RESP", "*\nPing\n", ":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
-		{"RESP too late", "Ping\n*1\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
-		{"torn first line over the limit", strings.Repeat("a", 3*testMaxLine),
-			":ERROR line 1: longer than 20000 bytes, skipped\n"},
-		{"torn line of the limit", strings.Repeat("a", testMaxLine),
-			":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
-		{"torn line of the limit, with a CR", strings.Repeat("a", testMaxLine) + "\r",
-			":ERROR line 1: the last line has no newline at its end, so it was not run\n"},
-		{"torn line one over the limit", strings.Repeat("a", testMaxLine+1),
-			":ERROR line 1: longer than 20000 bytes, skipped\n"},
-		{"torn line two over the limit", "Ping\n" + strings.Repeat("a", testMaxLine+2),
-			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
-
-		{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n", ":ERROR line 1: this port speaks no TLS\n"},
-		{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
-		{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a", 3*testMaxLine) +
-			" HTTP/1.0\r\n\r\nPing\n",
-			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
-
-		{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
-			":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
-		{"two over the limit", "Put:" + strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
-			30_000) + "\nPing\n",
-			":ERROR line 1: longer than 20000 bytes, skipped\n:ERROR line 2: longer than 20000 " +
-				"bytes, skipped\n:PONG\n"},
-		{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000),
-			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
-	}
-})
-
-// Ensure that every request is answered as the protocol says.
-func TestConversations(t *testing.T) {
-	for _, c := range conversations() {
-		t.Run(c.name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, n *fakeNet) {
-				a := n.Dial(t)
-				go a.SendAll(c.send)
-				equal(t, fmt.Sprintf("sent %.300q", c.send), a.ReadAll(), c.want)
-			})
-		})
-	}
-}
+func TestConversations(t *testing.T) { protocol.Conversations(t, serveEmpty, helpLines) }
 
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
 // counter in Stats, and is recognized with a typing error.
 func TestEveryRequest(t *testing.T) {
 	var said strings.Builder
-	for _, c := range conversations() {
-		said.WriteString("\n" + c.send)
+	for _, c := range protocol.All(helpLines) {
+		said.WriteString("\n" + c.Send)
 	}
 	asked, stats := strings.ToLower(said.String()), fmt.Sprint(New(kvstore.NewMemory()).stats())
 	for what := put; what <= quit; what++ {
@@ -6692,14 +6028,14 @@ func TestHintsAreCheap(t *testing.T) {
 // Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly the replies of the
 // model.
 func FuzzConversation(f *testing.F) {
-	for i, c := range conversations() {
-		if len(c.send) < 10_000 {
-			f.Add([]byte(c.send), uint16(i))
+	for i, c := range protocol.All(helpLines) {
+		if len(c.Send) < 10_000 {
+			f.Add([]byte(c.Send), uint16(i))
 		}
 	}
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
 		lines := strings.SplitAfter(string(script), "\n")
-		m := model{Model: storetest.NewModel(), now: 1}
+		m := protocol.NewModel(helpLines)
 		want, spoke, quit := "", false, false
 		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
 			want, quit = ":ERROR line 1: \n", true
@@ -6725,7 +6061,7 @@ func FuzzConversation(f *testing.F) {
 				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
 				return // Stats shows the time; and the model folds letters as Unicode does
 			}
-			answer := m.answer(i+1, line)
+			answer := m.Answer(i+1, line)
 			if strings.HasPrefix(answer, ":ERROR") {
 				answer += "\n"
 				switch {
@@ -6761,126 +6097,6 @@ func FuzzConversation(f *testing.F) {
 			}
 		})
 	})
-}
-
-// model is the model of the protocol; storetest.Model is that of the store.
-type model struct {
-	storetest.Model
-	now   int64 // in seconds; it advances when a Take waits
-	acked bool
-}
-
-// answer returns the server's reply to one line that is not blank.
-func (m *model) answer(number int, line string) string {
-	for key, ok := m.NextDue(m.now); ok; key, ok = m.NextDue(m.now) {
-		m.Delete(key)
-	}
-	if len(line) > testMaxLine {
-		return ":ERROR line " + strconv.Itoa(number) + ": "
-	}
-
-	// A request about a list. In some requests the last field may hold colons.
-	f := strings.Split(line, ":")
-	fields := len(f)
-	f = append(f, "", "", "")
-	verb, key, rest := strings.ToLower(f[0]), f[1], strings.Join(f[2:max(fields, 2)], ":")
-	q, n, out := storetest.Request{}, 0, ""
-	ask := func(v string) {
-		q.Verb = v
-		var got []string
-		n, got = q.Do(m, key)
-		for _, v := range got {
-			out += key + ":" + v + "\n"
-		}
-	}
-	always := verb == "count" || verb == "keys" || verb == "dump" || line == "?" || verb == "help"
-	switch has := key != ""; {
-	case has && fields >= 3 && (verb == "put" || verb == "set" || verb == "add"):
-		q.New = rest
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields >= 3 && verb == "remove":
-		q.Old = rest
-		ask("Remove")
-	case has && fields == 4 && (verb == "update" || verb == "swap"):
-		q.Old, q.New = f[2], f[3]
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields == 2 && (verb == "get" || verb == "delete" || verb == "count" || verb == "take"):
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields == 3 && verb == "take" && seconds(f[2], 1, 3600) > 0:
-		if ask("Take"); n == 0 {
-			m.now += seconds(f[2], 1, 3600)
-		}
-	case has && fields >= 4 && verb == "lease" && seconds(f[2], 1, maxSeconds) > 0:
-		q.New = strings.Join(f[3:fields], ":")
-		if ask("Add"); n == 1 {
-			m.Expire(key, m.now+seconds(f[2], 1, maxSeconds))
-		}
-	case has && fields == 3 && verb == "expire" && seconds(f[2], 0, maxSeconds) >= 0:
-		at := m.now + seconds(f[2], 0, maxSeconds)
-		if at == m.now {
-			at = 0 // it does not expire any more
-		}
-		n = times(m.Expire(key, at))
-	case has && fields == 2 && verb == "expire":
-		n, always = times(m.Count(key) > 0), true
-		if at, ok := m.Deadline(key); ok {
-			out = fmt.Sprintf(": %d\n", at-m.now)
-		}
-
-	case line == "?" || verb == "help" && fields == 1:
-		n, out = len(helpLines), ": "+strings.Join(helpLines, "\n: ")+"\n"
-	case (verb == "keys" || verb == "dump") && fields <= 2:
-		n, out = m.list(key, verb == "dump")
-	case verb == "ack" && fields == 1:
-		m.acked = true
-	case verb == "ping" && line[4:] != "" && line[4:] != ":":
-		return ":PONG " + line[len("ping:"):] + "\n"
-	case verb == "ping":
-		return ":PONG\n"
-	case (verb == "quit" || verb == "exit") && fields == 1:
-	default:
-		return ":ERROR line " + strconv.Itoa(number) + ": "
-	}
-	if m.acked || always {
-		out += fmt.Sprintf(":OK %d\n", n)
-	}
-	return out
-}
-
-// list returns the answer to Keys or Dump, and its number of lines.
-func (m *model) list(prefix string, dumps bool) (n int, out string) {
-	all := maps.Collect(m.All())
-	for _, key := range slices.Sorted(maps.Keys(all)) {
-		switch at, ends := m.Deadline(key); {
-		case !strings.HasPrefix(key, prefix):
-		case !dumps:
-			out += ": " + key + "\n"
-		default:
-			for _, v := range all[key] {
-				if strings.HasSuffix(v, "\r") || strings.HasSuffix(v, "\r\x00") {
-					v += "\r"
-				}
-				out += ": Put:" + key + ":" + v + "\n"
-			}
-			if ends {
-				out += fmt.Sprintf(": Expire:%s:%d\n", key, at-m.now)
-			}
-		}
-	}
-	return strings.Count(out, "\n"), out
-}
-
-// seconds returns the number in text, or -1 if it is none from least to most.
-func seconds(text string, least, most int64) (n int64) {
-	for _, digit := range text {
-		if n = 10*n + int64(digit-'0'); digit < '0' || digit > '9' || n > most {
-			return -1
-		}
-	}
-	if text == "" || n < least {
-		return -1
-	}
-	return n
 }
 
 // ---- the whole server, simulated
@@ -6964,8 +6180,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// testMaxLine is small enough to be tried, and larger than a client's first buffers.
-const testMaxLine = 20_000
+const testMaxLine = protocol.MaxLine
 
 // testMaxMessage makes a client's whole queue 4 MiB instead of 64.
 const testMaxMessage = 8 << 10
@@ -6980,12 +6195,15 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 		n := newFakeNet()
 		defer n.server.Close()
 		test(t, n)
-		for _, c := range n.clients {
-			if !c.gone {
-				c.HangUp()
-			}
-		}
+		n.HangUp()
 	})
+}
+
+// serveEmpty starts the server of one of the conversations in package protocol.
+func serveEmpty(t *testing.T) *protocol.Net {
+	n := newFakeNet()
+	t.Cleanup(n.server.Close)
+	return n.Net
 }
 
 // pass lets d of fake time pass, and waits until all goroutines are idle.
@@ -7047,10 +6265,9 @@ func within(t testing.TB, least, most time.Duration, do func()) {
 // fakeNet is the network of one server: a listener, and dial to reach it.
 type fakeNet struct {
 	*world.Listener
-	server  *keyValueServer
-	log     screen // of the server
-	mu      sync.Mutex
-	clients []*testClient // all that have dialed; guarded by mu
+	*protocol.Net
+	server *keyValueServer
+	log    screen // of the server
 
 	wrap func(net.Conn) net.Conn // makes the server's side of a connection
 	// called by the server's connections when a read deadline in the future is set
@@ -7082,32 +6299,14 @@ func (n *fakeNet) inputs() (held int64) {
 }
 
 // start starts the server unless it has been started.
-func (n *fakeNet) start(t *testing.T) {
+func (n *fakeNet) start(t testing.TB) {
 	if err := n.server.serve(n); err != nil && err != errStarted {
 		t.Fatal(err)
 	}
 }
 
-// dial connects to the server, which it starts if necessary.
-func (n *fakeNet) Dial(t *testing.T) *testClient {
-	n.start(t)
-	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-	theirs.BeforeDeadline = n.beforeDeadline
-	if n.wrap != nil {
-		n.Connect(n.wrap(theirs))
-	} else {
-		n.Connect(theirs)
-	}
-
-	c := newTestClient(t, ours)
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.clients = append(n.clients, c)
-	return c
-}
-
 // dialTLS connects, over TLS if the server speaks that.
-func (n *fakeNet) dialTLS(t *testing.T) *testClient {
+func (n *fakeNet) dialTLS(t *testing.T) *protocol.Client {
 	c := n.Dial(t)
 	if n.server.tls != nil {
 		c.OverTLS()
@@ -7115,15 +6314,8 @@ func (n *fakeNet) dialTLS(t *testing.T) *testClient {
 	return c
 }
 
-// dialAck connects in Ack mode.
-func (n *fakeNet) DialAck(t *testing.T) *testClient {
-	c := n.Dial(t)
-	c.Ask("Ack", ":OK 0")
-	return c
-}
-
 // dialMute connects a client in Ack mode that reads nothing, and for whose replies there is no room.
-func (n *fakeNet) dialMute(t *testing.T) *testClient {
+func (n *fakeNet) dialMute(t *testing.T) *protocol.Client {
 	n.fill("big", strings.Repeat("v", kilo), 900)
 	c := n.DialAck(t)
 	for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} {
@@ -7133,17 +6325,20 @@ func (n *fakeNet) dialMute(t *testing.T) *testClient {
 	return c
 }
 
-// dialMany connects so many clients, one after the other.
-func (n *fakeNet) DialMany(t *testing.T, count int, begin func(i int, c *testClient)) []*testClient {
-	clients := make([]*testClient, count)
-	for i := range clients {
-		clients[i] = n.Dial(t)
-		begin(i, clients[i])
+// connect connects to the server, which it starts if necessary.
+func (n *fakeNet) connect(t testing.TB) world.HalfConn {
+	n.start(t)
+	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+	theirs.BeforeDeadline = n.beforeDeadline
+	if n.wrap != nil {
+		n.Connect(n.wrap(theirs))
+	} else {
+		n.Connect(theirs)
 	}
-	return clients
+	return ours
 }
 
-func closeClients(clients []*testClient) {
+func closeClients(clients []*protocol.Client) {
 	for _, c := range clients {
 		c.Close()
 	}
@@ -7151,138 +6346,10 @@ func closeClients(clients []*testClient) {
 
 func newFakeNet() *fakeNet {
 	n := &fakeNet{Listener: world.NewListener(), server: New(kvstore.NewMemory())}
+	n.Net = protocol.NewNet(n.connect)
 	n.server.maxLine, n.server.maxMessage, n.server.version = testMaxLine, testMaxMessage, "test"
 	n.server.log = slog.New(slog.NewTextHandler(&n.log, nil))
 	return n
-}
-
-// testClient is a client that knows what to expect.
-type testClient struct {
-	T    testing.TB
-	Conn world.HalfConn
-	R    *bufio.Reader
-	gone bool // it has ended the connection
-}
-
-func newTestClient(t testing.TB, conn net.Conn) *testClient {
-	return &testClient{T: t, Conn: conn.(world.HalfConn), R: bufio.NewReader(conn)}
-}
-
-// close ends the connection, even if bytes are unread.
-func (c *testClient) Close() {
-	c.gone = true
-	c.Conn.Close()
-}
-
-// overTLS goes on over TLS, with any server.
-func (c *testClient) OverTLS() *testClient {
-	c.Conn = tls.Client(c.Conn, &tls.Config{InsecureSkipVerify: true})
-	c.R = bufio.NewReader(c.Conn)
-	return c
-}
-
-// breakOff resets the connection, as a broken network does.
-func (c *testClient) BreakOff() {
-	c.gone = true
-	c.Conn.(*world.Conn).BreakOff()
-}
-
-// send sends text, all of it.
-func (c *testClient) Send(text string) {
-	c.T.Helper()
-	if _, err := io.WriteString(c.Conn, text); err != nil {
-		c.T.Errorf("sending %.40q: %v", text, err)
-	}
-}
-
-// post sends text, and waits until nobody has anything to do about it any more.
-func (c *testClient) Post(text string) {
-	c.T.Helper()
-	c.Send(text)
-	synctest.Wait()
-}
-
-// sendSome sends text as far as possible.
-func (c *testClient) SendSome(text string) { io.WriteString(c.Conn, text) }
-
-// sendAll sends text as far as possible, and closes the sending side.
-func (c *testClient) SendAll(text string) {
-	c.SendSome(text)
-	c.Conn.CloseWrite()
-}
-
-// ask sends a request, and wants these lines.
-func (c *testClient) Ask(request string, lines ...string) {
-	c.T.Helper()
-	c.Send(request + "\n")
-	c.Want(lines...)
-}
-
-// read returns the next line.
-func (c *testClient) Read() string {
-	c.T.Helper()
-	line, err := c.R.ReadString('\n')
-	if err != nil {
-		c.T.Fatalf("reading: %q, %v", line, err)
-	}
-	return strings.TrimSuffix(line, "\n")
-}
-
-// readList returns the lines before the next OK.
-func (c *testClient) ReadList() (lines []string) {
-	for line := c.Read(); !strings.HasPrefix(line, ":OK"); line = c.Read() {
-		lines = append(lines, line)
-	}
-	return lines
-}
-
-// wantRest wants exactly this, and then the end.
-func (c *testClient) WantRest(want string) {
-	c.T.Helper()
-	equal(c.T, "all that came", c.ReadAll(), want)
-}
-
-// wantNothing wants no bytes to come, while the server waits for something else.
-func (c *testClient) WantNothing() {
-	c.T.Helper()
-	synctest.Wait()
-	equal(c.T, "bytes that came", c.R.Buffered()+c.Conn.(*world.Conn).Unread(), 0)
-}
-
-// readAll returns everything up to the end.
-func (c *testClient) ReadAll() string {
-	c.T.Helper()
-	all, err := io.ReadAll(c.R)
-	if err != nil {
-		c.T.Errorf("reading: %v", err)
-	}
-	return string(all)
-}
-
-// want wants these to be the next lines.
-func (c *testClient) Want(lines ...string) {
-	c.T.Helper()
-	for _, want := range lines {
-		if got := c.Read(); got != want {
-			c.T.Fatalf("got %.300q, want %.300q", got, want)
-		}
-	}
-}
-
-// stat returns one of the numbers in Stats.
-func (c *testClient) Stat(name string) int {
-	c.T.Helper()
-	c.Send("Stats\nPing:stats\n")
-	value := -1
-	for line := c.Read(); line != ":PONG stats"; line = c.Read() {
-		if text, ok := strings.CutPrefix(line, ": "+name+" "); ok {
-			value, _ = strconv.Atoi(text)
-		}
-	}
-	if value < 0 {
-		c.T.Errorf("Stats does not say %q", name)
-	}
-	return value
 }
 
 // await waits until is returns true, where that takes real time: another process or the kernel does
@@ -7296,52 +6363,16 @@ func await(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// wantStat wants Stats to show this number.
-func (c *testClient) WantStat(name string, want int) {
-	c.T.Helper()
-	equal(c.T, name, c.Stat(name), want)
-}
-
-// count returns how many lines with prefix come before a PONG.
-func (c *testClient) Count(prefix string) (n int) {
-	c.T.Helper()
-	for line := c.Read(); !strings.HasPrefix(line, ":PONG"); line = c.Read() {
-		if !strings.HasPrefix(line, prefix) {
-			c.T.Fatalf("got %.60q, want a line that starts with %q", line, prefix)
-		}
-		n++
-	}
-	return n
-}
-
-// wantClosed wants the end.
-func (c *testClient) WantClosed() {
-	c.T.Helper()
-	if b, err := c.R.ReadByte(); err == nil {
-		c.T.Errorf("got %q, want the end", b)
-	} else if err != io.EOF && !errors.Is(err, io.ErrClosedPipe) {
-		c.T.Errorf("got %v, want the end", err)
-	}
-}
-
-func wantAllClosed(clients ...*testClient) {
+func wantAllClosed(clients ...*protocol.Client) {
 	for _, c := range clients {
 		c.T.Helper()
 		c.WantClosed()
 	}
 }
 
-// hangUp ends our side, and wants the server to end its own.
-func (c *testClient) HangUp() {
-	c.T.Helper()
-	c.Conn.CloseWrite()
-	c.WantClosed()
-	c.Close()
-}
-
 // dialTCP connects to a real port or to a unix socket. Its deadline only ends a test that has
 // failed already.
-func dialTCP(t testing.TB, addr string) *testClient {
+func dialTCP(t testing.TB, addr string) *protocol.Client {
 	t.Helper()
 	network := "tcp"
 	if path, isUnix := strings.CutPrefix(addr, "unix:"); isUnix {
@@ -7351,7 +6382,7 @@ func dialTCP(t testing.TB, addr string) *testClient {
 	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
-	return newTestClient(t, conn)
+	return protocol.NewClient(t, conn)
 }
 
 // serveTCP serves an empty store on a real port until the test ends.

@@ -1,0 +1,152 @@
+package protocol
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// InputAtEverySplitPoint ensures that it does not matter where the network cuts a client's
+// bytes.
+func InputAtEverySplitPoint(t *testing.T, start Start) {
+	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
+		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
+	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
+		"requests\n" +
+		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
+		"its end, so it was not run\n"
+	play := func(t *testing.T, pieces ...string) {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			a := n.Dial(t)
+			go func() {
+				for _, p := range pieces {
+					a.Send(p)
+					synctest.Wait() // until the server has read it and waits for more
+				}
+				a.Conn.CloseWrite()
+			}()
+			equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
+		})
+	}
+	for i := range script {
+		play(t, script[:i], script[i:])
+	}
+	play(t, strings.Split(script, "")...)
+}
+
+// InputLimitAtEverySplitPoint ensures that a line just at the limit is accepted, and one byte
+// more is not, wherever the network cuts its end.
+func InputLimitAtEverySplitPoint(t *testing.T, start Start) {
+	for _, end := range []string{"\n", "\r\n", "\r\x00\n"} {
+		for over := range 2 {
+			line := "Put:k:" + strings.Repeat("v", MaxLine-6+over) + end
+			for cut := len(line) - 4; cut < len(line); cut++ {
+				start.inBubble(t, func(t *testing.T, n *Net) {
+					a := n.Dial(t)
+					a.Post(line[:cut])
+					a.Send(line[cut:])
+					if over > 0 {
+						a.Want(":ERROR line 1: longer than 20000 bytes, skipped")
+						a.Ask("Count:k", ":OK 0")
+					} else {
+						a.Ask("Get:k", "k:"+strings.Repeat("v", MaxLine-6))
+					}
+				})
+			}
+		}
+	}
+}
+
+// SlowLine ensures that a line that was begun must end in time, however slowly it comes, and
+// that a client may be silent between lines for any time.
+func SlowLine(t *testing.T, start Start) {
+	for _, trickle := range []string{"", "x"} { // silence, and a byte a second
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			a := n.Dial(t)
+			a.Ask("Ping", ":PONG")
+			<-time.After(time.Hour)
+			a.Ask("Ping", ":PONG")
+			for range 3 { // lines that take long, but end
+				a.Send("Pi")
+				pass(lineTime - time.Second)
+				a.Send("ng\n")
+				a.Want(":PONG")
+			}
+			a.Send("Put:k:")
+			var sender sync.WaitGroup
+			sender.Go(func() {
+				for range 100 {
+					<-time.After(time.Second)
+					a.SendSome(trickle)
+				}
+			})
+			within(t, lineTime, lineTime+2*lookTime, func() {
+				a.Want(":ERROR line 6: the line was begun but not ended within 30s")
+			})
+			a.WantClosed()
+			a.Close()
+			sender.Wait()
+		})
+	}
+}
+
+// SlowLineAfterSkippedOne ensures that a line's time does not begin with a skipped line before
+// it.
+func SlowLineAfterSkippedOne(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+		a.SendSome("Put:k:" + strings.Repeat("x", 2*MaxLine))
+		pass(lineTime - 5*time.Second)
+		a.SendSome("\nPing:")
+		pass(lineTime - 5*time.Second)
+		a.Ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
+	})
+}
+
+// SlowLineIsAnsweredOnce ensures that a line that is too long and does not end is answered once.
+func SlowLineIsAnsweredOnce(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+		go a.SendSome("Ack\n" + strings.Repeat("x", 3*MaxLine))
+		a.Want(":OK 0", ":ERROR line 2: longer than 20000 bytes, skipped")
+		a.WantRest("")
+		a.Close()
+	})
+}
+
+// SlowLineEndsInTime ensures that the time of a line is what its error says, to the tick.
+func SlowLineEndsInTime(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+		a.Send("Put:k:")
+		within(t, lineTime, lineTime, func() {
+			a.Want(":ERROR line 1: the line was begun but not ended within 30s")
+		})
+		a.Close()
+	})
+}
+
+// SlowLineBehindReplies ensures that a line's time does not run while the replies before it wait
+// for their client to read.
+func SlowLineBehindReplies(t *testing.T, start Start) {
+	for _, trickle := range []string{"", "x"} {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			value := strings.Repeat("v", 1200)
+			n.run(t, strings.Repeat("Put:big:"+value+"\n", 4000)) // more than the queue holds
+			a := n.Dial(t)
+			go a.Send("Get:big\nPut:late:")
+			for range 2 * lineTime / lookTime {
+				pass(lookTime)
+				a.Send(trickle)
+			}
+			for range 4000 {
+				a.Want("big:" + value)
+			}
+			a.Send("\n")
+			a.Ask("Get:late", "late:"+strings.Repeat(trickle, int(2*lineTime/lookTime)))
+		})
+	}
+}

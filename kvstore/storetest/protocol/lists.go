@@ -1,0 +1,192 @@
+package protocol
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Expire ensures that a key is there until its time is over, and not longer, for every request.
+func Expire(t *testing.T, start Start) {
+	for _, ask := range []struct{ request, before, after string }{
+		{"Get:k\nPing", "k:v\n:PONG", ":PONG"},
+		{"Count:k", ":OK 1", ":OK 0"},
+		{"Expire:k", ": 1\n:OK 1", ":OK 0"},
+		{"Ack\nExpire:k:5", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Ack\nAdd:k:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
+		{"Ack\nLease:k:5:w", ":OK 0\n:OK 0", ":OK 0\n:OK 1"},
+		{"Ack\nSwap:k:v:w", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Ack\nRemove:k:v", ":OK 0\n:OK 1", ":OK 0\n:OK 0"},
+		{"Put:k:w\nGet:k\nExpire:k", "k:v\nk:w\n: 1\n:OK 1", "k:w\n:OK 1"},
+		{"Keys", ": k\n:OK 1", ":OK 0"},
+		{"Dump", ": Put:k:v\n: Expire:k:1\n:OK 2", ":OK 0"},
+	} {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			for _, when := range []struct {
+				after time.Duration
+				want  string
+			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
+				a := n.Dial(t)
+				pass(300 * time.Microsecond)
+				a.Ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
+				pass(when.after)
+				a.Ask(ask.request, strings.Split(when.want, "\n")...)
+				a.HangUp()
+			}
+		})
+	}
+}
+
+// TakeWaitsInLine ensures that the first of the Takes that wait for a key gets the next value,
+// whatever request brings it, and that nobody else gets that value.
+func TakeWaitsInLine(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		const takers = 6
+		clients := n.DialMany(t, takers, func(_ int, c *Client) {
+			c.Ask("Ack", ":OK 0")
+			c.Post("Take:k:60\n")
+		})
+		giver := n.Dial(t)
+		giver.WantStat("waiting_takes", takers)
+		giver.Ask("Ack", ":OK 0")
+		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
+			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
+			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
+			giver.Send(give.request + "\nCount:k\nTake:k\nExpire:k\n")
+			giver.Want(give.reply, ":OK 0", ":OK 0", ":OK 0")
+			clients[i].Want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
+		}
+		giver.Ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
+	})
+}
+
+// TakeOfClientsThatGo ensures that the Take of a client that has gone leaves the line, and that
+// the Take of a client that has only half-closed stays.
+func TakeOfClientsThatGo(t *testing.T, start Start) {
+	for what, end := range map[string]func(c *Client){
+		"breaks": func(c *Client) { c.BreakOff() },
+		"breaks behind a half-close": func(c *Client) {
+			c.Conn.CloseWrite()
+			pass(time.Second)
+			c.BreakOff()
+			pass(lookTime)
+		},
+		"breaks with a request behind it": func(c *Client) {
+			c.Send("Put:late:v\nPing\n")
+			pass(time.Second)
+			c.BreakOff()
+			pass(lookTime)
+		},
+		"waits too long": func(c *Client) { pass(time.Minute) },
+	} {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
+			a.Post("Get:none\nTake:k:60\n")
+			b.Send("Take:k:600\n")
+			b.Conn.CloseWrite()
+			synctest.Wait()
+			end(a)
+			synctest.Wait()
+			equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
+			c.Ask("Put:k:v\nCount:k", ":OK 0")
+			b.Want("k:v")
+			b.WantClosed()
+			a.Close()
+		})
+	}
+}
+
+// TakeBeforeASlowLine ensures that a line that does not end is refused in its time, also after a
+// Take that could have waited longer.
+func TakeBeforeASlowLine(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a, b := n.Dial(t), n.Dial(t)
+		a.Send("Take:k:3600\n")
+		pass(5 * time.Second)
+		b.Send("Put:k:v\n")
+		a.Want("k:v")
+		a.Send("Put:x")
+		within(t, lineTime, lineTime+2*lookTime, func() {
+			a.Want(":ERROR line 2: the line was begun but not ended within 30s")
+		})
+		a.WantClosed()
+	})
+}
+
+// TakeOfALateReader ensures that a taken value is not lost because its client reads late.
+func TakeOfALateReader(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		value := strings.Repeat("v", 1000)
+		n.run(t, "Put:k:"+value+"\n")
+		slow, giver := n.Dial(t), n.Dial(t)
+		go slow.Send(strings.Repeat("Get:k\n", 5000))
+		pass(time.Minute)
+		go slow.Send("Take:job:60\nTake:job\nPing\n")
+		pass(time.Second)
+		giver.Send("Put:job:1\nPut:job:2\n")
+		pass(time.Minute)
+		jobs := ""
+		for line := slow.Read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.Read() {
+			if strings.HasPrefix(line, "job:") {
+				jobs += line
+			} else if line != "k:"+value {
+				t.Fatalf("got %.60q", line)
+			}
+		}
+		equal(t, "what the slow reader was given", jobs, "job:1job:2")
+	})
+}
+
+// DumpIsOneMoment ensures that a Dump is one exact moment, even if it is read slowly while
+// others write: no coin is seen in two purses, or in none, while it moves.
+func DumpIsOneMoment(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		const purses, coins = 3000, 1000
+		var begin strings.Builder
+		for i := range purses { // short lists and long ones
+			begin.WriteString(strings.Repeat(fmt.Sprintf("Put:purse%d:begin\n", i), 1+i%20))
+		}
+		for i := range coins {
+			fmt.Fprintf(&begin, "Put:purse%d:coin%[1]d\n", i)
+		}
+		n.run(t, begin.String())
+		a, b := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
+		b.Ask("Ack", ":OK 0")
+		a.Send("Put:begun:1\nDump\n")
+		a.Want(":OK 1")
+		a.Want(": Put:begun:1")
+		synctest.Wait()
+		for i := range coins { // while it waits for its reader
+			to := fmt.Sprint("purse", (i*7)%purses)
+			b.Send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
+				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
+			for range 4 {
+				b.Read()
+			}
+		}
+		lists, last := map[string][]string{}, ""
+		line := a.Read()
+		for ; !strings.HasPrefix(line, ":OK "); line = a.Read() {
+			f := strings.Split(line, ":")
+			if f[2] < last {
+				t.Fatalf("%q comes after %q", f[2], last)
+			}
+			last = f[2]
+			lists[f[2]] = append(lists[f[2]], f[3])
+		}
+		for i := range purses {
+			want := slices.Repeat([]string{"begin"}, 1+i%20)
+			if i < coins {
+				want = append(want, fmt.Sprint("coin", i))
+			}
+			if got := lists[fmt.Sprint("purse", i)]; !slices.Equal(got, want) {
+				t.Fatalf("purse%d held %q, want %q", i, got, want)
+			}
+		}
+		equal(t, "keys", len(lists), purses)
+	})
+}

@@ -1,0 +1,154 @@
+package protocol
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// SlowReaderRecovers ensures that a slow reader that begins to read again loses nothing more.
+func SlowReaderRecovers(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		n.run(t, strings.Repeat("Put:list:"+strings.Repeat("v", 625)+"\n", 30)) // three messages
+		a := n.Dial(t)
+		ask := func() { a.Send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
+		go ask()
+		pass(2 * slowAfter)
+		delivered := a.Count("list:")
+		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
+			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
+		}
+		go ask()
+		equal(t, "reading at once, lines", a.Count("list:"), 300*30)
+	})
+}
+
+// SlowReaderOfProject0 ensures that clients that do not read for some seconds get what the queue
+// keeps for them, and the others everything, as Project 0's own tests require: six clients on
+// one goroutine, four of them slow, Gets of lists of large values.
+func SlowReaderOfProject0(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		const clients, slow, gets, values = 6, 4, 1900, 3
+		value := strings.Repeat("v", 4096)
+		n.run(t, strings.Repeat("Put:list:"+value+"\n", values))
+		all := n.DialMany(t, clients, func(int, *Client) {})
+		var lines [clients]int
+		var readers sync.WaitGroup
+		for i, c := range all {
+			readers.Go(func() {
+				if i < slow {
+					<-time.After(5 * time.Second)
+				}
+				// A minute without a line means that no more come.
+				c.Conn.SetReadDeadline(time.Now().Add(time.Minute))
+				for ; ; lines[i]++ {
+					line, err := c.R.ReadString('\n')
+					if err != nil {
+						return
+					}
+					if line != "list:"+value+"\n" {
+						t.Errorf("client %d got %.40q", i, line)
+					}
+				}
+			})
+		}
+		for range gets {
+			for _, c := range all {
+				c.Send("Get:list\n")
+			}
+			synctest.Wait()
+		}
+		readers.Wait()
+		for i, got := range lines {
+			switch {
+			case i >= slow && got != gets*values:
+				t.Errorf("client %d, which reads, got %d lines of %d", i, got, gets*values)
+			case i < slow && (got < kept || got >= gets*values || got%values != 0):
+				t.Errorf("slow client %d got %d lines of %d, want at least %d, whole replies, "+
+					"and not all", i, got, gets*values, kept)
+			}
+		}
+		for _, c := range all {
+			c.Close()
+		}
+	})
+}
+
+// SlowReaderIsToldAtTheEnd ensures that a client that lost replies, and does not ask with Ping,
+// is told in the last line, after a half-close or a Quit, and once.
+func SlowReaderIsToldAtTheEnd(t *testing.T, start Start) {
+	for end, want := range map[string]string{
+		"": ":ERROR line %[2]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Quit\n": ":ERROR line %[3]d: %[1]d replies were dropped, for nothing was " +
+			"read for over a second; after Ack none is\n",
+		"Ack\nQuit\n": ":OK 0\n:OK 0\n:ERROR line %[4]d: %[1]d replies were dropped, for " +
+			"nothing was read for over a second; after Ack none is\n",
+		"Ping\n":              ":PONG dropped %[1]d\n",
+		"Ping\nGet:k\nQuit\n": ":PONG dropped %[1]d\nk:v\n",
+	} {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			n.run(t, "Put:big:"+strings.Repeat("v", 1200)+"\n")
+			n.run(t, "Put:k:v\n")
+			a, other := n.Dial(t), n.Dial(t)
+			const gets = 2000
+			go a.Send(strings.Repeat("Get:big\n", gets))
+			pass(2 * seenSlow)
+			dropped := other.Stat("replies_dropped_total")
+			got := 0
+			for ; got < gets-dropped; got++ {
+				a.Read()
+			}
+			go a.SendAll(end)
+			if rest, want := a.ReadAll(), fmt.Sprintf(want, dropped, gets, gets+1,
+				gets+2); rest != want || dropped == 0 {
+				t.Errorf("%q: %d replies of %d came, then %q, want %q", end, got, gets, rest, want)
+			}
+			a.Close()
+		})
+	}
+}
+
+// SlowReaderIsCountedAtOnce ensures that a dropped reply is counted at once, and not with its
+// client's next request.
+func SlowReaderIsCountedAtOnce(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		n.run(t, "Put:k:"+strings.Repeat("v", 1200)+"\n")
+		n.run(t, strings.Repeat("Put:huge:"+strings.Repeat("v", 1200)+"\n", 4000))
+		a, other := n.Dial(t), n.Dial(t)
+		const gets = 1000
+		go a.Send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
+		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
+		dropped := other.Stat("replies_dropped_total")
+		delivered := a.Count("k:")
+		equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
+		between(t, "replies dropped", dropped, 1, gets)
+	})
+}
+
+// SlowReaderWithAck ensures that after Ack nothing is dropped, however long a client does not
+// read, and that its later requests wait.
+func SlowReaderWithAck(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		value := strings.Repeat("v", 1200)
+		n.run(t, "Put:k:"+value+"\n")
+		a, other := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
+		const owed = 5000
+		go a.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
+		pass(time.Minute)
+		other.Ask("Get:after")
+		other.Ask("Ping", ":PONG")
+		for i := range owed {
+			a.Want("k:"+value, ":OK 1")
+			if t.Failed() {
+				t.Fatalf("at reply %d", i)
+			}
+		}
+		a.Want(":OK 1")
+		a.Ask("Ping", ":PONG")
+	})
+}
