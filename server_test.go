@@ -834,7 +834,7 @@ func TestReadmeCommands(t *testing.T) {
 			args[i] = filepath.Join(dir, arg)
 		}
 	}
-	_, addr, log := startBinary(t, append(args, "-addr", "localhost:0")...)
+	_, addr, log := binary.Start(t, append(args, "-addr", "localhost:0")...)
 	go io.Copy(io.Discard, log)
 	_, port, _ := net.SplitHostPort(addr)
 	play("localhost:"+port, "kvserver -tls-ca ca.pem -tls-cert client.pem -tls-key client.key "+
@@ -1045,14 +1045,14 @@ func TestLogMayEnd(t *testing.T) {
 		must(t, cmd.Start())
 		w.Close()
 		defer cmd.Process.Kill()
-		addr := listeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
+		addr := protocol.ListeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
 		if gone {
 			r.Close()
 		}
 		for range clients {
-			dialTCP(t, addr).HangUp()
+			protocol.DialTCP(t, addr).HangUp()
 		}
-		a := dialTCP(t, addr)
+		a := protocol.DialTCP(t, addr)
 		a.Ask("Put:k:v\nGet:k", "k:v")
 		a.HangUp()
 		cmd.Process.Signal(syscall.SIGTERM)
@@ -1075,7 +1075,7 @@ func TestLogTellsOfAFailingDisk(t *testing.T) {
 			t.Parallel()
 			dir := filepath.Join(t.TempDir(), "data")
 			os.Mkdir(dir, 0o700)
-			cmd, _, log := startBinary(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
+			cmd, _, log := binary.Start(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
 			os.Rename(dir, dir+".old") // the lock notices it without any request
 			rest, _ := io.ReadAll(log)
 			cmd.Wait()
@@ -1177,8 +1177,8 @@ func TestSignalsStopCleanly(t *testing.T) {
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
-			cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-			a, idle := dialTCP(t, addr), dialTCP(t, addr)
+			cmd, addr, log := binary.Start(t, "-addr", "127.0.0.1:0")
+			a, idle := protocol.DialTCP(t, addr), protocol.DialTCP(t, addr)
 			cmd.Process.Signal(syscall.SIGHUP)
 			cmd.Process.Signal(syscall.SIGHUP)
 			a.Ask("Put:k:v\nGet:k", "k:v")
@@ -1238,7 +1238,7 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	must(t, cmd.Start())
 	defer cmd.Process.Kill()
 	log := bufio.NewReader(pipe)
-	a := dialTCP(t, listeningAddr(t, log))
+	a := protocol.DialTCP(t, protocol.ListeningAddr(t, log))
 	a.Ask("Ack", ":OK 0")
 	put := "Put:k:" + strings.Repeat("v", 1<<19)
 	stored, answer := 0, ":OK 1"
@@ -1258,193 +1258,9 @@ func TestFullDiskRefusesWrites(t *testing.T) {
 	stopBinary(t, cmd, log, os.Interrupt, "writes are refused: the disk is full")
 }
 
-// Ensure that one order of all requests explains the answers, and the data after kill -9 and after
-// a clean stop, again and again in one directory. `make soak` does this for longer than five
-// starts.
 func TestKilledServer(t *testing.T) {
 	t.Parallel()
-	starts, length := 5, time.Hour
-	if text := os.Getenv("KVSERVER_SOAK"); text != "" {
-		var err error
-		length, err = time.ParseDuration(text)
-		must(t, err)
-		starts = math.MaxInt
-	}
-	k := killed{t: t, dir: t.TempDir(), asked: map[string][]storetest.Operation{}}
-	for began := time.Now(); starts > 0 && time.Since(began) < length && !t.Failed(); starts-- {
-		k.start()
-		k.check()
-		if k.round++; k.round%2 == 0 { // a history is of two rounds, so that it stays short
-			k.forget()
-		}
-		k.work()
-	}
-	k.start()
-	k.check()
-	k.stop()
-	if out, err := binary("check", k.dir).CombinedOutput(); err != nil ||
-		bytes.Contains(out, []byte("torn")) {
-		t.Errorf("check after a clean stop: %v, %s", err, out)
-	}
-	t.Logf("%d starts, %d requests", k.round, k.requests)
-}
-
-// killed is a server that is killed and stopped again and again, and what its clients know.
-type killed struct {
-	t     *testing.T
-	dir   string
-	round int
-	cmd   *exec.Cmd
-	addr  string
-
-	clock atomic.Int64
-	mu    sync.Mutex
-	asked map[string][]storetest.Operation // by list
-	burst int                              // number of values in the list that is written in bursts
-
-	requests int // in all
-}
-
-// start starts the server.
-func (k *killed) start() {
-	cmd, addr, log := startBinary(k.t, "-addr", "127.0.0.1:0", "-data", k.dir)
-	go io.Copy(io.Discard, log)
-	k.cmd, k.addr = cmd, addr
-}
-
-// stop stops the server cleanly.
-func (k *killed) stop() {
-	k.cmd.Process.Signal(os.Interrupt)
-	if err := k.cmd.Wait(); err != nil {
-		k.t.Errorf("a clean stop: %v", err)
-	}
-}
-
-// check checks the data after a start.
-func (k *killed) check() {
-	c := dialTCP(k.t, k.addr)
-	c.Ask("Ack", ":OK 0")
-	for key, history := range k.asked {
-		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
-		must(k.t, world.Ask(c.Conn, c.R, key, &final, k.tick))
-		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
-			k.t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
-		}
-	}
-	c.Send("Get:burst\n")
-	for i, line := range c.ReadList() {
-		if line != fmt.Sprintf("burst:%d", i) {
-			k.t.Fatalf("round %d: value %d is %q", k.round, i, line)
-		}
-		k.burst = max(k.burst, i+1) // a value whose Put was not answered may be there
-	}
-	c.Ask("Count:burst", fmt.Sprint(":OK ", k.burst))
-	c.HangUp()
-}
-
-// forget begins new lists.
-func (k *killed) forget() {
-	for _, operations := range k.asked {
-		k.requests += len(operations)
-	}
-	k.requests += k.burst
-	clear(k.asked)
-
-	c := dialTCP(k.t, k.addr)
-	c.Ask("Delete:burst\nCount:burst", ":OK 0")
-	c.HangUp()
-	k.burst = 0
-}
-
-func (k *killed) tick() int64 { return k.clock.Add(1) }
-
-// work has clients send requests until the server is killed, or until they are done and it is
-// stopped.
-func (k *killed) work() {
-	// All clients are connected before one of them kills the server.
-	var clients []*protocol.Client
-	for range 9 {
-		clients = append(clients, dialTCP(k.t, k.addr))
-	}
-	for _, c := range clients[:8] {
-		c.Ask("Ack", ":OK 0")
-	}
-
-	var all sync.WaitGroup
-	for id, c := range clients[:8] {
-		all.Go(func() { k.mix(c, id) })
-	}
-	ends := make(chan struct{})
-	go func() {
-		k.sendBursts(clients[8])
-		close(ends)
-	}()
-	all.Wait()
-	if k.round%3 == 0 {
-		k.stop()
-	} else {
-		k.cmd.Process.Kill()
-		k.cmd.Wait()
-	}
-	<-ends
-}
-
-// mix changes and reads lists that other clients change as well. In two of three rounds one client
-// kills the server in the middle. Some hang up in the middle of a request, which must not be run.
-func (k *killed) mix(c *protocol.Client, id int) {
-	defer c.Close()
-	random := rand.New(rand.NewPCG(uint64(k.round), uint64(id)))
-	for i := range 60 {
-		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
-		o := storetest.Operation{Request: world.DrawRequest(random, fmt.Sprintf("%d-%d-%d", k.round, id, i))}
-		err := world.Ask(c.Conn, c.R, key, &o, k.tick)
-		k.mu.Lock()
-		k.asked[key] = append(k.asked[key], o)
-		k.mu.Unlock()
-		if err != nil {
-			return
-		}
-		if id == 0 && i == 20+k.round%30 && k.round%3 > 0 {
-			k.cmd.Process.Kill()
-		}
-		if world.Chance(random, 200) {
-			c.SendSome("Delete:other\nSet:" + key)
-			return
-		}
-	}
-}
-
-// sendBursts puts 0, 1, 2 and so on under one key, many at once, and counts the answers.
-func (k *killed) sendBursts(c *protocol.Client) {
-	defer c.Close()
-	go func(n int) {
-		c.SendSome("Ack\n")
-		for range 200 {
-			var burst strings.Builder
-			for range 100 {
-				fmt.Fprintf(&burst, "Put:burst:%d\n", n)
-				n++
-			}
-			if _, err := io.WriteString(c.Conn, burst.String()); err != nil {
-				return
-			}
-		}
-	}(k.burst)
-
-	want := ":OK 0\n"
-	for {
-		line, err := c.R.ReadString('\n')
-		if err != nil {
-			return
-		}
-		if line != want {
-			k.t.Errorf("a burst is answered with %q", line)
-		}
-		if want == ":OK 1\n" {
-			k.burst++
-		}
-		want = ":OK 1\n"
-	}
+	protocol.KilledServer(t, binary)
 }
 
 // ---- main.go: certificates, and server.go: TLS
@@ -1463,7 +1279,7 @@ func TestTLS(t *testing.T) {
 		}
 		return args
 	}
-	_, addr, log := startBinary(t, append(flags("", dir, "server"), "-addr", "localhost:0",
+	_, addr, log := binary.Start(t, append(flags("", dir, "server"), "-addr", "localhost:0",
 		"-tls-client-ca", filepath.Join(dir, "ca.pem"))...)
 	go io.Copy(io.Discard, log)
 	for _, c := range []struct {
@@ -1970,7 +1786,7 @@ func TestCommandTimeout(t *testing.T) {
 func TestCommandLeavesTheLine(t *testing.T) {
 	t.Parallel()
 	addr := startTCP(t, New(kvstore.NewMemory()))
-	watch := dialTCP(t, addr)
+	watch := protocol.DialTCP(t, addr)
 	command := func(timeout time.Duration) *exec.Cmd {
 		return binary("-addr", addr, "-timeout", timeout.String(), "-c", "Take:k:3600")
 	}
@@ -2068,7 +1884,7 @@ func TestCommandRefusesUTF16(t *testing.T) {
 func TestCommandOutput(t *testing.T) {
 	t.Parallel()
 	addr := serveTCP(t)
-	a := dialTCP(t, addr)
+	a := protocol.DialTCP(t, addr)
 	a.Ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
 	a.HangUp()
 	file := filepath.Join(t.TempDir(), "dump")
@@ -2268,7 +2084,7 @@ func TestStart(t *testing.T) {
 	must(t, first.Start(0))
 	defer first.Close()
 	port := first.listener.Addr().(*net.TCPAddr).Port
-	a := dialTCP(t, first.listener.Addr().String())
+	a := protocol.DialTCP(t, first.listener.Addr().String())
 	a.Ask("Ping", ":PONG")
 	a.HangUp()
 	second := New(kvstore.NewMemory())
@@ -2476,7 +2292,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 		s.db.Put("k", value)
 	}
 	addr := startTCP(t, s)
-	a, watch := dialTCP(t, addr), dialTCP(t, addr)
+	a, watch := protocol.DialTCP(t, addr), protocol.DialTCP(t, addr)
 	a.Conn.(*net.TCPConn).SetReadBuffer(256 * kilo) // the rest waits at the server's side
 
 	a.Send("Get:k\n")
@@ -2735,7 +2551,7 @@ func TestMaxClientsAndPing(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.maxClients = 1
 	addr := startTCP(t, s)
-	dialTCP(t, addr).Ask("Ping", ":PONG")
+	protocol.DialTCP(t, addr).Ask("Ping", ":PONG")
 	runBinary(t, "", "the server answers", true, "-addr", addr, "-ping")
 	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
 		"-addr", addr, "-c", "Get:k")
@@ -3798,7 +3614,7 @@ func TestTakeOnRealSockets(t *testing.T) {
 	must(t, s.serve(tcp, unix))
 	defer s.Close()
 
-	a := dialTCP(t, tcp.Addr().String())
+	a := protocol.DialTCP(t, tcp.Addr().String())
 	var takers []net.Conn
 	for _, half := range []bool{false, true} {
 		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
@@ -3972,7 +3788,7 @@ func TestMemoryLimitLeavesLessGarbage(t *testing.T) {
 func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.budget.limitTo(64<<20, 0)
-	a := dialTCP(t, startTCP(t, s))
+	a := protocol.DialTCP(t, startTCP(t, s))
 
 	// No other collection comes in between.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
@@ -4764,7 +4580,7 @@ func TestListenOnLocalhost(t *testing.T) {
 		t.Error("this machine has ::1, and localhost does not mean it")
 	}
 	for _, host := range hosts {
-		a := dialTCP(t, net.JoinHostPort(host, port))
+		a := protocol.DialTCP(t, net.JoinHostPort(host, port))
 		a.Ask("Ping:"+host, ":PONG "+host)
 	}
 	runBinary(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
@@ -4798,12 +4614,12 @@ func TestListenOnSeveralAddresses(t *testing.T) {
 	runBinary(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
 	runBinary(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
 
-	cmd, addr, log := startBinary(t, "-addr", nowhere+",127.0.0.1:0")
-	second := listeningAddr(t, log)
+	cmd, addr, log := binary.Start(t, "-addr", nowhere+",127.0.0.1:0")
+	second := protocol.ListeningAddr(t, log)
 	if addr != nowhere || second == nowhere {
 		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
 	}
-	a, b := dialTCP(t, addr), dialTCP(t, second)
+	a, b := protocol.DialTCP(t, addr), protocol.DialTCP(t, second)
 	a.Ask("Put:k:v\nPing", ":PONG")
 	b.Ask("Get:k", "k:v")
 	a.HangUp()
@@ -4823,7 +4639,7 @@ func TestListenOnAUnixSocket(t *testing.T) {
 		"-tls-key", filepath.Join(dir, "server.key")}
 	start := func() (*exec.Cmd, *bufio.Reader) {
 		t.Helper()
-		cmd, _, log := startBinary(t, args...)
+		cmd, _, log := binary.Start(t, args...)
 		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
 			!strings.Contains(line, `try="nc -U `+path+`"`) {
 			t.Errorf("the log says %s", line)
@@ -4837,10 +4653,10 @@ func TestListenOnAUnixSocket(t *testing.T) {
 	}
 	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
 	runBinary(t, "", "k:v\n", true, "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
-	a := dialTCP(t, at)
+	a := protocol.DialTCP(t, at)
 	a.SendAll("Get:k\n")
 	a.WantRest("k:v\n")
-	dialTCP(t, at).Ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
+	protocol.DialTCP(t, at).Ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
 
 	runBinary(t, "", "Stop what listens there", false, "-addr", at)
 	runBinary(t, "", "k:v\n", true, "-addr", at, "-c", "Get:k")
@@ -4960,7 +4776,7 @@ func TestWatch(t *testing.T) {
 		body, _ := io.ReadAll(answer.Body)
 		return answer.StatusCode, string(body)
 	}
-	a := dialTCP(t, s.listener.Addr().String())
+	a := protocol.DialTCP(t, s.listener.Addr().String())
 	a.Ask("Put:k:v\nPing", ":PONG")
 	for path, want := range map[string]string{"/healthz": "ok\n", "/": "/metrics\n",
 		"/debug/pprof/goroutine?debug=1": "workLoop",
@@ -5042,7 +4858,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
 	wantPage(t, handler, "/healthz", 200, "ok\n")
-	a := dialTCP(t, s.listener.Addr().String())
+	a := protocol.DialTCP(t, s.listener.Addr().String())
 	a.Ask("Put:k:v\nPing", ":PONG")
 	s.log.Error("the test has failed")
 	text := wantPage(t, handler, "/metrics", 200)
@@ -5063,11 +4879,11 @@ func TestWatchIsLimited(t *testing.T) {
 	s, addr := watched(t)
 	const idle = 3 * maxWatchers
 	for range idle {
-		dialTCP(t, addr)
+		protocol.DialTCP(t, addr)
 	}
 	get := func(host, path string) (int, string) {
 		t.Helper()
-		a := dialTCP(t, addr)
+		a := protocol.DialTCP(t, addr)
 		a.Send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
 		answer, err := http.ReadResponse(a.R, nil)
 		must(t, err)
@@ -5800,71 +5616,14 @@ func TestSlowReaderIsToldAtTheEnd(t *testing.T)  { protocol.SlowReaderIsToldAtTh
 func TestSlowReaderIsCountedAtOnce(t *testing.T) { protocol.SlowReaderIsCountedAtOnce(t, serveEmpty) }
 func TestSlowReaderWithAck(t *testing.T)         { protocol.SlowReaderWithAck(t, serveEmpty) }
 
-// Ensure that a steady reader on a real socket, where receive windows open late and in lumps, loses
-// nothing while it pipelines, in whatever pieces it reads.
 func TestSteadyReaderOnRealSocket(t *testing.T) {
 	t.Parallel()
-	const size, gets = kilo, 12 * kilo
-	addr := serveTCP(t)
-	fill := dialTCP(t, addr)
-	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
-	fill.Ask("Put:"+reply+"\nPing", ":PONG")
-	fill.HangUp()
-	var wg sync.WaitGroup
-	for _, p := range []struct {
-		piece int
-		every time.Duration
-	}{
-		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
-			500 * time.Millisecond},
-		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
-			900 * time.Millisecond},
-	} {
-		wg.Go(func() {
-			a := dialTCP(t, addr)
-			go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
-			ticks := time.NewTicker(p.every)
-			defer ticks.Stop()
-			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
-			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
-				<-ticks.C
-				io.ReadFull(a.Conn, piece)
-			}
-			last := ""
-			for !strings.HasPrefix(last, ":") {
-				last = a.Read()
-			}
-			equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
-			a.HangUp()
-		})
-	}
-	wg.Wait()
+	protocol.SteadyReaderOnRealSocket(t, serveTCP(t))
 }
 
-// Ensure that a pause of the whole server is not taken for a pause of its clients.
 func TestSteadyReaderOfAPausedServer(t *testing.T) {
 	t.Parallel()
-	cmd, addr, log := startBinary(t, "-addr", "127.0.0.1:0")
-	go io.Copy(io.Discard, log)
-	a := dialTCP(t, addr)
-	const gets = 3 * kilo
-	reply := "k:" + strings.Repeat("v", 16*kilo)
-	a.Ask("Put:"+reply+"\nPing", ":PONG")
-	go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
-	var pause sync.WaitGroup
-	defer pause.Wait()
-	for i := range gets {
-		if i == gets/2 {
-			signalTo(t, cmd, "STOP")
-			pause.Go(func() {
-				<-time.After(slowAfter + slowAfter/4)
-				signalTo(t, cmd, "CONT")
-			})
-		}
-		equal(t, fmt.Sprint("reply ", i), a.Read(), reply)
-	}
-	a.Want(":PONG end")
-	a.HangUp()
+	protocol.SteadyReaderOfAPausedServer(t, binary)
 }
 
 // ---- client.go: the ends of a connection
@@ -5904,19 +5663,7 @@ func TestEndByQuit(t *testing.T) {
 	})
 }
 
-// Ensure that requests that were read are run and answered when the client half-closes a real
-// connection.
-func TestEndByHalfClose(t *testing.T) {
-	addr := serveTCP(t)
-	a := dialTCP(t, addr)
-	var send, want strings.Builder
-	for i := range 20_000 {
-		fmt.Fprintf(&send, "Put:h:%d\n", i)
-		fmt.Fprintf(&want, "h:%d\n", i)
-	}
-	go a.SendAll(send.String() + "Get:h\n")
-	a.WantRest(want.String())
-}
+func TestEndByHalfClose(t *testing.T) { protocol.EndByHalfClose(t, serveTCP(t)) }
 
 // Ensure that bytes after a goodbye are not even looked at.
 func TestEndAnswersNothingMore(t *testing.T) {
@@ -6370,21 +6117,6 @@ func wantAllClosed(clients ...*protocol.Client) {
 	}
 }
 
-// dialTCP connects to a real port or to a unix socket. Its deadline only ends a test that has
-// failed already.
-func dialTCP(t testing.TB, addr string) *protocol.Client {
-	t.Helper()
-	network := "tcp"
-	if path, isUnix := strings.CutPrefix(addr, "unix:"); isUnix {
-		network, addr = "unix", path
-	}
-	conn, err := net.Dial(network, addr)
-	must(t, err)
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(5 * time.Minute))
-	return protocol.NewClient(t, conn)
-}
-
 // serveTCP serves an empty store on a real port until the test ends.
 func serveTCP(t testing.TB) (addr string) {
 	t.Helper()
@@ -6465,7 +6197,7 @@ func tool(t *testing.T, name string) string {
 }
 
 // binary returns a command that runs the server as a process of its own.
-func binary(args ...string) *exec.Cmd {
+var binary protocol.Program = func(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
@@ -6491,21 +6223,6 @@ func runBinary(t *testing.T, input, want string, good bool, args ...string) {
 	}
 }
 
-// startBinary starts the server, and returns its address, once it listens, and the rest of its log.
-func startBinary(t testing.TB, args ...string) (cmd *exec.Cmd, addr string, log *bufio.Reader) {
-	t.Helper()
-	cmd = binary(args...)
-	pipe, err := cmd.StderrPipe()
-	must(t, err)
-	must(t, cmd.Start())
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	log = bufio.NewReader(pipe)
-	return cmd, listeningAddr(t, log), log
-}
-
 // stopBinary stops a server by a signal. It must end well, and the rest of its log must have these
 // texts.
 func stopBinary(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts ...string) {
@@ -6516,29 +6233,6 @@ func stopBinary(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts
 		t.Errorf("%v: %v, the log is %s", sig, err, rest)
 	}
 	wantIn(t, "the log", string(rest), texts...)
-}
-
-// listeningAddr reads a server's log up to the line that says where it listens.
-func listeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
-	t.Helper()
-	for {
-		line, err := log.ReadString('\n')
-		if err != nil {
-			t.Fatalf("the server ended: %q, %v", line, err)
-		}
-		if m := regexp.MustCompile(
-			`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(
-			line); m != nil {
-			return m[1]
-		}
-	}
-}
-
-// signalTo sends a signal that has no name on Windows.
-func signalTo(t *testing.T, cmd *exec.Cmd, name string) {
-	if err := exec.Command("kill", "-"+name, strconv.Itoa(cmd.Process.Pid)).Run(); err != nil {
-		t.Errorf("kill -%s: %v", name, err)
-	}
 }
 
 // certificates makes a CA in a new directory, and a certificate with its key for each name.

@@ -150,3 +150,16 @@ func SlowLineBehindReplies(t *testing.T, start Start) {
 		})
 	}
 }
+
+// EndByHalfClose ensures that requests that were read are run and answered when the client
+// half-closes a real connection.
+func EndByHalfClose(t *testing.T, addr string) {
+	a := DialTCP(t, addr)
+	var send, want strings.Builder
+	for i := range 20_000 {
+		fmt.Fprintf(&send, "Put:h:%d\n", i)
+		fmt.Fprintf(&want, "h:%d\n", i)
+	}
+	go a.SendAll(send.String() + "Get:h\n")
+	a.WantRest(want.String())
+}

@@ -6,9 +6,11 @@
 //	model.go          the answer to any line
 //	lines.go          lines in pieces, long lines and slow ones
 //	lists.go          keys that expire, Takes that wait, a Dump beside writers
-//	readers.go        clients that do not read
+//	readers.go        clients that do not read, and those that read steadily
+//	process.go        a server that is a process
+//	killed.go         one that is killed again and again
 //
-// Time is that of a synctest bubble.
+// Time is that of a synctest bubble, except where the server is a process or has real sockets.
 package protocol
 
 import (
@@ -25,6 +27,8 @@ import (
 // MaxLine is the longest line in bytes that a server takes here (-max-line): short enough to be tried,
 // and longer than a client's first buffers.
 const MaxLine = 20_000
+
+const kilo = 1000 // bytes
 
 // What the README promises.
 const (

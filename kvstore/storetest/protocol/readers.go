@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 	"testing"
@@ -151,4 +152,69 @@ func SlowReaderWithAck(t *testing.T, start Start) {
 		a.Want(":OK 1")
 		a.Ask("Ping", ":PONG")
 	})
+}
+
+// SteadyReaderOnRealSocket ensures that a steady reader on a real socket, where receive windows
+// open late and in lumps, loses nothing while it pipelines, in whatever pieces it reads.
+func SteadyReaderOnRealSocket(t *testing.T, addr string) {
+	const size, gets = kilo, 12 * kilo
+	fill := DialTCP(t, addr)
+	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
+	fill.Ask("Put:"+reply+"\nPing", ":PONG")
+	fill.HangUp()
+	var wg sync.WaitGroup
+	for _, p := range []struct {
+		piece int
+		every time.Duration
+	}{
+		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
+			500 * time.Millisecond},
+		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
+			900 * time.Millisecond},
+	} {
+		wg.Go(func() {
+			a := DialTCP(t, addr)
+			go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+			ticks := time.NewTicker(p.every)
+			defer ticks.Stop()
+			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
+			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
+				<-ticks.C
+				io.ReadFull(a.Conn, piece)
+			}
+			last := ""
+			for !strings.HasPrefix(last, ":") {
+				last = a.Read()
+			}
+			equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
+			a.HangUp()
+		})
+	}
+	wg.Wait()
+}
+
+// SteadyReaderOfAPausedServer ensures that a pause of the whole server is not taken for a pause
+// of its clients.
+func SteadyReaderOfAPausedServer(t *testing.T, program Program) {
+	cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0")
+	go io.Copy(io.Discard, log)
+	a := DialTCP(t, addr)
+	const gets = 3 * kilo
+	reply := "k:" + strings.Repeat("v", 16*kilo)
+	a.Ask("Put:"+reply+"\nPing", ":PONG")
+	go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
+	var pause sync.WaitGroup
+	defer pause.Wait()
+	for i := range gets {
+		if i == gets/2 {
+			SignalTo(t, cmd, "STOP")
+			pause.Go(func() {
+				<-time.After(slowAfter * 5 / 4)
+				SignalTo(t, cmd, "CONT")
+			})
+		}
+		equal(t, fmt.Sprint("reply ", i), a.Read(), reply)
+	}
+	a.Want(":PONG end")
+	a.HangUp()
 }
