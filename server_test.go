@@ -1037,7 +1037,7 @@ func TestLogNeverBlocks(t *testing.T) {
 // stops when told to.
 func TestLogMayEnd(t *testing.T) {
 	t.Parallel()
-	for gone, clients := range map[bool]int{true: 9, false: 700} { // two lines each; 700 are more than a pipe holds
+	for gone, clients := range map[bool]int{true: 9, false: 700} { // a pipe holds the lines of fewer
 		r, w, err := os.Pipe()
 		must(t, err)
 		cmd := binary("-addr", "127.0.0.1:0", "-v")

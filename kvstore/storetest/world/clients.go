@@ -68,7 +68,7 @@ func (p *process) visit(all *sync.WaitGroup, kind kind) {
 
 	all.Go(func() {
 		// Clients do not come all at once: some meet a server that is busy, or that ends.
-		Wait(Between(r, 0, Pick(r, 0, time.Second, 10*time.Second)))
+		wait(Between(r, 0, pick(r, 0, time.Second, 10*time.Second)))
 		if !v.dial() {
 			return
 		}
@@ -85,11 +85,11 @@ func (v *visitor) drawWires() (out, back wire) {
 
 	// Bytes are cut, come late, and may stop.
 	out = wire{random: rand.New(rand.NewPCG(r.Uint64(), 1)),
-		piece: Pick(r, 3, 500, 16*kilo, 64*kilo)}
+		piece: pick(r, 3, 500, 16*kilo, 64*kilo)}
 
 	// A wire that carries three bytes at a time is never late as well: that would take minutes.
 	if out.piece > 3 {
-		out.late = Pick(r, 0, time.Millisecond, 30*time.Millisecond)
+		out.late = pick(r, 0, time.Millisecond, 30*time.Millisecond)
 	}
 
 	if out.late == 0 || out.piece >= 16*kilo {
@@ -98,8 +98,8 @@ func (v *visitor) drawWires() (out, back wire) {
 
 	// On a calm network every fault is the server's.
 	if !v.calm {
-		out.stall = Pick(r, 0, Between(r, 0, 10*time.Second))
-		out.cut = Pick(r, 0, 0, 1+r.IntN(20*kilo))
+		out.stall = pick(r, 0, Between(r, 0, 10*time.Second))
+		out.cut = pick(r, 0, 0, 1+r.IntN(20*kilo))
 	}
 
 	// Replies have up to 12 MB, which would take too long in pieces of three bytes.
@@ -125,7 +125,7 @@ func (v *visitor) dial() bool {
 	r := v.random
 
 	// If the network holds little of a reply, the server notices at once that its reader is slow.
-	size, end := Pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo), Pick(r, 8*kilo, 64*kilo)
+	size, end := pick(r, 4*kilo, 64*kilo, 64*kilo, 1000*kilo, 6000*kilo), pick(r, 8*kilo, 64*kilo)
 	if v.narrow {
 		size, end = 4*kilo, 4*kilo
 	}
@@ -218,7 +218,7 @@ func (v *visitor) ask(request string) (last string, ok bool) {
 
 // value returns a value that nobody has sent before, of so many bytes and some more.
 func (v *visitor) value(i, bytes int) string {
-	bytes += Pick(v.random, 0, 0, 10, 300, 1500)
+	bytes += pick(v.random, 0, 0, 10, 300, 1500)
 	text := fmt.Sprintf("%s-%d", v.id, i) + strings.Repeat(".", bytes)
 
 	// The value is noted before it is sent, because a backup may hold it before its sender has an
@@ -248,7 +248,7 @@ func (v *visitor) ping() {
 			v.fail("%s waits %v for a PONG, want at most %v", v.id, took, most)
 		}
 
-		Wait(Between(v.random, 0, 300*time.Millisecond))
+		wait(Between(v.random, 0, 300*time.Millisecond))
 	}
 }
 
@@ -295,13 +295,13 @@ func (v *visitor) list(known string, n int) {
 	}
 
 	for range 1 + v.random.IntN(4) {
-		what := Pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help", known)
+		what := pick(v.random, "Keys", "Keys:own", "Dump", "Dump:own", "Stats", "Help", known)
 		asked := time.Now()
 		io.WriteString(v.conn, what+"\n")
 
 		// Some leave before the answer has come.
 		if Chance(v.random, 6) {
-			Wait(Between(v.random, 0, 5*time.Second))
+			wait(Between(v.random, 0, 5*time.Second))
 			return
 		}
 
@@ -387,7 +387,7 @@ func (v *visitor) silence() {
 	flood := &visitor{process: v.process, random: rand.New(rand.NewPCG(v.random.Uint64(), 3))}
 	all.Go(func() { flood.connectMany(!far) })
 	for tries, failures := 0, 0; tries < 8; tries++ {
-		Wait(Between(v.random, 0, time.Second))
+		wait(Between(v.random, 0, time.Second))
 		other := &visitor{process: v.process, random: v.random, calm: true, far: far}
 		if !other.dial() {
 			return
@@ -420,7 +420,7 @@ func (v *visitor) connectMany(someBegin bool) {
 		if someBegin && Chance(v.random, 20) {
 			io.WriteString(other.conn, "\x16\x03\x01\x02\x00\x01")
 		}
-		Wait(Between(v.random, 0, 100*time.Millisecond))
+		wait(Between(v.random, 0, 100*time.Millisecond))
 	}
 }
 
@@ -437,7 +437,7 @@ func (v *visitor) dribble() {
 			v.fail("%s dribbles a line for %v", v.id, took)
 			return
 		}
-		Wait(Between(v.random, 0, 2*time.Second))
+		wait(Between(v.random, 0, 2*time.Second))
 	}
 }
 
@@ -465,7 +465,7 @@ func (v *visitor) garbage() {
 
 	// A web page can make a browser send this: the lines after the head must not be run.
 	case 2:
-		io.WriteString(v.conn, Pick(r, "GET / HTTP/1.1",
+		io.WriteString(v.conn, pick(r, "GET / HTTP/1.1",
 			"POST /"+strings.Repeat("a", 2*maxLine)+" HTTP/1.0")+"\r\n\r\n"+evil)
 
 	// A line that is too long is skipped, and not run in parts.
@@ -489,9 +489,9 @@ func (v *visitor) garbage() {
 	case 6:
 		io.WriteString(v.conn, "*3\r\n$3\r\nSET\r\n"+evil)
 	case 7: // a long line that does not end, and waits for its turn beside others
-		io.WriteString(v.conn, Pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+
+		io.WriteString(v.conn, pick(r, "Put", "Remove", "Delete", "x")+":shared0:evil"+
 			strings.Repeat("x", r.IntN(maxLine)))
-		Wait(Between(r, 0, 2*lineTime))
+		wait(Between(r, 0, 2*lineTime))
 	}
 
 	// It may read what it is told.

@@ -7,9 +7,9 @@ import (
 
 const kilo = 1000 // bytes
 
-// Wait waits for d of fake time. If d is 0 it sets no timer: with the race detector Go 1.26
+// wait waits for d of fake time. If d is 0 it sets no timer: with the race detector Go 1.26
 // crashes, once in some thousand times, where a bubble receives from a timer that is already due.
-func Wait(d time.Duration) {
+func wait(d time.Duration) {
 	if d > 0 {
 		<-time.After(d)
 	}
@@ -23,8 +23,8 @@ func Between(random *rand.Rand, least, most time.Duration) time.Duration {
 	return least + time.Duration(random.Int64N(int64(most-least)+1))
 }
 
-// Pick returns a random element of what.
-func Pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(what))] }
+// pick returns a random element of what.
+func pick[T any](random *rand.Rand, what ...T) T { return what[random.IntN(len(what))] }
 
 // isClosed reports whether signal is closed.
 func isClosed(signal <-chan struct{}) bool {

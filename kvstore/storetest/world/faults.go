@@ -26,7 +26,7 @@ func (w *world) rot() (rotten bool, mend func()) {
 	}
 
 	names := slices.Sorted(maps.Keys(w.dir.Names))
-	name := Pick(r, names...)
+	name := pick(r, names...)
 	f := w.dir.Names[name]
 	isLog := strings.HasSuffix(name, ".log")
 
@@ -62,7 +62,7 @@ func (w *world) rot() (rotten bool, mend func()) {
 // repair repairs a copy of what is left into a new directory, perhaps with a failure in the middle,
 // and opens the result. db is nil if nothing could be read.
 func (w *world) repair() (r durable.Report, db *durable.Store) {
-	calls, last := 0, Pick(w.random, 0, w.random.IntN(100))
+	calls, last := 0, pick(w.random, 0, w.random.IntN(100))
 	out := storetest.New()
 	out.Before = func(storetest.Call) error {
 		if calls++; last > 0 && calls > last {
@@ -170,7 +170,7 @@ func (p *process) pause(d time.Duration) {
 	p.mu.Unlock()
 
 	p.tell("stands still for %v", d)
-	Wait(d)
+	wait(d)
 
 	// Calls that wait in gate have read the channel before; closing it lets them go on.
 	p.mu.Lock()
@@ -214,7 +214,7 @@ func (p *process) tidyUp(r *rand.Rand) {
 	}
 
 	for range 5 {
-		Wait(1100 * time.Millisecond)
+		wait(1100 * time.Millisecond)
 
 		// There may be no client left whose request would make the server look.
 		p.server.Look()
@@ -252,7 +252,7 @@ func (p *process) restore(r *rand.Rand) {
 	}
 
 	// Data that is written during this wait is not in the backup.
-	Wait(Between(r, 0, 2*time.Second))
+	wait(Between(r, 0, 2*time.Second))
 	for _, name := range slices.Sorted(maps.Keys(copied.Names)) {
 		p.tell("somebody puts a copy over %s", name)
 		f, err := p.dir.Create(name)
@@ -285,12 +285,12 @@ func (p *process) move() {
 func (p *process) backup(r *rand.Rand) {
 	// Everything that is answered before the copy begins must be in it.
 	least := p.answered()
-	to, late := storetest.New(), Pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
+	to, late := storetest.New(), pick(r, 0, 0, Between(r, 0, 50*time.Millisecond))
 
 	var calls atomic.Int64
-	last := Pick(r, 0, 0, 1+r.Int64N(40))
+	last := pick(r, 0, 0, 1+r.Int64N(40))
 	to.Before = func(storetest.Call) error {
-		Wait(late)
+		wait(late)
 		if calls.Add(1); last > 0 && calls.Load() > last {
 			return errors.New("the backup was killed")
 		}

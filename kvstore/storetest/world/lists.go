@@ -55,7 +55,7 @@ func (v *visitor) change(requests, most int, alone bool,
 	for i := 0; i < requests; {
 		var text strings.Builder
 		var hears []func() error
-		for range Pick(v.random, 1, 1, most) {
+		for range pick(v.random, 1, 1, most) {
 			i++
 			key, q := draw(v.value(i, 0))
 			text.WriteString(q.Line(key))
@@ -84,7 +84,7 @@ func (v *visitor) change(requests, most int, alone bool,
 				requests = 0
 			}
 		}
-		Wait(Pick(v.random, 0, 0, time.Millisecond, time.Second))
+		wait(pick(v.random, 0, 0, time.Millisecond, time.Second))
 	}
 }
 
@@ -116,17 +116,17 @@ func DrawRequest(random *rand.Rand, value string) (q storetest.Request) {
 	// Many clients send the same two values, so that a Swap or a Remove sometimes finds one.
 	some := fmt.Sprint(random.IntN(2))
 
-	q.Verb = Pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take", "Take", "Swap",
+	q.Verb = pick(random, "Put", "Put", "Put", "Add", "Take", "Take", "Take", "Take", "Swap",
 		"Update", "Set", "Remove", "Delete", "Get", "Count")
 	switch q.Verb {
 	case "Put", "Add", "Set":
-		q.New = Pick(random, value, some)
+		q.New = pick(random, value, some)
 	case "Swap", "Update":
-		q.Old, q.New = some, Pick(random, value, some)
+		q.Old, q.New = some, pick(random, value, some)
 	case "Remove":
 		q.Old = some
 	case "Take":
-		q.Seconds = Pick(random, 0, 0, 0, 1)
+		q.Seconds = pick(random, 0, 0, 0, 1)
 	}
 	return q
 }

@@ -330,11 +330,11 @@ func (w wire) carry(from, to *Conn) {
 
 		// Late bytes delay all that follow, because TCP keeps their order.
 		if w.late > 0 {
-			Wait(Between(w.random, 0, w.late))
+			wait(Between(w.random, 0, w.late))
 		}
 
 		if w.stall > 0 && Chance(w.random, 20) {
-			Wait(w.stall)
+			wait(w.stall)
 			w.stall = 0
 		}
 

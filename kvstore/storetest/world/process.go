@@ -69,10 +69,10 @@ func (p *process) draw(r *rand.Rand) {
 	p.plan.power = p.fsync != durable.FsyncNever && Chance(r, 2)
 
 	// Low numbers hit the start, and higher ones the work after it.
-	at := func() int { return 1 + r.IntN(Pick(r, 30, 300, 3000)) }
+	at := func() int { return 1 + r.IntN(pick(r, 30, 300, 3000)) }
 
 	if Chance(r, 2) {
-		p.plan.killAt, p.plan.kind = at(), Pick(r, "", "sync")
+		p.plan.killAt, p.plan.kind = at(), pick(r, "", "sync")
 	}
 
 	// A few calls after a rename a file has its new name, but nothing uses it yet.
@@ -82,7 +82,7 @@ func (p *process) draw(r *rand.Rand) {
 
 	// An error, or a long call.
 	if Chance(r, 4) {
-		p.plan.failAt, p.plan.failure = at(), Pick[error](r, syscall.EIO, syscall.ENOSPC,
+		p.plan.failAt, p.plan.failure = at(), pick[error](r, syscall.EIO, syscall.ENOSPC,
 			syscall.EMFILE)
 	}
 	if Chance(r, 4) {
@@ -124,9 +124,9 @@ func (p *process) before(c storetest.Call) error {
 	// First the call takes its time; then it may be the last one.
 	if n == plan.stallAt {
 		p.tell("%s %s takes %v", c.What, c.Name, plan.stall)
-		Wait(plan.stall)
+		wait(plan.stall)
 	} else if c.What == "sync" {
-		Wait(plan.sync)
+		wait(plan.sync)
 	}
 	if kills {
 		p.kill(plan.power, fmt.Sprintf("before call %d, %s %s", n, c.What, c.Name))
@@ -242,12 +242,12 @@ func (w *world) live(dies bool) {
 	case rotten:
 		p.plan = plan{}
 	case dies:
-		p.plan.killAt = Pick(r, 0, 0, 1+r.IntN(40))
+		p.plan.killAt = pick(r, 0, 0, 1+r.IntN(40))
 	}
 
 	// Its log is read slowly, or its reader has gone.
-	log, flush := w.program.Log(&slowLog{p, Pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
-		Pick(r, 1, 10, 1000))
+	log, flush := w.program.Log(&slowLog{p, pick(r, 0, 0, time.Second, time.Minute), Chance(r, 5)},
+		pick(r, 1, 10, 1000))
 	defer flush()
 
 	// The start may be refused, or may be killed.
@@ -287,7 +287,7 @@ func (p *process) serve(db *durable.Store) {
 		some = slices.DeleteFunc(slices.Clone(kinds), func(k kind) bool { return !k.little })
 	}
 	for range 2 + r.IntN(7) {
-		p.visit(&clients, Pick(r, some...))
+		p.visit(&clients, pick(r, some...))
 	}
 
 	// These kinds only make sense for some servers.
@@ -322,7 +322,7 @@ func (p *process) drawRoom(r *rand.Rand) {
 	for _, f := range d.Names {
 		d.Room += len(f.Data)
 	}
-	d.Room += Pick(r, 0, 3*kilo, 50*kilo)
+	d.Room += pick(r, 0, 3*kilo, 50*kilo)
 	p.tell("the disk has %d bytes", d.Room)
 }
 
@@ -331,17 +331,17 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	r := p.random
 
 	// Limits are low in some worlds, so that clients reach them.
-	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: Pick(r, 500, 4*kilo, 8<<10),
-		MaxClients: Pick(r, 5, 100, 100), MaxQueues: 1 << 30, FewKeys: Pick(r, 5, 1000),
-		Snapshots: Pick(r, 1, 4), Handshakes: Pick(r, 3, 10, 1000)}
+	s := Settings{Log: log, MaxLine: maxLine, MaxMessage: pick(r, 500, 4*kilo, 8<<10),
+		MaxClients: pick(r, 5, 100, 100), MaxQueues: 1 << 30, FewKeys: pick(r, 5, 1000),
+		Snapshots: pick(r, 1, 4), Handshakes: pick(r, 3, 10, 1000)}
 	if Chance(r, 3) {
-		s.MaxQueues = int64(Pick(r, 2*kilo, 100*kilo))
+		s.MaxQueues = int64(pick(r, 2*kilo, 100*kilo))
 	}
 
 	// The memory may become full, or clients that do not read must not fill it.
 	switch r.IntN(6) {
 	case 0:
-		s.MaxMemory = int64(Pick(r, 400*kilo, 4000*kilo))
+		s.MaxMemory = int64(pick(r, 400*kilo, 4000*kilo))
 		if Chance(r, 2) {
 			// Small messages, so that replies wait though all queues together are not full.
 			s.Other, s.MaxMessage = s.MaxMemory*23/32, 500
@@ -353,14 +353,14 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 		s.Other = s.MaxMemory*3/4 - db.Footprint() - 900*kilo
 	}
 
-	s.WriteTimeout = Pick(r, 0, 10*time.Second, 5*time.Minute)
+	s.WriteTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
 	if !p.mute && Chance(r, 6) { // clients with TLS could take the memory that is left
 		s.TLS = p.program.TLS
 	}
 
 	// The first calls of Accept may fail.
 	p.listener, p.settings = NewListener(), s
-	p.listener.Failures = Pick(r, 0, 0, 5)
+	p.listener.Failures = pick(r, 0, 0, 5)
 
 	// A store may have long lists, in which a search takes a while.
 	var store kvstore.KVStore = db
@@ -390,7 +390,7 @@ type heavyStore struct {
 
 func (h heavyStore) Remove(key, value string) bool {
 	if strings.HasPrefix(key, "heavy") {
-		Wait(h.takes)
+		wait(h.takes)
 	}
 	return h.Store.Remove(key, value)
 }
@@ -451,7 +451,7 @@ func (p *process) startFailed(db *durable.Store, err error, rotten bool, mend fu
 
 // end lets the process live for a while, and ends it.
 func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
-	how := Pick(p.random, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
+	how := pick(p.random, "stop", "stop", "stop when quiet", "kill", "kill when quiet", "power",
 		"power when quiet")
 
 	// With -fsync never a power failure could lose everything.
@@ -505,12 +505,12 @@ func (p *process) awaitEnd(quiet bool, clients *sync.WaitGroup) {
 		clients.Wait()
 
 		// By then two fsyncs a second apart are over, so all data is on disk.
-		Wait(Pick(r, 3*time.Second, 3*time.Second, 3*time.Minute))
+		wait(pick(r, 3*time.Second, 3*time.Second, 3*time.Minute))
 		return
 	}
 
 	select {
-	case <-time.After(Pick(r, Between(r, 0, 100*time.Millisecond), Between(r, 0, 3*time.Second),
+	case <-time.After(pick(r, Between(r, 0, 100*time.Millisecond), Between(r, 0, 3*time.Second),
 		Between(r, 0, time.Minute))):
 	case <-p.killed:
 	case err := <-p.server.Failed():

@@ -15,14 +15,14 @@ import (
 // them.
 func (v *visitor) pipeline() {
 	r := v.random
-	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), Pick(r, 1, 100, 3*kilo)
+	key, values, size := fmt.Sprint("fill", v.id), 1+r.IntN(3), pick(r, 1, 100, 3*kilo)
 	list := v.fillList(key, values, size)
 	if list == nil {
 		return
 	}
 
 	// The replies are limited to so many bytes in all.
-	gets, most := Pick(r, 100, 1000, 3000), Pick(r, 1, 3, 3, 12)*1000*kilo
+	gets, most := pick(r, 100, 1000, 3000), pick(r, 1, 3, 3, 12)*1000*kilo
 	if gets*values*size > most {
 		gets = most / (values * size)
 	}
@@ -46,7 +46,7 @@ func (v *visitor) pipeline() {
 		text.WriteString("Ping:end\nQuit\n" + strings.Repeat("what comes after a Quit\n", v.junk))
 	}
 
-	manner := Pick(r, "greedily", "steadily", "after a rest", "never")
+	manner := pick(r, "greedily", "steadily", "after a rest", "never")
 
 	// The requests are sent beside the reading; otherwise both sides could wait for each other for
 	// ever.
@@ -80,7 +80,7 @@ func (v *visitor) stop() {
 	if v.fillList(key, values, 15*kilo) == nil {
 		return
 	}
-	hello := Pick(v.random, "Ack", "Ping")
+	hello := pick(v.random, "Ack", "Ping")
 	if _, ok := v.ask(hello); !ok {
 		return
 	}
@@ -139,7 +139,7 @@ func (v *visitor) awaitCut(isTooMuch, drips bool) {
 			return
 		}
 
-		if Wait(time.Second); drips {
+		if wait(time.Second); drips {
 			v.conn.SetReadDeadline(time.Now().Add(time.Second))
 			io.CopyN(io.Discard, v.r, 2*kilo)
 		}
@@ -166,13 +166,13 @@ func (v *visitor) drip() {
 		io.WriteString(other.conn, "Dump:"+key+"\n")
 		readers.Go(func() {
 			for err := error(nil); err == nil; _, err = io.CopyN(io.Discard, other.r, 800) {
-				Wait(time.Second / 10)
+				wait(time.Second / 10)
 			}
 		})
 	}
 
 	// By then they are known to read.
-	Wait(3 * time.Second)
+	wait(3 * time.Second)
 	asked := time.Now()
 	last, ok := v.ask("Keys:none")
 	if took := time.Since(asked); ok && took > listTime+2*v.slack() {
@@ -216,7 +216,7 @@ func (v *visitor) readAndSend() {
 		debts = append(debts, debt{v.raw.sent(), want.Len()})
 
 		next = next.Add(pause)
-		Wait(time.Until(next))
+		wait(time.Until(next))
 		_, err = io.CopyN(&got, v.r, piece)
 		if !isClosed(v.closing) && time.Now().After(ends) {
 			return
@@ -307,7 +307,7 @@ func (v *visitor) readAs(manner string) (got string, err error) {
 		}
 		return "", nil
 	case "after a rest":
-		Wait(Between(v.random, 0, 8*time.Second))
+		wait(Between(v.random, 0, 8*time.Second))
 	case "steadily":
 		// The rate is a quarter above the promised one, because the network takes time as well.
 		pause := Between(v.random, 10*time.Millisecond, 900*time.Millisecond)
@@ -315,7 +315,7 @@ func (v *visitor) readAs(manner string) (got string, err error) {
 
 		for err == nil {
 			_, err = io.CopyN(&all, v.r, piece)
-			Wait(pause)
+			wait(pause)
 		}
 		return all.String(), err
 	}

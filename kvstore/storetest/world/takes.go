@@ -35,22 +35,22 @@ func (v *visitor) takeOnce(i int, taker *visitor) (goesOn bool) {
 	r := v.random
 	key, seconds := fmt.Sprint("taken", v.id), 2+r.IntN(5)
 	ends := time.Now().Add(time.Duration(seconds) * time.Second)
-	fmt.Fprintf(taker.conn, Pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
+	fmt.Fprintf(taker.conn, pick(r, "Take:%s:%d\n", "Take:%s:%d\nPing\n"), key, seconds)
 
 	// After a second the Take has reached the server, because taker's network is calm.
-	Wait(time.Second)
+	wait(time.Second)
 
-	what := Pick(r, "gives", "gives", "goes", "waits")
+	what := pick(r, "gives", "gives", "goes", "waits")
 	if what == "goes" {
 		// The break is below TLS, so the server hears no goodbye.
 		taker.raw.BreakOff()
-		Wait(goneTime + time.Second)
+		wait(goneTime + time.Second)
 	}
 
 	value := v.value(i, 0)
 	if what != "waits" {
 		// Each of these requests can give a value to a Take that waits.
-		give := Pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
+		give := pick(r, "Put:%s:%s", "Set:%s:%s", "Add:%s:%s", "Update:%s:x:%s", "Lease:%s:90:%s")
 		if last, ok := v.ask(fmt.Sprintf(give, key, value)); !ok {
 			// An error says that the value is not there; without an answer it may be there.
 			v.refuse(value, strings.HasPrefix(last, ":ERROR"))
@@ -105,7 +105,7 @@ func (v *visitor) checkTaken(taker *visitor, key, value string, gives bool,
 
 // lease makes a key that expires after so many seconds, and reports whether the server has done so.
 func (v *visitor) lease(key, value string, seconds int) bool {
-	fmt.Fprintf(v.conn, Pick(v.random, "Lease:%[1]s:%[2]d:%[3]s\n",
+	fmt.Fprintf(v.conn, pick(v.random, "Lease:%[1]s:%[2]d:%[3]s\n",
 		"Set:%[1]s:%[3]s\nExpire:%[1]s:%[2]d\n"), key, seconds, value)
 
 	// A Set and an Expire have two answers, a Lease has one: the PONG ends both.
@@ -146,7 +146,7 @@ func (v *visitor) end() {
 		v.world.mu.Unlock()
 
 		for range 3 {
-			Wait(Between(r, 0, lasts))
+			wait(Between(r, 0, lasts))
 			asked := time.Now()
 			fmt.Fprintf(v.conn, "Get:%s\nKeys:ends\n", key)
 			lines, _, err := v.reply()

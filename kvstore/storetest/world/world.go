@@ -186,9 +186,9 @@ func (w *world) run() {
 	r := w.random
 
 	// Files are so small that even a short life has many of them, and compactions.
-	w.dir.Segment = int64(Pick(r, 3, 10, 100) * kilo)
-	w.dir.Compact, w.dir.Reserve = int64(Pick(r, 5, 20)*kilo), Pick(r, 1, 8, 32)*kilo
-	w.fsync = Pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
+	w.dir.Segment = int64(pick(r, 3, 10, 100) * kilo)
+	w.dir.Compact, w.dir.Reserve = int64(pick(r, 5, 20)*kilo), pick(r, 1, 8, 32)*kilo
+	w.fsync = pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
 	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
 
 	for range 1 + r.IntN(4) {
@@ -201,7 +201,7 @@ func (w *world) run() {
 			return
 		}
 
-		Wait(Between(r, 0, 5*time.Second))
+		wait(Between(r, 0, 5*time.Second))
 	}
 	w.judge()
 }
