@@ -4079,12 +4079,13 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 	begun := ":k:" + strings.Repeat("v", 100*kilo)
 	for _, c := range []struct {
-		others, another string        // what 40 clients send, and then another one
+		clients         int           // 60 lines are twice what there is for lines
+		others, another string        // what the clients send, and then another one
 		most            time.Duration // that a line may wait
 	}{
-		{"Put" + begun, "", time.Second},
-		{"Remove" + begun, "", 20 * time.Second},
-		{"Put" + begun, "Remove:k:" + strings.Repeat("v", 900*kilo) +
+		{60, "Put" + begun, "", time.Second},
+		{40, "Remove" + begun, "", 20 * time.Second},
+		{60, "Put" + begun, "Remove:k:" + strings.Repeat("v", 900*kilo) +
 			strings.Repeat("\nGet:big", 3*maxChain) + "\n", time.Second},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -4094,7 +4095,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
 			n.fill("big", "v", kilo)
-			mute := n.DialMany(t, 40, func(_ int, m *protocol.Client) { go m.SendSome(c.others) })
+			mute := n.DialMany(t, c.clients, func(_ int, m *protocol.Client) { go m.SendSome(c.others) })
 			another := n.Dial(t)
 			pass(quietAfter / 2)
 			go another.SendSome(c.another)
