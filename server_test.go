@@ -4999,9 +4999,11 @@ func TestWatchProfilesTakeNothing(t *testing.T) {
 // ---- client.go: input, bytes to lines
 
 func TestInputAtEverySplitPoint(t *testing.T) { protocol.InputAtEverySplitPoint(t, serveEmpty) }
+
 func TestInputLimitAtEverySplitPoint(t *testing.T) {
 	protocol.InputLimitAtEverySplitPoint(t, serveEmpty)
 }
+
 func TestSlowLine(t *testing.T)                { protocol.SlowLine(t, serveEmpty) }
 func TestSlowLineAfterSkippedOne(t *testing.T) { protocol.SlowLineAfterSkippedOne(t, serveEmpty) }
 func TestSlowLineIsAnsweredOnce(t *testing.T)  { protocol.SlowLineIsAnsweredOnce(t, serveEmpty) }
@@ -5947,7 +5949,7 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 	})
 }
 
-// serveEmpty starts the server of one of the conversations in package protocol.
+// serveEmpty starts an empty server for a test of package protocol.
 func serveEmpty(t *testing.T) *protocol.Net {
 	n := newFakeNet()
 	t.Cleanup(n.server.Close)

@@ -1,10 +1,11 @@
 // Package protocol has the conversations that anybody may have with a server of lists: what is sent,
-// and what must come back, to the last byte. It needs nothing of the server but a way to connect.
+// and what must come back, to the last byte. It needs nothing of the server but a way to connect, or
+// the command that starts it.
 //
 //	client.go         a client that knows what to expect
 //	conversations.go  every request, every mistake and its hint, ends of lines, other protocols
 //	model.go          the answer to any line
-//	lines.go          lines in pieces, long lines and slow ones
+//	lines.go          lines in pieces, long lines and slow ones, and lines before a half-close
 //	lists.go          keys that expire, Takes that wait, a Dump beside writers
 //	readers.go        clients that do not read, and those that read steadily
 //	process.go        a server that is a process
@@ -30,7 +31,7 @@ const MaxLine = 20_000
 
 const kilo = 1000 // bytes
 
-// What the README promises.
+// Times and numbers that the README promises.
 const (
 	lineTime  = 30 * time.Second // from a line's first byte to its end
 	slowAfter = time.Second      // a client that reads nothing may be slow then
