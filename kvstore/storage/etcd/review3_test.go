@@ -74,7 +74,7 @@ func TestEtcdStopKnowsOfAHealWithoutRoom(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		e.delete("kv/d/")
 		w.dir.directory.lock.Verify()
-		full := w.count() + 6
+		full := w.count() + 8
 		w.mu.Lock()
 		w.before = func(number int) {
 			if number == full {
