@@ -358,7 +358,7 @@ func (j *journal) vouch() {
 
 	// Otherwise not while writing is held, so that Commits that only write need not wait for this
 	// fsync.
-	if due {
+	if due && j.fsync != FsyncAlways {
 		j.syncRest()
 	}
 }

@@ -463,6 +463,9 @@ func (d *Store) resume(ends []logEnd) error {
 	}
 
 	w, err := reopen(d.dir, end)
+	if err == nil && d.zerosAhead == 0 {
+		err = w.trim()
+	}
 	if err != nil {
 		return err
 	}
@@ -491,6 +494,9 @@ func (d *Store) reload() error {
 
 	var ends []logEnd
 	s, err := findFiles(d.dir)
+	if err == nil && len(s.logs) == 0 {
+		err = missingFile(d.dir, storage.StoreName)
+	}
 	if err == nil {
 		ends, err = d.loadFiles(context.Background(), s)
 	}

@@ -503,12 +503,15 @@ func (d *Store) undo(why error) error {
 func (d *Store) held() error {
 	err := d.lock.Held()
 	if errors.Is(err, storage.ErrGone) {
-		d.AwaitCompaction() // a compaction removes files, too
+		d.AwaitCompaction()   // a compaction removes files, too
+		d.healing.Store(true) // a stop waits, too: nothing else has the data
 		err = d.lastLook()
-		for d.isRefused(err) { // nothing else has the data
+		for d.isRefused(err) {
+			d.healing.Store(true)
 			time.Sleep(lookTime)
 			err = d.lastLook()
 		}
+		d.healing.Store(false)
 		if err == nil {
 			err = d.lock.Held()
 		}

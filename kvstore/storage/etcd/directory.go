@@ -237,7 +237,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	// Only puts need room.
 	if isPut(mark) {
 		if fence == 0 {
-			return errFull
+			return cmp.Or(context.Cause(d.lock.ctx), error(errFull))
 		}
 		compare = append(compare, isCreated(d.key("step"), fence))
 	}

@@ -348,10 +348,19 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 
 // send sends buf in pieces, while it has at least least bytes.
 func (f *pieceFile) send(least int) error {
+	tried := 0 // bytes of a request that had no answer
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
-		if err == errSmaller {
+		switch {
+		case err == errSmaller:
+			tried = max(tried, n)
 			n, err = f.arrived(n)
+
+		// It may have arrived behind the last look. Now it cannot any more.
+		case err == errFull && tried > 0:
+			if n, err = f.arrived(tried); n == 0 && err == nil {
+				err = errFull
+			}
 		}
 		if err != nil {
 			return f.unlessGone(err)
@@ -372,7 +381,7 @@ func (f *pieceFile) arrived(n int) (int, error) {
 
 	// If part of them is there, or a piece before them is not, somebody has deleted pieces.
 	got := int(f.size - before)
-	if f.hasGap || got != 0 && got != n {
+	if f.hasGap || got < 0 || got > n {
 		return 0, f.d.lock.miss(errors.New("pieces were deleted"))
 	}
 	f.d.pieces.Add(int64(f.keys - keys))
