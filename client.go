@@ -103,7 +103,7 @@ const (
 //	the chain, outbox    RW              RW        RW       -              queries, go, done
 //	in                   RW              -         -        R (came)       closing buffer
 //	  its lines' memory  RW              R         R        -              queries, go, done
-//	underWay, takeEnds   RW              -         -        -              -
+//	underWay, takeUntil  RW              -         -        -              -
 //	reason               RW              R         -        -              depart
 //	writeErr             -               R         -        W              depart
 //	pacedConn's fields   RW              R         R        RW             - (see there)
@@ -161,10 +161,10 @@ type Client struct {
 	outbox outbox        // owned by the chain's holder
 
 	// Owned by readFromClient until its departure, then by workLoop.
-	in       input
-	underWay bool      // a chain was sent, and readFromClient has not waited for it yet (await)
-	takeEnds time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
-	reason   string    // why the connection ends, for the log; "": it does not
+	in        input
+	underWay  bool      // a chain was sent, and readFromClient has not waited for it yet (await)
+	takeUntil time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
+	reason    string    // why the connection ends, for the log; "": it does not
 
 	writeErr error // of the Write that failed; owned by writeToClient until its departure
 }
@@ -235,7 +235,7 @@ func (c *Client) readFromClient() {
 	}
 
 	// The end. The chain under way is still answered, and its lines are in memory until then.
-	c.in.pass.release()
+	c.in.lineSlot.release()
 	c.in.pending = 0
 	c.resizeBuf(0)
 	isAnswered := c.await()
@@ -264,20 +264,20 @@ type input struct {
 	filled   bool    // by the last Read, buf
 	pending  int     // bytes at the start of buf: a line that has begun and not ended
 	line     int     // lines so far
-	spoke    bool    // a line was not blank, so HTTP cannot begin any more
+	hadLine  bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // memory of the chain, used again for the next one
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
 	forLine  bool    // buf has become so large only for the begun line
 	counted  int64   // bytes of buf, lent, queries and takeKey that are counted in budget.inputs
 	free     int64   // those of buf, lent and queries that are counted in budget.free
 	takeKey  int     // bytes of a waiting Take's key, if it is long
-	pass     slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
+	lineSlot slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
-	ticking    bool          // a read deadline is set
-	hadBegun   bool          // the begun line was there when the deadline was set
-	hardlyCame bool          // the begun line hardly came in the last tick
-	came       int           // bytes read since the last tick
-	unended    time.Duration // how long the begun line has been read
+	ticking     bool          // a read deadline is set
+	begunAtTick bool          // the begun line was there when the deadline was set
+	hardlyCame  bool          // the begun line hardly came in the last tick
+	came        int           // bytes read since the last tick
+	lineTook    time.Duration // how long the begun line has been read
 }
 
 // midLine reports whether a line has begun and not ended.
@@ -349,8 +349,8 @@ func (in *input) wholeLines(n int) (burst string) {
 
 	// The next line gets the whole time. A slot is given back now, because the requests of this burst
 	// may wait long for room.
-	in.unended, in.hadBegun, in.hardlyCame = 0, false, false
-	in.pass.release()
+	in.lineTook, in.begunAtTick, in.hardlyCame = 0, false, false
+	in.lineSlot.release()
 
 	// The rest of a skipped line is not part of the burst.
 	start := 0
@@ -394,7 +394,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	for alone := false; burst != "" && c.reason == "" && !alone; {
 		n := len(in.queries)
 		if n == maxChain || n >= freeChain && n == cap(in.queries) &&
-			!c.mayGrow(len(in.buf), 2*n, c.server.budget.forBursts()) {
+			!c.acquireInput(len(in.buf), 2*n, c.server.budget.forBursts()) {
 			break
 		}
 		end := strings.IndexByte(burst, '\n')
@@ -426,10 +426,10 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		if q.queryType == quit {
 			c.end(itQuit)
 		}
-		if !in.spoke && q.queryType == malformed {
+		if !in.hadLine && q.queryType == malformed {
 			c.endIfForeign(q, line, isLong)
 		}
-		in.spoke = true
+		in.hadLine = true
 	}
 
 	// What the older queries found could pin memory of the store.
@@ -521,7 +521,7 @@ func (c *Client) sendTake(q *Query) {
 		in.counted += int64(bytes)
 	}
 
-	c.takeEnds = time.Now().Add(time.Duration(q.seconds) * time.Second)
+	c.takeUntil = time.Now().Add(time.Duration(q.seconds) * time.Second)
 	c.sendOf(&Query{client: c, queryType: take, key: strings.Clone(q.key), seconds: q.seconds,
 		line: q.line}, in.takeKey)
 }
@@ -545,7 +545,7 @@ func (c *Client) await() bool {
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
 		// The Take's time is over. A value may still come before workLoop hears of that.
-		left := time.Until(c.takeEnds)
+		left := time.Until(c.takeUntil)
 		if left <= 0 {
 			c.stopWaiting(stopTake)
 			break
@@ -572,12 +572,12 @@ func (c *Client) awaitDone() (chain *Query) {
 
 // mayTakeWait reports whether the chain that is under way is a Take that may wait, and was not told
 // to stop.
-func (c *Client) mayTakeWait() bool { return !c.takeEnds.IsZero() }
+func (c *Client) mayTakeWait() bool { return !c.takeUntil.IsZero() }
 
 // noteTaken notes that no Take waits any more. The read deadline may have been set for its end, so
 // setTick has to set another.
 func (c *Client) noteTaken() {
-	c.takeEnds, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
+	c.takeUntil, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
 }
 
 // stopWaiting tells workLoop to end the waiting Take, if there is one. how is stopTake or dropTake.
@@ -604,10 +604,10 @@ func (c *Client) setTick() {
 
 	// The end of a Take's waiting is a tick, too.
 	end := time.Now().Add(quietAfter)
-	if c.mayTakeWait() && (isQuiet || c.takeEnds.Before(end)) {
-		end = c.takeEnds
+	if c.mayTakeWait() && (isQuiet || c.takeUntil.Before(end)) {
+		end = c.takeUntil
 	}
-	in.ticking, in.hadBegun = true, in.midLine()
+	in.ticking, in.begunAtTick = true, in.midLine()
 	c.limitRead(end)
 }
 
@@ -628,13 +628,13 @@ func (c *Client) tick() error {
 	in := &c.in
 
 	// A Take that waits has memory of its own, so nothing below touches it.
-	waits := c.mayTakeWait() && time.Now().Before(c.takeEnds) && len(c.done) == 0
+	waits := c.mayTakeWait() && time.Now().Before(c.takeUntil) && len(c.done) == 0
 	if !waits {
 		c.await()
 	}
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
-	isOld := in.midLine() && in.hadBegun && !waits
+	isOld := in.midLine() && in.begunAtTick && !waits
 	if isOld && in.givesWay(c.server.budget.anyLine.waiting.Load() > 0) {
 		c.skipLine("too long for the memory that is left, skipped")
 	}
@@ -644,7 +644,7 @@ func (c *Client) tick() error {
 	// A line that had begun when the deadline was set has taken one tick more.
 	c.limitRead(time.Time{})
 	if isOld {
-		if in.unended += quietAfter; in.unended >= lineTime {
+		if in.lineTook += quietAfter; in.lineTook >= lineTime {
 			return errUnended
 		}
 	}
@@ -705,24 +705,24 @@ func (c *Client) resizeInput() bool {
 		c.countInput()
 	}
 
-	switch burst := min(8*size, burstSize); {
+	switch next := min(8*size, burstSize); {
 	case size == 0:
 		size = quietSize
-	case in.filled && size < burst &&
-		(burst <= freeSize || c.mayGrow(burst, cap(in.queries), b.forBursts())):
-		size = burst
+	case in.filled && size < next &&
+		(next <= freeSize || c.acquireInput(next, cap(in.queries), b.forBursts())):
+		size = next
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
 	case in.filled && in.pending > size/8 && size < 4*burstSize &&
-		c.mayGrow(2*size, cap(in.queries), b.forBursts()):
+		c.acquireInput(2*size, cap(in.queries), b.forBursts()):
 		size *= 2
 
 	// The line may have maxLine bytes and its end.
 	case in.pending == size:
 		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
-		if !c.mayGrow(size, cap(in.queries), b.forBursts()) {
+		if !c.acquireInput(size, cap(in.queries), b.forBursts()) {
 			in.forLine = true
-			if !c.mayGrowForLine(size) && !c.awaitLineMemory(size) {
+			if !c.acquireForLine(size) && !c.awaitLineMemory(size) {
 				return false
 			}
 		}
@@ -732,9 +732,9 @@ func (c *Client) resizeInput() bool {
 	return true
 }
 
-// mayGrow reports whether buf may have size bytes, and the chain so many queries, if all inputs
+// acquireInput reports whether buf may have size bytes, and the chain so many queries, if all inputs
 // together may take most bytes. If they may, it counts what they need.
-func (c *Client) mayGrow(size, queries int, most int64) bool {
+func (c *Client) acquireInput(size, queries int, most int64) bool {
 	_, need := c.in.need(size, max(queries, freeChain)) // so many are free
 	more := max(0, need-c.in.counted)
 	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
@@ -744,10 +744,10 @@ func (c *Client) mayGrow(size, queries int, most int64) bool {
 	return true
 }
 
-// mayGrowForLine is mayGrow for the begun line.
-func (c *Client) mayGrowForLine(size int) bool {
+// acquireForLine is acquireInput for the begun line.
+func (c *Client) acquireForLine(size int) bool {
 	b := &c.server.budget
-	return b.takesLines() && c.mayGrow(size, cap(c.in.queries), b.forInput())
+	return b.takesLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
 }
 
 // awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
@@ -773,7 +773,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 	defer b.anyLine.waiting.Add(-1)
 
 	// Nobody tells when there is memory again, so this looks now and then.
-	for !in.pass.taken && !c.mayGrowForLine(size) {
+	for !in.lineSlot.taken && !c.acquireForLine(size) {
 		anyLine := b.anyLine.slots
 		if !b.takesLines() {
 			anyLine = nil
@@ -781,9 +781,9 @@ func (c *Client) awaitLineMemory(size int) bool {
 
 		select {
 		case anyLine <- struct{}{}:
-			in.pass = slot{of: &b.anyLine, taken: true}
+			in.lineSlot = slot{of: &b.anyLine, taken: true}
 		case freeing <- struct{}{}:
-			in.pass = slot{of: &b.freeing, taken: true}
+			in.lineSlot = slot{of: &b.freeing, taken: true}
 		case <-time.After(tickTime):
 		case <-c.server.closeSignal:
 			c.end(weClose)
@@ -865,10 +865,10 @@ func (c *Client) skipLine(why string) {
 	// A first line that begins no request may be another protocol's: what follows could be
 	// anything.
 	in := &c.in
-	isOurs := in.spoke || begun(in.buf[:in.pending]) != malformed
+	isOurs := in.hadLine || begun(in.buf[:in.pending]) != malformed
 
-	in.pass.release()
-	in.pending, in.skipping, in.spoke = 0, true, true
+	in.lineSlot.release()
+	in.pending, in.skipping, in.hadLine = 0, true, true
 	in.line++
 	c.answerFault(why)
 	if !isOurs {
@@ -971,7 +971,7 @@ type listing struct {
 	place  slot  // of the server's snapshots
 	wanted int   // keys that are asked for, at most; negative: not known yet
 	most   int   // keys in a part, at most
-	listed int64 // bytes that are counted in budget.lists
+	listed int64 // bytes that are counted in budget.keyLists
 	held   int64 // bytes that are counted in budget.queued
 }
 
@@ -1013,7 +1013,7 @@ func (l *listing) giveUp() {
 	l.client.outbox.pin(0)
 	l.place.release()
 	l.noteSize(0)
-	l.client.server.budget.lists.Add(-l.listed)
+	l.client.server.budget.keyLists.Add(-l.listed)
 	l.listed = 0
 }
 
@@ -1273,17 +1273,17 @@ type outbox struct {
 	budget     *budget
 	maxMessage int // bytes in a message, at most: the constant, except in tests
 
-	core     slot     // for work that takes long
-	acked    bool     // the client has sent Ack: every request is answered
-	slow     bool     // the latest word from progress was false
-	listing  *listing // the Keys or Dump that is being answered; nil: none is
-	next     *Query   // the first query whose reply is not formatted yet
-	left     int      // bytes still to be formatted, at most, by which newMessage chooses a size
-	piece    int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
-	claimed  int64    // bytes of the reply in hand that count as queued before they are
-	longText int64    // bytes of the chain's text if its lines are long; only readFromClient sets it
-	lists    int64    // bytes of the waiting chain's lists that count as queued
-	pinned   int64    // bytes of values that it keeps, and that are counted in budget.pinned
+	core       slot     // for work that takes long
+	acked      bool     // the client has sent Ack: every request is answered
+	slow       bool     // the latest word from progress was false
+	listing    *listing // the Keys or Dump that is being answered; nil: none is
+	next       *Query   // the first query whose reply is not formatted yet
+	left       int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	piece      int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
+	claimed    int64    // bytes of the reply in hand that count as queued before they are
+	longText   int64    // bytes of the chain's text if its lines are long; only readFromClient sets it
+	valueLists int64    // bytes of the waiting chain's lists that count as queued
+	pinned     int64    // bytes of values that it keeps, and that are counted in budget.pinned
 
 	// How fast the client takes the replies of the waiting chain: the time without room since the
 	// rate was last measured, and how many bytes the connection had taken then (noteWait).
@@ -1336,18 +1336,18 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 
 	// Each Get may keep another version of a list.
 	values := int64(0)
-	o.lists = 0
+	o.valueLists = 0
 	for q := chain; q != nil; q = q.next {
-		o.lists += q.listSize()
+		o.valueLists += q.listSize()
 		values += q.pinnedSize()
 	}
-	b.queued.Add(o.lists)
+	b.queued.Add(o.valueLists)
 	o.pin(values)
 	o.blocked, o.taken, o.drips = 0, o.client.paced.taken.Load(), false
 
 	return func() {
 		o.pin(0)
-		b.queued.Add(-o.lists)
+		b.queued.Add(-o.valueLists)
 		b.chains.Add(-long)
 		b.inputs.Add(long)
 	}
@@ -1487,7 +1487,7 @@ func (o *outbox) shed() (acked bool) {
 	for q := o.next.next; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
 		if q.size > 0 && q.mayDrop(acked) {
-			o.lists -= q.listSize()
+			o.valueLists -= q.listSize()
 			o.budget.queued.Add(-q.listSize())
 			o.pin(o.pinned - q.pinnedSize())
 			q.values, q.args, q.size = nil, [2]string{}, -q.size

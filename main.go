@@ -1163,7 +1163,7 @@ func beClient(c config, errs io.Writer) error {
 	// For a health check a server that has no room for one more client is healthy.
 	err := t.dial()
 	switch {
-	case c.ping && errors.Is(err, errFull):
+	case c.ping && errors.Is(err, errNoPlace):
 		fmt.Fprintln(errs, "the server answers, and has no room for one more client")
 		return nil
 	case err != nil:
@@ -1199,7 +1199,7 @@ func beClient(c config, errs io.Writer) error {
 }
 
 // talker is one conversation of kvserver -c or -ping: it sends requests to a server and shows the
-// answers. One goroutine sends (sendLines) and one reads (takeAnswers), so that the server never
+// answers. One goroutine sends (sendLines) and one reads (readAnswers), so that the server never
 // waits for us to read while we wait for it to read. Each line that is sent has one answer, so the
 // number of answers is the number of lines that were answered.
 type talker struct {
@@ -1240,7 +1240,7 @@ func newTalker(c config, errs io.Writer) *talker {
 // Errors of a conversation.
 var (
 	errStranger = problem("this is no kvserver", "Nothing was done. Look at -addr, or try again later.")
-	errFull     = problem("it has no room for one more client",
+	errNoPlace  = problem("it has no room for one more client",
 		"Nothing was done. Try again later, or raise the server's -max-clients.")
 	errSilent = problem("it closed the connection without a word", "Perhaps it speaks TLS: give the CA "+
 		"of its certificate as -tls-ca. Or it has just ended: look at its log.")
@@ -1288,7 +1288,7 @@ func (t *talker) dial() (err error) {
 		}
 
 		err = t.greet()
-		if err == nil || errors.Is(err, errFull) {
+		if err == nil || errors.Is(err, errNoPlace) {
 			t.addr = addr
 			return err
 		}
@@ -1365,7 +1365,7 @@ func (t *talker) greet() error {
 	case err != nil && err != bufio.ErrBufferFull:
 		return err
 	case isFull:
-		return fmt.Errorf("%w: %s", errFull, bytes.TrimSpace(why))
+		return fmt.Errorf("%w: %s", errNoPlace, bytes.TrimSpace(why))
 	case !bytes.HasPrefix(line, []byte(":OK ")):
 		return fmt.Errorf("%w: it says %.40q", errStranger, line)
 	}
@@ -1404,7 +1404,7 @@ func (t *talker) converse() error {
 	<-t.owed // greet has read the answer to our Ack
 	go t.sendLines()
 
-	err := t.takeAnswers(w)
+	err := t.readAnswers(w)
 	close(t.over)
 	if closeErr := t.out.Close(); closeErr != nil && (err == nil || err == errTold) {
 		err = fmt.Errorf("%w: %w", errOutput, closeErr)
@@ -1412,8 +1412,8 @@ func (t *talker) converse() error {
 	return err
 }
 
-// takeAnswers reads the answers until the conversation ends, and writes to w what is to be seen.
-func (t *talker) takeAnswers(w *bufio.Writer) error {
+// readAnswers reads the answers until the conversation ends, and writes to w what is to be seen.
+func (t *talker) readAnswers(w *bufio.Writer) error {
 	for {
 		// The next Read may take long, so show what was answered before it.
 		if t.r.Buffered() == 0 {
@@ -1432,14 +1432,14 @@ func (t *talker) takeAnswers(w *bufio.Writer) error {
 		text, isText := bytes.CutPrefix(line, []byte(": "))
 		if isText || line[0] != ':' {
 			w.Write(text)
-		} else if err := t.takeEnd(w, line); err != nil {
+		} else if err := t.readEnd(w, line); err != nil {
 			return err
 		}
 	}
 }
 
-// takeEnd takes the last line of an answer, or an error that answers none of our lines.
-func (t *talker) takeEnd(w *bufio.Writer, line []byte) error {
+// readEnd takes the last line of an answer, or an error that answers none of our lines.
+func (t *talker) readEnd(w *bufio.Writer, line []byte) error {
 	why, isError := bytes.CutPrefix(line, []byte(":ERROR line "))
 	if isError {
 		t.told = errTold

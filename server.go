@@ -1234,13 +1234,13 @@ type budget struct {
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
 	// In use, in bytes.
-	queued atomic.Int64 // replies, lists and copied keys that wait
-	lists  atomic.Int64 // of queued: keys to be listed
-	chains atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
-	inputs atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	free   atomic.Int64 // of these buffers and chains, what each client may have (freeInput)
-	store  atomic.Int64 // store and clients, as workLoop last noted them
-	pinned atomic.Int64 // values that waiting replies would keep if others removed them all
+	queued   atomic.Int64 // replies, lists and copied keys that wait
+	keyLists atomic.Int64 // of queued: keys to be listed
+	chains   atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
+	inputs   atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
+	free     atomic.Int64 // of these buffers and chains, what each client may have (freeInput)
+	store    atomic.Int64 // store and clients, as workLoop last noted them
+	pinned   atomic.Int64 // values that waiting replies would keep if others removed them all
 
 	// What else was alive after the last collection: most likely values that are pinned and were
 	// removed from the store (removed), and all the rest (other).
@@ -1351,7 +1351,7 @@ func (b *budget) forList() int64 {
 
 // acquireList counts bytes more for the list of a Keys or Dump, if the lists may take them.
 func (b *budget) acquireList(bytes int64) bool {
-	return addUpTo(&b.lists, bytes, b.forQueues()/listsShare)
+	return addUpTo(&b.keyLists, bytes, b.forQueues()/listsShare)
 }
 
 // forInput is how many bytes the buffers and chains of all clients may take beyond freeInput; 0: no

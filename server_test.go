@@ -1615,7 +1615,7 @@ func TestCommandLosesItsServer(t *testing.T) {
 			errUnanswered, "", false},
 		{"Get:a\n", "", errSilent, "", false},
 		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // because the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errFull,
+		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errNoPlace,
 			"server is full (3 clients)", false},
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger,
 			`this is no kvserver: it says "HTTP/1.1 400 Bad Request\r\n"`, false},
@@ -3516,7 +3516,7 @@ func TestTakeIsDropped(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ours, _ := world.Pipe(world.StreamSize, world.StreamSize)
 			c := newClient(1, ours, New(kvstore.NewMemory()))
-			c.takeEnds = time.Now().Add(time.Hour)
+			c.takeUntil = time.Now().Add(time.Hour)
 			end(c)
 			go func() {
 				equal(t, what+": type of the query that workLoop is sent", (<-c.server.queries).queryType, dropTake)
@@ -5898,7 +5898,7 @@ func (s simulated) Look() { getPage(s.watchHandler(""), "/healthz") }
 func (s simulated) Left() (what []string) {
 	for name, n := range map[string]int64{
 		"bytes are still queued":  s.budget.queued.Load(),
-		"bytes of lists are kept": s.budget.lists.Load(),
+		"bytes of lists are kept": s.budget.keyLists.Load(),
 		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
 		"bytes of input are kept": s.budget.inputs.Load() + s.budget.free.Load() + s.budget.chains.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +

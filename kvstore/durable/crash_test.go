@@ -997,7 +997,7 @@ func TestSpareIsCut(t *testing.T) {
 func TestSpareOfAnotherProcess(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.Put("key", "value")
-	d.isFull.Store(true)
+	d.diskIsFull.Store(true)
 	dir.Moved = storage.ErrMoved
 	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
 		t.Fatal(err)

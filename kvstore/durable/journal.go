@@ -29,7 +29,7 @@ type journal struct {
 
 	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
 	// timer reads it.
-	isFull atomic.Bool
+	diskIsFull atomic.Bool
 
 	// Two locks that are held while the disk works: whoever writes a frame or changes the file
 	// holds writing, and whoever syncs holds fsyncs. Each is a channel with one slot, which is
@@ -341,7 +341,7 @@ func (j *journal) vouch() {
 	j.writing <- struct{}{}
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
-	if due && j.zerosAhead > 0 && (j.isFull.Load() || j.current.zeros() < 2*frameSize) {
+	if due && j.zerosAhead > 0 && (j.diskIsFull.Load() || j.current.zeros() < 2*frameSize) {
 		due, j.vouched = false, true // otherwise the timer would tick again and again
 	}
 	j.mu.Unlock()

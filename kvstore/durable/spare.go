@@ -76,12 +76,12 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 	}
 
 	// Shortly after a refusal, a write that is as large is refused without asking the disk.
-	if d.isFull.Load() && bytes >= d.refused && time.Now().Before(d.roomAfter) {
+	if d.diskIsFull.Load() && bytes >= d.refused && time.Now().Before(d.roomAfter) {
 		return d.noRoom
 	}
 
 	// Usually there is room, and this finds it without asking the disk.
-	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.isFull.Load() &&
+	if d.room >= need && d.spare.fileSize >= d.toDelete(bytes) && !d.diskIsFull.Load() &&
 		(d.mostRefused == 0 || time.Now().Before(d.roomAfter)) {
 		return nil
 	}
@@ -94,7 +94,7 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 	}
 
 	// The timer must know whether the disk is full, and the next Room why.
-	d.isFull.Store(err != nil)
+	d.diskIsFull.Store(err != nil)
 	if err != nil {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
@@ -161,7 +161,7 @@ func (d *Store) roomToFree(need, wanted int64) error {
 
 	// Step by step, because another program may take what SPARE gives back.
 	for err != nil && d.spare.fileSize > wanted {
-		d.isFull.Store(true)
+		d.diskIsFull.Store(true)
 		left := max(wanted, d.spare.fileSize-max(need, int64(d.zerosAhead)))
 		shrinkErr := d.spare.cut(left)
 		if shrinkErr != nil {

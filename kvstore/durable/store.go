@@ -549,7 +549,7 @@ func (d *Store) commit() error {
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
-	isDue := d.size >= d.segmentSize && !d.isFull.Load() || wasteful
+	isDue := d.size >= d.segmentSize && !d.diskIsFull.Load() || wasteful
 	full := isDue && !now.Before(d.rotateAfter)
 	if d.fsync == FsyncAlways || full {
 		err = d.syncRest()
@@ -650,7 +650,7 @@ func (d *Store) Close() error {
 		err = d.isWhole()
 	}
 	d.writing <- struct{}{} // from here on nobody writes
-	if err == nil && d.isFull.Load() {
+	if err == nil && d.diskIsFull.Load() {
 		d.growSpare(d.toDelete(0))
 	}
 	if d.spare.f != nil {
