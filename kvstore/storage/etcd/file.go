@@ -348,17 +348,17 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 
 // send sends buf in pieces, while it has at least least bytes.
 func (f *pieceFile) send(least int) error {
-	tried := 0 // bytes of a request that had no answer
+	isUnsure := false // a request had no answer
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
 		switch {
 		case err == errSmaller:
-			tried = max(tried, n)
-			n, err = f.arrived(n)
+			isUnsure = true
+			n, err = f.arrived()
 
 		// It may have arrived behind the last look. Now it cannot any more.
-		case err == errFull && tried > 0:
-			if n, err = f.arrived(tried); n == 0 && err == nil {
+		case err == errFull && isUnsure:
+			if n, err = f.arrived(); n == 0 && err == nil {
 				err = errFull
 			}
 		}
@@ -370,18 +370,17 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// arrived returns how many of n bytes are in etcd, all or none, after the answer to their request
-// was lost.
-func (f *pieceFile) arrived(n int) (int, error) {
+// arrived returns how many bytes of buf are in etcd, after the answer to a request was lost.
+func (f *pieceFile) arrived() (int, error) {
 	before, keys := f.size, f.keys
 	_, err := f.reread()
 	if err != nil {
 		return 0, err
 	}
 
-	// If part of them is there, or a piece before them is not, somebody has deleted pieces.
+	// If a piece before them is not there, somebody has deleted pieces.
 	got := int(f.size - before)
-	if f.hasGap || got < 0 || got > n {
+	if f.hasGap || got < 0 || got > len(f.buf) {
 		return 0, f.d.lock.miss(errors.New("pieces were deleted"))
 	}
 	f.d.pieces.Add(int64(f.keys - keys))
