@@ -55,9 +55,10 @@ type directory struct {
 	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
-	fence  atomic.Int64                             // when step was created (closeFence); 0: it is removed
-	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
-	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
+	closing access                                   // held while the key step is removed or made
+	fence   atomic.Int64                             // when step was created (closeFence); 0: it is removed
+	stamps  atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
+	pieces  atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
 // access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits
@@ -135,7 +136,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	client.log = opts.Log
 
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
-		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1),
+		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1), closing: make(access, 1),
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
@@ -168,8 +169,7 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
-// not counting the time in which etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -224,6 +224,16 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 // ops put about size bytes. After an errFull they were not applied, and never will be. After a
 // storage.ErrGone it is not known whether they were applied.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
+	if d.lock == nil {
+		return errors.New("written without the lock")
+	}
+
+	// The lock is lost, perhaps because it is not known whether a change was made. The next change
+	// must not follow: it would have that one's step.
+	if err := context.Cause(d.lock.ctx); err != nil {
+		return err
+	}
+
 	// What etcd has of the last put's key tells whether an earlier try has applied ops: no other
 	// change makes a piece with this key, or gives a name this id.
 	mark, fence, isPut := ops[0], d.fence.Load(), func(op operation) bool { return op.Put != nil }
@@ -237,7 +247,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	// Only puts need room.
 	if isPut(mark) {
 		if fence == 0 {
-			return cmp.Or(context.Cause(d.lock.ctx), error(errFull))
+			return errFull
 		}
 		compare = append(compare, isCreated(d.key("step"), fence))
 	}
@@ -257,7 +267,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		return d.failed(err)
 	case ok, mark.isDone(now):
 		return nil
-	case isFull, isPut(mark) && d.fence.Load() != fence: // another goroutine has closed the fence
+	case isFull, isPut(mark) && d.isClosed(fence): // another goroutine has closed the fence
 		return errFull
 	}
 	return d.lock.miss(errors.New("it was deleted, or an older state of etcd restored"))
@@ -277,16 +287,6 @@ func (d *directory) failed(err error) error {
 // which nobody is served yet, waits for room instead.
 func (d *directory) transact(size int, ops []operation, mark keyRange, compare []comparison) (
 	ok bool, now []keyValue, err error) {
-	if d.lock == nil {
-		return false, nil, errors.New("written without the lock")
-	}
-
-	// The lock is lost, perhaps because it is not known whether a change was made. The next change
-	// must not follow: it would have that one's step.
-	if err := context.Cause(d.lock.ctx); err != nil {
-		return false, nil, err
-	}
-
 	// If a comparison fails, read the lock and the keys of mark, to find out why.
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), {Range: &mark}}}
@@ -320,11 +320,26 @@ func (d *directory) transact(size int, ops []operation, mark keyRange, compare [
 // closeFence removes the key step, which a full etcd allows. Every put compares when this key was
 // created. So no put that was sent before can be applied any more, however late it arrives.
 func (d *directory) closeFence(fence int64) error {
+	defer d.closing.begin()()
+	if d.fence.Load() != fence {
+		return nil // another goroutine has closed it
+	}
+
+	// From here on, and not before, others may believe that nothing can be applied any more.
 	step := d.key("step")
-	d.fence.CompareAndSwap(fence, 0)
 	_, _, err := d.transact(0, []operation{deleteKeys(step, nil)}, keyRange{Key: step},
 		[]comparison{isCreated(step, fence)})
-	return err // if the comparison does not hold, another goroutine has closed it
+	if err == nil {
+		d.fence.Store(0)
+	}
+	return err
+}
+
+// isClosed reports whether the fence with that number is closed. If somebody is closing it, isClosed
+// waits for that.
+func (d *directory) isClosed(fence int64) bool {
+	defer d.closing.begin()()
+	return d.fence.Load() != fence
 }
 
 // stepValue is the value of the key step after n changes of a series.
@@ -334,6 +349,7 @@ func stepValue(steps string, n int) []byte { return fmt.Appendf(nil, "%s-%d", st
 // is there is compared, so that the request is harmless if the network delivers it a second time,
 // later.
 func (d *directory) beginSteps() error {
+	defer d.closing.begin()()
 	step, steps := d.key("step"), rand.Text()
 	was, err := d.readStep()
 	if err != nil {
@@ -546,7 +562,7 @@ func (d *directory) check() (isKnown bool) {
 	}
 
 	// There may be room again, after a put was refused.
-	if d.fence.Load() == 0 && !d.client.full.Load() {
+	if d.fence.Load() == 0 {
 		d.beginSteps() // if it fails, the next check tries again
 	}
 
@@ -618,7 +634,23 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		err = d.lock.miss(err)
 	}
-	return names, pieces - d.pieces.Load(), lock, err
+
+	// A request has arrived late, so a file has more pieces than it knows.
+	more = pieces - d.pieces.Load()
+	for id, f := range d.files {
+		if err == nil && more > 0 {
+			f.keys, err = d.count(id)
+		}
+	}
+	return names, more, lock, err
+}
+
+// count returns how many pieces etcd has of a file.
+func (d *directory) count(id string) (int, error) {
+	all := d.all("d/" + id + "/")
+	all.CountOnly = true
+	answer, err := d.client.try(d.lock.ctx, "kv/range", all)
+	return int(answer.Count), err
 }
 
 // recover accepts the cluster as it is now, and takes the lock again, if that is still ours, or
