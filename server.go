@@ -1556,8 +1556,7 @@ func (s *keyValueServer) commitStore() {
 		s.runAgain(err)
 		err = s.db.Commit() // of reads, and perhaps of Deletes of expired keys
 	}
-	clear(s.ran)
-	s.ran, s.expiredBefore = s.ran[:0], s.expired
+	s.ran, s.expiredBefore = slices.Delete(s.ran, 0, len(s.ran)), s.expired
 
 	// Without a batch the Commit only checked the files (checkFiles).
 	if took := s.round.now() - began; len(s.batch) > 0 {
@@ -1587,8 +1586,8 @@ func (s *keyValueServer) runAgain(why error) {
 
 	for _, r := range s.ran {
 		for q := r.from; q != r.to; q = q.next {
-			// This Take found nothing, but perhaps only because of a write that is undone.
-			if q.mayWait() && q.client.parked != nil {
+			// This is a Take that found nothing, but perhaps only because of a write that is undone.
+			if q.client.parked != nil {
 				s.batch = append(s.batch, s.takes.remove(q.client))
 			}
 
