@@ -111,9 +111,9 @@ func (d *Store) lookForFiles() error {
 			!slices.Contains(c.spoiled, d.current.header.name()) {
 			return nil
 		}
-		d.healing.Store(true) // so that a stop waits for this, too
+		d.heals.Add(1) // so that a stop waits for this, too
 		d.AwaitCompaction()
-		d.healing.Store(false)
+		d.heals.Add(-1)
 		return d.lookForFiles()
 	}
 
@@ -233,8 +233,8 @@ func (d *Store) mend(c changes) (left changes, err error) {
 // before the rename because below a snapshot a start accepts only full files. After a crash
 // before the rename, a start may refuse what it finds.
 func (d *Store) heal(spoiled []string) error {
-	d.healing.Store(true)
-	defer d.healing.Store(false)
+	d.heals.Add(1)
+	defer d.heals.Add(-1)
 
 	// A snapshot replaces only full files, so the current one must become full.
 	isNew, err := d.rotate()

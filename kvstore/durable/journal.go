@@ -77,13 +77,12 @@ func (j *journal) isRefused(err error) bool { return j.zerosAhead == 0 && storag
 // takeBack takes back the frames that are not synced: the log goes on behind those that are. The
 // caller holds writing.
 func (j *journal) takeBack() error {
-	w := j.current
-	err := w.named("truncate", w.f.Truncate(j.safe))
+	err := j.current.cut(j.safe)
 	if err != nil {
 		return j.fail(err)
 	}
 
-	w.size, w.fileSize = j.safe, j.safe
+	j.current.size = j.safe
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.sequence, j.written, j.vouched, j.unwritten = j.synced, j.safe, false, nil
@@ -133,7 +132,10 @@ func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
 // failed write only once, so of two fsyncs one would believe that everything is on disk. If a cluster
 // has no room, syncRest returns that with FsyncAlways. Otherwise what is not synced was answered
 // already, so syncRest waits until there is room.
-func (j *journal) syncRest() error {
+func (j *journal) syncRest() error { return j.sync(j.fsync != FsyncAlways) }
+
+// sync is syncRest. waits says whether it waits if a cluster has no room.
+func (j *journal) sync(waits bool) error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
 	j.fsyncs <- struct{}{}
 	defer func() { <-j.fsyncs }()
@@ -148,7 +150,7 @@ func (j *journal) syncRest() error {
 	began := time.Now()
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
-	for j.fsync != FsyncAlways && j.isRefused(err) {
+	for waits && j.isRefused(err) {
 		time.Sleep(roomTime)
 		err = w.sync()
 	}
@@ -196,7 +198,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
 	j.appendFrame(frameNext, nil, 0)
-	err = j.syncRest()
+	err = j.sync(false) // all that was answered is synced already
 	if j.isRefused(err) {
 		j.stay(err)
 		w.f.Close()

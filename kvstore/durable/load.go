@@ -463,11 +463,14 @@ func (d *Store) resume(ends []logEnd) error {
 	}
 
 	w, err := reopen(d.dir, end)
-	if err == nil && d.zerosAhead == 0 {
-		err = w.trim()
-	}
 	if err != nil {
 		return err
+	}
+	if d.zerosAhead == 0 { // behind zeros a full cluster could not take a Commit back
+		err = w.trim()
+		if err != nil {
+			return errors.Join(err, w.f.Close())
+		}
 	}
 	if end.tail == torn {
 		d.log.Warn("cut an incomplete commit off the end of the log, as a crash leaves it", "file",

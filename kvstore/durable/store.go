@@ -141,7 +141,7 @@ type Store struct {
 	healWait   time.Duration            // from the last failed heal to the next try
 	noHeal     error                    // why the last heal failed: writes are refused
 	stamps     map[string]storage.Stamp // of our files, except the current one, as we wrote or read them
-	healing    atomic.Bool              // a heal runs; any goroutine may read it
+	heals      atomic.Int32             // over 0: a heal runs, or is to run; any goroutine may read it
 	awaiting   atomic.Bool              // the owner waits for a compaction; any goroutine may read it
 	toldOthers []string                 // files of others that were logged
 	isBlind    bool                     // the last check of the files failed
@@ -414,7 +414,7 @@ func (d *Store) Syncing() string {
 	switch {
 	case d == nil:
 		return ""
-	case d.healing.Load() || d.awaiting.Load():
+	case d.IsHealing() || d.awaiting.Load():
 		return d.dir.Path("the snapshot of a compaction")
 	case len(d.writing)+len(d.fsyncs) > 0:
 		d.mu.Lock()
@@ -426,7 +426,7 @@ func (d *Store) Syncing() string {
 
 // IsHealing reports whether all data is being written again after others have changed the files: a
 // stop should wait for that, however long it takes. Any goroutine may call it, also of a nil Store.
-func (d *Store) IsHealing() bool { return d != nil && d.healing.Load() }
+func (d *Store) IsHealing() bool { return d != nil && d.heals.Load() > 0 }
 
 // Lost returns a channel that is closed when another process has got the store, or when its
 // directory was moved; then Commit fails. It is nil for a nil Store, and for a lock that does not
@@ -503,15 +503,14 @@ func (d *Store) undo(why error) error {
 func (d *Store) held() error {
 	err := d.lock.Held()
 	if errors.Is(err, storage.ErrGone) {
-		d.AwaitCompaction()   // a compaction removes files, too
-		d.healing.Store(true) // a stop waits, too: nothing else has the data
+		d.AwaitCompaction() // a compaction removes files, too
+		d.heals.Add(1)      // a stop waits, too, because nothing else has the data
 		err = d.lastLook()
 		for d.isRefused(err) {
-			d.healing.Store(true)
 			time.Sleep(lookTime)
 			err = d.lastLook()
 		}
-		d.healing.Store(false)
+		d.heals.Add(-1)
 		if err == nil {
 			err = d.lock.Held()
 		}
