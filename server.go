@@ -1547,6 +1547,7 @@ func (s *keyValueServer) commit() {
 // runs any more.
 func (s *keyValueServer) commitStore() {
 	if s.commitFailed {
+		s.ran = nil
 		return
 	}
 
