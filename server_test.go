@@ -3066,6 +3066,32 @@ func TestExpiryTakenBack(t *testing.T) {
 	})
 }
 
+// Ensure that a Commit that is taken back is tried as often as there is no room: here the Delete of a key
+// whose time is over comes again with the Get that has found that key.
+func TestCommitTakenBackTwice(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir, _ := newFullStore()
+		db := storeIn(t, dir, nil)
+		n.server.db = db
+		a := n.DialAck(t)
+		a.Ask("Lease:k:3:v", ":OK 1")
+		pass(3*time.Second + time.Millisecond) // now the store writes nothing by itself
+
+		var failures atomic.Int32
+		failures.Store(2)
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "write" && failures.Add(-1) >= 0 {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		a.Ask("Get:k", ":OK 0")
+		a.WantStat("expired_keys_total", 1)
+		n.server.Close()
+		must(t, db.Close())
+	})
+}
+
 // slowPuts is a Store of which a Put takes longer than a round.
 type slowPuts struct{ kvstore.Store }
 
