@@ -322,3 +322,242 @@ func TestTimerSyncsNoEarlyFrame(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a Commit that is taken back waits for a compaction, which changes the files that are to be
+// read again, and that what the compaction has done is not forgotten.
+func TestTakenBackBesideCompaction(t *testing.T) {
+	for _, what := range []string{"rename snap-2.log.tmp", "remove seg-1.log"} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, isFull := fullDir()
+			h := storetest.NewHistory()
+			d, err := Open(t.Context(), dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var isRefused atomic.Bool
+			before := dir.Before
+			dir.Before = func(call storetest.Call) error {
+				switch {
+				case call.What+" "+call.Name == what:
+					<-time.After(time.Second)
+				case call.What == "open" && call.Name != storage.StoreName && isRefused.Load():
+					<-time.After(2 * time.Second) // while the log is read, the compaction could end
+				}
+				err := before(call)
+				isRefused.Store(isRefused.Load() || err != nil)
+				return err
+			}
+			for range 3 { // then it is time for a compaction
+				d.Set("k", strings.Repeat("x", 5000))
+				h.Done.Set("k", strings.Repeat("x", 5000))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			<-time.After(time.Second / 2) // the compaction waits for its call by now
+			if d.compacted == nil {
+				t.Fatal("there is no compaction")
+			}
+			isFull.Store(true)
+			d.Put("k", "w")
+			if err := d.Commit(); !errors.Is(err, kvstore.ErrTakenBack) || !h.Done.Equal(d) {
+				t.Errorf("%s: Commit: %v", what, err)
+			}
+			d.AwaitCompaction()
+			if c, err := d.changed(); err != nil || len(c.spoiled)+len(c.leftovers) > 0 {
+				t.Errorf("%s: files are not as the store knows them: %v, %v", what, c, err)
+			}
+			if err := d.Close(); err != nil {
+				t.Errorf("%s: Close: %v", what, err)
+			}
+		})
+	}
+}
+
+// Ensure that bytes that were taken back do not count as waste: reads go on in the same file.
+func TestTakenBackIsNoWaste(t *testing.T) {
+	dir, isFull := fullDir()
+	d, err := Open(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	isFull.Store(true)
+	d.Put("k", strings.Repeat("x", 1<<20))
+	if err := d.Commit(); !errors.Is(err, kvstore.ErrTakenBack) {
+		t.Errorf("Commit: %v", err)
+	}
+	number := d.number()
+	if err := d.Commit(); err != nil || d.number() != number {
+		t.Errorf("a read goes on in file %d: %v", d.number(), err)
+	}
+	d.Close()
+}
+
+// Ensure that a Commit is not only taken back if another process has the directory by then, and that
+// the status says that the log is read only while it is.
+func TestTakenBackTooLate(t *testing.T) {
+	for _, moved := range []error{nil, storage.ErrMoved} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, isFull := fullDir()
+			status := new(storage.Status)
+			d, err := Open(t.Context(), dir, Options{Status: status})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Put("k", strings.Repeat("x", 5000)) // the first of two files
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			d.AwaitCompaction()
+			before := dir.Before
+			dir.Before = func(call storetest.Call) error {
+				if call.What == "read" {
+					<-time.After(progressTime)
+					dir.Moved = moved
+				}
+				return before(call)
+			}
+			d.Put("k", "v")
+			isFull.Store(true)
+			err = d.Commit()
+			if errors.Is(err, kvstore.ErrTakenBack) != (moved == nil) || !errors.Is(err, moved) && moved != nil {
+				t.Errorf("Commit: %v", err)
+			}
+			if status.Stage() != "" {
+				t.Errorf("the status stays %q", status.Stage())
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that if there is no room for the frame that says that another file follows, nobody waits,
+// whatever Options.Fsync says, and a new file is tried only once in a while.
+func TestNoRoomForTheNextFile(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, _ := fullDir()
+			d, err := Open(t.Context(), dir, Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			creates, isFull := 0, false
+			dir.Before = func(call storetest.Call) error {
+				switch {
+				case call.What == "create":
+					creates++
+					isFull = true // until the first file is synced once more, with this frame
+				case call.What == "sync" && call.Name == "seg-1.log" && isFull:
+					isFull = false
+					return syscall.ENOSPC
+				}
+				return nil
+			}
+			d.Put("k", strings.Repeat("x", 5000))
+			began := time.Now()
+			for range 3 {
+				if err := d.Commit(); err != nil {
+					t.Errorf("%v: Commit: %v", fsync, err)
+				}
+				d.Put("k", "y")
+			}
+			if took := time.Since(began); took > 0 || creates != 1 {
+				t.Errorf("%v: it takes %v, and a file is tried %d times", fsync, took, creates)
+			}
+			d.Close()
+		})
+	}
+}
+
+// Ensure that a start that cannot cut a torn end off leaves no open file.
+func TestTornEndStays(t *testing.T) {
+	dir, _ := fullDir()
+	d, err := Open(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	after := dir.Kill()
+	data, _ := after.Read("seg-1.log")
+	after.Replace("seg-1.log", append(data, "torn"...))
+	after.Before = func(call storetest.Call) error {
+		if call.What == "truncate" {
+			return syscall.EIO
+		}
+		return nil
+	}
+	_, err = Open(t.Context(), after, Options{})
+	if !errors.Is(err, syscall.EIO) || after.Handles != 0 {
+		t.Errorf("%d files stay open: %v", after.Handles, err)
+	}
+	d.Close()
+}
+
+// Ensure that the timer, when it stands still for a moment between its fsync and its end, syncs no frame
+// that the owner has written early: such a frame could not be taken back any more.
+func TestTimerThatStandsStillSyncsNoEarlyFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		dir.Reserve = 0
+		var isSlow, isFull atomic.Bool
+		dir.Before = func(call storetest.Call) error {
+			if call.What == "sync" && isSlow.Load() {
+				<-time.After(time.Second)
+			}
+			if call.What == "write" && isFull.CompareAndSwap(true, false) {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		d, err := Open(t.Context(), dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		isSlow.Store(true)
+		<-time.After(vouchTime + time.Second/2) // now the timer syncs its frame
+
+		// The timer's goroutine stands still behind that fsync, as if it had lost its processor: here it
+		// waits for fsyncs.
+		stands := make(chan bool)
+		go func() {
+			d.fsyncs <- struct{}{}
+			<-stands
+			<-d.fsyncs
+		}()
+		synctest.Wait()
+		d.Put("large", strings.Repeat("x", 2*maxFramePut)) // a frame that is written early
+		close(stands)
+		synctest.Wait()
+		isSlow.Store(false)
+		<-time.After(2 * time.Second)
+
+		isFull.Store(true)
+		d.Put("k", "w")
+		if err := d.Commit(); !errors.Is(err, kvstore.ErrTakenBack) {
+			t.Fatalf("Commit: %v", err)
+		}
+		if d.Count("large") != 0 {
+			t.Error("memory has what was refused")
+		}
+		again, err := Open(t.Context(), dir.Kill(), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again.Count("large") != 0 {
+			t.Error("after kill -9 there is what was refused")
+		}
+		again.Close()
+		d.Close()
+	})
+}
