@@ -447,6 +447,53 @@ func TestEtcdRefusedTogether(t *testing.T) {
 	})
 }
 
+// Ensure that after a refused put there counts to be no room until puts are possible again, and that
+// whoever hears of an older refusal then does not change that.
+func TestEtcdNoRoomUntilChecked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, _, lock := newFakeEtcd().locked(t)
+		<-time.After(beatTime / 2)
+		was := dir.fence.Load()
+		if err := dir.closeFence(was); err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.RoomFor(1, true); err != errFull {
+			t.Errorf("after a refused put: %v", err)
+		}
+		dir.check()
+		if err := errors.Join(dir.closeFence(was), dir.RoomFor(1, true)); err != nil {
+			t.Errorf("once puts are possible: %v", err)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that nobody believes that a put cannot arrive any more before that is so: while one goroutine
+// makes sure of it, another one can still put.
+func TestEtcdRefusedNotTooEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w, lock := newFakeEtcd().locked(t)
+		lock.Held() // from now on nothing waits for room
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(beatTime / 2)
+		w.mu.Lock()
+		w.slow = beatTime / 10
+		w.mu.Unlock()
+		go dir.closeFence(dir.fence.Load())
+		synctest.Wait()
+		f.WriteAt([]byte("x"), 0)
+		began := time.Now()
+		if err := f.Sync(); err == errFull && time.Since(began) < beatTime/10 {
+			t.Error("it is refused, and an earlier try of it may still arrive")
+		}
+		<-time.After(2 * time.Second)
+		lock.Close()
+	})
+}
+
 // Ensure that the first Commit after a start can be taken back.
 func TestEtcdFirstCommitTakenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
