@@ -65,6 +65,7 @@ type etcdWire struct {
 	dir      *smallDir // of the process
 	requests int
 	sent     []transaction    // those that have arrived
+	lost     []transaction    // those that are lost
 	before   func(n int)      // is called before each request; nil: nothing
 	at       int              // the number of the request that fault happens to; 0: none
 	fault    etcdFault        // what happens to it
@@ -142,6 +143,9 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, syscall.ECONNREFUSED
 	}
 	if w.dead || w.cut || fault == lostRequest {
+		var t transaction
+		json.Unmarshal(text, &t)
+		w.lost = append(w.lost, t)
 		w.mu.Unlock()
 		<-r.Context().Done()
 		return nil, r.Context().Err()
@@ -495,6 +499,17 @@ func (e *fakeEtcd) open(t testing.TB) (*durable.Store, *etcdWire) {
 	return d, w
 }
 
+// openLarge is open of a store whose log files are as large as usual.
+func (e *fakeEtcd) openLarge(t testing.TB, opts durable.Options) (*durable.Store, *etcdWire) {
+	t.Helper()
+	dir, w := e.dir(t, t.Context(), "large:9999")
+	d, err := durable.Open(t.Context(), dir.directory, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d, w
+}
+
 // tryOpen opens the store as a new process does that waits for the lock for that long.
 func (e *fakeEtcd) tryOpen(t *testing.T, long time.Duration) (*durable.Store, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), long)
@@ -523,6 +538,36 @@ func (w *etcdWire) kill() {
 	w.dead = true
 	w.mu.Unlock()
 }
+
+// beforeRequest has do run before the n-th request from now on.
+func (w *etcdWire) beforeRequest(n int, do func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	at := w.requests + n
+	w.before = func(number int) {
+		if number == at {
+			do()
+		}
+	}
+}
+
+// failRequest has fault happen to the n-th request from now on.
+func (w *etcdWire) failRequest(n int, fault etcdFault) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.at, w.fault = w.requests+n, fault
+}
+
+// randomText returns n bytes, which do not shrink when they are packed.
+func randomText(n int) string {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{byte(n)}).Read(b)
+	return string(b)
+}
+
+// idleTime is how long a store has to be left alone until its timer has nothing to write any more, and
+// until no sign of life is due.
+const idleTime = 2*time.Second + beatTime/2
 
 // commit puts a value and commits it, and fails the test if that fails.
 func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value string) {
