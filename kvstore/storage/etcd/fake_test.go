@@ -86,11 +86,13 @@ const (
 	noLeader    etcdFault = "there is no leader"
 	expired     etcdFault = "the token has expired"
 	noSpace     etcdFault = "the cluster is full for 20 s"
+	briefSpace  etcdFault = "the cluster is full for some tenths of a second"
 	lastSpace   etcdFault = "the request is done, refused, and the cluster is full for 20 s"
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
 	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
+	delayed     etcdFault = "the request arrives when nobody waits for its answer any more"
 	tooLate     etcdFault = "the answer comes when nobody waits for it any more"
 )
 
@@ -123,6 +125,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch fault {
 	case noSpace:
 		w.fill()
+	case briefSpace:
+		w.fullFor(time.Duration(60+w.requests*7919%1500) * time.Millisecond)
 	case killed:
 		w.dead = true
 	case cutOff:
@@ -142,7 +146,20 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return nil, syscall.ECONNREFUSED
 	}
-	if w.dead || w.cut || fault == lostRequest {
+	if fault == delayed && !w.dead && !w.cut {
+		var t transaction
+		json.Unmarshal(text, &t)
+		if strings.HasSuffix(r.URL.Path, "/kv/txn") {
+			deadline, _ := r.Context().Deadline()
+			long := time.Until(deadline) + time.Duration(len(text)*7919%2500)*time.Millisecond - 300*time.Millisecond
+			time.AfterFunc(long, func() {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				w.txn(t)
+			})
+		}
+	}
+	if w.dead || w.cut || fault == lostRequest || fault == delayed {
 		var t transaction
 		json.Unmarshal(text, &t)
 		w.lost = append(w.lost, t)
@@ -433,10 +450,12 @@ func (e *fakeEtcd) setFull(isFull bool) {
 }
 
 // fill makes the cluster full for 20 s. The caller has mu.
-func (e *fakeEtcd) fill() {
+func (e *fakeEtcd) fill() { e.fullFor(20 * time.Second) }
+
+func (e *fakeEtcd) fullFor(long time.Duration) {
 	e.full = true
 	e.filled.Add(1)
-	time.AfterFunc(20*time.Second, func() {
+	time.AfterFunc(long, func() {
 		e.setFull(false)
 		e.filled.Add(-1)
 	})

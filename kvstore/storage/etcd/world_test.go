@@ -22,6 +22,14 @@ import (
 	"kvserver/kvstore/storetest"
 )
 
+// noise does not shrink when it is packed.
+var noise = func() []byte {
+	b := make([]byte, 200<<10)
+	r := rand.NewChaCha8([32]byte{7})
+	r.Read(b)
+	return b
+}()
+
 // world is some servers on one cluster, in fake time, the faults that they meet, and the judge of
 // what they answer. Each server has a goroutine, and so has each of its processes; the test's own
 // makes things happen.
@@ -121,12 +129,20 @@ func (p teller) Write(line []byte) (int, error) {
 
 // draw draws what happens to a request.
 func (p *process) draw() etcdFault {
-	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
+	if p.draws.IntN(often) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	faults := []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, noSpace, lastSpace}
+	faults := []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, noSpace, lastSpace, delayed, delayed, delayed, briefSpace, briefSpace, briefSpace, briefSpace}
 	return faults[p.draws.IntN(len(faults))]
 }
+
+// often: one request in so many meets a fault. OFTEN sets it.
+var often = func() int {
+	if n, err := strconv.Atoi(os.Getenv("OFTEN")); err == nil {
+		return n
+	}
+	return 100
+}()
 
 // opened judges how a start has ended, and reports whether the server serves.
 func (p *process) opened(err error) bool {
@@ -195,7 +211,7 @@ func (p *process) batch() bool {
 	for range p.random.IntN(4) {
 		key, value := fmt.Sprint("key", p.random.IntN(5)), fmt.Sprint(p.name, p.random.IntN(1000))
 		if p.random.IntN(3) == 0 {
-			value += strings.Repeat(" ", 7000) // a few of these are joined
+			value += string(noise[:[]int{3000, 7000, 20000, 60000, 150000}[p.random.IntN(5)]]) // a few of these are joined
 		}
 		kind := p.random.IntN(6)
 		do := func(store kvstore.Store) {
@@ -440,7 +456,7 @@ func live(t *testing.T, seed uint64) bool {
 	for i := range 2 + 2*(seed%2) {
 		w.ending.Go(func() {
 			w.server(string(rune('a'+i)), rand.New(rand.NewPCG(seed, 1+i)),
-				[]int64{1500, 200 << 10}[seed/2%2])
+				[]int64{1500, 200 << 10, 16 << 20}[seed/2%3])
 		})
 	}
 	w.happen()
