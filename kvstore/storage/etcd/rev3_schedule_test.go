@@ -91,7 +91,7 @@ func TestEtcdRefusedSchedules(t *testing.T) {
 						doubts = append(doubts, model.Clone())
 					}
 					err := d.Commit()
-					log.Info("Commit", "err", err, "pieces", len(dir.files))
+					log.Info("Commit", "err", err)
 					if errors.Is(err, kvstore.ErrTakenBack) {
 						taken++
 						doubts = []storetest.Model{told}
