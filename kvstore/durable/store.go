@@ -551,7 +551,11 @@ func (d *Store) commit() error {
 	isDue := d.size >= d.segmentSize && !d.diskIsFull.Load() || wasteful
 	full := isDue && !now.Before(d.rotateAfter)
 	if d.fsync == FsyncAlways || full {
-		err = d.syncRest()
+		err = d.sync(false)
+		if d.fsync != FsyncAlways && d.isRefused(err) { // the timer waits for room, and nobody else
+			d.stay(err)
+			full, err = false, nil
+		}
 	} else {
 		err = d.awaitTimer(now)
 	}

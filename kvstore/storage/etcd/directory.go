@@ -258,7 +258,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		// etcd answers so also to the put with which its database reaches the quota, and has applied
 		// that.
 		if err = d.closeFence(fence); err == nil {
-			now, err = d.get(mark.keys(), -size)
+			now, err = d.get(mark.keys(), -max(size, -size))
 		}
 	}
 
@@ -639,7 +639,10 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	more = pieces - d.pieces.Load()
 	for id, f := range d.files {
 		if err == nil && more > 0 {
-			f.keys, err = d.count(id)
+			var keys int
+			if keys, err = d.count(id); err == nil {
+				f.keys = keys
+			}
 		}
 	}
 	return names, more, lock, err

@@ -366,6 +366,9 @@ func (f *pieceFile) send(least int) error {
 			return f.unlessGone(err)
 		}
 		f.buf = append(f.buf[:0], f.buf[n:]...)
+		if isUnsure { // a join would delete also what arrives late in place of these pieces
+			f.tail, f.tails, f.before = nil, 0, f.last
+		}
 	}
 	return nil
 }
@@ -422,7 +425,7 @@ func (f *pieceFile) put() (n int, err error) {
 	}
 
 	began := time.Now()
-	if err := f.add(p, packed, before, ops...); err != nil {
+	if err := f.add(p, packed, before, joins, ops...); err != nil {
 		if err == errSmaller { // the link or etcd needs smaller pieces
 			f.d.client.wasTooMuch(len(packed))
 		}
@@ -466,12 +469,16 @@ func (f *pieceFile) isTailFull(n int) bool {
 
 // add applies ops and puts a piece in one transaction, if the file still has its name, and etcd
 // still has the piece whose key is before: so no write can leave a hole.
-func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
+func (f *pieceFile) add(p piece, data, before []byte, whole bool, ops ...operation) error {
 	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
 	if before != nil {
 		compare = append(compare, isThere(before))
 	}
-	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
+	size := len(data)
+	if whole {
+		size = -size
+	}
+	if err := f.d.do(size, append(ops, putKey(f.key(p), data)), compare...); err != nil {
 		return err
 	}
 
@@ -491,7 +498,7 @@ func (f *pieceFile) cut(size int64) error {
 	}
 
 	// An empty piece marks the new end for every reader.
-	if err := f.add(piece{number: f.count, start: size}, nil, f.last); err != nil {
+	if err := f.add(piece{number: f.count, start: size}, nil, f.last, false); err != nil {
 		return f.unlessGone(err)
 	}
 	// Join only pieces behind the cut: the one before it may have lost its end.
