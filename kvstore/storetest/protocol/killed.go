@@ -29,6 +29,8 @@ func KilledServer(t *testing.T, program Program) {
 		must(t, err)
 		starts = math.MaxInt
 	}
+
+	// Each start checks what the last kill or stop has left.
 	k := killed{t: t, program: program, dir: t.TempDir(), asked: map[string][]storetest.Operation{}}
 	for began := time.Now(); starts > 0 && time.Since(began) < length && !t.Failed(); starts-- {
 		k.start()
@@ -38,6 +40,8 @@ func KilledServer(t *testing.T, program Program) {
 		}
 		k.work()
 	}
+
+	// After the last clean stop nothing is torn.
 	k.start()
 	k.check()
 	k.stop()

@@ -18,6 +18,8 @@ func InputAtEverySplitPoint(t *testing.T, start Start) {
 		"requests\n" +
 		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
 		"its end, so it was not run\n"
+
+	// The server reads each piece alone.
 	play := func(t *testing.T, pieces ...string) {
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			a := n.Dial(t)
@@ -31,6 +33,8 @@ func InputAtEverySplitPoint(t *testing.T, start Start) {
 			equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
 		})
 	}
+
+	// In two pieces, and byte by byte.
 	for i := range script {
 		play(t, script[:i], script[i:])
 	}
@@ -75,6 +79,8 @@ func SlowLine(t *testing.T, start Start) {
 				a.Send("ng\n")
 				a.Want(":PONG")
 			}
+
+			// This line does not end.
 			a.Send("Put:k:")
 			var sender sync.WaitGroup
 			sender.Go(func() {
@@ -136,12 +142,16 @@ func SlowLineBehindReplies(t *testing.T, start Start) {
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			value := strings.Repeat("v", 1200)
 			n.run(t, strings.Repeat("Put:big:"+value+"\n", 4000)) // more than the queue holds
+
+			// The line begins behind a reply that its client does not read.
 			a := n.Dial(t)
 			go a.Send("Get:big\nPut:late:")
 			for range 2 * lineTime / lookTime {
 				pass(lookTime)
 				a.Send(trickle)
 			}
+
+			// Much later the client reads, and the line ends.
 			for range 4000 {
 				a.Want("big:" + value)
 			}

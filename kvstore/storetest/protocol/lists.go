@@ -24,6 +24,7 @@ func Expire(t *testing.T, start Start) {
 		{"Keys", ": k\n:OK 1", ":OK 0"},
 		{"Dump", ": Put:k:v\n: Expire:k:1\n:OK 2", ":OK 0"},
 	} {
+		// Just before the key's time is over, and just after.
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			for _, when := range []struct {
 				after time.Duration
@@ -52,6 +53,8 @@ func TakeWaitsInLine(t *testing.T, start Start) {
 		giver := n.Dial(t)
 		giver.WantStat("waiting_takes", takers)
 		giver.Ask("Ack", ":OK 0")
+
+		// The giver cannot get its own value back, because a client waits for it.
 		for i, give := range []struct{ request, reply string }{{"Put:k:a", ":OK 1"},
 			{"Set:k:b:c", ":OK 0"}, {"Add:k:", ":OK 1"}, {"Update:k:x:d", ":OK 0"},
 			{"Lease:k:5:e", ":OK 1"}, {"Put:k:f", ":OK 1"}} {
@@ -59,6 +62,8 @@ func TakeWaitsInLine(t *testing.T, start Start) {
 			giver.Want(give.reply, ":OK 0", ":OK 0", ":OK 0")
 			clients[i].Want("k:"+[]string{"a", "b:c", "", "d", "e", "f"}[i], ":OK 1")
 		}
+
+		// Nobody waits any more.
 		giver.Ask("Put:k:g\nPut:k:h\nTake:k:60\nGet:k", ":OK 1", ":OK 1", "k:g", ":OK 1", "k:h", ":OK 1")
 	})
 }
@@ -82,6 +87,7 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 		},
 		"waits too long": func(c *Client) { pass(time.Minute) },
 	} {
+		// The value goes past a, which has gone, to b.
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
 			a.Post("Get:none\nTake:k:60\n")
@@ -128,6 +134,8 @@ func TakeOfALateReader(t *testing.T, start Start) {
 		pass(time.Second)
 		giver.Send("Put:job:1\nPut:job:2\n")
 		pass(time.Minute)
+
+		// Replies of Gets may be lost, but not those of Takes.
 		jobs := ""
 		for line := slow.Read(); !strings.HasPrefix(line, ":PONG dropped "); line = slow.Read() {
 			if strings.HasPrefix(line, "job:") {
@@ -153,6 +161,8 @@ func DumpIsOneMoment(t *testing.T, start Start) {
 			fmt.Fprintf(&begin, "Put:purse%d:coin%[1]d\n", i)
 		}
 		n.run(t, begin.String())
+
+		// The Dump has begun once its first line is there.
 		a, b := n.Dial(t), n.Dial(t)
 		a.Ask("Ack", ":OK 0")
 		b.Ask("Ack", ":OK 0")
@@ -160,7 +170,9 @@ func DumpIsOneMoment(t *testing.T, start Start) {
 		a.Want(":OK 1")
 		a.Want(": Put:begun:1")
 		synctest.Wait()
-		for i := range coins { // while it waits for its reader
+
+		// Coins move while the Dump waits for its reader.
+		for i := range coins {
 			to := fmt.Sprint("purse", (i*7)%purses)
 			b.Send(fmt.Sprintf("Update:purse%d:coin%d:gone\nPut:%s:coin%d\nPut:new%d:v\n"+
 				"Delete:purse%d\n", i, i, to, i, i, purses-1-i))
@@ -168,6 +180,8 @@ func DumpIsOneMoment(t *testing.T, start Start) {
 				b.Read()
 			}
 		}
+
+		// The reader goes on. Keys come in order.
 		lists, last := map[string][]string{}, ""
 		line := a.Read()
 		for ; !strings.HasPrefix(line, ":OK "); line = a.Read() {
@@ -178,6 +192,8 @@ func DumpIsOneMoment(t *testing.T, start Start) {
 			last = f[2]
 			lists[f[2]] = append(lists[f[2]], f[3])
 		}
+
+		// Each coin is where it was when the Dump began.
 		for i := range purses {
 			want := slices.Repeat([]string{"begin"}, 1+i%20)
 			if i < coins {

@@ -49,6 +49,8 @@ func (m *Model) Answer(number int, line string) string {
 			out += key + ":" + v + "\n"
 		}
 	}
+
+	// These replies end in :OK n even before Ack.
 	always := verb == "count" || verb == "keys" || verb == "dump" || line == "?" || verb == "help"
 	switch has := key != ""; {
 	case has && fields >= 3 && (verb == "put" || verb == "set" || verb == "add"):
@@ -97,6 +99,7 @@ func (m *Model) Answer(number int, line string) string {
 	default:
 		return ":ERROR line " + strconv.Itoa(number) + ": "
 	}
+
 	if m.acked || always {
 		out += fmt.Sprintf(":OK %d\n", n)
 	}

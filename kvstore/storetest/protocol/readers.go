@@ -36,6 +36,8 @@ func SlowReaderOfProject0(t *testing.T, start Start) {
 		value := strings.Repeat("v", 4096)
 		n.run(t, strings.Repeat("Put:list:"+value+"\n", values))
 		all := n.DialMany(t, clients, func(int, *Client) {})
+
+		// Four clients begin to read only after some seconds.
 		var lines [clients]int
 		var readers sync.WaitGroup
 		for i, c := range all {
@@ -56,12 +58,15 @@ func SlowReaderOfProject0(t *testing.T, start Start) {
 				}
 			})
 		}
+
+		// All clients send one Get after the other.
 		for range gets {
 			for _, c := range all {
 				c.Send("Get:list\n")
 			}
 			synctest.Wait()
 		}
+
 		readers.Wait()
 		for i, got := range lines {
 			switch {
@@ -94,6 +99,8 @@ func SlowReaderIsToldAtTheEnd(t *testing.T, start Start) {
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			n.run(t, "Put:big:"+strings.Repeat("v", 1200)+"\n")
 			n.run(t, "Put:k:v\n")
+
+			// It loses replies, and reads those that were kept.
 			a, other := n.Dial(t), n.Dial(t)
 			const gets = 2000
 			go a.Send(strings.Repeat("Get:big\n", gets))
@@ -103,6 +110,8 @@ func SlowReaderIsToldAtTheEnd(t *testing.T, start Start) {
 			for ; got < gets-dropped; got++ {
 				a.Read()
 			}
+
+			// The last line says how many were dropped.
 			go a.SendAll(end)
 			if rest, want := a.ReadAll(), fmt.Sprintf(want, dropped, gets, gets+1,
 				gets+2); rest != want || dropped == 0 {
@@ -138,11 +147,15 @@ func SlowReaderWithAck(t *testing.T, start Start) {
 		n.run(t, "Put:k:"+value+"\n")
 		a, other := n.Dial(t), n.Dial(t)
 		a.Ask("Ack", ":OK 0")
+
+		// It sends many requests and reads nothing.
 		const owed = 5000
 		go a.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
 		pass(time.Minute)
 		other.Ask("Get:after")
 		other.Ask("Ping", ":PONG")
+
+		// Then it reads, and everything is there.
 		for i := range owed {
 			a.Want("k:"+value, ":OK 1")
 			if t.Failed() {
@@ -162,15 +175,16 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
 	fill.Ask("Put:"+reply+"\nPing", ":PONG")
 	fill.HangUp()
+
+	// Each reader takes about 300 kB a second, in pieces of a size of its own.
 	var wg sync.WaitGroup
 	for _, p := range []struct {
 		piece int
 		every time.Duration
 	}{
-		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond}, {150 * kilo,
-			500 * time.Millisecond},
-		{180 * kilo, 600 * time.Millisecond}, {240 * kilo, 800 * time.Millisecond}, {270 * kilo,
-			900 * time.Millisecond},
+		{30 * kilo, 100 * time.Millisecond}, {60 * kilo, 200 * time.Millisecond},
+		{150 * kilo, 500 * time.Millisecond}, {180 * kilo, 600 * time.Millisecond},
+		{240 * kilo, 800 * time.Millisecond}, {270 * kilo, 900 * time.Millisecond},
 	} {
 		wg.Go(func() {
 			a := DialTCP(t, addr)
@@ -182,6 +196,8 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 				<-ticks.C
 				io.ReadFull(a.Conn, piece)
 			}
+
+			// Now it reads the rest, as fast as it can.
 			last := ""
 			for !strings.HasPrefix(last, ":") {
 				last = a.Read()
@@ -202,6 +218,8 @@ func SteadyReaderOfAPausedServer(t *testing.T, program Program) {
 	const gets = 3 * kilo
 	reply := "k:" + strings.Repeat("v", 16*kilo)
 	a.Ask("Put:"+reply+"\nPing", ":PONG")
+
+	// The server stands still in the middle of its replies.
 	go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 	var pause sync.WaitGroup
 	defer pause.Wait()
