@@ -63,6 +63,7 @@ type etcdWire struct {
 	before   func(n int)      // is called before each request; nil: nothing
 	at       int              // the number of the request that fault happens to; 0: none
 	fault    etcdFault        // what happens to it
+	lateBy   int              // requests behind at, with which a late one arrives; 0: with every third
 	draw     func() etcdFault // draws what happens to each request; nil: nothing
 	dead     bool             // the process was killed
 	cut      bool             // no request arrives, and no answer does
@@ -75,6 +76,7 @@ type etcdFault string
 
 const (
 	lostRequest etcdFault = "the request is lost"
+	delayed     etcdFault = "the request arrives after its sender has given it up"
 	lostAnswer  etcdFault = "the answer is lost"
 	doneTwice   etcdFault = "the request comes once more, later"
 	noLeader    etcdFault = "there is no leader"
@@ -136,7 +138,12 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return nil, syscall.ECONNREFUSED
 	}
-	if w.dead || w.cut || fault == lostRequest {
+	if fault == delayed {
+		var t transaction
+		json.Unmarshal(text, &t)
+		w.late = append(w.late, t)
+	}
+	if w.dead || w.cut || fault == lostRequest || fault == delayed {
 		w.mu.Unlock()
 		<-r.Context().Done()
 		return nil, r.Context().Err()
@@ -161,7 +168,11 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
 	}
-	if w.requests%3 == 0 && len(w.late) > 0 { // the network has delayed it
+	isDue := w.requests%3 == 0
+	if w.lateBy > 0 {
+		isDue = w.requests == w.at+w.lateBy
+	}
+	if isDue && len(w.late) > 0 { // the network has delayed it
 		w.txn(w.late[0])
 		w.late = w.late[1:]
 	}

@@ -127,40 +127,64 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 // was written, and nothing counts as gone.
 func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
-	random := make([]byte, 80<<10)
-	rand.NewChaCha8([32]byte{2}).Read(random)
 	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
-		synctest.Test(t, func(t *testing.T) {
-			e := newFakeEtcd()
-			dir, w := e.dir(t, t.Context(), "")
-			w.at, w.fault = n, tooLate
-			lock, err := dir.Lock(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			f, err := dir.Create("file")
-			if err != nil {
-				t.Fatal(err)
-			}
-			for at := int64(0); at < int64(len(random)); {
-				write(t, f, &at, random[at:at+2<<10])
-			}
-			reached = w.count() >= n
-			if err := lock.Held(); err != nil {
-				t.Errorf("request %d: %v", n, err)
-			}
-			reader, _ := e.dir(t, t.Context(), "")
-			again, size, err := reader.Open("file")
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
-			if !bytes.Equal(got, random) || err != nil {
-				t.Errorf("request %d: %d bytes are read of %d: %v", n, len(got), len(random), err)
-			}
-			lock.Close()
-		})
+		reached = writesBeside(t, tooLate, n, 0, true)
 	}
+}
+
+// Ensure that whichever request about a file of small writes arrives too late, even behind one that
+// was sent in its place, the file has all that was written before something counted as gone.
+func TestEtcdLateRequests(t *testing.T) {
+	t.Parallel()
+	for n, reached := 1, true; reached; n = storetest.Next(n, 2) {
+		for _, by := range []int{3, 4} {
+			reached = writesBeside(t, delayed, n, by, false)
+		}
+	}
+}
+
+// writesBeside writes a file in small pieces, while the n-th request suffers the fault, with a lateBy of
+// by. It fails the test if a reader does not get all that was written before something counted as gone,
+// or if something does and stays is true. reached says whether there were n requests.
+func writesBeside(t *testing.T, fault etcdFault, n, by int, stays bool) (reached bool) {
+	random := make([]byte, 160<<10)
+	rand.NewChaCha8([32]byte{2}).Read(random)
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "")
+		w.at, w.fault, w.lateBy = n, fault, by
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		answered := int64(0)
+		for at := int64(0); at < int64(len(random)) && answered == at; {
+			write(t, f, &at, random[at:at+2<<10])
+			if lock.Held() == nil {
+				answered = at
+			}
+		}
+		reached = w.count() >= n
+
+		if stays && answered < int64(len(random)) {
+			t.Errorf("request %d: %v", n, lock.Held())
+		}
+		reader, _ := e.dir(t, t.Context(), "")
+		again, size, err := reader.Open("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+		if !bytes.HasPrefix(got, random[:answered]) || err != nil {
+			t.Errorf("request %d, late by %d: %d bytes are read of %d: %v", n, by, len(got), answered, err)
+		}
+	})
+	return reached
 }
 
 // Ensure that a reader of a large file asks for as much at a time as etcd answers.
