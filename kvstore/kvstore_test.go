@@ -409,8 +409,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 // Ensure that when memory is short, new values reuse the memory of deleted ones, also values of
 // another size, and that the store takes no more memory than before meanwhile.
 func TestReclaim(t *testing.T) {
-	const size = 100
-	limit := int64(Fewer(14_000_000, 2))
+	const limit, size = 14_000_000, 100
 	value := strings.Repeat("v", 100*size)
 	for _, next := range []int{size / 10, 2 * size, 100 * size} {
 		store, keys := NewMemory(), 0
