@@ -689,8 +689,8 @@ const freeInput = 2*freeSize + freeChain*querySize
 const querySize = int(unsafe.Sizeof(Query{}))
 
 // resizeInput makes buf as large as it is to be for the next Read: larger after a Read that filled
-// it. If buf is full of one line without its end, resizeInput waits for memory. It returns false if the
-// connection is to end.
+// it. If buf is full of one line without its end, resizeInput waits for memory. It returns false if
+// the connection is to end.
 func (c *Client) resizeInput() bool {
 	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
 
@@ -950,8 +950,8 @@ func (c *Client) depart() {
 // broken off when the server closes.
 const partKeys = 1000
 
-// A list of up to fewKeys does not wait for memory. When a part is full,
-// about sampleKeys of its keys are sorted to find its middle.
+// A list of up to fewKeys does not wait for memory. When a part is full, about sampleKeys of its keys
+// are sorted to find its middle.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024

@@ -1183,7 +1183,7 @@ func beClient(c config, errs io.Writer) error {
 	if c.answers != "" {
 		file, err := os.Create(c.answers)
 		if err != nil {
-			return fmt.Errorf("%w: %w", errOutput, err)
+			return problem("cannot write the answers: "+err.Error(), "Nothing was sent. Give another -out FILE.")
 		}
 		t.out = file
 	}

@@ -172,7 +172,7 @@ const needsKey = "a key, without a colon in it"
 //     (apply) and its own fileVersion, so that an older program can say that it is too old; and in
 //     plain, so that any KVStore has it;
 //   - a case in the models of the tests: storetest's Model, operations and Request.Do, DrawRequest of
-//     the worlds, and model.answer in server_test.go (otherwise FuzzConversation fails);
+//     the worlds, and Answer of package protocol (otherwise FuzzConversation fails);
 //   - the words that other programs use for it, in dialects; a name has 8 letters at most (pack);
 //   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what n
 //     counts, in the row of -c if it tells, and in the conversations of the tests (otherwise

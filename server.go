@@ -659,8 +659,8 @@ func (s *keyValueServer) mayGrow() bool {
 // isRoundOver reports whether it is time to commit.
 func (s *keyValueServer) isRoundOver() bool { return s.round.over || len(s.batch) >= maxBatch }
 
-// mayRun reports whether a chain of sh's client may run before the Commit. A heavy
-// client's chain runs only if the batch is empty, because others' replies would wait for it.
+// mayRun reports whether a chain of sh's client may run before the Commit. A heavy client's chain runs
+// only if the batch is empty, because others' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isRoundOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
@@ -723,9 +723,9 @@ func (r *round) begin() {
 	r.looked, r.over = r.began, false
 }
 
-// charge adds the time since the last look at the clock to the spent time of sh's client.
-// A time that is far longer than usual, though no list was searched, is a stall of the system and
-// not the client's fault, so only a part of it counts.
+// charge adds the time since the last look at the clock to the spent time of sh's client. A time that
+// is far longer than usual, though no list was searched, is a stall of the system and not the client's
+// fault, so only a part of it counts.
 func (r *round) charge(sh *share, searched bool) {
 	now := r.now()
 	took := now - r.looked

@@ -50,7 +50,7 @@
 //	A start that finds damage names the file and changes nothing
 //		TestFlippedBits, TestIdleLogIsVouchedFor, TestRefusals, TestOlderCopyOverNewer,
 //		TestMovedRealDirectory, FuzzRecovery
-//	For a slow reader 500 replies are kept, not many more; the next Ping tells how many were lost; and nobody is delayed
+//	A slow reader keeps 500 replies, not many more, learns by Ping how many it has lost, and delays nobody
 //		TestSlowReaderDelaysOnlyItself, TestSlowReaderIsToldAtTheEnd
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -54,7 +55,12 @@ func hints(name string, lines [][2]string) (c Conversation) {
 // All returns the conversations of a server with this Help: what clients send and what they must
 // read, to the last byte, before the server closes. Each client ends its own side first.
 func All(help []string) []Conversation {
-	helped := ": " + strings.Join(help, "\n: ") + "\n:OK " + strconv.Itoa(len(help)) + "\n"
+	return slices.Concat(aboutLists(), aboutTime(), aboutKeys(), aboutBytes(), aboutReplies(help),
+		refused(), aboutLimits(), aboutOthers())
+}
+
+// aboutLists are conversations about the values of a key.
+func aboutLists() []Conversation {
 	return []Conversation{
 		{"nothing", "", ""},
 		{"put and get", "Put:fruit:apple\nGet:fruit\n", "fruit:apple\n"},
@@ -65,6 +71,8 @@ func All(help []string) []Conversation {
 		{"delete removes all", "Put:k:a\nPut:k:b\nDelete:k\nGet:k\nPut:k:c\nGet:k\n", "k:c\n"},
 		{"update replaces the first and appends",
 			"Put:k:a\nPut:k:b\nPut:k:a\nPut:k:c\nUpdate:k:a:d\nGet:k\n", "k:b\nk:a\nk:c\nk:d\n"},
+
+		// These take values out.
 		{"set makes one", "Put:k:a\nPut:k:b\nSet:k:c:d\nGet:k\nSet:new:\nGet:new\n", "k:c:d\nnew:\n"},
 		{"remove takes the first",
 			"Put:k:a:\nPut:k:b\nPut:k:a:\nRemove:k:a:\nGet:k\nRemove:k:x\nRemove:none:x\nGet:k\n",
@@ -74,6 +82,8 @@ func All(help []string) []Conversation {
 		{"set and remove with ack",
 			"Ack\nSet:k:a\nPut:k:b\nSet:k:c\nRemove:k:c\nRemove:k:c\nremove:k:\nSET:k:d\nGet:k\n",
 			":OK 0\n:OK 0\n:OK 1\n:OK 2\n:OK 1\n:OK 0\n:OK 0\n:OK 0\nk:d\n:OK 1\n"},
+
+		// These do it only if the value, or no value, is there.
 		{"swap replaces, and never adds",
 			"Put:k:a\nPut:k:b\nPut:k:a\nSwap:k:a:c\nSwap:k:x:y\nSwap:none:a:b\nSwap:none::b\nGet:k\n" +
 				"Get:none\nPut:e:\nswap:e::\nSWAP:e::z\nGet:e\n",
@@ -84,6 +94,19 @@ func All(help []string) []Conversation {
 		{"swap, add and count with ack",
 			"Ack\nSwap:k:a:b\nAdd:k:a\nAdd:k:b\nSwap:k:a:b\nSwap:k:a:c\nCount:k\nCount:x\nGet:k\n",
 			":OK 0\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\n:OK 1\n:OK 0\nk:b\n:OK 1\n"},
+
+		// An Update moves to the end what it replaces, and never fails.
+		{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
+		{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
+		{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
+		{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
+		{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
+	}
+}
+
+// aboutTime are conversations about keys that expire, and values that are taken.
+func aboutTime() []Conversation {
+	return []Conversation{
 		{"expire and lease", "Put:k:a\nExpire:k\nExpire:k:30\nExpire:k\n" + "Put:k:b\nUpdate:k:a:c\nExpire:k\n" +
 			"Expire:k:0\nexpire:k\nExpire:none:5\nExpire:none\nExpire:k:4000000000\nExpire:k\nSet:k:d\n" +
 			"Expire:k\nLease:k:5:e\nLease:l:5:f:g\nExpire:l\nGet:l\nRemove:l:f:g\nPut:l:h\nExpire:l\n",
@@ -94,6 +117,8 @@ func All(help []string) []Conversation {
 				"Lease:l:1:\nLease:l:1:c\nGet:l\nDelete:l\nPut:l:x\nExpire:l\n",
 			":OK 0\n:OK 1\n:OK 1\n:OK 0\n: 30\n:OK 1\n:OK 0\n:OK 0\n:OK 1\n:OK 0\nl:\n:OK 1\n:OK 1\n" +
 				":OK 1\n:OK 1\n"},
+
+		// A Take waits only while nobody else can put a value.
 		{"take", "Put:k:a:b\nPut:k:c\nPut:k:\nTake:k\nTake:k:5\nGet:k\ntake:k\nTake:k\nTake:none\nKeys\n",
 			"k:a:b\nk:c\nk:\nk:\n:OK 0\n"},
 		{"take with ack", "Ack\nPut:k:a\nTake:k\nTake:k\nPut:k:b\nTake:k:1\nTake:k:1\nCount:k\n",
@@ -103,39 +128,74 @@ func All(help []string) []Conversation {
 		{"dump of what goes", "Put:k:a\nPut:k:b\nExpire:k:30\nLease:l:7:x:y\nPut:m:1\nDump\nDump:l\n",
 			": Put:k:a\n: Put:k:b\n: Expire:k:30\n: Put:l:x:y\n: Expire:l:7\n: Put:m:1\n:OK 6\n" +
 				": Put:l:x:y\n: Expire:l:7\n:OK 2\n"},
-		hints("words of other programs", [][2]string{{"incr a", "Swap:key:old:new"},
-			{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
-			{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
-			{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
-			{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
-			{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"}}),
-		{"update in the middle", "Put:k:a\nPut:k:b\nPut:k:c\nUpdate:k:b:d\nGet:k\n", "k:a\nk:c\nk:d\n"},
-		{"update of the only value", "Put:k:a\nUpdate:k:a:b\nGet:k\n", "k:b\n"},
-		{"update without old appends", "Put:k:a\nUpdate:k:x:b\nGet:k\n", "k:a\nk:b\n"},
-		{"update without key appends", "Update:k:x:b\nGet:k\n", "k:b\n"},
-		{"update with empty values", "Put:k:\nUpdate:k::b\nUpdate:k:b:\nGet:k\n", "k:\n"},
+	}
+}
+
+// aboutKeys are conversations about all keys.
+func aboutKeys() []Conversation {
+	return []Conversation{
+		{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
+			": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
+				"ab\n:OK 2\nb:1\n:OK 1\n"},
+		{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
+			": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
+		{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
+			": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
+		{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
+			": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
+		{"a line behind a Keys in a burst", "Get:none\nKeys\nnone\n",
+			":OK 0\n:ERROR line 3: unknown request \"none\"; Help lists the requests\n"},
+	}
+}
+
+// aboutBytes are conversations about what a line may hold, and how it ends.
+func aboutBytes() []Conversation {
+	return []Conversation{
 		{"any letter case", "PUT:k:a\npUt:k:b\nget:k\nGET:k\ndelete:k\nGEt:k\nupdATE:k:x:y\ngeT:k\n",
 			"k:a\nk:b\nk:a\nk:b\nk:y\n"},
 		{"keys keep their case and their spaces", "Put:k:a\nPut:K: b \nGet: k\nGet:K\n", "K: b \n"},
 		{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
+
+		// Ends of lines.
 		{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
 		{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
 		{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
 		{"blank lines count", "\n\r\n\r\x00\nfoo\n",
 			":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
+	}
+}
 
+// aboutReplies are conversations about Ack, and about requests that have no key.
+func aboutReplies(help []string) []Conversation {
+	helped := ": " + strings.Join(help, "\n: ") + "\n:OK " + strconv.Itoa(len(help)) + "\n"
+	return []Conversation{
 		{"ack", "Ack\nPut:k:a\nPut:k:b\nGet:k\nUpdate:k:a:c\nUpdate:k:a:d\nDelete:k\nDelete:k\nGet:k\n" +
 			"foo\nAck\nQuit\n",
 			":OK 0\n:OK 1\n:OK 1\nk:a\nk:b\n:OK 2\n:OK 1\n:OK 0\n:OK 3\n:OK 0\n:OK 0\n:ERROR line " +
 				"10: unknown request \"foo\"; Help lists the requests\n:OK 0\n:OK 0\n"},
 		{"ack in the middle of a burst", "Put:k:a\nGet:k\nack\nGet:k\n", "k:a\n:OK 0\nk:a\n:OK 1\n"},
+
+		// Requests that have no key.
 		{"ping", "Ping\nPing:a:b c\nPing:\nping: x\n", ":PONG\n:PONG a:b c\n:PONG\n:PONG  x\n"},
 		{"ping is its own answer", "Ack\nPing:a\n", ":OK 0\n:PONG a\n"},
 		{"quit ends it", "Put:k:a\nGet:k\nQuit\nGet:k\n", "k:a\n"},
 		{"exit ends it", "Ping\nEXIT\nPing\n", ":PONG\n"},
 		{"help", "?\n", helped},
 		{"help with ack", "Ack\nhelp\n", ":OK 0\n" + helped},
+	}
+}
 
+// refused are conversations of lines that are no requests.
+func refused() []Conversation {
+	return []Conversation{
+		hints("words of other programs", [][2]string{{"incr a", "Swap:key:old:new"},
+			{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
+			{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
+			{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
+			{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
+			{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"}}),
+
+		// Requests with too few or too many arguments.
 		mistakes("Put", "a key and a value, as in Put:key:value", "Put:k", "Put", "Put:", "Put::v"),
 		mistakes("Set", "a key and a value, as in Set:key:value", "Set:k", "Set::v"),
 		mistakes("Remove", "a key and a value, as in Remove:key:value", "Remove:k", "remove"),
@@ -161,6 +221,8 @@ func All(help []string) []Conversation {
 		mistakes("Ack", "nothing behind it, as in Ack", "Ack:on"),
 		mistakes("Stats", "nothing behind it, as in Stats", "Stats:"),
 		mistakes("Help", "nothing behind it, as in Help", "Help:me"),
+
+		// Lines that look like a request, or do not.
 		hints("hints", [][2]string{{"get fruit", "Get:fruit"}, {"set a b", "Set:a:b"},
 			{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
@@ -170,30 +232,18 @@ func All(help []string) []Conversation {
 			":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 		{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
 			":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
+	}
+}
 
-		{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
-			": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
-				"ab\n:OK 2\nb:1\n:OK 1\n"},
-		{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
-			": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
-		{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
-			": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
-		{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
-			": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
-		{"a line behind a Keys in a burst", "Get:none\nKeys\nnone\n",
-			":OK 0\n:ERROR line 3: unknown request \"none\"; Help lists the requests\n"},
+// aboutLimits are conversations about lines without an end, and about lines that are too long.
+func aboutLimits() []Conversation {
+	return []Conversation{
 		{"torn last line", "Put:k:a\nDelete:k\nPut:k:b\nGet:k",
 			":ERROR line 4: the last line has no newline at its end, so it was not run\n"},
 		{"torn write is not run", "Ack\nPut:k:a",
 			":OK 0\n:ERROR line 2: the last line has no newline at its end, so it was not run\n"},
 
-		{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
-		{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
-		{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
-		{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
-		{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" + ":PONG\n"},
-
+		// A first line over the limit ends the connection, unless it begins a request.
 		{"HTTP over the limit", "POST /" + strings.Repeat("a", MaxLine) + " HTTP/1.1\r\n\r\nPut:k:a\nPing\n",
 			":ERROR line 1: longer than 20000 bytes, skipped\n"},
 		{"HTTP one byte over the limit", "POST /" + strings.Repeat("a",
@@ -210,11 +260,8 @@ func All(help []string) []Conversation {
 			":ERROR line 1: longer than 20000 bytes, skipped\n"},
 		{"first line one over the limit", "\n" + strings.Repeat("a", MaxLine+1) +
 			"\nPut:k:a\nPing\n", ":ERROR line 2: longer than 20000 bytes, skipped\n"},
-		{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
-		{"RESP without an array", "\n$4\nPing\n", badRESP},
-		{"not RESP", "*\nPing\n", ":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
-		{"RESP too late", "Ping\n*1\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
+
+		// The last line, without its end.
 		{"torn first line over the limit", strings.Repeat("a", 3*MaxLine),
 			":ERROR line 1: longer than 20000 bytes, skipped\n"},
 		{"torn line of the limit", strings.Repeat("a", MaxLine),
@@ -225,14 +272,11 @@ func All(help []string) []Conversation {
 			":ERROR line 1: longer than 20000 bytes, skipped\n"},
 		{"torn line two over the limit", "Ping\n" + strings.Repeat("a", MaxLine+2),
 			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
-
-		{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n", ":ERROR line 1: this port speaks no TLS\n"},
-		{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
-			":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
 		{"HTTP over the limit and too late", "Ping\nPOST /" + strings.Repeat("a", 3*MaxLine) +
 			" HTTP/1.0\r\n\r\nPing\n",
 			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n:PONG\n"},
 
+		// A later line over the limit is skipped.
 		{"far over the limit", "\nPut:k:a\n" + strings.Repeat("Put:k:b\r", 20_000) + "\nGet:k\n",
 			":ERROR line 3: longer than 20000 bytes, skipped\nk:a\n"},
 		{"two over the limit", "Put:" + strings.Repeat("x", 50_000) + "\n" + strings.Repeat("y",
@@ -241,6 +285,30 @@ func All(help []string) []Conversation {
 				"bytes, skipped\n:PONG\n"},
 		{"torn over the limit", "Ping\n" + strings.Repeat("x", 50_000),
 			":PONG\n:ERROR line 2: longer than 20000 bytes, skipped\n"},
+	}
+}
+
+// aboutOthers are conversations of clients that speak another protocol, or seem to.
+func aboutOthers() []Conversation {
+	return []Conversation{
+		{"HTTP", "GET / HTTP/1.1\r\nPut:k:a\r\nGet:k\r\n\r\nGet:k\n", badRequest},
+		{"HTTP after blank lines", "\r\n\r\nPOST /Put:k:a HTTP/1.0\r\n\r\nPing\n", badRequest},
+		{"not HTTP", "Put:k:a HTTP/1.1\nGet:k\n", "k:a HTTP/1.1\n"},
+		{"HTTP, or a mistake that looks like it", "Put: HTTP/1.1\nPut:k:a\nGet:k\n", badRequest},
+		{"HTTP too late", "Ping\nGET / HTTP/1.1\nPing\n",
+			":PONG\n:ERROR line 2: unknown request \"GET / HTTP/1.1\"; did you mean Get:key ?\n" + ":PONG\n"},
+
+		// RESP, as Redis speaks it.
+		{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
+		{"RESP without an array", "\n$4\nPing\n", badRESP},
+		{"not RESP", "*\nPing\n", ":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
+		{"RESP too late", "Ping\n*1\nPing\n",
+			":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
+
+		// TLS.
+		{"TLS", "\x16\x03\x01\x02\x00\x01\nPut:poison:1\nPing\n", ":ERROR line 1: this port speaks no TLS\n"},
+		{"a TLS byte later", "Ping\n\x16\x03\nPing\n",
+			":PONG\n:ERROR line 2: unknown request \"\\x16\\x03\"; Help lists the requests\n:PONG\n"},
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 
 	"kvserver/kvstore/storetest"
@@ -31,48 +30,23 @@ func (m *Model) Answer(number int, line string) string {
 	for key, ok := m.NextDue(m.now); ok; key, ok = m.NextDue(m.now) {
 		m.Delete(key)
 	}
+
+	refused := fmt.Sprintf(":ERROR line %d: ", number)
 	if len(line) > MaxLine {
-		return ":ERROR line " + strconv.Itoa(number) + ": "
+		return refused
 	}
 
-	// A request about a list. In some requests the last field may hold colons.
 	f := strings.Split(line, ":")
-	fields := len(f)
-	f = append(f, "", "", "")
-	verb, key, rest := strings.ToLower(f[0]), f[1], strings.Join(f[2:max(fields, 2)], ":")
-	q, n, out := storetest.Request{}, 0, ""
-	ask := func(v string) {
-		q.Verb = v
-		var got []string
-		n, got = q.Do(m, key)
-		for _, v := range got {
-			out += key + ":" + v + "\n"
-		}
-	}
+	fields, verb, key := len(f), strings.ToLower(f[0]), strings.Join(f[1:min(len(f), 2)], "")
+	n, out, isOne := m.ofList(verb, f)
 
 	// These replies end in :OK n even before Ack.
 	always := verb == "count" || verb == "keys" || verb == "dump" || line == "?" || verb == "help"
+
 	switch has := key != ""; {
-	case has && fields >= 3 && (verb == "put" || verb == "set" || verb == "add"):
-		q.New = rest
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields >= 3 && verb == "remove":
-		q.Old = rest
-		ask("Remove")
-	case has && fields == 4 && (verb == "update" || verb == "swap"):
-		q.Old, q.New = f[2], f[3]
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields == 2 && (verb == "get" || verb == "delete" || verb == "count" || verb == "take"):
-		ask(strings.ToUpper(verb[:1]) + verb[1:])
-	case has && fields == 3 && verb == "take" && seconds(f[2], 1, 3600) > 0:
-		if ask("Take"); n == 0 {
-			m.now += seconds(f[2], 1, 3600)
-		}
-	case has && fields >= 4 && verb == "lease" && seconds(f[2], 1, maxSeconds) > 0:
-		q.New = strings.Join(f[3:fields], ":")
-		if ask("Add"); n == 1 {
-			m.Expire(key, m.now+seconds(f[2], 1, maxSeconds))
-		}
+	case isOne:
+
+	// A key's time.
 	case has && fields == 3 && verb == "expire" && seconds(f[2], 0, maxSeconds) >= 0:
 		at := m.now + seconds(f[2], 0, maxSeconds)
 		if at == m.now {
@@ -85,6 +59,7 @@ func (m *Model) Answer(number int, line string) string {
 			out = fmt.Sprintf(": %d\n", at-m.now)
 		}
 
+	// Requests without a key.
 	case line == "?" || verb == "help" && fields == 1:
 		n, out = len(m.help), ": "+strings.Join(m.help, "\n: ")+"\n"
 	case (verb == "keys" || verb == "dump") && fields <= 2:
@@ -97,13 +72,57 @@ func (m *Model) Answer(number int, line string) string {
 		return ":PONG\n"
 	case (verb == "quit" || verb == "exit") && fields == 1:
 	default:
-		return ":ERROR line " + strconv.Itoa(number) + ": "
+		return refused
 	}
 
 	if m.acked || always {
 		out += fmt.Sprintf(":OK %d\n", n)
 	}
 	return out
+}
+
+// ofList does a request about the values of a key, if it is one. f has the line's fields. n is what the
+// :OK line says, and out are the lines before it.
+func (m *Model) ofList(verb string, f []string) (n int, out string, isOne bool) {
+	fields := len(f)
+	if verb == "" || fields < 2 || f[1] == "" {
+		return 0, "", false
+	}
+
+	// In some requests the last field may hold colons.
+	key, q := f[1], storetest.Request{Verb: strings.ToUpper(verb[:1]) + verb[1:]}
+	rest := func(from int) string { return strings.Join(f[from:], ":") }
+
+	wait := int64(0) // of a Take, in seconds
+	switch {
+	case fields >= 3 && (verb == "put" || verb == "set" || verb == "add"):
+		q.New = rest(2)
+	case fields >= 3 && verb == "remove":
+		q.Old = rest(2)
+	case fields == 4 && (verb == "update" || verb == "swap"):
+		q.Old, q.New = f[2], f[3]
+	case fields == 2 && (verb == "get" || verb == "delete" || verb == "count" || verb == "take"):
+	case fields == 3 && verb == "take" && seconds(f[2], 1, 3600) > 0:
+		wait = seconds(f[2], 1, 3600)
+	case fields >= 4 && verb == "lease" && seconds(f[2], 1, maxSeconds) > 0:
+		q.Verb, q.New = "Add", rest(3)
+	default:
+		return 0, "", false
+	}
+
+	n, got := q.Do(m, key)
+	for _, v := range got {
+		out += key + ":" + v + "\n"
+	}
+
+	// Nobody else puts a value while a Take waits.
+	switch {
+	case verb == "lease" && n == 1:
+		m.Expire(key, m.now+seconds(f[2], 1, maxSeconds))
+	case n == 0:
+		m.now += wait
+	}
+	return n, out, true
 }
 
 // list returns the answer to Keys or Dump, and its number of lines.
