@@ -362,8 +362,8 @@ func (in *input) wholeLines(n int) (burst string) {
 	// The complete lines stay where they are. The begun line goes on in the other buffer.
 	read := in.buf
 	burst = unsafe.String(unsafe.SliceData(read[start:]), last-start)
-	if len(in.lent) != len(read) {
-		in.lent = make([]byte, len(read))
+	if size := in.lentSize(len(read)); len(in.lent) != size {
+		in.lent = make([]byte, size)
 	}
 	in.buf, in.lent = in.lent, read
 	in.pending = copy(in.buf, read[last:end])
@@ -673,12 +673,20 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
 // chain holds so many queries: free are those that every client may have, beyond are the others.
-// lent will be as large as buf.
 func (in *input) need(size, queries int) (free, beyond int64) {
-	buffers := size + max(size, len(in.lent))
+	buffers := size + max(in.lentSize(size), len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
 	free = int64(min(all, freeInput))
 	return free, int64(all+in.takeKey) - free
+}
+
+// lentSize returns how many bytes the buffer has that buf, of size bytes, will change places with.
+// Behind a long line only little is read.
+func (in *input) lentSize(size int) int {
+	if in.forLine {
+		return min(size, freeSize)
+	}
+	return size
 }
 
 // freeInput is how many bytes the input of each client may take however much others take: two
@@ -763,20 +771,17 @@ func (c *Client) awaitLineMemory(size int) bool {
 		return false
 	}
 
-	// A request that frees makes memory for all others, so such lines have a slot of their own.
-	var freeing chan struct{} // nil: not for this line
-	if in.isFreeing() {
-		freeing = b.freeing.slots
-	}
-
 	b.anyLine.waiting.Add(1)
 	defer b.anyLine.waiting.Add(-1)
 
 	// Nobody tells when there is memory again, so this looks now and then.
 	for !in.lineSlot.taken && !c.acquireForLine(size) {
-		anyLine := b.anyLine.slots
-		if !b.takesLines() {
-			anyLine = nil
+		var anyLine, freeing chan struct{} // nil: not now
+		if c.mayHave(&b.anyLine) {
+			anyLine = b.anyLine.slots
+		}
+		if c.mayHave(&b.freeing) {
+			freeing = b.freeing.slots
 		}
 
 		select {
@@ -789,11 +794,30 @@ func (c *Client) awaitLineMemory(size int) bool {
 			c.end(weClose)
 			return false
 		}
+
+		// While this client waited for the slot, others may have taken the memory.
+		if in.lineSlot.taken && !c.mayHave(in.lineSlot.of) {
+			in.lineSlot.release()
+		}
 	}
 
 	// Nothing was read meanwhile, so a whole tick begins.
 	in.ticking, in.hardlyCame, in.came = false, false, 0
 	return true
+}
+
+// mayHave reports whether the begun line may have a slot of anyLine or freeing now. A request that frees
+// makes memory for all others, so freeing is for these alone. Lines that had a slot may keep their memory
+// for long after their ends, because a Commit lasts or a Keys waits for its turn: so they have a limit.
+func (c *Client) mayHave(of *semaphore) bool {
+	b := &c.server.budget
+	switch {
+	case b.inputs.Load() > b.forInput()+b.forQueues():
+		return false
+	case of == &b.freeing:
+		return c.in.isFreeing()
+	}
+	return b.takesLines()
 }
 
 // isFreeing reports whether the begun line is a request that frees.

@@ -1173,10 +1173,10 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	its bursts       two of burstSize, maxChain   half of forInput, and   they are read in pieces of
 //	                 queries                      freeInput for each      freeSize, and in chains of
 //	                                                                      freeChain
-//	a line that has  twice its buffer, up to      forInput, freeInput     it waits; one that hardly
-//	begun            -max-line                    for each, and two       comes is skipped while
-//	                                              lines (anyLine,         others wait (givesWay)
-//	                                              freeing)
+//	a line that has  its buffer, up to            forInput, freeInput     it waits; one that hardly
+//	begun            -max-line, and freeSize      for each, and with a    comes is skipped while
+//	                                              slot (anyLine, freeing) others wait (givesWay)
+//	                                              queues and two lines
 //	a chain that     the same                     bursts as above; long   if lines alone are over
 //	waits                                         lines (longText) count  queues, others' long lines
 //	                                              with replies            wait; if the sum is over

@@ -3719,7 +3719,7 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 // that all are accepted if they end soon; that their memory is given back; and that of lines that do
 // not go on those are refused whose memory others wait for.
 func TestMemoryLimitOfBegunLines(t *testing.T) {
-	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {24, 300 * kilo}} {
+	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {40, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
 				n.server.maxLine = 1 << 20
@@ -3745,7 +3745,8 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					}()
 				}
 				pass(quietAfter / 2)
-				if held, most := heapBytes()-before, share+kind.clients*2*freeSize; held > most {
+				most := share + kind.clients*freeInput + 1<<19 // one line has a slot
+				if held := heapBytes() - before; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
@@ -3816,11 +3817,11 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 		long := strings.Repeat("k", 3*kilo)
 		n.fill(long, "v", 1)
 		n.server.budget.limitTo(64<<20, 0)
-		n.server.budget.inputs.Store(1 << 30)
+		n.server.budget.inputs.Store(n.server.budget.forInput())
 		a := n.DialAck(t)
 		a.Ask("Take:"+long+":60", long+":v", ":OK 1")
 		within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
-		n.server.budget.inputs.Add(-1 << 30)
+		n.server.budget.inputs.Add(-n.server.budget.forInput())
 	})
 }
 
@@ -3940,23 +3941,48 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 // and are given up if others need their memory.
 func TestMemoryLimitOfMuteLines(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const count = 75
 		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
 		b := &n.server.budget
 		b.limitTo(16<<20, 0)
 		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
-		clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(line) })
+		clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(line) })
 		for range 60 {
 			pass(slowAfter / 3)
-			between(t, "bytes of input", n.inputs(), 0,
-				b.forInput()+count*17*kilo+4*burstSize) // two lines have a slot each
-			between(t, "bytes of lines that wait", b.chains.Load(), 0, b.forQueues()+b.forInput()/2)
+			n.wantLinesBounded(t, len(clients))
 		}
 
 		a := n.DialAck(t)
 		within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
 		closeClients(clients)
 	})
+}
+
+// Ensure that long lines have a limit while a Commit lasts, too, though no reply waits then.
+func TestMemoryLimitOfLinesInACommit(t *testing.T) {
+	for _, line := range []string{"Set:k:", "Remove:k:"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			store := gatedStore{kvstore.NewMemory(), make(chan error)}
+			n.server.db, n.server.maxLine = kvstore.StoreOf(store), 1<<20
+			n.server.budget.limitTo(16<<20, 0)
+			clients := n.DialMany(t, 150, func(int, *protocol.Client) {})
+			n.Dial(t).Post("Put:k:v\n") // its Commit lasts
+			for _, o := range clients {
+				go o.SendSome(line + strings.Repeat("v", 60*kilo) + "\n")
+			}
+			pass(lineTime / 2)
+			n.wantLinesBounded(t, len(clients))
+			close(store.gate)
+			closeClients(clients)
+		})
+	}
+}
+
+// wantLinesBounded expects so many clients with lines of at most burstSize to take no more memory
+// than the budget's table says.
+func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
+	b := &n.server.budget
+	free := int64(clients*(freeInput+2*quietSize) + 2*2*burstSize) // and two lines that have a slot
+	between(t, "bytes of input", n.inputs(), 0, b.forInput()+2*b.forQueues()+free)
 }
 
 // Ensure that mute clients with short lines, however many, take no memory from long lines.
@@ -4011,14 +4037,14 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			a.Send(c.line + long)
 			pass(quietAfter)
 
-			n.server.budget.inputs.Add(1 << 30)
+			n.server.budget.inputs.Add(n.server.budget.forInput())
 			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome("Put:k:" + long) })
 			for range c.times {
 				a.Send(c.rest)
 				pass(quietAfter / 2)
 			}
 			a.Ask("", c.want)
-			n.server.budget.inputs.Add(-1 << 30)
+			n.server.budget.inputs.Add(-n.server.budget.forInput())
 			a.HangUp()
 			closeClients(others)
 		})
@@ -4085,7 +4111,7 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
 		n.server.budget.limitTo(64<<20, 0)
 		mute := n.dialMute(t)
-		n.server.budget.inputs.Add(1 << 40)
+		n.server.budget.inputs.Add(n.server.budget.forInput())
 		go mute.SendAll("Put:k:" + strings.Repeat("v", 200*kilo))
 		pass(tickTime)
 		a := n.DialAck(t)
@@ -4093,7 +4119,7 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 			a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
 			a.Want(":OK 1")
 		})
-		n.server.budget.inputs.Add(-1 << 40)
+		n.server.budget.inputs.Add(-n.server.budget.forInput())
 		a.HangUp()
 		mute.Close()
 	})
@@ -4783,15 +4809,15 @@ func TestInputBehindReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
 		n.server.budget.limitTo(64<<20, 0)
-		n.server.budget.inputs.Add(1 << 30)            // only one line at a time is let in
-		n.fill("big", strings.Repeat("v", 1200), 4000) // more than the queue holds
+		n.server.budget.inputs.Add(n.server.budget.forInput()) // only one line at a time is let in
+		n.fill("big", strings.Repeat("v", 1200), 4000)         // more than the queue holds
 		mute, a := n.Dial(t), n.Dial(t)
 		long := strings.Repeat("v", 100*kilo)
 		mute.Ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
 		go mute.SendSome("Get:big\nPut:k:" + long)
 		synctest.Wait()
 		within(t, 0, quietAfter, func() { a.Ask("Put:k:"+long+"\nPing", ":PONG") })
-		n.server.budget.inputs.Add(-1 << 30)
+		n.server.budget.inputs.Add(-n.server.budget.forInput())
 		mute.Close()
 	})
 }
